@@ -1,0 +1,41 @@
+"""The models: what `FlipModel.from_pretrained` loads, here and, with `trust_remote_code`, where flipscale is absent."""
+
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForZeroShotImageClassification,
+    AutoProcessor,
+)
+
+from .configuration_flip import SIZES, FlipConfig, FlipTextConfig, FlipVisionConfig
+from .modeling_flip import (
+    FlipModel,
+    FlipOutput,
+    FlipPreTrainedModel,
+    FlipTextModel,
+    FlipTextModelWithProjection,
+    FlipVisionModel,
+    FlipVisionModelWithProjection,
+)
+from .processing_flip import FlipProcessor
+
+for _config, _model in ((FlipConfig, FlipModel), (FlipTextConfig, FlipTextModel), (FlipVisionConfig, FlipVisionModel)):
+    AutoConfig.register(_config.model_type, _config)
+    AutoModel.register(_config, _model)
+AutoModelForZeroShotImageClassification.register(FlipConfig, FlipModel)
+AutoProcessor.register(FlipConfig, FlipProcessor)
+
+__all__ = [
+    "SIZES",
+    "FlipConfig",
+    "FlipModel",
+    "FlipOutput",
+    "FlipPreTrainedModel",
+    "FlipProcessor",
+    "FlipTextConfig",
+    "FlipTextModel",
+    "FlipTextModelWithProjection",
+    "FlipVisionConfig",
+    "FlipVisionModel",
+    "FlipVisionModelWithProjection",
+]

@@ -1,0 +1,190 @@
+"""Configuration of FLIP models: what the weights are, never how they are trained."""
+
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def _check_heads(tower: str, hidden_size: int, num_attention_heads: int) -> None:
+    if hidden_size % num_attention_heads:
+        raise ValueError(
+            f"{tower}: hidden_size {hidden_size} is not divisible by num_attention_heads {num_attention_heads}"
+        )
+
+
+@strict
+class FlipVisionConfig(PreTrainedConfig):
+    r"""
+    Image tower: a ViT with a class token that has no position, fixed 2-D sine-cosine positions, no norm before the
+    blocks and the mean over all tokens (class token included) after the last one. The defaults are B/16.
+
+    Args:
+        projection_dim: width of the joint embedding, used by `FlipVisionModelWithProjection` and `FlipModel`.
+        image_mean, image_std: per channel, on the 0..1 scale; applied by the model to uint8 `patches`.
+        layer_norm_eps: 1e-6, as the original JAX code has it.
+    """
+
+    model_type = "flip_vision_model"
+    base_config_key = "vision_config"
+
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    num_channels: int = 3
+    image_size: int = 224
+    patch_size: int = 16
+    projection_dim: int = 512
+    hidden_act: str = "gelu_pytorch_tanh"
+    layer_norm_eps: float | int = 1e-6
+    attention_dropout: float | int = 0.0
+    initializer_range: float | int = 0.02
+    image_mean: list[float] | tuple[float, ...] = IMAGENET_MEAN
+    image_std: list[float] | tuple[float, ...] = IMAGENET_STD
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.image_size % self.patch_size:
+            raise ValueError(
+                f"image_size {self.image_size} is not divisible by patch_size {self.patch_size}; use "
+                f"{self.image_size // self.patch_size * self.patch_size or self.patch_size} or "
+                f"{(self.image_size // self.patch_size + 1) * self.patch_size}"
+            )
+        if self.hidden_size % 4:
+            raise ValueError(f"vision hidden_size {self.hidden_size} is not divisible by 4 (2-D sine-cosine positions)")
+        _check_heads("vision_config", self.hidden_size, self.num_attention_heads)
+        super().__post_init__(**kwargs)
+
+    @property
+    def num_patches(self) -> int:
+        """Patches of a whole image, class token not counted."""
+        return (self.image_size // self.patch_size) ** 2
+
+
+@strict
+class FlipTextConfig(PreTrainedConfig):
+    r"""
+    Text tower: a bidirectional pre-norm transformer with learned positions. The defaults are the original's B/16.
+
+    Args:
+        attend_to_padding: True is the original: every caption is padded to `max_position_embeddings` and the padding
+            takes part in attention. False masks it, and any padded length gives the same embedding.
+        pooling: "first" (the original: the first word piece, there is no class token) or "mean" (over all tokens, or
+            over the caption's own when `attend_to_padding` is False).
+        vocab_size: 30,523 is BERT's 30,522 and one row that no input reaches, as in the original's checkpoints.
+    """
+
+    model_type = "flip_text_model"
+    base_config_key = "text_config"
+
+    vocab_size: int = 30523
+    hidden_size: int = 512
+    intermediate_size: int = 2048
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 8
+    max_position_embeddings: int = 32
+    projection_dim: int = 512
+    hidden_act: str = "gelu_pytorch_tanh"
+    layer_norm_eps: float | int = 1e-6
+    attention_dropout: float | int = 0.0
+    initializer_range: float | int = 0.02
+    attend_to_padding: bool = True
+    pooling: str = "first"
+    pad_token_id: int | None = 0
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.pooling not in ("first", "mean"):
+            raise ValueError(f"text_config: pooling is {self.pooling!r}; use 'first' or 'mean'")
+        _check_heads("text_config", self.hidden_size, self.num_attention_heads)
+        super().__post_init__(**kwargs)
+
+
+@strict
+class FlipConfig(PreTrainedConfig):
+    r"""
+    Both towers and the temperature. Mask ratios are arguments of `forward`, never fields here: a released model must
+    not mask by itself.
+
+    Args:
+        projection_dim: width of the joint embedding; set on both towers. None takes the towers' own, which must agree.
+        logit_scale_init_value: ln(1/0.07), the value before the exponential.
+
+    Example:
+
+    ```python
+    >>> from flipscale.model import FlipConfig, FlipModel
+
+    >>> model = FlipModel(FlipConfig.from_size("l16"))
+    ```"""
+
+    model_type = "flip"
+    sub_configs_defaults = {"text_config": FlipTextConfig, "vision_config": FlipVisionConfig}  # noqa: RUF012
+
+    text_config: dict | PreTrainedConfig | None = None
+    vision_config: dict | PreTrainedConfig | None = None
+    projection_dim: int | None = None
+    logit_scale_init_value: float | int = 2.6592600369327783
+    initializer_range: float | int = 0.02
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        towers = [self.vision_config, self.text_config]
+        if self.projection_dim is None:
+            dims = [tower.projection_dim for tower in towers]
+            if dims[0] != dims[1]:
+                raise ValueError(
+                    f"projection_dim differs: vision_config has {dims[0]}, text_config has {dims[1]}; "
+                    "set projection_dim of FlipConfig for both"
+                )
+            self.projection_dim = dims[0]
+        for tower in towers:
+            tower.projection_dim = self.projection_dim
+
+    @classmethod
+    def from_size(
+        cls, size: str, vision_config: dict[str, Any] | None = None, text_config: dict[str, Any] | None = None
+    ) -> "FlipConfig":
+        """The configuration of a named size, single fields of a tower overridden.
+
+        Args:
+            size: one of `SIZES`: b16, l16, h14 (paper, Table 9), l14 (paper, Table 2), g14 (LAION's G/14).
+
+        Raises:
+            ValueError: an unknown size.
+        """
+        if size not in SIZES:
+            raise ValueError(f"model size {size!r} is unknown; use one of {', '.join(SIZES)}")
+        vision, text, projection_dim = SIZES[size]
+        return cls(
+            vision_config={**vision, **(vision_config or {})},
+            text_config={**text, **(text_config or {})},
+            projection_dim=projection_dim,
+        )
+
+
+def _tower(width: int, layers: int, heads: int, mlp: int | None = None, **fields: int) -> dict[str, Any]:
+    return {
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "intermediate_size": mlp or 4 * width,
+        **fields,
+    }
+
+
+# (image tower, text tower, projection_dim). Widths, layers and heads: paper, Table 9. The paper has no G: its G/14 is
+# the shape that LAION trained with patch dropout.
+SIZES: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {
+    "b16": (_tower(768, 12, 12), _tower(512, 12, 8), 512),
+    "l16": (_tower(1024, 24, 16), _tower(768, 12, 12), 768),
+    "l14": (_tower(1024, 24, 16, patch_size=14), _tower(768, 12, 12), 768),
+    "h14": (_tower(1280, 32, 16, patch_size=14), _tower(1024, 24, 16), 1024),
+    "g14": (_tower(1664, 48, 16, mlp=8192, patch_size=14), _tower(1280, 32, 20), 1280),
+}
+
+__all__ = ["FlipConfig", "FlipTextConfig", "FlipVisionConfig"]

@@ -1,0 +1,624 @@
+"""FLIP models: CLIP whose image encoder sees only the patches that are left (arXiv 2212.00794)."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import ModelOutput, can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_flip import FlipConfig, FlipTextConfig, FlipVisionConfig
+from .masking import patchify, random_patch_index, take_patches
+
+
+@dataclass
+class FlipOutput(ModelOutput):
+    """
+    Args:
+        loss: symmetric InfoNCE over the images and texts given, when `return_loss`.
+        logits_per_image: `(images, texts)`, `logit_scale` times the cosine; `logits_per_text` is its transpose.
+        image_embeds, text_embeds: fp32, `(batch, projection_dim)`, of unit length.
+        logit_scale: fp32, `(1,)`: the inverse temperature, exponential taken, clipped to [1, 100].
+    """
+
+    loss: torch.FloatTensor | None = None
+    logits_per_image: torch.FloatTensor | None = None
+    logits_per_text: torch.FloatTensor | None = None
+    text_embeds: torch.FloatTensor | None = None
+    image_embeds: torch.FloatTensor | None = None
+    logit_scale: torch.FloatTensor | None = None
+    text_model_output: BaseModelOutputWithPooling | None = None
+    vision_model_output: BaseModelOutputWithPooling | None = None
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        return tuple(
+            v.to_tuple() if isinstance(v, ModelOutput) else v for v in (self[k] for k in self.keys())  # noqa: SIM118
+        )
+
+
+@dataclass
+class FlipImageOutput(ModelOutput):
+    """`image_embeds` `(batch, projection_dim)`, projected, not normalised, and the image tower's own output."""
+
+    image_embeds: torch.FloatTensor | None = None
+    last_hidden_state: torch.FloatTensor | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+
+
+@dataclass
+class FlipTextOutput(ModelOutput):
+    """`text_embeds` `(batch, projection_dim)`, projected, not normalised, and the text tower's own output."""
+
+    text_embeds: torch.FloatTensor | None = None
+    last_hidden_state: torch.FloatTensor | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+
+
+def sincos_positions(width: int, rows: int, columns: int, spacing: float = 1.0) -> torch.Tensor:
+    """The fixed 2-D table `(rows * columns, width)`, fp32: the first half of the width encodes the column, the second
+    the row, each as sines then cosines. `spacing` below 1 reads between the positions of a smaller grid."""
+    frequencies = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width / 4))
+
+    def encode(count: int) -> torch.Tensor:
+        angles = (torch.arange(count, dtype=torch.float64) * spacing)[:, None] * frequencies
+        return torch.cat([angles.sin(), angles.cos()], dim=1).float()
+
+    by_column = encode(columns)[None, :, :].expand(rows, -1, -1)
+    by_row = encode(rows)[:, None, :].expand(-1, columns, -1)
+    return torch.cat([by_column, by_row], dim=2).reshape(rows * columns, width)
+
+
+def normalise_embeds(embeds: torch.Tensor) -> torch.Tensor:
+    """fp32 embeddings of unit length; 1e-8 is added to the norm, as in the original."""
+    embeds = embeds.float()
+    return embeds / (embeds.norm(dim=-1, keepdim=True) + 1e-8)
+
+
+def clip_loss(logits_per_image: torch.Tensor) -> torch.Tensor:
+    """Symmetric InfoNCE of square logits whose diagonal is the pairs: the loss of this process's batch alone."""
+    target = torch.arange(len(logits_per_image), device=logits_per_image.device)
+    by_image = nn.functional.cross_entropy(logits_per_image, target)
+    return (by_image + nn.functional.cross_entropy(logits_per_image.t(), target)) / 2
+
+
+class FlipPatchEmbedding(nn.Module):
+    """The patch convolution as a matrix product over the patches that are left; the weight keeps the shape of a
+    convolution, `(hidden_size, channels, patch_size, patch_size)`."""
+
+    def __init__(self, config: FlipVisionConfig):
+        super().__init__()
+        self.weight = nn.Parameter(
+            torch.zeros(config.hidden_size, config.num_channels, config.patch_size, config.patch_size)
+        )
+        self.bias = nn.Parameter(torch.zeros(config.hidden_size))
+
+    def forward(self, patches: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(patches.to(self.weight.dtype), self.weight.flatten(1), self.bias)
+
+
+class FlipVisionEmbeddings(nn.Module):
+    def __init__(self, config: FlipVisionConfig):
+        super().__init__()
+        self.config = config
+        self.class_embedding = nn.Parameter(torch.zeros(config.hidden_size))
+        self.patch_embedding = FlipPatchEmbedding(config)
+        for name, value in self.fixed_tables().items():
+            self.register_buffer(name, value, persistent=False)
+
+    def fixed_tables(self) -> dict[str, torch.Tensor]:
+        """The buffers, computed from the configuration: they are not saved, so `_init_weights` fills them again."""
+        config, side = self.config, self.config.image_size // self.config.patch_size
+        mean, std = torch.tensor(config.image_mean), torch.tensor(config.image_std)
+        return {
+            "position_embedding": sincos_positions(config.hidden_size, side, side)[None],
+            "pixel_scale": 1.0 / (255.0 * std),
+            "pixel_shift": -mean / std,
+        }
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None,
+        image_mask_ratio: float,
+        patches: torch.Tensor | None,
+        patch_index: torch.Tensor | None,
+        interpolate_pos_encoding: bool,
+    ) -> torch.Tensor:
+        positions = self.position_embedding
+        if patches is None:
+            if pixel_values is None:
+                raise ValueError("give either pixel_values or patches")
+            positions = self._positions_of(pixel_values, interpolate_pos_encoding)
+            patches = patchify(pixel_values, self.config.patch_size)
+            if patch_index is None and image_mask_ratio > 0.0:
+                patch_index = random_patch_index(len(patches), patches.shape[1], image_mask_ratio, patches.device)
+            if patch_index is not None:
+                patches = take_patches(patches, patch_index)
+        elif patch_index is None and patches.shape[1] != self.config.num_patches:
+            raise ValueError(
+                f"patches has {patches.shape[1]} of {self.config.num_patches} patches and patch_index is missing"
+            )
+        if patches.dtype == torch.uint8:
+            patches = self.normalise(patches)
+        embeds = self.patch_embedding(patches)
+        if patch_index is not None:
+            positions = positions[0][patch_index.long()]
+        embeds = embeds + positions.to(embeds.dtype)
+        class_embeds = self.class_embedding.to(embeds.dtype).expand(len(embeds), 1, -1)
+        return torch.cat([class_embeds, embeds], dim=1)
+
+    def normalise(self, patches: torch.Tensor) -> torch.Tensor:
+        """uint8 patches `(batch, kept, channels * p * p)` as fp32, mean and deviation of the channels taken out."""
+        by_channel = patches.unflatten(2, (self.config.num_channels, -1)).to(self.pixel_scale.dtype)
+        return (by_channel * self.pixel_scale[:, None] + self.pixel_shift[:, None]).flatten(2)
+
+    def _positions_of(self, pixel_values: torch.Tensor, interpolate: bool) -> torch.Tensor:
+        size, patch = self.config.image_size, self.config.patch_size
+        height, width = pixel_values.shape[-2:]
+        if (height, width) == (size, size):
+            return self.position_embedding
+        if not interpolate:
+            raise ValueError(
+                f"pixel_values are {height}x{width}, the model is for {size}x{size}; resize them, pass "
+                "interpolate_pos_encoding=True, or load the model with vision_config={'image_size': ...}"
+            )
+        if height % patch or width % patch:
+            raise ValueError(f"pixel_values are {height}x{width}, which patch_size {patch} does not divide")
+        rows, columns = height // patch, width // patch
+        spacing = (size // patch) / max(rows, columns)
+        table = sincos_positions(self.config.hidden_size, rows, columns, spacing)[None]
+        return table.to(self.position_embedding)
+
+
+class FlipTextEmbeddings(nn.Module):
+    def __init__(self, config: FlipTextConfig):
+        super().__init__()
+        self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+
+    def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor | None) -> torch.Tensor:
+        limit = self.position_embedding.num_embeddings
+        if input_ids.shape[1] > limit:
+            raise ValueError(f"input_ids has {input_ids.shape[1]} tokens, the model at most {limit}; truncate them")
+        if position_ids is None:
+            position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
+        return self.token_embedding(input_ids) + self.position_embedding(position_ids)
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention as two matrix products: q, k, v `(batch, heads, tokens, width)` to `(batch, tokens, heads, width)`.
+    On CPUs it beats the fused kernel at the few tokens that masking leaves."""
+    scores = torch.matmul(query * scaling, key.transpose(2, 3))
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return torch.matmul(weights, value).transpose(1, 2), weights
+
+
+class FlipAttention(nn.Module):
+    def __init__(self, config: FlipVisionConfig | FlipTextConfig):
+        super().__init__()
+        self.config = config
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.scaling = self.head_dim**-0.5
+        self.is_causal = False
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(
+        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        query = self.q_proj(hidden_states).view(shape).transpose(1, 2)
+        key = self.k_proj(hidden_states).view(shape).transpose(1, 2)
+        value = self.v_proj(hidden_states).view(shape).transpose(1, 2)
+        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        output, weights = attend(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            is_causal=self.is_causal,
+            scaling=self.scaling,
+            dropout=self.config.attention_dropout if self.training else 0.0,
+            **kwargs,
+        )
+        return self.out_proj(output.reshape(hidden_states.shape)), weights
+
+
+class FlipMLP(nn.Module):
+    def __init__(self, config: FlipVisionConfig | FlipTextConfig):
+        super().__init__()
+        self.activation_fn = ACT2FN[config.hidden_act]
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.fc2(self.activation_fn(self.fc1(hidden_states)))
+
+
+class FlipEncoderLayer(GradientCheckpointingLayer):
+    def __init__(self, config: FlipVisionConfig | FlipTextConfig):
+        super().__init__()
+        self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.self_attn = FlipAttention(config)
+        self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = FlipMLP(config)
+
+    def forward(
+        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Any
+    ) -> torch.Tensor:
+        hidden_states = hidden_states + self.self_attn(self.layer_norm1(hidden_states), attention_mask, **kwargs)[0]
+        return hidden_states + self.mlp(self.layer_norm2(hidden_states))
+
+
+class FlipEncoder(nn.Module):
+    def __init__(self, config: FlipVisionConfig | FlipTextConfig):
+        super().__init__()
+        self.layers = nn.ModuleList([FlipEncoderLayer(config) for _ in range(config.num_hidden_layers)])
+        self.gradient_checkpointing = False
+
+    def forward(
+        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Any
+    ) -> torch.Tensor:
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, attention_mask, **kwargs)
+        return hidden_states
+
+
+class FlipPreTrainedModel(PreTrainedModel):
+    config: FlipConfig
+    base_model_prefix = "flip"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["FlipTextEmbeddings", "FlipVisionEmbeddings", "FlipEncoderLayer"]  # noqa: RUF012
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_record_outputs = {"hidden_states": FlipEncoderLayer, "attentions": FlipAttention}  # noqa: RUF012
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """As the original: Xavier-uniform matrices (q, k, v as one fused matrix), normal(0.02) tokens and positions."""
+        super()._init_weights(module)
+        if isinstance(module, FlipVisionEmbeddings):
+            init.normal_(module.class_embedding, std=0.02)
+            for name, value in module.fixed_tables().items():
+                init.copy_(getattr(module, name), value)
+        elif isinstance(module, FlipPatchEmbedding):
+            bound = math.sqrt(6.0 / (module.weight[0].numel() + module.weight.shape[0]))
+            init.uniform_(module.weight, -bound, bound)
+            init.zeros_(module.bias)
+        elif isinstance(module, FlipAttention):
+            bound = math.sqrt(6.0 / (4 * module.q_proj.in_features))
+            for linear in (module.q_proj, module.k_proj, module.v_proj):
+                init.uniform_(linear.weight, -bound, bound)
+            init.xavier_uniform_(module.out_proj.weight)
+        elif isinstance(module, FlipMLP):
+            init.xavier_uniform_(module.fc1.weight)
+            init.xavier_uniform_(module.fc2.weight)
+        elif isinstance(module, FlipModel):
+            init.constant_(module.logit_scale, module.config.logit_scale_init_value)
+            init.xavier_uniform_(module.image_projection.weight)
+            init.xavier_uniform_(module.text_projection.weight)
+        elif isinstance(module, FlipVisionModelWithProjection):
+            init.xavier_uniform_(module.image_projection.weight)
+        elif isinstance(module, FlipTextModelWithProjection):
+            init.xavier_uniform_(module.text_projection.weight)
+
+
+class FlipVisionModel(FlipPreTrainedModel):
+    """The image tower without projection. `pooler_output` is the mean over all tokens after the last norm."""
+
+    config: FlipVisionConfig
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    base_model_prefix = "vision_model"
+    _input_embed_layer = "patch_embedding"
+
+    def __init__(self, config: FlipVisionConfig):
+        super().__init__(config)
+        self.embeddings = FlipVisionEmbeddings(config)
+        self.encoder = FlipEncoder(config)
+        self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embeddings.patch_embedding
+
+    @merge_with_config_defaults
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        image_mask_ratio: float = 0.0,
+        patches: torch.Tensor | None = None,
+        patch_index: torch.Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPooling:
+        r"""
+        Give either whole images or the patches that are left of them.
+
+        Args:
+            pixel_values: `(batch, channels, image_size, image_size)`, normalised.
+            image_mask_ratio: fraction of the patches of `pixel_values` removed at random, in [0, 1).
+            patches: `(batch, kept, channels * p * p)`, channel-major as a flattened convolution kernel; uint8 0..255
+                (normalised here with the configuration's mean and deviation) or float, already normalised.
+            patch_index: integers `(batch, kept)`: the row-major position of each patch. With `pixel_values` it chooses
+                the patches and takes the place of `image_mask_ratio`; without it, `patches` are the whole image.
+            interpolate_pos_encoding: accept another image size, its positions read between the model's own.
+        """
+        hidden_states = self.embeddings(pixel_values, image_mask_ratio, patches, patch_index, interpolate_pos_encoding)
+        hidden_states = self.final_layer_norm(self.encoder(hidden_states, **kwargs))
+        return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=hidden_states.mean(dim=1))
+
+
+class FlipTextModel(FlipPreTrainedModel):
+    """The text tower without projection. `pooler_output` is the first token, or the mean, after the last norm."""
+
+    config: FlipTextConfig
+    input_modalities = ("text",)
+    base_model_prefix = "text_model"
+    _input_embed_layer = "token_embedding"
+
+    def __init__(self, config: FlipTextConfig):
+        super().__init__(config)
+        self.embeddings = FlipTextEmbeddings(config)
+        self.encoder = FlipEncoder(config)
+        self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embeddings.token_embedding
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.embeddings.token_embedding = value
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPooling:
+        r"""
+        Args:
+            input_ids: `(batch, tokens)`, at most `max_position_embeddings` tokens, padded on the right.
+            attention_mask: `(batch, tokens)`, 1 for the caption's own tokens; taken from `pad_token_id` when absent.
+                Not used when `attend_to_padding`: the original pads every caption to the full length and attends to
+                the padding, so shorter `input_ids` are padded here to give the same embedding at any padded length.
+        """
+        if input_ids is None:
+            raise ValueError("input_ids is missing")
+        length = input_ids.shape[1]
+        if self.config.attend_to_padding:
+            attention_mask = None
+            if position_ids is None and length < self.config.max_position_embeddings:
+                missing = self.config.max_position_embeddings - length
+                input_ids = nn.functional.pad(input_ids, (0, missing), value=self.config.pad_token_id)
+        elif attention_mask is None:
+            attention_mask = (input_ids != self.config.pad_token_id).long()
+        kwargs.pop("return_dict", None)
+        output = self._encode(input_ids, attention_mask, position_ids, return_dict=True, **kwargs)
+        if input_ids.shape[1] == length:
+            return output
+        return BaseModelOutputWithPooling(
+            last_hidden_state=output.last_hidden_state[:, :length],
+            pooler_output=output.pooler_output,
+            hidden_states=output.hidden_states and tuple(h[:, :length] for h in output.hidden_states),
+            attentions=output.attentions and tuple(a[..., :length, :length] for a in output.attentions),
+        )
+
+    @merge_with_config_defaults
+    @capture_outputs(tie_last_hidden_states=False)
+    def _encode(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPooling:
+        hidden_states = self.embeddings(input_ids, position_ids)
+        layer_mask = create_bidirectional_mask(
+            config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask
+        )
+        hidden_states = self.final_layer_norm(self.encoder(hidden_states, layer_mask, **kwargs))
+        return BaseModelOutputWithPooling(
+            last_hidden_state=hidden_states, pooler_output=self._pool(hidden_states, attention_mask)
+        )
+
+    def _pool(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        if self.config.pooling == "first":
+            return hidden_states[:, 0]
+        if attention_mask is None:
+            return hidden_states.mean(dim=1)
+        weights = attention_mask.to(hidden_states.dtype)[:, :, None]
+        return (hidden_states * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1.0)
+
+
+class FlipVisionModelWithProjection(FlipPreTrainedModel):
+    """The image tower and its projection: `image_embeds`, not normalised."""
+
+    config: FlipVisionConfig
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+
+    def __init__(self, config: FlipVisionConfig):
+        super().__init__(config)
+        self.vision_model = FlipVisionModel._from_config(config)
+        self.image_projection = nn.Linear(config.hidden_size, config.projection_dim, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.vision_model.get_input_embeddings()
+
+    @can_return_tuple
+    def forward(self, pixel_values: torch.Tensor | None = None, **kwargs: Any) -> FlipImageOutput:
+        """Takes what `FlipVisionModel` takes."""
+        output = self.vision_model(pixel_values=pixel_values, **kwargs)
+        return FlipImageOutput(
+            image_embeds=self.image_projection(output.pooler_output),
+            last_hidden_state=output.last_hidden_state,
+            hidden_states=output.hidden_states,
+            attentions=output.attentions,
+        )
+
+
+class FlipTextModelWithProjection(FlipPreTrainedModel):
+    """The text tower and its projection: `text_embeds`, not normalised."""
+
+    config: FlipTextConfig
+    input_modalities = ("text",)
+
+    def __init__(self, config: FlipTextConfig):
+        super().__init__(config)
+        self.text_model = FlipTextModel._from_config(config)
+        self.text_projection = nn.Linear(config.hidden_size, config.projection_dim, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.text_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.text_model.set_input_embeddings(value)
+
+    @can_return_tuple
+    def forward(self, input_ids: torch.Tensor | None = None, **kwargs: Any) -> FlipTextOutput:
+        """Takes what `FlipTextModel` takes."""
+        output = self.text_model(input_ids=input_ids, **kwargs)
+        return FlipTextOutput(
+            text_embeds=self.text_projection(output.pooler_output),
+            last_hidden_state=output.last_hidden_state,
+            hidden_states=output.hidden_states,
+            attentions=output.attentions,
+        )
+
+
+class FlipModel(FlipPreTrainedModel):
+    """Both towers, their projections and the temperature."""
+
+    config: FlipConfig
+
+    def __init__(self, config: FlipConfig):
+        super().__init__(config)
+        self.vision_model = FlipVisionModel._from_config(config.vision_config)
+        self.text_model = FlipTextModel._from_config(config.text_config)
+        self.image_projection = nn.Linear(config.vision_config.hidden_size, config.projection_dim, bias=False)
+        self.text_projection = nn.Linear(config.text_config.hidden_size, config.projection_dim, bias=False)
+        # Shape (1,): a 0-d parameter cannot be sharded.
+        self.logit_scale = nn.Parameter(torch.zeros(1))
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.text_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.text_model.set_input_embeddings(value)
+
+    @can_return_tuple
+    def get_image_features(
+        self, pixel_values: torch.Tensor | None = None, **kwargs: Any
+    ) -> BaseModelOutputWithPooling:
+        """The image tower's output, its `pooler_output` projected to `(batch, projection_dim)`, not normalised.
+        Takes what `FlipVisionModel` takes."""
+        output = self.vision_model(pixel_values=pixel_values, **kwargs)
+        output.pooler_output = self.image_projection(output.pooler_output)
+        return output
+
+    @can_return_tuple
+    def get_text_features(self, input_ids: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
+        """The text tower's output, its `pooler_output` projected to `(batch, projection_dim)`, not normalised.
+        Takes what `FlipTextModel` takes."""
+        output = self.text_model(input_ids=input_ids, **kwargs)
+        output.pooler_output = self.text_projection(output.pooler_output)
+        return output
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        return_loss: bool | None = None,
+        return_logits: bool = True,
+        image_mask_ratio: float = 0.0,
+        patches: torch.Tensor | None = None,
+        patch_index: torch.Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
+        **kwargs: Any,
+    ) -> FlipOutput:
+        r"""
+        Args:
+            input_ids, attention_mask, position_ids: as `FlipTextModel` takes them.
+            pixel_values, image_mask_ratio, patches, patch_index, interpolate_pos_encoding: as `FlipVisionModel`.
+            return_loss: the symmetric InfoNCE of this batch alone; training over many processes takes its loss from
+                the embeddings instead (`flipscale.training.contrastive`).
+            return_logits: False skips the `(images, texts)` matrix, which training does not need.
+        """
+        image_output = self.get_image_features(
+            pixel_values=pixel_values,
+            image_mask_ratio=image_mask_ratio,
+            patches=patches,
+            patch_index=patch_index,
+            interpolate_pos_encoding=interpolate_pos_encoding,
+            **kwargs,
+        )
+        text_output = self.get_text_features(
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, **kwargs
+        )
+        image_embeds = normalise_embeds(image_output.pooler_output)
+        text_embeds = normalise_embeds(text_output.pooler_output)
+        # Clipped here only: the parameter itself may drift past ln(100), where its gradient is zero.
+        logit_scale = self.logit_scale.float().clamp(0.0, math.log(100.0)).exp()
+        logits = logit_scale * image_embeds @ text_embeds.t() if return_logits or return_loss else None
+        return FlipOutput(
+            loss=clip_loss(logits) if return_loss else None,
+            logits_per_image=logits,
+            logits_per_text=None if logits is None else logits.t(),
+            text_embeds=text_embeds,
+            image_embeds=image_embeds,
+            logit_scale=logit_scale,
+            text_model_output=text_output,
+            vision_model_output=image_output,
+        )
+
+
+__all__ = [
+    "FlipModel",
+    "FlipPreTrainedModel",
+    "FlipTextModel",
+    "FlipTextModelWithProjection",
+    "FlipVisionModel",
+    "FlipVisionModelWithProjection",
+]

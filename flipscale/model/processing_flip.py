@@ -1,0 +1,22 @@
+"""Images and texts as FLIP models take them."""
+
+from typing import Any
+
+from transformers.processing_utils import ProcessingKwargs, ProcessorMixin
+
+
+class FlipProcessorKwargs(ProcessingKwargs, total=False):
+    _defaults = {"text_kwargs": {"padding": "max_length", "truncation": True}}  # noqa: RUF012
+
+
+class FlipProcessor(ProcessorMixin):
+    """An image processor (centre crop of the short side, bicubic, ImageNet mean and deviation) and a tokenizer whose
+    `model_max_length` is the model's; captions are padded to it, as the original pads them."""
+
+    valid_processor_kwargs = FlipProcessorKwargs
+
+    def __init__(self, image_processor: Any = None, tokenizer: Any = None, **kwargs: Any):
+        super().__init__(image_processor, tokenizer, **kwargs)
+
+
+__all__ = ["FlipProcessor"]
