@@ -9,13 +9,6 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
-def _check_heads(tower: str, hidden_size: int, num_attention_heads: int) -> None:
-    if hidden_size % num_attention_heads:
-        raise ValueError(
-            f"{tower}: hidden_size {hidden_size} is not divisible by num_attention_heads {num_attention_heads}"
-        )
-
-
 @strict
 class FlipVisionConfig(PreTrainedConfig):
     r"""
@@ -24,7 +17,8 @@ class FlipVisionConfig(PreTrainedConfig):
 
     Args:
         projection_dim: width of the joint embedding, used by `FlipVisionModelWithProjection` and `FlipModel`.
-        image_mean, image_std: per channel, on the 0..1 scale; applied by the model to uint8 `patches`.
+        image_mean, image_std: per channel, or one number for all, on the 0..1 scale; applied by the model to uint8
+            `patches`.
         layer_norm_eps: 1e-6, as the original JAX code has it.
     """
 
@@ -43,8 +37,8 @@ class FlipVisionConfig(PreTrainedConfig):
     layer_norm_eps: float | int = 1e-6
     attention_dropout: float | int = 0.0
     initializer_range: float | int = 0.02
-    image_mean: list[float] | tuple[float, ...] = IMAGENET_MEAN
-    image_std: list[float] | tuple[float, ...] = IMAGENET_STD
+    image_mean: list[float] | tuple[float, ...] | float = IMAGENET_MEAN
+    image_std: list[float] | tuple[float, ...] | float = IMAGENET_STD
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.image_size % self.patch_size:
@@ -53,9 +47,6 @@ class FlipVisionConfig(PreTrainedConfig):
                 f"{self.image_size // self.patch_size * self.patch_size or self.patch_size} or "
                 f"{(self.image_size // self.patch_size + 1) * self.patch_size}"
             )
-        if self.hidden_size % 4:
-            raise ValueError(f"vision hidden_size {self.hidden_size} is not divisible by 4 (2-D sine-cosine positions)")
-        _check_heads("vision_config", self.hidden_size, self.num_attention_heads)
         super().__post_init__(**kwargs)
 
     @property
@@ -100,7 +91,6 @@ class FlipTextConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         if self.pooling not in ("first", "mean"):
             raise ValueError(f"text_config: pooling is {self.pooling!r}; use 'first' or 'mean'")
-        _check_heads("text_config", self.hidden_size, self.num_attention_heads)
         super().__post_init__(**kwargs)
 
 

@@ -70,6 +70,8 @@ class FlipTextOutput(ModelOutput):
 def sincos_positions(width: int, rows: int, columns: int, spacing: float = 1.0) -> torch.Tensor:
     """The fixed 2-D table `(rows * columns, width)`, fp32: the first half of the width encodes the column, the second
     the row, each as sines then cosines. `spacing` below 1 reads between the positions of a smaller grid."""
+    if width % 4:
+        raise ValueError(f"vision hidden_size {width} is not divisible by 4, which 2-D sine-cosine positions need")
     frequencies = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width / 4))
 
     def encode(count: int) -> torch.Tensor:
@@ -162,7 +164,7 @@ class FlipVisionEmbeddings(nn.Module):
     def normalise(self, patches: torch.Tensor) -> torch.Tensor:
         """uint8 patches `(batch, kept, channels * p * p)` as fp32, mean and deviation of the channels taken out."""
         by_channel = patches.unflatten(2, (self.config.num_channels, -1)).to(self.pixel_scale.dtype)
-        return (by_channel * self.pixel_scale[:, None] + self.pixel_shift[:, None]).flatten(2)
+        return (by_channel * self.pixel_scale.view(-1, 1) + self.pixel_shift.view(-1, 1)).flatten(2)
 
     def _positions_of(self, pixel_values: torch.Tensor, interpolate: bool) -> torch.Tensor:
         size, patch = self.config.image_size, self.config.patch_size
@@ -205,21 +207,34 @@ def eager_attention_forward(
     attention_mask: torch.Tensor | None,
     scaling: float,
     dropout: float = 0.0,
+    num_returned: int | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention as two matrix products: q, k, v `(batch, heads, tokens, width)` to `(batch, tokens, heads, width)`.
-    On CPUs it beats the fused kernel at the few tokens that masking leaves."""
+    """Attention as two matrix products: q, k, v `(batch, heads, tokens, width)` to `(batch, tokens, heads, width)`,
+    and the weights among the first `num_returned` tokens. On CPUs it beats the fused kernel at the few tokens that
+    masking leaves."""
     scores = torch.matmul(query * scaling, key.transpose(2, 3))
     if attention_mask is not None:
         scores = scores + attention_mask
     weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
     weights = nn.functional.dropout(weights, p=dropout, training=module.training)
-    return torch.matmul(weights, value).transpose(1, 2), weights
+    returned = weights
+    if num_returned is not None:
+        # Put back what is handed out, so that the output depends on it and its gradient can be asked for.
+        returned = weights[..., :num_returned, :num_returned]
+        rows = weights[..., :num_returned, :].slice_scatter(returned, -1, 0, num_returned)
+        weights = weights.slice_scatter(rows, -2, 0, num_returned)
+    return torch.matmul(weights, value).transpose(1, 2), returned
 
 
 class FlipAttention(nn.Module):
     def __init__(self, config: FlipVisionConfig | FlipTextConfig):
         super().__init__()
+        if config.hidden_size % config.num_attention_heads:
+            raise ValueError(
+                f"{config.base_config_key}: hidden_size {config.hidden_size} is not divisible by num_attention_heads "
+                f"{config.num_attention_heads}"
+            )
         self.config = config
         self.head_dim = config.hidden_size // config.num_attention_heads
         self.scaling = self.head_dim**-0.5
@@ -273,10 +288,20 @@ class FlipEncoderLayer(GradientCheckpointingLayer):
         self.mlp = FlipMLP(config)
 
     def forward(
-        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Any
-    ) -> torch.Tensor:
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        padding: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """The tokens `(batch, tokens, width)` one block on; with `padding`, tokens that take part in everything but
+        are not the caller's own, the pair of both."""
+        length = hidden_states.shape[1]
+        if padding is not None:
+            hidden_states, kwargs["num_returned"] = torch.cat([hidden_states, padding], dim=1), length
         hidden_states = hidden_states + self.self_attn(self.layer_norm1(hidden_states), attention_mask, **kwargs)[0]
-        return hidden_states + self.mlp(self.layer_norm2(hidden_states))
+        hidden_states = hidden_states + self.mlp(self.layer_norm2(hidden_states))
+        return hidden_states if padding is None else (hidden_states[:, :length], hidden_states[:, length:])
 
 
 class FlipEncoder(nn.Module):
@@ -286,11 +311,20 @@ class FlipEncoder(nn.Module):
         self.gradient_checkpointing = False
 
     def forward(
-        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Any
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        padding: torch.Tensor | None = None,
+        **kwargs: Any,
     ) -> torch.Tensor:
+        """All tokens `(batch, tokens, width)`, those of `padding` last; hooks on a layer see the others alone."""
+        if padding is None:
+            for layer in self.layers:
+                hidden_states = layer(hidden_states, attention_mask, **kwargs)
+            return hidden_states
         for layer in self.layers:
-            hidden_states = layer(hidden_states, attention_mask, **kwargs)
-        return hidden_states
+            hidden_states, padding = layer(hidden_states, attention_mask, padding, **kwargs)
+        return torch.cat([hidden_states, padding], dim=1)
 
 
 class FlipPreTrainedModel(PreTrainedModel):
@@ -343,6 +377,8 @@ class FlipVisionModel(FlipPreTrainedModel):
     input_modalities = ("image",)
     base_model_prefix = "vision_model"
     _input_embed_layer = "patch_embedding"
+    # Of a whole FlipModel's weights, what this tower has no use for.
+    _keys_to_ignore_on_load_unexpected = [r"^text_", r"^image_projection\.", r"^logit_scale$"]  # noqa: RUF012
 
     def __init__(self, config: FlipVisionConfig):
         super().__init__(config)
@@ -389,6 +425,7 @@ class FlipTextModel(FlipPreTrainedModel):
     input_modalities = ("text",)
     base_model_prefix = "text_model"
     _input_embed_layer = "token_embedding"
+    _keys_to_ignore_on_load_unexpected = [r"^vision_model\.", r"_projection\.", r"^logit_scale$"]  # noqa: RUF012
 
     def __init__(self, config: FlipTextConfig):
         super().__init__(config)
@@ -403,7 +440,8 @@ class FlipTextModel(FlipPreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.embeddings.token_embedding = value
 
-    @can_return_tuple
+    @merge_with_config_defaults
+    @capture_outputs(tie_last_hidden_states=False)
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -420,41 +458,22 @@ class FlipTextModel(FlipPreTrainedModel):
         """
         if input_ids is None:
             raise ValueError("input_ids is missing")
-        length = input_ids.shape[1]
+        length, full_length = input_ids.shape[1], self.config.max_position_embeddings
         if self.config.attend_to_padding:
             attention_mask = None
-            if position_ids is None and length < self.config.max_position_embeddings:
-                missing = self.config.max_position_embeddings - length
-                input_ids = nn.functional.pad(input_ids, (0, missing), value=self.config.pad_token_id)
+            if position_ids is None and length < full_length:
+                input_ids = nn.functional.pad(input_ids, (0, full_length - length), value=self.config.pad_token_id)
         elif attention_mask is None:
             attention_mask = (input_ids != self.config.pad_token_id).long()
-        kwargs.pop("return_dict", None)
-        output = self._encode(input_ids, attention_mask, position_ids, return_dict=True, **kwargs)
-        if input_ids.shape[1] == length:
-            return output
-        return BaseModelOutputWithPooling(
-            last_hidden_state=output.last_hidden_state[:, :length],
-            pooler_output=output.pooler_output,
-            hidden_states=output.hidden_states and tuple(h[:, :length] for h in output.hidden_states),
-            attentions=output.attentions and tuple(a[..., :length, :length] for a in output.attentions),
-        )
-
-    @merge_with_config_defaults
-    @capture_outputs(tie_last_hidden_states=False)
-    def _encode(
-        self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        position_ids: torch.Tensor | None,
-        **kwargs: Any,
-    ) -> BaseModelOutputWithPooling:
         hidden_states = self.embeddings(input_ids, position_ids)
         layer_mask = create_bidirectional_mask(
             config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask
         )
-        hidden_states = self.final_layer_norm(self.encoder(hidden_states, layer_mask, **kwargs))
+        padding = hidden_states[:, length:] if hidden_states.shape[1] > length else None
+        hidden_states = self.encoder(hidden_states[:, :length], layer_mask, padding, **kwargs)
+        hidden_states = self.final_layer_norm(hidden_states)
         return BaseModelOutputWithPooling(
-            last_hidden_state=hidden_states, pooler_output=self._pool(hidden_states, attention_mask)
+            last_hidden_state=hidden_states[:, :length], pooler_output=self._pool(hidden_states, attention_mask)
         )
 
     def _pool(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
@@ -472,6 +491,7 @@ class FlipVisionModelWithProjection(FlipPreTrainedModel):
     config: FlipVisionConfig
     main_input_name = "pixel_values"
     input_modalities = ("image",)
+    _keys_to_ignore_on_load_unexpected = [r"^text_", r"^logit_scale$"]  # noqa: RUF012
 
     def __init__(self, config: FlipVisionConfig):
         super().__init__(config)
@@ -499,6 +519,7 @@ class FlipTextModelWithProjection(FlipPreTrainedModel):
 
     config: FlipTextConfig
     input_modalities = ("text",)
+    _keys_to_ignore_on_load_unexpected = [r"^vision_model\.", r"^image_projection\.", r"^logit_scale$"]  # noqa: RUF012
 
     def __init__(self, config: FlipTextConfig):
         super().__init__(config)

@@ -1,0 +1,50 @@
+"""`flipscale VERB`: what each verb does is in the module of its name."""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+VERBS = {
+    "prepare": "write data: the demo set, shards and their indices",
+    "pretrain": "pre-train a model by masking, then tune it unmasked, as a recipe says",
+    "evaluate": "zero-shot classification and retrieval of a trained model",
+    "study": "run recipes side by side at equal wall-clock and compare them",
+    "convert": "turn other checkpoints into a model folder",
+    "bench": "measure speed and memory, one JSON line each",
+}
+
+
+@contextmanager
+def complain() -> Iterator[None]:
+    """Turns a user's mistake (ValueError) into one line and exit code 2, a failed run into one line and exit code 1."""
+    try:
+        yield
+    except (ValueError, OSError, FloatingPointError) as error:
+        print(f"flipscale: error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, ValueError) else 1)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the verb that `arguments` (by default the command line's) name."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments[:1] == ["pretrain"]:
+        # A recipe has a parser of its own.
+        importlib.import_module("flipscale.pretrain").main(arguments[1:])
+        return
+    parser = argparse.ArgumentParser(prog="flipscale", description="Scaling language-image pre-training by masking.")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    for verb, summary in VERBS.items():
+        subparser = verbs.add_parser(verb, help=summary, description=summary)
+        if arguments[:1] == [verb]:
+            module = importlib.import_module(f"flipscale.{verb}")
+            module.add_arguments(subparser)
+            subparser.set_defaults(run=module.run)
+    parsed = parser.parse_args(arguments)
+    with complain():
+        parsed.run(parsed)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""From bytes to a batch: sources, order, randomness, decoding, the loader; and the demo set."""

@@ -1,0 +1,77 @@
+"""The global order: which sample stands at which position, for ever."""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import numpy as np
+
+from flipscale.data.randomness import keyed_permutation
+
+
+class GlobalOrder:
+    """Maps a global position to (shard, sample): a pure function of (seed, position).
+
+    Step s of batch size B is positions [s*B, (s+1)*B), whatever the number of processes and workers, so resuming is a
+    number. An epoch visits every sample once: its shards are permuted, cut into blocks of `shards_per_block`, and the
+    samples of a block are permuted together.
+
+    Quality: a sample can land anywhere in the epoch (its shard's block can be any), and it is mixed with all samples
+    of its block, 160,000 at the usual 10,000 a shard and 16 shards. Cost: the permutation of one block in memory
+    (8 bytes a sample), `shards_per_block` open files and one random read a sample.
+
+    Args:
+        shard_sizes: samples in each shard, in the order the shards are listed.
+
+    Raises:
+        ValueError: no sample at all.
+    """
+
+    def __init__(self, shard_sizes: Sequence[int], seed: int, shards_per_block: int = 16):
+        self.shard_sizes = np.asarray(shard_sizes, dtype=np.int64)
+        self.num_samples = int(self.shard_sizes.sum())
+        if self.num_samples == 0:
+            raise ValueError(f"the data set is empty: 0 samples in {len(self.shard_sizes)} shards")
+        self.seed = seed
+        self.shards_per_block = shards_per_block
+        self._epochs: OrderedDict[int, tuple[np.ndarray, np.ndarray]] = OrderedDict()
+        self._blocks: OrderedDict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = OrderedDict()
+
+    def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Shard numbers and sample numbers within them, int64, for global `positions` (int64, any order)."""
+        positions = np.asarray(positions, dtype=np.int64)
+        epochs, offsets = np.divmod(positions, self.num_samples)
+        shards, samples = np.empty_like(positions), np.empty_like(positions)
+        for epoch in np.unique(epochs):
+            in_epoch = epochs == epoch
+            _, block_starts = self._epoch(int(epoch))
+            blocks = np.searchsorted(block_starts, offsets, side="right") - 1
+            for block in np.unique(blocks[in_epoch]):
+                chosen = in_epoch & (blocks == block)
+                block_shards, block_samples = self._block(int(epoch), int(block))
+                within = offsets[chosen] - block_starts[block]
+                shards[chosen], samples[chosen] = block_shards[within], block_samples[within]
+        return shards, samples
+
+    def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The epoch's order of shards, and the position at which each of its blocks starts."""
+        if epoch not in self._epochs:
+            order = keyed_permutation(self.seed, "shards", epoch, len(self.shard_sizes))
+            ends = np.concatenate([[0], np.cumsum(self.shard_sizes[order])])
+            self._epochs[epoch] = (order, ends[:-1][:: self.shards_per_block])
+            if len(self._epochs) > 2:
+                self._epochs.popitem(last=False)
+        return self._epochs[epoch]
+
+    def _block(self, epoch: int, block: int) -> tuple[np.ndarray, np.ndarray]:
+        """Shard and sample numbers of a block, in the order it is read."""
+        if (epoch, block) not in self._blocks:
+            order, block_starts = self._epoch(epoch)
+            members = order[block * self.shards_per_block : (block + 1) * self.shards_per_block]
+            sizes = self.shard_sizes[members]
+            shards = np.repeat(members, sizes)
+            samples = np.concatenate([np.arange(size) for size in sizes])
+            shuffled = keyed_permutation(self.seed, f"samples of epoch {epoch}", int(block_starts[block]), len(shards))
+            self._blocks[epoch, block] = (shards[shuffled], samples[shuffled])
+            if len(self._blocks) > 2:
+                self._blocks.popitem(last=False)
+        return self._blocks[epoch, block]

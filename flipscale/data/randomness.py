@@ -1,0 +1,42 @@
+"""Random numbers that are a pure function of (seed, purpose, position): crops, flips, masks and order.
+
+There is no generator state anywhere: the same position draws the same numbers in any process, in any worker, after a
+resume and in a second pass. The mixer is SplitMix64's finaliser (Steele, Lea, Flood 2014), keyed per purpose, run once
+over the position and once over the draw, on whole batches at a time.
+"""
+
+import hashlib
+
+import numpy as np
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+def _mix(bits: np.ndarray) -> np.ndarray:
+    bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return bits ^ (bits >> np.uint64(31))
+
+
+def _key(seed: int, purpose: str) -> np.ndarray:
+    digest = hashlib.blake2b(f"{seed}/{purpose}".encode(), digest_size=8).digest()
+    return np.frombuffer(digest, dtype="<u8").astype(np.uint64)
+
+
+def keyed_uniform(seed: int, purpose: str, positions: np.ndarray, count: int) -> np.ndarray:
+    """`count` uniform numbers in [0, 1) for each of `positions`: float64 `(len(positions), count)`."""
+    rows = _mix(_key(seed, purpose) + np.asarray(positions).astype(np.uint64) * _GOLDEN)
+    bits = _mix(rows[:, None] + (np.arange(count, dtype=np.uint64) + np.uint64(1)) * _GOLDEN)
+    return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def keyed_permutation(seed: int, purpose: str, key: int, count: int) -> np.ndarray:
+    """A permutation of `range(count)`, int64, chosen by (seed, purpose, key)."""
+    return np.argsort(keyed_uniform(seed, purpose, np.array([key]), count)[0], kind="stable")
+
+
+def keyed_patch_index(seed: int, positions: np.ndarray, num_patches: int, kept: int) -> np.ndarray:
+    """The patches left of each sample: int16 `(len(positions), kept)`, a uniform random subset, ascending."""
+    noise = keyed_uniform(seed, "mask", positions, num_patches)
+    smallest = np.argpartition(noise, kept - 1, axis=1)[:, :kept] if kept < num_patches else np.argsort(noise, axis=1)
+    return np.sort(smallest, axis=1).astype(np.int16)

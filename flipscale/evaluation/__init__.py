@@ -1,0 +1,1 @@
+"""What a model is worth: one file a task."""

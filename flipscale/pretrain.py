@@ -1,0 +1,244 @@
+"""Pre-training by masking: `accelerate launch -m flipscale.pretrain --config RECIPE`, `torchrun`, or plain python."""
+
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from flipscale.cli import complain
+from flipscale.data.loader import InputShape, PairDataset, build_loader
+from flipscale.data.tar_source import TarSource
+from flipscale.data.tokenizers import bert_tokenizer
+from flipscale.evaluation.embedding import Embedder
+from flipscale.evaluation.suite import run_suite
+from flipscale.hub.export import build_processor, export_model
+from flipscale.model import FlipModel
+from flipscale.training.attention import best_attention
+from flipscale.training.checkpoint import load_optimizers, load_state, load_weights, save_checkpoint
+from flipscale.training.contrastive import contrastive_loss
+from flipscale.training.health import StepGuard
+from flipscale.training.launch import start_accelerator
+from flipscale.training.optimizer import build_optimizers, gradient_norm, set_learning_rate
+from flipscale.training.preemption import StopRequest
+from flipscale.training.recipe import Recipe, parse_recipe, to_yaml
+from flipscale.training.run_directory import open_run_directory, write_run_files
+from flipscale.training.schedule import Stage, plan_stages
+from flipscale.training.tracking import Tracker, is_due
+
+log = logging.getLogger("flipscale")
+
+
+class Run:
+    """A run in progress: the model, its optimisers and its position, and what is due between steps."""
+
+    def __init__(self, recipe: Recipe):
+        """Collective. Everything of the recipe checked and built, and the newest checkpoint loaded."""
+        self.recipe = recipe
+        self.batch_size = recipe.data.global_batch_size
+        self.run_dir = Path(recipe.output_dir)
+        self.stages = plan_stages(recipe.stages, self.batch_size)
+        config = recipe.model.config()
+        checkpoint = open_run_directory(recipe)
+        self.source = TarSource(recipe.data.shards)
+        self.accelerator = start_accelerator(recipe.log.report_to, recipe.output_dir)
+        self.tokenizer = load_tokenizer(recipe.data.tokenizer, config.text_config.max_position_embeddings)
+        self.total_steps = self.stages[-1].last_step
+        self.tracker = Tracker(self.accelerator, recipe.log, self.run_dir, self.batch_size, self.total_steps)
+        self.request = StopRequest()
+        self.guard = StepGuard(self.accelerator, self.request)
+        self.step, self.stopped = 0, False
+
+        torch.manual_seed(recipe.seed)
+        self.weights = FlipModel.from_pretrained(recipe.model.init_from) if recipe.model.init_from else FlipModel(config)
+        self.weights.set_attn_implementation(best_attention(self.accelerator.device))
+        if recipe.model.gradient_checkpointing:
+            self.weights.gradient_checkpointing_enable()
+        state = self._load(checkpoint)
+        self.model = self.accelerator.prepare(self.weights)
+        self.optimizers = self._optimizers(self._stage_of(self.step), checkpoint)
+        if self.accelerator.is_main_process:
+            write_run_files(recipe, self.accelerator.num_processes)
+        if recipe.log.report_to:
+            self.accelerator.init_trackers("tensorboard")
+        self.request.listen()
+        self.tracker.start(self.step, state.get("trained_seconds", 0.0))
+
+    def _load(self, checkpoint: Path | None) -> dict[str, Any]:
+        if checkpoint is None:
+            return {}
+        state = load_state(checkpoint)
+        if state["data_samples"] != len(self.source):
+            raise ValueError(
+                f"{checkpoint} was trained on {state['data_samples']} samples, data.shards now has {len(self.source)}; "
+                "the order of samples would change: use the same shards or another output_dir"
+            )
+        load_weights(checkpoint, self.weights)
+        self.step = state["step"]
+        return state
+
+    def _stage_of(self, step: int) -> Stage:
+        return next((stage for stage in self.stages if step < stage.last_step), self.stages[-1])
+
+    def _optimizers(self, stage: Stage, checkpoint: Path | None) -> list[torch.optim.Optimizer]:
+        built = build_optimizers(self.weights.named_parameters(), self.recipe.optim)
+        if checkpoint is not None and self.step > stage.schedule_first:
+            load_optimizers(checkpoint, self.weights, built)
+        return [self.accelerator.prepare(optimizer) for optimizer in built]
+
+    def remaining_stages(self) -> Iterator[Stage]:
+        """The stages that are not over, each with its optimisers in place."""
+        for stage in self.stages:
+            if self.stopped or stage.last_step <= self.step:
+                continue
+            if stage.fresh_optimizer and stage.first_step == self.step and self.step > 0:
+                self.optimizers = self._optimizers(stage, None)
+            yield stage
+
+    def batches(self, stage: Stage) -> Iterator[dict[str, torch.Tensor]]:
+        """This process's batches of a stage from the current step on, on the device, until a stop."""
+        dataset = PairDataset(
+            self.source,
+            self.tokenizer,
+            self.recipe.data,
+            InputShape.of(self.weights.config),
+            self.recipe.seed,
+            stage.mask_ratio,
+        )
+        accelerator = self.accelerator
+        loader = build_loader(
+            dataset,
+            max(self.step, stage.first_step),
+            stage.last_step,
+            accelerator.process_index,
+            accelerator.num_processes,
+            pin_memory=accelerator.device.type == "cuda",
+        )
+        for batch in self.tracker.timed(loader):
+            yield {name: value.to(accelerator.device, non_blocking=True) for name, value in batch.items()}
+            if self.stopped:
+                return
+
+    def after_step(self, stage: Stage, metrics: dict[str, Any], num_replaced: int, skipped: bool) -> None:
+        """Collective. Counts the step and does what is due: track, evaluate, save."""
+        self.step += 1
+        self.tracker.after_step(self.step, {**metrics, "stage": stage.name}, num_replaced, skipped)
+        seen, recipe = self.step * self.batch_size, self.recipe
+        evaluates = is_due(seen, self.batch_size, recipe.eval.every_samples) and self.step < self.total_steps
+        saves = self.stopped or is_due(seen, self.batch_size, recipe.save.every_samples)
+        if evaluates or saves:
+            self.tracker.pause()
+            if evaluates:
+                self.evaluate()
+            if saves:
+                self.save()
+            self.tracker.resume()
+
+    def evaluate(self) -> dict[str, float]:
+        """Collective. The recipe's evaluations of the weights as they are, also written to `metrics.jsonl`."""
+        self.weights.eval()
+        embedder = Embedder(self.weights, self.tokenizer, self.accelerator, self.recipe.eval.batch_size)
+        metrics = run_suite(embedder, self.recipe.eval.zero_shot, self.recipe.eval.retrieval)
+        self.weights.train()
+        if metrics:
+            self.tracker.write(self.step, metrics)
+        return metrics
+
+    def save(self) -> None:
+        """Collective. A checkpoint of this step."""
+        if self.accelerator.is_main_process:
+            state = {
+                "step": self.step,
+                "samples_seen": self.step * self.batch_size,
+                "trained_seconds": self.tracker.trained_seconds,
+                "data_samples": len(self.source),
+                "num_processes": self.accelerator.num_processes,
+            }
+            recipe = self.recipe
+            save_checkpoint(
+                self.run_dir, self.weights, self.optimizers, state, to_yaml(recipe), recipe.save.total_limit
+            )
+        self.accelerator.wait_for_everyone()
+
+    def finish(self) -> None:
+        """Collective. The last checkpoint, evaluation and the exported model; nothing of it after a stop."""
+        self.tracker.pause()
+        if not self.stopped:
+            self.save()
+            self.evaluate()
+            if self.accelerator.is_main_process:
+                processor = build_processor(self.weights.config, self.tokenizer)
+                export_model(self.weights, processor, self.run_dir / "model")
+                (self.run_dir / "DONE").touch()
+        self.tracker.finish()
+        self.accelerator.end_training()
+
+
+def load_tokenizer(name: str, max_tokens: int) -> PreTrainedTokenizerBase:
+    """The tokenizer of a recipe: a folder, a Hub name, or `bert` for the original's WordPiece.
+
+    Raises:
+        ValueError: it cannot be loaded.
+    """
+    try:
+        if name == "bert":
+            return bert_tokenizer("google-bert/bert-base-uncased", max_tokens)
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except OSError as error:
+        raise ValueError(f"data.tokenizer {name!r} cannot be loaded ({str(error).splitlines()[0]})") from error
+    tokenizer.model_max_length = max_tokens
+    return tokenizer
+
+
+def pretrain(recipe: Recipe) -> Path:
+    """Collective. The run directory of the finished (or stopped and resumable) run.
+
+    Raises:
+        ValueError: a recipe that cannot be run as it stands.
+        FloatingPointError: the loss stayed non-finite.
+        OSError: a checkpoint could not be written.
+    """
+    run = Run(recipe)
+    for stage in run.remaining_stages():
+        for batch in run.batches(stage):
+            learning_rate = stage.learning_rate(run.step)
+            set_learning_rate(run.optimizers, learning_rate)
+            num_replaced = int(batch.pop("num_replaced"))
+            output = run.model(**batch, return_logits=False)
+            loss = contrastive_loss(output.image_embeds, output.text_embeds, output.logit_scale)
+            run.accelerator.backward(loss)
+            verdict = run.guard.agree(loss, gradient_norm(run.weights.parameters(), recipe.optim.max_grad_norm))
+            take_step(run.optimizers, verdict.finite)
+            run.stopped = verdict.stop
+            metrics = {
+                "loss": verdict.loss,
+                "lr": learning_rate,
+                "grad_norm": verdict.grad_norm,
+                "logit_scale": output.logit_scale.item(),
+            }
+            run.after_step(stage, metrics, num_replaced, skipped=not verdict.finite)
+    run.finish()
+    return run.run_dir
+
+
+def take_step(optimizers: Sequence[torch.optim.Optimizer], finite: bool) -> None:
+    """Moves the weights, unless the step is not finite, and forgets the gradients."""
+    for optimizer in optimizers:
+        if finite:
+            optimizer.step()
+        optimizer.zero_grad()
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The verb: parses a recipe and runs it; a user's mistake ends in one line and exit code 2."""
+    with complain():
+        pretrain(parse_recipe(sys.argv[1:] if arguments is None else arguments))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""How a model is trained: the recipe, the loss, the optimiser, checkpoints, tracking."""

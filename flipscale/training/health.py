@@ -1,0 +1,49 @@
+"""What all processes must agree on before a step is taken: is it finite, and was any of us asked to stop."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+
+from flipscale.training.preemption import StopRequest
+
+MAX_SKIPPED_IN_A_ROW = 5
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The global batch's loss, the gradient norm, whether the step is to be taken, and whether it is the last."""
+
+    loss: float
+    grad_norm: float
+    finite: bool
+    stop: bool
+
+
+class StepGuard:
+    """Skips steps whose loss or gradients are not finite, and gives up after a few in a row."""
+
+    def __init__(self, accelerator: Accelerator, request: StopRequest):
+        self.accelerator = accelerator
+        self.request = request
+        self._in_a_row = 0
+
+    def agree(self, loss: torch.Tensor, grad_norm: torch.Tensor) -> Verdict:
+        """Collective. The same verdict on every process.
+
+        Raises:
+            FloatingPointError: the loss or the gradients were not finite in `MAX_SKIPPED_IN_A_ROW` steps in a row.
+        """
+        asked = torch.tensor(float(self.request.received is not None), device=loss.device)
+        mine = torch.stack([loss.detach().float(), grad_norm.detach().float(), asked])
+        loss_sum, norm_sum, asked_sum = self.accelerator.reduce(mine, "sum").tolist()
+        count = self.accelerator.num_processes
+        finite = math.isfinite(loss_sum) and math.isfinite(norm_sum)
+        self._in_a_row = 0 if finite else self._in_a_row + 1
+        if self._in_a_row >= MAX_SKIPPED_IN_A_ROW:
+            raise FloatingPointError(
+                f"loss {loss_sum / count} or gradient norm {norm_sum / count} was not finite in {self._in_a_row} steps in a "
+                "row, none of them taken; lower the learning rate and go on from the last checkpoint"
+            )
+        return Verdict(loss_sum / count, norm_sum / count, finite, asked_sum > 0)

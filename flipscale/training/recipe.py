@@ -1,0 +1,153 @@
+"""The recipe: every knob of a run, read from YAML and `--section.field` flags."""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser
+
+from flipscale.data.loader import DataRecipe
+from flipscale.model import FlipConfig
+from flipscale.training.checkpoint import SaveRecipe
+from flipscale.training.optimizer import OptimRecipe
+from flipscale.training.schedule import StageRecipe
+from flipscale.training.tracking import LogRecipe
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+# Fields of the sections that decide what is learned which do not: they may differ on resume.
+_WHERE_IT_RUNS = {("model", "gradient_checkpointing"), ("data", "num_workers"), ("data", "shards")}
+
+
+@dataclass(frozen=True)
+class ModelRecipe:
+    """What is trained.
+
+    Args:
+        size: b16, l16, l14, h14 or g14.
+        vision_config, text_config: fields of the towers that differ from the size's, e.g. `{image_size: 112}`.
+        gradient_checkpointing: recompute activations in the backward pass. Does not change what is learned.
+        init_from: a model folder or Hub name whose weights the run starts from.
+    """
+
+    size: str = "b16"
+    vision_config: dict[str, Any] = field(default_factory=dict)
+    text_config: dict[str, Any] = field(default_factory=dict)
+    gradient_checkpointing: bool = False
+    init_from: str | None = None
+
+    def config(self) -> FlipConfig:
+        """The model's configuration.
+
+        Raises:
+            ValueError: an unknown size or field, an image size that the patch does not divide.
+        """
+        base = FlipConfig.from_size(self.size)
+        for section, tower in (("vision_config", base.vision_config), ("text_config", base.text_config)):
+            known = {f.name for f in dataclasses.fields(tower)}
+            for name in getattr(self, section):
+                if name not in known:
+                    raise ValueError(f"model.{section}.{name} is not a field of {type(tower).__name__}")
+        return FlipConfig.from_size(self.size, self.vision_config, self.text_config)
+
+
+@dataclass(frozen=True)
+class EvalRecipe:
+    """What is evaluated while training, and at its end.
+
+    Args:
+        every_samples: how often; 0 only at the end.
+        zero_shot: folder of classification shards with `classnames.txt`, or None.
+        retrieval: folder of image-caption shards, or None.
+        batch_size: images a process embeds at once.
+    """
+
+    every_samples: int = 0
+    zero_shot: str | None = None
+    retrieval: str | None = None
+    batch_size: int = 256
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A run. `model`, `data`, `optim`, `stages` and `seed` decide what is learned; the rest does not.
+
+    Args:
+        stages: masked pre-training, unmasked tuning, or any list of mask ratios and rates.
+        output_dir: the run directory.
+        resume_from_checkpoint: `auto` goes on from the newest checkpoint of `output_dir`, `never` starts anew.
+    """
+
+    model: ModelRecipe = field(default_factory=ModelRecipe)
+    data: DataRecipe = field(default_factory=DataRecipe)
+    optim: OptimRecipe = field(default_factory=OptimRecipe)
+    stages: list[StageRecipe] = field(default_factory=list)
+    seed: int = 0
+    log: LogRecipe = field(default_factory=LogRecipe)
+    save: SaveRecipe = field(default_factory=SaveRecipe)
+    eval: EvalRecipe = field(default_factory=EvalRecipe)
+    output_dir: str = "runs/flip"
+    resume_from_checkpoint: str = "auto"
+
+
+def build_parser() -> ArgumentParser:
+    """The parser of `flipscale pretrain`: `--config RECIPE` and a flag for every field."""
+    parser = ArgumentParser(prog="flipscale pretrain", description=__doc__, exit_on_error=False)
+    parser.add_argument("--config", action="config", help="a recipe file, or the name of one of flipscale/recipes")
+    parser.add_class_arguments(Recipe)
+    return parser
+
+
+def parse_recipe(arguments: Sequence[str]) -> Recipe:
+    """The recipe that command-line `arguments` describe; a bare name after `--config` is a recipe of the package.
+
+    Raises:
+        ValueError: a key that does not exist, or a value of the wrong type.
+    """
+    parser = build_parser()
+    try:
+        parsed = parser.parse_args([_named_recipe(previous, word) for previous, word in _with_previous(arguments)])
+        built = parser.instantiate_classes(parsed)
+    except ArgumentError as error:
+        raise ValueError(" ".join(str(error).split())) from None
+    return Recipe(**{f.name: getattr(built, f.name) for f in dataclasses.fields(Recipe)})
+
+
+def _with_previous(arguments: Sequence[str]) -> list[tuple[str, str]]:
+    return list(zip(["", *arguments], arguments, strict=False))
+
+
+def _named_recipe(previous: str, word: str) -> str:
+    if previous == "--config" and not Path(word).exists():
+        named = RECIPES / f"{word}.yaml"
+        if named.exists():
+            return str(named)
+        raise ValueError(
+            f"recipe {word!r} is neither a file nor one of {', '.join(sorted(p.stem for p in RECIPES.glob('*.yaml')))}"
+        )
+    return word
+
+
+def to_yaml(recipe: Recipe) -> str:
+    """The resolved recipe as YAML; `--config` reads it back."""
+    plain = dataclasses.asdict(recipe)
+    plain["data"]["crop_scale"] = list(recipe.data.crop_scale)
+    return yaml.safe_dump(plain, sort_keys=False)
+
+
+def differences(recipe: Recipe, saved: dict[str, Any]) -> list[str]:
+    """Fields that decide what is learned and differ from a saved recipe, as `section.field: saved, now`."""
+    now = yaml.safe_load(to_yaml(recipe))
+    found = []
+    for section in ("model", "data", "optim"):
+        for name in now[section].keys() | saved.get(section, {}).keys():
+            before, after = saved.get(section, {}).get(name), now[section].get(name)
+            if before != after and (section, name) not in _WHERE_IT_RUNS:
+                found.append(f"{section}.{name}: {before}, now {after}")
+    for name in ("stages", "seed"):
+        if saved.get(name) != now[name]:
+            found.append(f"{name}: {saved.get(name)}, now {now[name]}")
+    return sorted(found)
+

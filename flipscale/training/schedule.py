@@ -1,0 +1,101 @@
+"""Stages: what mask and what learning rate every step has, as a pure function of the step."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class StageRecipe:
+    """One stretch of the run. The paper's recipe is two: masked pre-training, then unmasked tuning.
+
+    Args:
+        name: for the log.
+        samples: length in pairs seen, cut to whole steps.
+        mask_ratio: fraction of the patches removed, in [0, 1).
+        base_lr: peak learning rate per 256 samples of batch: a schedule (warm-up, then cosine to 0) of its own, with a
+            fresh optimiser, as the original's tuning has it. Leave it out and the schedule and optimiser of the stage
+            before go on through this one.
+        warmup_samples: linear warm-up at the start of the schedule.
+    """
+
+    name: str
+    samples: int
+    mask_ratio: float = 0.0
+    base_lr: float | None = None
+    warmup_samples: int = 0
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage in steps: [first_step, last_step), inside the learning-rate schedule [schedule_first, schedule_last)."""
+
+    name: str
+    mask_ratio: float
+    first_step: int
+    last_step: int
+    schedule_first: int
+    schedule_last: int
+    warmup_steps: int
+    peak_lr: float
+
+    @property
+    def fresh_optimizer(self) -> bool:
+        """Whether the optimiser starts anew here."""
+        return self.first_step == self.schedule_first
+
+    def learning_rate(self, step: int) -> float:
+        """The rate of `step`: linear from 0 over the warm-up (step 0 has rate 0), then a cosine to 0."""
+        step -= self.schedule_first
+        if step < self.warmup_steps:
+            return self.peak_lr * step / self.warmup_steps
+        length = self.schedule_last - self.schedule_first - self.warmup_steps
+        return self.peak_lr * 0.5 * (1.0 + math.cos(math.pi * (step - self.warmup_steps) / length))
+
+
+def plan_stages(stages: Sequence[StageRecipe], global_batch_size: int) -> list[Stage]:
+    """The stages in steps, one after the other.
+
+    Raises:
+        ValueError: no stage, a first stage without base_lr, a stage shorter than a step, a warm-up as long as its
+            schedule, a mask ratio outside [0, 1).
+    """
+    if not stages or stages[0].base_lr is None:
+        raise ValueError("stages[0].base_lr is missing; the first stage needs a learning rate per 256 samples")
+    steps = [stage.samples // global_batch_size for stage in stages]
+    planned: list[Stage] = []
+    for number, stage in enumerate(stages):
+        if not 0.0 <= stage.mask_ratio < 1.0:
+            raise ValueError(f"stage {stage.name!r}: mask_ratio is {stage.mask_ratio}; it must be in [0, 1)")
+        if steps[number] < 1:
+            raise ValueError(
+                f"stage {stage.name!r}: {stage.samples} samples are less than one step of {global_batch_size} pairs"
+            )
+        first_step = planned[-1].last_step if planned else 0
+        if stage.base_lr is not None:
+            followers = next(
+                (n for n in range(number + 1, len(stages)) if stages[n].base_lr is not None), len(stages)
+            )
+            schedule_first, schedule_last = first_step, first_step + sum(steps[number:followers])
+            warmup_steps = stage.warmup_samples // global_batch_size
+            peak_lr = stage.base_lr * global_batch_size / 256
+        elif stage.warmup_samples:
+            raise ValueError(f"stage {stage.name!r}: warmup_samples needs a base_lr of its own")
+        if warmup_steps >= schedule_last - schedule_first:
+            raise ValueError(
+                f"stage {stage.name!r}: a warm-up of {stage.warmup_samples} samples is not shorter than its schedule of "
+                f"{(schedule_last - schedule_first) * global_batch_size}"
+            )
+        planned.append(
+            Stage(
+                stage.name,
+                stage.mask_ratio,
+                first_step,
+                first_step + steps[number],
+                schedule_first,
+                schedule_last,
+                warmup_steps,
+                peak_lr,
+            )
+        )
+    return planned

@@ -1,0 +1,142 @@
+"""What a run writes while it trains: `metrics.jsonl` always, trackers on request, a progress bar on a terminal."""
+
+import json
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from tqdm import tqdm
+
+
+@dataclass(frozen=True)
+class LogRecipe:
+    """What is reported.
+
+    Args:
+        every_samples: interval of the training metrics.
+        report_to: accelerate trackers besides `metrics.jsonl`, e.g. tensorboard, wandb.
+    """
+
+    every_samples: int = 1_000_000
+    report_to: list[str] = field(default_factory=lambda: ["tensorboard"])
+
+
+def is_due(samples_seen: int, step_samples: int, every_samples: int) -> bool:
+    """Whether a multiple of `every_samples` was reached by the last step."""
+    return every_samples > 0 and samples_seen // every_samples > (samples_seen - step_samples) // every_samples
+
+
+class Tracker:
+    """Collects the steps of an interval and writes one record for it, on the main process.
+
+    A record has the step's loss, lr, grad_norm, logit_scale, and the interval's images_per_s, data_wait_share,
+    num_replaced (bad samples) and num_skipped (steps with a non-finite loss or gradient).
+    """
+
+    def __init__(self, accelerator: Accelerator, recipe: LogRecipe, run_dir: Path, step_samples: int, total_steps: int):
+        self.accelerator = accelerator
+        self.every_samples = recipe.every_samples
+        self.step_samples = step_samples
+        self.path = run_dir / "metrics.jsonl"
+        self._seconds_before = 0.0
+        self._running_since: float | None = None
+        self._total_steps = total_steps
+        self._bar: tqdm | None = None
+        self._reset()
+
+    def start(self, step: int, trained_seconds: float) -> None:
+        """Begins at `step`, after an earlier run's `trained_seconds`; records past it are of steps taken back."""
+        self._seconds_before = trained_seconds
+        self.resume()
+        self._reset()
+        if not self.accelerator.is_main_process:
+            return
+        if self.path.exists():
+            lines = [line for line in self.path.read_text().splitlines() if json.loads(line)["step"] <= step]
+            partial = self.path.with_suffix(".partial")
+            partial.write_text("".join(f"{line}\n" for line in lines))
+            partial.replace(self.path)
+        self._bar = tqdm(
+            total=self._total_steps * self.step_samples,
+            initial=step * self.step_samples,
+            unit="pair",
+            unit_scale=True,
+            disable=not sys.stderr.isatty(),
+            dynamic_ncols=True,
+        )
+
+    def timed(self, batches: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """The same batches, the time spent waiting for them counted."""
+        iterator = iter(batches)
+        while True:
+            start = time.perf_counter()
+            batch = next(iterator, None)
+            self._wait_seconds += time.perf_counter() - start
+            if batch is None:
+                return
+            yield batch
+
+    def after_step(self, step: int, metrics: dict[str, float], num_replaced: int, skipped: bool) -> None:
+        """Counts a step, now `step` in all, and writes the interval's record when it is due."""
+        self._steps += 1
+        self._replaced += num_replaced
+        self._skipped += skipped
+        if self._bar is not None:
+            self._bar.update(self.step_samples)
+        samples_seen = step * self.step_samples
+        if not (is_due(samples_seen, self.step_samples, self.every_samples) or step == self._total_steps):
+            return
+        seconds = self.trained_seconds - self._interval_start
+        self.write(
+            step,
+            {
+                **metrics,
+                "images_per_s": self._steps * self.step_samples / seconds,
+                "data_wait_share": self._wait_seconds / seconds,
+                "num_replaced": self._replaced,
+                "num_skipped": self._skipped,
+            },
+        )
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"loss {metrics['loss']:.3f}, {metrics['stage']}", refresh=False)
+        self._reset()
+
+    def write(self, step: int, metrics: dict[str, Any]) -> None:
+        """Appends one record, durable against a kill of this process."""
+        if not self.accelerator.is_main_process:
+            return
+        record = {"step": step, "samples_seen": step * self.step_samples, "trained_seconds": self.trained_seconds}
+        record.update(metrics)
+        with open(self.path, "a") as file:
+            file.write(json.dumps(record) + "\n")
+        numbers = {name: value for name, value in record.items() if isinstance(value, int | float)}
+        self.accelerator.log(numbers, step=step)
+
+    @property
+    def trained_seconds(self) -> float:
+        """Time spent training since the run began, resumes counted, evaluations and saves not."""
+        running = 0.0 if self._running_since is None else time.perf_counter() - self._running_since
+        return self._seconds_before + running
+
+    def pause(self) -> None:
+        """Stops the clock: what follows (an evaluation, a save) is not training."""
+        self._seconds_before = self.trained_seconds
+        self._running_since = None
+
+    def resume(self) -> None:
+        """Starts the clock again."""
+        self._running_since = time.perf_counter()
+
+    def finish(self) -> None:
+        """Closes the progress bar."""
+        if self._bar is not None:
+            self._bar.close()
+
+    def _reset(self) -> None:
+        self._interval_start = self.trained_seconds
+        self._wait_seconds = 0.0
+        self._steps = self._replaced = self._skipped = 0
