@@ -1,6 +1,6 @@
 """Configuration of FLIP models: what the weights are, never how they are trained."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
@@ -84,7 +84,7 @@ class FlipTextConfig(PreTrainedConfig):
     initializer_range: float | int = 0.02
     attend_to_padding: bool = True
     pooling: str = "first"
-    pad_token_id: int | None = 0
+    pad_token_id: int = 0
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
 
@@ -113,7 +113,10 @@ class FlipConfig(PreTrainedConfig):
     ```"""
 
     model_type = "flip"
-    sub_configs_defaults = {"text_config": FlipTextConfig, "vision_config": FlipVisionConfig}  # noqa: RUF012
+    sub_configs_defaults: ClassVar[dict[str, Any]] = {
+        "text_config": FlipTextConfig,
+        "vision_config": FlipVisionConfig,
+    }
 
     text_config: dict | PreTrainedConfig | None = None
     vision_config: dict | PreTrainedConfig | None = None
@@ -123,7 +126,7 @@ class FlipConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
-        towers = [self.vision_config, self.text_config]
+        towers: list[Any] = [self.vision_config, self.text_config]
         if self.projection_dim is None:
             dims = [tower.projection_dim for tower in towers]
             if dims[0] != dims[1]:

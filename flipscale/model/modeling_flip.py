@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -32,18 +32,19 @@ class FlipOutput(ModelOutput):
         logit_scale: fp32, `(1,)`: the inverse temperature, exponential taken, clipped to [1, 100].
     """
 
-    loss: torch.FloatTensor | None = None
-    logits_per_image: torch.FloatTensor | None = None
-    logits_per_text: torch.FloatTensor | None = None
-    text_embeds: torch.FloatTensor | None = None
-    image_embeds: torch.FloatTensor | None = None
-    logit_scale: torch.FloatTensor | None = None
+    loss: torch.Tensor | None = None
+    logits_per_image: torch.Tensor | None = None
+    logits_per_text: torch.Tensor | None = None
+    text_embeds: torch.Tensor | None = None
+    image_embeds: torch.Tensor | None = None
+    logit_scale: torch.Tensor | None = None
     text_model_output: BaseModelOutputWithPooling | None = None
     vision_model_output: BaseModelOutputWithPooling | None = None
 
     def to_tuple(self) -> tuple[Any, ...]:
         return tuple(
-            v.to_tuple() if isinstance(v, ModelOutput) else v for v in (self[k] for k in self.keys())  # noqa: SIM118
+            v.to_tuple() if isinstance(v, ModelOutput) else v
+            for v in (self[k] for k in self.keys())
         )
 
 
@@ -51,20 +52,20 @@ class FlipOutput(ModelOutput):
 class FlipImageOutput(ModelOutput):
     """`image_embeds` `(batch, projection_dim)`, projected, not normalised, and the image tower's own output."""
 
-    image_embeds: torch.FloatTensor | None = None
-    last_hidden_state: torch.FloatTensor | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
+    image_embeds: torch.Tensor | None = None
+    last_hidden_state: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
 
 
 @dataclass
 class FlipTextOutput(ModelOutput):
     """`text_embeds` `(batch, projection_dim)`, projected, not normalised, and the text tower's own output."""
 
-    text_embeds: torch.FloatTensor | None = None
-    last_hidden_state: torch.FloatTensor | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
+    text_embeds: torch.Tensor | None = None
+    last_hidden_state: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
 
 
 def sincos_positions(width: int, rows: int, columns: int, spacing: float = 1.0) -> torch.Tensor:
@@ -112,6 +113,10 @@ class FlipPatchEmbedding(nn.Module):
 
 
 class FlipVisionEmbeddings(nn.Module):
+    position_embedding: torch.Tensor
+    pixel_scale: torch.Tensor
+    pixel_shift: torch.Tensor
+
     def __init__(self, config: FlipVisionConfig):
         super().__init__()
         self.config = config
@@ -328,9 +333,10 @@ class FlipEncoder(nn.Module):
 
 
 class FlipPreTrainedModel(PreTrainedModel):
-    config: FlipConfig
+    config: Any
+    config_class = FlipConfig
     base_model_prefix = "flip"
-    input_modalities = ("image", "text")
+    input_modalities: Any = ("image", "text")
     supports_gradient_checkpointing = True
     _no_split_modules = ["FlipTextEmbeddings", "FlipVisionEmbeddings", "FlipEncoderLayer"]  # noqa: RUF012
     _supports_sdpa = True
@@ -438,7 +444,7 @@ class FlipTextModel(FlipPreTrainedModel):
         return self.embeddings.token_embedding
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        self.embeddings.token_embedding = value
+        self.embeddings.token_embedding = cast(nn.Embedding, value)
 
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
@@ -464,7 +470,7 @@ class FlipTextModel(FlipPreTrainedModel):
             if position_ids is None and length < full_length:
                 input_ids = nn.functional.pad(input_ids, (0, full_length - length), value=self.config.pad_token_id)
         elif attention_mask is None:
-            attention_mask = (input_ids != self.config.pad_token_id).long()
+            attention_mask = torch.ne(input_ids, self.config.pad_token_id).long()
         hidden_states = self.embeddings(input_ids, position_ids)
         layer_mask = create_bidirectional_mask(
             config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask
@@ -552,10 +558,14 @@ class FlipModel(FlipPreTrainedModel):
 
     def __init__(self, config: FlipConfig):
         super().__init__(config)
-        self.vision_model = FlipVisionModel._from_config(config.vision_config)
-        self.text_model = FlipTextModel._from_config(config.text_config)
-        self.image_projection = nn.Linear(config.vision_config.hidden_size, config.projection_dim, bias=False)
-        self.text_projection = nn.Linear(config.text_config.hidden_size, config.projection_dim, bias=False)
+        vision_config, text_config = (
+            cast(FlipVisionConfig, config.vision_config),
+            cast(FlipTextConfig, config.text_config),
+        )
+        self.vision_model = FlipVisionModel._from_config(vision_config)
+        self.text_model = FlipTextModel._from_config(text_config)
+        self.image_projection = nn.Linear(vision_config.hidden_size, vision_config.projection_dim, bias=False)
+        self.text_projection = nn.Linear(text_config.hidden_size, text_config.projection_dim, bias=False)
         # Shape (1,): a 0-d parameter cannot be sharded.
         self.logit_scale = nn.Parameter(torch.zeros(1))
         self.post_init()
@@ -567,9 +577,7 @@ class FlipModel(FlipPreTrainedModel):
         self.text_model.set_input_embeddings(value)
 
     @can_return_tuple
-    def get_image_features(
-        self, pixel_values: torch.Tensor | None = None, **kwargs: Any
-    ) -> BaseModelOutputWithPooling:
+    def get_image_features(self, pixel_values: torch.Tensor | None = None, **kwargs: Any) -> BaseModelOutputWithPooling:
         """The image tower's output, its `pooler_output` projected to `(batch, projection_dim)`, not normalised.
         Takes what `FlipVisionModel` takes."""
         output = self.vision_model(pixel_values=pixel_values, **kwargs)
@@ -624,7 +632,7 @@ class FlipModel(FlipPreTrainedModel):
         logit_scale = self.logit_scale.float().clamp(0.0, math.log(100.0)).exp()
         logits = logit_scale * image_embeds @ text_embeds.t() if return_logits or return_loss else None
         return FlipOutput(
-            loss=clip_loss(logits) if return_loss else None,
+            loss=clip_loss(logits) if return_loss and logits is not None else None,
             logits_per_image=logits,
             logits_per_text=None if logits is None else logits.t(),
             text_embeds=text_embeds,

@@ -6,7 +6,7 @@ from transformers.processing_utils import ProcessingKwargs, ProcessorMixin
 
 
 class FlipProcessorKwargs(ProcessingKwargs, total=False):
-    _defaults = {"text_kwargs": {"padding": "max_length", "truncation": True}}  # noqa: RUF012
+    _defaults = {"text_kwargs": {"padding": "max_length", "truncation": True}}  # type: ignore[misc]  # noqa: RUF012
 
 
 class FlipProcessor(ProcessorMixin):
