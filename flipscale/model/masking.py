@@ -31,7 +31,7 @@ def random_patch_index(batch_size: int, num_patches: int, mask_ratio: float, dev
 
 
 def patchify(pixel_values: torch.Tensor, patch_size: int) -> torch.Tensor:
-    """Images `(batch, channels, height, width)` as patches `(batch, height/p * width/p, channels * p * p)`, row by row."""
+    """Images `(batch, channels, height, width)` as patches, row by row: `(batch, patches, channels * p * p)`."""
     batch, channels, height, width = pixel_values.shape
     rows, columns = height // patch_size, width // patch_size
     grid = pixel_values.reshape(batch, channels, rows, patch_size, columns, patch_size)
