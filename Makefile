@@ -1,0 +1,27 @@
+PYTHON ?= python3
+BIN := .venv/bin
+MINUTES ?= 7
+
+.PHONY: setup demo test lint bench
+
+setup: .venv/installed
+
+.venv/installed: setup.cfg pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[tests,demo,peers]'
+	touch $@
+
+demo: setup
+	$(BIN)/flipscale prepare demo data/demo
+	$(BIN)/flipscale study demo demo_clip --minutes $(MINUTES) --output_dir runs/demo --baselines
+
+test: setup
+	$(BIN)/pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: setup
+	$(BIN)/flipscale bench compare

@@ -1,0 +1,47 @@
+"""Zero-shot classification and retrieval of a model folder or Hub name."""
+
+import argparse
+import json
+
+from transformers import AutoTokenizer
+
+from flipscale.evaluation.embedding import Embedder
+from flipscale.evaluation.suite import run_suite
+from flipscale.evaluation.templates import TEMPLATES
+from flipscale.model import FlipModel
+from flipscale.training.attention import best_attention
+from flipscale.training.launch import start_accelerator
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `flipscale evaluate` takes."""
+    parser.add_argument("model", help="a model folder, such as runs/demo/model, or a Hub name")
+    parser.add_argument("--zero_shot", metavar="DIR", help="classification shards (KEY.cls) with classnames.txt")
+    parser.add_argument("--retrieval", metavar="DIR", help="image-caption shards (KEY.txt)")
+    parser.add_argument("--templates", choices=sorted(TEMPLATES), help="CLIP's prompts in place of the folder's own")
+    parser.add_argument("--batch_size", type=int, default=256)
+    parser.add_argument("--json", action="store_true", help="one JSON line instead of a table")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Prints the metrics asked for.
+
+    Raises:
+        ValueError: nothing to evaluate, or a model that cannot be loaded.
+    """
+    if not (args.zero_shot or args.retrieval):
+        raise ValueError("nothing to evaluate; give --zero_shot DIR, --retrieval DIR or both")
+    accelerator = start_accelerator([], ".")
+    try:
+        model, tokenizer = FlipModel.from_pretrained(args.model), AutoTokenizer.from_pretrained(args.model)
+    except OSError as error:
+        raise ValueError(f"model {args.model!r} cannot be loaded ({str(error).splitlines()[0]})") from error
+    model.set_attn_implementation(best_attention(accelerator.device))
+    embedder = Embedder(model.to(accelerator.device).eval(), tokenizer, accelerator, args.batch_size)
+    metrics = run_suite(embedder, args.zero_shot, args.retrieval, args.templates)
+    if accelerator.is_main_process:
+        if args.json:
+            print(json.dumps(metrics))
+        else:
+            print("\n".join(f"{name:<32}{value:8.2f} %" for name, value in metrics.items()))
+    accelerator.end_training()

@@ -1,0 +1,86 @@
+"""What people would rather look at than read: loss and accuracy against time, and the patches as the model sees them."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from flipscale.data.loader import PairDataset
+from flipscale.evaluation.comparison import Curve
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_COLOURS = ("#1f6feb", "#d1495b", "#2e8b57", "#8a5fbf")
+_GREY = 190
+
+
+def _axes(title: str, y_label: str) -> "tuple[Figure, Axes]":
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.2), constrained_layout=True)
+    axes.set_title(title, loc="left")
+    axes.set_xlabel("training time, seconds")
+    axes.set_ylabel(y_label)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def draw_loss(curves: list[Curve], path: Path) -> None:
+    """Contrastive loss against training time, one line a run."""
+    figure, axes = _axes("Contrastive loss of the training batches", "loss")
+    for curve, colour in zip(curves, _COLOURS, strict=False):
+        axes.plot(*curve.points("loss"), color=colour, label=curve.label)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=150)
+
+
+def draw_accuracy(curves: list[Curve], baselines: dict[str, float], path: Path) -> None:
+    """Zero-shot top-1 against training time, one line a run, the trivial baselines as levels."""
+    figure, axes = _axes("Zero-shot top-1 on an artist never trained on", "top-1, %")
+    for curve, colour in zip(curves, _COLOURS, strict=False):
+        axes.plot(*curve.points("zero_shot/top1"), "o-", color=colour, label=curve.label)
+    for name, value in baselines.items():
+        axes.axhline(value, color="#888888", linewidth=0.9, linestyle=":")
+        axes.annotate(name, (1.0, value), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8)
+    axes.set_ylim(bottom=0)
+    axes.legend(frameon=False, loc="upper left")
+    figure.savefig(path, dpi=150)
+
+
+def _paste(patches: np.ndarray, index: np.ndarray, patch_size: int, side: int) -> np.ndarray:
+    """The patches at their places on a grey image: uint8 `(side * p, side * p, 3)`."""
+    image = np.full((side, side, 3, patch_size, patch_size), _GREY, np.uint8)
+    rows, columns = np.divmod(index.astype(int), side)
+    image[rows, columns] = patches.reshape(-1, 3, patch_size, patch_size)
+    return image.transpose(0, 3, 1, 4, 2).reshape(side * patch_size, side * patch_size, 3)
+
+
+def draw_patches(masked: PairDataset, whole: PairDataset, path: Path, count: int = 8) -> None:
+    """The first `count` training samples, whole and with only the patches that the encoder sees."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    positions = list(range(count))
+    seen, full = masked.__getitems__(positions), whole.__getitems__(positions)
+    side, patch_size = masked.shape.image_size // masked.shape.patch_size, masked.shape.patch_size
+    everything = np.arange(side * side)
+    index = seen["patch_index"].numpy() if "patch_index" in seen else np.tile(everything, (count, 1))
+    figure, axes = pyplot.subplots(2, count, figsize=(1.5 * count, 3.6), constrained_layout=True)
+    for column in range(count):
+        axes[0, column].imshow(_paste(full["patches"][column].numpy(), everything, patch_size, side))
+        axes[1, column].imshow(_paste(seen["patches"][column].numpy(), index[column], patch_size, side))
+        caption = masked.tokenizer.decode(full["input_ids"][column], skip_special_tokens=True).strip()
+        axes[0, column].set_title(caption if len(caption) <= 22 else caption[:21] + "…", fontsize=7)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    kept = masked.kept / masked.shape.num_patches
+    figure.suptitle(f"Above: the crop. Below: the {kept:.0%} of its patches that the image encoder sees.", fontsize=9)
+    figure.savefig(path, dpi=150)

@@ -1,0 +1,33 @@
+"""Data on disk: the demo set, and the index of any shards."""
+
+import argparse
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from tqdm import tqdm
+
+from flipscale.data.tar_source import expand_shards, load_index
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `flipscale prepare` takes."""
+    kinds = parser.add_subparsers(dest="kind", metavar="WHAT", required=True)
+    demo = kinds.add_parser("demo", help="download and render the emoji sets: shards, a test set, a tokenizer")
+    demo.add_argument("directory", type=Path)
+    demo.add_argument("--with_validation", action="store_true", help="also a validation artist, and training without it")
+    demo.add_argument("--with_unseen", action="store_true", help="also a tenth of the concepts held out of every artist")
+    index = kinds.add_parser("index", help="write the index of offsets beside each shard (training does it when absent)")
+    index.add_argument("shards", help="a folder, a glob, or a range such as 'laion/{00000..41407}.tar'")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Prepares what `args.kind` names."""
+    if args.kind == "demo":
+        from flipscale.data.demo_set import prepare_demo
+
+        prepare_demo(args.directory, with_validation=args.with_validation, with_unseen=args.with_unseen)
+        return
+    paths = expand_shards(args.shards)
+    with ThreadPoolExecutor() as pool:
+        sizes = [len(index) for index in tqdm(pool.map(load_index, paths), total=len(paths), unit="shard")]
+    print(f"{sum(sizes)} samples in {len(paths)} shards")

@@ -1,0 +1,211 @@
+"""Recipes side by side at equal wall-clock: one process each, on its share of the cores, and a table at the end."""
+
+import argparse
+import dataclasses
+import os
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from flipscale.data.loader import InputShape, PairDataset
+from flipscale.data.tar_source import TarSource
+from flipscale.data.tokenizers import load_tokenizer
+from flipscale.evaluation.comparison import comparison_table, read_curve, read_records
+from flipscale.evaluation.figures import draw_accuracy, draw_loss, draw_patches
+from flipscale.evaluation.nearest_neighbour import run_baselines
+from flipscale.training.launch import bf16_is_faster
+from flipscale.training.recipe import EvalRecipe, Recipe, parse_recipe, to_yaml
+from flipscale.training.schedule import StageRecipe
+from flipscale.training.tracking import LogRecipe
+
+CALIBRATION_STEPS = 40
+_POLL_SECONDS = 2.0
+_REPORT_SECONDS = 30.0
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A recipe of the study and where it runs."""
+
+    name: str
+    recipe: Recipe
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.recipe.output_dir)
+
+    def beside(self, extension: str) -> Path:
+        """A file of the arm's name beside its run directory."""
+        return self.run_dir.parent / f"{self.name}.{extension}"
+
+    @property
+    def samples(self) -> int:
+        return sum(stage.samples for stage in self.recipe.stages)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `flipscale study` takes."""
+    parser.add_argument("recipes", nargs="+", help="recipe files or names; the first one's model is exported")
+    parser.add_argument("--minutes", type=float, required=True, help="training time of every recipe, all at once")
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--baselines", action="store_true", help="also the nearest training image, by pixels and HOG")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Trains every recipe for the same time and writes table, figures and the first recipe's model.
+
+    Raises:
+        ValueError: fewer cores than recipes, or a recipe that cannot be run.
+        OSError: a run failed.
+    """
+    if not torch.cuda.is_available() and (os.cpu_count() or 1) < len(args.recipes):
+        raise ValueError(f"{len(args.recipes)} recipes need as many cores, there are {os.cpu_count()}; run fewer at once")
+    recipes = [parse_recipe(["--config", recipe]) for recipe in args.recipes]
+    names = [Path(recipe).stem for recipe in args.recipes]
+    arms = _plan(names, recipes, args.minutes * 60, args.output_dir)
+    _train(arms, "training")
+    curves = [read_curve(arm.run_dir) for arm in arms]
+    test = arms[0].recipe.eval.zero_shot
+    baselines = run_baselines(arms[0].recipe.data.shards, test) if args.baselines and test else {}
+    table = comparison_table(curves, baselines)
+    figures = args.output_dir / "figures"
+    figures.mkdir(exist_ok=True)
+    draw_loss(curves, figures / "loss.png")
+    draw_accuracy(curves, baselines, figures / "accuracy.png")
+    draw_patches(*_datasets(arms[0].recipe), figures / "patches.png")
+    (args.output_dir / "table.md").write_text(table + "\n")
+    shutil.rmtree(args.output_dir / "model", ignore_errors=True)
+    shutil.copytree(arms[0].run_dir / "model", args.output_dir / "model")
+    print(f"\n{table}\n\nfigures: {figures}/*.png   model: {args.output_dir / 'model'}")
+
+
+def _calibrate(names: list[str], recipes: list[Recipe], output_dir: Path) -> list[list[float]]:
+    """Images a second of every stage of every recipe, all recipes running at once."""
+    folder = output_dir / "calibration"
+    shutil.rmtree(folder, ignore_errors=True)
+    arms = []
+    for name, recipe in zip(names, recipes, strict=True):
+        samples = CALIBRATION_STEPS * recipe.data.global_batch_size
+        stages = [dataclasses.replace(stage, samples=samples, warmup_samples=0) for stage in recipe.stages]
+        short = dataclasses.replace(
+            recipe,
+            stages=stages,
+            log=LogRecipe(every_samples=samples // 4, report_to=[]),
+            eval=EvalRecipe(),
+            output_dir=str(folder / name),
+        )
+        arms.append(Arm(name, short))
+    _train(arms, "calibrating")
+    rates = []
+    for arm in arms:
+        records = [record for record in read_records(arm.run_dir) if "images_per_s" in record]
+        # The last record of a stage: the first ones hold its start-up.
+        rates.append([[r["images_per_s"] for r in records if r["stage"] == s.name][-1] for s in arm.recipe.stages])
+    shutil.rmtree(folder)
+    return rates
+
+
+def _plan(names: list[str], recipes: list[Recipe], seconds: float, output_dir: Path) -> list[Arm]:
+    """The recipes with their stages stretched to last `seconds`, also written to `output_dir/NAME.yaml`.
+
+    A study that was interrupted goes on with the lengths that it began with.
+    """
+    files = [output_dir / f"{name}.yaml" for name in names]
+    if not all(file.exists() for file in files):
+        for file, recipe, rates in zip(files, recipes, _calibrate(names, recipes, output_dir), strict=True):
+            planned = sum(stage.samples / rate for stage, rate in zip(recipe.stages, rates, strict=True))
+            stages = [_stretched(stage, seconds / planned) for stage in recipe.stages]
+            total = sum(stage.samples for stage in stages)
+            scaled = dataclasses.replace(
+                recipe,
+                stages=stages,
+                log=dataclasses.replace(recipe.log, every_samples=total // 60),
+                eval=dataclasses.replace(recipe.eval, every_samples=total // 6),
+                output_dir=str(output_dir / file.stem),
+            )
+            file.write_text(to_yaml(scaled))
+            print(f"{file.stem}: {', '.join(f'{rate:,.0f}' for rate in rates)} pairs/s, {total:,} pairs in {seconds:.0f} s")
+    return [Arm(file.stem, parse_recipe(["--config", str(file)])) for file in files]
+
+
+def _stretched(stage: StageRecipe, factor: float) -> StageRecipe:
+    return dataclasses.replace(
+        stage, samples=round(stage.samples * factor), warmup_samples=round(stage.warmup_samples * factor)
+    )
+
+
+def _train(arms: list[Arm], doing: str) -> None:
+    """Runs every arm to its end at the same time, with a progress bar (or a line now and then) for each.
+
+    Raises:
+        OSError: a run failed; its own last line is in the message.
+    """
+    processes = []
+    for arm in arms:
+        arm.run_dir.parent.mkdir(parents=True, exist_ok=True)
+        recipe_file = arm.beside("yaml")
+        recipe_file.write_text(to_yaml(arm.recipe))
+        command = [sys.executable, "-m", "flipscale.pretrain", "--config", str(recipe_file)]
+        with open(arm.beside("log"), "w") as log:
+            processes.append(subprocess.Popen(command, env=_environment(len(arms)), stdout=log, stderr=log))
+    try:
+        _watch(arms, processes, doing)
+    finally:
+        for process in processes:
+            process.terminate()
+    for arm, process in zip(arms, processes, strict=True):
+        if process.wait() != 0:
+            last = arm.beside("log").read_text().strip().splitlines()[-1:]
+            raise OSError(f"the run of {arm.name} failed: {last[0] if last else 'no output'}")
+
+
+def _environment(num_arms: int) -> dict[str, str]:
+    """The environment of one arm: its share of the cores, and bf16 where this CPU multiplies faster in it."""
+    threads = max((os.cpu_count() or 1) // num_arms, 1)
+    precision = "bf16" if torch.cuda.is_available() or bf16_is_faster() else "no"
+    return {"ACCELERATE_MIXED_PRECISION": precision, "OMP_NUM_THREADS": str(threads), **os.environ}
+
+
+def _watch(arms: list[Arm], processes: list[subprocess.Popen], doing: str) -> None:
+    bars = [
+        tqdm(total=arm.samples, desc=f"{doing} {arm.name}", unit="pair", unit_scale=True, position=number, disable=None)
+        for number, arm in enumerate(arms)
+    ]
+    reported = time.monotonic()
+    while any(process.poll() is None for process in processes):
+        time.sleep(_POLL_SECONDS)
+        for arm, bar in zip(arms, bars, strict=True):
+            records = read_records(arm.run_dir)
+            if records:
+                bar.n = min(records[-1]["samples_seen"], arm.samples)
+                bar.refresh()
+        if bars[0].disable and time.monotonic() - reported > _REPORT_SECONDS:
+            reported = time.monotonic()
+            print("; ".join(_line(arm, doing) for arm in arms), flush=True)
+        if any(process.poll() not in (None, 0) for process in processes):
+            break
+    for bar in bars:
+        bar.close()
+
+
+def _line(arm: Arm, doing: str) -> str:
+    records = read_records(arm.run_dir)
+    losses = [record["loss"] for record in records if "loss" in record]
+    seen = records[-1]["samples_seen"] if records else 0
+    return f"{doing} {arm.name}: {seen / arm.samples:.0%}" + (f", loss {losses[-1]:.2f}" if losses else "")
+
+
+def _datasets(recipe: Recipe) -> tuple[PairDataset, PairDataset]:
+    """The training set as the first stage sees it, and the same samples whole."""
+    config = recipe.model.config()
+    source, shape = TarSource(recipe.data.shards), InputShape.of(config)
+    tokenizer = load_tokenizer(recipe.data.tokenizer, shape.max_tokens)
+    ratios = (recipe.stages[0].mask_ratio, 0.0)
+    masked, whole = (PairDataset(source, tokenizer, recipe.data, shape, recipe.seed, ratio) for ratio in ratios)
+    return masked, whole

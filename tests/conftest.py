@@ -1,0 +1,147 @@
+"""A made-up data set of coloured pictures, a tokenizer for its captions, and a recipe that trains in a second."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import yaml
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+COLOURS = {"red": (200, 30, 30), "green": (30, 180, 40), "blue": (30, 60, 210), "grey": (128, 128, 128)}
+SHAPES = ("disc", "bar", "ring", "cross")
+
+
+def draw(colour: str, shape: str, rng: np.random.Generator) -> np.ndarray:
+    """A picture of `shape` in `colour` on a noisy ground, uint8 RGB of a random size."""
+    height, width = (int(n) for n in rng.integers(36, 60, 2))
+    image = rng.integers(200, 256, (height, width, 3)).astype(np.uint8)
+    centre, radius, ink = (width // 2, height // 2), int(rng.integers(9, 15)), COLOURS[colour]
+    if shape in ("disc", "ring"):
+        cv2.circle(image, centre, radius, ink, -1 if shape == "disc" else 4)
+    if shape in ("bar", "cross"):
+        cv2.line(image, (centre[0] - radius, centre[1]), (centre[0] + radius, centre[1]), ink, 5)
+    if shape == "cross":
+        cv2.line(image, (centre[0], centre[1] - radius), (centre[0], centre[1] + radius), ink, 5)
+    return image
+
+
+def add_member(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+    """Appends one file to a shard."""
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    tar.addfile(member, io.BytesIO(content))
+
+
+def write_shards(folder: Path, sizes: list[int], seed: int = 0) -> None:
+    """Shards of JPEG and PNG pictures with captions and class numbers, and the class names beside them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(seed)
+    names = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
+    number = 0
+    for shard, size in enumerate(sizes):
+        with tarfile.open(folder / f"{shard:05d}.tar", "w") as tar:
+            for _ in range(size):
+                label = int(rng.integers(len(names)))
+                image = cv2.cvtColor(draw(*names[label].split(), rng), cv2.COLOR_RGB2BGR)
+                extension = ("jpg", "png")[number % 2]
+                add_member(tar, f"{number:06d}.{extension}", cv2.imencode(f".{extension}", image)[1].tobytes())
+                add_member(tar, f"{number:06d}.txt", f"a {names[label]}".encode())
+                add_member(tar, f"{number:06d}.cls", str(label).encode())
+                number += 1
+    (folder / "classnames.txt").write_text("".join(f"{name}\n" for name in names))
+    (folder / "zeroshot_classification_templates.txt").write_text("a {c}\nthe {c}\n")
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """96 pairs in four unequal shards."""
+    folder = tmp_path_factory.mktemp("shards")
+    write_shards(folder, [30, 17, 1, 48])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A word-level fast tokenizer of eight tokens at most."""
+    words = ["<pad>", "<unk>", "a", "the", *COLOURS, *SHAPES]
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="<unk>", pad_token="<pad>", model_max_length=8,
+        model_input_names=["input_ids", "attention_mask"],
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("tokenizer")
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+TOWER = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+
+
+@pytest.fixture(scope="session")
+def recipe(shards: Path, tokenizer_dir: Path) -> dict:
+    """A recipe of 40 steps of 16 pairs: 24 at mask 0.75 and 16 unmasked, on a model of two small towers."""
+    return {
+        "model": {
+            "size": "b16",
+            "vision_config": {**TOWER, "image_size": 32, "patch_size": 8},
+            "text_config": {**TOWER, "vocab_size": 16, "max_position_embeddings": 8},
+        },
+        "data": {
+            "shards": str(shards),
+            "tokenizer": str(tokenizer_dir),
+            "global_batch_size": 16,
+            "num_workers": 0,
+            "shards_per_block": 2,
+        },
+        "stages": [
+            {"name": "masked", "samples": 384, "mask_ratio": 0.75, "base_lr": 0.03, "warmup_samples": 64},
+            {"name": "unmasked", "samples": 256, "base_lr": 0.01},
+        ],
+        "log": {"every_samples": 16, "report_to": []},
+    }
+
+
+@pytest.fixture
+def write_recipe(recipe: dict, tmp_path: Path) -> Callable[..., Path]:
+    """Writes the recipe with whole sections' fields replaced, and the run directory set; returns the file."""
+
+    def write(output_dir: Path, **changes: object) -> Path:
+        changed = {**recipe, "output_dir": str(output_dir)}
+        for section, fields in changes.items():
+            changed[section] = {**changed.get(section, {}), **fields} if isinstance(fields, dict) else fields
+        file = tmp_path / f"{output_dir.name}.yaml"
+        file.write_text(yaml.safe_dump(changed))
+        return file
+
+    return write
+
+
+def launch(command: list[str], **environment: str) -> subprocess.CompletedProcess:
+    """Runs a command to its end on one thread a process, output captured."""
+    quiet = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment}
+    return subprocess.run(command, env={**os.environ, **quiet}, capture_output=True, text=True, timeout=300)
+
+
+def pretrain(recipe_file: Path, processes: int = 1, *flags: str) -> subprocess.CompletedProcess:
+    """`python -m flipscale.pretrain`, under torchrun when there are several processes."""
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return launch([*launcher, "-m", "flipscale.pretrain", "--config", str(recipe_file), *flags])
+
+
+def metrics(run_dir: Path) -> list[dict]:
+    """The records of a run."""
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]

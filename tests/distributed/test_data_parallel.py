@@ -1,0 +1,88 @@
+"""Two real processes learn what one does, and what two began one can finish."""
+
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import launch, metrics, pretrain
+from safetensors.torch import load_file
+
+SAVE = {"every_samples": 160, "total_limit": 20}
+
+
+def losses(run_dir: Path) -> list[float]:
+    return [record["loss"] for record in metrics(run_dir) if "loss" in record]
+
+
+def keep_step(run_dir: Path, step: int) -> None:
+    import shutil
+
+    (run_dir / "DONE").unlink()
+    for checkpoint in (run_dir / "checkpoints").iterdir():
+        if checkpoint.name != f"step-{step:08d}":
+            shutil.rmtree(checkpoint)
+
+
+@pytest.fixture(scope="module")
+def runs(recipe: dict, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """The same recipe on one process and on two."""
+    import yaml
+
+    folder, found = tmp_path_factory.mktemp("ddp"), {}
+    for processes in (1, 2):
+        found[processes] = folder / f"run{processes}"
+        file = folder / f"run{processes}.yaml"
+        file.write_text(yaml.safe_dump({**recipe, "save": SAVE, "output_dir": str(found[processes])}))
+        done = pretrain(file, processes)
+        assert done.returncode == 0, done.stderr
+    return found
+
+
+def test_two_processes_equal_one(runs: dict[int, Path]) -> None:
+    one, two = losses(runs[1]), losses(runs[2])
+    assert len(one) == len(two) == 40
+    assert max(abs(a - b) for a, b in zip(one, two, strict=True)) < 1e-5
+    assert one[-1] < one[0] - 0.3, "nothing was learned, so equality means little"
+
+
+@pytest.mark.parametrize("processes", [2, 1])
+def test_two_processes_resume(runs: dict[int, Path], write_recipe, tmp_path: Path, processes: int) -> None:
+    import shutil
+
+    copy = tmp_path / "resumed"
+    shutil.copytree(runs[2], copy)
+    keep_step(copy, 20)
+    done = pretrain(write_recipe(copy, save=SAVE), processes)
+    assert done.returncode == 0, done.stderr
+    tolerance = 0.0 if processes == 2 else 1e-5
+    assert max(abs(a - b) for a, b in zip(losses(copy), losses(runs[2]), strict=True)) <= tolerance
+    ends = [load_file(d / "checkpoints/step-00000040/model.safetensors") for d in (copy, runs[2])]
+    for name, value in ends[0].items():
+        assert (value - ends[1][name]).abs().max() <= 10 * tolerance, name
+
+
+def test_accelerate_launch_runs_two(runs: dict[int, Path], write_recipe, tmp_path: Path) -> None:
+    run_dir = tmp_path / "accelerated"
+    file = write_recipe(run_dir)
+    flags = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
+    flags += ["--dynamo_backend", "no", "--main_process_port", "29587"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *flags, "-m", "flipscale.pretrain"]
+    done = launch([*command, "--config", str(file)], ACCELERATE_USE_CPU="1")
+    assert done.returncode == 0, done.stderr
+    assert losses(run_dir) == losses(runs[2])
+
+
+def test_a_launcher_that_starts_fewer_than_it_promised_is_refused(write_recipe, tmp_path: Path) -> None:
+    file = write_recipe(tmp_path / "alone")
+    flags = ["--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *flags, "-m", "flipscale.pretrain"]
+    done = launch([*command, "--config", str(file)])
+    assert done.returncode != 0
+    assert "flipscale: error: the launcher promised 2 or more processes, 1 started" in done.stderr
+
+
+def test_an_indivisible_batch_names_both_numbers(write_recipe, tmp_path: Path) -> None:
+    file = write_recipe(tmp_path / "odd", data={"global_batch_size": 15})
+    done = pretrain(file, 2)
+    assert done.returncode != 0
+    assert "global_batch_size 15 is not divisible by 2 processes; use 1 or 3 processes, or 14" in done.stderr

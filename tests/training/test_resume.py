@@ -1,0 +1,100 @@
+"""A run that was cut and goes on ends with the numbers of one that was not."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import metrics, pretrain
+from safetensors.torch import load_file
+
+LEARNED = ("loss", "lr", "grad_norm", "logit_scale")
+
+
+def cut(run_dir: Path, copy: Path, step: int) -> None:
+    """A copy of a finished run as it was right after the checkpoint of `step`, metrics of later steps still there."""
+    shutil.copytree(run_dir, copy)
+    shutil.rmtree(copy / "model")
+    (copy / "DONE").unlink()
+    for checkpoint in (copy / "checkpoints").iterdir():
+        if checkpoint.name > f"step-{step:08d}":
+            shutil.rmtree(checkpoint)
+
+
+def assert_same_end(run_dir: Path, other: Path) -> None:
+    """Bit for bit: weights, moments and every step's numbers."""
+    for name in ("model", "optimizer"):
+        ours, theirs = (load_file(d / "checkpoints/step-00000040" / f"{name}.safetensors") for d in (run_dir, other))
+        assert ours.keys() == theirs.keys()
+        for key, value in ours.items():
+            assert torch.equal(value, theirs[key]), key
+    steps = [[{k: r[k] for k in LEARNED} for r in metrics(d) if "loss" in r] for d in (run_dir, other)]
+    assert len(steps[0]) == 40
+    assert steps[0] == steps[1]
+
+
+@pytest.fixture(scope="module")
+def whole_run(recipe: dict, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """40 steps without a break, every tenth saved: 24 masked (a schedule and an optimiser), 16 unmasked (others)."""
+    import yaml
+
+    folder = tmp_path_factory.mktemp("whole")
+    run_dir, file = folder / "run", folder / "run.yaml"
+    save = {"every_samples": 80, "total_limit": 20}
+    file.write_text(yaml.safe_dump({**recipe, "save": save, "output_dir": str(run_dir)}))
+    done = pretrain(file)
+    assert done.returncode == 0, done.stderr
+    return run_dir
+
+
+# In the first stage, one step before its end, at its end (a fresh optimiser follows), in the second.
+@pytest.mark.parametrize("step", [20, 25, 35])
+def test_resumed_equals_uninterrupted(whole_run: Path, write_recipe, tmp_path: Path, step: int) -> None:
+    copy = tmp_path / "cut"
+    cut(whole_run, copy, step)
+    done = pretrain(write_recipe(copy, save={"every_samples": 80, "total_limit": 20}))
+    assert done.returncode == 0, done.stderr
+    assert_same_end(whole_run, copy)
+    assert len([r for r in metrics(copy) if "loss" in r]) == 40
+
+
+def test_stop_signal_saves_and_the_next_run_goes_on(whole_run: Path, write_recipe, tmp_path: Path) -> None:
+    run_dir = tmp_path / "stopped"
+    file = write_recipe(run_dir)
+    command = [sys.executable, "-m", "flipscale.pretrain", "--config", str(file)]
+    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and (not (run_dir / "metrics.jsonl").exists() or len(metrics(run_dir)) < 5):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGUSR1)
+    assert process.wait(60) == 0, process.stderr.read()
+    steps = [int(path.name[5:]) for path in (run_dir / "checkpoints").iterdir()]
+    assert len(steps) == 1
+    assert 5 <= steps[0] < 40, "the machine was too fast to be interrupted"
+    assert not (run_dir / "DONE").exists()
+    assert pretrain(file).returncode == 0
+    assert_same_end(whole_run, run_dir)
+
+
+def test_half_written_checkpoint_is_never_the_latest(whole_run: Path, write_recipe, tmp_path: Path) -> None:
+    copy = tmp_path / "half"
+    cut(whole_run, copy, 20)
+    partial = copy / "checkpoints/.step-00000025.partial"
+    partial.mkdir()
+    (partial / "model.safetensors").write_bytes(b"half")
+    done = pretrain(write_recipe(copy, save={"every_samples": 80, "total_limit": 20}))
+    assert done.returncode == 0, done.stderr
+    assert_same_end(whole_run, copy)
+    assert not partial.exists()
+
+
+def test_only_the_newest_checkpoints_are_kept(write_recipe, tmp_path: Path) -> None:
+    run_dir = tmp_path / "kept"
+    done = pretrain(write_recipe(run_dir, save={"every_samples": 80, "total_limit": 2}))
+    assert done.returncode == 0, done.stderr
+    assert sorted(p.name for p in (run_dir / "checkpoints").iterdir()) == ["step-00000035", "step-00000040"]
+    assert (run_dir / "DONE").exists()
