@@ -1,24 +1,21 @@
 """Pre-training by masking: `accelerate launch -m flipscale.pretrain --config RECIPE`, `torchrun`, or plain python."""
 
-import logging
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from torch import nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from flipscale.cli import complain
-from flipscale.data.loader import InputShape, PairDataset, build_loader
+from flipscale.data.loader import InputShape, PairDataset, build_loader, load_tokenizer
 from flipscale.data.tar_source import TarSource
-from flipscale.data.tokenizers import bert_tokenizer
 from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.suite import run_suite
 from flipscale.hub.export import build_processor, export_model
-from flipscale.model import FlipModel
+from flipscale.hub.model_card import model_card
+from flipscale.model import FlipConfig, FlipModel
 from flipscale.training.attention import best_attention
 from flipscale.training.checkpoint import load_optimizers, load_state, load_weights, save_checkpoint
 from flipscale.training.contrastive import contrastive_loss
@@ -31,7 +28,6 @@ from flipscale.training.run_directory import open_run_directory, write_run_files
 from flipscale.training.schedule import Stage, plan_stages
 from flipscale.training.tracking import Tracker, is_due
 
-log = logging.getLogger("flipscale")
 
 
 class Run:
@@ -46,8 +42,10 @@ class Run:
         config = recipe.model.config()
         checkpoint = open_run_directory(recipe)
         self.source = TarSource(recipe.data.shards)
-        self.accelerator = start_accelerator(recipe.log.report_to, recipe.output_dir)
         self.tokenizer = load_tokenizer(recipe.data.tokenizer, config.text_config.max_position_embeddings)
+        self.datasets = {stage: self._dataset(stage, config) for stage in self.stages}
+        check_vocabulary(self.tokenizer, config)
+        self.accelerator = start_accelerator(recipe.log.report_to, recipe.output_dir)
         self.total_steps = self.stages[-1].last_step
         self.tracker = Tracker(self.accelerator, recipe.log, self.run_dir, self.batch_size, self.total_steps)
         self.request = StopRequest()
@@ -68,6 +66,10 @@ class Run:
             self.accelerator.init_trackers("tensorboard")
         self.request.listen()
         self.tracker.start(self.step, state.get("trained_seconds", 0.0))
+
+    def _dataset(self, stage: Stage, config: FlipConfig) -> PairDataset:
+        shape, recipe = InputShape.of(config), self.recipe
+        return PairDataset(self.source, self.tokenizer, recipe.data, shape, recipe.seed, stage.mask_ratio)
 
     def _load(self, checkpoint: Path | None) -> dict[str, Any]:
         if checkpoint is None:
@@ -102,17 +104,9 @@ class Run:
 
     def batches(self, stage: Stage) -> Iterator[dict[str, torch.Tensor]]:
         """This process's batches of a stage from the current step on, on the device, until a stop."""
-        dataset = PairDataset(
-            self.source,
-            self.tokenizer,
-            self.recipe.data,
-            InputShape.of(self.weights.config),
-            self.recipe.seed,
-            stage.mask_ratio,
-        )
         accelerator = self.accelerator
         loader = build_loader(
-            dataset,
+            self.datasets[stage],
             max(self.step, stage.first_step),
             stage.last_step,
             accelerator.process_index,
@@ -174,25 +168,28 @@ class Run:
             if self.accelerator.is_main_process:
                 processor = build_processor(self.weights.config, self.tokenizer)
                 export_model(self.weights, processor, self.run_dir / "model")
+                card = model_card(self.run_dir, self.weights.num_parameters(), len(self.source))
+                (self.run_dir / "model" / "README.md").write_text(card)
                 (self.run_dir / "DONE").touch()
         self.tracker.finish()
         self.accelerator.end_training()
 
 
-def load_tokenizer(name: str, max_tokens: int) -> PreTrainedTokenizerBase:
-    """The tokenizer of a recipe: a folder, a Hub name, or `bert` for the original's WordPiece.
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: FlipConfig) -> None:
+    """Refuses a tokenizer whose tokens the text tower has no rows for, or that pads with another one.
 
     Raises:
-        ValueError: it cannot be loaded.
+        ValueError
     """
-    try:
-        if name == "bert":
-            return bert_tokenizer("google-bert/bert-base-uncased", max_tokens)
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except OSError as error:
-        raise ValueError(f"data.tokenizer {name!r} cannot be loaded ({str(error).splitlines()[0]})") from error
-    tokenizer.model_max_length = max_tokens
-    return tokenizer
+    text = config.text_config
+    if len(tokenizer) > text.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer)} tokens, model.text_config.vocab_size is {text.vocab_size}; raise it"
+        )
+    if tokenizer.pad_token_id != text.pad_token_id:
+        raise ValueError(
+            f"the tokenizer pads with token {tokenizer.pad_token_id}, model.text_config.pad_token_id is {text.pad_token_id}"
+        )
 
 
 def pretrain(recipe: Recipe) -> Path:

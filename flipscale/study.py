@@ -13,9 +13,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from flipscale.data.loader import InputShape, PairDataset
+from flipscale.data.loader import InputShape, PairDataset, load_tokenizer
 from flipscale.data.tar_source import TarSource
-from flipscale.data.tokenizers import load_tokenizer
 from flipscale.evaluation.comparison import comparison_table, read_curve, read_records
 from flipscale.evaluation.figures import draw_accuracy, draw_loss, draw_patches
 from flipscale.evaluation.nearest_neighbour import run_baselines

@@ -66,7 +66,7 @@ def image_dimensions(encoded: bytes) -> tuple[int, int]:
         try:
             height, width, _, _ = simplejpeg.decode_jpeg_header(encoded, strict=False)
             return height, width
-        except ValueError as error:
+        except (ValueError, KeyError) as error:
             raise UndecodableImage(str(error)) from error
     height, width = _decode_other(encoded).shape[:2]
     return height, width
@@ -85,7 +85,7 @@ def _decode_other(encoded: bytes) -> np.ndarray:
 def decode_box(encoded: bytes, draws: np.ndarray | None, image_size: int, crop_scale: tuple[float, float]) -> np.ndarray:
     """The cropped, resized image: uint8 RGB `(image_size, image_size, 3)`.
 
-    A JPEG is decoded at the smallest DCT scale that still has `image_size` pixels across the crop.
+    For a random crop a JPEG is decoded at the smallest DCT scale that still has `image_size` pixels across it.
 
     Args:
         draws: `DRAWS_PER_CROP` uniform numbers for a random crop and flip; None for the centred square.
@@ -104,28 +104,31 @@ def decode_box(encoded: bytes, draws: np.ndarray | None, image_size: int, crop_s
     else:
         box = random_box(height, width, draws, image_size, crop_scale)
     if is_jpeg:
-        image = _decode_jpeg(encoded, height, width, box, image_size)
-        rows, columns = image.shape[0] / height, image.shape[1] / width
-        top, left = round(box.top * rows), round(box.left * columns)
-        box = Box(top, left, max(round(box.height * rows), 1), max(round(box.width * columns), 1))
+        # A scaled crop is rounded to whole pixels: no matter for a random one, but a test image is decoded whole.
+        least = max(image_size / box.height, image_size / box.width) if draws is not None else 1.0
+        image = _decode_jpeg(encoded, min(math.ceil(height * least), height), min(math.ceil(width * least), width))
+        # The decoder scales by eighths and rounds the size up, so the sizes' own ratio would be off.
+        scale = round(8 * image.shape[0] / height) / 8
+        box = Box(*(round(side * scale) for side in box))
     crop = image[box.top : box.top + box.height, box.left : box.left + box.width]
-    shrinks = min(crop.shape[:2]) >= image_size
-    crop = cv2.resize(crop, (image_size, image_size), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC)
+    crop = resize(crop, image_size)
     if draws is not None and draws[-1] < 0.5:
         crop = crop[:, ::-1]
     return crop
 
 
-def _decode_jpeg(encoded: bytes, height: int, width: int, box: Box, image_size: int) -> np.ndarray:
+def resize(crop: np.ndarray, image_size: int) -> np.ndarray:
+    """A crop `(height, width, 3)` as `(image_size, image_size, 3)`: area-filtered to shrink, bicubic to enlarge."""
+    shrinks = min(crop.shape[:2]) >= image_size
+    return cv2.resize(crop, (image_size, image_size), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC)
+
+
+def _decode_jpeg(encoded: bytes, min_height: int, min_width: int) -> np.ndarray:
     try:
         return simplejpeg.decode_jpeg(
-            encoded,
-            colorspace="RGB",
-            min_height=min(math.ceil(height * image_size / box.height), height),
-            min_width=min(math.ceil(width * image_size / box.width), width),
-            strict=False,
+            encoded, colorspace="RGB", min_height=min_height, min_width=min_width, strict=False
         )
-    except ValueError as error:
+    except (ValueError, KeyError) as error:
         raise UndecodableImage(str(error)) from error
 
 

@@ -7,12 +7,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from flipscale.data.decode import DRAWS_PER_CROP, UndecodableImage, decode_box, visible_patches
 from flipscale.data.order import GlobalOrder
 from flipscale.data.randomness import keyed_patch_index, keyed_uniform
 from flipscale.data.tar_source import TarSource
+from flipscale.data.tokenizers import bert_tokenizer
 from flipscale.model import FlipConfig
 from flipscale.model.masking import num_kept
 
@@ -59,6 +60,22 @@ class InputShape:
     @property
     def num_patches(self) -> int:
         return (self.image_size // self.patch_size) ** 2
+
+
+def load_tokenizer(name: str, max_tokens: int) -> PreTrainedTokenizerBase:
+    """The tokenizer of a recipe: a folder, a Hub name, or `bert` for the original's WordPiece.
+
+    Raises:
+        ValueError: it cannot be loaded.
+    """
+    try:
+        if name == "bert":
+            return bert_tokenizer("google-bert/bert-base-uncased", max_tokens)
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"data.tokenizer {name!r} cannot be loaded ({str(error).splitlines()[0]})") from error
+    tokenizer.model_max_length = max_tokens
+    return tokenizer
 
 
 def tokenise(tokenizer: PreTrainedTokenizerBase, texts: list[str], max_tokens: int) -> dict[str, torch.Tensor]:

@@ -109,7 +109,7 @@ def parse_recipe(arguments: Sequence[str]) -> Recipe:
     parser = build_parser()
     try:
         parsed = parser.parse_args([_named_recipe(previous, word) for previous, word in _with_previous(arguments)])
-        built = parser.instantiate_classes(parsed)
+        built = parser.instantiate(parsed)
     except ArgumentError as error:
         raise ValueError(" ".join(str(error).split())) from None
     return Recipe(**{f.name: getattr(built, f.name) for f in dataclasses.fields(Recipe)})

@@ -1,0 +1,152 @@
+"""A user's mistake is one line that names what, got and fix, and exit code 2; never a traceback."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import write_shards
+
+from flipscale.cli import main
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture) -> Callable[[list[str]], str]:
+    """Runs a command that must end with exit code 2; returns its one line."""
+
+    def run(arguments: list[str]) -> str:
+        with pytest.raises(SystemExit) as exit_info:
+            main(arguments)
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert exit_info.value.code == 2
+        assert len(lines) == 1, lines
+        assert lines[0].startswith("flipscale: error: ")
+        return lines[0]
+
+    return run
+
+
+@pytest.fixture
+def refused_recipe(refused: Callable[[list[str]], str], write_recipe, tmp_path: Path) -> Callable[..., str]:
+    """Runs `pretrain` on the tiny recipe with changes that make it wrong."""
+
+    def run(*flags: str, **changes: object) -> str:
+        return refused(["pretrain", "--config", str(write_recipe(tmp_path / "run", **changes)), *flags])
+
+    return run
+
+
+def test_missing_shards(refused_recipe: Callable[..., str], tmp_path: Path) -> None:
+    line = refused_recipe(data={"shards": str(tmp_path / "nowhere")})
+    assert f"no shards at '{tmp_path}/nowhere'; name a folder of *.tar" in line
+
+
+def test_a_gap_in_a_shard_range(refused_recipe: Callable[..., str], shards: Path) -> None:
+    line = refused_recipe(data={"shards": f"{shards}/{{00002..00004}}.tar"})
+    assert f"shard {shards}/00004.tar does not exist; check data.shards" in line
+
+
+def test_an_unreadable_shard(refused_recipe: Callable[..., str], tmp_path: Path) -> None:
+    (tmp_path / "bad.tar").write_bytes(b"this is no tar file" * 100)
+    line = refused_recipe(data={"shards": str(tmp_path / "bad.tar")})
+    assert f"shard {tmp_path}/bad.tar cannot be read" in line
+    assert "fetch it again or remove it" in line
+
+
+def test_an_empty_data_set(refused_recipe: Callable[..., str], tmp_path: Path) -> None:
+    write_shards(tmp_path / "empty", [0])
+    assert "the data set is empty: 0 samples in 1 shards" in refused_recipe(data={"shards": str(tmp_path / "empty")})
+
+
+def test_a_shard_without_a_usable_sample(refused_recipe: Callable[..., str], tmp_path: Path) -> None:
+    import tarfile
+
+    from conftest import add_member
+
+    with tarfile.open(tmp_path / "bad.tar", "w") as tar:
+        for number in range(3):
+            add_member(tar, f"{number}.jpg", b"\xff\xd8 not a picture")
+            add_member(tar, f"{number}.txt", b"a caption")
+    line = refused_recipe(data={"shards": str(tmp_path / "bad.tar")})
+    assert "3 samples in a row from number" in line
+    assert "no readable image and caption" in line
+
+
+def test_a_key_that_does_not_exist(refused_recipe: Callable[..., str]) -> None:
+    assert "weigth_decay" in refused_recipe(optim={"weigth_decay": 0.1})
+    assert "optim.nothing" in refused_recipe("--optim.nothing", "3")
+
+
+def test_a_field_that_a_tower_does_not_have(refused_recipe: Callable[..., str]) -> None:
+    line = refused_recipe("--model.vision_config", "{depth: 3}")
+    assert "model.vision_config.depth is not a field of FlipVisionConfig" in line
+
+
+def test_a_value_of_the_wrong_type(refused_recipe: Callable[..., str]) -> None:
+    assert "optim.name" in refused_recipe(optim={"name": "adagrad"})
+    assert "global_batch_size" in refused_recipe(data={"global_batch_size": "many"})
+
+
+def test_an_unknown_recipe(refused: Callable[[list[str]], str]) -> None:
+    line = refused(["pretrain", "--config", "b17"])
+    assert "recipe 'b17' is neither a file nor one of" in line
+    assert "b16_laion400m" in line
+
+
+def test_an_unknown_size(refused_recipe: Callable[..., str]) -> None:
+    assert "model size 'xxl' is unknown; use one of b16, l16" in refused_recipe(model={"size": "xxl"})
+
+
+@pytest.mark.parametrize("ratio", [1.0, -0.25, 7.5])
+def test_a_mask_ratio_outside_its_range(refused_recipe: Callable[..., str], ratio: float) -> None:
+    line = refused_recipe(stages=[{"name": "masked", "samples": 160, "mask_ratio": ratio, "base_lr": 0.1}])
+    assert f"stage 'masked': mask_ratio is {ratio}; it must be in [0, 1)" in line
+
+
+def test_a_mask_ratio_that_leaves_nothing(refused_recipe: Callable[..., str]) -> None:
+    line = refused_recipe(stages=[{"name": "masked", "samples": 160, "mask_ratio": 0.99, "base_lr": 0.1}])
+    assert "mask_ratio 0.99 leaves none of 16 patches; use a lower ratio" in line
+
+
+def test_an_image_size_that_the_patch_does_not_divide(refused_recipe: Callable[..., str]) -> None:
+    line = refused_recipe("--model.vision_config", "{image_size: 30, patch_size: 8}")
+    assert "image_size 30 is not divisible by patch_size 8; use 24 or 32" in line
+
+
+def test_a_tokenizer_that_is_not_there(refused_recipe: Callable[..., str], tmp_path: Path) -> None:
+    assert "data.tokenizer" in refused_recipe(data={"tokenizer": str(tmp_path / "none")})
+
+
+def test_a_tokenizer_larger_than_the_vocabulary(refused_recipe: Callable[..., str], recipe: dict) -> None:
+    text_config = {**recipe["model"]["text_config"], "vocab_size": 5}
+    line = refused_recipe(model={"text_config": text_config})
+    assert "the tokenizer has 12 tokens, model.text_config.vocab_size is 5" in line
+
+
+def test_a_run_directory_of_another_recipe(refused_recipe: Callable[..., str], tmp_path: Path, recipe: dict) -> None:
+    (tmp_path / "run").mkdir()
+    saved = {**recipe, "seed": 7, "optim": {"weight_decay": 0.5}}
+    (tmp_path / "run/recipe.yaml").write_text(yaml.safe_dump(saved))
+    line = refused_recipe()
+    assert f"{tmp_path}/run holds a run of another recipe" in line
+    assert "seed: 7, now 0" in line
+    assert "optim.weight_decay: 0.5, now 0.2" in line
+    assert "use that recipe or another output_dir" in line
+
+
+def test_an_unknown_way_to_resume(refused_recipe: Callable[..., str]) -> None:
+    assert "resume_from_checkpoint is 'yes'; use 'auto' or 'never'" in refused_recipe("--resume_from_checkpoint", "yes")
+
+
+def test_nothing_to_evaluate(refused: Callable[[list[str]], str]) -> None:
+    assert "nothing to evaluate; give --zero_shot DIR" in refused(["evaluate", "runs/x"])
+
+
+def test_a_model_that_is_not_there(refused: Callable[[list[str]], str], tmp_path: Path, shards: Path) -> None:
+    line = refused(["evaluate", str(tmp_path / "none"), "--zero_shot", str(shards)])
+    assert "cannot be loaded" in line
+
+
+def test_more_recipes_than_cores(refused: Callable[[list[str]], str], tmp_path: Path) -> None:
+    line = refused(["study", *["demo"] * 99, "--minutes", "1", "--output_dir", str(tmp_path)])
+    assert "99 recipes need as many cores" in line

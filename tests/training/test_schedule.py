@@ -1,0 +1,55 @@
+"""Stages in steps, and the learning rate of each."""
+
+import math
+
+import pytest
+
+from flipscale.training.schedule import StageRecipe, plan_stages
+
+
+def test_the_paper_s_run() -> None:
+    """1.024e-3 at a batch of 65,536; tuning starts a schedule and an optimiser of its own."""
+    stages = [
+        StageRecipe("masked", 12_800_000_000, 0.5, 4e-6, 51_200_000),
+        StageRecipe("tuning", 128_000_000, 0.0, 4e-8, 25_600_000),
+    ]
+    masked, tuning = plan_stages(stages, 65536)
+    assert masked.peak_lr == pytest.approx(1.024e-3)
+    assert tuning.peak_lr == pytest.approx(1.024e-5)
+    assert (masked.last_step, tuning.first_step, tuning.last_step) == (195312, 195312, 195312 + 1953)
+    assert masked.warmup_steps == 781
+    assert masked.learning_rate(0) == 0.0
+    assert masked.learning_rate(781) == pytest.approx(1.024e-3)
+    assert masked.learning_rate(195311) < 1e-12
+    assert masked.fresh_optimizer
+    assert tuning.fresh_optimizer
+    assert tuning.learning_rate(195312) == 0.0
+
+
+def test_a_stage_without_a_rate_goes_on_under_the_schedule_before() -> None:
+    stages = [StageRecipe("a", 100, 0.75, 0.256, 20), StageRecipe("b", 60, 0.0), StageRecipe("c", 40, 0.0, 0.0256)]
+    a, b, c = plan_stages(stages, 10)
+    assert (b.schedule_first, b.schedule_last) == (a.schedule_first, a.schedule_last) == (0, 16)
+    assert not b.fresh_optimizer
+    assert c.fresh_optimizer
+    rates = [a.learning_rate(s) for s in range(10)] + [b.learning_rate(s) for s in range(10, 16)]
+    assert rates[:3] == pytest.approx([0.0, 0.005, 0.01])
+    assert rates[9] == pytest.approx(0.01 * 0.5 * (1 + math.cos(math.pi * 7 / 14)))
+    assert rates == sorted(rates[:3]) + sorted(rates[3:], reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("stages", "message"),
+    [
+        ([], r"stages\[0\].base_lr is missing"),
+        ([StageRecipe("a", 100)], r"stages\[0\].base_lr is missing"),
+        ([StageRecipe("a", 9, 0.5, 1.0)], "stage 'a': 9 samples are less than one step of 10 pairs"),
+        ([StageRecipe("a", 100, 1.0, 1.0)], r"stage 'a': mask_ratio is 1.0; it must be in \[0, 1\)"),
+        ([StageRecipe("a", 100, -0.1, 1.0)], r"stage 'a': mask_ratio is -0.1; it must be in \[0, 1\)"),
+        ([StageRecipe("a", 100, 0.5, 1.0, 100)], "a warm-up of 100 samples is not shorter than its schedule of 100"),
+        ([StageRecipe("a", 100, 0.5, 1.0), StageRecipe("b", 100, 0, None, 9)], "warmup_samples needs a base_lr"),
+    ],
+)
+def test_a_plan_that_cannot_be_run_is_refused(stages: list[StageRecipe], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        plan_stages(stages, 10)
