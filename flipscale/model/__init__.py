@@ -22,6 +22,10 @@ from .processing_flip import FlipProcessor
 for _config, _model in ((FlipConfig, FlipModel), (FlipTextConfig, FlipTextModel), (FlipVisionConfig, FlipVisionModel)):
     AutoConfig.register(_config.model_type, _config)
     AutoModel.register(_config, _model)
+    # `save_pretrained` writes this folder's code beside the weights.
+    _config.register_for_auto_class("AutoConfig")
+    _model.register_for_auto_class("AutoModel")
+FlipProcessor.register_for_auto_class("AutoProcessor")
 AutoModelForZeroShotImageClassification.register(FlipConfig, FlipModel)
 AutoProcessor.register(FlipConfig, FlipProcessor)
 
