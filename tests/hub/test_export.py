@@ -1,0 +1,252 @@
+"""The exported folder, used as somebody without flipscale uses it."""
+
+import json
+import os
+import subprocess
+import sysconfig
+import venv
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, pipeline
+
+from flipscale.hub.export import build_processor, export_model
+from flipscale.model import (
+    FlipConfig,
+    FlipModel,
+    FlipPreTrainedModel,
+    FlipProcessor,
+    FlipTextModel,
+    FlipTextModelWithProjection,
+    FlipVisionModel,
+    FlipVisionModelWithProjection,
+)
+
+TOWER = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+LABELS = ["red disc", "a green ring", "blue"]
+
+# Run in an environment of its own: prints what the folder gives there, as JSON.
+STRANGER = """
+import importlib.util, json, sys
+assert importlib.util.find_spec("flipscale") is None
+import torch
+from PIL import Image
+from transformers import AutoConfig, AutoModel, AutoModelForZeroShotImageClassification, AutoProcessor, pipeline
+folder, image, *labels = sys.argv[1:]
+image = Image.open(image)
+config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+inputs = processor(images=image, text=labels, return_tensors="pt")
+scores = {}
+for name, auto in (("model", AutoModel), ("zero_shot", AutoModelForZeroShotImageClassification)):
+    model = auto.from_pretrained(folder, trust_remote_code=True).eval()
+    with torch.no_grad():
+        scores[name] = model(**inputs).logits_per_image.softmax(-1)[0].tolist()
+classify = pipeline("zero-shot-image-classification", model=folder, trust_remote_code=True)
+by_label = {s["label"]: s["score"] for s in classify(image, candidate_labels=labels, hypothesis_template="{}")}
+scores["pipeline"] = [by_label[label] for label in labels]
+print(json.dumps({
+    "scores": scores,
+    "length": inputs["input_ids"].shape[1],
+    "backend": type(processor.image_processor).__name__,
+    "torchvision": importlib.util.find_spec("torchvision") is not None,
+    "model_type": config.model_type,
+}))
+"""
+
+
+def small_model(**text_fields: bool | str) -> FlipModel:
+    config = FlipConfig(
+        vision_config={**TOWER, "image_size": 32, "patch_size": 8},
+        text_config={**TOWER, "vocab_size": 16, "max_position_embeddings": 8, **text_fields},
+        projection_dim=16,
+    )
+    torch.manual_seed(0)
+    return FlipModel(config).eval()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tokenizer_dir: Path) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(tokenizer_dir)
+
+
+@pytest.fixture(scope="module")
+def folder(tokenizer: PreTrainedTokenizerBase, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    model = small_model()
+    return export_model(model, build_processor(model.config, tokenizer), tmp_path_factory.mktemp("hub") / "model")
+
+
+@pytest.fixture(scope="module")
+def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A smooth picture, so that both image backends give nearly the same pixels."""
+    path = tmp_path_factory.mktemp("image") / "image.png"
+    rows, columns = np.mgrid[0:40, 0:60]
+    Image.fromarray(np.stack([rows * 6, columns * 4, rows + columns], axis=2).astype(np.uint8)).save(path)
+    return path
+
+
+def environment_without(path: Path, *absent: str) -> Path:
+    """The interpreter of a new virtual environment that sees all installed packages but these: every package is linked
+    in, and the `.pth` files that an editable install leaves are not."""
+    venv.create(path, symlinks=True)
+    here = next(path.glob("lib/python*/site-packages"))
+    for kind in ("purelib", "platlib"):
+        for entry in Path(sysconfig.get_path(kind)).iterdir():
+            hidden = entry.suffix == ".pth" or entry.name.lower().startswith(("__editable__", *absent))
+            if not hidden and not (here / entry.name).exists():
+                (here / entry.name).symlink_to(entry)
+    return path / "bin" / "python"
+
+
+def direct_scores(folder: Path, image: Path) -> list[float]:
+    model, processor = FlipModel.from_pretrained(folder).eval(), FlipProcessor.from_pretrained(folder)
+    inputs = processor(images=Image.open(image), text=LABELS, return_tensors="pt")
+    with torch.no_grad():
+        return model(**inputs).logits_per_image.softmax(-1)[0].tolist()
+
+
+@pytest.mark.parametrize("absent", [("flipscale",), ("flipscale", "torchvision")], ids=["plain", "no_torchvision"])
+def test_folder_works_where_flipscale_is_absent(
+    folder: Path, image: Path, tmp_path: Path, absent: tuple[str, ...]
+) -> None:
+    python = environment_without(tmp_path / "venv", *absent)
+    kept = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    done = subprocess.run(
+        [python, "-c", STRANGER, folder, image, *LABELS],
+        cwd=tmp_path,
+        env={**kept, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules"), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    seen = json.loads(done.stdout.splitlines()[-1])
+    assert seen["model_type"] == "flip"
+    assert seen["length"] == 8
+    if "torchvision" in absent:
+        assert not seen["torchvision"]
+        assert seen["backend"] == "CLIPImageProcessorPil"
+    scores = seen["scores"]
+    assert scores["zero_shot"] == pytest.approx(scores["model"], abs=1e-6)
+    assert scores["pipeline"] == pytest.approx(scores["model"], abs=1e-6)
+    assert scores["model"] == pytest.approx(direct_scores(folder, image), abs=2e-3)
+
+
+@pytest.mark.parametrize("attend_to_padding", [True, False])
+@pytest.mark.parametrize("pooling", ["first", "mean"])
+def test_pipeline_gives_the_scores_of_a_direct_forward(
+    tokenizer: PreTrainedTokenizerBase, image: Path, tmp_path: Path, attend_to_padding: bool, pooling: str
+) -> None:
+    """The pipeline pads to the longest label alone, whatever the processor says."""
+    model = small_model(attend_to_padding=attend_to_padding, pooling=pooling)
+    folder = export_model(model, build_processor(model.config, tokenizer), tmp_path / "model")
+    classify = pipeline("zero-shot-image-classification", model=str(folder), device="cpu")
+    found = classify(str(image), candidate_labels=LABELS, hypothesis_template="{}")
+    by_label = {entry["label"]: entry["score"] for entry in found}
+    assert [by_label[label] for label in LABELS] == pytest.approx(direct_scores(folder, image), abs=1e-6)
+
+
+def test_folder_holds_what_it_needs_and_nothing_else(folder: Path) -> None:
+    assert {path.name for path in folder.iterdir()} == {
+        "config.json",
+        "configuration_flip.py",
+        "masking.py",
+        "model.safetensors",
+        "modeling_flip.py",
+        "processing_flip.py",
+        "processor_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    assert json.loads((folder / "config.json").read_text())["auto_map"] == {
+        "AutoConfig": "configuration_flip.FlipConfig",
+        "AutoModel": "modeling_flip.FlipModel",
+        "AutoModelForZeroShotImageClassification": "modeling_flip.FlipModel",
+    }
+    assert not [path for path in folder.parent.iterdir() if path != folder]
+
+
+def test_a_saved_copy_of_a_loaded_model_carries_the_code_too(folder: Path, tmp_path: Path) -> None:
+    FlipModel.from_pretrained(folder).save_pretrained(tmp_path)
+    assert (tmp_path / "modeling_flip.py").read_bytes() == (folder / "modeling_flip.py").read_bytes()
+
+
+def test_export_replaces_an_older_model_whole(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    model = small_model()
+    (tmp_path / "model").mkdir()
+    export_model(model, None, tmp_path / "model")
+    (tmp_path / "model" / "stale.txt").touch()
+    export_model(model, build_processor(model.config, tokenizer), tmp_path / "model")
+    assert not (tmp_path / "model" / "stale.txt").exists()
+    assert (tmp_path / "model" / "processor_config.json").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_export_does_not_replace_what_is_no_model(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(ValueError, match="is there already and is no FLIP model folder; name another folder"):
+        export_model(small_model(), None, tmp_path)
+    assert (tmp_path / "thesis.tex").exists()
+
+
+def test_a_failed_export_leaves_the_older_model(tmp_path: Path) -> None:
+    folder = export_model(small_model(), None, tmp_path / "model")
+    before = (folder / "model.safetensors").read_bytes()
+    broken = small_model()
+    broken.config.note = object()  # cannot be written as JSON
+    with pytest.raises(TypeError):
+        export_model(broken, None, folder)
+    assert (folder / "model.safetensors").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_processor_sees_the_whole_short_side(tokenizer: PreTrainedTokenizerBase) -> None:
+    processor = build_processor(small_model().config, tokenizer)
+    inputs = processor(images=Image.new("RGB", (70, 35), (124, 116, 104)), text="a red disc", return_tensors="pt")
+    assert inputs["pixel_values"].shape == (1, 3, 32, 32)
+    assert inputs["pixel_values"].abs().max() < 0.02
+    assert inputs["input_ids"].tolist()[0][3:] == [0] * 5
+    assert inputs["attention_mask"].tolist() == [[1, 1, 1, 0, 0, 0, 0, 0]]
+
+
+def test_processor_cuts_captions_to_the_models_length(tokenizer: PreTrainedTokenizerBase) -> None:
+    config = small_model().config
+    config.text_config.max_position_embeddings = 4
+    processor = build_processor(config, tokenizer)
+    assert processor(text="a red a red a red a red")["input_ids"] == tokenizer("a red a red")["input_ids"]
+    assert tokenizer.model_max_length == 8
+
+
+def test_processor_takes_one_deviation_for_all_channels(tokenizer: PreTrainedTokenizerBase) -> None:
+    config = small_model().config
+    config.vision_config.image_mean, config.vision_config.image_std = 0.5, 0.5
+    processor = build_processor(config, tokenizer)
+    black = processor(images=Image.new("RGB", (40, 40)), return_tensors="pt")["pixel_values"]
+    assert torch.equal(black, torch.full((1, 3, 32, 32), -1.0))
+
+
+def test_a_tokenizer_of_another_model_is_refused(tokenizer: PreTrainedTokenizerBase) -> None:
+    config = small_model().config
+    config.text_config.vocab_size = 5
+    with pytest.raises(
+        ValueError, match=r"the tokenizer has 12 entries, the model's vocab_size is 5; use the tokenizer"
+    ):
+        build_processor(config, tokenizer)
+    config = small_model(pad_token_id=3).config
+    with pytest.raises(ValueError, match=r"the tokenizer pads with id 0, the model with pad_token_id 3; use the"):
+        build_processor(config, tokenizer)
+
+
+@pytest.mark.parametrize(
+    "tower", [FlipVisionModel, FlipTextModel, FlipVisionModelWithProjection, FlipTextModelWithProjection]
+)
+def test_a_tower_loads_from_the_whole_model_and_reports_nothing(folder: Path, tower: type[FlipPreTrainedModel]) -> None:
+    loaded, report = tower.from_pretrained(folder, output_loading_info=True)
+    assert not report["unexpected_keys"]
+    assert not report["missing_keys"]
+    whole = FlipModel.from_pretrained(folder).state_dict()
+    prefix = "" if "WithProjection" in tower.__name__ else f"{tower.base_model_prefix}."
+    assert all(torch.equal(value, whole[prefix + name]) for name, value in loaded.state_dict().items())
