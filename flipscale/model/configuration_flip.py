@@ -118,15 +118,16 @@ class FlipConfig(PreTrainedConfig):
         "vision_config": FlipVisionConfig,
     }
 
-    text_config: dict | PreTrainedConfig | None = None
-    vision_config: dict | PreTrainedConfig | None = None
+    # A FlipTextConfig and a FlipVisionConfig once made; given as those, as dicts or not at all.
+    text_config: Any = None
+    vision_config: Any = None
     projection_dim: int | None = None
     logit_scale_init_value: float | int = 2.6592600369327783
     initializer_range: float | int = 0.02
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
-        towers: list[Any] = [self.vision_config, self.text_config]
+        towers = [self.vision_config, self.text_config]
         if self.projection_dim is None:
             dims = [tower.projection_dim for tower in towers]
             if dims[0] != dims[1]:

@@ -42,10 +42,7 @@ class FlipOutput(ModelOutput):
     vision_model_output: BaseModelOutputWithPooling | None = None
 
     def to_tuple(self) -> tuple[Any, ...]:
-        return tuple(
-            v.to_tuple() if isinstance(v, ModelOutput) else v
-            for v in (self[k] for k in self.keys())
-        )
+        return tuple(v.to_tuple() if isinstance(v, ModelOutput) else v for v in (self[k] for k in self.keys()))
 
 
 @dataclass
@@ -558,10 +555,7 @@ class FlipModel(FlipPreTrainedModel):
 
     def __init__(self, config: FlipConfig):
         super().__init__(config)
-        vision_config, text_config = (
-            cast(FlipVisionConfig, config.vision_config),
-            cast(FlipTextConfig, config.text_config),
-        )
+        vision_config, text_config = config.vision_config, config.text_config
         self.vision_model = FlipVisionModel._from_config(vision_config)
         self.text_model = FlipTextModel._from_config(text_config)
         self.image_projection = nn.Linear(vision_config.hidden_size, vision_config.projection_dim, bias=False)
