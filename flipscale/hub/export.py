@@ -5,12 +5,12 @@ import json
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from flipscale.model import FlipConfig, FlipModel, FlipProcessor, FlipTextConfig, FlipVisionConfig
+from flipscale.model import FlipConfig, FlipModel, FlipProcessor
 
 
 def build_processor(config: FlipConfig, tokenizer: PreTrainedTokenizerBase) -> FlipProcessor:
@@ -23,7 +23,7 @@ def build_processor(config: FlipConfig, tokenizer: PreTrainedTokenizerBase) -> F
     Raises:
         ValueError: the tokenizer has more entries than the model has embeddings, or another padding id.
     """
-    vision, text = cast(FlipVisionConfig, config.vision_config), cast(FlipTextConfig, config.text_config)
+    vision, text = config.vision_config, config.text_config
     if len(tokenizer) > text.vocab_size:
         raise ValueError(
             f"the tokenizer has {len(tokenizer)} entries, the model's vocab_size is {text.vocab_size}; use the "

@@ -231,9 +231,7 @@ def test_processor_takes_one_deviation_for_all_channels(tokenizer: PreTrainedTok
 def test_a_tokenizer_of_another_model_is_refused(tokenizer: PreTrainedTokenizerBase) -> None:
     config = small_model().config
     config.text_config.vocab_size = 5
-    with pytest.raises(
-        ValueError, match=r"the tokenizer has 12 entries, the model's vocab_size is 5; use the tokenizer"
-    ):
+    with pytest.raises(ValueError, match=r"the tokenizer has 12 entries, the model's vocab_size is 5; use"):
         build_processor(config, tokenizer)
     config = small_model(pad_token_id=3).config
     with pytest.raises(ValueError, match=r"the tokenizer pads with id 0, the model with pad_token_id 3; use the"):

@@ -1,0 +1,251 @@
+"""Conversion of a checkpoint that the original JAX FLIP wrote."""
+
+import gzip
+import json
+import shutil
+import sys
+import tarfile
+from pathlib import Path
+
+import msgpack
+import numpy as np
+import pytest
+import torch
+
+from flipscale import cli
+from flipscale.hub.convert_flip import convert_flip_checkpoint, read_flip_checkpoint
+from flipscale.model import FlipModel, FlipProcessor
+
+FIXTURES = Path(__file__).parents[1] / "fixtures" / "parity"
+VARIANTS = sorted(path.name for path in (FIXTURES / "msgpack_variants").iterdir())
+EMBEDDING = "target.txt_encoder.token_embedding.embedding"
+POSITIONS = "target.img_encoder.posembed_encoder.pos_embedding"
+
+
+@pytest.fixture(scope="session")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that holds `checkpoint_7`, as the original wrote it. Not to be changed."""
+    folder = tmp_path_factory.mktemp("written")
+    with tarfile.open(FIXTURES / "t5x.tar.gz") as tar:
+        tar.extractall(folder, filter="data")
+    return folder
+
+
+@pytest.fixture
+def checkpoint(written: Path, tmp_path: Path) -> Path:
+    """A copy of `checkpoint_7` to be changed."""
+    return Path(shutil.copytree(written / "checkpoint_7", tmp_path / "src" / "checkpoint_7"))
+
+
+def convert(src: Path, dst: Path, **heads: int | str) -> FlipModel:
+    return convert_flip_checkpoint(src, dst, **(heads or {"image_heads": 4, "text_heads": 4}))
+
+
+def rewrite_array(folder: Path, change: np.ndarray) -> None:
+    """Stores another array in the place of the one in `folder`, in one chunk."""
+    meta = json.loads((folder / ".zarray").read_text())
+    shutil.rmtree(folder)
+    folder.mkdir()
+    shape = list(change.shape)
+    (folder / ".zarray").write_text(json.dumps({**meta, "shape": shape, "chunks": shape}))
+    (folder / ".".join("0" * len(shape))).write_bytes(gzip.compress(change.astype("<f4").tobytes()))
+
+
+def assert_equals_the_original(model: FlipModel) -> None:
+    given = np.load(FIXTURES / "io.npz")
+    with torch.no_grad():
+        output = model(
+            pixel_values=torch.from_numpy(given["images_nhwc"]).permute(0, 3, 1, 2),
+            input_ids=torch.from_numpy(given["txt"]).long(),
+        )
+    assert np.abs(output.image_embeds.numpy() - given["z_img"]).max() < 2e-6
+    assert np.abs(output.text_embeds.numpy() - given["z_txt"]).max() < 2e-6
+
+
+@pytest.mark.parametrize("where", [".", "checkpoint_7", "checkpoint_7/checkpoint"])
+def test_reads_every_array_bit_for_bit(written: Path, where: str) -> None:
+    arrays, expected = read_flip_checkpoint(written / where), np.load(FIXTURES / "params.npz")
+    assert set(arrays) == set(expected.files)
+    for name, array in arrays.items():
+        assert array.dtype == np.float32
+        assert np.array_equal(array, expected[name]), name
+
+
+def test_converts_to_a_model_folder(written: Path, tmp_path: Path) -> None:
+    assert_equals_the_original(convert(written, tmp_path / "model"))
+    loaded = FlipModel.from_pretrained(tmp_path / "model").eval()
+    assert_equals_the_original(loaded)
+    assert loaded.config.vision_config.image_size == 48
+    assert loaded.config.text_config.attend_to_padding
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_reads_every_spelling_of_the_index(checkpoint: Path, tmp_path: Path, variant: str) -> None:
+    shutil.copyfile(FIXTURES / "msgpack_variants" / variant, checkpoint / "checkpoint")
+    assert_equals_the_original(convert(checkpoint, tmp_path / "model"))
+
+
+def test_lists_the_folders_where_msgpack_is_absent(
+    written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "msgpack", None)
+    assert_equals_the_original(convert(written, tmp_path / "model"))
+
+
+def test_chunks_need_not_divide_the_shape(checkpoint: Path) -> None:
+    """Zarr stores the chunks at the edge whole."""
+    folder = checkpoint / "target.img_mlp1.kernel"
+    expected = np.load(FIXTURES / "params.npz")["img_mlp1/kernel"]
+    meta = json.loads((folder / ".zarray").read_text())
+    del meta["dimension_separator"]
+    shutil.rmtree(folder)
+    folder.mkdir()
+    (folder / ".zarray").write_text(json.dumps({**meta, "chunks": [48, 32], "compressor": None}))
+    (folder / "0.0").write_bytes(expected[:48].tobytes())
+    (folder / "1.0").write_bytes(np.pad(expected[48:], ((0, 32), (0, 0))).tobytes())
+    assert np.array_equal(read_flip_checkpoint(checkpoint)["img_mlp1/kernel"], expected)
+
+
+def test_command_saves_a_processor_with_the_originals_tokenizer(
+    written: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    vocab = tmp_path / "vocab.txt"
+    vocab.write_text("\n".join(["[PAD]", "[UNK]", "a", "red", "##der", "disc", ""]))
+    dst = str(tmp_path / "model")
+    heads = ["--image_heads", "4", "--text_heads", "4"]
+    cli.main(["convert", "flip", str(written), dst, *heads, "--tokenizer", str(vocab)])
+    assert "48 px in patches of 16, captions of 32 ids, with a processor" in capsys.readouterr().out
+    processor = FlipProcessor.from_pretrained(dst)
+    assert processor(text="a redder disc")["input_ids"] == [2, 3, 4, 5] + [0] * 28
+    assert_equals_the_original(FlipModel.from_pretrained(dst).eval())
+
+
+def fails(checkpoint: Path, message: str, **heads: int | str) -> None:
+    dst = checkpoint.parent / "model"
+    with pytest.raises(ValueError, match=message) as caught:
+        convert(checkpoint, dst, **heads)
+    assert "\n" not in str(caught.value)
+    assert not dst.exists()
+
+
+@pytest.mark.parametrize(
+    ("heads", "message"),
+    [
+        ({"image_heads": 4}, r"image_heads is 4, text_heads is None, and a checkpoint does not tell them; give size"),
+        ({"size": None}, r"a checkpoint does not tell them; give size \(b16, l16, h14\) or both"),
+        ({"size": "g14"}, r"size 'g14' is none of the original FLIP's; use one of b16, l16, h14"),
+        ({"size": "b16", "text_heads": 4}, r"size b16 and heads are both given; .* leave one of them out"),
+        ({"image_heads": 7, "text_heads": 4}, r"image_heads 7 does not divide the image tower's width of 64"),
+        ({"image_heads": 4, "text_heads": 0}, r"text_heads 0 does not divide the text tower's width of 48"),
+        (
+            {"size": "l16"},
+            r"the checkpoint is not of size l16: it has vision hidden_size 64, not 1024; .*text hidden_size 48, not",
+        ),
+    ],
+)
+def test_heads_must_be_told_and_fit(checkpoint: Path, heads: dict[str, int | str], message: str) -> None:
+    fails(checkpoint, message, **heads)
+
+
+def test_no_checkpoint_there(checkpoint: Path, tmp_path: Path) -> None:
+    fails(tmp_path / "nowhere", r"nowhere does not exist; name a checkpoint_N folder")
+    (tmp_path / "empty").mkdir()
+    fails(tmp_path / "empty", r"empty is not a checkpoint of the original FLIP: no target\.\* array folder")
+    (tmp_path / "weights.zip").touch()
+    fails(tmp_path / "weights.zip", r"weights.zip is not a checkpoint of the original FLIP; unpack it")
+
+
+def test_several_checkpoints(checkpoint: Path) -> None:
+    shutil.copytree(checkpoint, checkpoint.parent / "checkpoint_9")
+    fails(checkpoint.parent, r"holds 2 checkpoints \(checkpoint_7, checkpoint_9\); name one of them")
+
+
+def test_another_version(checkpoint: Path) -> None:
+    index = msgpack.unpackb((checkpoint / "checkpoint").read_bytes())
+    (checkpoint / "checkpoint").write_bytes(msgpack.packb({**index, "version": 4}))
+    fails(checkpoint, r"is of version 4; only version 3, the original FLIP's, can be read")
+
+
+@pytest.mark.parametrize("content", [b"", b"not msgpack", msgpack.packb({"version": 3}), msgpack.packb([3])])
+def test_an_index_of_something_else(checkpoint: Path, content: bytes) -> None:
+    (checkpoint / "checkpoint").write_bytes(content)
+    fails(checkpoint, r"checkpoint is not the index of a checkpoint of the original FLIP")
+
+
+@pytest.mark.parametrize(
+    ("leaf", "message"),
+    [
+        (5, "is not a zarr array in the checkpoint's index"),
+        ({"driver": "zarr"}, "has no path in the checkpoint's index"),
+    ],
+)
+def test_an_index_with_an_odd_entry(checkpoint: Path, leaf: object, message: str) -> None:
+    index = msgpack.unpackb((checkpoint / "checkpoint").read_bytes())
+    index["optimizer"]["target"]["logit_scale"] = leaf
+    (checkpoint / "checkpoint").write_bytes(msgpack.packb(index))
+    fails(checkpoint, "parameter logit_scale " + message)
+
+
+def test_a_chunk_cut_short(checkpoint: Path) -> None:
+    chunk = next(path for path in (checkpoint / EMBEDDING).iterdir() if path.name != ".zarray")
+    content = chunk.read_bytes()
+    chunk.write_bytes(content[:-20])
+    fails(checkpoint, r"array txt_encoder/token_embedding/embedding is damaged: .* is cut short or not gzip")
+    chunk.write_bytes(gzip.compress(gzip.decompress(content)[:-4]))
+    fails(checkpoint, r"embedding is damaged: .* holds \d+ bytes, not \d+")
+
+
+def test_a_chunk_missing(checkpoint: Path) -> None:
+    (checkpoint / "target.logit_scale" / "0").unlink()
+    fails(checkpoint, r"array logit_scale is incomplete: .* is missing")
+
+
+def test_an_array_missing(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.rmtree(checkpoint / EMBEDDING)
+    fails(checkpoint, r"array txt_encoder/token_embedding/embedding is missing: .* has no \.zarray")
+    monkeypatch.setitem(sys.modules, "msgpack", None)
+    fails(checkpoint, r"array txt_encoder/token_embedding/embedding is missing from the checkpoint")
+    shutil.copytree(checkpoint / "target.txt_mlp1.kernel", checkpoint / EMBEDDING)
+    shutil.rmtree(checkpoint / "target.txt_mlp1.kernel")
+    fails(checkpoint, r"text_projection\.weight is missing, not \(32, 48\)")
+
+
+def test_an_array_of_another_form(checkpoint: Path) -> None:
+    meta = checkpoint / "target.logit_scale" / ".zarray"
+    meta.write_text(meta.read_text().replace("gzip", "blosc"))
+    fails(checkpoint, r"array logit_scale is stored as zarr 2, compressor blosc, order C, filters None; the original")
+    meta.write_text("{")
+    fails(checkpoint, r"array logit_scale is damaged: .*\.zarray cannot be read")
+
+
+def test_arrays_that_no_flip_model_has(checkpoint: Path) -> None:
+    rewrite_array(checkpoint / "target.img_encoder.embedding.bias", np.zeros(63))
+    fails(checkpoint, r"not a FLIP model's: vision_model\.embeddings\.patch_embedding\.bias is \(63,\), not \(64,\)")
+    rewrite_array(checkpoint / POSITIONS, np.zeros((1, 9, 64)))
+    fails(checkpoint, r"pos_embedding has 8 patches, which are not a square")
+
+
+def test_an_array_too_many(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "msgpack", None)
+    shutil.copytree(checkpoint / "target.logit_scale", checkpoint / "target.decoder.scale")
+    fails(checkpoint, r"decoder\.weight is unknown")
+
+
+def test_learned_image_positions(checkpoint: Path) -> None:
+    """Row 0, the class token's, is never used and may hold anything; the rest must be the fixed table."""
+    stored = np.load(FIXTURES / "params.npz")["img_encoder/posembed_encoder/pos_embedding"]
+    first_row = stored.copy()
+    first_row[0, 0] = 1.0
+    rewrite_array(checkpoint / POSITIONS, first_row)
+    assert_equals_the_original(convert(checkpoint, checkpoint.parent / "first_row"))
+    rewrite_array(checkpoint / POSITIONS, np.load(FIXTURES / "io.npz")["pos_alt"])
+    fails(checkpoint, r"is not the fixed 2-D sine-cosine table \(largest difference .*\); a model with learned")
+
+
+def test_command_tells_a_mistake_in_one_line(written: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["convert", "flip", str(written), str(tmp_path / "model"), "--size", "h14"])
+    assert caught.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("flipscale: error: the checkpoint is not of size h14: it has vision patch_size 16, not 14;")
+    assert error.count("\n") == 1
