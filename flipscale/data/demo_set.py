@@ -22,8 +22,9 @@ from flipscale.data.tokenizers import train_sentencepiece
 VALIDATION_ARTIST = "openmoji"
 TRAIN_SHARDS = 8
 VOCAB_SIZE = 4000
-MAX_LENGTH = 16  # tokens: 99.9 % of the captions are whole
+MAX_LENGTH = 16  # tokens; the longest caption has 12
 SEED = 0
+MADE_BY = "flipscale prepare demo"  # how a later run knows the folder for its own
 TEMPLATES = ("{c}",)  # a caption is the bare name, so that is what a class is called
 
 
@@ -79,12 +80,12 @@ def shuffled(pictures: Iterable[Picture]) -> list[Picture]:
 
 
 def is_unseen(concept: str) -> bool:
-    """True for the tenth of all concepts that `train_without_unseen` does without: by hash, so that it never changes."""
+    """True for about a tenth of all concepts, those that `train_without_unseen` lacks: by hash, so it never changes."""
     return int(hashlib.sha256(concept.encode()).hexdigest(), 16) % 10 == 0
 
 
 def validation_pictures(train: Sequence[Picture]) -> list[Picture]:
-    """The validation artist's pictures that make a test like the real one: CLDR names, no flags, drawn by others too."""
+    """The validation artist's pictures that make a test like the real one: CLDR names, no flags, others draw it too."""
     others = {picture.drawing.caption for picture in train if picture.drawing.artist != VALIDATION_ARTIST}
     chosen: dict[str, Picture] = {}
     for picture in train:
@@ -95,14 +96,14 @@ def validation_pictures(train: Sequence[Picture]) -> list[Picture]:
     return list(chosen.values())
 
 
-def write_parts(out_dir: Path, pictures: Sequence[Picture], parts: Sequence[str]) -> dict[str, int]:
-    """Write the named parts of the demo into `out_dir`; part -> number of images."""
+def write_parts(out_dir: Path, pictures: Sequence[Picture], parts: Sequence[str]) -> dict[str, dict[str, int]]:
+    """Write the parts of the demo into `out_dir`; part -> its number of images and captions."""
     train = shuffled(p for p in pictures if p.drawing.artist != demo_emoji.TEST_ARTIST)
     test = sorted((p for p in pictures if p.drawing.artist == demo_emoji.TEST_ARTIST), key=lambda p: p.drawing.caption)
-    counts: dict[str, int] = {}
+    counts: dict[str, dict[str, int]] = {}
 
     def write(part: str, chosen: Sequence[Picture], is_test: bool = False) -> None:
-        counts[part] = len(chosen)
+        counts[part] = {"images": len(chosen), "captions": len({picture.drawing.caption for picture in chosen})}
         names = sorted({picture.drawing.caption for picture in chosen}) if is_test else None
         write_shards(out_dir / part, chosen, 1 if is_test else TRAIN_SHARDS, names)
 
@@ -111,7 +112,7 @@ def write_parts(out_dir: Path, pictures: Sequence[Picture], parts: Sequence[str]
     if "validation" in parts:
         validation = sorted(validation_pictures(train), key=lambda picture: picture.drawing.caption)
         write("validation", validation, is_test=True)
-        write("train_without_openmoji", [p for p in train if p.drawing.artist != VALIDATION_ARTIST])
+        write(f"train_without_{VALIDATION_ARTIST}", [p for p in train if p.drawing.artist != VALIDATION_ARTIST])
     if "unseen" in parts:
         unseen = [picture for picture in test if is_unseen(picture.drawing.concept)]
         concepts = {picture.drawing.concept for picture in unseen}
@@ -122,11 +123,14 @@ def write_parts(out_dir: Path, pictures: Sequence[Picture], parts: Sequence[str]
     return counts
 
 
-def write_report(out_dir: Path, icon_sets: Sequence[IconSet], counts: dict[str, int], parts: Sequence[str]) -> None:
+def write_report(
+    out_dir: Path, icon_sets: Sequence[IconSet], counts: dict[str, dict[str, int]], parts: Sequence[str]
+) -> None:
     """Write `report.json` (what is in the folder) and `LICENSES.txt` (whose it is)."""
     report = {
+        "made_by": MADE_BY,
         "parts": sorted(parts),
-        "images": counts,
+        "counts": counts,
         "sets": [
             {
                 "artist": icons.artist,
@@ -165,26 +169,48 @@ def prepare_demo(out_dir: Path, *, with_validation: bool = False, with_unseen: b
         ValueError: the folder holds something else, or the packages cannot be downloaded.
     """
     parts = ["validation"] * with_validation + ["unseen"] * with_unseen
-    report = out_dir / "report.json"
-    if report.exists():
-        present = json.loads(report.read_text(encoding="utf-8"))["parts"]
+    out_dir = out_dir.absolute()
+    present = _parts_present(out_dir)
+    if present is not None:
         if set(parts) <= set(present):
             print(f"{out_dir} is complete: nothing to do")
             return
         parts = sorted({*parts, *present})
-    elif out_dir.exists() and any(out_dir.iterdir()):
-        raise ValueError(f"{out_dir} has files in it that are not the demo's; name another folder, or empty this one")
+    elif out_dir.exists() and not (out_dir.is_dir() and not any(out_dir.iterdir())):
+        raise ValueError(f"{out_dir} holds something that is not the demo; name a new folder, or an empty one")
+    demo_emoji.check_renderer()
 
-    aside = out_dir.with_name(f".{out_dir.name}.partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
     with tempfile.TemporaryDirectory() as downloads:
         icon_sets = demo_emoji.load_icon_sets(Path(downloads))
     drawings = [drawing for icons in icon_sets for drawing in icons.drawings]
     pictures = [Picture(*pair) for pair in zip(drawings, demo_emoji.render(drawings), strict=True)]
+    print("\n".join(install(out_dir, icon_sets, pictures, parts)))
+
+
+def _parts_present(out_dir: Path) -> list[str] | None:
+    """The extra parts of a folder that an earlier run made, None if none did."""
+    try:
+        report = json.loads((out_dir / "report.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return report["parts"] if isinstance(report, dict) and report.get("made_by") == MADE_BY else None
+
+
+def install(
+    out_dir: Path, icon_sets: Sequence[IconSet], pictures: Sequence[Picture], parts: Sequence[str]
+) -> list[str]:
+    """Write everything aside, then put it in `out_dir`'s place: a kill leaves no half folder. A line on each part."""
+    aside, old = (out_dir.with_name(f".{out_dir.name}.{state}") for state in ("partial", "old"))
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
     counts = write_parts(aside, pictures, parts)
     write_report(aside, icon_sets, counts, parts)
-    shutil.rmtree(out_dir, ignore_errors=True)
+    if out_dir.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(out_dir, old)
     os.replace(aside, out_dir)
-    for part, count in counts.items():
-        print(f"{out_dir / part}: {count:,} images")
+    shutil.rmtree(old, ignore_errors=True)
+    return [
+        f"{out_dir / part}: {count['images']:,} images, {count['captions']:,} captions"
+        for part, count in counts.items()
+    ]
