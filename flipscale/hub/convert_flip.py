@@ -94,6 +94,24 @@ def convert_flip_checkpoint(
     return model
 
 
+def translate(name: str, array: np.ndarray) -> tuple[str, torch.Tensor]:
+    """Our name and layout of a parameter of the original, or of its gradient: `name` is as `img_encoder/cls`.
+
+    Matrices are stored `[in, out]` there, the patch convolution `[row, column, in, out]`.
+    """
+    tensor = torch.from_numpy(array)
+    if name.endswith("/kernel"):
+        tensor = tensor.permute(3, 2, 0, 1) if tensor.ndim == 4 else tensor.t()
+    elif name == "img_encoder/cls":
+        tensor = tensor.flatten()
+    elif name.endswith("/pos_embedding"):
+        tensor = tensor[0]
+    if name in _OUTSIDE_THE_BLOCKS:
+        return _OUTSIDE_THE_BLOCKS[name], tensor.contiguous()
+    name = re.sub(r"/encoderblock_(\d+)/", lambda found: f"/encoder/layers/{int(found[1])}/", name)
+    return ".".join(_WORDS.get(word, word) for word in name.split("/") if word != "Transformer"), tensor.contiguous()
+
+
 def _checkpoint_folder(path: Path) -> Path:
     if not path.exists():
         raise ValueError(f"{path} does not exist; name a checkpoint_N folder of the original FLIP")
@@ -278,7 +296,7 @@ def _build(arrays: dict[str, np.ndarray], size: str | None, image_heads: int, te
     if size is not None:
         _refuse_other_size(config, size)
     _refuse_heads(config)
-    state_dict = {_name(name): _tensor(name, array) for name, array in arrays.items() if name != _POSITIONS}
+    state_dict = dict(translate(name, array) for name, array in arrays.items() if name != _POSITIONS)
     with torch.device("meta"):
         expected = {name: tuple(value.shape) for name, value in FlipModel(config).state_dict().items()}
     found = {name: tuple(value.shape) for name, value in state_dict.items()}
@@ -295,25 +313,6 @@ def _build(arrays: dict[str, np.ndarray], size: str | None, image_heads: int, te
         model = FlipModel(config)
     model.load_state_dict(state_dict)
     return model.eval()
-
-
-def _name(name: str) -> str:
-    if name in _OUTSIDE_THE_BLOCKS:
-        return _OUTSIDE_THE_BLOCKS[name]
-    name = re.sub(r"/encoderblock_(\d+)/", lambda found: f"/encoder/layers/{int(found[1])}/", name)
-    return ".".join(_WORDS.get(word, word) for word in name.split("/") if word != "Transformer")
-
-
-def _tensor(name: str, array: np.ndarray) -> torch.Tensor:
-    """The array in our layout: matrices are stored `[in, out]`, the patch convolution `[row, column, in, out]`."""
-    tensor = torch.from_numpy(array)
-    if name.endswith("/kernel"):
-        tensor = tensor.permute(3, 2, 0, 1) if tensor.ndim == 4 else tensor.t()
-    elif name == "img_encoder/cls":
-        tensor = tensor.flatten()
-    elif name.endswith("/pos_embedding"):
-        tensor = tensor[0]
-    return tensor.contiguous()
 
 
 def _check_positions(stored: np.ndarray, config: FlipConfig) -> None:
