@@ -14,9 +14,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     kinds = parser.add_subparsers(dest="kind", metavar="WHAT", required=True)
     demo = kinds.add_parser("demo", help="download and render the emoji sets: shards, a test set, a tokenizer")
     demo.add_argument("directory", type=Path)
-    demo.add_argument("--with_validation", action="store_true", help="also a validation artist, and training without it")
-    demo.add_argument("--with_unseen", action="store_true", help="also a tenth of the concepts held out of every artist")
-    index = kinds.add_parser("index", help="write the index of offsets beside each shard (training does it when absent)")
+    demo.add_argument(
+        "--with_validation", action="store_true", help="also a validation artist, and training without it"
+    )
+    demo.add_argument(
+        "--with_unseen", action="store_true", help="also a tenth of the concepts held out of every artist"
+    )
+    index = kinds.add_parser(
+        "index", help="write the index of offsets beside each shard (training does it when absent)"
+    )
     index.add_argument("shards", help="a folder, a glob, or a range such as 'laion/{00000..41407}.tar'")
 
 

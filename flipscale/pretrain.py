@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from flipscale.cli import complain
 from flipscale.data.loader import InputShape, PairDataset, build_loader, load_tokenizer
@@ -29,7 +28,6 @@ from flipscale.training.schedule import Stage, plan_stages
 from flipscale.training.tracking import Tracker, is_due
 
 
-
 class Run:
     """A run in progress: the model, its optimisers and its position, and what is due between steps."""
 
@@ -44,7 +42,7 @@ class Run:
         self.source = TarSource(recipe.data.shards)
         self.tokenizer = load_tokenizer(recipe.data.tokenizer, config.text_config.max_position_embeddings)
         self.datasets = {stage: self._dataset(stage, config) for stage in self.stages}
-        check_vocabulary(self.tokenizer, config)
+        self.processor = build_processor(config, self.tokenizer)
         self.accelerator = start_accelerator(recipe.log.report_to, recipe.output_dir)
         self.total_steps = self.stages[-1].last_step
         self.tracker = Tracker(self.accelerator, recipe.log, self.run_dir, self.batch_size, self.total_steps)
@@ -53,7 +51,9 @@ class Run:
         self.step, self.stopped = 0, False
 
         torch.manual_seed(recipe.seed)
-        self.weights = FlipModel.from_pretrained(recipe.model.init_from) if recipe.model.init_from else FlipModel(config)
+        self.weights = (
+            FlipModel.from_pretrained(recipe.model.init_from) if recipe.model.init_from else FlipModel(config)
+        )
         self.weights.set_attn_implementation(best_attention(self.accelerator.device))
         if recipe.model.gradient_checkpointing:
             self.weights.gradient_checkpointing_enable()
@@ -103,7 +103,7 @@ class Run:
             yield stage
 
     def batches(self, stage: Stage) -> Iterator[dict[str, torch.Tensor]]:
-        """This process's batches of a stage from the current step on, on the device, until a stop."""
+        """This process's batches of a stage from the current step on, on the device but for `num_replaced`, until a stop."""
         accelerator = self.accelerator
         loader = build_loader(
             self.datasets[stage],
@@ -114,7 +114,9 @@ class Run:
             pin_memory=accelerator.device.type == "cuda",
         )
         for batch in self.tracker.timed(loader):
-            yield {name: value.to(accelerator.device, non_blocking=True) for name, value in batch.items()}
+            num_replaced = batch.pop("num_replaced")
+            on_device = {name: value.to(accelerator.device, non_blocking=True) for name, value in batch.items()}
+            yield {**on_device, "num_replaced": num_replaced}
             if self.stopped:
                 return
 
@@ -166,30 +168,12 @@ class Run:
             self.save()
             self.evaluate()
             if self.accelerator.is_main_process:
-                processor = build_processor(self.weights.config, self.tokenizer)
-                export_model(self.weights, processor, self.run_dir / "model")
+                export_model(self.weights, self.processor, self.run_dir / "model")
                 card = model_card(self.run_dir, self.weights.num_parameters(), len(self.source))
                 (self.run_dir / "model" / "README.md").write_text(card)
                 (self.run_dir / "DONE").touch()
         self.tracker.finish()
         self.accelerator.end_training()
-
-
-def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: FlipConfig) -> None:
-    """Refuses a tokenizer whose tokens the text tower has no rows for, or that pads with another one.
-
-    Raises:
-        ValueError
-    """
-    text = config.text_config
-    if len(tokenizer) > text.vocab_size:
-        raise ValueError(
-            f"the tokenizer has {len(tokenizer)} tokens, model.text_config.vocab_size is {text.vocab_size}; raise it"
-        )
-    if tokenizer.pad_token_id != text.pad_token_id:
-        raise ValueError(
-            f"the tokenizer pads with token {tokenizer.pad_token_id}, model.text_config.pad_token_id is {text.pad_token_id}"
-        )
 
 
 def pretrain(recipe: Recipe) -> Path:

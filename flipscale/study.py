@@ -64,7 +64,9 @@ def run(args: argparse.Namespace) -> None:
         OSError: a run failed.
     """
     if not torch.cuda.is_available() and (os.cpu_count() or 1) < len(args.recipes):
-        raise ValueError(f"{len(args.recipes)} recipes need as many cores, there are {os.cpu_count()}; run fewer at once")
+        raise ValueError(
+            f"{len(args.recipes)} recipes need as many cores, there are {os.cpu_count()}; run fewer at once"
+        )
     recipes = [parse_recipe(["--config", recipe]) for recipe in args.recipes]
     names = [Path(recipe).stem for recipe in args.recipes]
     arms = _plan(names, recipes, args.minutes * 60, args.output_dir)
@@ -129,7 +131,9 @@ def _plan(names: list[str], recipes: list[Recipe], seconds: float, output_dir: P
                 output_dir=str(output_dir / file.stem),
             )
             file.write_text(to_yaml(scaled))
-            print(f"{file.stem}: {', '.join(f'{rate:,.0f}' for rate in rates)} pairs/s, {total:,} pairs in {seconds:.0f} s")
+            print(
+                f"{file.stem}: {', '.join(f'{rate:,.0f}' for rate in rates)} pairs/s, {total:,} pairs in {seconds:.0f} s"
+            )
     return [Arm(file.stem, parse_recipe(["--config", str(file)])) for file in files]
 
 

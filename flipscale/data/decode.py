@@ -36,9 +36,7 @@ def centre_box(height: int, width: int, image_size: int, padding: int = 0) -> Bo
     return Box((height - side + 1) // 2, (width - side + 1) // 2, side, side)
 
 
-def random_box(
-    height: int, width: int, draws: np.ndarray, image_size: int, crop_scale: tuple[float, float]
-) -> Box:
+def random_box(height: int, width: int, draws: np.ndarray, image_size: int, crop_scale: tuple[float, float]) -> Box:
     """The original's random resized crop: area uniform in `crop_scale` of the image, aspect log-uniform in 3/4..4/3,
     the first of ten tries that fits, else a centred square.
 
@@ -82,7 +80,9 @@ def _decode_other(encoded: bytes) -> np.ndarray:
     return image
 
 
-def decode_box(encoded: bytes, draws: np.ndarray | None, image_size: int, crop_scale: tuple[float, float]) -> np.ndarray:
+def decode_box(
+    encoded: bytes, draws: np.ndarray | None, image_size: int, crop_scale: tuple[float, float]
+) -> np.ndarray:
     """The cropped, resized image: uint8 RGB `(image_size, image_size, 3)`.
 
     For a random crop a JPEG is decoded at the smallest DCT scale that still has `image_size` pixels across it.

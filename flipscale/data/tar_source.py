@@ -41,7 +41,9 @@ def expand_shards(shards: str) -> list[Path]:
     else:
         paths = sorted(Path(path) for path in glob.glob(shards))
     if not paths:
-        raise ValueError(f"no shards at {shards!r}; name a folder of *.tar, a glob, or a range like {{00000..00041}}.tar")
+        raise ValueError(
+            f"no shards at {shards!r}; name a folder of *.tar, a glob, or a range like {{00000..00041}}.tar"
+        )
     for path in paths:
         if not path.is_file():
             raise ValueError(f"shard {path} does not exist; check data.shards")

@@ -78,7 +78,7 @@ def train_sentencepiece(
                 minloglevel=2,
             )
         except RuntimeError as error:
-            reason = " ".join(str(error).split())
+            reason = " ".join(str(error).split()).rsplit("] ", 1)[-1]  # after the place in its source
             raise ValueError(
                 f"no tokenizer of vocab_size {vocab_size} from {len(captions)} captions: {reason}"
             ) from error

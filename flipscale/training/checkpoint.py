@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 import yaml
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -71,7 +71,9 @@ def save_checkpoint(
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
-        save_file({n: p.detach().cpu().contiguous() for n, p in model.state_dict().items()}, partial / "model.safetensors")
+        save_file(
+            {n: p.detach().cpu().contiguous() for n, p in model.state_dict().items()}, partial / "model.safetensors"
+        )
         tensors = {key: value.detach().cpu().contiguous() for key, value in _optimizer_tensors(model, optimizers)}
         save_file(tensors, partial / "optimizer.safetensors")
         (partial / "recipe.yaml").write_text(recipe_yaml)
@@ -80,10 +82,11 @@ def save_checkpoint(
             _sync(path)
         partial.rename(final)
         _sync(final.parent)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise OSError(
-            f"checkpoint {final} could not be written ({error.strerror or error}); free some space and start the run again"
+            f"checkpoint {final} could not be written ({error}); the ones before it are whole: free some space and start "
+            "the run again"
         ) from error
     for old in _checkpoints(run_dir)[: -max(total_limit, 1)]:
         shutil.rmtree(old)

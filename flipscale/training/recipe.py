@@ -150,4 +150,3 @@ def differences(recipe: Recipe, saved: dict[str, Any]) -> list[str]:
         if saved.get(name) != now[name]:
             found.append(f"{name}: {saved.get(name)}, now {now[name]}")
     return sorted(found)
-

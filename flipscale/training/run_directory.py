@@ -1,6 +1,6 @@
 """The run directory: what is promised to lie in it, and whose it is.
 
-    recipe.yaml  environment.json  metrics.jsonl  tensorboard/  checkpoints/step-*/  model/  DONE
+recipe.yaml  environment.json  metrics.jsonl  tensorboard/  checkpoints/step-*/  model/  DONE
 """
 
 import json
@@ -40,7 +40,9 @@ def open_run_directory(recipe: Recipe) -> Path | None:
         )
     checkpoint = latest_checkpoint(run_dir)
     if checkpoint is not None and recipe.resume_from_checkpoint == "never":
-        raise ValueError(f"{run_dir} holds {checkpoint.name} and resume_from_checkpoint is 'never'; use another output_dir")
+        raise ValueError(
+            f"{run_dir} holds {checkpoint.name} and resume_from_checkpoint is 'never'; use another output_dir"
+        )
     return checkpoint
 
 

@@ -73,9 +73,7 @@ def plan_stages(stages: Sequence[StageRecipe], global_batch_size: int) -> list[S
             )
         first_step = planned[-1].last_step if planned else 0
         if stage.base_lr is not None:
-            followers = next(
-                (n for n in range(number + 1, len(stages)) if stages[n].base_lr is not None), len(stages)
-            )
+            followers = next((n for n in range(number + 1, len(stages)) if stages[n].base_lr is not None), len(stages))
             schedule_first, schedule_last = first_step, first_step + sum(steps[number:followers])
             warmup_steps = stage.warmup_samples // global_batch_size
             peak_lr = stage.base_lr * global_batch_size / 256

@@ -1,6 +1,7 @@
 """What a run writes while it trains: `metrics.jsonl` always, trackers on request, a progress bar on a terminal."""
 
 import json
+import math
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -106,11 +107,11 @@ class Tracker:
         self._reset()
 
     def write(self, step: int, metrics: dict[str, Any]) -> None:
-        """Appends one record, durable against a kill of this process."""
+        """Appends one record; a number that is not finite is null in it."""
         if not self.accelerator.is_main_process:
             return
         record = {"step": step, "samples_seen": step * self.step_samples, "trained_seconds": self.trained_seconds}
-        record.update(metrics)
+        record.update({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()})
         with open(self.path, "a") as file:
             file.write(json.dumps(record) + "\n")
         numbers = {name: value for name, value in record.items() if isinstance(value, int | float)}

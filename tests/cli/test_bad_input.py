@@ -1,11 +1,12 @@
 """A user's mistake is one line that names what, got and fix, and exit code 2; never a traceback."""
 
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
-from conftest import write_shards
+from conftest import add_member, write_shards
 
 from flipscale.cli import main
 
@@ -59,10 +60,6 @@ def test_an_empty_data_set(refused_recipe: Callable[..., str], tmp_path: Path) -
 
 
 def test_a_shard_without_a_usable_sample(refused_recipe: Callable[..., str], tmp_path: Path) -> None:
-    import tarfile
-
-    from conftest import add_member
-
     with tarfile.open(tmp_path / "bad.tar", "w") as tar:
         for number in range(3):
             add_member(tar, f"{number}.jpg", b"\xff\xd8 not a picture")
@@ -120,7 +117,7 @@ def test_a_tokenizer_that_is_not_there(refused_recipe: Callable[..., str], tmp_p
 def test_a_tokenizer_larger_than_the_vocabulary(refused_recipe: Callable[..., str], recipe: dict) -> None:
     text_config = {**recipe["model"]["text_config"], "vocab_size": 5}
     line = refused_recipe(model={"text_config": text_config})
-    assert "the tokenizer has 12 tokens, model.text_config.vocab_size is 5" in line
+    assert "the tokenizer has 12 entries, the model's vocab_size is 5" in line
 
 
 def test_a_run_directory_of_another_recipe(refused_recipe: Callable[..., str], tmp_path: Path, recipe: dict) -> None:

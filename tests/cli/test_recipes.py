@@ -34,5 +34,3 @@ def test_the_paper_s_sizes_and_rates() -> None:
 def test_flags_override_the_file() -> None:
     recipe = parse_recipe(["--config", "b16_cc3m", "--optim.weight_decay", "0.1", "--seed", "4"])
     assert (recipe.optim.weight_decay, recipe.seed) == (0.1, 4)
-
-

@@ -72,7 +72,9 @@ def test_patches_equal_pixel_values(shards: Path, tokenizer_dir: Path) -> None:
         for row, (shard, number) in enumerate(zip(*(n.tolist() for n in data.order.locate(where)), strict=True))
     ]
     pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 255
-    mean, std = (torch.tensor(v)[:, None, None] for v in (config.vision_config.image_mean, config.vision_config.image_std))
+    mean, std = (
+        torch.tensor(v)[:, None, None] for v in (config.vision_config.image_mean, config.vision_config.image_std)
+    )
     pixel_values = (pixels - mean) / std
     sent = model.get_image_features(patches=batch["patches"], patch_index=batch["patch_index"]).pooler_output
     whole = model.get_image_features(pixel_values, patch_index=batch["patch_index"]).pooler_output

@@ -74,7 +74,17 @@ def test_accelerate_launch_runs_two(runs: dict[int, Path], write_recipe, tmp_pat
 
 def test_a_launcher_that_starts_fewer_than_it_promised_is_refused(write_recipe, tmp_path: Path) -> None:
     file = write_recipe(tmp_path / "alone")
-    flags = ["--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    flags = [
+        "--cpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+    ]
     command = [sys.executable, "-m", "accelerate.commands.launch", *flags, "-m", "flipscale.pretrain"]
     done = launch([*command, "--config", str(file)])
     assert done.returncode != 0

@@ -1,0 +1,152 @@
+"""Tokenizers: the original's WordPiece id for id, and SentencePiece's own ids from the fast form."""
+
+import gzip
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sentencepiece
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from flipscale.data.tokenizers import bert_tokenizer, sentencepiece_tokenizer, train_sentencepiece
+
+FIXTURES = Path(__file__).parents[1] / "fixtures" / "tokenizer"
+CAPTIONS = [
+    "grinning face",
+    "grinning face with big eyes",
+    "red heart",
+    "flag: Côte d'Ivoire",
+    "person: red hair",
+    "1st place medal",
+    "Japanese “bargain” button",
+    "eight-thirty",
+    "cat face",
+    "red apple",
+    "medal",
+] * 2
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], length: int = 32) -> list[list[int]]:
+    """Ids cut and padded to `length`, as the trainer asks for them."""
+    return tokenizer(texts, padding="max_length", truncation=True, max_length=length)["input_ids"]
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerBase:
+    """The WordPiece tokenizer, saved and loaded again the way a user of a released model does."""
+    folder = tmp_path_factory.mktemp("bert")
+    vocab = folder / "vocab.txt"
+    vocab.write_bytes(gzip.decompress((FIXTURES / "bert_base_uncased_vocab.txt.gz").read_bytes()))
+    bert_tokenizer(vocab).save_pretrained(folder / "saved")
+    return AutoTokenizer.from_pretrained(folder / "saved")
+
+
+def test_bert_gives_the_originals_ids_on_difficult_strings(bert: PreTrainedTokenizerBase) -> None:
+    """44 strings of many scripts, signs, controls, special tokens typed out, and very long words."""
+    cases = json.loads((FIXTURES / "original_cases.json").read_text())
+    assert len(cases) == 44
+    got = encode(bert, [case["text"] for case in cases])
+    for case, ids in zip(cases, got, strict=True):
+        assert ids == case["ids"] + [0] * (32 - len(case["ids"])), case["text"]
+
+
+def test_bert_gives_the_originals_ids_on_the_zero_shot_prompts(bert: PreTrainedTokenizerBase) -> None:
+    """All 7,000 ImageNet prompts."""
+    stored = np.load(FIXTURES / "original_prompts.npz")
+    texts = stored["texts"].tobytes().decode().split("\n")
+    got = np.array(encode(bert, texts, stored["ids"].shape[1]))
+    assert got.shape == (7000, stored["ids"].shape[1])
+    np.testing.assert_array_equal(got, stored["ids"])
+
+
+def test_bert_attention_mask_and_length(bert: PreTrainedTokenizerBase) -> None:
+    """Nothing is added at the ends, the mask is 1 on the caption, and 32 is remembered."""
+    encoded = bert(["a cat", ""], padding="max_length", truncation=True)
+    assert [len(ids) for ids in encoded["input_ids"]] == [32, 32]
+    assert [sum(mask) for mask in encoded["attention_mask"]] == [2, 0]
+    assert bert.decode(encoded["input_ids"][0], skip_special_tokens=True) == "a cat"
+
+
+@pytest.mark.parametrize(
+    ("word", "unknown"),
+    [
+        ("x" * 100, False),
+        ("x" * 101, True),
+        ("д" * 50, False),
+        ("д" * 50 + "a", True),
+        ("あ" * 33 + "a", False),
+        ("あ" * 33 + "aa", True),
+        ("a" * 50 + "”" + "a" * 50, False),
+    ],
+)
+def test_bert_words_of_more_than_100_bytes_are_unknown(bert: PreTrainedTokenizerBase, word: str, unknown: bool) -> None:
+    """By bytes, not characters, and a bracket or quotation mark ends a word."""
+    ids = bert(f"a {word} cat")["input_ids"]
+    assert (ids == [1037, 100, 4937]) == unknown
+    assert ids[0] == 1037
+    assert ids[-1] == 4937
+
+
+def test_bert_refuses_what_is_no_vocabulary(tmp_path: Path) -> None:
+    """A folder without vocab.txt, and a file that is something else."""
+    with pytest.raises(ValueError, match=r"no vocab\.txt in the folder"):
+        bert_tokenizer(tmp_path)
+    other = tmp_path / "words.txt"
+    other.write_text("one\ntwo\n")
+    with pytest.raises(ValueError, match="not a WordPiece vocabulary: its first line is 'one'"):
+        bert_tokenizer(other)
+
+
+def test_sentencepiece_ids_equal_the_models_own(tmp_path: Path) -> None:
+    """The fast tokenizer, saved and loaded, against the sentencepiece library on the captions and on odd strings."""
+    train_sentencepiece(CAPTIONS, tmp_path, vocab_size=400, max_length=16)
+    fast = AutoTokenizer.from_pretrained(tmp_path)
+    model = sentencepiece.SentencePieceProcessor(str(tmp_path / "sentencepiece.model"))
+    odd = ["", "  two  spaces ", "GRINNING Face", "½ cat", "face\tcat", "unseen Ω 字", "red-heart", "ﬁre"]
+    for text in CAPTIONS + odd:
+        assert fast(text)["input_ids"] == model.encode(text), text
+    assert fast.pad_token_id == 0
+    assert fast.unk_token_id == 1
+    assert fast.model_max_length == 16
+    assert encode(fast, ["red heart"], 8)[0][2:] == [0] * 6
+
+
+def test_sentencepiece_keeps_common_words_whole(tmp_path: Path) -> None:
+    """A word that occurs twice is one piece, upper case folded."""
+    fast = train_sentencepiece(CAPTIONS, tmp_path, vocab_size=400, max_length=16)
+    assert fast.tokenize("Grinning face") == ["▁grinning", "▁face"]
+    assert fast.tokenize("1st place medal") == ["▁1st", "▁place", "▁medal"]
+
+
+def test_sentencepiece_is_deterministic(tmp_path: Path) -> None:
+    """Twice the same captions, twice the same bytes."""
+    for run in ("one", "two"):
+        train_sentencepiece(CAPTIONS, tmp_path / run, vocab_size=400, max_length=16)
+    for name in ("sentencepiece.model", "tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+def test_sentencepiece_model_of_ones_own(tmp_path: Path) -> None:
+    """Any unigram model can be loaded, one with byte fallback too."""
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(CAPTIONS),
+        model_prefix=str(tmp_path / "own"),
+        vocab_size=400,
+        hard_vocab_limit=False,
+        byte_fallback=True,
+        pad_id=3,
+        minloglevel=2,
+    )
+    model = sentencepiece.SentencePieceProcessor(str(tmp_path / "own.model"))
+    fast = sentencepiece_tokenizer(tmp_path / "own.model", max_length=16)
+    for text in ["red heart", "字 Ω", "grinning cat"]:
+        assert fast(text)["input_ids"] == model.encode(text)
+
+
+def test_sentencepiece_refuses_no_text_and_too_few_pieces(tmp_path: Path) -> None:
+    """Both messages say what to change."""
+    with pytest.raises(ValueError, match="captions is empty"):
+        train_sentencepiece([], tmp_path, 400, 16)
+    with pytest.raises(ValueError, match="no tokenizer of vocab_size 5 from 22 captions"):
+        train_sentencepiece(CAPTIONS, tmp_path, 5, 16)
