@@ -37,8 +37,8 @@ class FlipVisionConfig(PreTrainedConfig):
     layer_norm_eps: float | int = 1e-6
     attention_dropout: float | int = 0.0
     initializer_range: float | int = 0.02
-    image_mean: list[float] | tuple[float, ...] | float = IMAGENET_MEAN
-    image_std: list[float] | tuple[float, ...] | float = IMAGENET_STD
+    image_mean: list[float] | tuple[float, ...] | float | int = IMAGENET_MEAN
+    image_std: list[float] | tuple[float, ...] | float | int = IMAGENET_STD
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.image_size % self.patch_size:

@@ -125,7 +125,8 @@ class FlipVisionEmbeddings(nn.Module):
     def fixed_tables(self) -> dict[str, torch.Tensor]:
         """The buffers, computed from the configuration: they are not saved, so `_init_weights` fills them again."""
         config, side = self.config, self.config.image_size // self.config.patch_size
-        mean, std = torch.tensor(config.image_mean), torch.tensor(config.image_std)
+        mean = torch.tensor(config.image_mean, dtype=torch.float32)
+        std = torch.tensor(config.image_std, dtype=torch.float32)
         return {
             "position_embedding": sincos_positions(config.hidden_size, side, side)[None],
             "pixel_scale": 1.0 / (255.0 * std),
@@ -146,14 +147,12 @@ class FlipVisionEmbeddings(nn.Module):
                 raise ValueError("give either pixel_values or patches")
             positions = self._positions_of(pixel_values, interpolate_pos_encoding)
             patches = patchify(pixel_values, self.config.patch_size)
-            if patch_index is None and image_mask_ratio > 0.0:
+            if patch_index is None and image_mask_ratio != 0.0:
                 patch_index = random_patch_index(len(patches), patches.shape[1], image_mask_ratio, patches.device)
             if patch_index is not None:
                 patches = take_patches(patches, patch_index)
-        elif patch_index is None and patches.shape[1] != self.config.num_patches:
-            raise ValueError(
-                f"patches has {patches.shape[1]} of {self.config.num_patches} patches and patch_index is missing"
-            )
+        else:
+            self._check_patches(patches, patch_index)
         if patches.dtype == torch.uint8:
             patches = self.normalise(patches)
         embeds = self.patch_embedding(patches)
@@ -165,11 +164,28 @@ class FlipVisionEmbeddings(nn.Module):
 
     def normalise(self, patches: torch.Tensor) -> torch.Tensor:
         """uint8 patches `(batch, kept, channels * p * p)` as fp32, mean and deviation of the channels taken out."""
-        by_channel = patches.unflatten(2, (self.config.num_channels, -1)).to(self.pixel_scale.dtype)
+        by_channel = patches.unflatten(2, (self.config.num_channels, -1)).float()
         return (by_channel * self.pixel_scale.view(-1, 1) + self.pixel_shift.view(-1, 1)).flatten(2)
 
+    def _check_patches(self, patches: torch.Tensor, patch_index: torch.Tensor | None) -> None:
+        width = self.patch_embedding.weight[0].numel()
+        if patches.ndim != 3 or patches.shape[2] != width:
+            raise ValueError(f"patches is {tuple(patches.shape)}, it must be (batch, kept, {width}) for this model")
+        if patch_index is None and patches.shape[1] != self.config.num_patches:
+            raise ValueError(
+                f"patches has {patches.shape[1]} of {self.config.num_patches} patches and patch_index is missing"
+            )
+        if patch_index is not None and patch_index.shape != patches.shape[:2]:
+            raise ValueError(
+                f"patch_index is {tuple(patch_index.shape)}, it must be {tuple(patches.shape[:2])} as patches is"
+            )
+
     def _positions_of(self, pixel_values: torch.Tensor, interpolate: bool) -> torch.Tensor:
-        size, patch = self.config.image_size, self.config.patch_size
+        size, patch, channels = self.config.image_size, self.config.patch_size, self.config.num_channels
+        if pixel_values.ndim != 4 or pixel_values.shape[1] != channels:
+            raise ValueError(
+                f"pixel_values is {tuple(pixel_values.shape)}, it must be (batch, {channels}, height, width)"
+            )
         height, width = pixel_values.shape[-2:]
         if (height, width) == (size, size):
             return self.position_embedding
@@ -341,6 +357,11 @@ class FlipPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_record_outputs = {"hidden_states": FlipEncoderLayer, "attentions": FlipAttention}  # noqa: RUF012
+
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
+        """Calls `_init_weights` for every module. For code that is not in transformers, transformers leaves out modules
+        without a parameter of their own, in case it writes over loaded weights; `init` below never does."""
+        super()._initialize_weights(module, is_custom_code=False)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
