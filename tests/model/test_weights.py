@@ -1,0 +1,169 @@
+"""The weights, their names, init, folders and configurations."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModel, AutoModelForZeroShotImageClassification
+
+from flipscale.model import (
+    SIZES,
+    FlipConfig,
+    FlipModel,
+    FlipTextConfig,
+    FlipTextModel,
+    FlipTextModelWithProjection,
+    FlipVisionConfig,
+    FlipVisionModel,
+    FlipVisionModelWithProjection,
+)
+
+NAMES = Path(__file__).parents[1] / "fixtures" / "state_dict_names.txt"
+
+
+def test_init_is_the_originals(small: Callable[..., FlipModel]) -> None:
+    model = small({"hidden_size": 256}, {"hidden_size": 128})
+    layer = model.vision_model.encoder.layers[0]
+    for weight, bound in (
+        (layer.self_attn.q_proj.weight, (6 / (4 * 256)) ** 0.5),
+        (layer.self_attn.out_proj.weight, (6 / (2 * 256)) ** 0.5),
+        (layer.mlp.fc1.weight, (6 / (256 + 64)) ** 0.5),
+        (model.image_projection.weight, (6 / (256 + 20)) ** 0.5),
+        (model.vision_model.embeddings.patch_embedding.weight, (6 / (192 + 256)) ** 0.5),
+    ):
+        assert 0.95 * bound < weight.abs().max() <= bound
+        assert weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.05)
+    text = model.text_model.embeddings
+    for weight in (
+        text.token_embedding.weight,
+        text.position_embedding.weight,
+        model.vision_model.embeddings.class_embedding,
+    ):
+        assert weight.std().item() == pytest.approx(0.02, rel=0.2)
+    for tower in (
+        FlipVisionModelWithProjection(model.config.vision_config).image_projection,
+        FlipTextModelWithProjection(model.config.text_config).text_projection,
+    ):
+        bound = (6 / (tower.in_features + 20)) ** 0.5
+        assert tower.weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.05)
+    assert model.logit_scale.exp().item() == pytest.approx(1 / 0.07)
+    assert not any(p.any() for name, p in model.named_parameters() if name.endswith("bias"))
+
+
+def test_names_and_shapes_of_the_weights_are_for_ever(small: Callable[..., FlipModel]) -> None:
+    """Published folders hold these names. Never edit the list."""
+    state_dict = small({"num_hidden_layers": 1}, {"num_hidden_layers": 1}).state_dict()
+    found = "".join(f"{name} {' '.join(map(str, value.shape))}\n" for name, value in state_dict.items())
+    assert found == NAMES.read_text()
+
+
+@pytest.mark.parametrize(("size", "parameters"), [("b16", 139_927_809), ("l16", 413_200_129), ("h14", 966_723_841)])
+def test_number_of_parameters(size: str, parameters: int) -> None:
+    """139.9, 413.2 and 966.7 M, counted as the original counts: with the fixed image positions `[1 + L, D]`, which are
+    parameters there and a buffer here."""
+    with torch.device("meta"):
+        model = FlipModel(FlipConfig.from_size(size))
+    vision = model.config.vision_config
+    assert model.num_parameters() + (1 + vision.num_patches) * vision.hidden_size == parameters
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_every_named_size_builds(size: str) -> None:
+    with torch.device("meta"):
+        model = FlipModel(FlipConfig.from_size(size))
+    assert model.image_projection.weight.shape == (SIZES[size][2], SIZES[size][0]["hidden_size"])
+
+
+def test_a_loaded_model_is_the_saved_one(
+    model: FlipModel, images: torch.Tensor, captions: torch.Tensor, tmp_path: Path
+) -> None:
+    model.save_pretrained(tmp_path)
+    expected = model(pixel_values=images, input_ids=captions)
+    for auto in (FlipModel, AutoModel, AutoModelForZeroShotImageClassification):
+        loaded = auto.from_pretrained(tmp_path).eval()
+        assert type(loaded) is FlipModel
+        output = loaded(pixel_values=images, input_ids=captions)
+        assert torch.equal(output.logits_per_image, expected.logits_per_image)
+    assert AutoConfig.from_pretrained(tmp_path).to_diff_dict() == model.config.to_diff_dict()
+    for tower, inputs, embeds in (
+        (FlipVisionModelWithProjection, {"pixel_values": images}, "image_embeds"),
+        (FlipTextModelWithProjection, {"input_ids": captions}, "text_embeds"),
+    ):
+        found = getattr(tower.from_pretrained(tmp_path).eval()(**inputs), embeds)
+        assert torch.allclose(torch.nn.functional.normalize(found), getattr(expected, embeds), atol=1e-6)
+
+
+@pytest.mark.parametrize("tower", [FlipVisionModel, FlipTextModel])
+def test_a_tower_is_saved_and_found_by_auto_classes(
+    model: FlipModel, tower: type[FlipVisionModel] | type[FlipTextModel], tmp_path: Path
+) -> None:
+    model.save_pretrained(tmp_path / "whole")
+    tower.from_pretrained(tmp_path / "whole").save_pretrained(tmp_path / "tower")
+    loaded = AutoModel.from_pretrained(tmp_path / "tower")
+    assert type(loaded) is tower
+    whole = model.state_dict()
+    for name, value in loaded.state_dict().items():
+        assert torch.equal(value, whole[f"{tower.base_model_prefix}.{name}"])
+
+
+def test_bf16_weights_leave_the_fixed_tables_in_fp32(model: FlipModel, images: torch.Tensor, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path)
+    loaded = FlipModel.from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
+    expected = dict(model.named_buffers())
+    for name, buffer in loaded.named_buffers():
+        assert torch.equal(buffer, expected[name]), name
+    pixels = (images * 255).to(torch.uint8)
+    close = loaded.vision_model(pixel_values=pixels).pooler_output.float()
+    assert torch.allclose(close, model.vision_model(pixel_values=pixels).pooler_output, atol=0.05)
+    output = loaded(pixel_values=pixels, input_ids=torch.ones(3, 8).long())
+    assert output.image_embeds.dtype == output.logit_scale.dtype == output.logits_per_image.dtype == torch.float32
+
+
+def test_meta_init_then_load_fills_the_fixed_tables(model: FlipModel) -> None:
+    with torch.device("meta"):
+        empty = FlipModel(model.config)
+    empty.to_empty(device="cpu")
+    empty.init_weights()
+    for name, buffer in model.named_buffers():
+        assert torch.equal(dict(empty.named_buffers())[name], buffer), name
+
+
+# Configurations
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda _: FlipVisionConfig(image_size=225),
+            "image_size 225 is not divisible by patch_size 16; use 224 or 240",
+        ),
+        (lambda _: FlipTextConfig(pooling="max"), "text_config: pooling is 'max'; use 'first' or 'mean'"),
+        (lambda _: FlipConfig.from_size("xl"), "model size 'xl' is unknown; use one of b16, l16, l14, h14, g14"),
+        (
+            lambda _: FlipConfig(vision_config={"projection_dim": 4}, text_config={"projection_dim": 8}),
+            "projection_dim differs: vision_config has 4, text_config has 8; set projection_dim of FlipConfig for both",
+        ),
+        (
+            lambda small: small({"hidden_size": 30}),
+            "vision hidden_size 30 is not divisible by 4, which 2-D sine-cosine",
+        ),
+        (
+            lambda small: small({"num_attention_heads": 5}),
+            "vision_config: hidden_size 32 is not divisible by num_attention_",
+        ),
+        (lambda small: small(None, {"num_attention_heads": 5}), "text_config: hidden_size 24 is not divisible by num_"),
+    ],
+)
+def test_configuration_that_cannot_be(small: Callable[..., FlipModel], make: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make(small)
+
+
+def test_projection_dim_is_one_for_both_towers() -> None:
+    config = FlipConfig(projection_dim=7)
+    assert config.vision_config.projection_dim == config.text_config.projection_dim == 7
+    assert FlipConfig.from_size("l16", text_config={"vocab_size": 50}).text_config.vocab_size == 50
