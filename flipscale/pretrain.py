@@ -19,7 +19,7 @@ from flipscale.training.attention import best_attention
 from flipscale.training.checkpoint import load_optimizers, load_state, load_weights, save_checkpoint
 from flipscale.training.contrastive import contrastive_loss
 from flipscale.training.health import StepGuard
-from flipscale.training.launch import start_accelerator
+from flipscale.training.launch import leave, start_accelerator
 from flipscale.training.optimizer import build_optimizers, gradient_norm, set_learning_rate
 from flipscale.training.preemption import StopRequest
 from flipscale.training.recipe import Recipe, parse_recipe, to_yaml
@@ -173,7 +173,9 @@ class Run:
                 (self.run_dir / "model" / "README.md").write_text(card)
                 (self.run_dir / "DONE").touch()
         self.tracker.finish()
-        self.accelerator.end_training()
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
+        self.accelerator.wait_for_everyone()
 
 
 def pretrain(recipe: Recipe) -> Path:
@@ -219,6 +221,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The verb: parses a recipe and runs it; a user's mistake ends in one line and exit code 2."""
     with complain():
         pretrain(parse_recipe(sys.argv[1:] if arguments is None else arguments))
+    leave()
 
 
 if __name__ == "__main__":

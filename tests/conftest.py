@@ -106,8 +106,8 @@ def recipe(shards: Path, tokenizer_dir: Path) -> dict:
             "shards_per_block": 2,
         },
         "stages": [
-            {"name": "masked", "samples": 384, "mask_ratio": 0.75, "base_lr": 0.03, "warmup_samples": 64},
-            {"name": "unmasked", "samples": 256, "base_lr": 0.01},
+            {"name": "masked", "samples": 384, "mask_ratio": 0.75, "base_lr": 0.012, "warmup_samples": 64},
+            {"name": "unmasked", "samples": 256, "base_lr": 0.006},
         ],
         "log": {"every_samples": 16, "report_to": []},
     }

@@ -11,6 +11,7 @@ def gather_with_gradient(embeds: torch.Tensor) -> torch.Tensor:
     gradients that the processes have for each."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return embeds
+    assert dist.group.WORLD is not None
     return collectives.all_gather_single_autograd(embeds.contiguous(), 0, dist.group.WORLD)
 
 

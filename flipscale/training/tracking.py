@@ -81,7 +81,7 @@ class Tracker:
                 return
             yield batch
 
-    def after_step(self, step: int, metrics: dict[str, float], num_replaced: int, skipped: bool) -> None:
+    def after_step(self, step: int, metrics: dict[str, Any], num_replaced: int, skipped: bool) -> None:
         """Counts a step, now `step` in all, and writes the interval's record when it is due."""
         self._steps += 1
         self._replaced += num_replaced
@@ -110,7 +110,7 @@ class Tracker:
         """Appends one record; a number that is not finite is null in it."""
         if not self.accelerator.is_main_process:
             return
-        record = {"step": step, "samples_seen": step * self.step_samples, "trained_seconds": self.trained_seconds}
+        record: dict[str, Any] = {"step": step, "samples_seen": step * self.step_samples, "trained_seconds": self.trained_seconds}
         record.update({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()})
         with open(self.path, "a") as file:
             file.write(json.dumps(record) + "\n")

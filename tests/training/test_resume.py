@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from conftest import metrics, pretrain
 from safetensors.torch import load_file
 
@@ -41,8 +42,6 @@ def assert_same_end(run_dir: Path, other: Path) -> None:
 @pytest.fixture(scope="module")
 def whole_run(recipe: dict, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """40 steps without a break, every tenth saved: 24 masked (a schedule and an optimiser), 16 unmasked (others)."""
-    import yaml
-
     folder = tmp_path_factory.mktemp("whole")
     run_dir, file = folder / "run", folder / "run.yaml"
     save = {"every_samples": 80, "total_limit": 20}
