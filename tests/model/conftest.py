@@ -50,7 +50,7 @@ def _build(vision: dict[str, Any] | None = None, text: dict[str, Any] | None = N
 
 @pytest.fixture(scope="session")
 def small() -> Callable[..., FlipModel]:
-    """Builds the model; `small(vision, text, **fields)` overrides fields of the image tower, of the text tower, of both."""
+    """Builds the model; `small(vision, text, **fields)` overrides fields of a tower or of the whole."""
     return _build
 
 
