@@ -134,6 +134,7 @@ def sentencepiece_tokenizer(model_path: Path, max_length: int) -> PreTrainedToke
         ]
     )
     backend.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always")
+    backend.decoder = decoders.Metaspace(replacement="▁", prepend_scheme="always")
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         unk_token="<unk>",
