@@ -70,6 +70,36 @@ def read_flip_checkpoint(path: Path | str) -> dict[str, np.ndarray]:
     return {name: _read_zarr(name, folder / array) for name, array in _array_folders(folder).items()}
 
 
+def build_flip_model(
+    arrays: dict[str, np.ndarray],
+    size: str | None = None,
+    image_heads: int | None = None,
+    text_heads: int | None = None,
+) -> FlipModel:
+    """The model of the original's parameters `arrays`, in evaluation mode.
+
+    The parameters tell every shape but not the numbers of attention heads: `size` or both of the others must.
+
+    Args:
+        size: b16, l16 or h14.
+
+    Raises:
+        ValueError: heads untold, told twice or not dividing the width; arrays that are not those of `size`, or of a
+            FLIP model at all; image positions that are not the fixed sine-cosine ones.
+    """
+    config = _config(arrays, *_heads(size, image_heads, text_heads))
+    if size is not None:
+        _refuse_other_size(config, size)
+    _refuse_heads(config)
+    state_dict = dict(translate(name, array) for name, array in arrays.items() if name != _POSITIONS)
+    _refuse_other_arrays(config, state_dict)
+    _check_positions(arrays[_POSITIONS], config)
+    with no_init_weights():
+        model = FlipModel(config)
+    model.load_state_dict(state_dict)
+    return model.eval()
+
+
 def convert_flip_checkpoint(
     src: Path | str,
     dst: Path | str,
@@ -79,17 +109,10 @@ def convert_flip_checkpoint(
 ) -> FlipModel:
     """The model of the checkpoint `src`, saved as the model folder `dst`.
 
-    A checkpoint tells every shape but not the numbers of attention heads: `size` or both of the others must.
-
-    Args:
-        size: b16, l16 or h14.
-
-    Raises:
-        ValueError: as `read_flip_checkpoint`; heads untold, told twice or not dividing the width; arrays that are not
-            those of `size`, or of a FLIP model at all; stored image positions that are not the fixed sine-cosine ones.
+    Takes and raises what `read_flip_checkpoint` and `build_flip_model` do.
     """
-    heads = _heads(size, image_heads, text_heads)
-    model = _build(read_flip_checkpoint(src), size, *heads)
+    _heads(size, image_heads, text_heads)  # told before gigabytes are read
+    model = build_flip_model(read_flip_checkpoint(src), size, image_heads, text_heads)
     export_model(model, None, dst)
     return model
 
@@ -291,28 +314,14 @@ def _refuse_heads(config: FlipConfig) -> None:
             )
 
 
-def _build(arrays: dict[str, np.ndarray], size: str | None, image_heads: int, text_heads: int) -> FlipModel:
-    config = _config(arrays, image_heads, text_heads)
-    if size is not None:
-        _refuse_other_size(config, size)
-    _refuse_heads(config)
-    state_dict = dict(translate(name, array) for name, array in arrays.items() if name != _POSITIONS)
+def _refuse_other_arrays(config: FlipConfig, state_dict: dict[str, torch.Tensor]) -> None:
     with torch.device("meta"):
         expected = {name: tuple(value.shape) for name, value in FlipModel(config).state_dict().items()}
     found = {name: tuple(value.shape) for name, value in state_dict.items()}
-    wrong = [
-        f"{name} is {found.get(name, 'missing')}, not {shape}"
-        for name, shape in expected.items()
-        if found.get(name) != shape
-    ]
+    wrong = [f"{n} is {found.get(n, 'missing')}, not {shape}" for n, shape in expected.items() if found.get(n) != shape]
     wrong += [f"{name} is unknown" for name in found if name not in expected]
     if wrong:
         raise ValueError(f"the checkpoint's arrays, in our names, are not a FLIP model's: {'; '.join(wrong[:4])}")
-    _check_positions(arrays[_POSITIONS], config)
-    with no_init_weights():
-        model = FlipModel(config)
-    model.load_state_dict(state_dict)
-    return model.eval()
 
 
 def _check_positions(stored: np.ndarray, config: FlipConfig) -> None:

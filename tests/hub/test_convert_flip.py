@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from flipscale import cli
-from flipscale.hub.convert_flip import convert_flip_checkpoint, read_flip_checkpoint
-from flipscale.model import FlipModel, FlipProcessor
+from flipscale.hub.convert_flip import build_flip_model, convert_flip_checkpoint, read_flip_checkpoint
+from flipscale.model import FlipConfig, FlipModel, FlipProcessor
+from flipscale.model.modeling_flip import sincos_positions
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "parity"
 VARIANTS = sorted(path.name for path in (FIXTURES / "msgpack_variants").iterdir())
@@ -118,6 +119,23 @@ def test_command_saves_a_processor_with_the_originals_tokenizer(
     processor = FlipProcessor.from_pretrained(dst)
     assert processor(text="a redder disc")["input_ids"] == [2, 3, 4, 5] + [0] * 28
     assert_equals_the_original(FlipModel.from_pretrained(dst).eval())
+
+
+def test_a_named_size_tells_the_heads() -> None:
+    """The arrays of a whole B/16: the small model's names, its blocks repeated, zeros of the right shapes."""
+    sizes = {16: 16, 3: 3, 64: 768, 256: 3072, 48: 512, 192: 2048, 32: 512, 97: 30523, 1: 1}
+    arrays = {}
+    for name, array in np.load(FIXTURES / "params.npz").items():
+        shape = tuple(sizes[length] for length in array.shape) if "pos_embedding" not in name else ()
+        for number in range(12) if "encoderblock_00" in name else (0,):
+            if "encoderblock_01" not in name:
+                arrays[name.replace("encoderblock_00", f"encoderblock_{number:02d}")] = np.zeros(shape, np.float32)
+    positions = sincos_positions(768, 14, 14).numpy()
+    arrays["img_encoder/posembed_encoder/pos_embedding"] = np.pad(positions, ((1, 0), (0, 0)))[None]
+    arrays["txt_encoder/posembed_encoder/pos_embedding"] = np.zeros((1, 32, 512), np.float32)
+    assert build_flip_model(arrays, "b16").config.to_dict() == FlipConfig.from_size("b16").to_dict()
+    with pytest.raises(ValueError, match=r"is not of size l16: it has vision hidden_size 768, not 1024;"):
+        build_flip_model(arrays, "l16")
 
 
 def fails(checkpoint: Path, message: str, **heads: int | str) -> None:

@@ -3,7 +3,7 @@
 import json
 import os
 import subprocess
-import sysconfig
+import sys
 import venv
 from pathlib import Path
 
@@ -93,8 +93,8 @@ def environment_without(path: Path, *absent: str) -> Path:
     in, and the `.pth` files that an editable install leaves are not."""
     venv.create(path, symlinks=True)
     here = next(path.glob("lib/python*/site-packages"))
-    for kind in ("purelib", "platlib"):
-        for entry in Path(sysconfig.get_path(kind)).iterdir():
+    for installed in (Path(p) for p in sys.path if p.endswith(("site-packages", "dist-packages"))):
+        for entry in installed.iterdir():
             hidden = entry.suffix == ".pth" or entry.name.lower().startswith(("__editable__", *absent))
             if not hidden and not (here / entry.name).exists():
                 (here / entry.name).symlink_to(entry)
