@@ -8,11 +8,13 @@ import importlib.util
 import io
 import json
 import multiprocessing
+import os
 import re
 import shutil
 import subprocess
 import sys
 import tarfile
+import threading
 import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -270,8 +272,21 @@ def render_svg(svg: str) -> bytes:
     return cv2.imencode(".png", pixels, [cv2.IMWRITE_PNG_COMPRESSION, 6])[1].tobytes()
 
 
+def _end_with_parent() -> None:
+    """Make this worker end when the command is killed, which would otherwise leave it waiting for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def render(drawings: Sequence[Drawing], processes: int = 2) -> list[bytes]:
     """The drawings as PNG bytes, in their order, rendered by `processes` processes."""
     svgs = [drawing.svg for drawing in drawings]
-    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, spawn, initializer=_end_with_parent) as pool:
         return list(tqdm(pool.map(render_svg, svgs, chunksize=64), "render", len(svgs), unit="image"))
