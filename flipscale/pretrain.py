@@ -23,7 +23,7 @@ from flipscale.training.launch import leave, start_accelerator
 from flipscale.training.optimizer import build_optimizers, gradient_norm, set_learning_rate
 from flipscale.training.preemption import StopRequest
 from flipscale.training.recipe import Recipe, parse_recipe, to_yaml
-from flipscale.training.run_directory import open_run_directory, write_run_files
+from flipscale.training.run_directory import is_done, mark_done, open_run_directory, write_run_files
 from flipscale.training.schedule import Stage, plan_stages
 from flipscale.training.tracking import Tracker, is_due
 
@@ -171,7 +171,7 @@ class Run:
                 export_model(self.weights, self.processor, self.run_dir / "model")
                 card = model_card(self.run_dir, self.weights.num_parameters(), len(self.source))
                 (self.run_dir / "model" / "README.md").write_text(card)
-                (self.run_dir / "DONE").touch()
+                mark_done(self.run_dir)
         self.tracker.finish()
         for tracker in self.accelerator.trackers:
             tracker.finish()
@@ -186,6 +186,9 @@ def pretrain(recipe: Recipe) -> Path:
         FloatingPointError: the loss stayed non-finite.
         OSError: a checkpoint could not be written.
     """
+    if is_done(recipe):
+        print(f"{recipe.output_dir} is done; remove it, or choose another output_dir, to train again")
+        return Path(recipe.output_dir)
     run = Run(recipe)
     for stage in run.remaining_stages():
         for batch in run.batches(stage):

@@ -124,13 +124,19 @@ def load_optimizers(checkpoint: Path, model: nn.Module, optimizers: Sequence[tor
             field, _, name = key.partition(".")
             stored.setdefault(name, {})[field] = file.get_tensor(key)
     for name, parameter, optimizer in _owners(model, optimizers):
-        if name not in stored:
-            raise ValueError(f"checkpoint {checkpoint} has no optimiser state for {name}; was optim.name another?")
+        moment = "momentum_buffer" if isinstance(_plain(optimizer), torch.optim.Muon) else "exp_avg"
+        if moment not in stored.get(name, {}):
+            raise ValueError(f"checkpoint {checkpoint} has no {moment} for {name}; was optim.name another?")
         optimizer.state[parameter] = {
-            # The step count stays where the optimiser keeps it; the moments go to the parameter's device.
-            field: value if field == "step" and parameter.device.type == "cpu" else value.to(parameter.device)
+            # The fused AdamW keeps its step count, like the moments, on the parameter's device.
+            field: value.to(parameter.device)
             for field, value in stored[name].items()
         }
+
+
+def _plain(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The torch optimiser inside an engine's wrapper."""
+    return getattr(optimizer, "optimizer", optimizer)
 
 
 def _optimizer_tensors(

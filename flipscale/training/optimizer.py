@@ -15,7 +15,9 @@ class OptimRecipe:
     Args:
         name: `adamw` (the paper's), or `muon` for the matrices of the blocks with `adamw` for everything else.
         weight_decay: decoupled, times the learning rate; 0.2: paper, Table 10.
-        adam_beta1, adam_beta2, adam_epsilon: 0.9, 0.95, 1e-8: paper, Table 10, and the original's code.
+        adam_beta1: of the mean; 0.9: paper, Table 10.
+        adam_beta2: of the square; 0.95: paper, Table 10.
+        adam_epsilon: 1e-8, as the original's code has it.
         muon_lr_ratio: Muon's rate as a multiple of AdamW's. Muon's update of a matrix has a spectral norm of about the
             rate, times sqrt(rows / columns) for tall ones.
         muon_momentum: Nesterov momentum of Muon.

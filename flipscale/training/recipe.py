@@ -27,7 +27,8 @@ class ModelRecipe:
 
     Args:
         size: b16, l16, l14, h14 or g14.
-        vision_config, text_config: fields of the towers that differ from the size's, e.g. `{image_size: 112}`.
+        vision_config: fields of the image tower that differ from the size's, e.g. `{image_size: 112}`.
+        text_config: fields of the text tower that differ from the size's.
         gradient_checkpointing: recompute activations in the backward pass. Does not change what is learned.
         init_from: a model folder or Hub name whose weights the run starts from.
     """
@@ -75,6 +76,13 @@ class Recipe:
     """A run. `model`, `data`, `optim`, `stages` and `seed` decide what is learned; the rest does not.
 
     Args:
+        model: what is trained.
+        data: what is read, and how it becomes a batch.
+        optim: how the weights move.
+        seed: of the first weights, the order, the crops and the masks.
+        log: what is reported, and how often.
+        save: when checkpoints are written.
+        eval: what is evaluated, and how often.
         stages: masked pre-training, unmasked tuning, or any list of mask ratios and rates.
         output_dir: the run directory.
         resume_from_checkpoint: `auto` goes on from the newest checkpoint of `output_dir`, `never` starts anew.

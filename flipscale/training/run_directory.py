@@ -46,6 +46,20 @@ def open_run_directory(recipe: Recipe) -> Path | None:
     return checkpoint
 
 
+def mark_done(run_dir: Path) -> None:
+    """Says that the run of `run_dir` has ended."""
+    (run_dir / "DONE").touch()
+
+
+def is_done(recipe: Recipe) -> bool:
+    """Whether the recipe's run has ended already.
+
+    Raises:
+        ValueError: the directory holds a run of another recipe.
+    """
+    return open_run_directory(recipe) is not None and (Path(recipe.output_dir) / "DONE").exists()
+
+
 def write_run_files(recipe: Recipe, num_processes: int) -> None:
     """Writes `recipe.yaml` and `environment.json`; the main process alone."""
     run_dir = Path(recipe.output_dir)

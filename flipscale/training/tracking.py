@@ -110,7 +110,11 @@ class Tracker:
         """Appends one record; a number that is not finite is null in it."""
         if not self.accelerator.is_main_process:
             return
-        record: dict[str, Any] = {"step": step, "samples_seen": step * self.step_samples, "trained_seconds": self.trained_seconds}
+        record: dict[str, Any] = {
+            "step": step,
+            "samples_seen": step * self.step_samples,
+            "trained_seconds": self.trained_seconds,
+        }
         record.update({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()})
         with open(self.path, "a") as file:
             file.write(json.dumps(record) + "\n")

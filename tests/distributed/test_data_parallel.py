@@ -2,6 +2,7 @@
 
 import shutil
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import yaml
 from conftest import launch, metrics, pretrain
 from safetensors.torch import load_file
 
+LAUNCH_FILES = Path(__file__).parents[2] / "ds_configs"
 SAVE = {"every_samples": 160, "total_limit": 20}
 
 
@@ -94,3 +96,21 @@ def test_an_indivisible_batch_names_both_numbers(write_recipe, tmp_path: Path) -
     done = pretrain(file, 2)
     assert done.returncode != 0
     assert "global_batch_size 15 is not divisible by 2 processes; use 1 or 3 processes, or 14" in done.stderr
+
+
+def test_launch_file_over_two_machines(runs: dict[int, Path], write_recipe, tmp_path: Path) -> None:
+    """The README's multi-node command with ds_configs/ddp.yaml: two launchers, one process each, in bf16."""
+    file = write_recipe(tmp_path / "nodes")
+    flags = ["--config_file", str(LAUNCH_FILES / "ddp.yaml"), "--num_machines", "2", "--num_processes", "2"]
+    flags += ["--main_process_ip", "127.0.0.1", "--main_process_port", "29591"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *flags]
+    tail = ["-m", "flipscale.pretrain", "--config", str(file)]
+    with ThreadPoolExecutor() as pool:
+        nodes = pool.map(
+            lambda rank: launch([*command, "--machine_rank", rank, *tail], ACCELERATE_USE_CPU="1"), ["0", "1"]
+        )
+        for done in nodes:
+            assert done.returncode == 0, done.stderr
+    two = losses(tmp_path / "nodes")
+    assert len(two) == 40
+    assert max(abs(a - b) for a, b in zip(two, losses(runs[1]), strict=True)) < 0.05
