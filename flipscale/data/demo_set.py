@@ -19,7 +19,7 @@ from flipscale.data import demo_emoji
 from flipscale.data.demo_emoji import Drawing, IconSet
 from flipscale.data.tokenizers import train_sentencepiece
 
-VALIDATION_ARTIST = "openmoji"
+VALIDATION_ARTIST = "twemoji"  # drawn flat like the test artist; OpenMoji's black outlines are a task of their own
 TRAIN_SHARDS = 8
 VOCAB_SIZE = 4000
 MAX_LENGTH = 16  # tokens; the longest caption has 12
@@ -162,7 +162,7 @@ def prepare_demo(out_dir: Path, *, with_validation: bool = False, with_unseen: b
 
     Args:
         out_dir: the folder to make; its parent is made too.
-        with_validation: also `validation/` (OpenMoji as the test) and `train_without_openmoji/`, to choose by.
+        with_validation: also `validation/` (Twemoji as the test) and `train_without_twemoji/`, to choose by.
         with_unseen: also `unseen/`, a tenth of the test's concepts, and `train_without_unseen/`, which lacks them.
 
     Raises:

@@ -116,12 +116,12 @@ def test_drawings_are_rendered_square_on_white() -> None:
 def made_up_sets() -> tuple[list[IconSet], list[Picture]]:
     """Two training artists who draw everything, a third with things of its own, and the test artist."""
     icon_sets = []
-    for artist in ("noto", "openmoji", "fxemoji", demo_emoji.TEST_ARTIST):
+    for artist in ("noto", "twemoji", "fxemoji", demo_emoji.TEST_ARTIST):
         things = [f"odd {thing}" for thing in THINGS] if artist == "fxemoji" else THINGS
         drawings = [Drawing(artist, slug(t), t, named=artist != "fxemoji", flag=False, svg="") for t in things]
         icon_sets.append(IconSet(artist, f"@icons/{artist}@1.0.0", "MIT", "Somebody", drawings))
-    icon_sets[1].drawings.append(Drawing("openmoji", "flag-x", "flag: X", named=True, flag=True, svg=""))
-    icon_sets[1].drawings.append(Drawing("openmoji", "alone", "drawn alone", named=True, flag=False, svg=""))
+    icon_sets[1].drawings.append(Drawing("twemoji", "flag-x", "flag: X", named=True, flag=True, svg=""))
+    icon_sets[1].drawings.append(Drawing("twemoji", "alone", "drawn alone", named=True, flag=False, svg=""))
     pictures = []
     for number, drawing in enumerate(drawing for icons in icon_sets for drawing in icons.drawings):
         pixels = np.full((64, 64, 3), number, np.uint8)
@@ -178,7 +178,7 @@ def test_test_set_is_laid_out_for_classification(folder: Path) -> None:
 def test_validation_leaves_its_artist_out_of_training(folder: Path) -> None:
     """Validation has the concepts of other artists only, and no flags."""
     assert sorted(caption for caption, _ in read(folder / "validation")) == sorted(THINGS)
-    assert len(read(folder / "train_without_openmoji")) == 32
+    assert len(read(folder / "train_without_twemoji")) == 32
 
 
 def test_unseen_concepts_are_gone_from_every_artist(folder: Path) -> None:
