@@ -103,7 +103,8 @@ class Run:
             yield stage
 
     def batches(self, stage: Stage) -> Iterator[dict[str, torch.Tensor]]:
-        """This process's batches of a stage from the current step on, on the device but for `num_replaced`, until a stop."""
+        """This process's batches of a stage from the current step until its end or a stop, on the device (but for
+        `num_replaced`)."""
         accelerator = self.accelerator
         loader = build_loader(
             self.datasets[stage],

@@ -131,9 +131,8 @@ def _plan(names: list[str], recipes: list[Recipe], seconds: float, output_dir: P
                 output_dir=str(output_dir / file.stem),
             )
             file.write_text(to_yaml(scaled))
-            print(
-                f"{file.stem}: {', '.join(f'{rate:,.0f}' for rate in rates)} pairs/s, {total:,} pairs in {seconds:.0f} s"
-            )
+            by_stage = ", ".join(f"{rate:,.0f}" for rate in rates)
+            print(f"{file.stem}: {by_stage} pairs/s by stage, so {total:,} pairs in {seconds:.0f} s")
     return [Arm(file.stem, parse_recipe(["--config", str(file)])) for file in files]
 
 

@@ -141,9 +141,10 @@ class PairDataset(Dataset):
                     return image, caption, skipped
             except (UndecodableImage, UnicodeDecodeError):
                 continue
+        tried = min(_MAX_REPLACEMENTS, size)
         raise ValueError(
-            f"shard {self.source.paths[shard]}: {min(_MAX_REPLACEMENTS, size)} samples in a row from number {number} have "
-            "no readable image and caption; fetch the shard again or remove it"
+            f"shard {self.source.paths[shard]}: {tried} samples in a row from number {number} have no readable "
+            "image and caption; fetch the shard again or remove it"
         )
 
 

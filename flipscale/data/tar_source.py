@@ -1,4 +1,4 @@
-"""Random access to webdataset tar shards, as img2dataset writes them: KEY.jpg|png|webp + KEY.txt (+ KEY.cls, KEY.json)."""
+"""Random access to webdataset tar shards, as img2dataset writes them: KEY.jpg|png|webp + KEY.txt (+ KEY.cls)."""
 
 import glob
 import os
@@ -27,7 +27,7 @@ class Sample:
 
 
 def expand_shards(shards: str) -> list[Path]:
-    """The shard files that `shards` names, sorted: a folder, a glob, or a webdataset range such as `{00000..00041}.tar`.
+    """The shard files that `shards` names, sorted: a folder, a glob, or a range such as `{00000..00041}.tar`.
 
     Raises:
         ValueError: nothing is there.

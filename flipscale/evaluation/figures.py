@@ -1,4 +1,4 @@
-"""What people would rather look at than read: loss and accuracy against time, and the patches as the model sees them."""
+"""What people would rather look at than read: loss and accuracy against time, and what the encoder sees."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -46,10 +46,10 @@ def draw_accuracy(curves: list[Curve], baselines: dict[str, float], path: Path) 
     for curve, colour in zip(curves, _COLOURS, strict=False):
         axes.plot(*curve.points("zero_shot/top1"), "o-", color=colour, label=curve.label)
     for name, value in baselines.items():
-        axes.axhline(value, color="#888888", linewidth=0.9, linestyle=":")
-        axes.annotate(name, (1.0, value), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8)
+        axes.axhline(value, color="#888888", linewidth=0.9, linestyle=":", zorder=0)
+        axes.annotate(name, (0.01, value), xycoords=("axes fraction", "data"), va="bottom", fontsize=8)
     axes.set_ylim(bottom=0)
-    axes.legend(frameon=False, loc="upper left")
+    axes.legend(loc="lower right", framealpha=0.9, edgecolor="none")
     figure.savefig(path, dpi=150)
 
 
@@ -77,7 +77,7 @@ def draw_patches(masked: PairDataset, whole: PairDataset, path: Path, count: int
     for column in range(count):
         axes[0, column].imshow(_paste(full["patches"][column].numpy(), everything, patch_size, side))
         axes[1, column].imshow(_paste(seen["patches"][column].numpy(), index[column], patch_size, side))
-        caption = masked.tokenizer.decode(full["input_ids"][column], skip_special_tokens=True).strip()
+        caption = str(masked.tokenizer.decode(full["input_ids"][column], skip_special_tokens=True)).strip()
         axes[0, column].set_title(caption if len(caption) <= 22 else caption[:21] + "…", fontsize=7)
     for axis in axes.flat:
         axis.set_axis_off()

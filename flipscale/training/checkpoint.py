@@ -85,8 +85,8 @@ def save_checkpoint(
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise OSError(
-            f"checkpoint {final} could not be written ({error}); the ones before it are whole: free some space and start "
-            "the run again"
+            f"checkpoint {final} could not be written ({error}); the ones before it are whole: free some space and "
+            "start the run again"
         ) from error
     for old in _checkpoints(run_dir)[: -max(total_limit, 1)]:
         shutil.rmtree(old)

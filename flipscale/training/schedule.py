@@ -81,8 +81,8 @@ def plan_stages(stages: Sequence[StageRecipe], global_batch_size: int) -> list[S
             raise ValueError(f"stage {stage.name!r}: warmup_samples needs a base_lr of its own")
         if warmup_steps >= schedule_last - schedule_first:
             raise ValueError(
-                f"stage {stage.name!r}: a warm-up of {stage.warmup_samples} samples is not shorter than its schedule of "
-                f"{(schedule_last - schedule_first) * global_batch_size}"
+                f"stage {stage.name!r}: a warm-up of {stage.warmup_samples} samples is not shorter than its schedule "
+                f"of {(schedule_last - schedule_first) * global_batch_size}"
             )
         planned.append(
             Stage(
