@@ -43,7 +43,7 @@ class StepGuard:
         self._in_a_row = 0 if finite else self._in_a_row + 1
         if self._in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise FloatingPointError(
-                f"loss {loss_sum / count} or gradient norm {norm_sum / count} was not finite in {self._in_a_row} steps in "
-                "a row, none of them taken; lower the learning rate and go on from the last checkpoint"
+                f"loss {loss_sum / count} or gradient norm {norm_sum / count} was not finite in {self._in_a_row} "
+                "steps in a row, none of them taken; lower the learning rate and go on from the last checkpoint"
             )
         return Verdict(loss_sum / count, norm_sum / count, finite, asked_sum > 0)
