@@ -1,0 +1,117 @@
+"""The commands of the README, run on small data."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import launch, metrics, pretrain, write_shards
+
+from flipscale.hub.model_card import model_card
+from flipscale.model import FlipModel, FlipProcessor
+
+FLIPSCALE = [sys.executable, "-m", "flipscale.cli"]
+
+
+@pytest.fixture(scope="module")
+def run_dir(recipe: dict, shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run that was evaluated and reported to TensorBoard."""
+    folder = tmp_path_factory.mktemp("verbs")
+    changed = {
+        **recipe,
+        "eval": {"every_samples": 320, "zero_shot": str(shards), "retrieval": str(shards)},
+        "log": {"every_samples": 160},
+        "output_dir": str(folder / "run"),
+    }
+    (folder / "run.yaml").write_text(yaml.safe_dump(changed))
+    done = pretrain(folder / "run.yaml")
+    assert done.returncode == 0, done.stderr
+    return folder / "run"
+
+
+def test_the_run_directory_holds_what_is_promised(run_dir: Path) -> None:
+    expected = {"recipe.yaml", "environment.json", "metrics.jsonl", "tensorboard", "checkpoints", "model", "DONE"}
+    assert {path.name for path in run_dir.iterdir()} == expected
+    assert list((run_dir / "tensorboard").rglob("events*"))
+    records = metrics(run_dir)
+    assert [r["samples_seen"] for r in records if "loss" in r] == [160, 320, 480, 640]
+    assert [r["samples_seen"] for r in records if "zero_shot/top1" in r] == [320, 640]
+    fields = {"loss", "lr", "grad_norm", "logit_scale", "images_per_s", "data_wait_share", "trained_seconds", "stage"}
+    assert fields <= records[0].keys()
+
+
+def test_a_finished_run_is_left_alone(run_dir: Path) -> None:
+    before = (run_dir / "metrics.jsonl").read_bytes()
+    done = pretrain(run_dir.with_suffix(".yaml"))
+    assert done.returncode == 0
+    assert f"{run_dir} is done" in done.stdout
+    assert (run_dir / "metrics.jsonl").read_bytes() == before
+
+
+def test_evaluate_gives_the_run_s_own_figures(run_dir: Path, shards: Path) -> None:
+    command = [*FLIPSCALE, "evaluate", str(run_dir / "model"), "--zero_shot", str(shards), "--retrieval", str(shards)]
+    done = launch([*command, "--json"])
+    assert done.returncode == 0, done.stderr
+    found, last = json.loads(done.stdout), metrics(run_dir)[-1]
+    assert found == {name: pytest.approx(last[name], abs=1e-4) for name in last if "/" in name}
+
+
+def test_the_exported_model_and_processor_load(run_dir: Path) -> None:
+    model = FlipModel.from_pretrained(run_dir / "model")
+    processor = FlipProcessor.from_pretrained(run_dir / "model")
+    inputs = processor(text=["a red disc"], return_tensors="pt")
+    assert inputs["input_ids"].shape == (1, 8)
+    assert model.get_text_features(**inputs).pooler_output.shape == (1, 512)
+
+
+def test_every_number_of_the_card_is_in_the_run_s_files(run_dir: Path) -> None:
+    card = (run_dir / "model/README.md").read_text()
+    assert card == model_card(run_dir, FlipModel.from_pretrained(run_dir / "model").num_parameters(), 96)
+    last = metrics(run_dir)[-1]
+    rows = dict(line.strip("| %").split(" | ") for line in card.splitlines() if line.endswith("% |") and ": " in line)
+    shown = {name: f"{value:.2f}" for name, value in last.items() if "/" in name}
+    assert len(rows) == len(shown) == 9
+    assert sorted(rows.values()) == sorted(shown.values())
+    header = yaml.safe_load(card.split("---")[1])
+    assert header["pipeline_tag"] == "zero-shot-image-classification"
+    assert "640 pairs seen" in card
+    assert "| masked | 384 | 75% | 0.012 |" in card
+
+
+def test_prepare_index(shards: Path, tmp_path: Path) -> None:
+    for shard in shards.glob("*.tar"):
+        shutil.copy(shard, tmp_path)
+    done = launch([*FLIPSCALE, "prepare", "index", str(tmp_path)])
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "96 samples in 4 shards\n"
+    assert len(list(tmp_path.glob("*.tar.index.npy"))) == 4
+
+
+def test_study_lays_recipes_side_by_side(recipe: dict, tmp_path: Path) -> None:
+    write_shards(tmp_path / "test", [20])
+    names = tmp_path / "test/classnames.txt"
+    names.write_text("".join(f"a {name}\n" for name in names.read_text().splitlines()))
+    arms = {"flip": recipe["stages"], "clip": [{"name": "whole", "samples": 320, "base_lr": 0.01}]}
+    for name, stages in arms.items():
+        changed = {**recipe, "stages": stages, "eval": {"zero_shot": str(tmp_path / "test")}}
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(changed))
+    out = tmp_path / "out"
+    files = [str(tmp_path / f"{name}.yaml") for name in arms]
+    command = [*FLIPSCALE, "study", *files, "--minutes", "0.05", "--output_dir", str(out), "--baselines"]
+    done = launch(command)
+    assert done.returncode == 0, done.stderr
+    table = (out / "table.md").read_text()
+    assert table in done.stdout
+    labels = ["FLIP (75% masked, then tuned)", "CLIP (mask 0)", "nearest image, 16x16 pixels", "chance"]
+    assert all(f"| {label} |" in table for label in labels)
+    assert {path.name for path in (out / "figures").iterdir()} == {"loss.png", "accuracy.png", "patches.png"}
+    assert FlipModel.from_pretrained(out / "model").config.vision_config.image_size == 32
+    for name in arms:
+        seconds = metrics(out / name)[-1]["trained_seconds"]
+        assert 0.5 < seconds < 30
+
+    again = launch(command)
+    assert again.returncode == 0, again.stderr
+    assert "calibrating" not in again.stdout, "a finished study was begun anew"
