@@ -228,8 +228,9 @@ def eager_attention_forward(
     num_returned: int | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention as two matrix products: q, k, v `(batch, heads, tokens, width)` to `(batch, tokens, heads, width)`.
-    On CPUs it beats the fused kernel, whose bf16 backward pass is slow at the few tokens that masking leaves."""
+    """Attention as two matrix products: q, k, v `(batch, heads, tokens, width)` to `(batch, tokens, heads, width)`,
+    and the weights among the first `num_returned` tokens. On CPUs it beats the fused kernel, whose bf16 backward pass
+    is slow at the few tokens that masking leaves."""
     batch, heads, tokens, width = query.shape
     # Batch and heads as one dimension from the start: matmul would copy each of its operands to that form.
     query, key, value = (states.reshape(batch * heads, -1, width) for states in (query, key, value))
@@ -238,9 +239,15 @@ def eager_attention_forward(
         scores = (scores.view(batch, heads, tokens, -1) + attention_mask).flatten(0, 1)
     # The kernel itself computes in fp32 and rounds its result.
     weights = nn.functional.softmax(scores, dim=-1).to(value.dtype)
-    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
-    output = torch.bmm(weights, value).view(batch, heads, tokens, width)
-    return output.transpose(1, 2), weights.view(batch, heads, tokens, -1)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training).view(batch, heads, tokens, -1)
+    returned = weights
+    if num_returned is not None:
+        # Put back what is handed out, so that the output depends on it and its gradient can be asked for.
+        returned = weights[..., :num_returned, :num_returned]
+        rows = weights[..., :num_returned, :].slice_scatter(returned, -1, 0, num_returned)
+        weights = weights.slice_scatter(rows, -2, 0, num_returned)
+    output = torch.bmm(weights.flatten(0, 1), value).view(batch, heads, tokens, width)
+    return output.transpose(1, 2), returned
 
 
 class FlipAttention(nn.Module):
