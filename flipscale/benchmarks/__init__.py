@@ -1,0 +1,1 @@
+"""What `flipscale bench` measures."""

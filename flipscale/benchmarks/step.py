@@ -1,0 +1,211 @@
+"""Time, operations and memory of a training step on data that is already in memory."""
+
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from flipscale.model import FlipConfig, FlipModel
+from flipscale.model.masking import num_kept, random_patch_index
+from flipscale.planning.flops import forward_flops
+from flipscale.training.attention import best_attention
+from flipscale.training.contrastive import contrastive_loss
+from flipscale.training.optimizer import OptimRecipe, build_optimizers, set_learning_rate
+
+Step = Callable[[], None]
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class StepSetting:
+    """What is timed.
+
+    Args:
+        size: what the result calls the model of `config`.
+        dtype: `bf16` (autocast over fp32 weights, as accelerate's mixed precision) or `fp32`.
+        compile: torch.compile the model, in one graph.
+        num_steps: how many steps are timed.
+    """
+
+    config: FlipConfig
+    size: str = "b16"
+    mask_ratio: float = 0.75
+    batch_size: int = 32
+    dtype: str = "bf16"
+    compile: bool = False
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    num_steps: int = 10
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size is {self.batch_size}; it must be at least 1")
+        if self.num_steps < 1:
+            raise ValueError(f"steps is {self.num_steps}; at least 1 must be timed")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype is {self.dtype!r}; use one of {', '.join(DTYPES)}")
+        num_kept(self.config.vision_config.num_patches, self.mask_ratio)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The context of the forward pass."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == "bf16")
+
+    def captions(self) -> torch.Tensor:
+        """Captions of full length, `(batch_size, max_position_embeddings)`."""
+        text = self.config.text_config
+        shape = (self.batch_size, text.max_position_embeddings)
+        return torch.randint(1, text.vocab_size, shape, device=self.device)
+
+
+@dataclass(frozen=True)
+class StepTimes:
+    """Seconds of each step, and the median share of the CPU threads' time that it got: below 0.9 others ran too."""
+
+    seconds: list[float]
+    cpu_share: float
+
+    @property
+    def median_s(self) -> float:
+        """The median step, in seconds."""
+        return statistics.median(self.seconds)
+
+
+def flip_batch(setting: StepSetting) -> dict[str, torch.Tensor]:
+    """A random batch as the loader sends it: `patches` uint8, `patch_index` int16 where masked, `input_ids`."""
+    vision = setting.config.vision_config
+    kept, pixels = num_kept(vision.num_patches, setting.mask_ratio), vision.num_channels * vision.patch_size**2
+    shape = (setting.batch_size, kept, pixels)
+    batch = {
+        "patches": torch.randint(0, 256, shape, dtype=torch.uint8, device=setting.device),
+        "input_ids": setting.captions(),
+    }
+    if setting.mask_ratio > 0.0:
+        index = random_patch_index(setting.batch_size, vision.num_patches, setting.mask_ratio, setting.device)
+        batch["patch_index"] = index.to(torch.int16)
+    return batch
+
+
+def flip_step(setting: StepSetting) -> Step:
+    """A whole training step: both towers, the loss in fp32, backward and AdamW."""
+    model = FlipModel(setting.config).train()
+    # `.to` of a transformers model is typed as taking a model.
+    cast(nn.Module, model).to(setting.device)
+    model.set_attn_implementation(best_attention(setting.device))
+    if setting.compile:
+        model.compile(fullgraph=True)
+    batch = flip_batch(setting)
+
+    def loss() -> torch.Tensor:
+        with setting.autocast():
+            output = model(**batch, return_logits=False)
+        return contrastive_loss(output.image_embeds, output.text_embeds, output.logit_scale)
+
+    return training_step(model, loss)
+
+
+def training_step(model: nn.Module, loss: Callable[[], torch.Tensor]) -> Step:
+    """`loss`, its gradients, and the recipes' AdamW on the parameters of `model`."""
+    optimizers = build_optimizers(model.named_parameters(), OptimRecipe())
+    set_learning_rate(optimizers, 1e-6)
+
+    def step() -> None:
+        loss().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return step
+
+
+def time_in_turn(steps: Mapping[str, Step], num_steps: int, device: torch.device) -> dict[str, StepTimes]:
+    """The times of `num_steps` steps of each, A B A B, after two of each that are not counted."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    shares: dict[str, list[float]] = {name: [] for name in steps}
+    for turn in range(-2, num_steps):
+        for name, step in steps.items():
+            wall, cpu = _timed(step, device)
+            if turn >= 0:
+                seconds[name].append(wall)
+                shares[name].append(cpu / (wall * torch.get_num_threads()))
+    return {name: StepTimes(seconds[name], statistics.median(shares[name])) for name in steps}
+
+
+def _timed(call: Callable[[], Any], device: torch.device) -> tuple[float, float]:
+    """Seconds on the wall and of the CPU, what was sent to the device waited for."""
+    _wait_for(device)
+    wall, cpu = time.perf_counter(), time.process_time()
+    call()
+    _wait_for(device)
+    return time.perf_counter() - wall, time.process_time() - cpu
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def matmul_peak(device: torch.device, dtype: str) -> float:
+    """Operations a second of the fastest of a few square matrix products."""
+    fastest = 0.0
+    for side in (4096, 8192) if device.type == "cuda" else (1024, 2048):
+        matrix = torch.randn(side, side, device=device).to(DTYPES[dtype])
+        for _ in range(5):
+            fastest = max(fastest, 2 * side**3 / _timed(partial(torch.mm, matrix, matrix), device)[0])
+    return fastest
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory that tensors held on a GPU; on a CPU the most that the process was given so far."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return resident if sys.platform == "darwin" else resident * 1024
+
+
+def measure_step(setting: StepSetting, build: Callable[[StepSetting], Step] = flip_step) -> dict[str, Any]:
+    """Speed and memory of the step that `build` makes, ready for JSON.
+
+    `flops_per_pair` is `planning.flops`' count of a training step, the same for every `build`;
+    `share_of_matmul_peak` is those operations a second over `matmul_peak`.
+    """
+    if setting.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(setting.device)
+    times = time_in_turn({setting.size: build(setting)}, setting.num_steps, setting.device)[setting.size]
+    memory = peak_memory_bytes(setting.device)
+    return {**step_figures(setting, times, matmul_peak(setting.device, setting.dtype)), "peak_memory_bytes": memory}
+
+
+def step_figures(setting: StepSetting, times: StepTimes, peak: float) -> dict[str, Any]:
+    """The setting and what its `times` come to, ready for JSON."""
+    flops, images_per_s = (
+        forward_flops(setting.config, setting.mask_ratio).training,
+        setting.batch_size / times.median_s,
+    )
+    return {
+        "size": setting.size,
+        "mask_ratio": setting.mask_ratio,
+        "batch_size": setting.batch_size,
+        "dtype": setting.dtype,
+        "compile": setting.compile,
+        "device": _device_name(setting.device),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "images_per_s": images_per_s,
+        "median_s": times.median_s,
+        "steps": len(times.seconds),
+        "cpu_share": times.cpu_share,
+        "flops_per_pair": flops,
+        "matmul_peak_flops": peak,
+        "share_of_matmul_peak": flops * images_per_s / peak,
+    }
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -1,0 +1,186 @@
+"""What `flipscale bench` measures, at a tiny size, and what it refuses."""
+
+import argparse
+import importlib.util
+import json
+import sys
+
+import pytest
+import torch
+
+from flipscale import bench
+from flipscale.benchmarks.peer import open_clip_step
+from flipscale.benchmarks.step import StepSetting, flip_batch, flip_step, matmul_peak, measure_step, time_in_turn
+from flipscale.cli import main
+from flipscale.model import FlipConfig, FlipModel
+from flipscale.model.configuration_flip import SIZES
+from flipscale.planning.flops import forward_flops
+
+PROMISED = {
+    "size",
+    "mask_ratio",
+    "batch_size",
+    "dtype",
+    "compile",
+    "device",
+    "threads",
+    "torch",
+    "images_per_s",
+    "median_s",
+    "flops_per_pair",
+    "share_of_matmul_peak",
+    "peak_memory_bytes",
+}
+CPU = torch.device("cpu")
+
+needs_open_clip = pytest.mark.skipif(importlib.util.find_spec("open_clip") is None, reason="open_clip is not installed")
+
+
+def tiny_config() -> FlipConfig:
+    tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return FlipConfig(
+        vision_config={**tower, "image_size": 32, "patch_size": 8},
+        text_config={**tower, "vocab_size": 64, "max_position_embeddings": 8},
+        projection_dim=16,
+    )
+
+
+def tiny(mask_ratio: float = 0.75, dtype: str = "bf16", num_steps: int = 2) -> StepSetting:
+    return StepSetting(tiny_config(), "tiny", mask_ratio, batch_size=4, dtype=dtype, num_steps=num_steps)
+
+
+@pytest.fixture
+def tiny_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`--size b16` builds the tiny model."""
+    monkeypatch.setattr(FlipConfig, "from_size", classmethod(lambda *_: tiny_config()))
+
+
+def test_figures_of_a_step() -> None:
+    figures = json.loads(json.dumps(measure_step(tiny())))
+    assert figures.keys() >= PROMISED
+    assert figures["images_per_s"] == pytest.approx(4 / figures["median_s"])
+    assert figures["flops_per_pair"] == forward_flops(tiny_config(), 0.75).training
+    achieved = figures["flops_per_pair"] * figures["images_per_s"]
+    assert figures["share_of_matmul_peak"] == pytest.approx(achieved / figures["matmul_peak_flops"])
+    assert figures["peak_memory_bytes"] > 2**20
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_a_step_trains_every_weight(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    built: list[FlipModel] = []
+    init = FlipModel.__init__
+
+    def keep(self: FlipModel, config: FlipConfig) -> None:
+        init(self, config)
+        built.append(self)
+
+    monkeypatch.setattr(FlipModel, "__init__", keep)
+    step = flip_step(tiny(dtype=dtype))
+    before = {name: weight.detach().clone() for name, weight in built[0].named_parameters()}
+    step()
+    # The bias of the keys has no gradient: it adds the same to every score of a query.
+    still = {name for name, weight in built[0].named_parameters() if torch.equal(weight, before[name])}
+    assert {name for name in still if not name.endswith("k_proj.bias")} == set()
+
+
+def test_the_batch_is_the_loader_s() -> None:
+    masked, whole = flip_batch(tiny()), flip_batch(tiny(mask_ratio=0.0))
+    assert masked["patches"].shape == (4, 4, 192)
+    assert masked["patches"].dtype == torch.uint8
+    assert (masked["patch_index"].shape, masked["patch_index"].dtype) == ((4, 4), torch.int16)
+    assert whole["patches"].shape == (4, 16, 192)
+    assert "patch_index" not in whole
+
+
+def test_steps_are_timed_in_turn() -> None:
+    order = ""
+
+    def step(name: str) -> None:
+        nonlocal order
+        order += name
+
+    times = time_in_turn({"a": lambda: step("a"), "b": lambda: step("b")}, 3, CPU)
+    assert order == "ab" * 5
+    assert [len(times[name].seconds) for name in "ab"] == [3, 3]
+
+
+def test_the_peak_is_above_what_a_step_reaches() -> None:
+    assert matmul_peak(CPU, "fp32") > 1e9
+
+
+def test_json_is_one_line(tiny_size: None, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["bench", "step", "--batch_size", "4", "--steps", "1", "--dtype", "fp32", "--json"])
+    printed = capsys.readouterr().out
+    assert printed.count("\n") == 1
+    assert json.loads(printed)["dtype"] == "fp32"
+
+
+def test_table_has_a_figure_a_line(tiny_size: None, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["bench", "step", "--batch_size", "4", "--steps", "1"])
+    lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert lines.keys() >= PROMISED
+    assert lines["code"] == "flipscale"
+
+
+@needs_open_clip
+def test_open_clip_runs_the_same_case() -> None:
+    figures = measure_step(tiny(num_steps=1), open_clip_step)
+    assert figures["flops_per_pair"] == forward_flops(tiny_config(), 0.75).training
+
+
+@needs_open_clip
+def test_comparison_has_a_row_a_case(
+    tiny_size: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["bench", "compare", "--batch_size", "4", "--steps", "1"]
+    main([*command, "--json"])
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    cases = [(dtype, mask_ratio) for dtype in ("bf16", "fp32") for mask_ratio in (0.0, 0.5, 0.75)]
+    assert [(row["dtype"], row["mask_ratio"]) for row in rows] == cases
+    assert all(row["ratio"] == pytest.approx(row["images_per_s"] / row["open_clip_images_per_s"]) for row in rows)
+
+    monkeypatch.setattr(bench, "compare_steps", lambda setting: rows)
+    main(command)
+    table = capsys.readouterr().out.splitlines()
+    assert [line.split("|")[1:3] for line in table[3:]] == [[f" {dtype} ", f" {mask:.0%} "] for dtype, mask in cases]
+
+
+def test_a_missing_open_clip_is_one_line(tiny_size: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "open_clip", None)
+    for args in (["step", "--peer", "open_clip"], ["compare"]):
+        parser = argparse.ArgumentParser()
+        bench.add_arguments(parser)
+        with pytest.raises(ValueError, match=r"open_clip is not installed; pip install 'flipscale\[peers\]'"):
+            bench.run(parser.parse_args(args))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (["--mask_ratio", "1.5"], "mask_ratio is 1.5"),
+        (["--batch_size", "0"], "batch_size is 0"),
+        (["--steps", "0"], "steps is 0"),
+        (["--threads", "0"], "threads is 0"),
+    ],
+)
+def test_a_wrong_setting_is_one_line(wrong: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["bench", "step", *wrong])
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert error.startswith(f"flipscale: error: {message}")
+
+
+def test_help_names_every_size(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["bench", "step", "--help"])
+    text = capsys.readouterr().out
+    assert all(size in text for size in SIZES)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_a_gpu_is_used_when_there_is_one(tiny_size: None, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["bench", "step", "--batch_size", "4", "--steps", "1", "--json"])
+    assert json.loads(capsys.readouterr().out)["device"] == torch.cuda.get_device_name()

@@ -1,0 +1,32 @@
+"""The attention kernel chosen is one that the models have, and gives the same numbers."""
+
+import pytest
+import torch
+
+from flipscale.model import FlipConfig, FlipModel
+from flipscale.training.attention import best_attention
+
+
+@pytest.mark.parametrize(("device", "expected"), [("cpu", "eager"), ("cuda", "sdpa"), ("xpu", "sdpa")])
+def test_plain_products_on_cpus_and_fused_kernels_elsewhere(device: str, expected: str) -> None:
+    assert best_attention(torch.device(device)) == expected
+
+
+def test_both_give_the_same_numbers() -> None:
+    tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = FlipConfig(
+        vision_config={**tower, "image_size": 32, "patch_size": 8},
+        text_config={**tower, "vocab_size": 64, "max_position_embeddings": 8, "attend_to_padding": False},
+        projection_dim=16,
+    )
+    model = FlipModel(config)
+    images, captions = torch.randn(3, 3, 32, 32), torch.randint(1, 64, (3, 8))
+    captions[0, 4:] = 0
+    gradients = []
+    for name in ("eager", "sdpa"):
+        model.set_attn_implementation(name)
+        model.zero_grad()
+        model(pixel_values=images, input_ids=captions, return_loss=True).loss.backward()
+        gradients.append([weight.grad for weight in model.parameters()])
+    for ours, fused in zip(*gradients, strict=True):
+        assert torch.allclose(ours, fused, atol=1e-5)
