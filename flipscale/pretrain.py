@@ -9,7 +9,7 @@ import torch
 
 from flipscale.cli import complain
 from flipscale.data.loader import InputShape, PairDataset, build_loader, load_tokenizer
-from flipscale.data.tar_source import TarSource
+from flipscale.data.tar_source import TarSource, expand_shards
 from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.suite import run_suite
 from flipscale.hub.export import build_processor, export_model
@@ -43,6 +43,8 @@ class Run:
         self.tokenizer = load_tokenizer(recipe.data.tokenizer, config.text_config.max_position_embeddings)
         self.datasets = {stage: self._dataset(stage, config) for stage in self.stages}
         self.processor = build_processor(config, self.tokenizer)
+        for folder in filter(None, (recipe.eval.zero_shot, recipe.eval.retrieval)):
+            expand_shards(folder)
         self.accelerator = start_accelerator(recipe.log.report_to, recipe.output_dir)
         self.total_steps = self.stages[-1].last_step
         self.tracker = Tracker(self.accelerator, recipe.log, self.run_dir, self.batch_size, self.total_steps)
@@ -51,9 +53,7 @@ class Run:
         self.step, self.stopped = 0, False
 
         torch.manual_seed(recipe.seed)
-        self.weights = (
-            FlipModel.from_pretrained(recipe.model.init_from) if recipe.model.init_from else FlipModel(config)
-        )
+        self.weights = initial_model(recipe.model.init_from, config)
         self.weights.set_attn_implementation(best_attention(self.accelerator.device))
         if recipe.model.gradient_checkpointing:
             self.weights.gradient_checkpointing_enable()
@@ -211,6 +211,20 @@ def pretrain(recipe: Recipe) -> Path:
             run.after_step(stage, metrics, num_replaced, skipped=not verdict.finite)
     run.finish()
     return run.run_dir
+
+
+def initial_model(init_from: str | None, config: FlipConfig) -> FlipModel:
+    """A model of `config` in fp32: with fresh weights, or with those of the folder or Hub name `init_from`.
+
+    Raises:
+        ValueError: the weights cannot be loaded into such a model.
+    """
+    if init_from is None:
+        return FlipModel(config)
+    try:
+        return FlipModel.from_pretrained(init_from, config=config, dtype=torch.float32)
+    except (OSError, RuntimeError) as error:
+        raise ValueError(f"model.init_from {init_from!r} cannot be loaded ({str(error).splitlines()[0]})") from error
 
 
 def take_step(optimizers: Sequence[torch.optim.Optimizer], finite: bool) -> None:

@@ -106,17 +106,19 @@ class TarSource:
 
     def __init__(self, shards: str):
         self.paths = expand_shards(shards)
-        self.indices = [load_index(path) for path in self.paths]
-        self.shard_sizes = [len(index) for index in self.indices]
-        self._files: OrderedDict[int, int] = OrderedDict()
+        # Lengths alone stay in memory: the indices of two billion samples are 100 GB.
+        self.shard_sizes = [len(load_index(path)) for path in self.paths]
+        self._open: OrderedDict[int, tuple[int, np.ndarray]] = OrderedDict()
 
     def __len__(self) -> int:
         return sum(self.shard_sizes)
 
     def read(self, shard: int, number: int) -> Sample:
         """Sample `number` of shard `shard`, its bytes as stored."""
-        row = self.indices[shard][number]
-        image, caption, label = (self._read_field(shard, offset, size) for offset, size in row.tolist())
+        file, index = self._shard(shard)
+        image, caption, label = (
+            None if offset < 0 else os.pread(file, size, offset) for offset, size in index[number].tolist()
+        )
         assert image is not None
         return Sample(
             name=f"{self.paths[shard].name}#{number}",
@@ -125,19 +127,15 @@ class TarSource:
             label=None if label is None else int(label),
         )
 
-    def _read_field(self, shard: int, offset: int, size: int) -> bytes | None:
-        if offset < 0:
-            return None
-        return os.pread(self._file(shard), size, offset)
-
-    def _file(self, shard: int) -> int:
-        if shard in self._files:
-            self._files.move_to_end(shard)
+    def _shard(self, shard: int) -> tuple[int, np.ndarray]:
+        """File descriptor and index of a shard, the last few kept open."""
+        if shard in self._open:
+            self._open.move_to_end(shard)
         else:
-            if len(self._files) >= _MAX_OPEN_SHARDS:
-                os.close(self._files.popitem(last=False)[1])
-            self._files[shard] = os.open(self.paths[shard], os.O_RDONLY)
-        return self._files[shard]
+            if len(self._open) >= _MAX_OPEN_SHARDS:
+                os.close(self._open.popitem(last=False)[1][0])
+            self._open[shard] = (os.open(self.paths[shard], os.O_RDONLY), load_index(self.paths[shard]))
+        return self._open[shard]
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_files": OrderedDict()}
+        return {**self.__dict__, "_open": OrderedDict()}

@@ -23,7 +23,7 @@ def start_accelerator(report_to: list[str], run_dir: str) -> Accelerator:
     """Collective. The processes of this run; gloo and CPU where there is no GPU.
 
     Raises:
-        ValueError: fewer processes than the launcher promised.
+        ValueError: fewer processes than the launcher promised, a precision other than bf16 or fp32.
     """
     if not torch.cuda.is_available():
         keep_freed_memory()
@@ -34,6 +34,10 @@ def start_accelerator(report_to: list[str], run_dir: str) -> Accelerator:
         # The only buffers are fixed tables, equal everywhere.
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
     )
+    if accelerator.mixed_precision not in ("no", "bf16"):
+        raise ValueError(
+            f"mixed_precision is {accelerator.mixed_precision!r}; the loss is fp32 and needs 'bf16' or 'no'"
+        )
     promised = promised_processes(dict(os.environ))
     if accelerator.num_processes < promised:
         raise ValueError(

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from accelerate.state import AcceleratorState
 from conftest import add_member, write_shards
 
 from flipscale.cli import main
@@ -129,6 +130,24 @@ def test_a_run_directory_of_another_recipe(refused_recipe: Callable[..., str], t
     assert "seed: 7, now 0" in line
     assert "optim.weight_decay: 0.5, now 0.2" in line
     assert "use that recipe or another output_dir" in line
+
+
+def test_missing_evaluation_shards_are_found_out_at_the_start(refused_recipe: Callable[..., str]) -> None:
+    assert "no shards at 'nowhere/val'" in refused_recipe(eval={"zero_shot": "nowhere/val"})
+
+
+def test_a_precision_that_is_not_supported(refused_recipe: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    try:
+        assert "needs 'bf16' or 'no'" in refused_recipe()
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_weights_to_start_from_that_are_not_there(refused_recipe: Callable[..., str], tmp_path: Path) -> None:
+    line = refused_recipe(model={"init_from": str(tmp_path / "none")})
+    assert f"model.init_from '{tmp_path}/none' cannot be loaded" in line
 
 
 def test_an_unknown_way_to_resume(refused_recipe: Callable[..., str]) -> None:
