@@ -97,7 +97,7 @@ def flip_step(setting: StepSetting) -> Step:
     model = FlipModel(setting.config).train()
     # `.to` of a transformers model is typed as taking a model.
     cast(nn.Module, model).to(setting.device)
-    model.set_attn_implementation(best_attention(setting.device))
+    model.set_attn_implementation(best_attention(setting.device, DTYPES[setting.dtype]))
     if setting.compile:
         model.compile(fullgraph=True)
     batch = flip_batch(setting)
