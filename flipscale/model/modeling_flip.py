@@ -250,6 +250,14 @@ def eager_attention_forward(
     return output.transpose(1, 2), returned
 
 
+def cast_for_products(hidden_states: torch.Tensor) -> torch.Tensor:
+    """`hidden_states` as autocast would cast them for a matrix product, or as they are outside of autocast."""
+    device_type = hidden_states.device.type
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+        return hidden_states.to(torch.get_autocast_dtype(device_type))
+    return hidden_states
+
+
 class FlipAttention(nn.Module):
     def __init__(self, config: FlipVisionConfig | FlipTextConfig):
         super().__init__()
@@ -270,6 +278,8 @@ class FlipAttention(nn.Module):
     def forward(
         self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        # Autocast would cast the norm's fp32 for q, k and v apart, and each would keep its copy for the backward pass.
+        hidden_states = cast_for_products(hidden_states)
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
         query = self.q_proj(hidden_states).view(shape).transpose(1, 2)
         key = self.k_proj(hidden_states).view(shape).transpose(1, 2)

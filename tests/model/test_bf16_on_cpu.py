@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from flipscale.model import FlipConfig, FlipModel
+from flipscale.model import FlipConfig, FlipModel, FlipTextModel
 from flipscale.model.modeling_flip import FlipMLP
 
 
@@ -43,3 +43,20 @@ def test_fp32_keeps_the_tanh_form() -> None:
     states = torch.randn(4, 512)
     expected = mlp.fc2(nn.functional.gelu(mlp.fc1(states), approximate="tanh"))
     assert torch.equal(mlp(states), expected)
+
+
+def test_the_projections_of_a_layer_keep_one_cast_of_their_input() -> None:
+    tower = FlipConfig.from_size("b16", text_config={"num_hidden_layers": 1, "vocab_size": 64}).text_config
+    model = FlipTextModel(tower)
+    kept = set()
+
+    def keep(saved: torch.Tensor) -> torch.Tensor:
+        if saved.shape == (4 * 32, tower.hidden_size):
+            kept.add(saved.untyped_storage().data_ptr())
+        return saved
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved), torch.autocast("cpu", torch.bfloat16):
+        output = model(torch.randint(1, 64, (4, 32)))
+    assert output.last_hidden_state.dtype == torch.float32
+    # One for q, k and v, one for the attention's output and one for the MLP.
+    assert len(kept) == 3
