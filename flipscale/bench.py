@@ -13,8 +13,6 @@ from flipscale.model import FlipConfig
 from flipscale.model.configuration_flip import SIZES
 from flipscale.training.launch import keep_freed_memory
 
-HELP = "measure speed and memory, one JSON line each"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What `flipscale bench` takes: `step` or `compare`, and the options of each."""

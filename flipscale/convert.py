@@ -2,8 +2,6 @@
 
 import argparse
 
-HELP = "turn other checkpoints into a model folder"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `flipscale convert`."""

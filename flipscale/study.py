@@ -171,7 +171,8 @@ def _environment(num_arms: int) -> dict[str, str]:
     """The environment of one arm: its share of the cores, and bf16 where this CPU multiplies faster in it."""
     threads = max((os.cpu_count() or 1) // num_arms, 1)
     precision = "bf16" if torch.cuda.is_available() or bf16_is_faster() else "no"
-    return {"ACCELERATE_MIXED_PRECISION": precision, "OMP_NUM_THREADS": str(threads), **os.environ}
+    share = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+    return {"ACCELERATE_MIXED_PRECISION": precision, **share, **os.environ}
 
 
 def _watch(arms: list[Arm], processes: list[subprocess.Popen], doing: str) -> None:

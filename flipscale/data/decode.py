@@ -12,6 +12,9 @@ import cv2
 import numpy as np
 import simplejpeg
 
+# Workers are the parallelism: OpenCV's own threads would only fight over their cores.
+cv2.setNumThreads(0)
+
 # Four numbers for each of the ten tries of a random crop, and one for the flip.
 CROP_TRIES = 10
 DRAWS_PER_CROP = 4 * CROP_TRIES + 1

@@ -48,6 +48,7 @@ def draw_accuracy(curves: list[Curve], baselines: dict[str, float], path: Path) 
     for name, value in baselines.items():
         axes.axhline(value, color="#888888", linewidth=0.9, linestyle=":", zorder=0)
         axes.annotate(name, (0.01, value), xycoords=("axes fraction", "data"), va="bottom", fontsize=8)
+    axes.set_xlim(left=0)
     axes.set_ylim(bottom=0)
     axes.legend(loc="lower right", framealpha=0.9, edgecolor="none")
     figure.savefig(path, dpi=150)
