@@ -23,7 +23,7 @@ from flipscale.training.recipe import EvalRecipe, Recipe, parse_recipe, to_yaml
 from flipscale.training.schedule import StageRecipe
 from flipscale.training.tracking import LogRecipe
 
-CALIBRATION_STEPS = 40
+CALIBRATION_STEPS = 100
 _POLL_SECONDS = 2.0
 _REPORT_SECONDS = 30.0
 
@@ -81,9 +81,17 @@ def run(args: argparse.Namespace) -> None:
     draw_accuracy(curves, baselines, figures / "accuracy.png")
     draw_patches(*_datasets(arms[0].recipe), figures / "patches.png")
     (args.output_dir / "table.md").write_text(table + "\n")
-    shutil.rmtree(args.output_dir / "model", ignore_errors=True)
-    shutil.copytree(arms[0].run_dir / "model", args.output_dir / "model")
-    print(f"\n{table}\n\nfigures: {figures}/*.png   model: {args.output_dir / 'model'}")
+    model = _take_model(arms[0].run_dir / "model", args.output_dir / "model")
+    print(f"\n{table}\n\nfigures: {figures}/*.png   model: {model}")
+
+
+def _take_model(trained: Path, model: Path) -> Path:
+    """A copy of a run's model folder at `model`, its card naming the new place."""
+    shutil.rmtree(model, ignore_errors=True)
+    shutil.copytree(trained, model)
+    card = model / "README.md"
+    card.write_text(card.read_text().replace(str(trained), str(model)))
+    return model
 
 
 def _calibrate(names: list[str], recipes: list[Recipe], output_dir: Path) -> list[list[float]]:
