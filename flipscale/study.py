@@ -156,6 +156,8 @@ def _train(arms: list[Arm], doing: str) -> None:
     Raises:
         OSError: a run failed; its own last line is in the message.
     """
+    # Once, before any arm keeps the cores busy: all arms must train in the same precision.
+    environment = _environment(len(arms))
     processes = []
     for arm in arms:
         arm.run_dir.parent.mkdir(parents=True, exist_ok=True)
@@ -163,7 +165,7 @@ def _train(arms: list[Arm], doing: str) -> None:
         recipe_file.write_text(to_yaml(arm.recipe))
         command = [sys.executable, "-m", "flipscale.pretrain", "--config", str(recipe_file)]
         with open(arm.beside("log"), "w") as log:
-            processes.append(subprocess.Popen(command, env=_environment(len(arms)), stdout=log, stderr=log))
+            processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
     try:
         _watch(arms, processes, doing)
     finally:

@@ -57,19 +57,12 @@ def random_box(height: int, width: int, draws: np.ndarray, image_size: int, crop
     return centre_box(height, width, image_size, padding=32)
 
 
-def image_dimensions(encoded: bytes) -> tuple[int, int]:
-    """Height and width of a JPEG from its header, of any other image by decoding it.
-
-    Raises:
-        UndecodableImage
-    """
-    if encoded[:2] == b"\xff\xd8":
-        try:
-            height, width, _, _ = simplejpeg.decode_jpeg_header(encoded, strict=False)
-            return height, width
-        except (ValueError, KeyError) as error:
-            raise UndecodableImage(str(error)) from error
-    height, width = _decode_other(encoded).shape[:2]
+def _jpeg_dimensions(encoded: bytes) -> tuple[int, int]:
+    """Height and width from the header alone."""
+    try:
+        height, width, _, _ = simplejpeg.decode_jpeg_header(encoded, strict=False)
+    except (ValueError, KeyError) as error:
+        raise UndecodableImage(str(error)) from error
     return height, width
 
 
@@ -98,7 +91,7 @@ def decode_box(
     """
     is_jpeg = encoded[:2] == b"\xff\xd8"
     if is_jpeg:
-        height, width = image_dimensions(encoded)
+        height, width = _jpeg_dimensions(encoded)
     else:
         image = _decode_other(encoded)
         height, width = image.shape[:2]

@@ -132,7 +132,8 @@ class PairDataset(Dataset):
 
     def _usable(self, shard: int, number: int, draws: np.ndarray) -> tuple[np.ndarray, str, int]:
         size = self.source.shard_sizes[shard]
-        for skipped in range(min(_MAX_REPLACEMENTS, size)):
+        tried = min(_MAX_REPLACEMENTS, size)
+        for skipped in range(tried):
             sample = self.source.read(shard, (number + skipped) % size)
             try:
                 caption = (sample.caption or b"").decode("utf-8").strip()
@@ -141,7 +142,6 @@ class PairDataset(Dataset):
                     return image, caption, skipped
             except (UndecodableImage, UnicodeDecodeError):
                 continue
-        tried = min(_MAX_REPLACEMENTS, size)
         raise ValueError(
             f"shard {self.source.paths[shard]}: {tried} samples in a row from number {number} have no readable "
             "image and caption; fetch the shard again or remove it"
