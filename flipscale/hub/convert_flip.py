@@ -1,31 +1,28 @@
-"""The original JAX FLIP's checkpoints, read without JAX and turned into a `FlipModel`.
+"""The original JAX FLIP's checkpoints as a model folder: the parameters one at a time, the processor, the card."""
 
-A checkpoint is a folder `checkpoint_N`: an index (msgpack) named `checkpoint` and, for each parameter, a zarr v2 array
-in a folder `target.<dotted name>`.
-"""
-
-import gzip
-import itertools
-import json
 import math
 import re
-import zlib
-from collections.abc import Iterator
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
 from transformers.initialization import no_init_weights
 
-from flipscale.hub.export import export_model
+from flipscale.data.tokenizers import bert_tokenizer
+from flipscale.hub.export import build_processor, export_model
+from flipscale.hub.t5x import StoredArray, open_flip_checkpoint
 from flipscale.model import SIZES, FlipConfig, FlipModel
 from flipscale.model.modeling_flip import sincos_positions
+
+Arrays = Mapping[str, np.ndarray | StoredArray]
 
 # The sizes that the original has configurations of, and so can have left checkpoints of.
 ORIGINAL_SIZES = ("b16", "l16", "h14")
 
-_VERSION = 3
 _POSITIONS = "img_encoder/posembed_encoder/pos_embedding"
 _WORDS = {
     "img_encoder": "vision_model",
@@ -56,28 +53,48 @@ _OUTSIDE_THE_BLOCKS = {
 }
 
 
-def read_flip_checkpoint(path: Path | str) -> dict[str, np.ndarray]:
-    """Every parameter of the checkpoint, fp32, by the original's name (`img_encoder/cls`); optimiser state is skipped.
+_CARD = """---
+license: cc-by-nc-4.0
+library_name: transformers
+pipeline_tag: zero-shot-image-classification
+tags:
+- flip
+- clip
+---
 
-    Args:
-        path: the folder `checkpoint_N`, a folder that holds it at any depth, or the file `checkpoint` in it.
+# {name}
 
-    Raises:
-        ValueError: no checkpoint there or several, an unknown version, an array missing, cut short or in a form that
-            the original does not write.
-    """
-    folder = _checkpoint_folder(Path(path))
-    return {name: _read_zarr(name, folder / array) for name, array in _array_folders(folder).items()}
+Weights of the original FLIP ([arXiv 2212.00794](https://arxiv.org/abs/2212.00794),
+[facebookresearch/flip](https://github.com/facebookresearch/flip)), read from its JAX checkpoint and not changed:
+{parameters:.1f} M parameters, {image_size}-pixel images in patches of {patch_size}, captions of {length} ids.
+
+```python
+{use}
+```
+
+With flipscale installed, `from flipscale.model import FlipModel` needs no `trust_remote_code`.
+
+**Licence.** The original's code and weights are [CC-BY-NC 4.0](https://creativecommons.org/licenses/by-nc/4.0/): not
+for commercial use, and so is this copy of them.
+
+**Limits.** A checkpoint does not say what it was trained on or how well it does; see the original's README for its
+released ones, which learned from pictures and texts of the web with whatever bias those have.
+"""
+_USE_PIPELINE = """from transformers import pipeline
+
+classify = pipeline("zero-shot-image-classification", model="{path}", trust_remote_code=True)
+classify("image.png", candidate_labels=["a red apple", "a bicycle"], hypothesis_template="{{}}")"""
+_USE_MODEL = """from transformers import AutoModel  # this copy has no tokenizer
+
+model = AutoModel.from_pretrained("{path}", trust_remote_code=True)"""
 
 
 def build_flip_model(
-    arrays: dict[str, np.ndarray],
-    size: str | None = None,
-    image_heads: int | None = None,
-    text_heads: int | None = None,
+    arrays: Arrays, size: str | None = None, image_heads: int | None = None, text_heads: int | None = None
 ) -> FlipModel:
     """The model of the original's parameters `arrays`, in evaluation mode.
 
+    Shapes are looked at first; then values are read one array at a time, so that the model is held once.
     The parameters tell every shape but not the numbers of attention heads: `size` or both of the others must.
 
     Args:
@@ -91,12 +108,13 @@ def build_flip_model(
     if size is not None:
         _refuse_other_size(config, size)
     _refuse_heads(config)
-    state_dict = dict(translate(name, array) for name, array in arrays.items() if name != _POSITIONS)
-    _refuse_other_arrays(config, state_dict)
-    _check_positions(arrays[_POSITIONS], config)
+    _refuse_other_arrays(config, arrays)
+    _check_positions(np.asarray(arrays[_POSITIONS]), config)
     with no_init_weights():
         model = FlipModel(config)
-    model.load_state_dict(state_dict)
+    parameters = model.state_dict()
+    for name in tqdm([name for name in arrays if name != _POSITIONS], desc="reading", unit="array", disable=None):
+        parameters[our_name(name)].copy_(our_layout(name, torch.from_numpy(np.asarray(arrays[name]))))
     return model.eval()
 
 
@@ -106,133 +124,62 @@ def convert_flip_checkpoint(
     size: str | None = None,
     image_heads: int | None = None,
     text_heads: int | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> FlipModel:
-    """The model of the checkpoint `src`, saved as the model folder `dst`.
+    """The model of the checkpoint `src`, saved as the model folder `dst` with a card that tells its licence, and with
+    a processor where a tokenizer is given or, for a named size, the original's can be fetched.
 
-    Takes and raises what `read_flip_checkpoint` and `build_flip_model` do.
+    Takes and raises what `open_flip_checkpoint`, `build_flip_model` and `build_processor` do.
     """
-    _heads(size, image_heads, text_heads)  # told before gigabytes are read
-    model = build_flip_model(read_flip_checkpoint(src), size, image_heads, text_heads)
-    export_model(model, None, dst)
+    _heads(size, image_heads, text_heads)  # told before anything is read
+    model = build_flip_model(open_flip_checkpoint(src), size, image_heads, text_heads)
+    if tokenizer is None and size is not None:
+        tokenizer = _released_tokenizer()
+    processor = build_processor(model.config, tokenizer) if tokenizer is not None else None
+    folder = export_model(model, processor, dst)
+    (folder / "README.md").write_text(_card(model, folder, processor is not None))
     return model
 
 
-def translate(name: str, array: np.ndarray) -> tuple[str, torch.Tensor]:
-    """Our name and layout of a parameter of the original, or of its gradient: `name` is as `img_encoder/cls`.
+def _released_tokenizer() -> PreTrainedTokenizerBase | None:
+    """The tokenizer that every configuration of the original has; none, and a warning, where it cannot be had."""
+    try:
+        return bert_tokenizer("google-bert/bert-base-uncased")
+    except ValueError as error:
+        warnings.warn(f"the model is saved without a processor: {error}", stacklevel=3)
+        return None
+
+
+def our_name(name: str) -> str:
+    """Our name of a parameter of the original: `img_encoder/cls` is `vision_model.embeddings.class_embedding`."""
+    if name in _OUTSIDE_THE_BLOCKS:
+        return _OUTSIDE_THE_BLOCKS[name]
+    name = re.sub(r"/encoderblock_(\d+)/", lambda found: f"/encoder/layers/{int(found[1])}/", name)
+    return ".".join(_WORDS.get(word, word) for word in name.split("/") if word != "Transformer")
+
+
+def our_layout(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """A view of the original's parameter `name`, or of its gradient, in the order of dimensions that ours has.
 
     Matrices are stored `[in, out]` there, the patch convolution `[row, column, in, out]`.
     """
-    tensor = torch.from_numpy(array)
     if name.endswith("/kernel"):
-        tensor = tensor.permute(3, 2, 0, 1) if tensor.ndim == 4 else tensor.t()
-    elif name == "img_encoder/cls":
-        tensor = tensor.flatten()
-    elif name.endswith("/pos_embedding"):
-        tensor = tensor[0]
-    if name in _OUTSIDE_THE_BLOCKS:
-        return _OUTSIDE_THE_BLOCKS[name], tensor.contiguous()
-    name = re.sub(r"/encoderblock_(\d+)/", lambda found: f"/encoder/layers/{int(found[1])}/", name)
-    return ".".join(_WORDS.get(word, word) for word in name.split("/") if word != "Transformer"), tensor.contiguous()
+        return tensor.permute(3, 2, 0, 1) if tensor.ndim == 4 else tensor.transpose(0, -1)
+    if name == "img_encoder/cls":
+        return tensor.flatten()
+    return tensor[0] if name.endswith("/pos_embedding") else tensor
 
 
-def _checkpoint_folder(path: Path) -> Path:
-    if not path.exists():
-        raise ValueError(f"{path} does not exist; name a checkpoint_N folder of the original FLIP")
-    if path.is_file():
-        if path.name != "checkpoint":
-            raise ValueError(f"{path} is not a checkpoint of the original FLIP; unpack it and name the folder")
-        path = path.parent
-    folders = sorted({array.parent for array in path.rglob("target.*")})
-    if not folders:
-        raise ValueError(f"{path} is not a checkpoint of the original FLIP: no target.* array folder is in it")
-    if len(folders) > 1:
-        names = ", ".join(str(folder.relative_to(path)) for folder in folders)
-        raise ValueError(f"{path} holds {len(folders)} checkpoints ({names}); name one of them")
-    return folders[0]
-
-
-def _array_folders(folder: Path) -> dict[str, str]:
-    """Parameter names and the folders of their arrays: from the index, or by listing them where msgpack is absent."""
-    try:
-        import msgpack
-    except ImportError:
-        msgpack = None
-    file = folder / "checkpoint"
-    if msgpack is None or not file.is_file():
-        return {p.name.removeprefix("target.").replace(".", "/"): p.name for p in sorted(folder.glob("target.*"))}
-    try:
-        index = msgpack.unpackb(file.read_bytes(), strict_map_key=False)
-        version, target = index["version"], index["optimizer"]["target"]
-    except (msgpack.UnpackException, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} is not the index of a checkpoint of the original FLIP ({error!r})") from error
-    if version != _VERSION:
-        raise ValueError(f"{file} is of version {version}; only version {_VERSION}, the original FLIP's, can be read")
-    return dict(_leaves(target, ()))
-
-
-def _leaves(node: Any, path: tuple[str, ...]) -> Iterator[tuple[str, str]]:
-    """Name and array folder of every array below `node`. Where the trainer ran (a bucket) is of no interest."""
-    name = "/".join(path)
-    if not isinstance(node, dict):
-        raise ValueError(f"parameter {name} is not a zarr array in the checkpoint's index")
-    if "driver" not in node:
-        for key, child in node.items():
-            yield from _leaves(child, (*path, key))
-        return
-    # Before tensorstore 0.1.14 the path stood beside `kvstore`.
-    stored = node.get("path") or node.get("kvstore", {}).get("path")
-    if not stored:
-        raise ValueError(f"parameter {name} has no path in the checkpoint's index")
-    yield name, Path(stored).name
-
-
-def _zarr_metadata(name: str, folder: Path) -> dict[str, Any]:
-    if not (folder / ".zarray").is_file():
-        raise ValueError(f"array {name} is missing: {folder} has no .zarray")
-    try:
-        meta = json.loads((folder / ".zarray").read_text())
-        compressor = (meta["compressor"] or {"id": None})["id"]
-        form = f"zarr {meta['zarr_format']}, compressor {compressor}, order {meta['order']}, filters {meta['filters']}"
-        meta = {"compressor": compressor, "separator": meta.get("dimension_separator", "."), **meta}
-        meta |= {"compressor": compressor, "shape": tuple(meta["shape"]), "chunks": tuple(meta["chunks"])}
-        meta["dtype"] = np.dtype(meta["dtype"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"array {name} is damaged: {folder / '.zarray'} cannot be read ({error!r})") from error
-    if form not in (f"zarr 2, compressor {known}, order C, filters None" for known in ("gzip", None)):
-        raise ValueError(
-            f"array {name} is stored as {form}; the original FLIP writes zarr 2, gzip, order C, no filters"
-        )
-    return meta
-
-
-def _read_zarr(name: str, folder: Path) -> np.ndarray:
-    """A zarr v2 array, fp32."""
-    meta = _zarr_metadata(name, folder)
-    shape, chunks, dtype = meta["shape"], meta["chunks"], meta["dtype"]
-    array = np.empty(shape, dtype)
-    counts = [math.ceil(length / chunk) for length, chunk in zip(shape, chunks, strict=True)]
-    for position in itertools.product(*map(range, counts)):
-        file = folder / (meta["separator"].join(map(str, position)) or "0")
-        content = _read_chunk(name, file, meta["compressor"], math.prod(chunks) * dtype.itemsize)
-        where = tuple(slice(p * chunk, (p + 1) * chunk) for p, chunk in zip(position, chunks, strict=True))
-        part = array[where]
-        # A chunk at the edge is stored whole, the rest of it filled up.
-        part[...] = np.frombuffer(content, dtype).reshape(chunks)[tuple(map(slice, part.shape))]
-    return array.astype(np.float32, copy=False)
-
-
-def _read_chunk(name: str, file: Path, compressor: str | None, num_bytes: int) -> bytes:
-    if not file.is_file():
-        raise ValueError(f"array {name} is incomplete: {file} is missing")
-    content = file.read_bytes()
-    if compressor == "gzip":
-        try:
-            content = gzip.decompress(content)
-        except (EOFError, OSError, zlib.error) as error:
-            raise ValueError(f"array {name} is damaged: {file} is cut short or not gzip ({error})") from error
-    if len(content) != num_bytes:
-        raise ValueError(f"array {name} is damaged: {file} holds {len(content)} bytes, not {num_bytes}")
-    return content
+def _card(model: FlipModel, folder: Path, has_processor: bool) -> str:
+    vision, text = model.config.vision_config, model.config.text_config
+    return _CARD.format(
+        name=folder.name,
+        parameters=model.num_parameters() / 1e6,
+        image_size=vision.image_size,
+        patch_size=vision.patch_size,
+        length=text.max_position_embeddings,
+        use=(_USE_PIPELINE if has_processor else _USE_MODEL).format(path=folder),
+    )
 
 
 def _heads(size: str | None, image_heads: int | None, text_heads: int | None) -> tuple[int, int]:
@@ -252,15 +199,17 @@ def _heads(size: str | None, image_heads: int | None, text_heads: int | None) ->
     return vision["num_attention_heads"], text["num_attention_heads"]
 
 
-def _shape(arrays: dict[str, np.ndarray], name: str) -> tuple[int, ...]:
+def _shape(arrays: Arrays, name: str, num_dimensions: int) -> tuple[int, ...]:
     if name not in arrays:
         raise ValueError(f"array {name} is missing from the checkpoint, which cannot be a FLIP model without it")
+    if len(arrays[name].shape) != num_dimensions:
+        raise ValueError(f"array {name} is {arrays[name].shape}; a FLIP model's has {num_dimensions} dimensions")
     return arrays[name].shape
 
 
-def _tower(arrays: dict[str, np.ndarray], encoder: str, heads: int) -> dict[str, int]:
+def _tower(arrays: Arrays, encoder: str, heads: int) -> dict[str, int]:
     """The fields that both towers have, from the shapes of one tower's arrays."""
-    width, mlp = _shape(arrays, f"{encoder}/Transformer/encoderblock_00/MlpBlock_0/Dense_0/kernel")
+    width, mlp = _shape(arrays, f"{encoder}/Transformer/encoderblock_00/MlpBlock_0/Dense_0/kernel", 2)
     pattern = re.compile(rf"{encoder}/Transformer/encoderblock_(\d+)/")
     numbers = [int(found[1]) for name in arrays if (found := pattern.match(name))]
     return {
@@ -271,21 +220,21 @@ def _tower(arrays: dict[str, np.ndarray], encoder: str, heads: int) -> dict[str,
     }
 
 
-def _config(arrays: dict[str, np.ndarray], image_heads: int, text_heads: int) -> FlipConfig:
-    patch = _shape(arrays, "img_encoder/embedding/kernel")[0]
-    num_patches = _shape(arrays, _POSITIONS)[1] - 1
+def _config(arrays: Arrays, image_heads: int, text_heads: int) -> FlipConfig:
+    patch = _shape(arrays, "img_encoder/embedding/kernel", 4)[0]
+    num_patches = _shape(arrays, _POSITIONS, 3)[1] - 1
     side = math.isqrt(num_patches)
     if side**2 != num_patches:
         raise ValueError(f"array {_POSITIONS} has {num_patches} patches, which are not a square")
     vision = {"image_size": side * patch, "patch_size": patch}
     text = {
-        "vocab_size": _shape(arrays, "txt_encoder/token_embedding/embedding")[0],
-        "max_position_embeddings": _shape(arrays, "txt_encoder/posembed_encoder/pos_embedding")[1],
+        "vocab_size": _shape(arrays, "txt_encoder/token_embedding/embedding", 2)[0],
+        "max_position_embeddings": _shape(arrays, "txt_encoder/posembed_encoder/pos_embedding", 3)[1],
     }
     return FlipConfig(
         vision_config={**_tower(arrays, "img_encoder", image_heads), **vision},
         text_config={**_tower(arrays, "txt_encoder", text_heads), **text},
-        projection_dim=_shape(arrays, "img_mlp1/kernel")[1],
+        projection_dim=_shape(arrays, "img_mlp1/kernel", 2)[1],
     )
 
 
@@ -314,10 +263,11 @@ def _refuse_heads(config: FlipConfig) -> None:
             )
 
 
-def _refuse_other_arrays(config: FlipConfig, state_dict: dict[str, torch.Tensor]) -> None:
+def _refuse_other_arrays(config: FlipConfig, arrays: Arrays) -> None:
     with torch.device("meta"):
         expected = {name: tuple(value.shape) for name, value in FlipModel(config).state_dict().items()}
-    found = {name: tuple(value.shape) for name, value in state_dict.items()}
+        stored = {name: torch.empty(array.shape) for name, array in arrays.items() if name != _POSITIONS}
+    found = {our_name(name): tuple(our_layout(name, tensor).shape) for name, tensor in stored.items()}
     wrong = [f"{n} is {found.get(n, 'missing')}, not {shape}" for n, shape in expected.items() if found.get(n) != shape]
     wrong += [f"{name} is unknown" for name in found if name not in expected]
     if wrong:

@@ -5,15 +5,23 @@ import json
 import shutil
 import sys
 import tarfile
+import zipfile
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import msgpack
 import numpy as np
 import pytest
 import torch
+from conftest import launch
+from huggingface_hub import ModelCard
+from PIL import Image
 
 from flipscale import cli
-from flipscale.hub.convert_flip import build_flip_model, convert_flip_checkpoint, read_flip_checkpoint
+from flipscale.data.tokenizers import bert_tokenizer
+from flipscale.hub.convert_flip import build_flip_model, convert_flip_checkpoint
+from flipscale.hub.t5x import open_flip_checkpoint
 from flipscale.model import FlipConfig, FlipModel, FlipProcessor
 from flipscale.model.modeling_flip import sincos_positions
 
@@ -38,8 +46,54 @@ def checkpoint(written: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(written / "checkpoint_7", tmp_path / "src" / "checkpoint_7"))
 
 
-def convert(src: Path, dst: Path, **heads: int | str) -> FlipModel:
+def convert(src: Path, dst: Path, **heads: Any) -> FlipModel:
     return convert_flip_checkpoint(src, dst, **(heads or {"image_heads": 4, "text_heads": 4}))
+
+
+def zip_of(folder: Path, archive: Path, level: str = "checkpoint_7") -> Path:
+    """A zip that holds the files of `folder` as its folder `level`."""
+    with zipfile.ZipFile(archive, "w") as opened:
+        for file in sorted(folder.rglob("*")):
+            if file.is_file():
+                opened.writestr((Path(level) / file.relative_to(folder)).as_posix(), file.read_bytes())
+    return archive
+
+
+def write_checkpoint(arrays: dict[str, np.ndarray], folder: Path) -> None:
+    """A checkpoint in the original's format, one chunk an array."""
+    target: dict = {}
+    for name, array in arrays.items():
+        dotted, shape = "target." + name.replace("/", "."), list(array.shape)
+        *parents, last = name.split("/")
+        node = target
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = {
+            "driver": "zarr",
+            "kvstore": {"driver": "gcs", "bucket": "t5x-dummy-bucket", "path": f"{dotted}/"},
+        }
+        meta = {"zarr_format": 2, "shape": shape, "chunks": shape, "dtype": "<f4", "order": "C", "filters": None}
+        (folder / dotted).mkdir(parents=True)
+        (folder / dotted / ".zarray").write_text(json.dumps({**meta, "compressor": {"id": "gzip", "level": 1}}))
+        chunk = gzip.compress(array.astype("<f4").tobytes(), compresslevel=1)
+        (folder / dotted / ".".join("0" * len(shape))).write_bytes(chunk)
+    index = {"version": 3, "optimizer": {"target": target, "state": {}}}
+    (folder / "checkpoint").write_bytes(msgpack.packb(index))
+
+
+def b16_arrays() -> dict[str, np.ndarray]:
+    """The arrays of a whole B/16: the small model's names, its blocks repeated, zeros of the right shapes."""
+    sizes = {16: 16, 3: 3, 64: 768, 256: 3072, 48: 512, 192: 2048, 32: 512, 97: 30523, 1: 1}
+    arrays = {}
+    for name, array in np.load(FIXTURES / "params.npz").items():
+        shape = tuple(sizes[length] for length in array.shape) if "pos_embedding" not in name else ()
+        for number in range(12) if "encoderblock_00" in name else (0,):
+            if "encoderblock_01" not in name:
+                arrays[name.replace("encoderblock_00", f"encoderblock_{number:02d}")] = np.zeros(shape, np.float32)
+    positions = sincos_positions(768, 14, 14).numpy()
+    arrays["img_encoder/posembed_encoder/pos_embedding"] = np.pad(positions, ((1, 0), (0, 0)))[None]
+    arrays["txt_encoder/posembed_encoder/pos_embedding"] = np.zeros((1, 32, 512), np.float32)
+    return arrays
 
 
 def rewrite_array(folder: Path, change: np.ndarray) -> None:
@@ -65,9 +119,11 @@ def assert_equals_the_original(model: FlipModel) -> None:
 
 @pytest.mark.parametrize("where", [".", "checkpoint_7", "checkpoint_7/checkpoint"])
 def test_reads_every_array_bit_for_bit(written: Path, where: str) -> None:
-    arrays, expected = read_flip_checkpoint(written / where), np.load(FIXTURES / "params.npz")
+    arrays, expected = open_flip_checkpoint(written / where), np.load(FIXTURES / "params.npz")
     assert set(arrays) == set(expected.files)
-    for name, array in arrays.items():
+    for name, stored in arrays.items():
+        assert stored.shape == expected[name].shape
+        array = np.asarray(stored)
         assert array.dtype == np.float32
         assert np.array_equal(array, expected[name]), name
 
@@ -80,10 +136,57 @@ def test_converts_to_a_model_folder(written: Path, tmp_path: Path) -> None:
     assert loaded.config.text_config.attend_to_padding
 
 
+@pytest.mark.parametrize("vocab", [None, "[PAD]\n[UNK]\na\n"])
+def test_the_card_tells_the_licence_and_how_to_use_it(written: Path, tmp_path: Path, vocab: str | None) -> None:
+    heads = {"image_heads": 4, "text_heads": 4}
+    if vocab:
+        (tmp_path / "vocab.txt").write_text(vocab)
+        convert(written, tmp_path / "model", **heads, tokenizer=bert_tokenizer(tmp_path / "vocab.txt"))
+    else:
+        convert(written, tmp_path / "model")
+    card = ModelCard.load(tmp_path / "model" / "README.md")
+    assert card.data.license == "cc-by-nc-4.0"
+    assert "0.2 M parameters, 48-pixel images in patches of 16, captions of 32 ids" in card.text.replace("\n", " ")
+    snippet = card.text.split("```python\n")[1].split("```")[0]
+    Image.new("RGB", (60, 50)).save(tmp_path / "image.png")
+    known = {}
+    exec(snippet.replace("image.png", str(tmp_path / "image.png")), known)
+    assert "classify" in known if vocab else type(known["model"]).__name__ == "FlipModel"
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_reads_every_spelling_of_the_index(checkpoint: Path, tmp_path: Path, variant: str) -> None:
     shutil.copyfile(FIXTURES / "msgpack_variants" / variant, checkpoint / "checkpoint")
     assert_equals_the_original(convert(checkpoint, tmp_path / "model"))
+
+
+@pytest.mark.parametrize("level", [".", "checkpoint_7", "flip/vit_large/checkpoint_7"])
+@pytest.mark.parametrize("variant", [None, *VARIANTS])
+def test_reads_a_zip_in_place(checkpoint: Path, tmp_path: Path, variant: str | None, level: str) -> None:
+    """Whichever folder it opens at."""
+    if variant:
+        shutil.copyfile(FIXTURES / "msgpack_variants" / variant, checkpoint / "checkpoint")
+    archive = zip_of(checkpoint, tmp_path / "flip.zip", level)
+    assert_equals_the_original(convert(archive, tmp_path / "model"))
+    assert {path.name for path in tmp_path.iterdir()} == {"src", "flip.zip", "model"}
+
+
+def test_holds_the_model_once(tmp_path: Path) -> None:
+    """Peak memory of a conversion above what the imports take: the model and its largest array, not two models."""
+    arrays = b16_arrays()
+    write_checkpoint(arrays, tmp_path / "checkpoint_1")
+    code = f"""
+import pathlib, flipscale.hub.convert_flip as c
+def peak(): return int(pathlib.Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
+before = peak()
+c.convert_flip_checkpoint({str(tmp_path / "checkpoint_1")!r}, {str(tmp_path / "model")!r}, "b16")
+print(peak() - before)
+"""
+    done = launch([sys.executable, "-c", code])
+    assert done.returncode == 0, done.stderr
+    num_bytes = sum(array.nbytes for array in arrays.values())
+    largest = max(array.nbytes for array in arrays.values())
+    assert num_bytes < int(done.stdout.split()[-1]) < num_bytes + 3 * largest
 
 
 def test_lists_the_folders_where_msgpack_is_absent(
@@ -104,7 +207,7 @@ def test_chunks_need_not_divide_the_shape(checkpoint: Path) -> None:
     (folder / ".zarray").write_text(json.dumps({**meta, "chunks": [48, 32], "compressor": None}))
     (folder / "0.0").write_bytes(expected[:48].tobytes())
     (folder / "1.0").write_bytes(np.pad(expected[48:], ((0, 32), (0, 0))).tobytes())
-    assert np.array_equal(read_flip_checkpoint(checkpoint)["img_mlp1/kernel"], expected)
+    assert np.array_equal(np.asarray(open_flip_checkpoint(checkpoint)["img_mlp1/kernel"]), expected)
 
 
 def test_command_saves_a_processor_with_the_originals_tokenizer(
@@ -121,18 +224,24 @@ def test_command_saves_a_processor_with_the_originals_tokenizer(
     assert_equals_the_original(FlipModel.from_pretrained(dst).eval())
 
 
+@pytest.mark.parametrize("fetched", [True, False])
+def test_a_named_size_comes_with_its_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fetched: bool) -> None:
+    def fetch(repository: str, file: str) -> str:
+        assert (repository, file) == ("google-bert/bert-base-uncased", "vocab.txt")
+        if not fetched:
+            raise OSError("offline")
+        (tmp_path / file).write_text("[PAD]\n[UNK]\na\n")
+        return str(tmp_path / file)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", fetch)
+    write_checkpoint(b16_arrays(), tmp_path / "checkpoint_1")
+    with nullcontext() if fetched else pytest.warns(UserWarning, match="saved without a processor: .*offline"):
+        convert(tmp_path / "checkpoint_1", tmp_path / "model", size="b16")
+    assert (tmp_path / "model" / "processor_config.json").is_file() == fetched
+
+
 def test_a_named_size_tells_the_heads() -> None:
-    """The arrays of a whole B/16: the small model's names, its blocks repeated, zeros of the right shapes."""
-    sizes = {16: 16, 3: 3, 64: 768, 256: 3072, 48: 512, 192: 2048, 32: 512, 97: 30523, 1: 1}
-    arrays = {}
-    for name, array in np.load(FIXTURES / "params.npz").items():
-        shape = tuple(sizes[length] for length in array.shape) if "pos_embedding" not in name else ()
-        for number in range(12) if "encoderblock_00" in name else (0,):
-            if "encoderblock_01" not in name:
-                arrays[name.replace("encoderblock_00", f"encoderblock_{number:02d}")] = np.zeros(shape, np.float32)
-    positions = sincos_positions(768, 14, 14).numpy()
-    arrays["img_encoder/posembed_encoder/pos_embedding"] = np.pad(positions, ((1, 0), (0, 0)))[None]
-    arrays["txt_encoder/posembed_encoder/pos_embedding"] = np.zeros((1, 32, 512), np.float32)
+    arrays = b16_arrays()
     assert build_flip_model(arrays, "b16").config.to_dict() == FlipConfig.from_size("b16").to_dict()
     with pytest.raises(ValueError, match=r"is not of size l16: it has vision hidden_size 768, not 1024;"):
         build_flip_model(arrays, "l16")
@@ -169,8 +278,8 @@ def test_no_checkpoint_there(checkpoint: Path, tmp_path: Path) -> None:
     fails(tmp_path / "nowhere", r"nowhere does not exist; name a checkpoint_N folder")
     (tmp_path / "empty").mkdir()
     fails(tmp_path / "empty", r"empty is not a checkpoint of the original FLIP: no target\.\* array folder")
-    (tmp_path / "weights.zip").touch()
-    fails(tmp_path / "weights.zip", r"weights.zip is not a checkpoint of the original FLIP; unpack it")
+    (tmp_path / "weights.pth").touch()
+    fails(tmp_path / "weights.pth", r"weights.pth is not a checkpoint of the original FLIP: it is no zip, or one that")
 
 
 def test_several_checkpoints(checkpoint: Path) -> None:
@@ -213,6 +322,25 @@ def test_a_chunk_cut_short(checkpoint: Path) -> None:
     fails(checkpoint, r"embedding is damaged: .* holds \d+ bytes, not \d+")
 
 
+def test_a_zip_cut_short(checkpoint: Path, tmp_path: Path) -> None:
+    archive = zip_of(checkpoint, tmp_path / "flip.zip")
+    content = archive.read_bytes()
+    archive.write_bytes(content[:-100])
+    fails(archive, r"flip.zip is not a checkpoint of the original FLIP: it is no zip, or one that was cut short")
+    chunk = content.index(b"target.txt_encoder.token_embedding.embedding/0.0") + 200
+    archive.write_bytes(content[:chunk] + bytes(100) + content[chunk + 100 :])
+    fails(
+        archive, r"flip.zip: checkpoint_7/target.txt_encoder.token_embedding.embedding/0.0 in it cannot be read \(Bad"
+    )
+
+
+def test_a_zip_of_something_else(tmp_path: Path) -> None:
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "thesis.tex").touch()
+    archive = zip_of(tmp_path / "thesis", tmp_path / "thesis.zip")
+    fails(archive, r"thesis.zip is not a checkpoint of the original FLIP: no target\.\* array folder is in it")
+
+
 def test_a_chunk_missing(checkpoint: Path) -> None:
     (checkpoint / "target.logit_scale" / "0").unlink()
     fails(checkpoint, r"array logit_scale is incomplete: .* is missing")
@@ -241,6 +369,8 @@ def test_arrays_that_no_flip_model_has(checkpoint: Path) -> None:
     fails(checkpoint, r"not a FLIP model's: vision_model\.embeddings\.patch_embedding\.bias is \(63,\), not \(64,\)")
     rewrite_array(checkpoint / POSITIONS, np.zeros((1, 9, 64)))
     fails(checkpoint, r"pos_embedding has 8 patches, which are not a square")
+    rewrite_array(checkpoint / POSITIONS, np.zeros((9, 64)))
+    fails(checkpoint, r"pos_embedding is \(9, 64\); a FLIP model's has 3 dimensions")
 
 
 def test_an_array_too_many(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
