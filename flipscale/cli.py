@@ -11,6 +11,7 @@ VERBS = {
     "pretrain": "pre-train a model by masking, then tune it unmasked, as a recipe says",
     "evaluate": "zero-shot classification and retrieval of a trained model",
     "study": "run recipes side by side at equal wall-clock and compare them",
+    "push": "put a trained model on the Hub",
     "convert": "turn other checkpoints into a model folder",
     "bench": "measure speed and memory, one JSON line each",
 }

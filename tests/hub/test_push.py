@@ -1,0 +1,180 @@
+"""Pushing a model folder: made, pushed, pushed again, refused, resumed; over real HTTP."""
+
+import sys
+from pathlib import Path
+
+import huggingface_hub.constants
+import numpy as np
+import pytest
+from conftest import launch
+from hub.loopback_hub import TOKEN, LoopbackHub
+from huggingface_hub import HfApi
+from safetensors.numpy import save_file
+
+from flipscale.cli import main
+from flipscale.hub.push import Target, files_to_push, push_folder
+
+WRITES = r"(POST|PUT|DELETE) (?!/api/validate-yaml|/api/repos/create|.*/preupload/|.*/branch/)"
+
+
+def write_weights(folder: Path, seed: int, shards: int = 2) -> None:
+    for old in folder.glob("*.safetensors"):
+        old.unlink()
+    for shard in range(shards):
+        values = np.random.default_rng([seed, shard]).random(1000)
+        save_file({"w": values}, folder / f"model-{shard + 1:05d}-of-{shards:05d}.safetensors")
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    """A run directory with a model of two shards in it."""
+    folder = tmp_path / "run" / "model"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text('{"model_type": "flip"}')
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n# A model\n")
+    write_weights(folder, 0)
+    return folder.parent
+
+
+def refused(arguments: list[str], capsys: pytest.CaptureFixture, code: int = 2) -> str:
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit_info:
+        main(["push", *arguments])
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert exit_info.value.code == code
+    assert lines[-1].startswith("flipscale: error: ")
+    return lines[-1]
+
+
+def test_push_makes_the_repository_and_sends_everything_once(
+    hub: LoopbackHub, hub_environment: dict[str, str], run_dir: Path
+) -> None:
+    command = [sys.executable, "-m", "flipscale.cli", "push", str(run_dir), "org/name", "--private"]
+    done = launch(command, **hub_environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"{hub.endpoint}/org/name: commit ")
+    local = {path.name: path.read_bytes() for path in (run_dir / "model").iterdir()}
+    assert hub.content("org/name") == local
+    assert hub.repos["org/name"].private
+    assert len(hub.asked("PUT /storage/")) == 2
+
+    hub.requests.clear()
+    again = launch(command, **hub_environment)
+    assert again.returncode == 0, again.stderr
+    assert again.stdout == f"{hub.endpoint}/org/name: nothing new, nothing uploaded\n"
+    assert [r for r in hub.asked(WRITES) if "objects/batch" not in r.path] == []
+    assert TOKEN not in done.stdout + done.stderr + again.stdout + again.stderr
+
+
+@pytest.mark.usefixtures("logged_in")
+def test_weights_in_fewer_shards_take_the_place_of_the_older(hub: LoopbackHub, run_dir: Path) -> None:
+    target = Target("org/name")
+    push_folder(run_dir / "model", target, "first")
+    HfApi(endpoint=hub.endpoint).upload_file(path_or_fileobj=b"theirs", path_in_repo="notes.txt", repo_id="org/name")
+    write_weights(run_dir / "model", 1, shards=1)
+    assert push_folder(run_dir / "model", target, "second").changed
+    assert set(hub.content("org/name")) == {
+        "config.json", "README.md", "notes.txt", "model-00001-of-00001.safetensors"
+    }  # fmt: skip
+
+
+@pytest.mark.usefixtures("logged_in")
+def test_a_revision_is_a_branch_of_its_own(hub: LoopbackHub, run_dir: Path) -> None:
+    main(["push", str(run_dir), "org/name"])
+    before = hub.content("org/name")
+    write_weights(run_dir / "model", 7)
+    for _ in range(2):
+        main(["push", str(run_dir / "model"), "org/name", "--revision", "v2"])
+    assert hub.content("org/name") == before
+    assert (
+        hub.content("org/name", "v2")["model-00001-of-00002.safetensors"] != before["model-00001-of-00002.safetensors"]
+    )
+
+
+@pytest.mark.usefixtures("logged_in")
+def test_a_server_that_fails_twice_is_outwaited(hub: LoopbackHub, run_dir: Path, capsys: pytest.CaptureFixture) -> None:
+    hub.fail_next(1, "repos/create")
+    hub.fail_next(1, "/commit/", status=500, message=f"you sent {TOKEN}")
+    assert push_folder(run_dir / "model", Target("org/name"), "m", waits=(0.01, 0.01)).changed
+    told = [line for line in capsys.readouterr().err.splitlines() if "trying again" in line]
+    assert told == [
+        "the push to org/name failed (out of order); trying again in 0.01 s",
+        "the push to org/name failed (you sent <token>); trying again in 0.01 s",
+    ]
+
+
+@pytest.mark.usefixtures("logged_in")
+def test_an_upload_that_was_cut_off_goes_on_where_it_was(hub: LoopbackHub, run_dir: Path) -> None:
+    hub.fail_next(1, "PUT /storage/", status=403, message="cut off")
+    with pytest.raises(ValueError, match="cut off"):
+        push_folder(run_dir / "model", Target("org/name"), "m")
+    arrived = set(hub.blobs)
+    assert len(arrived) == 1
+    hub.requests.clear()
+    push_folder(run_dir / "model", Target("org/name"), "m")
+    sent = [request.path.rsplit("/")[-1] for request in hub.asked("PUT /storage/")]
+    assert len(sent) == 1
+    assert not arrived & set(sent)
+
+
+@pytest.mark.usefixtures("logged_in")
+def test_a_hub_that_stays_away_is_told_after_the_last_try(
+    hub: LoopbackHub, run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.fail_next(9, "repos/create")
+    with pytest.raises(OSError, match=r"^the push to org/name failed \(out of order\)$"):
+        push_folder(run_dir / "model", Target("org/name"), "m", waits=(0.01,))
+    assert len(hub.asked("repos/create")) == 2
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(OSError, match=r"^the push to org/name failed \(.*[Cc]onnect"):
+        push_folder(run_dir / "model", Target("org/name"), "m", waits=())
+
+
+@pytest.mark.usefixtures("logged_in")
+def test_mistakes_are_told_at_once(
+    hub: LoopbackHub, run_dir: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = refused([str(run_dir), "nowhere/name"], capsys)
+    assert "the token may not write to nowhere/name (You don't have the rights to create a model under" in line
+    assert "use an organisation that you are a member of, and a token with write access" in line
+    assert "'a/b/c' is no name of a model on the Hub; use ORG/NAME" in refused([str(run_dir), "a/b/c"], capsys)
+    line = refused([str(run_dir.parent), "org/name"], capsys)
+    assert f"{run_dir.parent} has no model to push: neither {run_dir.parent}/model/config.json nor" in line
+    (run_dir / "model/README.md").write_text("---\nlicense: [3]\n---\n")
+    assert '"license" must be a string' in refused([str(run_dir), "org/name"], capsys)
+    (run_dir / "model/README.md").unlink()
+
+    monkeypatch.setenv("HF_TOKEN", "hf_another")
+    line = refused([str(run_dir), "org/name"], capsys)
+    assert "the Hub does not take the token to push to org/name (Invalid credentials in Authorization header)" in line
+    assert "hf_another" not in line
+    monkeypatch.delenv("HF_TOKEN")
+    hub.requests.clear()
+    line = refused([str(run_dir), "org/name"], capsys)
+    assert "no token to push to org/name with; log in with `hf auth login`, or set HF_TOKEN" in line
+    assert hub.requests == []
+
+
+def test_a_dry_run_tells_and_asks_nothing(
+    hub: LoopbackHub, run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    (run_dir / "model/.cache").mkdir()
+    (run_dir / "model/.cache/huggingface").mkdir()
+    (run_dir / "model/.cache/huggingface/lock").touch()
+    monkeypatch.setattr("socket.socket.connect", None)
+    main(["push", str(run_dir), "org/name", "--revision", "v2", "--dry_run"])
+    told = capsys.readouterr().out.splitlines()
+    sizes = {path.name: path.stat().st_size for path in (run_dir / "model").iterdir() if path.is_file()}
+    assert [line.split() for line in told[:-1]] == [[f"{size:,}", name] for name, size in sorted(sizes.items())]
+    assert told[-1].split(maxsplit=1)[1] == f"bytes in 4 files of {run_dir}/model would go to org/name (revision v2)"
+    assert sum(size for _, size in files_to_push(run_dir / "model")) == sum(sizes.values())
+
+
+@pytest.mark.usefixtures("logged_in")
+def test_the_token_is_sent_in_the_header_alone(hub: LoopbackHub, run_dir: Path) -> None:
+    push_folder(run_dir / "model", Target("org/name"), "m")
+    for request in hub.requests:
+        rest = {name: value for name, value in request.headers.items() if name != "authorization"}
+        assert TOKEN not in request.path + str(rest)
+        assert TOKEN.encode() not in request.body
+    assert not any("authorization" in request.headers for request in hub.asked("PUT /storage/"))
