@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from flipscale.model import FlipConfig, FlipModel
-from flipscale.model.masking import num_kept, random_patch_index
+from flipscale.model.masking import keep_patches, num_kept
 from flipscale.planning.flops import forward_flops
 from flipscale.training.attention import best_attention
 from flipscale.training.contrastive import contrastive_loss
@@ -87,8 +87,9 @@ def flip_batch(setting: StepSetting) -> dict[str, torch.Tensor]:
         "input_ids": setting.captions(),
     }
     if setting.mask_ratio > 0.0:
-        index = random_patch_index(setting.batch_size, vision.num_patches, setting.mask_ratio, setting.device)
-        batch["patch_index"] = index.to(torch.int16)
+        side = vision.image_size // vision.patch_size
+        noise = torch.rand(setting.batch_size, side, side, device=setting.device)
+        batch["patch_index"] = keep_patches(noise, setting.mask_ratio)[:, 0].to(torch.int16)
     return batch
 
 

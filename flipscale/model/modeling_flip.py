@@ -19,7 +19,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_flip import FlipConfig, FlipTextConfig, FlipVisionConfig
-from .masking import patchify, random_patch_index, take_patches
+from .masking import keep_patches, patchify, take_patches
 
 
 @dataclass
@@ -148,10 +148,14 @@ class FlipVisionEmbeddings(nn.Module):
             positions = self._positions_of(pixel_values, interpolate_pos_encoding)
             patches = patchify(pixel_values, self.config.patch_size)
             if patch_index is None and image_mask_ratio != 0.0:
-                patch_index = random_patch_index(len(patches), patches.shape[1], image_mask_ratio, patches.device)
+                rows, columns = (side // self.config.patch_size for side in pixel_values.shape[-2:])
+                noise = torch.rand(len(patches), rows, columns, device=patches.device)
+                patch_index = keep_patches(noise, image_mask_ratio)[:, 0]
             if patch_index is not None:
                 patches = take_patches(patches, patch_index)
         else:
+            if patches.ndim == 4 and patch_index is not None:
+                patches, patch_index = patches.flatten(0, 1), patch_index.flatten(0, 1)
             self._check_patches(patches, patch_index)
         if patches.dtype == torch.uint8:
             patches = self.normalise(patches)
@@ -456,6 +460,9 @@ class FlipVisionModel(FlipPreTrainedModel):
                 (normalised here with the configuration's mean and deviation) or float, already normalised.
             patch_index: integers `(batch, kept)`: the row-major position of each patch. With `pixel_values` it chooses
                 the patches and takes the place of `image_mask_ratio`; without it, `patches` are the whole image.
+
+        Several masks of one image are `patches` `(batch, views, kept, channels * p * p)` and `patch_index`
+        `(batch, views, kept)`: the tower takes them as `batch * views` images, the views of an image in a row.
             interpolate_pos_encoding: accept another image size, its positions read between the model's own.
         """
         hidden_states = self.embeddings(pixel_values, image_mask_ratio, patches, patch_index, interpolate_pos_encoding)

@@ -1,0 +1,188 @@
+"""The four masks of patches and the two of tokens: counts, geometry, marginals."""
+
+import pytest
+import torch
+
+from flipscale.model.masking import grid_cell, keep_patches, keep_tokens, num_kept
+
+
+def noise(batch: int, *shape: int) -> torch.Tensor:
+    return torch.rand(batch, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+def as_pictures(index: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    """bool `(batch, rows, columns)`: what is kept by the one view of `index`."""
+    assert index.shape[1] == 1
+    kept = torch.zeros(len(index), rows * columns, dtype=torch.bool)
+    return kept.scatter(1, index[:, 0], True).view(-1, rows, columns)
+
+
+@pytest.mark.parametrize("side", [4, 8, 14, 16])
+@pytest.mark.parametrize(
+    ("kind", "ratio"),
+    [
+        *((kind, ratio) for kind in ("random", "block", "centre") for ratio in (0.0, 0.3, 0.5, 0.6, 0.75, 0.9)),
+        *(("grid", ratio) for ratio in (0.0, 0.5, 0.75)),
+    ],
+)
+def test_every_mask_keeps_the_original_s_count_once_each_ascending(kind: str, ratio: float, side: int) -> None:
+    index = keep_patches(noise(50, side, side), ratio, kind)
+    assert index.dtype == torch.int64
+    assert index.shape == (50, 1, int(side * side * (1 - ratio)))
+    assert (index.diff(dim=2) > 0).all()
+    assert index.min() >= 0
+    assert index.max() < side * side
+
+
+@pytest.mark.parametrize("kept", [1, 4, 16, 63, 64])
+def test_random_masks_are_uniform_subsets(kept: int) -> None:
+    pictures = as_pictures(keep_patches(noise(3000, 8, 8), 1 - kept / 64), 8, 8)
+    assert (pictures.float().mean(dim=0) - kept / 64).abs().max() < 0.05
+    pairs = (pictures[:, 0, 0] & pictures[:, 5, 2]).float().mean()
+    assert abs(pairs - kept * (kept - 1) / (64 * 63)) < 0.05
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "ratio", "cell", "each"),
+    [
+        (14, 14, 0.5, (1, 2), 1),
+        (14, 14, 0.75, (2, 2), 1),
+        (16, 16, 0.75, (2, 2), 1),
+        (16, 16, 0.875, (2, 4), 1),
+        (16, 16, 0.25, (2, 2), 3),
+        (12, 6, 1 / 3 - 1e-9, (1, 3), 2),
+    ],
+)
+def test_a_grid_keeps_as_many_in_every_cell(
+    rows: int, columns: int, ratio: float, cell: tuple[int, int], each: int
+) -> None:
+    kept = as_pictures(keep_patches(noise(2000, rows, columns), ratio, "grid"), rows, columns)
+    assert grid_cell(rows, columns, int(kept[0].sum())) == cell
+    height, width = cell
+    counts = kept.view(-1, rows // height, height, columns // width, width).sum(dim=(2, 4))
+    assert (counts == each).all()
+    assert (kept.float().mean(dim=0) - each / (height * width)).abs().max() < 0.06
+
+
+@pytest.mark.parametrize(("side", "ratio"), [(14, 0.5), (14, 0.75), (8, 0.5), (16, 0.9), (14, 0.3), (5, 0.2)])
+def test_a_block_is_one_window_that_may_lie_anywhere(side: int, ratio: float) -> None:
+    kept = as_pictures(keep_patches(noise(1500, side, side), ratio, "block"), side, side)
+    tops, lefts = set(), set()
+    for picture in kept:
+        rows, columns = picture.any(dim=1).nonzero()[:, 0], picture.any(dim=0).nonzero()[:, 0]
+        height, width = len(rows), len(columns)
+        assert int(rows[-1] - rows[0]) + 1 == height
+        assert int(columns[-1] - columns[0]) + 1 == width
+        assert abs(height - width) <= 1 or side in (height, width)
+        window = picture[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].flatten()
+        assert window[: int(picture.sum())].all(), "only the end of the last row is cut"
+        tops.add(int(rows[0]))
+        lefts.add(int(columns[0]))
+    assert tops == set(range(side - height + 1))
+    assert lefts == set(range(side - width + 1))
+
+
+def test_a_centre_mask_favours_the_middle_alike_on_all_sides() -> None:
+    share = as_pictures(keep_patches(noise(4000, 14, 14), 0.75, "centre"), 14, 14).float().mean(dim=0)
+    assert share[6:8, 6:8].min() > 0.5
+    assert share[0, 0] < 0.05
+    down = (torch.arange(14) + 0.5) / 14 - 0.5
+    distance = (down[:, None] ** 2 + down[None, :] ** 2).sqrt()
+    by_distance = [share[(distance >= low) & (distance < low + 0.14)].mean() for low in (0.0, 0.14, 0.28, 0.42)]
+    assert by_distance == sorted(by_distance, reverse=True)
+    for other in (share.flip(0), share.flip(1), share.t()):
+        assert (share - other).abs().max() < 0.05
+
+
+def test_one_patch_of_a_centre_mask_has_the_gaussian_s_odds() -> None:
+    share = as_pictures(keep_patches(noise(40_000, 4, 4), 0.9, "centre"), 4, 4).float().mean(dim=0)
+    place = (torch.arange(4) + 0.5) / 4 - 0.5
+    odds = torch.exp(-(place[:, None] ** 2 + place[None, :] ** 2) / (2 * 0.2**2))
+    assert (share - odds / odds.sum()).abs().max() < 0.01
+
+
+@pytest.mark.parametrize("kind", ["random", "grid"])
+@pytest.mark.parametrize(("views", "ratio"), [(2, 0.5), (4, 0.75), (2, 0.75), (3, 0.75)])
+def test_views_share_no_patch_and_each_is_such_a_mask(kind: str, views: int, ratio: float) -> None:
+    index = keep_patches(noise(2000, 8, 8), ratio, kind, views)
+    kept = int(64 * (1 - ratio))
+    assert index.shape == (2000, views, kept)
+    together = index.flatten(1).sort(dim=1).values
+    assert (together.diff(dim=1) > 0).all(), "a patch is in two views"
+    if views * kept == 64:
+        assert (together == torch.arange(64)).all(), "the views are the whole image"
+    for view in range(views):
+        picture = as_pictures(index[:, view : view + 1], 8, 8)
+        assert (picture.float().mean(dim=0) - kept / 64).abs().max() < 0.06
+        if kind == "grid":
+            height, width = grid_cell(8, 8, kept)
+            assert (picture.view(-1, 8 // height, height, 8 // width, width).sum(dim=(2, 4)) == 1).all()
+
+
+def test_the_first_of_random_views_is_the_mask_of_one_view() -> None:
+    one, two = (keep_patches(noise(20, 8, 8), 0.5, "random", views) for views in (1, 2))
+    assert torch.equal(one[:, 0], two[:, 0])
+
+
+# Tokens
+
+
+def caption_mask(*lengths: int) -> torch.Tensor:
+    return (torch.arange(32) < torch.tensor(lengths)[:, None]).long()
+
+
+def test_random_token_masks_are_uniform_subsets_of_all_tokens() -> None:
+    index = keep_tokens(noise(3000, 32), caption_mask(5).expand(3000, -1), 0.5, "random")
+    assert index.shape == (3000, 16)
+    assert (index.diff(dim=1) > 0).all()
+    assert (torch.bincount(index.flatten()) / 3000 - 0.5).abs().max() < 0.05
+
+
+def test_padding_goes_before_any_word() -> None:
+    mask = caption_mask(3, 16, 30).repeat(1000, 1)
+    index = keep_tokens(noise(3000, 32), mask, 0.5, "padding_first")
+    assert index.shape == (3000, 16)
+    kept_words = mask.gather(1, index).sum(dim=1)
+    assert (kept_words == mask.sum(dim=1).clamp(max=16)).all()
+    long = index[mask.sum(dim=1) == 30]
+    assert (torch.bincount(long.flatten(), minlength=32)[:30] / 1000 - 16 / 30).abs().max() < 0.06
+
+
+# What cannot be drawn
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((0.5, "diagonal"), "mask kind 'diagonal' is unknown; use one of random, grid, block, centre"),
+        ((0.5, "random", 0), "views is 0; it must be 1 or more"),
+        (
+            (0.5, "random", 3),
+            r"3 views of 98 patches each \(mask_ratio 0.5\) are more than the 196 of an image, and views share none; "
+            "use 2 or fewer views, or mask_ratio 0.667 or more",
+        ),
+        ((0.75, "block", 2), "views is 2, but block masks of one image overlap; use kind random or grid"),
+        ((0.75, "centre", 2), "views is 2, but centre masks of one image overlap"),
+        (
+            (0.6, "grid"),
+            "a grid mask cannot keep 78 of 14 x 14 patches, as many in every cell of at most 16; use kind random, or a "
+            "mask_ratio such as 0, 0.5, 0.75, 0.8571, 0.9285$",
+        ),
+        ((1.0,), r"mask_ratio is 1.0; it must be in \[0, 1\): the fraction of patches removed"),
+        ((0.999,), "mask_ratio 0.999 leaves none of 196 patches; use a lower ratio"),
+    ],
+)
+def test_an_impossible_mask_is_refused(arguments: tuple, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        keep_patches(noise(1, 14, 14), *arguments)
+
+
+@pytest.mark.parametrize("ratio", [0.5, 0.75, 0.8571, 0.9285])
+def test_the_ratios_that_the_refusal_names_exist(ratio: float) -> None:
+    assert keep_patches(noise(1, 14, 14), ratio, "grid").shape[2] in (98, 49, 28, 14)
+
+
+def test_a_caption_keeps_a_token() -> None:
+    with pytest.raises(ValueError, match=r"mask_ratio 0.99 leaves none of 32 tokens"):
+        keep_tokens(noise(1, 32), caption_mask(3), 0.99, "random")
+    assert num_kept(32, 0.5, "tokens") == 16
