@@ -8,7 +8,7 @@ from flipscale.model.masking import num_kept
 
 @dataclass(frozen=True)
 class Flops:
-    """The matrix products of one image-text pair's forward pass; a multiply-add is two operations.
+    """The matrix products of one image-text pair's forward pass, all its views; a multiply-add is two operations.
 
     Not counted, as everywhere: norms, softmax, GELU, additions, the token look-up and the loss.
 
@@ -48,24 +48,25 @@ class Flops:
         return 3 * self.forward
 
 
-def forward_flops(config: FlipConfig, mask_ratio: float) -> Flops:
-    """The operations of a pair at `mask_ratio`, every caption padded to the full length.
+def forward_flops(config: FlipConfig, mask_ratio: float, views: int = 1, text_mask_ratio: float = 0.0) -> Flops:
+    """The operations of a pair at `mask_ratio`, its image embedded `views` times, every caption padded to the full
+    length before `text_mask_ratio` of its tokens are removed.
 
     Raises:
-        ValueError: a mask ratio outside [0, 1), or one that leaves no patch.
+        ValueError: a mask ratio outside [0, 1), or one that leaves no patch or no token.
     """
     vision: FlipVisionConfig = config.vision_config
     text: FlipTextConfig = config.text_config
     kept = num_kept(vision.num_patches, mask_ratio)
-    image_tokens, text_tokens = kept + 1, text.max_position_embeddings
+    image_tokens, text_tokens = kept + 1, num_kept(text.max_position_embeddings, text_mask_ratio, "tokens")
     pixels = vision.num_channels * vision.patch_size**2
     return Flops(
-        patch_embedding=2 * kept * pixels * vision.hidden_size,
-        image_projections=_projections(vision, image_tokens),
-        image_attention=_attention(vision, image_tokens),
+        patch_embedding=views * 2 * kept * pixels * vision.hidden_size,
+        image_projections=views * _projections(vision, image_tokens),
+        image_attention=views * _attention(vision, image_tokens),
         text_projections=_projections(text, text_tokens),
         text_attention=_attention(text, text_tokens),
-        joint_projections=2 * (vision.hidden_size + text.hidden_size) * vision.projection_dim,
+        joint_projections=2 * (views * vision.hidden_size + text.hidden_size) * vision.projection_dim,
     )
 
 

@@ -68,3 +68,15 @@ def test_torch_counts_the_same() -> None:
 def test_a_mask_that_leaves_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match=r"mask_ratio is 1\.0"):
         forward_flops(FlipConfig.from_size("b16"), 1.0)
+
+
+def test_views_repeat_the_image_tower_and_masked_words_shorten_the_text() -> None:
+    config = FlipConfig.from_size("l16")
+    one, two = forward_flops(config, 0.75), forward_flops(config, 0.75, views=2)
+    assert (two.image, two.text) == (2 * one.image, one.text)
+    assert two.joint_projections - one.joint_projections == 2 * 1024 * 768
+    short = forward_flops(config, 0.75, text_mask_ratio=0.5)
+    assert short.image == one.image
+    # Half the tokens, a quarter of the attention: the paper counts 0.92x of the time for the step.
+    assert (short.text_projections, short.text_attention) == (one.text_projections // 2, one.text_attention // 4)
+    assert short.forward / one.forward == pytest.approx(0.92, abs=0.01)
