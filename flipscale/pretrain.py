@@ -69,7 +69,8 @@ class Run:
 
     def _dataset(self, stage: Stage, config: FlipConfig) -> PairDataset:
         shape, recipe = InputShape.of(config), self.recipe
-        return PairDataset(self.source, self.tokenizer, recipe.data, shape, recipe.seed, stage.mask_ratio)
+        ratios = {"mask_ratio": stage.mask_ratio, "text_mask_ratio": stage.text_mask_ratio}
+        return PairDataset(self.source, self.tokenizer, recipe.data, shape, recipe.seed, mask=recipe.mask, **ratios)
 
     def _load(self, checkpoint: Path | None) -> dict[str, Any]:
         if checkpoint is None:

@@ -220,5 +220,7 @@ def _datasets(recipe: Recipe) -> tuple[PairDataset, PairDataset]:
     source, shape = TarSource(recipe.data.shards), InputShape.of(config)
     tokenizer = load_tokenizer(recipe.data.tokenizer, shape.max_tokens)
     ratios = (recipe.stages[0].mask_ratio, 0.0)
-    masked, whole = (PairDataset(source, tokenizer, recipe.data, shape, recipe.seed, ratio) for ratio in ratios)
+    masked, whole = (
+        PairDataset(source, tokenizer, recipe.data, shape, recipe.seed, ratio, recipe.mask) for ratio in ratios
+    )
     return masked, whole

@@ -129,11 +129,12 @@ def _decode_jpeg(encoded: bytes, min_height: int, min_width: int) -> np.ndarray:
 
 
 def visible_patches(image: np.ndarray, patch_size: int, patch_index: np.ndarray | None) -> np.ndarray:
-    """The patches `patch_index` `(kept,)` of an image `(size, size, 3)`, or all: uint8 `(kept, 3 * p * p)`, row-major,
-    each laid out channel by channel as a flattened convolution kernel."""
+    """The patches `patch_index` `(kept,)` or `(views, kept)` of an image `(size, size, 3)`, or all: uint8
+    `(kept, 3 * p * p)` or `(views, kept, 3 * p * p)`, each laid out channel by channel as a flattened convolution
+    kernel."""
     side = image.shape[0] // patch_size
     grid = image.reshape(side, patch_size, side, patch_size, 3).transpose(0, 2, 4, 1, 3)
     if patch_index is None:
         return grid.reshape(side * side, -1)
     rows, columns = np.divmod(patch_index, side)
-    return grid[rows, columns].reshape(len(patch_index), -1)
+    return grid[rows, columns].reshape(*patch_index.shape, -1)

@@ -10,12 +10,13 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from flipscale.data.decode import DRAWS_PER_CROP, UndecodableImage, decode_box, visible_patches
+from flipscale.data.masks import MaskRecipe, keyed_patches, mask_tokens
 from flipscale.data.order import GlobalOrder
-from flipscale.data.randomness import keyed_patch_index, keyed_uniform
+from flipscale.data.randomness import keyed_uniform
 from flipscale.data.tar_source import TarSource
 from flipscale.data.tokenizers import bert_tokenizer
 from flipscale.model import FlipConfig
-from flipscale.model.masking import num_kept
+from flipscale.model.masking import check_image_mask, num_kept
 
 # How many neighbours are tried in place of a sample that cannot be used, before the shard is called bad.
 _MAX_REPLACEMENTS = 64
@@ -58,8 +59,13 @@ class InputShape:
         return cls(vision.image_size, vision.patch_size, text.max_position_embeddings)
 
     @property
+    def side(self) -> int:
+        """Patches along each side of the image."""
+        return self.image_size // self.patch_size
+
+    @property
     def num_patches(self) -> int:
-        return (self.image_size // self.patch_size) ** 2
+        return self.side**2
 
 
 def load_tokenizer(name: str, max_tokens: int) -> PreTrainedTokenizerBase:
@@ -90,6 +96,10 @@ class PairDataset(Dataset):
     `patches` uint8 `(batch, kept, 3 * p * p)`, `patch_index` int16 `(batch, kept)` (absent when nothing is masked),
     `input_ids` and `attention_mask` int64 `(batch, max_tokens)`, `num_replaced` int64 `()`: samples that could not be
     used and were replaced by their next good neighbour in the shard, a rule that every rank and rerun takes alike.
+
+    Several views of a masked image are `patches` `(batch, views, kept, 3 * p * p)` and `patch_index`
+    `(batch, views, kept)`; where words are masked too, the captions have the tokens that are left and their
+    `position_ids`.
     """
 
     def __init__(
@@ -100,23 +110,37 @@ class PairDataset(Dataset):
         shape: InputShape,
         seed: int,
         mask_ratio: float,
+        mask: MaskRecipe | None = None,
+        text_mask_ratio: float = 0.0,
     ):
+        """
+        Raises:
+            ValueError: a mask that does not exist at these ratios.
+        """
         self.source = source
         self.tokenizer = tokenizer
         self.recipe = recipe
         self.shape = shape
         self.seed = seed
+        self.mask = mask or MaskRecipe()
+        self.mask_ratio = mask_ratio
+        self.text_mask_ratio = text_mask_ratio
         self.kept = num_kept(shape.num_patches, mask_ratio)
+        num_kept(shape.max_tokens, text_mask_ratio, "tokens")
+        if mask_ratio > 0.0:
+            check_image_mask(shape.side, shape.side, mask_ratio, self.mask.kind, self.mask.views)
         self.order = GlobalOrder(source.shard_sizes, seed, recipe.shards_per_block)
 
     def __getitems__(self, positions: list[int]) -> dict[str, torch.Tensor]:
         where = np.asarray(positions, dtype=np.int64)
         shards, numbers = self.order.locate(where)
         draws = keyed_uniform(self.seed, "crop", where, DRAWS_PER_CROP)
-        num_patches, patch_size = self.shape.num_patches, self.shape.patch_size
-        masked = self.kept < num_patches
-        index = keyed_patch_index(self.seed, where, num_patches, self.kept) if masked else None
-        patches = np.empty((len(where), self.kept, 3 * patch_size**2), np.uint8)
+        index, patch_size = None, self.shape.patch_size
+        if self.mask_ratio > 0.0:
+            index = keyed_patches(self.seed, where, self.shape.side, self.mask_ratio, self.mask)
+            index = index if self.mask.views > 1 else index[:, 0]
+        kept = (len(where), self.kept) if index is None else index.shape
+        patches = np.empty((*kept, 3 * patch_size**2), np.uint8)
         captions, num_replaced = [], 0
         for row, (shard, number) in enumerate(zip(shards.tolist(), numbers.tolist(), strict=True)):
             image, caption, skipped = self._usable(shard, number, draws[row])
@@ -124,6 +148,8 @@ class PairDataset(Dataset):
             captions.append(caption)
             num_replaced += skipped
         batch = tokenise(self.tokenizer, captions, self.shape.max_tokens)
+        if self.text_mask_ratio > 0.0:
+            batch = mask_tokens(batch, self.seed, where, self.text_mask_ratio, self.mask)
         batch["patches"] = torch.from_numpy(patches)
         if index is not None:
             batch["patch_index"] = torch.from_numpy(index)

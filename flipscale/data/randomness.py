@@ -33,10 +33,3 @@ def keyed_uniform(seed: int, purpose: str, positions: np.ndarray, count: int) ->
 def keyed_permutation(seed: int, purpose: str, key: int, count: int) -> np.ndarray:
     """A permutation of `range(count)`, int64, chosen by (seed, purpose, key)."""
     return np.argsort(keyed_uniform(seed, purpose, np.array([key]), count)[0], kind="stable")
-
-
-def keyed_patch_index(seed: int, positions: np.ndarray, num_patches: int, kept: int) -> np.ndarray:
-    """The patches left of each sample: int16 `(len(positions), kept)`, a uniform random subset, ascending."""
-    noise = keyed_uniform(seed, "mask", positions, num_patches)
-    smallest = np.argpartition(noise, kept - 1, axis=1)[:, :kept] if kept < num_patches else np.argsort(noise, axis=1)
-    return np.sort(smallest, axis=1).astype(np.int16)

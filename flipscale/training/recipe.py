@@ -10,6 +10,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
 from flipscale.data.loader import DataRecipe
+from flipscale.data.masks import MaskRecipe
 from flipscale.model import FlipConfig
 from flipscale.training.checkpoint import SaveRecipe
 from flipscale.training.optimizer import OptimRecipe
@@ -73,11 +74,12 @@ class EvalRecipe:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A run. `model`, `data`, `optim`, `stages` and `seed` decide what is learned; the rest does not.
+    """A run. `model`, `data`, `mask`, `optim`, `stages` and `seed` decide what is learned; the rest does not.
 
     Args:
         model: what is trained.
         data: what is read, and how it becomes a batch.
+        mask: how patches and words are chosen; how many are removed is up to the stages.
         optim: how the weights move.
         seed: of the first weights, the order, the crops and the masks.
         log: what is reported, and how often.
@@ -90,6 +92,7 @@ class Recipe:
 
     model: ModelRecipe = field(default_factory=ModelRecipe)
     data: DataRecipe = field(default_factory=DataRecipe)
+    mask: MaskRecipe = field(default_factory=MaskRecipe)
     optim: OptimRecipe = field(default_factory=OptimRecipe)
     stages: list[StageRecipe] = field(default_factory=list)
     seed: int = 0
@@ -149,7 +152,7 @@ def differences(recipe: Recipe, saved: dict[str, Any]) -> list[str]:
     """Fields that decide what is learned and differ from a saved recipe, as `section.field: saved, now`."""
     now = yaml.safe_load(to_yaml(recipe))
     found = []
-    for section in ("model", "data", "optim"):
+    for section in ("model", "data", "mask", "optim"):
         for name in now[section].keys() | saved.get(section, {}).keys():
             before, after = saved.get(section, {}).get(name), now[section].get(name)
             if before != after and (section, name) not in _WHERE_IT_RUNS:

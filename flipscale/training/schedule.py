@@ -12,7 +12,8 @@ class StageRecipe:
     Args:
         name: for the log.
         samples: length in pairs seen, cut to whole steps.
-        mask_ratio: fraction of the patches removed, in [0, 1).
+        mask_ratio: fraction of the patches removed, in [0, 1); at 0 the images are seen whole, once.
+        text_mask_ratio: fraction of the caption's tokens removed, padding counted, in [0, 1).
         base_lr: peak learning rate per 256 samples of batch: a schedule (warm-up, then cosine to 0) of its own, with a
             fresh optimiser, as the original's tuning has it. Leave it out and the schedule and optimiser of the stage
             before go on through this one.
@@ -24,6 +25,7 @@ class StageRecipe:
     mask_ratio: float = 0.0
     base_lr: float | None = None
     warmup_samples: int = 0
+    text_mask_ratio: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class Stage:
     schedule_last: int
     warmup_steps: int
     peak_lr: float
+    text_mask_ratio: float = 0.0
 
     @property
     def fresh_optimizer(self) -> bool:
@@ -67,6 +70,8 @@ def plan_stages(stages: Sequence[StageRecipe], global_batch_size: int) -> list[S
     for number, stage in enumerate(stages):
         if not 0.0 <= stage.mask_ratio < 1.0:
             raise ValueError(f"stage {stage.name!r}: mask_ratio is {stage.mask_ratio}; it must be in [0, 1)")
+        if not 0.0 <= stage.text_mask_ratio < 1.0:
+            raise ValueError(f"stage {stage.name!r}: text_mask_ratio is {stage.text_mask_ratio}; it must be in [0, 1)")
         if steps[number] < 1:
             raise ValueError(
                 f"stage {stage.name!r}: {stage.samples} samples are less than one step of {global_batch_size} pairs"
@@ -94,6 +99,7 @@ def plan_stages(stages: Sequence[StageRecipe], global_batch_size: int) -> list[S
                 schedule_last,
                 warmup_steps,
                 peak_lr,
+                stage.text_mask_ratio,
             )
         )
     return planned

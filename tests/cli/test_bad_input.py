@@ -166,3 +166,28 @@ def test_a_model_that_is_not_there(refused: Callable[[list[str]], str], tmp_path
 def test_more_recipes_than_cores(refused: Callable[[list[str]], str], tmp_path: Path) -> None:
     line = refused(["study", *["demo"] * 99, "--minutes", "1", "--output_dir", str(tmp_path)])
     assert "99 recipes need as many cores" in line
+
+
+@pytest.mark.parametrize(
+    ("mask", "ratio", "message"),
+    [
+        ({"views": 3}, 0.5, "3 views of 8 patches each (mask_ratio 0.5) are more than the 16 of an image"),
+        ({"views": 0}, 0.5, "views is 0; it must be 1 or more"),
+        ({"views": 2, "kind": "block"}, 0.75, "views is 2, but block masks of one image overlap"),
+        ({"kind": "grid"}, 0.3, "of at most 8; use kind random, or a mask_ratio such as 0, 0.5, 0.75, 0.875"),
+        ({"kind": "spiral"}, 0.5, "spiral"),
+        ({"text_kind": "syntax"}, 0.5, "syntax"),
+    ],
+)
+def test_a_mask_that_does_not_exist(refused_recipe: Callable[..., str], mask: dict, ratio: float, message: str) -> None:
+    stages = [{"name": "masked", "samples": 64, "mask_ratio": ratio, "base_lr": 0.01}]
+    assert message in refused_recipe(mask=mask, stages=stages)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "message"),
+    [(1.0, "stage 'a': text_mask_ratio is 1.0; it must be in [0, 1)"), (0.9, "leaves none of 8 tokens")],
+)
+def test_a_text_mask_that_leaves_nothing(refused_recipe: Callable[..., str], ratio: float, message: str) -> None:
+    stages = [{"name": "a", "samples": 64, "text_mask_ratio": ratio, "base_lr": 0.01}]
+    assert message in refused_recipe(stages=stages)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from flipscale.data.order import GlobalOrder
-from flipscale.data.randomness import keyed_patch_index, keyed_permutation, keyed_uniform
+from flipscale.data.randomness import keyed_permutation, keyed_uniform
 
 SIZES = [30, 17, 0, 1, 48, 29]
 
@@ -70,13 +70,3 @@ def test_values_are_pinned() -> None:
 
 
 PINNED = [0.25718251856332064, 0.8551889206425617, 0.6418569263434022]
-
-
-@pytest.mark.parametrize("kept", [1, 4, 16, 63, 64])
-def test_masks_are_uniform_subsets(kept: int) -> None:
-    index = keyed_patch_index(0, np.arange(3000), 64, kept)
-    assert index.shape == (3000, kept)
-    assert index.dtype == np.int16
-    assert (np.diff(index, axis=1) > 0).all()
-    counts = np.bincount(index.ravel(), minlength=64) / 3000
-    assert np.abs(counts - kept / 64).max() < 0.05

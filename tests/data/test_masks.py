@@ -1,0 +1,159 @@
+"""Masks in the loader: keyed by sample, several views of one decoded crop, shorter captions."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+import flipscale.data.loader as loader
+from flipscale.data.decode import decode_box, visible_patches
+from flipscale.data.loader import DataRecipe, InputShape, PairDataset
+from flipscale.data.masks import MaskRecipe, keyed_patches, mask_tokens
+from flipscale.data.randomness import keyed_uniform
+from flipscale.data.tar_source import TarSource
+from flipscale.model import FlipConfig, FlipModel
+
+SHAPE = InputShape(image_size=32, patch_size=8, max_tokens=8)
+TOWER = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+
+
+def dataset(shards: Path, tokenizer_dir: Path, ratio: float, text_ratio: float = 0.0, **mask: object) -> PairDataset:
+    recipe = DataRecipe(shards=str(shards), global_batch_size=24, shards_per_block=2, num_workers=0)
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
+    source = TarSource(str(shards))
+    return PairDataset(source, tokenizer, recipe, SHAPE, 5, ratio, MaskRecipe(**mask), text_ratio)
+
+
+def build_model(**text: object) -> FlipModel:
+    torch.manual_seed(0)
+    config = FlipConfig(
+        vision_config={**TOWER, "image_size": 32, "patch_size": 8},
+        text_config={**TOWER, "vocab_size": 16, "max_position_embeddings": 8, **text},
+    )
+    return FlipModel(config).eval()
+
+
+@pytest.mark.parametrize("kind", ["random", "grid", "block", "centre"])
+def test_a_mask_is_a_function_of_seed_and_position(kind: str) -> None:
+    recipe = MaskRecipe(kind=kind)
+    index = keyed_patches(3, np.arange(100, 140), 8, 0.75, recipe)
+    assert index.dtype == np.int16
+    assert index.shape == (40, 1, 16)
+    alone = keyed_patches(3, np.array([117, 104]), 8, 0.75, recipe)
+    assert (alone == index[[17, 4]]).all()
+    assert (keyed_patches(4, np.arange(100, 140), 8, 0.75, recipe) != index).any()
+    assert len({row.tobytes() for row in index[:, 0]}) > 10
+
+
+@pytest.mark.parametrize("kept", [1, 16, 63])
+def test_the_default_mask_is_the_smallest_of_the_sample_s_noise(kept: int) -> None:
+    """The rule that the batches of every run so far were made by."""
+    noise = keyed_uniform(0, "mask", np.arange(500), 64)
+    expected = np.sort(np.argsort(noise, axis=1)[:, :kept], axis=1)
+    assert (keyed_patches(0, np.arange(500), 8, 1 - kept / 64, MaskRecipe())[:, 0] == expected).all()
+
+
+def test_two_views_of_half_are_the_whole_of_one_crop(
+    shards: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    positions, decoded = list(range(100, 124)), []
+
+    def counting(*arguments: object) -> np.ndarray:
+        decoded.append(arguments)
+        return decode_box(*arguments)
+
+    monkeypatch.setattr(loader, "decode_box", counting)
+    batch = dataset(shards, tokenizer_dir, 0.5, views=2).__getitems__(positions)
+    assert len(decoded) == 24, "each image is decoded once"
+    assert batch["patches"].shape == (24, 2, 8, 3 * 64)
+    assert batch["patches"].dtype == torch.uint8
+    assert batch["patch_index"].dtype == torch.int16
+    assert batch["input_ids"].shape == (24, 8)
+    index = batch["patch_index"].flatten(1).long()
+    order = index.argsort(dim=1)
+    assert (index.gather(1, order) == torch.arange(16)).all(), "no patch twice, and all of them"
+    whole = dataset(shards, tokenizer_dir, 0.0).__getitems__(positions)["patches"]
+    together = batch["patches"].flatten(1, 2).gather(1, order[:, :, None].expand(-1, -1, 3 * 64))
+    assert torch.equal(together, whole)
+
+
+def test_one_view_is_the_first_of_two(shards: Path, tokenizer_dir: Path) -> None:
+    one, two = (dataset(shards, tokenizer_dir, 0.75, views=views).__getitems__([7, 8]) for views in (1, 2))
+    assert torch.equal(one["patches"], two["patches"][:, 0])
+    assert torch.equal(one["patch_index"], two["patch_index"][:, 0])
+    assert torch.equal(one["input_ids"], two["input_ids"])
+
+
+def test_views_are_seen_whole_once_where_nothing_is_masked(shards: Path, tokenizer_dir: Path) -> None:
+    batch = dataset(shards, tokenizer_dir, 0.0, views=2, kind="grid").__getitems__([0, 1])
+    assert "patch_index" not in batch
+    assert batch["patches"].shape == (2, 16, 3 * 64)
+
+
+def test_views_are_embedded_apart_and_the_text_once(shards: Path, tokenizer_dir: Path) -> None:
+    batch = dataset(shards, tokenizer_dir, 0.75, views=3).__getitems__(list(range(6)))
+    del batch["num_replaced"]
+    model, passes = build_model(), []
+    model.text_model.encoder.register_forward_hook(lambda _, inputs, __: passes.append(inputs[0].shape))
+    output = model(**batch, return_logits=False)
+    assert passes == [(6, 8, 32)], "one text pass, of as many captions as there are pairs"
+    assert output.image_embeds.shape[0] == 3 * output.text_embeds.shape[0] == 18
+    for view in range(3):
+        alone = model(
+            **{**batch, "patches": batch["patches"][:, view], "patch_index": batch["patch_index"][:, view]},
+            return_logits=False,
+        )
+        assert torch.allclose(output.image_embeds[view::3], alone.image_embeds, atol=1e-6)
+        assert torch.allclose(output.text_embeds, alone.text_embeds, atol=1e-6)
+
+
+def test_captions_keep_their_words_and_say_where_they_stood(shards: Path, tokenizer_dir: Path) -> None:
+    positions = list(range(24))
+    whole = dataset(shards, tokenizer_dir, 0.5).__getitems__(positions)
+    masked = dataset(shards, tokenizer_dir, 0.5, 0.5).__getitems__(positions)
+    assert torch.equal(masked["patches"], whole["patches"])
+    assert masked["input_ids"].shape == masked["position_ids"].shape == (24, 4)
+    assert torch.equal(masked["input_ids"], whole["input_ids"].gather(1, masked["position_ids"]))
+    assert (masked["attention_mask"].sum(dim=1) == 3).all(), "captions of three words lose padding only"
+    assert torch.equal(masked["position_ids"][:, :3], torch.arange(3).expand(24, -1))
+    fewer = dataset(shards, tokenizer_dir, 0.5, 0.5, text_kind="random").__getitems__(positions)
+    assert (fewer["attention_mask"].sum(dim=1) < 3).any()
+
+
+def test_a_token_mask_is_a_function_of_seed_and_position() -> None:
+    tokens = {name: torch.arange(10 * 32).view(10, 32) for name in ("input_ids", "attention_mask")}
+    for kind in ("random", "padding_first"):
+        masked = mask_tokens(tokens, 1, np.arange(10), 0.5, MaskRecipe(text_kind=kind))
+        alone = mask_tokens({n: v[3:4] for n, v in tokens.items()}, 1, np.array([3]), 0.5, MaskRecipe(text_kind=kind))
+        assert all(torch.equal(alone[name], masked[name][3:4]) for name in alone)
+        assert len({tuple(row) for row in masked["position_ids"].tolist()}) > 5
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("text", [{}, {"attend_to_padding": False, "pooling": "mean"}], ids=["faithful", "clean"])
+def test_masked_captions_are_embedded_without_what_was_removed(
+    shards: Path, tokenizer_dir: Path, text: dict, attention: str
+) -> None:
+    model = build_model(**text)
+    model.set_attn_implementation(attention)
+    words = ("input_ids", "attention_mask", "position_ids")
+    batch = dataset(shards, tokenizer_dir, 0.5, 0.5).__getitems__(list(range(24)))
+    masked = model.get_text_features(**{name: batch[name] for name in words}).pooler_output
+    whole = dataset(shards, tokenizer_dir, 0.5).__getitems__(list(range(24)))
+    full = model.get_text_features(**{name: whole[name] for name in words[:2]}).pooler_output
+    # Where padding takes no part, removing it changes nothing; where it does, its share of the attention falls.
+    assert torch.allclose(masked, full, atol=1e-5) == bool(text)
+    # Of a caption of one word, a random mask may leave none.
+    bare = dataset(shards, tokenizer_dir, 0.5, 0.75, text_kind="random").__getitems__(list(range(24)))
+    assert (bare["attention_mask"].sum(dim=1) == 0).any()
+    assert model.get_text_features(**{name: bare[name] for name in words}).pooler_output.isfinite().all()
+
+
+def test_visible_patches_of_views() -> None:
+    image = np.random.default_rng(0).integers(0, 256, (32, 32, 3)).astype(np.uint8)
+    index = np.array([[0, 5], [3, 15]])
+    views = visible_patches(image, 8, index)
+    assert views.shape == (2, 2, 192)
+    assert all((views[view] == visible_patches(image, 8, index[view])).all() for view in range(2))
