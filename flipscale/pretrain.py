@@ -18,9 +18,10 @@ from flipscale.model import FlipConfig, FlipModel
 from flipscale.training.attention import best_attention
 from flipscale.training.checkpoint import load_optimizers, load_state, load_weights, save_checkpoint
 from flipscale.training.contrastive import contrastive_loss
+from flipscale.training.engine import Engine
 from flipscale.training.health import StepGuard
+from flipscale.training.initialization import Fill, fresh_weights, weights_of
 from flipscale.training.launch import leave, start_accelerator
-from flipscale.training.optimizer import build_optimizers, gradient_norm, set_learning_rate
 from flipscale.training.preemption import StopRequest
 from flipscale.training.recipe import Recipe, parse_recipe, to_yaml
 from flipscale.training.run_directory import is_done, mark_done, open_run_directory, write_run_files
@@ -52,14 +53,10 @@ class Run:
         self.guard = StepGuard(self.accelerator, self.request)
         self.step, self.stopped = 0, False
 
-        torch.manual_seed(recipe.seed)
-        self.weights = initial_model(recipe.model.init_from, config)
-        self.weights.set_attn_implementation(best_attention(self.accelerator.device))
-        if recipe.model.gradient_checkpointing:
-            self.weights.gradient_checkpointing_enable()
+        self.engine = Engine(self.accelerator, recipe.optim)
+        self.engine.build(config, self._configure, initial_weights(recipe.model.init_from, config, recipe.seed))
+        self.weights = self.engine.weights
         state = self._load(checkpoint)
-        self.model = self.accelerator.prepare(self.weights)
-        self.optimizers = self._optimizers(self._stage_of(self.step), checkpoint)
         if self.accelerator.is_main_process:
             write_run_files(recipe, self.accelerator.num_processes)
         if recipe.log.report_to:
@@ -72,8 +69,14 @@ class Run:
         ratios = {"mask_ratio": stage.mask_ratio, "text_mask_ratio": stage.text_mask_ratio}
         return PairDataset(self.source, self.tokenizer, recipe.data, shape, recipe.seed, mask=recipe.mask, **ratios)
 
+    def _configure(self, model: FlipModel) -> None:
+        model.set_attn_implementation(best_attention(self.accelerator.device))
+        if self.recipe.model.gradient_checkpointing:
+            model.gradient_checkpointing_enable()
+
     def _load(self, checkpoint: Path | None) -> dict[str, Any]:
         if checkpoint is None:
+            self.engine.prepare()
             return {}
         state = load_state(checkpoint)
         if state["data_samples"] != len(self.source):
@@ -82,25 +85,22 @@ class Run:
                 "the order of samples would change: use the same shards or another output_dir"
             )
         load_weights(checkpoint, self.weights)
+        self.engine.prepare()
         self.step = state["step"]
+        if self.step > self._stage_of(self.step).schedule_first:
+            load_optimizers(checkpoint, self.weights, self.engine.optimizers)
         return state
 
     def _stage_of(self, step: int) -> Stage:
         return next((stage for stage in self.stages if step < stage.last_step), self.stages[-1])
 
-    def _optimizers(self, stage: Stage, checkpoint: Path | None) -> list[torch.optim.Optimizer]:
-        built = build_optimizers(self.weights.named_parameters(), self.recipe.optim)
-        if checkpoint is not None and self.step > stage.schedule_first:
-            load_optimizers(checkpoint, self.weights, built)
-        return [self.accelerator.prepare(optimizer) for optimizer in built]
-
     def remaining_stages(self) -> Iterator[Stage]:
-        """The stages that are not over, each with its optimisers in place."""
+        """The stages that are not over, the optimisers' moments forgotten where one says so."""
         for stage in self.stages:
             if self.stopped or stage.last_step <= self.step:
                 continue
             if stage.fresh_optimizer and stage.first_step == self.step and self.step > 0:
-                self.optimizers = self._optimizers(stage, None)
+                self.engine.forget_moments()
             yield stage
 
     def batches(self, stage: Stage) -> Iterator[dict[str, torch.Tensor]]:
@@ -159,7 +159,7 @@ class Run:
             }
             recipe = self.recipe
             save_checkpoint(
-                self.run_dir, self.weights, self.optimizers, state, to_yaml(recipe), recipe.save.total_limit
+                self.run_dir, self.weights, self.engine.optimizers, state, to_yaml(recipe), recipe.save.total_limit
             )
         self.accelerator.wait_for_everyone()
 
@@ -195,13 +195,12 @@ def pretrain(recipe: Recipe) -> Path:
     for stage in run.remaining_stages():
         for batch in run.batches(stage):
             learning_rate = stage.learning_rate(run.step)
-            set_learning_rate(run.optimizers, learning_rate)
             num_replaced = int(batch.pop("num_replaced"))
-            output = run.model(**batch, return_logits=False)
+            output = run.engine(**batch)
             loss = contrastive_loss(output.image_embeds, output.text_embeds, output.logit_scale)
-            run.accelerator.backward(loss)
-            verdict = run.guard.agree(loss, gradient_norm(run.weights.parameters(), recipe.optim.max_grad_norm))
-            take_step(run.optimizers, verdict.finite)
+            run.engine.backward(loss)
+            verdict = run.guard.agree(loss, run.engine.gradient_norm())
+            run.engine.step(learning_rate, verdict.finite)
             run.stopped = verdict.stop
             metrics = {
                 "loss": verdict.loss,
@@ -214,26 +213,19 @@ def pretrain(recipe: Recipe) -> Path:
     return run.run_dir
 
 
-def initial_model(init_from: str | None, config: FlipConfig) -> FlipModel:
-    """A model of `config` in fp32: with fresh weights, or with those of the folder or Hub name `init_from`.
+def initial_weights(init_from: str | None, config: FlipConfig, seed: int) -> Fill:
+    """What a run starts from: fresh weights, or those of the folder or Hub name `init_from`.
 
     Raises:
-        ValueError: the weights cannot be loaded into such a model.
+        ValueError: the weights cannot be loaded into a model of `config`.
     """
     if init_from is None:
-        return FlipModel(config)
+        return fresh_weights(seed)
     try:
-        return FlipModel.from_pretrained(init_from, config=config, dtype=torch.float32)
+        torch.manual_seed(seed)
+        return weights_of(FlipModel.from_pretrained(init_from, config=config, dtype=torch.float32))
     except (OSError, RuntimeError) as error:
         raise ValueError(f"model.init_from {init_from!r} cannot be loaded ({str(error).splitlines()[0]})") from error
-
-
-def take_step(optimizers: Sequence[torch.optim.Optimizer], finite: bool) -> None:
-    """Moves the weights, unless the step is not finite, and forgets the gradients."""
-    for optimizer in optimizers:
-        if finite:
-            optimizer.step()
-        optimizer.zero_grad()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -8,7 +8,6 @@ import time
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
 
 
 def promised_processes(environment: dict[str, str]) -> int:
@@ -31,8 +30,6 @@ def start_accelerator(report_to: list[str], run_dir: str) -> Accelerator:
         cpu=not torch.cuda.is_available(),
         log_with=report_to or None,
         project_dir=run_dir,
-        # The only buffers are fixed tables, equal everywhere.
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
     )
     if accelerator.mixed_precision not in ("no", "bf16"):
         raise ValueError(
