@@ -3,12 +3,10 @@
 import argparse
 import json
 
-from transformers import AutoTokenizer
-
 from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.suite import run_suite
 from flipscale.evaluation.templates import TEMPLATES
-from flipscale.model import FlipModel
+from flipscale.hub.loading import load_flip
 from flipscale.training.attention import best_attention
 from flipscale.training.launch import start_accelerator
 
@@ -32,12 +30,9 @@ def run(args: argparse.Namespace) -> None:
     if not (args.zero_shot or args.retrieval):
         raise ValueError("nothing to evaluate; give --zero_shot DIR, --retrieval DIR or both")
     accelerator = start_accelerator([], ".")
-    try:
-        model, tokenizer = FlipModel.from_pretrained(args.model), AutoTokenizer.from_pretrained(args.model)
-    except OSError as error:
-        raise ValueError(f"model {args.model!r} cannot be loaded ({str(error).splitlines()[0]})") from error
+    model, tokenizer = load_flip(args.model)
     model.set_attn_implementation(best_attention(accelerator.device))
-    embedder = Embedder(model.to(accelerator.device).eval(), tokenizer, accelerator, args.batch_size)
+    embedder = Embedder(model.to(accelerator.device), tokenizer, accelerator, args.batch_size)
     metrics = run_suite(embedder, args.zero_shot, args.retrieval, args.templates)
     if accelerator.is_main_process:
         if args.json:

@@ -40,8 +40,8 @@ def build_processor(config: FlipConfig, tokenizer: PreTrainedTokenizerBase) -> F
     image_processor = CLIPImageProcessorPil(
         size={"shortest_edge": vision.image_size},
         crop_size={"height": vision.image_size, "width": vision.image_size},
-        image_mean=_by_channel(vision.image_mean, vision.num_channels),
-        image_std=_by_channel(vision.image_std, vision.num_channels),
+        image_mean=by_channel(vision.image_mean, vision.num_channels),
+        image_std=by_channel(vision.image_std, vision.num_channels),
     )
     return FlipProcessor(image_processor, tokenizer)
 
@@ -75,7 +75,8 @@ def export_model(model: FlipModel, processor: FlipProcessor | None, out_dir: Pat
     return out_dir
 
 
-def _by_channel(value: Any, num_channels: int) -> list[float]:
+def by_channel(value: Any, num_channels: int) -> list[float]:
+    """A mean or deviation of the configuration, one number a channel."""
     return [float(value)] * num_channels if isinstance(value, int | float) else [float(v) for v in value]
 
 

@@ -1,0 +1,183 @@
+"""FLIP models in open_clip's own form, loaded by open_clip itself."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoTokenizer
+
+from flipscale import cli
+from flipscale.hub.convert_open_clip import open_clip_config
+from flipscale.hub.export import build_processor, export_model
+from flipscale.model import SIZES, FlipConfig, FlipModel
+
+VISION = {
+    "hidden_size": 40,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 100,
+    "image_size": 32,
+    "patch_size": 8,
+    "image_mean": [0.4, 0.5, 0.6],
+    "image_std": 0.25,
+}
+TEXT = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "vocab_size": 16,
+    "max_position_embeddings": 8,
+}
+CAPTIONS = ["a red disc", "the blue ring", "grey"]
+
+
+@pytest.fixture
+def save(tokenizer_dir: Path, tmp_path: Path) -> Callable[..., Path]:
+    """Saves a model of random weights and biases, whose class token is far from the rest, and returns its folder."""
+
+    def save(vision: dict[str, Any] | None = None, text: dict[str, Any] | None = None, dim: int = 24) -> Path:
+        torch.manual_seed(0)
+        config = FlipConfig(
+            vision_config={**VISION, **(vision or {})}, text_config={**TEXT, **(text or {})}, projection_dim=dim
+        )
+        model = FlipModel(config).eval()
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name.endswith("bias") or "norm" in name:
+                    parameter += 0.3 * torch.randn_like(parameter)
+            model.vision_model.embeddings.class_embedding.mul_(1000.0)
+        processor = build_processor(config, AutoTokenizer.from_pretrained(tokenizer_dir))
+        return export_model(model, processor, tmp_path / "flip")
+
+    return save
+
+
+@pytest.fixture
+def picture() -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8))
+
+
+@pytest.mark.parametrize(
+    ("vision", "text"),
+    [
+        ({}, {}),
+        ({"hidden_act": "gelu", "layer_norm_eps": 1e-5}, {"pooling": "mean"}),
+        ({"hidden_act": "quick_gelu"}, {"hidden_act": "quick_gelu", "num_hidden_layers": 0, "pooling": "mean"}),
+    ],
+    ids=["as the original", "both towers average", "quick_gelu, no text layers"],
+)
+def test_open_clip_gives_the_same_embeddings(
+    save: Callable[..., Path], tmp_path: Path, picture: Image.Image, vision: dict[str, Any], text: dict[str, Any]
+) -> None:
+    folder, dst = save(vision, text), tmp_path / "open_clip"
+    cli.main(["convert", "open_clip", str(folder), str(dst)])
+    theirs, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{dst}")
+    tokens = open_clip.get_tokenizer(f"local-dir:{dst}")(CAPTIONS)
+    ours = FlipModel.from_pretrained(folder).eval()
+    pixels = preprocess(picture)[None]
+    noise = torch.cat([pixels, torch.randn(4, 3, 32, 32)])
+    with torch.no_grad():
+        expected = ours(pixel_values=noise, input_ids=tokens)
+        image_embeds, text_embeds, scale = theirs.eval()(noise, tokens)
+    assert (image_embeds - expected.image_embeds).abs().max() < 1e-5
+    assert (text_embeds - expected.text_embeds).abs().max() < 1e-5
+    assert scale.item() == pytest.approx(expected.logit_scale.item(), rel=1e-6)
+
+
+def test_open_clip_sees_the_same_pixels_and_ids(
+    save: Callable[..., Path], tmp_path: Path, tokenizer_dir: Path, picture: Image.Image
+) -> None:
+    folder, dst = save(), tmp_path / "open_clip"
+    cli.main(["convert", "open_clip", str(folder), str(dst)])
+    _, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{dst}")
+    config = FlipModel.from_pretrained(folder).config
+    ours = build_processor(config, AutoTokenizer.from_pretrained(tokenizer_dir))
+    inputs = ours(images=picture, text=CAPTIONS, return_tensors="pt")
+    assert torch.equal(open_clip.get_tokenizer(f"local-dir:{dst}")(CAPTIONS), inputs["input_ids"])
+    assert (preprocess(picture) - inputs["pixel_values"][0]).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_every_size_has_open_clip_s_shapes(size: str) -> None:
+    config = FlipConfig.from_size(size)
+    theirs = open_clip_config(config)["model_cfg"]
+    vision, text, _ = SIZES[size]
+    assert int(theirs["vision_cfg"]["width"] * theirs["vision_cfg"]["mlp_ratio"]) == vision["intermediate_size"]
+    assert theirs["vision_cfg"]["width"] // theirs["vision_cfg"]["head_width"] == vision["num_attention_heads"]
+    assert theirs["vision_cfg"]["layers"] == vision["num_hidden_layers"] + 1
+    assert theirs["text_cfg"]["layers"] == text["num_hidden_layers"]
+
+
+@pytest.mark.parametrize(
+    ("vision", "text", "dim", "message"),
+    [
+        (
+            {"hidden_act": "relu"},
+            {},
+            24,
+            "the image tower's hidden_act relu (it has gelu_pytorch_tanh, gelu, quick_gelu)",
+        ),
+        ({"hidden_act": "quick_gelu"}, {}, 24, "quick_gelu in one tower alone"),
+        ({}, {"attend_to_padding": False}, 24, "attend_to_padding false: its text tower either attends to padding or"),
+        (
+            {},
+            {"pooling": "mean", "attend_to_padding": False},
+            32,
+            "the mean over the text tower's tokens at projection_dim 32 (it must be below its hidden_size 32); nor a",
+        ),
+        (
+            {},
+            {},
+            40,
+            "the mean over the image tower's tokens at projection_dim 40 (it must be below its hidden_size 40)",
+        ),
+        ({}, {"num_hidden_layers": 0}, 24, "no layers in the text tower"),
+        ({"num_channels": 4}, {}, 24, "images of 4 channels"),
+    ],
+)
+def test_what_does_not_fit_is_named(
+    save: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    vision: dict[str, Any],
+    text: dict[str, Any],
+    dim: int,
+    message: str,
+) -> None:
+    if vision.get("num_channels"):
+        vision |= {"image_mean": 0.5, "image_std": 0.5}
+    folder = save(vision, text, dim)
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["convert", "open_clip", str(folder), str(tmp_path / "open_clip")])
+    assert caught.value.code == 2
+    assert f"flipscale: error: open_clip cannot express {message}" in capsys.readouterr().err
+    assert not (tmp_path / "open_clip").exists()
+
+
+def test_a_folder_that_is_there_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["convert", "open_clip", str(tmp_path / "flip"), str(tmp_path)])
+    assert "is there already; name another folder or remove it" in capsys.readouterr().err
+
+
+def test_no_model_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["convert", "open_clip", str(tmp_path), str(tmp_path / "open_clip")])
+    assert f"flipscale: error: model '{tmp_path}' cannot be loaded (" in capsys.readouterr().err
+
+
+def test_the_config_is_plain_json(save: Callable[..., Path], tmp_path: Path) -> None:
+    dst = tmp_path / "open_clip"
+    cli.main(["convert", "open_clip", str(save()), str(dst)])
+    config = json.loads((dst / "open_clip_config.json").read_text())
+    assert config["preprocess_cfg"]["mean"] == [0.4, 0.5, 0.6]
+    assert config["preprocess_cfg"]["std"] == [0.25] * 3
+    assert config["model_cfg"]["vision_cfg"]["no_ln_pre"]
+    assert {path.suffix for path in dst.iterdir()} == {".json", ".safetensors"}
