@@ -10,7 +10,6 @@ from PIL import Image
 from flipscale.data.decode import (
     CROP_TRIES,
     DRAWS_PER_CROP,
-    UndecodableImage,
     centre_box,
     decode_box,
     random_box,
@@ -53,27 +52,14 @@ def test_an_image_that_no_crop_fits_gets_the_centre() -> None:
     assert CROP_TRIES == 10
 
 
-@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
-@pytest.mark.parametrize(("height", "width"), [(64, 64), (150, 100), (333, 517)])
-def test_centre_square_against_pillow(kind: str, height: int, width: int) -> None:
-    options = {"quality": 98, "subsampling": 0} if kind == "JPEG" else {"lossless": True} if kind == "WEBP" else {}
-    data = encoded(smooth(height, width), kind, **options)
-    ours = decode_box(data, None, 32, (1.0, 1.0)).astype(float)
-    side = min(height, width)
-    top, left = (height - side + 1) // 2, (width - side + 1) // 2
-    square = Image.open(io.BytesIO(data)).crop((left, top, left + side, top + side))
-    theirs = np.asarray(square.resize((32, 32), Image.Resampling.BOX), dtype=float)
-    assert np.abs(ours - theirs).mean() < 1.5
-
-
 # Mean difference in grey levels of 255, measured: evaluation, training. The fixture's pictures are full of sharp edges.
 # Evaluation differs mostly because the original's resize is not centred on pixels (it takes source = i * scale).
-FROM_ORIGINAL = {"0": (17.3, 5.9), "1": (7.2, 2.2), "2": (3.2, 2.1)}
+FROM_ORIGINAL = {"0": (17.1, 4.9), "1": (6.6, 1.4), "2": (3.4, 1.5)}
 
 
 @pytest.mark.parametrize("case", FROM_ORIGINAL)
 def test_difference_from_the_original_s_preprocessing(case: str) -> None:
-    """Our area filter against the original's aliasing bicubic, on its own JPEGs: one picture, not the same pixels."""
+    """Our antialiased bicubic against the original's aliasing one, on its own JPEGs: one picture, other pixels."""
     fixture = np.load(Path(__file__).parent.parent / "fixtures/parity/preprocess.npz")
     jpeg = fixture[f"{case}_jpeg"].tobytes()
     on_eval = np.abs(decode_box(jpeg, None, 48, (1.0, 1.0)) - (fixture[f"{case}_eval48"] * STD + MEAN)).mean()
@@ -95,20 +81,6 @@ def test_dct_scaled_crops_are_where_whole_ones_are(size: int) -> None:
         ours, whole = (decode_box(data, row, size, (0.5, 1.0)).astype(float) for data in (jpeg, png))
         slope = np.abs(np.diff(whole, axis=0)).mean() + np.abs(np.diff(whole, axis=1)).mean()
         assert np.abs(ours - whole).mean() < 0.5 * slope + 1.5
-
-
-@pytest.mark.parametrize("data", [b"", b"nothing", b"\xff\xd8\xff\xe0 cut short", b"\x89PNG\r\n\x1a\n cut short"])
-def test_what_is_no_image_is_said_so(data: bytes) -> None:
-    with pytest.raises(UndecodableImage):
-        decode_box(data, None, 32, (1.0, 1.0))
-
-
-@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
-def test_grey_images_become_rgb(kind: str) -> None:
-    data = encoded(smooth(50, 50)[:, :, 0], kind)
-    image = decode_box(data, None, 32, (1.0, 1.0))
-    assert image.shape == (32, 32, 3)
-    assert (image[..., 0] == image[..., 1]).all()
 
 
 def test_flip_is_the_last_draw() -> None:
