@@ -12,6 +12,7 @@ from flipscale.data.loader import InputShape, PairDataset, build_loader, load_to
 from flipscale.data.tar_source import TarSource, expand_shards
 from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.suite import run_suite
+from flipscale.hub.background_push import BackgroundPush, open_target, push_finished
 from flipscale.hub.export import build_processor, export_model
 from flipscale.hub.model_card import model_card
 from flipscale.model import FlipConfig, FlipModel
@@ -21,7 +22,7 @@ from flipscale.training.contrastive import contrastive_loss
 from flipscale.training.engine import Engine
 from flipscale.training.health import StepGuard
 from flipscale.training.initialization import Fill, fresh_weights, weights_of
-from flipscale.training.launch import leave, start_accelerator
+from flipscale.training.launch import leave, part, start_accelerator
 from flipscale.training.preemption import StopRequest
 from flipscale.training.recipe import Recipe, parse_recipe, to_yaml
 from flipscale.training.run_directory import is_done, mark_done, open_run_directory, write_run_files
@@ -46,9 +47,11 @@ class Run:
         self.processor = build_processor(config, self.tokenizer)
         for folder in filter(None, (recipe.eval.zero_shot, recipe.eval.retrieval)):
             expand_shards(folder)
+        open_target(recipe.hub, resumes=checkpoint is not None)
         self.accelerator = start_accelerator(recipe.log.report_to, recipe.output_dir)
         self.total_steps = self.stages[-1].last_step
         self.tracker = Tracker(self.accelerator, recipe.log, self.run_dir, self.batch_size, self.total_steps)
+        self.background_push = BackgroundPush(recipe, self.total_steps, self.accelerator.is_main_process)
         self.request = StopRequest()
         self.guard = StepGuard(self.accelerator, self.request)
         self.step, self.stopped = 0, False
@@ -135,6 +138,7 @@ class Run:
                 self.evaluate()
             if saves:
                 self.save()
+                self.background_push.offer(self.step)
             self.tracker.resume()
 
     def evaluate(self) -> dict[str, float]:
@@ -166,6 +170,7 @@ class Run:
     def finish(self) -> None:
         """Collective. The last checkpoint, evaluation and the exported model; nothing of it after a stop."""
         self.tracker.pause()
+        self.background_push.close()
         if not self.stopped:
             self.save()
             self.evaluate()
@@ -231,7 +236,10 @@ def initial_weights(init_from: str | None, config: FlipConfig, seed: int) -> Fil
 def main(arguments: Sequence[str] | None = None) -> None:
     """The verb: parses a recipe and runs it; a user's mistake ends in one line and exit code 2."""
     with complain():
-        pretrain(parse_recipe(sys.argv[1:] if arguments is None else arguments))
+        recipe = parse_recipe(sys.argv[1:] if arguments is None else arguments)
+        pretrain(recipe)
+        part()
+        push_finished(recipe)
     leave()
 
 

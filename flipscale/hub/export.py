@@ -8,9 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
+from transformers.initialization import no_init_weights
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from flipscale.data.loader import load_tokenizer
 from flipscale.model import FlipConfig, FlipModel, FlipProcessor
+from flipscale.training.checkpoint import load_weights
+from flipscale.training.recipe import parse_recipe
 
 
 def build_processor(config: FlipConfig, tokenizer: PreTrainedTokenizerBase) -> FlipProcessor:
@@ -44,6 +48,24 @@ def build_processor(config: FlipConfig, tokenizer: PreTrainedTokenizerBase) -> F
         image_std=by_channel(vision.image_std, vision.num_channels),
     )
     return FlipProcessor(image_processor, tokenizer)
+
+
+def export_checkpoint(checkpoint: Path, out_dir: Path) -> Path:
+    """The folder `out_dir`: the model of a run's checkpoint as `export_model` writes it, without its card.
+
+    Raises:
+        ValueError: no such checkpoint, or the tokenizer that its recipe names is gone.
+    """
+    if not (checkpoint / "recipe.yaml").is_file():
+        there = sorted(path.name for path in checkpoint.parent.glob("step-*"))
+        raise ValueError(f"{checkpoint} is no checkpoint; there are {', '.join(there) or 'none'}")
+    recipe = parse_recipe(["--config", str(checkpoint / "recipe.yaml")])
+    config = recipe.model.config()
+    with no_init_weights():
+        model = FlipModel(config)
+    load_weights(checkpoint, model)
+    tokenizer = load_tokenizer(recipe.data.tokenizer, config.text_config.max_position_embeddings)
+    return export_model(model.eval(), build_processor(config, tokenizer), out_dir)
 
 
 def export_model(model: FlipModel, processor: FlipProcessor | None, out_dir: Path | str) -> Path:

@@ -45,15 +45,20 @@ def start_accelerator(report_to: list[str], run_dir: str) -> Accelerator:
     return accelerator
 
 
+def part() -> None:
+    """Collective. Ends what binds the processes of a finished run; each goes its own way from here."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
 def leave() -> None:
-    """Collective. Ends a process of a finished multi-process run here and now.
+    """Ends a process of a finished multi-process run here and now.
 
     A process that unwinds the interpreter while gloo's threads still run is aborted now and then (about one launch in
     ten on a busy CPU), and its launcher then calls the whole run failed.
     """
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.barrier()
-        dist.destroy_process_group()
+    if promised_processes(dict(os.environ)) > 1:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)

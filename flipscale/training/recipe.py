@@ -73,6 +73,23 @@ class EvalRecipe:
 
 
 @dataclass(frozen=True)
+class HubRecipe:
+    """Where the model goes while it is trained and when it is done; what a Hub token is, huggingface_hub knows.
+
+    Args:
+        push_to_hub: push every save, in the background, and the finished model.
+        hub_model_id: ORG/NAME, made if it does not exist.
+        hub_private_repo: of a repository that is made; None takes the organisation's default.
+        hub_revision: the branch, made if it does not exist; None is main.
+    """
+
+    push_to_hub: bool = False
+    hub_model_id: str | None = None
+    hub_private_repo: bool | None = None
+    hub_revision: str | None = None
+
+
+@dataclass(frozen=True)
 class Recipe:
     """A run. `model`, `data`, `mask`, `optim`, `stages` and `seed` decide what is learned; the rest does not.
 
@@ -85,6 +102,7 @@ class Recipe:
         log: what is reported, and how often.
         save: when checkpoints are written.
         eval: what is evaluated, and how often.
+        hub: whether the model is pushed to the Hub, and to where.
         stages: masked pre-training, unmasked tuning, or any list of mask ratios and rates.
         output_dir: the run directory.
         resume_from_checkpoint: `auto` goes on from the newest checkpoint of `output_dir`, `never` starts anew.
@@ -99,6 +117,7 @@ class Recipe:
     log: LogRecipe = field(default_factory=LogRecipe)
     save: SaveRecipe = field(default_factory=SaveRecipe)
     eval: EvalRecipe = field(default_factory=EvalRecipe)
+    hub: HubRecipe = field(default_factory=HubRecipe)
     output_dir: str = "runs/flip"
     resume_from_checkpoint: str = "auto"
 

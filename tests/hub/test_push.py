@@ -166,7 +166,7 @@ def test_a_dry_run_tells_and_asks_nothing(
     told = capsys.readouterr().out.splitlines()
     sizes = {path.name: path.stat().st_size for path in (run_dir / "model").iterdir() if path.is_file()}
     assert [line.split() for line in told[:-1]] == [[f"{size:,}", name] for name, size in sorted(sizes.items())]
-    assert told[-1].split(maxsplit=1)[1] == f"bytes in 4 files of {run_dir}/model would go to org/name (revision v2)"
+    assert told[-1].split(maxsplit=1)[1] == "bytes in 4 files of run would go to org/name (revision v2)"
     assert sum(size for _, size in files_to_push(run_dir / "model")) == sum(sizes.values())
 
 

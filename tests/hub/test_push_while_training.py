@@ -1,0 +1,180 @@
+"""Pushing while training: the loop never waits, the newest save goes next, the finished model arrives or it is told."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import launch, metrics, pretrain
+from hub.loopback_hub import TOKEN, LoopbackHub
+
+from flipscale.cli import main
+from flipscale.hub.background_push import BackgroundPush, open_target
+from flipscale.hub.push import Target
+from flipscale.training.recipe import HubRecipe, Recipe
+
+HUB = {"push_to_hub": True, "hub_model_id": "org/name"}
+
+# Loads what was pushed, as somebody with flipscale does.
+LOAD = """
+import torch
+from transformers import AutoProcessor
+from flipscale.model import FlipModel
+first, last = (FlipModel.from_pretrained("org/name", revision=revision) for revision in ("before", "main"))
+assert not all(torch.equal(a, b) for a, b in zip(first.parameters(), last.parameters()))
+length = AutoProcessor.from_pretrained("org/name")(text="a red disc", return_tensors="pt")["input_ids"].shape[1]
+print(length, sum(p.sum().item() for p in last.parameters()))
+"""
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come to pass"
+        time.sleep(0.05)
+
+
+def recipe_that_pushes(run_dir: Path) -> Recipe:
+    return Recipe(hub=HubRecipe(**HUB), output_dir=str(run_dir))
+
+
+def files_with(text: str, folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file() and text.encode() in path.read_bytes()]
+
+
+def test_saves_arrive_while_the_run_goes_on_though_the_hub_fails_twice(
+    hub: LoopbackHub, hub_environment: dict[str, str], write_recipe, tmp_path: Path
+) -> None:
+    hub.fail_next(2, "/commit/")
+    stages = [{"name": "long", "samples": 1_600_000, "mask_ratio": 0.75, "base_lr": 0.012}]
+    file = write_recipe(tmp_path / "run", stages=stages, save={"every_samples": 1600, "total_limit": 10_000}, hub=HUB)
+    command = [sys.executable, "-m", "flipscale.pretrain", "--config", str(file)]
+    environment = {**os.environ, **hub_environment, "OMP_NUM_THREADS": "1"}
+    run = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    try:
+        wait_for(lambda: "org/name" in hub.repos and bool(hub.content("org/name")))
+        seen = metrics(tmp_path / "run")[-1]["step"]
+        wait_for(lambda: metrics(tmp_path / "run")[-1]["step"] > seen)
+        assert run.poll() is None
+    finally:
+        run.send_signal(signal.SIGTERM)
+        told = run.communicate(timeout=60)[1]
+    log = (tmp_path / "run/push.log").read_text()
+    assert run.returncode == 0, told
+    assert len(hub.asked("/commit/")) >= 3
+    assert {"config.json", "model.safetensors", "processor_config.json"} <= set(hub.content("org/name"))
+    assert log.count("trying again in") == 2, log
+    assert not (tmp_path / "run/DONE").exists()
+    assert not list((tmp_path / "run").glob(".push*"))
+    assert not files_with(TOKEN, tmp_path / "run")
+    assert TOKEN not in told
+
+
+def test_the_finished_model_arrives_and_loads(
+    hub: LoopbackHub, hub_environment: dict[str, str], write_recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in hub_environment.items():
+        monkeypatch.setenv(name, value)
+    run_dir = tmp_path / "run"
+    file = write_recipe(run_dir, hub=HUB, save={"every_samples": 384})
+    hub.fail_next(9, "/commit/", status=403, message="no space left in org")
+    done = pretrain(file, 2)
+    assert done.returncode == 1
+    assert (run_dir / "DONE").exists()
+    line = next(line for line in done.stderr.splitlines() if "flipscale: error:" in line)
+    assert f"{run_dir} is done, but its model is not on the Hub: the token may not write to org/name" in line
+    assert line.endswith(f"push it by hand: flipscale push {run_dir} org/name")
+    hub._faults.clear()
+
+    by_hand = launch([sys.executable, "-m", "flipscale.cli", "push", str(run_dir), "org/name", "--step", "24",
+                      "--revision", "before"], HF_HUB_OFFLINE="0")  # fmt: skip
+    assert by_hand.returncode == 0, by_hand.stderr
+    # The same command as before: the run is done, what is missing is the push.
+    again = pretrain(file)
+    assert again.returncode == 0, again.stderr
+    assert f"{run_dir} is on the Hub: {hub.endpoint}/org/name" in again.stdout
+    assert hub.content("org/name") == {path.name: path.read_bytes() for path in (run_dir / "model").iterdir()}
+    loaded = launch([sys.executable, "-c", LOAD], HF_HUB_OFFLINE="0")
+    assert loaded.returncode == 0, loaded.stderr
+    assert loaded.stdout.startswith("8 ")
+    assert not files_with(TOKEN, tmp_path)
+    assert TOKEN not in done.stderr + done.stdout + by_hand.stdout + again.stdout + again.stderr
+
+
+def test_the_newest_save_goes_next_and_close_ends_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[int] = []
+
+    def start(self: BackgroundPush, step: int, target: Target) -> subprocess.Popen[bytes]:
+        begun.append(step)
+        return subprocess.Popen(["sleep", "0.3" if len(begun) < 2 else "60"])
+
+    monkeypatch.setattr(BackgroundPush, "_start", start)
+    push = BackgroundPush(recipe_that_pushes(tmp_path), last_step=60, is_main_process=True)
+    before = time.monotonic()
+    for step in (10, 20, 30):
+        push.offer(step)
+        wait_for(lambda: bool(begun))
+    assert time.monotonic() - before < 0.3, "the loop waited"
+    wait_for(lambda: len(begun) == 2)
+    push.offer(40)
+    push.offer(60)
+    push.close()
+    assert time.monotonic() - before < 10
+    assert begun == [10, 30]
+
+
+def test_a_push_that_fails_is_told_and_the_next_one_tried(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    def start(self: BackgroundPush, step: int, target: Target) -> subprocess.Popen[bytes]:
+        script = f"echo 'flipscale: error: no way to push {step}' >> {tmp_path}/push.log; exit 1"
+        return subprocess.Popen(["sh", "-c", script])
+
+    monkeypatch.setattr(BackgroundPush, "_start", start)
+    push = BackgroundPush(recipe_that_pushes(tmp_path), last_step=60, is_main_process=True)
+    for step in (10, 20):
+        push.offer(step)
+        told: list[str] = []
+        wait_for(lambda told=told: told.append(capfd.readouterr().err) or told[-1] != "")
+        assert told[-1] == (
+            f"flipscale: step {step} was not pushed to org/name (no way to push {step}); the run goes on and pushes "
+            "its next save\n"
+        )
+    push.close()
+
+
+@pytest.mark.parametrize(("fields", "message"), [
+    ({"hub_model_id": None}, "hub.push_to_hub is true and hub.hub_model_id is not set; set it to ORG/NAME"),
+    ({"hub_model_id": "a/b/c"}, "'a/b/c' is no name of a model on the Hub; use ORG/NAME"),
+    ({"hub_model_id": "nowhere/name"}, "the token may not write to nowhere/name"),
+])  # fmt: skip
+@pytest.mark.usefixtures("logged_in")
+def test_a_place_that_cannot_be_pushed_to_is_found_out_at_the_start(
+    hub: LoopbackHub, write_recipe, tmp_path: Path, capsys: pytest.CaptureFixture, fields: dict, message: str
+) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        main(["pretrain", "--config", str(write_recipe(tmp_path / "run", hub={**HUB, **fields}))])
+    assert exit_info.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.usefixtures("logged_in")
+def test_a_hub_that_is_away_stops_no_run(
+    hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    recipe = recipe_that_pushes(Path("run")).hub
+    hub.fail_next(1, "repos/create")
+    open_target(recipe, resumes=False)
+    monkeypatch.setenv("HF_TOKEN", "hf_expired")
+    open_target(recipe, resumes=True)
+    told = capsys.readouterr().err.splitlines()
+    assert [line.endswith("the run goes on and pushes its next save") for line in told] == [True, True]
+    monkeypatch.setenv("RANK", "1")
+    hub.requests.clear()
+    open_target(recipe, resumes=False)
+    assert hub.requests == []
