@@ -1,17 +1,17 @@
 """Whole images and texts to embeddings, shared out over the processes."""
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader, Dataset
-from transformers import PreTrainedTokenizerBase
 
 from flipscale.data.decode import UndecodableImage, decode_box, visible_patches
 from flipscale.data.loader import InputShape, tokenise
 from flipscale.data.tar_source import TarSource
-from flipscale.model import FlipModel
 from flipscale.model.modeling_flip import normalise_embeds
 
 
@@ -24,23 +24,46 @@ class Embedder:
         batch_size: images or texts a process embeds at once.
     """
 
-    model: FlipModel
-    tokenizer: PreTrainedTokenizerBase
+    model: Any
+    tokenizer: Any
     accelerator: Accelerator
     batch_size: int = 256
 
     def images(self, source: TarSource) -> torch.Tensor:
         """Collective. Embeddings of all images of `source` in shard order: fp32 `(images, dim)`, unit length, CPU."""
-        dataset = WholeImages(source, InputShape.of(self.model.config))
+        dataset = WholeImages(source, self.decode)
         loader = DataLoader(dataset, batch_sampler=self._share(len(dataset)), collate_fn=torch.as_tensor)
-        return self._embed(loader, len(dataset), lambda patches: self.model.get_image_features(patches=patches))
+        return self._embed(loader, len(dataset), self.image_features)
 
     def texts(self, texts: list[str]) -> torch.Tensor:
         """Collective. Embeddings of `texts`: fp32 `(texts, dim)`, unit length, CPU."""
-        length = self.model.config.text_config.max_position_embeddings
-        tokens = tokenise(self.tokenizer, texts, length)["input_ids"]
+        tokens = self.tokens(texts)
         mine = (tokens[rows] for rows in self._share(len(texts)))
-        return self._embed(mine, len(texts), lambda input_ids: self.model.get_text_features(input_ids))
+        return self._embed(mine, len(texts), self.text_features)
+
+    # What depends on the kind of model: these four are FLIP's.
+
+    def decode(self, encoded: bytes) -> np.ndarray:
+        """An image as the model takes it: the centred square's patches, uint8 `(num_patches, 3 * p * p)`.
+
+        Raises:
+            UndecodableImage
+        """
+        shape = InputShape.of(self.model.config)
+        return visible_patches(decode_box(encoded, None, shape.image_size, (1.0, 1.0)), shape.patch_size, None)
+
+    def image_features(self, batch: torch.Tensor) -> torch.Tensor:
+        """`(batch, dim)`, not normalised, of decoded images."""
+        return self.model.get_image_features(patches=batch).pooler_output
+
+    def tokens(self, texts: list[str]) -> torch.Tensor:
+        """`(texts, length)`, as the model takes them."""
+        length = self.model.config.text_config.max_position_embeddings
+        return tokenise(self.tokenizer, texts, length)["input_ids"]
+
+    def text_features(self, batch: torch.Tensor) -> torch.Tensor:
+        """`(batch, dim)`, not normalised, of rows of `tokens`."""
+        return self.model.get_text_features(batch).pooler_output
 
     def _share(self, count: int) -> list[list[int]]:
         """This process's part of `range(count)` in batches, every process's equally long (the end wraps around)."""
@@ -49,12 +72,14 @@ class Embedder:
         return [mine[first : first + self.batch_size] for first in range(0, len(mine), self.batch_size)]
 
     @torch.no_grad()
-    def _embed(self, batches, count: int, features) -> torch.Tensor:  # type: ignore[no-untyped-def]
+    def _embed(
+        self, batches: Iterable[torch.Tensor], count: int, features: Callable[[torch.Tensor], torch.Tensor]
+    ) -> torch.Tensor:
         embeds = []
         for batch in batches:
             with self.accelerator.autocast():
-                output = features(batch.to(self.accelerator.device))
-            embeds.append(normalise_embeds(output.pooler_output))
+                found = features(batch.to(self.accelerator.device))
+            embeds.append(normalise_embeds(found))
         gathered = self.accelerator.gather(torch.cat(embeds))
         # Rank after rank in `gathered`; row i of the set is row i // world of rank i % world.
         by_rank = gathered.unflatten(0, (self.accelerator.num_processes, -1))
@@ -62,30 +87,29 @@ class Embedder:
 
 
 class WholeImages(Dataset):
-    """The centred square of every image of a source, unmasked: uint8 `(batch, num_patches, 3 * p * p)`.
+    """Every image of a source, decoded, in batches.
 
     Raises:
         ValueError: an image that cannot be decoded; a test set must be whole.
     """
 
-    def __init__(self, source: TarSource, shape: InputShape):
+    def __init__(self, source: TarSource, decode: Callable[[bytes], np.ndarray]):
         self.source = source
-        self.shape = shape
+        self.decode = decode
         self.where = sample_numbers(source)
 
     def __len__(self) -> int:
         return len(self.where)
 
     def __getitems__(self, rows: list[int]) -> np.ndarray:
-        return np.stack([self._patches(*self.where[row]) for row in rows])
+        return np.stack([self._decoded(*self.where[row]) for row in rows])
 
-    def _patches(self, shard: int, number: int) -> np.ndarray:
+    def _decoded(self, shard: int, number: int) -> np.ndarray:
         sample = self.source.read(shard, number)
         try:
-            image = decode_box(sample.image, None, self.shape.image_size, (1.0, 1.0))
+            return self.decode(sample.image)
         except UndecodableImage as error:
             raise ValueError(f"evaluation image {sample.name} cannot be decoded: {error}") from error
-        return visible_patches(image, self.shape.patch_size, None)
 
 
 def sample_numbers(source: TarSource) -> list[tuple[int, int]]:

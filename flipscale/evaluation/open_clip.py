@@ -1,0 +1,71 @@
+"""open_clip's models beside ours: their own preprocessing and tokenizer, the same images, prompts and metrics."""
+
+import io
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from PIL import Image
+
+from flipscale.data.decode import UndecodableImage
+from flipscale.evaluation.embedding import Embedder
+
+PREFIX = "open_clip:"
+
+
+def open_clip_embedder(name: str, accelerator: Accelerator, batch_size: int = 256) -> Embedder:
+    """The embedder of a model that open_clip knows.
+
+    Args:
+        name: `NAME,PRETRAINED`: one of its models, or a JSON file with a model configuration of its kind, and a tag of
+            its weights or a file of them, such as `ViT-B-16,laion2b_s34b_b88k`; or its `hf-hub:ORG/NAME` or
+            `local-dir:FOLDER`, which hold their weights.
+
+    Raises:
+        ValueError: open_clip is not installed, does not know the model or cannot load it; no weights are named.
+    """
+    try:
+        import open_clip
+    except ImportError as error:
+        raise ValueError("open_clip is not installed; pip install 'flipscale[peers]'") from error
+    name, _, pretrained = name.partition(",")
+    if name.endswith(".json") and Path(name).is_file():
+        open_clip.add_model_config(name)
+        name = Path(name).stem
+    if not pretrained and ":" not in name:
+        tags = open_clip.list_pretrained_tags_by_model(name)
+        known = f"use one of {', '.join(tags)}" if tags else "it has none of its own; name a file"
+        raise ValueError(f"open_clip:{name} names no weights; add them after a comma: {known}")
+    try:
+        model, _, preprocess = open_clip.create_model_and_transforms(name, pretrained or None)
+        tokenizer = open_clip.get_tokenizer(name)
+    except (RuntimeError, OSError, ValueError, KeyError, TypeError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"open_clip model {name!r} cannot be loaded ({reason})") from error
+    model = model.to(accelerator.device).eval()
+    return OpenClipEmbedder(model, tokenizer, accelerator, batch_size, preprocess=preprocess)
+
+
+@dataclass(frozen=True)
+class OpenClipEmbedder(Embedder):
+    """An embedder whose model, tokenizer and `preprocess` (an image to its tensor) are open_clip's."""
+
+    preprocess: Callable[[Image.Image], torch.Tensor] = field(kw_only=True)
+
+    def decode(self, encoded: bytes) -> np.ndarray:
+        try:
+            return self.preprocess(Image.open(io.BytesIO(encoded))).numpy()
+        except OSError as error:
+            raise UndecodableImage(str(error)) from error
+
+    def image_features(self, batch: torch.Tensor) -> torch.Tensor:
+        return self.model.encode_image(batch)
+
+    def tokens(self, texts: list[str]) -> torch.Tensor:
+        return self.tokenizer(texts)
+
+    def text_features(self, batch: torch.Tensor) -> torch.Tensor:
+        return self.model.encode_text(batch)

@@ -1,0 +1,117 @@
+"""open_clip's own models, evaluated as ours are."""
+
+import io
+import json
+import sys
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+from accelerate import Accelerator
+from conftest import TOWER
+from PIL import Image
+from safetensors.torch import save_file
+from transformers import AutoTokenizer
+
+from flipscale import cli
+from flipscale.data.tar_source import TarSource
+from flipscale.evaluation.embedding import Embedder, sample_numbers
+from flipscale.evaluation.open_clip import open_clip_embedder
+from flipscale.evaluation.suite import run_suite
+from flipscale.hub.convert_open_clip import convert_to_open_clip
+from flipscale.hub.export import build_processor, export_model
+from flipscale.model import FlipConfig, FlipModel
+
+CONFIG = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 32, "patch_size": 8, "width": 32, "layers": 2, "head_width": 16},
+    "text_cfg": {"context_length": 8, "vocab_size": 16, "width": 32, "heads": 2, "layers": 2, "pool_type": "first"},
+}
+
+
+@pytest.fixture(scope="module")
+def tiny(tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A model configuration of open_clip's kind, and random weights for it."""
+    folder = tmp_path_factory.mktemp("tiny")
+    text = {**CONFIG["text_cfg"], "hf_tokenizer_name": str(tokenizer_dir)}
+    (folder / "tiny-vit.json").write_text(json.dumps({**CONFIG, "text_cfg": text}))
+    torch.manual_seed(0)
+    model = open_clip.CLIP(**CONFIG)
+    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / "weights.safetensors")
+    return folder / "tiny-vit.json", folder / "weights.safetensors"
+
+
+@pytest.fixture(scope="module")
+def accelerator() -> Accelerator:
+    return Accelerator(cpu=True)
+
+
+def test_its_embeddings_are_its_own(tiny: tuple[Path, Path], shards: Path, accelerator: Accelerator) -> None:
+    embedder = open_clip_embedder(f"{tiny[0]},{tiny[1]}", accelerator, batch_size=7)
+    model, _, preprocess = open_clip.create_model_and_transforms("tiny-vit", str(tiny[1]))
+    source, captions = TarSource(str(shards)), ["a red disc", "the blue ring"]
+    pictures = [Image.open(io.BytesIO(source.read(*where).image)) for where in sample_numbers(source)]
+    with torch.no_grad():
+        images = model.eval().encode_image(torch.stack([preprocess(p) for p in pictures]), normalize=True)
+        texts = model.encode_text(open_clip.get_tokenizer("tiny-vit")(captions), normalize=True)
+    assert (embedder.images(source) - images).abs().max() < 1e-5
+    assert (embedder.texts(captions) - texts).abs().max() < 1e-5
+
+
+def test_the_command_prints_the_suite_s_figures(
+    tiny: tuple[Path, Path], shards: Path, accelerator: Accelerator, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = f"{tiny[0]},{tiny[1]}"
+    cli.main(["evaluate", f"open_clip:{name}", "--zero_shot", str(shards), "--retrieval", str(shards), "--json"])
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found == pytest.approx(run_suite(open_clip_embedder(name, accelerator), str(shards), str(shards)), abs=1e-4)
+    assert found["zero_shot/chance"] == 100 / 16
+
+
+def test_our_model_as_open_clip_s_is_ours_but_for_the_resizing(
+    shards: Path, tokenizer_dir: Path, tmp_path: Path, accelerator: Accelerator
+) -> None:
+    torch.manual_seed(0)
+    config = FlipConfig(
+        vision_config={**TOWER, "image_size": 32, "patch_size": 8},
+        text_config={**TOWER, "vocab_size": 16, "max_position_embeddings": 8},
+        projection_dim=16,
+    )
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
+    model = FlipModel(config).eval()
+    convert_to_open_clip(
+        str(export_model(model, build_processor(config, tokenizer), tmp_path / "flip")), tmp_path / "oc"
+    )
+    theirs, ours = (
+        open_clip_embedder(f"local-dir:{tmp_path / 'oc'}", accelerator),
+        Embedder(model, tokenizer, accelerator),
+    )
+    source, captions = TarSource(str(shards)), ["a red disc", "the blue ring", "a grey bar"]
+    assert (theirs.texts(captions) - ours.texts(captions)).abs().max() < 1e-5
+    same = theirs.images(source) @ ours.images(source).t()
+    assert same.diagonal().min() > 0.99
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("ViT-B-32", r"open_clip:ViT-B-32 names no weights; add them after a comma: use one of openai, laion"),
+        ("ViT-B-33", r"open_clip:ViT-B-33 names no weights; add them after a comma: it has none of its own"),
+        (
+            "ViT-B-32,openia",
+            r"open_clip model 'ViT-B-32' cannot be loaded \(Pretrained value 'openia' is not a known tag",
+        ),
+        ("ViT-B-33,openai", r"open_clip model 'ViT-B-33' cannot be loaded \(Model config for 'ViT-B-33' not found"),
+        ("local-dir:/nowhere", r"open_clip model 'local-dir:/nowhere' cannot be loaded \(Directory specified via"),
+    ],
+)
+def test_what_cannot_be_loaded_is_named(accelerator: Accelerator, name: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        open_clip_embedder(name, accelerator)
+
+
+def test_open_clip_is_absent(accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "open_clip", None)
+    with pytest.raises(ValueError, match=r"open_clip is not installed; pip install 'flipscale\[peers\]'"):
+        open_clip_embedder("ViT-B-32,openai", accelerator)
