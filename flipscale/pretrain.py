@@ -52,7 +52,7 @@ class Run:
         self.total_steps = self.stages[-1].last_step
         self.tracker = Tracker(self.accelerator, recipe.log, self.run_dir, self.batch_size, self.total_steps)
         self.background_push = BackgroundPush(recipe, self.total_steps, self.accelerator.is_main_process)
-        self.request = StopRequest()
+        self.request = StopRequest(watches_file=self.accelerator.is_main_process)
         self.guard = StepGuard(self.accelerator, self.request)
         self.step, self.stopped = 0, False
 

@@ -35,7 +35,7 @@ class StepGuard:
         Raises:
             FloatingPointError: the loss or the gradients were not finite in `MAX_SKIPPED_IN_A_ROW` steps in a row.
         """
-        asked = torch.tensor(float(self.request.received is not None), device=loss.device)
+        asked = torch.tensor(float(self.request.reason is not None), device=loss.device)
         mine = torch.stack([loss.detach().float(), grad_norm.detach().float(), asked])
         loss_sum, norm_sum, asked_sum = self.accelerator.reduce(mine, "sum").tolist()
         count = self.accelerator.num_processes

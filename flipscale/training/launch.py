@@ -9,9 +9,13 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 
+NUM_PROCESSES = "FLIPSCALE_NUM_PROCESSES"
+
 
 def promised_processes(environment: dict[str, str]) -> int:
-    """How many processes the launcher of `environment` meant to start, 1 where none says."""
+    """How many processes the batch script or the launcher of `environment` meant to start, 1 where none says."""
+    if NUM_PROCESSES in environment:
+        return int(environment[NUM_PROCESSES])
     if "WORLD_SIZE" in environment:
         return int(environment["WORLD_SIZE"])
     # `accelerate launch --cpu --num_processes 2` sets an address for the others, then starts one process.
