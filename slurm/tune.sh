@@ -1,0 +1,28 @@
+#!/bin/bash
+#SBATCH --job-name=tune
+#SBATCH --nodes=32
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=96
+#SBATCH --time=24:00:00
+#SBATCH --signal=B:USR1@300
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --kill-on-invalid-dep=yes # cancelled when the job it depends on fails
+#SBATCH --output=%x-%j.out
+#
+# Tunes the model of the finished run FROM on RECIPE's data in the run directory RUN, through STAGES in place of the
+# recipe's. Submitted as pretrain.sh is, whose header shows how to have it wait for FROM:
+#
+#   RECIPE=h14_laion2b FROM=runs/h14 RUN=runs/h14_336 bash slurm/tune.sh -- --model.vision_config.image_size 336
+
+RECIPE=${RECIPE:-h14_laion2b}
+FROM=${FROM:-runs/$(basename "$RECIPE" .yaml)}
+RUN=${RUN:-${FROM}_tuned}
+# Unmasked, 128 M pairs: paper, Table 10.
+STAGES=${STAGES:-'[{name: unmasked tuning, samples: 128_000_000, base_lr: 4.0e-8, warmup_samples: 25_600_000}]'}
+LAUNCH_FILE=${LAUNCH_FILE:-ds_configs/ddp.yaml}
+
+source "${SLURM_SUBMIT_DIR:-.}/slurm/run.bash" || exit 2
+[ -n "${SLURM_JOB_ID:-}" ] || submit "$0" "$@"
+train --model.init_from "$FROM/model" --stages "$STAGES" "$@"

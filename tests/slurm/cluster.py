@@ -1,0 +1,175 @@
+"""A real Slurm on this machine: munged, slurmctld and a slurmd for each node, in namespaces of their own.
+
+Each node has its own host name and loopback address, by an /etc/hosts that only the cluster's processes see; nothing of
+the machine's is touched. Needs root and Debian's slurmctld, slurmd, slurm-client and munge.
+"""
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged", "unshare")
+# cred_expire: a requeued job waits that long, 5 is the least, 120 s the default. config_overrides: more CPUs than the
+# machine has.
+_CONFIGURATION = """\
+ClusterName=flipscale
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={ports[0]}
+SlurmUser=root
+SlurmdUser=root
+AuthType=auth/munge
+CredType=cred/munge
+AuthInfo=socket={folder}/munge.socket,cred_expire=5
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd.%n.pid
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool/%n
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/slurmd.%n.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none
+SwitchType=switch/none
+MpiDefault=none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+SlurmdParameters=config_overrides
+SchedulerType=sched/backfill
+SchedulerParameters=batch_sched_delay=0,sched_interval=1,sched_min_interval=0,bf_interval=1
+JobRequeue=1
+KillWait=5
+MinJobAge=6000
+CompleteWait=0
+ReturnToService=2
+SlurmctldTimeout=60
+SlurmdTimeout=60
+InactiveLimit=0
+GresTypes=gpu
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+"""
+
+
+def wait_until(happened: Callable[[], object], what: str, seconds: float = 400.0) -> None:
+    """Returns once `happened()` is true.
+
+    Raises:
+        TimeoutError: it was not within `seconds`.
+    """
+    end = time.monotonic() + seconds
+    while not happened():
+        if time.monotonic() > end:
+            raise TimeoutError(f"after {seconds:.0f} s still waiting for {what}")
+        time.sleep(0.1)
+
+
+class Cluster:
+    """`num_nodes` nodes, node1, node2, ..., each with 16 CPUs and 16 GPUs that are not there."""
+
+    def __init__(self, num_nodes: int):
+        # A short path: the name of a Unix socket has at most 108 characters.
+        self.folder = Path(tempfile.mkdtemp(prefix="slurm."))
+        self.nodes = [f"node{number}" for number in range(1, num_nodes + 1)]
+        self.environment = {**os.environ, "SLURM_CONF": str(self.folder / "slurm.conf")}
+
+    def start(self) -> None:
+        """Brings every node up, idle."""
+        folder, ports = self.folder, _free_ports(len(self.nodes) + 1)
+        folder.chmod(0o755)
+        (folder / "munge.key").write_bytes(os.urandom(128))
+        (folder / "munge.key").chmod(0o400)
+        configuration = _CONFIGURATION.format(folder=folder, host=socket.gethostname().split(".")[0], ports=ports)
+        hosts = Path("/etc/hosts").read_text()
+        for number, node in enumerate(self.nodes, start=1):
+            address = f"127.0.1.{number}"
+            hosts += f"{address} {node}\n"
+            configuration += (
+                f"NodeName={node} NodeHostname={socket.gethostname().split('.')[0]} NodeAddr={address} "
+                f"Port={ports[number]} CPUs=16 RealMemory=8000 Gres=gpu:16 State=UNKNOWN\n"
+            )
+            (folder / "spool" / node).mkdir(parents=True)
+        (folder / "hosts").write_text(hosts)
+        (folder / "slurm.conf").write_text(configuration)
+        (folder / "cgroup.conf").write_text("CgroupPlugin=disabled\n")
+        for number in range(16):
+            # A GPU needs a device file.
+            os.mknod(folder / f"gpu{number}", 0o020600, os.makedev(1, 3))
+        (folder / "gres.conf").write_text(f"AutoDetect=off\nName=gpu File={folder}/gpu[0-15]\n")
+        munged = ["munged", "--force", f"--key-file={folder}/munge.key", f"--socket={folder}/munge.socket"]
+        munged += [f"--{name}-file={folder}/munged.{name}" for name in ("pid", "log", "seed")]
+        self.run(*munged)
+        # slurmctld must know the nodes' names too: it calls srun back at them.
+        mount = f"mount --bind {folder}/hosts /etc/hosts"
+        self.run("unshare", "--mount", "bash", "-c", f"{mount}; exec slurmctld -f $SLURM_CONF -i")
+        for node in self.nodes:
+            daemon = f"{mount}; hostname {node}; exec slurmd -f $SLURM_CONF -N {node}"
+            self.run("unshare", "--mount", "--uts", "bash", "-c", daemon)
+        idle = ("sinfo", "--noheader", "--Node", "--states=idle", "--format=%N")
+        wait_until(lambda: len(self.run(*idle, check=False).split()) == len(self.nodes), "all nodes", 60)
+
+    def stop(self) -> None:
+        """Ends all jobs, daemons and whatever else lives in the cluster's namespaces, and removes its files."""
+        self.run("scancel", "--full", "--state=RUNNING", "--user=root", check=False)
+        for name in ("slurmd.*.pid", "slurmctld.pid"):
+            for file in self.folder.glob(name):
+                _signal(int(file.read_text()), signal.SIGTERM)
+        for process in Path("/proc").glob("[0-9]*"):
+            try:
+                ours = f" {self.folder}/hosts /etc/hosts " in (process / "mountinfo").read_text()
+            except OSError:
+                continue
+            if ours:
+                _signal(int(process.name), signal.SIGKILL)
+        _signal(int((self.folder / "munged.pid").read_text()), signal.SIGTERM)
+        # The dying still write to it.
+        wait_until(
+            lambda: shutil.rmtree(self.folder, ignore_errors=True) or not self.folder.exists(), "files to go", 60
+        )
+
+    def run(self, *command: str, check: bool = True, cwd: Path | None = None, **variables: str) -> str:
+        """What `command` prints, run where the cluster's commands find it."""
+        environment = {**self.environment, **variables}
+        # Into a file: a daemon would keep a pipe open.
+        with tempfile.TemporaryFile("w+") as output:
+            done = subprocess.run(
+                command, env=environment, cwd=cwd, stdout=output, stderr=subprocess.STDOUT, check=False
+            )
+            output.seek(0)
+            printed = output.read()
+        if check and done.returncode:
+            raise OSError(f"{' '.join(command)}: exit code {done.returncode}: {printed}")
+        return printed
+
+    def job(self, number: str, field: str) -> str:
+        """A field of a job, such as JobState or Restarts."""
+        shown = self.run("scontrol", "--oneliner", "show", "job", number)
+        return re.search(rf"\b{field}=(\S*)", shown)[1]
+
+    def wait_for(self, number: str, *states: str) -> None:
+        """Returns once the job has one of `states`."""
+        wait_until(lambda: self.job(number, "JobState") in states, f"job {number} to be {' or '.join(states)}")
+
+
+def _free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+    finally:
+        for one in sockets:
+            one.close()
+
+
+def _signal(process: int, number: int) -> None:
+    try:
+        os.kill(process, number)
+    except ProcessLookupError:
+        return

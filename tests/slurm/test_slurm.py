@@ -1,0 +1,247 @@
+"""The scripts of slurm/ as they are, on a real Slurm of three nodes, through everything that ends a job early."""
+
+import json
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import metrics
+from safetensors.torch import load_file
+from slurm.cluster import PROGRAMS, Cluster, wait_until
+
+ROOT = Path(__file__).parents[2]
+MISSING = [program for program in PROGRAMS if shutil.which(program) is None]
+pytestmark = pytest.mark.skipif(
+    bool(MISSING) or os.getuid() != 0, reason=f"needs root and Slurm (slurmctld slurmd slurm-client munge): {MISSING}"
+)
+
+# What a test job asks of the cluster in place of the scripts' 32 nodes. node3 is the one that fails.
+SMALL = ["--gpus-per-node=1", "--cpus-per-task=1", "--time=1:00:00", "--exclude=node3"]
+
+
+class Site:
+    """A checkout on the cluster, a tiny recipe in it, and the jobs."""
+
+    def __init__(self, cluster: Cluster, folder: Path, recipe: dict, shards: Path):
+        self.cluster, self.folder, self.shards = cluster, folder, shards
+        for name in ("slurm", "ds_configs", "flipscale"):
+            (folder / name).symlink_to(ROOT / name)
+        stages = [
+            {"name": "masked", "samples": 1920, "mask_ratio": 0.75, "base_lr": 0.012, "warmup_samples": 64},
+            {"name": "unmasked", "samples": 1280, "base_lr": 0.006},
+        ]
+        tiny = {**recipe, "stages": stages, "save": {"every_samples": 320, "total_limit": 99}}
+        (folder / "tiny.yaml").write_text(yaml.safe_dump(tiny))
+        self.variables = {
+            "PYTHONPATH": str(ROOT),
+            "RECIPE": "tiny.yaml",
+            "ACCELERATE_USE_CPU": "1",
+            "OMP_NUM_THREADS": "1",
+            "HF_HUB_OFFLINE": "1",
+            "PYTHON": sys.executable,
+        }
+
+    def submit(self, *command: str, **variables: str) -> str:
+        """The number of the job that a `sbatch` or `bash` command submits."""
+        numbers = {"bash": [], "sbatch": ["--parsable"]}[command[0]]
+        command = (command[0], *numbers, *command[1:])
+        return self.cluster.run(*command, cwd=self.folder, **{**self.variables, **variables}).strip().splitlines()[-1]
+
+    def steps(self, run: str) -> int:
+        """How many steps a run has recorded so far."""
+        return len(metrics(self.folder / run)) if (self.folder / run / "metrics.jsonl").exists() else 0
+
+    def wait_for_step(self, run: str, step: int) -> None:
+        wait_until(lambda: self.steps(run) >= step, f"{run} to reach step {step}")
+
+    def newest(self, run: str) -> int:
+        """The step of a run's newest checkpoint."""
+        return max((int(p.name[5:]) for p in (self.folder / run).glob("checkpoints/step-*")), default=0)
+
+    def rank(self, run: str, rank: int) -> int | None:
+        """The process of a run that has this rank."""
+        for process in Path("/proc").glob("[0-9]*"):
+            try:
+                command = (process / "cmdline").read_bytes().split(b"\0")
+                variables = (process / "environ").read_bytes().split(b"\0")
+            except OSError:
+                continue
+            if b"flipscale.pretrain" in command and run.encode() in command and b"RANK=%d" % rank in variables:
+                return int(process.name)
+        return None
+
+    def output(self, number: str) -> str:
+        """All that a job wrote: its own output and its processes'."""
+        files = [*self.folder.glob(f"*-{number}.out"), *self.folder.glob(f"runs/**/slurm/{number}-*.log")]
+        return "\n".join(f"--- {file.name}\n{file.read_text()}" for file in files)
+
+    def end(self, number: str, state: str) -> None:
+        """Waits for a job's end, which must be `state`."""
+        self.cluster.wait_for(number, "COMPLETED", "FAILED", "CANCELLED", "NODE_FAIL", "TIMEOUT")
+        assert self.cluster.job(number, "JobState") == state, self.output(number)
+
+
+def chain(site: Site) -> dict[str, str]:
+    """Pre-trains without a break, tunes and evaluates; the recipe's file changes between submission and start."""
+    (site.folder / "edited.yaml").write_text((site.folder / "tiny.yaml").read_text())
+    arguments = ["slurm/pretrain.sh", "--hold", "--nodes=2", *SMALL]
+    first = site.submit("bash", *arguments, RECIPE="edited.yaml", RUN="runs/whole")
+    (site.folder / "edited.yaml").write_text("seed: 7\n")
+    stages = "[{name: unmasked, samples: 160, base_lr: 0.002}]"
+    tune = ["slurm/tune.sh", f"--dependency=afterok:{first}", "--nodes=1", *SMALL, "--", "--seed", "1"]
+    then = site.submit("bash", *tune, FROM="runs/whole", RUN="runs/tuned", STAGES=stages)
+    evaluate = ["slurm/evaluate.sh", f"--dependency=afterok:{then}", *SMALL, "--", "--json"]
+    last = site.submit("bash", *evaluate, MODEL="runs/tuned/model", ZERO_SHOT=str(site.shards))
+    site.cluster.run("scontrol", "release", first)
+    for number in (first, then, last):
+        site.end(number, "COMPLETED")
+    return {"pretrain": first, "tune": then, "evaluate": last}
+
+
+def interrupted(site: Site) -> str:
+    """Told to stop ahead of the time limit, then on a node that goes down, then left to end."""
+    nodes = ["--nodes=2", "--exclude=node1"]
+    number = site.submit("sbatch", *SMALL[:-1], *nodes, "slurm/pretrain.sh", RUN="runs/interrupted")
+    site.wait_for_step("runs/interrupted", 30)
+    # What --signal=B:USR1@300 delivers; Slurm itself looks at the time every half minute only.
+    site.cluster.run("scancel", "--signal=USR1", "--batch", number)
+    site.cluster.wait_for(number, "PENDING")
+    stopped_at = site.newest("runs/interrupted")
+    assert stopped_at % 20, "a checkpoint that was due anyway"
+    site.wait_for_step("runs/interrupted", stopped_at + 30)
+    site.cluster.run("scontrol", "update", "NodeName=node3", "State=DOWN", "Reason=test")
+    site.cluster.wait_for(number, "PENDING")
+    assert site.steps("runs/interrupted") < 200, "the machine was too fast to be interrupted"
+    site.end(number, "COMPLETED")
+    return number
+
+
+def killed(site: Site) -> str:
+    """A rank killed, and killed again before a new checkpoint is there."""
+    variables = {"RUN": "runs/killed", "MAX_CRASHES": "1", "LAUNCHER": "torchrun"}
+    flags = ["--save.every_samples", "0"]
+    number = site.submit("sbatch", "--nodes=2", *SMALL, "slurm/pretrain.sh", *flags, **variables)
+    for step in (5, 6):
+        site.wait_for_step("runs/killed", step)
+        os.kill(site.rank("runs/killed", 1), signal.SIGKILL)
+        if step == 5:
+            site.cluster.wait_for(number, "PENDING")
+            (site.folder / "runs/killed/metrics.jsonl").unlink()
+    site.end(number, "FAILED")
+    return number
+
+
+def cancelled(site: Site) -> tuple[str, str]:
+    """Submits itself anew when told to stop, where jobs may not requeue themselves; then its user cancels it."""
+    variables = {"RUN": "runs/cancelled", "REQUEUE": "sbatch"}
+    first = site.submit("sbatch", "--nodes=1", *SMALL, "slurm/pretrain.sh", **variables)
+    site.wait_for_step("runs/cancelled", 5)
+    site.cluster.run("scancel", "--signal=USR1", "--batch", first)
+    site.end(first, "COMPLETED")
+    second = (site.folder / f"pretrain-{first}.out").read_text().split("submitted again: ")[1].split()[0]
+    site.wait_for_step("runs/cancelled", site.newest("runs/cancelled") + 5)
+    site.cluster.run("scancel", second)
+    site.end(second, "CANCELLED")
+    return first, second
+
+
+def study(site: Site) -> str:
+    """Three recipes as an array."""
+    names = []
+    for seed in range(3):
+        short = {**yaml.safe_load((site.folder / "tiny.yaml").read_text()), "seed": seed}
+        short["stages"] = [{"name": "masked", "samples": 160, "mask_ratio": 0.25 * seed, "base_lr": 0.01}]
+        names.append(f"seed{seed}.yaml")
+        (site.folder / names[-1]).write_text(yaml.safe_dump(short))
+    arguments = ["slurm/study.sh", "--nodes=1", *SMALL, "--", "--log.every_samples", "32"]
+    number = site.submit("bash", *arguments, RECIPES=" ".join(names), STUDY="runs/study")
+    wait_until(
+        lambda: site.cluster.run("squeue", "--noheader", f"--jobs={number}", check=False) == "", "the array to end"
+    )
+    return number
+
+
+SCENARIOS = (interrupted, killed, chain, cancelled, study)
+
+
+@pytest.fixture(scope="module")
+def site(recipe: dict, shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    cluster = Cluster(3)
+    try:
+        cluster.start()
+        yield Site(cluster, tmp_path_factory.mktemp("site"), recipe, shards)
+    finally:
+        cluster.stop()
+
+
+@pytest.fixture(scope="module")
+def outcome(site: Site) -> Iterator[Callable]:
+    """What a scenario returned; all of them run at once, for most of the time is spent on imports and waiting."""
+    with ThreadPoolExecutor(len(SCENARIOS)) as pool:
+        running: dict[Callable, Future] = {scenario: pool.submit(scenario, site) for scenario in SCENARIOS}
+        yield lambda scenario: running[scenario].result()
+
+
+def test_both_ranks_join_and_the_recipe_is_the_submitted_one(site: Site, outcome: Callable) -> None:
+    number = outcome(chain)["pretrain"]
+    recorded = json.loads((site.folder / "runs/whole/environment.json").read_text())
+    assert recorded["num_processes"] == 2
+    assert yaml.safe_load((site.folder / "runs/whole/recipe.yaml").read_text())["seed"] == 0
+    assert sorted(p.name for p in (site.folder / "runs/whole/slurm").glob("*.log")) == [
+        f"{number}-node1.log",
+        f"{number}-node2.log",
+    ]
+
+
+def test_tuning_and_evaluation_follow_by_dependency(site: Site, outcome: Callable) -> None:
+    numbers = outcome(chain)
+    assert len(metrics(site.folder / "runs/tuned")) == 10
+    tuned = yaml.safe_load((site.folder / "runs/tuned/recipe.yaml").read_text())
+    assert (tuned["seed"], tuned["model"]["init_from"]) == (1, "runs/whole/model")
+    printed = json.loads((site.folder / f"evaluate-{numbers['evaluate']}.out").read_text().splitlines()[-1])
+    assert printed["zero_shot/top1"] > 0
+
+
+def test_a_stop_and_a_dead_node_leave_the_numbers_as_they_are(site: Site, outcome: Callable) -> None:
+    number = outcome(interrupted)
+    outcome(chain)
+    assert site.cluster.job(number, "Restarts") == "2"
+    assert not (site.folder / "runs/interrupted/slurm/crashes").exists()
+    runs = [site.folder / "runs" / name for name in ("interrupted", "whole")]
+    found, expected = ([record["loss"] for record in metrics(run)] for run in runs)
+    assert len(found) == 200
+    assert found == expected
+    found, expected = (load_file(run / "checkpoints/step-00000200/model.safetensors") for run in runs)
+    assert all(torch.equal(value, found[name]) for name, value in expected.items())
+
+
+def test_crashes_are_restarted_up_to_a_cap(site: Site, outcome: Callable) -> None:
+    number = outcome(killed)
+    assert site.cluster.job(number, "Restarts") == "1"
+    crashes = (site.folder / "runs/killed/slurm/crashes").read_text().splitlines()
+    assert [line.split()[:5] for line in crashes] == [["start", "job", number, "start", start] for start in "01"]
+    assert "crash 2 since the start" in site.output(number)
+
+
+def test_a_cancelled_job_stays_cancelled(site: Site, outcome: Callable) -> None:
+    first, second = outcome(cancelled)
+    assert first != second
+    assert site.cluster.job(second, "Restarts") == "0"
+    assert not (site.folder / "runs/cancelled/DONE").exists()
+    assert "told to end" in site.output(second)
+
+
+def test_an_array_runs_a_recipe_a_task(site: Site, outcome: Callable) -> None:
+    outcome(study)
+    for seed in range(3):
+        run = site.folder / f"runs/study/seed{seed}"
+        assert (run / "DONE").exists()
+        assert yaml.safe_load((run / "recipe.yaml").read_text())["seed"] == seed
+        assert len(metrics(run)) == 5
