@@ -114,9 +114,10 @@ def decode_box(
 
 def resize(crop: np.ndarray, image_size: int) -> np.ndarray:
     """A crop `(height, width, 3)` as `(image_size, image_size, 3)`, both uint8: Pillow's BICUBIC."""
-    planes = torch.from_numpy(np.ascontiguousarray(crop)).permute(2, 0, 1)[None]
+    # Unsqueezed before it is permuted: only then does torch see that the channels come last, and copies nothing.
+    planes = torch.from_numpy(np.ascontiguousarray(crop)).unsqueeze(0).permute(0, 3, 1, 2)
     resized = torch.nn.functional.interpolate(planes, (image_size, image_size), mode="bicubic", antialias=True)
-    return np.ascontiguousarray(resized[0].permute(1, 2, 0).numpy())
+    return resized[0].permute(1, 2, 0).numpy()
 
 
 def visible_patches(image: np.ndarray, patch_size: int, patch_index: np.ndarray | None) -> np.ndarray:
@@ -172,8 +173,8 @@ _FIRST_SIDEWAYS = 5  # EXIF orientations 5 to 8 swap width and height
 
 
 def _exif_orientation(encoded: bytes) -> int:
-    """1 to 8; most JPEGs of shards have no EXIF, and cost no more than a search."""
-    if encoded.find(b"Exif\0\0", 0, 1 << 16) < 0:
+    """1 to 8, as the EXIF block of a JPEG says; 1 where it has none or a damaged one."""
+    if not _has_exif(encoded):
         return 1
     try:
         orientation = Image.open(io.BytesIO(encoded)).getexif().get(ExifTags.Base.Orientation, 1)
@@ -181,6 +182,16 @@ def _exif_orientation(encoded: bytes) -> int:
         # Pillow meets a damaged EXIF block with whatever its parser stumbled over; the pixels may be sound.
         return 1
     return orientation if orientation in range(1, 9) else 1
+
+
+def _has_exif(encoded: bytes) -> bool:
+    """Whether one of the APPn blocks at the start of a JPEG is EXIF; most images of shards have none."""
+    start = 2
+    while encoded[start : start + 1] == b"\xff" and 0xE0 <= encoded[start + 1] <= 0xEF:
+        if encoded.startswith(b"Exif\0", start + 4):
+            return True
+        start += 2 + int.from_bytes(encoded[start + 2 : start + 4], "big")
+    return False
 
 
 def _upright(image: np.ndarray, orientation: int) -> np.ndarray:
