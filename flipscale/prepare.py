@@ -1,12 +1,9 @@
 """Data on disk: the demo set, and the index of any shards."""
 
 import argparse
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from tqdm import tqdm
-
-from flipscale.data.tar_source import expand_shards, load_index
+from flipscale.data.tar_source import TarSource
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,7 +30,7 @@ def run(args: argparse.Namespace) -> None:
 
         prepare_demo(args.directory, with_validation=args.with_validation, with_unseen=args.with_unseen)
         return
-    paths = expand_shards(args.shards)
-    with ThreadPoolExecutor() as pool:
-        sizes = [len(index) for index in tqdm(pool.map(load_index, paths), total=len(paths), unit="shard")]
-    print(f"{sum(sizes)} samples in {len(paths)} shards")
+    source = TarSource(args.shards)
+    for fault in source.faults:
+        print(f"{fault.cause}: {fault.shard}: {fault.detail}")
+    print(f"{len(source)} samples in {len(source.shard_sizes)} shards")

@@ -9,7 +9,8 @@ import torch
 
 from flipscale.cli import complain
 from flipscale.data.loader import InputShape, PairDataset, build_loader, load_tokenizer
-from flipscale.data.tar_source import TarSource, expand_shards
+from flipscale.data.sources import open_source
+from flipscale.data.tar_source import expand_shards
 from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.suite import run_suite
 from flipscale.hub.background_push import BackgroundPush, open_target, push_finished
@@ -17,10 +18,11 @@ from flipscale.hub.export import build_processor, export_model
 from flipscale.hub.model_card import model_card
 from flipscale.model import FlipConfig, FlipModel
 from flipscale.training.attention import best_attention
+from flipscale.training.bad_samples import BadSamples
 from flipscale.training.checkpoint import load_optimizers, load_state, load_weights, save_checkpoint
 from flipscale.training.contrastive import contrastive_loss
 from flipscale.training.engine import Engine
-from flipscale.training.health import StepGuard
+from flipscale.training.health import StepGuard, Verdict
 from flipscale.training.initialization import Fill, fresh_weights, weights_of
 from flipscale.training.launch import leave, part, start_accelerator
 from flipscale.training.preemption import StopRequest
@@ -41,7 +43,7 @@ class Run:
         self.stages = plan_stages(recipe.stages, self.batch_size)
         config = recipe.model.config()
         checkpoint = open_run_directory(recipe)
-        self.source = TarSource(recipe.data.shards)
+        self.source = open_source(recipe.data)
         self.tokenizer = load_tokenizer(recipe.data.tokenizer, config.text_config.max_position_embeddings)
         self.datasets = {stage: self._dataset(stage, config) for stage in self.stages}
         self.processor = build_processor(config, self.tokenizer)
@@ -50,11 +52,14 @@ class Run:
         open_target(recipe.hub, resumes=checkpoint is not None)
         self.accelerator = start_accelerator(recipe.log.report_to, recipe.output_dir)
         self.total_steps = self.stages[-1].last_step
-        self.tracker = Tracker(self.accelerator, recipe.log, self.run_dir, self.batch_size, self.total_steps)
+        self.bad_samples = BadSamples(self.run_dir, self.accelerator.is_main_process, recipe.data.max_bad_fraction)
+        self.tracker = Tracker(
+            self.accelerator, recipe.log, self.run_dir, self.batch_size, self.total_steps, self.bad_samples
+        )
         self.background_push = BackgroundPush(recipe, self.total_steps, self.accelerator.is_main_process)
         self.request = StopRequest(watches_file=self.accelerator.is_main_process)
         self.guard = StepGuard(self.accelerator, self.request)
-        self.step, self.stopped = 0, False
+        self.step, self.num_replaced, self.stopped = 0, 0, False
 
         self.engine = Engine(self.accelerator, recipe.optim)
         self.engine.build(config, self._configure, initial_weights(recipe.model.init_from, config, recipe.seed))
@@ -66,6 +71,7 @@ class Run:
             self.accelerator.init_trackers("tensorboard")
         self.request.listen()
         self.tracker.start(self.step, state.get("trained_seconds", 0.0))
+        self.bad_samples.start(self.step * self.batch_size, self.source.faults)
 
     def _dataset(self, stage: Stage, config: FlipConfig) -> PairDataset:
         shape, recipe = InputShape.of(config), self.recipe
@@ -107,8 +113,7 @@ class Run:
             yield stage
 
     def batches(self, stage: Stage) -> Iterator[dict[str, torch.Tensor]]:
-        """This process's batches of a stage from the current step until its end or a stop, on the device (but for
-        `num_replaced`)."""
+        """This process's batches of a stage from the current step until its end or a stop, on the device."""
         accelerator = self.accelerator
         loader = build_loader(
             self.datasets[stage],
@@ -119,16 +124,16 @@ class Run:
             pin_memory=accelerator.device.type == "cuda",
         )
         for batch in self.tracker.timed(loader):
-            num_replaced = batch.pop("num_replaced")
-            on_device = {name: value.to(accelerator.device, non_blocking=True) for name, value in batch.items()}
-            yield {**on_device, "num_replaced": num_replaced}
+            self.num_replaced = self.bad_samples.note(batch.pop("faults"))
+            yield {name: value.to(accelerator.device, non_blocking=True) for name, value in batch.items()}
             if self.stopped:
                 return
 
-    def after_step(self, stage: Stage, metrics: dict[str, Any], num_replaced: int, skipped: bool) -> None:
+    def after_step(self, stage: Stage, metrics: dict[str, Any], verdict: Verdict) -> None:
         """Collective. Counts the step and does what is due: track, evaluate, save."""
         self.step += 1
-        self.tracker.after_step(self.step, {**metrics, "stage": stage.name}, num_replaced, skipped)
+        self.bad_samples.count(verdict.num_replaced, self.batch_size)
+        self.tracker.after_step(self.step, {**metrics, "stage": stage.name}, skipped=not verdict.finite)
         seen, recipe = self.step * self.batch_size, self.recipe
         evaluates = is_due(seen, self.batch_size, recipe.eval.every_samples) and self.step < self.total_steps
         saves = self.stopped or is_due(seen, self.batch_size, recipe.save.every_samples)
@@ -153,6 +158,7 @@ class Run:
 
     def save(self) -> None:
         """Collective. A checkpoint of this step."""
+        self.bad_samples.flush()
         if self.accelerator.is_main_process:
             state = {
                 "step": self.step,
@@ -200,11 +206,10 @@ def pretrain(recipe: Recipe) -> Path:
     for stage in run.remaining_stages():
         for batch in run.batches(stage):
             learning_rate = stage.learning_rate(run.step)
-            num_replaced = int(batch.pop("num_replaced"))
             output = run.engine(**batch)
             loss = contrastive_loss(output.image_embeds, output.text_embeds, output.logit_scale)
             run.engine.backward(loss)
-            verdict = run.guard.agree(loss, run.engine.gradient_norm())
+            verdict = run.guard.agree(loss, run.engine.gradient_norm(), run.num_replaced)
             run.engine.step(learning_rate, verdict.finite)
             run.stopped = verdict.stop
             metrics = {
@@ -213,7 +218,7 @@ def pretrain(recipe: Recipe) -> Path:
                 "grad_norm": verdict.grad_norm,
                 "logit_scale": output.logit_scale.item(),
             }
-            run.after_step(stage, metrics, num_replaced, skipped=not verdict.finite)
+            run.after_step(stage, metrics, verdict)
     run.finish()
     return run.run_dir
 

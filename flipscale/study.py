@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from flipscale.data.loader import InputShape, PairDataset, load_tokenizer
-from flipscale.data.tar_source import TarSource
+from flipscale.data.sources import open_source
 from flipscale.evaluation.comparison import comparison_table, read_curve, read_records
 from flipscale.evaluation.figures import draw_accuracy, draw_loss, draw_patches
 from flipscale.evaluation.nearest_neighbour import run_baselines
@@ -217,7 +217,7 @@ def _line(arm: Arm, doing: str) -> str:
 def _datasets(recipe: Recipe) -> tuple[PairDataset, PairDataset]:
     """The training set as the first stage sees it, and the same samples whole."""
     config = recipe.model.config()
-    source, shape = TarSource(recipe.data.shards), InputShape.of(config)
+    source, shape = open_source(recipe.data), InputShape.of(config)
     tokenizer = load_tokenizer(recipe.data.tokenizer, shape.max_tokens)
     ratios = (recipe.stages[0].mask_ratio, 0.0)
     masked, whole = (

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -145,3 +146,13 @@ def pretrain(recipe_file: Path, processes: int = 1, *flags: str) -> subprocess.C
 def metrics(run_dir: Path) -> list[dict]:
     """The records of a run."""
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def cut(run_dir: Path, copy: Path, step: int) -> None:
+    """A copy of a finished run as it was right after the checkpoint of `step`, metrics of later steps still there."""
+    shutil.copytree(run_dir, copy)
+    shutil.rmtree(copy / "model")
+    (copy / "DONE").unlink()
+    for checkpoint in (copy / "checkpoints").iterdir():
+        if checkpoint.name > f"step-{step:08d}":
+            shutil.rmtree(checkpoint)

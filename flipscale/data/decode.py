@@ -17,7 +17,9 @@ import cv2
 import numpy as np
 import simplejpeg
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+
+from flipscale.data.faults import BadSample
 
 # Workers are the parallelism: OpenCV's own threads would only fight over their cores.
 cv2.setNumThreads(0)
@@ -41,12 +43,16 @@ class Box(NamedTuple):
     width: int
 
 
-class UndecodableImage(Exception):
+class UndecodableImage(BadSample):
     """The bytes are not an image that can be read."""
+
+    cause = "undecodable_image"
 
 
 class OversizedImage(UndecodableImage):
     """The image has more than `MAX_PIXELS` pixels; it was not decoded."""
+
+    cause = "image_too_large"
 
 
 def centre_box(height: int, width: int, image_size: int, padding: int = 0) -> Box:
@@ -209,6 +215,10 @@ def _open(encoded: bytes) -> Image.Image:
         image = Image.open(io.BytesIO(encoded))
     except Image.DecompressionBombError as error:
         raise OversizedImage(str(error)) from error
+    except UnidentifiedImageError as error:
+        raise UndecodableImage(
+            f"{len(encoded)} bytes starting {encoded[:8]!r} are no image Pillow knows"
+        ) from error
     except Exception as error:
         raise UndecodableImage(f"{len(encoded)} bytes starting {encoded[:8]!r}: {error}") from error
     _check_size(image.height, image.width)

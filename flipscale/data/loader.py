@@ -9,17 +9,15 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from flipscale.data.decode import DRAWS_PER_CROP, UndecodableImage, decode_box, visible_patches
+from flipscale.data.decode import DRAWS_PER_CROP, decode_box, visible_patches
+from flipscale.data.faults import BadSample, Fault, MissingCaption, UndecodableCaption, candidates
 from flipscale.data.masks import MaskRecipe, keyed_patches, mask_tokens
 from flipscale.data.order import GlobalOrder
 from flipscale.data.randomness import keyed_uniform
-from flipscale.data.tar_source import TarSource
+from flipscale.data.source import Source
 from flipscale.data.tokenizers import bert_tokenizer
 from flipscale.model import FlipConfig
 from flipscale.model.masking import check_image_mask, num_kept
-
-# How many neighbours are tried in place of a sample that cannot be used, before the shard is called bad.
-_MAX_REPLACEMENTS = 64
 
 
 @dataclass(frozen=True)
@@ -34,6 +32,8 @@ class DataRecipe:
         crop_scale: area of the random crop as a fraction of the image; 0.5 to 1 in the paper.
         shards_per_block: shards shuffled together; bounds memory and open files.
         num_workers: decoding processes for each training process. Does not change what is learned.
+        max_bad_fraction: the run stops when more of the last million samples, or of the shards, cannot be used.
+            Does not change what is learned.
     """
 
     shards: str = ""
@@ -42,6 +42,7 @@ class DataRecipe:
     crop_scale: tuple[float, float] = (0.5, 1.0)
     shards_per_block: int = 16
     num_workers: int = 8
+    max_bad_fraction: float = 0.05
 
 
 @dataclass(frozen=True)
@@ -94,8 +95,8 @@ class PairDataset(Dataset):
     """Training pairs by global position. `__getitems__` makes the batch of a list of positions:
 
     `patches` uint8 `(batch, kept, 3 * p * p)`, `patch_index` int16 `(batch, kept)` (absent when nothing is masked),
-    `input_ids` and `attention_mask` int64 `(batch, max_tokens)`, `num_replaced` int64 `()`: samples that could not be
-    used and were replaced by their next good neighbour in the shard, a rule that every rank and rerun takes alike.
+    `input_ids` and `attention_mask` int64 `(batch, max_tokens)`, `faults` a list of `Fault`: samples that could not be
+    used, each replaced by the first good one of its `candidates`.
 
     Several views of a masked image are `patches` `(batch, views, kept, 3 * p * p)` and `patch_index`
     `(batch, views, kept)`; where words are masked too, the captions have the tokens that are left and their
@@ -104,7 +105,7 @@ class PairDataset(Dataset):
 
     def __init__(
         self,
-        source: TarSource,
+        source: Source,
         tokenizer: PreTrainedTokenizerBase,
         recipe: DataRecipe,
         shape: InputShape,
@@ -131,47 +132,65 @@ class PairDataset(Dataset):
             check_image_mask(shape.side, shape.side, mask_ratio, self.mask.kind, self.mask.views)
         self.order = GlobalOrder(source.shard_sizes, seed, recipe.shards_per_block)
 
-    def __getitems__(self, positions: list[int]) -> dict[str, torch.Tensor]:
+    def __getitems__(self, positions: list[int]) -> dict[str, Any]:
         where = np.asarray(positions, dtype=np.int64)
         shards, numbers = self.order.locate(where)
         draws = keyed_uniform(self.seed, "crop", where, DRAWS_PER_CROP)
+        caption_draws = keyed_uniform(self.seed, "caption", where, 1)[:, 0].tolist()
         index, patch_size = None, self.shape.patch_size
         if self.mask_ratio > 0.0:
             index = keyed_patches(self.seed, where, self.shape.side, self.mask_ratio, self.mask)
             index = index if self.mask.views > 1 else index[:, 0]
         kept = (len(where), self.kept) if index is None else index.shape
         patches = np.empty((*kept, 3 * patch_size**2), np.uint8)
-        captions, num_replaced = [], 0
+        captions: list[str] = []
+        faults: list[Fault] = []
         for row, (shard, number) in enumerate(zip(shards.tolist(), numbers.tolist(), strict=True)):
-            image, caption, skipped = self._usable(shard, number, draws[row])
+            image, caption, bad = self._first_good(shard, number, draws[row], caption_draws[row])
             patches[row] = visible_patches(image, patch_size, None if index is None else index[row])
             captions.append(caption)
-            num_replaced += skipped
+            if bad is not None:
+                name, key = self.source.shard_name(shard), self.source.key(shard, number)
+                faults.append(Fault(positions[row], name, number, key, bad.cause, str(bad)))
         batch = tokenise(self.tokenizer, captions, self.shape.max_tokens)
         if self.text_mask_ratio > 0.0:
             batch = mask_tokens(batch, self.seed, where, self.text_mask_ratio, self.mask)
         batch["patches"] = torch.from_numpy(patches)
         if index is not None:
             batch["patch_index"] = torch.from_numpy(index)
-        batch["num_replaced"] = torch.tensor(num_replaced)
-        return batch
+        return {**batch, "faults": faults}
 
-    def _usable(self, shard: int, number: int, draws: np.ndarray) -> tuple[np.ndarray, str, int]:
-        size = self.source.shard_sizes[shard]
-        tried = min(_MAX_REPLACEMENTS, size)
-        for skipped in range(tried):
-            sample = self.source.read(shard, (number + skipped) % size)
+    def _first_good(
+        self, shard: int, number: int, draws: np.ndarray, caption_draw: float
+    ) -> tuple[np.ndarray, str, BadSample | None]:
+        """Image and caption of a sample or of what takes its place, and why it does if so."""
+        why: BadSample | None = None
+        for candidate in candidates(self.source.shard_sizes, shard, number):
             try:
-                caption = (sample.caption or b"").decode("utf-8").strip()
-                if caption:
-                    image = decode_box(sample.image, draws, self.shape.image_size, self.recipe.crop_scale)
-                    return image, caption, skipped
-            except (UndecodableImage, UnicodeDecodeError):
-                continue
+                sample = self.source.read(*candidate)
+                caption = choose_caption(sample.captions, caption_draw)
+                return decode_box(sample.image, draws, self.shape.image_size, self.recipe.crop_scale), caption, why
+            except BadSample as error:
+                why = why or error
         raise ValueError(
-            f"shard {self.source.paths[shard]}: {tried} samples in a row from number {number} have no readable "
-            "image and caption; fetch the shard again or remove it"
+            f"shard {self.source.shard_name(shard)}: neither sample {number} nor any that could take its place has a "
+            f"readable image and caption ({why}); fetch the shards again or remove them"
         )
+
+
+def choose_caption(captions: tuple[bytes, ...], draw: float) -> str:
+    """The one of a sample's captions, blank ones left out, that a uniform number in [0, 1) chooses.
+
+    Raises:
+        BadSample: there is none, or it is not UTF-8.
+    """
+    try:
+        texts = [text for text in (caption.decode("utf-8").strip() for caption in captions) if text]
+    except UnicodeDecodeError as error:
+        raise UndecodableCaption(str(error)) from error
+    if not texts:
+        raise MissingCaption("it is blank" if captions else "there is none")
+    return texts[int(draw * len(texts))]
 
 
 class StepSampler(Sampler[list[int]]):

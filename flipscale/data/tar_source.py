@@ -1,29 +1,19 @@
-"""Random access to webdataset tar shards, as img2dataset writes them: KEY.jpg|png|webp + KEY.txt (+ KEY.cls)."""
+"""Random access to webdataset tar shards, as img2dataset writes them: KEY.jpg|png|webp + KEY.txt | json (+ KEY.cls)."""
 
 import glob
+import json
 import os
 import re
-import tarfile
 from collections import OrderedDict
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
-# One row a sample: offset and size in bytes of the image, the caption and the class number; offset -1 where absent.
-FIELDS = ("image", "txt", "cls")
+from flipscale.data.faults import Fault, TruncatedSample, UndecodableCaption
+from flipscale.data.shard_index import BLOCK, JSON_CAPTION, load_index, load_summaries, load_summary
+from flipscale.data.source import Sample
+
 _MAX_OPEN_SHARDS = 64
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One undecoded sample. `caption` and `label` are None where the shard has none."""
-
-    name: str
-    image: bytes
-    caption: bytes | None
-    label: int | None
 
 
 def expand_shards(shards: str) -> list[Path]:
@@ -32,6 +22,8 @@ def expand_shards(shards: str) -> list[Path]:
     Raises:
         ValueError: nothing is there.
     """
+    if not shards:
+        raise ValueError("data.shards is empty; name a folder of *.tar, a glob, or a range like {00000..00041}.tar")
     numbered = re.fullmatch(r"(.*)\{(\d+)\.\.(\d+)\}(.*)", shards)
     if numbered:
         head, first, last, tail = numbered.groups()
@@ -50,82 +42,60 @@ def expand_shards(shards: str) -> list[Path]:
     return paths
 
 
-def _build_index(shard: Path) -> np.ndarray:
-    """int64 `(samples, fields, 2)`: offset and size of each field of each sample that has an image."""
-    samples: OrderedDict[str, dict[str, tuple[int, int]]] = OrderedDict()
-    try:
-        with tarfile.open(shard, "r:") as tar:
-            for member in tar:
-                folder, name = os.path.split(member.name)
-                stem, _, extension = name.partition(".")
-                field = "image" if extension.lower() in IMAGE_EXTENSIONS else extension.lower()
-                if member.isfile() and field in FIELDS:
-                    key = f"{folder}/{stem}"
-                    samples.setdefault(key, {})[field] = (member.offset_data, member.size)
-    except (tarfile.TarError, OSError, EOFError) as error:
-        raise ValueError(f"shard {shard} cannot be read ({error}); fetch it again or remove it") from error
-    rows = [[fields.get(field, (-1, 0)) for field in FIELDS] for fields in samples.values() if "image" in fields]
-    return np.array(rows, dtype=np.int64).reshape(len(rows), len(FIELDS), 2)
-
-
-def index_path(shard: Path) -> Path:
-    """Where the index of `shard` lies: beside it."""
-    return shard.with_name(shard.name + ".index.npy")
-
-
-def load_index(shard: Path) -> np.ndarray:
-    """The index of `shard`, memory-mapped, built and written beside it first where it is missing or older.
-
-    Raises:
-        ValueError: the shard cannot be read.
-    """
-    path = index_path(shard)
-    try:
-        if path.stat().st_mtime_ns >= shard.stat().st_mtime_ns:
-            return np.load(path, mmap_mode="r")
-    except (OSError, ValueError):
-        pass
-    index = _build_index(shard)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(partial, "wb") as file:
-            np.save(file, index)
-        os.replace(partial, path)
-    except OSError:
-        # A read-only data folder: the index lives in memory instead.
-        partial.unlink(missing_ok=True)
-    return index
-
-
 class TarSource:
     """Samples of tar shards by (shard, number), through indices of offsets: no stream, no state.
 
+    A truncated shard has the samples that can be read, an unreadable one none; `faults` names both.
+
     Raises:
-        ValueError: a shard that is missing or unreadable.
+        ValueError: a shard that is missing.
     """
 
     def __init__(self, shards: str):
         self.paths = expand_shards(shards)
-        # Lengths alone stay in memory: the indices of two billion samples are 100 GB.
-        self.shard_sizes = [len(load_index(path)) for path in self.paths]
+        # Lengths alone stay in memory: the indices of two billion samples are 48 GB.
+        summaries = load_summaries(self.paths, load_summary)
+        self.shard_sizes = [summary.num_samples for summary in summaries]
+        self.faults = [
+            Fault(None, str(path), None, None, "truncated_shard" if size else "unreadable_shard", damage)
+            for path, (size, damage) in zip(self.paths, summaries, strict=True)
+            if damage
+        ]
         self._open: OrderedDict[int, tuple[int, np.ndarray]] = OrderedDict()
 
     def __len__(self) -> int:
         return sum(self.shard_sizes)
 
+    def shard_name(self, shard: int) -> str:
+        """What messages call shard `shard`: its path."""
+        return str(self.paths[shard])
+
     def read(self, shard: int, number: int) -> Sample:
-        """Sample `number` of shard `shard`, its bytes as stored."""
+        """Sample `number` of shard `shard`, its bytes as stored.
+
+        Raises:
+            BadSample: the shard was cut since it was indexed, or the caption is damaged.
+            OSError: the shard cannot be read.
+        """
         file, index = self._shard(shard)
         image, caption, label = (
-            None if offset < 0 else os.pread(file, size, offset) for offset, size in index[number].tolist()
+            None if block == 0 else _read(file, block * BLOCK, size & ~JSON_CAPTION)
+            for block, size in index[number].tolist()
         )
         assert image is not None
+        is_json = bool(index[number, 1, 1] & JSON_CAPTION)
         return Sample(
             name=f"{self.paths[shard].name}#{number}",
             image=image,
-            caption=caption,
-            label=None if label is None else int(label),
+            captions=_captions(caption) if is_json and caption else (caption,) if caption else (),
+            label=int(label) if label is not None and label.strip().isdigit() else None,
         )
+
+    def key(self, shard: int, number: int) -> str:
+        """The name of sample `number` of shard `shard`, from the tar's header before its image."""
+        file, index = self._shard(shard)
+        header = os.pread(file, 100, (int(index[number, 0, 0]) - 1) * BLOCK)
+        return header.split(b"\0", 1)[0].decode("utf-8", "replace").partition(".")[0]
 
     def _shard(self, shard: int) -> tuple[int, np.ndarray]:
         """File descriptor and index of a shard, the last few kept open."""
@@ -139,3 +109,20 @@ class TarSource:
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_open": OrderedDict()}
+
+
+def _read(file: int, offset: int, size: int) -> bytes:
+    content = os.pread(file, size, offset)
+    if len(content) < size:
+        raise TruncatedSample(f"{len(content)} of {size} bytes at {offset}")
+    return content
+
+
+def _captions(encoded: bytes) -> tuple[bytes, ...]:
+    """The captions of a sample's JSON object: its list `captions`, else its `caption`."""
+    try:
+        fields = json.loads(encoded)
+        captions = fields.get("captions") or [fields.get("caption") or ""]
+        return tuple(str(caption).encode() for caption in captions)
+    except (ValueError, AttributeError, TypeError) as error:
+        raise UndecodableCaption(f"KEY.json: {error}") from error

@@ -13,12 +13,14 @@ MAX_SKIPPED_IN_A_ROW = 5
 
 @dataclass(frozen=True)
 class Verdict:
-    """The global batch's loss, the gradient norm, whether the step is to be taken, and whether it is the last."""
+    """The global batch's loss, the gradient norm, whether the step is to be taken, whether it is the last, and how many
+    of the batch's samples were bad and replaced."""
 
     loss: float
     grad_norm: float
     finite: bool
     stop: bool
+    num_replaced: int
 
 
 class StepGuard:
@@ -29,15 +31,15 @@ class StepGuard:
         self.request = request
         self._in_a_row = 0
 
-    def agree(self, loss: torch.Tensor, grad_norm: torch.Tensor) -> Verdict:
+    def agree(self, loss: torch.Tensor, grad_norm: torch.Tensor, num_replaced: int) -> Verdict:
         """Collective. The same verdict on every process.
 
         Raises:
             FloatingPointError: the loss or the gradients were not finite in `MAX_SKIPPED_IN_A_ROW` steps in a row.
         """
-        asked = torch.tensor(float(self.request.reason is not None), device=loss.device)
-        mine = torch.stack([loss.detach().float(), grad_norm.detach().float(), asked])
-        loss_sum, norm_sum, asked_sum = self.accelerator.reduce(mine, "sum").tolist()
+        counts = torch.tensor([float(self.request.reason is not None), float(num_replaced)], device=loss.device)
+        mine = torch.cat([torch.stack([loss.detach().float(), grad_norm.detach().float()]), counts])
+        loss_sum, norm_sum, asked_sum, replaced = self.accelerator.reduce(mine, "sum").tolist()
         count = self.accelerator.num_processes
         finite = math.isfinite(loss_sum) and math.isfinite(norm_sum)
         self._in_a_row = 0 if finite else self._in_a_row + 1
@@ -46,4 +48,4 @@ class StepGuard:
                 f"loss {loss_sum / count} or gradient norm {norm_sum / count} was not finite in {self._in_a_row} "
                 "steps in a row, none of them taken; lower the learning rate and go on from the last checkpoint"
             )
-        return Verdict(loss_sum / count, norm_sum / count, finite, asked_sum > 0)
+        return Verdict(loss_sum / count, norm_sum / count, finite, asked_sum > 0, int(replaced))

@@ -19,7 +19,12 @@ from flipscale.training.tracking import LogRecipe
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 # Fields of the sections that decide what is learned which do not: they may differ on resume.
-_WHERE_IT_RUNS = {("model", "gradient_checkpointing"), ("data", "num_workers"), ("data", "shards")}
+_WHERE_IT_RUNS = {
+    ("model", "gradient_checkpointing"),
+    ("data", "num_workers"),
+    ("data", "shards"),
+    ("data", "max_bad_fraction"),
+}
 
 
 @dataclass(frozen=True)

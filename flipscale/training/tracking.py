@@ -12,6 +12,8 @@ from typing import Any
 from accelerate import Accelerator
 from tqdm import tqdm
 
+from flipscale.training.bad_samples import BadSamples
+
 
 @dataclass(frozen=True)
 class LogRecipe:
@@ -35,11 +37,21 @@ class Tracker:
     """Collects the steps of an interval and writes one record for it, on the main process.
 
     A record has the step's loss, lr, grad_norm, logit_scale, and the interval's images_per_s, data_wait_share,
-    num_replaced (bad samples) and num_skipped (steps with a non-finite loss or gradient).
+    num_replaced (bad samples, of all processes; `replaced/CAUSE` for each cause) and num_skipped (steps with a
+    non-finite loss or gradient).
     """
 
-    def __init__(self, accelerator: Accelerator, recipe: LogRecipe, run_dir: Path, step_samples: int, total_steps: int):
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        recipe: LogRecipe,
+        run_dir: Path,
+        step_samples: int,
+        total_steps: int,
+        bad_samples: BadSamples,
+    ):
         self.accelerator = accelerator
+        self.bad_samples = bad_samples
         self.every_samples = recipe.every_samples
         self.step_samples = step_samples
         self.path = run_dir / "metrics.jsonl"
@@ -81,10 +93,9 @@ class Tracker:
                 return
             yield batch
 
-    def after_step(self, step: int, metrics: dict[str, Any], num_replaced: int, skipped: bool) -> None:
-        """Counts a step, now `step` in all, and writes the interval's record when it is due."""
+    def after_step(self, step: int, metrics: dict[str, Any], skipped: bool) -> None:
+        """Collective. Counts a step, now `step` in all, and writes the interval's record when it is due."""
         self._steps += 1
-        self._replaced += num_replaced
         self._skipped += skipped
         if self._bar is not None:
             self._bar.update(self.step_samples)
@@ -92,13 +103,15 @@ class Tracker:
         if not (is_due(samples_seen, self.step_samples, self.every_samples) or step == self._total_steps):
             return
         seconds = self.trained_seconds - self._interval_start
+        replaced = self.bad_samples.take_counts()
         self.write(
             step,
             {
                 **metrics,
                 "images_per_s": self._steps * self.step_samples / seconds,
                 "data_wait_share": self._wait_seconds / seconds,
-                "num_replaced": self._replaced,
+                "num_replaced": replaced.total(),
+                **{f"replaced/{cause}": count for cause, count in sorted(replaced.items())},
                 "num_skipped": self._skipped,
             },
         )
@@ -144,4 +157,4 @@ class Tracker:
     def _reset(self) -> None:
         self._interval_start = self.trained_seconds
         self._wait_seconds = 0.0
-        self._steps = self._replaced = self._skipped = 0
+        self._steps = self._skipped = 0

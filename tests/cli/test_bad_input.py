@@ -51,8 +51,8 @@ def test_a_gap_in_a_shard_range(refused_recipe: Callable[..., str], shards: Path
 def test_an_unreadable_shard(refused_recipe: Callable[..., str], tmp_path: Path) -> None:
     (tmp_path / "bad.tar").write_bytes(b"this is no tar file" * 100)
     line = refused_recipe(data={"shards": str(tmp_path / "bad.tar")})
-    assert f"shard {tmp_path}/bad.tar cannot be read" in line
-    assert "fetch it again or remove it" in line
+    assert "1 of 1 shards cannot be read, more than data.max_bad_fraction 0.05" in line
+    assert f"({tmp_path}/bad.tar: it is not a tar file); fetch them again or remove them" in line
 
 
 def test_an_empty_data_set(refused_recipe: Callable[..., str], tmp_path: Path) -> None:
@@ -66,8 +66,17 @@ def test_a_shard_without_a_usable_sample(refused_recipe: Callable[..., str], tmp
             add_member(tar, f"{number}.jpg", b"\xff\xd8 not a picture")
             add_member(tar, f"{number}.txt", b"a caption")
     line = refused_recipe(data={"shards": str(tmp_path / "bad.tar")})
-    assert "3 samples in a row from number" in line
-    assert "no readable image and caption" in line
+    assert f"shard {tmp_path}/bad.tar: neither sample" in line
+    assert "nor any that could take its place has a readable image and caption" in line
+
+
+def test_a_fraction_that_is_none(refused_recipe: Callable[..., str]) -> None:
+    line = refused_recipe(data={"max_bad_fraction": 5})
+    assert "data.max_bad_fraction is 5.0; it must be in [0, 1]" in line
+
+
+def test_no_shards_named(refused_recipe: Callable[..., str]) -> None:
+    assert "data.shards is empty; name a folder of *.tar" in refused_recipe(data={"shards": ""})
 
 
 def test_a_key_that_does_not_exist(refused_recipe: Callable[..., str]) -> None:

@@ -94,7 +94,7 @@ def test_views_are_seen_whole_once_where_nothing_is_masked(shards: Path, tokeniz
 
 def test_views_are_embedded_apart_and_the_text_once(shards: Path, tokenizer_dir: Path) -> None:
     batch = dataset(shards, tokenizer_dir, 0.75, views=3).__getitems__(list(range(6)))
-    del batch["num_replaced"]
+    del batch["faults"]
     model, passes = build_model(), []
     model.text_model.encoder.register_forward_hook(lambda _, inputs, __: passes.append(inputs[0].shape))
     output = model(**batch, return_logits=False)

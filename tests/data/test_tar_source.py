@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 from conftest import add_member, write_shards
 
-from flipscale.data.tar_source import TarSource, expand_shards, index_path
+from flipscale.data.faults import BadSample
+from flipscale.data.shard_index import index_path
+from flipscale.data.tar_source import TarSource, expand_shards
 
 
 def test_reads_what_the_tar_holds(shards: Path) -> None:
@@ -57,12 +59,85 @@ def test_a_damaged_index_is_rebuilt(tmp_path: Path) -> None:
     assert len(TarSource(str(tmp_path))) == 3
 
 
-def test_a_truncated_shard_is_named(tmp_path: Path) -> None:
+def test_a_truncated_shard_keeps_what_can_be_read(tmp_path: Path) -> None:
+    """Cut anywhere: the samples before it are there and whole, by the index that is built and by the one loaded."""
     write_shards(tmp_path, [6])
     shard = tmp_path / "00000.tar"
-    os.truncate(shard, shard.stat().st_size // 2 - 200)
-    with pytest.raises(ValueError, match=r"00000.tar cannot be read .*; fetch it again or remove it"):
-        TarSource(str(tmp_path))
+    whole = [TarSource(str(tmp_path)).read(0, number) for number in range(6)]
+    for size in range(shard.stat().st_size - 10240, 0, -2500):
+        os.truncate(shard, size)
+        index_path(shard).unlink()
+        for _ in ("built", "loaded"):
+            source = TarSource(str(tmp_path))
+            assert [fault.cause for fault in source.faults] == [
+                "truncated_shard" if len(source) else "unreadable_shard"
+            ]
+            assert source.faults[0].detail.startswith(f"it ends at byte {size}")
+            read = [source.read(0, number) for number in range(len(source))]
+            assert [sample.image for sample in read] == [sample.image for sample in whole[: len(read)]]
+    assert len(source) == 0
+
+
+@pytest.mark.parametrize(
+    ("content", "detail"), [(b"", "it is empty"), (b"<html>404</html>" * 99, "it is not a tar file")]
+)
+def test_an_unreadable_shard_has_no_samples(tmp_path: Path, content: bytes, detail: str) -> None:
+    write_shards(tmp_path, [3])
+    (tmp_path / "00001.tar").write_bytes(content)
+    for _ in ("built", "loaded"):
+        source = TarSource(str(tmp_path))
+        assert source.shard_sizes == [3, 0]
+        assert [(f.shard, f.cause, f.detail) for f in source.faults] == [
+            (f"{tmp_path}/00001.tar", "unreadable_shard", detail)
+        ]
+
+
+def test_a_header_that_is_overwritten_ends_the_shard_there(tmp_path: Path) -> None:
+    write_shards(tmp_path, [6])
+    with open(tmp_path / "00000.tar", "r+b") as file, tarfile.open(tmp_path / "00000.tar") as tar:
+        file.seek(tar.getmembers()[9].offset)
+        file.write(b"\1" * 512)
+    source = TarSource(str(tmp_path))
+    assert source.shard_sizes == [3]
+    assert "there is no tar header at byte" in source.faults[0].detail
+
+
+@pytest.mark.parametrize("kind", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_every_dialect_of_tar(tmp_path: Path, kind: int) -> None:
+    names = ["a.jpg", "folder/b.jpg", "x" * 80 + "/" + "y" * 90 + ".jpg", "\u00e9.jpg"]
+    names += [] if kind == tarfile.USTAR_FORMAT else ["z" * 300 + ".jpg"]
+    with tarfile.open(tmp_path / "a.tar", "w", format=kind) as tar:
+        tar.addfile(tarfile.TarInfo("folder"))
+        for name in names:
+            add_member(tar, name, name.encode())
+    source = TarSource(str(tmp_path))
+    assert [source.read(0, number).image.decode() for number in range(len(source))] == names
+    assert source.faults == []
+
+
+def test_several_captions(tmp_path: Path) -> None:
+    """A list in the JSON object wins over the text, its single `caption` only stands in for it."""
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for number, (text, fields) in enumerate(
+            [
+                (b"text", b'{"captions": ["one", "two"], "caption": "x"}'),
+                (b"text", b'{"caption": "other"}'),
+                (None, b'{"caption": "alone"}'),
+                (None, b'{"captions": "no list", "url": 1'),
+            ]
+        ):
+            add_member(tar, f"{number}.json", fields)
+            add_member(tar, f"{number}.jpg", b"picture")
+            if text:
+                add_member(tar, f"{number}.txt", text)
+    source = TarSource(str(tmp_path))
+    assert [source.read(0, number).captions for number in range(3)] == [(b"one", b"two"), (b"text",), (b"alone",)]
+    with pytest.raises(BadSample, match=r"KEY.json"):
+        source.read(0, 3)
+
+
+def test_samples_are_called_by_their_key(shards: Path) -> None:
+    assert TarSource(str(shards)).key(1, 3) == "000033"
 
 
 def test_shard_names(shards: Path) -> None:

@@ -1,15 +1,23 @@
 """A loss that is not finite, a corrupt sample, a full disk: the run goes on, or stops with one clear sentence."""
 
 import json
+import os
+import re
 import shutil
+import struct
 import subprocess
 import sys
 import tarfile
+import zlib
+from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
-from conftest import add_member, metrics, pretrain, write_shards
+from conftest import add_member, cut, metrics, pretrain, write_shards
 
+from flipscale.data.order import GlobalOrder
+from flipscale.data.tar_source import TarSource
 from flipscale.training.health import MAX_SKIPPED_IN_A_ROW
 
 
@@ -24,24 +32,94 @@ def test_steps_that_are_not_finite_are_skipped_then_the_run_stops(write_recipe, 
     assert records[-1]["loss"] is None
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_corrupt_samples_are_replaced_alike_everywhere(write_recipe, tmp_path: Path, processes: int) -> None:
-    write_shards(tmp_path / "shards", [40])
-    with tarfile.open(tmp_path / "shards/00001.tar", "w") as tar:
-        for number, (image, caption) in enumerate([(b"\xff\xd8 cut", b"a red disc"), (None, b""), (None, b"\xff\xfe")]):
-            with tarfile.open(tmp_path / "shards/00000.tar") as good:
-                picture = image or good.extractfile("000001.png").read()
-            add_member(tar, f"{number}.png", picture)
-            add_member(tar, f"{number}.txt", caption)
-        with tarfile.open(tmp_path / "shards/00000.tar") as good:
-            add_member(tar, "9.png", good.extractfile("000001.png").read())
-        add_member(tar, "9.txt", b"a blue bar")
-    run_dir = tmp_path / f"run{processes}"
-    done = pretrain(write_recipe(run_dir, data={"shards": str(tmp_path / "shards")}), processes)
+def png_bomb() -> bytes:
+    """A PNG of a few bytes that says it is 30000 x 30000."""
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", 30000, 30000, 8, 2, 0, 0, 0)), (b"IDAT", zlib.compress(bytes(99)))]
+    parts = [struct.pack(">I", len(c)) + name + c + struct.pack(">I", zlib.crc32(name + c)) for name, c in chunks]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+# By key: what it is counted as, its image and its caption.
+BAD: dict[str, tuple[str, str | bytes, bytes | None]] = {
+    "garbage": ("undecodable_image", b"\xff\xd8 no picture", b"a red disc"),
+    "cut": ("undecodable_image", "cut", b"a red disc"),
+    "bomb": ("image_too_large", png_bomb(), b"a red disc"),
+    "blank": ("missing_caption", "good", b" "),
+    "uncaptioned": ("missing_caption", "good", None),
+    "latin": ("undecodable_caption", "good", b"\xff\xfe"),
+}
+
+
+def write_bad_shards(folder: Path) -> None:
+    """40 good pairs; every kind of bad sample, and one good; a shard cut behind 9 pairs; an empty file."""
+    write_shards(folder, [40])
+    with tarfile.open(folder / "00000.tar") as tar:
+        good = tar.extractfile("000000.jpg").read()
+    images = {"good": good, "cut": good[:-200]}
+    with tarfile.open(folder / "00001.tar", "w") as tar:
+        for key, (_, image, caption) in BAD.items():
+            add_member(tar, f"{key}.jpg", images.get(image, image))
+            if caption is not None:
+                add_member(tar, f"{key}.txt", caption)
+        add_member(tar, "good.jpg", good)
+        add_member(tar, "good.txt", b"a blue bar")
+    shutil.copy(folder / "00000.tar", folder / "00002.tar")
+    with tarfile.open(folder / "00002.tar") as tar:
+        os.truncate(folder / "00002.tar", tar.getmember("000009.png").offset + 700)
+    (folder / "00003.tar").touch()
+
+
+def test_bad_data_is_replaced_counted_and_named_alike_everywhere(write_recipe, tmp_path: Path) -> None:
+    """One process, the same cut and resumed, and two processes: the same counts and names, the same training."""
+    write_bad_shards(tmp_path / "shards")
+    changes = {
+        "data": {"shards": str(tmp_path / "shards"), "max_bad_fraction": 0.25},
+        "save": {"every_samples": 160, "total_limit": 9},
+    }
+    runs = [tmp_path / name for name in ("one", "resumed", "two")]
+    assert pretrain(write_recipe(runs[0], **changes)).returncode == 0
+    cut(runs[0], runs[1], 20)
+    assert pretrain(write_recipe(runs[1], **changes)).returncode == 0
+    done = pretrain(write_recipe(runs[2], **changes), 2)
     assert done.returncode == 0, done.stderr
-    assert len([r for r in metrics(run_dir) if "loss" in r]) == 40
-    # 640 samples are 14 epochs and 24 of the 44 samples: three bad ones in every epoch, replaced 3, 2 and 1 samples on.
-    assert sum(r.get("num_replaced", 0) for r in metrics(run_dir)) >= (14 * 3 if processes == 1 else 14)
+    assert f"unreadable_shard: {tmp_path}/shards/00003.tar: it is empty" in done.stdout
+
+    order = GlobalOrder(TarSource(str(tmp_path / "shards")).shard_sizes, seed=0, shards_per_block=2)
+    assert order.shard_sizes.tolist() == [40, 7, 9, 0]
+    shards, numbers = order.locate(np.arange(640))
+    causes = [cause for cause, _, _ in BAD.values()]
+    expected = Counter(causes[number] for number in numbers[shards == 1] if number < len(causes))
+    for run_dir in runs:
+        records = [record for record in metrics(run_dir) if "loss" in record]
+        assert sum(record["num_replaced"] for record in records) == expected.total() >= 640 // 56 * 6
+        for cause, count in expected.items():
+            assert sum(record.get(f"replaced/{cause}", 0) for record in records) == count
+        losses = [record["loss"] for record in records]
+        assert losses == pytest.approx([r["loss"] for r in metrics(runs[0]) if "loss" in r], abs=1e-4)
+        named = [json.loads(line) for line in (run_dir / "bad_samples.jsonl").read_text().splitlines()]
+        assert [(Path(n["shard"]).name, n["cause"]) for n in named[:2]] == [
+            ("00002.tar", "truncated_shard"),
+            ("00003.tar", "unreadable_shard"),
+        ]
+        assert {n["key"]: n["cause"] for n in named[2:]} == {key: cause for key, (cause, _, _) in BAD.items()}
+        assert len(named) == 8
+    files = [(run_dir / "bad_samples.jsonl").read_text() for run_dir in runs]
+    assert files[0] == files[1] == files[2]
+
+
+def test_too_many_bad_samples_stop_the_run(write_recipe, tmp_path: Path) -> None:
+    write_bad_shards(tmp_path / "shards")
+    run_dir = tmp_path / "run"
+    shards = str(tmp_path / "shards/00001.tar")
+    done = pretrain(write_recipe(run_dir, data={"shards": shards}, log={"every_samples": 10**6, "report_to": []}))
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert re.search(
+        r"error: 5\d of the last 64 samples could not be used, more than data.max_bad_fraction 0.05 ", last
+    )
+    assert "missing_caption" in last
+    assert f"{run_dir}/bad_samples.jsonl names them; mend the data or raise the fraction" in last
+    assert len((run_dir / "bad_samples.jsonl").read_text().splitlines()) == 6
 
 
 def test_a_full_disk_leaves_the_last_checkpoint_whole(write_recipe, tmp_path: Path) -> None:

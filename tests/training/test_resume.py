@@ -1,7 +1,6 @@
 """A run that was cut and goes on ends with the numbers of one that was not."""
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -11,20 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import metrics, pretrain
+from conftest import cut, metrics, pretrain
 from safetensors.torch import load_file
 
 LEARNED = ("loss", "lr", "grad_norm", "logit_scale")
-
-
-def cut(run_dir: Path, copy: Path, step: int) -> None:
-    """A copy of a finished run as it was right after the checkpoint of `step`, metrics of later steps still there."""
-    shutil.copytree(run_dir, copy)
-    shutil.rmtree(copy / "model")
-    (copy / "DONE").unlink()
-    for checkpoint in (copy / "checkpoints").iterdir():
-        if checkpoint.name > f"step-{step:08d}":
-            shutil.rmtree(checkpoint)
 
 
 def assert_same_end(run_dir: Path, other: Path) -> None:

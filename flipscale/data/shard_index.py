@@ -1,0 +1,212 @@
+"""The index of a tar shard: where each sample's bytes lie, in 24 bytes a sample, in a file beside the shard.
+
+`SHARD.tar.index.npy` is a uint32 array `(samples, 3, 2)`: of the image, the caption and the class number, the offset in
+tar blocks of 512 bytes (0 where there is none) and the size in bytes. The high bit of a caption's size says that it is
+a JSON object. What is wrong with the shard, if anything, is said in text behind the array.
+"""
+
+import os
+import random
+import re
+import socket
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import BinaryIO, NamedTuple, TypeVar
+
+import numpy as np
+from tqdm import tqdm
+
+BLOCK = 512
+JSON_CAPTION = 1 << 31
+_FIELDS = {"jpg": "image", "jpeg": "image", "png": "image", "webp": "image", "txt": "txt", "json": "json", "cls": "cls"}
+_ROW = (3, 2)
+_MAX_MEMBER_BYTES = JSON_CAPTION - 1
+# Loading an index is waiting for a file system, so more threads than cores pay.
+_THREADS = 16
+
+Shard = TypeVar("Shard")
+
+
+class ShardSummary(NamedTuple):
+    """How many samples of a shard can be read, and what is wrong with it (nothing: empty)."""
+
+    num_samples: int
+    damage: str
+
+
+class _Damaged(Exception):
+    """The tar stops making sense here."""
+
+
+def index_path(shard: Path) -> Path:
+    """Where the index of `shard` lies: beside it."""
+    return shard.with_name(shard.name + ".index.npy")
+
+
+def load_index(shard: Path) -> np.ndarray:
+    """The index of `shard`, memory-mapped; built and written beside it first where it is missing or older.
+
+    Raises:
+        OSError: the shard cannot be opened.
+    """
+    if _stored_summary(shard) is not None:
+        return np.load(index_path(shard), mmap_mode="r")
+    return build_index(shard, index_path(shard))[0]
+
+
+def load_summary(shard: Path) -> ShardSummary:
+    """What the index of `shard` says, from its first bytes alone; built as `load_index` does.
+
+    Raises:
+        OSError: the shard cannot be opened.
+    """
+    stored = _stored_summary(shard)
+    if stored is not None:
+        return stored
+    index, damage = build_index(shard, index_path(shard))
+    return ShardSummary(len(index), damage)
+
+
+def load_summaries(shards: Sequence[Shard], load: Callable[[Shard], ShardSummary]) -> list[ShardSummary]:
+    """What the index of each shard says, indices built where they are missing, with a progress bar if it takes long.
+
+    Processes that start together share the work without knowing each other: each goes through the shards in an order of
+    its own and looks again before it builds, so at worst one shard is scanned twice.
+    """
+    order = list(range(len(shards)))
+    random.Random(os.urandom(8)).shuffle(order)
+    found: dict[int, ShardSummary] = {}
+    with ThreadPoolExecutor(_THREADS) as pool:
+        loading = pool.map(lambda number: load(shards[number]), order)
+        bar = tqdm(loading, "shard indices", len(order), unit="shard", delay=2, leave=False)
+        for number, summary in zip(order, bar, strict=True):
+            found[number] = summary
+    return [found[number] for number in range(len(shards))]
+
+
+def read_summary(file: BinaryIO) -> ShardSummary:
+    """What the index in `file` says.
+
+    Raises:
+        ValueError: it is not such an index.
+    """
+    if np.lib.format.read_magic(file) != (1, 0):
+        raise ValueError("not an index of this version")
+    shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+    end = file.tell() + int(np.prod(shape)) * dtype.itemsize
+    if dtype != np.uint32 or shape[1:] != _ROW or file.seek(0, os.SEEK_END) < end:
+        raise ValueError("not an index of this version")
+    file.seek(end)
+    return ShardSummary(shape[0], file.read().decode())
+
+
+def build_index(shard: Path, path: Path) -> tuple[np.ndarray, str]:
+    """The index of a shard and what is wrong with it, also written to `path`, whole or (in a read-only folder) not."""
+    index, damage = _scan(shard)
+    partial = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.{threading.get_ident()}")
+    try:
+        with open(partial, "wb") as file:
+            np.save(file, index)
+            file.write(damage.encode())
+        os.replace(partial, path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+    return index, damage
+
+
+def _stored_summary(shard: Path) -> ShardSummary | None:
+    """What the index beside `shard` says; None where it is missing, damaged or older than the shard."""
+    try:
+        with open(index_path(shard), "rb") as file:
+            if os.fstat(file.fileno()).st_mtime_ns >= shard.stat().st_mtime_ns:
+                return read_summary(file)
+    except (OSError, ValueError):
+        pass
+    return None
+
+
+def _scan(shard: Path) -> tuple[np.ndarray, str]:
+    """The index of a shard, samples without an image left out, and what is wrong with it."""
+    samples: dict[str, dict[str, tuple[int, int]]] = {}
+    damage = ""
+    file = os.open(shard, os.O_RDONLY)
+    try:
+        try:
+            for name, offset, size in _members(file, os.fstat(file).st_size):
+                folder, base = os.path.split(name)
+                stem, _, extension = base.partition(".")
+                field = _FIELDS.get(extension.lower())
+                if field and size <= _MAX_MEMBER_BYTES:
+                    samples.setdefault(f"{folder}/{stem}", {})[field] = (offset // BLOCK, size)
+        except _Damaged as error:
+            damage = str(error)
+        rows = [_row(file, fields) for fields in samples.values() if "image" in fields]
+    finally:
+        os.close(file)
+    return np.array(rows, dtype=np.uint32).reshape(len(rows), *_ROW), damage
+
+
+def _row(file: int, fields: dict[str, tuple[int, int]]) -> list[tuple[int, int]]:
+    """A sample's row. Its caption is the text, unless there is none or the JSON object beside it has several."""
+    caption = fields.get("txt", (0, 0))
+    if "json" in fields:
+        block, size = fields["json"]
+        if "txt" not in fields or b'"captions"' in os.pread(file, size, block * BLOCK):
+            caption = (block, size | JSON_CAPTION)
+    return [fields["image"], caption, fields.get("cls", (0, 0))]
+
+
+def _members(file: int, total: int) -> Iterator[tuple[str, int, int]]:
+    """Name, offset and size of each regular file of a tar, in a third of `tarfile`'s time and stricter than it, which
+    takes a damaged header for the end.
+
+    Raises:
+        _Damaged: the tar ends early, or a header is none; what came before can be read.
+    """
+    position, long_name, long_size = 0, "", -1
+    while True:
+        header = os.pread(file, BLOCK, position)
+        if len(header) < BLOCK:
+            raise _Damaged("it is empty" if total == 0 else f"it ends at byte {total} without an end mark")
+        if header == bytes(BLOCK):
+            return
+        size = _checked_size(header)
+        if size < 0:
+            raise _Damaged("it is not a tar file" if position == 0 else f"there is no tar header at byte {position}")
+        kind, offset = header[156:157], position + BLOCK
+        if kind in b"0\0" and long_size >= 0:
+            size = long_size
+        position = offset + -(-size // BLOCK) * BLOCK
+        if offset + size > total:
+            raise _Damaged(f"it ends at byte {total}, inside a file that goes on to {offset + size}")
+        if kind == b"L":  # GNU: the name of the file that follows
+            long_name = _text(os.pread(file, size, offset))
+        elif kind == b"x":  # pax: lines "LENGTH key=value" on the file that follows
+            records = dict(re.findall(rb"\d+ ([^=\n]+)=([^\n]*)\n", os.pread(file, size, offset)))
+            long_name, long_size = _text(records.get(b"path", b"")), int(records.get(b"size", b"-1"))
+        elif kind in b"0\0":
+            prefix = _text(header[345:500]) if header[257:263] == b"ustar\0" else ""
+            yield long_name or (f"{prefix}/" if prefix else "") + _text(header[:100]), offset, size
+            long_name, long_size = "", -1
+
+
+def _checked_size(header: bytes) -> int:
+    """The size of the member that a tar header announces, -1 if its checksum says that it is none."""
+    try:
+        checksum = _number(header[148:156])
+        return _number(header[124:136]) if checksum == sum(header) - sum(header[148:156]) + 8 * ord(" ") else -1
+    except ValueError:
+        return -1
+
+
+def _number(field: bytes) -> int:
+    """A number of a tar header: octal text, or (its first bit set) big-endian binary."""
+    if field[0] & 0x80:
+        return int.from_bytes(field[1:], "big")
+    return int(field.split(b"\0", 1)[0].strip() or b"0", 8)
+
+
+def _text(field: bytes) -> str:
+    return field.split(b"\0", 1)[0].decode("utf-8", "replace")
