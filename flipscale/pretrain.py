@@ -20,11 +20,11 @@ from flipscale.model import FlipConfig, FlipModel
 from flipscale.training.attention import best_attention
 from flipscale.training.bad_samples import BadSamples
 from flipscale.training.checkpoint import load_optimizers, load_state, load_weights, save_checkpoint
-from flipscale.training.contrastive import contrastive_loss
 from flipscale.training.engine import Engine
 from flipscale.training.health import StepGuard, Verdict
 from flipscale.training.initialization import Fill, fresh_weights, weights_of
 from flipscale.training.launch import leave, part, start_accelerator
+from flipscale.training.loss import pair_loss
 from flipscale.training.preemption import StopRequest
 from flipscale.training.recipe import Recipe, parse_recipe, to_yaml
 from flipscale.training.run_directory import is_done, mark_done, open_run_directory, write_run_files
@@ -207,7 +207,7 @@ def pretrain(recipe: Recipe) -> Path:
         for batch in run.batches(stage):
             learning_rate = stage.learning_rate(run.step)
             output = run.engine(**batch)
-            loss = contrastive_loss(output.image_embeds, output.text_embeds, output.logit_scale)
+            loss = pair_loss(output.image_embeds, output.text_embeds, output.logit_scale, recipe.loss)
             run.engine.backward(loss)
             verdict = run.guard.agree(loss, run.engine.gradient_norm(), run.num_replaced)
             run.engine.step(learning_rate, verdict.finite)

@@ -13,6 +13,7 @@ from flipscale.data.loader import DataRecipe
 from flipscale.data.masks import MaskRecipe
 from flipscale.model import FlipConfig
 from flipscale.training.checkpoint import SaveRecipe
+from flipscale.training.loss import LossRecipe
 from flipscale.training.optimizer import OptimRecipe
 from flipscale.training.schedule import StageRecipe
 from flipscale.training.tracking import LogRecipe
@@ -24,6 +25,7 @@ _WHERE_IT_RUNS = {
     ("data", "num_workers"),
     ("data", "shards"),
     ("data", "max_bad_fraction"),
+    ("loss", "exchange"),
 }
 
 
@@ -96,12 +98,13 @@ class HubRecipe:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A run. `model`, `data`, `mask`, `optim`, `stages` and `seed` decide what is learned; the rest does not.
+    """A run. `model`, `data`, `mask`, `loss`, `optim`, `stages` and `seed` decide what is learned; the rest does not.
 
     Args:
         model: what is trained.
         data: what is read, and how it becomes a batch.
         mask: how patches and words are chosen; how many are removed is up to the stages.
+        loss: what pulls pairs together and the rest of the batch apart.
         optim: how the weights move.
         seed: of the first weights, the order, the crops and the masks.
         log: what is reported, and how often.
@@ -116,6 +119,7 @@ class Recipe:
     model: ModelRecipe = field(default_factory=ModelRecipe)
     data: DataRecipe = field(default_factory=DataRecipe)
     mask: MaskRecipe = field(default_factory=MaskRecipe)
+    loss: LossRecipe = field(default_factory=LossRecipe)
     optim: OptimRecipe = field(default_factory=OptimRecipe)
     stages: list[StageRecipe] = field(default_factory=list)
     seed: int = 0
@@ -176,7 +180,7 @@ def differences(recipe: Recipe, saved: dict[str, Any]) -> list[str]:
     """Fields that decide what is learned and differ from a saved recipe, as `section.field: saved, now`."""
     now = yaml.safe_load(to_yaml(recipe))
     found = []
-    for section in ("model", "data", "mask", "optim"):
+    for section in ("model", "data", "mask", "loss", "optim"):
         for name in now[section].keys() | saved.get(section, {}).keys():
             before, after = saved.get(section, {}).get(name), now[section].get(name)
             if before != after and (section, name) not in _WHERE_IT_RUNS:

@@ -94,6 +94,11 @@ def test_a_value_of_the_wrong_type(refused_recipe: Callable[..., str]) -> None:
     assert "global_batch_size" in refused_recipe(data={"global_batch_size": "many"})
 
 
+def test_a_loss_without_the_other_processes_gradients(refused_recipe: Callable[..., str]) -> None:
+    line = refused_recipe(loss={"exchange": "local"})
+    assert "loss.exchange is 'local'; use 'gather' or 'ring'" in line
+
+
 def test_an_unknown_recipe(refused: Callable[[list[str]], str]) -> None:
     line = refused(["pretrain", "--config", "b17"])
     assert "recipe 'b17' is neither a file nor one of" in line

@@ -14,22 +14,66 @@ def written_out(image: torch.Tensor, text: torch.Tensor, scale: torch.Tensor) ->
     return ((logits.logsumexp(1) - pairs).mean() + (logits.logsumexp(0) - pairs).mean()) / 2
 
 
-@pytest.mark.parametrize("batch", [1, 7, 64])
-@pytest.mark.parametrize("scale", [1.0, 100.0])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_value_and_gradients(batch: int, scale: float, dtype: torch.dtype) -> None:
-    torch.manual_seed(0)
-    inputs = [normalize(torch.randn(batch, 32), dim=1).to(dtype) for _ in range(2)] + [torch.tensor([scale])]
+def embeds_of(batch: int, dim: int, noise: float | None, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+    """Images and texts of unit length; `noise` relative to the images makes the texts, none makes them unrelated."""
+    images, other = torch.randn(2, batch, dim, generator=torch.Generator().manual_seed(batch))
+    texts = other if noise is None else images + noise * other
+    return [normalize(side, dim=1).to(dtype) for side in (images, texts)]
+
+
+def check_against_fp64(inputs: list[torch.Tensor]) -> None:
     ours = [t.clone().requires_grad_() for t in inputs]
     exact = [t.double().requires_grad_() for t in inputs]
     loss, expected = contrastive_loss(*ours), written_out(*exact)
     assert loss.dtype == torch.float32
     loss.backward()
     expected.backward()
-    assert loss.item() == pytest.approx(expected.item(), abs=1e-5)
-    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6, abs=1e-6)
     for a, b in zip(ours, exact, strict=True):
-        assert (a.grad - b.grad).abs().max() <= tolerance * b.grad.abs().max().clamp(min=1e-3)
+        assert a.grad.dtype == a.dtype
+        rounding = 2**-8 if a.dtype == torch.bfloat16 else 0.0
+        assert ((a.grad - b.grad).abs() <= 1e-5 * b.grad.abs().max() + rounding * b.grad.abs() + 1e-12).all()
+
+
+@pytest.mark.parametrize("noise", [None, 3.0, 0.5], ids=["unrelated", "learning", "learned"])
+@pytest.mark.parametrize("scale", [1.0, 14.3, 100.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("batch", "dim"), [(1, 32), (2, 1024), (7, 32), (257, 96), (1025, 33), (1531, 256)])
+def test_value_and_gradients(batch: int, dim: int, dtype: torch.dtype, scale: float, noise: float | None) -> None:
+    check_against_fp64([*embeds_of(batch, dim, noise, dtype), torch.tensor([scale])])
+
+
+@pytest.mark.parametrize("scale", [30.0, 100.0])
+def test_value_and_gradients_of_many(scale: float) -> None:
+    check_against_fp64([*embeds_of(4096, 512, 2.0), torch.tensor([scale])])
+
+
+@pytest.mark.parametrize("scale", [20.0, 100.0])
+def test_opposite_pairs(scale: float) -> None:
+    """No one shift of the exponentials serves rows whose largest logits are 200 apart."""
+    images, texts = embeds_of(300, 16, 0.1)
+    texts[:150] = -texts[:150]
+    images[150:] = images[:150].roll(1, dims=0)
+    check_against_fp64([images, texts, torch.tensor([scale])])
+
+
+def test_the_upstream_gradient_counts() -> None:
+    embeds = [side.requires_grad_() for side in embeds_of(300, 16, 1.0)]
+    scale = torch.tensor([10.0], requires_grad=True)
+    once = torch.autograd.grad(contrastive_loss(*embeds, scale), [*embeds, scale])
+    thrice = torch.autograd.grad(3 * contrastive_loss(*embeds, scale), [*embeds, scale])
+    for a, b in zip(once, thrice, strict=True):
+        assert torch.allclose(3 * a, b)
+
+
+def test_embeddings_that_are_not_finite_make_a_loss_that_is_not() -> None:
+    images, texts = embeds_of(300, 16, 1.0)
+    images[5] = float("nan")
+    images.requires_grad_()
+    loss = contrastive_loss(images, texts, torch.tensor([100.0]))
+    loss.backward()
+    assert not loss.isfinite()
+    assert not images.grad.isfinite().all()
 
 
 def test_loss_is_fp32_under_autocast() -> None:

@@ -1,0 +1,172 @@
+"""The arithmetic of the tiled contrastive loss: both softmaxes of a similarity matrix that is never there as a whole.
+
+One pass over the tiles gives the normalisers of the rows' and of the columns' softmax together; a second one makes each
+tile again and takes both gradients from it: four matrix products in all, where autograd on the whole matrix takes six.
+A tile fits the cache, so that what happens to it between the products costs little beside them.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+# Rows and columns of a tile. On CPUs its fp32 logits and their weights share the cache; a GPU wants large products.
+_TILE = {"cpu": (1024, 1024), "cuda": (4096, 8192)}
+
+# How far above and below the common shift logits may lie. exp(60) times a million is finite in fp32. What exp(-87)
+# loses is less than exp(-37) of a row whose own pair is above exp(-50).
+_ABOVE, _BELOW = 60.0, 50.0
+
+
+class Rivals(NamedTuple):
+    """What each row (or column) has beside its own pair: the sum of the exponentials of its other logits, as
+    `total * exp(shift)`, two tensors `(count,)`. The pair is kept apart, since what is learned where it has won is in
+    the few that are left: added to it they would be lost to rounding."""
+
+    shift: torch.Tensor
+    total: torch.Tensor
+
+    @classmethod
+    def none(cls, embeds: torch.Tensor, shift: float | None) -> "Rivals":
+        """No rivals yet for each of `embeds`. All keep `shift`; None follows the running maxima, the pair's counted."""
+        start = torch.full_like(embeds[:, 0], float("-inf") if shift is None else shift)
+        return cls(start, torch.zeros_like(start))
+
+    def rise_to(self, shift: torch.Tensor) -> None:
+        """Moves each shift up to `shift` where that is higher."""
+        higher = torch.maximum(self.shift, shift)
+        self.total.mul_((self.shift - higher).exp_())
+        self.shift.copy_(higher)
+
+    def cross_entropy(self, pairs: torch.Tensor) -> torch.Tensor:
+        """Of each row with the logit of its pair, fp64 `(count,)`."""
+        return (self.total.double() * (self.shift.double() - pairs).exp()).log1p()
+
+    def share(self, pairs: torch.Tensor) -> "Share":
+        """The softmax of each row with the logit of its pair."""
+        return Share(self.shift, (self.total + (pairs - self.shift).exp()).reciprocal_())
+
+
+class Share(NamedTuple):
+    """A softmax with its sum known: of a logit it is `exp(logit - shift) * factor`; two tensors `(count,)`."""
+
+    shift: torch.Tensor
+    factor: torch.Tensor
+
+
+def merge(one: Rivals, other: Rivals) -> Rivals:
+    """The rivals of both."""
+    shift = torch.maximum(one.shift, other.shift)
+    return Rivals(shift, one.total * (one.shift - shift).exp() + other.total * (other.shift - shift).exp())
+
+
+def common_shift(highest: float, lowest_pair: float) -> float | None:
+    """A shift under which one exponential of a logit serves its row and its column; None where there is none.
+
+    Args:
+        highest: no logit is above it.
+        lowest_pair: no row's or column's own pair is below it, so neither is its largest logit.
+    """
+    shift = min(highest, lowest_pair + _BELOW)
+    return shift if highest - shift <= _ABOVE else None
+
+
+class Tile(NamedTuple):
+    """Logits `(rows, columns)` and the slices that they are of; `pairs` are those of them that belong together, a view,
+    and `paired` the rows that these are of."""
+
+    rows: slice
+    columns: slice
+    logits: torch.Tensor
+    pairs: torch.Tensor
+    paired: slice
+
+
+class SimilarityTiles:
+    """`scale * rows @ columns.T`, a tile at a time, in memory that the next one takes over.
+
+    Args:
+        rows, columns: `(count, dim)`, of one dtype.
+        first_pair: the column that is row 0's pair; row i's is i further. It may be outside the columns.
+    """
+
+    def __init__(self, rows: torch.Tensor, columns: torch.Tensor, scale: float, first_pair: int):
+        self.rows, self.columns, self.scale, self.first_pair = rows, columns, scale, first_pair
+        height, width = _TILE["cuda" if rows.is_cuda else "cpu"]
+        self._height, self._width = min(height, len(rows)), min(width, len(columns))
+        self._logits, self._weights = rows.new_empty(2, self._height * self._width)
+        self._scaled = rows.new_empty(self._height, rows.shape[1])
+
+    def __iter__(self) -> Iterator[Tile]:
+        for row in range(0, len(self.rows), self._height):
+            rows = slice(row, min(row + self._height, len(self.rows)))
+            scaled = self._scaled_rows(rows)
+            for column in range(0, len(self.columns), self._width):
+                columns = slice(column, min(column + self._width, len(self.columns)))
+                logits = self._view(self._logits, rows, columns)
+                torch.mm(scaled, self.columns[columns].t(), out=logits)
+                offset = self.first_pair + row - column
+                pairs, first = logits.diagonal(offset), row + max(0, -offset)
+                yield Tile(rows, columns, logits, pairs, slice(first, first + len(pairs)))
+
+    def add_rivals(self, of_rows: Rivals, of_columns: Rivals, pairs: torch.Tensor, shared: bool) -> None:
+        """Adds all logits to `of_rows` and `of_columns`, but for those of the pairs, which are written to `pairs`.
+
+        Args:
+            shared: all shifts are one `common_shift`.
+        """
+        for tile in self:
+            pairs[tile.paired] = tile.pairs
+            sides = ((of_rows, tile.rows, 1), (of_columns, tile.columns, 0))
+            if shared:
+                tile.logits.sub_(of_rows.shift[:1]).exp_()
+                tile.pairs.zero_()
+                for rivals, part, dim in sides:
+                    rivals.total[part] += tile.logits.sum(dim)
+                continue
+            powers = self._view(self._weights, tile.rows, tile.columns)
+            for rivals, part, dim in sides:
+                mine = Rivals(rivals.shift[part], rivals.total[part])
+                mine.rise_to(tile.logits.amax(dim))
+                torch.sub(tile.logits, mine.shift.unsqueeze(dim), out=powers)
+                self._pairs_of(powers.exp_(), tile).zero_()
+                mine.total.add_(powers.sum(dim))
+
+    def add_gradients(
+        self,
+        of_rows: Share,
+        of_columns: Share,
+        of_pairs: torch.Tensor,
+        row_gradient: torch.Tensor,
+        column_gradient: torch.Tensor,
+        shared: bool,
+    ) -> None:
+        """Adds the gradients of the sum of both sides' cross entropies: that of `rows`, still to be multiplied by
+        `scale`, to `row_gradient`, and that of `columns` to `column_gradient`.
+
+        Args:
+            of_pairs: `(rows,)`: the gradients of the pairs' logits.
+        """
+        for tile in self:
+            weights = self._view(self._weights, tile.rows, tile.columns)
+            row_factor, column_factor = of_rows.factor[tile.rows, None], of_columns.factor[tile.columns]
+            if shared:
+                torch.add(row_factor, column_factor, out=weights)
+                weights.mul_(tile.logits.sub_(of_rows.shift[:1]).exp_())
+            else:
+                torch.sub(tile.logits, of_rows.shift[tile.rows, None], out=weights)
+                weights.exp_().mul_(row_factor)
+                weights.addcmul_(tile.logits.sub_(of_columns.shift[tile.columns]).exp_(), column_factor)
+            self._pairs_of(weights, tile).copy_(of_pairs[tile.paired])
+            row_gradient[tile.rows].addmm_(weights, self.columns[tile.columns])
+            column_gradient[tile.columns].addmm_(weights.t(), self._scaled_rows(tile.rows))
+
+    def _pairs_of(self, matrix: torch.Tensor, tile: Tile) -> torch.Tensor:
+        return matrix.diagonal(self.first_pair + tile.rows.start - tile.columns.start)
+
+    def _scaled_rows(self, rows: slice) -> torch.Tensor:
+        return torch.mul(self.rows[rows], self.scale, out=self._scaled[: rows.stop - rows.start])
+
+    def _view(self, buffer: torch.Tensor, rows: slice, columns: slice) -> torch.Tensor:
+        height, width = rows.stop - rows.start, columns.stop - columns.start
+        return buffer[: height * width].view(height, width)
