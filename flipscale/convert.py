@@ -23,6 +23,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     open_clip.add_argument("src", help="a model folder, such as runs/demo/model, or a Hub name")
     open_clip.add_argument("dst", help="the folder to write, for open_clip.create_model('local-dir:DST')")
     open_clip.set_defaults(convert=_to_open_clip)
+    onnx = kinds.add_parser("onnx", help="a model folder to ONNX, one file a tower, checked with onnxruntime")
+    onnx.add_argument("src", help="a model folder, such as runs/demo/model, or a Hub name")
+    onnx.add_argument("dst", help="the folder to write")
+    onnx.set_defaults(convert=_to_onnx)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -54,3 +58,10 @@ def _to_open_clip(args: argparse.Namespace) -> None:
         f"{args.dst}: {model.num_parameters() / 1e6:.1f} M parameters; open_clip.create_model_and_transforms"
         f"('local-dir:{args.dst}') and get_tokenizer of the same name load it"
     )
+
+
+def _to_onnx(args: argparse.Namespace) -> None:
+    from flipscale.hub.convert_onnx import convert_to_onnx
+
+    for name, difference in convert_to_onnx(args.src, args.dst).items():
+        print(f"{args.dst}/{name}_model.onnx: embeddings within {difference:.1g} of the model's")

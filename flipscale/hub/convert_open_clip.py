@@ -15,6 +15,7 @@ from torch import nn
 
 from flipscale.hub.export import by_channel
 from flipscale.hub.loading import load_flip
+from flipscale.hub.new_folder import new_folder
 from flipscale.model import FlipConfig, FlipModel, FlipTextConfig, FlipTextModel, FlipVisionConfig, FlipVisionModel
 from flipscale.model.modeling_flip import FlipEncoderLayer
 
@@ -34,17 +35,14 @@ def convert_to_open_clip(src: str, dst: Path | str) -> FlipModel:
         ValueError: no model or tokenizer at `src`, something of the model that open_clip cannot express, `dst` is
             there already.
     """
-    dst = Path(dst)
-    if dst.exists():
-        raise ValueError(f"{dst} is there already; name another folder or remove it")
-    model, tokenizer = load_flip(src)
-    config = open_clip_config(model.config)
-    # What is looked up on the Hub once the folder is there; in a local folder, any name means that folder.
-    config["model_cfg"]["text_cfg"]["hf_tokenizer_name"] = dst.name
-    dst.mkdir(parents=True)
-    tokenizer.save_pretrained(dst)
-    save_file(open_clip_state_dict(model), dst / "open_clip_model.safetensors", {"format": "pt"})
-    (dst / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    with new_folder(dst) as folder:
+        model, tokenizer = load_flip(src)
+        config = open_clip_config(model.config)
+        # What is looked up on the Hub once the folder is there; in a local folder, any name means that folder.
+        config["model_cfg"]["text_cfg"]["hf_tokenizer_name"] = folder.name
+        tokenizer.save_pretrained(folder)
+        save_file(open_clip_state_dict(model), folder / "open_clip_model.safetensors", {"format": "pt"})
+        (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
     return model
 
 

@@ -163,7 +163,8 @@ class FlipVisionEmbeddings(nn.Module):
         if patch_index is not None:
             positions = positions[0][patch_index.long()]
         embeds = embeds + positions.to(embeds.dtype)
-        class_embeds = self.class_embedding.to(embeds.dtype).expand(len(embeds), 1, -1)
+        # Not len(), which fixes the batch size of an exported graph.
+        class_embeds = self.class_embedding.to(embeds.dtype).expand(embeds.shape[0], 1, -1)
         return torch.cat([class_embeds, embeds], dim=1)
 
     def normalise(self, patches: torch.Tensor) -> torch.Tensor:

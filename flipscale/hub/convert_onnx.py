@@ -1,0 +1,132 @@
+"""Both towers as ONNX, checked against the model with onnxruntime before they are kept."""
+
+import importlib.util
+import math
+import warnings
+from pathlib import Path
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from flipscale.hub.export import build_processor
+from flipscale.hub.loading import load_flip
+from flipscale.hub.new_folder import new_folder
+from flipscale.model import FlipConfig
+from flipscale.model.modeling_flip import normalise_embeds
+
+# Of any number of a unit embedding, in fp32. Rounding gives about 1e-6, the other GELU 4e-5 and more.
+TOLERANCE = 1e-5
+
+# A file of protobuf ends here; larger weights stand beside it.
+_MAX_FILE_BYTES = 2_000_000_000
+
+
+class _Embedding(nn.Module):
+    """A tower and its projection: embeddings of unit length."""
+
+    def __init__(self, tower: nn.Module, projection: nn.Module):
+        super().__init__()
+        self.tower = tower
+        self.projection = projection
+
+    def embed(self, **inputs: torch.Tensor | None) -> torch.Tensor:
+        return normalise_embeds(self.projection(self.tower(**inputs).pooler_output))
+
+
+class _ImageEmbedding(_Embedding):
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return self.embed(pixel_values=pixel_values)
+
+
+class _TextEmbedding(_Embedding):
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+        return self.embed(input_ids=input_ids, attention_mask=attention_mask)
+
+
+def convert_to_onnx(src: str, dst: Path | str) -> dict[str, float]:
+    """The model of the folder or Hub name `src` as the folder `dst`; each tower's largest difference from the model.
+
+    `image_model.onnx` takes `pixel_values` `(batch, channels, image_size, image_size)` and gives `image_embeds`;
+    `text_model.onnx` takes `input_ids` `(batch, max_position_embeddings)`, and `attention_mask` where that is used,
+    and gives `text_embeds`. Embeddings are `(batch, projection_dim)`, of unit length, for any batch; the files'
+    metadata has the `logit_scale` that turns cosines to logits. The processor and the configuration stand beside them.
+
+    Raises:
+        ValueError: packages are missing, no model or tokenizer at `src`, `dst` is there already.
+        FloatingPointError: onnxruntime's embeddings differ by more than `TOLERANCE`; nothing is written.
+    """
+    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ValueError(f"{', '.join(missing)} is not installed; pip install 'flipscale[onnx]'")
+    with new_folder(dst) as folder:
+        model, tokenizer = load_flip(src)
+        model = model.float()
+        model.set_attn_implementation("sdpa")
+        build_processor(model.config, tokenizer).save_pretrained(folder)
+        model.config.save_pretrained(folder)
+        metadata = {"logit_scale": repr(model.logit_scale.clamp(0.0, math.log(100.0)).exp().item())}
+        towers: dict[str, tuple[_Embedding, list[dict[str, torch.Tensor]]]] = {
+            "image": (_ImageEmbedding(model.vision_model, model.image_projection), _image_inputs(model.config)),
+            "text": (_TextEmbedding(model.text_model, model.text_projection), _text_inputs(model.config)),
+        }
+        return {
+            name: _write_and_check(tower.eval(), inputs, folder / f"{name}_model.onnx", f"{name}_embeds", metadata)
+            for name, (tower, inputs) in tqdm(towers.items(), desc="writing", unit="tower", disable=None)
+        }
+
+
+def _image_inputs(config: FlipConfig) -> list[dict[str, torch.Tensor]]:
+    """Batches of one and of three; the second, of more than one, is what is traced."""
+    vision, generator = config.vision_config, torch.Generator().manual_seed(0)
+    shape = (vision.num_channels, vision.image_size, vision.image_size)
+    return [{"pixel_values": torch.randn(count, *shape, generator=generator)} for count in (1, 3)]
+
+
+def _text_inputs(config: FlipConfig) -> list[dict[str, torch.Tensor]]:
+    """Captions of every kind of length: none, full, some."""
+    text, generator = config.text_config, torch.Generator().manual_seed(0)
+    length = text.max_position_embeddings
+    inputs = []
+    for lengths in ((length // 2,), (length, 1, length // 3)):
+        ids = torch.randint(0, text.vocab_size, (len(lengths), length), generator=generator)
+        mask = (torch.arange(length) < torch.tensor(lengths)[:, None]).long()
+        ids = torch.where(mask.bool(), ids, text.pad_token_id)
+        inputs.append({"input_ids": ids} if text.attend_to_padding else {"input_ids": ids, "attention_mask": mask})
+    return inputs
+
+
+@torch.no_grad()
+def _write_and_check(
+    tower: nn.Module, inputs: list[dict[str, torch.Tensor]], file: Path, output: str, metadata: dict[str, str]
+) -> float:
+    """The largest difference of the file's embeddings from the tower's."""
+    import onnxruntime
+
+    traced, batch = inputs[-1], torch.export.Dim("batch")
+    num_bytes = sum(parameter.nbytes for parameter in tower.parameters())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's notes to itself
+        program = torch.onnx.export(
+            tower,
+            kwargs=traced,
+            input_names=list(traced),
+            output_names=[output],
+            dynamic_shapes={name: {0: batch} for name in traced},
+            dynamo=True,
+            verbose=False,
+        )
+    assert program is not None  # with dynamo
+    program.model.metadata_props.update(metadata)
+    program.save(str(file), external_data=num_bytes > _MAX_FILE_BYTES)
+    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    difference = 0.0
+    for batch_inputs in inputs:
+        (found,) = session.run([output], {name: value.numpy() for name, value in batch_inputs.items()})
+        difference = max(difference, (torch.from_numpy(found) - tower(**batch_inputs)).abs().max().item())
+    if not difference <= TOLERANCE:
+        raise FloatingPointError(
+            f"{file.name}: onnxruntime's embeddings differ from the model's by {difference:.2g}, more than "
+            f"{TOLERANCE:g}; nothing was written"
+        )
+    return difference
