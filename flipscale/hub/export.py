@@ -16,6 +16,9 @@ from flipscale.model import FlipConfig, FlipModel, FlipProcessor
 from flipscale.training.checkpoint import load_weights
 from flipscale.training.recipe import parse_recipe
 
+# Above it weights are cut into files: the Hub's own client resumes an upload or download by the file.
+MAX_SHARD_SIZE = "5GB"
+
 
 def build_processor(config: FlipConfig, tokenizer: PreTrainedTokenizerBase) -> FlipProcessor:
     """The processor of a model: its short side resized (bicubic) to `image_size`, the centre cut out, its mean and
@@ -68,8 +71,13 @@ def export_checkpoint(checkpoint: Path, out_dir: Path) -> Path:
     return export_model(model.eval(), build_processor(config, tokenizer), out_dir)
 
 
-def export_model(model: FlipModel, processor: FlipProcessor | None, out_dir: Path | str) -> Path:
+def export_model(
+    model: FlipModel, processor: FlipProcessor | None, out_dir: Path | str, max_shard_size: str = MAX_SHARD_SIZE
+) -> Path:
     """The folder `out_dir`: configuration, weights (safetensors), processor and the code of `flipscale.model`.
+
+    The weights are there twice: as they are (fp32 of a run), which is what loads, and in half the bytes for
+    `from_pretrained(..., variant="bf16", dtype=torch.bfloat16)`.
 
     It loads by `AutoModel`, `AutoProcessor` and `pipeline("zero-shot-image-classification")` with
     `trust_remote_code=True` where flipscale is not installed. Written aside and renamed, so that it is never seen half
@@ -88,7 +96,12 @@ def export_model(model: FlipModel, processor: FlipProcessor | None, out_dir: Pat
         model.config.auto_map = {**named, "AutoModelForZeroShotImageClassification": "modeling_flip.FlipModel"}
         if processor is not None:
             processor.save_pretrained(aside / "new")
-        model.save_pretrained(aside / "new")
+        model.save_pretrained(aside / "new", max_shard_size=max_shard_size)
+        # In a folder of its own: a second save removes the shards of the first, and names its type in config.json.
+        half = {name: w.bfloat16() if w.is_floating_point() else w for name, w in model.state_dict().items()}
+        model.save_pretrained(aside / "bf16", state_dict=half, variant="bf16", max_shard_size=max_shard_size)
+        for file in (aside / "bf16").glob("*.safetensors*"):
+            file.rename(aside / "new" / file.name)
         if out_dir.exists():
             out_dir.rename(aside / "old")
         (aside / "new").rename(out_dir)

@@ -6,13 +6,32 @@ from flipscale.model import FlipModel
 
 
 def load_flip(name: str) -> tuple[FlipModel, PreTrainedTokenizerBase]:
-    """The model, in evaluation mode, and the tokenizer of a model folder or Hub name; nothing is unpickled.
+    """The model, in evaluation mode, and the tokenizer of a model folder or Hub name.
+
+    Nothing is unpickled and none of the folder's code is run.
 
     Raises:
-        ValueError: it cannot be loaded.
+        ValueError: it is missing, not whole, of a newer version, saved as a pickle only, has other weights than its
+            config says, or has no tokenizer.
     """
     try:
-        model = FlipModel.from_pretrained(name, use_safetensors=True).eval()
-        return model, AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"model {name!r} cannot be loaded ({str(error).splitlines()[0]})") from error
+        model, report = FlipModel.from_pretrained(name, output_loading_info=True)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ValueError(f"model {name!r} cannot be loaded ({_first_line(error)})") from error
+    for what in ("missing_keys", "unexpected_keys"):
+        if report[what]:
+            raise ValueError(
+                f"model {name!r} cannot be loaded (the weights are not those of its config: {len(report[what])} "
+                f"{what.replace('_', ' ')}, such as {min(report[what])}); download or export it again"
+            )
+    try:
+        return model.eval(), AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"model {name!r} has no tokenizer that can be read ({_first_line(error)}); it needs tokenizer.json and "
+            "tokenizer_config.json: copy those it was trained with, or export it again"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,16 +1,59 @@
 """Configuration of FLIP models: what the weights are, never how they are trained."""
 
+from dataclasses import fields
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
+# What transformers and its tools write into a config besides its fields.
+_BESIDES = {"auto_map", "custom_pipelines", "model_type", "num_labels", "quantization_config", "torch_dtype"}
+
+
+class FlipPreTrainedConfig(PreTrainedConfig):
+    """What the configurations share: a file with something in it that this code does not know is refused, since it may
+    change what the model computes."""
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """The configuration of a file's content.
+
+        Raises:
+            ValueError: another model type, or fields of a newer version.
+        """
+        cls._refuse_unknown(config_dict)
+        return super().from_dict(config_dict, **kwargs)
+
+    @classmethod
+    def _refuse_unknown(cls, content: dict[str, Any]) -> None:
+        found = content.get("model_type") or cls.model_type
+        if found != cls.model_type:
+            raise ValueError(
+                f"the config has model_type {found!r}, {cls.__name__} reads {cls.model_type!r}; upgrade flipscale, or "
+                "load it with the class it was made for"
+            )
+        known = {field.name for field in fields(cls)} | _BESIDES
+        unknown = sorted(name for name in content.keys() - known if not name.startswith("_"))
+        if unknown:
+            raise ValueError(
+                f"{cls.__name__}: the config has {', '.join(unknown)}, which this version does not know; it is by a "
+                f"newer flipscale or transformers (its transformers_version is {content.get('transformers_version')}): "
+                "upgrade both"
+            )
+
+
+def _refuse_activation(name: str) -> None:
+    if name not in ACT2FN:
+        raise ValueError(f"hidden_act {name!r} is unknown; use one of {', '.join(sorted(ACT2FN))}")
+
+
 @strict
-class FlipVisionConfig(PreTrainedConfig):
+class FlipVisionConfig(FlipPreTrainedConfig):
     r"""
     Image tower: a ViT with a class token that has no position, fixed 2-D sine-cosine positions, no norm before the
     blocks and the mean over all tokens (class token included) after the last one. The defaults are B/16.
@@ -47,6 +90,7 @@ class FlipVisionConfig(PreTrainedConfig):
                 f"{self.image_size // self.patch_size * self.patch_size or self.patch_size} or "
                 f"{(self.image_size // self.patch_size + 1) * self.patch_size}"
             )
+        _refuse_activation(self.hidden_act)
         super().__post_init__(**kwargs)
 
     @property
@@ -56,7 +100,7 @@ class FlipVisionConfig(PreTrainedConfig):
 
 
 @strict
-class FlipTextConfig(PreTrainedConfig):
+class FlipTextConfig(FlipPreTrainedConfig):
     r"""
     Text tower: a bidirectional pre-norm transformer with learned positions. The defaults are the original's B/16.
 
@@ -91,11 +135,12 @@ class FlipTextConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         if self.pooling not in ("first", "mean"):
             raise ValueError(f"text_config: pooling is {self.pooling!r}; use 'first' or 'mean'")
+        _refuse_activation(self.hidden_act)
         super().__post_init__(**kwargs)
 
 
 @strict
-class FlipConfig(PreTrainedConfig):
+class FlipConfig(FlipPreTrainedConfig):
     r"""
     Both towers and the temperature. Mask ratios are arguments of `forward`, never fields here: a released model must
     not mask by itself.
@@ -138,6 +183,12 @@ class FlipConfig(PreTrainedConfig):
             self.projection_dim = dims[0]
         for tower in towers:
             tower.projection_dim = self.projection_dim
+
+    @classmethod
+    def _refuse_unknown(cls, content: dict[str, Any]) -> None:
+        super()._refuse_unknown(content)
+        for name, tower in (("vision_config", FlipVisionConfig), ("text_config", FlipTextConfig)):
+            tower._refuse_unknown(content.get(name) or {})
 
     @classmethod
     def from_size(

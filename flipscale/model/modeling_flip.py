@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -19,6 +20,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_flip import FlipConfig, FlipTextConfig, FlipVisionConfig
+from .folder import check_folder
 from .masking import keep_patches, patchify, take_patches
 
 
@@ -383,6 +385,21 @@ class FlipPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_record_outputs = {"hidden_states": FlipEncoderLayer, "attentions": FlipAttention}  # noqa: RUF012
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """The model of a folder or Hub name, from safetensors and never from a pickle.
+
+        Raises:
+            ValueError: a folder that is not whole or has only a pickle, or `use_safetensors=False`.
+        """
+        if kwargs.pop("use_safetensors", None) is False:
+            raise ValueError("use_safetensors is False; a pickle can run code when it is read and is never loaded")
+        if isinstance(pretrained_model_name_or_path, str | Path) and not kwargs.get("subfolder"):
+            folder = Path(pretrained_model_name_or_path)
+            if folder.is_dir():
+                check_folder(folder, kwargs.get("variant"))
+        return super().from_pretrained(pretrained_model_name_or_path, *args, use_safetensors=True, **kwargs)
 
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
         """Calls `_init_weights` for every module. For code that is not in transformers, transformers leaves out modules

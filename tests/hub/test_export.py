@@ -153,7 +153,9 @@ def test_folder_holds_what_it_needs_and_nothing_else(folder: Path) -> None:
     assert {path.name for path in folder.iterdir()} == {
         "config.json",
         "configuration_flip.py",
+        "folder.py",
         "masking.py",
+        "model.bf16.safetensors",
         "model.safetensors",
         "modeling_flip.py",
         "processing_flip.py",

@@ -1,0 +1,182 @@
+"""Loading a folder that is not what it should be: one clear error, nothing executed; the variants of one that is."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
+
+from flipscale.cli import main
+from flipscale.hub.export import build_processor, export_model
+from flipscale.model import FlipConfig, FlipModel, FlipVisionModel
+
+TOWER = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+LAST_SHARD = "model-00003-of-00003.safetensors"
+
+
+@pytest.fixture(scope="module")
+def exported(tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder whose weights are in three shards, and in two as bf16."""
+    config = FlipConfig(
+        vision_config={**TOWER, "image_size": 32, "patch_size": 8},
+        text_config={**TOWER, "vocab_size": 16, "max_position_embeddings": 8},
+        projection_dim=16,
+    )
+    torch.manual_seed(0)
+    processor = build_processor(config, AutoTokenizer.from_pretrained(tokenizer_dir))
+    return export_model(FlipModel(config), processor, tmp_path_factory.mktemp("loading") / "model", "60KB")
+
+
+@pytest.fixture
+def folder(exported: Path, tmp_path: Path) -> Path:
+    """A copy to damage."""
+    return shutil.copytree(exported, tmp_path / "model")
+
+
+class Payload:
+    """A pickle of it creates a file when it is read."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self) -> tuple[Callable, tuple]:
+        return Path.touch, (self.path,)
+
+
+def only_a_pickle(folder: Path) -> None:
+    for file in folder.glob("*.safetensors*"):
+        file.unlink()
+    torch.save({"payload": Payload(folder / "executed")}, folder / "pytorch_model.bin")
+
+
+def change_config(**changes: object) -> Callable[[Path], None]:
+    """Changes fields of config.json; `TOWER__FIELD` is a field of a tower."""
+
+    def change(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        for name, value in changes.items():
+            *tower, field = name.split("__")
+            (config[tower[0]] if tower else config)[field] = value
+        (folder / "config.json").write_text(json.dumps(config))
+
+    return change
+
+
+def remove(*names: str) -> Callable[[Path], None]:
+    return lambda folder: [(folder / name).unlink() for name in names] and None
+
+
+def cut(folder: Path) -> None:
+    file = folder / LAST_SHARD
+    file.write_bytes(file.read_bytes()[:-8])
+
+
+def cut_header(folder: Path) -> None:
+    (folder / LAST_SHARD).write_bytes((folder / LAST_SHARD).read_bytes()[:40])
+
+
+def unlist(folder: Path) -> None:
+    """An index that does not know of a shard: its weights would be made up."""
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    index["weight_map"] = {name: shard for name, shard in index["weight_map"].items() if shard != LAST_SHARD}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def add_a_weight(folder: Path) -> None:
+    save_file({**load_file(folder / LAST_SHARD), "logit_bias": torch.zeros(1)}, folder / LAST_SHARD)
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    index["weight_map"]["logit_bias"] = LAST_SHARD
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def code_as_tokenizer(folder: Path) -> None:
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config.update(tokenizer_class="Evil", auto_map={"AutoTokenizer": [None, "evil.Evil"]})
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "evil.py").write_text(f"open({str(folder / 'executed')!r}, 'w')\nclass Evil: pass\n")
+
+
+# What is done to the folder, and what both `FlipModel.from_pretrained` and `flipscale evaluate` say.
+FAULTS = {
+    "pickle": (only_a_pickle, r"has its weights as a pickle \(pytorch_model.bin\), which can run code when it is read"),
+    "shard missing": (remove(LAST_SHARD), rf"is half a model: {LAST_SHARD}, which model.safetensors.index.json lists"),
+    "shard cut": (cut, r"cut short or damaged: its header promises [\d,]+ bytes, it has [\d,]+; download or export"),
+    "header cut": (cut_header, r"cut short or damaged: its header cannot be read, it has 40; download or export"),
+    "no weights": (remove("model.safetensors.index.json"), r"has no model.safetensors and no index of it; download"),
+    "no config": (remove("config.json"), r"has no config.json and is no model folder; download or export it again"),
+    "other model": (change_config(model_type="flip2"), r"model_type 'flip2', FlipConfig reads 'flip'; upgrade"),
+    "new field": (change_config(logit_bias=True), r"FlipConfig: the config has logit_bias, which this version"),
+    "new field of a tower": (
+        change_config(vision_config__rope_theta=100.0, vision_config__registers=4, transformers_version="9.0"),
+        r"FlipVisionConfig: the config has registers, rope_theta, which this version does not know; it is by a newer "
+        r"flipscale or transformers .*: upgrade both",
+    ),
+    "new pooling": (change_config(text_config__pooling="last"), r"pooling is 'last'; use 'first' or 'mean'"),
+    "new activation": (change_config(text_config__hidden_act="swoosh"), r"hidden_act 'swoosh' is unknown; use one of"),
+}  # fmt: skip
+# What only `flipscale evaluate` can know.
+FAULTS_OF_THE_WHOLE = {
+    "weights made up": (unlist, r"the weights are not those of its config: \d+ missing keys, such as [a-z_.]+\)"),
+    "a weight too many": (
+        add_a_weight,
+        r"weights are not those of its config: 1 unexpected keys, such as logit_bias",
+    ),
+    "no tokenizer": (remove("tokenizer.json"), r"has no tokenizer that can be read .*it needs tokenizer.json and tok"),
+    "no tokenizer at all": (remove("tokenizer.json", "tokenizer_config.json"), r"has no tokenizer that can be read"),
+    "tokenizer is code": (code_as_tokenizer, r"has no tokenizer that can be read"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_faulty_folder_is_one_error(folder: Path, fault: str) -> None:
+    change, message = FAULTS[fault]
+    change(folder)
+    with pytest.raises(ValueError, match=message):
+        FlipModel.from_pretrained(folder)
+    assert not (folder / "executed").exists()
+
+
+@pytest.mark.parametrize("fault", {**FAULTS, **FAULTS_OF_THE_WHOLE})
+def test_evaluate_says_it_in_a_line(
+    folder: Path, shards: Path, fault: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    change, message = {**FAULTS, **FAULTS_OF_THE_WHOLE}[fault]
+    change(folder)
+    monkeypatch.setattr("sys.stdin", None)  # nobody is asked whether code may be run
+    with pytest.raises(SystemExit) as exit_info:
+        main(["evaluate", str(folder), "--zero_shot", str(shards)])
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("flipscale: error: ")]
+    assert exit_info.value.code == 2
+    assert len(lines) == 1
+    with pytest.raises(ValueError, match=message):
+        raise ValueError(lines[0])
+    assert not (folder / "executed").exists()
+
+
+def test_a_pickle_is_not_to_be_had_by_asking(folder: Path) -> None:
+    with pytest.raises(ValueError, match="use_safetensors is False; a pickle can run code"):
+        FlipModel.from_pretrained(folder, use_safetensors=False)
+    only_a_pickle(folder)
+    with pytest.raises(ValueError, match="has its weights as a pickle"):
+        FlipVisionModel.from_pretrained(folder)
+    assert not (folder / "executed").exists()
+
+
+def test_both_variants_load_from_shards(folder: Path) -> None:
+    names = {path.name for path in folder.glob("*.safetensors*")}
+    assert {LAST_SHARD, "model.bf16-00002-of-00002.safetensors", "model.safetensors.index.bf16.json"} <= names
+    whole = FlipModel.from_pretrained(folder).eval()
+    half = FlipModel.from_pretrained(folder, variant="bf16", dtype=torch.bfloat16).eval()
+    assert (whole.dtype, half.dtype) == (torch.float32, torch.bfloat16)
+    assert all(torch.equal(a.bfloat16(), b) for a, b in zip(whole.parameters(), half.parameters(), strict=True))
+    pixels = torch.rand(4, 3, 32, 32)
+    embeds = [model.get_image_features(pixels.to(model.dtype)).pooler_output.float() for model in (whole, half)]
+    assert torch.cosine_similarity(*embeds).min() > 0.999
+    for file in folder.glob("*bf16*"):
+        file.unlink()
+    with pytest.raises(ValueError, match=r"has no model.bf16.safetensors and no index of it"):
+        FlipModel.from_pretrained(folder, variant="bf16")
