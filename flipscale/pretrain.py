@@ -13,9 +13,9 @@ from flipscale.data.sources import open_source
 from flipscale.data.tar_source import expand_shards
 from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.suite import run_suite
-from flipscale.hub.background_push import BackgroundPush, open_target, push_finished
+from flipscale.hub.background_push import BackgroundPush, card_name, open_target, push_finished
 from flipscale.hub.export import build_processor, export_model
-from flipscale.hub.model_card import model_card
+from flipscale.hub.model_card import write_card
 from flipscale.model import FlipConfig, FlipModel
 from flipscale.training.attention import best_attention
 from flipscale.training.bad_samples import BadSamples
@@ -66,7 +66,7 @@ class Run:
         self.weights = self.engine.weights
         state = self._load(checkpoint)
         if self.accelerator.is_main_process:
-            write_run_files(recipe, self.accelerator.num_processes)
+            write_run_files(recipe, self.accelerator.num_processes, state, len(self.source))
         if recipe.log.report_to:
             self.accelerator.init_trackers("tensorboard")
         self.request.listen()
@@ -182,8 +182,7 @@ class Run:
             self.evaluate()
             if self.accelerator.is_main_process:
                 export_model(self.weights, self.processor, self.run_dir / "model")
-                card = model_card(self.run_dir, self.weights.num_parameters(), len(self.source))
-                (self.run_dir / "model" / "README.md").write_text(card)
+                write_card(self.run_dir / "model", self.run_dir, card_name(self.recipe))
                 mark_done(self.run_dir)
         self.tracker.finish()
         for tracker in self.accelerator.trackers:

@@ -24,11 +24,14 @@ def run(args: argparse.Namespace) -> None:
         ValueError: no model or checkpoint there, a name that is none, no token, no right to write.
         OSError: the Hub could not be reached.
     """
+    from flipscale.hub.model_card import write_card
     from flipscale.hub.push import Target, files_to_push, push_folder
 
     target = Target(args.repo, args.private or None, args.revision)
     what = args.run_dir.name + ("" if args.step is None else f", step {args.step}")
     with _model_folder(args.run_dir, args.step) as folder:
+        if (args.run_dir / "recipe.yaml").is_file() and (args.step is not None or not args.dry_run):
+            write_card(folder, args.run_dir, args.repo, args.step)
         if args.dry_run:
             files = files_to_push(folder)
             print("\n".join(f"{size:>16,}  {name}" for name, size in files))

@@ -15,9 +15,10 @@ from tqdm import tqdm
 
 from flipscale.data.loader import InputShape, PairDataset, load_tokenizer
 from flipscale.data.sources import open_source
-from flipscale.evaluation.comparison import comparison_table, read_curve, read_records
+from flipscale.evaluation.comparison import comparison_table, read_curve, read_records, record_baselines
 from flipscale.evaluation.figures import draw_accuracy, draw_loss, draw_patches
 from flipscale.evaluation.nearest_neighbour import run_baselines
+from flipscale.hub.model_card import write_card
 from flipscale.training.launch import bf16_is_faster
 from flipscale.training.recipe import EvalRecipe, Recipe, parse_recipe, to_yaml
 from flipscale.training.schedule import StageRecipe
@@ -78,19 +79,21 @@ def run(args: argparse.Namespace) -> None:
     figures = args.output_dir / "figures"
     figures.mkdir(exist_ok=True)
     draw_loss(curves, figures / "loss.png")
-    draw_accuracy(curves, baselines, figures / "accuracy.png")
+    draw_accuracy(curves, figures / "accuracy.png", baselines)
     draw_patches(*_datasets(arms[0].recipe), figures / "patches.png")
     (args.output_dir / "table.md").write_text(table + "\n")
-    model = _take_model(arms[0].run_dir / "model", args.output_dir / "model")
+    for arm in arms:
+        record_baselines(arm.run_dir, baselines)
+    model = _take_model(arms[0].run_dir, args.output_dir / "model")
     print(f"\n{table}\n\nfigures: {figures}/*.png   model: {model}")
 
 
-def _take_model(trained: Path, model: Path) -> Path:
-    """A copy of a run's model folder at `model`, its card naming the new place."""
+def _take_model(run_dir: Path, model: Path) -> Path:
+    """A copy of a run's model folder at `model`; both get a card that has the baselines too."""
     shutil.rmtree(model, ignore_errors=True)
-    shutil.copytree(trained, model)
-    card = model / "README.md"
-    card.write_text(card.read_text().replace(str(trained), str(model)))
+    shutil.copytree(run_dir / "model", model)
+    for folder in (run_dir / "model", model):
+        write_card(folder, run_dir, str(folder))
     return model
 
 

@@ -129,10 +129,10 @@ def write_recipe(recipe: dict, tmp_path: Path) -> Callable[..., Path]:
     return write
 
 
-def launch(command: list[str], **environment: str) -> subprocess.CompletedProcess:
+def launch(command: list[str], cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess:
     """Runs a command to its end on one thread a process, output captured."""
     quiet = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "1"), **environment}
-    return subprocess.run(command, env={**os.environ, **quiet}, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=cwd, env={**os.environ, **quiet}, capture_output=True, text=True, timeout=300)
 
 
 def pretrain(recipe_file: Path, processes: int = 1, *flags: str) -> subprocess.CompletedProcess:

@@ -1,7 +1,7 @@
 """Runs laid side by side: what they saw, how fast, and what they can do."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,22 @@ def read_curve(run_dir: Path) -> Curve:
         raise ValueError(f"{run_dir} has no metrics.jsonl with a record; did the run start?")
     ratios = [stage["mask_ratio"] for stage in yaml.safe_load((run_dir / "recipe.yaml").read_text())["stages"]]
     return Curve(run_dir.name, records, ratios[0], tuned=len(ratios) > 1 and ratios[-1] == 0 < ratios[0])
+
+
+def curve_of(run_dir: Path, step: int | None) -> Curve:
+    """The curve of a run directory up to and with a step, or to its end."""
+    curve = read_curve(run_dir)
+    return curve if step is None else replace(curve, records=[r for r in curve.records if r["step"] <= step])
+
+
+def record_baselines(run_dir: Path, baselines: dict[str, float]) -> None:
+    """Appends the trivial baselines (top-1, percent; chance aside) to a run's records as `baseline/NAME`, once."""
+    last = read_records(run_dir)[-1]
+    named = {f"baseline/{name}": value for name, value in baselines.items() if name != "chance"}
+    if named and not named.keys() <= last.keys():
+        position = {name: last[name] for name in ("step", "samples_seen", "trained_seconds")}
+        with open(run_dir / "metrics.jsonl", "a") as file:
+            file.write(json.dumps({**position, **named}) + "\n")
 
 
 def comparison_table(curves: list[Curve], baselines: dict[str, float]) -> str:

@@ -1,5 +1,6 @@
 """What people would rather look at than read: loss and accuracy against time, and what the encoder sees."""
 
+import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,13 @@ _COLOURS = ("#1f6feb", "#d1495b", "#2e8b57", "#8a5fbf")
 _GREY = 190
 
 
-def _axes(title: str, y_label: str) -> "tuple[Figure, Axes]":
+def can_draw() -> bool:
+    """Whether matplotlib is installed."""
+    return importlib.util.find_spec("matplotlib") is not None
+
+
+def _axes(title: str, y_label: str, curves: list[Curve]) -> "tuple[Figure, Axes, float]":
+    """A figure over training time, and the seconds of a unit of it: hours where a run took more than two."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -24,34 +31,45 @@ def _axes(title: str, y_label: str) -> "tuple[Figure, Axes]":
 
     figure, axes = pyplot.subplots(figsize=(7, 4.2), constrained_layout=True)
     axes.set_title(title, loc="left")
-    axes.set_xlabel("training time, seconds")
+    hours = max(curve.records[-1]["trained_seconds"] for curve in curves) > 7200
+    axes.set_xlabel(f"training time, {'hours' if hours else 'seconds'}")
     axes.set_ylabel(y_label)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
+    return figure, axes, 3600.0 if hours else 1.0
 
 
 def draw_loss(curves: list[Curve], path: Path) -> None:
     """Contrastive loss against training time, one line a run."""
-    figure, axes = _axes("Contrastive loss of the training batches", "loss")
+    figure, axes, unit = _axes("Contrastive loss of the training batches", "loss", curves)
     for curve, colour in zip(curves, _COLOURS, strict=False):
-        axes.plot(*curve.points("loss"), color=colour, label=curve.label)
+        seconds, losses = curve.points("loss")
+        axes.plot([s / unit for s in seconds], losses, color=colour, label=curve.label)
     axes.legend(frameon=False)
-    figure.savefig(path, dpi=150)
+    _save(figure, path)
 
 
-def draw_accuracy(curves: list[Curve], baselines: dict[str, float], path: Path) -> None:
+def draw_accuracy(curves: list[Curve], path: Path, baselines: dict[str, float] | None = None) -> None:
     """Zero-shot top-1 against training time, one line a run, the trivial baselines as levels."""
-    figure, axes = _axes("Zero-shot top-1 on an artist never trained on", "top-1, %")
+    figure, axes, unit = _axes("Zero-shot top-1", "top-1, %", curves)
     for curve, colour in zip(curves, _COLOURS, strict=False):
-        axes.plot(*curve.points("zero_shot/top1"), "o-", color=colour, label=curve.label)
-    for name, value in baselines.items():
+        seconds, values = curve.points("zero_shot/top1")
+        axes.plot([s / unit for s in seconds], values, "o-", color=colour, label=curve.label)
+    for name, value in (baselines or {}).items():
         axes.axhline(value, color="#888888", linewidth=0.9, linestyle=":", zorder=0)
         axes.annotate(name, (0.01, value), xycoords=("axes fraction", "data"), va="bottom", fontsize=8)
     axes.set_xlim(left=0)
     axes.set_ylim(bottom=0)
     axes.legend(loc="lower right", framealpha=0.9, edgecolor="none")
-    figure.savefig(path, dpi=150)
+    _save(figure, path)
+
+
+def _save(figure: "Figure", path: Path) -> None:
+    """Writes the picture, the same bytes for the same figure, and forgets it."""
+    from matplotlib import pyplot
+
+    figure.savefig(path, dpi=150, metadata={"Software": None})
+    pyplot.close(figure)
 
 
 def _paste(patches: np.ndarray, index: np.ndarray, patch_size: int, side: int) -> np.ndarray:
@@ -84,4 +102,4 @@ def draw_patches(masked: PairDataset, whole: PairDataset, path: Path, count: int
         axis.set_axis_off()
     kept = masked.kept / masked.shape.num_patches
     figure.suptitle(f"Above: the crop. Below: the {kept:.0%} of its patches that the image encoder sees.", fontsize=9)
-    figure.savefig(path, dpi=150)
+    _save(figure, path)

@@ -28,6 +28,12 @@ def target_of(recipe: HubRecipe) -> Target | None:
     return Target(recipe.hub_model_id, recipe.hub_private_repo, recipe.hub_revision)
 
 
+def card_name(recipe: Recipe) -> str:
+    """What the finished model of a run is loaded by: its name on the Hub, or its folder where it stays."""
+    target = target_of(recipe.hub)
+    return target.repo_id if target else str(Path(recipe.output_dir) / "model")
+
+
 def open_target(recipe: HubRecipe, resumes: bool) -> None:
     """Makes the repository that a run will push to, so that a token without rights is found out before it trains.
 

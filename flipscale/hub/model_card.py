@@ -1,97 +1,339 @@
-"""The card of a trained model: what it is, what it learned from, what it can do; every number from the run's files."""
+"""The card of a trained model: what it is, what it learned from, what it can do; every number from the run's files.
+
+`TEMPLATE` is all that it can say. A paragraph or table row of it that needs something the run did not record is left
+out: nothing is invented, nothing is typed by hand.
+"""
 
 import json
+import re
+from collections.abc import Iterator
 from pathlib import Path
+from string import Formatter
 from typing import Any
 
 import yaml
+from huggingface_hub import EvalResult, ModelCardData
 
-_CARD = """---
-library_name: transformers
-pipeline_tag: zero-shot-image-classification
-tags:
-- flip
-- clip
-- flipscale
-license: {licence}
----
+from flipscale.evaluation.comparison import Curve, curve_of
+from flipscale.evaluation.figures import can_draw, draw_accuracy, draw_loss
 
-# {name}
+TEMPLATE = """# {name}
 
-A CLIP-family model trained by masking (FLIP, [arXiv 2212.00794](https://arxiv.org/abs/2212.00794)) with flipscale
-{version}: {parameters:.1f} M parameters, {image_size}-pixel images in patches of {patch_size}.
+A model of images and texts: it embeds both so that an image lies near the words that describe it. Trained by masking
+([FLIP](https://arxiv.org/abs/2212.00794): in training, the image encoder sees only the patches that a random mask
+leaves) with flipscale {version}.
+
+{parameters} parameters; images of {image_size} x {image_size} pixels in patches of {patch_size} x {patch_size};
+captions of up to {max_tokens} tokens; embeddings of {dim} numbers.
+
+> **Still in training.** This is step {unfinished_step} of {total_steps}.
 
 ## Use
 
 ```python
 from transformers import pipeline
 
-classify = pipeline("zero-shot-image-classification", model="{path}", trust_remote_code=True)
-classify("image.png", candidate_labels=["a red apple", "a bicycle"], hypothesis_template="{{}}")
+classify = pipeline("zero-shot-image-classification", model="{where}", trust_remote_code=True)
+print(classify("image.png", candidate_labels=["a red apple", "a bicycle"], hypothesis_template="{{}}"))
 ```
 
-With flipscale installed, `from flipscale.model import FlipModel` needs no `trust_remote_code`.
+Embeddings, for search or as features:
 
-## Training
+```python
+import torch
+from PIL import Image
+from transformers import AutoModel, AutoProcessor
 
-{seen:,} pairs seen in {hours}, {num_processes} process(es), precision {mixed_precision}; {data_samples:,} pairs in
-`{shards}`, batches of {global_batch_size}, optimiser {optimizer}.
+model = AutoModel.from_pretrained("{where}", trust_remote_code=True).eval()
+processor = AutoProcessor.from_pretrained("{where}", trust_remote_code=True)
+inputs = processor(images=Image.open("image.png"), text=["a red apple", "a bicycle"], return_tensors="pt")
+with torch.no_grad():
+    output = model(**inputs)
+print(output.image_embeds @ output.text_embeds.T)
+```
 
-| stage | pairs | patches removed | base rate per 256 |
-|---|---:|---:|---:|
-{stages}
+`trust_remote_code` runs the model's code that is in this folder. Where flipscale is installed it is not needed:
+`from flipscale.model import FlipModel`. The weights are safetensors, fp32; in half the bytes with
+`variant="bf16", dtype=torch.bfloat16`.
 
 ## Results
 
 {results}
 
-## Limits
+{protocol}
 
-Trained on the pairs named above and tested on nothing else than the table says. It carries whatever bias its captions
-carry. Not meant for surveillance or for decisions about people.
+{figures}
+
+## Training
+
+| | |
+|---|---|
+| training data | `{data}` |
+| pairs in it | {data_samples} |
+| pairs seen | {samples_seen} |
+| time | {time} |
+| hardware | {hardware} |
+| speed | {pairs_per_s} pairs/s |
+| precision | {precision} |
+| energy | {energy} kWh |
+| emissions | {emissions} kg of CO2, at {grid} g a kWh |
+| cost | {cost} dollars, at {price} an hour of a device |
+
+| stage | pairs | patches removed | tokens removed | peak rate for 256 pairs |
+|---|---:|---:|---:|---:|
+{stages}
+
+<details><summary>The recipe, as far as it decides what is learned</summary>
+
+```yaml
+{recipe}
+```
+
+</details>
+
+## Limits and biases
+
+The model has learned from the pairs named above and from nothing else, and carries their biases, harmful ones included.
+FLIP's authors say so of their own models, trained on pairs from the web: the weights reflect the biases of the data,
+and where models of different data are compared, those biases are part of what is compared. Captions from the web
+are noisy, mostly English, and uneven over people, places and cultures.
+
+It was tested on what the results above name and on nothing else: not for fairness between groups of people, not for
+robustness, not in other languages. A zero-shot classifier always picks one of the labels that it is given, however
+unfit. It is not meant for surveillance, for recognising people, or for decisions about them.
+
+## Licence
+
+The licence of these weights is `{licence}`.
+
+{no_licence}
+
+## Citation
+
+```bibtex
+@inproceedings{{li2023scaling,
+  title={{Scaling Language-Image Pre-training via Masking}},
+  author={{Li, Yanghao and Fan, Haoqi and Hu, Ronghang and Feichtenhofer, Christoph and He, Kaiming}},
+  booktitle={{CVPR}},
+  year={{2023}}
+}}
+```
 """
+
+PROTOCOLS = {
+    "zero_shot": """Zero-shot classification: whole images, the short side resized to the model's size and the centre
+cut out; the answer is the class whose embedding (the mean over the set's prompts) is nearest in cosine.""",
+    "retrieval": """Retrieval: all images and captions of the set, each way; R@k is the share of queries with a right
+answer among the k nearest.""",
+}
+NOT_EVALUATED = "Not evaluated."
+NO_LICENCE = "None was stated for these weights by those who trained them."
+FIGURES = {
+    "figures/loss.png": "Contrastive loss of the training batches against training time",
+    "figures/accuracy.png": "Zero-shot top-1 against training time",
+}
+# Metadata of the Hub: what task and metric an evaluation is, by its name in metrics.jsonl.
+_TASKS = {"zero_shot": ("zero-shot-image-classification", "accuracy"), "retrieval": ("image-text-retrieval", "recall")}
+_SPLITS = ("train", "test", "val", "validation")  # which say nothing without the folder above them
+# Recipe fields that say where data lie and how they are read, not what is learned.
+_WHERE = ("shards", "tokenizer", "num_workers", "max_bad_fraction", "gradient_checkpointing")
+
+
+def write_card(folder: Path, run_dir: Path, where: str, step: int | None = None) -> None:
+    """Writes `README.md` and, where matplotlib is installed, `figures/` into the model folder of a run.
+
+    Args:
+        folder: what `export_model` wrote.
+        where: what users load it by: a Hub name, or the folder's own.
+        step: of the checkpoint that it is; None for the finished run.
+    """
+    curve = curve_of(run_dir, step)
+    drawn = []
+    if can_draw():
+        (folder / "figures").mkdir(exist_ok=True)
+        for name, draw, metric in (("loss", draw_loss, "loss"), ("accuracy", draw_accuracy, "zero_shot/top1")):
+            if len(curve.points(metric)[0]) > 1:
+                draw([curve], folder / "figures" / f"{name}.png")
+                drawn.append(f"figures/{name}.png")
+    (folder / "README.md").write_text(model_card(folder, run_dir, where, step, drawn))
+
+
+def model_card(folder: Path, run_dir: Path, where: str, step: int | None, drawn: list[str]) -> str:
+    """The card as Markdown with its metadata; `drawn` are the figures in the folder."""
+    run = _Run(folder, run_dir, step)
+    name = where.rsplit("/", 1)[-1] if where != str(folder) else run_dir.name
+    figures = "\n\n".join(f"![{FIGURES[file]}]({file})" for file in drawn)
+    text = filled(TEMPLATE, {**run.values(), "name": name, "where": where, "figures": figures or None})
+    return f"---\n{run.metadata(name).to_yaml()}\n---\n\n{text}"
+
+
+def filled(template: str, values: dict[str, str | None]) -> str:
+    """The template with its fields filled in, less the paragraphs and table rows that have a field of None."""
+
+    def known(text: str) -> bool:
+        return all(field is None or values[field] is not None for _, field, _, _ in Formatter().parse(text))
+
+    blocks = []
+    for block in template.split("\n\n"):
+        lines = [line for line in block.split("\n") if not line.startswith("|") or known(line)]
+        if known("\n".join(lines)):
+            blocks.append("\n".join(lines).format(**values))
+    return "\n\n".join(blocks)
+
+
+class _Run:
+    """What a run's files say, up to a step."""
+
+    def __init__(self, folder: Path, run_dir: Path, step: int | None):
+        self.step = step
+        self.recipe: dict[str, Any] = yaml.safe_load((run_dir / "recipe.yaml").read_text())
+        self.environment: dict[str, Any] = json.loads((run_dir / "environment.json").read_text())
+        self.config: dict[str, Any] = json.loads((folder / "config.json").read_text())
+        self.curve: Curve = curve_of(run_dir, step)
+        self.hub: dict[str, Any] = self.recipe.get("hub", {})
+
+    def values(self) -> dict[str, str | None]:
+        """Every field of the template, None where it is unknown."""
+        vision, text, last = self.config["vision_config"], self.config["text_config"], self.curve.records[-1]
+        batch, parameters = self.recipe["data"]["global_batch_size"], self.environment.get("num_parameters")
+        total_steps = sum(stage["samples"] // batch for stage in self.recipe["stages"])
+        seconds, energy = last["trained_seconds"], last.get("energy_kwh")
+        price, grid = self.hub.get("device_hour_dollars"), self.hub.get("kwh_co2_grams")
+        device_hours = self._device_hours(seconds)
+        return {
+            "version": self.environment["flipscale"],
+            "parameters": parameters and f"{parameters / 1e6:,.1f} M",
+            "image_size": str(vision["image_size"]),
+            "patch_size": str(vision["patch_size"]),
+            "max_tokens": str(text["max_position_embeddings"]),
+            "dim": str(self.config["projection_dim"]),
+            "unfinished_step": self.step and f"{self.step:,}",
+            "total_steps": f"{total_steps:,}",
+            "results": self._results(),
+            "protocol": "\n\n".join(PROTOCOLS[task] for task in self._tasks() if task in PROTOCOLS) or None,
+            "data": data_name(self.recipe["data"]["shards"]) or None,
+            "data_samples": _number(self.environment.get("data_samples")),
+            "samples_seen": _number(last["samples_seen"]),
+            "time": _duration(seconds),
+            "hardware": self._hardware(),
+            "pairs_per_s": _number(round(self.curve.images_per_s)) if seconds else None,
+            "precision": {"no": "fp32"}.get(*[self.environment["mixed_precision"]] * 2),
+            "energy": _rounded(energy),
+            "emissions": _rounded(energy and grid and energy * grid / 1000),
+            "grid": _rounded(grid),
+            "cost": _rounded(device_hours and price and device_hours * price),
+            "price": _rounded(price),
+            "stages": "\n".join(self._stages()),
+            "recipe": self._recipe(),
+            "licence": self.hub.get("license"),
+            "no_licence": None if self.hub.get("license") else NO_LICENCE,
+        }
+
+    def metadata(self, name: str) -> ModelCardData:
+        """The card's header, evaluations as the Hub's `model-index` included."""
+        results = [
+            EvalResult(
+                task_type=_TASKS[task][0],
+                dataset_type=data_name(self.recipe["eval"][task]),
+                dataset_name=data_name(self.recipe["eval"][task]),
+                metric_type=_TASKS[task][1],
+                metric_name=f"{_metric_name(metric)}, %",
+                metric_value=round(value, 2),
+            )
+            for task, metric, value in self._evaluations()
+            if task in _TASKS and metric != "chance" and self.recipe["eval"].get(task)
+        ]
+        init_from = self.recipe["model"].get("init_from")
+        base = init_from if init_from and re.fullmatch(r"[\w.-]+/[\w.-]+", init_from) else None
+        return ModelCardData(
+            library_name="transformers",
+            pipeline_tag="zero-shot-image-classification",
+            tags=["flip", "clip", "flipscale"],
+            license=self.hub.get("license"),
+            base_model=base if base and not Path(base).exists() else None,
+            model_name=name if results else None,
+            eval_results=results or None,
+        )
+
+    def _evaluations(self) -> Iterator[tuple[str, str, float]]:
+        """(task, metric, percent), the last of each."""
+        last: dict[str, float] = {}
+        for record in self.curve.records:
+            last.update({key: value for key, value in record.items() if "/" in key})
+        for key, value in last.items():
+            task, metric = key.split("/", 1)
+            yield task, metric, value
+
+    def _tasks(self) -> list[str]:
+        return list(dict.fromkeys(task for task, _, _ in self._evaluations()))
+
+    def _results(self) -> str:
+        rows = []
+        for task, metric, value in self._evaluations():
+            if task == "baseline":
+                row = ("zero-shot top-1 without learning", metric)
+            else:
+                folder = self.recipe.get("eval", {}).get(task)
+                row = (task.replace("_", "-") + (f" on `{data_name(folder)}`" if folder else ""), _metric_name(metric))
+            rows.append(f"| {row[0]} | {row[1]} | {_percent(value)} |")
+        return "\n".join(["| | metric | |", "|---|---|---:|", *rows]) if rows else NOT_EVALUATED
+
+    def _hardware(self) -> str | None:
+        launches = self.environment.get("launches")
+        if not launches:
+            return None
+        return ", then ".join(dict.fromkeys(f"{launch['num_processes']} x {launch['device']}" for launch in launches))
+
+    def _device_hours(self, seconds: float) -> float | None:
+        """Hours times devices, launch by launch: a resumed run may have had others."""
+        launches = self.environment.get("launches")
+        if not launches:
+            return None
+        ends = [launch["trained_seconds"] for launch in launches[1:]] + [seconds]
+        spent = zip(launches, ends, strict=True)
+        return sum((end - launch["trained_seconds"]) * launch["num_processes"] for launch, end in spent) / 3600
+
+    def _stages(self) -> Iterator[str]:
+        for stage in self.recipe["stages"]:
+            rate = "goes on" if stage.get("base_lr") is None else f"{stage['base_lr']:g}"
+            removed = (f"{stage.get(name, 0):.0%}" for name in ("mask_ratio", "text_mask_ratio"))
+            yield f"| {stage['name']} | {stage['samples']:,} | {' | '.join(removed)} | {rate} |"
+
+    def _recipe(self) -> str:
+        sections = ("model", "data", "mask", "loss", "optim")
+        kept: dict[str, Any] = {}
+        for section in (name for name in sections if name in self.recipe):
+            kept[section] = {name: value for name, value in self.recipe[section].items() if name not in _WHERE}
+        kept.update(stages=self.recipe["stages"], seed=self.recipe["seed"])
+        return yaml.safe_dump(kept, sort_keys=False).rstrip()
+
+
+def data_name(shards: Any) -> str:
+    """What people call a data set: the last folder or file of where it lies, not the way to it."""
+    if not isinstance(shards, str):
+        names = [data_name(part["shards"] if isinstance(part, dict) else part) for part in shards]
+        return ", ".join(dict.fromkeys(names))
+    parts = [part for part in shards.split("?")[0].split("/") if part and not re.search(r"[*{]|\.tar$", part)]
+    return "/".join(parts[-2:] if parts[-1:] and parts[-1] in _SPLITS else parts[-1:]) or shards
+
+
+def _metric_name(metric: str) -> str:
+    if metric == "chance":
+        return "top-1 by chance"
+    return re.sub(r"(?<= )r(\d+)$", r"R@\1", re.sub(r"^top(\d+)$", r"top-\1", metric.replace("_", " ")))
+
+
+def _percent(value: float) -> str:
+    return f"{value:.{1 if value >= 1 else 2}f} %"
+
+
+def _number(value: int | None) -> str | None:
+    return None if value is None else f"{value:,}"
+
+
+def _rounded(value: float | None) -> str | None:
+    return None if value is None else f"{value:,.{0 if value >= 100 else 2}f}"
 
 
 def _duration(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 600 else f"{seconds / 3600:.1f} h"
-
-
-def _results(records: list[dict[str, Any]]) -> str:
-    last: dict[str, float] = {}
-    for record in records:
-        last.update({name: value for name, value in record.items() if "/" in name})
-    if not last:
-        return "Not evaluated."
-    rows = [f"| {name.replace('/', ': ').replace('_', ' ')} | {value:.2f} % |" for name, value in last.items()]
-    return "\n".join(["| metric | value |", "|---|---:|", *rows])
-
-
-def model_card(run_dir: Path, num_parameters: int, data_samples: int, licence: str = "other") -> str:
-    """The card of the run in `run_dir`, as Markdown with its metadata."""
-    recipe = yaml.safe_load((run_dir / "recipe.yaml").read_text())
-    environment = json.loads((run_dir / "environment.json").read_text())
-    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    config = json.loads((run_dir / "model" / "config.json").read_text())["vision_config"]
-    stages = [
-        f"| {stage['name']} | {stage['samples']:,} | {stage['mask_ratio']:.0%} | {stage['base_lr'] or 'goes on'} |"
-        for stage in recipe["stages"]
-    ]
-    return _CARD.format(
-        licence=licence,
-        name=run_dir.name,
-        path=run_dir / "model",
-        version=environment["flipscale"],
-        parameters=num_parameters / 1e6,
-        image_size=config["image_size"],
-        patch_size=config["patch_size"],
-        seen=records[-1]["samples_seen"],
-        hours=_duration(records[-1]["trained_seconds"]),
-        num_processes=environment["num_processes"],
-        mixed_precision=environment["mixed_precision"],
-        data_samples=data_samples,
-        shards=recipe["data"]["shards"],
-        global_batch_size=recipe["data"]["global_batch_size"],
-        optimizer=recipe["optim"]["name"],
-        stages="\n".join(stages),
-        results=_results(records),
-    )
+    return f"{seconds:.0f} s" if seconds < 600 else f"{seconds / 3600:,.1f} h"

@@ -81,19 +81,25 @@ class EvalRecipe:
 
 @dataclass(frozen=True)
 class HubRecipe:
-    """Where the model goes while it is trained and when it is done; what a Hub token is, huggingface_hub knows.
+    """Where the model goes while it is trained and when it is done, and what its card cannot know by itself.
 
     Args:
         push_to_hub: push every save, in the background, and the finished model.
         hub_model_id: ORG/NAME, made if it does not exist.
         hub_private_repo: of a repository that is made; None takes the organisation's default.
         hub_revision: the branch, made if it does not exist; None is main.
+        license: of the weights, as the Hub writes it (`apache-2.0`); for the model card, like the two below.
+        device_hour_dollars: price of a device for an hour.
+        kwh_co2_grams: what the grid emits for a kWh.
     """
 
     push_to_hub: bool = False
     hub_model_id: str | None = None
     hub_private_repo: bool | None = None
     hub_revision: str | None = None
+    license: str | None = None
+    device_hour_dollars: float | None = None
+    kwh_co2_grams: float | None = None
 
 
 @dataclass(frozen=True)

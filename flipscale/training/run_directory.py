@@ -12,9 +12,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 import flipscale
+from flipscale.model import FlipModel
 from flipscale.training.checkpoint import latest_checkpoint
 from flipscale.training.recipe import Recipe, differences, to_yaml
 
@@ -60,12 +62,43 @@ def is_done(recipe: Recipe) -> bool:
     return open_run_directory(recipe) is not None and (Path(recipe.output_dir) / "DONE").exists()
 
 
-def write_run_files(recipe: Recipe, num_processes: int) -> None:
-    """Writes `recipe.yaml` and `environment.json`; the main process alone."""
+def write_run_files(recipe: Recipe, num_processes: int, state: dict[str, Any], data_samples: int) -> None:
+    """Writes `recipe.yaml` and `environment.json`; the main process alone.
+
+    Args:
+        state: of the checkpoint that the run goes on from, if any.
+    """
     run_dir = Path(recipe.output_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / "recipe.yaml").write_text(to_yaml(recipe))
-    (run_dir / "environment.json").write_text(json.dumps(environment(num_processes), indent=1) + "\n")
+    file = run_dir / "environment.json"
+    before = json.loads(file.read_text()).get("launches", []) if file.exists() else []
+    step = state.get("step", 0)
+    launch = {
+        "step": step,
+        "trained_seconds": state.get("trained_seconds", 0.0),
+        "num_processes": num_processes,
+        "device": device_name(),
+    }
+    with torch.device("meta"):
+        num_parameters = FlipModel(recipe.model.config()).num_parameters()
+    content = {
+        **environment(num_processes),
+        "num_parameters": num_parameters,
+        "data_samples": data_samples,
+        # A launch from the same step or before takes the place of one whose steps were taken back.
+        "launches": [*(earlier for earlier in before if earlier["step"] < step), launch],
+    }
+    file.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def device_name() -> str:
+    """What one process computes on: the GPU, or a core of the CPU, by the name it gives itself."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{(names or [platform.processor() or platform.machine()])[0]}, {torch.get_num_threads()} thread(s)"
 
 
 def environment(num_processes: int) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Pushing while training: the loop never waits, the newest save goes next, the finished model arrives or it is told."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -8,8 +9,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
-from conftest import launch, metrics, pretrain
+from conftest import draw, launch, metrics, pretrain
+from hub.card_numbers import untraced_numbers
 from hub.loopback_hub import TOKEN, LoopbackHub
 
 from flipscale.cli import main
@@ -17,21 +21,27 @@ from flipscale.hub.background_push import BackgroundPush, open_target
 from flipscale.hub.push import Target
 from flipscale.training.recipe import HubRecipe, Recipe
 
+FLIPSCALE = [sys.executable, "-m", "flipscale.cli"]
 HUB = {"push_to_hub": True, "hub_model_id": "org/name"}
 
-# Loads what was pushed, as somebody with flipscale does.
+# Runs the card's own snippets as somebody without flipscale does, then loads two revisions as somebody with it does.
 LOAD = """
+import sys
+sys.modules["flipscale"] = None
+exec(open("snippets.py").read())
+assert type(model).__module__.startswith("transformers_modules.")
+del sys.modules["flipscale"]
 import torch
-from transformers import AutoProcessor
 from flipscale.model import FlipModel
 first, last = (FlipModel.from_pretrained("org/name", revision=revision) for revision in ("before", "main"))
 assert not all(torch.equal(a, b) for a, b in zip(first.parameters(), last.parameters()))
-length = AutoProcessor.from_pretrained("org/name")(text="a red disc", return_tensors="pt")["input_ids"].shape[1]
-print(length, sum(p.sum().item() for p in last.parameters()))
+assert all(torch.equal(a, b) for a, b in zip(model.parameters(), last.parameters()))
+half = FlipModel.from_pretrained("org/name", variant="bf16", dtype=torch.bfloat16)
+assert all(torch.equal(a, b.bfloat16()) for a, b in zip(half.parameters(), last.parameters()))
 """
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
+def wait_for(condition: Callable[[], bool], seconds: float = 240) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it did not come to pass"
@@ -66,7 +76,7 @@ def test_saves_arrive_while_the_run_goes_on_though_the_hub_fails_twice(
     log = (tmp_path / "run/push.log").read_text()
     assert run.returncode == 0, told
     assert len(hub.asked("/commit/")) >= 3
-    assert {"config.json", "model.safetensors", "processor_config.json"} <= set(hub.content("org/name"))
+    assert {"config.json", "model.safetensors", "README.md", "processor_config.json"} <= set(hub.content("org/name"))
     assert log.count("trying again in") == 2, log
     assert not (tmp_path / "run/DONE").exists()
     assert not list((tmp_path / "run").glob(".push*"))
@@ -90,17 +100,23 @@ def test_the_finished_model_arrives_and_loads(
     assert line.endswith(f"push it by hand: flipscale push {run_dir} org/name")
     hub._faults.clear()
 
-    by_hand = launch([sys.executable, "-m", "flipscale.cli", "push", str(run_dir), "org/name", "--step", "24",
-                      "--revision", "before"], HF_HUB_OFFLINE="0")  # fmt: skip
+    by_hand = launch([*FLIPSCALE, "push", str(run_dir), "org/name", "--step", "24", "--revision", "before"])
     assert by_hand.returncode == 0, by_hand.stderr
     # The same command as before: the run is done, what is missing is the push.
     again = pretrain(file)
     assert again.returncode == 0, again.stderr
     assert f"{run_dir} is on the Hub: {hub.endpoint}/org/name" in again.stdout
-    assert hub.content("org/name") == {path.name: path.read_bytes() for path in (run_dir / "model").iterdir()}
-    loaded = launch([sys.executable, "-c", LOAD], HF_HUB_OFFLINE="0")
+    local = {
+        str(path.relative_to(run_dir / "model")): path for path in (run_dir / "model").rglob("*") if path.is_file()
+    }
+    assert hub.content("org/name") == {name: path.read_bytes() for name, path in local.items()}
+    card = hub.content("org/name")["README.md"].decode()
+    assert untraced_numbers(card, run_dir) == []
+    (tmp_path / "snippets.py").write_text("\n".join(re.findall(r"```python\n(.*?)```", card, re.DOTALL)))
+    cv2.imwrite(str(tmp_path / "image.png"), draw("red", "disc", np.random.default_rng(0)))
+    loaded = launch([sys.executable, "-c", LOAD], cwd=tmp_path)
     assert loaded.returncode == 0, loaded.stderr
-    assert loaded.stdout.startswith("8 ")
+    assert re.fullmatch(r"\[\{'score': [\d.]+, 'label': .*\}\]\ntensor\(\[\[.*\]\]\)\n", loaded.stdout), loaded.stdout
     assert not files_with(TOKEN, tmp_path)
     assert TOKEN not in done.stderr + done.stdout + by_hand.stdout + again.stdout + again.stderr
 

@@ -1,0 +1,84 @@
+"""Where the numbers of a model card come from."""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from string import Formatter
+from typing import Any
+
+import yaml
+
+from flipscale.hub.model_card import FIGURES, NO_LICENCE, NOT_EVALUATED, PROTOCOLS, TEMPLATE
+from flipscale.training.recipe import ModelRecipe
+
+NUMBER = re.compile(r"\d+(?:,\d{3})*(?:\.\d+)?(?:e[+-]?\d+)?")
+
+
+def untraced_numbers(card: str, run_dir: Path) -> list[str]:
+    """The numbers of a card that are neither its template's nor in, or computed as said here from, the run's
+    `metrics.jsonl`, `recipe.yaml` and `environment.json`."""
+    recipe = yaml.safe_load((run_dir / "recipe.yaml").read_text())
+    environment = json.loads((run_dir / "environment.json").read_text())
+    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    values = set(_numbers([recipe, environment, records, ModelRecipe(**recipe["model"]).config().to_dict()]))
+    values |= _derived(recipe, environment, records)
+    words = {token for text in _texts([recipe, environment, records, str(run_dir)]) for token in NUMBER.findall(text)}
+    of_the_template = [t for text in (TEMPLATE, *PROTOCOLS.values(), NOT_EVALUATED, NO_LICENCE, *FIGURES.values())
+                       for t in _fixed_numbers(text)]  # fmt: skip
+    untraced = []
+    for token in NUMBER.findall(card):
+        if token in of_the_template:
+            of_the_template.remove(token)
+        elif token not in words and not any(_is_rounded(token, value) for value in values):
+            untraced.append(token)
+    return untraced
+
+
+def _derived(recipe: dict[str, Any], environment: dict[str, Any], records: list[dict[str, Any]]) -> set[float]:
+    last, hub = records[-1], recipe["hub"]
+    seconds, batch = last["trained_seconds"], recipe["data"]["global_batch_size"]
+    launches = environment["launches"]
+    begins = [launch["trained_seconds"] for launch in launches] + [seconds]
+    device_seconds = sum((begins[i + 1] - begins[i]) * launch["num_processes"] for i, launch in enumerate(launches))
+    found = {seconds / 3600, last["samples_seen"] / seconds, environment["num_parameters"] / 1e6}
+    found.add(sum(stage["samples"] // batch for stage in recipe["stages"]))
+    found |= {100 * stage[name] for stage in recipe["stages"] for name in ("mask_ratio", "text_mask_ratio")}
+    if hub["device_hour_dollars"] is not None:
+        found.add(device_seconds / 3600 * hub["device_hour_dollars"])
+    if "energy_kwh" in last and hub["kwh_co2_grams"] is not None:
+        found.add(last["energy_kwh"] * hub["kwh_co2_grams"] / 1000)
+    return found
+
+
+def _is_rounded(token: str, value: float) -> bool:
+    number = float(token.replace(",", ""))
+    if "e" in token:
+        return number == value
+    decimals = len(token.partition(".")[2])
+    return abs(number - value) <= 0.5 * 10**-decimals * (1 + 1e-9)
+
+
+def _fixed_numbers(template: str) -> list[str]:
+    fixed = " ".join(part[0] for part in Formatter().parse(template))
+    return NUMBER.findall(fixed)
+
+
+def _leaves(content: Any) -> Iterator[Any]:
+    if isinstance(content, dict):
+        yield from content.keys()
+        for value in content.values():
+            yield from _leaves(value)
+    elif isinstance(content, list | tuple):
+        for value in content:
+            yield from _leaves(value)
+    else:
+        yield content
+
+
+def _numbers(content: Any) -> Iterator[float]:
+    return (float(leaf) for leaf in _leaves(content) if isinstance(leaf, int | float) and not isinstance(leaf, bool))
+
+
+def _texts(content: Any) -> Iterator[str]:
+    return (leaf for leaf in _leaves(content) if isinstance(leaf, str))

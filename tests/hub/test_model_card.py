@@ -1,0 +1,159 @@
+"""The card says what the run's files say, leaves out what they do not, and the Hub's own reader takes it."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from hub.card_numbers import untraced_numbers
+from huggingface_hub import ModelCard
+
+from flipscale.hub.model_card import data_name, filled, write_card
+from flipscale.training.recipe import parse_recipe, to_yaml
+
+# Numbers that occur once each, so that none can stand for another.
+RECORDS = [
+    {"step": 11, "samples_seen": 176, "trained_seconds": 4321.5, "loss": 7.125, "images_per_s": 88.75},
+    {"step": 23, "samples_seen": 368, "trained_seconds": 9876.5, "loss": 3.375, "energy_kwh": 61.5},
+    {"step": 23, "samples_seen": 368, "trained_seconds": 9876.5, "energy_kwh": 61.5, "zero_shot/top1": 47.13,
+     "zero_shot/top5": 82.79, "zero_shot/chance": 0.0613, "retrieval/text_to_image_r1": 39.37,
+     "baseline/nearest image, HOG": 44.91},
+]  # fmt: skip
+ENVIRONMENT = {
+    "flipscale": "0.1.0",
+    "mixed_precision": "bf16",
+    "num_parameters": 413_246_912,
+    "data_samples": 407_332_084,
+    "launches": [
+        {"step": 0, "trained_seconds": 0.0, "num_processes": 48, "device": "NVIDIA H100 80GB HBM3"},
+        {"step": 11, "trained_seconds": 4321.5, "num_processes": 32, "device": "NVIDIA H100 80GB HBM3"},
+    ],
+}
+GIVEN = {"license": "apache-2.0", "device_hour_dollars": 2.85, "kwh_co2_grams": 373.0}
+
+
+@pytest.fixture
+def run_dir(write_recipe, tmp_path: Path) -> Path:
+    """A finished run's files, and its model folder without weights."""
+    folder = tmp_path / "runs" / "l16"
+    (folder / "model").mkdir(parents=True)
+    evaluations = {"zero_shot": "data/imagenet1k_val", "retrieval": "/mnt/secret/flickr30k/test"}
+    recipe = parse_recipe(["--config", str(write_recipe(folder, hub=GIVEN, eval=evaluations))])
+    (folder / "recipe.yaml").write_text(to_yaml(recipe))
+    (folder / "model" / "config.json").write_text(json.dumps(recipe.model.config().to_dict()))
+    (folder / "environment.json").write_text(json.dumps(ENVIRONMENT))
+    write_records(folder, RECORDS)
+    return folder
+
+
+def write_records(run_dir: Path, records: list[dict]) -> None:
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def card_of(run_dir: Path, step: int | None = None) -> str:
+    write_card(run_dir / "model", run_dir, "org/flip-l16", step)
+    return (run_dir / "model" / "README.md").read_text()
+
+
+def test_it_says_what_the_run_recorded(run_dir: Path) -> None:
+    card = card_of(run_dir)
+    for line in (
+        "# flip-l16",
+        "413.2 M parameters; images of 32 x 32 pixels in patches of 8 x 8;",
+        "| zero-shot on `imagenet1k_val` | top-1 | 47.1 % |",
+        "| zero-shot on `imagenet1k_val` | top-1 by chance | 0.06 % |",
+        "| retrieval on `flickr30k/test` | text to image R@1 | 39.4 % |",
+        "| zero-shot top-1 without learning | nearest image, HOG | 44.9 % |",
+        "| pairs in it | 407,332,084 |",
+        "| pairs seen | 368 |",
+        "| time | 2.7 h |",
+        "| hardware | 48 x NVIDIA H100 80GB HBM3, then 32 x NVIDIA H100 80GB HBM3 |",
+        "| precision | bf16 |",
+        "| energy | 61.50 kWh |",
+        "| emissions | 22.94 kg of CO2, at 373 g a kWh |",
+        # (4321.5 s x 48 + 5555 s x 32) / 3600 x 2.85
+        "| cost | 305 dollars, at 2.85 an hour of a device |",
+        "The licence of these weights is `apache-2.0`.",
+        "![Contrastive loss of the training batches against training time](figures/loss.png)",
+    ):
+        assert line in card.splitlines(), line
+    assert "figures/accuracy.png" not in card, "one point is no curve"
+    assert (run_dir / "model/figures/loss.png").stat().st_size > 10_000
+    assert "secret" not in card
+    assert str(run_dir) not in card
+
+
+def test_every_number_is_traced(run_dir: Path) -> None:
+    card = card_of(run_dir)
+    assert untraced_numbers(card, run_dir) == []
+    for number, wrong in (("47.1 %", "47.2 %"), ("22.94", "22.95"), ("| 384 |", "| 385 |"), ("2.7 h", "3.1 h")):
+        assert number in card
+        assert len(untraced_numbers(card.replace(number, wrong), run_dir)) == 1
+
+
+def test_what_is_not_known_is_not_said(run_dir: Path) -> None:
+    recipe = yaml.safe_load((run_dir / "recipe.yaml").read_text())
+    recipe.update(hub={}, eval={})
+    (run_dir / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    (run_dir / "environment.json").write_text('{"flipscale": "0.1.0", "mixed_precision": "no"}')
+    write_records(run_dir, [{"step": 11, "samples_seen": 176, "trained_seconds": 432.5, "loss": 7.125}])
+    card = card_of(run_dir, step=11)
+    for absent in (
+        "kWh",
+        "CO2",
+        "dollars",
+        "hardware",
+        "parameters;",
+        "pairs in it",
+        "figures/",
+        "model-index",
+        "license",
+    ):
+        assert absent not in card, absent
+    assert "None" not in card.replace("None was stated", "")
+    assert "## Results\n\nNot evaluated.\n" in card
+    assert "None was stated for these weights by those who trained them." in card
+    assert "> **Still in training.** This is step 11 of 40." in card
+    assert "| precision | fp32 |" in card
+    ModelCard(card)
+
+
+@pytest.mark.usefixtures("logged_in")
+def test_the_hub_s_own_reader_takes_it(run_dir: Path) -> None:
+    card_of(run_dir)
+    card = ModelCard.load(run_dir / "model" / "README.md")
+    card.validate()
+    data = card.data
+    assert (data.license, data.pipeline_tag) == ("apache-2.0", "zero-shot-image-classification")
+    assert data.model_name == "flip-l16"
+    found = [(r.task_type, r.dataset_name, r.metric_type, r.metric_name, r.metric_value) for r in data.eval_results]
+    assert found == [
+        ("zero-shot-image-classification", "imagenet1k_val", "accuracy", "top-1, %", 47.13),
+        ("zero-shot-image-classification", "imagenet1k_val", "accuracy", "top-5, %", 82.79),
+        ("image-text-retrieval", "flickr30k/test", "recall", "text to image R@1, %", 39.37),
+    ]
+    broken = ModelCard(re.sub("license: .*", "license: 3", str(card)))
+    with pytest.raises(ValueError, match=r"license.* must be a string"):
+        broken.validate()
+
+
+def test_a_checkpoint_s_card_ends_at_its_step(run_dir: Path) -> None:
+    card = card_of(run_dir, step=11)
+    assert "| pairs seen | 176 |" in card
+    assert "Not evaluated." in card
+    assert "This is step 11 of 40." in card
+
+
+@pytest.mark.parametrize(("shards", "name"), [
+    ("data/laion400m/{00000..41407}.tar", "laion400m"), ("data/demo/train", "demo/train"),
+    ("s3://key@b/cc3m/*.tar", "cc3m"),
+    ("https://h/cc12m/{0..9}.tar?sig=secret", "cc12m"), ("/x/imagenet1k_val/", "imagenet1k_val"), ("train", "train"),
+])  # fmt: skip
+def test_data_are_named_not_located(shards: str, name: str) -> None:
+    assert data_name(shards) == name
+
+
+def test_a_template_drops_what_it_cannot_fill() -> None:
+    template = "a {x}\n\n| {x} |\n| {y} |\n\n{y} b {x}\n\nend {{}}"
+    assert filled(template, {"x": "1", "y": None}) == "a 1\n\n| 1 |\n\nend {}"
