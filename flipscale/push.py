@@ -24,14 +24,13 @@ def run(args: argparse.Namespace) -> None:
         ValueError: no model or checkpoint there, a name that is none, no token, no right to write.
         OSError: the Hub could not be reached.
     """
-    from flipscale.hub.model_card import write_card
     from flipscale.hub.push import Target, files_to_push, push_folder
 
     target = Target(args.repo, args.private or None, args.revision)
     what = args.run_dir.name + ("" if args.step is None else f", step {args.step}")
     with _model_folder(args.run_dir, args.step) as folder:
-        if (args.run_dir / "recipe.yaml").is_file() and (args.step is not None or not args.dry_run):
-            write_card(folder, args.run_dir, args.repo, args.step)
+        if args.step is not None or not args.dry_run:
+            _update_card(folder, args.run_dir, args.repo, args.step)
         if args.dry_run:
             files = files_to_push(folder)
             print("\n".join(f"{size:>16,}  {name}" for name, size in files))
@@ -40,6 +39,17 @@ def run(args: argparse.Namespace) -> None:
             return
         pushed = push_folder(folder, target, what)
     print(f"{pushed.url}: {'commit ' + pushed.commit if pushed.changed else 'nothing new, nothing uploaded'}")
+
+
+def _update_card(folder: Path, run_dir: Path, repo_id: str, step: int | None) -> None:
+    """Has the card load the model by its name on the Hub: written anew from a run's records, else changed in that."""
+    card = folder / "README.md"
+    if (run_dir / "recipe.yaml").is_file():
+        from flipscale.hub.model_card import write_card
+
+        write_card(folder, run_dir, repo_id, step)
+    elif card.is_file():
+        card.write_text(card.read_text().replace(f'"{folder}"', f'"{repo_id}"'))
 
 
 @contextmanager

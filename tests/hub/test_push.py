@@ -79,6 +79,14 @@ def test_weights_in_fewer_shards_take_the_place_of_the_older(hub: LoopbackHub, r
 
 
 @pytest.mark.usefixtures("logged_in")
+def test_the_card_of_a_model_without_a_run_names_its_new_place(hub: LoopbackHub, run_dir: Path) -> None:
+    (run_dir / "model/README.md").write_text(f'pipeline(model="{run_dir}/model")  # of "{run_dir}/models"\n')
+    main(["push", str(run_dir), "org/name"])
+    expected = f'pipeline(model="org/name")  # of "{run_dir}/models"\n'
+    assert hub.content("org/name")["README.md"].decode() == expected
+
+
+@pytest.mark.usefixtures("logged_in")
 def test_a_revision_is_a_branch_of_its_own(hub: LoopbackHub, run_dir: Path) -> None:
     main(["push", str(run_dir), "org/name"])
     before = hub.content("org/name")
