@@ -216,7 +216,7 @@ class _Run:
             "samples_seen": _number(last["samples_seen"]),
             "time": _duration(seconds),
             "hardware": self._hardware(),
-            "pairs_per_s": _number(round(self.curve.images_per_s)) if seconds else None,
+            "pairs_per_s": _rounded(self.curve.images_per_s) if seconds else None,
             "precision": {"no": "fp32"}.get(*[self.environment["mixed_precision"]] * 2),
             "energy": _rounded(energy),
             "emissions": _rounded(energy and grid and energy * grid / 1000),
@@ -270,13 +270,13 @@ class _Run:
     def _results(self) -> str:
         rows = []
         for task, metric, value in self._evaluations():
-            if task == "baseline":
-                row = ("zero-shot top-1 without learning", metric)
-            else:
-                folder = self.recipe.get("eval", {}).get(task)
-                row = (task.replace("_", "-") + (f" on `{data_name(folder)}`" if folder else ""), _metric_name(metric))
-            rows.append(f"| {row[0]} | {row[1]} | {_percent(value)} |")
-        return "\n".join(["| | metric | |", "|---|---|---:|", *rows]) if rows else NOT_EVALUATED
+            who, shown = "this model", _metric_name(metric)
+            if task == "baseline" or metric == "chance":
+                task, who, shown = "zero_shot", metric, "top-1"
+            folder = self.recipe.get("eval", {}).get(task)
+            test = task.replace("_", "-") + (f", `{data_name(folder)}`" if folder else "")
+            rows.append(f"| {test} | {shown} | {who} | {_percent(value)} |")
+        return "\n".join(["| test | metric | who | |", "|---|---|---|---:|", *rows]) if rows else NOT_EVALUATED
 
     def _hardware(self) -> str | None:
         launches = self.environment.get("launches")
@@ -318,8 +318,6 @@ def data_name(shards: Any) -> str:
 
 
 def _metric_name(metric: str) -> str:
-    if metric == "chance":
-        return "top-1 by chance"
     return re.sub(r"(?<= )r(\d+)$", r"R@\1", re.sub(r"^top(\d+)$", r"top-\1", metric.replace("_", " ")))
 
 
