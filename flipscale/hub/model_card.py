@@ -4,6 +4,7 @@
 out: nothing is invented, nothing is typed by hand.
 """
 
+import itertools
 import json
 import re
 from collections.abc import Iterator
@@ -268,15 +269,16 @@ class _Run:
         return list(dict.fromkeys(task for task, _, _ in self._evaluations()))
 
     def _results(self) -> str:
-        rows = []
+        rows: dict[str, list[str]] = {}
         for task, metric, value in self._evaluations():
             who, shown = "this model", _metric_name(metric)
             if task == "baseline" or metric == "chance":
                 task, who, shown = "zero_shot", metric, "top-1"
             folder = self.recipe.get("eval", {}).get(task)
             test = task.replace("_", "-") + (f", `{data_name(folder)}`" if folder else "")
-            rows.append(f"| {test} | {shown} | {who} | {_percent(value)} |")
-        return "\n".join(["| test | metric | who | |", "|---|---|---|---:|", *rows]) if rows else NOT_EVALUATED
+            rows.setdefault(task, []).append(f"| {test} | {shown} | {who} | {_percent(value)} |")
+        table = ["| test | metric | who | |", "|---|---|---|---:|", *itertools.chain(*rows.values())]
+        return "\n".join(table) if rows else NOT_EVALUATED
 
     def _hardware(self) -> str | None:
         launches = self.environment.get("launches")

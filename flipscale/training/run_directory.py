@@ -1,6 +1,7 @@
 """The run directory: what is promised to lie in it, and whose it is.
 
 recipe.yaml  environment.json  metrics.jsonl  tensorboard/  checkpoints/step-*/  model/  DONE
+push.log where saves are pushed to the Hub
 """
 
 import json
