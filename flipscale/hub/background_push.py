@@ -99,16 +99,17 @@ class BackgroundPush:
                 if self._closed or self._waiting is None:
                     return
                 step, self._waiting = self._waiting, None
-                self._process = self._start(step, target)
-            failed = self._process.wait() != 0
+                failed: str | None = None
+                try:
+                    self._process = self._start(step, target)
+                except OSError as error:  # no memory for a process, no space for its log
+                    failed = str(error)
+            if failed is None and self._process is not None and self._process.wait() != 0:
+                failed = _last_line(self.run_dir / "push.log")
             shutil.rmtree(export_folder(self.run_dir, step), ignore_errors=True)
-            if failed and not self._closed:
-                print(
-                    f"flipscale: step {step} was not pushed to {target} ({_last_line(self.run_dir / 'push.log')}); the "
-                    "run goes on and pushes its next save",
-                    file=sys.stderr,
-                    flush=True,
-                )
+            if failed is not None and not self._closed:
+                told = f"step {step} was not pushed to {target} ({failed}); the run goes on and pushes its next save"
+                print(f"flipscale: {told}", file=sys.stderr, flush=True)
 
     def _start(self, step: int, target: Target) -> subprocess.Popen[bytes]:
         command = [*push_command(self.run_dir, target), "--step", str(step)]
@@ -162,5 +163,5 @@ def _is_first_process() -> bool:
 
 
 def _last_line(path: Path) -> str:
-    lines = path.read_text(errors="replace").strip().splitlines()
+    lines = path.read_text(errors="replace").strip().splitlines() if path.exists() else []
     return lines[-1].removeprefix("flipscale: error: ") if lines else "no output"

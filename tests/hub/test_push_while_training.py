@@ -147,12 +147,14 @@ def test_a_push_that_fails_is_told_and_the_next_one_tried(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
 ) -> None:
     def start(self: BackgroundPush, step: int, target: Target) -> subprocess.Popen[bytes]:
+        if step == 30:
+            raise OSError("no way to push 30")
         script = f"echo 'flipscale: error: no way to push {step}' >> {tmp_path}/push.log; exit 1"
         return subprocess.Popen(["sh", "-c", script])
 
     monkeypatch.setattr(BackgroundPush, "_start", start)
     push = BackgroundPush(recipe_that_pushes(tmp_path), last_step=60, is_main_process=True)
-    for step in (10, 20):
+    for step in (10, 20, 30, 40):
         push.offer(step)
         told: list[str] = []
         wait_for(lambda told=told: told.append(capfd.readouterr().err) or told[-1] != "")
