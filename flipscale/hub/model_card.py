@@ -277,7 +277,7 @@ class _Run:
             folder = self.recipe.get("eval", {}).get(task)
             test = task.replace("_", "-") + (f", `{data_name(folder)}`" if folder else "")
             rows.setdefault(task, []).append(f"| {test} | {shown} | {who} | {_percent(value)} |")
-        table = ["| test | metric | who | |", "|---|---|---|---:|", *itertools.chain(*rows.values())]
+        table = ["| test | metric | who | value |", "|---|---|---|---:|", *itertools.chain(*rows.values())]
         return "\n".join(table) if rows else NOT_EVALUATED
 
     def _hardware(self) -> str | None:
