@@ -164,6 +164,7 @@ def test_folder_holds_what_it_needs_and_nothing_else(folder: Path) -> None:
     assert json.loads((folder / "config.json").read_text())["auto_map"] == {
         "AutoConfig": "configuration_flip.FlipConfig",
         "AutoModel": "modeling_flip.FlipModel",
+        "AutoModelForImageClassification": "modeling_flip.FlipForImageClassification",
         "AutoModelForZeroShotImageClassification": "modeling_flip.FlipModel",
     }
     assert not [path for path in folder.parent.iterdir() if path != folder]
