@@ -197,6 +197,8 @@ class FlipCleanTextModelTest(FlipTextModelTest):
 
 
 class ClassificationTester(BothTester):
+    is_training = False  # the common tests know no labels for it; the Trainer's test does
+
     def prepare_config_and_inputs_for_common(self) -> tuple[FlipConfig, dict[str, Any]]:
         return self.get_config(), self.vision_model_tester.prepare_config_and_inputs_for_common()[1]
 
