@@ -91,9 +91,12 @@ def export_model(
     out_dir.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}-", dir=out_dir.parent))
     try:
-        # Registering a class names it once; this second name is what the pipeline looks for.
-        named = getattr(model.config, "auto_map", None) or {}
-        model.config.auto_map = {**named, "AutoModelForZeroShotImageClassification": "modeling_flip.FlipModel"}
+        # Registering a class names it once; these are what the pipeline and fine-tuning look for.
+        model.config.auto_map = {
+            **(getattr(model.config, "auto_map", None) or {}),
+            "AutoModelForZeroShotImageClassification": "modeling_flip.FlipModel",
+            "AutoModelForImageClassification": "modeling_flip.FlipForImageClassification",
+        }
         if processor is not None:
             processor.save_pretrained(aside / "new")
         model.save_pretrained(aside / "new", max_shard_size=max_shard_size)

@@ -3,12 +3,14 @@
 from transformers import (
     AutoConfig,
     AutoModel,
+    AutoModelForImageClassification,
     AutoModelForZeroShotImageClassification,
     AutoProcessor,
 )
 
 from .configuration_flip import SIZES, FlipConfig, FlipTextConfig, FlipVisionConfig
 from .modeling_flip import (
+    FlipForImageClassification,
     FlipModel,
     FlipOutput,
     FlipPreTrainedModel,
@@ -26,12 +28,15 @@ for _config, _model in ((FlipConfig, FlipModel), (FlipTextConfig, FlipTextModel)
     _config.register_for_auto_class("AutoConfig")
     _model.register_for_auto_class("AutoModel")
 FlipProcessor.register_for_auto_class("AutoProcessor")
+FlipForImageClassification.register_for_auto_class("AutoModelForImageClassification")
 AutoModelForZeroShotImageClassification.register(FlipConfig, FlipModel)
+AutoModelForImageClassification.register(FlipConfig, FlipForImageClassification)
 AutoProcessor.register(FlipConfig, FlipProcessor)
 
 __all__ = [
     "SIZES",
     "FlipConfig",
+    "FlipForImageClassification",
     "FlipModel",
     "FlipOutput",
     "FlipPreTrainedModel",

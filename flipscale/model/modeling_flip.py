@@ -13,7 +13,7 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import ModelOutput, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
@@ -704,7 +704,47 @@ class FlipModel(FlipPreTrainedModel):
         )
 
 
+class FlipForImageClassification(FlipPreTrainedModel):
+    """The image tower and a linear head on its `pooler_output`: `num_labels` classes. Loaded from a `FlipModel`'s
+    folder, it has that model's image tower and a new head."""
+
+    config: FlipConfig
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    _keys_to_ignore_on_load_unexpected = [r"^text_", r"^image_projection\.", r"^logit_scale$"]  # noqa: RUF012
+
+    def __init__(self, config: FlipConfig):
+        super().__init__(config)
+        self.vision_model = FlipVisionModel._from_config(config.vision_config)
+        self.classifier = nn.Linear(config.vision_config.hidden_size, cast(int, config.num_labels))
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.vision_model.get_input_embeddings()
+
+    @can_return_tuple
+    def forward(
+        self, pixel_values: torch.Tensor | None = None, labels: torch.Tensor | None = None, **kwargs: Any
+    ) -> ImageClassifierOutput:
+        r"""
+        Takes what `FlipVisionModel` takes.
+
+        Args:
+            labels: `(batch,)`, class numbers, for a cross-entropy `loss`; floats for a regression where `num_labels`
+                is 1, `(batch, num_labels)` floats for several labels at once.
+        """
+        output = self.vision_model(pixel_values=pixel_values, **kwargs)
+        logits = self.classifier(output.pooler_output)
+        return ImageClassifierOutput(
+            loss=None if labels is None else self.loss_function(labels, logits, self.config),
+            logits=logits,
+            hidden_states=output.hidden_states,
+            attentions=output.attentions,
+        )
+
+
 __all__ = [
+    "FlipForImageClassification",
     "FlipModel",
     "FlipPreTrainedModel",
     "FlipTextModel",

@@ -3,13 +3,15 @@
 import json
 import os
 import subprocess
-import sys
 import venv
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from packaging.requirements import Requirement
 from PIL import Image
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, pipeline
 
@@ -34,7 +36,8 @@ import importlib.util, json, sys
 assert importlib.util.find_spec("flipscale") is None
 import torch
 from PIL import Image
-from transformers import AutoConfig, AutoModel, AutoModelForZeroShotImageClassification, AutoProcessor, pipeline
+from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, AutoProcessor, pipeline
+from transformers import AutoModelForZeroShotImageClassification
 folder, image, *labels = sys.argv[1:]
 image = Image.open(image)
 config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
@@ -45,6 +48,9 @@ for name, auto in (("model", AutoModel), ("zero_shot", AutoModelForZeroShotImage
     model = auto.from_pretrained(folder, trust_remote_code=True).eval()
     with torch.no_grad():
         scores[name] = model(**inputs).logits_per_image.softmax(-1)[0].tolist()
+classifier = AutoModelForImageClassification.from_pretrained(folder, trust_remote_code=True, num_labels=3)
+for name, value in classifier.vision_model.state_dict().items():
+    assert torch.equal(value, model.vision_model.state_dict()[name]), name
 classify = pipeline("zero-shot-image-classification", model=folder, trust_remote_code=True)
 by_label = {s["label"]: s["score"] for s in classify(image, candidate_labels=labels, hypothesis_template="{}")}
 scores["pipeline"] = [by_label[label] for label in labels]
@@ -88,17 +94,36 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def environment_without(path: Path, *absent: str) -> Path:
-    """The interpreter of a new virtual environment that sees all installed packages but these: every package is linked
-    in, and the `.pth` files that an editable install leaves are not."""
+def environment_of(path: Path, *packages: str) -> Path:
+    """The interpreter of a new virtual environment that has these packages and what they require, and nothing else:
+    their files are linked in."""
     venv.create(path, symlinks=True)
     here = next(path.glob("lib/python*/site-packages"))
-    for installed in (Path(p) for p in sys.path if p.endswith(("site-packages", "dist-packages"))):
-        for entry in installed.iterdir():
-            hidden = entry.suffix == ".pth" or entry.name.lower().startswith(("__editable__", *absent))
-            if not hidden and not (here / entry.name).exists():
-                (here / entry.name).symlink_to(entry)
+    waiting, seen = list(packages), set()
+    while waiting:
+        name = waiting.pop()
+        try:
+            package = distribution(name)
+        except PackageNotFoundError:
+            continue  # required on another system or Python only
+        if package.name in seen:
+            continue
+        seen.add(package.name)
+        required = (Requirement(text) for text in package.requires or ())
+        waiting += [r.name for r in required if r.marker is None or r.marker.evaluate({"extra": ""})]
+        for entry in {file.parts[0] for file in package.files or () if file.parts[0] != ".."}:
+            if not (here / entry).exists():
+                (here / entry).symlink_to(package.locate_file(entry))
     return path / "bin" / "python"
+
+
+def installed_environment(path: Path, *packages: str) -> Path:
+    """The interpreter of a new virtual environment into which pip installed these packages at our versions."""
+    venv.create(path, symlinks=True, with_pip=True)
+    python = path / "bin" / "python"
+    pinned = [f"{name}=={version(name)}" for name in packages]
+    subprocess.run([python, "-m", "pip", "install", "--quiet", *pinned], check=True)
+    return python
 
 
 def direct_scores(folder: Path, image: Path) -> list[float]:
@@ -108,16 +133,34 @@ def direct_scores(folder: Path, image: Path) -> list[float]:
         return model(**inputs).logits_per_image.softmax(-1)[0].tolist()
 
 
-@pytest.mark.parametrize("absent", [("flipscale",), ("flipscale", "torchvision")], ids=["plain", "no_torchvision"])
+INSTALLED = pytest.param(
+    installed_environment,
+    ("torch", "transformers", "pillow"),
+    id="installed",
+    marks=pytest.mark.skipif(
+        "FLIPSCALE_CLEAN_VENV" not in os.environ, reason="set FLIPSCALE_CLEAN_VENV=1 to install torch anew"
+    ),
+)
+
+
+@pytest.mark.parametrize(
+    ("environment", "packages"),
+    [
+        pytest.param(environment_of, ("torch", "transformers", "pillow"), id="no_torchvision"),
+        pytest.param(environment_of, ("torch", "transformers", "torchvision"), id="torchvision"),
+        INSTALLED,
+    ],
+)
 def test_folder_works_where_flipscale_is_absent(
-    folder: Path, image: Path, tmp_path: Path, absent: tuple[str, ...]
+    folder: Path, image: Path, tmp_path: Path, environment: Callable[..., Path], packages: tuple[str, ...]
 ) -> None:
-    python = environment_without(tmp_path / "venv", *absent)
+    """Offline, in an environment that has nothing but what its user needs."""
+    python = environment(tmp_path / "venv", *packages)
     kept = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
     done = subprocess.run(
-        [python, "-c", STRANGER, folder, image, *LABELS],
+        [python, "-I", "-c", STRANGER, folder, image, *LABELS],
         cwd=tmp_path,
-        env={**kept, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules"), "OMP_NUM_THREADS": "1"},
+        env={**kept, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         check=False,
@@ -126,8 +169,8 @@ def test_folder_works_where_flipscale_is_absent(
     seen = json.loads(done.stdout.splitlines()[-1])
     assert seen["model_type"] == "flip"
     assert seen["length"] == 8
-    if "torchvision" in absent:
-        assert not seen["torchvision"]
+    assert seen["torchvision"] == ("torchvision" in packages)
+    if not seen["torchvision"]:
         assert seen["backend"] == "CLIPImageProcessorPil"
     scores = seen["scores"]
     assert scores["zero_shot"] == pytest.approx(scores["model"], abs=1e-6)
@@ -166,6 +209,7 @@ def test_folder_holds_what_it_needs_and_nothing_else(folder: Path) -> None:
     assert json.loads((folder / "config.json").read_text())["auto_map"] == {
         "AutoConfig": "configuration_flip.FlipConfig",
         "AutoModel": "modeling_flip.FlipModel",
+        "AutoModelForImageClassification": "modeling_flip.FlipForImageClassification",
         "AutoModelForZeroShotImageClassification": "modeling_flip.FlipModel",
     }
     assert not [path for path in folder.parent.iterdir() if path != folder]

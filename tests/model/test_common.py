@@ -21,6 +21,7 @@ import torch
 
 from flipscale.model import (
     FlipConfig,
+    FlipForImageClassification,
     FlipModel,
     FlipTextConfig,
     FlipTextModel,
@@ -193,6 +194,25 @@ class FlipCleanTextModelTest(FlipTextModelTest):
     def setUp(self) -> None:
         super().setUp()
         self.model_tester = TextTester(self, attend_to_padding=False)
+
+
+class ClassificationTester(BothTester):
+    is_training = False  # the common tests know no labels for it; the Trainer's test does
+
+    def prepare_config_and_inputs_for_common(self) -> tuple[FlipConfig, dict[str, Any]]:
+        return self.get_config(), self.vision_model_tester.prepare_config_and_inputs_for_common()[1]
+
+
+class FlipForImageClassificationTest(modeling.ModelTesterMixin, unittest.TestCase):
+    all_model_classes = (FlipForImageClassification,)
+    _is_composite = True
+    test_resize_embeddings = False
+    test_attention_outputs = test_hidden_states_output = test_retain_grad_hidden_states_attentions = None
+
+    def setUp(self) -> None:
+        self.model_tester = ClassificationTester(self)
+
+    test_model_get_set_embeddings = None
 
 
 class FlipModelTest(modeling.ModelTesterMixin, unittest.TestCase):
