@@ -16,7 +16,7 @@ from tqdm import tqdm
 from flipscale.data.loader import InputShape, PairDataset, load_tokenizer
 from flipscale.data.sources import open_source
 from flipscale.evaluation.comparison import comparison_table, read_curve, read_records
-from flipscale.evaluation.figures import draw_accuracy, draw_loss, draw_patches
+from flipscale.evaluation.figures import draw_accuracy, draw_loss, draw_masks, draw_patches
 from flipscale.evaluation.nearest_neighbour import run_baselines
 from flipscale.training.launch import bf16_is_faster
 from flipscale.training.recipe import EvalRecipe, Recipe, parse_recipe, to_yaml
@@ -79,7 +79,9 @@ def run(args: argparse.Namespace) -> None:
     figures.mkdir(exist_ok=True)
     draw_loss(curves, figures / "loss.png")
     draw_accuracy(curves, baselines, figures / "accuracy.png")
-    draw_patches(*_datasets(arms[0].recipe), figures / "patches.png")
+    masked, whole = _datasets(arms[0].recipe)
+    draw_patches(masked, whole, figures / "patches.png")
+    draw_masks(whole, figures / "masks.png")
     (args.output_dir / "table.md").write_text(table + "\n")
     model = _take_model(arms[0].run_dir / "model", args.output_dir / "model")
     print(f"\n{table}\n\nfigures: {figures}/*.png   model: {model}")

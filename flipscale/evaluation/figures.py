@@ -1,12 +1,15 @@
 """What people would rather look at than read: loss and accuracy against time, and what the encoder sees."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 import numpy as np
 
 from flipscale.data.loader import PairDataset
+from flipscale.data.masks import MaskRecipe, keyed_patches
 from flipscale.evaluation.comparison import Curve
+from flipscale.model.masking import ImageMask
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -84,4 +87,28 @@ def draw_patches(masked: PairDataset, whole: PairDataset, path: Path, count: int
         axis.set_axis_off()
     kept = masked.kept / masked.shape.num_patches
     figure.suptitle(f"Above: the crop. Below: the {kept:.0%} of its patches that the image encoder sees.", fontsize=9)
+    figure.savefig(path, dpi=150)
+
+
+def draw_masks(whole: PairDataset, path: Path, samples: Sequence[int] = (4, 1, 9)) -> None:
+    """Some training samples under each kind of mask, and as two views that share no patch."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    positions, side, patch_size = np.asarray(samples), whole.shape.side, whole.shape.patch_size
+    full = whole.__getitems__(positions.tolist())["patches"].numpy()
+    shown = {"the crop": np.tile(np.arange(side * side), (len(samples), 1))}
+    for kind in get_args(ImageMask):
+        shown[f"{kind}, 75%"] = keyed_patches(whole.seed, positions, side, 0.75, MaskRecipe(kind))[:, 0]
+    views = keyed_patches(whole.seed, positions, side, 0.5, MaskRecipe(views=2))
+    shown |= {"1st view of 50%": views[:, 0], "2nd view of 50%": views[:, 1]}
+    size = (1.35 * len(shown), 1.35 * len(samples) + 0.3)
+    figure, axes = pyplot.subplots(len(samples), len(shown), figsize=size, squeeze=False, constrained_layout=True)
+    for column, (title, index) in enumerate(shown.items()):
+        axes[0, column].set_title(title, fontsize=9)
+        for row in range(len(samples)):
+            axes[row, column].imshow(_paste(full[row, index[row]], index[row], patch_size, side))
+            axes[row, column].set_axis_off()
     figure.savefig(path, dpi=150)
