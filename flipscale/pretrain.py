@@ -27,6 +27,7 @@ from flipscale.training.launch import leave, part, start_accelerator
 from flipscale.training.loss import pair_loss
 from flipscale.training.preemption import StopRequest
 from flipscale.training.recipe import Recipe, parse_recipe, to_yaml
+from flipscale.training.reconstruction import reconstruction_loss, trained_model, without_decoder
 from flipscale.training.run_directory import is_done, mark_done, open_run_directory, write_run_files
 from flipscale.training.schedule import Stage, plan_stages
 from flipscale.training.tracking import Tracker, is_due
@@ -62,7 +63,9 @@ class Run:
         self.step, self.num_replaced, self.stopped = 0, 0, False
 
         self.engine = Engine(self.accelerator, recipe.optim)
-        self.engine.build(config, self._configure, initial_weights(recipe.model.init_from, config, recipe.seed))
+        kind = trained_model(recipe.loss, recipe.mask)
+        fill = initial_weights(recipe.model.init_from, config, recipe.seed, kind)
+        self.engine.build(config, self._configure, fill, kind)
         self.weights = self.engine.weights
         state = self._load(checkpoint)
         if self.accelerator.is_main_process:
@@ -75,8 +78,10 @@ class Run:
 
     def _dataset(self, stage: Stage, config: FlipConfig) -> PairDataset:
         shape, recipe = InputShape.of(config), self.recipe
-        ratios = {"mask_ratio": stage.mask_ratio, "text_mask_ratio": stage.text_mask_ratio}
-        return PairDataset(self.source, self.tokenizer, recipe.data, shape, recipe.seed, mask=recipe.mask, **ratios)
+        return PairDataset(
+            self.source, self.tokenizer, recipe.data, shape, recipe.seed, stage.mask_ratio, recipe.mask,
+            stage.text_mask_ratio, sends_masked=recipe.loss.reconstruction_weight > 0.0,
+        )  # fmt: skip
 
     def _configure(self, model: FlipModel) -> None:
         model.set_attn_implementation(best_attention(self.accelerator.device))
@@ -181,7 +186,7 @@ class Run:
             self.save()
             self.evaluate()
             if self.accelerator.is_main_process:
-                export_model(self.weights, self.processor, self.run_dir / "model")
+                export_model(without_decoder(self.weights), self.processor, self.run_dir / "model")
                 write_card(self.run_dir / "model", self.run_dir, card_name(self.recipe))
                 mark_done(self.run_dir)
         self.tracker.finish()
@@ -207,6 +212,7 @@ def pretrain(recipe: Recipe) -> Path:
             learning_rate = stage.learning_rate(run.step)
             output = run.engine(**batch)
             loss = pair_loss(output.image_embeds, output.text_embeds, output.logit_scale, recipe.loss)
+            loss = loss + reconstruction_loss(output, recipe.loss)
             run.engine.backward(loss)
             verdict = run.guard.agree(loss, run.engine.gradient_norm(), run.num_replaced)
             run.engine.step(learning_rate, verdict.finite)
@@ -222,7 +228,7 @@ def pretrain(recipe: Recipe) -> Path:
     return run.run_dir
 
 
-def initial_weights(init_from: str | None, config: FlipConfig, seed: int) -> Fill:
+def initial_weights(init_from: str | None, config: FlipConfig, seed: int, kind: type[FlipModel] = FlipModel) -> Fill:
     """What a run starts from: fresh weights, or those of the folder or Hub name `init_from`.
 
     Raises:
@@ -232,7 +238,7 @@ def initial_weights(init_from: str | None, config: FlipConfig, seed: int) -> Fil
         return fresh_weights(seed)
     try:
         torch.manual_seed(seed)
-        return weights_of(FlipModel.from_pretrained(init_from, config=config, dtype=torch.float32))
+        return weights_of(kind.from_pretrained(init_from, config=config, dtype=torch.float32))
     except (OSError, RuntimeError) as error:
         raise ValueError(f"model.init_from {init_from!r} cannot be loaded ({str(error).splitlines()[0]})") from error
 

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from flipscale.data.loader import InputShape, PairDataset, load_tokenizer
 from flipscale.data.sources import open_source
 from flipscale.evaluation.comparison import comparison_table, read_curve, read_records, record_baselines
-from flipscale.evaluation.figures import draw_accuracy, draw_loss, draw_patches
+from flipscale.evaluation.figures import draw_accuracy, draw_loss, draw_masks, draw_patches
 from flipscale.evaluation.nearest_neighbour import run_baselines
 from flipscale.hub.model_card import write_card
 from flipscale.training.launch import bf16_is_faster
@@ -80,7 +80,9 @@ def run(args: argparse.Namespace) -> None:
     figures.mkdir(exist_ok=True)
     draw_loss(curves, figures / "loss.png")
     draw_accuracy(curves, figures / "accuracy.png", baselines)
-    draw_patches(*_datasets(arms[0].recipe), figures / "patches.png")
+    masked, whole = _datasets(arms[0].recipe)
+    draw_patches(masked, whole, figures / "patches.png")
+    draw_masks(whole, figures / "masks.png")
     (args.output_dir / "table.md").write_text(table + "\n")
     for arm in arms:
         record_baselines(arm.run_dir, baselines)

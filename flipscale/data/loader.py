@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from flipscale.data.decode import DRAWS_PER_CROP, decode_box, visible_patches
 from flipscale.data.faults import BadSample, Fault, MissingCaption, UndecodableCaption, candidates
-from flipscale.data.masks import MaskRecipe, keyed_patches, mask_tokens
+from flipscale.data.masks import MaskRecipe, keyed_patches, left_out, mask_tokens
 from flipscale.data.order import GlobalOrder
 from flipscale.data.randomness import keyed_uniform
 from flipscale.data.source import Source
@@ -100,7 +100,7 @@ class PairDataset(Dataset):
 
     Several views of a masked image are `patches` `(batch, views, kept, 3 * p * p)` and `patch_index`
     `(batch, views, kept)`; where words are masked too, the captions have the tokens that are left and their
-    `position_ids`.
+    `position_ids`. With `sends_masked`, `masked_patches` `(batch, num_patches - kept, 3 * p * p)` are the others.
     """
 
     def __init__(
@@ -113,6 +113,7 @@ class PairDataset(Dataset):
         mask_ratio: float,
         mask: MaskRecipe | None = None,
         text_mask_ratio: float = 0.0,
+        sends_masked: bool = False,
     ):
         """
         Raises:
@@ -126,6 +127,7 @@ class PairDataset(Dataset):
         self.mask = mask or MaskRecipe()
         self.mask_ratio = mask_ratio
         self.text_mask_ratio = text_mask_ratio
+        self.sends_masked = sends_masked
         self.kept = num_kept(shape.num_patches, mask_ratio)
         num_kept(shape.max_tokens, text_mask_ratio, "tokens")
         if mask_ratio > 0.0:
@@ -145,9 +147,13 @@ class PairDataset(Dataset):
         patches = np.empty((*kept, 3 * patch_size**2), np.uint8)
         captions: list[str] = []
         faults: list[Fault] = []
+        masked_index = left_out(index, self.shape.num_patches) if self.sends_masked and index is not None else None
+        masked_patches: list[np.ndarray] = []
         for row, (shard, number) in enumerate(zip(shards.tolist(), numbers.tolist(), strict=True)):
             image, caption, bad = self._first_good(shard, number, draws[row], caption_draws[row])
             patches[row] = visible_patches(image, patch_size, None if index is None else index[row])
+            if masked_index is not None:
+                masked_patches.append(visible_patches(image, patch_size, masked_index[row]))
             captions.append(caption)
             if bad is not None:
                 name, key = self.source.shard_name(shard), self.source.key(shard, number)
@@ -158,6 +164,8 @@ class PairDataset(Dataset):
         batch["patches"] = torch.from_numpy(patches)
         if index is not None:
             batch["patch_index"] = torch.from_numpy(index)
+        if masked_patches:
+            batch["masked_patches"] = torch.from_numpy(np.stack(masked_patches))
         return {**batch, "faults": faults}
 
     def _first_good(

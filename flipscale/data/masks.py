@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from flipscale.data.randomness import keyed_uniform
-from flipscale.model.masking import ImageMask, TextMask, keep_patches, keep_tokens
+from flipscale.model.masking import ImageMask, TextMask, complement, keep_patches, keep_tokens
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,11 @@ def keyed_patches(seed: int, positions: np.ndarray, side: int, mask_ratio: float
     """The patches left of each sample's `side` x `side`: int16 `(len(positions), views, kept)`, ascending."""
     noise = keyed_uniform(seed, "mask", positions, side * side).reshape(-1, side, side)
     return keep_patches(torch.from_numpy(noise), mask_ratio, recipe.kind, recipe.views).numpy().astype(np.int16)
+
+
+def left_out(index: np.ndarray, num_patches: int) -> np.ndarray:
+    """The patches that `index` `(samples, kept)` leaves out: int64 `(samples, num_patches - kept)`, ascending."""
+    return complement(torch.from_numpy(index), num_patches).numpy()
 
 
 def mask_tokens(

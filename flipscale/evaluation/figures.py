@@ -1,13 +1,16 @@
 """What people would rather look at than read: loss and accuracy against time, and what the encoder sees."""
 
 import importlib.util
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 
 from flipscale.data.loader import PairDataset
+from flipscale.data.masks import MaskRecipe, keyed_patches
 from flipscale.evaluation.comparison import Curve
+from flipscale.model.masking import ImageMask
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,13 +25,19 @@ def can_draw() -> bool:
     return importlib.util.find_spec("matplotlib") is not None
 
 
-def _axes(title: str, y_label: str, curves: list[Curve]) -> "tuple[Figure, Axes, float]":
-    """A figure over training time, and the seconds of a unit of it: hours where a run took more than two."""
+def _pyplot() -> Any:
+    """matplotlib's, which draws to files only."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    return pyplot
+
+
+def _axes(title: str, y_label: str, curves: list[Curve]) -> "tuple[Figure, Axes, float]":
+    """A figure over training time, and the seconds of a unit of it: hours where a run took more than two."""
+    pyplot = _pyplot()
     figure, axes = pyplot.subplots(figsize=(7, 4.2), constrained_layout=True)
     axes.set_title(title, loc="left")
     hours = max(curve.records[-1]["trained_seconds"] for curve in curves) > 7200
@@ -82,11 +91,7 @@ def _paste(patches: np.ndarray, index: np.ndarray, patch_size: int, side: int) -
 
 def draw_patches(masked: PairDataset, whole: PairDataset, path: Path, count: int = 8) -> None:
     """The first `count` training samples, whole and with only the patches that the encoder sees."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = _pyplot()
     positions = list(range(count))
     seen, full = masked.__getitems__(positions), whole.__getitems__(positions)
     side, patch_size = masked.shape.image_size // masked.shape.patch_size, masked.shape.patch_size
@@ -102,4 +107,24 @@ def draw_patches(masked: PairDataset, whole: PairDataset, path: Path, count: int
         axis.set_axis_off()
     kept = masked.kept / masked.shape.num_patches
     figure.suptitle(f"Above: the crop. Below: the {kept:.0%} of its patches that the image encoder sees.", fontsize=9)
+    _save(figure, path)
+
+
+def draw_masks(whole: PairDataset, path: Path, samples: Sequence[int] = (4, 1, 9)) -> None:
+    """Some training samples under each kind of mask, and as two views that share no patch."""
+    pyplot = _pyplot()
+    positions, side, patch_size = np.asarray(samples), whole.shape.side, whole.shape.patch_size
+    full = whole.__getitems__(positions.tolist())["patches"].numpy()
+    shown = {"the crop": np.tile(np.arange(side * side), (len(samples), 1))}
+    for kind in get_args(ImageMask):
+        shown[f"{kind}, 75%"] = keyed_patches(whole.seed, positions, side, 0.75, MaskRecipe(kind))[:, 0]
+    views = keyed_patches(whole.seed, positions, side, 0.5, MaskRecipe(views=2))
+    shown |= {"1st view of 50%": views[:, 0], "2nd view of 50%": views[:, 1]}
+    size = (1.35 * len(shown), 1.35 * len(samples) + 0.3)
+    figure, axes = pyplot.subplots(len(samples), len(shown), figsize=size, squeeze=False, constrained_layout=True)
+    for column, (title, index) in enumerate(shown.items()):
+        axes[0, column].set_title(title, fontsize=9)
+        for row in range(len(samples)):
+            axes[row, column].imshow(_paste(full[row, index[row]], index[row], patch_size, side))
+            axes[row, column].set_axis_off()
     _save(figure, path)

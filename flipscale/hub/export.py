@@ -15,6 +15,7 @@ from flipscale.data.loader import load_tokenizer
 from flipscale.model import FlipConfig, FlipModel, FlipProcessor
 from flipscale.training.checkpoint import load_weights
 from flipscale.training.recipe import parse_recipe
+from flipscale.training.reconstruction import trained_model, without_decoder
 
 # Above it weights are cut into files: the Hub's own client resumes an upload or download by the file.
 MAX_SHARD_SIZE = "5GB"
@@ -65,10 +66,10 @@ def export_checkpoint(checkpoint: Path, out_dir: Path) -> Path:
     recipe = parse_recipe(["--config", str(checkpoint / "recipe.yaml")])
     config = recipe.model.config()
     with no_init_weights():
-        model = FlipModel(config)
+        model = trained_model(recipe.loss, recipe.mask)(config)
     load_weights(checkpoint, model)
     tokenizer = load_tokenizer(recipe.data.tokenizer, config.text_config.max_position_embeddings)
-    return export_model(model.eval(), build_processor(config, tokenizer), out_dir)
+    return export_model(without_decoder(model).eval(), build_processor(config, tokenizer), out_dir)
 
 
 def export_model(

@@ -64,6 +64,13 @@ def keep_patches(noise: torch.Tensor, mask_ratio: float, kind: ImageMask = "rand
     return first.unflatten(1, (views, kept)).sort(dim=2).values
 
 
+def complement(patch_index: torch.Tensor, num_patches: int) -> torch.Tensor:
+    """The patches that `patch_index` `(batch, kept)` leaves out: int64 `(batch, num_patches - kept)`, ascending."""
+    absent = torch.ones(len(patch_index), num_patches, dtype=torch.uint8, device=patch_index.device)
+    absent.scatter_(1, patch_index.long(), 0)
+    return absent.argsort(dim=1, descending=True, stable=True)[:, : num_patches - patch_index.shape[1]]
+
+
 def keep_tokens(noise: torch.Tensor, attention_mask: torch.Tensor, mask_ratio: float, kind: TextMask) -> torch.Tensor:
     """The tokens left of each caption: int64 `(batch, num_kept)`, ascending (paper, Table 1c).
 

@@ -34,9 +34,15 @@ class Engine:
         self.model: nn.Module
         self.optimizers: list[torch.optim.Optimizer] = []
 
-    def build(self, config: FlipConfig, configure: Callable[[FlipModel], None], fill: Fill) -> None:
+    def build(
+        self,
+        config: FlipConfig,
+        configure: Callable[[FlipModel], None],
+        fill: Fill,
+        kind: type[FlipModel] = FlipModel,
+    ) -> None:
         """Collective. The model with its weights, sharded where the engine shards, not yet ready to train."""
-        self.weights = build_weights(config, configure, fill, self._keep)
+        self.weights = build_weights(config, configure, fill, self._keep, kind)
         self._keep_rest()
 
     def _keep(self, block: nn.Module) -> None:

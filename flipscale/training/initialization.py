@@ -18,7 +18,11 @@ Fill = Callable[[str, nn.Module, PreTrainedModel], None]
 
 
 def build_weights(
-    config: FlipConfig, configure: Callable[[FlipModel], None], fill: Fill, keep: Callable[[nn.Module], None]
+    config: FlipConfig,
+    configure: Callable[[FlipModel], None],
+    fill: Fill,
+    keep: Callable[[nn.Module], None],
+    kind: type[FlipModel] = FlipModel,
 ) -> FlipModel:
     """A model of `config` in fp32, built on the meta device and made real block by block.
 
@@ -26,9 +30,10 @@ def build_weights(
         configure: changes the model before it has weights (attention kernel, recomputation, compilation).
         fill: sets a module's weights; `fresh_weights` or `weights_of`.
         keep: called with every block as soon as it is filled, to shard it or move it to its device.
+        kind: the class of the model.
     """
     with torch.device("meta"):
-        model = FlipModel(config)
+        model = kind(config)
     configure(model)
     blocks = tuple(type(module) for module in model.modules() if type(module).__name__ in model._no_split_modules)
     for name, module, owner in _modules(model, "", model):

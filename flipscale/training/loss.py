@@ -15,9 +15,12 @@ class LossRecipe:
     Args:
         exchange: how the texts of all processes meet the images of each: `gather`, or `ring` where all texts of the
             batch and their gradients are too many for one process. Does not change what is learned.
+        reconstruction_weight: of the masked patches' reconstruction beside it (`flipscale.training.reconstruction`);
+            0 leaves it out, the decoder too.
     """
 
     exchange: str = "gather"
+    reconstruction_weight: float = 0.0
 
     def __post_init__(self) -> None:
         if self.exchange not in EXCHANGES:
@@ -25,6 +28,8 @@ class LossRecipe:
                 f"loss.exchange is {self.exchange!r}; use 'gather' or 'ring': the gradient is always that of the whole "
                 "batch (a local loss without the other processes' gradients is another one)"
             )
+        if self.reconstruction_weight < 0.0:
+            raise ValueError(f"loss.reconstruction_weight is {self.reconstruction_weight}; it must be 0 (none) or more")
 
 
 def pair_loss(

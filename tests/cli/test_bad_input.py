@@ -205,3 +205,14 @@ def test_a_mask_that_does_not_exist(refused_recipe: Callable[..., str], mask: di
 def test_a_text_mask_that_leaves_nothing(refused_recipe: Callable[..., str], ratio: float, message: str) -> None:
     stages = [{"name": "a", "samples": 64, "text_mask_ratio": ratio, "base_lr": 0.01}]
     assert message in refused_recipe(stages=stages)
+
+
+@pytest.mark.parametrize(
+    ("weight", "message"),
+    [
+        (-1.0, "loss.reconstruction_weight is -1.0; it must be 0 (none) or more"),
+        (0.5, "loss.reconstruction_weight 0.5 does not go with mask.views 2"),
+    ],
+)
+def test_an_impossible_reconstruction(refused_recipe: Callable[..., str], weight: float, message: str) -> None:
+    assert message in refused_recipe(loss={"reconstruction_weight": weight}, mask={"views": 2})

@@ -108,7 +108,8 @@ def test_study_lays_recipes_side_by_side(recipe: dict, tmp_path: Path) -> None:
     assert table in done.stdout
     labels = ["FLIP (75% masked, then tuned)", "CLIP (mask 0)", "nearest image, 16x16 pixels", "chance"]
     assert all(f"| {label} |" in table for label in labels)
-    assert {path.name for path in (out / "figures").iterdir()} == {"loss.png", "accuracy.png", "patches.png"}
+    drawn = {path.name for path in (out / "figures").iterdir()}
+    assert drawn == {"loss.png", "accuracy.png", "patches.png", "masks.png"}
     assert FlipModel.from_pretrained(out / "model").config.vision_config.image_size == 32
     card = (out / "model/README.md").read_text()
     assert "| top-1 | nearest image, 16x16 pixels |" in card

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 import flipscale.data.loader as loader
 from flipscale.data.decode import decode_box, visible_patches
 from flipscale.data.loader import DataRecipe, InputShape, PairDataset
-from flipscale.data.masks import MaskRecipe, keyed_patches, mask_tokens
+from flipscale.data.masks import MaskRecipe, keyed_patches, left_out, mask_tokens
 from flipscale.data.randomness import keyed_uniform
 from flipscale.data.tar_source import TarSource
 from flipscale.model import FlipConfig, FlipModel
@@ -157,3 +157,19 @@ def test_visible_patches_of_views() -> None:
     views = visible_patches(image, 8, index)
     assert views.shape == (2, 2, 192)
     assert all((views[view] == visible_patches(image, 8, index[view])).all() for view in range(2))
+
+
+def test_the_masked_patches_are_sent_on_request(shards: Path, tokenizer_dir: Path) -> None:
+    data = dataset(shards, tokenizer_dir, 0.75)
+    assert "masked_patches" not in data.__getitems__([3, 4])
+    data.sends_masked = True
+    batch = data.__getitems__([3, 4])
+    assert batch["masked_patches"].shape == (2, 12, 3 * 64)
+    assert batch["masked_patches"].dtype == torch.uint8
+    whole = dataset(shards, tokenizer_dir, 0.0).__getitems__([3, 4])["patches"]
+    places = left_out(batch["patch_index"].numpy(), 16)
+    for row in range(2):
+        assert torch.equal(batch["masked_patches"][row], whole[row, places[row]])
+    data = dataset(shards, tokenizer_dir, 0.0)
+    data.sends_masked = True
+    assert "masked_patches" not in data.__getitems__([3, 4]), "nothing is masked"
