@@ -17,6 +17,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     demo.add_argument(
         "--with_unseen", action="store_true", help="also a tenth of the concepts held out of every artist"
     )
+    photos = kinds.add_parser("photos", help="JPEGs of two sizes to measure loaders with, from a Debian package")
+    photos.add_argument("directory", type=Path)
+    photos.add_argument("--num_images", type=int, default=2000, help="of each size")
     index = kinds.add_parser(
         "index", help="write the index of offsets beside each shard (training does it when absent)"
     )
@@ -29,6 +32,11 @@ def run(args: argparse.Namespace) -> None:
         from flipscale.data.demo_set import prepare_demo
 
         prepare_demo(args.directory, with_validation=args.with_validation, with_unseen=args.with_unseen)
+        return
+    if args.kind == "photos":
+        from flipscale.data.photo_set import prepare_photos
+
+        prepare_photos(args.directory, args.num_images)
         return
     source = TarSource(args.shards)
     for fault in source.faults:

@@ -52,17 +52,17 @@ def write_shards(
             for index in range(shard * per_shard, min((shard + 1) * per_shard, len(pictures))):
                 drawing, key = pictures[index].drawing, f"{index:06d}"
                 about = {"artist": drawing.artist, "concept": drawing.concept, "icon": drawing.icon}
-                _add(tar, f"{key}.png", pictures[index].png)
-                _add(tar, f"{key}.txt", drawing.caption.encode())
+                add_member(tar, f"{key}.png", pictures[index].png)
+                add_member(tar, f"{key}.txt", drawing.caption.encode())
                 if classnames is not None:
-                    _add(tar, f"{key}.cls", str(label_of[drawing.caption]).encode())
-                _add(tar, f"{key}.json", json.dumps(about).encode())
+                    add_member(tar, f"{key}.cls", str(label_of[drawing.caption]).encode())
+                add_member(tar, f"{key}.json", json.dumps(about).encode())
     if classnames is not None:
         _write_lines(directory / "classnames.txt", classnames)
         _write_lines(directory / "zeroshot_classification_templates.txt", TEMPLATES)
 
 
-def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+def add_member(tar: tarfile.TarFile, name: str, content: bytes) -> None:
     member = tarfile.TarInfo(name)  # its time and owner are 0: the same bytes whoever writes it, whenever
     member.size = len(content)
     tar.addfile(member, io.BytesIO(content))
