@@ -25,3 +25,5 @@ lint: setup
 
 bench: setup
 	$(BIN)/flipscale bench compare
+	$(BIN)/flipscale prepare photos data/photos
+	$(BIN)/flipscale bench compare_data --shards data/photos

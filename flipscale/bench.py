@@ -1,17 +1,22 @@
-"""Speed and memory of a training step, by itself or beside open_clip's."""
+"""Speed and memory of a training step and of the loader, by themselves or beside open_clip's."""
 
 import argparse
 import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from flipscale.benchmarks.data import DataSetting, measure_data, workers_for_gpu
+from flipscale.benchmarks.data_peer import compare_data, shards_in
 from flipscale.benchmarks.peer import compare_steps, open_clip_step, require_open_clip
 from flipscale.benchmarks.step import DTYPES, StepSetting, flip_step, measure_step
+from flipscale.data.loader import DataRecipe, InputShape
 from flipscale.model import FlipConfig
 from flipscale.model.configuration_flip import SIZES
 from flipscale.training.launch import keep_freed_memory
+from flipscale.training.recipe import parse_recipe
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     step.add_argument("--dtype", choices=sorted(DTYPES), default="bf16")
     step.add_argument("--compile", action="store_true", help="torch.compile the model")
     step.add_argument("--peer", choices=["open_clip"], help="another code base's step in place of ours")
+    add_data_arguments(subjects)
     compare = subjects.add_parser("compare", help="our step and open_clip's in turn, masked and not, bf16 and fp32")
     for parser, num_steps in ((step, 10), (compare, 5)):
         parser.add_argument("--size", choices=sorted(SIZES), default="b16")
@@ -31,12 +37,41 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument("--json", action="store_true", help="JSON lines instead of a table")
 
 
+def add_data_arguments(subjects: Any) -> None:
+    """What `bench data` and `bench compare_data` take."""
+    data = subjects.add_parser("data", help="the loader: images/s a worker, bytes, memory, and where its time goes")
+    data.add_argument("--shards", help="a folder of tar shards, a glob or a range; by default the recipe's")
+    data.add_argument("--recipe", help="a recipe file or name, in place of the four options below")
+    data.add_argument("--num_workers", type=int, default=1, help="0 makes the batches in this process")
+    data.add_argument("--peer", choices=["open_clip", "webdataset"], help="another code base's loader, one worker")
+    data.add_argument("--size", choices=sorted(SIZES), default="l16", help="the model whose GPU is to be fed")
+    data.add_argument("--gpu_tflops", type=float, default=400.0, help="what that GPU reaches in training, TFLOP/s")
+    compare = subjects.add_parser("compare_data", help="our loader and two others in turn, one worker each")
+    compare.add_argument("--shards", nargs="+", required=True, help="folders of shards, a table row each")
+    for parser, batches in ((data, 10), (compare, 5)):
+        parser.add_argument("--mask_ratio", type=float, default=0.75)
+        parser.add_argument("--image_size", type=int, default=224)
+        parser.add_argument("--patch_size", type=int, default=16)
+        parser.add_argument(
+            "--tokenizer", default="captions", help="as in a recipe; by default one trained on the captions"
+        )
+        parser.add_argument("--batch_size", type=int, default=256)
+        parser.add_argument("--batches", type=int, default=batches, help="batches timed, for each worker")
+        parser.add_argument("--json", action="store_true", help="JSON lines instead of a table")
+
+
 def run(args: argparse.Namespace) -> None:
     """Prints the figures asked for.
 
     Raises:
         ValueError: a setting that cannot be measured, or open_clip is asked for and not installed.
     """
+    if args.subject == "data":
+        print_data(args)
+        return
+    if args.subject == "compare_data":
+        print_data_comparison(args)
+        return
     if args.threads is not None:
         if args.threads < 1:
             raise ValueError(f"threads is {args.threads}; it must be at least 1")
@@ -53,17 +88,76 @@ def run(args: argparse.Namespace) -> None:
         print_step(setting, args)
 
 
+def data_setting(args: argparse.Namespace, shards: str | None, num_workers: int = 0) -> DataSetting:
+    """The setting that the options describe, or that of `--recipe`'s first stage.
+
+    Raises:
+        ValueError: no shards are named, or a setting that cannot be.
+    """
+    if getattr(args, "recipe", None):
+        recipe = parse_recipe(["--config", args.recipe])
+        changes = {"shards": shards, "num_workers": num_workers, "global_batch_size": args.batch_size}
+        setting = replace(DataSetting.of(recipe, **changes), num_batches=args.batches)
+    else:
+        data = DataRecipe(shards or "", args.tokenizer, args.batch_size, num_workers=num_workers)
+        shape = InputShape(args.image_size, args.patch_size, FlipConfig().text_config.max_position_embeddings)
+        setting = DataSetting(data, shape, args.mask_ratio, num_batches=args.batches)
+    if not setting.data.shards:
+        raise ValueError("no shards to read; name them with --shards, or a recipe that does with --recipe")
+    return setting
+
+
+def print_data(args: argparse.Namespace) -> None:
+    """A loader's figures: a JSON line, or a figure a line."""
+    setting = data_setting(args, args.shards, args.num_workers)
+    if args.peer:
+        figures = compare_data(setting, (args.peer,))[0]
+        del figures["ratio"]
+    else:
+        figures = {"code": "flipscale", **measure_data(setting)}
+        rate = figures["images_per_s_per_worker"]
+        figures |= workers_for_gpu(args.size, setting.mask_ratio, args.gpu_tflops, rate)
+    print_figures(figures, args.json)
+    if not args.json and not args.peer:
+        print(
+            f"\n{args.size} at {setting.mask_ratio:.0%} on a GPU that reaches {args.gpu_tflops:g} TFLOP/s takes "
+            f"{figures['gpu_images_per_s']:,.0f} images/s: {figures['workers_for_gpu']} workers as fast as these"
+        )
+
+
+def print_data_comparison(args: argparse.Namespace) -> None:
+    """Three loaders on each set of shards: JSON lines, or a table row a loader."""
+    if not args.json:
+        print("| shards | loader | images/s a worker | flipscale is | pixels to device, kB/image | peak memory, MB |")
+        print("|---|---|---:|---:|---:|---:|")
+    for shards in shards_in(args.shards):
+        for row in compare_data(data_setting(args, shards)):
+            if args.json:
+                print(json.dumps(row), flush=True)
+                continue
+            print(
+                f"| {Path(shards).name} | {row['code']} | {row['images_per_s_per_worker']:.0f} | {row['ratio']:.2f}x | "
+                f"{row['bytes_to_device_per_image'] / 1000:.1f} | {row['peak_memory_bytes_per_worker'] / 1e6:.0f} |",
+                flush=True,
+            )
+
+
 def print_step(setting: StepSetting, args: argparse.Namespace) -> None:
     """One step's figures: a JSON line, or a figure a line."""
     if args.peer:
         require_open_clip()
     setting = replace(setting, mask_ratio=args.mask_ratio, dtype=args.dtype, compile=args.compile)
     figures = measure_step(setting, open_clip_step if args.peer else flip_step)
-    figures = {"code": args.peer or "flipscale", **figures}
-    if args.json:
+    print_figures({"code": args.peer or "flipscale", **figures}, args.json)
+
+
+def print_figures(figures: dict[str, Any], as_json: bool) -> None:
+    """One JSON line, or a figure a line."""
+    if as_json:
         print(json.dumps(figures))
     else:
-        print("\n".join(f"{name:<24}{_readable(value)}" for name, value in figures.items()))
+        width = max(24, *(len(name) + 2 for name in figures))
+        print("\n".join(f"{name:<{width}}{_readable(value)}" for name, value in figures.items()))
 
 
 def _readable(value: Any) -> str:

@@ -118,6 +118,18 @@ def decode_box(
     return crop
 
 
+def decode_whole(encoded: bytes) -> np.ndarray:
+    """The whole image, upright: uint8 RGB `(height, width, 3)`.
+
+    Raises:
+        UndecodableImage: as `decode_box` does.
+    """
+    jpeg_size = _plain_jpeg_size(encoded)
+    if jpeg_size is None:
+        return _decode_other(encoded)
+    return _upright(_decode_jpeg(encoded, jpeg_size, eighths=8), _exif_orientation(encoded))
+
+
 def resize(crop: np.ndarray, image_size: int) -> np.ndarray:
     """A crop `(height, width, 3)` as `(image_size, image_size, 3)`, both uint8: Pillow's BICUBIC."""
     # Unsqueezed before it is permuted: only then does torch see that the channels come last, and copies nothing.

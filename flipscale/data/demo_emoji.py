@@ -7,18 +7,15 @@ The packages are asked for by name and pinned version, so that everybody's demo 
 import importlib.util
 import io
 import json
-import multiprocessing
-import os
 import re
 import shutil
 import subprocess
 import sys
 import tarfile
-import threading
 import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +23,8 @@ from typing import Any
 import cv2
 import numpy as np
 from tqdm import tqdm
+
+from flipscale.data.worker_pool import worker_pool
 
 # artist -> npm package and version. The licences are read from the packages themselves.
 TRAIN_ARTISTS = {
@@ -272,21 +271,8 @@ def render_svg(svg: str) -> bytes:
     return cv2.imencode(".png", pixels, [cv2.IMWRITE_PNG_COMPRESSION, 6])[1].tobytes()
 
 
-def _end_with_parent() -> None:
-    """Make this worker end when the command is killed, which would otherwise leave it waiting for ever."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def watch() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
 def render(drawings: Sequence[Drawing], processes: int = 2) -> list[bytes]:
     """The drawings as PNG bytes, in their order, rendered by `processes` processes."""
     svgs = [drawing.svg for drawing in drawings]
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, spawn, initializer=_end_with_parent) as pool:
+    with worker_pool(processes) as pool:
         return list(tqdm(pool.map(render_svg, svgs, chunksize=64), "render", len(svgs), unit="image"))

@@ -4,7 +4,6 @@ Everything in it is a function of the pinned packages: two machines get the same
 """
 
 import hashlib
-import io
 import json
 import os
 import random
@@ -17,6 +16,7 @@ from pathlib import Path
 
 from flipscale.data import demo_emoji
 from flipscale.data.demo_emoji import Drawing, IconSet
+from flipscale.data.tar_file import add_member
 from flipscale.data.tokenizers import train_sentencepiece
 
 VALIDATION_ARTIST = "twemoji"  # drawn flat like the test artist; OpenMoji's black outlines are a task of their own
@@ -52,20 +52,14 @@ def write_shards(
             for index in range(shard * per_shard, min((shard + 1) * per_shard, len(pictures))):
                 drawing, key = pictures[index].drawing, f"{index:06d}"
                 about = {"artist": drawing.artist, "concept": drawing.concept, "icon": drawing.icon}
-                _add(tar, f"{key}.png", pictures[index].png)
-                _add(tar, f"{key}.txt", drawing.caption.encode())
+                add_member(tar, f"{key}.png", pictures[index].png)
+                add_member(tar, f"{key}.txt", drawing.caption.encode())
                 if classnames is not None:
-                    _add(tar, f"{key}.cls", str(label_of[drawing.caption]).encode())
-                _add(tar, f"{key}.json", json.dumps(about).encode())
+                    add_member(tar, f"{key}.cls", str(label_of[drawing.caption]).encode())
+                add_member(tar, f"{key}.json", json.dumps(about).encode())
     if classnames is not None:
         _write_lines(directory / "classnames.txt", classnames)
         _write_lines(directory / "zeroshot_classification_templates.txt", TEMPLATES)
-
-
-def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
-    member = tarfile.TarInfo(name)  # its time and owner are 0: the same bytes whoever writes it, whenever
-    member.size = len(content)
-    tar.addfile(member, io.BytesIO(content))
 
 
 def _write_lines(path: Path, lines: Iterable[str]) -> None:

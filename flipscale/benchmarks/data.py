@@ -1,0 +1,209 @@
+"""How fast training pairs come out of shards, where the time goes, and how many workers a GPU needs."""
+
+import cProfile
+import math
+import multiprocessing
+import pstats
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import CodeType
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from flipscale.benchmarks.step import peak_memory_bytes
+from flipscale.data import decode, loader
+from flipscale.data.loader import DataRecipe, InputShape, PairDataset, build_loader, load_tokenizer
+from flipscale.data.masks import MaskRecipe
+from flipscale.data.sources import open_source
+from flipscale.model import FlipConfig
+from flipscale.model.masking import num_kept
+from flipscale.planning.flops import forward_flops
+from flipscale.training.recipe import Recipe
+
+CAPTIONS_FOR_TOKENIZER = 2000
+
+
+@dataclass(frozen=True)
+class DataSetting:
+    """What is read, and what is made of it.
+
+    Args:
+        data: the shards, the tokenizer (`captions` is a WordPiece trained on the shards' own), the batch of one
+            process, its workers and the crop.
+        mask_ratio: fraction of patches that are not sent.
+        num_batches: how many batches are timed for each worker, after one that is not.
+    """
+
+    data: DataRecipe
+    shape: InputShape = field(default_factory=lambda: InputShape(224, 16, 32))
+    mask_ratio: float = 0.75
+    mask: MaskRecipe = field(default_factory=MaskRecipe)
+    seed: int = 0
+    num_batches: int = 10
+
+    def __post_init__(self) -> None:
+        for name, value, least in (
+            ("batch_size", self.data.global_batch_size, 1),
+            ("num_workers", self.data.num_workers, 0),
+            ("batches", self.num_batches, 1),
+        ):
+            if value < least:
+                raise ValueError(f"{name} is {value}; it must be at least {least}")
+        if self.shape.image_size % self.shape.patch_size:
+            raise ValueError(
+                f"image_size {self.shape.image_size} is not divisible by patch_size {self.shape.patch_size}"
+            )
+        num_kept(self.shape.num_patches, self.mask_ratio)
+
+    @classmethod
+    def of(cls, recipe: Recipe, **fields: Any) -> "DataSetting":
+        """The setting of a recipe's first stage, with its `data` changed by the fields that are not None."""
+        data = replace(recipe.data, **{name: value for name, value in fields.items() if value is not None})
+        mask_ratio = recipe.stages[0].mask_ratio if recipe.stages else 0.0
+        return cls(data, InputShape.of(recipe.model.config()), mask_ratio, recipe.mask, recipe.seed)
+
+    def dataset(self) -> PairDataset:
+        """The training pairs, as `pretrain` makes them."""
+        source = open_source(self.data)
+        if self.data.tokenizer == "captions":
+            captions = [source.read(*place).captions for place in _places(source.shard_sizes, CAPTIONS_FOR_TOKENIZER)]
+            tokenizer = caption_tokenizer([text.decode(errors="replace") for texts in captions for text in texts])
+        else:
+            tokenizer = load_tokenizer(self.data.tokenizer, self.shape.max_tokens)
+        return PairDataset(source, tokenizer, self.data, self.shape, self.seed, self.mask_ratio, self.mask)
+
+
+def _places(shard_sizes: Any, count: int) -> Iterator[tuple[int, int]]:
+    """The first `count` samples at most, as (shard, number)."""
+    for shard, size in enumerate(shard_sizes):
+        for number in range(min(size, count)):
+            yield shard, number
+        count -= min(size, count)
+
+
+def caption_tokenizer(captions: list[str]) -> PreTrainedTokenizerBase:
+    """A lower-casing WordPiece of at most 30,522 words trained on `captions`: BERT's work, without its vocabulary."""
+    backend = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    backend.normalizer, backend.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    special = ["[PAD]", "[UNK]"]
+    backend.train_from_iterator(captions, trainers.WordPieceTrainer(special_tokens=special, show_progress=False))
+    names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "model_input_names": ["input_ids", "attention_mask"]}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **names)
+
+
+def flipscale_batches(setting: DataSetting) -> Iterator[dict[str, Any]]:
+    """Our batches, made in this process or by the setting's workers, without end."""
+    return iter(build_loader(setting.dataset(), 0, sys.maxsize, 0, 1, pin_memory=False))
+
+
+def measure_data(setting: DataSetting) -> dict[str, Any]:
+    """Speed, bytes, memory and shares of the loader that `pretrain` uses, ready for JSON.
+
+    `bytes_to_device_per_image` are pixels, `other_bytes_to_device_per_image` the patches' places and the tokens;
+    `peak_memory_bytes_per_worker` is what a worker had resident at most, pages it shares with its parent among them.
+    """
+    workers = max(1, setting.data.num_workers)
+    batches = flipscale_batches(setting)
+    for _ in range(workers):
+        batch = next(batches)
+    num_images = setting.num_batches * workers * setting.data.global_batch_size
+    start = time.perf_counter()
+    for _ in range(setting.num_batches * workers):
+        batch = next(batches)
+    images_per_s = num_images / (time.perf_counter() - start)
+    pids = [child.pid for child in multiprocessing.active_children()] if setting.data.num_workers else ["self"]
+    memory = max(resident_peak_bytes(pid) for pid in pids)
+    del batches
+    dataset = setting.dataset()
+    read_bytes = np.mean([_sample_bytes(dataset, position) for position in range(256)])
+    return {
+        "shards": setting.data.shards,
+        "image_size": setting.shape.image_size,
+        "patch_size": setting.shape.patch_size,
+        "mask_ratio": setting.mask_ratio,
+        "batch_size": setting.data.global_batch_size,
+        "num_workers": setting.data.num_workers,
+        "images_per_s": images_per_s,
+        "images_per_s_per_worker": images_per_s / workers,
+        "read_mb_per_s": images_per_s * read_bytes / 1e6,
+        **device_bytes(batch, setting.data.global_batch_size),
+        "peak_memory_bytes_per_worker": memory,
+        **time_shares(dataset),
+    }
+
+
+def _sample_bytes(dataset: PairDataset, position: int) -> int:
+    shard, number = (int(part[0]) for part in dataset.order.locate(np.array([position])))
+    sample = dataset.source.read(shard, number)
+    return len(sample.image) + sum(map(len, sample.captions))
+
+
+def device_bytes(batch: dict[str, Any], batch_size: int) -> dict[str, float]:
+    """Bytes of a batch's tensors for each image: its pixels, and the rest."""
+    sizes = {name: value.nbytes / batch_size for name, value in batch.items() if isinstance(value, torch.Tensor)}
+    pixels = sum(size for name, size in sizes.items() if name in ("patches", "pixel_values"))
+    return {
+        "bytes_to_device_per_image": pixels,
+        "other_bytes_to_device_per_image": sum(sizes.values()) - pixels,
+    }
+
+
+def resident_peak_bytes(pid: int | str | None = "self") -> int:
+    """The most memory that a process had resident; of another than this one only where there is a /proc."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return peak_memory_bytes(torch.device("cpu"))
+    found = re.search(r"VmHWM:\s*(\d+) kB", status)
+    return int(found[1]) * 1024 if found else 0
+
+
+def time_shares(dataset: PairDataset) -> dict[str, float]:
+    """Shares of a batch's time in one process, by Python's profiler, which makes the small parts look a little larger.
+
+    `resize` includes the crop; `collate` is all that is in none of the others.
+    """
+    positions = list(range(min(256, dataset.recipe.global_batch_size)))
+    dataset.__getitems__(positions)
+    profile = cProfile.Profile()
+    profile.runcall(dataset.__getitems__, positions)
+    # Functions as the profiler knows them: file, line and name.
+    stats = pstats.Stats(profile).stats  # type: ignore[attr-defined]
+
+    def seconds(*functions: Callable[..., Any]) -> float:
+        codes: list[CodeType] = [function.__code__ for function in functions]
+        return sum(stats.get((c.co_filename, c.co_firstlineno, c.co_name), (0,) * 4)[3] for c in codes)
+
+    total, resize = seconds(type(dataset).__getitems__), seconds(decode.resize)
+    parts = {
+        "read": seconds(type(dataset.source).read),
+        "decode": seconds(decode.decode_box) - resize,
+        "resize": resize,
+        "patches": seconds(decode.visible_patches),
+        "draw": seconds(type(dataset.order).locate, loader.keyed_uniform, loader.keyed_patches),
+        "tokenise": seconds(loader.tokenise),
+    }
+    parts["collate"] = total - sum(parts.values())
+    return {f"{name}_share": part / total for name, part in parts.items()}
+
+
+def workers_for_gpu(size: str, mask_ratio: float, tflops: float, images_per_s_per_worker: float) -> dict[str, Any]:
+    """The workers that keep a GPU busy which reaches `tflops` on a model of `size`: its images/s by the operations of
+    a training step (`planning.flops`), over a worker's."""
+    if not tflops > 0:
+        raise ValueError(f"gpu_tflops is {tflops}; it must be above 0")
+    gpu_rate = tflops * 1e12 / forward_flops(FlipConfig.from_size(size), mask_ratio).training
+    return {
+        "gpu_model": size,
+        "gpu_tflops": tflops,
+        "gpu_images_per_s": gpu_rate,
+        "workers_for_gpu": math.ceil(gpu_rate / images_per_s_per_worker),
+    }

@@ -1,0 +1,105 @@
+"""What `prepare inspect` says of shards, and the sheet that it draws."""
+
+import io
+import json
+import os
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import add_member
+from PIL import Image
+
+from flipscale.cli import main
+
+
+def jpeg(colour: tuple[int, int, int], width: int, height: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (width, height), colour).save(buffer, "JPEG", quality=95)
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def mixed(tmp_path: Path) -> Path:
+    """Two shards of three good samples in all, and one with each fault; the second shard is cut short."""
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    with tarfile.open(folder / "0.tar", "w") as tar:
+        for name, image, caption in (
+            ("0", jpeg((250, 10, 10), 300, 200), b"a red disc"),
+            ("1", b"no picture", b"a green bar"),
+            ("2", jpeg((10, 10, 250), 80, 100), b"the blue ring of a long caption"),
+            ("3", jpeg((9, 9, 9), 50, 50), b"\xff\xfe"),
+            ("4", jpeg((9, 9, 9), 50, 50), b" "),
+        ):
+            add_member(tar, f"{name}.jpg", image)
+            add_member(tar, f"{name}.txt", caption)
+    with tarfile.open(folder / "1.tar", "w") as tar:
+        add_member(tar, "5.txt", b"a grey cross")
+        add_member(tar, "5.jpg", jpeg((128, 128, 128), 64, 64))
+        add_member(tar, "6.txt", b"a red bar")
+        add_member(tar, "6.jpg", bytes(5000))
+    os.truncate(folder / "1.tar", 4096)
+    return folder
+
+
+def test_figures_and_faults(mixed: Path, tokenizer_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    sheet = tmp_path / "sheet.png"
+    command = ["prepare", "inspect", str(mixed), "--sheet", str(sheet), "--tokenizer", str(tokenizer_dir)]
+    main([*command, "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert (found["shards"], found["samples"], found["checked"], found["good"]) == (2, 6, 6, 3)
+    assert found["kinds"] == {"JPEG RGB": 3}
+    assert found["width"] == {"min": 64, "median": 80, "p95": pytest.approx(278), "max": 300, "mean": 148}
+    assert found["short_side"]["max"] == 200
+    assert found["caption_characters"]["min"] == 10
+    assert found["caption_tokens"] == {
+        "min": 3,
+        "median": 3,
+        "p95": pytest.approx(6.6),
+        "max": 7,
+        "mean": pytest.approx(13 / 3),
+    }
+    counts = {cause: entry["count"] for cause, entry in found["bad"].items()}
+    assert counts == {"truncated_shard": 1, "undecodable_image": 1, "undecodable_caption": 1, "missing_caption": 1}
+    assert found["bad"]["undecodable_image"]["examples"][0].startswith(f"{mixed}/0.tar#1: 10 bytes starting b'no pict")
+    main(command)
+    text = capsys.readouterr().out
+    assert "6 samples in 2 shards; 6 checked, 3 can be used" in text
+    assert "0.tar#3" in text
+    assert f"samples drawn in {sheet}" in text
+
+
+def test_the_sheet_shows_images_and_captions(mixed: Path, tmp_path: Path) -> None:
+    sheet = tmp_path / "sheet.png"
+    main(["prepare", "inspect", str(mixed), "--sheet", str(sheet)])
+    pixels = np.asarray(Image.open(sheet)).astype(int)
+    middles = [pixels[8 + 88, 8 + 88 + 184 * column] for column in range(4)]
+    colours = [(250, 10, 10), (10, 10, 250), (128, 128, 128), (255, 255, 255)]
+    assert all(np.abs(middle - colour).max() < 8 for middle, colour in zip(middles, colours, strict=True))
+    below = pixels[190:225]
+    inked = [(below[:, 8 + 184 * column : 180 + 184 * column] < 128).any() for column in range(4)]
+    assert inked == [True, True, True, False]
+
+
+def test_a_part_is_spread_over_all(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    command = ["prepare", "inspect", str(shards), "--sheet", str(tmp_path / "a.png"), "--max_samples", "10", "--json"]
+    main(command)
+    found = json.loads(capsys.readouterr().out)
+    assert (found["samples"], found["checked"]) == (96, 10)
+    assert found["kinds"].keys() == {"JPEG RGB", "PNG RGB"}
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [(["--max_samples", "-1"], "max_samples is -1; it must be at least 0"), ([], "there is no sample in 1 shards")],
+)
+def test_nothing_to_inspect_is_one_line(
+    flags: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    tarfile.open(tmp_path / "0.tar", "w").close()
+    with pytest.raises(SystemExit) as stopped:
+        main(["prepare", "inspect", str(tmp_path), *flags])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
