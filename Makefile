@@ -25,3 +25,4 @@ lint: setup
 
 bench: setup
 	$(BIN)/flipscale bench compare
+	$(BIN)/flipscale bench compare_loss
