@@ -22,6 +22,7 @@ RECIPES = Path(__file__).parent.parent / "recipes"
 # Fields of the sections that decide what is learned which do not: they may differ on resume.
 _WHERE_IT_RUNS = {
     ("model", "gradient_checkpointing"),
+    ("data", "micro_batch_size"),
     ("data", "num_workers"),
     ("data", "shards"),
     ("data", "max_bad_fraction"),
