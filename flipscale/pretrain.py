@@ -41,7 +41,7 @@ class Run:
         self.batch_size = recipe.data.global_batch_size
         self.run_dir = Path(recipe.output_dir)
         self.stages = plan_stages(recipe.stages, self.batch_size)
-        config = recipe.model.config()
+        config = recipe.model_config()
         if recipe.data.micro_batch_size is not None:
             check_cacheable(config)
         checkpoint = open_run_directory(recipe)

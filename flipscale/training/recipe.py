@@ -131,6 +131,14 @@ class Recipe:
     output_dir: str = "runs/flip"
     resume_from_checkpoint: str = "auto"
 
+    def model_config(self) -> FlipConfig:
+        """The model's configuration, with the head that the loss needs.
+
+        Raises:
+            ValueError: as `ModelRecipe.config`.
+        """
+        return self.loss.configure(self.model.config())
+
 
 def build_parser() -> ArgumentParser:
     """The parser of `flipscale pretrain`: `--config RECIPE` and a flag for every field."""

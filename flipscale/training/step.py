@@ -22,10 +22,10 @@ class Learned(NamedTuple):
 def one_pass(engine: Engine, batch: Sequence[Batch], recipe: LossRecipe) -> Learned:
     """Collective. Gives the weights the gradients of a batch that is one micro-batch."""
     (whole,) = batch
-    embeds = _embeds(engine(**whole))
-    loss = pair_loss(*embeds, recipe)
+    images, texts, *head = _compared(engine(**whole))
+    loss = pair_loss(images, texts, head, recipe)
     engine.backward(loss)
-    return Learned(loss.detach(), embeds[2].detach())
+    return Learned(loss.detach(), head[0].detach())
 
 
 def cached(engine: Engine, batch: Sequence[Batch], recipe: LossRecipe) -> Learned:
@@ -36,27 +36,26 @@ def cached(engine: Engine, batch: Sequence[Batch], recipe: LossRecipe) -> Learne
     the weights. Masks and crops are the batch's, so both passes see the same.
     """
     with torch.no_grad():
-        first = [_embeds(engine(**micro_batch)) for micro_batch in batch]
-    images, texts, scales = zip(*first, strict=True)
-    cache = [part.requires_grad_() for part in (torch.cat(images), torch.cat(texts), scales[0].clone())]
-    loss = pair_loss(cache[0], cache[1], cache[2], recipe)
-    image_gradient, text_gradient, scale_gradient = torch.autograd.grad(loss, cache)
-    # Every micro-batch has its share of the temperature's gradient: all parameters are in every pass.
-    shares = [scale_gradient / len(batch)] * len(batch)
-    parts = zip(batch, image_gradient.chunk(len(batch)), text_gradient.chunk(len(batch)), shares, strict=True)
-    for micro_batch, *upstream in engine.accumulate(list(parts)):
-        products = [
-            (part * gradient).sum() for part, gradient in zip(_embeds(engine(**micro_batch)), upstream, strict=True)
-        ]
-        engine.backward(torch.stack(products).sum())
+        first = [_compared(engine(**micro_batch)) for micro_batch in batch]
+    images, texts, *heads = zip(*first, strict=True)
+    cache = [torch.cat(images), torch.cat(texts), *(values[0].clone() for values in heads)]
+    for part in cache:
+        part.requires_grad_()
+    loss = pair_loss(cache[0], cache[1], cache[2:], recipe)
+    image_gradient, text_gradient, *head_gradients = torch.autograd.grad(loss, cache)
+    # Every micro-batch has its share of the head's gradients: all parameters are in every pass.
+    shares = [[gradient / len(batch)] * len(batch) for gradient in head_gradients]
+    sides = (image_gradient.chunk(len(batch)), text_gradient.chunk(len(batch)))
+    for micro_batch, *upstream in engine.accumulate(list(zip(batch, *sides, *shares, strict=True))):
+        parts = zip(_compared(engine(**micro_batch)), upstream, strict=True)
+        engine.backward(torch.stack([(part * gradient).sum() for part, gradient in parts]).sum())
     return Learned(loss.detach(), cache[2].detach())
 
 
-def _embeds(output: FlipOutput) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    assert output.image_embeds is not None
-    assert output.text_embeds is not None
-    assert output.logit_scale is not None
-    return output.image_embeds, output.text_embeds, output.logit_scale
+def _compared(output: FlipOutput) -> list[torch.Tensor]:
+    """Embeddings of images and texts, `logit_scale`, and `logit_bias` where there is one."""
+    parts = (output.image_embeds, output.text_embeds, output.logit_scale, output.logit_bias)
+    return [part for part in parts if part is not None]
 
 
 def gradients(engine: Engine, batch: list[Batch], recipe: LossRecipe) -> Learned:
