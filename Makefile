@@ -25,5 +25,6 @@ lint: setup
 
 bench: setup
 	$(BIN)/flipscale bench compare
+	$(BIN)/flipscale bench compare_loss
 	$(BIN)/flipscale prepare photos data/photos
 	$(BIN)/flipscale bench compare_data --shards data/photos

@@ -10,6 +10,7 @@ import torch
 
 from flipscale.benchmarks.data import DataSetting, measure_data, workers_for_gpu
 from flipscale.benchmarks.data_peer import compare_data, shards_in
+from flipscale.benchmarks.loss import LossSetting, compare_losses, measure_loss
 from flipscale.benchmarks.peer import compare_steps, open_clip_step, require_open_clip
 from flipscale.benchmarks.step import DTYPES, StepSetting, flip_step, measure_step
 from flipscale.data.loader import DataRecipe, InputShape
@@ -29,6 +30,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     step.add_argument("--peer", choices=["open_clip"], help="another code base's step in place of ours")
     add_data_arguments(subjects)
     compare = subjects.add_parser("compare", help="our step and open_clip's in turn, masked and not, bf16 and fp32")
+    loss = subjects.add_parser("loss", help="the contrastive loss and its gradients: time, extra memory, share of peak")
+    loss.add_argument("--n", type=int, default=16384, help="pairs")
+    loss.add_argument("--dim", type=int, default=512, help="width of the embeddings")
+    loss.add_argument("--peer", choices=["open_clip"], help="another code base's loss in place of ours")
+    losses = subjects.add_parser("compare_loss", help="our loss and open_clip's, each in a process of its own")
+    losses.add_argument("--n", type=int, nargs="+", default=[16384, 32768], help="pairs")
+    losses.add_argument("--dim", type=int, nargs="+", default=[512, 768], help="widths of the embeddings")
+    for parser in (loss, losses):
+        parser.add_argument("--steps", type=int, default=5, help="how often each is timed, after once that is not")
+        parser.add_argument("--threads", type=int, help="CPU threads; all by default")
+        parser.add_argument("--json", action="store_true", help="JSON lines instead of a table")
     for parser, num_steps in ((step, 10), (compare, 5)):
         parser.add_argument("--size", choices=sorted(SIZES), default="b16")
         parser.add_argument("--batch_size", type=int, default=32)
@@ -66,26 +78,29 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         ValueError: a setting that cannot be measured, or open_clip is asked for and not installed.
     """
-    if args.subject == "data":
-        print_data(args)
-        return
-    if args.subject == "compare_data":
-        print_data_comparison(args)
-        return
-    if args.threads is not None:
-        if args.threads < 1:
-            raise ValueError(f"threads is {args.threads}; it must be at least 1")
-        torch.set_num_threads(args.threads)
+    subjects = {
+        "step": print_step,
+        "compare": print_comparison,
+        "data": print_data,
+        "compare_data": print_data_comparison,
+        "loss": print_loss,
+        "compare_loss": print_losses,
+    }
+    threads = getattr(args, "threads", None)
+    if threads is not None:
+        if threads < 1:
+            raise ValueError(f"threads is {threads}; it must be at least 1")
+        torch.set_num_threads(threads)
+    subjects[args.subject](args)
+
+
+def step_setting(args: argparse.Namespace) -> StepSetting:
+    """The setting that the options of `bench step` and `bench compare` describe."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
         keep_freed_memory()
-    setting = StepSetting(
-        FlipConfig.from_size(args.size), args.size, batch_size=args.batch_size, device=device, num_steps=args.steps
-    )
-    if args.subject == "compare":
-        print_comparison(setting, args.json)
-    else:
-        print_step(setting, args)
+    config = FlipConfig.from_size(args.size)
+    return StepSetting(config, args.size, batch_size=args.batch_size, device=device, num_steps=args.steps)
 
 
 def data_setting(args: argparse.Namespace, shards: str | None, num_workers: int = 0) -> DataSetting:
@@ -142,11 +157,11 @@ def print_data_comparison(args: argparse.Namespace) -> None:
             )
 
 
-def print_step(setting: StepSetting, args: argparse.Namespace) -> None:
-    """One step's figures: a JSON line, or a figure a line."""
+def print_step(args: argparse.Namespace) -> None:
+    """One step's figures."""
     if args.peer:
         require_open_clip()
-    setting = replace(setting, mask_ratio=args.mask_ratio, dtype=args.dtype, compile=args.compile)
+    setting = replace(step_setting(args), mask_ratio=args.mask_ratio, dtype=args.dtype, compile=args.compile)
     figures = measure_step(setting, open_clip_step if args.peer else flip_step)
     print_figures({"code": args.peer or "flipscale", **figures}, args.json)
 
@@ -166,21 +181,46 @@ def _readable(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
-def print_comparison(setting: StepSetting, as_json: bool) -> None:
+def print_comparison(args: argparse.Namespace) -> None:
     """Ours beside open_clip's: a JSON line or a table row as each is measured."""
-    if not as_json:
+    setting = step_setting(args)
+    if not args.json:
         print(f"{setting.size}, batch {setting.batch_size}, {setting.device.type}, {torch.get_num_threads()} threads")
         print(
             "| dtype | mask | flipscale, images/s | open_clip, images/s | ratio | shares of matmul peak | CPU share |"
         )
         print("|---|---|---|---|---|---|---|")
     for row in compare_steps(setting):
-        if as_json:
+        if args.json:
             print(json.dumps(row), flush=True)
             continue
         shares = f"{row['share_of_matmul_peak']:.0%} and {row['open_clip_share_of_matmul_peak']:.0%}"
         print(
             f"| {row['dtype']} | {row['mask_ratio']:.0%} | {row['images_per_s']:.1f} | "
             f"{row['open_clip_images_per_s']:.1f} | {row['ratio']:.2f} | {shares} | {row['cpu_share']:.2f} |",
+            flush=True,
+        )
+
+
+def print_loss(args: argparse.Namespace) -> None:
+    """A loss's figures."""
+    setting = LossSetting(args.n, args.dim, steps=args.steps, code=args.peer or "flipscale")
+    print_figures(measure_loss(setting), args.json)
+
+
+def print_losses(args: argparse.Namespace) -> None:
+    """Our loss beside open_clip's: a JSON line or a table row as each is measured."""
+    if not args.json:
+        print("| pairs | dim | flipscale | open_clip | time | flipscale, extra memory | open_clip | memory | of peak |")
+        print("|---:|---:|---:|---:|---:|---:|---:|---:|---:|")
+    for row in compare_losses(args.n, args.dim, args.steps):
+        if args.json:
+            print(json.dumps(row), flush=True)
+            continue
+        print(
+            f"| {row['n']:,} | {row['dim']} | {row['seconds']:.2f} s | {row['open_clip_seconds']:.2f} s | "
+            f"{row['time_ratio']:.2f}x | {row['extra_peak_bytes'] / 1e6:,.0f} MB | "
+            f"{row['open_clip_extra_peak_bytes'] / 1e6:,.0f} MB | 1/{row['memory_ratio']:.0f} | "
+            f"{row['share_of_matmul_peak']:.0%} and {row['open_clip_share_of_matmul_peak']:.0%} |",
             flush=True,
         )

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from flipscale.cli import complain
-from flipscale.data.loader import InputShape, PairDataset, build_loader, load_tokenizer
+from flipscale.data.loader import InputShape, PairDataset, StepSampler, build_loader, in_steps, load_tokenizer
 from flipscale.data.sources import open_source
 from flipscale.data.tar_source import expand_shards
 from flipscale.evaluation.embedding import Embedder
@@ -24,12 +24,12 @@ from flipscale.training.engine import Engine
 from flipscale.training.health import StepGuard, Verdict
 from flipscale.training.initialization import Fill, fresh_weights, weights_of
 from flipscale.training.launch import leave, part, start_accelerator
-from flipscale.training.loss import pair_loss
 from flipscale.training.preemption import StopRequest
 from flipscale.training.recipe import Recipe, parse_recipe, to_yaml
 from flipscale.training.reconstruction import reconstruction_loss, trained_model, without_decoder
 from flipscale.training.run_directory import is_done, mark_done, open_run_directory, write_run_files
 from flipscale.training.schedule import Stage, plan_stages
+from flipscale.training.step import check_cacheable, gradients
 from flipscale.training.tracking import Tracker, is_due
 
 
@@ -42,7 +42,9 @@ class Run:
         self.batch_size = recipe.data.global_batch_size
         self.run_dir = Path(recipe.output_dir)
         self.stages = plan_stages(recipe.stages, self.batch_size)
-        config = recipe.model.config()
+        config = recipe.model_config()
+        if recipe.data.micro_batch_size is not None:
+            check_cacheable(config)
         checkpoint = open_run_directory(recipe)
         self.source = open_source(recipe.data)
         self.tokenizer = load_tokenizer(recipe.data.tokenizer, config.text_config.max_position_embeddings)
@@ -117,8 +119,9 @@ class Run:
                 self.engine.forget_moments()
             yield stage
 
-    def batches(self, stage: Stage) -> Iterator[dict[str, torch.Tensor]]:
-        """This process's batches of a stage from the current step until its end or a stop, on the device."""
+    def batches(self, stage: Stage) -> Iterator[list[dict[str, torch.Tensor]]]:
+        """This process's batches of a stage from the current step until its end or a stop, each as its micro-batches on
+        the device."""
         accelerator = self.accelerator
         loader = build_loader(
             self.datasets[stage],
@@ -128,9 +131,14 @@ class Run:
             accelerator.num_processes,
             pin_memory=accelerator.device.type == "cuda",
         )
-        for batch in self.tracker.timed(loader):
-            self.num_replaced = self.bad_samples.note(batch.pop("faults"))
-            yield {name: value.to(accelerator.device, non_blocking=True) for name, value in batch.items()}
+        assert isinstance(loader.batch_sampler, StepSampler)
+        for batch in in_steps(self.tracker.timed(loader), loader.batch_sampler.micro_batches):
+            self.num_replaced = sum(self.bad_samples.note(micro_batch.pop("faults")) for micro_batch in batch)
+            batch[:] = [
+                {name: value.to(accelerator.device, non_blocking=True) for name, value in micro_batch.items()}
+                for micro_batch in batch
+            ]
+            yield batch
             if self.stopped:
                 return
 
@@ -210,18 +218,15 @@ def pretrain(recipe: Recipe) -> Path:
     for stage in run.remaining_stages():
         for batch in run.batches(stage):
             learning_rate = stage.learning_rate(run.step)
-            output = run.engine(**batch)
-            loss = pair_loss(output.image_embeds, output.text_embeds, output.logit_scale, recipe.loss)
-            loss = loss + reconstruction_loss(output, recipe.loss)
-            run.engine.backward(loss)
-            verdict = run.guard.agree(loss, run.engine.gradient_norm(), run.num_replaced)
+            learned = gradients(run.engine, batch, recipe.loss)
+            verdict = run.guard.agree(learned.loss, run.engine.gradient_norm(), run.num_replaced)
             run.engine.step(learning_rate, verdict.finite)
             run.stopped = verdict.stop
             metrics = {
                 "loss": verdict.loss,
                 "lr": learning_rate,
                 "grad_norm": verdict.grad_norm,
-                "logit_scale": output.logit_scale.item(),
+                "logit_scale": learned.logit_scale.item(),
             }
             run.after_step(stage, metrics, verdict)
     run.finish()

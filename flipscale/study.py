@@ -221,7 +221,7 @@ def _line(arm: Arm, doing: str) -> str:
 
 def _datasets(recipe: Recipe) -> tuple[PairDataset, PairDataset]:
     """The training set as the first stage sees it, and the same samples whole."""
-    config = recipe.model.config()
+    config = recipe.model_config()
     source, shape = open_source(recipe.data), InputShape.of(config)
     tokenizer = load_tokenizer(recipe.data.tokenizer, shape.max_tokens)
     ratios = (recipe.stages[0].mask_ratio, 0.0)

@@ -131,14 +131,14 @@ def time_in_turn(steps: Mapping[str, Step], num_steps: int, device: torch.device
     shares: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(-2, num_steps):
         for name, step in steps.items():
-            wall, cpu = _timed(step, device)
+            wall, cpu = timed(step, device)
             if turn >= 0:
                 seconds[name].append(wall)
                 shares[name].append(cpu / (wall * torch.get_num_threads()))
     return {name: StepTimes(seconds[name], statistics.median(shares[name])) for name in steps}
 
 
-def _timed(call: Callable[[], Any], device: torch.device) -> tuple[float, float]:
+def timed(call: Callable[[], Any], device: torch.device) -> tuple[float, float]:
     """Seconds on the wall and of the CPU, what was sent to the device waited for."""
     _wait_for(device)
     wall, cpu = time.perf_counter(), time.process_time()
@@ -158,7 +158,7 @@ def matmul_peak(device: torch.device, dtype: str) -> float:
     for side in (4096, 8192) if device.type == "cuda" else (1024, 2048):
         matrix = torch.randn(side, side, device=device).to(DTYPES[dtype])
         for _ in range(5):
-            fastest = max(fastest, 2 * side**3 / _timed(partial(torch.mm, matrix, matrix), device)[0])
+            fastest = max(fastest, 2 * side**3 / timed(partial(torch.mm, matrix, matrix), device)[0])
     return fastest
 
 
@@ -195,7 +195,7 @@ def step_figures(setting: StepSetting, times: StepTimes, peak: float) -> dict[st
         "batch_size": setting.batch_size,
         "dtype": setting.dtype,
         "compile": setting.compile,
-        "device": _device_name(setting.device),
+        "device": device_name(setting.device),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "images_per_s": images_per_s,
@@ -208,5 +208,6 @@ def step_figures(setting: StepSetting, times: StepTimes, peak: float) -> dict[st
     }
 
 
-def _device_name(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or `cpu`."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

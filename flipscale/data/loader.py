@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,8 @@ class DataRecipe:
         tokenizer: a folder or Hub name of a fast tokenizer, or `bert` for the original's WordPiece without special
             tokens.
         global_batch_size: pairs a step over all processes; every process takes an equal part.
+        micro_batch_size: pairs that a process has activations of at once, or None for its whole part of the batch. Its
+            part is then embedded twice. Does not change what is learned.
         crop_scale: area of the random crop as a fraction of the image; 0.5 to 1 in the paper.
         shards_per_block: shards shuffled together; bounds memory and open files.
         num_workers: decoding processes for each training process. Does not change what is learned.
@@ -39,6 +42,7 @@ class DataRecipe:
     shards: str = ""
     tokenizer: str = "bert"
     global_batch_size: int = 4096
+    micro_batch_size: int | None = None
     crop_scale: tuple[float, float] = (0.5, 1.0)
     shards_per_block: int = 16
     num_workers: int = 8
@@ -202,9 +206,18 @@ def choose_caption(captions: tuple[bytes, ...], draw: float) -> str:
 
 
 class StepSampler(Sampler[list[int]]):
-    """For each step in [first_step, last_step), the positions that process `rank` of `world_size` takes."""
+    """For each step in [first_step, last_step), the positions that process `rank` of `world_size` takes, in
+    `micro_batches` lists of one length."""
 
-    def __init__(self, first_step: int, last_step: int, global_batch_size: int, rank: int, world_size: int):
+    def __init__(
+        self,
+        first_step: int,
+        last_step: int,
+        global_batch_size: int,
+        rank: int,
+        world_size: int,
+        micro_batch_size: int | None = None,
+    ):
         if global_batch_size % world_size:
             fits = [count for count in range(1, 2 * world_size) if global_batch_size % count == 0]
             below = max(count for count in fits if count <= world_size)
@@ -218,14 +231,37 @@ class StepSampler(Sampler[list[int]]):
         self.global_batch_size = global_batch_size
         self.per_process = global_batch_size // world_size
         self.rank = rank
+        self.micro_batch_size = (
+            self.per_process if micro_batch_size is None else min(micro_batch_size, self.per_process)
+        )
+        if self.micro_batch_size < 1 or self.per_process % self.micro_batch_size:
+            raise ValueError(
+                f"data.micro_batch_size {micro_batch_size} does not divide the {self.per_process} pairs of a process "
+                f"(global_batch_size {global_batch_size} over {world_size} processes); use "
+                f"{_divisors_around(self.per_process, self.micro_batch_size)}"
+            )
+        self.micro_batches = self.per_process // self.micro_batch_size
 
     def __len__(self) -> int:
-        return len(self.steps)
+        return len(self.steps) * self.micro_batches
 
     def __iter__(self) -> Iterator[list[int]]:
         for step in self.steps:
             first = step * self.global_batch_size + self.rank * self.per_process
-            yield list(range(first, first + self.per_process))
+            for start in range(first, first + self.per_process, self.micro_batch_size):
+                yield list(range(start, start + self.micro_batch_size))
+
+
+def in_steps(batches: Iterator[dict[str, Any]], micro_batches: int) -> Iterator[list[dict[str, Any]]]:
+    """The micro-batches of a loader, those of a step together; a step's list is the only one that holds them."""
+    while step := list(islice(batches, micro_batches)):
+        yield step
+
+
+def _divisors_around(number: int, wish: int) -> str:
+    divisors = [count for count in range(1, number + 1) if number % count == 0]
+    below = [count for count in divisors if count < wish][-1:]
+    return " or ".join(str(count) for count in [*below, *[count for count in divisors if count > wish][:1]])
 
 
 def _as_it_is(batch: Any) -> Any:
@@ -235,15 +271,16 @@ def _as_it_is(batch: Any) -> Any:
 def build_loader(
     dataset: PairDataset, first_step: int, last_step: int, rank: int, world_size: int, pin_memory: bool
 ) -> DataLoader:
-    """An ordinary DataLoader over the batches of steps [first_step, last_step) that process `rank` takes.
+    """An ordinary DataLoader over the micro-batches of steps [first_step, last_step) that process `rank` takes.
 
     Raises:
-        ValueError: a global batch that the processes do not divide.
+        ValueError: a global batch that the processes do not divide, or a part of it that the micro-batch does not.
     """
     recipe = dataset.recipe
+    sizes = (recipe.global_batch_size, rank, world_size, recipe.micro_batch_size)
     return DataLoader(
         dataset,
-        batch_sampler=StepSampler(first_step, last_step, recipe.global_batch_size, rank, world_size),
+        batch_sampler=StepSampler(first_step, last_step, *sizes),
         collate_fn=_as_it_is,
         num_workers=recipe.num_workers,
         pin_memory=pin_memory,

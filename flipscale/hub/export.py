@@ -64,7 +64,7 @@ def export_checkpoint(checkpoint: Path, out_dir: Path) -> Path:
         there = sorted(path.name for path in checkpoint.parent.glob("step-*"))
         raise ValueError(f"{checkpoint} is no checkpoint; there are {', '.join(there) or 'none'}")
     recipe = parse_recipe(["--config", str(checkpoint / "recipe.yaml")])
-    config = recipe.model.config()
+    config = recipe.model_config()
     with no_init_weights():
         model = trained_model(recipe.loss, recipe.mask)(config)
     load_weights(checkpoint, model)

@@ -148,6 +148,8 @@ class FlipConfig(FlipPreTrainedConfig):
     Args:
         projection_dim: width of the joint embedding; set on both towers. None takes the towers' own, which must agree.
         logit_scale_init_value: ln(1/0.07), the value before the exponential.
+        logit_bias_init_value: the first value of `logit_bias`, which is added to every logit, as the sigmoid loss needs
+            it; None for a model without.
 
     Example:
 
@@ -168,6 +170,7 @@ class FlipConfig(FlipPreTrainedConfig):
     vision_config: Any = None
     projection_dim: int | None = None
     logit_scale_init_value: float | int = 2.6592600369327783
+    logit_bias_init_value: float | int | None = None
     initializer_range: float | int = 0.02
 
     def __post_init__(self, **kwargs: Any) -> None:

@@ -28,10 +28,13 @@ from .masking import keep_patches, patchify, take_patches
 class FlipOutput(ModelOutput):
     """
     Args:
-        loss: symmetric InfoNCE over the images and texts given, when `return_loss`.
-        logits_per_image: `(images, texts)`, `logit_scale` times the cosine; `logits_per_text` is its transpose.
+        loss: symmetric InfoNCE over the images and texts given, or the sigmoid loss of a model with `logit_bias`, when
+            `return_loss`.
+        logits_per_image: `(images, texts)`, `logit_scale` times the cosine, plus `logit_bias` where there is one;
+            `logits_per_text` is its transpose.
         image_embeds, text_embeds: fp32, `(batch, projection_dim)`, of unit length.
         logit_scale: fp32, `(1,)`: the inverse temperature, exponential taken, clipped to [1, 100].
+        logit_bias: fp32, `(1,)`, of a model with `logit_bias_init_value`.
     """
 
     loss: torch.Tensor | None = None
@@ -40,6 +43,7 @@ class FlipOutput(ModelOutput):
     text_embeds: torch.Tensor | None = None
     image_embeds: torch.Tensor | None = None
     logit_scale: torch.Tensor | None = None
+    logit_bias: torch.Tensor | None = None
     text_model_output: BaseModelOutputWithPooling | None = None
     vision_model_output: BaseModelOutputWithPooling | None = None
 
@@ -94,6 +98,12 @@ def clip_loss(logits_per_image: torch.Tensor) -> torch.Tensor:
     target = torch.arange(len(logits_per_image), device=logits_per_image.device)
     by_image = nn.functional.cross_entropy(logits_per_image, target)
     return (by_image + nn.functional.cross_entropy(logits_per_image.t(), target)) / 2
+
+
+def siglip_loss(logits_per_image: torch.Tensor) -> torch.Tensor:
+    """The pairwise sigmoid loss of square logits whose diagonal is the pairs, a sum over texts and mean over images."""
+    signs = 2.0 * torch.eye(len(logits_per_image), device=logits_per_image.device) - 1.0
+    return -nn.functional.logsigmoid(signs * logits_per_image).sum(dim=1).mean()
 
 
 class FlipPatchEmbedding(nn.Module):
@@ -428,6 +438,8 @@ class FlipPreTrainedModel(PreTrainedModel):
             init.xavier_uniform_(module.fc2.weight)
         elif isinstance(module, FlipModel):
             init.constant_(module.logit_scale, module.config.logit_scale_init_value)
+            if module.logit_bias is not None:
+                init.constant_(module.logit_bias, cast(float, module.config.logit_bias_init_value))
             init.xavier_uniform_(module.image_projection.weight)
             init.xavier_uniform_(module.text_projection.weight)
         elif isinstance(module, FlipVisionModelWithProjection):
@@ -445,7 +457,7 @@ class FlipVisionModel(FlipPreTrainedModel):
     base_model_prefix = "vision_model"
     _input_embed_layer = "patch_embedding"
     # Of a whole FlipModel's weights, what this tower has no use for.
-    _keys_to_ignore_on_load_unexpected = [r"^text_", r"^image_projection\.", r"^logit_scale$"]  # noqa: RUF012
+    _keys_to_ignore_on_load_unexpected = [r"^text_", r"^image_projection\.", r"^logit_"]  # noqa: RUF012
 
     def __init__(self, config: FlipVisionConfig):
         super().__init__(config)
@@ -495,7 +507,7 @@ class FlipTextModel(FlipPreTrainedModel):
     input_modalities = ("text",)
     base_model_prefix = "text_model"
     _input_embed_layer = "token_embedding"
-    _keys_to_ignore_on_load_unexpected = [r"^vision_model\.", r"_projection\.", r"^logit_scale$"]  # noqa: RUF012
+    _keys_to_ignore_on_load_unexpected = [r"^vision_model\.", r"_projection\.", r"^logit_"]  # noqa: RUF012
 
     def __init__(self, config: FlipTextConfig):
         super().__init__(config)
@@ -561,7 +573,7 @@ class FlipVisionModelWithProjection(FlipPreTrainedModel):
     config: FlipVisionConfig
     main_input_name = "pixel_values"
     input_modalities = ("image",)
-    _keys_to_ignore_on_load_unexpected = [r"^text_", r"^logit_scale$"]  # noqa: RUF012
+    _keys_to_ignore_on_load_unexpected = [r"^text_", r"^logit_"]  # noqa: RUF012
 
     def __init__(self, config: FlipVisionConfig):
         super().__init__(config)
@@ -589,7 +601,7 @@ class FlipTextModelWithProjection(FlipPreTrainedModel):
 
     config: FlipTextConfig
     input_modalities = ("text",)
-    _keys_to_ignore_on_load_unexpected = [r"^vision_model\.", r"^image_projection\.", r"^logit_scale$"]  # noqa: RUF012
+    _keys_to_ignore_on_load_unexpected = [r"^vision_model\.", r"^image_projection\.", r"^logit_"]  # noqa: RUF012
 
     def __init__(self, config: FlipTextConfig):
         super().__init__(config)
@@ -629,6 +641,7 @@ class FlipModel(FlipPreTrainedModel):
         self.text_projection = nn.Linear(text_config.hidden_size, text_config.projection_dim, bias=False)
         # Shape (1,): a 0-d parameter cannot be sharded.
         self.logit_scale = nn.Parameter(torch.zeros(1))
+        self.logit_bias = None if config.logit_bias_init_value is None else nn.Parameter(torch.zeros(1))
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -672,7 +685,7 @@ class FlipModel(FlipPreTrainedModel):
         Args:
             input_ids, attention_mask, position_ids: as `FlipTextModel` takes them.
             pixel_values, image_mask_ratio, patches, patch_index, interpolate_pos_encoding: as `FlipVisionModel`.
-            return_loss: the symmetric InfoNCE of this batch alone; training over many processes takes its loss from
+            return_loss: the loss of this batch alone; training over many processes takes its loss from
                 the embeddings instead (`flipscale.training.contrastive`).
             return_logits: False skips the `(images, texts)` matrix, which training does not need.
         """
@@ -691,14 +704,19 @@ class FlipModel(FlipPreTrainedModel):
         text_embeds = normalise_embeds(text_output.pooler_output)
         # Clipped here only: the parameter itself may drift past ln(100), where its gradient is zero.
         logit_scale = self.logit_scale.float().clamp(0.0, math.log(100.0)).exp()
+        logit_bias = None if self.logit_bias is None else self.logit_bias.float()
         logits = logit_scale * image_embeds @ text_embeds.t() if return_logits or return_loss else None
+        if logits is not None and logit_bias is not None:
+            logits = logits + logit_bias
+        loss_of = clip_loss if logit_bias is None else siglip_loss
         return FlipOutput(
-            loss=clip_loss(logits) if return_loss and logits is not None else None,
+            loss=loss_of(logits) if return_loss and logits is not None else None,
             logits_per_image=logits,
             logits_per_text=None if logits is None else logits.t(),
             text_embeds=text_embeds,
             image_embeds=image_embeds,
             logit_scale=logit_scale,
+            logit_bias=logit_bias,
             text_model_output=text_output,
             vision_model_output=image_output,
         )

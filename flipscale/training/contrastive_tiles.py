@@ -124,12 +124,12 @@ class SimilarityTiles:
                 for rivals, part, dim in sides:
                     rivals.total[part] += tile.logits.sum(dim)
                 continue
-            powers = self._view(self._weights, tile.rows, tile.columns)
+            powers = self.beside(tile)
             for rivals, part, dim in sides:
                 mine = Rivals(rivals.shift[part], rivals.total[part])
                 mine.rise_to(tile.logits.amax(dim))
                 torch.sub(tile.logits, mine.shift.unsqueeze(dim), out=powers)
-                self._pairs_of(powers.exp_(), tile).zero_()
+                self.pairs_of(powers.exp_(), tile).zero_()
                 mine.total.add_(powers.sum(dim))
 
     def add_gradients(
@@ -148,7 +148,7 @@ class SimilarityTiles:
             of_pairs: `(rows,)`: the gradients of the pairs' logits.
         """
         for tile in self:
-            weights = self._view(self._weights, tile.rows, tile.columns)
+            weights = self.beside(tile)
             row_factor, column_factor = of_rows.factor[tile.rows, None], of_columns.factor[tile.columns]
             if shared:
                 torch.add(row_factor, column_factor, out=weights)
@@ -157,11 +157,23 @@ class SimilarityTiles:
                 torch.sub(tile.logits, of_rows.shift[tile.rows, None], out=weights)
                 weights.exp_().mul_(row_factor)
                 weights.addcmul_(tile.logits.sub_(of_columns.shift[tile.columns]).exp_(), column_factor)
-            self._pairs_of(weights, tile).copy_(of_pairs[tile.paired])
-            row_gradient[tile.rows].addmm_(weights, self.columns[tile.columns])
-            column_gradient[tile.columns].addmm_(weights.t(), self._scaled_rows(tile.rows))
+            self.pairs_of(weights, tile).copy_(of_pairs[tile.paired])
+            self.add_products(tile, weights, row_gradient, column_gradient)
 
-    def _pairs_of(self, matrix: torch.Tensor, tile: Tile) -> torch.Tensor:
+    def add_products(
+        self, tile: Tile, weights: torch.Tensor, row_gradient: torch.Tensor, column_gradient: torch.Tensor
+    ) -> None:
+        """Hands the gradients of a tile's logits, `weights`, on to its rows, still to be multiplied by `scale`, and to
+        its columns."""
+        row_gradient[tile.rows].addmm_(weights, self.columns[tile.columns])
+        column_gradient[tile.columns].addmm_(weights.t(), self._scaled_rows(tile.rows))
+
+    def beside(self, tile: Tile) -> torch.Tensor:
+        """Memory of the size of the tile's logits."""
+        return self._view(self._weights, tile.rows, tile.columns)
+
+    def pairs_of(self, matrix: torch.Tensor, tile: Tile) -> torch.Tensor:
+        """The elements of the tile's pairs in a matrix of its size, a view."""
         return matrix.diagonal(self.first_pair + tile.rows.start - tile.columns.start)
 
     def _scaled_rows(self, rows: slice) -> torch.Tensor:

@@ -92,7 +92,7 @@ def exchange_of(texts: torch.Tensor, exchange: str) -> Gathered | Ring:
 
 def _gather(rows: torch.Tensor) -> torch.Tensor:
     everywhere = rows.new_empty(world_size() * len(rows), *rows.shape[1:])
-    dist.all_gather_into_tensor(everywhere, rows.contiguous())
+    dist.all_gather(list(everywhere.chunk(world_size())), rows.contiguous())
     return everywhere
 
 

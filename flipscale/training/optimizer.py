@@ -37,7 +37,7 @@ class OptimRecipe:
 def decays(name: str) -> bool:
     """Whether weight decay applies to the parameter `name`: not to biases, norms and positions. The class token, the
     token embedding and `logit_scale` do decay, as in the original."""
-    return not (name.endswith(".bias") or "layer_norm" in name or "position_embedding" in name)
+    return not (name.endswith((".bias", "logit_bias")) or "layer_norm" in name or "position_embedding" in name)
 
 
 def _is_block_matrix(name: str, parameter: nn.Parameter) -> bool:

@@ -22,6 +22,7 @@ RECIPES = Path(__file__).parent.parent / "recipes"
 # Fields of the sections that decide what is learned which do not: they may differ on resume.
 _WHERE_IT_RUNS = {
     ("model", "gradient_checkpointing"),
+    ("data", "micro_batch_size"),
     ("data", "num_workers"),
     ("data", "shards"),
     ("data", "max_bad_fraction"),
@@ -135,6 +136,14 @@ class Recipe:
     hub: HubRecipe = field(default_factory=HubRecipe)
     output_dir: str = "runs/flip"
     resume_from_checkpoint: str = "auto"
+
+    def model_config(self) -> FlipConfig:
+        """The model's configuration, with the head that the loss needs.
+
+        Raises:
+            ValueError: as `ModelRecipe.config`.
+        """
+        return self.loss.configure(self.model.config())
 
 
 def build_parser() -> ArgumentParser:

@@ -99,6 +99,18 @@ def test_a_loss_without_the_other_processes_gradients(refused_recipe: Callable[.
     assert "loss.exchange is 'local'; use 'gather' or 'ring'" in line
 
 
+def test_a_micro_batch_that_does_not_divide(refused_recipe: Callable[..., str]) -> None:
+    line = refused_recipe("--data.micro_batch_size", "5")
+    assert "data.micro_batch_size 5 does not divide the 16 pairs of a process" in line
+    assert "use 4 or 8" in line
+
+
+def test_dropout_in_two_passes(refused_recipe: Callable[..., str]) -> None:
+    line = refused_recipe("--data.micro_batch_size", "4", "--model.text_config", "{attention_dropout: 0.1}")
+    assert "model.text_config.attention_dropout is 0.1 and data.micro_batch_size is set" in line
+    assert "leave one of them out" in line
+
+
 def test_an_unknown_recipe(refused: Callable[[list[str]], str]) -> None:
     line = refused(["pretrain", "--config", "b17"])
     assert "recipe 'b17' is neither a file nor one of" in line

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoTokenizer
 
 from flipscale.data.decode import DRAWS_PER_CROP, decode_box
-from flipscale.data.loader import DataRecipe, InputShape, PairDataset, StepSampler, build_loader
+from flipscale.data.loader import DataRecipe, InputShape, PairDataset, StepSampler, build_loader, in_steps
 from flipscale.data.randomness import keyed_uniform
 from flipscale.data.tar_source import TarSource
 from flipscale.model import FlipConfig, FlipModel
@@ -103,3 +103,23 @@ def test_steps_are_shared_out_without_gap_or_overlap() -> None:
 def test_an_indivisible_batch_is_refused(world_size: int, fix: str) -> None:
     with pytest.raises(ValueError, match=f"global_batch_size 65536 is not divisible by {world_size} processes; {fix}"):
         StepSampler(0, 1, 65536, 0, world_size)
+
+
+def test_micro_batches_are_the_process_s_part_in_order() -> None:
+    parts = [list(StepSampler(2, 4, 12, rank, 2, micro_batch_size=2)) for rank in range(2)]
+    in_order = parts[0][:3] + parts[1][:3] + parts[0][3:] + parts[1][3:]
+    assert [position for part in in_order for position in part] == list(range(24, 48))
+    assert len(StepSampler(2, 4, 12, 0, 2, micro_batch_size=2)) == 6
+    whole = StepSampler(2, 4, 12, 0, 2, micro_batch_size=64)
+    assert (whole.micro_batches, len(whole)) == (1, 2)
+    steps = list(in_steps(iter([{"n": n} for n in range(6)]), 3))
+    assert steps == [[{"n": 0}, {"n": 1}, {"n": 2}], [{"n": 3}, {"n": 4}, {"n": 5}]]
+
+
+@pytest.mark.parametrize(("micro", "fix"), [(24, "16 or 32"), (3, "2 or 4"), (0, "1"), (-4, "1"), (63, "32 or 64")])
+def test_a_micro_batch_that_does_not_divide_is_refused(micro: int, fix: str) -> None:
+    message = (
+        rf"data.micro_batch_size {micro} does not divide the 64 pairs of a process \(global_batch_size 128 over 2 "
+    )
+    with pytest.raises(ValueError, match=message + rf"processes\); use {fix}$"):
+        StepSampler(0, 1, 128, 0, 2, micro)

@@ -7,10 +7,11 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from torch.nn.functional import normalize
+from torch.nn.functional import logsigmoid, normalize
 
 from flipscale.training.contrastive import contrastive_loss
 from flipscale.training.exchange import EXCHANGES
+from flipscale.training.sigmoid import sigmoid_loss
 
 
 class Case(NamedTuple):
@@ -39,6 +40,9 @@ CASES = [
     Case(2300, 512, 30.0, None, torch.float32),
     Case(4096, 512, 100.0, None, torch.float32),
 ]
+
+
+BIAS = torch.tensor([-7.0])
 
 
 class Embedder(torch.nn.Module):
@@ -75,6 +79,11 @@ def one_rank(rank: int, world: int, folder: str) -> None:
         loss = contrastive_loss(*mine, exchange=exchange)
         loss.backward()
         found[number, exchange] = [loss.detach(), *(t.grad for t in mine)]
+        if CASES[number].scale < 100.0:
+            mine = [t.detach().clone().requires_grad_() for t in (*mine, BIAS)]
+            loss = sigmoid_loss(*mine, exchange=exchange)
+            loss.backward()
+            found[number, exchange, "sigmoid"] = [loss.detach(), *(t.grad for t in mine)]
     for exchange in EXCHANGES:
         model = torch.nn.parallel.DistributedDataParallel(Embedder())
         contrastive_loss(*model(towers_input(torch.float32).chunk(world, dim=1)[rank]), exchange=exchange).backward()
@@ -92,31 +101,35 @@ def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return [torch.load(folder / f"{rank}.pt") for rank in range(request.param)]
 
 
-@pytest.fixture(scope="module")
-def exact() -> list[list[torch.Tensor]]:
-    """The loss and the gradients of every case, written out in fp64 on one process."""
-    found = []
-    for case in CASES:
-        inputs = [t.double().requires_grad_() for t in case.inputs()]
-        loss = written_out(*inputs)
-        found.append([loss.detach(), *torch.autograd.grad(loss, inputs)])
-    return found
+def written_out_sigmoid(
+    image: torch.Tensor, text: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor
+) -> torch.Tensor:
+    logits = scale * image @ text.T + bias
+    return -logsigmoid((2 * torch.eye(len(logits)) - 1) * logits).sum() / len(logits)
 
 
-@pytest.mark.parametrize("exchange", EXCHANGES)
-@pytest.mark.parametrize("number", range(len(CASES)), ids=[str(case) for case in CASES])
-def test_the_mean_over_processes_is_the_whole_batch(
-    ranks: list[dict], exact: list[list[torch.Tensor]], number: int, exchange: str
-) -> None:
-    mine = [rank[number, exchange] for rank in ranks]
-    loss, *gradients = exact[number]
-    assert torch.stack([m[0] for m in mine]).double().mean().item() == pytest.approx(loss.item(), rel=1e-6, abs=1e-6)
+def check(ranks: list[list[torch.Tensor]], inputs: list[torch.Tensor], loss: torch.Tensor) -> None:
+    """The mean over `ranks`, each with its loss and gradients, is `loss` of `inputs` in fp64 with its gradients."""
+    exact = torch.autograd.grad(loss, inputs)
+    mean = torch.stack([rank[0] for rank in ranks]).double().mean()
+    assert mean.item() == pytest.approx(loss.item(), rel=1e-6, abs=1e-6)
     # An engine averages gradients over processes; each row's gradient is on one process alone.
-    rows = [torch.cat([m[side].double() for m in mine]) / len(ranks) for side in (1, 2)]
-    scale = torch.stack([m[3] for m in mine]).mean(dim=0)
-    rounding = 2**-8 if CASES[number].dtype == torch.bfloat16 else 0.0
-    for ours, theirs in zip([*rows, scale], gradients, strict=True):
+    rows = [torch.cat([rank[side].double() for rank in ranks]) / len(ranks) for side in (1, 2)]
+    head = [torch.stack(values).mean(dim=0) for values in zip(*(rank[3:] for rank in ranks), strict=True)]
+    rounding = 2**-8 if ranks[0][1].dtype == torch.bfloat16 else 0.0
+    for ours, theirs in zip([*rows, *head], exact, strict=True):
         assert ((ours - theirs).abs() <= 1e-5 * theirs.abs().max() + rounding * theirs.abs()).all()
+
+
+@pytest.mark.parametrize("number", range(len(CASES)), ids=[str(case) for case in CASES])
+def test_the_mean_over_processes_is_the_whole_batch(ranks: list[dict], number: int) -> None:
+    inputs = [t.double().requires_grad_() for t in CASES[number].inputs()]
+    for exchange in EXCHANGES:
+        check([rank[number, exchange] for rank in ranks], inputs, written_out(*inputs))
+    if CASES[number].scale < 100.0:
+        inputs.append(BIAS.double().requires_grad_())
+        for exchange in EXCHANGES:
+            check([rank[number, exchange, "sigmoid"] for rank in ranks], inputs, written_out_sigmoid(*inputs))
 
 
 @pytest.mark.parametrize("exchange", EXCHANGES)

@@ -1,0 +1,80 @@
+"""The pairwise sigmoid loss (SigLIP, arXiv 2303.15343) over the whole global batch, in memory that does not grow with
+its square: each tile of logits is made once, and its gradients are taken before the next one takes its place."""
+
+from typing import Any
+
+import torch
+from torch.nn.functional import softplus
+
+from flipscale.training.contrastive_tiles import SimilarityTiles
+from flipscale.training.exchange import Rows, exchange_of
+
+
+def sigmoid_loss(
+    image_embeds: torch.Tensor,
+    text_embeds: torch.Tensor,
+    logit_scale: torch.Tensor,
+    logit_bias: torch.Tensor,
+    exchange: str = "gather",
+) -> torch.Tensor:
+    """Collective. The pairwise sigmoid loss, fp32 `()`: each of this process's images is asked of each text of all
+    processes whether it is its own. Summed over the texts and averaged over the images, as SigLIP has it.
+
+    The mean over processes is the loss of the global batch, and the mean of the gradients its gradient. As
+    `contrastive_loss`, it makes them along with the loss, and with several views it is the mean over views.
+
+    Args:
+        image_embeds: `(batch * views, dim)`, of unit length, the views of an image in a row.
+        text_embeds: `(batch, dim)`, of unit length, the same `batch` on every process.
+        logit_scale, logit_bias: `(1,)`, as `FlipModel.forward` returns them.
+        exchange: how the processes' texts meet the images: `gather` or `ring`.
+    """
+    views = image_embeds.unflatten(0, (len(text_embeds), -1)).unbind(1)
+    return torch.stack([_Sigmoid.apply(view, text_embeds, logit_scale, logit_bias, exchange) for view in views]).mean()
+
+
+class _Sigmoid(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> torch.Tensor:
+        *tensors, exchange = inputs
+        with torch.autocast(tensors[0].device.type, enabled=False):
+            images, texts = (side.float() for side in tensors[:2])
+            loss, gradients = _loss_and_gradients(images, texts, float(tensors[2]), float(tensors[3]), exchange)
+        ctx.gradients = [g.to(t.dtype) for g, t in zip(gradients, tensors, strict=True)]
+        return loss.float()
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        # Handed out without a copy, so once.
+        gradients, ctx.gradients = ctx.gradients, None
+        assert gradients is not None, "the gradients of this loss were handed out before"
+        return (*(gradient.mul_(upstream[0]) for gradient in gradients), None)
+
+
+def _loss_and_gradients(
+    images: torch.Tensor, texts: torch.Tensor, scale: float, bias: float, exchange: str
+) -> tuple[torch.Tensor, Rows]:
+    """Collective. The loss, fp64 `()`, and its gradients by images, texts, scale and bias."""
+    image_gradient = torch.zeros_like(images)
+    sums = torch.zeros(2, dtype=torch.float64, device=images.device)
+
+    def contribute(first_pair: int, texts: torch.Tensor) -> Rows:
+        text_gradient = torch.zeros_like(texts)
+        tiles = SimilarityTiles(images, texts, scale, first_pair)
+        for tile in tiles:
+            tile.logits.add_(bias)
+            # -log sigmoid(logit) of a pair and -log sigmoid(-logit) of any other are one function of these.
+            tile.pairs.neg_()
+            weights = torch.sigmoid(tile.logits, out=tiles.beside(tile))
+            tiles.pairs_of(weights, tile).neg_()
+            sums[0] += softplus(tile.logits).sum()
+            sums[1] += weights.sum()
+            tiles.add_products(tile, weights, image_gradient, text_gradient)
+        return (text_gradient,)
+
+    way = exchange_of(texts, exchange)
+    (text_gradient,) = way.visit(contribute, lambda one, other: (one[0].add_(other[0]),))
+    loss, bias_gradient = sums / len(images)
+    scale_gradient = torch.einsum("nd,nd->n", images, image_gradient).sum(dtype=torch.float64) / len(images)
+    gradients = (image_gradient.mul_(scale / len(images)), text_gradient.div_(len(images)))
+    return loss, (*gradients, scale_gradient.reshape(1), bias_gradient.reshape(1))
