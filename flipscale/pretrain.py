@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from flipscale.cli import complain
-from flipscale.data.loader import InputShape, PairDataset, build_loader, load_tokenizer
+from flipscale.data.feeding import enduring_batches, on_device
+from flipscale.data.loader import InputShape, PairDataset, load_tokenizer
 from flipscale.data.sources import open_source
 from flipscale.data.tar_source import expand_shards
 from flipscale.evaluation.embedding import Embedder
@@ -115,7 +116,7 @@ class Run:
     def batches(self, stage: Stage) -> Iterator[dict[str, torch.Tensor]]:
         """This process's batches of a stage from the current step until its end or a stop, on the device."""
         accelerator = self.accelerator
-        loader = build_loader(
+        batches = enduring_batches(
             self.datasets[stage],
             max(self.step, stage.first_step),
             stage.last_step,
@@ -123,9 +124,9 @@ class Run:
             accelerator.num_processes,
             pin_memory=accelerator.device.type == "cuda",
         )
-        for batch in self.tracker.timed(loader):
-            self.num_replaced = self.bad_samples.note(batch.pop("faults"))
-            yield {name: value.to(accelerator.device, non_blocking=True) for name, value in batch.items()}
+        for batch in on_device(self.tracker.timed(batches), accelerator.device):
+            self.num_replaced = self.bad_samples.note(batch.faults)
+            yield batch
             if self.stopped:
                 return
 

@@ -1,18 +1,20 @@
 """Batches: a pure function of (recipe, step), decoded, masked and tokenised in the workers."""
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from flipscale.data.decode import DRAWS_PER_CROP, decode_box, visible_patches
 from flipscale.data.faults import BadSample, Fault, MissingCaption, UndecodableCaption, candidates
 from flipscale.data.masks import MaskRecipe, keyed_patches, mask_tokens
 from flipscale.data.order import GlobalOrder
+from flipscale.data.packed import PackedBatch
 from flipscale.data.randomness import keyed_uniform
 from flipscale.data.source import Source
 from flipscale.data.tokenizers import bert_tokenizer
@@ -95,8 +97,8 @@ class PairDataset(Dataset):
     """Training pairs by global position. `__getitems__` makes the batch of a list of positions:
 
     `patches` uint8 `(batch, kept, 3 * p * p)`, `patch_index` int16 `(batch, kept)` (absent when nothing is masked),
-    `input_ids` and `attention_mask` int64 `(batch, max_tokens)`, `faults` a list of `Fault`: samples that could not be
-    used, each replaced by the first good one of its `candidates`.
+    `input_ids` int32 and `attention_mask` bool `(batch, max_tokens)`, `faults` a list of `Fault`: samples that could
+    not be used, each replaced by the first good one of its `candidates`.
 
     Several views of a masked image are `patches` `(batch, views, kept, 3 * p * p)` and `patch_index`
     `(batch, views, kept)`; where words are masked too, the captions have the tokens that are left and their
@@ -131,6 +133,8 @@ class PairDataset(Dataset):
         if mask_ratio > 0.0:
             check_image_mask(shape.side, shape.side, mask_ratio, self.mask.kind, self.mask.views)
         self.order = GlobalOrder(source.shard_sizes, seed, recipe.shards_per_block)
+        # What each worker is reading, pid and shard: seen by the process that it dies to.
+        self.reading = torch.zeros((max(recipe.num_workers, 1), 2), dtype=torch.int64).share_memory_()
 
     def __getitems__(self, positions: list[int]) -> dict[str, Any]:
         where = np.asarray(positions, dtype=np.int64)
@@ -158,6 +162,8 @@ class PairDataset(Dataset):
         batch["patches"] = torch.from_numpy(patches)
         if index is not None:
             batch["patch_index"] = torch.from_numpy(index)
+        narrow = {"input_ids": torch.int32, "position_ids": torch.int32, "attention_mask": torch.bool}
+        batch = {name: value.to(narrow.get(name, value.dtype)) for name, value in batch.items()}
         return {**batch, "faults": faults}
 
     def _first_good(
@@ -165,6 +171,9 @@ class PairDataset(Dataset):
     ) -> tuple[np.ndarray, str, BadSample | None]:
         """Image and caption of a sample or of what takes its place, and why it does if so."""
         why: BadSample | None = None
+        worker = get_worker_info()
+        if worker is not None:
+            self.reading[worker.id] = torch.tensor([os.getpid(), shard])
         for candidate in candidates(self.source.shard_sizes, shard, number):
             try:
                 sample = self.source.read(*candidate)
@@ -220,23 +229,37 @@ class StepSampler(Sampler[list[int]]):
             yield list(range(first, first + self.per_process))
 
 
-def _as_it_is(batch: Any) -> Any:
-    return batch
+class _Reporting(Dataset):
+    """Hands out a dataset's errors instead of raising them, which would wrap a worker's in its traceback."""
+
+    def __init__(self, dataset: PairDataset):
+        self.dataset = dataset
+
+    def __getitems__(self, positions: list[int]) -> dict[str, Any] | Exception:
+        try:
+            return self.dataset.__getitems__(positions)
+        except (ValueError, OSError) as error:
+            return error
+
+
+def _pack(batch: Any) -> PackedBatch | Exception:
+    return batch if isinstance(batch, Exception) else PackedBatch.of(batch)
 
 
 def build_loader(
     dataset: PairDataset, first_step: int, last_step: int, rank: int, world_size: int, pin_memory: bool
 ) -> DataLoader:
-    """An ordinary DataLoader over the batches of steps [first_step, last_step) that process `rank` takes.
+    """An ordinary DataLoader over the batches of steps [first_step, last_step) that process `rank` takes, each a
+    `PackedBatch`, or the ValueError or OSError that there is in its place.
 
     Raises:
         ValueError: a global batch that the processes do not divide.
     """
     recipe = dataset.recipe
     return DataLoader(
-        dataset,
+        _Reporting(dataset),
         batch_sampler=StepSampler(first_step, last_step, recipe.global_batch_size, rank, world_size),
-        collate_fn=_as_it_is,
+        collate_fn=_pack,
         num_workers=recipe.num_workers,
         pin_memory=pin_memory,
     )

@@ -26,8 +26,7 @@ def batches(data: PairDataset, world_size: int, first_step: int = 0) -> list[dic
     """Global batches of five steps, put together from every rank's part."""
     loaders = [build_loader(data, first_step, 5, rank, world_size, pin_memory=False) for rank in range(world_size)]
     return [
-        {name: torch.cat([part[name] for part in parts]) for name in parts[0] if name != "faults"}
-        for parts in zip(*loaders, strict=True)
+        {name: torch.cat([part[name] for part in parts]) for name in parts[0]} for parts in zip(*loaders, strict=True)
     ]
 
 
