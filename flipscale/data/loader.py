@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from flipscale.data.decode import DRAWS_PER_CROP, decode_box, visible_patches
 from flipscale.data.faults import BadSample, Fault, MissingCaption, UndecodableCaption, candidates
 from flipscale.data.masks import MaskRecipe, keyed_patches, mask_tokens
-from flipscale.data.order import GlobalOrder
+from flipscale.data.mixture import order_of
 from flipscale.data.packed import PackedBatch
 from flipscale.data.randomness import keyed_uniform
 from flipscale.data.source import Source
@@ -23,11 +23,37 @@ from flipscale.model.masking import check_image_mask, num_kept
 
 
 @dataclass(frozen=True)
+class SourceRecipe:
+    """One source of pairs: tar shards or a `datasets` Dataset.
+
+    Args:
+        shards: as `data.shards`.
+        dataset: a name on the Hub, a folder of images, parquet or Arrow, a file or glob of such, or what `save_to_disk`
+            wrote.
+        config: of the dataset, where it has several.
+        split: of the dataset.
+        image_column: of the dataset.
+        caption_columns: of the dataset, each a caption or a list of captions, of which one is drawn every time.
+        weight: share of the samples, relative to the other sources'; None everywhere gives each its size.
+    """
+
+    shards: str | None = None
+    dataset: str | None = None
+    config: str | None = None
+    split: str = "train"
+    image_column: str = "image"
+    caption_columns: list[str] = field(default_factory=lambda: ["caption"])
+    weight: float | None = None
+
+
+@dataclass(frozen=True)
 class DataRecipe:
     """What is read, and how it becomes a batch.
 
     Args:
-        shards: a folder of tar shards, a glob, or a range such as `laion/{00000..41407}.tar`.
+        shards: a folder of tar shards, a glob, or a range such as `laion/{00000..41407}.tar`; here or, a block of
+            shards ahead of need through a cache, at `s3://`, `gs://`, `hf://` or `https://`.
+        sources: in place of `shards`: several of them, or of datasets, mixed by weight.
         tokenizer: a folder or Hub name of a fast tokenizer, or `bert` for the original's WordPiece without special
             tokens.
         global_batch_size: pairs a step over all processes; every process takes an equal part.
@@ -39,6 +65,7 @@ class DataRecipe:
     """
 
     shards: str = ""
+    sources: list[SourceRecipe] = field(default_factory=list)
     tokenizer: str = "bert"
     global_batch_size: int = 4096
     crop_scale: tuple[float, float] = (0.5, 1.0)
@@ -132,13 +159,14 @@ class PairDataset(Dataset):
         num_kept(shape.max_tokens, text_mask_ratio, "tokens")
         if mask_ratio > 0.0:
             check_image_mask(shape.side, shape.side, mask_ratio, self.mask.kind, self.mask.views)
-        self.order = GlobalOrder(source.shard_sizes, seed, recipe.shards_per_block)
+        self.order = order_of(source, seed, recipe.shards_per_block)
         # What each worker is reading, pid and shard: seen by the process that it dies to.
         self.reading = torch.zeros((max(recipe.num_workers, 1), 2), dtype=torch.int64).share_memory_()
 
     def __getitems__(self, positions: list[int]) -> dict[str, Any]:
         where = np.asarray(positions, dtype=np.int64)
         shards, numbers = self.order.locate(where)
+        self.source.fetch_ahead(self.order.shards_ahead(positions[0]))
         draws = keyed_uniform(self.seed, "crop", where, DRAWS_PER_CROP)
         caption_draws = keyed_uniform(self.seed, "caption", where, 1)[:, 0].tolist()
         index, patch_size = None, self.shape.patch_size

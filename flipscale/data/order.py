@@ -21,18 +21,20 @@ class GlobalOrder:
 
     Args:
         shard_sizes: samples in each shard, in the order the shards are listed.
+        name: sets the order of one source of a mixture apart from the others'.
 
     Raises:
         ValueError: no sample at all.
     """
 
-    def __init__(self, shard_sizes: Sequence[int], seed: int, shards_per_block: int = 16):
+    def __init__(self, shard_sizes: Sequence[int], seed: int, shards_per_block: int = 16, name: str = ""):
         self.shard_sizes = np.asarray(shard_sizes, dtype=np.int64)
         self.num_samples = int(self.shard_sizes.sum())
         if self.num_samples == 0:
             raise ValueError(f"the data set is empty: 0 samples in {len(self.shard_sizes)} shards")
         self.seed = seed
         self.shards_per_block = shards_per_block
+        self.name = name
         self._epochs: OrderedDict[int, tuple[np.ndarray, np.ndarray]] = OrderedDict()
         self._blocks: OrderedDict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = OrderedDict()
 
@@ -52,10 +54,20 @@ class GlobalOrder:
                 shards[chosen], samples[chosen] = block_shards[within], block_samples[within]
         return shards, samples
 
+    def shards_ahead(self, position: int) -> list[int]:
+        """The shards of the block that `position` lies in, then those of the block after it."""
+        epoch, offset = divmod(position, self.num_samples)
+        order, block_starts = self._epoch(epoch)
+        block = int(np.searchsorted(block_starts, offset, side="right")) - 1
+        ahead = order[block * self.shards_per_block : (block + 2) * self.shards_per_block].tolist()
+        if block + 1 == len(block_starts):
+            ahead += self._epoch(epoch + 1)[0][: self.shards_per_block].tolist()
+        return ahead
+
     def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The epoch's order of shards, and the position at which each of its blocks starts."""
         if epoch not in self._epochs:
-            order = keyed_permutation(self.seed, "shards", epoch, len(self.shard_sizes))
+            order = keyed_permutation(self.seed, f"shards{self.name}", epoch, len(self.shard_sizes))
             ends = np.concatenate([[0], np.cumsum(self.shard_sizes[order])])
             self._epochs[epoch] = (order, ends[:-1][:: self.shards_per_block])
             if len(self._epochs) > 2:
@@ -70,7 +82,9 @@ class GlobalOrder:
             sizes = self.shard_sizes[members]
             shards = np.repeat(members, sizes)
             samples = np.concatenate([np.arange(size) for size in sizes])
-            shuffled = keyed_permutation(self.seed, f"samples of epoch {epoch}", int(block_starts[block]), len(shards))
+            shuffled = keyed_permutation(
+                self.seed, f"samples of epoch {epoch}{self.name}", int(block_starts[block]), len(shards)
+            )
             self._blocks[epoch, block] = (shards[shuffled], samples[shuffled])
             if len(self._blocks) > 2:
                 self._blocks.popitem(last=False)

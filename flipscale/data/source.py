@@ -37,6 +37,9 @@ class Source(Protocol):
             OSError: it cannot be read now; the run stops, so that the order stays the same.
         """
 
+    def fetch_ahead(self, shards: list[int]) -> None:
+        """Asks for shards that will be read soon, the first ones first; does not wait."""
+
     def shard_name(self, shard: int) -> str:
         """What messages call shard `shard`."""
 

@@ -97,6 +97,9 @@ class TarSource:
         header = os.pread(file, 100, (int(index[number, 0, 0]) - 1) * BLOCK)
         return header.split(b"\0", 1)[0].decode("utf-8", "replace").partition(".")[0]
 
+    def fetch_ahead(self, shards: list[int]) -> None:
+        """Nothing: the shards are on this machine."""
+
     def _shard(self, shard: int) -> tuple[int, np.ndarray]:
         """File descriptor and index of a shard, the last few kept open."""
         if shard in self._open:

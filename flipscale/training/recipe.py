@@ -180,6 +180,9 @@ def differences(recipe: Recipe, saved: dict[str, Any]) -> list[str]:
     """Fields that decide what is learned and differ from a saved recipe, as `section.field: saved, now`."""
     now = yaml.safe_load(to_yaml(recipe))
     found = []
+    for data in (now["data"], saved.get("data", {})):
+        # Where a source lies may change, as `data.shards` may; its columns and weight may not.
+        data["sources"] = [{**one, "shards": None, "dataset": None} for one in data.get("sources", [])]
     for section in ("model", "data", "mask", "loss", "optim"):
         for name in now[section].keys() | saved.get(section, {}).keys():
             before, after = saved.get(section, {}).get(name), now[section].get(name)
