@@ -60,6 +60,9 @@ class DataRecipe:
         crop_scale: area of the random crop as a fraction of the image; 0.5 to 1 in the paper.
         shards_per_block: shards shuffled together; bounds memory and open files.
         num_workers: decoding processes for each training process. Does not change what is learned.
+        cache_dir: where shards at a URL are kept meanwhile, on a disk of the machine. Does not change what is learned.
+        cache_bytes: what may lie there: two blocks at least, and better all that the workers are reading at once.
+            Does not change what is learned.
         max_bad_fraction: the run stops when more of the last million samples, or of the shards, cannot be used.
             Does not change what is learned.
     """
@@ -71,6 +74,8 @@ class DataRecipe:
     crop_scale: tuple[float, float] = (0.5, 1.0)
     shards_per_block: int = 16
     num_workers: int = 8
+    cache_dir: str = "~/.cache/flipscale/shards"
+    cache_bytes: int = 100_000_000_000
     max_bad_fraction: float = 0.05
 
 

@@ -24,6 +24,8 @@ _WHERE_IT_RUNS = {
     ("model", "gradient_checkpointing"),
     ("data", "num_workers"),
     ("data", "shards"),
+    ("data", "cache_dir"),
+    ("data", "cache_bytes"),
     ("data", "max_bad_fraction"),
     ("loss", "exchange"),
 }
