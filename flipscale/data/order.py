@@ -15,9 +15,14 @@ class GlobalOrder:
     number. An epoch visits every sample once: its shards are permuted, cut into blocks of `shards_per_block`, and the
     samples of a block are permuted together.
 
-    Quality: a sample can land anywhere in the epoch (its shard's block can be any), and it is mixed with all samples
-    of its block, 160,000 at the usual 10,000 a shard and 16 shards. Cost: the permutation of one block in memory
-    (8 bytes a sample), `shards_per_block` open files and one random read a sample.
+    Quality: a sample can land anywhere in the epoch; on average it travels a third of it, as in a uniform shuffle (0.34
+    measured at 400 M samples). Its company is its block: 160,000 samples at the usual 10,000 a shard and 16 shards. So
+    a batch of 16,384 draws on the 16 shards of a block (32 where one ends), and two samples of one shard meet in it one
+    time in ten. Where a shard's samples are alike (one site, one query), raise `shards_per_block`.
+
+    Cost: 16 bytes a sample for each of the last two blocks, 5 MB; 60 ms at the start of a block. Reading in this order
+    takes as many open files as a block has shards and one read a sample, so one seek a sample where nothing is cached
+    and none where a block fits the page cache. A test counts both.
 
     Args:
         shard_sizes: samples in each shard, in the order the shards are listed.

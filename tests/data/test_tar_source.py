@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import add_member, write_shards
 
-from flipscale.data.faults import BadSample
+from flipscale.data.faults import BadSample, TruncatedSample
 from flipscale.data.shard_index import index_path
 from flipscale.data.tar_source import TarSource, expand_shards
 
@@ -134,6 +134,28 @@ def test_several_captions(tmp_path: Path) -> None:
     assert [source.read(0, number).captions for number in range(3)] == [(b"one", b"two"), (b"text",), (b"alone",)]
     with pytest.raises(BadSample, match=r"KEY.json"):
         source.read(0, 3)
+
+
+def test_a_tar_that_is_not_grouped_by_sample(tmp_path: Path) -> None:
+    """All pictures first, the captions far behind them; in between a file that no sample has."""
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for number in range(3):
+            add_member(tar, f"{number}.jpg", b"picture %d" % number)
+        add_member(tar, "readme.md", bytes(10**5))
+        for number in range(3):
+            add_member(tar, f"{number}.txt", b"caption %d" % number)
+    source = TarSource(str(tmp_path))
+    samples = [source.read(0, number) for number in range(3)]
+    assert [sample.image for sample in samples] == [b"picture 0", b"picture 1", b"picture 2"]
+    assert [sample.caption for sample in samples] == [b"caption 0", b"caption 1", b"caption 2"]
+
+
+def test_a_shard_that_was_cut_since_it_was_indexed(tmp_path: Path) -> None:
+    write_shards(tmp_path, [3])
+    source = TarSource(str(tmp_path))
+    os.truncate(tmp_path / "00000.tar", 6000)
+    with pytest.raises(TruncatedSample, match=r"0 of \d+ bytes at"):
+        source.read(0, 2)
 
 
 def test_samples_are_called_by_their_key(shards: Path) -> None:
