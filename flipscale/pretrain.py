@@ -10,6 +10,7 @@ import torch
 from flipscale.cli import complain
 from flipscale.data.feeding import enduring_batches, on_device
 from flipscale.data.loader import InputShape, PairDataset, load_tokenizer
+from flipscale.data.source import fingerprint
 from flipscale.data.sources import open_source
 from flipscale.data.tar_source import expand_shards
 from flipscale.evaluation.embedding import Embedder
@@ -22,7 +23,7 @@ from flipscale.training.attention import best_attention
 from flipscale.training.bad_samples import BadSamples
 from flipscale.training.checkpoint import load_optimizers, load_state, load_weights, save_checkpoint
 from flipscale.training.engine import Engine
-from flipscale.training.health import StepGuard, Verdict
+from flipscale.training.health import StepGuard, Verdict, agree_on_data
 from flipscale.training.initialization import Fill, fresh_weights, weights_of
 from flipscale.training.launch import leave, part, start_accelerator
 from flipscale.training.loss import pair_loss
@@ -52,6 +53,7 @@ class Run:
             expand_shards(folder)
         open_target(recipe.hub, resumes=checkpoint is not None)
         self.accelerator = start_accelerator(recipe.log.report_to, recipe.output_dir)
+        agree_on_data(self.accelerator, fingerprint(self.source))
         self.total_steps = self.stages[-1].last_step
         self.bad_samples = BadSamples(self.run_dir, self.accelerator.is_main_process, recipe.data.max_bad_fraction)
         self.tracker = Tracker(
@@ -89,10 +91,10 @@ class Run:
             self.engine.prepare()
             return {}
         state = load_state(checkpoint)
-        if state["data_samples"] != len(self.source):
+        if (state["data_samples"], state["data_fingerprint"]) != (len(self.source), fingerprint(self.source)):
             raise ValueError(
-                f"{checkpoint} was trained on {state['data_samples']} samples, data.shards now has {len(self.source)}; "
-                "the order of samples would change: use the same shards or another output_dir"
+                f"{checkpoint} was trained on {state['data_samples']} samples, the data now has {len(self.source)} or "
+                "in other shards; the order of samples would change: use the same data or another output_dir"
             )
         load_weights(checkpoint, self.weights)
         self.engine.prepare()
@@ -166,6 +168,7 @@ class Run:
                 "samples_seen": self.step * self.batch_size,
                 "trained_seconds": self.tracker.trained_seconds,
                 "data_samples": len(self.source),
+                "data_fingerprint": fingerprint(self.source),
                 "num_processes": self.accelerator.num_processes,
             }
             recipe = self.recipe
