@@ -3,8 +3,6 @@
 import argparse
 from pathlib import Path
 
-from flipscale.data.tar_source import TarSource
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What `flipscale prepare` takes."""
@@ -25,12 +23,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Prepares what `args.kind` names."""
+    from flipscale.data.loader import DataRecipe
+    from flipscale.data.remote_source import RemoteTarSource
+    from flipscale.data.sources import open_shards
+
     if args.kind == "demo":
         from flipscale.data.demo_set import prepare_demo
 
         prepare_demo(args.directory, with_validation=args.with_validation, with_unseen=args.with_unseen)
         return
-    source = TarSource(args.shards)
+    source = open_shards(args.shards, DataRecipe(shards_per_block=1))
+    if isinstance(source, RemoteTarSource):
+        source.publish_indices()
     for fault in source.faults:
         print(f"{fault.cause}: {fault.shard}: {fault.detail}")
     print(f"{len(source)} samples in {len(source.shard_sizes)} shards")

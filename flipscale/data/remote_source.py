@@ -72,6 +72,24 @@ class RemoteTarSource(TarSource):
         """Has a thread of this process fetch these, as far as no other process does."""
         self._ahead.want([self.urls[shard] for shard in shards])
 
+    def publish_indices(self) -> None:
+        """Writes the indices beside the shards, where they are not there yet: the next machine need not fetch those.
+
+        Raises:
+            ValueError: nothing can be written there.
+        """
+        import fsspec
+
+        try:
+            for url in self.urls:
+                system, remote = fsspec.core.url_to_fs(f"{url}.index.npy")
+                if not system.exists(remote):
+                    system.put_file(str(self._index_path(url)), remote)
+        except Exception as error:
+            # Every protocol has exceptions of its own for what is not allowed.
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise ValueError(f"the index of {url} cannot be written beside it ({reason})") from error
+
     @contextmanager
     def _opened(self, shard: int) -> Iterator[tuple[int, np.ndarray]]:
         # Not kept open: the space of a shard that was removed from the cache is free at once.

@@ -15,6 +15,7 @@ import torch
 from moto.server import ThreadedMotoServer
 from transformers import AutoTokenizer
 
+from flipscale.cli import main
 from flipscale.data import shard_cache
 from flipscale.data.feeding import enduring_batches
 from flipscale.data.loader import DataRecipe, InputShape, PairDataset
@@ -167,6 +168,25 @@ def test_an_index_beside_the_shard_saves_fetching_it(shards: Path, tmp_path: Pat
         assert source.shard_name(1) == f"{url}/00001.tar"
         assert source.read(1, 3).name == "00001.tar#3"
         assert source.key(1, 3) == "000033"
+
+
+def test_indices_are_written_beside_shards_in_a_bucket(
+    bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    main(["prepare", "index", bucket])
+    assert "96 samples in 4 shards" in capsys.readouterr().out
+    source = open_source(recipe_of(bucket, tmp_path / "another"))
+    assert source.shard_sizes == [30, 17, 1, 48]
+    assert not list((tmp_path / "another").glob("*.tar"))
+
+
+def test_indices_cannot_be_written_to_a_web_server(shards: Path, tmp_path: Path) -> None:
+    with web(tmp_path, breaks=0) as (url, _):
+        (tmp_path / "00000.tar").write_bytes((shards / "00000.tar").read_bytes())
+        source = open_source(recipe_of(f"{url}/00000.tar", tmp_path / "cache"))
+        with pytest.raises(ValueError, match=r"the index of .*00000.tar cannot be written beside it"):
+            source.publish_indices()
 
 
 def test_a_server_that_always_breaks_off_is_given_up(shards: Path, tmp_path: Path) -> None:
