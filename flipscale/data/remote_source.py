@@ -4,6 +4,7 @@ import io
 import os
 import re
 import threading
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,8 @@ import numpy as np
 from flipscale.data.shard_cache import ShardCache
 from flipscale.data.shard_index import BLOCK, ShardSummary, build_index, load_summaries, read_summary
 from flipscale.data.tar_source import TarSource, expand_range
+
+_MAX_INDICES = 256
 
 
 def expand_urls(shards: str) -> list[str]:
@@ -67,6 +70,7 @@ class RemoteTarSource(TarSource):
                 f"{shards!r}, {needed} bytes; raise it, or lower data.shards_per_block"
             )
         self._ahead = _FetchAhead(cache)
+        self._indices: OrderedDict[int, np.ndarray] = OrderedDict()
 
     def fetch_ahead(self, shards: Sequence[int]) -> None:
         """Has a thread of this process fetch these, as far as no other process does."""
@@ -95,9 +99,21 @@ class RemoteTarSource(TarSource):
         # Not kept open: the space of a shard that was removed from the cache is free at once.
         file = self.cache.open(self.urls[shard])
         try:
-            yield file, np.load(self._index_path(self.urls[shard]), mmap_mode="r")
+            yield file, self._index(shard)
         finally:
             os.close(file)
+
+    def _index(self, shard: int) -> np.ndarray:
+        """The index of a shard, the last few kept."""
+        if shard not in self._indices:
+            if len(self._indices) >= _MAX_INDICES:
+                self._indices.popitem(last=False)
+            self._indices[shard] = np.load(self._index_path(self.urls[shard]), mmap_mode="r")
+        self._indices.move_to_end(shard)
+        return self._indices[shard]
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_indices": OrderedDict()}
 
     def _index_path(self, url: str) -> Path:
         path = self.cache.path(url)

@@ -15,7 +15,8 @@ from flipscale.data.faults import Fault, TruncatedSample, UndecodableCaption
 from flipscale.data.shard_index import BLOCK, JSON_CAPTION, ShardSummary, load_index, load_summaries, load_summary
 from flipscale.data.source import Sample
 
-_MAX_OPEN_SHARDS = 64
+# A block of every source of a mixture; each takes two file descriptors.
+_MAX_OPEN_SHARDS = 256
 _MAX_GAP_BYTES = 1 << 16
 
 
@@ -92,6 +93,8 @@ class TarSource:
             OSError: the shard cannot be read.
         """
         with self._opened(shard) as (file, index):
+            if number >= len(index):
+                raise TruncatedSample(f"{len(index)} samples are left")
             image, caption, label = _read_fields(file, index[number])
             is_json = bool(index[number, 1, 1] & JSON_CAPTION)
         assert image is not None

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import add_member, write_shards
 
+from flipscale.data import tar_source
 from flipscale.data.faults import BadSample, TruncatedSample
 from flipscale.data.shard_index import index_path
 from flipscale.data.tar_source import TarSource, expand_shards
@@ -153,9 +154,15 @@ def test_a_tar_that_is_not_grouped_by_sample(tmp_path: Path) -> None:
 def test_a_shard_that_was_cut_since_it_was_indexed(tmp_path: Path) -> None:
     write_shards(tmp_path, [3])
     source = TarSource(str(tmp_path))
-    os.truncate(tmp_path / "00000.tar", 6000)
-    with pytest.raises(TruncatedSample, match=r"0 of \d+ bytes at"):
+    source.read(0, 0)
+    shard = tmp_path / "00000.tar"
+    os.truncate(shard, 9000)
+    os.utime(shard, ns=(shard.stat().st_mtime_ns + 10**9,) * 2)
+    assert source.read(0, 0).image
+    with pytest.raises(TruncatedSample, match=r"\d+ of \d+ bytes at"):
         source.read(0, 2)
+    with pytest.raises(TruncatedSample, match=r"[12] samples are left"):
+        TarSource.read(pickle.loads(pickle.dumps(source)), 0, 2)
 
 
 def test_samples_are_called_by_their_key(shards: Path) -> None:
@@ -168,7 +175,9 @@ def test_shard_names(shards: Path) -> None:
     assert expand_shards(f"{shards}/{{00001..00002}}.tar") == every[1:3]
 
 
-def test_more_shards_than_may_stay_open(tmp_path: Path) -> None:
+def test_more_shards_than_may_stay_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_shards(tmp_path, [1] * 70)
+    monkeypatch.setattr(tar_source, "_MAX_OPEN_SHARDS", 64)
     source = TarSource(str(tmp_path))
     assert all(source.read(shard, 0).image for shard in (*range(70), *range(70)))
+    assert len(source._open) == 64
