@@ -98,7 +98,13 @@ def _photos(args: argparse.Namespace) -> None:
 
 
 def _index(args: argparse.Namespace) -> None:
-    source = TarSource(args.shards)
+    from flipscale.data.loader import DataRecipe
+    from flipscale.data.remote_source import RemoteTarSource
+    from flipscale.data.sources import open_shards
+
+    source = open_shards(args.shards, DataRecipe(shards_per_block=1))
+    if isinstance(source, RemoteTarSource):
+        source.publish_indices()
     for fault in source.faults:
         print(f"{fault.cause}: {fault.shard}: {fault.detail}")
     print(f"{len(source)} samples in {len(source.shard_sizes)} shards")

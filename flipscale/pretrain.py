@@ -8,7 +8,9 @@ from typing import Any
 import torch
 
 from flipscale.cli import complain
-from flipscale.data.loader import InputShape, PairDataset, StepSampler, build_loader, in_steps, load_tokenizer
+from flipscale.data.feeding import enduring_batches, on_device
+from flipscale.data.loader import InputShape, PairDataset, load_tokenizer
+from flipscale.data.source import fingerprint
 from flipscale.data.sources import open_source
 from flipscale.data.tar_source import expand_shards
 from flipscale.evaluation.embedding import Embedder
@@ -21,12 +23,12 @@ from flipscale.training.attention import best_attention
 from flipscale.training.bad_samples import BadSamples
 from flipscale.training.checkpoint import load_optimizers, load_state, load_weights, save_checkpoint
 from flipscale.training.engine import Engine
-from flipscale.training.health import StepGuard, Verdict
+from flipscale.training.health import StepGuard, Verdict, agree_on_data
 from flipscale.training.initialization import Fill, fresh_weights, weights_of
 from flipscale.training.launch import leave, part, start_accelerator
 from flipscale.training.preemption import StopRequest
 from flipscale.training.recipe import Recipe, parse_recipe, to_yaml
-from flipscale.training.reconstruction import reconstruction_loss, trained_model, without_decoder
+from flipscale.training.reconstruction import trained_model, without_decoder
 from flipscale.training.run_directory import is_done, mark_done, open_run_directory, write_run_files
 from flipscale.training.schedule import Stage, plan_stages
 from flipscale.training.step import check_cacheable, gradients
@@ -54,6 +56,7 @@ class Run:
             expand_shards(folder)
         open_target(recipe.hub, resumes=checkpoint is not None)
         self.accelerator = start_accelerator(recipe.log.report_to, recipe.output_dir)
+        agree_on_data(self.accelerator, fingerprint(self.source))
         self.total_steps = self.stages[-1].last_step
         self.bad_samples = BadSamples(self.run_dir, self.accelerator.is_main_process, recipe.data.max_bad_fraction)
         self.tracker = Tracker(
@@ -95,10 +98,10 @@ class Run:
             self.engine.prepare()
             return {}
         state = load_state(checkpoint)
-        if state["data_samples"] != len(self.source):
+        if (state["data_samples"], state["data_fingerprint"]) != (len(self.source), fingerprint(self.source)):
             raise ValueError(
-                f"{checkpoint} was trained on {state['data_samples']} samples, data.shards now has {len(self.source)}; "
-                "the order of samples would change: use the same shards or another output_dir"
+                f"{checkpoint} was trained on {state['data_samples']} samples, the data now has {len(self.source)} or "
+                "in other shards; the order of samples would change: use the same data or another output_dir"
             )
         load_weights(checkpoint, self.weights)
         self.engine.prepare()
@@ -123,7 +126,7 @@ class Run:
         """This process's batches of a stage from the current step until its end or a stop, each as its micro-batches on
         the device."""
         accelerator = self.accelerator
-        loader = build_loader(
+        batches = enduring_batches(
             self.datasets[stage],
             max(self.step, stage.first_step),
             stage.last_step,
@@ -131,13 +134,8 @@ class Run:
             accelerator.num_processes,
             pin_memory=accelerator.device.type == "cuda",
         )
-        assert isinstance(loader.batch_sampler, StepSampler)
-        for batch in in_steps(self.tracker.timed(loader), loader.batch_sampler.micro_batches):
-            self.num_replaced = sum(self.bad_samples.note(micro_batch.pop("faults")) for micro_batch in batch)
-            batch[:] = [
-                {name: value.to(accelerator.device, non_blocking=True) for name, value in micro_batch.items()}
-                for micro_batch in batch
-            ]
+        for batch in on_device(self.tracker.timed(batches), accelerator.device):
+            self.num_replaced = self.bad_samples.note([fault for part in batch for fault in part.faults])
             yield batch
             if self.stopped:
                 return
@@ -178,6 +176,7 @@ class Run:
                 "samples_seen": self.step * self.batch_size,
                 "trained_seconds": self.tracker.trained_seconds,
                 "data_samples": len(self.source),
+                "data_fingerprint": fingerprint(self.source),
                 "num_processes": self.accelerator.num_processes,
             }
             recipe = self.recipe

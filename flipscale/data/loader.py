@@ -1,19 +1,20 @@
 """Batches: a pure function of (recipe, step), decoded, masked and tokenised in the workers."""
 
+import os
 from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import islice
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from flipscale.data.decode import DRAWS_PER_CROP, decode_box, visible_patches
 from flipscale.data.faults import BadSample, Fault, MissingCaption, UndecodableCaption, candidates
 from flipscale.data.masks import MaskRecipe, keyed_patches, left_out, mask_tokens
-from flipscale.data.order import GlobalOrder
+from flipscale.data.mixture import order_of
+from flipscale.data.packed import PackedBatch
 from flipscale.data.randomness import keyed_uniform
 from flipscale.data.source import Source
 from flipscale.data.tokenizers import bert_tokenizer
@@ -22,11 +23,37 @@ from flipscale.model.masking import check_image_mask, num_kept
 
 
 @dataclass(frozen=True)
+class SourceRecipe:
+    """One source of pairs: tar shards or a `datasets` Dataset.
+
+    Args:
+        shards: as `data.shards`.
+        dataset: a name on the Hub, a folder of images, parquet or Arrow, a file or glob of such, or what `save_to_disk`
+            wrote.
+        config: of the dataset, where it has several.
+        split: of the dataset.
+        image_column: of the dataset.
+        caption_columns: of the dataset, each a caption or a list of captions, of which one is drawn every time.
+        weight: share of the samples, relative to the other sources'; None everywhere gives each its size.
+    """
+
+    shards: str | None = None
+    dataset: str | None = None
+    config: str | None = None
+    split: str = "train"
+    image_column: str = "image"
+    caption_columns: list[str] = field(default_factory=lambda: ["caption"])
+    weight: float | None = None
+
+
+@dataclass(frozen=True)
 class DataRecipe:
     """What is read, and how it becomes a batch.
 
     Args:
-        shards: a folder of tar shards, a glob, or a range such as `laion/{00000..41407}.tar`.
+        shards: a folder of tar shards, a glob, or a range such as `laion/{00000..41407}.tar`; here or, a block of
+            shards ahead of need through a cache, at `s3://`, `gs://`, `hf://` or `https://`.
+        sources: in place of `shards`: several of them, or of datasets, mixed by weight.
         tokenizer: a folder or Hub name of a fast tokenizer, or `bert` for the original's WordPiece without special
             tokens.
         global_batch_size: pairs a step over all processes; every process takes an equal part.
@@ -35,17 +62,23 @@ class DataRecipe:
         crop_scale: area of the random crop as a fraction of the image; 0.5 to 1 in the paper.
         shards_per_block: shards shuffled together; bounds memory and open files.
         num_workers: decoding processes for each training process. Does not change what is learned.
+        cache_dir: where shards at a URL are kept meanwhile, on a disk of the machine. Does not change what is learned.
+        cache_bytes: what may lie there: two blocks at least, and better all that the workers are reading at once.
+            Does not change what is learned.
         max_bad_fraction: the run stops when more of the last million samples, or of the shards, cannot be used.
             Does not change what is learned.
     """
 
     shards: str = ""
+    sources: list[SourceRecipe] = field(default_factory=list)
     tokenizer: str = "bert"
     global_batch_size: int = 4096
     micro_batch_size: int | None = None
     crop_scale: tuple[float, float] = (0.5, 1.0)
     shards_per_block: int = 16
     num_workers: int = 8
+    cache_dir: str = "~/.cache/flipscale/shards"
+    cache_bytes: int = 100_000_000_000
     max_bad_fraction: float = 0.05
 
 
@@ -99,8 +132,8 @@ class PairDataset(Dataset):
     """Training pairs by global position. `__getitems__` makes the batch of a list of positions:
 
     `patches` uint8 `(batch, kept, 3 * p * p)`, `patch_index` int16 `(batch, kept)` (absent when nothing is masked),
-    `input_ids` and `attention_mask` int64 `(batch, max_tokens)`, `faults` a list of `Fault`: samples that could not be
-    used, each replaced by the first good one of its `candidates`.
+    `input_ids` int32 and `attention_mask` bool `(batch, max_tokens)`, `faults` a list of `Fault`: samples that could
+    not be used, each replaced by the first good one of its `candidates`.
 
     Several views of a masked image are `patches` `(batch, views, kept, 3 * p * p)` and `patch_index`
     `(batch, views, kept)`; where words are masked too, the captions have the tokens that are left and their
@@ -136,11 +169,14 @@ class PairDataset(Dataset):
         num_kept(shape.max_tokens, text_mask_ratio, "tokens")
         if mask_ratio > 0.0:
             check_image_mask(shape.side, shape.side, mask_ratio, self.mask.kind, self.mask.views)
-        self.order = GlobalOrder(source.shard_sizes, seed, recipe.shards_per_block)
+        self.order = order_of(source, seed, recipe.shards_per_block)
+        # What each worker is reading, pid and shard: seen by the process that it dies to.
+        self.reading = torch.zeros((max(recipe.num_workers, 1), 2), dtype=torch.int64).share_memory_()
 
     def __getitems__(self, positions: list[int]) -> dict[str, Any]:
         where = np.asarray(positions, dtype=np.int64)
         shards, numbers = self.order.locate(where)
+        self.source.fetch_ahead(self.order.shards_ahead(positions[0]))
         draws = keyed_uniform(self.seed, "crop", where, DRAWS_PER_CROP)
         caption_draws = keyed_uniform(self.seed, "caption", where, 1)[:, 0].tolist()
         index, patch_size = None, self.shape.patch_size
@@ -170,6 +206,8 @@ class PairDataset(Dataset):
             batch["patch_index"] = torch.from_numpy(index)
         if masked_patches:
             batch["masked_patches"] = torch.from_numpy(np.stack(masked_patches))
+        narrow = {"input_ids": torch.int32, "position_ids": torch.int32, "attention_mask": torch.bool}
+        batch = {name: value.to(narrow.get(name, value.dtype)) for name, value in batch.items()}
         return {**batch, "faults": faults}
 
     def _first_good(
@@ -177,6 +215,9 @@ class PairDataset(Dataset):
     ) -> tuple[np.ndarray, str, BadSample | None]:
         """Image and caption of a sample or of what takes its place, and why it does if so."""
         why: BadSample | None = None
+        worker = get_worker_info()
+        if worker is not None:
+            self.reading[worker.id] = torch.tensor([os.getpid(), shard])
         for candidate in candidates(self.source.shard_sizes, shard, number):
             try:
                 sample = self.source.read(*candidate)
@@ -252,26 +293,34 @@ class StepSampler(Sampler[list[int]]):
                 yield list(range(start, start + self.micro_batch_size))
 
 
-def in_steps(batches: Iterator[dict[str, Any]], micro_batches: int) -> Iterator[list[dict[str, Any]]]:
-    """The micro-batches of a loader, those of a step together; a step's list is the only one that holds them."""
-    while step := list(islice(batches, micro_batches)):
-        yield step
-
-
 def _divisors_around(number: int, wish: int) -> str:
     divisors = [count for count in range(1, number + 1) if number % count == 0]
     below = [count for count in divisors if count < wish][-1:]
     return " or ".join(str(count) for count in [*below, *[count for count in divisors if count > wish][:1]])
 
 
-def _as_it_is(batch: Any) -> Any:
-    return batch
+class _Reporting(Dataset):
+    """Hands out a dataset's errors instead of raising them, which would wrap a worker's in its traceback."""
+
+    def __init__(self, dataset: PairDataset):
+        self.dataset = dataset
+
+    def __getitems__(self, positions: list[int]) -> dict[str, Any] | Exception:
+        try:
+            return self.dataset.__getitems__(positions)
+        except (ValueError, OSError) as error:
+            return error
+
+
+def _pack(batch: Any) -> PackedBatch | Exception:
+    return batch if isinstance(batch, Exception) else PackedBatch.of(batch)
 
 
 def build_loader(
     dataset: PairDataset, first_step: int, last_step: int, rank: int, world_size: int, pin_memory: bool
 ) -> DataLoader:
-    """An ordinary DataLoader over the micro-batches of steps [first_step, last_step) that process `rank` takes.
+    """An ordinary DataLoader over the micro-batches of steps [first_step, last_step) that process `rank` takes, each a
+    `PackedBatch`, or the ValueError or OSError that there is in its place.
 
     Raises:
         ValueError: a global batch that the processes do not divide, or a part of it that the micro-batch does not.
@@ -279,9 +328,9 @@ def build_loader(
     recipe = dataset.recipe
     sizes = (recipe.global_batch_size, rank, world_size, recipe.micro_batch_size)
     return DataLoader(
-        dataset,
+        _Reporting(dataset),
         batch_sampler=StepSampler(first_step, last_step, *sizes),
-        collate_fn=_as_it_is,
+        collate_fn=_pack,
         num_workers=recipe.num_workers,
         pin_memory=pin_memory,
     )

@@ -15,24 +15,31 @@ class GlobalOrder:
     number. An epoch visits every sample once: its shards are permuted, cut into blocks of `shards_per_block`, and the
     samples of a block are permuted together.
 
-    Quality: a sample can land anywhere in the epoch (its shard's block can be any), and it is mixed with all samples
-    of its block, 160,000 at the usual 10,000 a shard and 16 shards. Cost: the permutation of one block in memory
-    (8 bytes a sample), `shards_per_block` open files and one random read a sample.
+    Quality: a sample can land anywhere in the epoch; on average it travels a third of it, as in a uniform shuffle (0.34
+    measured at 400 M samples). Its company is its block: 160,000 samples at the usual 10,000 a shard and 16 shards. So
+    a batch of 16,384 draws on the 16 shards of a block (32 where one ends), and two samples of one shard meet in it one
+    time in ten. Where a shard's samples are alike (one site, one query), raise `shards_per_block`.
+
+    Cost: 16 bytes a sample for each of the last two blocks, 5 MB; 60 ms at the start of a block. Reading in this order
+    takes as many open files as a block has shards and one read a sample, so one seek a sample where nothing is cached
+    and none where a block fits the page cache. A test counts both.
 
     Args:
         shard_sizes: samples in each shard, in the order the shards are listed.
+        name: sets the order of one source of a mixture apart from the others'.
 
     Raises:
         ValueError: no sample at all.
     """
 
-    def __init__(self, shard_sizes: Sequence[int], seed: int, shards_per_block: int = 16):
+    def __init__(self, shard_sizes: Sequence[int], seed: int, shards_per_block: int = 16, name: str = ""):
         self.shard_sizes = np.asarray(shard_sizes, dtype=np.int64)
         self.num_samples = int(self.shard_sizes.sum())
         if self.num_samples == 0:
             raise ValueError(f"the data set is empty: 0 samples in {len(self.shard_sizes)} shards")
         self.seed = seed
         self.shards_per_block = shards_per_block
+        self.name = name
         self._epochs: OrderedDict[int, tuple[np.ndarray, np.ndarray]] = OrderedDict()
         self._blocks: OrderedDict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = OrderedDict()
 
@@ -52,10 +59,20 @@ class GlobalOrder:
                 shards[chosen], samples[chosen] = block_shards[within], block_samples[within]
         return shards, samples
 
+    def shards_ahead(self, position: int) -> list[int]:
+        """The shards of the block that `position` lies in, then those of the block after it."""
+        epoch, offset = divmod(position, self.num_samples)
+        order, block_starts = self._epoch(epoch)
+        block = int(np.searchsorted(block_starts, offset, side="right")) - 1
+        ahead = order[block * self.shards_per_block : (block + 2) * self.shards_per_block].tolist()
+        if block + 1 == len(block_starts):
+            ahead += self._epoch(epoch + 1)[0][: self.shards_per_block].tolist()
+        return ahead
+
     def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The epoch's order of shards, and the position at which each of its blocks starts."""
         if epoch not in self._epochs:
-            order = keyed_permutation(self.seed, "shards", epoch, len(self.shard_sizes))
+            order = keyed_permutation(self.seed, f"shards{self.name}", epoch, len(self.shard_sizes))
             ends = np.concatenate([[0], np.cumsum(self.shard_sizes[order])])
             self._epochs[epoch] = (order, ends[:-1][:: self.shards_per_block])
             if len(self._epochs) > 2:
@@ -70,7 +87,9 @@ class GlobalOrder:
             sizes = self.shard_sizes[members]
             shards = np.repeat(members, sizes)
             samples = np.concatenate([np.arange(size) for size in sizes])
-            shuffled = keyed_permutation(self.seed, f"samples of epoch {epoch}", int(block_starts[block]), len(shards))
+            shuffled = keyed_permutation(
+                self.seed, f"samples of epoch {epoch}{self.name}", int(block_starts[block]), len(shards)
+            )
             self._blocks[epoch, block] = (shards[shuffled], samples[shuffled])
             if len(self._blocks) > 2:
                 self._blocks.popitem(last=False)

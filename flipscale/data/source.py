@@ -1,7 +1,10 @@
 """What the loader asks of a source of image-text pairs, wherever they lie."""
 
+import hashlib
 from dataclasses import dataclass
 from typing import Protocol
+
+import numpy as np
 
 from flipscale.data.faults import Fault
 
@@ -37,8 +40,17 @@ class Source(Protocol):
             OSError: it cannot be read now; the run stops, so that the order stays the same.
         """
 
+    def fetch_ahead(self, shards: list[int]) -> None:
+        """Asks for shards that will be read soon, the first ones first; does not wait."""
+
     def shard_name(self, shard: int) -> str:
         """What messages call shard `shard`."""
 
     def key(self, shard: int, number: int) -> str:
         """What messages call sample `number` of shard `shard`."""
+
+
+def fingerprint(source: Source) -> int:
+    """63 bits that stand for the sizes of a source's shards, on which the order of its samples depends."""
+    digest = hashlib.blake2b(np.asarray(source.shard_sizes, dtype="<i8").tobytes(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1

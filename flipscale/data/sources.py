@@ -1,6 +1,12 @@
 """The source that a recipe names."""
 
-from flipscale.data.loader import DataRecipe
+from pathlib import Path
+
+from flipscale.data.dataset_source import DatasetSource, load_rows
+from flipscale.data.loader import DataRecipe, SourceRecipe
+from flipscale.data.mixture import Mixture
+from flipscale.data.remote_source import RemoteTarSource
+from flipscale.data.shard_cache import ShardCache
 from flipscale.data.source import Source
 from flipscale.data.tar_source import TarSource
 
@@ -9,11 +15,42 @@ def open_source(recipe: DataRecipe) -> Source:
     """The source of a recipe's samples, its bad shards counted.
 
     Raises:
-        ValueError: nothing is there, or more of it than `max_bad_fraction` cannot be read.
+        ValueError: nothing is there, it is named twice, or more of it than `max_bad_fraction` cannot be read.
     """
-    source = TarSource(recipe.shards)
-    refuse_many_bad_shards(source, recipe.max_bad_fraction)
-    return source
+    if recipe.shards and recipe.sources:
+        raise ValueError(f"data.shards is {recipe.shards!r} and data.sources names {len(recipe.sources)}; give one")
+    named = recipe.sources or [SourceRecipe(shards=recipe.shards)]
+    sources = [_open(one, recipe, f"data.sources[{number}]") for number, one in enumerate(named)]
+    for source in sources:
+        refuse_many_bad_shards(source, recipe.max_bad_fraction)
+    if len(sources) == 1:
+        return sources[0]
+    weights = [one.weight for one in named if one.weight is not None]
+    if weights and len(weights) < len(named):
+        raise ValueError(f"{len(weights)} of {len(named)} data.sources have a weight; give all of them one, or none")
+    return Mixture(sources, weights or [len(source) for source in sources])
+
+
+def open_shards(shards: str, recipe: DataRecipe) -> TarSource:
+    """Tar shards on this machine or, through the recipe's cache, at a URL.
+
+    Raises:
+        ValueError: a shard is missing.
+    """
+    if "://" not in shards:
+        return TarSource(shards)
+    cache = ShardCache(Path(recipe.cache_dir).expanduser(), recipe.cache_bytes)
+    return RemoteTarSource(shards, cache, recipe.shards_per_block)
+
+
+def _open(recipe: SourceRecipe, data: DataRecipe, name: str) -> Source:
+    if (recipe.shards is None) == (recipe.dataset is None):
+        given = "neither shards nor dataset" if recipe.shards is None else "shards and dataset"
+        raise ValueError(f"{name} has {given}; give one of them")
+    if recipe.dataset is None:
+        return open_shards(recipe.shards or "", data)
+    rows = load_rows(recipe.dataset, recipe.config, recipe.split)
+    return DatasetSource(rows, recipe.dataset, recipe.image_column, recipe.caption_columns)
 
 
 def refuse_many_bad_shards(source: Source, max_bad_fraction: float) -> None:

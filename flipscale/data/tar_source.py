@@ -5,15 +5,28 @@ import json
 import os
 import re
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
 from flipscale.data.faults import Fault, TruncatedSample, UndecodableCaption
-from flipscale.data.shard_index import BLOCK, JSON_CAPTION, load_index, load_summaries, load_summary
+from flipscale.data.shard_index import BLOCK, JSON_CAPTION, ShardSummary, load_index, load_summaries, load_summary
 from flipscale.data.source import Sample
 
-_MAX_OPEN_SHARDS = 64
+# A block of every source of a mixture; each takes two file descriptors.
+_MAX_OPEN_SHARDS = 256
+_MAX_GAP_BYTES = 1 << 16
+
+
+def expand_range(shards: str) -> list[str] | None:
+    """The names that a range such as `{00000..00041}.tar` stands for; None where there is none."""
+    numbered = re.fullmatch(r"(.*)\{(\d+)\.\.(\d+)\}(.*)", shards)
+    if numbered is None:
+        return None
+    head, first, last, tail = numbered.groups()
+    return [f"{head}{number:0{len(first)}d}{tail}" for number in range(int(first), int(last) + 1)]
 
 
 def expand_shards(shards: str) -> list[Path]:
@@ -24,10 +37,9 @@ def expand_shards(shards: str) -> list[Path]:
     """
     if not shards:
         raise ValueError("data.shards is empty; name a folder of *.tar, a glob, or a range like {00000..00041}.tar")
-    numbered = re.fullmatch(r"(.*)\{(\d+)\.\.(\d+)\}(.*)", shards)
-    if numbered:
-        head, first, last, tail = numbered.groups()
-        paths = [Path(f"{head}{number:0{len(first)}d}{tail}") for number in range(int(first), int(last) + 1)]
+    numbered = expand_range(shards)
+    if numbered is not None:
+        paths = [Path(path) for path in numbered]
     elif Path(shards).is_dir():
         paths = sorted(Path(shards).glob("*.tar"))
     else:
@@ -53,22 +65,25 @@ class TarSource:
 
     def __init__(self, shards: str):
         self.paths = expand_shards(shards)
+        self._describe([str(path) for path in self.paths], load_summaries(self.paths, load_summary))
+        self._open: OrderedDict[int, tuple[int, np.ndarray]] = OrderedDict()
+
+    def _describe(self, names: list[str], summaries: list[ShardSummary]) -> None:
+        self.names = names
         # Lengths alone stay in memory: the indices of two billion samples are 48 GB.
-        summaries = load_summaries(self.paths, load_summary)
         self.shard_sizes = [summary.num_samples for summary in summaries]
         self.faults = [
-            Fault(None, str(path), None, None, "truncated_shard" if size else "unreadable_shard", damage)
-            for path, (size, damage) in zip(self.paths, summaries, strict=True)
+            Fault(None, name, None, None, "truncated_shard" if size else "unreadable_shard", damage)
+            for name, (size, damage) in zip(names, summaries, strict=True)
             if damage
         ]
-        self._open: OrderedDict[int, tuple[int, np.ndarray]] = OrderedDict()
 
     def __len__(self) -> int:
         return sum(self.shard_sizes)
 
     def shard_name(self, shard: int) -> str:
-        """What messages call shard `shard`: its path."""
-        return str(self.paths[shard])
+        """What messages call shard `shard`: its path or URL."""
+        return self.names[shard]
 
     def read(self, shard: int, number: int) -> Sample:
         """Sample `number` of shard `shard`, its bytes as stored.
@@ -77,15 +92,14 @@ class TarSource:
             BadSample: the shard was cut since it was indexed, or the caption is damaged.
             OSError: the shard cannot be read.
         """
-        file, index = self._shard(shard)
-        image, caption, label = (
-            None if block == 0 else _read(file, block * BLOCK, size & ~JSON_CAPTION)
-            for block, size in index[number].tolist()
-        )
+        with self._opened(shard) as (file, index):
+            if number >= len(index):
+                raise TruncatedSample(f"{len(index)} samples are left")
+            image, caption, label = _read_fields(file, index[number])
+            is_json = bool(index[number, 1, 1] & JSON_CAPTION)
         assert image is not None
-        is_json = bool(index[number, 1, 1] & JSON_CAPTION)
         return Sample(
-            name=f"{self.paths[shard].name}#{number}",
+            name=f"{self.names[shard].rsplit('/', 1)[-1]}#{number}",
             image=image,
             captions=_captions(caption) if is_json and caption else (caption,) if caption else (),
             label=int(label) if label is not None and label.strip().isdigit() else None,
@@ -93,11 +107,15 @@ class TarSource:
 
     def key(self, shard: int, number: int) -> str:
         """The name of sample `number` of shard `shard`, from the tar's header before its image."""
-        file, index = self._shard(shard)
-        header = os.pread(file, 100, (int(index[number, 0, 0]) - 1) * BLOCK)
+        with self._opened(shard) as (file, index):
+            header = os.pread(file, 100, (int(index[number, 0, 0]) - 1) * BLOCK)
         return header.split(b"\0", 1)[0].decode("utf-8", "replace").partition(".")[0]
 
-    def _shard(self, shard: int) -> tuple[int, np.ndarray]:
+    def fetch_ahead(self, shards: list[int]) -> None:
+        """Nothing: the shards are on this machine."""
+
+    @contextmanager
+    def _opened(self, shard: int) -> Iterator[tuple[int, np.ndarray]]:
         """File descriptor and index of a shard, the last few kept open."""
         if shard in self._open:
             self._open.move_to_end(shard)
@@ -105,10 +123,21 @@ class TarSource:
             if len(self._open) >= _MAX_OPEN_SHARDS:
                 os.close(self._open.popitem(last=False)[1][0])
             self._open[shard] = (os.open(self.paths[shard], os.O_RDONLY), load_index(self.paths[shard]))
-        return self._open[shard]
+        yield self._open[shard]
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_open": OrderedDict()}
+
+
+def _read_fields(file: int, row: np.ndarray) -> list[bytes | None]:
+    """The fields of a sample, None where it has none: in one read if they lie together, as they do in most tars."""
+    places = [(block * BLOCK, size & ~JSON_CAPTION) for block, size in row.tolist()]
+    present = [place for place in places if place[0]]
+    first, last = min(offset for offset, _ in present), max(offset + size for offset, size in present)
+    if last - first > sum(size for _, size in present) + _MAX_GAP_BYTES:
+        return [_read(file, *place) if place[0] else None for place in places]
+    content = _read(file, first, last - first)
+    return [content[offset - first : offset - first + size] if offset else None for offset, size in places]
 
 
 def _read(file: int, offset: int, size: int) -> bytes:

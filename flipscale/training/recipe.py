@@ -25,6 +25,8 @@ _WHERE_IT_RUNS = {
     ("data", "micro_batch_size"),
     ("data", "num_workers"),
     ("data", "shards"),
+    ("data", "cache_dir"),
+    ("data", "cache_bytes"),
     ("data", "max_bad_fraction"),
     ("loss", "exchange"),
 }
@@ -195,6 +197,9 @@ def differences(recipe: Recipe, saved: dict[str, Any]) -> list[str]:
     """Fields that decide what is learned and differ from a saved recipe, as `section.field: saved, now`."""
     now = yaml.safe_load(to_yaml(recipe))
     found = []
+    for data in (now["data"], saved.get("data", {})):
+        # Where a source lies may change, as `data.shards` may; its columns and weight may not.
+        data["sources"] = [{**one, "shards": None, "dataset": None} for one in data.get("sources", [])]
     for section in ("model", "data", "mask", "loss", "optim"):
         for name in now[section].keys() | saved.get(section, {}).keys():
             before, after = saved.get(section, {}).get(name), now[section].get(name)

@@ -7,12 +7,14 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from accelerate import Accelerator
 from tqdm import tqdm
 
 from flipscale.training.bad_samples import BadSamples
+
+Batch = TypeVar("Batch")
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ class Tracker:
             dynamic_ncols=True,
         )
 
-    def timed(self, batches: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    def timed(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """The same batches, the time spent waiting for them counted."""
         iterator = iter(batches)
         while True:

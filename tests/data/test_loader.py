@@ -1,14 +1,16 @@
 """Batches are a pure function of (recipe, step), and hold what the model can take."""
 
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import write_shards
 from transformers import AutoTokenizer
 
 from flipscale.data.decode import DRAWS_PER_CROP, decode_box
-from flipscale.data.loader import DataRecipe, InputShape, PairDataset, StepSampler, build_loader, in_steps
+from flipscale.data.loader import DataRecipe, InputShape, PairDataset, StepSampler, build_loader
 from flipscale.data.randomness import keyed_uniform
 from flipscale.data.tar_source import TarSource
 from flipscale.model import FlipConfig, FlipModel
@@ -26,8 +28,7 @@ def batches(data: PairDataset, world_size: int, first_step: int = 0) -> list[dic
     """Global batches of five steps, put together from every rank's part."""
     loaders = [build_loader(data, first_step, 5, rank, world_size, pin_memory=False) for rank in range(world_size)]
     return [
-        {name: torch.cat([part[name] for part in parts]) for name in parts[0] if name != "faults"}
-        for parts in zip(*loaders, strict=True)
+        {name: torch.cat([part[name] for part in parts]) for name in parts[0]} for parts in zip(*loaders, strict=True)
     ]
 
 
@@ -38,17 +39,44 @@ def assert_equal(ours: list[dict[str, torch.Tensor]], theirs: list[dict[str, tor
         assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-@pytest.mark.parametrize("world_size", [2, 3, 8])
-def test_same_batches_at_any_world_size(shards: Path, tokenizer_dir: Path, world_size: int) -> None:
-    data = dataset(shards, tokenizer_dir, 0.75)
-    assert_equal(batches(data, 1), batches(data, world_size))
+@pytest.fixture(scope="module")
+def whole(shards: Path, tokenizer_dir: Path) -> list[dict[str, torch.Tensor]]:
+    """The five batches of one process without workers: an epoch of 96 samples in four, and the first of the next."""
+    return batches(dataset(shards, tokenizer_dir, 0.75), 1)
 
 
-@pytest.mark.parametrize("num_workers", [1, 3])
-def test_same_batches_with_any_workers_and_after_a_resume(shards: Path, tokenizer_dir: Path, num_workers: int) -> None:
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
+@pytest.mark.parametrize("num_workers", [0, 1, 4])
+def test_same_batches_at_any_world_size_with_any_workers_and_after_a_resume(
+    shards: Path, tokenizer_dir: Path, whole: list[dict[str, torch.Tensor]], world_size: int, num_workers: int
+) -> None:
+    """Images, crops, masks and captions of the global batch; resumed at every step without workers, at one with."""
+    data = dataset(shards, tokenizer_dir, 0.75, num_workers=num_workers)
+    for first_step in range(5) if num_workers == 0 else [(world_size + num_workers) % 5]:
+        assert_equal(whole[first_step:], batches(data, world_size, first_step))
+
+
+def test_an_epoch_reads_every_sample_once(shards: Path, tokenizer_dir: Path) -> None:
     data = dataset(shards, tokenizer_dir, 0.75)
-    with_workers = dataset(shards, tokenizer_dir, 0.75, num_workers=num_workers)
-    assert_equal(batches(data, 1)[3:], batches(with_workers, 1, first_step=3))
+    read: list[tuple[int, int]] = []
+    data.source.read = lambda *where: (read.append(where), TarSource.read(data.source, *where))[1]
+    for rank in range(3):
+        list(build_loader(data, 0, 4, rank, 3, pin_memory=False))
+    assert sorted(read) == [(shard, n) for shard, size in enumerate(data.source.shard_sizes) for n in range(size)]
+
+
+def test_what_a_batch_costs_to_read(tmp_path: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One read a sample, and as many open files as a block has shards."""
+    write_shards(tmp_path, [12] * 8)
+    data = dataset(tmp_path, tokenizer_dir, 0.75)
+    files: list[int] = []
+    read = os.pread
+    monkeypatch.setattr(os, "pread", lambda file, *where: (files.append(file), read(file, *where))[1])
+    for first in range(0, 96, 24):  # a block each
+        files.clear()
+        data.__getitems__(list(range(first, first + 24)))
+        assert len(files) == 24
+        assert len(set(files)) == 2
 
 
 def test_patches_equal_pixel_values(shards: Path, tokenizer_dir: Path) -> None:
@@ -112,8 +140,6 @@ def test_micro_batches_are_the_process_s_part_in_order() -> None:
     assert len(StepSampler(2, 4, 12, 0, 2, micro_batch_size=2)) == 6
     whole = StepSampler(2, 4, 12, 0, 2, micro_batch_size=64)
     assert (whole.micro_batches, len(whole)) == (1, 2)
-    steps = list(in_steps(iter([{"n": n} for n in range(6)]), 3))
-    assert steps == [[{"n": 0}, {"n": 1}, {"n": 2}], [{"n": 3}, {"n": 4}, {"n": 5}]]
 
 
 @pytest.mark.parametrize(("micro", "fix"), [(24, "16 or 32"), (3, "2 or 4"), (0, "1"), (-4, "1"), (63, "32 or 64")])

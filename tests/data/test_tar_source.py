@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from conftest import add_member, write_shards
 
-from flipscale.data.faults import BadSample
+from flipscale.data import tar_source
+from flipscale.data.faults import BadSample, TruncatedSample
 from flipscale.data.shard_index import index_path
 from flipscale.data.tar_source import TarSource, expand_shards
 
@@ -136,6 +137,34 @@ def test_several_captions(tmp_path: Path) -> None:
         source.read(0, 3)
 
 
+def test_a_tar_that_is_not_grouped_by_sample(tmp_path: Path) -> None:
+    """All pictures first, the captions far behind them; in between a file that no sample has."""
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for number in range(3):
+            add_member(tar, f"{number}.jpg", b"picture %d" % number)
+        add_member(tar, "readme.md", bytes(10**5))
+        for number in range(3):
+            add_member(tar, f"{number}.txt", b"caption %d" % number)
+    source = TarSource(str(tmp_path))
+    samples = [source.read(0, number) for number in range(3)]
+    assert [sample.image for sample in samples] == [b"picture 0", b"picture 1", b"picture 2"]
+    assert [sample.caption for sample in samples] == [b"caption 0", b"caption 1", b"caption 2"]
+
+
+def test_a_shard_that_was_cut_since_it_was_indexed(tmp_path: Path) -> None:
+    write_shards(tmp_path, [3])
+    source = TarSource(str(tmp_path))
+    source.read(0, 0)
+    shard = tmp_path / "00000.tar"
+    os.truncate(shard, 9000)
+    os.utime(shard, ns=(shard.stat().st_mtime_ns + 10**9,) * 2)
+    assert source.read(0, 0).image
+    with pytest.raises(TruncatedSample, match=r"\d+ of \d+ bytes at"):
+        source.read(0, 2)
+    with pytest.raises(TruncatedSample, match=r"[12] samples are left"):
+        TarSource.read(pickle.loads(pickle.dumps(source)), 0, 2)
+
+
 def test_samples_are_called_by_their_key(shards: Path) -> None:
     assert TarSource(str(shards)).key(1, 3) == "000033"
 
@@ -146,7 +175,9 @@ def test_shard_names(shards: Path) -> None:
     assert expand_shards(f"{shards}/{{00001..00002}}.tar") == every[1:3]
 
 
-def test_more_shards_than_may_stay_open(tmp_path: Path) -> None:
+def test_more_shards_than_may_stay_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_shards(tmp_path, [1] * 70)
+    monkeypatch.setattr(tar_source, "_MAX_OPEN_SHARDS", 64)
     source = TarSource(str(tmp_path))
     assert all(source.read(shard, 0).image for shard in (*range(70), *range(70)))
+    assert len(source._open) == 64

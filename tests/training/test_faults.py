@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import add_member, cut, metrics, pretrain, write_shards
+from conftest import add_member, cut, launch, metrics, pretrain, write_shards
 
 from flipscale.data.order import GlobalOrder
 from flipscale.data.tar_source import TarSource
@@ -155,7 +155,23 @@ def test_other_shards_under_a_running_recipe_are_refused(write_recipe, tmp_path:
     write_shards(tmp_path / "shards", [41])
     done = pretrain(file)
     assert done.returncode == 2
-    assert "was trained on 40 samples, data.shards now has 41" in done.stderr
+    assert "was trained on 40 samples, the data now has 41" in done.stderr
+
+
+def test_nodes_with_other_copies_of_a_shard_are_found_out(write_recipe, tmp_path: Path) -> None:
+    """Each of two processes has a folder of its own, as nodes have; in one of them a shard was cut."""
+    for rank in range(2):
+        write_shards(tmp_path / str(rank), [20, 20])
+    os.truncate(tmp_path / "1/00001.tar", 50_000)
+    file = write_recipe(tmp_path / "run", data={"shards": "shards", "max_bad_fraction": 0.5})
+    code = "import os, sys, flipscale.pretrain as p; os.chdir(sys.argv[1] + os.environ['RANK']); p.main(sys.argv[2:])"
+    for rank in range(2):
+        (tmp_path / str(rank) / "shards").symlink_to(".")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--no-python"]
+    done = launch([*launcher, sys.executable, "-c", code, f"{tmp_path}/", "--config", str(file)])
+    assert done.returncode != 0
+    assert "error: processes 1 of 2 found other numbers of samples in the shards than process 0" in done.stderr
+    assert "make the nodes' copies the same" in done.stderr
 
 
 def test_environment_is_recorded(write_recipe, tmp_path: Path) -> None:

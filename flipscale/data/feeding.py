@@ -1,0 +1,104 @@
+"""Batches handed to the device, step after step, whatever becomes of the workers."""
+
+import re
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from itertools import islice
+
+import torch
+from torch.utils.data import DataLoader
+
+from flipscale.data.loader import PairDataset, StepSampler, build_loader
+from flipscale.data.packed import PackedBatch
+
+# A sample that kills whoever reads it must not keep a run busy for ever.
+_MAX_DEATHS_IN_A_ROW = 3
+
+
+def enduring_batches(
+    dataset: PairDataset, first_step: int, last_step: int, rank: int, world_size: int, pin_memory: bool
+) -> Iterator[list[PackedBatch]]:
+    """The batches of steps [first_step, last_step) that process `rank` takes, each as its micro-batches; a step's list
+    is all that holds them.
+
+    When a worker dies (out of memory, killed), what it was reading is reported and all workers are started again at the
+    step that is due: a batch is a function of its step, so nothing is lost or seen twice.
+
+    Raises:
+        ValueError: the data cannot be used.
+        OSError: a shard cannot be read, or workers died `_MAX_DEATHS_IN_A_ROW` times without a batch in between.
+    """
+    step, deaths = first_step, 0
+    while step < last_step:
+        loader = build_loader(dataset, step, last_step, rank, world_size, pin_memory)
+        assert isinstance(loader.batch_sampler, StepSampler)
+        micro_batches = _start(loader)
+        try:
+            while batch := list(islice(micro_batches, loader.batch_sampler.micro_batches)):
+                for error in (part for part in batch if isinstance(part, Exception)):
+                    raise error
+                step, deaths = step + 1, 0
+                yield batch
+        except RuntimeError as error:
+            died = _describe_death(error, dataset)
+            if died is None:
+                raise
+            deaths += 1
+            if deaths >= _MAX_DEATHS_IN_A_ROW:
+                raise OSError(
+                    f"{died}; that is {deaths} times in a row at step {step}: remove that shard, or give workers more "
+                    "memory or use fewer (data.num_workers), and start the run again"
+                ) from error
+            print(f"flipscale: {died}; starting the workers again at step {step}", file=sys.stderr, flush=True)
+
+
+def _start(loader: DataLoader) -> Iterator[PackedBatch]:
+    """The loader's micro-batches, its workers started.
+
+    torch has the death of a worker raise an exception wherever the main thread happens to be, in the middle of a
+    backward pass if so; without its signal handler the one who waits for the next batch is told.
+    """
+    is_main = threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGCHLD)
+    batches = iter(loader)
+    if is_main and before is not None:
+        signal.signal(signal.SIGCHLD, before)
+    return batches
+
+
+def _describe_death(error: RuntimeError, dataset: PairDataset) -> str | None:
+    """Which workers died reading what, None if `error` is about something else."""
+    found = re.search(r"DataLoader worker \(pid\(?s?\)?:? ?([\d, ]+)\)|Pin memory thread exited", str(error))
+    if found is None:
+        return None
+    died = {int(pid) for pid in (found[1] or "").split(",") if pid.strip()}
+    reading = [
+        dataset.source.shard_name(shard) for pid, shard in dataset.reading.tolist() if pid and (pid in died or not died)
+    ]
+    pids = f" (pid {', '.join(str(pid) for pid in sorted(died))})" if died else ""
+    return f"a loader worker{pids} died while reading {', '.join(dict.fromkeys(reading)) or 'its first shard'}"
+
+
+def on_device(batches: Iterator[list[PackedBatch]], device: torch.device) -> Iterator[list[PackedBatch]]:
+    """The same batches on `device`; on a GPU each is copied while the step before it computes."""
+    if device.type != "cuda":
+        yield from batches
+        return
+    copying, computing = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+
+    def copied() -> list[PackedBatch] | None:
+        batch = next(batches, None)
+        with torch.cuda.stream(copying):
+            return None if batch is None else [micro_batch.to(device) for micro_batch in batch]
+
+    upcoming = copied()
+    while upcoming is not None:
+        batch = upcoming
+        computing.wait_stream(copying)
+        for micro_batch in batch:
+            # Its memory belongs to the other stream: not to be used again before this one is through with it.
+            micro_batch.buffer.record_stream(computing)
+        upcoming = copied()
+        yield batch

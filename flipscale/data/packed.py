@@ -1,0 +1,56 @@
+"""A batch in one buffer: one shared-memory segment from the worker, one pinned copy, one transfer to the device."""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+
+from flipscale.data.faults import Fault
+
+_ALIGNMENT = 64
+
+
+class Field(NamedTuple):
+    """Where a tensor lies in the buffer."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+
+
+class PackedBatch(dict[str, torch.Tensor]):
+    """The tensors of a batch by name, all of them views of the uint8 tensor `buffer`; and its `faults`."""
+
+    def __init__(self, buffer: torch.Tensor, layout: dict[str, Field], faults: list[Fault]):
+        self.buffer, self.layout, self.faults = buffer, layout, faults
+        for name, (dtype, shape, offset) in layout.items():
+            end = offset + math.prod(shape) * dtype.itemsize
+            self[name] = buffer[offset:end].view(dtype).view(shape)
+
+    @classmethod
+    def of(cls, batch: dict[str, Any]) -> "PackedBatch":
+        """What `PairDataset` makes, packed; in a worker into shared memory, where it would be copied to anyway."""
+        tensors = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
+        layout, size = {}, 0
+        for name, tensor in tensors.items():
+            layout[name] = Field(tensor.dtype, tuple(tensor.shape), size)
+            size += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
+        if torch.utils.data.get_worker_info() is None:
+            buffer = torch.empty(size, dtype=torch.uint8)
+        else:
+            buffer = torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(size))
+        packed = cls(buffer, layout, batch["faults"])
+        for name, tensor in tensors.items():
+            packed[name].copy_(tensor)
+        return packed
+
+    def pin_memory(self) -> "PackedBatch":
+        """The same in page-locked memory; the DataLoader calls it."""
+        return PackedBatch(self.buffer.pin_memory(), self.layout, self.faults)
+
+    def to(self, device: torch.device) -> "PackedBatch":
+        """The same on `device`, by one transfer, not waited for."""
+        return PackedBatch(self.buffer.to(device, non_blocking=True), self.layout, self.faults)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return PackedBatch, (self.buffer, self.layout, self.faults)

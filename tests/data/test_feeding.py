@@ -1,0 +1,87 @@
+"""Batches come whatever becomes of the workers, each in one buffer."""
+
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from flipscale.data import feeding
+from flipscale.data.feeding import enduring_batches, on_device
+from flipscale.data.loader import DataRecipe, InputShape, PairDataset
+from flipscale.data.packed import PackedBatch
+from flipscale.data.source import Sample
+from flipscale.data.tar_source import TarSource
+
+
+def dataset(source: TarSource, tokenizer_dir: Path, num_workers: int) -> PairDataset:
+    recipe = DataRecipe(global_batch_size=24, shards_per_block=2, num_workers=num_workers)
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
+    return PairDataset(source, tokenizer, recipe, InputShape(32, 8, 8), seed=5, mask_ratio=0.75)
+
+
+def test_a_worker_that_is_killed_costs_no_batch(
+    shards: Path, tokenizer_dir: Path, capfd: pytest.CaptureFixture
+) -> None:
+    source = TarSource(str(shards))
+    whole = list(enduring_batches(dataset(source, tokenizer_dir, 0), 0, 12, 1, 3, pin_memory=False))
+    handler = signal.getsignal(signal.SIGCHLD)
+    batches, got = enduring_batches(dataset(source, tokenizer_dir, 2), 0, 12, 1, 3, pin_memory=False), []
+    for step, batch in enumerate(batches):
+        got.append(batch)
+        if step == 1:
+            victim = multiprocessing.active_children()[0].pid
+            os.kill(victim, signal.SIGKILL)
+            time.sleep(0.1)  # the signal of its death comes here, in the middle of a step
+    assert len(got) == len(whole) == 12
+    for ours, theirs in zip(got, whole, strict=True):
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    said = capfd.readouterr().err
+    assert f"flipscale: a loader worker (pid {victim}) died while reading {shards}/0000" in said
+    assert "; starting the workers again at step " in said
+    assert signal.getsignal(signal.SIGCHLD) == handler
+
+
+class Poisoned(TarSource):
+    """Whoever reads its shard 3 is killed."""
+
+    def read(self, shard: int, number: int) -> Sample:
+        if shard == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().read(shard, number)
+
+
+def test_a_shard_that_kills_its_readers_stops_the_run(
+    shards: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(feeding, "_MAX_DEATHS_IN_A_ROW", 1)
+    batches = enduring_batches(dataset(Poisoned(str(shards)), tokenizer_dir, 1), 0, 40, 0, 1, pin_memory=False)
+    with pytest.raises(OSError, match=r"died while reading .*00003.tar; that is 1 times in a row at step \d+: remove"):
+        list(batches)
+
+
+def test_an_error_of_a_worker_comes_without_its_traceback(shards: Path, tokenizer_dir: Path, tmp_path: Path) -> None:
+    source = TarSource(str(shards))
+    source.paths = [tmp_path / "gone.tar" for _ in source.paths]
+    with pytest.raises(OSError, match="No such file or directory") as raised:
+        list(enduring_batches(dataset(source, tokenizer_dir, 1), 0, 1, 0, 1, pin_memory=False))
+    assert "Traceback" not in str(raised.value)
+    assert "gone.tar" in str(raised.value)
+
+
+def test_a_batch_is_one_buffer(shards: Path, tokenizer_dir: Path) -> None:
+    data = dataset(TarSource(str(shards)), tokenizer_dir, 0)
+    batch = data.__getitems__(list(range(24)))
+    packed = PackedBatch.of(batch)
+    assert packed.keys() == batch.keys() - {"faults"}
+    assert all(torch.equal(packed[name], batch[name]) and packed[name].dtype == batch[name].dtype for name in packed)
+    storages = {value.untyped_storage().data_ptr() for value in packed.values()}
+    assert storages == {packed.buffer.untyped_storage().data_ptr()}
+    # 4 of 16 patches of 192 bytes and their int16 numbers, 8 tokens of 4 + 1 bytes: fields start on 64 bytes.
+    assert packed.buffer.numel() == 24 * (4 * 192 + 4 * 2 + 8 * 4 + 8)
+    assert list(on_device(iter([packed]), torch.device("cpu"))) == [packed]
