@@ -14,16 +14,15 @@ from flipscale.data.tar_source import expand_shards
 from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.suite import run_suite
 from flipscale.hub.background_push import BackgroundPush, open_target, push_finished
-from flipscale.hub.export import build_processor, export_model
+from flipscale.hub.export import build_processor, export_checkpoint
 from flipscale.hub.model_card import model_card
 from flipscale.model import FlipConfig, FlipModel
 from flipscale.training.attention import best_attention
 from flipscale.training.bad_samples import BadSamples
-from flipscale.training.checkpoint import load_optimizers, load_state, load_weights, save_checkpoint
-from flipscale.training.engine import Engine
+from flipscale.training.checkpoint import CheckpointReader, CheckpointWriter, list_checkpoints, load_state
 from flipscale.training.health import StepGuard, Verdict
 from flipscale.training.initialization import Fill, fresh_weights, weights_of
-from flipscale.training.launch import leave, part, start_accelerator
+from flipscale.training.launch import build_engine, leave, part, start_accelerator
 from flipscale.training.loss import pair_loss
 from flipscale.training.preemption import StopRequest
 from flipscale.training.recipe import Recipe, parse_recipe, to_yaml
@@ -58,10 +57,12 @@ class Run:
         )
         self.background_push = BackgroundPush(recipe, self.total_steps, self.accelerator.is_main_process)
         self.request = StopRequest(watches_file=self.accelerator.is_main_process)
-        self.guard = StepGuard(self.accelerator, self.request)
+        newest = None if checkpoint is None else load_state(checkpoint)["step"]
+        self.checkpoints = CheckpointWriter(self.accelerator, self.run_dir, recipe.save, newest)
+        self.guard = StepGuard(self.accelerator, self.request, self.checkpoints)
         self.step, self.num_replaced, self.stopped = 0, 0, False
 
-        self.engine = Engine(self.accelerator, recipe.optim)
+        self.engine = build_engine(self.accelerator, recipe.optim, self.batch_size)
         self.engine.build(config, self._configure, initial_weights(recipe.model.init_from, config, recipe.seed))
         self.weights = self.engine.weights
         state = self._load(checkpoint)
@@ -93,11 +94,12 @@ class Run:
                 f"{checkpoint} was trained on {state['data_samples']} samples, data.shards now has {len(self.source)}; "
                 "the order of samples would change: use the same shards or another output_dir"
             )
-        load_weights(checkpoint, self.weights)
+        reader = CheckpointReader(checkpoint)
+        self.engine.load_weights(reader)
         self.engine.prepare()
         self.step = state["step"]
         if self.step > self._stage_of(self.step).schedule_first:
-            load_optimizers(checkpoint, self.weights, self.engine.optimizers)
+            self.engine.load_moments(reader, state["optimizer_steps"])
         return state
 
     def _stage_of(self, step: int) -> Stage:
@@ -132,18 +134,20 @@ class Run:
     def after_step(self, stage: Stage, metrics: dict[str, Any], verdict: Verdict) -> None:
         """Collective. Counts the step and does what is due: track, evaluate, save."""
         self.step += 1
+        self.stopped = verdict.stop
         self.bad_samples.count(verdict.num_replaced, self.batch_size)
         self.tracker.after_step(self.step, {**metrics, "stage": stage.name}, skipped=not verdict.finite)
+        if verdict.written:
+            self.commit()
         seen, recipe = self.step * self.batch_size, self.recipe
         evaluates = is_due(seen, self.batch_size, recipe.eval.every_samples) and self.step < self.total_steps
-        saves = self.stopped or is_due(seen, self.batch_size, recipe.save.every_samples)
+        saves = verdict.stop or verdict.save or is_due(seen, self.batch_size, recipe.save.every_samples)
         if evaluates or saves:
             self.tracker.pause()
             if evaluates:
                 self.evaluate()
             if saves:
                 self.save()
-                self.background_push.offer(self.step)
             self.tracker.resume()
 
     def evaluate(self) -> dict[str, float]:
@@ -157,32 +161,37 @@ class Run:
         return metrics
 
     def save(self) -> None:
-        """Collective. A checkpoint of this step."""
+        """Collective. Begins a checkpoint of this step."""
+        self.commit()
         self.bad_samples.flush()
-        if self.accelerator.is_main_process:
-            state = {
-                "step": self.step,
-                "samples_seen": self.step * self.batch_size,
-                "trained_seconds": self.tracker.trained_seconds,
-                "data_samples": len(self.source),
-                "num_processes": self.accelerator.num_processes,
-            }
-            recipe = self.recipe
-            save_checkpoint(
-                self.run_dir, self.weights, self.engine.optimizers, state, to_yaml(recipe), recipe.save.total_limit
-            )
-        self.accelerator.wait_for_everyone()
+        state = {
+            "step": self.step,
+            "samples_seen": self.step * self.batch_size,
+            "optimizer_steps": self.engine.optimizer_steps(),
+            "trained_seconds": self.tracker.trained_seconds,
+            "data_samples": len(self.source),
+            "num_processes": self.accelerator.num_processes,
+        }
+        self.checkpoints.save(self.engine.pieces(), self.engine.shapes(), state, to_yaml(self.recipe))
+
+    def commit(self) -> None:
+        """Collective. The checkpoint that was begun is there, and may be pushed."""
+        committed = self.checkpoints.commit()
+        if committed is not None:
+            self.background_push.offer(committed)
 
     def finish(self) -> None:
-        """Collective. The last checkpoint, evaluation and the exported model; nothing of it after a stop."""
+        """Collective. The last checkpoint; and unless the run was stopped, its evaluation and the exported model."""
         self.tracker.pause()
+        self.save()
+        self.commit()
         self.background_push.close()
         if not self.stopped:
-            self.save()
             self.evaluate()
             if self.accelerator.is_main_process:
-                export_model(self.weights, self.processor, self.run_dir / "model")
-                card = model_card(self.run_dir, self.weights.num_parameters(), len(self.source))
+                checkpoint = list_checkpoints(self.run_dir)[-1]
+                export_checkpoint(checkpoint, self.run_dir / "model")
+                card = model_card(self.run_dir, CheckpointReader(checkpoint).num_parameters, len(self.source))
                 (self.run_dir / "model" / "README.md").write_text(card)
                 mark_done(self.run_dir)
         self.tracker.finish()
@@ -211,7 +220,6 @@ def pretrain(recipe: Recipe) -> Path:
             run.engine.backward(loss)
             verdict = run.guard.agree(loss, run.engine.gradient_norm(), run.num_replaced)
             run.engine.step(learning_rate, verdict.finite)
-            run.stopped = verdict.stop
             metrics = {
                 "loss": verdict.loss,
                 "lr": learning_rate,

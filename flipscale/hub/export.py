@@ -4,17 +4,20 @@ import copy
 import json
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
-from transformers.initialization import no_init_weights
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from flipscale.data.loader import load_tokenizer
 from flipscale.model import FlipConfig, FlipModel, FlipProcessor
-from flipscale.training.checkpoint import load_weights
+from flipscale.training.checkpoint import CheckpointReader
 from flipscale.training.recipe import parse_recipe
+from flipscale.training.tensor_file import write_tensors
 
 
 def build_processor(config: FlipConfig, tokenizer: PreTrainedTokenizerBase) -> FlipProcessor:
@@ -50,24 +53,6 @@ def build_processor(config: FlipConfig, tokenizer: PreTrainedTokenizerBase) -> F
     return FlipProcessor(image_processor, tokenizer)
 
 
-def export_checkpoint(checkpoint: Path, out_dir: Path) -> Path:
-    """The folder `out_dir`: the model of a run's checkpoint as `export_model` writes it, without its card.
-
-    Raises:
-        ValueError: no such checkpoint, or the tokenizer that its recipe names is gone.
-    """
-    if not (checkpoint / "recipe.yaml").is_file():
-        there = sorted(path.name for path in checkpoint.parent.glob("step-*"))
-        raise ValueError(f"{checkpoint} is no checkpoint; there are {', '.join(there) or 'none'}")
-    recipe = parse_recipe(["--config", str(checkpoint / "recipe.yaml")])
-    config = recipe.model.config()
-    with no_init_weights():
-        model = FlipModel(config)
-    load_weights(checkpoint, model)
-    tokenizer = load_tokenizer(recipe.data.tokenizer, config.text_config.max_position_embeddings)
-    return export_model(model.eval(), build_processor(config, tokenizer), out_dir)
-
-
 def export_model(model: FlipModel, processor: FlipProcessor | None, out_dir: Path | str) -> Path:
     """The folder `out_dir`: configuration, weights (safetensors), processor and the code of `flipscale.model`.
 
@@ -78,7 +63,41 @@ def export_model(model: FlipModel, processor: FlipProcessor | None, out_dir: Pat
     Raises:
         ValueError: `out_dir` is something else than a model folder or an empty one.
     """
-    out_dir = Path(out_dir)
+    return _write_folder(model, processor, Path(out_dir), model.save_pretrained)
+
+
+def export_checkpoint(checkpoint: Path, out_dir: Path, dtype: torch.dtype = torch.float32) -> Path:
+    """The folder `out_dir`: the model of a run's checkpoint as `export_model` writes it, in `dtype`, without its card.
+
+    One tensor is in memory at a time, whatever engine and processes wrote the checkpoint.
+
+    Raises:
+        ValueError: no such checkpoint, the tokenizer that its recipe names is gone, or `out_dir` is something else than
+            a model folder or an empty one.
+    """
+    if not (checkpoint / "recipe.yaml").is_file():
+        there = sorted(path.name for path in checkpoint.parent.glob("step-*"))
+        raise ValueError(f"{checkpoint} is no checkpoint; there are {', '.join(there) or 'none'}")
+    recipe = parse_recipe(["--config", str(checkpoint / "recipe.yaml")])
+    config, reader = recipe.model.config(), CheckpointReader(checkpoint)
+    tokenizer = load_tokenizer(recipe.data.tokenizer, config.text_config.max_position_embeddings)
+    with torch.device("meta"):
+        model = FlipModel._from_config(config, dtype=dtype)
+
+    def save(folder: Path) -> None:
+        model.save_pretrained(folder, state_dict={})
+        for file in folder.glob("*.safetensors"):
+            file.unlink()
+        layout = {name: (dtype, reader.shapes[name]) for name, _ in model.named_parameters()}
+        tensors = (reader.tensor("weight", name).to(dtype) for name in tqdm(layout, "export", disable=None))
+        write_tensors(folder / "model.safetensors", layout, tensors)
+
+    return _write_folder(model, build_processor(config, tokenizer), out_dir, save)
+
+
+def _write_folder(
+    model: FlipModel, processor: FlipProcessor | None, out_dir: Path, save: Callable[[Path], None]
+) -> Path:
     _refuse_to_replace(out_dir)
     out_dir.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}-", dir=out_dir.parent))
@@ -88,7 +107,7 @@ def export_model(model: FlipModel, processor: FlipProcessor | None, out_dir: Pat
         model.config.auto_map = {**named, "AutoModelForZeroShotImageClassification": "modeling_flip.FlipModel"}
         if processor is not None:
             processor.save_pretrained(aside / "new")
-        model.save_pretrained(aside / "new")
+        save(aside / "new")
         if out_dir.exists():
             out_dir.rename(aside / "old")
         (aside / "new").rename(out_dir)

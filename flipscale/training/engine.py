@@ -1,7 +1,7 @@
 """Engines: how the weights, gradients and moments of one model lie on many processes.
 
 The launch file chooses one (`flipscale.training.launch`): data parallel here, sharded in `engine_fsdp2.py` and
-`engine_zero.py`. All of them learn the same numbers from the same recipe.
+`engine_zero.py`. All of them learn the same numbers from the same recipe, and write the same checkpoints.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -13,10 +13,20 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from flipscale.model import FlipConfig, FlipModel
+from flipscale.training.checkpoint import CheckpointReader, Piece
 from flipscale.training.initialization import Fill, build_weights
-from flipscale.training.optimizer import OptimRecipe, build_optimizers, gradient_norm, set_learning_rate
+from flipscale.training.optimizer import (
+    OptimRecipe,
+    build_optimizers,
+    empty_state,
+    gradient_norm,
+    moment_names,
+    set_learning_rate,
+)
 
 Batch = TypeVar("Batch")
+# A part of a tensor seen flat: its numbers, and where in the tensor they begin.
+Part = tuple[torch.Tensor, int]
 
 
 class Engine:
@@ -25,11 +35,10 @@ class Engine:
     `weights` is the model itself, for evaluation and by parameter name; call the engine to train it.
     """
 
-    name = "ddp"
-
-    def __init__(self, accelerator: Accelerator, recipe: OptimRecipe):
+    def __init__(self, accelerator: Accelerator, recipe: OptimRecipe, global_batch_size: int):
         self.accelerator = accelerator
         self.recipe = recipe
+        self.batch_size = global_batch_size // accelerator.num_processes
         self.weights: FlipModel
         self.model: nn.Module
         self.optimizers: list[torch.optim.Optimizer] = []
@@ -49,8 +58,8 @@ class Engine:
         """Collective. Ready to train: the model is wrapped and has optimisers with no moments yet."""
         self.model = self.weights
         if self.accelerator.num_processes > 1:
-            # The only buffers are fixed tables, equal everywhere.
             devices = [self.accelerator.device] if self.accelerator.device.type == "cuda" else None
+            # The only buffers are fixed tables, equal everywhere.
             self.model = DistributedDataParallel(
                 self.weights, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
             )
@@ -78,7 +87,7 @@ class Engine:
             self.model.require_backward_grad_sync = enabled
 
     def gradient_norm(self) -> torch.Tensor:
-        """Collective. The global norm of the gradients, fp32 `()`; they are clipped as the recipe says."""
+        """Collective. The global norm of the gradients, fp32 `()`, before they are clipped as the recipe says."""
         return gradient_norm(self.weights.parameters(), self.recipe.max_grad_norm)
 
     def step(self, learning_rate: float, finite: bool) -> None:
@@ -93,3 +102,75 @@ class Engine:
         """Gives the optimisers a fresh start."""
         for optimizer in self.optimizers:
             optimizer.state.clear()
+
+    def shape(self, parameter: nn.Parameter) -> torch.Size:
+        """The shape of the whole parameter, of which this process may hold a part."""
+        return parameter.shape
+
+    def shapes(self) -> dict[str, torch.Size]:
+        """The shape of every parameter."""
+        return {name: self.shape(parameter) for name, parameter in self.weights.named_parameters()}
+
+    def resident(self, parameter: nn.Parameter) -> Part:
+        """What this process holds of a parameter."""
+        return parameter.detach().view(-1), 0
+
+    def moments(self, parameter: nn.Parameter) -> dict[str, Part]:
+        """What this process holds of a parameter's moments, by name; nothing before the first step."""
+        for optimizer in self.optimizers:
+            if parameter in optimizer.state:
+                state = optimizer.state[parameter]
+                return {name: (state[name].view(-1), 0) for name in moment_names(optimizer)}
+        return {}
+
+    def share(self) -> dict[str, range]:
+        """The elements of each parameter, seen flat, that this process writes to a checkpoint: an equal part of what
+        all of them hold."""
+        world, rank = self.accelerator.num_processes, self.accelerator.process_index
+        sizes = {name: shape.numel() for name, shape in self.shapes().items()}
+        total = sum(sizes.values())
+        first, last = total * rank // world, total * (rank + 1) // world
+        share, start = {}, 0
+        for name, size in sizes.items():
+            share[name] = range(min(max(first - start, 0), size), min(max(last - start, 0), size))
+            start += size
+        return share
+
+    def optimizer_steps(self) -> int:
+        """How often the optimisers have moved the weights since their last fresh start."""
+        steps = [float(state.get("step", 0)) for o in self.optimizers for state in o.state.values()]
+        return int(max(steps, default=0))
+
+    def pieces(self) -> list[Piece]:
+        """This process's share of the weights and moments."""
+        share, found = self.share(), []
+        for name, parameter in self.weights.named_parameters():
+            mine = share[name]
+            held = {"weight": self.resident(parameter), **self.moments(parameter)}
+            for kind, (values, first) in held.items():
+                found.append(Piece(kind, name, mine.start, values[mine.start - first : mine.stop - first]))
+        return found
+
+    def load_weights(self, reader: CheckpointReader) -> None:
+        """Fills the weights, between `build` and `prepare`."""
+        for name, parameter in self.weights.named_parameters():
+            reader.fill("weight", name, *self.resident(parameter))
+
+    def load_moments(self, reader: CheckpointReader, steps: int) -> None:
+        """Fills the moments as they were after `steps` steps, after `prepare`.
+
+        Raises:
+            ValueError: the checkpoint was written with another optimiser.
+        """
+        if steps == 0:
+            return
+        self._allocate_moments(steps)
+        for name, parameter in self.weights.named_parameters():
+            for kind, (values, first) in self.moments(parameter).items():
+                reader.fill(kind, name, values, first)
+
+    def _allocate_moments(self, steps: int) -> None:
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    optimizer.state[parameter] = empty_state(optimizer, parameter, steps)

@@ -66,6 +66,18 @@ def build_optimizers(
     return [*optimizers, adamw]
 
 
+def moment_names(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
+    """The moments that the optimiser keeps of a parameter, each of the parameter's shape."""
+    return ("momentum_buffer",) if isinstance(optimizer, torch.optim.Muon) else ("exp_avg", "exp_avg_sq")
+
+
+def empty_state(optimizer: torch.optim.Optimizer, parameter: torch.Tensor, steps: int) -> dict[str, torch.Tensor]:
+    """A parameter's optimiser state after `steps` steps, its moments yet to be filled."""
+    state = {name: torch.zeros_like(parameter) for name in moment_names(optimizer)}
+    # The fused AdamW keeps its step count, like the moments, on the parameter's device.
+    return {**state, "step": torch.tensor(float(steps), device=parameter.device)}
+
+
 def set_learning_rate(optimizers: Iterable[torch.optim.Optimizer], learning_rate: float) -> None:
     """Sets the rate of the coming step."""
     for optimizer in optimizers:

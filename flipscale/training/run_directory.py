@@ -64,8 +64,15 @@ def write_run_files(recipe: Recipe, num_processes: int) -> None:
     """Writes `recipe.yaml` and `environment.json`; the main process alone."""
     run_dir = Path(recipe.output_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / "recipe.yaml").write_text(to_yaml(recipe))
-    (run_dir / "environment.json").write_text(json.dumps(environment(num_processes), indent=1) + "\n")
+    _write_whole(run_dir / "recipe.yaml", to_yaml(recipe))
+    _write_whole(run_dir / "environment.json", json.dumps(environment(num_processes), indent=1) + "\n")
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """A kill leaves the file as it was or as it is to be."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(text)
+    partial.replace(path)
 
 
 def environment(num_processes: int) -> dict[str, Any]:

@@ -1,0 +1,151 @@
+"""Every engine learns what one process does, and goes on from what any other wrote."""
+
+import json
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import metrics
+from distributed.crowd import Crowd, cut
+
+from flipscale.training.checkpoint import CheckpointReader, latest_checkpoint
+
+MATRIX = [("ddp", 2), ("fsdp2", 2), ("zero1", 2), ("zero2", 2), ("zero3", 2), ("fsdp2", 4)]
+ELASTIC = [(engine, *worlds) for engine in ("ddp", "fsdp2", "zero3") for worlds in ((2, 1), (1, 2), (2, 4))]
+
+
+def losses(run_dir: Path) -> list[float]:
+    return [record["loss"] for record in metrics(run_dir) if "loss" in record]
+
+
+def close(ours: list[float], theirs: list[float]) -> bool:
+    return len(ours) == len(theirs) and max(abs(a - b) for a, b in zip(ours, theirs, strict=True)) < 1e-5
+
+
+def reader(run_dir: Path) -> CheckpointReader:
+    checkpoint = latest_checkpoint(run_dir)
+    assert checkpoint is not None
+    return CheckpointReader(checkpoint)
+
+
+class Trainings:
+    """Runs of 20 steps of one recipe, 10 masked and 10 not, saved every fifth step; each made once."""
+
+    def __init__(self, folder: Path, recipe: dict):
+        stages = [
+            {"name": "masked", "samples": 160, "mask_ratio": 0.75, "base_lr": 0.012, "warmup_samples": 64},
+            {"name": "unmasked", "samples": 160, "base_lr": 0.006},
+        ]
+        self.recipe = {**recipe, "stages": stages, "save": {"every_samples": 80, "total_limit": 20}}
+        self.folder = folder
+        self.crowds: dict[int, Crowd] = {}
+
+    def crowd(self, world: int) -> Crowd:
+        if world not in self.crowds:
+            self.crowds[world] = Crowd(world)
+        return self.crowds[world]
+
+    def file(self, run_dir: Path, **changes: object) -> Path:
+        file = self.folder / f"{run_dir.name}.yaml"
+        file.write_text(yaml.safe_dump({**self.recipe, **changes, "output_dir": str(run_dir)}))
+        return file
+
+    def run(self, engine: str, world: int, task: str = "train", precision: str = "no", **changes: object) -> Path:
+        """The directory of the finished run."""
+        run_dir = self.folder / "-".join([engine, str(world), task, precision, *changes])
+        if not run_dir.exists():
+            answers = self.crowd(world).run(task, engine, self.file(run_dir, **changes), precision=precision)
+            assert answers == ["done"] * world
+        return run_dir
+
+
+@pytest.fixture(scope="module")
+def trainings(recipe: dict, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trainings]:
+    made = Trainings(tmp_path_factory.mktemp("engines"), recipe)
+    yield made
+    for crowd in made.crowds.values():
+        crowd.end()
+
+
+@pytest.mark.parametrize(("engine", "world"), MATRIX)
+def test_learns_what_one_process_does(trainings: Trainings, engine: str, world: int) -> None:
+    one, many = trainings.run("ddp", 1), trainings.run(engine, world)
+    assert len(losses(one)) == 20
+    assert close(losses(one), losses(many))
+    assert losses(one)[-1] < losses(one)[0] - 0.05, "nothing was learned, so equality means little"
+    ours, theirs = reader(one), reader(many)
+    for name in ours.shapes:
+        # A key bias has no true gradient (softmax is shift-invariant): Adam turns its rounding noise into steps.
+        if not name.endswith("k_proj.bias"):
+            for kind in ("weight", "exp_avg", "exp_avg_sq"):
+                apart = (ours.tensor(kind, name) - theirs.tensor(kind, name)).abs()
+                assert apart.square().mean().sqrt() < 1e-6, (kind, name)
+                # And of a single gradient near zero.
+                assert apart.max() < 5e-5, (kind, name)
+
+
+@pytest.mark.parametrize(("engine", "world"), [("fsdp2", 2), ("zero1", 2), ("zero3", 2), ("fsdp2", 4)])
+def test_the_parts_of_a_checkpoint_are_equal(trainings: Trainings, engine: str, world: int) -> None:
+    checkpoint = latest_checkpoint(trainings.run(engine, world))
+    assert checkpoint is not None
+    sizes = [part.stat().st_size for part in sorted(checkpoint.glob("part-*.safetensors"))]
+    assert len(sizes) == world
+    assert max(sizes) < 1.5 * min(sizes)
+
+
+@pytest.mark.parametrize(("engine", "before", "after"), ELASTIC)
+def test_goes_on_at_another_world_size(trainings: Trainings, engine: str, before: int, after: int) -> None:
+    resumed = trainings.folder / f"{engine}-{before}-to-{after}"
+    cut(trainings.run(engine, before), resumed, 15)
+    assert trainings.crowd(after).run("train", engine, trainings.file(resumed)) == ["done"] * after
+    assert close(losses(resumed), losses(trainings.run("ddp", 1)))
+
+
+@pytest.mark.parametrize("after", [("ddp", 2), ("fsdp2", 2), ("zero1", 2), ("zero3", 2), ("zero3", 1), ("fsdp2", 4)])
+@pytest.mark.parametrize("before", [("fsdp2", 2), ("zero2", 2), ("zero3", 2)])
+def test_a_checkpoint_is_the_same_under_every_engine(
+    trainings: Trainings, before: tuple[str, int], after: tuple[str, int]
+) -> None:
+    """Loaded and saved again: bit for bit, weights and moments and the count of steps."""
+    run_dir = trainings.folder / f"{before[0]}-{before[1]}-as-{after[0]}-{after[1]}"
+    cut(trainings.run(*before), run_dir, 15)
+    assert trainings.crowd(after[1]).run("rewrite", after[0], trainings.file(run_dir)) == ["done"] * after[1]
+    ours, theirs = reader(run_dir), reader(run_dir / "copy")
+    assert ours.shapes == theirs.shapes
+    for name in ours.shapes:
+        for kind in ("weight", "exp_avg", "exp_avg_sq"):
+            assert torch.equal(ours.tensor(kind, name), theirs.tensor(kind, name)), (kind, name)
+    states = [json.loads((r.path / "state.json").read_text()) for r in (ours, theirs)]
+    assert states[0]["optimizer_steps"] == states[1]["optimizer_steps"] == 5
+
+
+@pytest.mark.parametrize(("engine", "world"), MATRIX[:-1])
+def test_a_step_that_is_not_finite_is_skipped_by_all(trainings: Trainings, engine: str, world: int) -> None:
+    one, many = (trainings.run(*where, "train_poisoned") for where in (("ddp", 1), (engine, world)))
+    assert losses(one)[2] is None
+    assert losses(many)[2] is None
+    assert [r["num_skipped"] for r in metrics(many) if "loss" in r] == [0, 0, 1, *[0] * 17]
+    assert close(losses(one)[3:], losses(many)[3:])
+
+
+@pytest.mark.parametrize(("engine", "world"), MATRIX[:-1])
+def test_passes_add_up(trainings: Trainings, engine: str, world: int) -> None:
+    run_dir = trainings.run(engine, world, "accumulate")
+    norms = list(json.loads((run_dir / "passes.json").read_text()).values())
+    assert norms[0] > 0.01
+    assert norms == pytest.approx([norms[0]] * 3, rel=1e-5)
+
+
+@pytest.mark.parametrize(("engine", "world"), [("ddp", 1), *MATRIX[:-1]])
+def test_the_temperature_is_fp32_in_bf16(trainings: Trainings, engine: str, world: int) -> None:
+    stages = [{"name": "slow", "samples": 96, "mask_ratio": 0.5, "base_lr": 0.0016, "warmup_samples": 16}]
+    run_dir = trainings.run(engine, world, precision="bf16", stages=stages)
+    scale = reader(run_dir).tensor("weight", "logit_scale")
+    assert scale != scale.bfloat16().float(), "on the bf16 grid"
+    used = [record["logit_scale"] for record in metrics(run_dir) if "loss" in record]
+    # Five steps of 1e-4, each of them seen: neighbours on the bf16 grid are 0.0625 apart, at the inverse 0.9.
+    changes = [abs(after - before) for before, after in pairwise(used[1:])]
+    assert all(0.0 < change < 0.01 for change in changes), used
