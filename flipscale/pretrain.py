@@ -67,7 +67,7 @@ class Run:
         self.weights = self.engine.weights
         state = self._load(checkpoint)
         if self.accelerator.is_main_process:
-            write_run_files(recipe, self.accelerator.num_processes)
+            write_run_files(recipe, self.engine.name, self.accelerator.num_processes)
         if recipe.log.report_to:
             self.accelerator.init_trackers("tensorboard")
         self.request.listen()

@@ -35,6 +35,8 @@ class Engine:
     `weights` is the model itself, for evaluation and by parameter name; call the engine to train it.
     """
 
+    name = "ddp"
+
     def __init__(self, accelerator: Accelerator, recipe: OptimRecipe, global_batch_size: int):
         self.accelerator = accelerator
         self.recipe = recipe
@@ -63,7 +65,11 @@ class Engine:
             self.model = DistributedDataParallel(
                 self.weights, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
             )
-        self.optimizers = build_optimizers(self.weights.named_parameters(), self.recipe)
+        self._build_optimizers()
+
+    def _build_optimizers(self) -> None:
+        dtype = torch.bfloat16 if self.accelerator.mixed_precision == "bf16" else torch.float32
+        self.optimizers = build_optimizers(self.weights.named_parameters(), self.recipe, dtype)
 
     def __call__(self, **batch: Any) -> Any:
         """Collective. The `FlipOutput` of this process's part of a batch, in the run's precision."""

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from flipscale.training.engine import Engine, Part
-from flipscale.training.optimizer import build_optimizers, moment_names
+from flipscale.training.optimizer import moment_names
 
 
 class Fsdp2Engine(Engine):
@@ -21,6 +21,8 @@ class Fsdp2Engine(Engine):
     In bf16 the blocks and towers are gathered in bf16 and compute in it; gradients are reduced in fp32. The
     projections and `logit_scale`, and with them the embeddings and the loss, are fp32 throughout.
     """
+
+    name = "fsdp2"
 
     def __init__(self, *arguments: Any):
         super().__init__(*arguments)
@@ -54,7 +56,7 @@ class Fsdp2Engine(Engine):
         assert isinstance(self.model, FSDPModule)
         # An evaluation may call a tower before training has called the model, which must be the root of all.
         self.model._get_fsdp_state()._lazy_init()
-        self.optimizers = build_optimizers(self.weights.named_parameters(), self.recipe)
+        self._build_optimizers()
 
     def __call__(self, **batch: Any) -> Any:
         return self.model(**batch, return_logits=False)

@@ -45,6 +45,7 @@ class ZeroEngine(Engine):
         }
         self.settings["torch_autocast"]["enabled"] = self.accelerator.mixed_precision == "bf16"
         self.stage = int(settings["zero_optimization"]["stage"])
+        self.name = f"zero{self.stage}"
         self._steps = 0
 
     def _keep(self, block: nn.Module) -> None:

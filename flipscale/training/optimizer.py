@@ -7,6 +7,8 @@ from typing import Literal
 import torch
 from torch import nn
 
+from flipscale.training.muon import Muon
+
 
 @dataclass(frozen=True)
 class OptimRecipe:
@@ -45,16 +47,20 @@ def _is_block_matrix(name: str, parameter: nn.Parameter) -> bool:
 
 
 def build_optimizers(
-    named_parameters: Iterable[tuple[str, nn.Parameter]], recipe: OptimRecipe
+    named_parameters: Iterable[tuple[str, nn.Parameter]],
+    recipe: OptimRecipe,
+    muon_dtype: torch.dtype = torch.bfloat16,
 ) -> list[torch.optim.Optimizer]:
-    """The optimisers of all trainable parameters; their rates are set by `set_learning_rate` before each step."""
+    """The optimisers of all trainable parameters; their rates are set by `set_learning_rate` before each step.
+
+    Args:
+        muon_dtype: of Muon's iteration.
+    """
     parameters = [(name, parameter) for name, parameter in named_parameters if parameter.requires_grad]
     optimizers: list[torch.optim.Optimizer] = []
     if recipe.name == "muon":
         matrices = [parameter for name, parameter in parameters if _is_block_matrix(name, parameter)]
-        optimizers.append(
-            torch.optim.Muon(matrices, lr=0.0, weight_decay=recipe.weight_decay, momentum=recipe.muon_momentum)
-        )
+        optimizers.append(Muon(matrices, recipe.weight_decay, recipe.muon_momentum, muon_dtype))
         optimizers[0].param_groups[0]["lr_ratio"] = recipe.muon_lr_ratio
         parameters = [(name, parameter) for name, parameter in parameters if not _is_block_matrix(name, parameter)]
     decayed = [parameter for name, parameter in parameters if decays(name)]
@@ -68,7 +74,7 @@ def build_optimizers(
 
 def moment_names(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
     """The moments that the optimiser keeps of a parameter, each of the parameter's shape."""
-    return ("momentum_buffer",) if isinstance(optimizer, torch.optim.Muon) else ("exp_avg", "exp_avg_sq")
+    return ("momentum_buffer",) if isinstance(optimizer, Muon) else ("exp_avg", "exp_avg_sq")
 
 
 def empty_state(optimizer: torch.optim.Optimizer, parameter: torch.Tensor, steps: int) -> dict[str, torch.Tensor]:

@@ -60,12 +60,12 @@ def is_done(recipe: Recipe) -> bool:
     return open_run_directory(recipe) is not None and (Path(recipe.output_dir) / "DONE").exists()
 
 
-def write_run_files(recipe: Recipe, num_processes: int) -> None:
+def write_run_files(recipe: Recipe, engine: str, num_processes: int) -> None:
     """Writes `recipe.yaml` and `environment.json`; the main process alone."""
     run_dir = Path(recipe.output_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     _write_whole(run_dir / "recipe.yaml", to_yaml(recipe))
-    _write_whole(run_dir / "environment.json", json.dumps(environment(num_processes), indent=1) + "\n")
+    _write_whole(run_dir / "environment.json", json.dumps(environment(engine, num_processes), indent=1) + "\n")
 
 
 def _write_whole(path: Path, text: str) -> None:
@@ -75,7 +75,7 @@ def _write_whole(path: Path, text: str) -> None:
     partial.replace(path)
 
 
-def environment(num_processes: int) -> dict[str, Any]:
+def environment(engine: str, num_processes: int) -> dict[str, Any]:
     """Versions, machine and launch of this run."""
     packages = ("torch", "transformers", "accelerate", "numpy", "simplejpeg", "opencv-python-headless")
     commit = subprocess.run(
@@ -87,6 +87,7 @@ def environment(num_processes: int) -> dict[str, Any]:
         "python": platform.python_version(),
         **{package: version(package) for package in packages},
         "command": sys.argv,
+        "engine": engine,
         "num_processes": num_processes,
         "mixed_precision": os.environ.get("ACCELERATE_MIXED_PRECISION", "no"),
         "machine": platform.machine(),

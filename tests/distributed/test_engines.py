@@ -87,6 +87,24 @@ def test_learns_what_one_process_does(trainings: Trainings, engine: str, world: 
                 assert apart.max() < 5e-5, (kind, name)
 
 
+@pytest.mark.parametrize(("engine", "world"), [("ddp", 2), ("fsdp2", 2), ("fsdp2", 4)])
+def test_muon_learns_what_it_does_on_one_process(trainings: Trainings, engine: str, world: int) -> None:
+    muon = {"name": "muon", "muon_lr_ratio": 3.0}
+    one, many = trainings.run("ddp", 1, optim=muon), trainings.run(engine, world, optim=muon)
+    assert losses(one) != losses(trainings.run("ddp", 1))
+    assert close(losses(one), losses(many))
+    name = "vision_model.encoder.layers.1.mlp.fc1.weight"
+    for kind in ("weight", "momentum_buffer"):
+        assert torch.allclose(reader(one).tensor(kind, name), reader(many).tensor(kind, name), atol=1e-5)
+
+
+@pytest.mark.parametrize("engine", ["zero1", "zero3"])
+def test_muon_is_refused_where_matrices_are_cut(trainings: Trainings, engine: str) -> None:
+    file = trainings.file(trainings.folder / f"muon-{engine}", optim={"name": "muon"})
+    for answer in trainings.crowd(2).run("train", engine, file):
+        assert answer.startswith("ValueError: optim.name is 'muon' and the launch file's engine is ZeRO, which cuts")
+
+
 @pytest.mark.parametrize(("engine", "world"), [("fsdp2", 2), ("zero1", 2), ("zero3", 2), ("fsdp2", 4)])
 def test_the_parts_of_a_checkpoint_are_equal(trainings: Trainings, engine: str, world: int) -> None:
     checkpoint = latest_checkpoint(trainings.run(engine, world))
