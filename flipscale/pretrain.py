@@ -21,7 +21,7 @@ from flipscale.training.attention import best_attention
 from flipscale.training.bad_samples import BadSamples
 from flipscale.training.checkpoint import CheckpointReader, CheckpointWriter, list_checkpoints, load_state
 from flipscale.training.health import StepGuard, Verdict
-from flipscale.training.initialization import Fill, fresh_weights, weights_of
+from flipscale.training.initialization import Fill, compile_blocks, fresh_weights, weights_of
 from flipscale.training.launch import build_engine, leave, part, start_accelerator
 from flipscale.training.loss import pair_loss
 from flipscale.training.preemption import StopRequest
@@ -83,10 +83,13 @@ class Run:
         model.set_attn_implementation(best_attention(self.accelerator.device))
         if self.recipe.model.gradient_checkpointing:
             model.gradient_checkpointing_enable()
+        if self.recipe.model.compile:
+            compile_blocks(model)
 
     def _load(self, checkpoint: Path | None) -> dict[str, Any]:
         if checkpoint is None:
             self.engine.prepare()
+            self.engine.start_averages(None)
             return {}
         state = load_state(checkpoint)
         if state["data_samples"] != len(self.source):
@@ -100,6 +103,7 @@ class Run:
         self.step = state["step"]
         if self.step > self._stage_of(self.step).schedule_first:
             self.engine.load_moments(reader, state["optimizer_steps"])
+        self.engine.start_averages(reader)
         return state
 
     def _stage_of(self, step: int) -> Stage:
@@ -151,10 +155,11 @@ class Run:
             self.tracker.resume()
 
     def evaluate(self) -> dict[str, float]:
-        """Collective. The recipe's evaluations of the weights as they are, also written to `metrics.jsonl`."""
+        """Collective. The recipe's evaluations of the weights or their averages, also written to `metrics.jsonl`."""
         self.weights.eval()
         embedder = Embedder(self.weights, self.tokenizer, self.accelerator, self.recipe.eval.batch_size)
-        metrics = run_suite(embedder, self.recipe.eval.zero_shot, self.recipe.eval.retrieval)
+        with self.engine.averaged():
+            metrics = run_suite(embedder, self.recipe.eval.zero_shot, self.recipe.eval.retrieval)
         self.weights.train()
         if metrics:
             self.tracker.write(self.step, metrics)

@@ -67,7 +67,8 @@ def export_model(model: FlipModel, processor: FlipProcessor | None, out_dir: Pat
 
 
 def export_checkpoint(checkpoint: Path, out_dir: Path, dtype: torch.dtype = torch.float32) -> Path:
-    """The folder `out_dir`: the model of a run's checkpoint as `export_model` writes it, in `dtype`, without its card.
+    """The folder `out_dir`: the model of a run's checkpoint as `export_model` writes it, in `dtype`, without its card;
+    the averages of the weights where the recipe keeps them.
 
     One tensor is in memory at a time, whatever engine and processes wrote the checkpoint.
 
@@ -89,7 +90,8 @@ def export_checkpoint(checkpoint: Path, out_dir: Path, dtype: torch.dtype = torc
         for file in folder.glob("*.safetensors"):
             file.unlink()
         layout = {name: (dtype, reader.shapes[name]) for name, _ in model.named_parameters()}
-        tensors = (reader.tensor("weight", name).to(dtype) for name in tqdm(layout, "export", disable=None))
+        kind = "weight" if recipe.optim.ema_decay is None else "ema"
+        tensors = (reader.tensor(kind, name).to(dtype) for name in tqdm(layout, "export", disable=None))
         write_tensors(folder / "model.safetensors", layout, tensors)
 
     return _write_folder(model, build_processor(config, tokenizer), out_dir, save)

@@ -5,6 +5,7 @@ The launch file chooses one (`flipscale.training.launch`): data parallel here, s
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -44,6 +45,8 @@ class Engine:
         self.weights: FlipModel
         self.model: nn.Module
         self.optimizers: list[torch.optim.Optimizer] = []
+        # Of what this process holds of each parameter, where the recipe asks for averages.
+        self._averages: dict[str, torch.Tensor] = {}
 
     def build(self, config: FlipConfig, configure: Callable[[FlipModel], None], fill: Fill) -> None:
         """Collective. The model with its weights, sharded where the engine shards, not yet ready to train."""
@@ -97,12 +100,43 @@ class Engine:
         return gradient_norm(self.weights.parameters(), self.recipe.max_grad_norm)
 
     def step(self, learning_rate: float, finite: bool) -> None:
-        """Collective. Moves the weights, unless the step is not finite, and forgets the gradients."""
+        """Collective. Moves the weights and their averages unless the step is not finite, and forgets the gradients."""
         set_learning_rate(self.optimizers, learning_rate)
+        self._step(finite)
+        if finite and self.recipe.ema_decay is not None:
+            for name, values in self._residents().items():
+                self._averages[name].lerp_(values, 1.0 - self.recipe.ema_decay)
+
+    def _step(self, finite: bool) -> None:
         for optimizer in self.optimizers:
             if finite:
                 optimizer.step()
             optimizer.zero_grad()
+
+    def start_averages(self, reader: CheckpointReader | None) -> None:
+        """Averages from the weights as they are, or as a checkpoint has them, where the recipe asks for them."""
+        if self.recipe.ema_decay is None:
+            return
+        self._averages = {name: values.clone() for name, values in self._residents().items()}
+        for name, parameter in self.weights.named_parameters() if reader is not None else ():
+            assert reader is not None
+            reader.fill("ema", name, self._averages[name], self.resident(parameter)[1])
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Collective. `weights` are the averages meanwhile, where the recipe asks for them."""
+        self._swap()
+        yield
+        self._swap()
+
+    def _swap(self) -> None:
+        for name, values in self._residents().items() if self._averages else ():
+            kept = values.clone()
+            values.copy_(self._averages[name])
+            self._averages[name].copy_(kept)
+
+    def _residents(self) -> dict[str, torch.Tensor]:
+        return {name: self.resident(parameter)[0] for name, parameter in self.weights.named_parameters()}
 
     def forget_moments(self) -> None:
         """Gives the optimisers a fresh start."""
@@ -148,11 +182,14 @@ class Engine:
         return int(max(steps, default=0))
 
     def pieces(self) -> list[Piece]:
-        """This process's share of the weights and moments."""
+        """This process's share of the weights, moments and averages."""
         share, found = self.share(), []
         for name, parameter in self.weights.named_parameters():
             mine = share[name]
-            held = {"weight": self.resident(parameter), **self.moments(parameter)}
+            values, first = self.resident(parameter)
+            held = {"weight": (values, first), **self.moments(parameter)}
+            if self._averages:
+                held["ema"] = (self._averages[name], first)
             for kind, (values, first) in held.items():
                 found.append(Piece(kind, name, mine.start, values[mine.start - first : mine.stop - first]))
         return found

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import nn
 
 from flipscale.training.engine import Batch, Engine, Part
-from flipscale.training.optimizer import build_optimizers, empty_state, set_learning_rate
+from flipscale.training.optimizer import build_optimizers, empty_state
 
 
 class ZeroEngine(Engine):
@@ -49,6 +49,11 @@ class ZeroEngine(Engine):
         self._steps = 0
 
     def _keep(self, block: nn.Module) -> None:
+        if self.stage == 3 and block._compiled_call_impl is not None:
+            raise ValueError(
+                "model.compile is true and the launch file's engine is ZeRO-3, which gathers weights inside a block; "
+                "use ds_configs/fsdp2.yaml, or model.compile false"
+            )
         if self.stage == 3:
             import deepspeed
 
@@ -94,14 +99,20 @@ class ZeroEngine(Engine):
             norm = float(self.zero.scaled_global_norm())
         return torch.tensor(norm if norm >= 0 else math.nan, device=self.accelerator.device)
 
-    def step(self, learning_rate: float, finite: bool) -> None:
-        set_learning_rate([self.zero], learning_rate)
+    def _step(self, finite: bool) -> None:
         if not finite and dist.get_rank() == 0:
             # DeepSpeed leaves out a step whose gradients are not finite; a loss alone may be what is not. The first
             # number of the first gradient is no padding, which would stay as it is made here.
             next(iter(self.zero.averaged_gradients.values()))[0].view(-1)[0] = math.nan
         self.model.step()
         self._steps += finite
+
+    def _swap(self) -> None:
+        super()._swap()
+        kept_whole = self.zero.persistent_parameters if self.stage == 3 and self._averages else ()
+        if kept_whole:
+            kept_whole[0].partition(kept_whole)
+            kept_whole[0].all_gather(kept_whole)
 
     def forget_moments(self) -> None:
         super().forget_moments()

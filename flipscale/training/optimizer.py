@@ -23,6 +23,8 @@ class OptimRecipe:
         muon_lr_ratio: Muon's rate as a multiple of AdamW's. Muon's update of a matrix has a spectral norm of about the
             rate, times sqrt(rows / columns) for tall ones.
         muon_momentum: Nesterov momentum of Muon.
+        ema_decay: keep averages of the weights, each step's new weights mixed in with 1 - ema_decay; they are what is
+            evaluated and exported. Left out: no averages.
         max_grad_norm: clip the gradients' global norm; the paper clips nothing.
     """
 
@@ -34,6 +36,11 @@ class OptimRecipe:
     muon_lr_ratio: float = 10.0
     muon_momentum: float = 0.95
     max_grad_norm: float | None = None
+    ema_decay: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.ema_decay is not None and not 0.0 < self.ema_decay < 1.0:
+            raise ValueError(f"optim.ema_decay is {self.ema_decay}; it must be in (0, 1), such as 0.9999")
 
 
 def decays(name: str) -> bool:

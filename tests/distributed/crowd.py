@@ -82,6 +82,18 @@ def train_poisoned(file: str) -> None:
         verb.pair_loss = true_loss
 
 
+def train_compiled(file: str) -> None:
+    """A run whose blocks are compiled into graphs, which are not made machine code: that would take a minute."""
+    import torch
+
+    compile_module = torch.nn.Module.compile
+    torch.nn.Module.compile = lambda self, **options: compile_module(self, backend="aot_eager", **options)
+    try:
+        train(file)
+    finally:
+        torch.nn.Module.compile = compile_module
+
+
 def rewrite(file: str) -> None:
     """The newest checkpoint of a run, loaded and saved again in the folder `copy` of the run."""
     from flipscale.pretrain import Run

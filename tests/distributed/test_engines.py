@@ -10,6 +10,7 @@ import torch
 import yaml
 from conftest import metrics
 from distributed.crowd import Crowd, cut
+from safetensors.torch import load_file
 
 from flipscale.training.checkpoint import CheckpointReader, latest_checkpoint
 
@@ -55,7 +56,9 @@ class Trainings:
 
     def run(self, engine: str, world: int, task: str = "train", precision: str = "no", **changes: object) -> Path:
         """The directory of the finished run."""
-        run_dir = self.folder / "-".join([engine, str(world), task, precision, *changes])
+        run_dir = self.folder / "-".join(
+            [engine, str(world), task, precision, *changes, *changes.get("optim", {}), *changes.get("model", {})]
+        )
         if not run_dir.exists():
             answers = self.crowd(world).run(task, engine, self.file(run_dir, **changes), precision=precision)
             assert answers == ["done"] * world
@@ -85,6 +88,51 @@ def test_learns_what_one_process_does(trainings: Trainings, engine: str, world: 
                 assert apart.square().mean().sqrt() < 1e-6, (kind, name)
                 # And of a single gradient near zero.
                 assert apart.max() < 5e-5, (kind, name)
+
+
+@pytest.mark.parametrize(
+    ("engine", "task", "field"),
+    [
+        ("ddp", "train", "gradient_checkpointing"),
+        ("fsdp2", "train", "gradient_checkpointing"),
+        ("zero3", "train", "gradient_checkpointing"),
+        ("ddp", "train_compiled", "compile"),
+        ("fsdp2", "train_compiled", "compile"),
+    ],
+)
+def test_recomputed_or_compiled_it_learns_the_same(trainings: Trainings, engine: str, task: str, field: str) -> None:
+    run_dir = trainings.run(engine, 2, task, model={**trainings.recipe["model"], field: True})
+    assert close(losses(run_dir), losses(trainings.run("ddp", 1)))
+
+
+def test_compiled_blocks_are_refused_under_zero3(trainings: Trainings) -> None:
+    file = trainings.file(trainings.folder / "compiled-zero3", model={**trainings.recipe["model"], "compile": True})
+    for answer in trainings.crowd(2).run("train", "zero3", file):
+        assert answer.startswith("ValueError: model.compile is true and the launch file's engine is ZeRO-3, which")
+
+
+@pytest.mark.parametrize(("engine", "world"), [("ddp", 2), ("fsdp2", 2), ("zero2", 2), ("zero3", 2)])
+def test_averages_are_kept_evaluated_and_exported(trainings: Trainings, shards: Path, engine: str, world: int) -> None:
+    changes = {"optim": {"ema_decay": 0.5}, "eval": {"zero_shot": str(shards), "every_samples": 160}}
+    one, many = trainings.run("ddp", 1, **changes), trainings.run(engine, world, **changes)
+    assert close(losses(one), losses(many)), "training saw the averages"
+    for name in ("vision_model.encoder.layers.1.mlp.fc1.weight", "logit_scale"):
+        average, expected = reader(many).tensor("ema", name), reader(one).tensor("ema", name)
+        assert torch.allclose(average, expected, atol=1e-5)
+        assert not torch.allclose(average, reader(many).tensor("weight", name), atol=1e-5)
+        assert torch.equal(average, load_file(many / "model/model.safetensors")[name])
+    folder = trainings.folder / f"{engine}-averages"
+    cut(many, folder, 15)
+    assert trainings.crowd(world).run("train", engine, trainings.file(folder, **changes)) == ["done"] * world
+    assert torch.equal(reader(folder).tensor("ema", name), reader(many).tensor("ema", name))
+    evaluated = [[r for r in metrics(run_dir) if "loss" not in r] for run_dir in (one, many)]
+    assert len(evaluated[0]) == len(evaluated[1]) == 2
+    scores = [
+        [value for r in records for name, value in sorted(r.items()) if "top" in name or "acc" in name]
+        for records in evaluated
+    ]
+    assert scores[0] == scores[1]
+    assert scores[0]
 
 
 @pytest.mark.parametrize(("engine", "world"), [("ddp", 2), ("fsdp2", 2), ("fsdp2", 4)])
