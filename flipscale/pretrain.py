@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 
 from flipscale.cli import complain
 from flipscale.data.loader import InputShape, PairDataset, build_loader, load_tokenizer
@@ -50,6 +51,8 @@ class Run:
             expand_shards(folder)
         open_target(recipe.hub, resumes=checkpoint is not None)
         self.accelerator = start_accelerator(recipe.log.report_to, recipe.output_dir)
+        # A file system may show a new folder to one machine later than to another.
+        (checkpoint,) = broadcast_object_list([checkpoint])
         self.total_steps = self.stages[-1].last_step
         self.bad_samples = BadSamples(self.run_dir, self.accelerator.is_main_process, recipe.data.max_bad_fraction)
         self.tracker = Tracker(

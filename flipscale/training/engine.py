@@ -4,6 +4,7 @@ The launch file chooses one (`flipscale.training.launch`): data parallel here, s
 `engine_zero.py`. All of them learn the same numbers from the same recipe, and write the same checkpoints.
 """
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -64,7 +65,8 @@ class Engine:
         self.model = self.weights
         if self.accelerator.num_processes > 1:
             devices = [self.accelerator.device] if self.accelerator.device.type == "cuda" else None
-            # The only buffers are fixed tables, equal everywhere.
+            # The only buffers are fixed tables, equal everywhere. The option's new name is not in every torch.
+            warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
             self.model = DistributedDataParallel(
                 self.weights, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
             )

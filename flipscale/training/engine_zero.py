@@ -1,6 +1,7 @@
 """ZeRO-1, 2 and 3 by DeepSpeed: moments, then gradients, then weights partitioned, each seen flat."""
 
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -32,6 +33,8 @@ class ZeroEngine(Engine):
             )
         import deepspeed
 
+        # Of DeepSpeed's own calls.
+        warnings.filterwarnings("ignore", "`torch.distributed.* is deprecated", FutureWarning)
         deepspeed.init_distributed("nccl" if self.accelerator.device.type == "cuda" else "gloo", verbose=False)
         self.settings = {
             "torch_autocast": {"dtype": "bfloat16", "lower_precision_safe_modules": []},

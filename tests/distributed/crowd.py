@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import resource
 import shutil
 import socket
 import subprocess
@@ -80,6 +81,17 @@ def train_poisoned(file: str) -> None:
         train(file)
     finally:
         verb.pair_loss = true_loss
+
+
+def train_on_a_small_disk(file: str) -> None:
+    """A run whose last process cannot write what it has to a checkpoint."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        train(file)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def train_compiled(file: str) -> None:

@@ -11,7 +11,9 @@ import yaml
 from conftest import metrics
 from distributed.crowd import Crowd, cut
 from safetensors.torch import load_file
+from transformers import AutoModel
 
+from flipscale.cli import main
 from flipscale.training.checkpoint import CheckpointReader, latest_checkpoint
 
 MATRIX = [("ddp", 2), ("fsdp2", 2), ("zero1", 2), ("zero2", 2), ("zero3", 2), ("fsdp2", 4)]
@@ -186,6 +188,48 @@ def test_a_checkpoint_is_the_same_under_every_engine(
             assert torch.equal(ours.tensor(kind, name), theirs.tensor(kind, name)), (kind, name)
     states = [json.loads((r.path / "state.json").read_text()) for r in (ours, theirs)]
     assert states[0]["optimizer_steps"] == states[1]["optimizer_steps"] == 5
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2", "zero3"])
+def test_all_processes_tell_that_one_s_disk_is_full(trainings: Trainings, engine: str) -> None:
+    run_dir = trainings.folder / f"{engine}-full"
+    cut(trainings.run(engine, 2), run_dir, 5)
+    answers = trainings.crowd(2).run("train_on_a_small_disk", engine, trainings.file(run_dir))
+    assert answers[0] == answers[1]
+    assert answers[0].startswith(f"OSError: checkpoint {run_dir}/checkpoints/step-00000010 could not be written (")
+    assert answers[0].endswith("File too large); the ones before it are whole: free some space and start the run again")
+    assert [path.name for path in (run_dir / "checkpoints").iterdir()] == ["step-00000005"]
+    assert trainings.crowd(2).run("train", engine, trainings.file(run_dir)) == ["done"] * 2
+    assert losses(run_dir) == losses(trainings.run(engine, 2))
+
+
+@pytest.mark.parametrize(("engine", "world"), [("fsdp2", 4), ("zero2", 2), ("zero3", 2)])
+def test_any_checkpoint_is_exported(
+    trainings: Trainings, engine: str, world: int, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    run_dir = trainings.run(engine, world)
+    stored = CheckpointReader(run_dir / "checkpoints/step-00000015")
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        main(["export", str(run_dir), "--step", "15", "--dtype", name, "--out", str(tmp_path / name)])
+        assert capsys.readouterr().out.strip() == str(tmp_path / name)
+        model = AutoModel.from_pretrained(tmp_path / name)
+        for key, value in model.named_parameters():
+            assert value.dtype == dtype
+            assert torch.equal(value, stored.tensor("weight", key).to(dtype)), key
+    main(["export", str(run_dir)])
+    newest = load_file(run_dir / "export-20/model.safetensors")
+    assert all(torch.equal(value, newest[key]) for key, value in load_file(run_dir / "model/model.safetensors").items())
+
+
+def test_what_cannot_be_exported_is_named(trainings: Trainings, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    for arguments, message in (
+        ([str(tmp_path)], "has no checkpoint; name a run directory with one in checkpoints/"),
+        ([str(trainings.run("ddp", 1)), "--step", "7"], "step-00000007 is no checkpoint; there are step-00000005, "),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            main(["export", *arguments])
+        assert ended.value.code == 2
+        assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("engine", "world"), MATRIX[:-1])
