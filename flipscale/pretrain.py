@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 
 from flipscale.cli import complain
 from flipscale.data.feeding import enduring_batches, on_device
@@ -16,19 +17,18 @@ from flipscale.data.tar_source import expand_shards
 from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.suite import run_suite
 from flipscale.hub.background_push import BackgroundPush, card_name, open_target, push_finished
-from flipscale.hub.export import build_processor, export_model
+from flipscale.hub.export import build_processor, export_checkpoint
 from flipscale.hub.model_card import write_card
 from flipscale.model import FlipConfig, FlipModel
 from flipscale.training.attention import best_attention
 from flipscale.training.bad_samples import BadSamples
-from flipscale.training.checkpoint import load_optimizers, load_state, load_weights, save_checkpoint
-from flipscale.training.engine import Engine
+from flipscale.training.checkpoint import CheckpointReader, CheckpointWriter, list_checkpoints, load_state
 from flipscale.training.health import StepGuard, Verdict, agree_on_data
-from flipscale.training.initialization import Fill, fresh_weights, weights_of
-from flipscale.training.launch import leave, part, start_accelerator
+from flipscale.training.initialization import Fill, compile_blocks, fresh_weights, weights_of
+from flipscale.training.launch import build_engine, leave, part, start_accelerator
 from flipscale.training.preemption import StopRequest
 from flipscale.training.recipe import Recipe, parse_recipe, to_yaml
-from flipscale.training.reconstruction import trained_model, without_decoder
+from flipscale.training.reconstruction import trained_model
 from flipscale.training.run_directory import is_done, mark_done, open_run_directory, write_run_files
 from flipscale.training.schedule import Stage, plan_stages
 from flipscale.training.step import check_cacheable, gradients
@@ -57,6 +57,8 @@ class Run:
         open_target(recipe.hub, resumes=checkpoint is not None)
         self.accelerator = start_accelerator(recipe.log.report_to, recipe.output_dir)
         agree_on_data(self.accelerator, fingerprint(self.source))
+        # A file system may show a new folder to one machine later than to another.
+        (checkpoint,) = broadcast_object_list([checkpoint])
         self.total_steps = self.stages[-1].last_step
         self.bad_samples = BadSamples(self.run_dir, self.accelerator.is_main_process, recipe.data.max_bad_fraction)
         self.tracker = Tracker(
@@ -64,17 +66,19 @@ class Run:
         )
         self.background_push = BackgroundPush(recipe, self.total_steps, self.accelerator.is_main_process)
         self.request = StopRequest(watches_file=self.accelerator.is_main_process)
-        self.guard = StepGuard(self.accelerator, self.request)
+        newest = None if checkpoint is None else load_state(checkpoint)["step"]
+        self.checkpoints = CheckpointWriter(self.accelerator, self.run_dir, recipe.save, newest)
+        self.guard = StepGuard(self.accelerator, self.request, self.checkpoints)
         self.step, self.num_replaced, self.stopped = 0, 0, False
 
-        self.engine = Engine(self.accelerator, recipe.optim)
+        self.engine = build_engine(self.accelerator, recipe.optim, self.batch_size)
         kind = trained_model(recipe.loss, recipe.mask)
         fill = initial_weights(recipe.model.init_from, config, recipe.seed, kind)
         self.engine.build(config, self._configure, fill, kind)
         self.weights = self.engine.weights
         state = self._load(checkpoint)
         if self.accelerator.is_main_process:
-            write_run_files(recipe, self.accelerator.num_processes, state, len(self.source))
+            write_run_files(recipe, self.engine.name, self.accelerator.num_processes, state, len(self.source))
         if recipe.log.report_to:
             self.accelerator.init_trackers("tensorboard")
         self.request.listen()
@@ -92,10 +96,13 @@ class Run:
         model.set_attn_implementation(best_attention(self.accelerator.device))
         if self.recipe.model.gradient_checkpointing:
             model.gradient_checkpointing_enable()
+        if self.recipe.model.compile:
+            compile_blocks(model)
 
     def _load(self, checkpoint: Path | None) -> dict[str, Any]:
         if checkpoint is None:
             self.engine.prepare()
+            self.engine.start_averages(None)
             return {}
         state = load_state(checkpoint)
         if (state["data_samples"], state["data_fingerprint"]) != (len(self.source), fingerprint(self.source)):
@@ -103,11 +110,13 @@ class Run:
                 f"{checkpoint} was trained on {state['data_samples']} samples, the data now has {len(self.source)} or "
                 "in other shards; the order of samples would change: use the same data or another output_dir"
             )
-        load_weights(checkpoint, self.weights)
+        reader = CheckpointReader(checkpoint)
+        self.engine.load_weights(reader)
         self.engine.prepare()
         self.step = state["step"]
         if self.step > self._stage_of(self.step).schedule_first:
-            load_optimizers(checkpoint, self.weights, self.engine.optimizers)
+            self.engine.load_moments(reader, state["optimizer_steps"])
+        self.engine.start_averages(reader)
         return state
 
     def _stage_of(self, step: int) -> Stage:
@@ -143,57 +152,64 @@ class Run:
     def after_step(self, stage: Stage, metrics: dict[str, Any], verdict: Verdict) -> None:
         """Collective. Counts the step and does what is due: track, evaluate, save."""
         self.step += 1
+        self.stopped = verdict.stop
         self.bad_samples.count(verdict.num_replaced, self.batch_size)
         self.tracker.after_step(self.step, {**metrics, "stage": stage.name}, skipped=not verdict.finite)
+        if verdict.written:
+            self.commit()
         seen, recipe = self.step * self.batch_size, self.recipe
         evaluates = is_due(seen, self.batch_size, recipe.eval.every_samples) and self.step < self.total_steps
-        saves = self.stopped or is_due(seen, self.batch_size, recipe.save.every_samples)
+        saves = verdict.stop or verdict.save or is_due(seen, self.batch_size, recipe.save.every_samples)
         if evaluates or saves:
             self.tracker.pause()
             if evaluates:
                 self.evaluate()
             if saves:
                 self.save()
-                self.background_push.offer(self.step)
             self.tracker.resume()
 
     def evaluate(self) -> dict[str, float]:
-        """Collective. The recipe's evaluations of the weights as they are, also written to `metrics.jsonl`."""
+        """Collective. The recipe's evaluations of the weights or their averages, also written to `metrics.jsonl`."""
         self.weights.eval()
         embedder = Embedder(self.weights, self.tokenizer, self.accelerator, self.recipe.eval.batch_size)
-        metrics = run_suite(embedder, self.recipe.eval.zero_shot, self.recipe.eval.retrieval)
+        with self.engine.averaged():
+            metrics = run_suite(embedder, self.recipe.eval.zero_shot, self.recipe.eval.retrieval)
         self.weights.train()
         if metrics:
             self.tracker.write(self.step, metrics)
         return metrics
 
     def save(self) -> None:
-        """Collective. A checkpoint of this step."""
+        """Collective. Begins a checkpoint of this step."""
+        self.commit()
         self.bad_samples.flush()
-        if self.accelerator.is_main_process:
-            state = {
-                "step": self.step,
-                "samples_seen": self.step * self.batch_size,
-                "trained_seconds": self.tracker.trained_seconds,
-                "data_samples": len(self.source),
-                "data_fingerprint": fingerprint(self.source),
-                "num_processes": self.accelerator.num_processes,
-            }
-            recipe = self.recipe
-            save_checkpoint(
-                self.run_dir, self.weights, self.engine.optimizers, state, to_yaml(recipe), recipe.save.total_limit
-            )
-        self.accelerator.wait_for_everyone()
+        state = {
+            "step": self.step,
+            "samples_seen": self.step * self.batch_size,
+            "optimizer_steps": self.engine.optimizer_steps(),
+            "trained_seconds": self.tracker.trained_seconds,
+            "data_samples": len(self.source),
+            "data_fingerprint": fingerprint(self.source),
+            "num_processes": self.accelerator.num_processes,
+        }
+        self.checkpoints.save(self.engine.pieces(), self.engine.shapes(), state, to_yaml(self.recipe))
+
+    def commit(self) -> None:
+        """Collective. The checkpoint that was begun is there, and may be pushed."""
+        committed = self.checkpoints.commit()
+        if committed is not None:
+            self.background_push.offer(committed)
 
     def finish(self) -> None:
-        """Collective. The last checkpoint, evaluation and the exported model; nothing of it after a stop."""
+        """Collective. The last checkpoint; and unless the run was stopped, its evaluation and the exported model."""
         self.tracker.pause()
+        self.save()
+        self.commit()
         self.background_push.close()
         if not self.stopped:
-            self.save()
             self.evaluate()
             if self.accelerator.is_main_process:
-                export_model(without_decoder(self.weights), self.processor, self.run_dir / "model")
+                export_checkpoint(list_checkpoints(self.run_dir)[-1], self.run_dir / "model")
                 write_card(self.run_dir / "model", self.run_dir, card_name(self.recipe))
                 mark_done(self.run_dir)
         self.tracker.finish()
@@ -220,7 +236,6 @@ def pretrain(recipe: Recipe) -> Path:
             learned = gradients(run.engine, batch, recipe.loss)
             verdict = run.guard.agree(learned.loss, run.engine.gradient_norm(), run.num_replaced)
             run.engine.step(learning_rate, verdict.finite)
-            run.stopped = verdict.stop
             metrics = {
                 "loss": verdict.loss,
                 "lr": learning_rate,

@@ -58,11 +58,12 @@ def _model_folder(run_dir: Path, step: int | None) -> Iterator[Path]:
     if step is not None:
         from flipscale.hub.background_push import export_folder
         from flipscale.hub.export import export_checkpoint
+        from flipscale.training.checkpoint import checkpoint_of
 
         folder = export_folder(run_dir, step)
         shutil.rmtree(folder, ignore_errors=True)
         try:
-            yield export_checkpoint(run_dir / "checkpoints" / f"step-{step:08d}", folder)
+            yield export_checkpoint(checkpoint_of(run_dir, step), folder)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
         return

@@ -68,7 +68,7 @@ class DataSetting:
         """The setting of a recipe's first stage, with its `data` changed by the fields that are not None."""
         data = replace(recipe.data, **{name: value for name, value in fields.items() if value is not None})
         mask_ratio = recipe.stages[0].mask_ratio if recipe.stages else 0.0
-        return cls(data, InputShape.of(recipe.model.config()), mask_ratio, recipe.mask, recipe.seed)
+        return cls(data, InputShape.of(recipe.model_config()), mask_ratio, recipe.mask, recipe.seed)
 
     def dataset(self) -> PairDataset:
         """The training pairs, as `pretrain` makes them."""

@@ -4,18 +4,21 @@ import copy
 import json
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
-from transformers.initialization import no_init_weights
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from flipscale.data.loader import load_tokenizer
 from flipscale.model import FlipConfig, FlipModel, FlipProcessor
-from flipscale.training.checkpoint import load_weights
+from flipscale.training.checkpoint import CheckpointReader
 from flipscale.training.recipe import parse_recipe
-from flipscale.training.reconstruction import trained_model, without_decoder
+from flipscale.training.tensor_file import write_tensors
 
 # Above it weights are cut into files: the Hub's own client resumes an upload or download by the file.
 MAX_SHARD_SIZE = "5GB"
@@ -54,24 +57,6 @@ def build_processor(config: FlipConfig, tokenizer: PreTrainedTokenizerBase) -> F
     return FlipProcessor(image_processor, tokenizer)
 
 
-def export_checkpoint(checkpoint: Path, out_dir: Path) -> Path:
-    """The folder `out_dir`: the model of a run's checkpoint as `export_model` writes it, without its card.
-
-    Raises:
-        ValueError: no such checkpoint, or the tokenizer that its recipe names is gone.
-    """
-    if not (checkpoint / "recipe.yaml").is_file():
-        there = sorted(path.name for path in checkpoint.parent.glob("step-*"))
-        raise ValueError(f"{checkpoint} is no checkpoint; there are {', '.join(there) or 'none'}")
-    recipe = parse_recipe(["--config", str(checkpoint / "recipe.yaml")])
-    config = recipe.model_config()
-    with no_init_weights():
-        model = trained_model(recipe.loss, recipe.mask)(config)
-    load_weights(checkpoint, model)
-    tokenizer = load_tokenizer(recipe.data.tokenizer, config.text_config.max_position_embeddings)
-    return export_model(without_decoder(model).eval(), build_processor(config, tokenizer), out_dir)
-
-
 def export_model(
     model: FlipModel, processor: FlipProcessor | None, out_dir: Path | str, max_shard_size: str = MAX_SHARD_SIZE
 ) -> Path:
@@ -87,7 +72,69 @@ def export_model(
     Raises:
         ValueError: `out_dir` is something else than a model folder or an empty one.
     """
-    out_dir = Path(out_dir)
+    weights = model.state_dict()
+    shapes = {name: weight.shape for name, weight in weights.items()}
+
+    def save(folder: Path) -> None:
+        _write_weights(folder, shapes, lambda name: weights[name].cpu(), model.dtype, max_shard_size)
+
+    return _write_folder(model, processor, Path(out_dir), save)
+
+
+def export_checkpoint(checkpoint: Path, out_dir: Path, dtype: torch.dtype = torch.float32) -> Path:
+    """The folder `out_dir`: the model of a run's checkpoint as `export_model` writes it, in `dtype`, without its card;
+    the averages of the weights where the recipe keeps them.
+
+    One tensor is in memory at a time, whatever engine and processes wrote the checkpoint.
+
+    Raises:
+        ValueError: no such checkpoint, the tokenizer that its recipe names is gone, or `out_dir` is something else than
+            a model folder or an empty one.
+    """
+    if not (checkpoint / "recipe.yaml").is_file():
+        there = sorted(path.name for path in checkpoint.parent.glob("step-*"))
+        raise ValueError(f"{checkpoint} is no checkpoint; there are {', '.join(there) or 'none'}")
+    recipe = parse_recipe(["--config", str(checkpoint / "recipe.yaml")])
+    config, reader = recipe.model_config(), CheckpointReader(checkpoint)
+    tokenizer = load_tokenizer(recipe.data.tokenizer, config.text_config.max_position_embeddings)
+    with torch.device("meta"):
+        model = FlipModel._from_config(config, dtype=dtype)
+    kind = "weight" if recipe.optim.ema_decay is None else "ema"
+    shapes = {name: weight.shape for name, weight in model.state_dict().items()}
+
+    def save(folder: Path) -> None:
+        _write_weights(folder, shapes, lambda name: reader.tensor(kind, name), dtype, MAX_SHARD_SIZE)
+
+    return _write_folder(model, build_processor(config, tokenizer), out_dir, save)
+
+
+def _write_weights(
+    folder: Path,
+    shapes: dict[str, torch.Size],
+    read: Callable[[str], torch.Tensor],
+    dtype: torch.dtype,
+    max_shard_size: str,
+) -> None:
+    """The weights that `read` gives by name, in `dtype`, and beside fp32 ones the variant `bf16`, named and sharded as
+    `from_pretrained` finds them; one tensor is in memory at a time."""
+    for variant, kind in [("", dtype), *([(".bf16", torch.bfloat16)] if dtype == torch.float32 else [])]:
+        weights = {name: torch.empty(shape, dtype=kind, device="meta") for name, shape in shapes.items()}
+        split = split_torch_state_dict_into_shards(
+            weights, filename_pattern=f"model{variant}{{suffix}}.safetensors", max_shard_size=max_shard_size
+        )
+        for file, names in split.filename_to_tensors.items():
+            layout = {name: (kind, shapes[name]) for name in names}
+            bar = tqdm(names, file, leave=False, delay=2, disable=None)
+            write_tensors(folder / file, layout, (read(name).to(kind) for name in bar))
+        if split.is_sharded:
+            index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+            (folder / f"model.safetensors.index{variant}.json").write_text(json.dumps(index, indent=1) + "\n")
+
+
+def _write_folder(
+    model: FlipModel, processor: FlipProcessor | None, out_dir: Path, save: Callable[[Path], None]
+) -> Path:
+    """`out_dir` with the configuration, the code and the processor, and the weights that `save` writes into it."""
     _refuse_to_replace(out_dir)
     out_dir.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}-", dir=out_dir.parent))
@@ -100,12 +147,10 @@ def export_model(
         }
         if processor is not None:
             processor.save_pretrained(aside / "new")
-        model.save_pretrained(aside / "new", max_shard_size=max_shard_size)
-        # In a folder of its own: a second save removes the shards of the first, and names its type in config.json.
-        half = {name: w.bfloat16() if w.is_floating_point() else w for name, w in model.state_dict().items()}
-        model.save_pretrained(aside / "bf16", state_dict=half, variant="bf16", max_shard_size=max_shard_size)
-        for file in (aside / "bf16").glob("*.safetensors*"):
-            file.rename(aside / "new" / file.name)
+        model.save_pretrained(aside / "new", state_dict={})
+        for empty in (aside / "new").glob("*.safetensors"):
+            empty.unlink()
+        save(aside / "new")
         if out_dir.exists():
             out_dir.rename(aside / "old")
         (aside / "new").rename(out_dir)

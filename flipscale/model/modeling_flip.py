@@ -185,7 +185,7 @@ class FlipVisionEmbeddings(nn.Module):
         return (by_channel * self.pixel_scale.view(-1, 1) + self.pixel_shift.view(-1, 1)).flatten(2)
 
     def _check_patches(self, patches: torch.Tensor, patch_index: torch.Tensor | None) -> None:
-        width = self.patch_embedding.weight[0].numel()
+        width = self.config.num_channels * self.config.patch_size**2
         if patches.ndim != 3 or patches.shape[2] != width:
             raise ValueError(f"patches is {tuple(patches.shape)}, it must be (batch, kept, {width}) for this model")
         if patch_index is None and patches.shape[1] != self.config.num_patches:

@@ -1,96 +1,256 @@
-"""Checkpoints: `checkpoints/step-00012345/`, written aside and renamed, keyed by parameter name and nothing else.
+"""Checkpoints: `checkpoints/step-00012345/`, written aside by all processes and renamed once all of it is on disk.
 
-    model.safetensors       fp32 weights
-    optimizer.safetensors   moments as `exp_avg.NAME`, `momentum_buffer.NAME`, `step.NAME`, ...
+    part-00003.safetensors  what process 3 holds: ranges of weights and moments, fp32, seen flat, as `weight.NAME`,
+                            `exp_avg.NAME`, `exp_avg_sq.NAME`, `momentum_buffer.NAME`
+    index.json              every parameter's shape, and the bounds of its ranges over the parts
     state.json              step, samples seen, samples in the data set, versions
     recipe.yaml             as resolved
 
-The layout knows no process count and no engine, so a run resumes at another world size.
+The layout knows no engine, so a run goes on under another one and at another number of processes, each of which reads
+the ranges that it needs.
 """
 
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
-from torch import nn
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from safetensors import safe_open
+
+from flipscale.training.tensor_file import write_tensors
 
 _NAME = re.compile(r"step-(\d{8})")
 
 
 @dataclass(frozen=True)
 class SaveRecipe:
-    """When checkpoints are written.
+    """When checkpoints are written. Training goes on while they are.
 
     Args:
         every_samples: how often; 0 only at the end and on a stop signal.
+        every_minutes: how often by the clock, besides; 0 never.
         total_limit: how many are kept, the newest ones.
     """
 
     every_samples: int = 0
+    every_minutes: float = 0.0
     total_limit: int = 2
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A range of one tensor of a run, seen flat: `values` are its numbers from `first` on.
+
+    Args:
+        kind: `weight`, or a moment's name.
+        name: the parameter's.
+    """
+
+    kind: str
+    name: str
+    first: int
+    values: torch.Tensor
 
 
 def latest_checkpoint(run_dir: Path) -> Path | None:
     """The newest whole checkpoint of a run, or None."""
-    found = _checkpoints(run_dir)
+    found = list_checkpoints(run_dir)
     return found[-1] if found else None
 
 
-def _checkpoints(run_dir: Path) -> list[Path]:
+def checkpoint_of(run_dir: Path, step: int) -> Path:
+    """Where the checkpoint of a step is."""
+    return run_dir / "checkpoints" / f"step-{step:08d}"
+
+
+def list_checkpoints(run_dir: Path) -> list[Path]:
+    """The whole checkpoints of a run, oldest first."""
     return sorted(path for path in (run_dir / "checkpoints").glob("step-*") if _NAME.fullmatch(path.name))
 
 
-def save_checkpoint(
-    run_dir: Path,
-    model: nn.Module,
-    optimizers: Sequence[torch.optim.Optimizer],
-    state: dict[str, Any],
-    recipe_yaml: str,
-    total_limit: int,
-) -> Path:
-    """The folder of the checkpoint of `state["step"]`, durable on disk when this returns.
+def load_state(checkpoint: Path) -> dict[str, Any]:
+    """What was saved as the checkpoint's state, and its recipe under `recipe`."""
+    state = json.loads((checkpoint / "state.json").read_text())
+    return {**state, "recipe": yaml.safe_load((checkpoint / "recipe.yaml").read_text())}
 
-    Called by the main process alone, with the unwrapped model.
 
-    Raises:
-        OSError: the disk is full or not writable; the checkpoints that were there still are.
+class CheckpointReader:
+    """Reads ranges of a checkpoint's tensors, whatever processes wrote them."""
+
+    def __init__(self, checkpoint: Path):
+        self.path = checkpoint
+        index = json.loads((checkpoint / "index.json").read_text())
+        self.shapes: dict[str, list[int]] = index["shapes"]
+        self._bounds: dict[str, list[int]] = index["bounds"]
+        self._files: dict[int, Any] = {}
+
+    @property
+    def num_parameters(self) -> int:
+        """Of the model."""
+        return sum(torch.Size(shape).numel() for shape in self.shapes.values())
+
+    def fill(self, kind: str, name: str, values: torch.Tensor, first: int) -> None:
+        """Writes the numbers of `kind` of the parameter `name`, from `first` on, into the flat `values`.
+
+        Raises:
+            ValueError: the checkpoint has no such tensor.
+        """
+        if name not in self._bounds:
+            raise ValueError(f"checkpoint {self.path} has no {kind} of {name}; was the model another?")
+        last = first + values.numel()
+        for part, (start, stop) in enumerate(zip(self._bounds[name], self._bounds[name][1:], strict=False)):
+            begin, end = max(first, start), min(last, stop)
+            if begin >= end:
+                continue
+            file, keys = self._file(part)
+            if f"{kind}.{name}" not in keys:
+                raise ValueError(f"checkpoint {self.path} has no {kind} of {name}; was optim.name another?")
+            read = file.get_slice(f"{kind}.{name}")[begin - start : end - start]
+            values[begin - first : end - first].copy_(read)
+
+    def tensor(self, kind: str, name: str) -> torch.Tensor:
+        """A whole tensor, fp32, in its parameter's shape."""
+        whole = torch.empty(torch.Size(self.shapes[name]))
+        self.fill(kind, name, whole.view(-1), 0)
+        return whole
+
+    def _file(self, part: int) -> tuple[Any, set[str]]:
+        if part not in self._files:
+            file = safe_open(self.path / _part(part), "pt")
+            self._files[part] = (file, set(file.keys()))
+        return self._files[part]
+
+
+class CheckpointWriter:
+    """Writes a run's checkpoints, one at a time, each in a thread of every process.
+
+    What `save` is given is copied to host memory, and training goes on. The checkpoint is there when `commit` renames
+    it, after every process has reported that its part is on disk.
     """
-    final = run_dir / "checkpoints" / f"step-{state['step']:08d}"
-    if final.exists():
-        return final
-    partial = final.with_name(f".{final.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
-        save_file(
-            {n: p.detach().cpu().contiguous() for n, p in model.state_dict().items()}, partial / "model.safetensors"
-        )
-        tensors = {key: value.detach().cpu().contiguous() for key, value in _optimizer_tensors(model, optimizers)}
-        save_file(tensors, partial / "optimizer.safetensors")
-        (partial / "recipe.yaml").write_text(recipe_yaml)
-        (partial / "state.json").write_text(json.dumps(state, indent=1))
-        for path in [*partial.iterdir(), partial]:
-            _sync(path)
-        partial.rename(final)
-        _sync(final.parent)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
+
+    def __init__(self, accelerator: Accelerator, run_dir: Path, recipe: SaveRecipe, newest: int | None):
+        self.accelerator = accelerator
+        self.run_dir = run_dir
+        self.recipe = recipe
+        self.newest = newest
+        self._thread: threading.Thread | None = None
+        self._error: Exception | None = None
+        self._partial = self._final = run_dir
+        self._last_save = time.monotonic()
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a checkpoint waits for `commit`; alike on all processes."""
+        return self._thread is not None
+
+    @property
+    def is_writing(self) -> bool:
+        """Whether this process still writes."""
+        return self._thread is not None and self._thread.is_alive()
+
+    @property
+    def clock_is_due(self) -> bool:
+        """Whether `every_minutes` have passed since the last save, by this process's clock."""
+        minutes = (time.monotonic() - self._last_save) / 60
+        return 0 < self.recipe.every_minutes <= minutes
+
+    def save(self, pieces: list[Piece], shapes: dict[str, torch.Size], state: dict[str, Any], recipe: str) -> None:
+        """Collective. Begins the checkpoint of `state["step"]`, the one before it committed; nothing to do if that was
+        this.
+
+        Raises:
+            OSError: its folder could not be made.
+        """
+        assert not self.is_open
+        if state["step"] == self.newest:
+            return
+        self.newest = state["step"]
+        self._last_save = time.monotonic()
+        self._final = checkpoint_of(self.run_dir, self.newest)
+        self._partial = _hidden(self._final)
+        texts = {"state.json": json.dumps(state, indent=1), "recipe.yaml": recipe}
+        texts["index.json"] = json.dumps(self._index(pieces, shapes))
+        self._error = None
+        if self.accelerator.is_main_process:
+            try:
+                for stale in self._final.parent.glob(".*.partial"):
+                    shutil.rmtree(stale)
+                self._partial.mkdir(parents=True)
+            except OSError as error:
+                self._error = error
+        self._agree()
+        copies = {f"{p.kind}.{p.name}": p.values.detach().to("cpu", copy=True) for p in pieces if p.values.numel()}
+        self._thread = threading.Thread(target=self._write, args=(copies, texts), daemon=True)
+        self._thread.start()
+
+    def commit(self) -> int | None:
+        """Collective. The step of the checkpoint that was begun, now that it is there and those past `total_limit` are
+        gone; None if none was.
+
+        Raises:
+            OSError: the disk is full or not writable; the checkpoints that were there still are.
+        """
+        if self._thread is None:
+            return None
+        self._thread.join()
+        self._thread = None
+        self._agree()
+        if self.accelerator.is_main_process:
+            self._partial.rename(self._final)
+            _sync(self._final.parent)
+            for old in list_checkpoints(self.run_dir)[: -max(self.recipe.total_limit, 1)]:
+                # A kill amid the removal must not leave half of it under the name of a whole one.
+                shutil.rmtree(old.rename(_hidden(old)))
+        return self.newest
+
+    def _index(self, pieces: list[Piece], shapes: dict[str, torch.Size]) -> dict[str, Any]:
+        sizes = {piece.name: piece.values.numel() for piece in pieces if piece.kind == "weight"}
+        mine = torch.tensor([[sizes[name] for name in shapes]], device=self.accelerator.device)
+        ends = self.accelerator.gather(mine).cumsum(dim=0).cpu()
+        assert ends[-1].tolist() == [shape.numel() for shape in shapes.values()], "the parts do not make the whole"
+        bounds = {name: [0, *ends[:, column].tolist()] for column, name in enumerate(shapes)}
+        return {"shapes": {name: list(shape) for name, shape in shapes.items()}, "bounds": bounds}
+
+    def _write(self, tensors: dict[str, torch.Tensor], texts: dict[str, str]) -> None:
+        try:
+            layout = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
+            write_tensors(self._partial / _part(self.accelerator.process_index), layout, tensors.values())
+            if self.accelerator.is_main_process:
+                for name, text in texts.items():
+                    (self._partial / name).write_text(text)
+                    _sync(self._partial / name)
+            _sync(self._partial)
+        except OSError as error:
+            self._error = error
+
+    def _agree(self) -> None:
+        """Collective. Raises on all processes what failed on any."""
+        failed = gather_object([str(self._error)] if self._error is not None else [])
+        if not failed:
+            return
+        if self.accelerator.is_main_process:
+            shutil.rmtree(self._partial, ignore_errors=True)
         raise OSError(
-            f"checkpoint {final} could not be written ({error}); the ones before it are whole: free some space and "
-            "start the run again"
-        ) from error
-    for old in _checkpoints(run_dir)[: -max(total_limit, 1)]:
-        shutil.rmtree(old)
-    return final
+            f"checkpoint {self._final} could not be written ({failed[0]}); the ones before it are whole: free some "
+            "space and start the run again"
+        )
+
+
+def _hidden(path: Path) -> Path:
+    return path.with_name(f".{path.name}.partial")
+
+
+def _part(number: int) -> str:
+    return f"part-{number:05d}.safetensors"
 
 
 def _sync(path: Path) -> None:
@@ -99,58 +259,3 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def load_state(checkpoint: Path) -> dict[str, Any]:
-    """What `save_checkpoint` was given as `state`, and the saved recipe under `recipe`."""
-    state = json.loads((checkpoint / "state.json").read_text())
-    return {**state, "recipe": yaml.safe_load((checkpoint / "recipe.yaml").read_text())}
-
-
-def load_weights(checkpoint: Path, model: nn.Module) -> None:
-    """Fills the weights of an unwrapped model."""
-    model.load_state_dict(load_file(checkpoint / "model.safetensors"))
-
-
-def load_optimizers(checkpoint: Path, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> None:
-    """Fills the optimisers' moments, by parameter name.
-
-    Raises:
-        ValueError: the checkpoint was written with another optimiser.
-    """
-    with safe_open(checkpoint / "optimizer.safetensors", "pt") as file:
-        stored: dict[str, dict[str, torch.Tensor]] = {}
-        for key in file.keys():  # noqa: SIM118
-            field, _, name = key.partition(".")
-            stored.setdefault(name, {})[field] = file.get_tensor(key)
-    for name, parameter, optimizer in _owners(model, optimizers):
-        moment = "momentum_buffer" if isinstance(_plain(optimizer), torch.optim.Muon) else "exp_avg"
-        if moment not in stored.get(name, {}):
-            raise ValueError(f"checkpoint {checkpoint} has no {moment} for {name}; was optim.name another?")
-        optimizer.state[parameter] = {
-            # The fused AdamW keeps its step count, like the moments, on the parameter's device.
-            field: value.to(parameter.device)
-            for field, value in stored[name].items()
-        }
-
-
-def _plain(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """The torch optimiser inside an engine's wrapper."""
-    return getattr(optimizer, "optimizer", optimizer)
-
-
-def _optimizer_tensors(
-    model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]
-) -> Iterator[tuple[str, torch.Tensor]]:
-    for name, parameter, optimizer in _owners(model, optimizers):
-        for field, value in optimizer.state[parameter].items():
-            yield f"{field}.{name}", torch.as_tensor(value)
-
-
-def _owners(
-    model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]
-) -> Iterator[tuple[str, nn.Parameter, torch.optim.Optimizer]]:
-    owner = {id(p): o for o in optimizers for group in o.param_groups for p in group["params"]}
-    for name, parameter in model.named_parameters():
-        if id(parameter) in owner:
-            yield name, parameter, owner[id(parameter)]

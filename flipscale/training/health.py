@@ -1,4 +1,5 @@
-"""What all processes must agree on before a step is taken: is it finite, and was any of us asked to stop."""
+"""What all processes must agree on before a step is taken: is it finite, was any of us asked to stop, is it time to
+save, and is the last checkpoint on disk."""
 
 import math
 from dataclasses import dataclass
@@ -6,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from accelerate import Accelerator
 
+from flipscale.training.checkpoint import CheckpointWriter
 from flipscale.training.preemption import StopRequest
 
 MAX_SKIPPED_IN_A_ROW = 5
@@ -13,14 +15,25 @@ MAX_SKIPPED_IN_A_ROW = 5
 
 @dataclass(frozen=True)
 class Verdict:
-    """The global batch's loss, the gradient norm, whether the step is to be taken, whether it is the last, and how many
-    of the batch's samples were bad and replaced."""
+    """What the processes agreed on.
+
+    Args:
+        loss: of the global batch.
+        grad_norm: of its gradients.
+        finite: whether the step is to be taken.
+        stop: whether it is the last.
+        save: whether the clock says that a checkpoint is due.
+        num_replaced: how many of the batch's samples were bad and replaced.
+        written: whether every process's part of the last checkpoint is on disk.
+    """
 
     loss: float
     grad_norm: float
     finite: bool
     stop: bool
     num_replaced: int
+    save: bool
+    written: bool
 
 
 def agree_on_data(accelerator: Accelerator, fingerprint: int) -> None:
@@ -41,9 +54,10 @@ def agree_on_data(accelerator: Accelerator, fingerprint: int) -> None:
 class StepGuard:
     """Skips steps whose loss or gradients are not finite, and gives up after a few in a row."""
 
-    def __init__(self, accelerator: Accelerator, request: StopRequest):
+    def __init__(self, accelerator: Accelerator, request: StopRequest, checkpoints: CheckpointWriter):
         self.accelerator = accelerator
         self.request = request
+        self.checkpoints = checkpoints
         self._in_a_row = 0
 
     def agree(self, loss: torch.Tensor, grad_norm: torch.Tensor, num_replaced: int) -> Verdict:
@@ -52,9 +66,12 @@ class StepGuard:
         Raises:
             FloatingPointError: the loss or the gradients were not finite in `MAX_SKIPPED_IN_A_ROW` steps in a row.
         """
-        counts = torch.tensor([float(self.request.reason is not None), float(num_replaced)], device=loss.device)
-        mine = torch.cat([torch.stack([loss.detach().float(), grad_norm.detach().float()]), counts])
-        loss_sum, norm_sum, asked_sum, replaced = self.accelerator.reduce(mine, "sum").tolist()
+        # One clock is asked, the main process's.
+        due = self.checkpoints.clock_is_due and self.accelerator.is_main_process
+        flags = [self.request.reason is not None, due, self.checkpoints.is_writing, num_replaced]
+        mine = torch.stack([loss.detach().float(), grad_norm.detach().float()])
+        mine = torch.cat([mine, torch.tensor(flags, device=loss.device)])
+        loss_sum, norm_sum, asked, due_sum, writing, replaced = self.accelerator.reduce(mine, "sum").tolist()
         count = self.accelerator.num_processes
         finite = math.isfinite(loss_sum) and math.isfinite(norm_sum)
         self._in_a_row = 0 if finite else self._in_a_row + 1
@@ -63,4 +80,5 @@ class StepGuard:
                 f"loss {loss_sum / count} or gradient norm {norm_sum / count} was not finite in {self._in_a_row} "
                 "steps in a row, none of them taken; lower the learning rate and go on from the last checkpoint"
             )
-        return Verdict(loss_sum / count, norm_sum / count, finite, asked_sum > 0, int(replaced))
+        written = self.checkpoints.is_open and writing == 0
+        return Verdict(loss_sum / count, norm_sum / count, finite, asked > 0, int(replaced), due_sum > 0, written)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from flipscale.model import FlipConfig, FlipModel
 
@@ -44,6 +45,13 @@ def build_weights(
     left = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
     assert not left, f"never made real: {left}"
     return model
+
+
+def compile_blocks(model: FlipModel) -> None:
+    """Has torch.compile make one graph of every encoder block: one compilation for a tower, whatever its depth."""
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.compile(fullgraph=True)
 
 
 def fresh_weights(seed: int) -> Fill:

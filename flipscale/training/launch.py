@@ -1,15 +1,101 @@
-"""The processes a run was promised, and the ones it got."""
+"""What the launcher asks for: how many processes, and which engine; and the processes that a run got."""
 
 import ctypes
+import json
 import os
 import sys
 import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 
+from flipscale.training.engine import Engine
+from flipscale.training.optimizer import OptimRecipe
+
 NUM_PROCESSES = "FLIPSCALE_NUM_PROCESSES"
+# What `accelerate launch` sets to have accelerate shard the model; flipscale does that itself, by the same settings.
+_SHARDING = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
+# What the recipe or the launch file's mixed_precision decides, so that DeepSpeed's file must not.
+_NOT_ZERO_S = (
+    "optimizer",
+    "scheduler",
+    "fp16",
+    "bf16",
+    "amp",
+    "gradient_clipping",
+    "gradient_accumulation_steps",
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+)
+
+
+def build_engine(accelerator: Accelerator, recipe: OptimRecipe, global_batch_size: int) -> Engine:
+    """Collective. The engine that the launch file chose: FSDP2, ZeRO-1, 2 or 3, or else data parallel.
+
+    Raises:
+        ValueError: a launch file that asks for what flipscale does not do, or for what the recipe decides.
+    """
+    if _is_set(os.environ, "ACCELERATE_USE_DEEPSPEED"):
+        settings = deepspeed_settings(os.environ)
+        if not torch.cuda.is_available():
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        from flipscale.training.engine_zero import ZeroEngine
+
+        return ZeroEngine(accelerator, recipe, global_batch_size, settings=settings)
+    if _is_set(os.environ, "ACCELERATE_USE_FSDP"):
+        version = os.environ.get("FSDP_VERSION", "1")
+        if version != "2":
+            raise ValueError(
+                f"the launch file's fsdp_version is {version}; write fsdp_version: 2 (ds_configs/fsdp2.yaml)"
+            )
+        from flipscale.training.engine_fsdp2 import Fsdp2Engine
+
+        return Fsdp2Engine(accelerator, recipe, global_batch_size)
+    return Engine(accelerator, recipe, global_batch_size)
+
+
+def deepspeed_settings(environment: Mapping[str, str]) -> dict[str, Any]:
+    """DeepSpeed's settings of a launch: its JSON file, or the stage that the launch file names.
+
+    Raises:
+        ValueError: no such file, no ZeRO stage, or a setting that the recipe decides.
+    """
+    file = environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
+    if file == "none":
+        return {"zero_optimization": {"stage": int(environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"))}}
+    try:
+        given = json.loads(Path(file).read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"deepspeed_config_file {file} cannot be read ({error})") from error
+    settings = {name: value for name, value in given.items() if value != "auto"}
+    for name in _NOT_ZERO_S:
+        if name in settings:
+            raise ValueError(
+                f"{file}: {name} is {settings[name]}; leave it out: the recipe and the launch file's mixed_precision "
+                "decide it"
+            )
+    stage = settings.get("zero_optimization", {}).get("stage")
+    if stage not in (1, 2, 3):
+        raise ValueError(f"{file}: zero_optimization.stage is {stage}; use 1, 2 or 3, or ds_configs/ddp.yaml")
+    return settings
+
+
+def _is_set(environment: Mapping[str, str], name: str) -> bool:
+    return environment.get(name, "false").lower() in ("1", "true")
+
+
+@contextmanager
+def _unsharded() -> Iterator[None]:
+    asked = {name: os.environ.pop(name) for name in _SHARDING if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(asked)
 
 
 def promised_processes(environment: dict[str, str]) -> int:
@@ -30,11 +116,8 @@ def start_accelerator(report_to: list[str], run_dir: str) -> Accelerator:
     """
     if not torch.cuda.is_available():
         keep_freed_memory()
-    accelerator = Accelerator(
-        cpu=not torch.cuda.is_available(),
-        log_with=report_to or None,
-        project_dir=run_dir,
-    )
+    with _unsharded():
+        accelerator = Accelerator(cpu=not torch.cuda.is_available(), log_with=report_to or None, project_dir=run_dir)
     if accelerator.mixed_precision not in ("no", "bf16"):
         raise ValueError(
             f"mixed_precision is {accelerator.mixed_precision!r}; the loss is fp32 and needs 'bf16' or 'no'"

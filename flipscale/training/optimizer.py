@@ -7,6 +7,8 @@ from typing import Literal
 import torch
 from torch import nn
 
+from flipscale.training.muon import Muon
+
 
 @dataclass(frozen=True)
 class OptimRecipe:
@@ -21,6 +23,8 @@ class OptimRecipe:
         muon_lr_ratio: Muon's rate as a multiple of AdamW's. Muon's update of a matrix has a spectral norm of about the
             rate, times sqrt(rows / columns) for tall ones.
         muon_momentum: Nesterov momentum of Muon.
+        ema_decay: keep averages of the weights, each step's new weights mixed in with 1 - ema_decay; they are what is
+            evaluated and exported. Left out: no averages.
         max_grad_norm: clip the gradients' global norm; the paper clips nothing.
     """
 
@@ -32,6 +36,11 @@ class OptimRecipe:
     muon_lr_ratio: float = 10.0
     muon_momentum: float = 0.95
     max_grad_norm: float | None = None
+    ema_decay: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.ema_decay is not None and not 0.0 < self.ema_decay < 1.0:
+            raise ValueError(f"optim.ema_decay is {self.ema_decay}; it must be in (0, 1), such as 0.9999")
 
 
 def decays(name: str) -> bool:
@@ -45,16 +54,20 @@ def _is_block_matrix(name: str, parameter: nn.Parameter) -> bool:
 
 
 def build_optimizers(
-    named_parameters: Iterable[tuple[str, nn.Parameter]], recipe: OptimRecipe
+    named_parameters: Iterable[tuple[str, nn.Parameter]],
+    recipe: OptimRecipe,
+    muon_dtype: torch.dtype = torch.bfloat16,
 ) -> list[torch.optim.Optimizer]:
-    """The optimisers of all trainable parameters; their rates are set by `set_learning_rate` before each step."""
+    """The optimisers of all trainable parameters; their rates are set by `set_learning_rate` before each step.
+
+    Args:
+        muon_dtype: of Muon's iteration.
+    """
     parameters = [(name, parameter) for name, parameter in named_parameters if parameter.requires_grad]
     optimizers: list[torch.optim.Optimizer] = []
     if recipe.name == "muon":
         matrices = [parameter for name, parameter in parameters if _is_block_matrix(name, parameter)]
-        optimizers.append(
-            torch.optim.Muon(matrices, lr=0.0, weight_decay=recipe.weight_decay, momentum=recipe.muon_momentum)
-        )
+        optimizers.append(Muon(matrices, recipe.weight_decay, recipe.muon_momentum, muon_dtype))
         optimizers[0].param_groups[0]["lr_ratio"] = recipe.muon_lr_ratio
         parameters = [(name, parameter) for name, parameter in parameters if not _is_block_matrix(name, parameter)]
     decayed = [parameter for name, parameter in parameters if decays(name)]
@@ -64,6 +77,18 @@ def build_optimizers(
         groups, lr=0.0, betas=(recipe.adam_beta1, recipe.adam_beta2), eps=recipe.adam_epsilon, fused=True
     )
     return [*optimizers, adamw]
+
+
+def moment_names(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
+    """The moments that the optimiser keeps of a parameter, each of the parameter's shape."""
+    return ("momentum_buffer",) if isinstance(optimizer, Muon) else ("exp_avg", "exp_avg_sq")
+
+
+def empty_state(optimizer: torch.optim.Optimizer, parameter: torch.Tensor, steps: int) -> dict[str, torch.Tensor]:
+    """A parameter's optimiser state after `steps` steps, its moments yet to be filled."""
+    state = {name: torch.zeros_like(parameter) for name in moment_names(optimizer)}
+    # The fused AdamW keeps its step count, like the moments, on the parameter's device.
+    return {**state, "step": torch.tensor(float(steps), device=parameter.device)}
 
 
 def set_learning_rate(optimizers: Iterable[torch.optim.Optimizer], learning_rate: float) -> None:

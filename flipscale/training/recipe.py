@@ -22,6 +22,7 @@ RECIPES = Path(__file__).parent.parent / "recipes"
 # Fields of the sections that decide what is learned which do not: they may differ on resume.
 _WHERE_IT_RUNS = {
     ("model", "gradient_checkpointing"),
+    ("model", "compile"),
     ("data", "micro_batch_size"),
     ("data", "num_workers"),
     ("data", "shards"),
@@ -41,6 +42,8 @@ class ModelRecipe:
         vision_config: fields of the image tower that differ from the size's, e.g. `{image_size: 112}`.
         text_config: fields of the text tower that differ from the size's.
         gradient_checkpointing: recompute activations in the backward pass. Does not change what is learned.
+        compile: torch.compile the blocks; the first steps of each mask ratio wait for it. Does not change what is
+            learned.
         init_from: a model folder or Hub name whose weights the run starts from.
     """
 
@@ -48,6 +51,7 @@ class ModelRecipe:
     vision_config: dict[str, Any] = field(default_factory=dict)
     text_config: dict[str, Any] = field(default_factory=dict)
     gradient_checkpointing: bool = False
+    compile: bool = False
     init_from: str | None = None
 
     def config(self) -> FlipConfig:

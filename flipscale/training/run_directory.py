@@ -63,15 +63,16 @@ def is_done(recipe: Recipe) -> bool:
     return open_run_directory(recipe) is not None and (Path(recipe.output_dir) / "DONE").exists()
 
 
-def write_run_files(recipe: Recipe, num_processes: int, state: dict[str, Any], data_samples: int) -> None:
+def write_run_files(recipe: Recipe, engine: str, num_processes: int, state: dict[str, Any], data_samples: int) -> None:
     """Writes `recipe.yaml` and `environment.json`; the main process alone.
 
     Args:
+        engine: its name.
         state: of the checkpoint that the run goes on from, if any.
     """
     run_dir = Path(recipe.output_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / "recipe.yaml").write_text(to_yaml(recipe))
+    _write_whole(run_dir / "recipe.yaml", to_yaml(recipe))
     file = run_dir / "environment.json"
     before = json.loads(file.read_text()).get("launches", []) if file.exists() else []
     step = state.get("step", 0)
@@ -82,15 +83,15 @@ def write_run_files(recipe: Recipe, num_processes: int, state: dict[str, Any], d
         "device": device_name(),
     }
     with torch.device("meta"):
-        num_parameters = FlipModel(recipe.model.config()).num_parameters()
+        num_parameters = FlipModel(recipe.model_config()).num_parameters()
     content = {
-        **environment(num_processes),
+        **environment(engine, num_processes),
         "num_parameters": num_parameters,
         "data_samples": data_samples,
         # A launch from the same step or before takes the place of one whose steps were taken back.
         "launches": [*(earlier for earlier in before if earlier["step"] < step), launch],
     }
-    file.write_text(json.dumps(content, indent=1) + "\n")
+    _write_whole(file, json.dumps(content, indent=1) + "\n")
 
 
 def device_name() -> str:
@@ -102,7 +103,14 @@ def device_name() -> str:
     return f"{(names or [platform.processor() or platform.machine()])[0]}, {torch.get_num_threads()} thread(s)"
 
 
-def environment(num_processes: int) -> dict[str, Any]:
+def _write_whole(path: Path, text: str) -> None:
+    """A kill leaves the file as it was or as it is to be."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(text)
+    partial.replace(path)
+
+
+def environment(engine: str, num_processes: int) -> dict[str, Any]:
     """Versions, machine and launch of this run."""
     packages = ("torch", "transformers", "accelerate", "numpy", "simplejpeg", "opencv-python-headless")
     commit = subprocess.run(
@@ -114,6 +122,7 @@ def environment(num_processes: int) -> dict[str, Any]:
         "python": platform.python_version(),
         **{package: version(package) for package in packages},
         "command": sys.argv,
+        "engine": engine,
         "num_processes": num_processes,
         "mixed_precision": os.environ.get("ACCELERATE_MIXED_PRECISION", "no"),
         "machine": platform.machine(),

@@ -71,7 +71,7 @@ class Tracker:
         if not self.accelerator.is_main_process:
             return
         if self.path.exists():
-            lines = [line for line in self.path.read_text().splitlines() if json.loads(line)["step"] <= step]
+            lines = [line for line in self.path.read_text().splitlines() if _step_of(line) <= step]
             partial = self.path.with_suffix(".partial")
             partial.write_text("".join(f"{line}\n" for line in lines))
             partial.replace(self.path)
@@ -160,3 +160,11 @@ class Tracker:
         self._interval_start = self.trained_seconds
         self._wait_seconds = 0.0
         self._steps = self._skipped = 0
+
+
+def _step_of(line: str) -> float:
+    """The step of a record; never, of one that a kill or a full disk cut off."""
+    try:
+        return json.loads(line)["step"]
+    except json.JSONDecodeError:
+        return math.inf

@@ -1,6 +1,8 @@
 """Two real processes learn what one does, and what two began one can finish."""
 
+import json
 import shutil
+import socket
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,7 +12,6 @@ import yaml
 from conftest import launch, metrics, pretrain
 from safetensors.torch import load_file
 
-LAUNCH_FILES = Path(__file__).parents[2] / "ds_configs"
 SAVE = {"every_samples": 160, "total_limit": 20}
 
 
@@ -54,7 +55,7 @@ def test_two_processes_resume(runs: dict[int, Path], write_recipe, tmp_path: Pat
     assert done.returncode == 0, done.stderr
     tolerance = 0.0 if processes == 2 else 1e-5
     assert max(abs(a - b) for a, b in zip(losses(copy), losses(runs[2]), strict=True)) <= tolerance
-    ends = [load_file(d / "checkpoints/step-00000040/model.safetensors") for d in (copy, runs[2])]
+    ends = [load_file(d / "model/model.safetensors") for d in (copy, runs[2])]
     for name, value in ends[0].items():
         # A key bias has no true gradient (softmax is shift-invariant): Adam turns its rounding noise into steps.
         if processes == 2 or not name.endswith("k_proj.bias"):
@@ -98,11 +99,12 @@ def test_an_indivisible_batch_names_both_numbers(write_recipe, tmp_path: Path) -
     assert "global_batch_size 15 is not divisible by 2 processes; use 1 or 3 processes, or 14" in done.stderr
 
 
-def test_launch_file_over_two_machines(runs: dict[int, Path], write_recipe, tmp_path: Path) -> None:
-    """The README's multi-node command with ds_configs/ddp.yaml: two launchers, one process each, in bf16."""
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2", "zero1", "zero2", "zero3"])
+def test_launch_file_over_two_machines(runs: dict[int, Path], write_recipe, tmp_path: Path, engine: str) -> None:
+    """The README's multi-node command with every launch file as it is: two launchers, one process each, in bf16."""
     file = write_recipe(tmp_path / "nodes")
-    flags = ["--config_file", str(LAUNCH_FILES / "ddp.yaml"), "--num_machines", "2", "--num_processes", "2"]
-    flags += ["--main_process_ip", "127.0.0.1", "--main_process_port", "29591"]
+    flags = ["--config_file", f"ds_configs/{engine}.yaml", "--num_machines", "2", "--num_processes", "2"]
+    flags += ["--main_process_ip", "127.0.0.1", "--main_process_port", str(free_port())]
     command = [sys.executable, "-m", "accelerate.commands.launch", *flags]
     tail = ["-m", "flipscale.pretrain", "--config", str(file)]
     with ThreadPoolExecutor() as pool:
@@ -111,6 +113,14 @@ def test_launch_file_over_two_machines(runs: dict[int, Path], write_recipe, tmp_
         )
         for done in nodes:
             assert done.returncode == 0, done.stderr
+    environment = json.loads((tmp_path / "nodes/environment.json").read_text())
+    assert [environment[name] for name in ("engine", "num_processes", "mixed_precision")] == [engine, 2, "bf16"]
     two = losses(tmp_path / "nodes")
     assert len(two) == 40
     assert max(abs(a - b) for a, b in zip(two, losses(runs[1]), strict=True)) < 0.05
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]

@@ -1,0 +1,31 @@
+"""A run's model as a folder that transformers loads: `flipscale export runs/NAME`."""
+
+import argparse
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `flipscale export` takes."""
+    parser.add_argument("run_dir", metavar="RUN", type=Path, help="a run directory, finished or not")
+    parser.add_argument("--step", type=int, help="of the checkpoint; the newest one by default")
+    parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="of the weights")
+    parser.add_argument("--out", metavar="DIR", type=Path, help="the folder; RUN/export-STEP by default")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Writes the folder and prints its name; one tensor is in memory at a time, and no engine is needed.
+
+    Raises:
+        ValueError: no such checkpoint, or a folder that is something else.
+    """
+    import torch
+
+    from flipscale.hub.export import export_checkpoint
+    from flipscale.training.checkpoint import checkpoint_of, latest_checkpoint
+
+    checkpoint = latest_checkpoint(args.run_dir) if args.step is None else checkpoint_of(args.run_dir, args.step)
+    if checkpoint is None:
+        raise ValueError(f"{args.run_dir} has no checkpoint; name a run directory with one in checkpoints/")
+    out = args.out or args.run_dir / f"export-{int(checkpoint.name[5:])}"
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
+    print(export_checkpoint(checkpoint, out, dtype))

@@ -1,0 +1,107 @@
+"""Muon: momentum made orthogonal by a Newton-Schulz iteration, its matrices shared out over the processes.
+
+The iteration needs whole matrices and costs as much on every process as on one, so each process does it for its part
+of them, many of one shape at a time. Weights and momentum stay where the engine has them: whole, or sharded by rows.
+"""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+# Keller Jordan, "Muon: An optimizer for hidden layers in neural networks" (2024); torch.optim.Muon has the same.
+_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+_ITERATIONS = 5
+# Matrices that a process has at once; bounds the memory of a step.
+_AT_ONCE = 8
+
+
+class Muon(torch.optim.Optimizer):
+    """torch.optim.Muon's steps (Nesterov momentum, decoupled decay, rate times sqrt(rows / columns) for tall matrices)
+    for matrices that are whole on every process, or DTensors sharded by rows.
+
+    Args:
+        dtype: of the iteration and of what is exchanged for it.
+    """
+
+    def __init__(
+        self, matrices: Iterable[nn.Parameter], weight_decay: float, momentum: float, dtype: torch.dtype
+    ) -> None:
+        super().__init__(matrices, {"lr": 0.0, "weight_decay": weight_decay, "momentum": momentum})
+        self.dtype = dtype
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Collective. Moves the matrices that have a gradient, the same ones on every process."""
+        world = dist.get_world_size() if dist.is_initialized() else 1
+        for group in self.param_groups:
+            by_shape: dict[torch.Size, list[nn.Parameter]] = {}
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    by_shape.setdefault(parameter.shape, []).append(parameter)
+            for shape, parameters in by_shape.items():
+                rate = group["lr"] * math.sqrt(max(1.0, shape[0] / shape[1]))
+                for first in range(0, len(parameters), _AT_ONCE * world):
+                    some = parameters[first : first + _AT_ONCE * world]
+                    updates = self._orthogonal([self._momentum(p, group["momentum"]) for p in some], shape, world)
+                    for parameter, update in zip(some, updates, strict=True):
+                        values = _local(parameter)
+                        values.mul_(1.0 - group["lr"] * group["weight_decay"])
+                        values.sub_(update.to(values.dtype), alpha=rate)
+
+    def _momentum(self, parameter: nn.Parameter, momentum: float) -> torch.Tensor:
+        """What this process has of the Nesterov momentum, which the gradient has been added to."""
+        state, gradient = self.state[parameter], parameter.grad
+        assert gradient is not None
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(parameter)
+        buffer, gradient = _local(state["momentum_buffer"]), _local(gradient)
+        buffer.lerp_(gradient, 1.0 - momentum)
+        return gradient.lerp(buffer, momentum).to(self.dtype)
+
+    def _orthogonal(self, mine: list[torch.Tensor], shape: torch.Size, world: int) -> list[torch.Tensor]:
+        """What this process has of the orthogonal matrices; matrix i is process i % world's to compute."""
+        if world == 1:
+            return list(orthogonalise(torch.stack(mine)))
+        rank, count = dist.get_rank(), len(mine)
+        each = -(-count // world)
+        if mine[0].shape == shape:
+            own = torch.stack([mine[min(rank + turn * world, count - 1)] for turn in range(each)])
+            everyone = own.new_empty(world, *own.shape)
+            dist.all_gather_single(everyone.flatten(0, 1), orthogonalise(own))
+            return [everyone[number % world, number // world] for number in range(count)]
+        rows = -(-shape[0] // world)
+        parts = mine[0].new_zeros(each, world, rows, shape[1])
+        for number, part in enumerate(mine):
+            parts[number // world, number % world, : len(part)] = part
+        whole = _exchange(parts.transpose(0, 1)).transpose(0, 1).flatten(1, 2)[:, : shape[0]]
+        whole = nn.functional.pad(orthogonalise(whole), (0, 0, 0, rows * world - shape[0]))
+        back = _exchange(whole.unflatten(1, (world, rows)).transpose(0, 1))
+        return [back[number % world, number // world, : len(part)] for number, part in enumerate(mine)]
+
+
+def orthogonalise(matrices: torch.Tensor) -> torch.Tensor:
+    """Matrices `(count, rows, columns)` with the singular vectors of the given ones and singular values near 1."""
+    a, b, c = _COEFFICIENTS
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.transpose(1, 2) if tall else matrices
+    x = x / torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(_ITERATIONS):
+        gram = torch.bmm(x, x.transpose(1, 2))
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.transpose(1, 2) if tall else x
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _exchange(parts: torch.Tensor) -> torch.Tensor:
+    """Collective. `parts[i]` of every process for process i, in rank order."""
+    received = torch.empty_like(parts, memory_format=torch.contiguous_format)
+    dist.all_to_all_single(received, parts.contiguous())
+    return received

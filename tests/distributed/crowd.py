@@ -1,0 +1,184 @@
+"""Processes that stay: each trains one recipe after another, under one engine after another, on gloo."""
+
+import contextlib
+import json
+import os
+import resource
+import shutil
+import socket
+import subprocess
+import sys
+import traceback
+from pathlib import Path
+
+ENVIRONMENTS = {
+    "ddp": {},
+    "fsdp2": {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"},
+    **{
+        f"zero{stage}": {
+            "ACCELERATE_USE_DEEPSPEED": "true",
+            "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(Path(__file__).parents[2] / f"ds_configs/zero{stage}.json"),
+        }
+        for stage in (1, 2, 3)
+    },
+}
+
+
+class Crowd:
+    """`world` processes of this file."""
+
+    def __init__(self, world: int):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        common = {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        common |= {"OMP_NUM_THREADS": 1, "ACCELERATE_USE_CPU": 1, "HF_HUB_OFFLINE": 1}
+        self.processes = [
+            subprocess.Popen(
+                [sys.executable, __file__], text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                env={**os.environ, **{k: str(v) for k, v in {**common, "RANK": rank, "LOCAL_RANK": rank}.items()}},
+            )
+            for rank in range(world)
+        ]  # fmt: skip
+
+    def run(self, task: str, engine: str, file: Path, **options: object) -> list[str]:
+        """What every process answers: "done", or its error. A recipe's file, and a task of this file's."""
+        environment = {**ENVIRONMENTS[engine], "ACCELERATE_MIXED_PRECISION": options.pop("precision", "no")}
+        line = json.dumps({"task": task, "file": str(file), "environment": environment, **options})
+        for process in self.processes:
+            process.stdin.write(line + "\n")
+            process.stdin.flush()
+        return [json.loads(process.stdout.readline() or '"died"') for process in self.processes]
+
+    def end(self) -> None:
+        for process in self.processes:
+            process.stdin.close()
+        for process in self.processes:
+            process.wait(60)
+
+
+def train(file: str) -> None:
+    """A whole run, or the rest of it."""
+    from flipscale.pretrain import pretrain
+    from flipscale.training.recipe import parse_recipe
+
+    pretrain(parse_recipe(["--config", file]))
+
+
+def train_poisoned(file: str) -> None:
+    """A run whose last process has an infinite loss in its third step."""
+    import flipscale.pretrain as verb
+
+    true_loss, calls = verb.pair_loss, []
+
+    def loss(*arguments):
+        calls.append(1)
+        last = int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1
+        return true_loss(*arguments) * (float("inf") if len(calls) == 3 and last else 1.0)
+
+    verb.pair_loss = loss
+    try:
+        train(file)
+    finally:
+        verb.pair_loss = true_loss
+
+
+def train_on_a_small_disk(file: str) -> None:
+    """A run whose last process cannot write what it has to a checkpoint."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        train(file)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def train_compiled(file: str) -> None:
+    """A run whose blocks are compiled into graphs, which are not made machine code: that would take a minute."""
+    import torch
+
+    compile_module = torch.nn.Module.compile
+    torch.nn.Module.compile = lambda self, **options: compile_module(self, backend="aot_eager", **options)
+    try:
+        train(file)
+    finally:
+        torch.nn.Module.compile = compile_module
+
+
+def rewrite(file: str) -> None:
+    """The newest checkpoint of a run, loaded and saved again in the folder `copy` of the run."""
+    from flipscale.pretrain import Run
+    from flipscale.training.checkpoint import CheckpointWriter, SaveRecipe
+    from flipscale.training.recipe import parse_recipe
+
+    run = Run(parse_recipe(["--config", file]))
+    run.checkpoints = CheckpointWriter(run.accelerator, run.run_dir / "copy", SaveRecipe(), None)
+    run.save()
+    run.checkpoints.commit()
+
+
+def accumulate(file: str) -> None:
+    """One step from 1, 2 and 4 passes: the gradients' norm and the weights after it, in `passes.json`."""
+    import torch
+
+    from flipscale.pretrain import Run
+    from flipscale.training.recipe import parse_recipe
+
+    run = Run(parse_recipe(["--config", file]))
+    stage = run.stages[0]
+    batch = next(iter(run.batches(stage)))
+    found = {}
+    for passes in (1, 2, 4):
+        parts = zip(*(value.chunk(passes) for value in batch.values()), strict=True)
+        for part in run.engine.accumulate([dict(zip(batch, values, strict=True)) for values in parts]):
+            output = run.engine(**part)
+            # Any function of a pair alone: its sum over passes is that of the whole.
+            loss = (output.image_embeds * output.text_embeds).sum() * output.logit_scale.sum() / len(batch["patches"])
+            run.engine.backward(loss)
+        found[passes] = run.engine.gradient_norm().item()
+        run.engine.step(0.0, finite=True)
+    if int(os.environ["RANK"]) == 0:
+        run.run_dir.joinpath("passes.json").write_text(json.dumps(found))
+    assert torch.is_grad_enabled()
+
+
+def main() -> None:
+    """Does tasks from stdin until it closes."""
+    import torch.distributed as dist
+    from accelerate.state import AcceleratorState
+
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    for line in sys.stdin:
+        task = json.loads(line)
+        for environment in ENVIRONMENTS.values():
+            for name in environment:
+                os.environ.pop(name, None)
+        os.environ.update(task["environment"])
+        AcceleratorState._reset_state()
+        answer = "done"
+        try:
+            globals()[task["task"]](task["file"])
+        except Exception as error:
+            traceback.print_exc()
+            answer = f"{type(error).__name__}: {error}"
+        print(json.dumps(answer), file=answers, flush=True)
+    if dist.is_initialized():
+        with contextlib.suppress(RuntimeError):
+            dist.barrier()
+            dist.destroy_process_group()
+    os._exit(0)
+
+
+def cut(run_dir: Path, copy: Path, step: int) -> None:
+    """A copy of a finished run as it was right after the checkpoint of `step`, metrics of later steps still there."""
+    shutil.copytree(run_dir, copy)
+    (copy / "DONE").unlink()
+    for checkpoint in (copy / "checkpoints").iterdir():
+        if checkpoint.name > f"step-{step:08d}":
+            shutil.rmtree(checkpoint)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,261 @@
+"""Every engine learns what one process does, and goes on from what any other wrote."""
+
+import json
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import metrics
+from distributed.crowd import Crowd, cut
+from safetensors.torch import load_file
+from transformers import AutoModel
+
+from flipscale.cli import main
+from flipscale.training.checkpoint import CheckpointReader, latest_checkpoint
+
+MATRIX = [("ddp", 2), ("fsdp2", 2), ("zero1", 2), ("zero2", 2), ("zero3", 2), ("fsdp2", 4)]
+ELASTIC = [(engine, *worlds) for engine in ("ddp", "fsdp2", "zero3") for worlds in ((2, 1), (1, 2), (2, 4))]
+
+
+def losses(run_dir: Path) -> list[float]:
+    return [record["loss"] for record in metrics(run_dir) if "loss" in record]
+
+
+def close(ours: list[float], theirs: list[float]) -> bool:
+    return len(ours) == len(theirs) and max(abs(a - b) for a, b in zip(ours, theirs, strict=True)) < 1e-5
+
+
+def reader(run_dir: Path) -> CheckpointReader:
+    checkpoint = latest_checkpoint(run_dir)
+    assert checkpoint is not None
+    return CheckpointReader(checkpoint)
+
+
+class Trainings:
+    """Runs of 20 steps of one recipe, 10 masked and 10 not, saved every fifth step; each made once."""
+
+    def __init__(self, folder: Path, recipe: dict):
+        stages = [
+            {"name": "masked", "samples": 160, "mask_ratio": 0.75, "base_lr": 0.012, "warmup_samples": 64},
+            {"name": "unmasked", "samples": 160, "base_lr": 0.006},
+        ]
+        self.recipe = {**recipe, "stages": stages, "save": {"every_samples": 80, "total_limit": 20}}
+        self.folder = folder
+        self.crowds: dict[int, Crowd] = {}
+
+    def crowd(self, world: int) -> Crowd:
+        if world not in self.crowds:
+            self.crowds[world] = Crowd(world)
+        return self.crowds[world]
+
+    def file(self, run_dir: Path, **changes: object) -> Path:
+        file = self.folder / f"{run_dir.name}.yaml"
+        file.write_text(yaml.safe_dump({**self.recipe, **changes, "output_dir": str(run_dir)}))
+        return file
+
+    def run(self, engine: str, world: int, task: str = "train", precision: str = "no", **changes: object) -> Path:
+        """The directory of the finished run."""
+        run_dir = self.folder / "-".join(
+            [engine, str(world), task, precision, *changes, *changes.get("optim", {}), *changes.get("model", {})]
+        )
+        if not run_dir.exists():
+            answers = self.crowd(world).run(task, engine, self.file(run_dir, **changes), precision=precision)
+            assert answers == ["done"] * world
+        return run_dir
+
+
+@pytest.fixture(scope="module")
+def trainings(recipe: dict, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trainings]:
+    made = Trainings(tmp_path_factory.mktemp("engines"), recipe)
+    yield made
+    for crowd in made.crowds.values():
+        crowd.end()
+
+
+@pytest.mark.parametrize(("engine", "world"), MATRIX)
+def test_learns_what_one_process_does(trainings: Trainings, engine: str, world: int) -> None:
+    one, many = trainings.run("ddp", 1), trainings.run(engine, world)
+    assert len(losses(one)) == 20
+    assert close(losses(one), losses(many))
+    assert losses(one)[-1] < losses(one)[0] - 0.05, "nothing was learned, so equality means little"
+    ours, theirs = reader(one), reader(many)
+    for name in ours.shapes:
+        # A key bias has no true gradient (softmax is shift-invariant): Adam turns its rounding noise into steps.
+        if not name.endswith("k_proj.bias"):
+            for kind in ("weight", "exp_avg", "exp_avg_sq"):
+                apart = (ours.tensor(kind, name) - theirs.tensor(kind, name)).abs()
+                assert apart.square().mean().sqrt() < 1e-6, (kind, name)
+                # And of a single gradient near zero.
+                assert apart.max() < 5e-5, (kind, name)
+
+
+@pytest.mark.parametrize(
+    ("engine", "task", "field"),
+    [
+        ("ddp", "train", "gradient_checkpointing"),
+        ("fsdp2", "train", "gradient_checkpointing"),
+        ("zero3", "train", "gradient_checkpointing"),
+        ("ddp", "train_compiled", "compile"),
+        ("fsdp2", "train_compiled", "compile"),
+    ],
+)
+def test_recomputed_or_compiled_it_learns_the_same(trainings: Trainings, engine: str, task: str, field: str) -> None:
+    run_dir = trainings.run(engine, 2, task, model={**trainings.recipe["model"], field: True})
+    assert close(losses(run_dir), losses(trainings.run("ddp", 1)))
+
+
+def test_compiled_blocks_are_refused_under_zero3(trainings: Trainings) -> None:
+    file = trainings.file(trainings.folder / "compiled-zero3", model={**trainings.recipe["model"], "compile": True})
+    for answer in trainings.crowd(2).run("train", "zero3", file):
+        assert answer.startswith("ValueError: model.compile is true and the launch file's engine is ZeRO-3, which")
+
+
+@pytest.mark.parametrize(("engine", "world"), [("ddp", 2), ("fsdp2", 2), ("zero2", 2), ("zero3", 2)])
+def test_averages_are_kept_evaluated_and_exported(trainings: Trainings, shards: Path, engine: str, world: int) -> None:
+    changes = {"optim": {"ema_decay": 0.5}, "eval": {"zero_shot": str(shards), "every_samples": 160}}
+    one, many = trainings.run("ddp", 1, **changes), trainings.run(engine, world, **changes)
+    assert close(losses(one), losses(many)), "training saw the averages"
+    for name in ("vision_model.encoder.layers.1.mlp.fc1.weight", "logit_scale"):
+        average, expected = reader(many).tensor("ema", name), reader(one).tensor("ema", name)
+        assert torch.allclose(average, expected, atol=1e-5)
+        assert not torch.allclose(average, reader(many).tensor("weight", name), atol=1e-5)
+        assert torch.equal(average, load_file(many / "model/model.safetensors")[name])
+    folder = trainings.folder / f"{engine}-averages"
+    cut(many, folder, 15)
+    assert trainings.crowd(world).run("train", engine, trainings.file(folder, **changes)) == ["done"] * world
+    assert torch.equal(reader(folder).tensor("ema", name), reader(many).tensor("ema", name))
+    evaluated = [[r for r in metrics(run_dir) if "loss" not in r] for run_dir in (one, many)]
+    assert len(evaluated[0]) == len(evaluated[1]) == 2
+    scores = [
+        [value for r in records for name, value in sorted(r.items()) if "top" in name or "acc" in name]
+        for records in evaluated
+    ]
+    assert scores[0] == scores[1]
+    assert scores[0]
+
+
+@pytest.mark.parametrize(("engine", "world"), [("ddp", 2), ("fsdp2", 2), ("fsdp2", 4)])
+def test_muon_learns_what_it_does_on_one_process(trainings: Trainings, engine: str, world: int) -> None:
+    muon = {"name": "muon", "muon_lr_ratio": 3.0}
+    one, many = trainings.run("ddp", 1, optim=muon), trainings.run(engine, world, optim=muon)
+    assert losses(one) != losses(trainings.run("ddp", 1))
+    assert close(losses(one), losses(many))
+    name = "vision_model.encoder.layers.1.mlp.fc1.weight"
+    for kind in ("weight", "momentum_buffer"):
+        assert torch.allclose(reader(one).tensor(kind, name), reader(many).tensor(kind, name), atol=1e-5)
+
+
+@pytest.mark.parametrize("engine", ["zero1", "zero3"])
+def test_muon_is_refused_where_matrices_are_cut(trainings: Trainings, engine: str) -> None:
+    file = trainings.file(trainings.folder / f"muon-{engine}", optim={"name": "muon"})
+    for answer in trainings.crowd(2).run("train", engine, file):
+        assert answer.startswith("ValueError: optim.name is 'muon' and the launch file's engine is ZeRO, which cuts")
+
+
+@pytest.mark.parametrize(("engine", "world"), [("fsdp2", 2), ("zero1", 2), ("zero3", 2), ("fsdp2", 4)])
+def test_the_parts_of_a_checkpoint_are_equal(trainings: Trainings, engine: str, world: int) -> None:
+    checkpoint = latest_checkpoint(trainings.run(engine, world))
+    assert checkpoint is not None
+    sizes = [part.stat().st_size for part in sorted(checkpoint.glob("part-*.safetensors"))]
+    assert len(sizes) == world
+    assert max(sizes) < 1.5 * min(sizes)
+
+
+@pytest.mark.parametrize(("engine", "before", "after"), ELASTIC)
+def test_goes_on_at_another_world_size(trainings: Trainings, engine: str, before: int, after: int) -> None:
+    resumed = trainings.folder / f"{engine}-{before}-to-{after}"
+    cut(trainings.run(engine, before), resumed, 15)
+    assert trainings.crowd(after).run("train", engine, trainings.file(resumed)) == ["done"] * after
+    assert close(losses(resumed), losses(trainings.run("ddp", 1)))
+
+
+@pytest.mark.parametrize("after", [("ddp", 2), ("fsdp2", 2), ("zero1", 2), ("zero3", 2), ("zero3", 1), ("fsdp2", 4)])
+@pytest.mark.parametrize("before", [("fsdp2", 2), ("zero2", 2), ("zero3", 2)])
+def test_a_checkpoint_is_the_same_under_every_engine(
+    trainings: Trainings, before: tuple[str, int], after: tuple[str, int]
+) -> None:
+    """Loaded and saved again: bit for bit, weights and moments and the count of steps."""
+    run_dir = trainings.folder / f"{before[0]}-{before[1]}-as-{after[0]}-{after[1]}"
+    cut(trainings.run(*before), run_dir, 15)
+    assert trainings.crowd(after[1]).run("rewrite", after[0], trainings.file(run_dir)) == ["done"] * after[1]
+    ours, theirs = reader(run_dir), reader(run_dir / "copy")
+    assert ours.shapes == theirs.shapes
+    for name in ours.shapes:
+        for kind in ("weight", "exp_avg", "exp_avg_sq"):
+            assert torch.equal(ours.tensor(kind, name), theirs.tensor(kind, name)), (kind, name)
+    states = [json.loads((r.path / "state.json").read_text()) for r in (ours, theirs)]
+    assert states[0]["optimizer_steps"] == states[1]["optimizer_steps"] == 5
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2", "zero3"])
+def test_all_processes_tell_that_one_s_disk_is_full(trainings: Trainings, engine: str) -> None:
+    run_dir = trainings.folder / f"{engine}-full"
+    cut(trainings.run(engine, 2), run_dir, 5)
+    answers = trainings.crowd(2).run("train_on_a_small_disk", engine, trainings.file(run_dir))
+    assert answers[0] == answers[1]
+    assert answers[0].startswith(f"OSError: checkpoint {run_dir}/checkpoints/step-00000010 could not be written (")
+    assert answers[0].endswith("File too large); the ones before it are whole: free some space and start the run again")
+    assert [path.name for path in (run_dir / "checkpoints").iterdir()] == ["step-00000005"]
+    assert trainings.crowd(2).run("train", engine, trainings.file(run_dir)) == ["done"] * 2
+    assert losses(run_dir) == losses(trainings.run(engine, 2))
+
+
+@pytest.mark.parametrize(("engine", "world"), [("fsdp2", 4), ("zero2", 2), ("zero3", 2)])
+def test_any_checkpoint_is_exported(
+    trainings: Trainings, engine: str, world: int, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    run_dir = trainings.run(engine, world)
+    stored = CheckpointReader(run_dir / "checkpoints/step-00000015")
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        main(["export", str(run_dir), "--step", "15", "--dtype", name, "--out", str(tmp_path / name)])
+        assert capsys.readouterr().out.strip() == str(tmp_path / name)
+        model = AutoModel.from_pretrained(tmp_path / name)
+        for key, value in model.named_parameters():
+            assert value.dtype == dtype
+            assert torch.equal(value, stored.tensor("weight", key).to(dtype)), key
+    main(["export", str(run_dir)])
+    newest = load_file(run_dir / "export-20/model.safetensors")
+    assert all(torch.equal(value, newest[key]) for key, value in load_file(run_dir / "model/model.safetensors").items())
+
+
+def test_what_cannot_be_exported_is_named(trainings: Trainings, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    for arguments, message in (
+        ([str(tmp_path)], "has no checkpoint; name a run directory with one in checkpoints/"),
+        ([str(trainings.run("ddp", 1)), "--step", "7"], "step-00000007 is no checkpoint; there are step-00000005, "),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            main(["export", *arguments])
+        assert ended.value.code == 2
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("engine", "world"), MATRIX[:-1])
+def test_a_step_that_is_not_finite_is_skipped_by_all(trainings: Trainings, engine: str, world: int) -> None:
+    one, many = (trainings.run(*where, "train_poisoned") for where in (("ddp", 1), (engine, world)))
+    assert losses(one)[2] is None
+    assert losses(many)[2] is None
+    assert [r["num_skipped"] for r in metrics(many) if "loss" in r] == [0, 0, 1, *[0] * 17]
+    assert close(losses(one)[3:], losses(many)[3:])
+
+
+@pytest.mark.parametrize(("engine", "world"), MATRIX[:-1])
+def test_passes_add_up(trainings: Trainings, engine: str, world: int) -> None:
+    run_dir = trainings.run(engine, world, "accumulate")
+    norms = list(json.loads((run_dir / "passes.json").read_text()).values())
+    assert norms[0] > 0.01
+    assert norms == pytest.approx([norms[0]] * 3, rel=1e-5)
+
+
+@pytest.mark.parametrize(("engine", "world"), [("ddp", 1), *MATRIX[:-1]])
+def test_the_temperature_is_fp32_in_bf16(trainings: Trainings, engine: str, world: int) -> None:
+    stages = [{"name": "slow", "samples": 96, "mask_ratio": 0.5, "base_lr": 0.0016, "warmup_samples": 16}]
+    run_dir = trainings.run(engine, world, precision="bf16", stages=stages)
+    scale = reader(run_dir).tensor("weight", "logit_scale")
+    assert scale != scale.bfloat16().float(), "on the bf16 grid"
+    used = [record["logit_scale"] for record in metrics(run_dir) if "loss" in record]
+    # Five steps of 1e-4, each of them seen: neighbours on the bf16 grid are 0.0625 apart, at the inverse 0.9.
+    changes = [abs(after - before) for before, after in pairwise(used[1:])]
+    assert all(0.0 < change < 0.01 for change in changes), used
