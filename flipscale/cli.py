@@ -10,6 +10,7 @@ VERBS = {
     "prepare": "write data: the demo set, shards and their indices",
     "pretrain": "pre-train a model by masking, then tune it unmasked, as a recipe says",
     "evaluate": "zero-shot classification and retrieval of a trained model",
+    "status": "how far runs are, how fast, and whether they live",
     "study": "run recipes side by side at equal wall-clock and compare them",
     "push": "put a trained model on the Hub",
     "convert": "turn other checkpoints into a model folder",
