@@ -17,6 +17,7 @@ from flipscale.hub.background_push import BackgroundPush, open_target, push_fini
 from flipscale.hub.export import build_processor, export_model
 from flipscale.hub.model_card import model_card
 from flipscale.model import FlipConfig, FlipModel
+from flipscale.planning.flops import pair_flops
 from flipscale.training.attention import best_attention
 from flipscale.training.bad_samples import BadSamples
 from flipscale.training.checkpoint import load_optimizers, load_state, load_weights, save_checkpoint
@@ -30,6 +31,7 @@ from flipscale.training.recipe import Recipe, parse_recipe, to_yaml
 from flipscale.training.run_directory import is_done, mark_done, open_run_directory, write_run_files
 from flipscale.training.schedule import Stage, plan_stages
 from flipscale.training.tracking import Tracker, is_due
+from flipscale.training.watch import StepWatch
 
 
 class Run:
@@ -53,12 +55,13 @@ class Run:
         self.accelerator = start_accelerator(recipe.log.report_to, recipe.output_dir)
         self.total_steps = self.stages[-1].last_step
         self.bad_samples = BadSamples(self.run_dir, self.accelerator.is_main_process, recipe.data.max_bad_fraction)
+        self.watch = StepWatch(self.accelerator, self.run_dir, recipe.log.hang_seconds)
         self.tracker = Tracker(
-            self.accelerator, recipe.log, self.run_dir, self.batch_size, self.total_steps, self.bad_samples
+            self.watch, self.bad_samples, recipe.log, self.batch_size, self.total_steps, pair_flops(recipe)
         )
         self.background_push = BackgroundPush(recipe, self.total_steps, self.accelerator.is_main_process)
         self.request = StopRequest(watches_file=self.accelerator.is_main_process)
-        self.guard = StepGuard(self.accelerator, self.request)
+        self.guard = StepGuard(self.accelerator, self.request, self.watch)
         self.step, self.num_replaced, self.stopped = 0, 0, False
 
         self.engine = Engine(self.accelerator, recipe.optim)
@@ -66,7 +69,7 @@ class Run:
         self.weights = self.engine.weights
         state = self._load(checkpoint)
         if self.accelerator.is_main_process:
-            write_run_files(recipe, self.accelerator.num_processes)
+            write_run_files(recipe, self.accelerator.num_processes, self.step)
         if recipe.log.report_to:
             self.accelerator.init_trackers("tensorboard")
         self.request.listen()
@@ -123,7 +126,7 @@ class Run:
             accelerator.num_processes,
             pin_memory=accelerator.device.type == "cuda",
         )
-        for batch in self.tracker.timed(loader):
+        for batch in self.watch.timed(loader, self.step):
             self.num_replaced = self.bad_samples.note(batch.pop("faults"))
             yield {name: value.to(accelerator.device, non_blocking=True) for name, value in batch.items()}
             if self.stopped:

@@ -216,9 +216,7 @@ def _open(encoded: bytes) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise OversizedImage(str(error)) from error
     except UnidentifiedImageError as error:
-        raise UndecodableImage(
-            f"{len(encoded)} bytes starting {encoded[:8]!r} are no image Pillow knows"
-        ) from error
+        raise UndecodableImage(f"{len(encoded)} bytes starting {encoded[:8]!r} are no image Pillow knows") from error
     except Exception as error:
         raise UndecodableImage(f"{len(encoded)} bytes starting {encoded[:8]!r}: {error}") from error
     _check_size(image.height, image.width)

@@ -7,6 +7,7 @@ import torch
 from accelerate import Accelerator
 
 from flipscale.training.preemption import StopRequest
+from flipscale.training.watch import StepWatch
 
 MAX_SKIPPED_IN_A_ROW = 5
 
@@ -26,9 +27,10 @@ class Verdict:
 class StepGuard:
     """Skips steps whose loss or gradients are not finite, and gives up after a few in a row."""
 
-    def __init__(self, accelerator: Accelerator, request: StopRequest):
+    def __init__(self, accelerator: Accelerator, request: StopRequest, watch: StepWatch):
         self.accelerator = accelerator
         self.request = request
+        self.watch = watch
         self._in_a_row = 0
 
     def agree(self, loss: torch.Tensor, grad_norm: torch.Tensor, num_replaced: int) -> Verdict:
@@ -37,9 +39,12 @@ class StepGuard:
         Raises:
             FloatingPointError: the loss or the gradients were not finite in `MAX_SKIPPED_IN_A_ROW` steps in a row.
         """
-        counts = torch.tensor([float(self.request.reason is not None), float(num_replaced)], device=loss.device)
-        mine = torch.cat([torch.stack([loss.detach().float(), grad_norm.detach().float()]), counts])
-        loss_sum, norm_sum, asked_sum, replaced = self.accelerator.reduce(mine, "sum").tolist()
+        counts = [self.request.reason is not None, num_replaced, self.watch.step_is_slow()]
+        flags = torch.tensor(counts, dtype=torch.float32, device=loss.device)
+        mine = torch.cat([torch.stack([loss.detach().float(), grad_norm.detach().float()]), flags])
+        loss_sum, norm_sum, asked_sum, replaced, slow_sum = self.accelerator.reduce(mine, "sum").tolist()
+        if slow_sum > 0:
+            self.watch.report_slow_step()
         count = self.accelerator.num_processes
         finite = math.isfinite(loss_sum) and math.isfinite(norm_sum)
         self._in_a_row = 0 if finite else self._in_a_row + 1

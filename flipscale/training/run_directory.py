@@ -1,13 +1,16 @@
 """The run directory: what is promised to lie in it, and whose it is.
 
-recipe.yaml  environment.json  metrics.jsonl  tensorboard/  checkpoints/step-*/  model/  DONE
+recipe.yaml  environment.json  starts.jsonl  metrics.jsonl  heartbeat.json  tensorboard/  checkpoints/step-*/  model/
+DONE, and where there was cause slow_steps.jsonl, stacks/ and Slurm's slurm/
 """
 
 import json
 import os
 import platform
+import socket
 import subprocess
 import sys
+import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -60,12 +63,22 @@ def is_done(recipe: Recipe) -> bool:
     return open_run_directory(recipe) is not None and (Path(recipe.output_dir) / "DONE").exists()
 
 
-def write_run_files(recipe: Recipe, num_processes: int) -> None:
-    """Writes `recipe.yaml` and `environment.json`; the main process alone."""
+def write_run_files(recipe: Recipe, num_processes: int, step: int) -> None:
+    """Writes `recipe.yaml` and `environment.json`, and adds this start, at `step`, to `starts.jsonl`; main process
+    only."""
     run_dir = Path(recipe.output_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / "recipe.yaml").write_text(to_yaml(recipe))
     (run_dir / "environment.json").write_text(json.dumps(environment(num_processes), indent=1) + "\n")
+    start = {
+        "time": time.time(),
+        "step": step,
+        "num_processes": num_processes,
+        "host": socket.gethostname(),
+        "slurm_job": os.environ.get("SLURM_JOB_ID"),
+    }
+    with open(run_dir / "starts.jsonl", "a") as file:
+        file.write(json.dumps(start) + "\n")
 
 
 def environment(num_processes: int) -> dict[str, Any]:

@@ -33,13 +33,18 @@ def run_dir(recipe: dict, shards: Path, tmp_path_factory: pytest.TempPathFactory
 
 def test_the_run_directory_holds_what_is_promised(run_dir: Path) -> None:
     expected = {"recipe.yaml", "environment.json", "metrics.jsonl", "tensorboard", "checkpoints", "model", "DONE"}
+    expected |= {"starts.jsonl", "heartbeat.json"}
     assert {path.name for path in run_dir.iterdir()} == expected
     assert list((run_dir / "tensorboard").rglob("events*"))
     records = metrics(run_dir)
     assert [r["samples_seen"] for r in records if "loss" in r] == [160, 320, 480, 640]
     assert [r["samples_seen"] for r in records if "zero_shot/top1" in r] == [320, 640]
     fields = {"loss", "lr", "grad_norm", "logit_scale", "images_per_s", "data_wait_share", "trained_seconds", "stage"}
+    fields |= {"mfu", "peak_memory_bytes", "num_replaced", "num_skipped", "num_slow"}
     assert fields <= records[0].keys()
+    # What the processor can do is measured in passing, on a machine that may be busy.
+    assert 0 < records[0]["mfu"] < 2
+    assert 2**27 < records[0]["peak_memory_bytes"] < 2**34
 
 
 def test_a_finished_run_is_left_alone(run_dir: Path) -> None:
@@ -78,6 +83,17 @@ def test_every_number_of_the_card_is_in_the_run_s_files(run_dir: Path) -> None:
     assert header["pipeline_tag"] == "zero-shot-image-classification"
     assert "640 pairs seen" in card
     assert "| masked | 384 | 75% | 0.012 |" in card
+
+
+def test_status_of_a_finished_run(run_dir: Path) -> None:
+    done = launch([*FLIPSCALE, "status", str(run_dir), "--json"])
+    assert done.returncode == 0, done.stderr
+    status, last = json.loads(done.stdout), metrics(run_dir)
+    assert (status["state"], status["samples_seen"], status["total_samples"]) == ("done", 640, 640)
+    assert status["checkpoint_samples"] == 640
+    assert (status["num_starts"], status["num_processes"]) == (1, 1)
+    assert status["images_per_s"] == [r["images_per_s"] for r in last if "loss" in r][-1]
+    assert status["metrics"] == {name: value for name, value in last[-1].items() if "/" in name}
 
 
 def test_prepare_index(shards: Path, tmp_path: Path) -> None:
