@@ -243,8 +243,13 @@ def initial_weights(init_from: str | None, config: FlipConfig, seed: int) -> Fil
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The verb: parses a recipe and runs it; a user's mistake ends in one line and exit code 2."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     with complain():
-        recipe = parse_recipe(sys.argv[1:] if arguments is None else arguments)
+        if "--dry_run" in arguments:
+            from flipscale.planning.dry_run import dry_run
+
+            return dry_run(arguments)
+        recipe = parse_recipe(arguments)
         pretrain(recipe)
         part()
         push_finished(recipe)
