@@ -24,22 +24,22 @@ freeze() {
   echo "$copy"
 }
 
-# Outside of a job: submits script $1 with copies of its recipes, so that no later edit reaches it, and prints the job's
-# number. The words up to `--` are sbatch's, the others the job's.
+# Outside of a job: submits script $2 and prints the job's number. The recipes that variable $1 names are copied, so that
+# no later edit reaches the job. The words up to `--` are sbatch's, the others the job's.
 submit() {
-  local script=$1 folder options=() recipe frozen=()
-  folder=$RUN/slurm/$(date +%Y%m%d-%H%M%S)-$$
-  shift
+  local variable=$1 script=$2 folder options=() recipe frozen=()
+  shift 2
   while [ $# -gt 0 ] && [ "$1" != -- ]; do options+=("$1") && shift; done
   [ $# -eq 0 ] || shift
-  for recipe in ${RECIPE:-} ${RECIPES:-}; do frozen+=("$(freeze "$folder" "$recipe")"); done
-  if [ -n "${RECIPES:-}" ]; then
-    options=("--array=0-$((${#frozen[@]} - 1))" "${options[@]}")
-    export RECIPES=${frozen[*]}
-  else
-    export RECIPE=${frozen[*]}
+  if [ -n "$variable" ]; then
+    folder=$RUN/slurm/$(date +%Y%m%d-%H%M%S)-$$
+    for recipe in ${!variable}; do
+      recipe=$(freeze "$folder" "$recipe")
+      frozen+=("$recipe")
+    done
+    export RUN "$variable=${frozen[*]}"
   fi
-  export RUN
+  [ "$variable" != RECIPES ] || options=("--array=0-$((${#frozen[@]} - 1))" "${options[@]}")
   exec sbatch --parsable --export=ALL "${options[@]}" "$script" "$@"
 }
 
