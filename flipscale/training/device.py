@@ -1,13 +1,14 @@
 """What the device can do and how much of its memory was used."""
 
+import re
 import resource
 import sys
 import time
 
 import torch
 
-# Dense bf16 operations a second, by the part of the device's name that tells the form apart; the first that fits
-# counts. From the makers' data sheets, without sparsity.
+# Dense bf16 operations a second by words of the device's name, the first that has them all. From the makers' data
+# sheets, without sparsity.
 _BF16_PEAKS = {
     "H100 PCIe": 756e12,
     "H100 NVL": 835e12,
@@ -18,7 +19,9 @@ _BF16_PEAKS = {
     "B200": 2250e12,
     "A100": 312e12,
     "A10": 125e12,
+    "A10G": 70e12,
     "L40S": 362e12,
+    "L40": 181e12,
     "L4": 121e12,
     "MI300X": 1307e12,
 }
@@ -32,8 +35,8 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
         return fastest_product(device, dtype, sides=(1024,), times=2)
     if device.type != "cuda" or precision != "bf16":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in _BF16_PEAKS.items() if part in name), None)
+    words = set(re.split("[ -]", torch.cuda.get_device_name(device)))
+    return next((peak for name, peak in _BF16_PEAKS.items() if words.issuperset(name.split())), None)
 
 
 def fastest_product(device: torch.device, dtype: torch.dtype, sides: tuple[int, ...], times: int = 5) -> float:
