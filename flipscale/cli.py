@@ -6,6 +6,8 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+from flipscale.training.preemption import refuse_restart
+
 VERBS = {
     "prepare": "write data: the demo set, shards and their indices",
     "pretrain": "pre-train a model by masking, then tune it unmasked, as a recipe says",
@@ -25,6 +27,8 @@ def complain() -> Iterator[None]:
         yield
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"flipscale: error: {' '.join(str(error).split())}", file=sys.stderr)
+        if isinstance(error, ValueError):
+            refuse_restart()
         sys.exit(2 if isinstance(error, ValueError) else 1)
 
 

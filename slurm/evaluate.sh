@@ -21,4 +21,5 @@ LAUNCH_FILE=${LAUNCH_FILE:-ds_configs/ddp.yaml}
 
 source "${SLURM_SUBMIT_DIR:-.}/slurm/run.bash" || exit 2
 [ -n "${SLURM_JOB_ID:-}" ] || submit '' "$0" "$@"
-launch flipscale.cli evaluate "$MODEL" ${ZERO_SHOT:+--zero_shot "$ZERO_SHOT"} ${RETRIEVAL:+--retrieval "$RETRIEVAL"} "$@"
+launch flipscale.cli evaluate "$MODEL" \
+  ${ZERO_SHOT:+--zero_shot "$ZERO_SHOT"} ${RETRIEVAL:+--retrieval "$RETRIEVAL"} "$@"

@@ -15,12 +15,12 @@
 #
 #   RECIPE=h14_laion2b bash slurm/pretrain.sh --partition=gpu -- --optim.weight_decay 0.1
 #
-# submits it with the recipe as it is now. `RECIPE=... sbatch slurm/pretrain.sh --optim.weight_decay 0.1` works too: then
-# it is the recipe as it is when the job first starts. Pre-train, tune and evaluate, one after the other:
+# submits it with the recipe as it is now. `RECIPE=h14_laion2b sbatch slurm/pretrain.sh --seed 1` works too, with
+# the recipe as it is when the job first starts. Pre-train, tune and evaluate, one after the other:
 #
 #   first=$(RECIPE=h14_laion2b RUN=runs/h14 bash slurm/pretrain.sh)
-#   then=$(RECIPE=h14_laion2b FROM=runs/h14 RUN=runs/h14_tuned bash slurm/tune.sh --dependency=afterok:$first)
-#   MODEL=runs/h14_tuned/model bash slurm/evaluate.sh --dependency=afterok:$then
+#   tuned=$(RECIPE=h14_laion2b FROM=runs/h14 RUN=runs/h14_tuned bash slurm/tune.sh --dependency=afterok:$first)
+#   MODEL=runs/h14_tuned/model bash slurm/evaluate.sh --dependency=afterok:$tuned
 #
 # `flipscale status runs/h14` tells how far it is; what a site sets once is at the top of run.bash.
 

@@ -169,6 +169,14 @@ def unqueued(site: Site) -> str:
     return number
 
 
+def mistaken(site: Site) -> str:
+    """Submitted with a recipe that cannot be run."""
+    arguments = ["slurm/pretrain.sh", "--data.global_batch_size", "many"]
+    number = site.submit("sbatch", "--nodes=1", *SMALL, *arguments, RUN="runs/mistaken")
+    site.end(number, "FAILED")
+    return number
+
+
 def study(site: Site) -> str:
     """Three recipes as an array, in a container; apptainer is a stand-in that notes what it is asked for."""
     apptainer = site.folder / "bin/apptainer"
@@ -190,7 +198,7 @@ def study(site: Site) -> str:
     return number
 
 
-SCENARIOS = (interrupted, killed, chain, cancelled, unqueued, study)
+SCENARIOS = (interrupted, killed, chain, cancelled, unqueued, mistaken, study)
 
 
 @pytest.fixture(scope="module")
@@ -250,7 +258,7 @@ def test_crashes_are_restarted_up_to_a_cap(site: Site, outcome: Callable) -> Non
     assert site.cluster.job(number, "Restarts") == "1"
     crashes = (site.folder / "runs/killed/slurm/crashes").read_text().splitlines()
     assert [line.split()[:5] for line in crashes] == [["start", "job", number, "start", start] for start in "01"]
-    assert "crash 2 since the start" in site.output(number)
+    assert "crash 2 since start" in site.output(number)
 
 
 def test_a_cancelled_job_stays_cancelled(site: Site, outcome: Callable) -> None:
@@ -266,6 +274,13 @@ def test_a_job_that_may_not_requeue_says_that_it_is_not_done(site: Site, outcome
     assert site.cluster.job(number, "ExitCode") == "75:0"
     assert "not done: submit it again to go on" in site.output(number)
     assert site.newest("runs/unqueued") > 0
+
+
+def test_a_mistake_is_not_restarted(site: Site, outcome: Callable) -> None:
+    number = outcome(mistaken)
+    assert (site.cluster.job(number, "ExitCode"), site.cluster.job(number, "Restarts")) == ("2:0", "0")
+    assert 'flipscale: error: Parser key "data.global_batch_size"' in site.output(number)
+    assert "not restarted: see the end of the output for what to change" in site.output(number)
 
 
 def test_a_recipe_that_is_not_there_is_never_submitted(site: Site) -> None:
