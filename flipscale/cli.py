@@ -6,10 +6,13 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+from flipscale.training.preemption import refuse_restart
+
 VERBS = {
     "prepare": "write data: the demo set, shards and their indices",
     "pretrain": "pre-train a model by masking, then tune it unmasked, as a recipe says",
     "evaluate": "zero-shot classification and retrieval of a trained model",
+    "status": "how far runs are, how fast, and whether they live",
     "export": "write a run's model as a folder that transformers loads",
     "study": "run recipes side by side at equal wall-clock and compare them",
     "push": "put a trained model on the Hub",
@@ -25,6 +28,8 @@ def complain() -> Iterator[None]:
         yield
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"flipscale: error: {' '.join(str(error).split())}", file=sys.stderr)
+        if isinstance(error, ValueError):
+            refuse_restart()
         sys.exit(2 if isinstance(error, ValueError) else 1)
 
 

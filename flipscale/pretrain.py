@@ -11,6 +11,7 @@ from accelerate.utils import broadcast_object_list
 from flipscale.cli import complain
 from flipscale.data.feeding import enduring_batches, on_device
 from flipscale.data.loader import InputShape, PairDataset, load_tokenizer
+from flipscale.data.packed import PackedBatch
 from flipscale.data.source import fingerprint
 from flipscale.data.sources import open_source
 from flipscale.data.tar_source import expand_shards
@@ -20,6 +21,7 @@ from flipscale.hub.background_push import BackgroundPush, card_name, open_target
 from flipscale.hub.export import build_processor, export_checkpoint
 from flipscale.hub.model_card import write_card
 from flipscale.model import FlipConfig, FlipModel
+from flipscale.planning.flops import pair_flops
 from flipscale.training.attention import best_attention
 from flipscale.training.bad_samples import BadSamples
 from flipscale.training.checkpoint import CheckpointReader, CheckpointWriter, list_checkpoints, load_state
@@ -33,6 +35,7 @@ from flipscale.training.run_directory import is_done, mark_done, open_run_direct
 from flipscale.training.schedule import Stage, plan_stages
 from flipscale.training.step import check_cacheable, gradients
 from flipscale.training.tracking import Tracker, is_due
+from flipscale.training.watch import StepWatch
 
 
 class Run:
@@ -61,14 +64,15 @@ class Run:
         (checkpoint,) = broadcast_object_list([checkpoint])
         self.total_steps = self.stages[-1].last_step
         self.bad_samples = BadSamples(self.run_dir, self.accelerator.is_main_process, recipe.data.max_bad_fraction)
+        self.watch = StepWatch(self.accelerator, self.run_dir, recipe.log.hang_seconds)
         self.tracker = Tracker(
-            self.accelerator, recipe.log, self.run_dir, self.batch_size, self.total_steps, self.bad_samples
+            self.watch, self.bad_samples, recipe.log, self.batch_size, self.total_steps, pair_flops(recipe)
         )
         self.background_push = BackgroundPush(recipe, self.total_steps, self.accelerator.is_main_process)
         self.request = StopRequest(watches_file=self.accelerator.is_main_process)
         newest = None if checkpoint is None else load_state(checkpoint)["step"]
         self.checkpoints = CheckpointWriter(self.accelerator, self.run_dir, recipe.save, newest)
-        self.guard = StepGuard(self.accelerator, self.request, self.checkpoints)
+        self.guard = StepGuard(self.accelerator, self.request, self.checkpoints, self.watch)
         self.step, self.num_replaced, self.stopped = 0, 0, False
 
         self.engine = build_engine(self.accelerator, recipe.optim, self.batch_size)
@@ -131,7 +135,7 @@ class Run:
                 self.engine.forget_moments()
             yield stage
 
-    def batches(self, stage: Stage) -> Iterator[list[dict[str, torch.Tensor]]]:
+    def batches(self, stage: Stage) -> Iterator[list[PackedBatch]]:
         """This process's batches of a stage from the current step until its end or a stop, each as its micro-batches on
         the device."""
         accelerator = self.accelerator
@@ -143,7 +147,7 @@ class Run:
             accelerator.num_processes,
             pin_memory=accelerator.device.type == "cuda",
         )
-        for batch in on_device(self.tracker.timed(batches), accelerator.device):
+        for batch in self.watch.timed(on_device(batches, accelerator.device), self.step):
             self.num_replaced = self.bad_samples.note([fault for part in batch for fault in part.faults])
             yield batch
             if self.stopped:
@@ -264,8 +268,13 @@ def initial_weights(init_from: str | None, config: FlipConfig, seed: int, kind: 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The verb: parses a recipe and runs it; a user's mistake ends in one line and exit code 2."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     with complain():
-        recipe = parse_recipe(sys.argv[1:] if arguments is None else arguments)
+        if "--dry_run" in arguments:
+            from flipscale.planning.dry_run import dry_run
+
+            return dry_run(arguments)
+        recipe = parse_recipe(arguments)
         pretrain(recipe)
         part()
         push_finished(recipe)

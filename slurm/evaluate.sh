@@ -17,9 +17,9 @@
 MODEL=${MODEL:-runs/h14_laion2b/model}
 ZERO_SHOT=${ZERO_SHOT:-data/imagenet1k_val}
 RETRIEVAL=${RETRIEVAL:-}
-RECIPE='' RUN='' # nothing to freeze
 LAUNCH_FILE=${LAUNCH_FILE:-ds_configs/ddp.yaml}
 
 source "${SLURM_SUBMIT_DIR:-.}/slurm/run.bash" || exit 2
-[ -n "${SLURM_JOB_ID:-}" ] || submit "$0" "$@"
-launch flipscale.cli evaluate "$MODEL" ${ZERO_SHOT:+--zero_shot "$ZERO_SHOT"} ${RETRIEVAL:+--retrieval "$RETRIEVAL"} "$@"
+[ -n "${SLURM_JOB_ID:-}" ] || submit '' "$0" "$@"
+launch flipscale.cli evaluate "$MODEL" \
+  ${ZERO_SHOT:+--zero_shot "$ZERO_SHOT"} ${RETRIEVAL:+--retrieval "$RETRIEVAL"} "$@"

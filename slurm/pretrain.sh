@@ -15,17 +15,19 @@
 #
 #   RECIPE=h14_laion2b bash slurm/pretrain.sh --partition=gpu -- --optim.weight_decay 0.1
 #
-# submits it with the recipe as it is now. `RECIPE=... sbatch slurm/pretrain.sh --optim.weight_decay 0.1` works too: then
-# it is the recipe as it is when the job first starts. Pre-train, tune and evaluate, one after the other:
+# submits it with the recipe as it is now. `RECIPE=h14_laion2b sbatch slurm/pretrain.sh --seed 1` works too, with
+# the recipe as it is when the job first starts. Pre-train, tune and evaluate, one after the other:
 #
 #   first=$(RECIPE=h14_laion2b RUN=runs/h14 bash slurm/pretrain.sh)
-#   then=$(RECIPE=h14_laion2b FROM=runs/h14 RUN=runs/h14_tuned bash slurm/tune.sh --dependency=afterok:$first)
-#   MODEL=runs/h14_tuned/model bash slurm/evaluate.sh --dependency=afterok:$then --kill-on-invalid-dep=yes
+#   tuned=$(RECIPE=h14_laion2b FROM=runs/h14 RUN=runs/h14_tuned bash slurm/tune.sh --dependency=afterok:$first)
+#   MODEL=runs/h14_tuned/model bash slurm/evaluate.sh --dependency=afterok:$tuned
+#
+# `flipscale status runs/h14` tells how far it is; what a site sets once is at the top of run.bash.
 
 RECIPE=${RECIPE:-h14_laion2b}
 RUN=${RUN:-runs/$(basename "$RECIPE" .yaml)}
 LAUNCH_FILE=${LAUNCH_FILE:-ds_configs/ddp.yaml}
 
 source "${SLURM_SUBMIT_DIR:-.}/slurm/run.bash" || exit 2
-[ -n "${SLURM_JOB_ID:-}" ] || submit "$0" "$@"
+[ -n "${SLURM_JOB_ID:-}" ] || submit RECIPE "$0" "$@"
 train "$@"

@@ -8,6 +8,10 @@ MAX_CRASHES=${MAX_CRASHES:-3}       # without a new checkpoint; preemptions, tim
 CONTAINER=${CONTAINER:-}            # an image that holds PYTHON; none by default
 CONTAINER_RUNTIME=${CONTAINER_RUNTIME:-apptainer} # or pyxis: srun --container-image
 
+# What Slurm gave this job: processes and cores of a node.
+per_node=${SLURM_GPUS_ON_NODE:-1}
+cores=${SLURM_CPUS_PER_TASK:-${SLURM_CPUS_ON_NODE:-1}}
+
 set -euo pipefail
 say() { echo "$(date '+%F %T') $*" >&2; }
 fail() { say "error: $*"; exit 2; }
@@ -24,43 +28,45 @@ freeze() {
   echo "$copy"
 }
 
-# Outside of a job: submits script $1 with copies of its recipes, so that no later edit reaches it, and prints the job's
-# number. The words up to `--` are sbatch's, the others the job's.
+# Outside of a job: submits script $2 and prints the job's number. The recipes that variable $1 names are copied, so
+# that no later edit reaches the job. The words up to `--` are sbatch's, the others the job's.
 submit() {
-  local script=$1 folder options=() recipe frozen=()
-  folder=$RUN/slurm/$(date +%Y%m%d-%H%M%S)-$$
-  shift
+  local variable=$1 script=$2 folder options=() recipe frozen=()
+  shift 2
   while [ $# -gt 0 ] && [ "$1" != -- ]; do options+=("$1") && shift; done
   [ $# -eq 0 ] || shift
-  for recipe in ${RECIPE:-} ${RECIPES:-}; do frozen+=("$(freeze "$folder" "$recipe")"); done
-  if [ -n "${RECIPES:-}" ]; then
-    options=("--array=0-$((${#frozen[@]} - 1))" "${options[@]}")
-    export RECIPES=${frozen[*]}
-  else
-    export RECIPE=${frozen[*]}
+  if [ -n "$variable" ]; then
+    folder=$RUN/slurm/$(date +%Y%m%d-%H%M%S)-$$
+    for recipe in ${!variable}; do
+      recipe=$(freeze "$folder" "$recipe")
+      frozen+=("$recipe")
+    done
+    export RUN "$variable=${frozen[*]}"
   fi
-  export RUN
+  [ "$variable" != RECIPES ] || options=("--array=0-$((${#frozen[@]} - 1))" "${options[@]}")
   exec sbatch --parsable --export=ALL "${options[@]}" "$script" "$@"
 }
 
 # Runs the Python module $1 with the arguments that follow: on every node a launcher, a process for each of its GPUs.
 # Their output goes to `node_log` where that is set.
 launch() {
-  local per_node=${SLURM_GPUS_ON_NODE:-1} cpus=${SLURM_CPUS_PER_TASK:-$SLURM_CPUS_ON_NODE} address port launcher srun
+  local address port launcher srun
   address=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
   port=$((20000 + SLURM_JOB_ID % 10000)) # two jobs may share a node
   export FLIPSCALE_NUM_PROCESSES=$((SLURM_JOB_NUM_NODES * per_node)) # the trainer refuses to run with fewer
-  export SRUN_CPUS_PER_TASK=$cpus OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(((cpus + per_node - 1) / per_node))}
+  export SRUN_CPUS_PER_TASK=$cores OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(((cores + per_node - 1) / per_node))}
   export PYTHONFAULTHANDLER=1 NCCL_DEBUG=${NCCL_DEBUG:-WARN}
-  export PET_SHUTDOWN_TIMEOUT=${PET_SHUTDOWN_TIMEOUT:-600} # seconds that ranks have to save when they are told to end
+  # Seconds that a rank has to save when it is told to end, and that one waits whose neighbour is dead.
+  export PET_SHUTDOWN_TIMEOUT=${PET_SHUTDOWN_TIMEOUT:-120}
   case $LAUNCHER in
-    accelerate) launcher=(-m accelerate.commands.launch --config_file "$LAUNCH_FILE" --num_machines "$SLURM_JOB_NUM_NODES"
-      --num_processes "$FLIPSCALE_NUM_PROCESSES" --machine_rank NODE_RANK
-      --main_process_ip "$address" --main_process_port "$port") ;;
+    accelerate)
+      launcher=(-m accelerate.commands.launch --config_file "$LAUNCH_FILE" --num_machines "$SLURM_JOB_NUM_NODES"
+        --num_processes "$FLIPSCALE_NUM_PROCESSES" --machine_rank NODE_RANK
+        --main_process_ip "$address" --main_process_port "$port") ;;
     torchrun)
       [ "$LAUNCH_FILE" = ds_configs/ddp.yaml ] || fail "LAUNCHER=torchrun cannot read $LAUNCH_FILE; use accelerate"
       launcher=(-m torch.distributed.run --nnodes "$SLURM_JOB_NUM_NODES" --nproc_per_node "$per_node"
-      --node_rank NODE_RANK --master_addr "$address" --master_port "$port")
+        --node_rank NODE_RANK --master_addr "$address" --master_port "$port")
       export ACCELERATE_MIXED_PRECISION=${ACCELERATE_MIXED_PRECISION:-bf16} ;;
     *) fail "LAUNCHER is '$LAUNCHER'; use accelerate or torchrun" ;;
   esac
@@ -78,7 +84,7 @@ launch() {
 
 # Trains RECIPE in RUN with the flags given, and ends this script: done, or failed, or requeued to go on.
 train() {
-  local per_node=${SLURM_GPUS_ON_NODE:-1} cpus=${SLURM_CPUS_PER_TASK:-$SLURM_CPUS_ON_NODE} stopping='' ending='' pid rc=0
+  local stopping='' ending='' pid rc=0
   RECIPE=$(freeze "$RUN/slurm/$SLURM_JOB_ID" "$RECIPE")
   node_log=$RUN/slurm/%j-%N.log
   export RECIPE RUN FLIPSCALE_STOP_FILE=$RUN/slurm/$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}.stop
@@ -90,24 +96,26 @@ train() {
   trap 'ending=1; say "told to end"' TERM
   # A core of each process is its own, the others decode.
   launch flipscale.pretrain --config "$RECIPE" --output_dir "$RUN" \
-    --data.num_workers $((cpus / per_node > 1 ? cpus / per_node - 1 : 0)) "$@" &
+    --data.num_workers $((cores / per_node > 1 ? cores / per_node - 1 : 0)) "$@" &
   pid=$!
   while kill -0 "$pid" 2>/dev/null; do wait "$pid" || true; done # a trap cuts a wait short
   wait "$pid" || rc=$?
   rm -f "$FLIPSCALE_STOP_FILE"
   [ -z "$ending" ] || exit "$((rc ? rc : 1))"
+  [ ! -e "$FLIPSCALE_STOP_FILE.refused" ] || fail "not restarted: see the end of the output for what to change"
   [ "$rc" = 0 ] || crashed "$rc" || exit "$rc"
   [ "$rc" != 0 ] || [ -n "$stopping" ] || exit 0
   requeue "$@"
 }
 
-# Counts a crash with exit code $1; false when the run has crashed more than MAX_CRASHES times since its newest checkpoint.
+# Counts a crash with exit code $1; false where more than MAX_CRASHES came since the run's newest checkpoint.
 crashed() {
   local newest count
   newest=$(find "$RUN/checkpoints" -maxdepth 1 -name 'step-*' -printf '%f\n' 2>/dev/null | sort | tail -n 1)
-  echo "${newest:-start} job $SLURM_JOB_ID start ${SLURM_RESTART_COUNT:-0} exit $1 $(date '+%F %T')" >> "$RUN/slurm/crashes"
-  count=$(grep -c "^${newest:-start} " "$RUN/slurm/crashes")
-  say "crash $count since ${newest:-the start} (exit code $1); at most $MAX_CRASHES are restarted"
+  newest=${newest:-start}
+  echo "$newest job $SLURM_JOB_ID start ${SLURM_RESTART_COUNT:-0} exit $1 $(date '+%F %T')" >> "$RUN/slurm/crashes"
+  count=$(grep -c "^$newest " "$RUN/slurm/crashes")
+  say "crash $count since $newest (exit code $1); at most $MAX_CRASHES are restarted"
   [ "$count" -le "$MAX_CRASHES" ]
 }
 
@@ -123,10 +131,12 @@ requeue() {
       scontrol requeue "$SLURM_JOB_ID"
       sleep 600 & wait ;; # until the requeue ends this script
     sbatch)
-      say "submitted again: $(sbatch --parsable --export=ALL --job-name="$SLURM_JOB_NAME" --nodes="$SLURM_JOB_NUM_NODES" \
-        --gpus-per-node="${SLURM_GPUS_ON_NODE:-0}" --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" \
-        --partition="$SLURM_JOB_PARTITION" ${SLURM_JOB_ACCOUNT:+--account="$SLURM_JOB_ACCOUNT"} \
-        --time="$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%l)" "$0" "$@")" ;;
+      local limit options
+      limit=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%l)
+      options=(--job-name="$SLURM_JOB_NAME" --partition="$SLURM_JOB_PARTITION" --nodes="$SLURM_JOB_NUM_NODES"
+        --gpus-per-node="$per_node" --cpus-per-task="$cores" --time="$limit"
+        ${SLURM_JOB_ACCOUNT:+--account="$SLURM_JOB_ACCOUNT"})
+      say "submitted again: $(sbatch --parsable --export=ALL "${options[@]}" "$0" "$@")" ;;
     no) say "not done: submit it again to go on" && exit 75 ;;
     *) fail "REQUEUE is '$REQUEUE'; use scontrol, sbatch or no" ;;
   esac

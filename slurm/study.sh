@@ -22,7 +22,7 @@ LAUNCH_FILE=${LAUNCH_FILE:-ds_configs/ddp.yaml}
 source "${SLURM_SUBMIT_DIR:-.}/slurm/run.bash" || exit 2
 if [ -z "${SLURM_JOB_ID:-}" ]; then
   RUN=$STUDY
-  submit "$0" "$@"
+  submit RECIPES "$0" "$@"
 fi
 read -r -a recipes <<< "$RECIPES"
 RECIPE=${recipes[$SLURM_ARRAY_TASK_ID]:?study.sh: --array has more tasks than RECIPES has words}

@@ -18,7 +18,6 @@ import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from flipscale.benchmarks.step import peak_memory_bytes
 from flipscale.data import decode, loader
 from flipscale.data.loader import DataRecipe, InputShape, PairDataset, build_loader, load_tokenizer
 from flipscale.data.masks import MaskRecipe
@@ -26,6 +25,7 @@ from flipscale.data.sources import open_source
 from flipscale.model import FlipConfig
 from flipscale.model.masking import num_kept
 from flipscale.planning.flops import forward_flops
+from flipscale.training.device import peak_memory_bytes
 from flipscale.training.recipe import Recipe
 
 CAPTIONS_FOR_TOKENIZER = 2000

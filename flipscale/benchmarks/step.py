@@ -1,13 +1,10 @@
 """Time, operations and memory of a training step on data that is already in memory."""
 
-import resource
 import statistics
-import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, cast
 
 import torch
@@ -18,6 +15,7 @@ from flipscale.model.masking import keep_patches, num_kept
 from flipscale.planning.flops import forward_flops
 from flipscale.training.attention import best_attention
 from flipscale.training.contrastive import contrastive_loss
+from flipscale.training.device import fastest_product, peak_memory_bytes, wait_for
 from flipscale.training.optimizer import OptimRecipe, build_optimizers, set_learning_rate
 
 Step = Callable[[], None]
@@ -140,34 +138,16 @@ def time_in_turn(steps: Mapping[str, Step], num_steps: int, device: torch.device
 
 def timed(call: Callable[[], Any], device: torch.device) -> tuple[float, float]:
     """Seconds on the wall and of the CPU, what was sent to the device waited for."""
-    _wait_for(device)
+    wait_for(device)
     wall, cpu = time.perf_counter(), time.process_time()
     call()
-    _wait_for(device)
+    wait_for(device)
     return time.perf_counter() - wall, time.process_time() - cpu
-
-
-def _wait_for(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def matmul_peak(device: torch.device, dtype: str) -> float:
     """Operations a second of the fastest of a few square matrix products."""
-    fastest = 0.0
-    for side in (4096, 8192) if device.type == "cuda" else (1024, 2048):
-        matrix = torch.randn(side, side, device=device).to(DTYPES[dtype])
-        for _ in range(5):
-            fastest = max(fastest, 2 * side**3 / timed(partial(torch.mm, matrix, matrix), device)[0])
-    return fastest
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory that tensors held on a GPU; on a CPU the most that the process was given so far."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return resident if sys.platform == "darwin" else resident * 1024
+    return fastest_product(device, DTYPES[dtype], sides=(4096, 8192) if device.type == "cuda" else (1024, 2048))
 
 
 def measure_step(setting: StepSetting, build: Callable[[StepSetting], Step] = flip_step) -> dict[str, Any]:

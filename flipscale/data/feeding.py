@@ -37,8 +37,9 @@ def enduring_batches(
         micro_batches = _start(loader)
         try:
             while batch := list(islice(micro_batches, loader.batch_sampler.micro_batches)):
-                for error in (part for part in batch if isinstance(part, Exception)):
-                    raise error
+                for part in batch:
+                    if isinstance(part, Exception):
+                        raise part
                 step, deaths = step + 1, 0
                 yield batch
         except RuntimeError as error:

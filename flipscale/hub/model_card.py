@@ -17,6 +17,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from flipscale.evaluation.comparison import Curve, curve_of
 from flipscale.evaluation.figures import can_draw, draw_accuracy, draw_loss
+from flipscale.training.run_directory import read_starts
 
 TEMPLATE = """# {name}
 
@@ -189,6 +190,7 @@ class _Run:
         self.step = step
         self.recipe: dict[str, Any] = yaml.safe_load((run_dir / "recipe.yaml").read_text())
         self.environment: dict[str, Any] = json.loads((run_dir / "environment.json").read_text())
+        self.starts = read_starts(run_dir)
         self.config: dict[str, Any] = json.loads((folder / "config.json").read_text())
         self.curve: Curve = curve_of(run_dir, step)
         self.hub: dict[str, Any] = self.recipe.get("hub", {})
@@ -281,19 +283,16 @@ class _Run:
         return "\n".join(table) if rows else NOT_EVALUATED
 
     def _hardware(self) -> str | None:
-        launches = self.environment.get("launches")
-        if not launches:
-            return None
-        return ", then ".join(dict.fromkeys(f"{launch['num_processes']} x {launch['device']}" for launch in launches))
+        used = dict.fromkeys(f"{start['num_processes']} x {start['device']}" for start in self.starts)
+        return ", then ".join(used) or None
 
     def _device_hours(self, seconds: float) -> float | None:
-        """Hours times devices, launch by launch: a resumed run may have had others."""
-        launches = self.environment.get("launches")
-        if not launches:
+        """Hours times devices, start by start: a resumed run may have had others."""
+        if not self.starts:
             return None
-        ends = [launch["trained_seconds"] for launch in launches[1:]] + [seconds]
-        spent = zip(launches, ends, strict=True)
-        return sum((end - launch["trained_seconds"]) * launch["num_processes"] for launch, end in spent) / 3600
+        ends = [start["trained_seconds"] for start in self.starts[1:]] + [seconds]
+        spent = zip(self.starts, ends, strict=True)
+        return sum((end - start["trained_seconds"]) * start["num_processes"] for start, end in spent) / 3600
 
     def _stages(self) -> Iterator[str]:
         for stage in self.recipe["stages"]:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from flipscale.model.configuration_flip import FlipConfig, FlipTextConfig, FlipVisionConfig
 from flipscale.model.masking import num_kept
+from flipscale.training.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,17 @@ def forward_flops(config: FlipConfig, mask_ratio: float, views: int = 1, text_ma
         text_attention=_attention(text, text_tokens),
         joint_projections=2 * (views * vision.hidden_size + text.hidden_size) * vision.projection_dim,
     )
+
+
+def pair_flops(recipe: Recipe) -> dict[str, int]:
+    """The operations of a pair's training step in each stage of a recipe, by the stage's name."""
+    config = recipe.model.config()
+    return {
+        stage.name: forward_flops(
+            config, stage.mask_ratio, recipe.mask.views_at(stage.mask_ratio), stage.text_mask_ratio
+        ).training
+        for stage in recipe.stages
+    }
 
 
 def _projections(tower: FlipVisionConfig | FlipTextConfig, tokens: int) -> int:

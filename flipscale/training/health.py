@@ -9,6 +9,7 @@ from accelerate import Accelerator
 
 from flipscale.training.checkpoint import CheckpointWriter
 from flipscale.training.preemption import StopRequest
+from flipscale.training.watch import StepWatch
 
 MAX_SKIPPED_IN_A_ROW = 5
 
@@ -54,10 +55,11 @@ def agree_on_data(accelerator: Accelerator, fingerprint: int) -> None:
 class StepGuard:
     """Skips steps whose loss or gradients are not finite, and gives up after a few in a row."""
 
-    def __init__(self, accelerator: Accelerator, request: StopRequest, checkpoints: CheckpointWriter):
+    def __init__(self, accelerator: Accelerator, request: StopRequest, checkpoints: CheckpointWriter, watch: StepWatch):
         self.accelerator = accelerator
         self.request = request
         self.checkpoints = checkpoints
+        self.watch = watch
         self._in_a_row = 0
 
     def agree(self, loss: torch.Tensor, grad_norm: torch.Tensor, num_replaced: int) -> Verdict:
@@ -68,10 +70,13 @@ class StepGuard:
         """
         # One clock is asked, the main process's.
         due = self.checkpoints.clock_is_due and self.accelerator.is_main_process
-        flags = [self.request.reason is not None, due, self.checkpoints.is_writing, num_replaced]
+        slow = self.watch.step_is_slow()
+        flags = [self.request.reason is not None, due, self.checkpoints.is_writing, num_replaced, slow]
         mine = torch.stack([loss.detach().float(), grad_norm.detach().float()])
         mine = torch.cat([mine, torch.tensor(flags, device=loss.device)])
-        loss_sum, norm_sum, asked, due_sum, writing, replaced = self.accelerator.reduce(mine, "sum").tolist()
+        loss_sum, norm_sum, asked, due_sum, writing, replaced, slow_sum = self.accelerator.reduce(mine, "sum").tolist()
+        if slow_sum > 0:
+            self.watch.report_slow_step()
         count = self.accelerator.num_processes
         finite = math.isfinite(loss_sum) and math.isfinite(norm_sum)
         self._in_a_row = 0 if finite else self._in_a_row + 1

@@ -1,4 +1,4 @@
-"""A request to stop, noticed between two steps: a signal, or a file that a batch script makes."""
+"""What passes between a run and its batch script: a request to stop, and that starting again cannot help."""
 
 import os
 import signal
@@ -34,3 +34,10 @@ class StopRequest:
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self._received = f"{signal.Signals(number).name} received"
+
+
+def refuse_restart() -> None:
+    """Tells the batch script, if there is one, that its user must change something first."""
+    name = os.environ.get(STOP_FILE)
+    if name:
+        Path(f"{name}.refused").touch()

@@ -154,7 +154,8 @@ class Recipe:
 
 def build_parser() -> ArgumentParser:
     """The parser of `flipscale pretrain`: `--config RECIPE` and a flag for every field."""
-    parser = ArgumentParser(prog="flipscale pretrain", description=__doc__, exit_on_error=False)
+    description = f"{__doc__} With --dry_run: the memory it would need (`flipscale pretrain --dry_run --help`)."
+    parser = ArgumentParser(prog="flipscale pretrain", description=description, exit_on_error=False)
     parser.add_argument("--config", action="config", help="a recipe file, or the name of one of flipscale/recipes")
     parser.add_class_arguments(Recipe)
     return parser

@@ -1,14 +1,16 @@
 """The run directory: what is promised to lie in it, and whose it is.
 
-recipe.yaml  environment.json  metrics.jsonl  tensorboard/  checkpoints/step-*/  model/  DONE
-push.log where saves are pushed to the Hub
+recipe.yaml  environment.json  starts.jsonl  metrics.jsonl  heartbeat.json  tensorboard/  checkpoints/step-*/  model/
+DONE, and where there was cause slow_steps.jsonl, stacks/, bad_samples.jsonl, push.log and Slurm's slurm/
 """
 
 import json
 import os
 import platform
+import socket
 import subprocess
 import sys
+import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -64,7 +66,7 @@ def is_done(recipe: Recipe) -> bool:
 
 
 def write_run_files(recipe: Recipe, engine: str, num_processes: int, state: dict[str, Any], data_samples: int) -> None:
-    """Writes `recipe.yaml` and `environment.json`; the main process alone.
+    """Writes `recipe.yaml` and `environment.json`, and adds this start to `starts.jsonl`; the main process alone.
 
     Args:
         engine: its name.
@@ -73,25 +75,32 @@ def write_run_files(recipe: Recipe, engine: str, num_processes: int, state: dict
     run_dir = Path(recipe.output_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     _write_whole(run_dir / "recipe.yaml", to_yaml(recipe))
-    file = run_dir / "environment.json"
-    before = json.loads(file.read_text()).get("launches", []) if file.exists() else []
-    step = state.get("step", 0)
-    launch = {
-        "step": step,
-        "trained_seconds": state.get("trained_seconds", 0.0),
-        "num_processes": num_processes,
-        "device": device_name(),
-    }
     with torch.device("meta"):
         num_parameters = FlipModel(recipe.model_config()).num_parameters()
-    content = {
-        **environment(engine, num_processes),
-        "num_parameters": num_parameters,
-        "data_samples": data_samples,
-        # A launch from the same step or before takes the place of one whose steps were taken back.
-        "launches": [*(earlier for earlier in before if earlier["step"] < step), launch],
+    content = {**environment(), "num_parameters": num_parameters, "data_samples": data_samples}
+    _write_whole(run_dir / "environment.json", json.dumps(content, indent=1) + "\n")
+    start = {
+        "time": time.time(),
+        "step": state.get("step", 0),
+        "trained_seconds": state.get("trained_seconds", 0.0),
+        "engine": engine,
+        "num_processes": num_processes,
+        "device": device_name(),
+        "host": socket.gethostname(),
+        "slurm_job": os.environ.get("SLURM_JOB_ID"),
     }
-    _write_whole(file, json.dumps(content, indent=1) + "\n")
+    with open(run_dir / "starts.jsonl", "a") as file:
+        file.write(json.dumps(start) + "\n")
+
+
+def read_starts(run_dir: Path) -> list[dict[str, Any]]:
+    """The starts of a run whose steps it kept: a start takes the place of those before it from its step or later."""
+    file = run_dir / "starts.jsonl"
+    kept: list[dict[str, Any]] = []
+    for line in file.read_text().splitlines() if file.exists() else []:
+        start = json.loads(line)
+        kept = [*(earlier for earlier in kept if earlier["step"] < start["step"]), start]
+    return kept
 
 
 def device_name() -> str:
@@ -110,8 +119,8 @@ def _write_whole(path: Path, text: str) -> None:
     partial.replace(path)
 
 
-def environment(engine: str, num_processes: int) -> dict[str, Any]:
-    """Versions, machine and launch of this run."""
+def environment() -> dict[str, Any]:
+    """Versions, command and machine."""
     packages = ("torch", "transformers", "accelerate", "numpy", "simplejpeg", "opencv-python-headless")
     commit = subprocess.run(
         ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
@@ -122,8 +131,6 @@ def environment(engine: str, num_processes: int) -> dict[str, Any]:
         "python": platform.python_version(),
         **{package: version(package) for package in packages},
         "command": sys.argv,
-        "engine": engine,
-        "num_processes": num_processes,
         "mixed_precision": os.environ.get("ACCELERATE_MIXED_PRECISION", "no"),
         "machine": platform.machine(),
         "cpus": os.cpu_count(),

@@ -4,17 +4,15 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from accelerate import Accelerator
 from tqdm import tqdm
 
 from flipscale.training.bad_samples import BadSamples
-
-Batch = TypeVar("Batch")
+from flipscale.training.device import peak_flops, peak_memory_bytes
+from flipscale.training.watch import StepWatch
 
 
 @dataclass(frozen=True)
@@ -24,10 +22,13 @@ class LogRecipe:
     Args:
         every_samples: interval of the training metrics.
         report_to: accelerate trackers besides `metrics.jsonl`, e.g. tensorboard, wandb.
+        hang_seconds: a step that takes longer ends the run, after every rank has written what it was doing. Below the
+            ten minutes after which NCCL ends it without a word.
     """
 
     every_samples: int = 1_000_000
     report_to: list[str] = field(default_factory=lambda: ["tensorboard"])
+    hang_seconds: float = 540.0
 
 
 def is_due(samples_seen: int, step_samples: int, every_samples: int) -> bool:
@@ -38,25 +39,30 @@ def is_due(samples_seen: int, step_samples: int, every_samples: int) -> bool:
 class Tracker:
     """Collects the steps of an interval and writes one record for it, on the main process.
 
-    A record has the step's loss, lr, grad_norm, logit_scale, and the interval's images_per_s, data_wait_share,
-    num_replaced (bad samples, of all processes; `replaced/CAUSE` for each cause) and num_skipped (steps with a
-    non-finite loss or gradient).
+    A record has the step's loss, lr, grad_norm, logit_scale, and the interval's images_per_s, mfu (those images'
+    operations, the mask counted, over what all devices could do; absent where that is unknown), data_wait_share,
+    peak_memory_bytes of the main process, num_replaced (bad samples, of all processes; `replaced/CAUSE` for each
+    cause), num_skipped (steps with a non-finite loss or gradient) and num_slow (steps that took far longer than usual).
     """
 
     def __init__(
         self,
-        accelerator: Accelerator,
+        watch: StepWatch,
+        bad_samples: BadSamples,
         recipe: LogRecipe,
-        run_dir: Path,
         step_samples: int,
         total_steps: int,
-        bad_samples: BadSamples,
+        pair_flops: Mapping[str, int],
     ):
-        self.accelerator = accelerator
+        """`pair_flops`: operations of a pair in each stage, forward and backward."""
+        self.accelerator = watch.accelerator
+        self.watch = watch
         self.bad_samples = bad_samples
+        self.pair_flops = pair_flops
+        self._peak_flops: float | None = None
         self.every_samples = recipe.every_samples
         self.step_samples = step_samples
-        self.path = run_dir / "metrics.jsonl"
+        self.path = watch.run_dir / "metrics.jsonl"
         self._seconds_before = 0.0
         self._running_since: float | None = None
         self._total_steps = total_steps
@@ -65,6 +71,9 @@ class Tracker:
 
     def start(self, step: int, trained_seconds: float) -> None:
         """Begins at `step`, after an earlier run's `trained_seconds`; records past it are of steps taken back."""
+        if self.accelerator.is_main_process:
+            one = peak_flops(self.accelerator.device, self.accelerator.mixed_precision)
+            self._peak_flops = one and one * self.accelerator.num_processes
         self._seconds_before = trained_seconds
         self.resume()
         self._reset()
@@ -84,17 +93,6 @@ class Tracker:
             dynamic_ncols=True,
         )
 
-    def timed(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """The same batches, the time spent waiting for them counted."""
-        iterator = iter(batches)
-        while True:
-            start = time.perf_counter()
-            batch = next(iterator, None)
-            self._wait_seconds += time.perf_counter() - start
-            if batch is None:
-                return
-            yield batch
-
     def after_step(self, step: int, metrics: dict[str, Any], skipped: bool) -> None:
         """Collective. Counts a step, now `step` in all, and writes the interval's record when it is due."""
         self._steps += 1
@@ -104,22 +102,27 @@ class Tracker:
         samples_seen = step * self.step_samples
         if not (is_due(samples_seen, self.step_samples, self.every_samples) or step == self._total_steps):
             return
-        seconds = self.trained_seconds - self._interval_start
-        replaced = self.bad_samples.take_counts()
-        self.write(
-            step,
-            {
-                **metrics,
-                "images_per_s": self._steps * self.step_samples / seconds,
-                "data_wait_share": self._wait_seconds / seconds,
-                "num_replaced": replaced.total(),
-                **{f"replaced/{cause}": count for cause, count in sorted(replaced.items())},
-                "num_skipped": self._skipped,
-            },
-        )
+        self.write(step, {**metrics, **self._interval(metrics["stage"])})
         if self._bar is not None:
             self._bar.set_postfix_str(f"loss {metrics['loss']:.3f}, {metrics['stage']}", refresh=False)
         self._reset()
+
+    def _interval(self, stage: str) -> dict[str, float]:
+        """Collective. What the steps since the last record come to."""
+        seconds = self.trained_seconds - self._interval_start
+        images_per_s = self._steps * self.step_samples / seconds
+        replaced = self.bad_samples.take_counts()
+        mfu = {} if self._peak_flops is None else {"mfu": images_per_s * self.pair_flops[stage] / self._peak_flops}
+        return {
+            "images_per_s": images_per_s,
+            **mfu,
+            "data_wait_share": (self.watch.wait_seconds - self._wait_start) / seconds,
+            "peak_memory_bytes": peak_memory_bytes(self.accelerator.device),
+            "num_replaced": replaced.total(),
+            **{f"replaced/{cause}": count for cause, count in sorted(replaced.items())},
+            "num_skipped": self._skipped,
+            "num_slow": self.watch.num_slow - self._slow_start,
+        }
 
     def write(self, step: int, metrics: dict[str, Any]) -> None:
         """Appends one record; a number that is not finite is null in it."""
@@ -146,19 +149,21 @@ class Tracker:
         """Stops the clock: what follows (an evaluation, a save) is not training."""
         self._seconds_before = self.trained_seconds
         self._running_since = None
+        self.watch.pause()
 
     def resume(self) -> None:
         """Starts the clock again."""
         self._running_since = time.perf_counter()
 
     def finish(self) -> None:
-        """Closes the progress bar."""
+        """Closes the progress bar and stops the watch."""
+        self.watch.finish()
         if self._bar is not None:
             self._bar.close()
 
     def _reset(self) -> None:
         self._interval_start = self.trained_seconds
-        self._wait_seconds = 0.0
+        self._wait_start, self._slow_start = self.watch.wait_seconds, self.watch.num_slow
         self._steps = self._skipped = 0
 
 

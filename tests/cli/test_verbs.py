@@ -11,6 +11,7 @@ import pytest
 import yaml
 from conftest import launch, metrics, pretrain, write_shards
 from hub.card_numbers import untraced_numbers
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from flipscale.model import FlipModel, FlipProcessor
 
@@ -35,13 +36,19 @@ def run_dir(recipe: dict, shards: Path, tmp_path_factory: pytest.TempPathFactory
 
 def test_the_run_directory_holds_what_is_promised(run_dir: Path) -> None:
     expected = {"recipe.yaml", "environment.json", "metrics.jsonl", "tensorboard", "checkpoints", "model", "DONE"}
+    expected |= {"starts.jsonl", "heartbeat.json"}
     assert {path.name for path in run_dir.iterdir()} == expected
-    assert list((run_dir / "tensorboard").rglob("events*"))
+    shown = EventAccumulator(str(next((run_dir / "tensorboard").rglob("events*")).parent)).Reload().Tags()["scalars"]
+    assert {"loss", "mfu", "peak_memory_bytes", "data_wait_share", "images_per_s", "zero_shot/top1"} <= set(shown)
     records = metrics(run_dir)
     assert [r["samples_seen"] for r in records if "loss" in r] == [160, 320, 480, 640]
     assert [r["samples_seen"] for r in records if "zero_shot/top1" in r] == [320, 640]
     fields = {"loss", "lr", "grad_norm", "logit_scale", "images_per_s", "data_wait_share", "trained_seconds", "stage"}
+    fields |= {"mfu", "peak_memory_bytes", "num_replaced", "num_skipped", "num_slow"}
     assert fields <= records[0].keys()
+    # What the processor can do is measured in passing, on a machine that may be busy.
+    assert 0 < records[0]["mfu"] < 2
+    assert 2**27 < records[0]["peak_memory_bytes"] < 2**34
 
 
 def test_a_finished_run_is_left_alone(run_dir: Path) -> None:
@@ -80,6 +87,17 @@ def test_every_number_of_the_card_is_in_the_run_s_files(run_dir: Path) -> None:
     for figure in re.findall(r"!\[.*\]\((.*)\)", card):
         assert cv2.imread(str(run_dir / "model" / figure)).shape == (630, 1050, 3)
     assert len(re.findall(r"!\[", card)) == 2
+
+
+def test_status_of_a_finished_run(run_dir: Path) -> None:
+    done = launch([*FLIPSCALE, "status", str(run_dir), "--json"])
+    assert done.returncode == 0, done.stderr
+    status, last = json.loads(done.stdout), metrics(run_dir)
+    assert (status["state"], status["samples_seen"], status["total_samples"]) == ("done", 640, 640)
+    assert status["checkpoint_samples"] == 640
+    assert (status["num_starts"], status["num_processes"]) == (1, 1)
+    assert status["images_per_s"] == [r["images_per_s"] for r in last if "loss" in r][-1]
+    assert status["metrics"] == {name: value for name, value in last[-1].items() if "/" in name}
 
 
 def test_prepare_index(shards: Path, tmp_path: Path) -> None:

@@ -11,19 +11,22 @@ import yaml
 
 from flipscale.hub.model_card import FIGURES, NO_LICENCE, NOT_EVALUATED, PROTOCOLS, TEMPLATE
 from flipscale.training.recipe import ModelRecipe
+from flipscale.training.run_directory import read_starts
 
 NUMBER = re.compile(r"\d+(?:,\d{3})*(?:\.\d+)?(?:e[+-]?\d+)?")
 
 
 def untraced_numbers(card: str, run_dir: Path) -> list[str]:
     """The numbers of a card that are neither its template's nor in, or computed as said here from, the run's
-    `metrics.jsonl`, `recipe.yaml` and `environment.json`."""
+    `metrics.jsonl`, `recipe.yaml`, `environment.json` and `starts.jsonl`."""
     recipe = yaml.safe_load((run_dir / "recipe.yaml").read_text())
     environment = json.loads((run_dir / "environment.json").read_text())
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    values = set(_numbers([recipe, environment, records, ModelRecipe(**recipe["model"]).config().to_dict()]))
-    values |= _derived(recipe, environment, records)
-    words = {token for text in _texts([recipe, environment, records, str(run_dir)]) for token in NUMBER.findall(text)}
+    starts = read_starts(run_dir)
+    values = set(_numbers([recipe, environment, records, starts, ModelRecipe(**recipe["model"]).config().to_dict()]))
+    values |= _derived(recipe, environment, records, starts)
+    texts = _texts([recipe, environment, records, starts, str(run_dir)])
+    words = {token for text in texts for token in NUMBER.findall(text)}
     of_the_template = [t for text in (TEMPLATE, *PROTOCOLS.values(), NOT_EVALUATED, NO_LICENCE, *FIGURES.values())
                        for t in _fixed_numbers(text)]  # fmt: skip
     untraced = []
@@ -35,12 +38,13 @@ def untraced_numbers(card: str, run_dir: Path) -> list[str]:
     return untraced
 
 
-def _derived(recipe: dict[str, Any], environment: dict[str, Any], records: list[dict[str, Any]]) -> set[float]:
+def _derived(
+    recipe: dict[str, Any], environment: dict[str, Any], records: list[dict[str, Any]], starts: list[dict[str, Any]]
+) -> set[float]:
     last, hub = records[-1], recipe["hub"]
     seconds, batch = last["trained_seconds"], recipe["data"]["global_batch_size"]
-    launches = environment["launches"]
-    begins = [launch["trained_seconds"] for launch in launches] + [seconds]
-    device_seconds = sum((begins[i + 1] - begins[i]) * launch["num_processes"] for i, launch in enumerate(launches))
+    begins = [start["trained_seconds"] for start in starts] + [seconds]
+    device_seconds = sum((begins[i + 1] - begins[i]) * start["num_processes"] for i, start in enumerate(starts))
     found = {seconds / 3600, last["samples_seen"] / seconds, environment["num_parameters"] / 1e6}
     found.add(sum(stage["samples"] // batch for stage in recipe["stages"]))
     found |= {100 * stage[name] for stage in recipe["stages"] for name in ("mask_ratio", "text_mask_ratio")}

@@ -25,11 +25,11 @@ ENVIRONMENT = {
     "mixed_precision": "bf16",
     "num_parameters": 413_246_912,
     "data_samples": 407_332_084,
-    "launches": [
-        {"step": 0, "trained_seconds": 0.0, "num_processes": 48, "device": "NVIDIA H100 80GB HBM3"},
-        {"step": 11, "trained_seconds": 4321.5, "num_processes": 32, "device": "NVIDIA H100 80GB HBM3"},
-    ],
 }
+STARTS = [
+    {"step": 0, "trained_seconds": 0.0, "num_processes": 48, "device": "NVIDIA H100 80GB HBM3"},
+    {"step": 11, "trained_seconds": 4321.5, "num_processes": 32, "device": "NVIDIA H100 80GB HBM3"},
+]
 GIVEN = {"license": "apache-2.0", "device_hour_dollars": 2.85, "kwh_co2_grams": 373.0}
 
 
@@ -43,6 +43,7 @@ def run_dir(write_recipe, tmp_path: Path) -> Path:
     (folder / "recipe.yaml").write_text(to_yaml(recipe))
     (folder / "model" / "config.json").write_text(json.dumps(recipe.model.config().to_dict()))
     (folder / "environment.json").write_text(json.dumps(ENVIRONMENT))
+    (folder / "starts.jsonl").write_text("".join(json.dumps(start) + "\n" for start in STARTS))
     write_records(folder, RECORDS)
     return folder
 

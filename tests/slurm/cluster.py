@@ -44,6 +44,9 @@ SelectTypeParameters=CR_Core
 SlurmdParameters=config_overrides
 SchedulerType=sched/backfill
 SchedulerParameters=batch_sched_delay=0,sched_interval=1,sched_min_interval=0,bf_interval=1
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PreemptParameters=send_user_signal
 JobRequeue=1
 KillWait=5
 MinJobAge=6000
@@ -53,7 +56,8 @@ SlurmctldTimeout=60
 SlurmdTimeout=60
 InactiveLimit=0
 GresTypes=gpu
-PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE PriorityTier=1 GraceTime=300 State=UP
+PartitionName=urgent Nodes=ALL MaxTime=INFINITE PriorityTier=2 PreemptMode=OFF State=UP
 """
 
 
@@ -112,7 +116,7 @@ class Cluster:
             daemon = f"{mount}; hostname {node}; exec slurmd -f $SLURM_CONF -N {node}"
             self.run("unshare", "--mount", "--uts", "bash", "-c", daemon)
         idle = ("sinfo", "--noheader", "--Node", "--states=idle", "--format=%N")
-        wait_until(lambda: len(self.run(*idle, check=False).split()) == len(self.nodes), "all nodes", 60)
+        wait_until(lambda: set(self.run(*idle, check=False).split()) == {*self.nodes}, "all nodes", 60)
 
     def stop(self) -> None:
         """Ends all jobs, daemons and whatever else lives in the cluster's namespaces, and removes its files."""

@@ -35,7 +35,7 @@ class Site:
             (folder / name).symlink_to(ROOT / name)
         stages = [
             {"name": "masked", "samples": 1920, "mask_ratio": 0.75, "base_lr": 0.012, "warmup_samples": 64},
-            {"name": "unmasked", "samples": 1280, "base_lr": 0.006},
+            {"name": "unmasked", "samples": 1920, "base_lr": 0.006},
         ]
         tiny = {**recipe, "stages": stages, "save": {"every_samples": 320, "total_limit": 99}}
         (folder / "tiny.yaml").write_text(yaml.safe_dump(tiny))
@@ -106,19 +106,27 @@ def chain(site: Site) -> dict[str, str]:
 
 
 def interrupted(site: Site) -> str:
-    """Told to stop ahead of the time limit, then on a node that goes down, then left to end."""
+    """Preempted, then told to stop ahead of the time limit, then on a node that goes down, then left to end."""
     nodes = ["--nodes=2", "--exclude=node1"]
     number = site.submit("sbatch", *SMALL[:-1], *nodes, "slurm/pretrain.sh", RUN="runs/interrupted")
-    site.wait_for_step("runs/interrupted", 30)
+
+    def wait_for_a_restart(after: int) -> None:
+        site.wait_for_step("runs/interrupted", site.newest("runs/interrupted") + 10)
+        wait_until(lambda: site.cluster.job(number, "Restarts") == str(after), f"restart {after - 1} of {number}")
+
+    wait_for_a_restart(0)
+    urgent = ["--partition=urgent", "--nodelist=node3", "--exclusive", "--output=/dev/null", "--wrap=true"]
+    preemptor = site.submit("sbatch", *urgent)
+    site.cluster.wait_for(preemptor, "COMPLETED")
+    wait_for_a_restart(1)
     # What --signal=B:USR1@300 delivers; Slurm itself looks at the time every half minute only.
     site.cluster.run("scancel", "--signal=USR1", "--batch", number)
     site.cluster.wait_for(number, "PENDING")
-    stopped_at = site.newest("runs/interrupted")
-    assert stopped_at % 20, "a checkpoint that was due anyway"
-    site.wait_for_step("runs/interrupted", stopped_at + 30)
+    assert site.newest("runs/interrupted") % 20, "a checkpoint that was due anyway"
+    wait_for_a_restart(2)
     site.cluster.run("scontrol", "update", "NodeName=node3", "State=DOWN", "Reason=test")
     site.cluster.wait_for(number, "PENDING")
-    assert site.steps("runs/interrupted") < 200, "the machine was too fast to be interrupted"
+    assert site.steps("runs/interrupted") < 240, "the machine was too fast to be interrupted"
     site.end(number, "COMPLETED")
     return number
 
@@ -152,8 +160,29 @@ def cancelled(site: Site) -> tuple[str, str]:
     return first, second
 
 
+def unqueued(site: Site) -> str:
+    """Told to stop where nothing may be submitted by a job."""
+    number = site.submit("sbatch", "--nodes=1", *SMALL, "slurm/pretrain.sh", RUN="runs/unqueued", REQUEUE="no")
+    site.wait_for_step("runs/unqueued", 5)
+    site.cluster.run("scancel", "--signal=USR1", "--batch", number)
+    site.end(number, "FAILED")
+    return number
+
+
+def mistaken(site: Site) -> str:
+    """Submitted with a recipe that cannot be run."""
+    arguments = ["slurm/pretrain.sh", "--data.global_batch_size", "many"]
+    number = site.submit("sbatch", "--nodes=1", *SMALL, *arguments, RUN="runs/mistaken")
+    site.end(number, "FAILED")
+    return number
+
+
 def study(site: Site) -> str:
-    """Three recipes as an array."""
+    """Three recipes as an array, in a container; apptainer is a stand-in that notes what it is asked for."""
+    apptainer = site.folder / "bin/apptainer"
+    apptainer.parent.mkdir()
+    apptainer.write_text('#!/bin/bash\necho "$@" >> asked\nshift 7\nexec "$@"\n')
+    apptainer.chmod(0o755)
     names = []
     for seed in range(3):
         short = {**yaml.safe_load((site.folder / "tiny.yaml").read_text()), "seed": seed}
@@ -161,14 +190,15 @@ def study(site: Site) -> str:
         names.append(f"seed{seed}.yaml")
         (site.folder / names[-1]).write_text(yaml.safe_dump(short))
     arguments = ["slurm/study.sh", "--nodes=1", *SMALL, "--", "--log.every_samples", "32"]
-    number = site.submit("bash", *arguments, RECIPES=" ".join(names), STUDY="runs/study")
+    variables = {"CONTAINER": "torch.sif", "PATH": f"{apptainer.parent}:{os.environ['PATH']}"}
+    number = site.submit("bash", *arguments, RECIPES=" ".join(names), STUDY="runs/study", **variables)
     wait_until(
         lambda: site.cluster.run("squeue", "--noheader", f"--jobs={number}", check=False) == "", "the array to end"
     )
     return number
 
 
-SCENARIOS = (interrupted, killed, chain, cancelled, study)
+SCENARIOS = (interrupted, killed, chain, cancelled, unqueued, mistaken, study)
 
 
 @pytest.fixture(scope="module")
@@ -209,16 +239,17 @@ def test_tuning_and_evaluation_follow_by_dependency(site: Site, outcome: Callabl
     assert printed["zero_shot/top1"] > 0
 
 
-def test_a_stop_and_a_dead_node_leave_the_numbers_as_they_are(site: Site, outcome: Callable) -> None:
+def test_preemption_stop_and_dead_node_leave_the_numbers_as_they_are(site: Site, outcome: Callable) -> None:
     number = outcome(interrupted)
     outcome(chain)
-    assert site.cluster.job(number, "Restarts") == "2"
+    assert site.cluster.job(number, "Restarts") == "3"
+    assert "preempted: Slurm requeues" in site.output(number)
     assert not (site.folder / "runs/interrupted/slurm/crashes").exists()
     runs = [site.folder / "runs" / name for name in ("interrupted", "whole")]
     found, expected = ([record["loss"] for record in metrics(run)] for run in runs)
-    assert len(found) == 200
+    assert len(found) == 240
     assert found == expected
-    found, expected = (load_file(run / "checkpoints/step-00000200/model.safetensors") for run in runs)
+    found, expected = (load_file(run / "checkpoints/step-00000240/model.safetensors") for run in runs)
     assert all(torch.equal(value, found[name]) for name, value in expected.items())
 
 
@@ -227,7 +258,7 @@ def test_crashes_are_restarted_up_to_a_cap(site: Site, outcome: Callable) -> Non
     assert site.cluster.job(number, "Restarts") == "1"
     crashes = (site.folder / "runs/killed/slurm/crashes").read_text().splitlines()
     assert [line.split()[:5] for line in crashes] == [["start", "job", number, "start", start] for start in "01"]
-    assert "crash 2 since the start" in site.output(number)
+    assert "crash 2 since start" in site.output(number)
 
 
 def test_a_cancelled_job_stays_cancelled(site: Site, outcome: Callable) -> None:
@@ -238,6 +269,25 @@ def test_a_cancelled_job_stays_cancelled(site: Site, outcome: Callable) -> None:
     assert "told to end" in site.output(second)
 
 
+def test_a_job_that_may_not_requeue_says_that_it_is_not_done(site: Site, outcome: Callable) -> None:
+    number = outcome(unqueued)
+    assert site.cluster.job(number, "ExitCode") == "75:0"
+    assert "not done: submit it again to go on" in site.output(number)
+    assert site.newest("runs/unqueued") > 0
+
+
+def test_a_mistake_is_not_restarted(site: Site, outcome: Callable) -> None:
+    number = outcome(mistaken)
+    assert (site.cluster.job(number, "ExitCode"), site.cluster.job(number, "Restarts")) == ("2:0", "0")
+    assert 'flipscale: error: Parser key "data.global_batch_size"' in site.output(number)
+    assert "not restarted: see the end of the output for what to change" in site.output(number)
+
+
+def test_a_recipe_that_is_not_there_is_never_submitted(site: Site) -> None:
+    with pytest.raises(OSError, match="recipe 'none' is neither a file nor one of flipscale/recipes"):
+        site.submit("bash", "slurm/pretrain.sh", RECIPE="none", RUN="runs/none")
+
+
 def test_an_array_runs_a_recipe_a_task(site: Site, outcome: Callable) -> None:
     outcome(study)
     for seed in range(3):
@@ -245,3 +295,6 @@ def test_an_array_runs_a_recipe_a_task(site: Site, outcome: Callable) -> None:
         assert (run / "DONE").exists()
         assert yaml.safe_load((run / "recipe.yaml").read_text())["seed"] == seed
         assert len(metrics(run)) == 5
+    asked = (site.folder / "asked").read_text().splitlines()
+    expected = f"exec --nv --bind {site.folder} --pwd {site.folder} torch.sif {sys.executable} -m accelerate"
+    assert [line[: len(expected)] for line in asked] == [expected] * 3

@@ -1,0 +1,111 @@
+"""`flipscale pretrain --dry_run`: what a recipe would need of each process, without data, GPUs or other processes."""
+
+import argparse
+import dataclasses
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from flipscale.planning.launch_file import Launch, launch_of, read_launch_file
+from flipscale.planning.memory import Memory, heaviest_step, parameter_shapes, recipe_memory, what_fits
+from flipscale.training.recipe import Recipe, parse_recipe
+from flipscale.training.schedule import plan_stages
+
+# The rest is CUDA's context, the collectives' buffers and what the allocator cannot put together.
+USABLE = 0.94
+
+
+def dry_run(arguments: Sequence[str]) -> None:
+    """Prints parameters and bytes of each process under one launch file or several; the flags of a recipe are
+    `flipscale pretrain`'s.
+
+    Raises:
+        ValueError: a recipe or launch file that cannot be run, or no launch that fits the memory stated.
+    """
+    args, rest = _parser().parse_known_args(arguments)
+    if args.gpu_memory_gib is not None and args.gpu_memory_gib <= 0:
+        raise ValueError(f"gpu_memory_gib is {args.gpu_memory_gib}; it must be above 0")
+    if args.num_processes is not None and args.num_processes < 1:
+        raise ValueError(f"num_processes is {args.num_processes}; it must be at least 1")
+    recipe = parse_recipe(rest)
+    launches = {file.stem: read_launch_file(file, args.num_processes) for file in args.launch_file}
+    if not launches:
+        launch = launch_of(os.environ)
+        launches[launch.engine] = launch.using(num_processes=args.num_processes or launch.num_processes)
+    if int(os.environ.get("RANK", "0")) > 0:
+        return
+    limit = args.gpu_memory_gib
+    if limit is None and torch.cuda.is_available():
+        limit = torch.cuda.get_device_properties(0).total_memory / 2**30
+    needs = {name: recipe_memory(recipe, launch) for name, launch in launches.items()}
+    print(_heading(recipe, launches))
+    print(_table(needs, limit))
+    if limit is not None and min(memory.total for memory in needs.values()) > USABLE * limit * 2**30:
+        _refuse(recipe, launches, needs, limit)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="flipscale pretrain --dry_run", description=__doc__, allow_abbrev=False,
+        epilog="All other flags are those of `flipscale pretrain`, such as --config RECIPE.",
+    )  # fmt: skip
+    parser.add_argument("--dry_run", action="store_true", required=True)
+    parser.add_argument(
+        "--launch_file", type=Path, nargs="+", default=[], metavar="FILE",
+        help="accelerate launch files, such as ds_configs/fsdp2.yaml; by default what this process was launched by",
+    )  # fmt: skip
+    parser.add_argument("--num_processes", type=int, metavar="N", help="in place of the launch file's")
+    parser.add_argument(
+        "--gpu_memory_gib", type=float, metavar="GIB",
+        help="refuse what does not fit such a GPU, and name what would; by default this machine's GPU, if it has one",
+    )  # fmt: skip
+    return parser
+
+
+def _heading(recipe: Recipe, launches: dict[str, Launch]) -> str:
+    shapes = parameter_shapes(recipe.model.config())
+    towers = {
+        tower: sum(shape.numel() for name, shape in shapes.items() if name.startswith(f"{tower}_"))
+        for tower in ("vision", "text")
+    }
+    total = sum(shape.numel() for shape in shapes.values())
+    batch = recipe.data.global_batch_size
+    stages = plan_stages(recipe.stages, batch)
+    lines = [
+        f"{recipe.model.size}: {total:,} parameters; image tower {towers['vision']:,}, text tower {towers['text']:,}",
+        f"{stages[-1].last_step:,} steps of {batch:,} pairs"
+        + (", activations recomputed" if recipe.model.gradient_checkpointing else ""),
+    ]
+    for name, launch in launches.items():
+        step = heaviest_step(recipe, launch, "cuda")
+        lines.append(
+            f"{name}: {launch.num_processes} processes of {step.batch_size} pairs, "
+            f"{'bf16' if launch.bf16 else 'fp32'}, at most {1 - step.mask_ratio:.0%} of the patches"
+        )
+    return "\n".join(lines)
+
+
+def _table(needs: dict[str, Memory], limit: float | None) -> str:
+    """GiB of each kind, a column for each launch."""
+    columns = [f"{name:>10}" for name in needs]
+    lines = ["", "  ".join([f"{'GiB of each process':<20}", *columns])]
+    for field in dataclasses.fields(Memory):
+        values = [f"{getattr(memory, field.name) / 2**30:10.2f}" for memory in needs.values()]
+        lines.append("  ".join([f"{field.name:<20}", *values]))
+    lines.append("  ".join([f"{'total':<20}", *(f"{memory.total / 2**30:10.2f}" for memory in needs.values())]))
+    if limit is not None:
+        fits = ["yes" if memory.total <= USABLE * limit * 2**30 else "no" for memory in needs.values()]
+        lines.append("  ".join([f"{f'fits {limit:.0f} GiB':<20}", *(f"{word:>10}" for word in fits)]))
+    return "\n".join(lines)
+
+
+def _refuse(recipe: Recipe, launches: dict[str, Launch], needs: dict[str, Memory], limit: float) -> None:
+    name = min(needs, key=lambda name: needs[name].total)
+    fits = what_fits(recipe, launches[name], int(USABLE * limit * 2**30))
+    raise ValueError(
+        f"{name} needs {needs[name].total / 2**30:.1f} GiB of each process, of which a GPU of {limit:.0f} GiB has "
+        f"{USABLE * limit:.1f} to give; "
+        + (f"what would fit: {', or '.join(fits)}" if fits else "nothing that is known here would fit: use larger GPUs")
+    )

@@ -1,0 +1,183 @@
+"""How far a run is, how fast, and whether it still lives: read from its run directory, by whoever can see it."""
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from flipscale.training.schedule import StageRecipe, plan_stages
+
+# Without a sign for so long, or for so many usual steps, a run that is training is taken for dead.
+_SILENT_SECONDS, _SILENT_STEPS = 120.0, 10.0
+# The same while it evaluates or saves.
+_SILENT_PAUSE_SECONDS = 3600.0
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `flipscale status` takes."""
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run directory, such as runs/h14")
+    parser.add_argument("--json", action="store_true", help="a JSON line for each run instead of a table")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Prints what is known of each run.
+
+    Raises:
+        ValueError: a folder that is not a run directory.
+    """
+    found = [read_status(folder, time.time()) for folder in args.runs]
+    if args.json:
+        print("\n".join(json.dumps(status) for status in found))
+    else:
+        print("\n\n".join(as_table(status) for status in found))
+
+
+def read_status(run_dir: Path, now: float) -> dict[str, Any]:
+    """The state of a run at `now` (seconds since 1970), ready for JSON; what is not known is None.
+
+    `state` is `done`, `running`, `stopped` (asked to, and resumable), `dead` (no sign of life) or `starting`.
+    `images_per_s` is of the last record, `seconds_left` what is left at that speed; `num_bad_samples`,
+    `num_skipped_steps` and `num_slow_steps` are sums over the run; `num_crashes` were counted by the Slurm script.
+
+    Raises:
+        ValueError: not a run directory.
+    """
+    recipe_file = run_dir / "recipe.yaml"
+    if not recipe_file.exists():
+        raise ValueError(f"{run_dir} is not a run directory: it has no recipe.yaml, which a run writes when it starts")
+    recipe = yaml.safe_load(recipe_file.read_text())
+    records, starts = _lines(run_dir / "metrics.jsonl"), _lines(run_dir / "starts.jsonl")
+    steps = [record for record in records if "images_per_s" in record]
+    last: dict[str, Any] = steps[-1] if steps else {}
+    heartbeat = _heartbeat(run_dir)
+    batch = recipe["data"]["global_batch_size"]
+    stages = plan_stages([StageRecipe(**stage) for stage in recipe["stages"]], batch)
+    total = stages[-1].last_step * batch
+    done = (run_dir / "DONE").exists()
+    seen = total if done else max(heartbeat.get("step", 0) * batch, records[-1]["samples_seen"] if records else 0)
+    checkpoint = max((run_dir / "checkpoints").glob("step-*"), default=None)
+    crashes = run_dir / "slurm/crashes"
+    return {
+        "run": str(run_dir),
+        "state": "done" if done else _state(heartbeat, starts, now),
+        "seconds_since_last_sign": now - heartbeat["time"] if heartbeat else None,
+        "samples_seen": seen,
+        "total_samples": total,
+        "stage": last.get("stage"),
+        "images_per_s": last.get("images_per_s"),
+        "mfu": last.get("mfu"),
+        "data_wait_share": last.get("data_wait_share"),
+        "peak_memory_bytes": last.get("peak_memory_bytes"),
+        "seconds_left": None if done or not last else (total - seen) / last["images_per_s"],
+        "trained_seconds": records[-1]["trained_seconds"] if records else 0.0,
+        "loss": last.get("loss"),
+        "lr": last.get("lr"),
+        "checkpoint_samples": int(checkpoint.name.removeprefix("step-")) * batch if checkpoint else None,
+        "checkpoint_age_seconds": now - checkpoint.stat().st_mtime if checkpoint else None,
+        "num_starts": len(starts),
+        "num_processes": starts[-1]["num_processes"] if starts else None,
+        "seconds_since_start": now - starts[-1]["time"] if starts else None,
+        "num_crashes": len(crashes.read_text().splitlines()) if crashes.exists() else 0,
+        "num_bad_samples": sum(record["num_replaced"] for record in steps),
+        "num_skipped_steps": sum(record["num_skipped"] for record in steps),
+        "num_slow_steps": sum(record.get("num_slow", 0) for record in steps),
+        "metrics": {name: value for record in records for name, value in record.items() if _is_task(name)},
+    }
+
+
+def _is_task(name: str) -> bool:
+    return "/" in name and not name.startswith("replaced/")
+
+
+def _lines(file: Path) -> list[dict[str, Any]]:
+    """The records of a file of JSON lines; the last one may be in the middle of being written."""
+    if not file.exists():
+        return []
+    return [json.loads(line) for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
+def _heartbeat(run_dir: Path) -> dict[str, Any]:
+    file = run_dir / "heartbeat.json"
+    return json.loads(file.read_text()) if file.exists() else {}
+
+
+def _state(heartbeat: dict[str, Any], starts: list[dict[str, Any]], now: float) -> str:
+    if not heartbeat or (starts and starts[-1]["time"] > heartbeat["time"]):
+        return "starting"
+    if heartbeat["phase"] == "ended":
+        return "stopped"
+    patience = _SILENT_PAUSE_SECONDS
+    if heartbeat["phase"] == "training":
+        patience = max(_SILENT_SECONDS, _SILENT_STEPS * (heartbeat["step_s"] or 0.0))
+    return "running" if now - heartbeat["time"] < patience else "dead"
+
+
+def as_table(status: dict[str, Any]) -> str:
+    """The state of a run for people, a line for each thing they ask."""
+    seen, total = status["samples_seen"], status["total_samples"]
+    rows = [("state", _state_words(status)), ("progress", f"{seen:,} of {total:,} pairs ({seen / total:.1%})")]
+    if status["images_per_s"] is not None:
+        speed = [f"{status['images_per_s']:,.0f} images/s in the last interval ({status['stage']})"]
+        if status["mfu"] is not None:
+            speed.append(f"MFU {status['mfu']:.1%}")
+        speed.append(f"{status['data_wait_share']:.1%} of the time waiting for data")
+        rows.append(("speed", ", ".join(speed)))
+    if status["peak_memory_bytes"] is not None:
+        rows.append(("memory", f"{status['peak_memory_bytes'] / 2**30:.1f} GiB at most, of the main process"))
+    if status["seconds_left"] is not None:
+        end = time.strftime("%a %d %b %H:%M", time.localtime(time.time() + status["seconds_left"]))
+        rows.append(("time left", f"{duration(status['seconds_left'])} at this speed: {end} if it runs on"))
+    rows.append(("trained", f"{duration(status['trained_seconds'])}, evaluations and saves left out"))
+    if status["loss"] is not None:
+        rows.append(("loss", f"{status['loss']:.4f} at learning rate {status['lr']:.3g}"))
+    rows.append(("checkpoint", _checkpoint_words(status)))
+    rows.append(("starts", _start_words(status)))
+    share = status["num_bad_samples"] / max(seen, 1)
+    rows.append(("bad samples", f"{status['num_bad_samples']:,} replaced ({share:.4%})"))
+    rows.append(("bad steps", f"{status['num_skipped_steps']} not finite and skipped, {status['num_slow_steps']} slow"))
+    rows += [(name, f"{value:.2f} %") for name, value in status["metrics"].items()]
+    width = max(len(name) for name, _ in rows)
+    return "\n".join([status["run"], *(f"  {name:<{width}}  {value}" for name, value in rows)])
+
+
+def _state_words(status: dict[str, Any]) -> str:
+    state = status["state"]
+    if state in ("done", "starting"):
+        return state
+    ago = f"{duration(status['seconds_since_last_sign'])} ago"
+    return {
+        "running": f"running, last sign {ago}",
+        "stopped": f"stopped {ago}; the same command goes on",
+        "dead": f"no sign of life since {ago}; the same command goes on from the last checkpoint",
+    }[state]
+
+
+def _checkpoint_words(status: dict[str, Any]) -> str:
+    samples = status["checkpoint_samples"]
+    if samples is None:
+        return "none yet"
+    behind = status["samples_seen"] - samples
+    return f"{duration(status['checkpoint_age_seconds'])} old, at {samples:,} pairs ({behind:,} ago)"
+
+
+def _start_words(status: dict[str, Any]) -> str:
+    if not status["num_starts"]:
+        return "none recorded"
+    age, processes = duration(status["seconds_since_start"]), status["num_processes"]
+    words = f"{status['num_starts']}, the last {age} ago on {processes} process{'es' * (processes != 1)}"
+    crashes = status["num_crashes"]
+    return words + (f"; {crashes} crash{'es' * (crashes != 1)}" if crashes else "")
+
+
+def duration(seconds: float) -> str:
+    """A time span in its two largest units: `3 d 4 h`, `12 min 5 s`, `8 s`."""
+    left = round(seconds)
+    parts: list[str] = []
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60), ("s", 1)):
+        count, left = divmod(left, length)
+        if count or parts:
+            parts.append(f"{count} {unit}")
+    return " ".join(parts[:2]) or "0 s"

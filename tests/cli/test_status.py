@@ -1,0 +1,111 @@
+"""`flipscale status` on a run directory in every state, without torch."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from flipscale.cli import main
+from flipscale.status import duration, read_status
+
+NOW = 1_700_000_000.0
+RECORD = {
+    "step": 40, "samples_seen": 4000, "trained_seconds": 50.0, "loss": 2.5, "lr": 1e-3, "stage": "masked",
+    "images_per_s": 100.0, "mfu": 0.41, "data_wait_share": 0.02, "peak_memory_bytes": 2**30,
+    "num_replaced": 3, "replaced/undecodable": 3, "num_skipped": 1, "num_slow": 0,
+}  # fmt: skip
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    """A run of 100 steps of 100 pairs in the middle of its second start, its last sign 5 s old."""
+    stages = [{"name": "masked", "samples": 10_000, "mask_ratio": 0.5, "base_lr": 0.1}]
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"data": {"global_batch_size": 100}, "stages": stages}))
+    evaluated = {"step": 20, "samples_seen": 2000, "trained_seconds": 20.0, "zero_shot/top1": 31.5}
+    lines = [json.dumps(record) + "\n" for record in (RECORD, evaluated, RECORD)]
+    (tmp_path / "metrics.jsonl").write_text("".join(lines) + '{"step": 4')
+    starts = [{"time": NOW - age, "step": 0, "num_processes": 8} for age in (5000.0, 90.0)]
+    (tmp_path / "starts.jsonl").write_text("".join(json.dumps(start) + "\n" for start in starts))
+    for step in (10, 30):
+        (tmp_path / f"checkpoints/step-{step:08d}").mkdir(parents=True)
+    (tmp_path / "slurm").mkdir()
+    (tmp_path / "slurm/crashes").write_text("start job 1\n")
+    beat(tmp_path, age=5.0)
+    return tmp_path
+
+
+def beat(run_dir: Path, age: float, phase: str = "training", step_s: float | None = 1.0) -> None:
+    sign = {"time": NOW - age, "step": 45, "phase": phase, "step_s": step_s}
+    (run_dir / "heartbeat.json").write_text(json.dumps(sign))
+
+
+def test_a_running_run(run_dir: Path) -> None:
+    status = read_status(run_dir, NOW)
+    assert status["state"] == "running"
+    assert (status["samples_seen"], status["total_samples"]) == (4500, 10_000)
+    assert status["seconds_left"] == 55.0
+    assert status["checkpoint_samples"] == 3000
+    assert (status["num_starts"], status["num_crashes"], status["seconds_since_start"]) == (2, 1, 90.0)
+    assert (status["num_bad_samples"], status["num_skipped_steps"]) == (6, 2)
+    assert status["metrics"] == {"zero_shot/top1": 31.5}
+
+
+@pytest.mark.parametrize(
+    ("age", "phase", "step_s", "state"),
+    [
+        (119.0, "training", 1.0, "running"),
+        (121.0, "training", 1.0, "dead"),
+        (121.0, "training", 60.0, "running"),
+        (1200.0, "evaluating or saving", 1.0, "running"),
+        (10.0, "ended", 1.0, "stopped"),
+    ],
+)
+def test_states(run_dir: Path, age: float, phase: str, step_s: float, state: str) -> None:
+    (run_dir / "starts.jsonl").unlink()
+    beat(run_dir, age, phase, step_s)
+    assert read_status(run_dir, NOW)["state"] == state
+
+
+def test_a_start_after_the_last_sign(run_dir: Path) -> None:
+    beat(run_dir, age=100.0)
+    assert read_status(run_dir, NOW)["state"] == "starting"
+
+
+def test_the_table_of_two_runs(run_dir: Path, capsys: pytest.CaptureFixture) -> None:
+    (run_dir / "DONE").touch()
+    main(["status", str(run_dir), str(run_dir)])
+    tables = capsys.readouterr().out.strip().split("\n\n")
+    assert len(tables) == 2
+    rows = {line[2:16].strip(): line[18:] for line in tables[0].splitlines()[1:]}
+    assert rows["state"] == "done"
+    assert rows["progress"] == "10,000 of 10,000 pairs (100.0%)"
+    assert rows["speed"] == "100 images/s in the last interval (masked), MFU 41.0%, 2.0% of the time waiting for data"
+    assert rows["memory"] == "1.0 GiB at most, of the main process"
+    assert rows["loss"] == "2.5000 at learning rate 0.001"
+    assert rows["checkpoint"].endswith("old, at 3,000 pairs (7,000 ago)")
+    assert rows["starts"].startswith("2, the last ")
+    assert rows["starts"].endswith(" ago on 8 processes; 1 crash")
+    assert rows["bad samples"] == "6 replaced (0.0600%)"
+    assert rows["zero_shot/top1"] == "31.50 %"
+
+
+def test_another_folder(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        main(["status", str(tmp_path)])
+    assert exit_info.value.code == 2
+    assert f"{tmp_path} is not a run directory: it has no recipe.yaml" in capsys.readouterr().err
+
+
+def test_it_needs_no_torch() -> None:
+    code = "import sys, flipscale.status\nassert not {'torch', 'transformers'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"), [(0.2, "0 s"), (65, "1 min 5 s"), (3600, "1 h 0 min"), (100_000, "1 d 3 h")]
+)
+def test_durations(seconds: float, words: str) -> None:
+    assert duration(seconds) == words

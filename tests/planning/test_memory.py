@@ -1,0 +1,193 @@
+"""The bytes that a dry run prints: activations against the allocator's own count, shards against FSDP2's."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.profiler import ProfilerActivity, profile
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from flipscale.cli import main
+from flipscale.model import FlipConfig, FlipModel
+from flipscale.planning.activations import Step, activation_bytes, peak_bytes
+from flipscale.planning.launch_file import Launch, launch_of, read_launch_file
+from flipscale.planning.memory import held_elements, parameter_shapes, recipe_memory, what_fits
+from flipscale.training.recipe import Recipe, parse_recipe
+
+PARAMETERS = {"h14": 966_394_881, "g14": 2_514_907_393}
+LAUNCH_FILES = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.yaml"))
+TOWER = {"hidden_size": 192, "num_hidden_layers": 3, "num_attention_heads": 3, "intermediate_size": 768}
+SMALL = FlipConfig.from_size("b16", {**TOWER, "image_size": 112}, {**TOWER, "vocab_size": 500})
+
+
+def allocated_at_most(step: Step) -> int:
+    """The most bytes that the CPU's allocator gave to a real step of `SMALL`, weights and batch left out."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        peak_bytes(SMALL, step)
+    now = most = 0
+    for event in profiler.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            most = max(most, now)
+    width = 2 if step.bf16 and not step.autocast else 4
+    model = FlipModel(SMALL)
+    weights = width * sum(parameter.numel() for parameter in model.parameters())
+    patches = int(49 * (1 - step.mask_ratio))
+    batch = step.batch_size * (patches * 768 + 2 * 8 * 32 + (2 * patches if step.mask_ratio else 0))
+    return most - weights - batch
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("mask_ratio", [0.0, 0.75])
+@pytest.mark.parametrize(("bf16", "autocast"), [(True, True), (True, False), (False, True)])
+def test_activations_are_what_the_allocator_gives(
+    mask_ratio: float, recompute: bool, bf16: bool, autocast: bool
+) -> None:
+    step = Step(32, mask_ratio, gradient_checkpointing=recompute, bf16=bf16, autocast=autocast, device_type="cpu")
+    found, measured = activation_bytes(SMALL, step), allocated_at_most(step)
+    assert measured > 10 * 2**20
+    # What a kernel takes for itself is not seen: a larger part of the little that recomputation leaves.
+    assert (0.9 if recompute else 0.95) * measured < found < 1.01 * measured
+
+
+def test_the_figure_depends_on_what_it_should() -> None:
+    whole = activation_bytes(SMALL, Step(16))
+    assert activation_bytes(SMALL, Step(32)) > 1.7 * whole
+    assert activation_bytes(SMALL, Step(16, 0.75)) < 0.7 * whole
+    assert activation_bytes(SMALL, Step(16, 0.75, views=3)) > 1.3 * activation_bytes(SMALL, Step(16, 0.75))
+    assert activation_bytes(SMALL, Step(16, gradient_checkpointing=True)) < 0.5 * whole
+
+
+def test_rows_are_those_that_fsdp2_gives_the_first_of_256() -> None:
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=256)
+    try:
+        config = FlipConfig.from_size("h14")
+        with torch.device("meta"):
+            model = FlipModel(config)
+        mesh = init_device_mesh("cpu", (256,))
+        for tower in (model.vision_model, model.text_model):
+            for layer in tower.encoder.layers:
+                fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        local = {}
+        for name, parameter in model.named_parameters():
+            assert isinstance(parameter, DTensor)
+            local[name] = parameter.to_local().numel()
+    finally:
+        dist.destroy_process_group()
+    assert held_elements(parameter_shapes(config), Launch("fsdp2", 256)) == local
+
+
+@pytest.fixture(scope="module")
+def h14() -> Recipe:
+    return parse_recipe(["--config", "h14_laion2b"])
+
+
+def test_what_each_engine_keeps(h14: Recipe) -> None:
+    whole = 4 * 966_394_881
+    part = pytest.approx(whole / 256, rel=0.02)
+    kept = {
+        engine: recipe_memory(h14, Launch(engine, 256, bf16=True))
+        for engine in ("ddp", "fsdp2", "zero1", "zero2", "zero3")
+    }
+    weights = {engine: memory.weights for engine, memory in kept.items()}
+    gradients = {engine: memory.gradients for engine, memory in kept.items()}
+    assert (weights["ddp"], gradients["ddp"], kept["ddp"].moments) == (whole, whole, 2 * whole)
+    assert (weights["fsdp2"], gradients["fsdp2"]) == (part, part)
+    assert all(kept[engine].moments == pytest.approx(2 * whole / 256, rel=0.02) for engine in kept if engine != "ddp")
+    assert weights["zero1"] == weights["zero2"] == pytest.approx(whole * 257 / 256)
+    assert weights["zero3"] == pytest.approx(2 * whole / 256, rel=0.02)
+    assert (gradients["zero1"], gradients["zero2"], gradients["zero3"]) == (whole, part, part)
+
+
+@pytest.mark.parametrize("size", ["h14", "g14"])
+@pytest.mark.parametrize("file", LAUNCH_FILES, ids=lambda file: file.stem)
+def test_dry_run_of_the_large_models(size: str, file: Path, h14: Recipe, capsys: pytest.CaptureFixture) -> None:
+    command = ["pretrain", "--config", "h14_laion2b", "--model.size", size, "--dry_run", "--launch_file", str(file)]
+    main([*command, "--num_processes", "256", "--gpu_memory_gib", "80"])
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"{size}: {PARAMETERS[size]:,} parameters")
+    assert f"{file.stem}: 256 processes of 256 pairs, bf16, at most 100% of the patches" in printed
+    rows = dict(line.rsplit(maxsplit=1) for line in printed.splitlines()[-8:])
+    kinds = ("weights", "gradients", "moments", "activations", "communication", "loss")
+    assert float(rows["total"]) == pytest.approx(sum(float(rows[kind]) for kind in kinds), abs=0.04)
+    assert float(rows["activations"]) > 5
+    assert rows["fits 80 GiB"] == "yes"
+
+
+def test_several_launch_files_are_columns(write_recipe, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "sharded.yaml").write_text("distributed_type: FSDP\nfsdp_config: {fsdp_version: 2}\nnum_processes: 8\n")
+    files = [str(LAUNCH_FILES[0]), str(tmp_path / "sharded.yaml")]
+    main(["pretrain", "--dry_run", "--launch_file", *files, "--config", str(write_recipe(tmp_path / "run"))])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2].startswith("ddp: 8 processes of 2 pairs, bf16")
+    assert lines[3].startswith("sharded: 8 processes of 2 pairs, fp32")
+    assert lines[5].split() == ["GiB", "of", "each", "process", "ddp", "sharded"]
+
+
+def test_what_cannot_fit_is_refused_with_what_would(capsys: pytest.CaptureFixture) -> None:
+    command = ["pretrain", "--dry_run", "--config", "b16_laion400m", "--launch_file", str(LAUNCH_FILES[0])]
+    with pytest.raises(SystemExit) as exit_info:
+        main([*command, "--num_processes", "64", "--gpu_memory_gib", "40"])
+    assert exit_info.value.code == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("flipscale: error: ddp needs ")
+    assert "GiB of each process, of which a GPU of 40 GiB has 37.6 to give; what would fit: " in error
+    assert "model.gradient_checkpointing (" in error
+    assert re.search(r"or (128|256) processes \(\d+\.\d GiB\)$", error)
+    assert "fsdp2" not in error
+
+
+def test_pairs_of_changes_where_no_single_one_does() -> None:
+    recipe, launch = parse_recipe(["--config", "b16_laion400m"]), Launch("ddp", 64, bf16=True)
+    together = what_fits(recipe, launch, 9 * 2**30)
+    assert together
+    assert all(words.startswith("model.gradient_checkpointing and ") for words in together)
+    assert what_fits(recipe, launch, 2**29) == []
+
+
+def test_the_environment_of_a_launcher_is_read(tmp_path: Path) -> None:
+    settings = tmp_path / "zero2.json"
+    settings.write_text('{"zero_optimization": {"stage": 2, "reduce_bucket_size": 7e6, "overlap_comm": true}}')
+    sharded = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "WORLD_SIZE": "16"}
+    zero = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(settings), "WORLD_SIZE": "4"}
+    assert launch_of({}) == Launch("ddp", 1, bf16=False)
+    assert launch_of({**sharded, "ACCELERATE_MIXED_PRECISION": "bf16"}) == Launch("fsdp2", 16, bf16=True)
+    found = launch_of(zero)
+    assert (found.engine, found.num_processes, found.bucket_elements) == ("zero2", 4, 14_000_000)
+    with pytest.raises(ValueError, match="FSDP of version 1; write fsdp_version: 2"):
+        launch_of({**sharded, "FSDP_VERSION": "1"})
+    settings.write_text('{"zero_optimization": {"stage": 0}}')
+    with pytest.raises(ValueError, match="cannot be read as DeepSpeed's settings of ZeRO-1, 2 or 3"):
+        launch_of(zero)
+
+
+def test_a_launch_file_that_is_none(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="cannot be read as accelerate's"):
+        read_launch_file(tmp_path / "none.yaml", None)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--num_processes", "0"], "num_processes is 0; it must be at least 1"),
+        (["--gpu_memory_gib", "-1"], "gpu_memory_gib is -1.0; it must be above 0"),
+        (["--num_processes", "3"], "global_batch_size 65536 is not divisible by 3 processes"),
+    ],
+)
+def test_flags_that_make_no_sense(flags: list[str], message: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        main(["pretrain", "--dry_run", "--config", "h14_laion2b", *flags])
+    assert exit_info.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_an_optimiser_that_the_engine_does_not_have(h14: Recipe) -> None:
+    with pytest.raises(ValueError, match="muon, which zero2 does not have"):
+        recipe_memory(replace(h14, optim=replace(h14.optim, name="muon")), Launch("zero2", 8))

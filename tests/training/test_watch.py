@@ -1,0 +1,68 @@
+"""A step that is late on one rank is written down with every rank's times; one that never ends, ends the run."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import launch, pretrain
+
+# Rank 1 waits two seconds for the data of step 15, and for ever for those of step 18.
+LATE = """
+import sys, time, torch
+from flipscale.training.health import StepGuard
+from flipscale.training.watch import StepWatch
+from pathlib import Path
+from accelerate import Accelerator
+from flipscale.training.preemption import StopRequest
+
+accelerator = Accelerator(cpu=True)
+
+def batches():
+    for step in range(30):
+        if accelerator.process_index == 1 and step in (15, 18):
+            time.sleep(2 if step == 15 else 1000)
+        yield {}
+
+watch = StepWatch(accelerator, Path(sys.argv[1]), hang_seconds=6)
+guard = StepGuard(accelerator, StopRequest(watches_file=False), watch)
+for batch in watch.timed(batches(), 0):
+    guard.agree(torch.tensor(1.0), torch.tensor(1.0), num_replaced=0)
+"""
+
+
+@pytest.fixture(scope="module")
+def late_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The run directory of two processes of which one hangs, and what they printed."""
+    folder = tmp_path_factory.mktemp("late")
+    (folder / "late.py").write_text(LATE)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = launch([*launcher, str(folder / "late.py"), str(folder)])
+    assert done.returncode == 1
+    return folder, done.stderr
+
+
+def test_a_slow_step_is_written_with_every_rank_s_times(late_run: tuple[Path, str]) -> None:
+    folder, printed = late_run
+    (record,) = [json.loads(line) for line in (folder / "slow_steps.jsonl").read_text().splitlines()]
+    assert record["step"] == 15
+    assert record["usual_s"] < 0.4
+    assert [rank["rank"] for rank in record["ranks"]] == [0, 1]
+    assert record["ranks"][0]["data_wait_s"] < 1.0 < 1.9 < record["ranks"][1]["data_wait_s"]
+    assert "the longest wait for data was 2.0 s, of rank 1 on " in printed
+
+
+def test_a_step_that_never_ends_leaves_stacks_and_ends_the_run(late_run: tuple[Path, str]) -> None:
+    folder, printed = late_run
+    stacks = [(folder / f"stacks/rank-{rank:05d}.txt").read_text() for rank in (0, 1)]
+    assert all(text.startswith("step 18 on ") for text in stacks)
+    assert "in agree" in stacks[0]
+    assert "in batches" in stacks[1]
+    assert "flipscale: error: step 18 has not finished on rank 0 after 6 s (log.hang_seconds)" in printed
+    assert "start the run again to go on from its last checkpoint" in printed
+
+
+def test_a_time_that_cannot_be_waited_is_refused(write_recipe, tmp_path: Path) -> None:
+    done = pretrain(write_recipe(tmp_path / "run", log={"hang_seconds": 0}))
+    assert done.returncode == 2
+    assert "log.hang_seconds is 0.0; it must be above 0" in done.stderr
