@@ -43,13 +43,10 @@ class Fsdp2Engine(Engine):
         self._shard(block)
 
     def _keep_rest(self) -> None:
-        weights = self.weights
         self.weights.to(self.accelerator.device)
-        for tower in (weights.vision_model, weights.text_model):
-            self._shard(tower, torch.float32)
-        for projection in (weights.image_projection, weights.text_projection):
-            self._shard(projection, fp32=True)
-        self._shard(weights, fp32=True)
+        for part in self.weights.children():
+            self._shard(part, torch.float32, fp32=isinstance(part, nn.Linear))
+        self._shard(self.weights, fp32=True)
 
     def prepare(self) -> None:
         self.model = self.weights
