@@ -1,7 +1,7 @@
 """The gradients of a step, in one pass over this process's batch or, where that is too large for it, in two."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 
@@ -10,7 +10,7 @@ from flipscale.training.engine import Engine
 from flipscale.training.loss import LossRecipe, pair_loss
 from flipscale.training.reconstruction import reconstruction_loss
 
-Batch = dict[str, torch.Tensor]
+Batch = TypeVar("Batch", bound=dict[str, torch.Tensor])
 
 
 class Learned(NamedTuple):

@@ -18,8 +18,8 @@ from flipscale.data.source import Sample
 from flipscale.data.tar_source import TarSource
 
 
-def dataset(source: TarSource, tokenizer_dir: Path, num_workers: int) -> PairDataset:
-    recipe = DataRecipe(global_batch_size=24, shards_per_block=2, num_workers=num_workers)
+def dataset(source: TarSource, tokenizer_dir: Path, num_workers: int, micro: int | None = None) -> PairDataset:
+    recipe = DataRecipe(global_batch_size=24, micro_batch_size=micro, shards_per_block=2, num_workers=num_workers)
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
     return PairDataset(source, tokenizer, recipe, InputShape(32, 8, 8), seed=5, mask_ratio=0.75)
 
@@ -30,7 +30,7 @@ def test_a_worker_that_is_killed_costs_no_batch(
     source = TarSource(str(shards))
     whole = list(enduring_batches(dataset(source, tokenizer_dir, 0), 0, 12, 1, 3, pin_memory=False))
     handler = signal.getsignal(signal.SIGCHLD)
-    batches, got = enduring_batches(dataset(source, tokenizer_dir, 2), 0, 12, 1, 3, pin_memory=False), []
+    batches, got = enduring_batches(dataset(source, tokenizer_dir, 2, micro=4), 0, 12, 1, 3, pin_memory=False), []
     for step, batch in enumerate(batches):
         got.append(batch)
         if step == 1:
@@ -38,9 +38,10 @@ def test_a_worker_that_is_killed_costs_no_batch(
             os.kill(victim, signal.SIGKILL)
             time.sleep(0.1)  # the signal of its death comes here, in the middle of a step
     assert len(got) == len(whole) == 12
-    for ours, theirs in zip(got, whole, strict=True):
-        assert ours.keys() == theirs.keys()
-        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    for ours, (theirs,) in zip(got, whole, strict=True):
+        assert len(ours) == 2
+        assert ours[0].keys() == ours[1].keys() == theirs.keys()
+        assert all(torch.equal(torch.cat([part[name] for part in ours]), theirs[name]) for name in theirs)
     said = capfd.readouterr().err
     assert f"flipscale: a loader worker (pid {victim}) died while reading {shards}/0000" in said
     assert "; starting the workers again at step " in said
@@ -84,4 +85,4 @@ def test_a_batch_is_one_buffer(shards: Path, tokenizer_dir: Path) -> None:
     assert storages == {packed.buffer.untyped_storage().data_ptr()}
     # 4 of 16 patches of 192 bytes and their int16 numbers, 8 tokens of 4 + 1 bytes: fields start on 64 bytes.
     assert packed.buffer.numel() == 24 * (4 * 192 + 4 * 2 + 8 * 4 + 8)
-    assert list(on_device(iter([packed]), torch.device("cpu"))) == [packed]
+    assert list(on_device(iter([[packed]]), torch.device("cpu"))) == [[packed]]

@@ -112,7 +112,7 @@ def batches(recipe: DataRecipe, tokenizer_dir: Path, steps: int = 12) -> list[di
     data = PairDataset(
         open_source(recipe), AutoTokenizer.from_pretrained(tokenizer_dir), recipe, InputShape(32, 8, 8), 5, 0.75
     )
-    return list(enduring_batches(data, 0, steps, 0, 1, pin_memory=False))
+    return [batch for (batch,) in enduring_batches(data, 0, steps, 0, 1, pin_memory=False)]
 
 
 def assert_equal(ours: list[dict[str, torch.Tensor]], theirs: list[dict[str, torch.Tensor]]) -> None:
