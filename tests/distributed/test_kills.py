@@ -15,7 +15,7 @@ from distributed.crowd import ENVIRONMENTS
 from flipscale.training.checkpoint import list_checkpoints
 
 # FLIPSCALE_KILLS=20 for a long look; every second one is aimed at a checkpoint that is being written.
-KILLS = int(os.environ.get("FLIPSCALE_KILLS", "3"))
+KILLS = int(os.environ.get("FLIPSCALE_KILLS", "2"))
 ENGINES = ("fsdp2", "ddp", "zero3")
 
 
