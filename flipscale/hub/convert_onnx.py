@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from flipscale.hub.derived_card import derived_card
 from flipscale.hub.export import build_processor
 from flipscale.hub.loading import load_flip
 from flipscale.hub.new_folder import new_folder
@@ -17,6 +18,20 @@ from flipscale.model.modeling_flip import normalise_embeds
 
 # Of any number of a unit embedding, in fp32. Rounding gives about 1e-6, the other GELU 4e-5 and more.
 TOLERANCE = 1e-5
+
+_CARD = """The two towers of a FLIP model as ONNX, checked against it with onnxruntime.
+
+```python
+import onnxruntime
+
+image_model = onnxruntime.InferenceSession("image_model.onnx")
+text_model = onnxruntime.InferenceSession("text_model.onnx")
+```
+
+`image_model` takes `pixel_values`, `text_model` takes `input_ids` (and `attention_mask` where it has that input), each
+as the processor in this folder makes them. They give `image_embeds` and `text_embeds` of unit length; logits are
+{logit_scale} times their products.
+"""
 
 # A file of protobuf ends here; larger weights stand beside it.
 _MAX_FILE_BYTES = 2_000_000_000
@@ -70,6 +85,7 @@ def convert_to_onnx(src: str, dst: Path | str) -> dict[str, float]:
             "image": (_ImageEmbedding(model.vision_model, model.image_projection), _image_inputs(model.config)),
             "text": (_TextEmbedding(model.text_model, model.text_projection), _text_inputs(model.config)),
         }
+        (folder / "README.md").write_text(derived_card(src, folder.name, "onnx", _CARD.format(**metadata)))
         return {
             name: _write_and_check(tower.eval(), inputs, folder / f"{name}_model.onnx", f"{name}_embeds", metadata)
             for name, (tower, inputs) in tqdm(towers.items(), desc="writing", unit="tower", disable=None)

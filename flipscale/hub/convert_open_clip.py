@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from flipscale.hub.derived_card import derived_card
 from flipscale.hub.export import by_channel
 from flipscale.hub.loading import load_flip
 from flipscale.hub.new_folder import new_folder
@@ -23,13 +24,29 @@ from flipscale.model.modeling_flip import FlipEncoderLayer
 # power of two rounds nothing, and its square is in the range of fp32 and bf16 (not of fp16).
 _AVERAGE_SCALE = 2.0**40
 
+_CARD = """A FLIP model in the form of [open_clip](https://github.com/mlfoundations/open_clip), with the embeddings of
+the original.
+
+```python
+import open_clip
+
+model, _, preprocess = open_clip.create_model_and_transforms("local-dir:{path}")
+tokenizer = open_clip.get_tokenizer("local-dir:{path}")
+```
+
+For `hf-hub:ORG/NAME`, write that name as `text_cfg.hf_tokenizer_name` in `open_clip_config.json` before uploading.
+
+The tower's last block stands in for the mean over all tokens, which open_clip does not have: its scores are zero and
+its numbers large. So this form is for inference, in fp32 or bf16 (fp16 overflows), not for training on.
+"""
+
 # Our `hidden_act` and the arguments that make open_clip's GELU the same.
 _ACTIVATIONS = {"gelu_pytorch_tanh": {"approximate": "tanh"}, "gelu": {}, "quick_gelu": {}}
 
 
 def convert_to_open_clip(src: str, dst: Path | str) -> FlipModel:
     """The model of the folder or Hub name `src`, written as the folder `dst`: `open_clip_config.json`,
-    `open_clip_model.safetensors` and the tokenizer, for `open_clip.create_model_and_transforms("local-dir:DST")`.
+    `open_clip_model.safetensors`, the tokenizer and a card. open_clip loads it by the name `local-dir:DST`.
 
     Raises:
         ValueError: no model or tokenizer at `src`, something of the model that open_clip cannot express, `dst` is
@@ -43,6 +60,7 @@ def convert_to_open_clip(src: str, dst: Path | str) -> FlipModel:
         tokenizer.save_pretrained(folder)
         save_file(open_clip_state_dict(model), folder / "open_clip_model.safetensors", {"format": "pt"})
         (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
+        (folder / "README.md").write_text(derived_card(src, folder.name, "open_clip", _CARD.format(path=dst)))
     return model
 
 

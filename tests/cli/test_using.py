@@ -9,6 +9,7 @@ import pytest
 import yaml
 from conftest import COLOURS, SHAPES, draw, pretrain
 from PIL import Image
+from transformers import pipeline
 
 import flipscale
 from flipscale.cli import VERBS
@@ -76,6 +77,8 @@ def test_fine_tuning(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert losses[-1] < losses[0]
     tuned = FlipForImageClassification.from_pretrained(place / "runs/pets/model")
     assert sorted(tuned.config.id2label.values()) == sorted(COLOURS)
+    classify = pipeline("image-classification", model=str(place / "runs/pets/model"))
+    assert {guess["label"] for guess in classify(str(place / "photos/0.jpg"))} == set(COLOURS)
 
 
 def test_commands_name_verbs_that_are_there() -> None:

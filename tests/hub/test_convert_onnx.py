@@ -65,6 +65,7 @@ def test_any_batch_has_the_model_s_embeddings(
         (embeds,) = session.run([f"{name}_embeds"], feed)
         assert np.abs(embeds - expected[f"{name}_embeds"].numpy()).max() < 1e-5
         scale = float(session.get_modelmeta().custom_metadata_map["logit_scale"])
+        assert f"logits are\n{scale!r} times" in (dst / "README.md").read_text()
         assert scale == pytest.approx(expected.logit_scale.item(), rel=1e-6)
     assert [given.name for given in session.get_inputs()] == ["input_ids", "attention_mask"][: 1 + bool(text)]
 

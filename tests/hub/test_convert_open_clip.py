@@ -9,11 +9,12 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from PIL import Image
 from transformers import AutoTokenizer
 
 from flipscale import cli
-from flipscale.hub.convert_open_clip import open_clip_config
+from flipscale.hub.convert_open_clip import convert_to_open_clip, open_clip_config
 from flipscale.hub.export import build_processor, export_model
 from flipscale.model import SIZES, FlipConfig, FlipModel
 
@@ -180,4 +181,20 @@ def test_the_config_is_plain_json(save: Callable[..., Path], tmp_path: Path) -> 
     assert config["preprocess_cfg"]["mean"] == [0.4, 0.5, 0.6]
     assert config["preprocess_cfg"]["std"] == [0.25] * 3
     assert config["model_cfg"]["vision_cfg"]["no_ln_pre"]
-    assert {path.suffix for path in dst.iterdir()} == {".json", ".safetensors"}
+    assert {path.suffix for path in dst.iterdir()} == {".json", ".safetensors", ".md"}
+
+
+@pytest.mark.parametrize("licence", ["cc-by-nc-4.0", None])
+def test_the_card_passes_the_licence_on_and_its_snippet_runs(
+    save: Callable[..., Path], tmp_path: Path, licence: str | None
+) -> None:
+    folder, dst = save(), tmp_path / "open_clip"
+    if licence:
+        (folder / "README.md").write_text(f"---\nlicense: {licence}\n---\n# a model\n")
+    convert_to_open_clip(str(folder), dst)
+    card = ModelCard.load(dst / "README.md")
+    assert card.data.license == licence
+    assert card.data.library_name == "open_clip"
+    names: dict[str, Any] = {}
+    exec(card.text.split("```python\n")[1].split("```")[0], names)
+    assert names["tokenizer"](CAPTIONS).shape == (3, 8)
