@@ -25,7 +25,7 @@ from flipscale.model.modeling_flip import FlipEncoderLayer
 _AVERAGE_SCALE = 2.0**40
 
 _CARD = """A FLIP model in the form of [open_clip](https://github.com/mlfoundations/open_clip), with the embeddings of
-the original.
+the model folder that it was made from.
 
 ```python
 import open_clip
@@ -58,7 +58,7 @@ def convert_to_open_clip(src: str, dst: Path | str) -> FlipModel:
         # What is looked up on the Hub once the folder is there; in a local folder, any name means that folder.
         config["model_cfg"]["text_cfg"]["hf_tokenizer_name"] = folder.name
         tokenizer.save_pretrained(folder)
-        save_file(open_clip_state_dict(model), folder / "open_clip_model.safetensors", {"format": "pt"})
+        save_file(open_clip_state_dict(model.float()), folder / "open_clip_model.safetensors", {"format": "pt"})
         (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
         (folder / "README.md").write_text(derived_card(src, folder.name, "open_clip", _CARD.format(path=dst)))
     return model
