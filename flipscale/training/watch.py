@@ -10,6 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -120,8 +121,9 @@ class StepWatch:
         self._beaten = clock
         usual = self._usual if self._usual < float("inf") else None
         partial = self.run_dir / "heartbeat.partial"
-        partial.write_text(json.dumps({"time": time.time(), "step": self._step, "phase": phase, "step_s": usual}))
-        partial.replace(self.run_dir / "heartbeat.json")
+        with suppress(OSError):  # a full disk is for the next checkpoint to tell
+            partial.write_text(json.dumps({"time": time.time(), "step": self._step, "phase": phase, "step_s": usual}))
+            partial.replace(self.run_dir / "heartbeat.json")
 
     def _watch_for_hangs(self) -> None:
         """Looks at the clock now and then, in a thread: the main one is the one that hangs."""
@@ -135,7 +137,8 @@ class StepWatch:
             unusual = max(STACKS_FACTOR * self._usual, _LEAST_STACKS_SECONDS)
             if seconds > min(unusual, self._hang_seconds / 2) and written_for != since:
                 written_for = since
-                self._write_stacks()
+                with suppress(OSError):
+                    self._write_stacks()
             if seconds > limit:
                 self._end(seconds)
 
