@@ -99,6 +99,7 @@ def test_what_is_not_known_is_not_said(run_dir: Path) -> None:
     recipe.update(hub={}, eval={})
     (run_dir / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     (run_dir / "environment.json").write_text('{"flipscale": "0.1.0", "mixed_precision": "no"}')
+    (run_dir / "starts.jsonl").unlink()
     write_records(run_dir, [{"step": 11, "samples_seen": 176, "trained_seconds": 432.5, "loss": 7.125}])
     card = card_of(run_dir, step=11)
     for absent in (
