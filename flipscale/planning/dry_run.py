@@ -65,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _heading(recipe: Recipe, launches: dict[str, Launch]) -> str:
-    shapes = parameter_shapes(recipe.model.config())
+    shapes = parameter_shapes(recipe.model_config())
     towers = {
         tower: sum(shape.numel() for name, shape in shapes.items() if name.startswith(f"{tower}_"))
         for tower in ("vision", "text")
@@ -81,8 +81,9 @@ def _heading(recipe: Recipe, launches: dict[str, Launch]) -> str:
     for name, launch in launches.items():
         step = heaviest_step(recipe, launch, "cuda")
         lines.append(
-            f"{name}: {launch.num_processes} processes of {step.batch_size} pairs, "
-            f"{'bf16' if launch.bf16 else 'fp32'}, at most {1 - step.mask_ratio:.0%} of the patches"
+            f"{name}: {launch.num_processes} processes of {batch // launch.num_processes} pairs, "
+            f"{step.batch_size} at once, {'bf16' if launch.bf16 else 'fp32'}, "
+            f"at most {1 - step.mask_ratio:.0%} of the patches"
         )
     return "\n".join(lines)
 

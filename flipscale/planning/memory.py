@@ -19,7 +19,7 @@ class Memory:
     """Bytes of the fullest process.
 
     Args:
-        weights: that it keeps, fp32, with the optimiser's copy of its part where the engine has one.
+        weights: that it keeps, fp32, with their averages and the optimiser's copy of its part where there are such.
         gradients: that it keeps, fp32.
         moments: of the optimiser.
         activations: the most that a step adds between its first product and its last gradient; where fp32 weights are
@@ -47,24 +47,24 @@ def recipe_memory(recipe: Recipe, launch: Launch, device_type: str = "cuda") -> 
     Raises:
         ValueError: a batch that the processes do not divide, or an optimiser that the engine does not have.
     """
-    config = recipe.model.config()
+    config = recipe.model_config()
     step = heaviest_step(recipe, launch, device_type)
     shapes = parameter_shapes(config)
     held = held_elements(shapes, launch)
     whole = sum(shape.numel() for shape in shapes.values())
     moments = sum(held[name] * (4 if _has_one_moment(name, shapes[name], recipe) else 8) for name in shapes)
     sharded, zero = sum(held.values()), launch.engine.startswith("zero")
-    if recipe.optim.name == "muon" and zero:
+    if not _has(launch.engine, recipe):
         raise ValueError(f"optim.name is muon, which {launch.engine} does not have; use ddp.yaml or fsdp2.yaml")
     weights = sharded if launch.engine in ("fsdp2", "zero3") else whole
     gradients = whole if launch.engine in ("ddp", "zero1") else sharded
     return Memory(
-        weights=4 * weights + (4 * sharded if zero else 0),
+        weights=4 * weights * (2 if recipe.optim.ema_decay else 1) + (4 * sharded if zero else 0),
         gradients=4 * gradients,
         moments=moments,
         activations=activation_bytes(config, step),
         communication=communication_bytes(shapes, launch),
-        loss=loss_bytes(recipe, launch, step),
+        loss=loss_bytes(recipe, launch, step.views),
     )
 
 
@@ -75,8 +75,9 @@ def heaviest_step(recipe: Recipe, launch: Launch, device_type: str) -> Step:
         raise ValueError(f"global_batch_size {batch} is not divisible by {launch.num_processes} processes")
     by_name = pair_flops(recipe)
     stage = max(recipe.stages, key=lambda stage: by_name[stage.name])
+    pairs = batch // launch.num_processes
     return Step(
-        batch_size=batch // launch.num_processes,
+        batch_size=min(pairs, recipe.data.micro_batch_size or pairs),
         mask_ratio=stage.mask_ratio,
         views=recipe.mask.views_at(stage.mask_ratio),
         text_mask_ratio=stage.text_mask_ratio,
@@ -123,13 +124,18 @@ def communication_bytes(shapes: dict[str, torch.Size], launch: Launch) -> int:
     return gathered + 4 * min(whole, launch.bucket_elements)
 
 
-def loss_bytes(recipe: Recipe, launch: Launch, step: Step) -> int:
-    """The embeddings that the loss holds on one process, fp32, and their gradients."""
-    row = 4 * int(recipe.model.config().projection_dim or 0)
+def loss_bytes(recipe: Recipe, launch: Launch, views: int) -> int:
+    """The embeddings that the loss holds on one process, fp32, their gradients, and a tile of logits."""
+    row = 4 * int(recipe.model_config().projection_dim or 0)
     batch = recipe.data.global_batch_size
-    mine = 2 * row * step.batch_size * (step.views + 1)
-    # All texts, what this process's images contribute to their gradients, and all that comes back for its own.
-    return mine + (3 * row * batch if launch.num_processes > 1 else 0) + min(_TILE_BYTES, 8 * step.batch_size * batch)
+    pairs = batch // launch.num_processes
+    mine = 2 * row * pairs * (views + 1)
+    tile = min(_TILE_BYTES, 8 * pairs * batch)
+    if launch.num_processes == 1:
+        return mine + tile
+    # Round a ring, texts and gradients of the neighbours come and go. Gathered: all texts, what this process's images
+    # contribute to their gradients, and all that comes back for its own.
+    return mine + tile + (6 * row * pairs if recipe.loss.exchange == "ring" else 3 * row * batch)
 
 
 def _has_one_moment(name: str, shape: torch.Size, recipe: Recipe) -> bool:
@@ -138,30 +144,44 @@ def _has_one_moment(name: str, shape: torch.Size, recipe: Recipe) -> bool:
 
 def what_fits(recipe: Recipe, launch: Launch, limit: int, device_type: str = "cuda") -> list[str]:
     """Changes that bring the total under `limit` bytes, each with what it then needs; pairs where no one alone does."""
+    again = "model.gradient_checkpointing"
     recomputing = replace(recipe, model=replace(recipe.model, gradient_checkpointing=True))
-    again = {} if recipe.model.gradient_checkpointing else {"model.gradient_checkpointing": recomputing}
+    if recipe.model.gradient_checkpointing:
+        return _fitting(_changes(recipe, launch), limit, device_type)
+    single = _fitting([{again: (recomputing, launch)}, *_changes(recipe, launch)], limit, device_type)
+    return single or [f"{again} and {other}" for other in _fitting(_changes(recomputing, launch), limit, device_type)]
+
+
+def _changes(recipe: Recipe, launch: Launch) -> list[dict[str, tuple[Recipe, Launch]]]:
+    """What else can be changed: of each kind, the least change first."""
+    pairs = recipe.data.global_batch_size // launch.num_processes
+    at_once = recipe.data.micro_batch_size or pairs
+    parts = [at_once // count for count in (4, 16) if at_once % count == 0]
+    counts = [launch.num_processes * times for times in (2, 4, 8) if pairs % times == 0]
     engines = [engine for engine in ("fsdp2", "zero3") if engine != launch.engine]
-    if recipe.optim.name == "muon":
-        engines = [engine for engine in engines if engine == "fsdp2"]
-    moved = {engine: launch.using(engine=engine) for engine in engines}
-    counts = [launch.num_processes * times for times in (2, 4, 8)]
-    more = {f"{n} processes": launch.using(num_processes=n) for n in counts if recipe.data.global_batch_size % n == 0}
-    found = _fitting({how: (changed, launch) for how, changed in again.items()}, limit, device_type)
-    found += _fitting({where: (recipe, there) for where, there in moved.items()}, limit, device_type)
-    found += _fitting({where: (recipe, there) for where, there in more.items()}, limit, device_type)[:1]
-    if found or not again:
-        return found
     return [
-        change
-        for group in (moved, more)
-        for change in _fitting(
-            {f"model.gradient_checkpointing and {where}": (recomputing, there) for where, there in group.items()},
-            limit,
-            device_type,
-        )
+        {f"data.micro_batch_size {n}": (_in_parts(recipe, n), launch) for n in parts},
+        *({engine: (recipe, launch.using(engine=engine))} for engine in engines if _has(engine, recipe)),
+        {f"{count} processes": (recipe, launch.using(num_processes=count)) for count in counts},
     ]
 
 
-def _fitting(changes: dict[str, tuple[Recipe, Launch]], limit: int, device_type: str) -> list[str]:
-    needs = {words: recipe_memory(recipe, launch, device_type).total for words, (recipe, launch) in changes.items()}
-    return [f"{words} ({need / 2**30:.1f} GiB)" for words, need in needs.items() if need <= limit]
+def _in_parts(recipe: Recipe, micro_batch_size: int) -> Recipe:
+    return replace(recipe, data=replace(recipe.data, micro_batch_size=micro_batch_size))
+
+
+def _has(engine: str, recipe: Recipe) -> bool:
+    """Whether an engine has the recipe's optimiser."""
+    return not (engine.startswith("zero") and recipe.optim.name == "muon")
+
+
+def _fitting(groups: list[dict[str, tuple[Recipe, Launch]]], limit: int, device_type: str) -> list[str]:
+    """The first of each group that fits."""
+    found = []
+    for group in groups:
+        for words, (recipe, launch) in group.items():
+            need = recipe_memory(recipe, launch, device_type).total
+            if need <= limit:
+                found.append(f"{words} ({need / 2**30:.1f} GiB)")
+                break
+    return found

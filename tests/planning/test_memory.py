@@ -113,7 +113,7 @@ def test_dry_run_of_the_large_models(size: str, file: Path, h14: Recipe, capsys:
     main([*command, "--num_processes", "256", "--gpu_memory_gib", "80"])
     printed = capsys.readouterr().out
     assert printed.startswith(f"{size}: {PARAMETERS[size]:,} parameters")
-    assert f"{file.stem}: 256 processes of 256 pairs, bf16, at most 100% of the patches" in printed
+    assert f"{file.stem}: 256 processes of 256 pairs, 256 at once, bf16, at most 100% of the patches" in printed
     rows = dict(line.rsplit(maxsplit=1) for line in printed.splitlines()[-8:])
     kinds = ("weights", "gradients", "moments", "activations", "communication", "loss")
     assert float(rows["total"]) == pytest.approx(sum(float(rows[kind]) for kind in kinds), abs=0.04)
@@ -126,8 +126,8 @@ def test_several_launch_files_are_columns(write_recipe, tmp_path: Path, capsys: 
     files = [str(LAUNCH_FILES[0]), str(tmp_path / "sharded.yaml")]
     main(["pretrain", "--dry_run", "--launch_file", *files, "--config", str(write_recipe(tmp_path / "run"))])
     lines = capsys.readouterr().out.splitlines()
-    assert lines[2].startswith("ddp: 8 processes of 2 pairs, bf16")
-    assert lines[3].startswith("sharded: 8 processes of 2 pairs, fp32")
+    assert lines[2].startswith("ddp: 8 processes of 2 pairs, 2 at once, bf16")
+    assert lines[3].startswith("sharded: 8 processes of 2 pairs, 2 at once, fp32")
     assert lines[5].split() == ["GiB", "of", "each", "process", "ddp", "sharded"]
 
 
@@ -140,16 +140,30 @@ def test_what_cannot_fit_is_refused_with_what_would(capsys: pytest.CaptureFixtur
     assert error.startswith("flipscale: error: ddp needs ")
     assert "GiB of each process, of which a GPU of 40 GiB has 37.6 to give; what would fit: " in error
     assert "model.gradient_checkpointing (" in error
+    assert "data.micro_batch_size 256 (" in error
     assert re.search(r"or (128|256) processes \(\d+\.\d GiB\)$", error)
     assert "fsdp2" not in error
 
 
 def test_pairs_of_changes_where_no_single_one_does() -> None:
     recipe, launch = parse_recipe(["--config", "b16_laion400m"]), Launch("ddp", 64, bf16=True)
-    together = what_fits(recipe, launch, 9 * 2**30)
+    recipe = replace(recipe, data=replace(recipe.data, micro_batch_size=512))
+    together = what_fits(recipe, launch, 5 * 2**30)
     assert together
     assert all(words.startswith("model.gradient_checkpointing and ") for words in together)
     assert what_fits(recipe, launch, 2**29) == []
+
+
+def test_micro_batches_averages_and_the_ring_count(h14: Recipe) -> None:
+    launch = Launch("ddp", 256, bf16=True)
+    plain = recipe_memory(h14, launch)
+    small = recipe_memory(replace(h14, data=replace(h14.data, micro_batch_size=64)), launch)
+    assert small.activations < 0.6 * plain.activations
+    assert small.loss == plain.loss
+    averaged = recipe_memory(replace(h14, optim=replace(h14.optim, ema_decay=0.999)), launch)
+    assert averaged.weights == 2 * plain.weights
+    ring = recipe_memory(replace(h14, loss=replace(h14.loss, exchange="ring")), launch)
+    assert ring.loss < 0.5 * plain.loss
 
 
 def test_the_environment_of_a_launcher_is_read(tmp_path: Path) -> None:
