@@ -10,11 +10,12 @@ from conftest import launch, pretrain
 # Rank 1 waits two seconds for the data of step 15, and for ever for those of step 18.
 LATE = """
 import sys, time, torch
-from flipscale.training.health import StepGuard
-from flipscale.training.watch import StepWatch
 from pathlib import Path
 from accelerate import Accelerator
+from flipscale.training.checkpoint import CheckpointWriter, SaveRecipe
+from flipscale.training.health import StepGuard
 from flipscale.training.preemption import StopRequest
+from flipscale.training.watch import StepWatch
 
 accelerator = Accelerator(cpu=True)
 
@@ -25,7 +26,8 @@ def batches():
         yield {}
 
 watch = StepWatch(accelerator, Path(sys.argv[1]), hang_seconds=6)
-guard = StepGuard(accelerator, StopRequest(watches_file=False), watch)
+checkpoints = CheckpointWriter(accelerator, watch.run_dir, SaveRecipe(), None)
+guard = StepGuard(accelerator, StopRequest(watches_file=False), checkpoints, watch)
 for batch in watch.timed(batches(), 0):
     guard.agree(torch.tensor(1.0), torch.tensor(1.0), num_replaced=0)
 """
