@@ -401,7 +401,7 @@ class FlipPreTrainedModel(PreTrainedModel):
         """The model of a folder or Hub name, from safetensors and never from a pickle.
 
         Raises:
-            ValueError: a folder that is not whole or has only a pickle, or `use_safetensors=False`.
+            ValueError: a folder that is not whole, weights as a pickle only, or `use_safetensors=False`.
         """
         if kwargs.pop("use_safetensors", None) is False:
             raise ValueError("use_safetensors is False; a pickle can run code when it is read and is never loaded")
@@ -409,7 +409,15 @@ class FlipPreTrainedModel(PreTrainedModel):
             folder = Path(pretrained_model_name_or_path)
             if folder.is_dir():
                 check_folder(folder, kwargs.get("variant"))
-        return super().from_pretrained(pretrained_model_name_or_path, *args, use_safetensors=True, **kwargs)
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, *args, use_safetensors=True, **kwargs)
+        except OSError as error:
+            if "use_safetensors" not in str(error):
+                raise
+            raise ValueError(
+                f"{pretrained_model_name_or_path} has no weights as safetensors; a pickle, if it has one, can run code "
+                "when it is read and is never loaded"
+            ) from error
 
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
         """Calls `_init_weights` for every module. For code that is not in transformers, transformers leaves out modules

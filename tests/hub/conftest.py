@@ -32,6 +32,8 @@ def hub_environment(hub: LoopbackHub, tmp_path: Path) -> dict[str, str]:
 def logged_in(hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """This process talks to `hub`, logged in, with no login stored anywhere."""
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.endpoint)
+    files = hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", files)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "no_login"))

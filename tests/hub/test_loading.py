@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 
 from flipscale.cli import main
 from flipscale.hub.export import build_processor, export_model
+from flipscale.hub.push import Target, push_folder
 from flipscale.model import FlipConfig, FlipModel, FlipVisionModel
 
 TOWER = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
@@ -163,6 +164,17 @@ def test_a_pickle_is_not_to_be_had_by_asking(folder: Path) -> None:
     only_a_pickle(folder)
     with pytest.raises(ValueError, match="has its weights as a pickle"):
         FlipVisionModel.from_pretrained(folder)
+    assert not (folder / "executed").exists()
+
+
+@pytest.mark.usefixtures("logged_in")
+def test_a_pickle_on_the_hub_is_refused(folder: Path, tmp_path: Path) -> None:
+    only_a_pickle(folder)
+    push_folder(folder, Target("org/pickled"), "weights")
+    with pytest.raises(
+        ValueError, match=r"org/pickled has no weights as safetensors; a pickle, if it has one, can run"
+    ):
+        FlipModel.from_pretrained("org/pickled", cache_dir=tmp_path / "cache")
     assert not (folder / "executed").exists()
 
 

@@ -21,7 +21,6 @@ from flipscale.hub.background_push import BackgroundPush, open_target
 from flipscale.hub.push import Target
 from flipscale.training.recipe import HubRecipe, Recipe
 
-FLIPSCALE = [sys.executable, "-m", "flipscale.cli"]
 HUB = {"push_to_hub": True, "hub_model_id": "org/name"}
 
 # Runs the card's own snippets as somebody without flipscale does, then loads two revisions as somebody with it does.
@@ -84,9 +83,11 @@ def test_saves_arrive_while_the_run_goes_on_though_the_hub_fails_twice(
     assert TOKEN not in told
 
 
+@pytest.mark.usefixtures("logged_in")
 def test_the_finished_model_arrives_and_loads(
-    hub: LoopbackHub, hub_environment: dict[str, str], write_recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    hub: LoopbackHub, hub_environment: dict[str, str], write_recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:  # fmt: skip
     for name, value in hub_environment.items():
         monkeypatch.setenv(name, value)
     run_dir = tmp_path / "run"
@@ -100,16 +101,14 @@ def test_the_finished_model_arrives_and_loads(
     assert line.endswith(f"push it by hand: flipscale push {run_dir} org/name")
     hub._faults.clear()
 
-    by_hand = launch([*FLIPSCALE, "push", str(run_dir), "org/name", "--step", "24", "--revision", "before"])
-    assert by_hand.returncode == 0, by_hand.stderr
+    main(["push", str(run_dir), "org/name", "--step", "24", "--revision", "before"])
     # The same command as before: the run is done, what is missing is the push.
-    again = pretrain(file)
-    assert again.returncode == 0, again.stderr
-    assert f"{run_dir} is on the Hub: {hub.endpoint}/org/name" in again.stdout
-    local = {
-        str(path.relative_to(run_dir / "model")): path for path in (run_dir / "model").rglob("*") if path.is_file()
-    }
-    assert hub.content("org/name") == {name: path.read_bytes() for name, path in local.items()}
+    main(["pretrain", "--config", str(file)])
+    told = capsys.readouterr()
+    assert f"{run_dir} is on the Hub: {hub.endpoint}/org/name" in told.out
+    local = run_dir / "model"
+    sent = {str(path.relative_to(local)): path.read_bytes() for path in local.rglob("*") if path.is_file()}
+    assert hub.content("org/name") == sent
     card = hub.content("org/name")["README.md"].decode()
     assert untraced_numbers(card, run_dir) == []
     (tmp_path / "snippets.py").write_text("\n".join(re.findall(r"```python\n(.*?)```", card, re.DOTALL)))
@@ -118,7 +117,7 @@ def test_the_finished_model_arrives_and_loads(
     assert loaded.returncode == 0, loaded.stderr
     assert re.fullmatch(r"\[\{'score': [\d.]+, 'label': .*\}\]\ntensor\(\[\[.*\]\]\)\n", loaded.stdout), loaded.stdout
     assert not files_with(TOKEN, tmp_path)
-    assert TOKEN not in done.stderr + done.stdout + by_hand.stdout + again.stdout + again.stderr
+    assert TOKEN not in done.stderr + done.stdout + told.out + told.err
 
 
 def test_the_newest_save_goes_next_and_close_ends_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
