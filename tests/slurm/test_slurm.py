@@ -16,6 +16,8 @@ from conftest import metrics
 from safetensors.torch import load_file
 from slurm.cluster import PROGRAMS, Cluster, wait_until
 
+from flipscale.training.run_directory import read_starts
+
 ROOT = Path(__file__).parents[2]
 MISSING = [program for program in PROGRAMS if shutil.which(program) is None]
 pytestmark = pytest.mark.skipif(
@@ -221,8 +223,7 @@ def outcome(site: Site) -> Iterator[Callable]:
 
 def test_both_ranks_join_and_the_recipe_is_the_submitted_one(site: Site, outcome: Callable) -> None:
     number = outcome(chain)["pretrain"]
-    recorded = json.loads((site.folder / "runs/whole/environment.json").read_text())
-    assert recorded["num_processes"] == 2
+    assert [start["num_processes"] for start in read_starts(site.folder / "runs/whole")] == [2]
     assert yaml.safe_load((site.folder / "runs/whole/recipe.yaml").read_text())["seed"] == 0
     assert sorted(p.name for p in (site.folder / "runs/whole/slurm").glob("*.log")) == [
         f"{number}-node1.log",
@@ -249,7 +250,7 @@ def test_preemption_stop_and_dead_node_leave_the_numbers_as_they_are(site: Site,
     found, expected = ([record["loss"] for record in metrics(run)] for run in runs)
     assert len(found) == 240
     assert found == expected
-    found, expected = (load_file(run / "checkpoints/step-00000240/model.safetensors") for run in runs)
+    found, expected = (load_file(run / "model/model.safetensors") for run in runs)
     assert all(torch.equal(value, found[name]) for name, value in expected.items())
 
 
