@@ -12,7 +12,15 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 # What transformers and its tools write into a config besides its fields.
-_BESIDES = {"auto_map", "custom_pipelines", "model_type", "num_labels", "quantization_config", "torch_dtype"}
+_BESIDES = {
+    "auto_map",
+    "custom_pipelines",
+    "model_type",
+    "num_labels",
+    "quantization_config",
+    "torch_dtype",
+    "use_cache",
+}
 
 
 class FlipPreTrainedConfig(PreTrainedConfig):
