@@ -65,7 +65,8 @@ def convert_to_onnx(src: str, dst: Path | str) -> dict[str, float]:
     `image_model.onnx` takes `pixel_values` `(batch, channels, image_size, image_size)` and gives `image_embeds`;
     `text_model.onnx` takes `input_ids` `(batch, max_position_embeddings)`, and `attention_mask` where that is used,
     and gives `text_embeds`. Embeddings are `(batch, projection_dim)`, of unit length, for any batch; the files'
-    metadata has the `logit_scale` that turns cosines to logits. The processor and the configuration stand beside them.
+    metadata has the `logit_scale` that turns cosines to logits, and the `logit_bias` of a model that adds one. The
+    processor and the configuration stand beside them.
 
     Raises:
         ValueError: packages are missing, no model or tokenizer at `src`, `dst` is there already.
@@ -81,6 +82,8 @@ def convert_to_onnx(src: str, dst: Path | str) -> dict[str, float]:
         build_processor(model.config, tokenizer).save_pretrained(folder)
         model.config.save_pretrained(folder)
         metadata = {"logit_scale": repr(model.logit_scale.clamp(0.0, math.log(100.0)).exp().item())}
+        if model.logit_bias is not None:
+            metadata["logit_bias"] = repr(model.logit_bias.item())
         towers: dict[str, tuple[_Embedding, list[dict[str, torch.Tensor]]]] = {
             "image": (_ImageEmbedding(model.vision_model, model.image_projection), _image_inputs(model.config)),
             "text": (_TextEmbedding(model.text_model, model.text_projection), _text_inputs(model.config)),

@@ -76,6 +76,7 @@ def open_clip_config(config: FlipConfig) -> dict[str, Any]:
         "model_cfg": {
             "embed_dim": config.projection_dim,
             "quick_gelu": vision.hidden_act == "quick_gelu",
+            "init_logit_bias": config.logit_bias_init_value,
             "vision_cfg": {
                 "image_size": vision.image_size,
                 "patch_size": vision.patch_size,
@@ -121,6 +122,8 @@ def open_clip_state_dict(model: FlipModel) -> dict[str, torch.Tensor]:
         **_tower(model.text_model, model.text_projection, norm="ln_final", projection="text_projection"),
         **{f"visual.{name}": value for name, value in visual.items()},
     }
+    if model.logit_bias is not None:
+        theirs["logit_bias"] = model.logit_bias[0]
     return {name: value.detach().contiguous() for name, value in theirs.items()}
 
 

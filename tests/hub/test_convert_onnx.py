@@ -21,12 +21,13 @@ TOWER = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "i
 
 @pytest.fixture
 def save(tokenizer_dir: Path, tmp_path: Path) -> Callable[..., Path]:
-    def save(**text_fields: Any) -> Path:
+    def save(logit_bias: float | None = None, **text_fields: Any) -> Path:
         torch.manual_seed(0)
         config = FlipConfig(
             vision_config={**TOWER, "image_size": 32, "patch_size": 8},
             text_config={**TOWER, "vocab_size": 16, "max_position_embeddings": 8, **text_fields},
             projection_dim=16,
+            logit_bias_init_value=logit_bias,
         )
         processor = build_processor(config, AutoTokenizer.from_pretrained(tokenizer_dir))
         return export_model(FlipModel(config), processor, tmp_path / "flip")
@@ -46,7 +47,7 @@ def test_any_batch_has_the_model_s_embeddings(
 ) -> None:
     if text:
         monkeypatch.setattr(convert_onnx, "_MAX_FILE_BYTES", 1000)
-    folder, dst = save(**text), tmp_path / "onnx"
+    folder, dst = save(-10.0 if text else None, **text), tmp_path / "onnx"
     cli.main(["convert", "onnx", str(folder), str(dst)])
     printed = capsys.readouterr().out
     assert f"{dst}/image_model.onnx: embeddings within " in printed
@@ -64,7 +65,9 @@ def test_any_batch_has_the_model_s_embeddings(
         feed = {given.name: inputs[given.name].numpy() for given in session.get_inputs()}
         (embeds,) = session.run([f"{name}_embeds"], feed)
         assert np.abs(embeds - expected[f"{name}_embeds"].numpy()).max() < 1e-5
-        scale = float(session.get_modelmeta().custom_metadata_map["logit_scale"])
+        metadata = session.get_modelmeta().custom_metadata_map
+        assert metadata.get("logit_bias") == ("-10.0" if text else None)
+        scale = float(metadata["logit_scale"])
         assert f"logits are\n{scale!r} times" in (dst / "README.md").read_text()
         assert scale == pytest.approx(expected.logit_scale.item(), rel=1e-6)
     assert [given.name for given in session.get_inputs()] == ["input_ids", "attention_mask"][: 1 + bool(text)]

@@ -43,11 +43,12 @@ CAPTIONS = ["a red disc", "the blue ring", "grey"]
 def save(tokenizer_dir: Path, tmp_path: Path) -> Callable[..., Path]:
     """Saves a model of random weights and biases, whose class token is far from the rest, and returns its folder."""
 
-    def save(vision: dict[str, Any] | None = None, text: dict[str, Any] | None = None, dim: int = 24) -> Path:
+    def save(
+        vision: dict[str, Any] | None = None, text: dict[str, Any] | None = None, dim: int = 24, **head: float
+    ) -> Path:
         torch.manual_seed(0)
-        config = FlipConfig(
-            vision_config={**VISION, **(vision or {})}, text_config={**TEXT, **(text or {})}, projection_dim=dim
-        )
+        towers = {"vision_config": {**VISION, **(vision or {})}, "text_config": {**TEXT, **(text or {})}}
+        config = FlipConfig(**towers, projection_dim=dim, **head)
         model = FlipModel(config).eval()
         with torch.no_grad():
             for name, parameter in model.named_parameters():
@@ -90,6 +91,13 @@ def test_open_clip_gives_the_same_embeddings(
     assert (image_embeds - expected.image_embeds).abs().max() < 1e-5
     assert (text_embeds - expected.text_embeds).abs().max() < 1e-5
     assert scale.item() == pytest.approx(expected.logit_scale.item(), rel=1e-6)
+
+
+def test_open_clip_adds_the_same_bias(save: Callable[..., Path], tmp_path: Path) -> None:
+    folder, dst = save(logit_bias_init_value=-10.0), tmp_path / "open_clip"
+    cli.main(["convert", "open_clip", str(folder), str(dst)])
+    theirs, _, _ = open_clip.create_model_and_transforms(f"local-dir:{dst}")
+    assert theirs.logit_bias.item() == FlipModel.from_pretrained(folder).logit_bias.item() != -10.0
 
 
 def test_open_clip_sees_the_same_pixels_and_ids(
