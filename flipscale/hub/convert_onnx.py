@@ -30,7 +30,7 @@ text_model = onnxruntime.InferenceSession("text_model.onnx")
 
 `image_model` takes `pixel_values`, `text_model` takes `input_ids` (and `attention_mask` where it has that input), each
 as the processor in this folder makes them. They give `image_embeds` and `text_embeds` of unit length; logits are
-{logit_scale} times their products.
+{logit_scale} times their products{and_bias}.
 """
 
 # A file of protobuf ends here; larger weights stand beside it.
@@ -82,13 +82,16 @@ def convert_to_onnx(src: str, dst: Path | str) -> dict[str, float]:
         build_processor(model.config, tokenizer).save_pretrained(folder)
         model.config.save_pretrained(folder)
         metadata = {"logit_scale": repr(model.logit_scale.clamp(0.0, math.log(100.0)).exp().item())}
+        and_bias = ""
         if model.logit_bias is not None:
             metadata["logit_bias"] = repr(model.logit_bias.item())
+            and_bias = f", plus {metadata['logit_bias']}"
         towers: dict[str, tuple[_Embedding, list[dict[str, torch.Tensor]]]] = {
             "image": (_ImageEmbedding(model.vision_model, model.image_projection), _image_inputs(model.config)),
             "text": (_TextEmbedding(model.text_model, model.text_projection), _text_inputs(model.config)),
         }
-        (folder / "README.md").write_text(derived_card(src, folder.name, "onnx", _CARD.format(**metadata)))
+        card = _CARD.format(logit_scale=metadata["logit_scale"], and_bias=and_bias)
+        (folder / "README.md").write_text(derived_card(src, folder.name, "onnx", card))
         return {
             name: _write_and_check(tower.eval(), inputs, folder / f"{name}_model.onnx", f"{name}_embeds", metadata)
             for name, (tower, inputs) in tqdm(towers.items(), desc="writing", unit="tower", disable=None)

@@ -68,7 +68,8 @@ def test_any_batch_has_the_model_s_embeddings(
         metadata = session.get_modelmeta().custom_metadata_map
         assert metadata.get("logit_bias") == ("-10.0" if text else None)
         scale = float(metadata["logit_scale"])
-        assert f"logits are\n{scale!r} times" in (dst / "README.md").read_text()
+        times = f"logits are\n{scale!r} times their products{', plus -10.0' if text else ''}."
+        assert times in (dst / "README.md").read_text()
         assert scale == pytest.approx(expected.logit_scale.item(), rel=1e-6)
     assert [given.name for given in session.get_inputs()] == ["input_ids", "attention_mask"][: 1 + bool(text)]
 
