@@ -16,7 +16,6 @@ from torch.nn.functional import normalize
 from flipscale.benchmarks.peer import require_open_clip
 from flipscale.benchmarks.step import device_name, matmul_peak, timed
 from flipscale.training.contrastive import contrastive_loss
-from flipscale.training.launch import keep_freed_memory
 
 Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 # Matrix products of 2 n^2 dim operations: ours makes the logits twice and takes two gradients from them; autograd on
@@ -67,7 +66,11 @@ def open_clip_loss() -> Loss:
 
 def measure_loss(setting: LossSetting) -> dict[str, Any]:
     """Figures of one loss, ready for JSON: `seconds` forward and backward, `extra_peak_bytes` above the embeddings
-    while it runs for the first time, gradients counted, `flops`, `share_of_matmul_peak` and `loss`."""
+    while it runs for the first time, gradients counted, `flops`, `share_of_matmul_peak` and `loss`.
+
+    The allocator is as it comes: on a CPU, what is large and freed goes back to the system and is cleared anew, which
+    takes open_clip about half of its time. A trainer's process may keep it (`flipscale.training.launch`).
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     loss = contrastive_loss if setting.code == "flipscale" else open_clip_loss()
     run_once(loss, inputs(64, setting, device))
@@ -75,7 +78,6 @@ def measure_loss(setting: LossSetting) -> dict[str, Any]:
     before = forget_peak_memory(device)
     value = run_once(loss, held)
     extra = peak_memory_bytes(device) - before
-    keep_freed_memory()
     peak_flops = matmul_peak(device, "fp32")
     seconds = statistics.median(timed(lambda: run_once(loss, held), device)[0] for _ in range(setting.steps))
     return {
