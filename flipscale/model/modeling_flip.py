@@ -651,6 +651,8 @@ class FlipModel(FlipPreTrainedModel):
         self.logit_scale = nn.Parameter(torch.zeros(1))
         self.logit_bias = None if config.logit_bias_init_value is None else nn.Parameter(torch.zeros(1))
         self.post_init()
+        # Not its towers' lists, each of which is of all that the other has.
+        self._keys_to_ignore_on_load_unexpected = set()
 
     def get_input_embeddings(self) -> nn.Module:
         return self.text_model.get_input_embeddings()

@@ -88,9 +88,9 @@ def unlist(folder: Path) -> None:
 
 
 def add_a_weight(folder: Path) -> None:
-    save_file({**load_file(folder / LAST_SHARD), "logit_bias": torch.zeros(1)}, folder / LAST_SHARD)
+    save_file({**load_file(folder / LAST_SHARD), "vision_model.registers": torch.zeros(1)}, folder / LAST_SHARD)
     index = json.loads((folder / "model.safetensors.index.json").read_text())
-    index["weight_map"]["logit_bias"] = LAST_SHARD
+    index["weight_map"]["vision_model.registers"] = LAST_SHARD
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
@@ -110,7 +110,7 @@ FAULTS = {
     "no weights": (remove("model.safetensors.index.json"), r"has no model.safetensors and no index of it; download"),
     "no config": (remove("config.json"), r"has no config.json and is no model folder; download or export it again"),
     "other model": (change_config(model_type="flip2"), r"model_type 'flip2', FlipConfig reads 'flip'; upgrade"),
-    "new field": (change_config(logit_bias=True), r"FlipConfig: the config has logit_bias, which this version"),
+    "new field": (change_config(fusion=True), r"FlipConfig: the config has fusion, which this version"),
     "new field of a tower": (
         change_config(vision_config__rope_theta=100.0, vision_config__registers=4, transformers_version="9.0"),
         r"FlipVisionConfig: the config has registers, rope_theta, which this version does not know; it is by a newer "
@@ -124,7 +124,7 @@ FAULTS_OF_THE_WHOLE = {
     "weights made up": (unlist, r"the weights are not those of its config: \d+ missing keys, such as [a-z_.]+\)"),
     "a weight too many": (
         add_a_weight,
-        r"weights are not those of its config: 1 unexpected keys, such as logit_bias",
+        r"weights are not those of its config: 1 unexpected keys, such as vision_model.registers",
     ),
     "no tokenizer": (remove("tokenizer.json"), r"has no tokenizer that can be read .*it needs tokenizer.json and tok"),
     "no tokenizer at all": (remove("tokenizer.json", "tokenizer_config.json"), r"has no tokenizer that can be read"),
