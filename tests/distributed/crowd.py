@@ -67,20 +67,20 @@ def train(file: str) -> None:
 
 def train_poisoned(file: str) -> None:
     """A run whose last process has an infinite loss in its third step."""
-    import flipscale.pretrain as verb
+    from flipscale.training import step
 
-    true_loss, calls = verb.pair_loss, []
+    true_loss, calls = step.pair_loss, []
 
     def loss(*arguments):
         calls.append(1)
         last = int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1
         return true_loss(*arguments) * (float("inf") if len(calls) == 3 and last else 1.0)
 
-    verb.pair_loss = loss
+    step.pair_loss = loss
     try:
         train(file)
     finally:
-        verb.pair_loss = true_loss
+        step.pair_loss = true_loss
 
 
 def train_on_a_small_disk(file: str) -> None:
@@ -127,7 +127,7 @@ def accumulate(file: str) -> None:
 
     run = Run(parse_recipe(["--config", file]))
     stage = run.stages[0]
-    batch = next(iter(run.batches(stage)))
+    (batch,) = next(iter(run.batches(stage)))
     found = {}
     for passes in (1, 2, 4):
         parts = zip(*(value.chunk(passes) for value in batch.values()), strict=True)

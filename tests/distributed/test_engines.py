@@ -137,6 +137,12 @@ def test_averages_are_kept_evaluated_and_exported(trainings: Trainings, shards: 
     assert scores[0]
 
 
+@pytest.mark.parametrize(("engine", "world"), MATRIX)
+def test_cached_embeddings_learn_the_same_in_two_passes(trainings: Trainings, engine: str, world: int) -> None:
+    run_dir = trainings.run(engine, world, data={**trainings.recipe["data"], "micro_batch_size": 2})
+    assert close(losses(run_dir), losses(trainings.run("ddp", 1)))
+
+
 @pytest.mark.parametrize(("engine", "world"), [("ddp", 2), ("fsdp2", 2), ("fsdp2", 4)])
 def test_muon_learns_what_it_does_on_one_process(trainings: Trainings, engine: str, world: int) -> None:
     muon = {"name": "muon", "muon_lr_ratio": 3.0}
