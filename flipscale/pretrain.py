@@ -26,7 +26,7 @@ from flipscale.training.attention import best_attention
 from flipscale.training.bad_samples import BadSamples
 from flipscale.training.checkpoint import CheckpointReader, CheckpointWriter, list_checkpoints, load_state
 from flipscale.training.health import StepGuard, Verdict, agree_on_data
-from flipscale.training.initialization import Fill, compile_blocks, fresh_weights, weights_of
+from flipscale.training.initialization import Fill, compile_blocks, fresh_weights, no_weights, weights_of
 from flipscale.training.launch import build_engine, leave, part, start_accelerator
 from flipscale.training.preemption import StopRequest
 from flipscale.training.recipe import Recipe, parse_recipe, to_yaml
@@ -77,7 +77,7 @@ class Run:
 
         self.engine = build_engine(self.accelerator, recipe.optim, self.batch_size)
         kind = trained_model(recipe.loss, recipe.mask)
-        fill = initial_weights(recipe.model.init_from, config, recipe.seed, kind)
+        fill = no_weights if checkpoint else initial_weights(recipe.model.init_from, config, recipe.seed, kind)
         self.engine.build(config, self._configure, fill, kind)
         self.weights = self.engine.weights
         state = self._load(checkpoint)

@@ -29,7 +29,7 @@ def build_weights(
 
     Args:
         configure: changes the model before it has weights (attention kernel, recomputation, compilation).
-        fill: sets a module's weights; `fresh_weights` or `weights_of`.
+        fill: sets a module's weights; `fresh_weights`, `weights_of` or `no_weights`.
         keep: called with every block as soon as it is filled, to shard it or move it to its device.
         kind: the class of the model.
     """
@@ -64,6 +64,10 @@ def fresh_weights(seed: int) -> Fill:
             owner._init_weights(module)
 
     return fill
+
+
+def no_weights(name: str, module: nn.Module, owner: PreTrainedModel) -> None:
+    """Leaves the memory as it is, for a checkpoint to fill."""
 
 
 @torch.no_grad()
