@@ -68,8 +68,8 @@ def measure_loss(setting: LossSetting) -> dict[str, Any]:
     """Figures of one loss, ready for JSON: `seconds` forward and backward, `extra_peak_bytes` above the embeddings
     while it runs for the first time, gradients counted, `flops`, `share_of_matmul_peak` and `loss`.
 
-    The allocator is as it comes: on a CPU, what is large and freed goes back to the system and is cleared anew, which
-    takes open_clip about half of its time. A trainer's process may keep it (`flipscale.training.launch`).
+    The allocator is as it comes: on a CPU, what is large and freed goes back to the system and is cleared anew. A
+    trainer's process keeps it (`flipscale.training.launch`), which helps the code that takes more.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     loss = contrastive_loss if setting.code == "flipscale" else open_clip_loss()
