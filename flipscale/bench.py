@@ -114,7 +114,9 @@ def data_setting(args: argparse.Namespace, shards: str | None, num_workers: int 
         changes = {"shards": shards, "num_workers": num_workers, "global_batch_size": args.batch_size}
         setting = replace(DataSetting.of(recipe, **changes), num_batches=args.batches)
     else:
-        data = DataRecipe(shards or "", args.tokenizer, args.batch_size, num_workers=num_workers)
+        data = DataRecipe(
+            shards=shards or "", tokenizer=args.tokenizer, global_batch_size=args.batch_size, num_workers=num_workers
+        )
         shape = InputShape(args.image_size, args.patch_size, FlipConfig().text_config.max_position_embeddings)
         setting = DataSetting(data, shape, args.mask_ratio, num_batches=args.batches)
     if not setting.data.shards:

@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from flipscale.data import decode, loader
 from flipscale.data.loader import DataRecipe, InputShape, PairDataset, build_loader, load_tokenizer
 from flipscale.data.masks import MaskRecipe
+from flipscale.data.packed import PackedBatch
 from flipscale.data.sources import open_source
 from flipscale.model import FlipConfig
 from flipscale.model.masking import num_kept
@@ -174,7 +175,7 @@ def time_shares(dataset: PairDataset) -> dict[str, float]:
     positions = list(range(min(256, dataset.recipe.global_batch_size)))
     dataset.__getitems__(positions)
     profile = cProfile.Profile()
-    profile.runcall(dataset.__getitems__, positions)
+    profile.runcall(lambda: PackedBatch.of(dataset.__getitems__(positions)))
     # Functions as the profiler knows them: file, line and name.
     stats = pstats.Stats(profile).stats  # type: ignore[attr-defined]
 
@@ -182,7 +183,7 @@ def time_shares(dataset: PairDataset) -> dict[str, float]:
         codes: list[CodeType] = [function.__code__ for function in functions]
         return sum(stats.get((c.co_filename, c.co_firstlineno, c.co_name), (0,) * 4)[3] for c in codes)
 
-    total, resize = seconds(type(dataset).__getitems__), seconds(decode.resize)
+    total, resize = seconds(type(dataset).__getitems__, PackedBatch.of), seconds(decode.resize)
     parts = {
         "read": seconds(type(dataset.source).read),
         "decode": seconds(decode.decode_box) - resize,

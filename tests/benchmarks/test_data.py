@@ -27,7 +27,9 @@ SMALL = ["--image_size", "32", "--patch_size", "8", "--batch_size", "8", "--batc
 
 
 def setting(shards: Path, **fields: int) -> DataSetting:
-    return DataSetting(DataRecipe(str(shards), "captions", 8, **{"num_workers": 0, **fields}), SHAPE, num_batches=2)
+    fields = {"global_batch_size": 8, "num_workers": 0, **fields}
+    data = DataRecipe(shards=str(shards), tokenizer="captions", **fields)
+    return DataSetting(data, SHAPE, num_batches=2)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -35,7 +37,7 @@ def test_figures_add_up(shards: Path, num_workers: int) -> None:
     figures = measure_data(setting(shards, num_workers=num_workers))
     assert figures["images_per_s"] == pytest.approx(max(1, num_workers) * figures["images_per_s_per_worker"])
     assert figures["bytes_to_device_per_image"] == 4 * 3 * 8 * 8
-    assert figures["other_bytes_to_device_per_image"] == 4 * 2 + 2 * 8 * 8
+    assert figures["other_bytes_to_device_per_image"] == 4 * 2 + 8 * 4 + 8
     assert figures["peak_memory_bytes_per_worker"] > 2**20
     shares = [value for name, value in figures.items() if name.endswith("_share")]
     assert len(shares) == 7
@@ -45,7 +47,8 @@ def test_figures_add_up(shards: Path, num_workers: int) -> None:
 
 
 def test_pixels_are_a_sixteenth_of_what_others_send(shards: Path) -> None:
-    batch = DataSetting(DataRecipe(str(shards), "captions", 4)).dataset().__getitems__([0, 1, 2, 3])
+    data = DataRecipe(shards=str(shards), tokenizer="captions", global_batch_size=4)
+    batch = DataSetting(data).dataset().__getitems__([0, 1, 2, 3])
     assert device_bytes(batch, 4)["bytes_to_device_per_image"] == 224 * 224 * 3 * 4 / 16
 
 
