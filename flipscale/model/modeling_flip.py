@@ -739,7 +739,7 @@ class FlipForImageClassification(FlipPreTrainedModel):
     config: FlipConfig
     main_input_name = "pixel_values"
     input_modalities = ("image",)
-    _keys_to_ignore_on_load_unexpected = [r"^text_", r"^image_projection\.", r"^logit_scale$"]  # noqa: RUF012
+    _keys_to_ignore_on_load_unexpected = [r"^text_", r"^image_projection\.", r"^logit_"]  # noqa: RUF012
 
     def __init__(self, config: FlipConfig):
         super().__init__(config)
