@@ -2,6 +2,7 @@
 Table 1f: 0.2 and 0.3 points worse than without). Off unless a recipe asks for it, and never part of the exported model.
 """
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,7 +55,10 @@ class ReconstructionDecoder(FlipPreTrainedModel):
             "num_attention_heads": max(width // 64, 1),
             "intermediate_size": 4 * width,
         }
-        return cls._from_config(FlipVisionConfig.from_dict({**tower.to_dict(), **shape}), tower_width=tower.hidden_size)
+        config = copy.deepcopy(tower)
+        for name, value in shape.items():
+            setattr(config, name, value)
+        return cls._from_config(config, tower_width=tower.hidden_size)
 
     def fixed_tables(self) -> dict[str, torch.Tensor]:
         """The buffers, computed from the configuration."""

@@ -8,9 +8,9 @@ import torch
 from conftest import metrics, pretrain
 from safetensors.torch import load_file
 
-from flipscale.hub.export import export_checkpoint
 from flipscale.model import FlipConfig, FlipModel
 from flipscale.model.masking import complement, keep_patches, take_patches
+from flipscale.training.checkpoint import CheckpointReader
 from flipscale.training.initialization import build_weights, fresh_weights
 from flipscale.training.reconstruction import ReconstructingFlipModel, pixel_loss, without_decoder
 
@@ -82,7 +82,8 @@ def test_a_decoder_learns_the_pixels_and_moves_the_image_tower() -> None:
         loss = model(**inputs, return_logits=False).reconstruction_loss
         loss.backward()
         optimizer.step()
-    assert loss.item() < 0.5 * first.item()
+    assert first.item() > 1.0
+    assert loss.item() < 0.8, "predicting nothing, each patch's mean, would be 1"
 
 
 def test_each_prediction_depends_on_its_own_place() -> None:
@@ -129,12 +130,9 @@ def test_a_run_reconstructs_on_one_process_and_two_and_exports_none_of_it(
     assert runs[0][-1]["loss"] < 3.2
     exported = load_file(tmp_path / "1" / "model" / "model.safetensors")
     assert exported.keys() == FlipModel(CONFIG).state_dict().keys()
-    saved = load_file(tmp_path / "1" / "checkpoints" / "step-00000008" / "model.safetensors")
-    assert any(name.startswith("reconstruction.") for name in saved)
-    assert all(torch.equal(saved[name], tensor) for name, tensor in exported.items())
-    by_hand = export_checkpoint(tmp_path / "1" / "checkpoints" / "step-00000008", tmp_path / "again")
-    again = load_file(by_hand / "model.safetensors")
-    assert again.keys() == exported.keys()
+    saved = CheckpointReader(tmp_path / "1" / "checkpoints" / "step-00000008")
+    assert saved.tensor("weight", "reconstruction.mask_token").shape == (16,)
+    assert all(torch.equal(saved.tensor("weight", name), tensor) for name, tensor in exported.items())
     assert '"FlipModel"' in (tmp_path / "1" / "model" / "config.json").read_text()
 
 
