@@ -36,16 +36,11 @@ def enduring_batches(
         assert isinstance(loader.batch_sampler, StepSampler)
         micro_batches = _start(loader)
         try:
-            while batch := list(islice(micro_batches, loader.batch_sampler.micro_batches)):
-                for part in batch:
-                    if isinstance(part, Exception):
-                        raise part
+            while batch := _together(micro_batches, loader.batch_sampler.micro_batches):
                 step, deaths = step + 1, 0
                 yield batch
-        except RuntimeError as error:
+        except _WorkerDied as error:
             died = _describe_death(error, dataset)
-            if died is None:
-                raise
             deaths += 1
             if deaths >= _MAX_DEATHS_IN_A_ROW:
                 raise OSError(
@@ -55,7 +50,37 @@ def enduring_batches(
             print(f"flipscale: {died}; starting the workers again at step {step}", file=sys.stderr, flush=True)
 
 
-def _start(loader: DataLoader) -> Iterator[PackedBatch]:
+class _WorkerDied(Exception):
+    """A worker ended; `pids` are those that torch names, if it does."""
+
+    def __init__(self, pids: set[int]):
+        self.pids = pids
+
+
+def _together(micro_batches: Iterator[PackedBatch | Exception], count: int) -> list[PackedBatch]:
+    """The next `count` micro-batches, none at the end.
+
+    Raises:
+        _WorkerDied: instead of one.
+        ValueError, OSError: of the data.
+    """
+    try:
+        batch = list(islice(micro_batches, count))
+    except RuntimeError as error:
+        found = re.search(r"DataLoader worker \(pid\(?s?\)?:? ?([\d, ]+)\)|Pin memory thread exited", str(error))
+        if found is None:
+            raise
+        raise _WorkerDied({int(pid) for pid in (found[1] or "").split(",") if pid.strip()}) from error
+    except (ConnectionError, EOFError, FileNotFoundError) as error:
+        # It died between announcing a batch and handing over the memory that it lies in.
+        raise _WorkerDied(set()) from error
+    for part in batch:
+        if isinstance(part, Exception):
+            raise part
+    return [part for part in batch if isinstance(part, PackedBatch)]
+
+
+def _start(loader: DataLoader) -> Iterator[PackedBatch | Exception]:
     """The loader's micro-batches, its workers started.
 
     torch has the death of a worker raise an exception wherever the main thread happens to be, in the middle of a
@@ -69,16 +94,14 @@ def _start(loader: DataLoader) -> Iterator[PackedBatch]:
     return batches
 
 
-def _describe_death(error: RuntimeError, dataset: PairDataset) -> str | None:
-    """Which workers died reading what, None if `error` is about something else."""
-    found = re.search(r"DataLoader worker \(pid\(?s?\)?:? ?([\d, ]+)\)|Pin memory thread exited", str(error))
-    if found is None:
-        return None
-    died = {int(pid) for pid in (found[1] or "").split(",") if pid.strip()}
+def _describe_death(death: _WorkerDied, dataset: PairDataset) -> str:
+    """Which workers died reading what."""
     reading = [
-        dataset.source.shard_name(shard) for pid, shard in dataset.reading.tolist() if pid and (pid in died or not died)
+        dataset.source.shard_name(shard)
+        for pid, shard in dataset.reading.tolist()
+        if pid and (pid in death.pids or not death.pids)
     ]
-    pids = f" (pid {', '.join(str(pid) for pid in sorted(died))})" if died else ""
+    pids = f" (pid {', '.join(str(pid) for pid in sorted(death.pids))})" if death.pids else ""
     return f"a loader worker{pids} died while reading {', '.join(dict.fromkeys(reading)) or 'its first shard'}"
 
 

@@ -12,6 +12,8 @@ import yaml
 from conftest import launch, metrics, pretrain
 from safetensors.torch import load_file
 
+from flipscale.training.run_directory import read_starts
+
 SAVE = {"every_samples": 160, "total_limit": 20}
 
 
@@ -113,8 +115,9 @@ def test_launch_file_over_two_machines(runs: dict[int, Path], write_recipe, tmp_
         )
         for done in nodes:
             assert done.returncode == 0, done.stderr
-    environment = json.loads((tmp_path / "nodes/environment.json").read_text())
-    assert [environment[name] for name in ("engine", "num_processes", "mixed_precision")] == [engine, 2, "bf16"]
+    (start,) = read_starts(tmp_path / "nodes")
+    assert (start["engine"], start["num_processes"]) == (engine, 2)
+    assert json.loads((tmp_path / "nodes/environment.json").read_text())["mixed_precision"] == "bf16"
     two = losses(tmp_path / "nodes")
     assert len(two) == 40
     assert max(abs(a - b) for a, b in zip(two, losses(runs[1]), strict=True)) < 0.05
