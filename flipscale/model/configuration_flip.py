@@ -211,15 +211,14 @@ class FlipConfig(FlipPreTrainedConfig):
             size: one of `SIZES`: b16, l16, h14 (paper, Table 9), l14 (paper, Table 2), g14 (LAION's G/14).
 
         Raises:
-            ValueError: an unknown size.
+            ValueError: an unknown size, or towers of two `projection_dim`.
         """
         if size not in SIZES:
             raise ValueError(f"model size {size!r} is unknown; use one of {', '.join(SIZES)}")
         vision, text, projection_dim = SIZES[size]
         return cls(
-            vision_config={**vision, **(vision_config or {})},
-            text_config={**text, **(text_config or {})},
-            projection_dim=projection_dim,
+            vision_config={**vision, "projection_dim": projection_dim, **(vision_config or {})},
+            text_config={**text, "projection_dim": projection_dim, **(text_config or {})},
         )
 
 

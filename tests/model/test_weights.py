@@ -166,4 +166,8 @@ def test_configuration_that_cannot_be(small: Callable[..., FlipModel], make: Any
 def test_projection_dim_is_one_for_both_towers() -> None:
     config = FlipConfig(projection_dim=7)
     assert config.vision_config.projection_dim == config.text_config.projection_dim == 7
+    assert FlipConfig.from_size("b16").projection_dim == 512
+    assert FlipConfig.from_size("b16", {"projection_dim": 7}, {"projection_dim": 7}).projection_dim == 7
+    with pytest.raises(ValueError, match="projection_dim differs: vision_config has 7, text_config has 512"):
+        FlipConfig.from_size("b16", {"projection_dim": 7})
     assert FlipConfig.from_size("l16", text_config={"vocab_size": 50}).text_config.vocab_size == 50
