@@ -1,6 +1,6 @@
 PYTHON ?= python3
 BIN := .venv/bin
-MINUTES ?= 7
+MINUTES ?= 4
 
 .PHONY: setup demo test lint bench
 

@@ -3,7 +3,9 @@
 # What a site sets once, here or in the environment of sbatch.
 PYTHON=${PYTHON:-python}            # of the environment that flipscale is installed in
 LAUNCHER=${LAUNCHER:-accelerate}    # or torchrun, which knows no launch file: plain data parallel
-REQUEUE=${REQUEUE:-scontrol}        # or sbatch where jobs may not requeue themselves, or no: submit it again yourself
+# How a job that was told to stop goes on. `sbatch` submits another one, where jobs may not requeue themselves: what waits
+# for the first by --dependency then starts too early. `no` leaves it to you.
+REQUEUE=${REQUEUE:-scontrol}
 MAX_CRASHES=${MAX_CRASHES:-3}       # without a new checkpoint; preemptions, time limits and dead nodes do not count
 CONTAINER=${CONTAINER:-}            # an image that holds PYTHON; none by default
 CONTAINER_RUNTIME=${CONTAINER_RUNTIME:-apptainer} # or pyxis: srun --container-image
