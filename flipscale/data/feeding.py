@@ -86,11 +86,11 @@ def _start(loader: DataLoader) -> Iterator[PackedBatch | Exception]:
     torch has the death of a worker raise an exception wherever the main thread happens to be, in the middle of a
     backward pass if so; without its signal handler the one who waits for the next batch is told.
     """
-    is_main = threading.current_thread() is threading.main_thread()
     before = signal.getsignal(signal.SIGCHLD)
     batches = iter(loader)
-    if is_main and before is not None:
-        signal.signal(signal.SIGCHLD, before)
+    if threading.current_thread() is threading.main_thread() and before is not None:
+        is_torch_s = getattr(before, "__module__", "").startswith("torch.")  # of a loader before this one
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL if is_torch_s else before)
     return batches
 
 
