@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -234,20 +235,21 @@ def pretrain(recipe: Recipe) -> Path:
         print(f"{recipe.output_dir} is done; remove it, or choose another output_dir, to train again")
         return Path(recipe.output_dir)
     run = Run(recipe)
-    for stage in run.remaining_stages():
-        for batch in run.batches(stage):
-            learning_rate = stage.learning_rate(run.step)
-            learned = gradients(run.engine, batch, recipe.loss)
-            verdict = run.guard.agree(learned.loss, run.engine.gradient_norm(), run.num_replaced)
-            run.engine.step(learning_rate, verdict.finite)
-            metrics = {
-                "loss": verdict.loss,
-                "lr": learning_rate,
-                "grad_norm": verdict.grad_norm,
-                "logit_scale": learned.logit_scale.item(),
-            }
-            run.after_step(stage, metrics, verdict)
-    run.finish()
+    with closing(run.watch):
+        for stage in run.remaining_stages():
+            for batch in run.batches(stage):
+                learning_rate = stage.learning_rate(run.step)
+                learned = gradients(run.engine, batch, recipe.loss)
+                verdict = run.guard.agree(learned.loss, run.engine.gradient_norm(), run.num_replaced)
+                run.engine.step(learning_rate, verdict.finite)
+                metrics = {
+                    "loss": verdict.loss,
+                    "lr": learning_rate,
+                    "grad_norm": verdict.grad_norm,
+                    "logit_scale": learned.logit_scale.item(),
+                }
+                run.after_step(stage, metrics, verdict)
+        run.finish()
     return run.run_dir
 
 

@@ -110,9 +110,13 @@ class StepWatch:
         self._beat("evaluating or saving", now=True)
 
     def finish(self) -> None:
-        """Stops the clock for good."""
-        self._finished.set()
+        """Stops the clock for good, and says so."""
+        self.close()
         self._beat("ended", now=True)
+
+    def close(self) -> None:
+        """Stops the clock for good: a run that failed must not be ended once more by its watch, a caller with it."""
+        self._finished.set()
 
     def _beat(self, phase: str, now: bool = False) -> None:
         clock = time.monotonic()

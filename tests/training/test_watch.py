@@ -68,3 +68,25 @@ def test_a_time_that_cannot_be_waited_is_refused(write_recipe, tmp_path: Path) -
     done = pretrain(write_recipe(tmp_path / "run", log={"hang_seconds": 0}))
     assert done.returncode == 2
     assert "log.hang_seconds is 0.0; it must be above 0" in done.stderr
+
+
+FAILED = """
+import sys, time
+from flipscale import pretrain
+from flipscale.training.recipe import parse_recipe
+
+def fails(*arguments):
+    raise OSError("the disk is gone")
+
+pretrain.gradients = fails
+try:
+    pretrain.pretrain(parse_recipe(["--config", sys.argv[1], "--log.hang_seconds", "2"]))
+except OSError as error:
+    time.sleep(4)
+    print(f"told of it: {error}")
+"""
+
+
+def test_the_caller_of_a_run_that_failed_lives_on(write_recipe, tmp_path: Path) -> None:
+    done = launch([sys.executable, "-c", FAILED, str(write_recipe(tmp_path / "run"))])
+    assert (done.returncode, done.stdout.strip()) == (0, "told of it: the disk is gone"), done.stderr
