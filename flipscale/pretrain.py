@@ -32,7 +32,13 @@ from flipscale.training.launch import build_engine, leave, part, start_accelerat
 from flipscale.training.preemption import StopRequest
 from flipscale.training.recipe import Recipe, parse_recipe, to_yaml
 from flipscale.training.reconstruction import trained_model
-from flipscale.training.run_directory import is_done, mark_done, open_run_directory, write_run_files
+from flipscale.training.run_directory import (
+    is_done,
+    mark_done,
+    open_run_directory,
+    told_of_a_full_disk,
+    write_run_files,
+)
 from flipscale.training.schedule import Stage, plan_stages
 from flipscale.training.step import check_cacheable, gradients
 from flipscale.training.tracking import Tracker, is_due
@@ -277,7 +283,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
             return dry_run(arguments)
         recipe = parse_recipe(arguments)
-        pretrain(recipe)
+        with told_of_a_full_disk(Path(recipe.output_dir)):
+            pretrain(recipe)
         part()
         push_finished(recipe)
     leave()

@@ -4,6 +4,7 @@ recipe.yaml  environment.json  starts.jsonl  metrics.jsonl  heartbeat.json  tens
 DONE, and where there was cause slow_steps.jsonl, stacks/, bad_samples.jsonl, push.log and Slurm's slurm/
 """
 
+import errno
 import json
 import os
 import platform
@@ -11,6 +12,8 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -49,6 +52,24 @@ def open_run_directory(recipe: Recipe) -> Path | None:
             f"{run_dir} holds {checkpoint.name} and resume_from_checkpoint is 'never'; use another output_dir"
         )
     return checkpoint
+
+
+@contextmanager
+def told_of_a_full_disk(run_dir: Path) -> Iterator[None]:
+    """Says what to do when any of the run's files cannot grow.
+
+    Raises:
+        OSError: the disk is full, or the quota used up.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise OSError(
+            f"the disk of {run_dir} is full ({error}); its checkpoints are whole: free some space and start the run "
+            "again"
+        ) from error
 
 
 def mark_done(run_dir: Path) -> None:
