@@ -1,6 +1,6 @@
 PYTHON ?= python3
 BIN := .venv/bin
-MINUTES ?= 4
+MINUTES ?= 7
 
 .PHONY: setup demo test lint bench
 
