@@ -7,6 +7,7 @@ import torch.distributed as dist
 
 from flipscale.training.contrastive_tiles import Rivals, Share, SimilarityTiles, common_shift, merge
 from flipscale.training.exchange import Gathered, Ring, Rows, exchange_of, world_size
+from flipscale.training.ready_gradients import ReadyGradients
 
 # Up to so many pairs the products are fp64: a logit near 100 is known to 4e-6 in fp32, and few do not average that out.
 _FEW = 256
@@ -37,7 +38,7 @@ def contrastive_loss(
     return torch.stack([_InfoNCE.apply(view, text_embeds, logit_scale, exchange) for view in views]).mean()
 
 
-class _InfoNCE(torch.autograd.Function):
+class _InfoNCE(ReadyGradients):
     @staticmethod
     def forward(
         ctx: Any, image_embeds: torch.Tensor, text_embeds: torch.Tensor, logit_scale: torch.Tensor, exchange: str
@@ -52,13 +53,6 @@ class _InfoNCE(torch.autograd.Function):
                 inputs = (image_embeds, text_embeds, logit_scale)
                 ctx.gradients = [g.to(t.dtype) for g, t in zip(batch.gradients(), inputs, strict=True)]
         return loss.float()
-
-    @staticmethod
-    def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        # Handed out without a copy, so once.
-        gradients, ctx.gradients = ctx.gradients, None
-        assert gradients is not None, "the gradients of this loss were handed out before"
-        return (*(gradient.mul_(upstream[0]) for gradient in gradients), None)
 
 
 class _Batch:

@@ -8,6 +8,7 @@ from torch.nn.functional import softplus
 
 from flipscale.training.contrastive_tiles import SimilarityTiles
 from flipscale.training.exchange import Rows, exchange_of
+from flipscale.training.ready_gradients import ReadyGradients
 
 
 def sigmoid_loss(
@@ -33,7 +34,7 @@ def sigmoid_loss(
     return torch.stack([_Sigmoid.apply(view, text_embeds, logit_scale, logit_bias, exchange) for view in views]).mean()
 
 
-class _Sigmoid(torch.autograd.Function):
+class _Sigmoid(ReadyGradients):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> torch.Tensor:
         *tensors, exchange = inputs
@@ -42,13 +43,6 @@ class _Sigmoid(torch.autograd.Function):
             loss, gradients = _loss_and_gradients(images, texts, float(tensors[2]), float(tensors[3]), exchange)
         ctx.gradients = [g.to(t.dtype) for g, t in zip(gradients, tensors, strict=True)]
         return loss.float()
-
-    @staticmethod
-    def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        # Handed out without a copy, so once.
-        gradients, ctx.gradients = ctx.gradients, None
-        assert gradients is not None, "the gradients of this loss were handed out before"
-        return (*(gradient.mul_(upstream[0]) for gradient in gradients), None)
 
 
 def _loss_and_gradients(

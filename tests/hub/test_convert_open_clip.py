@@ -202,7 +202,7 @@ def test_the_card_passes_the_licence_on_and_its_snippet_runs(
     convert_to_open_clip(str(folder), dst)
     card = ModelCard.load(dst / "README.md")
     assert card.data.license == licence
-    assert card.data.library_name == "open_clip"
+    assert card.data.to_dict()["library_name"] == "open_clip"
     names: dict[str, Any] = {}
     exec(card.text.split("```python\n")[1].split("```")[0], names)
     assert names["tokenizer"](CAPTIONS).shape == (3, 8)
