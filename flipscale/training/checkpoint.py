@@ -93,11 +93,6 @@ class CheckpointReader:
         self._bounds: dict[str, list[int]] = index["bounds"]
         self._files: dict[int, Any] = {}
 
-    @property
-    def num_parameters(self) -> int:
-        """Of the model."""
-        return sum(torch.Size(shape).numel() for shape in self.shapes.values())
-
     def fill(self, kind: str, name: str, values: torch.Tensor, first: int) -> None:
         """Writes the numbers of `kind` of the parameter `name`, from `first` on, into the flat `values`.
 

@@ -142,17 +142,6 @@ def trained_model(recipe: LossRecipe, mask: MaskRecipe) -> type[FlipModel]:
     return ReconstructingFlipModel if recipe.reconstruction_weight > 0.0 else FlipModel
 
 
-def without_decoder(model: FlipModel) -> FlipModel:
-    """The model that is exported: what a `FlipModel` has of the trained one, the same tensors."""
-    if not isinstance(model, ReconstructingFlipModel):
-        return model
-    with torch.device("meta"):
-        plain = FlipModel(model.config)
-    own = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("reconstruction.")}
-    plain.load_state_dict(own, assign=True)
-    return plain
-
-
 def reconstruction_loss(output: FlipOutput, recipe: LossRecipe) -> torch.Tensor | float:
     """What a forward pass adds to the contrastive loss."""
     if not isinstance(output, ReconstructionOutput) or output.reconstruction_loss is None:

@@ -12,7 +12,7 @@ from flipscale.model import FlipConfig, FlipModel
 from flipscale.model.masking import complement, keep_patches, take_patches
 from flipscale.training.checkpoint import CheckpointReader
 from flipscale.training.initialization import build_weights, fresh_weights
-from flipscale.training.reconstruction import ReconstructingFlipModel, pixel_loss, without_decoder
+from flipscale.training.reconstruction import ReconstructingFlipModel, pixel_loss
 
 TOWER = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 CONFIG = FlipConfig(
@@ -134,8 +134,3 @@ def test_a_run_reconstructs_on_one_process_and_two_and_exports_none_of_it(
     assert saved.tensor("weight", "reconstruction.mask_token").shape == (16,)
     assert all(torch.equal(saved.tensor("weight", name), tensor) for name, tensor in exported.items())
     assert '"FlipModel"' in (tmp_path / "1" / "model" / "config.json").read_text()
-
-
-def test_a_model_without_decoder_is_itself() -> None:
-    plain = build(FlipModel)
-    assert without_decoder(plain) is plain
