@@ -99,6 +99,12 @@ def test_a_loss_without_the_other_processes_gradients(refused_recipe: Callable[.
     assert "loss.exchange is 'local'; use 'gather' or 'ring'" in line
 
 
+def test_an_unknown_loss_and_a_negative_weight(refused_recipe: Callable[..., str]) -> None:
+    assert "loss.kind is 'triplet'; use 'infonce' or 'sigmoid'" in refused_recipe(loss={"kind": "triplet"})
+    line = refused_recipe(loss={"reconstruction_weight": -0.1})
+    assert "loss.reconstruction_weight is -0.1; it must be 0 (none) or more" in line
+
+
 def test_a_micro_batch_that_does_not_divide(refused_recipe: Callable[..., str]) -> None:
     line = refused_recipe("--data.micro_batch_size", "5")
     assert "data.micro_batch_size 5 does not divide the 16 pairs of a process" in line
