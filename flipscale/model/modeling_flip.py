@@ -498,10 +498,10 @@ class FlipVisionModel(FlipPreTrainedModel):
                 (normalised here with the configuration's mean and deviation) or float, already normalised.
             patch_index: integers `(batch, kept)`: the row-major position of each patch. With `pixel_values` it chooses
                 the patches and takes the place of `image_mask_ratio`; without it, `patches` are the whole image.
+            interpolate_pos_encoding: accept another image size, its positions read between the model's own.
 
         Several masks of one image are `patches` `(batch, views, kept, channels * p * p)` and `patch_index`
         `(batch, views, kept)`: the tower takes them as `batch * views` images, the views of an image in a row.
-            interpolate_pos_encoding: accept another image size, its positions read between the model's own.
         """
         hidden_states = self.embeddings(pixel_values, image_mask_ratio, patches, patch_index, interpolate_pos_encoding)
         hidden_states = self.final_layer_norm(self.encoder(hidden_states, **kwargs))
