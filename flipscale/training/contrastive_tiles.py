@@ -5,13 +5,16 @@ tile again and takes both gradients from it: four matrix products in all, where 
 A tile fits the cache, so that what happens to it between the products costs little beside them.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import torch
 
 # Rows and columns of a tile. On CPUs its fp32 logits and their weights share the cache; a GPU wants large products.
-_TILE = {"cpu": (1024, 1024), "cuda": (4096, 8192)}
+_TILE = {"cpu": (1024, 512), "cuda": (4096, 8192)}
+# The least side of a block that is worth a thread of its own.
+_BLOCK = 1024
 
 # How far above and below the common shift logits may lie. exp(60) times a million is finite in fp32. What exp(-87)
 # loses is less than exp(-37) of a row whose own pair is above exp(-50).
@@ -31,6 +34,10 @@ class Rivals(NamedTuple):
         """No rivals yet for each of `embeds`. All keep `shift`; None follows the running maxima, the pair's counted."""
         start = torch.full_like(embeds[:, 0], float("-inf") if shift is None else shift)
         return cls(start, torch.zeros_like(start))
+
+    def of(self, part: slice) -> "Rivals":
+        """Those of a part of the rows, views."""
+        return Rivals(self.shift[part], self.total[part])
 
     def rise_to(self, shift: torch.Tensor) -> None:
         """Moves each shift up to `shift` where that is higher."""
@@ -53,6 +60,10 @@ class Share(NamedTuple):
     shift: torch.Tensor
     factor: torch.Tensor
 
+    def of(self, part: slice) -> "Share":
+        """That of a part of the rows, views."""
+        return Share(self.shift[part], self.factor[part])
+
 
 def merge(one: Rivals, other: Rivals) -> Rivals:
     """The rivals of both."""
@@ -71,12 +82,57 @@ def common_shift(highest: float, lowest_pair: float) -> float | None:
     return shift if highest - shift <= _ABOVE else None
 
 
+def in_blocks(
+    rows: torch.Tensor,
+    columns: torch.Tensor,
+    scale: float,
+    first_pair: int,
+    work: Callable[["SimilarityTiles", slice, slice], None],
+) -> None:
+    """Calls `work(tiles, row_part, column_part)` for blocks that make up the matrix of `SimilarityTiles`' arguments.
+
+    On a CPU those that share no row and no column are worked on at once, a thread each. Were each product shared by
+    all threads, as torch does by itself, they would wait for the slowest after each: a tile has no time to spare for
+    a core on which something else runs.
+    """
+
+    def block(row_part: slice, column_part: slice) -> None:
+        pair = first_pair + row_part.start - column_part.start
+        with torch.no_grad():
+            work(SimilarityTiles(rows[row_part], columns[column_part], scale, pair), row_part, column_part)
+
+    threads = torch.get_num_threads() if rows.device.type == "cpu" else 1
+    count = max(1, min(threads, len(rows) // _BLOCK, len(columns) // _BLOCK))
+    if count == 1:
+        block(slice(0, len(rows)), slice(0, len(columns)))
+        return
+    row_parts, column_parts = _parts(len(rows), count), _parts(len(columns), count)
+    try:
+        with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(threads // count,)) as pool:
+            for turn in range(count):
+                list(pool.map(block, row_parts, column_parts[turn:] + column_parts[:turn]))
+    finally:
+        # A thread's number of torch threads is its own, but also that of the threads that begin after it.
+        torch.set_num_threads(threads)
+
+
+def _parts(length: int, count: int) -> list[slice]:
+    return [slice(length * part // count, length * (part + 1) // count) for part in range(count)]
+
+
+def views_of(rows: torch.Tensor, batch: int) -> tuple[torch.Tensor, ...]:
+    """Those of `rows`, `(batch * views, ...)` with the views of an image in a row, that are each image's first view,
+    its second, and so on."""
+    return rows.unflatten(0, (batch, -1)).unbind(1)
+
+
 class Tile(NamedTuple):
-    """Logits `(rows, columns)` and the slices that they are of; `pairs` are those of them that belong together, a view,
-    and `paired` the rows that these are of."""
+    """Logits `(rows, columns)`, the slices that they are of, and those rows times `scale`; `pairs` are the logits that
+    belong together, a view, and `paired` the rows that these are of."""
 
     rows: slice
     columns: slice
+    scaled: torch.Tensor
     logits: torch.Tensor
     pairs: torch.Tensor
     paired: slice
@@ -100,14 +156,14 @@ class SimilarityTiles:
     def __iter__(self) -> Iterator[Tile]:
         for row in range(0, len(self.rows), self._height):
             rows = slice(row, min(row + self._height, len(self.rows)))
-            scaled = self._scaled_rows(rows)
+            scaled = torch.mul(self.rows[rows], self.scale, out=self._scaled[: rows.stop - rows.start])
             for column in range(0, len(self.columns), self._width):
                 columns = slice(column, min(column + self._width, len(self.columns)))
                 logits = self._view(self._logits, rows, columns)
                 torch.mm(scaled, self.columns[columns].t(), out=logits)
                 offset = self.first_pair + row - column
                 pairs, first = logits.diagonal(offset), row + max(0, -offset)
-                yield Tile(rows, columns, logits, pairs, slice(first, first + len(pairs)))
+                yield Tile(rows, columns, scaled, logits, pairs, slice(first, first + len(pairs)))
 
     def add_rivals(self, of_rows: Rivals, of_columns: Rivals, pairs: torch.Tensor, shared: bool) -> None:
         """Adds all logits to `of_rows` and `of_columns`, but for those of the pairs, which are written to `pairs`.
@@ -126,7 +182,7 @@ class SimilarityTiles:
                 continue
             powers = self.beside(tile)
             for rivals, part, dim in sides:
-                mine = Rivals(rivals.shift[part], rivals.total[part])
+                mine = rivals.of(part)
                 mine.rise_to(tile.logits.amax(dim))
                 torch.sub(tile.logits, mine.shift.unsqueeze(dim), out=powers)
                 self.pairs_of(powers.exp_(), tile).zero_()
@@ -166,7 +222,7 @@ class SimilarityTiles:
         """Hands the gradients of a tile's logits, `weights`, on to its rows, still to be multiplied by `scale`, and to
         its columns."""
         row_gradient[tile.rows].addmm_(weights, self.columns[tile.columns])
-        column_gradient[tile.columns].addmm_(weights.t(), self._scaled_rows(tile.rows))
+        column_gradient[tile.columns].addmm_(weights.t(), tile.scaled)
 
     def beside(self, tile: Tile) -> torch.Tensor:
         """Memory of the size of the tile's logits."""
@@ -175,9 +231,6 @@ class SimilarityTiles:
     def pairs_of(self, matrix: torch.Tensor, tile: Tile) -> torch.Tensor:
         """The elements of the tile's pairs in a matrix of its size, a view."""
         return matrix.diagonal(self.first_pair + tile.rows.start - tile.columns.start)
-
-    def _scaled_rows(self, rows: slice) -> torch.Tensor:
-        return torch.mul(self.rows[rows], self.scale, out=self._scaled[: rows.stop - rows.start])
 
     def _view(self, buffer: torch.Tensor, rows: slice, columns: slice) -> torch.Tensor:
         height, width = rows.stop - rows.start, columns.stop - columns.start

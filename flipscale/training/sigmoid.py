@@ -1,13 +1,14 @@
 """The pairwise sigmoid loss (SigLIP, arXiv 2303.15343) over the whole global batch, in memory that does not grow with
 its square: each tile of logits is made once, and its gradients are taken before the next one takes its place."""
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch.nn.functional import softplus
 
-from flipscale.training.contrastive_tiles import SimilarityTiles
-from flipscale.training.exchange import Rows, exchange_of
+from flipscale.training.contrastive_tiles import SimilarityTiles, in_blocks, views_of
+from flipscale.training.exchange import Rows, exchange_of, summed
 from flipscale.training.ready_gradients import ReadyGradients
 
 
@@ -22,7 +23,8 @@ def sigmoid_loss(
     processes whether it is its own. Summed over the texts and averaged over the images, as SigLIP has it.
 
     The mean over processes is the loss of the global batch, and the mean of the gradients its gradient. As
-    `contrastive_loss`, it makes them along with the loss, and with several views it is the mean over views.
+    `contrastive_loss`, it makes them along with the loss, and with several views it is the mean over views,
+    the texts exchanged once.
 
     Args:
         image_embeds: `(batch * views, dim)`, of unit length, the views of an image in a row.
@@ -30,8 +32,8 @@ def sigmoid_loss(
         logit_scale, logit_bias: `(1,)`, as `FlipModel.forward` returns them.
         exchange: how the processes' texts meet the images: `gather` or `ring`.
     """
-    views = image_embeds.unflatten(0, (len(text_embeds), -1)).unbind(1)
-    return torch.stack([_Sigmoid.apply(view, text_embeds, logit_scale, logit_bias, exchange) for view in views]).mean()
+    loss: torch.Tensor = _Sigmoid.apply(image_embeds, text_embeds, logit_scale, logit_bias, exchange)
+    return loss
 
 
 class _Sigmoid(ReadyGradients):
@@ -50,25 +52,40 @@ def _loss_and_gradients(
 ) -> tuple[torch.Tensor, Rows]:
     """Collective. The loss, fp64 `()`, and its gradients by images, texts, scale and bias."""
     image_gradient = torch.zeros_like(images)
-    sums = torch.zeros(2, dtype=torch.float64, device=images.device)
+    # Of each image: its loss, and the sum of the gradients of its logits.
+    sums = torch.zeros(len(images), 2, dtype=torch.float64, device=images.device)
+    views = list(zip(*(views_of(rows, len(texts)) for rows in (images, image_gradient, sums)), strict=True))
 
     def contribute(first_pair: int, texts: torch.Tensor) -> Rows:
         text_gradient = torch.zeros_like(texts)
-        tiles = SimilarityTiles(images, texts, scale, first_pair)
-        for tile in tiles:
-            tile.logits.add_(bias)
-            # -log sigmoid(logit) of a pair and -log sigmoid(-logit) of any other are one function of these.
-            tile.pairs.neg_()
-            weights = torch.sigmoid(tile.logits, out=tiles.beside(tile))
-            tiles.pairs_of(weights, tile).neg_()
-            sums[0] += softplus(tile.logits).sum()
-            sums[1] += weights.sum()
-            tiles.add_products(tile, weights, image_gradient, text_gradient)
+        for view, *found in views:
+            work = partial(_add_block, bias, text_gradient, *found)
+            in_blocks(view, texts, scale, first_pair, work)
         return (text_gradient,)
 
-    way = exchange_of(texts, exchange)
-    (text_gradient,) = way.visit(contribute, lambda one, other: (one[0].add_(other[0]),))
-    loss, bias_gradient = sums / len(images)
+    (text_gradient,) = exchange_of(texts, exchange).visit(contribute, summed)
+    loss, bias_gradient = sums.sum(0) / len(images)
     scale_gradient = torch.einsum("nd,nd->n", images, image_gradient).sum(dtype=torch.float64) / len(images)
     gradients = (image_gradient.mul_(scale / len(images)), text_gradient.div_(len(images)))
     return loss, (*gradients, scale_gradient.reshape(1), bias_gradient.reshape(1))
+
+
+def _add_block(
+    bias: float,
+    text_gradient: torch.Tensor,
+    image_gradient: torch.Tensor,
+    sums: torch.Tensor,
+    tiles: SimilarityTiles,
+    rows: slice,
+    columns: slice,
+) -> None:
+    image_gradient, text_gradient, sums = image_gradient[rows], text_gradient[columns], sums[rows]
+    for tile in tiles:
+        tile.logits.add_(bias)
+        # -log sigmoid(logit) of a pair and -log sigmoid(-logit) of any other are one function of these.
+        tile.pairs.neg_()
+        weights = torch.sigmoid(tile.logits, out=tiles.beside(tile))
+        tiles.pairs_of(weights, tile).neg_()
+        sums[tile.rows, 0] += softplus(tile.logits).sum(1)
+        sums[tile.rows, 1] += weights.sum(1)
+        tiles.add_products(tile, weights, image_gradient, text_gradient)

@@ -43,6 +43,7 @@ CASES = [
 
 
 BIAS = torch.tensor([-7.0])
+LOSSES = {"infonce": contrastive_loss, "sigmoid": sigmoid_loss}
 
 
 class Embedder(torch.nn.Module):
@@ -61,6 +62,13 @@ class Embedder(torch.nn.Module):
 
 def towers_input(dtype: torch.dtype) -> torch.Tensor:
     return torch.randn(2, 300, 24, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+def views_input() -> list[torch.Tensor]:
+    """Two views of each of 300 images, in a row, their texts, a scale and a bias."""
+    generator = torch.Generator().manual_seed(2)
+    embeds = [normalize(torch.randn(n, 16, generator=generator), dim=1) for n in (600, 300)]
+    return [*embeds, torch.tensor([30.0]), BIAS.clone()]
 
 
 def written_out(image: torch.Tensor, text: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -84,6 +92,12 @@ def one_rank(rank: int, world: int, folder: str) -> None:
             loss = sigmoid_loss(*mine, exchange=exchange)
             loss.backward()
             found[number, exchange, "sigmoid"] = [loss.detach(), *(t.grad for t in mine)]
+    for exchange, (name, loss_of) in product(EXCHANGES, LOSSES.items()):
+        *sides, scale, bias = views_input()
+        mine = [side.chunk(world)[rank].clone() for side in sides] + ([scale, bias] if name == "sigmoid" else [scale])
+        loss = loss_of(*(t.requires_grad_() for t in mine), exchange=exchange)
+        loss.backward()
+        found["views", exchange, name] = [loss.detach(), *(t.grad for t in mine)]
     for exchange in EXCHANGES:
         model = torch.nn.parallel.DistributedDataParallel(Embedder())
         contrastive_loss(*model(towers_input(torch.float32).chunk(world, dim=1)[rank]), exchange=exchange).backward()
@@ -130,6 +144,15 @@ def test_the_mean_over_processes_is_the_whole_batch(ranks: list[dict], number: i
         inputs.append(BIAS.double().requires_grad_())
         for exchange in EXCHANGES:
             check([rank[number, exchange, "sigmoid"] for rank in ranks], inputs, written_out_sigmoid(*inputs))
+
+
+@pytest.mark.parametrize("exchange", EXCHANGES)
+@pytest.mark.parametrize("name", LOSSES)
+def test_views_are_the_mean_of_each_view_s_loss(ranks: list[dict], name: str, exchange: str) -> None:
+    images, texts, *head = (t.double().requires_grad_() for t in views_input())
+    head, loss_of = (head, written_out_sigmoid) if name == "sigmoid" else (head[:1], written_out)
+    loss = (loss_of(images[0::2], texts, *head) + loss_of(images[1::2], texts, *head)) / 2
+    check([rank["views", exchange, name] for rank in ranks], [images, texts, *head], loss)
 
 
 @pytest.mark.parametrize("exchange", EXCHANGES)

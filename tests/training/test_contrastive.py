@@ -1,10 +1,13 @@
 """The loss on one process, against fp64 written out."""
 
+import threading
+
 import pytest
 import torch
 from torch.nn.functional import normalize
 
 from flipscale.model import FlipConfig, FlipModel
+from flipscale.training import contrastive_tiles
 from flipscale.training.contrastive import contrastive_loss
 
 
@@ -21,8 +24,12 @@ def embeds_of(batch: int, dim: int, noise: float | None, dtype: torch.dtype = to
     return [normalize(side, dim=1).to(dtype) for side in (images, texts)]
 
 
+def leaves_of(inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+    return [t.clone().requires_grad_() for t in inputs]
+
+
 def check_against_fp64(inputs: list[torch.Tensor]) -> None:
-    ours = [t.clone().requires_grad_() for t in inputs]
+    ours = leaves_of(inputs)
     exact = [t.double().requires_grad_() for t in inputs]
     loss, expected = contrastive_loss(*ours), written_out(*exact)
     assert loss.dtype == torch.float32
@@ -55,6 +62,42 @@ def test_opposite_pairs(scale: float) -> None:
     texts[:150] = -texts[:150]
     images[150:] = images[:150].roll(1, dims=0)
     check_against_fp64([images, texts, torch.tensor([scale])])
+
+
+@pytest.mark.parametrize("scale", [20.0, 100.0])
+@pytest.mark.parametrize("threads", [2, 4])
+def test_blocks_on_threads(threads: int, scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(contrastive_tiles, "_BLOCK", 100)
+    ran_on = set()
+    begin = contrastive_tiles.SimilarityTiles.__init__
+    monkeypatch.setattr(
+        contrastive_tiles.SimilarityTiles,
+        "__init__",
+        lambda self, *arguments: ran_on.add(threading.get_ident()) or begin(self, *arguments),
+    )
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        inputs = [*embeds_of(1031, 64, 1.0), torch.tensor([scale])]
+        check_against_fp64(inputs)
+        assert len(ran_on - {threading.get_ident()}) >= 2
+        assert torch.get_num_threads() == threads
+        once, again = (torch.autograd.grad(contrastive_loss(*leaves), leaves) for leaves in [leaves_of(inputs)] * 2)
+        assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_fault_on_a_thread_is_the_caller_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(contrastive_tiles, "_BLOCK", 2)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+            contrastive_tiles.in_blocks(torch.ones(8, 3), torch.ones(8, 4), 1.0, 0, lambda tiles, *_: list(tiles))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_the_upstream_gradient_counts() -> None:
