@@ -96,21 +96,24 @@ def in_blocks(
     a core on which something else runs.
     """
 
-    def block(row_part: slice, column_part: slice) -> None:
+    def tiles_of(row_part: slice, column_part: slice) -> SimilarityTiles:
         pair = first_pair + row_part.start - column_part.start
-        with torch.no_grad():
-            work(SimilarityTiles(rows[row_part], columns[column_part], scale, pair), row_part, column_part)
+        return SimilarityTiles(rows[row_part], columns[column_part], scale, pair)
 
     threads = torch.get_num_threads() if rows.device.type == "cpu" else 1
     count = max(1, min(threads, len(rows) // _BLOCK, len(columns) // _BLOCK))
     if count == 1:
-        block(slice(0, len(rows)), slice(0, len(columns)))
+        whole = (slice(0, len(rows)), slice(0, len(columns)))
+        work(tiles_of(*whole), *whole)
         return
     row_parts, column_parts = _parts(len(rows), count), _parts(len(columns), count)
     try:
         with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(threads // count,)) as pool:
             for turn in range(count):
-                list(pool.map(block, row_parts, column_parts[turn:] + column_parts[:turn]))
+                turned = column_parts[turn:] + column_parts[:turn]
+                # Made on this thread: what another allocates stays with its allocator when it has ended.
+                tiles = map(tiles_of, row_parts, turned)
+                list(pool.map(torch.no_grad()(work), tiles, row_parts, turned))
     finally:
         # A thread's number of torch threads is its own, but also that of the threads that begin after it.
         torch.set_num_threads(threads)
