@@ -64,13 +64,14 @@ def test_the_figure_depends_on_what_it_should() -> None:
     assert activation_bytes(SMALL, Step(16, gradient_checkpointing=True)) < 0.5 * whole
 
 
-def test_rows_are_those_that_fsdp2_gives_the_first_of_256() -> None:
+@pytest.mark.parametrize("mesh_sizes", [(256,), (32, 8)])
+def test_rows_are_those_that_fsdp2_gives_the_first_of_256(mesh_sizes: tuple[int, ...]) -> None:
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=256)
     try:
         config = FlipConfig.from_size("h14")
         with torch.device("meta"):
             model = FlipModel(config)
-        mesh = init_device_mesh("cpu", (256,))
+        mesh = init_device_mesh("cpu", mesh_sizes, mesh_dim_names=("replicate", "shard")[-len(mesh_sizes) :])
         for tower in (model.vision_model, model.text_model):
             for layer in tower.encoder.layers:
                 fully_shard(layer, mesh=mesh)
@@ -81,7 +82,7 @@ def test_rows_are_those_that_fsdp2_gives_the_first_of_256() -> None:
             local[name] = parameter.to_local().numel()
     finally:
         dist.destroy_process_group()
-    assert held_elements(parameter_shapes(config), Launch("fsdp2", 256)) == local
+    assert held_elements(parameter_shapes(config), Launch("fsdp2", 256, shard_size=mesh_sizes[-1])) == local
 
 
 @pytest.fixture(scope="module")
