@@ -122,6 +122,23 @@ def test_dry_run_of_the_large_models(size: str, file: Path, h14: Recipe, capsys:
     assert rows["fits 80 GiB"] == "yes"
 
 
+def test_copies_follow_the_number_of_processes(tmp_path: Path, h14: Recipe) -> None:
+    fsdp2, hsdp = (read_launch_file(file, 256) for file in LAUNCH_FILES if file.stem in ("fsdp2", "hsdp"))
+    assert hsdp == fsdp2.using(shard_size=8)
+    kept, other = recipe_memory(h14, hsdp), recipe_memory(h14, fsdp2)
+    assert kept.weights == kept.gradients == kept.moments // 2 == pytest.approx(4 * 966_394_881 / 8, rel=0.001)
+    assert kept.communication == other.communication
+    assert recipe_memory(h14, hsdp.using(num_processes=512)).weights == kept.weights
+    assert any(words.startswith("fsdp2 (") for words in what_fits(h14, hsdp, other.total))
+    text = "distributed_type: FSDP\nfsdp_config: {fsdp_version: 2}\nparallelism_config: "
+    (tmp_path / "fixed.yaml").write_text(
+        text + "{parallelism_config_dp_replicate_size: 32, parallelism_config_dp_shard_size: 8}\n"
+    )
+    assert read_launch_file(tmp_path / "fixed.yaml", 256).shard_size == 8
+    with pytest.raises(ValueError, match=r"replicate_size 32 times .* 8 is not the number of processes, 64; use a dp"):
+        read_launch_file(tmp_path / "fixed.yaml", 64)
+
+
 def test_several_launch_files_are_columns(write_recipe, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     (tmp_path / "sharded.yaml").write_text("distributed_type: FSDP\nfsdp_config: {fsdp_version: 2}\nnum_processes: 8\n")
     files = [str(LAUNCH_FILES[0]), str(tmp_path / "sharded.yaml")]

@@ -99,12 +99,12 @@ def test_an_average_needs_a_decay_between_zero_and_one() -> None:
 def test_launch_files_differ_where_they_must() -> None:
     """One page each, a sentence on when to choose it, and the same lines but for the engine's own."""
     texts = {path.stem: path.read_text() for path in sorted(FOLDER.glob("*.yaml"))}
-    assert list(texts) == ["ddp", "fsdp2", "zero1", "zero2", "zero3"]
+    assert list(texts) == ["ddp", "fsdp2", "hsdp", "zero1", "zero2", "zero3"]
     files = {name: yaml.safe_load(text) for name, text in texts.items()}
     for name, text in texts.items():
         assert len(text.splitlines()) <= 30
         assert "Choose it" in text, name
-        own = {"distributed_type", "fsdp_config", "deepspeed_config"}
+        own = {"distributed_type", "fsdp_config", "parallelism_config", "deepspeed_config"}
         assert {k: v for k, v in files[name].items() if k not in own} == {
             k: v for k, v in files["ddp"].items() if k not in own
         }
