@@ -8,6 +8,8 @@ from typing import Any
 
 import yaml
 
+from flipscale.training.launch import launched_shard_size
+
 # DeepSpeed's own values, elements, where its settings leave them out.
 _BUCKET, _MAX_LIVE = 500_000_000, 1_000_000_000
 
@@ -19,12 +21,14 @@ class Launch:
     Args:
         engine: `ddp`, `fsdp2`, `zero1`, `zero2` or `zero3`.
         bf16: products in bf16; otherwise in fp32.
+        shard_size: processes that share one copy of the weights under `fsdp2`; None for all of them.
         zero: DeepSpeed's `zero_optimization` settings.
     """
 
     engine: str = "ddp"
     num_processes: int = 1
     bf16: bool = False
+    shard_size: int | None = None
     zero: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -65,6 +69,9 @@ def read_launch_file(file: Path, num_processes: int | None) -> Launch:
         environment["ACCELERATE_USE_DEEPSPEED"] = "true"
         environment["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = deepspeed.get("deepspeed_config_file", "none")
         environment["ACCELERATE_DEEPSPEED_ZERO_STAGE"] = str(deepspeed.get("zero_stage", 2))
+    if settings.get("parallelism_config"):
+        environment["ACCELERATE_USE_PARALLELISM_CONFIG"] = "true"
+        environment |= {name.upper(): str(value) for name, value in settings["parallelism_config"].items()}
     return launch_of(environment)
 
 
@@ -72,11 +79,14 @@ def launch_of(environment: Mapping[str, str]) -> Launch:
     """The launch that made `environment`: accelerate's, torchrun's, or none.
 
     Raises:
-        ValueError: FSDP of version 1, or DeepSpeed settings that cannot be read.
+        ValueError: FSDP of version 1, a parallelism_config that flipscale does not do, or DeepSpeed settings that
+            cannot be read.
     """
+    num_processes = int(environment.get("WORLD_SIZE", "1"))
     launch = Launch(
-        num_processes=int(environment.get("WORLD_SIZE", "1")),
+        num_processes=num_processes,
         bf16=environment.get("ACCELERATE_MIXED_PRECISION") == "bf16",
+        shard_size=launched_shard_size(environment, num_processes),
     )
     if environment.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
         if environment.get("FSDP_VERSION") != "2":

@@ -96,7 +96,7 @@ def parameter_shapes(config: FlipConfig) -> dict[str, torch.Size]:
 
 def held_elements(shapes: dict[str, torch.Size], launch: Launch) -> dict[str, int]:
     """Elements of each parameter whose moments the fullest process has: rows under FSDP2, a flat part under ZeRO."""
-    count = launch.num_processes
+    count = launch.shard_size or launch.num_processes
     if launch.engine == "ddp":
         return {name: shape.numel() for name, shape in shapes.items()}
     if launch.engine == "fsdp2":
@@ -105,7 +105,8 @@ def held_elements(shapes: dict[str, torch.Size], launch: Launch) -> dict[str, in
 
 
 def communication_bytes(shapes: dict[str, torch.Size], launch: Launch) -> int:
-    """Weights and gradients in transit. Data parallel sends its gradients from where they lie."""
+    """Weights and gradients in transit. Data parallel sends its gradients from where they lie, and so do the replicas
+    of FSDP2 theirs of a shard."""
     whole = sum(shape.numel() for shape in shapes.values())
     if launch.engine == "ddp" or launch.num_processes == 1:
         return 0
@@ -158,10 +159,10 @@ def _changes(recipe: Recipe, launch: Launch) -> list[dict[str, tuple[Recipe, Lau
     at_once = recipe.data.micro_batch_size or pairs
     parts = [at_once // count for count in (4, 16) if at_once % count == 0]
     counts = [launch.num_processes * times for times in (2, 4, 8) if pairs % times == 0]
-    engines = [engine for engine in ("fsdp2", "zero3") if engine != launch.engine]
+    others = [launch.using(engine=engine, shard_size=None) for engine in ("fsdp2", "zero3")]
     return [
         {f"data.micro_batch_size {n}": (_in_parts(recipe, n), launch) for n in parts},
-        *({engine: (recipe, launch.using(engine=engine))} for engine in engines if _has(engine, recipe)),
+        *({other.engine: (recipe, other)} for other in others if other != launch and _has(other.engine, recipe)),
         {f"{count} processes": (recipe, launch.using(num_processes=count)) for count in counts},
     ]
 

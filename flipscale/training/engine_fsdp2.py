@@ -1,4 +1,7 @@
-"""FSDP2: weights, gradients and moments sharded by rows; a block's weights are whole only while it computes."""
+"""FSDP2: weights, gradients and moments sharded by rows; a block's weights are whole only while it computes.
+
+Sharded over all processes, or over groups of them that each hold a copy (HSDP).
+"""
 
 import warnings
 from typing import Any
@@ -20,18 +23,27 @@ class Fsdp2Engine(Engine):
 
     In bf16 the blocks and towers are gathered in bf16 and compute in it; gradients are reduced in fp32. The
     projections and `logit_scale`, and with them the embeddings and the loss, are fp32 throughout.
+
+    Args:
+        shard_size: neighbouring processes that share one copy of the weights; None for all processes.
     """
 
     name = "fsdp2"
 
-    def __init__(self, *arguments: Any):
+    def __init__(self, *arguments: Any, shard_size: int | None):
         super().__init__(*arguments)
         if not dist.is_initialized():
             backend = "nccl" if self.accelerator.device.type == "cuda" else "gloo"
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         # Nothing here changes an output in place, which is what the warning is about.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-        self._mesh = init_device_mesh(self.accelerator.device.type, (dist.get_world_size(),))
+        shard_size = shard_size or dist.get_world_size()
+        self._replica, self._num_replicas = dist.get_rank() // shard_size, dist.get_world_size() // shard_size
+        mesh = {"shard": shard_size}
+        if self._num_replicas > 1:
+            self.name = "hsdp"
+            mesh = {"replicate": self._num_replicas, **mesh}
+        self._mesh = init_device_mesh(self.accelerator.device.type, tuple(mesh.values()), mesh_dim_names=tuple(mesh))
 
     def _shard(self, module: nn.Module, output_dtype: torch.dtype | None = None, fp32: bool = False) -> None:
         policy = MixedPrecisionPolicy(cast_forward_inputs=False)
@@ -77,10 +89,13 @@ class Fsdp2Engine(Engine):
         return {}
 
     def share(self) -> dict[str, range]:
-        found = {}
+        """Of the rows that this process holds, those of the parameters that are its replica's to write."""
+        total, start, found = sum(shape.numel() for shape in self.shapes().values()), 0, {}
         for name, parameter in self.weights.named_parameters():
             values, first = self.resident(parameter)
-            found[name] = range(first, first + values.numel())
+            writer = (start + parameter.numel() // 2) * self._num_replicas // total
+            found[name] = range(first, first + values.numel() * (writer == self._replica))
+            start += parameter.numel()
         return found
 
     def _rows(self, parameter: nn.Parameter, tensor: torch.Tensor) -> Part:

@@ -19,7 +19,7 @@ from flipscale.training.optimizer import OptimRecipe
 
 NUM_PROCESSES = "FLIPSCALE_NUM_PROCESSES"
 # What `accelerate launch` sets to have accelerate shard the model; flipscale does that itself, by the same settings.
-_SHARDING = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
+_SHARDING = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_PARALLELISM_CONFIG")
 # What the recipe or the launch file's mixed_precision decides, so that DeepSpeed's file must not.
 _NOT_ZERO_S = (
     "optimizer",
@@ -35,11 +35,12 @@ _NOT_ZERO_S = (
 
 
 def build_engine(accelerator: Accelerator, recipe: OptimRecipe, global_batch_size: int) -> Engine:
-    """Collective. The engine that the launch file chose: FSDP2, ZeRO-1, 2 or 3, or else data parallel.
+    """Collective. The engine that the launch file chose: FSDP2 or HSDP, ZeRO-1, 2 or 3, or else data parallel.
 
     Raises:
         ValueError: a launch file that asks for what flipscale does not do, or for what the recipe decides.
     """
+    shard_size = launched_shard_size(os.environ, accelerator.num_processes)
     if _is_set(os.environ, "ACCELERATE_USE_DEEPSPEED"):
         settings = deepspeed_settings(os.environ)
         if not torch.cuda.is_available():
@@ -55,8 +56,44 @@ def build_engine(accelerator: Accelerator, recipe: OptimRecipe, global_batch_siz
             )
         from flipscale.training.engine_fsdp2 import Fsdp2Engine
 
-        return Fsdp2Engine(accelerator, recipe, global_batch_size)
+        return Fsdp2Engine(accelerator, recipe, global_batch_size, shard_size=shard_size)
     return Engine(accelerator, recipe, global_batch_size)
+
+
+def launched_shard_size(environment: Mapping[str, str], num_processes: int) -> int | None:
+    """How many processes share one copy of the weights, where the launch file's parallelism_config says so; all other
+    processes then have copies too.
+
+    Raises:
+        ValueError: a parallelism_config without FSDP, with other parallelism, or whose sizes do not make the processes.
+    """
+    if not _is_set(environment, "ACCELERATE_USE_PARALLELISM_CONFIG"):
+        return None
+    if not _is_set(environment, "ACCELERATE_USE_FSDP"):
+        raise ValueError(
+            "the launch file has a parallelism_config, but no distributed_type: FSDP; leave it out, or use "
+            "ds_configs/hsdp.yaml"
+        )
+    sizes = {
+        kind: int(environment.get(f"PARALLELISM_CONFIG_{kind.upper()}_SIZE", "1"))
+        for kind in ("dp_replicate", "dp_shard", "tp", "cp", "sp")
+    }
+    for kind in ("tp", "cp", "sp"):
+        if sizes[kind] != 1:
+            raise ValueError(
+                f"the launch file's parallelism_config_{kind}_size is {sizes[kind]}; leave it out: flipscale has only "
+                "dp_replicate and dp_shard"
+            )
+    num_replicas, shard_size = sizes["dp_replicate"], sizes["dp_shard"]
+    # accelerate sets 1 where the launch file says nothing.
+    follows = num_replicas == 1 and shard_size > 1 and num_processes % shard_size == 0
+    if num_replicas * shard_size != num_processes and not follows:
+        raise ValueError(
+            f"the launch file's parallelism_config_dp_replicate_size {num_replicas} times "
+            f"parallelism_config_dp_shard_size {shard_size} is not the number of processes, {num_processes}; use a "
+            "dp_shard_size above 1 that divides it, and no dp_replicate_size, which follows"
+        )
+    return shard_size
 
 
 def deepspeed_settings(environment: Mapping[str, str]) -> dict[str, Any]:

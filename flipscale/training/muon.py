@@ -2,6 +2,7 @@
 
 The iteration needs whole matrices and costs as much on every process as on one, so each process does it for its part
 of them, many of one shape at a time. Weights and momentum stay where the engine has them: whole, or sharded by rows.
+Where groups of processes have a copy each, each group does all of it: nothing more is sent between them.
 """
 
 import math
@@ -37,7 +38,6 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Collective. Moves the matrices that have a gradient, the same ones on every process."""
-        world = dist.get_world_size() if dist.is_initialized() else 1
         for group in self.param_groups:
             by_shape: dict[torch.Size, list[nn.Parameter]] = {}
             for parameter in group["params"]:
@@ -45,9 +45,11 @@ class Muon(torch.optim.Optimizer):
                     by_shape.setdefault(parameter.shape, []).append(parameter)
             for shape, parameters in by_shape.items():
                 rate = group["lr"] * math.sqrt(max(1.0, shape[0] / shape[1]))
-                for first in range(0, len(parameters), _AT_ONCE * world):
-                    some = parameters[first : first + _AT_ONCE * world]
-                    updates = self._orthogonal([self._momentum(p, group["momentum"]) for p in some], shape, world)
+                sharers = _sharers(parameters[0])
+                at_once = _AT_ONCE * _world_size(sharers)
+                for first in range(0, len(parameters), at_once):
+                    some = parameters[first : first + at_once]
+                    updates = self._orthogonal([self._momentum(p, group["momentum"]) for p in some], shape, sharers)
                     for parameter, update in zip(some, updates, strict=True):
                         values = _local(parameter)
                         values.mul_(1.0 - group["lr"] * group["weight_decay"])
@@ -63,24 +65,27 @@ class Muon(torch.optim.Optimizer):
         buffer.lerp_(gradient, 1.0 - momentum)
         return gradient.lerp(buffer, momentum).to(self.dtype)
 
-    def _orthogonal(self, mine: list[torch.Tensor], shape: torch.Size, world: int) -> list[torch.Tensor]:
-        """What this process has of the orthogonal matrices; matrix i is process i % world's to compute."""
+    def _orthogonal(
+        self, mine: list[torch.Tensor], shape: torch.Size, sharers: dist.ProcessGroup | None
+    ) -> list[torch.Tensor]:
+        """What this process has of the orthogonal matrices; matrix i is the i % world-th sharer's to compute."""
+        world = _world_size(sharers)
         if world == 1:
             return list(orthogonalise(torch.stack(mine)))
-        rank, count = dist.get_rank(), len(mine)
+        rank, count = dist.get_rank(sharers), len(mine)
         each = -(-count // world)
         if mine[0].shape == shape:
             own = torch.stack([mine[min(rank + turn * world, count - 1)] for turn in range(each)])
             everyone = own.new_empty(world, *own.shape)
-            dist.all_gather_single(everyone.flatten(0, 1), orthogonalise(own))
+            dist.all_gather_single(everyone.flatten(0, 1), orthogonalise(own), sharers)
             return [everyone[number % world, number // world] for number in range(count)]
         rows = -(-shape[0] // world)
         parts = mine[0].new_zeros(each, world, rows, shape[1])
         for number, part in enumerate(mine):
             parts[number // world, number % world, : len(part)] = part
-        whole = _exchange(parts.transpose(0, 1)).transpose(0, 1).flatten(1, 2)[:, : shape[0]]
+        whole = _exchange(parts.transpose(0, 1), sharers).transpose(0, 1).flatten(1, 2)[:, : shape[0]]
         whole = nn.functional.pad(orthogonalise(whole), (0, 0, 0, rows * world - shape[0]))
-        back = _exchange(whole.unflatten(1, (world, rows)).transpose(0, 1))
+        back = _exchange(whole.unflatten(1, (world, rows)).transpose(0, 1), sharers)
         return [back[number % world, number // world, : len(part)] for number, part in enumerate(mine)]
 
 
@@ -100,8 +105,17 @@ def _local(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _exchange(parts: torch.Tensor) -> torch.Tensor:
-    """Collective. `parts[i]` of every process for process i, in rank order."""
+def _sharers(parameter: nn.Parameter) -> dist.ProcessGroup | None:
+    """The processes that share a matrix's work: those that hold its rows, or all (None) where each has it whole."""
+    return parameter.device_mesh.get_group("shard") if isinstance(parameter, DTensor) else None
+
+
+def _world_size(group: dist.ProcessGroup | None) -> int:
+    return dist.get_world_size(group) if dist.is_initialized() else 1
+
+
+def _exchange(parts: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
+    """Collective. `parts[i]` of every process of the group for its process i, in rank order."""
     received = torch.empty_like(parts, memory_format=torch.contiguous_format)
-    dist.all_to_all_single(received, parts.contiguous())
+    dist.all_to_all_single(received, parts.contiguous(), group=group)
     return received

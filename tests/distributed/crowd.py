@@ -14,6 +14,12 @@ from pathlib import Path
 ENVIRONMENTS = {
     "ddp": {},
     "fsdp2": {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"},
+    "hsdp": {
+        "ACCELERATE_USE_FSDP": "true",
+        "FSDP_VERSION": "2",
+        "ACCELERATE_USE_PARALLELISM_CONFIG": "true",
+        "PARALLELISM_CONFIG_DP_SHARD_SIZE": "2",
+    },
     **{
         f"zero{stage}": {
             "ACCELERATE_USE_DEEPSPEED": "true",

@@ -101,12 +101,14 @@ def test_an_indivisible_batch_names_both_numbers(write_recipe, tmp_path: Path) -
     assert "global_batch_size 15 is not divisible by 2 processes; use 1 or 3 processes, or 14" in done.stderr
 
 
-@pytest.mark.parametrize("engine", ["ddp", "fsdp2", "zero1", "zero2", "zero3"])
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2", "hsdp", "zero1", "zero2", "zero3"])
 def test_launch_file_over_two_machines(runs: dict[int, Path], write_recipe, tmp_path: Path, engine: str) -> None:
-    """The README's multi-node command with every launch file as it is: two launchers, one process each, in bf16."""
+    """The README's multi-node command with every launch file: two launchers, one process each, in bf16."""
     file = write_recipe(tmp_path / "nodes")
     flags = ["--config_file", f"ds_configs/{engine}.yaml", "--num_machines", "2", "--num_processes", "2"]
     flags += ["--main_process_ip", "127.0.0.1", "--main_process_port", str(free_port())]
+    if engine == "hsdp":
+        flags += ["--parallelism_config_dp_shard_size", "1", "--parallelism_config_dp_replicate_size", "2"]
     command = [sys.executable, "-m", "accelerate.commands.launch", *flags]
     tail = ["-m", "flipscale.pretrain", "--config", str(file)]
     with ThreadPoolExecutor() as pool:

@@ -64,13 +64,14 @@ def test_the_figure_depends_on_what_it_should() -> None:
     assert activation_bytes(SMALL, Step(16, gradient_checkpointing=True)) < 0.5 * whole
 
 
-def test_rows_are_those_that_fsdp2_gives_the_first_of_256() -> None:
+@pytest.mark.parametrize("mesh_sizes", [(256,), (32, 8)])
+def test_rows_are_those_that_fsdp2_gives_the_first_of_256(mesh_sizes: tuple[int, ...]) -> None:
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=256)
     try:
         config = FlipConfig.from_size("h14")
         with torch.device("meta"):
             model = FlipModel(config)
-        mesh = init_device_mesh("cpu", (256,))
+        mesh = init_device_mesh("cpu", mesh_sizes, mesh_dim_names=("replicate", "shard")[-len(mesh_sizes) :])
         for tower in (model.vision_model, model.text_model):
             for layer in tower.encoder.layers:
                 fully_shard(layer, mesh=mesh)
@@ -81,7 +82,7 @@ def test_rows_are_those_that_fsdp2_gives_the_first_of_256() -> None:
             local[name] = parameter.to_local().numel()
     finally:
         dist.destroy_process_group()
-    assert held_elements(parameter_shapes(config), Launch("fsdp2", 256)) == local
+    assert held_elements(parameter_shapes(config), Launch("fsdp2", 256, shard_size=mesh_sizes[-1])) == local
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +120,23 @@ def test_dry_run_of_the_large_models(size: str, file: Path, h14: Recipe, capsys:
     assert float(rows["total"]) == pytest.approx(sum(float(rows[kind]) for kind in kinds), abs=0.04)
     assert float(rows["activations"]) > 5
     assert rows["fits 80 GiB"] == "yes"
+
+
+def test_copies_follow_the_number_of_processes(tmp_path: Path, h14: Recipe) -> None:
+    fsdp2, hsdp = (read_launch_file(file, 256) for file in LAUNCH_FILES if file.stem in ("fsdp2", "hsdp"))
+    assert hsdp == fsdp2.using(shard_size=8)
+    kept, other = recipe_memory(h14, hsdp), recipe_memory(h14, fsdp2)
+    assert kept.weights == kept.gradients == kept.moments // 2 == pytest.approx(4 * 966_394_881 / 8, rel=0.001)
+    assert kept.communication == other.communication
+    assert recipe_memory(h14, hsdp.using(num_processes=512)).weights == kept.weights
+    assert any(words.startswith("fsdp2 (") for words in what_fits(h14, hsdp, other.total))
+    text = "distributed_type: FSDP\nfsdp_config: {fsdp_version: 2}\nparallelism_config: "
+    (tmp_path / "fixed.yaml").write_text(
+        text + "{parallelism_config_dp_replicate_size: 32, parallelism_config_dp_shard_size: 8}\n"
+    )
+    assert read_launch_file(tmp_path / "fixed.yaml", 256).shard_size == 8
+    with pytest.raises(ValueError, match=r"replicate_size 32 times .* 8 is not the number of processes, 64; use a dp"):
+        read_launch_file(tmp_path / "fixed.yaml", 64)
 
 
 def test_several_launch_files_are_columns(write_recipe, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

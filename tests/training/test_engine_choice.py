@@ -8,7 +8,7 @@ import yaml
 from accelerate import Accelerator
 
 from flipscale.training.engine import Engine
-from flipscale.training.launch import build_engine, deepspeed_settings
+from flipscale.training.launch import build_engine, deepspeed_settings, launched_shard_size, start_accelerator
 from flipscale.training.optimizer import OptimRecipe
 
 FOLDER = Path(__file__).parents[2] / "ds_configs"
@@ -22,6 +22,38 @@ def test_the_first_fsdp_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(ValueError, match=r"fsdp_version is 1; write fsdp_version: 2 \(ds_configs/fsdp2.yaml\)"):
         build_engine(Accelerator(cpu=True), OptimRecipe(), 8)
+
+
+SHARDED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "ACCELERATE_USE_PARALLELISM_CONFIG": "true"}
+
+
+@pytest.mark.parametrize(("sizes", "found"), [((1, 8), 8), ((4, 8), 8), ((2, 16), 16), ((1, 32), 32), ((32, 1), 1)])
+def test_copies_follow_from_the_processes_that_share_one(sizes: tuple[int, int], found: int) -> None:
+    names = ("PARALLELISM_CONFIG_DP_REPLICATE_SIZE", "PARALLELISM_CONFIG_DP_SHARD_SIZE")
+    asked = {name: str(size) for name, size in zip(names, sizes, strict=True)}
+    assert launched_shard_size({**SHARDED, **asked}, 32) == found
+    assert launched_shard_size({**SHARDED, **asked, "ACCELERATE_USE_PARALLELISM_CONFIG": "false"}, 32) is None
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"PARALLELISM_CONFIG_TP_SIZE": "2"}, r"parallelism_config_tp_size is 2; leave it out: flipscale has only dp_"),
+        ({"PARALLELISM_CONFIG_CP_SIZE": "4"}, r"parallelism_config_cp_size is 4; leave it out: flipscale has only dp_"),
+        ({"PARALLELISM_CONFIG_SP_SIZE": "8"}, r"parallelism_config_sp_size is 8; leave it out: flipscale has only dp_"),
+        (
+            {"PARALLELISM_CONFIG_DP_REPLICATE_SIZE": "2", "PARALLELISM_CONFIG_DP_SHARD_SIZE": "8"},
+            "replicate_size 2 times parallelism_config_dp_shard_size 8 is not the number of processes, 1; use a dp_sh",
+        ),
+        ({"PARALLELISM_CONFIG_DP_SHARD_SIZE": "8"}, "1 times parallelism_config_dp_shard_size 8 is not the number of"),
+        ({"ACCELERATE_USE_FSDP": "false"}, "has a parallelism_config, but no distributed_type: FSDP; leave it out, or"),
+    ],
+)
+def test_other_parallelism_is_refused(asked: dict, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {**SHARDED, **asked}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=message):
+        build_engine(start_accelerator([], ""), OptimRecipe(), 8)
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
@@ -67,12 +99,12 @@ def test_an_average_needs_a_decay_between_zero_and_one() -> None:
 def test_launch_files_differ_where_they_must() -> None:
     """One page each, a sentence on when to choose it, and the same lines but for the engine's own."""
     texts = {path.stem: path.read_text() for path in sorted(FOLDER.glob("*.yaml"))}
-    assert list(texts) == ["ddp", "fsdp2", "zero1", "zero2", "zero3"]
+    assert list(texts) == ["ddp", "fsdp2", "hsdp", "zero1", "zero2", "zero3"]
     files = {name: yaml.safe_load(text) for name, text in texts.items()}
     for name, text in texts.items():
         assert len(text.splitlines()) <= 30
         assert "Choose it" in text, name
-        own = {"distributed_type", "fsdp_config", "deepspeed_config"}
+        own = {"distributed_type", "fsdp_config", "parallelism_config", "deepspeed_config"}
         assert {k: v for k, v in files[name].items() if k not in own} == {
             k: v for k, v in files["ddp"].items() if k not in own
         }
