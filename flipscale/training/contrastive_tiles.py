@@ -98,13 +98,19 @@ class SimilarityTiles:
         self._scaled = rows.new_empty(self._height, rows.shape[1])
 
     def __iter__(self) -> Iterator[Tile]:
+        for tile in self.unfilled():
+            if tile.columns.start == 0:
+                scaled = self.scaled_rows(tile.rows)
+            torch.mm(scaled, self.columns[tile.columns].t(), out=tile.logits)
+            yield tile
+
+    def unfilled(self) -> Iterator[Tile]:
+        """The tiles, their logits still to be made."""
         for row in range(0, len(self.rows), self._height):
             rows = slice(row, min(row + self._height, len(self.rows)))
-            scaled = self._scaled_rows(rows)
             for column in range(0, len(self.columns), self._width):
                 columns = slice(column, min(column + self._width, len(self.columns)))
                 logits = self._view(self._logits, rows, columns)
-                torch.mm(scaled, self.columns[columns].t(), out=logits)
                 offset = self.first_pair + row - column
                 pairs, first = logits.diagonal(offset), row + max(0, -offset)
                 yield Tile(rows, columns, logits, pairs, slice(first, first + len(pairs)))
@@ -166,7 +172,7 @@ class SimilarityTiles:
         """Hands the gradients of a tile's logits, `weights`, on to its rows, still to be multiplied by `scale`, and to
         its columns."""
         row_gradient[tile.rows].addmm_(weights, self.columns[tile.columns])
-        column_gradient[tile.columns].addmm_(weights.t(), self._scaled_rows(tile.rows))
+        column_gradient[tile.columns].addmm_(weights.t(), self.scaled_rows(tile.rows))
 
     def beside(self, tile: Tile) -> torch.Tensor:
         """Memory of the size of the tile's logits."""
@@ -176,7 +182,8 @@ class SimilarityTiles:
         """The elements of the tile's pairs in a matrix of its size, a view."""
         return matrix.diagonal(self.first_pair + tile.rows.start - tile.columns.start)
 
-    def _scaled_rows(self, rows: slice) -> torch.Tensor:
+    def scaled_rows(self, rows: slice) -> torch.Tensor:
+        """These rows times `scale`, in memory that the next ones take over."""
         return torch.mul(self.rows[rows], self.scale, out=self._scaled[: rows.stop - rows.start])
 
     def _view(self, buffer: torch.Tensor, rows: slice, columns: slice) -> torch.Tensor:
