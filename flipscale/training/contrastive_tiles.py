@@ -6,6 +6,8 @@ A tile fits the cache, so that what happens to it between the products costs lit
 """
 
 from collections.abc import Iterator
+from importlib.util import find_spec
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -71,6 +73,15 @@ def common_shift(highest: float, lowest_pair: float) -> float | None:
     return shift if highest - shift <= _ABOVE else None
 
 
+def kernels_for(rows: torch.Tensor) -> ModuleType | None:
+    """What makes the tiles of `rows` in Triton: for fp32 on a GPU, where Triton is installed."""
+    if not rows.is_cuda or rows.dtype != torch.float32 or find_spec("triton") is None:
+        return None
+    from flipscale.training import contrastive_triton
+
+    return contrastive_triton
+
+
 class Tile(NamedTuple):
     """Logits `(rows, columns)` and the slices that they are of; `pairs` are those of them that belong together, a view,
     and `paired` the rows that these are of."""
@@ -121,6 +132,8 @@ class SimilarityTiles:
         Args:
             shared: all shifts are one `common_shift`.
         """
+        if kernels := kernels_for(self.rows):
+            return kernels.add_rivals(self, of_rows, of_columns, pairs, shared)
         for tile in self:
             pairs[tile.paired] = tile.pairs
             sides = ((of_rows, tile.rows, 1), (of_columns, tile.columns, 0))
@@ -153,6 +166,8 @@ class SimilarityTiles:
         Args:
             of_pairs: `(rows,)`: the gradients of the pairs' logits.
         """
+        if kernels := kernels_for(self.rows):
+            return kernels.add_gradients(self, of_rows, of_columns, of_pairs, row_gradient, column_gradient)
         for tile in self:
             weights = self.beside(tile)
             row_factor, column_factor = of_rows.factor[tile.rows, None], of_columns.factor[tile.columns]
