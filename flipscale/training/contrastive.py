@@ -120,7 +120,7 @@ class _View:
 
         def add(tiles: SimilarityTiles, rows: slice, columns: slice) -> None:
             sides = (self.rivals.of(rows), of_texts.of(columns))
-            tiles.add_rivals(*sides, self.pairs[rows], shared=self.shift is not None)
+            tiles.add_rivals(*sides, self.pairs[rows], self.shift)
 
         in_blocks(self.images, texts, self.scale, first_pair, add)
         return of_texts
@@ -145,7 +145,7 @@ class _View:
         def add(tiles: SimilarityTiles, rows: slice, columns: slice) -> None:
             shares = (self.of_images.of(rows), of_texts.of(columns))
             gradients = (image_gradient[rows], text_gradient[columns])
-            tiles.add_gradients(*shares, self.of_pairs[rows], *gradients, shared=self.shift is not None)
+            tiles.add_gradients(*shares, self.of_pairs[rows], *gradients, self.shift)
 
         in_blocks(self.images, texts, self.scale, first_pair, add)
 

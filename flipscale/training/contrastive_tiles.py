@@ -7,6 +7,8 @@ A tile fits the cache, so that what happens to it between the products costs lit
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -72,12 +74,15 @@ def merge(one: Rivals, other: Rivals) -> Rivals:
 
 
 def common_shift(highest: float, lowest_pair: float) -> float | None:
-    """A shift under which one exponential of a logit serves its row and its column; None where there is none.
+    """A shift under which one exponential of a logit serves its row and its column, 0 where that will do; None where
+    there is none.
 
     Args:
         highest: no logit is above it.
         lowest_pair: no row's or column's own pair is below it, so neither is its largest logit.
     """
+    if highest <= _ABOVE and lowest_pair >= -_BELOW:
+        return 0.0
     shift = min(highest, lowest_pair + _BELOW)
     return shift if highest - shift <= _ABOVE else None
 
@@ -129,6 +134,15 @@ def views_of(rows: torch.Tensor, batch: int) -> tuple[torch.Tensor, ...]:
     return rows.unflatten(0, (batch, -1)).unbind(1)
 
 
+def kernels_for(rows: torch.Tensor) -> ModuleType | None:
+    """What makes the tiles of `rows` in Triton: for fp32 on a GPU, where Triton is installed."""
+    if not rows.is_cuda or rows.dtype != torch.float32 or find_spec("triton") is None:
+        return None
+    from flipscale.training import contrastive_triton
+
+    return contrastive_triton
+
+
 class Tile(NamedTuple):
     """Logits `(rows, columns)`, the slices that they are of, and those rows times `scale`; `pairs` are the logits that
     belong together, a view, and `paired` the rows that these are of."""
@@ -157,28 +171,35 @@ class SimilarityTiles:
         self._scaled = rows.new_empty(self._height, rows.shape[1])
 
     def __iter__(self) -> Iterator[Tile]:
+        for tile in self.unfilled():
+            torch.mm(tile.scaled, self.columns[tile.columns].t(), out=tile.logits)
+            yield tile
+
+    def unfilled(self) -> Iterator[Tile]:
+        """The tiles, their logits still to be made."""
         for row in range(0, len(self.rows), self._height):
             rows = slice(row, min(row + self._height, len(self.rows)))
             scaled = torch.mul(self.rows[rows], self.scale, out=self._scaled[: rows.stop - rows.start])
             for column in range(0, len(self.columns), self._width):
                 columns = slice(column, min(column + self._width, len(self.columns)))
                 logits = self._view(self._logits, rows, columns)
-                torch.mm(scaled, self.columns[columns].t(), out=logits)
                 offset = self.first_pair + row - column
                 pairs, first = logits.diagonal(offset), row + max(0, -offset)
                 yield Tile(rows, columns, scaled, logits, pairs, slice(first, first + len(pairs)))
 
-    def add_rivals(self, of_rows: Rivals, of_columns: Rivals, pairs: torch.Tensor, shared: bool) -> None:
+    def add_rivals(self, of_rows: Rivals, of_columns: Rivals, pairs: torch.Tensor, shift: float | None) -> None:
         """Adds all logits to `of_rows` and `of_columns`, but for those of the pairs, which are written to `pairs`.
 
         Args:
-            shared: all shifts are one `common_shift`.
+            shift: the `common_shift`, if all have it.
         """
+        if kernels := kernels_for(self.rows):
+            return kernels.add_rivals(self, of_rows, of_columns, pairs, shift)
         for tile in self:
             pairs[tile.paired] = tile.pairs
             sides = ((of_rows, tile.rows, 1), (of_columns, tile.columns, 0))
-            if shared:
-                tile.logits.sub_(of_rows.shift[:1]).exp_()
+            if shift is not None:
+                self._exponentials(tile, shift)
                 tile.pairs.zero_()
                 for rivals, part, dim in sides:
                     rivals.total[part] += tile.logits.sum(dim)
@@ -198,20 +219,23 @@ class SimilarityTiles:
         of_pairs: torch.Tensor,
         row_gradient: torch.Tensor,
         column_gradient: torch.Tensor,
-        shared: bool,
+        shift: float | None,
     ) -> None:
         """Adds the gradients of the sum of both sides' cross entropies: that of `rows`, still to be multiplied by
         `scale`, to `row_gradient`, and that of `columns` to `column_gradient`.
 
         Args:
             of_pairs: `(rows,)`: the gradients of the pairs' logits.
+            shift: as for `add_rivals`.
         """
+        if kernels := kernels_for(self.rows):
+            return kernels.add_gradients(self, of_rows, of_columns, of_pairs, row_gradient, column_gradient)
         for tile in self:
             weights = self.beside(tile)
             row_factor, column_factor = of_rows.factor[tile.rows, None], of_columns.factor[tile.columns]
-            if shared:
+            if shift is not None:
                 torch.add(row_factor, column_factor, out=weights)
-                weights.mul_(tile.logits.sub_(of_rows.shift[:1]).exp_())
+                weights.mul_(self._exponentials(tile, shift))
             else:
                 torch.sub(tile.logits, of_rows.shift[tile.rows, None], out=weights)
                 weights.exp_().mul_(row_factor)
@@ -234,6 +258,10 @@ class SimilarityTiles:
     def pairs_of(self, matrix: torch.Tensor, tile: Tile) -> torch.Tensor:
         """The elements of the tile's pairs in a matrix of its size, a view."""
         return matrix.diagonal(self.first_pair + tile.rows.start - tile.columns.start)
+
+    @staticmethod
+    def _exponentials(tile: Tile, shift: float) -> torch.Tensor:
+        return (tile.logits.sub_(shift) if shift else tile.logits).exp_()
 
     def _view(self, buffer: torch.Tensor, rows: slice, columns: slice) -> torch.Tensor:
         height, width = rows.stop - rows.start, columns.stop - columns.start
