@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 
 # Rows and columns of a tile. On CPUs its fp32 logits and their weights share the cache; a GPU wants large products.
-_TILE = {"cpu": (1024, 512), "cuda": (4096, 8192)}
+_TILE = {"cpu": (2048, 512), "cuda": (4096, 8192)}
 # The least side of a block that is worth a thread of its own.
 _BLOCK = 1024
 
