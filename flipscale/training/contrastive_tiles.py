@@ -18,9 +18,12 @@ _TILE = {"cpu": (2048, 512), "cuda": (4096, 8192)}
 # The least side of a block that is worth a thread of its own.
 _BLOCK = 1024
 
-# How far above and below the common shift logits may lie. exp(60) times a million is finite in fp32. What exp(-87)
-# loses is less than exp(-37) of a row whose own pair is above exp(-50).
+# How far above and below the common shift logits may lie. exp(60) times a million is finite in fp32. A million of
+# exp(-80) add less than exp(-16) to a row whose own pair is above exp(-50).
 _ABOVE, _BELOW = 60.0, 50.0
+# Powers are of exponents down to this, and weights below this are 0: a CPU takes 200 times as long for a product of
+# denormal numbers, and 150 times to make one with exp.
+_LOWEST, _TINY = -80.0, 1e-30
 
 
 class Rivals(NamedTuple):
@@ -209,7 +212,7 @@ class SimilarityTiles:
                 mine = rivals.of(part)
                 mine.rise_to(tile.logits.amax(dim))
                 torch.sub(tile.logits, mine.shift.unsqueeze(dim), out=powers)
-                self.pairs_of(powers.exp_(), tile).zero_()
+                self.pairs_of(powers.clamp_(min=_LOWEST).exp_(), tile).zero_()
                 mine.total.add_(powers.sum(dim))
 
     def add_gradients(
@@ -238,8 +241,9 @@ class SimilarityTiles:
                 weights.mul_(self._exponentials(tile, shift))
             else:
                 torch.sub(tile.logits, of_rows.shift[tile.rows, None], out=weights)
-                weights.exp_().mul_(row_factor)
-                weights.addcmul_(tile.logits.sub_(of_columns.shift[tile.columns]).exp_(), column_factor)
+                weights.clamp_(min=_LOWEST).exp_().mul_(row_factor)
+                powers = tile.logits.sub_(of_columns.shift[tile.columns]).clamp_(min=_LOWEST).exp_()
+                weights.addcmul_(powers, column_factor)
             self.pairs_of(weights, tile).copy_(of_pairs[tile.paired])
             self.add_products(tile, weights, row_gradient, column_gradient)
 
@@ -248,6 +252,8 @@ class SimilarityTiles:
     ) -> None:
         """Hands the gradients of a tile's logits, `weights`, on to its rows, still to be multiplied by `scale`, and to
         its columns."""
+        if not weights.is_cuda:
+            torch.hardshrink(weights, _TINY, out=weights)
         row_gradient[tile.rows].addmm_(weights, self.columns[tile.columns])
         column_gradient[tile.columns].addmm_(weights.t(), tile.scaled)
 
@@ -261,7 +267,7 @@ class SimilarityTiles:
 
     @staticmethod
     def _exponentials(tile: Tile, shift: float) -> torch.Tensor:
-        return (tile.logits.sub_(shift) if shift else tile.logits).exp_()
+        return (tile.logits.sub_(shift).clamp_(min=_LOWEST) if shift else tile.logits).exp_()
 
     def _view(self, buffer: torch.Tensor, rows: slice, columns: slice) -> torch.Tensor:
         height, width = rows.stop - rows.start, columns.stop - columns.start
