@@ -14,9 +14,9 @@ from flipscale.benchmarks.loss import LossSetting, compare_losses, measure_loss
 from flipscale.benchmarks.peer import compare_steps, open_clip_step, require_open_clip
 from flipscale.benchmarks.step import DTYPES, StepSetting, flip_step, measure_step
 from flipscale.data.loader import DataRecipe, InputShape
+from flipscale.engines.launch import keep_freed_memory
 from flipscale.model import FlipConfig
 from flipscale.model.configuration_flip import SIZES
-from flipscale.training.launch import keep_freed_memory
 from flipscale.training.recipe import parse_recipe
 
 

@@ -3,10 +3,9 @@
 import argparse
 import importlib
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
-from flipscale.training.preemption import refuse_restart
+from flipscale.training.user_errors import report_user_errors
 
 VERBS = {
     "prepare": "write data: the demo set, shards and their indices",
@@ -19,18 +18,6 @@ VERBS = {
     "convert": "turn other checkpoints into a model folder",
     "bench": "measure speed and memory, one JSON line each",
 }
-
-
-@contextmanager
-def complain() -> Iterator[None]:
-    """Turns a user's mistake (ValueError) into one line and exit code 2, a failed run into one line and exit code 1."""
-    try:
-        yield
-    except (ValueError, OSError, FloatingPointError) as error:
-        print(f"flipscale: error: {' '.join(str(error).split())}", file=sys.stderr)
-        if isinstance(error, ValueError):
-            refuse_restart()
-        sys.exit(2 if isinstance(error, ValueError) else 1)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -49,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             module.add_arguments(subparser)
             subparser.set_defaults(run=module.run)
     parsed = parser.parse_args(arguments)
-    with complain():
+    with report_user_errors():
         parsed.run(parsed)
 
 

@@ -5,13 +5,13 @@ import json
 
 from accelerate import Accelerator
 
+from flipscale.engines.attention import best_attention
+from flipscale.engines.launch import start_accelerator
 from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.open_clip import PREFIX, open_clip_embedder
 from flipscale.evaluation.suite import run_suite
 from flipscale.evaluation.templates import TEMPLATES
 from flipscale.hub.loading import load_flip
-from flipscale.training.attention import best_attention
-from flipscale.training.launch import start_accelerator
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -5,7 +5,7 @@ import json
 import os
 from pathlib import Path
 
-from flipscale.data.tar_source import TarSource
+from flipscale.data.sources.tar_source import TarSource
 
 _SHARDS_HELP = "a folder, a glob, or a range such as 'laion/{00000..41407}.tar'"
 
@@ -65,8 +65,8 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _shards(args: argparse.Namespace) -> None:
-    from flipscale.data.pair_list import open_pairs
-    from flipscale.data.shard_writer import ShardOptions, report_table, write_shards
+    from flipscale.preparation.pair_list import open_pairs
+    from flipscale.preparation.shard_writer import ShardOptions, report_table, write_shards
 
     options = ShardOptions(args.short_side, args.jpeg_quality, args.pairs_per_shard, args.drop_duplicates)
     pairs = open_pairs(args.source, args.image_column, args.caption_column, args.split)
@@ -74,8 +74,8 @@ def _shards(args: argparse.Namespace) -> None:
 
 
 def _inspect(args: argparse.Namespace) -> None:
-    from flipscale.data.inspection import inspect_shards, inspection_table
     from flipscale.data.loader import load_tokenizer
+    from flipscale.preparation.inspection import inspect_shards, inspection_table
 
     if args.max_samples < 0:
         raise ValueError(f"max_samples is {args.max_samples}; it must be at least 0, which checks all")
@@ -86,21 +86,21 @@ def _inspect(args: argparse.Namespace) -> None:
 
 
 def _demo(args: argparse.Namespace) -> None:
-    from flipscale.data.demo_set import prepare_demo
+    from flipscale.preparation.demo_set import prepare_demo
 
     prepare_demo(args.directory, with_validation=args.with_validation, with_unseen=args.with_unseen)
 
 
 def _photos(args: argparse.Namespace) -> None:
-    from flipscale.data.photo_set import prepare_photos
+    from flipscale.preparation.photo_set import prepare_photos
 
     prepare_photos(args.directory, args.num_images)
 
 
 def _index(args: argparse.Namespace) -> None:
     from flipscale.data.loader import DataRecipe
-    from flipscale.data.remote_source import RemoteTarSource
-    from flipscale.data.sources import open_shards
+    from flipscale.data.sources.opening import open_shards
+    from flipscale.data.sources.remote_source import RemoteTarSource
 
     source = open_shards(args.shards, DataRecipe(shards_per_block=1))
     if isinstance(source, RemoteTarSource):

@@ -9,29 +9,28 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast_object_list
 
-from flipscale.cli import complain
 from flipscale.data.feeding import enduring_batches, on_device
 from flipscale.data.loader import InputShape, PairDataset, load_tokenizer
 from flipscale.data.packed import PackedBatch
-from flipscale.data.source import fingerprint
-from flipscale.data.sources import open_source
-from flipscale.data.tar_source import expand_shards
+from flipscale.data.sources.opening import open_source
+from flipscale.data.sources.source import fingerprint
+from flipscale.data.sources.tar_source import expand_shards
+from flipscale.engines.attention import best_attention
+from flipscale.engines.checkpoint import CheckpointReader, CheckpointWriter, list_checkpoints, load_state
+from flipscale.engines.first_weights import Fill, compile_blocks, fresh_weights, no_weights, weights_of
+from flipscale.engines.launch import build_engine, leave, part, start_accelerator
 from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.suite import run_suite
 from flipscale.hub.background_push import BackgroundPush, card_name, open_target, push_finished
 from flipscale.hub.export import build_processor, export_checkpoint
 from flipscale.hub.model_card import write_card
 from flipscale.model import FlipConfig, FlipModel
+from flipscale.objectives.reconstruction import trained_model
 from flipscale.planning.flops import pair_flops
-from flipscale.training.attention import best_attention
 from flipscale.training.bad_samples import BadSamples
-from flipscale.training.checkpoint import CheckpointReader, CheckpointWriter, list_checkpoints, load_state
 from flipscale.training.health import StepGuard, Verdict, agree_on_data
-from flipscale.training.initialization import Fill, compile_blocks, fresh_weights, no_weights, weights_of
-from flipscale.training.launch import build_engine, leave, part, start_accelerator
 from flipscale.training.preemption import StopRequest
 from flipscale.training.recipe import Recipe, parse_recipe, to_yaml
-from flipscale.training.reconstruction import trained_model
 from flipscale.training.run_directory import (
     is_done,
     mark_done,
@@ -42,6 +41,7 @@ from flipscale.training.run_directory import (
 from flipscale.training.schedule import Stage, plan_stages
 from flipscale.training.step import check_cacheable, gradients
 from flipscale.training.tracking import Tracker, is_due
+from flipscale.training.user_errors import report_user_errors
 from flipscale.training.watch import StepWatch
 
 
@@ -277,7 +277,7 @@ def initial_weights(init_from: str | None, config: FlipConfig, seed: int, kind: 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The verb: parses a recipe and runs it; a user's mistake ends in one line and exit code 2."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    with complain():
+    with report_user_errors():
         if "--dry_run" in arguments:
             from flipscale.planning.dry_run import dry_run
 

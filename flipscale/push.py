@@ -56,9 +56,9 @@ def _update_card(folder: Path, run_dir: Path, repo_id: str, step: int | None) ->
 def _model_folder(run_dir: Path, step: int | None) -> Iterator[Path]:
     """The model folder of a run directory, or `run_dir` itself where that is one; or that of a checkpoint, exported."""
     if step is not None:
+        from flipscale.engines.checkpoint import checkpoint_of
         from flipscale.hub.background_push import export_folder
         from flipscale.hub.export import export_checkpoint
-        from flipscale.training.checkpoint import checkpoint_of
 
         folder = export_folder(run_dir, step)
         shutil.rmtree(folder, ignore_errors=True)

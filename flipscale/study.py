@@ -14,12 +14,12 @@ import torch
 from tqdm import tqdm
 
 from flipscale.data.loader import InputShape, PairDataset, load_tokenizer
-from flipscale.data.sources import open_source
+from flipscale.data.sources.opening import open_source
+from flipscale.engines.launch import bf16_is_faster
 from flipscale.evaluation.comparison import comparison_table, read_curve, read_records, record_baselines
 from flipscale.evaluation.figures import draw_accuracy, draw_loss, draw_masks, draw_patches
 from flipscale.evaluation.nearest_neighbour import run_baselines
 from flipscale.hub.model_card import write_card
-from flipscale.training.launch import bf16_is_faster
 from flipscale.training.recipe import EvalRecipe, Recipe, parse_recipe, to_yaml
 from flipscale.training.schedule import StageRecipe
 from flipscale.training.tracking import LogRecipe

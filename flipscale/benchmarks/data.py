@@ -22,11 +22,11 @@ from flipscale.data import decode, loader
 from flipscale.data.loader import DataRecipe, InputShape, PairDataset, build_loader, load_tokenizer
 from flipscale.data.masks import MaskRecipe
 from flipscale.data.packed import PackedBatch
-from flipscale.data.sources import open_source
+from flipscale.data.sources.opening import open_source
+from flipscale.engines.device import peak_memory_bytes
 from flipscale.model import FlipConfig
 from flipscale.model.masking import num_kept
 from flipscale.planning.flops import forward_flops
-from flipscale.training.device import peak_memory_bytes
 from flipscale.training.recipe import Recipe
 
 CAPTIONS_FOR_TOKENIZER = 2000

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from flipscale.benchmarks.data import DataSetting, device_bytes, flipscale_batches, resident_peak_bytes
-from flipscale.data.tar_source import expand_shards
+from flipscale.data.sources.tar_source import expand_shards
 
 # open_clip's own reader of tars fails with a later one (KeyError: 'fname').
 WEBDATASET = "0.2.86"

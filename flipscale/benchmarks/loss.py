@@ -15,7 +15,7 @@ from torch.nn.functional import normalize
 
 from flipscale.benchmarks.peer import require_open_clip
 from flipscale.benchmarks.step import device_name, matmul_peak, timed
-from flipscale.training.contrastive import contrastive_loss
+from flipscale.objectives.contrastive import contrastive_loss
 
 Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 # Matrix products of 2 n^2 dim operations: ours makes the logits twice and takes two gradients from them; autograd on
@@ -69,7 +69,7 @@ def measure_loss(setting: LossSetting) -> dict[str, Any]:
     while it runs for the first time, gradients counted, `flops`, `share_of_matmul_peak` and `loss`.
 
     The allocator is as it comes: on a CPU, what is large and freed goes back to the system and is cleared anew. A
-    trainer's process keeps it (`flipscale.training.launch`), which helps the code that takes more.
+    trainer's process keeps it (`flipscale.engines.launch`), which helps the code that takes more.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     loss = contrastive_loss if setting.code == "flipscale" else open_clip_loss()

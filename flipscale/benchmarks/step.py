@@ -10,13 +10,13 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from flipscale.engines.attention import best_attention
+from flipscale.engines.device import fastest_product, peak_memory_bytes, wait_for
+from flipscale.engines.optimizers import OptimRecipe, build_optimizers, set_learning_rate
 from flipscale.model import FlipConfig, FlipModel
 from flipscale.model.masking import keep_patches, num_kept
+from flipscale.objectives.contrastive import contrastive_loss
 from flipscale.planning.flops import forward_flops
-from flipscale.training.attention import best_attention
-from flipscale.training.contrastive import contrastive_loss
-from flipscale.training.device import fastest_product, peak_memory_bytes, wait_for
-from flipscale.training.optimizer import OptimRecipe, build_optimizers, set_learning_rate
 
 Step = Callable[[], None]
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}

@@ -13,10 +13,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from flipscale.data.decode import DRAWS_PER_CROP, decode_box, visible_patches
 from flipscale.data.faults import BadSample, Fault, MissingCaption, UndecodableCaption, candidates
 from flipscale.data.masks import MaskRecipe, keyed_patches, left_out, mask_tokens
-from flipscale.data.mixture import order_of
 from flipscale.data.packed import PackedBatch
 from flipscale.data.randomness import keyed_uniform
-from flipscale.data.source import Source
+from flipscale.data.sources.mixture import order_of
+from flipscale.data.sources.source import Source
 from flipscale.data.tokenizers import bert_tokenizer
 from flipscale.model import FlipConfig
 from flipscale.model.masking import check_image_mask, num_kept

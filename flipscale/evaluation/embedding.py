@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from flipscale.data.decode import UndecodableImage, decode_box, visible_patches
 from flipscale.data.loader import InputShape, tokenise
-from flipscale.data.tar_source import TarSource
+from flipscale.data.sources.tar_source import TarSource
 from flipscale.model.modeling_flip import normalise_embeds
 
 

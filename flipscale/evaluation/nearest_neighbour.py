@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 
 from flipscale.data.decode import decode_box
-from flipscale.data.tar_source import TarSource
+from flipscale.data.sources.tar_source import TarSource
 
 Features = Literal["pixels", "hog", "pixels+hog"]
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from flipscale.data.tar_source import TarSource
+from flipscale.data.sources.tar_source import TarSource
 from flipscale.evaluation.embedding import Embedder, sample_numbers
 
 _TILE = 1024

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from flipscale.data.tar_source import TarSource
+from flipscale.data.sources.tar_source import TarSource
 from flipscale.evaluation.embedding import Embedder, sample_numbers
 from flipscale.evaluation.templates import TEMPLATES
 from flipscale.model.modeling_flip import normalise_embeds

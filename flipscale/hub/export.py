@@ -15,10 +15,10 @@ from transformers import PreTrainedTokenizerBase
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from flipscale.data.loader import load_tokenizer
+from flipscale.engines.checkpoint import CheckpointReader
+from flipscale.engines.tensor_file import write_tensors
 from flipscale.model import FlipConfig, FlipModel, FlipProcessor
-from flipscale.training.checkpoint import CheckpointReader
 from flipscale.training.recipe import parse_recipe
-from flipscale.training.tensor_file import write_tensors
 
 # Above it weights are cut into files: the Hub's own client resumes an upload or download by the file.
 MAX_SHARD_SIZE = "5GB"

@@ -696,7 +696,7 @@ class FlipModel(FlipPreTrainedModel):
             input_ids, attention_mask, position_ids: as `FlipTextModel` takes them.
             pixel_values, image_mask_ratio, patches, patch_index, interpolate_pos_encoding: as `FlipVisionModel`.
             return_loss: the loss of this batch alone; training over many processes takes its loss from
-                the embeddings instead (`flipscale.training.contrastive`).
+                the embeddings instead (`flipscale.objectives.contrastive`).
             return_logits: False skips the `(images, texts)` matrix, which training does not need.
         """
         image_output = self.get_image_features(

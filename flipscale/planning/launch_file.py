@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from flipscale.training.launch import launched_shard_size
+from flipscale.engines.launch import launched_shard_size
 
 # DeepSpeed's own values, elements, where its settings leave them out.
 _BUCKET, _MAX_LIVE = 500_000_000, 1_000_000_000

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from accelerate import Accelerator
 
-from flipscale.training.checkpoint import CheckpointWriter
+from flipscale.engines.checkpoint import CheckpointWriter
 from flipscale.training.preemption import StopRequest
 from flipscale.training.watch import StepWatch
 

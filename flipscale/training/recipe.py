@@ -11,10 +11,10 @@ from jsonargparse import ArgumentError, ArgumentParser
 
 from flipscale.data.loader import DataRecipe
 from flipscale.data.masks import MaskRecipe
+from flipscale.engines.checkpoint import SaveRecipe
+from flipscale.engines.optimizers import OptimRecipe
 from flipscale.model import FlipConfig
-from flipscale.training.checkpoint import SaveRecipe
-from flipscale.training.loss import LossRecipe
-from flipscale.training.optimizer import OptimRecipe
+from flipscale.objectives.recipe import LossRecipe
 from flipscale.training.schedule import StageRecipe
 from flipscale.training.tracking import LogRecipe
 

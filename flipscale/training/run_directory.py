@@ -22,8 +22,8 @@ import torch
 import yaml
 
 import flipscale
+from flipscale.engines.checkpoint import latest_checkpoint
 from flipscale.model import FlipModel
-from flipscale.training.checkpoint import latest_checkpoint
 from flipscale.training.recipe import Recipe, differences, to_yaml
 
 

@@ -5,10 +5,10 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
+from flipscale.engines.engine import Engine
 from flipscale.model import FlipConfig, FlipOutput
-from flipscale.training.engine import Engine
-from flipscale.training.loss import LossRecipe, pair_loss
-from flipscale.training.reconstruction import reconstruction_loss
+from flipscale.objectives.recipe import LossRecipe, pair_loss
+from flipscale.objectives.reconstruction import reconstruction_loss
 
 Batch = TypeVar("Batch", bound=dict[str, torch.Tensor])
 

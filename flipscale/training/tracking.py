@@ -10,8 +10,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from flipscale.engines.device import peak_flops, peak_memory_bytes
 from flipscale.training.bad_samples import BadSamples
-from flipscale.training.device import peak_flops, peak_memory_bytes
 from flipscale.training.watch import StepWatch
 
 

@@ -18,8 +18,8 @@ from flipscale.data import feeding
 from flipscale.data.feeding import enduring_batches, on_device
 from flipscale.data.loader import DataRecipe, InputShape, PairDataset
 from flipscale.data.packed import PackedBatch
-from flipscale.data.source import Sample
-from flipscale.data.tar_source import TarSource
+from flipscale.data.sources.source import Sample
+from flipscale.data.sources.tar_source import TarSource
 
 
 def dataset(source: TarSource, tokenizer_dir: Path, num_workers: int, micro: int | None = None) -> PairDataset:

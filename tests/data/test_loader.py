@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 from flipscale.data.decode import DRAWS_PER_CROP, decode_box
 from flipscale.data.loader import DataRecipe, InputShape, PairDataset, StepSampler, build_loader
 from flipscale.data.randomness import keyed_uniform
-from flipscale.data.tar_source import TarSource
+from flipscale.data.sources.tar_source import TarSource
 from flipscale.model import FlipConfig, FlipModel
 
 SHAPE = InputShape(image_size=32, patch_size=8, max_tokens=8)

@@ -12,7 +12,7 @@ from flipscale.data.decode import decode_box, visible_patches
 from flipscale.data.loader import DataRecipe, InputShape, PairDataset
 from flipscale.data.masks import MaskRecipe, keyed_patches, left_out, mask_tokens
 from flipscale.data.randomness import keyed_uniform
-from flipscale.data.tar_source import TarSource
+from flipscale.data.sources.tar_source import TarSource
 from flipscale.model import FlipConfig, FlipModel
 
 SHAPE = InputShape(image_size=32, patch_size=8, max_tokens=8)

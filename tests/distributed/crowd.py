@@ -114,8 +114,8 @@ def train_compiled(file: str) -> None:
 
 def rewrite(file: str) -> None:
     """The newest checkpoint of a run, loaded and saved again in the folder `copy` of the run."""
+    from flipscale.engines.checkpoint import CheckpointWriter, SaveRecipe
     from flipscale.pretrain import Run
-    from flipscale.training.checkpoint import CheckpointWriter, SaveRecipe
     from flipscale.training.recipe import parse_recipe
 
     run = Run(parse_recipe(["--config", file]))

@@ -9,7 +9,7 @@ import yaml
 from conftest import metrics
 from distributed.crowd import Crowd
 
-from flipscale.training.checkpoint import CheckpointReader
+from flipscale.engines.checkpoint import CheckpointReader
 
 # Two steps at each mask ratio; 8 pairs for each of two processes, 2 at once.
 STAGES = [{"name": f"mask {ratio}", "samples": 32, "mask_ratio": ratio, "base_lr": 0.012} for ratio in (0.0, 0.5, 0.75)]

@@ -9,9 +9,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.nn.functional import logsigmoid, normalize
 
-from flipscale.training.contrastive import contrastive_loss
-from flipscale.training.exchange import EXCHANGES
-from flipscale.training.sigmoid import sigmoid_loss
+from flipscale.objectives.contrastive import contrastive_loss
+from flipscale.objectives.exchange import EXCHANGES
+from flipscale.objectives.sigmoid import sigmoid_loss
 
 
 class Case(NamedTuple):

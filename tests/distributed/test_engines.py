@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModel
 
 from flipscale.cli import main
-from flipscale.training.checkpoint import CheckpointReader, latest_checkpoint
+from flipscale.engines.checkpoint import CheckpointReader, latest_checkpoint
 
 MATRIX = [("ddp", 2), ("fsdp2", 2), ("zero1", 2), ("zero2", 2), ("zero3", 2), ("hsdp", 4), ("fsdp2", 4)]
 ELASTIC = [

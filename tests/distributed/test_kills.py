@@ -12,7 +12,7 @@ import pytest
 from conftest import metrics, pretrain
 from distributed.crowd import ENVIRONMENTS
 
-from flipscale.training.checkpoint import list_checkpoints
+from flipscale.engines.checkpoint import list_checkpoints
 
 # FLIPSCALE_KILLS=20 for a long look; every second one is aimed at a checkpoint that is being written.
 KILLS = int(os.environ.get("FLIPSCALE_KILLS", "2"))

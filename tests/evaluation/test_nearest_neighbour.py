@@ -6,9 +6,9 @@ import cv2
 import numpy as np
 import pytest
 
-from flipscale.data.demo_emoji import Drawing
-from flipscale.data.demo_set import Picture, write_shards
 from flipscale.evaluation.nearest_neighbour import hog_features, nearest_neighbour, pixel_features, run_baselines
+from flipscale.preparation.demo_emoji import Drawing
+from flipscale.preparation.demo_set import Picture, write_shards
 
 COLOURS = {"red": (200, 30, 30), "green": (30, 180, 40), "blue": (30, 60, 210)}
 SHAPES = ("disc", "bar", "cross")

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
 from flipscale import cli
-from flipscale.data.tar_source import TarSource
+from flipscale.data.sources.tar_source import TarSource
 from flipscale.evaluation.embedding import Embedder, sample_numbers
 from flipscale.evaluation.open_clip import open_clip_embedder
 from flipscale.evaluation.suite import run_suite

@@ -12,7 +12,7 @@ from conftest import TOWER, add_member
 from transformers import AutoTokenizer
 
 from flipscale.data.decode import decode_box
-from flipscale.data.tar_source import TarSource
+from flipscale.data.sources.tar_source import TarSource
 from flipscale.evaluation import retrieval, zero_shot
 from flipscale.evaluation.embedding import Embedder, sample_numbers
 from flipscale.evaluation.suite import run_suite

@@ -11,7 +11,7 @@ from conftest import COLOURS, SHAPES
 from PIL import Image
 from transformers import AutoModelForImageClassification, Trainer, TrainingArguments
 
-from flipscale.data.tar_source import TarSource
+from flipscale.data.sources.tar_source import TarSource
 from flipscale.evaluation.embedding import sample_numbers
 from flipscale.model import FlipForImageClassification, FlipModel
 

@@ -17,8 +17,8 @@ import pytest
 from conftest import add_member, cut, launch, metrics, pretrain, write_shards
 
 from flipscale.data.order import GlobalOrder
-from flipscale.data.tar_source import TarSource
-from flipscale.training.checkpoint import latest_checkpoint
+from flipscale.data.sources.tar_source import TarSource
+from flipscale.engines.checkpoint import latest_checkpoint
 from flipscale.training.health import MAX_SKIPPED_IN_A_ROW
 
 

@@ -12,7 +12,7 @@ LATE = """
 import sys, time, torch
 from pathlib import Path
 from accelerate import Accelerator
-from flipscale.training.checkpoint import CheckpointWriter, SaveRecipe
+from flipscale.engines.checkpoint import CheckpointWriter, SaveRecipe
 from flipscale.training.health import StepGuard
 from flipscale.training.preemption import StopRequest
 from flipscale.training.watch import StepWatch

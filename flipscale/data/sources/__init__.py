@@ -1,0 +1,1 @@
+"""What is read: tar shards, here or remote, `datasets`, and mixtures of them."""

@@ -1,0 +1,69 @@
+"""The source that a recipe names."""
+
+from pathlib import Path
+
+from flipscale.data.loader import DataRecipe, SourceRecipe
+from flipscale.data.sources.dataset_source import DatasetSource, load_rows
+from flipscale.data.sources.mixture import Mixture
+from flipscale.data.sources.remote_source import RemoteTarSource
+from flipscale.data.sources.shard_cache import ShardCache
+from flipscale.data.sources.source import Source
+from flipscale.data.sources.tar_source import TarSource
+
+
+def open_source(recipe: DataRecipe) -> Source:
+    """The source of a recipe's samples, its bad shards counted.
+
+    Raises:
+        ValueError: nothing is there, it is named twice, or more of it than `max_bad_fraction` cannot be read.
+    """
+    if recipe.shards and recipe.sources:
+        raise ValueError(f"data.shards is {recipe.shards!r} and data.sources names {len(recipe.sources)}; give one")
+    named = recipe.sources or [SourceRecipe(shards=recipe.shards)]
+    sources = [_open(one, recipe, f"data.sources[{number}]") for number, one in enumerate(named)]
+    for source in sources:
+        refuse_many_bad_shards(source, recipe.max_bad_fraction)
+    if len(sources) == 1:
+        return sources[0]
+    weights = [one.weight for one in named if one.weight is not None]
+    if weights and len(weights) < len(named):
+        raise ValueError(f"{len(weights)} of {len(named)} data.sources have a weight; give all of them one, or none")
+    return Mixture(sources, weights or [len(source) for source in sources])
+
+
+def open_shards(shards: str, recipe: DataRecipe) -> TarSource:
+    """Tar shards on this machine or, through the recipe's cache, at a URL.
+
+    Raises:
+        ValueError: a shard is missing.
+    """
+    if "://" not in shards:
+        return TarSource(shards)
+    cache = ShardCache(Path(recipe.cache_dir).expanduser(), recipe.cache_bytes)
+    return RemoteTarSource(shards, cache, recipe.shards_per_block)
+
+
+def _open(recipe: SourceRecipe, data: DataRecipe, name: str) -> Source:
+    if (recipe.shards is None) == (recipe.dataset is None):
+        given = "neither shards nor dataset" if recipe.shards is None else "shards and dataset"
+        raise ValueError(f"{name} has {given}; give one of them")
+    if recipe.dataset is None:
+        return open_shards(recipe.shards or "", data)
+    rows = load_rows(recipe.dataset, recipe.config, recipe.split)
+    return DatasetSource(rows, recipe.dataset, recipe.image_column, recipe.caption_columns)
+
+
+def refuse_many_bad_shards(source: Source, max_bad_fraction: float) -> None:
+    """Nothing, where few enough shards are unreadable.
+
+    Raises:
+        ValueError: more than `max_bad_fraction` of them are.
+    """
+    if not 0.0 <= max_bad_fraction <= 1.0:
+        raise ValueError(f"data.max_bad_fraction is {max_bad_fraction}; it must be in [0, 1]")
+    bad = [fault for fault in source.faults if fault.cause == "unreadable_shard"]
+    if len(bad) > max_bad_fraction * len(source.shard_sizes):
+        raise ValueError(
+            f"{len(bad)} of {len(source.shard_sizes)} shards cannot be read, more than data.max_bad_fraction "
+            f"{max_bad_fraction} ({bad[0].shard}: {bad[0].detail}); fetch them again or remove them"
+        )

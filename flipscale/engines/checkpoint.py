@@ -1,0 +1,256 @@
+"""Checkpoints: `checkpoints/step-00012345/`, written aside by all processes and renamed once all of it is on disk.
+
+    part-00003.safetensors  what process 3 holds: ranges of weights and moments, fp32, seen flat, as `weight.NAME`,
+                            `exp_avg.NAME`, `exp_avg_sq.NAME`, `momentum_buffer.NAME`
+    index.json              every parameter's shape, and the bounds of its ranges over the parts
+    state.json              step, samples seen, samples in the data set, versions
+    recipe.yaml             as resolved
+
+The layout knows no engine, so a run goes on under another one and at another number of processes, each of which reads
+the ranges that it needs.
+"""
+
+import json
+import os
+import re
+import shutil
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from safetensors import safe_open
+
+from flipscale.engines.tensor_file import write_tensors
+
+_NAME = re.compile(r"step-(\d{8})")
+
+
+@dataclass(frozen=True)
+class SaveRecipe:
+    """When checkpoints are written. Training goes on while they are.
+
+    Args:
+        every_samples: how often; 0 only at the end and on a stop signal.
+        every_minutes: how often by the clock, besides; 0 never.
+        total_limit: how many are kept, the newest ones.
+    """
+
+    every_samples: int = 0
+    every_minutes: float = 0.0
+    total_limit: int = 2
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A range of one tensor of a run, seen flat: `values` are its numbers from `first` on.
+
+    Args:
+        kind: `weight`, or a moment's name.
+        name: the parameter's.
+    """
+
+    kind: str
+    name: str
+    first: int
+    values: torch.Tensor
+
+
+def latest_checkpoint(run_dir: Path) -> Path | None:
+    """The newest whole checkpoint of a run, or None."""
+    found = list_checkpoints(run_dir)
+    return found[-1] if found else None
+
+
+def checkpoint_of(run_dir: Path, step: int) -> Path:
+    """Where the checkpoint of a step is."""
+    return run_dir / "checkpoints" / f"step-{step:08d}"
+
+
+def list_checkpoints(run_dir: Path) -> list[Path]:
+    """The whole checkpoints of a run, oldest first."""
+    return sorted(path for path in (run_dir / "checkpoints").glob("step-*") if _NAME.fullmatch(path.name))
+
+
+def load_state(checkpoint: Path) -> dict[str, Any]:
+    """What was saved as the checkpoint's state, and its recipe under `recipe`."""
+    state = json.loads((checkpoint / "state.json").read_text())
+    return {**state, "recipe": yaml.safe_load((checkpoint / "recipe.yaml").read_text())}
+
+
+class CheckpointReader:
+    """Reads ranges of a checkpoint's tensors, whatever processes wrote them."""
+
+    def __init__(self, checkpoint: Path):
+        self.path = checkpoint
+        index = json.loads((checkpoint / "index.json").read_text())
+        self.shapes: dict[str, list[int]] = index["shapes"]
+        self._bounds: dict[str, list[int]] = index["bounds"]
+        self._files: dict[int, Any] = {}
+
+    def fill(self, kind: str, name: str, values: torch.Tensor, first: int) -> None:
+        """Writes the numbers of `kind` of the parameter `name`, from `first` on, into the flat `values`.
+
+        Raises:
+            ValueError: the checkpoint has no such tensor.
+        """
+        if name not in self._bounds:
+            raise ValueError(f"checkpoint {self.path} has no {kind} of {name}; was the model another?")
+        last = first + values.numel()
+        for part, (start, stop) in enumerate(zip(self._bounds[name], self._bounds[name][1:], strict=False)):
+            begin, end = max(first, start), min(last, stop)
+            if begin >= end:
+                continue
+            file, keys = self._file(part)
+            if f"{kind}.{name}" not in keys:
+                raise ValueError(f"checkpoint {self.path} has no {kind} of {name}; was optim.name another?")
+            read = file.get_slice(f"{kind}.{name}")[begin - start : end - start]
+            values[begin - first : end - first].copy_(read)
+
+    def tensor(self, kind: str, name: str) -> torch.Tensor:
+        """A whole tensor, fp32, in its parameter's shape."""
+        whole = torch.empty(torch.Size(self.shapes[name]))
+        self.fill(kind, name, whole.view(-1), 0)
+        return whole
+
+    def _file(self, part: int) -> tuple[Any, set[str]]:
+        if part not in self._files:
+            file = safe_open(self.path / _part(part), "pt")
+            self._files[part] = (file, set(file.keys()))
+        return self._files[part]
+
+
+class CheckpointWriter:
+    """Writes a run's checkpoints, one at a time, each in a thread of every process.
+
+    What `save` is given is copied to host memory, and training goes on. The checkpoint is there when `commit` renames
+    it, after every process has reported that its part is on disk.
+    """
+
+    def __init__(self, accelerator: Accelerator, run_dir: Path, recipe: SaveRecipe, newest: int | None):
+        self.accelerator = accelerator
+        self.run_dir = run_dir
+        self.recipe = recipe
+        self.newest = newest
+        self._thread: threading.Thread | None = None
+        self._error: Exception | None = None
+        self._partial = self._final = run_dir
+        self._last_save = time.monotonic()
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a checkpoint waits for `commit`; alike on all processes."""
+        return self._thread is not None
+
+    @property
+    def is_writing(self) -> bool:
+        """Whether this process still writes."""
+        return self._thread is not None and self._thread.is_alive()
+
+    @property
+    def clock_is_due(self) -> bool:
+        """Whether `every_minutes` have passed since the last save, by this process's clock."""
+        minutes = (time.monotonic() - self._last_save) / 60
+        return 0 < self.recipe.every_minutes <= minutes
+
+    def save(self, pieces: list[Piece], shapes: dict[str, torch.Size], state: dict[str, Any], recipe: str) -> None:
+        """Collective. Begins the checkpoint of `state["step"]`, the one before it committed; nothing to do if that was
+        this.
+
+        Raises:
+            OSError: its folder could not be made.
+        """
+        assert not self.is_open
+        if state["step"] == self.newest:
+            return
+        self.newest = state["step"]
+        self._last_save = time.monotonic()
+        self._final = checkpoint_of(self.run_dir, self.newest)
+        self._partial = _hidden(self._final)
+        texts = {"state.json": json.dumps(state, indent=1), "recipe.yaml": recipe}
+        texts["index.json"] = json.dumps(self._index(pieces, shapes))
+        self._error = None
+        if self.accelerator.is_main_process:
+            try:
+                for stale in self._final.parent.glob(".*.partial"):
+                    shutil.rmtree(stale)
+                self._partial.mkdir(parents=True)
+            except OSError as error:
+                self._error = error
+        self._agree()
+        copies = {f"{p.kind}.{p.name}": p.values.detach().to("cpu", copy=True) for p in pieces if p.values.numel()}
+        self._thread = threading.Thread(target=self._write, args=(copies, texts), daemon=True)
+        self._thread.start()
+
+    def commit(self) -> int | None:
+        """Collective. The step of the checkpoint that was begun, now that it is there and those past `total_limit` are
+        gone; None if none was.
+
+        Raises:
+            OSError: the disk is full or not writable; the checkpoints that were there still are.
+        """
+        if self._thread is None:
+            return None
+        self._thread.join()
+        self._thread = None
+        self._agree()
+        if self.accelerator.is_main_process:
+            self._partial.rename(self._final)
+            _sync(self._final.parent)
+            for old in list_checkpoints(self.run_dir)[: -max(self.recipe.total_limit, 1)]:
+                # A kill amid the removal must not leave half of it under the name of a whole one.
+                shutil.rmtree(old.rename(_hidden(old)))
+        return self.newest
+
+    def _index(self, pieces: list[Piece], shapes: dict[str, torch.Size]) -> dict[str, Any]:
+        sizes = {piece.name: piece.values.numel() for piece in pieces if piece.kind == "weight"}
+        mine = torch.tensor([[sizes[name] for name in shapes]], device=self.accelerator.device)
+        ends = self.accelerator.gather(mine).cumsum(dim=0).cpu()
+        assert ends[-1].tolist() == [shape.numel() for shape in shapes.values()], "the parts do not make the whole"
+        bounds = {name: [0, *ends[:, column].tolist()] for column, name in enumerate(shapes)}
+        return {"shapes": {name: list(shape) for name, shape in shapes.items()}, "bounds": bounds}
+
+    def _write(self, tensors: dict[str, torch.Tensor], texts: dict[str, str]) -> None:
+        try:
+            layout = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
+            write_tensors(self._partial / _part(self.accelerator.process_index), layout, tensors.values())
+            if self.accelerator.is_main_process:
+                for name, text in texts.items():
+                    (self._partial / name).write_text(text)
+                    _sync(self._partial / name)
+            _sync(self._partial)
+        except OSError as error:
+            self._error = error
+
+    def _agree(self) -> None:
+        """Collective. Raises on all processes what failed on any."""
+        failed = gather_object([str(self._error)] if self._error is not None else [])
+        if not failed:
+            return
+        if self.accelerator.is_main_process:
+            shutil.rmtree(self._partial, ignore_errors=True)
+        raise OSError(
+            f"checkpoint {self._final} could not be written ({failed[0]}); the ones before it are whole: free some "
+            "space and start the run again"
+        )
+
+
+def _hidden(path: Path) -> Path:
+    return path.with_name(f".{path.name}.partial")
+
+
+def _part(number: int) -> str:
+    return f"part-{number:05d}.safetensors"
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,106 @@
+"""The optimisers: AdamW with the original's decay groups, or Muon for the blocks' matrices and AdamW for the rest."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+from flipscale.engines.muon import Muon
+
+
+@dataclass(frozen=True)
+class OptimRecipe:
+    """How the weights move. The learning rate is each stage's (`stages`).
+
+    Args:
+        name: `adamw` (the paper's), or `muon` for the matrices of the blocks with `adamw` for everything else.
+        weight_decay: decoupled, times the learning rate; 0.2: paper, Table 10.
+        adam_beta1: of the mean; 0.9: paper, Table 10.
+        adam_beta2: of the square; 0.95: paper, Table 10.
+        adam_epsilon: 1e-8, as the original's code has it.
+        muon_lr_ratio: Muon's rate as a multiple of AdamW's. Muon's update of a matrix has a spectral norm of about the
+            rate, times sqrt(rows / columns) for tall ones.
+        muon_momentum: Nesterov momentum of Muon.
+        ema_decay: keep averages of the weights, each step's new weights mixed in with 1 - ema_decay; they are what is
+            evaluated and exported. Left out: no averages.
+        max_grad_norm: clip the gradients' global norm; the paper clips nothing.
+    """
+
+    name: Literal["adamw", "muon"] = "adamw"
+    weight_decay: float = 0.2
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    adam_epsilon: float = 1e-8
+    muon_lr_ratio: float = 10.0
+    muon_momentum: float = 0.95
+    max_grad_norm: float | None = None
+    ema_decay: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.ema_decay is not None and not 0.0 < self.ema_decay < 1.0:
+            raise ValueError(f"optim.ema_decay is {self.ema_decay}; it must be in (0, 1), such as 0.9999")
+
+
+def decays(name: str) -> bool:
+    """Whether weight decay applies to the parameter `name`: not to biases, norms and positions. The class token, the
+    token embedding and `logit_scale` do decay, as in the original."""
+    return not (name.endswith((".bias", "logit_bias")) or "layer_norm" in name or "position_embedding" in name)
+
+
+def _is_block_matrix(name: str, parameter: nn.Parameter) -> bool:
+    return ".encoder.layers." in name and parameter.ndim == 2
+
+
+def build_optimizers(
+    named_parameters: Iterable[tuple[str, nn.Parameter]],
+    recipe: OptimRecipe,
+    muon_dtype: torch.dtype = torch.bfloat16,
+) -> list[torch.optim.Optimizer]:
+    """The optimisers of all trainable parameters; their rates are set by `set_learning_rate` before each step.
+
+    Args:
+        muon_dtype: of Muon's iteration.
+    """
+    parameters = [(name, parameter) for name, parameter in named_parameters if parameter.requires_grad]
+    optimizers: list[torch.optim.Optimizer] = []
+    if recipe.name == "muon":
+        matrices = [parameter for name, parameter in parameters if _is_block_matrix(name, parameter)]
+        optimizers.append(Muon(matrices, recipe.weight_decay, recipe.muon_momentum, muon_dtype))
+        optimizers[0].param_groups[0]["lr_ratio"] = recipe.muon_lr_ratio
+        parameters = [(name, parameter) for name, parameter in parameters if not _is_block_matrix(name, parameter)]
+    decayed = [parameter for name, parameter in parameters if decays(name)]
+    kept = [parameter for name, parameter in parameters if not decays(name)]
+    groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": kept, "weight_decay": 0.0}]
+    adamw = torch.optim.AdamW(
+        groups, lr=0.0, betas=(recipe.adam_beta1, recipe.adam_beta2), eps=recipe.adam_epsilon, fused=True
+    )
+    return [*optimizers, adamw]
+
+
+def moment_names(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
+    """The moments that the optimiser keeps of a parameter, each of the parameter's shape."""
+    return ("momentum_buffer",) if isinstance(optimizer, Muon) else ("exp_avg", "exp_avg_sq")
+
+
+def empty_state(optimizer: torch.optim.Optimizer, parameter: torch.Tensor, steps: int) -> dict[str, torch.Tensor]:
+    """A parameter's optimiser state after `steps` steps, its moments yet to be filled."""
+    state = {name: torch.zeros_like(parameter) for name in moment_names(optimizer)}
+    # The fused AdamW keeps its step count, like the moments, on the parameter's device.
+    return {**state, "step": torch.tensor(float(steps), device=parameter.device)}
+
+
+def set_learning_rate(optimizers: Iterable[torch.optim.Optimizer], learning_rate: float) -> None:
+    """Sets the rate of the coming step."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * group.get("lr_ratio", 1.0)
+
+
+def gradient_norm(parameters: Iterable[nn.Parameter], max_grad_norm: float | None) -> torch.Tensor:
+    """The global norm of the gradients, fp32 `()`, before they are clipped to `max_grad_norm` in place."""
+    parameters = list(parameters)
+    if max_grad_norm is not None:
+        return nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+    return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])

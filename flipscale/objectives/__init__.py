@@ -1,0 +1,1 @@
+"""What is learned: the losses and what they need."""

@@ -1,0 +1,146 @@
+"""The tiles of the contrastive loss in Triton: what becomes of a block of logits is made where its product leaves them,
+so that no logit is written to the GPU's memory, only sums of their exponentials and, in the second pass, gradients."""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from flipscale.objectives.contrastive_tiles import Rivals, Share, SimilarityTiles, Tile
+
+# Rows, columns and depth that a program multiplies at a time. In 128 registers a thread, so that two programs share a
+# processor and the exponentials of one hide behind the products of the other.
+BLOCK = {"HEIGHT": 128, "WIDTH": 64, "DEPTH": 16}
+OPTIONS = {"num_warps": 8, "num_stages": 3}
+
+
+def add_rivals(
+    tiles: SimilarityTiles, of_rows: Rivals, of_columns: Rivals, pairs: torch.Tensor, shift: float | None
+) -> None:
+    """`SimilarityTiles.add_rivals` in fp32."""
+    for tile in tiles.unfilled():
+        (height, width), (down, across) = tile.logits.shape, _blocks(tile)
+        by_row, by_column = tile.logits.new_empty(2, across, height), tile.logits.new_empty(2, down, width)
+        _launch(tile_rivals, tiles, tile, pairs[tile.rows], *by_row, *by_column)
+        for mine, (highest, total) in ((of_rows.of(tile.rows), by_row), (of_columns.of(tile.columns), by_column)):
+            if shift is None:
+                mine.rise_to(highest.amax(0))
+            mine.total.add_(total.mul_(highest.sub_(mine.shift).exp_()).sum(0))
+
+
+def add_gradients(
+    tiles: SimilarityTiles,
+    of_rows: Share,
+    of_columns: Share,
+    of_pairs: torch.Tensor,
+    row_gradient: torch.Tensor,
+    column_gradient: torch.Tensor,
+) -> None:
+    """`SimilarityTiles.add_gradients` in fp32."""
+    for tile in tiles.unfilled():
+        weights = tiles.beside(tile)
+        shares = (*of_rows.of(tile.rows), *of_columns.of(tile.columns))
+        _launch(tile_weights, tiles, tile, of_pairs[tile.rows], *shares, weights)
+        tiles.add_products(tile, weights, row_gradient, column_gradient)
+
+
+def _blocks(tile: Tile) -> tuple[int, int]:
+    height, width = tile.logits.shape
+    return triton.cdiv(height, BLOCK["HEIGHT"]), triton.cdiv(width, BLOCK["WIDTH"])
+
+
+def _launch(kernel: Any, tiles: SimilarityTiles, tile: Tile, *others: torch.Tensor) -> None:
+    rows, columns = tile.scaled, tiles.columns[tile.columns].contiguous()
+    first_pair, depth = tiles.first_pair + tile.rows.start - tile.columns.start, rows.shape[1]
+    with torch.cuda.device_of(rows):
+        kernel[_blocks(tile)](rows, columns, first_pair, *tile.logits.shape, depth, *others, **BLOCK, **OPTIONS)
+
+
+@triton.jit
+def tile_rivals(
+    rows: tl.tensor,
+    columns: tl.tensor,
+    first_pair: tl.tensor,
+    height: tl.tensor,
+    width: tl.tensor,
+    depth: tl.tensor,
+    pairs: tl.tensor,
+    row_shift: tl.tensor,
+    row_total: tl.tensor,
+    column_shift: tl.tensor,
+    column_total: tl.tensor,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    DEPTH: tl.constexpr,
+) -> None:
+    """The rivals that each row `(column blocks, height)` and each column `(row blocks, width)` has in a block, shifted
+    by the largest logit, the pair's counted. The pairs' logits go to `pairs` `(height,)`."""
+    row, column, logits = logits_of_block(rows, columns, height, width, depth, HEIGHT, WIDTH, DEPTH)
+    partner, begin = row + first_pair, tl.program_id(1) * WIDTH
+    paired, here = column == partner, (partner >= begin) & (partner < tl.minimum(begin + WIDTH, width))
+    pair = tl.sum(tl.where(paired, logits, 0.0), 1, keep_dims=True)
+    tl.store(pairs + row, pair, here & (row < height))
+    logits = tl.where((row < height) & (column < width), logits, float("-inf"))
+
+    shift = tl.max(logits, 1, keep_dims=True)
+    total = tl.sum(tl.where(paired, 0.0, tl.exp(logits - shift)), 1, keep_dims=True)
+    part = tl.program_id(1) * height + row
+    tl.store(row_shift + part, shift, row < height)
+    tl.store(row_total + part, total, row < height)
+
+    shift = tl.max(logits, 0, keep_dims=True)
+    total = tl.sum(tl.where(paired, 0.0, tl.exp(logits - shift)), 0, keep_dims=True)
+    part = tl.program_id(0) * width + column
+    tl.store(column_shift + part, shift, column < width)
+    tl.store(column_total + part, total, column < width)
+
+
+@triton.jit
+def tile_weights(
+    rows: tl.tensor,
+    columns: tl.tensor,
+    first_pair: tl.tensor,
+    height: tl.tensor,
+    width: tl.tensor,
+    depth: tl.tensor,
+    of_pairs: tl.tensor,
+    row_shift: tl.tensor,
+    row_factor: tl.tensor,
+    column_shift: tl.tensor,
+    column_factor: tl.tensor,
+    weights: tl.tensor,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    DEPTH: tl.constexpr,
+) -> None:
+    """The gradients of the logits `(height, width)`, given those of the pairs' and the rows' and columns' shares."""
+    row, column, logits = logits_of_block(rows, columns, height, width, depth, HEIGHT, WIDTH, DEPTH)
+    of_row = tl.exp(logits - tl.load(row_shift + row, row < height)) * tl.load(row_factor + row, row < height)
+    of_column = tl.exp(logits - tl.load(column_shift + column, column < width))
+    of_column *= tl.load(column_factor + column, column < width)
+    gradients = tl.where(column == row + first_pair, tl.load(of_pairs + row, row < height), of_row + of_column)
+    tl.store(weights + row * width + column, gradients, (row < height) & (column < width))
+
+
+@triton.jit
+def logits_of_block(
+    rows: tl.tensor,
+    columns: tl.tensor,
+    height: tl.tensor,
+    width: tl.tensor,
+    depth: tl.tensor,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    DEPTH: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """This program's rows `(HEIGHT, 1)`, columns `(1, WIDTH)` and products of the two, whole fp32 and no TF32."""
+    row = tl.program_id(0) * HEIGHT + tl.arange(0, HEIGHT)[:, None]
+    column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)[None, :]
+    logits = tl.zeros((HEIGHT, WIDTH), tl.float32)
+    for first in range(0, depth, DEPTH):
+        step = first + tl.arange(0, DEPTH)
+        left = tl.load(rows + row * depth + step[None, :], (row < height) & (step < depth)[None, :], 0.0)
+        right = tl.load(columns + column * depth + step[:, None], (column < width) & (step < depth)[:, None], 0.0)
+        logits = tl.dot(left, right, logits, input_precision="ieee")
+    return row, column, logits

@@ -1,0 +1,149 @@
+"""Reconstruction of the masked patches beside the contrastive loss: MAE (arXiv 2111.06377), as FLIP tried it (paper,
+Table 1f: 0.2 and 0.3 points worse than without). Off unless a recipe asks for it, and never part of the exported model.
+"""
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import initialization as init
+
+from flipscale.data.masks import MaskRecipe
+from flipscale.model import FlipConfig, FlipModel, FlipOutput, FlipPreTrainedModel, FlipVisionConfig
+from flipscale.model.masking import complement
+from flipscale.model.modeling_flip import FlipEncoder, sincos_positions
+from flipscale.objectives.recipe import LossRecipe
+
+_DECODER_LAYERS = 4
+
+
+@dataclass
+class ReconstructionOutput(FlipOutput):
+    """A `FlipOutput` and `reconstruction_loss`, fp32 `()`: 0 where nothing was masked."""
+
+    reconstruction_loss: torch.Tensor | None = None
+
+
+class ReconstructionDecoder(FlipPreTrainedModel):
+    """A small transformer from what the image tower saw to the pixels of what it did not see: half the tower's width,
+    a learned token at every masked place, fixed positions."""
+
+    config: FlipVisionConfig
+    input_modalities = ("image",)
+    position_embedding: torch.Tensor
+
+    def __init__(self, config: FlipVisionConfig, tower_width: int):
+        super().__init__(config)
+        self.embed = nn.Linear(tower_width, config.hidden_size)
+        self.mask_token = nn.Parameter(torch.zeros(config.hidden_size))
+        self.encoder = FlipEncoder(config)
+        self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.predict = nn.Linear(config.hidden_size, config.num_channels * config.patch_size**2)
+        for name, value in self.fixed_tables().items():
+            self.register_buffer(name, value, persistent=False)
+        self.post_init()
+
+    @classmethod
+    def of(cls, tower: FlipVisionConfig) -> "ReconstructionDecoder":
+        """The decoder for an image tower of `tower`."""
+        width = tower.hidden_size // 2
+        shape = {
+            "hidden_size": width,
+            "num_hidden_layers": _DECODER_LAYERS,
+            "num_attention_heads": max(width // 64, 1),
+            "intermediate_size": 4 * width,
+        }
+        config = copy.deepcopy(tower)
+        for name, value in shape.items():
+            setattr(config, name, value)
+        return cls._from_config(config, tower_width=tower.hidden_size)
+
+    def fixed_tables(self) -> dict[str, torch.Tensor]:
+        """The buffers, computed from the configuration."""
+        side = self.config.image_size // self.config.patch_size
+        return {"position_embedding": sincos_positions(self.config.hidden_size, side, side)}
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, ReconstructionDecoder):
+            init.normal_(module.mask_token, std=0.02)
+            init.xavier_uniform_(module.embed.weight)
+            init.xavier_uniform_(module.predict.weight)
+            for name, value in module.fixed_tables().items():
+                init.copy_(getattr(module, name), value)
+
+    def forward(self, tokens: torch.Tensor, patch_index: torch.Tensor, masked_index: torch.Tensor) -> torch.Tensor:
+        """The pixels of the masked patches, `(batch, masked, channels * p * p)`, each patch normalised.
+
+        Args:
+            tokens: the image tower's output, `(batch, 1 + kept, width)`, the class token first.
+            patch_index, masked_index: the places of the patches seen, `(batch, kept)`, and of those not.
+        """
+        # A sharded decoder computes in the precision of its weights.
+        tokens = self.embed(tokens.to(self.embed.weight.dtype))
+        positions = self.position_embedding.to(tokens.dtype)
+        seen = tokens[:, 1:] + positions[patch_index]
+        masked = self.mask_token.to(tokens.dtype) + positions[masked_index]
+        states = self.encoder(torch.cat([tokens[:, :1], seen, masked], dim=1))
+        return self.predict(self.final_layer_norm(states[:, 1 + patch_index.shape[1] :]))
+
+
+class ReconstructingFlipModel(FlipModel):
+    """A `FlipModel` in training whose forward also reconstructs: its weights by the same names, and the decoder's."""
+
+    def __init__(self, config: FlipConfig):
+        super().__init__(config)
+        self.reconstruction = ReconstructionDecoder.of(config.vision_config)
+        self.post_init()
+
+    def forward(self, *inputs: Any, masked_patches: torch.Tensor | None = None, **kwargs: Any) -> ReconstructionOutput:
+        """
+        Args:
+            masked_patches: uint8 `(batch, num_patches - kept, channels * p * p)`: those that `patch_index` leaves out,
+                in their order.
+        """
+        output = super().forward(*inputs, **kwargs)
+        tokens = output.vision_model_output.last_hidden_state
+        num_patches = self.config.vision_config.num_patches
+        patch_index = kwargs.get("patch_index")
+        if masked_patches is None:
+            # Nothing to reconstruct. The decoder runs all the same: every engine expects all gradients in every step.
+            patch_index = torch.arange(num_patches, device=tokens.device).expand(len(tokens), -1)
+            masked_patches = tokens.new_empty(len(tokens), 0, self.reconstruction.predict.out_features)
+        assert patch_index is not None
+        patch_index = patch_index.long()
+        pixels = self.vision_model.embeddings.normalise(masked_patches)
+        predicted = self.reconstruction(tokens, patch_index, complement(patch_index, num_patches))
+        return ReconstructionOutput(**output, reconstruction_loss=pixel_loss(predicted, pixels))
+
+
+def pixel_loss(predicted: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
+    """The mean squared error to each patch's pixels less their mean, over their deviation; fp32 `()`, 0 without any."""
+    centred = pixels.float() - pixels.float().mean(dim=2, keepdim=True)
+    deviation = (centred.square().mean(dim=2, keepdim=True) + 1e-6).sqrt()
+    squares = (predicted.float() - centred / deviation).square()
+    return squares.sum() / max(squares.numel(), 1)
+
+
+def trained_model(recipe: LossRecipe, mask: MaskRecipe) -> type[FlipModel]:
+    """The class of the model that a run trains.
+
+    Raises:
+        ValueError: reconstruction with several views, each of which masks what another sees.
+    """
+    if recipe.reconstruction_weight > 0.0 and mask.views > 1:
+        raise ValueError(
+            f"loss.reconstruction_weight {recipe.reconstruction_weight:g} does not go with mask.views {mask.views}, "
+            "each of which masks what another sees; use 1 view, or weight 0"
+        )
+    return ReconstructingFlipModel if recipe.reconstruction_weight > 0.0 else FlipModel
+
+
+def reconstruction_loss(output: FlipOutput, recipe: LossRecipe) -> torch.Tensor | float:
+    """What a forward pass adds to the contrastive loss."""
+    if not isinstance(output, ReconstructionOutput) or output.reconstruction_loss is None:
+        return 0.0
+    return recipe.reconstruction_weight * output.reconstruction_loss

@@ -1,0 +1,1 @@
+"""Data made beforehand: shards, demo sets, inspection."""

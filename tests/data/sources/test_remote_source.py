@@ -1,0 +1,225 @@
+"""Shards on real servers on loopback: one that speaks S3, and plain HTTP that breaks off."""
+
+import http.server
+import os
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import boto3
+import pytest
+import torch
+from moto.server import ThreadedMotoServer
+from transformers import AutoTokenizer
+
+from flipscale.cli import main
+from flipscale.data.feeding import enduring_batches
+from flipscale.data.loader import DataRecipe, InputShape, PairDataset
+from flipscale.data.sources import shard_cache
+from flipscale.data.sources.opening import open_source
+from flipscale.data.sources.shard_cache import ShardCache
+from flipscale.data.sources.shard_index import index_path, load_index
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shard_cache, "_FIRST_DELAY_SECONDS", 0.01)
+
+
+@pytest.fixture(scope="module")
+def bucket(shards: Path) -> Iterator[str]:
+    """The shards in a bucket of an S3 server, the index of the last one beside it."""
+    server = ThreadedMotoServer(port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    endpoint = f"http://{host}:{port}".replace("0.0.0.0", "127.0.0.1")
+    settings = {"AWS_ENDPOINT_URL": endpoint, "AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x"}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in settings.items():
+            patch.setenv(name, value)
+        client = boto3.client("s3", region_name="us-east-1")
+        client.create_bucket(Bucket="pairs")
+        load_index(shards / "00003.tar")
+        for path in [*shards.glob("*.tar"), index_path(shards / "00003.tar")]:
+            client.upload_file(str(path), "pairs", f"train/{path.name}")
+        yield "s3://pairs/train"
+    server.stop()
+
+
+class Breaking(http.server.SimpleHTTPRequestHandler):
+    """Files of a folder; the first `breaks` times that a shard is asked for, the connection ends in its middle."""
+
+    breaks = 1
+    asked: Counter[str]
+
+    def copyfile(self, source: object, outputfile: object) -> None:
+        self.asked[self.path] += 1
+        if self.path.endswith(".tar") and self.asked[self.path] <= self.breaks:
+            outputfile.write(source.read(5000))
+            self.close_connection = True
+            return
+        super().copyfile(source, outputfile)
+
+    def log_message(self, *arguments: object) -> None:
+        """Nothing."""
+
+
+@contextmanager
+def web(folder: Path, breaks: int) -> Iterator[tuple[str, Counter[str]]]:
+    """The URL of a folder on an HTTP server, and how often each path was asked for."""
+    asked: Counter[str] = Counter()
+    handler = type("Handler", (Breaking,), {"breaks": breaks, "asked": asked})
+    server = http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0), lambda *arguments: handler(*arguments, directory=str(folder))
+    )
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}", asked
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@contextmanager
+def watched(folder: Path) -> Iterator[list[int]]:
+    """What lies in a folder in bytes, looked at all the time: the most of it in the list's only entry at the end."""
+    most, done = [0], threading.Event()
+
+    def watch() -> None:
+        while not done.is_set():
+            total = 0
+            for path in folder.glob("*") if folder.exists() else ():
+                try:
+                    total += path.stat().st_size
+                except FileNotFoundError:
+                    continue
+            most[0] = max(most[0], total)
+            time.sleep(0.001)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield most
+    finally:
+        done.set()
+        watcher.join()
+
+
+def batches(recipe: DataRecipe, tokenizer_dir: Path, steps: int = 12) -> list[dict[str, torch.Tensor]]:
+    data = PairDataset(
+        open_source(recipe), AutoTokenizer.from_pretrained(tokenizer_dir), recipe, InputShape(32, 8, 8), 5, 0.75
+    )
+    return [batch for (batch,) in enduring_batches(data, 0, steps, 0, 1, pin_memory=False)]
+
+
+def assert_equal(ours: list[dict[str, torch.Tensor]], theirs: list[dict[str, torch.Tensor]]) -> None:
+    assert len(ours) == len(theirs)
+    for a, b in zip(ours, theirs, strict=True):
+        assert all(torch.equal(a[name], b[name]) for name in a | b)
+
+
+def recipe_of(shards: object, cache: Path, **fields: object) -> DataRecipe:
+    common = {"global_batch_size": 24, "shards_per_block": 1, "num_workers": 2, "cache_dir": str(cache)}
+    return DataRecipe(shards=str(shards), **{**common, **fields})
+
+
+def test_s3_through_a_cache_that_holds_its_bound(
+    bucket: str, shards: Path, tokenizer_dir: Path, tmp_path: Path
+) -> None:
+    """Three epochs by two workers, with room for two shards of four: the batches of local shards, never more bytes."""
+    sizes = sorted(path.stat().st_size for path in shards.glob("*.tar"))
+    bound = sizes[-1] + sizes[-2] + 4096
+    assert bound < sum(sizes)
+    cache = tmp_path / "cache"
+    with watched(cache) as most:
+        remote = batches(recipe_of(f"{bucket}/*.tar", cache, cache_bytes=bound), tokenizer_dir)
+    assert_equal(remote, batches(recipe_of(shards, cache), tokenizer_dir))
+    assert sizes[-1] < most[0] <= bound
+    left = {path.name.rsplit("-")[-1] for path in cache.glob("[!.]*.tar")}
+    assert 0 < len(left) < 4
+    assert len(list(cache.glob("*.index.npy"))) == 4
+    assert not list(cache.glob(".*.partial"))
+
+
+def test_http_that_breaks_off_in_the_middle(shards: Path, tokenizer_dir: Path, tmp_path: Path) -> None:
+    """Every shard's first transfer is cut; then each comes once, for all processes together."""
+    served = tmp_path / "served"
+    served.mkdir()
+    for path in shards.glob("*.tar"):
+        (served / path.name).write_bytes(path.read_bytes())
+    with web(served, breaks=1) as (url, asked):
+        recipe = recipe_of(f"{url}/{{00000..00003}}.tar", tmp_path / "cache")
+        assert_equal(batches(recipe, tokenizer_dir), batches(recipe_of(shards, tmp_path), tokenizer_dir))
+        assert {path: count for path, count in asked.items() if path.endswith(".tar")} == {
+            f"/0000{number}.tar": 2 for number in range(4)
+        }
+
+
+def test_an_index_beside_the_shard_saves_fetching_it(shards: Path, tmp_path: Path) -> None:
+    for path in shards.glob("*.tar"):
+        load_index(path)
+    with web(shards, breaks=0) as (url, asked):
+        source = open_source(recipe_of(f"{url}/{{00000..00003}}.tar", tmp_path / "cache"))
+        assert source.shard_sizes == [30, 17, 1, 48]
+        assert not [path for path in asked if path.endswith(".tar")]
+        assert source.shard_name(1) == f"{url}/00001.tar"
+        assert source.read(1, 3).name == "00001.tar#3"
+        assert source.key(1, 3) == "000033"
+
+
+def test_indices_are_written_beside_shards_in_a_bucket(
+    bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    main(["prepare", "index", bucket])
+    assert "96 samples in 4 shards" in capsys.readouterr().out
+    source = open_source(recipe_of(bucket, tmp_path / "another"))
+    assert source.shard_sizes == [30, 17, 1, 48]
+    assert not list((tmp_path / "another").glob("*.tar"))
+
+
+def test_indices_cannot_be_written_to_a_web_server(shards: Path, tmp_path: Path) -> None:
+    with web(tmp_path, breaks=0) as (url, _):
+        (tmp_path / "00000.tar").write_bytes((shards / "00000.tar").read_bytes())
+        source = open_source(recipe_of(f"{url}/00000.tar", tmp_path / "cache"))
+        with pytest.raises(ValueError, match=r"the index of .*00000.tar cannot be written beside it"):
+            source.publish_indices()
+
+
+def test_a_server_that_always_breaks_off_is_given_up(shards: Path, tmp_path: Path) -> None:
+    with web(shards, breaks=99) as (url, asked):
+        source = open_source(recipe_of(f"{url}/{{00000..00003}}.tar", tmp_path / "cache"))
+        with pytest.raises(
+            OSError, match=r"00001.tar could not be fetched in 6 tries \(.*\); start the run again when it"
+        ):
+            source.read(1, 3)
+        assert asked["/00001.tar"] == 6
+        assert not list((tmp_path / "cache").glob("*.partial"))
+
+
+def test_what_cannot_be(shards: Path, tmp_path: Path) -> None:
+    with web(shards, breaks=0) as (url, _):
+        with pytest.raises(ValueError, match=r"shard http://.*/00004.tar does not exist; check data.shards"):
+            open_source(recipe_of(f"{url}/{{00003..00004}}.tar", tmp_path / "cache"))
+        with pytest.raises(
+            ValueError, match=r"data.cache_bytes 1000 cannot hold two blocks of 1 shards of .*; raise it"
+        ):
+            open_source(recipe_of(f"{url}/{{00000..00003}}.tar", tmp_path / "cache", cache_bytes=1000))
+    with pytest.raises(ValueError, match=r"'nonsense://x' cannot be read: .*nonsense"):
+        open_source(recipe_of("nonsense://x", tmp_path / "cache"))
+    with pytest.raises(ValueError, match=r"no shards at 'file://.*nowhere"):
+        open_source(recipe_of(f"file://{tmp_path}/nowhere", tmp_path / "cache"))
+
+
+def test_what_a_killed_process_left_makes_room(shards: Path, tmp_path: Path) -> None:
+    shard = shards / "00000.tar"
+    cache = ShardCache(tmp_path / "cache", shard.stat().st_size + 1000)
+    (tmp_path / "cache/.0123456789abcdef-00009.tar.100000.partial").write_bytes(b"half")
+    other = cache.path(f"file://{shard}")
+    other.with_name(f".{other.name}.{shard.stat().st_size}.partial").write_bytes(b"half")
+    os.close(cache.open(f"file://{shard}"))
+    assert other.read_bytes() == shard.read_bytes()
+    assert not list((tmp_path / "cache").glob(".*.partial"))

@@ -1,0 +1,183 @@
+"""Random access to shards through the index beside them."""
+
+import os
+import pickle
+import tarfile
+from pathlib import Path
+
+import pytest
+from conftest import add_member, write_shards
+
+from flipscale.data.faults import BadSample, TruncatedSample
+from flipscale.data.sources import tar_source
+from flipscale.data.sources.shard_index import index_path
+from flipscale.data.sources.tar_source import TarSource, expand_shards
+
+
+def test_reads_what_the_tar_holds(shards: Path) -> None:
+    source = TarSource(str(shards))
+    assert source.shard_sizes == [30, 17, 1, 48]
+    with tarfile.open(shards / "00001.tar") as tar:
+        image = tar.extractfile("000033.png").read()
+        caption, label = (tar.extractfile(f"000033.{field}").read() for field in ("txt", "cls"))
+    sample = source.read(1, 3)
+    assert (sample.image, sample.caption, sample.label) == (image, caption, int(label))
+    assert sample.name == "00001.tar#3"
+    again = pickle.loads(pickle.dumps(source)).read(1, 3)
+    assert again == sample
+
+
+def test_names_as_img2dataset_writes_them(tmp_path: Path) -> None:
+    """Subfolders, dots in the extension, upper case, files of no interest, samples without an image."""
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        add_member(tar, "x/1.JPG", b"one")
+        add_member(tar, "x/1.txt", b"first")
+        add_member(tar, "x/1.json", b"{}")
+        add_member(tar, "y/1.jpg", b"two")
+        add_member(tar, "lonely.txt", b"no picture")
+        add_member(tar, "p" * 150 + "/3.webp", b"three")
+    source = TarSource(str(tmp_path))
+    assert [source.read(0, n).image for n in range(len(source))] == [b"one", b"two", b"three"]
+    assert [source.read(0, n).caption for n in range(3)] == [b"first", None, None]
+
+
+def test_index_is_written_once_and_again_when_the_shard_is_newer(tmp_path: Path) -> None:
+    write_shards(tmp_path, [3])
+    TarSource(str(tmp_path))
+    index = index_path(tmp_path / "00000.tar")
+    written = index.stat().st_mtime_ns
+    TarSource(str(tmp_path))
+    assert index.stat().st_mtime_ns == written
+    write_shards(tmp_path, [5])
+    os.utime(tmp_path / "00000.tar", ns=(written + 10**9, written + 10**9))
+    assert len(TarSource(str(tmp_path))) == 5
+
+
+def test_a_damaged_index_is_rebuilt(tmp_path: Path) -> None:
+    write_shards(tmp_path, [3])
+    TarSource(str(tmp_path))
+    index_path(tmp_path / "00000.tar").write_bytes(b"junk")
+    assert len(TarSource(str(tmp_path))) == 3
+
+
+def test_a_truncated_shard_keeps_what_can_be_read(tmp_path: Path) -> None:
+    """Cut anywhere: the samples before it are there and whole, by the index that is built and by the one loaded."""
+    write_shards(tmp_path, [6])
+    shard = tmp_path / "00000.tar"
+    whole = [TarSource(str(tmp_path)).read(0, number) for number in range(6)]
+    for size in range(shard.stat().st_size - 10240, 0, -2500):
+        os.truncate(shard, size)
+        index_path(shard).unlink()
+        for _ in ("built", "loaded"):
+            source = TarSource(str(tmp_path))
+            assert [fault.cause for fault in source.faults] == [
+                "truncated_shard" if len(source) else "unreadable_shard"
+            ]
+            assert source.faults[0].detail.startswith(f"it ends at byte {size}")
+            read = [source.read(0, number) for number in range(len(source))]
+            assert [sample.image for sample in read] == [sample.image for sample in whole[: len(read)]]
+    assert len(source) == 0
+
+
+@pytest.mark.parametrize(
+    ("content", "detail"), [(b"", "it is empty"), (b"<html>404</html>" * 99, "it is not a tar file")]
+)
+def test_an_unreadable_shard_has_no_samples(tmp_path: Path, content: bytes, detail: str) -> None:
+    write_shards(tmp_path, [3])
+    (tmp_path / "00001.tar").write_bytes(content)
+    for _ in ("built", "loaded"):
+        source = TarSource(str(tmp_path))
+        assert source.shard_sizes == [3, 0]
+        assert [(f.shard, f.cause, f.detail) for f in source.faults] == [
+            (f"{tmp_path}/00001.tar", "unreadable_shard", detail)
+        ]
+
+
+def test_a_header_that_is_overwritten_ends_the_shard_there(tmp_path: Path) -> None:
+    write_shards(tmp_path, [6])
+    with open(tmp_path / "00000.tar", "r+b") as file, tarfile.open(tmp_path / "00000.tar") as tar:
+        file.seek(tar.getmembers()[9].offset)
+        file.write(b"\1" * 512)
+    source = TarSource(str(tmp_path))
+    assert source.shard_sizes == [3]
+    assert "there is no tar header at byte" in source.faults[0].detail
+
+
+@pytest.mark.parametrize("kind", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_every_dialect_of_tar(tmp_path: Path, kind: int) -> None:
+    names = ["a.jpg", "folder/b.jpg", "x" * 80 + "/" + "y" * 90 + ".jpg", "\u00e9.jpg"]
+    names += [] if kind == tarfile.USTAR_FORMAT else ["z" * 300 + ".jpg"]
+    with tarfile.open(tmp_path / "a.tar", "w", format=kind) as tar:
+        tar.addfile(tarfile.TarInfo("folder"))
+        for name in names:
+            add_member(tar, name, name.encode())
+    source = TarSource(str(tmp_path))
+    assert [source.read(0, number).image.decode() for number in range(len(source))] == names
+    assert source.faults == []
+
+
+def test_several_captions(tmp_path: Path) -> None:
+    """A list in the JSON object wins over the text, its single `caption` only stands in for it."""
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for number, (text, fields) in enumerate(
+            [
+                (b"text", b'{"captions": ["one", "two"], "caption": "x"}'),
+                (b"text", b'{"caption": "other"}'),
+                (None, b'{"caption": "alone"}'),
+                (None, b'{"captions": "no list", "url": 1'),
+            ]
+        ):
+            add_member(tar, f"{number}.json", fields)
+            add_member(tar, f"{number}.jpg", b"picture")
+            if text:
+                add_member(tar, f"{number}.txt", text)
+    source = TarSource(str(tmp_path))
+    assert [source.read(0, number).captions for number in range(3)] == [(b"one", b"two"), (b"text",), (b"alone",)]
+    with pytest.raises(BadSample, match=r"KEY.json"):
+        source.read(0, 3)
+
+
+def test_a_tar_that_is_not_grouped_by_sample(tmp_path: Path) -> None:
+    """All pictures first, the captions far behind them; in between a file that no sample has."""
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for number in range(3):
+            add_member(tar, f"{number}.jpg", b"picture %d" % number)
+        add_member(tar, "readme.md", bytes(10**5))
+        for number in range(3):
+            add_member(tar, f"{number}.txt", b"caption %d" % number)
+    source = TarSource(str(tmp_path))
+    samples = [source.read(0, number) for number in range(3)]
+    assert [sample.image for sample in samples] == [b"picture 0", b"picture 1", b"picture 2"]
+    assert [sample.caption for sample in samples] == [b"caption 0", b"caption 1", b"caption 2"]
+
+
+def test_a_shard_that_was_cut_since_it_was_indexed(tmp_path: Path) -> None:
+    write_shards(tmp_path, [3])
+    source = TarSource(str(tmp_path))
+    source.read(0, 0)
+    shard = tmp_path / "00000.tar"
+    os.truncate(shard, 9000)
+    os.utime(shard, ns=(shard.stat().st_mtime_ns + 10**9,) * 2)
+    assert source.read(0, 0).image
+    with pytest.raises(TruncatedSample, match=r"\d+ of \d+ bytes at"):
+        source.read(0, 2)
+    with pytest.raises(TruncatedSample, match=r"[12] samples are left"):
+        TarSource.read(pickle.loads(pickle.dumps(source)), 0, 2)
+
+
+def test_samples_are_called_by_their_key(shards: Path) -> None:
+    assert TarSource(str(shards)).key(1, 3) == "000033"
+
+
+def test_shard_names(shards: Path) -> None:
+    every = sorted(shards.glob("*.tar"))
+    assert expand_shards(str(shards)) == expand_shards(f"{shards}/*.tar") == every
+    assert expand_shards(f"{shards}/{{00001..00002}}.tar") == every[1:3]
+
+
+def test_more_shards_than_may_stay_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_shards(tmp_path, [1] * 70)
+    monkeypatch.setattr(tar_source, "_MAX_OPEN_SHARDS", 64)
+    source = TarSource(str(tmp_path))
+    assert all(source.read(shard, 0).image for shard in (*range(70), *range(70)))
+    assert len(source._open) == 64

@@ -1,0 +1,162 @@
+"""Checkpoints by parameter name, for both optimisers."""
+
+import resource
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from conftest import TOWER
+from safetensors.torch import load_file
+
+from flipscale.engines.checkpoint import (
+    CheckpointReader,
+    CheckpointWriter,
+    SaveRecipe,
+    latest_checkpoint,
+    load_state,
+)
+from flipscale.engines.engine import Engine
+from flipscale.engines.first_weights import fresh_weights
+from flipscale.engines.optimizers import OptimRecipe, gradient_norm
+from flipscale.model import FlipConfig
+from flipscale.objectives.contrastive import contrastive_loss
+
+CONFIG = FlipConfig(
+    vision_config={**TOWER, "image_size": 16, "patch_size": 8},
+    text_config={**TOWER, "vocab_size": 16, "max_position_embeddings": 8},
+)
+
+
+def build(name: str, seed: int) -> Engine:
+    engine = Engine(Accelerator(cpu=True), OptimRecipe(name=name), global_batch_size=6)
+    engine.build(CONFIG, lambda model: None, fresh_weights(seed))
+    return engine
+
+
+def steps(engine: Engine, numbers: range) -> None:
+    for number in numbers:
+        generator = torch.Generator().manual_seed(number)
+        pixels = torch.randn(6, 3, 16, 16, generator=generator)
+        ids = torch.randint(0, 16, (6, 8), generator=generator)
+        output = engine(input_ids=ids, pixel_values=pixels)
+        engine.backward(contrastive_loss(output.image_embeds, output.text_embeds, output.logit_scale))
+        assert engine.gradient_norm() > 0
+        engine.step(1e-3, finite=True)
+
+
+def save(engine: Engine, run_dir: Path, step: int, total_limit: int = 1) -> Path:
+    writer = CheckpointWriter(engine.accelerator, run_dir, SaveRecipe(total_limit=total_limit), None)
+    writer.save(engine.pieces(), engine.shapes(), {"step": step}, "seed: 0\n")
+    assert writer.commit() == step
+    return run_dir / f"checkpoints/step-{step:08d}"
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_training_goes_on_bit_for_bit(name: str, tmp_path: Path) -> None:
+    engine = build(name, 0)
+    engine.prepare()
+    steps(engine, range(3))
+    assert engine.optimizer_steps() == 3
+    save(engine, tmp_path, 3)
+    steps(engine, range(3, 6))
+
+    other = build(name, 1)
+    checkpoint = latest_checkpoint(tmp_path)
+    assert checkpoint is not None
+    assert load_state(checkpoint) == {"step": 3, "recipe": {"seed": 0}}
+    other.load_weights(CheckpointReader(checkpoint))
+    other.prepare()
+    other.load_moments(CheckpointReader(checkpoint), 3)
+    steps(other, range(3, 6))
+    for key, value in engine.weights.state_dict().items():
+        assert torch.equal(value, other.weights.state_dict()[key]), key
+
+
+def test_muon_takes_the_blocks_matrices_and_adamw_the_rest(tmp_path: Path) -> None:
+    engine = build("muon", 0)
+    engine.prepare()
+    steps(engine, range(1))
+    fields: dict[str, set[str]] = {}
+    for key in load_file(save(engine, tmp_path, 1) / "part-00000.safetensors"):
+        field, _, parameter = key.partition(".")
+        fields.setdefault(parameter, set()).add(field)
+    assert fields.keys() == dict(engine.weights.named_parameters()).keys()
+    assert fields["vision_model.encoder.layers.1.mlp.fc1.weight"] == {"weight", "momentum_buffer"}
+    for parameter in ("vision_model.encoder.layers.1.mlp.fc1.bias", "image_projection.weight", "logit_scale"):
+        assert fields[parameter] == {"weight", "exp_avg", "exp_avg_sq"}
+
+
+def test_the_other_optimiser_s_checkpoint_is_refused(tmp_path: Path) -> None:
+    engine = build("muon", 0)
+    engine.prepare()
+    steps(engine, range(1))
+    path = save(engine, tmp_path, 1)
+    other = build("adamw", 0)
+    other.prepare()
+    with pytest.raises(ValueError, match=r"has no exp_avg of .*; was optim.name another\?"):
+        other.load_moments(CheckpointReader(path), 1)
+
+
+def test_another_model_s_checkpoint_is_refused(tmp_path: Path) -> None:
+    path = save(build("adamw", 0), tmp_path, 1)
+    with pytest.raises(ValueError, match=r"has no weight of head.weight; was the model another\?"):
+        CheckpointReader(path).fill("weight", "head.weight", torch.zeros(3), 0)
+
+
+def test_a_disk_that_refuses_leaves_the_checkpoints_that_were_there(tmp_path: Path) -> None:
+    engine = build("adamw", 0)
+    engine.prepare()
+    whole = save(engine, tmp_path, 1)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"step-00000002 could not be written \(.*File too large.*free some space"):
+            save(engine, tmp_path, 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(whole.parent.iterdir()) == [whole]
+    assert CheckpointReader(whole).tensor("weight", "logit_scale") > 0
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path) -> None:
+    engine = build("adamw", 0)
+    engine.prepare()
+    writer = CheckpointWriter(engine.accelerator, tmp_path, SaveRecipe(), None)
+    before = engine.weights.logit_scale.item()
+    writer.save(engine.pieces(), engine.shapes(), {"step": 1}, "")
+    assert writer.is_open
+    assert latest_checkpoint(tmp_path) is None, "there before it is committed"
+    steps(engine, range(3))
+    assert writer.commit() == 1
+    assert not writer.is_open
+    assert CheckpointReader(tmp_path / "checkpoints/step-00000001").tensor("weight", "logit_scale") == before
+    assert engine.weights.logit_scale.item() != before
+
+
+def test_the_clock_asks_for_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    accelerator = Accelerator(cpu=True)
+    writer = CheckpointWriter(accelerator, tmp_path, SaveRecipe(every_minutes=10.0), None)
+    assert not writer.clock_is_due
+    now = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now + 599)
+    assert not writer.clock_is_due
+    monkeypatch.setattr(time, "monotonic", lambda: now + 601)
+    assert writer.clock_is_due
+    assert not CheckpointWriter(accelerator, tmp_path, SaveRecipe(), None).clock_is_due
+
+
+def test_no_checkpoint_is_none(tmp_path: Path) -> None:
+    assert latest_checkpoint(tmp_path) is None
+    (tmp_path / "checkpoints/.step-00000009.partial").mkdir(parents=True)
+    assert latest_checkpoint(tmp_path) is None
+
+
+def test_gradients_are_clipped_only_when_asked() -> None:
+    weight = torch.nn.Parameter(torch.zeros(4))
+    weight.grad = torch.full((4,), 3.0)
+    assert gradient_norm([weight], None) == pytest.approx(6.0)
+    assert weight.grad[0] == 3.0
+    assert gradient_norm([weight], 1.5) == pytest.approx(6.0)
+    assert weight.grad[0] == pytest.approx(0.75)

@@ -1,0 +1,28 @@
+"""What a device can do: by its name, or measured."""
+
+import pytest
+import torch
+
+from flipscale.engines.device import peak_flops
+
+
+@pytest.mark.parametrize(
+    ("name", "teraflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA A10G", 70),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA RTX A1000", None),
+        ("Tesla T4", None),
+    ],
+)
+def test_a_gpu_is_known_by_its_name(monkeypatch: pytest.MonkeyPatch, name: str, teraflops: int | None) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert peak_flops(torch.device("cuda"), "bf16") == (teraflops and teraflops * 1e12)
+    assert peak_flops(torch.device("cuda"), "no") is None
+
+
+def test_a_cpu_is_measured() -> None:
+    assert 1e9 < peak_flops(torch.device("cpu"), "no") < 1e14

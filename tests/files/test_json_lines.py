@@ -1,0 +1,41 @@
+"""JSON lines: what one writer left torn spoils no record of the next."""
+
+from pathlib import Path
+
+from flipscale.files import json_lines
+
+
+def test_records_come_back_in_order(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    assert json_lines.read(path) == []
+    json_lines.append(path, [{"step": 1}])
+    json_lines.append(path, [])
+    json_lines.append(path, [{"step": 2}, {"step": 3, "name": "ä"}])
+    assert json_lines.read(path) == [{"step": 1}, {"step": 2}, {"step": 3, "name": "ä"}]
+    assert len(path.read_text().splitlines()) == 3
+
+
+def test_a_line_cut_off_and_appended_to_loses_only_itself(tmp_path: Path) -> None:
+    path = tmp_path / "starts.jsonl"
+    json_lines.append(path, [{"step": 1}, {"step": 2}])
+    whole = path.read_bytes()
+    for cut in range(len(whole) // 2 + 1, len(whole)):
+        path.write_bytes(whole[:cut])
+        json_lines.append(path, [{"step": 3}])
+        steps = [record["step"] for record in json_lines.read(path)]
+        assert steps in ([1, 3], [1, 2, 3]), whole[:cut]
+
+
+def test_a_line_still_being_written_is_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n{"step": 2, "name": "\xc3')
+    assert json_lines.read(path) == [{"step": 1}]
+
+
+def test_a_rewritten_file_has_these_records_alone(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    json_lines.append(path, [{"step": 1}, {"step": 2}])
+    json_lines.rewrite(path, [{"step": 1}])
+    assert json_lines.read(path) == [{"step": 1}]
+    json_lines.rewrite(path, [])
+    assert path.read_text() == ""

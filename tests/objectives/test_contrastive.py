@@ -1,0 +1,157 @@
+"""The loss on one process, against fp64 written out."""
+
+import threading
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+from torch.nn.functional import normalize
+
+from flipscale.model import FlipConfig, FlipModel
+from flipscale.objectives import contrastive_tiles
+from flipscale.objectives.contrastive import contrastive_loss
+from flipscale.objectives.sigmoid import sigmoid_loss
+
+
+def written_out(image: torch.Tensor, text: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    logits = scale * image @ text.T
+    pairs = logits.diagonal()
+    return ((logits.logsumexp(1) - pairs).mean() + (logits.logsumexp(0) - pairs).mean()) / 2
+
+
+def embeds_of(batch: int, dim: int, noise: float | None, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+    """Images and texts of unit length; `noise` relative to the images makes the texts, none makes them unrelated."""
+    images, other = torch.randn(2, batch, dim, generator=torch.Generator().manual_seed(batch))
+    texts = other if noise is None else images + noise * other
+    return [normalize(side, dim=1).to(dtype) for side in (images, texts)]
+
+
+def leaves_of(inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+    return [t.clone().requires_grad_() for t in inputs]
+
+
+def check_against_fp64(inputs: list[torch.Tensor]) -> None:
+    ours = leaves_of(inputs)
+    exact = [t.double().requires_grad_() for t in inputs]
+    loss, expected = contrastive_loss(*ours), written_out(*exact)
+    assert loss.dtype == torch.float32
+    loss.backward()
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6, abs=1e-6)
+    for a, b in zip(ours, exact, strict=True):
+        assert a.grad.dtype == a.dtype
+        rounding = 2**-8 if a.dtype == torch.bfloat16 else 0.0
+        assert ((a.grad - b.grad).abs() <= 1e-5 * b.grad.abs().max() + rounding * b.grad.abs() + 1e-12).all()
+
+
+@pytest.mark.parametrize("noise", [None, 3.0, 0.5, 0.05], ids=["unrelated", "learning", "learned", "well learned"])
+@pytest.mark.parametrize("scale", [1.0, 14.3, 100.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("batch", "dim"), [(1, 32), (2, 1024), (7, 32), (257, 96), (1025, 33), (1531, 256)])
+def test_value_and_gradients(batch: int, dim: int, dtype: torch.dtype, scale: float, noise: float | None) -> None:
+    check_against_fp64([*embeds_of(batch, dim, noise, dtype), torch.tensor([scale])])
+
+
+@pytest.mark.parametrize("scale", [30.0, 100.0])
+def test_value_and_gradients_of_many(scale: float) -> None:
+    check_against_fp64([*embeds_of(4096, 512, 2.0), torch.tensor([scale])])
+
+
+@pytest.mark.parametrize("scale", [20.0, 100.0])
+def test_opposite_pairs(scale: float) -> None:
+    """No one shift of the exponentials serves rows whose largest logits are 200 apart."""
+    images, texts = embeds_of(300, 16, 0.1)
+    texts[:150] = -texts[:150]
+    images[150:] = images[:150].roll(1, dims=0)
+    check_against_fp64([images, texts, torch.tensor([scale])])
+
+
+@pytest.mark.parametrize("scale", [20.0, 100.0])
+@pytest.mark.parametrize("threads", [2, 4])
+def test_blocks_on_threads(threads: int, scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(contrastive_tiles, "_BLOCK", 100)
+    ran_on = set()
+    product = torch.mm
+    monkeypatch.setattr(torch, "mm", lambda *a, **k: ran_on.add(threading.get_ident()) or product(*a, **k))
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        inputs = [*embeds_of(1031, 64, 1.0), torch.tensor([scale])]
+        check_against_fp64(inputs)
+        assert len(ran_on - {threading.get_ident()}) >= 2
+        assert torch.get_num_threads() == threads
+        once, again = (torch.autograd.grad(contrastive_loss(*leaves), leaves) for leaves in [leaves_of(inputs)] * 2)
+        assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_fault_on_a_thread_is_the_caller_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(contrastive_tiles, "_BLOCK", 2)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+            contrastive_tiles.in_blocks(torch.ones(8, 3), torch.ones(8, 4), 1.0, 0, lambda tiles, *_: list(tiles))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("noise", [0.05, 1.0])
+@pytest.mark.parametrize("loss_of", [contrastive_loss, partial(sigmoid_loss, logit_bias=torch.tensor([-10.0]))])
+def test_products_have_no_denormal_numbers_in_them(
+    loss_of: Callable[..., torch.Tensor], noise: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With them they take 200 times as long on a CPU."""
+    least = []
+    product = torch.Tensor.addmm_
+
+    def watched(into: torch.Tensor, weights: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        least.append(weights[weights != 0].abs().min().item())
+        return product(into, weights, other)
+
+    monkeypatch.setattr(torch.Tensor, "addmm_", watched)
+    images, texts = embeds_of(300, 64, noise)
+    loss = loss_of(images.requires_grad_(), texts, torch.tensor([100.0]))
+    loss.backward()
+    assert loss.isfinite()
+    assert len(least) == 2
+    assert min(least) >= torch.finfo(torch.float32).tiny
+
+
+def test_the_upstream_gradient_counts() -> None:
+    embeds = [side.requires_grad_() for side in embeds_of(300, 16, 1.0)]
+    scale = torch.tensor([10.0], requires_grad=True)
+    once = torch.autograd.grad(contrastive_loss(*embeds, scale), [*embeds, scale])
+    thrice = torch.autograd.grad(3 * contrastive_loss(*embeds, scale), [*embeds, scale])
+    for a, b in zip(once, thrice, strict=True):
+        assert torch.allclose(3 * a, b)
+
+
+def test_embeddings_that_are_not_finite_make_a_loss_that_is_not() -> None:
+    images, texts = embeds_of(300, 16, 1.0)
+    images[5] = float("nan")
+    images.requires_grad_()
+    loss = contrastive_loss(images, texts, torch.tensor([100.0]))
+    loss.backward()
+    assert not loss.isfinite()
+    assert not images.grad.isfinite().all()
+
+
+def test_loss_is_fp32_under_autocast() -> None:
+    embeds = normalize(torch.randn(16, 32), dim=1)
+    scale = torch.tensor([50.0])
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = contrastive_loss(embeds, embeds, scale)
+    assert torch.equal(inside, contrastive_loss(embeds, embeds, scale))
+
+
+def test_equals_the_model_s_own_loss_on_one_process() -> None:
+    tower = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    vision = {**tower, "image_size": 16, "patch_size": 8}
+    model = FlipModel(FlipConfig(vision_config=vision, text_config={**tower, "vocab_size": 16})).eval()
+    output = model(torch.randint(0, 16, (6, 8)), torch.randn(6, 3, 16, 16), return_loss=True)
+    ours = contrastive_loss(output.image_embeds, output.text_embeds, output.logit_scale)
+    assert ours.item() == pytest.approx(output.loss.item(), abs=1e-6)

@@ -1,0 +1,157 @@
+"""The kernels without a GPU: what they compute, in Triton's interpreter, and that they compile for real ones."""
+
+import subprocess
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from training import test_contrastive
+
+from flipscale.objectives import contrastive, contrastive_tiles
+from flipscale.objectives.contrastive_tiles import Rivals, SimilarityTiles, kernels_for
+
+contrastive_triton = pytest.importorskip("flipscale.objectives.contrastive_triton")
+
+Interpreted = Callable[..., None]
+
+
+def interpret() -> None:
+    """Has the kernels make all tiles of fp32, wherever they are, each of several blocks."""
+    torch.set_num_threads(1)
+    contrastive_tiles._TILE["cpu"] = (200, 150)
+    contrastive_tiles.kernels_for = lambda rows: contrastive_triton if rows.dtype == torch.float32 else None
+    contrastive._FEW = 0
+
+
+@pytest.fixture(scope="module")
+def interpreted() -> Iterator[Interpreted]:
+    """Calls a function in a process whose Triton interprets kernels, which it decides when it is imported."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as process:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("TRITON_INTERPRET", "1")
+            process.submit(interpret).result()
+        yield lambda function, *inputs: process.submit(function, *inputs).result()
+
+
+@pytest.mark.parametrize("noise", [None, 3.0, 0.5], ids=["unrelated", "learning", "learned"])
+@pytest.mark.parametrize("scale", [1.0, 14.3, 100.0])
+@pytest.mark.parametrize(
+    ("batch", "dim", "dtype"),
+    [(1, 32, torch.float32), (7, 33, torch.bfloat16), (257, 96, torch.bfloat16), (300, 33, torch.float32)],
+)
+def test_value_and_gradients(
+    interpreted: Interpreted, batch: int, dim: int, dtype: torch.dtype, scale: float, noise: float | None
+) -> None:
+    interpreted(test_contrastive.test_value_and_gradients, batch, dim, dtype, scale, noise)
+
+
+@pytest.mark.parametrize("scale", [20.0, 100.0])
+def test_opposite_pairs(interpreted: Interpreted, scale: float) -> None:
+    interpreted(test_contrastive.test_opposite_pairs, scale)
+
+
+def check_that_nothing_finite_comes_of(number: float) -> None:
+    images, texts = test_contrastive.embeds_of(300, 16, 1.0)
+    images[5, 3] = number
+    images.requires_grad_()
+    loss = contrastive.contrastive_loss(images, texts, torch.tensor([100.0]))
+    loss.backward()
+    assert not loss.isfinite()
+    assert not images.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_embeddings_that_are_not_finite(interpreted: Interpreted, number: float) -> None:
+    interpreted(check_that_nothing_finite_comes_of, number)
+
+
+def both_passes(rows: torch.Tensor, columns: torch.Tensor, first_pair: int, shift: float | None) -> list[torch.Tensor]:
+    """What they leave: the logarithms of the rivals, the pairs' logits, the gradients of rows and columns."""
+    tiles = SimilarityTiles(rows, columns, 30.0, first_pair)
+    pairs, of_columns_pairs = torch.ones_like(rows[:, 0]), torch.ones_like(columns[:, 0])
+    of_rows, of_columns = Rivals.none(rows, shift), Rivals.none(columns, shift)
+    tiles.add_rivals(of_rows, of_columns, pairs, shift)
+    shares = of_rows.share(pairs), of_columns.share(of_columns_pairs)
+    gradients = torch.zeros_like(rows), torch.zeros_like(columns)
+    of_pairs = torch.linspace(-1, 1, len(rows), dtype=rows.dtype)
+    tiles.add_gradients(*shares, of_pairs, *gradients, shift)
+    if shift is not None:
+        assert {*of_rows.shift.tolist(), *of_columns.shift.tolist()} == {shift}
+    return [of_rows.total.log() + of_rows.shift, of_columns.total.log() + of_columns.shift, pairs, *gradients]
+
+
+def check_against_plain(height: int, width: int, first_pair: int, shift: float | None) -> None:
+    """In fp32 from strided memory against fp64, of which the kernels make nothing."""
+    embeds = torch.randn(height + width, 40, 2, generator=torch.Generator().manual_seed(height))
+    rows, columns = torch.nn.functional.normalize(embeds, dim=1)[..., 0].split([height, width])
+    found = both_passes(rows, columns, first_pair, shift)
+    for a, b in zip(found, both_passes(rows.double(), columns.double(), first_pair, shift), strict=True):
+        assert torch.allclose(a.double(), b, rtol=1e-5, atol=1e-5 * b.abs().max().item())
+
+
+@pytest.mark.parametrize("shift", [None, 5.0])
+@pytest.mark.parametrize(
+    ("height", "width", "first_pair"), [(2, 5, 1), (7, 300, 40), (300, 257, -50), (257, 130, 100), (33, 64, 70)]
+)
+def test_any_part_of_the_matrix(
+    interpreted: Interpreted, height: int, width: int, first_pair: int, shift: float | None
+) -> None:
+    interpreted(check_against_plain, height, width, first_pair, shift)
+
+
+class Compiler:
+    """Stands in for a kernel, and compiles it for what it is launched with; `found` are the programs."""
+
+    def __init__(self, kernel: Any, capability: int):
+        self.kernel, self.capability, self.found = kernel, capability, []
+
+    def __getitem__(self, grid: tuple[int, int]) -> Callable[..., None]:
+        return self.compile
+
+    def compile(self, *arguments: torch.Tensor | int, **options: int) -> None:
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler import ASTSource, compile
+
+        blocks = {name: options.pop(name) for name in contrastive_triton.BLOCK}
+        kinds = ["*fp32" if isinstance(argument, torch.Tensor) else "i32" for argument in arguments]
+        signature = dict(zip(self.kernel.arg_names, [*kinds, *["constexpr"] * len(blocks)], strict=True))
+        aligned = [i for i, a in enumerate(arguments) if isinstance(a, torch.Tensor) or a % 16 == 0]
+        source = ASTSource(self.kernel, signature, blocks, {(i,): [["tt.divisibility", 16]] for i in aligned})
+        self.found.append(compile(source, GPUTarget("cuda", self.capability, 32), options))
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_kernels_compile_keep_to_registers_and_to_fp32(
+    capability: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from triton import knobs
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(contrastive_tiles, "kernels_for", lambda rows: contrastive_triton)
+    compilers = [Compiler(getattr(contrastive_triton, name), capability) for name in ("tile_rivals", "tile_weights")]
+    for compiler in compilers:
+        monkeypatch.setattr(contrastive_triton, compiler.kernel.__name__, compiler)
+    both_passes(*torch.zeros(2, 512, 512), 0, None)
+    for compiler in compilers:
+        (program,) = compiler.found
+        binary = tmp_path / "kernel.cubin"
+        binary.write_bytes(program.asm["cubin"])
+        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", binary]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        assert " STACK:0 " in usage
+        assert "tf32" not in program.asm["ptx"]
+
+
+def test_the_kernels_are_for_fp32_on_gpus_with_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    with FakeTensorMode():
+        on_gpu = torch.empty(2, 2, device="cuda")
+        assert kernels_for(on_gpu) is contrastive_triton
+        assert kernels_for(on_gpu.double()) is None
+        assert kernels_for(on_gpu.cpu()) is None
+        monkeypatch.setattr(contrastive_tiles, "find_spec", lambda name: None)
+        assert kernels_for(on_gpu) is None

@@ -1,0 +1,136 @@
+"""Reconstruction of masked patches: a second task while training, gone from what is exported."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import metrics, pretrain
+from safetensors.torch import load_file
+
+from flipscale.engines.checkpoint import CheckpointReader
+from flipscale.engines.first_weights import build_weights, fresh_weights
+from flipscale.model import FlipConfig, FlipModel
+from flipscale.model.masking import complement, keep_patches, take_patches
+from flipscale.objectives.reconstruction import ReconstructingFlipModel, pixel_loss
+
+TOWER = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+CONFIG = FlipConfig(
+    vision_config={**TOWER, "image_size": 32, "patch_size": 8},
+    text_config={**TOWER, "vocab_size": 16, "max_position_embeddings": 8},
+)
+
+
+def build(kind: type[FlipModel]) -> FlipModel:
+    return build_weights(CONFIG, lambda _: None, fresh_weights(0), lambda _: None, kind)
+
+
+def batch() -> dict[str, torch.Tensor]:
+    """Six images of smooth colour gradients, half of each masked."""
+    generator = torch.Generator().manual_seed(0)
+    whole = torch.rand(6, 16, 3, 1, generator=generator) * 100 + torch.arange(64) * torch.rand(
+        6, 1, 3, 1, generator=generator
+    )
+    whole = whole.to(torch.uint8).flatten(2)
+    index = keep_patches(torch.rand(6, 4, 4, generator=generator), 0.5)[:, 0]
+    return {
+        "patches": take_patches(whole, index),
+        "patch_index": index.to(torch.int16),
+        "masked_patches": take_patches(whole, complement(index, 16)),
+        "input_ids": torch.randint(1, 16, (6, 8), generator=generator),
+    }
+
+
+def test_the_complement_is_what_an_index_leaves_out() -> None:
+    index = keep_patches(torch.rand(20, 6, 6), 0.6)[:, 0]
+    absent = complement(index, 36)
+    assert (absent.diff(dim=1) > 0).all()
+    assert (torch.cat([index, absent], dim=1).sort(dim=1).values == torch.arange(36)).all()
+    assert complement(torch.arange(4)[None], 4).shape == (1, 0)
+
+
+def test_the_model_is_the_same_beside_its_decoder() -> None:
+    plain, training = build(FlipModel), build(ReconstructingFlipModel)
+    state = training.state_dict()
+    assert {n for n in state if not n.startswith("reconstruction.")} == plain.state_dict().keys()
+    assert all(torch.equal(state[name], tensor) for name, tensor in plain.state_dict().items())
+    inputs = {name: value for name, value in batch().items() if name != "masked_patches"}
+    ours = training.eval()(**inputs | {"masked_patches": batch()["masked_patches"]}, return_logits=False)
+    assert torch.equal(ours.image_embeds, plain.eval()(**inputs).image_embeds)
+
+
+def test_pixel_loss_is_to_patches_of_mean_zero_and_deviation_one() -> None:
+    pixels = torch.randint(0, 256, (2, 3, 192), generator=torch.Generator().manual_seed(0))
+    centred = pixels.double() - pixels.double().mean(dim=2, keepdim=True)
+    target = centred / centred.square().mean(dim=2, keepdim=True).sqrt()
+    assert pixel_loss(target, pixels).item() < 1e-9
+    assert pixel_loss(torch.zeros(2, 3, 192), pixels).item() == pytest.approx(1.0)
+    assert pixel_loss(torch.zeros(2, 0, 192), pixels[:, :0]).item() == 0.0
+
+
+def test_a_decoder_learns_the_pixels_and_moves_the_image_tower() -> None:
+    model = build(ReconstructingFlipModel)
+    inputs = batch()
+    first = model(**inputs, return_logits=False).reconstruction_loss
+    first.backward()
+    for name, parameter in model.named_parameters():
+        trained = name.startswith(("vision_model.", "reconstruction."))
+        assert (parameter.grad is not None and bool(parameter.grad.any())) == trained, name
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss = model(**inputs, return_logits=False).reconstruction_loss
+        loss.backward()
+        optimizer.step()
+    assert first.item() > 1.0
+    assert loss.item() < 0.8, "predicting nothing, each patch's mean, would be 1"
+
+
+def test_each_prediction_depends_on_its_own_place() -> None:
+    model = build(ReconstructingFlipModel).eval()
+    inputs = batch()
+    tokens = model.vision_model(patches=inputs["patches"], patch_index=inputs["patch_index"]).last_hidden_state
+    index, absent = inputs["patch_index"].long(), complement(inputs["patch_index"], 16)
+    predicted = model.reconstruction(tokens, index, absent)
+    assert predicted.shape == (6, 8, 192)
+    turned = model.reconstruction(tokens, index, absent.flip(1))
+    assert torch.allclose(turned.flip(1), predicted, atol=1e-5)
+    assert (predicted[:, 0] - predicted[:, 1]).abs().max() > 1e-3
+
+
+def test_nothing_masked_gives_every_parameter_a_gradient_of_zero() -> None:
+    model = build(ReconstructingFlipModel)
+    patches = torch.randint(0, 256, (2, 16, 192), dtype=torch.uint8)
+    output = model(patches=patches, input_ids=torch.ones(2, 8).long(), return_logits=False)
+    assert output.reconstruction_loss.item() == 0.0
+    output.reconstruction_loss.backward()
+    for name, parameter in model.named_parameters():
+        if name.startswith("reconstruction."):
+            assert parameter.grad is not None, name
+            assert not parameter.grad.any(), name
+
+
+def test_a_run_reconstructs_on_one_process_and_two_and_exports_none_of_it(
+    write_recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    stages = [
+        {"name": "masked", "samples": 96, "mask_ratio": 0.5, "base_lr": 0.012},
+        {"name": "unmasked", "samples": 32},
+    ]
+    runs = []
+    for processes in (1, 2):
+        file = write_recipe(tmp_path / f"{processes}", stages=stages, loss={"reconstruction_weight": 2.0})
+        done = pretrain(file, processes)
+        assert done.returncode == 0, done.stderr
+        runs.append([record for record in metrics(tmp_path / f"{processes}") if "loss" in record])
+    for name in ("loss", "grad_norm"):
+        assert [r[name] for r in runs[1]] == pytest.approx([r[name] for r in runs[0]], rel=1e-4)
+    # ln 16 for the pairs, and 2 x about 1.1 for the pixels; nothing is masked in the last two steps.
+    assert runs[0][0]["loss"] == pytest.approx(2.77 + 2.3, abs=0.6)
+    assert runs[0][-1]["loss"] < 3.2
+    exported = load_file(tmp_path / "1" / "model" / "model.safetensors")
+    assert exported.keys() == FlipModel(CONFIG).state_dict().keys()
+    saved = CheckpointReader(tmp_path / "1" / "checkpoints" / "step-00000008")
+    assert saved.tensor("weight", "reconstruction.mask_token").shape == (16,)
+    assert all(torch.equal(saved.tensor("weight", name), tensor) for name, tensor in exported.items())
+    assert '"FlipModel"' in (tmp_path / "1" / "model" / "config.json").read_text()

@@ -1,0 +1,97 @@
+"""The sigmoid loss on one process, against fp64 written out, and the models that are trained with it."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import metrics
+from torch.nn.functional import logsigmoid, normalize
+
+from flipscale.benchmarks.loss import forget_peak_memory, peak_memory_bytes
+from flipscale.cli import main
+from flipscale.model import FlipConfig, FlipModel
+from flipscale.objectives.recipe import LossRecipe, pair_loss
+from flipscale.objectives.sigmoid import sigmoid_loss
+
+TOWER = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+
+
+def written_out(image: torch.Tensor, text: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    logits = scale * image @ text.T + bias
+    signs = 2 * torch.eye(len(logits)) - 1
+    return -logsigmoid(signs * logits).sum() / len(logits)
+
+
+@pytest.mark.parametrize(("scale", "bias"), [(10.0, -10.0), (1.0, 3.0), (100.0, -60.0)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("batch", "dim"), [(1, 32), (7, 1024), (257, 96), (1531, 33)])
+def test_value_and_gradients(batch: int, dim: int, dtype: torch.dtype, scale: float, bias: float) -> None:
+    images, other = torch.randn(2, batch, dim, generator=torch.Generator().manual_seed(batch))
+    sides = [normalize(side, dim=1).to(dtype) for side in (images, images + other)]
+    inputs = [*sides, torch.tensor([scale]), torch.tensor([bias])]
+    ours = [t.clone().requires_grad_() for t in inputs]
+    exact = [t.double().requires_grad_() for t in inputs]
+    loss, expected = sigmoid_loss(*ours), written_out(*exact)
+    assert loss.dtype == torch.float32
+    loss.backward()
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6, abs=1e-6)
+    for a, b in zip(ours, exact, strict=True):
+        rounding = 2**-8 if a.dtype == torch.bfloat16 else 0.0
+        assert ((a.grad - b.grad).abs() <= 1e-5 * b.grad.abs().max() + rounding * b.grad.abs() + 1e-12).all()
+
+
+def test_memory_does_not_grow_with_the_square() -> None:
+    embeds = [normalize(torch.randn(5000, 16), dim=1).requires_grad_() for _ in range(2)]
+    head = (torch.tensor([10.0]), torch.tensor([-5.0]))
+    before = forget_peak_memory(torch.device("cpu"))
+    sigmoid_loss(*embeds, *head).backward()
+    assert peak_memory_bytes(torch.device("cpu")) - before < 4 * 5000**2 / 2
+
+
+def test_views_are_not_asked_of_each_other() -> None:
+    images = normalize(torch.randn(8, 16), dim=1)
+    texts = normalize(torch.randn(4, 16), dim=1)
+    head = (torch.tensor([10.0]), torch.tensor([-5.0]))
+    apart = (sigmoid_loss(images[0::2], texts, *head) + sigmoid_loss(images[1::2], texts, *head)) / 2
+    assert sigmoid_loss(images, texts, *head).item() == pytest.approx(apart.item(), rel=1e-6)
+
+
+def model(**fields: object) -> FlipModel:
+    vision = {**TOWER, "image_size": 16, "patch_size": 8}
+    return FlipModel(FlipConfig(vision_config=vision, text_config={**TOWER, "vocab_size": 16}, **fields)).eval()
+
+
+def test_a_model_with_a_bias_adds_it_and_has_the_loss(tmp_path: Path) -> None:
+    model(logit_bias_init_value=-10.0, logit_scale_init_value=math.log(10.0)).save_pretrained(tmp_path)
+    loaded = FlipModel.from_pretrained(tmp_path)
+    assert loaded.logit_bias.item() == -10.0
+    output = loaded(torch.randint(0, 16, (6, 8)), torch.randn(6, 3, 16, 16), return_loss=True)
+    cosines = output.image_embeds @ output.text_embeds.T
+    assert torch.allclose(output.logits_per_image, 10 * cosines - 10)
+    head = (output.logit_scale, output.logit_bias)
+    ours = pair_loss(output.image_embeds, output.text_embeds, head, LossRecipe("sigmoid"))
+    assert ours.item() == pytest.approx(output.loss.item(), rel=1e-6)
+
+
+def test_a_model_without_has_no_such_weight() -> None:
+    assert "logit_bias" not in model().state_dict()
+    assert model()(torch.randint(0, 16, (6, 8)), torch.randn(6, 3, 16, 16)).logit_bias is None
+
+
+@pytest.mark.parametrize(("kind", "names"), [("sigmoid", "logit_scale and logit_bias"), ("infonce", "logit_scale")])
+def test_a_head_for_another_loss_is_refused(kind: str, names: str) -> None:
+    embeds, head = torch.eye(4), (torch.ones(1), torch.ones(1))
+    with pytest.raises(ValueError, match=f"loss.kind '{kind}' takes {names}, the model's head has"):
+        pair_loss(embeds, embeds, head[:1] if kind == "sigmoid" else head, LossRecipe(kind))
+
+
+def test_a_recipe_trains_with_it(write_recipe, tmp_path: Path) -> None:
+    file = write_recipe(tmp_path / "run", loss={"kind": "sigmoid"}, data={"micro_batch_size": 4})
+    main(["pretrain", "--config", str(file)])
+    losses = [record["loss"] for record in metrics(tmp_path / "run") if "loss" in record]
+    assert losses[-1] < losses[0] - 1.0
+    exported = FlipModel.from_pretrained(tmp_path / "run/model")
+    assert exported.config.logit_bias_init_value == -10.0
+    assert exported.logit_bias.item() != -10.0

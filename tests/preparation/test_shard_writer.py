@@ -1,0 +1,255 @@
+"""Shards from folders, tables and data sets: the same bytes however often killed, and a word on what is left out."""
+
+import csv
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+from PIL import Image
+
+from flipscale.cli import main
+from flipscale.data.decode import decode_whole
+from flipscale.data.sources.tar_source import TarSource
+from flipscale.preparation.pair_list import UnreadableFile, open_pairs
+from flipscale.preparation.shard_writer import ShardOptions, write_shards
+
+CAPTIONS = [f"picture number {number}" for number in range(6)]
+
+
+def image(number: int, kind: str = "JPEG", height: int = 60, width: int = 90) -> bytes:
+    rows, columns = np.mgrid[0:height, 0:width]
+    pixels = np.stack([rows * 3 + number * 9, columns * 2, 128 + 60 * np.sin(columns / 9 + number)], axis=2)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(buffer, kind)
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Six images with captions: a PNG, a BMP, a small one, one in a subfolder with a JSON of two captions."""
+    root = tmp_path / "images"
+    (root / "sub").mkdir(parents=True)
+    names = ["0.jpg", "1.png", "2.bmp", "3.jpg", "4.jpg", "sub/5.jpg"]
+    for number, name in enumerate(names):
+        (root / name).write_bytes(
+            image(number, {"png": "PNG", "bmp": "BMP"}.get(name[-3:], "JPEG"), *[(60, 90), (30, 20)][number == 3])
+        )
+        if number < 5:
+            (root / name).with_suffix(".txt").write_text(f"{CAPTIONS[number]}\n")
+    (root / "sub/5.json").write_text(json.dumps({"captions": [CAPTIONS[5], "another"]}))
+    return root
+
+
+def shards_of(command: list[str | Path], out: Path) -> TarSource:
+    main(["prepare", "shards", *map(str, command), str(out), "--num_workers", "1"])
+    return TarSource(str(out))
+
+
+def test_a_folder_becomes_shards(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = shards_of([folder, "--short_side", "40", "--pairs_per_shard", "4"], tmp_path / "out")
+    assert source.shard_sizes == [4, 2]
+    samples = [source.read(shard, number) for shard, size in enumerate(source.shard_sizes) for number in range(size)]
+    assert [sample.captions[0].decode() for sample in samples] == CAPTIONS
+    assert samples[5].captions[1] == b"another"
+    kinds = [Image.open(io.BytesIO(sample.image)) for sample in samples]
+    assert [kind.format for kind in kinds] == ["JPEG"] * 6
+    assert [kind.size for kind in kinds] == [(60, 40)] * 3 + [(20, 30)] + [(60, 40)] * 2
+    assert samples[3].image == (folder / "3.jpg").read_bytes(), "a small image was changed"
+    for number in (0, 1, 2, 4, 5):
+        file = next(folder.rglob(f"{number}.[jpb][pnm][gp]"))
+        reference = Image.open(file).resize((60, 40), Image.Resampling.BOX)
+        assert np.abs(decode_whole(samples[number].image).astype(int) - np.asarray(reference)).mean() < 3
+    with tarfile.open(tmp_path / "out/00000.tar") as tar:
+        about = json.load(tar.extractfile("000000001.json"))
+    assert about == {"key": "1.png", "width": 60, "height": 40, "original_width": 90, "original_height": 60}
+    assert len(list((tmp_path / "out").glob("*.tar.index.npy"))) == 2
+    text = capsys.readouterr().out
+    assert "written                              6  in 2 shards" in text
+    assert "shrunk                             5  to a short side of 40, JPEG 90" in text
+
+
+def write_table(kind: str, folder: Path) -> Path:
+    path = folder / f"pairs.{kind}"
+    files = ["0.jpg", "1.png", "2.bmp", "3.jpg", "4.jpg", "sub/5.jpg"]
+    if kind in ("csv", "tsv"):
+        with open(path, "w", newline="") as file:
+            writer = csv.writer(file, delimiter="," if kind == "csv" else "\t")
+            writer.writerows([("id", "path", "text"), *zip(range(6), files, CAPTIONS, strict=True)])
+    elif kind == "jsonl":
+        path.write_text(
+            "".join(json.dumps({"file_name": f, "caption": c}) + "\n" for f, c in zip(files, CAPTIONS, strict=True))
+        )
+    else:
+        pyarrow.parquet.write_table(pyarrow.table({"filepath": files, "title": CAPTIONS}), path)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl", "parquet"])
+def test_tables_name_the_same_pairs(kind: str, folder: Path) -> None:
+    pairs = open_pairs(str(write_table(kind, folder)))
+    assert [pairs.captions(number) for number in range(len(pairs))] == [[caption] for caption in CAPTIONS]
+    assert pairs.image(5) == (folder / "sub/5.jpg").read_bytes()
+    (folder / "3.jpg").unlink()
+    with pytest.raises(UnreadableFile, match=r"3\.jpg"):
+        pairs.image(3)
+
+
+def test_a_metadata_table_in_a_folder_is_found(folder: Path) -> None:
+    (folder / "metadata.csv").write_text('file_name,caption,short\n0.jpg,"a, long\none",red\n')
+    assert open_pairs(str(folder)).captions(0) == ["a, long\none"]
+    assert open_pairs(str(folder), caption_column="short").captions(0) == ["red"]
+
+
+def test_data_sets_by_name_parquet_and_folder(tmp_path: Path) -> None:
+    images = [{"bytes": image(number), "path": None} for number in range(3)]
+    columns = {"image": images, "caption": [["one", "two"], [" "], ["three"]]}
+    features = datasets.Features({"image": datasets.Image(), "caption": datasets.List(datasets.Value("string"))})
+    made = datasets.Dataset.from_dict(columns, features)
+    (tmp_path / "named/data").mkdir(parents=True)
+    made.to_parquet(str(tmp_path / "named/data/train-00000.parquet"))
+    made.save_to_disk(str(tmp_path / "saved"))
+    saved = open_pairs(str(tmp_path / "saved"))
+    assert (saved.image(0), saved.captions(2)) == (image(0), ["three"])
+    source = shards_of([tmp_path / "named/data/train-00000.parquet"], tmp_path / "out")
+    assert [source.read(0, row).captions for row in range(2)] == [(b"one", b"two"), (b"three",)]
+    assert source.read(0, 1).image == image(2)
+    assert json.loads((tmp_path / "out/report.json").read_text())["left_out"] == {"missing_caption": 1}
+
+
+def test_what_is_left_out_is_said(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "0.txt").write_bytes(b"\xff\xfe")
+    (folder / "1.png").write_bytes(b"no picture")
+    (folder / "3.txt").write_text("  \n")
+    (folder / "4.txt").unlink()
+    shutil.copy(folder / "2.bmp", folder / "sub/6.bmp")
+    shutil.copy(folder / "2.txt", folder / "sub/6.txt")
+    source = shards_of([folder, "--drop_duplicates", "--pairs_per_shard", "3"], tmp_path / "out")
+    assert source.shard_sizes == [1, 1, 0]
+    lines = [json.loads(line) for line in (tmp_path / "out/left_out.jsonl").read_text().splitlines()]
+    assert {line["key"]: line["cause"] for line in lines} == {
+        "0.jpg": "undecodable_caption",
+        "1.png": "undecodable_image",
+        "3.jpg": "missing_caption",
+        "4.jpg": "missing_caption",
+        "sub/6.bmp": "duplicate",
+    }
+    assert lines[-1]["detail"] == "the same bytes as 2.bmp"
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    assert (report["pairs"], report["written"], report["left_out"]["missing_caption"]) == (7, 2, 2)
+    text = capsys.readouterr().out
+    assert "left out                             5  each in" in text
+    assert "  duplicate                          1" in text
+    assert not list((tmp_path / "out").glob(".*")), "something was left aside"
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file but the manifest, whose lines come in the order of the finish; that, sorted."""
+    files = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "manifest.jsonl"}
+    return {**files, "manifest": b"".join(sorted((folder / "manifest.jsonl").read_bytes().splitlines(True)))}
+
+
+def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    for number in range(120):
+        (images / f"{number:03d}.png").write_bytes(image(number // 2, "PNG", 300, 400))
+        (images / f"{number:03d}.txt").write_text(f"a caption {number}")
+    options = ["--drop_duplicates", "--pairs_per_shard", "5", "--short_side", "64", "--num_workers", "1"]
+
+    def command(out: str) -> list[str]:
+        return ["prepare", "shards", str(images), str(tmp_path / out), *options]
+
+    main(command("whole"))
+    run = subprocess.Popen(
+        [sys.executable, "-m", "flipscale.cli", *command("cut")], start_new_session=True, stderr=subprocess.DEVNULL
+    )
+    manifest, deadline = tmp_path / "cut/manifest.jsonl", time.monotonic() + 120
+    while not (manifest.exists() and manifest.read_bytes().count(b"\n") > 4) and time.monotonic() < deadline:
+        assert run.poll() is None, "it ended before it could be killed"
+        time.sleep(0.005)
+    os.kill(run.pid, signal.SIGKILL)
+    run.wait()
+    done = sorted((tmp_path / "cut").glob("0*.tar"))
+    assert 4 <= len(done) < 24
+    with open(manifest, "a") as file:
+        file.write('{"shard": 23, "writ')  # the half line of a kill in the middle of a write
+    first = {path: path.stat().st_ino for path in done[:2]}
+    main(command("cut"))
+    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+    assert {path: path.stat().st_ino for path in first} == first, "a finished shard was written again"
+
+
+def test_a_worker_that_dies_is_said_so(folder: Path, tmp_path: Path) -> None:
+    pairs = open_pairs(str(folder))
+    object.__setattr__(pairs, "texts", Deadly())
+    with pytest.raises(OSError, match=r"a worker died .*; the same command goes on where it stopped"):
+        write_shards(pairs, str(folder), tmp_path / "out", ShardOptions(), 1)
+
+
+class Deadly(list):
+    """Captions whose reading ends the process."""
+
+    def __getitem__(self, number: object) -> str:
+        os._exit(9)
+
+
+@pytest.fixture
+def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Runs `prepare shards`, which must end with exit code 2; returns its one line."""
+
+    def run(source: object, *flags: str, out: str = "out") -> str:
+        with pytest.raises(SystemExit) as stopped:
+            main(["prepare", "shards", str(source), str(tmp_path / out), *flags])
+        assert stopped.value.code == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        return error
+
+    return run
+
+
+def test_other_options_in_the_same_folder_are_refused(folder: Path, tmp_path: Path, refused: Callable) -> None:
+    shards_of([folder], tmp_path / "out")
+    line = refused(folder, "--short_side", "128")
+    assert "was begun with short_side 256 (now 128); use the same source and options, or another folder" in line
+    (folder / "7.jpg").write_bytes(image(7))
+    assert "pairs 6 (now 7)" in refused(folder)
+    assert "images holds something that `prepare shards` did not write" in refused(folder, out="images")
+
+
+def test_wrong_sources_are_one_line(folder: Path, tmp_path: Path, refused: Callable) -> None:
+    (tmp_path / "empty").mkdir()
+    assert "empty has no images; they are files named .bmp" in refused(tmp_path / "empty")
+    assert "nothing.csv does not exist; name a folder, a table or a data set" in refused(tmp_path / "nothing.csv")
+    table = write_table("csv", folder)
+    line = refused(table, "--caption_column", "words")
+    assert "pairs.csv has no column words; name the captions' with --caption_column, one of id, path, text" in line
+    (tmp_path / "a.jsonl").write_text("{broken\n")
+    assert "a.jsonl is no JSONL table in UTF-8" in refused(tmp_path / "a.jsonl")
+    assert "is no folder, no table and no data set that `datasets` loads" in refused("./no_such_data_set")
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "message"),
+    [
+        ("--short_side", "0", "short_side is 0; it must be from 1 to 65500"),
+        ("--jpeg_quality", "101", "jpeg_quality is 101; it must be from 1 to 100"),
+        ("--pairs_per_shard", "0", "pairs_per_shard is 0; it must be from 1"),
+        ("--num_workers", "0", "num_workers is 0; it must be at least 1"),
+    ],
+)
+def test_wrong_options_are_one_line(folder: Path, refused: Callable, flag: str, value: str, message: str) -> None:
+    assert message in refused(folder, flag, value)
