@@ -72,8 +72,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
-def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def write_tokenizer(folder: Path) -> Path:
     """A word-level fast tokenizer of eight tokens at most."""
     words = ["<pad>", "<unk>", "a", "the", *COLOURS, *SHAPES]
     backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
@@ -82,9 +81,14 @@ def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tokenizer_object=backend, unk_token="<unk>", pad_token="<pad>", model_max_length=8,
         model_input_names=["input_ids", "attention_mask"],
     )  # fmt: skip
-    folder = tmp_path_factory.mktemp("tokenizer")
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tokenizer for the captions of `write_shards`."""
+    return write_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 TOWER = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
