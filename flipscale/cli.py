@@ -16,6 +16,7 @@ VERBS = {
     "study": "run recipes side by side at equal wall-clock and compare them",
     "push": "put a trained model on the Hub",
     "convert": "turn other checkpoints into a model folder",
+    "launch_files": "write accelerate's launch files and the Slurm scripts into a folder",
     "bench": "measure speed and memory, one JSON line each",
 }
 

@@ -14,16 +14,20 @@ CONTAINER_RUNTIME=${CONTAINER_RUNTIME:-apptainer} # or pyxis: srun --container-i
 per_node=${SLURM_GPUS_ON_NODE:-1}
 cores=${SLURM_CPUS_PER_TASK:-${SLURM_CPUS_ON_NODE:-1}}
 
+find_package='from importlib.util import find_spec; print(find_spec("flipscale").submodule_search_locations[0])'
+
 set -euo pipefail
 say() { echo "$(date '+%F %T') $*" >&2; }
 fail() { say "error: $*"; exit 2; }
 
-# The path of folder $1's copy of recipe $2, a file or a name of flipscale/recipes. A copy is made once.
+# Copies recipe $2, a file or the name of one of flipscale's, into folder $1 once, and prints the path of the copy.
 freeze() {
-  local copy file=$2
+  local copy file=$2 package=flipscale
   copy=$1/$(basename "$2" .yaml).yaml
   if [ ! -e "$copy" ]; then
-    [ -e "$file" ] || file=flipscale/recipes/$2.yaml
+    # Without a checkout here, the recipes are those of the installed package. It is found without importing torch.
+    [ -d "$package" ] || package=$("$PYTHON" -c "$find_package" 2> /dev/null) || true
+    [ -e "$file" ] || file=$package/recipes/$2.yaml
     [ -e "$file" ] || fail "recipe '$2' is neither a file nor one of flipscale/recipes"
     mkdir -p "$1" && cp "$file" "$copy.partial" && mv "$copy.partial" "$copy"
   fi

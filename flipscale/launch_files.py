@@ -1,0 +1,54 @@
+"""Write accelerate's launch files and the Slurm scripts where a user can edit them: `flipscale launch_files DIR`.
+
+Both are data of the package: `flipscale/ds_configs` and `flipscale/slurm` are symbolic links to the folders at the top
+of the repository. setuptools follows the links, so a wheel holds the files themselves.
+"""
+
+import argparse
+import shutil
+from pathlib import Path
+
+from flipscale.files.aside import written_aside
+
+FOLDERS = ("ds_configs", "slurm")
+_PACKAGE = Path(__file__).parent
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `flipscale launch_files`."""
+    parser.add_argument(
+        "directory",
+        metavar="DIR",
+        type=Path,
+        help="the folder to write ds_configs/ and slurm/ into; start training from there, for example `.`",
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Write the files and print their paths.
+
+    Raises:
+        ValueError: a file of the same name has other content.
+    """
+    print("\n".join(str(file) for file in write_launch_files(args.directory)))
+
+
+def write_launch_files(directory: Path) -> list[Path]:
+    """Write the launch files and Slurm scripts below `directory`; return their paths there.
+
+    Raises:
+        ValueError: a file of the same name has other content. Nothing is written then.
+    """
+    sources = [file for name in FOLDERS for file in sorted((_PACKAGE / name).iterdir())]
+    copies = [directory / source.relative_to(_PACKAGE) for source in sources]
+    for source, copy in zip(sources, copies, strict=True):
+        if copy.exists() and copy.read_bytes() != source.read_bytes():
+            raise ValueError(
+                f"{copy} exists and differs from this version's; nothing was written: move it away, or name another "
+                "folder"
+            )
+    for source, copy in zip(sources, copies, strict=True):
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        with written_aside(copy) as partial:
+            shutil.copyfile(source, partial)
+    return copies

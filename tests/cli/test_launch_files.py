@@ -1,0 +1,99 @@
+"""The launch files and Slurm scripts of an installed package, from a wheel that is built here."""
+
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from conftest import launch
+
+import flipscale
+from flipscale.cli import main
+from flipscale.launch_files import FOLDERS
+
+ROOT = Path(flipscale.__file__).parents[1]
+FILES = sorted(file.relative_to(ROOT) for folder in FOLDERS for file in (ROOT / folder).iterdir())
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A wheel of this checkout, built from a copy so that the checkout stays as it is."""
+    source, built = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    for name in ("flipscale", *FOLDERS):
+        shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    command = [sys.executable, "-m", "pip", "wheel", "--no-index", "--no-deps", "--no-build-isolation"]
+    done = launch([*command, str(source), "--wheel-dir", str(built)])
+    assert done.returncode == 0, done.stderr
+    return next(built.iterdir())
+
+
+@pytest.fixture(scope="module")
+def site(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder without a checkout, where the wheel is unpacked in site/ and its launch files are in work/."""
+    folder = tmp_path_factory.mktemp("installed")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder / "site")
+    (folder / "work").mkdir()
+    done = launch([sys.executable, "-m", "flipscale.cli", "launch_files", "."], folder / "work", **path_of(folder))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [str(file) for file in FILES]
+    return folder
+
+
+def path_of(site: Path) -> dict[str, str]:
+    return {"PYTHONPATH": str(site / "site")}
+
+
+def test_the_wheel_holds_all_that_is_not_python(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        (metadata,) = (archive.read(name).decode() for name in names if name.endswith(".dist-info/METADATA"))
+    recipes = {f"flipscale/recipes/{file.name}" for file in (ROOT / "flipscale/recipes").iterdir()}
+    assert {"flipscale/py.typed", *recipes, *(f"flipscale/{file}" for file in FILES)} <= names
+    assert f"\nVersion: {flipscale.__version__}\n" in metadata
+    assert {"License: Apache-2.0", "License-File: LICENSE"} <= set(metadata.splitlines())
+    assert {name.split("/")[0].split("-")[0] for name in names} == {"flipscale"}, "tests are not installed"
+
+
+def test_files_are_the_checkout_s(site: Path) -> None:
+    written = {file.relative_to(site / "work") for file in (site / "work").rglob("*") if file.is_file()}
+    assert written == set(FILES)
+    for file in FILES:
+        assert (site / "work" / file).read_bytes() == (ROOT / file).read_bytes()
+
+
+def test_every_launch_file_can_be_planned_with(site: Path) -> None:
+    files = [str(file) for file in FILES if file.suffix == ".yaml"]
+    command = [sys.executable, "-m", "flipscale.pretrain", "--config", "b16_cc12m", "--dry_run", "--launch_file"]
+    done = launch([*command, *files], site / "work", **path_of(site))
+    assert done.returncode == 0, done.stderr
+    heading = next(line for line in done.stdout.splitlines() if line.startswith("GiB of each process"))
+    assert heading.split()[4:] == [Path(file).stem for file in files]
+
+
+def test_slurm_scripts_find_the_package_s_recipes(site: Path) -> None:
+    script = "PYTHON=" + sys.executable + "; source slurm/run.bash; cat $(freeze runs demo)"
+    done = launch(["bash", "-c", script], site / "work", **path_of(site))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == (ROOT / "flipscale/recipes/demo.yaml").read_text()
+
+
+def test_a_user_s_own_launch_file_is_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["launch_files", str(tmp_path)])
+    main(["launch_files", str(tmp_path)])
+    (tmp_path / "ds_configs/ddp.yaml").write_text("num_processes: 4\n")
+    (tmp_path / "slurm/run.bash").unlink()
+    with pytest.raises(SystemExit) as raised:
+        main(["launch_files", str(tmp_path)])
+    assert raised.value.code == 2
+    assert "ds_configs/ddp.yaml exists and differs from this version's; nothing was written" in capsys.readouterr().err
+    assert not (tmp_path / "slurm/run.bash").exists()
+
+
+@pytest.mark.parametrize("script", [file for file in FILES if file.suffix in (".sh", ".bash")], ids=str)
+def test_bash_can_parse(script: Path) -> None:
+    assert subprocess.run(["bash", "-n", str(ROOT / script)], check=False).returncode == 0
