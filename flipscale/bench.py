@@ -13,7 +13,8 @@ from flipscale.benchmarks.data_peer import compare_data, shards_in
 from flipscale.benchmarks.loss import LossSetting, compare_losses, measure_loss
 from flipscale.benchmarks.peer import compare_steps, open_clip_step, require_open_clip
 from flipscale.benchmarks.step import DTYPES, StepSetting, flip_step, measure_step
-from flipscale.data.loader import DataRecipe, InputShape
+from flipscale.data.pairs import InputShape
+from flipscale.data.recipe import DataRecipe
 from flipscale.engines.launch import keep_freed_memory
 from flipscale.model import FlipConfig
 from flipscale.model.configuration_flip import SIZES

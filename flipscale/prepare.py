@@ -74,7 +74,7 @@ def _shards(args: argparse.Namespace) -> None:
 
 
 def _inspect(args: argparse.Namespace) -> None:
-    from flipscale.data.loader import load_tokenizer
+    from flipscale.data.tokenizers import load_tokenizer
     from flipscale.preparation.inspection import inspect_shards, inspection_table
 
     if args.max_samples < 0:
@@ -98,7 +98,7 @@ def _photos(args: argparse.Namespace) -> None:
 
 
 def _index(args: argparse.Namespace) -> None:
-    from flipscale.data.loader import DataRecipe
+    from flipscale.data.recipe import DataRecipe
     from flipscale.data.sources.opening import open_shards
     from flipscale.data.sources.remote_source import RemoteTarSource
 

@@ -10,11 +10,12 @@ import torch
 from accelerate.utils import broadcast_object_list
 
 from flipscale.data.feeding import enduring_batches, on_device
-from flipscale.data.loader import InputShape, PairDataset, load_tokenizer
 from flipscale.data.packed import PackedBatch
+from flipscale.data.pairs import InputShape, PairDataset
 from flipscale.data.sources.opening import open_source
 from flipscale.data.sources.source import fingerprint
 from flipscale.data.sources.tar_source import expand_shards
+from flipscale.data.tokenizers import load_tokenizer
 from flipscale.engines.attention import best_attention
 from flipscale.engines.checkpoint import CheckpointReader, CheckpointWriter, list_checkpoints, load_state
 from flipscale.engines.first_weights import Fill, compile_blocks, fresh_weights, no_weights, weights_of

@@ -13,8 +13,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from flipscale.data.loader import InputShape, PairDataset, load_tokenizer
+from flipscale.data.pairs import InputShape, PairDataset
 from flipscale.data.sources.opening import open_source
+from flipscale.data.tokenizers import load_tokenizer
 from flipscale.engines.launch import bf16_is_faster
 from flipscale.evaluation.comparison import comparison_table, read_curve, read_records, record_baselines
 from flipscale.evaluation.figures import draw_accuracy, draw_loss, draw_masks, draw_patches

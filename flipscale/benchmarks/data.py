@@ -18,11 +18,16 @@ import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from flipscale.data import decode, loader
-from flipscale.data.loader import DataRecipe, InputShape, PairDataset, build_loader, load_tokenizer
-from flipscale.data.masks import MaskRecipe
+from flipscale.data import decode
+from flipscale.data.captions import tokenise
+from flipscale.data.loader import build_loader
+from flipscale.data.masks import MaskRecipe, keyed_patches
 from flipscale.data.packed import PackedBatch
+from flipscale.data.pairs import InputShape, PairDataset
+from flipscale.data.randomness import keyed_uniform
+from flipscale.data.recipe import DataRecipe
 from flipscale.data.sources.opening import open_source
+from flipscale.data.tokenizers import load_tokenizer
 from flipscale.engines.device import peak_memory_bytes
 from flipscale.model import FlipConfig
 from flipscale.model.masking import num_kept
@@ -189,8 +194,8 @@ def time_shares(dataset: PairDataset) -> dict[str, float]:
         "decode": seconds(decode.decode_box) - resize,
         "resize": resize,
         "patches": seconds(decode.visible_patches),
-        "draw": seconds(type(dataset.order).locate, loader.keyed_uniform, loader.keyed_patches),
-        "tokenise": seconds(loader.tokenise),
+        "draw": seconds(type(dataset.order).locate, keyed_uniform, keyed_patches),
+        "tokenise": seconds(tokenise),
     }
     parts["collate"] = total - sum(parts.values())
     return {f"{name}_share": part / total for name, part in parts.items()}

@@ -10,8 +10,9 @@ from itertools import islice
 import torch
 from torch.utils.data import DataLoader
 
-from flipscale.data.loader import PairDataset, StepSampler, build_loader
+from flipscale.data.loader import StepSampler, build_loader
 from flipscale.data.packed import PackedBatch
+from flipscale.data.pairs import PairDataset
 
 # A sample that kills whoever reads it must not keep a run busy for ever.
 _MAX_DEATHS_IN_A_ROW = 3

@@ -1,4 +1,4 @@
-"""Fast transformers tokenizers for captions: one trained on them, and the original FLIP's WordPiece."""
+"""Fast tokenizers for captions: one trained on the captions, and the original FLIP's WordPiece."""
 
 import io
 import tempfile
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 _NORMALIZATION = "nmt_nfkc_cf"  # SentencePiece's NFKC with case folding
 _MAX_PIECE_LENGTH = 24  # characters, the word mark included
@@ -29,6 +29,22 @@ _IGNORABLE = (
 )
 _MARK = "\x01"  # control characters are gone by the time it is used
 _NO_WORD = "\ue000"  # private use: in no vocabulary, so it becomes [UNK]
+
+
+def load_tokenizer(name: str, max_tokens: int) -> PreTrainedTokenizerBase:
+    """Return the tokenizer that a recipe names: a folder, a name on the Hub, or `bert` for the original's WordPiece.
+
+    Raises:
+        ValueError: it cannot be loaded.
+    """
+    try:
+        if name == "bert":
+            return bert_tokenizer("google-bert/bert-base-uncased", max_tokens)
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"data.tokenizer {name!r} cannot be loaded ({str(error).splitlines()[0]})") from error
+    tokenizer.model_max_length = max_tokens
+    return tokenizer
 
 
 def train_sentencepiece(

@@ -9,8 +9,9 @@ import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader, Dataset
 
+from flipscale.data.captions import tokenise
 from flipscale.data.decode import UndecodableImage, decode_box, visible_patches
-from flipscale.data.loader import InputShape, tokenise
+from flipscale.data.pairs import InputShape
 from flipscale.data.sources.tar_source import TarSource
 from flipscale.model.modeling_flip import normalise_embeds
 

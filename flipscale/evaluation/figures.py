@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 
-from flipscale.data.loader import PairDataset
 from flipscale.data.masks import MaskRecipe, keyed_patches
+from flipscale.data.pairs import PairDataset
 from flipscale.evaluation.comparison import Curve
 from flipscale.model.masking import ImageMask
 

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from flipscale.data.loader import load_tokenizer
+from flipscale.data.tokenizers import load_tokenizer
 from flipscale.engines.checkpoint import CheckpointReader
 from flipscale.engines.tensor_file import write_tensors
 from flipscale.model import FlipConfig, FlipModel, FlipProcessor

@@ -15,9 +15,9 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from flipscale.data.captions import choose_caption
 from flipscale.data.decode import decode_whole
 from flipscale.data.faults import BadSample
-from flipscale.data.loader import choose_caption
 from flipscale.data.sources.source import Sample, Source
 
 _CHUNK = 256  # samples read at a time

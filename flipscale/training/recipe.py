@@ -9,8 +9,8 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
-from flipscale.data.loader import DataRecipe
 from flipscale.data.masks import MaskRecipe
+from flipscale.data.recipe import DataRecipe
 from flipscale.engines.checkpoint import SaveRecipe
 from flipscale.engines.optimizers import OptimRecipe
 from flipscale.model import FlipConfig

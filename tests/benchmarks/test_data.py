@@ -14,7 +14,8 @@ from flipscale.benchmarks import data_peer
 from flipscale.benchmarks.data import DataSetting, device_bytes, measure_data, workers_for_gpu
 from flipscale.benchmarks.data_peer import Arm, compare_data, open_clip_batches, shards_in, webdataset_batches
 from flipscale.cli import main
-from flipscale.data.loader import DataRecipe, InputShape
+from flipscale.data.pairs import InputShape
+from flipscale.data.recipe import DataRecipe
 from flipscale.model import FlipConfig
 from flipscale.planning.flops import forward_flops
 from flipscale.training.recipe import parse_recipe

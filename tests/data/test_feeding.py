@@ -16,8 +16,9 @@ from transformers import AutoTokenizer
 
 from flipscale.data import feeding
 from flipscale.data.feeding import enduring_batches, on_device
-from flipscale.data.loader import DataRecipe, InputShape, PairDataset
 from flipscale.data.packed import PackedBatch
+from flipscale.data.pairs import InputShape, PairDataset
+from flipscale.data.recipe import DataRecipe
 from flipscale.data.sources.source import Sample
 from flipscale.data.sources.tar_source import TarSource
 

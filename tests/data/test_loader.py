@@ -10,8 +10,10 @@ from conftest import write_shards
 from transformers import AutoTokenizer
 
 from flipscale.data.decode import DRAWS_PER_CROP, decode_box
-from flipscale.data.loader import DataRecipe, InputShape, PairDataset, StepSampler, build_loader
+from flipscale.data.loader import StepSampler, build_loader
+from flipscale.data.pairs import InputShape, PairDataset
 from flipscale.data.randomness import keyed_uniform
+from flipscale.data.recipe import DataRecipe
 from flipscale.data.sources.tar_source import TarSource
 from flipscale.model import FlipConfig, FlipModel
 

@@ -7,11 +7,12 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-import flipscale.data.loader as loader
+import flipscale.data.pairs as pairs
 from flipscale.data.decode import decode_box, visible_patches
-from flipscale.data.loader import DataRecipe, InputShape, PairDataset
 from flipscale.data.masks import MaskRecipe, keyed_patches, left_out, mask_tokens
+from flipscale.data.pairs import InputShape, PairDataset
 from flipscale.data.randomness import keyed_uniform
+from flipscale.data.recipe import DataRecipe
 from flipscale.data.sources.tar_source import TarSource
 from flipscale.model import FlipConfig, FlipModel
 
@@ -64,7 +65,7 @@ def test_two_views_of_half_are_the_whole_of_one_crop(
         decoded.append(arguments)
         return decode_box(*arguments)
 
-    monkeypatch.setattr(loader, "decode_box", counting)
+    monkeypatch.setattr(pairs, "decode_box", counting)
     batch = dataset(shards, tokenizer_dir, 0.5, views=2).__getitems__(positions)
     assert len(decoded) == 24, "each image is decoded once"
     assert batch["patches"].shape == (24, 2, 8, 3 * 64)

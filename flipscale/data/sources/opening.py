@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from flipscale.data.loader import DataRecipe, SourceRecipe
+from flipscale.data.recipe import DataRecipe, SourceRecipe
 from flipscale.data.sources.dataset_source import DatasetSource, load_rows
 from flipscale.data.sources.mixture import Mixture
 from flipscale.data.sources.remote_source import RemoteTarSource

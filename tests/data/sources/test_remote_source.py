@@ -17,7 +17,8 @@ from transformers import AutoTokenizer
 
 from flipscale.cli import main
 from flipscale.data.feeding import enduring_batches
-from flipscale.data.loader import DataRecipe, InputShape, PairDataset
+from flipscale.data.pairs import InputShape, PairDataset
+from flipscale.data.recipe import DataRecipe
 from flipscale.data.sources import shard_cache
 from flipscale.data.sources.opening import open_source
 from flipscale.data.sources.shard_cache import ShardCache

@@ -1,0 +1,186 @@
+"""A batch of training pairs: read, decoded, cropped, masked and tokenised, in a loader worker."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, get_worker_info
+from transformers import PreTrainedTokenizerBase
+
+from flipscale.data.captions import choose_caption, tokenise
+from flipscale.data.decode import DRAWS_PER_CROP, decode_box, visible_patches
+from flipscale.data.faults import BadSample, Fault, candidates
+from flipscale.data.masks import MaskRecipe, keyed_patches, left_out, mask_tokens
+from flipscale.data.randomness import keyed_uniform
+from flipscale.data.recipe import DataRecipe
+from flipscale.data.sources.mixture import order_of
+from flipscale.data.sources.source import Source
+from flipscale.model import FlipConfig
+from flipscale.model.masking import check_image_mask, num_kept
+
+# How the integers of a batch travel to the device; the model widens them there.
+_NARROW = {"input_ids": torch.int32, "position_ids": torch.int32, "attention_mask": torch.bool}
+
+
+@dataclass(frozen=True)
+class InputShape:
+    """What the loader must know of the model."""
+
+    image_size: int
+    patch_size: int
+    max_tokens: int
+
+    @classmethod
+    def of(cls, config: FlipConfig) -> "InputShape":
+        """Return the shape of the inputs that a model of `config` takes."""
+        vision, text = config.vision_config, config.text_config
+        return cls(vision.image_size, vision.patch_size, text.max_position_embeddings)
+
+    @property
+    def side(self) -> int:
+        """Patches along each side of an image."""
+        return self.image_size // self.patch_size
+
+    @property
+    def num_patches(self) -> int:
+        """Patches of a whole image."""
+        return self.side**2
+
+
+class _Pair(NamedTuple):
+    """A decoded crop and its caption, and the fault of the sample that they replace, if they replace one."""
+
+    image: np.ndarray
+    caption: str
+    fault: Fault | None
+
+
+class PairDataset(Dataset):
+    """Training pairs by global position. `__getitems__` returns the batch of a list of positions:
+
+    * `patches` uint8 `(batch, kept, 3 * p * p)`: the visible patches of each crop.
+    * `patch_index` int16 `(batch, kept)`: where they stood; absent when nothing is masked.
+    * `input_ids` int32 and `attention_mask` bool `(batch, max_tokens)`.
+    * `faults`: a list of `Fault`, one for each sample that could not be used. The first good one of its `candidates`
+      has taken its place.
+
+    Several views of a masked image make `patches` `(batch, views, kept, 3 * p * p)` and `patch_index`
+    `(batch, views, kept)`. Where words are masked too, the captions have only the tokens that are left, and
+    `position_ids` say where those stood. With `sends_masked`, the batch also has the patches that are not visible:
+    `masked_patches` uint8 `(batch, num_patches - kept, 3 * p * p)`.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        tokenizer: PreTrainedTokenizerBase,
+        recipe: DataRecipe,
+        shape: InputShape,
+        seed: int,
+        mask_ratio: float,
+        mask: MaskRecipe | None = None,
+        text_mask_ratio: float = 0.0,
+        sends_masked: bool = False,
+    ):
+        """
+        Raises:
+            ValueError: the mask is impossible at these ratios.
+        """
+        self.source = source
+        self.tokenizer = tokenizer
+        self.recipe = recipe
+        self.shape = shape
+        self.seed = seed
+        self.mask = mask or MaskRecipe()
+        self.mask_ratio = mask_ratio
+        self.text_mask_ratio = text_mask_ratio
+        self.sends_masked = sends_masked
+        self.kept = num_kept(shape.num_patches, mask_ratio)
+        num_kept(shape.max_tokens, text_mask_ratio, "tokens")
+        if mask_ratio > 0.0:
+            check_image_mask(shape.side, shape.side, mask_ratio, self.mask.kind, self.mask.views)
+        self.order = order_of(source, seed, recipe.shards_per_block)
+        # The pid of each worker and the shard it is reading, in shared memory: when a worker dies, the trainer looks
+        # here to say what it was reading.
+        self.reading = torch.zeros((max(recipe.num_workers, 1), 2), dtype=torch.int64).share_memory_()
+
+    def __getitems__(self, positions: list[int]) -> dict[str, Any]:
+        """Return the batch of these global positions; the class says what is in it."""
+        where = np.asarray(positions, dtype=np.int64)
+        index = self._visible(where)
+        masked_index = left_out(index, self.shape.num_patches) if self.sends_masked and index is not None else None
+        patches = self._empty((len(where), self.kept) if index is None else index.shape)
+        masked_patches = None if masked_index is None else self._empty(masked_index.shape)
+        captions: list[str] = []
+        faults: list[Fault] = []
+        # Pair by pair, so that only one decoded image is in memory.
+        for row, pair in enumerate(self._pairs(where)):
+            patches[row] = self._cut(pair.image, None if index is None else index[row])
+            if masked_index is not None and masked_patches is not None:
+                masked_patches[row] = self._cut(pair.image, masked_index[row])
+            captions.append(pair.caption)
+            faults += [pair.fault] if pair.fault is not None else []
+        columns = {**self._tokens(captions, where), "patches": torch.from_numpy(patches)}
+        if index is not None:
+            columns["patch_index"] = torch.from_numpy(index)
+        if masked_patches is not None:
+            columns["masked_patches"] = torch.from_numpy(masked_patches)
+        return {**{name: value.to(_NARROW.get(name, value.dtype)) for name, value in columns.items()}, "faults": faults}
+
+    def _visible(self, where: np.ndarray) -> np.ndarray | None:
+        """Return the visible patches of each position, `(batch, kept)` or `(batch, views, kept)`; None if all are."""
+        if self.mask_ratio == 0.0:
+            return None
+        index = keyed_patches(self.seed, where, self.shape.side, self.mask_ratio, self.mask)
+        return index if self.mask.views > 1 else index[:, 0]
+
+    def _empty(self, shape: tuple[int, ...]) -> np.ndarray:
+        return np.empty((*shape, 3 * self.shape.patch_size**2), np.uint8)
+
+    def _cut(self, image: np.ndarray, index: np.ndarray | None) -> np.ndarray:
+        return visible_patches(image, self.shape.patch_size, index)
+
+    def _tokens(self, captions: list[str], where: np.ndarray) -> dict[str, torch.Tensor]:
+        """Return the captions' columns, with the words masked that the recipe masks."""
+        tokens = tokenise(self.tokenizer, captions, self.shape.max_tokens)
+        if self.text_mask_ratio > 0.0:
+            tokens = mask_tokens(tokens, self.seed, where, self.text_mask_ratio, self.mask)
+        return tokens
+
+    def _pairs(self, where: np.ndarray) -> Iterator[_Pair]:
+        """Yield the pair of each position, read and decoded when it is asked for."""
+        shards, numbers = self.order.locate(where)
+        self.source.fetch_ahead(self.order.shards_ahead(int(where[0])))
+        crop_draws = keyed_uniform(self.seed, "crop", where, DRAWS_PER_CROP)
+        caption_draws = keyed_uniform(self.seed, "caption", where, 1)[:, 0].tolist()
+        places = zip(where.tolist(), shards.tolist(), numbers.tolist(), strict=True)
+        for row, (position, shard, number) in enumerate(places):
+            image, caption, bad = self._first_good(shard, number, crop_draws[row], caption_draws[row])
+            fault = None
+            if bad is not None:
+                name, key = self.source.shard_name(shard), self.source.key(shard, number)
+                fault = Fault(position, name, number, key, bad.cause, str(bad))
+            yield _Pair(image, caption, fault)
+
+    def _first_good(
+        self, shard: int, number: int, crop_draw: np.ndarray, caption_draw: float
+    ) -> tuple[np.ndarray, str, BadSample | None]:
+        """Return the image and caption of a sample and None, or those of its replacement and what is wrong with it."""
+        why: BadSample | None = None
+        worker = get_worker_info()
+        if worker is not None:
+            self.reading[worker.id] = torch.tensor([os.getpid(), shard])
+        for candidate in candidates(self.source.shard_sizes, shard, number):
+            try:
+                sample = self.source.read(*candidate)
+                caption = choose_caption(sample.captions, caption_draw)
+                return decode_box(sample.image, crop_draw, self.shape.image_size, self.recipe.crop_scale), caption, why
+            except BadSample as error:
+                why = why or error
+        raise ValueError(
+            f"shard {self.source.shard_name(shard)}: neither sample {number} nor any that could take its place has a "
+            f"readable image and caption ({why}); fetch the shards again or remove them"
+        )
