@@ -10,9 +10,10 @@
 #SBATCH --kill-on-invalid-dep=yes
 #SBATCH --output=%x-%j.out
 #
-# Zero-shot classification and retrieval of MODEL, a model folder or Hub name. To follow a job that trains it:
+# Evaluates MODEL, a model folder or Hub name, by zero-shot classification and retrieval. To wait for the job that
+# trains it, whose number $JOB is:
 #
-#   MODEL=runs/h14/model bash slurm/evaluate.sh --dependency=afterok:JOB -- --json
+#   MODEL=runs/h14/model bash slurm/evaluate.sh --dependency=afterok:$JOB -- --json
 
 MODEL=${MODEL:-runs/h14_laion2b/model}
 ZERO_SHOT=${ZERO_SHOT:-data/imagenet1k_val}

@@ -1,16 +1,18 @@
-# Sourced by pretrain.sh, tune.sh, evaluate.sh and study.sh: a frozen recipe, a launcher on each node, stop and requeue.
+# Functions of pretrain.sh, tune.sh, evaluate.sh and study.sh, which source this file: freeze the recipe, start a
+# launcher on each node, stop and requeue.
 
-# What a site sets once, here or in the environment of sbatch.
-PYTHON=${PYTHON:-python}            # of the environment that flipscale is installed in
-LAUNCHER=${LAUNCHER:-accelerate}    # or torchrun, which knows no launch file: plain data parallel
-# How a job that was told to stop goes on. `sbatch` submits another one, where jobs may not requeue themselves: what waits
-# for the first by --dependency then starts too early. `no` leaves it to you.
+# Settings of a site. Set them here or in the environment of sbatch.
+PYTHON=${PYTHON:-python}            # the Python that has flipscale
+LAUNCHER=${LAUNCHER:-accelerate}    # or torchrun, which reads no launch file: plain data parallelism
+# How a job that was told to stop continues. `scontrol` requeues it. `sbatch` submits a new job, for sites where jobs
+# may not requeue themselves; jobs that wait for the first one by --dependency then start too early. `no` leaves it to
+# you.
 REQUEUE=${REQUEUE:-scontrol}
-MAX_CRASHES=${MAX_CRASHES:-3}       # without a new checkpoint; preemptions, time limits and dead nodes do not count
-CONTAINER=${CONTAINER:-}            # an image that holds PYTHON; none by default
+MAX_CRASHES=${MAX_CRASHES:-3}       # restarts after a crash without a new checkpoint; other ends do not count
+CONTAINER=${CONTAINER:-}            # an image that has PYTHON; by default none
 CONTAINER_RUNTIME=${CONTAINER_RUNTIME:-apptainer} # or pyxis: srun --container-image
 
-# What Slurm gave this job: processes and cores of a node.
+# Processes and cores of each node, from Slurm.
 per_node=${SLURM_GPUS_ON_NODE:-1}
 cores=${SLURM_CPUS_PER_TASK:-${SLURM_CPUS_ON_NODE:-1}}
 
@@ -34,8 +36,8 @@ freeze() {
   echo "$copy"
 }
 
-# Outside of a job: submits script $2 and prints the job's number. The recipes that variable $1 names are copied, so
-# that no later edit reaches the job. The words up to `--` are sbatch's, the others the job's.
+# Submits script $2 and prints the number of the job. Copies the recipes named in variable $1, so that later edits do
+# not reach the job. Of the words that follow, those before `--` go to sbatch and the others to the script.
 submit() {
   local variable=$1 script=$2 folder options=() recipe frozen=()
   shift 2
@@ -53,16 +55,16 @@ submit() {
   exec sbatch --parsable --export=ALL "${options[@]}" "$script" "$@"
 }
 
-# Runs the Python module $1 with the arguments that follow: on every node a launcher, a process for each of its GPUs.
-# Their output goes to `node_log` where that is set.
+# Runs the Python module $1 with the arguments that follow, through a launcher on each node that starts a process for
+# each GPU. Their output goes to the file `node_log` if it is set.
 launch() {
   local address port launcher srun
   address=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-  port=$((20000 + SLURM_JOB_ID % 10000)) # two jobs may share a node
-  export FLIPSCALE_NUM_PROCESSES=$((SLURM_JOB_NUM_NODES * per_node)) # the trainer refuses to run with fewer
+  port=$((20000 + SLURM_JOB_ID % 10000)) # by job, because two jobs may share a node
+  export FLIPSCALE_NUM_PROCESSES=$((SLURM_JOB_NUM_NODES * per_node)) # the trainer refuses to start with fewer
   export SRUN_CPUS_PER_TASK=$cores OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(((cores + per_node - 1) / per_node))}
   export PYTHONFAULTHANDLER=1 NCCL_DEBUG=${NCCL_DEBUG:-WARN}
-  # Seconds that a rank has to save when it is told to end, and that one waits whose neighbour is dead.
+  # Seconds that a rank has to save when it is told to end, and that a rank waits after another one died.
   export PET_SHUTDOWN_TIMEOUT=${PET_SHUTDOWN_TIMEOUT:-120}
   case $LAUNCHER in
     accelerate)
@@ -77,7 +79,7 @@ launch() {
     *) fail "LAUNCHER is '$LAUNCHER'; use accelerate or torchrun" ;;
   esac
   launcher=("$PYTHON" "${launcher[@]}" -m "$@")
-  # One rank's failure ends the others: --kill-on-bad-exit. Only the node itself knows NODE_RANK.
+  # --kill-on-bad-exit ends all ranks when one fails. NODE_RANK is replaced on the node, which alone knows it.
   srun=(srun --kill-on-bad-exit=1 --wait=60 --open-mode=append ${node_log:+--output="$node_log"})
   case ${CONTAINER:+$CONTAINER_RUNTIME} in
     '') ;;
@@ -88,23 +90,23 @@ launch() {
   "${srun[@]}" bash -c 'exec "${@//NODE_RANK/$SLURM_NODEID}"' launcher "${launcher[@]}"
 }
 
-# Trains RECIPE in RUN with the flags given, and ends this script: done, or failed, or requeued to go on.
+# Trains RECIPE in RUN with the flags given, then ends this script as done, failed, or requeued.
 train() {
   local stopping='' ending='' pid rc=0
   RECIPE=$(freeze "$RUN/slurm/$SLURM_JOB_ID" "$RECIPE")
   node_log=$RUN/slurm/%j-%N.log
   export RECIPE RUN FLIPSCALE_STOP_FILE=$RUN/slurm/$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}.stop
   say "job $SLURM_JOB_ID, start ${SLURM_RESTART_COUNT:-0}: $RECIPE in $RUN on $SLURM_JOB_NODELIST; output: $node_log"
-  # The early warning: the end of the time or a preemption. Processes that do not exist yet miss a signal, not a file.
-  # Never trap CONT, which Slurm sends along: bash would lose the USR1.
+  # USR1 warns of the time limit or of a preemption. A file reaches also processes that have not started yet.
+  # Do not trap CONT, which Slurm sends as well: bash would lose the USR1.
   trap 'stopping=1; say "told to stop: saving"; : > "$FLIPSCALE_STOP_FILE"' USR1
-  # The end: scancel, or what Slurm requeues by itself. It has told the processes too.
+  # TERM comes with scancel, or when Slurm itself requeues the job. The processes have received it too.
   trap 'ending=1; say "told to end"' TERM
-  # A core of each process is its own, the others decode.
+  # Of the cores of a process, one trains and the others decode.
   launch flipscale.pretrain --config "$RECIPE" --output_dir "$RUN" \
     --data.num_workers $((cores / per_node > 1 ? cores / per_node - 1 : 0)) "$@" &
   pid=$!
-  while kill -0 "$pid" 2>/dev/null; do wait "$pid" || true; done # a trap cuts a wait short
+  while kill -0 "$pid" 2>/dev/null; do wait "$pid" || true; done # a trap interrupts `wait`
   wait "$pid" || rc=$?
   rm -f "$FLIPSCALE_STOP_FILE"
   [ -z "$ending" ] || exit "$((rc ? rc : 1))"
@@ -114,7 +116,7 @@ train() {
   requeue "$@"
 }
 
-# Counts a crash with exit code $1; false where more than MAX_CRASHES came since the run's newest checkpoint.
+# Counts a crash with exit code $1. Fails if there were more than MAX_CRASHES since the newest checkpoint of the run.
 crashed() {
   local newest count
   newest=$(find "$RUN/checkpoints" -maxdepth 1 -name 'step-*' -printf '%f\n' 2>/dev/null | sort | tail -n 1)
@@ -125,17 +127,17 @@ crashed() {
   [ "$count" -le "$MAX_CRASHES" ]
 }
 
-# Ends this script with the job queued again, as REQUEUE says.
+# Requeues the job as REQUEUE says, and ends this script.
 requeue() {
   local state preempted
   read -r state preempted < <(squeue --noheader --jobs="$SLURM_JOB_ID" --Format=State,PreemptTime)
-  [ "$state" = RUNNING ] || exit 1 # cancelled just now: it must stay so
+  [ "$state" = RUNNING ] || exit 1 # cancelled a moment ago, so it must not run again
   case $preempted in N/A | '') ;; *) say "preempted: Slurm requeues" && exit 0 ;; esac
   case $REQUEUE in
     scontrol)
       say "requeue"
       scontrol requeue "$SLURM_JOB_ID"
-      sleep 600 & wait ;; # until the requeue ends this script
+      sleep 600 & wait ;; # the requeue ends this script
     sbatch)
       local limit options
       limit=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%l)

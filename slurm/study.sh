@@ -1,6 +1,6 @@
 #!/bin/bash
 #SBATCH --job-name=study
-#SBATCH --array=0-1            # a task for each of RECIPES
+#SBATCH --array=0-1            # one task for each of RECIPES
 #SBATCH --nodes=4
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8
@@ -11,7 +11,7 @@
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%A_%a.out
 #
-# Pre-trains each of RECIPES in a run directory of its name in STUDY, at most two at a time, with the same flags:
+# Pre-trains each of RECIPES in a run directory named after it in STUDY, all with the same flags. At most two at a time:
 #
 #   RECIPES="l16_laion400m l16_laion400m_clip" STUDY=runs/mask bash slurm/study.sh --array=0-1%2 -- --seed 1
 

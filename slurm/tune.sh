@@ -11,15 +11,15 @@
 #SBATCH --kill-on-invalid-dep=yes # cancelled when the job it depends on fails
 #SBATCH --output=%x-%j.out
 #
-# Tunes the model of the finished run FROM on RECIPE's data in the run directory RUN, through STAGES in place of the
-# recipe's. Submitted as pretrain.sh is, whose header shows how to have it wait for FROM:
+# Tunes the model of the finished run FROM on the data of RECIPE in the run directory RUN, with STAGES instead of the
+# stages of the recipe. Submit it like pretrain.sh; the comment there shows how to make it wait for FROM:
 #
 #   RECIPE=h14_laion2b FROM=runs/h14 RUN=runs/h14_336 bash slurm/tune.sh -- --model.vision_config.image_size 336
 
 RECIPE=${RECIPE:-h14_laion2b}
 FROM=${FROM:-runs/$(basename "$RECIPE" .yaml)}
 RUN=${RUN:-${FROM}_tuned}
-# Unmasked, 128 M pairs: paper, Table 10.
+# Unmasked, 128 M pairs, as in the paper's Table 10.
 STAGES=${STAGES:-'[{name: unmasked tuning, samples: 128_000_000, base_lr: 4.0e-8, warmup_samples: 25_600_000}]'}
 LAUNCH_FILE=${LAUNCH_FILE:-ds_configs/ddp.yaml}
 
