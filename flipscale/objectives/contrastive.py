@@ -1,24 +1,20 @@
-"""The contrastive loss over the whole global batch, exact, in memory that does not grow with its square."""
+"""The contrastive loss over the whole global batch: exact, in memory that does not grow with the batch's square."""
 
 from collections.abc import Sequence
+from importlib.util import find_spec
+from types import ModuleType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from flipscale.objectives.contrastive_tiles import (
-    Rivals,
-    Share,
-    SimilarityTiles,
-    common_shift,
-    in_blocks,
-    merge,
-    views_of,
-)
-from flipscale.objectives.exchange import Rows, exchange_of, summed, world_size
+from flipscale.objectives import contrastive_torch
+from flipscale.objectives.exchange import Rows, add, exchange_of, world_size
+from flipscale.objectives.logsumexp import LogSumExp, Softmax, common_shift, merge
 from flipscale.objectives.ready_gradients import ReadyGradients
+from flipscale.objectives.tiles import for_each_block, views_of
 
-# Up to so many pairs the products are fp64: a logit near 100 is known to 4e-6 in fp32, and few do not average that out.
+# Up to this many pairs the products are fp64: fp32 knows a logit near 100 to 4e-6, and few do not average that out.
 _FEW = 256
 
 Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -27,15 +23,14 @@ Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 def contrastive_loss(
     image_embeds: torch.Tensor, text_embeds: torch.Tensor, logit_scale: torch.Tensor, exchange: str = "gather"
 ) -> torch.Tensor:
-    """Collective. Symmetric InfoNCE, fp32 `()`: this process's pairs against those of all processes.
+    """Collective. Return the symmetric InfoNCE of this process's pairs against those of all processes, fp32 `()`.
 
-    The mean over processes is the loss of the global batch, and the mean of its gradients, which every engine takes,
-    is that loss's gradient: no factor of the world size anywhere. The gradients are made along with the loss, so that
-    nothing is exchanged in the backward pass, which must multiply the loss by the same number on every process and can
-    be run once.
+    The mean over processes is the loss of the global batch, and the mean of the gradients, which every engine takes, is
+    its gradient: there is no factor of the world size. The gradients are computed along with the loss, so nothing is
+    exchanged in the backward pass. It must multiply the loss by the same number on every process, and can run once.
 
-    With several views of each image it is the mean over views of the loss of that view's images and all texts: every
-    view is paired with its caption, and no view is a negative of its siblings. The texts are exchanged once for all.
+    With several views of each image, the loss is the mean over views of the loss of that view's images and all texts:
+    every view is paired with its caption, and no view is a negative of its siblings. The texts are exchanged once.
 
     Args:
         image_embeds: `(batch * views, dim)`, of unit length, the views of an image in a row.
@@ -55,8 +50,8 @@ class _InfoNCE(ReadyGradients):
         pairs = len(text_embeds) * world_size()
         dtype = torch.float64 if pairs <= _FEW else torch.float32
         with torch.autocast(image_embeds.device.type, enabled=False):
-            images, texts = image_embeds.to(dtype), text_embeds.to(dtype)
-            batch = _Batch(images, texts, logit_scale, exchange)
+            batch = ContrastiveBatch(image_embeds.to(dtype), text_embeds.to(dtype), float(logit_scale), exchange)
+            batch.sum_negatives()
             loss = batch.loss()
             if any(ctx.needs_input_grad):
                 inputs = (image_embeds, text_embeds, logit_scale)
@@ -64,94 +59,116 @@ class _InfoNCE(ReadyGradients):
         return loss.float()
 
 
-class _Batch:
-    """This process's part of the batch: its images, view by view, against all texts."""
+class ContrastiveBatch:
+    """This process's images, view by view, against the texts of all processes.
 
-    def __init__(self, images: torch.Tensor, texts: torch.Tensor, logit_scale: torch.Tensor, exchange: str):
-        self.images, self.scale = images, float(logit_scale)
-        self.all_texts = exchange_of(texts, exchange)
+    First sum the negatives, then take the loss, then the gradients. Another loss of the same softmax can change each
+    view's `positives` in between.
+    """
+
+    def __init__(self, images: torch.Tensor, texts: torch.Tensor, scale: float, exchange: str):
+        """Collective."""
+        self.images, self.scale = images, scale
+        self.texts = exchange_of(texts, exchange)
         views = views_of(images, len(texts))
-        shift = _shift_of_all(views, texts, self.scale)
-        self.views = [_View(view, self.scale, shift) for view in views]
+        shift = _shift_of_all(views, texts, scale)
+        self.views = [_View(view, scale, shift) for view in views]
+
+    def sum_negatives(self) -> None:
+        """Collective. Run the first pass over the tiles: the positives and the negatives of every image and text."""
+        for first_pair, texts, slot in self.texts.visits(_merge_views):
+            slot.found = _flat([view.add_negatives(first_pair, texts) for view in self.views])
+        for view, negatives in zip(self.views, _by_view(self.texts.reduced), strict=True):
+            view.text_negatives = LogSumExp(*negatives)
 
     def loss(self) -> torch.Tensor:
-        """Collective. fp64 `()`."""
-
-        def rivals(first_pair: int, texts: torch.Tensor) -> Rows:
-            return _in_a_row([view.add_rivals(first_pair, texts) for view in self.views])
-
-        def merged(one: Rows, other: Rows) -> Rows:
-            sides = zip(_by_view(one), _by_view(other), strict=True)
-            return _in_a_row([merge(Rivals(*a), Rivals(*b)) for a, b in sides])
-
-        of_texts = _by_view(self.all_texts.visit(rivals, merged))
-        losses = [view.settle(Rivals(*rivals)) for view, rivals in zip(self.views, of_texts, strict=True)]
-        return torch.stack(losses).mean() / 2
+        """Return the loss of this process's pairs, fp64 `()`."""
+        return torch.stack([view.cross_entropy() for view in self.views]).mean() / 2
 
     def gradients(self) -> Gradients:
-        """Collective. Of the images, the texts and `logit_scale`; after `loss`."""
+        """Collective. Run the second pass over the tiles; return the gradients of images, texts and scale."""
         image_gradient = torch.zeros_like(self.images)
-        by_view = views_of(image_gradient, len(self.views[0].images))
-
-        def gradient(first_pair: int, texts: torch.Tensor, *of_texts: torch.Tensor) -> Rows:
+        image_gradients = views_of(image_gradient, len(self.views[0].images))
+        softmax = _flat([view.normalise() for view in self.views])
+        for first_pair, texts, slot in self.texts.visits(add, *softmax):
             text_gradient = torch.zeros_like(texts)
-            for view, share, view_gradient in zip(self.views, _by_view(of_texts), by_view, strict=True):
-                view.add_gradients(first_pair, texts, Share(*share), view_gradient, text_gradient)
-            return (text_gradient,)
-
-        (text_gradient,) = self.all_texts.visit(gradient, summed, *_in_a_row([view.of_texts for view in self.views]))
+            for view, of_texts, of_images in zip(self.views, _by_view(slot.along), image_gradients, strict=True):
+                view.add_gradients(first_pair, texts, Softmax(*of_texts), of_images, text_gradient)
+            slot.found = (text_gradient,)
+        (text_gradient,) = self.texts.reduced
         count = 2 * len(self.images)
         scale_gradient = _dot(self.images, image_gradient).sum(dtype=torch.float64).reshape(1) / count
         return image_gradient.mul_(self.scale / count), text_gradient.div_(count), scale_gradient
 
 
 class _View:
-    """A view of each of this process's images: every logit of it is on one process only. Each image's softmax is known
-    here; that of a text is put together from all processes."""
+    """One view of each of this process's images.
+
+    Every logit of it is computed on this process only. So the softmax of each image is known here; that of a text is
+    put together from all processes.
+    """
+
+    # Of this process's own texts, once the images of all processes have met them.
+    text_negatives: LogSumExp
 
     def __init__(self, images: torch.Tensor, scale: float, shift: float | None):
         self.images, self.scale, self.shift = images, scale, shift
-        self.pairs = torch.empty_like(images[:, 0])
-        self.rivals = Rivals.none(images, shift)
+        self.tiles = _tile_functions(images)
+        self.positives = torch.empty_like(images[:, 0])
+        self.image_negatives = LogSumExp.empty(images, shift)
 
-    def add_rivals(self, first_pair: int, texts: torch.Tensor) -> Rivals:
-        """Gives the images some `texts` as rivals. Those that the texts have in them are returned."""
-        of_texts = Rivals.none(texts, self.shift)
+    def add_negatives(self, first_pair: int, texts: torch.Tensor) -> LogSumExp:
+        """Add some `texts` to the negatives of the images, and return the images as negatives of the texts."""
+        text_negatives = LogSumExp.empty(texts, self.shift)
+        found = (self.image_negatives, text_negatives, self.positives, self.shift)
+        for_each_block(self.tiles.add_negatives, self.images, texts, self.scale, first_pair, *found)
+        return text_negatives
 
-        def add(tiles: SimilarityTiles, rows: slice, columns: slice) -> None:
-            sides = (self.rivals.of(rows), of_texts.of(columns))
-            tiles.add_rivals(*sides, self.pairs[rows], self.shift)
+    def cross_entropy(self) -> torch.Tensor:
+        """Return the cross-entropy of both sides of each pair, fp64 `(batch,)`."""
+        sides = (self.image_negatives, self.text_negatives)
+        return sides[0].cross_entropy(self.positives) + sides[1].cross_entropy(self.positives)
 
-        in_blocks(self.images, texts, self.scale, first_pair, add)
-        return of_texts
-
-    def settle(self, of_texts: Rivals) -> torch.Tensor:
-        """The cross entropy of both sides of each pair, fp64 `(batch,)`, when the images have met all texts and
-        `of_texts` are the rivals of this process's. Gradients can follow."""
-        self.of_images, self.of_texts = self.rivals.share(self.pairs), of_texts.share(self.pairs)
-        self.of_pairs = -(self.rivals.total * self.of_images.factor + of_texts.total * self.of_texts.factor)
-        return self.rivals.cross_entropy(self.pairs) + of_texts.cross_entropy(self.pairs)
+    def normalise(self) -> Softmax:
+        """Make each image's softmax and the gradients of the positives; return the softmax of this process's texts."""
+        self.image_softmax = self.image_negatives.softmax(self.positives)
+        text_softmax = self.text_negatives.softmax(self.positives)
+        self.positive_gradient = -(
+            self.image_negatives.total * self.image_softmax.factor + self.text_negatives.total * text_softmax.factor
+        )
+        return text_softmax
 
     def add_gradients(
         self,
         first_pair: int,
         texts: torch.Tensor,
-        of_texts: Share,
+        text_softmax: Softmax,
         image_gradient: torch.Tensor,
         text_gradient: torch.Tensor,
     ) -> None:
-        """As `SimilarityTiles.add_gradients`, of the images and some `texts`."""
-
-        def add(tiles: SimilarityTiles, rows: slice, columns: slice) -> None:
-            shares = (self.of_images.of(rows), of_texts.of(columns))
-            gradients = (image_gradient[rows], text_gradient[columns])
-            tiles.add_gradients(*shares, self.of_pairs[rows], *gradients, self.shift)
-
-        in_blocks(self.images, texts, self.scale, first_pair, add)
+        """Add the gradients of the images and of some `texts`, both still without their factors."""
+        given = (self.image_softmax, text_softmax, self.positive_gradient)
+        found = (image_gradient, text_gradient, self.shift)
+        for_each_block(self.tiles.add_gradients, self.images, texts, self.scale, first_pair, *given, *found)
 
 
-def _in_a_row(of_views: Sequence[Rivals | Share]) -> Rows:
-    return tuple(part for of_view in of_views for part in of_view)
+def _tile_functions(rows: torch.Tensor) -> ModuleType:
+    """Return the module that computes the tiles of `rows`: Triton's for fp32 on a GPU if Triton is installed."""
+    if not rows.is_cuda or rows.dtype != torch.float32 or find_spec("triton") is None:
+        return contrastive_torch
+    from flipscale.objectives import contrastive_triton
+
+    return contrastive_triton
+
+
+def _merge_views(one: Rows, other: Rows) -> Rows:
+    """Reduce by merging the negatives of each view."""
+    sides = zip(_by_view(one), _by_view(other), strict=True)
+    return _flat([merge(LogSumExp(*a), LogSumExp(*b)) for a, b in sides])
+
+
+def _flat(views: Sequence[LogSumExp | Softmax]) -> Rows:
+    return tuple(tensor for view in views for tensor in view)
 
 
 def _by_view(rows: Rows) -> list[Rows]:
@@ -159,10 +176,10 @@ def _by_view(rows: Rows) -> list[Rows]:
 
 
 def _shift_of_all(views: Sequence[torch.Tensor], texts: torch.Tensor, scale: float) -> float | None:
-    """Collective. The `common_shift` of the global batch."""
-    lowest_pair = torch.stack([_dot(view, texts).min() for view in views]).min()
+    """Collective. Return the `common_shift` of the global batch."""
+    lowest_positive = torch.stack([_dot(view, texts).min() for view in views]).min()
     highest_norm = torch.stack([view.norm(dim=1).max() for view in views]).max()
-    bounds = torch.stack([highest_norm, texts.norm(dim=1).max(), -lowest_pair])
+    bounds = torch.stack([highest_norm, texts.norm(dim=1).max(), -lowest_positive])
     if world_size() > 1:
         dist.all_reduce(bounds, dist.ReduceOp.MAX)
     image_norm, text_norm, lowest = bounds.tolist()

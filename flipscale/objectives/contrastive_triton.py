@@ -1,5 +1,8 @@
-"""The tiles of the contrastive loss in Triton: what becomes of a block of logits is made where its product leaves them,
-so that no logit is written to the GPU's memory, only sums of their exponentials and, in the second pass, gradients."""
+"""The tiles of the contrastive loss in Triton, for fp32 on a GPU: the functions of `contrastive_torch`, fused.
+
+What becomes of a block of logits is computed where its product leaves them, so that no logit is written to the GPU's
+memory, only the sums of their exponentials and, in the second pass, their gradients.
+"""
 
 from typing import Any
 
@@ -7,42 +10,49 @@ import torch
 import triton
 import triton.language as tl
 
-from flipscale.objectives.contrastive_tiles import Rivals, Share, SimilarityTiles, Tile
+from flipscale.objectives.logsumexp import LogSumExp, Softmax
+from flipscale.objectives.tiles import SimilarityTiles, Tile
 
-# Rows, columns and depth that a program multiplies at a time. In 128 registers a thread, so that two programs share a
-# processor and the exponentials of one hide behind the products of the other.
+# Rows, columns and depth that a program multiplies at a time. It fits in 128 registers a thread, so that two programs
+# share a processor and the exponentials of one hide behind the products of the other.
 BLOCK = {"HEIGHT": 128, "WIDTH": 64, "DEPTH": 16}
 OPTIONS = {"num_warps": 8, "num_stages": 3}
 
 
-def add_rivals(
-    tiles: SimilarityTiles, of_rows: Rivals, of_columns: Rivals, pairs: torch.Tensor, shift: float | None
+def add_negatives(
+    tiles: SimilarityTiles,
+    row_negatives: LogSumExp,
+    column_negatives: LogSumExp,
+    positives: torch.Tensor,
+    shift: float | None,
 ) -> None:
-    """`SimilarityTiles.add_rivals` in fp32."""
+    """Do what `contrastive_torch.add_negatives` does."""
     for tile in tiles.unfilled():
         (height, width), (down, across) = tile.logits.shape, _blocks(tile)
         by_row, by_column = tile.logits.new_empty(2, across, height), tile.logits.new_empty(2, down, width)
-        _launch(tile_rivals, tiles, tile, pairs[tile.rows], *by_row, *by_column)
-        for mine, (highest, total) in ((of_rows.of(tile.rows), by_row), (of_columns.of(tile.columns), by_column)):
+        _launch(tile_negatives, tiles, tile, positives[tile.rows], *by_row, *by_column)
+        sides = ((row_negatives.part(tile.rows), by_row), (column_negatives.part(tile.columns), by_column))
+        for negatives, (highest, total) in sides:
             if shift is None:
-                mine.rise_to(highest.amax(0))
-            mine.total.add_(total.mul_(highest.sub_(mine.shift).exp_()).sum(0))
+                negatives.raise_shift(highest.amax(0))
+            negatives.total.add_(total.mul_(highest.sub_(negatives.shift).exp_()).sum(0))
 
 
 def add_gradients(
     tiles: SimilarityTiles,
-    of_rows: Share,
-    of_columns: Share,
-    of_pairs: torch.Tensor,
+    row_softmax: Softmax,
+    column_softmax: Softmax,
+    positive_gradient: torch.Tensor,
     row_gradient: torch.Tensor,
     column_gradient: torch.Tensor,
+    shift: float | None,
 ) -> None:
-    """`SimilarityTiles.add_gradients` in fp32."""
+    """Do what `contrastive_torch.add_gradients` does. The kernel uses each row's and column's own shift."""
     for tile in tiles.unfilled():
-        weights = tiles.beside(tile)
-        shares = (*of_rows.of(tile.rows), *of_columns.of(tile.columns))
-        _launch(tile_weights, tiles, tile, of_pairs[tile.rows], *shares, weights)
-        tiles.add_products(tile, weights, row_gradient, column_gradient)
+        logit_gradient = tiles.beside(tile)
+        softmax = (*row_softmax.part(tile.rows), *column_softmax.part(tile.columns))
+        _launch(tile_gradients, tiles, tile, positive_gradient[tile.rows], *softmax, logit_gradient)
+        tiles.add_products(tile, logit_gradient, row_gradient, column_gradient)
 
 
 def _blocks(tile: Tile) -> tuple[int, int]:
@@ -58,14 +68,14 @@ def _launch(kernel: Any, tiles: SimilarityTiles, tile: Tile, *others: torch.Tens
 
 
 @triton.jit
-def tile_rivals(
+def tile_negatives(
     rows: tl.tensor,
     columns: tl.tensor,
     first_pair: tl.tensor,
     height: tl.tensor,
     width: tl.tensor,
     depth: tl.tensor,
-    pairs: tl.tensor,
+    positives: tl.tensor,
     row_shift: tl.tensor,
     row_total: tl.tensor,
     column_shift: tl.tensor,
@@ -74,13 +84,14 @@ def tile_rivals(
     WIDTH: tl.constexpr,
     DEPTH: tl.constexpr,
 ) -> None:
-    """The rivals that each row `(column blocks, height)` and each column `(row blocks, width)` has in a block, shifted
-    by the largest logit, the pair's counted. The pairs' logits go to `pairs` `(height,)`."""
+    """Sum the exponentials of the negatives that each row `(column blocks, height)` and each column
+    `(row blocks, width)` has in a block, shifted by the largest logit, the positive's included. Write the logits of the
+    pairs to `positives` `(height,)`."""
     row, column, logits = logits_of_block(rows, columns, height, width, depth, HEIGHT, WIDTH, DEPTH)
     partner, begin = row + first_pair, tl.program_id(1) * WIDTH
     paired, here = column == partner, (partner >= begin) & (partner < tl.minimum(begin + WIDTH, width))
-    pair = tl.sum(tl.where(paired, logits, 0.0), 1, keep_dims=True)
-    tl.store(pairs + row, pair, here & (row < height))
+    positive = tl.sum(tl.where(paired, logits, 0.0), 1, keep_dims=True)
+    tl.store(positives + row, positive, here & (row < height))
     logits = tl.where((row < height) & (column < width), logits, float("-inf"))
 
     shift = tl.max(logits, 1, keep_dims=True)
@@ -97,30 +108,31 @@ def tile_rivals(
 
 
 @triton.jit
-def tile_weights(
+def tile_gradients(
     rows: tl.tensor,
     columns: tl.tensor,
     first_pair: tl.tensor,
     height: tl.tensor,
     width: tl.tensor,
     depth: tl.tensor,
-    of_pairs: tl.tensor,
+    positive_gradient: tl.tensor,
     row_shift: tl.tensor,
     row_factor: tl.tensor,
     column_shift: tl.tensor,
     column_factor: tl.tensor,
-    weights: tl.tensor,
+    logit_gradient: tl.tensor,
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
     DEPTH: tl.constexpr,
 ) -> None:
-    """The gradients of the logits `(height, width)`, given those of the pairs' and the rows' and columns' shares."""
+    """Compute the gradient of the logits `(height, width)` from that of the positives and from the softmax of each row
+    and column."""
     row, column, logits = logits_of_block(rows, columns, height, width, depth, HEIGHT, WIDTH, DEPTH)
     of_row = tl.exp(logits - tl.load(row_shift + row, row < height)) * tl.load(row_factor + row, row < height)
     of_column = tl.exp(logits - tl.load(column_shift + column, column < width))
     of_column *= tl.load(column_factor + column, column < width)
-    gradients = tl.where(column == row + first_pair, tl.load(of_pairs + row, row < height), of_row + of_column)
-    tl.store(weights + row * width + column, gradients, (row < height) & (column < width))
+    gradients = tl.where(column == row + first_pair, tl.load(positive_gradient + row, row < height), of_row + of_column)
+    tl.store(logit_gradient + row * width + column, gradients, (row < height) & (column < width))
 
 
 @triton.jit
@@ -134,7 +146,7 @@ def logits_of_block(
     WIDTH: tl.constexpr,
     DEPTH: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """This program's rows `(HEIGHT, 1)`, columns `(1, WIDTH)` and products of the two, whole fp32 and no TF32."""
+    """Return this program's rows `(HEIGHT, 1)`, its columns `(1, WIDTH)` and their products in full fp32, not TF32."""
     row = tl.program_id(0) * HEIGHT + tl.arange(0, HEIGHT)[:, None]
     column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)[None, :]
     logits = tl.zeros((HEIGHT, WIDTH), tl.float32)

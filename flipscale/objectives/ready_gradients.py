@@ -1,4 +1,4 @@
-"""A loss whose gradients are made along with it."""
+"""A loss whose gradients are computed along with it."""
 
 from typing import Any
 
@@ -6,11 +6,11 @@ import torch
 
 
 class ReadyGradients(torch.autograd.Function):
-    """`forward` leaves in `ctx.gradients` those of its inputs but the last, which is no tensor; `backward` hands them
-    out, multiplied in place by the upstream number, so once."""
+    """`forward` sets `ctx.gradients` to the gradients of its inputs, except for the last input, which is no tensor.
+    `backward` multiplies them by the upstream gradient in place and returns them, so it can run once."""
 
     @staticmethod
     def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         gradients, ctx.gradients = ctx.gradients, None
-        assert gradients is not None, "the gradients of this loss were handed out before"
+        assert gradients is not None, "the backward pass of this loss ran before"
         return (*(gradient.mul_(upstream[0]) for gradient in gradients), None)

@@ -1,15 +1,14 @@
 """The pairwise sigmoid loss (SigLIP, arXiv 2303.15343) over the whole global batch, in memory that does not grow with
-its square: each tile of logits is made once, and its gradients are taken before the next one takes its place."""
+the batch's square: each tile of logits is made once, and its gradients are taken before the next takes its place."""
 
-from functools import partial
 from typing import Any
 
 import torch
 from torch.nn.functional import softplus
 
-from flipscale.objectives.contrastive_tiles import SimilarityTiles, in_blocks, views_of
-from flipscale.objectives.exchange import Rows, exchange_of, summed
+from flipscale.objectives.exchange import Rows, add, exchange_of
 from flipscale.objectives.ready_gradients import ReadyGradients
+from flipscale.objectives.tiles import SimilarityTiles, for_each_block, views_of
 
 
 def sigmoid_loss(
@@ -19,12 +18,13 @@ def sigmoid_loss(
     logit_bias: torch.Tensor,
     exchange: str = "gather",
 ) -> torch.Tensor:
-    """Collective. The pairwise sigmoid loss, fp32 `()`: each of this process's images is asked of each text of all
-    processes whether it is its own. Summed over the texts and averaged over the images, as SigLIP has it.
+    """Collective. Return the pairwise sigmoid loss of this process's images, fp32 `()`: for each of them and each text
+    of all processes, whether the text is the image's own. It is summed over the texts and averaged over the images, as
+    SigLIP does.
 
-    The mean over processes is the loss of the global batch, and the mean of the gradients its gradient. As
-    `contrastive_loss`, it makes them along with the loss, and with several views it is the mean over views,
-    the texts exchanged once.
+    The mean over processes is the loss of the global batch, and the mean of the gradients its gradient. As in
+    `contrastive_loss`, the gradients are computed along with the loss; with several views it is the mean over views,
+    and the texts are exchanged once.
 
     Args:
         image_embeds: `(batch * views, dim)`, of unit length, the views of an image in a row.
@@ -50,20 +50,19 @@ class _Sigmoid(ReadyGradients):
 def _loss_and_gradients(
     images: torch.Tensor, texts: torch.Tensor, scale: float, bias: float, exchange: str
 ) -> tuple[torch.Tensor, Rows]:
-    """Collective. The loss, fp64 `()`, and its gradients by images, texts, scale and bias."""
+    """Collective. Return the loss, fp64 `()`, and its gradients by images, texts, scale and bias."""
     image_gradient = torch.zeros_like(images)
     # Of each image: its loss, and the sum of the gradients of its logits.
     sums = torch.zeros(len(images), 2, dtype=torch.float64, device=images.device)
     views = list(zip(*(views_of(rows, len(texts)) for rows in (images, image_gradient, sums)), strict=True))
-
-    def contribute(first_pair: int, texts: torch.Tensor) -> Rows:
-        text_gradient = torch.zeros_like(texts)
-        for view, *found in views:
-            work = partial(_add_block, bias, text_gradient, *found)
-            in_blocks(view, texts, scale, first_pair, work)
-        return (text_gradient,)
-
-    (text_gradient,) = exchange_of(texts, exchange).visit(contribute, summed)
+    all_texts = exchange_of(texts, exchange)
+    for first_pair, visited, slot in all_texts.visits(add):
+        text_gradient = torch.zeros_like(visited)
+        for view, view_gradient, view_sums in views:
+            found = (view_gradient, text_gradient, view_sums)
+            for_each_block(_add_block, view, visited, scale, first_pair, bias, *found)
+        slot.found = (text_gradient,)
+    (text_gradient,) = all_texts.reduced
     loss, bias_gradient = sums.sum(0) / len(images)
     scale_gradient = torch.einsum("nd,nd->n", images, image_gradient).sum(dtype=torch.float64) / len(images)
     gradients = (image_gradient.mul_(scale / len(images)), text_gradient.div_(len(images)))
@@ -71,21 +70,18 @@ def _loss_and_gradients(
 
 
 def _add_block(
-    bias: float,
-    text_gradient: torch.Tensor,
-    image_gradient: torch.Tensor,
-    sums: torch.Tensor,
     tiles: SimilarityTiles,
-    rows: slice,
-    columns: slice,
+    bias: float,
+    image_gradient: torch.Tensor,
+    text_gradient: torch.Tensor,
+    sums: torch.Tensor,
 ) -> None:
-    image_gradient, text_gradient, sums = image_gradient[rows], text_gradient[columns], sums[rows]
     for tile in tiles:
         tile.logits.add_(bias)
         # -log sigmoid(logit) of a pair and -log sigmoid(-logit) of any other are one function of these.
-        tile.pairs.neg_()
-        weights = torch.sigmoid(tile.logits, out=tiles.beside(tile))
-        tiles.pairs_of(weights, tile).neg_()
+        tile.positives.neg_()
+        logit_gradient = torch.sigmoid(tile.logits, out=tiles.beside(tile))
+        tiles.positives_of(logit_gradient, tile).neg_()
         sums[tile.rows, 0] += softplus(tile.logits).sum(1)
-        sums[tile.rows, 1] += weights.sum(1)
-        tiles.add_products(tile, weights, image_gradient, text_gradient)
+        sums[tile.rows, 1] += logit_gradient.sum(1)
+        tiles.add_products(tile, logit_gradient, image_gradient, text_gradient)

@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import normalize
 
 from flipscale.model import FlipConfig, FlipModel
-from flipscale.objectives import contrastive_tiles
+from flipscale.objectives import tiles
 from flipscale.objectives.contrastive import contrastive_loss
 from flipscale.objectives.sigmoid import sigmoid_loss
 
@@ -70,7 +70,7 @@ def test_opposite_pairs(scale: float) -> None:
 @pytest.mark.parametrize("scale", [20.0, 100.0])
 @pytest.mark.parametrize("threads", [2, 4])
 def test_blocks_on_threads(threads: int, scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(contrastive_tiles, "_BLOCK", 100)
+    monkeypatch.setattr(tiles, "_BLOCK", 100)
     ran_on = set()
     product = torch.mm
     monkeypatch.setattr(torch, "mm", lambda *a, **k: ran_on.add(threading.get_ident()) or product(*a, **k))
@@ -88,12 +88,12 @@ def test_blocks_on_threads(threads: int, scale: float, monkeypatch: pytest.Monke
 
 
 def test_a_fault_on_a_thread_is_the_caller_s(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(contrastive_tiles, "_BLOCK", 2)
+    monkeypatch.setattr(tiles, "_BLOCK", 2)
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
         with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
-            contrastive_tiles.in_blocks(torch.ones(8, 3), torch.ones(8, 4), 1.0, 0, lambda tiles, *_: list(tiles))
+            tiles.for_each_block(list, torch.ones(8, 3), torch.ones(8, 4), 1.0, 0)
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)

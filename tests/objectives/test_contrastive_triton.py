@@ -5,26 +5,32 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from objectives import test_contrastive
 from torch._subclasses.fake_tensor import FakeTensorMode
-from training import test_contrastive
 
-from flipscale.objectives import contrastive, contrastive_tiles
-from flipscale.objectives.contrastive_tiles import Rivals, SimilarityTiles, kernels_for
+from flipscale.objectives import contrastive, contrastive_torch, tiles
+from flipscale.objectives.logsumexp import LogSumExp
+from flipscale.objectives.tiles import SimilarityTiles
 
 contrastive_triton = pytest.importorskip("flipscale.objectives.contrastive_triton")
 
 Interpreted = Callable[..., None]
 
 
+def functions_for(rows: torch.Tensor) -> ModuleType:
+    return contrastive_triton if rows.dtype == torch.float32 else contrastive_torch
+
+
 def interpret() -> None:
-    """Has the kernels make all tiles of fp32, wherever they are, each of several blocks."""
+    """Have the kernels make all tiles of fp32, wherever they are, each of several blocks."""
     torch.set_num_threads(1)
-    contrastive_tiles._TILE["cpu"] = (200, 150)
-    contrastive_tiles.kernels_for = lambda rows: contrastive_triton if rows.dtype == torch.float32 else None
+    tiles._TILE["cpu"] = (200, 150)
+    contrastive._tile_functions = functions_for
     contrastive._FEW = 0
 
 
@@ -70,27 +76,30 @@ def test_embeddings_that_are_not_finite(interpreted: Interpreted, number: float)
     interpreted(check_that_nothing_finite_comes_of, number)
 
 
-def both_passes(rows: torch.Tensor, columns: torch.Tensor, first_pair: int, shift: float | None) -> list[torch.Tensor]:
-    """What they leave: the logarithms of the rivals, the pairs' logits, the gradients of rows and columns."""
+def both_passes(
+    functions: ModuleType, rows: torch.Tensor, columns: torch.Tensor, first_pair: int, shift: float | None
+) -> list[torch.Tensor]:
+    """Return what they leave: the log-sum-exp of the negatives, the positives, the gradients of rows and columns."""
     tiles = SimilarityTiles(rows, columns, 30.0, first_pair)
-    pairs, of_columns_pairs = torch.ones_like(rows[:, 0]), torch.ones_like(columns[:, 0])
-    of_rows, of_columns = Rivals.none(rows, shift), Rivals.none(columns, shift)
-    tiles.add_rivals(of_rows, of_columns, pairs, shift)
-    shares = of_rows.share(pairs), of_columns.share(of_columns_pairs)
+    positives, column_positives = torch.ones_like(rows[:, 0]), torch.ones_like(columns[:, 0])
+    of_rows, of_columns = LogSumExp.empty(rows, shift), LogSumExp.empty(columns, shift)
+    functions.add_negatives(tiles, of_rows, of_columns, positives, shift)
+    softmax = of_rows.softmax(positives), of_columns.softmax(column_positives)
     gradients = torch.zeros_like(rows), torch.zeros_like(columns)
-    of_pairs = torch.linspace(-1, 1, len(rows), dtype=rows.dtype)
-    tiles.add_gradients(*shares, of_pairs, *gradients, shift)
+    positive_gradient = torch.linspace(-1, 1, len(rows), dtype=rows.dtype)
+    functions.add_gradients(tiles, *softmax, positive_gradient, *gradients, shift)
     if shift is not None:
         assert {*of_rows.shift.tolist(), *of_columns.shift.tolist()} == {shift}
-    return [of_rows.total.log() + of_rows.shift, of_columns.total.log() + of_columns.shift, pairs, *gradients]
+    return [of_rows.total.log() + of_rows.shift, of_columns.total.log() + of_columns.shift, positives, *gradients]
 
 
 def check_against_plain(height: int, width: int, first_pair: int, shift: float | None) -> None:
-    """In fp32 from strided memory against fp64, of which the kernels make nothing."""
+    """Compare the kernels on strided fp32 with torch in fp64."""
     embeds = torch.randn(height + width, 40, 2, generator=torch.Generator().manual_seed(height))
     rows, columns = torch.nn.functional.normalize(embeds, dim=1)[..., 0].split([height, width])
-    found = both_passes(rows, columns, first_pair, shift)
-    for a, b in zip(found, both_passes(rows.double(), columns.double(), first_pair, shift), strict=True):
+    found = both_passes(contrastive_triton, rows, columns, first_pair, shift)
+    expected = both_passes(contrastive_torch, rows.double(), columns.double(), first_pair, shift)
+    for a, b in zip(found, expected, strict=True):
         assert torch.allclose(a.double(), b, rtol=1e-5, atol=1e-5 * b.abs().max().item())
 
 
@@ -132,11 +141,11 @@ def test_kernels_compile_keep_to_registers_and_to_fp32(
     from triton import knobs
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(contrastive_tiles, "kernels_for", lambda rows: contrastive_triton)
-    compilers = [Compiler(getattr(contrastive_triton, name), capability) for name in ("tile_rivals", "tile_weights")]
+    kernels = (contrastive_triton.tile_negatives, contrastive_triton.tile_gradients)
+    compilers = [Compiler(kernel, capability) for kernel in kernels]
     for compiler in compilers:
         monkeypatch.setattr(contrastive_triton, compiler.kernel.__name__, compiler)
-    both_passes(*torch.zeros(2, 512, 512), 0, None)
+    both_passes(contrastive_triton, *torch.zeros(2, 512, 512), 0, None)
     for compiler in compilers:
         (program,) = compiler.found
         binary = tmp_path / "kernel.cubin"
@@ -150,8 +159,8 @@ def test_kernels_compile_keep_to_registers_and_to_fp32(
 def test_the_kernels_are_for_fp32_on_gpus_with_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     with FakeTensorMode():
         on_gpu = torch.empty(2, 2, device="cuda")
-        assert kernels_for(on_gpu) is contrastive_triton
-        assert kernels_for(on_gpu.double()) is None
-        assert kernels_for(on_gpu.cpu()) is None
-        monkeypatch.setattr(contrastive_tiles, "find_spec", lambda name: None)
-        assert kernels_for(on_gpu) is None
+        assert contrastive._tile_functions(on_gpu) is contrastive_triton
+        assert contrastive._tile_functions(on_gpu.double()) is contrastive_torch
+        assert contrastive._tile_functions(on_gpu.cpu()) is contrastive_torch
+        monkeypatch.setattr(contrastive, "find_spec", lambda name: None)
+        assert contrastive._tile_functions(on_gpu) is contrastive_torch
