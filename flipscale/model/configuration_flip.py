@@ -1,6 +1,5 @@
 """Configuration of FLIP models: what the weights are, never how they are trained."""
 
-from dataclasses import fields
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
@@ -11,47 +10,47 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
-# What transformers and its tools write into a config besides its fields.
-_BESIDES = {
-    "auto_map",
-    "custom_pipelines",
-    "model_type",
-    "num_labels",
-    "quantization_config",
-    "torch_dtype",
-    "use_cache",
-}
+# The number of the present form of the configuration and the weights. It grows when older code would read a newer
+# folder wrongly: a new field that changes what the model computes, or weights of another meaning. A file without the
+# number is of form 1.
+MODEL_FORMAT = 1
 
 
 class FlipPreTrainedConfig(PreTrainedConfig):
-    """What the configurations share: a file with something in it that this code does not know is refused, since it may
-    change what the model computes."""
+    """The base of the three configurations. It keeps fields that it does not know, as transformers' own configurations
+    do: quantisers, PEFT and hubs add theirs. It refuses a file of another model type or of a newer `model_format`."""
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        # What is written is always of the present form, so the number that was read is not kept.
+        kwargs.pop("model_format", None)
+        super().__post_init__(**kwargs)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """The configuration of a file's content.
+        """Return the configuration that a file's content describes.
 
         Raises:
-            ValueError: another model type, or fields of a newer version.
+            ValueError: the content is of another model type or of a newer `model_format`.
         """
-        cls._refuse_unknown(config_dict)
+        cls._check_readable(config_dict)
         return super().from_dict(config_dict, **kwargs)
 
+    def to_dict(self) -> dict[str, Any]:
+        return {**super().to_dict(), "model_format": MODEL_FORMAT}
+
     @classmethod
-    def _refuse_unknown(cls, content: dict[str, Any]) -> None:
-        found = content.get("model_type") or cls.model_type
-        if found != cls.model_type:
+    def _check_readable(cls, content: dict[str, Any]) -> None:
+        model_type = content.get("model_type") or cls.model_type
+        if model_type != cls.model_type:
             raise ValueError(
-                f"the config has model_type {found!r}, {cls.__name__} reads {cls.model_type!r}; upgrade flipscale, or "
-                "load it with the class it was made for"
+                f"the config has model_type {model_type!r}, {cls.__name__} reads {cls.model_type!r}; upgrade "
+                "flipscale, or load it with the class it was made for"
             )
-        known = {field.name for field in fields(cls)} | _BESIDES
-        unknown = sorted(name for name in content.keys() - known if not name.startswith("_"))
-        if unknown:
+        model_format = content.get("model_format", 1)
+        if not isinstance(model_format, int) or model_format > MODEL_FORMAT:
             raise ValueError(
-                f"{cls.__name__}: the config has {', '.join(unknown)}, which this version does not know; it is by a "
-                f"newer flipscale or transformers (its transformers_version is {content.get('transformers_version')}): "
-                "upgrade both"
+                f"the config has model_format {model_format}, this {cls.__name__} reads up to {MODEL_FORMAT}; upgrade "
+                "flipscale to the version that wrote the model"
             )
 
 
@@ -196,10 +195,10 @@ class FlipConfig(FlipPreTrainedConfig):
             tower.projection_dim = self.projection_dim
 
     @classmethod
-    def _refuse_unknown(cls, content: dict[str, Any]) -> None:
-        super()._refuse_unknown(content)
+    def _check_readable(cls, content: dict[str, Any]) -> None:
+        super()._check_readable(content)
         for name, tower in (("vision_config", FlipVisionConfig), ("text_config", FlipTextConfig)):
-            tower._refuse_unknown(content.get(name) or {})
+            tower._check_readable(content.get(name) or {})
 
     @classmethod
     def from_size(

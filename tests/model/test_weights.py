@@ -1,5 +1,6 @@
 """The weights, their names, init, folders and configurations."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -171,3 +172,33 @@ def test_projection_dim_is_one_for_both_towers() -> None:
     with pytest.raises(ValueError, match="projection_dim differs: vision_config has 7, text_config has 512"):
         FlipConfig.from_size("b16", {"projection_dim": 7})
     assert FlipConfig.from_size("l16", text_config={"vocab_size": 50}).text_config.vocab_size == 50
+
+
+def test_fields_of_other_tools_are_kept(model: FlipModel, tmp_path: Path) -> None:
+    """Quantisers, PEFT and hubs write fields of their own into config.json."""
+    model.save_pretrained(tmp_path)
+    content = json.loads((tmp_path / "config.json").read_text())
+    content["hub_note"] = {"by": "somebody"}
+    content["vision_config"]["rope_theta"] = 100.0
+    content["text_config"]["quantised"] = True
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    FlipModel.from_pretrained(tmp_path).save_pretrained(tmp_path / "again")
+    again = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert again["hub_note"] == {"by": "somebody"}
+    assert (again["vision_config"]["rope_theta"], again["text_config"]["quantised"]) == (100.0, True)
+
+
+def test_a_config_says_its_format(model: FlipModel, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path)
+    content = json.loads((tmp_path / "config.json").read_text())
+    assert [c["model_format"] for c in (content, content["vision_config"], content["text_config"])] == [1, 1, 1]
+    # Folders that were exported before the number existed have none.
+    for part in (content, content["vision_config"], content["text_config"]):
+        del part["model_format"]
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    assert FlipModel.from_pretrained(tmp_path).config.to_diff_dict().keys() >= content.keys() | {"model_format"}
+    content["vision_config"]["model_format"] = 2
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    for model_class in (FlipModel, FlipVisionModel):
+        with pytest.raises(ValueError, match="model_format 2, this FlipVisionConfig reads up to 1; upgrade flipscale"):
+            model_class.from_pretrained(tmp_path)
