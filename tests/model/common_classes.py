@@ -1,0 +1,190 @@
+"""The classes that `test_common` runs: transformers' common tests, given each FLIP model and its inputs."""
+
+import unittest
+from typing import Any, ClassVar
+
+import torch
+from model import transformers_tests
+
+from flipscale.model import (
+    FlipConfig,
+    FlipForImageClassification,
+    FlipModel,
+    FlipTextConfig,
+    FlipTextModel,
+    FlipTextModelWithProjection,
+    FlipVisionConfig,
+    FlipVisionModel,
+    FlipVisionModelWithProjection,
+)
+
+modeling, configuration = transformers_tests.load()
+
+
+class VisionTester:
+    """64 patches and the class token."""
+
+    batch_size, image_size, patch_size, num_channels, hidden_size = 12, 16, 2, 3, 32
+    num_hidden_layers, num_attention_heads, is_training = 2, 4, False
+    seq_length = (image_size // patch_size) ** 2 + 1
+
+    def __init__(self, parent: unittest.TestCase, **kwargs: Any):
+        self.parent = parent
+        vars(self).update(kwargs)
+
+    def get_config(self) -> FlipVisionConfig:
+        return FlipVisionConfig(
+            image_size=self.image_size,
+            patch_size=self.patch_size,
+            num_channels=self.num_channels,
+            hidden_size=self.hidden_size,
+            num_hidden_layers=self.num_hidden_layers,
+            num_attention_heads=self.num_attention_heads,
+            intermediate_size=37,
+            projection_dim=32,
+            attention_dropout=0.1,
+            initializer_range=0.02,
+        )
+
+    def prepare_config_and_inputs_for_common(self) -> tuple[FlipVisionConfig, dict[str, torch.Tensor]]:
+        shape = [self.batch_size, self.num_channels, self.image_size, self.image_size]
+        return self.get_config(), {"pixel_values": modeling.floats_tensor(shape)}
+
+
+class TextTester:
+    """7 tokens of at most 16, so the padding inside the model is at work. SigLIP's own tester has 512."""
+
+    batch_size, seq_length, vocab_size, hidden_size = 12, 7, 99, 32
+    num_hidden_layers, num_attention_heads, is_training = 2, 4, False
+    max_position_embeddings = 16
+
+    def __init__(self, parent: unittest.TestCase, **kwargs: Any):
+        self.parent = parent
+        self.attend_to_padding = True
+        vars(self).update(kwargs)
+
+    def get_config(self) -> FlipTextConfig:
+        return FlipTextConfig(
+            vocab_size=self.vocab_size,
+            hidden_size=self.hidden_size,
+            num_hidden_layers=self.num_hidden_layers,
+            num_attention_heads=self.num_attention_heads,
+            intermediate_size=37,
+            projection_dim=32,
+            attention_dropout=0.1,
+            max_position_embeddings=self.max_position_embeddings,
+            initializer_range=0.02,
+            attend_to_padding=self.attend_to_padding,
+        )
+
+    def prepare_config_and_inputs_for_common(self) -> tuple[FlipTextConfig, dict[str, torch.Tensor]]:
+        shape = [self.batch_size, self.seq_length]
+        lengths = torch.randint(1, self.seq_length, (self.batch_size, 1))
+        mask = (torch.arange(self.seq_length)[None] < lengths).long()
+        return self.get_config(), {"input_ids": modeling.ids_tensor(shape, self.vocab_size), "attention_mask": mask}
+
+
+class BothTester:
+    is_training = True
+
+    def __init__(self, parent: unittest.TestCase):
+        self.parent = parent
+        self.text_model_tester, self.vision_model_tester = TextTester(parent), VisionTester(parent)
+        self.batch_size = self.text_model_tester.batch_size
+
+    def get_config(self) -> FlipConfig:
+        return FlipConfig(
+            text_config=self.text_model_tester.get_config().to_dict(),
+            vision_config=self.vision_model_tester.get_config().to_dict(),
+            projection_dim=64,
+        )
+
+    def prepare_config_and_inputs_for_common(self) -> tuple[FlipConfig, dict[str, Any]]:
+        text = self.text_model_tester.prepare_config_and_inputs_for_common()[1]
+        vision = self.vision_model_tester.prepare_config_and_inputs_for_common()[1]
+        return self.get_config(), {**text, **vision, "return_loss": True}
+
+
+class Tower(modeling.ModelTesterMixin):
+    """A tower: it has no loss of its own, so its testers are not `is_training`."""
+
+    config_class: ClassVar[type]
+    has_text_modality: ClassVar[bool]
+
+    def setUp(self) -> None:
+        self.config_tester = configuration.ConfigTester(
+            self, config_class=self.config_class, has_text_modality=self.has_text_modality, hidden_size=37
+        )
+
+    def test_config(self) -> None:
+        self.config_tester.run_common_tests()
+
+
+class FlipVisionModelTest(Tower, unittest.TestCase):
+    all_model_classes = (FlipVisionModel, FlipVisionModelWithProjection)
+    config_class, has_text_modality = FlipVisionConfig, False
+    test_resize_embeddings = False
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.model_tester = VisionTester(self)
+
+    def test_model_get_set_embeddings(self) -> None:
+        """The common test asks for a token embedding; the image tower's input layer is a patch embedding."""
+        for model_class in self.all_model_classes:
+            model = model_class(self.model_tester.get_config())
+            assert model.get_input_embeddings().weight.shape == (32, 3, 2, 2)
+
+
+class FlipTextModelTest(Tower, unittest.TestCase):
+    all_model_classes = (FlipTextModel, FlipTextModelWithProjection)
+    config_class, has_text_modality = FlipTextConfig, True
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.model_tester = TextTester(self)
+
+
+class FlipCleanTextModelTest(FlipTextModelTest):
+    def setUp(self) -> None:
+        super().setUp()
+        self.model_tester = TextTester(self, attend_to_padding=False)
+
+
+class ClassificationTester(BothTester):
+    is_training = False  # the common tests know no labels for it; the Trainer's test does
+
+    def prepare_config_and_inputs_for_common(self) -> tuple[FlipConfig, dict[str, Any]]:
+        return self.get_config(), self.vision_model_tester.prepare_config_and_inputs_for_common()[1]
+
+
+class FlipForImageClassificationTest(modeling.ModelTesterMixin, unittest.TestCase):
+    all_model_classes = (FlipForImageClassification,)
+    _is_composite = True
+    test_resize_embeddings = False
+    test_attention_outputs = test_hidden_states_output = test_retain_grad_hidden_states_attentions = None
+
+    def setUp(self) -> None:
+        self.model_tester = ClassificationTester(self)
+
+    test_model_get_set_embeddings = None
+
+
+class FlipModelTest(modeling.ModelTesterMixin, unittest.TestCase):
+    all_model_classes = (FlipModel,)
+    additional_model_inputs: ClassVar[list[str]] = ["pixel_values"]
+    _is_composite = True
+    # The hidden states and attentions of both towers are in the towers' own outputs, which the towers' tests look at.
+    test_attention_outputs = test_hidden_states_output = test_retain_grad_hidden_states_attentions = None
+
+    def setUp(self) -> None:
+        self.model_tester = BothTester(self)
+        self.config_tester = configuration.ConfigTester(
+            self,
+            config_class=FlipConfig,
+            has_text_modality=False,
+            common_properties=["projection_dim", "logit_scale_init_value"],
+        )
+
+    def test_config(self) -> None:
+        self.config_tester.run_common_tests()

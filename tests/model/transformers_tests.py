@@ -1,0 +1,81 @@
+"""transformers' own common tests, which its wheel leaves out: downloaded once with the source distribution."""
+
+import importlib
+import subprocess
+import sys
+import tarfile
+import tempfile
+import types
+from importlib.metadata import version
+from pathlib import Path
+
+from filelock import FileLock
+
+CACHE = Path.home() / ".cache" / "flipscale"
+PACKAGE = "transformers_common_tests"
+
+# The modules that the source distribution leaves out too: export and generation tests, and a table of configuration
+# fields.
+STAND_INS = {
+    "exporters.test_export": "class ExportTesterMixin: ...",
+    "generation.test_utils": "class GenerationTesterMixin: ...",
+    "utils.test_configuration_utils": "config_common_kwargs = {'output_hidden_states': True, 'dtype': 'float16'}",
+}
+
+
+class DownloadError(Exception):
+    """The source distribution is neither here nor to be had."""
+
+
+def _pip_download(requirement: str, folder: Path) -> Path:
+    """Download the source distribution of `NAME==VERSION` into `folder` and return its file. pip builds nothing."""
+    name = requirement.split("==")[0]
+    command = ["-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", name, requirement]
+    done = subprocess.run([sys.executable, *command, "--dest", str(folder)], capture_output=True, text=True)
+    files = list(folder.glob("*.tar.gz"))
+    if done.returncode or not files:
+        reason = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+        raise DownloadError(
+            f"the source distribution of {requirement}, which holds transformers' common tests, cannot be downloaded: "
+            f"{reason}. Let the tests run once with a network; what they run is: python {' '.join(command)}"
+        )
+    return files[0]
+
+
+def fetch(requirement: str, cache: Path = CACHE) -> Path:
+    """Return the `tests` folder of a source distribution, downloaded into `cache` if it is not there yet.
+
+    Raises:
+        DownloadError: pip cannot download it.
+    """
+    cache.mkdir(parents=True, exist_ok=True)
+    folder = cache / requirement.replace("==", "-")
+    with FileLock(f"{folder}.lock"):
+        if not folder.is_dir():
+            with tempfile.TemporaryDirectory(dir=cache) as partial:
+                with tarfile.open(_pip_download(requirement, Path(partial))) as tar:
+                    members = [member for member in tar.getmembers() if member.name.startswith(f"{folder.name}/tests/")]
+                    tar.extractall(partial, members, filter="data")
+                # They import their own package, whose first file is left out too.
+                (Path(partial) / folder.name / "tests" / "__init__.py").touch()
+                (Path(partial) / folder.name).rename(folder)
+    return folder / "tests"
+
+
+def load() -> tuple[types.ModuleType, types.ModuleType]:
+    """Return `test_modeling_common` and `test_configuration_common` of the installed version of transformers.
+
+    Raises:
+        DownloadError: they cannot be downloaded.
+    """
+    folder = fetch(f"transformers=={version('transformers')}")
+    sys.modules[PACKAGE] = package = types.ModuleType(PACKAGE)
+    package.__path__ = [str(folder)]
+    for name, source in STAND_INS.items():
+        if not (folder / f"{name.replace('.', '/')}.py").exists():
+            sys.modules[f"{PACKAGE}.{name}"] = module = types.ModuleType(f"{PACKAGE}.{name}")
+            exec(source, vars(module))
+    return (
+        importlib.import_module(f"{PACKAGE}.test_modeling_common"),
+        importlib.import_module(f"{PACKAGE}.test_configuration_common"),
+    )
