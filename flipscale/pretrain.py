@@ -23,8 +23,8 @@ from flipscale.engines.launch import build_engine, leave, part, start_accelerato
 from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.suite import run_suite
 from flipscale.hub.background_push import BackgroundPush, card_name, open_target, push_finished
-from flipscale.hub.export import build_processor, export_checkpoint
 from flipscale.hub.model_card import write_card
+from flipscale.hub.model_folder import build_processor, export_checkpoint
 from flipscale.model import FlipConfig, FlipModel
 from flipscale.objectives.reconstruction import trained_model
 from flipscale.planning.flops import pair_flops

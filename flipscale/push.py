@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from flipscale.files.aside import write_text
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What `flipscale push` takes."""
@@ -24,7 +26,7 @@ def run(args: argparse.Namespace) -> None:
         ValueError: no model or checkpoint there, a name that is none, no token, no right to write.
         OSError: the Hub could not be reached.
     """
-    from flipscale.hub.push import Target, files_to_push, push_folder
+    from flipscale.hub.upload import Target, files_to_push, push_folder
 
     target = Target(args.repo, args.private or None, args.revision)
     what = args.run_dir.name + ("" if args.step is None else f", step {args.step}")
@@ -49,7 +51,7 @@ def _update_card(folder: Path, run_dir: Path, repo_id: str, step: int | None) ->
 
         write_card(folder, run_dir, repo_id, step)
     elif card.is_file():
-        card.write_text(card.read_text().replace(f'"{folder}"', f'"{repo_id}"'))
+        write_text(card, card.read_text().replace(f'"{folder}"', f'"{repo_id}"'))
 
 
 @contextmanager
@@ -58,7 +60,7 @@ def _model_folder(run_dir: Path, step: int | None) -> Iterator[Path]:
     if step is not None:
         from flipscale.engines.checkpoint import checkpoint_of
         from flipscale.hub.background_push import export_folder
-        from flipscale.hub.export import export_checkpoint
+        from flipscale.hub.model_folder import export_checkpoint
 
         folder = export_folder(run_dir, step)
         shutil.rmtree(folder, ignore_errors=True)

@@ -2,34 +2,62 @@
 
 import os
 import shutil
+import socket
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 
 def partial_path(path: Path) -> Path:
-    """Where `path` is written until it is whole: `.NAME.partial` beside it."""
+    """Return the name under which `path` is written until it is whole: `.NAME.partial` beside it."""
     return path.with_name(f".{path.name}.partial")
 
 
-@contextmanager
-def written_aside(path: Path) -> Iterator[Path]:
-    """Yield a path to write to, a file or a folder, and rename it to `path` at the end.
+def own_partial_path(path: Path) -> Path:
+    """Return such a name that no other thread, process or host uses, for files that several may write at once."""
+    writer = f"{socket.gethostname()}.{os.getpid()}.{threading.get_ident()}"
+    return path.with_name(f".{path.name}.partial.{writer}")
 
-    A kill leaves `path` as it was; so does an exception, which also removes what was written. A folder replaces a
-    folder that is already there only if that is empty.
+
+@contextmanager
+def written_aside(path: Path, partial: Path | None = None) -> Iterator[Path]:
+    """Yield a name to write a file or a folder to, and rename that to `path` at the end.
+
+    What was at `path` is replaced, a folder by a folder too. A kill leaves `path` as it was, and so does an exception,
+    which also removes what was written. A folder is replaced by two renames: a kill between them leaves it as
+    `.NAME.old`.
+
+    Args:
+        partial: the name to write to, in the folder of `path`; by default its `partial_path`. What a kill left there
+            is removed.
 
     Raises:
         OSError: the disk is full or not writable.
     """
-    partial = partial_path(path)
+    partial = partial_path(path) if partial is None else partial
     remove(partial)
     try:
         yield partial
-        os.replace(partial, path)
+        _move(partial, path)
     except BaseException:
         remove(partial)
         raise
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Yield an empty folder to fill, and rename it to `path` when it is whole; its parents are made.
+
+    Raises:
+        ValueError: `path` exists.
+    """
+    if path.exists():
+        raise ValueError(f"{path} is there already; name another folder or remove it")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with written_aside(path) as partial:
+        partial.mkdir()
+        yield partial
 
 
 def write_text(path: Path, text: str) -> None:
@@ -53,3 +81,19 @@ def remove(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
+
+
+def _move(partial: Path, path: Path) -> None:
+    if not (partial.is_dir() and path.is_dir()):
+        os.replace(partial, path)
+        return
+    # A rename replaces no folder that has something in it.
+    old = path.with_name(f".{path.name}.old")
+    remove(old)
+    os.replace(path, old)
+    try:
+        os.replace(partial, path)
+    except OSError:
+        os.replace(old, path)
+        raise
+    remove(old)

@@ -7,7 +7,7 @@ import sys
 import threading
 from pathlib import Path
 
-from flipscale.hub.push import Target, open_repo, push_folder
+from flipscale.hub.upload import Target, open_repo, push_folder
 from flipscale.training.recipe import HubRecipe, Recipe
 
 _NICENESS = 10  # behind the data workers, which the accelerators wait for

@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerBase
 from transformers.initialization import no_init_weights
 
 from flipscale.data.tokenizers import bert_tokenizer
-from flipscale.hub.export import build_processor, export_model
+from flipscale.files.aside import write_text
+from flipscale.hub.model_folder import build_processor, export_model
 from flipscale.hub.t5x import StoredArray, open_flip_checkpoint
 from flipscale.model import SIZES, FlipConfig, FlipModel
 from flipscale.model.modeling_flip import sincos_positions
@@ -137,7 +138,7 @@ def convert_flip_checkpoint(
         tokenizer = _released_tokenizer()
     processor = build_processor(model.config, tokenizer) if tokenizer is not None else None
     folder = export_model(model, processor, dst)
-    (folder / "README.md").write_text(_card(model, folder, processor is not None))
+    write_text(folder / "README.md", _card(model, folder, processor is not None))
     return model
 
 

@@ -9,10 +9,10 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from flipscale.files.aside import new_folder
 from flipscale.hub.derived_card import derived_card
-from flipscale.hub.export import build_processor
 from flipscale.hub.loading import load_flip
-from flipscale.hub.new_folder import new_folder
+from flipscale.hub.model_folder import build_processor
 from flipscale.model import FlipConfig
 from flipscale.model.modeling_flip import normalise_embeds
 
@@ -75,6 +75,7 @@ def convert_to_onnx(src: str, dst: Path | str) -> dict[str, float]:
     missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
     if missing:
         raise ValueError(f"{', '.join(missing)} is not installed; pip install 'flipscale[onnx]'")
+    dst = Path(dst)
     with new_folder(dst) as folder:
         model, tokenizer = load_flip(src)
         model = model.float()
@@ -91,7 +92,7 @@ def convert_to_onnx(src: str, dst: Path | str) -> dict[str, float]:
             "text": (_TextEmbedding(model.text_model, model.text_projection), _text_inputs(model.config)),
         }
         card = _CARD.format(logit_scale=metadata["logit_scale"], and_bias=and_bias)
-        (folder / "README.md").write_text(derived_card(src, folder.name, "onnx", card))
+        (folder / "README.md").write_text(derived_card(src, dst.name, "onnx", card))
         return {
             name: _write_and_check(tower.eval(), inputs, folder / f"{name}_model.onnx", f"{name}_embeds", metadata)
             for name, (tower, inputs) in tqdm(towers.items(), desc="writing", unit="tower", disable=None)

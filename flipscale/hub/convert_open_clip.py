@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from flipscale.files.aside import new_folder
 from flipscale.hub.derived_card import derived_card
-from flipscale.hub.export import by_channel
 from flipscale.hub.loading import load_flip
-from flipscale.hub.new_folder import new_folder
+from flipscale.hub.model_folder import by_channel
 from flipscale.model import FlipConfig, FlipModel, FlipTextConfig, FlipTextModel, FlipVisionConfig, FlipVisionModel
 from flipscale.model.modeling_flip import FlipEncoderLayer
 
@@ -52,15 +52,16 @@ def convert_to_open_clip(src: str, dst: Path | str) -> FlipModel:
         ValueError: no model or tokenizer at `src`, something of the model that open_clip cannot express, `dst` is
             there already.
     """
+    dst = Path(dst)
     with new_folder(dst) as folder:
         model, tokenizer = load_flip(src)
         config = open_clip_config(model.config)
         # What is looked up on the Hub once the folder is there; in a local folder, any name means that folder.
-        config["model_cfg"]["text_cfg"]["hf_tokenizer_name"] = folder.name
+        config["model_cfg"]["text_cfg"]["hf_tokenizer_name"] = dst.name
         tokenizer.save_pretrained(folder)
         save_file(open_clip_state_dict(model.float()), folder / "open_clip_model.safetensors", {"format": "pt"})
         (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
-        (folder / "README.md").write_text(derived_card(src, folder.name, "open_clip", _CARD.format(path=dst)))
+        (folder / "README.md").write_text(derived_card(src, dst.name, "open_clip", _CARD.format(path=dst)))
     return model
 
 

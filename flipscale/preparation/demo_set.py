@@ -5,9 +5,7 @@ Everything in it is a function of the pinned packages: two machines get the same
 
 import hashlib
 import json
-import os
 import random
-import shutil
 import tarfile
 import tempfile
 from collections.abc import Iterable, Sequence
@@ -16,6 +14,7 @@ from pathlib import Path
 
 from flipscale.data.sources.tar_file import add_member
 from flipscale.data.tokenizers import train_sentencepiece
+from flipscale.files.aside import written_aside
 from flipscale.preparation import demo_emoji
 from flipscale.preparation.demo_emoji import Drawing, IconSet
 
@@ -36,7 +35,7 @@ class Picture:
     png: bytes
 
 
-def write_shards(
+def write_pictures(
     directory: Path, pictures: Sequence[Picture], num_shards: int, classnames: Sequence[str] | None = None
 ) -> None:
     """Write `pictures` in their order as `directory/shard-*.tar`, webdataset naming: KEY.png, KEY.txt, KEY.json.
@@ -99,7 +98,7 @@ def write_parts(out_dir: Path, pictures: Sequence[Picture], parts: Sequence[str]
     def write(part: str, chosen: Sequence[Picture], is_test: bool = False) -> None:
         counts[part] = {"images": len(chosen), "captions": len({picture.drawing.caption for picture in chosen})}
         names = sorted({picture.drawing.caption for picture in chosen}) if is_test else None
-        write_shards(out_dir / part, chosen, 1 if is_test else TRAIN_SHARDS, names)
+        write_pictures(out_dir / part, chosen, 1 if is_test else TRAIN_SHARDS, names)
 
     write("train", train)
     write("test", test, is_test=True)
@@ -194,16 +193,10 @@ def install(
     out_dir: Path, icon_sets: Sequence[IconSet], pictures: Sequence[Picture], parts: Sequence[str]
 ) -> list[str]:
     """Write everything aside, then put it in `out_dir`'s place: a kill leaves no half folder. A line on each part."""
-    aside, old = (out_dir.with_name(f".{out_dir.name}.{state}") for state in ("partial", "old"))
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    counts = write_parts(aside, pictures, parts)
-    write_report(aside, icon_sets, counts, parts)
-    if out_dir.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        os.replace(out_dir, old)
-    os.replace(aside, out_dir)
-    shutil.rmtree(old, ignore_errors=True)
+    with written_aside(out_dir) as folder:
+        folder.mkdir(parents=True)
+        counts = write_parts(folder, pictures, parts)
+        write_report(folder, icon_sets, counts, parts)
     return [
         f"{out_dir / part}: {count['images']:,} images, {count['captions']:,} captions"
         for part, count in counts.items()

@@ -19,6 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from flipscale.data.sources.tar_file import add_member
+from flipscale.files.aside import written_aside
 
 PACKAGE = "gcompris-qt-data"
 # Mean width and height, and JPEG quality: about 36 kB, near LAION at the usual sizes; and about 120 kB.
@@ -46,12 +47,10 @@ def prepare_photos(out_dir: Path, num_images: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         pictures = list(_pictures(_download(Path(folder))))
     for name, (width, height, quality) in missing.items():
-        aside = out_dir / f".{name}.partial"
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
         photos = _cut(pictures, num_images, width, height, quality)
-        num_bytes = _write(aside, tqdm(photos, total=num_images, unit="image", desc=name, disable=None))
-        aside.rename(out_dir / name)
+        with written_aside(out_dir / name) as folder:
+            folder.mkdir(parents=True)
+            num_bytes = _write(folder, tqdm(photos, total=num_images, unit="image", desc=name, disable=None))
         print(f"{out_dir / name}: {num_images:,} JPEGs of {num_bytes / num_images / 1000:.1f} kB")
 
 

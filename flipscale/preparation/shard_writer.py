@@ -8,7 +8,6 @@ killed goes on with the shards that have no line, and ends with the bytes of one
 import hashlib
 import io
 import json
-import os
 import tarfile
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -27,6 +26,8 @@ from flipscale.data.decode import decode_whole
 from flipscale.data.faults import BadSample
 from flipscale.data.sources.shard_index import load_index
 from flipscale.data.sources.tar_file import add_member
+from flipscale.files import json_lines
+from flipscale.files.aside import sync, write_text, written_aside
 from flipscale.preparation.pair_list import PairList
 from flipscale.preparation.worker_pool import worker_pool
 
@@ -113,26 +114,20 @@ def _write_all(job: ShardJob, todo: list[int], done: dict[int, dict[str, Any]], 
     same_as = _duplicates(job, pool) if job.options.drop_duplicates else {}
     futures = [pool.submit(_write_shard, shard, same_as.get(shard, {})) for shard in todo]
     kept = sum(len(job.numbers(shard)) for shard in done)
-    with (
-        open(job.out_dir / MANIFEST, "a", encoding="utf-8") as file,
-        tqdm(total=len(job.pairs), initial=kept, unit="pair", desc="shards", disable=None) as bar,
-    ):
+    with tqdm(total=len(job.pairs), initial=kept, unit="pair", desc="shards", disable=None) as bar:
         for future in as_completed(futures):
             line = future.result()
-            file.write(json.dumps(line) + "\n")
-            file.flush()
+            json_lines.append(job.out_dir / MANIFEST, [line])
             done[line["shard"]] = line
             bar.update(len(job.numbers(line["shard"])))
 
 
 def _open_manifest(job: ShardJob, begun: dict[str, Any]) -> dict[int, dict[str, Any]]:
     """The lines of the shards that are done, by shard; a new manifest where there is none."""
-    out_dir, lines = job.out_dir, []
+    out_dir = job.out_dir
     path = out_dir / MANIFEST
-    if path.exists():
-        # The last line of a run that was killed may be half a line.
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines(True) if line.endswith("\n")]
-    elif out_dir.exists() and any(out_dir.iterdir()):
+    lines = json_lines.read(path)
+    if not path.exists() and out_dir.exists() and any(out_dir.iterdir()):
         raise ValueError(f"{out_dir} holds something that `prepare shards` did not write; name a new folder")
     if lines and lines[0] != begun:
         was = {name: value for name, value in lines[0].items() if begun.get(name) != value}
@@ -140,9 +135,7 @@ def _open_manifest(job: ShardJob, begun: dict[str, Any]) -> dict[int, dict[str, 
         raise ValueError(f"{out_dir} was begun with {other}; use the same source and options, or another folder")
     done = {line["shard"]: line for line in lines[1:] if _is_whole(job.path(line["shard"]), line)}
     out_dir.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text("".join(json.dumps(line) + "\n" for line in (begun, *done.values())), encoding="utf-8")
-    os.replace(partial, path)
+    json_lines.rewrite(path, [begun, *done.values()])
     return done
 
 
@@ -161,9 +154,9 @@ def _duplicates(job: ShardJob, pool: ProcessPoolExecutor) -> dict[int, dict[int,
     stored = job.out_dir / HASHES
     if not stored.exists():
         parts = pool.map(_hash_shard, range(job.num_shards))
-        partial = job.out_dir / ".hashes.partial.npy"
-        np.save(partial, np.concatenate(list(tqdm(parts, "hash", job.num_shards, unit="shard", disable=None))))
-        os.replace(partial, stored)
+        digests = np.concatenate(list(tqdm(parts, "hash", job.num_shards, unit="shard", disable=None)))
+        with written_aside(stored) as partial, open(partial, "wb") as file:
+            np.save(file, digests)
     _, first, inverse = np.unique(np.load(stored), return_index=True, return_inverse=True)
     same_as: dict[int, dict[int, int]] = {}
     earliest = first[inverse]
@@ -187,10 +180,9 @@ def _hash_shard(shard: int) -> np.ndarray:
 def _write_shard(shard: int, same_as: dict[int, int]) -> dict[str, Any]:
     """Writes a shard and its index; its line of the manifest."""
     pairs, path = _job.pairs, _job.path(shard)
-    partial = path.with_name(f".{path.name}.partial")
     line: dict[str, Any] = {"shard": shard, "written": 0, "shrunk": 0, "image_bytes": 0, "left_out": []}
-    with open(partial, "wb") as file:
-        with tarfile.open(fileobj=file, mode="w") as tar:
+    with written_aside(path) as partial:
+        with tarfile.open(partial, mode="w") as tar:
             for number in _job.numbers(shard):
                 try:
                     if number in same_as:
@@ -204,9 +196,7 @@ def _write_shard(shard: int, same_as: dict[int, int]) -> dict[str, Any]:
                 line["written"] += 1
                 line["shrunk"] += about["width"] != about["original_width"]
                 line["image_bytes"] += len(image)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+        sync(partial)
     load_index(path)
     return {**line, "tar_bytes": path.stat().st_size}
 
@@ -253,8 +243,8 @@ def _write_report(out_dir: Path, begun: dict[str, Any], lines: list[dict[str, An
         **{name: sum(line[name] for line in lines) for name in ("written", "shrunk", "image_bytes", "tar_bytes")},
         "left_out": dict(Counter(fault["cause"] for fault in left_out).most_common()),
     }
-    (out_dir / LEFT_OUT).write_text("".join(json.dumps(fault) + "\n" for fault in left_out), encoding="utf-8")
-    (out_dir / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    json_lines.rewrite(out_dir / LEFT_OUT, left_out)
+    write_text(out_dir / REPORT, json.dumps(report, indent=2) + "\n")
     (out_dir / HASHES).unlink(missing_ok=True)
     return report
 

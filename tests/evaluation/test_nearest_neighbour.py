@@ -8,7 +8,7 @@ import pytest
 
 from flipscale.evaluation.nearest_neighbour import hog_features, nearest_neighbour, pixel_features, run_baselines
 from flipscale.preparation.demo_emoji import Drawing
-from flipscale.preparation.demo_set import Picture, write_shards
+from flipscale.preparation.demo_set import Picture, write_pictures
 
 COLOURS = {"red": (200, 30, 30), "green": (30, 180, 40), "blue": (30, 60, 210)}
 SHAPES = ("disc", "bar", "cross")
@@ -98,8 +98,8 @@ def test_run_baselines_reads_shards(tmp_path: Path) -> None:
             found.append(Picture(Drawing("artist", name, name, named=True, flag=False, svg=""), png))
         return found
 
-    write_shards(tmp_path / "train", pictures(0), 2)
-    write_shards(tmp_path / "test", pictures(1), 1, NAMES)
+    write_pictures(tmp_path / "train", pictures(0), 2)
+    write_pictures(tmp_path / "test", pictures(1), 1, NAMES)
     found = run_baselines(tmp_path / "train", tmp_path / "test")
     assert list(found) == [
         "chance",

@@ -20,7 +20,7 @@ from flipscale.evaluation.embedding import Embedder, sample_numbers
 from flipscale.evaluation.open_clip import open_clip_embedder
 from flipscale.evaluation.suite import run_suite
 from flipscale.hub.convert_open_clip import convert_to_open_clip
-from flipscale.hub.export import build_processor, export_model
+from flipscale.hub.model_folder import build_processor, export_model
 from flipscale.model import FlipConfig, FlipModel
 
 CONFIG = {

@@ -1,10 +1,11 @@
 """Files written aside: whole or not there."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from flipscale.files.aside import partial_path, write_text, written_aside
+from flipscale.files.aside import new_folder, own_partial_path, partial_path, write_text, written_aside
 
 
 def test_a_file_appears_when_it_is_whole(tmp_path: Path) -> None:
@@ -33,3 +34,42 @@ def test_a_folder_is_renamed_and_what_a_kill_left_is_replaced(tmp_path: Path) ->
         partial.mkdir()
         (partial / "config.json").touch()
     assert [entry.name for entry in path.iterdir()] == ["config.json"]
+
+
+def test_a_folder_takes_the_place_of_a_folder(tmp_path: Path) -> None:
+    path = tmp_path / "model"
+    path.mkdir()
+    (path / "old.txt").touch()
+    with written_aside(path) as partial:
+        partial.mkdir()
+        (partial / "new.txt").touch()
+        assert [entry.name for entry in path.iterdir()] == ["old.txt"]
+    assert [entry.name for entry in path.iterdir()] == ["new.txt"]
+    assert [entry.name for entry in tmp_path.iterdir()] == ["model"]
+
+
+def test_two_writers_of_one_file_have_names_of_their_own(tmp_path: Path) -> None:
+    path = tmp_path / "a.npy"
+    with ThreadPoolExecutor(1) as pool:
+        names = {own_partial_path(path), pool.submit(own_partial_path, path).result()}
+    assert len(names) == 2
+    for name in names:
+        assert name.parent == tmp_path
+        assert name.name.startswith(".a.npy.partial.")
+    with written_aside(path, own_partial_path(path)) as partial:
+        write_text(path, "theirs")
+        partial.write_text("ours")
+    assert path.read_text() == "ours"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.npy"]
+
+
+def test_a_new_folder_must_be_new(tmp_path: Path) -> None:
+    path = tmp_path / "models" / "small"
+    with pytest.raises(FileNotFoundError), new_folder(path) as folder:
+        (folder / "nowhere" / str((folder / "half").touch())).touch()
+    assert list(path.parent.iterdir()) == []
+    with new_folder(path) as folder:
+        (folder / "config.json").touch()
+    assert [entry.name for entry in path.iterdir()] == ["config.json"]
+    with pytest.raises(ValueError, match="small is there already; name another folder or remove it"), new_folder(path):
+        pass

@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from flipscale.cli import main
-from flipscale.hub.export import build_processor, export_model
-from flipscale.hub.push import Target, push_folder
+from flipscale.hub.model_folder import build_processor, export_model
+from flipscale.hub.upload import Target, push_folder
 from flipscale.model import FlipConfig, FlipModel, FlipVisionModel
 
 TOWER = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}

@@ -12,7 +12,7 @@ from huggingface_hub import HfApi
 from safetensors.numpy import save_file
 
 from flipscale.cli import main
-from flipscale.hub.push import Target, files_to_push, push_folder
+from flipscale.hub.upload import Target, files_to_push, push_folder
 
 WRITES = r"(POST|PUT|DELETE) (?!/api/validate-yaml|/api/repos/create|.*/preupload/|.*/branch/)"
 

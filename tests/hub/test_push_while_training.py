@@ -18,7 +18,7 @@ from hub.loopback_hub import TOKEN, LoopbackHub
 
 from flipscale.cli import main
 from flipscale.hub.background_push import BackgroundPush, open_target
-from flipscale.hub.push import Target
+from flipscale.hub.upload import Target
 from flipscale.training.recipe import HubRecipe, Recipe
 
 HUB = {"push_to_hub": True, "hub_model_id": "org/name"}

@@ -14,6 +14,7 @@ import numpy as np
 from flipscale.data.sources.shard_cache import ShardCache
 from flipscale.data.sources.shard_index import BLOCK, ShardSummary, build_index, load_summaries, read_summary
 from flipscale.data.sources.tar_source import TarSource, expand_range
+from flipscale.files.aside import own_partial_path, written_aside
 
 _MAX_INDICES = 256
 
@@ -140,9 +141,8 @@ class RemoteTarSource(TarSource):
             summary = read_summary(io.BytesIO(content))
         except (FileNotFoundError, ValueError):
             return self._build(url, path)
-        partial = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
-        partial.write_bytes(content)
-        partial.rename(path)
+        with written_aside(path, own_partial_path(path)) as partial:
+            partial.write_bytes(content)
         return summary
 
     def _build(self, url: str, path: Path) -> ShardSummary:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from flipscale.files.aside import written_aside
+
 _TRIES = 6
 _FIRST_DELAY_SECONDS = 0.5  # doubled every time: the last of the tries is 16 seconds after the one before it
 _FULL_DELAY_SECONDS = 0.05
@@ -85,17 +87,13 @@ class ShardCache:
 
         system, remote = fsspec.core.url_to_fs(url)
         size = system.info(remote)["size"]
-        partial = path.with_name(f".{path.name}.{size or 0}.partial")
-        partial.unlink(missing_ok=True)  # of a process that was killed: the lock is ours now
-        self._reserve(partial, size or 0)
-        try:
+        # A file of this name that lies there is of a process that was killed: the lock is ours now.
+        with written_aside(path, path.with_name(f".{path.name}.{size or 0}.partial")) as partial:
+            self._reserve(partial, size or 0)
             system.get_file(remote, str(partial))
             got = partial.stat().st_size
             if size is not None and got != size:
                 raise OSError(f"{got} of {size} bytes came")
-            partial.rename(path)
-        finally:
-            partial.unlink(missing_ok=True)
 
     def _reserve(self, partial: Path, size: int) -> None:
         """Makes room for a transfer and counts it in, waiting for others to end where nothing can be removed."""

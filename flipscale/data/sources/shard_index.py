@@ -8,15 +8,16 @@ a JSON object. What is wrong with the shard, if anything, is said in text behind
 import os
 import random
 import re
-import socket
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, TypeVar
 
 import numpy as np
 from tqdm import tqdm
+
+from flipscale.files.aside import own_partial_path, written_aside
 
 BLOCK = 512
 JSON_CAPTION = 1 << 31
@@ -105,14 +106,10 @@ def read_summary(file: BinaryIO) -> ShardSummary:
 def build_index(shard: Path, path: Path) -> tuple[np.ndarray, str]:
     """The index of a shard and what is wrong with it, also written to `path`, whole or (in a read-only folder) not."""
     index, damage = _scan(shard)
-    partial = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.{threading.get_ident()}")
-    try:
-        with open(partial, "wb") as file:
-            np.save(file, index)
-            file.write(damage.encode())
-        os.replace(partial, path)
-    except OSError:
-        partial.unlink(missing_ok=True)
+    # Processes that start together may all write it. In a read-only folder nobody can, and it is built again.
+    with suppress(OSError), written_aside(path, own_partial_path(path)) as partial, open(partial, "wb") as file:
+        np.save(file, index)
+        file.write(damage.encode())
     return index, damage
 
 

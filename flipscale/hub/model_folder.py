@@ -2,8 +2,6 @@
 
 import copy
 import json
-import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from flipscale.data.tokenizers import load_tokenizer
 from flipscale.engines.checkpoint import CheckpointReader
 from flipscale.engines.tensor_file import write_tensors
+from flipscale.files.aside import written_aside
 from flipscale.model import FlipConfig, FlipModel, FlipProcessor
 from flipscale.training.recipe import parse_recipe
 
@@ -137,25 +136,19 @@ def _write_folder(
     """`out_dir` with the configuration, the code and the processor, and the weights that `save` writes into it."""
     _refuse_to_replace(out_dir)
     out_dir.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}-", dir=out_dir.parent))
-    try:
-        # Registering a class names it once; these are what the pipeline and fine-tuning look for.
-        model.config.auto_map = {
-            **(getattr(model.config, "auto_map", None) or {}),
-            "AutoModelForZeroShotImageClassification": "modeling_flip.FlipModel",
-            "AutoModelForImageClassification": "modeling_flip.FlipForImageClassification",
-        }
+    # Registering a class names it once; these are the names that the pipeline and fine-tuning look for.
+    model.config.auto_map = {
+        **(getattr(model.config, "auto_map", None) or {}),
+        "AutoModelForZeroShotImageClassification": "modeling_flip.FlipModel",
+        "AutoModelForImageClassification": "modeling_flip.FlipForImageClassification",
+    }
+    with written_aside(out_dir) as folder:
         if processor is not None:
-            processor.save_pretrained(aside / "new")
-        model.save_pretrained(aside / "new", state_dict={})
-        for empty in (aside / "new").glob("*.safetensors"):
+            processor.save_pretrained(folder)
+        model.save_pretrained(folder, state_dict={})
+        for empty in folder.glob("*.safetensors"):
             empty.unlink()
-        save(aside / "new")
-        if out_dir.exists():
-            out_dir.rename(aside / "old")
-        (aside / "new").rename(out_dir)
-    finally:
-        shutil.rmtree(aside)
+        save(folder)
     return out_dir
 
 
