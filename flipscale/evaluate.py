@@ -1,55 +1,98 @@
-"""Zero-shot classification and retrieval of a model folder or Hub name."""
+"""Evaluate a model folder or Hub name: zero-shot classification, retrieval, or any task that a recipe may list."""
 
 import argparse
 import json
+from typing import Any
 
+import yaml
 from accelerate import Accelerator
 
 from flipscale.engines.attention import best_attention
 from flipscale.engines.launch import start_accelerator
 from flipscale.evaluation.embedding import Embedder
+from flipscale.evaluation.kinds.templates import TEMPLATES
 from flipscale.evaluation.open_clip import PREFIX, open_clip_embedder
-from flipscale.evaluation.suite import run_suite
-from flipscale.evaluation.templates import TEMPLATES
+from flipscale.evaluation.results import Result, as_metrics, with_unit
+from flipscale.evaluation.suite import KINDS, build_tasks, evaluate_tasks
 from flipscale.hub.loading import load_flip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What `flipscale evaluate` takes."""
+    """Add the arguments of `flipscale evaluate`."""
     parser.add_argument(
         "model",
         help="a model folder, such as runs/demo/model, or a Hub name; or one of open_clip's, open_clip:NAME,PRETRAINED",
     )
     parser.add_argument("--zero_shot", metavar="DIR", help="classification shards (KEY.cls) with classnames.txt")
     parser.add_argument("--retrieval", metavar="DIR", help="image-caption shards (KEY.txt)")
+    parser.add_argument(
+        "--task",
+        metavar="YAML",
+        action="append",
+        default=[],
+        help="any other evaluation, as a recipe's eval.tasks lists it: '{kind: retrieval, data: DIR, ks: [1, 100]}'; "
+        f"kinds: {', '.join(KINDS)}; may be given several times",
+    )
     parser.add_argument("--templates", choices=sorted(TEMPLATES), help="CLIP's prompts in place of the folder's own")
-    parser.add_argument("--batch_size", type=int, default=256)
-    parser.add_argument("--json", action="store_true", help="one JSON line instead of a table")
+    parser.add_argument("--batch_size", type=int, default=256, help="images or texts that a process embeds at once")
+    parser.add_argument("--num_workers", type=int, default=4, help="processes that decode images, 0 for none")
+    parser.add_argument("--json", action="store_true", help="one JSON line of the values instead of a table")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Prints the metrics asked for.
+    """Print the results that were asked for.
 
     Raises:
         ValueError: nothing to evaluate, or a model that cannot be loaded.
     """
-    if not (args.zero_shot or args.retrieval):
-        raise ValueError("nothing to evaluate; give --zero_shot DIR, --retrieval DIR or both")
+    tasks = build_tasks(_listed(args))
+    if not tasks:
+        raise ValueError(
+            "nothing to evaluate; give --zero_shot DIR, --retrieval DIR or --task '{kind: ..., data: ...}'"
+        )
+    for task in tasks:
+        task.check()
     accelerator = start_accelerator([], ".")
-    metrics = run_suite(
-        _embedder(args.model, accelerator, args.batch_size), args.zero_shot, args.retrieval, args.templates
-    )
+    results = evaluate_tasks(_embedder(args, accelerator), tasks)
     if accelerator.is_main_process:
-        if args.json:
-            print(json.dumps(metrics))
-        else:
-            print("\n".join(f"{name:<32}{value:8.2f} %" for name, value in metrics.items()))
+        print(json.dumps(as_metrics(results)) if args.json else as_table(results))
     accelerator.end_training()
 
 
-def _embedder(name: str, accelerator: Accelerator, batch_size: int) -> Embedder:
-    if name.startswith(PREFIX):
-        return open_clip_embedder(name.removeprefix(PREFIX), accelerator, batch_size)
-    model, tokenizer = load_flip(name)
+def as_table(results: list[Result]) -> str:
+    """Return a line for each result: value, 95 % interval, number of queries and chance."""
+    lines = []
+    for result in results:
+        interval = f"  {result.interval_text:>16}" if result.interval_text else ""
+        queries = f"  n {result.n:,}" if result.n is not None else ""
+        chance = f"  chance {with_unit(result.chance, result.unit)}" if result.chance is not None else ""
+        lines.append(f"{result.name:<32}{result.value_text:>10}{interval}{queries}{chance}")
+    return "\n".join(lines)
+
+
+def _listed(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Return the tasks that the arguments ask for, as a recipe lists them."""
+    listed: list[dict[str, Any]] = []
+    if args.zero_shot:
+        templates = {"templates": args.templates} if args.templates else {}
+        listed.append({"kind": "zero_shot", "data": args.zero_shot, **templates})
+    if args.retrieval:
+        listed.append({"kind": "retrieval", "data": args.retrieval})
+    for text in args.task:
+        try:
+            task = yaml.safe_load(text)
+        except yaml.YAMLError:
+            task = None
+        if not isinstance(task, dict):
+            raise ValueError(f"--task is {text!r}; write it like '{{kind: retrieval, data: DIR}}'")
+        listed.append(task)
+    return listed
+
+
+def _embedder(args: argparse.Namespace, accelerator: Accelerator) -> Embedder:
+    if args.model.startswith(PREFIX):
+        name = args.model.removeprefix(PREFIX)
+        return open_clip_embedder(name, accelerator, args.batch_size, args.num_workers)
+    model, tokenizer = load_flip(args.model)
     model.set_attn_implementation(best_attention(accelerator.device))
-    return Embedder(model.to(accelerator.device), tokenizer, accelerator, batch_size)
+    return Embedder(model.to(accelerator.device), tokenizer, accelerator, args.batch_size, args.num_workers)

@@ -14,14 +14,15 @@ from flipscale.data.packed import PackedBatch
 from flipscale.data.pairs import InputShape, PairDataset
 from flipscale.data.sources.opening import open_source
 from flipscale.data.sources.source import fingerprint
-from flipscale.data.sources.tar_source import expand_shards
 from flipscale.data.tokenizers import load_tokenizer
 from flipscale.engines.attention import best_attention
 from flipscale.engines.checkpoint import CheckpointReader, CheckpointWriter, list_checkpoints, load_state
 from flipscale.engines.first_weights import Fill, compile_blocks, fresh_weights, no_weights, weights_of
 from flipscale.engines.launch import build_engine, leave, part, start_accelerator
 from flipscale.evaluation.embedding import Embedder
-from flipscale.evaluation.suite import run_suite
+from flipscale.evaluation.kinds.task import Task
+from flipscale.evaluation.results import Result
+from flipscale.evaluation.suite import evaluate_tasks
 from flipscale.hub.background_push import BackgroundPush, card_name, open_target, push_finished
 from flipscale.hub.model_card import write_card
 from flipscale.hub.model_folder import build_processor, export_checkpoint
@@ -63,8 +64,9 @@ class Run:
         self.tokenizer = load_tokenizer(recipe.data.tokenizer, config.text_config.max_position_embeddings)
         self.datasets = {stage: self._dataset(stage, config) for stage in self.stages}
         self.processor = build_processor(config, self.tokenizer)
-        for folder in filter(None, (recipe.eval.zero_shot, recipe.eval.retrieval)):
-            expand_shards(folder)
+        self.tasks = recipe.eval.planned()
+        for task in self.tasks:
+            task.check()
         open_target(recipe.hub, resumes=checkpoint is not None)
         self.accelerator = start_accelerator(recipe.log.report_to, recipe.output_dir)
         agree_on_data(self.accelerator, fingerprint(self.source))
@@ -170,26 +172,30 @@ class Run:
         if verdict.written:
             self.commit()
         seen, recipe = self.step * self.batch_size, self.recipe
-        evaluates = is_due(seen, self.batch_size, recipe.eval.every_samples) and self.step < self.total_steps
+        due = [task for task in self.tasks if is_due(seen, self.batch_size, task.every_samples or 0)]
+        evaluates = bool(due) and self.step < self.total_steps
         saves = verdict.stop or verdict.save or is_due(seen, self.batch_size, recipe.save.every_samples)
         if evaluates or saves:
             self.tracker.pause()
             if evaluates:
-                self.evaluate()
+                self.evaluate(due)
             if saves:
                 self.save()
             self.tracker.resume()
 
-    def evaluate(self) -> dict[str, float]:
-        """Collective. The recipe's evaluations of the weights or their averages, also written to `metrics.jsonl`."""
+    def evaluate(self, tasks: list[Task]) -> list[Result]:
+        """Collective. The tasks' results of the weights or their averages, also written to the run's files."""
         self.weights.eval()
-        embedder = Embedder(self.weights, self.tokenizer, self.accelerator, self.recipe.eval.batch_size)
+        recipe = self.recipe.eval
+        embedder = Embedder(
+            self.weights, self.tokenizer, self.accelerator, recipe.batch_size, recipe.num_workers, self.watch.alive
+        )
         with self.engine.averaged():
-            metrics = run_suite(embedder, self.recipe.eval.zero_shot, self.recipe.eval.retrieval)
+            results = evaluate_tasks(embedder, tasks)
         self.weights.train()
-        if metrics:
-            self.tracker.write(self.step, metrics)
-        return metrics
+        self.watch.pause()
+        self.tracker.write_results(self.step, results)
+        return results
 
     def save(self) -> None:
         """Collective. Begins a checkpoint of this step."""
@@ -219,7 +225,7 @@ class Run:
         self.commit()
         self.background_push.close()
         if not self.stopped:
-            self.evaluate()
+            self.evaluate(self.tasks)
             if self.accelerator.is_main_process:
                 export_checkpoint(list_checkpoints(self.run_dir)[-1], self.run_dir / "model")
                 write_card(self.run_dir / "model", self.run_dir, card_name(self.recipe))

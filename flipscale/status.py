@@ -1,6 +1,7 @@
 """How far a run is, how fast, and whether it still lives: read from its run directory, by whoever can see it."""
 
 import argparse
+import dataclasses
 import json
 import time
 from pathlib import Path
@@ -8,6 +9,8 @@ from typing import Any
 
 import yaml
 
+from flipscale.evaluation.results import THIS_MODEL, Result, latest, read_results
+from flipscale.files import json_lines
 from flipscale.training.schedule import StageRecipe, plan_stages
 
 # Without a sign for so long, or for so many usual steps, a run that is training is taken for dead.
@@ -49,7 +52,7 @@ def read_status(run_dir: Path, now: float) -> dict[str, Any]:
     if not recipe_file.exists():
         raise ValueError(f"{run_dir} is not a run directory: it has no recipe.yaml, which a run writes when it starts")
     recipe = yaml.safe_load(recipe_file.read_text())
-    records, starts = _lines(run_dir / "metrics.jsonl"), _lines(run_dir / "starts.jsonl")
+    records, starts = json_lines.read(run_dir / "metrics.jsonl"), json_lines.read(run_dir / "starts.jsonl")
     steps = [record for record in records if "images_per_s" in record]
     last: dict[str, Any] = steps[-1] if steps else {}
     heartbeat = _heartbeat(run_dir)
@@ -84,19 +87,13 @@ def read_status(run_dir: Path, now: float) -> dict[str, Any]:
         "num_bad_samples": sum(record["num_replaced"] for record in steps),
         "num_skipped_steps": sum(record["num_skipped"] for record in steps),
         "num_slow_steps": sum(record.get("num_slow", 0) for record in steps),
-        "metrics": {name: value for record in records for name, value in record.items() if _is_task(name)},
+        "metrics": {name: value for record in records for name, value in record.items() if _is_result(name)},
+        "results": [dataclasses.asdict(result) for result in latest(read_results(run_dir))],
     }
 
 
-def _is_task(name: str) -> bool:
+def _is_result(name: str) -> bool:
     return "/" in name and not name.startswith("replaced/")
-
-
-def _lines(file: Path) -> list[dict[str, Any]]:
-    """The records of a file of JSON lines; the last one may be in the middle of being written."""
-    if not file.exists():
-        return []
-    return [json.loads(line) for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
 
 
 def _heartbeat(run_dir: Path) -> dict[str, Any]:
@@ -138,9 +135,16 @@ def as_table(status: dict[str, Any]) -> str:
     share = status["num_bad_samples"] / max(seen, 1)
     rows.append(("bad samples", f"{status['num_bad_samples']:,} replaced ({share:.4%})"))
     rows.append(("bad steps", f"{status['num_skipped_steps']} not finite and skipped, {status['num_slow_steps']} slow"))
-    rows += [(name, f"{value:.2f} %") for name, value in status["metrics"].items()]
+    rows += [_result_row(Result(**result)) for result in status["results"]]
     width = max(len(name) for name, _ in rows)
     return "\n".join([status["run"], *(f"  {name:<{width}}  {value}" for name, value in rows)])
+
+
+def _result_row(result: Result) -> tuple[str, str]:
+    interval = f" ({result.interval_text})" if result.interval_text else ""
+    queries = f", n {result.n:,}" if result.n is not None else ""
+    who = "" if result.who == THIS_MODEL else f" of {result.who}"
+    return result.name, f"{result.value_text}{interval}{queries}{who}"
 
 
 def _state_words(status: dict[str, Any]) -> str:

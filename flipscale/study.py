@@ -1,4 +1,4 @@
-"""Recipes side by side at equal wall-clock: one process each, on its share of the cores, and a table at the end."""
+"""Train recipes side by side for the same time, one process each on its share of the cores, and compare them."""
 
 import argparse
 import dataclasses
@@ -18,10 +18,11 @@ from flipscale.data.sources.opening import open_source
 from flipscale.data.tokenizers import load_tokenizer
 from flipscale.engines.launch import bf16_is_faster
 from flipscale.evaluation.comparison import comparison_table, read_curve, read_records, record_baselines
-from flipscale.evaluation.figures import draw_accuracy, draw_loss, draw_masks, draw_patches
+from flipscale.evaluation.figures import draw_loss, draw_masks, draw_patches, draw_result, result_figures
 from flipscale.evaluation.nearest_neighbour import run_baselines
+from flipscale.evaluation.recipe import EvalRecipe
 from flipscale.hub.model_card import write_card
-from flipscale.training.recipe import EvalRecipe, Recipe, parse_recipe, to_yaml
+from flipscale.training.recipe import Recipe, parse_recipe, to_yaml
 from flipscale.training.schedule import StageRecipe
 from flipscale.training.tracking import LogRecipe
 
@@ -31,7 +32,7 @@ _REPORT_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
-class Arm:
+class StudyRun:
     """A recipe of the study and where it runs."""
 
     name: str
@@ -42,7 +43,7 @@ class Arm:
         return Path(self.recipe.output_dir)
 
     def beside(self, extension: str) -> Path:
-        """A file of the arm's name beside its run directory."""
+        """A file of the run's name beside its run directory."""
         return self.run_dir.parent / f"{self.name}.{extension}"
 
     @property
@@ -71,24 +72,33 @@ def run(args: argparse.Namespace) -> None:
         )
     recipes = [parse_recipe(["--config", recipe]) for recipe in args.recipes]
     names = [Path(recipe).stem for recipe in args.recipes]
-    arms = _plan(names, recipes, args.minutes * 60, args.output_dir)
-    _train(arms, "training")
-    curves = [read_curve(arm.run_dir) for arm in arms]
-    test = arms[0].recipe.eval.zero_shot
-    baselines = run_baselines(arms[0].recipe.data.shards, test) if args.baselines and test else {}
-    table = comparison_table(curves, baselines)
+    runs = _plan(names, recipes, args.minutes * 60, args.output_dir)
+    _train(runs, "training")
+    if args.baselines:
+        _record_baselines(runs)
+    curves = [read_curve(run.run_dir) for run in runs]
+    table = comparison_table(curves)
     figures = args.output_dir / "figures"
     figures.mkdir(exist_ok=True)
     draw_loss(curves, figures / "loss.png")
-    draw_accuracy(curves, figures / "accuracy.png", baselines)
-    masked, whole = _datasets(arms[0].recipe)
+    for name, result in result_figures(curves).items():
+        draw_result(curves, result, figures / f"{name}.png")
+    masked, whole = _datasets(runs[0].recipe)
     draw_patches(masked, whole, figures / "patches.png")
     draw_masks(whole, figures / "masks.png")
     (args.output_dir / "table.md").write_text(table + "\n")
-    for arm in arms:
-        record_baselines(arm.run_dir, baselines)
-    model = _take_model(arms[0].run_dir, args.output_dir / "model")
+    model = _take_model(runs[0].run_dir, args.output_dir / "model")
     print(f"\n{table}\n\nfigures: {figures}/*.png   model: {model}")
+
+
+def _record_baselines(runs: list[StudyRun]) -> None:
+    """Append to every run's results what the nearest training image achieves at the first recipe's first zero-shot
+    task."""
+    recipe = runs[0].recipe
+    for task in [task for task in recipe.eval.planned() if task.kind == "zero_shot"][:1]:
+        baselines = run_baselines(recipe.data.shards, task)
+        for run in runs:
+            record_baselines(run.run_dir, baselines)
 
 
 def _take_model(run_dir: Path, model: Path) -> Path:
@@ -104,7 +114,7 @@ def _calibrate(names: list[str], recipes: list[Recipe], output_dir: Path) -> lis
     """Images a second of every stage of every recipe, all recipes running at once."""
     folder = output_dir / "calibration"
     shutil.rmtree(folder, ignore_errors=True)
-    arms = []
+    runs = []
     for name, recipe in zip(names, recipes, strict=True):
         samples = CALIBRATION_STEPS * recipe.data.global_batch_size
         stages = [dataclasses.replace(stage, samples=samples, warmup_samples=0) for stage in recipe.stages]
@@ -115,18 +125,18 @@ def _calibrate(names: list[str], recipes: list[Recipe], output_dir: Path) -> lis
             eval=EvalRecipe(),
             output_dir=str(folder / name),
         )
-        arms.append(Arm(name, short))
-    _train(arms, "calibrating")
+        runs.append(StudyRun(name, short))
+    _train(runs, "calibrating")
     rates = []
-    for arm in arms:
-        records = [record for record in read_records(arm.run_dir) if "images_per_s" in record]
+    for run in runs:
+        records = [record for record in read_records(run.run_dir) if "images_per_s" in record]
         # The last record of a stage: the first ones hold its start-up.
-        rates.append([[r["images_per_s"] for r in records if r["stage"] == s.name][-1] for s in arm.recipe.stages])
+        rates.append([[r["images_per_s"] for r in records if r["stage"] == s.name][-1] for s in run.recipe.stages])
     shutil.rmtree(folder)
     return rates
 
 
-def _plan(names: list[str], recipes: list[Recipe], seconds: float, output_dir: Path) -> list[Arm]:
+def _plan(names: list[str], recipes: list[Recipe], seconds: float, output_dir: Path) -> list[StudyRun]:
     """The recipes with their stages stretched to last `seconds`, also written to `output_dir/NAME.yaml`.
 
     A study that was interrupted goes on with the lengths that it began with.
@@ -141,13 +151,13 @@ def _plan(names: list[str], recipes: list[Recipe], seconds: float, output_dir: P
                 recipe,
                 stages=stages,
                 log=dataclasses.replace(recipe.log, every_samples=total // 60),
-                eval=dataclasses.replace(recipe.eval, every_samples=total // 6),
+                eval=recipe.eval.every(total // 6),
                 output_dir=str(output_dir / file.stem),
             )
             file.write_text(to_yaml(scaled))
             by_stage = ", ".join(f"{rate:,.0f}" for rate in rates)
             print(f"{file.stem}: {by_stage} pairs/s by stage, so {total:,} pairs in {seconds:.0f} s")
-    return [Arm(file.stem, parse_recipe(["--config", str(file)])) for file in files]
+    return [StudyRun(file.stem, parse_recipe(["--config", str(file)])) for file in files]
 
 
 def _stretched(stage: StageRecipe, factor: float) -> StageRecipe:
@@ -156,68 +166,68 @@ def _stretched(stage: StageRecipe, factor: float) -> StageRecipe:
     )
 
 
-def _train(arms: list[Arm], doing: str) -> None:
-    """Runs every arm to its end at the same time, with a progress bar (or a line now and then) for each.
+def _train(runs: list[StudyRun], doing: str) -> None:
+    """Runs every run to its end at the same time, with a progress bar (or a line now and then) for each.
 
     Raises:
         OSError: a run failed; its own last line is in the message.
     """
-    # Once, before any arm keeps the cores busy: all arms must train in the same precision.
-    environment = _environment(len(arms))
+    # Once, before any run keeps the cores busy: all runs must train in the same precision.
+    environment = _environment(len(runs))
     processes = []
-    for arm in arms:
-        arm.run_dir.parent.mkdir(parents=True, exist_ok=True)
-        recipe_file = arm.beside("yaml")
-        recipe_file.write_text(to_yaml(arm.recipe))
+    for run in runs:
+        run.run_dir.parent.mkdir(parents=True, exist_ok=True)
+        recipe_file = run.beside("yaml")
+        recipe_file.write_text(to_yaml(run.recipe))
         command = [sys.executable, "-m", "flipscale.pretrain", "--config", str(recipe_file)]
-        with open(arm.beside("log"), "w") as log:
+        with open(run.beside("log"), "w") as log:
             processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
     try:
-        _watch(arms, processes, doing)
+        _watch(runs, processes, doing)
     finally:
         for process in processes:
             process.terminate()
-    for arm, process in zip(arms, processes, strict=True):
+    for run, process in zip(runs, processes, strict=True):
         if process.wait() != 0:
-            last = arm.beside("log").read_text().strip().splitlines()[-1:]
-            raise OSError(f"the run of {arm.name} failed: {last[0] if last else 'no output'}")
+            last = run.beside("log").read_text().strip().splitlines()[-1:]
+            raise OSError(f"the run of {run.name} failed: {last[0] if last else 'no output'}")
 
 
-def _environment(num_arms: int) -> dict[str, str]:
-    """The environment of one arm: its share of the cores, and bf16 where this CPU multiplies faster in it."""
-    threads = max((os.cpu_count() or 1) // num_arms, 1)
+def _environment(num_runs: int) -> dict[str, str]:
+    """The environment of one run: its share of the cores, and bf16 where this CPU multiplies faster in it."""
+    threads = max((os.cpu_count() or 1) // num_runs, 1)
     precision = "bf16" if torch.cuda.is_available() or bf16_is_faster() else "no"
     share = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
     return {"ACCELERATE_MIXED_PRECISION": precision, **share, **os.environ}
 
 
-def _watch(arms: list[Arm], processes: list[subprocess.Popen], doing: str) -> None:
+def _watch(runs: list[StudyRun], processes: list[subprocess.Popen], doing: str) -> None:
     bars = [
-        tqdm(total=arm.samples, desc=f"{doing} {arm.name}", unit="pair", unit_scale=True, position=number, disable=None)
-        for number, arm in enumerate(arms)
+        tqdm(total=run.samples, desc=f"{doing} {run.name}", unit="pair", unit_scale=True, position=number, disable=None)
+        for number, run in enumerate(runs)
     ]
     reported = time.monotonic()
     while any(process.poll() is None for process in processes):
         time.sleep(_POLL_SECONDS)
-        for arm, bar in zip(arms, bars, strict=True):
-            records = read_records(arm.run_dir)
+        for run, bar in zip(runs, bars, strict=True):
+            records = read_records(run.run_dir)
             if records:
-                bar.n = min(records[-1]["samples_seen"], arm.samples)
+                bar.n = min(records[-1]["samples_seen"], run.samples)
                 bar.refresh()
         if bars[0].disable and time.monotonic() - reported > _REPORT_SECONDS:
             reported = time.monotonic()
-            print("; ".join(_line(arm, doing) for arm in arms), flush=True)
+            print("; ".join(_line(run, doing) for run in runs), flush=True)
         if any(process.poll() not in (None, 0) for process in processes):
             break
     for bar in bars:
         bar.close()
 
 
-def _line(arm: Arm, doing: str) -> str:
-    records = read_records(arm.run_dir)
+def _line(run: StudyRun, doing: str) -> str:
+    records = read_records(run.run_dir)
     losses = [record["loss"] for record in records if "loss" in record]
     seen = records[-1]["samples_seen"] if records else 0
-    return f"{doing} {arm.name}: {seen / arm.samples:.0%}" + (f", loss {losses[-1]:.2f}" if losses else "")
+    return f"{doing} {run.name}: {seen / run.samples:.0%}" + (f", loss {losses[-1]:.2f}" if losses else "")
 
 
 def _datasets(recipe: Recipe) -> tuple[PairDataset, PairDataset]:

@@ -1,44 +1,54 @@
-"""Runs laid side by side: what they saw, how fast, and what they can do."""
+"""Runs side by side: what they saw, how fast they were, and what they achieve."""
 
-import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from flipscale.evaluation.results import THIS_MODEL, Measured, Result, append_results, latest, read_results
+from flipscale.files import json_lines
+
 
 @dataclass(frozen=True)
 class Curve:
-    """One run as its `metrics.jsonl` tells it.
+    """One run as its files tell it.
 
     Args:
-        records: all records, in the order of steps.
+        name: of the run directory.
+        records: all records of `metrics.jsonl`, in the order of steps.
+        measured: all results of its evaluations, in the order of steps.
         mask_ratio: of the first stage.
         tuned: whether unmasked tuning follows.
     """
 
     name: str
     records: list[dict[str, Any]]
+    measured: list[Measured]
     mask_ratio: float
     tuned: bool
 
     @property
     def label(self) -> str:
-        """How people call it: CLIP without a mask, FLIP with its ratio."""
+        """What people call the run: CLIP without a mask, FLIP with its ratio."""
         if self.mask_ratio == 0:
             return "CLIP (mask 0)"
         return f"FLIP ({self.mask_ratio:.0%} masked{', then tuned' if self.tuned else ''})"
 
+    @property
+    def results(self) -> list[Result]:
+        """The last result of each task and metric, baselines among them."""
+        return latest(self.measured)
+
     def points(self, metric: str) -> tuple[list[float], list[float]]:
-        """Training seconds and values of every record that has `metric`."""
-        found = [(r["trained_seconds"], r[metric]) for r in self.records if metric in r]
+        """Return training seconds and values of every record that has `metric`."""
+        found = [(r["trained_seconds"], r[metric]) for r in self.records if r.get(metric) is not None]
         return [seconds for seconds, _ in found], [value for _, value in found]
 
-    def last(self, metric: str) -> float:
-        """The last value of `metric`, nan where it was never measured."""
-        values = self.points(metric)[1]
-        return values[-1] if values else float("nan")
+    def course(self, name: str) -> list[Measured]:
+        """Return this model's results called `name`, `task/metric`, in the order of steps."""
+        return [m for m in self.measured if m.result.name == name and m.result.who == THIS_MODEL]
 
     @property
     def images_per_s(self) -> float:
@@ -47,55 +57,71 @@ class Curve:
 
 
 def read_records(run_dir: Path) -> list[dict[str, Any]]:
-    """The records of a run so far; a line that is still being written is left out."""
-    path = run_dir / "metrics.jsonl"
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+    """Return the records of a run's `metrics.jsonl` so far."""
+    return json_lines.read(run_dir / "metrics.jsonl")
 
 
 def read_curve(run_dir: Path) -> Curve:
-    """The curve of a run directory.
+    """Return the curve of a run directory.
 
     Raises:
-        ValueError: no record there.
+        ValueError: it has no record.
     """
     records = read_records(run_dir)
     if not records:
         raise ValueError(f"{run_dir} has no metrics.jsonl with a record; did the run start?")
     ratios = [stage["mask_ratio"] for stage in yaml.safe_load((run_dir / "recipe.yaml").read_text())["stages"]]
-    return Curve(run_dir.name, records, ratios[0], tuned=len(ratios) > 1 and ratios[-1] == 0 < ratios[0])
+    tuned = len(ratios) > 1 and ratios[-1] == 0 < ratios[0]
+    return Curve(run_dir.name, records, read_results(run_dir), ratios[0], tuned)
 
 
 def curve_of(run_dir: Path, step: int | None) -> Curve:
-    """The curve of a run directory up to and with a step, or to its end."""
+    """Return the curve of a run directory up to and with a step, or to its end."""
     curve = read_curve(run_dir)
-    return curve if step is None else replace(curve, records=[r for r in curve.records if r["step"] <= step])
+    if step is None:
+        return curve
+    return replace(
+        curve,
+        records=[record for record in curve.records if record["step"] <= step],
+        measured=[measured for measured in curve.measured if measured.step <= step],
+    )
 
 
-def record_baselines(run_dir: Path, baselines: dict[str, float]) -> None:
-    """Appends the trivial baselines (top-1, percent; chance aside) to a run's records as `baseline/NAME`, once."""
+def record_baselines(run_dir: Path, baselines: Sequence[Result]) -> None:
+    """Append the baselines to a run's results, once."""
+    known = {(measured.result.name, measured.result.who) for measured in read_results(run_dir)}
     last = read_records(run_dir)[-1]
-    named = {f"baseline/{name}": value for name, value in baselines.items() if name != "chance"}
-    if named and not named.keys() <= last.keys():
-        position = {name: last[name] for name in ("step", "samples_seen", "trained_seconds")}
-        with open(run_dir / "metrics.jsonl", "a") as file:
-            file.write(json.dumps({**position, **named}) + "\n")
+    new = [baseline for baseline in baselines if (baseline.name, baseline.who) not in known]
+    append_results(run_dir, new, last["step"], last["samples_seen"], last["trained_seconds"])
 
 
-def comparison_table(curves: list[Curve], baselines: dict[str, float]) -> str:
-    """The runs and the trivial baselines (top-1, percent) as a Markdown table."""
-    lines = [
-        "| | pairs seen | pairs/s | training | top-1 | top-5 | text to image R@1 |",
-        "|---|---:|---:|---:|---:|---:|---:|",
-    ]
+def headlines(curves: Sequence[Curve]) -> dict[str, str]:
+    """Return the names of the results that short tables show, and what they call them."""
+    shown = {r.name: r for curve in curves for r in curve.results if r.headline and r.who == THIS_MODEL}
+    labels = [result.shown for result in shown.values()]
+    return {n: r.shown if labels.count(r.shown) == 1 else f"{r.task} {r.shown}" for n, r in shown.items()}
+
+
+def comparison_table(curves: Sequence[Curve]) -> str:
+    """Return the runs, chance and the baselines of the first run as a Markdown table, with 95 % intervals."""
+    columns = headlines(curves)
+    rows = [["", "pairs seen", "pairs/s", "training", *columns.values()], ["---", *["---:"] * (3 + len(columns))]]
     for curve in curves:
-        seen, seconds = curve.records[-1]["samples_seen"], curve.records[-1]["trained_seconds"]
-        figures = (curve.last(f"{m}") for m in ("zero_shot/top1", "zero_shot/top5", "retrieval/text_to_image_r1"))
-        lines.append(
-            f"| {curve.label} | {seen:,} | {curve.images_per_s:,.0f} | {seconds:.0f} s | "
-            + " | ".join(f"{value:.1f} %" for value in figures)
-            + " |"
-        )
-    lines += [f"| {name} | | | | {value:.{1 if value >= 1 else 2}f} % | | |" for name, value in baselines.items()]
-    return "\n".join(lines)
+        last, found = curve.records[-1], {r.name: r for r in curve.results if r.who == THIS_MODEL}
+        speed = [f"{last['samples_seen']:,}", f"{curve.images_per_s:,.0f}", f"{last['trained_seconds']:.0f} s"]
+        rows.append([curve.label, *speed, *(_cell(found.get(name)) for name in columns)])
+    others: dict[str, dict[str, Result]] = {}
+    for result in curves[0].results:
+        if result.who != THIS_MODEL:
+            others.setdefault(result.who, {})[result.name] = result
+        elif result.chance is not None:
+            chance = replace(result, value=result.chance, low=None, high=None)
+            others.setdefault("chance", {})[result.name] = chance
+    rows += [[who, "", "", "", *(_cell(found.get(name)) for name in columns)] for who, found in others.items()]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _cell(result: Result | None) -> str:
+    if result is None:
+        return ""
+    return result.value_text + (f" ({result.interval_text})" if result.interval_text else "")

@@ -1,6 +1,6 @@
-"""Whole images and texts to embeddings, shared out over the processes."""
+"""Embeddings of whole images and texts, the work shared by the processes."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
 
 from flipscale.data.captions import tokenise
 from flipscale.data.decode import UndecodableImage, decode_box, visible_patches
@@ -18,81 +19,155 @@ from flipscale.model.modeling_flip import normalise_embeds
 
 @dataclass(frozen=True)
 class Embedder:
-    """A model with what it takes to embed: its tokenizer and the processes to share the work.
+    """A model with what it takes to embed: its tokenizer, and the processes that share the work.
+
+    Of a set of rows (images, texts, classes), process r of w embeds rows r, r + w, r + 2 w, ...: `rows`. The forward
+    passes of a sharded model are collective, so all processes run equally many batches: `padded_rows`.
 
     Args:
         model: unwrapped, in evaluation mode.
-        batch_size: images or texts a process embeds at once.
+        batch_size: images or texts that a process embeds at once.
+        num_workers: processes that decode images; 0 decodes in this one.
+        alive: called after every batch, to tell a watch that the evaluation moves on.
     """
 
     model: Any
     tokenizer: Any
     accelerator: Accelerator
     batch_size: int = 256
+    num_workers: int = 0
+    alive: Callable[[], None] = lambda: None
+
+    def rows(self, count: int) -> list[int]:
+        """Return this process's rows of `count`."""
+        return list(range(self.accelerator.process_index, count, self.accelerator.num_processes))
+
+    def padded_rows(self, count: int) -> list[int]:
+        """Return this process's rows of `count`, and where others have one more, a first row again."""
+        world, rank = self.accelerator.num_processes, self.accelerator.process_index
+        return [row % count for row in range(rank, -(-count // world) * world, world)]
+
+    def my_images(self, source: TarSource) -> torch.Tensor:
+        """Collective. Return the embeddings of this process's rows of `source`: fp32 `(rows, dim)`, unit length, CPU.
+
+        Raises:
+            ValueError: an image cannot be decoded.
+            OSError: a shard cannot be read, or a worker died.
+        """
+        embeds = self._embed(self._decoded(source), self.image_features, "images", len(source))
+        return embeds[: len(self.rows(len(source)))]
 
     def images(self, source: TarSource) -> torch.Tensor:
-        """Collective. Embeddings of all images of `source` in shard order: fp32 `(images, dim)`, unit length, CPU."""
-        dataset = WholeImages(source, self.decode)
-        loader = DataLoader(dataset, batch_sampler=self._share(len(dataset)), collate_fn=torch.as_tensor)
-        return self._embed(loader, len(dataset), self.image_features)
+        """Collective. Return the embeddings of all images of `source` in shard order: fp32 `(images, dim)`, unit
+        length, CPU.
 
-    def texts(self, texts: list[str]) -> torch.Tensor:
-        """Collective. Embeddings of `texts`: fp32 `(texts, dim)`, unit length, CPU."""
-        tokens = self.tokens(texts)
-        mine = (tokens[rows] for rows in self._share(len(texts)))
-        return self._embed(mine, len(texts), self.text_features)
+        Raises:
+            ValueError: an image cannot be decoded.
+            OSError: a shard cannot be read, or a worker died.
+        """
+        return self.gathered(self.my_images(source), len(source))
+
+    def my_texts(self, texts: Sequence[str]) -> torch.Tensor:
+        """Collective. Return the embeddings of this process's `texts`, of which every process must have equally many:
+        fp32 `(texts, dim)`, unit length, CPU."""
+        batches = (
+            self.tokens(list(texts[first : first + self.batch_size])) for first in range(0, len(texts), self.batch_size)
+        )
+        return self._embed(batches, self.text_features, "texts", len(texts) * self.accelerator.num_processes)
+
+    def texts(self, texts: Sequence[str]) -> torch.Tensor:
+        """Collective. Return the embeddings of `texts`, which every process has: fp32 `(texts, dim)`, unit length,
+        CPU."""
+        return self.gathered(self.my_texts([texts[row] for row in self.padded_rows(len(texts))]), len(texts))
+
+    def gathered(self, mine: torch.Tensor, count: int) -> torch.Tensor:
+        """Collective. Return all `count` rows, `(count, dim)` on the CPU, of which `mine` are this process's rows,
+        padded or not."""
+        world = self.accelerator.num_processes
+        padding = -(-count // world) - len(mine)
+        mine = torch.cat([mine, mine.new_zeros(padding, mine.shape[1])])
+        by_rank = self.accelerator.gather(mine.to(self.accelerator.device)).unflatten(0, (world, -1))
+        return by_rank.transpose(0, 1).flatten(0, 1)[:count].cpu()
+
+    def total(self, counts: Sequence[int | float]) -> list[int]:
+        """Collective. Return the sums of `counts` over the processes."""
+        mine = torch.tensor(counts, dtype=torch.int64, device=self.accelerator.device)
+        return self.accelerator.reduce(mine, "sum").tolist()
 
     # What depends on the kind of model: these four are FLIP's.
 
     def decode(self, encoded: bytes) -> np.ndarray:
-        """An image as the model takes it: the centred square's patches, uint8 `(num_patches, 3 * p * p)`.
+        """Return an image as the model takes it: the centred square's patches, uint8 `(num_patches, 3 * p * p)`.
 
         Raises:
-            UndecodableImage
+            UndecodableImage: it is no image.
         """
         shape = InputShape.of(self.model.config)
         return visible_patches(decode_box(encoded, None, shape.image_size, (1.0, 1.0)), shape.patch_size, None)
 
     def image_features(self, batch: torch.Tensor) -> torch.Tensor:
-        """`(batch, dim)`, not normalised, of decoded images."""
+        """Return `(batch, dim)`, not normalised, of decoded images."""
         return self.model.get_image_features(patches=batch).pooler_output
 
     def tokens(self, texts: list[str]) -> torch.Tensor:
-        """`(texts, length)`, as the model takes them."""
+        """Return `(texts, length)`, as the model takes them."""
         length = self.model.config.text_config.max_position_embeddings
         return tokenise(self.tokenizer, texts, length)["input_ids"]
 
     def text_features(self, batch: torch.Tensor) -> torch.Tensor:
-        """`(batch, dim)`, not normalised, of rows of `tokens`."""
+        """Return `(batch, dim)`, not normalised, of rows of `tokens`."""
         return self.model.get_text_features(batch).pooler_output
 
-    def _share(self, count: int) -> list[list[int]]:
-        """This process's part of `range(count)` in batches, every process's equally long (the end wraps around)."""
-        world, rank = self.accelerator.num_processes, self.accelerator.process_index
-        mine = [row % count for row in range(rank, -(-count // world) * world, world)]
-        return [mine[first : first + self.batch_size] for first in range(0, len(mine), self.batch_size)]
+    def _decoded(self, source: TarSource) -> Iterator[torch.Tensor]:
+        """The decoded images of this process's padded rows, in batches."""
+        mine = self.padded_rows(len(source))
+        batches = [mine[first : first + self.batch_size] for first in range(0, len(mine), self.batch_size)]
+        workers = min(self.num_workers, len(batches) if len(batches) > 1 else 0)
+        loader = DataLoader(
+            WholeImages(source, self.decode), batch_sampler=batches, collate_fn=_as_is, num_workers=workers
+        )
+        try:
+            for batch in loader:
+                if isinstance(batch, Exception):
+                    raise batch
+                yield torch.as_tensor(batch)
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise OSError(
+                f"a worker that decoded evaluation images died ({' '.join(str(error).split())}); give it more memory "
+                "or set eval.num_workers to 0"
+            ) from error
 
     @torch.no_grad()
     def _embed(
-        self, batches: Iterable[torch.Tensor], count: int, features: Callable[[torch.Tensor], torch.Tensor]
+        self,
+        batches: Iterable[torch.Tensor],
+        features: Callable[[torch.Tensor], torch.Tensor],
+        what: str,
+        total: int,
     ) -> torch.Tensor:
+        """Collective. Return the normalised features of all batches on the CPU; a progress bar shows if it takes
+        long."""
+        hidden = None if self.accelerator.is_main_process else True
         embeds = []
-        for batch in batches:
-            with self.accelerator.autocast():
-                found = features(batch.to(self.accelerator.device))
-            embeds.append(normalise_embeds(found))
-        gathered = self.accelerator.gather(torch.cat(embeds))
-        # Rank after rank in `gathered`; row i of the set is row i // world of rank i % world.
-        by_rank = gathered.unflatten(0, (self.accelerator.num_processes, -1))
-        return by_rank.transpose(0, 1).flatten(0, 1)[:count].cpu()
+        with tqdm(total=total, desc="evaluating", unit=f" {what}", leave=False, delay=5, disable=hidden) as bar:
+            for batch in batches:
+                with self.accelerator.autocast():
+                    found = features(batch.to(self.accelerator.device))
+                embeds.append(normalise_embeds(found).cpu())
+                self.alive()
+                bar.update(min(len(batch) * self.accelerator.num_processes, total - bar.n))
+        return torch.cat(embeds)
+
+
+def _as_is(batch: Any) -> Any:
+    return batch
 
 
 class WholeImages(Dataset):
-    """Every image of a source, decoded, in batches.
-
-    Raises:
-        ValueError: an image that cannot be decoded; a test set must be whole.
-    """
+    """Every image of a source, decoded, in batches; what goes wrong is handed out in place of a batch, since raising
+    it would wrap a worker's error in its traceback."""
 
     def __init__(self, source: TarSource, decode: Callable[[bytes], np.ndarray]):
         self.source = source
@@ -102,8 +177,11 @@ class WholeImages(Dataset):
     def __len__(self) -> int:
         return len(self.where)
 
-    def __getitems__(self, rows: list[int]) -> np.ndarray:
-        return np.stack([self._decoded(*self.where[row]) for row in rows])
+    def __getitems__(self, rows: list[int]) -> np.ndarray | Exception:
+        try:
+            return np.stack([self._decoded(*self.where[row]) for row in rows])
+        except (ValueError, OSError) as error:
+            return error
 
     def _decoded(self, shard: int, number: int) -> np.ndarray:
         sample = self.source.read(shard, number)
@@ -114,5 +192,5 @@ class WholeImages(Dataset):
 
 
 def sample_numbers(source: TarSource) -> list[tuple[int, int]]:
-    """(shard, number) of every sample, in shard order."""
+    """Return (shard, number) of every sample, in shard order."""
     return [(shard, number) for shard, size in enumerate(source.shard_sizes) for number in range(size)]

@@ -1,4 +1,4 @@
-"""What people would rather look at than read: loss and accuracy against time, and what the encoder sees."""
+"""Figures of runs: loss and results against training time, and what the image encoder sees."""
 
 import importlib.util
 from collections.abc import Sequence
@@ -9,7 +9,8 @@ import numpy as np
 
 from flipscale.data.masks import MaskRecipe, keyed_patches
 from flipscale.data.pairs import PairDataset
-from flipscale.evaluation.comparison import Curve
+from flipscale.evaluation.comparison import Curve, headlines
+from flipscale.evaluation.results import THIS_MODEL, Result
 from flipscale.model.masking import ImageMask
 
 if TYPE_CHECKING:
@@ -21,12 +22,12 @@ _GREY = 190
 
 
 def can_draw() -> bool:
-    """Whether matplotlib is installed."""
+    """Return whether matplotlib is installed."""
     return importlib.util.find_spec("matplotlib") is not None
 
 
 def _pyplot() -> Any:
-    """matplotlib's, which draws to files only."""
+    """Return matplotlib's pyplot, set to draw to files only."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -36,7 +37,7 @@ def _pyplot() -> Any:
 
 
 def _axes(title: str, y_label: str, curves: list[Curve]) -> "tuple[Figure, Axes, float]":
-    """A figure over training time, and the seconds of a unit of it: hours where a run took more than two."""
+    """Return a figure over training time, and the seconds of its unit: hours where a run took more than two."""
     pyplot = _pyplot()
     figure, axes = pyplot.subplots(figsize=(7, 4.2), constrained_layout=True)
     axes.set_title(title, loc="left")
@@ -49,7 +50,7 @@ def _axes(title: str, y_label: str, curves: list[Curve]) -> "tuple[Figure, Axes,
 
 
 def draw_loss(curves: list[Curve], path: Path) -> None:
-    """Contrastive loss against training time, one line a run."""
+    """Draw the contrastive loss against training time, one line a run."""
     figure, axes, unit = _axes("Contrastive loss of the training batches", "loss", curves)
     for curve, colour in zip(curves, _COLOURS, strict=False):
         seconds, losses = curve.points("loss")
@@ -58,23 +59,44 @@ def draw_loss(curves: list[Curve], path: Path) -> None:
     _save(figure, path)
 
 
-def draw_accuracy(curves: list[Curve], path: Path, baselines: dict[str, float] | None = None) -> None:
-    """Zero-shot top-1 against training time, one line a run, the trivial baselines as levels."""
-    figure, axes, unit = _axes("Zero-shot top-1", "top-1, %", curves)
+def result_figures(curves: list[Curve]) -> dict[str, Result]:
+    """Return the results that can be drawn, by the names of their figures: the first headline of each task that was
+    measured more than once."""
+    found: dict[str, Result] = {}
+    for name in headlines(curves):
+        course = max((curve.course(name) for curve in curves), key=len)
+        if len(course) > 1:
+            found.setdefault(course[-1].result.task, course[-1].result)
+    return found
+
+
+def draw_result(curves: list[Curve], shown: Result, path: Path) -> None:
+    """Draw a result against training time, one line a run with the 95 % intervals as a band; chance and the baselines
+    of the first run are levels."""
+    title = f"{shown.task.replace('_', '-')}: {shown.shown}"
+    figure, axes, unit = _axes(title, ", ".join(filter(None, (shown.shown, shown.unit))), curves)
     for curve, colour in zip(curves, _COLOURS, strict=False):
-        seconds, values = curve.points("zero_shot/top1")
-        axes.plot([s / unit for s in seconds], values, "o-", color=colour, label=curve.label)
-    for name, value in (baselines or {}).items():
+        course = curve.course(shown.name)
+        hours = [measured.trained_seconds / unit for measured in course]
+        axes.plot(hours, [measured.result.value for measured in course], "o-", color=colour, label=curve.label)
+        if all(measured.result.low is not None for measured in course):
+            low, high = ([getattr(measured.result, end) for measured in course] for end in ("low", "high"))
+            axes.fill_between(hours, low, high, color=colour, alpha=0.15, linewidth=0)
+    levels = {r.who: r.value for r in curves[0].results if r.name == shown.name and r.who != THIS_MODEL}
+    if shown.chance is not None:
+        levels = {"chance": shown.chance, **levels}
+    for name, value in levels.items():
         axes.axhline(value, color="#888888", linewidth=0.9, linestyle=":", zorder=0)
         axes.annotate(name, (0.01, value), xycoords=("axes fraction", "data"), va="bottom", fontsize=8)
     axes.set_xlim(left=0)
-    axes.set_ylim(bottom=0)
-    axes.legend(loc="lower right", framealpha=0.9, edgecolor="none")
+    if shown.higher_is_better:
+        axes.set_ylim(bottom=0)
+    axes.legend(loc="lower right" if shown.higher_is_better else "upper right", framealpha=0.9, edgecolor="none")
     _save(figure, path)
 
 
 def _save(figure: "Figure", path: Path) -> None:
-    """Writes the picture, the same bytes for the same figure, and forgets it."""
+    """Write the picture, the same bytes for the same figure, and close it."""
     from matplotlib import pyplot
 
     figure.savefig(path, dpi=150, metadata={"Software": None})
@@ -82,7 +104,7 @@ def _save(figure: "Figure", path: Path) -> None:
 
 
 def _paste(patches: np.ndarray, index: np.ndarray, patch_size: int, side: int) -> np.ndarray:
-    """The patches at their places on a grey image: uint8 `(side * p, side * p, 3)`."""
+    """Return the patches at their places on a grey image: uint8 `(side * p, side * p, 3)`."""
     image = np.full((side, side, 3, patch_size, patch_size), _GREY, np.uint8)
     rows, columns = np.divmod(index.astype(int), side)
     image[rows, columns] = patches.reshape(-1, 3, patch_size, patch_size)
@@ -90,7 +112,7 @@ def _paste(patches: np.ndarray, index: np.ndarray, patch_size: int, side: int) -
 
 
 def draw_patches(masked: PairDataset, whole: PairDataset, path: Path, count: int = 8) -> None:
-    """The first `count` training samples, whole and with only the patches that the encoder sees."""
+    """Draw the first `count` training samples, whole and with only the patches that the encoder sees."""
     pyplot = _pyplot()
     positions = list(range(count))
     seen, full = masked.__getitems__(positions), whole.__getitems__(positions)
@@ -111,7 +133,7 @@ def draw_patches(masked: PairDataset, whole: PairDataset, path: Path, count: int
 
 
 def draw_masks(whole: PairDataset, path: Path, samples: Sequence[int] = (4, 1, 9)) -> None:
-    """Some training samples under each kind of mask, and as two views that share no patch."""
+    """Draw some training samples under each kind of mask, and as two views that share no patch."""
     pyplot = _pyplot()
     positions, side, patch_size = np.asarray(samples), whole.shape.side, whole.shape.patch_size
     full = whole.__getitems__(positions.tolist())["patches"].numpy()

@@ -1,10 +1,11 @@
-"""What no learning at all achieves on a classification set: the name of the training image that looks most alike.
+"""A baseline without learning for a classification set: the name of the training image that looks most alike.
 
-Printed beside a small model's accuracy, because with few pictures and minutes of training these are hard to beat. Only
-training images whose caption is a class name take part, which is more than the model is told.
+It is printed beside a small model's accuracy, because with few pictures and minutes of training it is hard to beat.
+Only training images whose caption is a class name take part, which is more than the model is told.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -13,6 +14,9 @@ import numpy as np
 
 from flipscale.data.decode import decode_box
 from flipscale.data.sources.tar_source import TarSource
+from flipscale.evaluation.kinds.task import Task
+from flipscale.evaluation.results import Result
+from flipscale.evaluation.test_set import read_class_names
 
 Features = Literal["pixels", "hog", "pixels+hog"]
 
@@ -24,13 +28,13 @@ _ROWS = 256  # images at a time, to bound the memory
 
 
 def pixel_features(images: np.ndarray) -> np.ndarray:
-    """float32 `(n, 768)`: images uint8 `(n, s, s, 3)` shrunk to 16 x 16, 1 for white."""
+    """Return float32 `(n, 768)`: images uint8 `(n, s, s, 3)` shrunk to 16 x 16, 1 for white."""
     small = [cv2.resize(image, (PIXEL_SIZE, PIXEL_SIZE), interpolation=cv2.INTER_AREA) for image in images]
     return np.stack(small).reshape(len(images), -1).astype(np.float32) / 255
 
 
 def hog_features(images: np.ndarray) -> np.ndarray:
-    """float32 `(n, 1764)`: histograms of oriented gradients of images uint8 `(n, s, s, 3)` at 64 x 64."""
+    """Return float32 `(n, 1764)`: histograms of oriented gradients of images uint8 `(n, s, s, 3)` at 64 x 64."""
     return np.concatenate([_hog(images[start : start + _ROWS]) for start in range(0, len(images), _ROWS)])
 
 
@@ -76,7 +80,7 @@ def _top1(
     labels: np.ndarray,
     features: Features,
 ) -> float:
-    """Top-1 in percent of described images, `names` being the classes of the known ones."""
+    """Return the top-1 in percent of described images; `names` are the classes of the known ones."""
     if features == "pixels+hog":
         scales = {"pixels": 1.0, "hog": HOG_WEIGHT}
         scales = {
@@ -91,7 +95,7 @@ def _top1(
 
 
 def _named(captions: Sequence[str], classnames: Sequence[str]) -> np.ndarray:
-    """The class of each caption, -1 where it is none of them."""
+    """Return the class of each caption, -1 where it is none of them."""
     index = {name: number for number, name in enumerate(classnames)}
     found = np.array([index.get(caption, -1) for caption in captions])
     if not (found >= 0).any():
@@ -110,7 +114,8 @@ def nearest_neighbour(
     classnames: Sequence[str],
     features: Features,
 ) -> float:
-    """Top-1 in percent when a test image takes the caption of the nearest training image that bears a class name.
+    """Return the top-1 in percent when a test image takes the caption of the nearest training image that has a class
+    name.
 
     Args:
         train_images: uint8 `(n, s, s, 3)`.
@@ -130,36 +135,38 @@ def nearest_neighbour(
     return _top1(known, names[names >= 0], asked, test_labels, features)
 
 
-def run_baselines(train: str | Path, test: str | Path) -> dict[str, float]:
-    """Name -> top-1 in percent, of chance and of the nearest training image by pixels, by HOG and by both.
+def run_baselines(train: str | Path, task: Task) -> list[Result]:
+    """Return the top-1 of the nearest training image by pixels, by HOG and by both, as results of a zero-shot task.
 
     Args:
         train: the training shards: a folder, a glob or a range.
-        test: a folder of classification shards with `classnames.txt`.
+        task: whose `data` is a folder of classification shards with `classnames.txt`.
 
     Raises:
         ValueError: a shard or a file that is missing, or no training caption that is a class name.
     """
-    names = Path(test) / "classnames.txt"
-    if not names.is_file():
-        raise ValueError(f"{names} is missing; it lists the class names, one a line")
-    classnames = [line for line in names.read_text(encoding="utf-8").splitlines() if line.strip()]
+    classnames = read_class_names(task.data)
     images, captions, _ = _read(train, set(classnames))
     known_names = _named(captions, classnames)
     known = _describe(images)
-    images, _, labels = _read(test)
+    images, _, labels = _read(task.data)
     asked = _describe(images)
     every: dict[str, Features] = {
         "nearest image, 16x16 pixels": "pixels",
         "nearest image, HOG": "hog",
         "nearest image, pixels and HOG": "pixels+hog",
     }
-    found = {name: _top1(known, known_names, asked, np.array(labels), features) for name, features in every.items()}
-    return {"chance": 100.0 / len(classnames), **found}
+    found = []
+    for name, features in every.items():
+        top1 = _top1(known, known_names, asked, np.array(labels), features)
+        hits = round(top1 * len(labels) / 100.0)
+        found.append(replace(task.proportion("top1", hits, len(labels)), who=name))
+    return found
 
 
 def _read(shards: str | Path, wanted: set[str] | None = None) -> tuple[np.ndarray, list[str], list[int]]:
-    """Images at 64 x 64, captions and labels (-1 where there is none); only of the captions `wanted`, if given."""
+    """Return images at 64 x 64, captions and labels (-1 where there is none); only of the captions `wanted`, if
+    given."""
     source = TarSource(str(shards))
     images, captions, labels = [], [], []
     for shard, size in enumerate(source.shard_sizes):

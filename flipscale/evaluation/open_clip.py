@@ -1,4 +1,4 @@
-"""open_clip's models beside ours: their own preprocessing and tokenizer, the same images, prompts and metrics."""
+"""Evaluate open_clip's models as ours are: with their preprocessing and tokenizer, on the same test sets."""
 
 import io
 from collections.abc import Callable
@@ -16,8 +16,8 @@ from flipscale.evaluation.embedding import Embedder
 PREFIX = "open_clip:"
 
 
-def open_clip_embedder(name: str, accelerator: Accelerator, batch_size: int = 256) -> Embedder:
-    """The embedder of a model that open_clip knows.
+def open_clip_embedder(name: str, accelerator: Accelerator, batch_size: int = 256, num_workers: int = 0) -> Embedder:
+    """Return the embedder of a model that open_clip knows.
 
     Args:
         name: `NAME,PRETRAINED`: one of its models, or a JSON file with a model configuration of its kind, and a tag of
@@ -46,12 +46,12 @@ def open_clip_embedder(name: str, accelerator: Accelerator, batch_size: int = 25
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(f"open_clip model {name!r} cannot be loaded ({reason})") from error
     model = model.to(accelerator.device).eval()
-    return OpenClipEmbedder(model, tokenizer, accelerator, batch_size, preprocess=preprocess)
+    return OpenClipEmbedder(model, tokenizer, accelerator, batch_size, num_workers, preprocess=preprocess)
 
 
 @dataclass(frozen=True)
 class OpenClipEmbedder(Embedder):
-    """An embedder whose model, tokenizer and `preprocess` (an image to its tensor) are open_clip's."""
+    """An embedder of open_clip's model, tokenizer and `preprocess`, which turns an image into its tensor."""
 
     preprocess: Callable[[Image.Image], torch.Tensor] = field(kw_only=True)
 

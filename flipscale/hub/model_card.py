@@ -4,7 +4,6 @@
 out: nothing is invented, nothing is typed by hand.
 """
 
-import itertools
 import json
 import re
 from collections.abc import Iterator
@@ -16,7 +15,10 @@ import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
 from flipscale.evaluation.comparison import Curve, curve_of
-from flipscale.evaluation.figures import can_draw, draw_accuracy, draw_loss
+from flipscale.evaluation.figures import can_draw, draw_loss, draw_result, result_figures
+from flipscale.evaluation.results import THIS_MODEL, Result, with_unit
+from flipscale.evaluation.suite import KINDS
+from flipscale.files.aside import write_text
 from flipscale.training.run_directory import read_starts
 
 TEMPLATE = """# {name}
@@ -122,20 +124,11 @@ The licence of these weights is `{licence}`.
 ```
 """
 
-PROTOCOLS = {
-    "zero_shot": """Zero-shot classification: whole images, the short side resized to the model's size and the centre
-cut out; the answer is the class whose embedding (the mean over the set's prompts) is nearest in cosine.""",
-    "retrieval": """Retrieval: all images and captions of the set, each way; R@k is the share of queries with a right
-answer among the k nearest.""",
-}
+INTERVALS = """The 95 % intervals (Wilson's, for shares) take the n queries for independent draws; they say nothing of
+how another training run would differ."""
 NOT_EVALUATED = "Not evaluated."
 NO_LICENCE = "None was stated for these weights by those who trained them."
-FIGURES = {
-    "figures/loss.png": "Contrastive loss of the training batches against training time",
-    "figures/accuracy.png": "Zero-shot top-1 against training time",
-}
-# Metadata of the Hub: what task and metric an evaluation is, by its name in metrics.jsonl.
-_TASKS = {"zero_shot": ("zero-shot-image-classification", "accuracy"), "retrieval": ("image-text-retrieval", "recall")}
+_LOSS_FIGURE = "Contrastive loss of the training batches against training time"
 _SPLITS = ("train", "test", "val", "validation")  # which say nothing without the folder above them
 # Recipe fields that say where data lie and how they are read, not what is learned.
 _WHERE = ("shards", "tokenizer", "num_workers", "max_bad_fraction", "gradient_checkpointing")
@@ -149,22 +142,28 @@ def write_card(folder: Path, run_dir: Path, where: str, step: int | None = None)
         where: what users load it by: a Hub name, or the folder's own.
         step: of the checkpoint that it is; None for the finished run.
     """
-    curve = curve_of(run_dir, step)
-    drawn = []
-    if can_draw():
-        (folder / "figures").mkdir(exist_ok=True)
-        for name, draw, metric in (("loss", draw_loss, "loss"), ("accuracy", draw_accuracy, "zero_shot/top1")):
-            if len(curve.points(metric)[0]) > 1:
-                draw([curve], folder / "figures" / f"{name}.png")
-                drawn.append(f"figures/{name}.png")
-    (folder / "README.md").write_text(model_card(folder, run_dir, where, step, drawn))
+    figures = _draw(curve_of(run_dir, step), folder / "figures") if can_draw() else {}
+    write_text(folder / "README.md", model_card(folder, run_dir, where, step, figures))
 
 
-def model_card(folder: Path, run_dir: Path, where: str, step: int | None, drawn: list[str]) -> str:
-    """The card as Markdown with its metadata; `drawn` are the figures in the folder."""
+def _draw(curve: Curve, folder: Path) -> dict[str, str]:
+    """Draw a run's figures and return their captions by their names."""
+    folder.mkdir(exist_ok=True)
+    captions = {}
+    if len(curve.points("loss")[0]) > 1:
+        draw_loss([curve], folder / "loss.png")
+        captions["loss"] = _LOSS_FIGURE
+    for name, result in result_figures([curve]).items():
+        draw_result([curve], result, folder / f"{name}.png")
+        captions[name] = f"{_task_name(result)}, {result.shown} against training time"
+    return captions
+
+
+def model_card(folder: Path, run_dir: Path, where: str, step: int | None, drawn: dict[str, str]) -> str:
+    """Return the card as Markdown with its metadata; `drawn` are the captions of the figures in the folder."""
     run = _Run(folder, run_dir, step)
     name = where.rsplit("/", 1)[-1] if where != str(folder) else run_dir.name
-    figures = "\n\n".join(f"![{FIGURES[file]}]({file})" for file in drawn)
+    figures = "\n\n".join(f"![{caption}](figures/{file}.png)" for file, caption in drawn.items())
     text = filled(TEMPLATE, {**run.values(), "name": name, "where": where, "figures": figures or None})
     return f"---\n{run.metadata(name).to_yaml()}\n---\n\n{text}"
 
@@ -213,7 +212,7 @@ class _Run:
             "unfinished_step": self.step and f"{self.step:,}",
             "total_steps": f"{total_steps:,}",
             "results": self._results(),
-            "protocol": "\n\n".join(PROTOCOLS[task] for task in self._tasks() if task in PROTOCOLS) or None,
+            "protocol": self._protocol(),
             "data": data_name(self.recipe["data"]["shards"]) or None,
             "data_samples": _number(self.environment.get("data_samples")),
             "samples_seen": _number(last["samples_seen"]),
@@ -236,15 +235,15 @@ class _Run:
         """The card's header, evaluations as the Hub's `model-index` included."""
         results = [
             EvalResult(
-                task_type=_TASKS[task][0],
-                dataset_type=data_name(self.recipe["eval"][task]),
-                dataset_name=data_name(self.recipe["eval"][task]),
-                metric_type=_TASKS[task][1],
-                metric_name=f"{_metric_name(metric)}, %",
-                metric_value=round(value, 2),
+                task_type=_hub_task(result),
+                dataset_type=data_name(result.made_by["data"]),
+                dataset_name=data_name(result.made_by["data"]),
+                metric_type=_hub_metric(result),
+                metric_name=", ".join(filter(None, (result.shown, result.unit))),
+                metric_value=round(result.value, 2 if result.unit == "%" else 4),
             )
-            for task, metric, value in self._evaluations()
-            if task in _TASKS and metric != "chance" and self.recipe["eval"].get(task)
+            for result in self.curve.results
+            if result.who == THIS_MODEL and "data" in result.made_by
         ]
         init_from = self.recipe["model"].get("init_from")
         base = init_from if init_from and re.fullmatch(r"[\w.-]+/[\w.-]+", init_from) else None
@@ -258,29 +257,27 @@ class _Run:
             eval_results=results or None,
         )
 
-    def _evaluations(self) -> Iterator[tuple[str, str, float]]:
-        """(task, metric, percent), the last of each."""
-        last: dict[str, float] = {}
-        for record in self.curve.records:
-            last.update({key: value for key, value in record.items() if "/" in key})
-        for key, value in last.items():
-            task, metric = key.split("/", 1)
-            yield task, metric, value
-
-    def _tasks(self) -> list[str]:
-        return list(dict.fromkeys(task for task, _, _ in self._evaluations()))
+    def _protocol(self) -> str | None:
+        kinds = dict.fromkeys(result.kind for result in self.curve.results)
+        said = [KINDS[kind].protocol for kind in kinds if kind in KINDS]
+        if any(result.interval_text for result in self.curve.results):
+            said.append(INTERVALS)
+        return "\n\n".join(filter(None, said)) or None
 
     def _results(self) -> str:
         rows: dict[str, list[str]] = {}
-        for task, metric, value in self._evaluations():
-            who, shown = "this model", _metric_name(metric)
-            if task == "baseline" or metric == "chance":
-                task, who, shown = "zero_shot", metric, "top-1"
-            folder = self.recipe.get("eval", {}).get(task)
-            test = task.replace("_", "-") + (f", `{data_name(folder)}`" if folder else "")
-            rows.setdefault(task, []).append(f"| {test} | {shown} | {who} | {_percent(value)} |")
-        table = ["| test | metric | who | value |", "|---|---|---|---:|", *itertools.chain(*rows.values())]
-        return "\n".join(table) if rows else NOT_EVALUATED
+        for result in self.curve.results:
+            test = _task_name(result)
+            for option, value in result.made_by.items():
+                test += f", `{data_name(value)}`" if option == "data" else f", {option} {_plain(value)}"
+            queries = "" if result.n is None else f"{result.n:,}"
+            cells = (test, result.shown, result.who, result.value_text, result.interval_text, queries)
+            rows.setdefault(result.task, []).append(f"| {' | '.join(cells)} |")
+            if result.chance is not None and result.who == THIS_MODEL:
+                chance = with_unit(result.chance, result.unit)
+                rows[result.task].append(f"| {test} | {result.shown} | chance | {chance} | | |")
+        head = ["| test | metric | who | value | 95 % interval | n |", "|---|---|---|---:|---:|---:|"]
+        return "\n".join([*head, *(row for found in rows.values() for row in found)]) if rows else NOT_EVALUATED
 
     def _hardware(self) -> str | None:
         used = dict.fromkeys(f"{start['num_processes']} x {start['device']}" for start in self.starts)
@@ -318,12 +315,24 @@ def data_name(shards: Any) -> str:
     return "/".join(parts[-2:] if parts[-1:] and parts[-1] in _SPLITS else parts[-1:]) or shards
 
 
-def _metric_name(metric: str) -> str:
-    return re.sub(r"(?<= )r(\d+)$", r"R@\1", re.sub(r"^top(\d+)$", r"top-\1", metric.replace("_", " ")))
+def _task_name(result: Result) -> str:
+    """What the card calls a task: its kind, and its own name where that is another."""
+    kind = result.kind.replace("_", "-")
+    return kind if result.task == result.kind else f"{result.task} ({kind})"
 
 
-def _percent(value: float) -> str:
-    return f"{value:.{1 if value >= 1 else 2}f} %"
+def _plain(value: Any) -> str:
+    return ", ".join(str(one) for one in value) if isinstance(value, list) else str(value)
+
+
+def _hub_task(result: Result) -> str:
+    kind = KINDS.get(result.kind)
+    return (kind and kind.hub_task) or result.kind.replace("_", "-")
+
+
+def _hub_metric(result: Result) -> str:
+    kind = KINDS.get(result.kind)
+    return (kind and kind.hub_metric) or result.metric
 
 
 def _number(value: int | None) -> str | None:

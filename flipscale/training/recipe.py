@@ -13,6 +13,7 @@ from flipscale.data.masks import MaskRecipe
 from flipscale.data.recipe import DataRecipe
 from flipscale.engines.checkpoint import SaveRecipe
 from flipscale.engines.optimizers import OptimRecipe
+from flipscale.evaluation.recipe import EvalRecipe
 from flipscale.model import FlipConfig
 from flipscale.objectives.recipe import LossRecipe
 from flipscale.training.schedule import StageRecipe
@@ -67,23 +68,6 @@ class ModelRecipe:
                 if name not in known:
                     raise ValueError(f"model.{section}.{name} is not a field of {type(tower).__name__}")
         return FlipConfig.from_size(self.size, self.vision_config, self.text_config)
-
-
-@dataclass(frozen=True)
-class EvalRecipe:
-    """What is evaluated while training, and at its end.
-
-    Args:
-        every_samples: how often; 0 only at the end.
-        zero_shot: folder of classification shards with `classnames.txt`, or None.
-        retrieval: folder of image-caption shards, or None.
-        batch_size: images a process embeds at once.
-    """
-
-    every_samples: int = 0
-    zero_shot: str | None = None
-    retrieval: str | None = None
-    batch_size: int = 256
 
 
 @dataclass(frozen=True)

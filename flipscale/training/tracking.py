@@ -4,13 +4,14 @@ import json
 import math
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from tqdm import tqdm
 
 from flipscale.engines.device import peak_flops, peak_memory_bytes
+from flipscale.evaluation.results import Result, append_results, as_metrics, drop_results_after
 from flipscale.training.bad_samples import BadSamples
 from flipscale.training.watch import StepWatch
 
@@ -84,6 +85,7 @@ class Tracker:
             partial = self.path.with_suffix(".partial")
             partial.write_text("".join(f"{line}\n" for line in lines))
             partial.replace(self.path)
+        drop_results_after(self.path.parent, step)
         self._bar = tqdm(
             total=self._total_steps * self.step_samples,
             initial=step * self.step_samples,
@@ -138,6 +140,14 @@ class Tracker:
             file.write(json.dumps(record) + "\n")
         numbers = {name: value for name, value in record.items() if isinstance(value, int | float)}
         self.accelerator.log(numbers, step=step)
+
+    def write_results(self, step: int, results: Sequence[Result]) -> None:
+        """Append the results of evaluations to `results.jsonl`, a line each, and to `metrics.jsonl`, one record."""
+        if not results:
+            return
+        if self.accelerator.is_main_process:
+            append_results(self.path.parent, results, step, step * self.step_samples, self.trained_seconds)
+        self.write(step, as_metrics(results))
 
     @property
     def trained_seconds(self) -> float:

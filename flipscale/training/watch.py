@@ -109,6 +109,11 @@ class StepWatch:
         self._since = None
         self._beat("evaluating or saving", now=True)
 
+    def alive(self) -> None:
+        """Start the clock anew in an evaluation, which calls this after every batch."""
+        self._since = time.perf_counter()
+        self._beat("evaluating or saving")
+
     def finish(self) -> None:
         """Stops the clock for good, and says so."""
         self.close()

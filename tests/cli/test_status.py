@@ -1,6 +1,7 @@
 """`flipscale status` on a run directory in every state, without torch."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 import yaml
 
 from flipscale.cli import main
+from flipscale.evaluation.results import Result, append_results
 from flipscale.status import duration, read_status
 
 NOW = 1_700_000_000.0
@@ -89,7 +91,22 @@ def test_the_table_of_two_runs(run_dir: Path, capsys: pytest.CaptureFixture) -> 
     assert rows["starts"].startswith("2, the last ")
     assert rows["starts"].endswith(" ago on 8 processes; 1 crash")
     assert rows["bad samples"] == "6 replaced (0.0600%)"
-    assert rows["zero_shot/top1"] == "31.50 %"
+    assert rows["zero_shot/top1"] == "31.5 %"
+
+
+def test_results_are_shown_in_their_units(run_dir: Path, capsys: pytest.CaptureFixture) -> None:
+    results = [
+        Result("zero_shot", "zero_shot", "top1", 40.0, 200, 33.45, 46.91),
+        Result("ranks", "median_rank", "median", 3.25, unit=""),
+        Result("zero_shot", "zero_shot", "top1", 12.5, who="nearest image"),
+    ]
+    append_results(run_dir, results, 30, 3000, 30.0)
+    (run_dir / "results.jsonl").open("a").write('{"step": 4')
+    main(["status", str(run_dir)])
+    shown = capsys.readouterr().out
+    assert re.search(r"  zero_shot/top1 +40.0 % \(33.5 to 46.9\), n 200\n", shown)
+    assert re.search(r"  ranks/median +3.25\n", shown)
+    assert re.search(r"  zero_shot/top1 +12.5 % of nearest image\n", shown)
 
 
 def test_another_folder(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -36,7 +36,7 @@ def run_dir(recipe: dict, shards: Path, tmp_path_factory: pytest.TempPathFactory
 
 def test_the_run_directory_holds_what_is_promised(run_dir: Path) -> None:
     expected = {"recipe.yaml", "environment.json", "metrics.jsonl", "tensorboard", "checkpoints", "model", "DONE"}
-    expected |= {"starts.jsonl", "heartbeat.json"}
+    expected |= {"starts.jsonl", "heartbeat.json", "results.jsonl"}
     assert {path.name for path in run_dir.iterdir()} == expected
     shown = EventAccumulator(str(next((run_dir / "tensorboard").rglob("events*")).parent)).Reload().Tags()["scalars"]
     assert {"loss", "mfu", "peak_memory_bytes", "data_wait_share", "images_per_s", "zero_shot/top1"} <= set(shown)
@@ -86,7 +86,7 @@ def test_every_number_of_the_card_is_in_the_run_s_files(run_dir: Path) -> None:
     assert f"({FlipModel.from_pretrained(run_dir / 'model').num_parameters() / 1e6:.1f} M" in card.replace("\n\n", "(")
     for figure in re.findall(r"!\[.*\]\((.*)\)", card):
         assert cv2.imread(str(run_dir / "model" / figure)).shape == (630, 1050, 3)
-    assert len(re.findall(r"!\[", card)) == 2
+    assert len(re.findall(r"!\[", card)) == 3
 
 
 def test_status_of_a_finished_run(run_dir: Path) -> None:
@@ -127,12 +127,12 @@ def test_study_lays_recipes_side_by_side(recipe: dict, tmp_path: Path) -> None:
     labels = ["FLIP (75% masked, then tuned)", "CLIP (mask 0)", "nearest image, 16x16 pixels", "chance"]
     assert all(f"| {label} |" in table for label in labels)
     drawn = {path.name for path in (out / "figures").iterdir()}
-    assert drawn == {"loss.png", "accuracy.png", "patches.png", "masks.png"}
+    assert drawn == {"loss.png", "zero_shot.png", "patches.png", "masks.png"}
     assert FlipModel.from_pretrained(out / "model").config.vision_config.image_size == 32
     card = (out / "model/README.md").read_text()
     assert "| top-1 | nearest image, 16x16 pixels |" in card
     assert untraced_numbers(card, out / "flip") == []
-    before = (out / "flip/metrics.jsonl").read_text()
+    before = (out / "flip/results.jsonl").read_text()
     for name in arms:
         seconds = metrics(out / name)[-1]["trained_seconds"]
         assert 0.5 < seconds < 30
@@ -140,4 +140,4 @@ def test_study_lays_recipes_side_by_side(recipe: dict, tmp_path: Path) -> None:
     again = launch(command)
     assert again.returncode == 0, again.stderr
     assert "calibrating" not in again.stdout, "a finished study was begun anew"
-    assert (out / "flip/metrics.jsonl").read_text() == before
+    assert (out / "flip/results.jsonl").read_text() == before

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from flipscale.evaluation.nearest_neighbour import hog_features, nearest_neighbour, pixel_features, run_baselines
+from flipscale.evaluation.suite import build_tasks
 from flipscale.preparation.demo_emoji import Drawing
 from flipscale.preparation.demo_set import Picture, write_pictures
 
@@ -89,7 +90,7 @@ def test_unknown_features_and_foreign_captions_are_refused(sets: tuple) -> None:
 
 
 def test_run_baselines_reads_shards(tmp_path: Path) -> None:
-    """Chance, and three ways to compare, in percent."""
+    """Three ways to compare, as results of the task."""
 
     def pictures(shift: int) -> list[Picture]:
         found = []
@@ -100,16 +101,15 @@ def test_run_baselines_reads_shards(tmp_path: Path) -> None:
 
     write_pictures(tmp_path / "train", pictures(0), 2)
     write_pictures(tmp_path / "test", pictures(1), 1, NAMES)
-    found = run_baselines(tmp_path / "train", tmp_path / "test")
+    (task,) = build_tasks([{"kind": "zero_shot", "data": str(tmp_path / "test"), "name": "shapes"}])
+    found = {result.who: result for result in run_baselines(tmp_path / "train", task)}
     assert list(found) == [
-        "chance",
         "nearest image, 16x16 pixels",
         "nearest image, HOG",
         "nearest image, pixels and HOG",
     ]
-    assert found["chance"] == pytest.approx(100 / 9)
-    assert found["nearest image, 16x16 pixels"] == 100.0
-    assert found["nearest image, pixels and HOG"] == 100.0
+    for who in ("nearest image, 16x16 pixels", "nearest image, pixels and HOG"):
+        assert (found[who].name, found[who].value, found[who].n) == ("shapes/top1", 100.0, 9)
     (tmp_path / "test" / "classnames.txt").unlink()
     with pytest.raises(ValueError, match=r"classnames\.txt is missing"):
-        run_baselines(tmp_path / "train", tmp_path / "test")
+        run_baselines(tmp_path / "train", task)

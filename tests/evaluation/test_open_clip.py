@@ -18,7 +18,8 @@ from flipscale import cli
 from flipscale.data.sources.tar_source import TarSource
 from flipscale.evaluation.embedding import Embedder, sample_numbers
 from flipscale.evaluation.open_clip import open_clip_embedder
-from flipscale.evaluation.suite import run_suite
+from flipscale.evaluation.results import as_metrics
+from flipscale.evaluation.suite import build_tasks, evaluate_tasks
 from flipscale.hub.convert_open_clip import convert_to_open_clip
 from flipscale.hub.model_folder import build_processor, export_model
 from flipscale.model import FlipConfig, FlipModel
@@ -65,7 +66,9 @@ def test_the_command_prints_the_suite_s_figures(
     name = f"{tiny[0]},{tiny[1]}"
     cli.main(["evaluate", f"open_clip:{name}", "--zero_shot", str(shards), "--retrieval", str(shards), "--json"])
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert found == pytest.approx(run_suite(open_clip_embedder(name, accelerator), str(shards), str(shards)), abs=1e-4)
+    tasks = build_tasks([{"kind": kind, "data": str(shards)} for kind in ("zero_shot", "retrieval")])
+    results = evaluate_tasks(open_clip_embedder(name, accelerator), tasks)
+    assert found == pytest.approx(as_metrics(results), abs=1e-4)
     assert found["zero_shot/chance"] == 100 / 16
 
 

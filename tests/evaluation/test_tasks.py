@@ -1,5 +1,6 @@
 """Zero-shot and retrieval against the figures written out by hand from the model's own features."""
 
+import dataclasses
 import tarfile
 from pathlib import Path
 
@@ -13,10 +14,11 @@ from transformers import AutoTokenizer
 
 from flipscale.data.decode import decode_box
 from flipscale.data.sources.tar_source import TarSource
-from flipscale.evaluation import retrieval, zero_shot
 from flipscale.evaluation.embedding import Embedder, sample_numbers
-from flipscale.evaluation.suite import run_suite
-from flipscale.evaluation.templates import TEMPLATES
+from flipscale.evaluation.kinds.templates import TEMPLATES
+from flipscale.evaluation.recipe import EvalRecipe
+from flipscale.evaluation.results import as_metrics
+from flipscale.evaluation.suite import build_tasks, evaluate_tasks
 from flipscale.model import FlipConfig, FlipModel
 
 
@@ -30,6 +32,12 @@ def embedder(tokenizer_dir: Path) -> Embedder:
     )
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
     return Embedder(FlipModel(config).eval(), tokenizer, Accelerator(cpu=True), batch_size=7)
+
+
+def evaluated(embedder: Embedder, **task: object) -> dict[str, float]:
+    """The metrics of one task, without its name."""
+    found = as_metrics(evaluate_tasks(embedder, build_tasks([task])))
+    return {name.partition("/")[2]: value for name, value in found.items()}
 
 
 def image_features(embedder: Embedder, shards: Path) -> torch.Tensor:
@@ -57,7 +65,7 @@ def test_zero_shot(embedder: Embedder, shards: Path) -> None:
     source = TarSource(str(shards))
     labels = [source.read(*where).label for where in sample_numbers(source)]
     ranks = [(row > row[label]).sum().item() for row, label in zip(scores, labels, strict=True)]
-    found = zero_shot.run(embedder, str(shards))
+    found = evaluated(embedder, kind="zero_shot", data=str(shards))
     assert found["top1"] == pytest.approx(100 * np.mean([r < 1 for r in ranks]), abs=1.1)
     assert found["top5"] == pytest.approx(100 * np.mean([r < 5 for r in ranks]), abs=1.1)
     assert found["chance"] == 100 / 16
@@ -67,7 +75,7 @@ def test_retrieval(embedder: Embedder, shards: Path) -> None:
     source = TarSource(str(shards))
     captions = [source.read(*where).caption.decode() for where in sample_numbers(source)]
     scores = text_features(embedder, captions) @ image_features(embedder, shards).T
-    found = retrieval.run(embedder, str(shards))
+    found = evaluated(embedder, kind="retrieval", data=str(shards))
     for k in (1, 5, 10):
         for way, matrix in (("text_to_image", scores), ("image_to_text", scores.T)):
             nearest = matrix.topk(k).indices.tolist()
@@ -81,15 +89,57 @@ def test_images_of_several_captions(embedder: Embedder, tmp_path: Path) -> None:
             image = np.full((32, 32, 3), colour, np.uint8)
             add_member(tar, f"{number}.png", cv2.imencode(".png", image)[1].tobytes())
             add_member(tar, f"{number}.txt", f"a red\nthe blue {number}\n\n".encode())
-    found = retrieval.run(embedder, str(tmp_path))
+    found = evaluated(embedder, kind="retrieval", data=str(tmp_path))
     # All three share their first caption, so every image is right for every text.
     assert found["text_to_image_r1"] == found["image_to_text_r1"] == 100.0
 
 
-def test_suite_names_its_metrics(embedder: Embedder, shards: Path) -> None:
-    found = run_suite(embedder, str(shards), str(shards))
-    assert {"zero_shot/top1", "zero_shot/chance", "retrieval/text_to_image_r10"} <= found.keys()
-    assert run_suite(embedder, None, None) == {}
+def test_results_have_names_numbers_and_intervals(embedder: Embedder, shards: Path) -> None:
+    listed = [
+        {"kind": "zero_shot", "data": str(shards)},
+        {"kind": "zero_shot", "data": str(shards), "name": "clip", "templates": "imagenet7"},
+        {"kind": "retrieval", "data": str(shards), "ks": [2]},
+    ]
+    results = evaluate_tasks(embedder, build_tasks(listed))
+    assert list(as_metrics(results)) == [
+        *(f"{task}/{metric}" for task in ("zero_shot", "clip") for metric in ("top1", "chance", "top5")),
+        *("retrieval/text_to_image_r2", "retrieval/image_to_text_r2"),
+    ]
+    for result in results:
+        assert result.n == 96
+        assert result.low < result.value < result.high
+    assert [result.made_by for result in results[::2]] == [
+        {"data": str(shards)},
+        {"data": str(shards), "templates": "imagenet7"},
+        {"data": str(shards), "ks": [2]},
+    ]
+    assert results[0].value_text == f"{results[0].value:.1f} %"
+    assert evaluate_tasks(embedder, []) == []
+
+
+def test_workers_change_nothing(embedder: Embedder, shards: Path) -> None:
+    source = TarSource(str(shards))
+    with_workers = dataclasses.replace(embedder, num_workers=2)
+    assert torch.equal(with_workers.images(source), embedder.images(source))
+
+
+def test_the_watch_is_told_of_every_batch(embedder: Embedder, shards: Path) -> None:
+    told: list[int] = []
+    watched = dataclasses.replace(embedder, alive=lambda: told.append(1))
+    evaluated(watched, kind="zero_shot", data=str(shards))
+    assert len(told) == 14 + 5, "96 images and 16 x 2 prompts in batches of 7"
+
+
+def test_images_are_read_once_and_texts_without_them(
+    embedder: Embedder, shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[tuple[int, int]] = []
+    whole = TarSource.read
+    monkeypatch.setattr(TarSource, "read", lambda self, *where: read.append(where) or whole(self, *where))
+    for kind in ("zero_shot", "retrieval"):
+        evaluated(embedder, kind=kind, data=str(shards))
+        assert read == sample_numbers(TarSource(str(shards)))
+        read.clear()
 
 
 def test_clip_s_templates() -> None:
@@ -101,12 +151,66 @@ def test_clip_s_templates() -> None:
 
 def test_what_is_missing_is_named(embedder: Embedder, shards: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"classnames.txt is missing; it lists the class names, one a line"):
-        zero_shot.run(embedder, str(tmp_path))
-    with pytest.raises(ValueError, match="templates 'imagenet9' are unknown; use one of imagenet7, imagenet80"):
-        zero_shot.run(embedder, str(shards), "imagenet9")
+        evaluated(embedder, kind="zero_shot", data=str(tmp_path))
     for file in shards.iterdir():
         if not file.name.endswith(".npy"):
             (tmp_path / file.name).write_bytes(file.read_bytes())
     (tmp_path / "classnames.txt").write_text("only one\n")
     with pytest.raises(ValueError, match=r"00000.tar#0 has class \d+; 1 names are listed"):
-        zero_shot.run(embedder, str(tmp_path))
+        evaluated(embedder, kind="zero_shot", data=str(tmp_path))
+
+
+def test_a_test_set_must_be_whole(embedder: Embedder, tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        add_member(tar, "0.png", b"no picture")
+        add_member(tar, "0.txt", b"a red disc")
+        add_member(tar, "1.png", b"no picture")
+    with pytest.raises(ValueError, match=r"0.tar#1 has no caption; retrieval needs a KEY.txt for every image"):
+        evaluated(embedder, kind="retrieval", data=str(tmp_path))
+    (tmp_path / "classnames.txt").write_text("one\n")
+    (tmp_path / "zeroshot_classification_templates.txt").write_text("{c}\n")
+    with pytest.raises(ValueError, match=r"0.tar#0 has class None; 1 names are listed"):
+        evaluated(embedder, kind="zero_shot", data=str(tmp_path))
+    with pytest.raises(ValueError, match=r"evaluation image 0.tar#0 cannot be decoded"):
+        embedder.images(TarSource(str(tmp_path)))
+    with tarfile.open(tmp_path / "0.tar", "w"):
+        pass
+    with pytest.raises(ValueError, match=r"the test set is empty: 0 samples in 1 shards"):
+        evaluated(embedder, kind="retrieval", data=str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("listed", "message"),
+    [
+        ([{"kind": "probe", "data": "x"}], r"eval.tasks\[0\]: kind is 'probe'; use one of zero_shot, retrieval"),
+        ([{"kind": "retrieval"}], r"eval.tasks\[0\]: data is missing; name the folder of the test set"),
+        (
+            [{"kind": "retrieval", "data": "x", "templates": "imagenet7"}],
+            r"eval.tasks\[0\]: retrieval has no field 'templates'; it has kind, data, name, every_samples, ks",
+        ),
+        (
+            [{"kind": "zero_shot", "data": "x"}] * 2,
+            r"2 of eval.tasks are called 'zero_shot'; give each a name of its own",
+        ),
+        ([{"kind": "zero_shot", "data": "x", "name": "a/b"}], r"name is 'a/b'; leave out the '/'"),
+        (
+            [{"kind": "zero_shot", "data": "x", "templates": "imagenet9"}],
+            r"templates 'imagenet9' are unknown; use one of imagenet7, imagenet80",
+        ),
+        ([{"kind": "retrieval", "data": "x", "ks": "one"}], r"eval.tasks\[0\]: .*ks"),
+        ([{"kind": "retrieval", "data": "x", "ks": [0]}], r"ks is \[0\]; it must list one number or more"),
+    ],
+)
+def test_a_task_that_cannot_be(listed: list[dict], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build_tasks(listed)
+
+
+def test_short_forms_are_tasks() -> None:
+    recipe = EvalRecipe(
+        tasks=[{"kind": "zero_shot", "data": "a", "every_samples": 7}, {"kind": "zero_shot", "data": "b", "name": "n"}],
+        every_samples=100, zero_shot="c", retrieval="d",
+    )  # fmt: skip
+    planned = [(task.name, task.data, task.every_samples) for task in recipe.planned()]
+    assert planned == [("zero_shot", "c", 7), ("n", "b", 100), ("retrieval", "d", 100)]
+    assert {task.every_samples for task in recipe.every(3).planned()} == {3}

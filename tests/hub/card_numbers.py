@@ -9,7 +9,9 @@ from typing import Any
 
 import yaml
 
-from flipscale.hub.model_card import FIGURES, NO_LICENCE, NOT_EVALUATED, PROTOCOLS, TEMPLATE
+from flipscale.evaluation.suite import KINDS
+from flipscale.files import json_lines
+from flipscale.hub.model_card import INTERVALS, NO_LICENCE, NOT_EVALUATED, TEMPLATE
 from flipscale.training.recipe import ModelRecipe
 from flipscale.training.run_directory import read_starts
 
@@ -18,17 +20,21 @@ NUMBER = re.compile(r"\d+(?:,\d{3})*(?:\.\d+)?(?:e[+-]?\d+)?")
 
 def untraced_numbers(card: str, run_dir: Path) -> list[str]:
     """The numbers of a card that are neither its template's nor in, or computed as said here from, the run's
-    `metrics.jsonl`, `recipe.yaml`, `environment.json` and `starts.jsonl`."""
+    `metrics.jsonl`, `results.jsonl`, `recipe.yaml`, `environment.json` and `starts.jsonl`."""
     recipe = yaml.safe_load((run_dir / "recipe.yaml").read_text())
     environment = json.loads((run_dir / "environment.json").read_text())
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    starts = read_starts(run_dir)
-    values = set(_numbers([recipe, environment, records, starts, ModelRecipe(**recipe["model"]).config().to_dict()]))
+    starts, results = read_starts(run_dir), json_lines.read(run_dir / "results.jsonl")
+    config = ModelRecipe(**recipe["model"]).config().to_dict()
+    values = set(_numbers([recipe, environment, records, results, starts, config]))
     values |= _derived(recipe, environment, records, starts)
-    texts = _texts([recipe, environment, records, starts, str(run_dir)])
+    texts = _texts([recipe, environment, records, results, starts, str(run_dir)])
     words = {token for text in texts for token in NUMBER.findall(text)}
-    of_the_template = [t for text in (TEMPLATE, *PROTOCOLS.values(), NOT_EVALUATED, NO_LICENCE, *FIGURES.values())
-                       for t in _fixed_numbers(text)]  # fmt: skip
+    protocols = [kind.protocol for kind in KINDS.values()]
+    fixed = (TEMPLATE, *protocols, INTERVALS, NOT_EVALUATED, NO_LICENCE)
+    of_the_template = [token for text in fixed for token in _fixed_numbers(text)]
+    # The head of the table of results, and the captions of figures, which name the metric that they show.
+    of_the_template += ["95"]
     untraced = []
     for token in NUMBER.findall(card):
         if token in of_the_template:

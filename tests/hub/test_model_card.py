@@ -9,6 +9,7 @@ import yaml
 from hub.card_numbers import untraced_numbers
 from huggingface_hub import ModelCard
 
+from flipscale.evaluation.results import Result, append_results, as_metrics
 from flipscale.hub.model_card import data_name, filled, write_card
 from flipscale.training.recipe import parse_recipe, to_yaml
 
@@ -62,10 +63,10 @@ def test_it_says_what_the_run_recorded(run_dir: Path) -> None:
     for line in (
         "# flip-l16",
         "413.2 M parameters; images of 32 x 32 pixels in patches of 8 x 8;",
-        "| zero-shot, `imagenet1k_val` | top-1 | this model | 47.1 % |",
-        "| zero-shot, `imagenet1k_val` | top-1 | chance | 0.06 % |",
-        "| zero-shot, `imagenet1k_val` | top-1 | nearest image, HOG | 44.9 % |",
-        "| retrieval, `flickr30k/test` | text to image R@1 | this model | 39.4 % |",
+        "| zero-shot, `imagenet1k_val` | top-1 | this model | 47.1 % |  |  |",
+        "| zero-shot, `imagenet1k_val` | top-1 | chance | 0.06 % | | |",
+        "| zero-shot, `imagenet1k_val` | top-1 | nearest image, HOG | 44.9 % |  |  |",
+        "| retrieval, `flickr30k/test` | text to image R@1 | this model | 39.4 % |  |  |",
         "| speed | 0.04 pairs/s |",
         "| pairs in it | 407,332,084 |",
         "| pairs seen | 368 |",
@@ -80,7 +81,7 @@ def test_it_says_what_the_run_recorded(run_dir: Path) -> None:
         "![Contrastive loss of the training batches against training time](figures/loss.png)",
     ):
         assert line in card.splitlines(), line
-    assert "figures/accuracy.png" not in card, "one point is no curve"
+    assert "figures/zero_shot.png" not in card, "one point is no curve"
     assert (run_dir / "model/figures/loss.png").stat().st_size > 10_000
     assert "secret" not in card
     assert str(run_dir) not in card
@@ -139,6 +140,41 @@ def test_the_hub_s_own_reader_takes_it(run_dir: Path) -> None:
     broken = ModelCard(re.sub("license: .*", "license: 3", str(card)))
     with pytest.raises(ValueError, match=r"license.* must be a string"):
         broken.validate()
+
+
+RESULTS = [
+    Result("imagenet", "zero_shot", "top1", 61.27, 50_000, 60.84, 61.70, chance=0.1,
+           made_by={"data": "/secret/imagenet1k_val", "templates": "imagenet80"}),
+    Result("sketch", "zero_shot", "top1", 33.96, 7_351, 32.88, 35.05, made_by={"data": "/secret/sketch"}),
+    Result("ranks", "median_rank", "median", 3.25, 4_999, unit="", label="median rank", higher_is_better=False,
+           made_by={"data": "/secret/flickr30k/test"}),
+]  # fmt: skip
+
+
+def test_result_lines_have_intervals_and_need_no_table_of_the_card(run_dir: Path) -> None:
+    for record in RECORDS[:2]:
+        append_results(run_dir, RESULTS, record["step"], record["samples_seen"], record["trained_seconds"])
+    write_records(run_dir, [*RECORDS[:2], {**RECORDS[1], **as_metrics(RESULTS)}])
+    card = card_of(run_dir)
+    for line in (
+        "| imagenet (zero-shot), `imagenet1k_val`, templates imagenet80 | top-1 | this model | 61.3 % | 60.8 to 61.7 |"
+        " 50,000 |",
+        "| imagenet (zero-shot), `imagenet1k_val`, templates imagenet80 | top-1 | chance | 0.10 % | | |",
+        "| sketch (zero-shot), `sketch` | top-1 | this model | 34.0 % | 32.9 to 35.0 | 7,351 |",
+        "| ranks (median-rank), `flickr30k/test` | median rank | this model | 3.25 |  | 4,999 |",
+        "![ranks (median-rank), median rank against training time](figures/ranks.png)",
+        "![sketch (zero-shot), top-1 against training time](figures/sketch.png)",
+    ):
+        assert line in card.splitlines(), line
+    assert (run_dir / "model/figures/ranks.png").stat().st_size > 10_000
+    assert "secret" not in card
+    assert untraced_numbers(card, run_dir) == []
+    found = [(r.task_type, r.metric_type, r.metric_name, r.metric_value) for r in ModelCard(card).data.eval_results]
+    assert found == [
+        ("zero-shot-image-classification", "accuracy", "top-1, %", 61.27),
+        ("zero-shot-image-classification", "accuracy", "top-1, %", 33.96),
+        ("median-rank", "median", "median rank", 3.25),
+    ]
 
 
 def test_a_checkpoint_s_card_ends_at_its_step(run_dir: Path) -> None:

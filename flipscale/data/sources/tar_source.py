@@ -109,8 +109,31 @@ class TarSource:
             name=f"{self.names[shard].rsplit('/', 1)[-1]}#{number}",
             image=image,
             captions=_captions(caption) if is_json and caption else (caption,) if caption else (),
-            label=int(label) if label is not None and label.strip().isdigit() else None,
+            label=_label(label),
         )
+
+    def read_captions(self, shard: int, number: int) -> tuple[bytes, ...]:
+        """Return the captions of sample `number` of shard `shard`, without reading its image.
+
+        Raises:
+            BadSample: the shard was cut since it was indexed, or the captions are damaged.
+            OSError: the shard cannot be read.
+        """
+        with self._opened(shard) as (file, index):
+            block, size = index[number, 1].tolist()
+            stored = _read(file, block * BLOCK, size & ~JSON_CAPTION) if block else b""
+        return _captions(stored) if size & JSON_CAPTION and stored else (stored,) if stored else ()
+
+    def read_label(self, shard: int, number: int) -> int | None:
+        """Return the class number of sample `number` of shard `shard`, without reading its image; None if it has none.
+
+        Raises:
+            BadSample: the shard was cut since it was indexed.
+            OSError: the shard cannot be read.
+        """
+        with self._opened(shard) as (file, index):
+            block, size = index[number, 2].tolist()
+            return _label(_read(file, block * BLOCK, size) if block else None)
 
     def key(self, shard: int, number: int) -> str:
         """The name of sample `number` of shard `shard`, from the tar's header before its image."""
@@ -152,6 +175,10 @@ def _read(file: int, offset: int, size: int) -> bytes:
     if len(content) < size:
         raise TruncatedSample(f"{len(content)} of {size} bytes at {offset}")
     return content
+
+
+def _label(stored: bytes | None) -> int | None:
+    return int(stored) if stored is not None and stored.strip().isdigit() else None
 
 
 def _captions(encoded: bytes) -> tuple[bytes, ...]:

@@ -1,0 +1,1 @@
+"""The kinds of evaluation: one file a kind."""

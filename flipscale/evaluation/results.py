@@ -1,0 +1,187 @@
+"""What evaluations found: typed results with their number of queries and interval, and `results.jsonl`, a line each."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from flipscale.files import json_lines
+
+RESULTS_FILE = "results.jsonl"
+THIS_MODEL = "this model"
+# Metrics that short tables showed before a result said so itself.
+_HEADLINES_WITHOUT_LINES = ("top1", "top5", "text_to_image_r1")
+_Z95 = 1.959964  # the normal quantile of a two-sided 95 % interval
+
+
+@dataclass(frozen=True)
+class Result:
+    """One number that an evaluation found.
+
+    Args:
+        task: the evaluation's name in the recipe.
+        kind: the evaluation's kind, such as `zero_shot`.
+        metric: the number's name in `metrics.jsonl`, after `task/`.
+        value: in `unit`.
+        n: how many queries (images, captions) it is a mean over; None where that was not recorded.
+        low: lower end of the 95 % interval, in `unit`; None where there is none.
+        high: upper end of it.
+        unit: `%`, or any other; empty for a plain number.
+        label: what tables call the metric; derived from `metric` where it is left out.
+        chance: what guessing achieves, in `unit`; None where that is unknown.
+        higher_is_better: the direction in which the number improves.
+        headline: whether short tables and the figures show it.
+        who: what was evaluated, when that is not the model: a baseline's name.
+        made_by: the task's fields that the number depends on: its `data` and its options.
+    """
+
+    task: str
+    kind: str
+    metric: str
+    value: float
+    n: int | None = None
+    low: float | None = None
+    high: float | None = None
+    unit: str = "%"
+    label: str = ""
+    chance: float | None = None
+    higher_is_better: bool = True
+    headline: bool = True
+    who: str = THIS_MODEL
+    made_by: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """The result's name in `metrics.jsonl`: `task/metric`."""
+        return f"{self.task}/{self.metric}"
+
+    @property
+    def shown(self) -> str:
+        """What tables call the metric: `top-1`, `text to image R@1`."""
+        words = self.metric.replace("_", " ")
+        return self.label or re.sub(r"(?<= )r(\d+)$", r"R@\1", re.sub(r"^top(\d+)$", r"top-\1", words))
+
+    @property
+    def value_text(self) -> str:
+        """The value with its unit: `47.1 %`."""
+        return with_unit(self.value, self.unit)
+
+    @property
+    def interval_text(self) -> str:
+        """The 95 % interval without a unit, `44.0 to 50.2`; empty where there is none."""
+        if self.low is None or self.high is None:
+            return ""
+        low, high = (with_unit(end, self.unit).removesuffix(self.unit).strip() for end in (self.low, self.high))
+        return f"{low} to {high}"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A result, and the point of the run at which it was found."""
+
+    result: Result
+    step: int
+    samples_seen: int
+    trained_seconds: float
+
+
+def with_unit(value: float, unit: str) -> str:
+    """Return a value as tables show it: percent with one decimal above 1, other numbers with about three digits."""
+    size, below_one = abs(value), 2 if unit == "%" else 3
+    digits = below_one if size < 1 else 1 if unit == "%" else 2 if size < 100 else 0
+    return f"{value:,.{digits}f} {unit}".rstrip()
+
+
+def wilson(hits: int, n: int) -> tuple[float, float]:
+    """Return the 95 % Wilson score interval of a proportion, as two fractions.
+
+    It assumes that the queries are independent draws. Captions of one image are not quite, so their interval is a
+    little too narrow.
+    """
+    share, z2 = hits / n, _Z95**2
+    centre = (share + z2 / (2 * n)) / (1 + z2 / n)
+    half = _Z95 * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n)) / (1 + z2 / n)
+    return max(centre - half, 0.0), min(centre + half, 1.0)
+
+
+def as_metrics(results: Iterable[Result]) -> dict[str, float]:
+    """Return the results as `metrics.jsonl` and the trackers have them: `task/metric`, and `task/chance` of the first
+    of a task's that has one."""
+    metrics: dict[str, float] = {}
+    for result in results:
+        metrics[result.name] = result.value
+        if result.chance is not None:
+            metrics.setdefault(f"{result.task}/chance", result.chance)
+    return metrics
+
+
+def append_results(
+    run_dir: Path, results: Iterable[Result], step: int, samples_seen: int, trained_seconds: float
+) -> None:
+    """Append the results that were found at a step to the run's `results.jsonl`.
+
+    Raises:
+        OSError: the disk is full or not writable.
+    """
+    where = {"step": step, "samples_seen": samples_seen, "trained_seconds": trained_seconds}
+    json_lines.append(run_dir / RESULTS_FILE, ({**where, **dataclasses.asdict(result)} for result in results))
+
+
+def drop_results_after(run_dir: Path, step: int) -> None:
+    """Drop the results of later steps, which a resumed run takes again."""
+    path = run_dir / RESULTS_FILE
+    if path.exists():
+        json_lines.rewrite(path, (line for line in json_lines.read(path) if line["step"] <= step))
+
+
+def read_results(run_dir: Path) -> list[Measured]:
+    """Return all results of a run in the order of steps.
+
+    Metrics of `metrics.jsonl` that have no line in `results.jsonl` (runs of versions before it) are percentages without
+    interval; their data is what the run's recipe names.
+    """
+    known = {f.name for f in dataclasses.fields(Result)}
+    found = [
+        Measured(
+            Result(**{name: value for name, value in line.items() if name in known}),
+            *(line[name] for name in ("step", "samples_seen", "trained_seconds")),
+        )
+        for line in json_lines.read(run_dir / RESULTS_FILE)
+    ]
+    lines = {(measured.step, measured.result.name) for measured in found}
+    found += [old for old in _results_without_lines(run_dir) if (old.step, old.result.name) not in lines]
+    return sorted(found, key=lambda measured: measured.step)
+
+
+def latest(measured: Sequence[Measured]) -> list[Result]:
+    """Return the last result of each task, metric and model or baseline, in the order of their first."""
+    last = {(m.result.task, m.result.metric, m.result.who): m.result for m in measured}
+    return list(last.values())
+
+
+def _results_without_lines(run_dir: Path) -> list[Measured]:
+    """Return the results that a run's metrics have, whether or not they have lines too."""
+    recipe_file = run_dir / "recipe.yaml"
+    recipe = yaml.safe_load(recipe_file.read_text()) if recipe_file.exists() else {}
+    folders: dict[str, Any] = recipe.get("eval") or {}
+    found = []
+    for record in json_lines.read(run_dir / "metrics.jsonl"):
+        for name in (name for name in record if "/" in name and record[name] is not None):
+            task, _, metric = name.partition("/")
+            if task == "replaced" or metric == "chance":
+                continue
+            task, metric, who = ("zero_shot", "top1", metric) if task == "baseline" else (task, metric, THIS_MODEL)
+            result = Result(
+                *(task, task, metric, record[name]),
+                chance=record.get(f"{task}/chance") if metric == "top1" else None,
+                headline=metric in _HEADLINES_WITHOUT_LINES,
+                who=who,
+                made_by={"data": folders[task]} if folders.get(task) else {},
+            )
+            found.append(Measured(result, record["step"], record["samples_seen"], record["trained_seconds"]))
+    return found

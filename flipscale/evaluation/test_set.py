@@ -1,0 +1,93 @@
+"""What a test set holds beside its images: class names, labels and captions, read without reading an image."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from accelerate.utils import gather_object
+
+from flipscale.data.sources.tar_source import TarSource
+from flipscale.evaluation.embedding import Embedder, sample_numbers
+
+Value = TypeVar("Value")
+
+
+def read_lines(path: Path, what: str) -> list[str]:
+    """Return the lines of a text file that are not blank.
+
+    Raises:
+        ValueError: the file is missing.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path} is missing; it lists {what}, one a line")
+    return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+def read_class_names(folder: str | Path) -> list[str]:
+    """Return the names of a classification set's classes, in the order of their numbers.
+
+    Raises:
+        ValueError: `classnames.txt` is missing.
+    """
+    return read_lines(Path(folder) / "classnames.txt", "the class names")
+
+
+def read_labels(embedder: Embedder, source: TarSource, num_classes: int) -> list[int]:
+    """Collective. Return the class numbers of this process's rows of `source`.
+
+    Raises:
+        ValueError: a sample of any process has no class number below `num_classes`.
+    """
+
+    def label(shard: int, number: int) -> int:
+        found = source.read_label(shard, number)
+        if found is None or not 0 <= found < num_classes:
+            raise ValueError(f"{source.shard_name(shard)}#{number} has class {found}; {num_classes} names are listed")
+        return found
+
+    return _of_my_rows(embedder, source, label)
+
+
+def read_captions(embedder: Embedder, source: TarSource) -> list[list[str]]:
+    """Collective. Return the captions of every image of `source`, the lines of its `KEY.txt`.
+
+    Raises:
+        ValueError: an image has no caption.
+    """
+
+    def captions(shard: int, number: int) -> list[str]:
+        stored = source.read_captions(shard, number)
+        lines = [line.strip() for line in (stored[0] if stored else b"").decode("utf-8").splitlines() if line.strip()]
+        if not lines:
+            raise ValueError(
+                f"{source.shard_name(shard)}#{number} has no caption; retrieval needs a KEY.txt for every image"
+            )
+        return lines
+
+    mine = _of_my_rows(embedder, source, captions)
+    pairs = gather_object(list(zip(embedder.rows(len(source)), mine, strict=True)))
+    return [lines for _, lines in sorted(pairs)]
+
+
+def _of_my_rows(embedder: Embedder, source: TarSource, read: Callable[[int, int], Value]) -> list[Value]:
+    """Collective. Return what `read` says of this process's rows.
+
+    Raises:
+        ValueError: on every process, if `read` raised it on any: a process that left alone would leave the others
+            waiting.
+    """
+    where = sample_numbers(source)
+    if not where:
+        raise ValueError(f"the test set is empty: 0 samples in {len(source.names)} shards ({source.names[0]})")
+    found: list[Value] = []
+    faults: list[tuple[int, str]] = []
+    for row in embedder.rows(len(where)):
+        try:
+            found.append(read(*where[row]))
+        except ValueError as error:
+            faults.append((row, str(error)))
+            break
+    faults = gather_object(faults)
+    if faults:
+        raise ValueError(min(faults)[1])
+    return found
