@@ -15,7 +15,7 @@ from flipscale.benchmarks.peer import compare_steps, open_clip_step, require_ope
 from flipscale.benchmarks.step import DTYPES, StepSetting, flip_step, measure_step
 from flipscale.data.pairs import InputShape
 from flipscale.data.recipe import DataRecipe
-from flipscale.engines.launch import keep_freed_memory
+from flipscale.engines.device import keep_freed_memory
 from flipscale.model import FlipConfig
 from flipscale.model.configuration_flip import SIZES
 from flipscale.training.recipe import parse_recipe

@@ -7,8 +7,8 @@ from typing import Any
 import yaml
 from accelerate import Accelerator
 
-from flipscale.engines.attention import best_attention
-from flipscale.engines.launch import start_accelerator
+from flipscale.engines.device import best_attention
+from flipscale.engines.start import start_accelerator
 from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.kinds.templates import TEMPLATES
 from flipscale.evaluation.open_clip import PREFIX, open_clip_embedder

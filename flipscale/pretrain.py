@@ -1,5 +1,6 @@
 """Pre-training by masking: `accelerate launch -m flipscale.pretrain --config RECIPE`, `torchrun`, or plain python."""
 
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import closing
@@ -15,10 +16,11 @@ from flipscale.data.pairs import InputShape, PairDataset
 from flipscale.data.sources.opening import open_source
 from flipscale.data.sources.source import fingerprint
 from flipscale.data.tokenizers import load_tokenizer
-from flipscale.engines.attention import best_attention
 from flipscale.engines.checkpoint import CheckpointReader, CheckpointWriter, list_checkpoints, load_state
+from flipscale.engines.device import best_attention
 from flipscale.engines.first_weights import Fill, compile_blocks, fresh_weights, no_weights, weights_of
-from flipscale.engines.launch import build_engine, leave, part, start_accelerator
+from flipscale.engines.launch import launch_of
+from flipscale.engines.start import build_engine, close_process_group, exit_now, start_accelerator
 from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.kinds.task import Task
 from flipscale.evaluation.results import Result
@@ -85,11 +87,11 @@ class Run:
         self.guard = StepGuard(self.accelerator, self.request, self.checkpoints, self.watch)
         self.step, self.num_replaced, self.stopped = 0, 0, False
 
-        self.engine = build_engine(self.accelerator, recipe.optim, self.batch_size)
+        self.engine = build_engine(self.accelerator, launch_of(os.environ), recipe.optim, self.batch_size)
         kind = trained_model(recipe.loss, recipe.mask)
         fill = no_weights if checkpoint else initial_weights(recipe.model.init_from, config, recipe.seed, kind)
         self.engine.build(config, self._configure, fill, kind)
-        self.weights = self.engine.weights
+        self.weights = self.engine.model
         state = self._load(checkpoint)
         if self.accelerator.is_main_process:
             write_run_files(recipe, self.engine.name, self.accelerator.num_processes, state, len(self.source))
@@ -210,7 +212,7 @@ class Run:
             "data_fingerprint": fingerprint(self.source),
             "num_processes": self.accelerator.num_processes,
         }
-        self.checkpoints.save(self.engine.pieces(), self.engine.shapes(), state, to_yaml(self.recipe))
+        self.checkpoints.save(self.engine.pieces(), self.engine.layout.shapes(), state, to_yaml(self.recipe))
 
     def commit(self) -> None:
         """Collective. The checkpoint that was begun is there, and may be pushed."""
@@ -292,9 +294,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         recipe = parse_recipe(arguments)
         with told_of_a_full_disk(Path(recipe.output_dir)):
             pretrain(recipe)
-        part()
+        close_process_group()
         push_finished(recipe)
-    leave()
+    exit_now()
 
 
 if __name__ == "__main__":

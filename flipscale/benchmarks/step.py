@@ -10,8 +10,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from flipscale.engines.attention import best_attention
-from flipscale.engines.device import fastest_product, peak_memory_bytes, wait_for
+from flipscale.engines.device import best_attention, fastest_product, peak_memory_bytes, wait_for
 from flipscale.engines.optimizers import OptimRecipe, build_optimizers, set_learning_rate
 from flipscale.model import FlipConfig, FlipModel
 from flipscale.model.masking import keep_patches, num_kept

@@ -1,53 +1,96 @@
-"""Engines: how the weights, gradients and moments of one model lie on many processes.
+"""What every engine does: hold one model on many processes, train it, and hand out what a checkpoint saves.
 
-The launch file chooses one (`flipscale.engines.launch`): data parallel here, sharded in `engine_fsdp2.py` and
-`engine_zero.py`. All of them learn the same numbers from the same recipe, and write the same checkpoints.
+The launch chooses the engine (`flipscale.engines.start.ENGINES`). All engines learn the same numbers from the same
+recipe and write the same checkpoints. An engine is one file: a subclass of `Engine`, or of an engine that it varies.
 """
 
-import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, TypeVar
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from accelerate import Accelerator
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
+from flipscale.engines.averages import Averages
 from flipscale.engines.checkpoint import CheckpointReader, Piece
 from flipscale.engines.first_weights import Fill, build_weights
-from flipscale.engines.optimizers import (
-    OptimRecipe,
-    build_optimizers,
-    empty_state,
-    gradient_norm,
-    moment_names,
-    set_learning_rate,
-)
+from flipscale.engines.launch import Launch
+from flipscale.engines.layout import Layout
+from flipscale.engines.optimizers import OptimRecipe, build_optimizers, gradient_norm, set_learning_rate
 from flipscale.model import FlipConfig, FlipModel
 
 Batch = TypeVar("Batch")
-# A part of a tensor seen flat: its numbers, and where in the tensor they begin.
-Part = tuple[torch.Tensor, int]
+
+
+@dataclass(frozen=True)
+class ModelMemory:
+    """What the fullest process keeps of a model, in elements of 4 bytes unless it says bytes.
+
+    Args:
+        weights: and as many again where the recipe asks for averages.
+        copies: of weights, kept by the optimiser.
+        gradients: kept until the step.
+        moments: elements of each parameter whose moments this process has.
+        communication_bytes: weights that were gathered and gradients on their way to other processes.
+    """
+
+    weights: int
+    copies: int
+    gradients: int
+    moments: dict[str, int]
+    communication_bytes: int
 
 
 class Engine:
-    """Data parallel, or one process: every process holds the whole model. The other engines change what they must.
+    """One model on the processes of a launch. These calls are made in this order, on all processes:
 
-    `weights` is the model itself, for evaluation and by parameter name; call the engine to train it.
+    1. `build` makes the model with its first weights, sharded where the engine shards.
+    2. `load_weights` fills them from a checkpoint, if the run goes on from one.
+    3. `prepare` wraps the model for training and makes optimisers without moments.
+    4. `load_moments` fills the moments from that checkpoint.
+    5. `start_averages` starts the averages of the weights, if the recipe asks for them.
+    6. For every step: the engine itself and `backward` for each batch of `accumulate`, `gradient_norm`, `step`.
+
+    `model` is the model itself, to evaluate and to find parameters by name. `wrapped` is what trains it, and calling
+    the engine calls that.
     """
 
-    name = "ddp"
+    # As the run directory reports it.
+    name: str
+    # Whether fp32 weights are cast to bf16 for each product; otherwise they are gathered in bf16 already.
+    autocasts: ClassVar[bool] = True
+    # Values of optim.name.
+    optimizers_carried: ClassVar[tuple[str, ...]] = ("adamw", "muon")
 
-    def __init__(self, accelerator: Accelerator, recipe: OptimRecipe, global_batch_size: int):
+    def __init__(self, accelerator: Accelerator, launch: Launch, recipe: OptimRecipe, global_batch_size: int):
         self.accelerator = accelerator
+        self.launch = launch
         self.recipe = recipe
         self.batch_size = global_batch_size // accelerator.num_processes
-        self.weights: FlipModel
-        self.model: nn.Module
+        self.name = launch.engine
+        self.model: FlipModel
+        self.wrapped: Any = None
+        self.layout: Layout
         self.optimizers: list[torch.optim.Optimizer] = []
-        # Of what this process holds of each parameter, where the recipe asks for averages.
-        self._averages: dict[str, torch.Tensor] = {}
+        self.averages: Averages | None = None
+
+    @classmethod
+    def refusal(cls, launch: Launch, optimizer: str, compiles: bool = False) -> str | None:
+        """Return why this engine cannot train with an optimiser (an `optim.name`) or with compiled blocks, and what to
+        do; None if it can."""
+        if optimizer in cls.optimizers_carried:
+            return None
+        return (
+            f"optim.name is {optimizer!r}, which the launch file's engine {launch.engine} does not have; use "
+            f"ds_configs/ddp.yaml or fsdp2.yaml, or optim.name {cls.optimizers_carried[0]}"
+        )
+
+    @classmethod
+    def memory(cls, model: nn.Module, launch: Launch) -> ModelMemory:
+        """Return what the fullest process would keep of a model, which may be on the meta device."""
+        raise NotImplementedError
 
     def build(
         self,
@@ -56,64 +99,96 @@ class Engine:
         fill: Fill,
         kind: type[FlipModel] = FlipModel,
     ) -> None:
-        """Collective. The model with its weights, sharded where the engine shards, not yet ready to train."""
-        self.weights = build_weights(config, configure, fill, self._keep, kind)
-        self._keep_rest()
+        """Collective. Make the model with its first weights, sharded where the engine shards, not yet ready to train.
 
-    def _keep(self, block: nn.Module) -> None:
+        Args:
+            configure: changes the model before it has weights (attention kernel, recomputation, compilation).
+            fill: sets the weights of a module; see `flipscale.engines.first_weights`.
+            kind: the class of the model.
+        """
+        self.model = build_weights(config, configure, fill, self._place_block, kind)
+        self._place_rest()
+        self.layout = self._make_layout()
+
+    def _place_block(self, block: nn.Module) -> None:
+        """Move a block to the device as soon as it has weights, sharded where the engine shards."""
         block.to(self.accelerator.device)
 
-    def _keep_rest(self) -> None:
-        self.weights.to(self.accelerator.device)
+    def _place_rest(self) -> None:
+        """Move what is not in a block."""
+        self.model.to(self.accelerator.device)
+
+    def _make_layout(self) -> Layout:
+        return Layout(self.model, self.accelerator.process_index, self.accelerator.num_processes)
+
+    def load_weights(self, reader: CheckpointReader) -> None:
+        """Fill the weights from a checkpoint."""
+        assert self.wrapped is None, "load_weights goes before prepare"
+        self.layout.load_weights(reader)
 
     def prepare(self) -> None:
-        """Collective. Ready to train: the model is wrapped and has optimisers with no moments yet."""
-        self.model = self.weights
-        if self.accelerator.num_processes > 1:
-            devices = [self.accelerator.device] if self.accelerator.device.type == "cuda" else None
-            # The only buffers are fixed tables, equal everywhere. The option's new name is not in every torch.
-            warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
-            self.model = DistributedDataParallel(
-                self.weights, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
-            )
-        self._build_optimizers()
+        """Collective. Wrap the model for training and make its optimisers, without moments."""
+        self.wrapped = self._wrap()
+        self.optimizers = self._make_optimizers()
+        self.layout.optimizers = self.optimizers
 
-    def _build_optimizers(self) -> None:
-        dtype = torch.bfloat16 if self.accelerator.mixed_precision == "bf16" else torch.float32
-        self.optimizers = build_optimizers(self.weights.named_parameters(), self.recipe, dtype)
+    def _wrap(self) -> Any:
+        return self.model
+
+    def _make_optimizers(self) -> list[torch.optim.Optimizer]:
+        dtype = torch.bfloat16 if self.launch.bf16 else torch.float32
+        return build_optimizers(self.model.named_parameters(), self.recipe, dtype)
+
+    def load_moments(self, reader: CheckpointReader, steps: int) -> None:
+        """Fill the moments from a checkpoint, as they were after `steps` steps.
+
+        Raises:
+            ValueError: the checkpoint was written with another optimiser.
+        """
+        assert self.wrapped is not None, "load_moments goes after prepare"
+        self.layout.load_moments(reader, steps)
+
+    def start_averages(self, reader: CheckpointReader | None) -> None:
+        """Start the averages that the recipe may ask for, from the weights as they are or from a checkpoint."""
+        assert self.wrapped is not None, "start_averages goes after prepare"
+        if self.recipe.ema_decay is not None:
+            self.averages = Averages(self.layout, self.recipe.ema_decay, reader)
 
     def __call__(self, **batch: Any) -> Any:
-        """Collective. The `FlipOutput` of this process's part of a batch, in the run's precision."""
-        with self.accelerator.autocast():
-            return self.model(**batch, return_logits=False)
+        """Collective. Return the `FlipOutput` of this process's part of a batch, in the run's precision.
+
+        Args:
+            batch: the arguments of the model's `forward` by name, such as `patches`, `patch_index`, `input_ids` and
+                `attention_mask`.
+        """
+        return self.wrapped(**batch, return_logits=False)
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Collective. Adds the gradients of the mean of all processes' `loss`; all of a step's passes but the last of
-        `accumulate` keep theirs to themselves."""
+        """Collective. Add the gradients of the mean of all processes' `loss`. In all of a step's passes but the last of
+        `accumulate`, gradients stay local; then they are averaged over the processes."""
         loss.backward()
 
     def accumulate(self, batches: Sequence[Batch]) -> Iterator[Batch]:
-        """The same batches, for a forward and a backward pass each; their gradients are summed, and reduced over the
-        processes once, with the last one's."""
+        """Yield the same batches, for a forward and a backward pass each: gradient accumulation, with one reduction
+        over the processes during the last pass."""
         for number, batch in enumerate(batches, 1):
             self._reduce_gradients(number == len(batches))
             yield batch
 
     def _reduce_gradients(self, enabled: bool) -> None:
-        if isinstance(self.model, DistributedDataParallel):
-            self.model.require_backward_grad_sync = enabled
+        """Set whether the next backward pass averages gradients over the processes."""
 
     def gradient_norm(self) -> torch.Tensor:
-        """Collective. The global norm of the gradients, fp32 `()`, before they are clipped as the recipe says."""
-        return gradient_norm(self.weights.parameters(), self.recipe.max_grad_norm)
+        """Collective. Return the global norm of the gradients, fp32 `()`, from before they are clipped as the recipe
+        says."""
+        return gradient_norm(self.model.parameters(), self.recipe.max_grad_norm)
 
     def step(self, learning_rate: float, finite: bool) -> None:
-        """Collective. Moves the weights and their averages unless the step is not finite, and forgets the gradients."""
+        """Collective. Move the weights and their averages unless the step is not finite, and drop the gradients."""
         set_learning_rate(self.optimizers, learning_rate)
         self._step(finite)
-        if finite and self.recipe.ema_decay is not None:
-            for name, values in self._residents().items():
-                self._averages[name].lerp_(values, 1.0 - self.recipe.ema_decay)
+        if finite and self.averages is not None:
+            self.averages.update()
 
     def _step(self, finite: bool) -> None:
         for optimizer in self.optimizers:
@@ -121,107 +196,18 @@ class Engine:
                 optimizer.step()
             optimizer.zero_grad()
 
-    def start_averages(self, reader: CheckpointReader | None) -> None:
-        """Averages from the weights as they are, or as a checkpoint has them, where the recipe asks for them."""
-        if self.recipe.ema_decay is None:
-            return
-        self._averages = {name: values.clone() for name, values in self._residents().items()}
-        for name, parameter in self.weights.named_parameters() if reader is not None else ():
-            assert reader is not None
-            reader.fill("ema", name, self._averages[name], self.resident(parameter)[1])
-
-    @contextmanager
-    def averaged(self) -> Iterator[None]:
-        """Collective. `weights` are the averages meanwhile, where the recipe asks for them."""
-        self._swap()
-        yield
-        self._swap()
-
-    def _swap(self) -> None:
-        for name, values in self._residents().items() if self._averages else ():
-            kept = values.clone()
-            values.copy_(self._averages[name])
-            self._averages[name].copy_(kept)
-
-    def _residents(self) -> dict[str, torch.Tensor]:
-        return {name: self.resident(parameter)[0] for name, parameter in self.weights.named_parameters()}
-
     def forget_moments(self) -> None:
-        """Gives the optimisers a fresh start."""
-        for optimizer in self.optimizers:
-            optimizer.state.clear()
+        """Give the optimisers a fresh start."""
+        self.layout.forget_moments()
 
-    def shape(self, parameter: nn.Parameter) -> torch.Size:
-        """The shape of the whole parameter, of which this process may hold a part."""
-        return parameter.shape
-
-    def shapes(self) -> dict[str, torch.Size]:
-        """The shape of every parameter."""
-        return {name: self.shape(parameter) for name, parameter in self.weights.named_parameters()}
-
-    def resident(self, parameter: nn.Parameter) -> Part:
-        """What this process holds of a parameter."""
-        return parameter.detach().view(-1), 0
-
-    def moments(self, parameter: nn.Parameter) -> dict[str, Part]:
-        """What this process holds of a parameter's moments, by name; nothing before the first step."""
-        for optimizer in self.optimizers:
-            if parameter in optimizer.state:
-                state = optimizer.state[parameter]
-                return {name: (state[name].view(-1), 0) for name in moment_names(optimizer)}
-        return {}
-
-    def share(self) -> dict[str, range]:
-        """The elements of each parameter, seen flat, that this process writes to a checkpoint: an equal part of what
-        all of them hold."""
-        world, rank = self.accelerator.num_processes, self.accelerator.process_index
-        sizes = {name: shape.numel() for name, shape in self.shapes().items()}
-        total = sum(sizes.values())
-        first, last = total * rank // world, total * (rank + 1) // world
-        share, start = {}, 0
-        for name, size in sizes.items():
-            share[name] = range(min(max(first - start, 0), size), min(max(last - start, 0), size))
-            start += size
-        return share
+    def averaged(self) -> AbstractContextManager[None]:
+        """Collective. Let `model` have the averages for its weights meanwhile, where the recipe asks for them."""
+        return nullcontext() if self.averages is None else self.averages.in_place_of_weights()
 
     def optimizer_steps(self) -> int:
-        """How often the optimisers have moved the weights since their last fresh start."""
-        steps = [float(state.get("step", 0)) for o in self.optimizers for state in o.state.values()]
-        return int(max(steps, default=0))
+        """Return how often the optimisers have moved the weights since their last fresh start."""
+        return self.layout.optimizer_steps()
 
     def pieces(self) -> list[Piece]:
-        """This process's share of the weights, moments and averages."""
-        share, found = self.share(), []
-        for name, parameter in self.weights.named_parameters():
-            mine = share[name]
-            values, first = self.resident(parameter)
-            held = {"weight": (values, first), **self.moments(parameter)}
-            if self._averages:
-                held["ema"] = (self._averages[name], first)
-            for kind, (values, first) in held.items():
-                found.append(Piece(kind, name, mine.start, values[mine.start - first : mine.stop - first]))
-        return found
-
-    def load_weights(self, reader: CheckpointReader) -> None:
-        """Fills the weights, between `build` and `prepare`."""
-        for name, parameter in self.weights.named_parameters():
-            reader.fill("weight", name, *self.resident(parameter))
-
-    def load_moments(self, reader: CheckpointReader, steps: int) -> None:
-        """Fills the moments as they were after `steps` steps, after `prepare`.
-
-        Raises:
-            ValueError: the checkpoint was written with another optimiser.
-        """
-        if steps == 0:
-            return
-        self._allocate_moments(steps)
-        for name, parameter in self.weights.named_parameters():
-            for kind, (values, first) in self.moments(parameter).items():
-                reader.fill(kind, name, values, first)
-
-    def _allocate_moments(self, steps: int) -> None:
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                for parameter in group["params"]:
-                    optimizer.state[parameter] = empty_state(optimizer, parameter, steps)
+        """Return what this process writes to a checkpoint: ranges of weights, moments and averages."""
+        return self.layout.pieces({} if self.averages is None else self.averages.values)

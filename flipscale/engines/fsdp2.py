@@ -1,6 +1,6 @@
 """FSDP2: weights, gradients and moments sharded by rows; a block's weights are whole only while it computes.
 
-Sharded over all processes, or over groups of them that each hold a copy (HSDP).
+They are sharded over all processes, or over groups of them that each hold a copy (HSDP).
 """
 
 import warnings
@@ -14,93 +14,112 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from flipscale.engines.engine import Engine, Part
-from flipscale.engines.optimizers import moment_names
+from flipscale.engines.engine import Engine, ModelMemory
+from flipscale.engines.launch import Launch
+from flipscale.engines.layout import Layout, Shard
+from flipscale.engines.optimizers import encoder_blocks
 
 
 class Fsdp2Engine(Engine):
     """`fully_shard` on every block, the towers, the projections and the rest.
 
     In bf16 the blocks and towers are gathered in bf16 and compute in it; gradients are reduced in fp32. The
-    projections and `logit_scale`, and with them the embeddings and the loss, are fp32 throughout.
-
-    Args:
-        shard_size: neighbouring processes that share one copy of the weights; None for all processes.
+    projections and `logit_scale`, and with them the embeddings and the loss, are fp32 throughout. `launch.shard_size`
+    neighbouring processes share one copy of the weights.
     """
 
-    name = "fsdp2"
+    autocasts = False
 
-    def __init__(self, *arguments: Any, shard_size: int | None):
+    def __init__(self, *arguments: Any):
         super().__init__(*arguments)
         if not dist.is_initialized():
             backend = "nccl" if self.accelerator.device.type == "cuda" else "gloo"
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         # Nothing here changes an output in place, which is what the warning is about.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-        shard_size = shard_size or dist.get_world_size()
-        self._replica, self._num_replicas = dist.get_rank() // shard_size, dist.get_world_size() // shard_size
+        shard_size = self.launch.shard_size or dist.get_world_size()
+        self._num_replicas = dist.get_world_size() // shard_size
         mesh = {"shard": shard_size}
         if self._num_replicas > 1:
             self.name = "hsdp"
             mesh = {"replicate": self._num_replicas, **mesh}
         self._mesh = init_device_mesh(self.accelerator.device.type, tuple(mesh.values()), mesh_dim_names=tuple(mesh))
 
+    @classmethod
+    def memory(cls, model: nn.Module, launch: Launch) -> ModelMemory:
+        """The first process of a group has the most rows of every parameter. Replicas sum gradients of a shard where
+        they lie."""
+        count = launch.shard_size or launch.num_processes
+        rows = {name: -(-p.shape[0] // count) * p.shape[1:].numel() for name, p in model.named_parameters()}
+        kept = sum(rows.values())
+        return ModelMemory(kept, 0, kept, rows, cls._gathered_bytes(model, launch) if launch.num_processes > 1 else 0)
+
+    @staticmethod
+    def _gathered_bytes(model: nn.Module, launch: Launch) -> int:
+        blocks = [sum(p.numel() for p in block.parameters()) for block in encoder_blocks(model)]
+        rest = sum(p.numel() for p in model.parameters()) - sum(blocks)
+        # The block that computes and the one that is gathered ahead, a block's gradients in both precisions, and the
+        # weights outside of blocks.
+        width = 2 if launch.bf16 else 4
+        return max(blocks, default=0) * (2 * width + width + 4) + rest * width
+
     def _shard(self, module: nn.Module, output_dtype: torch.dtype | None = None, fp32: bool = False) -> None:
         policy = MixedPrecisionPolicy(cast_forward_inputs=False)
-        if self.accelerator.mixed_precision == "bf16" and not fp32:
+        if self.launch.bf16 and not fp32:
             policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, output_dtype)
         fully_shard(module, mesh=self._mesh, mp_policy=policy)
 
-    def _keep(self, block: nn.Module) -> None:
+    def _place_block(self, block: nn.Module) -> None:
         self._shard(block)
 
-    def _keep_rest(self) -> None:
-        self.weights.to(self.accelerator.device)
-        for part in self.weights.children():
-            self._shard(part, torch.float32, fp32=isinstance(part, nn.Linear))
-        self._shard(self.weights, fp32=True)
+    def _place_rest(self) -> None:
+        self.model.to(self.accelerator.device)
+        for child in self.model.children():
+            self._shard(child, torch.float32, fp32=isinstance(child, nn.Linear))
+        self._shard(self.model, fp32=True)
 
-    def prepare(self) -> None:
-        self.model = self.weights
-        assert isinstance(self.model, FSDPModule)
+    def _make_layout(self) -> Layout:
+        return _RowLayout(self.model, dist.get_rank(), dist.get_world_size(), self._num_replicas)
+
+    def _wrap(self) -> nn.Module:
+        model: nn.Module = self.model
+        assert isinstance(model, FSDPModule)
         # An evaluation may call a tower before training has called the model, which must be the root of all.
-        self.model._get_fsdp_state()._lazy_init()
-        self._build_optimizers()
-
-    def __call__(self, **batch: Any) -> Any:
-        return self.model(**batch, return_logits=False)
+        model._get_fsdp_state()._lazy_init()
+        return model
 
     def _reduce_gradients(self, enabled: bool) -> None:
-        assert isinstance(self.model, FSDPModule)
-        self.model.set_requires_gradient_sync(enabled)
+        self.wrapped.set_requires_gradient_sync(enabled)
 
     def gradient_norm(self) -> torch.Tensor:
         norm = super().gradient_norm()
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
-    def resident(self, parameter: nn.Parameter) -> Part:
-        return self._rows(parameter, parameter)
 
-    def moments(self, parameter: nn.Parameter) -> dict[str, Part]:
-        for optimizer in self.optimizers:
-            if parameter in optimizer.state:
-                state = optimizer.state[parameter]
-                return {name: self._rows(parameter, state[name]) for name in moment_names(optimizer)}
-        return {}
+class _RowLayout(Layout):
+    """Each process holds a range of every parameter's rows; with replicas, several hold the same range."""
 
-    def share(self) -> dict[str, range]:
-        """Of the rows that this process holds, those of the parameters that are its replica's to write."""
-        total, start, found = sum(shape.numel() for shape in self.shapes().values()), 0, {}
-        for name, parameter in self.weights.named_parameters():
-            values, first = self.resident(parameter)
-            writer = (start + parameter.numel() // 2) * self._num_replicas // total
-            found[name] = range(first, first + values.numel() * (writer == self._replica))
-            start += parameter.numel()
-        return found
+    def __init__(self, model: nn.Module, rank: int, world: int, num_replicas: int):
+        super().__init__(model, rank, world)
+        self._num_replicas = num_replicas
+        self._replica = rank // (world // num_replicas)
 
-    def _rows(self, parameter: nn.Parameter, tensor: torch.Tensor) -> Part:
+    def weights(self, parameter: Any) -> Shard:
+        return self._shard(parameter, parameter)
+
+    def _shard(self, parameter: Any, moment: torch.Tensor) -> Shard:
         assert isinstance(parameter, DTensor)
-        local = tensor.detach().to_local()  # type: ignore[attr-defined]
+        local = moment.detach().to_local()  # type: ignore[attr-defined]
         _, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
         row = parameter.shape[1:].numel()
-        return local.view(-1), min(offset[0] * row, parameter.numel())
+        return Shard(local.view(-1), min(offset[0] * row, parameter.numel()))
+
+    def saved_ranges(self) -> dict[str, range]:
+        """Return the rows that this process holds, of those parameters that its replica saves."""
+        total, start, found = sum(shape.numel() for shape in self.shapes().values()), 0, {}
+        for name, parameter in self.model.named_parameters():
+            values, first = self.weights(parameter)
+            saver = (start + parameter.numel() // 2) * self._num_replicas // total
+            found[name] = range(first, first + values.numel() * (saver == self._replica))
+            start += parameter.numel()
+        return found

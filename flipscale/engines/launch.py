@@ -1,27 +1,28 @@
-"""What the launcher asks for: how many processes, and which engine; and the processes that a run got."""
+"""Where a run runs: one value, read from a launch file or from the environment that a launcher made of it.
 
-import ctypes
+`accelerate launch --config_file FILE` turns the file into environment variables. The dry run turns it into the same
+variables, and one parser reads them for both.
+
+accelerate has words for data parallelism, FSDP and DeepSpeed. An engine that it has no word for is named by the
+workers' role, which `torchrun --role NAME` and `accelerate launch --role NAME` hand on to every process. A launch file
+writes `role: NAME` inside one of its sections, such as `mpirun_config`: accelerate refuses keys that it does not know
+at the top of the file, and takes those inside a section as its flags.
+"""
+
 import json
-import os
-import sys
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
-import torch
-import torch.distributed as dist
-from accelerate import Accelerator
+import yaml
 
-from flipscale.engines.engine import Engine
-from flipscale.engines.optimizers import OptimRecipe
-
-NUM_PROCESSES = "FLIPSCALE_NUM_PROCESSES"
-# What `accelerate launch` sets to have accelerate shard the model; flipscale does that itself, by the same settings.
-_SHARDING = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_PARALLELISM_CONFIG")
-# What the recipe or the launch file's mixed_precision decides, so that DeepSpeed's file must not.
-_NOT_ZERO_S = (
+# torchrun's own role where none was chosen.
+_NO_ROLE = "default"
+# The parallelism that accelerate knows; flipscale has the first two.
+_PARALLELISM = ("dp_replicate", "dp_shard", "tp", "cp", "sp")
+# DeepSpeed's settings that the recipe or the launch file's mixed_precision decides.
+_DECIDED_ELSEWHERE = (
     "optimizer",
     "scheduler",
     "fp16",
@@ -34,35 +35,122 @@ _NOT_ZERO_S = (
 )
 
 
-def build_engine(accelerator: Accelerator, recipe: OptimRecipe, global_batch_size: int) -> Engine:
-    """Collective. The engine that the launch file chose: FSDP2 or HSDP, ZeRO-1, 2 or 3, or else data parallel.
+@dataclass(frozen=True)
+class Launch:
+    """Where a recipe runs.
+
+    Args:
+        engine: a name in `flipscale.engines.start.ENGINES`.
+        num_processes: of the whole run.
+        precision: of matrix products, in accelerate's words; `no` is fp32.
+        shard_size: neighbouring processes that share one copy of the weights under `fsdp2`; None for all of them.
+        deepspeed: DeepSpeed's settings, for the ZeRO engines.
+    """
+
+    engine: str = "ddp"
+    num_processes: int = 1
+    precision: Literal["no", "bf16"] = "no"
+    shard_size: int | None = None
+    deepspeed: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def bf16(self) -> bool:
+        """Whether matrix products are in bf16."""
+        return self.precision == "bf16"
+
+    def using(self, **changes: Any) -> "Launch":
+        """Return the same launch but for `changes`."""
+        return replace(self, **changes)
+
+
+def launch_of(environment: Mapping[str, str]) -> Launch:
+    """Return the launch that made `environment`: accelerate's, torchrun's, or that of a plain process.
 
     Raises:
-        ValueError: a launch file that asks for what flipscale does not do, or for what the recipe decides.
+        ValueError: the launch asks for something that flipscale does not do, or for what the recipe decides.
     """
-    shard_size = launched_shard_size(os.environ, accelerator.num_processes)
-    if _is_set(os.environ, "ACCELERATE_USE_DEEPSPEED"):
-        settings = deepspeed_settings(os.environ)
-        if not torch.cuda.is_available():
-            os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        from flipscale.engines.zero import ZeroEngine
-
-        return ZeroEngine(accelerator, recipe, global_batch_size, settings=settings)
-    if _is_set(os.environ, "ACCELERATE_USE_FSDP"):
-        version = os.environ.get("FSDP_VERSION", "1")
+    num_processes = int(environment.get("WORLD_SIZE", "1"))
+    launch = Launch(
+        num_processes=num_processes,
+        precision=launched_precision(environment),
+        shard_size=_shard_size(environment, num_processes),
+    )
+    if _is_set(environment, "ACCELERATE_USE_DEEPSPEED"):
+        settings = _deepspeed_settings(environment)
+        launch = launch.using(engine=f"zero{settings['zero_optimization']['stage']}", deepspeed=settings)
+    elif _is_set(environment, "ACCELERATE_USE_FSDP"):
+        version = environment.get("FSDP_VERSION", "1")
         if version != "2":
             raise ValueError(
                 f"the launch file's fsdp_version is {version}; write fsdp_version: 2 (ds_configs/fsdp2.yaml)"
             )
-        from flipscale.engines.fsdp2 import Fsdp2Engine
+        launch = launch.using(engine="fsdp2")
+    role = environment.get("ROLE_NAME", _NO_ROLE)
+    return launch if role == _NO_ROLE else launch.using(engine=role)
 
-        return Fsdp2Engine(accelerator, recipe, global_batch_size, shard_size=shard_size)
-    return Engine(accelerator, recipe, global_batch_size)
+
+def read_launch_file(file: Path, num_processes: int | None = None) -> Launch:
+    """Return the launch that `accelerate launch --config_file FILE` makes, on `num_processes` or as many as it says.
+
+    Raises:
+        ValueError: the file cannot be read, or asks for something that flipscale does not do.
+    """
+    return launch_of(launch_environment(file, num_processes))
 
 
-def launched_shard_size(environment: Mapping[str, str], num_processes: int) -> int | None:
-    """How many processes share one copy of the weights, where the launch file's parallelism_config says so; all other
-    processes then have copies too.
+def launch_environment(file: Path, num_processes: int | None = None) -> dict[str, str]:
+    """Return the variables that accelerate sets for a launch file, those that `launch_of` reads.
+
+    Raises:
+        ValueError: the file cannot be read as accelerate's.
+    """
+    try:
+        settings = yaml.safe_load(file.read_text())
+        kind = settings["distributed_type"]
+    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
+        raise ValueError(f"launch file {file} cannot be read as accelerate's ({error!r}); see ds_configs/") from error
+    sections = [section for section in settings.values() if isinstance(section, dict)]
+    environment = {
+        "WORLD_SIZE": str(num_processes or settings.get("num_processes", 1)),
+        "ACCELERATE_MIXED_PRECISION": str(settings.get("mixed_precision") or "no"),
+        "ROLE_NAME": str(next((section["role"] for section in sections if "role" in section), _NO_ROLE)),
+    }
+    if kind == "FSDP":
+        fsdp = settings.get("fsdp_config") or {}
+        environment |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": str(fsdp.get("fsdp_version", 1))}
+    elif kind == "DEEPSPEED":
+        deepspeed = settings.get("deepspeed_config") or {}
+        environment["ACCELERATE_USE_DEEPSPEED"] = "true"
+        if "zero_stage" in deepspeed:
+            environment["ACCELERATE_DEEPSPEED_ZERO_STAGE"] = str(deepspeed["zero_stage"])
+        if "deepspeed_config_file" in deepspeed:
+            named = _beside(file, str(deepspeed["deepspeed_config_file"]))
+            environment["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(named)
+    if settings.get("parallelism_config"):
+        environment["ACCELERATE_USE_PARALLELISM_CONFIG"] = "true"
+        environment |= {name.upper(): str(value) for name, value in settings["parallelism_config"].items()}
+    return environment
+
+
+def launched_precision(environment: Mapping[str, str]) -> Literal["no", "bf16"]:
+    """Return the precision that the launch asks for.
+
+    Raises:
+        ValueError: it is neither bf16 nor fp32.
+    """
+    precision = environment.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    if precision not in ("no", "bf16"):
+        raise ValueError(f"mixed_precision is {precision!r}; the loss is fp32 and needs 'bf16' or 'no'")
+    return cast('Literal["no", "bf16"]', precision)
+
+
+def _is_set(environment: Mapping[str, str], name: str) -> bool:
+    """Return whether a flag is set, in any of the words that accelerate takes for true."""
+    return environment.get(name, "").lower() in ("1", "true", "t", "yes", "y", "on")
+
+
+def _shard_size(environment: Mapping[str, str], num_processes: int) -> int | None:
+    """Return how many processes share one copy of the weights, where the launch file's parallelism_config says so.
 
     Raises:
         ValueError: a parallelism_config without FSDP, with other parallelism, or whose sizes do not make the processes.
@@ -74,18 +162,15 @@ def launched_shard_size(environment: Mapping[str, str], num_processes: int) -> i
             "the launch file has a parallelism_config, but no distributed_type: FSDP; leave it out, or use "
             "ds_configs/hsdp.yaml"
         )
-    sizes = {
-        kind: int(environment.get(f"PARALLELISM_CONFIG_{kind.upper()}_SIZE", "1"))
-        for kind in ("dp_replicate", "dp_shard", "tp", "cp", "sp")
-    }
-    for kind in ("tp", "cp", "sp"):
+    sizes = {kind: int(environment.get(f"PARALLELISM_CONFIG_{kind.upper()}_SIZE", "1")) for kind in _PARALLELISM}
+    for kind in _PARALLELISM[2:]:
         if sizes[kind] != 1:
             raise ValueError(
                 f"the launch file's parallelism_config_{kind}_size is {sizes[kind]}; leave it out: flipscale has only "
                 "dp_replicate and dp_shard"
             )
     num_replicas, shard_size = sizes["dp_replicate"], sizes["dp_shard"]
-    # accelerate sets 1 where the launch file says nothing.
+    # accelerate sets 1 where the launch file says nothing; the number of replicas then follows from the processes.
     follows = num_replicas == 1 and shard_size > 1 and num_processes % shard_size == 0
     if num_replicas * shard_size != num_processes and not follows:
         raise ValueError(
@@ -96,21 +181,21 @@ def launched_shard_size(environment: Mapping[str, str], num_processes: int) -> i
     return shard_size
 
 
-def deepspeed_settings(environment: Mapping[str, str]) -> dict[str, Any]:
-    """DeepSpeed's settings of a launch: its JSON file, or the stage that the launch file names.
+def _deepspeed_settings(environment: Mapping[str, str]) -> dict[str, Any]:
+    """Return DeepSpeed's settings: those of its JSON file, or the stage that the launch file names.
 
     Raises:
-        ValueError: no such file, no ZeRO stage, or a setting that the recipe decides.
+        ValueError: there is no such file, no ZeRO stage, or a setting that the recipe decides.
     """
     file = environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
     if file == "none":
-        return {"zero_optimization": {"stage": int(environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"))}}
-    try:
-        given = json.loads(Path(file).read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"deepspeed_config_file {file} cannot be read ({error})") from error
-    settings = {name: value for name, value in given.items() if value != "auto"}
-    for name in _NOT_ZERO_S:
+        settings: dict[str, Any] = {
+            "zero_optimization": {"stage": int(environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"))}
+        }
+        file = "deepspeed_config"
+    else:
+        settings = _read_deepspeed_file(Path(file))
+    for name in _DECIDED_ELSEWHERE:
         if name in settings:
             raise ValueError(
                 f"{file}: {name} is {settings[name]}; leave it out: the recipe and the launch file's mixed_precision "
@@ -122,95 +207,20 @@ def deepspeed_settings(environment: Mapping[str, str]) -> dict[str, Any]:
     return settings
 
 
-def _is_set(environment: Mapping[str, str], name: str) -> bool:
-    return environment.get(name, "false").lower() in ("1", "true")
-
-
-@contextmanager
-def _unsharded() -> Iterator[None]:
-    asked = {name: os.environ.pop(name) for name in _SHARDING if name in os.environ}
+def _read_deepspeed_file(file: Path) -> dict[str, Any]:
     try:
-        yield
-    finally:
-        os.environ.update(asked)
-
-
-def promised_processes(environment: dict[str, str]) -> int:
-    """How many processes the batch script or the launcher of `environment` meant to start, 1 where none says."""
-    if NUM_PROCESSES in environment:
-        return int(environment[NUM_PROCESSES])
-    if "WORLD_SIZE" in environment:
-        return int(environment["WORLD_SIZE"])
-    # `accelerate launch --cpu --num_processes 2` sets an address for the others, then starts one process.
-    return 2 if "ACCELERATE_USE_CPU" in environment and "MASTER_ADDR" in environment else 1
-
-
-def start_accelerator(report_to: list[str], run_dir: str) -> Accelerator:
-    """Collective. The processes of this run; gloo and CPU where there is no GPU.
-
-    Raises:
-        ValueError: fewer processes than the launcher promised, a precision other than bf16 or fp32.
-    """
-    if not torch.cuda.is_available():
-        keep_freed_memory()
-    with _unsharded():
-        accelerator = Accelerator(cpu=not torch.cuda.is_available(), log_with=report_to or None, project_dir=run_dir)
-    if accelerator.mixed_precision not in ("no", "bf16"):
+        given = json.loads(file.read_text())
+    except FileNotFoundError as error:
         raise ValueError(
-            f"mixed_precision is {accelerator.mixed_precision!r}; the loss is fp32 and needs 'bf16' or 'no'"
-        )
-    promised = promised_processes(dict(os.environ))
-    if accelerator.num_processes < promised:
-        raise ValueError(
-            f"the launcher promised {promised} or more processes, {accelerator.num_processes} started; on CPU use "
-            "`torchrun --nproc_per_node N -m flipscale.pretrain`, or accelerate with distributed_type MULTI_GPU and "
-            "ACCELERATE_USE_CPU=1"
-        )
-    return accelerator
+            f"deepspeed_config_file {file} is not there, seen from {Path.cwd()}; start in the folder that has it "
+            "(`flipscale launch_files .` writes ds_configs/), or give its absolute path in the launch file"
+        ) from error
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"deepspeed_config_file {file} cannot be read ({error})") from error
+    return {name: value for name, value in given.items() if value != "auto"}
 
 
-def part() -> None:
-    """Collective. Ends what binds the processes of a finished run; each goes its own way from here."""
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
-
-
-def leave() -> None:
-    """Ends a process of a finished multi-process run here and now.
-
-    A process that unwinds the interpreter while gloo's threads still run is aborted now and then (about one launch in
-    ten on a busy CPU), and its launcher then calls the whole run failed.
-    """
-    if promised_processes(dict(os.environ)) > 1:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(0)
-
-
-def bf16_is_faster() -> bool:
-    """Whether this CPU multiplies matrices faster in bf16 than in fp32, by trying it."""
-
-    def seconds(dtype: torch.dtype) -> float:
-        matrix = torch.randn(512, 512).to(dtype)
-        best = float("inf")
-        for _ in range(5):
-            start = time.perf_counter()
-            matrix @ matrix
-            best = min(best, time.perf_counter() - start)
-        return best
-
-    return seconds(torch.bfloat16) < 0.8 * seconds(torch.float32)
-
-
-def keep_freed_memory() -> None:
-    """Tells glibc to keep freed memory for the next step: a CPU step otherwise spends a fifth of its time in page
-    faults, since every large activation is mapped and unmapped anew. No effect with another allocator."""
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):
-        return
-    trim_threshold, top_pad, mmap_max = -1, -2, -4
-    mallopt(mmap_max, 0)
-    mallopt(trim_threshold, -1)
-    mallopt(top_pad, 2**28)
+def _beside(launch_file: Path, named: str) -> Path:
+    """Return the path of a file that a launch file names: as it stands, or else in the launch file's own folder."""
+    beside = launch_file.parent / Path(named).name
+    return Path(named) if Path(named).exists() or not beside.exists() else beside

@@ -6,6 +6,7 @@ from typing import Literal
 
 import torch
 from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from flipscale.engines.muon import Muon
 
@@ -49,6 +50,11 @@ def decays(name: str) -> bool:
     return not (name.endswith((".bias", "logit_bias")) or "layer_norm" in name or "position_embedding" in name)
 
 
+def encoder_blocks(model: nn.Module) -> list[nn.Module]:
+    """Return the layers of a model's encoders."""
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
 def _is_block_matrix(name: str, parameter: nn.Parameter) -> bool:
     return ".encoder.layers." in name and parameter.ndim == 2
 
@@ -77,6 +83,14 @@ def build_optimizers(
         groups, lr=0.0, betas=(recipe.adam_beta1, recipe.adam_beta2), eps=recipe.adam_epsilon, fused=True
     )
     return [*optimizers, adamw]
+
+
+def num_moments(model: nn.Module, recipe: OptimRecipe) -> dict[str, int]:
+    """Return how many moments the recipe's optimisers keep of each parameter of a model."""
+    return {
+        name: 1 if recipe.name == "muon" and _is_block_matrix(name, parameter) else 2
+        for name, parameter in model.named_parameters()
+    }
 
 
 def moment_names(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:

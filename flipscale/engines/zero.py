@@ -1,6 +1,7 @@
-"""ZeRO-1, 2 and 3 by DeepSpeed: moments, then gradients, then weights partitioned, each seen flat."""
+"""ZeRO-1, 2 and 3 by DeepSpeed: moments, then gradients, then weights partitioned, each parameter seen flat."""
 
 import math
+import os
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -9,36 +10,42 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from flipscale.engines.engine import Batch, Engine, Part
+from flipscale.engines.engine import Batch, Engine, ModelMemory
+from flipscale.engines.launch import Launch
+from flipscale.engines.layout import Layout, Shard
 from flipscale.engines.optimizers import build_optimizers, empty_state
+
+# DeepSpeed's own values, in elements, where its settings leave them out.
+_BUCKET, _MAX_LIVE = 500_000_000, 1_000_000_000
+_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class ZeroEngine(Engine):
-    """DeepSpeed on the launch file's settings. Weights are fp32 and products are autocast, as in data parallel; so the
+    """DeepSpeed on the launch's settings. Weights are fp32 and products are autocast, as in data parallel; so the
     embeddings, `logit_scale` and the loss are fp32 at every stage.
 
     `named_parameters` of a stage-3 model are empty outside of their module's forward pass.
     """
 
-    # DeepSpeed's engine, and its optimiser.
-    model: Any
+    # ZeRO cuts matrices into flat pieces, and Muon needs their rows.
+    optimizers_carried = ("adamw",)
+    # DeepSpeed's optimiser; `wrapped` is its engine.
     zero: Any
 
-    def __init__(self, *arguments: Any, settings: dict[str, Any]):
+    def __init__(self, *arguments: Any):
         super().__init__(*arguments)
-        if self.recipe.name == "muon":
-            raise ValueError(
-                "optim.name is 'muon' and the launch file's engine is ZeRO, which cuts matrices into flat pieces; use "
-                "ds_configs/fsdp2.yaml or ddp.yaml, or optim.name adamw"
-            )
+        if not torch.cuda.is_available():
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")
         import deepspeed
 
         # Of DeepSpeed's own calls.
         warnings.filterwarnings("ignore", "`torch.distributed.* is deprecated", FutureWarning)
         deepspeed.init_distributed("nccl" if self.accelerator.device.type == "cuda" else "gloo", verbose=False)
+        self.stage = _stage(self.launch)
         self.settings = {
             "torch_autocast": {"dtype": "bfloat16", "lower_precision_safe_modules": []},
-            **settings,
+            "zero_optimization": {"stage": self.stage},
+            **self.launch.deepspeed,
             "train_micro_batch_size_per_gpu": self.batch_size,
             "gradient_accumulation_steps": 1,
             "gradient_clipping": self.recipe.max_grad_norm or 0.0,
@@ -46,51 +53,71 @@ class ZeroEngine(Engine):
             "zero_force_ds_cpu_optimizer": False,
             "steps_per_print": 2**31,
         }
-        self.settings["torch_autocast"]["enabled"] = self.accelerator.mixed_precision == "bf16"
-        self.stage = int(settings["zero_optimization"]["stage"])
-        self.name = f"zero{self.stage}"
-        self._steps = 0
+        self.settings["torch_autocast"] = {**self.settings["torch_autocast"], "enabled": self.launch.bf16}
 
-    def _keep(self, block: nn.Module) -> None:
-        if self.stage == 3 and block._compiled_call_impl is not None:
-            raise ValueError(
+    @classmethod
+    def refusal(cls, launch: Launch, optimizer: str, compiles: bool = False) -> str | None:
+        if compiles and _stage(launch) == 3:
+            return (
                 "model.compile is true and the launch file's engine is ZeRO-3, which gathers weights inside a block; "
                 "use ds_configs/fsdp2.yaml, or model.compile false"
             )
-        if self.stage == 3:
-            import deepspeed
+        return super().refusal(launch, optimizer, compiles)
 
-            deepspeed.zero.Init(module=block, config_dict_or_path=self.settings, mem_efficient_linear=False)
-        else:
+    @classmethod
+    def memory(cls, model: nn.Module, launch: Launch) -> ModelMemory:
+        """Every process has a flat part of each parameter's moments, and an fp32 copy of that part of the weights."""
+        sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+        parts = {name: -(-size // launch.num_processes) for name, size in sizes.items()}
+        whole, kept, stage = sum(sizes.values()), sum(parts.values()), _stage(launch)
+        return ModelMemory(
+            weights=kept if stage == 3 else whole,
+            copies=kept,
+            gradients=whole if stage == 1 else kept,
+            moments=parts,
+            communication_bytes=_transit_bytes(whole, launch) if launch.num_processes > 1 else 0,
+        )
+
+    def _place_block(self, block: nn.Module) -> None:
+        if self.stage < 3:
             block.to(self.accelerator.device)
+            return
+        refusal = self.refusal(self.launch, self.recipe.name, compiles=block._compiled_call_impl is not None)
+        if refusal is not None:
+            raise ValueError(refusal)
+        import deepspeed
 
-    def _keep_rest(self) -> None:
-        for buffers in (module._buffers for module in self.weights.modules()):
+        deepspeed.zero.Init(module=block, config_dict_or_path=self.settings, mem_efficient_linear=False)
+
+    def _place_rest(self) -> None:
+        for buffers in (module._buffers for module in self.model.modules()):
             for name, buffer in buffers.items():
                 buffers[name] = None if buffer is None else buffer.to(self.accelerator.device)
-        self._keep(self.weights)
+        self._place_block(self.model)
+
+    def _make_layout(self) -> Layout:
+        return (_Stage3Layout if self.stage == 3 else _FragmentLayout)(self.model, dist.get_rank(), self.launch)
 
     def prepare(self) -> None:
         import deepspeed
 
-        # Names, since stage 3 leaves its parameters without a shape.
-        (optimizer,) = build_optimizers(self.weights.named_parameters(), self.recipe)
-        self.model, self.zero, _, _ = deepspeed.initialize(
-            model=self.weights, optimizer=optimizer, config=self.settings, dist_init_required=False
+        # Found by name, since stage 3 leaves its parameters without a shape.
+        (optimizer,) = build_optimizers(self.model.named_parameters(), self.recipe)
+        self.wrapped, self.zero, _, _ = deepspeed.initialize(
+            model=self.model, optimizer=optimizer, config=self.settings, dist_init_required=False
         )
         self.optimizers = [self.zero.optimizer]
-
-    def __call__(self, **batch: Any) -> Any:
-        return self.model(**batch, return_logits=False)
+        assert isinstance(self.layout, _ZeroLayout)
+        self.layout.optimizers, self.layout.zero = self.optimizers, self.zero
 
     def backward(self, loss: torch.Tensor) -> None:
-        self.model.backward(loss)
+        self.wrapped.backward(loss)
 
     def accumulate(self, batches: Sequence[Batch]) -> Iterator[Batch]:
         if len(batches) == 1:
             yield batches[0]
             return
-        with self.model.coalesce_grad_reduction():
+        with self.wrapped.coalesce_grad_reduction():
             yield from batches
 
     def gradient_norm(self) -> torch.Tensor:
@@ -104,75 +131,115 @@ class ZeroEngine(Engine):
 
     def _step(self, finite: bool) -> None:
         if not finite and dist.get_rank() == 0:
-            # DeepSpeed leaves out a step whose gradients are not finite; a loss alone may be what is not. The first
-            # number of the first gradient is no padding, which would stay as it is made here.
+            # DeepSpeed leaves out a step whose gradients are not finite, but it may be the loss alone that is not. The
+            # first number of the first gradient is never padding, which DeepSpeed would not look at.
             next(iter(self.zero.averaged_gradients.values()))[0].view(-1)[0] = math.nan
-        self.model.step()
-        self._steps += finite
+        self.wrapped.step()
+        assert isinstance(self.layout, _ZeroLayout)
+        self.layout.steps += finite
 
-    def _swap(self) -> None:
-        super()._swap()
-        kept_whole = self.zero.persistent_parameters if self.stage == 3 and self._averages else ()
-        if kept_whole:
-            kept_whole[0].partition(kept_whole)
-            kept_whole[0].all_gather(kept_whole)
+
+def _stage(launch: Launch) -> int:
+    return int(launch.engine.removeprefix("zero"))
+
+
+def _transit_bytes(whole: int, launch: Launch) -> int:
+    settings = launch.deepspeed.get("zero_optimization", {})
+    # A bucket of gradients, and the next one where DeepSpeed need not wait; the weights that stage 3 keeps gathered.
+    bucket = int(settings.get("reduce_bucket_size", _BUCKET)) * (2 if settings.get("overlap_comm") else 1)
+    live = int(settings.get("stage3_max_live_parameters", _MAX_LIVE)) if _stage(launch) == 3 else 0
+    return 4 * min(whole, live) + 4 * min(whole, bucket)
+
+
+class _ZeroLayout(Layout):
+    """Moments in DeepSpeed's flat groups, as `prepare` hands them over in `zero`.
+
+    DeepSpeed gives its optimiser a state before the first step, so steps are counted here.
+    """
+
+    zero: Any
+
+    def __init__(self, model: nn.Module, rank: int, launch: Launch):
+        super().__init__(model, rank, launch.num_processes)
+        self.steps = 0
+
+    def optimizer_steps(self) -> int:
+        return self.steps
 
     def forget_moments(self) -> None:
         super().forget_moments()
-        self._steps = 0
+        self.steps = 0
 
-    def optimizer_steps(self) -> int:
-        return self._steps
+    def allocate_moments(self, steps: int) -> None:
+        for flat in self._flat_groups():
+            self.optimizers[0].state[flat] = empty_state(self.optimizers[0], flat, steps)
+        self.steps = steps
 
-    def shape(self, parameter: Any) -> torch.Size:
-        return getattr(parameter, "ds_shape", parameter.shape)
+    def _flat_groups(self) -> Sequence[torch.Tensor]:
+        raise NotImplementedError
 
-    def resident(self, parameter: Any) -> Part:
-        if self.stage < 3:
-            return super().resident(parameter)
-        return self._valid(parameter, parameter.ds_tensor.detach())
 
-    def _valid(self, parameter: Any, partition: torch.Tensor) -> Part:
-        """A stage-3 partition without its padding."""
-        size = self.shape(parameter).numel()
-        first = min(partition.numel() * dist.get_rank(), size)
-        return partition[: size - first], first
+class _FragmentLayout(_ZeroLayout):
+    """Stages 1 and 2: weights whole, and of each parameter's moments the fragment that lies in this process's part of a
+    group."""
 
-    def moments(self, parameter: Any) -> dict[str, Part]:
-        if self._steps == 0 or not parameter.requires_grad:
-            return {}
-        if self.stage == 3:
-            group, start, count = self.zero.grad_position[self.zero.get_param_id(parameter)]
-            state = self.optimizers[0].state[self.zero.fp32_partitioned_groups_flat[group]]
-            return {
-                name: self._valid(parameter, state[name].narrow(0, start, count)) for name in ("exp_avg", "exp_avg_sq")
-            }
-        fragment = parameter._hp_mapping
+    def moments(self, parameter: Any) -> dict[str, Shard]:
+        fragment = parameter._hp_mapping if self.steps and parameter.requires_grad else None
         if fragment is None:
             return {}
         where = fragment.hp_fragment_address
-        state = self.optimizers[0].state[self.zero.single_partition_of_fp32_groups[fragment.param_group_index]]
+        state = self.optimizers[0].state[self._flat_groups()[fragment.param_group_index]]
         return {
-            name: (state[name].narrow(0, where.start, where.numel), fragment.lp_fragment_address.start)
-            for name in ("exp_avg", "exp_avg_sq")
+            name: Shard(state[name].narrow(0, where.start, where.numel), fragment.lp_fragment_address.start)
+            for name in _MOMENTS
         }
 
-    def share(self) -> dict[str, range]:
-        return {name: self._range(parameter) for name, parameter in self.weights.named_parameters()}
+    def saved_ranges(self) -> dict[str, range]:
+        return {name: self._saved_range(parameter) for name, parameter in self.model.named_parameters()}
 
-    def _range(self, parameter: Any) -> range:
-        if self.stage == 3:
-            values, first = self.resident(parameter)
-            return range(first, first + values.numel())
+    def _saved_range(self, parameter: Any) -> range:
         if not parameter.requires_grad:
-            return range(parameter.numel() if dist.get_rank() == 0 else 0)
+            return range(parameter.numel() if self.rank == 0 else 0)
         if parameter._hp_mapping is None:
             return range(0)
         where = parameter._hp_mapping.lp_fragment_address
         return range(where.start, where.start + where.numel)
 
-    def _allocate_moments(self, steps: int) -> None:
-        flats = self.zero.fp32_partitioned_groups_flat if self.stage == 3 else self.zero.single_partition_of_fp32_groups
-        for flat in flats:
-            self.optimizers[0].state[flat] = empty_state(self.optimizers[0], flat, steps)
-        self._steps = steps
+    def _flat_groups(self) -> Sequence[torch.Tensor]:
+        return self.zero.single_partition_of_fp32_groups
+
+
+class _Stage3Layout(_ZeroLayout):
+    """Stage 3: of each parameter and its moments a partition, the last ones padded."""
+
+    def shape(self, parameter: Any) -> torch.Size:
+        return parameter.ds_shape
+
+    def weights(self, parameter: Any) -> Shard:
+        return self._unpadded(parameter, parameter.ds_tensor.detach())
+
+    def _unpadded(self, parameter: Any, partition: torch.Tensor) -> Shard:
+        size = self.shape(parameter).numel()
+        first = min(partition.numel() * self.rank, size)
+        return Shard(partition[: size - first], first)
+
+    def weights_changed(self) -> None:
+        """Collective. Gather anew the small parameters that DeepSpeed keeps whole beside their partitions."""
+        whole = self.zero.persistent_parameters
+        if whole:
+            whole[0].partition(whole)
+            whole[0].all_gather(whole)
+
+    def moments(self, parameter: Any) -> dict[str, Shard]:
+        if self.steps == 0 or not parameter.requires_grad:
+            return {}
+        group, start, count = self.zero.grad_position[self.zero.get_param_id(parameter)]
+        state = self.optimizers[0].state[self._flat_groups()[group]]
+        return {name: self._unpadded(parameter, state[name].narrow(0, start, count)) for name in _MOMENTS}
+
+    def saved_ranges(self) -> dict[str, range]:
+        shards = {name: self.weights(parameter) for name, parameter in self.model.named_parameters()}
+        return {name: range(first, first + values.numel()) for name, (values, first) in shards.items()}
+
+    def _flat_groups(self) -> Sequence[torch.Tensor]:
+        return self.zero.fp32_partitioned_groups_flat

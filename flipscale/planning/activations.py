@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from flipscale.engines.attention import best_attention
+from flipscale.engines.device import best_attention
 from flipscale.model import FlipConfig, FlipModel
 from flipscale.model.masking import num_kept
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from flipscale.planning.launch_file import Launch, launch_of, read_launch_file
-from flipscale.planning.memory import Memory, heaviest_step, parameter_shapes, recipe_memory, what_fits
+from flipscale.engines.launch import Launch, launch_of, read_launch_file
+from flipscale.planning.memory import Memory, heaviest_step, model_without_storage, recipe_memory, what_fits
 from flipscale.training.recipe import Recipe, parse_recipe
 from flipscale.training.schedule import plan_stages
 
@@ -65,12 +65,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _heading(recipe: Recipe, launches: dict[str, Launch]) -> str:
-    shapes = parameter_shapes(recipe.model_config())
+    sizes = {name: p.numel() for name, p in model_without_storage(recipe.model_config()).named_parameters()}
     towers = {
-        tower: sum(shape.numel() for name, shape in shapes.items() if name.startswith(f"{tower}_"))
-        for tower in ("vision", "text")
+        tower: sum(size for name, size in sizes.items() if name.startswith(f"{tower}_")) for tower in ("vision", "text")
     }
-    total = sum(shape.numel() for shape in shapes.values())
+    total = sum(sizes.values())
     batch = recipe.data.global_batch_size
     stages = plan_stages(recipe.stages, batch)
     lines = [

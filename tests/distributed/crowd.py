@@ -11,23 +11,20 @@ import sys
 import traceback
 from pathlib import Path
 
-ENVIRONMENTS = {
-    "ddp": {},
-    "fsdp2": {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"},
-    "hsdp": {
-        "ACCELERATE_USE_FSDP": "true",
-        "FSDP_VERSION": "2",
-        "ACCELERATE_USE_PARALLELISM_CONFIG": "true",
-        "PARALLELISM_CONFIG_DP_SHARD_SIZE": "2",
-    },
-    **{
-        f"zero{stage}": {
-            "ACCELERATE_USE_DEEPSPEED": "true",
-            "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(Path(__file__).parents[2] / f"ds_configs/zero{stage}.json"),
-        }
-        for stage in (1, 2, 3)
-    },
-}
+from flipscale.engines.launch import launch_environment
+
+LAUNCH_FILES = {file.stem: file for file in (Path(__file__).parents[2] / "ds_configs").glob("*.yaml")}
+
+
+def environment_of(engine: str) -> dict[str, str]:
+    """What accelerate would set for an engine's launch file, the number of processes and the precision left out."""
+    environment = launch_environment(LAUNCH_FILES[engine])
+    del environment["WORLD_SIZE"], environment["ACCELERATE_MIXED_PRECISION"]
+    # Our machines have two processes.
+    return environment | ({"PARALLELISM_CONFIG_DP_SHARD_SIZE": "2"} if engine == "hsdp" else {})
+
+
+ENVIRONMENTS = {engine: environment_of(engine) for engine in LAUNCH_FILES}
 
 
 class Crowd:

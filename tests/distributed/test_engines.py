@@ -159,8 +159,9 @@ def test_muon_learns_what_it_does_on_one_process(trainings: Trainings, engine: s
 @pytest.mark.parametrize("engine", ["zero1", "zero3"])
 def test_muon_is_refused_where_matrices_are_cut(trainings: Trainings, engine: str) -> None:
     file = trainings.file(trainings.folder / f"muon-{engine}", optim={"name": "muon"})
+    refusal = f"ValueError: optim.name is 'muon', which the launch file's engine {engine} does not have; use"
     for answer in trainings.crowd(2).run("train", engine, file):
-        assert answer.startswith("ValueError: optim.name is 'muon' and the launch file's engine is ZeRO, which cuts")
+        assert answer.startswith(refusal)
 
 
 @pytest.mark.parametrize(("engine", "world"), [("fsdp2", 2), ("zero1", 2), ("zero3", 2), ("fsdp2", 4), ("hsdp", 4)])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from flipscale.engines.attention import best_attention
+from flipscale.engines.device import best_attention
 from flipscale.model import FlipConfig, FlipModel
 
 

@@ -17,8 +17,10 @@ from flipscale.engines.checkpoint import (
     latest_checkpoint,
     load_state,
 )
+from flipscale.engines.ddp import DdpEngine
 from flipscale.engines.engine import Engine
 from flipscale.engines.first_weights import fresh_weights
+from flipscale.engines.launch import Launch
 from flipscale.engines.optimizers import OptimRecipe, gradient_norm
 from flipscale.model import FlipConfig
 from flipscale.objectives.contrastive import contrastive_loss
@@ -30,7 +32,7 @@ CONFIG = FlipConfig(
 
 
 def build(name: str, seed: int) -> Engine:
-    engine = Engine(Accelerator(cpu=True), OptimRecipe(name=name), global_batch_size=6)
+    engine = DdpEngine(Accelerator(cpu=True), Launch(), OptimRecipe(name=name), global_batch_size=6)
     engine.build(CONFIG, lambda model: None, fresh_weights(seed))
     return engine
 
@@ -48,7 +50,7 @@ def steps(engine: Engine, numbers: range) -> None:
 
 def save(engine: Engine, run_dir: Path, step: int, total_limit: int = 1) -> Path:
     writer = CheckpointWriter(engine.accelerator, run_dir, SaveRecipe(total_limit=total_limit), None)
-    writer.save(engine.pieces(), engine.shapes(), {"step": step}, "seed: 0\n")
+    writer.save(engine.pieces(), engine.layout.shapes(), {"step": step}, "seed: 0\n")
     assert writer.commit() == step
     return run_dir / f"checkpoints/step-{step:08d}"
 
@@ -70,8 +72,8 @@ def test_training_goes_on_bit_for_bit(name: str, tmp_path: Path) -> None:
     other.prepare()
     other.load_moments(CheckpointReader(checkpoint), 3)
     steps(other, range(3, 6))
-    for key, value in engine.weights.state_dict().items():
-        assert torch.equal(value, other.weights.state_dict()[key]), key
+    for key, value in engine.model.state_dict().items():
+        assert torch.equal(value, other.model.state_dict()[key]), key
 
 
 def test_muon_takes_the_blocks_matrices_and_adamw_the_rest(tmp_path: Path) -> None:
@@ -82,7 +84,7 @@ def test_muon_takes_the_blocks_matrices_and_adamw_the_rest(tmp_path: Path) -> No
     for key in load_file(save(engine, tmp_path, 1) / "part-00000.safetensors"):
         field, _, parameter = key.partition(".")
         fields.setdefault(parameter, set()).add(field)
-    assert fields.keys() == dict(engine.weights.named_parameters()).keys()
+    assert fields.keys() == dict(engine.model.named_parameters()).keys()
     assert fields["vision_model.encoder.layers.1.mlp.fc1.weight"] == {"weight", "momentum_buffer"}
     for parameter in ("vision_model.encoder.layers.1.mlp.fc1.bias", "image_projection.weight", "logit_scale"):
         assert fields[parameter] == {"weight", "exp_avg", "exp_avg_sq"}
@@ -124,15 +126,15 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path) -> None:
     engine = build("adamw", 0)
     engine.prepare()
     writer = CheckpointWriter(engine.accelerator, tmp_path, SaveRecipe(), None)
-    before = engine.weights.logit_scale.item()
-    writer.save(engine.pieces(), engine.shapes(), {"step": 1}, "")
+    before = engine.model.logit_scale.item()
+    writer.save(engine.pieces(), engine.layout.shapes(), {"step": 1}, "")
     assert writer.is_open
     assert latest_checkpoint(tmp_path) is None, "there before it is committed"
     steps(engine, range(3))
     assert writer.commit() == 1
     assert not writer.is_open
     assert CheckpointReader(tmp_path / "checkpoints/step-00000001").tensor("weight", "logit_scale") == before
-    assert engine.weights.logit_scale.item() != before
+    assert engine.model.logit_scale.item() != before
 
 
 def test_the_clock_asks_for_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

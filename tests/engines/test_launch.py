@@ -1,38 +1,107 @@
-"""Which engine a launch asks for, and what it may not ask for."""
+"""Which engine a launch asks for, and what it may not ask for: the same from a file and from the environment of one."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import yaml
 from accelerate import Accelerator
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
-from flipscale.engines.engine import Engine
-from flipscale.engines.launch import build_engine, deepspeed_settings, launched_shard_size, start_accelerator
+from flipscale.engines.ddp import DdpEngine
+from flipscale.engines.fsdp2 import Fsdp2Engine
+from flipscale.engines.launch import Launch, launch_environment, launch_of, read_launch_file
 from flipscale.engines.optimizers import OptimRecipe
+from flipscale.engines.start import ENGINES, build_engine, engine_class, promised_processes, start_accelerator
 
 FOLDER = Path(__file__).parents[2] / "ds_configs"
+LAUNCH_FILES = sorted(FOLDER.glob("*.yaml"))
+FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+HSDP = {**FSDP2, "ACCELERATE_USE_PARALLELISM_CONFIG": "true", "PARALLELISM_CONFIG_DP_SHARD_SIZE": "4"}
+
+
+def made_by_accelerate(file: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """The environment that `accelerate launch` gives to torchrun, and what torchrun adds."""
+    monkeypatch.chdir(FOLDER.parent)
+    monkeypatch.setattr("accelerate.utils.launch.is_port_in_use", lambda port: False)
+    arguments = launch_command_parser().parse_args(["--config_file", str(file), "-m", "flipscale.pretrain"])
+    arguments, *_ = _validate_launch_command(arguments)
+    arguments.deepspeed_fields_from_accelerate_config = ""
+    environment = (
+        prepare_deepspeed_cmd_env(arguments)[1] if arguments.use_deepspeed else prepare_multi_gpu_env(arguments)
+    )
+    return {**environment, "WORLD_SIZE": str(arguments.num_processes), "ROLE_NAME": arguments.role}
+
+
+@pytest.mark.parametrize("file", LAUNCH_FILES, ids=lambda file: file.stem)
+def test_a_launch_file_is_read_as_accelerate_reads_it(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = made_by_accelerate(file, monkeypatch)
+    read = read_launch_file(file)
+    assert read == launch_of(made)
+    assert read.engine == {"hsdp": "fsdp2"}.get(file.stem, file.stem)
+    assert (read.num_processes, read.precision) == (8, "bf16")
+    for name, value in launch_environment(file).items():
+        assert made[name] == value, name
+
+
+def test_an_engine_that_accelerate_has_no_word_for_is_named_by_the_role(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = yaml.safe_load((FOLDER / "ddp.yaml").read_text())
+    file = tmp_path / "other.yaml"
+    file.write_text(yaml.safe_dump({**settings, "mpirun_config": {"role": "fsdp2"}}))
+    assert read_launch_file(file) == launch_of(made_by_accelerate(file, monkeypatch)) == Launch("fsdp2", 8, "bf16")
+    file.write_text(yaml.safe_dump({**settings, "mpirun_config": {"role": "ddq"}}))
+    with pytest.raises(ValueError, match="role 'ddq' is no engine; leave it out, or use ddp, fsdp2, zero1, zero2, zer"):
+        engine_class(read_launch_file(file))
+
+
+@pytest.mark.parametrize("true", ["1", "true", "True", "yes"])
+def test_a_flag_is_set_by_any_word_that_accelerate_takes(true: str) -> None:
+    assert launch_of({**FSDP2, "ACCELERATE_USE_FSDP": true}).engine == "fsdp2"
+    assert launch_of({"ACCELERATE_USE_DEEPSPEED": true}).engine == "zero2"
+    sharded = {"ACCELERATE_USE_FSDP": true, "ACCELERATE_USE_PARALLELISM_CONFIG": true, "WORLD_SIZE": "8"}
+    assert launch_of({**HSDP, **sharded}) == Launch("fsdp2", 8, shard_size=4)
+    for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_PARALLELISM_CONFIG"):
+        assert (
+            launch_of({name: "0"}) == launch_of({name: "false"}) == launch_of({name: ""}) == launch_of({}) == Launch()
+        )
 
 
 def test_plain_processes_are_data_parallel() -> None:
-    assert type(build_engine(Accelerator(cpu=True), OptimRecipe(), 8)) is Engine
+    assert type(build_engine(Accelerator(cpu=True), Launch(), OptimRecipe(), 8)) is DdpEngine
 
 
-def test_the_first_fsdp_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+def test_every_engine_is_named_as_a_launch_names_it() -> None:
+    assert {read_launch_file(file).engine for file in LAUNCH_FILES} == ENGINES.keys()
+    assert engine_class(launch_of(FSDP2)) is Fsdp2Engine
+
+
+@pytest.mark.parametrize("version", [{}, {"FSDP_VERSION": "1"}])
+def test_the_first_fsdp_is_refused(version: dict[str, str]) -> None:
     with pytest.raises(ValueError, match=r"fsdp_version is 1; write fsdp_version: 2 \(ds_configs/fsdp2.yaml\)"):
-        build_engine(Accelerator(cpu=True), OptimRecipe(), 8)
+        launch_of({"ACCELERATE_USE_FSDP": "true", **version})
 
 
-SHARDED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "ACCELERATE_USE_PARALLELISM_CONFIG": "true"}
+def test_half_precision_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="mixed_precision is 'fp16'; the loss is fp32 and needs 'bf16' or 'no'"):
+        launch_of({"ACCELERATE_MIXED_PRECISION": "fp16"})
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    with pytest.raises(ValueError, match="mixed_precision is 'fp16'; the loss is fp32 and needs 'bf16' or 'no'"):
+        start_accelerator([], "")
+
+
+SHARDED = {**FSDP2, "ACCELERATE_USE_PARALLELISM_CONFIG": "true"}
 
 
 @pytest.mark.parametrize(("sizes", "found"), [((1, 8), 8), ((4, 8), 8), ((2, 16), 16), ((1, 32), 32), ((32, 1), 1)])
 def test_copies_follow_from_the_processes_that_share_one(sizes: tuple[int, int], found: int) -> None:
     names = ("PARALLELISM_CONFIG_DP_REPLICATE_SIZE", "PARALLELISM_CONFIG_DP_SHARD_SIZE")
-    asked = {name: str(size) for name, size in zip(names, sizes, strict=True)}
-    assert launched_shard_size({**SHARDED, **asked}, 32) == found
-    assert launched_shard_size({**SHARDED, **asked, "ACCELERATE_USE_PARALLELISM_CONFIG": "false"}, 32) is None
+    asked = {name: str(size) for name, size in zip(names, sizes, strict=True)} | {"WORLD_SIZE": "32"}
+    assert launch_of({**SHARDED, **asked}).shard_size == found
+    assert launch_of({**SHARDED, **asked, "ACCELERATE_USE_PARALLELISM_CONFIG": "false"}).shard_size is None
 
 
 @pytest.mark.parametrize(
@@ -49,19 +118,26 @@ def test_copies_follow_from_the_processes_that_share_one(sizes: tuple[int, int],
         ({"ACCELERATE_USE_FSDP": "false"}, "has a parallelism_config, but no distributed_type: FSDP; leave it out, or"),
     ],
 )
-def test_other_parallelism_is_refused(asked: dict, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {**SHARDED, **asked}.items():
-        monkeypatch.setenv(name, value)
+def test_other_parallelism_is_refused(asked: dict[str, str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        build_engine(start_accelerator([], ""), OptimRecipe(), 8)
+        launch_of({**SHARDED, **asked})
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_deepspeed_s_stage_is_the_file_s_or_the_launch_s(stage: int) -> None:
-    file = {"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(FOLDER / f"zero{stage}.json")}
-    assert deepspeed_settings(file)["zero_optimization"]["stage"] == stage
-    flag = {"ACCELERATE_DEEPSPEED_CONFIG_FILE": "none", "ACCELERATE_DEEPSPEED_ZERO_STAGE": str(stage)}
-    assert deepspeed_settings(flag) == {"zero_optimization": {"stage": stage}}
+    deepspeed = {"ACCELERATE_USE_DEEPSPEED": "true"}
+    launch = launch_of({**deepspeed, "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(FOLDER / f"zero{stage}.json")})
+    assert launch.engine == f"zero{stage}"
+    assert launch.deepspeed == json.loads((FOLDER / f"zero{stage}.json").read_text())
+    for file in ({}, {"ACCELERATE_DEEPSPEED_CONFIG_FILE": "none"}):
+        launch = launch_of({**deepspeed, **file, "ACCELERATE_DEEPSPEED_ZERO_STAGE": str(stage)})
+        assert launch == Launch(f"zero{stage}", deepspeed={"zero_optimization": {"stage": stage}})
+
+
+def deepspeed_file(tmp_path: Path, given: dict) -> dict[str, str]:
+    file = tmp_path / "zero.json"
+    file.write_text(json.dumps(given))
+    return {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(file)}
 
 
 @pytest.mark.parametrize(
@@ -74,21 +150,36 @@ def test_deepspeed_s_stage_is_the_file_s_or_the_launch_s(stage: int) -> None:
     ],
 )
 def test_what_the_recipe_decides_is_refused(given: dict, message: str, tmp_path: Path) -> None:
-    file = tmp_path / "zero.json"
-    file.write_text(json.dumps(given))
     with pytest.raises(ValueError, match=message):
-        deepspeed_settings({"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(file)})
+        launch_of(deepspeed_file(tmp_path, given))
 
 
 def test_what_is_left_to_the_recipe_by_auto_is_taken(tmp_path: Path) -> None:
-    file = tmp_path / "zero.json"
-    file.write_text(json.dumps({"zero_optimization": {"stage": 1}, "gradient_clipping": "auto", "fp16": "auto"}))
-    assert deepspeed_settings({"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(file)}) == {"zero_optimization": {"stage": 1}}
+    given = {"zero_optimization": {"stage": 1}, "gradient_clipping": "auto", "fp16": "auto"}
+    assert launch_of(deepspeed_file(tmp_path, given)).deepspeed == {"zero_optimization": {"stage": 1}}
 
 
-def test_a_file_that_is_not_there_is_named() -> None:
-    with pytest.raises(ValueError, match=r"deepspeed_config_file no/such.json cannot be read \(.*No such file"):
-        deepspeed_settings({"ACCELERATE_DEEPSPEED_CONFIG_FILE": "no/such.json"})
+def test_a_deepspeed_file_that_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    here = re.escape(str(tmp_path))
+    with pytest.raises(
+        ValueError, match=rf"no/such.json is not there, seen from {here}; start in the folder that has it"
+    ):
+        launch_of({"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": "no/such.json"})
+    # A dry run has the launch file, and finds what lies beside it.
+    assert read_launch_file(FOLDER / "zero3.yaml").engine == "zero3"
+
+
+def test_a_launch_file_that_is_none(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="cannot be read as accelerate's"):
+        read_launch_file(tmp_path / "none.yaml")
+
+
+def test_the_promised_processes() -> None:
+    assert promised_processes({}) == 1
+    assert promised_processes({"FLIPSCALE_NUM_PROCESSES": "8", "WORLD_SIZE": "4"}) == 8
+    assert promised_processes({"WORLD_SIZE": "4"}) == 4
+    assert promised_processes({"ACCELERATE_USE_CPU": "1", "MASTER_ADDR": "127.0.0.1"}) == 2
 
 
 def test_an_average_needs_a_decay_between_zero_and_one() -> None:
@@ -98,13 +189,12 @@ def test_an_average_needs_a_decay_between_zero_and_one() -> None:
 
 def test_launch_files_differ_where_they_must() -> None:
     """One page each, a sentence on when to choose it, and the same lines but for the engine's own."""
-    texts = {path.stem: path.read_text() for path in sorted(FOLDER.glob("*.yaml"))}
-    assert list(texts) == ["ddp", "fsdp2", "hsdp", "zero1", "zero2", "zero3"]
+    texts = {path.stem: path.read_text() for path in LAUNCH_FILES}
     files = {name: yaml.safe_load(text) for name, text in texts.items()}
     for name, text in texts.items():
         assert len(text.splitlines()) <= 30
         assert "Choose it" in text, name
-        own = {"distributed_type", "fsdp_config", "parallelism_config", "deepspeed_config"}
+        own = {"distributed_type", "fsdp_config", "parallelism_config", "deepspeed_config", "mpirun_config"}
         assert {k: v for k, v in files[name].items() if k not in own} == {
             k: v for k, v in files["ddp"].items() if k not in own
         }

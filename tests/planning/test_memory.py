@@ -14,10 +14,11 @@ from torch.profiler import ProfilerActivity, profile
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from flipscale.cli import main
+from flipscale.engines.fsdp2 import Fsdp2Engine
+from flipscale.engines.launch import Launch, read_launch_file
 from flipscale.model import FlipConfig, FlipModel
 from flipscale.planning.activations import Step, activation_bytes, peak_bytes
-from flipscale.planning.launch_file import Launch, launch_of, read_launch_file
-from flipscale.planning.memory import held_elements, parameter_shapes, recipe_memory, what_fits
+from flipscale.planning.memory import model_without_storage, recipe_memory, what_fits
 from flipscale.training.recipe import Recipe, parse_recipe
 
 PARAMETERS = {"h14": 966_394_881, "g14": 2_514_907_393}
@@ -82,7 +83,8 @@ def test_rows_are_those_that_fsdp2_gives_the_first_of_256(mesh_sizes: tuple[int,
             local[name] = parameter.to_local().numel()
     finally:
         dist.destroy_process_group()
-    assert held_elements(parameter_shapes(config), Launch("fsdp2", 256, shard_size=mesh_sizes[-1])) == local
+    launch = Launch("fsdp2", 256, shard_size=mesh_sizes[-1])
+    assert Fsdp2Engine.memory(model_without_storage(config), launch).moments == local
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +96,7 @@ def test_what_each_engine_keeps(h14: Recipe) -> None:
     whole = 4 * 966_394_881
     part = pytest.approx(whole / 256, rel=0.02)
     kept = {
-        engine: recipe_memory(h14, Launch(engine, 256, bf16=True))
+        engine: recipe_memory(h14, Launch(engine, 256, precision="bf16"))
         for engine in ("ddp", "fsdp2", "zero1", "zero2", "zero3")
     }
     weights = {engine: memory.weights for engine, memory in kept.items()}
@@ -164,7 +166,7 @@ def test_what_cannot_fit_is_refused_with_what_would(capsys: pytest.CaptureFixtur
 
 
 def test_pairs_of_changes_where_no_single_one_does() -> None:
-    recipe, launch = parse_recipe(["--config", "b16_laion400m"]), Launch("ddp", 64, bf16=True)
+    recipe, launch = parse_recipe(["--config", "b16_laion400m"]), Launch("ddp", 64, precision="bf16")
     recipe = replace(recipe, data=replace(recipe.data, micro_batch_size=512))
     together = what_fits(recipe, launch, 5 * 2**30)
     assert together
@@ -173,7 +175,7 @@ def test_pairs_of_changes_where_no_single_one_does() -> None:
 
 
 def test_micro_batches_averages_and_the_ring_count(h14: Recipe) -> None:
-    launch = Launch("ddp", 256, bf16=True)
+    launch = Launch("ddp", 256, precision="bf16")
     plain = recipe_memory(h14, launch)
     small = recipe_memory(replace(h14, data=replace(h14.data, micro_batch_size=64)), launch)
     assert small.activations < 0.6 * plain.activations
@@ -182,27 +184,6 @@ def test_micro_batches_averages_and_the_ring_count(h14: Recipe) -> None:
     assert averaged.weights == 2 * plain.weights
     ring = recipe_memory(replace(h14, loss=replace(h14.loss, exchange="ring")), launch)
     assert ring.loss < 0.5 * plain.loss
-
-
-def test_the_environment_of_a_launcher_is_read(tmp_path: Path) -> None:
-    settings = tmp_path / "zero2.json"
-    settings.write_text('{"zero_optimization": {"stage": 2, "reduce_bucket_size": 7e6, "overlap_comm": true}}')
-    sharded = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "WORLD_SIZE": "16"}
-    zero = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(settings), "WORLD_SIZE": "4"}
-    assert launch_of({}) == Launch("ddp", 1, bf16=False)
-    assert launch_of({**sharded, "ACCELERATE_MIXED_PRECISION": "bf16"}) == Launch("fsdp2", 16, bf16=True)
-    found = launch_of(zero)
-    assert (found.engine, found.num_processes, found.bucket_elements) == ("zero2", 4, 14_000_000)
-    with pytest.raises(ValueError, match="FSDP of version 1; write fsdp_version: 2"):
-        launch_of({**sharded, "FSDP_VERSION": "1"})
-    settings.write_text('{"zero_optimization": {"stage": 0}}')
-    with pytest.raises(ValueError, match="cannot be read as DeepSpeed's settings of ZeRO-1, 2 or 3"):
-        launch_of(zero)
-
-
-def test_a_launch_file_that_is_none(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="cannot be read as accelerate's"):
-        read_launch_file(tmp_path / "none.yaml", None)
 
 
 @pytest.mark.parametrize(
@@ -220,6 +201,21 @@ def test_flags_that_make_no_sense(flags: list[str], message: str, capsys: pytest
     assert message in capsys.readouterr().err
 
 
-def test_an_optimiser_that_the_engine_does_not_have(h14: Recipe) -> None:
-    with pytest.raises(ValueError, match="muon, which zero2 does not have"):
-        recipe_memory(replace(h14, optim=replace(h14.optim, name="muon")), Launch("zero2", 8))
+@pytest.mark.parametrize(
+    ("section", "changes", "engine", "message"),
+    [
+        (
+            "optim",
+            {"name": "muon"},
+            "zero2",
+            "optim.name is 'muon', which the launch file's engine zero2 does not",
+        ),
+        ("model", {"compile": True}, "zero3", "model.compile is true and the launch file's engine is ZeRO-3, which"),
+    ],
+)
+def test_what_an_engine_refuses_is_refused_by_a_dry_run(
+    h14: Recipe, section: str, changes: dict, engine: str, message: str
+) -> None:
+    recipe = replace(h14, **{section: replace(getattr(h14, section), **changes)})
+    with pytest.raises(ValueError, match=message):
+        recipe_memory(recipe, Launch(engine, 8))

@@ -1,0 +1,39 @@
+"""Data parallel: every process holds the whole model, and gradients are averaged; also the engine of one process."""
+
+import warnings
+from typing import Any
+
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from flipscale.engines.engine import Engine, ModelMemory
+from flipscale.engines.launch import Launch
+
+
+class DdpEngine(Engine):
+    """torch's DistributedDataParallel, products in bf16 by autocast."""
+
+    @classmethod
+    def memory(cls, model: nn.Module, launch: Launch) -> ModelMemory:
+        """Everything is whole, and gradients are sent from where they lie."""
+        sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+        whole = sum(sizes.values())
+        return ModelMemory(weights=whole, copies=0, gradients=whole, moments=sizes, communication_bytes=0)
+
+    def _wrap(self) -> nn.Module:
+        if self.accelerator.num_processes == 1:
+            return self.model
+        devices = [self.accelerator.device] if self.accelerator.device.type == "cuda" else None
+        # The only buffers are fixed tables, equal everywhere. The option's new name is not in every torch.
+        warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
+        return DistributedDataParallel(
+            self.model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
+        )
+
+    def __call__(self, **batch: Any) -> Any:
+        with self.accelerator.autocast():
+            return super().__call__(**batch)
+
+    def _reduce_gradients(self, enabled: bool) -> None:
+        if isinstance(self.wrapped, DistributedDataParallel):
+            self.wrapped.require_backward_grad_sync = enabled
