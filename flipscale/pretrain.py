@@ -29,7 +29,6 @@ from flipscale.hub.background_push import BackgroundPush, card_name, open_target
 from flipscale.hub.model_card import write_card
 from flipscale.hub.model_folder import build_processor, export_checkpoint
 from flipscale.model import FlipConfig, FlipModel
-from flipscale.objectives.reconstruction import trained_model
 from flipscale.planning.flops import pair_flops
 from flipscale.training.bad_samples import BadSamples
 from flipscale.training.health import StepGuard, Verdict, agree_on_data
@@ -43,7 +42,7 @@ from flipscale.training.run_directory import (
     write_run_files,
 )
 from flipscale.training.schedule import Stage, plan_stages
-from flipscale.training.step import check_cacheable, gradients
+from flipscale.training.step import consume_batch, raise_if_dropout
 from flipscale.training.tracking import Tracker, is_due
 from flipscale.training.user_errors import report_user_errors
 from flipscale.training.watch import StepWatch
@@ -58,9 +57,9 @@ class Run:
         self.batch_size = recipe.data.global_batch_size
         self.run_dir = Path(recipe.output_dir)
         self.stages = plan_stages(recipe.stages, self.batch_size)
-        config = recipe.model_config()
-        if recipe.data.micro_batch_size is not None:
-            check_cacheable(config)
+        self.objective, config = recipe.objective(), recipe.model_config()
+        if recipe.data.micro_batch_size is not None and self.objective.is_coupled:
+            raise_if_dropout(config)
         checkpoint = open_run_directory(recipe)
         self.source = open_source(recipe.data)
         self.tokenizer = load_tokenizer(recipe.data.tokenizer, config.text_config.max_position_embeddings)
@@ -88,7 +87,7 @@ class Run:
         self.step, self.num_replaced, self.stopped = 0, 0, False
 
         self.engine = build_engine(self.accelerator, launch_of(os.environ), recipe.optim, self.batch_size)
-        kind = trained_model(recipe.loss, recipe.mask)
+        kind = self.objective.model_class
         fill = no_weights if checkpoint else initial_weights(recipe.model.init_from, config, recipe.seed, kind)
         self.engine.build(config, self._configure, fill, kind)
         self.weights = self.engine.model
@@ -105,7 +104,7 @@ class Run:
         shape, recipe = InputShape.of(config), self.recipe
         return PairDataset(
             self.source, self.tokenizer, recipe.data, shape, recipe.seed, stage.mask_ratio, recipe.mask,
-            stage.text_mask_ratio, sends_masked=recipe.loss.reconstruction_weight > 0.0,
+            stage.text_mask_ratio, sends_masked="masked_patches" in self.objective.columns,
         )  # fmt: skip
 
     def _configure(self, model: FlipModel) -> None:
@@ -254,14 +253,14 @@ def pretrain(recipe: Recipe) -> Path:
         for stage in run.remaining_stages():
             for batch in run.batches(stage):
                 learning_rate = stage.learning_rate(run.step)
-                learned = gradients(run.engine, batch, recipe.loss)
-                verdict = run.guard.agree(learned.loss, run.engine.gradient_norm(), run.num_replaced)
+                found = consume_batch(run.engine, batch, run.objective)
+                verdict = run.guard.agree(found.loss, run.engine.gradient_norm(), run.num_replaced)
                 run.engine.step(learning_rate, verdict.finite)
                 metrics = {
                     "loss": verdict.loss,
                     "lr": learning_rate,
                     "grad_norm": verdict.grad_norm,
-                    "logit_scale": learned.logit_scale.item(),
+                    **{name: value.item() for name, value in found.metrics.items()},
                 }
                 run.after_step(stage, metrics, verdict)
         run.finish()

@@ -1,7 +1,6 @@
 """Both towers as ONNX, checked against the model with onnxruntime before they are kept."""
 
 import importlib.util
-import math
 import warnings
 from pathlib import Path
 
@@ -82,11 +81,8 @@ def convert_to_onnx(src: str, dst: Path | str) -> dict[str, float]:
         model.set_attn_implementation("sdpa")
         build_processor(model.config, tokenizer).save_pretrained(folder)
         model.config.save_pretrained(folder)
-        metadata = {"logit_scale": repr(model.logit_scale.clamp(0.0, math.log(100.0)).exp().item())}
-        and_bias = ""
-        if model.logit_bias is not None:
-            metadata["logit_bias"] = repr(model.logit_bias.item())
-            and_bias = f", plus {metadata['logit_bias']}"
+        metadata = {name: repr(value.item()) for name, value in model.loss_values().items()}
+        and_bias = f", plus {metadata['logit_bias']}" if "logit_bias" in metadata else ""
         towers: dict[str, tuple[_Embedding, list[dict[str, torch.Tensor]]]] = {
             "image": (_ImageEmbedding(model.vision_model, model.image_projection), _image_inputs(model.config)),
             "text": (_TextEmbedding(model.text_model, model.text_projection), _text_inputs(model.config)),

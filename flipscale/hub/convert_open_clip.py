@@ -117,14 +117,14 @@ def open_clip_state_dict(model: FlipModel) -> dict[str, torch.Tensor]:
         **_tower(model.vision_model, model.image_projection, norm="ln_post", projection="proj"),
     }
     theirs = {
+        **{name: value[0] for name, value in model.loss_values().items()},
+        # open_clip takes the exponential itself.
         "logit_scale": model.logit_scale[0].clamp(0.0, math.log(100.0)),
         "token_embedding.weight": text.token_embedding.weight,
         "positional_embedding": text.position_embedding.weight,
         **_tower(model.text_model, model.text_projection, norm="ln_final", projection="text_projection"),
         **{f"visual.{name}": value for name, value in visual.items()},
     }
-    if model.logit_bias is not None:
-        theirs["logit_bias"] = model.logit_bias[0]
     return {name: value.detach().contiguous() for name, value in theirs.items()}
 
 

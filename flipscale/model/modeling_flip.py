@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import nn
@@ -636,9 +636,12 @@ class FlipTextModelWithProjection(FlipPreTrainedModel):
 
 
 class FlipModel(FlipPreTrainedModel):
-    """Both towers, their projections and the temperature."""
+    """Both towers, their projections and the parameters of the loss."""
 
     config: FlipConfig
+    # The parameters, `(1,)`, that belong to the loss and to no tower, and whether weight decay applies to them, as in
+    # the original and in SigLIP. The model may lack some; the output of `forward` has a field of each name.
+    loss_parameters: ClassVar[dict[str, bool]] = {"logit_scale": True, "logit_bias": False}
 
     def __init__(self, config: FlipConfig):
         super().__init__(config)
@@ -676,6 +679,15 @@ class FlipModel(FlipPreTrainedModel):
         output.pooler_output = self.text_projection(output.pooler_output)
         return output
 
+    def loss_values(self) -> dict[str, torch.Tensor]:
+        """Return what the loss takes of the loss parameters that the model has, fp32 `(1,)`: `logit_scale` is the
+        inverse temperature, its exponential taken, clipped to [1, 100]."""
+        # Clipped here only: the parameter itself may drift past ln(100), where its gradient is zero.
+        values = {"logit_scale": self.logit_scale.float().clamp(0.0, math.log(100.0)).exp()}
+        if self.logit_bias is not None:
+            values["logit_bias"] = self.logit_bias.float()
+        return values
+
     @can_return_tuple
     def forward(
         self,
@@ -712,9 +724,8 @@ class FlipModel(FlipPreTrainedModel):
         )
         image_embeds = normalise_embeds(image_output.pooler_output)
         text_embeds = normalise_embeds(text_output.pooler_output)
-        # Clipped here only: the parameter itself may drift past ln(100), where its gradient is zero.
-        logit_scale = self.logit_scale.float().clamp(0.0, math.log(100.0)).exp()
-        logit_bias = None if self.logit_bias is None else self.logit_bias.float()
+        loss_values = self.loss_values()
+        logit_scale, logit_bias = loss_values["logit_scale"], loss_values.get("logit_bias")
         logits = logit_scale * image_embeds @ text_embeds.t() if return_logits or return_loss else None
         if logits is not None and logit_bias is not None:
             logits = logits + logit_bias

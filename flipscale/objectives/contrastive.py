@@ -1,6 +1,7 @@
 """The contrastive loss over the whole global batch: exact, in memory that does not grow with the batch's square."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
@@ -11,6 +12,7 @@ import torch.distributed as dist
 from flipscale.objectives import contrastive_torch
 from flipscale.objectives.exchange import Rows, add, exchange_of, world_size
 from flipscale.objectives.logsumexp import LogSumExp, Softmax, common_shift, merge
+from flipscale.objectives.objective import Objective
 from flipscale.objectives.ready_gradients import ReadyGradients
 from flipscale.objectives.tiles import for_each_block, views_of
 
@@ -18,6 +20,16 @@ from flipscale.objectives.tiles import for_each_block, views_of
 _FEW = 256
 
 Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contrastive(Objective):
+    """Each pair against the rest of the batch, in both directions (InfoNCE)."""
+
+    def coupled_loss(
+        self, image_embeds: torch.Tensor, text_embeds: torch.Tensor, logit_scale: torch.Tensor
+    ) -> torch.Tensor:
+        return contrastive_loss(image_embeds, text_embeds, logit_scale, self.exchange)
 
 
 def contrastive_loss(

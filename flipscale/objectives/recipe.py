@@ -1,33 +1,40 @@
-"""The recipe's loss of a batch."""
+"""The recipe's `loss` section, and the objective that it describes."""
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
+from typing import Any
 
-import torch
+from jsonargparse import ArgumentError, ArgumentParser
 
-from flipscale.model import FlipConfig
-from flipscale.objectives.contrastive import contrastive_loss
+from flipscale.data.masks import MaskRecipe
+from flipscale.objectives.contrastive import Contrastive
 from flipscale.objectives.exchange import EXCHANGES
-from flipscale.objectives.sigmoid import sigmoid_loss
+from flipscale.objectives.objective import Objective
+from flipscale.objectives.reconstruction import WithReconstruction
+from flipscale.objectives.sigmoid import Sigmoid
 
-KINDS = ("infonce", "sigmoid")
+# Every `loss.kind`. To add one, import its class and name it here.
+KINDS: dict[str, type[Objective]] = {
+    "infonce": Contrastive,
+    "sigmoid": Sigmoid,
+}
 
 
 @dataclass(frozen=True)
 class LossRecipe:
-    """What pulls pairs together and the rest of the batch apart.
+    """What pulls pairs together and pushes the rest of the batch apart.
 
     Args:
         kind: `infonce`, each pair against the rest of the batch in both directions (the paper's), or `sigmoid`, each
-            image and text of the batch apart (SigLIP's); the model then has a `logit_bias`.
+            image and text of the batch by itself (SigLIP's); the model then has a `logit_bias`.
+        options: fields of the kind's own, e.g. `{name: value}`; `infonce` and `sigmoid` have none.
         exchange: how the texts of all processes meet the images of each: `gather`, or `ring` where all texts of the
             batch and their gradients are too many for one process. Does not change what is learned.
-        reconstruction_weight: of the masked patches' reconstruction beside it (`flipscale.objectives.reconstruction`);
-            0 leaves it out, the decoder too.
+        reconstruction_weight: weight of a second loss, the reconstruction of the masked patches
+            (`flipscale.objectives.reconstruction`); 0 leaves out that loss and its decoder.
     """
 
     kind: str = "infonce"
+    options: dict[str, Any] = field(default_factory=dict)
     exchange: str = "gather"
     reconstruction_weight: float = 0.0
 
@@ -41,32 +48,43 @@ class LossRecipe:
             )
         if self.reconstruction_weight < 0.0:
             raise ValueError(f"loss.reconstruction_weight is {self.reconstruction_weight}; it must be 0 (none) or more")
-
-    def configure(self, config: FlipConfig) -> FlipConfig:
-        """`config`, the temperature and the bias that this loss needs in it."""
-        if self.kind == "sigmoid":
-            # SigLIP's first values: what is not a pair, which is nearly everything, begins as such.
-            config.logit_scale_init_value, config.logit_bias_init_value = math.log(10.0), -10.0
-        return config
+        # Resolved, so that the run directory's recipe says them all.
+        object.__setattr__(self, "options", _checked_options(self.kind, self.options))
 
 
-def pair_loss(
-    image_embeds: torch.Tensor, text_embeds: torch.Tensor, head: Sequence[torch.Tensor], recipe: LossRecipe
-) -> torch.Tensor:
-    """Collective. The loss of this process's part of a batch, fp32 `()`; its mean over processes is the batch's.
-
-    Args:
-        head: `logit_scale`, and `logit_bias` where the model has one.
+def build_objective(recipe: LossRecipe, mask: MaskRecipe) -> Objective:
+    """Return the objective of a recipe.
 
     Raises:
-        ValueError: the head is not one for this loss.
+        ValueError: a reconstruction with several views, or beside a loss that trains a model class of its own.
     """
-    needed = ("logit_scale", "logit_bias") if recipe.kind == "sigmoid" else ("logit_scale",)
-    if len(head) != len(needed):
+    objective = KINDS[recipe.kind](exchange=recipe.exchange, **recipe.options)
+    if recipe.reconstruction_weight == 0.0:
+        return objective
+    if mask.views > 1:
         raise ValueError(
-            f"loss.kind {recipe.kind!r} takes {' and '.join(needed)}, the model's head has {len(head)} of them; set "
-            "logit_bias_init_value of FlipConfig for 'sigmoid', and leave it out for 'infonce'"
+            f"loss.reconstruction_weight {recipe.reconstruction_weight:g} does not go with mask.views {mask.views}, "
+            "each of which masks what another sees; use 1 view, or weight 0"
         )
-    if recipe.kind == "sigmoid":
-        return sigmoid_loss(image_embeds, text_embeds, head[0], head[1], recipe.exchange)
-    return contrastive_loss(image_embeds, text_embeds, head[0], recipe.exchange)
+    if objective.model_class is not Objective.model_class or objective.columns:
+        raise ValueError(
+            f"loss.reconstruction_weight {recipe.reconstruction_weight:g} does not go with loss.kind {recipe.kind!r}, "
+            "which trains a model of its own; use another kind, or weight 0"
+        )
+    return WithReconstruction(other=objective, weight=recipe.reconstruction_weight)
+
+
+def _checked_options(kind: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Return all options of a kind, with the given values and otherwise the defaults."""
+    shared = {f.name for f in fields(Objective)}
+    known = [f.name for f in fields(KINDS[kind]) if f.name not in shared]
+    for name in options:
+        if name not in known:
+            has = f"its options are {', '.join(known)}" if known else "it has none"
+            raise ValueError(f"loss.options.{name} is not an option of loss.kind {kind!r}; {has}")
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(KINDS[kind], skip=shared)
+    try:
+        return parser.parse_object(options).as_dict()
+    except ArgumentError as error:
+        raise ValueError(f"loss.options of loss.kind {kind!r}: {' '.join(str(error).split())}") from None

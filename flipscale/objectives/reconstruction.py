@@ -1,20 +1,19 @@
-"""Reconstruction of the masked patches beside the contrastive loss: MAE (arXiv 2111.06377), as FLIP tried it (paper,
-Table 1f: 0.2 and 0.3 points worse than without). Off unless a recipe asks for it, and never part of the exported model.
+"""Reconstruction of the masked patches as a second loss: MAE (arXiv 2111.06377), as FLIP tried it (paper, Table 1f: 0.2
+and 0.3 points worse than without). A recipe has to ask for it, and it is never part of the exported model.
 """
 
 import copy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 from transformers import initialization as init
 
-from flipscale.data.masks import MaskRecipe
 from flipscale.model import FlipConfig, FlipModel, FlipOutput, FlipPreTrainedModel, FlipVisionConfig
 from flipscale.model.masking import complement
 from flipscale.model.modeling_flip import FlipEncoder, sincos_positions
-from flipscale.objectives.recipe import LossRecipe
+from flipscale.objectives.objective import Objective
 
 _DECODER_LAYERS = 4
 
@@ -27,8 +26,8 @@ class ReconstructionOutput(FlipOutput):
 
 
 class ReconstructionDecoder(FlipPreTrainedModel):
-    """A small transformer from what the image tower saw to the pixels of what it did not see: half the tower's width,
-    a learned token at every masked place, fixed positions."""
+    """A small transformer that predicts the masked patches' pixels from the image tower's tokens. It has half the
+    tower's width, a learned token at every masked place, and fixed positions."""
 
     config: FlipVisionConfig
     input_modalities = ("image",)
@@ -47,7 +46,7 @@ class ReconstructionDecoder(FlipPreTrainedModel):
 
     @classmethod
     def of(cls, tower: FlipVisionConfig) -> "ReconstructionDecoder":
-        """The decoder for an image tower of `tower`."""
+        """Return the decoder for an image tower of `tower`."""
         width = tower.hidden_size // 2
         shape = {
             "hidden_size": width,
@@ -61,7 +60,7 @@ class ReconstructionDecoder(FlipPreTrainedModel):
         return cls._from_config(config, tower_width=tower.hidden_size)
 
     def fixed_tables(self) -> dict[str, torch.Tensor]:
-        """The buffers, computed from the configuration."""
+        """Compute the buffers from the configuration."""
         side = self.config.image_size // self.config.patch_size
         return {"position_embedding": sincos_positions(self.config.hidden_size, side, side)}
 
@@ -76,11 +75,11 @@ class ReconstructionDecoder(FlipPreTrainedModel):
                 init.copy_(getattr(module, name), value)
 
     def forward(self, tokens: torch.Tensor, patch_index: torch.Tensor, masked_index: torch.Tensor) -> torch.Tensor:
-        """The pixels of the masked patches, `(batch, masked, channels * p * p)`, each patch normalised.
+        """Predict the pixels of the masked patches, `(batch, masked, channels * p * p)`, each patch normalised.
 
         Args:
             tokens: the image tower's output, `(batch, 1 + kept, width)`, the class token first.
-            patch_index, masked_index: the places of the patches seen, `(batch, kept)`, and of those not.
+            patch_index, masked_index: the places of the visible patches, `(batch, kept)`, and of the masked ones.
         """
         # A sharded decoder computes in the precision of its weights.
         tokens = self.embed(tokens.to(self.embed.weight.dtype))
@@ -92,7 +91,8 @@ class ReconstructionDecoder(FlipPreTrainedModel):
 
 
 class ReconstructingFlipModel(FlipModel):
-    """A `FlipModel` in training whose forward also reconstructs: its weights by the same names, and the decoder's."""
+    """A `FlipModel` in training whose forward pass also reconstructs: the same weights by the same names, and those of
+    the decoder."""
 
     def __init__(self, config: FlipConfig):
         super().__init__(config)
@@ -102,8 +102,8 @@ class ReconstructingFlipModel(FlipModel):
     def forward(self, *inputs: Any, masked_patches: torch.Tensor | None = None, **kwargs: Any) -> ReconstructionOutput:
         """
         Args:
-            masked_patches: uint8 `(batch, num_patches - kept, channels * p * p)`: those that `patch_index` leaves out,
-                in their order.
+            masked_patches: uint8 `(batch, num_patches - kept, channels * p * p)`: the patches that `patch_index` leaves
+                out, in their order.
         """
         output = super().forward(*inputs, **kwargs)
         tokens = output.vision_model_output.last_hidden_state
@@ -121,29 +121,41 @@ class ReconstructingFlipModel(FlipModel):
 
 
 def pixel_loss(predicted: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
-    """The mean squared error to each patch's pixels less their mean, over their deviation; fp32 `()`, 0 without any."""
+    """Return the mean squared error to the patches' pixels, each patch normalised by its own mean and deviation: fp32
+    `()`, 0 if there are no patches."""
     centred = pixels.float() - pixels.float().mean(dim=2, keepdim=True)
     deviation = (centred.square().mean(dim=2, keepdim=True) + 1e-6).sqrt()
     squares = (predicted.float() - centred / deviation).square()
     return squares.sum() / max(squares.numel(), 1)
 
 
-def trained_model(recipe: LossRecipe, mask: MaskRecipe) -> type[FlipModel]:
-    """The class of the model that a run trains.
+@dataclass(frozen=True, kw_only=True)
+class WithReconstruction(Objective):
+    """Another objective, and `weight` times the reconstruction of the masked patches."""
 
-    Raises:
-        ValueError: reconstruction with several views, each of which masks what another sees.
-    """
-    if recipe.reconstruction_weight > 0.0 and mask.views > 1:
-        raise ValueError(
-            f"loss.reconstruction_weight {recipe.reconstruction_weight:g} does not go with mask.views {mask.views}, "
-            "each of which masks what another sees; use 1 view, or weight 0"
-        )
-    return ReconstructingFlipModel if recipe.reconstruction_weight > 0.0 else FlipModel
+    model_class: ClassVar[type[FlipModel]] = ReconstructingFlipModel
+    columns: ClassVar[tuple[str, ...]] = ("masked_patches",)
 
+    other: Objective
+    weight: float
 
-def reconstruction_loss(output: FlipOutput, recipe: LossRecipe) -> torch.Tensor | float:
-    """What a forward pass adds to the contrastive loss."""
-    if not isinstance(output, ReconstructionOutput) or output.reconstruction_loss is None:
-        return 0.0
-    return recipe.reconstruction_weight * output.reconstruction_loss
+    @property
+    def is_coupled(self) -> bool:
+        return self.other.is_coupled
+
+    def model_config(self, config: FlipConfig) -> FlipConfig:
+        return self.other.model_config(config)
+
+    def compared(self, output: FlipOutput) -> tuple[torch.Tensor, ...]:
+        return self.other.compared(output)
+
+    def coupled_loss(self, *compared: torch.Tensor, **parameters: torch.Tensor) -> torch.Tensor:
+        return self.other.coupled_loss(*compared, **parameters)
+
+    def mean_loss(self, output: FlipOutput) -> torch.Tensor:
+        assert isinstance(output, ReconstructionOutput)
+        assert output.reconstruction_loss is not None
+        return self.other.mean_loss(output) + self.weight * output.reconstruction_loss
+
+    def metrics(self, output: FlipOutput) -> dict[str, torch.Tensor]:
+        return self.other.metrics(output)

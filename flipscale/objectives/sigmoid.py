@@ -1,14 +1,39 @@
 """The pairwise sigmoid loss (SigLIP, arXiv 2303.15343) over the whole global batch, in memory that does not grow with
 the batch's square: each tile of logits is made once, and its gradients are taken before the next takes its place."""
 
+import copy
+import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.nn.functional import softplus
 
+from flipscale.model import FlipConfig
 from flipscale.objectives.exchange import Rows, add, exchange_of
+from flipscale.objectives.objective import Objective
 from flipscale.objectives.ready_gradients import ReadyGradients
 from flipscale.objectives.tiles import SimilarityTiles, for_each_block, views_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sigmoid(Objective):
+    """Each image and text of the batch by itself: whether they are a pair. The model has a `logit_bias`."""
+
+    def model_config(self, config: FlipConfig) -> FlipConfig:
+        config = copy.deepcopy(config)
+        # SigLIP's first values: nearly everything is not a pair, and begins as such.
+        config.logit_scale_init_value, config.logit_bias_init_value = math.log(10.0), -10.0
+        return config
+
+    def coupled_loss(
+        self,
+        image_embeds: torch.Tensor,
+        text_embeds: torch.Tensor,
+        logit_scale: torch.Tensor,
+        logit_bias: torch.Tensor,
+    ) -> torch.Tensor:
+        return sigmoid_loss(image_embeds, text_embeds, logit_scale, logit_bias, self.exchange)
 
 
 def sigmoid_loss(

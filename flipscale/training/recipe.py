@@ -15,7 +15,8 @@ from flipscale.engines.checkpoint import SaveRecipe
 from flipscale.engines.optimizers import OptimRecipe
 from flipscale.evaluation.recipe import EvalRecipe
 from flipscale.model import FlipConfig
-from flipscale.objectives.recipe import LossRecipe
+from flipscale.objectives.objective import Objective
+from flipscale.objectives.recipe import LossRecipe, build_objective
 from flipscale.training.schedule import StageRecipe
 from flipscale.training.tracking import LogRecipe
 
@@ -127,13 +128,21 @@ class Recipe:
     output_dir: str = "runs/flip"
     resume_from_checkpoint: str = "auto"
 
-    def model_config(self) -> FlipConfig:
-        """The model's configuration, with the head that the loss needs.
+    def objective(self) -> Objective:
+        """Return what is learned.
 
         Raises:
-            ValueError: as `ModelRecipe.config`.
+            ValueError: as `build_objective`.
         """
-        return self.loss.configure(self.model.config())
+        return build_objective(self.loss, self.mask)
+
+    def model_config(self) -> FlipConfig:
+        """Return the model's configuration, with the loss parameters that the objective needs.
+
+        Raises:
+            ValueError: as `ModelRecipe.config` and `build_objective`.
+        """
+        return self.objective().model_config(self.model.config())
 
 
 def build_parser() -> ArgumentParser:
@@ -183,15 +192,17 @@ def to_yaml(recipe: Recipe) -> str:
 
 
 def differences(recipe: Recipe, saved: dict[str, Any]) -> list[str]:
-    """Fields that decide what is learned and differ from a saved recipe, as `section.field: saved, now`."""
-    now = yaml.safe_load(to_yaml(recipe))
+    """Return the fields that decide what is learned and differ from a saved recipe, as `section.field: saved, now`. A
+    field that the saved recipe is too old to have had its default."""
+    now, defaults = (yaml.safe_load(to_yaml(one)) for one in (recipe, Recipe()))
     found = []
     for data in (now["data"], saved.get("data", {})):
         # Where a source lies may change, as `data.shards` may; its columns and weight may not.
         data["sources"] = [{**one, "shards": None, "dataset": None} for one in data.get("sources", [])]
     for section in ("model", "data", "mask", "loss", "optim"):
         for name in now[section].keys() | saved.get(section, {}).keys():
-            before, after = saved.get(section, {}).get(name), now[section].get(name)
+            before = saved.get(section, {}).get(name, defaults[section].get(name))
+            after = now[section].get(name)
             if before != after and (section, name) not in _WHERE_IT_RUNS:
                 found.append(f"{section}.{name}: {before}, now {after}")
     for name in ("stages", "seed"):

@@ -1,4 +1,4 @@
-"""The gradients of a step, in one pass over this process's batch or, where that is too large for it, in two."""
+"""The gradients of a step, in one pass over this process's batch or, if that is too large for its memory, in two."""
 
 from collections.abc import Sequence
 from typing import NamedTuple, TypeVar
@@ -7,75 +7,116 @@ import torch
 
 from flipscale.engines.engine import Engine
 from flipscale.model import FlipConfig, FlipOutput
-from flipscale.objectives.recipe import LossRecipe, pair_loss
-from flipscale.objectives.reconstruction import reconstruction_loss
+from flipscale.objectives.objective import Objective
 
 Batch = TypeVar("Batch", bound=dict[str, torch.Tensor])
 
 
-class Learned(NamedTuple):
-    """This process's part of the loss, fp32 `()`, and the `(1,)` inverse temperature it was taken at."""
+class StepLoss(NamedTuple):
+    """This process's part of the loss, fp32 `()`, and the objective's metrics of its part of the batch."""
 
     loss: torch.Tensor
-    logit_scale: torch.Tensor
+    metrics: dict[str, torch.Tensor]
 
 
-def one_pass(engine: Engine, batch: Sequence[Batch], recipe: LossRecipe) -> Learned:
-    """Collective. Gives the weights the gradients of a batch that is one micro-batch."""
-    (whole,) = batch
-    output = engine(**whole)
-    images, texts, *head = _compared(output)
-    loss = pair_loss(images, texts, head, recipe) + reconstruction_loss(output, recipe)
+def consume_batch(engine: Engine, batch: list[Batch], objective: Objective) -> StepLoss:
+    """Collective. Give the weights the gradients of this process's part of a batch, micro-batches of one size, and
+    empty the list: its memory is free for the next batch although the caller still holds the list."""
+    if len(batch) == 1:
+        found = one_pass(engine, batch[0], objective)
+    else:
+        found = (two_passes if objective.is_coupled else accumulated)(engine, batch, objective)
+    batch.clear()
+    return found
+
+
+def one_pass(engine: Engine, batch: Batch, objective: Objective) -> StepLoss:
+    """Collective. Give the weights the gradients of a batch that is one micro-batch."""
+    output = engine(**batch)
+    loss = objective.mean_loss(output)
+    if objective.is_coupled:
+        loss = objective.coupled_loss(*objective.compared(output), **objective.parameters(output)) + loss
+    else:
+        loss = loss + _zero_of_the_rest(output, objective)
     engine.backward(loss)
-    return Learned(loss.detach(), head[0].detach())
+    return StepLoss(loss.detach(), _mean_metrics([objective.metrics(output)]))
 
 
-def cached(engine: Engine, batch: Sequence[Batch], recipe: LossRecipe) -> Learned:
-    """Collective. The same gradients as `one_pass` on all micro-batches together, with the activations of one at a time
-    in memory, for one more forward pass (Gao et al. 2021, arXiv 2101.06983).
+def accumulated(engine: Engine, batch: Sequence[Batch], objective: Objective) -> StepLoss:
+    """Collective. Do what `one_pass` does for all micro-batches together, where the loss is a mean over samples: plain
+    gradient accumulation."""
+    losses, metrics = [], []
+    for micro_batch in engine.accumulate(batch):
+        output = engine(**micro_batch)
+        loss = objective.mean_loss(output) / len(batch)
+        engine.backward(loss + _zero_of_the_rest(output, objective))
+        losses.append(loss.detach())
+        metrics.append(objective.metrics(output))
+    return StepLoss(torch.stack(losses).sum(), _mean_metrics(metrics))
 
-    All are embedded without activations, the loss gives each embedding its gradient, and a second pass hands that on to
-    the weights. Masks and crops are the batch's, so both passes see the same.
+
+def two_passes(engine: Engine, batch: Sequence[Batch], objective: Objective) -> StepLoss:
+    """Collective. Do what `one_pass` does for all micro-batches together, with the activations of one at a time in
+    memory, for one more forward pass (Gao et al. 2021, arXiv 2101.06983).
+
+    The first pass embeds all micro-batches without activations, and the loss gives each embedding its gradient. The
+    second pass hands that on to the weights. Masks and crops belong to the batch, so both passes see the same.
     """
     with torch.no_grad():
-        outputs = (engine(**micro_batch) for micro_batch in batch)
-        first, reconstructions = zip(*((_compared(o), reconstruction_loss(o, recipe)) for o in outputs), strict=True)
-    images, texts, *heads = zip(*first, strict=True)
-    cache = [torch.cat(images), torch.cat(texts), *(values[0].clone() for values in heads)]
-    for part in cache:
-        part.requires_grad_()
-    loss = pair_loss(cache[0], cache[1], cache[2:], recipe)
-    image_gradient, text_gradient, *head_gradients = torch.autograd.grad(loss, cache)
-    # Every micro-batch has its share of the head's gradients: all parameters are in every pass.
-    shares = [[gradient / len(batch)] * len(batch) for gradient in head_gradients]
-    sides = (image_gradient.chunk(len(batch)), text_gradient.chunk(len(batch)))
-    for micro_batch, *upstream in engine.accumulate(list(zip(batch, *sides, *shares, strict=True))):
+        found = [_first_pass(engine, micro_batch, objective) for micro_batch in batch]
+    rows = [torch.cat(parts) for parts in zip(*(part.compared for part in found), strict=True)]
+    parameters = {name: value.clone() for name, value in found[0].parameters.items()}
+    cache = [*rows, *parameters.values()]
+    for tensor in cache:
+        tensor.requires_grad_()
+    loss = objective.coupled_loss(*rows, **parameters)
+    gradients = torch.autograd.grad(loss, cache, materialize_grads=True)
+    # All parameters are in every pass, so each micro-batch hands back an equal part of their gradients.
+    of_rows = [gradient.chunk(len(batch)) for gradient in gradients[: len(rows)]]
+    of_parameters = [[gradient / len(batch)] * len(batch) for gradient in gradients[len(rows) :]]
+    for micro_batch, *handed in engine.accumulate(list(zip(batch, *of_rows, *of_parameters, strict=True))):
         output = engine(**micro_batch)
-        parts = zip(_compared(output), upstream, strict=True)
-        of_pairs = torch.stack([(part * gradient).sum() for part, gradient in parts]).sum()
-        engine.backward(of_pairs + reconstruction_loss(output, recipe) / len(batch))
-    return Learned(loss.detach() + sum(reconstructions) / len(batch), cache[2].detach())
+        values = [*objective.compared(output), *objective.parameters(output).values()]
+        products = [(value * gradient).sum() for value, gradient in zip(values, handed, strict=True)]
+        engine.backward(torch.stack(products).sum() + objective.mean_loss(output) / len(batch))
+    mean_loss = sum(part.mean_loss for part in found) / len(batch)
+    return StepLoss(loss.detach() + mean_loss, _mean_metrics([part.metrics for part in found]))
 
 
-def _compared(output: FlipOutput) -> list[torch.Tensor]:
-    """Embeddings of images and texts, `logit_scale`, and `logit_bias` where there is one."""
-    parts = (output.image_embeds, output.text_embeds, output.logit_scale, output.logit_bias)
-    return [part for part in parts if part is not None]
+class _FirstPass(NamedTuple):
+    """What is kept of a micro-batch's forward pass."""
+
+    compared: tuple[torch.Tensor, ...]
+    parameters: dict[str, torch.Tensor]
+    mean_loss: torch.Tensor
+    metrics: dict[str, torch.Tensor]
 
 
-def gradients(engine: Engine, batch: list[Batch], recipe: LossRecipe) -> Learned:
-    """Collective. Gives the weights the gradients of this process's part of a batch, micro-batches of one size, and
-    empties it: the next one gathers while the caller still holds this list."""
-    learned = (one_pass if len(batch) == 1 else cached)(engine, batch, recipe)
-    batch.clear()
-    return learned
+def _first_pass(engine: Engine, micro_batch: Batch, objective: Objective) -> _FirstPass:
+    output = engine(**micro_batch)
+    parts = objective.compared(output), objective.parameters(output)
+    return _FirstPass(*parts, objective.mean_loss(output), objective.metrics(output))
 
 
-def check_cacheable(config: FlipConfig) -> None:
-    """Nothing, for a model whose two passes over a micro-batch are the same.
+def _mean_metrics(metrics: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Return the mean over micro-batches, in fp64: the mean of equal numbers is that number."""
+    return {
+        name: torch.stack([part[name].detach().double().squeeze() for part in metrics]).mean() for name in metrics[0]
+    }
+
+
+def _zero_of_the_rest(output: FlipOutput, objective: Objective) -> torch.Tensor:
+    """Return 0 with a gradient of 0 for all that a mean over samples may leave out: engines expect gradients of all
+    weights in every step."""
+    values = [*objective.compared(output), *objective.parameters(output).values()]
+    return 0.0 * torch.stack([value.float().sum() for value in values]).sum()
+
+
+def raise_if_dropout(config: FlipConfig) -> None:
+    """Raise if the model has dropout, with which two passes over a micro-batch would differ.
 
     Raises:
-        ValueError: it has dropout.
+        ValueError: it has.
     """
     for name in ("vision_config", "text_config"):
         dropout = getattr(config, name).attention_dropout

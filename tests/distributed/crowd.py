@@ -70,20 +70,20 @@ def train(file: str) -> None:
 
 def train_poisoned(file: str) -> None:
     """A run whose last process has an infinite loss in its third step."""
-    from flipscale.training import step
+    from flipscale.objectives.contrastive import Contrastive
 
-    true_loss, calls = step.pair_loss, []
+    true_loss, calls = Contrastive.coupled_loss, []
 
-    def loss(*arguments):
+    def loss(*arguments, **parameters):
         calls.append(1)
         last = int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1
-        return true_loss(*arguments) * (float("inf") if len(calls) == 3 and last else 1.0)
+        return true_loss(*arguments, **parameters) * (float("inf") if len(calls) == 3 and last else 1.0)
 
-    step.pair_loss = loss
+    Contrastive.coupled_loss = loss
     try:
         train(file)
     finally:
-        step.pair_loss = true_loss
+        Contrastive.coupled_loss = true_loss
 
 
 def train_on_a_small_disk(file: str) -> None:

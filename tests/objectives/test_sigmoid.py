@@ -10,8 +10,9 @@ from torch.nn.functional import logsigmoid, normalize
 
 from flipscale.benchmarks.loss import forget_peak_memory, peak_memory_bytes
 from flipscale.cli import main
+from flipscale.data.masks import MaskRecipe
 from flipscale.model import FlipConfig, FlipModel
-from flipscale.objectives.recipe import LossRecipe, pair_loss
+from flipscale.objectives.recipe import LossRecipe, build_objective
 from flipscale.objectives.sigmoid import sigmoid_loss
 
 TOWER = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
@@ -70,8 +71,8 @@ def test_a_model_with_a_bias_adds_it_and_has_the_loss(tmp_path: Path) -> None:
     output = loaded(torch.randint(0, 16, (6, 8)), torch.randn(6, 3, 16, 16), return_loss=True)
     cosines = output.image_embeds @ output.text_embeds.T
     assert torch.allclose(output.logits_per_image, 10 * cosines - 10)
-    head = (output.logit_scale, output.logit_bias)
-    ours = pair_loss(output.image_embeds, output.text_embeds, head, LossRecipe("sigmoid"))
+    objective = build_objective(LossRecipe("sigmoid"), MaskRecipe())
+    ours = objective.coupled_loss(*objective.compared(output), **objective.parameters(output))
     assert ours.item() == pytest.approx(output.loss.item(), rel=1e-6)
 
 
@@ -80,11 +81,11 @@ def test_a_model_without_has_no_such_weight() -> None:
     assert model()(torch.randint(0, 16, (6, 8)), torch.randn(6, 3, 16, 16)).logit_bias is None
 
 
-@pytest.mark.parametrize(("kind", "names"), [("sigmoid", "logit_scale and logit_bias"), ("infonce", "logit_scale")])
-def test_a_head_for_another_loss_is_refused(kind: str, names: str) -> None:
-    embeds, head = torch.eye(4), (torch.ones(1), torch.ones(1))
-    with pytest.raises(ValueError, match=f"loss.kind '{kind}' takes {names}, the model's head has"):
-        pair_loss(embeds, embeds, head[:1] if kind == "sigmoid" else head, LossRecipe(kind))
+def test_the_objective_leaves_the_configuration_as_it_is() -> None:
+    config = FlipConfig()
+    changed = build_objective(LossRecipe("sigmoid"), MaskRecipe()).model_config(config)
+    assert (changed.logit_bias_init_value, config.logit_bias_init_value) == (-10.0, None)
+    assert changed.logit_scale_init_value == math.log(10.0) != config.logit_scale_init_value
 
 
 def test_a_recipe_trains_with_it(write_recipe, tmp_path: Path) -> None:

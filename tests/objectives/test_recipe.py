@@ -1,0 +1,153 @@
+"""The loss section of a recipe: options of a kind, old recipes, and objectives that somebody else would add."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+import yaml
+from conftest import metrics
+from torch import nn
+
+from flipscale.cli import main
+from flipscale.data.masks import MaskRecipe
+from flipscale.model import FlipConfig, FlipModel, FlipOutput
+from flipscale.objectives import recipe as recipes
+from flipscale.objectives.contrastive import Contrastive, contrastive_loss
+from flipscale.objectives.objective import Objective
+from flipscale.objectives.recipe import LossRecipe, build_objective
+from flipscale.objectives.reconstruction import WithReconstruction
+from flipscale.training.recipe import Recipe, differences, parse_recipe, to_yaml
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scaled(Contrastive):
+    """A loss with numbers of its own."""
+
+    factor: float = 2.0
+    rounds: int = 1
+
+    def coupled_loss(self, *compared: torch.Tensor, **parameters: torch.Tensor) -> torch.Tensor:
+        return self.factor * super().coupled_loss(*compared, **parameters)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distance(Objective):
+    """A mean over samples, which leaves out `logit_scale`."""
+
+    def mean_loss(self, output: FlipOutput) -> torch.Tensor:
+        return (output.image_embeds - output.text_embeds).square().sum(dim=1).mean()
+
+
+@dataclass
+class TemperedOutput(FlipOutput):
+    text_power: torch.Tensor | None = None
+
+
+class TemperedModel(FlipModel):
+    """A model with one more parameter of the loss."""
+
+    loss_parameters: ClassVar[dict[str, bool]] = {**FlipModel.loss_parameters, "text_power": False}
+
+    def __init__(self, config: FlipConfig):
+        super().__init__(config)
+        self.text_power = nn.Parameter(torch.ones(1))
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, TemperedModel):
+            nn.init.ones_(module.text_power)
+
+    def forward(self, *inputs: Any, **kwargs: Any) -> TemperedOutput:
+        return TemperedOutput(**super().forward(*inputs, **kwargs), text_power=self.text_power.float())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tempered(Objective):
+    model_class: ClassVar[type[FlipModel]] = TemperedModel
+
+    def coupled_loss(
+        self, images: torch.Tensor, texts: torch.Tensor, logit_scale: torch.Tensor, text_power: torch.Tensor
+    ) -> torch.Tensor:
+        return contrastive_loss(images, texts * text_power, logit_scale, self.exchange)
+
+
+@pytest.fixture(autouse=True)
+def more_kinds(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, kind in {"scaled": Scaled, "distance": Distance, "tempered": Tempered}.items():
+        monkeypatch.setitem(recipes.KINDS, name, kind)
+
+
+def test_options_of_a_kind_reach_it_and_are_resolved() -> None:
+    recipe = LossRecipe("scaled", {"factor": 3}, exchange="ring")
+    assert recipe.options == {"factor": 3.0, "rounds": 1}
+    assert build_objective(recipe, MaskRecipe()) == Scaled(exchange="ring", factor=3.0, rounds=1)
+    assert LossRecipe().options == {}
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        ("scaled", {"margin": 0.1}, "margin is not an option of loss.kind 'scaled'; its options are factor, rounds"),
+        ("sigmoid", {"margin": 0.1}, "loss.options.margin is not an option of loss.kind 'sigmoid'; it has none"),
+        ("scaled", {"exchange": "ring"}, "loss.options.exchange is not an option of loss.kind 'scaled'"),
+        ("scaled", {"factor": "wide"}, "loss.options of loss.kind 'scaled': .*factor"),
+        ("scaled", {"rounds": 1.5}, "loss.options of loss.kind 'scaled': .*rounds"),
+    ],
+)  # fmt: skip
+def test_an_option_that_is_none_is_refused(kind: str, options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        LossRecipe(kind, options)
+
+
+def test_options_are_read_from_a_recipe_and_a_flag(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump({"loss": {"kind": "scaled", "options": {"factor": 1e-3}}}))
+    recipe = parse_recipe(["--config", str(file)])
+    assert recipe.loss.options == {"factor": 1e-3, "rounds": 1}
+    changed = parse_recipe(["--config", str(file), "--loss.options.factor", "4e-6"])
+    assert changed.loss.options["factor"] == 4e-6
+    file.write_text(to_yaml(changed))
+    assert parse_recipe(["--config", str(file)]) == changed
+    assert differences(recipe, yaml.safe_load(to_yaml(changed))) == [
+        "loss.options: {'factor': 4e-06, 'rounds': 1}, now {'factor': 0.001, 'rounds': 1}"
+    ]
+
+
+def test_a_recipe_from_before_there_were_options_is_the_same() -> None:
+    saved = yaml.safe_load(to_yaml(Recipe()))
+    del saved["loss"]["options"]
+    assert differences(Recipe(), saved) == []
+    assert differences(Recipe(loss=LossRecipe("sigmoid")), saved) == ["loss.kind: infonce, now sigmoid"]
+
+
+def test_reconstruction_is_beside_any_loss_of_the_plain_model() -> None:
+    objective = build_objective(LossRecipe("scaled", reconstruction_weight=0.5), MaskRecipe())
+    assert objective == WithReconstruction(other=Scaled(), weight=0.5)
+    assert objective.columns == ("masked_patches",)
+    message = "reconstruction_weight 0.5 does not go with loss.kind 'tempered', which trains a model of its own"
+    with pytest.raises(ValueError, match=message):
+        build_objective(LossRecipe("tempered", reconstruction_weight=0.5), MaskRecipe())
+
+
+def train(write_recipe: Callable[..., Path], run_dir: Path, **changes: object) -> list[dict]:
+    main(["pretrain", "--config", str(write_recipe(run_dir, **changes))])
+    return [record for record in metrics(run_dir) if "loss" in record]
+
+
+@pytest.mark.parametrize("kind", ["scaled", "distance", "tempered"])
+def test_a_new_kind_learns_the_same_in_micro_batches(
+    kind: str, write_recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    whole = train(write_recipe, tmp_path / "whole", loss={"kind": kind})
+    parts = train(write_recipe, tmp_path / "parts", loss={"kind": kind}, data={"micro_batch_size": 4})
+    for name in ("loss", "grad_norm"):
+        assert [r[name] for r in parts] == pytest.approx([r[name] for r in whole], rel=1e-4), name
+    assert whole[-1]["loss"] < whole[0]["loss"]
+    assert ("text_power" in whole[0]) == (kind == "tempered")
+    assert whole[0]["logit_scale"] == pytest.approx(1 / 0.07, rel=1e-3)
+    exported = FlipModel.from_pretrained(tmp_path / "whole/model")
+    assert not hasattr(exported, "text_power")
