@@ -5,13 +5,13 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
 import cv2
 import numpy as np
+import processes
 import pytest
 import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -135,16 +135,18 @@ def write_recipe(recipe: dict, tmp_path: Path) -> Callable[..., Path]:
 
 def launch(command: list[str], cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess:
     """Runs a command to its end on one thread a process, output captured."""
-    quiet = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "1"), **environment}
-    return subprocess.run(command, cwd=cwd, env={**os.environ, **quiet}, capture_output=True, text=True, timeout=300)
+    everything = {**os.environ, **processes.QUIET, **environment}
+    return subprocess.run(command, cwd=cwd, env=everything, capture_output=True, text=True, timeout=300)
 
 
-def pretrain(recipe_file: Path, processes: int = 1, *flags: str) -> subprocess.CompletedProcess:
-    """`python -m flipscale.pretrain`, under torchrun when there are several processes."""
-    launcher = [sys.executable]
-    if processes > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    return launch([*launcher, "-m", "flipscale.pretrain", "--config", str(recipe_file), *flags])
+def pretrain(recipe_file: Path, world: int = 1, *flags: str) -> subprocess.CompletedProcess:
+    """Return the end of `python -m flipscale.pretrain`, by several processes as torchrun would start them."""
+    return processes.run("flipscale.pretrain", ["--config", str(recipe_file), *flags], world)
+
+
+def flipscale(*arguments: str | Path) -> subprocess.CompletedProcess:
+    """Return the end of the command `flipscale ARGUMENTS`, in a process of its own."""
+    return processes.run("flipscale.cli", [str(argument) for argument in arguments])
 
 
 def metrics(run_dir: Path) -> list[dict]:
