@@ -2,14 +2,15 @@
 
 import contextlib
 import json
+import multiprocessing
 import os
 import resource
 import shutil
-import socket
-import subprocess
-import sys
 import traceback
+from multiprocessing.connection import Connection
 from pathlib import Path
+
+import processes
 
 from flipscale.engines.launch import launch_environment
 
@@ -31,33 +32,34 @@ class Crowd:
     """`world` processes of this file."""
 
     def __init__(self, world: int):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        common = {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        common |= {"OMP_NUM_THREADS": 1, "ACCELERATE_USE_CPU": 1, "HF_HUB_OFFLINE": 1}
-        self.processes = [
-            subprocess.Popen(
-                [sys.executable, __file__], text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                env={**os.environ, **{k: str(v) for k, v in {**common, "RANK": rank, "LOCAL_RANK": rank}.items()}},
+        self.connections, self.processes = [], []
+        for environment in processes.rank_environments(world):
+            ours, theirs = multiprocessing.Pipe()
+            self.processes.append(
+                processes.start(serve, theirs, environment={**environment, "ACCELERATE_USE_CPU": "1"})
             )
-            for rank in range(world)
-        ]  # fmt: skip
+            self.connections.append(ours)
+            theirs.close()
 
     def run(self, task: str, engine: str, file: Path, **options: object) -> list[str]:
         """What every process answers: "done", or its error. A recipe's file, and a task of this file's."""
         environment = {**ENVIRONMENTS[engine], "ACCELERATE_MIXED_PRECISION": options.pop("precision", "no")}
-        line = json.dumps({"task": task, "file": str(file), "environment": environment, **options})
-        for process in self.processes:
-            process.stdin.write(line + "\n")
-            process.stdin.flush()
-        return [json.loads(process.stdout.readline() or '"died"') for process in self.processes]
+        for connection in self.connections:
+            connection.send((task, str(file), environment))
+        return [self._answer(connection) for connection in self.connections]
+
+    @staticmethod
+    def _answer(connection: Connection) -> str:
+        try:
+            return connection.recv()
+        except EOFError:
+            return "died"
 
     def end(self) -> None:
+        for connection in self.connections:
+            connection.close()
         for process in self.processes:
-            process.stdin.close()
-        for process in self.processes:
-            process.wait(60)
+            process.join(60)
 
 
 def train(file: str) -> None:
@@ -146,27 +148,28 @@ def accumulate(file: str) -> None:
     assert torch.is_grad_enabled()
 
 
-def main() -> None:
-    """Does tasks from stdin until it closes."""
+def serve(connection: Connection) -> None:
+    """Does tasks until the connection closes."""
     import torch.distributed as dist
     from accelerate.state import AcceleratorState
 
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    for line in sys.stdin:
-        task = json.loads(line)
+    while True:
+        try:
+            task, file, changes = connection.recv()
+        except EOFError:
+            break
         for environment in ENVIRONMENTS.values():
             for name in environment:
                 os.environ.pop(name, None)
-        os.environ.update(task["environment"])
+        os.environ.update(changes)
         AcceleratorState._reset_state()
         answer = "done"
         try:
-            globals()[task["task"]](task["file"])
+            globals()[task](file)
         except Exception as error:
             traceback.print_exc()
             answer = f"{type(error).__name__}: {error}"
-        print(json.dumps(answer), file=answers, flush=True)
+        connection.send(answer)
     if dist.is_initialized():
         with contextlib.suppress(RuntimeError):
             dist.barrier()
@@ -181,7 +184,3 @@ def cut(run_dir: Path, copy: Path, step: int) -> None:
     for checkpoint in (copy / "checkpoints").iterdir():
         if checkpoint.name > f"step-{step:08d}":
             shutil.rmtree(checkpoint)
-
-
-if __name__ == "__main__":
-    main()
