@@ -4,12 +4,10 @@ import cProfile
 import math
 import multiprocessing
 import pstats
-import re
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from types import CodeType
 from typing import Any
 
@@ -18,6 +16,7 @@ import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from flipscale.benchmarks.memory import resident_peak_bytes
 from flipscale.data import decode
 from flipscale.data.captions import tokenise
 from flipscale.data.loader import build_loader
@@ -28,7 +27,6 @@ from flipscale.data.randomness import keyed_uniform
 from flipscale.data.recipe import DataRecipe
 from flipscale.data.sources.opening import open_source
 from flipscale.data.tokenizers import load_tokenizer
-from flipscale.engines.device import peak_memory_bytes
 from flipscale.model import FlipConfig
 from flipscale.model.masking import num_kept
 from flipscale.planning.flops import forward_flops
@@ -39,13 +37,13 @@ CAPTIONS_FOR_TOKENIZER = 2000
 
 @dataclass(frozen=True)
 class DataSetting:
-    """What is read, and what is made of it.
+    """Which shards are read, and what batches are made of them.
 
     Args:
-        data: the shards, the tokenizer (`captions` is a WordPiece trained on the shards' own), the batch of one
-            process, its workers and the crop.
-        mask_ratio: fraction of patches that are not sent.
-        num_batches: how many batches are timed for each worker, after one that is not.
+        data: the shards, the tokenizer (`captions` trains a WordPiece on the shards' own captions), the batch size of
+            one process, its workers and the crop.
+        mask_ratio: the fraction of patches that are removed.
+        num_batches: batches that are timed for each worker, after one that is not.
     """
 
     data: DataRecipe
@@ -71,13 +69,13 @@ class DataSetting:
 
     @classmethod
     def of(cls, recipe: Recipe, **fields: Any) -> "DataSetting":
-        """The setting of a recipe's first stage, with its `data` changed by the fields that are not None."""
+        """Return the setting of a recipe's first stage. `fields` that are not None replace those of its `data`."""
         data = replace(recipe.data, **{name: value for name, value in fields.items() if value is not None})
         mask_ratio = recipe.stages[0].mask_ratio if recipe.stages else 0.0
         return cls(data, InputShape.of(recipe.model_config()), mask_ratio, recipe.mask, recipe.seed)
 
     def dataset(self) -> PairDataset:
-        """The training pairs, as `pretrain` makes them."""
+        """Return the training pairs, as `pretrain` makes them."""
         source = open_source(self.data)
         if self.data.tokenizer == "captions":
             captions = [source.read(*place).captions for place in _places(source.shard_sizes, CAPTIONS_FOR_TOKENIZER)]
@@ -88,7 +86,7 @@ class DataSetting:
 
 
 def _places(shard_sizes: Any, count: int) -> Iterator[tuple[int, int]]:
-    """The first `count` samples at most, as (shard, number)."""
+    """Yield the first `count` samples as (shard, number), fewer if there are not so many."""
     for shard, size in enumerate(shard_sizes):
         for number in range(min(size, count)):
             yield shard, number
@@ -96,7 +94,10 @@ def _places(shard_sizes: Any, count: int) -> Iterator[tuple[int, int]]:
 
 
 def caption_tokenizer(captions: list[str]) -> PreTrainedTokenizerBase:
-    """A lower-casing WordPiece of at most 30,522 words trained on `captions`: BERT's work, without its vocabulary."""
+    """Return a WordPiece trained on `captions`, lower case, of at most 30,522 words.
+
+    It costs what BERT's costs and needs no download.
+    """
     backend = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     backend.normalizer, backend.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
     special = ["[PAD]", "[UNK]"]
@@ -106,15 +107,15 @@ def caption_tokenizer(captions: list[str]) -> PreTrainedTokenizerBase:
 
 
 def flipscale_batches(setting: DataSetting) -> Iterator[dict[str, Any]]:
-    """Our batches, made in this process or by the setting's workers, without end."""
+    """Return an endless iterator over our batches, made in this process or by the setting's workers."""
     return iter(build_loader(setting.dataset(), 0, sys.maxsize, 0, 1, pin_memory=False))
 
 
 def measure_data(setting: DataSetting) -> dict[str, Any]:
-    """Speed, bytes, memory and shares of the loader that `pretrain` uses, ready for JSON.
+    """Return speed, bytes, memory and time shares of the loader that `pretrain` uses, ready for JSON.
 
-    `bytes_to_device_per_image` are pixels, `other_bytes_to_device_per_image` the patches' places and the tokens;
-    `peak_memory_bytes_per_worker` is what a worker had resident at most, pages it shares with its parent among them.
+    `bytes_to_device_per_image` are pixels, `other_bytes_to_device_per_image` patch indices and tokens.
+    `peak_memory_bytes_per_worker` is a worker's peak resident memory; it includes pages shared with the parent.
     """
     workers = max(1, setting.data.num_workers)
     batches = flipscale_batches(setting)
@@ -153,7 +154,7 @@ def _sample_bytes(dataset: PairDataset, position: int) -> int:
 
 
 def device_bytes(batch: dict[str, Any], batch_size: int) -> dict[str, float]:
-    """Bytes of a batch's tensors for each image: its pixels, and the rest."""
+    """Return the bytes of a batch's tensors for each image: those of pixels, and the others."""
     sizes = {name: value.nbytes / batch_size for name, value in batch.items() if isinstance(value, torch.Tensor)}
     pixels = sum(size for name, size in sizes.items() if name in ("patches", "pixel_values"))
     return {
@@ -162,20 +163,11 @@ def device_bytes(batch: dict[str, Any], batch_size: int) -> dict[str, float]:
     }
 
 
-def resident_peak_bytes(pid: int | str | None = "self") -> int:
-    """The most memory that a process had resident; of another than this one only where there is a /proc."""
-    try:
-        status = Path(f"/proc/{pid}/status").read_text()
-    except OSError:
-        return peak_memory_bytes(torch.device("cpu"))
-    found = re.search(r"VmHWM:\s*(\d+) kB", status)
-    return int(found[1]) * 1024 if found else 0
-
-
 def time_shares(dataset: PairDataset) -> dict[str, float]:
-    """Shares of a batch's time in one process, by Python's profiler, which makes the small parts look a little larger.
+    """Return the shares that the steps have of a batch's time in one process.
 
-    `resize` includes the crop; `collate` is all that is in none of the others.
+    They are from Python's profiler, which makes short steps look a little longer. `resize` includes the crop; `collate`
+    is everything that is in no other share.
     """
     positions = list(range(min(256, dataset.recipe.global_batch_size)))
     dataset.__getitems__(positions)
@@ -202,8 +194,13 @@ def time_shares(dataset: PairDataset) -> dict[str, float]:
 
 
 def workers_for_gpu(size: str, mask_ratio: float, tflops: float, images_per_s_per_worker: float) -> dict[str, Any]:
-    """The workers that keep a GPU busy which reaches `tflops` on a model of `size`: its images/s by the operations of
-    a training step (`planning.flops`), over a worker's."""
+    """Return how many workers keep a GPU busy that reaches `tflops` on a model of `size`.
+
+    The images/s of the GPU follow from the operations of a training step (`planning.flops`).
+
+    Raises:
+        ValueError: `tflops` is not positive.
+    """
     if not tflops > 0:
         raise ValueError(f"gpu_tflops is {tflops}; it must be above 0")
     gpu_rate = tflops * 1e12 / forward_flops(FlipConfig.from_size(size), mask_ratio).training

@@ -1,4 +1,4 @@
-"""The loaders of open_clip and of webdataset with torchvision, and ours beside them, on the same shards."""
+"""The loaders of open_clip and of webdataset with torchvision, measured beside ours on the same shards."""
 
 import importlib.metadata
 import importlib.util
@@ -17,20 +17,21 @@ from typing import Any
 
 import torch
 
-from flipscale.benchmarks.data import DataSetting, device_bytes, flipscale_batches, resident_peak_bytes
+from flipscale.benchmarks.data import DataSetting, device_bytes, flipscale_batches
+from flipscale.benchmarks.memory import resident_peak_bytes
 from flipscale.data.sources.tar_source import expand_shards
 
-# open_clip's own reader of tars fails with a later one (KeyError: 'fname').
+# The tar reader of open_clip fails with later versions (KeyError: 'fname').
 WEBDATASET = "0.2.86"
-_SHUFFLED = 1000  # samples that webdataset keeps to shuffle among
-_UNCOUNTED = 2
+_SHUFFLED = 1000  # samples in webdataset's shuffle buffer
+_UNCOUNTED = 2  # batches of each loader before the timed ones
 
 
 def require_data_peer() -> None:
-    """Nothing, where open_clip's training loader can run.
+    """Raise if open_clip's training loader cannot run.
 
     Raises:
-        ValueError: it cannot.
+        ValueError: a package is missing or of another version.
     """
     needed = ("open_clip", "open_clip_train", "torchvision", "webdataset", "pandas")
     for package in needed:
@@ -48,15 +49,17 @@ def _shard_names(setting: DataSetting) -> list[str]:
 
 
 def open_clip_batches(setting: DataSetting) -> Iterator[dict[str, Any]]:
-    """Batches of open_clip's `get_wds_dataset` with its own training transform and tokenizer, shards drawn with
-    replacement as its large runs do (`--dataset-resampled`), so that its buffers stay full."""
+    """Yield batches of open_clip's `get_wds_dataset` with its own training transform and tokenizer.
+
+    Shards are drawn with replacement, as in its large runs (`--dataset-resampled`), so that its buffers stay full.
+    """
     import open_clip
     from open_clip.transform import image_transform
     from open_clip_train.data import get_wds_dataset
 
     transform = image_transform(setting.shape.image_size, is_train=True, aug_cfg={"scale": setting.data.crop_scale})
     tokenizer = open_clip.SimpleTokenizer(context_length=setting.shape.max_tokens)
-    # The names of its command line.
+    # The names are those of its command line.
     args = SimpleNamespace(
         train_data="::".join(_shard_names(setting)),
         train_num_samples=2**40,
@@ -72,7 +75,7 @@ def open_clip_batches(setting: DataSetting) -> Iterator[dict[str, Any]]:
 
 
 def webdataset_batches(setting: DataSetting) -> Iterator[dict[str, Any]]:
-    """Batches of a plain webdataset pipeline with torchvision's random crop, and our tokenizer."""
+    """Yield batches of a plain webdataset pipeline with torchvision's random crop and our tokenizer."""
     import webdataset
     from torchvision import transforms
 
@@ -104,15 +107,15 @@ def webdataset_batches(setting: DataSetting) -> Iterator[dict[str, Any]]:
         yield {"pixel_values": images, "input_ids": texts}
 
 
-ARMS: dict[str, Callable[[DataSetting], Iterator[dict[str, Any]]]] = {
+LOADERS: dict[str, Callable[[DataSetting], Iterator[dict[str, Any]]]] = {
     "flipscale": flipscale_batches,
     "open_clip": open_clip_batches,
     "webdataset": webdataset_batches,
 }
 
 
-class Arm:
-    """One loader in a process of its own, as a worker has it: it makes a batch when asked, and is idle otherwise."""
+class LoaderProcess:
+    """A loader in a process of its own, like a worker's. It makes a batch when it is asked to and is idle otherwise."""
 
     def __init__(self, name: str, setting: DataSetting):
         context = multiprocessing.get_context("spawn")
@@ -122,7 +125,7 @@ class Arm:
         theirs.close()
 
     def next_batch(self) -> dict[str, Any]:
-        """Seconds of the next batch on the wall and of the CPU, its bytes an image, and the memory peak so far.
+        """Return wall and CPU seconds of the next batch, its bytes for each image, and the peak memory so far.
 
         Raises:
             OSError: the loader failed.
@@ -134,7 +137,7 @@ class Arm:
             raise OSError("a loader's process died; its traceback is above") from error
         return answer
 
-    def __enter__(self) -> "Arm":
+    def __enter__(self) -> "LoaderProcess":
         return self
 
     def __exit__(
@@ -146,10 +149,10 @@ class Arm:
 
 
 def _serve(connection: Connection, name: str, setting: DataSetting) -> None:
-    """An arm's process: a batch for each word received, until the other end closes."""
+    """Run in a loader's process: make a batch for each message received, until the connection closes."""
     torch.set_num_threads(1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    batches = ARMS[name](setting)
+    batches = LOADERS[name](setting)
     while True:
         try:
             connection.recv()
@@ -162,24 +165,26 @@ def _serve(connection: Connection, name: str, setting: DataSetting) -> None:
         connection.send({**seconds, **sizes, "peak_memory_bytes_per_worker": resident_peak_bytes()})
 
 
-def compare_data(setting: DataSetting, arms: tuple[str, ...] = tuple(ARMS)) -> list[dict[str, Any]]:
-    """A row an arm: median images/s of one worker over `num_batches` batches made in turn (A B C A B C), after two of
-    each that are not counted; `cpu_share` is the median share of its core that it got, `ratio` ours over theirs.
+def compare_data(setting: DataSetting, loaders: tuple[str, ...] = tuple(LOADERS)) -> list[dict[str, Any]]:
+    """Return a row for each loader: the median images/s of one worker over `num_batches` batches.
+
+    The loaders make batches in turn (A B C A B C); the first two of each are not counted. `cpu_share` is the median
+    share of a core that the worker got, `ratio` our speed over this loader's.
 
     Raises:
         ValueError: a peer is not installed.
     """
-    if set(arms) - {"flipscale"}:
+    if set(loaders) - {"flipscale"}:
         require_data_peer()
     setting = replace(setting, data=replace(setting.data, num_workers=0))
     batch_size = setting.data.global_batch_size
     with ExitStack() as stack:
-        running = {name: stack.enter_context(Arm(name, setting)) for name in arms}
-        for arm in itertools.chain.from_iterable([list(running.values())] * _UNCOUNTED):
-            arm.next_batch()
-        turns = [{name: arm.next_batch() for name, arm in running.items()} for _ in range(setting.num_batches)]
+        running = {name: stack.enter_context(LoaderProcess(name, setting)) for name in loaders}
+        for loader in itertools.chain.from_iterable([list(running.values())] * _UNCOUNTED):
+            loader.next_batch()
+        turns = [{name: loader.next_batch() for name, loader in running.items()} for _ in range(setting.num_batches)]
     rows = []
-    for name in arms:
+    for name in loaders:
         wall = statistics.median(turn[name]["wall_s"] for turn in turns)
         rows.append(
             {
@@ -196,10 +201,10 @@ def compare_data(setting: DataSetting, arms: tuple[str, ...] = tuple(ARMS)) -> l
 
 
 def shards_in(folders: list[str]) -> list[str]:
-    """`folders` with each one that holds folders of shards, and none itself, replaced by these.
+    """Return `folders`, each one that holds no shards itself replaced by the folders of shards in it.
 
     Raises:
-        ValueError: nothing is there.
+        ValueError: a folder has no shards.
     """
     found = []
     for folder in folders:

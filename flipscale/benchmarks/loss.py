@@ -1,25 +1,24 @@
-"""Time and memory of the contrastive loss with its gradients, on unit vectors in memory."""
+"""Time and memory of the contrastive loss and its gradients, measured on random unit vectors."""
 
-import ctypes
 import json
 import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch.nn.functional import normalize
 
+from flipscale.benchmarks.memory import forget_peak_memory, peak_memory_since
 from flipscale.benchmarks.peer import require_open_clip
-from flipscale.benchmarks.step import device_name, matmul_peak, timed
+from flipscale.benchmarks.step import device_label, matmul_peak, timed
 from flipscale.objectives.contrastive import contrastive_loss
 
 Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-# Matrix products of 2 n^2 dim operations: ours makes the logits twice and takes two gradients from them; autograd on
-# `ClipLoss` makes them for each direction and takes two gradients from each.
+# Matrix products of 2 n^2 dim operations. Ours computes the logits twice and two gradients. `ClipLoss` with autograd
+# computes the logits and two gradients for each of the two directions.
 PRODUCTS = {"flipscale": 4, "open_clip": 6}
 
 
@@ -31,7 +30,7 @@ class LossSetting:
         n: pairs.
         dim: width of the embeddings.
         scale: inverse temperature.
-        steps: how often it is timed; the median counts.
+        steps: how often it is timed; the result is the median.
         code: `flipscale` or `open_clip`.
     """
 
@@ -48,12 +47,12 @@ class LossSetting:
 
     @property
     def flops(self) -> int:
-        """Operations of the matrix products that the code takes, forward and backward."""
+        """Operations of the matrix products, forward and backward."""
         return 2 * PRODUCTS[self.code] * self.n**2 * self.dim
 
 
 def open_clip_loss() -> Loss:
-    """open_clip's `ClipLoss`.
+    """Return open_clip's `ClipLoss`.
 
     Raises:
         ValueError: open_clip is not installed.
@@ -65,11 +64,12 @@ def open_clip_loss() -> Loss:
 
 
 def measure_loss(setting: LossSetting) -> dict[str, Any]:
-    """Figures of one loss, ready for JSON: `seconds` forward and backward, `extra_peak_bytes` above the embeddings
-    while it runs for the first time, gradients counted, `flops`, `share_of_matmul_peak` and `loss`.
+    """Return the figures of one loss, ready for JSON.
 
-    The allocator is as it comes: on a CPU, what is large and freed goes back to the system and is cleared anew. A
-    trainer's process keeps it (`flipscale.engines.launch`), which helps the code that takes more.
+    `seconds` are of forward and backward. `extra_peak_bytes` is the peak of the first run above what the embeddings
+    take, gradients included. The allocator is left at its defaults: on a CPU, large blocks that are freed go back to
+    the system and are cleared when they are allocated again. A trainer's process keeps them
+    (`flipscale.engines.launch`), which helps the code that allocates more.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     loss = contrastive_loss if setting.code == "flipscale" else open_clip_loss()
@@ -77,12 +77,12 @@ def measure_loss(setting: LossSetting) -> dict[str, Any]:
     held = inputs(setting.n, setting, device)
     before = forget_peak_memory(device)
     value = run_once(loss, held)
-    extra = peak_memory_bytes(device) - before
+    extra = peak_memory_since(device) - before
     peak_flops = matmul_peak(device, "fp32")
     seconds = statistics.median(timed(lambda: run_once(loss, held), device)[0] for _ in range(setting.steps))
     return {
         **asdict(setting),
-        "device": device_name(device),
+        "device": device_label(device),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "seconds": seconds,
@@ -95,7 +95,10 @@ def measure_loss(setting: LossSetting) -> dict[str, Any]:
 
 
 def inputs(n: int, setting: LossSetting, device: torch.device) -> list[torch.Tensor]:
-    """Images, texts and the scale, all to be given gradients; a text has a cosine of about 0.45 with its image."""
+    """Return image and text embeddings and the scale, all of which require gradients.
+
+    The cosine of a text with its image is about 0.45.
+    """
     images, texts = torch.randn(2, n, setting.dim, generator=torch.Generator().manual_seed(0))
     texts = images + 2.0 * texts
     embeds = [normalize(side, dim=1).to(device).requires_grad_() for side in (images, texts)]
@@ -103,7 +106,7 @@ def inputs(n: int, setting: LossSetting, device: torch.device) -> list[torch.Ten
 
 
 def run_once(loss: Loss, held: list[torch.Tensor]) -> float:
-    """The loss; leaves its gradients on none of `held`."""
+    """Return the loss after one forward and backward pass, the gradients of `held` cleared."""
     value = loss(*held)
     value.backward()
     for tensor in held:
@@ -111,38 +114,15 @@ def run_once(loss: Loss, held: list[torch.Tensor]) -> float:
     return value.item()
 
 
-def forget_peak_memory(device: torch.device) -> int:
-    """The bytes in use, above which `peak_memory_bytes` finds the peak from now on.
-
-    Raises:
-        ValueError: neither a GPU nor Linux.
-    """
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        return torch.cuda.memory_allocated(device)
-    if not Path("/proc/self/clear_refs").exists():
-        raise ValueError("the loss's peak memory is measured on a GPU or on Linux only")
-    # What was freed before would be taken again and not be seen.
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-    return peak_memory_bytes(device)
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory that tensors held on a GPU; on a CPU the most that was resident."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(status.split("VmHWM:")[1].split()[0])
-
-
 def compare_losses(sizes: list[int], dims: list[int], steps: int) -> Iterator[dict[str, Any]]:
-    """Our loss and open_clip's, each measured in a process of its own: our figures, with open_clip's as `open_clip_*`,
-    `time_ratio` (ours to theirs) and `memory_ratio` (theirs to ours).
+    """Measure our loss and open_clip's, each in a process of its own, and yield the figures of each size.
+
+    They are ours, with open_clip's as `open_clip_*`, `time_ratio` (ours over theirs) and `memory_ratio` (theirs over
+    ours).
 
     Raises:
         ValueError: open_clip is not installed.
-        OSError: a measurement failed, e.g. for want of memory.
+        OSError: a measurement failed, for example because memory ran out.
     """
     require_open_clip()
     for dim in dims:

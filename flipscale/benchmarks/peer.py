@@ -1,4 +1,4 @@
-"""open_clip's training step, and ours beside it."""
+"""The training step of open_clip, measured beside ours."""
 
 import gc
 import importlib.util
@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from flipscale.benchmarks.step import (
-    Step,
     StepSetting,
+    TrainingStep,
     flip_step,
     matmul_peak,
     step_figures,
@@ -22,18 +22,19 @@ MASK_RATIOS = (0.0, 0.5, 0.75)
 
 
 def require_open_clip() -> None:
-    """Nothing, where open_clip can be imported.
+    """Raise if open_clip cannot be imported.
 
     Raises:
-        ValueError: it cannot.
+        ValueError: open_clip is not installed.
     """
     if importlib.util.find_spec("open_clip") is None:
         raise ValueError("open_clip is not installed; pip install 'flipscale[peers]'")
 
 
-def open_clip_step(setting: StepSetting) -> Step:
-    """A training step of open_clip's CLIP with the same widths, layers, heads and lengths, its patch dropout in place
-    of our mask, and its own loss; on whole images in fp32, as its loader sends them.
+def open_clip_step(setting: StepSetting) -> TrainingStep:
+    """Return a training step of open_clip's CLIP with the same widths, layers, heads and lengths, and its own loss.
+
+    Its patch dropout takes the place of our mask. It gets whole images in fp32, as its loader sends them.
 
     Raises:
         ValueError: open_clip is not installed.
@@ -60,7 +61,7 @@ def open_clip_step(setting: StepSetting) -> Step:
         layers=text.num_hidden_layers,
         mlp_ratio=text.intermediate_size / text.hidden_size,
     )
-    # Patch dropout is off in eval mode.
+    # `train`, because patch dropout does nothing in eval mode.
     model = CLIP(vision.projection_dim, vision_cfg, text_cfg).to(setting.device).train()
     if setting.compile:
         model.compile()
@@ -76,8 +77,9 @@ def open_clip_step(setting: StepSetting) -> Step:
 
 
 def compare_steps(setting: StepSetting) -> Iterator[dict[str, Any]]:
-    """Our step and open_clip's, step by step in turn, in bf16 and fp32 without a mask, at half and at three quarters:
-    our figures, with `open_clip_images_per_s` and `ratio`.
+    """Time our step and open_clip's in turn, and yield our figures with `open_clip_images_per_s` and `ratio`.
+
+    The cases are bf16 and fp32, each unmasked, half masked and three quarters masked.
 
     Raises:
         ValueError: open_clip is not installed.

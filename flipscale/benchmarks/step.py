@@ -1,4 +1,4 @@
-"""Time, operations and memory of a training step on data that is already in memory."""
+"""Time, operations and memory of a training step, on data that is already on the device."""
 
 import statistics
 import time
@@ -17,7 +17,7 @@ from flipscale.model.masking import keep_patches, num_kept
 from flipscale.objectives.contrastive import contrastive_loss
 from flipscale.planning.flops import forward_flops
 
-Step = Callable[[], None]
+TrainingStep = Callable[[], None]
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -26,7 +26,7 @@ class StepSetting:
     """What is timed.
 
     Args:
-        size: what the result calls the model of `config`.
+        size: the name that the figures give the model of `config`.
         dtype: `bf16` (autocast over fp32 weights, as accelerate's mixed precision) or `fp32`.
         compile: torch.compile the model, in one graph.
         num_steps: how many steps are timed.
@@ -51,11 +51,11 @@ class StepSetting:
         num_kept(self.config.vision_config.num_patches, self.mask_ratio)
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """The context of the forward pass."""
+        """Return the autocast context of the forward pass."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == "bf16")
 
     def captions(self) -> torch.Tensor:
-        """Captions of full length, `(batch_size, max_position_embeddings)`."""
+        """Return random token ids `(batch_size, max_position_embeddings)`, without padding."""
         text = self.config.text_config
         shape = (self.batch_size, text.max_position_embeddings)
         return torch.randint(1, text.vocab_size, shape, device=self.device)
@@ -63,7 +63,7 @@ class StepSetting:
 
 @dataclass(frozen=True)
 class StepTimes:
-    """Seconds of each step, and the median share of the CPU threads' time that it got: below 0.9 others ran too."""
+    """Seconds of each step, and the median share of the CPU threads' time: below 0.9, something else ran too."""
 
     seconds: list[float]
     cpu_share: float
@@ -75,7 +75,7 @@ class StepTimes:
 
 
 def flip_batch(setting: StepSetting) -> dict[str, torch.Tensor]:
-    """A random batch as the loader sends it: `patches` uint8, `patch_index` int16 where masked, `input_ids`."""
+    """Return a random batch as the loader sends it: `patches` uint8, `input_ids`, and `patch_index` int16 if masked."""
     vision = setting.config.vision_config
     kept, pixels = num_kept(vision.num_patches, setting.mask_ratio), vision.num_channels * vision.patch_size**2
     shape = (setting.batch_size, kept, pixels)
@@ -90,8 +90,8 @@ def flip_batch(setting: StepSetting) -> dict[str, torch.Tensor]:
     return batch
 
 
-def flip_step(setting: StepSetting) -> Step:
-    """A whole training step: both towers, the loss in fp32, backward and AdamW."""
+def flip_step(setting: StepSetting) -> TrainingStep:
+    """Return a whole training step: both towers, the loss in fp32, backward and AdamW."""
     model = FlipModel(setting.config).train()
     # `.to` of a transformers model is typed as taking a model.
     cast(nn.Module, model).to(setting.device)
@@ -108,8 +108,8 @@ def flip_step(setting: StepSetting) -> Step:
     return training_step(model, loss)
 
 
-def training_step(model: nn.Module, loss: Callable[[], torch.Tensor]) -> Step:
-    """`loss`, its gradients, and the recipes' AdamW on the parameters of `model`."""
+def training_step(model: nn.Module, loss: Callable[[], torch.Tensor]) -> TrainingStep:
+    """Return a step that computes `loss` and its gradients and updates the parameters of `model` by AdamW."""
     optimizers = build_optimizers(model.named_parameters(), OptimRecipe())
     set_learning_rate(optimizers, 1e-6)
 
@@ -122,8 +122,8 @@ def training_step(model: nn.Module, loss: Callable[[], torch.Tensor]) -> Step:
     return step
 
 
-def time_in_turn(steps: Mapping[str, Step], num_steps: int, device: torch.device) -> dict[str, StepTimes]:
-    """The times of `num_steps` steps of each, A B A B, after two of each that are not counted."""
+def time_in_turn(steps: Mapping[str, TrainingStep], num_steps: int, device: torch.device) -> dict[str, StepTimes]:
+    """Return the times of `num_steps` steps of each, taken in turn (A B A B); two more of each go before, untimed."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     shares: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(-2, num_steps):
@@ -136,7 +136,7 @@ def time_in_turn(steps: Mapping[str, Step], num_steps: int, device: torch.device
 
 
 def timed(call: Callable[[], Any], device: torch.device) -> tuple[float, float]:
-    """Seconds on the wall and of the CPU, what was sent to the device waited for."""
+    """Return the wall and CPU seconds of a call, until the device is done with its work."""
     wait_for(device)
     wall, cpu = time.perf_counter(), time.process_time()
     call()
@@ -145,15 +145,15 @@ def timed(call: Callable[[], Any], device: torch.device) -> tuple[float, float]:
 
 
 def matmul_peak(device: torch.device, dtype: str) -> float:
-    """Operations a second of the fastest of a few square matrix products."""
+    """Return the operations per second of the fastest of a few square matrix products."""
     return fastest_product(device, DTYPES[dtype], sides=(4096, 8192) if device.type == "cuda" else (1024, 2048))
 
 
-def measure_step(setting: StepSetting, build: Callable[[StepSetting], Step] = flip_step) -> dict[str, Any]:
-    """Speed and memory of the step that `build` makes, ready for JSON.
+def measure_step(setting: StepSetting, build: Callable[[StepSetting], TrainingStep] = flip_step) -> dict[str, Any]:
+    """Return speed and memory of the step that `build` makes, ready for JSON.
 
-    `flops_per_pair` is `planning.flops`' count of a training step, the same for every `build`;
-    `share_of_matmul_peak` is those operations a second over `matmul_peak`.
+    `flops_per_pair` is the count of `planning.flops` for a training step, the same for every `build`.
+    `share_of_matmul_peak` is its operations per second over `matmul_peak`.
     """
     if setting.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(setting.device)
@@ -163,7 +163,7 @@ def measure_step(setting: StepSetting, build: Callable[[StepSetting], Step] = fl
 
 
 def step_figures(setting: StepSetting, times: StepTimes, peak: float) -> dict[str, Any]:
-    """The setting and what its `times` come to, ready for JSON."""
+    """Return the setting and the figures that follow from its `times`, ready for JSON."""
     flops, images_per_s = (
         forward_flops(setting.config, setting.mask_ratio).training,
         setting.batch_size / times.median_s,
@@ -174,7 +174,7 @@ def step_figures(setting: StepSetting, times: StepTimes, peak: float) -> dict[st
         "batch_size": setting.batch_size,
         "dtype": setting.dtype,
         "compile": setting.compile,
-        "device": device_name(setting.device),
+        "device": device_label(setting.device),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "images_per_s": images_per_s,
@@ -187,6 +187,6 @@ def step_figures(setting: StepSetting, times: StepTimes, peak: float) -> dict[st
     }
 
 
-def device_name(device: torch.device) -> str:
-    """The GPU's name, or `cpu`."""
+def device_label(device: torch.device) -> str:
+    """Return the GPU's name, or `cpu`."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

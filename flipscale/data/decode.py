@@ -1,12 +1,12 @@
 """From an encoded image to the uint8 patches that the model sees.
 
-What Pillow would show is what comes out, for every kind of image: turned as its EXIF says, grey, CMYK, palette and 16
-bits as RGB, transparent pixels laid on white. Pillow itself reads the odd ones; plain JPEGs go through libjpeg-turbo
-(`simplejpeg`) and plain PNGs and WebPs through OpenCV, 1.2 to 4 times faster.
+Every kind of image becomes the RGB that Pillow would show: turned as its EXIF block says, grey, CMYK, palette and
+16-bit images converted, transparent pixels on white. Plain JPEGs are decoded by libjpeg-turbo (`simplejpeg`), plain
+PNGs and WebPs by OpenCV, 1.2 to 4 times faster than by Pillow, which decodes all others.
 
-Images are resized with Pillow's antialiased bicubic (torch's vectorised one: at most 3 of 255 away, four times
-faster): the filter of open_clip, and of the processor that a released model ships with. The original's bicubic takes
-four taps at any scale and so aliases. `tests/data/test_decode.py` measures both differences.
+Images are resized with Pillow's antialiased bicubic filter, which open_clip and the processor of a released model use
+too. The implementation is torch's vectorised one: four times faster, and at most 3 of 255 away. The original's bicubic
+takes four taps at any scale, so it aliases. `tests/data/test_decode.py` measures both differences.
 """
 
 import io
@@ -21,16 +21,16 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from flipscale.data.faults import BadSample
 
-# Workers are the parallelism: OpenCV's own threads would only fight over their cores.
+# The workers already use all cores; OpenCV's own threads would compete with them.
 cv2.setNumThreads(0)
-# A damaged file is an exception here; OpenCV would also print each one.
+# A damaged file raises an exception; OpenCV would also print a message for each.
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
 
-# Four numbers for each of the ten tries of a random crop, and one for the flip.
+# A random crop has ten tries of four numbers each; one more number decides the flip.
 CROP_TRIES = 10
 DRAWS_PER_CROP = 4 * CROP_TRIES + 1
 
-# Pillow's own limit, 256 MiB of RGB; a file that decodes to more is a mistake or an attack.
+# Pillow's own limit, 256 MiB of RGB. A file that decodes to more is a mistake or an attack.
 MAX_PIXELS = 1024**3 // 4 // 3
 
 
@@ -44,7 +44,7 @@ class Box(NamedTuple):
 
 
 class UndecodableImage(BadSample):
-    """The bytes are not an image that can be read."""
+    """The bytes are not a readable image."""
 
     cause = "undecodable_image"
 
@@ -56,17 +56,19 @@ class OversizedImage(UndecodableImage):
 
 
 def centre_box(height: int, width: int, image_size: int, padding: int = 0) -> Box:
-    """The centred square of the original's evaluation: the whole short side at padding 0."""
+    """Return the centred square of the original's evaluation; at padding 0 it spans the short side."""
     side = int(image_size / (image_size + padding) * min(height, width))
     return Box((height - side + 1) // 2, (width - side + 1) // 2, side, side)
 
 
 def random_box(height: int, width: int, draws: np.ndarray, image_size: int, crop_scale: tuple[float, float]) -> Box:
-    """The original's random resized crop: area uniform in `crop_scale` of the image, aspect log-uniform in 3/4..4/3,
-    the first of ten tries that fits, else a centred square.
+    """Return the original's random resized crop: the first of ten tries that fits the image, else a centred square.
+
+    Each try draws the area uniformly from `crop_scale` of the image's, and the aspect ratio log-uniformly from 3/4 to
+    4/3.
 
     Args:
-        draws: `DRAWS_PER_CROP` uniform numbers of this sample.
+        draws: the `DRAWS_PER_CROP` uniform numbers of the sample.
     """
     log_ratio = math.log(4 / 3)
     for attempt in range(CROP_TRIES):
@@ -83,16 +85,17 @@ def random_box(height: int, width: int, draws: np.ndarray, image_size: int, crop
 def decode_box(
     encoded: bytes, draws: np.ndarray | None, image_size: int, crop_scale: tuple[float, float]
 ) -> np.ndarray:
-    """The cropped, resized image: uint8 RGB `(image_size, image_size, 3)`, contiguous.
+    """Return the image, cropped and resized: uint8 RGB `(image_size, image_size, 3)`, contiguous.
 
-    For a random crop a JPEG is decoded at half, a quarter or an eighth of its size where that leaves `image_size`
-    pixels across the crop.
+    For a random crop, a JPEG is decoded at half, a quarter or an eighth of its size if the crop still has `image_size`
+    pixels across.
 
     Args:
         draws: `DRAWS_PER_CROP` uniform numbers for a random crop and flip; None for the centred square.
 
     Raises:
-        UndecodableImage: no image, a damaged one, or (OversizedImage) one of more than `MAX_PIXELS` pixels.
+        UndecodableImage: the bytes are no image or a damaged one.
+        OversizedImage: the image has more than `MAX_PIXELS` pixels.
     """
     jpeg_size = _plain_jpeg_size(encoded)
     if jpeg_size is None:
@@ -108,7 +111,7 @@ def decode_box(
     else:
         box = random_box(height, width, draws, image_size, crop_scale)
     if jpeg_size is not None:
-        # A scaled crop is rounded to whole pixels: no matter for a random one, but a test image is decoded whole.
+        # A scaled crop is rounded to whole pixels. A random crop may be; a test image is decoded at full size.
         eighths = 8 if draws is None else _fewest_eighths(box, image_size)
         image = _upright(_decode_jpeg(encoded, jpeg_size, eighths), orientation)
         box = Box(*(round(side * eighths / 8) for side in box))
@@ -119,10 +122,10 @@ def decode_box(
 
 
 def decode_whole(encoded: bytes) -> np.ndarray:
-    """The whole image, upright: uint8 RGB `(height, width, 3)`.
+    """Return the whole image, upright: uint8 RGB `(height, width, 3)`.
 
     Raises:
-        UndecodableImage: as `decode_box` does.
+        UndecodableImage: as for `decode_box`.
     """
     jpeg_size = _plain_jpeg_size(encoded)
     if jpeg_size is None:
@@ -131,17 +134,19 @@ def decode_whole(encoded: bytes) -> np.ndarray:
 
 
 def resize(crop: np.ndarray, image_size: int) -> np.ndarray:
-    """A crop `(height, width, 3)` as `(image_size, image_size, 3)`, both uint8: Pillow's BICUBIC."""
-    # Unsqueezed before it is permuted: only then does torch see that the channels come last, and copies nothing.
+    """Resize a crop `(height, width, 3)` to `(image_size, image_size, 3)`, both uint8, by Pillow's BICUBIC."""
+    # In this order (unsqueeze, then permute) torch recognises channels-last memory and copies nothing.
     planes = torch.from_numpy(np.ascontiguousarray(crop)).unsqueeze(0).permute(0, 3, 1, 2)
     resized = torch.nn.functional.interpolate(planes, (image_size, image_size), mode="bicubic", antialias=True)
     return resized[0].permute(1, 2, 0).numpy()
 
 
 def visible_patches(image: np.ndarray, patch_size: int, patch_index: np.ndarray | None) -> np.ndarray:
-    """The patches `patch_index` `(kept,)` or `(views, kept)` of an image `(size, size, 3)`, or all: uint8
-    `(kept, 3 * p * p)` or `(views, kept, 3 * p * p)`, each laid out channel by channel as a flattened convolution
-    kernel."""
+    """Return the patches `patch_index` of an image `(size, size, 3)`, or all patches if that is None.
+
+    An index `(kept,)` gives uint8 `(kept, 3 * p * p)`, an index `(views, kept)` gives `(views, kept, 3 * p * p)`. A
+    patch is laid out channel by channel, as a flattened convolution kernel.
+    """
     side = image.shape[0] // patch_size
     grid = image.reshape(side, patch_size, side, patch_size, 3).transpose(0, 2, 4, 1, 3)
     if patch_index is None:
@@ -151,16 +156,16 @@ def visible_patches(image: np.ndarray, patch_size: int, patch_index: np.ndarray 
 
 
 def _fewest_eighths(box: Box, image_size: int) -> int:
-    """The smallest scale that leaves `image_size` pixels across `box`, in eighths: 1, 2, 4 or 8.
+    """Return the smallest scale, in eighths (1, 2, 4 or 8), at which `box` still has `image_size` pixels across.
 
-    libjpeg-turbo has vector code for these scales alone; at 5 to 7 eighths it is slower than at 8.
+    libjpeg-turbo has vector code for these scales only; at 5 to 7 eighths it is slower than at 8.
     """
     least = 8 * image_size / min(box.height, box.width)
     return next((eighths for eighths in (1, 2, 4) if eighths >= least), 8)
 
 
 def _plain_jpeg_size(encoded: bytes) -> tuple[int, int] | None:
-    """Height and width as stored of a JPEG in colour or grey, from its header; None for all that Pillow must judge."""
+    """Return height and width, as stored, of a JPEG in colour or grey; None for all that Pillow must decode."""
     if encoded[:2] != b"\xff\xd8":
         return None
     try:
@@ -177,12 +182,12 @@ def _check_size(height: int, width: int) -> None:
 
 
 def _decode_jpeg(encoded: bytes, size: tuple[int, int], eighths: int) -> np.ndarray:
-    """RGB as stored, at `eighths` of its `size`, rounded up."""
+    """Return the RGB as stored, at `eighths` of its `size`, rounded up."""
     min_height, min_width = (-(-side * eighths // 8) for side in size)
     try:
         return simplejpeg.decode_jpeg(encoded, colorspace="RGB", min_height=min_height, min_width=min_width)
     except (ValueError, KeyError):
-        # Damaged. Pillow reads on over stray bytes, but not past the end of a file that was cut short.
+        # The file is damaged. Pillow skips stray bytes, but refuses a file that was cut short.
         whole = _pixels(_open(encoded), upright=False)
         return whole if eighths == 8 else cv2.resize(whole, (min_width, min_height), interpolation=cv2.INTER_AREA)
 
@@ -191,19 +196,19 @@ _FIRST_SIDEWAYS = 5  # EXIF orientations 5 to 8 swap width and height
 
 
 def _exif_orientation(encoded: bytes) -> int:
-    """1 to 8, as the EXIF block of a JPEG says; 1 where it has none or a damaged one."""
+    """Return the orientation, 1 to 8, in a JPEG's EXIF block; 1 if there is no such block or a damaged one."""
     if not _has_exif(encoded):
         return 1
     try:
         orientation = Image.open(io.BytesIO(encoded)).getexif().get(ExifTags.Base.Orientation, 1)
     except Exception:
-        # Pillow meets a damaged EXIF block with whatever its parser stumbled over; the pixels may be sound.
+        # Pillow raises many kinds of exceptions for a damaged EXIF block. The pixels may be intact.
         return 1
     return orientation if orientation in range(1, 9) else 1
 
 
 def _has_exif(encoded: bytes) -> bool:
-    """Whether one of the APPn blocks at the start of a JPEG is EXIF; most images of shards have none."""
+    """Return whether one of the APPn blocks at the start of a JPEG is EXIF; most images in shards have none."""
     start = 2
     while encoded[start : start + 1] == b"\xff" and 0xE0 <= encoded[start + 1] <= 0xEF:
         if encoded.startswith(b"Exif\0", start + 4):
@@ -213,7 +218,7 @@ def _has_exif(encoded: bytes) -> bool:
 
 
 def _upright(image: np.ndarray, orientation: int) -> np.ndarray:
-    """A view of `image` as its EXIF `orientation` says to show it."""
+    """Return a view of `image`, turned and mirrored as its EXIF `orientation` says."""
     if orientation in (3, 4, 6, 7):
         image = image[::-1]
     if orientation in (2, 3, 7, 8):
@@ -222,7 +227,7 @@ def _upright(image: np.ndarray, orientation: int) -> np.ndarray:
 
 
 def _open(encoded: bytes) -> Image.Image:
-    """The image by Pillow, its header read."""
+    """Open an image with Pillow, which reads only its header."""
     try:
         image = Image.open(io.BytesIO(encoded))
     except Image.DecompressionBombError as error:
@@ -236,7 +241,7 @@ def _open(encoded: bytes) -> Image.Image:
 
 
 def _decode_other(encoded: bytes) -> np.ndarray:
-    """RGB of anything that Pillow reads, upright."""
+    """Return the upright RGB of anything that Pillow reads."""
     image = _open(encoded)
     plain = image.mode in ("L", "RGB") and not {"transparency", "exif", "xmp"} & image.info.keys()
     if plain and image.format in ("PNG", "WEBP"):
@@ -247,12 +252,12 @@ def _decode_other(encoded: bytes) -> np.ndarray:
 
 
 def _pixels(image: Image.Image, upright: bool) -> np.ndarray:
-    """RGB of an image of any mode, on white where it is transparent; turned `upright` or as stored."""
+    """Return the RGB of an image of any mode, transparent pixels on white, turned `upright` or as stored."""
     try:
         if upright:
             image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):
-            # 16 bits of grey, which Pillow would clip at 255.
+            # 16-bit grey; Pillow's conversion would clip it at 255.
             grey = (np.asarray(image).astype(np.int32) >> 8).clip(0, 255).astype(np.uint8)
             return np.repeat(grey[:, :, None], 3, axis=2)
         if image.has_transparency_data:

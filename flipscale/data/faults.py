@@ -1,4 +1,4 @@
-"""What can be wrong with a sample, and what takes its place: a rule that every rank and every rerun takes alike."""
+"""What can be wrong with a sample, and which sample replaces it. All ranks and all reruns choose the same one."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -7,19 +7,19 @@ _TRIED_IN_SHARD, _SHARDS_TRIED = 16, 16
 
 
 class BadSample(ValueError):
-    """A sample that cannot be learned from. `cause` is the word it is counted by, the message says more."""
+    """A sample that cannot be trained on. It is counted under `cause`; the message has the details."""
 
     cause = "bad_sample"
 
 
 class TruncatedSample(BadSample):
-    """The shard ends inside it, though it did not when it was indexed."""
+    """The shard ends inside the sample; it was longer when it was indexed."""
 
     cause = "truncated_shard"
 
 
 class MissingCaption(BadSample):
-    """There is no caption, or a blank one."""
+    """The sample has no caption, or a blank one."""
 
     cause = "missing_caption"
 
@@ -32,8 +32,10 @@ class UndecodableCaption(BadSample):
 
 @dataclass(frozen=True)
 class Fault:
-    """A sample (or a whole shard: `position`, `number` and `key` None) that could not be used, as it stands in
-    `bad_samples.jsonl`."""
+    """A record of `bad_samples.jsonl`: a sample that could not be used, and why.
+
+    For a whole shard, `position`, `number` and `key` are None.
+    """
 
     position: int | None
     shard: str
@@ -44,8 +46,11 @@ class Fault:
 
 
 def candidates(shard_sizes: Sequence[int], shard: int, number: int) -> Iterator[tuple[int, int]]:
-    """The sample (shard, number), then those that may take its place: the ones after it in its shard (after the last,
-    the first), and when 16 in a row are bad, the same numbers of the next shard that has samples; 256 in all."""
+    """Yield the sample (shard, number), then those that may replace it, 256 in all.
+
+    They are the next ones in its shard, the first following the last. After 16 of a shard come the same numbers of the
+    next shard that has samples.
+    """
     for _ in range(_SHARDS_TRIED):
         size = shard_sizes[shard]
         for step in range(min(_TRIED_IN_SHARD, size)):

@@ -1,8 +1,8 @@
-"""Batches handed to the device, step after step, whatever becomes of the workers."""
+"""The batches of a run, step after step: dead workers are restarted, and batches are copied to the device ahead."""
 
+import logging
 import re
 import signal
-import sys
 import threading
 from collections.abc import Iterator
 from itertools import islice
@@ -14,18 +14,21 @@ from flipscale.data.loader import StepSampler, build_loader
 from flipscale.data.packed import PackedBatch
 from flipscale.data.pairs import PairDataset
 
-# A sample that kills whoever reads it must not keep a run busy for ever.
+_log = logging.getLogger(__name__)
+
+# Otherwise a sample that kills every worker that reads it would keep the run restarting them for ever.
 _MAX_DEATHS_IN_A_ROW = 3
 
 
 def enduring_batches(
     dataset: PairDataset, first_step: int, last_step: int, rank: int, world_size: int, pin_memory: bool
 ) -> Iterator[list[PackedBatch]]:
-    """The batches of steps [first_step, last_step) that process `rank` takes, each as its micro-batches; a step's list
-    is all that holds them.
+    """Yield the batches of steps [first_step, last_step) that process `rank` takes, each as a list of micro-batches.
 
-    When a worker dies (out of memory, killed), what it was reading is reported and all workers are started again at the
-    step that is due: a batch is a function of its step, so nothing is lost or seen twice.
+    Nothing else refers to the micro-batches: clearing the list frees them.
+
+    When a worker dies (out of memory, killed), what it was reading is logged and all workers are started again at the
+    current step. A batch is a function of its step, so none is lost or seen twice.
 
     Raises:
         ValueError: the data cannot be used.
@@ -48,22 +51,22 @@ def enduring_batches(
                     f"{died}; that is {deaths} times in a row at step {step}: remove that shard, or give workers more "
                     "memory or use fewer (data.num_workers), and start the run again"
                 ) from error
-            print(f"flipscale: {died}; starting the workers again at step {step}", file=sys.stderr, flush=True)
+            _log.warning("%s; starting the workers again at step %d", died, step)
 
 
 class _WorkerDied(Exception):
-    """A worker ended; `pids` are those that torch names, if it does."""
+    """A worker died. `pids` are the workers that torch names, empty if it names none."""
 
     def __init__(self, pids: set[int]):
         self.pids = pids
 
 
 def _together(micro_batches: Iterator[PackedBatch | Exception], count: int) -> list[PackedBatch]:
-    """The next `count` micro-batches, none at the end.
+    """Return the next `count` micro-batches, an empty list at the end.
 
     Raises:
-        _WorkerDied: instead of one.
-        ValueError, OSError: of the data.
+        _WorkerDied: a worker died before it delivered them.
+        ValueError, OSError: the data cannot be used or read.
     """
     try:
         batch = list(islice(micro_batches, count))
@@ -82,21 +85,21 @@ def _together(micro_batches: Iterator[PackedBatch | Exception], count: int) -> l
 
 
 def _start(loader: DataLoader) -> Iterator[PackedBatch | Exception]:
-    """The loader's micro-batches, its workers started.
+    """Start the workers of `loader` and return the iterator over its micro-batches.
 
-    torch has the death of a worker raise an exception wherever the main thread happens to be, in the middle of a
-    backward pass if so; without its signal handler the one who waits for the next batch is told.
+    When a worker dies, torch's signal handler raises an exception wherever the main thread is, be it in the middle of a
+    backward pass. Without that handler, the exception comes from the wait for the next batch.
     """
     before = signal.getsignal(signal.SIGCHLD)
     batches = iter(loader)
     if threading.current_thread() is threading.main_thread() and before is not None:
-        is_torch_s = getattr(before, "__module__", "").startswith("torch.")  # of a loader before this one
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL if is_torch_s else before)
+        set_by_torch = getattr(before, "__module__", "").startswith("torch.")  # for an earlier loader
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL if set_by_torch else before)
     return batches
 
 
 def _describe_death(death: _WorkerDied, dataset: PairDataset) -> str:
-    """Which workers died reading what."""
+    """Say which workers died, and what they were reading."""
     reading = [
         dataset.source.shard_name(shard)
         for pid, shard in dataset.reading.tolist()
@@ -107,7 +110,7 @@ def _describe_death(death: _WorkerDied, dataset: PairDataset) -> str:
 
 
 def on_device(batches: Iterator[list[PackedBatch]], device: torch.device) -> Iterator[list[PackedBatch]]:
-    """The same batches on `device`; on a GPU each is copied while the step before it computes."""
+    """Yield the batches on `device`. To a GPU, each is copied while the step before it computes."""
     if device.type != "cuda":
         yield from batches
         return
@@ -123,7 +126,7 @@ def on_device(batches: Iterator[list[PackedBatch]], device: torch.device) -> Ite
         batch = upcoming
         computing.wait_stream(copying)
         for micro_batch in batch:
-            # Its memory belongs to the other stream: not to be used again before this one is through with it.
+            # The memory belongs to the copying stream, which must not reuse it before this stream is done with it.
             micro_batch.buffer.record_stream(computing)
         upcoming = copied()
         yield batch

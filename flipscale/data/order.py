@@ -1,4 +1,4 @@
-"""The global order: which sample stands at which position, for ever."""
+"""The global order: which sample stands at which position."""
 
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -9,27 +9,28 @@ from flipscale.data.randomness import keyed_permutation
 
 
 class GlobalOrder:
-    """Maps a global position to (shard, sample): a pure function of (seed, position).
+    """A map from global positions to (shard, sample): a pure function of (seed, position).
 
-    Step s of batch size B is positions [s*B, (s+1)*B), whatever the number of processes and workers, so resuming is a
-    number. An epoch visits every sample once: its shards are permuted, cut into blocks of `shards_per_block`, and the
-    samples of a block are permuted together.
+    Step s of batch size B is positions [s*B, (s+1)*B), whatever the number of processes and workers, so the state to
+    resume from is one number. An epoch visits every sample once: its shards are permuted and cut into blocks of
+    `shards_per_block`, and the samples of a block are permuted together.
 
-    Quality: a sample can land anywhere in the epoch; on average it travels a third of it, as in a uniform shuffle (0.34
-    measured at 400 M samples). Its company is its block: 160,000 samples at the usual 10,000 a shard and 16 shards. So
-    a batch of 16,384 draws on the 16 shards of a block (32 where one ends), and two samples of one shard meet in it one
-    time in ten. Where a shard's samples are alike (one site, one query), raise `shards_per_block`.
+    Quality: a sample can land anywhere in the epoch. On average it moves by a third of the epoch, as in a uniform
+    shuffle (0.34 measured at 400 M samples). It stays among the samples of its block: 160,000 for 16 shards of the
+    usual 10,000. A batch of 16,384 comes from the 16 shards of a block (32 where a block ends), and two samples of one
+    shard are in the same batch one time in ten. If the samples of a shard are alike (one site, one query), raise
+    `shards_per_block`.
 
     Cost: 16 bytes a sample for each of the last two blocks, 5 MB; 60 ms at the start of a block. Reading in this order
-    takes as many open files as a block has shards and one read a sample, so one seek a sample where nothing is cached
-    and none where a block fits the page cache. A test counts both.
+    takes one open file for each shard of a block, and one read for each sample: one seek if nothing is cached, none if
+    a block fits the page cache. A test counts both.
 
     Args:
-        shard_sizes: samples in each shard, in the order the shards are listed.
-        name: sets the order of one source of a mixture apart from the others'.
+        shard_sizes: samples in each shard, in the order in which the shards are listed.
+        name: makes the order of one source of a mixture differ from the others'.
 
     Raises:
-        ValueError: no sample at all.
+        ValueError: there is no sample.
     """
 
     def __init__(self, shard_sizes: Sequence[int], seed: int, shards_per_block: int = 16, name: str = ""):
@@ -44,7 +45,7 @@ class GlobalOrder:
         self._blocks: OrderedDict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = OrderedDict()
 
     def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Shard numbers and sample numbers within them, int64, for global `positions` (int64, any order)."""
+        """Return the shard, and the number in it, of the sample at each of `positions` (any order); all are int64."""
         positions = np.asarray(positions, dtype=np.int64)
         epochs, offsets = np.divmod(positions, self.num_samples)
         shards, samples = np.empty_like(positions), np.empty_like(positions)
@@ -60,7 +61,7 @@ class GlobalOrder:
         return shards, samples
 
     def shards_ahead(self, position: int) -> list[int]:
-        """The shards of the block that `position` lies in, then those of the block after it."""
+        """Return the shards of the block of `position`, then those of the next block."""
         epoch, offset = divmod(position, self.num_samples)
         order, block_starts = self._epoch(epoch)
         block = int(np.searchsorted(block_starts, offset, side="right")) - 1
@@ -70,7 +71,7 @@ class GlobalOrder:
         return ahead
 
     def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """The epoch's order of shards, and the position at which each of its blocks starts."""
+        """Return the epoch's order of shards, and the offset in the epoch at which each block starts."""
         if epoch not in self._epochs:
             order = keyed_permutation(self.seed, f"shards{self.name}", epoch, len(self.shard_sizes))
             ends = np.concatenate([[0], np.cumsum(self.shard_sizes[order])])
@@ -80,7 +81,7 @@ class GlobalOrder:
         return self._epochs[epoch]
 
     def _block(self, epoch: int, block: int) -> tuple[np.ndarray, np.ndarray]:
-        """Shard and sample numbers of a block, in the order it is read."""
+        """Return the shard and sample numbers of a block in the order in which they are read."""
         if (epoch, block) not in self._blocks:
             order, block_starts = self._epoch(epoch)
             members = order[block * self.shards_per_block : (block + 1) * self.shards_per_block]

@@ -19,7 +19,7 @@ class Field(NamedTuple):
 
 
 class PackedBatch(dict[str, torch.Tensor]):
-    """The tensors of a batch by name, all of them views of the uint8 tensor `buffer`; and its `faults`."""
+    """The tensors of a batch by name, all of them views of the uint8 tensor `buffer`, and the batch's `faults`."""
 
     def __init__(self, buffer: torch.Tensor, layout: dict[str, Field], faults: list[Fault]):
         self.buffer, self.layout, self.faults = buffer, layout, faults
@@ -29,7 +29,7 @@ class PackedBatch(dict[str, torch.Tensor]):
 
     @classmethod
     def of(cls, batch: dict[str, Any]) -> "PackedBatch":
-        """What `PairDataset` makes, packed; in a worker into shared memory, where it would be copied to anyway."""
+        """Pack what `PairDataset` returns. A worker packs into shared memory, where the batch would go anyway."""
         tensors = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
         layout, size = {}, 0
         for name, tensor in tensors.items():
@@ -45,11 +45,11 @@ class PackedBatch(dict[str, torch.Tensor]):
         return packed
 
     def pin_memory(self) -> "PackedBatch":
-        """The same in page-locked memory; the DataLoader calls it."""
+        """Return a copy in page-locked memory; the DataLoader calls this."""
         return PackedBatch(self.buffer.pin_memory(), self.layout, self.faults)
 
     def to(self, device: torch.device) -> "PackedBatch":
-        """The same on `device`, by one transfer, not waited for."""
+        """Return a copy on `device`, made by one transfer that is not waited for."""
         return PackedBatch(self.buffer.to(device, non_blocking=True), self.layout, self.faults)
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -1,8 +1,8 @@
 """Random numbers that are a pure function of (seed, purpose, position): crops, flips, masks and order.
 
-There is no generator state anywhere: the same position draws the same numbers in any process, in any worker, after a
-resume and in a second pass. The mixer is SplitMix64's finaliser (Steele, Lea, Flood 2014), keyed per purpose, run once
-over the position and once over the draw, on whole batches at a time.
+There is no generator state: a position gets the same numbers in any process and worker, after a resume and in a second
+pass. The mixer is SplitMix64's finaliser (Steele, Lea, Flood 2014) with a key for each purpose. It runs once over the
+position and once over the number of the draw, for a whole batch at a time.
 """
 
 import hashlib
@@ -24,12 +24,12 @@ def _key(seed: int, purpose: str) -> np.ndarray:
 
 
 def keyed_uniform(seed: int, purpose: str, positions: np.ndarray, count: int) -> np.ndarray:
-    """`count` uniform numbers in [0, 1) for each of `positions`: float64 `(len(positions), count)`."""
+    """Return `count` uniform numbers in [0, 1) for each of `positions`: float64 `(len(positions), count)`."""
     rows = _mix(_key(seed, purpose) + np.asarray(positions).astype(np.uint64) * _GOLDEN)
     bits = _mix(rows[:, None] + (np.arange(count, dtype=np.uint64) + np.uint64(1)) * _GOLDEN)
     return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def keyed_permutation(seed: int, purpose: str, key: int, count: int) -> np.ndarray:
-    """A permutation of `range(count)`, int64, chosen by (seed, purpose, key)."""
+    """Return the permutation of `range(count)`, int64, that (seed, purpose, key) chooses."""
     return np.argsort(keyed_uniform(seed, purpose, np.array([key]), count)[0], kind="stable")

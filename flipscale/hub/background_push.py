@@ -1,5 +1,6 @@
-"""Pushing while training: every save, by a process of its own that the loop never waits for, and the finished model."""
+"""Push every checkpoint while the run trains, in a process that training never waits for, and the finished model."""
 
+import logging
 import os
 import shutil
 import subprocess
@@ -10,16 +11,18 @@ from pathlib import Path
 from flipscale.hub.upload import Target, open_repo, push_folder
 from flipscale.training.recipe import HubRecipe, Recipe
 
-_NICENESS = 10  # behind the data workers, which the accelerators wait for
-# A process that has nothing of the accelerators and one thread, and whose log is read by people.
+_log = logging.getLogger(__name__)
+
+_NICENESS = 10  # a lower priority than the data workers, which the accelerators wait for
+# The process sees no accelerator and uses one thread. Its log is read by people.
 _ENVIRONMENT = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 
 
 def target_of(recipe: HubRecipe) -> Target | None:
-    """Where a run's model goes, None where it stays.
+    """Return where a run's model is pushed to, or None if it is not pushed.
 
     Raises:
-        ValueError: it is to be pushed and has no name, or one that is none.
+        ValueError: the recipe asks for a push but has no valid name for the model.
     """
     if not recipe.push_to_hub:
         return None
@@ -29,18 +32,18 @@ def target_of(recipe: HubRecipe) -> Target | None:
 
 
 def card_name(recipe: Recipe) -> str:
-    """What the finished model of a run is loaded by: its name on the Hub, or its folder where it stays."""
+    """Return the name by which a run's finished model is loaded: on the Hub if it is pushed, else its folder."""
     target = target_of(recipe.hub)
     return target.repo_id if target else str(Path(recipe.output_dir) / "model")
 
 
 def open_target(recipe: HubRecipe, resumes: bool) -> None:
-    """Makes the repository that a run will push to, so that a token without rights is found out before it trains.
+    """Create the repository that a run will push to, so that a token without rights is found before training.
 
-    The first process alone asks. A Hub that is away stops no run, and nothing stops one that has begun.
+    Only the first process does so. If the Hub cannot be reached, the run goes on; a resumed run goes on in any case.
 
     Raises:
-        ValueError: no token, no right to write, an unknown organisation.
+        ValueError: there is no token, it may not write there, or the organisation is unknown.
     """
     target = target_of(recipe)
     if target is None or not _is_first_process():
@@ -50,15 +53,14 @@ def open_target(recipe: HubRecipe, resumes: bool) -> None:
     except (ValueError, OSError) as error:
         if isinstance(error, ValueError) and not resumes:
             raise
-        print(f"flipscale: {error}; the run goes on and pushes its next save", file=sys.stderr, flush=True)
+        _log.warning("%s; the run goes on and will push its next checkpoint", error)
 
 
 class BackgroundPush:
-    """Pushes saves one after the other, the newest of those waiting; what went on is in the run's `push.log`.
+    """Pushes checkpoints one at a time, always the newest. The output of the pushes is in the run's `push.log`.
 
-    Each push is `flipscale push RUN ORG/NAME --step N` as a process: it reads the checkpoint from disk, takes no
-    accelerator, and neither its memory nor its interpreter is the loop's. One that fails is told, and the next save
-    brings the repository up to date.
+    Each push is a process, `flipscale push RUN ORG/NAME --step N`, which reads the checkpoint from disk and uses no
+    accelerator. A push that fails is logged; the next checkpoint brings the repository up to date.
     """
 
     def __init__(self, recipe: Recipe, last_step: int, is_main_process: bool):
@@ -72,7 +74,10 @@ class BackgroundPush:
         self._thread: threading.Thread | None = None
 
     def offer(self, step: int) -> None:
-        """A save to push, in place of one that still waits; not the last one, which `push_finished` pushes."""
+        """Push this checkpoint when the current push is done, instead of one that waits; not the run's last one.
+
+        `push_finished` pushes the last one.
+        """
         if self._target is None or step >= self.last_step:
             return
         with self._changed:
@@ -83,7 +88,7 @@ class BackgroundPush:
             self._thread.start()
 
     def close(self) -> None:
-        """Ends it here and now, a push that is under way included: a newer model follows, or a resumed run's."""
+        """Stop at once, also a push that is running: a newer model will follow, from this run or when it resumes."""
         with self._changed:
             self._closed = True
             self._changed.notify()
@@ -102,14 +107,14 @@ class BackgroundPush:
                 failed: str | None = None
                 try:
                     self._process = self._start(step, target)
-                except OSError as error:  # no memory for a process, no space for its log
+                except OSError as error:  # not enough memory for a process, or no space for its log
                     failed = str(error)
             if failed is None and self._process is not None and self._process.wait() != 0:
                 failed = _last_line(self.run_dir / "push.log")
             shutil.rmtree(export_folder(self.run_dir, step), ignore_errors=True)
             if failed is not None and not self._closed:
-                told = f"step {step} was not pushed to {target} ({failed}); the run goes on and pushes its next save"
-                print(f"flipscale: {told}", file=sys.stderr, flush=True)
+                told = "step %d was not pushed to %s (%s); the run goes on and will push its next checkpoint"
+                _log.warning(told, step, target, failed)
 
     def _start(self, step: int, target: Target) -> subprocess.Popen[bytes]:
         command = [*push_command(self.run_dir, target), "--step", str(step)]
@@ -126,10 +131,10 @@ class BackgroundPush:
 
 
 def push_finished(recipe: Recipe) -> None:
-    """The model of a run that is done, on the Hub if it is to be there; the first process alone, the others gone.
+    """Push the model of a finished run if its recipe asks for that; only the first process does so.
 
     Raises:
-        OSError: it is not there; the message has the command that pushes it by hand.
+        OSError: the push failed. The message has the command that pushes it by hand.
     """
     target, run_dir = target_of(recipe.hub), Path(recipe.output_dir)
     if target is None or not _is_first_process() or not (run_dir / "DONE").exists():
@@ -145,7 +150,7 @@ def push_finished(recipe: Recipe) -> None:
 
 
 def push_command(run_dir: Path, target: Target) -> list[str]:
-    """The command that pushes a run's model."""
+    """Return the command that pushes a run's model."""
     private = ["--private"] if target.private else []
     return [
         *["flipscale", "push", str(run_dir), target.repo_id, *private],
@@ -154,7 +159,7 @@ def push_command(run_dir: Path, target: Target) -> list[str]:
 
 
 def export_folder(run_dir: Path, step: int) -> Path:
-    """Where a checkpoint's model is while it is pushed."""
+    """Return where a checkpoint's model is exported to while it is pushed."""
     return run_dir / f".push-step-{step:08d}"
 
 

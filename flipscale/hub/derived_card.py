@@ -1,4 +1,4 @@
-"""The card of a model in another program's form: how to load it there, what it was made from, under which licence."""
+"""The card of a model that was converted for another program: how to load it, its base model and its licence."""
 
 from pathlib import Path
 
@@ -6,8 +6,10 @@ from huggingface_hub import ModelCard, ModelCardData
 
 
 def derived_card(src: str, name: str, library: str, text: str) -> str:
-    """A card, as Markdown, for `name`, a form of the model folder or Hub name `src` for `library`; its licence is that
-    of the card of `src`, absent where that has none."""
+    """Return the card, as Markdown, of `name`: the model folder or Hub name `src`, converted for `library`.
+
+    The licence is copied from the card of `src`, if that has one.
+    """
     data = ModelCardData(
         library_name=library,
         license=_licence(src),
@@ -20,7 +22,7 @@ def derived_card(src: str, name: str, library: str, text: str) -> str:
 
 def _licence(src: str) -> str | None:
     try:
-        # Of a folder without a card there is nothing to load; of a Hub name it may not be reached.
+        # A folder may have no card, and the Hub may be out of reach.
         return ModelCard.load(Path(src) / "README.md" if Path(src).is_dir() else src).data.license
     except (OSError, ValueError):
         return None

@@ -1,4 +1,4 @@
-"""A model folder or Hub name, loaded with one clear error where it cannot be."""
+"""Load a model folder or Hub name, with one clear error if that fails."""
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -6,13 +6,13 @@ from flipscale.model import FlipModel
 
 
 def load_flip(name: str) -> tuple[FlipModel, PreTrainedTokenizerBase]:
-    """The model, in evaluation mode, and the tokenizer of a model folder or Hub name.
+    """Return the model, in evaluation mode, and the tokenizer of a model folder or Hub name.
 
-    Nothing is unpickled and none of the folder's code is run.
+    Nothing is unpickled, and none of the folder's code is run.
 
     Raises:
-        ValueError: it is missing, not whole, of a newer version, saved as a pickle only, has other weights than its
-            config says, or has no tokenizer.
+        ValueError: it is missing, incomplete, of a newer version or saved only as a pickle, its weights do not fit its
+            config, or it has no tokenizer.
     """
     try:
         model, report = FlipModel.from_pretrained(name, output_loading_info=True)

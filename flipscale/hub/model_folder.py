@@ -1,4 +1,4 @@
-"""The model folder that everybody else loads, with flipscale installed or without."""
+"""Write the model folder that others load, with or without flipscale installed."""
 
 import copy
 import json
@@ -19,16 +19,18 @@ from flipscale.files.aside import written_aside
 from flipscale.model import FlipConfig, FlipModel, FlipProcessor
 from flipscale.training.recipe import parse_recipe
 
-# Above it weights are cut into files: the Hub's own client resumes an upload or download by the file.
+# Larger weights are split into files, because the Hub's client resumes uploads and downloads file by file.
 MAX_SHARD_SIZE = "5GB"
 
 
 def build_processor(config: FlipConfig, tokenizer: PreTrainedTokenizerBase) -> FlipProcessor:
-    """The processor of a model: its short side resized (bicubic) to `image_size`, the centre cut out, its mean and
-    deviation; captions cut and padded to `max_position_embeddings` ids.
+    """Return the processor of a model.
 
-    The image processor is the PIL one, which needs no torchvision. The folder it is saved to names neither backend:
-    transformers reads it with torchvision's where that is installed, and the two differ by one grey level at most.
+    It resizes the short side of an image to `image_size` (bicubic), crops the centre and normalises by the model's mean
+    and standard deviation. It cuts and pads captions to `max_position_embeddings` ids.
+
+    The image processor is transformers' PIL one, which needs no torchvision. The saved files name no backend: where
+    torchvision is installed, transformers loads its one instead. The two differ by one grey level at most.
 
     Raises:
         ValueError: the tokenizer has more entries than the model has embeddings, or another padding id.
@@ -44,7 +46,7 @@ def build_processor(config: FlipConfig, tokenizer: PreTrainedTokenizerBase) -> F
             f"the tokenizer pads with id {tokenizer.pad_token_id}, the model with pad_token_id {text.pad_token_id}; "
             "use the tokenizer that the model was trained with"
         )
-    # A copy: the caller's tokenizer keeps its own length.
+    # A copy, because the caller's tokenizer keeps its length.
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.model_max_length = text.max_position_embeddings
     image_processor = CLIPImageProcessorPil(
@@ -59,17 +61,17 @@ def build_processor(config: FlipConfig, tokenizer: PreTrainedTokenizerBase) -> F
 def export_model(
     model: FlipModel, processor: FlipProcessor | None, out_dir: Path | str, max_shard_size: str = MAX_SHARD_SIZE
 ) -> Path:
-    """The folder `out_dir`: configuration, weights (safetensors), processor and the code of `flipscale.model`.
+    """Write configuration, weights (safetensors), processor and the code of `flipscale.model` to the folder `out_dir`.
 
-    The weights are there twice: as they are (fp32 of a run), which is what loads, and in half the bytes for
+    fp32 weights are written twice: as they are, which is what loads by default, and in half the bytes for
     `from_pretrained(..., variant="bf16", dtype=torch.bfloat16)`.
 
-    It loads by `AutoModel`, `AutoProcessor` and `pipeline("zero-shot-image-classification")` with
-    `trust_remote_code=True` where flipscale is not installed. Written aside and renamed, so that it is never seen half
-    written; a model folder that is there already is replaced, files of its own included.
+    Where flipscale is not installed, the folder loads by `AutoModel`, `AutoProcessor` and
+    `pipeline("zero-shot-image-classification")` with `trust_remote_code=True`. It is written aside and renamed, so it
+    is never seen half written. A model folder that exists is replaced, with all files in it.
 
     Raises:
-        ValueError: `out_dir` is something else than a model folder or an empty one.
+        ValueError: `out_dir` exists and is neither a model folder nor empty.
     """
     weights = model.state_dict()
     shapes = {name: weight.shape for name, weight in weights.items()}
@@ -81,14 +83,14 @@ def export_model(
 
 
 def export_checkpoint(checkpoint: Path, out_dir: Path, dtype: torch.dtype = torch.float32) -> Path:
-    """The folder `out_dir`: the model of a run's checkpoint as `export_model` writes it, in `dtype`, without its card;
-    the averages of the weights where the recipe keeps them.
+    """Write the model of a run's checkpoint to the folder `out_dir` as `export_model` does, in `dtype`, without a card.
 
-    One tensor is in memory at a time, whatever engine and processes wrote the checkpoint.
+    If the recipe keeps averages of the weights, these are exported. One tensor is in memory at a time, whatever engine
+    and number of processes wrote the checkpoint.
 
     Raises:
-        ValueError: no such checkpoint, the tokenizer that its recipe names is gone, or `out_dir` is something else than
-            a model folder or an empty one.
+        ValueError: the checkpoint does not exist, its recipe's tokenizer cannot be loaded, or `out_dir` exists and is
+            neither a model folder nor empty.
     """
     if not (checkpoint / "recipe.yaml").is_file():
         there = sorted(path.name for path in checkpoint.parent.glob("step-*"))
@@ -114,8 +116,10 @@ def _write_weights(
     dtype: torch.dtype,
     max_shard_size: str,
 ) -> None:
-    """The weights that `read` gives by name, in `dtype`, and beside fp32 ones the variant `bf16`, named and sharded as
-    `from_pretrained` finds them; one tensor is in memory at a time."""
+    """Write the weights that `read` returns by name, in `dtype`; fp32 weights also as the variant `bf16`.
+
+    Files are named and sharded as `from_pretrained` expects. One tensor is in memory at a time.
+    """
     for variant, kind in [("", dtype), *([(".bf16", torch.bfloat16)] if dtype == torch.float32 else [])]:
         weights = {name: torch.empty(shape, dtype=kind, device="meta") for name, shape in shapes.items()}
         split = split_torch_state_dict_into_shards(
@@ -133,7 +137,7 @@ def _write_weights(
 def _write_folder(
     model: FlipModel, processor: FlipProcessor | None, out_dir: Path, save: Callable[[Path], None]
 ) -> Path:
-    """`out_dir` with the configuration, the code and the processor, and the weights that `save` writes into it."""
+    """Write the configuration, the code and the processor to `out_dir`, and the weights, which `save` writes."""
     _refuse_to_replace(out_dir)
     out_dir.parent.mkdir(parents=True, exist_ok=True)
     # Registering a class names it once; these are the names that the pipeline and fine-tuning look for.
@@ -153,7 +157,7 @@ def _write_folder(
 
 
 def by_channel(value: Any, num_channels: int) -> list[float]:
-    """A mean or deviation of the configuration, one number a channel."""
+    """Return a mean or standard deviation of the configuration as one number for each channel."""
     return [float(value)] * num_channels if isinstance(value, int | float) else [float(v) for v in value]
 
 
@@ -162,4 +166,4 @@ def _refuse_to_replace(out_dir: Path) -> None:
         return
     config = out_dir / "config.json"
     if not config.is_file() or json.loads(config.read_text()).get("model_type") != FlipConfig.model_type:
-        raise ValueError(f"{out_dir} is there already and is no FLIP model folder; name another folder or remove it")
+        raise ValueError(f"{out_dir} exists and is not a FLIP model folder; name another folder or remove it")

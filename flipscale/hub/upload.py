@@ -1,13 +1,12 @@
-"""A model folder onto the Hub: the repository made if need be, what is there already not sent again, faults outwaited.
+"""Upload a model folder to the Hub. The repository is created if needed, and transient errors are retried.
 
-`HfApi.upload_folder` does the sending. It is what resumes: an upload that was cut off goes on when it is called again,
-by chunks with hf_xet (which huggingface_hub brings along), by whole files without it (an object that the storage has is
-not sent twice, hence weights in shards). `upload_large_folder`, which kept a list of its own, is gone from
-huggingface_hub 2. The token is what huggingface_hub finds (HF_TOKEN, a stored login); it is never read here but to keep
-it out of messages.
+`HfApi.upload_folder` resumes an interrupted upload when it is called again: by chunks with hf_xet, which
+huggingface_hub installs, otherwise by whole files. Files that the Hub has are not sent again, so weights are sharded.
+`upload_large_folder`, which kept a list of its own, is gone from huggingface_hub 2. The token is the one that
+huggingface_hub finds (HF_TOKEN, a stored login). It is read here only to keep it out of messages.
 """
 
-import sys
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,22 +16,24 @@ from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import DEFAULT_IGNORE_PATTERNS, filter_repo_objects, validate_repo_id
 
-# Seconds before each new try, besides huggingface_hub's own for single requests.
+_log = logging.getLogger(__name__)
+
+# Seconds before each retry. huggingface_hub also retries single requests by itself.
 WAITS = (1, 2, 4, 8, 16, 32, 64)
-# Files of an earlier push that are removed if the folder no longer has them: weights in another number of shards.
+# Files of an earlier push that are deleted if the folder no longer has them: weights in another number of shards.
 _REPLACED = ["*.safetensors", "*.safetensors.index*.json"]
 _IGNORED = ["*.partial"]
-_TEMPORARY = (408, 409, 412, 429)  # of the 4xx, those that pass: timeouts, somebody else's commit, rate limits
+_TEMPORARY = (408, 409, 412, 429)  # the transient 4xx: timeouts, a concurrent commit, rate limits
 
 
 @dataclass(frozen=True)
 class Target:
-    """Where a model goes.
+    """Where a model is uploaded to.
 
     Args:
-        repo_id: ORG/NAME, or NAME under the account that the token belongs to.
-        private: of a repository that is made; None takes the organisation's default.
-        revision: the branch, made if it does not exist; None is main.
+        repo_id: ORG/NAME, or NAME for the account of the token.
+        private: the visibility of a repository that is created; None takes the organisation's default.
+        revision: the branch, created if it does not exist; None is main.
     """
 
     repo_id: str
@@ -43,7 +44,7 @@ class Target:
         try:
             validate_repo_id(self.repo_id)
         except HFValidationError as error:
-            raise ValueError(f"{self.repo_id!r} is no name of a model on the Hub; use ORG/NAME ({error})") from None
+            raise ValueError(f"{self.repo_id!r} is not a valid model name on the Hub; use ORG/NAME ({error})") from None
 
     def __str__(self) -> str:
         return self.repo_id + (f" (revision {self.revision})" if self.revision else "")
@@ -51,7 +52,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Pushed:
-    """A push that is done: the page of the model, its commit, and whether anything was new."""
+    """A finished upload: the URL of the model, its commit, and whether that changed anything."""
 
     url: str
     commit: str
@@ -59,10 +60,10 @@ class Pushed:
 
 
 def open_repo(target: Target) -> str:
-    """The full name of the target's repository, which exists when this returns, as does its revision.
+    """Create the target's repository and revision if they do not exist, and return the repository's full name.
 
     Raises:
-        ValueError: no token, a token that is not valid or may not write there, an unknown organisation.
+        ValueError: there is no token, it is invalid or may not write there, or the organisation is unknown.
         OSError: the Hub cannot be reached.
     """
     if get_token() is None:
@@ -80,13 +81,13 @@ def open_repo(target: Target) -> str:
 
 
 def push_folder(folder: Path, target: Target, message: str, waits: Sequence[float] = WAITS) -> Pushed:
-    """The commit that holds the files of `folder`, after as many tries as `waits` allow.
+    """Upload the files of `folder` in one commit, with a retry for each of `waits`.
 
-    Files of the repository that the folder does not have stay, but for weights in shards that it no longer has.
+    Files that only the repository has are kept, except shards of weights.
 
     Raises:
-        ValueError: what `open_repo` raises, or a card that the Hub finds invalid.
-        OSError: the Hub cannot be reached, or failed every time.
+        ValueError: as `open_repo`, or the Hub refuses the card.
+        OSError: the Hub cannot be reached or failed every time.
     """
     for wait in (*waits, None):
         try:
@@ -94,7 +95,7 @@ def push_folder(folder: Path, target: Target, message: str, waits: Sequence[floa
         except OSError as error:
             if wait is None:
                 raise
-            print(f"{error}; trying again in {wait:g} s", file=sys.stderr, flush=True)
+            _log.warning("%s; trying again in %g s", error, wait)
             time.sleep(wait)
     raise AssertionError("the last try either returns or raises")
 
@@ -119,21 +120,21 @@ def _push(folder: Path, target: Target, message: str) -> Pushed:
 
 
 def files_to_push(folder: Path) -> list[tuple[str, int]]:
-    """What `push_folder` looks at: names within the folder and sizes in bytes."""
+    """Return the names and sizes in bytes of the files that `push_folder` would upload."""
     names = (path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file())
     kept = filter_repo_objects(names, ignore_patterns=[*_IGNORED, *DEFAULT_IGNORE_PATTERNS])
     return [(name, (folder / name).stat().st_size) for name in kept]
 
 
 def _explained(error: Exception, target: Target) -> Exception:
-    """The ValueError of a mistake that no waiting mends, the OSError of a fault that may pass; without the token."""
+    """Return a ValueError for an error that retrying cannot fix, an OSError for a transient one, without the token."""
     cause = error if isinstance(error, HfHubHTTPError) else error.__cause__
     status = cause.response.status_code if isinstance(cause, HfHubHTTPError) else None
     said = _without_token(" ".join((getattr(cause, "server_message", None) or str(cause or error)).split()))
     if isinstance(error, OfflineModeIsEnabled):
         return ValueError(f"cannot push to {target}: HF_HUB_OFFLINE is set; unset it")
     if status == 401:
-        return ValueError(f"the Hub does not take the token to push to {target} ({said}); log in with `hf auth login`")
+        return ValueError(f"the Hub rejects the token for {target} ({said}); log in with `hf auth login`")
     if status in (403, 404):
         return ValueError(
             f"the token may not write to {target} ({said}); use an organisation that you are a member of, and a token "

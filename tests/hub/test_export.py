@@ -233,7 +233,7 @@ def test_export_replaces_an_older_model_whole(tokenizer: PreTrainedTokenizerBase
 
 def test_export_does_not_replace_what_is_no_model(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").touch()
-    with pytest.raises(ValueError, match="is there already and is no FLIP model folder; name another folder"):
+    with pytest.raises(ValueError, match="exists and is not a FLIP model folder; name another folder"):
         export_model(small_model(), None, tmp_path)
     assert (tmp_path / "thesis.tex").exists()
 

@@ -100,11 +100,13 @@ def test_a_revision_is_a_branch_of_its_own(hub: LoopbackHub, run_dir: Path) -> N
 
 
 @pytest.mark.usefixtures("logged_in")
-def test_a_server_that_fails_twice_is_outwaited(hub: LoopbackHub, run_dir: Path, capsys: pytest.CaptureFixture) -> None:
+def test_transient_errors_of_the_hub_are_retried(
+    hub: LoopbackHub, run_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     hub.fail_next(1, "repos/create")
     hub.fail_next(1, "/commit/", status=500, message=f"you sent {TOKEN}")
     assert push_folder(run_dir / "model", Target("org/name"), "m", waits=(0.01, 0.01)).changed
-    told = [line for line in capsys.readouterr().err.splitlines() if "trying again" in line]
+    told = [line for line in caplog.messages if "trying again" in line]
     assert told == [
         "the push to org/name failed (out of order); trying again in 0.01 s",
         "the push to org/name failed (you sent <token>); trying again in 0.01 s",
@@ -145,7 +147,7 @@ def test_mistakes_are_told_at_once(
     line = refused([str(run_dir), "nowhere/name"], capsys)
     assert "the token may not write to nowhere/name (You don't have the rights to create a model under" in line
     assert "use an organisation that you are a member of, and a token with write access" in line
-    assert "'a/b/c' is no name of a model on the Hub; use ORG/NAME" in refused([str(run_dir), "a/b/c"], capsys)
+    assert "'a/b/c' is not a valid model name on the Hub; use ORG/NAME" in refused([str(run_dir), "a/b/c"], capsys)
     line = refused([str(run_dir.parent), "org/name"], capsys)
     assert f"{run_dir.parent} has no model to push: neither {run_dir.parent}/model/config.json nor" in line
     (run_dir / "model/README.md").write_text("---\nlicense: [3]\n---\n")
@@ -154,7 +156,7 @@ def test_mistakes_are_told_at_once(
 
     monkeypatch.setenv("HF_TOKEN", "hf_another")
     line = refused([str(run_dir), "org/name"], capsys)
-    assert "the Hub does not take the token to push to org/name (Invalid credentials in Authorization header)" in line
+    assert "the Hub rejects the token for org/name (Invalid credentials in Authorization header)" in line
     assert "hf_another" not in line
     monkeypatch.delenv("HF_TOKEN")
     hub.requests.clear()

@@ -143,7 +143,7 @@ def test_the_newest_save_goes_next_and_close_ends_all(tmp_path: Path, monkeypatc
 
 
 def test_a_push_that_fails_is_told_and_the_next_one_tried(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def start(self: BackgroundPush, step: int, target: Target) -> subprocess.Popen[bytes]:
         if step == 30:
@@ -155,18 +155,18 @@ def test_a_push_that_fails_is_told_and_the_next_one_tried(
     push = BackgroundPush(recipe_that_pushes(tmp_path), last_step=60, is_main_process=True)
     for step in (10, 20, 30, 40):
         push.offer(step)
-        told: list[str] = []
-        wait_for(lambda told=told: told.append(capfd.readouterr().err) or told[-1] != "")
-        assert told[-1] == (
-            f"flipscale: step {step} was not pushed to org/name (no way to push {step}); the run goes on and pushes "
-            "its next save\n"
-        )
+        wait_for(lambda: caplog.messages)
+        assert caplog.messages == [
+            f"step {step} was not pushed to org/name (no way to push {step}); the run goes on and will push its next "
+            "checkpoint"
+        ]
+        caplog.clear()
     push.close()
 
 
 @pytest.mark.parametrize(("fields", "message"), [
     ({"hub_model_id": None}, "hub.push_to_hub is true and hub.hub_model_id is not set; set it to ORG/NAME"),
-    ({"hub_model_id": "a/b/c"}, "'a/b/c' is no name of a model on the Hub; use ORG/NAME"),
+    ({"hub_model_id": "a/b/c"}, "'a/b/c' is not a valid model name on the Hub; use ORG/NAME"),
     ({"hub_model_id": "nowhere/name"}, "the token may not write to nowhere/name"),
 ])  # fmt: skip
 @pytest.mark.usefixtures("logged_in")
@@ -182,15 +182,16 @@ def test_a_place_that_cannot_be_pushed_to_is_found_out_at_the_start(
 
 @pytest.mark.usefixtures("logged_in")
 def test_a_hub_that_is_away_stops_no_run(
-    hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     recipe = recipe_that_pushes(Path("run")).hub
     hub.fail_next(1, "repos/create")
     open_target(recipe, resumes=False)
     monkeypatch.setenv("HF_TOKEN", "hf_expired")
     open_target(recipe, resumes=True)
-    told = capsys.readouterr().err.splitlines()
-    assert [line.endswith("the run goes on and pushes its next save") for line in told] == [True, True]
+    assert [line.endswith("the run goes on and will push its next checkpoint") for line in caplog.messages] == [
+        True
+    ] * 2
     monkeypatch.setenv("RANK", "1")
     hub.requests.clear()
     open_target(recipe, resumes=False)

