@@ -110,7 +110,7 @@ def flip_step(setting: StepSetting) -> TrainingStep:
 
 def training_step(model: nn.Module, loss: Callable[[], torch.Tensor]) -> TrainingStep:
     """Return a step that computes `loss` and its gradients and updates the parameters of `model` by AdamW."""
-    optimizers = build_optimizers(model.named_parameters(), OptimRecipe())
+    optimizers = build_optimizers(model, OptimRecipe())
     set_learning_rate(optimizers, 1e-6)
 
     def step() -> None:

@@ -137,7 +137,7 @@ class Engine:
 
     def _make_optimizers(self) -> list[torch.optim.Optimizer]:
         dtype = torch.bfloat16 if self.launch.bf16 else torch.float32
-        return build_optimizers(self.model.named_parameters(), self.recipe, dtype)
+        return build_optimizers(self.model, self.recipe, dtype)
 
     def load_moments(self, reader: CheckpointReader, steps: int) -> None:
         """Fill the moments from a checkpoint, as they were after `steps` steps.

@@ -1,6 +1,6 @@
 """The optimisers: AdamW with the original's decay groups, or Muon for the blocks' matrices and AdamW for the rest."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -44,10 +44,16 @@ class OptimRecipe:
             raise ValueError(f"optim.ema_decay is {self.ema_decay}; it must be in (0, 1), such as 0.9999")
 
 
-def decays(name: str) -> bool:
-    """Whether weight decay applies to the parameter `name`: not to biases, norms and positions. The class token, the
-    token embedding and `logit_scale` do decay, as in the original."""
-    return not (name.endswith((".bias", "logit_bias")) or "layer_norm" in name or "position_embedding" in name)
+def decays(name: str, loss_parameters: Mapping[str, bool]) -> bool:
+    """Return whether weight decay applies to the parameter `name`: not to biases, norms and positions. The class token
+    and the token embedding do decay, as in the original.
+
+    Args:
+        loss_parameters: `FlipModel.loss_parameters`, which says it of the loss's.
+    """
+    if name in loss_parameters:
+        return loss_parameters[name]
+    return not (name.endswith(".bias") or "layer_norm" in name or "position_embedding" in name)
 
 
 def encoder_blocks(model: nn.Module) -> list[nn.Module]:
@@ -60,24 +66,24 @@ def _is_block_matrix(name: str, parameter: nn.Parameter) -> bool:
 
 
 def build_optimizers(
-    named_parameters: Iterable[tuple[str, nn.Parameter]],
-    recipe: OptimRecipe,
-    muon_dtype: torch.dtype = torch.bfloat16,
+    model: nn.Module, recipe: OptimRecipe, muon_dtype: torch.dtype = torch.bfloat16
 ) -> list[torch.optim.Optimizer]:
-    """The optimisers of all trainable parameters; their rates are set by `set_learning_rate` before each step.
+    """Return the optimisers of a model's trainable parameters; `set_learning_rate` sets their rates before each step.
 
     Args:
         muon_dtype: of Muon's iteration.
     """
-    parameters = [(name, parameter) for name, parameter in named_parameters if parameter.requires_grad]
+    parameters = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     optimizers: list[torch.optim.Optimizer] = []
     if recipe.name == "muon":
         matrices = [parameter for name, parameter in parameters if _is_block_matrix(name, parameter)]
         optimizers.append(Muon(matrices, recipe.weight_decay, recipe.muon_momentum, muon_dtype))
         optimizers[0].param_groups[0]["lr_ratio"] = recipe.muon_lr_ratio
         parameters = [(name, parameter) for name, parameter in parameters if not _is_block_matrix(name, parameter)]
-    decayed = [parameter for name, parameter in parameters if decays(name)]
-    kept = [parameter for name, parameter in parameters if not decays(name)]
+    # The models that ours is compared with have no such table.
+    loss_parameters: Mapping[str, bool] = getattr(model, "loss_parameters", {})
+    decayed = [parameter for name, parameter in parameters if decays(name, loss_parameters)]
+    kept = [parameter for name, parameter in parameters if not decays(name, loss_parameters)]
     groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": kept, "weight_decay": 0.0}]
     adamw = torch.optim.AdamW(
         groups, lr=0.0, betas=(recipe.adam_beta1, recipe.adam_beta2), eps=recipe.adam_epsilon, fused=True

@@ -445,9 +445,9 @@ class FlipPreTrainedModel(PreTrainedModel):
             init.xavier_uniform_(module.fc1.weight)
             init.xavier_uniform_(module.fc2.weight)
         elif isinstance(module, FlipModel):
-            init.constant_(module.logit_scale, module.config.logit_scale_init_value)
-            if module.logit_bias is not None:
-                init.constant_(module.logit_bias, cast(float, module.config.logit_bias_init_value))
+            for name in module.loss_parameters:
+                if getattr(module, name) is not None:
+                    init.constant_(getattr(module, name), getattr(module.config, f"{name}_init_value"))
             init.xavier_uniform_(module.image_projection.weight)
             init.xavier_uniform_(module.text_projection.weight)
         elif isinstance(module, FlipVisionModelWithProjection):
@@ -639,9 +639,12 @@ class FlipModel(FlipPreTrainedModel):
     """Both towers, their projections and the parameters of the loss."""
 
     config: FlipConfig
-    # The parameters, `(1,)`, that belong to the loss and to no tower, and whether weight decay applies to them, as in
-    # the original and in SigLIP. The model may lack some; the output of `forward` has a field of each name.
+    # The parameters that belong to the loss and to no tower, and whether weight decay applies to them, as in the
+    # original and in SigLIP. The model has those for which the configuration has a first value, `NAME_init_value`.
+    # The output of `forward` has a field of each name.
     loss_parameters: ClassVar[dict[str, bool]] = {"logit_scale": True, "logit_bias": False}
+    logit_scale: nn.Parameter
+    logit_bias: nn.Parameter | None
 
     def __init__(self, config: FlipConfig):
         super().__init__(config)
@@ -650,9 +653,10 @@ class FlipModel(FlipPreTrainedModel):
         self.text_model = FlipTextModel._from_config(text_config)
         self.image_projection = nn.Linear(vision_config.hidden_size, vision_config.projection_dim, bias=False)
         self.text_projection = nn.Linear(text_config.hidden_size, text_config.projection_dim, bias=False)
-        # Shape (1,): a 0-d parameter cannot be sharded.
-        self.logit_scale = nn.Parameter(torch.zeros(1))
-        self.logit_bias = None if config.logit_bias_init_value is None else nn.Parameter(torch.zeros(1))
+        for name in self.loss_parameters:
+            missing = getattr(config, f"{name}_init_value", None) is None
+            # Shape (1,): a 0-d parameter cannot be sharded.
+            setattr(self, name, None if missing else nn.Parameter(torch.zeros(1)))
         self.post_init()
         # Not its towers' lists, each of which is of all that the other has.
         self._keys_to_ignore_on_load_unexpected = set()

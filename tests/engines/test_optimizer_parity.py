@@ -10,6 +10,7 @@ import torch
 
 from flipscale.engines.optimizers import OptimRecipe, build_optimizers, decays, set_learning_rate
 from flipscale.hub.convert_flip import convert_flip_checkpoint, our_layout, our_name
+from flipscale.model import FlipModel
 from flipscale.training.schedule import Stage, StageRecipe, plan_stages
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "parity"
@@ -38,7 +39,7 @@ def test_the_schedule(stage: Stage) -> None:
 def test_what_decays() -> None:
     for name, decayed in GIVEN["weight_decay_applies"].items():
         if name != POSITIONS:  # a parameter there, a buffer here
-            assert decays(our_name(name)) is decayed, name
+            assert decays(our_name(name), FlipModel.loss_parameters) is decayed, name
 
 
 def test_five_steps(stage: Stage, tmp_path: Path) -> None:
@@ -52,7 +53,7 @@ def test_five_steps(stage: Stage, tmp_path: Path) -> None:
         adam_epsilon=GIVEN["eps"],
     )
     assert recipe == OptimRecipe()
-    optimizers = build_optimizers(model.named_parameters(), recipe)
+    optimizers = build_optimizers(model, recipe)
     arrays = np.load(FIXTURES / "io.npz")
     inputs = {
         "pixel_values": torch.from_numpy(arrays["images_nhwc"]).permute(0, 3, 1, 2),

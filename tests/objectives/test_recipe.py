@@ -1,5 +1,6 @@
 """The loss section of a recipe: options of a kind, old recipes, and objectives that somebody else would add."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,16 +10,17 @@ import pytest
 import torch
 import yaml
 from conftest import metrics
-from torch import nn
 
 from flipscale.cli import main
 from flipscale.data.masks import MaskRecipe
+from flipscale.engines.optimizers import OptimRecipe, build_optimizers
 from flipscale.model import FlipConfig, FlipModel, FlipOutput
 from flipscale.objectives import recipe as recipes
 from flipscale.objectives.contrastive import Contrastive, contrastive_loss
 from flipscale.objectives.objective import Objective
 from flipscale.objectives.recipe import LossRecipe, build_objective
 from flipscale.objectives.reconstruction import WithReconstruction
+from flipscale.objectives.sigmoid import Sigmoid
 from flipscale.training.recipe import Recipe, differences, parse_recipe, to_yaml
 
 
@@ -51,23 +53,22 @@ class TemperedModel(FlipModel):
 
     loss_parameters: ClassVar[dict[str, bool]] = {**FlipModel.loss_parameters, "text_power": False}
 
-    def __init__(self, config: FlipConfig):
-        super().__init__(config)
-        self.text_power = nn.Parameter(torch.ones(1))
-        self.post_init()
-
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, TemperedModel):
-            nn.init.ones_(module.text_power)
-
     def forward(self, *inputs: Any, **kwargs: Any) -> TemperedOutput:
         return TemperedOutput(**super().forward(*inputs, **kwargs), text_power=self.text_power.float())
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tempered(Objective):
+    """A loss with a parameter of its own, whose first value is an option."""
+
     model_class: ClassVar[type[FlipModel]] = TemperedModel
+
+    first_power: float = 0.5
+
+    def model_config(self, config: FlipConfig) -> FlipConfig:
+        config = copy.deepcopy(config)
+        config.text_power_init_value = self.first_power
+        return config
 
     def coupled_loss(
         self, images: torch.Tensor, texts: torch.Tensor, logit_scale: torch.Tensor, text_power: torch.Tensor
@@ -133,6 +134,16 @@ def test_reconstruction_is_beside_any_loss_of_the_plain_model() -> None:
         build_objective(LossRecipe("tempered", reconstruction_weight=0.5), MaskRecipe())
 
 
+def test_the_model_says_which_loss_parameters_decay() -> None:
+    tower = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    config = FlipConfig(vision_config={**tower, "image_size": 16, "patch_size": 8}, text_config=tower)
+    model = TemperedModel(Sigmoid().model_config(Tempered().model_config(config)))
+    (adamw,) = build_optimizers(model, OptimRecipe())
+    decayed, kept = ({id(parameter) for parameter in group["params"]} for group in adamw.param_groups)
+    assert id(model.logit_scale) in decayed
+    assert {id(model.logit_bias), id(model.text_power)} <= kept
+
+
 def train(write_recipe: Callable[..., Path], run_dir: Path, **changes: object) -> list[dict]:
     main(["pretrain", "--config", str(write_recipe(run_dir, **changes))])
     return [record for record in metrics(run_dir) if "loss" in record]
@@ -147,7 +158,8 @@ def test_a_new_kind_learns_the_same_in_micro_batches(
     for name in ("loss", "grad_norm"):
         assert [r[name] for r in parts] == pytest.approx([r[name] for r in whole], rel=1e-4), name
     assert whole[-1]["loss"] < whole[0]["loss"]
-    assert ("text_power" in whole[0]) == (kind == "tempered")
+    if kind == "tempered":
+        assert whole[0]["text_power"] == 0.5 != whole[-1]["text_power"]
     assert whole[0]["logit_scale"] == pytest.approx(1 / 0.07, rel=1e-3)
     exported = FlipModel.from_pretrained(tmp_path / "whole/model")
     assert not hasattr(exported, "text_power")
