@@ -10,6 +10,8 @@ from typing import Any
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from flipscale.model.configuration_flip import FlipTextConfig
+
 _NORMALIZATION = "nmt_nfkc_cf"  # SentencePiece's NFKC with case folding
 _MAX_PIECE_LENGTH = 24  # characters, the word mark included
 _MAX_SEEDS = 1_000_000  # SentencePiece's own default
@@ -256,3 +258,21 @@ def _bert_normalizer() -> normalizers.Normalizer:
             normalizers.Replace(_MARK, ""),
         ]
     )
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, text: FlipTextConfig) -> None:
+    """Raise unless a tokenizer fits the text tower.
+
+    Raises:
+        ValueError: the tokenizer has more entries than the model has embeddings, or another padding id.
+    """
+    if len(tokenizer) > text.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer)} entries, the model's vocab_size is {text.vocab_size}; use the "
+            "tokenizer that the model was trained with"
+        )
+    if tokenizer.pad_token_id != text.pad_token_id:
+        raise ValueError(
+            f"the tokenizer pads with id {tokenizer.pad_token_id}, the model with pad_token_id {text.pad_token_id}; "
+            "use the tokenizer that the model was trained with"
+        )

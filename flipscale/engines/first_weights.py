@@ -66,6 +66,21 @@ def fresh_weights(seed: int) -> Fill:
     return fill
 
 
+def initial_weights(init_from: str | None, config: FlipConfig, seed: int, kind: type[FlipModel] = FlipModel) -> Fill:
+    """Return what fills the model of a fresh start: fresh weights, or those of the folder or Hub name `init_from`.
+
+    Raises:
+        ValueError: the weights cannot be loaded into a model of `config`.
+    """
+    if init_from is None:
+        return fresh_weights(seed)
+    try:
+        torch.manual_seed(seed)
+        return weights_of(kind.from_pretrained(init_from, config=config, dtype=torch.float32))
+    except (OSError, RuntimeError) as error:
+        raise ValueError(f"model.init_from {init_from!r} cannot be loaded ({str(error).splitlines()[0]})") from error
+
+
 def no_weights(name: str, module: nn.Module, owner: PreTrainedModel) -> None:
     """Leaves the memory as it is, for a checkpoint to fill."""
 

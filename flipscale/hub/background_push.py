@@ -73,12 +73,12 @@ class BackgroundPush:
         self._process: subprocess.Popen[bytes] | None = None
         self._thread: threading.Thread | None = None
 
-    def offer(self, step: int) -> None:
+    def offer(self, step: int | None) -> None:
         """Push this checkpoint when the current push is done, instead of one that waits; not the run's last one.
 
-        `push_finished` pushes the last one.
+        `push_finished` pushes the last one. There is nothing to push for None.
         """
-        if self._target is None or step >= self.last_step:
+        if self._target is None or step is None or step >= self.last_step:
             return
         with self._changed:
             self._waiting = step

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from flipscale.data.tokenizers import load_tokenizer
+from flipscale.data.tokenizers import check_tokenizer, load_tokenizer
 from flipscale.engines.checkpoint import CheckpointReader
 from flipscale.engines.tensor_file import write_tensors
 from flipscale.files.aside import written_aside
@@ -36,16 +36,7 @@ def build_processor(config: FlipConfig, tokenizer: PreTrainedTokenizerBase) -> F
         ValueError: the tokenizer has more entries than the model has embeddings, or another padding id.
     """
     vision, text = config.vision_config, config.text_config
-    if len(tokenizer) > text.vocab_size:
-        raise ValueError(
-            f"the tokenizer has {len(tokenizer)} entries, the model's vocab_size is {text.vocab_size}; use the "
-            "tokenizer that the model was trained with"
-        )
-    if tokenizer.pad_token_id != text.pad_token_id:
-        raise ValueError(
-            f"the tokenizer pads with id {tokenizer.pad_token_id}, the model with pad_token_id {text.pad_token_id}; "
-            "use the tokenizer that the model was trained with"
-        )
+    check_tokenizer(tokenizer, text)
     # A copy, because the caller's tokenizer keeps its length.
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.model_max_length = text.max_position_embeddings

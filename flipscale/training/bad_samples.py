@@ -1,14 +1,13 @@
-"""`bad_samples.jsonl`: every sample that could not be used, by name, once; and the limit of how many there may be."""
+"""`bad_samples.jsonl`, which names every sample that could not be used, and the limit of how many there may be."""
 
 import dataclasses
-import json
 from collections import Counter, deque
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
 
 from flipscale.data.faults import Fault
+from flipscale.files import json_lines
 
 # The limit holds for the last million samples: long enough that one bad shard in a block does not end a run, short
 # enough that a broken store does. Fewer than a thousand samples are judged as if they were a thousand.
@@ -17,12 +16,12 @@ _LEAST_SAMPLES = 1_000
 
 
 class BadSamples:
-    """Gathers the faults of all processes and writes them down on the main process.
+    """Gathers the faults of all processes and writes each of them once, on the main process.
 
     Args:
         run_dir: where `bad_samples.jsonl` lies.
         is_main: whether this process writes.
-        max_fraction: of the samples of the window that may be bad.
+        max_fraction: how much of the window may be bad.
     """
 
     def __init__(self, run_dir: Path, is_main: bool, max_fraction: float):
@@ -36,31 +35,31 @@ class BadSamples:
         self._samples = self._bad = 0
 
     def start(self, position: int, shard_faults: list[Fault]) -> None:
-        """Begins at global `position`: what the file says of samples from there on is taken back, and whole shards that
-        cannot be read are named first."""
+        """Name whole shards that cannot be read, and drop what the file says of samples from the global `position` on:
+        they will be read again."""
         if not self.is_main:
             return
-        kept = [record for record in self._read() if record["position"] is not None and record["position"] < position]
+        found = json_lines.read(self.path)
+        kept = [record for record in found if record["position"] is not None and record["position"] < position]
         records = [dataclasses.asdict(fault) for fault in shard_faults] + kept
         self._named = {(record["shard"], record["number"]) for record in records}
         if records or self.path.exists():
-            partial = self.path.with_suffix(".partial")
-            partial.write_text("".join(json.dumps(record) + "\n" for record in records))
-            partial.replace(self.path)
+            json_lines.rewrite(self.path, records)
         for fault in shard_faults:
             print(f"flipscale: {fault.cause}: {fault.shard}: {fault.detail}", flush=True)
 
-    def note(self, faults: list[Fault]) -> int:
-        """Keeps this process's faults of one step; their number."""
-        self._mine += faults
-        return len(faults)
+    def count(self, faults: list[Fault], bad: int, samples: int) -> None:
+        """Collective when it raises. Count a step.
 
-    def count(self, bad: int, samples: int) -> None:
-        """Collective when it raises. Counts a step in which `bad` of the global batch's `samples` were replaced.
+        Args:
+            faults: of this process.
+            bad: how many samples of the global batch were replaced.
+            samples: the size of the global batch.
 
         Raises:
-            OSError: too many were, in the window.
+            OSError: too many of the window's samples were replaced.
         """
+        self._mine += faults
         self._window.append((bad, samples))
         self._bad, self._samples = self._bad + bad, self._samples + samples
         while len(self._window) > 1 and self._samples - self._window[0][1] >= _WINDOW_SAMPLES:
@@ -75,13 +74,13 @@ class BadSamples:
             )
 
     def take_counts(self) -> Counter[str]:
-        """Collective. How many samples were replaced in all processes since the last call, by cause."""
+        """Collective. Return how many samples were replaced in all processes since the last call, by cause."""
         self.flush()
         counts, self._counts = self._counts, Counter()
         return counts
 
     def flush(self) -> None:
-        """Collective. Writes down what all processes have noted."""
+        """Collective. Write down the faults of all processes."""
         everyone: list[list[Fault]] = [self._mine]
         if dist.is_initialized() and dist.get_world_size() > 1:
             everyone = [[] for _ in range(dist.get_world_size())]
@@ -97,13 +96,5 @@ class BadSamples:
         for fault in faults:
             if (fault.shard, fault.number) not in self._named:
                 self._named.add((fault.shard, fault.number))
-                new.append(json.dumps(dataclasses.asdict(fault)) + "\n")
-        if new:
-            with open(self.path, "a") as file:
-                file.write("".join(new))
-
-    def _read(self) -> list[dict[str, Any]]:
-        if not self.path.exists():
-            return []
-        # A line that was cut by a kill is of samples that will be seen again.
-        return [json.loads(line) for line in self.path.read_text().splitlines() if line.endswith("}")]
+                new.append(dataclasses.asdict(fault))
+        json_lines.append(self.path, new)

@@ -37,21 +37,6 @@ class Verdict:
     written: bool
 
 
-def agree_on_data(accelerator: Accelerator, fingerprint: int) -> None:
-    """Collective. Nothing, where all processes found the same samples in the same shards.
-
-    Raises:
-        ValueError: they did not: a copy on some node is older or cut, and the order would differ from there on.
-    """
-    everyone = accelerator.gather(torch.tensor([fingerprint], device=accelerator.device)).tolist()
-    others = [rank for rank, theirs in enumerate(everyone) if theirs != everyone[0]]
-    if others:
-        raise ValueError(
-            f"processes {', '.join(map(str, others))} of {len(everyone)} found other numbers of samples in the shards "
-            "than process 0, so that they would read them in another order; make the nodes' copies the same"
-        )
-
-
 class StepGuard:
     """Skips steps whose loss or gradients are not finite, and gives up after a few in a row."""
 

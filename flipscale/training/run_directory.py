@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -23,6 +23,8 @@ import yaml
 
 import flipscale
 from flipscale.engines.checkpoint import latest_checkpoint
+from flipscale.files import json_lines
+from flipscale.files.aside import write_text
 from flipscale.model import FlipModel
 from flipscale.training.recipe import Recipe, differences, to_yaml
 
@@ -86,7 +88,9 @@ def is_done(recipe: Recipe) -> bool:
     return open_run_directory(recipe) is not None and (Path(recipe.output_dir) / "DONE").exists()
 
 
-def write_run_files(recipe: Recipe, engine: str, num_processes: int, state: dict[str, Any], data_samples: int) -> None:
+def write_run_files(
+    recipe: Recipe, engine: str, num_processes: int, state: Mapping[str, Any], data_samples: int
+) -> None:
     """Writes `recipe.yaml` and `environment.json`, and adds this start to `starts.jsonl`; the main process alone.
 
     Args:
@@ -95,11 +99,11 @@ def write_run_files(recipe: Recipe, engine: str, num_processes: int, state: dict
     """
     run_dir = Path(recipe.output_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
-    _write_whole(run_dir / "recipe.yaml", to_yaml(recipe))
+    write_text(run_dir / "recipe.yaml", to_yaml(recipe))
     with torch.device("meta"):
         num_parameters = FlipModel(recipe.model_config()).num_parameters()
     content = {**environment(), "num_parameters": num_parameters, "data_samples": data_samples}
-    _write_whole(run_dir / "environment.json", json.dumps(content, indent=1) + "\n")
+    write_text(run_dir / "environment.json", json.dumps(content, indent=1) + "\n")
     start = {
         "time": time.time(),
         "step": state.get("step", 0),
@@ -110,16 +114,13 @@ def write_run_files(recipe: Recipe, engine: str, num_processes: int, state: dict
         "host": socket.gethostname(),
         "slurm_job": os.environ.get("SLURM_JOB_ID"),
     }
-    with open(run_dir / "starts.jsonl", "a") as file:
-        file.write(json.dumps(start) + "\n")
+    json_lines.append(run_dir / "starts.jsonl", [start])
 
 
 def read_starts(run_dir: Path) -> list[dict[str, Any]]:
-    """The starts of a run whose steps it kept: a start takes the place of those before it from its step or later."""
-    file = run_dir / "starts.jsonl"
+    """Return the starts whose steps a run kept: a start replaces the earlier ones at its step or a later one."""
     kept: list[dict[str, Any]] = []
-    for line in file.read_text().splitlines() if file.exists() else []:
-        start = json.loads(line)
+    for start in json_lines.read(run_dir / "starts.jsonl"):
         kept = [*(earlier for earlier in kept if earlier["step"] < start["step"]), start]
     return kept
 
@@ -131,13 +132,6 @@ def device_name() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return f"{(names or [platform.processor() or platform.machine()])[0]}, {torch.get_num_threads()} thread(s)"
-
-
-def _write_whole(path: Path, text: str) -> None:
-    """A kill leaves the file as it was or as it is to be."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(text)
-    partial.replace(path)
 
 
 def environment() -> dict[str, Any]:

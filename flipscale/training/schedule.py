@@ -42,10 +42,9 @@ class Stage:
     peak_lr: float
     text_mask_ratio: float = 0.0
 
-    @property
-    def fresh_optimizer(self) -> bool:
-        """Whether the optimiser starts anew here."""
-        return self.first_step == self.schedule_first
+    def starts_afresh(self, step: int) -> bool:
+        """Return whether the optimisers have no moments before `step`: it is the first of its schedule."""
+        return step == self.schedule_first
 
     def learning_rate(self, step: int) -> float:
         """The rate of `step`: linear from 0 over the warm-up (step 0 has rate 0), then a cosine to 0."""
@@ -54,6 +53,17 @@ class Stage:
             return self.peak_lr * step / self.warmup_steps
         length = self.schedule_last - self.schedule_first - self.warmup_steps
         return self.peak_lr * 0.5 * (1.0 + math.cos(math.pi * (step - self.warmup_steps) / length))
+
+
+def stage_of(stages: Sequence[Stage], step: int) -> Stage:
+    """Return the stage that `step` is in, the last one at the end of the run."""
+    return next((stage for stage in stages if step < stage.last_step), stages[-1])
+
+
+def is_due(step: int, step_samples: int, every_samples: int) -> bool:
+    """Return whether the last of `step` steps of `step_samples` reached a multiple of `every_samples`; never for 0."""
+    samples = step * step_samples
+    return every_samples > 0 and samples // every_samples > (samples - step_samples) // every_samples
 
 
 def plan_stages(stages: Sequence[StageRecipe], global_batch_size: int) -> list[Stage]:

@@ -1,4 +1,4 @@
-"""Watching the steps: what each waits for, which ranks are late, and the end of a run in which none finishes."""
+"""The clock of the steps: what each one waits for, which ranks are late, and the end of a run whose steps hang."""
 
 import faulthandler
 import json
@@ -10,72 +10,137 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TypeVar
+from types import TracebackType
+from typing import NamedTuple, Protocol, TypeVar
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-Batch = TypeVar("Batch")
+from flipscale.files import aside, json_lines
+
+
+class HasStage(Protocol):
+    """A batch that says which stage it is of."""
+
+    @property
+    def stage(self) -> object: ...
+
+
+Batch = TypeVar("Batch", bound=HasStage)
 
 # A step is slow at this multiple of the median, but not below a second: short steps are noisy.
 SLOW_FACTOR = 5.0
 _LEAST_SLOW_SECONDS = 1.0
-# No step finished for this multiple of the median, a minute at least: the ranks write their stacks.
+# Every rank writes its stacks when no step finishes for this multiple of the median, a minute at least.
 STACKS_FACTOR = 20.0
 _LEAST_STACKS_SECONDS = 60.0
-# How many steps the median is of, and how many it needs.
+# The median is of the last 101 steps, and needs 10.
 _REMEMBERED, _NEEDED = 101, 10
 _HEARTBEAT_SECONDS = 10.0
-# The other ranks end later, so that the main process's sentence is the one that is read.
+# The other ranks end the run later, so that the main process's message is the one that is read.
 _LATER_SECONDS = 15.0
 
 
-class StepWatch:
-    """The clock of the steps of this process.
+class Interval(NamedTuple):
+    """The time since the interval before.
 
-    A step that takes far longer than usual on any rank is written to `slow_steps.jsonl` with the times of all ranks.
-    When no step finishes for a while, every rank writes its threads' stacks to `stacks/`; when none does for
-    `hang_seconds`, the run ends. The main process leaves a sign of life in `heartbeat.json`.
+    Args:
+        seconds: spent training.
+        wait_seconds: of them, spent waiting for data.
+        num_slow: how many steps took far longer than usual.
     """
 
-    def __init__(self, accelerator: Accelerator, run_dir: Path, hang_seconds: float):
-        if hang_seconds <= 0:
-            raise ValueError(f"log.hang_seconds is {hang_seconds}; it must be above 0")
-        self.wait_seconds = 0.0
-        self.num_slow = 0
-        self.accelerator = accelerator
-        self.run_dir = run_dir
+    seconds: float
+    wait_seconds: float
+    num_slow: int
+
+
+class StepWatch:
+    """Times the steps of this process; in a `with` block, a thread also watches for steps that hang.
+
+    A step that takes far longer than usual on any rank is written to `slow_steps.jsonl` with the times of all ranks.
+    When no step finishes for a while, every rank writes its threads' stacks to `stacks/`. When none finishes for
+    `hang_seconds`, the run ends. The main process writes `heartbeat.json` every ten seconds.
+    """
+
+    def __init__(self, accelerator: Accelerator, run_dir: Path, hang_seconds: float, trained_seconds: float = 0.0):
+        """`trained_seconds` were spent training before this start of the run."""
+        self._accelerator = accelerator
+        self._run_dir = run_dir
         self._hang_seconds = hang_seconds
+        self._seconds_before = trained_seconds
+        # When training began or went on after a pause; None while it is paused.
+        self._running_since: float | None = None
+        self._interval = Interval(trained_seconds, 0.0, 0)
+        self._wait_seconds = 0.0
+        self._num_slow = 0
         self._step = 0
         self._begin = self._wait = self._seconds = 0.0
-        self._beaten = float("-inf")
+        self._last_heartbeat = float("-inf")
         self._recent: deque[float] = deque(maxlen=_REMEMBERED)
         self._usual = float("inf")
         # When the step in progress began; None while there is none, as in an evaluation.
         self._since: float | None = None
         self._finished = threading.Event()
+
+    def __enter__(self) -> "StepWatch":
+        self._running_since = time.perf_counter()
         threading.Thread(target=self._watch_for_hangs, name="watch", daemon=True).start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        # A run that failed must not be ended a second time, by its watch, and its caller with it.
+        self._finished.set()
+        if error is None:
+            self._write_heartbeat("ended", now=True)
 
     def timed(self, batches: Iterable[Batch], first_step: int) -> Iterator[Batch]:
-        """The batches of the steps from `first_step` on, the time spent waiting for each counted."""
-        self._recent.clear()
-        self._usual = float("inf")
-        iterator = iter(batches)
+        """Yield the batches of the steps from `first_step` on, and time each step and its wait for data."""
+        iterator, stage = iter(batches), None
         for self._step in range(first_step, sys.maxsize):
             self._begin = self._since = time.perf_counter()
             batch = next(iterator, None)
             self._wait = time.perf_counter() - self._begin
-            self.wait_seconds += self._wait
-            self._beat("training")
+            self._wait_seconds += self._wait
+            self._write_heartbeat("training")
             if batch is None:
                 self._since = None
                 return
+            if batch.stage != stage:
+                # Every stage has steps of its own length, and a first one that waits for the workers to start.
+                stage, self._usual = batch.stage, float("inf")
+                self._recent.clear()
             yield batch
 
+    @property
+    def trained_seconds(self) -> float:
+        """The time spent training since the run began, in all its starts, without evaluations and saves."""
+        running = 0.0 if self._running_since is None else time.perf_counter() - self._running_since
+        return self._seconds_before + running
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Stop the clock: an evaluation or a save is not training and may take as long as it needs."""
+        self._seconds_before = self.trained_seconds
+        self._running_since = self._since = None
+        self._write_heartbeat("evaluating or saving", now=True)
+        yield
+        self._running_since, self._since = time.perf_counter(), None
+
+    def take_interval(self) -> Interval:
+        """Return the time since the last call, or since the start."""
+        now = Interval(self.trained_seconds, self._wait_seconds, self._num_slow)
+        before, self._interval = self._interval, now
+        return Interval(
+            now.seconds - before.seconds, now.wait_seconds - before.wait_seconds, now.num_slow - before.num_slow
+        )
+
     def step_is_slow(self) -> bool:
-        """Whether the step has taken far longer than usual, data and gradients included."""
+        """Return whether the step has taken far longer than usual, from its wait for data to its gradients."""
         self._seconds = time.perf_counter() - self._begin
         usual = self._usual
         self._recent.append(self._seconds)
@@ -84,19 +149,19 @@ class StepWatch:
         return self._seconds > max(SLOW_FACTOR * usual, _LEAST_SLOW_SECONDS)
 
     def report_slow_step(self) -> None:
-        """Collective. Writes what this step took on every rank."""
+        """Collective. Write what this step took on every rank."""
         mine = {
-            "rank": self.accelerator.process_index,
+            "rank": self._accelerator.process_index,
             "host": socket.gethostname(),
             "step_s": round(self._seconds, 4),
             "data_wait_s": round(self._wait, 4),
         }
         ranks = gather_object([mine])
-        self.num_slow += 1
-        if not self.accelerator.is_main_process:
+        self._num_slow += 1
+        if not self._accelerator.is_main_process:
             return
-        with open(self.run_dir / "slow_steps.jsonl", "a") as file:
-            file.write(json.dumps({"step": self._step, "usual_s": round(self._usual, 4), "ranks": ranks}) + "\n")
+        record = {"step": self._step, "usual_s": round(self._usual, 4), "ranks": ranks}
+        json_lines.append(self._run_dir / "slow_steps.jsonl", [record])
         late = max(ranks, key=lambda rank: rank["data_wait_s"])
         print(
             f"step {self._step} took {self._seconds:.1f} s, usually {self._usual:.2f} s; the longest wait for data was "
@@ -104,40 +169,25 @@ class StepWatch:
             file=sys.stderr,
         )
 
-    def pause(self) -> None:
-        """Stops the clock until the next step: an evaluation or a save takes as long as it takes."""
-        self._since = None
-        self._beat("evaluating or saving", now=True)
-
     def alive(self) -> None:
-        """Start the clock anew in an evaluation, which calls this after every batch."""
+        """Start the clock of the hang watch anew; an evaluation calls this after every batch."""
         self._since = time.perf_counter()
-        self._beat("evaluating or saving")
+        self._write_heartbeat("evaluating or saving")
 
-    def finish(self) -> None:
-        """Stops the clock for good, and says so."""
-        self.close()
-        self._beat("ended", now=True)
-
-    def close(self) -> None:
-        """Stops the clock for good: a run that failed must not be ended once more by its watch, a caller with it."""
-        self._finished.set()
-
-    def _beat(self, phase: str, now: bool = False) -> None:
+    def _write_heartbeat(self, phase: str, now: bool = False) -> None:
         clock = time.monotonic()
-        if not self.accelerator.is_main_process or not (now or clock - self._beaten > _HEARTBEAT_SECONDS):
+        if not self._accelerator.is_main_process or not (now or clock - self._last_heartbeat > _HEARTBEAT_SECONDS):
             return
-        self._beaten = clock
+        self._last_heartbeat = clock
         usual = self._usual if self._usual < float("inf") else None
-        partial = self.run_dir / "heartbeat.partial"
-        with suppress(OSError):  # a full disk is for the next checkpoint to tell
-            partial.write_text(json.dumps({"time": time.time(), "step": self._step, "phase": phase, "step_s": usual}))
-            partial.replace(self.run_dir / "heartbeat.json")
+        content = {"time": time.time(), "step": self._step, "phase": phase, "step_s": usual}
+        with suppress(OSError):  # the next checkpoint reports a full disk
+            aside.write_text(self._run_dir / "heartbeat.json", json.dumps(content))
 
     def _watch_for_hangs(self) -> None:
-        """Looks at the clock now and then, in a thread: the main one is the one that hangs."""
+        """Look at the clock now and then, in a thread of its own, since the main thread is the one that hangs."""
         written_for: float | None = None
-        limit = self._hang_seconds + (0.0 if self.accelerator.is_main_process else _LATER_SECONDS)
+        limit = self._hang_seconds + (0.0 if self._accelerator.is_main_process else _LATER_SECONDS)
         while not self._finished.wait(min(self._hang_seconds / 20, 5.0)):
             since = self._since
             if since is None:
@@ -152,17 +202,17 @@ class StepWatch:
                 self._end(seconds)
 
     def _write_stacks(self) -> None:
-        folder = self.run_dir / "stacks"
+        folder = self._run_dir / "stacks"
         folder.mkdir(exist_ok=True)
-        with open(folder / f"rank-{self.accelerator.process_index:05d}.txt", "a") as file:
+        with open(folder / f"rank-{self._accelerator.process_index:05d}.txt", "a") as file:
             file.write(f"step {self._step} on {socket.gethostname()}, {time.strftime('%F %T')}\n")
             file.flush()
             faulthandler.dump_traceback(file, all_threads=True)
 
     def _end(self, seconds: float) -> None:
         print(
-            f"flipscale: error: step {self._step} has not finished on rank {self.accelerator.process_index} after "
-            f"{seconds:.0f} s (log.hang_seconds); what each rank was doing is in {self.run_dir}/stacks; start the run "
+            f"flipscale: error: step {self._step} has not finished on rank {self._accelerator.process_index} after "
+            f"{seconds:.0f} s (log.hang_seconds); what each rank was doing is in {self._run_dir}/stacks; start the run "
             "again to go on from its last checkpoint",
             file=sys.stderr,
             flush=True,

@@ -114,37 +114,50 @@ def train_compiled(file: str) -> None:
 def rewrite(file: str) -> None:
     """The newest checkpoint of a run, loaded and saved again in the folder `copy` of the run."""
     from flipscale.engines.checkpoint import CheckpointWriter, SaveRecipe
-    from flipscale.pretrain import Run
-    from flipscale.training.recipe import parse_recipe
+    from flipscale.training.bad_samples import BadSamples
+    from flipscale.training.saving import Saver
 
-    run = Run(parse_recipe(["--config", file]))
-    run.checkpoints = CheckpointWriter(run.accelerator, run.run_dir / "copy", SaveRecipe(), None)
-    run.save()
-    run.checkpoints.commit()
+    recipe, plan, start, engine = resumed(file)
+    copy = Path(recipe.output_dir) / "copy"
+    bad_samples = BadSamples(copy, start.accelerator.is_main_process, 1.0)
+    saver = Saver(
+        recipe, engine, CheckpointWriter(start.accelerator, copy, SaveRecipe(), None), plan.source, bad_samples
+    )
+    saver.save(start.step, start.trained_seconds)
+    saver.commit()
+
+
+def resumed(file: str) -> tuple:
+    """A recipe, its plan, the start of its run and the engine, ready to train."""
+    from flipscale.pretrain import resume
+    from flipscale.training.recipe import parse_recipe
+    from flipscale.training.run_directory import open_run_directory
+    from flipscale.training.start import check, join
+
+    recipe = parse_recipe(["--config", file])
+    checkpoint, plan = open_run_directory(recipe), check(recipe)
+    start = join(recipe, plan.source, checkpoint)
+    return recipe, plan, start, resume(recipe, plan, start)
 
 
 def accumulate(file: str) -> None:
     """One step from 1, 2 and 4 passes: the gradients' norm and the weights after it, in `passes.json`."""
     import torch
 
-    from flipscale.pretrain import Run
-    from flipscale.training.recipe import parse_recipe
-
-    run = Run(parse_recipe(["--config", file]))
-    stage = run.stages[0]
-    (batch,) = next(iter(run.batches(stage)))
+    recipe, plan, start, engine = resumed(file)
+    (batch,) = next(plan.batches(0, start.accelerator)).micro_batches
     found = {}
     for passes in (1, 2, 4):
         parts = zip(*(value.chunk(passes) for value in batch.values()), strict=True)
-        for part in run.engine.accumulate([dict(zip(batch, values, strict=True)) for values in parts]):
-            output = run.engine(**part)
+        for part in engine.accumulate([dict(zip(batch, values, strict=True)) for values in parts]):
+            output = engine(**part)
             # Any function of a pair alone: its sum over passes is that of the whole.
             loss = (output.image_embeds * output.text_embeds).sum() * output.logit_scale.sum() / len(batch["patches"])
-            run.engine.backward(loss)
-        found[passes] = run.engine.gradient_norm().item()
-        run.engine.step(0.0, finite=True)
+            engine.backward(loss)
+        found[passes] = engine.gradient_norm().item()
+        engine.step(0.0, finite=True)
     if int(os.environ["RANK"]) == 0:
-        run.run_dir.joinpath("passes.json").write_text(json.dumps(found))
+        Path(recipe.output_dir, "passes.json").write_text(json.dumps(found))
     assert torch.is_grad_enabled()
 
 

@@ -10,6 +10,7 @@ from conftest import launch, pretrain
 # Rank 1 waits two seconds for the data of step 15, and for ever for those of step 18.
 LATE = """
 import sys, time, torch
+from types import SimpleNamespace
 from pathlib import Path
 from accelerate import Accelerator
 from flipscale.engines.checkpoint import CheckpointWriter, SaveRecipe
@@ -23,13 +24,14 @@ def batches():
     for step in range(30):
         if accelerator.process_index == 1 and step in (15, 18):
             time.sleep(2 if step == 15 else 1000)
-        yield {}
+        yield SimpleNamespace(stage=None)
 
 watch = StepWatch(accelerator, Path(sys.argv[1]), hang_seconds=6)
-checkpoints = CheckpointWriter(accelerator, watch.run_dir, SaveRecipe(), None)
+checkpoints = CheckpointWriter(accelerator, Path(sys.argv[1]), SaveRecipe(), None)
 guard = StepGuard(accelerator, StopRequest(watches_file=False), checkpoints, watch)
-for batch in watch.timed(batches(), 0):
-    guard.agree(torch.tensor(1.0), torch.tensor(1.0), num_replaced=0)
+with watch:
+    for batch in watch.timed(batches(), 0):
+        guard.agree(torch.tensor(1.0), torch.tensor(1.0), num_replaced=0)
 """
 
 

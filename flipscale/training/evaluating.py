@@ -1,0 +1,44 @@
+"""The evaluations of a run while it trains and at its end."""
+
+from accelerate import Accelerator
+
+from flipscale.engines.engine import Engine
+from flipscale.evaluation.embedding import Embedder
+from flipscale.evaluation.kinds.task import Task
+from flipscale.evaluation.results import Result
+from flipscale.evaluation.suite import evaluate_tasks
+from flipscale.training.recipe import Recipe
+from flipscale.training.schedule import is_due
+from flipscale.training.start import Plan
+from flipscale.training.watch import StepWatch
+
+
+class Evaluation:
+    """Evaluates the weights that are trained, or their averages where the recipe asks for them."""
+
+    def __init__(self, recipe: Recipe, plan: Plan, engine: Engine, accelerator: Accelerator, watch: StepWatch):
+        self._plan = plan
+        self._engine = engine
+        self._embedder = Embedder(
+            engine.model,
+            plan.tokenizer,
+            accelerator,
+            recipe.eval.batch_size,
+            recipe.eval.num_workers,
+            watch.alive,
+        )
+        self._batch_size = recipe.data.global_batch_size
+
+    def due(self, step: int) -> list[Task]:
+        """Return the tasks that are due after this many steps; none after the last, which all of them follow."""
+        if step == self._plan.stages[-1].last_step:
+            return []
+        return [task for task in self._plan.tasks if is_due(step, self._batch_size, task.every_samples or 0)]
+
+    def run(self, tasks: list[Task]) -> list[Result]:
+        """Collective. Return the results of these tasks."""
+        self._engine.model.eval()
+        with self._engine.averaged():
+            results = evaluate_tasks(self._embedder, tasks)
+        self._engine.model.train()
+        return results

@@ -1,0 +1,55 @@
+"""Checkpoints of a run while it trains: when one is due, and what it says of the run."""
+
+from flipscale.data.sources.source import Source, fingerprint
+from flipscale.engines.checkpoint import CheckpointWriter
+from flipscale.engines.engine import Engine
+from flipscale.training.bad_samples import BadSamples
+from flipscale.training.recipe import Recipe, to_yaml
+from flipscale.training.schedule import is_due
+
+
+class Saver:
+    """Begins and commits the checkpoints of a run. Training goes on while one is written."""
+
+    def __init__(self, recipe: Recipe, engine: Engine, writer: CheckpointWriter, source: Source, bad: BadSamples):
+        self._recipe = recipe
+        self._engine = engine
+        self._writer = writer
+        self._source = source
+        self._bad_samples = bad
+        self._batch_size = recipe.data.global_batch_size
+
+    def is_due(self, step: int) -> bool:
+        """Return whether the recipe wants a checkpoint after this many steps."""
+        return is_due(step, self._batch_size, self._recipe.save.every_samples)
+
+    def save(self, step: int, trained_seconds: float) -> int | None:
+        """Collective. Commit the checkpoint before and begin that of `step`, unless they are the same one.
+
+        Returns:
+            The step of the checkpoint that was committed, None if there was none.
+
+        Raises:
+            OSError: the disk is full or not writable.
+        """
+        committed = self.commit()
+        self._bad_samples.flush()
+        state = {
+            "step": step,
+            "samples_seen": step * self._batch_size,
+            "optimizer_steps": self._engine.optimizer_steps(),
+            "trained_seconds": trained_seconds,
+            "data_samples": len(self._source),
+            "data_fingerprint": fingerprint(self._source),
+            "num_processes": self._writer.accelerator.num_processes,
+        }
+        self._writer.save(self._engine.pieces(), self._engine.layout.shapes(), state, to_yaml(self._recipe))
+        return committed
+
+    def commit(self) -> int | None:
+        """Collective. Wait for the checkpoint that was begun, give it its name and return its step, None if none was.
+
+        Raises:
+            OSError: the disk is full or not writable.
+        """
+        return self._writer.commit()

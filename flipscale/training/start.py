@@ -1,0 +1,177 @@
+"""The start of a run: what each process checks and opens, and what all processes then agree on."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from transformers import PreTrainedTokenizerBase
+
+from flipscale.data.faults import Fault
+from flipscale.data.feeding import enduring_batches, on_device
+from flipscale.data.packed import PackedBatch
+from flipscale.data.pairs import InputShape, PairDataset
+from flipscale.data.sources.opening import open_source
+from flipscale.data.sources.source import Source, fingerprint
+from flipscale.data.tokenizers import check_tokenizer, load_tokenizer
+from flipscale.engines.checkpoint import load_state
+from flipscale.engines.start import start_accelerator
+from flipscale.evaluation.kinds.task import Task
+from flipscale.objectives.objective import Objective
+from flipscale.training.recipe import Recipe
+from flipscale.training.schedule import Stage, plan_stages
+from flipscale.training.step import raise_if_dropout
+from flipscale.training.tracking import check_log
+
+
+class StepBatch(NamedTuple):
+    """One process's part of the batch of a step.
+
+    Args:
+        stage: of the step.
+        micro_batches: on the device, all of one size. Clearing the list frees the batch: nothing else holds it.
+        faults: the samples that could not be used, each of which was replaced.
+    """
+
+    stage: Stage
+    micro_batches: list[PackedBatch]
+    faults: list[Fault]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a recipe asks for, checked and opened.
+
+    Args:
+        stages: of the whole run.
+        source: of the pairs.
+        tokenizer: of the captions.
+        datasets: the pairs as each stage sees them.
+        tasks: the evaluations.
+        objective: what is learned.
+    """
+
+    stages: list[Stage]
+    source: Source
+    tokenizer: PreTrainedTokenizerBase
+    datasets: Mapping[Stage, PairDataset]
+    tasks: list[Task]
+    objective: Objective
+
+    def batches(self, step: int, accelerator: Accelerator) -> Iterator[StepBatch]:
+        """Yield this process's batches from `step` to the end of the run.
+
+        Raises:
+            ValueError: the data cannot be used.
+            OSError: a shard cannot be read, or workers keep dying.
+        """
+        rank, world_size, device = accelerator.process_index, accelerator.num_processes, accelerator.device
+        pin_memory = device.type == "cuda"
+        for stage in self.stages:
+            first, last = max(step, stage.first_step), stage.last_step
+            batches = enduring_batches(self.datasets[stage], first, last, rank, world_size, pin_memory)
+            for micro_batches in on_device(batches, device):
+                yield StepBatch(stage, micro_batches, [fault for one in micro_batches for fault in one.faults])
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a start of a run begins.
+
+    Args:
+        accelerator: the processes.
+        checkpoint: the one that the run goes on from, None for a fresh start.
+        state: of that checkpoint.
+    """
+
+    accelerator: Accelerator
+    checkpoint: Path | None
+    state: Mapping[str, Any]
+
+    @property
+    def step(self) -> int:
+        """How many steps are done."""
+        return self.state.get("step", 0)
+
+    @property
+    def trained_seconds(self) -> float:
+        """How long they took, in all starts so far."""
+        return self.state.get("trained_seconds", 0.0)
+
+
+def check(recipe: Recipe) -> Plan:
+    """Check a recipe and open its data, in each process for itself.
+
+    Raises:
+        ValueError: the recipe cannot be run as it stands.
+    """
+    objective, config = recipe.objective(), recipe.model_config()
+    stages = plan_stages(recipe.stages, recipe.data.global_batch_size)
+    check_log(recipe.log)
+    tasks = recipe.eval.planned()
+    for task in tasks:
+        task.check()
+    if recipe.data.micro_batch_size is not None and objective.is_coupled:
+        raise_if_dropout(config)
+    source = open_source(recipe.data)
+    tokenizer = load_tokenizer(recipe.data.tokenizer, config.text_config.max_position_embeddings)
+    check_tokenizer(tokenizer, config.text_config)
+    shape, sends_masked = InputShape.of(config), "masked_patches" in objective.columns
+    datasets = {
+        stage: PairDataset(
+            source, tokenizer, recipe.data, shape, recipe.seed, stage.mask_ratio, recipe.mask, stage.text_mask_ratio,
+            sends_masked=sends_masked,
+        )
+        for stage in stages
+    }  # fmt: skip
+    return Plan(stages, source, tokenizer, datasets, tasks, objective)
+
+
+def join(recipe: Recipe, source: Source, checkpoint: Path | None) -> Start:
+    """Collective. Start the processes and have them agree on the data and on the checkpoint to go on from.
+
+    Raises:
+        ValueError: the processes are not those that were launched, or their data differs, among them or from that of
+            the checkpoint.
+    """
+    accelerator = start_accelerator(recipe.log.report_to, recipe.output_dir)
+    agree_on_data(accelerator, source)
+    # A file system may show a new folder to one machine later than to another.
+    (checkpoint,) = broadcast_object_list([checkpoint])
+    if checkpoint is None:
+        return Start(accelerator, None, {})
+    state = load_state(checkpoint)
+    check_same_data(checkpoint, state, source)
+    return Start(accelerator, checkpoint, state)
+
+
+def agree_on_data(accelerator: Accelerator, source: Source) -> None:
+    """Collective. Raise unless all processes found the same numbers of samples in the same shards.
+
+    Raises:
+        ValueError: a copy on some node is older or cut, so that the order of samples would differ from there on.
+    """
+    mine = torch.tensor([fingerprint(source)], device=accelerator.device)
+    everyone = accelerator.gather(mine).tolist()
+    others = [rank for rank, theirs in enumerate(everyone) if theirs != everyone[0]]
+    if others:
+        raise ValueError(
+            f"processes {', '.join(map(str, others))} of {len(everyone)} found other numbers of samples in the shards "
+            "than process 0, so that they would read them in another order; make the nodes' copies the same"
+        )
+
+
+def check_same_data(checkpoint: Path, state: Mapping[str, Any], source: Source) -> None:
+    """Raise unless the checkpoint of this `state` was trained on the data of `source`.
+
+    Raises:
+        ValueError: the number of samples or the shards changed, and with them the order of samples.
+    """
+    if (state["data_samples"], state["data_fingerprint"]) != (len(source), fingerprint(source)):
+        raise ValueError(
+            f"{checkpoint} was trained on {state['data_samples']} samples, the data now has {len(source)} or in other "
+            "shards; the order of samples would change: use the same data or another output_dir"
+        )
