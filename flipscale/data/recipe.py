@@ -8,9 +8,9 @@ class SourceRecipe:
     """One source of pairs: tar shards or a `datasets` Dataset.
 
     Args:
-        shards: as `data.shards`.
+        shards: as `data.shards`. Does not change what is learned.
         dataset: a name on the Hub, a folder of images, parquet or Arrow, a file or glob of such, or what `save_to_disk`
-            wrote.
+            wrote. Does not change what is learned: the same rows may lie elsewhere.
         config: of the dataset, where it has several.
         split: of the dataset.
         image_column: of the dataset.
@@ -18,8 +18,8 @@ class SourceRecipe:
         weight: share of the samples, relative to the other sources'; None everywhere gives each its size.
     """
 
-    shards: str | None = None
-    dataset: str | None = None
+    shards: str | None = field(default=None, metadata={"learned": False})
+    dataset: str | None = field(default=None, metadata={"learned": False})
     config: str | None = None
     split: str = "train"
     image_column: str = "image"
@@ -33,7 +33,8 @@ class DataRecipe:
 
     Args:
         shards: a folder of tar shards, a glob, or a range such as `laion/{00000..41407}.tar`; here or, a block of
-            shards ahead of need through a cache, at `s3://`, `gs://`, `hf://` or `https://`.
+            shards ahead of need through a cache, at `s3://`, `gs://`, `hf://` or `https://`. Does not change what is
+            learned: the same shards may lie elsewhere.
         sources: in place of `shards`: several of them, or of datasets, mixed by weight.
         tokenizer: a folder or Hub name of a fast tokenizer, or `bert` for the original's WordPiece without special
             tokens.
@@ -50,14 +51,14 @@ class DataRecipe:
             Does not change what is learned.
     """
 
-    shards: str = ""
+    shards: str = field(default="", metadata={"learned": False})
     sources: list[SourceRecipe] = field(default_factory=list)
-    tokenizer: str = "bert"
+    tokenizer: str = field(default="bert", metadata={"place": True})
     global_batch_size: int = 4096
-    micro_batch_size: int | None = None
+    micro_batch_size: int | None = field(default=None, metadata={"learned": False})
     crop_scale: tuple[float, float] = (0.5, 1.0)
     shards_per_block: int = 16
-    num_workers: int = 8
-    cache_dir: str = "~/.cache/flipscale/shards"
-    cache_bytes: int = 100_000_000_000
-    max_bad_fraction: float = 0.05
+    num_workers: int = field(default=8, metadata={"learned": False})
+    cache_dir: str = field(default="~/.cache/flipscale/shards", metadata={"learned": False})
+    cache_bytes: int = field(default=100_000_000_000, metadata={"learned": False})
+    max_bad_fraction: float = field(default=0.05, metadata={"learned": False})

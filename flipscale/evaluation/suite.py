@@ -1,5 +1,6 @@
 """The kinds of evaluation, and the evaluations of a recipe one after the other."""
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from typing import Any
@@ -46,8 +47,8 @@ def _build_task(content: dict[str, Any], where: str) -> Task:
     content = {**content, "name": content.get("name") or content["kind"]}
     if not content.get("data"):
         raise ValueError(f"{where}: data is missing; name the folder of the test set")
-    if "/" in content["name"]:
-        raise ValueError(f"{where}: name is {content['name']!r}; leave out the '/', which parts a task from its metric")
+    if not re.fullmatch(r"[\w.-]+", content["name"]):
+        raise ValueError(f"{where}: name is {content['name']!r}; use letters, digits, '.', '_' and '-'")
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(kind, "task")
     try:

@@ -1,7 +1,7 @@
-"""The card of a trained model: what it is, what it learned from, what it can do; every number from the run's files.
+"""The card of a trained model: what it is, what it learned from and what it achieves.
 
-`TEMPLATE` is all that it can say. A paragraph or table row of it that needs something the run did not record is left
-out: nothing is invented, nothing is typed by hand.
+Every number comes from the run's files. `TEMPLATE` is all that a card can say; a paragraph or table row that needs
+something which the run did not record is left out.
 """
 
 import json
@@ -19,6 +19,7 @@ from flipscale.evaluation.figures import can_draw, draw_loss, draw_result, resul
 from flipscale.evaluation.results import THIS_MODEL, Result, with_unit
 from flipscale.evaluation.suite import KINDS
 from flipscale.files.aside import write_text
+from flipscale.training.learned import deciding_part
 from flipscale.training.run_directory import read_starts
 
 TEMPLATE = """# {name}
@@ -72,7 +73,7 @@ print(output.image_embeds @ output.text_embeds.T)
 
 | | |
 |---|---|
-| training data | `{data}` |
+| training data | {data} |
 | pairs in it | {data_samples} |
 | pairs seen | {samples_seen} |
 | time | {time} |
@@ -130,17 +131,15 @@ NOT_EVALUATED = "Not evaluated."
 NO_LICENCE = "None was stated for these weights by those who trained them."
 _LOSS_FIGURE = "Contrastive loss of the training batches against training time"
 _SPLITS = ("train", "test", "val", "validation")  # which say nothing without the folder above them
-# Recipe fields that say where data lie and how they are read, not what is learned.
-_WHERE = ("shards", "tokenizer", "num_workers", "max_bad_fraction", "gradient_checkpointing")
 
 
 def write_card(folder: Path, run_dir: Path, where: str, step: int | None = None) -> None:
-    """Writes `README.md` and, where matplotlib is installed, `figures/` into the model folder of a run.
+    """Write `README.md` and, where matplotlib is installed, `figures/` into the model folder of a run.
 
     Args:
         folder: what `export_model` wrote.
-        where: what users load it by: a Hub name, or the folder's own.
-        step: of the checkpoint that it is; None for the finished run.
+        where: the name that users load it by: a Hub name, or the folder's own.
+        step: of the checkpoint that was exported; None for the finished run.
     """
     figures = _draw(curve_of(run_dir, step), folder / "figures") if can_draw() else {}
     write_text(folder / "README.md", model_card(folder, run_dir, where, step, figures))
@@ -169,7 +168,7 @@ def model_card(folder: Path, run_dir: Path, where: str, step: int | None, drawn:
 
 
 def filled(template: str, values: dict[str, str | None]) -> str:
-    """The template with its fields filled in, less the paragraphs and table rows that have a field of None."""
+    """Return the template with its fields filled in, less the paragraphs and table rows that have a field of None."""
 
     def known(text: str) -> bool:
         return all(field is None or values[field] is not None for _, field, _, _ in Formatter().parse(text))
@@ -195,7 +194,7 @@ class _Run:
         self.hub: dict[str, Any] = self.recipe.get("hub", {})
 
     def values(self) -> dict[str, str | None]:
-        """Every field of the template, None where it is unknown."""
+        """Return every field of the template, None where it is unknown."""
         vision, text, last = self.config["vision_config"], self.config["text_config"], self.curve.records[-1]
         batch, parameters = self.recipe["data"]["global_batch_size"], self.environment.get("num_parameters")
         total_steps = sum(stage["samples"] // batch for stage in self.recipe["stages"])
@@ -213,7 +212,7 @@ class _Run:
             "total_steps": f"{total_steps:,}",
             "results": self._results(),
             "protocol": self._protocol(),
-            "data": data_name(self.recipe["data"]["shards"]) or None,
+            "data": self._data(),
             "data_samples": _number(self.environment.get("data_samples")),
             "samples_seen": _number(last["samples_seen"]),
             "time": _duration(seconds),
@@ -232,7 +231,7 @@ class _Run:
         }
 
     def metadata(self, name: str) -> ModelCardData:
-        """The card's header, evaluations as the Hub's `model-index` included."""
+        """Return the card's header, with the results as the Hub's `model-index`."""
         results = [
             EvalResult(
                 task_type=_hub_task(result),
@@ -246,13 +245,12 @@ class _Run:
             if result.who == THIS_MODEL and "data" in result.made_by
         ]
         init_from = self.recipe["model"].get("init_from")
-        base = init_from if init_from and re.fullmatch(r"[\w.-]+/[\w.-]+", init_from) else None
         return ModelCardData(
             library_name="transformers",
             pipeline_tag="zero-shot-image-classification",
             tags=["flip", "clip", "flipscale"],
             license=self.hub.get("license"),
-            base_model=base if base and not Path(base).exists() else None,
+            base_model=init_from if init_from and _is_hub_name(init_from) else None,
             model_name=name if results else None,
             eval_results=results or None,
         )
@@ -279,12 +277,18 @@ class _Run:
         head = ["| test | metric | who | value | 95 % interval | n |", "|---|---|---|---:|---:|---:|"]
         return "\n".join([*head, *(row for found in rows.values() for row in found)]) if rows else NOT_EVALUATED
 
+    def _data(self) -> str | None:
+        """Return the names of the training data; of a mixture, each source with its weight and columns."""
+        data = self.recipe["data"]
+        sources = [_source_name(source) for source in data.get("sources", [])]
+        return "; ".join(sources) or (f"`{data_name(data['shards'])}`" if data["shards"] else None)
+
     def _hardware(self) -> str | None:
         used = dict.fromkeys(f"{start['num_processes']} x {start['device']}" for start in self.starts)
         return ", then ".join(used) or None
 
     def _device_hours(self, seconds: float) -> float | None:
-        """Hours times devices, start by start: a resumed run may have had others."""
+        """Return hours times devices, summed over the starts: a resumed run may have had other devices."""
         if not self.starts:
             return None
         ends = [start["trained_seconds"] for start in self.starts[1:]] + [seconds]
@@ -298,21 +302,34 @@ class _Run:
             yield f"| {stage['name']} | {stage['samples']:,} | {' | '.join(removed)} | {rate} |"
 
     def _recipe(self) -> str:
-        sections = ("model", "data", "mask", "loss", "optim")
-        kept: dict[str, Any] = {}
-        for section in (name for name in sections if name in self.recipe):
-            kept[section] = {name: value for name, value in self.recipe[section].items() if name not in _WHERE}
-        kept.update(stages=self.recipe["stages"], seed=self.recipe["seed"])
-        return yaml.safe_dump(kept, sort_keys=False).rstrip()
+        return yaml.safe_dump(deciding_part(self.recipe, name_of=public_name), sort_keys=False).rstrip()
 
 
-def data_name(shards: Any) -> str:
-    """What people call a data set: the last folder or file of where it lies, not the way to it."""
-    if not isinstance(shards, str):
-        names = [data_name(part["shards"] if isinstance(part, dict) else part) for part in shards]
-        return ", ".join(dict.fromkeys(names))
-    parts = [part for part in shards.split("?")[0].split("/") if part and not re.search(r"[*{]|\.tar$", part)]
-    return "/".join(parts[-2:] if parts[-1:] and parts[-1] in _SPLITS else parts[-1:]) or shards
+def data_name(place: str) -> str:
+    """Return what people call a data set: the last folder or file of the path or URL, without the way to it."""
+    place = re.sub(r"^.*://([^/]*@)?", "", place.split("?")[0])
+    parts = [part for part in place.split("/") if part and not re.search(r"[*{]|\.tar$", part)]
+    return "/".join(parts[-2:] if parts[-1:] and parts[-1] in _SPLITS else parts[-1:]) or place
+
+
+def public_name(place: str) -> str:
+    """Return a Hub name as it is, and of a path or URL the last part."""
+    return place if _is_hub_name(place) else data_name(place)
+
+
+def _is_hub_name(place: str) -> bool:
+    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", place)) and not Path(place).exists()
+
+
+def _source_name(source: dict[str, Any]) -> str:
+    """Return a source of a mixture as the card names it."""
+    about = [] if source.get("weight") is None else [f"weight {source['weight']:g}"]
+    if source.get("dataset"):
+        about += [f"{name} `{source[name]}`" for name in ("config", "split") if source.get(name)]
+        about.append(f"images from `{source['image_column']}`")
+        about.append(f"captions from {' and '.join(f'`{column}`' for column in source['caption_columns'])}")
+    name = f"`{public_name(source.get('dataset') or source.get('shards') or '')}`"
+    return f"{name} ({', '.join(about)})" if about else name
 
 
 def _task_name(result: Result) -> str:

@@ -35,7 +35,7 @@ class LossRecipe:
 
     kind: str = "infonce"
     options: dict[str, Any] = field(default_factory=dict)
-    exchange: str = "gather"
+    exchange: str = field(default="gather", metadata={"learned": False})
     reconstruction_weight: float = 0.0
 
     def __post_init__(self) -> None:

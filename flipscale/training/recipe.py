@@ -1,4 +1,4 @@
-"""The recipe: every knob of a run, read from YAML and `--section.field` flags."""
+"""The recipe: every setting of a run, read from YAML and `--section.field` flags."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -21,18 +21,9 @@ from flipscale.training.schedule import StageRecipe
 from flipscale.training.tracking import LogRecipe
 
 RECIPES = Path(__file__).parent.parent / "recipes"
-# Fields of the sections that decide what is learned which do not: they may differ on resume.
-_WHERE_IT_RUNS = {
-    ("model", "gradient_checkpointing"),
-    ("model", "compile"),
-    ("data", "micro_batch_size"),
-    ("data", "num_workers"),
-    ("data", "shards"),
-    ("data", "cache_dir"),
-    ("data", "cache_bytes"),
-    ("data", "max_bad_fraction"),
-    ("loss", "exchange"),
-}
+
+# Fields of any section that are marked {"learned": False} do not change what is learned: they may differ when a run is
+# resumed, and the model card leaves them out. {"place": True} marks a path or a name, which the card shortens.
 
 
 @dataclass(frozen=True)
@@ -52,12 +43,12 @@ class ModelRecipe:
     size: str = "b16"
     vision_config: dict[str, Any] = field(default_factory=dict)
     text_config: dict[str, Any] = field(default_factory=dict)
-    gradient_checkpointing: bool = False
-    compile: bool = False
-    init_from: str | None = None
+    gradient_checkpointing: bool = field(default=False, metadata={"learned": False})
+    compile: bool = field(default=False, metadata={"learned": False})
+    init_from: str | None = field(default=None, metadata={"place": True})
 
     def config(self) -> FlipConfig:
-        """The model's configuration.
+        """Return the model's configuration.
 
         Raises:
             ValueError: an unknown size or field, an image size that the patch does not divide.
@@ -73,7 +64,7 @@ class ModelRecipe:
 
 @dataclass(frozen=True)
 class HubRecipe:
-    """Where the model goes while it is trained and when it is done, and what its card cannot know by itself.
+    """Where the model is pushed while it is trained and at the end, and what its card cannot know by itself.
 
     Args:
         push_to_hub: push every save, in the background, and the finished model.
@@ -96,14 +87,14 @@ class HubRecipe:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A run. `model`, `data`, `mask`, `loss`, `optim`, `stages` and `seed` decide what is learned; the rest does not.
+    """A run. `model`, `data`, `mask`, `loss`, `optim`, `stages` and `seed` decide what is learned; the others do not.
 
     Args:
         model: what is trained.
         data: what is read, and how it becomes a batch.
         mask: how patches and words are chosen; how many are removed is up to the stages.
         loss: what pulls pairs together and the rest of the batch apart.
-        optim: how the weights move.
+        optim: how the weights are updated.
         seed: of the first weights, the order, the crops and the masks.
         log: what is reported, and how often.
         save: when checkpoints are written.
@@ -111,7 +102,7 @@ class Recipe:
         hub: whether the model is pushed to the Hub, and to where.
         stages: masked pre-training, unmasked tuning, or any list of mask ratios and rates.
         output_dir: the run directory.
-        resume_from_checkpoint: `auto` goes on from the newest checkpoint of `output_dir`, `never` starts anew.
+        resume_from_checkpoint: `auto` resumes from the newest checkpoint of `output_dir`, `never` refuses to.
     """
 
     model: ModelRecipe = field(default_factory=ModelRecipe)
@@ -121,12 +112,12 @@ class Recipe:
     optim: OptimRecipe = field(default_factory=OptimRecipe)
     stages: list[StageRecipe] = field(default_factory=list)
     seed: int = 0
-    log: LogRecipe = field(default_factory=LogRecipe)
-    save: SaveRecipe = field(default_factory=SaveRecipe)
-    eval: EvalRecipe = field(default_factory=EvalRecipe)
-    hub: HubRecipe = field(default_factory=HubRecipe)
-    output_dir: str = "runs/flip"
-    resume_from_checkpoint: str = "auto"
+    log: LogRecipe = field(default_factory=LogRecipe, metadata={"learned": False})
+    save: SaveRecipe = field(default_factory=SaveRecipe, metadata={"learned": False})
+    eval: EvalRecipe = field(default_factory=EvalRecipe, metadata={"learned": False})
+    hub: HubRecipe = field(default_factory=HubRecipe, metadata={"learned": False})
+    output_dir: str = field(default="runs/flip", metadata={"learned": False})
+    resume_from_checkpoint: str = field(default="auto", metadata={"learned": False})
 
     def objective(self) -> Objective:
         """Return what is learned.
@@ -146,7 +137,7 @@ class Recipe:
 
 
 def build_parser() -> ArgumentParser:
-    """The parser of `flipscale pretrain`: `--config RECIPE` and a flag for every field."""
+    """Return the parser of `flipscale pretrain`: `--config RECIPE` and a flag for every field."""
     description = f"{__doc__} With --dry_run: the memory it would need (`flipscale pretrain --dry_run --help`)."
     parser = ArgumentParser(prog="flipscale pretrain", description=description, exit_on_error=False)
     parser.add_argument("--config", action="config", help="a recipe file, or the name of one of flipscale/recipes")
@@ -155,7 +146,7 @@ def build_parser() -> ArgumentParser:
 
 
 def parse_recipe(arguments: Sequence[str]) -> Recipe:
-    """The recipe that command-line `arguments` describe; a bare name after `--config` is a recipe of the package.
+    """Return the recipe that command-line `arguments` describe; a bare name after `--config` is one of the package's.
 
     Raises:
         ValueError: a key that does not exist, or a value of the wrong type.
@@ -185,27 +176,7 @@ def _named_recipe(previous: str, word: str) -> str:
 
 
 def to_yaml(recipe: Recipe) -> str:
-    """The resolved recipe as YAML; `--config` reads it back."""
+    """Return the resolved recipe as YAML, which `--config` reads back."""
     plain = dataclasses.asdict(recipe)
     plain["data"]["crop_scale"] = list(recipe.data.crop_scale)
     return yaml.safe_dump(plain, sort_keys=False)
-
-
-def differences(recipe: Recipe, saved: dict[str, Any]) -> list[str]:
-    """Return the fields that decide what is learned and differ from a saved recipe, as `section.field: saved, now`. A
-    field that the saved recipe is too old to have had its default."""
-    now, defaults = (yaml.safe_load(to_yaml(one)) for one in (recipe, Recipe()))
-    found = []
-    for data in (now["data"], saved.get("data", {})):
-        # Where a source lies may change, as `data.shards` may; its columns and weight may not.
-        data["sources"] = [{**one, "shards": None, "dataset": None} for one in data.get("sources", [])]
-    for section in ("model", "data", "mask", "loss", "optim"):
-        for name in now[section].keys() | saved.get(section, {}).keys():
-            before = saved.get(section, {}).get(name, defaults[section].get(name))
-            after = now[section].get(name)
-            if before != after and (section, name) not in _WHERE_IT_RUNS:
-                found.append(f"{section}.{name}: {before}, now {after}")
-    for name in ("stages", "seed"):
-        if saved.get(name) != now[name]:
-            found.append(f"{name}: {saved.get(name)}, now {now[name]}")
-    return sorted(found)

@@ -1,11 +1,16 @@
 """Every recipe of the package parses, plans, and comes back from its own YAML."""
 
+import dataclasses
+import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 import yaml
 
-from flipscale.training.recipe import RECIPES, differences, parse_recipe, to_yaml
+from flipscale.training.learned import deciding_part, differences
+from flipscale.training.recipe import RECIPES, Recipe, parse_recipe, to_yaml
 from flipscale.training.schedule import plan_stages
 
 NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
@@ -29,6 +34,51 @@ def test_the_paper_s_sizes_and_rates() -> None:
         assert stages[0].peak_lr == pytest.approx(peak)
         assert stages[1].peak_lr == pytest.approx(1.024e-5)
         assert [stage.mask_ratio for stage in stages] == [0.5, 0.0]
+
+
+def sections(kind: type = Recipe) -> Iterator[type]:
+    """The dataclasses of the sections that decide what is learned, those within them too."""
+    types = get_type_hints(kind)
+    for field in dataclasses.fields(kind):
+        for hint in (types[field.name], *get_args(types[field.name])):
+            if dataclasses.is_dataclass(hint) and field.metadata.get("learned", True):
+                yield hint
+                yield from sections(hint)
+
+
+@pytest.mark.parametrize("section", list(sections()), ids=lambda section: section.__name__)
+def test_what_does_not_change_what_is_learned_is_declared_so_and_says_so(section: type) -> None:
+    documented = dict(
+        re.findall(r"^        (\w+): (.*?)(?=^        \w+: |\Z)", section.__doc__, re.MULTILINE | re.DOTALL)
+    )
+    assert documented.keys() == {field.name for field in dataclasses.fields(section)}
+    for field in dataclasses.fields(section):
+        says_so = "Does not change what is learned" in " ".join(documented[field.name].split())
+        assert says_so == (not field.metadata.get("learned", True)), f"{section.__name__}.{field.name}"
+
+
+def test_the_sections_that_decide() -> None:
+    assert {section.__name__ for section in sections()} == {
+        *("ModelRecipe", "DataRecipe", "SourceRecipe", "MaskRecipe", "LossRecipe", "OptimRecipe", "StageRecipe")
+    }
+    kept = deciding_part(yaml.safe_load(to_yaml(parse_recipe(["--config", "demo"]))), name_of=lambda place: "name")
+    assert set(kept) == {"model", "data", "mask", "loss", "optim", "stages", "seed"}
+    assert set(kept["data"]) == {"sources", "tokenizer", "global_batch_size", "crop_scale", "shards_per_block"}
+    assert kept["data"]["tokenizer"] == "name"
+
+
+def test_a_recipe_of_an_older_version_is_the_same_by_its_defaults() -> None:
+    recipe = parse_recipe(["--config", "b16_cc3m"])
+    saved = yaml.safe_load(to_yaml(recipe))
+    for section, field in (("optim", "ema_decay"), ("mask", "views"), ("data", "cache_dir")):
+        del saved[section][field]
+    del saved["loss"], saved["stages"][0]["text_mask_ratio"]
+    saved["data"]["sources"], saved["eval"] = [], {"zero_shot": "elsewhere", "every_samples": 3}
+    assert differences(recipe, saved) == []
+    saved["optim"]["sharpness"], saved["stages"][0]["mask_ratio"] = 3, 0.25
+    found = differences(recipe, saved)
+    assert [line.partition(":")[0] for line in found] == ["optim.sharpness", "stages"]
+    assert found[0] == "optim.sharpness: 3, now None"
 
 
 def test_flags_override_the_file() -> None:

@@ -192,7 +192,7 @@ def test_a_test_set_must_be_whole(embedder: Embedder, tmp_path: Path) -> None:
             [{"kind": "zero_shot", "data": "x"}] * 2,
             r"2 of eval.tasks are called 'zero_shot'; give each a name of its own",
         ),
-        ([{"kind": "zero_shot", "data": "x", "name": "a/b"}], r"name is 'a/b'; leave out the '/'"),
+        ([{"kind": "zero_shot", "data": "x", "name": "a/b"}], r"name is 'a/b'; use letters, digits,"),
         (
             [{"kind": "zero_shot", "data": "x", "templates": "imagenet9"}],
             r"templates 'imagenet9' are unknown; use one of imagenet7, imagenet80",

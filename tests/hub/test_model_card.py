@@ -184,10 +184,42 @@ def test_a_checkpoint_s_card_ends_at_its_step(run_dir: Path) -> None:
     assert "This is step 11 of 40." in card
 
 
+def test_a_mixture_s_card_names_its_sources_and_no_places(run_dir: Path) -> None:
+    sources = [
+        {"shards": "s3://key:word@bucket/laion2b/{00000..41407}.tar", "weight": 0.75},
+        {"dataset": "/mnt/private/cc12m", "image_column": "jpg", "caption_columns": ["alt", "title"], "weight": 0.25},
+        {"dataset": "org/pairs", "config": "en", "weight": 0.5},
+    ]
+    recipe = yaml.safe_load((run_dir / "recipe.yaml").read_text())
+    recipe["data"].update(shards="", sources=sources, cache_dir="/mnt/private/cache", tokenizer="/mnt/private/words")
+    recipe["model"].update(init_from="/mnt/private/first", compile=True)
+    (run_dir / "recipe.yaml").write_text(to_yaml(parse_recipe(["--config", write(run_dir / "new.yaml", recipe)])))
+    card = card_of(run_dir)
+    row = (
+        "| training data | `laion2b` (weight 0.75); `cc12m` (weight 0.25, split `train`, images from `jpg`, captions "
+        "from `alt` and `title`); `org/pairs` (weight 0.5, config `en`, split `train`, images from `image`, captions "
+        "from `caption`) |"
+    )
+    assert row in card.splitlines()
+    shown = yaml.safe_load(card.partition("```yaml")[2].partition("```")[0])
+    assert shown["data"]["tokenizer"] == "words"
+    assert shown["data"]["sources"][0]["weight"] == 0.75
+    assert shown["model"]["init_from"] == "first"
+    for absent in ("private", "key:word", "bucket", "cache", "compile", "micro_batch_size", "exchange", "shards:"):
+        assert absent not in card, absent
+    assert untraced_numbers(card, run_dir) == []
+
+
+def write(path: Path, content: dict) -> str:
+    path.write_text(yaml.safe_dump(content))
+    return str(path)
+
+
 @pytest.mark.parametrize(("shards", "name"), [
     ("data/laion400m/{00000..41407}.tar", "laion400m"), ("data/demo/train", "demo/train"),
     ("s3://key@b/cc3m/*.tar", "cc3m"),
-    ("https://h/cc12m/{0..9}.tar?sig=secret", "cc12m"), ("/x/imagenet1k_val/", "imagenet1k_val"), ("train", "train"),
+    ("https://h/cc12m/{0..9}.tar?sig=secret", "cc12m"), ("https://me:word@h/{0..9}.tar", "h"),
+    ("*.tar", "*.tar"), ("/x/imagenet1k_val/", "imagenet1k_val"), ("train", "train"),
 ])  # fmt: skip
 def test_data_are_named_not_located(shards: str, name: str) -> None:
     assert data_name(shards) == name
