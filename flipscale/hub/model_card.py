@@ -19,7 +19,7 @@ from flipscale.evaluation.figures import can_draw, draw_loss, draw_result, resul
 from flipscale.evaluation.results import THIS_MODEL, Result, with_unit
 from flipscale.evaluation.suite import KINDS
 from flipscale.files.aside import write_text
-from flipscale.training.learned import deciding_part
+from flipscale.training.recipe import deciding_part
 from flipscale.training.run_directory import read_starts
 
 TEMPLATE = """# {name}

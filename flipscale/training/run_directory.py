@@ -26,8 +26,7 @@ from flipscale.engines.checkpoint import latest_checkpoint
 from flipscale.files import json_lines
 from flipscale.files.aside import write_text
 from flipscale.model import FlipModel
-from flipscale.training.learned import differences
-from flipscale.training.recipe import Recipe, to_yaml
+from flipscale.training.recipe import Recipe, differences, to_yaml
 
 
 def open_run_directory(recipe: Recipe) -> Path | None:

@@ -9,8 +9,7 @@ from typing import get_args, get_type_hints
 import pytest
 import yaml
 
-from flipscale.training.learned import deciding_part, differences
-from flipscale.training.recipe import RECIPES, Recipe, parse_recipe, to_yaml
+from flipscale.training.recipe import RECIPES, Recipe, deciding_part, differences, parse_recipe, to_yaml
 from flipscale.training.schedule import plan_stages
 
 NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))

@@ -18,8 +18,7 @@ from flipscale.data.recipe import DataRecipe, SourceRecipe
 from flipscale.data.sources.mixture import Mixture, MixtureOrder
 from flipscale.data.sources.opening import open_source
 from flipscale.data.sources.tar_source import TarSource
-from flipscale.training.learned import differences
-from flipscale.training.recipe import parse_recipe, to_yaml
+from flipscale.training.recipe import differences, parse_recipe, to_yaml
 
 
 @pytest.fixture(scope="module")
