@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def write_launch_files(directory: Path) -> list[Path]:
-    """Write the launch files and Slurm scripts below `directory`; return their paths there.
+    """Write the launch files and Slurm scripts that `directory` lacks; return the paths of all of them there.
 
     Raises:
         ValueError: a file of the same name has other content. Nothing is written then.
@@ -48,7 +48,8 @@ def write_launch_files(directory: Path) -> list[Path]:
                 "folder"
             )
     for source, copy in zip(sources, copies, strict=True):
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        with written_aside(copy) as partial:
-            shutil.copyfile(source, partial)
+        if not copy.exists():
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            with written_aside(copy) as partial:
+                shutil.copyfile(source, partial)
     return copies

@@ -1,0 +1,85 @@
+"""A folder in which the commands and snippets of the pages can be run: a tiny trained model, data and pictures."""
+
+import csv
+import json
+import os
+import shutil
+import tarfile
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+import yaml
+from conftest import COLOURS, SHAPES, draw, write_shards
+from hub.conftest import hub, logged_in  # noqa: F401 (fixtures)
+from PIL import Image
+from safetensors.torch import save_file
+
+from flipscale import cli
+
+ROOT = Path(__file__).parents[2]
+OPEN_CLIP = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 32, "patch_size": 8, "width": 32, "layers": 2, "head_width": 16},
+    "text_cfg": {"context_length": 8, "vocab_size": 16, "width": 32, "heads": 2, "layers": 2, "pool_type": "first"},
+}
+
+
+@pytest.fixture(scope="session")
+def site(recipe: dict, tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that has all files and folders that the pages name, small ones of each kind."""
+    folder = tmp_path_factory.mktemp("site")
+    for name in ("ds_configs", "slurm"):
+        shutil.copytree(ROOT / name, folder / name)
+    for name in ("train", "train_without_unseen", "test", "unseen"):
+        write_shards(folder / "data/demo" / name, [30, 17, 1, 48])
+    write_shards(folder / "laion", [8] * 4)
+    shutil.copytree(tokenizer_dir, folder / "data/demo/tokenizer")
+    (folder / "demo.yaml").write_text(yaml.safe_dump({**recipe, "output_dir": str(folder / "runs/demo")}))
+    cli.main(["pretrain", "--config", str(folder / "demo.yaml")])
+    shutil.copytree(folder / "runs/demo", folder / "runs/h14")
+    write_pictures(folder)
+    write_peer(folder, tokenizer_dir)
+    with tarfile.open(ROOT / "tests/fixtures/parity/t5x.tar.gz") as tar:
+        tar.extractall(folder / "original", filter="data")
+    with zipfile.ZipFile(folder / "flip_vit_large.zip", "w") as archive:
+        for file in (folder / "original").rglob("*"):
+            if file.is_file():
+                archive.writestr(str(file.relative_to(folder / "original")), file.read_bytes())
+    return folder
+
+
+def write_pictures(folder: Path) -> None:
+    """Photos with a table of captions, and folders of pets by class."""
+    rng = np.random.default_rng(0)
+    places = [folder / f"pets/{part}/{colour}" for part in ("train", "test") for colour in COLOURS]
+    captions = {}
+    for kind in [folder / "photos", *places]:
+        kind.mkdir(parents=True)
+        for number in range(8):
+            colour = kind.name if kind.name in COLOURS else list(COLOURS)[number % 4]
+            Image.fromarray(draw(colour, SHAPES[number % 4], rng)).save(kind / f"{number}.jpg")
+            captions[f"photos/{number}.jpg"] = f"a {list(COLOURS)[number % 4]} {SHAPES[number % 4]}"
+    with open(folder / "photos.csv", "w", newline="") as table:
+        csv.writer(table).writerows([("filepath", "caption"), *captions.items()])
+
+
+def write_peer(folder: Path, tokenizer_dir: Path) -> None:
+    """A tiny model as open_clip stores it: peer.json and peer.safetensors."""
+    text = {**OPEN_CLIP["text_cfg"], "hf_tokenizer_name": str(tokenizer_dir)}
+    (folder / "peer.json").write_text(json.dumps({**OPEN_CLIP, "text_cfg": text}))
+    torch.manual_seed(0)
+    weights = open_clip.CLIP(**OPEN_CLIP).state_dict()
+    save_file({name: value.contiguous() for name, value in weights.items()}, folder / "peer.safetensors")
+
+
+@pytest.fixture
+def in_site(site: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The site as working directory, without what a command of an earlier test left in the environment."""
+    monkeypatch.chdir(site)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", site / "cache")
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    return site

@@ -1,0 +1,224 @@
+"""Every command that the pages show is run, on a folder of small data; a command that no rule covers fails.
+
+Verbs run in this process, in the order of their page. What a rule does not do for real, and why, is in its docstring.
+"""
+
+import argparse
+import contextlib
+import glob
+import importlib
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+from accelerate.commands.config import load_config_from_file
+from accelerate.commands.launch import launch_command_parser
+from accelerate.state import AcceleratorState
+from cli.pages import PAGES, ROOT, Command, commands
+from setuptools.config.setupcfg import read_configuration
+from torch.distributed.run import get_args_parser
+
+import flipscale
+from flipscale import cli
+from flipscale.training.recipe import parse_recipe
+
+# What a page says, and what is run in its place: other sizes and names, never other verbs or options.
+SUBSTITUTES = {
+    r"\{00000\.\.41407\}": "{00000..00003}",
+    r"--step 120000": "--step 40",
+    r"open_clip:ViT-B-16,laion2b_s34b_b88k": "open_clip:peer.json,peer.safetensors",
+    r"--size l16": "--image_heads 4 --text_heads 4",
+    r"(convert \w+) (runs/l16/model|models/flip-l16) ": r"\1 runs/demo/model ",
+    r"imagenet/test": "data/demo/test",
+    r"--config h14_laion2b --dry_run": "--config demo --optim.name adamw --dry_run",
+    r"--config demo_unseen": "--config demo_unseen --stages '[{name: masked, samples: 512, mask_ratio: 0.75, base_lr: 0.002}]'",
+}
+PROSE = {"accelerate launch", "flipscale VERB"}  # what a sentence names and nobody types
+
+
+@contextlib.contextmanager
+def ends_well(command: str, capsys: pytest.CaptureFixture[str]) -> Iterator[None]:
+    """A command may exit, but only with code 0."""
+    code = None
+    try:
+        yield
+    except SystemExit as ended:
+        code = ended.code
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    assert not code, f"{command}\n{capsys.readouterr().err}"
+
+
+def parser_of(verb: str) -> argparse.ArgumentParser:
+    """The parser of a verb's arguments."""
+    parser = argparse.ArgumentParser(prog=f"flipscale {verb}")
+    importlib.import_module(f"flipscale.{verb}").add_arguments(parser)
+    return parser
+
+
+def verb(words: list[str]) -> None:
+    """Runs `flipscale VERB` for real."""
+    expanded = [name for word in words[1:] for name in (sorted(glob.glob(word)) if "*" in word else [word])]
+    cli.main(expanded)
+
+
+def verb_s_help(words: list[str]) -> None:
+    """Prints the help of a verb that a sentence names without its arguments."""
+    cli.main([*words[1:], "--help"])
+
+
+def verb_s_arguments(words: list[str]) -> None:
+    """Parses the arguments only: these verbs download data or measure for minutes, and have tests of their own."""
+    parsed = parser_of(words[1]).parse_args(words[2:])
+    for recipe in getattr(parsed, "recipes", []):
+        parse_recipe(["--config", recipe])
+
+
+def training(words: list[str]) -> None:
+    """Reads the launch file and prints the recipe, for the models need GPUs. accelerate's and torchrun's parsers read
+    their part."""
+    if words[0] == "accelerate":
+        parsed = launch_command_parser().parse_args(words[2:])
+        assert load_config_from_file(parsed.config_file).num_processes == 8
+        words = [parsed.training_script, *parsed.training_script_args]
+    elif words[0] == "torchrun":
+        parsed = get_args_parser().parse_args(words[1:])
+        words = [parsed.training_script, *parsed.training_script_args]
+    flags = words[words.index("flipscale.pretrain") + 1 :] if "flipscale.pretrain" in words else words[2:]
+    cli.main(["pretrain", *flags, "--print_config"])
+
+
+def submission(script: str) -> None:
+    """Submits to an sbatch that prints a number and notes the job. The batch scripts run on a real Slurm in
+    tests/slurm; here their flags are read as flags of the verb that they start."""
+    Path("bin").mkdir(exist_ok=True)
+    Path("bin/sbatch").write_text('#!/bin/bash\nprintf "%s\\t" "$RECIPE$RECIPES" "$@" >> jobs; echo >> jobs; echo 7\n')
+    Path("bin/sbatch").chmod(0o755)
+    Path("jobs").unlink(missing_ok=True)
+    path = f"{Path('bin').absolute()}:{os.environ['PATH']}"
+    variables = {**os.environ, "PATH": path, "PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "JOB": "7"}
+    done = subprocess.run(["bash", "-euc", script], env=variables, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for job in Path("jobs").read_text().splitlines():
+        recipes, *arguments = job.split("\t")[:-1]
+        at = next(number for number, word in enumerate(arguments) if word.startswith("slurm/"))
+        assert all(option.startswith("--") for option in arguments[:at])
+        if arguments[at] == "slurm/evaluate.sh":
+            parser_of("evaluate").parse_args(["MODEL", *arguments[at + 1 :]])
+            continue
+        for recipe in recipes.split():
+            parse_recipe(["--config", recipe, *arguments[at + 1 :]])
+
+
+def installation(words: list[str]) -> None:
+    """Looks for the extras and files that pip is told of; test_launch_files builds the wheel that is named."""
+    extras = read_configuration(ROOT / "setup.cfg")["options"]["extras_require"]
+    for word in words[2:]:
+        name, _, asked = word.partition("[")
+        assert set(filter(None, asked.rstrip("]").split(","))) <= extras.keys(), word
+        version = flipscale.__version__
+        known = {".", "flipscale", "dist", f"dist/flipscale-{version}-py3-none-any.whl", "pre-commit"}
+        assert name.startswith("-") or name in known, word
+
+
+def target(words: list[str]) -> None:
+    """Runs nothing that takes minutes: has make print the commands of the target, each of which a rule covers."""
+    done = subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for line in done.stdout.splitlines():
+        text = line.replace(".venv/bin/", "")
+        if not re.match(r"(touch|python3 -m venv) ", text):
+            run(Command("Makefile", text))
+
+
+def tool(words: list[str]) -> None:
+    """Looks whether `make setup` installs the tool: it checks the whole repository, or runs tests."""
+    needed = " ".join(read_configuration(ROOT / "setup.cfg")["options"]["extras_require"]["tests"])
+    assert words[0].removeprefix(".venv/bin/") in needed or words[0] == "pre-commit"
+    for word in words[1:]:
+        assert "/" not in word or (ROOT / word.split("::")[0]).exists(), word
+
+
+def script_s_help(words: list[str]) -> None:
+    """Prints the help of a script of the repository, which compares two checkouts for minutes."""
+    done = subprocess.run([sys.executable, words[1], "--help"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+# The first rule that matches a command, without the variables set before it, runs it.
+RULES: dict[str, Callable[[list[str]], None]] = {
+    r"(bash|sbatch) slurm/|\w+=\$\(": submission,  # type: ignore[dict-item]  # the whole script, not its words
+    r"flipscale (study|prepare demo|prepare photos|bench \w+) ": verb_s_arguments,
+    r"flipscale bench compare\w*$": verb_s_arguments,
+    r"flipscale pretrain .*--(dry_run|help|print_config)|flipscale pretrain --config demo_unseen": verb,
+    r"(flipscale|python -m flipscale\.)pretrain |flipscale pretrain .": training,
+    r"(accelerate launch|torchrun) .*-m flipscale\.pretrain": training,
+    r"flipscale \w+$|flipscale (convert|prepare|bench) \w+$|flipscale launch_files$": verb_s_help,
+    r"flipscale (\w+|--help)": verb,
+    r"(\.venv/bin/)?pip (install|wheel) ": installation,
+    r"make \w+": target,
+    r"(\.venv/bin/)?(pytest|ruff|mypy|pre-commit)\b": tool,
+    r"python tests/same_bits\.py": script_s_help,
+}
+
+
+def rule_of(command: str) -> Callable[[list[str]], None] | None:
+    """The rule that covers a command without its variables, if there is one."""
+    return next((rule for pattern, rule in RULES.items() if re.match(pattern, command)), None)
+
+
+def parted(command: str) -> tuple[dict[str, str], str]:
+    """A command's variables, and the rest of it."""
+    variables, rest = {}, command
+    while match := re.match(r"([A-Z_]+)=([^\s$]+) +", rest):
+        variables[match[1]] = match[2]
+        rest = rest[match.end() :]
+    return variables, rest
+
+
+def run(command: Command) -> None:
+    """Runs a command by the rule that covers it."""
+    variables, text = parted(command.text)
+    rule = rule_of(text)
+    assert rule is not None, f"no rule of test_pages.py covers this command of {command.page}: {command.text}"
+    for said, meant in SUBSTITUTES.items():
+        text = re.sub(said, meant, text)
+    if rule is submission:
+        return submission(command.text)  # type: ignore[arg-type]
+    os.environ.update(variables)
+    rule(shlex.split(text, comments=True))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_commands_of_a_page(
+    page: Path, in_site: Path, logged_in: None, capsys: pytest.CaptureFixture[str], subtests: pytest.Subtests
+) -> None:
+    for command in commands(page):
+        if command.text in PROSE:
+            continue
+        with subtests.test(command.text), ends_well(command.text, capsys):
+            run(command)
+
+
+def test_every_recipe_says_how_it_is_launched() -> None:
+    shown = {
+        page.stem: [c.text for c in commands(page) if "flipscale" in c.text]
+        for page in PAGES
+        if page.parts[-2] == "recipes"
+    }
+    for name, lines in shown.items():
+        assert any(re.search(rf"\b{name}\b", line) for line in lines), name
+
+
+def test_pre_commit_checks_what_the_gate_checks() -> None:
+    (local,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    linting = (ROOT / "Makefile").read_text().split("lint: setup\n")[1].split("\n\n")[0]
+    assert [hook["entry"] for hook in local["hooks"]] == linting.replace("$(BIN)", ".venv/bin").replace(
+        "\t", ""
+    ).splitlines()
