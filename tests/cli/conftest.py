@@ -38,7 +38,10 @@ def site(recipe: dict, tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFac
         write_shards(folder / "data/demo" / name, [30, 17, 1, 48])
     write_shards(folder / "laion", [8] * 4)
     shutil.copytree(tokenizer_dir, folder / "data/demo/tokenizer")
-    (folder / "demo.yaml").write_text(yaml.safe_dump({**recipe, "output_dir": str(folder / "runs/demo")}))
+    # Embeddings narrower than the towers, as open_clip needs them.
+    towers = {tower: {**recipe["model"][tower], "projection_dim": 16} for tower in ("vision_config", "text_config")}
+    changed = {**recipe, "model": {**recipe["model"], **towers}, "output_dir": str(folder / "runs/demo")}
+    (folder / "demo.yaml").write_text(yaml.safe_dump(changed))
     cli.main(["pretrain", "--config", str(folder / "demo.yaml")])
     shutil.copytree(folder / "runs/demo", folder / "runs/h14")
     write_pictures(folder)

@@ -36,8 +36,10 @@ SUBSTITUTES = {
     r"--size l16": "--image_heads 4 --text_heads 4",
     r"(convert \w+) (runs/l16/model|models/flip-l16) ": r"\1 runs/demo/model ",
     r"imagenet/test": "data/demo/test",
+    r"ORG/NAME": "org/name",
     r"--config h14_laion2b --dry_run": "--config demo --optim.name adamw --dry_run",
-    r"--config demo_unseen": "--config demo_unseen --stages '[{name: masked, samples: 512, mask_ratio: 0.75, base_lr: 0.002}]'",
+    r"--config demo_unseen": "--config demo_unseen "
+    "--stages '[{name: masked, samples: 512, mask_ratio: 0.75, base_lr: 0.002}]'",
 }
 PROSE = {"accelerate launch", "flipscale VERB"}  # what a sentence names and nobody types
 
@@ -160,7 +162,7 @@ RULES: dict[str, Callable[[list[str]], None]] = {
     r"(flipscale|python -m flipscale\.)pretrain |flipscale pretrain .": training,
     r"(accelerate launch|torchrun) .*-m flipscale\.pretrain": training,
     r"flipscale \w+$|flipscale (convert|prepare|bench) \w+$|flipscale launch_files$": verb_s_help,
-    r"flipscale (\w+|--help)": verb,
+    r"flipscale (\w+|--help)( |$)": verb,
     r"(\.venv/bin/)?pip (install|wheel) ": installation,
     r"make \w+": target,
     r"(\.venv/bin/)?(pytest|ruff|mypy|pre-commit)\b": tool,
@@ -222,3 +224,9 @@ def test_pre_commit_checks_what_the_gate_checks() -> None:
     assert [hook["entry"] for hook in local["hooks"]] == linting.replace("$(BIN)", ".venv/bin").replace(
         "\t", ""
     ).splitlines()
+
+
+def test_a_command_without_a_rule_fails() -> None:
+    for text in ("flipscale_of_another_kind evaluate MODEL", "pip uninstall flipscale", "A=1 python tests/other.py"):
+        with pytest.raises(AssertionError, match="no rule of test_pages.py covers this command of a page: "):
+            run(Command("a page", text))
