@@ -16,7 +16,7 @@ from torch import nn
 from flipscale.engines.averages import Averages
 from flipscale.engines.checkpoint import CheckpointReader, Piece
 from flipscale.engines.first_weights import Fill, build_weights
-from flipscale.engines.launch import Launch
+from flipscale.engines.launch import Launch, shipped
 from flipscale.engines.layout import Layout
 from flipscale.engines.optimizers import OptimRecipe, build_optimizers, gradient_norm, set_learning_rate
 from flipscale.model import FlipConfig, FlipModel
@@ -84,7 +84,7 @@ class Engine:
             return None
         return (
             f"optim.name is {optimizer!r}, which the launch file's engine {launch.engine} does not have; use "
-            f"ds_configs/ddp.yaml or fsdp2.yaml, or optim.name {cls.optimizers_carried[0]}"
+            f"{shipped('fsdp2')} or ddp.yaml, or optim.name {cls.optimizers_carried[0]}"
         )
 
     @classmethod

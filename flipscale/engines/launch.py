@@ -82,7 +82,7 @@ def launch_of(environment: Mapping[str, str]) -> Launch:
         version = environment.get("FSDP_VERSION", "1")
         if version != "2":
             raise ValueError(
-                f"the launch file's fsdp_version is {version}; write fsdp_version: 2 (ds_configs/fsdp2.yaml)"
+                f"the launch file's fsdp_version is {version}; write fsdp_version: 2, as in {shipped('fsdp2')}"
             )
         launch = launch.using(engine="fsdp2")
     role = environment.get("ROLE_NAME", _NO_ROLE)
@@ -108,7 +108,9 @@ def launch_environment(file: Path, num_processes: int | None = None) -> dict[str
         settings = yaml.safe_load(file.read_text())
         kind = settings["distributed_type"]
     except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
-        raise ValueError(f"launch file {file} cannot be read as accelerate's ({error!r}); see ds_configs/") from error
+        raise ValueError(
+            f"launch file {file} cannot be read as accelerate's ({error!r}); use one such as {shipped('ddp')}"
+        ) from error
     sections = [section for section in settings.values() if isinstance(section, dict)]
     environment = {
         "WORLD_SIZE": str(num_processes or settings.get("num_processes", 1)),
@@ -130,6 +132,12 @@ def launch_environment(file: Path, num_processes: int | None = None) -> dict[str
         environment["ACCELERATE_USE_PARALLELISM_CONFIG"] = "true"
         environment |= {name.upper(): str(value) for name, value in settings["parallelism_config"].items()}
     return environment
+
+
+def shipped(name: str) -> str:
+    """Return what messages call one of flipscale's launch files: its path, and how to get it where it is not there."""
+    path = f"ds_configs/{name}.yaml"
+    return path if Path(path).exists() else f"{path} (`flipscale launch_files .` writes it)"
 
 
 def launched_precision(environment: Mapping[str, str]) -> Literal["no", "bf16"]:
@@ -160,7 +168,7 @@ def _shard_size(environment: Mapping[str, str], num_processes: int) -> int | Non
     if not _is_set(environment, "ACCELERATE_USE_FSDP"):
         raise ValueError(
             "the launch file has a parallelism_config, but no distributed_type: FSDP; leave it out, or use "
-            "ds_configs/hsdp.yaml"
+            f"{shipped('hsdp')}"
         )
     sizes = {kind: int(environment.get(f"PARALLELISM_CONFIG_{kind.upper()}_SIZE", "1")) for kind in _PARALLELISM}
     for kind in _PARALLELISM[2:]:
@@ -203,7 +211,7 @@ def _deepspeed_settings(environment: Mapping[str, str]) -> dict[str, Any]:
             )
     stage = settings.get("zero_optimization", {}).get("stage")
     if stage not in (1, 2, 3):
-        raise ValueError(f"{file}: zero_optimization.stage is {stage}; use 1, 2 or 3, or ds_configs/ddp.yaml")
+        raise ValueError(f"{file}: zero_optimization.stage is {stage}; use 1, 2 or 3, or {shipped('ddp')}")
     return settings
 
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 from flipscale.engines.engine import Batch, Engine, ModelMemory
-from flipscale.engines.launch import Launch
+from flipscale.engines.launch import Launch, shipped
 from flipscale.engines.layout import Layout, Shard
 from flipscale.engines.optimizers import build_optimizers, empty_state
 
@@ -60,7 +60,7 @@ class ZeroEngine(Engine):
         if compiles and _stage(launch) == 3:
             return (
                 "model.compile is true and the launch file's engine is ZeRO-3, which gathers weights inside a block; "
-                "use ds_configs/fsdp2.yaml, or model.compile false"
+                f"use {shipped('fsdp2')}, or model.compile false"
             )
         return super().refusal(launch, optimizer, compiles)
 

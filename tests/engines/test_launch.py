@@ -81,8 +81,14 @@ def test_every_engine_is_named_as_a_launch_names_it() -> None:
 
 @pytest.mark.parametrize("version", [{}, {"FSDP_VERSION": "1"}])
 def test_the_first_fsdp_is_refused(version: dict[str, str]) -> None:
-    with pytest.raises(ValueError, match=r"fsdp_version is 1; write fsdp_version: 2 \(ds_configs/fsdp2.yaml\)"):
+    with pytest.raises(ValueError, match=r"fsdp_version is 1; write fsdp_version: 2, as in ds_configs/fsdp2.yaml$"):
         launch_of({"ACCELERATE_USE_FSDP": "true", **version})
+
+
+def test_a_launch_file_that_is_not_there_can_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"as in ds_configs/fsdp2.yaml \(`flipscale launch_files \.` writes it\)$"):
+        launch_of({"ACCELERATE_USE_FSDP": "true"})
 
 
 def test_half_precision_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
