@@ -16,8 +16,8 @@ _NORMALIZATION = "nmt_nfkc_cf"  # SentencePiece's NFKC with case folding
 _MAX_PIECE_LENGTH = 24  # characters, the word mark included
 _MAX_SEEDS = 1_000_000  # SentencePiece's own default
 
-# Classes of characters, as the regular expressions of the tokenizers library have them.
-# What the original splits at, besides the space: ASCII signs, punctuation, and Chinese characters one by one.
+# Classes of characters, in the syntax of the tokenizers library.
+# The original splits at these, besides spaces: ASCII signs, punctuation, and every single Chinese character.
 _DELIMITERS = (
     r"!-/:-@\[-`{-~\p{P}"
     r"\x{3400}-\x{4DBF}\x{4E00}-\x{9FFF}\x{F900}-\x{FAFF}\x{20000}-\x{2A6DF}"
@@ -29,7 +29,7 @@ _IGNORABLE = (
     r"\x{2060}-\x{206F}\x{3164}\x{FE00}-\x{FE0F}\x{FEFF}\x{FFA0}\x{FFF0}-\x{FFF8}\x{1BCA0}-\x{1BCA3}"
     r"\x{1D173}-\x{1D17A}\x{E0000}-\x{E0FFF}"
 )
-_MARK = "\x01"  # control characters are gone by the time it is used
+_MARK = "\x01"  # control characters have been removed before it is used
 _NO_WORD = "\ue000"  # private use: in no vocabulary, so it becomes [UNK]
 
 
@@ -52,19 +52,19 @@ def load_tokenizer(name: str, max_tokens: int) -> PreTrainedTokenizerBase:
 def train_sentencepiece(
     captions: Iterable[str], out_dir: Path, vocab_size: int, max_length: int
 ) -> PreTrainedTokenizerFast:
-    """A unigram tokenizer trained on `captions`, saved to `out_dir` with its `sentencepiece.model`; the same each time.
+    """Train a unigram tokenizer on `captions` and save it to `out_dir` with its `sentencepiece.model`.
 
-    Captions are folded to lower case, <pad> is 0 and <unk> is 1. A vocabulary of the common words: a word that occurs
-    at least twice is a piece of its own as long as `vocab_size` allows, and rarer ones are made of smaller pieces.
+    The result is the same each time. Captions are folded to lower case, <pad> is 0 and <unk> is 1. As far as
+    `vocab_size` allows, every word that occurs at least twice is a piece; rarer words are made of smaller pieces.
 
     Args:
         captions: the training text.
-        out_dir: where to save; made if need be.
-        vocab_size: the largest number of pieces; fewer where the captions do not give as many.
-        max_length: tokens after which a caption is cut, remembered by the tokenizer.
+        out_dir: where to save; created if needed.
+        vocab_size: the largest number of pieces; there are fewer if the captions do not yield as many.
+        max_length: the tokens after which a caption is cut; the tokenizer stores it.
 
     Raises:
-        ValueError: no captions, or a vocabulary too small for their characters.
+        ValueError: there are no captions, or the vocabulary is too small for their characters.
     """
     import sentencepiece
 
@@ -92,17 +92,17 @@ def train_sentencepiece(
                 unk_id=1,
                 bos_id=-1,
                 eos_id=-1,
-                num_threads=1,  # the sums of several threads would depend on their order
+                num_threads=1,  # with several threads, sums would depend on their order
                 minloglevel=2,
             )
         except RuntimeError as error:
-            reason = " ".join(str(error).split()).rsplit("] ", 1)[-1]  # after the place in its source
+            reason = " ".join(str(error).split()).rsplit("] ", 1)[-1]  # what follows the source location
             raise ValueError(
                 f"no tokenizer of vocab_size {vocab_size} from {len(captions)} captions: {reason}"
             ) from error
     path = out_dir / "sentencepiece.model"
     proto = _model_proto(model.getvalue())
-    proto.trainer_spec.ClearField("seed_sentencepieces_file")  # a passing path, which would differ every time
+    proto.trainer_spec.ClearField("seed_sentencepieces_file")  # a temporary path, different every time
     path.write_bytes(proto.SerializeToString(deterministic=True))
     tokenizer = sentencepiece_tokenizer(path, max_length)
     tokenizer.save_pretrained(out_dir)
@@ -110,10 +110,10 @@ def train_sentencepiece(
 
 
 def _seed_pieces(captions: list[str]) -> str:
-    """The pieces that training starts from, one `PIECE<tab>SCORE` a line: every part, seen twice, of every word.
+    """Return the pieces that training starts from, one `PIECE<tab>SCORE` a line: all parts of words that occur twice.
 
-    The trainer's own list leaves out any word that is no part of a longer one, because it looks at each distinct word
-    once; on captions of a few words, that is two words in three.
+    The trainer's own list lacks every word that is not part of a longer one, because it looks at each distinct word
+    once. On captions of a few words, it lacks two words in three.
     """
     import sentencepiece
 
@@ -139,7 +139,7 @@ def _model_proto(content: bytes) -> Any:
 
 
 def sentencepiece_tokenizer(model_path: Path, max_length: int) -> PreTrainedTokenizerFast:
-    """The fast tokenizer that gives a SentencePiece unigram model's ids, nothing added at either end."""
+    """Return the fast tokenizer with the ids of a SentencePiece unigram model; it adds no special tokens."""
     proto = _model_proto(Path(model_path).read_bytes())
     trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
     pieces = [(piece.piece, piece.score) for piece in proto.pieces]
@@ -163,28 +163,28 @@ def sentencepiece_tokenizer(model_path: Path, max_length: int) -> PreTrainedToke
 
 
 def bert_tokenizer(name_or_vocab_file: str | Path, max_length: int = 32) -> PreTrainedTokenizerFast:
-    """The original FLIP's WordPiece tokenizer: nothing added at either end, cut and padded with 0 to `max_length` ids.
+    """Return the original FLIP's WordPiece tokenizer. It adds no special tokens and pads with 0.
 
-    It folds case and compatibility forms (NFKC_Casefold), drops accents, turns control characters to spaces, reads
-    "[CLS]" in a caption as plain text and makes a word of more than 100 bytes [UNK], as tensorflow-text's
-    BertTokenizer does, which is why it is not transformers' BertTokenizer. All of it is in the saved `tokenizer.json`
-    but one flag, `split_special_tokens`, which is in `tokenizer_config.json`.
+    It folds case and compatibility forms (NFKC_Casefold), drops accents, turns control characters into spaces, treats
+    "[CLS]" in a caption as plain text and turns a word of more than 100 bytes into [UNK]. tensorflow-text's
+    BertTokenizer does all this, transformers' BertTokenizer does not. The saved `tokenizer.json` has all of it but one
+    flag, `split_special_tokens`, which is in `tokenizer_config.json`.
 
-    Padding and cutting are asked for in the call, as always: `padding="max_length", truncation=True`.
+    As with any tokenizer, the caller asks for padding and truncation: `padding="max_length", truncation=True`.
 
-    Measured against tensorflow-text 2.21: equal on 10,000 captions made of words, names and signs of many scripts, on
-    4,000 with very long words, and on all but 14 of 10,000 strings of random characters of the common Unicode blocks
-    and 13 of 10,000 of any. 257 of 1.1 million code points are folded differently, nearly all of them newer than the
-    tokenizers library's Unicode tables (a square era name of 2019, segmented digits, Cyrillic superscripts), besides
-    172 of Cherokee, whose two cases the original folds the other way; no BERT vocabulary has Cherokee.
+    Compared with tensorflow-text 2.21, it is equal on 10,000 captions of words, names and signs of many scripts and on
+    4,000 with very long words. It differs on 14 of 10,000 strings of random characters of the common Unicode blocks,
+    and on 13 of 10,000 of any characters. It folds 257 of 1.1 million code points differently, nearly all of them newer
+    than the Unicode tables of the tokenizers library (a square era name of 2019, segmented digits, Cyrillic
+    superscripts), and 172 of Cherokee, whose cases the original folds the other way; no BERT vocabulary has Cherokee.
 
     Args:
-        name_or_vocab_file: a vocabulary (one piece a line, the first [PAD]), a folder with a `vocab.txt`, or a model
-            on the Hub that has one, such as google-bert/bert-base-uncased.
-        max_length: ids a caption, remembered by the tokenizer.
+        name_or_vocab_file: a vocabulary (one piece a line, [PAD] first), a folder with a `vocab.txt`, or a model on the
+            Hub that has one, such as google-bert/bert-base-uncased.
+        max_length: the ids of a caption; the tokenizer stores it.
 
     Raises:
-        ValueError: no such file or model, or not a WordPiece vocabulary.
+        ValueError: the file or model does not exist or is not a WordPiece vocabulary.
     """
     path = _vocab_file(name_or_vocab_file)
     pieces = path.read_text(encoding="utf-8").split("\n")
@@ -234,11 +234,11 @@ def _vocab_file(name_or_vocab_file: str | Path) -> Path:
 
 
 def _bert_normalizer() -> normalizers.Normalizer:
-    """tensorflow-text's steps, put together from what the tokenizers library has."""
+    """Return tensorflow-text's steps, built from those of the tokenizers library."""
     word = f"[^ {_DELIMITERS}]"
     return normalizers.Sequence(
         [
-            # NFKC_Casefold: it removes what is invisible, and differs from NFKC + lower case in three letters.
+            # NFKC_Casefold. It removes invisible characters and differs from NFKC + lower case in three letters.
             normalizers.Replace(Regex(f"[{_IGNORABLE}]"), ""),
             normalizers.NFKC(),
             normalizers.Lowercase(),
@@ -248,8 +248,8 @@ def _bert_normalizer() -> normalizers.Normalizer:
             normalizers.Replace("\u0345", "\u03b9"),  # the iota below a Greek vowel
             normalizers.Replace(Regex(r"\p{Mn}"), ""),  # StripAccents would also take the spacing marks of Hindi
             normalizers.Replace(Regex(r"[\p{Cc}\p{Cf}]"), " "),
-            # Words of more than 100 bytes: a mark before each character for every byte beyond its first, so that
-            # characters can be counted instead; then the marks go.
+            # Words of more than 100 bytes. A mark is put before each character for every byte beyond its first, so
+            # that counting characters counts bytes. Then the marks are removed.
             *(
                 normalizers.Replace(Regex(f"(?=[[\\x{{{first}}}-\\x{{10FFFF}}]&&{word}])"), _MARK)
                 for first in ("80", "800", "10000")

@@ -1,7 +1,7 @@
-"""The emoji drawings of eight artists, with a caption each, from the public npm packages of Iconify and emojibase.
+"""The emoji of eight artists with captions, from the public npm packages of Iconify and emojibase.
 
-An *artist* is one emoji set, and every artist draws nearly the same concepts: seven to learn from, one to be tested on.
-The packages are asked for by name and pinned version, so that everybody's demo is the same one.
+An *artist* is one emoji set. All artists draw nearly the same concepts; seven are for training, one for testing. The
+packages are downloaded by name and pinned version, so that everybody's demo is the same.
 """
 
 import importlib.util
@@ -39,33 +39,33 @@ TRAIN_ARTISTS = {
 TEST_ARTIST, TEST_PACKAGE = "fluent-emoji-flat", "@iconify-json/fluent-emoji-flat@1.2.6"
 NAMES_PACKAGE = "emojibase-data@17.0.0"  # the CLDR short names ("grinning face"), by code point
 
-# 64 px: a crop of 70 % of the area is 54 px wide, so that training at 32 px only ever shrinks.
+# At 64 px, a crop of 70 % of the area is 54 px wide, so training at 32 px never enlarges.
 IMAGE_SIZE = 64
 
-_SKIN_TONE = re.compile(r"1f3f[b-f]")  # the five Fitzpatrick modifiers as they stand in a code point sequence
+_SKIN_TONE = re.compile(r"1f3f[b-f]")  # the five Fitzpatrick modifiers in a code point sequence
 _FLAGS_GROUP = 9  # emojibase's number of the Unicode group "Flags"
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """One emoji by one artist: its caption, and the SVG that shows it."""
+    """One emoji by one artist: its caption and its SVG."""
 
     artist: str
     icon: str
     caption: str
-    named: bool  # the caption is a CLDR name, not merely the icon's own
+    named: bool  # whether the caption is a CLDR name and not just the icon's own
     flag: bool
     svg: str
 
     @property
     def concept(self) -> str:
-        """The caption as a slug (`grinning-face`): equal for all drawings of one thing."""
+        """The caption as a slug (`grinning-face`), equal for all drawings of the same thing."""
         return slug(self.caption)
 
 
 @dataclass(frozen=True)
 class IconSet:
-    """One artist's package as it was downloaded: drawings and what its maker says about it."""
+    """One artist's downloaded package: its drawings, licence and author."""
 
     artist: str
     package: str
@@ -75,7 +75,7 @@ class IconSet:
 
 
 def slug(text: str) -> str:
-    """`text` in lower case ASCII letters and digits joined by hyphens, as Iconify names its icons."""
+    """Return `text` as lower case ASCII letters and digits joined by hyphens, as Iconify names its icons."""
     text = unicodedata.normalize("NFKD", text.lower())
     text = "".join(char for char in text if not unicodedata.combining(char))
     text = text.replace("\u2019", "").replace("'", "").replace("&", "and").replace("#", "hash").replace("*", "asterisk")
@@ -101,7 +101,7 @@ class Names:
                 self.flags.add(label)
 
     def find(self, icon_names: Sequence[str], code_points: Sequence[str]) -> str | None:
-        """The CLDR name of an icon known by these names and code points; None if it has none."""
+        """Return the CLDR name of an icon with these names and code points; None if it has none."""
         for code_point in code_points:
             label = self.by_code_point.get(code_point) or self.by_code_point.get(code_point.replace("-fe0f", ""))
             if label:
@@ -123,10 +123,10 @@ class Names:
 def select_drawings(
     artist: str, icons: dict[str, Any], code_points: dict[str, str], names: Names, flags: bool = True
 ) -> list[Drawing]:
-    """One artist's drawings, captioned, in the order of the package.
+    """Return one artist's drawings with captions, in the order of the package.
 
-    Left out are icons marked hidden (withdrawn by the artist), those with a skin tone (five near-copies of one
-    picture), and flags unless `flags` (the same design in every set, so they would flatter a test).
+    Icons that are hidden (withdrawn by the artist) or have a skin tone (five near-copies of one picture) are left out.
+    So are flags unless `flags` is set: their design is the same in every set, so they would make a test too easy.
 
     Args:
         artist: the set's name.
@@ -137,7 +137,7 @@ def select_drawings(
     """
     also_called: dict[str, list[str]] = defaultdict(list)
     for alias, target in icons.get("aliases", {}).items():
-        if set(target) == {"parent"}:  # an alias that also turns or mirrors is another drawing
+        if set(target) == {"parent"}:  # an alias that also turns or mirrors the icon is another drawing
             also_called[target["parent"]].append(alias)
     codes_of: dict[str, list[str]] = defaultdict(list)
     for code_point, icon in code_points.items():
@@ -183,7 +183,7 @@ def npm_command() -> list[str]:
 
 
 def _reason(done: subprocess.CompletedProcess[str]) -> str:
-    """The line of a failed command's output that says most: one with a reason, else the first error, else the first."""
+    """Return the most telling line of a failed command's output: a reason, else an error, else the first line."""
     lines = [line.strip() for line in (done.stderr + done.stdout).splitlines() if line.strip()]
     for sign in ("reason:", "error"):
         for line in lines:
@@ -193,7 +193,7 @@ def _reason(done: subprocess.CompletedProcess[str]) -> str:
 
 
 def _download(npm: list[str], package: str, directory: Path) -> Path:
-    """The path of `package`'s tarball, downloaded into `directory`."""
+    """Download the tarball of `package` into `directory` and return its path."""
     target = directory / slug(package)
     target.mkdir(parents=True, exist_ok=True)
     if not list(target.glob("*.tgz")):
@@ -211,10 +211,10 @@ def _download(npm: list[str], package: str, directory: Path) -> Path:
 
 
 def download(packages: Sequence[str], directory: Path) -> dict[str, Path]:
-    """Package -> its tarball, all downloaded at once into `directory`.
+    """Download all packages at the same time into `directory`, and return their tarballs by package.
 
     Raises:
-        ValueError: no npm to be had, or the registry cannot be reached.
+        ValueError: npm is missing, or the registry cannot be reached.
     """
     npm = npm_command()
     with ThreadPoolExecutor(len(packages)) as pool:
@@ -224,7 +224,7 @@ def download(packages: Sequence[str], directory: Path) -> dict[str, Path]:
 
 
 def read_member(tarball: Path, name: str) -> Any:
-    """The parsed JSON file `package/{name}` of an npm tarball."""
+    """Return the parsed JSON file `package/{name}` of an npm tarball."""
     with tarfile.open(tarball) as tar:
         member = tar.extractfile(f"package/{name}")
         assert member is not None
@@ -232,7 +232,7 @@ def read_member(tarball: Path, name: str) -> Any:
 
 
 def load_icon_sets(directory: Path) -> list[IconSet]:
-    """The seven training artists in their order, then the test artist, downloaded into `directory`."""
+    """Download all artists into `directory`, and return the seven training artists in order, then the test artist."""
     artists = {**TRAIN_ARTISTS, TEST_ARTIST: TEST_PACKAGE}
     tarballs = download([*artists.values(), NAMES_PACKAGE], directory)
     names = Names(read_member(tarballs[NAMES_PACKAGE], "en/data.json"))
@@ -246,26 +246,30 @@ def load_icon_sets(directory: Path) -> list[IconSet]:
 
 
 def check_renderer() -> None:
-    """Nothing, or a ValueError that says how to get the renderer."""
+    """Raise if the renderer is not installed.
+
+    Raises:
+        ValueError: with the command that installs it.
+    """
     if importlib.util.find_spec("resvg_py") is None:
         raise ValueError("resvg-py, which draws the emoji, is not installed; run: pip install 'flipscale[demo]'")
 
 
 def render_svg(svg: str) -> bytes:
-    """PNG bytes of an SVG, `IMAGE_SIZE` square, RGB on a white ground."""
+    """Render an SVG as a PNG of `IMAGE_SIZE` square, RGB on white."""
     import resvg_py
 
-    # Without the system's fonts: a drawing must look the same on every machine.
+    # The system's fonts are not used, so that a drawing looks the same on every machine.
     png = resvg_py.svg_to_bytes(svg_string=svg, background="#ffffff", skip_system_fonts=True)
     pixels = cv2.imdecode(np.frombuffer(png, np.uint8), cv2.IMREAD_COLOR)
     assert pixels is not None
     assert pixels.shape == (IMAGE_SIZE, IMAGE_SIZE, 3)
-    # Of flat drawings this small, PNG is lossless, smaller than a good JPEG (1.8 against 2.4 kB) and decodes as fast.
+    # For small flat drawings, PNG is lossless, smaller than a good JPEG (1.8 against 2.4 kB) and decodes as fast.
     return cv2.imencode(".png", pixels, [cv2.IMWRITE_PNG_COMPRESSION, 6])[1].tobytes()
 
 
 def render(drawings: Sequence[Drawing], processes: int = 2) -> list[bytes]:
-    """The drawings as PNG bytes, in their order, rendered by `processes` processes."""
+    """Render the drawings by `processes` processes, and return them as PNG bytes in their order."""
     svgs = [drawing.svg for drawing in drawings]
     with worker_pool(processes) as pool:
         return list(tqdm(pool.map(render_svg, svgs, chunksize=64), "render", len(svgs), unit="image"))

@@ -1,4 +1,4 @@
-"""The demo's folder of real image-text pairs: emoji by seven artists to learn from, by an eighth to be tested on.
+"""The demo's data, real image-text pairs: emoji by seven artists for training, by an eighth for testing.
 
 Everything in it is a function of the pinned packages: two machines get the same bytes.
 """
@@ -18,18 +18,18 @@ from flipscale.files.aside import written_aside
 from flipscale.preparation import demo_emoji
 from flipscale.preparation.demo_emoji import Drawing, IconSet
 
-VALIDATION_ARTIST = "twemoji"  # drawn flat like the test artist; OpenMoji's black outlines are a task of their own
+VALIDATION_ARTIST = "twemoji"  # flat drawings like the test artist's; OpenMoji's black outlines would be another task
 TRAIN_SHARDS = 8
 VOCAB_SIZE = 4000
 MAX_LENGTH = 16  # tokens; the longest caption has 12
 SEED = 0
-MADE_BY = "flipscale prepare demo"  # how a later run knows the folder for its own
-TEMPLATES = ("{c}",)  # a caption is the bare name, so that is what a class is called
+MADE_BY = "flipscale prepare demo"  # by this a later run recognises the folder
+TEMPLATES = ("{c}",)  # captions are bare names, so class prompts are too
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A drawing, rendered."""
+    """A rendered drawing."""
 
     drawing: Drawing
     png: bytes
@@ -66,19 +66,19 @@ def _write_lines(path: Path, lines: Iterable[str]) -> None:
 
 
 def shuffled(pictures: Iterable[Picture]) -> list[Picture]:
-    """`pictures` in a random order that is always the same."""
+    """Return `pictures` in a random order that is the same each time."""
     pictures = list(pictures)
     random.Random(SEED).shuffle(pictures)
     return pictures
 
 
 def is_unseen(concept: str) -> bool:
-    """True for about a tenth of all concepts, those that `train_without_unseen` lacks: by hash, so it never changes."""
+    """Return whether `train_without_unseen` lacks this concept: a tenth of all, chosen by hash, so it never changes."""
     return int(hashlib.sha256(concept.encode()).hexdigest(), 16) % 10 == 0
 
 
 def validation_pictures(train: Sequence[Picture]) -> list[Picture]:
-    """The validation artist's pictures that make a test like the real one: CLDR names, no flags, others draw it too."""
+    """Return the validation artist's pictures that are like the test's: CLDR names, no flags, drawn by others too."""
     others = {picture.drawing.caption for picture in train if picture.drawing.artist != VALIDATION_ARTIST}
     chosen: dict[str, Picture] = {}
     for picture in train:
@@ -90,7 +90,7 @@ def validation_pictures(train: Sequence[Picture]) -> list[Picture]:
 
 
 def write_parts(out_dir: Path, pictures: Sequence[Picture], parts: Sequence[str]) -> dict[str, dict[str, int]]:
-    """Write the parts of the demo into `out_dir`; part -> its number of images and captions."""
+    """Write the parts of the demo to `out_dir`, and return the numbers of images and captions of each part."""
     train = shuffled(p for p in pictures if p.drawing.artist != demo_emoji.TEST_ARTIST)
     test = sorted((p for p in pictures if p.drawing.artist == demo_emoji.TEST_ARTIST), key=lambda p: p.drawing.caption)
     counts: dict[str, dict[str, int]] = {}
@@ -119,7 +119,7 @@ def write_parts(out_dir: Path, pictures: Sequence[Picture], parts: Sequence[str]
 def write_report(
     out_dir: Path, icon_sets: Sequence[IconSet], counts: dict[str, dict[str, int]], parts: Sequence[str]
 ) -> None:
-    """Write `report.json` (what is in the folder) and `LICENSES.txt` (whose it is)."""
+    """Write `report.json` (what is in the folder) and `LICENSES.txt` (authors and licences)."""
     report = {
         "made_by": MADE_BY,
         "parts": sorted(parts),
@@ -149,17 +149,19 @@ def write_report(
 
 
 def prepare_demo(out_dir: Path, *, with_validation: bool = False, with_unseen: bool = False) -> None:
-    """Make `out_dir` the demo's data: train/, test/ and tokenizer/, downloaded and rendered.
+    """Download and render the demo's data into `out_dir`: train/, test/ and tokenizer/.
 
     A folder that is already complete is left as it is.
 
     Args:
-        out_dir: the folder to make; its parent is made too.
-        with_validation: also `validation/` (Twemoji as the test) and `train_without_twemoji/`, to choose by.
-        with_unseen: also `unseen/`, a tenth of the test's concepts, and `train_without_unseen/`, which lacks them.
+        out_dir: the folder to write; its parents are created.
+        with_validation: also write `validation/` (Twemoji as the test) and `train_without_twemoji/`, for model
+            selection.
+        with_unseen: also write `unseen/`, a tenth of the test's concepts, and `train_without_unseen/`, which lacks
+            them.
 
     Raises:
-        ValueError: the folder holds something else, or the packages cannot be downloaded.
+        ValueError: the folder has other files, or the packages cannot be downloaded.
     """
     parts = ["validation"] * with_validation + ["unseen"] * with_unseen
     out_dir = out_dir.absolute()
@@ -181,7 +183,7 @@ def prepare_demo(out_dir: Path, *, with_validation: bool = False, with_unseen: b
 
 
 def _parts_present(out_dir: Path) -> list[str] | None:
-    """The extra parts of a folder that an earlier run made, None if none did."""
+    """Return the extra parts in a folder that an earlier run wrote; None if no run wrote it."""
     try:
         report = json.loads((out_dir / "report.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -192,7 +194,7 @@ def _parts_present(out_dir: Path) -> list[str] | None:
 def install(
     out_dir: Path, icon_sets: Sequence[IconSet], pictures: Sequence[Picture], parts: Sequence[str]
 ) -> list[str]:
-    """Write everything aside, then put it in `out_dir`'s place: a kill leaves no half folder. A line on each part."""
+    """Write everything aside, replace `out_dir` by it, and return a line about each part."""
     with written_aside(out_dir) as folder:
         folder.mkdir(parents=True)
         counts = write_parts(folder, pictures, parts)

@@ -1,4 +1,4 @@
-"""What is in a set of shards: counts, sizes, captions, what cannot be used, and a sheet of samples to look at."""
+"""Report on a set of shards: counts, sizes, captions, unusable samples, and a contact sheet to look at."""
 
 import io
 import textwrap
@@ -29,7 +29,7 @@ _TEXT_WIDTH = 29  # characters of the sheet's font that fit under a tile
 
 @dataclass(frozen=True)
 class Checked:
-    """One sample as it was found: `why` says what is wrong with it, or it has all the rest."""
+    """One sample. If it is unusable, `why` says so and the other fields are empty."""
 
     name: str
     why: BadSample | None = None
@@ -44,11 +44,11 @@ class Checked:
 def inspect_shards(
     source: Source, sheet: Path | None, tokenizer: PreTrainedTokenizerBase | None = None, max_samples: int = 0
 ) -> dict[str, Any]:
-    """Figures of the samples of `source`, ready for JSON, and 24 of them with their captions as the PNG `sheet`.
+    """Return figures of the samples of `source`, ready for JSON, and draw 24 of them with captions as the PNG `sheet`.
 
     Args:
-        tokenizer: to count tokens with, special ones included.
-        max_samples: how many are checked, evenly spread; all at 0.
+        tokenizer: counts tokens, special ones included.
+        max_samples: how many samples are checked, evenly spread; 0 checks all.
 
     Raises:
         ValueError: there is no sample.
@@ -114,7 +114,7 @@ def _check(read: tuple[str, Sample | BadSample], is_shown: bool) -> Checked:
 
 
 def _bad(found: list[Checked], source: Source) -> dict[str, dict[str, Any]]:
-    """By cause: how many, and the first few with what is wrong with them. Damaged shards are causes too."""
+    """Return, by cause, the count of unusable samples and the first few, damaged shards included."""
     bad: dict[str, dict[str, Any]] = {}
     troubles = [(fault.cause, fault.shard, fault.detail) for fault in source.faults]
     troubles += [(sample.why.cause, sample.name, str(sample.why)) for sample in found if sample.why is not None]
@@ -127,7 +127,7 @@ def _bad(found: list[Checked], source: Source) -> dict[str, dict[str, Any]]:
 
 
 def _figures(good: list[Checked], tokenizer: PreTrainedTokenizerBase | None) -> dict[str, dict[str, float]]:
-    """Percentiles of sizes and lengths over the samples that can be used."""
+    """Return percentiles of sizes and lengths over the usable samples."""
     if not good:
         return {}
     values = {
@@ -147,7 +147,7 @@ def _figures(good: list[Checked], tokenizer: PreTrainedTokenizerBase | None) -> 
 
 
 def contact_sheet(samples: list[Checked]) -> Image.Image:
-    """Thumbnails with their captions below, six a row."""
+    """Draw thumbnails with their captions below, six in a row."""
     font = ImageFont.load_default(size=11)
     cell = (_TILE + _MARGIN, _TILE + _TEXT_LINES * _LINE_HEIGHT + 2 * _MARGIN)
     rows = max(1, -(-len(samples) // _COLUMNS))
@@ -166,7 +166,7 @@ def contact_sheet(samples: list[Checked]) -> Image.Image:
 
 
 def inspection_table(figures: dict[str, Any]) -> str:
-    """The figures as they are printed."""
+    """Return the figures as text to print."""
     lines = [
         f"{figures['samples']:,} samples in {figures['shards']:,} shards; {figures['checked']:,} checked, "
         f"{figures['good']:,} can be used",

@@ -1,4 +1,4 @@
-"""Image-text pairs before they are shards: a folder, a table of paths, or a data set of the `datasets` library."""
+"""Image-text pairs that can become shards: a folder, a table of paths, or a data set of the `datasets` library."""
 
 import csv
 import hashlib
@@ -23,34 +23,34 @@ class UnreadableFile(BadSample):
 
 
 class PairList(Protocol):
-    """Pairs by number, in an order that is always the same. It can be copied to another process."""
+    """Pairs by number, in a fixed order. A list can be copied to another process."""
 
     def __len__(self) -> int: ...
 
     def key(self, number: int) -> str:
-        """What pair `number` is called where it comes from."""
+        """Return the name of pair `number` in its source."""
 
     def image(self, number: int) -> bytes:
-        """Its image, as stored.
+        """Return the image of pair `number` as stored.
 
         Raises:
-            BadSample
+            BadSample: it cannot be read.
         """
 
     def captions(self, number: int) -> list[str]:
-        """Its captions, not blank.
+        """Return the captions of pair `number` that are not blank.
 
         Raises:
             BadSample: there is none.
         """
 
     def fingerprint(self) -> str:
-        """Differs for another list."""
+        """Return a digest of what names the pairs (files and captions, or the data set), not of the images."""
 
 
 @dataclass(frozen=True)
 class FileList:
-    """Image files under `root`; `texts` beside each, or None where a file of the same name is to be read."""
+    """Image files under `root`, with their captions in `texts`; None if these are in files of the same names."""
 
     root: Path
     files: list[str]
@@ -74,7 +74,7 @@ class FileList:
         return _captions(self._beside(self.root / self.files[number]))
 
     def _beside(self, file: Path) -> Any:
-        """What KEY.txt says of an image file, else the captions of KEY.json."""
+        """Return the text of KEY.txt beside an image file, else the captions in KEY.json."""
         try:
             if file.with_suffix(".txt").is_file():
                 return file.with_suffix(".txt").read_text(encoding="utf-8")
@@ -91,7 +91,7 @@ class FileList:
 
 @dataclass(frozen=True)
 class DatasetList:
-    """A `datasets.Dataset` with an undecoded image column."""
+    """The rows of a `datasets.Dataset` whose image column is not decoded."""
 
     name: str
     dataset: Any
@@ -121,7 +121,7 @@ class DatasetList:
 
 
 def _captions(texts: Any) -> list[str]:
-    """One text or a list of them, blank ones left out."""
+    """Return one text or a list of texts as a list without blank ones."""
     found = [str(text).strip() for text in (texts if isinstance(texts, list) else [texts]) if text is not None]
     if not any(found):
         raise MissingCaption("it is blank" if found else "there is none")
@@ -135,11 +135,13 @@ def _digest(content: Any) -> str:
 def open_pairs(
     source: str, image_column: str | None = None, caption_column: str | None = None, split: str = "train"
 ) -> PairList:
-    """The pairs of `source`: a folder of images with KEY.txt or KEY.json beside them or a `metadata` table in it, a
-    CSV, TSV, JSONL or parquet table of paths, a data set saved to disk, or the name of one for `datasets`.
+    """Return the pairs of `source`.
+
+    That is a folder of images with KEY.txt or KEY.json beside them or a `metadata` table in it, a CSV, TSV, JSONL or
+    parquet table of paths, a data set saved to disk, or a name for `datasets`.
 
     Raises:
-        ValueError: it is none of these, a column is missing, or there is no image in it.
+        ValueError: it is none of these, a column is missing, or it has no images.
     """
     path = Path(source)
     if path.is_dir():
@@ -164,7 +166,7 @@ def open_pairs(
 
 
 def _of_table(path: Path, image_column: str | None, caption_column: str | None) -> PairList:
-    """The files that a table names, from its own folder on; a table that holds images is a data set."""
+    """Return the files that a table names, relative to its folder. A table that contains images is a data set."""
     if path.suffix == ".parquet":
         import pyarrow.parquet
 
@@ -219,7 +221,7 @@ def _images_of(name: str, dataset: Any, image: str, caption: str) -> DatasetList
 
 
 def _column(name: str, columns: Sequence[str], asked: str | None, usual: Sequence[str], kind: str) -> str:
-    """The column `asked` for, or the first of the usual names that is there."""
+    """Return the column `asked` for, or the first of the usual names that exists."""
     found = next((column for column in ([asked] if asked else usual) if column in columns), None)
     if found is None:
         raise ValueError(

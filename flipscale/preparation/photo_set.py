@@ -1,6 +1,6 @@
-"""JPEGs of two sizes to load a data pipeline with: crops of the photos in the Debian package GCompris.
+"""JPEGs of two sizes to benchmark loaders with: crops of the photos in the Debian package GCompris.
 
-Good for speed, not for learning: a few hundred pictures, cut again and again, with captions made of their names.
+They are for measuring speed, not for training: crops of a few hundred pictures, with captions made of their names.
 """
 
 import random
@@ -25,17 +25,17 @@ PACKAGE = "gcompris-qt-data"
 # Mean width and height, and JPEG quality: about 36 kB, near LAION at the usual sizes; and about 120 kB.
 SIZES = {"500x400": (500, 400, 76), "1024x768": (1024, 768, 87)}
 NUM_SHARDS = 8
-_LEAST_SIDE = 400  # smaller pictures would be blown up into blurs that decode too fast
+_LEAST_SIDE = 400  # smaller pictures would be enlarged, and blurred images decode too fast
 
 
 def prepare_photos(out_dir: Path, num_images: int) -> None:
-    """Make `out_dir`/500x400 and `out_dir`/1024x768: `num_images` captioned JPEGs each, in tar shards.
+    """Write `num_images` captioned JPEGs as tar shards to each of `out_dir`/500x400 and `out_dir`/1024x768.
 
-    Widths and heights are drawn within a fifth of these means, offsets too, all from a fixed seed. A folder of shards
-    that is already there is left as it is.
+    Widths and heights are drawn within a fifth of these means, and offsets at random, all from a fixed seed. A folder
+    that already has shards is left as it is.
 
     Raises:
-        ValueError: apt is not on this machine, or too few images are asked for.
+        ValueError: apt is not on this machine, or `num_images` is too small.
         OSError: the package cannot be downloaded or unpacked.
     """
     if num_images < NUM_SHARDS:
@@ -55,7 +55,7 @@ def prepare_photos(out_dir: Path, num_images: int) -> None:
 
 
 def _download(folder: Path) -> Path:
-    """The package's files, unpacked into `folder` without being installed."""
+    """Download the package, unpack it into `folder` without installing it, and return `folder`."""
     for tool in ("apt-get", "dpkg-deb"):
         if shutil.which(tool) is None:
             raise ValueError(
@@ -72,19 +72,19 @@ def _download(folder: Path) -> Path:
 
 
 def _pictures(folder: Path) -> Iterator[tuple[str, np.ndarray]]:
-    """Name and BGR pixels of every photo-like picture of the package."""
+    """Yield name and BGR pixels of every photo-like picture of the package."""
     for resources in sorted(folder.rglob("*.rcc")):
         for path, content in _resource_files(resources.read_bytes()):
             if not path.endswith(".webp"):
                 continue
             image = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_UNCHANGED)
-            # What is transparent is a drawing.
+            # Transparent pictures are drawings.
             if image is not None and image.shape[2:] == (3,) and min(image.shape[:2]) >= _LEAST_SIDE:
                 yield re.sub(r"[^a-z]+", " ", Path(path).stem.lower()).strip() or "a picture", image
 
 
 def _resource_files(data: bytes) -> Iterator[tuple[str, bytes]]:
-    """Paths and contents of the uncompressed files of a Qt resource container (Qt's `rcc`, formats 1 to 3)."""
+    """Yield paths and contents of the uncompressed files of a Qt resource container (`rcc`, formats 1 to 3)."""
     magic, version, tree, contents, names = struct.unpack_from(">4sIIII", data)
     if magic != b"qres":
         return
@@ -98,7 +98,7 @@ def _resource_files(data: bytes) -> Iterator[tuple[str, bytes]]:
         if flags & is_directory:
             waiting += [(first + child, f"{folder}{name}/" if node else "") for child in range(count)]
         elif not flags & is_compressed:
-            # Of a file, the two numbers are its country and language, and where it starts.
+            # For a file, the two numbers are its country and language, and where its content starts.
             start = contents + first
             (size,) = struct.unpack_from(">I", data, start)
             yield folder + name, data[start + 4 : start + 4 + size]
@@ -107,7 +107,7 @@ def _resource_files(data: bytes) -> Iterator[tuple[str, bytes]]:
 def _cut(
     pictures: list[tuple[str, np.ndarray]], num_images: int, width: int, height: int, quality: int
 ) -> Iterator[tuple[bytes, str]]:
-    """JPEGs of about `width` x `height` pixels and their captions of six names, always the same."""
+    """Yield JPEGs of about `width` x `height` pixels and captions of six names, the same ones each time."""
     rng = random.Random(0)
     for _ in range(num_images):
         _, picture = rng.choice(pictures)
@@ -122,7 +122,7 @@ def _cut(
 
 
 def _write(folder: Path, photos: Iterable[tuple[bytes, str]]) -> int:
-    """Deals the photos out to the shards; their bytes in all."""
+    """Write the photos to the shards in turn, and return their total size in bytes."""
     num_bytes = 0
     with ExitStack() as stack:
         names = [folder / f"{number:05d}.tar" for number in range(NUM_SHARDS)]

@@ -1,8 +1,8 @@
-"""Tar shards from image-text pairs, in parallel: a function of the pairs and the options alone.
+"""Write tar shards from image-text pairs, in parallel. The result depends on the pairs and the options only.
 
-Shard s holds what can be used of pairs [s * n, (s + 1) * n), so that any process can write it at any time. A shard is
-written aside and renamed, then a line of `manifest.jsonl` says what is in it and what was left out: a run that was
-killed goes on with the shards that have no line, and ends with the bytes of one that was not.
+Shard s holds the usable ones of pairs [s * n, (s + 1) * n), so any process can write it at any time. A shard is written
+aside and renamed; then a line of `manifest.jsonl` says what is in it and what was left out. A run that was killed
+continues with the shards that have no line, and ends with the same bytes as an uninterrupted one.
 """
 
 import hashlib
@@ -34,7 +34,7 @@ from flipscale.preparation.worker_pool import worker_pool
 MANIFEST, REPORT, LEFT_OUT, HASHES = "manifest.jsonl", "report.json", "left_out.jsonl", ".hashes.npy"
 _KEPT_FORMATS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 _HASH_BYTES = 16
-_job: "ShardJob"  # of a worker
+_job: "ShardJob"  # set in each worker
 
 
 @dataclass(frozen=True)
@@ -42,10 +42,10 @@ class ShardOptions:
     """How pairs become shards.
 
     Args:
-        short_side: larger images are shrunk to it (the original stored 480); others are stored as they are.
-        jpeg_quality: of the images that are shrunk, or whose kind shards do not hold.
-        pairs_per_shard: pairs read for each shard.
-        drop_duplicates: keep only the first of images whose files are the same bytes.
+        short_side: the short side to which larger images are shrunk (the original stored 480); others are kept.
+        jpeg_quality: the quality of images that are shrunk, or converted from a format that shards do not hold.
+        pairs_per_shard: how many pairs are read for each shard.
+        drop_duplicates: keep only the first of several images whose files have the same bytes.
     """
 
     short_side: int = 256
@@ -60,14 +60,14 @@ class ShardOptions:
 
 
 class DuplicateImage(BadSample):
-    """An earlier pair has the same image."""
+    """An earlier pair has the same image file."""
 
     cause = "duplicate"
 
 
 @dataclass(frozen=True)
 class ShardJob:
-    """What all shards of a set need to be written."""
+    """What is needed to write any shard of a set."""
 
     pairs: PairList
     out_dir: Path
@@ -78,20 +78,20 @@ class ShardJob:
         return -(-len(self.pairs) // self.options.pairs_per_shard)
 
     def numbers(self, shard: int) -> range:
-        """The pairs that are read for a shard."""
+        """Return the numbers of the pairs that are read for a shard."""
         first = shard * self.options.pairs_per_shard
         return range(first, min(first + self.options.pairs_per_shard, len(self.pairs)))
 
     def path(self, shard: int) -> Path:
-        """Where a shard lies."""
+        """Return the path of a shard."""
         return self.out_dir / f"{shard:05d}.tar"
 
 
 def write_shards(pairs: PairList, source: str, out_dir: Path, options: ShardOptions, processes: int) -> dict[str, Any]:
-    """Makes `out_dir` the shards of `pairs` with their indices, and returns the report that is written beside them.
+    """Write the shards of `pairs` and their indices to `out_dir`, and return the report that is written beside them.
 
     Raises:
-        ValueError: `out_dir` was begun from other pairs or with other options, or holds something else.
+        ValueError: `out_dir` was begun from other pairs or with other options, or has other files.
         OSError: a worker died, or the disk is full.
     """
     if processes < 1:
@@ -110,7 +110,7 @@ def write_shards(pairs: PairList, source: str, out_dir: Path, options: ShardOpti
 
 
 def _write_all(job: ShardJob, todo: list[int], done: dict[int, dict[str, Any]], pool: ProcessPoolExecutor) -> None:
-    """Writes the shards `todo`; their lines go into the manifest and into `done` as they are ready."""
+    """Write the shards `todo`, and add their lines to the manifest and to `done` as they are finished."""
     same_as = _duplicates(job, pool) if job.options.drop_duplicates else {}
     futures = [pool.submit(_write_shard, shard, same_as.get(shard, {})) for shard in todo]
     kept = sum(len(job.numbers(shard)) for shard in done)
@@ -123,7 +123,7 @@ def _write_all(job: ShardJob, todo: list[int], done: dict[int, dict[str, Any]], 
 
 
 def _open_manifest(job: ShardJob, begun: dict[str, Any]) -> dict[int, dict[str, Any]]:
-    """The lines of the shards that are done, by shard; a new manifest where there is none."""
+    """Return the manifest's lines of finished shards, by shard. If there is no manifest, begin one."""
     out_dir = job.out_dir
     path = out_dir / MANIFEST
     lines = json_lines.read(path)
@@ -144,13 +144,13 @@ def _is_whole(shard: Path, line: dict[str, Any]) -> bool:
 
 
 def _receive(job: ShardJob) -> None:
-    """A worker's copy of the job, sent once and not with each shard."""
+    """Keep a worker's copy of the job, so that it is sent once and not with each shard."""
     global _job
     _job = job
 
 
 def _duplicates(job: ShardJob, pool: ProcessPoolExecutor) -> dict[int, dict[int, int]]:
-    """For each shard, its pairs whose image an earlier pair has, and which."""
+    """Return, by shard, the pairs whose image an earlier pair has, and which pair that is."""
     stored = job.out_dir / HASHES
     if not stored.exists():
         parts = pool.map(_hash_shard, range(job.num_shards))
@@ -166,7 +166,7 @@ def _duplicates(job: ShardJob, pool: ProcessPoolExecutor) -> dict[int, dict[int,
 
 
 def _hash_shard(shard: int) -> np.ndarray:
-    """A digest of each image's bytes, void `(pairs of the shard,)`; of one that cannot be read, of its number."""
+    """Return the digest of each image file of a shard; of an unreadable one, a digest of its number."""
     digests = []
     for number in _job.numbers(shard):
         try:
@@ -178,7 +178,7 @@ def _hash_shard(shard: int) -> np.ndarray:
 
 
 def _write_shard(shard: int, same_as: dict[int, int]) -> dict[str, Any]:
-    """Writes a shard and its index; its line of the manifest."""
+    """Write a shard and its index, and return its line of the manifest."""
     pairs, path = _job.pairs, _job.path(shard)
     line: dict[str, Any] = {"shard": shard, "written": 0, "shrunk": 0, "image_bytes": 0, "left_out": []}
     with written_aside(path) as partial:
@@ -204,7 +204,7 @@ def _write_shard(shard: int, same_as: dict[int, int]) -> dict[str, Any]:
 def _add_pair(
     tar: tarfile.TarFile, number: int, image: bytes, extension: str, captions: list[str], about: dict[str, Any]
 ) -> None:
-    """Appends KEY.jpg, KEY.txt with the first caption, and KEY.json with what else is known, several captions too."""
+    """Append KEY.jpg, KEY.txt with the first caption, and KEY.json with `about` and, if several, all captions."""
     name = f"{number:09d}"
     if len(captions) > 1:
         about = {**about, "captions": captions}
@@ -214,10 +214,10 @@ def _add_pair(
 
 
 def _stored_image(encoded: bytes, options: ShardOptions) -> tuple[bytes, str, dict[str, int]]:
-    """The bytes to store, their extension, and the sizes before and after.
+    """Return the bytes to store, their extension, and the image's sizes before and after.
 
     Raises:
-        BadSample: it cannot be decoded.
+        BadSample: the image cannot be decoded.
     """
     image = decode_whole(encoded)
     height, width = image.shape[:2]
@@ -235,7 +235,7 @@ def _stored_image(encoded: bytes, options: ShardOptions) -> tuple[bytes, str, di
 
 
 def _write_report(out_dir: Path, begun: dict[str, Any], lines: list[dict[str, Any]]) -> dict[str, Any]:
-    """`report.json`: what was written, and how many were left out by cause; each of those in `left_out.jsonl`."""
+    """Write `report.json`, with counts of what was written and left out, and all left out in `left_out.jsonl`."""
     left_out = [fault for line in lines for fault in line["left_out"]]
     report = {
         **begun,
@@ -250,7 +250,7 @@ def _write_report(out_dir: Path, begun: dict[str, Any], lines: list[dict[str, An
 
 
 def report_table(report: dict[str, Any], out_dir: Path) -> str:
-    """A report as it is printed."""
+    """Return a report as text to print."""
     pairs, written = report["pairs"], report["written"]
     rows = [("pairs read", pairs, ""), ("written", written, f"in {report['shards']:,} shards")]
     rows += [

@@ -1,4 +1,4 @@
-"""Processes for work on data sets outside training."""
+"""Worker processes for preparing data sets."""
 
 import multiprocessing
 import os
@@ -11,7 +11,7 @@ from typing import Any
 def worker_pool(
     processes: int, initializer: Callable[..., None] | None = None, initargs: tuple[Any, ...] = ()
 ) -> ProcessPoolExecutor:
-    """A pool of spawned processes that end with this one, however it ends."""
+    """Return a pool of spawned processes that end when this one does, even if it is killed."""
     spawn = multiprocessing.get_context("spawn")
     return ProcessPoolExecutor(processes, spawn, initializer=_begin, initargs=(initializer, initargs))
 
@@ -23,7 +23,7 @@ def _begin(initializer: Callable[..., None] | None, initargs: tuple[Any, ...]) -
 
 
 def end_with_parent() -> None:
-    """Make this worker end when the command is killed, which would otherwise leave it waiting for ever."""
+    """Make this worker exit when its parent dies; otherwise it would wait for ever."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 

@@ -1,1 +1,1 @@
-"""What is read: tar shards, here or remote, `datasets`, and mixtures of them."""
+"""Sources of image-text pairs: local and remote tar shards, `datasets`, and mixtures of them."""

@@ -1,4 +1,4 @@
-"""Any `datasets` Dataset as a source: by Hub name, or from parquet, Arrow, JSON, CSV or a folder of images."""
+"""A source of any `datasets` Dataset: a Hub name, parquet, Arrow, JSON or CSV files, or a folder of images."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,7 +9,7 @@ from flipscale.data.sources.source import Sample
 if TYPE_CHECKING:
     from datasets import Dataset
 
-# Rows are read at random among shards_per_block of these.
+# Rows are read at random from shards_per_block shards of this size.
 _ROWS_PER_SHARD = 10_000
 _FILE_KINDS = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv", ".json": "json", ".jsonl": "json"}
 
@@ -21,8 +21,10 @@ class MissingImage(BadSample):
 
 
 def load_rows(name: str, config: str | None, split: str) -> "Dataset":
-    """The Dataset that `name` names: what `save_to_disk` wrote, files (a path or glob of parquet, Arrow, CSV or JSON
-    lines), a folder that `load_dataset` understands, or a name on the Hub.
+    """Load the Dataset `name`.
+
+    That is a folder written by `save_to_disk`, a path or glob of parquet, Arrow, CSV or JSON lines files, a folder that
+    `load_dataset` understands, or a name on the Hub.
 
     Raises:
         ValueError: it cannot be loaded.
@@ -40,7 +42,7 @@ def load_rows(name: str, config: str | None, split: str) -> "Dataset":
             return datasets.load_dataset(kind, data_files={split: name}, split=split)
         return datasets.load_dataset(name, config, split=split)
     except Exception as error:
-        # The library and its builders raise exceptions of many kinds; all mean that there is nothing to read.
+        # The library and its builders raise many kinds of exceptions; they all mean that it cannot be loaded.
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(
             f"dataset {name!r}, split {split!r}, cannot be loaded ({reason}); name a folder, parquet or Arrow files, "
@@ -49,16 +51,16 @@ def load_rows(name: str, config: str | None, split: str) -> "Dataset":
 
 
 class DatasetSource:
-    """Rows of a map-style Dataset by (shard, number): a shard is 10,000 rows in a row, images are left as stored.
+    """The rows of a map-style Dataset by (shard, number). A shard is 10,000 consecutive rows; images stay encoded.
 
     Args:
-        rows: memory-mapped by `datasets`, so copies in workers cost nothing.
-        name: what messages call it.
-        image_column: of an Image feature, or of encoded bytes.
-        caption_columns: each a caption or a list of captions.
+        rows: memory-mapped by `datasets`, so that copies in workers take no memory.
+        name: its name in messages.
+        image_column: has an Image feature, or encoded bytes.
+        caption_columns: each has a caption or a list of captions.
 
     Raises:
-        ValueError: a column that is not there.
+        ValueError: a column does not exist.
     """
 
     def __init__(self, rows: "Dataset", name: str, image_column: str, caption_columns: list[str]):
@@ -82,7 +84,7 @@ class DatasetSource:
         return len(self.rows)
 
     def read(self, shard: int, number: int) -> Sample:
-        """As `Source.read`."""
+        """Do as `Source.read`."""
         row = self.rows[shard * _ROWS_PER_SHARD + number]
         captions: list[Any] = []
         for column in self.caption_columns:
@@ -99,12 +101,12 @@ class DatasetSource:
         return Sample(f"{self.name}#{self.key(shard, number)}", image, tuple(texts))
 
     def shard_name(self, shard: int) -> str:
-        """The dataset's name and the first row of the shard."""
+        """Return the dataset's name and the first row of the shard."""
         return f"{self.name}[{shard * _ROWS_PER_SHARD}:]"
 
     def key(self, shard: int, number: int) -> str:
-        """The number of the row."""
+        """Return the number of the row."""
         return str(shard * _ROWS_PER_SHARD + number)
 
     def fetch_ahead(self, shards: list[int]) -> None:
-        """Nothing: the rows are on this machine."""
+        """Do nothing, because the rows are on this machine."""

@@ -1,4 +1,4 @@
-"""Several sources as one, in fixed shares: which source stands at a position is a pure function of it."""
+"""Several sources mixed by weight. Which source a position belongs to is a pure function of the position."""
 
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -12,19 +12,19 @@ from flipscale.data.order import GlobalOrder
 from flipscale.data.randomness import keyed_uniform
 from flipscale.data.sources.source import Sample, Source
 
-# Positions are dealt out in stretches of this many, exactly by weight to a sample.
+# In each stretch of so many positions, every source has its weight's share, rounded to a sample.
 _STRETCH = 1 << 16
 _LEAST_SHARE = 1e-4
 
 
 class Mixture:
-    """The shards of several sources, one source after another, and the weight of each.
+    """The shards of several sources, one source after another, and the weight of each source.
 
     Args:
-        weights: relative; of any sum.
+        weights: relative weights; their sum does not matter.
 
     Raises:
-        ValueError: a weight that is not positive, or less than a ten-thousandth of the sum; an empty source.
+        ValueError: a weight is not positive or less than a ten-thousandth of the sum, or a source is empty.
     """
 
     def __init__(self, sources: Sequence[Source], weights: Sequence[float]):
@@ -46,22 +46,22 @@ class Mixture:
         return sum(len(source) for source in self.sources)
 
     def read(self, shard: int, number: int) -> Sample:
-        """As `Source.read`."""
+        """Do as `Source.read`."""
         source, shard = self._find(shard)
         return source.read(shard, number)
 
     def shard_name(self, shard: int) -> str:
-        """As `Source.shard_name`."""
+        """Do as `Source.shard_name`."""
         source, shard = self._find(shard)
         return source.shard_name(shard)
 
     def key(self, shard: int, number: int) -> str:
-        """As `Source.key`."""
+        """Do as `Source.key`."""
         source, shard = self._find(shard)
         return source.key(shard, number)
 
     def fetch_ahead(self, shards: list[int]) -> None:
-        """As `Source.fetch_ahead`."""
+        """Do as `Source.fetch_ahead`."""
         for source, first, last in zip(self.sources, self.first_shards[:-1], self.first_shards[1:], strict=True):
             source.fetch_ahead([shard - first for shard in shards if first <= shard < last])
 
@@ -71,18 +71,19 @@ class Mixture:
 
 
 class MixtureOrder:
-    """Maps a global position to (shard, sample) of a mixture: a pure function of (seed, position).
+    """A map from global positions to (shard, sample) of a mixture: a pure function of (seed, position).
 
-    Position p belongs to one of the sources, and is the n-th position that does: the sample is the n-th of that
-    source's own `GlobalOrder`. So each source goes through epochs of its own, at the pace of its weight, and a mixture
-    as a whole has none. Among the first p positions each source has its share of p to within 2 samples a source: every
-    65,536 positions have the shares exactly (rounded), and inside they are spread evenly with a keyed jitter.
+    Each position belongs to one source. The n-th position of a source gets the n-th sample of that source's own
+    `GlobalOrder`. So each source has epochs of its own, at the pace of its weight, and the mixture as a whole has none.
+
+    Among the first p positions, a source has its share of p to within 2 samples for each source. Every 65,536 positions
+    have the exact shares (rounded), and within them each source is spread evenly, with keyed jitter.
     """
 
     def __init__(self, mixture: Mixture, seed: int, shards_per_block: int):
         self.seed = seed
         total = sum(mixture.weights)
-        # Exact, so that the last position of a long run is dealt out as rightly as the first.
+        # Fractions, because rounding errors would grow with the position.
         self.ends = [share / total for share in accumulate(mixture.weights)]
         self.first_shards = mixture.first_shards
         self.orders = [
@@ -92,7 +93,7 @@ class MixtureOrder:
         self._stretches: OrderedDict[int, tuple[np.ndarray, np.ndarray]] = OrderedDict()
 
     def sources(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The source at each of `positions`, and how many earlier positions have the same one."""
+        """Return the source of each of `positions`, and how many earlier positions belong to the same source."""
         positions = np.asarray(positions, dtype=np.int64)
         stretches, offsets = np.divmod(positions, _STRETCH)
         sources, places = np.empty_like(positions), np.empty_like(positions)
@@ -103,7 +104,7 @@ class MixtureOrder:
         return sources, places
 
     def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Shard numbers of the mixture and sample numbers within them, int64, for global `positions`."""
+        """Return the mixture's shard, and the number in it, of the sample at each of `positions`; all are int64."""
         sources, places = self.sources(positions)
         shards, samples = np.empty_like(sources), np.empty_like(sources)
         for number in np.unique(sources):
@@ -113,7 +114,7 @@ class MixtureOrder:
         return shards, samples
 
     def shards_ahead(self, position: int) -> list[int]:
-        """The shards that the samples from `position` on come from: of each source its block and the one after it."""
+        """Return the shards that are read from `position` on: of each source, its current block and the next one."""
         return [
             self.first_shards[number] + shard
             for number, order in enumerate(self.orders)
@@ -121,24 +122,24 @@ class MixtureOrder:
         ]
 
     def _dealt(self, position: int, number: int) -> int:
-        """How many of the first `position` positions are of source `number`."""
+        """Return how many of the first `position` positions belong to source `number`."""
         stretch, offset = divmod(position, _STRETCH)
         dealt, _ = self._stretch(stretch)
         return self._before(stretch)[number] + int((dealt[:offset] == number).sum())
 
     def _before(self, stretch: int) -> list[int]:
-        """How many positions of each source there are before a stretch."""
+        """Return how many positions before a stretch belong to each source."""
         ends = [0, *(int(end * stretch * _STRETCH + Fraction(1, 2)) for end in self.ends)]
         return [last - first for first, last in pairwise(ends)]
 
     def _stretch(self, stretch: int) -> tuple[np.ndarray, np.ndarray]:
-        """The source at each position of a stretch, and how many earlier positions have the same."""
+        """Return the source of each position of a stretch, and how many earlier positions have the same source."""
         if stretch not in self._stretches:
             before, after = self._before(stretch), self._before(stretch + 1)
             counts = [last - first for first, last in zip(before, after, strict=True)]
             dealt = np.repeat(np.arange(len(counts)), counts)
             counted = np.concatenate([np.arange(first, last) for first, last in zip(before, after, strict=True)])
-            # The i-th of n samples of a source falls at a keyed place of the i-th n-th of the stretch.
+            # Cut the stretch into n parts for the n samples of a source: the i-th falls at a keyed place of part i.
             jitter = keyed_uniform(self.seed, "mixture", np.array([stretch]), _STRETCH)[0]
             within = np.concatenate([np.arange(count) / count for count in counts])
             width = np.repeat([1 / count for count in counts], counts)
@@ -150,7 +151,7 @@ class MixtureOrder:
 
 
 def order_of(source: Source, seed: int, shards_per_block: int) -> GlobalOrder | MixtureOrder:
-    """The global order of a source's samples."""
+    """Return the global order of a source's samples."""
     if isinstance(source, Mixture):
         return MixtureOrder(source, seed, shards_per_block)
     return GlobalOrder(source.shard_sizes, seed, shards_per_block)

@@ -1,4 +1,4 @@
-"""The source that a recipe names."""
+"""Open the source that a recipe names."""
 
 from pathlib import Path
 
@@ -12,10 +12,11 @@ from flipscale.data.sources.tar_source import TarSource
 
 
 def open_source(recipe: DataRecipe) -> Source:
-    """The source of a recipe's samples, its bad shards counted.
+    """Return the source of a recipe's samples.
 
     Raises:
-        ValueError: nothing is there, it is named twice, or more of it than `max_bad_fraction` cannot be read.
+        ValueError: the recipe names none or names it twice, it does not exist, or more than `max_bad_fraction` of its
+            shards cannot be read.
     """
     if recipe.shards and recipe.sources:
         raise ValueError(f"data.shards is {recipe.shards!r} and data.sources names {len(recipe.sources)}; give one")
@@ -32,7 +33,7 @@ def open_source(recipe: DataRecipe) -> Source:
 
 
 def open_shards(shards: str, recipe: DataRecipe) -> TarSource:
-    """Tar shards on this machine or, through the recipe's cache, at a URL.
+    """Open tar shards, on this machine or at a URL through the recipe's cache.
 
     Raises:
         ValueError: a shard is missing.
@@ -54,7 +55,7 @@ def _open(recipe: SourceRecipe, data: DataRecipe, name: str) -> Source:
 
 
 def refuse_many_bad_shards(source: Source, max_bad_fraction: float) -> None:
-    """Nothing, where few enough shards are unreadable.
+    """Raise if too many shards are unreadable.
 
     Raises:
         ValueError: more than `max_bad_fraction` of them are.

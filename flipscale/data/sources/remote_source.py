@@ -1,4 +1,4 @@
-"""Tar shards on s3, gs, hf or https, read through a bounded cache and fetched a block ahead of need."""
+"""Tar shards on s3, gs, hf or https, read through a bounded cache that fetches one block ahead."""
 
 import io
 import os
@@ -20,10 +20,10 @@ _MAX_INDICES = 256
 
 
 def expand_urls(shards: str) -> list[str]:
-    """The shards that a URL names, sorted: a range such as `{00000..00041}.tar`, a glob, or all of a folder.
+    """Return the shards that a URL names, sorted: a range such as `{00000..00041}.tar`, a glob, or a whole folder.
 
     Raises:
-        ValueError: nothing is there, or the protocol's package is not installed.
+        ValueError: no shard is found, or the protocol's package is not installed.
     """
     import fsspec
 
@@ -45,18 +45,18 @@ def expand_urls(shards: str) -> list[str]:
 
 
 class RemoteTarSource(TarSource):
-    """As `TarSource`, of shards at URLs. What lies at a URL must not change.
+    """A `TarSource` of shards at URLs. The content of a URL must not change.
 
-    Every node fetches every shard once an epoch. An index that lies beside a shard (`flipscale prepare index` put it
-    there) is fetched; otherwise the shard is, to build it, once: that is kept in the cache's folder.
+    Every node fetches every shard once an epoch. The index beside a shard is fetched if there is one (`flipscale
+    prepare index` writes it). If not, the shard is fetched once to build its index, which the cache's folder keeps.
 
     Args:
-        shards: a range, glob or folder at `s3://`, `gs://`, `hf://`, `https://` or any protocol of fsspec.
-        cache: for this and every other process of the machine.
-        shards_per_block: of the order that the samples will be read in.
+        shards: a range, glob or folder at `s3://`, `gs://`, `hf://`, `https://` or any other protocol of fsspec.
+        cache: shared by all processes of the machine.
+        shards_per_block: as in the order in which the samples will be read.
 
     Raises:
-        ValueError: a shard that is missing, a cache too small for two blocks.
+        ValueError: a shard is missing, or the cache is too small for two blocks.
     """
 
     def __init__(self, shards: str, cache: ShardCache, shards_per_block: int):
@@ -74,14 +74,14 @@ class RemoteTarSource(TarSource):
         self._indices: OrderedDict[int, np.ndarray] = OrderedDict()
 
     def fetch_ahead(self, shards: Sequence[int]) -> None:
-        """Has a thread of this process fetch these, as far as no other process does."""
+        """Fetch these shards in a thread, except those that another process is fetching."""
         self._ahead.want([self.urls[shard] for shard in shards])
 
     def publish_indices(self) -> None:
-        """Writes the indices beside the shards, where they are not there yet: the next machine need not fetch those.
+        """Write the missing indices beside the shards, so that other machines need not fetch shards to build them.
 
         Raises:
-            ValueError: nothing can be written there.
+            ValueError: the place is not writable.
         """
         import fsspec
 
@@ -91,13 +91,13 @@ class RemoteTarSource(TarSource):
                 if not system.exists(remote):
                     system.put_file(str(self._index_path(url)), remote)
         except Exception as error:
-            # Every protocol has exceptions of its own for what is not allowed.
+            # Every protocol raises exceptions of its own.
             reason = " ".join(str(error).split()) or type(error).__name__
             raise ValueError(f"the index of {url} cannot be written beside it ({reason})") from error
 
     @contextmanager
     def _opened(self, shard: int) -> Iterator[tuple[int, np.ndarray]]:
-        # Not kept open: the space of a shard that was removed from the cache is free at once.
+        # Closed after each read, so that a shard that is removed from the cache frees its space at once.
         file = self.cache.open(self.urls[shard])
         try:
             yield file, self._index(shard)
@@ -105,7 +105,7 @@ class RemoteTarSource(TarSource):
             os.close(file)
 
     def _index(self, shard: int) -> np.ndarray:
-        """The index of a shard, the last few kept."""
+        """Return the index of a shard; the last few are kept."""
         if shard not in self._indices:
             if len(self._indices) >= _MAX_INDICES:
                 self._indices.popitem(last=False)
@@ -121,12 +121,12 @@ class RemoteTarSource(TarSource):
         return path.with_name(path.name + ".index.npy")
 
     def _extent(self, url: str) -> int:
-        """About the size of a shard: where the last file of its last sample ends."""
+        """Return the approximate size of a shard: where the last file of its last sample ends."""
         index = np.load(self._index_path(url), mmap_mode="r")
         return int((index[-1, :, 0].astype(np.int64) * BLOCK).max() + index[-1, 0, 1]) if len(index) else 0
 
     def _summary(self, url: str) -> ShardSummary:
-        """What the index of a shard says: the one kept here, the one beside the shard, or one that is built."""
+        """Return the summary of a shard's index: the one in the cache, the one beside the shard, or a new one."""
         import fsspec
 
         path = self._index_path(url)
@@ -155,18 +155,18 @@ class RemoteTarSource(TarSource):
                 index, damage = build_index(self.cache.path(url), path)
                 return ShardSummary(len(index), damage)
             except FileNotFoundError:
-                continue  # it has already made room for another
+                continue  # the cache has already removed it to make room
 
 
 class _FetchAhead:
-    """A thread that fetches what is wanted; each process of a machine has one, and one of them fetches a shard."""
+    """A thread that fetches shards ahead. Every process has one; the cache lets only one of them fetch a shard."""
 
     def __init__(self, cache: ShardCache):
         self.cache = cache
         self._thread: threading.Thread | None = None
 
     def want(self, urls: list[str]) -> None:
-        """Replaces what is wanted by `urls`."""
+        """Fetch `urls`, in their order, instead of those of the last call."""
         self._urls = urls
         if self._thread is None or not self._thread.is_alive():
             self._changed = threading.Event()
@@ -184,7 +184,7 @@ class _FetchAhead:
                 try:
                     self.cache.fetch(url, wait=False)
                 except (OSError, ValueError):
-                    # Whoever needs it tries again and says so; it may never be needed.
+                    # It may never be needed. If it is, the reader tries again and reports the error.
                     break
 
     def __getstate__(self) -> dict[str, object]:

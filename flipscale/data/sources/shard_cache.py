@@ -11,16 +11,16 @@ from filelock import FileLock, Timeout
 from flipscale.files.aside import written_aside
 
 _TRIES = 6
-_FIRST_DELAY_SECONDS = 0.5  # doubled every time: the last of the tries is 16 seconds after the one before it
+_FIRST_DELAY_SECONDS = 0.5  # doubled for each try; before the last one it is 8 seconds
 _FULL_DELAY_SECONDS = 0.05
 
 
 class ShardCache:
-    """Local copies of remote shards in `folder`, at most `max_bytes` with everything that lies there.
+    """Local copies of remote shards in `folder`, which holds at most `max_bytes` in all.
 
-    The least recently read shard makes room for the next. A shard is fetched by one process at a time, under a lock
-    that dies with its process, into a file of another name, and renamed when its size is that of the original; how much
-    a transfer will need is in that name, so that those that run at once keep the bound together.
+    The least recently read shards are removed to make room. A shard is fetched by one process at a time, under a lock
+    that is released when its process dies. It is written to another name and renamed when it has the size of the
+    original. That name contains the size, so that transfers that run at the same time keep the bound together.
     """
 
     def __init__(self, folder: Path, max_bytes: int):
@@ -29,12 +29,12 @@ class ShardCache:
         folder.mkdir(parents=True, exist_ok=True)
 
     def path(self, url: str) -> Path:
-        """Where the copy of `url` lies when it is there."""
+        """Return where the copy of `url` is once it is fetched."""
         name = url.rstrip("/").rsplit("/", 1)[-1]
         return self.folder / f"{hashlib.blake2b(url.encode(), digest_size=8).hexdigest()}-{name}"
 
     def open(self, url: str) -> int:
-        """A file descriptor of the copy of `url`, fetched first if need be.
+        """Return a file descriptor of the copy of `url`, which is fetched first if needed.
 
         Raises:
             OSError: it cannot be fetched.
@@ -43,13 +43,13 @@ class ShardCache:
         while True:
             try:
                 file = os.open(path, os.O_RDONLY)
-                os.utime(path)  # was read last now
+                os.utime(path)  # marks it as the last one read
                 return file
             except FileNotFoundError:
-                self.fetch(url)  # and once more if it is already gone again
+                self.fetch(url)  # repeated if it has been removed again before it is opened
 
     def fetch(self, url: str, wait: bool = True) -> None:
-        """Fetches `url` unless it is there, or another process is at it and this one is not to `wait`.
+        """Fetch `url` unless its copy exists. If another process is fetching it, `wait` for that or return.
 
         Raises:
             OSError: it cannot be fetched.
@@ -74,7 +74,7 @@ class ShardCache:
             except (FileNotFoundError, PermissionError, ValueError):
                 raise
             except Exception as error:
-                # Every protocol has exceptions of its own for a connection that broke.
+                # Every protocol raises exceptions of its own for a broken connection.
                 if number + 1 == _TRIES:
                     reason = " ".join(str(error).split()) or type(error).__name__
                     raise OSError(
@@ -87,7 +87,7 @@ class ShardCache:
 
         system, remote = fsspec.core.url_to_fs(url)
         size = system.info(remote)["size"]
-        # A file of this name that lies there is of a process that was killed: the lock is ours now.
+        # This process holds the lock, so a file of this name was left by a process that was killed.
         with written_aside(path, path.with_name(f".{path.name}.{size or 0}.partial")) as partial:
             self._reserve(partial, size or 0)
             system.get_file(remote, str(partial))
@@ -96,7 +96,7 @@ class ShardCache:
                 raise OSError(f"{got} of {size} bytes came")
 
     def _reserve(self, partial: Path, size: int) -> None:
-        """Makes room for a transfer and counts it in, waiting for others to end where nothing can be removed."""
+        """Make room for a transfer and reserve it; wait for other transfers if nothing can be removed."""
         if size > self.max_bytes:
             raise ValueError(f"a shard of {size} bytes does not fit into data.cache_bytes {self.max_bytes}")
         while True:
@@ -108,7 +108,7 @@ class ShardCache:
             time.sleep(_FULL_DELAY_SECONDS)
 
     def _make_room(self, size: int) -> int:
-        """Removes what was read longest ago until `size` bytes fit; the bytes still lacking, 0 or less when they do."""
+        """Remove the least recently read shards until `size` bytes fit, and return how many bytes are still lacking."""
         excess, shards = size - self.max_bytes, []
         for entry in os.scandir(self.folder):
             with suppress(FileNotFoundError):
@@ -128,7 +128,7 @@ class ShardCache:
         return excess
 
     def _abandoned(self, partial: "os.DirEntry[str]") -> bool:
-        """Whether the process that wrote `partial` is gone; removes it if so."""
+        """Return whether the process that wrote `partial` is gone; if so, remove the file."""
         shard = self.folder / partial.name.removeprefix(".").rsplit(".", 2)[0]
         try:
             with self._lock(shard, timeout=0):

@@ -1,8 +1,8 @@
-"""The index of a tar shard: where each sample's bytes lie, in 24 bytes a sample, in a file beside the shard.
+"""The index of a tar shard: the places of each sample's files, 24 bytes a sample, in a file beside the shard.
 
-`SHARD.tar.index.npy` is a uint32 array `(samples, 3, 2)`: of the image, the caption and the class number, the offset in
-tar blocks of 512 bytes (0 where there is none) and the size in bytes. The high bit of a caption's size says that it is
-a JSON object. What is wrong with the shard, if anything, is said in text behind the array.
+`SHARD.tar.index.npy` is a uint32 array `(samples, 3, 2)`: for the image, the caption and the class number, the offset
+in tar blocks of 512 bytes (0 if there is none) and the size in bytes. The high bit of a caption's size marks a JSON
+object. If the shard is damaged, a text after the array says how.
 """
 
 import os
@@ -24,30 +24,30 @@ JSON_CAPTION = 1 << 31
 _FIELDS = {"jpg": "image", "jpeg": "image", "png": "image", "webp": "image", "txt": "txt", "json": "json", "cls": "cls"}
 _ROW = (3, 2)
 _MAX_MEMBER_BYTES = JSON_CAPTION - 1
-# Loading an index is waiting for a file system, so more threads than cores pay.
+# Loading an index is mostly waiting for a file system, so more threads than cores are faster.
 _THREADS = 16
 
 Shard = TypeVar("Shard")
 
 
 class ShardSummary(NamedTuple):
-    """How many samples of a shard can be read, and what is wrong with it (nothing: empty)."""
+    """How many samples of a shard can be read, and how it is damaged (empty if it is not)."""
 
     num_samples: int
     damage: str
 
 
 class _Damaged(Exception):
-    """The tar stops making sense here."""
+    """The tar cannot be read further."""
 
 
 def index_path(shard: Path) -> Path:
-    """Where the index of `shard` lies: beside it."""
+    """Return the path of the index of `shard`, beside it."""
     return shard.with_name(shard.name + ".index.npy")
 
 
 def load_index(shard: Path) -> np.ndarray:
-    """The index of `shard`, memory-mapped; built and written beside it first where it is missing or older.
+    """Return the index of `shard`, memory-mapped. If it is missing or older than the shard, build and write it first.
 
     Raises:
         OSError: the shard cannot be opened.
@@ -58,7 +58,7 @@ def load_index(shard: Path) -> np.ndarray:
 
 
 def load_summary(shard: Path) -> ShardSummary:
-    """What the index of `shard` says, from its first bytes alone; built as `load_index` does.
+    """Return the summary of the index of `shard` without reading all of it. Build it first if `load_index` would.
 
     Raises:
         OSError: the shard cannot be opened.
@@ -71,10 +71,10 @@ def load_summary(shard: Path) -> ShardSummary:
 
 
 def load_summaries(shards: Sequence[Shard], load: Callable[[Shard], ShardSummary]) -> list[ShardSummary]:
-    """What the index of each shard says, indices built where they are missing, with a progress bar if it takes long.
+    """Return the summary of each shard, with a progress bar if that takes long. Missing indices are built.
 
-    Processes that start together share the work without knowing each other: each goes through the shards in an order of
-    its own and looks again before it builds, so at worst one shard is scanned twice.
+    Processes that start together share the work without communication: each visits the shards in a random order of its
+    own and checks for an index before it builds one, so few shards are scanned twice.
     """
     order = list(range(len(shards)))
     random.Random(os.urandom(8)).shuffle(order)
@@ -88,7 +88,7 @@ def load_summaries(shards: Sequence[Shard], load: Callable[[Shard], ShardSummary
 
 
 def read_summary(file: BinaryIO) -> ShardSummary:
-    """What the index in `file` says.
+    """Return the summary of the index in `file`.
 
     Raises:
         ValueError: it is not such an index.
@@ -104,7 +104,7 @@ def read_summary(file: BinaryIO) -> ShardSummary:
 
 
 def build_index(shard: Path, path: Path) -> tuple[np.ndarray, str]:
-    """The index of a shard and what is wrong with it, also written to `path`, whole or (in a read-only folder) not."""
+    """Return the index of a shard and how it is damaged, and write both to `path` if the folder is writable."""
     index, damage = _scan(shard)
     # Processes that start together may all write it. In a read-only folder nobody can, and it is built again.
     with suppress(OSError), written_aside(path, own_partial_path(path)) as partial, open(partial, "wb") as file:
@@ -114,7 +114,7 @@ def build_index(shard: Path, path: Path) -> tuple[np.ndarray, str]:
 
 
 def _stored_summary(shard: Path) -> ShardSummary | None:
-    """What the index beside `shard` says; None where it is missing, damaged or older than the shard."""
+    """Return the summary of the index beside `shard`; None if it is missing, damaged or older than the shard."""
     try:
         with open(index_path(shard), "rb") as file:
             if os.fstat(file.fileno()).st_mtime_ns >= shard.stat().st_mtime_ns:
@@ -125,7 +125,7 @@ def _stored_summary(shard: Path) -> ShardSummary | None:
 
 
 def _scan(shard: Path) -> tuple[np.ndarray, str]:
-    """The index of a shard, samples without an image left out, and what is wrong with it."""
+    """Return the index of a shard, without the samples that have no image, and how the shard is damaged."""
     samples: dict[str, dict[str, tuple[int, int]]] = {}
     damage = ""
     file = os.open(shard, os.O_RDONLY)
@@ -146,7 +146,7 @@ def _scan(shard: Path) -> tuple[np.ndarray, str]:
 
 
 def _row(file: int, fields: dict[str, tuple[int, int]]) -> list[tuple[int, int]]:
-    """A sample's row. Its caption is the text, unless there is none or the JSON object beside it has several."""
+    """Return a sample's row. Its caption is the text file, or the JSON file if that has several or there is no text."""
     caption = fields.get("txt", (0, 0))
     if "json" in fields:
         block, size = fields["json"]
@@ -156,11 +156,12 @@ def _row(file: int, fields: dict[str, tuple[int, int]]) -> list[tuple[int, int]]
 
 
 def _members(file: int, total: int) -> Iterator[tuple[str, int, int]]:
-    """Name, offset and size of each regular file of a tar, in a third of `tarfile`'s time and stricter than it, which
-    takes a damaged header for the end.
+    """Yield name, offset and size of each regular file of a tar.
+
+    It takes a third of `tarfile`'s time and is stricter: `tarfile` takes a damaged header for the end.
 
     Raises:
-        _Damaged: the tar ends early, or a header is none; what came before can be read.
+        _Damaged: the tar ends early or has an invalid header. The files yielded so far can be read.
     """
     position, long_name, long_size = 0, "", -1
     while True:
@@ -190,7 +191,7 @@ def _members(file: int, total: int) -> Iterator[tuple[str, int, int]]:
 
 
 def _checked_size(header: bytes) -> int:
-    """The size of the member that a tar header announces, -1 if its checksum says that it is none."""
+    """Return the size of the file that a tar header announces; -1 if the checksum is wrong."""
     try:
         checksum = _number(header[148:156])
         return _number(header[124:136]) if checksum == sum(header) - sum(header[148:156]) + 8 * ord(" ") else -1
@@ -199,7 +200,7 @@ def _checked_size(header: bytes) -> int:
 
 
 def _number(field: bytes) -> int:
-    """A number of a tar header: octal text, or (its first bit set) big-endian binary."""
+    """Parse a number of a tar header: octal text or, if the first bit is set, big-endian binary."""
     if field[0] & 0x80:
         return int.from_bytes(field[1:], "big")
     return int(field.split(b"\0", 1)[0].strip() or b"0", 8)

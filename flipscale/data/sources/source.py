@@ -1,4 +1,4 @@
-"""What the loader asks of a source of image-text pairs, wherever they lie."""
+"""The interface of a source of image-text pairs."""
 
 import hashlib
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from flipscale.data.faults import Fault
 
 @dataclass(frozen=True)
 class Sample:
-    """One undecoded sample: `image` and each of `captions` as stored; `label` None where the source has none."""
+    """One undecoded sample: `image` and `captions` as stored, and `label`, None if the source has none."""
 
     name: str
     image: bytes
@@ -20,12 +20,12 @@ class Sample:
 
     @property
     def caption(self) -> bytes | None:
-        """The first caption, None where there is none."""
+        """The first caption, None if there is none."""
         return self.captions[0] if self.captions else None
 
 
 class Source(Protocol):
-    """Samples by (shard, number). It holds no position: it can be copied to a worker at any time."""
+    """Samples by (shard, number). It keeps no position, so it can be copied to a worker at any time."""
 
     shard_sizes: list[int]
     faults: list[Fault]  # of whole shards
@@ -33,21 +33,21 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def read(self, shard: int, number: int) -> Sample:
-        """Sample `number` of shard `shard`.
+        """Return sample `number` of shard `shard`.
 
         Raises:
-            BadSample: it cannot be used.
-            OSError: it cannot be read now; the run stops, so that the order stays the same.
+            BadSample: it cannot be used; another sample replaces it.
+            OSError: it cannot be read now; the run stops, because a replacement would change the order.
         """
 
     def fetch_ahead(self, shards: list[int]) -> None:
-        """Asks for shards that will be read soon, the first ones first; does not wait."""
+        """Start fetching shards that will be read soon, in this order, and do not wait for them."""
 
     def shard_name(self, shard: int) -> str:
-        """What messages call shard `shard`."""
+        """Return the name of shard `shard` in messages."""
 
     def key(self, shard: int, number: int) -> str:
-        """What messages call sample `number` of shard `shard`."""
+        """Return the name of sample `number` of shard `shard` in messages."""
 
 
 def fingerprint(source: Source) -> int:

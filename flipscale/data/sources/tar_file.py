@@ -1,11 +1,11 @@
-"""Members of a tar, the same bytes whoever writes them, whenever."""
+"""Tar members whose bytes do not depend on who writes them or when."""
 
 import io
 import tarfile
 
 
 def add_member(tar: tarfile.TarFile, name: str, content: bytes) -> None:
-    """Appends a file whose time and owner are 0."""
+    """Append a file with time and owner 0."""
     member = tarfile.TarInfo(name)
     member.size = len(content)
     tar.addfile(member, io.BytesIO(content))

@@ -1,4 +1,4 @@
-"""Random access to webdataset tar shards, as img2dataset writes them: KEY.jpg|png|webp + KEY.txt | json (+ KEY.cls)."""
+"""Random access to webdataset tar shards as img2dataset writes them: KEY.jpg|png|webp + KEY.txt|json (+ KEY.cls)."""
 
 import glob
 import json
@@ -22,13 +22,13 @@ from flipscale.data.sources.shard_index import (
 )
 from flipscale.data.sources.source import Sample
 
-# A block of every source of a mixture; each takes two file descriptors.
+# Enough for a block of every source of a mixture. Each takes two file descriptors.
 _MAX_OPEN_SHARDS = 256
 _MAX_GAP_BYTES = 1 << 16
 
 
 def expand_range(shards: str) -> list[str] | None:
-    """The names that a range such as `{00000..00041}.tar` stands for; None where there is none."""
+    """Return the names that a range such as `{00000..00041}.tar` stands for; None if `shards` has no range."""
     numbered = re.fullmatch(r"(.*)\{(\d+)\.\.(\d+)\}(.*)", shards)
     if numbered is None:
         return None
@@ -37,10 +37,10 @@ def expand_range(shards: str) -> list[str] | None:
 
 
 def expand_shards(shards: str) -> list[Path]:
-    """The shard files that `shards` names, sorted: a folder, a glob, or a range such as `{00000..00041}.tar`.
+    """Return the shard files that `shards` names, sorted: a folder, a glob, or a range such as `{00000..00041}.tar`.
 
     Raises:
-        ValueError: nothing is there.
+        ValueError: there is none, or one of a range is missing.
     """
     if not shards:
         raise ValueError("data.shards is empty; name a folder of *.tar, a glob, or a range like {00000..00041}.tar")
@@ -62,12 +62,12 @@ def expand_shards(shards: str) -> list[Path]:
 
 
 class TarSource:
-    """Samples of tar shards by (shard, number), through indices of offsets: no stream, no state.
+    """The samples of tar shards by (shard, number), found by indices of offsets; there is no stream and no position.
 
-    A truncated shard has the samples that can be read, an unreadable one none; `faults` names both.
+    A truncated shard has the samples that can be read, an unreadable one has none. `faults` names both.
 
     Raises:
-        ValueError: a shard that is missing.
+        ValueError: a shard is missing.
     """
 
     def __init__(self, shards: str):
@@ -77,7 +77,7 @@ class TarSource:
 
     def _describe(self, names: list[str], summaries: list[ShardSummary]) -> None:
         self.names = names
-        # Lengths alone stay in memory: the indices of two billion samples are 48 GB.
+        # Only the sizes stay in memory: the indices of two billion samples are 48 GB.
         self.shard_sizes = [summary.num_samples for summary in summaries]
         self.faults = [
             Fault(None, name, None, None, "truncated_shard" if size else "unreadable_shard", damage)
@@ -89,11 +89,11 @@ class TarSource:
         return sum(self.shard_sizes)
 
     def shard_name(self, shard: int) -> str:
-        """What messages call shard `shard`: its path or URL."""
+        """Return the path or URL of shard `shard`."""
         return self.names[shard]
 
     def read(self, shard: int, number: int) -> Sample:
-        """Sample `number` of shard `shard`, its bytes as stored.
+        """Return sample `number` of shard `shard`, its bytes as stored.
 
         Raises:
             BadSample: the shard was cut since it was indexed, or the caption is damaged.
@@ -136,17 +136,17 @@ class TarSource:
             return _label(_read(file, block * BLOCK, size) if block else None)
 
     def key(self, shard: int, number: int) -> str:
-        """The name of sample `number` of shard `shard`, from the tar's header before its image."""
+        """Return the name of sample `number` of shard `shard`, from the tar header before its image."""
         with self._opened(shard) as (file, index):
             header = os.pread(file, 100, (int(index[number, 0, 0]) - 1) * BLOCK)
         return header.split(b"\0", 1)[0].decode("utf-8", "replace").partition(".")[0]
 
     def fetch_ahead(self, shards: list[int]) -> None:
-        """Nothing: the shards are on this machine."""
+        """Do nothing, because the shards are on this machine."""
 
     @contextmanager
     def _opened(self, shard: int) -> Iterator[tuple[int, np.ndarray]]:
-        """File descriptor and index of a shard, the last few kept open."""
+        """Yield the file descriptor and index of a shard; the last few stay open."""
         if shard in self._open:
             self._open.move_to_end(shard)
         else:
@@ -160,7 +160,7 @@ class TarSource:
 
 
 def _read_fields(file: int, row: np.ndarray) -> list[bytes | None]:
-    """The fields of a sample, None where it has none: in one read if they lie together, as they do in most tars."""
+    """Return the fields of a sample, None for those it lacks. One read gets all if they are close, as in most tars."""
     places = [(block * BLOCK, size & ~JSON_CAPTION) for block, size in row.tolist()]
     present = [place for place in places if place[0]]
     first, last = min(offset for offset, _ in present), max(offset + size for offset, size in present)
@@ -182,7 +182,7 @@ def _label(stored: bytes | None) -> int | None:
 
 
 def _captions(encoded: bytes) -> tuple[bytes, ...]:
-    """The captions of a sample's JSON object: its list `captions`, else its `caption`."""
+    """Return the captions of a sample's JSON object: its list `captions`, else its `caption`."""
     try:
         fields = json.loads(encoded)
         captions = fields.get("captions") or [fields.get("caption") or ""]
