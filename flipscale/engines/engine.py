@@ -15,7 +15,7 @@ from torch import nn
 
 from flipscale.engines.averages import Averages
 from flipscale.engines.checkpoint import CheckpointReader, Piece
-from flipscale.engines.first_weights import Fill, build_weights
+from flipscale.engines.first_weights import ParameterInit, build_weights
 from flipscale.engines.launch import Launch, shipped
 from flipscale.engines.layout import Layout
 from flipscale.engines.optimizers import OptimRecipe, build_optimizers, gradient_norm, set_learning_rate
@@ -96,17 +96,17 @@ class Engine:
         self,
         config: FlipConfig,
         configure: Callable[[FlipModel], None],
-        fill: Fill,
+        init: ParameterInit,
         kind: type[FlipModel] = FlipModel,
     ) -> None:
         """Collective. Make the model with its first weights, sharded where the engine shards, not yet ready to train.
 
         Args:
             configure: changes the model before it has weights (attention kernel, recomputation, compilation).
-            fill: sets the weights of a module; see `flipscale.engines.first_weights`.
+            init: sets the weights of a module; see `flipscale.engines.first_weights`.
             kind: the class of the model.
         """
-        self.model = build_weights(config, configure, fill, self._place_block, kind)
+        self.model = build_weights(config, configure, init, self._place_block, kind)
         self._place_rest()
         self.layout = self._make_layout()
 

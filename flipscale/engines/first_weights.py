@@ -1,104 +1,170 @@
-"""The model's weights from nothing, a part at a time: no process ever holds more than its share and one block.
+"""The weights that a run starts from: drawn, or read from a model folder, one module at a time.
 
-The draws of every module are keyed by (seed, its name), so the same recipe starts from the same numbers under every
-engine and at every number of processes.
+The model is built on the meta device and made real block by block, so no process ever holds more than its shard and
+one block. The draws of every module are keyed by (seed, its name), so the same recipe starts from the same numbers
+under every engine and at every number of processes.
 """
 
 import hashlib
+import json
+import logging
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from flipscale.model import FlipConfig, FlipModel
+from flipscale.model.folder import check_folder
 
-# Fills one module's own parameters: (its name, the module, the model or tower whose rules it follows).
-Fill = Callable[[str, nn.Module, PreTrainedModel], None]
+# Sets one module's own parameters, given its name, the module, and the model or tower whose rules it follows.
+ParameterInit = Callable[[str, nn.Module, PreTrainedModel], None]
+
+_log = logging.getLogger(__name__)
 
 
 def build_weights(
     config: FlipConfig,
     configure: Callable[[FlipModel], None],
-    fill: Fill,
-    keep: Callable[[nn.Module], None],
+    init: ParameterInit,
+    place: Callable[[nn.Module], None],
     kind: type[FlipModel] = FlipModel,
 ) -> FlipModel:
-    """A model of `config` in fp32, built on the meta device and made real block by block.
+    """Return a model of `config` in fp32, made real block by block.
 
     Args:
         configure: changes the model before it has weights (attention kernel, recomputation, compilation).
-        fill: sets a module's weights; `fresh_weights`, `weights_of` or `no_weights`.
-        keep: called with every block as soon as it is filled, to shard it or move it to its device.
+        init: sets a module's weights; `initial_weights` or `no_weights`.
+        place: called with every block as soon as it has weights, to shard it or move it to its device.
         kind: the class of the model.
     """
-    with torch.device("meta"):
-        model = kind(config)
+    model = model_without_storage(config, kind)
     configure(model)
     blocks = tuple(type(module) for module in model.modules() if type(module).__name__ in model._no_split_modules)
     for name, module, owner in _modules(model, "", model):
         _materialise(module)
-        fill(name, module, owner)
+        init(name, module, owner)
         if isinstance(module, blocks):
-            keep(module)
+            place(module)
     left = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
     assert not left, f"never made real: {left}"
     return model
 
 
+def model_without_storage(config: FlipConfig, kind: type[FlipModel] = FlipModel) -> FlipModel:
+    """Return a model on the meta device."""
+    with torch.device("meta"):
+        return kind(config)
+
+
 def compile_blocks(model: FlipModel) -> None:
-    """Has torch.compile make one graph of every encoder block: one compilation for a tower, whatever its depth."""
+    """Have torch.compile make one graph of every encoder block: one compilation for a tower, whatever its depth."""
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer):
             module.compile(fullgraph=True)
 
 
-def fresh_weights(seed: int) -> Fill:
-    """Weights drawn by the model's own `_init_weights`."""
+def initial_weights(
+    init_from: str | None, config: FlipConfig, seed: int, kind: type[FlipModel] = FlipModel
+) -> ParameterInit:
+    """Return what sets a new run's weights: fresh draws, or the weights of the folder or Hub name `init_from`.
 
-    def fill(name: str, module: nn.Module, owner: PreTrainedModel) -> None:
+    Raises:
+        ValueError: there are no such weights, or one of them has another shape in a model of `config`.
+    """
+    if init_from is None:
+        return fresh_weights(seed)
+    try:
+        return stored_weights(_weight_files(init_from), model_without_storage(config, kind), seed)
+    except (OSError, SafetensorError, _OtherShape) as error:
+        raise ValueError(f"model.init_from {init_from!r} cannot be loaded ({str(error).splitlines()[0]})") from error
+
+
+def fresh_weights(seed: int) -> ParameterInit:
+    """Return what draws weights by the model's own `_init_weights`."""
+
+    def init(name: str, module: nn.Module, owner: PreTrainedModel) -> None:
         key = hashlib.sha256(f"{seed}/{name}".encode()).digest()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int.from_bytes(key[:8], "big") >> 1)
             owner._init_weights(module)
 
-    return fill
-
-
-def initial_weights(init_from: str | None, config: FlipConfig, seed: int, kind: type[FlipModel] = FlipModel) -> Fill:
-    """Return what fills the model of a fresh start: fresh weights, or those of the folder or Hub name `init_from`.
-
-    Raises:
-        ValueError: the weights cannot be loaded into a model of `config`.
-    """
-    if init_from is None:
-        return fresh_weights(seed)
-    try:
-        torch.manual_seed(seed)
-        return weights_of(kind.from_pretrained(init_from, config=config, dtype=torch.float32))
-    except (OSError, RuntimeError) as error:
-        raise ValueError(f"model.init_from {init_from!r} cannot be loaded ({str(error).splitlines()[0]})") from error
+    return init
 
 
 def no_weights(name: str, module: nn.Module, owner: PreTrainedModel) -> None:
-    """Leaves the memory as it is, for a checkpoint to fill."""
+    """Leave the memory as it is, for a checkpoint to fill."""
 
 
-@torch.no_grad()
-def weights_of(loaded: FlipModel) -> Fill:
-    """The weights of a model that is already there."""
-    tensors = {**dict(loaded.named_parameters()), **dict(loaded.named_buffers())}
+def stored_weights(files: list[Path], model: FlipModel, seed: int) -> ParameterInit:
+    """Return what sets the weights of `model` from safetensors files, reading one tensor at a time.
 
-    def fill(name: str, module: nn.Module, owner: PreTrainedModel) -> None:
-        for field, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
-            tensor.data.copy_(tensors[f"{name}.{field}" if name else field])
+    Parameters that the files do not have are drawn, in the order and by the generator that `from_pretrained` draws them
+    with after `torch.manual_seed(seed)`. The names of these and of tensors that the model does not have are logged.
 
-    return fill
+    Args:
+        model: on the meta device.
+
+    Raises:
+        ValueError: a tensor has another shape than its parameter.
+    """
+    opened = [safe_open(file, "pt") for file in files]
+    stored = {name: file for file in opened for name in file.keys()}  # noqa: SIM118
+    shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
+    for name in shapes.keys() & stored.keys():
+        found = stored[name].get_slice(name).get_shape()
+        if found != shapes[name]:
+            raise _OtherShape(f"{name} has the shape {found} there, {shapes[name]} in this recipe's model")
+    for names, words in ((shapes.keys() - stored.keys(), "drawn"), (stored.keys() - shapes.keys(), "left out")):
+        if names:
+            _log.warning("of the weights to start from, %d are %s: %s", len(names), words, ", ".join(sorted(names)))
+    generator = torch.Generator().manual_seed(seed)
+
+    def init(name: str, module: nn.Module, owner: PreTrainedModel) -> None:
+        prefix = f"{name}." if name else ""
+        for field, parameter in module.named_parameters(recurse=False):
+            if prefix + field in stored:
+                parameter.data.copy_(stored[prefix + field].get_tensor(prefix + field))
+                # transformers' initialisers leave parameters with this mark alone.
+                parameter._is_hf_initialized = True  # type: ignore[attr-defined]
+        if any(prefix + field not in stored for field, _ in module.named_parameters()):
+            with torch.random.fork_rng(devices=[]):
+                torch.set_rng_state(generator.get_state())
+                owner._init_weights(module)
+                generator.set_state(torch.get_rng_state())
+
+    return init
+
+
+class _OtherShape(ValueError):
+    """A stored tensor and its parameter have different shapes."""
+
+
+def _weight_files(init_from: str) -> list[Path]:
+    """Return the safetensors files of a model folder or Hub name, downloaded if need be.
+
+    Raises:
+        ValueError: the folder is not whole, or the weights are there as a pickle only.
+        OSError: there is no such model, or it cannot be downloaded.
+    """
+    if Path(init_from).is_dir():
+        check_folder(Path(init_from))
+    single = cached_file(init_from, SAFE_WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False)
+    if single is not None:
+        return [Path(single)]
+    index = cached_file(init_from, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False)
+    if index is None:
+        raise OSError(f"it has neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}; a pickle is never loaded")
+    names = sorted(set(json.loads(Path(index).read_text())["weight_map"].values()))
+    return [Path(str(cached_file(init_from, name))) for name in names]
 
 
 def _modules(module: nn.Module, name: str, owner: PreTrainedModel) -> Iterator[tuple[str, nn.Module, PreTrainedModel]]:
-    """Children before their parents, as transformers initialises them: a parent may overrule its children."""
+    """Yield children before their parents, as transformers initialises them: a parent may overrule its children."""
     for child_name, child in module.named_children():
         child_owner = child if isinstance(child, PreTrainedModel) else owner
         yield from _modules(child, f"{name}.{child_name}" if name else child_name, child_owner)
@@ -106,7 +172,7 @@ def _modules(module: nn.Module, name: str, owner: PreTrainedModel) -> Iterator[t
 
 
 def _materialise(module: nn.Module) -> None:
-    """Memory for the module's own parameters, and its fixed tables computed."""
+    """Allocate memory for the module's own parameters, and compute its fixed tables."""
     for field, parameter in module.named_parameters(recurse=False):
         empty = torch.empty_like(parameter, device="cpu")
         setattr(module, field, nn.Parameter(empty, requires_grad=parameter.requires_grad))

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from flipscale.engines.launch import Launch, launch_of, read_launch_file
-from flipscale.planning.memory import Memory, heaviest_step, model_without_storage, recipe_memory, what_fits
+from flipscale.planning.memory import Memory, heaviest_step, planned_model, recipe_memory, what_fits
 from flipscale.training.recipe import Recipe, parse_recipe
 from flipscale.training.schedule import plan_stages
 
@@ -65,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _heading(recipe: Recipe, launches: dict[str, Launch]) -> str:
-    sizes = {name: p.numel() for name, p in model_without_storage(recipe.model_config()).named_parameters()}
+    sizes = {name: p.numel() for name, p in planned_model(recipe.model_config()).named_parameters()}
     towers = {
         tower: sum(size for name, size in sizes.items() if name.startswith(f"{tower}_")) for tower in ("vision", "text")
     }

@@ -4,8 +4,7 @@ import functools
 import json
 from dataclasses import dataclass, replace
 
-import torch
-
+from flipscale.engines.first_weights import model_without_storage
 from flipscale.engines.launch import Launch
 from flipscale.engines.optimizers import num_moments
 from flipscale.engines.start import ENGINES, engine_class
@@ -56,7 +55,7 @@ def recipe_memory(recipe: Recipe, launch: Launch, device_type: str = "cuda") -> 
     refusal = engine.refusal(launch, recipe.optim.name, recipe.model.compile)
     if refusal is not None:
         raise ValueError(refusal)
-    model = model_without_storage(config)
+    model = planned_model(config)
     kept = engine.memory(model, launch)
     moments = num_moments(model, recipe.optim)
     return Memory(
@@ -93,15 +92,14 @@ def heaviest_step(recipe: Recipe, launch: Launch, device_type: str) -> Step:
     )
 
 
-def model_without_storage(config: FlipConfig) -> FlipModel:
-    """Return a model on the meta device."""
-    return _on_meta(config.to_json_string(use_diff=False))
+def planned_model(config: FlipConfig) -> FlipModel:
+    """Return a model without storage, the same one for the same configuration."""
+    return _planned_model(config.to_json_string(use_diff=False))
 
 
 @functools.lru_cache(maxsize=8)
-def _on_meta(config: str) -> FlipModel:
-    with torch.device("meta"):
-        return FlipModel(FlipConfig(**json.loads(config)))
+def _planned_model(config: str) -> FlipModel:
+    return model_without_storage(FlipConfig(**json.loads(config)))
 
 
 def loss_bytes(recipe: Recipe, launch: Launch, views: int) -> int:

@@ -1,12 +1,16 @@
 """Fresh weights: the model's own distributions, the same numbers however they are built, one block at a time."""
 
+import copy
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import TOWER
 from torch import nn
 
-from flipscale.engines.first_weights import build_weights, fresh_weights, weights_of
+from flipscale.engines.first_weights import build_weights, fresh_weights, initial_weights
 from flipscale.model import FlipConfig, FlipModel
+from flipscale.objectives.reconstruction import ReconstructingFlipModel
 
 CONFIG = FlipConfig(
     vision_config={**TOWER, "num_hidden_layers": 12, "image_size": 32, "patch_size": 8},
@@ -80,8 +84,76 @@ def test_one_block_is_whole_at_a_time() -> None:
     assert most < total / 8
 
 
-def test_weights_of_a_model_are_copied() -> None:
-    loaded = build(3)
-    copied = build_weights(CONFIG, lambda model: None, weights_of(loaded), lambda block: None)
-    for key, value in loaded.state_dict().items():
-        assert torch.equal(value, copied.state_dict()[key]), key
+def saved(folder: Path, dtype: torch.dtype = torch.float32, **options: object) -> str:
+    torch.manual_seed(7)
+    FlipModel(CONFIG).to(dtype).save_pretrained(folder, **options)
+    return str(folder)
+
+
+def started(init_from: str, kind: type[FlipModel] = FlipModel, config: FlipConfig = CONFIG) -> dict[str, torch.Tensor]:
+    init = initial_weights(init_from, config, 3, kind)
+    return build_weights(config, lambda model: None, init, lambda block: None, kind).state_dict()
+
+
+def from_pretrained(
+    init_from: str, kind: type[FlipModel] = FlipModel, config: FlipConfig = CONFIG
+) -> dict[str, torch.Tensor]:
+    torch.manual_seed(3)
+    return kind.from_pretrained(init_from, config=config, dtype=torch.float32).state_dict()
+
+
+def same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool:
+    return ours.keys() == theirs.keys() and all(torch.equal(value, theirs[name]) for name, value in ours.items())
+
+
+@pytest.mark.parametrize("options", [{}, {"max_shard_size": "60KB"}], ids=["one file", "many"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_stored_weights_are_those_that_from_pretrained_loads(tmp_path: Path, dtype: torch.dtype, options: dict) -> None:
+    folder = saved(tmp_path, dtype, **options)
+    assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == bool(options)
+    assert same(started(folder), from_pretrained(folder))
+
+
+@pytest.mark.parametrize("kind", [FlipModel, ReconstructingFlipModel])
+@pytest.mark.parametrize("bias", [None, -10.0])
+def test_what_is_not_stored_is_drawn_as_from_pretrained_draws_it(
+    tmp_path: Path, kind: type[FlipModel], bias: float | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = FlipConfig(**{**CONFIG.to_dict(), "logit_bias_init_value": bias})
+    folder = saved(tmp_path)
+    state = torch.get_rng_state()
+    ours = started(folder, kind, config)
+    assert torch.equal(state, torch.get_rng_state())
+    assert same(ours, from_pretrained(folder, kind, config))
+    missing = [name for name in ("logit_bias", "reconstruction.mask_token") if name in ours]
+    assert all(name in caplog.text for name in missing)
+    assert ("are drawn: " in caplog.text) == bool(missing)
+
+
+def test_what_the_model_does_not_have_is_left_out_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    ReconstructingFlipModel(CONFIG).save_pretrained(tmp_path)
+    assert "reconstruction.mask_token" not in started(str(tmp_path))
+    assert "are left out: reconstruction." in caplog.text
+
+
+def test_images_of_another_size_start_from_the_same_weights(tmp_path: Path) -> None:
+    folder, larger = saved(tmp_path), copy.deepcopy(CONFIG)
+    larger.vision_config.image_size = 64
+    assert same(started(folder, config=larger), from_pretrained(folder, config=larger))
+
+
+def test_weights_that_cannot_be_loaded_are_one_error(tmp_path: Path) -> None:
+    folder, other = saved(tmp_path / "model"), copy.deepcopy(CONFIG)
+    other.text_config.vocab_size = 65
+    expected = rf"init_from '{folder}' cannot be loaded \(text_model.*token_embedding.weight has the shape \[64, "
+    with pytest.raises(ValueError, match=expected):
+        initial_weights(folder, other, 0)
+    with pytest.raises(ValueError, match=r"init_from '.*none' cannot be loaded"):
+        initial_weights(str(tmp_path / "none"), CONFIG, 0)
+    file = tmp_path / "model/model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"model.safetensors is cut short or damaged"):
+        initial_weights(folder, CONFIG, 0)
+    file.rename(file.with_suffix(".bin"))
+    with pytest.raises(ValueError, match=r"has its weights as a pickle \(model.bin\)"):
+        initial_weights(folder, CONFIG, 0)

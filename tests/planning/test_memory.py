@@ -18,7 +18,7 @@ from flipscale.engines.fsdp2 import Fsdp2Engine
 from flipscale.engines.launch import Launch, read_launch_file
 from flipscale.model import FlipConfig, FlipModel
 from flipscale.planning.activations import Step, activation_bytes, peak_bytes
-from flipscale.planning.memory import model_without_storage, recipe_memory, what_fits
+from flipscale.planning.memory import planned_model, recipe_memory, what_fits
 from flipscale.training.recipe import Recipe, parse_recipe
 
 PARAMETERS = {"h14": 966_394_881, "g14": 2_514_907_393}
@@ -84,7 +84,7 @@ def test_rows_are_those_that_fsdp2_gives_the_first_of_256(mesh_sizes: tuple[int,
     finally:
         dist.destroy_process_group()
     launch = Launch("fsdp2", 256, shard_size=mesh_sizes[-1])
-    assert Fsdp2Engine.memory(model_without_storage(config), launch).moments == local
+    assert Fsdp2Engine.memory(planned_model(config), launch).moments == local
 
 
 @pytest.fixture(scope="module")
