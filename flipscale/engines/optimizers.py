@@ -1,6 +1,9 @@
-"""The optimisers: AdamW with the original's decay groups, or Muon for the blocks' matrices and AdamW for the rest."""
+"""The optimisers: AdamW with the original's decay groups, or Muon for the blocks' matrices and AdamW for the rest.
 
-from collections.abc import Iterable, Mapping
+The model says which parameters are in which group (`loss_parameters`, `no_weight_decay`, its modules' types).
+"""
+
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -44,47 +47,55 @@ class OptimRecipe:
             raise ValueError(f"optim.ema_decay is {self.ema_decay}; it must be in (0, 1), such as 0.9999")
 
 
-def decays(name: str, loss_parameters: Mapping[str, bool]) -> bool:
-    """Return whether weight decay applies to the parameter `name`: not to biases, norms and positions. The class token
-    and the token embedding do decay, as in the original.
-
-    Args:
-        loss_parameters: `FlipModel.loss_parameters`, which says it of the loss's.
-    """
-    if name in loss_parameters:
-        return loss_parameters[name]
-    return not (name.endswith(".bias") or "layer_norm" in name or "position_embedding" in name)
-
-
 def encoder_blocks(model: nn.Module) -> list[nn.Module]:
     """Return the layers of a model's encoders."""
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
-def _is_block_matrix(name: str, parameter: nn.Parameter) -> bool:
-    return ".encoder.layers." in name and parameter.ndim == 2
+def decays(model: nn.Module) -> dict[str, bool]:
+    """Return by name whether weight decay applies to a parameter.
+
+    It does not to biases, to norms, and to the modules that the model names in `no_weight_decay`. For the parameters of
+    the loss, the model itself says. The class token, the token embedding and `logit_scale` decay, as in the original.
+    """
+    exempt: frozenset[str] = getattr(model, "no_weight_decay", frozenset())
+    found = {}
+    for path, module in model.named_modules():
+        is_exempt = isinstance(module, nn.LayerNorm) or bool(exempt & set(path.split(".")))
+        for field, _ in module.named_parameters(recurse=False):
+            found[f"{path}.{field}" if path else field] = not (is_exempt or field.endswith("bias") or field in exempt)
+    for name, decayed in getattr(model, "loss_parameters", {}).items():
+        if name in found:
+            found[name] = decayed
+    return found
+
+
+def muon_matrices(model: nn.Module) -> set[str]:
+    """Return the names of the parameters that Muon moves: the matrices of the encoders' layers."""
+    matrices = {id(p) for block in encoder_blocks(model) for p in block.parameters() if p.ndim == 2}
+    return {name for name, parameter in model.named_parameters() if id(parameter) in matrices}
 
 
 def build_optimizers(
     model: nn.Module, recipe: OptimRecipe, muon_dtype: torch.dtype = torch.bfloat16
 ) -> list[torch.optim.Optimizer]:
-    """Return the optimisers of a model's trainable parameters; `set_learning_rate` sets their rates before each step.
+    """Return the optimisers of all trainable parameters; their rates are set by `set_learning_rate` before each step.
 
     Args:
         muon_dtype: of Muon's iteration.
     """
-    parameters = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     optimizers: list[torch.optim.Optimizer] = []
     if recipe.name == "muon":
-        matrices = [parameter for name, parameter in parameters if _is_block_matrix(name, parameter)]
+        names = muon_matrices(model)
+        matrices = [parameters.pop(name) for name in list(parameters) if name in names]
         optimizers.append(Muon(matrices, recipe.weight_decay, recipe.muon_momentum, muon_dtype))
         optimizers[0].param_groups[0]["lr_ratio"] = recipe.muon_lr_ratio
-        parameters = [(name, parameter) for name, parameter in parameters if not _is_block_matrix(name, parameter)]
-    # The models that ours is compared with have no such table.
-    loss_parameters: Mapping[str, bool] = getattr(model, "loss_parameters", {})
-    decayed = [parameter for name, parameter in parameters if decays(name, loss_parameters)]
-    kept = [parameter for name, parameter in parameters if not decays(name, loss_parameters)]
-    groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": kept, "weight_decay": 0.0}]
+    decayed = decays(model)
+    groups = [
+        {"params": [p for name, p in parameters.items() if decayed[name]], "weight_decay": recipe.weight_decay},
+        {"params": [p for name, p in parameters.items() if not decayed[name]], "weight_decay": 0.0},
+    ]
     adamw = torch.optim.AdamW(
         groups, lr=0.0, betas=(recipe.adam_beta1, recipe.adam_beta2), eps=recipe.adam_epsilon, fused=True
     )
@@ -93,33 +104,31 @@ def build_optimizers(
 
 def num_moments(model: nn.Module, recipe: OptimRecipe) -> dict[str, int]:
     """Return how many moments the recipe's optimisers keep of each parameter of a model."""
-    return {
-        name: 1 if recipe.name == "muon" and _is_block_matrix(name, parameter) else 2
-        for name, parameter in model.named_parameters()
-    }
+    matrices = muon_matrices(model) if recipe.name == "muon" else set()
+    return {name: 1 if name in matrices else 2 for name, _ in model.named_parameters()}
 
 
 def moment_names(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
-    """The moments that the optimiser keeps of a parameter, each of the parameter's shape."""
+    """Return the names of the moments that the optimiser keeps of a parameter, each of the parameter's shape."""
     return ("momentum_buffer",) if isinstance(optimizer, Muon) else ("exp_avg", "exp_avg_sq")
 
 
 def empty_state(optimizer: torch.optim.Optimizer, parameter: torch.Tensor, steps: int) -> dict[str, torch.Tensor]:
-    """A parameter's optimiser state after `steps` steps, its moments yet to be filled."""
+    """Return a parameter's optimiser state after `steps` steps, with moments of zero."""
     state = {name: torch.zeros_like(parameter) for name in moment_names(optimizer)}
     # The fused AdamW keeps its step count, like the moments, on the parameter's device.
     return {**state, "step": torch.tensor(float(steps), device=parameter.device)}
 
 
 def set_learning_rate(optimizers: Iterable[torch.optim.Optimizer], learning_rate: float) -> None:
-    """Sets the rate of the coming step."""
+    """Set the rate of the coming step."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * group.get("lr_ratio", 1.0)
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter], max_grad_norm: float | None) -> torch.Tensor:
-    """The global norm of the gradients, fp32 `()`, before they are clipped to `max_grad_norm` in place."""
+    """Return the global norm of the gradients, fp32 `()`, and clip them in place to `max_grad_norm`, if that is set."""
     parameters = list(parameters)
     if max_grad_norm is not None:
         return nn.utils.clip_grad_norm_(parameters, max_grad_norm)

@@ -101,7 +101,6 @@ class ZeroEngine(Engine):
     def prepare(self) -> None:
         import deepspeed
 
-        # Found by name, since stage 3 leaves its parameters without a shape.
         (optimizer,) = build_optimizers(self.model, self.recipe)
         self.wrapped, self.zero, _, _ = deepspeed.initialize(
             model=self.model, optimizer=optimizer, config=self.settings, dist_init_required=False

@@ -389,6 +389,8 @@ class FlipPreTrainedModel(PreTrainedModel):
     base_model_prefix = "flip"
     input_modalities: Any = ("image", "text")
     supports_gradient_checkpointing = True
+    # Names of modules that weight decay leaves alone, besides biases and norms: as in the original.
+    no_weight_decay: ClassVar[frozenset[str]] = frozenset({"position_embedding"})
     _no_split_modules = ["FlipTextEmbeddings", "FlipVisionEmbeddings", "FlipEncoderLayer"]  # noqa: RUF012
     _supports_sdpa = True
     _supports_flash_attn = True

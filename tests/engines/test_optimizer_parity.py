@@ -7,10 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import TOWER
 
-from flipscale.engines.optimizers import OptimRecipe, build_optimizers, decays, set_learning_rate
+from flipscale.engines.optimizers import OptimRecipe, build_optimizers, decays, muon_matrices, set_learning_rate
 from flipscale.hub.convert_flip import convert_flip_checkpoint, our_layout, our_name
-from flipscale.model import FlipModel
+from flipscale.model import FlipConfig, FlipModel
+from flipscale.objectives.reconstruction import ReconstructingFlipModel
 from flipscale.training.schedule import Stage, StageRecipe, plan_stages
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "parity"
@@ -37,9 +39,27 @@ def test_the_schedule(stage: Stage) -> None:
 
 
 def test_what_decays() -> None:
+    found = decays(FlipModel(FlipConfig()))
     for name, decayed in GIVEN["weight_decay_applies"].items():
         if name != POSITIONS:  # a parameter there, a buffer here
-            assert decays(our_name(name), FlipModel.loss_parameters) is decayed, name
+            assert found[our_name(name)] is decayed, name
+
+
+@pytest.mark.parametrize("kind", [FlipModel, ReconstructingFlipModel])
+def test_groups_are_those_that_checkpoints_were_written_with(kind: type[FlipModel]) -> None:
+    model = kind(FlipConfig(vision_config=TOWER, text_config=TOWER, logit_bias_init_value=-10.0))
+    names = [name for name, _ in model.named_parameters()]
+    decayed = {
+        name: not (name.endswith((".bias", "logit_bias")) or "layer_norm" in name or "position_embedding" in name)
+        for name in names
+    }
+    assert decays(model) == decayed
+    matrices = {name for name, p in model.named_parameters() if ".encoder.layers." in name and p.ndim == 2}
+    assert muon_matrices(model) == matrices
+    muon, adamw = build_optimizers(model, OptimRecipe(name="muon"))
+    grouped = [parameter for group in [*muon.param_groups, *adamw.param_groups] for parameter in group["params"]]
+    expected = sorted(names, key=lambda name: (name not in matrices, not decayed[name]))
+    assert [id(parameter) for parameter in grouped] == [id(model.get_parameter(name)) for name in expected]
 
 
 def test_five_steps(stage: Stage, tmp_path: Path) -> None:
