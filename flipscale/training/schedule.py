@@ -10,7 +10,7 @@ class StageRecipe:
     """One stretch of the run. The paper's recipe is two: masked pre-training, then unmasked tuning.
 
     Args:
-        name: for the log.
+        name: for the log; no two stages of a run share one.
         samples: length in pairs seen, cut to whole steps.
         mask_ratio: fraction of the patches removed, in [0, 1); at 0 the images are seen whole, once.
         text_mask_ratio: fraction of the caption's tokens removed, padding counted, in [0, 1).
@@ -70,11 +70,15 @@ def plan_stages(stages: Sequence[StageRecipe], global_batch_size: int) -> list[S
     """The stages in steps, one after the other.
 
     Raises:
-        ValueError: no stage, a first stage without base_lr, a stage shorter than a step, a warm-up as long as its
-            schedule, a mask ratio outside [0, 1).
+        ValueError: no stage, two of one name, a first stage without base_lr, a stage shorter than a step, a warm-up as
+            long as its schedule, a mask ratio outside [0, 1).
     """
     if not stages or stages[0].base_lr is None:
         raise ValueError("stages[0].base_lr is missing; the first stage needs a learning rate per 256 samples")
+    names = [stage.name for stage in stages]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"{names.count(name)} stages are named {name!r}; give every stage a name of its own")
     steps = [stage.samples // global_batch_size for stage in stages]
     planned: list[Stage] = []
     for number, stage in enumerate(stages):

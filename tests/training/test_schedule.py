@@ -43,6 +43,10 @@ def test_a_stage_without_a_rate_goes_on_under_the_schedule_before() -> None:
     [
         ([], r"stages\[0\].base_lr is missing"),
         ([StageRecipe("a", 100)], r"stages\[0\].base_lr is missing"),
+        (
+            [StageRecipe("a", 100, 0.5, 1.0), StageRecipe("b", 100), StageRecipe("a", 100)],
+            "2 stages are named 'a'; give every stage a name of its own",
+        ),
         ([StageRecipe("a", 9, 0.5, 1.0)], "stage 'a': 9 samples are less than one step of 10 pairs"),
         ([StageRecipe("a", 100, 1.0, 1.0)], r"stage 'a': mask_ratio is 1.0; it must be in \[0, 1\)"),
         ([StageRecipe("a", 100, -0.1, 1.0)], r"stage 'a': mask_ratio is -0.1; it must be in \[0, 1\)"),
