@@ -20,7 +20,8 @@ from flipscale.benchmarks.memory import resident_peak_bytes
 from flipscale.data import decode
 from flipscale.data.captions import tokenise
 from flipscale.data.loader import build_loader
-from flipscale.data.masks import MaskRecipe, keyed_patches
+from flipscale.data.masks.keyed import keyed_patches
+from flipscale.data.masks.recipe import MaskRecipe
 from flipscale.data.packed import PackedBatch
 from flipscale.data.pairs import InputShape, PairDataset
 from flipscale.data.randomness import keyed_uniform
@@ -28,7 +29,7 @@ from flipscale.data.recipe import DataRecipe
 from flipscale.data.sources.opening import open_source
 from flipscale.data.tokenizers import load_tokenizer
 from flipscale.model import FlipConfig
-from flipscale.model.masking import num_kept
+from flipscale.model.patches import num_kept
 from flipscale.planning.flops import forward_flops
 from flipscale.training.recipe import Recipe
 

@@ -13,7 +13,7 @@ from torch import nn
 from flipscale.engines.device import best_attention, fastest_product, peak_memory_bytes, wait_for
 from flipscale.engines.optimizers import OptimRecipe, build_optimizers, set_learning_rate
 from flipscale.model import FlipConfig, FlipModel
-from flipscale.model.masking import keep_patches, num_kept
+from flipscale.model.patches import keep_lowest, num_kept
 from flipscale.objectives.contrastive import contrastive_loss
 from flipscale.planning.flops import forward_flops
 
@@ -86,7 +86,7 @@ def flip_batch(setting: StepSetting) -> dict[str, torch.Tensor]:
     if setting.mask_ratio > 0.0:
         side = vision.image_size // vision.patch_size
         noise = torch.rand(setting.batch_size, side, side, device=setting.device)
-        batch["patch_index"] = keep_patches(noise, setting.mask_ratio)[:, 0].to(torch.int16)
+        batch["patch_index"] = keep_lowest(noise, kept)[:, 0].to(torch.int16)
     return batch
 
 

@@ -13,13 +13,15 @@ from transformers import PreTrainedTokenizerBase
 from flipscale.data.captions import choose_caption, tokenise
 from flipscale.data.decode import DRAWS_PER_CROP, decode_box, visible_patches
 from flipscale.data.faults import BadSample, Fault, candidates
-from flipscale.data.masks import MaskRecipe, keyed_patches, left_out, mask_tokens
+from flipscale.data.masks.image import keep_patches
+from flipscale.data.masks.keyed import keyed_patches, left_out, mask_tokens
+from flipscale.data.masks.recipe import MaskRecipe
 from flipscale.data.randomness import keyed_uniform
 from flipscale.data.recipe import DataRecipe
 from flipscale.data.sources.mixture import order_of
 from flipscale.data.sources.source import Source
 from flipscale.model import FlipConfig
-from flipscale.model.masking import check_image_mask, num_kept
+from flipscale.model.patches import num_kept
 
 # How the integers of a batch travel to the device; the model widens them there.
 _NARROW = {"input_ids": torch.int32, "position_ids": torch.int32, "attention_mask": torch.bool}
@@ -101,7 +103,8 @@ class PairDataset(Dataset):
         self.kept = num_kept(shape.num_patches, mask_ratio)
         num_kept(shape.max_tokens, text_mask_ratio, "tokens")
         if mask_ratio > 0.0:
-            check_image_mask(shape.side, shape.side, mask_ratio, self.mask.kind, self.mask.views)
+            # Drawn once, so that an impossible mask is refused here.
+            keep_patches(torch.zeros(1, shape.side, shape.side), mask_ratio, self.mask.kind, self.mask.views)
         self.order = order_of(source, seed, recipe.shards_per_block)
         # The pid of each worker and the shard it is reading, in shared memory: when a worker dies, the trainer looks
         # here to say what it was reading.

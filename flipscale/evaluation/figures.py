@@ -3,15 +3,16 @@
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from flipscale.data.masks import MaskRecipe, keyed_patches
+from flipscale.data.masks.image import IMAGE_MASKS
+from flipscale.data.masks.keyed import keyed_patches
+from flipscale.data.masks.recipe import MaskRecipe
 from flipscale.data.pairs import PairDataset
 from flipscale.evaluation.comparison import Curve, headlines
 from flipscale.evaluation.results import THIS_MODEL, Result
-from flipscale.model.masking import ImageMask
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -138,7 +139,7 @@ def draw_masks(whole: PairDataset, path: Path, samples: Sequence[int] = (4, 1, 9
     positions, side, patch_size = np.asarray(samples), whole.shape.side, whole.shape.patch_size
     full = whole.__getitems__(positions.tolist())["patches"].numpy()
     shown = {"the crop": np.tile(np.arange(side * side), (len(samples), 1))}
-    for kind in get_args(ImageMask):
+    for kind in IMAGE_MASKS:
         shown[f"{kind}, 75%"] = keyed_patches(whole.seed, positions, side, 0.75, MaskRecipe(kind))[:, 0]
     views = keyed_patches(whole.seed, positions, side, 0.5, MaskRecipe(views=2))
     shown |= {"1st view of 50%": views[:, 0], "2nd view of 50%": views[:, 1]}

@@ -21,7 +21,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_flip import FlipConfig, FlipTextConfig, FlipVisionConfig
 from .folder import check_folder
-from .masking import keep_patches, patchify, take_patches
+from .patches import keep_lowest, num_kept, patchify, take_patches
 
 
 @dataclass
@@ -162,7 +162,7 @@ class FlipVisionEmbeddings(nn.Module):
             if patch_index is None and image_mask_ratio != 0.0:
                 rows, columns = (side // self.config.patch_size for side in pixel_values.shape[-2:])
                 noise = torch.rand(len(patches), rows, columns, device=patches.device)
-                patch_index = keep_patches(noise, image_mask_ratio)[:, 0]
+                patch_index = keep_lowest(noise, num_kept(rows * columns, image_mask_ratio))[:, 0]
             if patch_index is not None:
                 patches = take_patches(patches, patch_index)
         else:

@@ -5,7 +5,7 @@ from typing import Any
 
 from jsonargparse import ArgumentError, ArgumentParser
 
-from flipscale.data.masks import MaskRecipe
+from flipscale.data.masks.recipe import MaskRecipe
 from flipscale.objectives.contrastive import Contrastive
 from flipscale.objectives.exchange import EXCHANGES
 from flipscale.objectives.objective import Objective

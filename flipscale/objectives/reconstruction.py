@@ -11,8 +11,8 @@ from torch import nn
 from transformers import initialization as init
 
 from flipscale.model import FlipConfig, FlipModel, FlipOutput, FlipPreTrainedModel, FlipVisionConfig
-from flipscale.model.masking import complement
 from flipscale.model.modeling_flip import FlipEncoder, sincos_positions
+from flipscale.model.patches import complement
 from flipscale.objectives.objective import Objective
 
 _DECODER_LAYERS = 4

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from flipscale.engines.device import best_attention
 from flipscale.model import FlipConfig, FlipModel
-from flipscale.model.masking import num_kept
+from flipscale.model.patches import num_kept
 
 
 @dataclass(frozen=True)

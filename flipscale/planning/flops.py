@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from flipscale.model.configuration_flip import FlipConfig, FlipTextConfig, FlipVisionConfig
-from flipscale.model.masking import num_kept
+from flipscale.model.patches import num_kept
 from flipscale.training.recipe import Recipe
 
 

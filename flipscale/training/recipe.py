@@ -9,7 +9,7 @@ from typing import Any, get_args, get_type_hints
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
-from flipscale.data.masks import MaskRecipe
+from flipscale.data.masks.recipe import MaskRecipe
 from flipscale.data.recipe import DataRecipe
 from flipscale.engines.checkpoint import SaveRecipe
 from flipscale.engines.optimizers import OptimRecipe

@@ -9,7 +9,8 @@ from transformers import AutoTokenizer
 
 import flipscale.data.pairs as pairs
 from flipscale.data.decode import decode_box, visible_patches
-from flipscale.data.masks import MaskRecipe, keyed_patches, left_out, mask_tokens
+from flipscale.data.masks.keyed import keyed_patches, left_out, mask_tokens
+from flipscale.data.masks.recipe import MaskRecipe
 from flipscale.data.pairs import InputShape, PairDataset
 from flipscale.data.randomness import keyed_uniform
 from flipscale.data.recipe import DataRecipe

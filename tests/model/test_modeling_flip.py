@@ -12,8 +12,8 @@ from flipscale.model import (
     FlipModel,
     FlipVisionModel,
 )
-from flipscale.model.masking import keep_patches, num_kept, patchify, take_patches
 from flipscale.model.modeling_flip import sincos_positions
+from flipscale.model.patches import keep_lowest, num_kept, patchify, take_patches
 
 # Patches and masks
 
@@ -67,7 +67,7 @@ def test_each_image_has_a_mask_of_its_own_from_the_global_generator(model: FlipM
     torch.manual_seed(3)
     first = model(pixel_values=same, input_ids=torch.ones(1, 8).long(), image_mask_ratio=0.5).image_embeds
     torch.manual_seed(3)
-    index = keep_patches(torch.rand(4, 4, 4), 0.5)[:, 0]
+    index = keep_lowest(torch.rand(4, 4, 4), 8)[:, 0]
     again = model.vision_model(pixel_values=same, patch_index=index).pooler_output
     assert torch.allclose(torch.nn.functional.normalize(model.image_projection(again)), first, atol=1e-6)
     assert len({tuple(row) for row in index.tolist()}) > 1

@@ -8,10 +8,11 @@ import torch
 from conftest import metrics, pretrain
 from safetensors.torch import load_file
 
+from flipscale.data.masks.image import keep_patches
 from flipscale.engines.checkpoint import CheckpointReader
 from flipscale.engines.first_weights import build_weights, fresh_weights
 from flipscale.model import FlipConfig, FlipModel
-from flipscale.model.masking import complement, keep_patches, take_patches
+from flipscale.model.patches import complement, take_patches
 from flipscale.objectives.reconstruction import ReconstructingFlipModel, pixel_loss
 
 TOWER = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}

@@ -3,7 +3,11 @@
 import pytest
 import torch
 
-from flipscale.model.masking import grid_cell, keep_patches, keep_tokens, num_kept
+from flipscale.data.masks.grid import grid_cell
+from flipscale.data.masks.image import IMAGE_MASKS, keep_patches
+from flipscale.data.masks.recipe import MaskRecipe
+from flipscale.data.masks.text import keep_tokens
+from flipscale.model.patches import num_kept
 
 
 def noise(batch: int, *shape: int) -> torch.Tensor:
@@ -154,7 +158,7 @@ def test_padding_goes_before_any_word() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((0.5, "diagonal"), "mask kind 'diagonal' is unknown; use one of random, grid, block, centre"),
+        ((0.5, "diagonal"), "mask.kind is 'diagonal'; use one of random, grid, block, centre"),
         ((0.5, "random", 0), "views is 0; it must be 1 or more"),
         (
             (0.5, "random", 3),
@@ -186,3 +190,31 @@ def test_a_caption_keeps_a_token() -> None:
     with pytest.raises(ValueError, match=r"mask_ratio 0.99 leaves none of 32 tokens"):
         keep_tokens(noise(1, 32), caption_mask(3), 0.99, "random")
     assert num_kept(32, 0.5, "tokens") == 16
+
+
+@pytest.mark.parametrize(
+    ("field", "message"),
+    [
+        ({"kind": "spiral"}, "mask.kind is 'spiral'; use one of random, grid, block, centre"),
+        ({"text_kind": "syntax"}, "mask.text_kind is 'syntax'; use one of random, padding_first"),
+    ],
+)
+def test_a_recipe_s_kind_must_exist(field: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        MaskRecipe(**field)
+
+
+def test_a_new_kind_is_an_entry(monkeypatch: pytest.MonkeyPatch) -> None:
+    def cross(noise: torch.Tensor, kept: int, views: int) -> torch.Tensor:
+        """The middle row and column go last."""
+        rows, columns = noise.shape[1:]
+        scores = noise.clone()
+        scores[:, rows // 2] += 1.0
+        scores[:, :, columns // 2] += 1.0
+        return scores
+
+    monkeypatch.setitem(IMAGE_MASKS, "cross", cross)
+    assert MaskRecipe(kind="cross").kind == "cross"
+    kept = as_pictures(keep_patches(noise(20, 8, 8), 0.5, "cross"), 8, 8)
+    assert not kept[:, 4].any()
+    assert not kept[:, :, 4].any()

@@ -1,0 +1,30 @@
+"""The recipe's `mask` section."""
+
+from dataclasses import dataclass
+
+from flipscale.data.masks.image import IMAGE_MASKS, check_kind
+from flipscale.data.masks.text import TEXT_MASKS
+
+
+@dataclass(frozen=True)
+class MaskRecipe:
+    """How patches and words are chosen where a stage's mask_ratio or text_mask_ratio is above 0.
+
+    Args:
+        kind: `random`; `grid`, as many in every cell of a regular grid; `block`, one window; `centre`, Gaussian around
+            the middle.
+        views: masks of one decoded crop that share no patch, each embedded and paired with the caption; one text pass.
+        text_kind: `random`, or `padding_first`: padding is removed before any word.
+    """
+
+    kind: str = "random"
+    views: int = 1
+    text_kind: str = "padding_first"
+
+    def __post_init__(self) -> None:
+        check_kind(self.kind, IMAGE_MASKS, "mask.kind")
+        check_kind(self.text_kind, TEXT_MASKS, "mask.text_kind")
+
+    def views_at(self, mask_ratio: float) -> int:
+        """Return how often an image is embedded: once where nothing is masked, since views share no patch."""
+        return self.views if mask_ratio > 0.0 else 1
