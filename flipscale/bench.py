@@ -1,4 +1,4 @@
-"""Speed and memory of a training step and of the loader, by themselves or beside open_clip's."""
+"""Measure speed and memory of a training step, the loss and the loader, alone or beside open_clip's."""
 
 import argparse
 import json
@@ -22,43 +22,49 @@ from flipscale.training.recipe import parse_recipe
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What `flipscale bench` takes: `step` or `compare`, and the options of each."""
+    """Add the subjects of `flipscale bench` and their options."""
     subjects = parser.add_subparsers(dest="subject", metavar="SUBJECT", required=True)
     step = subjects.add_parser("step", help="a training step: images/s, share of the matmul peak, memory")
     step.add_argument("--mask_ratio", type=float, default=0.75)
     step.add_argument("--dtype", choices=sorted(DTYPES), default="bf16")
     step.add_argument("--compile", action="store_true", help="torch.compile the model")
-    step.add_argument("--peer", choices=["open_clip"], help="another code base's step in place of ours")
+    step.add_argument("--peer", choices=["open_clip"], help="measure this code's step instead of ours")
     add_data_arguments(subjects)
-    compare = subjects.add_parser("compare", help="our step and open_clip's in turn, masked and not, bf16 and fp32")
+    compare = subjects.add_parser(
+        "compare", help="our step and open_clip's in turn: masked and unmasked, bf16 and fp32"
+    )
     loss = subjects.add_parser("loss", help="the contrastive loss and its gradients: time, extra memory, share of peak")
     loss.add_argument("--n", type=int, default=16384, help="pairs")
     loss.add_argument("--dim", type=int, default=512, help="width of the embeddings")
-    loss.add_argument("--peer", choices=["open_clip"], help="another code base's loss in place of ours")
+    loss.add_argument("--peer", choices=["open_clip"], help="measure this code's loss instead of ours")
     losses = subjects.add_parser("compare_loss", help="our loss and open_clip's, each in a process of its own")
     losses.add_argument("--n", type=int, nargs="+", default=[16384, 32768], help="pairs")
     losses.add_argument("--dim", type=int, nargs="+", default=[512, 768], help="widths of the embeddings")
     for parser in (loss, losses):
-        parser.add_argument("--steps", type=int, default=5, help="how often each is timed, after once that is not")
+        parser.add_argument("--steps", type=int, default=5, help="runs that are timed, after an untimed one")
         parser.add_argument("--threads", type=int, help="CPU threads; all by default")
         parser.add_argument("--json", action="store_true", help="JSON lines instead of a table")
     for parser, num_steps in ((step, 10), (compare, 5)):
         parser.add_argument("--size", choices=sorted(SIZES), default="b16")
         parser.add_argument("--batch_size", type=int, default=32)
-        parser.add_argument("--steps", type=int, default=num_steps, help="steps timed of each, after two that are not")
+        parser.add_argument(
+            "--steps", type=int, default=num_steps, help="steps of each that are timed, after two untimed ones"
+        )
         parser.add_argument("--threads", type=int, help="CPU threads; all by default")
         parser.add_argument("--json", action="store_true", help="JSON lines instead of a table")
 
 
 def add_data_arguments(subjects: Any) -> None:
-    """What `bench data` and `bench compare_data` take."""
-    data = subjects.add_parser("data", help="the loader: images/s a worker, bytes, memory, and where its time goes")
+    """Add the options of `bench data` and `bench compare_data`."""
+    data = subjects.add_parser("data", help="the loader: images/s of a worker, bytes, memory, and where the time goes")
     data.add_argument("--shards", help="a folder of tar shards, a glob or a range; by default the recipe's")
     data.add_argument("--recipe", help="a recipe file or name, in place of the four options below")
-    data.add_argument("--num_workers", type=int, default=1, help="0 makes the batches in this process")
-    data.add_argument("--peer", choices=["open_clip", "webdataset"], help="another code base's loader, one worker")
-    data.add_argument("--size", choices=sorted(SIZES), default="l16", help="the model whose GPU is to be fed")
-    data.add_argument("--gpu_tflops", type=float, default=400.0, help="what that GPU reaches in training, TFLOP/s")
+    data.add_argument("--num_workers", type=int, default=1, help="0 makes batches in this process")
+    data.add_argument(
+        "--peer", choices=["open_clip", "webdataset"], help="measure this code's loader instead of ours, one worker"
+    )
+    data.add_argument("--size", choices=sorted(SIZES), default="l16", help="the model that the GPU trains")
+    data.add_argument("--gpu_tflops", type=float, default=400.0, help="what that GPU reaches in training, in TFLOP/s")
     compare = subjects.add_parser("compare_data", help="our loader and two others in turn, one worker each")
     compare.add_argument("--shards", nargs="+", required=True, help="folders of shards, a table row each")
     for parser, batches in ((data, 10), (compare, 5)):
@@ -74,10 +80,10 @@ def add_data_arguments(subjects: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Prints the figures asked for.
+    """Print the figures of `args.subject`.
 
     Raises:
-        ValueError: a setting that cannot be measured, or open_clip is asked for and not installed.
+        ValueError: the setting cannot be measured, or open_clip is needed and not installed.
     """
     subjects = {
         "step": print_step,
@@ -96,7 +102,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def step_setting(args: argparse.Namespace) -> StepSetting:
-    """The setting that the options of `bench step` and `bench compare` describe."""
+    """Return the setting that the options of `bench step` and `bench compare` describe."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
         keep_freed_memory()
@@ -105,10 +111,10 @@ def step_setting(args: argparse.Namespace) -> StepSetting:
 
 
 def data_setting(args: argparse.Namespace, shards: str | None, num_workers: int = 0) -> DataSetting:
-    """The setting that the options describe, or that of `--recipe`'s first stage.
+    """Return the setting that the options describe, or that of the first stage of `--recipe`.
 
     Raises:
-        ValueError: no shards are named, or a setting that cannot be.
+        ValueError: no shards are named, or the setting is impossible.
     """
     if getattr(args, "recipe", None):
         recipe = parse_recipe(["--config", args.recipe])
@@ -126,7 +132,7 @@ def data_setting(args: argparse.Namespace, shards: str | None, num_workers: int 
 
 
 def print_data(args: argparse.Namespace) -> None:
-    """A loader's figures: a JSON line, or a figure a line."""
+    """Print a loader's figures as a JSON line, or one a line."""
     setting = data_setting(args, args.shards, args.num_workers)
     if args.peer:
         figures = compare_data(setting, (args.peer,))[0]
@@ -144,7 +150,7 @@ def print_data(args: argparse.Namespace) -> None:
 
 
 def print_data_comparison(args: argparse.Namespace) -> None:
-    """Three loaders on each set of shards: JSON lines, or a table row a loader."""
+    """Print the figures of three loaders on each set of shards, as JSON lines or as table rows."""
     if not args.json:
         print("| shards | loader | images/s a worker | flipscale is | pixels to device, kB/image | peak memory, MB |")
         print("|---|---|---:|---:|---:|---:|")
@@ -161,7 +167,7 @@ def print_data_comparison(args: argparse.Namespace) -> None:
 
 
 def print_step(args: argparse.Namespace) -> None:
-    """One step's figures."""
+    """Print the figures of a training step."""
     if args.peer:
         require_open_clip()
     setting = replace(step_setting(args), mask_ratio=args.mask_ratio, dtype=args.dtype, compile=args.compile)
@@ -170,7 +176,7 @@ def print_step(args: argparse.Namespace) -> None:
 
 
 def print_figures(figures: dict[str, Any], as_json: bool) -> None:
-    """One JSON line, or a figure a line."""
+    """Print figures as a JSON line, or one a line."""
     if as_json:
         print(json.dumps(figures))
     else:
@@ -185,7 +191,7 @@ def _readable(value: Any) -> str:
 
 
 def print_comparison(args: argparse.Namespace) -> None:
-    """Ours beside open_clip's: a JSON line or a table row as each is measured."""
+    """Print our step's figures beside open_clip's, a JSON line or a table row as soon as each case is measured."""
     setting = step_setting(args)
     if not args.json:
         print(f"{setting.size}, batch {setting.batch_size}, {setting.device.type}, {torch.get_num_threads()} threads")
@@ -206,13 +212,13 @@ def print_comparison(args: argparse.Namespace) -> None:
 
 
 def print_loss(args: argparse.Namespace) -> None:
-    """A loss's figures."""
+    """Print the figures of a loss."""
     setting = LossSetting(args.n, args.dim, steps=args.steps, code=args.peer or "flipscale")
     print_figures(measure_loss(setting), args.json)
 
 
 def print_losses(args: argparse.Namespace) -> None:
-    """Our loss beside open_clip's: a JSON line or a table row as each is measured."""
+    """Print our loss's figures beside open_clip's, a JSON line or a table row as soon as each size is measured."""
     if not args.json:
         print("| pairs | dim | flipscale | open_clip | time | flipscale, extra memory | open_clip | memory | of peak |")
         print("|---:|---:|---:|---:|---:|---:|---:|---:|---:|")

@@ -1,11 +1,11 @@
-"""Models from and for other programs: `flipscale convert flip SRC DST --size l16`."""
+"""Convert models from and for other programs: `flipscale convert flip SRC DST --size l16`."""
 
 import argparse
 from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of `flipscale convert`."""
+    """Add the options of `flipscale convert`."""
     kinds = parser.add_subparsers(dest="kind", metavar="KIND", required=True)
     flip = kinds.add_parser("flip", help="a checkpoint of the original JAX FLIP to a model folder")
     flip.add_argument("src", help="the checkpoint_N folder, a folder or a zip that holds it")
@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Converts and prints what was written."""
+    """Convert a model and print what was written."""
     args.convert(args)
 
 
@@ -38,7 +38,7 @@ def _from_flip(args: argparse.Namespace) -> None:
     from flipscale.data.tokenizers import bert_tokenizer
     from flipscale.hub.convert_flip import convert_flip_checkpoint
 
-    # Made first: a vocabulary that cannot be read is told before minutes of conversion.
+    # Loaded first, so that an unreadable vocabulary is reported before minutes of conversion.
     tokenizer = bert_tokenizer(args.tokenizer) if args.tokenizer else None
     model = convert_flip_checkpoint(args.src, args.dst, args.size, args.image_heads, args.text_heads, tokenizer)
     vision, text = model.config.vision_config, model.config.text_config

@@ -1,22 +1,22 @@
-"""A run's model as a folder that transformers loads: `flipscale export runs/NAME`."""
+"""Export a run's model to a folder that transformers loads: `flipscale export runs/NAME`."""
 
 import argparse
 from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What `flipscale export` takes."""
+    """Add the options of `flipscale export`."""
     parser.add_argument("run_dir", metavar="RUN", type=Path, help="a run directory, finished or not")
-    parser.add_argument("--step", type=int, help="of the checkpoint; the newest one by default")
-    parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="of the weights")
+    parser.add_argument("--step", type=int, help="the step of the checkpoint; by default the newest")
+    parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="the type of the weights")
     parser.add_argument("--out", metavar="DIR", type=Path, help="the folder; RUN/export-STEP by default")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Writes the folder and prints its name; one tensor is in memory at a time, and no engine is needed.
+    """Write the folder and print its name. One tensor is in memory at a time, and no engine is needed.
 
     Raises:
-        ValueError: no such checkpoint, or a folder that is something else.
+        ValueError: the checkpoint does not exist, or the folder exists and is not a model folder.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""Data on disk: shards, their indices and what is in them; the demo set, and photos to measure loaders with."""
+"""Prepare data on disk: write, index and inspect shards, and make the demo set and photos for benchmarks."""
 
 import argparse
 import json
@@ -11,24 +11,30 @@ _SHARDS_HELP = "a folder, a glob, or a range such as 'laion/{00000..41407}.tar'"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What `flipscale prepare` takes."""
+    """Add the options of `flipscale prepare`."""
     kinds = parser.add_subparsers(dest="kind", metavar="WHAT", required=True)
     add_shards_arguments(kinds.add_parser("shards", help="write shards from a folder, a table or a `datasets` name"))
-    inspect = kinds.add_parser("inspect", help="say what is in shards, and draw a sheet of samples")
+    inspect = kinds.add_parser("inspect", help="report what is in shards, and draw a sheet of samples")
     inspect.add_argument("shards", help=_SHARDS_HELP)
     inspect.add_argument("--sheet", type=Path, default=Path("contact_sheet.png"), help="the PNG to write")
-    inspect.add_argument("--tokenizer", help="as in a recipe; counts tokens too")
-    inspect.add_argument("--max_samples", type=int, default=0, help="check so many, evenly spread; 0 checks all")
+    inspect.add_argument("--tokenizer", help="as in a recipe; also counts tokens")
+    inspect.add_argument("--max_samples", type=int, default=0, help="check this many, evenly spread; 0 checks all")
     inspect.add_argument("--json", action="store_true", help="one JSON line instead of a table")
     demo = kinds.add_parser("demo", help="download and render the emoji sets: shards, a test set, a tokenizer")
     demo.add_argument("directory", type=Path)
     demo.add_argument(
-        "--with_validation", action="store_true", help="also a validation artist, and training without it"
+        "--with_validation",
+        action="store_true",
+        help="also write a validation set by one artist, and training data without it",
     )
     demo.add_argument(
-        "--with_unseen", action="store_true", help="also a tenth of the concepts held out of every artist"
+        "--with_unseen",
+        action="store_true",
+        help="also write training data without a tenth of the concepts, and a test set of these",
     )
-    photos = kinds.add_parser("photos", help="JPEGs of two sizes to measure loaders with, from a Debian package")
+    photos = kinds.add_parser(
+        "photos", help="write JPEGs of two sizes to benchmark loaders with, from a Debian package"
+    )
     photos.add_argument("directory", type=Path)
     photos.add_argument("--num_images", type=int, default=2000, help="of each size")
     index = kinds.add_parser(
@@ -38,17 +44,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_shards_arguments(shards: argparse.ArgumentParser) -> None:
-    """What `flipscale prepare shards` takes."""
+    """Add the options of `flipscale prepare shards`."""
     shards.add_argument(
         "source",
         help="a folder of images with .txt or .json beside them or a metadata table in it; "
         "a CSV, TSV, JSONL or parquet table of paths and captions; or the name of a data set for `datasets`",
     )
-    shards.add_argument("directory", type=Path, help="where the shards go; a run that was cut goes on there")
-    shards.add_argument("--image_column", help="of a table or data set; by default the first usual name it has")
-    shards.add_argument("--caption_column", help="likewise; a list of texts is several captions of one image")
+    shards.add_argument("directory", type=Path, help="where the shards are written; an interrupted run continues there")
+    shards.add_argument("--image_column", help="of a table or data set; by default the first common name that it has")
+    shards.add_argument("--caption_column", help="likewise; a list of texts gives an image several captions")
     shards.add_argument("--split", default="train", help="of a data set")
-    shards.add_argument("--short_side", type=int, default=256, help="shrink larger images to it; others stay so")
+    shards.add_argument("--short_side", type=int, default=256, help="shrink larger images to it; keep others")
     shards.add_argument("--jpeg_quality", type=int, default=90, help="of the images that are shrunk")
     shards.add_argument("--pairs_per_shard", type=int, default=10_000)
     shards.add_argument("--drop_duplicates", action="store_true", help="keep the first of images with the same bytes")
@@ -56,10 +62,11 @@ def add_shards_arguments(shards: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Prepares what `args.kind` names.
+    """Prepare what `args.kind` names.
 
     Raises:
-        ValueError: bad input; OSError: a step that failed.
+        ValueError: the input or an option is wrong.
+        OSError: a step failed.
     """
     {"shards": _shards, "inspect": _inspect, "demo": _demo, "photos": _photos, "index": _index}[args.kind](args)
 

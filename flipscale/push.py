@@ -1,4 +1,4 @@
-"""A model on the Hub: `flipscale push runs/NAME ORG/NAME`."""
+"""Push a model to the Hub: `flipscale push runs/NAME ORG/NAME`."""
 
 import argparse
 import shutil
@@ -10,21 +10,21 @@ from flipscale.files.aside import write_text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What `flipscale push` takes."""
+    """Add the options of `flipscale push`."""
     parser.add_argument("run_dir", metavar="RUN", type=Path, help="a run directory (its model/ goes) or a model folder")
-    parser.add_argument("repo", metavar="ORG/NAME", help="the model's name on the Hub; made if it does not exist")
-    parser.add_argument("--step", type=int, help="push the model of this checkpoint of the run instead")
-    parser.add_argument("--private", action="store_true", help="make it a private one")
-    parser.add_argument("--revision", help="the branch to push to, made if it does not exist; by default main")
-    parser.add_argument("--dry_run", action="store_true", help="only print what would be uploaded; asks no network")
+    parser.add_argument("repo", metavar="ORG/NAME", help="the model's name on the Hub; created if it does not exist")
+    parser.add_argument("--step", type=int, help="push the model of this checkpoint instead")
+    parser.add_argument("--private", action="store_true", help="create a private repository")
+    parser.add_argument("--revision", help="the branch to push to, created if it does not exist; by default main")
+    parser.add_argument("--dry_run", action="store_true", help="only print what would be uploaded; uses no network")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Pushes and prints where to; a push of what is there already uploads nothing.
+    """Push a model and print its URL. If the Hub has the same files, nothing is uploaded.
 
     Raises:
-        ValueError: no model or checkpoint there, a name that is none, no token, no right to write.
-        OSError: the Hub could not be reached.
+        ValueError: there is no model or checkpoint, the name is invalid, or the token is missing or may not write.
+        OSError: the Hub cannot be reached.
     """
     from flipscale.hub.upload import Target, files_to_push, push_folder
 
@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _update_card(folder: Path, run_dir: Path, repo_id: str, step: int | None) -> None:
-    """Has the card load the model by its name on the Hub: written anew from a run's records, else changed in that."""
+    """Make the card load the model by its name on the Hub: write a run's card again, or replace the folder's name."""
     card = folder / "README.md"
     if (run_dir / "recipe.yaml").is_file():
         from flipscale.hub.model_card import write_card
@@ -56,7 +56,7 @@ def _update_card(folder: Path, run_dir: Path, repo_id: str, step: int | None) ->
 
 @contextmanager
 def _model_folder(run_dir: Path, step: int | None) -> Iterator[Path]:
-    """The model folder of a run directory, or `run_dir` itself where that is one; or that of a checkpoint, exported."""
+    """Yield the model folder of a run, `run_dir` itself if it is a model folder, or the export of a checkpoint."""
     if step is not None:
         from flipscale.engines.checkpoint import checkpoint_of
         from flipscale.hub.background_push import export_folder

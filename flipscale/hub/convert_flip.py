@@ -1,4 +1,4 @@
-"""The original JAX FLIP's checkpoints as a model folder: the parameters one at a time, the processor, the card."""
+"""Convert a checkpoint of the original JAX FLIP to a model folder with its processor and card."""
 
 import math
 import re
@@ -21,7 +21,7 @@ from flipscale.model.modeling_flip import sincos_positions
 
 Arrays = Mapping[str, np.ndarray | StoredArray]
 
-# The sizes that the original has configurations of, and so can have left checkpoints of.
+# The sizes that the original has configurations for.
 ORIGINAL_SIZES = ("b16", "l16", "h14")
 
 _POSITIONS = "img_encoder/posembed_encoder/pos_embedding"
@@ -93,17 +93,17 @@ model = AutoModel.from_pretrained("{path}", trust_remote_code=True)"""
 def build_flip_model(
     arrays: Arrays, size: str | None = None, image_heads: int | None = None, text_heads: int | None = None
 ) -> FlipModel:
-    """The model of the original's parameters `arrays`, in evaluation mode.
+    """Return the model of the original's parameters `arrays`, in evaluation mode.
 
-    Shapes are looked at first; then values are read one array at a time, so that the model is held once.
-    The parameters tell every shape but not the numbers of attention heads: `size` or both of the others must.
+    All shapes are checked first. Then values are read one array at a time, so that memory holds the model once. The
+    parameters do not tell the numbers of attention heads, so `size` or both `image_heads` and `text_heads` are needed.
 
     Args:
         size: b16, l16 or h14.
 
     Raises:
-        ValueError: heads untold, told twice or not dividing the width; arrays that are not those of `size`, or of a
-            FLIP model at all; image positions that are not the fixed sine-cosine ones.
+        ValueError: the heads are not given, given twice or do not divide the width; the arrays are not those of `size`
+            or of a FLIP model; or the image positions are not the fixed sine-cosine ones.
     """
     config = _config(arrays, *_heads(size, image_heads, text_heads))
     if size is not None:
@@ -127,12 +127,15 @@ def convert_flip_checkpoint(
     text_heads: int | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> FlipModel:
-    """The model of the checkpoint `src`, saved as the model folder `dst` with a card that tells its licence, and with
-    a processor where a tokenizer is given or, for a named size, the original's can be fetched.
+    """Convert the checkpoint `src` to the model folder `dst`, with a card that states its licence; return the model.
 
-    Takes and raises what `open_flip_checkpoint`, `build_flip_model` and `build_processor` do.
+    The folder has a processor if a tokenizer is given or, for a named size, if the original's can be fetched. For the
+    other arguments see `open_flip_checkpoint` and `build_flip_model`.
+
+    Raises:
+        ValueError: as `open_flip_checkpoint`, `build_flip_model` and `build_processor`.
     """
-    _heads(size, image_heads, text_heads)  # told before anything is read
+    _heads(size, image_heads, text_heads)  # raises before anything is read
     model = build_flip_model(open_flip_checkpoint(src), size, image_heads, text_heads)
     if tokenizer is None and size is not None:
         tokenizer = _released_tokenizer()
@@ -143,7 +146,7 @@ def convert_flip_checkpoint(
 
 
 def _released_tokenizer() -> PreTrainedTokenizerBase | None:
-    """The tokenizer that every configuration of the original has; none, and a warning, where it cannot be had."""
+    """Return the tokenizer of all the original's configurations; warn and return None if it cannot be fetched."""
     try:
         return bert_tokenizer("google-bert/bert-base-uncased")
     except ValueError as error:
@@ -152,7 +155,7 @@ def _released_tokenizer() -> PreTrainedTokenizerBase | None:
 
 
 def our_name(name: str) -> str:
-    """Our name of a parameter of the original: `img_encoder/cls` is `vision_model.embeddings.class_embedding`."""
+    """Return our name of the original's parameter: `vision_model.embeddings.class_embedding` for `img_encoder/cls`."""
     if name in _OUTSIDE_THE_BLOCKS:
         return _OUTSIDE_THE_BLOCKS[name]
     name = re.sub(r"/encoderblock_(\d+)/", lambda found: f"/encoder/layers/{int(found[1])}/", name)
@@ -160,9 +163,9 @@ def our_name(name: str) -> str:
 
 
 def our_layout(name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """A view of the original's parameter `name`, or of its gradient, in the order of dimensions that ours has.
+    """Return a view of the original's parameter `name`, or of its gradient, with its dimensions in our order.
 
-    Matrices are stored `[in, out]` there, the patch convolution `[row, column, in, out]`.
+    The original stores matrices as `[in, out]` and the patch convolution as `[row, column, in, out]`.
     """
     if name.endswith("/kernel"):
         return tensor.permute(3, 2, 0, 1) if tensor.ndim == 4 else tensor.transpose(0, -1)
@@ -240,7 +243,7 @@ def _config(arrays: Arrays, image_heads: int, text_heads: int) -> FlipConfig:
 
 
 def _refuse_other_size(config: FlipConfig, size: str) -> None:
-    """Raises where the shapes differ from `size`'s; image size, vocabulary and caption length are free."""
+    """Raise if the shapes are not those of `size`; image size, vocabulary and caption length may differ."""
     expected = FlipConfig.from_size(size)
     differences = [
         f"{tower.removesuffix('_config')} {field} {getattr(getattr(config, tower), field)}, not {wanted}"
@@ -276,7 +279,7 @@ def _refuse_other_arrays(config: FlipConfig, arrays: Arrays) -> None:
 
 
 def _check_positions(stored: np.ndarray, config: FlipConfig) -> None:
-    """Raises where the stored image positions are not ours. Row 0, the class token's, is never used."""
+    """Raise if the stored image positions are not ours. Row 0, the class token's, is never used."""
     vision = config.vision_config
     side = vision.image_size // vision.patch_size
     difference = np.abs(stored[0, 1:] - sincos_positions(vision.hidden_size, side, side).numpy()).max()

@@ -1,4 +1,4 @@
-"""Both towers as ONNX, checked against the model with onnxruntime before they are kept."""
+"""Convert both towers to ONNX, and check them against the model with onnxruntime before they are kept."""
 
 import importlib.util
 import warnings
@@ -15,7 +15,7 @@ from flipscale.hub.model_folder import build_processor
 from flipscale.model import FlipConfig
 from flipscale.model.modeling_flip import normalise_embeds
 
-# Of any number of a unit embedding, in fp32. Rounding gives about 1e-6, the other GELU 4e-5 and more.
+# The largest difference of any number of a unit embedding, in fp32. Rounding gives about 1e-6, a wrong GELU 4e-5.
 TOLERANCE = 1e-5
 
 _CARD = """The two towers of a FLIP model as ONNX, checked against it with onnxruntime.
@@ -32,12 +32,12 @@ as the processor in this folder makes them. They give `image_embeds` and `text_e
 {logit_scale} times their products{and_bias}.
 """
 
-# A file of protobuf ends here; larger weights stand beside it.
+# The limit of a protobuf file; larger weights are stored beside it.
 _MAX_FILE_BYTES = 2_000_000_000
 
 
 class _Embedding(nn.Module):
-    """A tower and its projection: embeddings of unit length."""
+    """A tower and its projection, which give embeddings of unit length."""
 
     def __init__(self, tower: nn.Module, projection: nn.Module):
         super().__init__()
@@ -59,16 +59,19 @@ class _TextEmbedding(_Embedding):
 
 
 def convert_to_onnx(src: str, dst: Path | str) -> dict[str, float]:
-    """The model of the folder or Hub name `src` as the folder `dst`; each tower's largest difference from the model.
+    """Convert the model of the folder or Hub name `src` to the folder `dst`.
 
-    `image_model.onnx` takes `pixel_values` `(batch, channels, image_size, image_size)` and gives `image_embeds`;
-    `text_model.onnx` takes `input_ids` `(batch, max_position_embeddings)`, and `attention_mask` where that is used,
-    and gives `text_embeds`. Embeddings are `(batch, projection_dim)`, of unit length, for any batch; the files'
-    metadata has the `logit_scale` that turns cosines to logits, and the `logit_bias` of a model that adds one. The
-    processor and the configuration stand beside them.
+    `image_model.onnx` takes `pixel_values` `(batch, channels, image_size, image_size)` and returns `image_embeds`.
+    `text_model.onnx` takes `input_ids` `(batch, max_position_embeddings)`, and `attention_mask` if the model uses it,
+    and returns `text_embeds`. Embeddings are `(batch, projection_dim)`, of unit length, for any batch size. The files'
+    metadata has the `logit_scale` that turns cosines into logits, and the `logit_bias` of a model that adds one. The
+    folder also has the processor and the configuration.
+
+    Returns:
+        By tower, the largest difference of its embeddings from the model's.
 
     Raises:
-        ValueError: packages are missing, no model or tokenizer at `src`, `dst` is there already.
+        ValueError: packages are missing, `src` has no model or no tokenizer, or `dst` exists.
         FloatingPointError: onnxruntime's embeddings differ by more than `TOLERANCE`; nothing is written.
     """
     missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
@@ -96,14 +99,14 @@ def convert_to_onnx(src: str, dst: Path | str) -> dict[str, float]:
 
 
 def _image_inputs(config: FlipConfig) -> list[dict[str, torch.Tensor]]:
-    """Batches of one and of three; the second, of more than one, is what is traced."""
+    """Return batches of one and of three images; the last is used for tracing, since a batch of one would be fixed."""
     vision, generator = config.vision_config, torch.Generator().manual_seed(0)
     shape = (vision.num_channels, vision.image_size, vision.image_size)
     return [{"pixel_values": torch.randn(count, *shape, generator=generator)} for count in (1, 3)]
 
 
 def _text_inputs(config: FlipConfig) -> list[dict[str, torch.Tensor]]:
-    """Captions of every kind of length: none, full, some."""
+    """Return batches of captions: half full; then full, of one token and a third full."""
     text, generator = config.text_config, torch.Generator().manual_seed(0)
     length = text.max_position_embeddings
     inputs = []
@@ -119,13 +122,13 @@ def _text_inputs(config: FlipConfig) -> list[dict[str, torch.Tensor]]:
 def _write_and_check(
     tower: nn.Module, inputs: list[dict[str, torch.Tensor]], file: Path, output: str, metadata: dict[str, str]
 ) -> float:
-    """The largest difference of the file's embeddings from the tower's."""
+    """Write a tower to `file`, and return the largest difference of its embeddings from the tower's."""
     import onnxruntime
 
     traced, batch = inputs[-1], torch.export.Dim("batch")
     num_bytes = sum(parameter.nbytes for parameter in tower.parameters())
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's notes to itself
+        warnings.simplefilter("ignore")  # warnings about torch's internals
         program = torch.onnx.export(
             tower,
             kwargs=traced,

@@ -1,7 +1,7 @@
-"""A FLIP model as a folder that open_clip itself loads, with the same embeddings.
+"""Convert a FLIP model to a folder that open_clip loads, with the same embeddings.
 
-open_clip's options give FLIP's towers but for two things. Its patch convolution has no bias: ours is added to the
-positions. It cannot average all tokens, class token included: one more block does (`_averaging_layer`).
+open_clip can express FLIP's towers except for two things. Its patch convolution has no bias, so ours is added to the
+positions. It cannot average all tokens including the class token, so one more block does that (`_averaging_layer`).
 """
 
 import json
@@ -20,8 +20,8 @@ from flipscale.hub.model_folder import by_channel
 from flipscale.model import FlipConfig, FlipModel, FlipTextConfig, FlipTextModel, FlipVisionConfig, FlipVisionModel
 from flipscale.model.modeling_flip import FlipEncoderLayer
 
-# What the first token was before it got the average is this much smaller: lost in the rounding of the last norm. A
-# power of two rounds nothing, and its square is in the range of fp32 and bf16 (not of fp16).
+# The average is scaled up by this before it is added to the first token, so that the token's old value is lost in the
+# rounding of the last norm. A power of two causes no rounding; its square is within fp32 and bf16 (not fp16).
 _AVERAGE_SCALE = 2.0**40
 
 _CARD = """A FLIP model in the form of [open_clip](https://github.com/mlfoundations/open_clip), with the embeddings of
@@ -40,23 +40,24 @@ The tower's last block stands in for the mean over all tokens, which open_clip d
 its numbers large. So this form is for inference, in fp32 or bf16 (fp16 overflows), not for training on.
 """
 
-# Our `hidden_act` and the arguments that make open_clip's GELU the same.
+# For each of our `hidden_act`, the arguments that give open_clip's GELU the same values.
 _ACTIVATIONS = {"gelu_pytorch_tanh": {"approximate": "tanh"}, "gelu": {}, "quick_gelu": {}}
 
 
 def convert_to_open_clip(src: str, dst: Path | str) -> FlipModel:
-    """The model of the folder or Hub name `src`, written as the folder `dst`: `open_clip_config.json`,
-    `open_clip_model.safetensors`, the tokenizer and a card. open_clip loads it by the name `local-dir:DST`.
+    """Convert the model of the folder or Hub name `src` to the folder `dst`, and return the model.
+
+    The folder has `open_clip_config.json`, `open_clip_model.safetensors`, the tokenizer and a card. open_clip loads it
+    by the name `local-dir:DST`.
 
     Raises:
-        ValueError: no model or tokenizer at `src`, something of the model that open_clip cannot express, `dst` is
-            there already.
+        ValueError: `src` has no model or no tokenizer, open_clip cannot express the model, or `dst` exists.
     """
     dst = Path(dst)
     with new_folder(dst) as folder:
         model, tokenizer = load_flip(src)
         config = open_clip_config(model.config)
-        # What is looked up on the Hub once the folder is there; in a local folder, any name means that folder.
+        # On the Hub, open_clip looks this name up; in a local folder, any name means the folder itself.
         config["model_cfg"]["text_cfg"]["hf_tokenizer_name"] = dst.name
         tokenizer.save_pretrained(folder)
         save_file(open_clip_state_dict(model.float()), folder / "open_clip_model.safetensors", {"format": "pt"})
@@ -66,10 +67,10 @@ def convert_to_open_clip(src: str, dst: Path | str) -> FlipModel:
 
 
 def open_clip_config(config: FlipConfig) -> dict[str, Any]:
-    """open_clip's `model_cfg` and `preprocess_cfg` for a model of `config`.
+    """Return open_clip's `model_cfg` and `preprocess_cfg` for a model of `config`.
 
     Raises:
-        ValueError: it does not fit; everything that does not is named.
+        ValueError: open_clip cannot express it. The message names every reason.
     """
     _refuse_what_does_not_fit(config)
     vision, text = config.vision_config, config.text_config
@@ -106,9 +107,9 @@ def open_clip_config(config: FlipConfig) -> dict[str, Any]:
 
 @torch.no_grad()
 def open_clip_state_dict(model: FlipModel) -> dict[str, torch.Tensor]:
-    """The weights of `model` by open_clip's names."""
+    """Return the weights of `model` by open_clip's names."""
     image, text = model.vision_model.embeddings, model.text_model.embeddings
-    # The class token is the first and has no position.
+    # The class token comes first and has no position embedding.
     positions = nn.functional.pad(image.position_embedding[0] + image.patch_embedding.bias, (0, 0, 1, 0))
     visual = {
         "conv1.weight": image.patch_embedding.weight,
@@ -129,7 +130,7 @@ def open_clip_state_dict(model: FlipModel) -> dict[str, torch.Tensor]:
 
 
 def _averages(config: FlipVisionConfig | FlipTextConfig) -> bool:
-    """Whether the tower's embedding is the mean over its tokens."""
+    """Return whether the tower's embedding is the mean over its tokens."""
     return getattr(config, "pooling", "mean") == "mean"
 
 
@@ -166,7 +167,7 @@ def _tower_config(config: FlipVisionConfig | FlipTextConfig) -> dict[str, Any]:
     return {
         "width": width,
         "layers": _num_layers(config),
-        # It takes the whole part of the product, which rounding may have put just below.
+        # open_clip truncates width * mlp_ratio, and rounding may put that just below the integer.
         "mlp_ratio": ratio if int(width * ratio) == mlp else (mlp + 0.5) / width,
         "norm_kwargs": {"eps": config.layer_norm_eps},
         "act_kwargs": _ACTIVATIONS[config.hidden_act],
@@ -189,11 +190,11 @@ def _tower(
 
 
 def _averaging_layer(tower: FlipVisionModel | FlipTextModel, matrix: torch.Tensor) -> FlipEncoderLayer:
-    """A layer that adds to every token the mean over the tower's normed tokens, projected by `matrix`, times a scale
-    beside which the token itself vanishes.
+    """Return a layer that adds a scaled mean of the tower's normalised tokens, projected by `matrix`, to all tokens.
 
-    Scores of zero make attention the mean. A norm follows, which takes out the token's own mean and length: the mean
-    is zero already, for one more channel holds the other channels' negative sum, and embeddings have no length.
+    The scale is so large that the token's own value vanishes. Attention scores of zero give the mean. The norm that
+    follows subtracts the mean over channels and divides by their standard deviation. The former is zero, because one
+    more channel has the negative sum of the others; the latter does not matter, because embeddings are normalised.
     """
     layer = FlipEncoderLayer(tower.config)
     for parameter in layer.parameters():

@@ -1,4 +1,4 @@
-"""The original JAX FLIP's checkpoints, read without JAX, from a folder or in place from a zip.
+"""Read checkpoints of the original JAX FLIP, without JAX, from a folder or directly from a zip.
 
 A checkpoint is a folder `checkpoint_N`: an index (msgpack) named `checkpoint` and, for each parameter, a zarr v2 array
 in a folder `target.<dotted name>`.
@@ -22,12 +22,12 @@ _VERSION = 3
 
 @dataclass(frozen=True)
 class Files:
-    """The files below a folder or in a zip.
+    """The files in a folder or in a zip.
 
     Args:
-        root: what messages call it.
-        names: of all its files, by `/`, relative to it.
-        read: the content of the file of a name.
+        root: its name in messages.
+        names: of all its files, relative to it, with `/`.
+        read: returns the content of a file by its name.
     """
 
     root: str
@@ -35,7 +35,7 @@ class Files:
     read: Callable[[str], bytes]
 
     def below(self, folder: str) -> "Files":
-        """The files of one of its folders."""
+        """Return the files in one of its folders."""
         if folder == ".":
             return self
         names = frozenset(name[len(folder) + 1 :] for name in self.names if name.startswith(f"{folder}/"))
@@ -43,10 +43,10 @@ class Files:
 
 
 class StoredArray:
-    """A parameter in the checkpoint: its shape is known, its values (fp32) are read by `np.asarray`.
+    """A parameter in the checkpoint. Its shape is known; `np.asarray` reads its values (fp32).
 
     Raises:
-        ValueError: it is missing, cut short or in a form that the original does not write.
+        ValueError: it is missing, cut short or in a format that the original does not write.
     """
 
     dtype = np.dtype(np.float32)
@@ -65,7 +65,7 @@ class StoredArray:
             content = self._chunk(self.meta["separator"].join(map(str, position)) or "0")
             where = tuple(slice(p * chunk, (p + 1) * chunk) for p, chunk in zip(position, chunks, strict=True))
             part = array[where]
-            # A chunk at the edge is stored whole, the rest of it filled up.
+            # A chunk at the edge is stored at full size, padded.
             part[...] = np.frombuffer(content, stored).reshape(chunks)[tuple(map(slice, part.shape))]
         return array if dtype is None else array.astype(dtype, copy=False)
 
@@ -106,14 +106,16 @@ class StoredArray:
 
 
 def open_flip_checkpoint(path: Path | str) -> Mapping[str, StoredArray]:
-    """Every parameter of the checkpoint by the original's name (`img_encoder/cls`); none of their values are read yet.
+    """Return all parameters of a checkpoint by the original's names (`img_encoder/cls`), without reading their values.
+
     Optimiser state is skipped.
 
     Args:
         path: the folder `checkpoint_N`, a folder or a zip that holds it at any depth, or the file `checkpoint` in it.
 
     Raises:
-        ValueError: no checkpoint there or several, an unknown version, an array missing or in another form.
+        ValueError: there is no checkpoint or more than one, its version is unknown, or an array is missing or in
+            another format.
     """
     files = _checkpoint(_files(Path(path)))
     return {name: StoredArray(name, files.below(folder)) for name, folder in _array_folders(files).items()}
@@ -147,7 +149,7 @@ def _zipped_files(path: Path) -> Files:
 
 
 def _checkpoint(files: Files) -> Files:
-    """The files of the only checkpoint among `files`."""
+    """Return the files of the only checkpoint among `files`."""
     arrays = [PurePosixPath(name).parent for name in files.names if PurePosixPath(name).name == ".zarray"]
     folders = sorted({str(array.parent) for array in arrays if array.name.startswith("target.")})
     if not folders:
@@ -158,7 +160,7 @@ def _checkpoint(files: Files) -> Files:
 
 
 def _array_folders(files: Files) -> dict[str, str]:
-    """Parameter names and the folders of their arrays: from the index, or by listing them where msgpack is absent."""
+    """Return the folder of each parameter's array, from the index or, without msgpack, from the folders' names."""
     try:
         import msgpack
     except ImportError:
@@ -178,7 +180,7 @@ def _array_folders(files: Files) -> dict[str, str]:
 
 
 def _leaves(node: Any, path: tuple[str, ...]) -> Iterator[tuple[str, str]]:
-    """Name and array folder of every array below `node`. Where the trainer ran (a bucket) is of no interest."""
+    """Yield name and array folder of every array below `node`. The bucket that the trainer wrote to is ignored."""
     name = "/".join(path)
     if not isinstance(node, dict):
         raise ValueError(f"parameter {name} is not a zarr array in the checkpoint's index")
@@ -186,7 +188,7 @@ def _leaves(node: Any, path: tuple[str, ...]) -> Iterator[tuple[str, str]]:
         for key, child in node.items():
             yield from _leaves(child, (*path, key))
         return
-    # Before tensorstore 0.1.14 the path stood beside `kvstore`.
+    # Before tensorstore 0.1.14 the path was beside `kvstore`.
     stored = node.get("path") or node.get("kvstore", {}).get("path")
     if not stored:
         raise ValueError(f"parameter {name} has no path in the checkpoint's index")

@@ -1,6 +1,6 @@
 """Checkpoints of a run while it trains: when one is due, and what it says of the run."""
 
-from flipscale.data.sources.source import Source, fingerprint
+from flipscale.data.sources.source import Source, shard_sizes_digest
 from flipscale.engines.checkpoint import CheckpointWriter
 from flipscale.engines.engine import Engine
 from flipscale.training.bad_samples import BadSamples
@@ -40,7 +40,7 @@ class Saver:
             "optimizer_steps": self._engine.optimizer_steps(),
             "trained_seconds": trained_seconds,
             "data_samples": len(self._source),
-            "data_fingerprint": fingerprint(self._source),
+            "data_fingerprint": shard_sizes_digest(self._source),
             "num_processes": self._writer.accelerator.num_processes,
         }
         self._writer.save(self._engine.pieces(), self._engine.layout.shapes(), state, to_yaml(self._recipe))

@@ -15,7 +15,7 @@ from flipscale.data.feeding import enduring_batches, on_device
 from flipscale.data.packed import PackedBatch
 from flipscale.data.pairs import InputShape, PairDataset
 from flipscale.data.sources.opening import open_source
-from flipscale.data.sources.source import Source, fingerprint
+from flipscale.data.sources.source import Source, shard_sizes_digest
 from flipscale.data.tokenizers import check_tokenizer, load_tokenizer
 from flipscale.engines.checkpoint import load_state
 from flipscale.engines.start import start_accelerator
@@ -154,7 +154,7 @@ def agree_on_data(accelerator: Accelerator, source: Source) -> None:
     Raises:
         ValueError: a copy on some node is older or cut, so that the order of samples would differ from there on.
     """
-    mine = torch.tensor([fingerprint(source)], device=accelerator.device)
+    mine = torch.tensor([shard_sizes_digest(source)], device=accelerator.device)
     everyone = accelerator.gather(mine).tolist()
     others = [rank for rank, theirs in enumerate(everyone) if theirs != everyone[0]]
     if others:
@@ -170,7 +170,7 @@ def check_same_data(checkpoint: Path, state: Mapping[str, Any], source: Source) 
     Raises:
         ValueError: the number of samples or the shards changed, and with them the order of samples.
     """
-    if (state["data_samples"], state["data_fingerprint"]) != (len(source), fingerprint(source)):
+    if (state["data_samples"], state["data_fingerprint"]) != (len(source), shard_sizes_digest(source)):
         raise ValueError(
             f"{checkpoint} was trained on {state['data_samples']} samples, the data now has {len(source)} or in other "
             "shards; the order of samples would change: use the same data or another output_dir"

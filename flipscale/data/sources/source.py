@@ -50,7 +50,7 @@ class Source(Protocol):
         """Return the name of sample `number` of shard `shard` in messages."""
 
 
-def fingerprint(source: Source) -> int:
-    """63 bits that stand for the sizes of a source's shards, on which the order of its samples depends."""
+def shard_sizes_digest(source: Source) -> int:
+    """Return a 63-bit digest of the sizes of a source's shards, which its order depends on; contents do not count."""
     digest = hashlib.blake2b(np.asarray(source.shard_sizes, dtype="<i8").tobytes(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
