@@ -5,7 +5,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from flipscale.training.user_errors import report_user_errors
+from flipscale.training.console import report_user_errors
 
 VERBS = {
     "prepare": "write data: the demo set, shards and their indices",

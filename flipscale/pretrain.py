@@ -1,5 +1,6 @@
 """Pre-training by masking: `accelerate launch -m flipscale.pretrain --config RECIPE`, `torchrun`, or plain python."""
 
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -19,10 +20,11 @@ from flipscale.hub.model_folder import export_checkpoint
 from flipscale.model import FlipModel
 from flipscale.planning.flops import pair_flops
 from flipscale.training.bad_samples import BadSamples
+from flipscale.training.console import report_user_errors, start_logging
 from flipscale.training.evaluating import Evaluation
 from flipscale.training.health import StepGuard
 from flipscale.training.preemption import StopRequest
-from flipscale.training.recipe import Recipe, parse_recipe
+from flipscale.training.recipe import Recipe, as_fields, parse_recipe
 from flipscale.training.run_directory import (
     is_done,
     mark_done,
@@ -34,9 +36,11 @@ from flipscale.training.saving import Saver
 from flipscale.training.schedule import stage_of
 from flipscale.training.start import Plan, Start, check, join
 from flipscale.training.step import consume_batch
-from flipscale.training.tracking import Tracker
-from flipscale.training.user_errors import report_user_errors
+from flipscale.training.step_time import GarbageCollection, StepProfiler
+from flipscale.training.tracking import Tracker, open_trackers
 from flipscale.training.watch import StepWatch
+
+_log = logging.getLogger(__name__)
 
 
 def pretrain(recipe: Recipe) -> Path:
@@ -49,7 +53,7 @@ def pretrain(recipe: Recipe) -> Path:
     """
     run_dir = Path(recipe.output_dir)
     if is_done(recipe):
-        print(f"{run_dir} is done; remove it, or choose another output_dir, to train again")
+        _log.info("%s is done; remove it, or choose another output_dir, to train again", run_dir)
         return run_dir
     # Every process checks what it can before it waits for others.
     checkpoint = open_run_directory(recipe)
@@ -104,14 +108,16 @@ def train(recipe: Recipe, plan: Plan, start: Start, engine: Engine) -> None:
     watch = StepWatch(accelerator, run_dir, recipe.log.hang_seconds, start.trained_seconds)
     tracker = Tracker(accelerator, run_dir, recipe.log, watch, batch_size, total_steps, pair_flops(recipe))
     evaluation = Evaluation(recipe, plan, engine, accelerator, watch)
+    profiler = StepProfiler(accelerator, run_dir, recipe.log.profile_steps)
     request = StopRequest(watches_file=is_main)
     guard = StepGuard(accelerator, request, writer, watch)
     request.listen()
+    open_trackers(accelerator, run_dir, as_fields(recipe))
     tracker.start(step)
     bad_samples.start(step * batch_size, plan.source.faults)
 
     stopped = False
-    with watch, tracker:
+    with watch, tracker, profiler, GarbageCollection() as garbage:
         for stage, micro_batches, faults in watch.timed(plan.batches(step, accelerator), step):
             # A step: learn from the batch, agree with the other processes, and move the weights or skip the step.
             if stage.starts_afresh(step):
@@ -131,6 +137,8 @@ def train(recipe: Recipe, plan: Plan, start: Start, engine: Engine) -> None:
                 tracker.write_interval(step, stage.name, metrics, bad_samples.take_counts())
             if verdict.written:
                 push.offer(saver.commit())
+            profiler.after_step()
+            garbage.after_step(step)
             if tasks := evaluation.due(step):
                 with watch.paused():
                     tracker.write_results(step, evaluation.run(tasks))
@@ -163,6 +171,7 @@ def finish(recipe: Recipe, accelerator: Accelerator) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse a recipe and run it, or plan it with `--dry_run`; a user's mistake ends in one line and exit code 2."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    start_logging()
     with report_user_errors():
         if "--dry_run" in arguments:
             from flipscale.planning.dry_run import dry_run

@@ -1,5 +1,6 @@
 """The batches of a run's steps, made by loader workers: which positions each process takes, and the DataLoader."""
 
+import gc
 from collections.abc import Iterator
 from typing import Any
 
@@ -105,4 +106,10 @@ def build_loader(
         collate_fn=_pack,
         num_workers=recipe.num_workers,
         pin_memory=pin_memory,
+        worker_init_fn=_collect_garbage,
     )
+
+
+def _collect_garbage(worker: int) -> None:
+    """Turn on the garbage collector, which a trainer turns off for itself and thus for the workers that it forks."""
+    gc.enable()

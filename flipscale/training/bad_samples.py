@@ -1,6 +1,7 @@
 """`bad_samples.jsonl`, which names every sample that could not be used, and the limit of how many there may be."""
 
 import dataclasses
+import logging
 from collections import Counter, deque
 from pathlib import Path
 
@@ -8,6 +9,8 @@ import torch.distributed as dist
 
 from flipscale.data.faults import Fault
 from flipscale.files import json_lines
+
+_log = logging.getLogger(__name__)
 
 # The limit holds for the last million samples: long enough that one bad shard in a block does not end a run, short
 # enough that a broken store does. Fewer than a thousand samples are judged as if they were a thousand.
@@ -46,7 +49,7 @@ class BadSamples:
         if records or self.path.exists():
             json_lines.rewrite(self.path, records)
         for fault in shard_faults:
-            print(f"flipscale: {fault.cause}: {fault.shard}: {fault.detail}", flush=True)
+            _log.warning("%s: %s: %s", fault.cause, fault.shard, fault.detail)
 
     def count(self, faults: list[Fault], bad: int, samples: int) -> None:
         """Collective when it raises. Count a step.

@@ -1,7 +1,7 @@
 """The recipe: every setting of a run, read from YAML and `--section.field` flags."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -206,6 +206,19 @@ def deciding_part(
                 value = name_of(value)
             kept[name] = _deciding_value(value, types[name], name_of)
     return kept
+
+
+def as_fields(recipe: Recipe) -> dict[str, bool | int | float | str]:
+    """Return the fields of a resolved recipe that are set, such as `{"stages.0.base_lr": 4e-06, ...}`."""
+
+    def fields_of(value: Any, name: str) -> Iterator[tuple[str, bool | int | float | str]]:
+        if isinstance(value, dict | list):
+            for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+                yield from fields_of(inner, f"{name}.{key}" if name else str(key))
+        elif value is not None:
+            yield name, value
+
+    return dict(fields_of(yaml.safe_load(to_yaml(recipe)), ""))
 
 
 def differences(recipe: Recipe, saved: dict[str, Any]) -> list[str]:

@@ -1,7 +1,8 @@
-"""The run directory: what is promised to lie in it, and whose it is.
+"""The run directory: what lies in it, and which recipe it belongs to.
 
 recipe.yaml  environment.json  starts.jsonl  metrics.jsonl  heartbeat.json  tensorboard/  checkpoints/step-*/  model/
-DONE, and where there was cause slow_steps.jsonl, stacks/, bad_samples.jsonl, push.log and Slurm's slurm/
+DONE, and where there is cause results.jsonl, slow_steps.jsonl, stacks/, profile/, bad_samples.jsonl, push.log,
+tracker_run_id and Slurm's slurm/
 """
 
 import errno

@@ -2,6 +2,7 @@
 
 import math
 import sys
+import uuid
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,13 +11,17 @@ from types import TracebackType
 from typing import Any
 
 from accelerate import Accelerator
+from accelerate.tracking import TensorBoardTracker
 from tqdm import tqdm
 
 from flipscale.engines.device import peak_flops, peak_memory_bytes
 from flipscale.evaluation.results import Result, append_results, as_metrics, drop_results_after
 from flipscale.files import json_lines
+from flipscale.files.aside import write_text
 from flipscale.training.schedule import is_due
 from flipscale.training.watch import StepWatch
+
+PROJECT = "flipscale"
 
 
 @dataclass(frozen=True)
@@ -25,14 +30,17 @@ class LogRecipe:
 
     Args:
         every_samples: interval of the training metrics.
-        report_to: accelerate trackers besides `metrics.jsonl`, e.g. tensorboard, wandb.
+        report_to: accelerate trackers besides `metrics.jsonl`, e.g. tensorboard, wandb. They get the recipe as their
+            configuration; wandb, trackio and comet_ml go on with the same run when the run is resumed.
         hang_seconds: a step that takes longer ends the run, after every rank has written what it was doing. Below the
             ten minutes after which NCCL ends it without a word.
+        profile_steps: how many steps of each start to profile, in `profile/` of the run directory; 0 for none.
     """
 
     every_samples: int = 1_000_000
     report_to: list[str] = field(default_factory=lambda: ["tensorboard"])
     hang_seconds: float = 540.0
+    profile_steps: int = 0
 
 
 def check_log(recipe: LogRecipe) -> None:
@@ -43,6 +51,37 @@ def check_log(recipe: LogRecipe) -> None:
     """
     if recipe.hang_seconds <= 0:
         raise ValueError(f"log.hang_seconds is {recipe.hang_seconds}; it must be above 0")
+    if recipe.profile_steps < 0:
+        raise ValueError(f"log.profile_steps is {recipe.profile_steps}; it must be 0 or more")
+
+
+def open_trackers(accelerator: Accelerator, run_dir: Path, config: Mapping[str, bool | int | float | str]) -> None:
+    """Start accelerate's trackers, of the project `flipscale`.
+
+    Args:
+        config: the fields of the recipe, for trackers that compare runs by them.
+    """
+    if not accelerator.log_with:
+        return
+    # TensorBoard names its folder after the project; a run directory has it under the tool's name.
+    accelerator.log_with = [
+        TensorBoardTracker("tensorboard", run_dir) if str(one) == "tensorboard" else one for one in accelerator.log_with
+    ]
+    options = _options(run_dir) if accelerator.is_main_process else None
+    accelerator.init_trackers(PROJECT, config=dict(config), init_kwargs=options)
+
+
+def _options(run_dir: Path) -> dict[str, dict[str, Any]]:
+    """Return what makes each tracker go on with the run that it began in an earlier start of this run directory."""
+    file = run_dir / "tracker_run_id"
+    if not file.exists():
+        write_text(file, uuid.uuid4().hex)
+    run_id = file.read_text()
+    return {
+        "wandb": {"id": run_id, "name": run_dir.name, "resume": "allow"},
+        "trackio": {"name": f"{run_dir.name}-{run_id[:8]}", "resume": "allow"},
+        "comet_ml": {"experiment_key": run_id},
+    }
 
 
 class Tracker:
@@ -78,9 +117,7 @@ class Tracker:
         self._bar: tqdm | None = None
 
     def start(self, step: int) -> None:
-        """Open the trackers, drop the records of steps after `step`, which will run again, and show a progress bar."""
-        if self._recipe.report_to:
-            self._accelerator.init_trackers("tensorboard")
+        """Drop the records of steps after `step`, which will run again, and show a progress bar."""
         if not self._accelerator.is_main_process:
             return
         one = peak_flops(self._accelerator.device, self._accelerator.mixed_precision)

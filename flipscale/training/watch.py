@@ -2,6 +2,7 @@
 
 import faulthandler
 import json
+import logging
 import os
 import socket
 import statistics
@@ -29,6 +30,8 @@ class HasStage(Protocol):
 
 
 Batch = TypeVar("Batch", bound=HasStage)
+
+_log = logging.getLogger(__name__)
 
 # A step is slow at this multiple of the median, but not below a second: short steps are noisy.
 SLOW_FACTOR = 5.0
@@ -163,10 +166,15 @@ class StepWatch:
         record = {"step": self._step, "usual_s": round(self._usual, 4), "ranks": ranks}
         json_lines.append(self._run_dir / "slow_steps.jsonl", [record])
         late = max(ranks, key=lambda rank: rank["data_wait_s"])
-        print(
-            f"step {self._step} took {self._seconds:.1f} s, usually {self._usual:.2f} s; the longest wait for data was "
-            f"{late['data_wait_s']:.1f} s, of rank {late['rank']} on {late['host']}; all ranks: slow_steps.jsonl",
-            file=sys.stderr,
+        _log.warning(
+            "step %d took %.1f s, usually %.2f s; the longest wait for data was %.1f s, of rank %d on %s; see %s",
+            self._step,
+            self._seconds,
+            self._usual,
+            late["data_wait_s"],
+            late["rank"],
+            late["host"],
+            self._run_dir / "slow_steps.jsonl",
         )
 
     def alive(self) -> None:

@@ -55,7 +55,7 @@ def test_a_finished_run_is_left_alone(run_dir: Path) -> None:
     before = (run_dir / "metrics.jsonl").read_bytes()
     done = pretrain(run_dir.with_suffix(".yaml"))
     assert done.returncode == 0
-    assert f"{run_dir} is done" in done.stdout
+    assert f"rank 0: {run_dir} is done; remove it, or choose another output_dir" in done.stderr
     assert (run_dir / "metrics.jsonl").read_bytes() == before
 
 

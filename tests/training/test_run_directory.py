@@ -20,3 +20,13 @@ def test_starts_are_remembered_where_steps_were_kept(write_recipe, tmp_path: Pat
     recorded = json.loads((tmp_path / "run/environment.json").read_text())
     assert recorded["data_samples"] == 96
     assert recorded["num_parameters"] == FlipModel(recipe.model.config()).num_parameters()
+
+
+def test_a_start_that_a_full_disk_cut_off_spoils_no_other(write_recipe, tmp_path: Path) -> None:
+    recipe = parse_recipe(["--config", str(write_recipe(tmp_path / "run"))])
+    write_run_files(recipe, "ddp", 1, {}, 96)
+    with open(tmp_path / "run/starts.jsonl", "a") as file:
+        file.write('{"time": 12')
+    assert [start["step"] for start in read_starts(tmp_path / "run")] == [0]
+    write_run_files(recipe, "ddp", 1, {"step": 16}, 96)
+    assert [start["step"] for start in read_starts(tmp_path / "run")] == [0, 16]

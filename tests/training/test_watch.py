@@ -80,7 +80,7 @@ from flipscale.training.recipe import parse_recipe
 def fails(*arguments):
     raise OSError("the disk is gone")
 
-pretrain.gradients = fails
+pretrain.consume_batch = fails
 try:
     pretrain.pretrain(parse_recipe(["--config", sys.argv[1], "--log.hang_seconds", "2"]))
 except OSError as error:

@@ -1,0 +1,50 @@
+"""A profile of some steps, and garbage collected between steps only."""
+
+import gc
+import gzip
+import json
+from pathlib import Path
+
+from conftest import metrics, pretrain
+
+from flipscale.training.step_time import GarbageCollection
+
+
+def test_a_profile_of_every_rank_says_how_it_is_opened(write_recipe, tmp_path: Path) -> None:
+    log = {"every_samples": 16, "report_to": ["tensorboard"], "profile_steps": 2}
+    stages = [{"name": "short", "samples": 128, "base_lr": 0.001, "mask_ratio": 0.5}]
+    done = pretrain(write_recipe(tmp_path / "run", log=log, stages=stages), 2)
+    assert done.returncode == 0, done.stderr
+    for rank in (0, 1):
+        with gzip.open(tmp_path / f"run/profile/rank-{rank:05d}.trace.json.gz", "rt") as file:
+            names = [event.get("name", "") for event in json.load(file)["traceEvents"]]
+        backward = [name for name in names if name.startswith("autograd::engine::evaluate_function: AddmmBackward")]
+        assert backward, "the backward pass is in the trace"
+    (line,) = [line for line in done.stderr.splitlines() if "steps were profiled" in line]
+    assert line.endswith(
+        f"rank 0: steps were profiled, see {tmp_path}/run/profile: open its rank-*.trace.json.gz at "
+        "https://ui.perfetto.dev"
+    )
+    assert len([record for record in metrics(tmp_path / "run") if "loss" in record]) == 8
+    assert list((tmp_path / "run/tensorboard").glob("events*"))
+
+
+def test_garbage_is_collected_between_steps_only() -> None:
+    class Node:
+        """Garbage that only the collector finds."""
+
+        def __init__(self) -> None:
+            self.me = self
+
+    def alive() -> int:
+        return sum(isinstance(found, Node) for found in gc.get_objects())
+
+    with GarbageCollection() as garbage:
+        assert not gc.isenabled()
+        Node()
+        garbage.after_step(999)
+        assert alive() == 1
+        garbage.after_step(1000)
+        assert alive() == 0
+    assert gc.isenabled()
+    assert gc.get_freeze_count() == 0

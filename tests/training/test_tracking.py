@@ -1,0 +1,82 @@
+"""Trackers get the project, the recipe and one run id; metrics survive a torn line."""
+
+import dataclasses
+import threading
+from pathlib import Path
+
+import pytest
+from accelerate import Accelerator
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from flipscale.training.recipe import as_fields, parse_recipe
+from flipscale.training.tracking import LogRecipe, Tracker, check_log, open_trackers
+from flipscale.training.watch import StepWatch
+
+
+class Recorder(GeneralTracker):
+    """Stands where accelerate has W&B, which is not installed, and keeps what it is given."""
+
+    name = "wandb"
+    requires_logging_directory = False
+    opened: list["Recorder"] = []  # noqa: RUF012
+
+    def __init__(self, run_name: str, **options: str):
+        super().__init__()
+        self.project, self.options = run_name, options
+        self.opened.append(self)
+
+    @property
+    def tracker(self) -> "Recorder":
+        return self
+
+    def store_init_configuration(self, values: dict) -> None:
+        self.config = values
+
+    def log(self, values: dict, step: int | None = None, **options: object) -> None:
+        pass
+
+
+def test_trackers_get_the_project_the_recipe_and_one_run_id(
+    write_recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "wandb", Recorder)
+    run_dir = tmp_path / "h14"
+    run_dir.mkdir()
+    config = as_fields(parse_recipe(["--config", str(write_recipe(run_dir))]))
+    for _ in range(2):
+        accelerator = Accelerator(cpu=True, project_dir=run_dir)
+        accelerator.log_with = ["wandb", "tensorboard"]
+        open_trackers(accelerator, run_dir, config)
+        accelerator.end_training()
+    first, resumed = Recorder.opened
+    assert first.project == resumed.project == "flipscale"
+    assert first.options == resumed.options
+    assert first.options == {"id": (run_dir / "tracker_run_id").read_text(), "name": "h14", "resume": "allow"}
+    assert first.config["data.global_batch_size"] == 16
+    assert first.config["stages.0.base_lr"] == 0.012
+    assert "model.init_from" not in first.config
+    hparams = [EventAccumulator(str(file)).Reload() for file in (run_dir / "tensorboard").glob("*/events*")]
+    assert any("_hparams_/session_start_info" in one.summary_metadata for one in hparams)
+
+
+def test_a_torn_line_of_metrics_is_dropped_on_resume(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
+    accelerator = Accelerator(cpu=True)
+    watch = StepWatch(accelerator, tmp_path, 60.0)
+    tracker = Tracker(accelerator, tmp_path, LogRecipe(), watch, 16, 40, {})
+    tracker.start(2)
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n'
+    assert "watch" not in {thread.name for thread in threading.enumerate()}, "no thread before the first step"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hang_seconds": 0.0}, "log.hang_seconds is 0.0; it must be above 0"),
+        ({"profile_steps": -1}, "log.profile_steps is -1; it must be 0 or more"),
+    ],
+)
+def test_a_log_that_cannot_be_is_refused(change: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_log(dataclasses.replace(LogRecipe(), **change))
