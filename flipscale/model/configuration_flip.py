@@ -102,8 +102,13 @@ class FlipVisionConfig(FlipPreTrainedConfig):
 
     @property
     def num_patches(self) -> int:
-        """Patches of a whole image, class token not counted."""
+        """The number of patches of a whole image."""
         return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """The number of tokens that the image tower puts before those of the patches: the class token."""
+        return 1
 
 
 @strict

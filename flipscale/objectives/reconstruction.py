@@ -78,16 +78,17 @@ class ReconstructionDecoder(FlipPreTrainedModel):
         """Predict the pixels of the masked patches, `(batch, masked, channels * p * p)`, each patch normalised.
 
         Args:
-            tokens: the image tower's output, `(batch, 1 + kept, width)`, the class token first.
+            tokens: the image tower's output, `(batch, num_prefix_tokens + kept, width)`.
             patch_index, masked_index: the places of the visible patches, `(batch, kept)`, and of the masked ones.
         """
         # A sharded decoder computes in the precision of its weights.
         tokens = self.embed(tokens.to(self.embed.weight.dtype))
         positions = self.position_embedding.to(tokens.dtype)
-        seen = tokens[:, 1:] + positions[patch_index]
+        num_prefix = self.config.num_prefix_tokens
+        seen = tokens[:, num_prefix:] + positions[patch_index]
         masked = self.mask_token.to(tokens.dtype) + positions[masked_index]
-        states = self.encoder(torch.cat([tokens[:, :1], seen, masked], dim=1))
-        return self.predict(self.final_layer_norm(states[:, 1 + patch_index.shape[1] :]))
+        states = self.encoder(torch.cat([tokens[:, :num_prefix], seen, masked], dim=1))
+        return self.predict(self.final_layer_norm(states[:, num_prefix + patch_index.shape[1] :]))
 
 
 class ReconstructingFlipModel(FlipModel):

@@ -59,7 +59,8 @@ def forward_flops(config: FlipConfig, mask_ratio: float, views: int = 1, text_ma
     vision: FlipVisionConfig = config.vision_config
     text: FlipTextConfig = config.text_config
     kept = num_kept(vision.num_patches, mask_ratio)
-    image_tokens, text_tokens = kept + 1, num_kept(text.max_position_embeddings, text_mask_ratio, "tokens")
+    image_tokens = vision.num_prefix_tokens + kept
+    text_tokens = num_kept(text.max_position_embeddings, text_mask_ratio, "tokens")
     pixels = vision.num_channels * vision.patch_size**2
     return Flops(
         patch_embedding=views * 2 * kept * pixels * vision.hidden_size,
