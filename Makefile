@@ -16,7 +16,7 @@ demo: setup
 	$(BIN)/flipscale study demo demo_clip --minutes $(MINUTES) --output_dir runs/demo --baselines
 
 test: setup
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: setup
 	$(BIN)/ruff check .

@@ -9,6 +9,10 @@ import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
+# The threads of small operations wait for each other in loops that take ten times as long beside other work.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
 import cv2
 import numpy as np
 import processes
@@ -17,7 +21,16 @@ import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Files that take long come first, so that the processes of pytest-xdist, which take whole files, end together.
+LONG_FILES = ("slurm", "distributed", "planning", "training", "objectives", "model", "hub")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the long files first."""
+    tests = Path(__file__).parent
+    places = {name: number for number, name in enumerate(LONG_FILES)}
+    items.sort(key=lambda item: places.get(item.path.relative_to(tests).parts[0], len(places)))
+
 
 COLOURS = {"red": (200, 30, 30), "green": (30, 180, 40), "blue": (30, 60, 210), "grey": (128, 128, 128)}
 SHAPES = ("disc", "bar", "ring", "cross")
