@@ -1,4 +1,4 @@
-"""Configuration of FLIP models: what the weights are, never how they are trained."""
+"""The configuration of FLIP models. It describes the weights, never how they are trained."""
 
 from typing import Any, ClassVar
 
@@ -62,13 +62,14 @@ def _refuse_activation(name: str) -> None:
 @strict
 class FlipVisionConfig(FlipPreTrainedConfig):
     r"""
-    Image tower: a ViT with a class token that has no position, fixed 2-D sine-cosine positions, no norm before the
-    blocks and the mean over all tokens (class token included) after the last one. The defaults are B/16.
+    The configuration of the image tower: a ViT with a class token without position, fixed 2-D sine-cosine positions,
+    no norm before the blocks, and the mean over all tokens (the class token included) after the last block. The
+    defaults are those of B/16.
 
     Args:
-        projection_dim: width of the joint embedding, used by `FlipVisionModelWithProjection` and `FlipModel`.
-        image_mean, image_std: per channel, or one number for all, on the 0..1 scale; applied by the model to uint8
-            `patches`.
+        projection_dim: the width of the joint embedding, used by `FlipVisionModelWithProjection` and `FlipModel`.
+        image_mean, image_std: one number per channel, or one for all, on the 0..1 scale. The model applies them to
+            uint8 `patches`.
         layer_norm_eps: 1e-6, as the original JAX code has it.
     """
 
@@ -114,14 +115,15 @@ class FlipVisionConfig(FlipPreTrainedConfig):
 @strict
 class FlipTextConfig(FlipPreTrainedConfig):
     r"""
-    Text tower: a bidirectional pre-norm transformer with learned positions. The defaults are the original's B/16.
+    The configuration of the text tower: a bidirectional pre-norm transformer with learned positions. The defaults are
+    those of the original's B/16.
 
     Args:
-        attend_to_padding: True is the original: every caption is padded to `max_position_embeddings` and the padding
-            takes part in attention. False masks it, and any padded length gives the same embedding.
-        pooling: "first" (the original: the first word piece, there is no class token) or "mean" (over all tokens, or
-            over the caption's own when `attend_to_padding` is False).
-        vocab_size: 30,523 is BERT's 30,522 and one row that no input reaches, as in the original's checkpoints.
+        attend_to_padding: True is the original's way: every caption is padded to `max_position_embeddings` and the
+            padding takes part in attention. False masks the padding, so its length does not change the embedding.
+        pooling: "first" is the original's: the first word piece, as there is no class token. "mean" averages all
+            tokens, or the caption's own when `attend_to_padding` is False.
+        vocab_size: 30,523 is BERT's 30,522 and one row that no input uses, as in the original's checkpoints.
     """
 
     model_type = "flip_text_model"
@@ -154,14 +156,15 @@ class FlipTextConfig(FlipPreTrainedConfig):
 @strict
 class FlipConfig(FlipPreTrainedConfig):
     r"""
-    Both towers and the temperature. Mask ratios are arguments of `forward`, never fields here: a released model must
-    not mask by itself.
+    The configuration of both towers and of the loss parameters. Mask ratios are arguments of `forward`, not fields
+    here: a released model must not mask by itself.
 
     Args:
-        projection_dim: width of the joint embedding; set on both towers. None takes the towers' own, which must agree.
-        logit_scale_init_value: ln(1/0.07), the value before the exponential.
-        logit_bias_init_value: the first value of `logit_bias`, which is added to every logit, as the sigmoid loss needs
-            it; None for a model without.
+        projection_dim: the width of the joint embedding, set on both towers. None takes the towers' own, which must be
+            equal.
+        logit_scale_init_value: ln(1/0.07), before the exponential is taken.
+        logit_bias_init_value: the initial value of `logit_bias`, which is added to every logit for the sigmoid loss.
+            None is for a model without it.
 
     Example:
 
@@ -177,7 +180,7 @@ class FlipConfig(FlipPreTrainedConfig):
         "vision_config": FlipVisionConfig,
     }
 
-    # A FlipTextConfig and a FlipVisionConfig once made; given as those, as dicts or not at all.
+    # Given as configurations, as dicts or not at all; configurations once this object is made.
     text_config: Any = None
     vision_config: Any = None
     projection_dim: int | None = None
@@ -209,13 +212,13 @@ class FlipConfig(FlipPreTrainedConfig):
     def from_size(
         cls, size: str, vision_config: dict[str, Any] | None = None, text_config: dict[str, Any] | None = None
     ) -> "FlipConfig":
-        """The configuration of a named size, single fields of a tower overridden.
+        """Return the configuration of a named size, with single fields of its towers replaced.
 
         Args:
             size: one of `SIZES`: b16, l16, h14 (paper, Table 9), l14 (paper, Table 2), g14 (LAION's G/14).
 
         Raises:
-            ValueError: an unknown size, or towers of two `projection_dim`.
+            ValueError: the size is unknown, or the towers differ in `projection_dim`.
         """
         if size not in SIZES:
             raise ValueError(f"model size {size!r} is unknown; use one of {', '.join(SIZES)}")

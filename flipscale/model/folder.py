@@ -1,4 +1,4 @@
-"""What a model folder must be before its weights are read: whole, and safetensors."""
+"""Check that a model folder is complete and safe before its weights are read."""
 
 import json
 import os
@@ -6,10 +6,10 @@ from pathlib import Path
 
 
 def check_folder(folder: Path, variant: str | None = None) -> None:
-    """Nothing, if the folder has a configuration and all its weights as safetensors, each file as long as it should be.
+    """Check that a folder has a configuration and all its weights as safetensors, each file of its full length.
 
     Args:
-        variant: of the weights, e.g. bf16.
+        variant: the variant of the weights, e.g. bf16.
 
     Raises:
         ValueError: a file is missing or cut short, or the weights are there as a pickle only.
@@ -30,7 +30,7 @@ def check_folder(folder: Path, variant: str | None = None) -> None:
                 f"{folder} is half a model: {file.name}, which {index.name} lists, is missing; get it again"
             )
         if file.stat().st_size != expected_bytes(file):
-            raise ValueError(f"{file} is cut short or damaged: {_bytes_told(file)}; download or export it again")
+            raise ValueError(f"{file} is cut short or damaged: {_describe_bytes(file)}; download or export it again")
 
 
 def _refuse_without_safetensors(folder: Path, wanted: str) -> None:
@@ -44,7 +44,7 @@ def _refuse_without_safetensors(folder: Path, wanted: str) -> None:
 
 
 def expected_bytes(file: Path) -> int | None:
-    """The size that a safetensors file's own header gives it, None where the header itself cannot be read."""
+    """Return the size that the header of a safetensors file promises; None if the header itself cannot be read."""
     with open(file, "rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         if length > os.path.getsize(file):
@@ -57,7 +57,7 @@ def expected_bytes(file: Path) -> int | None:
     return 8 + length + max(ends, default=0)
 
 
-def _bytes_told(file: Path) -> str:
+def _describe_bytes(file: Path) -> str:
     expected = expected_bytes(file)
     told = "its header cannot be read" if expected is None else f"its header promises {expected:,} bytes"
     return f"{told}, it has {file.stat().st_size:,}"

@@ -53,7 +53,7 @@ class FlipOutput(ModelOutput):
 
 @dataclass
 class FlipImageOutput(ModelOutput):
-    """`image_embeds` `(batch, projection_dim)`, projected, not normalised, and the image tower's own output."""
+    """The output of the image tower and its projection. `image_embeds` is `(batch, projection_dim)`, not normalised."""
 
     image_embeds: torch.Tensor | None = None
     last_hidden_state: torch.Tensor | None = None
@@ -63,7 +63,7 @@ class FlipImageOutput(ModelOutput):
 
 @dataclass
 class FlipTextOutput(ModelOutput):
-    """`text_embeds` `(batch, projection_dim)`, projected, not normalised, and the text tower's own output."""
+    """The output of the text tower and its projection. `text_embeds` is `(batch, projection_dim)`, not normalised."""
 
     text_embeds: torch.Tensor | None = None
     last_hidden_state: torch.Tensor | None = None
@@ -72,8 +72,15 @@ class FlipTextOutput(ModelOutput):
 
 
 def sincos_positions(width: int, rows: int, columns: int, spacing: float = 1.0) -> torch.Tensor:
-    """The fixed 2-D table `(rows * columns, width)`, fp32: the first half of the width encodes the column, the second
-    the row, each as sines then cosines. `spacing` below 1 reads between the positions of a smaller grid."""
+    """Return the fixed 2-D position table, fp32 `(rows * columns, width)`. The first half of the width encodes the
+    column and the second half the row, each as sines and then cosines.
+
+    Args:
+        spacing: the distance between neighbours; below 1 the table interpolates the positions of a smaller grid.
+
+    Raises:
+        ValueError: the width is not divisible by 4.
+    """
     if width % 4:
         raise ValueError(f"vision hidden_size {width} is not divisible by 4, which 2-D sine-cosine positions need")
     frequencies = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width / 4))
@@ -88,27 +95,29 @@ def sincos_positions(width: int, rows: int, columns: int, spacing: float = 1.0) 
 
 
 def normalise_embeds(embeds: torch.Tensor) -> torch.Tensor:
-    """fp32 embeddings of unit length; 1e-8 is added to the norm, as in the original."""
+    """Return the embeddings in fp32, each divided by its norm plus 1e-8, as in the original."""
     embeds = embeds.float()
     return embeds / (embeds.norm(dim=-1, keepdim=True) + 1e-8)
 
 
 def clip_loss(logits_per_image: torch.Tensor) -> torch.Tensor:
-    """Symmetric InfoNCE of square logits whose diagonal is the pairs: the loss of this process's batch alone."""
+    """Return the symmetric InfoNCE loss of square logits whose diagonal holds the positives. It covers the batch of
+    this process only."""
     target = torch.arange(len(logits_per_image), device=logits_per_image.device)
     by_image = nn.functional.cross_entropy(logits_per_image, target)
     return (by_image + nn.functional.cross_entropy(logits_per_image.t(), target)) / 2
 
 
 def siglip_loss(logits_per_image: torch.Tensor) -> torch.Tensor:
-    """The pairwise sigmoid loss of square logits whose diagonal is the pairs, a sum over texts and mean over images."""
+    """Return the pairwise sigmoid loss of square logits whose diagonal holds the positives: the sum over the texts,
+    averaged over the images."""
     signs = 2.0 * torch.eye(len(logits_per_image), device=logits_per_image.device) - 1.0
     return -nn.functional.logsigmoid(signs * logits_per_image).sum(dim=1).mean()
 
 
 class FlipPatchEmbedding(nn.Module):
-    """The patch convolution as a matrix product over the patches that are left; the weight keeps the shape of a
-    convolution, `(hidden_size, channels, patch_size, patch_size)`."""
+    """The patch convolution, computed as a matrix product over the visible patches only. The weight keeps the shape of
+    a convolution, `(hidden_size, channels, patch_size, patch_size)`."""
 
     def __init__(self, config: FlipVisionConfig):
         super().__init__()
@@ -118,10 +127,13 @@ class FlipPatchEmbedding(nn.Module):
         self.bias = nn.Parameter(torch.zeros(config.hidden_size))
 
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
+        """Map patches `(batch, kept, channels * p * p)` to tokens `(batch, kept, hidden_size)`."""
         return nn.functional.linear(patches.to(self.weight.dtype), self.weight.flatten(1), self.bias)
 
 
 class FlipVisionEmbeddings(nn.Module):
+    """The tokens that enter the image tower: the class token, then the visible patches with their positions."""
+
     position_embedding: torch.Tensor
     pixel_scale: torch.Tensor
     pixel_shift: torch.Tensor
@@ -135,7 +147,7 @@ class FlipVisionEmbeddings(nn.Module):
             self.register_buffer(name, value, persistent=False)
 
     def fixed_tables(self) -> dict[str, torch.Tensor]:
-        """The buffers, computed from the configuration: they are not saved, so `_init_weights` fills them again."""
+        """Compute the buffers from the configuration. They are not saved, so `_init_weights` fills them again."""
         config, side = self.config, self.config.image_size // self.config.patch_size
         mean = torch.tensor(config.image_mean, dtype=torch.float32)
         std = torch.tensor(config.image_std, dtype=torch.float32)
@@ -153,6 +165,11 @@ class FlipVisionEmbeddings(nn.Module):
         patch_index: torch.Tensor | None,
         interpolate_pos_encoding: bool,
     ) -> torch.Tensor:
+        """Return the tokens `(batch, 1 + kept, hidden_size)`. The arguments are those of `FlipVisionModel.forward`.
+
+        Raises:
+            ValueError: no image is given, or a shape does not fit the model.
+        """
         positions = self.position_embedding
         if patches is None:
             if pixel_values is None:
@@ -175,12 +192,13 @@ class FlipVisionEmbeddings(nn.Module):
         if patch_index is not None:
             positions = positions[0][patch_index.long()]
         embeds = embeds + positions.to(embeds.dtype)
-        # Not len(), which fixes the batch size of an exported graph.
+        # len() would fix the batch size of an exported graph.
         class_embeds = self.class_embedding.to(embeds.dtype).expand(embeds.shape[0], 1, -1)
         return torch.cat([class_embeds, embeds], dim=1)
 
     def normalise(self, patches: torch.Tensor) -> torch.Tensor:
-        """uint8 patches `(batch, kept, channels * p * p)` as fp32, mean and deviation of the channels taken out."""
+        """Convert uint8 patches `(batch, kept, channels * p * p)` to fp32, normalised by the mean and deviation of
+        each channel."""
         by_channel = patches.unflatten(2, (self.config.num_channels, -1)).float()
         return (by_channel * self.pixel_scale.view(-1, 1) + self.pixel_shift.view(-1, 1)).flatten(2)
 
@@ -220,12 +238,20 @@ class FlipVisionEmbeddings(nn.Module):
 
 
 class FlipTextEmbeddings(nn.Module):
+    """The tokens that enter the text tower: word pieces with learned positions."""
+
     def __init__(self, config: FlipTextConfig):
         super().__init__()
         self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
 
     def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor | None) -> torch.Tensor:
+        """Map ids `(batch, tokens)` to tokens `(batch, tokens, hidden_size)`. Without `position_ids`, positions count
+        from 0.
+
+        Raises:
+            ValueError: there are more tokens than positions.
+        """
         limit = self.position_embedding.num_embeddings
         if input_ids.shape[1] > limit:
             raise ValueError(f"input_ids has {input_ids.shape[1]} tokens, the model at most {limit}; truncate them")
@@ -245,21 +271,29 @@ def eager_attention_forward(
     num_returned: int | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention as two matrix products: q, k, v `(batch, heads, tokens, width)` to `(batch, tokens, heads, width)`,
-    and the weights among the first `num_returned` tokens. On CPUs it beats the fused kernel, whose bf16 backward pass
-    is slow at the few tokens that masking leaves."""
+    """Compute attention as two matrix products. On CPUs this is faster than the fused kernel, whose bf16 backward pass
+    is slow for the few tokens that masking leaves.
+
+    Args:
+        query, key, value: `(batch, heads, tokens, width)`.
+        attention_mask: added to the scores, `(batch, 1, tokens, tokens)`.
+        num_returned: return only the attention weights among the first `num_returned` tokens.
+
+    Returns:
+        The output `(batch, tokens, heads, width)` and the attention weights.
+    """
     batch, heads, tokens, width = query.shape
-    # Batch and heads as one dimension from the start: matmul would copy each of its operands to that form.
+    # Batch and heads are merged once here; matmul would copy each operand to merge them.
     query, key, value = (states.reshape(batch * heads, -1, width) for states in (query, key, value))
     scores = torch.baddbmm(query.new_empty(1, 1, 1), query, key.transpose(1, 2), beta=0.0, alpha=scaling)
     if attention_mask is not None:
         scores = (scores.view(batch, heads, tokens, -1) + attention_mask).flatten(0, 1)
-    # The kernel itself computes in fp32 and rounds its result.
+    # The softmax kernel computes in fp32 and rounds its result.
     weights = nn.functional.softmax(scores, dim=-1).to(value.dtype)
     weights = nn.functional.dropout(weights, p=dropout, training=module.training).view(batch, heads, tokens, -1)
     returned = weights
     if num_returned is not None:
-        # Put back what is handed out, so that the output depends on it and its gradient can be asked for.
+        # The returned part is written back, so that the output depends on it and autograd can give its gradient.
         returned = weights[..., :num_returned, :num_returned]
         rows = weights[..., :num_returned, :].slice_scatter(returned, -1, 0, num_returned)
         weights = weights.slice_scatter(rows, -2, 0, num_returned)
@@ -268,7 +302,7 @@ def eager_attention_forward(
 
 
 def cast_for_products(hidden_states: torch.Tensor) -> torch.Tensor:
-    """`hidden_states` as autocast would cast them for a matrix product, or as they are outside of autocast."""
+    """Cast `hidden_states` as autocast would for a matrix product; leave them as they are without autocast."""
     device_type = hidden_states.device.type
     if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
         return hidden_states.to(torch.get_autocast_dtype(device_type))
@@ -276,6 +310,8 @@ def cast_for_products(hidden_states: torch.Tensor) -> torch.Tensor:
 
 
 class FlipAttention(nn.Module):
+    """Multi-head self-attention with separate query, key and value projections."""
+
     def __init__(self, config: FlipVisionConfig | FlipTextConfig):
         super().__init__()
         if config.hidden_size % config.num_attention_heads:
@@ -295,7 +331,10 @@ class FlipAttention(nn.Module):
     def forward(
         self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        # Autocast would cast the norm's fp32 for q, k and v apart, and each would keep its copy for the backward pass.
+        """Return the output `(batch, tokens, hidden_size)`, and the attention weights where the implementation gives
+        them."""
+        # Autocast would cast the norm's fp32 output once for each of q, k and v, and keep three copies for the backward
+        # pass.
         hidden_states = cast_for_products(hidden_states)
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
         query = self.q_proj(hidden_states).view(shape).transpose(1, 2)
@@ -319,6 +358,8 @@ class FlipAttention(nn.Module):
 
 
 class FlipMLP(nn.Module):
+    """Two linear layers with an activation between them."""
+
     def __init__(self, config: FlipVisionConfig | FlipTextConfig):
         super().__init__()
         self.activation_fn = ACT2FN[config.hidden_act]
@@ -327,15 +368,19 @@ class FlipMLP(nn.Module):
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Map `(batch, tokens, hidden_size)` to the same shape."""
         hidden_states = self.fc1(hidden_states)
         if self.is_tanh_gelu and hidden_states.dtype == torch.bfloat16 and hidden_states.device.type == "cpu":
-            # In bf16 on a CPU the exact GELU stands in for its tanh form, which takes 3 to 5 times as long there and a
-            # sixth of a training step. They differ by less than 5e-4: 1e-4 of the embeddings, bf16 itself 4e-3.
+            # In bf16 on a CPU the tanh form of GELU takes 3 to 5 times as long as the exact form, a sixth of a training
+            # step, so the exact form replaces it. They differ by less than 5e-4. That moves the embeddings by 1e-4,
+            # relatively; bf16 rounding moves them by 4e-3.
             return self.fc2(nn.functional.gelu(hidden_states))
         return self.fc2(self.activation_fn(hidden_states))
 
 
 class FlipEncoderLayer(GradientCheckpointingLayer):
+    """One pre-norm transformer block."""
+
     def __init__(self, config: FlipVisionConfig | FlipTextConfig):
         super().__init__()
         self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -350,8 +395,12 @@ class FlipEncoderLayer(GradientCheckpointingLayer):
         padding: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """The tokens `(batch, tokens, width)` one block on; with `padding`, tokens that take part in everything but
-        are not the caller's own, the pair of both."""
+        """Return the tokens `(batch, tokens, width)` after the block.
+
+        Args:
+            padding: more tokens that take part in attention although the caller did not give them. They are returned
+                apart: the result is then the pair of both.
+        """
         length = hidden_states.shape[1]
         if padding is not None:
             hidden_states, kwargs["num_returned"] = torch.cat([hidden_states, padding], dim=1), length
@@ -361,6 +410,8 @@ class FlipEncoderLayer(GradientCheckpointingLayer):
 
 
 class FlipEncoder(nn.Module):
+    """The transformer blocks of a tower."""
+
     def __init__(self, config: FlipVisionConfig | FlipTextConfig):
         super().__init__()
         self.layers = nn.ModuleList([FlipEncoderLayer(config) for _ in range(config.num_hidden_layers)])
@@ -373,7 +424,8 @@ class FlipEncoder(nn.Module):
         padding: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """All tokens `(batch, tokens, width)`, those of `padding` last; hooks on a layer see the others alone."""
+        """Return all tokens after the last block, `(batch, tokens, width)`, those of `padding` last. The hidden states
+        and attention weights that transformers records do not include the padding."""
         if padding is None:
             for layer in self.layers:
                 hidden_states = layer(hidden_states, attention_mask, **kwargs)
@@ -384,6 +436,8 @@ class FlipEncoder(nn.Module):
 
 
 class FlipPreTrainedModel(PreTrainedModel):
+    """The base of all FLIP models: how they are initialised and loaded."""
+
     config: Any
     config_class = FlipConfig
     base_model_prefix = "flip"
@@ -400,10 +454,11 @@ class FlipPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """The model of a folder or Hub name, from safetensors and never from a pickle.
+        """Load the model of a folder or Hub name. Weights are read from safetensors, never from a pickle.
 
         Raises:
-            ValueError: a folder that is not whole, weights as a pickle only, or `use_safetensors=False`.
+            ValueError: a file of the folder is missing or cut short, the weights are there as a pickle only, or
+                `use_safetensors` is False.
         """
         if kwargs.pop("use_safetensors", None) is False:
             raise ValueError("use_safetensors is False; a pickle can run code when it is read and is never loaded")
@@ -422,13 +477,14 @@ class FlipPreTrainedModel(PreTrainedModel):
             ) from error
 
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
-        """Calls `_init_weights` for every module. For code that is not in transformers, transformers leaves out modules
-        without a parameter of their own, in case it writes over loaded weights; `init` below never does."""
+        """Call `_init_weights` for every module. In custom code, transformers skips modules without parameters, since
+        the code might overwrite loaded weights. The functions of `init` never do, and our tables need filling."""
         super()._initialize_weights(module, is_custom_code=False)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """As the original: Xavier-uniform matrices (q, k, v as one fused matrix), normal(0.02) tokens and positions."""
+        """Initialise a module as the original does: matrices are Xavier-uniform (q, k and v as one fused matrix);
+        tokens and positions are normal with deviation 0.02."""
         super()._init_weights(module)
         if isinstance(module, FlipVisionEmbeddings):
             init.normal_(module.class_embedding, std=0.02)
@@ -459,14 +515,14 @@ class FlipPreTrainedModel(PreTrainedModel):
 
 
 class FlipVisionModel(FlipPreTrainedModel):
-    """The image tower without projection. `pooler_output` is the mean over all tokens after the last norm."""
+    """The image tower without its projection. `pooler_output` is the mean over all tokens after the last norm."""
 
     config: FlipVisionConfig
     main_input_name = "pixel_values"
     input_modalities = ("image",)
     base_model_prefix = "vision_model"
     _input_embed_layer = "patch_embedding"
-    # Of a whole FlipModel's weights, what this tower has no use for.
+    # The weights of a FlipModel that do not belong to this tower.
     _keys_to_ignore_on_load_unexpected = [r"^text_", r"^image_projection\.", r"^logit_"]  # noqa: RUF012
 
     def __init__(self, config: FlipVisionConfig):
@@ -491,19 +547,19 @@ class FlipVisionModel(FlipPreTrainedModel):
         **kwargs: Any,
     ) -> BaseModelOutputWithPooling:
         r"""
-        Give either whole images or the patches that are left of them.
+        Encode either whole images or their visible patches.
 
         Args:
             pixel_values: `(batch, channels, image_size, image_size)`, normalised.
-            image_mask_ratio: fraction of the patches of `pixel_values` removed at random, in [0, 1).
-            patches: `(batch, kept, channels * p * p)`, channel-major as a flattened convolution kernel; uint8 0..255
-                (normalised here with the configuration's mean and deviation) or float, already normalised.
-            patch_index: integers `(batch, kept)`: the row-major position of each patch. With `pixel_values` it chooses
-                the patches and takes the place of `image_mask_ratio`; without it, `patches` are the whole image.
-            interpolate_pos_encoding: accept another image size, its positions read between the model's own.
+            image_mask_ratio: the fraction of the patches of `pixel_values` that is removed at random, in [0, 1).
+            patches: `(batch, kept, channels * p * p)`, channel-major like a flattened convolution kernel. uint8 values
+                0..255 are normalised here with the configuration's mean and deviation; floats must be normalised.
+            patch_index: integers `(batch, kept)`, the row-major position of each patch. Given with `pixel_values` it
+                selects the patches, and `image_mask_ratio` is not used. Without it, `patches` are the whole image.
+            interpolate_pos_encoding: accept another image size and interpolate the positions.
 
-        Several masks of one image are `patches` `(batch, views, kept, channels * p * p)` and `patch_index`
-        `(batch, views, kept)`: the tower takes them as `batch * views` images, the views of an image in a row.
+        Several masks of one image are given as `patches` `(batch, views, kept, channels * p * p)` and `patch_index`
+        `(batch, views, kept)`. The output is that of `batch * views` images, the views of an image next to each other.
         """
         hidden_states = self.embeddings(pixel_values, image_mask_ratio, patches, patch_index, interpolate_pos_encoding)
         hidden_states = self.final_layer_norm(self.encoder(hidden_states, **kwargs))
@@ -511,7 +567,7 @@ class FlipVisionModel(FlipPreTrainedModel):
 
 
 class FlipTextModel(FlipPreTrainedModel):
-    """The text tower without projection. `pooler_output` is the first token, or the mean, after the last norm."""
+    """The text tower without its projection. `pooler_output` is the first token after the last norm, or the mean."""
 
     config: FlipTextConfig
     input_modalities = ("text",)
@@ -542,11 +598,14 @@ class FlipTextModel(FlipPreTrainedModel):
         **kwargs: Any,
     ) -> BaseModelOutputWithPooling:
         r"""
+        Encode captions.
+
         Args:
             input_ids: `(batch, tokens)`, at most `max_position_embeddings` tokens, padded on the right.
-            attention_mask: `(batch, tokens)`, 1 for the caption's own tokens; taken from `pad_token_id` when absent.
-                Not used when `attend_to_padding`: the original pads every caption to the full length and attends to
-                the padding, so shorter `input_ids` are padded here to give the same embedding at any padded length.
+            attention_mask: `(batch, tokens)`, 1 for the caption's own tokens. By default the tokens that are not
+                `pad_token_id`. It is not used when `attend_to_padding`: the original pads every caption to the full
+                length and attends to the padding, so shorter `input_ids` are padded here. The embedding is then the
+                same at any padded length.
         """
         if input_ids is None:
             raise ValueError("input_ids is missing")
@@ -578,7 +637,7 @@ class FlipTextModel(FlipPreTrainedModel):
 
 
 class FlipVisionModelWithProjection(FlipPreTrainedModel):
-    """The image tower and its projection: `image_embeds`, not normalised."""
+    """The image tower and its projection. `image_embeds` are not normalised."""
 
     config: FlipVisionConfig
     main_input_name = "pixel_values"
@@ -596,7 +655,7 @@ class FlipVisionModelWithProjection(FlipPreTrainedModel):
 
     @can_return_tuple
     def forward(self, pixel_values: torch.Tensor | None = None, **kwargs: Any) -> FlipImageOutput:
-        """Takes what `FlipVisionModel` takes."""
+        """Encode and project images. The arguments are those of `FlipVisionModel.forward`."""
         output = self.vision_model(pixel_values=pixel_values, **kwargs)
         return FlipImageOutput(
             image_embeds=self.image_projection(output.pooler_output),
@@ -607,7 +666,7 @@ class FlipVisionModelWithProjection(FlipPreTrainedModel):
 
 
 class FlipTextModelWithProjection(FlipPreTrainedModel):
-    """The text tower and its projection: `text_embeds`, not normalised."""
+    """The text tower and its projection. `text_embeds` are not normalised."""
 
     config: FlipTextConfig
     input_modalities = ("text",)
@@ -627,7 +686,7 @@ class FlipTextModelWithProjection(FlipPreTrainedModel):
 
     @can_return_tuple
     def forward(self, input_ids: torch.Tensor | None = None, **kwargs: Any) -> FlipTextOutput:
-        """Takes what `FlipTextModel` takes."""
+        """Encode and project captions. The arguments are those of `FlipTextModel.forward`."""
         output = self.text_model(input_ids=input_ids, **kwargs)
         return FlipTextOutput(
             text_embeds=self.text_projection(output.pooler_output),
@@ -660,7 +719,7 @@ class FlipModel(FlipPreTrainedModel):
             # Shape (1,): a 0-d parameter cannot be sharded.
             setattr(self, name, None if missing else nn.Parameter(torch.zeros(1)))
         self.post_init()
-        # Not its towers' lists, each of which is of all that the other has.
+        # PreTrainedModel collects the towers' lists, and each of them names the weights of the other tower.
         self._keys_to_ignore_on_load_unexpected = set()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -671,16 +730,16 @@ class FlipModel(FlipPreTrainedModel):
 
     @can_return_tuple
     def get_image_features(self, pixel_values: torch.Tensor | None = None, **kwargs: Any) -> BaseModelOutputWithPooling:
-        """The image tower's output, its `pooler_output` projected to `(batch, projection_dim)`, not normalised.
-        Takes what `FlipVisionModel` takes."""
+        """Return the image tower's output with `pooler_output` projected to `(batch, projection_dim)`, not normalised.
+        The arguments are those of `FlipVisionModel.forward`."""
         output = self.vision_model(pixel_values=pixel_values, **kwargs)
         output.pooler_output = self.image_projection(output.pooler_output)
         return output
 
     @can_return_tuple
     def get_text_features(self, input_ids: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
-        """The text tower's output, its `pooler_output` projected to `(batch, projection_dim)`, not normalised.
-        Takes what `FlipTextModel` takes."""
+        """Return the text tower's output with `pooler_output` projected to `(batch, projection_dim)`, not normalised.
+        The arguments are those of `FlipTextModel.forward`."""
         output = self.text_model(input_ids=input_ids, **kwargs)
         output.pooler_output = self.text_projection(output.pooler_output)
         return output
@@ -710,11 +769,14 @@ class FlipModel(FlipPreTrainedModel):
         **kwargs: Any,
     ) -> FlipOutput:
         r"""
+        Embed images and captions and compare them.
+
         Args:
-            input_ids, attention_mask, position_ids: as `FlipTextModel` takes them.
-            pixel_values, image_mask_ratio, patches, patch_index, interpolate_pos_encoding: as `FlipVisionModel`.
-            return_loss: the loss of this batch alone; training over many processes takes its loss from
-                the embeddings instead (`flipscale.objectives.contrastive`).
+            input_ids, attention_mask, position_ids: see `FlipTextModel.forward`.
+            pixel_values, image_mask_ratio, patches, patch_index, interpolate_pos_encoding: see
+                `FlipVisionModel.forward`.
+            return_loss: also compute the loss of this batch. Training on several processes computes its loss from the
+                embeddings instead (`flipscale.objectives.contrastive`).
             return_logits: False skips the `(images, texts)` matrix, which training does not need.
         """
         image_output = self.get_image_features(
@@ -750,8 +812,8 @@ class FlipModel(FlipPreTrainedModel):
 
 
 class FlipForImageClassification(FlipPreTrainedModel):
-    """The image tower and a linear head on its `pooler_output`: `num_labels` classes. Loaded from a `FlipModel`'s
-    folder, it has that model's image tower and a new head."""
+    """The image tower and a linear classifier of `num_labels` classes on its `pooler_output`. Loaded from the folder of
+    a `FlipModel`, it has that model's image tower and a new classifier."""
 
     config: FlipConfig
     main_input_name = "pixel_values"
@@ -772,11 +834,11 @@ class FlipForImageClassification(FlipPreTrainedModel):
         self, pixel_values: torch.Tensor | None = None, labels: torch.Tensor | None = None, **kwargs: Any
     ) -> ImageClassifierOutput:
         r"""
-        Takes what `FlipVisionModel` takes.
+        Classify images. The other arguments are those of `FlipVisionModel.forward`.
 
         Args:
-            labels: `(batch,)`, class numbers, for a cross-entropy `loss`; floats for a regression where `num_labels`
-                is 1, `(batch, num_labels)` floats for several labels at once.
+            labels: `(batch,)` class numbers give a cross-entropy `loss`. With `num_labels` 1, floats give a regression
+                loss. `(batch, num_labels)` floats are several labels of an image.
         """
         output = self.vision_model(pixel_values=pixel_values, **kwargs)
         logits = self.classifier(output.pooler_output)
