@@ -22,61 +22,90 @@ from flipscale.training.recipe import parse_recipe
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the subjects of `flipscale bench` and their options."""
+    """Add the arguments of `flipscale bench`."""
     subjects = parser.add_subparsers(dest="subject", metavar="SUBJECT", required=True)
-    step = subjects.add_parser("step", help="a training step: images/s, share of the matmul peak, memory")
-    step.add_argument("--mask_ratio", type=float, default=0.75)
-    step.add_argument("--dtype", choices=sorted(DTYPES), default="bf16")
-    step.add_argument("--compile", action="store_true", help="torch.compile the model")
-    step.add_argument("--peer", choices=["open_clip"], help="measure this code's step instead of ours")
-    add_data_arguments(subjects)
-    compare = subjects.add_parser(
-        "compare", help="our step and open_clip's in turn: masked and unmasked, bf16 and fp32"
+
+    def add(subject: str, summary: str) -> argparse.ArgumentParser:
+        return subjects.add_parser(subject, help=summary, description=summary)
+
+    step = add("step", "Measure a training step: images/s, memory, and the share of the peak of matrix products.")
+    step.add_argument(
+        "--mask_ratio", type=float, default=0.75, help="The fraction of patches removed; 0.75 by default."
     )
-    loss = subjects.add_parser("loss", help="the contrastive loss and its gradients: time, extra memory, share of peak")
-    loss.add_argument("--n", type=int, default=16384, help="pairs")
-    loss.add_argument("--dim", type=int, default=512, help="width of the embeddings")
-    loss.add_argument("--peer", choices=["open_clip"], help="measure this code's loss instead of ours")
-    losses = subjects.add_parser("compare_loss", help="our loss and open_clip's, each in a process of its own")
-    losses.add_argument("--n", type=int, nargs="+", default=[16384, 32768], help="pairs")
-    losses.add_argument("--dim", type=int, nargs="+", default=[512, 768], help="widths of the embeddings")
-    for parser in (loss, losses):
-        parser.add_argument("--steps", type=int, default=5, help="runs that are timed, after an untimed one")
-        parser.add_argument("--threads", type=int, help="CPU threads; all by default")
-        parser.add_argument("--json", action="store_true", help="JSON lines instead of a table")
+    step.add_argument("--dtype", choices=sorted(DTYPES), default="bf16", help="Precision of products; bf16 by default.")
+    step.add_argument("--compile", action="store_true", help="Compile the model with torch.compile.")
+    step.add_argument("--peer", choices=["open_clip"], help="Measure this code base's step instead.")
+    compare = add("compare", "Measure our step and open_clip's in turn, masked and unmasked, in bf16 and fp32.")
+    loss = add("loss", "Measure the contrastive loss and its gradients: time, extra memory, share of the peak.")
+    loss.add_argument("--n", type=int, default=16384, help="How many pairs; 16384 by default.")
+    loss.add_argument("--dim", type=int, default=512, help="The width of the embeddings; 512 by default.")
+    loss.add_argument("--peer", choices=["open_clip"], help="Measure this code base's loss instead.")
+    losses = add("compare_loss", "Measure our loss and open_clip's, each in a process of its own.")
+    losses.add_argument(
+        "--n", type=int, nargs="+", default=[16384, 32768], help="Numbers of pairs; 16384 32768 by default."
+    )
+    losses.add_argument(
+        "--dim", type=int, nargs="+", default=[512, 768], help="Widths of embeddings; 512 768 by default."
+    )
     for parser, num_steps in ((step, 10), (compare, 5)):
-        parser.add_argument("--size", choices=sorted(SIZES), default="b16")
-        parser.add_argument("--batch_size", type=int, default=32)
         parser.add_argument(
-            "--steps", type=int, default=num_steps, help="steps of each that are timed, after two untimed ones"
+            "--size", choices=sorted(SIZES), default="b16", help="The size of the model; b16 by default."
         )
-        parser.add_argument("--threads", type=int, help="CPU threads; all by default")
-        parser.add_argument("--json", action="store_true", help="JSON lines instead of a table")
+        parser.add_argument("--batch_size", type=int, default=32, help="How many pairs a step takes; 32 by default.")
+        parser.add_argument(
+            "--steps",
+            type=int,
+            default=num_steps,
+            help=f"How many steps are timed, after two that are not; {num_steps} by default.",
+        )
+    for parser in (loss, losses):
+        parser.add_argument(
+            "--steps", type=int, default=5, help="How often each is timed, after once that is not; 5 by default."
+        )
+    for parser in (step, compare, loss, losses):
+        parser.add_argument("--threads", type=int, help="How many CPU threads work; by default all.")
+        parser.add_argument("--json", action="store_true", help="Print JSON lines instead of a table.")
+    data = add("data", "Measure the loader: images/s of a worker, bytes, memory, and where its time goes.")
+    compare_loaders = add("compare_data", "Measure our loader and two others in turn, with one worker each.")
+    add_data_arguments(data, compare_loaders)
 
 
-def add_data_arguments(subjects: Any) -> None:
-    """Add the options of `bench data` and `bench compare_data`."""
-    data = subjects.add_parser("data", help="the loader: images/s of a worker, bytes, memory, and where the time goes")
-    data.add_argument("--shards", help="a folder of tar shards, a glob or a range; by default the recipe's")
-    data.add_argument("--recipe", help="a recipe file or name, in place of the four options below")
-    data.add_argument("--num_workers", type=int, default=1, help="0 makes batches in this process")
+def add_data_arguments(data: argparse.ArgumentParser, compare: argparse.ArgumentParser) -> None:
+    """Add the arguments of `bench data` and `bench compare_data`."""
+    data.add_argument("--shards", help="A folder of tar shards, a glob or a range; by default those of --recipe.")
+    data.add_argument("--recipe", help="Take the loader's settings from this recipe, a file or a name.")
     data.add_argument(
-        "--peer", choices=["open_clip", "webdataset"], help="measure this code's loader instead of ours, one worker"
+        "--num_workers", type=int, default=1, help="How many workers; 1 by default, 0 decodes in this process."
     )
-    data.add_argument("--size", choices=sorted(SIZES), default="l16", help="the model that the GPU trains")
-    data.add_argument("--gpu_tflops", type=float, default=400.0, help="what that GPU reaches in training, in TFLOP/s")
-    compare = subjects.add_parser("compare_data", help="our loader and two others in turn, one worker each")
-    compare.add_argument("--shards", nargs="+", required=True, help="folders of shards, a table row each")
+    data.add_argument("--peer", choices=["open_clip", "webdataset"], help="Measure this code base's loader instead.")
+    data.add_argument(
+        "--size", choices=sorted(SIZES), default="l16", help="The model for which workers are counted; l16 by default."
+    )
+    data.add_argument(
+        "--gpu_tflops", type=float, default=400.0, help="TFLOP/s that its GPU reaches in training; 400 by default."
+    )
+    compare.add_argument("--shards", nargs="+", required=True, help="Folders of shards; each is a row of the table.")
     for parser, batches in ((data, 10), (compare, 5)):
-        parser.add_argument("--mask_ratio", type=float, default=0.75)
-        parser.add_argument("--image_size", type=int, default=224)
-        parser.add_argument("--patch_size", type=int, default=16)
         parser.add_argument(
-            "--tokenizer", default="captions", help="as in a recipe; by default one trained on the captions"
+            "--mask_ratio", type=float, default=0.75, help="The fraction of patches removed; 0.75 by default."
         )
-        parser.add_argument("--batch_size", type=int, default=256)
-        parser.add_argument("--batches", type=int, default=batches, help="batches timed, for each worker")
-        parser.add_argument("--json", action="store_true", help="JSON lines instead of a table")
+        parser.add_argument(
+            "--image_size", type=int, default=224, help="The side of the image in pixels; 224 by default."
+        )
+        parser.add_argument("--patch_size", type=int, default=16, help="The side of a patch in pixels; 16 by default.")
+        parser.add_argument(
+            "--tokenizer",
+            default="captions",
+            help="A tokenizer named as in a recipe; by default one is trained on the captions.",
+        )
+        parser.add_argument("--batch_size", type=int, default=256, help="How many pairs a batch has; 256 by default.")
+        parser.add_argument(
+            "--batches",
+            type=int,
+            default=batches,
+            help=f"How many batches of each worker are timed; {batches} by default.",
+        )
+        parser.add_argument("--json", action="store_true", help="Print JSON lines instead of a table.")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -8,16 +8,16 @@ from collections.abc import Sequence
 from flipscale.training.console import report_user_errors
 
 VERBS = {
-    "prepare": "write data: the demo set, shards and their indices",
-    "pretrain": "pre-train a model by masking, then tune it unmasked, as a recipe says",
-    "evaluate": "zero-shot classification and retrieval of a trained model",
-    "status": "how far runs are, how fast, and whether they live",
-    "export": "write a run's model as a folder that transformers loads",
-    "study": "run recipes side by side at equal wall-clock and compare them",
-    "push": "put a trained model on the Hub",
-    "convert": "turn other checkpoints into a model folder",
-    "launch_files": "write accelerate's launch files and the Slurm scripts into a folder",
-    "bench": "measure speed and memory, one JSON line each",
+    "prepare": "Write or inspect training data: shards, their indices, the demo's data.",
+    "pretrain": "Train a model as a recipe says: masked pre-training, then unmasked tuning.",
+    "evaluate": "Evaluate a trained model by zero-shot classification, retrieval or other tasks.",
+    "status": "Print the progress and speed of runs, and whether they are alive.",
+    "export": "Write the model of a checkpoint as a folder that transformers loads.",
+    "study": "Train several recipes at once for the same time, and compare them.",
+    "push": "Upload a trained model to the Hugging Face Hub.",
+    "convert": "Convert models from and for other programs.",
+    "launch_files": "Write accelerate's launch files and the Slurm scripts into a folder.",
+    "bench": "Measure the speed and memory of the training step, the loss and the loader.",
 }
 
 

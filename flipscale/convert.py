@@ -7,25 +7,31 @@ from pathlib import Path
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `flipscale convert`."""
     kinds = parser.add_subparsers(dest="kind", metavar="KIND", required=True)
-    flip = kinds.add_parser("flip", help="a checkpoint of the original JAX FLIP to a model folder")
-    flip.add_argument("src", help="the checkpoint_N folder, a folder or a zip that holds it")
-    flip.add_argument("dst", help="the model folder to write")
-    flip.add_argument("--size", help="b16, l16 or h14, which tells the attention heads; refused if the shapes differ")
-    flip.add_argument("--image_heads", type=int, help="attention heads of the image tower, in place of --size")
-    flip.add_argument("--text_heads", type=int, help="attention heads of the text tower, in place of --size")
+
+    def add(kind: str, summary: str) -> argparse.ArgumentParser:
+        return kinds.add_parser(kind, help=summary, description=summary)
+
+    flip = add("flip", "Convert a checkpoint of the original JAX FLIP to a model folder.")
+    flip.add_argument("src", help="The folder checkpoint_N, or a folder or zip file that has it.")
+    flip.add_argument("dst", help="The model folder to write.")
+    flip.add_argument(
+        "--size", help="The size, b16, l16 or h14, which sets the attention heads; other shapes are refused."
+    )
+    flip.add_argument("--image_heads", type=int, help="Attention heads of the image tower, where there is no --size.")
+    flip.add_argument("--text_heads", type=int, help="Attention heads of the text tower, where there is no --size.")
     flip.add_argument(
         "--tokenizer",
-        help="source of the original's tokenizer: a BERT vocab.txt, a folder that has one, or a model on the Hub that "
-        "has one; with --size it is google-bert/bert-base-uncased unless named",
+        help="Where the original's vocabulary is: a BERT vocab.txt, or a folder or a model on the Hub that has one. "
+        "With --size it is google-bert/bert-base-uncased unless named.",
     )
     flip.set_defaults(convert=_from_flip)
-    open_clip = kinds.add_parser("open_clip", help="a model folder to one that open_clip loads, with equal embeddings")
-    open_clip.add_argument("src", help="a model folder, such as runs/demo/model, or a Hub name")
-    open_clip.add_argument("dst", help="the folder to write, for open_clip.create_model('local-dir:DST')")
+    open_clip = add("open_clip", "Convert a model folder to a folder that open_clip loads, with equal embeddings.")
+    open_clip.add_argument("src", help="A model folder, such as runs/l16/model, or a Hub name.")
+    open_clip.add_argument("dst", help="The folder to write; open_clip.create_model('local-dir:DST') loads it.")
     open_clip.set_defaults(convert=_to_open_clip)
-    onnx = kinds.add_parser("onnx", help="a model folder to ONNX, one file a tower, checked with onnxruntime")
-    onnx.add_argument("src", help="a model folder, such as runs/demo/model, or a Hub name")
-    onnx.add_argument("dst", help="the folder to write")
+    onnx = add("onnx", "Convert a model folder to ONNX, one file for each tower, and check them with onnxruntime.")
+    onnx.add_argument("src", help="A model folder, such as runs/l16/model, or a Hub name.")
+    onnx.add_argument("dst", help="The folder to write.")
     onnx.set_defaults(convert=_to_onnx)
 
 

@@ -21,22 +21,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `flipscale evaluate`."""
     parser.add_argument(
         "model",
-        help="a model folder, such as runs/demo/model, or a Hub name; or one of open_clip's, open_clip:NAME,PRETRAINED",
+        help="A model folder, such as runs/demo/model, a Hub name, or a model of open_clip: open_clip:NAME,PRETRAINED.",
     )
-    parser.add_argument("--zero_shot", metavar="DIR", help="classification shards (KEY.cls) with classnames.txt")
-    parser.add_argument("--retrieval", metavar="DIR", help="image-caption shards (KEY.txt)")
+    parser.add_argument(
+        "--zero_shot",
+        metavar="DIR",
+        help="Classify the images of this folder: shards with KEY.cls, and classnames.txt.",
+    )
+    parser.add_argument(
+        "--retrieval", metavar="DIR", help="Retrieve images and captions of this folder: shards with KEY.txt."
+    )
     parser.add_argument(
         "--task",
         metavar="YAML",
         action="append",
         default=[],
-        help="any other evaluation, as a recipe's eval.tasks lists it: '{kind: retrieval, data: DIR, ks: [1, 100]}'; "
-        f"kinds: {', '.join(KINDS)}; may be given several times",
+        help="Do an evaluation as a recipe's eval.tasks has it, such as '{kind: retrieval, data: DIR, ks: [1, 100]}'. "
+        f"The kinds are {', '.join(KINDS)}. May be given several times.",
     )
-    parser.add_argument("--templates", choices=sorted(TEMPLATES), help="CLIP's prompts in place of the folder's own")
-    parser.add_argument("--batch_size", type=int, default=256, help="images or texts that a process embeds at once")
-    parser.add_argument("--num_workers", type=int, default=4, help="processes that decode images, 0 for none")
-    parser.add_argument("--json", action="store_true", help="one JSON line of the values instead of a table")
+    parser.add_argument(
+        "--templates", choices=sorted(TEMPLATES), help="Use a set of CLIP's prompts instead of the folder's own."
+    )
+    parser.add_argument(
+        "--batch_size", type=int, default=256, help="How many images or texts a process embeds at once; 256 by default."
+    )
+    parser.add_argument(
+        "--num_workers",
+        type=int,
+        default=4,
+        help="How many processes decode images; 4 by default, 0 decodes in this process.",
+    )
+    parser.add_argument("--json", action="store_true", help="Print one JSON line instead of a table.")
 
 
 def run(args: argparse.Namespace) -> None:

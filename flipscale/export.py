@@ -5,11 +5,13 @@ from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of `flipscale export`."""
-    parser.add_argument("run_dir", metavar="RUN", type=Path, help="a run directory, finished or not")
-    parser.add_argument("--step", type=int, help="the step of the checkpoint; by default the newest")
-    parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="the type of the weights")
-    parser.add_argument("--out", metavar="DIR", type=Path, help="the folder; RUN/export-STEP by default")
+    """Add the arguments of `flipscale export`."""
+    parser.add_argument("run_dir", metavar="RUN", type=Path, help="A run directory, finished or not.")
+    parser.add_argument("--step", type=int, help="Export the checkpoint of this step; by default the newest.")
+    parser.add_argument(
+        "--dtype", choices=["fp32", "bf16"], default="fp32", help="The data type of the weights; fp32 by default."
+    )
+    parser.add_argument("--out", metavar="DIR", type=Path, help="The folder to write; by default RUN/export-STEP.")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "directory",
         metavar="DIR",
         type=Path,
-        help="the folder to write ds_configs/ and slurm/ into; start training from there, for example `.`",
+        help="The folder to write ds_configs/ and slurm/ into, such as `.`; training is started there.",
     )
 
 

@@ -7,58 +7,91 @@ from pathlib import Path
 
 from flipscale.data.sources.tar_source import TarSource
 
-_SHARDS_HELP = "a folder, a glob, or a range such as 'laion/{00000..41407}.tar'"
+_SHARDS_HELP = "The shards: a folder, a glob, or a range such as 'laion/{00000..41407}.tar'."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of `flipscale prepare`."""
+    """Add the arguments of `flipscale prepare`."""
     kinds = parser.add_subparsers(dest="kind", metavar="WHAT", required=True)
-    add_shards_arguments(kinds.add_parser("shards", help="write shards from a folder, a table or a `datasets` name"))
-    inspect = kinds.add_parser("inspect", help="report what is in shards, and draw a sheet of samples")
+
+    def add(kind: str, summary: str) -> argparse.ArgumentParser:
+        return kinds.add_parser(kind, help=summary, description=summary)
+
+    add_shards_arguments(add("shards", "Write tar shards from a folder of images, a table or a `datasets` data set."))
+    inspect = add("inspect", "Print what is in shards, find bad samples, and draw a contact sheet.")
     inspect.add_argument("shards", help=_SHARDS_HELP)
-    inspect.add_argument("--sheet", type=Path, default=Path("contact_sheet.png"), help="the PNG to write")
-    inspect.add_argument("--tokenizer", help="as in a recipe; also counts tokens")
-    inspect.add_argument("--max_samples", type=int, default=0, help="check this many, evenly spread; 0 checks all")
-    inspect.add_argument("--json", action="store_true", help="one JSON line instead of a table")
-    demo = kinds.add_parser("demo", help="download and render the emoji sets: shards, a test set, a tokenizer")
-    demo.add_argument("directory", type=Path)
+    inspect.add_argument(
+        "--sheet",
+        type=Path,
+        default=Path("contact_sheet.png"),
+        help="The PNG file to draw; contact_sheet.png by default.",
+    )
+    inspect.add_argument("--tokenizer", help="Count the tokens of captions too, with a tokenizer named as in a recipe.")
+    inspect.add_argument(
+        "--max_samples",
+        type=int,
+        default=0,
+        help="Check only this many samples, evenly spread; 0, the default, checks all.",
+    )
+    inspect.add_argument("--json", action="store_true", help="Print one JSON line instead of a table.")
+    demo = add("demo", "Download and draw the emoji of the demo: training shards, a test set and a tokenizer.")
+    demo.add_argument("directory", type=Path, help="The folder to write, data/demo in the demo's recipes.")
     demo.add_argument(
         "--with_validation",
         action="store_true",
-        help="also write a validation set by one artist, and training data without it",
+        help="Write also a validation set by one artist, and training data without it.",
     )
     demo.add_argument(
         "--with_unseen",
         action="store_true",
-        help="also write training data without a tenth of the concepts, and a test set of these",
+        help="Write also a test set of a tenth of the concepts, and training data without these concepts.",
     )
-    photos = kinds.add_parser(
-        "photos", help="write JPEGs of two sizes to benchmark loaders with, from a Debian package"
+    photos = add("photos", "Write JPEGs of two sizes, cut from photos in a Debian package, to measure loaders with.")
+    photos.add_argument("directory", type=Path, help="The folder to write.")
+    photos.add_argument(
+        "--num_images", type=int, default=2000, help="How many JPEGs to write of each size; 2000 by default."
     )
-    photos.add_argument("directory", type=Path)
-    photos.add_argument("--num_images", type=int, default=2000, help="of each size")
-    index = kinds.add_parser(
-        "index", help="write the index of offsets beside each shard (training does it when absent)"
-    )
+    index = add("index", "Write the index of offsets beside each shard. Training does this too where one is missing.")
     index.add_argument("shards", help=_SHARDS_HELP)
 
 
 def add_shards_arguments(shards: argparse.ArgumentParser) -> None:
-    """Add the options of `flipscale prepare shards`."""
+    """Add the arguments of `flipscale prepare shards`."""
     shards.add_argument(
         "source",
-        help="a folder of images with .txt or .json beside them or a metadata table in it; "
-        "a CSV, TSV, JSONL or parquet table of paths and captions; or the name of a data set for `datasets`",
+        help="A folder of images that has a .txt or .json file beside each or a metadata table; "
+        "a CSV, TSV, JSONL or parquet table of paths and captions; or the name of a data set for `datasets`.",
     )
-    shards.add_argument("directory", type=Path, help="where the shards are written; an interrupted run continues there")
-    shards.add_argument("--image_column", help="of a table or data set; by default the first common name that it has")
-    shards.add_argument("--caption_column", help="likewise; a list of texts gives an image several captions")
-    shards.add_argument("--split", default="train", help="of a data set")
-    shards.add_argument("--short_side", type=int, default=256, help="shrink larger images to it; keep others")
-    shards.add_argument("--jpeg_quality", type=int, default=90, help="of the images that are shrunk")
-    shards.add_argument("--pairs_per_shard", type=int, default=10_000)
-    shards.add_argument("--drop_duplicates", action="store_true", help="keep the first of images with the same bytes")
-    shards.add_argument("--num_workers", type=int, default=os.cpu_count() or 1, help="processes")
+    shards.add_argument(
+        "directory", type=Path, help="The folder to write; the same command continues there after an interruption."
+    )
+    shards.add_argument("--image_column", help="The column of images; by default the first column with a usual name.")
+    shards.add_argument(
+        "--caption_column",
+        help="The column of captions, likewise; a list of texts in it is several captions of one image.",
+    )
+    shards.add_argument("--split", default="train", help="The split of a `datasets` data set; train by default.")
+    shards.add_argument(
+        "--short_side",
+        type=int,
+        default=256,
+        help="Shrink images to this short side in pixels if theirs is longer; 256 by default.",
+    )
+    shards.add_argument(
+        "--jpeg_quality", type=int, default=90, help="The JPEG quality of shrunk images; 90 by default."
+    )
+    shards.add_argument(
+        "--pairs_per_shard", type=int, default=10_000, help="How many pairs a shard holds; 10,000 by default."
+    )
+    shards.add_argument(
+        "--drop_duplicates", action="store_true", help="Keep only the first of images with the same bytes."
+    )
+    shards.add_argument(
+        "--num_workers",
+        type=int,
+        default=os.cpu_count() or 1,
+        help="How many processes work; by default one for each core.",
+    )
 
 
 def run(args: argparse.Namespace) -> None:

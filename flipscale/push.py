@@ -10,13 +10,19 @@ from flipscale.files.aside import write_text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of `flipscale push`."""
-    parser.add_argument("run_dir", metavar="RUN", type=Path, help="a run directory (its model/ goes) or a model folder")
-    parser.add_argument("repo", metavar="ORG/NAME", help="the model's name on the Hub; created if it does not exist")
-    parser.add_argument("--step", type=int, help="push the model of this checkpoint instead")
-    parser.add_argument("--private", action="store_true", help="create a private repository")
-    parser.add_argument("--revision", help="the branch to push to, created if it does not exist; by default main")
-    parser.add_argument("--dry_run", action="store_true", help="only print what would be uploaded; uses no network")
+    """Add the arguments of `flipscale push`."""
+    parser.add_argument(
+        "run_dir", metavar="RUN", type=Path, help="A run directory, whose model/ is uploaded, or a model folder."
+    )
+    parser.add_argument(
+        "repo", metavar="ORG/NAME", help="The name of the model on the Hub; it is created if it does not exist."
+    )
+    parser.add_argument("--step", type=int, help="Upload the model of the checkpoint of this step instead.")
+    parser.add_argument("--private", action="store_true", help="Create it as a private model.")
+    parser.add_argument("--revision", help="The branch to upload to, created if it does not exist; by default main.")
+    parser.add_argument(
+        "--dry_run", action="store_true", help="Only print what would be uploaded, without using the network."
+    )
 
 
 def run(args: argparse.Namespace) -> None:

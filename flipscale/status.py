@@ -20,9 +20,9 @@ _SILENT_PAUSE_SECONDS = 3600.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What `flipscale status` takes."""
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run directory, such as runs/h14")
-    parser.add_argument("--json", action="store_true", help="a JSON line for each run instead of a table")
+    """Add the arguments of `flipscale status`."""
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="A run directory, such as runs/h14.")
+    parser.add_argument("--json", action="store_true", help="Print a JSON line for each run instead of a table.")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -52,11 +52,15 @@ class StudyRun:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What `flipscale study` takes."""
-    parser.add_argument("recipes", nargs="+", help="recipe files or names; the first one's model is exported")
-    parser.add_argument("--minutes", type=float, required=True, help="training time of every recipe, all at once")
-    parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--baselines", action="store_true", help="also the nearest training image, by pixels and HOG")
+    """Add the arguments of `flipscale study`."""
+    parser.add_argument("recipes", nargs="+", help="Recipe files or names. The model of the first one is exported.")
+    parser.add_argument(
+        "--minutes", type=float, required=True, help="How long every recipe trains; all train at the same time."
+    )
+    parser.add_argument("--output_dir", type=Path, required=True, help="The folder for runs, table, figures and model.")
+    parser.add_argument(
+        "--baselines", action="store_true", help="Compare with the nearest training image too, by pixels and by HOG."
+    )
 
 
 def run(args: argparse.Namespace) -> None:
