@@ -9,13 +9,15 @@ class SourceRecipe:
 
     Args:
         shards: as `data.shards`. Does not change what is learned.
-        dataset: a name on the Hub, a folder of images, parquet or Arrow, a file or glob of such, or what `save_to_disk`
-            wrote. Does not change what is learned: the same rows may lie elsewhere.
-        config: of the dataset, where it has several.
-        split: of the dataset.
-        image_column: of the dataset.
-        caption_columns: of the dataset, each a caption or a list of captions, of which one is drawn every time.
-        weight: share of the samples, relative to the other sources'; None everywhere gives each its size.
+        dataset: a name on the Hub, a folder of images, parquet or Arrow files, such a file or a glob of them, or a
+            folder that `save_to_disk` wrote. Does not change what is learned: the same rows may be elsewhere.
+        config: the dataset's configuration, if it has several.
+        split: the dataset's split.
+        image_column: the dataset's column of images.
+        caption_columns: the dataset's columns of captions. Each has a caption or a list of captions; each time a sample
+            is read, one of all is drawn.
+        weight: the share of the samples, relative to the other sources' weights; if none is given, each source has its
+            size as weight.
     """
 
     shards: str | None = field(default=None, metadata={"learned": False})
@@ -29,26 +31,26 @@ class SourceRecipe:
 
 @dataclass(frozen=True)
 class DataRecipe:
-    """What is read, and how it becomes a batch.
+    """What data is read, and how it becomes batches.
 
     Args:
-        shards: a folder of tar shards, a glob, or a range such as `laion/{00000..41407}.tar`; here or, a block of
-            shards ahead of need through a cache, at `s3://`, `gs://`, `hf://` or `https://`. Does not change what is
-            learned: the same shards may lie elsewhere.
-        sources: in place of `shards`: several of them, or of datasets, mixed by weight.
+        shards: a folder of tar shards, a glob, or a range such as `laion/{00000..41407}.tar`. At `s3://`, `gs://`,
+            `hf://` or `https://`, shards are fetched through a cache, a block ahead. Does not change what is learned:
+            the same shards may be elsewhere.
+        sources: several sources, mixed by weight, instead of `shards`.
         tokenizer: a folder or Hub name of a fast tokenizer, or `bert` for the original's WordPiece without special
             tokens.
-        global_batch_size: pairs a step over all processes; every process takes an equal part.
-        micro_batch_size: pairs that a process has activations of at once, or None for its whole part of the batch. Its
-            part is then embedded twice. Does not change what is learned.
-        crop_scale: area of the random crop as a fraction of the image; 0.5 to 1 in the paper.
-        shards_per_block: shards shuffled together; bounds memory and open files.
+        global_batch_size: the pairs of a step over all processes; every process takes an equal part.
+        micro_batch_size: how many pairs a process keeps activations of at a time; None is all of its part. A smaller
+            number embeds every pair twice. Does not change what is learned.
+        crop_scale: the area of the random crop as a fraction of the image's; 0.5 to 1 in the paper.
+        shards_per_block: how many shards are shuffled together; it bounds memory and open files.
         num_workers: decoding processes for each training process. Does not change what is learned.
-        cache_dir: where shards at a URL are kept meanwhile, on a disk of the machine. Does not change what is learned.
-        cache_bytes: what may lie there: two blocks at least, and better all that the workers are reading at once.
-            Does not change what is learned.
-        max_bad_fraction: the run stops when more of the last million samples, or of the shards, cannot be used.
-            Does not change what is learned.
+        cache_dir: a folder on a local disk that keeps fetched shards. Does not change what is learned.
+        cache_bytes: the most that the cache may hold: at least two blocks, better all shards that the workers read at
+            the same time. Does not change what is learned.
+        max_bad_fraction: the run stops if more than this fraction of the last million samples, or of the shards, is
+            unusable. Does not change what is learned.
     """
 
     shards: str = field(default="", metadata={"learned": False})
