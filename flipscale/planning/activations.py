@@ -1,4 +1,4 @@
-"""The most memory that a training step adds, found by running it on tensors that have shapes and no content.
+"""The most memory that a training step adds, found by running it on tensors that have shapes but no content.
 
 The model's own code runs, forward and backward, recomputation included, so a model of any size is measured on a laptop.
 """
@@ -23,10 +23,10 @@ from flipscale.model.patches import num_kept
 
 @dataclass(frozen=True)
 class Step:
-    """A process's part of a step, as far as its activations go.
+    """What decides the activations of one process in a step.
 
     Args:
-        bf16: products in bf16; otherwise in fp32.
+        bf16: whether matrix products are in bf16; otherwise they are in fp32.
         autocast: the weights are fp32 and cast for each product, as in data parallel and ZeRO; otherwise they are in
             the precision that they compute in, as FSDP2 gathers them.
         device_type: `cuda` or `cpu`, which differ in the attention kernel and in what autocast casts.
@@ -43,7 +43,7 @@ class Step:
 
 
 def activation_bytes(config: FlipConfig, step: Step) -> int:
-    """The most that the step holds at once besides weights, their gradients and the batch."""
+    """Return the most bytes that the step holds at once, without weights, their gradients and the batch."""
     return _simulated(config.to_json_string(use_diff=False), step)
 
 
@@ -54,7 +54,7 @@ def _simulated(config: str, step: Step) -> int:
 
 
 def peak_bytes(config: FlipConfig, step: Step) -> int:
-    """`activation_bytes` by running the step in whatever mode is on; on real tensors where none is."""
+    """Return `activation_bytes`, by running the step on fake tensors if that mode is on, and otherwise on real ones."""
     weights_dtype = torch.bfloat16 if step.bf16 and not step.autocast else torch.float32
     model = FlipModel._from_config(config, dtype=weights_dtype).train()
     products_dtype = torch.bfloat16 if step.bf16 else torch.float32
@@ -64,9 +64,9 @@ def peak_bytes(config: FlipConfig, step: Step) -> int:
     if step.bf16 and step.autocast and step.device_type == "cuda":
         _cast_norms_as_cuda_does(model)
     for parameter in model.parameters():
-        # The engine keeps them, or sends them away at once: counted apart.
+        # Gradients are counted apart: some engines keep them, others send them away at once.
         parameter.register_post_accumulate_grad_hook(_forget_gradient)
-    batch = _batch(config, step)
+    batch = example_batch(config, step)
     with LiveBytes([*model.parameters(), *model.buffers(), *batch.values()]) as live:
         with torch.autocast("cpu", torch.bfloat16, enabled=step.bf16 and step.autocast):
             output = model(**batch, return_logits=False)
@@ -79,14 +79,14 @@ def _forget_gradient(parameter: torch.Tensor) -> None:
 
 
 def _cast_norms_as_cuda_does(model: nn.Module) -> None:
-    """CUDA's autocast computes layer norms in fp32, and keeps their inputs in it; the CPU's leaves them as they are."""
+    """Cast the inputs of layer norms to fp32, in which CUDA's autocast computes and keeps them; the CPU's does not."""
     for module in model.modules():
         if isinstance(module, nn.LayerNorm):
             module.register_forward_pre_hook(lambda module, inputs: (inputs[0].float(),))
 
 
-def _batch(config: FlipConfig, step: Step) -> dict[str, torch.Tensor]:
-    """A batch as the loader sends it."""
+def example_batch(config: FlipConfig, step: Step) -> dict[str, torch.Tensor]:
+    """Return a batch with the columns and shapes that the loader sends."""
     vision, text = config.vision_config, config.text_config
     kept = num_kept(vision.num_patches, step.mask_ratio)
     images, pixels = step.batch_size * step.views, vision.num_channels * vision.patch_size**2
@@ -98,11 +98,13 @@ def _batch(config: FlipConfig, step: Step) -> dict[str, torch.Tensor]:
     }
     if step.mask_ratio > 0.0:
         batch["patch_index"] = torch.zeros(images, kept, dtype=torch.int16)
+    if step.text_mask_ratio > 0.0:
+        batch["position_ids"] = torch.zeros(step.batch_size, tokens, dtype=torch.int64)
     return batch
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the tensors that are made while it is on and still live, and the most at once in `peak`."""
+    """Count the bytes of live tensors that were made while this mode is on. `peak` is the most there were at once."""
 
     def __init__(self, already_there: list[torch.Tensor]):
         super().__init__()

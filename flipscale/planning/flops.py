@@ -1,9 +1,16 @@
-"""Floating-point operations of a pair, counted with the mask on."""
+"""Floating-point operations of a pair, counted with the mask on, by running the model without storage."""
 
+import functools
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from flipscale.model.configuration_flip import FlipConfig, FlipTextConfig, FlipVisionConfig
-from flipscale.model.patches import num_kept
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from flipscale.engines.first_weights import model_without_storage
+from flipscale.model import FlipConfig
+from flipscale.planning.activations import Step, example_batch
 from flipscale.training.recipe import Recipe
 
 
@@ -11,69 +18,49 @@ from flipscale.training.recipe import Recipe
 class Flops:
     """The matrix products of one image-text pair's forward pass, all its views; a multiply-add is two operations.
 
-    Not counted, as everywhere: norms, softmax, GELU, additions, the token look-up and the loss.
+    Norms, softmax, GELU, additions, the token look-up and the loss are not counted, as everywhere.
 
     Args:
-        patch_embedding: of the patches that are left.
-        image_projections, text_projections: q, k, v, the attention's output and the MLP of all layers.
-        image_attention, text_attention: the two products between tokens, of all layers.
-        joint_projections: of both towers into the joint embedding.
+        forward: operations of a forward pass.
+        modules: those inside each module, by its name, such as `vision_model.embeddings`.
     """
 
-    patch_embedding: int
-    image_projections: int
-    image_attention: int
-    text_projections: int
-    text_attention: int
-    joint_projections: int
-
-    @property
-    def image(self) -> int:
-        """The image tower's share of `forward`, the joint projection left out."""
-        return self.patch_embedding + self.image_projections + self.image_attention
-
-    @property
-    def text(self) -> int:
-        """The text tower's share of `forward`, the joint projection left out."""
-        return self.text_projections + self.text_attention
-
-    @property
-    def forward(self) -> int:
-        """Operations of a forward pass."""
-        return self.image + self.text + self.joint_projections
+    forward: int
+    modules: Mapping[str, int]
 
     @property
     def training(self) -> int:
-        """Operations of a training step: three forward passes, what a model that is recomputed repeats left out. A
-        permille too many, for nothing needs the gradient of the pixels."""
+        """Operations of a training step: three forward passes. What recomputation repeats is left out. This is a
+        permille too many, since nothing needs the gradient of the pixels."""
         return 3 * self.forward
 
 
 def forward_flops(config: FlipConfig, mask_ratio: float, views: int = 1, text_mask_ratio: float = 0.0) -> Flops:
-    """The operations of a pair at `mask_ratio`, its image embedded `views` times, every caption padded to the full
-    length before `text_mask_ratio` of its tokens are removed.
+    """Return the operations of a pair at `mask_ratio`, its image embedded `views` times, every caption padded to the
+    full length before `text_mask_ratio` of its tokens are removed.
 
     Raises:
-        ValueError: a mask ratio outside [0, 1), or one that leaves no patch or no token.
+        ValueError: a mask ratio is outside [0, 1), or leaves no patch or no token.
     """
-    vision: FlipVisionConfig = config.vision_config
-    text: FlipTextConfig = config.text_config
-    kept = num_kept(vision.num_patches, mask_ratio)
-    image_tokens = vision.num_prefix_tokens + kept
-    text_tokens = num_kept(text.max_position_embeddings, text_mask_ratio, "tokens")
-    pixels = vision.num_channels * vision.patch_size**2
-    return Flops(
-        patch_embedding=views * 2 * kept * pixels * vision.hidden_size,
-        image_projections=views * _projections(vision, image_tokens),
-        image_attention=views * _attention(vision, image_tokens),
-        text_projections=_projections(text, text_tokens),
-        text_attention=_attention(text, text_tokens),
-        joint_projections=2 * (views * vision.hidden_size + text.hidden_size) * vision.projection_dim,
-    )
+    return _counted(config.to_json_string(use_diff=False), Step(1, mask_ratio, views, text_mask_ratio))
+
+
+@functools.lru_cache(maxsize=64)
+def _counted(config: str, step: Step) -> Flops:
+    model = model_without_storage(FlipConfig(**json.loads(config)))
+    # torch's counter has no formula for the fused attention of every device.
+    model.set_attn_implementation("eager")
+    with torch.device("meta"):
+        batch = example_batch(model.config, step)
+    with torch.no_grad(), FlopCounterMode(display=False, depth=64) as counter:
+        model(**batch, return_logits=False)
+    prefix = f"{type(model).__name__}."
+    counts = {name.removeprefix(prefix): sum(found.values()) for name, found in counter.flop_counts.items()}
+    return Flops(counter.get_total_flops(), counts)
 
 
 def pair_flops(recipe: Recipe) -> dict[str, int]:
-    """The operations of a pair's training step in each stage of a recipe, by the stage's name."""
+    """Return the operations of a pair's training step in each stage of a recipe, by the stage's name."""
     config = recipe.model.config()
     return {
         stage.name: forward_flops(
@@ -81,12 +68,3 @@ def pair_flops(recipe: Recipe) -> dict[str, int]:
         ).training
         for stage in recipe.stages
     }
-
-
-def _projections(tower: FlipVisionConfig | FlipTextConfig, tokens: int) -> int:
-    weights = 4 * tower.hidden_size**2 + 2 * tower.hidden_size * tower.intermediate_size
-    return 2 * tokens * weights * tower.num_hidden_layers
-
-
-def _attention(tower: FlipVisionConfig | FlipTextConfig, tokens: int) -> int:
-    return 2 * 2 * tokens**2 * tower.hidden_size * tower.num_hidden_layers

@@ -54,7 +54,7 @@ def test_an_engine_that_accelerate_has_no_word_for_is_named_by_the_role(
     file.write_text(yaml.safe_dump({**settings, "mpirun_config": {"role": "fsdp2"}}))
     assert read_launch_file(file) == launch_of(made_by_accelerate(file, monkeypatch)) == Launch("fsdp2", 8, "bf16")
     file.write_text(yaml.safe_dump({**settings, "mpirun_config": {"role": "ddq"}}))
-    with pytest.raises(ValueError, match="role 'ddq' is no engine; leave it out, or use ddp, fsdp2, zero1, zero2, zer"):
+    with pytest.raises(ValueError, match="role 'ddq' is no engine; leave it out, or use ddp, "):
         engine_class(read_launch_file(file))
 
 
