@@ -1,17 +1,16 @@
 """Checkpoints: `checkpoints/step-00012345/`, written aside by all processes and renamed once all of it is on disk.
 
-    part-00003.safetensors  what process 3 holds: ranges of weights and moments, fp32, seen flat, as `weight.NAME`,
-                            `exp_avg.NAME`, `exp_avg_sq.NAME`, `momentum_buffer.NAME`
-    index.json              every parameter's shape, and the bounds of its ranges over the parts
+    part-00003.safetensors  what process 3 saves: ranges of weights, moments and averages, fp32, seen flat, as
+                            `weight.NAME`, `exp_avg.NAME`, `exp_avg_sq.NAME`, `momentum_buffer.NAME`, `ema.NAME`
+    index.json              every parameter's shape, and where its range begins in each part
     state.json              step, samples seen, samples in the data set, versions
     recipe.yaml             as resolved
 
-The layout knows no engine, so a run goes on under another one and at another number of processes, each of which reads
-the ranges that it needs.
+No engine shows in these files, so a run can go on under another one and at another number of processes: each process
+reads the ranges that it needs.
 """
 
 import json
-import os
 import re
 import shutil
 import threading
@@ -27,6 +26,7 @@ from accelerate.utils import gather_object
 from safetensors import safe_open
 
 from flipscale.engines.tensor_file import write_tensors
+from flipscale.files.aside import partial_path, sync
 
 _NAME = re.compile(r"step-(\d{8})")
 
@@ -36,9 +36,9 @@ class SaveRecipe:
     """When checkpoints are written. Training goes on while they are.
 
     Args:
-        every_samples: how often; 0 only at the end and on a stop signal.
-        every_minutes: how often by the clock, besides; 0 never.
-        total_limit: how many are kept, the newest ones.
+        every_samples: how often; at 0, only at the end and on a stop signal.
+        every_minutes: how often by the clock, in addition; at 0, never.
+        total_limit: how many of the newest ones are kept.
     """
 
     every_samples: int = 0
@@ -48,11 +48,11 @@ class SaveRecipe:
 
 @dataclass(frozen=True)
 class Piece:
-    """A range of one tensor of a run, seen flat: `values` are its numbers from `first` on.
+    """A range of one tensor of a run, the tensor seen flat: `values` are its elements from `first` on.
 
     Args:
-        kind: `weight`, or a moment's name.
-        name: the parameter's.
+        kind: `weight`, `ema`, or a moment's name.
+        name: of the parameter.
     """
 
     kind: str
@@ -62,29 +62,29 @@ class Piece:
 
 
 def latest_checkpoint(run_dir: Path) -> Path | None:
-    """The newest whole checkpoint of a run, or None."""
+    """Return the newest whole checkpoint of a run, or None."""
     found = list_checkpoints(run_dir)
     return found[-1] if found else None
 
 
 def checkpoint_of(run_dir: Path, step: int) -> Path:
-    """Where the checkpoint of a step is."""
+    """Return the path of a step's checkpoint."""
     return run_dir / "checkpoints" / f"step-{step:08d}"
 
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
-    """The whole checkpoints of a run, oldest first."""
+    """Return the whole checkpoints of a run, oldest first."""
     return sorted(path for path in (run_dir / "checkpoints").glob("step-*") if _NAME.fullmatch(path.name))
 
 
 def load_state(checkpoint: Path) -> dict[str, Any]:
-    """What was saved as the checkpoint's state, and its recipe under `recipe`."""
+    """Return what was saved as the checkpoint's state, with its recipe under `recipe`."""
     state = json.loads((checkpoint / "state.json").read_text())
     return {**state, "recipe": yaml.safe_load((checkpoint / "recipe.yaml").read_text())}
 
 
 class CheckpointReader:
-    """Reads ranges of a checkpoint's tensors, whatever processes wrote them."""
+    """A reader of ranges of a checkpoint's tensors, whichever processes wrote them."""
 
     def __init__(self, checkpoint: Path):
         self.path = checkpoint
@@ -94,7 +94,7 @@ class CheckpointReader:
         self._files: dict[int, Any] = {}
 
     def fill(self, kind: str, name: str, values: torch.Tensor, first: int) -> None:
-        """Writes the numbers of `kind` of the parameter `name`, from `first` on, into the flat `values`.
+        """Fill the flat `values` with the elements, from `first` on, of `kind` of the parameter `name`.
 
         Raises:
             ValueError: the checkpoint has no such tensor.
@@ -113,7 +113,7 @@ class CheckpointReader:
             values[begin - first : end - first].copy_(read)
 
     def tensor(self, kind: str, name: str) -> torch.Tensor:
-        """A whole tensor, fp32, in its parameter's shape."""
+        """Return a whole tensor, fp32, in its parameter's shape."""
         whole = torch.empty(torch.Size(self.shapes[name]))
         self.fill(kind, name, whole.view(-1), 0)
         return whole
@@ -126,10 +126,10 @@ class CheckpointReader:
 
 
 class CheckpointWriter:
-    """Writes a run's checkpoints, one at a time, each in a thread of every process.
+    """A writer of a run's checkpoints, one at a time, each by a thread of every process.
 
-    What `save` is given is copied to host memory, and training goes on. The checkpoint is there when `commit` renames
-    it, after every process has reported that its part is on disk.
+    `save` copies what it is given to host memory, and training goes on. `commit` renames the checkpoint's folder, after
+    every process has reported that its part is on disk; only then is there a checkpoint.
     """
 
     def __init__(self, accelerator: Accelerator, run_dir: Path, recipe: SaveRecipe, newest: int | None):
@@ -144,7 +144,7 @@ class CheckpointWriter:
 
     @property
     def is_open(self) -> bool:
-        """Whether a checkpoint waits for `commit`; alike on all processes."""
+        """Whether a checkpoint waits for `commit`; the same on all processes."""
         return self._thread is not None
 
     @property
@@ -159,8 +159,8 @@ class CheckpointWriter:
         return 0 < self.recipe.every_minutes <= minutes
 
     def save(self, pieces: list[Piece], shapes: dict[str, torch.Size], state: dict[str, Any], recipe: str) -> None:
-        """Collective. Begins the checkpoint of `state["step"]`, the one before it committed; nothing to do if that was
-        this.
+        """Collective. Begin the checkpoint of `state["step"]`, unless the newest is of that step. The one before must
+        have been committed.
 
         Raises:
             OSError: its folder could not be made.
@@ -171,7 +171,7 @@ class CheckpointWriter:
         self.newest = state["step"]
         self._last_save = time.monotonic()
         self._final = checkpoint_of(self.run_dir, self.newest)
-        self._partial = _hidden(self._final)
+        self._partial = partial_path(self._final)
         texts = {"state.json": json.dumps(state, indent=1), "recipe.yaml": recipe}
         texts["index.json"] = json.dumps(self._index(pieces, shapes))
         self._error = None
@@ -188,11 +188,11 @@ class CheckpointWriter:
         self._thread.start()
 
     def commit(self) -> int | None:
-        """Collective. The step of the checkpoint that was begun, now that it is there and those past `total_limit` are
-        gone; None if none was.
+        """Collective. Wait for the checkpoint that was begun, rename it and remove those past `total_limit`. Return its
+        step, or None if none was begun.
 
         Raises:
-            OSError: the disk is full or not writable; the checkpoints that were there still are.
+            OSError: the disk is full or not writable; the checkpoints from before are still there.
         """
         if self._thread is None:
             return None
@@ -201,10 +201,10 @@ class CheckpointWriter:
         self._agree()
         if self.accelerator.is_main_process:
             self._partial.rename(self._final)
-            _sync(self._final.parent)
+            sync(self._final.parent)
             for old in list_checkpoints(self.run_dir)[: -max(self.recipe.total_limit, 1)]:
                 # A kill amid the removal must not leave half of it under the name of a whole one.
-                shutil.rmtree(old.rename(_hidden(old)))
+                shutil.rmtree(old.rename(partial_path(old)))
         return self.newest
 
     def _index(self, pieces: list[Piece], shapes: dict[str, torch.Size]) -> dict[str, Any]:
@@ -222,13 +222,13 @@ class CheckpointWriter:
             if self.accelerator.is_main_process:
                 for name, text in texts.items():
                     (self._partial / name).write_text(text)
-                    _sync(self._partial / name)
-            _sync(self._partial)
+                    sync(self._partial / name)
+            sync(self._partial)
         except OSError as error:
             self._error = error
 
     def _agree(self) -> None:
-        """Collective. Raises on all processes what failed on any."""
+        """Collective. Raise on all processes if writing failed on any."""
         failed = gather_object([str(self._error)] if self._error is not None else [])
         if not failed:
             return
@@ -240,17 +240,5 @@ class CheckpointWriter:
         )
 
 
-def _hidden(path: Path) -> Path:
-    return path.with_name(f".{path.name}.partial")
-
-
 def _part(number: int) -> str:
     return f"part-{number:05d}.safetensors"
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

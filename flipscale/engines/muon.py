@@ -1,8 +1,9 @@
-"""Muon: momentum made orthogonal by a Newton-Schulz iteration, its matrices shared out over the processes.
+"""Muon: momentum made orthogonal by a Newton-Schulz iteration, with the matrices distributed over the processes.
 
-The iteration needs whole matrices and costs as much on every process as on one, so each process does it for its part
-of them, many of one shape at a time. Weights and momentum stay where the engine has them: whole, or sharded by rows.
-Where groups of processes have a copy each, each group does all of it: nothing more is sent between them.
+The iteration needs whole matrices, and repeating it on every process would be a waste. So each process does it for some
+of the matrices, several of one shape at a time. Weights and momentum stay where the engine has them: whole, or sharded
+by rows. Where groups of processes have a copy each (HSDP), each group does all the work, and nothing more is sent
+between groups.
 """
 
 import math
@@ -17,7 +18,7 @@ from torch.distributed.tensor import DTensor
 # Keller Jordan, "Muon: An optimizer for hidden layers in neural networks" (2024); torch.optim.Muon has the same.
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _ITERATIONS = 5
-# Matrices that a process has at once; bounds the memory of a step.
+# Matrices that a process orthogonalises at once; this bounds the memory of a step.
 _AT_ONCE = 8
 
 
@@ -26,7 +27,7 @@ class Muon(torch.optim.Optimizer):
     for matrices that are whole on every process, or DTensors sharded by rows.
 
     Args:
-        dtype: of the iteration and of what is exchanged for it.
+        dtype: of the iteration and of what the processes exchange for it.
     """
 
     def __init__(
@@ -37,7 +38,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Collective. Moves the matrices that have a gradient, the same ones on every process."""
+        """Collective. Update the matrices that have a gradient, which must be the same ones on every process."""
         for group in self.param_groups:
             by_shape: dict[torch.Size, list[nn.Parameter]] = {}
             for parameter in group["params"]:
@@ -45,18 +46,18 @@ class Muon(torch.optim.Optimizer):
                     by_shape.setdefault(parameter.shape, []).append(parameter)
             for shape, parameters in by_shape.items():
                 rate = group["lr"] * math.sqrt(max(1.0, shape[0] / shape[1]))
-                sharers = _sharers(parameters[0])
-                at_once = _AT_ONCE * _world_size(sharers)
+                holders = _holders(parameters[0])
+                at_once = _AT_ONCE * _world_size(holders)
                 for first in range(0, len(parameters), at_once):
                     some = parameters[first : first + at_once]
-                    updates = self._orthogonal([self._momentum(p, group["momentum"]) for p in some], shape, sharers)
+                    updates = self._orthogonal([self._momentum(p, group["momentum"]) for p in some], shape, holders)
                     for parameter, update in zip(some, updates, strict=True):
                         values = _local(parameter)
                         values.mul_(1.0 - group["lr"] * group["weight_decay"])
                         values.sub_(update.to(values.dtype), alpha=rate)
 
     def _momentum(self, parameter: nn.Parameter, momentum: float) -> torch.Tensor:
-        """What this process has of the Nesterov momentum, which the gradient has been added to."""
+        """Update the momentum in place; return this process's shard of the Nesterov momentum."""
         state, gradient = self.state[parameter], parameter.grad
         assert gradient is not None
         if "momentum_buffer" not in state:
@@ -66,31 +67,31 @@ class Muon(torch.optim.Optimizer):
         return gradient.lerp(buffer, momentum).to(self.dtype)
 
     def _orthogonal(
-        self, mine: list[torch.Tensor], shape: torch.Size, sharers: dist.ProcessGroup | None
+        self, mine: list[torch.Tensor], shape: torch.Size, group: dist.ProcessGroup | None
     ) -> list[torch.Tensor]:
-        """What this process has of the orthogonal matrices; matrix i is the i % world-th sharer's to compute."""
-        world = _world_size(sharers)
+        """Return this process's shards of the orthogonal matrices; process i % world of the group computes matrix i."""
+        world = _world_size(group)
         if world == 1:
             return list(orthogonalise(torch.stack(mine)))
-        rank, count = dist.get_rank(sharers), len(mine)
+        rank, count = dist.get_rank(group), len(mine)
         each = -(-count // world)
         if mine[0].shape == shape:
             own = torch.stack([mine[min(rank + turn * world, count - 1)] for turn in range(each)])
             everyone = own.new_empty(world, *own.shape)
-            dist.all_gather_single(everyone.flatten(0, 1), orthogonalise(own), sharers)
+            dist.all_gather_single(everyone.flatten(0, 1), orthogonalise(own), group)
             return [everyone[number % world, number // world] for number in range(count)]
         rows = -(-shape[0] // world)
         parts = mine[0].new_zeros(each, world, rows, shape[1])
         for number, part in enumerate(mine):
             parts[number // world, number % world, : len(part)] = part
-        whole = _exchange(parts.transpose(0, 1), sharers).transpose(0, 1).flatten(1, 2)[:, : shape[0]]
+        whole = _exchange(parts.transpose(0, 1), group).transpose(0, 1).flatten(1, 2)[:, : shape[0]]
         whole = nn.functional.pad(orthogonalise(whole), (0, 0, 0, rows * world - shape[0]))
-        back = _exchange(whole.unflatten(1, (world, rows)).transpose(0, 1), sharers)
+        back = _exchange(whole.unflatten(1, (world, rows)).transpose(0, 1), group)
         return [back[number % world, number // world, : len(part)] for number, part in enumerate(mine)]
 
 
 def orthogonalise(matrices: torch.Tensor) -> torch.Tensor:
-    """Matrices `(count, rows, columns)` with the singular vectors of the given ones and singular values near 1."""
+    """Return matrices `(count, rows, columns)` with the singular vectors of the given ones, and singular values near 1."""
     a, b, c = _COEFFICIENTS
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.transpose(1, 2) if tall else matrices
@@ -105,8 +106,8 @@ def _local(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _sharers(parameter: nn.Parameter) -> dist.ProcessGroup | None:
-    """The processes that share a matrix's work: those that hold its rows, or all (None) where each has it whole."""
+def _holders(parameter: nn.Parameter) -> dist.ProcessGroup | None:
+    """Return the group that shares a matrix's work: the holders of its rows, or all (None) if each has it whole."""
     return parameter.device_mesh.get_group("shard") if isinstance(parameter, DTensor) else None
 
 
@@ -115,7 +116,7 @@ def _world_size(group: dist.ProcessGroup | None) -> int:
 
 
 def _exchange(parts: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
-    """Collective. `parts[i]` of every process of the group for its process i, in rank order."""
+    """Collective. Send `parts[i]` to process i of the group; return what all sent to this one, in rank order."""
     received = torch.empty_like(parts, memory_format=torch.contiguous_format)
     dist.all_to_all_single(received, parts.contiguous(), group=group)
     return received

@@ -1,4 +1,4 @@
-"""Safetensors files, written one tensor after the other."""
+"""Safetensors files, written one tensor at a time."""
 
 import json
 import os
@@ -13,10 +13,10 @@ _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16"}
 def write_tensors(
     path: Path, layout: Mapping[str, tuple[torch.dtype, Sequence[int]]], tensors: Iterable[torch.Tensor]
 ) -> None:
-    """Writes a safetensors file of `tensors`, in the order of `layout`, durable on disk when this returns.
+    """Write a safetensors file of `tensors`, in the order of `layout`, and wait until it is on disk.
 
-    The library's own writer wants all tensors at once and keeps the interpreter to itself while it writes; this one
-    holds one, and lets training go on beside it.
+    The library's own writer needs all tensors at once and holds the interpreter's lock while it writes. This one needs
+    one at a time and lets training go on.
 
     Raises:
         OSError: the disk is full or not writable.
