@@ -25,8 +25,8 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from safetensors import safe_open
 
-from flipscale.engines.tensor_file import write_tensors
 from flipscale.files.aside import partial_path, sync
+from flipscale.files.tensor_file import write_tensors
 
 _NAME = re.compile(r"step-(\d{8})")
 

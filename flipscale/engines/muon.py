@@ -91,7 +91,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalise(matrices: torch.Tensor) -> torch.Tensor:
-    """Return matrices `(count, rows, columns)` with the singular vectors of the given ones, and singular values near 1."""
+    """Return matrices `(count, rows, columns)` with the given ones' singular vectors, and singular values near 1."""
     a, b, c = _COEFFICIENTS
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.transpose(1, 2) if tall else matrices

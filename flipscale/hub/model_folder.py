@@ -14,8 +14,8 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from flipscale.data.tokenizers import check_tokenizer, load_tokenizer
 from flipscale.engines.checkpoint import CheckpointReader
-from flipscale.engines.tensor_file import write_tensors
 from flipscale.files.aside import written_aside
+from flipscale.files.tensor_file import write_tensors
 from flipscale.model import FlipConfig, FlipModel, FlipProcessor
 from flipscale.training.recipe import parse_recipe
 
