@@ -1,4 +1,4 @@
-"""How far a run is, how fast, and whether it still lives: read from its run directory, by whoever can see it."""
+"""Show how far a run is, how fast, and whether it is alive, from its run directory alone."""
 
 import argparse
 import dataclasses
@@ -13,9 +13,9 @@ from flipscale.evaluation.results import THIS_MODEL, Result, latest, read_result
 from flipscale.files import json_lines
 from flipscale.training.schedule import StageRecipe, plan_stages
 
-# Without a sign for so long, or for so many usual steps, a run that is training is taken for dead.
+# A run that is training counts as dead when its last heartbeat is older than this, and than this many usual steps.
 _SILENT_SECONDS, _SILENT_STEPS = 120.0, 10.0
-# The same while it evaluates or saves.
+# The same for a run that evaluates or saves.
 _SILENT_PAUSE_SECONDS = 3600.0
 
 
@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Prints what is known of each run.
+    """Print what is known of each run.
 
     Raises:
         ValueError: a folder that is not a run directory.
@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def read_status(run_dir: Path, now: float) -> dict[str, Any]:
-    """The state of a run at `now` (seconds since 1970), ready for JSON; what is not known is None.
+    """Return the state of a run at `now` (seconds since 1970), ready for JSON; what is not known is None.
 
     `state` is `done`, `running`, `stopped` (asked to, and resumable), `dead` (no sign of life) or `starting`.
     `images_per_s` is of the last record, `seconds_left` what is left at that speed; `num_bad_samples`,
@@ -113,7 +113,7 @@ def _state(heartbeat: dict[str, Any], starts: list[dict[str, Any]], now: float) 
 
 
 def as_table(status: dict[str, Any]) -> str:
-    """The state of a run for people, a line for each thing they ask."""
+    """Return the state of a run as a table for people."""
     seen, total = status["samples_seen"], status["total_samples"]
     rows = [("state", _state_words(status)), ("progress", f"{seen:,} of {total:,} pairs ({seen / total:.1%})")]
     if status["images_per_s"] is not None:
@@ -177,7 +177,7 @@ def _start_words(status: dict[str, Any]) -> str:
 
 
 def duration(seconds: float) -> str:
-    """A time span in its two largest units: `3 d 4 h`, `12 min 5 s`, `8 s`."""
+    """Return a time span in its two largest units: `3 d 4 h`, `12 min 5 s`, `8 s`."""
     left = round(seconds)
     parts: list[str] = []
     for unit, length in (("d", 86400), ("h", 3600), ("min", 60), ("s", 1)):

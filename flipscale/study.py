@@ -33,7 +33,7 @@ _REPORT_SECONDS = 30.0
 
 @dataclass(frozen=True)
 class StudyRun:
-    """A recipe of the study and where it runs."""
+    """One recipe of the study and its run directory."""
 
     name: str
     recipe: Recipe
@@ -43,7 +43,7 @@ class StudyRun:
         return Path(self.recipe.output_dir)
 
     def beside(self, extension: str) -> Path:
-        """A file of the run's name beside its run directory."""
+        """Return the path of a file beside the run directory, with the run's name."""
         return self.run_dir.parent / f"{self.name}.{extension}"
 
     @property
@@ -64,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Trains every recipe for the same time and writes table, figures and the first recipe's model.
+    """Train every recipe for the same time and write a table, figures and the first recipe's model.
 
     Raises:
         ValueError: fewer cores than recipes, or a recipe that cannot be run.
@@ -106,7 +106,7 @@ def _record_baselines(runs: list[StudyRun]) -> None:
 
 
 def _take_model(run_dir: Path, model: Path) -> Path:
-    """A copy of a run's model folder at `model`; both get a card that has the baselines too."""
+    """Copy a run's model folder to `model` and return that; both get a card that has the baselines too."""
     shutil.rmtree(model, ignore_errors=True)
     shutil.copytree(run_dir / "model", model)
     for folder in (run_dir / "model", model):
@@ -115,7 +115,7 @@ def _take_model(run_dir: Path, model: Path) -> Path:
 
 
 def _calibrate(names: list[str], recipes: list[Recipe], output_dir: Path) -> list[list[float]]:
-    """Images a second of every stage of every recipe, all recipes running at once."""
+    """Return the images a second of every stage of every recipe, measured with all recipes running at once."""
     folder = output_dir / "calibration"
     shutil.rmtree(folder, ignore_errors=True)
     runs = []
@@ -141,9 +141,9 @@ def _calibrate(names: list[str], recipes: list[Recipe], output_dir: Path) -> lis
 
 
 def _plan(names: list[str], recipes: list[Recipe], seconds: float, output_dir: Path) -> list[StudyRun]:
-    """The recipes with their stages stretched to last `seconds`, also written to `output_dir/NAME.yaml`.
+    """Return the recipes with their stages stretched to last `seconds`, also written to `output_dir/NAME.yaml`.
 
-    A study that was interrupted goes on with the lengths that it began with.
+    A study that was interrupted keeps the lengths that it began with.
     """
     files = [output_dir / f"{name}.yaml" for name in names]
     if not all(file.exists() for file in files):
@@ -171,7 +171,7 @@ def _stretched(stage: StageRecipe, factor: float) -> StageRecipe:
 
 
 def _train(runs: list[StudyRun], doing: str) -> None:
-    """Runs every run to its end at the same time, with a progress bar (or a line now and then) for each.
+    """Train all runs at the same time to their ends, with a progress bar (or a line now and then) for each.
 
     Raises:
         OSError: a run failed; its own last line is in the message.
@@ -198,7 +198,7 @@ def _train(runs: list[StudyRun], doing: str) -> None:
 
 
 def _environment(num_runs: int) -> dict[str, str]:
-    """The environment of one run: its share of the cores, and bf16 where this CPU multiplies faster in it."""
+    """Return the environment of one run: its share of the cores, and bf16 where this CPU multiplies faster in it."""
     threads = max((os.cpu_count() or 1) // num_runs, 1)
     precision = "bf16" if torch.cuda.is_available() or bf16_is_faster() else "no"
     share = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
@@ -235,7 +235,7 @@ def _line(run: StudyRun, doing: str) -> str:
 
 
 def _datasets(recipe: Recipe) -> tuple[PairDataset, PairDataset]:
-    """The training set as the first stage sees it, and the same samples whole."""
+    """Return the training set as the first stage sees it, and the same samples without a mask."""
     config = recipe.model_config()
     source, shape = open_source(recipe.data), InputShape.of(config)
     tokenizer = load_tokenizer(recipe.data.tokenizer, shape.max_tokens)

@@ -28,7 +28,7 @@ class Embedder:
         model: unwrapped, in evaluation mode.
         batch_size: images or texts that a process embeds at once.
         num_workers: processes that decode images; 0 decodes in this one.
-        alive: called after every batch, to tell a watch that the evaluation moves on.
+        alive: called at the start of a task and after every batch, to tell a watch that the evaluation moves on.
     """
 
     model: Any

@@ -1,4 +1,4 @@
-"""Embeddings of picture files and texts as arrays, for whatever takes arrays: a search index, a linear probe."""
+"""Embed picture files and texts as arrays, for a search index, a linear probe or anything else that takes arrays."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,10 +17,11 @@ Picture = str | Path | Image.Image
 def image_embeds(
     model: FlipModel, processor: FlipProcessor, pictures: Sequence[Picture], batch_size: int = 64
 ) -> np.ndarray:
-    """Embeddings of `pictures` (files or PIL images): fp32 `(pictures, dim)`, of unit length: products are cosines.
+    """Return the embeddings of `pictures` (files or PIL images): fp32 `(pictures, dim)` of unit length, so that inner
+    products are cosines.
 
     Raises:
-        ValueError: a file that is no picture.
+        ValueError: a file is not a picture, or there are none.
     """
     batches = _batches(pictures, batch_size, "pictures")
     inputs = (processor(images=[_rgb(picture) for picture in batch], return_tensors="pt") for batch in batches)
@@ -28,7 +29,7 @@ def image_embeds(
 
 
 def text_embeds(model: FlipModel, processor: FlipProcessor, texts: Sequence[str], batch_size: int = 256) -> np.ndarray:
-    """Embeddings of `texts`: fp32 `(texts, dim)`, of unit length."""
+    """Return the embeddings of `texts`: fp32 `(texts, dim)` of unit length."""
     batches = _batches(texts, batch_size, "texts")
     inputs = (processor(text=list(batch), return_tensors="pt") for batch in batches)
     return _embeds(model, (model.get_text_features(**i.to(model.device)).pooler_output for i in inputs))

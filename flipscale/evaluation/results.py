@@ -178,7 +178,7 @@ def _results_without_lines(run_dir: Path) -> list[Measured]:
             task, metric, who = ("zero_shot", "top1", metric) if task == "baseline" else (task, metric, THIS_MODEL)
             result = Result(
                 *(task, task, metric, record[name]),
-                chance=record.get(f"{task}/chance") if metric == "top1" else None,
+                chance=record.get(f"{task}/chance") if (metric, who) == ("top1", THIS_MODEL) else None,
                 headline=metric in _HEADLINES_WITHOUT_LINES,
                 who=who,
                 made_by={"data": folders[task]} if folders.get(task) else {},

@@ -63,6 +63,7 @@ def evaluate(embedder: Embedder, task: Task) -> list[Result]:
     Raises:
         ValueError: the test set is not as the task needs it.
     """
+    embedder.alive()
     return task.evaluate(embedder)
 
 

@@ -1,0 +1,89 @@
+"""Results: their intervals, how they are shown, their lines, and runs from before there were lines."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from flipscale.evaluation.comparison import comparison_table, read_curve, record_baselines
+from flipscale.evaluation.results import (
+    Result,
+    append_results,
+    drop_results_after,
+    latest,
+    read_results,
+    wilson,
+    with_unit,
+)
+
+TOP1 = Result("zero_shot", "zero_shot", "top1", 40.0, 200, 33.45, 46.91, chance=6.25, made_by={"data": "set"})
+RANK = Result("ranks", "median_rank", "median", 3.25, unit="", label="median rank", higher_is_better=False)
+
+
+@pytest.mark.parametrize(
+    ("hits", "n", "low", "high"), [(15, 50, 0.1910, 0.4375), (0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0)]
+)
+def test_wilson_s_interval(hits: int, n: int, low: float, high: float) -> None:
+    assert wilson(hits, n) == pytest.approx((low, high), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("value", "unit", "text"),
+    [
+        (47.13, "%", "47.1 %"),
+        (0.0613, "%", "0.06 %"),
+        (0.43219, "", "0.432"),
+        (3.25, "", "3.25"),
+        (1234.5, "s", "1,234 s"),
+    ],
+)
+def test_values_are_shown_in_their_units(value: float, unit: str, text: str) -> None:
+    assert with_unit(value, unit) == text
+
+
+def test_lines_come_back_and_later_ones_are_dropped(tmp_path: Path) -> None:
+    for step in (10, 20):
+        append_results(tmp_path, [TOP1, RANK], step, 16 * step, float(step))
+    (tmp_path / "results.jsonl").open("a").write('{"step": 3')
+    assert [(m.step, m.result) for m in read_results(tmp_path)] == [(10, TOP1), (10, RANK), (20, TOP1), (20, RANK)]
+    drop_results_after(tmp_path, 10)
+    assert [m.step for m in read_results(tmp_path)] == [10, 10]
+    assert latest(read_results(tmp_path)) == [TOP1, RANK]
+
+
+def a_run(folder: Path, **metrics: float) -> Path:
+    folder.mkdir(exist_ok=True)
+    recipe = {"stages": [{"mask_ratio": 0.5}, {"mask_ratio": 0.0}], "eval": {"zero_shot": "data/test"}}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    record = {"step": 20, "samples_seen": 320, "trained_seconds": 4.0, "replaced/undecodable": 1, **metrics}
+    (folder / "metrics.jsonl").write_text(json.dumps(record) + "\n")
+    return folder
+
+
+def test_a_run_from_before_there_were_lines(tmp_path: Path) -> None:
+    run_dir = a_run(tmp_path, **{"zero_shot/top1": 31.5, "zero_shot/chance": 6.25, "baseline/nearest": 12.5})
+    found = latest(read_results(run_dir))
+    assert [(r.name, r.value, r.chance, r.who) for r in found] == [
+        ("zero_shot/top1", 31.5, 6.25, "this model"),
+        ("zero_shot/top1", 12.5, None, "nearest"),
+    ]
+    assert found[0].made_by == {"data": "data/test"}
+
+
+def test_the_table_has_the_headlines_and_the_baselines(tmp_path: Path) -> None:
+    one, two = a_run(tmp_path / "one"), a_run(tmp_path / "two")
+    append_results(one, [TOP1, RANK], 20, 320, 4.0)
+    append_results(two, [TOP1], 20, 320, 4.0)
+    baseline = Result("zero_shot", "zero_shot", "top1", 12.5, who="nearest image")
+    for _ in range(2):
+        record_baselines(one, [baseline])
+    assert len(read_results(one)) == 3
+    assert comparison_table([read_curve(one), read_curve(two)]).splitlines() == [
+        "|  | pairs seen | pairs/s | training | top-1 | median rank |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+        "| FLIP (50% masked, then tuned) | 320 | 80 | 4 s | 40.0 % (33.5 to 46.9) | 3.25 |",
+        "| FLIP (50% masked, then tuned) | 320 | 80 | 4 s | 40.0 % (33.5 to 46.9) |  |",
+        "| chance |  |  |  | 6.2 % |  |",
+        "| nearest image |  |  |  | 12.5 % |  |",
+    ]
