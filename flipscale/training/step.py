@@ -38,8 +38,9 @@ def one_pass(engine: Engine, batch: Batch, objective: Objective) -> StepLoss:
         loss = objective.coupled_loss(*objective.compared(output), **objective.parameters(output)) + loss
     else:
         loss = loss + _zero_of_the_rest(output, objective)
+    metrics = _copied_metrics(output, objective)
     engine.backward(loss)
-    return StepLoss(loss.detach(), _mean_metrics([objective.metrics(output)]))
+    return StepLoss(loss.detach(), metrics)
 
 
 def accumulated(engine: Engine, batch: Sequence[Batch], objective: Objective) -> StepLoss:
@@ -49,9 +50,9 @@ def accumulated(engine: Engine, batch: Sequence[Batch], objective: Objective) ->
     for micro_batch in engine.accumulate(batch):
         output = engine(**micro_batch)
         loss = objective.mean_loss(output) / len(batch)
+        metrics.append(_copied_metrics(output, objective))
         engine.backward(loss + _zero_of_the_rest(output, objective))
         losses.append(loss.detach())
-        metrics.append(objective.metrics(output))
     return StepLoss(torch.stack(losses).sum(), _mean_metrics(metrics))
 
 
@@ -65,7 +66,7 @@ def two_passes(engine: Engine, batch: Sequence[Batch], objective: Objective) -> 
     with torch.no_grad():
         found = [_first_pass(engine, micro_batch, objective) for micro_batch in batch]
     rows = [torch.cat(parts) for parts in zip(*(part.compared for part in found), strict=True)]
-    parameters = {name: value.clone() for name, value in found[0].parameters.items()}
+    parameters = found[0].parameters
     cache = [*rows, *parameters.values()]
     for tensor in cache:
         tensor.requires_grad_()
@@ -94,15 +95,21 @@ class _FirstPass(NamedTuple):
 
 def _first_pass(engine: Engine, micro_batch: Batch, objective: Objective) -> _FirstPass:
     output = engine(**micro_batch)
-    parts = objective.compared(output), objective.parameters(output)
-    return _FirstPass(*parts, objective.mean_loss(output), objective.metrics(output))
+    parameters = {name: value.clone() for name, value in objective.parameters(output).items()}
+    metrics = _copied_metrics(output, objective)
+    return _FirstPass(objective.compared(output), parameters, objective.mean_loss(output), metrics)
+
+
+def _copied_metrics(output: FlipOutput, objective: Objective) -> dict[str, torch.Tensor]:
+    """Return the metrics in fp64, as copies: what `forward` returns of a parameter may be the parameter itself, whose
+    memory a sharding engine takes back after the backward pass."""
+    metrics = objective.metrics(output).items()
+    return {name: value.detach().to(torch.float64, copy=True).squeeze() for name, value in metrics}
 
 
 def _mean_metrics(metrics: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Return the mean over micro-batches, in fp64: the mean of equal numbers is that number."""
-    return {
-        name: torch.stack([part[name].detach().double().squeeze() for part in metrics]).mean() for name in metrics[0]
-    }
+    """Return the mean over micro-batches; in fp64, the mean of equal numbers is that number."""
+    return {name: torch.stack([part[name] for part in metrics]).mean() for name in metrics[0]}
 
 
 def _zero_of_the_rest(output: FlipOutput, objective: Objective) -> torch.Tensor:

@@ -49,7 +49,7 @@ def weights(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("kind", ["infonce", "sigmoid"])
 @pytest.mark.parametrize("engine", ENGINES)
 def test_micro_batches_move_the_weights_as_one_batch_does(train: Train, engine: str, kind: str) -> None:
-    runs = [train(engine if kind == "infonce" or micro else "ddp", micro, kind) for micro in (None, 2)]
+    runs = [train(engine if kind == "infonce" or micro else "fsdp2", micro, kind) for micro in (None, 2)]
     whole, cached = ([r for r in metrics(run_dir) if "loss" in r] for run_dir in runs)
     assert len(whole) == len(cached) == 6
     for a, b in zip(whole, cached, strict=True):
