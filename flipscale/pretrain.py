@@ -5,20 +5,15 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from accelerate import Accelerator
 
 from flipscale.engines.checkpoint import CheckpointReader, CheckpointWriter, list_checkpoints
 from flipscale.engines.device import best_attention
-from flipscale.engines.engine import Engine
-from flipscale.engines.first_weights import compile_blocks, initial_weights, no_weights
 from flipscale.engines.launch import launch_of
 from flipscale.engines.start import build_engine, close_process_group, exit_now
 from flipscale.hub.background_push import BackgroundPush, card_name, open_target, push_finished
-from flipscale.hub.model_card import write_card
-from flipscale.hub.model_folder import export_checkpoint
-from flipscale.model import FlipModel
-from flipscale.planning.flops import pair_flops
 from flipscale.training.bad_samples import BadSamples
 from flipscale.training.console import report_user_errors, start_logging
 from flipscale.training.evaluating import Evaluation
@@ -39,6 +34,10 @@ from flipscale.training.step import consume_batch
 from flipscale.training.step_time import GarbageCollection, StepProfiler
 from flipscale.training.tracking import Tracker, open_trackers
 from flipscale.training.watch import StepWatch
+
+if TYPE_CHECKING:
+    from flipscale.engines.engine import Engine
+    from flipscale.model import FlipModel
 
 _log = logging.getLogger(__name__)
 
@@ -64,17 +63,22 @@ def pretrain(recipe: Recipe) -> Path:
     if start.accelerator.is_main_process:
         num_processes = start.accelerator.num_processes
         write_run_files(recipe, engine.name, num_processes, start.state, len(plan.source))
-    train(recipe, plan, start, engine)
+    from flipscale.planning.flops import pair_flops  # runs a model, see `resume`
+
+    train(recipe, plan, start, engine, pair_flops(recipe))
     return run_dir
 
 
-def resume(recipe: Recipe, plan: Plan, start: Start) -> Engine:
+def resume(recipe: Recipe, plan: Plan, start: Start) -> "Engine":
     """Collective. Build the engine, as the checkpoint has it or afresh, ready to train."""
+    # Imported here, as transformers' models take seconds: a mistake in a recipe is told without them.
+    from flipscale.engines.first_weights import compile_blocks, initial_weights, no_weights
+
     config, model_class = recipe.model_config(), recipe.objective().model_class
     reader = None if start.checkpoint is None else CheckpointReader(start.checkpoint)
     fill = no_weights if reader else initial_weights(recipe.model.init_from, config, recipe.seed, model_class)
 
-    def configure(model: FlipModel) -> None:
+    def configure(model: "FlipModel") -> None:
         model.set_attn_implementation(best_attention(start.accelerator.device))
         if recipe.model.gradient_checkpointing:
             model.gradient_checkpointing_enable()
@@ -97,16 +101,17 @@ def resume(recipe: Recipe, plan: Plan, start: Start) -> Engine:
     return engine
 
 
-def train(recipe: Recipe, plan: Plan, start: Start, engine: Engine) -> None:
+def train(recipe: Recipe, plan: Plan, start: Start, engine: "Engine", pair_flops: dict[str, int]) -> None:
     """Collective. Take the steps that are left, and do what is due between them and at the end."""
     accelerator, run_dir, is_main = start.accelerator, Path(recipe.output_dir), start.accelerator.is_main_process
-    step, total_steps, batch_size = start.step, plan.stages[-1].last_step, recipe.data.global_batch_size
+    step, stopped, total_steps = start.step, False, plan.stages[-1].last_step
+    batch_size = recipe.data.global_batch_size
     bad_samples = BadSamples(run_dir, is_main, recipe.data.max_bad_fraction)
     writer = CheckpointWriter(accelerator, run_dir, recipe.save, start.state.get("step"))
     saver = Saver(recipe, engine, writer, plan.source, bad_samples)
     push = BackgroundPush(recipe, total_steps, is_main)
     watch = StepWatch(accelerator, run_dir, recipe.log.hang_seconds, start.trained_seconds)
-    tracker = Tracker(accelerator, run_dir, recipe.log, watch, batch_size, total_steps, pair_flops(recipe))
+    tracker = Tracker(accelerator, run_dir, recipe.log, watch, batch_size, total_steps, pair_flops)
     evaluation = Evaluation(recipe, plan, engine, accelerator, watch)
     profiler = StepProfiler(accelerator, run_dir, recipe.log.profile_steps)
     request = StopRequest(watches_file=is_main)
@@ -116,7 +121,6 @@ def train(recipe: Recipe, plan: Plan, start: Start, engine: Engine) -> None:
     tracker.start(step)
     bad_samples.start(step * batch_size, plan.source.faults)
 
-    stopped = False
     with watch, tracker, profiler, GarbageCollection() as garbage:
         for stage, micro_batches, faults in watch.timed(plan.batches(step, accelerator), step):
             # A step: learn from the batch, agree with the other processes, and move the weights or skip the step.
@@ -161,8 +165,11 @@ def train(recipe: Recipe, plan: Plan, start: Start, engine: Engine) -> None:
 
 def finish(recipe: Recipe, accelerator: Accelerator) -> None:
     """Export the model of the last checkpoint with its card, and mark the run done; the main process alone."""
-    run_dir = Path(recipe.output_dir)
     if accelerator.is_main_process:
+        from flipscale.hub.model_card import write_card
+        from flipscale.hub.model_folder import export_checkpoint
+
+        run_dir = Path(recipe.output_dir)
         export_checkpoint(list_checkpoints(run_dir)[-1], run_dir / "model")
         write_card(run_dir / "model", run_dir, card_name(recipe))
         mark_done(run_dir)

@@ -17,8 +17,18 @@ from typing import Any
 # Set before torch is imported: a process of the tests computes on one thread and asks no Hub.
 QUIET = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "1")}
 
+# What the trainer imports in functions, as it takes seconds.
+_IMPORTED_LATER = (
+    "flipscale.engines.ddp",
+    "flipscale.engines.fsdp2",
+    "flipscale.hub.model_card",
+    "flipscale.hub.model_folder",
+    "flipscale.hub.upload",
+    "flipscale.objectives.kinds",
+    "torch.utils.tensorboard",
+)
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["pytest", "flipscale.pretrain", "flipscale.hub.export", "torch.utils.tensorboard"])
+_context.set_forkserver_preload(["pytest", "flipscale.pretrain", *_IMPORTED_LATER])
 
 
 def free_port() -> int:

@@ -115,6 +115,28 @@ def test_nothing_has_outgrown_its_room() -> None:
                 assert length <= LONGEST_FUNCTION, f"{name}: {node.name} has {length} lines"
 
 
+# Each takes seconds to import, and a mistake in a recipe is told without them.
+HEAVY = (
+    "transformers.modeling_utils",
+    "transformers.models.auto",
+    "torch.distributed.tensor",
+    "torch._dynamo",
+    "deepspeed",
+    "sympy",
+    "scipy",
+    "torchvision",
+    "datasets",
+    "matplotlib",
+    "tensorboard",
+)
+
+
+def test_the_trainer_is_imported_without_what_only_training_needs() -> None:
+    code = f"import sys, flipscale.pretrain\nprint(*[name for name in {HEAVY} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
+
+
 def test_no_module_is_a_drawer() -> None:
     assert not {file.stem for file in FILES} & {"utils", "common", "helpers", "misc"}
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from flipscale.model.configuration_flip import FlipTextConfig
 
@@ -39,6 +39,8 @@ def load_tokenizer(name: str, max_tokens: int) -> PreTrainedTokenizerBase:
     Raises:
         ValueError: it cannot be loaded.
     """
+    from transformers import AutoTokenizer  # with all of transformers' tokenizers, which take a while to import
+
     try:
         if name == "bert":
             return bert_tokenizer("google-bert/bert-base-uncased", max_tokens)

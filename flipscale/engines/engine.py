@@ -1,7 +1,7 @@
 """What every engine does: hold one model on many processes, train it, and hand out what a checkpoint saves.
 
-The launch chooses the engine (`flipscale.engines.start.ENGINES`). All engines learn the same numbers from the same
-recipe and write the same checkpoints. An engine is one file: a subclass of `Engine`, or of an engine that it varies.
+The launch chooses the engine (`flipscale.engines.start.engine_classes`). All engines learn the same numbers from the
+same recipe and write the same checkpoints. An engine is one file: a subclass of `Engine` or of another engine.
 """
 
 from collections.abc import Callable, Iterator, Sequence

@@ -40,7 +40,7 @@ class Launch:
     """Where a recipe runs.
 
     Args:
-        engine: a name in `flipscale.engines.start.ENGINES`.
+        engine: a name in `flipscale.engines.start.engine_classes`.
         num_processes: of the whole run.
         precision: of matrix products, in accelerate's words; `no` is fp32.
         shard_size: neighbouring processes that share one copy of the weights under `fsdp2`; None for all of them.

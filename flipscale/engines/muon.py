@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 # Keller Jordan, "Muon: An optimizer for hidden layers in neural networks" (2024); torch.optim.Muon has the same.
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -103,11 +102,15 @@ def orthogonalise(matrices: torch.Tensor) -> torch.Tensor:
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:
+    from torch.distributed.tensor import DTensor  # a second to import; an engine that shards has done it
+
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _holders(parameter: nn.Parameter) -> dist.ProcessGroup | None:
     """Return the group that shares a matrix's work: the holders of its rows, or all (None) if each has it whole."""
+    from torch.distributed.tensor import DTensor  # as above
+
     return parameter.device_mesh.get_group("shard") if isinstance(parameter, DTensor) else None
 
 

@@ -9,7 +9,6 @@ from typing import Literal
 
 import torch
 from torch import nn
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from flipscale.engines.muon import Muon
 
@@ -49,6 +48,8 @@ class OptimRecipe:
 
 def encoder_blocks(model: nn.Module) -> list[nn.Module]:
     """Return the layers of a model's encoders."""
+    from transformers.modeling_layers import GradientCheckpointingLayer  # seconds to import, and a model has done it
+
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 

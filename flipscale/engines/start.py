@@ -4,45 +4,54 @@ import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 
-from flipscale.engines.ddp import DdpEngine
 from flipscale.engines.device import keep_freed_memory
-from flipscale.engines.engine import Engine
-from flipscale.engines.fsdp2 import Fsdp2Engine
 from flipscale.engines.launch import Launch, launched_precision
 from flipscale.engines.optimizers import OptimRecipe
-from flipscale.engines.zero import ZeroEngine
 
-# The engines, by the names that a `Launch` has for them.
-ENGINES: dict[str, type[Engine]] = {
-    "ddp": DdpEngine,
-    "fsdp2": Fsdp2Engine,
-    "zero1": ZeroEngine,
-    "zero2": ZeroEngine,
-    "zero3": ZeroEngine,
-}
+if TYPE_CHECKING:
+    from flipscale.engines.engine import Engine
+
 # Set by the batch scripts: how many processes a run must have.
 NUM_PROCESSES = "FLIPSCALE_NUM_PROCESSES"
 # What `accelerate launch` sets to have accelerate shard the model; flipscale does that itself, by the same settings.
 _SHARDING = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_PARALLELISM_CONFIG")
 
 
-def engine_class(launch: Launch) -> type[Engine]:
+def engine_classes() -> dict[str, type["Engine"]]:
+    """Return the engines, by the names that a `Launch` has for them."""
+    # They import torch's sharding and the models, which takes seconds: nobody waits for it who only starts processes.
+    from flipscale.engines.ddp import DdpEngine
+    from flipscale.engines.fsdp2 import Fsdp2Engine
+    from flipscale.engines.zero import ZeroEngine
+
+    return {
+        "ddp": DdpEngine,
+        "fsdp2": Fsdp2Engine,
+        "zero1": ZeroEngine,
+        "zero2": ZeroEngine,
+        "zero3": ZeroEngine,
+    }
+
+
+def engine_class(launch: Launch) -> type["Engine"]:
     """Return the class of the engine that a launch names.
 
     Raises:
         ValueError: there is no such engine.
     """
-    if launch.engine not in ENGINES:
-        raise ValueError(f"the launch's role {launch.engine!r} is no engine; leave it out, or use {', '.join(ENGINES)}")
-    return ENGINES[launch.engine]
+    engines = engine_classes()
+    if launch.engine not in engines:
+        raise ValueError(f"the launch's role {launch.engine!r} is no engine; leave it out, or use {', '.join(engines)}")
+    return engines[launch.engine]
 
 
-def build_engine(accelerator: Accelerator, launch: Launch, recipe: OptimRecipe, global_batch_size: int) -> Engine:
+def build_engine(accelerator: Accelerator, launch: Launch, recipe: OptimRecipe, global_batch_size: int) -> "Engine":
     """Collective. Return the engine that the launch names, its model yet to be built.
 
     Raises:

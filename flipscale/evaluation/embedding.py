@@ -14,7 +14,6 @@ from flipscale.data.captions import tokenise
 from flipscale.data.decode import UndecodableImage, decode_box, visible_patches
 from flipscale.data.pairs import InputShape
 from flipscale.data.sources.tar_source import TarSource
-from flipscale.model.modeling_flip import normalise_embeds
 
 
 @dataclass(frozen=True)
@@ -149,6 +148,8 @@ class Embedder:
     ) -> torch.Tensor:
         """Collective. Return the normalised features of all batches on the CPU; a progress bar shows if it takes
         long."""
+        from flipscale.model.modeling_flip import normalise_embeds  # seconds to import; a model has done it
+
         hidden = None if self.accelerator.is_main_process else True
         embeds = []
         with tqdm(total=total, desc="evaluating", unit=f" {what}", leave=False, delay=5, disable=hidden) as bar:

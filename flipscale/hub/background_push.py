@@ -7,9 +7,12 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from flipscale.hub.upload import Target, open_repo, push_folder
 from flipscale.training.recipe import HubRecipe, Recipe
+
+if TYPE_CHECKING:
+    from flipscale.hub.upload import Target
 
 _log = logging.getLogger(__name__)
 
@@ -18,7 +21,7 @@ _NICENESS = 10  # a lower priority than the data workers, which the accelerators
 _ENVIRONMENT = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 
 
-def target_of(recipe: HubRecipe) -> Target | None:
+def target_of(recipe: HubRecipe) -> "Target | None":
     """Return where a run's model is pushed to, or None if it is not pushed.
 
     Raises:
@@ -28,6 +31,8 @@ def target_of(recipe: HubRecipe) -> Target | None:
         return None
     if recipe.hub_model_id is None:
         raise ValueError("hub.push_to_hub is true and hub.hub_model_id is not set; set it to ORG/NAME")
+    from flipscale.hub.upload import Target  # the Hub's client takes a while to import; most runs do not push
+
     return Target(recipe.hub_model_id, recipe.hub_private_repo, recipe.hub_revision)
 
 
@@ -49,6 +54,8 @@ def open_target(recipe: HubRecipe, resumes: bool) -> None:
     if target is None or not _is_first_process():
         return
     try:
+        from flipscale.hub.upload import open_repo
+
         open_repo(target)
     except (ValueError, OSError) as error:
         if isinstance(error, ValueError) and not resumes:
@@ -97,7 +104,7 @@ class BackgroundPush:
         if self._thread is not None:
             self._thread.join()
 
-    def _work(self, target: Target) -> None:
+    def _work(self, target: "Target") -> None:
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._closed or self._waiting is not None)
@@ -116,7 +123,7 @@ class BackgroundPush:
                 told = "step %d was not pushed to %s (%s); the run goes on and will push its next checkpoint"
                 _log.warning(told, step, target, failed)
 
-    def _start(self, step: int, target: Target) -> subprocess.Popen[bytes]:
+    def _start(self, step: int, target: "Target") -> subprocess.Popen[bytes]:
         command = [*push_command(self.run_dir, target), "--step", str(step)]
         with open(self.run_dir / "push.log", "ab") as log:
             process = subprocess.Popen(
@@ -140,6 +147,8 @@ def push_finished(recipe: Recipe) -> None:
     if target is None or not _is_first_process() or not (run_dir / "DONE").exists():
         return
     try:
+        from flipscale.hub.upload import push_folder
+
         pushed = push_folder(run_dir / "model", target, f"{run_dir.name}, finished")
     except (ValueError, OSError) as error:
         raise OSError(
@@ -149,7 +158,7 @@ def push_finished(recipe: Recipe) -> None:
     print(f"{run_dir} is on the Hub: {pushed.url}")
 
 
-def push_command(run_dir: Path, target: Target) -> list[str]:
+def push_command(run_dir: Path, target: "Target") -> list[str]:
     """Return the command that pushes a run's model."""
     private = ["--private"] if target.private else []
     return [

@@ -1,37 +1,26 @@
-"""The models: what `FlipModel.from_pretrained` loads, here and, with `trust_remote_code`, where flipscale is absent."""
+"""The models: what `FlipModel.from_pretrained` loads, here and, with `trust_remote_code`, where flipscale is absent.
 
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForImageClassification,
-    AutoModelForZeroShotImageClassification,
-    AutoProcessor,
-)
+The classes are imported when the first of them is asked for: transformers takes seconds to import, and a recipe is read
+without a model.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from .configuration_flip import SIZES, FlipConfig, FlipTextConfig, FlipVisionConfig
-from .modeling_flip import (
-    FlipForImageClassification,
-    FlipModel,
-    FlipOutput,
-    FlipPreTrainedModel,
-    FlipTextModel,
-    FlipTextModelWithProjection,
-    FlipVisionModel,
-    FlipVisionModelWithProjection,
-)
-from .processing_flip import FlipProcessor
 
-for _config, _model in ((FlipConfig, FlipModel), (FlipTextConfig, FlipTextModel), (FlipVisionConfig, FlipVisionModel)):
-    AutoConfig.register(_config.model_type, _config)
-    AutoModel.register(_config, _model)
-    # `save_pretrained` writes this folder's code beside the weights.
-    _config.register_for_auto_class("AutoConfig")
-    _model.register_for_auto_class("AutoModel")
-FlipProcessor.register_for_auto_class("AutoProcessor")
-FlipForImageClassification.register_for_auto_class("AutoModelForImageClassification")
-AutoModelForZeroShotImageClassification.register(FlipConfig, FlipModel)
-AutoModelForImageClassification.register(FlipConfig, FlipForImageClassification)
-AutoProcessor.register(FlipConfig, FlipProcessor)
+if TYPE_CHECKING:
+    from .modeling_flip import (
+        FlipForImageClassification,
+        FlipModel,
+        FlipOutput,
+        FlipPreTrainedModel,
+        FlipTextModel,
+        FlipTextModelWithProjection,
+        FlipVisionModel,
+        FlipVisionModelWithProjection,
+    )
+    from .processing_flip import FlipProcessor
 
 __all__ = [
     "SIZES",
@@ -48,3 +37,9 @@ __all__ = [
     "FlipVisionModel",
     "FlipVisionModelWithProjection",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(".auto_classes", __name__), name)

@@ -4,7 +4,6 @@ from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
-from transformers.activations import ACT2FN
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -55,6 +54,8 @@ class FlipPreTrainedConfig(PreTrainedConfig):
 
 
 def _refuse_activation(name: str) -> None:
+    from transformers.activations import ACT2FN  # seconds to import; a configuration alone need not
+
     if name not in ACT2FN:
         raise ValueError(f"hidden_act {name!r} is unknown; use one of {', '.join(sorted(ACT2FN))}")
 

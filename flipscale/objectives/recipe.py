@@ -1,22 +1,15 @@
 """The recipe's `loss` section, and the objective that it describes."""
 
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentError, ArgumentParser
 
 from flipscale.data.masks.recipe import MaskRecipe
-from flipscale.objectives.contrastive import Contrastive
 from flipscale.objectives.exchange import EXCHANGES
-from flipscale.objectives.objective import Objective
-from flipscale.objectives.reconstruction import WithReconstruction
-from flipscale.objectives.sigmoid import Sigmoid
 
-# Every `loss.kind`. To add one, import its class and name it here.
-KINDS: dict[str, type[Objective]] = {
-    "infonce": Contrastive,
-    "sigmoid": Sigmoid,
-}
+if TYPE_CHECKING:
+    from flipscale.objectives.objective import Objective
 
 
 @dataclass(frozen=True)
@@ -39,6 +32,8 @@ class LossRecipe:
     reconstruction_weight: float = 0.0
 
     def __post_init__(self) -> None:
+        from flipscale.objectives.kinds import KINDS  # with the models, which take seconds to import
+
         if self.kind not in KINDS:
             raise ValueError(f"loss.kind is {self.kind!r}; use {' or '.join(map(repr, KINDS))}")
         if self.exchange not in EXCHANGES:
@@ -52,12 +47,16 @@ class LossRecipe:
         object.__setattr__(self, "options", _checked_options(self.kind, self.options))
 
 
-def build_objective(recipe: LossRecipe, mask: MaskRecipe) -> Objective:
+def build_objective(recipe: LossRecipe, mask: MaskRecipe) -> "Objective":
     """Return the objective of a recipe.
 
     Raises:
         ValueError: a reconstruction with several views, or beside a loss that trains a model class of its own.
     """
+    from flipscale.objectives.kinds import KINDS  # as above
+    from flipscale.objectives.objective import Objective
+    from flipscale.objectives.reconstruction import WithReconstruction
+
     objective = KINDS[recipe.kind](exchange=recipe.exchange, **recipe.options)
     if recipe.reconstruction_weight == 0.0:
         return objective
@@ -76,6 +75,9 @@ def build_objective(recipe: LossRecipe, mask: MaskRecipe) -> Objective:
 
 def _checked_options(kind: str, options: dict[str, Any]) -> dict[str, Any]:
     """Return all options of a kind, with the given values and otherwise the defaults."""
+    from flipscale.objectives.kinds import KINDS  # as above
+    from flipscale.objectives.objective import Objective
+
     shared = {f.name for f in fields(Objective)}
     known = [f.name for f in fields(KINDS[kind]) if f.name not in shared]
     for name in options:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from flipscale.engines.first_weights import model_without_storage
 from flipscale.engines.launch import Launch
 from flipscale.engines.optimizers import num_moments
-from flipscale.engines.start import ENGINES, engine_class
+from flipscale.engines.start import engine_class, engine_classes
 from flipscale.model import FlipConfig, FlipModel
 from flipscale.planning.activations import Step, activation_bytes
 from flipscale.planning.flops import pair_flops
@@ -134,7 +134,7 @@ def _changes(recipe: Recipe, launch: Launch) -> list[dict[str, tuple[Recipe, Lau
     at_once = recipe.data.micro_batch_size or pairs
     parts = [at_once // count for count in (4, 16) if at_once % count == 0]
     counts = [launch.num_processes * times for times in (2, 4, 8) if pairs % times == 0]
-    others = [launch.using(engine=engine, shard_size=None) for engine in ENGINES]
+    others = [launch.using(engine=engine, shard_size=None) for engine in engine_classes()]
     return [
         {f"data.micro_batch_size {n}": (_in_parts(recipe, n), launch) for n in parts},
         *({other.engine: (recipe, other)} for other in others if other != launch and _takes(recipe, other)),

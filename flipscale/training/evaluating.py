@@ -1,8 +1,9 @@
 """The evaluations of a run while it trains and at its end."""
 
+from typing import TYPE_CHECKING
+
 from accelerate import Accelerator
 
-from flipscale.engines.engine import Engine
 from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.kinds.task import Task
 from flipscale.evaluation.results import Result
@@ -12,11 +13,14 @@ from flipscale.training.schedule import is_due
 from flipscale.training.start import Plan
 from flipscale.training.watch import StepWatch
 
+if TYPE_CHECKING:
+    from flipscale.engines.engine import Engine
+
 
 class Evaluation:
     """Evaluates the weights that are trained, or their averages where the recipe asks for them."""
 
-    def __init__(self, recipe: Recipe, plan: Plan, engine: Engine, accelerator: Accelerator, watch: StepWatch):
+    def __init__(self, recipe: Recipe, plan: Plan, engine: "Engine", accelerator: Accelerator, watch: StepWatch):
         self._plan = plan
         self._engine = engine
         self._embedder = Embedder(

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
@@ -15,10 +15,12 @@ from flipscale.engines.checkpoint import SaveRecipe
 from flipscale.engines.optimizers import OptimRecipe
 from flipscale.evaluation.recipe import EvalRecipe
 from flipscale.model import FlipConfig
-from flipscale.objectives.objective import Objective
 from flipscale.objectives.recipe import LossRecipe, build_objective
 from flipscale.training.schedule import StageRecipe
 from flipscale.training.tracking import LogRecipe
+
+if TYPE_CHECKING:
+    from flipscale.objectives.objective import Objective
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 
@@ -119,7 +121,7 @@ class Recipe:
     output_dir: str = field(default="runs/flip", metadata={"learned": False})
     resume_from_checkpoint: str = field(default="auto", metadata={"learned": False})
 
-    def objective(self) -> Objective:
+    def objective(self) -> "Objective":
         """Return what is learned.
 
         Raises:

@@ -26,7 +26,6 @@ import flipscale
 from flipscale.engines.checkpoint import latest_checkpoint
 from flipscale.files import json_lines
 from flipscale.files.aside import write_text
-from flipscale.model import FlipModel
 from flipscale.training.recipe import Recipe, differences, to_yaml
 
 
@@ -101,6 +100,8 @@ def write_run_files(
     run_dir = Path(recipe.output_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     write_text(run_dir / "recipe.yaml", to_yaml(recipe))
+    from flipscale.model import FlipModel  # seconds to import, and a run has done it
+
     with torch.device("meta"):
         num_parameters = FlipModel(recipe.model_config()).num_parameters()
     content = {**environment(), "num_parameters": num_parameters, "data_samples": data_samples}

@@ -1,17 +1,21 @@
 """Checkpoints of a run while it trains: when one is due, and what it says of the run."""
 
+from typing import TYPE_CHECKING
+
 from flipscale.data.sources.source import Source, shard_sizes_digest
 from flipscale.engines.checkpoint import CheckpointWriter
-from flipscale.engines.engine import Engine
 from flipscale.training.bad_samples import BadSamples
 from flipscale.training.recipe import Recipe, to_yaml
 from flipscale.training.schedule import is_due
+
+if TYPE_CHECKING:
+    from flipscale.engines.engine import Engine
 
 
 class Saver:
     """Begins and commits the checkpoints of a run. Training goes on while one is written."""
 
-    def __init__(self, recipe: Recipe, engine: Engine, writer: CheckpointWriter, source: Source, bad: BadSamples):
+    def __init__(self, recipe: Recipe, engine: "Engine", writer: CheckpointWriter, source: Source, bad: BadSamples):
         self._recipe = recipe
         self._engine = engine
         self._writer = writer

@@ -1,9 +1,11 @@
 """The start of a run: what each process checks and opens, and what all processes then agree on."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -20,11 +22,13 @@ from flipscale.data.tokenizers import check_tokenizer, load_tokenizer
 from flipscale.engines.checkpoint import load_state
 from flipscale.engines.start import start_accelerator
 from flipscale.evaluation.kinds.task import Task
-from flipscale.objectives.objective import Objective
 from flipscale.training.recipe import Recipe
 from flipscale.training.schedule import Stage, plan_stages
 from flipscale.training.step import raise_if_dropout
 from flipscale.training.tracking import check_log
+
+if TYPE_CHECKING:
+    from flipscale.objectives.objective import Objective
 
 
 class StepBatch(NamedTuple):

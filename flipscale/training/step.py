@@ -1,13 +1,18 @@
 """The gradients of a step, in one pass over this process's batch or, if that is too large for its memory, in two."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
-from typing import NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import torch
 
-from flipscale.engines.engine import Engine
-from flipscale.model import FlipConfig, FlipOutput
-from flipscale.objectives.objective import Objective
+from flipscale.model import FlipConfig
+
+if TYPE_CHECKING:
+    from flipscale.engines.engine import Engine
+    from flipscale.model import FlipOutput
+    from flipscale.objectives.objective import Objective
 
 Batch = TypeVar("Batch", bound=dict[str, torch.Tensor])
 

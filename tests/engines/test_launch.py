@@ -14,7 +14,7 @@ from flipscale.engines.ddp import DdpEngine
 from flipscale.engines.fsdp2 import Fsdp2Engine
 from flipscale.engines.launch import Launch, launch_environment, launch_of, read_launch_file
 from flipscale.engines.optimizers import OptimRecipe
-from flipscale.engines.start import ENGINES, build_engine, engine_class, promised_processes, start_accelerator
+from flipscale.engines.start import build_engine, engine_class, engine_classes, promised_processes, start_accelerator
 
 FOLDER = Path(__file__).parents[2] / "ds_configs"
 LAUNCH_FILES = sorted(FOLDER.glob("*.yaml"))
@@ -75,7 +75,7 @@ def test_plain_processes_are_data_parallel() -> None:
 
 
 def test_every_engine_is_named_as_a_launch_names_it() -> None:
-    assert {read_launch_file(file).engine for file in LAUNCH_FILES} == ENGINES.keys()
+    assert {read_launch_file(file).engine for file in LAUNCH_FILES} == engine_classes().keys()
     assert engine_class(launch_of(FSDP2)) is Fsdp2Engine
 
 

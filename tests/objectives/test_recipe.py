@@ -15,8 +15,8 @@ from flipscale.cli import main
 from flipscale.data.masks.recipe import MaskRecipe
 from flipscale.engines.optimizers import OptimRecipe, build_optimizers
 from flipscale.model import FlipConfig, FlipModel, FlipOutput
-from flipscale.objectives import recipe as recipes
 from flipscale.objectives.contrastive import Contrastive, contrastive_loss
+from flipscale.objectives.kinds import KINDS
 from flipscale.objectives.objective import Objective
 from flipscale.objectives.recipe import LossRecipe, build_objective
 from flipscale.objectives.reconstruction import WithReconstruction
@@ -79,7 +79,7 @@ class Tempered(Objective):
 @pytest.fixture(autouse=True)
 def more_kinds(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, kind in {"scaled": Scaled, "distance": Distance, "tempered": Tempered}.items():
-        monkeypatch.setitem(recipes.KINDS, name, kind)
+        monkeypatch.setitem(KINDS, name, kind)
 
 
 def test_options_of_a_kind_reach_it_and_are_resolved() -> None:

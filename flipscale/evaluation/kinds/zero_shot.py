@@ -12,7 +12,6 @@ from flipscale.evaluation.kinds.task import Task
 from flipscale.evaluation.kinds.templates import TEMPLATES
 from flipscale.evaluation.results import Result
 from flipscale.evaluation.test_set import read_class_names, read_labels, read_lines
-from flipscale.model.modeling_flip import normalise_embeds
 
 
 @dataclass(frozen=True)
@@ -62,6 +61,8 @@ the centre cut out; the answer is the class whose embedding (the mean over the s
 def class_embeds(embedder: Embedder, class_names: list[str], templates: list[str]) -> torch.Tensor:
     """Collective. Return one embedding a class, `(classes, dim)` of unit length: the mean over the templates, as CLIP
     and FLIP have it."""
+    from flipscale.model.modeling_flip import normalise_embeds  # seconds to import; a model has done it
+
     mine = [class_names[row] for row in embedder.padded_rows(len(class_names))]
     prompts = [template.replace("{c}", name) for name in mine for template in templates]
     means = embedder.my_texts(prompts).unflatten(0, (len(mine), -1)).mean(dim=1)

@@ -1,0 +1,46 @@
+"""The model classes and processor, known to transformers' Auto classes."""
+
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageClassification,
+    AutoModelForZeroShotImageClassification,
+    AutoProcessor,
+)
+
+from .configuration_flip import FlipConfig, FlipTextConfig, FlipVisionConfig
+from .modeling_flip import (
+    FlipForImageClassification,
+    FlipModel,
+    FlipOutput,
+    FlipPreTrainedModel,
+    FlipTextModel,
+    FlipTextModelWithProjection,
+    FlipVisionModel,
+    FlipVisionModelWithProjection,
+)
+from .processing_flip import FlipProcessor
+
+for _config, _model in ((FlipConfig, FlipModel), (FlipTextConfig, FlipTextModel), (FlipVisionConfig, FlipVisionModel)):
+    AutoConfig.register(_config.model_type, _config)
+    AutoModel.register(_config, _model)
+    # `save_pretrained` writes this folder's code beside the weights.
+    _config.register_for_auto_class("AutoConfig")
+    _model.register_for_auto_class("AutoModel")
+FlipProcessor.register_for_auto_class("AutoProcessor")
+FlipForImageClassification.register_for_auto_class("AutoModelForImageClassification")
+AutoModelForZeroShotImageClassification.register(FlipConfig, FlipModel)
+AutoModelForImageClassification.register(FlipConfig, FlipForImageClassification)
+AutoProcessor.register(FlipConfig, FlipProcessor)
+
+__all__ = [
+    "FlipForImageClassification",
+    "FlipModel",
+    "FlipOutput",
+    "FlipPreTrainedModel",
+    "FlipProcessor",
+    "FlipTextModel",
+    "FlipTextModelWithProjection",
+    "FlipVisionModel",
+    "FlipVisionModelWithProjection",
+]

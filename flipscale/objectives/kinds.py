@@ -1,0 +1,10 @@
+"""Every `loss.kind`. To add one, import its class and name it here."""
+
+from flipscale.objectives.contrastive import Contrastive
+from flipscale.objectives.objective import Objective
+from flipscale.objectives.sigmoid import Sigmoid
+
+KINDS: dict[str, type[Objective]] = {
+    "infonce": Contrastive,
+    "sigmoid": Sigmoid,
+}
