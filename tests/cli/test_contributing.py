@@ -1,0 +1,99 @@
+"""CONTRIBUTING: its table is the order of imports, its files exist, and its examples run."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from accelerate import Accelerator
+from cli.pages import ROOT
+from conftest import metrics
+from test_structure import ORDER
+
+from flipscale.cli import main
+from flipscale.data.masks.image import IMAGE_MASKS, keep_patches
+from flipscale.engines import start
+from flipscale.engines.launch import read_launch_file
+from flipscale.evaluation import suite
+from flipscale.evaluation.embedding import Embedder
+from flipscale.hub.loading import load_flip
+from flipscale.objectives.recipe import KINDS as LOSSES
+
+PAGE = (ROOT / "CONTRIBUTING.md").read_text()
+SECTIONS = dict(re.findall(r"\n## How to add (?:a|an) ([^\n]+)\n(.*?)(?=\n## )", PAGE, re.DOTALL))
+
+
+def example(what: str, name: str) -> Any:
+    """What the Python of a section calls `name`."""
+    (code,) = re.findall(r"```python\n(.*?)```", SECTIONS[what], re.DOTALL)
+    # Dataclasses look their module up.
+    names: dict[str, Any] = {"__name__": __name__}
+    exec(compile(code, f"CONTRIBUTING.md: {what}", "exec"), names)
+    return names[name]
+
+
+def test_the_table_is_the_order_of_imports() -> None:
+    table = PAGE.split("| row | what it holds |\n|---|---|\n")[1].split("\n\n")[0]
+    assert [tuple(re.findall(r"`(\w+)`", line.split("|")[1])) for line in table.splitlines()] == list(ORDER)
+
+
+def test_its_files_exist() -> None:
+    named = re.findall(r"`((?:flipscale|tests|ds_configs|slurm|docs|\.ci)/[\w./]*)`(, new)?", PAGE)
+    assert len(named) > 25
+    for file, new in named:
+        assert (ROOT / file).exists() is not bool(new), file
+        assert (ROOT / file).parent.is_dir(), file
+
+
+def test_there_are_five_lists() -> None:
+    assert list(SECTIONS) == ["loss", "kind of mask", "evaluation", "engine", "encoder variant"]
+
+
+def test_a_loss(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, write_recipe: Callable[..., Path]) -> None:
+    monkeypatch.setitem(LOSSES, "aligned", example("loss", "Aligned"))
+    losses = {}
+    for weight in (0.0, 0.5):
+        loss = {"kind": "aligned", "options": {"weight": weight}}
+        run_dir = tmp_path / f"weight{weight}"
+        stages = [{"name": "masked", "samples": 32, "mask_ratio": 0.75, "base_lr": 0.01}]
+        main(["pretrain", "--config", str(write_recipe(run_dir, loss=loss, stages=stages))])
+        losses[weight] = metrics(run_dir)[0]["loss"]
+    assert losses[0.0] < losses[0.5] < losses[0.0] + 0.5 * 4
+
+
+def test_a_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(IMAGE_MASKS, "rows", example("kind of mask", "rows"))
+    kept = keep_patches(torch.rand(5, 4, 4), 0.5, "rows")
+    assert all(len(set((index // 4).tolist())) == 2 for (index,) in kept)
+
+
+def test_an_evaluation(monkeypatch: pytest.MonkeyPatch, in_site: Path) -> None:
+    monkeypatch.setitem(suite.KINDS, "similarity", example("evaluation", "Similarity"))
+    tasks = suite.build_tasks([{"kind": "similarity", "data": "data/demo/test"}])
+    model, tokenizer = load_flip("runs/demo/model")
+    (result,) = suite.evaluate_tasks(Embedder(model, tokenizer, Accelerator(cpu=True), 32, 0), tasks)
+    assert (result.name, result.n) == ("similarity/cosine", 96)
+    assert -1.0 < result.value < 1.0
+
+
+def test_an_engine(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    write_recipe: Callable[..., Path],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setitem(start.ENGINES, "ddp_bf16", example("engine", "CompressedDdpEngine"))
+    (text,) = re.findall(r"```yaml\n(.*?)```", SECTIONS["engine"], re.DOTALL)
+    (tmp_path / "ddp_bf16.yaml").write_text(text)
+    assert read_launch_file(tmp_path / "ddp_bf16.yaml").engine == "ddp_bf16"
+    shipped = yaml.safe_load((ROOT / "ds_configs/ddp.yaml").read_text())
+    assert yaml.safe_load(text) == {**shipped, "mpirun_config": {"role": "ddp_bf16"}}
+    recipe = write_recipe(tmp_path / "run", stages=[{"name": "whole", "samples": 32, "base_lr": 0.01}])
+    main(["pretrain", "--dry_run", "--launch_file", str(tmp_path / "ddp_bf16.yaml"), "--config", str(recipe)])
+    assert "ddp_bf16: 8 processes of 2 pairs" in capsys.readouterr().out
+    monkeypatch.setenv("ROLE_NAME", "ddp_bf16")
+    main(["pretrain", "--config", str(recipe)])
+    assert len(metrics(tmp_path / "run")) == 2
