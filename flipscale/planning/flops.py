@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from flipscale.engines.first_weights import model_without_storage
@@ -47,13 +48,15 @@ def forward_flops(config: FlipConfig, mask_ratio: float, views: int = 1, text_ma
 
 @functools.lru_cache(maxsize=64)
 def _counted(config: str, step: Step) -> Flops:
-    model = model_without_storage(FlipConfig(**json.loads(config)))
-    # torch's counter has no formula for the fused attention of every device.
-    model.set_attn_implementation("eager")
-    with torch.device("meta"):
-        batch = example_batch(model.config, step)
-    with torch.no_grad(), FlopCounterMode(display=False, depth=64) as counter:
-        model(**batch, return_logits=False)
+    # transformers asks an attention mask on the meta device for its values, but not a fake one.
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = model_without_storage(FlipConfig(**json.loads(config)))
+        # torch's counter has no formula for the fused attention of every device.
+        model.set_attn_implementation("eager")
+        with torch.device("meta"):
+            batch = example_batch(model.config, step)
+        with torch.no_grad(), FlopCounterMode(display=False, depth=64) as counter:
+            model(**batch, return_logits=False)
     prefix = f"{type(model).__name__}."
     counts = {name.removeprefix(prefix): sum(found.values()) for name, found in counter.flop_counts.items()}
     return Flops(counter.get_total_flops(), counts)

@@ -54,7 +54,16 @@ def layers(tower: FlipVisionConfig | FlipTextConfig, tokens: int) -> int:
     return tower.num_hidden_layers * (2 * tokens * weights + 4 * tokens**2 * tower.hidden_size)
 
 
-@pytest.mark.parametrize("config", [SMALL, FlipConfig.from_size("b16"), FlipConfig.from_size("h14")], ids="sbh")
+MASKED_PADDING = FlipConfig.from_size("b16", text_config={"attend_to_padding": False, "pooling": "mean"})
+CONFIGS = {
+    "small": SMALL,
+    "b16": FlipConfig.from_size("b16"),
+    "h14": FlipConfig.from_size("h14"),
+    "mean": MASKED_PADDING,
+}
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 @pytest.mark.parametrize("masks", [(0.0, 1, 0.0), (0.75, 1, 0.0), (0.5, 2, 0.0), (0.75, 3, 0.5)])
 def test_the_count_is_the_formula_s(config: FlipConfig, masks: tuple[float, int, float]) -> None:
     counted = forward_flops(config, *masks)
