@@ -74,6 +74,8 @@ def _begin(function: Callable[..., None], arguments: tuple[Any, ...], environmen
     os.chdir(cwd)
     # A daemon of multiprocessing may have no children, but a trainer has its loader's workers.
     multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
+    # Its workers start as those of a command do, not as this process did.
+    multiprocessing.set_start_method("fork", force=True)
     function(*arguments)
 
 

@@ -137,6 +137,7 @@ def resumed(file: str) -> tuple:
     recipe = parse_recipe(["--config", file])
     checkpoint, plan = open_run_directory(recipe), check(recipe)
     start = join(recipe, plan.source, checkpoint)
+    Path(recipe.output_dir).mkdir(exist_ok=True)
     return recipe, plan, start, resume(recipe, plan, start)
 
 
