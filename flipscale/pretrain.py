@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from accelerate import Accelerator
-
 from flipscale.engines.checkpoint import CheckpointReader, CheckpointWriter, list_checkpoints
 from flipscale.engines.device import best_attention
 from flipscale.engines.launch import launch_of
@@ -36,6 +34,8 @@ from flipscale.training.tracking import Tracker, open_trackers
 from flipscale.training.watch import StepWatch
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
+
     from flipscale.engines.engine import Engine
     from flipscale.model import FlipModel
 
@@ -163,7 +163,7 @@ def train(recipe: Recipe, plan: Plan, start: Start, engine: "Engine", pair_flops
     accelerator.wait_for_everyone()
 
 
-def finish(recipe: Recipe, accelerator: Accelerator) -> None:
+def finish(recipe: Recipe, accelerator: "Accelerator") -> None:
     """Export the model of the last checkpoint with its card, and mark the run done; the main process alone."""
     if accelerator.is_main_process:
         from flipscale.hub.model_card import write_card

@@ -117,6 +117,7 @@ def test_nothing_has_outgrown_its_room() -> None:
 
 # Each takes seconds to import, and a mistake in a recipe is told without them.
 HEAVY = (
+    "accelerate",
     "transformers.modeling_utils",
     "transformers.models.auto",
     "torch.distributed.tensor",

@@ -20,7 +20,7 @@ from flipscale.data.randomness import keyed_uniform
 from flipscale.data.recipe import DataRecipe
 from flipscale.data.sources.mixture import order_of
 from flipscale.data.sources.source import Source
-from flipscale.model import FlipConfig
+from flipscale.model.configuration_flip import FlipConfig
 from flipscale.model.patches import num_kept
 
 # How the integers of a batch travel to the device; the model widens them there.

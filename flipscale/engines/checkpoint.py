@@ -17,16 +17,17 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
-from accelerate import Accelerator
-from accelerate.utils import gather_object
 from safetensors import safe_open
 
 from flipscale.files.aside import partial_path, sync
 from flipscale.files.tensor_file import write_tensors
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 _NAME = re.compile(r"step-(\d{8})")
 
@@ -132,7 +133,7 @@ class CheckpointWriter:
     every process has reported that its part is on disk; only then is there a checkpoint.
     """
 
-    def __init__(self, accelerator: Accelerator, run_dir: Path, recipe: SaveRecipe, newest: int | None):
+    def __init__(self, accelerator: "Accelerator", run_dir: Path, recipe: SaveRecipe, newest: int | None):
         self.accelerator = accelerator
         self.run_dir = run_dir
         self.recipe = recipe
@@ -229,6 +230,8 @@ class CheckpointWriter:
 
     def _agree(self) -> None:
         """Collective. Raise on all processes if writing failed on any."""
+        from accelerate.utils import gather_object
+
         failed = gather_object([str(self._error)] if self._error is not None else [])
         if not failed:
             return

@@ -7,10 +7,9 @@ same recipe and write the same checkpoints. An engine is one file: a subclass of
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
-from accelerate import Accelerator
 from torch import nn
 
 from flipscale.engines.averages import Averages
@@ -20,6 +19,9 @@ from flipscale.engines.launch import Launch, shipped
 from flipscale.engines.layout import Layout
 from flipscale.engines.optimizers import OptimRecipe, build_optimizers, gradient_norm, set_learning_rate
 from flipscale.model import FlipConfig, FlipModel
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 Batch = TypeVar("Batch")
 
@@ -64,7 +66,7 @@ class Engine:
     # Values of optim.name.
     optimizers_carried: ClassVar[tuple[str, ...]] = ("adamw", "muon")
 
-    def __init__(self, accelerator: Accelerator, launch: Launch, recipe: OptimRecipe, global_batch_size: int):
+    def __init__(self, accelerator: "Accelerator", launch: Launch, recipe: OptimRecipe, global_batch_size: int):
         self.accelerator = accelerator
         self.launch = launch
         self.recipe = recipe

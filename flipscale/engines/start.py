@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
 
 from flipscale.engines.device import keep_freed_memory
 from flipscale.engines.launch import Launch, launched_precision
 from flipscale.engines.optimizers import OptimRecipe
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
+
     from flipscale.engines.engine import Engine
 
 # Set by the batch scripts: how many processes a run must have.
@@ -51,7 +52,7 @@ def engine_class(launch: Launch) -> type["Engine"]:
     return engines[launch.engine]
 
 
-def build_engine(accelerator: Accelerator, launch: Launch, recipe: OptimRecipe, global_batch_size: int) -> "Engine":
+def build_engine(accelerator: "Accelerator", launch: Launch, recipe: OptimRecipe, global_batch_size: int) -> "Engine":
     """Collective. Return the engine that the launch names, its model yet to be built.
 
     Raises:
@@ -65,7 +66,7 @@ def build_engine(accelerator: Accelerator, launch: Launch, recipe: OptimRecipe, 
     return engine(accelerator, launch, recipe, global_batch_size)
 
 
-def start_accelerator(report_to: list[str], run_dir: str) -> Accelerator:
+def start_accelerator(report_to: list[str], run_dir: str) -> "Accelerator":
     """Collective. Return accelerate's view of this run's processes; gloo and CPU where there is no GPU.
 
     Raises:
@@ -73,6 +74,8 @@ def start_accelerator(report_to: list[str], run_dir: str) -> Accelerator:
     """
     if not torch.cuda.is_available():
         keep_freed_memory()
+    from accelerate import Accelerator
+
     launched_precision(os.environ)
     with _unsharded():
         accelerator = Accelerator(cpu=not torch.cuda.is_available(), log_with=report_to or None, project_dir=run_dir)

@@ -2,11 +2,10 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -14,6 +13,9 @@ from flipscale.data.captions import tokenise
 from flipscale.data.decode import UndecodableImage, decode_box, visible_patches
 from flipscale.data.pairs import InputShape
 from flipscale.data.sources.tar_source import TarSource
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Embedder:
 
     model: Any
     tokenizer: Any
-    accelerator: Accelerator
+    accelerator: "Accelerator"
     batch_size: int = 256
     num_workers: int = 0
     alive: Callable[[], None] = lambda: None

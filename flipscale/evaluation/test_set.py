@@ -4,8 +4,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from accelerate.utils import gather_object
-
 from flipscale.data.sources.tar_source import TarSource
 from flipscale.evaluation.embedding import Embedder, sample_numbers
 
@@ -64,6 +62,8 @@ def read_captions(embedder: Embedder, source: TarSource) -> list[list[str]]:
             )
         return lines
 
+    from accelerate.utils import gather_object
+
     mine = _of_my_rows(embedder, source, captions)
     pairs = gather_object(list(zip(embedder.rows(len(source)), mine, strict=True)))
     return [lines for _, lines in sorted(pairs)]
@@ -87,6 +87,8 @@ def _of_my_rows(embedder: Embedder, source: TarSource, read: Callable[[int, int]
         except ValueError as error:
             faults.append((row, str(error)))
             break
+    from accelerate.utils import gather_object
+
     faults = gather_object(faults)
     if faults:
         raise ValueError(min(faults)[1])

@@ -1,15 +1,14 @@
 """The models: what `FlipModel.from_pretrained` loads, here and, with `trust_remote_code`, where flipscale is absent.
 
-The classes are imported when the first of them is asked for: transformers takes seconds to import, and a recipe is read
-without a model.
+The classes are imported, and made known to transformers' Auto classes, when the first is asked for. transformers'
+models take seconds to import, and a recipe is read without them: what only reads one imports `.configuration_flip`.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .configuration_flip import SIZES, FlipConfig, FlipTextConfig, FlipVisionConfig
-
 if TYPE_CHECKING:
+    from .configuration_flip import SIZES, FlipConfig, FlipTextConfig, FlipVisionConfig
     from .modeling_flip import (
         FlipForImageClassification,
         FlipModel,

@@ -1,4 +1,4 @@
-"""The model classes and processor, known to transformers' Auto classes."""
+"""The configurations, models and processor, made known to transformers' Auto classes."""
 
 from transformers import (
     AutoConfig,
@@ -8,7 +8,7 @@ from transformers import (
     AutoProcessor,
 )
 
-from .configuration_flip import FlipConfig, FlipTextConfig, FlipVisionConfig
+from .configuration_flip import SIZES, FlipConfig, FlipTextConfig, FlipVisionConfig
 from .modeling_flip import (
     FlipForImageClassification,
     FlipModel,
@@ -34,13 +34,17 @@ AutoModelForImageClassification.register(FlipConfig, FlipForImageClassification)
 AutoProcessor.register(FlipConfig, FlipProcessor)
 
 __all__ = [
+    "SIZES",
+    "FlipConfig",
     "FlipForImageClassification",
     "FlipModel",
     "FlipOutput",
     "FlipPreTrainedModel",
     "FlipProcessor",
+    "FlipTextConfig",
     "FlipTextModel",
     "FlipTextModelWithProjection",
+    "FlipVisionConfig",
     "FlipVisionModel",
     "FlipVisionModelWithProjection",
 ]

@@ -2,8 +2,6 @@
 
 from typing import TYPE_CHECKING
 
-from accelerate import Accelerator
-
 from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.kinds.task import Task
 from flipscale.evaluation.results import Result
@@ -14,13 +12,15 @@ from flipscale.training.start import Plan
 from flipscale.training.watch import StepWatch
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
+
     from flipscale.engines.engine import Engine
 
 
 class Evaluation:
     """Evaluates the weights that are trained, or their averages where the recipe asks for them."""
 
-    def __init__(self, recipe: Recipe, plan: Plan, engine: "Engine", accelerator: Accelerator, watch: StepWatch):
+    def __init__(self, recipe: Recipe, plan: Plan, engine: "Engine", accelerator: "Accelerator", watch: StepWatch):
         self._plan = plan
         self._engine = engine
         self._embedder = Embedder(

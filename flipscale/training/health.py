@@ -3,13 +3,16 @@ save, and is the last checkpoint on disk."""
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from accelerate import Accelerator
 
 from flipscale.engines.checkpoint import CheckpointWriter
 from flipscale.training.preemption import StopRequest
 from flipscale.training.watch import StepWatch
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 MAX_SKIPPED_IN_A_ROW = 5
 
@@ -40,7 +43,9 @@ class Verdict:
 class StepGuard:
     """Skips steps whose loss or gradients are not finite, and gives up after a few in a row."""
 
-    def __init__(self, accelerator: Accelerator, request: StopRequest, checkpoints: CheckpointWriter, watch: StepWatch):
+    def __init__(
+        self, accelerator: "Accelerator", request: StopRequest, checkpoints: CheckpointWriter, watch: StepWatch
+    ):
         self.accelerator = accelerator
         self.request = request
         self.checkpoints = checkpoints

@@ -14,7 +14,7 @@ from flipscale.data.recipe import DataRecipe
 from flipscale.engines.checkpoint import SaveRecipe
 from flipscale.engines.optimizers import OptimRecipe
 from flipscale.evaluation.recipe import EvalRecipe
-from flipscale.model import FlipConfig
+from flipscale.model.configuration_flip import FlipConfig
 from flipscale.objectives.recipe import LossRecipe, build_objective
 from flipscale.training.schedule import StageRecipe
 from flipscale.training.tracking import LogRecipe

@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedTokenizerBase
 
 from flipscale.data.faults import Fault
@@ -28,6 +26,8 @@ from flipscale.training.step import raise_if_dropout
 from flipscale.training.tracking import check_log
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
+
     from flipscale.objectives.objective import Objective
 
 
@@ -143,6 +143,8 @@ def join(recipe: Recipe, source: Source, checkpoint: Path | None) -> Start:
     """
     accelerator = start_accelerator(recipe.log.report_to, recipe.output_dir)
     agree_on_data(accelerator, source)
+    from accelerate.utils import broadcast_object_list
+
     # A file system may show a new folder to one machine later than to another.
     (checkpoint,) = broadcast_object_list([checkpoint])
     if checkpoint is None:

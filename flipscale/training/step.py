@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import torch
 
-from flipscale.model import FlipConfig
+from flipscale.model.configuration_flip import FlipConfig
 
 if TYPE_CHECKING:
     from flipscale.engines.engine import Engine

@@ -4,9 +4,12 @@ import gc
 import logging
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 import torch
-from accelerate import Accelerator
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 _log = logging.getLogger(__name__)
 
@@ -20,7 +23,7 @@ _COLLECT_EVERY_STEPS = 1_000
 class StepProfiler:
     """Writes a trace of `num_steps` steps, and on CUDA a memory snapshot, of every rank to `profile/`; none for 0."""
 
-    def __init__(self, accelerator: Accelerator, run_dir: Path, num_steps: int):
+    def __init__(self, accelerator: "Accelerator", run_dir: Path, num_steps: int):
         self._cuda = accelerator.device.type == "cuda"
         self._rank = accelerator.process_index
         self._folder = run_dir / "profile"

@@ -8,10 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from accelerate import Accelerator
-from accelerate.tracking import TensorBoardTracker
 from tqdm import tqdm
 
 from flipscale.engines.device import peak_flops, peak_memory_bytes
@@ -20,6 +18,9 @@ from flipscale.files import json_lines
 from flipscale.files.aside import write_text
 from flipscale.training.schedule import is_due
 from flipscale.training.watch import StepWatch
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 PROJECT = "flipscale"
 
@@ -55,7 +56,7 @@ def check_log(recipe: LogRecipe) -> None:
         raise ValueError(f"log.profile_steps is {recipe.profile_steps}; it must be 0 or more")
 
 
-def open_trackers(accelerator: Accelerator, run_dir: Path, config: Mapping[str, bool | int | float | str]) -> None:
+def open_trackers(accelerator: "Accelerator", run_dir: Path, config: Mapping[str, bool | int | float | str]) -> None:
     """Start accelerate's trackers, of the project `flipscale`.
 
     Args:
@@ -63,6 +64,8 @@ def open_trackers(accelerator: Accelerator, run_dir: Path, config: Mapping[str, 
     """
     if not accelerator.log_with:
         return
+    from accelerate.tracking import TensorBoardTracker
+
     # TensorBoard names its folder after the project; a run directory has it under the tool's name.
     accelerator.log_with = [
         TensorBoardTracker("tensorboard", run_dir) if str(one) == "tensorboard" else one for one in accelerator.log_with
@@ -96,7 +99,7 @@ class Tracker:
 
     def __init__(
         self,
-        accelerator: Accelerator,
+        accelerator: "Accelerator",
         run_dir: Path,
         recipe: LogRecipe,
         watch: StepWatch,

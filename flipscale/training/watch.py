@@ -14,12 +14,12 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple, Protocol, TypeVar
-
-from accelerate import Accelerator
-from accelerate.utils import gather_object
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
 
 from flipscale.files import aside, json_lines
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 class HasStage(Protocol):
@@ -68,7 +68,7 @@ class StepWatch:
     `hang_seconds`, the run ends. The main process writes `heartbeat.json` every ten seconds.
     """
 
-    def __init__(self, accelerator: Accelerator, run_dir: Path, hang_seconds: float, trained_seconds: float = 0.0):
+    def __init__(self, accelerator: "Accelerator", run_dir: Path, hang_seconds: float, trained_seconds: float = 0.0):
         """`trained_seconds` were spent training before this start of the run."""
         self._accelerator = accelerator
         self._run_dir = run_dir
@@ -159,6 +159,8 @@ class StepWatch:
             "step_s": round(self._seconds, 4),
             "data_wait_s": round(self._wait, 4),
         }
+        from accelerate.utils import gather_object
+
         ranks = gather_object([mine])
         self._num_slow += 1
         if not self._accelerator.is_main_process:
