@@ -20,7 +20,7 @@ from flipscale.engines.launch import read_launch_file
 from flipscale.evaluation import suite
 from flipscale.evaluation.embedding import Embedder
 from flipscale.hub.loading import load_flip
-from flipscale.objectives.recipe import KINDS as LOSSES
+from flipscale.objectives.kinds import KINDS as LOSSES
 
 PAGE = (ROOT / "CONTRIBUTING.md").read_text()
 SECTIONS = dict(re.findall(r"\n## How to add (?:a|an) ([^\n]+)\n(.*?)(?=\n## )", PAGE, re.DOTALL))
@@ -85,7 +85,8 @@ def test_an_engine(
     write_recipe: Callable[..., Path],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setitem(start.ENGINES, "ddp_bf16", example("engine", "CompressedDdpEngine"))
+    engines = {**start.engine_classes(), "ddp_bf16": example("engine", "CompressedDdpEngine")}
+    monkeypatch.setattr(start, "engine_classes", lambda: engines)
     (text,) = re.findall(r"```yaml\n(.*?)```", SECTIONS["engine"], re.DOTALL)
     (tmp_path / "ddp_bf16.yaml").write_text(text)
     assert read_launch_file(tmp_path / "ddp_bf16.yaml").engine == "ddp_bf16"
