@@ -1,4 +1,4 @@
-"""`flipscale VERB`: what each verb does is in the module of its name."""
+"""The command `flipscale VERB`; each verb is the module of its name."""
 
 import argparse
 import importlib
@@ -22,7 +22,7 @@ VERBS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs the verb that `arguments` (by default the command line's) name."""
+    """Run the verb that `arguments` name; by default they are the command line's."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if arguments[:1] == ["pretrain"]:
         # A recipe has a parser of its own.

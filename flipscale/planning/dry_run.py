@@ -18,7 +18,7 @@ USABLE = 0.94
 
 
 def dry_run(arguments: Sequence[str]) -> None:
-    """Prints parameters and bytes of each process under one launch file or several; the flags of a recipe are
+    """Print parameters and bytes of each process under one launch file or several; the flags of a recipe are
     `flipscale pretrain`'s.
 
     Raises:

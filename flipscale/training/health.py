@@ -1,5 +1,5 @@
-"""What all processes must agree on before a step is taken: is it finite, was any of us asked to stop, is it time to
-save, and is the last checkpoint on disk."""
+"""What all processes agree on before a step is taken: whether it is finite, whether any of them was asked to stop,
+whether it is time to save, and whether the last checkpoint is on disk."""
 
 import math
 from dataclasses import dataclass
@@ -22,10 +22,10 @@ class Verdict:
     """What the processes agreed on.
 
     Args:
-        loss: of the global batch.
-        grad_norm: of its gradients.
-        finite: whether the step is to be taken.
-        stop: whether it is the last.
+        loss: the loss of the global batch.
+        grad_norm: the norm of its gradients, from before they are clipped.
+        finite: whether the step is taken.
+        stop: whether it is the last step.
         save: whether the clock says that a checkpoint is due.
         num_replaced: how many of the batch's samples were bad and replaced.
         written: whether every process's part of the last checkpoint is on disk.
@@ -53,12 +53,12 @@ class StepGuard:
         self._in_a_row = 0
 
     def agree(self, loss: torch.Tensor, grad_norm: torch.Tensor, num_replaced: int) -> Verdict:
-        """Collective. The same verdict on every process.
+        """Collective. Return the same verdict on every process.
 
         Raises:
             FloatingPointError: the loss or the gradients were not finite in `MAX_SKIPPED_IN_A_ROW` steps in a row.
         """
-        # One clock is asked, the main process's.
+        # Clocks differ between machines, so the main process's decides.
         due = self.checkpoints.clock_is_due and self.accelerator.is_main_process
         slow = self.watch.step_is_slow()
         flags = [self.request.reason is not None, due, self.checkpoints.is_writing, num_replaced, slow]

@@ -1,4 +1,4 @@
-"""What passes between a run and its batch script: a request to stop, and that starting again cannot help."""
+"""Requests to stop a run, and the mark that tells its batch script not to requeue it."""
 
 import os
 import signal
@@ -9,10 +9,11 @@ STOP_FILE = "FLIPSCALE_STOP_FILE"
 
 
 class StopRequest:
-    """Made by SIGTERM or SIGUSR1 in this process, or by the file that `$FLIPSCALE_STOP_FILE` names.
+    """Whether this process was asked to stop: by SIGTERM, by SIGUSR1, or by the file that `$FLIPSCALE_STOP_FILE` names.
 
-    A batch script hears of a coming preemption or time limit before its processes may exist; a file lasts until they
-    look, a signal does not. One process looks, with `watches_file`: the others hear of it when they agree on the step.
+    A batch script may learn of a preemption or time limit before its processes exist. A signal would be lost then; a
+    file is still there when they look. Only the process with `watches_file` looks for it, and the others learn of it
+    when all agree on the step.
     """
 
     def __init__(self, watches_file: bool) -> None:
@@ -21,13 +22,13 @@ class StopRequest:
         self._received: str | None = None
 
     def listen(self) -> None:
-        """Takes over the two signals."""
+        """Handle the two signals from now on."""
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._receive)
 
     @property
     def reason(self) -> str | None:
-        """What asked this process to stop, None while nothing has."""
+        """What asked this process to stop; None while nothing has."""
         if self._received is None and self._file is not None and self._file.exists():
             self._received = f"{self._file} exists"
         return self._received
@@ -37,7 +38,7 @@ class StopRequest:
 
 
 def refuse_restart() -> None:
-    """Tells the batch script, if there is one, that its user must change something first."""
+    """Tell the batch script, if there is one, not to requeue the job: its user must change something first."""
     name = os.environ.get(STOP_FILE)
     if name:
         Path(f"{name}.refused").touch()

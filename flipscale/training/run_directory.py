@@ -30,9 +30,9 @@ from flipscale.training.recipe import Recipe, differences, to_yaml
 
 
 def open_run_directory(recipe: Recipe) -> Path | None:
-    """The checkpoint that the run goes on from, None for a fresh start.
+    """Return the checkpoint that the run resumes from, None for a fresh start.
 
-    Every process calls it before any of them writes.
+    Every process calls this before any of them writes.
 
     Raises:
         ValueError: the directory holds a run of another recipe, or one that is not to be resumed.
@@ -58,7 +58,7 @@ def open_run_directory(recipe: Recipe) -> Path | None:
 
 @contextmanager
 def told_of_a_full_disk(run_dir: Path) -> Iterator[None]:
-    """Says what to do when any of the run's files cannot grow.
+    """Turn the error of a full disk into a sentence that says what to do, whichever of the run's files met it.
 
     Raises:
         OSError: the disk is full, or the quota used up.
@@ -75,12 +75,12 @@ def told_of_a_full_disk(run_dir: Path) -> Iterator[None]:
 
 
 def mark_done(run_dir: Path) -> None:
-    """Says that the run of `run_dir` has ended."""
+    """Mark the run of `run_dir` as finished."""
     (run_dir / "DONE").touch()
 
 
 def is_done(recipe: Recipe) -> bool:
-    """Whether the recipe's run has ended already.
+    """Return whether the recipe's run is finished already.
 
     Raises:
         ValueError: the directory holds a run of another recipe.
@@ -91,16 +91,16 @@ def is_done(recipe: Recipe) -> bool:
 def write_run_files(
     recipe: Recipe, engine: str, num_processes: int, state: Mapping[str, Any], data_samples: int
 ) -> None:
-    """Writes `recipe.yaml` and `environment.json`, and adds this start to `starts.jsonl`; the main process alone.
+    """Write `recipe.yaml` and `environment.json`, and append this start to `starts.jsonl`. The main process calls this.
 
     Args:
-        engine: its name.
-        state: of the checkpoint that the run goes on from, if any.
+        engine: the name of the engine.
+        state: the state of the checkpoint that the run resumes from; empty if there is none.
     """
     run_dir = Path(recipe.output_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     write_text(run_dir / "recipe.yaml", to_yaml(recipe))
-    from flipscale.model import FlipModel  # seconds to import, and a run has done it
+    from flipscale.model import FlipModel  # takes seconds to import, and a run has imported it by now
 
     with torch.device("meta"):
         num_parameters = FlipModel(recipe.model_config()).num_parameters()
@@ -128,7 +128,7 @@ def read_starts(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def device_name() -> str:
-    """What one process computes on: the GPU, or a core of the CPU, by the name it gives itself."""
+    """Return the name of what one process computes on: its GPU, or the CPU and the number of threads."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
@@ -137,7 +137,7 @@ def device_name() -> str:
 
 
 def environment() -> dict[str, Any]:
-    """Versions, command and machine."""
+    """Return the versions of the packages, the command and the machine, ready for JSON."""
     packages = ("torch", "transformers", "accelerate", "numpy", "simplejpeg", "opencv-python-headless")
     commit = subprocess.run(
         ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False

@@ -1,4 +1,4 @@
-"""Stages: what mask and what learning rate every step has, as a pure function of the step."""
+"""Stages: the mask and the learning rate of every step, as pure functions of the step."""
 
 import math
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ class StageRecipe:
 
     Args:
         name: for the log; no two stages of a run share one.
-        samples: length in pairs seen, cut to whole steps.
+        samples: how many pairs it sees, rounded down to whole steps.
         mask_ratio: fraction of the patches removed, in [0, 1); at 0 the images are seen whole, once.
         text_mask_ratio: fraction of the caption's tokens removed, padding counted, in [0, 1).
         base_lr: peak learning rate per 256 samples of batch: a schedule (warm-up, then cosine to 0) of its own, with a
@@ -30,7 +30,18 @@ class StageRecipe:
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage in steps: [first_step, last_step), inside the learning-rate schedule [schedule_first, schedule_last)."""
+    """A stage in steps.
+
+    Args:
+        name: the recipe's name of it.
+        mask_ratio: fraction of the patches removed.
+        first_step, last_step: it has the steps [first_step, last_step) of the run.
+        schedule_first, schedule_last: its learning-rate schedule, which several stages may share, has the steps
+            [schedule_first, schedule_last).
+        warmup_steps: linear warm-up at the start of the schedule.
+        peak_lr: the learning rate after the warm-up, of the whole batch.
+        text_mask_ratio: fraction of the caption's tokens removed.
+    """
 
     name: str
     mask_ratio: float
@@ -47,7 +58,7 @@ class Stage:
         return step == self.schedule_first
 
     def learning_rate(self, step: int) -> float:
-        """The rate of `step`: linear from 0 over the warm-up (step 0 has rate 0), then a cosine to 0."""
+        """Return the learning rate of `step`: linear from 0 over the warm-up, then a cosine to 0."""
         step -= self.schedule_first
         if step < self.warmup_steps:
             return self.peak_lr * step / self.warmup_steps
@@ -67,7 +78,7 @@ def is_due(step: int, step_samples: int, every_samples: int) -> bool:
 
 
 def plan_stages(stages: Sequence[StageRecipe], global_batch_size: int) -> list[Stage]:
-    """The stages in steps, one after the other.
+    """Return the stages in steps, one after the other.
 
     Raises:
         ValueError: no stage, two of one name, a first stage without base_lr, a stage shorter than a step, a warm-up as
