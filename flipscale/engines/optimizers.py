@@ -48,7 +48,7 @@ class OptimRecipe:
 
 def encoder_blocks(model: nn.Module) -> list[nn.Module]:
     """Return the layers of a model's encoders."""
-    from transformers.modeling_layers import GradientCheckpointingLayer  # seconds to import, and a model has done it
+    from transformers.modeling_layers import GradientCheckpointingLayer  # takes seconds, and a model has imported it
 
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
@@ -56,10 +56,13 @@ def encoder_blocks(model: nn.Module) -> list[nn.Module]:
 def decays(model: nn.Module) -> dict[str, bool]:
     """Return by name whether weight decay applies to a parameter.
 
-    It does not to biases, to norms, and to the modules that the model names in `no_weight_decay`. For the parameters of
-    the loss, the model itself says. The class token, the token embedding and `logit_scale` decay, as in the original.
+    It does not to biases, to norms, and to the modules that a FLIP model names in `no_weight_decay`. For the parameters
+    of the loss, the model itself says. The class token, token embedding and `logit_scale` decay, as in the original.
     """
-    exempt: frozenset[str] = getattr(model, "no_weight_decay", frozenset())
+    from flipscale.model import FlipPreTrainedModel  # takes seconds to import, and a model has imported it
+
+    is_flip = isinstance(model, FlipPreTrainedModel)
+    exempt: frozenset[str] = model.no_weight_decay if is_flip else frozenset()
     found = {}
     for path, module in model.named_modules():
         is_exempt = isinstance(module, nn.LayerNorm) or bool(exempt & set(path.split(".")))

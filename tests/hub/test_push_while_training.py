@@ -12,7 +12,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from conftest import draw, launch, metrics, pretrain
+from conftest import draw, launch, metrics
 from hub.card_numbers import untraced_numbers
 from hub.loopback_hub import TOKEN, LoopbackHub
 
@@ -93,7 +93,9 @@ def test_the_finished_model_arrives_and_loads(
     run_dir = tmp_path / "run"
     file = write_recipe(run_dir, hub=HUB, save={"every_samples": 384})
     hub.fail_next(9, "/commit/", status=403, message="no space left in org")
-    done = pretrain(file, 2)
+    # New interpreters: the Hub's client reads its environment when it is imported.
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = launch([*torchrun, "-m", "flipscale.pretrain", "--config", str(file)], **hub_environment)
     assert done.returncode == 1
     assert (run_dir / "DONE").exists()
     line = next(line for line in done.stderr.splitlines() if "flipscale: error:" in line)
@@ -113,7 +115,7 @@ def test_the_finished_model_arrives_and_loads(
     assert untraced_numbers(card, run_dir) == []
     (tmp_path / "snippets.py").write_text("\n".join(re.findall(r"```python\n(.*?)```", card, re.DOTALL)))
     cv2.imwrite(str(tmp_path / "image.png"), draw("red", "disc", np.random.default_rng(0)))
-    loaded = launch([sys.executable, "-c", LOAD], cwd=tmp_path)
+    loaded = launch([sys.executable, "-c", LOAD], cwd=tmp_path, **hub_environment)
     assert loaded.returncode == 0, loaded.stderr
     assert re.fullmatch(r"\[\{'score': [\d.]+, 'label': .*\}\]\ntensor\(\[\[.*\]\]\)\n", loaded.stdout), loaded.stdout
     assert not files_with(TOKEN, tmp_path)
