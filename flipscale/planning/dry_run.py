@@ -51,12 +51,12 @@ def _parser() -> argparse.ArgumentParser:
         prog="flipscale pretrain --dry_run", description=__doc__, allow_abbrev=False,
         epilog="All other flags are those of `flipscale pretrain`, such as --config RECIPE.",
     )  # fmt: skip
-    parser.add_argument("--dry_run", action="store_true", required=True)
+    parser.add_argument("--dry_run", action="store_true", required=True, help="compute memory instead of training")
     parser.add_argument(
         "--launch_file", type=Path, nargs="+", default=[], metavar="FILE",
-        help="accelerate launch files, such as ds_configs/fsdp2.yaml; by default what this process was launched by",
+        help="accelerate launch files, such as ds_configs/fsdp2.yaml; by default the launch of this process",
     )  # fmt: skip
-    parser.add_argument("--num_processes", type=int, metavar="N", help="in place of the launch file's")
+    parser.add_argument("--num_processes", type=int, metavar="N", help="processes, in place of the launch file's")
     parser.add_argument(
         "--gpu_memory_gib", type=float, metavar="GIB",
         help="refuse what does not fit such a GPU, and name what would; by default this machine's GPU, if it has one",

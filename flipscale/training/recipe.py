@@ -104,7 +104,8 @@ class Recipe:
         hub: whether the model is pushed to the Hub, and to where.
         stages: masked pre-training, unmasked tuning, or any list of mask ratios and rates.
         output_dir: the run directory.
-        resume_from_checkpoint: `auto` resumes from the newest checkpoint of `output_dir`, `never` stops with an error if there is one.
+        resume_from_checkpoint: `auto` resumes from the newest checkpoint of `output_dir`, `never` stops with an error
+            if there is one.
     """
 
     model: ModelRecipe = field(default_factory=ModelRecipe)
