@@ -130,10 +130,10 @@ def installation(words: list[str]) -> None:
 
 
 def target(words: list[str]) -> None:
-    """Runs nothing that takes minutes: has make print the commands of the target, each of which a rule covers."""
+    """Runs nothing that takes minutes: has make print all commands of the target, each of which a rule covers."""
     # `make test` runs this: what it tells its own makes must not reach ours.
     outside = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
-    command = ["make", "-n", *words[1:]]
+    command = ["make", "-nB", *words[1:]]  # -B: the same whether or not it is set up
     done = subprocess.run(command, cwd=ROOT, env=outside, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     for line in done.stdout.splitlines():
