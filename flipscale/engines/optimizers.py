@@ -61,8 +61,7 @@ def decays(model: nn.Module) -> dict[str, bool]:
     """
     from flipscale.model import FlipPreTrainedModel  # takes seconds to import, and a model has imported it
 
-    is_flip = isinstance(model, FlipPreTrainedModel)
-    exempt: frozenset[str] = model.no_weight_decay if is_flip else frozenset()
+    exempt = model.no_weight_decay if isinstance(model, FlipPreTrainedModel) else frozenset()
     found = {}
     for path, module in model.named_modules():
         is_exempt = isinstance(module, nn.LayerNorm) or bool(exempt & set(path.split(".")))
