@@ -26,6 +26,9 @@ ParameterInit = Callable[[str, nn.Module, PreTrainedModel], None]
 
 _log = logging.getLogger(__name__)
 
+# More than any list of stages needs; without a limit, a fault that makes a graph for every step would go unseen.
+_MAX_GRAPHS = 64
+
 
 def build_weights(
     config: FlipConfig,
@@ -62,10 +65,18 @@ def model_without_storage(config: FlipConfig, kind: type[FlipModel] = FlipModel)
 
 
 def compile_blocks(model: FlipModel) -> None:
-    """Have torch.compile make one graph of every encoder block: one compilation for a tower, whatever its depth."""
+    """Have torch.compile make graphs of the encoder blocks, each for one shape: of the image tower one for every number
+    of visible patches, of the text tower one for every number of tokens, and twice as many with micro-batches, whose
+    first pass has no gradients. All blocks of a tower share them.
+
+    Evaluations run the blocks as they are (`training.evaluating`), since their last batch has a size of its own.
+    """
+    # By default torch takes 8 graphs of one code, and the next one ends a run that wants whole graphs. Both towers have
+    # one code, so a third stage would.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MAX_GRAPHS)
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer):
-            module.compile(fullgraph=True)
+            module.compile(fullgraph=True, dynamic=False)
 
 
 def initial_weights(

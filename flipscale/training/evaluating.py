@@ -2,6 +2,8 @@
 
 from typing import TYPE_CHECKING
 
+import torch
+
 from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.kinds.task import Task
 from flipscale.evaluation.results import Result
@@ -42,7 +44,8 @@ class Evaluation:
     def run(self, tasks: list[Task]) -> list[Result]:
         """Collective. Return the results of these tasks."""
         self._engine.model.eval()
-        with self._engine.averaged():
+        # Compiled blocks would be compiled anew for the shapes of an evaluation, of which the last batch has its own.
+        with self._engine.averaged(), torch.compiler.set_stance("force_eager"):
             results = evaluate_tasks(self._embedder, tasks)
         self._engine.model.train()
         return results

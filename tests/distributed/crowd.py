@@ -100,15 +100,19 @@ def train_on_a_small_disk(file: str) -> None:
 
 
 def train_compiled(file: str) -> None:
-    """A run whose blocks are compiled into graphs, which are not made machine code: that would take a minute."""
+    """A run whose blocks are compiled into graphs, which are not made machine code: that would take a minute. It leaves
+    the number of graphs beside its recipe."""
     import torch
+    from torch._dynamo.testing import CompileCounterWithBackend
 
-    compile_module = torch.nn.Module.compile
-    torch.nn.Module.compile = lambda self, **options: compile_module(self, backend="aot_eager", **options)
+    torch.compiler.reset()
+    graphs, compile_module = CompileCounterWithBackend("aot_eager"), torch.nn.Module.compile
+    torch.nn.Module.compile = lambda self, **options: compile_module(self, backend=graphs, **options)
     try:
         train(file)
     finally:
         torch.nn.Module.compile = compile_module
+    Path(file).with_suffix(f".graphs-{os.environ['RANK']}").write_text(str(graphs.frame_count))
 
 
 def rewrite(file: str) -> None:

@@ -103,12 +103,26 @@ def test_learns_what_one_process_does(trainings: Trainings, engine: str, world: 
         ("fsdp2", "train", "gradient_checkpointing"),
         ("zero3", "train", "gradient_checkpointing"),
         ("ddp", "train_compiled", "compile"),
-        ("fsdp2", "train_compiled", "compile"),
     ],
 )
 def test_recomputed_or_compiled_it_learns_the_same(trainings: Trainings, engine: str, task: str, field: str) -> None:
     run_dir = trainings.run(engine, 2, task, model={**trainings.recipe["model"], field: True})
     assert close(losses(run_dir), losses(trainings.run("ddp", 1)))
+
+
+@pytest.mark.parametrize("engine", ["fsdp2", "ddp"])
+def test_a_compiled_run_has_a_graph_for_each_shape_and_no_more(trainings: Trainings, shards: Path, engine: str) -> None:
+    """Two stages, micro-batches, recomputation, and evaluations whose last batch has a size of its own."""
+    changes = {
+        "data": {**trainings.recipe["data"], "micro_batch_size": 4},
+        "eval": {"tasks": [{"kind": "zero_shot", "data": str(shards)}], "every_samples": 80, "batch_size": 7},
+    }
+    model = {**trainings.recipe["model"], "gradient_checkpointing": True}
+    run_dir = trainings.run(engine, 2, "train_compiled", model={**model, "compile": True}, **changes)
+    assert close(losses(run_dir), losses(trainings.run("ddp", 1)))
+    graphs = [int(file.read_text()) for file in trainings.folder.glob(f"{run_dir.name}.graphs-*")]
+    # The image tower's of each stage and the text tower's, each with gradients and, in the first pass, without.
+    assert graphs == [6, 6]
 
 
 def test_compiled_blocks_are_refused_under_zero3(trainings: Trainings) -> None:
