@@ -1,10 +1,15 @@
 """From a launch to its processes and their engine, and the end of those processes."""
 
+import json
+import multiprocessing
 import os
+import socket
 import sys
+import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -22,6 +27,13 @@ if TYPE_CHECKING:
 NUM_PROCESSES = "FLIPSCALE_NUM_PROCESSES"
 # What `accelerate launch` sets to have accelerate shard the model; flipscale does that itself, by the same settings.
 _SHARDING = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_PARALLELISM_CONFIG")
+
+# The key of the first failure in the store where the processes met.
+_FAILED = "flipscale/failed"
+_LONGEST_WORDS = 2_000
+_STORE_SECONDS = 3.0
+# Between a failure's message and the end of the others, and between two looks at the store.
+_LATER_SECONDS = 2.0
 
 
 def engine_classes() -> dict[str, type["Engine"]]:
@@ -106,16 +118,110 @@ def close_process_group() -> None:
         dist.destroy_process_group()
 
 
-def exit_now() -> None:
-    """Exit at once with status 0 if this process is one of several of a finished run.
+class Failure(NamedTuple):
+    """A process that failed, and in what words it says so."""
+
+    rank: int
+    host: str
+    words: str
+
+
+def claim_failure(words: str) -> Failure:
+    """Return the first failure of this run's processes: this process's, which it describes in `words`, unless another
+    process has failed before. Takes five seconds at most, whatever the others do."""
+    mine = Failure(int(os.environ.get("RANK", "0")), socket.gethostname(), words[:_LONGEST_WORDS])
+    store = _own_store()
+    if store is None:
+        # They check their recipe at the same time, each for itself: the first one's message is enough.
+        time.sleep(0.0 if mine.rank == 0 else _LATER_SECONDS)
+        return mine
+    found = [mine]
+
+    def claim() -> None:
+        try:
+            found[0] = Failure(*json.loads(store.compare_set(_FAILED, "", json.dumps(mine))))
+        except RuntimeError:  # the process that keeps the store is gone
+            found[0] = Failure(0, "the first host", "")
+
+    asking = threading.Thread(target=claim, daemon=True)
+    asking.start()
+    asking.join(_STORE_SECONDS)
+    if found[0] != mine:
+        time.sleep(_LATER_SECONDS)  # its message is on its way; a launcher that sees this process end would cut it off
+    return found[0]
+
+
+class OtherProcesses:
+    """Looks every few seconds whether another process of this run has failed, and ends this one then.
+
+    This process may be anywhere: behind a GPU that waits for the others, or in an evaluation that does not. Its
+    launcher asks it to end by SIGTERM, which is a request to save, and kills it half a minute later.
+    """
+
+    def __init__(self) -> None:
+        self._finished = threading.Event()
+
+    def watch(self) -> None:
+        """Begin, if there are other processes."""
+        store = _own_store()
+        if store is not None:
+            threading.Thread(target=self._look, args=(store,), name="other processes", daemon=True).start()
+
+    def stop(self) -> None:
+        """End. All processes do so before any of them leaves the group."""
+        self._finished.set()
+
+    def _look(self, store: dist.Store) -> None:
+        while not self._finished.wait(_LATER_SECONDS):
+            try:
+                if not store.check([_FAILED]):
+                    continue
+                failure = Failure(*json.loads(store.get(_FAILED)))
+            except RuntimeError:
+                failure = Failure(0, "the first host", "")
+            # Its message first.
+            if not self._finished.wait(_LATER_SECONDS):
+                leave(failure)
+
+
+def leave(failure: Failure) -> NoReturn:
+    """End this process, since another one has failed. The first process says so."""
+    if os.environ.get("RANK", "0") == "0":
+        print(
+            f"flipscale: rank 0 ends too, as rank {failure.rank} on {failure.host} has failed; its message says why",
+            file=sys.stderr,
+        )
+    end_process(1)
+
+
+def exit_now(code: int = 0) -> None:
+    """Exit at once if this process is one of several.
 
     A process that unwinds the interpreter while gloo's threads still run is aborted now and then (about one launch in
-    ten on a busy CPU), and its launcher then reports that the whole run failed.
+    ten on a busy CPU), and its launcher then reports that the whole run failed. After a failure, unwinding may also
+    wait for a GPU that waits for other processes.
     """
     if promised_processes(os.environ) > 1:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(0)
+        end_process(code)
+
+
+def end_process(code: int) -> NoReturn:
+    """Kill the loader's workers and exit, from any thread, without unwinding the interpreter."""
+    for worker in multiprocessing.active_children():
+        worker.kill()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _own_store() -> dist.Store | None:
+    """Return a connection of its own to the store that the processes met at, None if they have not met."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return None
+    try:
+        return dist.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]
+    except RuntimeError:  # a store that cannot be cloned, or whose process is gone
+        return None
 
 
 @contextmanager

@@ -26,6 +26,7 @@ class StepProfiler:
     def __init__(self, accelerator: "Accelerator", run_dir: Path, num_steps: int):
         self._cuda = accelerator.device.type == "cuda"
         self._rank = accelerator.process_index
+        self._is_one_of_several = accelerator.num_processes > 1
         self._folder = run_dir / "profile"
         self._num_steps = num_steps
         self._steps = 0
@@ -37,8 +38,10 @@ class StepProfiler:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        # A run that ends early leaves a profile of the steps that it took.
-        self._stop()
+        # A run that ends early leaves a profile of the steps that it took. After an error, the wait for the device
+        # might be one for other processes, which wait for this one.
+        if error is None or not (self._cuda and self._is_one_of_several):
+            self._stop()
 
     def after_step(self) -> None:
         """Count a step, and begin or write the profile."""

@@ -3,7 +3,6 @@
 import faulthandler
 import json
 import logging
-import os
 import socket
 import statistics
 import sys
@@ -16,6 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
 
+from flipscale.engines.start import OtherProcesses, end_process
 from flipscale.files import aside, json_lines
 
 if TYPE_CHECKING:
@@ -65,7 +65,8 @@ class StepWatch:
 
     A step that takes far longer than usual on any rank is written to `slow_steps.jsonl` with the times of all ranks.
     When no step finishes for a while, every rank writes its threads' stacks to `stacks/`. When none finishes for
-    `hang_seconds`, the run ends. The main process writes `heartbeat.json` every ten seconds.
+    `hang_seconds`, the run ends, as it does when another process fails. The main process writes `heartbeat.json` every
+    ten seconds.
     """
 
     def __init__(self, accelerator: "Accelerator", run_dir: Path, hang_seconds: float, trained_seconds: float = 0.0):
@@ -87,10 +88,12 @@ class StepWatch:
         # When the step in progress began; None while there is none, as in an evaluation.
         self._since: float | None = None
         self._finished = threading.Event()
+        self._others = OtherProcesses()
 
     def __enter__(self) -> "StepWatch":
         self._running_since = time.perf_counter()
         threading.Thread(target=self._watch_for_hangs, name="watch", daemon=True).start()
+        self._others.watch()
         return self
 
     def __exit__(
@@ -98,6 +101,7 @@ class StepWatch:
     ) -> None:
         # A run that failed must not be ended a second time, by its watch, and its caller with it.
         self._finished.set()
+        self._others.stop()
         if error is None:
             self._write_heartbeat("ended", now=True)
 
@@ -228,4 +232,4 @@ class StepWatch:
             flush=True,
         )
         # Only this thread still runs: nothing can be unwound.
-        os._exit(1)
+        end_process(1)

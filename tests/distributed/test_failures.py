@@ -1,0 +1,132 @@
+"""A process that fails ends the whole job at once, with its one message, whatever the other processes are in."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import processes
+import pytest
+from distributed.crowd import ENVIRONMENTS
+
+ALL_END_WITHIN_SECONDS = 20
+SENTENCE = "flipscale: error: the third shard is upside down"
+
+
+def fail(file: str, folder: str, where: str, error: str) -> None:
+    """A run of two whose rank 1 fails, at its third step or in an evaluation or a save, where rank 0 stays."""
+    from flipscale import pretrain
+    from flipscale.engines.checkpoint import CheckpointWriter
+
+    def fails(*arguments: object) -> None:
+        Path(folder, "failed_at").write_text(str(time.time()))
+        raise {"ValueError": ValueError, "OSError": OSError, "RuntimeError": RuntimeError}[error](
+            "the third shard is upside down"
+        )
+
+    def stays(*arguments: object) -> None:
+        time.sleep(600)
+
+    is_first, true_consume, calls = os.environ["RANK"] == "0", pretrain.consume_batch, []
+
+    def consume(*arguments: object) -> object:
+        calls.append(1)
+        return fails() if len(calls) == 3 and not is_first else true_consume(*arguments)
+
+    if where == "step":
+        pretrain.consume_batch = consume
+    if where == "evaluation":
+        pretrain.Evaluation.run = stays if is_first else fails
+    if where == "commit":
+        # Rank 0 waits for its thread, which is stuck in the file system.
+        CheckpointWriter._write = stays
+        CheckpointWriter.commit = CheckpointWriter.commit if is_first else fails
+    processes.call_main("flipscale.pretrain", ["--config", file], folder)
+
+
+def ended(file: Path, folder: Path, where: str, error: str) -> tuple[list[int], str]:
+    """The exit codes of the two ranks, none of which anybody else ends, and what they printed."""
+    ranks = [
+        processes.start(fail, str(file), str(folder), where, error, environment=environment)
+        for environment in processes.rank_environments(2)
+    ]
+    for rank in ranks:
+        rank.join(120)
+    seconds = time.time() - float(Path(folder, "failed_at").read_text())
+    assert seconds < ALL_END_WITHIN_SECONDS
+    return [rank.exitcode for rank in ranks], Path(folder, "stderr").read_text()
+
+
+@pytest.mark.parametrize("where", ["step", "evaluation", "commit"])
+def test_a_user_s_mistake_on_one_rank_ends_all(write_recipe, shards: Path, tmp_path: Path, where: str) -> None:
+    tasks = [{"kind": "zero_shot", "data": str(shards), "every_samples": 32}]
+    file = write_recipe(tmp_path / "run", eval={"tasks": tasks}, save={"every_samples": 32}, data={"num_workers": 1})
+    codes, printed = ended(file, tmp_path, where, "OSError" if where == "commit" else "ValueError")
+    assert codes == [1, 1 if where == "commit" else 2]
+    assert printed.count(SENTENCE) == 1
+    assert printed.count("flipscale: rank 0 ends too, as rank 1 on ") == 1
+    assert "Traceback" not in printed
+
+
+def test_our_own_mistake_is_a_traceback_once(write_recipe, tmp_path: Path) -> None:
+    codes, printed = ended(write_recipe(tmp_path / "run"), tmp_path, "step", "RuntimeError")
+    assert codes == [1, 1]
+    assert printed.count("RuntimeError: the third shard is upside down") == printed.count("Traceback") == 1
+
+
+def fail_together(file: str, folder: str) -> None:
+    """A run of two that fail alike."""
+    from flipscale import pretrain
+
+    def fails(*arguments: object) -> None:
+        raise FloatingPointError("the third shard is upside down")
+
+    pretrain.consume_batch = fails
+    processes.call_main("flipscale.pretrain", ["--config", file], folder)
+
+
+def test_what_all_have_to_say_is_said_once(write_recipe, tmp_path: Path) -> None:
+    file, environments = write_recipe(tmp_path / "run"), processes.rank_environments(2)
+    ranks = [processes.start(fail_together, str(file), str(tmp_path), environment=e) for e in environments]
+    for rank in ranks:
+        rank.join(60)
+    assert [rank.exitcode for rank in ranks] == [1, 1]
+    assert (tmp_path / "stderr").read_text().strip() == SENTENCE
+
+
+UNDER_A_LAUNCHER = """
+import sys
+sys.path[:0] = sys.argv[3:]
+from distributed.test_failures import fail
+fail(sys.argv[1], sys.argv[2], "step", "ValueError")
+"""
+
+
+def test_under_torchrun_no_worker_is_left(write_recipe, tmp_path: Path) -> None:
+    (tmp_path / "fail.py").write_text(UNDER_A_LAUNCHER)
+    file = write_recipe(tmp_path / "run", data={"num_workers": 2})
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1", **ENVIRONMENTS["fsdp2"]}
+    environment |= {"ONLY_THIS_RUN": str(tmp_path)}
+    done = subprocess.run(
+        [*command, str(tmp_path / "fail.py"), str(file), str(tmp_path), str(Path(__file__).parents[1])],
+        env=environment, capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert time.time() - float((tmp_path / "failed_at").read_text()) < ALL_END_WITHIN_SECONDS
+    printed = (tmp_path / "stderr").read_text()
+    assert printed.count(SENTENCE) == 1, printed + done.stderr
+    assert not _processes_of(f"ONLY_THIS_RUN={tmp_path}")
+
+
+def _processes_of(variable: str) -> list[str]:
+    """The processes with this in their environment."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if variable.encode() in (process / "environ").read_bytes().split(b"\0"):
+                found.append((process / "cmdline").read_text())
+        except OSError:
+            continue
+    return found
