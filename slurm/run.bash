@@ -64,6 +64,9 @@ launch() {
   export FLIPSCALE_NUM_PROCESSES=$((SLURM_JOB_NUM_NODES * per_node)) # the trainer refuses to start with fewer
   export SRUN_CPUS_PER_TASK=$cores OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(((cores + per_node - 1) / per_node))}
   export PYTHONFAULTHANDLER=1 NCCL_DEBUG=${NCCL_DEBUG:-WARN}
+  # GPU memory in segments that grow: a stage or an evaluation asks for other sizes than the one before it, and what is
+  # free in segments of fixed size would be too small for them.
+  export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
   # Seconds that a rank has to save when it is told to end, and that a rank waits after another one died.
   export PET_SHUTDOWN_TIMEOUT=${PET_SHUTDOWN_TIMEOUT:-120}
   case $LAUNCHER in
@@ -79,7 +82,14 @@ launch() {
     *) fail "LAUNCHER is '$LAUNCHER'; use accelerate or torchrun" ;;
   esac
   launcher=("$PYTHON" "${launcher[@]}" -m "$@")
-  # --kill-on-bad-exit ends all ranks when one fails. NODE_RANK is replaced on the node, which alone knows it.
+  # On each node: kernels are compiled into a folder on its own disk, which all ranks of all nodes would otherwise share
+  # in $HOME. It holds code, so one that somebody else has made is left alone. NODE_RANK is known on the node only.
+  local on_node='cache=${SLURM_TMPDIR:-/tmp}/flipscale-$UID
+    mkdir -p -m 700 "$cache" && [ -O "$cache" ] || cache=$(mktemp -d)
+    export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$cache/triton}
+    export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$cache/inductor}
+    exec "${@//NODE_RANK/$SLURM_NODEID}"'
+  # --kill-on-bad-exit ends all ranks when one fails.
   srun=(srun --kill-on-bad-exit=1 --wait=60 --open-mode=append ${node_log:+--output="$node_log"})
   case ${CONTAINER:+$CONTAINER_RUNTIME} in
     '') ;;
@@ -87,7 +97,7 @@ launch() {
     pyxis) srun+=(--container-image="$CONTAINER" --container-mounts="$PWD:$PWD" --container-workdir="$PWD") ;;
     *) fail "CONTAINER_RUNTIME is '$CONTAINER_RUNTIME'; use apptainer or pyxis" ;;
   esac
-  "${srun[@]}" bash -c 'exec "${@//NODE_RANK/$SLURM_NODEID}"' launcher "${launcher[@]}"
+  "${srun[@]}" bash -c "$on_node" launcher "${launcher[@]}"
 }
 
 # Trains RECIPE in RUN with the flags given, then ends this script as done, failed, or requeued.

@@ -1,10 +1,12 @@
 """What the device can do, what suits it, and how much of its memory was used."""
 
 import ctypes
+import os
 import re
 import resource
 import sys
 import time
+from pathlib import Path
 
 import torch
 
@@ -108,3 +110,43 @@ def keep_freed_memory() -> None:
     mallopt(mmap_max, 0)
     mallopt(trim_threshold, -1)
     mallopt(top_pad, 2**28)
+
+
+def stay_near(device: torch.device) -> None:
+    """Keep this process on the CPUs of the socket that its GPU hangs on, so that what is sent to the GPU lies in memory
+    beside it. The workers that it starts stay there, too.
+
+    Nothing changes where the GPUs that this process sees leave a socket without one, whose CPUs would then idle.
+    """
+    if device.type != "cuda":
+        return
+    near = [_cpus_near(_pci_address(number)) for number in range(torch.cuda.device_count())]
+    allowed = os.sched_getaffinity(0)
+    if set().union(*near) >= allowed:
+        os.sched_setaffinity(0, near[torch.cuda.current_device() if device.index is None else device.index] & allowed)
+
+
+def _pci_address(gpu: int) -> str:
+    properties = torch.cuda.get_device_properties(gpu)
+    return f"{properties.pci_domain_id:04x}:{properties.pci_bus_id:02x}:{properties.pci_device_id:02x}.0"
+
+
+def _cpus_near(pci_address: str, system: Path = Path("/sys")) -> set[int]:
+    """Return the CPUs of the socket of a PCI device, not only those of its NUMA node: where a socket has several nodes,
+    some have no GPU. Empty where the system does not say."""
+    try:
+        local = (system / "bus/pci/devices" / pci_address / "local_cpulist").read_text().strip()
+        sockets = {
+            int(folder.name.removeprefix("cpu")): (folder / "topology/physical_package_id").read_text()
+            for folder in (system / "devices/system/cpu").glob("cpu[0-9]*")
+            if (folder / "topology").exists()
+        }
+    except OSError:
+        return set()
+    spans = [
+        (int(first), int(last or first))
+        for first, _, last in (part.partition("-") for part in local.split(","))
+        if first
+    ]
+    mine = {sockets.get(cpu) for first, last in spans for cpu in range(first, last + 1)}
+    return {cpu for cpu, socket in sockets.items() if socket in mine}

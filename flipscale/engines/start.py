@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple, NoReturn
 import torch
 import torch.distributed as dist
 
-from flipscale.engines.device import keep_freed_memory
+from flipscale.engines.device import keep_freed_memory, stay_near
 from flipscale.engines.launch import Launch, launched_precision
 from flipscale.engines.optimizers import OptimRecipe
 
@@ -91,6 +91,7 @@ def start_accelerator(report_to: list[str], run_dir: str) -> "Accelerator":
     launched_precision(os.environ)
     with _unsharded():
         accelerator = Accelerator(cpu=not torch.cuda.is_available(), log_with=report_to or None, project_dir=run_dir)
+    stay_near(accelerator.device)
     promised = promised_processes(os.environ)
     if accelerator.num_processes < promised:
         raise ValueError(

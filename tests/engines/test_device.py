@@ -1,9 +1,13 @@
 """What a device can do: by its name, or measured."""
 
+import os
+from pathlib import Path
+
 import pytest
 import torch
 
-from flipscale.engines.device import peak_flops
+from flipscale.engines import device
+from flipscale.engines.device import peak_flops, stay_near
 
 
 @pytest.mark.parametrize(
@@ -26,3 +30,43 @@ def test_a_gpu_is_known_by_its_name(monkeypatch: pytest.MonkeyPatch, name: str, 
 
 def test_a_cpu_is_measured() -> None:
     assert 1e9 < peak_flops(torch.device("cpu"), "no") < 1e14
+
+
+# Two sockets of two NUMA nodes of two CPUs. Those of an A100 node, too, have nodes without a GPU.
+GPUS_OF = {"0000:07:00.0": "2-3", "0000:47:00.0": "6,7"}
+
+
+@pytest.fixture
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[set[int]]:
+    """What this process is moved to on a machine with two GPUs, of which it has the second."""
+    for cpu in range(8):
+        topology = tmp_path / f"devices/system/cpu/cpu{cpu}/topology"
+        topology.mkdir(parents=True)
+        (topology / "physical_package_id").write_text(f"{cpu // 4}\n")
+    for address, cpus in GPUS_OF.items():
+        folder = tmp_path / "bus/pci/devices" / address
+        folder.mkdir(parents=True)
+        (folder / "local_cpulist").write_text(f"{cpus}\n")
+    moved: list[set[int]] = []
+    cpus_near, addresses = device._cpus_near, list(GPUS_OF)
+    monkeypatch.setattr(device, "_cpus_near", lambda address: cpus_near(address, tmp_path))
+    monkeypatch.setattr(device, "_pci_address", lambda gpu: addresses[gpu])
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(1, 8)))
+    monkeypatch.setattr(os, "sched_setaffinity", lambda process, cpus: moved.append(cpus))
+    return moved
+
+
+def test_a_process_stays_on_the_socket_of_its_gpu(machine: list[set[int]]) -> None:
+    stay_near(torch.device("cuda", 1))
+    stay_near(torch.device("cuda", 0))
+    assert machine == [{4, 5, 6, 7}, {1, 2, 3}]
+
+
+def test_no_socket_is_left_idle(machine: list[set[int]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    stay_near(torch.device("cuda", 0))
+    monkeypatch.setattr(device, "_pci_address", lambda gpu: "0000:99:00.0")
+    stay_near(torch.device("cuda", 0))
+    stay_near(torch.device("cpu"))
+    assert machine == []

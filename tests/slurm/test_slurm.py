@@ -35,6 +35,7 @@ class Site:
 
     def __init__(self, cluster: Cluster, folder: Path, recipe: dict, shards: Path):
         self.cluster, self.folder, self.shards = cluster, folder, shards
+        self.environments: dict[str, dict[str, str]] = {}
         for name in ("slurm", "ds_configs", "flipscale"):
             (folder / name).symlink_to(ROOT / name)
         stages = [
@@ -70,7 +71,7 @@ class Site:
         return max((int(p.name[5:]) for p in (self.folder / run).glob("checkpoints/step-*")), default=0)
 
     def rank(self, run: str, rank: int) -> int | None:
-        """The process of a run that has this rank."""
+        """The process of a run that has this rank; its environment is kept."""
         for process in Path("/proc").glob("[0-9]*"):
             try:
                 command = (process / "cmdline").read_bytes().split(b"\0")
@@ -78,6 +79,7 @@ class Site:
             except OSError:
                 continue
             if b"flipscale.pretrain" in command and run.encode() in command and b"RANK=%d" % rank in variables:
+                self.environments[run] = dict(v.decode().split("=", 1) for v in variables if b"=" in v)
                 return int(process.name)
         return None
 
@@ -220,6 +222,16 @@ def outcome(site: Site) -> Iterator[Callable]:
     with ThreadPoolExecutor(len(SCENARIOS)) as pool:
         running: dict[Callable, Future] = {scenario: pool.submit(scenario, site) for scenario in SCENARIOS}
         yield lambda scenario: running[scenario].result()
+
+
+def test_each_node_compiles_into_a_folder_of_its_own_disk(site: Site, outcome: Callable) -> None:
+    outcome(killed)
+    environment = site.environments["runs/killed"]
+    for name in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"):
+        folder = Path(environment[name]).parent
+        assert folder == Path(f"/tmp/flipscale-{os.getuid()}")
+        assert folder.stat().st_mode & 0o777 == 0o700
+    assert environment["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
 
 
 def test_both_ranks_join_and_the_recipe_is_the_submitted_one(site: Site, outcome: Callable) -> None:
