@@ -7,6 +7,7 @@ import resource
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -127,7 +128,7 @@ def stay_near(device: torch.device) -> None:
 
 
 def _pci_address(gpu: int) -> str:
-    properties = torch.cuda.get_device_properties(gpu)
+    properties: Any = torch.cuda.get_device_properties(gpu)  # the type stubs lack these fields
     return f"{properties.pci_domain_id:04x}:{properties.pci_bus_id:02x}:{properties.pci_device_id:02x}.0"
 
 
