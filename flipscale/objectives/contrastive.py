@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from flipscale.objectives import contrastive_torch
-from flipscale.objectives.exchange import Rows, add, exchange_of, world_size
+from flipscale.objectives.exchange import Rows, exchange_of, world_size
 from flipscale.objectives.logsumexp import LogSumExp, Softmax, common_shift, merge
 from flipscale.objectives.objective import Objective
 from flipscale.objectives.ready_gradients import ReadyGradients
@@ -102,7 +102,7 @@ class ContrastiveBatch:
         image_gradient = torch.zeros_like(self.images)
         image_gradients = views_of(image_gradient, len(self.views[0].images))
         softmax = _flat([view.normalise() for view in self.views])
-        for first_pair, texts, slot in self.texts.visits(add, *softmax):
+        for first_pair, texts, slot in self.texts.visits(None, *softmax):
             text_gradient = torch.zeros_like(texts)
             for view, of_texts, of_images in zip(self.views, _by_view(slot.along), image_gradients, strict=True):
                 view.add_gradients(first_pair, texts, Softmax(*of_texts), of_images, text_gradient)
@@ -173,10 +173,9 @@ def _tile_functions(rows: torch.Tensor) -> ModuleType:
     return contrastive_triton
 
 
-def _merge_views(one: Rows, other: Rows) -> Rows:
-    """Reduce by merging the negatives of each view."""
-    sides = zip(_by_view(one), _by_view(other), strict=True)
-    return _flat([merge(LogSumExp(*a), LogSumExp(*b)) for a, b in sides])
+def _merge_views(parts: Rows) -> Rows:
+    """Merge the negatives of each view, of which each tensor is a stack of some processes'."""
+    return _flat([merge(LogSumExp(*view)) for view in _by_view(parts)])
 
 
 def _flat(views: Sequence[LogSumExp | Softmax]) -> Rows:

@@ -58,10 +58,10 @@ class Softmax(NamedTuple):
         return Softmax(self.shift[rows], self.factor[rows])
 
 
-def merge(one: LogSumExp, other: LogSumExp) -> LogSumExp:
-    """Return the log-sum-exp of the negatives of both."""
-    shift = torch.maximum(one.shift, other.shift)
-    return LogSumExp(shift, one.total * (one.shift - shift).exp() + other.total * (other.shift - shift).exp())
+def merge(parts: LogSumExp) -> LogSumExp:
+    """Return the log-sum-exp of the negatives of all `parts` `(parts, count)`."""
+    shift = parts.shift.amax(0)
+    return LogSumExp(shift, (parts.total * (parts.shift - shift).exp_()).sum(0))
 
 
 def common_shift(highest: float, lowest_positive: float) -> float | None:

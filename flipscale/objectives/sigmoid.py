@@ -10,7 +10,7 @@ import torch
 from torch.nn.functional import softplus
 
 from flipscale.model import FlipConfig
-from flipscale.objectives.exchange import Rows, add, exchange_of
+from flipscale.objectives.exchange import Rows, exchange_of
 from flipscale.objectives.objective import Objective
 from flipscale.objectives.ready_gradients import ReadyGradients
 from flipscale.objectives.tiles import SimilarityTiles, for_each_block, views_of
@@ -81,7 +81,7 @@ def _loss_and_gradients(
     sums = torch.zeros(len(images), 2, dtype=torch.float64, device=images.device)
     views = list(zip(*(views_of(rows, len(texts)) for rows in (images, image_gradient, sums)), strict=True))
     all_texts = exchange_of(texts, exchange)
-    for first_pair, visited, slot in all_texts.visits(add):
+    for first_pair, visited, slot in all_texts.visits(None):
         text_gradient = torch.zeros_like(visited)
         for view, view_gradient, view_sums in views:
             found = (view_gradient, text_gradient, view_sums)
