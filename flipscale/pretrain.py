@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from flipscale.engines.checkpoint import CheckpointReader, CheckpointWriter, list_checkpoints
 from flipscale.engines.device import best_attention
 from flipscale.engines.launch import launch_of
@@ -129,7 +131,7 @@ def train(recipe: Recipe, plan: Plan, start: Start, engine: "Engine", pair_flops
             learning_rate = stage.learning_rate(step)
             found = consume_batch(engine, micro_batches, plan.objective)
             verdict = guard.agree(found.loss, engine.gradient_norm(), len(faults))
-            engine.step(learning_rate, verdict.finite)
+            engine.step(learning_rate, torch.tensor(float(verdict.finite), device=accelerator.device))
             step, stopped = step + 1, verdict.stop
 
             # What is due after it: count, track, commit, evaluate, save, stop.

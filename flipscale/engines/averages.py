@@ -25,10 +25,12 @@ class Averages:
             for name, parameter in layout.model.named_parameters():
                 reader.fill("ema", name, self.values[name], layout.weights(parameter).first)
 
-    def update(self) -> None:
-        """Mix in the weights as they are after a step."""
+    def update(self, taken: torch.Tensor) -> None:
+        """Mix in the weights as they are after a step; with `taken`, fp32 `()` on their device, 0 instead of 1: none of
+        them."""
+        share = (1.0 - self.decay) * taken
         for name, values in self.layout.all_weights().items():
-            self.values[name].lerp_(values, 1.0 - self.decay)
+            self.values[name].lerp_(values, share)
 
     @contextmanager
     def in_place_of_weights(self) -> Iterator[None]:

@@ -185,17 +185,24 @@ class Engine:
         says."""
         return gradient_norm(self.model.parameters(), self.recipe.max_grad_norm)
 
-    def step(self, learning_rate: float, finite: bool) -> None:
-        """Collective. Move the weights and their averages unless the step is not finite, and drop the gradients."""
-        set_learning_rate(self.optimizers, learning_rate)
-        self._step(finite)
-        if finite and self.averages is not None:
-            self.averages.update()
+    def step(self, learning_rate: float, taken: torch.Tensor) -> None:
+        """Collective. Move the weights, moments and averages, or leave them as they are, and drop the gradients.
 
-    def _step(self, finite: bool) -> None:
+        Args:
+            taken: fp32 `()` on the accelerator, the same on every process: 1, or 0 to leave the step out, whatever the
+                gradients are. It is read on the device, so the host need not know it yet.
+        """
+        set_learning_rate(self.optimizers, learning_rate)
+        self._step(taken)
+        if self.averages is not None:
+            self.averages.update(taken)
+
+    def _step(self, taken: torch.Tensor) -> None:
+        found_inf = 1.0 - taken
         for optimizer in self.optimizers:
-            if finite:
-                optimizer.step()
+            # torch's fused AdamW reads this name, and Muon does as it does: nothing moves where it is 1.
+            optimizer.found_inf = found_inf  # type: ignore[attr-defined]
+            optimizer.step()
             optimizer.zero_grad()
 
     def forget_moments(self) -> None:

@@ -17,6 +17,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from flipscale.engines.engine import Engine, ModelMemory
 from flipscale.engines.launch import Launch
 from flipscale.engines.layout import Layout, Shard
+from flipscale.engines.muon import local
 from flipscale.engines.optimizers import encoder_blocks
 
 
@@ -109,10 +110,9 @@ class _RowLayout(Layout):
 
     def _shard(self, parameter: Any, moment: torch.Tensor) -> Shard:
         assert isinstance(parameter, DTensor)
-        local = moment.detach().to_local()  # type: ignore[attr-defined]
         _, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
         row = parameter.shape[1:].numel()
-        return Shard(local.view(-1), min(offset[0] * row, parameter.numel()))
+        return Shard(local(moment.detach()).view(-1), min(offset[0] * row, parameter.numel()))
 
     def saved_ranges(self) -> dict[str, range]:
         """Return the rows that this process holds, of those parameters that its replica saves."""

@@ -65,8 +65,8 @@ class Layout:
 
     def optimizer_steps(self) -> int:
         """Return how often the optimisers have moved the weights since their last fresh start."""
-        steps = [float(state.get("step", 0)) for o in self.optimizers for state in o.state.values()]
-        return int(max(steps, default=0))
+        steps = [state["step"] for o in self.optimizers for state in o.state.values() if "step" in state]
+        return int(torch.stack(steps).max()) if steps else 0
 
     def allocate_moments(self, steps: int) -> None:
         """Give the optimisers zero moments, as if after `steps` steps."""

@@ -34,10 +34,12 @@ class Muon(torch.optim.Optimizer):
     ) -> None:
         super().__init__(matrices, {"lr": 0.0, "weight_decay": weight_decay, "momentum": momentum})
         self.dtype = dtype
+        self.found_inf: torch.Tensor | None = None
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Collective. Update the matrices that have a gradient, which must be the same ones on every process."""
+        """Collective. Update the matrices that have a gradient, which must be the same ones on every process; where
+        `found_inf`, fp32 `()` on their device, is 1, leave matrices and momentum as they are."""
         for group in self.param_groups:
             by_shape: dict[torch.Size, list[nn.Parameter]] = {}
             for parameter in group["params"]:
@@ -51,19 +53,26 @@ class Muon(torch.optim.Optimizer):
                     some = parameters[first : first + at_once]
                     updates = self._orthogonal([self._momentum(p, group["momentum"]) for p in some], shape, holders)
                     for parameter, update in zip(some, updates, strict=True):
-                        values = _local(parameter)
-                        values.mul_(1.0 - group["lr"] * group["weight_decay"])
-                        values.sub_(update.to(values.dtype), alpha=rate)
+                        values = local(parameter)
+                        moved = values * (1.0 - group["lr"] * group["weight_decay"])
+                        self._put(values, moved.sub_(update.to(values.dtype), alpha=rate))
 
     def _momentum(self, parameter: nn.Parameter, momentum: float) -> torch.Tensor:
         """Update the momentum in place; return this process's shard of the Nesterov momentum."""
         state, gradient = self.state[parameter], parameter.grad
         assert gradient is not None
         if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(parameter)
-        buffer, gradient = _local(state["momentum_buffer"]), _local(gradient)
-        buffer.lerp_(gradient, 1.0 - momentum)
+            state["momentum_buffer"] = torch.zeros_like(local(parameter))
+        buffer, gradient = state["momentum_buffer"], local(gradient)
+        self._put(buffer, buffer.lerp(gradient, 1.0 - momentum))
         return gradient.lerp(buffer, momentum).to(self.dtype)
+
+    def _put(self, target: torch.Tensor, values: torch.Tensor) -> None:
+        """Write `values` to a target, unless the step is left out."""
+        if self.found_inf is None:
+            target.copy_(values)
+        else:
+            torch.where(self.found_inf > 0.0, target, values, out=target)
 
     def _orthogonal(
         self, mine: list[torch.Tensor], shape: torch.Size, group: dist.ProcessGroup | None
@@ -101,7 +110,8 @@ def orthogonalise(matrices: torch.Tensor) -> torch.Tensor:
     return x.transpose(1, 2) if tall else x
 
 
-def _local(tensor: torch.Tensor) -> torch.Tensor:
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """Return what this process holds of a tensor, which may be a DTensor."""
     from torch.distributed.tensor import DTensor  # a second to import; an engine that shards has done it
 
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -128,14 +128,17 @@ class ZeroEngine(Engine):
             norm = float(self.zero.scaled_global_norm())
         return torch.tensor(norm if norm >= 0 else math.nan, device=self.accelerator.device)
 
-    def _step(self, finite: bool) -> None:
-        if not finite and dist.get_rank() == 0:
-            # DeepSpeed leaves out a step whose gradients are not finite, but it may be the loss alone that is not. The
-            # first number of the first gradient is never padding, which DeepSpeed would not look at.
-            next(iter(self.zero.averaged_gradients.values()))[0].view(-1)[0] = math.nan
+    def _step(self, taken: torch.Tensor) -> None:
+        """Collective. Have DeepSpeed step. It leaves out a step whose gradients are not finite, and to find that out it
+        makes the host wait for them, in this step and in `gradient_norm`: under ZeRO the host never runs ahead."""
+        if dist.get_rank() == 0:
+            # It may be the loss alone that is not finite. The first number of the first gradient is never padding,
+            # which DeepSpeed would not look at.
+            first = next(iter(self.zero.averaged_gradients.values()))[0].view(-1)[:1]
+            first.copy_(torch.where(taken > 0.0, first, math.nan))
         self.wrapped.step()
         assert isinstance(self.layout, _ZeroLayout)
-        self.layout.steps += finite
+        self.layout.steps += not self.zero.overflow
 
 
 def _stage(launch: Launch) -> int:

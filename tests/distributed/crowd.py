@@ -160,10 +160,45 @@ def accumulate(file: str) -> None:
             loss = (output.image_embeds * output.text_embeds).sum() * output.logit_scale.sum() / len(batch["patches"])
             engine.backward(loss)
         found[passes] = engine.gradient_norm().item()
-        engine.step(0.0, finite=True)
+        engine.step(0.0, taken=torch.ones((), device=start.accelerator.device))
     if int(os.environ["RANK"]) == 0:
         Path(recipe.output_dir, "passes.json").write_text(json.dumps(found))
     assert torch.is_grad_enabled()
+
+
+def leave_out(file: str) -> None:
+    """Steps that are left out change nothing, and the steps after them are those of a run without them."""
+    import torch
+
+    def holds(engine) -> dict[str, torch.Tensor]:
+        found = {f"{piece.kind}.{piece.name}": piece.values.clone() for piece in engine.pieces()}
+        steps = [s["step"].clone() for o in engine.optimizers for s in o.state.values() if "step" in s]
+        return {**found, "steps": torch.tensor(engine.optimizer_steps()), "of all": torch.stack(steps)}
+
+    def same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool:
+        return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+    ends = []
+    for factors in ([1.0, 1.0], [torch.nan, 1.0, torch.nan, torch.inf, -1.0, 1.0]):
+        _, plan, start, engine = resumed(file)
+        taken_so_far = 0
+        for factor in factors:
+            (batch,) = next(plan.batches(taken_so_far, start.accelerator)).micro_batches
+            output = engine(**batch)
+            loss = (output.image_embeds * output.text_embeds).sum() * output.logit_scale.sum() * factor
+            engine.backward(loss)
+            norm = engine.gradient_norm()
+            assert norm.isfinite() == (abs(factor) == 1.0)
+            before = holds(engine) if taken_so_far else {}
+            # -1 stands for a loss that is not finite although its gradients are.
+            engine.step(0.01, taken=torch.tensor(float(factor == 1.0), device=start.accelerator.device))
+            taken_so_far += factor == 1.0
+            assert engine.optimizer_steps() == taken_so_far
+            assert all(parameter.grad is None for parameter in engine.model.parameters())
+            assert factor == 1.0 or not before or same(before, holds(engine)), factor
+        ends.append(holds(engine))
+    assert {name.partition(".")[0] for name in ends[0]} >= {"weight", "exp_avg", "exp_avg_sq", "ema", "steps"}
+    assert same(*ends)
 
 
 def serve(connection: Connection) -> None:
