@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
 from flipscale.engines.checkpoint import CheckpointReader, CheckpointWriter, list_checkpoints
 from flipscale.engines.device import best_attention
 from flipscale.engines.launch import launch_of
@@ -106,11 +104,11 @@ def resume(recipe: Recipe, plan: Plan, start: Start) -> "Engine":
 def train(recipe: Recipe, plan: Plan, start: Start, engine: "Engine", pair_flops: dict[str, int]) -> None:
     """Collective. Take the steps that are left, and do what is due between them and at the end."""
     accelerator, run_dir, is_main = start.accelerator, Path(recipe.output_dir), start.accelerator.is_main_process
-    step, stopped, total_steps = start.step, False, plan.stages[-1].last_step
+    step, total_steps = start.step, plan.stages[-1].last_step
     batch_size = recipe.data.global_batch_size
     bad_samples = BadSamples(run_dir, is_main, recipe.data.max_bad_fraction)
     writer = CheckpointWriter(accelerator, run_dir, recipe.save, start.state.get("step"))
-    saver = Saver(recipe, engine, writer, plan.source, bad_samples)
+    saver = Saver(recipe, plan, engine, writer, bad_samples)
     push = BackgroundPush(recipe, total_steps, is_main)
     watch = StepWatch(accelerator, run_dir, recipe.log.hang_seconds, start.trained_seconds)
     tracker = Tracker(accelerator, run_dir, recipe.log, watch, batch_size, total_steps, pair_flops)
@@ -125,40 +123,40 @@ def train(recipe: Recipe, plan: Plan, start: Start, engine: "Engine", pair_flops
 
     with watch, tracker, profiler, GarbageCollection() as garbage:
         for stage, micro_batches, faults in watch.timed(plan.batches(step, accelerator), step):
-            # A step: learn from the batch, agree with the other processes, and move the weights or skip the step.
+            # A step: learn from the batch, agree with the other processes, and move the weights or leave them.
             if stage.starts_afresh(step):
                 engine.forget_moments()
-            learning_rate = stage.learning_rate(step)
             found = consume_batch(engine, micro_batches, plan.objective)
-            verdict = guard.agree(found.loss, engine.gradient_norm(), len(faults))
-            engine.step(learning_rate, torch.tensor(float(verdict.finite), device=accelerator.device))
-            step, stopped = step + 1, verdict.stop
+            taken = guard.agree(step, stage, found, engine.gradient_norm(), faults)
+            engine.step(stage.learning_rate(step), taken)
+            step += 1
 
-            # What is due after it: count, track, commit, evaluate, save, stop.
-            bad_samples.count(faults, verdict.num_replaced, batch_size)
-            tracker.count_step(verdict.finite)
-            if tracker.is_due(step):
-                metrics = {"loss": verdict.loss, "lr": learning_rate, "grad_norm": verdict.grad_norm}
-                metrics |= {name: value.item() for name, value in found.metrics.items()}
-                tracker.write_interval(step, stage.name, metrics, bad_samples.take_counts())
-            if verdict.written:
-                push.offer(saver.commit())
+            # What is known by now, of the step before: count it, track it, commit the checkpoint that is written.
+            tasks = evaluation.due(step)
+            for verdict in guard.verdicts(settle=bool(tasks) or saver.is_due(step)):
+                bad_samples.count(verdict.faults, verdict.num_replaced, batch_size)
+                tracker.count_step(verdict.finite)
+                if tracker.is_due(verdict.num_done):
+                    tracker.write_interval(verdict, bad_samples.take_counts())
+                if verdict.written:
+                    push.offer(saver.commit())
             profiler.after_step()
             garbage.after_step(step)
-            if tasks := evaluation.due(step):
+
+            # What is due after this step, when all is known: evaluate, save, stop.
+            if tasks:
                 with watch.paused():
                     tracker.write_results(step, evaluation.run(tasks))
-            if verdict.stop or verdict.save or saver.is_due(step):
+            if guard.stop or guard.save or saver.is_due(step):
                 with watch.paused():
                     push.offer(saver.save(step, watch.trained_seconds))
-            if stopped:
+            if guard.stop:
                 break
 
         with watch.paused():
-            push.offer(saver.save(step, watch.trained_seconds))
             push.offer(saver.commit())
             push.close()
-        if not stopped:
+        if not guard.stop:
             with watch.paused():
                 tracker.write_results(step, evaluation.run(plan.tasks))
             finish(recipe, accelerator)

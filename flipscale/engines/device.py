@@ -6,6 +6,7 @@ import re
 import resource
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,39 @@ def wait_for(device: torch.device) -> None:
     """Wait until the device has done what it was sent."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def to_device(numbers: Sequence[float], device: torch.device) -> torch.Tensor:
+    """Return numbers as fp32 on the device. The host does not wait until it has them."""
+    if device.type != "cuda":
+        return torch.tensor(numbers, dtype=torch.float32, device=device)
+    # torch keeps page-locked memory for itself until what was sent from there has arrived.
+    return torch.tensor(numbers, dtype=torch.float32).pin_memory().to(device, non_blocking=True)
+
+
+class HostCopy:
+    """Numbers on their way from the device to the host, which waits for them only when it reads them.
+
+    Args:
+        numbers: `(count,)`, not changed afterwards.
+    """
+
+    def __init__(self, numbers: torch.Tensor):
+        self._numbers = numbers
+        self._arrived: torch.cuda.Event | None = None
+        if numbers.is_cuda:
+            self._numbers = torch.empty_like(numbers, device="cpu", pin_memory=True)
+            self._numbers.copy_(numbers, non_blocking=True)
+            # The process sleeps while it waits, and leaves its core to the loader's workers.
+            self._arrived = torch.cuda.Event(blocking=True)
+            self._arrived.record()
+
+    def read(self) -> list[float]:
+        """Wait until they have arrived and return them."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        found: list[float] = self._numbers.tolist()
+        return found
 
 
 def peak_memory_bytes(device: torch.device) -> int:

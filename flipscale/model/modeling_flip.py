@@ -617,8 +617,13 @@ class FlipTextModel(FlipPreTrainedModel):
         elif attention_mask is None:
             attention_mask = torch.ne(input_ids, self.config.pad_token_id).long()
         hidden_states = self.embeddings(input_ids, position_ids)
+        # On a CPU, a batch without padding needs no mask. To find that out, an accelerator would keep the host waiting.
+        looks = attention_mask is None or attention_mask.device.type == "cpu"
         layer_mask = create_bidirectional_mask(
-            config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask
+            config=self.config,
+            inputs_embeds=hidden_states,
+            attention_mask=attention_mask,
+            allow_is_bidirectional_skip=looks,
         )
         padding = hidden_states[:, length:] if hidden_states.shape[1] > length else None
         hidden_states = self.encoder(hidden_states[:, :length], layer_mask, padding, **kwargs)

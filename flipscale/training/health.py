@@ -1,15 +1,24 @@
-"""What all processes agree on before a step is taken: whether it is finite, whether any of them was asked to stop,
-whether it is time to save, and whether the last checkpoint is on disk."""
+"""What all processes agree on in a step: whether it is finite, whether any of them was asked to stop, whether it is
+time to save, and whether the last checkpoint is on disk.
 
-import math
+The device learns at once whether the step is taken. The host learns it a step later, when the device has the next step
+to compute: it never waits for a device that has nothing to do.
+"""
+
+from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from flipscale.data.faults import Fault
 from flipscale.engines.checkpoint import CheckpointWriter
+from flipscale.engines.device import HostCopy, to_device
 from flipscale.training.preemption import StopRequest
-from flipscale.training.watch import StepWatch
+from flipscale.training.schedule import Stage
+from flipscale.training.step import StepLoss
+from flipscale.training.watch import Interval, StepWatch
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -19,29 +28,63 @@ MAX_SKIPPED_IN_A_ROW = 5
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the processes agreed on.
+    """What the processes agreed on in a step.
 
     Args:
-        loss: the loss of the global batch.
-        grad_norm: the norm of its gradients, from before they are clipped.
-        finite: whether the step is taken.
-        stop: whether it is the last step.
-        save: whether the clock says that a checkpoint is due.
+        step: its number, from 0.
+        stage: that it is in.
+        faults: of this process's part of the batch.
+        clock: the time when it had been sent to the device.
+        loss: of the global batch.
+        grad_norm: the norm of the loss's gradients, from before they are clipped.
+        metrics: of this process's part of the batch.
+        finite: whether the step was taken.
         num_replaced: how many of the batch's samples were bad and replaced.
+        stop: whether a process was asked to stop.
+        save: whether the clock says that a checkpoint is due.
         written: whether every process's part of the last checkpoint is on disk.
     """
 
+    step: int
+    stage: Stage
+    faults: list[Fault]
+    clock: Interval
     loss: float
     grad_norm: float
+    metrics: dict[str, float]
     finite: bool
-    stop: bool
     num_replaced: int
+    stop: bool
     save: bool
     written: bool
 
+    @property
+    def num_done(self) -> int:
+        """How many steps of the run are done with this one."""
+        return self.step + 1
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the step."""
+        return self.stage.learning_rate(self.step)
+
+
+class _Unread(NamedTuple):
+    """A step whose numbers are on their way."""
+
+    step: int
+    stage: Stage
+    faults: list[Fault]
+    clock: Interval
+    metrics: list[str]
+    numbers: HostCopy
+
 
 class StepGuard:
-    """Skips steps whose loss or gradients are not finite, and gives up after a few in a row."""
+    """Leaves out steps whose loss or gradients are not finite, and gives up after a few in a row.
+
+    `stop` and `save` say what the verdicts that were read last ask for.
+    """
 
     def __init__(
         self, accelerator: "Accelerator", request: StopRequest, checkpoints: CheckpointWriter, watch: StepWatch
@@ -50,30 +93,56 @@ class StepGuard:
         self.request = request
         self.checkpoints = checkpoints
         self.watch = watch
+        self.stop = self.save = False
+        self._unread: deque[_Unread] = deque()
         self._in_a_row = 0
 
-    def agree(self, loss: torch.Tensor, grad_norm: torch.Tensor, num_replaced: int) -> Verdict:
-        """Collective. Return the same verdict on every process.
+    def agree(
+        self, step: int, stage: Stage, found: StepLoss, grad_norm: torch.Tensor, faults: list[Fault]
+    ) -> torch.Tensor:
+        """Collective. Return whether the step is taken, the same on every process: fp32 `()` on the device, 1 or 0."""
+        # Clocks differ between machines, so the main process's decides.
+        due = self.checkpoints.clock_is_due and self.accelerator.is_main_process
+        slow = self.watch.step_is_slow()
+        flags = [self.request.reason is not None, due, self.checkpoints.is_writing, len(faults), slow]
+        mine = torch.stack([found.loss.detach().float(), grad_norm.detach().float()])
+        sums = self.accelerator.reduce(torch.cat([mine, to_device(flags, mine.device)]), "sum")
+        taken = sums[:2].isfinite().all()
+        numbers = torch.cat([torch.stack([taken.double(), *found.metrics.values()]), sums.double()])
+        self._unread.append(_Unread(step, stage, faults, self.watch.so_far(), list(found.metrics), HostCopy(numbers)))
+        return taken.float()
+
+    def verdicts(self, settle: bool) -> Iterator[Verdict]:
+        """Collective. Yield what has not been read of the steps before the last one, and then of the last one, which
+        the device has just begun with, if the run is to pause there: to `settle`, or because a verdict asks for it.
 
         Raises:
             FloatingPointError: the loss or the gradients were not finite in `MAX_SKIPPED_IN_A_ROW` steps in a row.
         """
-        # Clocks differ between machines, so the main process's decides.
-        due = self.checkpoints.clock_is_due and self.accelerator.is_main_process
-        slow = self.watch.step_is_slow()
-        flags = [self.request.reason is not None, due, self.checkpoints.is_writing, num_replaced, slow]
-        mine = torch.stack([loss.detach().float(), grad_norm.detach().float()])
-        mine = torch.cat([mine, torch.tensor(flags, device=loss.device)])
-        loss_sum, norm_sum, asked, due_sum, writing, replaced, slow_sum = self.accelerator.reduce(mine, "sum").tolist()
-        if slow_sum > 0:
-            self.watch.report_slow_step()
-        count = self.accelerator.num_processes
-        finite = math.isfinite(loss_sum) and math.isfinite(norm_sum)
-        self._in_a_row = 0 if finite else self._in_a_row + 1
+        self.stop = self.save = False
+        while len(self._unread) > (0 if settle or self.stop or self.save else 1):
+            verdict = self._read(self._unread.popleft())
+            self.stop, self.save = self.stop or verdict.stop, self.save or verdict.save
+            yield verdict
+
+    def _read(self, unread: _Unread) -> Verdict:
+        """Return the verdict on a step. Here, and nowhere else in a step, the host waits for the device."""
+        step, stage, faults, clock, names, numbers = unread
+        taken, *rest = numbers.read()
+        metrics = dict(zip(names, rest, strict=False))
+        loss_sum, norm_sum, asked, due, writing, replaced, slow = rest[len(names) :]
+        if slow > 0:
+            self.watch.report_slow_step(step)
+        loss, grad_norm = (total / self.accelerator.num_processes for total in (loss_sum, norm_sum))
+        self._in_a_row = 0 if taken else self._in_a_row + 1
         if self._in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise FloatingPointError(
-                f"loss {loss_sum / count} or gradient norm {norm_sum / count} was not finite in {self._in_a_row} "
-                "steps in a row, none of them taken; lower the learning rate and go on from the last checkpoint"
+                f"loss {loss} or gradient norm {grad_norm} was not finite in {self._in_a_row} steps in a row, none of "
+                "them taken; lower the learning rate and go on from the last checkpoint"
             )
+        # No checkpoint is begun while a step is unread, so the flags are those of the one that is open, if one is.
         written = self.checkpoints.is_open and writing == 0
-        return Verdict(loss_sum / count, norm_sum / count, finite, asked > 0, int(replaced), due_sum > 0, written)
+        return Verdict(
+            step, stage, faults, clock, loss, grad_norm, metrics,
+            taken > 0, int(replaced), asked > 0, due > 0, written,
+        )  # fmt: skip

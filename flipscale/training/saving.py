@@ -2,11 +2,12 @@
 
 from typing import TYPE_CHECKING
 
-from flipscale.data.sources.source import Source, shard_sizes_digest
+from flipscale.data.sources.source import shard_sizes_digest
 from flipscale.engines.checkpoint import CheckpointWriter
 from flipscale.training.bad_samples import BadSamples
 from flipscale.training.recipe import Recipe, to_yaml
 from flipscale.training.schedule import is_due
+from flipscale.training.start import Plan
 
 if TYPE_CHECKING:
     from flipscale.engines.engine import Engine
@@ -15,17 +16,18 @@ if TYPE_CHECKING:
 class Saver:
     """Begins and commits the checkpoints of a run. Training goes on while one is written."""
 
-    def __init__(self, recipe: Recipe, engine: "Engine", writer: CheckpointWriter, source: Source, bad: BadSamples):
+    def __init__(self, recipe: Recipe, plan: Plan, engine: "Engine", writer: CheckpointWriter, bad: BadSamples):
         self._recipe = recipe
+        self._plan = plan
         self._engine = engine
         self._writer = writer
-        self._source = source
         self._bad_samples = bad
         self._batch_size = recipe.data.global_batch_size
 
     def is_due(self, step: int) -> bool:
-        """Return whether the recipe wants a checkpoint after this many steps."""
-        return is_due(step, self._batch_size, self._recipe.save.every_samples)
+        """Return whether a checkpoint follows this many steps: the recipe wants one, or they are all."""
+        last_step = self._plan.stages[-1].last_step
+        return step == last_step or is_due(step, self._batch_size, self._recipe.save.every_samples)
 
     def save(self, step: int, trained_seconds: float) -> int | None:
         """Collective. Commit the checkpoint before and begin that of `step`, unless they are the same one.
@@ -43,8 +45,8 @@ class Saver:
             "samples_seen": step * self._batch_size,
             "optimizer_steps": self._engine.optimizer_steps(),
             "trained_seconds": trained_seconds,
-            "data_samples": len(self._source),
-            "data_fingerprint": shard_sizes_digest(self._source),
+            "data_samples": len(self._plan.source),
+            "data_fingerprint": shard_sizes_digest(self._plan.source),
             "num_processes": self._writer.accelerator.num_processes,
         }
         self._writer.save(self._engine.pieces(), self._engine.layout.shapes(), state, to_yaml(self._recipe))

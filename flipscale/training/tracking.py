@@ -16,6 +16,7 @@ from flipscale.engines.device import peak_flops, peak_memory_bytes
 from flipscale.evaluation.results import Result, append_results, as_metrics, drop_results_after
 from flipscale.files import json_lines
 from flipscale.files.aside import write_text
+from flipscale.training.health import Verdict
 from flipscale.training.schedule import is_due
 from flipscale.training.watch import StepWatch
 
@@ -116,6 +117,7 @@ class Tracker:
         self._pair_flops = pair_flops
         self._path = run_dir / "metrics.jsonl"
         self._peak_flops: float | None = None
+        self._begin = watch.so_far()
         self._steps = self._skipped = 0
         self._bar: tqdm | None = None
 
@@ -160,14 +162,16 @@ class Tracker:
         """Return whether an interval ends after this many steps."""
         return step == self._total_steps or is_due(step, self._step_samples, self._recipe.every_samples)
 
-    def write_interval(self, step: int, stage: str, metrics: Mapping[str, float], replaced: Counter[str]) -> None:
-        """Write the record of the interval that ends here.
+    def write_interval(self, verdict: Verdict, replaced: Counter[str]) -> None:
+        """Write the record of the interval that ends with a step.
 
         Args:
-            metrics: of the last step.
+            verdict: on that step.
             replaced: how many samples were replaced in the interval, by cause.
         """
-        seconds, wait_seconds, num_slow = self._watch.take_interval()
+        stage = verdict.stage.name
+        seconds, wait_seconds, num_slow = verdict.clock.since(self._begin)
+        self._begin = verdict.clock
         images_per_s = self._steps * self._step_samples / seconds
         mfu = {} if self._peak_flops is None else {"mfu": images_per_s * self._pair_flops[stage] / self._peak_flops}
         interval = {
@@ -180,19 +184,20 @@ class Tracker:
             "num_skipped": self._skipped,
             "num_slow": num_slow,
         }
-        self.write(step, {**metrics, "stage": stage, **interval})
+        learned = {"loss": verdict.loss, "lr": verdict.learning_rate, "grad_norm": verdict.grad_norm, **verdict.metrics}
+        self.write(verdict.num_done, verdict.clock.seconds, {**learned, "stage": stage, **interval})
         if self._bar is not None:
-            self._bar.set_postfix_str(f"loss {metrics['loss']:.3f}, {stage}", refresh=False)
+            self._bar.set_postfix_str(f"loss {verdict.loss:.3f}, {stage}", refresh=False)
         self._steps = self._skipped = 0
 
-    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+    def write(self, step: int, trained_seconds: float, metrics: Mapping[str, Any]) -> None:
         """Append one record, and hand its numbers to the trackers; a number that is not finite becomes null."""
         if not self._accelerator.is_main_process:
             return
         record: dict[str, Any] = {
             "step": step,
             "samples_seen": step * self._step_samples,
-            "trained_seconds": self._watch.trained_seconds,
+            "trained_seconds": trained_seconds,
         }
         record.update({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()})
         json_lines.append(self._path, [record])
@@ -203,7 +208,7 @@ class Tracker:
         """Append the results of evaluations to `results.jsonl`, a line each, and to `metrics.jsonl`, one record."""
         if not results:
             return
+        seconds = self._watch.trained_seconds
         if self._accelerator.is_main_process:
-            seconds = self._watch.trained_seconds
             append_results(self._path.parent, results, step, step * self._step_samples, seconds)
-        self.write(step, as_metrics(results))
+        self.write(step, seconds, as_metrics(results))

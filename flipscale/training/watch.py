@@ -47,7 +47,7 @@ _LATER_SECONDS = 15.0
 
 
 class Interval(NamedTuple):
-    """The time since the interval before.
+    """Time since the run began, or between two moments of it.
 
     Args:
         seconds: spent training.
@@ -58,6 +58,12 @@ class Interval(NamedTuple):
     seconds: float
     wait_seconds: float
     num_slow: int
+
+    def since(self, before: "Interval") -> "Interval":
+        """Return the time between two moments."""
+        return Interval(
+            self.seconds - before.seconds, self.wait_seconds - before.wait_seconds, self.num_slow - before.num_slow
+        )
 
 
 class StepWatch:
@@ -77,11 +83,12 @@ class StepWatch:
         self._seconds_before = trained_seconds
         # When training began or went on after a pause; None while it is paused.
         self._running_since: float | None = None
-        self._interval = Interval(trained_seconds, 0.0, 0)
         self._wait_seconds = 0.0
         self._num_slow = 0
         self._step = 0
-        self._begin = self._wait = self._seconds = 0.0
+        self._begin = self._wait = 0.0
+        # What steps took that may still be reported, and their wait for data.
+        self._times: dict[int, tuple[float, float]] = {}
         self._last_heartbeat = float("-inf")
         self._recent: deque[float] = deque(maxlen=_REMEMBERED)
         self._usual = float("inf")
@@ -138,30 +145,28 @@ class StepWatch:
         yield
         self._running_since, self._since = time.perf_counter(), None
 
-    def take_interval(self) -> Interval:
-        """Return the time since the last call, or since the start."""
-        now = Interval(self.trained_seconds, self._wait_seconds, self._num_slow)
-        before, self._interval = self._interval, now
-        return Interval(
-            now.seconds - before.seconds, now.wait_seconds - before.wait_seconds, now.num_slow - before.num_slow
-        )
+    def so_far(self) -> Interval:
+        """Return the time since the run began; waits and slow steps are those of this start."""
+        return Interval(self.trained_seconds, self._wait_seconds, self._num_slow)
 
     def step_is_slow(self) -> bool:
         """Return whether the step has taken far longer than usual, from its wait for data to its gradients."""
-        self._seconds = time.perf_counter() - self._begin
+        seconds = time.perf_counter() - self._begin
+        self._times = {self._step - 1: self._times.get(self._step - 1, (0.0, 0.0)), self._step: (seconds, self._wait)}
         usual = self._usual
-        self._recent.append(self._seconds)
+        self._recent.append(seconds)
         if len(self._recent) >= _NEEDED:
             self._usual = statistics.median(self._recent)
-        return self._seconds > max(SLOW_FACTOR * usual, _LEAST_SLOW_SECONDS)
+        return seconds > max(SLOW_FACTOR * usual, _LEAST_SLOW_SECONDS)
 
-    def report_slow_step(self) -> None:
-        """Collective. Write what this step took on every rank."""
+    def report_slow_step(self, step: int) -> None:
+        """Collective. Write what a step, this one or the one before, took on every rank."""
+        seconds, wait = self._times[step]
         mine = {
             "rank": self._accelerator.process_index,
             "host": socket.gethostname(),
-            "step_s": round(self._seconds, 4),
-            "data_wait_s": round(self._wait, 4),
+            "step_s": round(seconds, 4),
+            "data_wait_s": round(wait, 4),
         }
         from accelerate.utils import gather_object
 
@@ -169,13 +174,13 @@ class StepWatch:
         self._num_slow += 1
         if not self._accelerator.is_main_process:
             return
-        record = {"step": self._step, "usual_s": round(self._usual, 4), "ranks": ranks}
+        record = {"step": step, "usual_s": round(self._usual, 4), "ranks": ranks}
         json_lines.append(self._run_dir / "slow_steps.jsonl", [record])
         late = max(ranks, key=lambda rank: rank["data_wait_s"])
         _log.warning(
             "step %d took %.1f s, usually %.2f s; the longest wait for data was %.1f s, of rank %d on %s; see %s",
-            self._step,
-            self._seconds,
+            step,
+            seconds,
             self._usual,
             late["data_wait_s"],
             late["rank"],

@@ -88,6 +88,14 @@ def train_poisoned(file: str) -> None:
         Contrastive.coupled_loss = true_loss
 
 
+def train_with_a_bad_step(file: str) -> None:
+    """A run whose last process finds a loss of NaN in the third step, and gradients that are finite."""
+    from training.troubled import trouble
+
+    with trouble(poisoned=[2]):
+        train(file)
+
+
 def train_on_a_small_disk(file: str) -> None:
     """A run whose last process cannot write what it has to a checkpoint."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -124,9 +132,7 @@ def rewrite(file: str) -> None:
     recipe, plan, start, engine = resumed(file)
     copy = Path(recipe.output_dir) / "copy"
     bad_samples = BadSamples(copy, start.accelerator.is_main_process, 1.0)
-    saver = Saver(
-        recipe, engine, CheckpointWriter(start.accelerator, copy, SaveRecipe(), None), plan.source, bad_samples
-    )
+    saver = Saver(recipe, plan, engine, CheckpointWriter(start.accelerator, copy, SaveRecipe(), None), bad_samples)
     saver.save(start.step, start.trained_seconds)
     saver.commit()
 

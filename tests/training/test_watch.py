@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from flipscale.engines.checkpoint import CheckpointWriter, SaveRecipe
 from flipscale.training.health import StepGuard
 from flipscale.training.preemption import StopRequest
+from flipscale.training.step import StepLoss
 from flipscale.training.watch import StepWatch
 
 accelerator = Accelerator(cpu=True)
@@ -30,8 +31,10 @@ watch = StepWatch(accelerator, Path(sys.argv[1]), hang_seconds=6)
 checkpoints = CheckpointWriter(accelerator, Path(sys.argv[1]), SaveRecipe(), None)
 guard = StepGuard(accelerator, StopRequest(watches_file=False), checkpoints, watch)
 with watch:
-    for batch in watch.timed(batches(), 0):
-        guard.agree(torch.tensor(1.0), torch.tensor(1.0), num_replaced=0)
+    for step, batch in enumerate(watch.timed(batches(), 0)):
+        guard.agree(step, batch.stage, StepLoss(torch.tensor(1.0), {}), torch.tensor(1.0), [])
+        for verdict in guard.verdicts(settle=False):
+            assert verdict.step == step - 1
 """
 
 
