@@ -14,8 +14,8 @@ class DdpEngine(Engine):
     """torch's DistributedDataParallel, products in bf16 by autocast."""
 
     @classmethod
-    def memory(cls, model: nn.Module, launch: Launch) -> ModelMemory:
-        """Everything is whole, and gradients are sent from where they lie."""
+    def memory(cls, model: nn.Module, launch: Launch, accumulates: bool = False) -> ModelMemory:
+        """Everything is whole, and gradients are added up and sent where they lie."""
         sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
         whole = sum(sizes.values())
         return ModelMemory(weights=whole, copies=0, gradients=whole, moments=sizes, communication_bytes=0)

@@ -74,6 +74,8 @@ class Engine:
         self.name = launch.engine
         self.model: FlipModel
         self.wrapped: Any = None
+        # To walk through the modules for them takes the host longer than to add up their norms.
+        self._parameters: list[nn.Parameter] = []
         self.layout: Layout
         self.optimizers: list[torch.optim.Optimizer] = []
         self.averages: Averages | None = None
@@ -90,8 +92,12 @@ class Engine:
         )
 
     @classmethod
-    def memory(cls, model: nn.Module, launch: Launch) -> ModelMemory:
-        """Return what the fullest process would keep of a model, which may be on the meta device."""
+    def memory(cls, model: nn.Module, launch: Launch, accumulates: bool = False) -> ModelMemory:
+        """Return what the fullest process would keep of a model, which may be on the meta device.
+
+        Args:
+            accumulates: whether a step has several passes of `accumulate`.
+        """
         raise NotImplementedError
 
     def build(
@@ -131,6 +137,7 @@ class Engine:
     def prepare(self) -> None:
         """Collective. Wrap the model for training and make its optimisers, without moments."""
         self.wrapped = self._wrap()
+        self._parameters = list(self.model.parameters())
         self.optimizers = self._make_optimizers()
         self.layout.optimizers = self.optimizers
 
@@ -183,7 +190,7 @@ class Engine:
     def gradient_norm(self) -> torch.Tensor:
         """Collective. Return the global norm of the gradients, fp32 `()`, from before they are clipped as the recipe
         says."""
-        return gradient_norm(self.model.parameters(), self.recipe.max_grad_norm)
+        return gradient_norm(self._parameters, self.recipe.max_grad_norm)
 
     def step(self, learning_rate: float, taken: torch.Tensor) -> None:
         """Collective. Move the weights, moments and averages, or leave them as they are, and drop the gradients.

@@ -18,7 +18,7 @@ from flipscale.engines.engine import Engine, ModelMemory
 from flipscale.engines.launch import Launch
 from flipscale.engines.layout import Layout, Shard
 from flipscale.engines.muon import local
-from flipscale.engines.optimizers import encoder_blocks
+from flipscale.engines.optimizers import encoder_blocks, gradient_norm
 
 
 class Fsdp2Engine(Engine):
@@ -47,13 +47,15 @@ class Fsdp2Engine(Engine):
         self._mesh = init_device_mesh(self.accelerator.device.type, tuple(mesh.values()), mesh_dim_names=tuple(mesh))
 
     @classmethod
-    def memory(cls, model: nn.Module, launch: Launch) -> ModelMemory:
+    def memory(cls, model: nn.Module, launch: Launch, accumulates: bool = False) -> ModelMemory:
         """The first process of a group has the most rows of every parameter. Replicas sum gradients of a shard where
-        they lie."""
+        they lie. Between the passes of a step, gradients wait in fp32 and whole."""
         count = launch.shard_size or launch.num_processes
         rows = {name: -(-p.shape[0] // count) * p.shape[1:].numel() for name, p in model.named_parameters()}
         kept = sum(rows.values())
-        return ModelMemory(kept, 0, kept, rows, cls._gathered_bytes(model, launch) if launch.num_processes > 1 else 0)
+        gradients = sum(p.numel() for p in model.parameters()) if accumulates else kept
+        gathered = cls._gathered_bytes(model, launch) if launch.num_processes > 1 else 0
+        return ModelMemory(kept, 0, gradients, rows, gathered)
 
     @staticmethod
     def _gathered_bytes(model: nn.Module, launch: Launch) -> int:
@@ -93,8 +95,9 @@ class Fsdp2Engine(Engine):
         self.wrapped.set_requires_gradient_sync(enabled)
 
     def gradient_norm(self) -> torch.Tensor:
-        norm = super().gradient_norm()
-        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+        # Of groups that hold a copy each (HSDP), each adds up its own: their gradients are the same.
+        holders = self._mesh.get_group("shard") if self._mesh["shard"].size() > 1 else None
+        return gradient_norm(self._parameters, self.recipe.max_grad_norm, holders)
 
 
 class _RowLayout(Layout):

@@ -112,14 +112,13 @@ def orthogonalise(matrices: torch.Tensor) -> torch.Tensor:
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
     """Return what this process holds of a tensor, which may be a DTensor."""
-    from torch.distributed.tensor import DTensor  # a second to import; an engine that shards has done it
-
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    # Asked by name, as DTensor takes a second to import.
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def _holders(parameter: nn.Parameter) -> dist.ProcessGroup | None:
     """Return the group that shares a matrix's work: the holders of its rows, or all (None) if each has it whole."""
-    from torch.distributed.tensor import DTensor  # as above
+    from torch.distributed.tensor import DTensor  # an engine that shards has imported it
 
     return parameter.device_mesh.get_group("shard") if isinstance(parameter, DTensor) else None
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.optim.adamw import adamw
 
@@ -163,9 +164,23 @@ def set_learning_rate(optimizers: Iterable[torch.optim.Optimizer], learning_rate
             group["lr"] = learning_rate * group.get("lr_ratio", 1.0)
 
 
-def gradient_norm(parameters: Iterable[nn.Parameter], max_grad_norm: float | None) -> torch.Tensor:
-    """Return the global norm of the gradients, fp32 `()`, and clip them in place to `max_grad_norm`, if that is set."""
-    parameters = list(parameters)
-    if max_grad_norm is not None:
-        return nn.utils.clip_grad_norm_(parameters, max_grad_norm)
-    return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+@torch.no_grad()
+def gradient_norm(
+    parameters: Iterable[nn.Parameter], max_grad_norm: float | None, holders: dist.ProcessGroup | None = None
+) -> torch.Tensor:
+    """Return the global norm of the gradients, fp32 `()`, and clip them in place to `max_grad_norm`, if that is set.
+
+    Args:
+        holders: collective over them; the processes that together hold every gradient once. None: each has them all.
+    """
+    found = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
+    gradients = [gradient for gradient in found if gradient.numel()]
+    norm = nn.utils.get_total_norm(gradients) if gradients else found[0].new_zeros(())
+    if holders is not None:
+        square = norm.square()
+        dist.all_reduce(square, group=holders)
+        norm = square.sqrt()
+    if max_grad_norm is not None and gradients:
+        # Where the factor is 1 it changes no bit, and asking whether it is would make the host wait.
+        torch._foreach_mul_(gradients, (max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
+    return norm

@@ -65,15 +65,16 @@ class ZeroEngine(Engine):
         return super().refusal(launch, optimizer, compiles)
 
     @classmethod
-    def memory(cls, model: nn.Module, launch: Launch) -> ModelMemory:
-        """Every process has a flat part of each parameter's moments, and an fp32 copy of that part of the weights."""
+    def memory(cls, model: nn.Module, launch: Launch, accumulates: bool = False) -> ModelMemory:
+        """Every process has a flat part of each parameter's moments, and an fp32 copy of that part of the weights.
+        Between the passes of a step, gradients wait whole; stage 3 has a place for its own part all the time."""
         sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
         parts = {name: -(-size // launch.num_processes) for name, size in sizes.items()}
         whole, kept, stage = sum(sizes.values()), sum(parts.values()), _stage(launch)
         return ModelMemory(
             weights=kept if stage == 3 else whole,
             copies=kept,
-            gradients=whole if stage == 1 else kept,
+            gradients={1: whole, 2: whole, 3: whole + kept}[stage] if accumulates else whole if stage == 1 else kept,
             moments=parts,
             communication_bytes=_transit_bytes(whole, launch) if launch.num_processes > 1 else 0,
         )

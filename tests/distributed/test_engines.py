@@ -85,6 +85,8 @@ def test_learns_what_one_process_does(trainings: Trainings, engine: str, world: 
     assert len(losses(one)) == 20
     assert close(losses(one), losses(many))
     assert losses(one)[-1] < losses(one)[0] - 0.05, "nothing was learned, so equality means little"
+    norms = [[record["grad_norm"] for record in metrics(run_dir) if "loss" in record] for run_dir in (one, many)]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-3)
     ours, theirs = reader(one), reader(many)
     for name in ours.shapes:
         # A key bias has no true gradient (softmax is shift-invariant): Adam turns its rounding noise into steps.
