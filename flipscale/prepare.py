@@ -51,7 +51,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     photos.add_argument(
         "--num_images", type=int, default=2000, help="How many JPEGs to write of each size; 2000 by default."
     )
-    index = add("index", "Write the index of offsets beside each shard. Training does this too where one is missing.")
+    index = add(
+        "index",
+        "Write the manifest of all shards, and the index of offsets beside each. Training does this too, once, where "
+        "there is no manifest.",
+    )
     index.add_argument("shards", help=_SHARDS_HELP)
 
 
@@ -142,9 +146,9 @@ def _index(args: argparse.Namespace) -> None:
     from flipscale.data.sources.opening import open_shards
     from flipscale.data.sources.remote_source import RemoteTarSource
 
-    source = open_shards(args.shards, DataRecipe(shards_per_block=1))
+    source = open_shards(args.shards, DataRecipe(shards_per_block=1), anew=True)
     if isinstance(source, RemoteTarSource):
-        source.publish_indices()
+        source.publish()
     for fault in source.faults:
         print(f"{fault.cause}: {fault.shard}: {fault.detail}")
     print(f"{len(source)} samples in {len(source.shard_sizes)} shards")

@@ -19,7 +19,7 @@ import torch
 
 from flipscale.benchmarks.data import DataSetting, device_bytes, flipscale_batches
 from flipscale.benchmarks.memory import resident_peak_bytes
-from flipscale.data.sources.tar_source import expand_shards
+from flipscale.data.sources.shard_list import expand_shards
 
 # The tar reader of open_clip fails with later versions (KeyError: 'fname').
 WEBDATASET = "0.2.86"

@@ -78,7 +78,7 @@ def _of_my_rows(embedder: Embedder, source: TarSource, read: Callable[[int, int]
     """
     where = sample_numbers(source)
     if not where:
-        raise ValueError(f"the test set is empty: 0 samples in {len(source.names)} shards ({source.names[0]})")
+        raise ValueError(f"the test set is empty: 0 samples in {len(source.shard_sizes)} shards ({source.list.shards})")
     found: list[Value] = []
     faults: list[tuple[int, str]] = []
     for row in embedder.rows(len(where)):

@@ -32,16 +32,19 @@ def open_source(recipe: DataRecipe) -> Source:
     return Mixture(sources, weights or [len(source) for source in sources])
 
 
-def open_shards(shards: str, recipe: DataRecipe) -> TarSource:
+def open_shards(shards: str, recipe: DataRecipe, anew: bool = False) -> TarSource:
     """Open tar shards, on this machine or at a URL through the recipe's cache.
+
+    Args:
+        anew: write their manifest even if there is one.
 
     Raises:
         ValueError: a shard is missing.
     """
     if "://" not in shards:
-        return TarSource(shards)
+        return TarSource(shards, anew)
     cache = ShardCache(Path(recipe.cache_dir).expanduser(), recipe.cache_bytes)
-    return RemoteTarSource(shards, cache, recipe.shards_per_block)
+    return RemoteTarSource(shards, cache, recipe.shards_per_block, anew)
 
 
 def _open(recipe: SourceRecipe, data: DataRecipe, name: str) -> Source:

@@ -1,54 +1,151 @@
 """Tar shards on s3, gs, hf or https, read through a bounded cache that fetches one block ahead."""
 
+import hashlib
 import io
 import os
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from flipscale.data.sources.manifest import Manifest, ShardEntry, read_manifest, write_manifest
 from flipscale.data.sources.shard_cache import ShardCache
-from flipscale.data.sources.shard_index import BLOCK, ShardSummary, build_index, load_summaries, read_summary
-from flipscale.data.sources.tar_source import TarSource, expand_range
+from flipscale.data.sources.shard_index import build_index, read_index
+from flipscale.data.sources.shard_list import (
+    ShardList,
+    expand_range,
+    in_windows,
+    manifest_name,
+    no_shards,
+    split_shards,
+    written_once,
+)
+from flipscale.data.sources.tar_source import TarSource
 from flipscale.files.aside import own_partial_path, written_aside
 
-_MAX_INDICES = 256
+# Requests are mostly waiting, so there are more threads than cores.
+_THREADS = 16
 
 
-def expand_urls(shards: str) -> list[str]:
-    """Return the shards that a URL names, sorted: a range such as `{00000..00041}.tar`, a glob, or a whole folder.
+class RemoteShardList(ShardList):
+    """The shards at a URL: a range such as `{00000..00041}.tar`, a glob, or a whole folder. The content of a URL must
+    not change, and shards that are added are seen once `flipscale prepare index` has written the manifest anew.
+
+    A manifest that `prepare index` wrote beside the shards is fetched. If there is none, one process of each node makes
+    one in the cache, from the indices beside the shards or else from the shards.
 
     Raises:
         ValueError: no shard is found, or the protocol's package is not installed.
     """
-    import fsspec
 
-    numbered = expand_range(shards)
-    if numbered is not None:
-        return numbered
-    try:
-        system, path = fsspec.core.url_to_fs(shards)
-        if path.endswith(".tar") and not re.search(r"[*?\[]", path):
-            return [shards]
-        found = system.glob(path if re.search(r"[*?\[]", path) else f"{path.rstrip('/')}/*.tar")
-    except (ImportError, ValueError) as error:
-        raise ValueError(f"{shards!r} cannot be read: {error}") from error
-    if not found:
-        raise ValueError(
-            f"no shards at {shards!r}; name a folder of *.tar, a glob, or a range like {{00000..00041}}.tar"
+    def __init__(self, shards: str, cache: ShardCache):
+        self.shards, self.cache = shards, cache
+        self.folder, self.pattern = split_shards(
+            shards, lambda url: not url.endswith(".tar") and not re.search(r"[*?\[{]", url)
         )
-    return sorted(system.unstrip_protocol(name) for name in found)
+        self.url = self.path(manifest_name(self.pattern))
+
+    def path(self, name: str) -> str:  # type: ignore[override]
+        """Return the URL of a shard of this name."""
+        return name if "://" in name else f"{self.folder}/{name}"
+
+    def names(self) -> list[str]:
+        """Do as `ShardList.names`."""
+        named = expand_range(self.pattern)
+        if named is None:
+            system, path = file_system(self.path(self.pattern))
+            found = system.glob(path) if re.search(r"[*?\[]", path) else [path]
+            urls = sorted(system.unstrip_protocol(name) for name in found)
+            named = [url.removeprefix(f"{self.folder}/") for url in urls]
+        if not named:
+            raise no_shards(self.shards)
+        return named
+
+    def open(self, is_good: Callable[[Manifest], bool], anew: bool = False) -> Manifest:
+        """Do as `ShardList.open`; no shard is looked at before it is read."""
+        if not anew:
+            published = self._published()
+            if published is not None:
+                return published
+        place = self._local("local")
+        if anew:
+            return self._write(place)
+        return written_once(
+            place, lambda _: read_manifest(place, self.pattern, self.remedy), lambda: self._write(place)
+        )
+
+    def index(self, name: str) -> tuple[np.ndarray, str]:
+        """Return the index of a shard and how it is damaged: from the cache, from beside the shard, or built."""
+        url = self.path(name)
+        path = self.index_path(name)
+        try:
+            with open(path, "rb") as file:
+                return read_index(file)
+        except (FileNotFoundError, ValueError):
+            pass
+        try:
+            system, remote = file_system(f"{url}.index.npy")
+            content = system.cat_file(remote)
+            found = read_index(io.BytesIO(content))
+        except (FileNotFoundError, ValueError):
+            return self._build(url, path)
+        with written_aside(path, own_partial_path(path)) as aside:
+            aside.write_bytes(content)
+        return found
+
+    def index_path(self, name: str) -> Path:
+        """Return where the cache keeps the index of a shard."""
+        path = self.cache.path(self.path(name))
+        return path.with_name(path.name + ".index.npy")
+
+    def _local(self, version: str) -> Path:
+        key = hashlib.blake2b(self.url.encode(), digest_size=8).hexdigest()
+        return self.cache.folder / f"{key}-{version}.manifest"
+
+    def _published(self) -> Manifest | None:
+        """Return the manifest beside the shards, fetched if it is another one than last time; None if there is none."""
+        try:
+            system, remote = file_system(self.url)
+            path = self._local(f"{system.checksum(remote):x}"[:16])
+            if not path.exists():
+                content = system.cat_file(remote)
+                with written_aside(path, own_partial_path(path)) as aside:
+                    aside.write_bytes(content)
+        except (FileNotFoundError, PermissionError):
+            return None
+        return read_manifest(path, self.pattern, self.remedy)
+
+    def _write(self, place: Path) -> Manifest:
+        entries = in_windows(self._entry, self.names(), lambda: ThreadPoolExecutor(_THREADS))
+        write_manifest(place, self.pattern, entries, [], rows=False)
+        written = read_manifest(place, self.pattern, self.remedy)
+        assert written is not None
+        return written
+
+    def _entry(self, name: str) -> ShardEntry:
+        system, remote = file_system(self.path(name))
+        try:
+            size = system.info(remote)["size"]
+            return ShardEntry(name, *self.index(name), size or 0, 0)
+        except FileNotFoundError as error:
+            raise ValueError(f"shard {self.path(name)} does not exist; check data.shards") from error
+
+    def _build(self, url: str, path: Path) -> tuple[np.ndarray, str]:
+        while True:
+            self.cache.fetch(url)
+            try:
+                return build_index(self.cache.path(url), path)
+            except FileNotFoundError:
+                continue  # the cache has already removed it to make room
 
 
 class RemoteTarSource(TarSource):
-    """A `TarSource` of shards at URLs. The content of a URL must not change.
-
-    Every node fetches every shard once an epoch. The index beside a shard is fetched if there is one (`flipscale
-    prepare index` writes it). If not, the shard is fetched once to build its index, which the cache's folder keeps.
+    """A `TarSource` of shards at URLs, which a node fetches when it is about to read them.
 
     Args:
         shards: a range, glob or folder at `s3://`, `gs://`, `hf://`, `https://` or any other protocol of fsspec.
@@ -59,12 +156,10 @@ class RemoteTarSource(TarSource):
         ValueError: a shard is missing, or the cache is too small for two blocks.
     """
 
-    def __init__(self, shards: str, cache: ShardCache, shards_per_block: int):
+    def __init__(self, shards: str, cache: ShardCache, shards_per_block: int, anew: bool = False):
         self.cache = cache
-        self.urls = expand_urls(shards)
-        self._describe(self.urls, load_summaries(self.urls, self._summary))
-        sizes = sorted((self._extent(url) for url in self.urls), reverse=True)
-        needed = sum(sizes[: 2 * shards_per_block])
+        super().__init__(shards, anew)
+        needed = int(np.sort(self.manifest.table["num_bytes"])[-2 * shards_per_block :].sum())
         if cache.max_bytes < needed:
             raise ValueError(
                 f"data.cache_bytes {cache.max_bytes} cannot hold two blocks of {shards_per_block} shards of "
@@ -73,89 +168,70 @@ class RemoteTarSource(TarSource):
         self._ahead = _FetchAhead(cache)
         self._indices: OrderedDict[int, np.ndarray] = OrderedDict()
 
+    def _listed(self, shards: str) -> ShardList:
+        return RemoteShardList(shards, self.cache)
+
     def fetch_ahead(self, shards: Sequence[int]) -> None:
         """Fetch these shards in a thread, except those that another process is fetching."""
-        self._ahead.want([self.urls[shard] for shard in shards])
+        # A shard that the cache has removed frees its space when nobody has it open any more.
+        for shard in [shard for shard, file in self._open.items() if not os.fstat(file).st_nlink]:
+            os.close(self._open.pop(shard))
+            self._indices.pop(shard, None)
+        self._ahead.want([self.shard_name(shard) for shard in shards])
 
-    def publish_indices(self) -> None:
-        """Write the missing indices beside the shards, so that other machines need not fetch shards to build them.
+    def publish(self) -> None:
+        """Write the manifest and the missing indices beside the shards, so that other machines need not make them.
 
         Raises:
             ValueError: the place is not writable.
         """
-        import fsspec
-
+        assert isinstance(self.list, RemoteShardList)
+        url = self.list.url
         try:
-            for url in self.urls:
-                system, remote = fsspec.core.url_to_fs(f"{url}.index.npy")
+            for name in self.manifest.all_names():
+                url = f"{self.list.path(name)}.index.npy"
+                system, remote = file_system(url)
                 if not system.exists(remote):
-                    system.put_file(str(self._index_path(url)), remote)
+                    system.put_file(str(self.list.index_path(name)), remote)
+            url = self.list.url
+            system, remote = file_system(url)
+            system.put_file(str(self.manifest.path), remote)
         except Exception as error:
             # Every protocol raises exceptions of its own.
             reason = " ".join(str(error).split()) or type(error).__name__
-            raise ValueError(f"the index of {url} cannot be written beside it ({reason})") from error
+            raise ValueError(f"{url} cannot be written ({reason}); name a place that you may write to") from error
 
-    @contextmanager
-    def _opened(self, shard: int) -> Iterator[tuple[int, np.ndarray]]:
-        # Closed after each read, so that a shard that is removed from the cache frees its space at once.
-        file = self.cache.open(self.urls[shard])
-        try:
-            yield file, self._index(shard)
-        finally:
-            os.close(file)
+    def _open_shard(self, name: str) -> int:
+        return self.cache.open(name)
 
-    def _index(self, shard: int) -> np.ndarray:
-        """Return the index of a shard; the last few are kept."""
+    def _opened(self, shard: int) -> int:
+        file = super()._opened(shard)
+        os.utime(file)  # the cache removes those first that were not read for longest
+        return file
+
+    def _row(self, shard: int, number: int) -> np.ndarray:
         if shard not in self._indices:
-            if len(self._indices) >= _MAX_INDICES:
-                self._indices.popitem(last=False)
-            self._indices[shard] = np.load(self._index_path(self.urls[shard]), mmap_mode="r")
-        self._indices.move_to_end(shard)
-        return self._indices[shard]
+            assert isinstance(self.list, RemoteShardList)
+            self._indices[shard] = self.list.index(self.manifest.name(shard))[0]
+        return self._indices[shard][number]
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_indices": OrderedDict()}
+        return {**super().__getstate__(), "_indices": OrderedDict()}
 
-    def _index_path(self, url: str) -> Path:
-        path = self.cache.path(url)
-        return path.with_name(path.name + ".index.npy")
 
-    def _extent(self, url: str) -> int:
-        """Return the approximate size of a shard: where the last file of its last sample ends."""
-        index = np.load(self._index_path(url), mmap_mode="r")
-        return int((index[-1, :, 0].astype(np.int64) * BLOCK).max() + index[-1, 0, 1]) if len(index) else 0
+def file_system(url: str) -> tuple[Any, str]:
+    """Return fsspec's file system of a URL, and the name in it.
 
-    def _summary(self, url: str) -> ShardSummary:
-        """Return the summary of a shard's index: the one in the cache, the one beside the shard, or a new one."""
-        import fsspec
+    Raises:
+        ValueError: the protocol is unknown, or its package is not installed.
+    """
+    import fsspec
 
-        path = self._index_path(url)
-        try:
-            with open(path, "rb") as file:
-                return read_summary(file)
-        except FileNotFoundError:
-            pass
-        try:
-            system, remote = fsspec.core.url_to_fs(f"{url}.index.npy")
-            content = system.cat_file(remote)
-            summary = read_summary(io.BytesIO(content))
-        except (FileNotFoundError, ValueError):
-            return self._build(url, path)
-        with written_aside(path, own_partial_path(path)) as partial:
-            partial.write_bytes(content)
-        return summary
-
-    def _build(self, url: str, path: Path) -> ShardSummary:
-        while True:
-            try:
-                self.cache.fetch(url)
-            except FileNotFoundError as error:
-                raise ValueError(f"shard {url} does not exist; check data.shards") from error
-            try:
-                index, damage = build_index(self.cache.path(url), path)
-                return ShardSummary(len(index), damage)
-            except FileNotFoundError:
-                continue  # the cache has already removed it to make room
+    try:
+        system, path = fsspec.core.url_to_fs(url)
+    except (ImportError, ValueError) as error:
+        raise ValueError(f"{url!r} cannot be read: {error}") from error
+    return system, path
 
 
 class _FetchAhead:

@@ -117,7 +117,7 @@ class ShardCache:
                     excess += 0 if self._abandoned(entry) else int(entry.name.split(".")[-2])
                 else:
                     excess += state.st_size
-                    if not entry.name.startswith(".") and not entry.name.endswith(".index.npy"):
+                    if not entry.name.startswith(".") and not entry.name.endswith((".index.npy", ".manifest")):
                         shards.append((state.st_mtime_ns, state.st_size, entry.path))
         for _, held, path in sorted(shards):
             if excess <= 0:

@@ -6,35 +6,21 @@ object. If the shard is damaged, a text after the array says how.
 """
 
 import os
-import random
 import re
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, TypeVar
+from typing import BinaryIO
 
 import numpy as np
-from tqdm import tqdm
 
 from flipscale.files.aside import own_partial_path, written_aside
 
 BLOCK = 512
 JSON_CAPTION = 1 << 31
+ROW = (3, 2)
 _FIELDS = {"jpg": "image", "jpeg": "image", "png": "image", "webp": "image", "txt": "txt", "json": "json", "cls": "cls"}
-_ROW = (3, 2)
 _MAX_MEMBER_BYTES = JSON_CAPTION - 1
-# Loading an index is mostly waiting for a file system, so more threads than cores are faster.
-_THREADS = 16
-
-Shard = TypeVar("Shard")
-
-
-class ShardSummary(NamedTuple):
-    """How many samples of a shard can be read, and how it is damaged (empty if it is not)."""
-
-    num_samples: int
-    damage: str
 
 
 class _Damaged(Exception):
@@ -46,61 +32,29 @@ def index_path(shard: Path) -> Path:
     return shard.with_name(shard.name + ".index.npy")
 
 
-def load_index(shard: Path) -> np.ndarray:
-    """Return the index of `shard`, memory-mapped. If it is missing or older than the shard, build and write it first.
+def load_index(shard: Path) -> tuple[np.ndarray, str]:
+    """Return the index of `shard`, and how the shard is damaged (empty if it is not). If the index is missing or older
+    than the shard, build and write it first.
 
     Raises:
         OSError: the shard cannot be opened.
     """
-    if _stored_summary(shard) is not None:
-        return np.load(index_path(shard), mmap_mode="r")
-    return build_index(shard, index_path(shard))[0]
+    with suppress(OSError, ValueError), open(index_path(shard), "rb") as file:
+        if os.fstat(file.fileno()).st_mtime_ns >= shard.stat().st_mtime_ns:
+            return read_index(file)
+    return build_index(shard, index_path(shard))
 
 
-def load_summary(shard: Path) -> ShardSummary:
-    """Return the summary of the index of `shard` without reading all of it. Build it first if `load_index` would.
-
-    Raises:
-        OSError: the shard cannot be opened.
-    """
-    stored = _stored_summary(shard)
-    if stored is not None:
-        return stored
-    index, damage = build_index(shard, index_path(shard))
-    return ShardSummary(len(index), damage)
-
-
-def load_summaries(shards: Sequence[Shard], load: Callable[[Shard], ShardSummary]) -> list[ShardSummary]:
-    """Return the summary of each shard, with a progress bar if that takes long. Missing indices are built.
-
-    Processes that start together share the work without communication: each visits the shards in a random order of its
-    own and checks for an index before it builds one, so few shards are scanned twice.
-    """
-    order = list(range(len(shards)))
-    random.Random(os.urandom(8)).shuffle(order)
-    found: dict[int, ShardSummary] = {}
-    with ThreadPoolExecutor(_THREADS) as pool:
-        loading = pool.map(lambda number: load(shards[number]), order)
-        bar = tqdm(loading, "shard indices", len(order), unit="shard", delay=2, leave=False)
-        for number, summary in zip(order, bar, strict=True):
-            found[number] = summary
-    return [found[number] for number in range(len(shards))]
-
-
-def read_summary(file: BinaryIO) -> ShardSummary:
-    """Return the summary of the index in `file`.
+def read_index(file: BinaryIO) -> tuple[np.ndarray, str]:
+    """Return the index in `file`, and how its shard is damaged.
 
     Raises:
         ValueError: it is not such an index.
     """
-    if np.lib.format.read_magic(file) != (1, 0):
+    index = np.lib.format.read_array(file, allow_pickle=False)
+    if index.dtype != np.uint32 or index.shape[1:] != ROW:
         raise ValueError("not an index of this version")
-    shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-    end = file.tell() + int(np.prod(shape)) * dtype.itemsize
-    if dtype != np.uint32 or shape[1:] != _ROW or file.seek(0, os.SEEK_END) < end:
-        raise ValueError("not an index of this version")
-    file.seek(end)
-    return ShardSummary(shape[0], file.read().decode())
+    return index, file.read().decode()
 
 
 def build_index(shard: Path, path: Path) -> tuple[np.ndarray, str]:
@@ -111,17 +65,6 @@ def build_index(shard: Path, path: Path) -> tuple[np.ndarray, str]:
         np.save(file, index)
         file.write(damage.encode())
     return index, damage
-
-
-def _stored_summary(shard: Path) -> ShardSummary | None:
-    """Return the summary of the index beside `shard`; None if it is missing, damaged or older than the shard."""
-    try:
-        with open(index_path(shard), "rb") as file:
-            if os.fstat(file.fileno()).st_mtime_ns >= shard.stat().st_mtime_ns:
-                return read_summary(file)
-    except (OSError, ValueError):
-        pass
-    return None
 
 
 def _scan(shard: Path) -> tuple[np.ndarray, str]:
@@ -142,7 +85,7 @@ def _scan(shard: Path) -> tuple[np.ndarray, str]:
         rows = [_row(file, fields) for fields in samples.values() if "image" in fields]
     finally:
         os.close(file)
-    return np.array(rows, dtype=np.uint32).reshape(len(rows), *_ROW), damage
+    return np.array(rows, dtype=np.uint32).reshape(len(rows), *ROW), damage
 
 
 def _row(file: int, fields: dict[str, tuple[int, int]]) -> list[tuple[int, int]]:
@@ -170,7 +113,7 @@ def _members(file: int, total: int) -> Iterator[tuple[str, int, int]]:
             raise _Damaged("it is empty" if total == 0 else f"it ends at byte {total} without an end mark")
         if header == bytes(BLOCK):
             return
-        size = _checked_size(header)
+        size = checked_size(header)
         if size < 0:
             raise _Damaged("it is not a tar file" if position == 0 else f"there is no tar header at byte {position}")
         kind, offset = header[156:157], position + BLOCK
@@ -190,7 +133,7 @@ def _members(file: int, total: int) -> Iterator[tuple[str, int, int]]:
             long_name, long_size = "", -1
 
 
-def _checked_size(header: bytes) -> int:
+def checked_size(header: bytes) -> int:
     """Return the size of the file that a tar header announces; -1 if the checksum is wrong."""
     try:
         checksum = _number(header[148:156])

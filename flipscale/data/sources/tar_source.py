@@ -1,64 +1,28 @@
 """Random access to webdataset tar shards as img2dataset writes them: KEY.jpg|png|webp + KEY.txt|json (+ KEY.cls)."""
 
-import glob
 import json
 import os
-import re
+import resource
 from collections import OrderedDict
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from functools import cache
 
 import numpy as np
 
 from flipscale.data.faults import Fault, TruncatedSample, UndecodableCaption
-from flipscale.data.sources.shard_index import (
-    BLOCK,
-    JSON_CAPTION,
-    ShardSummary,
-    load_index,
-    load_summaries,
-    load_summary,
-)
+from flipscale.data.sources.manifest import Manifest
+from flipscale.data.sources.shard_index import BLOCK, JSON_CAPTION, checked_size
+from flipscale.data.sources.shard_list import ShardList
 from flipscale.data.sources.source import Sample
 
-# Enough for a block of every source of a mixture. Each takes two file descriptors.
-_MAX_OPEN_SHARDS = 256
+# Enough for the shards that 64 lanes read, in one process.
+_MAX_OPEN_SHARDS = 2048
 _MAX_GAP_BYTES = 1 << 16
+# Shards that are looked at when a source is opened, and samples of a shard whose time has changed.
+_SPOTS = 3
 
 
-def expand_range(shards: str) -> list[str] | None:
-    """Return the names that a range such as `{00000..00041}.tar` stands for; None if `shards` has no range."""
-    numbered = re.fullmatch(r"(.*)\{(\d+)\.\.(\d+)\}(.*)", shards)
-    if numbered is None:
-        return None
-    head, first, last, tail = numbered.groups()
-    return [f"{head}{number:0{len(first)}d}{tail}" for number in range(int(first), int(last) + 1)]
-
-
-def expand_shards(shards: str) -> list[Path]:
-    """Return the shard files that `shards` names, sorted: a folder, a glob, or a range such as `{00000..00041}.tar`.
-
-    Raises:
-        ValueError: there is none, or one of a range is missing.
-    """
-    if not shards:
-        raise ValueError("data.shards is empty; name a folder of *.tar, a glob, or a range like {00000..00041}.tar")
-    numbered = expand_range(shards)
-    if numbered is not None:
-        paths = [Path(path) for path in numbered]
-    elif Path(shards).is_dir():
-        paths = sorted(Path(shards).glob("*.tar"))
-    else:
-        paths = sorted(Path(path) for path in glob.glob(shards))
-    if not paths:
-        raise ValueError(
-            f"no shards at {shards!r}; name a folder of *.tar, a glob, or a range like {{00000..00041}}.tar"
-        )
-    for path in paths:
-        if not path.is_file():
-            raise ValueError(f"shard {path} does not exist; check data.shards")
-    return paths
+class StaleManifest(ValueError):
+    """A shard is not as the manifest says."""
 
 
 class TarSource:
@@ -70,43 +34,54 @@ class TarSource:
         ValueError: a shard is missing.
     """
 
-    def __init__(self, shards: str):
-        self.paths = expand_shards(shards)
-        self._describe([str(path) for path in self.paths], load_summaries(self.paths, load_summary))
-        self._open: OrderedDict[int, tuple[int, np.ndarray]] = OrderedDict()
+    def __init__(self, shards: str, anew: bool = False):
+        self._open: OrderedDict[int, int] = OrderedDict()
+        self.list = self._listed(shards)
+        self._describe(self.list.open(self._is_good, anew))
 
-    def _describe(self, names: list[str], summaries: list[ShardSummary]) -> None:
-        self.names = names
-        # Only the sizes stay in memory: the indices of two billion samples are 48 GB.
-        self.shard_sizes = [summary.num_samples for summary in summaries]
+    def _listed(self, shards: str) -> ShardList:
+        return ShardList(shards)
+
+    def _describe(self, manifest: Manifest) -> None:
+        self.manifest = manifest
+        self.shard_sizes: list[int] = manifest.table["samples"].tolist()
         self.faults = [
-            Fault(None, name, None, None, "truncated_shard" if size else "unreadable_shard", damage)
-            for name, (size, damage) in zip(names, summaries, strict=True)
-            if damage
+            Fault(None, self.shard_name(shard), None, None, cause, damage)
+            for shard, damage in manifest.damage.items()
+            for cause in ["truncated_shard" if self.shard_sizes[shard] else "unreadable_shard"]
         ]
+
+    def _is_good(self, manifest: Manifest) -> bool:
+        """Return whether a few of the shards are as the manifest says."""
+        self.manifest = manifest
+        try:
+            for shard in np.linspace(0, len(manifest) - 1, _SPOTS).astype(int).tolist():
+                os.close(self._open_checked(shard))
+        except (StaleManifest, OSError):
+            return False
+        return True
 
     def __len__(self) -> int:
         return sum(self.shard_sizes)
 
     def shard_name(self, shard: int) -> str:
         """Return the path or URL of shard `shard`."""
-        return self.names[shard]
+        return str(self.list.path(self.manifest.name(shard)))
 
     def read(self, shard: int, number: int) -> Sample:
         """Return sample `number` of shard `shard`, its bytes as stored.
 
         Raises:
-            BadSample: the shard was cut since it was indexed, or the caption is damaged.
+            BadSample: the shard was cut since it was opened, or the caption is damaged.
+            StaleManifest: the shard is not as the manifest says.
             OSError: the shard cannot be read.
         """
-        with self._opened(shard) as (file, index):
-            if number >= len(index):
-                raise TruncatedSample(f"{len(index)} samples are left")
-            image, caption, label = _read_fields(file, index[number])
-            is_json = bool(index[number, 1, 1] & JSON_CAPTION)
+        row = self._row(shard, number)
+        image, caption, label = _read_fields(self._opened(shard), row)
+        is_json = bool(row[1, 1] & JSON_CAPTION)
         assert image is not None
         return Sample(
-            name=f"{self.names[shard].rsplit('/', 1)[-1]}#{number}",
+            name=f"{self.manifest.name(shard).rsplit('/', 1)[-1]}#{number}",
             image=image,
             captions=_captions(caption) if is_json and caption else (caption,) if caption else (),
             label=_label(label),
@@ -116,47 +91,92 @@ class TarSource:
         """Return the captions of sample `number` of shard `shard`, without reading its image.
 
         Raises:
-            BadSample: the shard was cut since it was indexed, or the captions are damaged.
+            BadSample: the shard was cut since it was opened, or the captions are damaged.
+            StaleManifest: the shard is not as the manifest says.
             OSError: the shard cannot be read.
         """
-        with self._opened(shard) as (file, index):
-            block, size = index[number, 1].tolist()
-            stored = _read(file, block * BLOCK, size & ~JSON_CAPTION) if block else b""
+        block, size = self._row(shard, number)[1].tolist()
+        stored = _read(self._opened(shard), block * BLOCK, size & ~JSON_CAPTION) if block else b""
         return _captions(stored) if size & JSON_CAPTION and stored else (stored,) if stored else ()
 
     def read_label(self, shard: int, number: int) -> int | None:
         """Return the class number of sample `number` of shard `shard`, without reading its image; None if it has none.
 
         Raises:
-            BadSample: the shard was cut since it was indexed.
+            BadSample: the shard was cut since it was opened.
+            StaleManifest: the shard is not as the manifest says.
             OSError: the shard cannot be read.
         """
-        with self._opened(shard) as (file, index):
-            block, size = index[number, 2].tolist()
-            return _label(_read(file, block * BLOCK, size) if block else None)
+        block, size = self._row(shard, number)[2].tolist()
+        return _label(_read(self._opened(shard), block * BLOCK, size) if block else None)
 
     def key(self, shard: int, number: int) -> str:
         """Return the name of sample `number` of shard `shard`, from the tar header before its image."""
-        with self._opened(shard) as (file, index):
-            header = os.pread(file, 100, (int(index[number, 0, 0]) - 1) * BLOCK)
+        header = os.pread(self._opened(shard), 100, (int(self._row(shard, number)[0, 0]) - 1) * BLOCK)
         return header.split(b"\0", 1)[0].decode("utf-8", "replace").partition(".")[0]
 
     def fetch_ahead(self, shards: list[int]) -> None:
         """Do nothing, because the shards are on this machine."""
 
-    @contextmanager
-    def _opened(self, shard: int) -> Iterator[tuple[int, np.ndarray]]:
-        """Yield the file descriptor and index of a shard; the last few stay open."""
-        if shard in self._open:
-            self._open.move_to_end(shard)
+    def _row(self, shard: int, number: int) -> np.ndarray:
+        """Return where the files of a sample are, uint32 `(3, 2)`."""
+        return self.manifest.row(shard, number)
+
+    def _opened(self, shard: int) -> int:
+        """Return the file descriptor of a shard; those that were read last stay open."""
+        if shard not in self._open:
+            if len(self._open) >= _most_open():
+                os.close(self._open.popitem(last=False)[1])
+            self._open[shard] = self._open_checked(shard)
+        self._open.move_to_end(shard)
+        return self._open[shard]
+
+    def _open_checked(self, shard: int) -> int:
+        """Open a shard and look, in the open file, whether it is the one that the manifest lists.
+
+        Raises:
+            StaleManifest: it is not.
+        """
+        name = self.shard_name(shard)
+        try:
+            file = self._open_shard(name)
+        except FileNotFoundError as error:
+            raise StaleManifest(f"shard {name} is gone, but its manifest lists it; {self.list.remedy}") from error
+        state, listed = os.fstat(file), self.manifest.table[shard]
+        if state.st_size != listed["num_bytes"]:
+            why = f"has {state.st_size} bytes, {listed['num_bytes']} when it was listed"
+        # A copy may have a time of its own.
+        elif state.st_mtime_ns != listed["mtime_ns"] and not self._holds_its_samples(file, shard):
+            why = "was written anew since it was listed"
         else:
-            if len(self._open) >= _MAX_OPEN_SHARDS:
-                os.close(self._open.popitem(last=False)[1][0])
-            self._open[shard] = (os.open(self.paths[shard], os.O_RDONLY), load_index(self.paths[shard]))
-        yield self._open[shard]
+            return file
+        os.close(file)
+        raise StaleManifest(f"shard {name} {why}; {self.list.remedy}")
+
+    def _open_shard(self, name: str) -> int:
+        return os.open(name, os.O_RDONLY)
+
+    def _holds_its_samples(self, file: int, shard: int) -> bool:
+        """Return whether there is a tar header of the right size before the images of a few samples."""
+        size = int(self.manifest.table["samples"][shard])
+        numbers = np.linspace(0, size - 1, min(_SPOTS, size)).astype(int).tolist()
+        places = [self._row(shard, number)[0].tolist() for number in numbers]
+        return all(checked_size(os.pread(file, BLOCK, (block - 1) * BLOCK)) == size for block, size in places)
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_open": OrderedDict()}
+
+
+@cache
+def _most_open() -> int:
+    """Return how many shards may be open: half of the files that the system lets a process open, once it is asked for
+    as many as it may give."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 2 * _MAX_OPEN_SHARDS
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    return _MAX_OPEN_SHARDS if soft == resource.RLIM_INFINITY else min(_MAX_OPEN_SHARDS, soft // 2)
 
 
 def _read_fields(file: int, row: np.ndarray) -> list[bytes | None]:

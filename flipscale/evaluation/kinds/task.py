@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from dataclasses import MISSING, Field, dataclass, fields
 from typing import Any, ClassVar
 
-from flipscale.data.sources.tar_source import expand_shards
+from flipscale.data.sources.tar_source import TarSource
 from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.results import Result, wilson
 
@@ -31,12 +31,12 @@ class Task(ABC):
     hub_metric: ClassVar[str] = ""
 
     def check(self) -> None:
-        """Raise if the test set is not there, before a run begins.
+        """Raise if the test set is not there, before a run begins. Its manifest is written if there is none.
 
         Raises:
             ValueError: a file is missing.
         """
-        expand_shards(self.data)
+        TarSource(self.data)
 
     @abstractmethod
     def evaluate(self, embedder: Embedder) -> list[Result]:

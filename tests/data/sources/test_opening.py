@@ -139,7 +139,7 @@ def test_a_mixture_is_a_function_of_position(three: list[TarSource]) -> None:
 
 
 def test_without_weights_a_mixture_is_one_pass_over_each(three: list[TarSource]) -> None:
-    recipe = DataRecipe(sources=[SourceRecipe(shards=str(source.paths[0].parent)) for source in three])
+    recipe = DataRecipe(sources=[SourceRecipe(shards=source.list.shards) for source in three])
     mixture = open_source(recipe)
     assert len(mixture) == 120
     sources, _ = MixtureOrder(mixture, 0, 2).sources(np.arange(120))
@@ -170,7 +170,7 @@ def test_a_source_that_is_not_named_clearly(recipe: DataRecipe, message: str) ->
 
 
 def test_a_mixture_that_cannot_be(three: list[TarSource], rows: list[dict], tmp_path: Path) -> None:
-    folder = str(three[0].paths[0].parent)
+    folder = three[0].list.shards
     with pytest.raises(ValueError, match=r"1 of 2 data.sources have a weight; give all of them one, or none"):
         open_source(DataRecipe(sources=[SourceRecipe(shards=folder), SourceRecipe(shards=folder, weight=1)]))
     with pytest.raises(

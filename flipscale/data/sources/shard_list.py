@@ -1,0 +1,249 @@
+"""What a recipe's `shards` names on this machine, and the manifest that lists it: found, or written by one process."""
+
+import glob
+import hashlib
+import logging
+import os
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor
+from pathlib import Path
+from typing import TypeVar
+
+from filelock import FileLock, Timeout
+from tqdm import tqdm
+
+from flipscale.data.sources.manifest import Manifest, ShardEntry, read_manifest, write_manifest
+from flipscale.data.sources.shard_index import load_index
+
+_WILD = re.compile(r"[*?\[]|\{\d+\.\.\d+\}")
+_POLL_SECONDS = 1.0
+# Fewer shards are indexed in less time than it takes to start processes.
+_FEW_SHARDS = 32
+# Shards whose indices are in memory at a time, 240 kB for 10,000 samples.
+_WINDOW = 512
+# If there are more folders, only the first is watched for shards that come or go.
+_MAX_FOLDERS = 16
+
+_log = logging.getLogger(__name__)
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def split_shards(shards: str, is_folder: Callable[[str], bool]) -> tuple[str, str]:
+    """Return the folder that `shards` begins with, and the pattern of names in it: `*.tar` for a whole folder.
+
+    Raises:
+        ValueError: it is empty.
+    """
+    if not shards:
+        raise ValueError("data.shards is empty; name a folder of *.tar, a glob, or a range like {00000..00041}.tar")
+    if is_folder(shards):
+        return shards.rstrip("/") or "/", "*.tar"
+    wild = _WILD.search(shards)
+    folder, slash, _ = shards[: wild.start() if wild else len(shards)].rpartition("/")
+    return folder or slash or ".", shards[len(folder + slash) :]
+
+
+def expand_range(shards: str) -> list[str] | None:
+    """Return the names that a range such as `{00000..00041}.tar` stands for; None if `shards` has no range."""
+    numbered = re.fullmatch(r"(.*)\{(\d+)\.\.(\d+)\}(.*)", shards)
+    if numbered is None:
+        return None
+    head, first, last, tail = numbered.groups()
+    return [f"{head}{number:0{len(first)}d}{tail}" for number in range(int(first), int(last) + 1)]
+
+
+def no_shards(shards: str) -> ValueError:
+    """Return the error that `shards` names none."""
+    return ValueError(f"no shards at {shards!r}; name a folder of *.tar, a glob, or a range like {{00000..00041}}.tar")
+
+
+def manifest_name(pattern: str) -> str:
+    """Return the name of the manifest of what `pattern` names, in the folder of the shards."""
+    if pattern == "*.tar":
+        return "shards.manifest"
+    return f"shards-{hashlib.blake2b(pattern.encode(), digest_size=4).hexdigest()}.manifest"
+
+
+def expand_shards(shards: str) -> list[Path]:
+    """Return the shards on this machine that `shards` names, sorted.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found = ShardList(shards)
+    return [found.path(name) for name in found.names()]
+
+
+class ShardList:
+    """The shards on this machine that `shards` names: a folder, a glob, or a range such as `{00000..00041}.tar`.
+
+    Raises:
+        ValueError: it is empty.
+    """
+
+    def __init__(self, shards: str):
+        self.shards = shards
+        self.folder, self.pattern = split_shards(shards, os.path.isdir)
+        self.is_range = expand_range(self.pattern) is not None
+        name = manifest_name(self.pattern)
+        elsewhere = hashlib.blake2b(os.path.abspath(self.folder).encode(), digest_size=8).hexdigest()
+        # A folder that cannot be written has its manifest in the user's cache.
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "flipscale" / "manifests"
+        self.places = [Path(self.folder, name), cache / f"{elsewhere}-{name}"]
+
+    @property
+    def remedy(self) -> str:
+        """What to do about a manifest that is no good."""
+        return f"write the manifest anew with `flipscale prepare index {self.shards!r}`"
+
+    def path(self, name: str) -> Path:
+        """Return the path of a shard of this name."""
+        return Path(self.folder, name)
+
+    def names(self) -> list[str]:
+        """Return the names of the shards, sorted, relative to the folder. One process does so, before there is a
+        manifest.
+
+        Raises:
+            ValueError: there is none.
+        """
+        named = expand_range(self.pattern)
+        if named is None:
+            found = glob.glob(self.pattern, root_dir=self.folder) if _WILD.search(self.pattern) else [self.pattern]
+            # As paths are sorted: folder by folder.
+            named = sorted(found, key=lambda name: name.split("/"))
+        if not named:
+            raise no_shards(self.shards)
+        return named
+
+    def stamp(self, folders: Sequence[str]) -> int:
+        """Return a number that changes when a shard comes to these folders or goes; 0 where no other can come."""
+        if not folders:
+            return 0
+        times = b"".join(self.path(folder).stat().st_mtime_ns.to_bytes(8, "little") for folder in folders)
+        return int.from_bytes(hashlib.blake2b(times, digest_size=8).digest(), "little") >> 1
+
+    def is_complete(self, manifest: Manifest, may_list: bool) -> bool:
+        """Return whether no shard has come or gone since `manifest` was written.
+
+        Args:
+            may_list: whether to list the shards again if a folder has changed.
+        """
+        try:
+            stamp = self.stamp(manifest.folders)
+            if stamp == manifest.stamp:
+                return True
+            if may_list and self.names() == manifest.all_names():
+                manifest.set_stamp(stamp)
+                return True
+        except (OSError, ValueError):
+            pass
+        return False
+
+    def open(self, is_good: Callable[[Manifest], bool], anew: bool = False) -> Manifest:
+        """Return the manifest of the shards. If it is missing or stale, one process writes it and the others wait:
+        one of all that see this folder, before any of them has joined the others.
+
+        Args:
+            is_good: looks at a few shards.
+            anew: write it in any case.
+
+        Raises:
+            ValueError: a manifest is of another version, damaged, or lists other shards; there is no shard, or one is
+                missing; or no manifest can be written.
+        """
+        self.places[1].parent.mkdir(parents=True, exist_ok=True)
+        place = next((place for place in self.places if os.access(place.parent, os.W_OK)), None)
+        if place is None:
+            folders = " nor ".join(str(place.parent) for place in self.places)
+            raise ValueError(f"no manifest of {self.shards!r} can be written to {folders}; make one of them writable")
+
+        def found(may_list: bool) -> Manifest | None:
+            for where in self.places:
+                manifest = read_manifest(where, self.pattern, self.remedy)
+                listed = may_list or where != place
+                if manifest and self.is_complete(manifest, listed) and is_good(manifest):
+                    return manifest
+            return None
+
+        if anew:
+            return self._write(place)
+        return written_once(place, found, lambda: self._write(place))
+
+    def _write(self, place: Path) -> Manifest:
+        names = self.names()
+        inner = {"/".join(name.split("/")[:depth]) for name in names for depth in range(name.count("/") + 1)}
+        folders = [] if self.is_range else sorted(inner) if len(inner) <= _MAX_FOLDERS else [""]
+        entries = in_windows(_Entry(self), names, ProcessPoolExecutor)
+        write_manifest(place, self.pattern, entries, folders, rows=True)
+        written = read_manifest(place, self.pattern, self.remedy)
+        assert written is not None
+        written.set_stamp(self.stamp(folders))
+        return written
+
+
+class _Entry:
+    """Makes a shard's entry from its index, which is built where it is missing."""
+
+    def __init__(self, shards: ShardList):
+        self.shards = shards
+
+    def __call__(self, name: str) -> ShardEntry:
+        shard = self.shards.path(name)
+        try:
+            # Before the index: a shard that changes meanwhile is then seen to have changed.
+            state = shard.stat()
+            return ShardEntry(name, *load_index(shard), state.st_size, state.st_mtime_ns)
+        except FileNotFoundError as error:
+            raise ValueError(f"shard {shard} does not exist; check data.shards") from error
+
+
+def in_windows(
+    function: Callable[[Item], Result],
+    items: Sequence[Item],
+    new_pool: Callable[[], Executor],
+) -> Iterator[Result]:
+    """Yield the result of each item in order, with a progress bar if it takes long; a pool makes them if many."""
+    with tqdm(total=len(items), desc="shard indices", unit="shard", delay=2, leave=False) as bar:
+        if len(items) <= _FEW_SHARDS:
+            for item in items:
+                yield function(item)
+                bar.update()
+            return
+        with new_pool() as pool:
+            for first in range(0, len(items), _WINDOW):
+                for result in pool.map(function, items[first : first + _WINDOW]):
+                    yield result
+                    bar.update()
+
+
+def written_once(place: Path, found: Callable[[bool], Manifest | None], write: Callable[[], Manifest]) -> Manifest:
+    """Return the manifest that `found` finds, or what `write` writes to `place` in one process while the others wait.
+    If the one that writes dies, another takes over.
+
+    Args:
+        found: told whether it may take its time, as one process at a time does.
+    """
+    lock = FileLock(place.with_name(f".{place.name}.lock"), timeout=0)
+    waits = False
+    while True:
+        manifest = found(False)
+        if manifest is not None:
+            return manifest
+        try:
+            with lock:
+                manifest = found(True)
+                if manifest is None and place.exists():
+                    _log.info("manifest %s is stale: shards came, went or changed; it is written anew", place)
+                return manifest or write()
+        except Timeout:
+            if not waits:
+                _log.info(
+                    "waiting for the process that writes %s, the list of all shards; it shows its progress", place
+                )
+            waits = True
+            time.sleep(_POLL_SECONDS)

@@ -1,0 +1,279 @@
+"""One manifest of all shards: what it lists, who writes it, when it is stale, and how few files a rank opens."""
+
+import logging
+import multiprocessing
+import os
+import pickle
+import re
+import shutil
+import sys
+import tarfile
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import add_member, write_shards
+
+from flipscale.cli import main
+from flipscale.data.sources import shard_list, tar_source
+from flipscale.data.sources.shard_index import index_path
+from flipscale.data.sources.tar_source import StaleManifest, TarSource
+
+
+def write_tiny(folder: Path, count: int, samples: int = 2) -> None:
+    """Shards of a few bytes a sample."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for shard in range(count):
+        with tarfile.open(folder / f"{shard:05d}.tar", "w") as tar:
+            for number in range(samples):
+                add_member(tar, f"{shard:05d}{number}.jpg", b"%d of %d" % (number, shard))
+                add_member(tar, f"{shard:05d}{number}.txt", b"caption")
+
+
+_watched: list[Counter[str]] = []
+
+
+def _hook(event: str, arguments: tuple) -> None:
+    if _watched and event in ("open", "os.listdir", "os.scandir"):
+        _watched[-1][f"{event} {arguments[0]}"] += 1
+
+
+@contextmanager
+def file_operations(folder: Path) -> Iterator[list[str]]:
+    """Every open and listing of `folder` and what is in it, in the list at the end."""
+    if not hasattr(sys, "_flipscale_hook"):
+        sys.addaudithook(_hook)
+        sys._flipscale_hook = True
+    _watched.append(Counter())
+    found: list[str] = []
+    try:
+        yield found
+    finally:
+        found += [event for event in _watched.pop().elements() if str(folder) in event]
+
+
+def test_a_rank_opens_the_manifest_and_a_few_shards_whatever_their_number(tmp_path: Path) -> None:
+    """500 shards, 16 ranks in turn: the first writes the manifest, the others open four files each and list none."""
+    write_tiny(tmp_path, 500)
+    sources = []
+    for rank in range(16):
+        with file_operations(tmp_path) as operations:
+            sources.append(TarSource(str(tmp_path)))
+        if rank:
+            assert len(operations) == 4, operations
+            assert not [operation for operation in operations if "dir" in operation]
+    assert all(source.shard_sizes == [2] * 500 for source in sources)
+    source = pickle.loads(pickle.dumps(sources[-1]))
+    with file_operations(tmp_path) as operations:
+        for shard in (3, 499, 3, 499, 7):
+            assert source.read(shard, 1).image == b"1 of %d" % shard
+    assert len(operations) == 1 + 3, "the manifest for its rows, and each shard once"
+
+
+def test_a_manifest_is_of_what_was_named(tmp_path: Path) -> None:
+    """Folder and glob share one; a range and folders of folders have their own; each knows its own shards."""
+    write_tiny(tmp_path / "a", 3)
+    write_tiny(tmp_path / "b-c", 2)
+    write_tiny(tmp_path / "b", 2)
+    assert len(TarSource(f"{tmp_path}/a")) == len(TarSource(f"{tmp_path}/a/")) == len(TarSource(f"{tmp_path}/a/*.tar"))
+    assert [path.name for path in (tmp_path / "a").glob("*.manifest")] == ["shards.manifest"]
+    some = TarSource(f"{tmp_path}/a/{{00001..00002}}.tar")
+    assert [some.shard_name(shard) for shard in range(2)] == [f"{tmp_path}/a/0000{n}.tar" for n in (1, 2)]
+    every = TarSource(f"{tmp_path}/*/*.tar")
+    paths = sorted(tmp_path.glob("*/*.tar"))
+    assert [every.shard_name(shard) for shard in range(7)] == [str(path) for path in paths]
+    assert [every.read(shard, 1).image for shard in range(7)] == [b"1 of %d" % int(path.stem) for path in paths]
+    assert len(TarSource(f"{tmp_path}/a/00001.tar")) == 2
+    shutil.move(tmp_path / "a", tmp_path / "moved")
+    with file_operations(tmp_path) as operations:
+        assert TarSource(f"{tmp_path}/moved").read(2, 0).image == b"0 of 2"
+    assert len(operations) == 6, "it moves with its folder"
+
+
+def test_shards_that_come_and_go_are_seen(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_tiny(tmp_path, 3)
+    with caplog.at_level(logging.INFO):
+        assert len(TarSource(str(tmp_path)).shard_sizes) == 3
+        (tmp_path / "readme").touch()
+        with file_operations(tmp_path) as operations:
+            TarSource(str(tmp_path))
+        assert sum("dir" in operation for operation in operations) == 1, "the folder changed, its shards did not"
+        with file_operations(tmp_path) as operations:
+            TarSource(str(tmp_path))
+        assert not [operation for operation in operations if "dir" in operation]
+        assert not caplog.records
+        write_tiny(tmp_path, 5)
+        assert len(TarSource(str(tmp_path)).shard_sizes) == 5
+        (tmp_path / "00001.tar").unlink()
+        assert len(TarSource(str(tmp_path)).shard_sizes) == 4
+    assert [record.getMessage() for record in caplog.records] == [
+        f"manifest {tmp_path}/shards.manifest is stale: shards came, went or changed; it is written anew"
+    ] * 2
+
+
+def test_a_shard_that_is_replaced_stops_whoever_opens_it(tmp_path: Path) -> None:
+    """By another size, by one of the same size, and by nothing; a copy with another time is the same shard."""
+    write_tiny(tmp_path, 4)
+    shard = tmp_path / "00001.tar"
+    fresh = pickle.dumps(TarSource(str(tmp_path)))
+    os.utime(shard, ns=(1, 1))
+    assert pickle.loads(fresh).read(1, 0).image == b"0 of 1"
+    remedy = re.escape(f"write the manifest anew with `flipscale prepare index '{tmp_path}'`")
+    content = shard.read_bytes()
+    shard.write_bytes(content[:512] + bytes(len(content) - 512))
+    with pytest.raises(StaleManifest, match=rf"shard {shard} was written anew since it was listed; {remedy}"):
+        pickle.loads(fresh).read(1, 0)
+    shard.write_bytes(content + bytes(10240))
+    size = len(content)
+    with pytest.raises(
+        StaleManifest, match=rf"shard {shard} has {size + 10240} bytes, {size} when it was listed; {remedy}"
+    ):
+        pickle.loads(fresh).read(1, 0)
+    shard.unlink()
+    with pytest.raises(StaleManifest, match=rf"shard {shard} is gone, but its manifest lists it; {remedy}"):
+        pickle.loads(fresh).read(1, 0)
+    with pytest.raises(ValueError, match=rf"shard {shard} does not exist; check data.shards"):
+        TarSource(f"{tmp_path}/{{00000..00003}}.tar")
+
+
+def spoilt(manifest: Path, how: str) -> None:
+    content = manifest.read_bytes()
+    if how == "version":
+        content = content.replace(b"manifest 1\n", b"manifest 2\n", 1)
+    elif how == "cut":
+        content = content[:-40]
+    elif how == "byte":
+        content = content[:-60] + b"\xff" + content[-59:]
+    elif how == "other":
+        content = b"PK" + content
+    elif how == "empty":
+        content = b""
+    manifest.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("version", "manifest {path} has version 2, this flipscale reads 1; {remedy}"),
+        ("cut", "manifest {path} is cut short or damaged, at {size} bytes; {remedy}"),
+        ("byte", "manifest {path} is cut short or damaged, at {size} bytes; {remedy}"),
+        ("other", "{path} is not a manifest of shards; {remedy}"),
+        ("empty", "{path} is not a manifest of shards; {remedy}"),
+    ],
+)
+def test_a_manifest_that_cannot_be_read(tmp_path: Path, how: str, message: str, capsys: pytest.CaptureFixture) -> None:
+    """It is refused with one sentence, whose command mends it."""
+    write_tiny(tmp_path, 2)
+    TarSource(str(tmp_path))
+    path = tmp_path / "shards.manifest"
+    spoilt(path, how)
+    remedy = f"write the manifest anew with `flipscale prepare index '{tmp_path}'`"
+    expected = message.format(path=path, size=path.stat().st_size, remedy=remedy)
+    with pytest.raises(ValueError, match=f"^{re.escape(expected)}$"):
+        TarSource(str(tmp_path))
+    main(["prepare", "index", str(tmp_path)])
+    assert "4 samples in 2 shards" in capsys.readouterr().out
+    assert len(TarSource(str(tmp_path))) == 4
+
+
+def test_a_manifest_of_other_shards(tmp_path: Path) -> None:
+    write_tiny(tmp_path, 2)
+    TarSource(f"{tmp_path}/{{00000..00001}}.tar")
+    (manifest,) = tmp_path.glob("shards-*.manifest")
+    manifest.rename(tmp_path / "shards.manifest")
+    with pytest.raises(ValueError, match=r"shards.manifest lists the shards '{00000..00001}.tar', not '\*.tar'; write"):
+        TarSource(str(tmp_path))
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The manifest goes to the user's cache; one that is beside the shards already is read there."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    write_tiny(tmp_path / "data", 2)
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path / "data" and access(path, mode))
+    assert TarSource(str(tmp_path / "data")).read(1, 1).image == b"1 of 1"
+    (written,) = (tmp_path / "cache/flipscale/manifests").glob("*-shards.manifest")
+    assert not list((tmp_path / "data").glob("*.manifest"))
+    with file_operations(tmp_path) as operations:
+        TarSource(str(tmp_path / "data"))
+    assert len(operations) == 5, "beside the shards, in the cache, and three shards"
+    written.rename(tmp_path / "data/shards.manifest")
+    assert TarSource(str(tmp_path / "data")).manifest.path == tmp_path / "data/shards.manifest"
+    (tmp_path / "data/shards.manifest").unlink()
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(ValueError, match=r"no manifest of '.*data' can be written to .*data nor .*manifests; make one"):
+        TarSource(str(tmp_path / "data"))
+
+
+def _open_in_a_process(folder: str, queue: multiprocessing.Queue) -> None:
+    scanned = []
+    build = shard_list.load_index
+    shard_list.load_index = lambda shard: (scanned.append(1), build(shard))[1]
+    queue.put((sum(TarSource(folder).shard_sizes), len(scanned)))
+
+
+def test_one_process_writes_and_the_others_wait(tmp_path: Path) -> None:
+    write_tiny(tmp_path, 30)
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    processes = [context.Process(target=_open_in_a_process, args=(str(tmp_path), queue)) for _ in range(4)]
+    for process in processes:
+        process.start()
+    found = [queue.get(timeout=120) for _ in processes]
+    for process in processes:
+        process.join()
+    assert sorted(found) == [(60, 0), (60, 0), (60, 0), (60, 30)]
+
+
+def test_those_that_wait_say_so_and_take_over(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The lock of a process that died, or gave up, is free."""
+    write_tiny(tmp_path, 2)
+    monkeypatch.setattr(shard_list, "_POLL_SECONDS", 0.01)
+    lock = shard_list.FileLock(tmp_path / ".shards.manifest.lock")
+    lock.acquire()
+    with caplog.at_level(logging.INFO):
+        waiting: list[TarSource] = []
+        thread = threading.Thread(target=lambda: waiting.append(TarSource(str(tmp_path))))
+        thread.start()
+        while not caplog.records:
+            thread.join(0.01)
+        lock.release()
+        thread.join()
+    assert len(waiting[0]) == 4
+    assert [record.getMessage() for record in caplog.records] == [
+        f"waiting for the process that writes {tmp_path}/shards.manifest, the list of all shards; it shows its progress"
+    ]
+
+
+def test_231350_shards_are_a_file_of_ten_megabytes(tmp_path: Path) -> None:
+    """As many as two billion pairs have: read in well under a second, and no object for each shard but its size."""
+    from flipscale.data.sources.manifest import ShardEntry, read_manifest, write_manifest
+
+    none = np.empty((0, 3, 2), np.uint32)
+    entries = (ShardEntry(f"{shard:06d}.tar", none, "", 10_000, shard) for shard in range(231_350))
+    write_manifest(tmp_path / "m", "*.tar", entries, [""], rows=False)
+    assert (tmp_path / "m").stat().st_size < 10_000_000
+    manifest = read_manifest(tmp_path / "m", "*.tar", "")
+    assert len(pickle.dumps(manifest)) < 12_000_000
+    assert (manifest.name(0), manifest.name(231_349)) == ("000000.tar", "231349.tar")
+
+
+def test_indices_that_are_there_are_used_and_those_that_are_older_are_not(tmp_path: Path) -> None:
+    write_shards(tmp_path, [3, 4])
+    TarSource(str(tmp_path))
+    before = [index_path(tmp_path / f"0000{n}.tar").stat().st_mtime_ns for n in range(2)]
+    os.utime(tmp_path / "00001.tar", ns=(before[1] + 10**9,) * 2)
+    TarSource(str(tmp_path), anew=True)
+    after = [index_path(tmp_path / f"0000{n}.tar").stat().st_mtime_ns for n in range(2)]
+    assert after[0] == before[0]
+    assert after[1] > before[1]
+
+
+def test_as_many_shards_stay_open_as_64_lanes_read_if_the_system_lets_them() -> None:
+    assert 256 <= tar_source._most_open() <= 2048
