@@ -182,7 +182,7 @@ class ShardList:
         write_manifest(place, self.pattern, entries, folders, rows=True)
         written = read_manifest(place, self.pattern, self.remedy)
         assert written is not None
-        written.set_stamp(self.stamp(folders))
+        self.is_complete(written, may_list=True)  # stamps it
         return written
 
 
