@@ -8,6 +8,7 @@ import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -113,9 +114,8 @@ class ShardList:
         """
         named = expand_range(self.pattern)
         if named is None:
-            found = glob.glob(self.pattern, root_dir=self.folder) if _WILD.search(self.pattern) else [self.pattern]
             # As paths are sorted: folder by folder.
-            named = sorted(found, key=lambda name: name.split("/"))
+            named = sorted(glob.glob(self.pattern, root_dir=self.folder), key=lambda name: name.split("/"))
         if not named:
             raise no_shards(self.shards)
         return named
@@ -156,7 +156,9 @@ class ShardList:
             ValueError: a manifest is of another version, damaged, or lists other shards; there is no shard, or one is
                 missing; or no manifest can be written.
         """
-        self.places[1].parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(self.folder, os.W_OK):
+            with suppress(OSError):
+                self.places[1].parent.mkdir(parents=True, exist_ok=True)
         place = next((place for place in self.places if os.access(place.parent, os.W_OK)), None)
         if place is None:
             folders = " nor ".join(str(place.parent) for place in self.places)
