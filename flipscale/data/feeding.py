@@ -1,16 +1,16 @@
 """The batches of a run, step after step: dead workers are restarted, and batches are copied to the device ahead."""
 
 import logging
+import queue
 import re
-import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from itertools import islice
+from typing import Any, Protocol
 
 import torch
-from torch.utils.data import DataLoader
 
-from flipscale.data.loader import StepSampler, build_loader
+from flipscale.data.loader import StepSampler, build_loader, let_workers_die, start_workers
 from flipscale.data.packed import PackedBatch
 from flipscale.data.pairs import PairDataset
 
@@ -19,10 +19,18 @@ _log = logging.getLogger(__name__)
 # Otherwise a sample that kills every worker that reads it would keep the run restarting them for ever.
 _MAX_DEATHS_IN_A_ROW = 3
 
+# Batches that wait on the device for their steps.
+_SLOTS = 2
+# The two that wait, the step's own, and that of the step before, which the device may not have finished.
+BATCHES_ON_DEVICE = _SLOTS + 2
+_CLOSING_SECONDS = 10.0
+
+Batches = Generator[list[PackedBatch], None, None]
+
 
 def enduring_batches(
     dataset: PairDataset, first_step: int, last_step: int, rank: int, world_size: int, pin_memory: bool
-) -> Iterator[list[PackedBatch]]:
+) -> Batches:
     """Yield the batches of steps [first_step, last_step) that process `rank` takes, each as a list of micro-batches.
 
     Nothing else refers to the micro-batches: clearing the list frees them.
@@ -38,7 +46,7 @@ def enduring_batches(
     while step < last_step:
         loader = build_loader(dataset, step, last_step, rank, world_size, pin_memory)
         assert isinstance(loader.batch_sampler, StepSampler)
-        micro_batches = _start(loader)
+        micro_batches = start_workers(loader)
         try:
             while batch := _together(micro_batches, loader.batch_sampler.micro_batches):
                 step, deaths = step + 1, 0
@@ -84,20 +92,6 @@ def _together(micro_batches: Iterator[PackedBatch | Exception], count: int) -> l
     return [part for part in batch if isinstance(part, PackedBatch)]
 
 
-def _start(loader: DataLoader) -> Iterator[PackedBatch | Exception]:
-    """Start the workers of `loader` and return the iterator over its micro-batches.
-
-    When a worker dies, torch's signal handler raises an exception wherever the main thread is, be it in the middle of a
-    backward pass. Without that handler, the exception comes from the wait for the next batch.
-    """
-    before = signal.getsignal(signal.SIGCHLD)
-    batches = iter(loader)
-    if threading.current_thread() is threading.main_thread() and before is not None:
-        set_by_torch = getattr(before, "__module__", "").startswith("torch.")  # for an earlier loader
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL if set_by_torch else before)
-    return batches
-
-
 def _describe_death(death: _WorkerDied, dataset: PairDataset) -> str:
     """Say which workers died, and what they were reading."""
     reading = [
@@ -109,24 +103,81 @@ def _describe_death(death: _WorkerDied, dataset: PairDataset) -> str:
     return f"a loader worker{pids} died while reading {', '.join(dict.fromkeys(reading)) or 'its first shard'}"
 
 
-def on_device(batches: Iterator[list[PackedBatch]], device: torch.device) -> Iterator[list[PackedBatch]]:
-    """Yield the batches on `device`. To a GPU, each is copied while the step before it computes."""
-    if device.type != "cuda":
-        yield from batches
-        return
-    copying, computing = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+class Transfer(Protocol):
+    """A way to a device. `send` is called by the feeding thread, `receive` by the thread that computes."""
 
-    def copied() -> list[PackedBatch] | None:
-        batch = next(batches, None)
-        with torch.cuda.stream(copying):
-            return None if batch is None else [micro_batch.to(device) for micro_batch in batch]
+    def send(self, batch: list[PackedBatch]) -> Any:
+        """Begin to copy a batch and return what `receive` needs; nothing is waited for."""
 
-    upcoming = copied()
-    while upcoming is not None:
-        batch = upcoming
-        computing.wait_stream(copying)
+    def receive(self, sent: Any) -> list[PackedBatch]:
+        """Return the batch on the device, which from now on computes with it only after it has arrived."""
+
+
+class CudaTransfer:
+    """Copies from page-locked memory on a stream of its own, beside the computation."""
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._copying = torch.cuda.Stream(device)
+
+    def send(self, batch: list[PackedBatch]) -> tuple[list[PackedBatch], torch.cuda.Event]:
+        """Begin to copy a batch; the event is its arrival."""
+        with torch.cuda.stream(self._copying):
+            sent = [micro_batch.to(self._device) for micro_batch in batch]
+            return sent, self._copying.record_event()
+
+    def receive(self, sent: tuple[list[PackedBatch], torch.cuda.Event]) -> list[PackedBatch]:
+        """Return the batch. The device waits for it, this thread does not."""
+        batch, arrival = sent
+        computing = torch.cuda.current_stream(self._device)
+        computing.wait_event(arrival)
         for micro_batch in batch:
             # The memory belongs to the copying stream, which must not reuse it before this stream is done with it.
             micro_batch.buffer.record_stream(computing)
-        upcoming = copied()
-        yield batch
+        return batch
+
+
+def on_device(batches: Batches, device: torch.device) -> Batches:
+    """Yield the batches on `device`; to a GPU, they are copied ahead."""
+    return fed(batches, CudaTransfer(device)) if device.type == "cuda" else batches
+
+
+def fed(batches: Batches, transfer: Transfer) -> Batches:
+    """Yield the batches from the other end of a transfer. A thread takes them and sends them ahead, into two slots: the
+    next step's batch is there before its step begins, also when the one after it is late.
+
+    A device holds `BATCHES_ON_DEVICE` batches at most. The errors of `batches` are raised in their place, after the
+    batches before them. Closing the generator, at any time, ends the thread and closes `batches`; a thread that waits
+    for its disk is not waited for.
+    """
+    slots, ended = threading.Semaphore(_SLOTS), threading.Event()
+    ready: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+    def feed() -> None:
+        try:
+            while slots.acquire() and not ended.is_set():
+                batch = next(batches, None)
+                if batch is None or ended.is_set():
+                    break
+                ready.put(transfer.send(batch))
+                del batch  # else a slow source would keep it in memory
+            ready.put(None)
+        except Exception as error:
+            ready.put(error)
+        finally:
+            batches.close()
+
+    let_workers_die()
+    thread = threading.Thread(target=feed, name="feeder", daemon=True)
+    thread.start()
+    try:
+        while (item := ready.get()) is not None:
+            if isinstance(item, Exception):
+                raise item
+            slots.release()
+            batch, item = transfer.receive(item), None
+            yield batch
+    finally:
+        ended.set()
+        slots.release()
+        thread.join(_CLOSING_SECONDS)

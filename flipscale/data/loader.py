@@ -1,6 +1,8 @@
 """The batches of a run's steps, made by loader workers: which positions each process takes, and the DataLoader."""
 
 import gc
+import signal
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -113,3 +115,27 @@ def build_loader(
 def _collect_garbage(worker: int) -> None:
     """Turn on the garbage collector, which a trainer turns off for itself and thus for the workers that it forks."""
     gc.enable()
+
+
+def start_workers(loader: DataLoader) -> Iterator[Any]:
+    """Start the workers of `loader` and return the iterator over its batches.
+
+    When a worker dies, torch's signal handler raises an exception wherever the main thread is, be it in the middle of a
+    backward pass. Without that handler, the exception comes from the wait for the next batch.
+    """
+    before = signal.getsignal(signal.SIGCHLD)
+    batches = iter(loader)
+    let_workers_die(before)
+    return batches
+
+
+def let_workers_die(handler: Any = signal.SIG_DFL) -> None:
+    """Put `handler` in the place of torch's for children that die, if this is the main thread, which alone may do so
+    and for which alone torch sets one."""
+    if threading.current_thread() is threading.main_thread() and _is_torchs(signal.getsignal(signal.SIGCHLD)):
+        # None: it was set by no Python code. Torch's own: it was left by another loader.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL if handler is None or _is_torchs(handler) else handler)
+
+
+def _is_torchs(handler: Any) -> bool:
+    return (getattr(handler, "__module__", None) or "").startswith("torch.")

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoTokenizer
 
 from flipscale.data import feeding
-from flipscale.data.feeding import enduring_batches, on_device
+from flipscale.data.feeding import enduring_batches, fed, on_device
 from flipscale.data.packed import PackedBatch
 from flipscale.data.pairs import InputShape, PairDataset
 from flipscale.data.recipe import DataRecipe
@@ -29,14 +29,26 @@ def dataset(source: TarSource, tokenizer_dir: Path, num_workers: int, micro: int
     return PairDataset(source, tokenizer, recipe, InputShape(32, 8, 8), seed=5, mask_ratio=0.75)
 
 
+class Nowhere:
+    """A transfer to where the batches already are."""
+
+    def send(self, batch: list[PackedBatch]) -> list[PackedBatch]:
+        return batch
+
+    def receive(self, sent: list[PackedBatch]) -> list[PackedBatch]:
+        return sent
+
+
+@pytest.mark.parametrize("is_fed", [False, True])
 def test_a_worker_that_is_killed_costs_no_batch(
-    shards: Path, tokenizer_dir: Path, caplog: pytest.LogCaptureFixture
+    shards: Path, tokenizer_dir: Path, caplog: pytest.LogCaptureFixture, is_fed: bool
 ) -> None:
     source = TarSource(str(shards))
     whole = list(enduring_batches(dataset(source, tokenizer_dir, 0), 0, 12, 1, 3, pin_memory=False))
     others = {child.pid for child in multiprocessing.active_children()}
     iter(DataLoader([0], num_workers=1))  # which sets torch's handler, if no loader has yet
     batches, got = enduring_batches(dataset(source, tokenizer_dir, 2, micro=4), 0, 12, 1, 3, pin_memory=False), []
+    batches = fed(batches, Nowhere()) if is_fed else batches
     for step, batch in enumerate(batches):
         got.append(batch)
         if step == 1:
@@ -108,7 +120,7 @@ def test_a_worker_that_dies_while_it_hands_over_is_a_death(
             raise ConnectionResetError(104, "Connection reset by peer")
         yield from islice(iter(loader), 2, None)
 
-    monkeypatch.setattr(feeding, "_start", start)
+    monkeypatch.setattr(feeding, "start_workers", start)
     got = [batch for (batch,) in enduring_batches(data, 0, 5, 0, 1, pin_memory=False)]
     monkeypatch.undo()
     whole = [batch for (batch,) in enduring_batches(data, 0, 5, 0, 1, pin_memory=False)]

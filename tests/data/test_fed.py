@@ -1,0 +1,172 @@
+"""The feeder has the next batches on the device ahead, in order, and can be closed at any time."""
+
+import gc
+import threading
+import time
+import weakref
+from collections.abc import Generator
+
+import pytest
+import torch
+
+from flipscale.data import feeding
+from flipscale.data.feeding import fed, on_device
+from flipscale.data.packed import PackedBatch
+
+Batch = list[PackedBatch]
+
+
+def packed(step: int) -> PackedBatch:
+    return PackedBatch.of({"step": torch.tensor([step]), "faults": []})
+
+
+class Device:
+    """The other end of a transfer that copies, and knows which of its batches are still there."""
+
+    def __init__(self) -> None:
+        self.there: list[weakref.ref] = []
+        self.received: list[int] = []
+        self.sent = threading.Semaphore(0)
+
+    def send(self, batch: Batch) -> Batch:
+        copies = [PackedBatch(one.buffer.clone(), one.layout, one.faults) for one in batch]
+        self.there += [weakref.ref(one) for one in copies]
+        self.sent.release()
+        return copies
+
+    def receive(self, sent: Batch) -> Batch:
+        self.received.append(sent[0]["step"].item())
+        return sent
+
+    def count(self) -> int:
+        gc.collect()
+        return sum(one() is not None for one in self.there)
+
+
+class Source:
+    """Batches of steps, and whether their generator was closed, and in which thread each was made."""
+
+    def __init__(self, count: int, error: Exception | None = None):
+        self.count, self.error = count, error
+        self.closed = threading.Event()
+        self.threads: set[str] = set()
+
+    def batches(self) -> Generator[Batch, None, None]:
+        try:
+            for step in range(self.count):
+                self.threads.add(threading.current_thread().name)
+                yield [packed(step)]
+            if self.error is not None:
+                raise self.error
+        finally:
+            self.closed.set()
+
+
+def feeders() -> int:
+    return sum(thread.name == "feeder" for thread in threading.enumerate())
+
+
+def test_batches_come_in_order_from_another_thread_and_end() -> None:
+    source, device = Source(7), Device()
+    assert [batch[0]["step"].item() for batch in fed(source.batches(), device)] == list(range(7))
+    assert device.received == list(range(7))
+    assert source.threads == {"feeder"}
+    assert source.closed.is_set()
+    assert feeders() == 0
+
+
+def test_two_batches_are_there_before_they_are_asked_for_and_no_more() -> None:
+    device = Device()
+    batches = fed(Source(9).batches(), device)
+    for step in range(7):
+        batch = next(batches)
+        for _ in range(3 if step == 0 else 1):
+            assert device.sent.acquire(timeout=30)
+        assert batch[0]["step"].item() == step
+        assert not device.sent.acquire(timeout=0.02)
+        assert device.count() == 3 == feeding.BATCHES_ON_DEVICE - 1  # no step runs on behind the host's back here
+        # As `consume_batch` does: the caller still holds the list.
+        batch.clear()
+        assert device.count() == 2
+    batches.close()
+
+
+def test_a_late_batch_makes_no_step_wait_that_has_one() -> None:
+    may_come = threading.Event()
+
+    def hesitating() -> Generator[Batch, None, None]:
+        yield from ([packed(step)] for step in range(3))
+        assert may_come.wait(30)
+        yield [packed(3)]
+
+    batches = fed(hesitating(), Device())
+    assert [next(batches)[0]["step"].item() for _ in range(3)] == [0, 1, 2]
+    may_come.set()
+    assert [batch[0]["step"].item() for batch in batches] == [3]
+
+
+def test_an_error_comes_after_the_batches_before_it() -> None:
+    source = Source(4, OSError("the disk is gone"))
+    batches = fed(source.batches(), Device())
+    assert [next(batches)[0]["step"].item() for _ in range(4)] == [0, 1, 2, 3]
+    with pytest.raises(OSError, match="the disk is gone"):
+        next(batches)
+    assert source.closed.is_set()
+    assert feeders() == 0
+
+
+@pytest.mark.parametrize("taken", [1, 2, 5, 6])
+def test_closing_amid_a_run_ends_the_thread_and_what_it_reads(taken: int) -> None:
+    source = Source(6)
+    batches = fed(source.batches(), Device())
+    assert [next(batches)[0]["step"].item() for _ in range(taken)] == list(range(taken))
+    batches.close()
+    assert source.closed.wait(30)
+    assert feeders() == 0
+
+
+def test_closing_does_not_wait_for_a_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(feeding, "_CLOSING_SECONDS", 0.1)
+    disk_answers, closed = threading.Event(), threading.Event()
+
+    def stuck() -> Generator[Batch, None, None]:
+        try:
+            yield [packed(0)]
+            disk_answers.wait(60)
+            yield [packed(1)]
+        finally:
+            closed.set()
+
+    batches, device = fed(stuck(), Device()), Device()
+    next(batches)
+    begin = time.monotonic()
+    batches.close()
+    assert time.monotonic() - begin < 30
+    assert not closed.is_set()
+    disk_answers.set()
+    assert closed.wait(30), "the thread closes what it read as soon as it can"
+    assert device.count() == 0
+
+
+def test_an_error_of_the_computing_thread_closes_it_too() -> None:
+    source = Source(6)
+
+    def train() -> None:
+        for step, _ in enumerate(fed(source.batches(), Device())):
+            if step == 2:
+                raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        train()
+    gc.collect()
+    assert source.closed.wait(30)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+def test_batches_arrive_whole_on_a_gpu() -> None:
+    values = [torch.arange(1 << 20, dtype=torch.int32) + step for step in range(8)]
+    source = ([PackedBatch.of({"values": value, "faults": []}).pin_memory()] for value in values)
+    for step, batch in enumerate(on_device(source, torch.device("cuda", 0))):
+        assert torch.equal(batch[0]["values"].cpu(), values[step])
+        batch.clear()
