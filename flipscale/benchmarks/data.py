@@ -71,7 +71,8 @@ class DataSetting:
     @classmethod
     def of(cls, recipe: Recipe, **fields: Any) -> "DataSetting":
         """Return the setting of a recipe's first stage. `fields` that are not None replace those of its `data`."""
-        data = replace(recipe.data, **{name: value for name, value in fields.items() if value is not None})
+        # The lanes of a run's batch need not divide that of one process.
+        data = replace(recipe.data, lanes=None, **{name: value for name, value in fields.items() if value is not None})
         mask_ratio = recipe.stages[0].mask_ratio if recipe.stages else 0.0
         return cls(data, InputShape.of(recipe.model_config()), mask_ratio, recipe.mask, recipe.seed)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from flipscale.data.lanes import divisors_around
 from flipscale.data.packed import PackedBatch
 from flipscale.data.pairs import PairDataset
 
@@ -40,7 +41,7 @@ class StepSampler(Sampler[list[int]]):
             raise ValueError(
                 f"data.micro_batch_size {micro_batch_size} does not divide the {whole} pairs of a process "
                 f"(global_batch_size {global_batch_size} over {world_size} processes); use "
-                f"{_divisors_around(whole, self.micro_batch_size)}"
+                f"{divisors_around(whole, self.micro_batch_size)}"
             )
         self.micro_batches = whole // self.micro_batch_size
 
@@ -65,12 +66,6 @@ def _per_process(global_batch_size: int, world_size: int) -> int:
         f"global_batch_size {global_batch_size} is not divisible by {world_size} processes; use {processes} "
         f"processes, or {global_batch_size // world_size * world_size or world_size}"
     )
-
-
-def _divisors_around(number: int, wish: int) -> str:
-    divisors = [count for count in range(1, number + 1) if number % count == 0]
-    below = [count for count in divisors if count < wish][-1:]
-    return " or ".join(str(count) for count in [*below, *[count for count in divisors if count > wish][:1]])
 
 
 class _ErrorsAsBatches(Dataset):

@@ -105,7 +105,7 @@ class PairDataset(Dataset):
         if mask_ratio > 0.0:
             # Drawn once, so that an impossible mask is refused here.
             keep_patches(torch.zeros(1, shape.side, shape.side), mask_ratio, self.mask.kind, self.mask.views)
-        self.order = order_of(source, seed, recipe.shards_per_block)
+        self.order = order_of(source, seed, recipe)
         # The pid of each worker and the shard it is reading, in shared memory: when a worker dies, the trainer looks
         # here to say what it was reading.
         self.reading = torch.zeros((max(recipe.num_workers, 1), 2), dtype=torch.int64).share_memory_()
@@ -156,7 +156,7 @@ class PairDataset(Dataset):
     def _pairs(self, where: np.ndarray) -> Iterator[_Pair]:
         """Yield the pair of each position, read and decoded when it is asked for."""
         shards, numbers = self.order.locate(where)
-        self.source.fetch_ahead(self.order.shards_ahead(int(where[0])))
+        self.source.fetch_ahead(self.order.shards_ahead(where))
         crop_draws = keyed_uniform(self.seed, "crop", where, DRAWS_PER_CROP)
         caption_draws = keyed_uniform(self.seed, "caption", where, 1)[:, 0].tolist()
         places = zip(where.tolist(), shards.tolist(), numbers.tolist(), strict=True)

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from flipscale.data.lanes import number_of_lanes
+
 
 @dataclass(frozen=True)
 class SourceRecipe:
@@ -44,7 +46,11 @@ class DataRecipe:
         micro_batch_size: how many pairs a process keeps activations of at a time; None is all of its part. A smaller
             number embeds every pair twice. Does not change what is learned.
         crop_scale: the area of the random crop as a fraction of the image's; 0.5 to 1 in the paper.
-        shards_per_block: how many shards are shuffled together; it bounds memory and open files.
+        lanes: how many equal parts a batch has that read shards of their own, so that a node reads those of its parts
+            only: at least as many as nodes. None is 64, or the largest divisor of 64 and `global_batch_size`. At 1 all
+            nodes read all shards, in the order that version 0.1 had.
+        shards_per_block: how many shards are shuffled together, over all lanes, each of which has at least one; it
+            bounds memory and open files.
         num_workers: decoding processes for each training process. Does not change what is learned.
         cache_dir: a folder on a local disk that keeps fetched shards. Does not change what is learned.
         cache_bytes: the most that the cache may hold: at least two blocks, better all shards that the workers read at
@@ -59,8 +65,18 @@ class DataRecipe:
     global_batch_size: int = 4096
     micro_batch_size: int | None = field(default=None, metadata={"learned": False})
     crop_scale: tuple[float, float] = (0.5, 1.0)
+    lanes: int | None = field(default=None, metadata={"before": 1})
     shards_per_block: int = 16
     num_workers: int = field(default=8, metadata={"learned": False})
     cache_dir: str = field(default="~/.cache/flipscale/shards", metadata={"learned": False})
     cache_bytes: int = field(default=100_000_000_000, metadata={"learned": False})
     max_bad_fraction: float = field(default=0.05, metadata={"learned": False})
+
+    @property
+    def num_lanes(self) -> int:
+        """How many lanes the order has.
+
+        Raises:
+            ValueError: as `number_of_lanes`.
+        """
+        return number_of_lanes(self.lanes, self.global_batch_size)

@@ -26,6 +26,7 @@ RECIPES = Path(__file__).parent.parent / "recipes"
 
 # Fields of any section that are marked {"learned": False} do not change what is learned: they may differ when a run is
 # resumed, and the model card leaves them out. {"place": True} marks a path or a name, which the card shortens.
+# {"before": value} marks a field whose default is not what versions without it did: they did what `value` does.
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,7 @@ def parse_recipe(arguments: Sequence[str]) -> Recipe:
     """Return the recipe that command-line `arguments` describe; a bare name after `--config` is one of the package's.
 
     Raises:
-        ValueError: a key that does not exist, or a value of the wrong type.
+        ValueError: a key that does not exist, a value of the wrong type, or lanes that do not divide the batch.
     """
     parser = build_parser()
     try:
@@ -160,7 +161,8 @@ def parse_recipe(arguments: Sequence[str]) -> Recipe:
         built = parser.instantiate(parsed)
     except ArgumentError as error:
         raise ValueError(" ".join(str(error).split())) from None
-    return Recipe(**{f.name: getattr(built, f.name) for f in dataclasses.fields(Recipe)})
+    recipe = Recipe(**{f.name: getattr(built, f.name) for f in dataclasses.fields(Recipe)})
+    return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, lanes=recipe.data.num_lanes))
 
 
 def _with_previous(arguments: Sequence[str]) -> list[tuple[str, str]]:
@@ -179,8 +181,13 @@ def _named_recipe(previous: str, word: str) -> str:
 
 
 def to_yaml(recipe: Recipe) -> str:
-    """Return the resolved recipe as YAML, which `--config` reads back."""
+    """Return the resolved recipe as YAML, which `--config` reads back.
+
+    Raises:
+        ValueError: as `DataRecipe.num_lanes`.
+    """
     plain = dataclasses.asdict(recipe)
+    plain["data"]["lanes"] = recipe.data.num_lanes
     plain["data"]["crop_scale"] = list(recipe.data.crop_scale)
     return yaml.safe_dump(plain, sort_keys=False)
 
@@ -190,8 +197,8 @@ def deciding_part(
 ) -> dict[str, Any]:
     """Return the fields of a saved recipe that decide what is learned.
 
-    A field that the recipe lacks has its default: it was saved by a version without that field. A field that `kind`
-    does not know is kept.
+    A field that the recipe lacks was saved by a version without it, which did what the default does, or what
+    `{"before": value}` of its metadata says. A field that `kind` does not know is kept.
 
     Args:
         saved: what `recipe.yaml` holds, or a section of it.
@@ -204,7 +211,7 @@ def deciding_part(
         if name not in known:
             kept[name] = saved[name]
         elif known[name].metadata.get("learned", True):
-            value = saved[name] if name in saved else _default(known[name])
+            value = saved[name] if name in saved else known[name].metadata.get("before", _default(known[name]))
             if known[name].metadata.get("place") and isinstance(value, str) and name_of is not None:
                 value = name_of(value)
             kept[name] = _deciding_value(value, types[name], name_of)

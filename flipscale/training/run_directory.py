@@ -9,6 +9,7 @@ import errno
 import json
 import os
 import platform
+import re
 import socket
 import subprocess
 import sys
@@ -44,6 +45,12 @@ def open_run_directory(recipe: Recipe) -> Path | None:
     if not saved.exists():
         return None
     changed = differences(recipe, yaml.safe_load(saved.read_text()))
+    if [line.partition(":")[0] for line in changed] == ["data.lanes"]:
+        was, now = re.findall(r"\d+", changed[0])
+        raise ValueError(
+            f"the samples of {run_dir} are in the order of {was} lane{'s' * (was != '1')}, and data.lanes is {now}; "
+            f"--data.lanes {was} goes on in its order"
+        )
     if changed:
         raise ValueError(
             f"{run_dir} holds a run of another recipe ({'; '.join(changed)}); use that recipe or another output_dir"

@@ -105,6 +105,11 @@ def test_an_unknown_loss_and_a_negative_weight(refused_recipe: Callable[..., str
     assert "loss.reconstruction_weight is -0.1; it must be 0 (none) or more" in line
 
 
+def test_lanes_that_do_not_divide(refused_recipe: Callable[..., str]) -> None:
+    line = refused_recipe("--data.lanes", "5")
+    assert line == "flipscale: error: data.lanes 5 does not divide data.global_batch_size 16; use 4 or 8"
+
+
 def test_a_micro_batch_that_does_not_divide(refused_recipe: Callable[..., str]) -> None:
     line = refused_recipe("--data.micro_batch_size", "5")
     assert "data.micro_batch_size 5 does not divide the 16 pairs of a process" in line

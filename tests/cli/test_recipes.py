@@ -62,7 +62,10 @@ def test_the_sections_that_decide() -> None:
     }
     kept = deciding_part(yaml.safe_load(to_yaml(parse_recipe(["--config", "demo"]))), name_of=lambda place: "name")
     assert set(kept) == {"model", "data", "mask", "loss", "optim", "stages", "seed"}
-    assert set(kept["data"]) == {"sources", "tokenizer", "global_batch_size", "crop_scale", "shards_per_block"}
+    assert set(kept["data"]) == {
+        *("sources", "tokenizer", "global_batch_size", "crop_scale", "lanes", "shards_per_block")
+    }
+    assert kept["data"]["lanes"] == 64
     assert kept["data"]["tokenizer"] == "name"
 
 
@@ -74,6 +77,9 @@ def test_a_recipe_of_an_older_version_is_the_same_by_its_defaults() -> None:
     del saved["loss"], saved["stages"][0]["text_mask_ratio"]
     saved["data"]["sources"], saved["eval"] = [], {"zero_shot": "elsewhere", "every_samples": 3}
     assert differences(recipe, saved) == []
+    del saved["data"]["lanes"]
+    assert differences(recipe, saved) == ["data.lanes: 1, now 64"]  # the only one that does what it did not do before
+    saved["data"]["lanes"] = 64
     saved["optim"]["sharpness"], saved["stages"][0]["mask_ratio"] = 3, 0.25
     found = differences(recipe, saved)
     assert [line.partition(":")[0] for line in found] == ["optim.sharpness", "stages"]

@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 from conftest import add_member, cut, launch, metrics, pretrain, write_shards
 
-from flipscale.data.order import GlobalOrder
+from flipscale.data.recipe import DataRecipe
+from flipscale.data.sources.mixture import order_of
 from flipscale.data.sources.tar_source import TarSource
 from flipscale.engines.checkpoint import latest_checkpoint
 from flipscale.training.health import MAX_SKIPPED_IN_A_ROW
@@ -85,7 +86,7 @@ def test_bad_data_is_replaced_counted_and_named_alike_everywhere(write_recipe, t
     assert done.returncode == 0, done.stderr
     assert f"rank 0: warning: unreadable_shard: {tmp_path}/shards/00003.tar: it is empty" in done.stderr
 
-    order = GlobalOrder(TarSource(str(tmp_path / "shards")).shard_sizes, seed=0, shards_per_block=2)
+    order = order_of(TarSource(str(tmp_path / "shards")), 0, DataRecipe(global_batch_size=16, shards_per_block=2))
     assert order.shard_sizes.tolist() == [40, 7, 9, 0]
     shards, numbers = order.locate(np.arange(640))
     causes = [cause for cause, _, _ in BAD.values()]

@@ -3,9 +3,12 @@
 import json
 from pathlib import Path
 
+import pytest
+import yaml
+
 from flipscale.model import FlipModel
 from flipscale.training.recipe import parse_recipe
-from flipscale.training.run_directory import read_starts, write_run_files
+from flipscale.training.run_directory import open_run_directory, read_starts, write_run_files
 
 
 def test_starts_are_remembered_where_steps_were_kept(write_recipe, tmp_path: Path) -> None:
@@ -30,3 +33,22 @@ def test_a_start_that_a_full_disk_cut_off_spoils_no_other(write_recipe, tmp_path
     assert [start["step"] for start in read_starts(tmp_path / "run")] == [0]
     write_run_files(recipe, "ddp", 1, {"step": 16}, 96)
     assert [start["step"] for start in read_starts(tmp_path / "run")] == [0, 16]
+
+
+def test_a_run_of_version_0_1_goes_on_in_the_order_of_one_lane(write_recipe, tmp_path: Path) -> None:
+    """Its recipe says nothing of lanes. One that was started with another number is named the same way."""
+    run_dir = tmp_path / "run"
+    file = str(write_recipe(run_dir))
+    recipe = parse_recipe(["--config", file])
+    write_run_files(recipe, "ddp", 1, {}, 96)
+    saved = yaml.safe_load((run_dir / "recipe.yaml").read_text())
+    assert saved["data"].pop("lanes") == 16
+    (run_dir / "recipe.yaml").write_text(yaml.safe_dump(saved))
+    sentence = f"^the samples of {run_dir} are in the order of 1 lane, and data.lanes is 16; --data.lanes 1 goes on in "
+    with pytest.raises(ValueError, match=sentence + "its order$"):
+        open_run_directory(recipe)
+    one = parse_recipe(["--config", file, "--data.lanes", "1"])
+    assert open_run_directory(one) is None
+    write_run_files(recipe, "ddp", 1, {}, 96)
+    with pytest.raises(ValueError, match=r"of 16 lanes, and data.lanes is 1; --data.lanes 16 goes on in its order$"):
+        open_run_directory(one)

@@ -8,12 +8,16 @@ from itertools import accumulate, pairwise
 import numpy as np
 
 from flipscale.data.faults import Fault
-from flipscale.data.order import GlobalOrder
+from flipscale.data.lanes import Lanes
+from flipscale.data.order import GlobalOrder, by_value
 from flipscale.data.randomness import keyed_uniform
+from flipscale.data.recipe import DataRecipe
 from flipscale.data.sources.source import Sample, Source
 
-# In each stretch of so many positions, every source has its weight's share, rounded to a sample.
+# In each stretch of so many positions, every source has its weight's share, rounded to a sample. Lanes have shorter
+# ones, which last as long, but every source has a few samples in each.
 _STRETCH = 1 << 16
+_LEAST_IN_STRETCH = 4
 _LEAST_SHARE = 1e-4
 
 
@@ -73,85 +77,109 @@ class Mixture:
 class MixtureOrder:
     """A map from global positions to (shard, sample) of a mixture: a pure function of (seed, position).
 
-    Each position belongs to one source. The n-th position of a source gets the n-th sample of that source's own
-    `GlobalOrder`. So each source has epochs of its own, at the pace of its weight, and the mixture as a whole has none.
+    Every lane deals its positions to the sources on its own. The n-th one that lane l of L deals to a source is
+    position n * L + l of that source's own `GlobalOrder`, which has the same lanes. So each source has epochs of its
+    own, at the pace of its weight, and in each of them every sample comes once; its lanes reach the end of one within a
+    few samples of each other. The mixture as a whole has no epochs.
 
-    Among the first p positions, a source has its share of p to within 2 samples for each source. Every 65,536 positions
-    have the exact shares (rounded), and within them each source is spread evenly, with keyed jitter.
+    Among the first p positions of a lane, a source has its share of p to within 2 samples for each source. Every
+    stretch of a lane (65,536 positions of a single one, 1,024 of each of 64) has the exact shares, rounded so that all
+    lanes together have them too, and within it each source is spread evenly, with keyed jitter. As lanes deviate
+    independently, 64 of them together do by 20 samples at most (measured), however long the run.
     """
 
-    def __init__(self, mixture: Mixture, seed: int, shards_per_block: int):
+    def __init__(self, mixture: Mixture, seed: int, shards_per_block: int = 16, lanes: Lanes = Lanes()):  # noqa: B008
         self.seed = seed
-        total = sum(mixture.weights)
-        # Fractions, because rounding errors would grow with the position.
-        self.ends = [share / total for share in accumulate(mixture.weights)]
         self.first_shards = mixture.first_shards
+        own_lanes = Lanes(lanes.count, lanes.count)
         self.orders = [
-            GlobalOrder(source.shard_sizes, seed, shards_per_block, name=f" of source {number}" if number else "")
+            GlobalOrder(source.shard_sizes, seed, shards_per_block, f" of source {number}" if number else "", own_lanes)
             for number, source in enumerate(mixture.sources)
         ]
-        self._stretches: OrderedDict[int, tuple[np.ndarray, np.ndarray]] = OrderedDict()
+        # Small sources have no lanes of their own; where all are small, there is nothing to deal out.
+        self.lanes = lanes if any(order.lanes.count > 1 for order in self.orders) else Lanes()
+        total = sum(mixture.weights)
+        rarest = int(_LEAST_IN_STRETCH * total / min(mixture.weights)) + 1
+        self.stretch = min(_STRETCH, max(_STRETCH // self.lanes.count, rarest))
+        # Fractions, because rounding errors would grow with the position.
+        self.ends = [share / total for share in accumulate(mixture.weights)]
+        self._deals: OrderedDict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = OrderedDict()
 
     def sources(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the source of each of `positions`, and how many earlier positions belong to the same source."""
-        positions = np.asarray(positions, dtype=np.int64)
-        stretches, offsets = np.divmod(positions, _STRETCH)
-        sources, places = np.empty_like(positions), np.empty_like(positions)
-        for stretch in np.unique(stretches):
-            chosen = stretches == stretch
-            dealt, counted = self._stretch(int(stretch))
+        """Return the source of each of `positions`, and its position in the source's own order."""
+        lanes, counts = self.lanes.split(np.asarray(positions, dtype=np.int64))
+        stretches, offsets = np.divmod(counts, self.stretch)
+        sources, places = np.empty_like(counts), np.empty_like(counts)
+        for key, chosen in by_value(stretches * self.lanes.count + lanes):
+            dealt, counted = self._deal(*divmod(key, self.lanes.count))
             sources[chosen], places[chosen] = dealt[offsets[chosen]], counted[offsets[chosen]]
-        return sources, places
+        return sources, places * self.lanes.count + lanes
 
     def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the mixture's shard, and the number in it, of the sample at each of `positions`; all are int64."""
         sources, places = self.sources(positions)
         shards, samples = np.empty_like(sources), np.empty_like(sources)
-        for number in np.unique(sources):
-            chosen = sources == number
+        for number, chosen in by_value(sources):
             located, samples[chosen] = self.orders[number].locate(places[chosen])
             shards[chosen] = located + self.first_shards[number]
         return shards, samples
 
-    def shards_ahead(self, position: int) -> list[int]:
-        """Return the shards that are read from `position` on: of each source, its current block and the next one."""
+    def shards_ahead(self, positions: np.ndarray) -> list[int]:
+        """Return the shards that the lanes of `positions` read from there on: of each source, as `GlobalOrder` does."""
+        lanes, counts = self.lanes.split(np.asarray(positions, dtype=np.int64))
+        ahead: list[list[int]] = [[] for _ in self.orders]
+        for lane, chosen in by_value(lanes):
+            for count in (int(counts[chosen].min()), int(counts[chosen].max())):
+                for number, passed in enumerate(self._dealt(lane, count)):
+                    ahead[number].append(passed * self.lanes.count + lane)
         return [
             self.first_shards[number] + shard
             for number, order in enumerate(self.orders)
-            for shard in order.shards_ahead(self._dealt(position, number))
+            for shard in order.shards_ahead(np.array(ahead[number]))
         ]
 
-    def _dealt(self, position: int, number: int) -> int:
-        """Return how many of the first `position` positions belong to source `number`."""
-        stretch, offset = divmod(position, _STRETCH)
-        dealt, _ = self._stretch(stretch)
-        return self._before(stretch)[number] + int((dealt[:offset] == number).sum())
+    def _dealt(self, lane: int, count: int) -> list[int]:
+        """Return how many of a lane's first `count` positions belong to each source."""
+        stretch, offset = divmod(count, self.stretch)
+        dealt, _ = self._deal(stretch, lane)
+        within = np.bincount(dealt[:offset], minlength=len(self.orders))
+        return [before + more for before, more in zip(self._before(lane, stretch), within.tolist(), strict=True)]
 
-    def _before(self, stretch: int) -> list[int]:
-        """Return how many positions before a stretch belong to each source."""
-        ends = [0, *(int(end * stretch * _STRETCH + Fraction(1, 2)) for end in self.ends)]
+    def _before(self, lane: int, stretch: int) -> list[int]:
+        """Return how many positions before a stretch of a lane belong to each source."""
+        # Lanes round at other places each, so that what they have together is the rounded whole.
+        half = Fraction(2 * lane + 1, 2 * self.lanes.count)
+        ends = [0, *(int(end * stretch * self.stretch + half) for end in self.ends)]
         return [last - first for first, last in pairwise(ends)]
 
-    def _stretch(self, stretch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return the source of each position of a stretch, and how many earlier positions have the same source."""
-        if stretch not in self._stretches:
-            before, after = self._before(stretch), self._before(stretch + 1)
+    def _deal(self, stretch: int, lane: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the source of each position of a lane's stretch, and how many earlier ones of the lane it has."""
+        key = (stretch, lane)
+        if key not in self._deals:
+            before, after = self._before(lane, stretch), self._before(lane, stretch + 1)
             counts = [last - first for first, last in zip(before, after, strict=True)]
             dealt = np.repeat(np.arange(len(counts)), counts)
             counted = np.concatenate([np.arange(first, last) for first, last in zip(before, after, strict=True)])
             # Cut the stretch into n parts for the n samples of a source: the i-th falls at a keyed place of part i.
-            jitter = keyed_uniform(self.seed, "mixture", np.array([stretch]), _STRETCH)[0]
-            within = np.concatenate([np.arange(count) / count for count in counts])
-            width = np.repeat([1 / count for count in counts], counts)
+            purpose = f"mixture of lane {lane}" if lane else "mixture"
+            jitter = keyed_uniform(self.seed, purpose, np.array([stretch]), self.stretch)[0]
+            within = np.concatenate([np.arange(count) / max(count, 1) for count in counts])
+            width = np.repeat([1 / max(count, 1) for count in counts], counts)
             order = np.argsort(within + jitter * width, kind="stable")
-            self._stretches[stretch] = (dealt[order], counted[order])
-            if len(self._stretches) > 2:
-                self._stretches.popitem(last=False)
-        return self._stretches[stretch]
+            self._deals[key] = (dealt[order], counted[order])
+            if len(self._deals) > 2 * self.lanes.count:
+                self._deals.popitem(last=False)
+        self._deals.move_to_end(key)
+        return self._deals[key]
 
 
-def order_of(source: Source, seed: int, shards_per_block: int) -> GlobalOrder | MixtureOrder:
-    """Return the global order of a source's samples."""
+def order_of(source: Source, seed: int, recipe: DataRecipe) -> GlobalOrder | MixtureOrder:
+    """Return the global order of a source's samples.
+
+    Raises:
+        ValueError: the source is empty, or the recipe's lanes do not divide its batch.
+    """
+    lanes = Lanes(recipe.num_lanes, recipe.global_batch_size)
     if isinstance(source, Mixture):
-        return MixtureOrder(source, seed, shards_per_block)
-    return GlobalOrder(source.shard_sizes, seed, shards_per_block)
+        return MixtureOrder(source, seed, recipe.shards_per_block, lanes)
+    return GlobalOrder(source.shard_sizes, seed, recipe.shards_per_block, lanes=lanes)

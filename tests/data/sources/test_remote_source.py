@@ -123,7 +123,7 @@ def assert_equal(ours: list[dict[str, torch.Tensor]], theirs: list[dict[str, tor
 
 
 def recipe_of(shards: object, cache: Path, **fields: object) -> DataRecipe:
-    common = {"global_batch_size": 24, "shards_per_block": 1, "num_workers": 2, "cache_dir": str(cache)}
+    common = {"global_batch_size": 24, "lanes": 1, "shards_per_block": 1, "num_workers": 2, "cache_dir": str(cache)}
     return DataRecipe(shards=str(shards), **{**common, **fields})
 
 
