@@ -32,6 +32,8 @@ class BadSamples:
         self.is_main = is_main
         self.max_fraction = max_fraction
         self._mine: list[Fault] = []
+        # In all processes, since their faults were written down.
+        self._unwritten = 0
         self._counts: Counter[str] = Counter()
         self._named: set[tuple[str, int | None]] = set()
         self._window: deque[tuple[int, int]] = deque()
@@ -63,6 +65,7 @@ class BadSamples:
             OSError: too many of the window's samples were replaced.
         """
         self._mine += faults
+        self._unwritten += bad
         self._window.append((bad, samples))
         self._bad, self._samples = self._bad + bad, self._samples + samples
         while len(self._window) > 1 and self._samples - self._window[0][1] >= _WINDOW_SAMPLES:
@@ -83,12 +86,14 @@ class BadSamples:
         return counts
 
     def flush(self) -> None:
-        """Collective. Write down the faults of all processes."""
+        """Collective. Write down the faults of all processes, which do not even meet if none of them has any."""
+        if self._unwritten == 0:
+            return
         everyone: list[list[Fault]] = [self._mine]
         if dist.is_initialized() and dist.get_world_size() > 1:
             everyone = [[] for _ in range(dist.get_world_size())]
             dist.all_gather_object(everyone, self._mine)
-        self._mine = []
+        self._mine, self._unwritten = [], 0
         faults = sorted((fault for faults in everyone for fault in faults), key=lambda fault: fault.position or 0)
         self._counts.update(fault.cause for fault in faults)
         if self.is_main:
