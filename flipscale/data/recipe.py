@@ -53,8 +53,8 @@ class DataRecipe:
             bounds memory and open files.
         num_workers: decoding processes for each training process. Does not change what is learned.
         cache_dir: a folder on a local disk that keeps fetched shards. Does not change what is learned.
-        cache_bytes: the most that the cache may hold: at least two blocks, better all shards that the workers read at
-            the same time. Does not change what is learned.
+        cache_bytes: the most that the cache may hold: at least the shards that the node's lanes read now and next, two
+            for each lane by default, in each of the sources. Does not change what is learned.
         max_bad_fraction: the run stops if more than this fraction of the last million samples, or of the shards, is
             unusable. Does not change what is learned.
     """
