@@ -146,7 +146,7 @@ def _index(args: argparse.Namespace) -> None:
     from flipscale.data.sources.opening import open_shards
     from flipscale.data.sources.remote_source import RemoteTarSource
 
-    source = open_shards(args.shards, DataRecipe(shards_per_block=1), anew=True)
+    source = open_shards(args.shards, DataRecipe(lanes=1, shards_per_block=1), anew=True)
     if isinstance(source, RemoteTarSource):
         source.publish()
     for fault in source.faults:

@@ -39,6 +39,16 @@ class Lanes:
         return batches * self.width + np.clip(offset - np.arange(self.count) * self.width, 0, self.width)
 
 
+def shared_out(num_shards: int, shards_per_block: int, lanes: Lanes) -> tuple[Lanes, int]:
+    """Return the lanes of an order of `num_shards` shards, and how many of them each lane reads at a time.
+
+    All lanes read `shards_per_block` at a time, and each at least one. Where all shards would be read at once, there is
+    nothing to share out: a single lane has them.
+    """
+    of_each = -(-shards_per_block // lanes.count)
+    return (lanes, of_each) if of_each * lanes.count < num_shards else (Lanes(), num_shards)
+
+
 def number_of_lanes(wish: int | None, batch_size: int) -> int:
     """Return the number of lanes of a recipe: the wish, or the largest divisor of both 64 and the batch.
 

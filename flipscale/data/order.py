@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from flipscale.data.lanes import Lanes
+from flipscale.data.lanes import Lanes, shared_out
 from flipscale.data.randomness import keyed_permutation
 
 # The one that is read, the next one, and the one after that, which the end of a small set is already near.
@@ -103,11 +103,7 @@ class GlobalOrder:
             raise ValueError(f"the data set is empty: 0 samples in {len(self.shard_sizes)} shards")
         self.seed = seed
         self.name = name
-        self.shards_of_a_lane = -(-shards_per_block // lanes.count)
-        together = self.shards_of_a_lane * lanes.count
-        if together >= len(self.shard_sizes):
-            self.shards_of_a_lane, lanes = together, Lanes()
-        self.lanes = lanes
+        self.lanes, self.shards_of_a_lane = shared_out(len(self.shard_sizes), shards_per_block, lanes)
         self._epochs: OrderedDict[int, _Epoch] = OrderedDict()
         self._shuffled: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
         self._lanes_read: set[int] = set()

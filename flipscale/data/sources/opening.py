@@ -44,7 +44,7 @@ def open_shards(shards: str, recipe: DataRecipe, anew: bool = False) -> TarSourc
     if "://" not in shards:
         return TarSource(shards, anew)
     cache = ShardCache(Path(recipe.cache_dir).expanduser(), recipe.cache_bytes)
-    return RemoteTarSource(shards, cache, recipe.shards_per_block, anew)
+    return RemoteTarSource(shards, cache, recipe, anew)
 
 
 def _open(recipe: SourceRecipe, data: DataRecipe, name: str) -> Source:

@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from flipscale.data.lanes import Lanes, shared_out
+from flipscale.data.recipe import DataRecipe
 from flipscale.data.sources.manifest import Manifest, ShardEntry, read_manifest, write_manifest
 from flipscale.data.sources.shard_cache import ShardCache
 from flipscale.data.sources.shard_index import build_index, read_index
@@ -144,26 +146,33 @@ class RemoteShardList(ShardList):
                 continue  # the cache has already removed it to make room
 
 
+def _read_at_once(num_shards: int, recipe: DataRecipe) -> int:
+    """Return how many shards the lanes of this node read at the same time."""
+    processes, here = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    lanes, of_each = shared_out(num_shards, recipe.shards_per_block, Lanes(recipe.num_lanes, recipe.global_batch_size))
+    return of_each * -(-lanes.count * here // processes)
+
+
 class RemoteTarSource(TarSource):
     """A `TarSource` of shards at URLs, which a node fetches when it is about to read them.
 
     Args:
         shards: a range, glob or folder at `s3://`, `gs://`, `hf://`, `https://` or any other protocol of fsspec.
         cache: shared by all processes of the machine.
-        shards_per_block: as in the order in which the samples will be read.
+        recipe: how the samples will be read.
 
     Raises:
-        ValueError: a shard is missing, or the cache is too small for two blocks.
+        ValueError: a shard is missing, or the cache is too small for what a node reads now and next.
     """
 
-    def __init__(self, shards: str, cache: ShardCache, shards_per_block: int, anew: bool = False):
+    def __init__(self, shards: str, cache: ShardCache, recipe: DataRecipe, anew: bool = False):
         self.cache = cache
         super().__init__(shards, anew)
-        needed = int(np.sort(self.manifest.table["num_bytes"])[-2 * shards_per_block :].sum())
-        if cache.max_bytes < needed:
+        largest = np.sort(self.manifest.table["num_bytes"])[-2 * _read_at_once(len(self.shard_sizes), recipe) :]
+        if cache.max_bytes < largest.sum():
             raise ValueError(
-                f"data.cache_bytes {cache.max_bytes} cannot hold two blocks of {shards_per_block} shards of "
-                f"{shards!r}, {needed} bytes; raise it, or lower data.shards_per_block"
+                f"data.cache_bytes {cache.max_bytes} cannot hold the {len(largest)} shards of {shards!r} that a node "
+                f"reads now and next, {largest.sum()} bytes; raise it, or lower data.lanes and data.shards_per_block"
             )
         self._ahead = _FetchAhead(cache)
         self._indices: OrderedDict[int, np.ndarray] = OrderedDict()

@@ -1,5 +1,6 @@
 """Shards on real servers on loopback: one that speaks S3, and plain HTTP that breaks off."""
 
+import dataclasses
 import http.server
 import os
 import threading
@@ -206,13 +207,31 @@ def test_what_cannot_be(shards: Path, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"shard http://.*/00004.tar does not exist; check data.shards"):
             open_source(recipe_of(f"{url}/{{00003..00004}}.tar", tmp_path / "cache"))
         with pytest.raises(
-            ValueError, match=r"data.cache_bytes 1000 cannot hold two blocks of 1 shards of .*; raise it"
+            ValueError, match=r"data.cache_bytes 1000 cannot hold the 2 shards of .* that a node reads now and next"
         ):
             open_source(recipe_of(f"{url}/{{00000..00003}}.tar", tmp_path / "cache", cache_bytes=1000))
     with pytest.raises(ValueError, match=r"'nonsense://x/.*' cannot be read: .*nonsense"):
         open_source(recipe_of("nonsense://x", tmp_path / "cache"))
     with pytest.raises(ValueError, match=r"no shards at 'file://.*nowhere"):
         open_source(recipe_of(f"file://{tmp_path}/nowhere", tmp_path / "cache"))
+
+
+@pytest.mark.parametrize(("num_nodes", "lanes", "held"), [(1, 3, 4), (3, 3, 2), (2, 3, 4), (1, 4, 4), (1, 1, 2)])
+def test_the_cache_must_hold_what_a_node_reads_now_and_next(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_nodes: int, lanes: int, held: int
+) -> None:
+    """A shard of each of its lanes and the next one, of four shards in all."""
+    monkeypatch.setenv("WORLD_SIZE", str(8 * num_nodes))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    enough = sum(sorted(path.stat().st_size for path in shards.glob("*.tar"))[-held:])
+    with web(shards, breaks=0) as (url, _):
+        recipe = recipe_of(f"{url}/{{00000..00003}}.tar", tmp_path, lanes=lanes, cache_bytes=enough - 1)
+        with pytest.raises(
+            ValueError,
+            match=f"cannot hold the {held} shards of .*, {enough} bytes; raise it, or lower data.lanes and data.shards",
+        ):
+            open_source(recipe)
+        open_source(dataclasses.replace(recipe, cache_bytes=enough))
 
 
 def test_what_a_killed_process_left_makes_room(shards: Path, tmp_path: Path) -> None:
