@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 import torch
 from torch import nn
 
+from flipscale.engines.arrivals import begin
 from flipscale.engines.averages import Averages
 from flipscale.engines.checkpoint import CheckpointReader, Piece
 from flipscale.engines.first_weights import ParameterInit, build_weights
@@ -170,11 +171,19 @@ class Engine:
             batch: the arguments of the model's `forward` by name, such as `patches`, `patch_index`, `input_ids` and
                 `attention_mask`.
         """
-        return self.wrapped(**batch, return_logits=False)
+        begin("forward")
+        output = self.wrapped(**batch, return_logits=False)
+        begin("loss")
+        return output
 
     def backward(self, loss: torch.Tensor) -> None:
         """Collective. Add the gradients of the mean of all processes' `loss`. In all of a step's passes but the last of
         `accumulate`, gradients stay local; then they are averaged over the processes."""
+        begin("backward")
+        self._backward(loss)
+        begin("update")
+
+    def _backward(self, loss: torch.Tensor) -> None:
         loss.backward()
 
     def accumulate(self, batches: Sequence[Batch]) -> Iterator[Batch]:

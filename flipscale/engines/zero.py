@@ -110,7 +110,7 @@ class ZeroEngine(Engine):
         assert isinstance(self.layout, _ZeroLayout)
         self.layout.optimizers, self.layout.zero = self.optimizers, self.zero
 
-    def backward(self, loss: torch.Tensor) -> None:
+    def _backward(self, loss: torch.Tensor) -> None:
         self.wrapped.backward(loss)
 
     def accumulate(self, batches: Sequence[Batch]) -> Iterator[Batch]:

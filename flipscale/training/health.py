@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from flipscale.data.faults import Fault
+from flipscale.engines.arrivals import begin
 from flipscale.engines.checkpoint import CheckpointWriter
 from flipscale.engines.device import HostCopy, to_device
 from flipscale.training.preemption import StopRequest
@@ -103,7 +104,7 @@ class StepGuard:
         """Collective. Return whether the step is taken, the same on every process: fp32 `()` on the device, 1 or 0."""
         # Clocks differ between machines, so the main process's decides.
         due = self.checkpoints.clock_is_due and self.accelerator.is_main_process
-        slow = self.watch.step_is_slow()
+        slow = self.watch.last_step_was_slow()
         flags = [self.request.reason is not None, due, self.checkpoints.is_writing, len(faults), slow]
         mine = torch.stack([found.loss.detach().float(), grad_norm.detach().float()])
         sums = self.accelerator.reduce(torch.cat([mine, to_device(flags, mine.device)]), "sum")
@@ -128,7 +129,9 @@ class StepGuard:
     def _read(self, unread: _Unread) -> Verdict:
         """Return the verdict on a step. Here, and nowhere else in a step, the host waits for the device."""
         step, stage, faults, clock, names, numbers = unread
+        begin("verdict")
         taken, *rest = numbers.read()
+        begin("update")
         metrics = dict(zip(names, rest, strict=False))
         loss_sum, norm_sum, asked, due, writing, replaced, slow = rest[len(names) :]
         if slow > 0:

@@ -13,8 +13,9 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
+from flipscale.engines.arrivals import Cause, Window, begin, find_cause
 from flipscale.engines.start import OtherProcesses, end_process
 from flipscale.files import aside, json_lines
 
@@ -41,6 +42,10 @@ STACKS_FACTOR = 20.0
 _LEAST_STACKS_SECONDS = 60.0
 # The median is of the last 101 steps, and needs 10.
 _REMEMBERED, _NEEDED = 101, 10
+# A slow step is reported once the verdict is read on the one after it, a step later.
+_REPORTED = 4
+# A record of a slow step has the late rank and the slowest others, up to this many, and the median of all.
+_RECORDED_RANKS = 16
 _HEARTBEAT_SECONDS = 10.0
 # The other ranks end the run later, so that the main process's message is the one that is read.
 _LATER_SECONDS = 15.0
@@ -86,9 +91,9 @@ class StepWatch:
         self._wait_seconds = 0.0
         self._num_slow = 0
         self._step = 0
-        self._begin = self._wait = 0.0
-        # What steps took that may still be reported, and their wait for data.
-        self._times: dict[int, tuple[float, float]] = {}
+        # The iterations of the loop that may still be reported, the one in progress among them.
+        self._windows: deque[Window] = deque(maxlen=_REPORTED)
+        self._was_slow = False
         self._last_heartbeat = float("-inf")
         self._recent: deque[float] = deque(maxlen=_REMEMBERED)
         self._usual = float("inf")
@@ -116,10 +121,12 @@ class StepWatch:
         """Yield the batches of the steps from `first_step` on, and time each step and its wait for data."""
         iterator, stage = iter(batches), None
         for self._step in range(first_step, sys.maxsize):
-            self._begin = self._since = time.perf_counter()
+            self._end_iteration()
+            self._since = time.perf_counter()
+            begin("data")
             batch = next(iterator, None)
-            self._wait = time.perf_counter() - self._begin
-            self._wait_seconds += self._wait
+            self._wait_seconds += time.perf_counter() - self._since
+            begin("update")
             self._write_heartbeat("training")
             if batch is None:
                 self._since = None
@@ -128,7 +135,20 @@ class StepWatch:
                 # Every stage has steps of its own length, and a first one that waits for the workers to start.
                 stage, self._usual = batch.stage, float("inf")
                 self._recent.clear()
+            self._windows[-1].usual_s = self._usual
             yield batch
+
+    def _end_iteration(self) -> None:
+        """End the iteration before, if there is one, and begin the next."""
+        now = time.time_ns()
+        if self._windows:
+            last = self._windows[-1]
+            last.last_ns = now
+            self._was_slow = last.seconds > max(SLOW_FACTOR * last.usual_s, _LEAST_SLOW_SECONDS)
+            self._recent.append(last.seconds)
+            if len(self._recent) >= _NEEDED:
+                self._usual = statistics.median(self._recent)
+        self._windows.append(Window(self._step, now, self._usual))
 
     @property
     def trained_seconds(self) -> float:
@@ -142,51 +162,32 @@ class StepWatch:
         self._seconds_before = self.trained_seconds
         self._running_since = self._since = None
         self._write_heartbeat("evaluating or saving", now=True)
+        first_ns = time.time_ns()
         yield
+        if self._windows:
+            self._windows[-1].pauses.append((first_ns, time.time_ns()))
         self._running_since, self._since = time.perf_counter(), None
 
     def so_far(self) -> Interval:
         """Return the time since the run began; waits and slow steps are those of this start."""
         return Interval(self.trained_seconds, self._wait_seconds, self._num_slow)
 
-    def step_is_slow(self) -> bool:
-        """Return whether the step has taken far longer than usual, from its wait for data to its gradients."""
-        seconds = time.perf_counter() - self._begin
-        self._times = {self._step - 1: self._times.get(self._step - 1, (0.0, 0.0)), self._step: (seconds, self._wait)}
-        usual = self._usual
-        self._recent.append(seconds)
-        if len(self._recent) >= _NEEDED:
-            self._usual = statistics.median(self._recent)
-        return seconds > max(SLOW_FACTOR * usual, _LEAST_SLOW_SECONDS)
+    def last_step_was_slow(self) -> bool:
+        """Return whether the step before this one took far longer than usual, from its wait for data to the next one's:
+        on a CPU with all that it computed. A GPU works behind: the step has waited for the one before it there."""
+        return self._was_slow
 
     def report_slow_step(self, step: int) -> None:
-        """Collective. Write what a step, this one or the one before, took on every rank."""
-        seconds, wait = self._times[step]
-        mine = {
-            "rank": self._accelerator.process_index,
-            "host": socket.gethostname(),
-            "step_s": round(seconds, 4),
-            "data_wait_s": round(wait, 4),
-        }
-        from accelerate.utils import gather_object
-
-        ranks = gather_object([mine])
+        """Collective. Find out and write why the step before `step` was slow; a process found so during `step`, one or
+        two steps ago."""
+        window = next((window for window in self._windows if window.step == step - 1), self._windows[0])
+        cause = find_cause(self._accelerator, window)
         self._num_slow += 1
         if not self._accelerator.is_main_process:
             return
-        record = {"step": step, "usual_s": round(self._usual, 4), "ranks": ranks}
-        json_lines.append(self._run_dir / "slow_steps.jsonl", [record])
-        late = max(ranks, key=lambda rank: rank["data_wait_s"])
-        _log.warning(
-            "step %d took %.1f s, usually %.2f s; the longest wait for data was %.1f s, of rank %d on %s; see %s",
-            step,
-            seconds,
-            self._usual,
-            late["data_wait_s"],
-            late["rank"],
-            late["host"],
-            self._run_dir / "slow_steps.jsonl",
-        )
+        file = self._run_dir / "slow_steps.jsonl"
+        json_lines.append(file, [_slow_step_record(window, cause)])
+        _log.warning("%s; see %s", _slow_step_words(window, cause), file)
 
     def alive(self) -> None:
         """Start the clock of the hang watch anew; an evaluation calls this after every batch."""
@@ -238,3 +239,39 @@ class StepWatch:
         )
         # Only this thread still runs: nothing can be unwound.
         end_process(1)
+
+
+def _slow_step_record(window: Window, cause: Cause) -> dict[str, Any]:
+    """Return what `slow_steps.jsonl` has of a slow step; its size does not grow with the number of processes."""
+    by_time = sorted(cause.ranks, key=lambda rank: (rank["rank"] != cause.rank, -rank["step_s"], rank["rank"]))
+    numbers = [name for name in cause.ranks[0] if name.endswith("_s")]
+    return {
+        "step": window.step,
+        "step_s": round(window.seconds, 4),
+        "usual_s": round(window.usual_s, 4),
+        "late_rank": cause.rank,
+        "late_host": cause.host or None,
+        "late_s": round(cause.seconds, 4),
+        "phase": cause.phase,
+        "collective": cause.collective,
+        "num_ranks": len(cause.ranks),
+        "median": {name: statistics.median(rank[name] for rank in cause.ranks) for name in numbers},
+        "ranks": sorted(by_time[:_RECORDED_RANKS], key=lambda rank: rank["rank"]),
+    }
+
+
+def _slow_step_words(window: Window, cause: Cause) -> str:
+    took = f"step {window.step} took {window.seconds:.1f} s, usually {window.usual_s:.2f} s"
+    if not cause.is_known:
+        waiting = max(cause.ranks, key=lambda rank: rank["data_s"])
+        return (
+            f"{took}; which rank was late is not known, as torch's flight recorder is off or too short "
+            f"(TORCH_FR_BUFFER_SIZE); the longest wait for data was {waiting['data_s']:.1f} s, of rank "
+            f"{waiting['rank']} on {waiting['host']}"
+        )
+    place = f" {cause.collective}" if cause.collective else " the first collective"
+    if cause.rank is None:
+        after = f", in or after{place}" if cause.collective else ""
+        return f"{took}; no rank was late: all spent {cause.seconds:.1f} s in {cause.phase}{after}"
+    before = f", before{place}" if len(cause.ranks) > 1 else ""
+    return f"{took}; rank {cause.rank} on {cause.host} was {cause.seconds:.1f} s late, in {cause.phase}{before}"

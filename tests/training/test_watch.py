@@ -54,9 +54,11 @@ def test_a_slow_step_is_written_with_every_rank_s_times(late_run: tuple[Path, st
     (record,) = [json.loads(line) for line in (folder / "slow_steps.jsonl").read_text().splitlines()]
     assert record["step"] == 15
     assert record["usual_s"] < 0.4
+    assert (record["late_rank"], record["phase"]) == (1, "data")
     assert [rank["rank"] for rank in record["ranks"]] == [0, 1]
-    assert record["ranks"][0]["data_wait_s"] < 1.0 < 1.9 < record["ranks"][1]["data_wait_s"]
-    assert "the longest wait for data was 2.0 s, of rank 1 on " in printed
+    assert record["ranks"][0]["data_s"] < 1.0 < 1.9 < record["ranks"][1]["data_s"]
+    assert "step 15 took 2." in printed
+    assert " s late, in data, before " in printed
 
 
 def test_a_step_that_never_ends_leaves_stacks_and_ends_the_run(late_run: tuple[Path, str]) -> None:

@@ -1,0 +1,118 @@
+"""A rank that is slow is named, with what it was slow in, whatever that is and whichever engine trains."""
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import processes
+import pytest
+from distributed.crowd import ENVIRONMENTS
+
+# The step in which a rank sleeps in each place.
+STEPS = {"data": 13, "forward": 17, "backward": 21, "update": 25}
+TOGETHER = 29
+
+
+def train_with_sleeps(file: str, folder: str, sleeper: int, places: list[str]) -> None:
+    """A run one of whose ranks sleeps in some steps, far longer than a step of this machine takes, and all in one."""
+    from flipscale import pretrain
+
+    rank, watches, at = int(os.environ["RANK"]), [], SimpleNamespace(step=-1)
+
+    class Watch(pretrain.StepWatch):
+        def __init__(self, *arguments, **parameters):
+            super().__init__(*arguments, **parameters)
+            watches.append(self)
+
+    def sleep(place: str) -> None:
+        if place in places and STEPS[place] == at.step and rank == sleeper:
+            time.sleep(max(1.5, 8 * watches[0]._usual))
+
+    true_batches, true_consume = pretrain.Plan.batches, pretrain.consume_batch
+
+    def batches(plan, step: int, accelerator) -> Iterator[object]:
+        for at.step, batch in enumerate(true_batches(plan, step, accelerator), step):
+            sleep("data")
+            yield batch
+
+    def consume(engine, batch, objective):
+        hooks = [engine.model.text_model.register_forward_pre_hook(lambda *_: sleep("forward"))]
+        backward, engine._backward = engine._backward, lambda loss: (loss.register_hook(asleep), backward(loss))
+        try:
+            return true_consume(engine, batch, objective)
+        finally:
+            engine._backward = backward
+            for hook in hooks:
+                hook.remove()
+
+    def asleep(gradient) -> None:
+        sleep("backward")
+
+    class Guard(pretrain.StepGuard):
+        def __init__(self, accelerator, *others):
+            super().__init__(accelerator, *others)
+            reduce = accelerator.reduce
+            accelerator.reduce = lambda *given: (sleep("update"), reduce(*given), self.sleep_together())[1]
+
+        def sleep_together(self) -> None:
+            if "together" in places and at.step == TOGETHER:
+                time.sleep(max(1.5, 8 * watches[0]._usual))
+
+    pretrain.Plan.batches, pretrain.consume_batch = batches, consume
+    pretrain.StepWatch, pretrain.StepGuard = Watch, Guard
+    processes.call_main("flipscale.pretrain", ["--config", file], folder)
+
+
+def slow_steps(write_recipe, folder: Path, engine: str, sleeper: int, places: list[str], world: int = 2, **more: str):
+    """The records of such a run by their step, and what it printed."""
+    stages = [{"name": "masked", "samples": 16 * (TOGETHER + 3), "mask_ratio": 0.75, "base_lr": 0.012}]
+    file = write_recipe(folder / "run", stages=stages)
+    environments = processes.rank_environments(world)
+    ranks = [
+        processes.start(
+            train_with_sleeps, str(file), str(folder), sleeper, places,
+            environment={**environment, **ENVIRONMENTS[engine], "ACCELERATE_USE_CPU": "1", **more},
+        )
+        for environment in environments
+    ]  # fmt: skip
+    for rank in ranks:
+        rank.join(200)
+    printed = (folder / "stderr").read_text()
+    assert [rank.exitcode for rank in ranks] == [0] * world, printed
+    lines = (folder / "run/slow_steps.jsonl").read_text().splitlines()
+    return {record["step"]: record for record in map(json.loads, lines)}, printed
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_the_late_rank_and_what_it_was_in(write_recipe, tmp_path: Path, engine: str) -> None:
+    records, printed = slow_steps(write_recipe, tmp_path, engine, 1, [*STEPS, "together"])
+    for phase, step in STEPS.items():
+        record = records[step]
+        assert (record["late_rank"], record["phase"]) == (1, phase), record
+        assert record["step_s"] > record["late_s"] > 5 * record["usual_s"]
+        assert "rank 1 on " in next(line for line in printed.splitlines() if f"step {step} took" in line)
+    record = records[TOGETHER]
+    assert (record["late_rank"], record["phase"]) == (None, "update"), record
+    assert record["collective"].endswith("all_reduce")
+    line = next(line for line in printed.splitlines() if f"step {TOGETHER} took" in line)
+    assert "; no rank was late: all spent " in line
+    assert f" s in update, in or after {record['collective']}; see " in line
+
+
+def test_one_of_four(write_recipe, tmp_path: Path) -> None:
+    records, _ = slow_steps(write_recipe, tmp_path, "ddp", 2, ["backward"], world=4)
+    record = records[STEPS["backward"]]
+    assert (record["late_rank"], record["phase"], record["num_ranks"]) == (2, "backward", 4), record
+
+
+def test_without_a_recorder_the_times_are_there(write_recipe, tmp_path: Path) -> None:
+    records, printed = slow_steps(write_recipe, tmp_path, "ddp", 1, ["data"], TORCH_FR_BUFFER_SIZE="0")
+    record = records[STEPS["data"]]
+    assert (record["late_rank"], record["phase"]) == (None, None)
+    assert record["ranks"][1]["data_s"] > 1.4 > record["usual_s"] > record["ranks"][0]["data_s"]
+    said = next(line for line in printed.splitlines() if f"step {STEPS['data']} took" in line)
+    assert "which rank was late is not known, as torch's flight recorder is off or too short" in said
+    assert ", of rank 1 on " in said

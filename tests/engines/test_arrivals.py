@@ -1,0 +1,41 @@
+"""The late process is the last at the first collective where arrivals part, by clocks that need not agree."""
+
+import numpy as np
+import pytest
+
+from flipscale.engines import arrivals
+from flipscale.engines.arrivals import Cause, Parting, Window, find_parting, phase_seconds
+from flipscale.training.watch import _slow_step_record
+
+CLOCKS = np.array([0.0, 7200.0, -3.5])  # one is two hours ahead
+
+
+def test_the_first_parting_counts() -> None:
+    together = np.array([0.1, 0.2, 0.3, 0.4]) + CLOCKS[:, None]
+    late = np.array([[0, 0, 0, 2], [0, 0, 0.01, 0], [0, 0, 2, 2.5]])
+    assert find_parting(together + late, CLOCKS, 1.0) == Parting(2, 2, pytest.approx(2.0))
+    assert find_parting(together, CLOCKS, 1.0) is None
+
+
+def test_phases_are_counted_within_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun = [(10, "data"), (20, "forward"), (50, "backward")]
+    monkeypatch.setattr(arrivals, "_begun", [(int(second * 1e9), phase) for second, phase in begun])
+    spent = phase_seconds(int(15e9), int(60e9))
+    assert {phase: seconds for phase, seconds in spent.items() if seconds} == {
+        "data": 5.0,
+        "forward": 30.0,
+        "backward": 10.0,
+    }
+
+
+def test_pauses_are_no_part_of_a_step() -> None:
+    window = Window(3, int(10e9), 0.5, int(20e9), [(int(12e9), int(18e9))])
+    assert window.seconds == 4.0
+    assert [second for second in range(8, 22) if window.has(int(second * 1e9))] == [10, 11, 18, 19]
+
+
+def test_a_record_does_not_grow_with_the_world() -> None:
+    ranks = [{"rank": rank, "host": f"node{rank // 8}", "step_s": 2.0 + rank / 1024} for rank in range(1024)]
+    record = _slow_step_record(Window(3, 0, 0.5, int(2e9)), Cause(5, "node0", 1.5, "data", "all_gather", True, ranks))
+    assert [rank["rank"] for rank in record["ranks"]] == [5, *range(1009, 1024)]
+    assert (record["num_ranks"], record["late_rank"], record["late_host"]) == (1024, 5, "node0")
