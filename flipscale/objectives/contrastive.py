@@ -2,19 +2,18 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
-from types import ModuleType
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensor
 
-from flipscale.objectives import contrastive_torch
+from flipscale.objectives import passes
 from flipscale.objectives.exchange import Rows, exchange_of, world_size
 from flipscale.objectives.logsumexp import LogSumExp, Softmax, common_shift, merge
 from flipscale.objectives.objective import Objective
 from flipscale.objectives.ready_gradients import ReadyGradients
-from flipscale.objectives.tiles import for_each_block, views_of
+from flipscale.objectives.tiles import as_number, views_of
 
 # Up to this many pairs the products are fp64: fp32 knows a logit near 100 to 4e-6, and few do not average that out.
 _FEW = 256
@@ -62,7 +61,7 @@ class _InfoNCE(ReadyGradients):
         pairs = len(text_embeds) * world_size()
         dtype = torch.float64 if pairs <= _FEW else torch.float32
         with torch.autocast(image_embeds.device.type, enabled=False):
-            batch = ContrastiveBatch(image_embeds.to(dtype), text_embeds.to(dtype), float(logit_scale), exchange)
+            batch = ContrastiveBatch(image_embeds.to(dtype), text_embeds.to(dtype), as_number(logit_scale), exchange)
             batch.sum_negatives()
             loss = batch.loss()
             if any(ctx.needs_input_grad):
@@ -78,8 +77,12 @@ class ContrastiveBatch:
     view's `positives` in between.
     """
 
-    def __init__(self, images: torch.Tensor, texts: torch.Tensor, scale: float, exchange: str):
-        """Collective."""
+    def __init__(self, images: torch.Tensor, texts: torch.Tensor, scale: torch.Tensor, exchange: str):
+        """Collective.
+
+        Args:
+            scale: see `as_number`.
+        """
         self.images, self.scale = images, scale
         self.texts = exchange_of(texts, exchange)
         views = views_of(images, len(texts))
@@ -123,17 +126,16 @@ class _View:
     # Of this process's own texts, once the images of all processes have met them.
     text_negatives: LogSumExp
 
-    def __init__(self, images: torch.Tensor, scale: float, shift: float | None):
+    def __init__(self, images: torch.Tensor, scale: torch.Tensor, shift: float | None):
         self.images, self.scale, self.shift = images, scale, shift
-        self.tiles = _tile_functions(images)
-        self.positives = torch.empty_like(images[:, 0])
+        self.positives = images.new_empty(len(images))
         self.image_negatives = LogSumExp.empty(images, shift)
 
     def add_negatives(self, first_pair: int, texts: torch.Tensor) -> LogSumExp:
         """Add some `texts` to the negatives of the images, and return the images as negatives of the texts."""
         text_negatives = LogSumExp.empty(texts, self.shift)
         found = (self.image_negatives, text_negatives, self.positives, self.shift)
-        for_each_block(self.tiles.add_negatives, self.images, texts, self.scale, first_pair, *found)
+        passes.add_negatives(self.images, texts, self.scale, first_pair, *found)
         return text_negatives
 
     def cross_entropy(self) -> torch.Tensor:
@@ -161,16 +163,7 @@ class _View:
         """Add the gradients of the images and of some `texts`, both still without their factors."""
         given = (self.image_softmax, text_softmax, self.positive_gradient)
         found = (image_gradient, text_gradient, self.shift)
-        for_each_block(self.tiles.add_gradients, self.images, texts, self.scale, first_pair, *given, *found)
-
-
-def _tile_functions(rows: torch.Tensor) -> ModuleType:
-    """Return the module that computes the tiles of `rows`: Triton's for fp32 on a GPU if Triton is installed."""
-    if not rows.is_cuda or rows.dtype != torch.float32 or find_spec("triton") is None:
-        return contrastive_torch
-    from flipscale.objectives import contrastive_triton
-
-    return contrastive_triton
+        passes.add_gradients(self.images, texts, self.scale, first_pair, *given, *found)
 
 
 def _merge_views(parts: Rows) -> Rows:
@@ -186,15 +179,18 @@ def _by_view(rows: Rows) -> list[Rows]:
     return list(zip(rows[::2], rows[1::2], strict=True))
 
 
-def _shift_of_all(views: Sequence[torch.Tensor], texts: torch.Tensor, scale: float) -> float | None:
-    """Collective. Return the `common_shift` of the global batch."""
+def _shift_of_all(views: Sequence[torch.Tensor], texts: torch.Tensor, scale: torch.Tensor) -> float | None:
+    """Collective on CPUs. Return the `common_shift` of the global batch; on accelerators always None: to know it, the
+    host would have to wait for all that is queued, and running maxima cost little there."""
+    if texts.device.type != "cpu" or isinstance(texts, FakeTensor):
+        return None
     lowest_positive = torch.stack([_dot(view, texts).min() for view in views]).min()
     highest_norm = torch.stack([view.norm(dim=1).max() for view in views]).max()
     bounds = torch.stack([highest_norm, texts.norm(dim=1).max(), -lowest_positive])
     if world_size() > 1:
         dist.all_reduce(bounds, dist.ReduceOp.MAX)
     image_norm, text_norm, lowest = bounds.tolist()
-    return common_shift(scale * image_norm * text_norm, -scale * lowest)
+    return common_shift(scale.item() * image_norm * text_norm, -scale.item() * lowest)
 
 
 def _dot(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from flipscale.objectives.logsumexp import LogSumExp, Softmax
-from flipscale.objectives.tiles import SimilarityTiles, Tile
+from flipscale.objectives.tiles import SimilarityTiles, Tile, workspace
 
 # Rows, columns and depth that a program multiplies at a time. It fits in 128 registers a thread, so that two programs
 # share a processor and the exponentials of one hide behind the products of the other.
@@ -53,6 +53,17 @@ def add_gradients(
         softmax = (*row_softmax.part(tile.rows), *column_softmax.part(tile.columns))
         _launch(tile_gradients, tiles, tile, positive_gradient[tile.rows], *softmax, logit_gradient)
         tiles.add_products(tile, logit_gradient, row_gradient, column_gradient)
+
+
+def try_out(device: torch.device) -> None:
+    """Compile both passes' kernels for a GPU and run them. Whatever stands in the way is raised here."""
+    rows, scale = torch.ones(16, 16, device=device), torch.ones((), dtype=torch.float64, device=device)
+    sums, row_gradient, column_gradient = LogSumExp.empty(rows, None), torch.zeros_like(rows), torch.zeros_like(rows)
+    tiles = SimilarityTiles(rows, rows, scale, 0, workspace(rows, rows, buffers=1)[0])
+    add_negatives(tiles, sums, LogSumExp.empty(rows, None), rows[:, 0].clone(), None)
+    softmax = sums.softmax(rows[:, 0])
+    add_gradients(tiles, softmax, softmax, rows[:, 0], row_gradient, column_gradient, None)
+    torch.cuda.synchronize(device)
 
 
 def _blocks(tile: Tile) -> tuple[int, int]:

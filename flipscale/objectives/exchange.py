@@ -203,6 +203,6 @@ def _sum_to_owner(parts: torch.Tensor) -> torch.Tensor:
     """
     if parts.device.type == "cpu":
         return _to_owner(parts.contiguous()).sum(0)
-    mine = torch.empty_like(parts[0])
+    mine = parts.new_empty(parts.shape[1:])
     dist.reduce_scatter_single(mine, parts.flatten(0, 1).contiguous())
     return mine

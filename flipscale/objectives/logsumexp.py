@@ -25,7 +25,7 @@ class LogSumExp(NamedTuple):
     @classmethod
     def empty(cls, rows: torch.Tensor, shift: float | None) -> "LogSumExp":
         """Return the sum of no negatives for each of `rows`. With `shift` None, shifts follow the running maxima."""
-        start = torch.full_like(rows[:, 0], float("-inf") if shift is None else shift)
+        start = rows.new_full((len(rows),), float("-inf") if shift is None else shift)
         return cls(start, torch.zeros_like(start))
 
     def part(self, rows: slice) -> "LogSumExp":

@@ -20,8 +20,10 @@ class LossRecipe:
         kind: `infonce`, each pair against the rest of the batch in both directions (the paper's), or `sigmoid`, each
             image and text of the batch by itself (SigLIP's); the model then has a `logit_bias`.
         options: fields of the kind's own, e.g. `{name: value}`; `infonce` and `sigmoid` have none.
-        exchange: how the texts of all processes meet the images of each: `gather`, or `ring` where all texts of the
-            batch and their gradients are too many for one process. Does not change what is learned.
+        exchange: how the texts of all processes meet the images of each: `gather`, in as many messages in any world, or
+            `ring` where all texts of the batch and their gradients (0.5 GB for 65,536 of width 1,024) are too many for
+            one process. It passes them from one process to the next, waiting for four messages for each process of the
+            world: a thousand at 256. Does not change what is learned.
         reconstruction_weight: weight of a second loss, the reconstruction of the masked patches
             (`flipscale.objectives.reconstruction`); 0 leaves out that loss and its decoder.
     """

@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.nn.functional import softplus
 
 from flipscale.model import FlipConfig
 from flipscale.objectives.exchange import Rows, exchange_of
 from flipscale.objectives.objective import Objective
 from flipscale.objectives.ready_gradients import ReadyGradients
-from flipscale.objectives.tiles import SimilarityTiles, for_each_block, views_of
+from flipscale.objectives.tiles import SimilarityTiles, as_number, for_each_block, views_of, workspace
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,13 +66,14 @@ class _Sigmoid(ReadyGradients):
         *tensors, exchange = inputs
         with torch.autocast(tensors[0].device.type, enabled=False):
             images, texts = (side.float() for side in tensors[:2])
-            loss, gradients = _loss_and_gradients(images, texts, float(tensors[2]), float(tensors[3]), exchange)
+            scale, bias = (as_number(parameter) for parameter in tensors[2:])
+            loss, gradients = _loss_and_gradients(images, texts, scale, bias, exchange)
         ctx.gradients = [g.to(t.dtype) for g, t in zip(gradients, tensors, strict=True)]
         return loss.float()
 
 
 def _loss_and_gradients(
-    images: torch.Tensor, texts: torch.Tensor, scale: float, bias: float, exchange: str
+    images: torch.Tensor, texts: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor, exchange: str
 ) -> tuple[torch.Tensor, Rows]:
     """Collective. Return the loss, fp64 `()`, and its gradients by images, texts, scale and bias."""
     image_gradient = torch.zeros_like(images)
@@ -84,8 +84,8 @@ def _loss_and_gradients(
     for first_pair, visited, slot in all_texts.visits(None):
         text_gradient = torch.zeros_like(visited)
         for view, view_gradient, view_sums in views:
-            found = (view_gradient, text_gradient, view_sums)
-            for_each_block(_add_block, view, visited, scale, first_pair, bias, *found)
+            found = (view_gradient, text_gradient, view_sums, workspace(view, visited, buffers=2))
+            _add_pairwise_sigmoids(view, visited, scale, bias, first_pair, *found)
         slot.found = (text_gradient,)
     (text_gradient,) = all_texts.reduced
     loss, bias_gradient = sums.sum(0) / len(images)
@@ -94,9 +94,28 @@ def _loss_and_gradients(
     return loss, (*gradients, scale_gradient.reshape(1), bias_gradient.reshape(1))
 
 
+@torch.library.custom_op(
+    "flipscale::add_pairwise_sigmoids", mutates_args=("image_gradient", "text_gradient", "sums", "memory")
+)
+def _add_pairwise_sigmoids(
+    images: torch.Tensor,
+    texts: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor,
+    first_pair: int,
+    image_gradient: torch.Tensor,
+    text_gradient: torch.Tensor,
+    sums: torch.Tensor,
+    memory: torch.Tensor,
+) -> None:
+    """All tiles as one operation, as those of `passes` are."""
+    found = (image_gradient, text_gradient, sums)
+    for_each_block(_add_block, images, texts, scale, first_pair, memory, bias, *found)
+
+
 def _add_block(
     tiles: SimilarityTiles,
-    bias: float,
+    bias: torch.Tensor,
     image_gradient: torch.Tensor,
     text_gradient: torch.Tensor,
     sums: torch.Tensor,
@@ -107,6 +126,7 @@ def _add_block(
         tile.positives.neg_()
         logit_gradient = torch.sigmoid(tile.logits, out=tiles.beside(tile))
         tiles.positives_of(logit_gradient, tile).neg_()
-        sums[tile.rows, 0] += softplus(tile.logits).sum(1)
+        losses = torch.ops.aten.softplus.out(tile.logits, out=tile.logits)
+        sums[tile.rows, 0] += losses.sum(1)
         sums[tile.rows, 1] += logit_gradient.sum(1)
         tiles.add_products(tile, logit_gradient, image_gradient, text_gradient)

@@ -11,6 +11,8 @@ import torch
 
 # Rows and columns of a tile. On CPUs its fp32 logits and their gradients share the cache; a GPU wants large products.
 _TILE = {"cpu": (2048, 512), "cuda": (4096, 8192)}
+# A GPU's tile of fewer rows has more columns in return, up to this many: as many logits for each launch.
+_WIDEST = 2**19
 # The smallest side of a block that is worth a thread of its own.
 _BLOCK = 1024
 # Gradients of logits below this become 0: on a CPU a product of denormal numbers takes 200 times as long.
@@ -41,7 +43,9 @@ class SimilarityTiles:
 
     Args:
         rows, columns: all rows and columns `(count, dim)` of the matrix, of one dtype.
+        scale: 0-dimensional and fp64, on the rows' device: it counts as a number of Python's does.
         first_pair: the column that is row 0's pair; row i's is i further. It may be outside of the columns.
+        memory: what tiles are made in, a row of a `workspace`.
         row_part, column_part: the block; left out, the whole matrix.
     """
 
@@ -49,18 +53,20 @@ class SimilarityTiles:
         self,
         rows: torch.Tensor,
         columns: torch.Tensor,
-        scale: float,
+        scale: torch.Tensor,
         first_pair: int,
+        memory: torch.Tensor,
         row_part: slice | None = None,
         column_part: slice | None = None,
     ):
         self.rows, self.columns, self.scale, self.first_pair = rows, columns, scale, first_pair
         self._row_part, self._column_part = row_part or slice(0, len(rows)), column_part or slice(0, len(columns))
-        height, width = _TILE["cuda" if rows.is_cuda else "cpu"]
-        self._height = min(height, self._row_part.stop - self._row_part.start)
-        self._width = min(width, self._column_part.stop - self._column_part.start)
-        self._logits, self._beside = rows.new_empty(2, self._height * self._width)
-        self._scaled = rows.new_empty(self._height, rows.shape[1])
+        height, width = (part.stop - part.start for part in (self._row_part, self._column_part))
+        self._height, self._width = _tile_shape(height, width, rows.device.type)
+        scaled, buffer = _sizes(self._height, self._width, rows.shape[1])
+        self._scaled = memory[: self._height * rows.shape[1]].view(self._height, rows.shape[1])
+        # With one buffer, the logits' and what is beside them are the same.
+        self._logits, self._beside = memory[scaled : scaled + buffer], memory[-buffer:]
 
     def __iter__(self) -> Iterator[Tile]:
         """Yield each tile with its logits."""
@@ -103,12 +109,30 @@ class SimilarityTiles:
         return buffer[: height * width].view(height, width)
 
 
+def workspace(rows: torch.Tensor, columns: torch.Tensor, buffers: int) -> torch.Tensor:
+    """Return the memory that `for_each_block` needs for the matrix of these rows and columns.
+
+    Args:
+        buffers: how many matrices of a tile's size are needed at once: two, or one if no logits are kept.
+    """
+    elements = workspace_elements(len(rows), len(columns), rows.shape[1], buffers, rows.device.type)
+    return rows.new_empty(elements)
+
+
+def workspace_elements(rows: int, columns: int, dim: int, buffers: int, device_type: str) -> tuple[int, int]:
+    """Return the shape of a `workspace`: a row for each block that is worked at in its own thread."""
+    count = _count_blocks(rows, columns, device_type)
+    scaled, buffer = _sizes(*_tile_shape(-(-rows // count), -(-columns // count), device_type), dim)
+    return count, scaled + buffers * buffer
+
+
 def for_each_block(
     work: Callable[..., None],
     rows: torch.Tensor,
     columns: torch.Tensor,
-    scale: float,
+    scale: torch.Tensor,
     first_pair: int,
+    memory: torch.Tensor,
     *arguments: Any,
 ) -> None:
     """Call `work(tiles, *arguments)` for blocks that make up the matrix of `SimilarityTiles`' arguments.
@@ -116,27 +140,48 @@ def for_each_block(
     On a CPU, blocks that share no row and no column run at the same time, a thread each. If all threads shared each
     product instead, as torch does by itself, they would wait for the slowest after each: a tile has no time to spare
     for a core on which something else runs.
+
+    Args:
+        memory: a `workspace` for these rows and columns.
     """
 
     @torch.no_grad()
     def on_thread(tiles: SimilarityTiles) -> None:
         work(tiles, *arguments)
 
-    threads = torch.get_num_threads() if rows.device.type == "cpu" else 1
-    count = max(1, min(threads, len(rows) // _BLOCK, len(columns) // _BLOCK))
+    count = len(memory)
     if count == 1:
-        work(SimilarityTiles(rows, columns, scale, first_pair), *arguments)
+        work(SimilarityTiles(rows, columns, scale, first_pair, memory[0]), *arguments)
         return
+    threads = torch.get_num_threads()
     row_parts, column_parts = _parts(len(rows), count), _parts(len(columns), count)
     try:
         with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(threads // count,)) as pool:
             for turn in range(count):
-                parts = zip(row_parts, column_parts[turn:] + column_parts[:turn], strict=True)
-                # Buffers are made on this thread: memory of another stays with its allocator when the thread has ended.
+                parts = zip(memory, row_parts, column_parts[turn:] + column_parts[:turn], strict=True)
                 list(pool.map(on_thread, (SimilarityTiles(rows, columns, scale, first_pair, *part) for part in parts)))
     finally:
         # A thread's number of torch threads is its own, but also that of the threads that begin after it.
         torch.set_num_threads(threads)
+
+
+def _count_blocks(rows: int, columns: int, device_type: str) -> int:
+    """Return how many blocks are worked at at the same time, each as high and as wide as the matrix is by so many."""
+    threads = torch.get_num_threads() if device_type == "cpu" else 1
+    return max(1, min(threads, rows // _BLOCK, columns // _BLOCK))
+
+
+def _tile_shape(rows: int, columns: int, device_type: str) -> tuple[int, int]:
+    """Return the largest tile of a matrix of so many rows and columns."""
+    height, width = _TILE["cpu" if device_type == "cpu" else "cuda"]
+    if device_type != "cpu" and rows < height:
+        width = min(height * width // rows, _WIDEST)
+    return min(height, rows), min(width, columns)
+
+
+def _sizes(height: int, width: int, dim: int) -> tuple[int, int]:
+    """Return how many elements the scaled rows and the logits of a tile take, each beginning at a cache line."""
+    return -(-height * dim // 16) * 16, -(-height * width // 16) * 16
 
 
 def _parts(length: int, count: int) -> list[slice]:
@@ -147,3 +192,9 @@ def views_of(rows: torch.Tensor, batch: int) -> tuple[torch.Tensor, ...]:
     """Return the first view of each image, the second, and so on, of `rows` `(batch * views, ...)`, which have the
     views of an image in a row."""
     return rows.unflatten(0, (batch, -1)).unbind(1)
+
+
+def as_number(parameter: torch.Tensor) -> torch.Tensor:
+    """Return a parameter `(1,)` of the model as a 0-dimensional fp64 tensor where it is: it counts as a number of
+    Python's, digit for digit, without the host's waiting for it."""
+    return parameter.detach().double().reshape(())

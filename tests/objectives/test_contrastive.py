@@ -92,8 +92,10 @@ def test_a_fault_on_a_thread_is_the_caller_s(monkeypatch: pytest.MonkeyPatch) ->
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
+        sides = (torch.ones(8, 3), torch.ones(8, 4))
+        memory = tiles.workspace(*sides, buffers=2)
         with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
-            tiles.for_each_block(list, torch.ones(8, 3), torch.ones(8, 4), 1.0, 0)
+            tiles.for_each_block(list, *sides, torch.tensor(1.0), 0, memory)
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)

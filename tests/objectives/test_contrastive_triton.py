@@ -1,11 +1,12 @@
 """The kernels without a GPU: what they compute, in Triton's interpreter, and that they compile for real ones."""
 
+import logging
 import subprocess
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,9 +14,9 @@ import torch
 from objectives import test_contrastive
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from flipscale.objectives import contrastive, contrastive_torch, tiles
+from flipscale.objectives import contrastive, contrastive_torch, passes, tiles
 from flipscale.objectives.logsumexp import LogSumExp
-from flipscale.objectives.tiles import SimilarityTiles
+from flipscale.objectives.tiles import SimilarityTiles, workspace
 
 contrastive_triton = pytest.importorskip("flipscale.objectives.contrastive_triton")
 
@@ -30,7 +31,7 @@ def interpret() -> None:
     """Have the kernels make all tiles of fp32, wherever they are, each of several blocks."""
     torch.set_num_threads(1)
     tiles._TILE["cpu"] = (200, 150)
-    contrastive._tile_functions = functions_for
+    passes.tile_functions = functions_for
     contrastive._FEW = 0
 
 
@@ -80,7 +81,8 @@ def both_passes(
     functions: ModuleType, rows: torch.Tensor, columns: torch.Tensor, first_pair: int, shift: float | None
 ) -> list[torch.Tensor]:
     """Return what they leave: the log-sum-exp of the negatives, the positives, the gradients of rows and columns."""
-    tiles = SimilarityTiles(rows, columns, 30.0, first_pair)
+    memory = workspace(rows, columns, buffers=2)[0]
+    tiles = SimilarityTiles(rows, columns, torch.tensor(30.0, dtype=torch.float64), first_pair, memory)
     positives, column_positives = torch.ones_like(rows[:, 0]), torch.ones_like(columns[:, 0])
     of_rows, of_columns = LogSumExp.empty(rows, shift), LogSumExp.empty(columns, shift)
     functions.add_negatives(tiles, of_rows, of_columns, positives, shift)
@@ -159,8 +161,51 @@ def test_kernels_compile_keep_to_registers_and_to_fp32(
 def test_the_kernels_are_for_fp32_on_gpus_with_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     with FakeTensorMode():
         on_gpu = torch.empty(2, 2, device="cuda")
-        assert contrastive._tile_functions(on_gpu) is contrastive_triton
-        assert contrastive._tile_functions(on_gpu.double()) is contrastive_torch
-        assert contrastive._tile_functions(on_gpu.cpu()) is contrastive_torch
-        monkeypatch.setattr(contrastive, "find_spec", lambda name: None)
-        assert contrastive._tile_functions(on_gpu) is contrastive_torch
+        assert passes.tile_functions(on_gpu) is contrastive_triton
+        assert passes.tile_functions(on_gpu.double()) is contrastive_torch
+        assert passes.tile_functions(on_gpu.cpu()) is contrastive_torch
+        monkeypatch.setattr(passes, "find_spec", lambda name: None)
+        assert passes.tile_functions(on_gpu) is contrastive_torch
+
+
+def check_that_the_trial_runs() -> None:
+    """What is tried out before the kernels are used, where the interpreter stands in for a GPU."""
+    torch.cuda.synchronize = lambda device: None
+    contrastive_triton.try_out(torch.device("cpu"))
+
+
+def test_the_trial_runs_both_kernels(interpreted: Interpreted) -> None:
+    interpreted(check_that_the_trial_runs)
+
+
+@pytest.mark.parametrize(
+    "fault", [ImportError("No module named 'triton'"), RuntimeError("Failed to find C compiler.\nPlease specify one")]
+)
+def test_without_a_compiler_torch_takes_over_and_says_so_once(
+    fault: Exception, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(device: torch.device) -> None:
+        raise fault
+
+    monkeypatch.setattr(contrastive_triton, "try_out", fail)
+    passes._triton_runs_on.cache_clear()
+    monkeypatch.setattr(logging.getLogger("flipscale"), "propagate", True)
+    gpu = SimpleNamespace(is_cuda=True, dtype=torch.float32, device=torch.device("cuda", 0))
+    try:
+        assert [passes.tile_functions(gpu) for _ in range(3)] == [contrastive_torch] * 3
+    finally:
+        passes._triton_runs_on.cache_clear()
+    (line,) = caplog.messages
+    assert line.startswith("torch computes the loss's tiles, slower than Triton, which fails with ")
+    assert " ".join(str(fault).split()) in line
+    assert "install" in line
+
+
+def test_one_process_of_a_node_says_it(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    passes._triton_runs_on.cache_clear()
+    try:
+        assert not passes._triton_runs_on(torch.device("cuda", 0))
+    finally:
+        passes._triton_runs_on.cache_clear()
+    assert caplog.messages == []

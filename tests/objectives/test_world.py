@@ -1,0 +1,158 @@
+"""What the loss does in worlds of 8, 256 and 1,024 processes: as many operations and messages in each, of the sizes
+that `flipscale.objectives.exchange` states. The processes are fake; so is the GPU, where there is one."""
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.functional import normalize
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from flipscale.model import FlipOutput
+from flipscale.objectives.contrastive import Contrastive, _InfoNCE
+from flipscale.objectives.exchange import exchange_bytes
+from flipscale.objectives.ready_gradients import ReadyGradients
+from flipscale.objectives.sigmoid import _Sigmoid
+from flipscale.objectives.tiles import workspace_elements
+from flipscale.training.step import two_passes
+
+WORLDS = (8, 256, 1024)
+PAIRS, DIM = 40, 8
+# Collectives by what c10d calls them.
+NAMES = {
+    "_allgather_base_": "all-gather",
+    "alltoall_base_": "all-to-all",
+    "_reduce_scatter_base_": "reduce-scatter",
+    "allreduce_": "all-reduce",
+}
+
+
+class Recorder(TorchDispatchMode):
+    """Counts operations, and keeps the collectives in their order with the numbers in and out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: Counter[str] = Counter()
+        self.collectives: list[tuple[str, int, int]] = []
+        self.devices: set[str] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: tuple = (), options: dict | None = None) -> Any:
+        if function.namespace != "prim":  # asking for a device
+            self.operations[str(function)] += 1
+        if function.namespace == "c10d":
+            tensors = [a[0] if isinstance(a, list) else a for a in arguments[:2]]
+            received, sent = (t for t in (tensors if isinstance(tensors[1], torch.Tensor) else tensors[:1] * 2))
+            self.collectives.append((NAMES[function._schema.name.split("::")[1]], sent.numel(), received.numel()))
+            self.devices |= {sent.device.type, received.device.type}
+        return function(*arguments, **(options or {}))
+
+
+@contextmanager
+def fake_world(size: int, rank: int) -> Iterator[None]:
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def recorded(function: type[ReadyGradients], world: int, views: int, device: str, rank: int = 1) -> Recorder:
+    """What happens in a loss with its gradients on one process. Where no GPU is, autograd aborts at fake tensors on
+    one: so the function that computes both is called without it."""
+    recorder, wanted = Recorder(), SimpleNamespace(needs_input_grad=[True])
+    with fake_world(world, rank), FakeTensorMode() if device == "cuda" else nullcontext(), torch.no_grad():
+        sides = [normalize(torch.randn(PAIRS * n, DIM, device=device), dim=1) for n in (views, 1)]
+        head = [torch.full((1,), n, device=device) for n in (10.0, -10.0)]
+        inputs = [*sides, *(head if function is _Sigmoid else head[:1])]
+        with recorder:
+            loss = function.forward(wanted, *inputs, "gather")
+        assert [g.shape for g in wanted.gradients] == [t.shape for t in inputs]
+        assert {t.device.type for t in (loss, *wanted.gradients)} == {device}
+    return recorder
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("views", [1, 2])
+@pytest.mark.parametrize("function", [_InfoNCE, _Sigmoid])
+def test_no_operation_more_in_a_larger_world(function: type[ReadyGradients], views: int, device: str) -> None:
+    first, *others = (recorded(function, world, views, device) for world in WORLDS)
+    for other in others:
+        assert other.operations == first.operations
+    # Launches of a GPU, and views of tensors, which are none; each pass over the tiles is one.
+    assert first.operations.total() <= 60 + 60 * views
+    assert recorded(function, WORLDS[-1], views, device, rank=WORLDS[-1] - 1).operations == first.operations
+
+
+class Engine:
+    """Two linear towers on one process that takes micro-batches."""
+
+    def __init__(self) -> None:
+        self.towers, self.scale = torch.nn.Linear(6, 2 * DIM), torch.nn.Parameter(torch.tensor([10.0]))
+
+    def __call__(self, inputs: torch.Tensor) -> FlipOutput:
+        sides = [normalize(side, dim=1) for side in self.towers(inputs).chunk(2, dim=1)]
+        return FlipOutput(image_embeds=sides[0], text_embeds=sides[1], logit_scale=self.scale)
+
+    def accumulate(self, batch: list) -> list:
+        return batch
+
+    def backward(self, loss: torch.Tensor) -> None:
+        loss.backward()
+
+
+def test_no_operation_more_for_micro_batches_in_a_larger_world() -> None:
+    found = []
+    for world in WORLDS:
+        with fake_world(world, 1), Recorder() as recorder:
+            batch = [{"inputs": torch.randn(PAIRS // 4, 6)} for _ in range(4)]
+            two_passes(Engine(), batch, Contrastive())
+        found.append(recorder)
+    assert found[0].operations == found[1].operations == found[2].operations
+    assert [len(recorder.collectives) for recorder in found] == [5, 5, 5]
+
+
+@pytest.mark.parametrize("function", [_InfoNCE, _Sigmoid])
+def test_the_host_does_not_wait_for_a_gpu(function: type[ReadyGradients]) -> None:
+    recorder = recorded(function, 256, 1, "cuda")
+    waits = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal")
+    assert not [name for name in recorder.operations if name.split(".")[1] in waits]
+    assert recorder.devices == {"cuda"}
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("views", [1, 2])
+@pytest.mark.parametrize("world", WORLDS)
+def test_collectives_and_their_sizes(world: int, views: int, device: str) -> None:
+    texts, along = PAIRS * DIM, 2 * views * PAIRS
+    gather = ("all-gather", texts, world * texts)
+    of_gradients = [("all-to-all", world * texts), ("reduce-scatter", texts)][device == "cuda"]
+    scatter = (of_gradients[0], world * texts, of_gradients[1])
+    bounds = [("all-reduce", 3, 3)] if device == "cpu" else []
+    softmax = [("all-to-all", world * along, world * along), ("all-gather", along, world * along)]
+    assert recorded(_InfoNCE, world, views, device).collectives == [gather, *bounds, *softmax, scatter]
+    assert recorded(_Sigmoid, world, views, device).collectives == [gather, scatter]
+
+
+def test_what_an_exchange_holds() -> None:
+    texts, along = 4 * 256 * 1024, 4 * 2 * 256
+    assert exchange_bytes("gather", 256, 1, 1024) == exchange_bytes("ring", 256, 1, 1024) == 0
+    assert exchange_bytes("gather", 256, 256, 1024) == (2 * 256 + 1) * texts + 256 * along
+    assert exchange_bytes("gather", 256, 256, 1024, device_type="cpu") == 3 * 256 * texts + 256 * along
+    assert exchange_bytes("gather", 256, 8, 1024, views=3) == 17 * texts + 8 * 3 * along
+    assert exchange_bytes("ring", 256, 8, 1024) == exchange_bytes("ring", 256, 1024, 1024) < 2 * 2**20 * 4
+
+
+def test_a_gpu_s_tile_of_few_rows_is_wide() -> None:
+    """So that the tiles' number grows with the process's part of the matrix, 33 million logits each, not the world."""
+    logits = 4096 * 8192
+    assert workspace_elements(256, 512 * 256, 1024, 1, "cuda") == (1, 256 * 1024 + logits)
+    assert workspace_elements(256, 1024 * 256, 1024, 2, "cuda") == (1, 256 * 1024 + 2 * logits)
+    assert workspace_elements(2**16, 2**16, 512, 1, "cuda") == (1, 4096 * 512 + logits)
+    assert workspace_elements(40, 8 * 40, 1024, 1, "cuda") == (1, 40 * 1024 + 40 * 320)
