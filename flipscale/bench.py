@@ -16,9 +16,11 @@ from flipscale.benchmarks.step import DTYPES, StepSetting, flip_step, measure_st
 from flipscale.data.pairs import InputShape
 from flipscale.data.recipe import DataRecipe
 from flipscale.engines.device import keep_freed_memory
+from flipscale.engines.launch import read_launch_file
 from flipscale.model import FlipConfig
 from flipscale.model.configuration_flip import SIZES
 from flipscale.training.recipe import parse_recipe
+from flipscale.training.schedule import plan_stages
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -65,6 +67,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for parser in (step, compare, loss, losses):
         parser.add_argument("--threads", type=int, help="How many CPU threads work; by default all.")
         parser.add_argument("--json", action="store_true", help="Print JSON lines instead of a table.")
+    world = add(
+        "world",
+        "Take a recipe's step as one process of many does, without the others and without a GPU: operations, messages, "
+        "waits, memory. DeepSpeed's engines read numbers back from the GPU and cannot be run so.",
+    )
+    world.add_argument("--recipe", required=True, help="A file, or a name of the package's.")
+    world.add_argument("--launch_file", type=Path, required=True, help="accelerate's, such as ds_configs/fsdp2.yaml.")
+    world.add_argument("--num_processes", type=int, help="How many there are; by default as the launch file says.")
+    world.add_argument("--rank", type=int, default=0, help="Which process's step it is; 0 by default.")
+    world.add_argument("--stage", help="The name of the stage whose step it is; by default the first.")
+    world.add_argument("--json", action="store_true", help="Print a JSON line instead of a table.")
     data = add("data", "Measure the loader: images/s of a worker, bytes, memory, and where its time goes.")
     compare_loaders = add("compare_data", "Measure our loader and two others in turn, with one worker each.")
     add_data_arguments(data, compare_loaders)
@@ -121,6 +134,7 @@ def run(args: argparse.Namespace) -> None:
         "compare_data": print_data_comparison,
         "loss": print_loss,
         "compare_loss": print_losses,
+        "world": print_world,
     }
     threads = getattr(args, "threads", None)
     if threads is not None:
@@ -158,6 +172,28 @@ def data_setting(args: argparse.Namespace, shards: str | None, num_workers: int 
     if not setting.data.shards:
         raise ValueError("no shards to read; name them with --shards, or a recipe that does with --recipe")
     return setting
+
+
+def print_world(args: argparse.Namespace) -> None:
+    """Print what a step does as one process of many, as a JSON line or one figure a line."""
+    from flipscale.benchmarks.world import World, simulate  # with the models and torch's compiler, which take seconds
+
+    recipe = parse_recipe(["--config", args.recipe])
+    launch = read_launch_file(args.launch_file, args.num_processes)
+    stages = plan_stages(recipe.stages, recipe.data.global_batch_size)
+    names = [stage.name for stage in stages]
+    if args.stage is not None and args.stage not in names:
+        raise ValueError(f"stage is {args.stage!r}; the recipe's are {', '.join(map(repr, names))}")
+    stage = stages[names.index(args.stage)] if args.stage is not None else stages[0]
+    figures = simulate(World(recipe, launch, stage, args.rank)).figures()
+    if args.json:
+        print(json.dumps(figures))
+        return
+    for name, value in figures.items():
+        values = value.items() if isinstance(value, dict) else [("", value)]
+        values = [(f"{number}.", where) for number, where in enumerate(value, 1)] if isinstance(value, list) else values
+        for part, one in values:
+            print(f"{f'{name} {part}':<32}{one if isinstance(one, str) else f'{one:,}'}")
 
 
 def print_data(args: argparse.Namespace) -> None:

@@ -1,0 +1,255 @@
+"""A GPU that is not there: tensors with a device and shapes, but no content, on which the code of GPUs runs anywhere.
+
+torch's fake tensors say that they are on `cuda`, and every kernel that picks itself by the device, autocast's rules
+among them, does as it would there. What torch asks a driver for is answered here.
+"""
+
+import ctypes
+import importlib
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from importlib.util import find_spec
+from types import FrameType, SimpleNamespace
+from typing import Any, cast
+from unittest.mock import MagicMock, patch
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.autograd.graph import _engine_run_backward  # type: ignore[attr-defined]
+from torch.nn.parallel import DistributedDataParallel, distributed
+from torch.utils._python_dispatch import TorchDispatchMode
+
+DEVICE = torch.device("cuda", 0)
+_META = torch.device("meta")
+_CPU, _CUDA = 0, 1  # of c10::DeviceType
+_GUARDS = "_ZN3c104impl26device_guard_impl_registryE"  # c10::impl::device_guard_impl_registry
+
+# At an address that no bus has.
+_PROPERTIES = SimpleNamespace(
+    name="NVIDIA H100 80GB HBM3", total_memory=80 * 2**30, pci_domain_id=0xFFFF, pci_bus_id=0, pci_device_id=0
+)
+
+# What the mode is told of a host that waits for the device: what the host asks for.
+Waits = Callable[[str], None]
+
+
+class _Stream:
+    """A stream whose work is done as soon as it is queued."""
+
+    def __init__(self, *arguments: Any, waits: Waits | None = None, **options: Any):
+        self._waits = waits
+        self.device = DEVICE
+
+    def wait_stream(self, stream: "_Stream") -> None: ...
+
+    def wait_event(self, event: "_Event") -> None: ...
+
+    def record_event(self, event: "_Event | None" = None) -> "_Event":
+        return event or _Event(waits=self._waits)
+
+    def query(self) -> bool:
+        return True
+
+    def synchronize(self) -> None:
+        if self._waits is not None:
+            self._waits("Stream.synchronize")
+
+
+class _Event:
+    """An event that has happened."""
+
+    def __init__(self, *arguments: Any, waits: Waits | None = None, **options: Any):
+        self._waits = waits
+
+    def record(self, stream: Any = None) -> "_Event":
+        return self
+
+    def wait(self, stream: Any = None) -> None: ...
+
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, other: Any) -> float:
+        return 0.0
+
+    def synchronize(self) -> None:
+        if self._waits is not None:
+            self._waits("Event.synchronize")
+
+
+def _fused_attention(calls: list[tuple[torch.dtype, int, bool]]) -> Callable[..., torch.Tensor]:
+    """Return a `scaled_dot_product_attention` that takes the kernel that a GPU would take: torch, without one, takes
+    the kernel's parts. Each call appends `(dtype, head_dim, has_mask)` to `calls`."""
+    aten = torch.ops.aten
+
+    def attend(
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_mask: torch.Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        **options: Any,
+    ) -> torch.Tensor:
+        if torch.is_autocast_enabled("cuda"):
+            dtype = torch.get_autocast_dtype("cuda")
+            query, key, value = (tensor.to(dtype) for tensor in (query, key, value))
+        calls.append((query.dtype, query.shape[-1], attn_mask is not None))
+        if attn_mask is None and query.dtype in (torch.bfloat16, torch.float16) and query.shape[-1] % 8 == 0:
+            return aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, scale=scale)[0]
+        mask = None if attn_mask is None else attn_mask.to(query.dtype).expand(*query.shape[:-1], key.shape[-2])
+        return aten._scaled_dot_product_efficient_attention(
+            query, key, value, mask, query.requires_grad, dropout_p, is_causal, scale=scale
+        )[0]
+
+    return attend
+
+
+class OnDevice(TorchDispatchMode):
+    """Lets autograd's engine, which is C++ and asks for the GPU's streams, take the tensors for ones without any."""
+
+    def __torch_dispatch__(
+        self, func: Callable, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.ops.prim.device.default:
+            return _META if _asked_by_engine(sys._getframe(1)) else func(*args, **kwargs)
+        if kwargs.get("device") == _META and _asked_by_engine(sys._getframe(1)):
+            kwargs["device"] = DEVICE  # what a derivative makes like a tensor that it took for one of `meta`
+        return func(*args, **kwargs)
+
+
+def _asked_by_engine(frame: FrameType | None) -> bool:
+    """Return whether C++ called the mode from inside the engine; between them are only torch's wrappers."""
+    while frame is not None and frame.f_code.co_name in ("__torch_dispatch__", "_fn", "inner"):
+        frame = frame.f_back
+    return frame is not None and frame.f_code is _engine_run_backward.__code__
+
+
+@contextmanager
+def fake_gpu(waits: Waits, launches: Waits, attention: list[tuple[torch.dtype, int, bool]]) -> Iterator[FakeTensorMode]:
+    """Let torch think that this process has a GPU, and yield the mode in which tensors are made on it.
+
+    Args:
+        waits: called where the host waits for a stream, an event or the device.
+        launches: called with the name of each of Triton's kernels that is launched, and writes nothing.
+        attention: gets `(dtype, head_dim, has_mask)` of every call of the fused attention.
+    """
+    cuda: dict[str, Any] = {
+        # Asked by accelerate, by FSDP2, and by autocast, which is off where there is no GPU.
+        "is_available": lambda: True,
+        "is_bf16_supported": lambda *_, **__: True,
+        "device_count": lambda: 1,
+        "current_device": lambda: 0,
+        "set_device": lambda _: None,
+        "get_device_name": lambda *_: _PROPERTIES.name,
+        "get_device_properties": lambda *_: _PROPERTIES,
+        # Triton's launches choose it.
+        "_exchange_device": lambda _: 0,
+        "_maybe_exchange_device": lambda _: 0,
+        "_lazy_init": lambda: None,
+        # FSDP2 copies and exchanges on streams of its own; the feeder does, too.
+        "Stream": lambda *a, **k: _Stream(*a, waits=waits, **k),
+        "Event": lambda *a, **k: _Event(*a, waits=waits, **k),
+        "current_stream": lambda *_: _Stream(waits=waits),
+        "default_stream": lambda *_: _Stream(waits=waits),
+        "stream": _nothing,
+        "synchronize": lambda *_: waits("torch.cuda.synchronize"),
+        "max_memory_allocated": lambda *_: 0,
+        "reset_peak_memory_stats": lambda *_: None,
+    }
+    with ExitStack() as stack:
+        for name, value in cuda.items():
+            stack.enter_context(patch.object(torch.cuda, name, value))
+        # Nothing of the driver is asked, although a GPU seems to be there.
+        stack.enter_context(patch.object(FakeTensorMode, "avoid_device_init", True))
+        stack.enter_context(patch.object(torch.accelerator, "current_stream", lambda *_: _Stream(waits=waits)))
+        attend = _fused_attention(attention)
+        stack.enter_context(patch.object(torch.nn.functional, "scaled_dot_product_attention", attend))
+        stack.enter_context(patch.object(FakeTensor, "tolist", _tolist(waits)))
+        # DDP compares the parameters' shapes with those of process 0, by their values.
+        stack.enter_context(patch.object(distributed, "_verify_param_shape_across_processes", lambda *_, **__: None))
+        stack.enter_context(patch.object(DistributedDataParallel, "__init__", _ddp))
+        if find_spec("triton") is not None:
+            jit = importlib.import_module("triton.runtime.jit")
+            run = lambda kernel, *_, **__: launches(kernel.__name__)  # noqa: E731
+            stack.enter_context(patch.object(jit.JITFunction, "run", run))
+        stack.enter_context(_device_guard())
+        # One thread: the engine has none for a GPU that is not there.
+        stack.enter_context(torch.autograd.set_multithreading_enabled(False))
+        yield FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def _tolist(waits: Waits) -> Callable[[FakeTensor], Any]:
+    """Return a `tolist` that waits once for all of a tensor's numbers, which are 0."""
+    tolist = FakeTensor.tolist
+
+    def read(tensor: FakeTensor) -> Any:
+        if tensor.device.type != "cuda":
+            return tolist(tensor)
+        waits("tolist")
+        return np.zeros(tuple(tensor.shape), float if tensor.is_floating_point() else int).tolist()
+
+    return read
+
+
+_make_ddp = DistributedDataParallel.__init__
+
+
+def _ddp(ddp: DistributedDataParallel, *arguments: Any, **options: Any) -> None:
+    """Make DDP exchange gradients by a call that is seen; its own wants a result that the fake group does not have."""
+    _make_ddp(ddp, *arguments, **options)
+
+    def exchange(group: dist.ProcessGroup, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+        buffer = bucket.buffer().div_(group.size())
+        dist.all_reduce(buffer, group=group)
+        done: torch.futures.Future[torch.Tensor] = torch.futures.Future()
+        done.set_result(buffer)
+        return done
+
+    ddp.register_comm_hook(ddp.process_group, exchange)
+    # The logger wants a GPU's timers.
+    ddp.reducer, ddp.logger = cast(Any, _Reducer(ddp.reducer)), MagicMock()
+
+
+class _Reducer:
+    """DDP's reducer with the buckets that it begins with. After a step it would read from process 0 in which order the
+    gradients came, and fill its buckets in that order; they are about as many."""
+
+    def __init__(self, reducer: Any):
+        self._reducer = reducer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._reducer, name)
+
+    def _rebuild_buckets(self) -> bool:
+        return False
+
+
+@contextmanager
+def _nothing(*arguments: Any) -> Iterator[None]:
+    yield
+
+
+@contextmanager
+def _device_guard() -> Iterator[None]:
+    """Give torch a guard that does nothing where it has none for CUDA; in a build with CUDA, FakeTensorMode does."""
+    library = next(
+        path
+        for name in ("libc10.so", "libc10.dylib")
+        if os.path.exists(path := os.path.join(os.path.dirname(torch.__file__), "lib", name))
+    )
+    guards = (ctypes.c_void_p * (_CUDA + 1)).in_dll(ctypes.CDLL(library), _GUARDS)
+    missing = guards[_CUDA] is None
+    if missing:
+        guards[_CUDA] = guards[_CPU]
+    try:
+        yield
+    finally:
+        if missing:
+            guards[_CUDA] = cast(Any, None)

@@ -1,0 +1,315 @@
+"""What a step asks of the accelerator and of the network, seen operation by operation."""
+
+import sys
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_leaves
+
+import flipscale
+from flipscale.benchmarks.fake_gpu import DEVICE, OnDevice
+
+_OURS = str(Path(flipscale.__file__).parent)
+_aten, _c10d = torch.ops.aten, torch.ops.c10d
+# Questions about a tensor, which are no work.
+_QUESTIONS = ("prim::", "aten::size", "aten::stride", "aten::storage_offset", "aten::sym_", "aten::is_contiguous")
+
+
+@dataclass(frozen=True)
+class Collective:
+    """One exchange between the processes of a group.
+
+    Args:
+        kind: such as `all_reduce`.
+        dtype: of what is sent.
+        size: elements of this process's input.
+        group_size: how many processes take part.
+        devices: of all its tensors.
+        place: the line of ours that caused it.
+    """
+
+    kind: str
+    dtype: torch.dtype
+    size: int
+    group_size: int
+    devices: frozenset[str]
+    place: str
+
+    @property
+    def signature(self) -> tuple[str, torch.dtype, int, int]:
+        """What must be equal on every process, or the processes wait for each other for ever."""
+        return self.kind, self.dtype, self.size, self.group_size
+
+    @property
+    def bytes(self) -> tuple[int, int]:
+        """Bytes that this process sends and receives, by the algorithm that sends least: around a ring."""
+        size, n = self.size * self.dtype.itemsize, self.group_size
+        if self.kind == "all_gather":
+            each = size * (n - 1)
+        elif self.kind in ("reduce_scatter", "all_to_all"):
+            each = size * (n - 1) // n
+        elif self.kind == "all_reduce":
+            each = 2 * size * (n - 1) // n
+        else:
+            return (0 if self.kind == "recv" else size), (0 if self.kind == "send" else size)
+        return each, each
+
+
+# The kind of each operation, and the places of its tensors among the arguments: what is sent, all of them.
+_COLLECTIVES: dict[Any, tuple[str, int, Sequence[int]]] = {
+    _c10d.allreduce_.default: ("all_reduce", 0, (0,)),
+    _c10d.allgather_.default: ("all_gather", 1, (0, 1)),
+    _c10d._allgather_base_.default: ("all_gather", 1, (0, 1)),
+    _c10d.reduce_scatter_.default: ("reduce_scatter", 1, (0, 1)),
+    _c10d._reduce_scatter_base_.default: ("reduce_scatter", 1, (0, 1)),
+    _c10d.alltoall_base_.default: ("all_to_all", 1, (0, 1)),
+    _c10d.alltoall_.default: ("all_to_all", 1, (0, 1)),
+    _c10d.broadcast_.default: ("broadcast", 0, (0,)),
+    _c10d.reduce_.default: ("reduce", 0, (0,)),
+    _c10d.gather_.default: ("gather", 1, (0, 1)),
+    _c10d.scatter_.default: ("scatter", 1, (0, 1)),
+    _c10d.send.default: ("send", 0, (0,)),
+    _c10d.recv_.default: ("recv", 0, (0,)),
+    _c10d.allgather_into_tensor_coalesced_.default: ("all_gather", 1, (0, 1)),
+    _c10d.reduce_scatter_tensor_coalesced_.default: ("reduce_scatter", 1, (0, 1)),
+    _c10d.allreduce_coalesced_.default: ("all_reduce", 0, (0,)),
+}
+_functional = torch.ops._c10d_functional
+_FUNCTIONAL = {
+    _functional.all_reduce.default: "all_reduce",
+    _functional.all_reduce_.default: "all_reduce",
+    _functional.all_gather_into_tensor.default: "all_gather",
+    _functional.reduce_scatter_tensor.default: "reduce_scatter",
+    _functional.all_to_all_single.default: "all_to_all",
+    _functional.broadcast.default: "broadcast",
+}
+
+
+class Recorder(OnDevice):
+    """Records what is done while this mode is on and `on` is true; memory it counts all the time.
+
+    Nothing has content on a fake GPU: what the host reads from it is 0.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.on = False
+        self.ops: Counter[str] = Counter()
+        self.loss_ops: Counter[str] = Counter()
+        self.collectives: list[Collective] = []
+        self.waits: list[str] = []
+        self.in_loss = False
+        self._building = False
+        self.memory = Memory()
+        self._pinned: set[int] = set()
+
+    @contextmanager
+    def building_on_device(self) -> Iterator[None]:
+        """Have a model's parameters made on the device at once: a fake one cannot be moved there in place."""
+        self._building = True
+        with patch.object(torch.nn.Module, "_apply", _move_buffers):
+            yield
+        self._building = False
+
+    def start(self) -> None:
+        """Begin to record, and to look for peaks of memory anew."""
+        self.on = True
+        self.memory.forget_peak()
+
+    def stop(self) -> None:
+        """End to record."""
+        self.on = False
+
+    def wait(self, what: str) -> None:
+        """Record that the host waits for the device."""
+        if self.on:
+            self.waits.append(f"{place()} ({what})")
+
+    def launch(self, kernel: str) -> None:
+        """Record the launch of a kernel of Triton's."""
+        if self.on:
+            self._count(f"triton::{kernel}")
+
+    def __torch_dispatch__(
+        self, func: Callable, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.ops.prim.device.default:
+            return super().__torch_dispatch__(func, types, args, kwargs)
+        kwargs = kwargs or {}
+        name = func._schema.name  # type: ignore[attr-defined]
+        if any(issubclass(one, DTensor) for one in types):
+            return NotImplemented  # it comes again, as what this process has of it
+        if name.startswith(_QUESTIONS):
+            return func(*args, **kwargs)
+        if self.on:
+            self._record(func, name, args)
+        if func is _aten._local_scalar_dense.default:
+            return self._read(args[0])
+        if func is _aten._pin_memory.default:
+            result = torch.empty_like(args[0])
+            self._pinned.add(result.untyped_storage()._cdata)
+        elif func is _aten.empty_like.default and self._building and kwargs.get("device") == torch.device("cpu"):
+            result = super().__torch_dispatch__(func, types, args, {**kwargs, "device": DEVICE})
+        else:
+            pins = kwargs.pop("pin_memory", None)
+            result = super().__torch_dispatch__(func, types, args, kwargs)
+            if pins:
+                self._pinned.add(result.untyped_storage()._cdata)
+        if func in (_aten._to_copy.default, _aten.copy_.default):
+            self._copy(func, args, kwargs, result)
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, FakeTensor) and tensor.fake_device.type == "cuda":
+                self.memory.add(tensor.untyped_storage(), "loss" if self.in_loss else None)
+        return result
+
+    def _record(self, func: Callable, name: str, args: tuple[Any, ...]) -> None:
+        if func in _COLLECTIVES:
+            kind, sent, tensors = _COLLECTIVES[func]
+            inputs = [t for t in tree_leaves(args[sent]) if isinstance(t, torch.Tensor)]
+            everything = [t for n in tensors for t in tree_leaves(args[n]) if isinstance(t, torch.Tensor)]
+            group = next(a for a in args if isinstance(a, torch.ScriptObject) and "ProcessGroup" in str(a._type()))
+            size = dist.ProcessGroup.unbox(group).size()
+            self._add_collective(kind, inputs, everything, size)
+        elif func in _FUNCTIONAL:
+            size = dist.distributed_c10d._resolve_process_group(args[-1]).size()
+            self._add_collective(_FUNCTIONAL[func], [args[0]], [args[0]], size)
+        elif name.startswith("aten::"):
+            self._count(name)
+        else:
+            assert not name.startswith("c10d::") or "barrier" in name, f"a collective that is not known here: {name}"
+
+    def _count(self, name: str) -> None:
+        self.ops[name] += 1
+        if self.in_loss:
+            self.loss_ops[name] += 1
+
+    def _add_collective(
+        self, kind: str, inputs: list[torch.Tensor], tensors: list[torch.Tensor], group_size: int
+    ) -> None:
+        devices = frozenset(tensor.device.type for tensor in tensors)
+        size = sum(tensor.numel() for tensor in inputs)
+        self.collectives.append(Collective(kind, inputs[0].dtype, size, group_size, devices, place()))
+
+    def _read(self, tensor: torch.Tensor) -> Any:
+        if tensor.device.type == "cuda":
+            self.wait("a number is read")
+        return _zero(tensor.dtype)
+
+    def _copy(self, func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any], result: torch.Tensor) -> None:
+        source = args[1] if func is _aten.copy_.default else args[0]
+        target = args[0] if func is _aten.copy_.default else result
+        ways = (source.device.type, target.device.type)
+        if ways not in (("cuda", "cpu"), ("cpu", "cuda")):
+            return
+        blocking = not (kwargs.get("non_blocking") or (len(args) > 2 and args[2]))
+        host = target if ways[0] == "cuda" else source
+        if blocking or host.untyped_storage()._cdata not in self._pinned:
+            how = "waited for" if blocking else "of memory that is not pinned"
+            self.wait(f"a copy {'from' if ways[0] == 'cuda' else 'to'} the device, {how}")
+
+
+def _move_buffers(module: torch.nn.Module, move: Callable, recurse: bool = True) -> torch.nn.Module:
+    for buffers in (each._buffers for each in module.modules()):
+        for name, buffer in buffers.items():
+            buffers[name] = None if buffer is None else move(buffer)
+    return module
+
+
+def _zero(dtype: torch.dtype) -> Any:
+    if dtype == torch.bool:
+        return False
+    return 0.0 if dtype.is_floating_point else 0
+
+
+def place() -> str:
+    """Return the innermost line of ours, `folder/file.py:line`, that is being run."""
+    frame: FrameType | None = sys._getframe(1)
+    here = (__file__, str(Path(__file__).with_name("fake_gpu.py")))
+    while frame is not None:
+        file = frame.f_code.co_filename
+        if file.startswith(_OURS) and file not in here:
+            return f"{Path(file).relative_to(_OURS)}:{frame.f_lineno}"
+        frame = frame.f_back
+    return "?"
+
+
+class Memory:
+    """The bytes of live tensors on the device, by kind; `peak` has the most of each, and of all of them at once."""
+
+    def __init__(self) -> None:
+        self.now: Counter[str] = Counter()
+        self.peak: dict[str, int] = {}
+        self._kinds: dict[int, str] = {}
+        self._sizes: dict[int, int] = {}
+        # Of what is made from now on.
+        self.kind = "activations"
+
+    def add(self, storage: torch.UntypedStorage, kind: str | None = None) -> None:
+        """Count a storage, unless it is counted already."""
+        key = storage._cdata
+        if key in self._sizes:
+            return
+        self._kinds[key], self._sizes[key] = kind or self.kind, 0
+        weakref.finalize(storage, self._forget, key)
+        self.resized(storage)
+
+    def resized(self, storage: torch.UntypedStorage) -> None:
+        """Count the bytes that a storage has now; one that is not known is not counted."""
+        key = storage._cdata
+        if key in self._sizes:
+            size = storage.nbytes()
+            self.now[self._kinds[key]] += size - self._sizes[key]
+            self._sizes[key] = size
+            self._look()
+
+    def name(self, tensors: Sequence[torch.Tensor], kind: str) -> None:
+        """Say of what kind some tensors turned out to be."""
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            self.add(storage, kind)
+            key = storage._cdata
+            self.now[self._kinds[key]] -= self._sizes[key]
+            self.now[kind] += self._sizes[key]
+            self._kinds[key] = kind
+
+    def forget_peak(self) -> None:
+        """Begin anew to look for peaks."""
+        self.peak = {}
+        self._look()
+
+    def _look(self) -> None:
+        for kind, size in self.now.items():
+            if size > self.peak.get(kind, 0):
+                self.peak[kind] = size
+        self.peak["total"] = max(self.peak.get("total", 0), sum(self.now.values()))
+
+    def _forget(self, key: int) -> None:
+        self.now[self._kinds.pop(key)] -= self._sizes.pop(key)
+
+
+@contextmanager
+def resizing(memory: Memory) -> Iterator[None]:
+    """Let `memory` learn of storages that are emptied and filled again, as FSDP2 does with gathered weights."""
+    resize = torch.UntypedStorage.resize_
+
+    def counted(storage: torch.UntypedStorage, size: int) -> Any:
+        done = resize(storage, size)
+        memory.resized(storage)
+        return done
+
+    torch.UntypedStorage.resize_ = counted  # type: ignore[assignment,method-assign]
+    try:
+        yield
+    finally:
+        torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign]

@@ -1,0 +1,277 @@
+"""A step of a recipe as one process of many takes it, run without the others and without a GPU.
+
+The engine, the objective and the agreement of the processes are those that train. Their process group exchanges
+nothing, and their GPU is not there. What is counted is one step that has others like it before it.
+"""
+
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+
+from flipscale.benchmarks.fake_gpu import DEVICE, fake_gpu
+from flipscale.benchmarks.recorder import Collective, Recorder, resizing
+from flipscale.data.packed import PackedBatch
+from flipscale.engines.checkpoint import CheckpointWriter, SaveRecipe
+from flipscale.engines.device import best_attention
+from flipscale.engines.first_weights import no_weights
+from flipscale.engines.launch import Launch
+from flipscale.engines.optimizers import encoder_blocks
+from flipscale.engines.start import build_engine, engine_class, start_accelerator
+from flipscale.planning.activations import Step, example_batch
+from flipscale.training.health import StepGuard
+from flipscale.training.preemption import StopRequest
+from flipscale.training.recipe import Recipe
+from flipscale.training.schedule import Stage
+from flipscale.training.step import consume_batch
+from flipscale.training.watch import StepWatch
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from flipscale.engines.engine import Engine
+    from flipscale.objectives.objective import Objective
+
+NO_ZERO = (
+    "DeepSpeed reads numbers back from the GPU while it starts and steps, and one that is not there has none: use a "
+    "launch file of ddp, fsdp2 or hsdp"
+)
+# Steps before the one that is counted: they make the moments and whatever else is made once.
+_WARM_UP = 3
+_LEARNING_RATE = 1e-6
+
+
+@dataclass(frozen=True)
+class World:
+    """A recipe on a launch, seen from one process.
+
+    Args:
+        stage: the one that the step is of.
+        rank: of the process among `launch.num_processes`.
+    """
+
+    recipe: Recipe
+    launch: Launch
+    stage: Stage
+    rank: int = 0
+
+    def __post_init__(self) -> None:
+        batch, world = self.recipe.data.global_batch_size, self.launch.num_processes
+        if world < 2:
+            raise ValueError(f"num_processes is {world}; a world to simulate has 2 or more")
+        if not 0 <= self.rank < world:
+            raise ValueError(f"rank is {self.rank}; it must be from 0 to {world - 1}, for {world} processes")
+        if batch % world:
+            raise ValueError(f"global_batch_size {batch} is not divisible by {world} processes")
+        pairs, micro = batch // world, self.recipe.data.micro_batch_size
+        if micro is not None and micro < pairs and pairs % micro:
+            raise ValueError(f"data.micro_batch_size {micro} does not divide the {pairs} pairs of a process")
+        refusal = engine_class(self.launch).refusal(self.launch, self.recipe.optim.name, self.recipe.model.compile)
+        if refusal is not None:
+            raise ValueError(refusal)
+        if self.launch.engine.startswith("zero"):
+            raise ValueError(f"the launch file's engine is {self.launch.engine}; {NO_ZERO}")
+
+    @property
+    def micro_batch(self) -> Step:
+        """What decides the shapes of a micro-batch."""
+        pairs = self.recipe.data.global_batch_size // self.launch.num_processes
+        return Step(
+            batch_size=min(pairs, self.recipe.data.micro_batch_size or pairs),
+            mask_ratio=self.stage.mask_ratio,
+            views=self.recipe.mask.views_at(self.stage.mask_ratio),
+            text_mask_ratio=self.stage.text_mask_ratio,
+        )
+
+    @property
+    def num_micro_batches(self) -> int:
+        """How many of them a step has."""
+        return self.recipe.data.global_batch_size // self.launch.num_processes // self.micro_batch.batch_size
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one step does on one process.
+
+    Args:
+        ops: how often each of aten's operations is queued.
+        loss_ops: those of the loss that compares the batch.
+        collectives: in their order.
+        host_syncs: where the host waits for the device, as `file:line (why)`.
+        peak_bytes: the most of each kind of memory, and of all together.
+        attention: `(dtype, head_dim, has_mask)` of every call of the fused attention.
+        graphs: how many graphs torch.compile makes of the blocks for the step, where the recipe has it.
+    """
+
+    ops: Counter[str]
+    loss_ops: Counter[str]
+    collectives: list[Collective]
+    host_syncs: list[str]
+    peak_bytes: dict[str, int]
+    attention: list[tuple[torch.dtype, int, bool]]
+    graphs: int
+
+    def figures(self) -> dict[str, Any]:
+        """Return the report ready for JSON."""
+        sent, received = (sum(one.bytes[way] for one in self.collectives) for way in (0, 1))
+        return {
+            "aten_ops": self.ops.total(),
+            "loss_aten_ops": self.loss_ops.total(),
+            "collectives": dict(Counter(one.kind for one in self.collectives)),
+            "bytes_sent": sent,
+            "bytes_received": received,
+            "host_syncs": self.host_syncs,
+            "peak_memory_bytes": self.peak_bytes,
+            "graphs": self.graphs,
+        }
+
+
+def simulate(world: World) -> StepReport:
+    """Return what a step of `world` does, by taking it."""
+    recorder = Recorder()
+    attention: list[tuple[torch.dtype, int, bool]] = []
+    with ExitStack() as stack:
+        stack.enter_context(fake_processes(world.rank, world.launch))
+        fake = stack.enter_context(fake_gpu(recorder.wait, recorder.launch, attention))
+        stack.enter_context(resizing(recorder.memory))
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        accelerator = start_accelerator([], folder)
+        engine = build_engine(accelerator, world.launch, world.recipe.optim, world.recipe.data.global_batch_size)
+        with fake, recorder:
+            step = _Step(world, accelerator, engine, recorder, Path(folder))
+            for _ in range(_WARM_UP):
+                step.take()
+            attention.clear()
+            recorder.start()
+            step.take()
+            recorder.stop()
+    memory = dict(sorted(recorder.memory.peak.items(), key=lambda item: item[0] == "total"))
+    return StepReport(
+        recorder.ops, recorder.loss_ops, recorder.collectives, recorder.waits, memory, attention, len(step.graphs)
+    )
+
+
+class _Step:
+    """The engine of a world, and the steps that it takes."""
+
+    def __init__(self, world: World, accelerator: "Accelerator", engine: "Engine", recorder: Recorder, folder: Path):
+        self._world, self._engine, self._recorder = world, engine, recorder
+        self._objective = _watched(world.recipe.objective(), recorder)
+        # What differs between the calls of a block, of which torch.compile makes a graph each.
+        self.graphs: set[tuple[Any, ...]] = set()
+        recorder.memory.kind = "gradients"  # DDP makes theirs here
+        self._build()
+        watch = StepWatch(accelerator, folder, hang_seconds=1e9)
+        writer = CheckpointWriter(accelerator, folder, SaveRecipe(), None)
+        self._taken = 0
+        self._guard = StepGuard(accelerator, StopRequest(watches_file=False), writer, watch)
+
+    def _build(self) -> None:
+        recipe, engine = self._world.recipe, self._engine
+
+        def configure(model: Any) -> None:
+            model.set_attn_implementation(best_attention(DEVICE))
+            if recipe.model.gradient_checkpointing:
+                model.gradient_checkpointing_enable()
+            for block in encoder_blocks(model) if recipe.model.compile else ():
+                block.register_forward_pre_hook(self._note_graph, with_kwargs=True)
+
+        with self._recorder.building_on_device():
+            engine.build(recipe.model_config(), configure, no_weights, recipe.objective().model_class)
+        engine.prepare()
+        engine.start_averages(None)
+        memory = self._recorder.memory
+        memory.name([_local(tensor) for tensor in [*engine.model.parameters(), *engine.model.buffers()]], "weights")
+        if engine.averages is not None:
+            memory.name(list(engine.averages.values.values()), "weights")
+
+    def _note_graph(self, block: torch.nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        tensors = [tensor for tensor in [*inputs, *named.values()] if isinstance(tensor, torch.Tensor)]
+        shapes = tuple((tensor.shape, tensor.dtype, tensor.requires_grad) for tensor in tensors)
+        self.graphs.add((type(block), shapes, torch.is_grad_enabled()))
+
+    def take(self) -> None:
+        """Take a step."""
+        engine, memory = self._engine, self._recorder.memory
+        memory.kind = "batch"
+        batch = self._batch()
+        memory.kind = "activations"
+        found = consume_batch(engine, batch, self._objective)
+        self._name_gradients()
+        memory.kind = "buffers"
+        taken = self._guard.agree(self._taken, self._world.stage, found, engine.gradient_norm(), [])
+        engine.step(_LEARNING_RATE, taken)
+        self._taken += 1
+        for _ in self._guard.verdicts(settle=False):
+            pass
+        for optimizer in engine.optimizers:
+            for state in optimizer.state.values():
+                memory.name([_local(value) for value in state.values() if isinstance(value, torch.Tensor)], "moments")
+
+    def _batch(self) -> list[PackedBatch]:
+        step = self._world.micro_batch
+        example = example_batch(self._world.recipe.model_config(), step)
+        return [
+            PackedBatch.of({**example, "faults": []}).pin_memory().to(DEVICE)
+            for _ in range(self._world.num_micro_batches)
+        ]
+
+    def _name_gradients(self) -> None:
+        gradients = [p.grad for p in self._engine.model.parameters() if p.grad is not None]
+        self._recorder.memory.name([_local(gradient) for gradient in gradients], "gradients")
+
+
+def _watched(objective: "Objective", recorder: Recorder) -> "Objective":
+    """Return an objective that tells the recorder when its coupled loss is computed."""
+    if not objective.is_coupled:
+        return objective
+    compute = objective.coupled_loss
+
+    def coupled_loss(*compared: Any, **parameters: Any) -> torch.Tensor:
+        recorder.in_loss = True
+        try:
+            return compute(*compared, **parameters)
+        finally:
+            recorder.in_loss = False
+
+    object.__setattr__(objective, "coupled_loss", coupled_loss)
+    return objective
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    from torch.distributed.tensor import DTensor  # a second to import
+
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+@contextmanager
+def fake_processes(rank: int, launch: Launch) -> Iterator[None]:
+    """Make this process the `rank`th of a launch whose others do not exist; collectives return at once."""
+    from accelerate.state import AcceleratorState
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    environment = {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(launch.num_processes),
+        "LOCAL_RANK": "0",
+        "LOCAL_WORLD_SIZE": "8",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "29500",
+        "ACCELERATE_MIXED_PRECISION": launch.precision,
+    }
+    AcceleratorState._reset_state(reset_partial_state=True)
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=launch.num_processes)
+    try:
+        with patch.dict(os.environ, environment):
+            yield
+    finally:
+        dist.destroy_process_group()
+        AcceleratorState._reset_state(reset_partial_state=True)
