@@ -37,7 +37,7 @@ class DataRecipe:
 
     Args:
         shards: a folder of tar shards, a glob, or a range such as `laion/{00000..41407}.tar`. At `s3://`, `gs://`,
-            `hf://` or `https://`, shards are fetched through a cache, a block ahead. Does not change what is learned:
+            `hf://` or `https://`, shards are fetched ahead, through a cache. Does not change what is learned:
             the same shards may be elsewhere.
         sources: several sources, mixed by weight, instead of `shards`.
         tokenizer: a folder or Hub name of a fast tokenizer, or `bert` for the original's WordPiece without special

@@ -1,4 +1,4 @@
-"""Tar shards on s3, gs, hf or https, read through a bounded cache that fetches one block ahead."""
+"""Tar shards on s3, gs, hf or https, read through a bounded cache that fetches them ahead."""
 
 import hashlib
 import io

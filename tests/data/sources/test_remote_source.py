@@ -3,6 +3,7 @@
 import dataclasses
 import http.server
 import os
+import shutil
 import threading
 import time
 from collections import Counter
@@ -11,8 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import boto3
+import numpy as np
 import pytest
 import torch
+from conftest import write_shards
 from moto.server import ThreadedMotoServer
 from transformers import AutoTokenizer
 
@@ -214,6 +217,26 @@ def test_what_cannot_be(shards: Path, tmp_path: Path) -> None:
         open_source(recipe_of("nonsense://x", tmp_path / "cache"))
     with pytest.raises(ValueError, match=r"no shards at 'file://.*nowhere"):
         open_source(recipe_of(f"file://{tmp_path}/nowhere", tmp_path / "cache"))
+
+
+def test_a_node_fetches_its_lanes_shards_only(tokenizer_dir: Path, tmp_path: Path) -> None:
+    """An epoch of 48 shards by one of four processes that has two lanes of eight, by two workers."""
+    write_shards(tmp_path / "served", [4] * 48)
+    with web(tmp_path / "served", breaks=0) as (url, asked):
+        recipe = recipe_of(f"{url}/{{00000..00047}}.tar", tmp_path / "cache", lanes=8)
+        source = open_source(recipe)
+        asked.clear()  # without indices beside them, each was fetched once
+        shutil.rmtree(tmp_path / "cache")
+        (tmp_path / "cache").mkdir()
+        data = PairDataset(source, AutoTokenizer.from_pretrained(tokenizer_dir), recipe, InputShape(32, 8, 8), 5, 0.75)
+        assert len(list(enduring_batches(data, 0, 8, 1, 4, pin_memory=False))) == 8
+        read = set(data.order.locate(np.array([24 * step + 6 + n for step in range(8) for n in range(6)]))[0].tolist())
+        fetched = {path for path in asked if path.endswith(".tar")}
+        assert len(read) == 12
+        # The workers also ask for the first shards that the two lanes read in the next epoch.
+        assert {f"/{shard:05d}.tar" for shard in read} <= fetched
+        assert len(fetched) <= 12 + 2
+        assert all(asked[f"/{shard:05d}.tar"] == 1 for shard in read)
 
 
 @pytest.mark.parametrize(("num_nodes", "lanes", "held"), [(1, 3, 4), (3, 3, 2), (2, 3, 4), (1, 4, 4), (1, 1, 2)])
