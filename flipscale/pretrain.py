@@ -145,19 +145,19 @@ def train(recipe: Recipe, plan: Plan, start: Start, engine: "Engine", pair_flops
 
             # What is due after this step, when all is known: evaluate, save, stop.
             if tasks:
-                with watch.paused():
+                with watch.paused("an evaluation"):
                     tracker.write_results(step, evaluation.run(tasks))
             if guard.stop or guard.save or saver.is_due(step):
-                with watch.paused():
+                with watch.paused("a save"):
                     push.offer(saver.save(step, watch.trained_seconds))
             if guard.stop:
                 break
 
-        with watch.paused():
+        with watch.paused("a save"):
             push.offer(saver.commit())
             push.close()
         if not guard.stop:
-            with watch.paused():
+            with watch.paused("an evaluation"):
                 tracker.write_results(step, evaluation.run(plan.tasks))
             finish(recipe, accelerator)
     accelerator.wait_for_everyone()

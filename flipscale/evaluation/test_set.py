@@ -82,6 +82,7 @@ def _of_my_rows(embedder: Embedder, source: TarSource, read: Callable[[int, int]
     found: list[Value] = []
     faults: list[tuple[int, str]] = []
     for row in embedder.rows(len(where)):
+        embedder.alive()
         try:
             found.append(read(*where[row]))
         except ValueError as error:

@@ -76,8 +76,8 @@ class StepWatch:
 
     A step that takes far longer than usual on any rank is written to `slow_steps.jsonl` with the times of all ranks.
     When no step finishes for a while, every rank writes its threads' stacks to `stacks/`. When none finishes for
-    `hang_seconds`, the run ends, as it does when another process fails. The main process writes `heartbeat.json` every
-    ten seconds.
+    `hang_seconds`, or an evaluation or a save gives no sign of life for that long, the run ends, as it does when
+    another process fails. The main process writes `heartbeat.json` every ten seconds.
     """
 
     def __init__(self, accelerator: "Accelerator", run_dir: Path, hang_seconds: float, trained_seconds: float = 0.0):
@@ -97,8 +97,10 @@ class StepWatch:
         self._last_heartbeat = float("-inf")
         self._recent: deque[float] = deque(maxlen=_REMEMBERED)
         self._usual = float("inf")
-        # When the step in progress began; None while there is none, as in an evaluation.
+        # When the last sign of life was given in the step or pause in progress; None while there is neither.
         self._since: float | None = None
+        # What is done in a pause; None in a step.
+        self._doing: str | None = None
         self._finished = threading.Event()
         self._others = OtherProcesses()
 
@@ -157,16 +159,17 @@ class StepWatch:
         return self._seconds_before + running
 
     @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Stop the clock: an evaluation or a save is not training and may take as long as it needs."""
+    def paused(self, doing: str) -> Iterator[None]:
+        """Stop the clock of training for what else is done, such as `a save`. It may take as long as it needs, with a
+        sign of life (`alive`) every `hang_seconds`."""
         self._seconds_before = self.trained_seconds
-        self._running_since = self._since = None
+        self._running_since, self._doing, self._since = None, f"{doing} after step {self._step}", time.perf_counter()
         self._write_heartbeat("evaluating or saving", now=True)
         first_ns = time.time_ns()
         yield
         if self._windows:
             self._windows[-1].pauses.append((first_ns, time.time_ns()))
-        self._running_since, self._since = time.perf_counter(), None
+        self._running_since, self._doing, self._since = time.perf_counter(), None, None
 
     def so_far(self) -> Interval:
         """Return the time since the run began; waits and slow steps are those of this start."""
@@ -213,7 +216,7 @@ class StepWatch:
             if since is None:
                 continue
             seconds = time.perf_counter() - since
-            unusual = max(STACKS_FACTOR * self._usual, _LEAST_STACKS_SECONDS)
+            unusual = max(STACKS_FACTOR * self._usual, _LEAST_STACKS_SECONDS) if self._doing is None else float("inf")
             if seconds > min(unusual, self._hang_seconds / 2) and written_for != since:
                 written_for = since
                 with suppress(OSError):
@@ -221,17 +224,21 @@ class StepWatch:
             if seconds > limit:
                 self._end(seconds)
 
+    @property
+    def _current(self) -> str:
+        return self._doing or f"step {self._step}"
+
     def _write_stacks(self) -> None:
         folder = self._run_dir / "stacks"
         folder.mkdir(exist_ok=True)
         with open(folder / f"rank-{self._accelerator.process_index:05d}.txt", "a") as file:
-            file.write(f"step {self._step} on {socket.gethostname()}, {time.strftime('%F %T')}\n")
+            file.write(f"{self._current} on {socket.gethostname()}, {time.strftime('%F %T')}\n")
             file.flush()
             faulthandler.dump_traceback(file, all_threads=True)
 
     def _end(self, seconds: float) -> None:
         print(
-            f"flipscale: error: step {self._step} has not finished on rank {self._accelerator.process_index} after "
+            f"flipscale: error: {self._current} has not finished on rank {self._accelerator.process_index} after "
             f"{seconds:.0f} s (log.hang_seconds); what each rank was doing is in {self._run_dir}/stacks; start the run "
             "again to go on from its last checkpoint",
             file=sys.stderr,

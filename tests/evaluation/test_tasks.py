@@ -127,7 +127,7 @@ def test_the_watch_is_told_of_every_batch(embedder: Embedder, shards: Path) -> N
     told: list[int] = []
     watched = dataclasses.replace(embedder, alive=lambda: told.append(1))
     evaluated(watched, kind="zero_shot", data=str(shards))
-    assert len(told) == 1 + 14 + 5, "the start, then 96 images and 16 x 2 prompts in batches of 7"
+    assert len(told) == 1 + 96 + 14 + 5, "the start, 96 labels, then 96 images and 16 x 2 prompts in batches of 7"
 
 
 def test_images_are_read_once_and_texts_without_them(

@@ -2,10 +2,15 @@
 
 import json
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import processes
 import pytest
 from conftest import launch, pretrain
+
+from flipscale.training.watch import StepWatch
 
 # Rank 1 waits two seconds for the data of step 15, and for ever for those of step 18.
 LATE = """
@@ -97,3 +102,29 @@ except OSError as error:
 def test_the_caller_of_a_run_that_failed_lives_on(write_recipe, tmp_path: Path) -> None:
     done = launch([sys.executable, "-c", FAILED, str(write_recipe(tmp_path / "run"))])
     assert (done.returncode, done.stdout.strip()) == (0, "told of it: the disk is gone"), done.stderr
+
+
+def hang(folder: str, doing: str, seconds_alive: float) -> None:
+    """A process that stops to give signs of life in a pause."""
+    main_process = SimpleNamespace(is_main_process=True, process_index=0)
+    watch = StepWatch(main_process, Path(folder), hang_seconds=1)
+    with open(f"{folder}/printed", "w") as sys.stderr, watch, watch.paused(doing):
+        begin = time.monotonic()
+        while time.monotonic() - begin < seconds_alive:
+            time.sleep(0.1)
+            watch.alive()
+        time.sleep(600)
+
+
+@pytest.mark.parametrize(("doing", "seconds_alive"), [("a save", 0.0), ("an evaluation", 2.5)])
+def test_a_pause_that_never_ends_is_called_what_it_is(tmp_path: Path, doing: str, seconds_alive: float) -> None:
+    begin = time.monotonic()
+    process = processes.start(hang, str(tmp_path), doing, seconds_alive)
+    process.join(60)
+    assert process.exitcode == 1
+    assert time.monotonic() - begin > seconds_alive + 1
+    assert (
+        f"flipscale: error: {doing} after step 0 has not finished on rank 0 after 1 s"
+        in (tmp_path / "printed").read_text()
+    )
+    assert (tmp_path / "stacks/rank-00000.txt").read_text().startswith(f"{doing} after step 0 on ")

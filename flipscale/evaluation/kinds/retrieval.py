@@ -70,4 +70,5 @@ with a right answer among the k nearest."""
             nearest = target_ids[(queries[some] @ targets.t()).topk(min(max(self.ks), len(targets))).indices]
             right = nearest == query_ids[some, None]
             hits += torch.stack([right[:, :k].any(dim=1).sum() for k in self.ks])
+            embedder.alive()
         return embedder.total(hits.tolist())
