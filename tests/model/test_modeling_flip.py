@@ -182,6 +182,16 @@ def test_padding_takes_part_in_attention_as_in_the_original(
         assert torch.allclose(after[2], before[2])
 
 
+@pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
+def test_no_device_is_asked_whether_captions_are_padded(
+    small: Callable[..., FlipModel], captions: torch.Tensor, attn_implementation: str
+) -> None:
+    """A host that reads from an accelerator waits for it; from tensors without content, reading is an error."""
+    text = {"attend_to_padding": False, "pooling": "mean"}
+    model = small(text=text, attn_implementation=attn_implementation).text_model.to("meta")
+    assert model(captions.to("meta")).pooler_output.shape == (3, 24)
+
+
 def test_hidden_states_and_attentions_cover_the_ids_given(
     small: Callable[..., FlipModel], captions: torch.Tensor
 ) -> None:
