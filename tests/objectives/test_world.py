@@ -1,6 +1,8 @@
 """What the loss does in worlds of 8, 256 and 1,024 processes: as many operations and messages in each, of the sizes
 that `flipscale.objectives.exchange` states. The processes are fake; so is the GPU, where there is one."""
 
+import math
+import weakref
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -14,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import normalize
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from flipscale.model import FlipOutput
 from flipscale.objectives.contrastive import Contrastive, _InfoNCE
@@ -138,6 +141,39 @@ def test_collectives_and_their_sizes(world: int, views: int, device: str) -> Non
     softmax = [("all-to-all", world * along, world * along), ("all-gather", along, world * along)]
     assert recorded(_InfoNCE, world, views, device).collectives == [gather, *bounds, *softmax, scatter]
     assert recorded(_Sigmoid, world, views, device).collectives == [gather, scatter]
+
+
+class Held(TorchDispatchMode):
+    """Counts the bytes of what operations made, as long as it is there; `peak` is the most."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: dict[int, int] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: tuple = (), options: dict | None = None) -> Any:
+        result = function(*arguments, **(options or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and (storage := tensor.untyped_storage())._cdata not in self.sizes:
+                self.sizes[storage._cdata] = storage.nbytes()
+                weakref.finalize(storage, self.sizes.pop, storage._cdata)
+        self.peak = max(self.peak, sum(self.sizes.values()))
+        return result
+
+
+@pytest.mark.parametrize("views", [1, 2])
+@pytest.mark.parametrize("world", [8, 256])
+def test_an_exchange_holds_what_is_said(world: int, views: int) -> None:
+    dim, held = 1024, Held()
+    with fake_world(world, 1), FakeTensorMode(), torch.no_grad():
+        images, texts = (torch.empty(PAIRS * n, dim, device="cuda") for n in (views, 1))
+        with held:
+            asked = SimpleNamespace(needs_input_grad=[True])
+            _InfoNCE.forward(asked, images, texts, torch.ones(1, device="cuda"), "gather")
+    said = exchange_bytes("gather", PAIRS, world, dim, views)
+    tile = 4 * math.prod(workspace_elements(PAIRS, PAIRS * world, dim, 1, "cuda"))
+    gradients = 4 * PAIRS * dim * views
+    assert said + gradients < held.peak < 1.02 * said + 3 * gradients + tile
 
 
 def test_what_an_exchange_holds() -> None:
