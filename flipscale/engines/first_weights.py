@@ -10,8 +10,10 @@ import json
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
@@ -82,17 +84,14 @@ def compile_blocks(model: FlipModel) -> None:
 def initial_weights(
     init_from: str | None, config: FlipConfig, seed: int, kind: type[FlipModel] = FlipModel
 ) -> ParameterInit:
-    """Return what sets a new run's weights: fresh draws, or the weights of the folder or Hub name `init_from`.
+    """Collective. Return what sets a new run's weights: fresh draws, or the weights of the folder or Hub name
+    `init_from`, which process 0 alone reads, a tensor at a time, and sends to the others.
 
     Raises:
-        ValueError: there are no such weights, or one of them has another shape in a model of `config`.
+        ValueError: on every process, if there are no such weights, or one of them has another shape in a model of
+            `config`.
     """
-    if init_from is None:
-        return fresh_weights(seed)
-    try:
-        return stored_weights(_weight_files(init_from), model_without_storage(config, kind), seed)
-    except (OSError, SafetensorError, _OtherShape) as error:
-        raise ValueError(f"model.init_from {init_from!r} cannot be loaded ({str(error).splitlines()[0]})") from error
+    return fresh_weights(seed) if init_from is None else stored_weights(_Stored.of(init_from, config, kind), seed)
 
 
 def fresh_weights(seed: int) -> ParameterInit:
@@ -111,38 +110,90 @@ def no_weights(name: str, module: nn.Module, owner: PreTrainedModel) -> None:
     """Leave the memory as it is, for a checkpoint to fill."""
 
 
-def stored_weights(files: list[Path], model: FlipModel, seed: int) -> ParameterInit:
-    """Return what sets the weights of `model` from safetensors files, reading one tensor at a time.
-
-    Parameters that the files do not have are drawn, in the order and by the generator that `from_pretrained` draws them
-    with after `torch.manual_seed(seed)`. The names of these and of tensors that the model does not have are logged.
+class _Stored:
+    """Weights in safetensors files, of which process 0 alone has any open.
 
     Args:
-        model: on the meta device.
+        files: by the names of the tensors in them; empty on the other processes.
+        names: of the tensors that the model takes.
+    """
+
+    def __init__(self, files: dict[str, Any], names: set[str]):
+        self.files, self.names = files, names
+
+    @classmethod
+    def of(cls, init_from: str, config: FlipConfig, kind: type[FlipModel]) -> "_Stored":
+        """Collective. Return the weights of a folder or Hub name, for a model of `config`.
+
+        Raises:
+            ValueError: on every process, as `initial_weights`.
+        """
+        files: dict[str, Any] = {}
+        found: list[set[str] | str] = [set()]
+        several = dist.is_initialized() and dist.get_world_size() > 1
+        if not several or dist.get_rank() == 0:
+            try:
+                opened = [safe_open(file, "pt") for file in _weight_files(init_from)]
+                files = {name: file for file in opened for name in file.keys()}  # noqa: SIM118
+                found = [_usable(files, model_without_storage(config, kind))]
+            except (OSError, SafetensorError, _OtherShape) as error:
+                found = [f"model.init_from {init_from!r} cannot be loaded ({str(error).splitlines()[0]})"]
+            except ValueError as error:
+                found = [str(error)]
+        if several:
+            dist.broadcast_object_list(found, device=_device())
+        if isinstance(found[0], str):
+            raise ValueError(found[0])
+        return cls(files, found[0])
+
+    def fill(self, parameter: nn.Parameter, name: str) -> None:
+        """Collective. Set a parameter that is in memory to the tensor of this name."""
+        if self.files:
+            parameter.data.copy_(self.files[name].get_tensor(name))
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            sent = parameter.data.to(_device())
+            dist.broadcast(sent, 0)
+            parameter.data.copy_(sent)
+
+
+def _device() -> torch.device:
+    """Return where the process group takes tensors from."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _usable(files: dict[str, Any], model: FlipModel) -> set[str]:
+    """Return the names of the tensors that `model` takes, and log those that it lacks and those that it leaves.
 
     Raises:
         ValueError: a tensor has another shape than its parameter.
     """
-    opened = [safe_open(file, "pt") for file in files]
-    stored = {name: file for file in opened for name in file.keys()}  # noqa: SIM118
     shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
-    for name in shapes.keys() & stored.keys():
-        found = stored[name].get_slice(name).get_shape()
+    for name in shapes.keys() & files.keys():
+        found = files[name].get_slice(name).get_shape()
         if found != shapes[name]:
             raise _OtherShape(f"{name} has the shape {found} there, {shapes[name]} in this recipe's model")
-    for names, words in ((shapes.keys() - stored.keys(), "drawn"), (stored.keys() - shapes.keys(), "left out")):
+    for names, words in ((shapes.keys() - files.keys(), "drawn"), (files.keys() - shapes.keys(), "left out")):
         if names:
             _log.warning("of the weights to start from, %d are %s: %s", len(names), words, ", ".join(sorted(names)))
+    return shapes.keys() & files.keys()
+
+
+def stored_weights(stored: _Stored, seed: int) -> ParameterInit:
+    """Return what sets weights from `stored`, one tensor at a time: all processes call it for the same modules.
+
+    Parameters that the files do not have are drawn, in the order and by the generator that `from_pretrained` draws them
+    with after `torch.manual_seed(seed)`. The names of these and of tensors that the model does not have are logged.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def init(name: str, module: nn.Module, owner: PreTrainedModel) -> None:
         prefix = f"{name}." if name else ""
         for field, parameter in module.named_parameters(recurse=False):
-            if prefix + field in stored:
-                parameter.data.copy_(stored[prefix + field].get_tensor(prefix + field))
+            if prefix + field in stored.names:
+                stored.fill(parameter, prefix + field)
                 # transformers' initialisers leave parameters with this mark alone.
                 parameter._is_hf_initialized = True  # type: ignore[attr-defined]
-        if any(prefix + field not in stored for field, _ in module.named_parameters()):
+        if any(prefix + field not in stored.names for field, _ in module.named_parameters()):
             with torch.random.fork_rng(devices=[]):
                 torch.set_rng_state(generator.get_state())
                 owner._init_weights(module)

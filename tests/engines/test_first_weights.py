@@ -1,13 +1,19 @@
 """Fresh weights: the model's own distributions, the same numbers however they are built, one block at a time."""
 
 import copy
+import multiprocessing
+import sys
+from multiprocessing.connection import Connection
 from pathlib import Path
 
+import processes
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import TOWER
 from torch import nn
 
+from flipscale.engines import first_weights
 from flipscale.engines.first_weights import build_weights, fresh_weights, initial_weights
 from flipscale.model import FlipConfig, FlipModel
 from flipscale.objectives.reconstruction import ReconstructingFlipModel
@@ -157,3 +163,56 @@ def test_weights_that_cannot_be_loaded_are_one_error(tmp_path: Path) -> None:
     file.rename(file.with_suffix(".bin"))
     with pytest.raises(ValueError, match=r"has its weights as a pickle \(model.bin\)"):
         initial_weights(folder, CONFIG, 0)
+
+
+def _start_of_a_rank(init_from: str, other: bool, answer: Connection) -> None:
+    """What a rank of two starts from, the files that it opens, and its error."""
+    opened: list[str] = []
+    sys.addaudithook(lambda event, arguments: opened.append(str(arguments[0])) if event == "open" else None)
+    asked: list[str] = []
+    safe_open = first_weights.safe_open
+    first_weights.safe_open = lambda file, kind: (asked.append(str(file)), safe_open(file, kind))[1]
+    dist.init_process_group("gloo")
+    config = FlipConfig(**{**CONFIG.to_dict(), "projection_dim": 24}) if other else CONFIG
+    try:
+        weights = {name: value.numpy() for name, value in started(init_from, config=config).items()}
+        error = ""
+    except ValueError as raised:
+        weights, error = {}, str(raised)
+    dist.destroy_process_group()
+    answer.send((weights, len(asked) + sum(name.endswith(".safetensors") for name in opened), error))
+
+
+def of_two_ranks(init_from: str, other: bool = False) -> list[tuple[dict, int, str]]:
+    answers = []
+    for environment in processes.rank_environments(2):
+        ours, theirs = multiprocessing.Pipe()
+        process = processes.start(_start_of_a_rank, init_from, other, theirs, environment=environment)
+        theirs.close()
+        answers.append((ours, process))
+    found = [ours.recv() for ours, _ in answers]
+    for _, process in answers:
+        process.join()
+    return found
+
+
+@pytest.mark.parametrize("options", [{}, {"max_shard_size": "60KB"}], ids=["one file", "many"])
+def test_one_rank_reads_and_the_others_get_the_same(tmp_path: Path, options: dict) -> None:
+    folder = saved(tmp_path, **options)
+    expected = {name: value.numpy() for name, value in started(folder).items()}
+    (first, first_opens, _), (second, second_opens, _) = of_two_ranks(folder)
+    assert (first_opens >= 1, second_opens) == (True, 0)
+    for weights in (first, second):
+        assert weights.keys() == expected.keys()
+        assert all((weights[name] == value).all() for name, value in expected.items())
+
+
+def test_what_one_rank_cannot_load_all_refuse(tmp_path: Path) -> None:
+    folder = saved(tmp_path)
+    for name, other, message in (
+        (f"{folder}/none", False, "cannot be loaded"),
+        (folder, True, "has the shape"),
+    ):
+        (_, _, first), (_, _, second) = of_two_ranks(name, other)
+        assert first == second
+        assert message in first
