@@ -1,8 +1,11 @@
 """Zero-shot and retrieval against the figures written out by hand from the model's own features."""
 
 import dataclasses
+import os
 import tarfile
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -19,6 +22,7 @@ from flipscale.evaluation.kinds.templates import TEMPLATES
 from flipscale.evaluation.recipe import EvalRecipe
 from flipscale.evaluation.results import as_metrics
 from flipscale.evaluation.suite import build_tasks, evaluate_tasks
+from flipscale.evaluation.test_set import read_captions, read_labels
 from flipscale.model import FlipConfig, FlipModel
 
 
@@ -140,6 +144,30 @@ def test_images_are_read_once_and_texts_without_them(
         evaluated(embedder, kind=kind, data=str(shards))
         assert read == sample_numbers(TarSource(str(shards)))
         read.clear()
+
+
+def test_each_of_two_ranks_reads_its_own_images_and_no_image_for_a_label(
+    embedder: Embedder, shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Together they read every image once. A label and a caption cost a read of a few bytes each."""
+    num_bytes: list[int] = []
+    pread = os.pread
+    monkeypatch.setattr(os, "pread", lambda file, size, at: (num_bytes.append(size), pread(file, size, at))[1])
+    read: list[tuple[int, int]] = []
+    whole = TarSource.read
+    monkeypatch.setattr(TarSource, "read", lambda self, *where: read.append(where) or whole(self, *where))
+    for rank in range(2):
+        view = SimpleNamespace(
+            process_index=rank, num_processes=2, is_main_process=True, device="cpu", autocast=nullcontext
+        )
+        mine, source = dataclasses.replace(embedder, accelerator=view), TarSource(str(shards))
+        num_bytes.clear()
+        assert len(read_labels(mine, source, 16)) == len(read_captions(mine, source)) == 48
+        assert len(num_bytes) == 96
+        assert max(num_bytes) < 20
+        assert len(source._open) <= 4
+        assert len(mine.my_images(source)) == 48
+    assert sorted(read) == sample_numbers(TarSource(str(shards)))
 
 
 def test_clip_s_templates() -> None:

@@ -52,6 +52,11 @@ class RemoteShardList(ShardList):
         )
         self.url = self.path(manifest_name(self.pattern))
 
+    @property
+    def remedy(self) -> str:
+        """What to do about a manifest that is no good."""
+        return f"give the new shard another name, and {super().remedy}"
+
     def path(self, name: str) -> str:  # type: ignore[override]
         """Return the URL of a shard of this name."""
         return name if "://" in name else f"{self.folder}/{name}"

@@ -218,7 +218,7 @@ def in_windows(
             return
         with new_pool() as pool:
             for first in range(0, len(items), _WINDOW):
-                for result in pool.map(function, items[first : first + _WINDOW]):
+                for result in pool.map(function, items[first : first + _WINDOW], chunksize=8):
                     yield result
                     bar.update()
 

@@ -19,8 +19,10 @@ import pytest
 from conftest import add_member, write_shards
 
 from flipscale.cli import main
+from flipscale.data.recipe import DataRecipe
 from flipscale.data.sources import shard_list, tar_source
-from flipscale.data.sources.shard_index import index_path
+from flipscale.data.sources.mixture import order_of
+from flipscale.data.sources.shard_index import index_path, load_index
 from flipscale.data.sources.tar_source import StaleManifest, TarSource
 
 
@@ -277,3 +279,27 @@ def test_indices_that_are_there_are_used_and_those_that_are_older_are_not(tmp_pa
 
 def test_as_many_shards_stay_open_as_64_lanes_read_if_the_system_lets_them() -> None:
     assert 256 <= tar_source._most_open() <= 2048
+
+
+def test_a_batch_opens_less_than_one_shard(tmp_path: Path) -> None:
+    """Rank 100 of 256 with 8 workers, batches of 65,536 by 64 lanes, 640 shards of 10,000 samples (links of one)."""
+    with tarfile.open(tmp_path / "00000.tar", "w") as tar:
+        for number in range(10_000):
+            add_member(tar, f"{number}.jpg", b"picture")
+    load_index(tmp_path / "00000.tar")
+    for shard in range(1, 640):
+        os.link(tmp_path / "00000.tar", tmp_path / f"{shard:05d}.tar")
+        os.link(index_path(tmp_path / "00000.tar"), index_path(tmp_path / f"{shard:05d}.tar"))
+    source = TarSource(str(tmp_path))
+    recipe = DataRecipe(global_batch_size=65_536)
+    order, workers = order_of(source, 0, recipe), [pickle.loads(pickle.dumps(source)) for _ in range(8)]
+    steps = len(source) // recipe.global_batch_size
+    with file_operations(tmp_path) as operations:
+        for step in range(steps):
+            first = step * recipe.global_batch_size + 100 * 256
+            # The first sample of each shard that the batch has, as the others open nothing.
+            for shard in np.unique(order.locate(np.arange(first, first + 256))[0]).tolist():
+                workers[step % 8].read(shard, 0)
+    manifests = sum("shards.manifest" in operation for operation in operations)
+    assert manifests == 8, "one for each worker"
+    assert 0.5 * steps < len(operations) - manifests <= steps
