@@ -53,9 +53,9 @@ class RemoteShardList(ShardList):
         self.url = self.path(manifest_name(self.pattern))
 
     @property
-    def remedy(self) -> str:
-        """What to do about a manifest that is no good."""
-        return f"give the new shard another name, and {super().remedy}"
+    def stale_remedy(self) -> str:
+        """What to do about a shard that is not as the manifest says."""
+        return f"give the new shard another name, and {self.remedy}"
 
     def path(self, name: str) -> str:  # type: ignore[override]
         """Return the URL of a shard of this name."""

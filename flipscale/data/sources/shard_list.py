@@ -101,6 +101,11 @@ class ShardList:
         """What to do about a manifest that is no good."""
         return f"write the manifest anew with `flipscale prepare index {self.shards!r}`"
 
+    @property
+    def stale_remedy(self) -> str:
+        """What to do about a shard that is not as the manifest says."""
+        return self.remedy
+
     def path(self, name: str) -> Path:
         """Return the path of a shard of this name."""
         return Path(self.folder, name)

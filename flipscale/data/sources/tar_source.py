@@ -141,7 +141,7 @@ class TarSource:
         try:
             file = self._open_shard(name)
         except FileNotFoundError as error:
-            raise StaleManifest(f"shard {name} is gone, but its manifest lists it; {self.list.remedy}") from error
+            raise StaleManifest(f"shard {name} is gone, but its manifest lists it; {self.list.stale_remedy}") from error
         state, listed = os.fstat(file), self.manifest.table[shard]
         if state.st_size != listed["num_bytes"]:
             why = f"has {state.st_size} bytes, {listed['num_bytes']} when it was listed"
@@ -151,7 +151,7 @@ class TarSource:
         else:
             return file
         os.close(file)
-        raise StaleManifest(f"shard {name} {why}; {self.list.remedy}")
+        raise StaleManifest(f"shard {name} {why}; {self.list.stale_remedy}")
 
     def _open_shard(self, name: str) -> int:
         return os.open(name, os.O_RDONLY)
