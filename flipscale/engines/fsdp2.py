@@ -62,9 +62,9 @@ class Fsdp2Engine(Engine):
         blocks = [sum(p.numel() for p in block.parameters()) for block in encoder_blocks(model)]
         rest = sum(p.numel() for p in model.parameters()) - sum(blocks)
         # The block that computes and the one that is gathered ahead, a block's gradients in both precisions, and the
-        # weights outside of blocks.
+        # weights outside of blocks with their gradients, which are sent when the backward pass has ended.
         width = 2 if launch.bf16 else 4
-        return max(blocks, default=0) * (2 * width + width + 4) + rest * width
+        return max(blocks, default=0) * (2 * width + width + 4) + rest * 2 * width
 
     def _shard(self, module: nn.Module, output_dtype: torch.dtype | None = None, fp32: bool = False) -> None:
         policy = MixedPrecisionPolicy(cast_forward_inputs=False)

@@ -17,8 +17,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from flipscale.engines.device import best_attention
-from flipscale.model import FlipConfig, FlipModel
+from flipscale.engines.optimizers import encoder_blocks
+from flipscale.model import FlipConfig
 from flipscale.model.patches import num_kept
+from flipscale.objectives.contrastive import Contrastive
+from flipscale.objectives.objective import Objective
+
+# The objective of a recipe that does not name another.
+PLAIN = Contrastive()
 
 
 @dataclass(frozen=True)
@@ -30,6 +36,8 @@ class Step:
         autocast: the weights are fp32 and cast for each product, as in data parallel and ZeRO; otherwise they are in
             the precision that they compute in, as FSDP2 gathers them.
         device_type: `cuda` or `cpu`, which differ in the attention kernel and in what autocast casts.
+        added_gradients: the part of each fp32 gradient that stays on the process from the moment it is ready; below 0
+            where a block's gradients, which earlier passes left, are sent away then.
     """
 
     batch_size: int
@@ -40,52 +48,74 @@ class Step:
     bf16: bool = True
     autocast: bool = True
     device_type: str = "cuda"
+    added_gradients: float = 0.0
 
 
-def activation_bytes(config: FlipConfig, step: Step) -> int:
-    """Return the most bytes that the step holds at once, without weights, their gradients and the batch."""
-    return _simulated(config.to_json_string(use_diff=False), step)
+@dataclass(frozen=True)
+class Activations:
+    """Bytes, without weights and the batch.
+
+    Args:
+        saved: what the forward pass leaves for the backward pass, when the loss is computed.
+        peak: of activations and their gradients, at the moment when they and the weights' gradients are most.
+        gradients: the weights' gradients that have been kept until that moment.
+    """
+
+    saved: int
+    peak: int
+    gradients: int
+
+
+def activation_bytes(config: FlipConfig, step: Step, objective: Objective = PLAIN) -> Activations:
+    """Return what a forward and a backward pass of the objective's model hold."""
+    return _simulated(config.to_json_string(use_diff=False), step, objective)
 
 
 @functools.lru_cache(maxsize=64)
-def _simulated(config: str, step: Step) -> int:
+def _simulated(config: str, step: Step, objective: Objective) -> Activations:
     with FakeTensorMode():
-        return peak_bytes(FlipConfig(**json.loads(config)), step)
+        return measured(FlipConfig(**json.loads(config)), step, objective)
 
 
-def peak_bytes(config: FlipConfig, step: Step) -> int:
-    """Return `activation_bytes`, by running the step on fake tensors if that mode is on, and otherwise on real ones."""
+def measured(config: FlipConfig, step: Step, objective: Objective = PLAIN) -> Activations:
+    """Return `activation_bytes`, by running both passes on fake tensors if that mode is on, and otherwise on real ones.
+    What the loss's own computation holds is not in it."""
     weights_dtype = torch.bfloat16 if step.bf16 and not step.autocast else torch.float32
-    model = FlipModel._from_config(config, dtype=weights_dtype).train()
+    model = objective.model_class._from_config(config, dtype=weights_dtype).train()
     products_dtype = torch.bfloat16 if step.bf16 else torch.float32
     model.set_attn_implementation(best_attention(torch.device(step.device_type), products_dtype))
     if step.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     if step.bf16 and step.autocast and step.device_type == "cuda":
-        _cast_norms_as_cuda_does(model)
-    for parameter in model.parameters():
-        # Gradients are counted apart: some engines keep them, others send them away at once.
-        parameter.register_post_accumulate_grad_hook(_forget_gradient)
-    batch = example_batch(config, step)
+        cast_norms_as_cuda_does(model)
+    batch = example_batch(config, step, objective)
     with LiveBytes([*model.parameters(), *model.buffers(), *batch.values()]) as live:
+        in_blocks = {id(parameter) for block in encoder_blocks(model) for parameter in block.parameters()}
+
+        def count_gradient(parameter: torch.Tensor) -> None:
+            parameter.grad = None
+            if step.added_gradients > 0.0 or id(parameter) in in_blocks:
+                live.keep(int(4 * parameter.numel() * step.added_gradients))
+
+        for parameter in model.parameters():
+            parameter.register_post_accumulate_grad_hook(count_gradient)
         with torch.autocast("cpu", torch.bfloat16, enabled=step.bf16 and step.autocast):
             output = model(**batch, return_logits=False)
-        (output.image_embeds.float().sum() + output.text_embeds.float().sum() + output.logit_scale.sum()).backward()
-    return live.peak
+        values = [*objective.compared(output), *objective.parameters(output).values()]
+        loss = torch.stack([value.float().sum() for value in values]).sum() + objective.mean_loss(output)
+        saved = live.now
+        loss.backward()
+    return Activations(saved, live.peak, live.kept_at_peak)
 
 
-def _forget_gradient(parameter: torch.Tensor) -> None:
-    parameter.grad = None
-
-
-def _cast_norms_as_cuda_does(model: nn.Module) -> None:
+def cast_norms_as_cuda_does(model: nn.Module) -> None:
     """Cast the inputs of layer norms to fp32, in which CUDA's autocast computes and keeps them; the CPU's does not."""
     for module in model.modules():
         if isinstance(module, nn.LayerNorm):
             module.register_forward_pre_hook(lambda module, inputs: (inputs[0].float(),))
 
 
-def example_batch(config: FlipConfig, step: Step) -> dict[str, torch.Tensor]:
+def example_batch(config: FlipConfig, step: Step, objective: Objective = PLAIN) -> dict[str, torch.Tensor]:
     """Return a batch with the columns and shapes that the loader sends."""
     vision, text = config.vision_config, config.text_config
     kept = num_kept(vision.num_patches, step.mask_ratio)
@@ -98,18 +128,28 @@ def example_batch(config: FlipConfig, step: Step) -> dict[str, torch.Tensor]:
     }
     if step.mask_ratio > 0.0:
         batch["patch_index"] = torch.zeros(images, kept, dtype=torch.int16)
+        if "masked_patches" in objective.columns:
+            masked = vision.num_patches - kept
+            batch["masked_patches"] = torch.zeros(images, masked, pixels, dtype=torch.uint8)
     if step.text_mask_ratio > 0.0:
         batch["position_ids"] = torch.zeros(step.batch_size, tokens, dtype=torch.int64)
     return batch
 
 
 class LiveBytes(TorchDispatchMode):
-    """Count the bytes of live tensors that were made while this mode is on. `peak` is the most there were at once."""
+    """Count the bytes of live tensors that were made while this mode is on, and of those that were `keep`-ed.
+
+    `peak` and `kept_at_peak` are both at the moment when their sum was largest.
+    """
 
     def __init__(self, already_there: list[torch.Tensor]):
         super().__init__()
-        self.now = self.peak = 0
+        self.now = self.peak = self.kept = self.kept_at_peak = 0
         self._known = {tensor.untyped_storage()._cdata for tensor in already_there}
+
+    def keep(self, size: int) -> None:
+        """Count bytes that stay."""
+        self.kept += size
 
     def __torch_dispatch__(
         self, func: Callable, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -125,7 +165,8 @@ class LiveBytes(TorchDispatchMode):
         if key not in self._known:
             self._known.add(key)
             self.now += size
-            self.peak = max(self.peak, self.now)
+            if self.now + self.kept > self.peak + self.kept_at_peak:
+                self.peak, self.kept_at_peak = self.now, self.kept
             weakref.finalize(storage, self._remove, key, size)
 
     def _remove(self, key: int, size: int) -> None:

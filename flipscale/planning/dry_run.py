@@ -10,16 +10,17 @@ import torch
 
 from flipscale.engines.launch import Launch, launch_of, read_launch_file
 from flipscale.planning.memory import Memory, heaviest_step, planned_model, recipe_memory, what_fits
+from flipscale.planning.time_table import add_time_flags, hardware_of, time_tables
 from flipscale.training.recipe import Recipe, parse_recipe
 from flipscale.training.schedule import plan_stages
 
-# The rest is CUDA's context, the collectives' buffers and what the allocator cannot put together.
+# The rest is CUDA's context and what the allocator cannot put together.
 USABLE = 0.94
 
 
 def dry_run(arguments: Sequence[str]) -> None:
-    """Print parameters and bytes of each process under one launch file or several; the flags of a recipe are
-    `flipscale pretrain`'s.
+    """Print parameters, bytes of each process and the time of a step under launch files; other flags are those of
+    `flipscale pretrain`.
 
     Raises:
         ValueError: a recipe or launch file that cannot be run, or no launch that fits the memory stated.
@@ -27,13 +28,20 @@ def dry_run(arguments: Sequence[str]) -> None:
     args, rest = _parser().parse_known_args(arguments)
     if args.gpu_memory_gib is not None and args.gpu_memory_gib <= 0:
         raise ValueError(f"gpu_memory_gib is {args.gpu_memory_gib}; it must be above 0")
-    if args.num_processes is not None and args.num_processes < 1:
-        raise ValueError(f"num_processes is {args.num_processes}; it must be at least 1")
+    for count in args.num_processes:
+        if count < 1:
+            raise ValueError(f"num_processes is {count}; it must be at least 1")
+    hardware = hardware_of(args)
     recipe = parse_recipe(rest)
-    launches = {file.stem: read_launch_file(file, args.num_processes) for file in args.launch_file}
-    if not launches:
-        launch = launch_of(os.environ)
-        launches[launch.engine] = launch.using(num_processes=args.num_processes or launch.num_processes)
+    by_file = _launches(args)
+    for launch in (launch for sizes in by_file.values() for launch in sizes):
+        heaviest_step(recipe, launch, "cuda")
+    several = any(len(sizes) > 1 for sizes in by_file.values())
+    launches = {
+        f"{name} {launch.num_processes}" if several else name: launch
+        for name, sizes in by_file.items()
+        for launch in sizes
+    }
     if int(os.environ.get("RANK", "0")) > 0:
         return
     limit = args.gpu_memory_gib
@@ -42,6 +50,7 @@ def dry_run(arguments: Sequence[str]) -> None:
     needs = {name: recipe_memory(recipe, launch) for name, launch in launches.items()}
     print(_heading(recipe, launches))
     print(_table(needs, limit))
+    print(time_tables(recipe, by_file, hardware))
     if limit is not None and min(memory.total for memory in needs.values()) > USABLE * limit * 2**30:
         _refuse(recipe, launches, needs, limit)
 
@@ -51,17 +60,37 @@ def _parser() -> argparse.ArgumentParser:
         prog="flipscale pretrain --dry_run", description=__doc__, allow_abbrev=False,
         epilog="All other flags are those of `flipscale pretrain`, such as --config RECIPE.",
     )  # fmt: skip
-    parser.add_argument("--dry_run", action="store_true", required=True, help="compute memory instead of training")
+    parser.add_argument(
+        "--dry_run", action="store_true", required=True, help="compute memory and time instead of training"
+    )
     parser.add_argument(
         "--launch_file", type=Path, nargs="+", default=[], metavar="FILE",
         help="accelerate launch files, such as ds_configs/fsdp2.yaml; by default the launch of this process",
     )  # fmt: skip
-    parser.add_argument("--num_processes", type=int, metavar="N", help="processes, in place of the launch file's")
+    parser.add_argument(
+        "--num_processes", type=_counts, default=[], metavar="N[,N...]",
+        help="processes, in place of the launch file's; several make a table of how the run scales",
+    )  # fmt: skip
+    add_time_flags(parser)
     parser.add_argument(
         "--gpu_memory_gib", type=float, metavar="GIB",
         help="refuse what does not fit such a GPU, and name what would; by default this machine's GPU, if it has one",
     )  # fmt: skip
     return parser
+
+
+def _counts(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+def _launches(args: argparse.Namespace) -> dict[str, list[Launch]]:
+    """Return the launches of each file, or of this process's environment, at each number of processes."""
+    if args.launch_file:
+        counts = args.num_processes or [None]
+        return {file.stem: [read_launch_file(file, count) for count in counts] for file in args.launch_file}
+    launch = launch_of(os.environ)
+    counts = args.num_processes or [launch.num_processes]
+    return {launch.engine: [launch.using(num_processes=count) for count in counts]}
 
 
 def _heading(recipe: Recipe, launches: dict[str, Launch]) -> str:

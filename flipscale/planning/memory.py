@@ -2,33 +2,46 @@
 
 import functools
 import json
+import math
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
+import torch
+
+from flipscale.data.feeding import BATCHES_ON_DEVICE
 from flipscale.engines.first_weights import model_without_storage
 from flipscale.engines.launch import Launch
 from flipscale.engines.optimizers import num_moments
 from flipscale.engines.start import engine_class, engine_classes
 from flipscale.model import FlipConfig, FlipModel
-from flipscale.planning.activations import Step, activation_bytes
+from flipscale.objectives.exchange import exchange_bytes
+from flipscale.objectives.objective import Objective
+from flipscale.objectives.tiles import workspace_elements
+from flipscale.planning.activations import Step, activation_bytes, example_batch
 from flipscale.planning.flops import pair_flops
 from flipscale.training.recipe import Recipe
 
-# Logits and what is made of them in a tile of the loss, on a GPU.
-_TILE_BYTES = 2 * 4 * 4096 * 8192
+# Of the machines that these figures are for.
+GPUS_OF_A_NODE = 8
+# Beside PyTorch, each of 8 H100 had 1.06 GB before the first all-to-all and 4.34 GB after it
+# (github.com/NVIDIA/nccl/issues/1685): buffers of a communicator's rings, and of a connection to each neighbour.
+_COMMUNICATOR_BYTES = 1_060_000_000
+_NEIGHBOUR_BYTES = (4_340_000_000 - 1_060_000_000) // 7
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of the fullest process.
+    """Bytes of the fullest process at its fullest moment.
 
     Args:
         weights: kept in fp32, with their averages and the optimiser's copy of its part where there are such.
-        gradients: kept in fp32.
+        gradients: those of that moment, in fp32.
         moments: of the optimiser.
-        activations: the most that a step adds between its first product and its last gradient; where fp32 weights are
-            cast for every product, their casts too.
+        activations: what both passes hold; where fp32 weights are cast for every product, their casts too.
         communication: weights that were gathered and gradients on their way to other processes.
         loss: embeddings of the global batch, their gradients, and a tile of logits.
+        batches: the step's own, and those that wait for their steps.
+        nccl: the buffers of its communicators.
     """
 
     weights: int
@@ -37,11 +50,13 @@ class Memory:
     activations: int
     communication: int
     loss: int
+    batches: int
+    nccl: int
 
     @property
     def total(self) -> int:
-        """The sum: nearly all of it is there at once when the last layer's gradients begin."""
-        return self.weights + self.gradients + self.moments + self.activations + self.communication + self.loss
+        """The sum."""
+        return sum(vars(self).values())
 
 
 def recipe_memory(recipe: Recipe, launch: Launch, device_type: str = "cuda") -> Memory:
@@ -50,22 +65,67 @@ def recipe_memory(recipe: Recipe, launch: Launch, device_type: str = "cuda") -> 
     Raises:
         ValueError: the processes do not divide the batch, or the engine refuses the recipe.
     """
-    config, engine = recipe.model_config(), engine_class(launch)
+    config, objective, engine = recipe.model_config(), recipe.objective(), engine_class(launch)
     step = heaviest_step(recipe, launch, device_type)
     refusal = engine.refusal(launch, recipe.optim.name, recipe.model.compile)
     if refusal is not None:
         raise ValueError(refusal)
-    model = planned_model(config)
-    kept = engine.memory(model, launch)
-    moments = num_moments(model, recipe.optim)
-    return Memory(
+    model = planned_model(config, objective.model_class)
+    micro_batches = recipe.data.global_batch_size // launch.num_processes // step.batch_size
+    kept, moments = engine.memory(model, launch), num_moments(model, recipe.optim)
+    always = Memory(
         weights=4 * kept.weights * (2 if recipe.optim.ema_decay else 1) + 4 * kept.copies,
-        gradients=4 * kept.gradients,
+        gradients=0,
         moments=sum(4 * count * kept.moments[name] for name, count in moments.items()),
-        activations=activation_bytes(config, step),
-        communication=kept.communication_bytes,
-        loss=loss_bytes(recipe, launch, step.views),
+        activations=0,
+        communication=0,
+        loss=0,
+        batches=BATCHES_ON_DEVICE * micro_batches * _batch_bytes(config, step, objective),
+        nccl=_nccl_bytes(launch),
     )
+    rows = loss_bytes(recipe, launch, step.views)
+    waiting = engine.memory(model, launch, accumulates=micro_batches > 1).gradients
+    passes = _passes(sum(parameter.numel() for parameter in model.parameters()), kept.gradients, waiting, micro_batches)
+    found = [activation_bytes(config, replace(step, added_gradients=share), objective) for _, share in passes]
+    at_loss = replace(
+        always, gradients=4 * passes[0].before, loss=rows.peak, activations=found[0].saved if micro_batches == 1 else 0
+    )
+    in_backward = [
+        replace(
+            always,
+            gradients=4 * one.before + of_pass.gradients,
+            activations=of_pass.peak,
+            communication=kept.communication_bytes,
+            loss=rows.kept,
+        )
+        for one, of_pass in zip(passes, found, strict=True)
+    ]
+    at_step = replace(always, gradients=4 * kept.gradients)
+    return max([at_loss, *in_backward, at_step], key=lambda memory: memory.total)
+
+
+class _Pass(NamedTuple):
+    """A backward pass: how many elements of gradients there are before it, and what part of each parameter's is added
+    when it is ready."""
+
+    before: int
+    added: float
+
+
+def _passes(whole: int, kept: int, waiting: int, micro_batches: int) -> list[_Pass]:
+    """Return the passes of a step that may be the fullest.
+
+    Args:
+        whole: parameters.
+        kept: elements of gradients that the engine keeps for the step; the last pass sends away what is not kept.
+        waiting: those that it has between micro-batches.
+    """
+    if kept >= whole:
+        return [_Pass(kept, 0.0)]
+    if micro_batches == 1:
+        return [_Pass(0, kept / whole)]
+    earlier = _Pass(waiting - whole, 1.0) if micro_batches == 2 else _Pass(waiting, 0.0)
+    return [earlier, _Pass(waiting, kept / whole - 1.0)]
 
 
 def heaviest_step(recipe: Recipe, launch: Launch, device_type: str) -> Step:
@@ -92,29 +152,46 @@ def heaviest_step(recipe: Recipe, launch: Launch, device_type: str) -> Step:
     )
 
 
-def planned_model(config: FlipConfig) -> FlipModel:
+def planned_model(config: FlipConfig, kind: type[FlipModel] = FlipModel) -> FlipModel:
     """Return a model without storage, the same one for the same configuration."""
-    return _planned_model(config.to_json_string(use_diff=False))
+    return _planned_model(config.to_json_string(use_diff=False), kind)  # type: ignore[arg-type]  # hashable all the same
 
 
 @functools.lru_cache(maxsize=8)
-def _planned_model(config: str) -> FlipModel:
-    return model_without_storage(FlipConfig(**json.loads(config)))
+def _planned_model(config: str, kind: type[FlipModel]) -> FlipModel:
+    return model_without_storage(FlipConfig(**json.loads(config)), kind)
 
 
-def loss_bytes(recipe: Recipe, launch: Launch, views: int) -> int:
-    """Return the bytes of the embeddings that the loss holds on one process, fp32, of their gradients, and of a tile of
-    logits."""
-    row = 4 * int(recipe.model_config().projection_dim or 0)
-    batch = recipe.data.global_batch_size
+class LossBytes(NamedTuple):
+    """What the loss holds while it is computed, and what is kept of it for the backward pass."""
+
+    peak: int
+    kept: int
+
+
+def loss_bytes(recipe: Recipe, launch: Launch, views: int) -> LossBytes:
+    """Return the bytes of the gradients of this process's embeddings, of the exchange, and of two buffers of logits (of
+    which infonce needs one where Triton runs), in fp32."""
+    dim, batch = int(recipe.model_config().projection_dim or 0), recipe.data.global_batch_size
     pairs = batch // launch.num_processes
-    mine = 2 * row * pairs * (views + 1)
-    tile = min(_TILE_BYTES, 8 * pairs * batch)
+    columns = pairs if recipe.loss.exchange == "ring" else batch
+    tiles = 4 * math.prod(workspace_elements(pairs, columns, dim, buffers=2, device_type="cuda"))
+    kept = 4 * dim * pairs * (views + 1)
+    return LossBytes(kept + tiles + exchange_bytes(recipe.loss.exchange, pairs, launch.num_processes, dim, views), kept)
+
+
+def _batch_bytes(config: FlipConfig, step: Step, objective: Objective) -> int:
+    with torch.device("meta"):
+        return sum(tensor.nbytes for tensor in example_batch(config, step, objective).values())
+
+
+def _nccl_bytes(launch: Launch) -> int:
+    """Return NCCL's buffers: those of all processes' communicator, and of the two that HSDP has beside it."""
     if launch.num_processes == 1:
-        return mine + tile
-    # Around the ring, texts and gradients of the neighbours come and go. The gathered exchange has all texts, what this
-    # process's images contribute to their gradients, and all that comes back for its own texts.
-    return mine + tile + (6 * row * pairs if recipe.loss.exchange == "ring" else 3 * row * batch)
+        return 0
+    communicators = 3 if launch.shard_size not in (None, launch.num_processes) else 1
+    neighbours = min(launch.num_processes, GPUS_OF_A_NODE) - 1
+    return communicators * _COMMUNICATOR_BYTES + neighbours * _NEIGHBOUR_BYTES
 
 
 def what_fits(recipe: Recipe, launch: Launch, limit: int, device_type: str = "cuda") -> list[str]:

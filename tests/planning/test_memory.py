@@ -1,7 +1,7 @@
 """The bytes that a dry run prints: activations against the allocator's own count, shards against FSDP2's."""
 
 import re
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -17,8 +17,8 @@ from flipscale.cli import main
 from flipscale.engines.fsdp2 import Fsdp2Engine
 from flipscale.engines.launch import Launch, read_launch_file
 from flipscale.model import FlipConfig, FlipModel
-from flipscale.planning.activations import Step, activation_bytes, peak_bytes
-from flipscale.planning.memory import planned_model, recipe_memory, what_fits
+from flipscale.planning.activations import Step, activation_bytes, measured
+from flipscale.planning.memory import Memory, loss_bytes, planned_model, recipe_memory, what_fits
 from flipscale.training.recipe import Recipe, parse_recipe
 
 PARAMETERS = {"h14": 966_394_881, "g14": 2_514_907_393}
@@ -30,7 +30,7 @@ SMALL = FlipConfig.from_size("b16", {**TOWER, "image_size": 112}, {**TOWER, "voc
 def allocated_at_most(step: Step) -> int:
     """The most bytes that the CPU's allocator gave to a real step of `SMALL`, weights and batch left out."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        peak_bytes(SMALL, step)
+        measured(SMALL, step)
     now = most = 0
     for event in profiler.profiler.kineto_results.events():
         if event.name() == "[memory]":
@@ -51,18 +51,20 @@ def test_activations_are_what_the_allocator_gives(
     mask_ratio: float, recompute: bool, bf16: bool, autocast: bool
 ) -> None:
     step = Step(32, mask_ratio, gradient_checkpointing=recompute, bf16=bf16, autocast=autocast, device_type="cpu")
-    found, measured = activation_bytes(SMALL, step), allocated_at_most(step)
-    assert measured > 10 * 2**20
+    found, allocated = activation_bytes(SMALL, step).peak, allocated_at_most(step)
+    assert allocated > 10 * 2**20
     # What a kernel takes for itself is not seen: a larger part of the little that recomputation leaves.
-    assert (0.9 if recompute else 0.95) * measured < found < 1.01 * measured
+    assert (0.9 if recompute else 0.95) * allocated < found < 1.01 * allocated
 
 
 def test_the_figure_depends_on_what_it_should() -> None:
-    whole = activation_bytes(SMALL, Step(16))
-    assert activation_bytes(SMALL, Step(32)) > 1.7 * whole
-    assert activation_bytes(SMALL, Step(16, 0.75)) < 0.7 * whole
-    assert activation_bytes(SMALL, Step(16, 0.75, views=3)) > 1.3 * activation_bytes(SMALL, Step(16, 0.75))
-    assert activation_bytes(SMALL, Step(16, gradient_checkpointing=True)) < 0.5 * whole
+    def peak(step: Step) -> int:
+        return activation_bytes(SMALL, step).peak
+
+    assert peak(Step(32)) > 1.7 * peak(Step(16))
+    assert peak(Step(16, 0.75)) < 0.7 * peak(Step(16))
+    assert peak(Step(16, 0.75, views=3)) > 1.3 * peak(Step(16, 0.75))
+    assert peak(Step(16, gradient_checkpointing=True)) < 0.5 * peak(Step(16))
 
 
 @pytest.mark.parametrize("mesh_sizes", [(256,), (32, 8)])
@@ -102,11 +104,14 @@ def test_what_each_engine_keeps(h14: Recipe) -> None:
     weights = {engine: memory.weights for engine, memory in kept.items()}
     gradients = {engine: memory.gradients for engine, memory in kept.items()}
     assert (weights["ddp"], gradients["ddp"], kept["ddp"].moments) == (whole, whole, 2 * whole)
-    assert (weights["fsdp2"], gradients["fsdp2"]) == (part, part)
+    assert weights["fsdp2"] == part
+    # Activations are most before all gradients are there.
+    assert 0 < gradients["fsdp2"] < whole / 256
     assert all(kept[engine].moments == pytest.approx(2 * whole / 256, rel=0.02) for engine in kept if engine != "ddp")
     assert weights["zero1"] == weights["zero2"] == pytest.approx(whole * 257 / 256)
     assert weights["zero3"] == pytest.approx(2 * whole / 256, rel=0.02)
-    assert (gradients["zero1"], gradients["zero2"], gradients["zero3"]) == (whole, part, part)
+    assert gradients["zero1"] == whole
+    assert all(0 < gradients[engine] < whole / 256 for engine in ("zero2", "zero3"))
 
 
 @pytest.mark.parametrize("size", ["h14", "g14"])
@@ -117,8 +122,8 @@ def test_dry_run_of_the_large_models(size: str, file: Path, h14: Recipe, capsys:
     printed = capsys.readouterr().out
     assert printed.startswith(f"{size}: {PARAMETERS[size]:,} parameters")
     assert f"{file.stem}: 256 processes of 256 pairs, 256 at once, bf16, at most 100% of the patches" in printed
-    rows = dict(line.rsplit(maxsplit=1) for line in printed.splitlines()[-8:])
-    kinds = ("weights", "gradients", "moments", "activations", "communication", "loss")
+    rows = dict(line.rsplit(maxsplit=1) for line in printed.split("\n\ntime, ")[0].splitlines()[-10:])
+    kinds = [field.name for field in fields(Memory)]
     assert float(rows["total"]) == pytest.approx(sum(float(rows[kind]) for kind in kinds), abs=0.04)
     assert float(rows["activations"]) > 5
     assert rows["fits 80 GiB"] == "yes"
@@ -128,7 +133,7 @@ def test_copies_follow_the_number_of_processes(tmp_path: Path, h14: Recipe) -> N
     fsdp2, hsdp = (read_launch_file(file, 256) for file in LAUNCH_FILES if file.stem in ("fsdp2", "hsdp"))
     assert hsdp == fsdp2.using(shard_size=8)
     kept, other = recipe_memory(h14, hsdp), recipe_memory(h14, fsdp2)
-    assert kept.weights == kept.gradients == kept.moments // 2 == pytest.approx(4 * 966_394_881 / 8, rel=0.001)
+    assert kept.weights == kept.moments // 2 == pytest.approx(4 * 966_394_881 / 8, rel=0.001)
     assert kept.communication == other.communication
     assert recipe_memory(h14, hsdp.using(num_processes=512)).weights == kept.weights
     assert any(words.startswith("fsdp2 (") for words in what_fits(h14, hsdp, other.total))
@@ -168,7 +173,7 @@ def test_what_cannot_fit_is_refused_with_what_would(capsys: pytest.CaptureFixtur
 def test_pairs_of_changes_where_no_single_one_does() -> None:
     recipe, launch = parse_recipe(["--config", "b16_laion400m"]), Launch("ddp", 64, precision="bf16")
     recipe = replace(recipe, data=replace(recipe.data, micro_batch_size=512))
-    together = what_fits(recipe, launch, 5 * 2**30)
+    together = what_fits(recipe, launch, 9 * 2**30)
     assert together
     assert all(words.startswith("model.gradient_checkpointing and ") for words in together)
     assert what_fits(recipe, launch, 2**29) == []
@@ -179,11 +184,11 @@ def test_micro_batches_averages_and_the_ring_count(h14: Recipe) -> None:
     plain = recipe_memory(h14, launch)
     small = recipe_memory(replace(h14, data=replace(h14.data, micro_batch_size=64)), launch)
     assert small.activations < 0.6 * plain.activations
-    assert small.loss == plain.loss
+    assert small.batches == plain.batches
     averaged = recipe_memory(replace(h14, optim=replace(h14.optim, ema_decay=0.999)), launch)
     assert averaged.weights == 2 * plain.weights
-    ring = recipe_memory(replace(h14, loss=replace(h14.loss, exchange="ring")), launch)
-    assert ring.loss < 0.5 * plain.loss
+    ring = replace(h14, loss=replace(h14.loss, exchange="ring"))
+    assert loss_bytes(ring, launch, 1).peak < 0.2 * loss_bytes(h14, launch, 1).peak
 
 
 @pytest.mark.parametrize(

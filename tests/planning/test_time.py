@@ -1,0 +1,133 @@
+"""The step's time against calculations by hand, the tables, and flags that make no sense."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from flipscale.cli import main
+from flipscale.engines.launch import Launch
+from flipscale.planning.time import Hardware, Links, messages, step_time
+from flipscale.training.recipe import Recipe, parse_recipe
+
+DS_CONFIGS = Path(__file__).parents[2] / "ds_configs"
+PARAMETERS = 966_394_881
+# Parameters of a block of each tower: four square matrices, two of four times the width, their biases and two norms.
+IMAGE_BLOCK, TEXT_BLOCK = (12 * width**2 + 13 * width for width in (1280, 1024))
+BLOCKS = [IMAGE_BLOCK] * 32 + [TEXT_BLOCK] * 24
+GROUPS = [*BLOCKS, PARAMETERS - sum(BLOCKS)]
+
+
+@pytest.fixture(scope="module")
+def h14() -> Recipe:
+    return parse_recipe(["--config", "h14_laion2b"])
+
+
+def gathered(size: float, count: int, bandwidth: float) -> float:
+    """Around a ring of nodes of 8: 1.9 us a hop within a node, 4 us between nodes."""
+    crossings = max(0, -(-count // 8) - 1)
+    return (count - 1 - crossings) * 1.9e-6 + crossings * 4e-6 + size * (count - 1) / count / bandwidth
+
+
+# 8 adapters of 46 GB/s are more than NVLink's 350.
+TEXTS = 2 * gathered(4 * 65536 * 1024, 256, 350e9)
+
+
+def test_ddp_sends_twice_the_gradients(h14: Recipe) -> None:
+    sent = messages(h14, Launch("ddp", 256, "bf16"), Links())
+    buckets = -(-4 * PARAMETERS // (25 * 2**20))
+    # Up and down a tree over 32 nodes: 7 hops within one and 5 between them, each way.
+    hops = 2 * (7 * 1.9e-6 + 5 * 4e-6)
+    every = buckets * hops + 2 * 4 * PARAMETERS * 255 / 256 / 350e9
+    assert sent.backward + sent.last == pytest.approx(every, rel=1e-3)
+    assert sent.last == pytest.approx(every / buckets, rel=1e-3)
+    assert sent.forward == sent.first == 0.0
+    assert sent.between == pytest.approx(TEXTS, rel=1e-6)
+
+
+def test_fsdp2_gathers_twice_and_scatters(h14: Recipe) -> None:
+    sent = messages(h14, Launch("fsdp2", 256, "bf16"), Links())
+    gathers = [gathered(2 * size, 256, 350e9) for size in GROUPS]
+    scatters = [gathered(4 * size, 256, 350e9) for size in GROUPS]
+    assert sent.first + sent.forward == pytest.approx(sum(gathers), rel=1e-6)
+    assert sent.backward + sent.last == pytest.approx(sum(gathers) + sum(scatters), rel=1e-6)
+    assert sent.first == pytest.approx(gathers[0], rel=1e-6)
+    assert sent.last == pytest.approx(scatters[-1], rel=1e-6)
+
+
+def test_hsdp_gathers_within_a_node_and_reduces_shards_between(h14: Recipe) -> None:
+    links = Links(network_gbps=2.0)
+    sent = messages(h14, Launch("fsdp2", 256, "bf16", shard_size=8), links)
+    assert sent.first + sent.forward == pytest.approx(sum(gathered(2 * size, 8, 350e9) for size in GROUPS), rel=1e-6)
+    # Each GPU has its own adapter to the other 31 copies of its shard.
+    reduces = [2 * 5 * 4e-6 + 2 * (4 * size // 8) * 31 / 32 / 2e9 for size in GROUPS]
+    last = gathered(4 * GROUPS[-1], 8, 350e9) + reduces[-1]
+    # The network is the slower one here, and what the node sends is behind it.
+    assert sent.last == pytest.approx(last, rel=1e-6)
+    assert sent.backward + sent.last == pytest.approx(sum(reduces), rel=1e-6)
+
+
+def test_the_yardstick(h14: Recipe) -> None:
+    """H/14, 50 % masked and recomputed, 256 pairs on each of 256 H100: about 0.45 s a step."""
+    found = step_time(h14, Launch("fsdp2", 256, "bf16", shard_size=8), h14.stages[0], Hardware())
+    assert found.seconds == pytest.approx(0.45, rel=0.1)
+    assert found.binds == "compute"
+    # 145k pairs/s of 40 KB, over 32 nodes, where each node once read all of them.
+    assert found.node_mb_s * 32 == pytest.approx(5_800, rel=0.1)
+    plain = replace(h14, model=replace(h14.model, gradient_checkpointing=False))
+    compute = step_time(plain, Launch("ddp", 256, "bf16"), h14.stages[0], Hardware()).compute
+    assert found.compute == pytest.approx(compute * 4 / 3)
+    parts = replace(h14, data=replace(h14.data, micro_batch_size=128))
+    assert step_time(parts, Launch("ddp", 256, "bf16"), h14.stages[0], Hardware()).compute == pytest.approx(
+        compute * 5 / 3
+    )
+
+
+def test_what_binds_is_named(h14: Recipe) -> None:
+    stage = h14.stages[0]
+    assert step_time(h14, Launch("ddp", 1024, "bf16"), stage, Hardware()).binds == "small batch"
+    slow = Hardware(links=Links(network_gbps=0.5))
+    assert step_time(h14, Launch("ddp", 256, "bf16"), stage, slow).binds == "network"
+    slow = Hardware(links=Links(node_gbps=0.2))
+    assert step_time(h14, Launch("ddp", 8, "bf16"), stage, slow).binds == "node links"
+    starved = step_time(h14, Launch("ddp", 256, "bf16"), stage, Hardware(images_per_worker_s=10.0))
+    assert (starved.binds, starved.seconds) == ("loader", pytest.approx(256 / 80))
+
+
+def test_a_table_for_each_file_and_stage(h14: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "step.json").write_text('{"flops_per_pair": 1e12, "images_per_s": 494.5}\n')
+    files = [str(DS_CONFIGS / "ddp.yaml"), str(DS_CONFIGS / "hsdp.yaml")]
+    command = ["pretrain", "--dry_run", "--config", "h14_laion2b", "--launch_file", *files]
+    main([*command, "--num_processes", "64,256", "--bench", str(tmp_path / "step.json")])
+    printed = capsys.readouterr().out
+    assert "time, at 50% of 989 Tflop/s, 350 GB/s a GPU within a node of 8, 46 between nodes" in printed
+    for name in ("ddp", "hsdp"):
+        for stage in ("masked (50% masked)", "unmasked tuning (0% masked)"):
+            lines = printed.split(f"{name}, {stage}:\n")[1].splitlines()
+            assert [line.split()[0] for line in lines[2:4]] == ["64", "256"]
+        assert f"{name}, the whole run: " in printed
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--node_gbps", "0"], "node_gbps is 0; it must be above 0"),
+        (["--network_gbps", "-1"], "network_gbps is -1; it must be above 0"),
+        (["--mfu", "1.5"], "mfu is 1.5; it must be in (0, 1]"),
+        (["--mfu", "0"], "mfu is 0; it must be in (0, 1]"),
+        (["--images_per_worker_s", "0"], "images_per_worker_s is 0; it must be above 0"),
+        (["--mfu", "0.4", "--bench", "x.json"], "mfu and bench both say how fast products are; leave one of them out"),
+        (["--bench", "nowhere.json"], "bench nowhere.json is not a JSON line of `flipscale bench step --json`"),
+        (["--num_processes", "8,48"], "global_batch_size 65536 is not divisible by 48 processes"),
+        (["--num_processes", "8,x"], "num_processes: invalid"),
+        (
+            ["--launch_file", str(DS_CONFIGS / "hsdp.yaml"), "--num_processes", "8,4"],
+            "parallelism_config_dp_shard_size 8 is not the number of processes, 4; use a dp_shard_size above 1 that",
+        ),
+    ],
+)
+def test_numbers_that_make_no_sense(flags: list[str], message: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        main(["pretrain", "--dry_run", "--config", "h14_laion2b", *flags])
+    assert exit_info.value.code == 2
+    assert message in capsys.readouterr().err
