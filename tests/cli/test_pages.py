@@ -169,7 +169,7 @@ RULES: dict[str, Callable[[list[str]], None]] = {
     r"(\.venv/bin/)?pip (install|wheel) ": installation,
     r"make \w+": target,
     r"(\.venv/bin/)?(pytest|ruff|mypy|pre-commit)\b": tool,
-    r"python tests/same_bits\.py": script_s_help,
+    r"python tests/(same_bits|planning/tracked)\.py": script_s_help,
 }
 
 
