@@ -189,6 +189,18 @@ def test_a_block_is_permuted_once_and_two_of_a_lane_are_kept(monkeypatch: pytest
         assert sum(block.nbytes for block in order._shuffled.values()) == 2 * lanes * 4 * 1024
 
 
+@pytest.mark.parametrize(("batch", "world_size"), [(65_536, 256), (16_384, 256), (16_384, 64), (32_768, 1024)])
+def test_a_worker_turns_to_a_new_shard_once_a_batch_at_most(batch: int, world_size: int) -> None:
+    """One of a process's eight, at LAION-2B's mean size of a shard. With a single lane it is 14 to 16 times."""
+    order = order_of(source_of([8645] * 4000), 0, DataRecipe(global_batch_size=batch))
+    steps = list(StepSampler(0, 400, batch, world_size // 3, world_size))[::8]
+    opened, last = 0, None
+    for positions in steps:
+        for shard in dict.fromkeys(order.locate(np.array(positions))[0].tolist()):
+            opened, last = opened + (shard != last), shard
+    assert opened <= len(steps)
+
+
 @pytest.mark.parametrize(
     ("wish", "batch", "expected"),
     [(None, 16_384, 64), (None, 96, 32), (None, 100, 4), (None, 7, 1), (1, 7, 1), (128, 1024, 128)],
