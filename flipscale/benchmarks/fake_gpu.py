@@ -174,7 +174,6 @@ def fake_gpu(waits: Waits, launches: Waits, attention: list[tuple[torch.dtype, i
         stack.enter_context(patch.object(FakeTensor, "tolist", _tolist(waits)))
         # DDP compares the parameters' shapes with those of process 0, by their values.
         stack.enter_context(patch.object(distributed, "_verify_param_shape_across_processes", lambda *_, **__: None))
-        stack.enter_context(patch.object(DistributedDataParallel, "__init__", _ddp))
         if find_spec("triton") is not None:
             jit = importlib.import_module("triton.runtime.jit")
             run = lambda kernel, *_, **__: launches(kernel.__name__)  # noqa: E731
@@ -201,7 +200,7 @@ def _tolist(waits: Waits) -> Callable[[FakeTensor], Any]:
 _make_ddp = DistributedDataParallel.__init__
 
 
-def _ddp(ddp: DistributedDataParallel, *arguments: Any, **options: Any) -> None:
+def visible_ddp(ddp: DistributedDataParallel, *arguments: Any, **options: Any) -> None:
     """Make DDP exchange gradients by a call that is seen; its own wants a result that the fake group does not have."""
     _make_ddp(ddp, *arguments, **options)
 

@@ -16,8 +16,9 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
-from flipscale.benchmarks.fake_gpu import DEVICE, fake_gpu
+from flipscale.benchmarks.fake_gpu import DEVICE, fake_gpu, visible_ddp
 from flipscale.benchmarks.recorder import Collective, Recorder, resizing
 from flipscale.data.packed import PackedBatch
 from flipscale.engines.checkpoint import CheckpointWriter, SaveRecipe
@@ -270,7 +271,7 @@ def fake_processes(rank: int, launch: Launch) -> Iterator[None]:
     AcceleratorState._reset_state(reset_partial_state=True)
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=launch.num_processes)
     try:
-        with patch.dict(os.environ, environment):
+        with patch.dict(os.environ, environment), patch.object(DistributedDataParallel, "__init__", visible_ddp):
             yield
     finally:
         dist.destroy_process_group()

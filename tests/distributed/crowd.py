@@ -212,6 +212,8 @@ def serve(connection: Connection) -> None:
     import torch.distributed as dist
     from accelerate.state import AcceleratorState
 
+    # torch was imported before this process had its environment.
+    dist.set_debug_level_from_env()
     while True:
         try:
             task, file, changes = connection.recv()

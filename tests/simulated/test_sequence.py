@@ -1,0 +1,109 @@
+"""All processes send the same messages in one order, whatever a step brings: else they wait for each other for ever."""
+
+import contextlib
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from flipscale import pretrain
+from flipscale.benchmarks.recorder import Recorder
+from flipscale.benchmarks.world import fake_processes
+from flipscale.engines.checkpoint import CheckpointWriter, list_checkpoints
+from flipscale.engines.launch import launch_environment, read_launch_file
+from flipscale.engines.start import start_accelerator
+from flipscale.objectives.contrastive import Contrastive
+from flipscale.planning.flops import pair_flops
+from flipscale.training.recipe import parse_recipe
+from flipscale.training.start import Start, check
+
+LAUNCH_FILES = Path(__file__).parents[2] / "ds_configs"
+WORLD = 8
+# Of the steps from 0: the loss of one is infinite, and in one a signal arrives. Step 2 is saved, step 4 evaluated.
+INFINITE, SIGNALLED = 1, 5
+
+
+@pytest.fixture(autouse=True)
+def handlers() -> Iterator[None]:
+    """Those of the signals, as they were."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def eventful_loss(true_loss: Callable) -> Callable:
+    steps: list[int] = []
+
+    def loss(self: Contrastive, *compared: torch.Tensor, **parameters: torch.Tensor) -> torch.Tensor:
+        steps.append(1)
+        if len(steps) - 1 == SIGNALLED:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return true_loss(self, *compared, **parameters) * (float("inf") if len(steps) - 1 == INFINITE else 1.0)
+
+    return loss
+
+
+def partial_index(index: Callable) -> Callable:
+    """The index of a checkpoint's parts, nothing where they do not make the whole: there is one part."""
+
+    def found(self: CheckpointWriter, *arguments: object) -> dict:
+        with contextlib.suppress(AssertionError):
+            return index(self, *arguments)
+        return {}
+
+    return found
+
+
+def messages(rank: int, engine: str, file: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[list[tuple], Path]:
+    """What a run sends as process `rank`, and its directory; its tensors have content, and are on the CPU."""
+    launch = read_launch_file(LAUNCH_FILES / f"{engine}.yaml", WORLD).using(precision="no")
+    recorder = Recorder()
+    with contextlib.ExitStack() as stack:
+        patches = stack.enter_context(monkeypatch.context())
+        for name, value in launch_environment(LAUNCH_FILES / f"{engine}.yaml", WORLD).items():
+            patches.setenv(name, value)
+        patches.setattr(Contrastive, "coupled_loss", eventful_loss(Contrastive.coupled_loss))
+        # A part is on disk at another time on each process, which all of them learn by a sum; here there is no sum.
+        patches.setattr(CheckpointWriter, "is_writing", False)
+        patches.setattr(CheckpointWriter, "_index", partial_index(CheckpointWriter._index))
+        stack.enter_context(fake_processes(rank, launch))
+        recipe = parse_recipe(["--config", str(file)])
+        for number in range(1, SIGNALLED + 3):  # process 0 makes the folders, and renames them
+            Path(recipe.output_dir, "checkpoints", f".step-{number:08d}.partial").mkdir(parents=True)
+        plan = check(recipe)
+        start = Start(start_accelerator([], recipe.output_dir), None, {})
+        built = pretrain.resume(recipe, plan, start)
+        with recorder:
+            recorder.on = True
+            pretrain.train(recipe, plan, start, built, pair_flops(recipe))
+    found = [one.signature for one in recorder.collectives]
+    # Objects are bytes, as many as their numbers have digits.
+    return [(kind, dtype, 0 if dtype == torch.uint8 else size, group) for kind, dtype, size, group in found], Path(
+        recipe.output_dir
+    )
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_ranks_send_alike(
+    engine: str, recipe: dict, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = {}
+    for rank in (0, 1, WORLD - 1):
+        run_dir = tmp_path / str(rank)
+        tasks = [{"kind": "zero_shot", "data": str(shards)}]
+        changes = {
+            "output_dir": str(run_dir),
+            "save": {"every_samples": 3 * 16},
+            "eval": {"tasks": tasks, "every_samples": 5 * 16, "batch_size": 4},
+        }
+        file = tmp_path / f"{rank}.yaml"
+        file.write_text(yaml.safe_dump({**recipe, **changes}))
+        found[rank], run_dir = messages(rank, engine, file, monkeypatch)
+    assert found[0] == found[1] == found[WORLD - 1]
+    assert len(found[0]) > 6 * 4
+    assert [path.name for path in list_checkpoints(tmp_path / "0")][-1:] == [f"step-{SIGNALLED + 1:08d}"]
