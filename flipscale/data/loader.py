@@ -1,11 +1,15 @@
 """The batches of a run's steps, made by loader workers: which positions each process takes, and the DataLoader."""
 
 import gc
+import multiprocessing
+import os
 import signal
 import threading
 from collections.abc import Iterator
+from multiprocessing import forkserver
 from typing import Any
 
+import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from flipscale.data.lanes import divisors_around
@@ -103,13 +107,35 @@ def build_loader(
         collate_fn=_pack,
         num_workers=recipe.num_workers,
         pin_memory=pin_memory,
-        worker_init_fn=_collect_garbage,
+        worker_init_fn=settle_worker,
+        multiprocessing_context=worker_context() if recipe.num_workers else None,
     )
 
 
-def _collect_garbage(worker: int) -> None:
-    """Turn on the garbage collector, which a trainer turns off for itself and thus for the workers that it forks."""
+# What workers import, beside the trainer's own module: their server does so once for all of them.
+_IMPORTED_BY_WORKERS = ["flipscale.pretrain", "flipscale.data.loader", "flipscale.evaluation.embedding"]
+
+
+def worker_context() -> str | None:
+    """Return how workers start: where there is a GPU, from a server that has imported what they need, as a fork of a
+    process with CUDA, its network and their threads may hang or crash; None for Python's default elsewhere."""
+    return "forkserver" if torch.cuda.is_available() else None
+
+
+def prepare_workers() -> None:
+    """Start the server that workers come from, where they come from one, and do not wait for its imports."""
+    if worker_context() == "forkserver":
+        multiprocessing.set_forkserver_preload(_IMPORTED_BY_WORKERS)
+        forkserver.ensure_running()
+
+
+def settle_worker(worker: int) -> None:
+    """Let a worker have one thread of its own: there are as many workers as cores.
+
+    Also turn on the garbage collector, which a trainer turns off for itself and thus for the workers that it forks.
+    """
     gc.enable()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the tokenizer looks for each batch
 
 
 def start_workers(loader: DataLoader) -> Iterator[Any]:

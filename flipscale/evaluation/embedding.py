@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from tqdm import tqdm
 
 from flipscale.data.captions import tokenise
 from flipscale.data.decode import UndecodableImage, decode_box, visible_patches
+from flipscale.data.loader import settle_worker, start_workers, worker_context
 from flipscale.data.pairs import InputShape
 from flipscale.data.sources.tar_source import TarSource
 
@@ -97,14 +99,11 @@ class Embedder:
 
     # What depends on the kind of model: these four are FLIP's.
 
-    def decode(self, encoded: bytes) -> np.ndarray:
-        """Return an image as the model takes it: the centred square's patches, uint8 `(num_patches, 3 * p * p)`.
-
-        Raises:
-            UndecodableImage: it is no image.
-        """
+    def decoder(self) -> Callable[[bytes], np.ndarray]:
+        """Return what turns an encoded image into what the model takes, or raises `UndecodableImage`. It goes to the
+        workers, without this embedder and its model."""
         shape = InputShape.of(self.model.config)
-        return visible_patches(decode_box(encoded, None, shape.image_size, (1.0, 1.0)), shape.patch_size, None)
+        return partial(_whole_square, shape.image_size, shape.patch_size)
 
     def image_features(self, batch: torch.Tensor) -> torch.Tensor:
         """Return `(batch, dim)`, not normalised, of decoded images."""
@@ -125,10 +124,15 @@ class Embedder:
         batches = [mine[first : first + self.batch_size] for first in range(0, len(mine), self.batch_size)]
         workers = min(self.num_workers, len(batches) if len(batches) > 1 else 0)
         loader = DataLoader(
-            WholeImages(source, self.decode), batch_sampler=batches, collate_fn=_as_is, num_workers=workers
+            WholeImages(source, self.decoder()),
+            batch_sampler=batches,
+            collate_fn=_as_is,
+            num_workers=workers,
+            worker_init_fn=settle_worker,
+            multiprocessing_context=worker_context() if workers else None,
         )
         try:
-            for batch in loader:
+            for batch in start_workers(loader):
                 if isinstance(batch, Exception):
                     raise batch
                 yield torch.as_tensor(batch)
@@ -166,6 +170,11 @@ class Embedder:
 
 def _as_is(batch: Any) -> Any:
     return batch
+
+
+def _whole_square(image_size: int, patch_size: int, encoded: bytes) -> np.ndarray:
+    """Return the centred square's patches, uint8 `(num_patches, 3 * p * p)`."""
+    return visible_patches(decode_box(encoded, None, image_size, (1.0, 1.0)), patch_size, None)
 
 
 class WholeImages(Dataset):

@@ -3,6 +3,7 @@
 import io
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -55,11 +56,8 @@ class OpenClipEmbedder(Embedder):
 
     preprocess: Callable[[Image.Image], torch.Tensor] = field(kw_only=True)
 
-    def decode(self, encoded: bytes) -> np.ndarray:
-        try:
-            return self.preprocess(Image.open(io.BytesIO(encoded))).numpy()
-        except OSError as error:
-            raise UndecodableImage(str(error)) from error
+    def decoder(self) -> Callable[[bytes], np.ndarray]:
+        return partial(_preprocessed, self.preprocess)
 
     def image_features(self, batch: torch.Tensor) -> torch.Tensor:
         return self.model.encode_image(batch)
@@ -69,3 +67,10 @@ class OpenClipEmbedder(Embedder):
 
     def text_features(self, batch: torch.Tensor) -> torch.Tensor:
         return self.model.encode_text(batch)
+
+
+def _preprocessed(preprocess: Callable[[Image.Image], torch.Tensor], encoded: bytes) -> np.ndarray:
+    try:
+        return preprocess(Image.open(io.BytesIO(encoded))).numpy()
+    except OSError as error:
+        raise UndecodableImage(str(error)) from error

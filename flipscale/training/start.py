@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from flipscale.data.faults import Fault
 from flipscale.data.feeding import enduring_batches, on_device
+from flipscale.data.loader import prepare_workers
 from flipscale.data.packed import PackedBatch
 from flipscale.data.pairs import InputShape, PairDataset
 from flipscale.data.sources.opening import open_source
@@ -141,6 +142,7 @@ def join(recipe: Recipe, source: Source, checkpoint: Path | None) -> Start:
         ValueError: the processes are not those that were launched, or their data differs, among them or from that of
             the checkpoint.
     """
+    prepare_workers()
     accelerator = start_accelerator(recipe.log.report_to, recipe.output_dir)
     agree_on_data(accelerator, source)
     from accelerate.utils import broadcast_object_list
