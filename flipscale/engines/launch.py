@@ -10,6 +10,7 @@ at the top of the file, and takes those inside a section as its flags.
 """
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -45,6 +46,7 @@ class Launch:
         precision: of matrix products, in accelerate's words; `no` is fp32.
         shard_size: neighbouring processes that share one copy of the weights under `fsdp2`; None for all of them.
         deepspeed: DeepSpeed's settings, for the ZeRO engines.
+        processes_per_node: of each machine; None where the launcher does not say.
     """
 
     engine: str = "ddp"
@@ -52,11 +54,19 @@ class Launch:
     precision: Literal["no", "bf16"] = "no"
     shard_size: int | None = None
     deepspeed: Mapping[str, Any] = field(default_factory=dict)
+    processes_per_node: int | None = None
 
     @property
     def bf16(self) -> bool:
         """Whether matrix products are in bf16."""
         return self.precision == "bf16"
+
+    @property
+    def neighbours(self) -> int:
+        """How many processes, on one machine, share work whose results each of them needs whole."""
+        # Where nothing is known of machines, 8 is what most have.
+        count = math.gcd(self.num_processes, self.processes_per_node or 8)
+        return count if count > 1 else self.num_processes
 
     def using(self, **changes: Any) -> "Launch":
         """Return the same launch but for `changes`."""
@@ -70,10 +80,12 @@ def launch_of(environment: Mapping[str, str]) -> Launch:
         ValueError: the launch asks for something that flipscale does not do, or for what the recipe decides.
     """
     num_processes = int(environment.get("WORLD_SIZE", "1"))
+    per_node = int(environment["LOCAL_WORLD_SIZE"]) if "LOCAL_WORLD_SIZE" in environment else None
     launch = Launch(
         num_processes=num_processes,
         precision=launched_precision(environment),
-        shard_size=_shard_size(environment, num_processes),
+        shard_size=_shard_size(environment, num_processes, per_node),
+        processes_per_node=per_node,
     )
     if _is_set(environment, "ACCELERATE_USE_DEEPSPEED"):
         settings = _deepspeed_settings(environment)
@@ -112,8 +124,11 @@ def launch_environment(file: Path, num_processes: int | None = None) -> dict[str
             f"launch file {file} cannot be read as accelerate's ({error!r}); use one such as {shipped('ddp')}"
         ) from error
     sections = [section for section in settings.values() if isinstance(section, dict)]
+    of_file = int(settings.get("num_processes", 1))
+    world = num_processes or of_file
     environment = {
-        "WORLD_SIZE": str(num_processes or settings.get("num_processes", 1)),
+        "WORLD_SIZE": str(world),
+        "LOCAL_WORLD_SIZE": str(min(world, max(of_file // int(settings.get("num_machines", 1)), 1))),
         "ACCELERATE_MIXED_PRECISION": str(settings.get("mixed_precision") or "no"),
         "ROLE_NAME": str(next((section["role"] for section in sections if "role" in section), _NO_ROLE)),
     }
@@ -157,11 +172,12 @@ def _is_set(environment: Mapping[str, str], name: str) -> bool:
     return environment.get(name, "").lower() in ("1", "true", "t", "yes", "y", "on")
 
 
-def _shard_size(environment: Mapping[str, str], num_processes: int) -> int | None:
+def _shard_size(environment: Mapping[str, str], num_processes: int, per_node: int | None) -> int | None:
     """Return how many processes share one copy of the weights, where the launch file's parallelism_config says so.
 
     Raises:
-        ValueError: a parallelism_config without FSDP, with other parallelism, or whose sizes do not make the processes.
+        ValueError: a parallelism_config without FSDP, with other parallelism, whose sizes do not make the processes, or
+            whose copies would be cut by the machines.
     """
     if not _is_set(environment, "ACCELERATE_USE_PARALLELISM_CONFIG"):
         return None
@@ -185,6 +201,12 @@ def _shard_size(environment: Mapping[str, str], num_processes: int) -> int | Non
             f"the launch file's parallelism_config_dp_replicate_size {num_replicas} times "
             f"parallelism_config_dp_shard_size {shard_size} is not the number of processes, {num_processes}; use a "
             "dp_shard_size above 1 that divides it, and no dp_replicate_size, which follows"
+        )
+    if per_node is not None and per_node % shard_size and shard_size % per_node:
+        raise ValueError(
+            f"the launch file's parallelism_config_dp_shard_size is {shard_size} and a machine has {per_node} "
+            "processes, so that a copy of the weights would lie on parts of machines; use a dp_shard_size that divides "
+            f"them, as {shipped('hsdp')} has it, or is a multiple of them"
         )
     return shard_size
 

@@ -12,7 +12,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.optim.adamw import adamw
 
-from flipscale.engines.muon import Muon, local
+from flipscale.engines.launch import Launch
+from flipscale.engines.muon import Muon, buffer_elements, local
 
 
 @dataclass(frozen=True)
@@ -113,19 +114,23 @@ def muon_matrices(model: nn.Module) -> set[str]:
 
 
 def build_optimizers(
-    model: nn.Module, recipe: OptimRecipe, muon_dtype: torch.dtype = torch.bfloat16
+    model: nn.Module,
+    recipe: OptimRecipe,
+    muon_dtype: torch.dtype = torch.bfloat16,
+    sharers: dist.ProcessGroup | None = None,
 ) -> list[torch.optim.Optimizer]:
     """Return the optimisers of all trainable parameters; their rates are set by `set_learning_rate` before each step.
 
     Args:
         muon_dtype: of Muon's iteration.
+        sharers: the processes that share Muon's work on whole matrices; None: each does all of it.
     """
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     optimizers: list[torch.optim.Optimizer] = []
     if recipe.name == "muon":
         names = muon_matrices(model)
         matrices = [parameters.pop(name) for name in list(parameters) if name in names]
-        optimizers.append(Muon(matrices, recipe.weight_decay, recipe.muon_momentum, muon_dtype))
+        optimizers.append(Muon(matrices, recipe.weight_decay, recipe.muon_momentum, muon_dtype, sharers))
         optimizers[0].param_groups[0]["lr_ratio"] = recipe.muon_lr_ratio
     decayed = decays(model)
     groups = [
@@ -141,6 +146,15 @@ def num_moments(model: nn.Module, recipe: OptimRecipe) -> dict[str, int]:
     """Return how many moments the recipe's optimisers keep of each parameter of a model."""
     matrices = muon_matrices(model) if recipe.name == "muon" else set()
     return {name: 1 if name in matrices else 2 for name, _ in model.named_parameters()}
+
+
+def muon_buffer_bytes(model: nn.Module, launch: Launch) -> int:
+    """Return what Muon's step keeps on the fullest process besides weights, gradients and momentum. The step begins
+    when the activations are gone."""
+    names, is_sharded = muon_matrices(model), launch.engine == "fsdp2"
+    shapes = [parameter.shape for name, parameter in model.named_parameters() if name in names]
+    sharers = (launch.shard_size or launch.num_processes) if is_sharded else launch.neighbours
+    return buffer_elements(shapes, sharers, is_sharded) * (2 if launch.bf16 else 4)
 
 
 def moment_names(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:

@@ -18,9 +18,10 @@ LAUNCH_FILES = {file.stem: file for file in (Path(__file__).parents[2] / "ds_con
 
 
 def environment_of(engine: str) -> dict[str, str]:
-    """What accelerate would set for an engine's launch file, the number of processes and the precision left out."""
+    """What accelerate would set for an engine's launch file, the numbers of processes and the precision left out."""
     environment = launch_environment(LAUNCH_FILES[engine])
-    del environment["WORLD_SIZE"], environment["ACCELERATE_MIXED_PRECISION"]
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "ACCELERATE_MIXED_PRECISION"):
+        del environment[name]
     # Our machines have two processes.
     return environment | ({"PARALLELISM_CONFIG_DP_SHARD_SIZE": "2"} if engine == "hsdp" else {})
 

@@ -10,12 +10,17 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import TOWER
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from flipscale.engines.ddp import DdpEngine
 from flipscale.engines.engine import Engine
 from flipscale.engines.first_weights import fresh_weights
 from flipscale.engines.launch import Launch
+from flipscale.engines.muon import Muon, buffer_elements, share_out
 from flipscale.engines.optimizers import OptimRecipe
 from flipscale.engines.start import engine_class
 from flipscale.model import FlipConfig
@@ -32,14 +37,19 @@ def fake_world(rank: int, world: int) -> Iterator[None]:
 
 
 class Operations(TorchDispatchMode):
-    """Counts the operations that reach the device, and the bytes that collectives receive."""
+    """Counts the operations that reach the device, and the elements that collectives receive."""
 
     def __init__(self) -> None:
         super().__init__()
         self.counts: Counter[str] = Counter()
+        self.received: Counter[str] = Counter()
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.counts[str(function._overloadpacket)] += 1
+        name = str(function._overloadpacket)
+        self.counts[name] += 1
+        if name.startswith("c10d."):
+            received = args[0] if isinstance(args[0], list) else [args[0]]
+            self.received[name] += sum(tensor.numel() for tensor in received)
         return function(*args, **(kwargs or {}))
 
 
@@ -81,3 +91,76 @@ def test_a_sharded_adamw_dispatches_no_more_for_more_parameters(rank: int) -> No
             counts.append(operations.counts)
     assert counts[0] == counts[1]
     assert 1 <= counts[0]["aten._fused_adamw_"] <= 2
+
+
+def h14_shapes(divisor: int = 1) -> tuple[torch.Size, ...]:
+    """The 336 matrices of H/14's blocks, their sides divided."""
+    found = []
+    for width, layers in ((1280 // divisor, 32), (1024 // divisor, 24)):
+        block = [*[(width, width)] * 4, (4 * width, width), (width, 4 * width)]
+        found += [torch.Size(shape) for shape in block] * layers
+    return tuple(found)
+
+
+def muon_step(matrices: list[nn.Parameter], sharers: dist.ProcessGroup | None) -> Operations:
+    for matrix in matrices:
+        matrix.grad = torch.ones_like(matrix)
+    muon = Muon(matrices, 0.1, 0.95, torch.bfloat16, sharers)
+    with Operations() as operations:
+        muon.step()
+    return operations
+
+
+@pytest.mark.parametrize("world", [8, 256, 1024])
+def test_muon_under_ddp_receives_each_matrix_once_and_from_its_own_machine(world: int) -> None:
+    shapes = h14_shapes(divisor=32)
+    with fake_world(world - 1, world):
+        engine = DdpEngine(
+            cast("Any", SimpleNamespace(num_processes=world, process_index=world - 1)),
+            Launch("ddp", world, processes_per_node=8),
+            OptimRecipe(name="muon"),
+            world,
+        )
+        sharers = engine._sharers()
+        assert sharers is not None
+        assert dist.get_process_group_ranks(sharers) == list(range(world - 8, world))
+        operations = muon_step([nn.Parameter(torch.ones(shape)) for shape in shapes], sharers)
+    useful = sum(shape.numel() for shape in shapes)
+    assert operations.received.keys() == {"c10d._allgather_base_"}
+    assert useful <= operations.received.total() < 1.02 * useful
+    assert operations.counts["c10d._allgather_base_"] == 1
+
+
+@pytest.mark.parametrize("world", [8, 256, 1024])
+def test_muon_of_rows_receives_no_more_than_it_needs(world: int) -> None:
+    """Its rows of all matrices, and the matrices that it computes; in as many operations in any world."""
+    shapes, counts = h14_shapes(divisor=32), []
+    for rank in (0, world - 1):
+        with fake_world(rank, world):
+            mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("shard",))
+            matrices = [
+                nn.Parameter(distribute_tensor(torch.ones(s), mesh, [Shard(0)], src_data_rank=None)) for s in shapes
+            ]
+            operations = muon_step(matrices, None)
+            rows = sum(matrix.to_local().numel() for matrix in matrices)
+        # The widest has 160 rows, so no more processes than that have a row.
+        takers = share_out(shapes, min(world, 160))
+        own = sum(shape.numel() for shape, taker in zip(shapes, takers, strict=True) if taker == rank)
+        assert operations.received == {"c10d.alltoall_base_": rows + own}
+        assert operations.counts["c10d.alltoall_base_"] == 2
+        counts.append(operations.counts["aten.cat"])
+    assert max(counts) < 300
+
+
+def test_muon_s_work_and_buffers_are_shared_equally() -> None:
+    shapes = h14_shapes()
+    for count in (8, 72):
+        parts = [0] * count
+        for shape, taker in zip(shapes, share_out(shapes, count), strict=True):
+            parts[taker] += shape.numel()
+        assert max(parts) < {8: 1.01, 72: 1.4}[count] * sum(parts) / count
+    whole = sum(shape.numel() for shape in shapes)
+    assert whole * 2 == pytest.approx(1.86e9, rel=0.01)
+    assert 1.3 * whole < buffer_elements(shapes, 8, is_sharded=False) < 1.7 * whole
+    assert buffer_elements(shapes, 256, is_sharded=True) < 0.3 * whole
+    assert buffer_elements((), 8, is_sharded=True) == 0

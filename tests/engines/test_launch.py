@@ -32,7 +32,8 @@ def made_by_accelerate(file: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str,
     environment = (
         prepare_deepspeed_cmd_env(arguments)[1] if arguments.use_deepspeed else prepare_multi_gpu_env(arguments)
     )
-    return {**environment, "WORLD_SIZE": str(arguments.num_processes), "ROLE_NAME": arguments.role}
+    world = str(arguments.num_processes)
+    return {**environment, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "ROLE_NAME": arguments.role}
 
 
 @pytest.mark.parametrize("file", LAUNCH_FILES, ids=lambda file: file.stem)
@@ -52,7 +53,8 @@ def test_an_engine_that_accelerate_has_no_word_for_is_named_by_the_role(
     settings = yaml.safe_load((FOLDER / "ddp.yaml").read_text())
     file = tmp_path / "other.yaml"
     file.write_text(yaml.safe_dump({**settings, "mpirun_config": {"role": "fsdp2"}}))
-    assert read_launch_file(file) == launch_of(made_by_accelerate(file, monkeypatch)) == Launch("fsdp2", 8, "bf16")
+    expected = Launch("fsdp2", 8, "bf16", processes_per_node=8)
+    assert read_launch_file(file) == launch_of(made_by_accelerate(file, monkeypatch)) == expected
     file.write_text(yaml.safe_dump({**settings, "mpirun_config": {"role": "ddq"}}))
     with pytest.raises(ValueError, match="role 'ddq' is no engine; leave it out, or use ddp, "):
         engine_class(read_launch_file(file))
@@ -68,6 +70,30 @@ def test_a_flag_is_set_by_any_word_that_accelerate_takes(true: str) -> None:
         assert (
             launch_of({name: "0"}) == launch_of({name: "false"}) == launch_of({name: ""}) == launch_of({}) == Launch()
         )
+
+
+@pytest.mark.parametrize(("shard_size", "per_node"), [(8, 8), (4, 8), (16, 8), (24, 24), (1, 8)])
+def test_copies_lie_within_a_machine_or_on_whole_ones(shard_size: int, per_node: int) -> None:
+    sizes = {"PARALLELISM_CONFIG_DP_SHARD_SIZE": str(shard_size), "LOCAL_WORLD_SIZE": str(per_node), "WORLD_SIZE": "48"}
+    sizes |= {"PARALLELISM_CONFIG_DP_REPLICATE_SIZE": str(48 // shard_size)}
+    found = launch_of({**SHARDED, **sizes})
+    assert (found.shard_size, found.processes_per_node) == (shard_size, per_node)
+
+
+def test_a_launch_file_says_how_many_processes_a_machine_has(tmp_path: Path) -> None:
+    settings = yaml.safe_load((FOLDER / "ddp.yaml").read_text())
+    file = tmp_path / "nodes.yaml"
+    file.write_text(yaml.safe_dump({**settings, "num_machines": 4, "num_processes": 32}))
+    assert read_launch_file(file).processes_per_node == 8
+    assert read_launch_file(file, 256).processes_per_node == 8
+    assert read_launch_file(file, 4).processes_per_node == 4
+
+
+@pytest.mark.parametrize(
+    ("world", "per_node", "found"), [(1, None, 1), (2, None, 2), (256, None, 8), (12, 8, 4), (7, 8, 7), (36, 72, 36)]
+)
+def test_neighbours_share_work_within_a_machine(world: int, per_node: int | None, found: int) -> None:
+    assert Launch("ddp", world, processes_per_node=per_node).neighbours == found
 
 
 def test_plain_processes_are_data_parallel() -> None:
@@ -121,6 +147,10 @@ def test_copies_follow_from_the_processes_that_share_one(sizes: tuple[int, int],
             "replicate_size 2 times parallelism_config_dp_shard_size 8 is not the number of processes, 1; use a dp_sh",
         ),
         ({"PARALLELISM_CONFIG_DP_SHARD_SIZE": "8"}, "1 times parallelism_config_dp_shard_size 8 is not the number of"),
+        (
+            {"PARALLELISM_CONFIG_DP_SHARD_SIZE": "6", "LOCAL_WORLD_SIZE": "8", "WORLD_SIZE": "24"},
+            r"dp_shard_size is 6 and a machine has 8 processes, so that a copy of the weights would lie on parts of",
+        ),
         ({"ACCELERATE_USE_FSDP": "false"}, "has a parallelism_config, but no distributed_type: FSDP; leave it out, or"),
     ],
 )
