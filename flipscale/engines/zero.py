@@ -40,6 +40,7 @@ class ZeroEngine(Engine):
 
         # Of DeepSpeed's own calls.
         warnings.filterwarnings("ignore", "`torch.distributed.* is deprecated", FutureWarning)
+        _check_settings(self.launch.deepspeed.get("zero_optimization", {}))
         deepspeed.init_distributed("nccl" if self.accelerator.device.type == "cuda" else "gloo", verbose=False)
         self.stage = _stage(self.launch)
         self.settings = {
@@ -142,6 +143,26 @@ class ZeroEngine(Engine):
         self.layout.steps += not self.zero.overflow
 
 
+def _check_settings(given: dict[str, Any]) -> None:
+    """Raise if DeepSpeed would refuse its settings, which it says in pages.
+
+    Raises:
+        ValueError: a setting that it does not know, or a value that it does not take.
+    """
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from pydantic import ValidationError
+
+    try:
+        DeepSpeedZeroConfig(**given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(map(str, first["loc"]))
+        raise ValueError(
+            f"zero_optimization.{name} is {first['input']!r} in the launch's DeepSpeed settings, which DeepSpeed does "
+            f"not take ({first['msg']}); see the settings in ds_configs/zero{given['stage']}.json"
+        ) from error
+
+
 def _stage(launch: Launch) -> int:
     return int(launch.engine.removeprefix("zero"))
 
@@ -149,7 +170,8 @@ def _stage(launch: Launch) -> int:
 def _transit_bytes(whole: int, launch: Launch) -> int:
     settings = launch.deepspeed.get("zero_optimization", {})
     # A bucket of gradients, and the next one where DeepSpeed need not wait; the weights that stage 3 keeps gathered.
-    bucket = int(settings.get("reduce_bucket_size", _BUCKET)) * (2 if settings.get("overlap_comm") else 1)
+    overlaps = settings.get("overlap_comm", _stage(launch) == 3)
+    bucket = int(settings.get("reduce_bucket_size", _BUCKET)) * (2 if overlaps else 1)
     live = int(settings.get("stage3_max_live_parameters", _MAX_LIVE)) if _stage(launch) == 3 else 0
     return 4 * min(whole, live) + 4 * min(whole, bucket)
 
