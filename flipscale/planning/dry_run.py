@@ -68,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
         help="accelerate launch files, such as ds_configs/fsdp2.yaml; by default the launch of this process",
     )  # fmt: skip
     parser.add_argument(
-        "--num_processes", type=_counts, default=[], metavar="N[,N...]",
+        "--num_processes", type=counts_of_processes, default=[], metavar="N[,N...]",
         help="processes, in place of the launch file's; several make a table of how the run scales",
     )  # fmt: skip
     add_time_flags(parser)
@@ -79,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _counts(text: str) -> list[int]:
+def counts_of_processes(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
 
