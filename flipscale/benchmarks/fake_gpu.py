@@ -217,8 +217,8 @@ def visible_ddp(ddp: DistributedDataParallel, *arguments: Any, **options: Any) -
 
 
 class _Reducer:
-    """DDP's reducer with the buckets that it begins with. After a step it would read from process 0 in which order the
-    gradients came, and fill its buckets in that order; they are about as many."""
+    """DDP's reducer with the one bucket that it begins with. After a step it would read from process 0 in which order
+    the gradients came, and make buckets of 1 and 25 MiB in that order: more messages, of as many bytes."""
 
     def __init__(self, reducer: Any):
         self._reducer = reducer
