@@ -73,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "waits, memory. DeepSpeed's engines read numbers back from the GPU and cannot be run so.",
     )
     world.add_argument("--recipe", required=True, help="A file, or a name of the package's.")
-    world.add_argument("--launch_file", type=Path, required=True, help="accelerate's, such as ds_configs/fsdp2.yaml.")
+    world.add_argument("--launch_file", type=Path, required=True, help="Accelerate's, such as ds_configs/fsdp2.yaml.")
     world.add_argument("--num_processes", type=int, help="How many there are; by default as the launch file says.")
     world.add_argument("--rank", type=int, default=0, help="Which process's step it is; 0 by default.")
     world.add_argument("--stage", help="The name of the stage whose step it is; by default the first.")

@@ -67,6 +67,9 @@ launch() {
   # GPU memory in segments that grow: a stage or an evaluation asks for other sizes than the one before it, and what is
   # free in segments of fixed size would be too small for them.
   export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
+  # The collectives that torch remembers, by which a slow or hanging step's late rank is found; a step of H/14 has 260, and
+  # of its micro-batches 130 each. TORCH_NCCL_ENABLE_TIMING=1 adds how long each was on the GPU.
+  export TORCH_FR_BUFFER_SIZE=${TORCH_FR_BUFFER_SIZE:-8192}
   # Seconds that a rank has to save when it is told to end, and that a rank waits after another one died.
   export PET_SHUTDOWN_TIMEOUT=${PET_SHUTDOWN_TIMEOUT:-120}
   case $LAUNCHER in

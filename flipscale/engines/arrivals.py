@@ -7,11 +7,15 @@ did before that, by the times at which it began the phases of its steps.
 
 import json
 import math
+import pickle
 import socket
+import threading
 import time
 import zlib
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -29,6 +33,7 @@ _SHARE = 0.5
 # The collectives before the step, by which the processes' clocks are compared. They bound the gathered bytes.
 _COMPARED = 256
 _HOST_BYTES = 64
+_DUMP_SECONDS = 5.0
 
 _begun: deque[tuple[int, str]] = deque(maxlen=4096)
 
@@ -92,15 +97,36 @@ def recorded_collectives() -> list[Collective] | None:
     if not dist.is_initialized():
         return None
     found: list[dict[str, Any]] = []
-    for name in ("_dump_fr_trace_json", "_dump_nccl_trace_json"):  # the second one only in builds for GPUs
-        dump = getattr(torch._C._distributed_c10d, name, None)
-        if dump is not None:
-            # Point-to-point messages differ between processes.
-            found += [entry for entry in json.loads(dump()).get("entries", []) if not entry.get("is_p2p")]
+    for dump in _dumps("_json"):
+        # Point-to-point messages differ between processes.
+        found += [entry for entry in json.loads(dump()).get("entries", []) if not entry.get("is_p2p")]
     return [
         Collective(entry["profiling_name"], entry["time_created_ns"], entry.get("duration_ms", np.nan) / 1e3)
         for entry in sorted(found, key=lambda entry: entry["time_created_ns"])
     ] or None
+
+
+def write_collectives(folder: Path, rank: int) -> None:
+    """Write the flight recorder's memory to `rank_N` in a folder, which torch's `torchfrtrace` reads; nothing where
+    there is none. Takes five seconds at most, as it is asked for when something hangs."""
+
+    def write() -> None:
+        for dump in _dumps(""):
+            content = dump()
+            if pickle.loads(content).get("entries"):
+                folder.mkdir(exist_ok=True)
+                (folder / f"rank_{rank}").write_bytes(content)
+
+    if dist.is_initialized():
+        writing = threading.Thread(target=write, daemon=True)
+        writing.start()
+        writing.join(_DUMP_SECONDS)
+
+
+def _dumps(form: str) -> list[Callable[[], Any]]:
+    """Return torch's functions for that, gloo's and, in builds for GPUs, NCCL's; `form` is of what they return."""
+    functions = [getattr(torch._C._distributed_c10d, f"_dump_{name}_trace{form}", None) for name in ("fr", "nccl")]
+    return [function for function in functions if function is not None]
 
 
 class Parting(NamedTuple):

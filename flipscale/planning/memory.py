@@ -11,7 +11,7 @@ import torch
 from flipscale.data.feeding import BATCHES_ON_DEVICE
 from flipscale.engines.first_weights import model_without_storage
 from flipscale.engines.launch import Launch
-from flipscale.engines.optimizers import num_moments
+from flipscale.engines.optimizers import muon_buffer_bytes, num_moments
 from flipscale.engines.start import engine_class, engine_classes
 from flipscale.model import FlipConfig, FlipModel
 from flipscale.objectives.exchange import exchange_bytes
@@ -38,7 +38,8 @@ class Memory:
         gradients: those of that moment, in fp32.
         moments: of the optimiser.
         activations: what both passes hold; where fp32 weights are cast for every product, their casts too.
-        communication: weights that were gathered and gradients on their way to other processes.
+        communication: weights that were gathered and gradients on their way to other processes; where the step is the
+            fullest moment, what Muon exchanges.
         loss: embeddings of the global batch, their gradients, and a tile of logits.
         batches: the step's own, and those that wait for their steps.
         nccl: the buffers of its communicators.
@@ -100,7 +101,8 @@ def recipe_memory(recipe: Recipe, launch: Launch, device_type: str = "cuda") -> 
         )
         for one, of_pass in zip(passes, found, strict=True)
     ]
-    at_step = replace(always, gradients=4 * kept.gradients)
+    exchanged = muon_buffer_bytes(model, launch) if recipe.optim.name == "muon" else 0
+    at_step = replace(always, gradients=4 * kept.gradients, communication=exchanged)
     return max([at_loss, *in_backward, at_step], key=lambda memory: memory.total)
 
 

@@ -186,11 +186,10 @@ def step_time(recipe: Recipe, launch: Launch, stage: StageRecipe, hardware: Hard
     kept = engine_class(launch).memory(planned_model(recipe.model_config(), recipe.objective().model_class), launch)
     # AdamW reads weights, gradients and two moments, and writes all but the gradients.
     optimizer = 4 * 7 * sum(kept.moments.values()) / hardware.memory_bandwidth
-    images = batch * 1.0
     loader = pairs / (recipe.data.num_workers * hardware.images_per_worker_s) if recipe.data.num_workers else 0.0
     seconds = max(compute + exposed + optimizer, loader)
     of_a_node = min(count, hardware.links.gpus_of_a_node)
-    rate = images / (compute + exposed + optimizer) * of_a_node / count
+    rate = batch / (compute + exposed + optimizer) * of_a_node / count
     return StepTime(
         pairs=pairs,
         batch=batch,

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
-from flipscale.engines.arrivals import Cause, Window, begin, find_cause
+from flipscale.engines.arrivals import Cause, Window, begin, find_cause, write_collectives
 from flipscale.engines.start import OtherProcesses, end_process
 from flipscale.files import aside, json_lines
 
@@ -235,6 +235,7 @@ class StepWatch:
             file.write(f"{self._current} on {socket.gethostname()}, {time.strftime('%F %T')}\n")
             file.flush()
             faulthandler.dump_traceback(file, all_threads=True)
+        write_collectives(folder / "collectives", self._accelerator.process_index)
 
     def _end(self, seconds: float) -> None:
         print(
