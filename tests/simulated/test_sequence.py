@@ -22,7 +22,6 @@ from flipscale.training.recipe import parse_recipe
 from flipscale.training.start import Start, check
 
 LAUNCH_FILES = Path(__file__).parents[2] / "ds_configs"
-WORLD = 8
 # Of the steps from 0: the loss of one is infinite, and in one a signal arrives. Step 2 is saved, step 4 evaluated.
 INFINITE, SIGNALLED = 1, 5
 
@@ -59,13 +58,13 @@ def partial_index(index: Callable) -> Callable:
     return found
 
 
-def messages(rank: int, engine: str, file: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[list[tuple], Path]:
-    """What a run sends as process `rank`, and its directory; its tensors have content, and are on the CPU."""
-    launch = read_launch_file(LAUNCH_FILES / f"{engine}.yaml", WORLD).using(precision="no")
+def messages(rank: int, world: int, engine: str, file: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
+    """What a run sends as process `rank`; its tensors have content, and are on the CPU."""
+    launch = read_launch_file(LAUNCH_FILES / f"{engine}.yaml", world).using(precision="no")
     recorder = Recorder()
     with contextlib.ExitStack() as stack:
         patches = stack.enter_context(monkeypatch.context())
-        for name, value in launch_environment(LAUNCH_FILES / f"{engine}.yaml", WORLD).items():
+        for name, value in launch_environment(LAUNCH_FILES / f"{engine}.yaml", world).items():
             patches.setenv(name, value)
         patches.setattr(Contrastive, "coupled_loss", eventful_loss(Contrastive.coupled_loss))
         # A part is on disk at another time on each process, which all of them learn by a sum; here there is no sum.
@@ -83,27 +82,26 @@ def messages(rank: int, engine: str, file: Path, monkeypatch: pytest.MonkeyPatch
             pretrain.train(recipe, plan, start, built, pair_flops(recipe))
     found = [one.signature for one in recorder.collectives]
     # Objects are bytes, as many as their numbers have digits.
-    return [(kind, dtype, 0 if dtype == torch.uint8 else size, group) for kind, dtype, size, group in found], Path(
-        recipe.output_dir
-    )
+    return [(kind, dtype, 0 if dtype == torch.uint8 else size, group) for kind, dtype, size, group in found]
 
 
-@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+@pytest.mark.parametrize(("engine", "world"), [("ddp", 8), ("fsdp2", 8), ("hsdp", 16), ("fsdp2", 256)])
 def test_ranks_send_alike(
-    engine: str, recipe: dict, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    engine: str, world: int, recipe: dict, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = {}
-    for rank in (0, 1, WORLD - 1):
-        run_dir = tmp_path / str(rank)
-        tasks = [{"kind": "zero_shot", "data": str(shards)}]
-        changes = {
-            "output_dir": str(run_dir),
-            "save": {"every_samples": 3 * 16},
-            "eval": {"tasks": tasks, "every_samples": 5 * 16, "batch_size": 4},
-        }
+    found, batch = {}, max(world, 16)
+    changes = {
+        "data": {**recipe["data"], "global_batch_size": batch},
+        "stages": [{**stage, "samples": stage["samples"] // 16 * batch} for stage in recipe["stages"]],
+        "save": {"every_samples": 3 * batch},
+        "eval": {
+            "tasks": [{"kind": "zero_shot", "data": str(shards)}], "every_samples": 5 * batch, "batch_size": 4,
+        },
+    }  # fmt: skip
+    for rank in (0, 1, world - 1):
         file = tmp_path / f"{rank}.yaml"
-        file.write_text(yaml.safe_dump({**recipe, **changes}))
-        found[rank], run_dir = messages(rank, engine, file, monkeypatch)
-    assert found[0] == found[1] == found[WORLD - 1]
+        file.write_text(yaml.safe_dump({**recipe, **changes, "output_dir": str(tmp_path / str(rank))}))
+        found[rank] = messages(rank, world, engine, file, monkeypatch)
+    assert found[0] == found[1] == found[world - 1]
     assert len(found[0]) > 6 * 4
     assert [path.name for path in list_checkpoints(tmp_path / "0")][-1:] == [f"step-{SIGNALLED + 1:08d}"]
