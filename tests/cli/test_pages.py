@@ -33,7 +33,7 @@ SUBSTITUTES = {
     r"\{00000\.\.41407\}": "{00000..00003}",
     r"--step 120000": "--step 40",
     r"open_clip:ViT-B-16,laion2b_s34b_b88k": "open_clip:peer.json,peer.safetensors",
-    r"--size l16": "--image_heads 4 --text_heads 4",
+    r"(convert flip .*)--size l16": r"\1--image_heads 4 --text_heads 4",
     r"(convert \w+) (runs/l16/model|models/flip-l16) ": r"\1 runs/demo/model ",
     r"imagenet/test": "data/demo/test",
     r"ORG/NAME": "org/name",
