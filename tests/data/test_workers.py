@@ -47,8 +47,8 @@ def test_workers_make_the_same_batches_on_one_thread_each(
     got = list(enduring_batches(data, 0, 6, 0, 1, pin_memory=False))
     whole = list(build_loader(dataset(shards, tokenizer_dir, 0), 0, 6, 0, 1, pin_memory=False))
     for (ours,), theirs in zip(got, whole, strict=True):
-        # Its main thread and the one that hands batches over; torch computes in the first.
-        assert ours["threads"].tolist()[0] <= 3
+        # Its main thread, the one that hands batches over, and what numpy's library starts; not the tokenizer's eight.
+        assert ours["threads"].tolist()[0] < 8
         assert ours["threads"].tolist()[1] == 1
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs.keys() - {"threads"})
     # What a worker reads is seen here, for the message when it dies.

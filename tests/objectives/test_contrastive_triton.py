@@ -1,6 +1,5 @@
 """The kernels without a GPU: what they compute, in Triton's interpreter, and that they compile for real ones."""
 
-import logging
 import subprocess
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -182,20 +181,22 @@ def test_the_trial_runs_both_kernels(interpreted: Interpreted) -> None:
     "fault", [ImportError("No module named 'triton'"), RuntimeError("Failed to find C compiler.\nPlease specify one")]
 )
 def test_without_a_compiler_torch_takes_over_and_says_so_once(
-    fault: Exception, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    fault: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    said: list[str] = []
+
     def fail(device: torch.device) -> None:
         raise fault
 
     monkeypatch.setattr(contrastive_triton, "try_out", fail)
     passes._triton_runs_on.cache_clear()
-    monkeypatch.setattr(logging.getLogger("flipscale"), "propagate", True)
+    monkeypatch.setattr(passes._log, "warning", lambda words, *values: said.append(words % values))
     gpu = SimpleNamespace(is_cuda=True, dtype=torch.float32, device=torch.device("cuda", 0))
     try:
         assert [passes.tile_functions(gpu) for _ in range(3)] == [contrastive_torch] * 3
     finally:
         passes._triton_runs_on.cache_clear()
-    (line,) = caplog.messages
+    (line,) = said
     assert line.startswith("torch computes the loss's tiles, slower than Triton, which fails with ")
     assert " ".join(str(fault).split()) in line
     assert "install" in line

@@ -51,6 +51,9 @@ class Site:
             "OMP_NUM_THREADS": "1",
             "HF_HUB_OFFLINE": "1",
             "PYTHON": sys.executable,
+            # Not those of the tests' own process.
+            "TRITON_CACHE_DIR": "",
+            "TORCHINDUCTOR_CACHE_DIR": "",
         }
 
     def submit(self, *command: str, **variables: str) -> str:
