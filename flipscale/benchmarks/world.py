@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from flipscale.benchmarks.fake_gpu import DEVICE, fake_gpu, visible_ddp
 from flipscale.benchmarks.recorder import Collective, Recorder, resizing
+from flipscale.data.loader import StepSampler
 from flipscale.data.packed import PackedBatch
 from flipscale.engines.checkpoint import CheckpointWriter, SaveRecipe
 from flipscale.engines.device import best_attention
@@ -70,11 +71,7 @@ class World:
             raise ValueError(f"num_processes is {world}; a world to simulate has 2 or more")
         if not 0 <= self.rank < world:
             raise ValueError(f"rank is {self.rank}; it must be from 0 to {world - 1}, for {world} processes")
-        if batch % world:
-            raise ValueError(f"global_batch_size {batch} is not divisible by {world} processes")
-        pairs, micro = batch // world, self.recipe.data.micro_batch_size
-        if micro is not None and micro < pairs and pairs % micro:
-            raise ValueError(f"data.micro_batch_size {micro} does not divide the {pairs} pairs of a process")
+        StepSampler(0, 1, batch, self.rank, world, self.recipe.data.micro_batch_size)  # raises as in training
         refusal = engine_class(self.launch).refusal(self.launch, self.recipe.optim.name, self.recipe.model.compile)
         if refusal is not None:
             raise ValueError(refusal)

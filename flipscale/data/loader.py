@@ -38,7 +38,7 @@ class StepSampler(Sampler[list[int]]):
         self.steps = range(first_step, last_step)
         self.global_batch_size = global_batch_size
         self.rank = rank
-        self.per_process = _per_process(global_batch_size, world_size)
+        self.per_process = pairs_of_a_process(global_batch_size, world_size)
         whole = self.per_process
         self.micro_batch_size = whole if micro_batch_size is None else min(micro_batch_size, whole)
         if self.micro_batch_size < 1 or whole % self.micro_batch_size:
@@ -59,7 +59,12 @@ class StepSampler(Sampler[list[int]]):
                 yield list(range(start, start + self.micro_batch_size))
 
 
-def _per_process(global_batch_size: int, world_size: int) -> int:
+def pairs_of_a_process(global_batch_size: int, world_size: int) -> int:
+    """Return how many pairs of a batch each process takes.
+
+    Raises:
+        ValueError: the processes do not divide the batch.
+    """
     if global_batch_size % world_size == 0:
         return global_batch_size // world_size
     fits = [count for count in range(1, 2 * world_size) if global_batch_size % count == 0]

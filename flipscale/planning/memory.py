@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 
 from flipscale.data.feeding import BATCHES_ON_DEVICE
+from flipscale.data.loader import pairs_of_a_process
 from flipscale.engines.first_weights import model_without_storage
 from flipscale.engines.launch import Launch
 from flipscale.engines.optimizers import muon_buffer_bytes, num_moments
@@ -136,12 +137,9 @@ def heaviest_step(recipe: Recipe, launch: Launch, device_type: str) -> Step:
     Raises:
         ValueError: the processes do not divide the batch.
     """
-    batch = recipe.data.global_batch_size
-    if batch % launch.num_processes:
-        raise ValueError(f"global_batch_size {batch} is not divisible by {launch.num_processes} processes")
+    pairs = pairs_of_a_process(recipe.data.global_batch_size, launch.num_processes)
     by_name = pair_flops(recipe)
     stage = max(recipe.stages, key=lambda stage: by_name[stage.name])
-    pairs = batch // launch.num_processes
     return Step(
         batch_size=min(pairs, recipe.data.micro_batch_size or pairs),
         mask_ratio=stage.mask_ratio,

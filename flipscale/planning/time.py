@@ -6,6 +6,7 @@ docs/planning.md states the model, where its numbers come from, and what it leav
 import math
 from dataclasses import dataclass, field
 
+from flipscale.data.loader import pairs_of_a_process
 from flipscale.engines.fsdp2 import Fsdp2Engine
 from flipscale.engines.launch import Launch
 from flipscale.engines.optimizers import encoder_blocks, muon_matrices
@@ -135,7 +136,7 @@ class StepTime:
         compute: products.
         exposed: messages that nothing hides.
         optimizer: reading and writing of weights, gradients and moments.
-        loader: what the workers take for a batch; it is hidden unless it is longer than all else.
+        seconds: of the whole step: all of these, or the loader's where it takes longer for a batch.
         mfu: useful operations, without those of recomputation, as a share of the peak.
         workers: that a node needs for the step not to wait.
         node_mb_s: what a node reads.
@@ -146,16 +147,11 @@ class StepTime:
     compute: float
     exposed: float
     optimizer: float
-    loader: float
+    seconds: float
     mfu: float
     workers: float
     node_mb_s: float
     binds: str
-
-    @property
-    def seconds(self) -> float:
-        """Of the whole step."""
-        return max(self.compute + self.exposed + self.optimizer, self.loader)
 
 
 def step_time(recipe: Recipe, launch: Launch, stage: StageRecipe, hardware: Hardware) -> StepTime:
@@ -165,9 +161,7 @@ def step_time(recipe: Recipe, launch: Launch, stage: StageRecipe, hardware: Hard
         ValueError: the processes do not divide the batch.
     """
     batch, count = recipe.data.global_batch_size, launch.num_processes
-    if batch % count:
-        raise ValueError(f"global_batch_size {batch} is not divisible by {count} processes")
-    pairs = batch // count
+    pairs = pairs_of_a_process(batch, count)
     at_once = min(pairs, recipe.data.micro_batch_size or pairs)
     micro_batches, useful = pairs // at_once, pair_flops(recipe)[stage.name]
     # A backward pass is two forward passes; recomputation repeats one, and micro-batches are embedded twice.
@@ -187,17 +181,16 @@ def step_time(recipe: Recipe, launch: Launch, stage: StageRecipe, hardware: Hard
     # AdamW reads weights, gradients and two moments, and writes all but the gradients.
     optimizer = 4 * 7 * sum(kept.moments.values()) / hardware.memory_bandwidth
     loader = pairs / (recipe.data.num_workers * hardware.images_per_worker_s) if recipe.data.num_workers else 0.0
-    seconds = max(compute + exposed + optimizer, loader)
-    of_a_node = min(count, hardware.links.gpus_of_a_node)
-    rate = batch / (compute + exposed + optimizer) * of_a_node / count
+    busy = compute + exposed + optimizer
+    rate = pairs / busy * min(count, hardware.links.gpus_of_a_node)
     return StepTime(
         pairs=pairs,
         batch=batch,
         compute=compute,
         exposed=exposed,
         optimizer=optimizer,
-        loader=loader,
-        mfu=useful * pairs / seconds / hardware.peak,
+        seconds=max(busy, loader),
+        mfu=useful * pairs / max(busy, loader) / hardware.peak,
         workers=rate / hardware.images_per_worker_s,
         node_mb_s=rate * hardware.pair_kb / 1e3,
         binds=_binds(recipe, launch, stage, hardware, at_once, compute, exposed + optimizer, loader),
@@ -218,14 +211,15 @@ def messages(recipe: Recipe, launch: Launch, links: Links) -> Messages:
     if recipe.optim.name == "muon":
         matrices = muon_matrices(model)
         size = 2 * sum(p.numel() for name, p in model.named_parameters() if name in matrices)
-        shards = links.group(launch.shard_size or count)
-        between += world.gather(size) if not issubclass(engine, Fsdp2Engine) else 2 * shards.gather(size)
-    if issubclass(engine, Fsdp2Engine):
+        # Rows go to who computes and come back; whole matrices are gathered on each machine.
+        if issubclass(engine, Fsdp2Engine):
+            between += 2 * links.group(launch.shard_size or count).gather(size)
+        else:
+            between += links.group(launch.neighbours).gather(size)
+    if issubclass(engine, Fsdp2Engine) or launch.engine == "zero3":
         blocks = [sum(p.numel() for p in block.parameters()) for block in encoder_blocks(model)]
-        return _sharded([*blocks, whole - sum(blocks)], 2 if launch.bf16 else 4, launch, links, between)
-    if issubclass(engine, ZeroEngine) and launch.engine == "zero3":
-        blocks = [sum(p.numel() for p in block.parameters()) for block in encoder_blocks(model)]
-        return _sharded([*blocks, whole - sum(blocks)], 4, launch, links, between)
+        width = 2 if launch.bf16 and issubclass(engine, Fsdp2Engine) else 4
+        return _sharded([*blocks, whole - sum(blocks)], width, launch, links, between)
     size = 4 * whole
     if issubclass(engine, ZeroEngine):
         settings = launch.deepspeed.get("zero_optimization", {})
