@@ -5,12 +5,10 @@ among them, does as it would there. What torch asks a driver for is answered her
 """
 
 import ctypes
-import importlib
 import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from importlib.util import find_spec
 from types import FrameType, SimpleNamespace
 from typing import Any, cast
 from unittest.mock import MagicMock, patch
@@ -132,12 +130,11 @@ def _asked_by_engine(frame: FrameType | None) -> bool:
 
 
 @contextmanager
-def fake_gpu(waits: Waits, launches: Waits, attention: list[tuple[torch.dtype, int, bool]]) -> Iterator[FakeTensorMode]:
+def fake_gpu(waits: Waits, attention: list[tuple[torch.dtype, int, bool]]) -> Iterator[FakeTensorMode]:
     """Let torch think that this process has a GPU, and yield the mode in which tensors are made on it.
 
     Args:
         waits: called where the host waits for a stream, an event or the device.
-        launches: called with the name of each of Triton's kernels that is launched, and writes nothing.
         attention: gets `(dtype, head_dim, has_mask)` of every call of the fused attention.
     """
     cuda: dict[str, Any] = {
@@ -149,9 +146,6 @@ def fake_gpu(waits: Waits, launches: Waits, attention: list[tuple[torch.dtype, i
         "set_device": lambda _: None,
         "get_device_name": lambda *_: _PROPERTIES.name,
         "get_device_properties": lambda *_: _PROPERTIES,
-        # Triton's launches choose it.
-        "_exchange_device": lambda _: 0,
-        "_maybe_exchange_device": lambda _: 0,
         "_lazy_init": lambda: None,
         # FSDP2 copies and exchanges on streams of its own; the feeder does, too.
         "Stream": lambda *a, **k: _Stream(*a, waits=waits, **k),
@@ -174,10 +168,6 @@ def fake_gpu(waits: Waits, launches: Waits, attention: list[tuple[torch.dtype, i
         stack.enter_context(patch.object(FakeTensor, "tolist", _tolist(waits)))
         # DDP compares the parameters' shapes with those of process 0, by their values.
         stack.enter_context(patch.object(distributed, "_verify_param_shape_across_processes", lambda *_, **__: None))
-        if find_spec("triton") is not None:
-            jit = importlib.import_module("triton.runtime.jit")
-            run = lambda kernel, *_, **__: launches(kernel.__name__)  # noqa: E731
-            stack.enter_context(patch.object(jit.JITFunction, "run", run))
         stack.enter_context(_device_guard())
         # One thread: the engine has none for a GPU that is not there.
         stack.enter_context(torch.autograd.set_multithreading_enabled(False))

@@ -139,11 +139,6 @@ class Recorder(OnDevice):
         if self.on:
             self.waits.append(f"{place()} ({what})")
 
-    def launch(self, kernel: str) -> None:
-        """Record the launch of a kernel of Triton's."""
-        if self.on:
-            self._count(f"triton::{kernel}")
-
     def __torch_dispatch__(
         self, func: Callable, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:

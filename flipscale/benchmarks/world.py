@@ -138,7 +138,7 @@ def simulate(world: World) -> StepReport:
     attention: list[tuple[torch.dtype, int, bool]] = []
     with ExitStack() as stack:
         stack.enter_context(fake_processes(world.rank, world.launch))
-        fake = stack.enter_context(fake_gpu(recorder.wait, recorder.launch, attention))
+        fake = stack.enter_context(fake_gpu(recorder.wait, attention))
         stack.enter_context(resizing(recorder.memory))
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         accelerator = start_accelerator([], folder)
