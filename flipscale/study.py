@@ -17,10 +17,10 @@ from flipscale.data.pairs import InputShape, PairDataset
 from flipscale.data.sources.opening import open_source
 from flipscale.data.tokenizers import load_tokenizer
 from flipscale.engines.device import bf16_is_faster
-from flipscale.evaluation.comparison import comparison_table, read_curve, read_records, record_baselines
-from flipscale.evaluation.figures import draw_loss, draw_masks, draw_patches, draw_result, result_figures
 from flipscale.evaluation.nearest_neighbour import run_baselines
 from flipscale.evaluation.recipe import EvalRecipe
+from flipscale.evaluation.reports.comparison import comparison_table, read_curve, read_records, record_baselines
+from flipscale.evaluation.reports.figures import draw_loss, draw_masks, draw_patches, draw_result, result_figures
 from flipscale.hub.model_card import write_card
 from flipscale.training.recipe import Recipe, parse_recipe, to_yaml
 from flipscale.training.schedule import StageRecipe

@@ -1,28 +1,37 @@
 """JSON lines: a record a line, appended while a run goes on and read while it may be writing."""
 
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from flipscale.files.aside import write_text
+from flipscale.files.aside import sync, write_text
 
 
-def append(path: Path, records: Iterable[dict[str, Any]]) -> None:
-    """Append a line for each record; none for no record.
+def append(path: Path, records: Iterable[dict[str, Any]], is_synced: bool = False) -> None:
+    """Append a line for each record, all of them in one write; none for no record.
 
     A line that an earlier writer did not finish is ended first, so that it spoils no record but its own.
+
+    Args:
+        is_synced: whether to wait until the lines, and the name of a new file, are on disk.
 
     Raises:
         OSError: the disk is full or not writable.
     """
-    text = _as_lines(records)
+    text = _as_lines(records).encode()
     if not text:
         return
-    with open(path, "ab") as file:
-        if _ends_torn(path):
-            file.write(b"\n")
-        file.write(text.encode())
+    is_new = not path.exists()
+    with open(path, "ab", buffering=0) as file:
+        text = (b"\n" if _ends_torn(path) else b"") + text
+        while text:
+            text = text[file.write(text) :]
+        if is_synced:
+            os.fsync(file.fileno())
+    if is_synced and is_new:
+        sync(path.parent)
 
 
 def read(path: Path) -> list[dict[str, Any]]:

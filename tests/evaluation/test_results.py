@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from flipscale.evaluation.comparison import comparison_table, read_curve, record_baselines
+from flipscale.evaluation.reports.comparison import comparison_table, read_curve, record_baselines
 from flipscale.evaluation.results import (
     Result,
     append_results,

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import pytest
+
 from flipscale.files import json_lines
 
 
@@ -39,3 +41,15 @@ def test_a_rewritten_file_has_these_records_alone(tmp_path: Path) -> None:
     assert json_lines.read(path) == [{"step": 1}]
     json_lines.rewrite(path, [])
     assert path.read_text() == ""
+
+
+def test_records_go_to_disk_in_one_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced = []
+    monkeypatch.setattr(json_lines.os, "fsync", synced.append)
+    path = tmp_path / "results.jsonl"
+    path.write_bytes(b'{"torn')
+    json_lines.append(path, [{"step": number, "text": "x" * 9000} for number in range(3)], is_synced=True)
+    assert len(synced) == 1
+    json_lines.append(tmp_path / "new.jsonl", [{"step": 1}], is_synced=True)
+    assert len(synced) == 3, "a new file's name is to be on disk too"
+    assert [record["step"] for record in json_lines.read(path)] == [0, 1, 2]

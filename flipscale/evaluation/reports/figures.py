@@ -11,7 +11,7 @@ from flipscale.data.masks.image import IMAGE_MASKS
 from flipscale.data.masks.keyed import keyed_patches
 from flipscale.data.masks.recipe import MaskRecipe
 from flipscale.data.pairs import PairDataset
-from flipscale.evaluation.comparison import Curve, headlines
+from flipscale.evaluation.reports.comparison import Curve, headlines
 from flipscale.evaluation.results import THIS_MODEL, Result
 
 if TYPE_CHECKING:
