@@ -27,7 +27,7 @@ def can_draw() -> bool:
     return importlib.util.find_spec("matplotlib") is not None
 
 
-def _pyplot() -> Any:
+def drawing_pyplot() -> Any:
     """Return matplotlib's pyplot, set to draw to files only."""
     import matplotlib
 
@@ -39,7 +39,7 @@ def _pyplot() -> Any:
 
 def _axes(title: str, y_label: str, curves: list[Curve]) -> "tuple[Figure, Axes, float]":
     """Return a figure over training time, and the seconds of its unit: hours where a run took more than two."""
-    pyplot = _pyplot()
+    pyplot = drawing_pyplot()
     figure, axes = pyplot.subplots(figsize=(7, 4.2), constrained_layout=True)
     axes.set_title(title, loc="left")
     hours = max(curve.records[-1]["trained_seconds"] for curve in curves) > 7200
@@ -57,7 +57,7 @@ def draw_loss(curves: list[Curve], path: Path) -> None:
         seconds, losses = curve.points("loss")
         axes.plot([s / unit for s in seconds], losses, color=colour, label=curve.label)
     axes.legend(frameon=False)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def result_figures(curves: list[Curve]) -> dict[str, Result]:
@@ -93,10 +93,10 @@ def draw_result(curves: list[Curve], shown: Result, path: Path) -> None:
     if shown.higher_is_better:
         axes.set_ylim(bottom=0)
     axes.legend(loc="lower right" if shown.higher_is_better else "upper right", framealpha=0.9, edgecolor="none")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
-def _save(figure: "Figure", path: Path) -> None:
+def save_figure(figure: "Figure", path: Path) -> None:
     """Write the picture, the same bytes for the same figure, and close it."""
     from matplotlib import pyplot
 
@@ -114,7 +114,7 @@ def _paste(patches: np.ndarray, index: np.ndarray, patch_size: int, side: int) -
 
 def draw_patches(masked: PairDataset, whole: PairDataset, path: Path, count: int = 8) -> None:
     """Draw the first `count` training samples, whole and with only the patches that the encoder sees."""
-    pyplot = _pyplot()
+    pyplot = drawing_pyplot()
     positions = list(range(count))
     seen, full = masked.__getitems__(positions), whole.__getitems__(positions)
     side, patch_size = masked.shape.image_size // masked.shape.patch_size, masked.shape.patch_size
@@ -130,12 +130,12 @@ def draw_patches(masked: PairDataset, whole: PairDataset, path: Path, count: int
         axis.set_axis_off()
     kept = masked.kept / masked.shape.num_patches
     figure.suptitle(f"Above: the crop. Below: the {kept:.0%} of its patches that the image encoder sees.", fontsize=9)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def draw_masks(whole: PairDataset, path: Path, samples: Sequence[int] = (4, 1, 9)) -> None:
     """Draw some training samples under each kind of mask, and as two views that share no patch."""
-    pyplot = _pyplot()
+    pyplot = drawing_pyplot()
     positions, side, patch_size = np.asarray(samples), whole.shape.side, whole.shape.patch_size
     full = whole.__getitems__(positions.tolist())["patches"].numpy()
     shown = {"the crop": np.tile(np.arange(side * side), (len(samples), 1))}
@@ -150,4 +150,4 @@ def draw_masks(whole: PairDataset, path: Path, samples: Sequence[int] = (4, 1, 9
         for row in range(len(samples)):
             axes[row, column].imshow(_paste(full[row, index[row]], index[row], patch_size, side))
             axes[row, column].set_axis_off()
-    _save(figure, path)
+    save_figure(figure, path)
