@@ -31,18 +31,24 @@ class PackedBatch(dict[str, torch.Tensor]):
     def of(cls, batch: dict[str, Any]) -> "PackedBatch":
         """Pack what `PairDataset` returns. A worker packs into shared memory, where the batch would go anyway."""
         tensors = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
-        layout, size = {}, 0
+        packed = cls.empty({name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()})
+        packed.faults = batch["faults"]
         for name, tensor in tensors.items():
-            layout[name] = Field(tensor.dtype, tuple(tensor.shape), size)
-            size += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
+            packed[name].copy_(tensor)
+        return packed
+
+    @classmethod
+    def empty(cls, columns: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> "PackedBatch":
+        """Return a batch with room for tensors of these types and shapes, in a worker in shared memory."""
+        layout, size = {}, 0
+        for name, (dtype, shape) in columns.items():
+            layout[name] = Field(dtype, shape, size)
+            size += -(-math.prod(shape) * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
         if torch.utils.data.get_worker_info() is None:
             buffer = torch.empty(size, dtype=torch.uint8)
         else:
             buffer = torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(size))
-        packed = cls(buffer, layout, batch["faults"])
-        for name, tensor in tensors.items():
-            packed[name].copy_(tensor)
-        return packed
+        return cls(buffer, layout, [])
 
     def pin_memory(self) -> "PackedBatch":
         """Return a copy in page-locked memory; the DataLoader calls this."""

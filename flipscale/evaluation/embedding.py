@@ -1,37 +1,46 @@
 """Embeddings of whole images and texts, the work shared by the processes."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from flipscale.data.captions import tokenise
-from flipscale.data.decode import UndecodableImage, decode_box, visible_patches
-from flipscale.data.loader import settle_worker, start_workers, worker_context
+from flipscale.data.decode import decode_box, visible_patches
+from flipscale.data.packed import PackedBatch
 from flipscale.data.pairs import InputShape
 from flipscale.data.sources.tar_source import TarSource
+from flipscale.evaluation.images import Decoder, Share, decoded_batches, made_up
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+# A set of few rows makes this many batches at least, so that several processes have some each.
+_LEAST_BATCHES = 16
+
+Features = Literal["embeds", "pooled"]
 
 
 @dataclass(frozen=True)
 class Embedder:
     """A model with what it takes to embed: its tokenizer, and the processes that share the work.
 
-    Of a set of rows (images, texts, classes), process r of w embeds rows r, r + w, r + 2 w, ...: `rows`. The forward
-    passes of a sharded model are collective, so all processes run equally many batches: `padded_rows`.
+    A set of rows (images, texts, classes) is cut into batches that do not depend on the number of processes, and
+    process r of w embeds batches r, r + w, r + 2 w, ...: `batches` and `rows`. The forward passes of a sharded model
+    are collective, so a process that has a batch less than others embeds something made up meanwhile.
 
     Args:
         model: unwrapped, in evaluation mode.
-        batch_size: images or texts that a process embeds at once.
+        batch_size: images or texts that a process embeds at once, at most; fewer where a set is small.
         num_workers: processes that decode images; 0 decodes in this one.
         alive: called at the start of a task and after every batch, to tell a watch that the evaluation moves on.
+        name: what tables call the model.
+        progress: called on every process after each batch of images, with how many images all processes embedded since
+            the last call, in place of the bar that is shown without it.
     """
 
     model: Any
@@ -40,74 +49,134 @@ class Embedder:
     batch_size: int = 256
     num_workers: int = 0
     alive: Callable[[], None] = lambda: None
+    name: str = ""
+    progress: Callable[[int], None] | None = None
 
-    def rows(self, count: int) -> list[int]:
-        """Return this process's rows of `count`."""
-        return list(range(self.accelerator.process_index, count, self.accelerator.num_processes))
+    def batches(self, count: int) -> list[range]:
+        """Return this process's rows of `count`, a batch each."""
+        return self._share(count).batches()
 
-    def padded_rows(self, count: int) -> list[int]:
-        """Return this process's rows of `count`, and where others have one more, a first row again."""
-        world, rank = self.accelerator.num_processes, self.accelerator.process_index
-        return [row % count for row in range(rank, -(-count // world) * world, world)]
+    def rows(self, count: int) -> np.ndarray:
+        """Return this process's rows of `count`, int64 `(rows,)`, in the order of `batches`."""
+        return self._share(count).rows()
 
-    def my_images(self, source: TarSource) -> torch.Tensor:
-        """Collective. Return the embeddings of this process's rows of `source`: fp32 `(rows, dim)`, unit length, CPU.
+    def image_batches(
+        self, source: TarSource, features: Features = "embeds"
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Collective, to its end. Yield this process's rows of `source`, int64 `(rows,)`, and their features, fp32
+        `(rows, dim)` on the CPU, a batch at a time.
+
+        No image is read twice. Where others have a batch more, the last has no rows.
+
+        Args:
+            features: `embeds`, after the projection and of unit length; or `pooled`, before the projection and not
+                normalised, as linear probes take them.
 
         Raises:
-            ValueError: an image cannot be decoded.
-            OSError: a shard cannot be read, or a worker died.
+            ValueError: on every process, if an image of any process cannot be decoded.
+            OSError: on every process, if any cannot read a shard or lost a worker.
         """
-        embeds = self._embed(self._decoded(source), self.image_features, "images", len(source))
-        return embeds[: len(self.rows(len(source)))]
+        from flipscale.model.modeling_flip import normalise_embeds  # seconds to import; a model has done it
 
-    def images(self, source: TarSource) -> torch.Tensor:
-        """Collective. Return the embeddings of all images of `source` in shard order: fp32 `(images, dim)`, unit
-        length, CPU.
+        compute = {"embeds": self.image_features, "pooled": self.pooled_features}[features]
+        share, decode, nothing = self._share(len(source)), self.decoder(), range(0)
+        mine = share.batches()
+        decoded = decoded_batches(source, decode, mine, self.num_workers)
+        done = 0
+        with self._bar(len(source), "images", hidden=self.progress is not None) as bar:
+            for rows in mine + [nothing] * (share.rounds - len(mine)):
+                batch = self._agreed(partial(next, decoded) if rows else partial(made_up, decode))
+                with torch.no_grad(), self.accelerator.autocast():
+                    found = compute(**batch.to(self.accelerator.device))
+                found = normalise_embeds(found) if features == "embeds" else found.float()
+                self.alive()
+                news = min(share.size * share.world, share.count - done)
+                done += news
+                bar.update(news)
+                if self.progress is not None:
+                    self.progress(news)
+                yield torch.arange(rows.start, rows.stop), found.cpu()[: len(rows)]
+
+    def my_images(self, source: TarSource, features: Features = "embeds") -> torch.Tensor:
+        """Collective. Return the features of this process's rows of `source`, as `image_batches` has them: fp32
+        `(rows, dim)`.
 
         Raises:
-            ValueError: an image cannot be decoded.
-            OSError: a shard cannot be read, or a worker died.
+            ValueError: an image of any process cannot be decoded.
+            OSError: a process cannot read a shard, or lost a worker.
         """
-        return self.gathered(self.my_images(source), len(source))
+        mine, first = torch.empty(0), 0
+        for rows, found in self.image_batches(source, features):
+            if not first:
+                mine = found.new_empty(len(self.rows(len(source))), found.shape[1])
+            mine[first : first + len(rows)] = found
+            first += len(rows)
+        return mine
 
-    def my_texts(self, texts: Sequence[str]) -> torch.Tensor:
-        """Collective. Return the embeddings of this process's `texts`, of which every process must have equally many:
-        fp32 `(texts, dim)`, unit length, CPU."""
-        batches = (
-            self.tokens(list(texts[first : first + self.batch_size])) for first in range(0, len(texts), self.batch_size)
-        )
-        return self._embed(batches, self.text_features, "texts", len(texts) * self.accelerator.num_processes)
+    def images(self, source: TarSource, features: Features = "embeds") -> torch.Tensor:
+        """Collective. Return the features of all images of `source` in shard order, as `image_batches` has them: fp32
+        `(images, dim)`.
 
-    def texts(self, texts: Sequence[str]) -> torch.Tensor:
+        Raises:
+            ValueError: an image of any process cannot be decoded.
+            OSError: a process cannot read a shard, or lost a worker.
+        """
+        return self.gathered(self.my_images(source, features), len(source))
+
+    def texts(self, texts: Sequence[str], together: int = 1) -> torch.Tensor:
         """Collective. Return the embeddings of `texts`, which every process has: fp32 `(texts, dim)`, unit length,
-        CPU."""
-        return self.gathered(self.my_texts([texts[row] for row in self.padded_rows(len(texts))]), len(texts))
+        CPU.
+
+        Args:
+            together: so many texts in a row, such as the prompts of a class, make one embedding, the mean of theirs, of
+                unit length again.
+        """
+        from flipscale.model.modeling_flip import normalise_embeds  # seconds to import; a model has done it
+
+        share = self._share(len(texts) // together, max(1, self.batch_size // together))
+        batches = share.batches()
+        mine: list[torch.Tensor] = []
+        with self._bar(len(texts), "texts") as bar:
+            # A process without a batch embeds the first text meanwhile.
+            for rows in batches + [range(0)] * (share.rounds - len(batches)):
+                asked = rows or range(1)
+                some = texts[asked.start * together : asked.stop * together]
+                found = torch.cat([self._embeds_of(part) for part in _parts(some, self.batch_size)])
+                if together > 1:
+                    found = normalise_embeds(found.unflatten(0, (len(asked), together)).mean(dim=1))
+                mine.append(found[: len(rows)])
+                self.alive()
+                bar.update(min(share.size * share.world * together, len(texts) - bar.n))
+        return self._gathered(torch.cat(mine), share)
 
     def gathered(self, mine: torch.Tensor, count: int) -> torch.Tensor:
-        """Collective. Return all `count` rows, `(count, dim)` on the CPU, of which `mine` are this process's rows,
-        padded or not."""
-        world = self.accelerator.num_processes
-        padding = -(-count // world) - len(mine)
-        mine = torch.cat([mine, mine.new_zeros(padding, mine.shape[1])])
-        by_rank = self.accelerator.gather(mine.to(self.accelerator.device)).unflatten(0, (world, -1))
-        return by_rank.transpose(0, 1).flatten(0, 1)[:count].cpu()
+        """Collective. Return all `count` rows, `(count, dim)` on the CPU, of which `mine` are this process's `rows`."""
+        return self._gathered(mine, self._share(count))
 
     def total(self, counts: Sequence[int | float]) -> list[int]:
         """Collective. Return the sums of `counts` over the processes."""
         mine = torch.tensor(counts, dtype=torch.int64, device=self.accelerator.device)
         return self.accelerator.reduce(mine, "sum").tolist()
 
-    # What depends on the kind of model: these four are FLIP's.
+    # What depends on the kind of model: these are FLIP's.
 
-    def decoder(self) -> Callable[[bytes], np.ndarray]:
-        """Return what turns an encoded image into what the model takes, or raises `UndecodableImage`. It goes to the
-        workers, without this embedder and its model."""
-        shape = InputShape.of(self.model.config)
-        return partial(_whole_square, shape.image_size, shape.patch_size)
+    @property
+    def image_size(self) -> int:
+        """Pixels along each side of an image, as the model takes it."""
+        return self.model.config.vision_config.image_size
 
-    def image_features(self, batch: torch.Tensor) -> torch.Tensor:
-        """Return `(batch, dim)`, not normalised, of decoded images."""
-        return self.model.get_image_features(patches=batch).pooler_output
+    def decoder(self) -> Decoder:
+        """Return what turns an encoded image and its row into the columns that the model takes of it, or raises
+        `UndecodableImage`. It goes to the workers, without this embedder and its model."""
+        return partial(_whole_square, self.image_size, InputShape.of(self.model.config).patch_size)
+
+    def image_features(self, **columns: torch.Tensor) -> torch.Tensor:
+        """Return `(batch, dim)`, not normalised, of the columns of a batch of images."""
+        return self.model.get_image_features(**columns).pooler_output
+
+    def pooled_features(self, **columns: torch.Tensor) -> torch.Tensor:
+        """Return `(batch, width)`, before the projection, of the columns of a batch of images."""
+        return self.model.vision_model(**columns).pooler_output
 
     def tokens(self, texts: list[str]) -> torch.Tensor:
         """Return `(texts, length)`, as the model takes them."""
@@ -118,91 +187,55 @@ class Embedder:
         """Return `(batch, dim)`, not normalised, of rows of `tokens`."""
         return self.model.get_text_features(batch).pooler_output
 
-    def _decoded(self, source: TarSource) -> Iterator[torch.Tensor]:
-        """The decoded images of this process's padded rows, in batches."""
-        mine = self.padded_rows(len(source))
-        batches = [mine[first : first + self.batch_size] for first in range(0, len(mine), self.batch_size)]
-        workers = min(self.num_workers, len(batches) if len(batches) > 1 else 0)
-        loader = DataLoader(
-            WholeImages(source, self.decoder()),
-            batch_sampler=batches,
-            collate_fn=_as_is,
-            num_workers=workers,
-            worker_init_fn=settle_worker,
-            multiprocessing_context=worker_context() if workers else None,
-        )
-        try:
-            for batch in start_workers(loader):
-                if isinstance(batch, Exception):
-                    raise batch
-                yield torch.as_tensor(batch)
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            raise OSError(
-                f"a worker that decoded evaluation images died ({' '.join(str(error).split())}); give it more memory "
-                "or set eval.num_workers to 0"
-            ) from error
+    def _share(self, count: int, most: int | None = None) -> Share:
+        """Return how `count` rows are shared, at most `most` in a batch (left out, `batch_size`)."""
+        size = max(1, min(most or self.batch_size, -(-count // _LEAST_BATCHES)))
+        return Share(count, size, self.accelerator.process_index, self.accelerator.num_processes)
 
-    @torch.no_grad()
-    def _embed(
-        self,
-        batches: Iterable[torch.Tensor],
-        features: Callable[[torch.Tensor], torch.Tensor],
-        what: str,
-        total: int,
-    ) -> torch.Tensor:
-        """Collective. Return the normalised features of all batches on the CPU; a progress bar shows if it takes
-        long."""
+    def _gathered(self, mine: torch.Tensor, share: Share) -> torch.Tensor:
+        padded = torch.cat([mine, mine.new_zeros(share.most - len(mine), *mine.shape[1:])])
+        return self.accelerator.gather(padded.to(self.accelerator.device)).cpu()[share.places()]
+
+    def _agreed(self, make: Callable[[], PackedBatch]) -> PackedBatch:
+        """Collective. Return what `make` returns.
+
+        Raises:
+            ValueError, OSError: on every process, if `make` raised it on any: a process that left alone would leave the
+                others waiting.
+        """
+        made, faults = None, []
+        try:
+            made = make()
+        except (ValueError, OSError) as error:
+            if self.accelerator.num_processes == 1:
+                raise
+            faults = [(isinstance(error, OSError), str(error))]
+        if self.accelerator.num_processes > 1 and self.total([len(faults)])[0]:
+            from accelerate.utils import gather_object
+
+            is_os_error, text = min(gather_object(faults))
+            raise OSError(text) if is_os_error else ValueError(text)
+        assert made is not None
+        return made
+
+    def _embeds_of(self, texts: list[str]) -> torch.Tensor:
         from flipscale.model.modeling_flip import normalise_embeds  # seconds to import; a model has done it
 
-        hidden = None if self.accelerator.is_main_process else True
-        embeds = []
-        with tqdm(total=total, desc="evaluating", unit=f" {what}", leave=False, delay=5, disable=hidden) as bar:
-            for batch in batches:
-                with self.accelerator.autocast():
-                    found = features(batch.to(self.accelerator.device))
-                embeds.append(normalise_embeds(found).cpu())
-                self.alive()
-                bar.update(min(len(batch) * self.accelerator.num_processes, total - bar.n))
-        return torch.cat(embeds)
+        with torch.no_grad(), self.accelerator.autocast():
+            found = self.text_features(self.tokens(texts).to(self.accelerator.device))
+        return normalise_embeds(found).cpu()
+
+    def _bar(self, total: int, what: str, hidden: bool = False) -> tqdm:
+        """Return a progress bar, which shows on the main process if it takes long."""
+        disable = True if hidden or not self.accelerator.is_main_process else None
+        return tqdm(total=total, desc="evaluating", unit=f" {what}", leave=False, delay=5, disable=disable)
 
 
-def _as_is(batch: Any) -> Any:
-    return batch
+def _parts(texts: Sequence[str], size: int) -> Iterator[list[str]]:
+    for first in range(0, len(texts), size):
+        yield list(texts[first : first + size])
 
 
-def _whole_square(image_size: int, patch_size: int, encoded: bytes) -> np.ndarray:
-    """Return the centred square's patches, uint8 `(num_patches, 3 * p * p)`."""
-    return visible_patches(decode_box(encoded, None, image_size, (1.0, 1.0)), patch_size, None)
-
-
-class WholeImages(Dataset):
-    """Every image of a source, decoded, in batches; what goes wrong is handed out in place of a batch, since raising
-    it would wrap a worker's error in its traceback."""
-
-    def __init__(self, source: TarSource, decode: Callable[[bytes], np.ndarray]):
-        self.source = source
-        self.decode = decode
-        self.where = sample_numbers(source)
-
-    def __len__(self) -> int:
-        return len(self.where)
-
-    def __getitems__(self, rows: list[int]) -> np.ndarray | Exception:
-        try:
-            return np.stack([self._decoded(*self.where[row]) for row in rows])
-        except (ValueError, OSError) as error:
-            return error
-
-    def _decoded(self, shard: int, number: int) -> np.ndarray:
-        sample = self.source.read(shard, number)
-        try:
-            return self.decode(sample.image)
-        except UndecodableImage as error:
-            raise ValueError(f"evaluation image {sample.name} cannot be decoded: {error}") from error
-
-
-def sample_numbers(source: TarSource) -> list[tuple[int, int]]:
-    """Return (shard, number) of every sample, in shard order."""
-    return [(shard, number) for shard, size in enumerate(source.shard_sizes) for number in range(size)]
+def _whole_square(image_size: int, patch_size: int, encoded: bytes, row: int) -> dict[str, np.ndarray]:
+    """Return the centred square's patches, uint8 `(num_patches, 3 * p * p)`; they are the same for every row."""
+    return {"patches": visible_patches(decode_box(encoded, None, image_size, (1.0, 1.0)), patch_size, None)}

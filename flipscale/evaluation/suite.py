@@ -1,15 +1,16 @@
 """The kinds of evaluation, and the evaluations of a recipe one after the other."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields
+from itertools import groupby
 from typing import Any
 
 from jsonargparse import ArgumentError, ArgumentParser
 
 from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.kinds.retrieval import Retrieval
-from flipscale.evaluation.kinds.task import Task
+from flipscale.evaluation.kinds.task import StreamedTask, Task, evaluate_together
 from flipscale.evaluation.kinds.zero_shot import ZeroShot
 from flipscale.evaluation.results import Result
 
@@ -57,20 +58,34 @@ def _build_task(content: dict[str, Any], where: str) -> Task:
         raise ValueError(f"{where}: {' '.join(str(error).split())}") from None
 
 
-def evaluate(embedder: Embedder, task: Task) -> list[Result]:
-    """Collective. Return what the model of `embedder` achieves at a task.
-
-    Raises:
-        ValueError: the test set is not as the task needs it.
-    """
-    embedder.alive()
-    return task.evaluate(embedder)
-
-
-def evaluate_tasks(embedder: Embedder, tasks: Iterable[Task]) -> list[Result]:
-    """Collective. Return the results of the tasks, one after the other.
+def evaluated(embedder: Embedder, tasks: Iterable[Task]) -> Iterator[tuple[Task, list[Result]]]:
+    """Collective, to its end. Yield each task with its results, in their order. Streamed tasks of the same data that
+    follow each other share one pass over its images.
 
     Raises:
         ValueError: a test set is not as its task needs it.
+        OSError: a shard cannot be read, or a worker died.
     """
-    return [result for task in tasks for result in evaluate(embedder, task)]
+    for _, group in groupby(enumerate(tasks), lambda numbered: _shared_data(*numbered)):
+        together = [task for _, task in group]
+        streamed = [task for task in together if isinstance(task, StreamedTask)]
+        embedder.alive()
+        if streamed:
+            yield from zip(together, evaluate_together(embedder, streamed), strict=True)
+        else:
+            yield from ((task, task.evaluate(embedder)) for task in together)
+
+
+def _shared_data(number: int, task: Task) -> str | int:
+    """Return the data of a streamed task; of another, which shares a pass with none, its number."""
+    return task.data if isinstance(task, StreamedTask) else number
+
+
+def evaluate_tasks(embedder: Embedder, tasks: Iterable[Task]) -> list[Result]:
+    """Collective. Return the results of the tasks in their order, as `evaluated` has them.
+
+    Raises:
+        ValueError: a test set is not as its task needs it.
+        OSError: a shard cannot be read, or a worker died.
+    """
+    return [result for _, results in evaluated(embedder, tasks) for result in results]

@@ -1,13 +1,36 @@
 """What a test set holds beside its images: class names, labels and captions, read without reading an image."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import ClassVar, TypeVar
+
+import torch
 
 from flipscale.data.sources.tar_source import TarSource
-from flipscale.evaluation.embedding import Embedder, sample_numbers
+from flipscale.evaluation.embedding import Embedder
+from flipscale.evaluation.images import SampleNumbers
 
 Value = TypeVar("Value")
+
+
+@dataclass(frozen=True)
+class TestSet:
+    """An opened test set, which the tasks of the same data share."""
+
+    __test__: ClassVar[bool] = False  # pytest would take it for tests
+
+    data: str
+    source: TarSource
+
+    @classmethod
+    def open(cls, data: str) -> "TestSet":
+        """Return the test set of a folder.
+
+        Raises:
+            ValueError: a shard is missing.
+        """
+        return cls(data, TarSource(data))
 
 
 def read_lines(path: Path, what: str) -> list[str]:
@@ -30,8 +53,8 @@ def read_class_names(folder: str | Path) -> list[str]:
     return read_lines(Path(folder) / "classnames.txt", "the class names")
 
 
-def read_labels(embedder: Embedder, source: TarSource, num_classes: int) -> list[int]:
-    """Collective. Return the class numbers of this process's rows of `source`.
+def read_labels(embedder: Embedder, source: TarSource, num_classes: int) -> torch.Tensor:
+    """Collective. Return the class numbers of this process's rows of `source`, int64 `(rows,)`.
 
     Raises:
         ValueError: a sample of any process has no class number below `num_classes`.
@@ -43,7 +66,7 @@ def read_labels(embedder: Embedder, source: TarSource, num_classes: int) -> list
             raise ValueError(f"{source.shard_name(shard)}#{number} has class {found}; {num_classes} names are listed")
         return found
 
-    return _of_my_rows(embedder, source, label)
+    return torch.tensor(_of_my_rows(embedder, source, label), dtype=torch.int64)
 
 
 def read_captions(embedder: Embedder, source: TarSource) -> list[list[str]]:
@@ -65,7 +88,7 @@ def read_captions(embedder: Embedder, source: TarSource) -> list[list[str]]:
     from accelerate.utils import gather_object
 
     mine = _of_my_rows(embedder, source, captions)
-    pairs = gather_object(list(zip(embedder.rows(len(source)), mine, strict=True)))
+    pairs = gather_object(list(zip(embedder.rows(len(source)).tolist(), mine, strict=True)))
     return [lines for _, lines in sorted(pairs)]
 
 
@@ -76,12 +99,12 @@ def _of_my_rows(embedder: Embedder, source: TarSource, read: Callable[[int, int]
         ValueError: on every process, if `read` raised it on any: a process that left alone would leave the others
             waiting.
     """
-    where = sample_numbers(source)
+    where = SampleNumbers(source)
     if not where:
         raise ValueError(f"the test set is empty: 0 samples in {len(source.shard_sizes)} shards ({source.list.shards})")
     found: list[Value] = []
     faults: list[tuple[int, str]] = []
-    for row in embedder.rows(len(where)):
+    for row in embedder.rows(len(where)).tolist():
         embedder.alive()
         try:
             found.append(read(*where[row]))

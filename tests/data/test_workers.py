@@ -14,8 +14,8 @@ from flipscale.data.loader import build_loader
 from flipscale.data.pairs import InputShape, PairDataset
 from flipscale.data.recipe import DataRecipe
 from flipscale.data.sources.tar_source import TarSource
-from flipscale.evaluation import embedding
 from flipscale.evaluation.embedding import Embedder
+from flipscale.evaluation.images import WholeImages
 from flipscale.model import FlipConfig
 
 
@@ -60,6 +60,6 @@ def test_workers_make_the_same_batches_on_one_thread_each(
 def test_a_worker_gets_no_model(shards: Path, tokenizer_dir: Path) -> None:
     config = FlipConfig()
     embedder = Embedder(SimpleNamespace(config=config, weights=torch.zeros(1 << 20)), None, None, alive=lambda: None)
-    images = embedding.WholeImages(TarSource(str(shards)), embedder.decoder())
+    images = WholeImages(TarSource(str(shards)), embedder.decoder())
     assert len(pickle.dumps(images)) < 20_000
-    assert pickle.loads(pickle.dumps(images)).__getitems__([0, 1]).shape[0] == 2
+    assert pickle.loads(pickle.dumps(images)).__getitems__([0, 1])["patches"].shape[0] == 2

@@ -16,8 +16,9 @@ from transformers import AutoTokenizer
 
 from flipscale import cli
 from flipscale.data.sources.tar_source import TarSource
-from flipscale.evaluation.embedding import Embedder, sample_numbers
-from flipscale.evaluation.open_clip import open_clip_embedder
+from flipscale.evaluation.embedders.open_clip import open_clip_embedder
+from flipscale.evaluation.embedding import Embedder
+from flipscale.evaluation.images import SampleNumbers
 from flipscale.evaluation.results import as_metrics
 from flipscale.evaluation.suite import build_tasks, evaluate_tasks
 from flipscale.hub.convert_open_clip import convert_to_open_clip
@@ -52,7 +53,7 @@ def test_its_embeddings_are_its_own(tiny: tuple[Path, Path], shards: Path, accel
     embedder = open_clip_embedder(f"{tiny[0]},{tiny[1]}", accelerator, batch_size=7)
     model, _, preprocess = open_clip.create_model_and_transforms("tiny-vit", str(tiny[1]))
     source, captions = TarSource(str(shards)), ["a red disc", "the blue ring"]
-    pictures = [Image.open(io.BytesIO(source.read(*where).image)) for where in sample_numbers(source)]
+    pictures = [Image.open(io.BytesIO(source.read(*where).image)) for where in SampleNumbers(source)]
     with torch.no_grad():
         images = model.eval().encode_image(torch.stack([preprocess(p) for p in pictures]), normalize=True)
         texts = model.encode_text(open_clip.get_tokenizer("tiny-vit")(captions), normalize=True)

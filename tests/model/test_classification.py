@@ -12,7 +12,7 @@ from PIL import Image
 from transformers import AutoModelForImageClassification, Trainer, TrainingArguments
 
 from flipscale.data.sources.tar_source import TarSource
-from flipscale.evaluation.embedding import sample_numbers
+from flipscale.evaluation.images import SampleNumbers
 from flipscale.model import FlipForImageClassification, FlipModel
 
 
@@ -48,7 +48,7 @@ def test_loss_is_cross_entropy_and_patches_may_be_masked(folder: Path, images: t
 
 def test_trainer_learns_the_pictures(folder: Path, shards: Path, tmp_path: Path) -> None:
     source = TarSource(str(shards))
-    samples = [source.read(*where) for where in sample_numbers(source)]
+    samples = [source.read(*where) for where in SampleNumbers(source)]
 
     def pixels(encoded: bytes) -> torch.Tensor:
         image = Image.open(io.BytesIO(encoded)).convert("RGB").resize((32, 32))

@@ -1,12 +1,16 @@
 """What every evaluation has: its data, its name and when it is due; and the one signature that they share."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import MISSING, Field, dataclass, fields
 from typing import Any, ClassVar
+
+import torch
 
 from flipscale.data.sources.tar_source import TarSource
 from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.results import Result, wilson
+from flipscale.evaluation.test_set import TestSet
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,50 @@ class Task(ABC):
         options = [option for option in fields(self) if option.name not in {known.name for known in fields(Task)}]
         given = {option.name: getattr(self, option.name) for option in options}
         return {"data": self.data, **{o.name: given[o.name] for o in options if given[o.name] != _default(o)}}
+
+
+class Scorer(ABC):
+    """Takes the embeddings of a test set's images as they come, and has the results when all have come."""
+
+    @abstractmethod
+    def add(self, rows: torch.Tensor, embeds: torch.Tensor) -> None:
+        """Take some of this process's rows, int64 `(rows,)`, with their embeddings, fp32 `(rows, dim)` of unit length,
+        CPU. They come in the order of `Embedder.rows`, each once; there may be none in a call. Not collective."""
+
+    @abstractmethod
+    def results(self) -> list[Result]:
+        """Collective. Return what the model achieves, once all rows were added."""
+
+
+class StreamedTask(Task):
+    """A task that sees each image's embedding once, a batch at a time. Tasks of the same data share one pass over its
+    images (`evaluate_together`)."""
+
+    @abstractmethod
+    def scorer(self, embedder: Embedder, test_set: TestSet) -> Scorer:
+        """Collective. Return what takes the images, its texts embedded and its labels read.
+
+        Raises:
+            ValueError: the test set is not as this kind needs it.
+        """
+
+    def evaluate(self, embedder: Embedder) -> list[Result]:
+        return evaluate_together(embedder, [self])[0]
+
+
+def evaluate_together(embedder: Embedder, tasks: Sequence[StreamedTask]) -> list[list[Result]]:
+    """Collective. Return the results of each of several tasks of the same data, whose images are read once for all.
+
+    Raises:
+        ValueError: the test set is not as a task needs it, or an image cannot be decoded.
+        OSError: a shard cannot be read, or a worker died.
+    """
+    test_set = TestSet.open(tasks[0].data)
+    scorers = [task.scorer(embedder, test_set) for task in tasks]
+    for rows, embeds in embedder.image_batches(test_set.source):
+        for scorer in scorers:
+            scorer.add(rows, embeds)
+    return [scorer.results() for scorer in scorers]
 
 
 def _default(option: Field) -> Any:

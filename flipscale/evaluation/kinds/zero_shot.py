@@ -6,16 +6,15 @@ from typing import ClassVar
 
 import torch
 
-from flipscale.data.sources.tar_source import TarSource
 from flipscale.evaluation.embedding import Embedder
-from flipscale.evaluation.kinds.task import Task
+from flipscale.evaluation.kinds.task import Scorer, StreamedTask
 from flipscale.evaluation.kinds.templates import TEMPLATES
 from flipscale.evaluation.results import Result
-from flipscale.evaluation.test_set import read_class_names, read_labels, read_lines
+from flipscale.evaluation.test_set import TestSet, read_class_names, read_labels, read_lines
 
 
 @dataclass(frozen=True)
-class ZeroShot(Task):
+class ZeroShot(StreamedTask):
     """`top1` and `top5` of classification shards, in percent of the images.
 
     `data` has shards with `KEY.cls`, and beside them `classnames.txt` and (unless `templates` is given)
@@ -41,15 +40,10 @@ the centre cut out; the answer is the class whose embedding (the mean over the s
         read_class_names(self.data)
         self._prompts()
 
-    def evaluate(self, embedder: Embedder) -> list[Result]:
-        names, prompts, source = read_class_names(self.data), self._prompts(), TarSource(self.data)
-        labels = torch.tensor(read_labels(embedder, source, len(names)))
-        classes = class_embeds(embedder, names, prompts)
-        scores = embedder.my_images(source) @ classes.t()
-        right = scores.topk(min(5, len(names))).indices == labels[:, None]
-        top1, top5 = embedder.total([right[:, 0].sum().item(), right.any(dim=1).sum().item()])
-        chance = 100.0 / len(names)
-        return [self.proportion("top1", top1, len(source), chance), self.proportion("top5", top5, len(source))]
+    def scorer(self, embedder: Embedder, test_set: TestSet) -> "ZeroShotScorer":
+        names, prompts = read_class_names(self.data), self._prompts()
+        labels = read_labels(embedder, test_set.source, len(names))
+        return ZeroShotScorer(self, embedder, len(test_set.source), labels, class_embeds(embedder, names, prompts))
 
     def _prompts(self) -> list[str]:
         if self.templates is not None:
@@ -58,12 +52,33 @@ the centre cut out; the answer is the class whose embedding (the mean over the s
         return read_lines(file, "the prompts, {c} for the name")
 
 
+class ZeroShotScorer(Scorer):
+    """Counts the images whose class is the nearest, or among the five nearest."""
+
+    def __init__(self, task: ZeroShot, embedder: Embedder, count: int, labels: torch.Tensor, classes: torch.Tensor):
+        self._task, self._embedder, self._count = task, embedder, count
+        self._labels, self._classes = labels, classes
+        self._seen = 0
+        self._right = torch.zeros(2, dtype=torch.int64)
+
+    def add(self, rows: torch.Tensor, embeds: torch.Tensor) -> None:
+        labels = self._labels[self._seen : self._seen + len(rows)]
+        self._seen += len(rows)
+        nearest = (embeds @ self._classes.t()).topk(min(5, len(self._classes))).indices
+        right = nearest == labels[:, None]
+        self._right += torch.stack([right[:, 0].sum(), right.any(dim=1).sum()])
+
+    def results(self) -> list[Result]:
+        top1, top5 = self._embedder.total(self._right.tolist())
+        chance = 100.0 / len(self._classes)
+        return [
+            self._task.proportion("top1", top1, self._count, chance),
+            self._task.proportion("top5", top5, self._count),
+        ]
+
+
 def class_embeds(embedder: Embedder, class_names: list[str], templates: list[str]) -> torch.Tensor:
     """Collective. Return one embedding a class, `(classes, dim)` of unit length: the mean over the templates, as CLIP
     and FLIP have it."""
-    from flipscale.model.modeling_flip import normalise_embeds  # seconds to import; a model has done it
-
-    mine = [class_names[row] for row in embedder.padded_rows(len(class_names))]
-    prompts = [template.replace("{c}", name) for name in mine for template in templates]
-    means = embedder.my_texts(prompts).unflatten(0, (len(mine), -1)).mean(dim=1)
-    return embedder.gathered(normalise_embeds(means), len(class_names))
+    prompts = [template.replace("{c}", name) for name in class_names for template in templates]
+    return embedder.texts(prompts, together=len(templates))

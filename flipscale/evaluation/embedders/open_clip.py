@@ -13,6 +13,7 @@ from PIL import Image
 
 from flipscale.data.decode import UndecodableImage
 from flipscale.evaluation.embedding import Embedder
+from flipscale.evaluation.images import Decoder
 
 PREFIX = "open_clip:"
 
@@ -32,6 +33,7 @@ def open_clip_embedder(name: str, accelerator: Accelerator, batch_size: int = 25
         import open_clip
     except ImportError as error:
         raise ValueError("open_clip is not installed; pip install 'flipscale[peers]'") from error
+    called = f"{PREFIX}{name}"
     name, _, pretrained = name.partition(",")
     if name.endswith(".json") and Path(name).is_file():
         open_clip.add_model_config(name)
@@ -47,7 +49,7 @@ def open_clip_embedder(name: str, accelerator: Accelerator, batch_size: int = 25
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(f"open_clip model {name!r} cannot be loaded ({reason})") from error
     model = model.to(accelerator.device).eval()
-    return OpenClipEmbedder(model, tokenizer, accelerator, batch_size, num_workers, preprocess=preprocess)
+    return OpenClipEmbedder(model, tokenizer, accelerator, batch_size, num_workers, name=called, preprocess=preprocess)
 
 
 @dataclass(frozen=True)
@@ -56,11 +58,16 @@ class OpenClipEmbedder(Embedder):
 
     preprocess: Callable[[Image.Image], torch.Tensor] = field(kw_only=True)
 
-    def decoder(self) -> Callable[[bytes], np.ndarray]:
+    @property
+    def image_size(self) -> int:
+        size = self.model.visual.image_size
+        return size if isinstance(size, int) else size[0]
+
+    def decoder(self) -> Decoder:
         return partial(_preprocessed, self.preprocess)
 
-    def image_features(self, batch: torch.Tensor) -> torch.Tensor:
-        return self.model.encode_image(batch)
+    def image_features(self, **columns: torch.Tensor) -> torch.Tensor:
+        return self.model.encode_image(columns["image"])
 
     def tokens(self, texts: list[str]) -> torch.Tensor:
         return self.tokenizer(texts)
@@ -69,8 +76,8 @@ class OpenClipEmbedder(Embedder):
         return self.model.encode_text(batch)
 
 
-def _preprocessed(preprocess: Callable[[Image.Image], torch.Tensor], encoded: bytes) -> np.ndarray:
+def _preprocessed(preprocess: Callable[[Image.Image], torch.Tensor], encoded: bytes, row: int) -> dict[str, np.ndarray]:
     try:
-        return preprocess(Image.open(io.BytesIO(encoded))).numpy()
+        return {"image": preprocess(Image.open(io.BytesIO(encoded))).numpy()}
     except OSError as error:
         raise UndecodableImage(str(error)) from error

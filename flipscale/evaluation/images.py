@@ -1,0 +1,154 @@
+"""The images of a test set: which process takes which rows, and their decoding in workers, a batch at a time."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from flipscale.data.decode import UndecodableImage
+from flipscale.data.loader import settle_worker, start_workers, worker_context
+from flipscale.data.packed import PackedBatch
+from flipscale.data.sources.tar_source import TarSource
+
+# From the bytes of an image and its row to what the model takes of it, by name; it may raise `UndecodableImage`.
+Decoder = Callable[[bytes, int], dict[str, np.ndarray]]
+
+
+@dataclass(frozen=True)
+class Share:
+    """The rows of `count` that process `rank` of `world` takes: every `world`th batch of `size` rows.
+
+    A row stands in the same batch beside the same rows however many processes there are, so its embedding is the same
+    to the last bit.
+    """
+
+    count: int
+    size: int
+    rank: int
+    world: int
+
+    @property
+    def rounds(self) -> int:
+        """How many batches the first process has; others may have one less."""
+        return -(-self.count // (self.size * self.world))
+
+    def batches(self) -> list[range]:
+        """Return this process's rows, a batch each."""
+        firsts = range(self.rank * self.size, self.count, self.size * self.world)
+        return [range(first, min(first + self.size, self.count)) for first in firsts]
+
+    def rows(self) -> np.ndarray:
+        """Return this process's rows, int64 `(rows,)`."""
+        rows = np.arange(self.count)
+        return rows[rows // self.size % self.world == self.rank]
+
+    @property
+    def most(self) -> int:
+        """How many rows the first process has; none has more."""
+        last = (self.rounds - 1) * self.size * self.world
+        return (self.rounds - 1) * self.size + min(self.size, self.count - last) if self.count else 0
+
+    def places(self) -> torch.Tensor:
+        """Return where each row stands among the rows of all processes, `most` of each one after the other."""
+        rows = torch.arange(self.count)
+        batch = rows // self.size
+        return batch % self.world * self.most + batch // self.world * self.size + rows % self.size
+
+
+class SampleNumbers(Sequence[tuple[int, int]]):
+    """(shard, number) of every row of a source, in shard order; it costs eight bytes a shard."""
+
+    def __init__(self, source: TarSource):
+        self._ends = np.cumsum(source.shard_sizes, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def __getitem__(self, row: Any) -> Any:
+        if not 0 <= row < len(self):
+            raise IndexError(f"row {row} of {len(self)}")
+        shard = int(np.searchsorted(self._ends, row, side="right"))
+        return shard, int(row) - (int(self._ends[shard - 1]) if shard else 0)
+
+
+def decoded_batches(source: TarSource, decode: Decoder, batches: list[range], num_workers: int) -> Iterator[Any]:
+    """Yield the decoded images of each batch of rows, as tensors by name.
+
+    Raises:
+        ValueError: an image cannot be decoded.
+        OSError: a shard cannot be read, or a worker died.
+    """
+    workers = min(num_workers, len(batches) if len(batches) > 1 else 0)
+    loader = DataLoader(
+        WholeImages(source, decode),
+        batch_sampler=batches,
+        collate_fn=_as_is,
+        num_workers=workers,
+        worker_init_fn=settle_worker,
+        multiprocessing_context=worker_context() if workers else None,
+    )
+    try:
+        for batch in start_workers(loader):
+            if isinstance(batch, Exception):
+                raise batch
+            yield batch
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise OSError(
+            f"a worker that decoded evaluation images died ({' '.join(str(error).split())}); give it more memory "
+            "or set eval.num_workers to 0"
+        ) from error
+
+
+def made_up(decode: Decoder) -> PackedBatch:
+    """Return a batch of one grey image, for the process that has no batch left while others compute theirs."""
+    png = cv2.imencode(".png", np.full((8, 8, 3), 128, np.uint8))[1].tobytes()
+    return _packed([decode(png, 0)], 1)
+
+
+def _as_is(batch: Any) -> Any:
+    return batch
+
+
+class WholeImages(Dataset):
+    """Every image of a source, decoded, in batches; what goes wrong is handed out in place of a batch, since raising
+    it would wrap a worker's error in its traceback."""
+
+    def __init__(self, source: TarSource, decode: Decoder):
+        self.source = source
+        self.decode = decode
+        self.where = SampleNumbers(source)
+
+    def __len__(self) -> int:
+        return len(self.where)
+
+    def __getitems__(self, rows: Sequence[int]) -> PackedBatch | Exception:
+        try:
+            return _packed((self._decoded(row) for row in rows), len(rows))
+        except (ValueError, OSError) as error:
+            return error
+
+    def _decoded(self, row: int) -> dict[str, np.ndarray]:
+        sample = self.source.read(*self.where[row])
+        try:
+            return self.decode(sample.image, row)
+        except UndecodableImage as error:
+            raise ValueError(f"evaluation image {sample.name} cannot be decoded: {error}") from error
+
+
+def _packed(images: Any, count: int) -> PackedBatch:
+    """Return the columns of `count` images, each written where it travels as soon as it is decoded."""
+    batch: PackedBatch | None = None
+    for place, columns in enumerate(images):
+        if batch is None:
+            like = {name: torch.from_numpy(column) for name, column in columns.items()}
+            batch = PackedBatch.empty({name: (one.dtype, (count, *one.shape)) for name, one in like.items()})
+        for name, column in columns.items():
+            batch[name][place] = torch.from_numpy(column)
+    assert batch is not None
+    return batch
