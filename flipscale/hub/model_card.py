@@ -57,6 +57,17 @@ with torch.no_grad():
 print(output.image_embeds @ output.text_embeds.T)
 ```
 
+The same of [sentence-transformers](https://sbert.net), 6.0 or later, by which mteb evaluates it too:
+
+```python
+from PIL import Image
+from sentence_transformers import SentenceTransformer
+
+model = SentenceTransformer("{where}", trust_remote_code=True)
+images, texts = model.encode([Image.open("image.png")]), model.encode(["a red apple", "a bicycle"])
+print(model.similarity(images, texts))
+```
+
 `trust_remote_code` runs the model's code that is in this folder. Where flipscale is installed it is not needed:
 `from flipscale.model import FlipModel`. The weights are safetensors, fp32; in half the bytes with
 `variant="bf16", dtype=torch.bfloat16`.
@@ -248,7 +259,7 @@ class _Run:
         return ModelCardData(
             library_name="transformers",
             pipeline_tag="zero-shot-image-classification",
-            tags=["flip", "clip", "flipscale"],
+            tags=["flip", "clip", "flipscale", "sentence-transformers"],
             license=self.hub.get("license"),
             base_model=init_from if init_from and _is_hub_name(init_from) else None,
             model_name=name if results else None,

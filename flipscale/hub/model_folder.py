@@ -16,6 +16,7 @@ from flipscale.data.tokenizers import check_tokenizer, load_tokenizer
 from flipscale.engines.checkpoint import CheckpointReader
 from flipscale.files.aside import written_aside
 from flipscale.files.tensor_file import write_tensors
+from flipscale.hub.sentence_transformer import write_sentence_transformer
 from flipscale.model import FlipConfig, FlipModel, FlipProcessor
 from flipscale.training.recipe import parse_recipe
 
@@ -140,6 +141,7 @@ def _write_folder(
     with written_aside(out_dir) as folder:
         if processor is not None:
             processor.save_pretrained(folder)
+            write_sentence_transformer(folder)
         model.save_pretrained(folder, state_dict={})
         for empty in folder.glob("*.safetensors"):
             empty.unlink()

@@ -195,14 +195,17 @@ def test_pipeline_gives_the_scores_of_a_direct_forward(
 def test_folder_holds_what_it_needs_and_nothing_else(folder: Path) -> None:
     assert {path.name for path in folder.iterdir()} == {
         "config.json",
+        "config_sentence_transformers.json",
         "configuration_flip.py",
         "folder.py",
         "model.bf16.safetensors",
         "model.safetensors",
         "modeling_flip.py",
+        "modules.json",
         "patches.py",
         "processing_flip.py",
         "processor_config.json",
+        "sentence_bert_config.json",
         "tokenizer.json",
         "tokenizer_config.json",
     }

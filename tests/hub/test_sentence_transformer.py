@@ -1,0 +1,106 @@
+"""The exported folder as a SentenceTransformer, with and without flipscale, with either backend of images."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hub.test_export import environment_of, small_model
+from PIL import Image
+from transformers import AutoTokenizer
+
+from flipscale.data.decode import decode_whole
+from flipscale.evaluation.pictures import image_embeds, text_embeds
+from flipscale.hub.model_folder import build_processor, export_model
+from flipscale.model import FlipModel, FlipProcessor
+
+TEXTS = ["a red disc", "blue", "a green ring a a a a a a a a a", "the"]
+
+# Run in an interpreter of its own: writes the embeddings of the pictures and of the texts to `embeds.npz`.
+USER = """
+import importlib.util, sys
+import numpy as np
+from PIL import Image
+from sentence_transformers import SentenceTransformer
+installed = importlib.util.find_spec("flipscale") is not None
+if installed:
+    from flipscale.model import FlipModel
+folder, *pictures = sys.argv[1:]
+model = SentenceTransformer(folder, device="cpu", trust_remote_code=not installed)
+assert type(model[0].model).__module__.startswith("flipscale.") == installed
+pictures, texts = [Image.open(picture) for picture in pictures], TEXTS
+images, texts = model.encode(pictures, batch_size=3), model.encode(texts, batch_size=3)
+similarity = model.similarity(images, texts)
+assert np.abs(similarity.numpy() - images @ texts.T).max() < 1e-6
+assert model.get_embedding_dimension() == images.shape[1]
+np.savez("embeds.npz", images=images, texts=texts)
+""".replace("TEXTS", repr(TEXTS))
+
+
+@pytest.fixture(scope="module")
+def folder(tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    model = small_model()
+    processor = build_processor(model.config, AutoTokenizer.from_pretrained(tokenizer_dir))
+    return export_model(model, processor, tmp_path_factory.mktemp("hub") / "model")
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Noise of several sizes in every mode that a PNG has, transparent ones last."""
+    folder, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    noise = [Image.fromarray(rng.integers(0, 256, (h, w, 3), np.uint8)) for h, w in ((40, 60), (32, 32), (90, 33))]
+    clear = noise[2].convert("RGBA")
+    clear.putalpha(100)
+    modes = [*noise, *(noise[0].convert(mode) for mode in ("L", "P", "1", "LA")), clear]
+    for number, picture in enumerate(modes):
+        picture.save(folder / f"{number}.png")
+    return [folder / f"{number}.png" for number in range(len(modes))]
+
+
+@pytest.mark.parametrize("torchvision", [True, False])
+def test_it_embeds_as_we_do_where_flipscale_is_absent(
+    folder: Path, pictures: list[Path], tmp_path: Path, torchvision: bool
+) -> None:
+    packages = ["sentence-transformers", "pillow", *(["torchvision"] if torchvision else [])]
+    python = environment_of(tmp_path / "venv", *packages)
+    assert_embeds_as_we_do([python, "-I"], folder, pictures, tmp_path, torchvision)
+
+
+def test_it_embeds_as_we_do_and_trusts_no_code_where_flipscale_is_installed(
+    folder: Path, pictures: list[Path], tmp_path: Path
+) -> None:
+    assert_embeds_as_we_do([sys.executable], folder, pictures, tmp_path, torchvision=True)
+
+
+def assert_embeds_as_we_do(
+    python: list[str | Path], folder: Path, pictures: list[Path], tmp_path: Path, torchvision: bool
+) -> None:
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = str(Path(__file__).parents[2])
+    done = subprocess.run(
+        [*python, "-c", USER, folder, *pictures], cwd=tmp_path, env=environment, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    given = np.load(tmp_path / "embeds.npz")
+    model, processor = FlipModel.from_pretrained(folder), FlipProcessor.from_pretrained(folder)
+    if not torchvision:
+        processor = build_processor(model.config, processor.tokenizer)
+    # `decode_whole` puts transparent pixels on white, as transformers does.
+    whole = [Image.fromarray(decode_whole(picture.read_bytes())) for picture in pictures]
+    assert np.abs(given["images"] - image_embeds(model, processor, whole)).max() < 1e-6
+    assert np.abs(given["texts"] - text_embeds(model, processor, TEXTS)).max() < 1e-6
+
+
+def test_every_text_is_padded_to_the_models_length(folder: Path) -> None:
+    """An attended padding is part of the text; sentence-transformers by itself pads to the longest of a batch."""
+    config = json.loads((folder / "sentence_bert_config.json").read_text())
+    assert config["processing_kwargs"] == {"text": {"padding": "max_length", "truncation": True}}
+
+
+def test_a_model_without_a_processor_is_no_sentence_transformer(tmp_path: Path) -> None:
+    export_model(small_model(), None, tmp_path / "model")
+    assert not (tmp_path / "model/modules.json").exists()
