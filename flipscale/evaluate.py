@@ -11,9 +11,10 @@ from flipscale.engines.device import best_attention
 from flipscale.engines.start import start_accelerator
 from flipscale.evaluation.embedders.open_clip import PREFIX, open_clip_embedder
 from flipscale.evaluation.embedding import Embedder
+from flipscale.evaluation.kinds.kinds import KINDS
 from flipscale.evaluation.kinds.templates import TEMPLATES
 from flipscale.evaluation.results import Result, as_metrics, with_unit
-from flipscale.evaluation.suite import KINDS, build_tasks, evaluate_tasks
+from flipscale.evaluation.suite import build_tasks, evaluate_tasks
 from flipscale.hub.loading import load_flip
 
 

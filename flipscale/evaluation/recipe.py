@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from flipscale.evaluation.kinds.task import Task
-from flipscale.evaluation.suite import build_tasks
+from flipscale.evaluation.suite import TASKS_DIR, build_tasks
 
 
 @dataclass(frozen=True)
@@ -13,20 +13,23 @@ class EvalRecipe:
     """What is evaluated while training, and at its end.
 
     Args:
-        tasks: the evaluations, each `{kind: zero_shot, data: FOLDER}` (or `kind: retrieval`), with a `name` where
-            several are of one kind, `every_samples` where it has an interval of its own, and the options of its kind.
+        tasks: the evaluations, each the name of a page (`imagenet1k`, or `{task: imagenet1k, every_samples: ...}` to
+            change a field) or `{kind: zero_shot, data: FOLDER}`, with a `name` where several are of one kind,
+            `every_samples` where it has an interval of its own, and the options of its kind.
         every_samples: how often a task runs that does not say so itself; 0 only at the end.
         zero_shot: short for a task `{kind: zero_shot, data: FOLDER}`; replaces the data of the listed task of that
             name.
         retrieval: the same for `{kind: retrieval, data: FOLDER}`.
+        tasks_dir: where `flipscale prepare tasks` put the data of the tasks that have a page.
         batch_size: images a process embeds at once.
         num_workers: processes that decode the images of each training process; 0 decodes in the training process.
     """
 
-    tasks: list[dict[str, Any]] = field(default_factory=list)
+    tasks: list[str | dict[str, Any]] = field(default_factory=list)
     every_samples: int = 0
     zero_shot: str | None = None
     retrieval: str | None = None
+    tasks_dir: str = TASKS_DIR
     batch_size: int = 256
     num_workers: int = 4
 
@@ -37,9 +40,9 @@ class EvalRecipe:
         """Return the tasks, the short forms among them, each with its interval.
 
         Raises:
-            ValueError: an unknown kind or field, or two tasks of one name.
+            ValueError: an unknown name, kind or field, or two tasks of one name.
         """
-        listed = list(self.tasks)
+        listed = [dict(task) if isinstance(task, dict) else {"task": task} for task in self.tasks]
         for kind in ("zero_shot", "retrieval"):
             folder = getattr(self, kind)
             named = [task.get("name") or task.get("kind") for task in listed]
@@ -49,10 +52,13 @@ class EvalRecipe:
                 listed.append({"kind": kind, "data": folder})
         return [
             task if task.every_samples is not None else dataclasses.replace(task, every_samples=self.every_samples)
-            for task in build_tasks(listed)
+            for task in build_tasks(listed, self.tasks_dir)
         ]
 
     def every(self, samples: int) -> "EvalRecipe":
         """Return this recipe with all tasks at one interval."""
-        tasks = [{name: value for name, value in task.items() if name != "every_samples"} for task in self.tasks]
+        tasks = [
+            {name: value for name, value in task.items() if name != "every_samples"} if isinstance(task, dict) else task
+            for task in self.tasks
+        ]
         return dataclasses.replace(self, tasks=tasks, every_samples=samples)

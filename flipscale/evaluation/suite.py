@@ -1,32 +1,33 @@
-"""The kinds of evaluation, and the evaluations of a recipe one after the other."""
+"""The evaluations that a recipe lists, and how they are done one after the other."""
 
-import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import fields
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
-from jsonargparse import ArgumentError, ArgumentParser
-
 from flipscale.evaluation.embedding import Embedder
-from flipscale.evaluation.kinds.retrieval import Retrieval
+from flipscale.evaluation.kinds.kinds import build_task
 from flipscale.evaluation.kinds.task import StreamedTask, Task, evaluate_together
-from flipscale.evaluation.kinds.zero_shot import ZeroShot
 from flipscale.evaluation.results import Result
+from flipscale.evaluation.task_page import read_page
 
-KINDS: dict[str, type[Task]] = {
-    "zero_shot": ZeroShot,
-    "retrieval": Retrieval,
-}
+TASKS_DIR = "data/tasks"
 
 
-def build_tasks(listed: Sequence[dict[str, Any]]) -> list[Task]:
-    """Return the tasks that a recipe lists as `{kind: ..., data: ..., ...}`.
+def build_tasks(listed: Sequence[str | dict[str, Any]], tasks_dir: str | Path = TASKS_DIR) -> list[Task]:
+    """Return the tasks that a recipe lists: by the names of their pages, as `{task: NAME, ...}` with fields that differ
+    from the page's, or as `{kind: ..., data: ..., ...}`.
+
+    Args:
+        tasks_dir: where `flipscale prepare tasks` put the data of those that have a page.
 
     Raises:
-        ValueError: an unknown kind, a field that its kind does not take, or two tasks of one name.
+        ValueError: an unknown name or kind, a field that its kind does not take, or two tasks of one name.
     """
-    tasks = [_build_task(content, f"eval.tasks[{number}]") for number, content in enumerate(listed)]
+    tasks = [
+        build_task(_in_full(content, Path(tasks_dir), f"eval.tasks[{number}]"), f"eval.tasks[{number}]")
+        for number, content in enumerate(listed)
+    ]
     names = [task.name for task in tasks]
     for name in names:
         if names.count(name) > 1:
@@ -37,25 +38,16 @@ def build_tasks(listed: Sequence[dict[str, Any]]) -> list[Task]:
     return tasks
 
 
-def _build_task(content: dict[str, Any], where: str) -> Task:
-    if content.get("kind") not in KINDS:
-        raise ValueError(f"{where}: kind is {content.get('kind')!r}; use one of {', '.join(KINDS)}")
-    kind = KINDS[content["kind"]]
-    known = [field.name for field in fields(kind)]
-    for name in content:
-        if name not in known:
-            raise ValueError(f"{where}: {content['kind']} has no field {name!r}; it has {', '.join(known)}")
-    content = {**content, "name": content.get("name") or content["kind"]}
-    if not content.get("data"):
-        raise ValueError(f"{where}: data is missing; name the folder of the test set")
-    if not re.fullmatch(r"[\w.-]+", content["name"]):
-        raise ValueError(f"{where}: name is {content['name']!r}; use letters, digits, '.', '_' and '-'")
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(kind, "task")
+def _in_full(content: str | dict[str, Any], tasks_dir: Path, where: str) -> dict[str, Any]:
+    """Return what a recipe says of a task, and what the page says if it names one."""
+    given = {"task": content} if isinstance(content, str) else content
+    if not given.get("task"):
+        return given
     try:
-        return parser.instantiate(parser.parse_object({"task": content})).task
-    except (ArgumentError, ValueError) as error:
-        raise ValueError(f"{where}: {' '.join(str(error).split())}") from None
+        page = read_page(str(given["task"]))
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+    return {**page.listed(tasks_dir / page.data), **given}
 
 
 def evaluated(embedder: Embedder, tasks: Iterable[Task]) -> Iterator[tuple[Task, list[Result]]]:

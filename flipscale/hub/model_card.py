@@ -14,10 +14,10 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
+from flipscale.evaluation.kinds.kinds import KINDS
 from flipscale.evaluation.reports.comparison import Curve, curve_of
 from flipscale.evaluation.reports.figures import can_draw, draw_loss, draw_result, result_figures
 from flipscale.evaluation.results import THIS_MODEL, Result, with_unit
-from flipscale.evaluation.suite import KINDS
 from flipscale.files.aside import write_text
 from flipscale.training.recipe import deciding_part
 from flipscale.training.run_directory import read_starts

@@ -19,6 +19,7 @@ from flipscale.engines import start
 from flipscale.engines.launch import read_launch_file
 from flipscale.evaluation import suite
 from flipscale.evaluation.embedding import Embedder
+from flipscale.evaluation.kinds.kinds import KINDS as EVALUATIONS
 from flipscale.hub.loading import load_flip
 from flipscale.objectives.kinds import KINDS as LOSSES
 
@@ -71,7 +72,7 @@ def test_a_mask(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_evaluation(monkeypatch: pytest.MonkeyPatch, in_site: Path) -> None:
-    monkeypatch.setitem(suite.KINDS, "similarity", example("evaluation", "Similarity"))
+    monkeypatch.setitem(EVALUATIONS, "similarity", example("evaluation", "Similarity"))
     tasks = suite.build_tasks([{"kind": "similarity", "data": "data/demo/test"}])
     model, tokenizer = load_flip("runs/demo/model")
     (result,) = suite.evaluate_tasks(Embedder(model, tokenizer, Accelerator(cpu=True), 32, 0), tasks)

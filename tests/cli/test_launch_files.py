@@ -53,7 +53,10 @@ def test_the_wheel_holds_all_that_is_not_python(wheel: Path) -> None:
         names = set(archive.namelist())
         (metadata,) = (archive.read(name).decode() for name in names if name.endswith(".dist-info/METADATA"))
     recipes = {f"flipscale/recipes/{file.name}" for file in (ROOT / "flipscale/recipes").iterdir()}
-    assert {"flipscale/py.typed", *recipes, *(f"flipscale/{file}" for file in FILES)} <= names
+    tasks = ROOT / "flipscale/evaluation/tasks"
+    pages = {str(file.relative_to(ROOT)) for file in tasks.rglob("*") if file.is_file()}
+    assert len(pages) > 30
+    assert {"flipscale/py.typed", *recipes, *pages, *(f"flipscale/{file}" for file in FILES)} <= names
     assert f"\nVersion: {flipscale.__version__}\n" in metadata
     assert {"License: Apache-2.0", "License-File: LICENSE"} <= set(metadata.splitlines())
     assert {name.split("/")[0].split("-")[0] for name in names} == {"flipscale"}, "tests are not installed"

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from flipscale.evaluation.suite import KINDS
+from flipscale.evaluation.kinds.kinds import KINDS
 from flipscale.files import json_lines
 from flipscale.hub.model_card import INTERVALS, NO_LICENCE, NOT_EVALUATED, TEMPLATE
 from flipscale.training.recipe import ModelRecipe

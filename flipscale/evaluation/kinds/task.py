@@ -3,10 +3,12 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import MISSING, Field, dataclass, fields
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 
+from flipscale.data.prepared import check_prepared
 from flipscale.data.sources.tar_source import TarSource
 from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.results import Result, wilson
@@ -18,15 +20,17 @@ class Task(ABC):
     """An evaluation that a recipe lists. Each kind is a subclass whose own fields are the options that it takes.
 
     Args:
-        kind: one of `flipscale.evaluation.suite.KINDS`.
+        kind: one of `flipscale.evaluation.kinds.kinds.KINDS`.
         data: the folder of the test set.
         name: what its results are called; the kind, where it is left out.
+        task: the name of its page, for a task that has one; its data must then be prepared whole.
         every_samples: how often it runs while the model is trained, 0 only at the end; left out, `eval.every_samples`.
     """
 
     kind: str
     data: str
     name: str = ""
+    task: str = ""
     every_samples: int | None = None
 
     # For the model card: how it is done, and the Hub's names of task and metric (left out: the kind and the metric).
@@ -40,6 +44,8 @@ class Task(ABC):
         Raises:
             ValueError: a file is missing.
         """
+        if self.task:
+            check_prepared(Path(self.data), self.task)
         TarSource(self.data)
 
     @abstractmethod

@@ -1,0 +1,42 @@
+"""The kinds of evaluation, and one evaluation made from what a recipe says of it."""
+
+import re
+from dataclasses import fields
+from typing import Any
+
+from jsonargparse import ArgumentError, ArgumentParser
+
+from flipscale.evaluation.kinds.retrieval import Retrieval
+from flipscale.evaluation.kinds.task import Task
+from flipscale.evaluation.kinds.zero_shot import ZeroShot
+
+KINDS: dict[str, type[Task]] = {
+    "zero_shot": ZeroShot,
+    "retrieval": Retrieval,
+}
+
+
+def build_task(content: dict[str, Any], where: str) -> Task:
+    """Return the task that `{kind: ..., data: ..., ...}` describes; `where` begins the messages.
+
+    Raises:
+        ValueError: an unknown kind, or a field that its kind does not take.
+    """
+    if content.get("kind") not in KINDS:
+        raise ValueError(f"{where}: kind is {content.get('kind')!r}; use one of {', '.join(KINDS)}")
+    kind = KINDS[content["kind"]]
+    known = [field.name for field in fields(kind)]
+    for name in content:
+        if name not in known:
+            raise ValueError(f"{where}: {content['kind']} has no field {name!r}; it has {', '.join(known)}")
+    content = {**content, "name": content.get("name") or content["kind"]}
+    if not content.get("data"):
+        raise ValueError(f"{where}: data is missing; name the folder of the test set")
+    if not re.fullmatch(r"[\w.-]+", content["name"]):
+        raise ValueError(f"{where}: name is {content['name']!r}; use letters, digits, '.', '_' and '-'")
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(kind, "task")
+    try:
+        return parser.instantiate(parser.parse_object({"task": content})).task
+    except (ArgumentError, ValueError) as error:
+        raise ValueError(f"{where}: {' '.join(str(error).split())}") from None
