@@ -8,6 +8,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from flipscale.data.lanes import Lanes, shared_out
 from flipscale.data.recipe import DataRecipe
 from flipscale.data.sources.manifest import Manifest, ShardEntry, read_manifest, write_manifest
 from flipscale.data.sources.shard_cache import ShardCache
-from flipscale.data.sources.shard_index import build_index, read_index
+from flipscale.data.sources.shard_index import build_index, may_lack_arrays, read_index
 from flipscale.data.sources.shard_list import (
     ShardList,
     expand_range,
@@ -81,24 +82,32 @@ class RemoteShardList(ShardList):
                 return published
         place = self._local("local")
         if anew:
-            return self._write(place)
+            return self._write(place, anew)
         return written_once(
             place, lambda _: read_manifest(place, self.pattern, self.remedy), lambda: self._write(place)
         )
 
-    def index(self, name: str) -> tuple[np.ndarray, str]:
-        """Return the index of a shard and how it is damaged: from the cache, from beside the shard, or built."""
+    def index(self, name: str, anew: bool = False) -> tuple[np.ndarray, str]:
+        """Return the index of a shard and how it is damaged: from the cache, from beside the shard, or built.
+
+        Args:
+            anew: build it if it may lack what this version puts in.
+        """
         url = self.path(name)
         path = self.index_path(name)
         try:
             with open(path, "rb") as file:
-                return read_index(file)
+                if not (anew and may_lack_arrays(file)):
+                    file.seek(0)
+                    return read_index(file)
         except (FileNotFoundError, ValueError):
             pass
         try:
             system, remote = file_system(f"{url}.index.npy")
             content = system.cat_file(remote)
             found = read_index(io.BytesIO(content))
+            if anew and may_lack_arrays(io.BytesIO(content)):
+                return self._build(url, path)
         except (FileNotFoundError, ValueError):
             return self._build(url, path)
         with written_aside(path, own_partial_path(path)) as aside:
@@ -127,18 +136,18 @@ class RemoteShardList(ShardList):
             return None
         return read_manifest(path, self.pattern, self.remedy)
 
-    def _write(self, place: Path) -> Manifest:
-        entries = in_windows(self._entry, self.names(), lambda: ThreadPoolExecutor(_THREADS))
+    def _write(self, place: Path, anew: bool = False) -> Manifest:
+        entries = in_windows(partial(self._entry, anew), self.names(), lambda: ThreadPoolExecutor(_THREADS))
         write_manifest(place, self.pattern, entries, [], rows=False)
         written = read_manifest(place, self.pattern, self.remedy)
         assert written is not None
         return written
 
-    def _entry(self, name: str) -> ShardEntry:
+    def _entry(self, anew: bool, name: str) -> ShardEntry:
         system, remote = file_system(self.path(name))
         try:
             size = system.info(remote)["size"]
-            return ShardEntry(name, *self.index(name), size or 0, 0)
+            return ShardEntry(name, *self.index(name, anew), size or 0, 0)
         except FileNotFoundError as error:
             raise ValueError(f"shard {self.path(name)} does not exist; check data.shards") from error
 

@@ -1,8 +1,13 @@
 """The index of a tar shard: the places of each sample's files, 24 bytes a sample, in a file beside the shard.
 
-`SHARD.tar.index.npy` is a uint32 array `(samples, 3, 2)`: for the image, the caption and the class number, the offset
-in tar blocks of 512 bytes (0 if there is none) and the size in bytes. The high bit of a caption's size marks a JSON
-object. If the shard is damaged, a text after the array says how.
+`SHARD.tar.index.npy` is a uint32 array `(samples, 3, 2)`: for the image, the caption and the label, the offset in tar
+blocks of 512 bytes (0 if there is none) and the size in bytes. The high bit of a caption's size marks a JSON object. A
+label is `KEY.cls`, a class number, or, with the high bit, `KEY.npy`, an array. A sample of both and no caption has
+its class number in the caption's place, marked by the second highest bit; with a caption, its array is left out. If the
+shard is damaged, a text after the array says how.
+
+The array is in version 2.0 of numpy's format. In version 1.0, indices of flipscale 0.1 know no `KEY.npy`; they are good
+for all else.
 """
 
 import os
@@ -10,17 +15,38 @@ import re
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
 from flipscale.files.aside import own_partial_path, written_aside
 
 BLOCK = 512
-JSON_CAPTION = 1 << 31
 ROW = (3, 2)
-_FIELDS = {"jpg": "image", "jpeg": "image", "png": "image", "webp": "image", "txt": "txt", "json": "json", "cls": "cls"}
-_MAX_MEMBER_BYTES = JSON_CAPTION - 1
+_JSON_CAPTION = _ARRAY = 1 << 31
+_CLASS = 1 << 30
+_IMAGES = ("jpg", "jpeg", "png", "webp")
+_FIELDS = {**dict.fromkeys(_IMAGES, "image"), **{name: name for name in ("txt", "json", "cls", "npy")}}
+_MAX_BYTES = {"image": (1 << 31) - 1}  # of the others, two bits of the size are taken
+_MAX_OTHER_BYTES = (1 << 30) - 1
+_VERSION = (2, 0)
+
+
+class Place(NamedTuple):
+    """Where a file is in its shard, in bytes."""
+
+    offset: int
+    size: int
+
+
+class Places(NamedTuple):
+    """Where the files of a sample are; None for those that it lacks."""
+
+    image: Place
+    caption: Place | None
+    is_json: bool
+    class_number: Place | None
+    array: Place | None
 
 
 class _Damaged(Exception):
@@ -45,6 +71,44 @@ def load_index(shard: Path) -> tuple[np.ndarray, str]:
     return build_index(shard, index_path(shard))
 
 
+def fresh_index(shard: Path) -> tuple[np.ndarray, str]:
+    """Return what `load_index` does, but build an index of before `KEY.npy` anew where there may be such a file.
+
+    Raises:
+        OSError: the shard cannot be opened.
+    """
+    with suppress(OSError, ValueError), open(index_path(shard), "rb") as file:
+        if may_lack_arrays(file):
+            return build_index(shard, index_path(shard))
+    return load_index(shard)
+
+
+def may_lack_arrays(file: BinaryIO) -> bool:
+    """Return whether the index in `file` knows no `KEY.npy` and has samples without caption, as classification sets do.
+
+    Raises:
+        ValueError: it is not an index.
+    """
+    version = np.lib.format.read_magic(file)
+    file.seek(0)
+    return version < _VERSION and bool((read_index(file)[0][:, 1, 0] == 0).any())
+
+
+def places(row: np.ndarray) -> Places:
+    """Return where the files of a sample are, of its row in the index, uint32 `(3, 2)`."""
+    image, (caption_at, caption_size), (label_at, label_size) = row.tolist()
+    caption = Place(caption_at * BLOCK, caption_size & _MAX_OTHER_BYTES) if caption_at else None
+    label = Place(label_at * BLOCK, label_size & _MAX_OTHER_BYTES) if label_at else None
+    has_array, class_before = bool(label_size & _ARRAY), bool(caption_size & _CLASS)
+    return Places(
+        Place(image[0] * BLOCK, image[1]),
+        None if class_before else caption,
+        bool(caption_size & _JSON_CAPTION),
+        caption if class_before else None if has_array else label,
+        label if has_array else None,
+    )
+
+
 def read_index(file: BinaryIO) -> tuple[np.ndarray, str]:
     """Return the index in `file`, and how its shard is damaged.
 
@@ -62,7 +126,7 @@ def build_index(shard: Path, path: Path) -> tuple[np.ndarray, str]:
     index, damage = _scan(shard)
     # Processes that start together may all write it. In a read-only folder nobody can, and it is built again.
     with suppress(OSError), written_aside(path, own_partial_path(path)) as partial, open(partial, "wb") as file:
-        np.save(file, index)
+        np.lib.format.write_array(file, index, _VERSION)
         file.write(damage.encode())
     return index, damage
 
@@ -78,7 +142,7 @@ def _scan(shard: Path) -> tuple[np.ndarray, str]:
                 folder, base = os.path.split(name)
                 stem, _, extension = base.partition(".")
                 field = _FIELDS.get(extension.lower())
-                if field and size <= _MAX_MEMBER_BYTES:
+                if field and size <= _MAX_BYTES.get(field, _MAX_OTHER_BYTES):
                     samples.setdefault(f"{folder}/{stem}", {})[field] = (offset // BLOCK, size)
         except _Damaged as error:
             damage = str(error)
@@ -94,8 +158,13 @@ def _row(file: int, fields: dict[str, tuple[int, int]]) -> list[tuple[int, int]]
     if "json" in fields:
         block, size = fields["json"]
         if "txt" not in fields or b'"captions"' in os.pread(file, size, block * BLOCK):
-            caption = (block, size | JSON_CAPTION)
-    return [fields["image"], caption, fields.get("cls", (0, 0))]
+            caption = (block, size | _JSON_CAPTION)
+    label = fields.get("cls", (0, 0))
+    if "npy" in fields and not (label[0] and caption[0]):
+        if label[0]:
+            caption = (label[0], label[1] | _CLASS)
+        label = (fields["npy"][0], fields["npy"][1] | _ARRAY)
+    return [fields["image"], caption, label]
 
 
 def _members(file: int, total: int) -> Iterator[tuple[str, int, int]]:

@@ -1,5 +1,7 @@
-"""Random access to webdataset tar shards as img2dataset writes them: KEY.jpg|png|webp + KEY.txt|json (+ KEY.cls)."""
+"""Random access to webdataset tar shards as img2dataset writes them: KEY.jpg|png|webp + KEY.txt|json (+ KEY.cls), and
+as CLIP_benchmark's: KEY.jpg|png|webp + KEY.cls|npy|txt."""
 
+import io
 import json
 import os
 import resource
@@ -10,7 +12,7 @@ import numpy as np
 
 from flipscale.data.faults import Fault, TruncatedSample, UndecodableCaption
 from flipscale.data.sources.manifest import Manifest
-from flipscale.data.sources.shard_index import BLOCK, JSON_CAPTION, checked_size
+from flipscale.data.sources.shard_index import BLOCK, Place, Places, checked_size, places
 from flipscale.data.sources.shard_list import ShardList
 from flipscale.data.sources.source import Sample
 
@@ -76,14 +78,13 @@ class TarSource:
             StaleManifest: the shard is not as the manifest says.
             OSError: the shard cannot be read.
         """
-        row = self._row(shard, number)
-        image, caption, label = _read_fields(self._opened(shard), row)
-        is_json = bool(row[1, 1] & JSON_CAPTION)
+        where = places(self._row(shard, number))
+        image, caption, label = _read_fields(self._opened(shard), where)
         assert image is not None
         return Sample(
             name=f"{self.manifest.name(shard).rsplit('/', 1)[-1]}#{number}",
             image=image,
-            captions=_captions(caption) if is_json and caption else (caption,) if caption else (),
+            captions=_captions(caption) if where.is_json and caption else (caption,) if caption else (),
             label=_label(label),
         )
 
@@ -95,9 +96,9 @@ class TarSource:
             StaleManifest: the shard is not as the manifest says.
             OSError: the shard cannot be read.
         """
-        block, size = self._row(shard, number)[1].tolist()
-        stored = _read(self._opened(shard), block * BLOCK, size & ~JSON_CAPTION) if block else b""
-        return _captions(stored) if size & JSON_CAPTION and stored else (stored,) if stored else ()
+        where = places(self._row(shard, number))
+        stored = _read(self._opened(shard), where.caption) if where.caption else b""
+        return _captions(stored) if where.is_json and stored else (stored,) if stored else ()
 
     def read_label(self, shard: int, number: int) -> int | None:
         """Return the class number of sample `number` of shard `shard`, without reading its image; None if it has none.
@@ -107,8 +108,31 @@ class TarSource:
             StaleManifest: the shard is not as the manifest says.
             OSError: the shard cannot be read.
         """
-        block, size = self._row(shard, number)[2].tolist()
-        return _label(_read(self._opened(shard), block * BLOCK, size) if block else None)
+        place = places(self._row(shard, number)).class_number
+        return _label(_read(self._opened(shard), place) if place else None)
+
+    def read_array(self, shard: int, number: int) -> np.ndarray | None:
+        """Return the array in `KEY.npy` of sample `number` of shard `shard`, without reading its image; None if it has
+        none that the index knows.
+
+        Raises:
+            ValueError: it is no array of numbers, or cut short. Pickled objects are not read.
+            BadSample: the shard was cut since it was opened.
+            StaleManifest: the shard is not as the manifest says.
+            OSError: the shard cannot be read.
+        """
+        place = places(self._row(shard, number)).array
+        if place is None:
+            return None
+        stored = _read(self._opened(shard), place)
+        try:
+            return np.lib.format.read_array(io.BytesIO(stored), allow_pickle=False)
+        except Exception as error:
+            # A damaged header makes numpy raise many kinds of exceptions.
+            reason = " ".join(str(error).split())
+            raise ValueError(
+                f"{self.shard_name(shard)}#{number} has a KEY.npy that cannot be read ({reason})"
+            ) from error
 
     def key(self, shard: int, number: int) -> str:
         """Return the name of sample `number` of shard `shard`, from the tar header before its image."""
@@ -160,8 +184,8 @@ class TarSource:
         """Return whether there is a tar header of the right size before the images of a few samples."""
         size = int(self.manifest.table["samples"][shard])
         numbers = np.linspace(0, size - 1, min(_SPOTS, size)).astype(int).tolist()
-        places = [self._row(shard, number)[0].tolist() for number in numbers]
-        return all(checked_size(os.pread(file, BLOCK, (block - 1) * BLOCK)) == size for block, size in places)
+        images = [self._row(shard, number)[0].tolist() for number in numbers]
+        return all(checked_size(os.pread(file, BLOCK, (block - 1) * BLOCK)) == size for block, size in images)
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_open": OrderedDict()}
@@ -179,21 +203,22 @@ def _most_open() -> int:
     return _MAX_OPEN_SHARDS if soft == resource.RLIM_INFINITY else min(_MAX_OPEN_SHARDS, soft // 2)
 
 
-def _read_fields(file: int, row: np.ndarray) -> list[bytes | None]:
-    """Return the fields of a sample, None for those it lacks. One read gets all if they are close, as in most tars."""
-    places = [(block * BLOCK, size & ~JSON_CAPTION) for block, size in row.tolist()]
-    present = [place for place in places if place[0]]
+def _read_fields(file: int, where: Places) -> list[bytes | None]:
+    """Return image, caption and class number of a sample, None for those it lacks. One read gets all if they are close,
+    as in most tars."""
+    wanted = [where.image, where.caption, where.class_number]
+    present = [place for place in wanted if place]
     first, last = min(offset for offset, _ in present), max(offset + size for offset, size in present)
     if last - first > sum(size for _, size in present) + _MAX_GAP_BYTES:
-        return [_read(file, *place) if place[0] else None for place in places]
-    content = _read(file, first, last - first)
-    return [content[offset - first : offset - first + size] if offset else None for offset, size in places]
+        return [_read(file, place) if place else None for place in wanted]
+    content = _read(file, Place(first, last - first))
+    return [content[place.offset - first : place.offset - first + place.size] if place else None for place in wanted]
 
 
-def _read(file: int, offset: int, size: int) -> bytes:
-    content = os.pread(file, size, offset)
-    if len(content) < size:
-        raise TruncatedSample(f"{len(content)} of {size} bytes at {offset}")
+def _read(file: int, place: Place) -> bytes:
+    content = os.pread(file, place.size, place.offset)
+    if len(content) < place.size:
+        raise TruncatedSample(f"{len(content)} of {place.size} bytes at {place.offset}")
     return content
 
 

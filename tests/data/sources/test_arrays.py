@@ -1,0 +1,85 @@
+"""`KEY.npy` in the index of a shard, and indices of before it."""
+
+import io
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import add_member
+
+from flipscale.cli import main
+from flipscale.data.sources.shard_index import index_path
+from flipscale.data.sources.tar_source import TarSource
+
+
+def npy(array: np.ndarray) -> bytes:
+    stored = io.BytesIO()
+    np.save(stored, array, allow_pickle=True)
+    return stored.getvalue()
+
+
+def write(path: Path, **files: bytes) -> TarSource:
+    """A shard of one sample, whose files are given by their extensions."""
+    with tarfile.open(path, "w") as tar:
+        for extension, content in files.items():
+            add_member(tar, f"s.{extension}", content)
+    return TarSource(str(path))
+
+
+def test_labels_are_numbers_or_arrays_or_both(tmp_path: Path) -> None:
+    array = np.array([0, 1, 1], np.uint8)
+    only = write(tmp_path / "0.tar", npy=npy(array), webp=b"picture")
+    assert only.read_array(0, 0).tolist() == [0, 1, 1]
+    assert only.read_label(0, 0) is None
+    assert only.read(0, 0).label is None
+
+    both = write(tmp_path / "1.tar", cls=b"7\n", jpg=b"picture", npy=npy(array))
+    assert both.read_array(0, 0).tolist() == [0, 1, 1]
+    assert both.read_label(0, 0) == both.read(0, 0).label == 7
+    assert both.read_captions(0, 0) == both.read(0, 0).captions == ()
+    assert both.read(0, 0).image == b"picture"
+
+    captioned = write(tmp_path / "2.tar", jpg=b"picture", npy=npy(array), txt=b"a disc")
+    assert captioned.read_array(0, 0).tolist() == [0, 1, 1]
+    assert captioned.read_captions(0, 0) == (b"a disc",)
+
+    # There is no place for four files; training's come first.
+    all_four = write(tmp_path / "3.tar", cls=b"7", jpg=b"picture", npy=npy(array), json=b'{"caption": "a disc"}')
+    assert (all_four.read_label(0, 0), all_four.read_captions(0, 0)) == (7, (b"a disc",))
+    assert all_four.read_array(0, 0) is None
+    for shard in range(4):
+        assert np.load(index_path(tmp_path / f"{shard}.tar")).nbytes == 24
+
+
+@pytest.mark.parametrize("spoilt", ["truncated", "pickled", "no array"])
+def test_an_array_that_cannot_be_read(tmp_path: Path, spoilt: str) -> None:
+    whole = npy(np.zeros(20))
+    content = {"truncated": whole[:-8], "pickled": npy(np.array([print], object)), "no array": b"1 0 1"}[spoilt]
+    source = write(tmp_path / "0.tar", jpg=b"picture", npy=content)
+    with pytest.raises(ValueError, match=r"0\.tar#0 has a KEY.npy that cannot be read \(.+\)"):
+        source.read_array(0, 0)
+
+
+def test_an_index_of_before_is_good_for_all_else_and_prepare_index_mends_it(tmp_path: Path) -> None:
+    def forget(path: Path, drop: tuple[int, ...]) -> None:
+        """The index as flipscale 0.1 wrote it: in version 1.0, and nothing of these fields."""
+        index = np.load(index_path(path))
+        index[:, drop] = 0
+        np.save(index_path(path), index)
+        for manifest in tmp_path.glob("*.manifest"):
+            manifest.unlink()
+
+    write(tmp_path / "0.tar", npy=npy(np.ones(2)), webp=b"picture")
+    forget(tmp_path / "0.tar", (2,))
+    assert TarSource(str(tmp_path)).read_array(0, 0) is None
+    assert TarSource(str(tmp_path)).read(0, 0).image == b"picture"
+    main(["prepare", "index", str(tmp_path)])
+    assert TarSource(str(tmp_path)).read_array(0, 0).tolist() == [1, 1]
+
+    # Training shards are not read again: all of their samples have captions.
+    write(tmp_path / "0.tar", jpg=b"picture", txt=b"a disc")
+    forget(tmp_path / "0.tar", ())
+    written = index_path(tmp_path / "0.tar").read_bytes()
+    main(["prepare", "index", str(tmp_path)])
+    assert index_path(tmp_path / "0.tar").read_bytes() == written
