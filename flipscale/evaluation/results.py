@@ -1,7 +1,6 @@
 """What evaluations found: typed results with their number of queries and interval, and `results.jsonl`, a line each."""
 
 import dataclasses
-import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +15,6 @@ RESULTS_FILE = "results.jsonl"
 THIS_MODEL = "this model"
 # Metrics that short tables showed before a result said so itself.
 _HEADLINES_WITHOUT_LINES = ("top1", "top5", "text_to_image_r1")
-_Z95 = 1.959964  # the normal quantile of a two-sided 95 % interval
 
 
 @dataclass(frozen=True)
@@ -95,18 +93,6 @@ def with_unit(value: float, unit: str) -> str:
     size, below_one = abs(value), 2 if unit == "%" else 3
     digits = below_one if size < 1 else 1 if unit == "%" else 2 if size < 100 else 0
     return f"{value:,.{digits}f} {unit}".rstrip()
-
-
-def wilson(hits: int, n: int) -> tuple[float, float]:
-    """Return the 95 % Wilson score interval of a proportion, as two fractions.
-
-    It assumes that the queries are independent draws. Captions of one image are not quite, so their interval is a
-    little too narrow.
-    """
-    share, z2 = hits / n, _Z95**2
-    centre = (share + z2 / (2 * n)) / (1 + z2 / n)
-    half = _Z95 * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n)) / (1 + z2 / n)
-    return max(centre - half, 0.0), min(centre + half, 1.0)
 
 
 def as_metrics(results: Iterable[Result]) -> dict[str, float]:

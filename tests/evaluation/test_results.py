@@ -13,19 +13,11 @@ from flipscale.evaluation.results import (
     drop_results_after,
     latest,
     read_results,
-    wilson,
     with_unit,
 )
 
 TOP1 = Result("zero_shot", "zero_shot", "top1", 40.0, 200, 33.45, 46.91, chance=6.25, made_by={"data": "set"})
 RANK = Result("ranks", "median_rank", "median", 3.25, unit="", label="median rank", higher_is_better=False)
-
-
-@pytest.mark.parametrize(
-    ("hits", "n", "low", "high"), [(15, 50, 0.1910, 0.4375), (0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0)]
-)
-def test_wilson_s_interval(hits: int, n: int, low: float, high: float) -> None:
-    assert wilson(hits, n) == pytest.approx((low, high), abs=1e-4)
 
 
 @pytest.mark.parametrize(

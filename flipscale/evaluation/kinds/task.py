@@ -11,7 +11,8 @@ import torch
 from flipscale.data.prepared import check_prepared
 from flipscale.data.sources.tar_source import TarSource
 from flipscale.evaluation.embedding import Embedder
-from flipscale.evaluation.results import Result, wilson
+from flipscale.evaluation.metrics import wilson
+from flipscale.evaluation.results import Result
 from flipscale.evaluation.test_set import TestSet
 
 
