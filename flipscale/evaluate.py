@@ -9,10 +9,12 @@ from accelerate import Accelerator
 
 from flipscale.engines.device import best_attention
 from flipscale.engines.start import start_accelerator
+from flipscale.evaluation.embedders.masked import WHOLE, ImageMask, add_mask_arguments, asked_masks, masked_embedder
 from flipscale.evaluation.embedders.open_clip import PREFIX, open_clip_embedder
 from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.kinds.kinds import KINDS
 from flipscale.evaluation.kinds.templates import TEMPLATES
+from flipscale.evaluation.reports.mask_table import MaskedResults, draw_masked_results, mask_table
 from flipscale.evaluation.results import Result, as_metrics, with_unit
 from flipscale.evaluation.suite import build_tasks, evaluate_tasks
 from flipscale.hub.loading import load_flip
@@ -52,6 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=4,
         help="How many processes decode images; 4 by default, 0 decodes in this process.",
     )
+    add_mask_arguments(parser)
     parser.add_argument("--json", action="store_true", help="Print one JSON line instead of a table.")
 
 
@@ -69,10 +72,31 @@ def run(args: argparse.Namespace) -> None:
     for task in tasks:
         task.check()
     accelerator = start_accelerator([], ".")
-    results = evaluate_tasks(_embedder(args, accelerator), tasks)
+    embedder = _embedder(args, accelerator)
+    masks = asked_masks(args, embedder)
+    found = [(mask, evaluate_tasks(masked_embedder(embedder, mask), tasks)) for mask in masks]
     if accelerator.is_main_process:
-        print(json.dumps(as_metrics(results)) if args.json else as_table(results))
+        if masks == [WHOLE]:
+            print(json.dumps(as_metrics(found[0][1])) if args.json else as_table(found[0][1]))
+        else:
+            _print_masked(args, [_with_flops(embedder, mask, results) for mask, results in found])
     accelerator.end_training()
+
+
+def _print_masked(args: argparse.Namespace, rows: list[MaskedResults]) -> None:
+    """Print accuracy against the encoder's FLOPs, and draw it if asked to."""
+    print(json.dumps([row.as_json() for row in rows]) if args.json else mask_table(rows))
+    if args.mask_figure:
+        draw_masked_results(rows, args.mask_figure)
+
+
+def _with_flops(embedder: Embedder, mask: ImageMask, results: list[Result]) -> MaskedResults:
+    """Return the results under a mask beside the operations of the image tower and its projection."""
+    from flipscale.planning.flops import forward_flops
+
+    counts = [forward_flops(embedder.model.config, m.ratio, m.views).modules for m in (mask, WHOLE)]
+    flops, whole = (count["vision_model"] + count["image_projection"] for count in counts)
+    return MaskedResults(embedder.name, mask, flops, whole, results)
 
 
 def as_table(results: list[Result]) -> str:

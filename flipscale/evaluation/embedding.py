@@ -165,6 +165,11 @@ class Embedder:
         """Pixels along each side of an image, as the model takes it."""
         return self.model.config.vision_config.image_size
 
+    @property
+    def mask(self) -> dict[str, Any]:
+        """What is masked of images: `ratio`, `views` and `kind`; nothing where they are whole."""
+        return {}
+
     def decoder(self) -> Decoder:
         """Return what turns an encoded image and its row into the columns that the model takes of it, or raises
         `UndecodableImage`. It goes to the workers, without this embedder and its model."""
