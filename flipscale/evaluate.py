@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from collections.abc import Callable
 from typing import Any
 
 import yaml
@@ -9,8 +10,10 @@ from accelerate import Accelerator
 
 from flipscale.engines.device import best_attention
 from flipscale.engines.start import start_accelerator
+from flipscale.evaluation.embedders import open_clip, transformers_model
 from flipscale.evaluation.embedders.masked import WHOLE, ImageMask, add_mask_arguments, asked_masks, masked_embedder
-from flipscale.evaluation.embedders.open_clip import PREFIX, open_clip_embedder
+from flipscale.evaluation.embedders.open_clip import open_clip_embedder
+from flipscale.evaluation.embedders.transformers_model import transformers_embedder
 from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.kinds.kinds import KINDS
 from flipscale.evaluation.kinds.templates import TEMPLATES
@@ -19,12 +22,19 @@ from flipscale.evaluation.results import Result, as_metrics, with_unit
 from flipscale.evaluation.suite import build_tasks, evaluate_tasks
 from flipscale.hub.loading import load_flip
 
+# Models that are not ours, by what their names begin with.
+OTHERS: dict[str, Callable[..., Embedder]] = {
+    open_clip.PREFIX: open_clip_embedder,
+    transformers_model.PREFIX: transformers_embedder,
+}
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `flipscale evaluate`."""
     parser.add_argument(
         "model",
-        help="A model folder, such as runs/demo/model, a Hub name, or a model of open_clip: open_clip:NAME,PRETRAINED.",
+        help="A model folder, such as runs/demo/model, a Hub name, a model of open_clip: open_clip:NAME,PRETRAINED, or "
+        "a CLIP or SigLIP of transformers: hf:NAME, a Hub name or a folder.",
     )
     parser.add_argument(
         "--zero_shot",
@@ -72,7 +82,7 @@ def run(args: argparse.Namespace) -> None:
     for task in tasks:
         task.check()
     accelerator = start_accelerator([], ".")
-    embedder = _embedder(args, accelerator)
+    embedder = open_embedder(args.model, accelerator, args.batch_size, args.num_workers)
     masks = asked_masks(args, embedder)
     found = [(mask, evaluate_tasks(masked_embedder(embedder, mask), tasks)) for mask in masks]
     if accelerator.is_main_process:
@@ -129,10 +139,15 @@ def _listed(args: argparse.Namespace) -> list[dict[str, Any]]:
     return listed
 
 
-def _embedder(args: argparse.Namespace, accelerator: Accelerator) -> Embedder:
-    if args.model.startswith(PREFIX):
-        name = args.model.removeprefix(PREFIX)
-        return open_clip_embedder(name, accelerator, args.batch_size, args.num_workers)
-    model, tokenizer = load_flip(args.model)
+def open_embedder(name: str, accelerator: Accelerator, batch_size: int = 256, num_workers: int = 0) -> Embedder:
+    """Return the embedder of a model: a folder or Hub name of ours, `open_clip:NAME,PRETRAINED`, or `hf:NAME`.
+
+    Raises:
+        ValueError: it cannot be loaded.
+    """
+    for prefix, other in OTHERS.items():
+        if name.startswith(prefix):
+            return other(name.removeprefix(prefix), accelerator, batch_size, num_workers)
+    model, tokenizer = load_flip(name)
     model.set_attn_implementation(best_attention(accelerator.device))
-    return Embedder(model.to(accelerator.device), tokenizer, accelerator, args.batch_size, args.num_workers)
+    return Embedder(model.to(accelerator.device), tokenizer, accelerator, batch_size, num_workers, name=name)

@@ -1,5 +1,6 @@
 """The images of a test set: which process takes which rows, and their decoding in workers, a batch at a time."""
 
+import io
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from flipscale.data.decode import UndecodableImage
@@ -109,6 +111,18 @@ def made_up(decode: Decoder) -> PackedBatch:
     """Return a batch of one grey image, for the process that has no batch left while others compute theirs."""
     png = cv2.imencode(".png", np.full((8, 8, 3), 128, np.uint8))[1].tobytes()
     return _packed([decode(png, 0)], 1)
+
+
+def rgb_image(encoded: bytes) -> Image.Image:
+    """Return an image as Pillow reads it, in RGB: what other models' processors and clip-benchmark start from.
+
+    Raises:
+        UndecodableImage: the bytes are no image or a damaged one.
+    """
+    try:
+        return Image.open(io.BytesIO(encoded)).convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UndecodableImage(str(error)) from error
 
 
 def _as_is(batch: Any) -> Any:

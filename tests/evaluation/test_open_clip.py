@@ -3,6 +3,7 @@
 import io
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import open_clip
@@ -16,7 +17,7 @@ from transformers import AutoTokenizer
 
 from flipscale import cli
 from flipscale.data.sources.tar_source import TarSource
-from flipscale.evaluation.embedders.open_clip import open_clip_embedder
+from flipscale.evaluation.embedders.open_clip import OpenClipEmbedder, open_clip_embedder
 from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.images import SampleNumbers
 from flipscale.evaluation.results import as_metrics
@@ -95,6 +96,45 @@ def test_our_model_as_open_clip_s_is_ours_but_for_the_resizing(
     assert (theirs.texts(captions) - ours.texts(captions)).abs().max() < 1e-5
     same = theirs.images(source) @ ours.images(source).t()
     assert same.diagonal().min() > 0.99
+
+
+def vit(**vision: object) -> open_clip.CLIP:
+    torch.manual_seed(0)
+    return open_clip.CLIP(**{**CONFIG, "vision_cfg": {**CONFIG["vision_cfg"], **vision}}).eval()
+
+
+TIMM = {"timm_model_name": "test_vit", "timm_pool": "token"}
+
+
+@pytest.mark.parametrize(
+    ("vision", "projection"),
+    [
+        ({}, lambda visual: lambda pooled: pooled @ visual.proj),
+        ({**TIMM, "timm_proj": "linear"}, lambda visual: visual.head),
+        ({**TIMM, "timm_proj": ""}, lambda visual: visual.trunk.head),
+        ({**TIMM, "timm_proj": "none"}, lambda visual: lambda pooled: pooled),
+    ],
+    ids=["open_clip", "timm, a head", "timm, its classifier", "timm, no projection"],
+)
+@torch.no_grad()
+def test_features_before_the_projection(vision: dict, projection: Callable, accelerator: Accelerator) -> None:
+    """Projected, they are the embedding; the model is as it was."""
+    model = vit(**vision)
+    embedder = OpenClipEmbedder(model, None, accelerator, preprocess=torch.nn.Identity())
+    images = torch.randn(3, 3, 32, 32)
+    before = embedder.image_features(image=images)
+    pooled = embedder.pooled_features(image=images)
+    assert (projection(model.visual)(pooled) - before).abs().max() < 1e-6
+    assert pooled.shape[1] == (64 if vision else 32)
+    assert torch.equal(embedder.image_features(image=images), before)
+    assert embedder.image_size == 32
+
+
+def test_features_before_an_unknown_projection(accelerator: Accelerator) -> None:
+    model = vit(layers=[1, 1, 1, 1], width=8)
+    embedder = OpenClipEmbedder(model, None, accelerator, name="open_clip:r", preprocess=torch.nn.Identity())
+    with pytest.raises(ValueError, match=r"open_clip:r has a ModifiedResNet, whose features before its projection"):
+        embedder.pooled_features(image=torch.randn(1, 3, 32, 32))
 
 
 @pytest.mark.parametrize(

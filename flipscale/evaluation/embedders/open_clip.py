@@ -1,19 +1,19 @@
 """Evaluate open_clip's models as ours are: with their preprocessing and tokenizer, on the same test sets."""
 
-import io
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from PIL import Image
 
-from flipscale.data.decode import UndecodableImage
 from flipscale.evaluation.embedding import Embedder
-from flipscale.evaluation.images import Decoder
+from flipscale.evaluation.images import Decoder, rgb_image
 
 PREFIX = "open_clip:"
 
@@ -69,6 +69,15 @@ class OpenClipEmbedder(Embedder):
     def image_features(self, **columns: torch.Tensor) -> torch.Tensor:
         return self.model.encode_image(columns["image"])
 
+    def pooled_features(self, **columns: torch.Tensor) -> torch.Tensor:
+        tower = _without_projection(self.model.visual)
+        if tower is None:
+            raise ValueError(
+                f"{self.name} has a {type(self.model.visual).__name__}, whose features before its projection are not "
+                "known; use embeddings, or a model with a ViT"
+            )
+        return tower(columns["image"])
+
     def tokens(self, texts: list[str]) -> torch.Tensor:
         return self.tokenizer(texts)
 
@@ -77,7 +86,20 @@ class OpenClipEmbedder(Embedder):
 
 
 def _preprocessed(preprocess: Callable[[Image.Image], torch.Tensor], encoded: bytes, row: int) -> dict[str, np.ndarray]:
-    try:
-        return {"image": preprocess(Image.open(io.BytesIO(encoded))).numpy()}
-    except OSError as error:
-        raise UndecodableImage(str(error)) from error
+    return {"image": preprocess(rgb_image(encoded)).numpy()}
+
+
+def _without_projection(visual: Any) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    """Return what computes an image tower's features before their projection with the weights of `visual`, which stays
+    as it is; None for a tower whose projection is not known."""
+    if isinstance(getattr(visual, "proj", None), torch.nn.Parameter):
+        # A copy of the module's dictionaries, not of its weights.
+        tower = copy.copy(visual)
+        tower._parameters = {**visual._parameters, "proj": None}
+        return tower
+    if not hasattr(visual, "trunk"):
+        return None
+    # timm's: the projection is a layer of the head, or the trunk's own classifier, or there is none.
+    pools = [layer for name, layer in visual.head.named_children() if name not in ("drop", "proj", "mlp")]
+    head = torch.nn.Sequential(*pools)
+    return lambda images: head(visual.trunk.forward_head(visual.trunk.forward_features(images), pre_logits=True))
