@@ -116,10 +116,17 @@ def mean_per_class(hits: np.ndarray, counts: np.ndarray) -> Estimate:
     return _normal(float((hits / counts).mean()), deviation)
 
 
-def mean_share(shares: np.ndarray) -> Estimate:
-    """Return the mean of what each query achieved, from 0 to 1, with the interval of a normal mean."""
-    deviation = float(shares.std(ddof=1)) / math.sqrt(len(shares)) if len(shares) > 1 else 1.0
-    return _normal(float(shares.mean()), deviation)
+def mean_of_two(once: int, twice: int, n: int) -> Estimate:
+    """Return the mean of top-1 and top-5, as of queries that achieve 0, 1/2 or 1, with a normal interval.
+
+    Args:
+        once: the queries right at top-1.
+        twice: the queries right at top-5, those among them.
+        n: all queries.
+    """
+    value = (once + twice) / (2 * n)
+    variance = (once + (twice - once) / 4) / n - value**2
+    return _normal(value, math.sqrt(max(variance, 0.0) / n))
 
 
 def roc_auc(scores: np.ndarray, positive: np.ndarray) -> Estimate:

@@ -16,7 +16,7 @@ from flipscale.data.decode import decode_box
 from flipscale.data.sources.tar_source import TarSource
 from flipscale.evaluation.kinds.task import Task
 from flipscale.evaluation.results import Result
-from flipscale.evaluation.test_set import read_class_names
+from flipscale.evaluation.test_set import TestSet
 
 Features = Literal["pixels", "hog", "pixels+hog"]
 
@@ -145,11 +145,12 @@ def run_baselines(train: str | Path, task: Task) -> list[Result]:
     Raises:
         ValueError: a shard or a file that is missing, or no training caption that is a class name.
     """
-    classnames = read_class_names(task.data)
-    images, captions, _ = _read(train, set(classnames))
+    test_set = TestSet.open(task.data)
+    classnames = test_set.class_names()
+    images, captions, _ = _read(TarSource(str(train)), set(classnames))
     known_names = _named(captions, classnames)
     known = _describe(images)
-    images, _, labels = _read(task.data)
+    images, _, labels = _read(test_set.source)
     asked = _describe(images)
     every: dict[str, Features] = {
         "nearest image, 16x16 pixels": "pixels",
@@ -164,10 +165,9 @@ def run_baselines(train: str | Path, task: Task) -> list[Result]:
     return found
 
 
-def _read(shards: str | Path, wanted: set[str] | None = None) -> tuple[np.ndarray, list[str], list[int]]:
+def _read(source: TarSource, wanted: set[str] | None = None) -> tuple[np.ndarray, list[str], list[int]]:
     """Return images at 64 x 64, captions and labels (-1 where there is none); only of the captions `wanted`, if
     given."""
-    source = TarSource(str(shards))
     images, captions, labels = [], [], []
     for shard, size in enumerate(source.shard_sizes):
         for number in range(size):

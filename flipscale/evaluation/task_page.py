@@ -96,7 +96,8 @@ class TaskPage:
         """Return the task as a recipe may list it, with the data at `folder`."""
         templates = {"templates": self.prompts or list(self.templates)} if self.templates else {}
         about = {"task": self.name, "kind": self.kind, "data": str(folder), "name": self.name}
-        return {**about, **templates, **self.options}
+        metric = {"metric": self.metric} if self.kind in ("zero_shot", "zero_shot_multilabel") else {}
+        return {**about, **templates, **metric, **self.options}
 
     def task(self, folder: Path) -> Task:
         """Return the task, with the data at `folder`.

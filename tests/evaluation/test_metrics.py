@@ -13,8 +13,8 @@ from flipscale.evaluation.metrics import (
     clustered_share,
     hits_at,
     mean_average_precision,
+    mean_of_two,
     mean_per_class,
-    mean_share,
     recall_chance,
     recall_hits,
     roc_auc,
@@ -137,8 +137,10 @@ def test_captions_of_one_image_are_no_independent_queries() -> None:
     assert clustered_share(counts, counts)[1:] == pytest.approx(wilson(40, 40))
 
 
-def test_a_mean_of_shares() -> None:
-    assert mean_share(np.array([0.0, 0.5, 1.0, 0.5])) == pytest.approx((0.5, 0.0999, 0.9001), abs=1e-3)
+def test_the_mean_of_top_1_and_top_5() -> None:
+    shares = np.array([1.0] * 30 + [0.5] * 20 + [0.0] * 50)
+    half = 1.959964 * shares.std() / 10
+    assert mean_of_two(30, 50, 100) == pytest.approx((0.4, 0.4 - half, 0.4 + half), abs=1e-12)
 
 
 def test_chance_of_recall() -> None:

@@ -45,8 +45,8 @@ TABLE = {
     "mscoco": (5_000, None, 0, "text_to_image_r1", 44.2, True),
     "dollar_street": (3_503, 58, 0, "worst_group_top5", None, False),
     "geode": (12_488, 40, 0, "worst_group_top1", None, False),
-    "fairface": (10_954, None, 0, "worst_group", None, False),
-    "utkface": (23_703, None, 0, "worst_group", None, False),
+    "fairface": (10_954, None, 0, "worst_group_gender", None, False),
+    "utkface": (23_703, None, 0, "worst_group_gender", None, False),
 }
 FLIP = "FLIP L/14, LAION-400M"
 # The names of these classes are the source's: CLIP lists none, or other classes.

@@ -23,7 +23,7 @@ from flipscale.evaluation.kinds.templates import TEMPLATES
 from flipscale.evaluation.recipe import EvalRecipe
 from flipscale.evaluation.results import as_metrics
 from flipscale.evaluation.suite import build_tasks, evaluate_tasks
-from flipscale.evaluation.test_set import read_captions, read_labels
+from flipscale.evaluation.test_set import TestSet
 from flipscale.model import FlipConfig, FlipModel
 
 
@@ -80,7 +80,7 @@ def test_retrieval(embedder: Embedder, shards: Path) -> None:
     source = TarSource(str(shards))
     captions = [source.read(*where).caption.decode() for where in SampleNumbers(source)]
     scores = text_features(embedder, captions) @ image_features(embedder, shards).T
-    found = evaluated(embedder, kind="retrieval", data=str(shards))
+    found = evaluated(embedder, kind="retrieval", data=str(shards), group_by_caption=True)
     for k in (1, 5, 10):
         for way, matrix in (("text_to_image", scores), ("image_to_text", scores.T)):
             nearest = matrix.topk(k).indices.tolist()
@@ -94,29 +94,36 @@ def test_images_of_several_captions(embedder: Embedder, tmp_path: Path) -> None:
             image = np.full((32, 32, 3), colour, np.uint8)
             add_member(tar, f"{number}.png", cv2.imencode(".png", image)[1].tobytes())
             add_member(tar, f"{number}.txt", f"a red\nthe blue {number}\n\n".encode())
-    found = evaluated(embedder, kind="retrieval", data=str(tmp_path))
+    (own,) = evaluate_tasks(embedder, build_tasks([{"kind": "retrieval", "data": str(tmp_path), "ks": [1]}]))[:1]
+    assert own.n == 9, "a blank line is a caption too, as in CLIP_benchmark"
+    assert own.chance == pytest.approx(100 / 3)
     # All three share their first caption, so every image is right for every text.
-    assert found["text_to_image_r1"] == found["image_to_text_r1"] == 100.0
+    grouped = evaluated(embedder, kind="retrieval", data=str(tmp_path), group_by_caption=True)
+    assert grouped["text_to_image_r1"] == grouped["image_to_text_r1"] == grouped["chance"] == 100.0
 
 
 def test_results_have_names_numbers_and_intervals(embedder: Embedder, shards: Path) -> None:
     listed = [
         {"kind": "zero_shot", "data": str(shards)},
         {"kind": "zero_shot", "data": str(shards), "name": "clip", "templates": "imagenet7"},
-        {"kind": "retrieval", "data": str(shards), "ks": [2]},
+        {"kind": "retrieval", "data": str(shards), "ks": [2], "group_by_caption": True},
     ]
     results = evaluate_tasks(embedder, build_tasks(listed))
     assert list(as_metrics(results)) == [
-        *(f"{task}/{metric}" for task in ("zero_shot", "clip") for metric in ("top1", "chance", "top5")),
-        *("retrieval/text_to_image_r2", "retrieval/image_to_text_r2"),
+        *(
+            f"{task}/{metric}"
+            for task in ("zero_shot", "clip")
+            for metric in ("top1", "chance", "top5", "mean_per_class")
+        ),
+        *("retrieval/text_to_image_r2", "retrieval/chance", "retrieval/image_to_text_r2"),
     ]
     for result in results:
         assert result.n == 96
         assert result.low < result.value < result.high
-    assert [result.made_by for result in results[::2]] == [
+    assert [result.made_by for result in results[::3]] == [
         {"data": str(shards)},
         {"data": str(shards), "templates": "imagenet7"},
-        {"data": str(shards), "ks": [2]},
+        {"data": str(shards), "ks": [2], "group_by_caption": True},
     ]
     assert results[0].value_text == f"{results[0].value:.1f} %"
     assert evaluate_tasks(embedder, []) == []
@@ -168,9 +175,10 @@ def test_each_of_two_ranks_reads_its_own_images_and_no_image_for_a_label(
             autocast=nullcontext,
             reduce=lambda counts, how: counts,
         )
-        mine, source = dataclasses.replace(embedder, accelerator=view), TarSource(str(shards))
+        mine, test_set = dataclasses.replace(embedder, accelerator=view), TestSet.open(str(shards))
+        source = test_set.source
         num_bytes.clear()
-        assert len(read_labels(mine, source, 16)) == len(read_captions(mine, source)) == 48
+        assert len(test_set.labels(mine, 16)) == len(test_set.captions(mine)) == 48
         assert len(num_bytes) == 96
         assert max(num_bytes) < 20
         assert len(source._open) <= 4
@@ -219,7 +227,7 @@ def test_a_test_set_must_be_whole(embedder: Embedder, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("listed", "message"),
     [
-        ([{"kind": "probe", "data": "x"}], r"eval.tasks\[0\]: kind is 'probe'; use one of zero_shot, retrieval"),
+        ([{"kind": "probe", "data": "x"}], r"eval.tasks\[0\]: kind is 'probe'; use one of zero_shot, zero_shot_multilabel"),
         ([{"kind": "retrieval"}], r"eval.tasks\[0\]: data is missing; name the folder of the test set"),
         (
             [{"kind": "retrieval", "data": "x", "templates": "imagenet7"}],

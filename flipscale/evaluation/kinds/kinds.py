@@ -8,11 +8,15 @@ from jsonargparse import ArgumentError, ArgumentParser
 
 from flipscale.evaluation.kinds.retrieval import Retrieval
 from flipscale.evaluation.kinds.task import Task
+from flipscale.evaluation.kinds.worst_group import WorstGroup
 from flipscale.evaluation.kinds.zero_shot import ZeroShot
+from flipscale.evaluation.kinds.zero_shot_multilabel import ZeroShotMultilabel
 
 KINDS: dict[str, type[Task]] = {
     "zero_shot": ZeroShot,
+    "zero_shot_multilabel": ZeroShotMultilabel,
     "retrieval": Retrieval,
+    "worst_group": WorstGroup,
 }
 
 

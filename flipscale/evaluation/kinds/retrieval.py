@@ -3,32 +3,38 @@
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+import numpy as np
 import torch
 
 from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.kinds.task import Scorer, StreamedTask
+from flipscale.evaluation.metrics import clustered_share, recall_chance, recall_hits
 from flipscale.evaluation.results import Result
-from flipscale.evaluation.test_set import TestSet, read_captions
+from flipscale.evaluation.test_set import TestSet
 
 
 @dataclass(frozen=True)
 class Retrieval(StreamedTask):
     """`text_to_image_r1`, ... `image_to_text_r10` of image-caption shards, in percent of the queries.
 
-    A `KEY.txt` of several lines holds several captions of one image, each a query of its own. Images whose first
-    captions are the same word for word are right answers for each other's captions.
+    A `KEY.txt` of several lines holds several captions of one image, each a query of its own. The right answers are an
+    image's own captions, and a caption's own image, as in CLIP_benchmark.
 
     Every process holds all embeddings: 4 bytes a dimension of each image and each caption, 3 KB of each at 768
     dimensions, twice over while they are gathered; and the captions themselves.
 
     Args:
         ks: how many answers a query may have.
+        group_by_caption: images whose first captions are the same word for word are right answers for each other's
+            captions, for sets that name what is shown, such as the demo's.
     """
 
     ks: list[int] = field(default_factory=lambda: [1, 5, 10])
+    group_by_caption: bool = False
 
     protocol: ClassVar[str] = """Retrieval: all images and captions of the set, each way; R@k is the share of queries
-with a right answer among the k nearest."""
+with a right answer among the k nearest. Intervals are Wilson's; those of captions count as many queries as the variance
+between images tells."""
     hub_task: ClassVar[str] = "image-text-retrieval"
     hub_metric: ClassVar[str] = "recall"
 
@@ -37,7 +43,7 @@ with a right answer among the k nearest."""
             raise ValueError(f"ks is {self.ks}; it must list one number or more, each at least 1, such as [1, 5, 10]")
 
     def scorer(self, embedder: Embedder, test_set: TestSet) -> "RetrievalScorer":
-        return RetrievalScorer(self, embedder, read_captions(embedder, test_set.source))
+        return RetrievalScorer(self, embedder, test_set.captions(embedder))
 
 
 class RetrievalScorer(Scorer):
@@ -45,8 +51,9 @@ class RetrievalScorer(Scorer):
 
     def __init__(self, task: Retrieval, embedder: Embedder, captions: list[list[str]]):
         self._task, self._embedder = task, embedder
-        groups: dict[str, int] = {}
-        self._image_ids = torch.tensor([groups.setdefault(lines[0], len(groups)) for lines in captions])
+        groups: dict[str | int, int] = {}
+        keys = [lines[0] if task.group_by_caption else number for number, lines in enumerate(captions)]
+        self._image_ids = torch.tensor([groups.setdefault(key, len(groups)) for key in keys])
         self._text_ids = self._image_ids.repeat_interleave(torch.tensor([len(lines) for lines in captions]))
         self._text_embeds = embedder.texts([line for lines in captions for line in lines])
         self._image_embeds = self._text_embeds.new_empty(len(embedder.rows(len(captions))), self._text_embeds.shape[1])
@@ -58,28 +65,42 @@ class RetrievalScorer(Scorer):
 
     def results(self) -> list[Result]:
         images, texts = self._embedder.gathered(self._image_embeds, len(self._image_ids)), self._text_embeds
-        ways = {
-            "text_to_image": self._hits(texts, images, self._text_ids, self._image_ids),
-            "image_to_text": self._hits(images, texts, self._image_ids, self._text_ids),
-        }
-        num_queries = {"text_to_image": len(texts), "image_to_text": len(images)}
-        first = ("text_to_image", self._task.ks[0])
         return [
-            self._task.proportion(f"{way}_r{k}", hits, num_queries[way], headline=(way, k) == first)
-            for way, found in ways.items()
-            for k, hits in zip(self._task.ks, found, strict=True)
+            *self._recalls("text_to_image", texts, images, self._text_ids, self._image_ids),
+            *self._recalls("image_to_text", images, texts, self._image_ids, self._text_ids),
         ]
+
+    def _recalls(
+        self, way: str, queries: torch.Tensor, targets: torch.Tensor, query_ids: torch.Tensor, target_ids: torch.Tensor
+    ) -> list[Result]:
+        """Collective. Return one way's results, one for each k."""
+        ks, n, results = self._task.ks, len(queries), []
+        found = self._hits(queries, targets, query_ids, target_ids).numpy().astype(np.int64)
+        right = np.bincount(target_ids.numpy(), minlength=int(query_ids.max()) + 1)[query_ids.numpy()]
+        asked = np.bincount(query_ids.numpy())
+        for k, hits in zip(ks, found.T, strict=True):
+            chance = 100.0 * recall_chance(right, len(targets), k)
+            headline = (way, k) == ("text_to_image", ks[0])
+            if way == "text_to_image":
+                # The captions of one image, or of one group of images, are no independent queries.
+                together = np.bincount(query_ids.numpy(), hits).astype(np.int64)
+                share = clustered_share(together[asked > 0], asked[asked > 0])
+                results.append(self._task.estimated(f"{way}_r{k}", share, n, chance, headline))
+            else:
+                results.append(self._task.proportion(f"{way}_r{k}", int(hits.sum()), n, chance, headline))
+        return results
 
     def _hits(
         self, queries: torch.Tensor, targets: torch.Tensor, query_ids: torch.Tensor, target_ids: torch.Tensor
-    ) -> list[int]:
-        """Collective. Return, for each k, how many queries have a target of their id among the k nearest."""
-        hits = torch.zeros(len(self._task.ks), dtype=torch.int64)
+    ) -> torch.Tensor:
+        """Collective. Return whether each query has a target of its id among the k nearest, uint8 `(queries, ks)`."""
+        mine = torch.zeros(len(self._embedder.rows(len(queries))), len(self._task.ks), dtype=torch.uint8)
+        first = 0
         for some in self._embedder.batches(len(queries)):
             asked = slice(some.start, some.stop)
             scores = queries[asked] @ targets.t()
-            nearest = target_ids[scores.topk(min(max(self._task.ks), len(targets))).indices]
-            right = nearest == query_ids[asked, None]
-            hits += torch.stack([right[:, :k].any(dim=1).sum() for k in self._task.ks])
+            for column, k in enumerate(self._task.ks):
+                mine[first : first + len(some), column] = recall_hits(scores, query_ids[asked], target_ids, k)
+            first += len(some)
             self._embedder.alive()
-        return self._embedder.total(hits.tolist())
+        return self._embedder.gathered(mine, len(queries))

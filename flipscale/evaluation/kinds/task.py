@@ -9,9 +9,8 @@ from typing import Any, ClassVar
 import torch
 
 from flipscale.data.prepared import check_prepared
-from flipscale.data.sources.tar_source import TarSource
 from flipscale.evaluation.embedding import Embedder
-from flipscale.evaluation.metrics import wilson
+from flipscale.evaluation.metrics import Estimate, wilson
 from flipscale.evaluation.results import Result
 from flipscale.evaluation.test_set import TestSet
 
@@ -44,10 +43,11 @@ class Task(ABC):
 
         Raises:
             ValueError: a file is missing.
+            OSError: a shard at a URL cannot be fetched.
         """
         if self.task:
             check_prepared(Path(self.data), self.task)
-        TarSource(self.data)
+        TestSet.open(self.data)
 
     @abstractmethod
     def evaluate(self, embedder: Embedder) -> list[Result]:
@@ -58,10 +58,15 @@ class Task(ABC):
         """
 
     def proportion(self, metric: str, hits: int, n: int, chance: float | None = None, headline: bool = True) -> Result:
-        """Return the result that `hits` of `n` queries were answered rightly, in percent with its interval."""
-        low, high = wilson(hits, n)
+        """Return the result that `hits` of `n` queries were answered rightly, in percent with its Wilson interval."""
+        return self.estimated(metric, Estimate(hits / n, *wilson(hits, n)), n, chance, headline)
+
+    def estimated(
+        self, metric: str, estimate: Estimate, n: int, chance: float | None = None, headline: bool = True
+    ) -> Result:
+        """Return the result that `n` queries gave an estimate, in percent."""
         return Result(
-            *(self.name, self.kind, metric, 100.0 * hits / n, n, 100.0 * low, 100.0 * high),
+            *(self.name, self.kind, metric, 100.0 * estimate.value, n, 100.0 * estimate.low, 100.0 * estimate.high),
             chance=chance,
             headline=headline,
             made_by=self.made_by,
