@@ -1,6 +1,7 @@
 """Prepare data on disk: write, index and inspect shards, and make the demo set and photos for benchmarks."""
 
 import argparse
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -51,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     photos.add_argument(
         "--num_images", type=int, default=2000, help="How many JPEGs to write of each size; 2000 by default."
     )
+    add_tasks_arguments(add("tasks", "Download the test sets of evaluations that have a page, from the Hub."))
     index = add(
         "index",
         "Write the manifest of all shards, and the index of offsets beside each. Training does this too, once, where "
@@ -98,6 +100,21 @@ def add_shards_arguments(shards: argparse.ArgumentParser) -> None:
     )
 
 
+def add_tasks_arguments(tasks: argparse.ArgumentParser) -> None:
+    """Add the arguments of `flipscale prepare tasks`."""
+    tasks.add_argument(
+        "directory",
+        type=Path,
+        nargs="?",
+        help="The folder to write, data/tasks in the recipes; the same command continues there after an interruption.",
+    )
+    tasks.add_argument("--suite", help="Prepare the tasks of a suite: paper, robustness, fairness, or all.")
+    tasks.add_argument("--only", nargs="+", metavar="TASK", help="Prepare these tasks, such as food101 pets.")
+    tasks.add_argument(
+        "--list", action="store_true", help="Print all tasks, or those of the suite, and download nothing."
+    )
+
+
 def run(args: argparse.Namespace) -> None:
     """Prepare what `args.kind` names.
 
@@ -105,7 +122,8 @@ def run(args: argparse.Namespace) -> None:
         ValueError: the input or an option is wrong.
         OSError: a step failed.
     """
-    {"shards": _shards, "inspect": _inspect, "demo": _demo, "photos": _photos, "index": _index}[args.kind](args)
+    kinds = {"shards": _shards, "inspect": _inspect, "demo": _demo, "photos": _photos, "tasks": _tasks, "index": _index}
+    kinds[args.kind](args)
 
 
 def _shards(args: argparse.Namespace) -> None:
@@ -139,6 +157,34 @@ def _photos(args: argparse.Namespace) -> None:
     from flipscale.preparation.photo_set import prepare_photos
 
     prepare_photos(args.directory, args.num_images)
+
+
+def _tasks(args: argparse.Namespace) -> None:
+    from flipscale.evaluation.task_page import pages_table, read_page, suite_pages
+    from flipscale.preparation.task_sets import TaskSet, prepare_tasks
+
+    if args.suite and args.only:
+        raise ValueError("--suite and --only exclude each other; give one of them")
+    pages = [read_page(name) for name in args.only or ()] or suite_pages(args.suite or "all")
+    if args.list:
+        print(pages_table(pages))
+        return
+    if args.directory is None or not (args.suite or args.only):
+        raise ValueError("name a folder, such as data/tasks, and --suite paper or --only TASK; --list prints the tasks")
+    sets = [
+        TaskSet(
+            name=page.name,
+            **dataclasses.asdict(page.source),
+            licence=page.licence,
+            images=page.images,
+            num_classes=page.num_classes,
+            class_names=page.class_names,
+            templates=page.templates,
+            is_classification=page.kind != "retrieval",
+        )
+        for page in (read_page(name) for name in dict.fromkeys(page.data for page in pages))
+    ]
+    prepare_tasks(args.directory, sets)
 
 
 def _index(args: argparse.Namespace) -> None:

@@ -12,9 +12,8 @@ def read_prepared(folder: Path) -> dict[str, Any] | None:
     that is listed there is gone or has another size."""
     try:
         said: dict[str, Any] = json.loads((folder / PREPARED).read_text(encoding="utf-8"))
-        sizes: dict[str, int] = said["files"]
-        whole = all((folder / name).stat().st_size == size for name, size in sizes.items())
-    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError):
+        whole = all((folder / name).stat().st_size == file["bytes"] for name, file in said["files"].items())
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError, AttributeError):
         return None
     return said if whole else None
 

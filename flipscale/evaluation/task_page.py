@@ -1,6 +1,7 @@
 """The pages of evaluations that have a name, `tasks/NAME.yaml`: where the data is, and how it is used and judged."""
 
 import difflib
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from functools import cache
 from pathlib import Path
@@ -13,6 +14,7 @@ from flipscale.evaluation.kinds.task import Task
 from flipscale.evaluation.kinds.templates import TEMPLATES
 
 PAGES = Path(__file__).parent / "tasks"
+PAPER_MODEL = "FLIP L/14, LAION-400M"
 SUITES = ("paper", "robustness", "fairness")
 
 
@@ -143,6 +145,25 @@ def suite_pages(suite: str) -> tuple[TaskPage, ...]:
     if suite not in (*SUITES, "all"):
         raise ValueError(f"no suite is called {suite!r}; use one of {', '.join(SUITES)}, all")
     return tuple(page for page in read_pages() if suite == "all" or suite in page.suites)
+
+
+def pages_table(pages: Sequence[TaskPage]) -> str:
+    """Return the pages as a table for people: what each is, and what the paper's L/14 achieves."""
+    rows = [("task", "suites", "images", "classes", "prompts", "metric", "paper")]
+    for page in pages:
+        figures = [line.value for line in page.reference if (line.model, line.metric) == (PAPER_MODEL, page.metric)]
+        counts = (f"{page.images:,}", f"{page.num_classes:,}" if page.num_classes else "", str(page.num_prompts or ""))
+        figure = f"{figures[0]}{'' if page.comparable else ' *'}" if figures else ""
+        rows.append((page.name, ", ".join(page.suites), *counts, page.metric, figure))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [
+            cell.rjust(width) if 2 <= column <= 4 else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join([*lines, "", f"paper: {PAPER_MODEL}, in %; * on other images than the source's"])
 
 
 def _page(name: str, content: dict[str, Any]) -> TaskPage:

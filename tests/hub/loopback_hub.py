@@ -1,7 +1,7 @@
 """A Hub of models on loopback: real HTTP, real hashes, commits, branches and large-file storage, and faults on demand.
 
-It answers what huggingface_hub asks when a folder is pushed and when a model is loaded. Clients are told by
-`HF_ENDPOINT`; `HF_HUB_DISABLE_XET=1`, because Xet is a storage service of its own.
+It answers what huggingface_hub asks when a folder is pushed, and when a model or a data set is loaded. Clients are
+told by `HF_ENDPOINT`; `HF_HUB_DISABLE_XET=1`, because Xet is a storage service of its own.
 """
 
 import base64
@@ -9,7 +9,9 @@ import hashlib
 import json
 import re
 import threading
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -19,7 +21,10 @@ import yaml
 
 TOKEN = "hf_loopbackTokenThatNobodyMaySee"
 OWNERS = ("tester", "org")  # where TOKEN may write
-LARGE = (".safetensors", ".png")
+LARGE = (".safetensors", ".png", ".tar", ".parquet")
+
+
+_PIECE = 1 << 14
 
 
 @dataclass(frozen=True)
@@ -37,9 +42,10 @@ class Stored:
 
 @dataclass
 class Repo:
-    """A repository: its commits by hash (parent, files), its branches, and whether it is private."""
+    """A repository: its commits by hash (parent, files), its branches, and who may read it."""
 
     private: bool
+    gated: bool = False
     commits: dict[str, tuple[str | None, dict[str, Stored]]] = field(default_factory=dict)
     branches: dict[str, str] = field(default_factory=dict)
 
@@ -85,6 +91,7 @@ class LoopbackHub:
         self.repos: dict[str, Repo] = {}
         self.blobs: dict[str, bytes] = {}
         self.requests: list[Request] = []
+        self.seconds_per_mib = 0.0  # how slowly contents are sent
         self._faults: list[tuple[str, Reply]] = []
         self._lock = threading.RLock()
         handler = type("Handler", (_Handler,), {"hub": self})
@@ -92,6 +99,11 @@ class LoopbackHub:
         self._server.daemon_threads = True
         self.endpoint = f"http://127.0.0.1:{self._server.server_port}"
         threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+
+    def add(self, repo_id: str, files: dict[str, bytes], gated: bool = False) -> str:
+        """Put these files into a repository, as its newest commit; returns the commit."""
+        repo = self.repos.setdefault(repo_id, Repo(private=False, gated=gated))
+        return repo.commit("main", {path: self.keep(c, path.endswith(LARGE)) for path, c in files.items()})
 
     def close(self) -> None:
         self._server.shutdown()
@@ -162,8 +174,12 @@ class _Handler(BaseHTTPRequestHandler):
         for name, value in reply.headers.items():
             self.send_header(name, value)
         self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(content)
+        if self.command == "HEAD":
+            return
+        with suppress(ConnectionError):  # a client may be killed
+            for start in range(0, len(content), _PIECE):
+                self.wfile.write(content[start : start + _PIECE])
+                time.sleep(self.hub.seconds_per_mib * _PIECE / 2**20)
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = _serve
 
@@ -212,7 +228,11 @@ def validate(hub: LoopbackHub, request: Request) -> Reply:
 
 def info(hub: LoopbackHub, request: Request, repo_id: str, revision: str = "main") -> Reply:
     def describe(repo: Repo, sha: str, files: dict[str, Stored]) -> Reply:
-        siblings = [{"rfilename": path, "size": f.size, "blobId": f.oid} for path, f in sorted(files.items())]
+        siblings = [
+            {"rfilename": path, "size": f.size, "blobId": f.oid}
+            | ({} if f.git_oid else {"lfs": {"sha256": f.sha256, "size": f.size, "pointerSize": 134}})
+            for path, f in sorted(files.items())
+        ]
         about = {"_id": "0", "id": repo_id, "modelId": repo_id, "sha": sha, "private": repo.private}
         return Reply(body={**about, "tags": [], "downloads": 0, "likes": 0, "siblings": siblings})
 
@@ -310,6 +330,8 @@ def _of_revision(
     if not hub.may_read(request, repo_id):
         return refusal(404, "Repository not found", "RepoNotFound")
     repo = hub.repos[repo_id]
+    if repo.gated:
+        return refusal(403, f"Access to dataset {repo_id} is restricted.", "GatedRepo")
     sha = repo.branches.get(revision, revision)
     if sha not in repo.commits:
         return refusal(404, f"Invalid rev id: {revision}", "RevisionNotFound")
@@ -321,12 +343,12 @@ _ROUTES: list[tuple[str, Callable[..., Reply]]] = [
     (r"POST /api/repos/create", create),
     (r"POST /api/validate-yaml", validate),
     (rf"POST /api/models/{_REPO}/branch/([^/]+)", branch),
-    (rf"GET /api/models/{_REPO}", info),
-    (rf"GET /api/models/{_REPO}/revision/([^/]+)", info),
+    (rf"GET /api/(?:models|datasets)/{_REPO}", info),
+    (rf"GET /api/(?:models|datasets)/{_REPO}/revision/([^/]+)", info),
     (rf"GET /api/models/{_REPO}/tree/([^/]+)(?:/(.+))?", tree),
     (rf"POST /api/models/{_REPO}/preupload/([^/]+)", preupload),
     (rf"POST /{_REPO}\.git/info/lfs/objects/batch", batch),
     (r"PUT /storage/([0-9a-f]{64})", store),
     (rf"POST /api/models/{_REPO}/commit/([^/]+)", commit),
-    (rf"(?:GET|HEAD) /{_REPO}/resolve/([^/]+)/(.+)", resolve),
+    (rf"(?:GET|HEAD) (?:/datasets)?/{_REPO}/resolve/([^/]+)/(.+)", resolve),
 ]

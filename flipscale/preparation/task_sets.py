@@ -1,0 +1,282 @@
+"""The test sets of evaluations that have a page, from the Hub into CLIP_benchmark's layout: `FOLDER/NAME/test/*.tar`,
+`classnames.txt`, and `prepared.json`, which is written last."""
+
+import json
+import re
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from tqdm import tqdm
+
+from flipscale.data.prepared import PREPARED, read_prepared
+from flipscale.data.sources.tar_source import TarSource
+from flipscale.files.aside import remove, sync, write_text
+from flipscale.preparation.hub_files import HubFile, Snapshot, bytes_there, digest, download, list_files
+
+# What is being prepared, and at which commit, so that a later start goes on with the same one.
+BEGUN = ".begun.json"
+_PARQUET = ".parquet"
+_TEXTS = ("classnames.txt", "zeroshot_classification_templates.txt", "dataset_type.txt")
+
+
+@dataclass(frozen=True)
+class TaskSet:
+    """The data of a task, as its page has it: see `TaskPage`.
+
+    Args:
+        name: of the task, and of the folder to write.
+        split: the folder of shards in the repository, or the split of its parquet files.
+        image: the column of images of parquet files; empty for shards.
+        label: the column of classes of parquet files.
+        class_names: written where the source has none.
+        templates: written where the source has none.
+        is_classification: whether it needs class names.
+    """
+
+    name: str
+    repo: str
+    revision: str
+    split: str
+    image: str
+    label: str
+    licence: str
+    images: int
+    num_classes: int | None
+    class_names: tuple[str, ...]
+    templates: tuple[str, ...]
+    is_classification: bool
+
+    @property
+    def is_parquet(self) -> bool:
+        """Whether its source has tables, which are converted, and not shards."""
+        return bool(self.image)
+
+    @property
+    def source(self) -> dict[str, str]:
+        """What decides which data is taken."""
+        return {"repo": self.repo, "revision": self.revision, "split": self.split}
+
+    def wanted(self, file: str) -> bool:
+        """Return whether a file of the repository belongs to the set."""
+        split = re.escape(self.split)
+        if self.is_parquet:
+            return re.fullmatch(rf"([\w-]+/)*{split}([-/][\w.-]+)?\.parquet", file) is not None
+        return file in _TEXTS or re.fullmatch(rf"{split}/([\w-]+\.tar|nshards\.txt)", file) is not None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A set that is to be downloaded: its files, and how many of their bytes are there already."""
+
+    task: TaskSet
+    snapshot: Snapshot
+    files: tuple[HubFile, ...]
+    bytes_there: int
+
+    @property
+    def num_bytes(self) -> int:
+        """The size of the files of the set."""
+        return sum(file.size for file in self.files)
+
+    @property
+    def bytes_needed(self) -> int:
+        """What is still to be written: what is not there, and for tables the shards that are made of them."""
+        return self.num_bytes - self.bytes_there + (self.num_bytes if self.task.is_parquet else 0)
+
+
+def prepare_tasks(folder: Path, sets: Sequence[TaskSet]) -> None:
+    """Print what the sets are and how large, then download those that are not whole into `folder`/NAME.
+
+    A kill leaves whole files and no `prepared.json`; the same command goes on with the same commit of the source. A set
+    whose source cannot be read is left out, and named at the end.
+
+    Raises:
+        ValueError: the disk is too small, or a source is missing, gated, or not as its page says.
+        OSError: the Hub cannot be reached or the disk is full.
+    """
+    plans: list[Plan] = []
+    rows: list[list[str]] = []
+    faults: list[str] = []
+    for task in sets:
+        about = [task.name, f"{task.images:,}"]
+        try:
+            plan = _plan(folder, task)
+        except ValueError as error:
+            faults.append(f"{task.name}: {error}")
+            rows.append([*about, "not to be had", task.licence, task.repo])
+            continue
+        state = "is prepared" if plan is None else _size(plan.num_bytes)
+        rows.append([*about, state, task.licence, task.repo])
+        plans += [plan] if plan else []
+    print(_table([["task", "images", "download", "licence of the images", "source"], *rows]))
+    _check_space(folder, plans)
+    left = sum(plan.num_bytes - plan.bytes_there for plan in plans)
+    if plans:
+        there = sum(plan.bytes_there for plan in plans)
+        print(f"\n{_size(left)} to download into {folder}" + (f", {_size(there)} are there" if there else ""))
+    with tqdm(total=sum(p.num_bytes for p in plans), unit="B", unit_scale=True, desc="tasks", disable=None) as bar:
+        for plan in plans:
+            try:
+                _prepare(folder / plan.task.name, plan, bar)
+            except ValueError as error:
+                faults.append(f"{plan.task.name}: {error}")
+    if faults:
+        raise ValueError(f"{len(faults)} of {len(sets)} tasks are not prepared: {'; '.join(faults)}")
+    print(f"{len(sets)} of {len(sets)} tasks are whole in {folder}")
+
+
+def _plan(folder: Path, task: TaskSet) -> Plan | None:
+    """Return what there is to do for a set, or None if it is whole."""
+    place = folder / task.name
+    said = read_prepared(place)
+    if said is not None and said["source"] == task.source:
+        _remove_leftovers(place)
+        return None
+    begun = _read_begun(place)
+    revision = begun["commit"] if begun.get("source") == task.source else task.revision
+    snapshot = list_files(task.repo, revision)
+    files = tuple(file for file in snapshot.files if task.wanted(file.name))
+    data = [file.name for file in files if file.name.endswith((".tar", ".parquet"))]
+    if not data:
+        what = f"parquet files of the split {task.split}" if task.is_parquet else f"{task.split}/*.tar"
+        raise ValueError(f"data set {task.repo} has no {what}; the source has changed")
+    named = task.is_parquet or task.class_names or "classnames.txt" in {file.name for file in files}
+    if task.is_classification and not named:
+        raise ValueError(f"data set {task.repo} has no classnames.txt, and the task's page lists no class names")
+    there = sum(bytes_there(_downloaded(place, task) / file.name, file) for file in files)
+    return Plan(task, snapshot, files, there)
+
+
+def _prepare(place: Path, plan: Plan, bar: tqdm) -> None:
+    """Download a set and write its `prepared.json`."""
+    task = plan.task
+    place.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(place.with_name(f".{place.name}.lock"), timeout=0):
+            (place / PREPARED).unlink(missing_ok=True)
+            write_text(place / BEGUN, json.dumps({"source": task.source, "commit": plan.snapshot.commit}) + "\n")
+            download(plan.snapshot, plan.files, _downloaded(place, task), bar)
+            if task.is_parquet:
+                _convert(place, plan)
+            _complete_texts(place, task)
+            _write_prepared(place, plan)
+    except Timeout:
+        raise ValueError(f"another process prepares {place}; wait for it to end") from None
+    place.with_name(f".{place.name}.lock").unlink(missing_ok=True)
+
+
+def _downloaded(place: Path, task: TaskSet) -> Path:
+    """Return where the files of the repository go: tables are no part of the set."""
+    return place / _PARQUET if task.is_parquet else place
+
+
+def _convert(place: Path, plan: Plan) -> None:
+    """Write shards and class names of the downloaded tables."""
+    from flipscale.preparation.parquet_set import convert
+
+    task = plan.task
+    tables = [place / _PARQUET / file.name for file in sorted(plan.files, key=lambda file: file.name)]
+    names = convert(tables, place / "test", task.image, task.label, task.name) or list(task.class_names)
+    write_text(place / "classnames.txt", "".join(f"{name}\n" for name in names))
+
+
+def _complete_texts(place: Path, task: TaskSet) -> None:
+    """Write class names and prompts where the source has none, and compare the number of classes with the page.
+
+    Raises:
+        ValueError: there are none, or others than the page says.
+    """
+    for name, lines in zip(_TEXTS[:2], (task.class_names, task.templates), strict=True):
+        if lines and not (place / name).exists():
+            write_text(place / name, "".join(f"{line}\n" for line in lines))
+    if not task.is_classification:
+        return
+    file = place / "classnames.txt"
+    names = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()] if file.exists() else []
+    if not names or (task.num_classes and len(names) != task.num_classes):
+        raise ValueError(f"{file} lists {len(names)} classes, {task.num_classes} are expected; the source has changed")
+
+
+def _write_prepared(place: Path, plan: Plan) -> None:
+    """Remove shards that are no part of the set, and say that it is whole.
+
+    Raises:
+        ValueError: there are not as many shards as `nshards.txt` says.
+    """
+    task = plan.task
+    known = {file.name: file.digest for file in plan.files if not task.is_parquet}
+    for path in set() if task.is_parquet else set((place / "test").glob("*.tar")):
+        if path.relative_to(place).as_posix() not in known:
+            path.unlink()
+    shards = sorted((place / "test").glob("*.tar"))
+    said = (place / "test" / "nshards.txt").read_text().strip() if (place / "test" / "nshards.txt").exists() else ""
+    if said and said != str(len(shards)):
+        raise ValueError(f"{place / 'test'} has {len(shards)} shards, nshards.txt says {said}; the source has changed")
+    images = len(TarSource(str(place / "test")))
+    files = {}
+    for path in [*shards, *sorted(place.glob("*.txt")), *place.glob("test/*.txt")]:
+        name = path.relative_to(place).as_posix()
+        has = known.get(name, "")
+        files[name] = {"bytes": path.stat().st_size, "digest": has if has.startswith("sha256:") else digest(path)}
+        sync(path)
+    about = {"task": task.name, "source": task.source, "commit": plan.snapshot.commit, "licence": task.licence}
+    write_text(place / PREPARED, json.dumps({**about, "images": images, "files": files}, indent=2) + "\n")
+    _remove_leftovers(place)
+    if images != task.images:
+        tqdm.write(f"{task.name}: {images:,} images, not the {task.images:,} that its page says")
+
+
+def _remove_leftovers(place: Path) -> None:
+    """Remove what only the preparation of a set needed."""
+    for path in (place / _PARQUET, place / BEGUN, *place.rglob(".*.partial")):
+        remove(path)
+
+
+def _read_begun(place: Path) -> dict[str, Any]:
+    try:
+        begun: dict[str, Any] = json.loads((place / BEGUN).read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return {}
+    return begun
+
+
+def _check_space(folder: Path, plans: Sequence[Plan]) -> None:
+    """Raise if the disk has no room for what is to be downloaded.
+
+    Raises:
+        ValueError: it has not.
+    """
+    needed = sum(plan.bytes_needed for plan in plans)
+    disk = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(disk).free
+    if needed > free:
+        raise ValueError(
+            f"{_size(needed)} are needed and {folder} has {_size(free)} free; make room, name another folder, or "
+            "prepare fewer tasks with --only"
+        )
+
+
+def _size(num_bytes: int) -> str:
+    """Return a number of bytes as people read it: `1.2 GB`."""
+    value = float(num_bytes)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000:
+            break
+        value, unit = value / 1000, {"B": "kB", "kB": "MB", "MB": "GB", "GB": "TB"}[unit]
+    return f"{value:.3g} {unit}" if value < 100 else f"{value:.0f} {unit}"
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    """Return rows as a table; numbers, in the second and third column, end at one place."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if column in (1, 2) else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    )

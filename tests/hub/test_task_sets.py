@@ -1,0 +1,323 @@
+"""The test sets of tasks from a Hub of the test's own: whole or named as not, whatever is killed, cut or missing."""
+
+import io
+import json
+import os
+import random
+import shutil
+import signal
+import tarfile
+import time
+from collections import namedtuple
+from pathlib import Path
+
+import datasets
+import huggingface_hub.constants
+import numpy as np
+import processes
+import pytest
+from hub.loopback_hub import LoopbackHub
+from PIL import Image
+
+from flipscale.cli import main
+from flipscale.data.prepared import check_prepared, read_prepared
+from flipscale.data.sources.tar_source import TarSource
+from flipscale.evaluation.task_page import read_page
+from flipscale.preparation import hub_files
+
+MNIST, FLICKR = "clip-benchmark/wds_mnist", "clip-benchmark/wds_flickr30k"
+pytestmark = pytest.mark.usefixtures("logged_in")
+
+
+def picture(number: int, form: str = "PNG", side: int = 32) -> bytes:
+    stream = io.BytesIO()
+    pixels = np.random.default_rng(number).integers(0, 256, (side, side, 3), np.uint8)
+    Image.fromarray(pixels).save(stream, form)
+    return stream.getvalue()
+
+
+def shard(first: int, count: int, kind: str = "cls", side: int = 32) -> bytes:
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w") as tar:
+        for number in range(first, first + count):
+            said = str(number % 10) if kind == "cls" else f"picture {number}"
+            for name, content in (("png", picture(number, side=side)), (kind, said.encode())):
+                member = tarfile.TarInfo(f"s{number:07d}.{name}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    return stream.getvalue()
+
+
+def digits(shards: int = 3, count: int = 4, side: int = 32) -> dict[str, bytes]:
+    """The files of MNIST in CLIP_benchmark's layout, as far as a test needs them, and some that no one wants."""
+    return {
+        "README.md": b"# digits",
+        "classnames.txt": "".join(f"{name}\n" for name in range(10)).encode(),
+        "zeroshot_classification_templates.txt": b"a picture of {c}\n",
+        "train/0.tar": shard(0, 2),
+        "test/nshards.txt": f"{shards}\n".encode(),
+        **{f"test/{number}.tar": shard(number * count, count, side=side) for number in range(shards)},
+    }
+
+
+def prepare(folder: Path, *arguments: str) -> None:
+    main(["prepare", "tasks", str(folder), *arguments])
+
+
+def refusal(capsys: pytest.CaptureFixture, folder: Path, *arguments: str) -> str:
+    """What `prepare tasks` says in one line when it fails."""
+    with pytest.raises(SystemExit):
+        prepare(folder, *arguments)
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("flipscale: error: ")]
+    return line
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """The files of a prepared set, without the manifest and the indices of its shards."""
+    kept = [path for path in folder.rglob("*") if path.is_file() and path.suffix in (".tar", ".txt")]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in kept}
+
+
+def test_a_set_is_prepared_whole_and_only_once(hub: LoopbackHub, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    commit, files = hub.add(MNIST, digits()), digits()
+    prepare(tmp_path, "--only", "mnist")
+    printed = capsys.readouterr().out
+    size = sum(len(c) for name, c in files.items() if name.startswith(("test", "class", "zero")))
+    row = next(line for line in printed.splitlines() if line.startswith("mnist"))
+    assert row.endswith(f"not stated by its source  {MNIST}")
+    assert f"{size / 1000:.3g} kB to download into {tmp_path}" in printed
+    assert "mnist: 12 images, not the 10,000 that its page says" in printed
+    assert content(tmp_path / "mnist") == {n: c for n, c in files.items() if n not in ("README.md", "train/0.tar")}
+    said = read_prepared(tmp_path / "mnist")
+    assert said is not None
+    assert (said["commit"], said["images"], said["source"]["repo"]) == (commit, 12, MNIST)
+    assert said["files"]["test/2.tar"]["bytes"] == len(files["test/2.tar"])
+    assert {path.name for path in (tmp_path / "mnist").iterdir()} == {
+        "test", "classnames.txt", "zeroshot_classification_templates.txt", "prepared.json",
+    }  # fmt: skip
+    check_prepared(tmp_path / "mnist", "mnist")
+    asked = len(hub.requests)
+    prepare(tmp_path, "--only", "mnist")
+    assert len(hub.requests) == asked
+    assert "is prepared" in capsys.readouterr().out
+
+
+def test_nothing_is_downloaded_before_all_is_said(
+    hub: LoopbackHub, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.add(MNIST, digits())
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10, 0, 10))
+    assert "are needed and" in (line := refusal(capsys, tmp_path / "new", "--only", "mnist"))
+    assert "has 10 B free; make room, name another folder, or prepare fewer tasks with --only" in line
+    assert not hub.asked("resolve")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_retrieval_set_has_no_classes(hub: LoopbackHub, tmp_path: Path) -> None:
+    hub.add(FLICKR, {"dataset_type.txt": b"retrieval\n", "test/nshards.txt": b"1\n", "test/0.tar": shard(0, 3, "txt")})
+    prepare(tmp_path, "--only", "flickr30k")
+    assert sorted(content(tmp_path / "flickr30k")) == ["dataset_type.txt", "test/0.tar", "test/nshards.txt"]
+
+
+def test_tasks_may_share_their_data(hub: LoopbackHub, tmp_path: Path) -> None:
+    names = "".join(f"{name}\n" for name in read_page("imagenet1k").class_names)
+    hub.add("clip-benchmark/wds_imagenet1k", {**digits(), "classnames.txt": names.encode()})
+    prepare(tmp_path, "--only", "imagenet1k_80", "imagenet1k")
+    assert {path.name for path in tmp_path.iterdir()} == {"imagenet1k"}
+    assert len(hub.asked("GET .*resolve.*/0.tar")) == 1
+
+
+def begin(folder: str, endpoint: str) -> None:
+    """What a process does that is to be killed. Its constants are those of the server that it was forked from."""
+    log = os.open(f"{folder}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    constants = huggingface_hub.constants
+    constants.ENDPOINT, constants.HF_HUB_OFFLINE, constants.HF_HUB_DISABLE_XET = endpoint, False, True
+    constants.HUGGINGFACE_CO_URL_TEMPLATE = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+    hub_files._CHUNK_BYTES = 1 << 13  # else a MiB, which these files do not have
+    prepare(Path(folder), "--only", "mnist", "flickr30k")
+
+
+def test_killed_at_ten_instants_it_ends_whole(hub: LoopbackHub, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    files = {
+        "mnist": {n: c for n, c in digits(4, 6, side=64).items() if n not in ("README.md", "train/0.tar")},
+        "flickr30k": {"test/nshards.txt": b"1\n", "test/0.tar": shard(0, 9, "txt", 64)},
+    }
+    hub.add(MNIST, files["mnist"])
+    hub.add(FLICKR, files["flickr30k"])
+    folder, draw, killed_within = tmp_path / "tasks", random.Random(13), 0
+    for _ in range(10):
+        hub.seconds_per_mib = 8.0
+        asked = len(hub.requests)
+        process = processes.start(begin, str(folder), hub.endpoint)
+        while len(hub.requests) == asked and process.is_alive():
+            time.sleep(0.01)
+        process.join(draw.uniform(0, 0.7))
+        killed_within += process.is_alive()
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        for name in files:
+            found = content(folder / name)
+            # A file is whole or not there, and what is called whole is.
+            assert found == {path: files[name][path] for path in found}
+            assert not read_prepared(folder / name) or found.keys() == files[name].keys()
+        # Once a set is begun, it stays at its commit while the branch moves on.
+        if (folder / "mnist" / ".begun.json").exists():
+            hub.add(MNIST, {**files["mnist"], "classnames.txt": b"other\n" * 10})
+    assert killed_within >= 8, (folder.with_name("tasks.log")).read_text()
+    assert not read_prepared(folder / "flickr30k")
+    hub.seconds_per_mib = 0.0
+    prepare(folder, "--only", "mnist", "flickr30k")
+    assert "are there" in capsys.readouterr().out
+    for name in files:
+        assert content(folder / name) == files[name]
+        assert read_prepared(folder / name)
+    assert any("range" in request.headers for request in hub.asked("GET .*tar")), "a part of a file is gone on with"
+
+
+def test_a_half_downloaded_set_is_not_taken_for_whole(
+    hub: LoopbackHub, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    hub.add(MNIST, digits())
+    hub.fail_next(20, path=r"GET .*test/1.tar", status=404, message="gone")
+    assert "data set clip-benchmark/wds_mnist at http://127" in refusal(capsys, tmp_path, "--only", "mnist")
+    assert (tmp_path / "mnist" / "test" / "0.tar").exists()
+    with pytest.raises(ValueError, match="the data of task mnist was prepared only in part"):
+        check_prepared(tmp_path / "mnist", "mnist")
+    hub._faults.clear()
+    # A file that was cut by other means has its size and its digest compared.
+    damaged = tmp_path / "mnist" / "test" / "0.tar"
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
+    (tmp_path / "mnist" / "test" / "7.tar").write_bytes(b"of an older set")
+    prepare(tmp_path, "--only", "mnist")
+    assert content(tmp_path / "mnist")["test/0.tar"] == digits()["test/0.tar"]
+    assert not (tmp_path / "mnist" / "test" / "7.tar").exists()
+    check_prepared(tmp_path / "mnist", "mnist")
+    damaged.unlink()
+    with pytest.raises(ValueError, match=r"run `flipscale prepare tasks .* --only mnist`"):
+        check_prepared(tmp_path / "mnist", "mnist")
+
+
+def test_sources_that_cannot_be_read(hub: LoopbackHub, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    hub.add(FLICKR, {"test/nshards.txt": b"1\n", "test/0.tar": shard(0, 3, "txt")})
+    hub.add("clip-benchmark/wds_stl10", digits(), gated=True)
+    hub.add("clip-benchmark/wds_gtsrb", {"README.md": b"empty"})
+    hub.add("clip-benchmark/wds_objectnet", {name: c for name, c in digits().items() if name != "classnames.txt"})
+    hub.add("clip-benchmark/wds_country211", digits())
+    hub.add(MNIST, {**digits(), "test/nshards.txt": b"4\n"})
+    names = ("flickr30k", "stl10", "gtsrb", "objectnet", "country211", "mnist", "cars")
+    line = refusal(capsys, tmp_path, "--only", *names)
+    for words in (
+        "6 of 7 tasks are not prepared: ",
+        f"stl10: data set clip-benchmark/wds_stl10 at {hub.endpoint} is gated; accept its terms on its page",
+        "gtsrb: data set clip-benchmark/wds_gtsrb has no test/*.tar; the source has changed",
+        "objectnet: data set clip-benchmark/wds_objectnet has no classnames.txt, and the task's page lists no class",
+        "classnames.txt lists 10 classes, 211 are expected; the source has changed",
+        "has 3 shards, nshards.txt says 4; the source has changed",
+        f"cars: data set clip-benchmark/wds_cars at {hub.endpoint} does not exist, or may be read only by others",
+    ):
+        assert words in line
+    assert [name for name in names if read_prepared(tmp_path / name)] == ["flickr30k"]
+
+
+def test_a_mirror_that_cannot_be_reached(
+    hub: LoopbackHub, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nowhere = f"http://127.0.0.1:{processes.free_port()}"
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", nowhere)
+    line = refusal(capsys, tmp_path, "--only", "mnist")
+    assert f"data set {MNIST} at {nowhere} cannot be reached" in line
+    assert "or name a mirror in HF_ENDPOINT" in line
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert "HF_HUB_OFFLINE is set; unset it" in refusal(capsys, tmp_path, "--only", "mnist")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--only", "food10"], "no task is called 'food10'; did you mean food101?"),
+        (["--suite", "robust"], "no suite is called 'robust'; use one of paper, robustness, fairness, all"),
+        (["--suite", "all", "--only", "mnist"], "--suite and --only exclude each other"),
+        ([], "name a folder, such as data/tasks, and --suite paper or --only TASK; --list prints the tasks"),
+    ],
+)
+def test_words_that_are_wrong(tmp_path: Path, capsys: pytest.CaptureFixture, arguments: list[str], words: str) -> None:
+    assert words in refusal(capsys, tmp_path, *arguments)
+
+
+def test_the_list_fits_a_terminal(capsys: pytest.CaptureFixture) -> None:
+    main(["prepare", "tasks", "--list"])
+    lines = capsys.readouterr().out.splitlines()
+    assert max(len(line) for line in lines) <= 100
+    food = next(line.split() for line in lines if line.startswith("food101"))
+    assert food == ["food101", "paper", "25,250", "101", "1", "top1", "89.3"]
+    main(["prepare", "tasks", "--list", "--suite", "fairness"])
+    assert len(capsys.readouterr().out.splitlines()) == 1 + 4 + 2
+
+
+def memes(rows: int, path: Path, **changes: object) -> bytes:
+    """Rows of a parquet file as the Hub has the Hateful Memes."""
+    images = [{"bytes": picture(n, ("JPEG", "PNG", "BMP")[n % 3]), "path": None} for n in range(rows)]
+    columns = {"id": list(range(rows)), "image": images, "label": [n % 2 for n in range(rows)], **changes}
+    datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image()).to_parquet(path)
+    return path.read_bytes()
+
+
+def test_tables_become_shards(hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flipscale.preparation.parquet_set.IMAGES_PER_SHARD", 4)
+    page, table = read_page("hateful_memes"), memes(9, tmp_path / "memes.parquet")
+    files = {"data/validation-00000-of-00001.parquet": table, "data/test-00000-of-00001.parquet": b"another split"}
+    repo = hub.repos
+    hub.add("mteb/MMSoc_HatefulMemes", files)
+    repo["mteb/MMSoc_HatefulMemes"].branches[page.source.revision] = repo["mteb/MMSoc_HatefulMemes"].branches["main"]
+    prepare(tmp_path / "tasks", "--only", "hateful_memes")
+    place = tmp_path / "tasks" / "hateful_memes"
+    assert sorted(content(place)) == [
+        "classnames.txt", "test/0.tar", "test/1.tar", "test/2.tar", "test/nshards.txt",
+        "zeroshot_classification_templates.txt",
+    ]  # fmt: skip
+    assert (place / "classnames.txt").read_text() == "meme\nhatespeech meme\n"
+    assert (place / "zeroshot_classification_templates.txt").read_text() == "a {c}.\n"
+    assert (place / "test" / "nshards.txt").read_text() == "3\n"
+    assert {path.name for path in place.iterdir() if path.name.startswith(".")} == set()
+    source = TarSource(str(place / "test"))
+    samples = [source.read(number // 4, number % 4) for number in range(9)]
+    assert [sample.label for sample in samples] == [number % 2 for number in range(9)]
+    # The bytes are the source's, unless no shard holds such a format.
+    assert [samples[n].image == picture(n, ("JPEG", "PNG", "BMP")[n % 3]) for n in range(3)] == [True, True, False]
+    assert (np.array(Image.open(io.BytesIO(samples[2].image))) == np.array(Image.open(io.BytesIO(picture(2))))).all()
+
+
+def test_tables_that_are_not_as_the_page_says(hub: LoopbackHub, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    revision = read_page("hateful_memes").source.revision
+    for change, words in (
+        ({"label": [0, 1, -1]}, "hateful_memes: row 2 of its source has no class; the source has changed"),
+        ({"image": [{"bytes": picture(0), "path": None}] * 2 + [None]}, "row 2 of its source has no image"),
+    ):
+        table = memes(3, tmp_path / "memes.parquet", **change)
+        hub.add("mteb/MMSoc_HatefulMemes", {"data/validation-00000-of-00001.parquet": table})
+        branches = hub.repos["mteb/MMSoc_HatefulMemes"].branches
+        branches[revision] = branches["main"]
+        folder = tmp_path / words[:5] / words[-5:]
+        assert words in refusal(capsys, folder, "--only", "hateful_memes")
+        assert not read_prepared(folder / "hateful_memes")
+        assert not list((folder / "hateful_memes").rglob("*.tar"))
+
+
+def test_two_do_not_prepare_one_set_at_once(hub: LoopbackHub, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    from filelock import FileLock
+
+    hub.add(MNIST, digits())
+    with FileLock(tmp_path / ".mnist.lock"):
+        assert "another process prepares" in refusal(capsys, tmp_path, "--only", "mnist")
+    assert not (tmp_path / "mnist" / "prepared.json").exists()
+
+
+def test_prepared_json_that_is_cut(tmp_path: Path) -> None:
+    for text in ("", "{", '{"files": [1]}', '{"files": {"a": {}}}', "[]"):
+        (tmp_path / "prepared.json").write_text(text)
+        assert read_prepared(tmp_path) is None
+    (tmp_path / "prepared.json").write_text(json.dumps({"files": {}}))
+    assert read_prepared(tmp_path) == {"files": {}}
