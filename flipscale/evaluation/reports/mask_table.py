@@ -3,13 +3,17 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flipscale.evaluation.embedders.masked import ImageMask
 from flipscale.evaluation.reports.figures import drawing_pyplot, save_figure
 from flipscale.evaluation.results import Result, as_metrics
 
-_COLOURS = ("#1f6feb", "#d1495b", "#2e8b57", "#8a5fbf", "#b8860b")
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# Of ratios in their order, the first for whole images where they are evaluated.
+_COLOURS = ("#2e8b57", "#1f6feb", "#d1495b", "#8a5fbf", "#b8860b")
 
 
 @dataclass(frozen=True)
@@ -77,41 +81,39 @@ def draw_masked_results(rows: Sequence[MaskedResults], path: Path) -> None:
     """Draw the first headline of each task against the encoder's operations: a panel for each model and task, a line
     for each ratio, whose points are the numbers of views; bars are 95 % intervals and the level is that of whole
     images."""
-    panels = {}
+    panels: dict[tuple[str, str], list[MaskedResults]] = {}
     for row in rows:
-        for result in reversed(list(row.headlines.values())):
-            panels[row.model, result.task] = result.name
-    panels = {(m, t): name for (m, t), name in panels.items()}
-    figure, axes = drawing_pyplot().subplots(
-        1, len(panels), figsize=(4.2 * len(panels) + 0.6, 3.8), squeeze=False, constrained_layout=True
-    )
-    for axis, ((model, _), name) in zip(axes[0], panels.items(), strict=True):
-        _draw_panel(axis, [row for row in rows if row.model == model and name in row.headlines], name)
-        axis.set_title(model if len({m for m, _ in panels}) > 1 else name, loc="left", fontsize=10)
+        firsts = {result.task: name for name, result in reversed(row.headlines.items())}
+        for name in (name for name in row.headlines if name in firsts.values()):
+            panels.setdefault((row.model, name), []).append(row)
+    size = (3.6 * len(panels) + 0.4, 3.6)
+    figure, axes = drawing_pyplot().subplots(1, len(panels), figsize=size, squeeze=False, constrained_layout=True)
+    for axis, ((model, name), shown) in zip(axes[0], panels.items(), strict=True):
+        _draw_panel(axis, shown, name)
+        axis.set_title(model, loc="left", fontsize=10)
     axes[0, 0].legend(loc="lower right", framealpha=0.9, edgecolor="none", fontsize=8)
     save_figure(figure, path)
 
 
-def _draw_panel(axis: Any, rows: Sequence[MaskedResults], name: str) -> None:
-    masked = {row.mask.ratio: [r for r in rows if r.mask.ratio == row.mask.ratio] for row in rows if row.mask.ratio}
-    lines = {f"{100 * ratio:g} % {group[0].mask.kind}": group for ratio, group in masked.items()}
-    whole = [row for row in rows if row.mask.ratio == 0.0]
-    if whole:
-        axis.axhline(whole[0].headlines[name].value, color="#888888", linewidth=0.9, linestyle=":", zorder=0)
-        lines["whole"] = whole
-    for (label, group), colour in zip(lines.items(), _COLOURS, strict=False):
-        group = sorted(group, key=lambda row: row.flops)
-        x, y = [row.flops / 1e9 for row in group], [row.headlines[name].value for row in group]
-        axis.plot(x, y, "o-", color=colour, label=label, markersize=4)
-        for row, at, value in zip(group, x, y, strict=True):
-            result = row.headlines[name]
-            if result.low is not None and result.high is not None:
-                axis.plot([at, at], [result.low, result.high], color=colour, linewidth=1, alpha=0.5)
+def _draw_panel(axis: "Axes", rows: Sequence[MaskedResults], name: str) -> None:
+    ratios = dict.fromkeys(row.mask.ratio for row in rows)
+    for ratio, colour in zip(ratios, _COLOURS, strict=False):
+        line = sorted((row for row in rows if row.mask.ratio == ratio), key=lambda row: row.flops)
+        label = f"{100 * ratio:g} % {line[0].mask.kind}" if ratio > 0.0 else "whole"
+        gflops, values = [row.flops / 1e9 for row in line], [row.headlines[name].value for row in line]
+        axis.plot(gflops, values, "o-", color=colour, label=label, markersize=4)
+        for row, at, value in zip(line, gflops, values, strict=True):
+            ends = [row.headlines[name].low, row.headlines[name].high]
+            if None not in ends:
+                axis.plot([at, at], ends, color=colour, linewidth=1, alpha=0.4)
             if row.mask.views > 1:
-                axis.annotate(f"{row.mask.views}", (at, value), xytext=(-3, 5), textcoords="offset points", ha="right")
+                beside = {"xytext": (6, -3), "textcoords": "offset points", "va": "top"}
+                axis.annotate(f"{row.mask.views} views", (at, value), **beside, fontsize=7, color=colour)
+        if ratio == 0.0:
+            axis.axhline(values[0], color=colour, linewidth=0.9, linestyle=":", zorder=0)
     shown = rows[0].headlines[name]
     axis.set_xlabel("encoder GFLOPs an image")
-    axis.set_ylabel(", ".join(filter(None, (f"{shown.task} {shown.shown}", shown.unit))))
-    axis.set_xlim(left=0)
+    axis.set_ylabel(", ".join(filter(None, (f"{shown.task.replace('_', '-')} {shown.shown}", shown.unit))))
+    axis.set_xlim(0, 1.25 * max(row.flops for row in rows) / 1e9)
     axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)
