@@ -13,12 +13,14 @@ import open_clip
 import pytest
 import torch
 import yaml
-from conftest import COLOURS, SHAPES, draw, write_shards
+from conftest import COLOURS, SHAPES, TOWER, draw, write_shards
 from hub.conftest import hub, logged_in  # noqa: F401 (fixtures)
 from PIL import Image
 from safetensors.torch import save_file
+from transformers import AutoTokenizer, CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
 
 from flipscale import cli
+from flipscale.data.prepared import PREPARED
 
 ROOT = Path(__file__).parents[2]
 OPEN_CLIP = {
@@ -46,6 +48,8 @@ def site(recipe: dict, tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFac
     shutil.copytree(folder / "runs/demo", folder / "runs/h14")
     write_pictures(folder)
     write_peer(folder, tokenizer_dir)
+    write_clip(folder / "clip", tokenizer_dir)
+    write_prepared(folder / "data/tasks/cars")
     with tarfile.open(ROOT / "tests/fixtures/parity/t5x.tar.gz") as tar:
         tar.extractall(folder / "original", filter="data")
     with zipfile.ZipFile(folder / "flip_vit_large.zip", "w") as archive:
@@ -77,6 +81,24 @@ def write_peer(folder: Path, tokenizer_dir: Path) -> None:
     torch.manual_seed(0)
     weights = open_clip.CLIP(**OPEN_CLIP).state_dict()
     save_file({name: value.contiguous() for name, value in weights.items()}, folder / "peer.safetensors")
+
+
+def write_clip(folder: Path, tokenizer_dir: Path) -> None:
+    """A tiny CLIP of transformers."""
+    towers = {"text_config": {**TOWER, "vocab_size": 16, "max_position_embeddings": 8, "eos_token_id": 2}}
+    towers["vision_config"] = {**TOWER, "image_size": 32, "patch_size": 8}
+    processor = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    CLIPModel(CLIPConfig(**towers, projection_dim=16)).save_pretrained(folder)
+    CLIPProcessor(processor, AutoTokenizer.from_pretrained(tokenizer_dir)).save_pretrained(folder)
+
+
+def write_prepared(folder: Path) -> None:
+    """A test set as `flipscale prepare tasks` leaves it."""
+    write_shards(folder / "test", [20])
+    for text in ("classnames.txt", "zeroshot_classification_templates.txt"):
+        (folder / "test" / text).rename(folder / text)
+    size = (folder / "test/00000.tar").stat().st_size
+    (folder / PREPARED).write_text(json.dumps({"files": {"test/00000.tar": size}, "revision": "main"}))
 
 
 @pytest.fixture

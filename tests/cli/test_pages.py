@@ -33,6 +33,7 @@ SUBSTITUTES = {
     r"\{00000\.\.41407\}": "{00000..00003}",
     r"--step 120000": "--step 40",
     r"open_clip:ViT-B-16,laion2b_s34b_b88k": "open_clip:peer.json,peer.safetensors",
+    r"hf:openai/clip-vit-base-patch16": "hf:clip",
     r"(convert flip .*)--size l16": r"\1--image_heads 4 --text_heads 4",
     r"(convert \w+) (runs/l16/model|models/flip-l16) ": r"\1 runs/demo/model ",
     r"imagenet/test": "data/demo/test",
@@ -89,6 +90,9 @@ def training(words: list[str]) -> None:
         parsed = launch_command_parser().parse_args(words[2:])
         assert load_config_from_file(parsed.config_file).num_processes == 8
         words = [parsed.training_script, *parsed.training_script_args]
+        if words[0] == "flipscale.cli":
+            parser_of(words[1]).parse_args(words[2:])
+            return
     elif words[0] == "torchrun":
         parsed = get_args_parser().parse_args(words[1:])
         words = [parsed.training_script, *parsed.training_script_args]
@@ -159,11 +163,11 @@ def script_s_help(words: list[str]) -> None:
 # The first rule that matches a command, without the variables set before it, runs it.
 RULES: dict[str, Callable[[list[str]], None]] = {
     r"(bash|sbatch) slurm/|\w+=\$\(": submission,  # type: ignore[dict-item]  # the whole script, not its words
-    r"flipscale (study|prepare demo|prepare photos|bench \w+) ": verb_s_arguments,
+    r"flipscale (study|prepare demo|prepare photos|prepare tasks [^- ]\S*|bench \w+) ": verb_s_arguments,
     r"flipscale bench compare\w*$": verb_s_arguments,
     r"flipscale pretrain .*--(dry_run|help|print_config)|flipscale pretrain --config demo_unseen": verb,
     r"(flipscale|python -m flipscale\.)pretrain |flipscale pretrain .": training,
-    r"(accelerate launch|torchrun) .*-m flipscale\.pretrain": training,
+    r"(accelerate launch|torchrun) .*-m flipscale\.(pretrain|cli evaluate) ": training,
     r"flipscale \w+$|flipscale (convert|prepare|bench) \w+$|flipscale launch_files$": verb_s_help,
     r"flipscale (\w+|--help)( |$)": verb,
     r"(\.venv/bin/)?pip (install|wheel) ": installation,
