@@ -1,13 +1,16 @@
-"""Evaluate a model folder or Hub name: zero-shot classification, retrieval, or any task that a recipe may list."""
+"""Evaluate models by one protocol: the tasks of a suite, or any task that a recipe may list, as one table."""
 
 import argparse
 import json
+import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import yaml
 from accelerate import Accelerator
 
+from flipscale.data.prepared import read_prepared
 from flipscale.engines.device import best_attention
 from flipscale.engines.start import start_accelerator
 from flipscale.evaluation.embedders import open_clip, transformers_model
@@ -16,26 +19,47 @@ from flipscale.evaluation.embedders.open_clip import open_clip_embedder
 from flipscale.evaluation.embedders.transformers_model import transformers_embedder
 from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.kinds.kinds import KINDS
+from flipscale.evaluation.kinds.task import Task
 from flipscale.evaluation.kinds.templates import TEMPLATES
 from flipscale.evaluation.reports.mask_table import MaskedResults, draw_masked_results, mask_table
-from flipscale.evaluation.results import Result, as_metrics, with_unit
-from flipscale.evaluation.suite import build_tasks, evaluate_tasks
+from flipscale.evaluation.reports.models import check_writable, name_models, tables_home
+from flipscale.evaluation.reports.record import read_lines
+from flipscale.evaluation.reports.session import evaluate_model
+from flipscale.evaluation.reports.table import Column, suite_tables
+from flipscale.evaluation.reports.writing import write_reports
+from flipscale.evaluation.results import Result, as_metrics
+from flipscale.evaluation.suite import TASKS_DIR, build_tasks
+from flipscale.evaluation.task_page import SUITES, suite_pages
+from flipscale.hub.card_results import refresh_card
 from flipscale.hub.loading import load_flip
+from flipscale.training.console import start_logging
 
 # Models that are not ours, by what their names begin with.
 OTHERS: dict[str, Callable[..., Embedder]] = {
     open_clip.PREFIX: open_clip_embedder,
     transformers_model.PREFIX: transformers_embedder,
 }
+_log = logging.getLogger(__name__)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `flipscale evaluate`."""
     parser.add_argument(
-        "model",
+        "models",
+        metavar="MODEL",
+        nargs="+",
         help="A model folder, such as runs/demo/model, a Hub name, a model of open_clip: open_clip:NAME,PRETRAINED, or "
-        "a CLIP or SigLIP of transformers: hf:NAME, a Hub name or a folder.",
+        "any CLIP or SigLIP of transformers: hf:NAME. Several stand side by side in one table.",
     )
+    parser.add_argument(
+        "--tasks",
+        metavar="DIR",
+        type=Path,
+        help=f"Where `flipscale prepare tasks` put the data of tasks; {TASKS_DIR} by default. Without --suite and "
+        "--only, all tasks that are prepared there.",
+    )
+    parser.add_argument("--suite", help=f"Do the prepared tasks of this suite: {', '.join(SUITES)}, or all.")
+    parser.add_argument("--only", metavar="NAME", nargs="+", default=[], help="Do these tasks, such as cars food101.")
     parser.add_argument(
         "--zero_shot",
         metavar="DIR",
@@ -56,6 +80,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--templates", choices=sorted(TEMPLATES), help="Use a set of CLIP's prompts instead of the folder's own."
     )
     parser.add_argument(
+        "--output_dir",
+        metavar="DIR",
+        type=Path,
+        help="Keep each model's results.jsonl in a folder of its own in DIR, and results.md and results.png in DIR. By "
+        "default results.jsonl is in the model folder; evaluations/NAME holds it for a model that is no folder.",
+    )
+    parser.add_argument(
         "--batch_size", type=int, default=256, help="How many images or texts a process embeds at once; 256 by default."
     )
     parser.add_argument(
@@ -69,28 +100,56 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Print the results that were asked for.
+    """Print the results that were asked for as one table, and write them beside the models.
 
     Raises:
-        ValueError: nothing to evaluate, or a model that cannot be loaded.
+        ValueError: nothing to evaluate, an unknown task or suite, a model that is named twice or cannot be loaded, or
+            a folder that cannot be written to.
     """
-    tasks = build_tasks(_listed(args))
-    if not tasks:
-        raise ValueError(
-            "nothing to evaluate; give --zero_shot DIR, --retrieval DIR or --task '{kind: ..., data: ...}'"
-        )
+    start_logging()
+    models, tasks = name_models(args.models, args.output_dir), _tasks(args)
     for task in tasks:
         task.check()
     accelerator = start_accelerator([], ".")
-    embedder = open_embedder(args.model, accelerator, args.batch_size, args.num_workers)
-    masks = asked_masks(args, embedder)
-    found = [(mask, evaluate_tasks(masked_embedder(embedder, mask), tasks)) for mask in masks]
+    home = tables_home(models, args.output_dir)
     if accelerator.is_main_process:
-        if masks == [WHOLE]:
-            print(json.dumps(as_metrics(found[0][1])) if args.json else as_table(found[0][1]))
+        for folder in (home, *(model.home for model in models)):
+            check_writable(folder)
+        for model in models:
+            read_lines(model.lines)
+    columns: list[Column] = []
+    masked: list[MaskedResults] = []
+    for model in models:
+        embedder = open_embedder(model.given, accelerator, args.batch_size, args.num_workers)
+        for mask in asked_masks(args, embedder):
+            lines = evaluate_model(masked_embedder(embedder, mask), model, tasks)
+            columns.append(Column(model.name if mask == WHOLE else f"{model.name}, {mask.label}", lines))
+            if any(args.mask_ratio):
+                masked.append(_with_flops(embedder, mask, model.name, [line.result for line in lines]))
+            if accelerator.is_main_process and model.home == model.folder:
+                refresh_card(model.folder, lines)
+    if accelerator.is_main_process:
+        suites = _suites(args)
+        write_reports(columns, suites, home)
+        if masked:
+            _print_masked(args, masked)
         else:
-            _print_masked(args, [_with_flops(embedder, mask, results) for mask, results in found])
+            print(_as_json(columns) if args.json else suite_tables(columns, suites))
     accelerator.end_training()
+
+
+def open_embedder(name: str, accelerator: Accelerator, batch_size: int = 256, num_workers: int = 0) -> Embedder:
+    """Return the embedder of a model: a folder or Hub name of ours, `open_clip:NAME,PRETRAINED`, or `hf:NAME`.
+
+    Raises:
+        ValueError: it cannot be loaded.
+    """
+    for prefix, other in OTHERS.items():
+        if name.startswith(prefix):
+            return other(name.removeprefix(prefix), accelerator, batch_size, num_workers)
+    model, tokenizer = load_flip(name)
+    model.set_attn_implementation(best_attention(accelerator.device))
+    return Embedder(model.to(accelerator.device), tokenizer, accelerator, batch_size, num_workers, name=name)
 
 
 def _print_masked(args: argparse.Namespace, rows: list[MaskedResults]) -> None:
@@ -100,28 +159,70 @@ def _print_masked(args: argparse.Namespace, rows: list[MaskedResults]) -> None:
         draw_masked_results(rows, args.mask_figure)
 
 
-def _with_flops(embedder: Embedder, mask: ImageMask, results: list[Result]) -> MaskedResults:
+def _with_flops(embedder: Embedder, mask: ImageMask, name: str, results: list[Result]) -> MaskedResults:
     """Return the results under a mask beside the operations of the image tower and its projection."""
     from flipscale.planning.flops import forward_flops
 
     counts = [forward_flops(embedder.model.config, m.ratio, m.views).modules for m in (mask, WHOLE)]
     flops, whole = (count["vision_model"] + count["image_projection"] for count in counts)
-    return MaskedResults(embedder.name, mask, flops, whole, results)
+    return MaskedResults(name, mask, flops, whole, results)
 
 
-def as_table(results: list[Result]) -> str:
-    """Return a line for each result: value, 95 % interval, number of queries and chance."""
-    lines = []
-    for result in results:
-        interval = f"  {result.interval_text:>16}" if result.interval_text else ""
-        queries = f"  n {result.n:,}" if result.n is not None else ""
-        chance = f"  chance {with_unit(result.chance, result.unit)}" if result.chance is not None else ""
-        lines.append(f"{result.name:<32}{result.value_text:>10}{interval}{queries}{chance}")
-    return "\n".join(lines)
+def _as_json(columns: list[Column]) -> str:
+    """Return the metrics of a model as one line of JSON; those of several by their names."""
+    found = {column.name: as_metrics(line.result for line in column.lines) for column in columns}
+    return json.dumps(found if len(columns) > 1 else found[columns[0].name])
+
+
+def _tasks(args: argparse.Namespace) -> list[Task]:
+    """Return the tasks that the arguments ask for, those of the same data one after the other.
+
+    Raises:
+        ValueError: there are none, or one that does not exist.
+    """
+    tasks_dir = args.tasks or Path(TASKS_DIR)
+    listed = [*_listed(args), *_pages(args, tasks_dir)]
+    if not listed:
+        raise ValueError(
+            "nothing to evaluate; give --suite NAME, --only NAME ..., --zero_shot DIR, --retrieval DIR or --task "
+            "'{kind: ..., data: ...}'"
+        )
+    tasks = build_tasks(listed, tasks_dir)
+    first = {task.data: number for number, task in reversed(list(enumerate(tasks)))}
+    return sorted(tasks, key=lambda task: first[task.data])
+
+
+def _pages(args: argparse.Namespace, tasks_dir: Path) -> list[str]:
+    """Return the names of the tasks that have a page: those of `--only`, or of a suite as far as they are prepared."""
+    if args.only and args.suite:
+        raise ValueError("--only and --suite are both given; give one of them")
+    if args.only:
+        return args.only
+    if args.suite is None and args.tasks is None:
+        return []
+    asked = suite_pages(args.suite or "all")
+    found = [page.name for page in asked if read_prepared(tasks_dir / page.data) is not None]
+    if not found:
+        which = f"of suite {args.suite} " if args.suite else ""
+        raise ValueError(
+            f"no task {which}is prepared in {tasks_dir}; run `flipscale prepare tasks {tasks_dir} --suite "
+            f"{args.suite or 'paper'}`"
+        )
+    missing = [page.name for page in asked if page.name not in found]
+    if args.suite and missing:
+        _log.info("not prepared in %s, so left out: %s", tasks_dir, ", ".join(missing))
+    return found
+
+
+def _suites(args: argparse.Namespace) -> list[str]:
+    """Return the suites that have a table of their own."""
+    if args.suite in SUITES:
+        return [args.suite]
+    return list(SUITES) if args.suite or (args.tasks and not args.only) else []
 
 
 def _listed(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Return the tasks that the arguments ask for, as a recipe lists them."""
+    """Return the tasks that the arguments describe, as a recipe lists them."""
     listed: list[dict[str, Any]] = []
     if args.zero_shot:
         templates = {"templates": args.templates} if args.templates else {}
@@ -137,17 +238,3 @@ def _listed(args: argparse.Namespace) -> list[dict[str, Any]]:
             raise ValueError(f"--task is {text!r}; write it like '{{kind: retrieval, data: DIR}}'")
         listed.append(task)
     return listed
-
-
-def open_embedder(name: str, accelerator: Accelerator, batch_size: int = 256, num_workers: int = 0) -> Embedder:
-    """Return the embedder of a model: a folder or Hub name of ours, `open_clip:NAME,PRETRAINED`, or `hf:NAME`.
-
-    Raises:
-        ValueError: it cannot be loaded.
-    """
-    for prefix, other in OTHERS.items():
-        if name.startswith(prefix):
-            return other(name.removeprefix(prefix), accelerator, batch_size, num_workers)
-    model, tokenizer = load_flip(name)
-    model.set_attn_implementation(best_attention(accelerator.device))
-    return Embedder(model.to(accelerator.device), tokenizer, accelerator, batch_size, num_workers, name=name)

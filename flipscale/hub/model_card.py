@@ -12,13 +12,13 @@ from string import Formatter
 from typing import Any
 
 import yaml
-from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub import ModelCardData
 
-from flipscale.evaluation.kinds.kinds import KINDS
 from flipscale.evaluation.reports.comparison import Curve, curve_of
 from flipscale.evaluation.reports.figures import can_draw, draw_loss, draw_result, result_figures
-from flipscale.evaluation.results import THIS_MODEL, Result, with_unit
+from flipscale.evaluation.reports.setting import data_name
 from flipscale.files.aside import write_text
+from flipscale.hub.card_results import folder_lines, lines_of, model_index, protocols, results_table, task_name
 from flipscale.training.recipe import deciding_part
 from flipscale.training.run_directory import read_starts
 
@@ -136,12 +136,8 @@ The licence of these weights is `{licence}`.
 ```
 """
 
-INTERVALS = """The 95 % intervals (Wilson's, for shares) take the n queries for independent draws; they say nothing of
-how another training run would differ."""
-NOT_EVALUATED = "Not evaluated."
 NO_LICENCE = "None was stated for these weights by those who trained them."
 _LOSS_FIGURE = "Contrastive loss of the training batches against training time"
-_SPLITS = ("train", "test", "val", "validation")  # which say nothing without the folder above them
 
 
 def write_card(folder: Path, run_dir: Path, where: str, step: int | None = None) -> None:
@@ -165,7 +161,7 @@ def _draw(curve: Curve, folder: Path) -> dict[str, str]:
         captions["loss"] = _LOSS_FIGURE
     for name, result in result_figures([curve]).items():
         draw_result([curve], result, folder / f"{name}.png")
-        captions[name] = f"{_task_name(result)}, {result.shown} against training time"
+        captions[name] = f"{task_name(result)}, {result.shown} against training time"
     return captions
 
 
@@ -202,6 +198,7 @@ class _Run:
         self.starts = read_starts(run_dir)
         self.config: dict[str, Any] = json.loads((folder / "config.json").read_text())
         self.curve: Curve = curve_of(run_dir, step)
+        self.lines = [*lines_of(self.curve.results), *folder_lines(folder)]
         self.hub: dict[str, Any] = self.recipe.get("hub", {})
 
     def values(self) -> dict[str, str | None]:
@@ -221,8 +218,8 @@ class _Run:
             "dim": str(self.config["projection_dim"]),
             "unfinished_step": self.step and f"{self.step:,}",
             "total_steps": f"{total_steps:,}",
-            "results": self._results(),
-            "protocol": self._protocol(),
+            "results": results_table(self.lines),
+            "protocol": protocols(self.lines),
             "data": self._data(),
             "data_samples": _number(self.environment.get("data_samples")),
             "samples_seen": _number(last["samples_seen"]),
@@ -243,18 +240,7 @@ class _Run:
 
     def metadata(self, name: str) -> ModelCardData:
         """Return the card's header, with the results as the Hub's `model-index`."""
-        results = [
-            EvalResult(
-                task_type=_hub_task(result),
-                dataset_type=data_name(result.made_by["data"]),
-                dataset_name=data_name(result.made_by["data"]),
-                metric_type=_hub_metric(result),
-                metric_name=", ".join(filter(None, (result.shown, result.unit))),
-                metric_value=round(result.value, 2 if result.unit == "%" else 4),
-            )
-            for result in self.curve.results
-            if result.who == THIS_MODEL and "data" in result.made_by
-        ]
+        results = model_index(self.lines)
         init_from = self.recipe["model"].get("init_from")
         return ModelCardData(
             library_name="transformers",
@@ -265,28 +251,6 @@ class _Run:
             model_name=name if results else None,
             eval_results=results or None,
         )
-
-    def _protocol(self) -> str | None:
-        kinds = dict.fromkeys(result.kind for result in self.curve.results)
-        said = [KINDS[kind].protocol for kind in kinds if kind in KINDS]
-        if any(result.interval_text for result in self.curve.results):
-            said.append(INTERVALS)
-        return "\n\n".join(filter(None, said)) or None
-
-    def _results(self) -> str:
-        rows: dict[str, list[str]] = {}
-        for result in self.curve.results:
-            test = _task_name(result)
-            for option, value in result.made_by.items():
-                test += f", `{data_name(value)}`" if option == "data" else f", {option} {_plain(value)}"
-            queries = "" if result.n is None else f"{result.n:,}"
-            cells = (test, result.shown, result.who, result.value_text, result.interval_text, queries)
-            rows.setdefault(result.task, []).append(f"| {' | '.join(cells)} |")
-            if result.chance is not None and result.who == THIS_MODEL:
-                chance = with_unit(result.chance, result.unit)
-                rows[result.task].append(f"| {test} | {result.shown} | chance | {chance} | | |")
-        head = ["| test | metric | who | value | 95 % interval | n |", "|---|---|---|---:|---:|---:|"]
-        return "\n".join([*head, *(row for found in rows.values() for row in found)]) if rows else NOT_EVALUATED
 
     def _data(self) -> str | None:
         """Return the names of the training data; of a mixture, each source with its weight and columns."""
@@ -316,13 +280,6 @@ class _Run:
         return yaml.safe_dump(deciding_part(self.recipe, name_of=public_name), sort_keys=False).rstrip()
 
 
-def data_name(place: str) -> str:
-    """Return what people call a data set: the last folder or file of the path or URL, without the way to it."""
-    place = re.sub(r"^.*://([^/]*@)?", "", place.split("?")[0])
-    parts = [part for part in place.split("/") if part and not re.search(r"[*{]|\.tar$", part)]
-    return "/".join(parts[-2:] if parts[-1:] and parts[-1] in _SPLITS else parts[-1:]) or place
-
-
 def public_name(place: str) -> str:
     """Return a Hub name as it is, and of a path or URL the last part."""
     return place if _is_hub_name(place) else data_name(place)
@@ -341,26 +298,6 @@ def _source_name(source: dict[str, Any]) -> str:
         about.append(f"captions from {' and '.join(f'`{column}`' for column in source['caption_columns'])}")
     name = f"`{public_name(source.get('dataset') or source.get('shards') or '')}`"
     return f"{name} ({', '.join(about)})" if about else name
-
-
-def _task_name(result: Result) -> str:
-    """What the card calls a task: its kind, and its own name where that is another."""
-    kind = result.kind.replace("_", "-")
-    return kind if result.task == result.kind else f"{result.task} ({kind})"
-
-
-def _plain(value: Any) -> str:
-    return ", ".join(str(one) for one in value) if isinstance(value, list) else str(value)
-
-
-def _hub_task(result: Result) -> str:
-    kind = KINDS.get(result.kind)
-    return (kind and kind.hub_task) or result.kind.replace("_", "-")
-
-
-def _hub_metric(result: Result) -> str:
-    kind = KINDS.get(result.kind)
-    return (kind and kind.hub_metric) or result.metric
 
 
 def _number(value: int | None) -> str | None:

@@ -49,6 +49,10 @@ class Task(ABC):
             check_prepared(Path(self.data), self.task)
         TestSet.open(self.data)
 
+    def prompts(self, test_set: TestSet) -> list[str]:
+        """Return the prompts that class names are put into, `{c}` for the name; none where there are no classes."""
+        return []
+
     @abstractmethod
     def evaluate(self, embedder: Embedder) -> list[Result]:
         """Collective. Return what the model of `embedder` achieves.

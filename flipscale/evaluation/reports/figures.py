@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_COLOURS = ("#1f6feb", "#d1495b", "#2e8b57", "#8a5fbf")
+COLOURS = ("#1f6feb", "#d1495b", "#2e8b57", "#8a5fbf")
 _GREY = 190
 
 
@@ -53,7 +53,7 @@ def _axes(title: str, y_label: str, curves: list[Curve]) -> "tuple[Figure, Axes,
 def draw_loss(curves: list[Curve], path: Path) -> None:
     """Draw the contrastive loss against training time, one line a run."""
     figure, axes, unit = _axes("Contrastive loss of the training batches", "loss", curves)
-    for curve, colour in zip(curves, _COLOURS, strict=False):
+    for curve, colour in zip(curves, COLOURS, strict=False):
         seconds, losses = curve.points("loss")
         axes.plot([s / unit for s in seconds], losses, color=colour, label=curve.label)
     axes.legend(frameon=False)
@@ -76,7 +76,7 @@ def draw_result(curves: list[Curve], shown: Result, path: Path) -> None:
     of the first run are levels."""
     title = f"{shown.task.replace('_', '-')}: {shown.shown}"
     figure, axes, unit = _axes(title, ", ".join(filter(None, (shown.shown, shown.unit))), curves)
-    for curve, colour in zip(curves, _COLOURS, strict=False):
+    for curve, colour in zip(curves, COLOURS, strict=False):
         course = curve.course(shown.name)
         hours = [measured.trained_seconds / unit for measured in course]
         axes.plot(hours, [measured.result.value for measured in course], "o-", color=colour, label=curve.label)

@@ -1,0 +1,78 @@
+"""Models side by side as a dot plot: a row a task, its 95 % interval, chance, and the paper's figure."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from flipscale.evaluation.reports.figures import COLOURS, drawing_pyplot, save_figure
+from flipscale.evaluation.reports.table import Column, Row, by_suite, rows_of
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_ROW_INCHES, _MARGIN_INCHES = 0.3, 1.1
+_SPREAD = 0.5  # of a row's height, between the first model's dot and the last's
+
+
+def draw_results(columns: Sequence[Column], suites: Sequence[str], path: Path) -> bool:
+    """Draw the first headline in percent of each task to `path`, and return whether there was one."""
+    shown: dict[str, Row] = {}
+    for row in rows_of(columns):
+        if row.result.headline and row.result.unit == "%":
+            shown.setdefault(row.task, row)
+    groups = by_suite(shown.values(), suites, is_once=True)
+    if not groups:
+        return False
+    pyplot = drawing_pyplot()
+    heights = [len(rows) + 0.6 for rows in groups.values()]
+    figure, all_axes = pyplot.subplots(
+        *(len(groups), 1),
+        figsize=(8, _MARGIN_INCHES + _ROW_INCHES * sum(heights) + 0.35 * len(groups)),
+        height_ratios=heights,
+        sharex=True,
+        squeeze=False,
+        constrained_layout=True,
+    )
+    for axes, (suite, rows) in zip(all_axes[:, 0], groups.items(), strict=True):
+        _draw_suite(axes, suite, rows, columns)
+    last = all_axes[-1, 0]
+    last.set_xlim(0, 100)
+    last.set_xlabel("%")
+    handles, labels = _legend(all_axes[:, 0])
+    figure.legend(handles, labels, loc="outside upper center", ncols=min(3, len(labels)), frameon=False)
+    save_figure(figure, path)
+    return True
+
+
+def _draw_suite(axes: "Axes", suite: str, rows: list[Row], columns: Sequence[Column]) -> None:
+    """Draw the rows of a suite from top to bottom."""
+    for y, row in enumerate(rows):
+        if row.result.chance is not None:
+            axes.plot(row.result.chance, y, "|", color="#888888", markersize=9, label="chance")
+        if row.paper is not None:
+            axes.plot(row.paper, y, "D", color="none", markeredgecolor="#222222", label="the paper's")
+        for number, line in enumerate(row.lines):
+            if line is None:
+                continue
+            place = y + (_SPREAD * (number / (len(columns) - 1) - 0.5) if len(columns) > 1 else 0.0)
+            result, colour = line.result, COLOURS[number % len(COLOURS)]
+            if result.low is not None and result.high is not None:
+                axes.plot([result.low, result.high], [place, place], "-", color=colour, linewidth=1.4)
+            axes.plot(result.value, place, "o", color=colour, markersize=4.5, label=columns[number].name)
+    axes.set_yticks(range(len(rows)), [f"{row.title}, {row.result.shown}" for row in rows], fontsize=8)
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.set_title(suite, loc="left", fontsize=10)
+    axes.grid(axis="x", alpha=0.25)
+    axes.hlines(range(len(rows)), 0, 100, color="#888888", alpha=0.15, linewidth=0.6, zorder=0)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _legend(all_axes: Sequence["Axes"]) -> tuple[list, list[str]]:
+    """Return a handle for each label, the models first."""
+    found: dict[str, object] = {}
+    for axes in all_axes:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            found.setdefault(label, handle)
+    last = ("chance", "the paper's")
+    labels = [label for label in found if label not in last] + [label for label in last if label in found]
+    return [found[label] for label in labels], labels

@@ -1,0 +1,93 @@
+"""The models that a command names: what tables call them, and where their results are kept."""
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from flipscale.evaluation.results import RESULTS_FILE
+
+EVALUATIONS = Path("evaluations")
+_PREFIX = re.compile(r"^(?:open_clip|hf):")
+
+
+@dataclass(frozen=True)
+class NamedModel:
+    """A model to evaluate.
+
+    Args:
+        given: as the command line has it: a folder, a Hub name, `open_clip:NAME,PRETRAINED` or `hf:NAME`.
+        name: what tables and lines call it, without the way to a folder.
+        folder: its model folder; None where it is none on this machine, or not flipscale's.
+        home: the folder of its `results.jsonl`.
+    """
+
+    given: str
+    name: str
+    folder: Path | None
+    home: Path
+
+    @property
+    def lines(self) -> Path:
+        """Its `results.jsonl`."""
+        return self.home / RESULTS_FILE
+
+
+def name_models(given: Sequence[str], output_dir: Path | None) -> list[NamedModel]:
+    """Return the models of a command.
+
+    Results are kept in a local model folder itself, and those of other models in `evaluations/NAME/`; with
+    `output_dir`, those of all models in `OUTPUT_DIR/NAME/`.
+
+    Raises:
+        ValueError: a model is named twice.
+    """
+    names = [_short_name(text) for text in given]
+    # Two runs' folders may end alike: then the whole path tells them apart.
+    names = [text if names.count(name) > 1 else name for text, name in zip(given, names, strict=True)]
+    slugs = [_slug(name) for name in names]
+    for text, name, slug in zip(given, names, slugs, strict=True):
+        if slugs.count(slug) > 1:
+            raise ValueError(f"{slugs.count(slug)} models are called {name!r}; name each model once ({text})")
+    found = []
+    for text, name, slug in zip(given, names, slugs, strict=True):
+        folder = Path(text) if not _PREFIX.match(text) and Path(text).is_dir() else None
+        home = (output_dir or EVALUATIONS) / slug if output_dir or folder is None else folder
+        found.append(NamedModel(text, name, folder, home))
+    return found
+
+
+def tables_home(models: Sequence[NamedModel], output_dir: Path | None) -> Path:
+    """Return the folder of `results.md` and `results.png`: `output_dir`, else a single model's own, else
+    `evaluations`."""
+    return output_dir or (models[0].home if len(models) == 1 else EVALUATIONS)
+
+
+def check_writable(folder: Path) -> None:
+    """Make a folder for results if there is none.
+
+    Raises:
+        ValueError: it cannot be made or written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        reason = "" if os.access(folder, os.W_OK) else "it is not writable"
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+    if reason:
+        raise ValueError(f"results cannot be written to {folder} ({reason}); name another folder with --output_dir")
+
+
+def _short_name(text: str) -> str:
+    """What tables call a model: a run's name for `RUN/model`, a folder's last part, any other as it is given."""
+    prefix = (_PREFIX.match(text) or [""])[0]
+    rest = text.removeprefix(prefix)
+    if not Path(rest.partition(",")[0]).exists():
+        return text
+    parts = Path(rest).absolute().parts
+    return prefix + (parts[-2] if parts[-1] == "model" and len(parts) > 2 else parts[-1])
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^\w.,-]+", "-", os.path.normpath(name)).strip("-")

@@ -1,0 +1,100 @@
+"""`results.jsonl` of a model: whole groups only, each figure once; and the digest of weights."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from flipscale.evaluation.reports.record import append_lines, drop_torn, group_of, read_lines, weights_digest
+from flipscale.evaluation.results import Result
+
+ABOUT = {"model": "demo", "weights": "12ab", "data": {"name": "cars"}, "mask": {}}
+
+
+def results(task: str, top1: float) -> list[Result]:
+    made_by = {"data": task}
+    return [Result(task, "zero_shot", metric, top1, 200, 33.4, 46.9, made_by=made_by) for metric in ("top1", "top5")]
+
+
+def names(path: Path) -> list[str]:
+    return [line.result.name for line in read_lines(path)]
+
+
+def test_lines_come_back_with_what_made_them(tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    assert read_lines(path) == []
+    written = append_lines(path, "aa", results("cars", 41.5), ABOUT)
+    assert read_lines(path) == written
+    assert [line.result for line in written] == results("cars", 41.5)
+    assert written[0].about == {"group": "aa", "lines": 2, **ABOUT}
+    assert json.loads(path.read_text().splitlines()[0])["value"] == 41.5
+
+
+def test_a_group_that_was_torn_at_any_byte_is_dropped_and_no_other(tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    append_lines(path, "aa", results("cars", 41.5), ABOUT)
+    first = path.stat().st_size
+    append_lines(path, "bb", results("pets", 61.5), ABOUT)
+    whole = path.read_bytes()
+    for end in [*range(first, len(whole) - 1, 7), len(whole) - 2]:
+        path.write_bytes(whole[:end])
+        assert names(path) == ["cars/top1", "cars/top5"]
+        drop_torn(path)
+        assert path.read_bytes() == whole[:first]
+    # A file system that lost its power may leave zeros, and a writer after it goes on.
+    path.write_bytes(whole[: first + 30] + bytes(99))
+    append_lines(path, "bb", results("pets", 61.5), ABOUT)
+    assert names(path) == ["cars/top1", "cars/top5", "pets/top1", "pets/top5"]
+    drop_torn(path)
+    assert path.read_bytes() == whole
+
+
+def test_a_group_that_two_have_written_counts_once(tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    for _ in range(2):
+        append_lines(path, "aa", results("cars", 41.5), ABOUT)
+    assert names(path) == ["cars/top1", "cars/top5"]
+    drop_torn(path)
+    assert len(path.read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    "text", ["notes on my model\n", '{"step": 20, "task": "zero_shot", "value": 3.0}\n', '["group"]\n', "{}\n"]
+)
+def test_a_file_of_another_program_is_left_alone(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "results.jsonl"
+    append_lines(path, "aa", results("cars", 41.5), ABOUT)
+    path.write_text(path.read_text() + text)
+    before = path.read_bytes()
+    for look in (read_lines, drop_torn):
+        with pytest.raises(ValueError, match=r"results\.jsonl, line 3, is not a line of `flipscale evaluate`; move"):
+            look(path)
+    assert path.read_bytes() == before
+
+
+def test_the_digest_is_of_names_types_shapes_and_bytes() -> None:
+    weights = {"b": torch.arange(6.0).reshape(2, 3), "a": torch.tensor(3, dtype=torch.int64)}
+    expected = hashlib.sha256(
+        b'["a", "int64", []]' + weights["a"].numpy().tobytes() + b'["b", "float32", [2, 3]]'
+        + weights["b"].numpy().tobytes()
+    ).hexdigest()  # fmt: skip
+    assert weights_digest(weights, weights.__getitem__) == expected
+    assert weights_digest(reversed(weights), weights.__getitem__) == expected
+    changes: list[Callable[[torch.Tensor], torch.Tensor]] = [
+        lambda b: b.reshape(3, 2),
+        lambda b: b.view(torch.int32),
+        lambda b: b.bfloat16(),
+        lambda b: torch.cat([b[:1], b[1:] + 1e-6]),
+    ]
+    digests = {weights_digest(weights, {**weights, "b": change(weights["b"])}.__getitem__) for change in changes}
+    assert len(digests | {expected}) == 5
+
+
+def test_a_group_is_of_weights_and_setting() -> None:
+    setting = {"task": "cars", "mask": {}, "data": {"digest": "77"}}
+    group = group_of("12ab", setting)
+    assert group == group_of("12ab", dict(reversed(setting.items())))
+    assert len({group, group_of("12ac", setting), group_of("12ab", {**setting, "mask": {"ratio": 0.5}})}) == 3
