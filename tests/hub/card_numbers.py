@@ -11,7 +11,8 @@ import yaml
 
 from flipscale.evaluation.kinds.kinds import KINDS
 from flipscale.files import json_lines
-from flipscale.hub.model_card import INTERVALS, NO_LICENCE, NOT_EVALUATED, TEMPLATE
+from flipscale.hub.card_results import INTERVALS, NOT_EVALUATED
+from flipscale.hub.model_card import NO_LICENCE, TEMPLATE
 from flipscale.training.recipe import ModelRecipe
 from flipscale.training.run_directory import read_starts
 
@@ -20,11 +21,12 @@ NUMBER = re.compile(r"\d+(?:,\d{3})*(?:\.\d+)?(?:e[+-]?\d+)?")
 
 def untraced_numbers(card: str, run_dir: Path) -> list[str]:
     """The numbers of a card that are neither its template's nor in, or computed as said here from, the run's
-    `metrics.jsonl`, `results.jsonl`, `recipe.yaml`, `environment.json` and `starts.jsonl`."""
+    `metrics.jsonl`, `results.jsonl` (and its model's), `recipe.yaml`, `environment.json` and `starts.jsonl`."""
     recipe = yaml.safe_load((run_dir / "recipe.yaml").read_text())
     environment = json.loads((run_dir / "environment.json").read_text())
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    starts, results = read_starts(run_dir), json_lines.read(run_dir / "results.jsonl")
+    places = (run_dir / "results.jsonl", run_dir / "model" / "results.jsonl")
+    starts, results = read_starts(run_dir), [line for place in places for line in json_lines.read(place)]
     config = ModelRecipe(**recipe["model"]).config().to_dict()
     values = set(_numbers([recipe, environment, records, results, starts, config]))
     values |= _derived(recipe, environment, records, starts)

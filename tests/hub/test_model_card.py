@@ -9,8 +9,9 @@ import yaml
 from hub.card_numbers import untraced_numbers
 from huggingface_hub import ModelCard
 
+from flipscale.evaluation.reports.setting import data_name
 from flipscale.evaluation.results import Result, append_results, as_metrics
-from flipscale.hub.model_card import data_name, filled, write_card
+from flipscale.hub.model_card import filled, write_card
 from flipscale.training.recipe import parse_recipe, to_yaml
 
 # Numbers that occur once each, so that none can stand for another.

@@ -6,11 +6,13 @@ from typing import TYPE_CHECKING
 
 from flipscale.evaluation.reports.figures import COLOURS, drawing_pyplot, save_figure
 from flipscale.evaluation.reports.table import Column, Row, by_suite, rows_of
+from flipscale.files.aside import written_aside
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _ROW_INCHES, _MARGIN_INCHES = 0.3, 1.1
+_PAPER = "the paper's FLIP L/14"
 _SPREAD = 0.5  # of a row's height, between the first model's dot and the last's
 
 
@@ -40,7 +42,8 @@ def draw_results(columns: Sequence[Column], suites: Sequence[str], path: Path) -
     last.set_xlabel("%")
     handles, labels = _legend(all_axes[:, 0])
     figure.legend(handles, labels, loc="outside upper center", ncols=min(3, len(labels)), frameon=False)
-    save_figure(figure, path)
+    with written_aside(path) as partial:
+        save_figure(figure, partial, "png")
     return True
 
 
@@ -50,7 +53,7 @@ def _draw_suite(axes: "Axes", suite: str, rows: list[Row], columns: Sequence[Col
         if row.result.chance is not None:
             axes.plot(row.result.chance, y, "|", color="#888888", markersize=9, label="chance")
         if row.paper is not None:
-            axes.plot(row.paper, y, "D", color="none", markeredgecolor="#222222", label="the paper's")
+            axes.plot(row.paper, y, "D", color="none", markeredgecolor="#222222", label=_PAPER)
         for number, line in enumerate(row.lines):
             if line is None:
                 continue
@@ -73,6 +76,6 @@ def _legend(all_axes: Sequence["Axes"]) -> tuple[list, list[str]]:
     for axes in all_axes:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             found.setdefault(label, handle)
-    last = ("chance", "the paper's")
+    last = ("chance", _PAPER)
     labels = [label for label in found if label not in last] + [label for label in last if label in found]
     return [found[label] for label in labels], labels

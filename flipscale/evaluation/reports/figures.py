@@ -96,11 +96,12 @@ def draw_result(curves: list[Curve], shown: Result, path: Path) -> None:
     save_figure(figure, path)
 
 
-def save_figure(figure: "Figure", path: Path) -> None:
-    """Write the picture, the same bytes for the same figure, and close it."""
+def save_figure(figure: "Figure", path: Path, file_format: str | None = None) -> None:
+    """Write the picture, the same bytes for the same figure, and close it. Its format is what the name ends in, or
+    `file_format`."""
     from matplotlib import pyplot
 
-    figure.savefig(path, dpi=150, metadata={"Software": None})
+    figure.savefig(path, dpi=150, metadata={"Software": None}, format=file_format)
     pyplot.close(figure)
 
 

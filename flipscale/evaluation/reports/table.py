@@ -113,7 +113,7 @@ def by_suite(rows: Iterable[Row], suites: Sequence[str], is_once: bool = False) 
 def suite_tables(columns: Sequence[Column], suites: Sequence[str]) -> str:
     """Return a table for each of `suites`, under its name and with its notes, and one of the other tasks."""
     groups = by_suite([row for row in rows_of(columns) if row.is_main], suites)
-    return "\n\n".join(_suite(suite, rows, columns) for suite, rows in groups.items())
+    return "\n\n".join(_suite(suite, rows, columns, len(groups) == 1) for suite, rows in groups.items())
 
 
 def report(columns: Sequence[Column], suites: Sequence[str], picture: str | None) -> str:
@@ -130,7 +130,7 @@ def report(columns: Sequence[Column], suites: Sequence[str], picture: str | None
     return "\n\n".join(blocks) + "\n"
 
 
-def _suite(suite: str, rows: list[Row], columns: Sequence[Column]) -> str:
+def _suite(suite: str, rows: list[Row], columns: Sequence[Column], is_alone: bool) -> str:
     """Return the table of a suite, the means over it, and its footnotes."""
     notes: dict[str, int] = {}
     for row in rows:
@@ -139,7 +139,8 @@ def _suite(suite: str, rows: list[Row], columns: Sequence[Column]) -> str:
     has_paper = bool(notes) or any(row.paper_text for row in rows)
     cells = [_cells(row, notes if has_paper else None) for row in rows]
     means, missing = ([], "") if suite == _OTHER else _means(suite, rows, columns)
-    blocks = [f"## {suite.capitalize()}", _table(_head(columns, has_paper), [*cells, *means]), missing]
+    heading = "" if suite == _OTHER and is_alone else f"## {suite.capitalize()}"
+    blocks = [heading, _table(_head(columns, has_paper), [*cells, *means]), missing]
     blocks.append("\n".join(f"[{number}] Not comparable with the paper: {why}" for why, number in notes.items()))
     return "\n\n".join(filter(None, blocks))
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from flipscale.evaluation.reports.dot_plot import draw_results
 from flipscale.evaluation.reports.figures import can_draw
 from flipscale.evaluation.reports.table import Column, report
-from flipscale.files.aside import write_text, written_aside
+from flipscale.files.aside import write_text
 
 _log = logging.getLogger(__name__)
 
@@ -19,13 +19,9 @@ def write_reports(columns: Sequence[Column], suites: Sequence[str], home: Path) 
         OSError: the disk is full or not writable.
     """
     picture = home / "results.png"
-    is_drawn = False
-    if can_draw():
-        with written_aside(picture, picture.with_name(".results.partial.png")) as partial:
-            is_drawn = draw_results(columns, suites, partial)
-            if not is_drawn:
-                partial.touch()
-    else:
+    picture.unlink(missing_ok=True)  # of models or tasks that these may not be
+    if not can_draw():
         _log.info("matplotlib is not installed, so there is no results.png; pip install 'flipscale[plots]'")
+    is_drawn = can_draw() and draw_results(columns, suites, picture)
     write_text(home / "results.md", report(columns, suites, picture.name if is_drawn else None))
     _log.info("written: %s%s", home / "results.md", f" and {picture.name}" if is_drawn else "")

@@ -1,0 +1,190 @@
+"""Models side by side: their names, the tables of suites with the paper's figures and their reasons, the picture."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import cv2
+import pytest
+
+from flipscale.evaluation.metrics import wilson
+from flipscale.evaluation.reports import table, writing
+from flipscale.evaluation.reports.models import check_writable, name_models, tables_home
+from flipscale.evaluation.reports.record import Line
+from flipscale.evaluation.reports.table import Column, report, suite_tables
+from flipscale.evaluation.reports.writing import write_reports
+from flipscale.evaluation.results import Result
+from flipscale.evaluation.task_page import SUITES, TaskPage, read_page, read_pages, suite_pages
+
+
+def line_of(page: TaskPage, value: float, **about: object) -> Line:
+    """The line of a page's headline, evaluated as the page has it."""
+    low, high = wilson(round(value / 100 * page.images), page.images)
+    chance = 100 / page.num_classes if page.num_classes else None
+    interval = (page.images, 100 * low, 100 * high)
+    result = Result(page.name, page.kind, page.metric, value, *interval, chance=chance, made_by={"data": page.name})
+    said = {
+        "group": page.name,
+        "weights": "12ab34cd56ef78",
+        "page": page.name,
+        "title": page.title,
+        "data": {"name": page.name, "images": page.images},
+        "prompts": {"number": page.num_prompts} if page.num_prompts else None,
+        "image_size": 224,
+        "mask": {},
+        "precision": "bf16",
+        "versions": {"flipscale": "0.1.0"},
+    }
+    return Line(result, {**said, **about})
+
+
+def cells(text: str, first: str) -> list[str]:
+    """The cells of the row of a Markdown table that begins with `first`."""
+    (row,) = [line for line in text.splitlines() if line.startswith(f"| {first} ")]
+    return [cell.strip() for cell in row.strip("|").split("|")]
+
+
+def test_the_paper_s_figure_stands_where_it_is_comparable() -> None:
+    cars, birds, imagenet = (read_page(name) for name in ("cars", "birdsnap", "imagenet1k"))
+    one = Column("one", [line_of(cars, 41.5), line_of(birds, 20.0), line_of(imagenet, 50.0)])
+    two = Column("two", [line_of(cars, 42.5)])
+    text = suite_tables([one, two], [])
+    head = cells(text, "task")
+    assert head == ["task", "metric", "one", "two", "n", "chance", f"{table.PAPER_MODEL}, in the paper"]
+    assert cells(text, cars.title) == [
+        cars.title, "top-1", "41.5 % (40.4 to 42.6)", "42.5 % (41.4 to 43.6)", "8,041", "0.51 %", "90.7 %",
+    ]  # fmt: skip
+    assert cells(text, birds.title)[3:] == ["", "1,851", "0.20 %", "[1]"]
+    assert f"[1] Not comparable with the paper: {birds.why_not}" in text.splitlines()
+    assert cells(text, imagenet.title)[-1] == "74.6 %", "of the model of the column, not of the first on the page"
+
+
+@pytest.mark.parametrize(
+    ("about", "why"),
+    [
+        ({"mask": {"ratio": 0.5, "views": 1}}, "the images were masked"),
+        ({"data": {"images": 100}}, "100 images here, 8,041 there"),
+        ({"prompts": {"number": 80}}, "80 prompts here, 8 there"),
+    ],
+)
+def test_what_was_done_otherwise_than_in_the_paper_is_said(about: dict, why: str) -> None:
+    page = read_page("cars")
+    text = suite_tables([Column("one", [line_of(page, 41.5)]), Column("two", [line_of(page, 40.0, **about)])], [])
+    assert cells(text, page.title)[-1] == "[1]"
+    assert f"[1] Not comparable with the paper: {why}" in text
+
+
+def test_a_suite_has_a_mean_where_every_task_is_there() -> None:
+    pages = suite_pages("fairness")
+    whole = [line_of(page, 10.0 * number) for number, page in enumerate(pages)]
+    text = suite_tables([Column("one", whole), Column("two", whole[1:])], ["fairness"])
+    assert text.startswith("## Fairness\n")
+    assert cells(text, f"mean of {len(pages)}")[2:4] == [f"{10 * (len(pages) - 1) / 2:.1f} %", ""]
+    assert f"No mean for two: 1 of the suite's {len(pages)} tasks are missing ({pages[0].name})." in text
+    assert "mean of" not in suite_tables([Column("two", whole[1:])], ["fairness"])
+
+
+def test_a_task_stands_in_each_of_its_suites_and_others_at_the_end() -> None:
+    page = read_page("imagenetv2")
+    own = dataclasses.replace(line_of(page, 3.0), about={**line_of(page, 3.0).about, "page": None, "title": None})
+    own = dataclasses.replace(own, result=dataclasses.replace(own.result, task="mine", made_by={"data": "mine"}))
+    text = suite_tables([Column("one", [line_of(page, 41.5), own])], SUITES)
+    assert [line for line in text.splitlines() if line.startswith("#")] == [
+        "## Paper", "## Robustness", "## Other tasks",
+    ]  # fmt: skip
+    assert text.count(f"| {page.title} ") == 2
+    assert cells(text, "mine")[2] == "3.0 % (2.7 to 3.4)"
+
+
+def test_the_report_says_how_the_figures_were_made() -> None:
+    page = read_page("cars")
+    top5 = dataclasses.replace(line_of(page, 70.0).result, metric="top5", headline=False)
+    lines = [line_of(page, 41.5), dataclasses.replace(line_of(page, 70.0), result=top5)]
+    text = report([Column("one", lines)], [], None)
+    assert cells(text.split("## Other metrics")[1], page.title)[1:3] == ["top-5", "70.0 % (69.0 to 71.0)"]
+    assert "Zero-shot classification" in text
+    assert "Intervals of 95 %" in text
+    assert cells(text, "one") == ["one", "`12ab34cd56ef`", "224 px", "whole", "bf16", "flipscale 0.1.0"]
+    assert "results.png" not in text
+
+
+def test_thirty_tasks_and_three_models_make_a_picture(tmp_path: Path) -> None:
+    columns = [
+        Column(name, [line_of(page, 20 + shift + 2.0 * number) for number, page in enumerate(read_pages())])
+        for shift, name in ((0, "demo"), (3, "open_clip:ViT-B-16,laion2b_s34b_b88k"), (9, "hf:google/siglip"))
+    ]
+    write_reports(columns, SUITES, tmp_path)
+    height, width, _ = cv2.imread(str(tmp_path / "results.png")).shape
+    assert height > 1500
+    assert width == 1200
+    assert "](results.png)" in (tmp_path / "results.md").read_text()
+    assert {path.name for path in tmp_path.iterdir()} == {"results.png", "results.md"}
+
+
+def test_without_matplotlib_the_table_alone_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(writing, "can_draw", lambda: False)
+    monkeypatch.setattr("logging.Logger.propagate", True, raising=False)
+    (tmp_path / "results.png").write_bytes(b"of earlier results")
+    with caplog.at_level("INFO", "flipscale"):
+        write_reports([Column("one", [line_of(read_page("cars"), 41.5)])], [], tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"results.md"}
+    assert "results.png" not in (tmp_path / "results.md").read_text()
+
+
+@pytest.fixture
+def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for name in ("runs/a/model", "runs/b/model", "other/a/model", "exported"):
+        (tmp_path / name).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.usefixtures("folders")
+def test_models_have_names_and_homes() -> None:
+    given = ["runs/a/model", "exported", "org/name", "open_clip:ViT-B-16,laion2b", "hf:google/siglip", "hf:exported"]
+    models = name_models(given, None)
+    assert [model.name for model in models] == ["a", "exported", *given[2:]]
+    homes = ["runs/a/model", "exported"]
+    homes += [f"evaluations/{n}" for n in ("org-name", "open_clip-ViT-B-16,laion2b", "hf-google-siglip", "hf-exported")]
+    assert [str(model.home) for model in models] == homes
+    assert [str(model.folder) for model in models[:3]] == ["runs/a/model", "exported", "None"]
+    assert tables_home(models, None) == Path("evaluations")
+    assert tables_home(models[:1], None) == Path("runs/a/model")
+    assert [str(model.home) for model in name_models(given[:2], Path("out"))] == ["out/a", "out/exported"]
+    assert tables_home(models[:1], Path("out")) == Path("out")
+
+
+@pytest.mark.usefixtures("folders")
+def test_models_that_end_alike_go_by_their_whole_path() -> None:
+    assert [model.name for model in name_models(["runs/a/model", "other/a/model", "runs/b/model"], None)] == [
+        "runs/a/model", "other/a/model", "b",
+    ]  # fmt: skip
+
+
+@pytest.mark.usefixtures("folders")
+@pytest.mark.parametrize("given", [["org/name", "org/name"], ["exported", "./exported"], ["org/name", "org-name"]])
+def test_a_model_that_is_named_twice_is_refused(given: list[str]) -> None:
+    with pytest.raises(ValueError, match=r"2 models are called .*; name each model once"):
+        name_models(given, None)
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path: Path, forbid: Callable[[Path], None]) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"file/x \(Not a directory\); name another folder with --output_dir"):
+        check_writable(tmp_path / "file" / "x")
+    check_writable(tmp_path / "new")
+    forbid(tmp_path / "new")
+    with pytest.raises(ValueError, match=r"new \(it is not writable\); name another folder with --output_dir"):
+        check_writable(tmp_path / "new")
+
+
+@pytest.fixture
+def forbid(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
+    """Makes a folder one that may not be written to, also for root, who may write everywhere."""
+
+    def make(folder: Path) -> None:
+        monkeypatch.setattr("os.access", lambda path, mode: Path(path) != folder)
+
+    return make
