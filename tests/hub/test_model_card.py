@@ -2,13 +2,17 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from hub.card_numbers import untraced_numbers
 from huggingface_hub import ModelCard
+from safetensors.torch import save_file
 
+from flipscale.evaluation.reports.record import append_lines, weights_digest
 from flipscale.evaluation.reports.setting import data_name
 from flipscale.evaluation.results import Result, append_results, as_metrics
 from flipscale.hub.model_card import filled, write_card
@@ -65,7 +69,7 @@ def test_it_says_what_the_run_recorded(run_dir: Path) -> None:
         "# flip-l16",
         "413.2 M parameters; images of 32 x 32 pixels in patches of 8 x 8;",
         "| zero-shot, `imagenet1k_val` | top-1 | this model | 47.1 % |  |  |",
-        "| zero-shot, `imagenet1k_val` | top-1 | chance | 0.06 % | | |",
+        "| zero-shot, `imagenet1k_val` | top-1 | chance | 0.06 % |  |  |",
         "| zero-shot, `imagenet1k_val` | top-1 | nearest image, HOG | 44.9 % |  |  |",
         "| retrieval, `flickr30k/test` | text to image R@1 | this model | 39.4 % |  |  |",
         "| speed | 0.04 pairs/s |",
@@ -160,7 +164,7 @@ def test_result_lines_have_intervals_and_need_no_table_of_the_card(run_dir: Path
     for line in (
         "| imagenet (zero-shot), `imagenet1k_val`, templates imagenet80 | top-1 | this model | 61.3 % | 60.8 to 61.7 |"
         " 50,000 |",
-        "| imagenet (zero-shot), `imagenet1k_val`, templates imagenet80 | top-1 | chance | 0.10 % | | |",
+        "| imagenet (zero-shot), `imagenet1k_val`, templates imagenet80 | top-1 | chance | 0.10 % |  |  |",
         "| sketch (zero-shot), `sketch` | top-1 | this model | 34.0 % | 32.9 to 35.0 | 7,351 |",
         "| ranks (median-rank), `flickr30k/test` | median rank | this model | 3.25 |  | 4,999 |",
         "![ranks (median-rank), median rank against training time](figures/ranks.png)",
@@ -229,3 +233,37 @@ def test_data_are_named_not_located(shards: str, name: str) -> None:
 def test_a_template_drops_what_it_cannot_fill() -> None:
     template = "a {x}\n\n| {x} |\n| {y} |\n\n{y} b {x}\n\nend {{}}"
     assert filled(template, {"x": "1", "y": None}) == "a 1\n\n| 1 |\n\nend {}"
+
+
+@pytest.mark.usefixtures("logged_in")
+def test_it_has_what_flipscale_evaluate_found_in_the_folder(run_dir: Path) -> None:
+    weights = {"b": torch.ones(3), "a": torch.zeros(2, 2, dtype=torch.bfloat16)}
+    save_file(weights, run_dir / "model/model.safetensors")
+    save_file({"a": torch.ones(1)}, run_dir / "model/model.bf16.safetensors")
+    about = {"data": {"name": "cars", "repo": "clip-benchmark/wds_cars", "split": "test", "revision": "c0ffee"},
+             "title": "Stanford Cars", "prompts": {"number": 8, "digest": "98"}, "mask": {}}  # fmt: skip
+    top1 = Result("cars", "zero_shot", "top1", 61.27, 8_041, 60.2, 62.33, chance=0.51, made_by={"data": "cars"})
+    sketch = Result("zero_shot", "zero_shot", "top1", 33.96, 50_000, 33.55, 34.38, made_by={"data": "imagenet1k_val"})
+    path, digest = run_dir / "model/results.jsonl", weights_digest(weights, weights.__getitem__)
+    append_lines(path, "aa", [top1], {**about, "weights": digest})
+    append_lines(path, "bb", [replace(top1, value=58.4)], {**about, "weights": digest, "mask": {"ratio": 0.5}})
+    append_lines(path, "cc", [sketch], {"weights": digest, "data": {"name": "imagenet1k_val"}})
+    append_lines(path, "dd", [replace(top1, value=3.21)], {**about, "weights": "of an earlier export"})
+    card = card_of(run_dir)
+    rows = [line for line in card.splitlines() if "| this model |" in line and "top-1" in line]
+    assert rows == [
+        "| zero-shot, `imagenet1k_val` | top-1 | this model | 34.0 % | 33.5 to 34.4 | 50,000 |",
+        "| Stanford Cars, 8 prompts | top-1 | this model | 61.3 % | 60.2 to 62.3 | 8,041 |",
+        "| Stanford Cars, 8 prompts, mask ratio 0.5 | top-1 | this model | 58.4 % | 60.2 to 62.3 | 8,041 |",
+    ]
+    assert "3.21" not in card
+    assert untraced_numbers(card, run_dir) == []
+    found = [
+        (r.dataset_type, r.dataset_name, r.dataset_split, r.dataset_revision, r.metric_value)
+        for r in ModelCard(card).data.eval_results
+        if r.metric_name == "top-1, %"
+    ]
+    assert found == [
+        ("imagenet1k_val", "imagenet1k_val", None, None, 33.96),
+        ("clip-benchmark/wds_cars", "Stanford Cars", "test", "c0ffee", 61.27),
+    ]

@@ -1,0 +1,176 @@
+"""`flipscale evaluate` from the names of models to a table: of several models, resumed, refused."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from conftest import TOWER, write_shards
+from huggingface_hub import ModelCard
+from transformers import AutoTokenizer
+
+from flipscale.cli import main
+from flipscale.data.prepared import PREPARED
+from flipscale.evaluation.embedding import Embedder
+from flipscale.evaluation.reports.record import read_lines
+from flipscale.evaluation.task_page import read_page
+from flipscale.hub.card_results import folder_lines, refresh_card
+from flipscale.hub.model_folder import build_processor, export_model
+from flipscale.model import FlipConfig, FlipModel
+
+CARD = """---
+tags:
+- flipscale
+license: mit
+---
+
+# tiny
+
+## Results
+
+Not evaluated.
+
+## Licence
+
+MIT.
+"""
+
+
+@pytest.fixture
+def place(tokenizer_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with two models, `runs/a/model` and `b`, and in data/tasks two prepared tasks and a part of one."""
+    monkeypatch.chdir(tmp_path)
+    config = FlipConfig(
+        vision_config={**TOWER, "image_size": 32, "patch_size": 8},
+        text_config={**TOWER, "vocab_size": 16, "max_position_embeddings": 8},
+        projection_dim=16,
+    )
+    processor = build_processor(config, AutoTokenizer.from_pretrained(tokenizer_dir))
+    for seed, name in enumerate(("runs/a/model", "b")):
+        torch.manual_seed(seed)
+        export_model(FlipModel(config), processor, tmp_path / name)
+    (tmp_path / "runs/a/model/README.md").write_text(CARD)
+    for name in ("cars", "dtd", "mnist"):
+        folder = tmp_path / "data/tasks" / name
+        write_shards(folder / "test", [9, 7], seed=len(name))
+        (folder / "test" / "nshards.txt").write_text("2\n")
+        for text in ("classnames.txt", "zeroshot_classification_templates.txt"):
+            (folder / "test" / text).rename(folder / text)
+        if name != "mnist":
+            sizes = {"test/00000.tar": (folder / "test/00000.tar").stat().st_size}
+            (folder / PREPARED).write_text(json.dumps({"files": sizes, "revision": "c0ffee"}))
+    return tmp_path
+
+
+def evaluate(*arguments: str) -> None:
+    main(["evaluate", *arguments, "--num_workers", "0"])
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_several_models_stand_in_one_table(
+    place: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluate("runs/a/model", "b", "--suite", "paper")
+    printed, said = capsys.readouterr()
+    cars = read_page("cars")
+    head, _, first, *_ = [line for line in printed.splitlines() if line.startswith("|")]
+    assert [cell.strip() for cell in head.split("|")[1:5]] == ["task", "metric", "a", "b"]
+    assert first.split("|")[1].strip() == cars.title
+    assert "[1] Not comparable with the paper: 16 images here, 8,041 there" in printed
+    assert "No mean for a: 29 of the suite's 31 tasks are missing" in printed
+    assert "not prepared in data/tasks, so left out: birdsnap, " in said
+    assert "a: cars top-1 " in said
+    assert (place / "evaluations/results.md").read_text().count("| a ") >= 1
+    assert (place / "evaluations/results.png").exists()
+
+    monkeypatch.setattr(Embedder, "image_batches", None)  # which would be needed to run any again
+    evaluate("runs/a/model", "b", "--suite", "paper", "--json")
+    again, said = capsys.readouterr()
+    found = json.loads(again)
+    assert list(found) == ["a", "b"]
+    assert {name.partition("/")[0] for name in found["a"]} == {"cars", "dtd"}
+    assert "a: 2 of 2 tasks stand in runs/a/model/results.jsonl and are not run again" in said
+
+
+def test_what_is_prepared_is_evaluated_by_default(place: Path, capsys: pytest.CaptureFixture) -> None:
+    evaluate("b", "--tasks", "data/tasks", "--output_dir", "out", "--json")
+    assert {name.partition("/")[0] for name in json.loads(capsys.readouterr().out)} == {"cars", "dtd"}
+    assert sorted(path.name for path in (place / "out").iterdir()) == ["b", "results.md", "results.png"]
+    assert not (place / "b/results.jsonl").exists()
+
+
+def test_the_card_of_a_model_folder_has_its_results(place: Path) -> None:
+    folder = place / "runs/a/model"
+    for _ in range(2):
+        evaluate("runs/a/model", "--only", "cars")
+    text = (folder / "README.md").read_text()
+    assert "Not evaluated" not in text
+    assert text.endswith("\n\n## Licence\n\nMIT.\n")
+    (row,) = [
+        line for line in text.splitlines() if line.startswith("| Stanford Cars, 8 prompts | top-1 | this model |")
+    ]
+    card = ModelCard(text)
+    assert (card.data.license, card.data.model_name) == ("mit", "tiny")
+    result = card.data.eval_results[0]
+    assert (result.dataset_name, result.dataset_type) == ("Stanford Cars", "clip-benchmark/wds_cars")
+    assert (result.dataset_split, result.dataset_revision) == ("test", "c0ffee")
+    assert (result.task_type, result.metric_type) == ("zero-shot-image-classification", "accuracy")
+    assert f"| {result.metric_value:.1f} % |" in row
+    assert len(card.data.eval_results) == len(folder_lines(folder))
+
+    lines = read_lines(folder / "results.jsonl")
+    (folder / "README.md").write_text("# My own card\n")
+    refresh_card(folder, lines)
+    assert (folder / "README.md").read_text() == "# My own card\n"
+    (folder / "README.md").unlink()
+    refresh_card(folder, lines)
+    assert not (folder / "README.md").exists()
+    # Lines of other weights say nothing of these.
+    (place / "b/results.jsonl").write_text((folder / "results.jsonl").read_text())
+    assert folder_lines(place / "b") == []
+
+
+@pytest.fixture
+def refused(place: Path, capsys: pytest.CaptureFixture) -> Callable[..., str]:
+    """Runs an evaluation that must end with exit code 2; returns its one line."""
+
+    def run(*arguments: str) -> str:
+        with pytest.raises(SystemExit) as exit_info:
+            evaluate(*arguments)
+        AcceleratorState._reset_state(reset_partial_state=True)
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert exit_info.value.code == 2
+        assert len(lines) == 1, lines
+        assert lines[0].startswith("flipscale: error: ")
+        assert not list(place.glob("**/results.md"))
+        return lines[0]
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["b", "--only", "carz"], "no task is called 'carz'; did you mean cars"),
+        (["b", "--suite", "papers"], "no suite is called 'papers'; use one of paper, robustness, fairness, all"),
+        (["b", "--only", "cars", "--suite", "paper"], "--only and --suite are both given; give one of them"),
+        (["b", "--suite", "fairness"], "no task of suite fairness is prepared in data/tasks; run `flipscale prepare "),
+        (["b", "--tasks", "elsewhere"], "no task is prepared in elsewhere; run `flipscale prepare tasks elsewhere"),
+        (["b", "--only", "mnist"], "the data of task mnist was prepared only in part (data/tasks/mnist); run "),
+        (["b", "--only", "pets"], "the data of task pets is missing (data/tasks/pets); run `flipscale prepare tasks"),
+        (["b", "./b", "--only", "cars"], "2 models are called 'b'; name each model once"),
+        (["b", "--only", "cars", "--output_dir", "b/config.json"], "results cannot be written to b/config.json ("),
+    ],
+)
+def test_what_cannot_be_done_is_one_line(refused: Callable[..., str], arguments: list[str], message: str) -> None:
+    assert message in refused(*arguments)
+
+
+def test_a_file_of_somebody_else_is_not_appended_to(refused: Callable[..., str], place: Path) -> None:
+    (place / "b/results.jsonl").write_text('{"task": "mine", "value": 3}\n')
+    assert "b/results.jsonl, line 1, is not a line of `flipscale evaluate`; move the file away" in refused(
+        "b", "--only", "cars"
+    )
+    assert (place / "b/results.jsonl").read_text() == '{"task": "mine", "value": 3}\n'

@@ -1,0 +1,216 @@
+"""One model's suite: what stands there is not run again, not even after kills, and the processes agree on the rest."""
+
+import json
+import random
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import processes
+import pytest
+import torch
+from accelerate import Accelerator
+from conftest import TOWER, write_shards
+from transformers import AutoTokenizer
+
+from flipscale.evaluation.embedding import Embedder
+from flipscale.evaluation.kinds.task import Task
+from flipscale.evaluation.reports import session
+from flipscale.evaluation.reports.models import NamedModel
+from flipscale.evaluation.reports.progress import SuiteBar
+from flipscale.evaluation.reports.session import evaluate_model
+from flipscale.evaluation.suite import build_tasks
+from flipscale.model import FlipConfig, FlipModel
+
+KILLS = 10
+VARYING = ("seconds", "date")
+
+
+def tiny_embedder(tokenizer_dir: str) -> Embedder:
+    torch.manual_seed(0)
+    config = FlipConfig(
+        vision_config={**TOWER, "image_size": 32, "patch_size": 8},
+        text_config={**TOWER, "vocab_size": 16, "max_position_embeddings": 8},
+        projection_dim=16,
+    )
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
+    return Embedder(FlipModel(config).eval(), tokenizer, Accelerator(cpu=True), batch_size=8)
+
+
+def tasks_in(folder: Path) -> list[Task]:
+    """Eight tasks: four sets, and two tasks of each, of which a set's share one pass."""
+    listed = []
+    for number in range(4):
+        data = str(folder / f"set{number}")
+        listed += [{"kind": kind, "data": data, "name": f"{kind}{number}"} for kind in ("zero_shot", "retrieval")]
+    return build_tasks(listed)
+
+
+def evaluate(folder: str, home: str, tokenizer_dir: str) -> None:
+    """What a process of its own does: evaluates the suite, and says when it has begun."""
+    embedder = tiny_embedder(tokenizer_dir)
+    Path(home, f"begun{embedder.accelerator.process_index}").touch()
+    evaluate_model(embedder, NamedModel("tiny", "tiny", None, Path(home)), tasks_in(Path(folder)))
+
+
+def lines_of(home: Path) -> list[dict]:
+    """The lines of a home, but for what differs between two runs."""
+    lines = [json.loads(line) for line in (home / "results.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name not in VARYING} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four sets of pictures."""
+    made = tmp_path_factory.mktemp("suite")
+    for number in range(4):
+        write_shards(made / f"set{number}", [20, 13], seed=number)
+    return made
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> NamedModel:
+    return NamedModel("tiny", "tiny", None, tmp_path)
+
+
+@pytest.fixture
+def embedder(tokenizer_dir: Path) -> Embedder:
+    return tiny_embedder(str(tokenizer_dir))
+
+
+def test_what_stands_there_is_not_run_again(
+    embedder: Embedder, model: NamedModel, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tasks = tasks_in(folder)
+    lines = evaluate_model(embedder, model, tasks)
+    results = [line.result for line in lines]
+    assert list(dict.fromkeys(result.task for result in results)) == [task.name for task in tasks]
+    asked: list[list[str]] = []
+
+    def nothing(embedder: Embedder, left: list[Task]) -> Iterator:
+        asked.append([task.name for task in left])
+        return iter(())
+
+    monkeypatch.setattr(session, "evaluated", nothing)
+    # Neither batch size nor the folder's place change a figure.
+    moved = folder.rename(folder.with_name("moved"))
+    try:
+        other = Embedder(embedder.model, embedder.tokenizer, embedder.accelerator, batch_size=3)
+        assert [line.result for line in evaluate_model(other, model, tasks_in(moved))] == [
+            line.result for line in lines
+        ]
+        assert asked == []
+        # Other prompts, other data or other weights do.
+        (moved / "set1/zeroshot_classification_templates.txt").write_text("{c}\n")
+        with pytest.raises(KeyError):
+            evaluate_model(embedder, model, tasks_in(moved))
+        assert asked == [["zero_shot1", "retrieval1"]]
+    finally:
+        (moved / "set1/zeroshot_classification_templates.txt").write_text("a {c}\nthe {c}\n")
+        moved.rename(folder)
+    others = Embedder(FlipModel(embedder.model.config).eval(), embedder.tokenizer, embedder.accelerator)
+    with pytest.raises(KeyError):
+        evaluate_model(others, model, tasks)
+    assert len(asked[1]) == 8
+
+
+def test_a_line_has_everything_that_made_it(embedder: Embedder, model: NamedModel, folder: Path) -> None:
+    (task,) = build_tasks([{"kind": "zero_shot", "data": str(folder / "set0"), "templates": "imagenet7"}])
+    evaluate_model(embedder, model, [task])
+    line = json.loads(model.lines.read_text().splitlines()[0])
+    assert line["data"]["images"] == line["n"] == 33
+    assert line["prompts"]["number"] == 7
+    assert (line["image_size"], line["mask"], line["precision"]) == (32, {}, "fp32")
+    assert line["versions"].keys() == {"flipscale", "torch", "transformers"}
+    assert line["made_by"] == {"data": "set0", "templates": "imagenet7"}
+    assert str(folder) not in model.lines.read_text()
+    assert line["low"] <= line["value"] <= line["high"]
+    assert line["seconds"] > 0
+    assert len(line["weights"]) == 64
+
+
+@pytest.mark.timeout(180)
+def test_killed_at_ten_random_instants(folder: Path, tokenizer_dir: Path, tmp_path: Path) -> None:
+    draw, whole, home = random.Random(0), tmp_path / "whole", tmp_path / "killed"
+    for made in (whole, home):
+        made.mkdir()
+    started = time.monotonic()
+    assert ended(folder, whole, tokenizer_dir) == 0
+    lines, sizes = home / "results.jsonl", []
+    for _ in range(KILLS):
+        (home / "begun0").unlink(missing_ok=True)
+        if size_of(lines) == size_of(whole / "results.jsonl"):
+            lines.unlink()
+        process = processes.start(evaluate, str(folder), str(home), str(tokenizer_dir))
+        wanted = size_of(lines) + draw.choice((0, 1, 3000))
+        while process.is_alive() and (not (home / "begun0").exists() or size_of(lines) < wanted):
+            time.sleep(0.001)
+        time.sleep(draw.uniform(0.0, 0.1))
+        process.kill()
+        process.join()
+        sizes.append(size_of(lines))
+    # A write is whole whenever a process is killed; a machine that loses its power may leave a part of it.
+    whole_lines = lines.read_bytes() if lines.exists() else b""
+    lines.write_bytes(whole_lines + (whole / "results.jsonl").read_bytes()[:2000])
+    assert ended(folder, home, tokenizer_dir) == 0
+    assert sorted(lines_of(home), key=name_of) == sorted(lines_of(whole), key=name_of)
+    print(f"killed at lengths of {sizes} bytes, in {time.monotonic() - started:.0f} s")
+
+
+def size_of(file: Path) -> int:
+    return file.stat().st_size if file.exists() else 0
+
+
+def name_of(line: dict) -> tuple[str, str]:
+    return line["task"], line["metric"]
+
+
+def ended(folder: Path, home: Path, tokenizer_dir: Path) -> int | None:
+    """The exit code of a suite that is left to end."""
+    process = processes.start(evaluate, str(folder), str(home), str(tokenizer_dir))
+    process.join(120)
+    return process.exitcode
+
+
+def test_two_processes_write_each_line_once(folder: Path, tokenizer_dir: Path, tmp_path: Path) -> None:
+    alone, several = tmp_path / "alone", tmp_path / "several"
+    alone.mkdir()
+    assert ended(folder, alone, tokenizer_dir) == 0
+    shutil.copytree(alone, several)
+    lines = (several / "results.jsonl").read_bytes().splitlines(keepends=True)
+    (several / "results.jsonl").write_bytes(b"".join(lines[:20]))
+    environments = processes.rank_environments(2)
+    ranks = [
+        processes.start(evaluate, str(folder), str(several), str(tokenizer_dir), environment=environment)
+        for environment in environments
+    ]
+    for rank in ranks:
+        rank.join(120)
+    assert [rank.exitcode for rank in ranks] == [0, 0]
+    assert lines_of(several) == lines_of(alone)
+
+
+def test_the_bar_knows_the_whole_suite(embedder: Embedder, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[tuple[int, str]] = []
+    bar = SimpleNamespace(n=0, close=lambda: None)
+
+    def made(total: int, desc: str, **_: object) -> SimpleNamespace:
+        shown.append((total, desc))
+        bar.update = lambda images: setattr(bar, "n", bar.n + images)
+        bar.set_description = lambda text: shown.append((bar.n, text))
+        return bar
+
+    monkeypatch.setattr("flipscale.evaluation.reports.progress.tqdm", made)
+    tasks = tasks_in(folder)
+    with SuiteBar(embedder, "tiny", tasks) as suite:
+        for number, _ in enumerate(session.evaluated(suite.embedder, tasks)):
+            assert bar.n == 33 * (number // 2 + 1)
+            suite.finish(number)
+    assert shown[:3] == [
+        (132, "tiny: zero_shot0 (1 of 8)"),
+        (33, "tiny: retrieval0 (2 of 8)"),
+        (33, "tiny: zero_shot1 (3 of 8)"),
+    ]
+    assert bar.n == 132
