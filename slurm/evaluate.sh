@@ -10,17 +10,25 @@
 #SBATCH --kill-on-invalid-dep=yes
 #SBATCH --output=%x-%j.out
 #
-# Evaluates MODEL, a model folder or Hub name, by zero-shot classification and retrieval. To wait for the job that
-# trains it, whose number $JOB is:
+# Evaluates MODEL, a model folder or Hub name, or several of them between spaces, on a suite of tasks that
+# `flipscale prepare tasks` has put into TASKS; or, where ZERO_SHOT or RETRIEVAL is set, on these folders alone. Each
+# node starts a process for each GPU, and all share each task's images. A job that is requeued goes on with the task
+# that it was at. To wait for the job that trains the model, whose number $JOB is:
 #
-#   MODEL=runs/h14/model bash slurm/evaluate.sh --dependency=afterok:$JOB -- --json
+#   MODEL=runs/h14/model SUITE=robustness bash slurm/evaluate.sh --dependency=afterok:$JOB -- --json
 
 MODEL=${MODEL:-runs/h14_laion2b/model}
-ZERO_SHOT=${ZERO_SHOT:-data/imagenet1k_val}
+ZERO_SHOT=${ZERO_SHOT:-}
 RETRIEVAL=${RETRIEVAL:-}
+TASKS=${TASKS:-data/tasks}
+SUITE=${SUITE:-paper}
 LAUNCH_FILE=${LAUNCH_FILE:-ds_configs/ddp.yaml}
 
 source "${SLURM_SUBMIT_DIR:-.}/slurm/run.bash" || exit 2
 [ -n "${SLURM_JOB_ID:-}" ] || submit '' "$0" "$@"
-launch flipscale.cli evaluate "$MODEL" \
-  ${ZERO_SHOT:+--zero_shot "$ZERO_SHOT"} ${RETRIEVAL:+--retrieval "$RETRIEVAL"} "$@"
+what=()
+[ -z "$ZERO_SHOT" ] || what+=(--zero_shot "$ZERO_SHOT")
+[ -z "$RETRIEVAL" ] || what+=(--retrieval "$RETRIEVAL")
+[ ${#what[@]} -gt 0 ] || what=(--tasks "$TASKS" --suite "$SUITE")
+read -ra models <<< "$MODEL"
+launch flipscale.cli evaluate "${models[@]}" "${what[@]}" "$@"
