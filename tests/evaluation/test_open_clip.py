@@ -63,10 +63,10 @@ def test_its_embeddings_are_its_own(tiny: tuple[Path, Path], shards: Path, accel
 
 
 def test_the_command_prints_the_suite_s_figures(
-    tiny: tuple[Path, Path], shards: Path, accelerator: Accelerator, capsys: pytest.CaptureFixture[str]
+    tiny: tuple[Path, Path], shards: Path, accelerator: Accelerator, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    name = f"{tiny[0]},{tiny[1]}"
-    cli.main(["evaluate", f"open_clip:{name}", "--zero_shot", str(shards), "--retrieval", str(shards), "--json"])
+    name, flags = f"{tiny[0]},{tiny[1]}", ["--output_dir", str(tmp_path), "--json"]
+    cli.main(["evaluate", f"open_clip:{name}", "--zero_shot", str(shards), "--retrieval", str(shards), *flags])
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     tasks = build_tasks([{"kind": kind, "data": str(shards)} for kind in ("zero_shot", "retrieval")])
     results = evaluate_tasks(open_clip_embedder(name, accelerator), tasks)

@@ -172,12 +172,13 @@ def test_a_model_that_is_named_twice_is_refused(given: list[str]) -> None:
 
 def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path: Path, forbid: Callable[[Path], None]) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match=r"file/x \(Not a directory\); name another folder with --output_dir"):
+    with pytest.raises(ValueError, match=r"file/x \(.*/file is a file\); name another folder with --output_dir"):
         check_writable(tmp_path / "file" / "x")
-    check_writable(tmp_path / "new")
-    forbid(tmp_path / "new")
-    with pytest.raises(ValueError, match=r"new \(it is not writable\); name another folder with --output_dir"):
-        check_writable(tmp_path / "new")
+    check_writable(tmp_path / "new" / "x")
+    assert not (tmp_path / "new").exists()
+    forbid(tmp_path)
+    with pytest.raises(ValueError, match=r"new/x \(.* is not writable\); name another folder with --output_dir"):
+        check_writable(tmp_path / "new" / "x")
 
 
 @pytest.fixture

@@ -105,10 +105,10 @@ def test_its_features_are_transformers_own(folder: tuple[str, Path], shards: Pat
 
 
 def test_the_command_prints_its_figures(
-    folder: tuple[str, Path], shards: Path, accelerator: Accelerator, capsys: pytest.CaptureFixture[str]
+    folder: tuple[str, Path], shards: Path, accelerator: Accelerator, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    name = str(folder[1])
-    cli.main(["evaluate", f"hf:{name}", "--zero_shot", str(shards), "--num_workers", "0", "--json"])
+    name, flags = str(folder[1]), ["--output_dir", str(tmp_path), "--num_workers", "0", "--json"]
+    cli.main(["evaluate", f"hf:{name}", "--zero_shot", str(shards), *flags])
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     tasks = build_tasks([{"kind": "zero_shot", "data": str(shards)}])
     expected = as_metrics(evaluate_tasks(transformers_embedder(name, accelerator), tasks))

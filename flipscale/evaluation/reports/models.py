@@ -65,28 +65,29 @@ def tables_home(models: Sequence[NamedModel], output_dir: Path | None) -> Path:
 
 
 def check_writable(folder: Path) -> None:
-    """Make a folder for results if there is none.
+    """Raise if results cannot be written to a folder, which need not exist yet.
 
     Raises:
         ValueError: it cannot be made or written to.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        reason = "" if os.access(folder, os.W_OK) else "it is not writable"
-    except OSError as error:
-        reason = error.strerror or type(error).__name__
-    if reason:
-        raise ValueError(f"results cannot be written to {folder} ({reason}); name another folder with --output_dir")
+    there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    if there.is_dir() and os.access(there, os.W_OK):
+        return
+    reason = "is not writable" if there.is_dir() else "is a file"
+    raise ValueError(f"results cannot be written to {folder} ({there} {reason}); name another folder with --output_dir")
 
 
 def _short_name(text: str) -> str:
-    """What tables call a model: a run's name for `RUN/model`, a folder's last part, any other as it is given."""
+    """What tables call a model: a run's name for `RUN/model`, a path's last part, any other as it is given."""
     prefix = (_PREFIX.match(text) or [""])[0]
-    rest = text.removeprefix(prefix)
-    if not Path(rest.partition(",")[0]).exists():
-        return text
-    parts = Path(rest).absolute().parts
-    return prefix + (parts[-2] if parts[-1] == "model" and len(parts) > 2 else parts[-1])
+    return prefix + ",".join(_last_part(name) for name in text.removeprefix(prefix).split(","))
+
+
+def _last_part(name: str) -> str:
+    if not Path(name).exists():
+        return name
+    parts = Path(name).absolute().parts
+    return parts[-2] if parts[-1] == "model" and len(parts) > 2 else parts[-1]
 
 
 def _slug(name: str) -> str:

@@ -62,6 +62,7 @@ def append_lines(path: Path, group: str, results: Sequence[Result], about: dict[
         OSError: the disk is full or not writable.
     """
     records = [{"group": group, "lines": len(results), **dataclasses.asdict(result), **about} for result in results]
+    path.parent.mkdir(parents=True, exist_ok=True)
     json_lines.append(path, records, is_synced=True)
     return [_as_line(record) for record in records]
 

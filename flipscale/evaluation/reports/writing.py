@@ -18,6 +18,7 @@ def write_reports(columns: Sequence[Column], suites: Sequence[str], home: Path) 
     Raises:
         OSError: the disk is full or not writable.
     """
+    home.mkdir(parents=True, exist_ok=True)
     picture = home / "results.png"
     picture.unlink(missing_ok=True)  # of models or tasks that these may not be
     if not can_draw():
