@@ -1,12 +1,16 @@
 """Prepare data on disk: write, index and inspect shards, and make the demo set and photos for benchmarks."""
 
 import argparse
-import dataclasses
 import json
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from flipscale.data.sources.tar_source import TarSource
+
+if TYPE_CHECKING:
+    from flipscale.evaluation.task_page import TaskPage
+    from flipscale.preparation.task_sets import TaskSet
 
 _SHARDS_HELP = "The shards: a folder, a glob, or a range such as 'laion/{00000..41407}.tar'."
 
@@ -161,7 +165,7 @@ def _photos(args: argparse.Namespace) -> None:
 
 def _tasks(args: argparse.Namespace) -> None:
     from flipscale.evaluation.task_page import pages_table, read_page, suite_pages
-    from flipscale.preparation.task_sets import TaskSet, prepare_tasks
+    from flipscale.preparation.task_sets import prepare_tasks
 
     if args.suite and args.only:
         raise ValueError("--suite and --only exclude each other; give one of them")
@@ -171,20 +175,29 @@ def _tasks(args: argparse.Namespace) -> None:
         return
     if args.directory is None or not (args.suite or args.only):
         raise ValueError("name a folder, such as data/tasks, and --suite paper or --only TASK; --list prints the tasks")
-    sets = [
-        TaskSet(
-            name=page.name,
-            **dataclasses.asdict(page.source),
-            licence=page.licence,
-            images=page.images,
-            num_classes=page.num_classes,
-            class_names=page.class_names,
-            templates=page.templates,
-            is_classification=page.kind != "retrieval",
-        )
-        for page in (read_page(name) for name in dict.fromkeys(page.data for page in pages))
-    ]
-    prepare_tasks(args.directory, sets)
+    named = dict.fromkeys(page.data for page in pages)
+    prepare_tasks(args.directory, [_task_set(read_page(name)) for name in named])
+
+
+def _task_set(page: "TaskPage") -> "TaskSet":
+    """Return the data of a page's task."""
+    from flipscale.preparation.parquet_set import Columns
+    from flipscale.preparation.task_sets import TaskSet
+
+    source = page.source
+    return TaskSet(
+        name=page.name,
+        repo=source.repo,
+        revision=source.revision,
+        split=source.split,
+        columns=Columns(source.image, source.label, source.clip, source.frame) if source.image else None,
+        licence=page.licence,
+        images=page.images,
+        num_classes=page.num_classes,
+        class_names=page.class_names,
+        templates=page.templates,
+        is_classification=page.kind != "retrieval",
+    )
 
 
 def _index(args: argparse.Namespace) -> None:

@@ -14,6 +14,8 @@ from flipscale.evaluation.kinds.task import Task
 from flipscale.evaluation.kinds.templates import TEMPLATES
 
 PAGES = Path(__file__).parent / "tasks"
+# Kinds that have several metrics, of which a task names its headline.
+_WITH_METRICS = ("zero_shot", "zero_shot_multilabel")
 PAPER_MODEL = "FLIP L/14, LAION-400M"
 SUITES = ("paper", "robustness", "fairness")
 
@@ -28,6 +30,8 @@ class TaskSource:
         revision: a branch, or a commit where one is known.
         image: the column of images of a parquet repository; empty for shards in CLIP_benchmark's layout.
         label: the column of classes of a parquet repository.
+        clip: the columns that name a clip, where rows are the frames of videos, of which the middle one is taken.
+        frame: the column of a frame's number in its clip.
     """
 
     repo: str
@@ -35,6 +39,8 @@ class TaskSource:
     revision: str = "main"
     image: str = ""
     label: str = ""
+    clip: tuple[str, ...] = ()
+    frame: str = ""
 
 
 @dataclass(frozen=True)
@@ -174,7 +180,7 @@ def _page(name: str, content: dict[str, Any]) -> TaskPage:
     page = {
         **content,
         "suites": tuple(content["suites"]),
-        "source": TaskSource(**content["source"]),
+        "source": TaskSource(**{**content["source"], "clip": tuple(content["source"].get("clip", ()))}),
         "class_names": _class_names(content.get("class_names") or []),
         "templates": tuple(TEMPLATES[named] if isinstance(named, str) else named),
         "prompts": named if isinstance(named, str) else "",

@@ -2,73 +2,120 @@
 
 import io
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
 from flipscale.data.sources.tar_file import add_member
-from flipscale.files.aside import remove, written_aside
+from flipscale.files.aside import written_aside
 
 IMAGES_PER_SHARD = 1000
+_ROWS_AT_ONCE = 64
 _EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 
 
-def convert(files: list[Path], out_dir: Path, image: str, label: str, name: str) -> list[str] | None:
+@dataclass(frozen=True)
+class Columns:
+    """What the columns of the tables are called.
+
+    Args:
+        image: of images.
+        label: of classes.
+        clip: that name a clip, where rows are the frames of videos, of which the middle one is taken.
+        frame: of a frame's number in its clip.
+    """
+
+    image: str
+    label: str
+    clip: tuple[str, ...] = ()
+    frame: str = ""
+
+
+def convert(files: Sequence[Path], out_dir: Path, columns: Columns, name: str) -> list[str] | None:
     """Write `0.tar`, `1.tar`, ... and `nshards.txt` to `out_dir`, and return the names of the classes; None if the
     files state numbers only. The folder is whole or as it was.
 
     Args:
         files: the parquet files of a split, in order.
-        image: the column of images.
-        label: the column of classes.
         name: of the task, for messages and the progress bar.
 
     Raises:
         ValueError: a column is missing, or a row has no image or no class.
     """
-    from datasets import ClassLabel, Image, load_dataset
+    from datasets import ClassLabel, Features
+    from pyarrow import parquet
 
+    schema = parquet.read_schema(files[0])
+    for column in (columns.image, columns.label, *columns.clip, *filter(None, [columns.frame])):
+        if column not in schema.names:
+            raise ValueError(f"{name}: its source has no column {column!r}; it has {', '.join(schema.names)}")
+    kind = Features.from_arrow_schema(schema)[columns.label]
+    wanted = middle_frames(files, columns) if columns.clip else None
+    total = sum(parquet.read_metadata(file).num_rows for file in files) if wanted is None else len(wanted)
+    samples = _samples(files, columns, wanted, name)
+    num_shards = -(-total // IMAGES_PER_SHARD)
     with written_aside(out_dir) as partial:
         partial.mkdir(parents=True)
-        cache = str(partial / "cache")
-        rows = load_dataset("parquet", data_files=[str(file) for file in files], split="train", cache_dir=cache)
-        for column in (image, label):
-            if column not in rows.column_names:
-                raise ValueError(f"{name}: its source has no column {column!r}; it has {', '.join(rows.column_names)}")
-        kind = rows.features[label]
-        rows = rows.select_columns([image, label]).cast_column(image, Image(decode=False))
-        samples = _samples(rows, image, label, name)
-        shards = range(0, len(rows), IMAGES_PER_SHARD)
-        for shard, first in enumerate(shards):
-            with tarfile.open(partial / f"{shard}.tar", "w") as tar:
-                for number in range(first, min(first + IMAGES_PER_SHARD, len(rows))):
-                    content, extension, found = next(samples)
-                    add_member(tar, f"s{number:07d}.{extension}", content)
-                    add_member(tar, f"s{number:07d}.cls", str(found).encode())
-        (partial / "nshards.txt").write_text(f"{len(shards)}\n")
-        remove(partial / "cache")
+        with tqdm(total=total, desc=name, unit="image", disable=None) as bar:
+            for shard in range(num_shards):
+                with tarfile.open(partial / f"{shard}.tar", "w") as tar:
+                    for number in range(shard * IMAGES_PER_SHARD, min((shard + 1) * IMAGES_PER_SHARD, total)):
+                        content, extension, label = next(samples)
+                        add_member(tar, f"s{number:07d}.{extension}", content)
+                        add_member(tar, f"s{number:07d}.cls", str(label).encode())
+                        bar.update()
+        (partial / "nshards.txt").write_text(f"{num_shards}\n")
     return list(kind.names) if isinstance(kind, ClassLabel) else None
 
 
-def _samples(rows: Any, image: str, label: str, name: str) -> Iterator[tuple[bytes, str, int]]:
-    """Yield image, extension and class of every row."""
-    for number, row in enumerate(tqdm(rows, desc=name, unit="image", disable=None)):
-        content, found = (row[image] or {}).get("bytes"), row[label]
-        if content is None or found is None or int(found) < 0:
-            what = "image" if content is None else "class"
-            raise ValueError(f"{name}: row {number} of its source has no {what}; the source has changed")
-        yield *_stored(content), int(found)
+def middle_frames(files: Sequence[Path], columns: Columns) -> set[int]:
+    """Return the numbers of the rows that are the middle frame of their clip: of n in order, frame n // 2."""
+    from pyarrow import parquet
+
+    clips: dict[tuple[str, ...], list[tuple[int, int]]] = {}
+    row = 0
+    for file in files:
+        for batch in parquet.ParquetFile(file).iter_batches(columns=[*columns.clip, columns.frame]):
+            for *clip, frame in zip(*(column.to_pylist() for column in batch.columns), strict=True):
+                clips.setdefault(tuple(clip), []).append((frame, row))
+                row += 1
+    return {sorted(frames)[len(frames) // 2][1] for frames in clips.values()}
 
 
-def _stored(content: bytes) -> tuple[bytes, str]:
-    """Return an image as its bytes are, or as PNG where shards have no such format."""
+def _samples(
+    files: Sequence[Path], columns: Columns, wanted: set[int] | None, name: str
+) -> Iterator[tuple[bytes, str, int]]:
+    """Yield image, extension and class of the rows, or of those that are wanted."""
+    from pyarrow import parquet
+
+    row = 0
+    for file in files:
+        table = parquet.ParquetFile(file)
+        for group in range(table.num_row_groups):
+            size = table.metadata.row_group(group).num_rows
+            if wanted is not None and wanted.isdisjoint(range(row, row + size)):
+                row += size
+                continue
+            for batch in table.iter_batches(_ROWS_AT_ONCE, [group], [columns.image, columns.label]):
+                for image, label in zip(batch.column(columns.image), batch.column(columns.label), strict=True):
+                    if wanted is None or row in wanted:
+                        yield _sample(image.as_py(), label.as_py(), f"{name}: row {row} of its source")
+                    row += 1
+
+
+def _sample(image: dict[str, bytes | None] | None, label: int | None, where: str) -> tuple[bytes, str, int]:
+    """Return an image with its extension and its class: the bytes as they are, or as PNG where shards have no such
+    format."""
     from PIL import Image
 
+    content = (image or {}).get("bytes")
+    if content is None or label is None or label < 0:
+        raise ValueError(f"{where} has no {'image' if content is None else 'class'}; the source has changed")
     picture = Image.open(io.BytesIO(content))
     if picture.format in _EXTENSIONS:
-        return content, _EXTENSIONS[picture.format]
+        return content, _EXTENSIONS[picture.format], label
     written = io.BytesIO()
     picture.convert("RGB").save(written, "PNG")
-    return written.getvalue(), "png"
+    return written.getvalue(), "png", label

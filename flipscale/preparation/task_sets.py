@@ -16,6 +16,7 @@ from flipscale.data.prepared import PREPARED, read_prepared
 from flipscale.data.sources.tar_source import TarSource
 from flipscale.files.aside import remove, sync, write_text
 from flipscale.preparation.hub_files import HubFile, Snapshot, bytes_there, digest, download, list_files
+from flipscale.preparation.parquet_set import Columns, convert
 
 # What is being prepared, and at which commit, so that a later start goes on with the same one.
 BEGUN = ".begun.json"
@@ -30,9 +31,8 @@ class TaskSet:
     Args:
         name: of the task, and of the folder to write.
         split: the folder of shards in the repository, or the split of its parquet files.
-        image: the column of images of parquet files; empty for shards.
-        label: the column of classes of parquet files.
-        class_names: written where the source has none.
+        columns: of parquet files; None for shards.
+        class_names: written where the source has none, or spells the same names otherwise.
         templates: written where the source has none.
         is_classification: whether it needs class names.
     """
@@ -41,19 +41,13 @@ class TaskSet:
     repo: str
     revision: str
     split: str
-    image: str
-    label: str
+    columns: Columns | None
     licence: str
     images: int
     num_classes: int | None
     class_names: tuple[str, ...]
     templates: tuple[str, ...]
     is_classification: bool
-
-    @property
-    def is_parquet(self) -> bool:
-        """Whether its source has tables, which are converted, and not shards."""
-        return bool(self.image)
 
     @property
     def source(self) -> dict[str, str]:
@@ -63,9 +57,9 @@ class TaskSet:
     def wanted(self, file: str) -> bool:
         """Return whether a file of the repository belongs to the set."""
         split = re.escape(self.split)
-        if self.is_parquet:
+        if self.columns:
             return re.fullmatch(rf"([\w-]+/)*{split}([-/][\w.-]+)?\.parquet", file) is not None
-        return file in _TEXTS or re.fullmatch(rf"{split}/([\w-]+\.tar|nshards\.txt)", file) is not None
+        return file in _TEXTS or re.fullmatch(rf"{split}/(\d+\.tar|nshards\.txt)", file) is not None
 
 
 @dataclass(frozen=True)
@@ -85,7 +79,7 @@ class Plan:
     @property
     def bytes_needed(self) -> int:
         """What is still to be written: what is not there, and for tables the shards that are made of them."""
-        return self.num_bytes - self.bytes_there + (self.num_bytes if self.task.is_parquet else 0)
+        return self.num_bytes - self.bytes_there + (self.num_bytes if self.task.columns else 0)
 
 
 def prepare_tasks(folder: Path, sets: Sequence[TaskSet]) -> None:
@@ -142,9 +136,9 @@ def _plan(folder: Path, task: TaskSet) -> Plan | None:
     files = tuple(file for file in snapshot.files if task.wanted(file.name))
     data = [file.name for file in files if file.name.endswith((".tar", ".parquet"))]
     if not data:
-        what = f"parquet files of the split {task.split}" if task.is_parquet else f"{task.split}/*.tar"
+        what = f"parquet files of the split {task.split}" if task.columns else f"{task.split}/*.tar"
         raise ValueError(f"data set {task.repo} has no {what}; the source has changed")
-    named = task.is_parquet or task.class_names or "classnames.txt" in {file.name for file in files}
+    named = task.columns or task.class_names or "classnames.txt" in {file.name for file in files}
     if task.is_classification and not named:
         raise ValueError(f"data set {task.repo} has no classnames.txt, and the task's page lists no class names")
     there = sum(bytes_there(_downloaded(place, task) / file.name, file) for file in files)
@@ -160,7 +154,7 @@ def _prepare(place: Path, plan: Plan, bar: tqdm) -> None:
             (place / PREPARED).unlink(missing_ok=True)
             write_text(place / BEGUN, json.dumps({"source": task.source, "commit": plan.snapshot.commit}) + "\n")
             download(plan.snapshot, plan.files, _downloaded(place, task), bar)
-            if task.is_parquet:
+            if task.columns:
                 _convert(place, plan)
             _complete_texts(place, task)
             _write_prepared(place, plan)
@@ -171,34 +165,46 @@ def _prepare(place: Path, plan: Plan, bar: tqdm) -> None:
 
 def _downloaded(place: Path, task: TaskSet) -> Path:
     """Return where the files of the repository go: tables are no part of the set."""
-    return place / _PARQUET if task.is_parquet else place
+    return place / _PARQUET if task.columns else place
 
 
 def _convert(place: Path, plan: Plan) -> None:
     """Write shards and class names of the downloaded tables."""
-    from flipscale.preparation.parquet_set import convert
-
     task = plan.task
+    assert task.columns is not None
     tables = [place / _PARQUET / file.name for file in sorted(plan.files, key=lambda file: file.name)]
-    names = convert(tables, place / "test", task.image, task.label, task.name) or list(task.class_names)
-    write_text(place / "classnames.txt", "".join(f"{name}\n" for name in names))
+    names = convert(tables, place / "test", task.columns, task.name) or list(task.class_names)
+    write_text(place / _TEXTS[0], "".join(f"{name}\n" for name in names))
 
 
 def _complete_texts(place: Path, task: TaskSet) -> None:
-    """Write class names and prompts where the source has none, and compare the number of classes with the page.
+    """Write class names and prompts where the source has none, and class names as the page spells them.
 
     Raises:
-        ValueError: there are none, or others than the page says.
+        ValueError: there are no class names, or not as many as the page says.
     """
     for name, lines in zip(_TEXTS[:2], (task.class_names, task.templates), strict=True):
         if lines and not (place / name).exists():
             write_text(place / name, "".join(f"{line}\n" for line in lines))
     if not task.is_classification:
         return
-    file = place / "classnames.txt"
+    file = place / _TEXTS[0]
     names = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()] if file.exists() else []
     if not names or (task.num_classes and len(names) != task.num_classes):
         raise ValueError(f"{file} lists {len(names)} classes, {task.num_classes} are expected; the source has changed")
+    spelled = spelled_as(names, task.class_names)
+    if spelled != names:
+        write_text(file, "".join(f"{name}\n" for name in spelled))
+
+
+def spelled_as(names: Sequence[str], known: Sequence[str]) -> list[str]:
+    """Return the names in their order, spelled as those of `known` that have the same letters and digits: CLIP's
+    `aquarium fish` for `aquarium_fish`. They stay as they are if not each has one that is its own."""
+    by_letters = {re.sub(r"[\W_]", "", name.casefold()): name for name in known}
+    letters = [re.sub(r"[\W_]", "", name.casefold()) for name in names]
+    if len(set(letters)) != len(names) or len(by_letters) != len(known) or set(letters) != by_letters.keys():
+        return list(names)
+    return [by_letters[name] for name in letters]
 
 
 def _write_prepared(place: Path, plan: Plan) -> None:
@@ -208,15 +214,18 @@ def _write_prepared(place: Path, plan: Plan) -> None:
         ValueError: there are not as many shards as `nshards.txt` says.
     """
     task = plan.task
-    known = {file.name: file.digest for file in plan.files if not task.is_parquet}
-    for path in set() if task.is_parquet else set((place / "test").glob("*.tar")):
+    known = {file.name: file.digest for file in plan.files if not task.columns}
+    for path in set() if task.columns else set((place / "test").glob("*.tar")):
         if path.relative_to(place).as_posix() not in known:
             path.unlink()
     shards = sorted((place / "test").glob("*.tar"))
     said = (place / "test" / "nshards.txt").read_text().strip() if (place / "test" / "nshards.txt").exists() else ""
     if said and said != str(len(shards)):
         raise ValueError(f"{place / 'test'} has {len(shards)} shards, nshards.txt says {said}; the source has changed")
-    images = len(TarSource(str(place / "test")))
+    if {path.name for path in shards} != {f"{number}.tar" for number in range(len(shards))}:
+        raise ValueError(f"{place / 'test'} lacks a shard of 0.tar to {len(shards) - 1}.tar; the source has changed")
+    # The shards are named as an evaluation names them, which finds this index then.
+    images = len(TarSource(str(place / "test" / f"{{0..{len(shards) - 1}}}.tar")))
     files = {}
     for path in [*shards, *sorted(place.glob("*.txt")), *place.glob("test/*.txt")]:
         name = path.relative_to(place).as_posix()

@@ -41,6 +41,8 @@ TABLE = {
     "pcam": (32_768, 2, 1, "top1", 50.3, True),
     "rendered_sst2": (1_821, 2, 1, "top1", 58.5, True),
     "hateful_memes": (500, 2, 1, "roc_auc", 54.0, True),
+    "ucf101": (3_783, 101, 48, "top1", 74.1, False),
+    "let_it_wag": (130_500, 290, 7, "top1", None, False),
     "flickr30k": (1_000, None, 0, "text_to_image_r1", 75.4, True),
     "mscoco": (5_000, None, 0, "text_to_image_r1", 44.2, True),
     "dollar_street": (3_503, 58, 0, "worst_group_top5", None, False),
@@ -50,7 +52,7 @@ TABLE = {
 }
 FLIP = "FLIP L/14, LAION-400M"
 # The names of these classes are the source's: CLIP lists none, or other classes.
-WITHOUT_NAMES = {"birdsnap", "objectnet", "dollar_street", "geode", "fairface", "utkface"}
+WITHOUT_NAMES = {"let_it_wag", "birdsnap", "objectnet", "dollar_street", "geode", "fairface", "utkface"}
 
 
 def test_each_task_has_a_page() -> None:
@@ -79,6 +81,16 @@ def test_what_a_page_says_is_text() -> None:
         assert "  " not in page.why_not
 
 
+@pytest.mark.parametrize("name", TABLE)
+def test_a_page_is_a_task(name: str) -> None:
+    page = read_page(name)
+    task = page.task(Path("data") / page.data)
+    assert (task.kind, task.name, task.task, task.data) == (page.kind, name, name, f"data/{page.data}")
+    assert getattr(task, "metric", page.metric) == page.metric
+    (built,) = build_tasks([name], "data")
+    assert built == task
+
+
 def test_subsets_have_the_names_of_their_own_classes() -> None:
     whole = read_page("imagenet1k").class_names
     assert read_page("imagenet_a").class_names[:2] == (whole[6], whole[11]) == ("stingray", "goldfinch")
@@ -86,7 +98,7 @@ def test_subsets_have_the_names_of_their_own_classes() -> None:
 
 
 def test_suites() -> None:
-    robust = {"imagenet1k", "imagenetv2", "imagenet_a", "imagenet_r", "imagenet_sketch", "objectnet"}
+    robust = {"imagenet1k", "imagenetv2", "imagenet_a", "imagenet_r", "imagenet_sketch", "objectnet", "let_it_wag"}
     assert {page.name for page in suite_pages("robustness")} == robust
     assert {page.name for page in suite_pages("fairness")} == {"dollar_street", "geode", "fairface", "utkface"}
     assert {page.name for page in suite_pages("all")} == TABLE.keys()
@@ -104,12 +116,12 @@ def test_a_page_has_no_field_of_another_name() -> None:
 
 def test_a_recipe_names_tasks() -> None:
     recipe = EvalRecipe(
-        ["imagenet_r", {"task": "imagenet1k", "every_samples": 7}, {"task": "imagenet1k_80", "name": "many"}],
+        ["food101", {"task": "imagenet1k", "every_samples": 7}, {"task": "imagenet1k_80", "name": "many"}],
         every_samples=100, tasks_dir="sets",
     )  # fmt: skip
     planned = [(task.name, task.kind, task.data, task.every_samples) for task in recipe.planned()]
     assert planned == [
-        ("imagenet_r", "zero_shot", "sets/imagenet_r", 100),
+        ("food101", "zero_shot", "sets/food101", 100),
         ("imagenet1k", "zero_shot", "sets/imagenet1k", 7),
         ("many", "zero_shot", "sets/imagenet1k", 100),
     ]
@@ -118,7 +130,7 @@ def test_a_recipe_names_tasks() -> None:
 
 def test_a_name_that_no_page_has() -> None:
     with pytest.raises(ValueError, match=r"eval.tasks\[1\]: no task is called 'food10'; did you mean food101"):
-        build_tasks(["imagenet_r", "food10"])
+        build_tasks(["mnist", "food10"])
     with pytest.raises(ValueError, match=r"no task is called 'qqq'; `flipscale prepare tasks --list` prints all"):
         build_tasks([{"task": "qqq"}])
 

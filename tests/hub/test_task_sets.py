@@ -24,6 +24,7 @@ from flipscale.data.prepared import check_prepared, read_prepared
 from flipscale.data.sources.tar_source import TarSource
 from flipscale.evaluation.task_page import read_page
 from flipscale.preparation import hub_files
+from flipscale.preparation.task_sets import spelled_as
 
 MNIST, FLICKR = "clip-benchmark/wds_mnist", "clip-benchmark/wds_flickr30k"
 pytestmark = pytest.mark.usefixtures("logged_in")
@@ -154,7 +155,7 @@ def test_killed_at_ten_instants_it_ends_whole(hub: LoopbackHub, tmp_path: Path, 
         process = processes.start(begin, str(folder), hub.endpoint)
         while len(hub.requests) == asked and process.is_alive():
             time.sleep(0.01)
-        process.join(draw.uniform(0, 0.7))
+        process.join(draw.uniform(0, 0.6))
         killed_within += process.is_alive()
         os.kill(process.pid, signal.SIGKILL)
         process.join()
@@ -237,7 +238,7 @@ def test_a_mirror_that_cannot_be_reached(
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--only", "food10"], "no task is called 'food10'; did you mean food101?"),
+        (["--only", "food10"], "no task is called 'food10'; did you mean food101 or ucf101?"),
         (["--suite", "robust"], "no suite is called 'robust'; use one of paper, robustness, fairness, all"),
         (["--suite", "all", "--only", "mnist"], "--suite and --only exclude each other"),
         ([], "name a folder, such as data/tasks, and --suite paper or --only TASK; --list prints the tasks"),
@@ -304,6 +305,39 @@ def test_tables_that_are_not_as_the_page_says(hub: LoopbackHub, tmp_path: Path, 
         assert words in refusal(capsys, folder, "--only", "hateful_memes")
         assert not read_prepared(folder / "hateful_memes")
         assert not list((folder / "hateful_memes").rglob("*.tar"))
+
+
+def test_middle_frames_of_clips(hub: LoopbackHub, tmp_path: Path) -> None:
+    page = read_page("ucf101")
+    clips = [("a", "1", frame) for frame in (2, 0, 1)] + [("a", "2", 0)] + [("b", "1", frame) for frame in range(4)]
+    names = [name.replace(" ", "") for name in page.class_names]
+    columns = {
+        "image": [{"bytes": picture(n), "path": None} for n in range(8)],
+        "video_id": [clip[0] for clip in clips], "clip_id": [clip[1] for clip in clips],
+        "frame": [clip[2] for clip in clips], "label": [3, 3, 3, 4, 5, 5, 5, 5],
+    }  # fmt: skip
+    rows = datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
+    rows = rows.cast_column("label", datasets.ClassLabel(names=names))
+    files = {}
+    for number, part in enumerate((rows.select(range(5)), rows.select(range(5, 8)))):
+        part.to_parquet(tmp_path / "part.parquet")
+        files[f"data/test-0000{number}-of-00002.parquet"] = (tmp_path / "part.parquet").read_bytes()
+    hub.add("mteb/ucf101", files)
+    hub.repos["mteb/ucf101"].branches[page.source.revision] = hub.repos["mteb/ucf101"].branches["main"]
+    prepare(tmp_path / "tasks", "--only", "ucf101")
+    source = TarSource(str(tmp_path / "tasks" / "ucf101" / "test"))
+    samples = [source.read(0, number) for number in range(len(source))]
+    assert [(sample.image, sample.label) for sample in samples] == [(picture(2), 3), (picture(3), 4), (picture(6), 5)]
+    written = (tmp_path / "tasks" / "ucf101" / "classnames.txt").read_text().splitlines()
+    assert written == list(page.class_names) != names
+
+
+def test_class_names_are_spelled_as_clip_s() -> None:
+    assert spelled_as(["maple_tree", "Bee", "aquarium_fish"], ["aquarium fish", "bee", "maple tree"]) == [
+        "maple tree", "bee", "aquarium fish",
+    ]  # fmt: skip
+    for names, known in ((["a", "b"], ["a", "c"]), (["a_b", "ab"], ["ab", "a b"]), (["a", "b"], ["A"]), (["a"], [])):
+        assert spelled_as(names, known) == names
 
 
 def test_two_do_not_prepare_one_set_at_once(hub: LoopbackHub, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
