@@ -11,7 +11,6 @@ import time
 from collections import namedtuple
 from pathlib import Path
 
-import datasets
 import huggingface_hub.constants
 import numpy as np
 import processes
@@ -260,6 +259,8 @@ def test_the_list_fits_a_terminal(capsys: pytest.CaptureFixture) -> None:
 
 def memes(rows: int, path: Path, **changes: object) -> bytes:
     """Rows of a parquet file as the Hub has the Hateful Memes."""
+    import datasets  # takes seconds, which the processes that are killed do not have
+
     images = [{"bytes": picture(n, ("JPEG", "PNG", "BMP")[n % 3]), "path": None} for n in range(rows)]
     columns = {"id": list(range(rows)), "image": images, "label": [n % 2 for n in range(rows)], **changes}
     datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image()).to_parquet(path)
@@ -308,6 +309,8 @@ def test_tables_that_are_not_as_the_page_says(hub: LoopbackHub, tmp_path: Path, 
 
 
 def test_middle_frames_of_clips(hub: LoopbackHub, tmp_path: Path) -> None:
+    import datasets
+
     page = read_page("ucf101")
     clips = [("a", "1", frame) for frame in (2, 0, 1)] + [("a", "2", 0)] + [("b", "1", frame) for frame in range(4)]
     names = [name.replace(" ", "") for name in page.class_names]
