@@ -94,13 +94,13 @@ def prepare_tasks(folder: Path, sets: Sequence[TaskSet]) -> None:
     """
     plans: list[Plan] = []
     rows: list[list[str]] = []
-    faults: list[str] = []
+    faults: dict[str, str] = {}
     for task in sets:
         about = [task.name, f"{task.images:,}"]
         try:
             plan = _plan(folder, task)
         except ValueError as error:
-            faults.append(f"{task.name}: {error}")
+            faults[task.name] = str(error)
             rows.append([*about, "not to be had", task.licence, task.repo])
             continue
         state = "is prepared" if plan is None else _size(plan.num_bytes)
@@ -117,10 +117,22 @@ def prepare_tasks(folder: Path, sets: Sequence[TaskSet]) -> None:
             try:
                 _prepare(folder / plan.task.name, plan, bar)
             except ValueError as error:
-                faults.append(f"{plan.task.name}: {error}")
-    if faults:
-        raise ValueError(f"{len(faults)} of {len(sets)} tasks are not prepared: {'; '.join(faults)}")
+                faults[plan.task.name] = str(error)
+    _tell(faults, len(sets))
     print(f"{len(sets)} of {len(sets)} tasks are whole in {folder}")
+
+
+def _tell(faults: dict[str, str], num_sets: int) -> None:
+    """Raise if there are faults: with the reason of one, and of several after a line for each.
+
+    Raises:
+        ValueError: there are.
+    """
+    if len(faults) > 1:
+        print(*(f"{name}: {reason}" for name, reason in faults.items()), sep="\n")
+        raise ValueError(f"{len(faults)} of {num_sets} tasks are not prepared, see above: {', '.join(faults)}")
+    for name, reason in faults.items():
+        raise ValueError(f"{name} is not prepared: {reason}")
 
 
 def _plan(folder: Path, task: TaskSet) -> Plan | None:
