@@ -244,7 +244,7 @@ def _write_prepared(place: Path, plan: Plan) -> None:
         has = known.get(name, "")
         files[name] = {"bytes": path.stat().st_size, "digest": has if has.startswith("sha256:") else digest(path)}
         sync(path)
-    about = {"task": task.name, "source": task.source, "commit": plan.snapshot.commit, "licence": task.licence}
+    about = {"task": task.name, "source": task.source, "revision": plan.snapshot.commit, "licence": task.licence}
     write_text(place / PREPARED, json.dumps({**about, "images": images, "files": files}, indent=2) + "\n")
     _remove_leftovers(place)
     if images != task.images:

@@ -90,7 +90,7 @@ def test_a_set_is_prepared_whole_and_only_once(hub: LoopbackHub, tmp_path: Path,
     assert content(tmp_path / "mnist") == {n: c for n, c in files.items() if n not in ("README.md", "train/0.tar")}
     said = read_prepared(tmp_path / "mnist")
     assert said is not None
-    assert (said["commit"], said["images"], said["source"]["repo"]) == (commit, 12, MNIST)
+    assert (said["revision"], said["images"], said["source"]["repo"]) == (commit, 12, MNIST)
     assert said["files"]["test/2.tar"]["bytes"] == len(files["test/2.tar"])
     assert {path.name for path in (tmp_path / "mnist").iterdir()} == {
         "test", "classnames.txt", "zeroshot_classification_templates.txt", "prepared.json",
