@@ -181,7 +181,7 @@ def _tasks(args: argparse.Namespace) -> list[Task]:
         ValueError: there are none, or one that does not exist.
     """
     tasks_dir = args.tasks or Path(TASKS_DIR)
-    listed = [*_listed(args), *_pages(args, tasks_dir)]
+    listed: list[str | dict[str, Any]] = [*_listed(args), *_pages(args, tasks_dir)]
     if not listed:
         raise ValueError(
             "nothing to evaluate; give --suite NAME, --only NAME ..., --zero_shot DIR, --retrieval DIR or --task "

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCard
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from safetensors import safe_open
 
 from flipscale.evaluation.kinds.kinds import KINDS
@@ -105,10 +105,11 @@ def refresh_card(folder: Path, lines: Sequence[Line]) -> None:
     parts = [_table(rows | _rows(lines)), *texts, *figures]
     text = text[: section.start()] + "\n\n".join(parts) + text[section.end() :]
     card = ModelCard(text, ignore_metadata_errors=True)
-    entries = {_entry_key(entry): entry for entry in (*(card.data.eval_results or ()), *model_index(lines))}
+    data: ModelCardData = card.data
+    entries = {_entry_key(entry): entry for entry in (*(data.eval_results or ()), *model_index(lines))}
     if entries:
-        card.data.eval_results = list(entries.values())
-        card.data.model_name = card.data.model_name or _title(text) or folder.name
+        data.eval_results = list(entries.values())
+        data.model_name = data.model_name or _title(text) or folder.name
     write_text(path, str(card))
 
 
@@ -184,7 +185,7 @@ def _title(text: str) -> str:
 def _folder_digest(folder: Path) -> str:
     """Return the digest of the weights that load from a model folder, one tensor in memory at a time."""
     files = [path for path in folder.glob("model*.safetensors") if ".bf16" not in path.name]
-    where = {}
+    where: dict[str, Path] = {}
     for path in files:
         with safe_open(path, "pt") as file:
             where |= dict.fromkeys(file.keys(), path)

@@ -59,8 +59,8 @@ def place(tokenizer_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         for text in ("classnames.txt", "zeroshot_classification_templates.txt"):
             (folder / "test" / text).rename(folder / text)
         if name != "mnist":
-            sizes = {"test/00000.tar": (folder / "test/00000.tar").stat().st_size}
-            (folder / PREPARED).write_text(json.dumps({"files": sizes, "revision": "c0ffee"}))
+            files = {"test/00000.tar": {"bytes": (folder / "test/00000.tar").stat().st_size}}
+            (folder / PREPARED).write_text(json.dumps({"files": files, "commit": "c0ffee"}))
     return tmp_path
 
 
