@@ -128,6 +128,7 @@ def run(args: argparse.Namespace) -> None:
                 masked.append(_with_flops(embedder, mask, model.name, [line.result for line in lines]))
             if accelerator.is_main_process and model.home == model.folder:
                 refresh_card(model.folder, lines)
+        del embedder  # before the next model is loaded
     if accelerator.is_main_process:
         suites = _suites(args)
         write_reports(columns, suites, home)

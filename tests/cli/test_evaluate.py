@@ -18,6 +18,7 @@ from flipscale.evaluation.reports.record import read_lines
 from flipscale.evaluation.task_page import read_page
 from flipscale.hub.card_results import folder_lines, refresh_card
 from flipscale.hub.model_folder import build_processor, export_model
+from flipscale.hub.upload import files_to_push
 from flipscale.model import FlipConfig, FlipModel
 
 CARD = """---
@@ -120,6 +121,7 @@ def test_the_card_of_a_model_folder_has_its_results(place: Path) -> None:
     assert f"| {result.metric_value:.1f} % |" in row
     assert len(card.data.eval_results) == len(folder_lines(folder))
 
+    assert {"results.jsonl", "results.md", "results.png"} <= {name for name, _ in files_to_push(folder)}
     lines = read_lines(folder / "results.jsonl")
     (folder / "README.md").write_text("# My own card\n")
     refresh_card(folder, lines)
