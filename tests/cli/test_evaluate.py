@@ -61,7 +61,7 @@ def place(tokenizer_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
             (folder / "test" / text).rename(folder / text)
         if name != "mnist":
             files = {"test/00000.tar": {"bytes": (folder / "test/00000.tar").stat().st_size}}
-            (folder / PREPARED).write_text(json.dumps({"files": files, "commit": "c0ffee"}))
+            (folder / PREPARED).write_text(json.dumps({"files": files, "revision": "c0ffee"}))
     return tmp_path
 
 

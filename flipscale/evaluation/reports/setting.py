@@ -91,7 +91,7 @@ def _data_of(task: Task, test_set: TestSet) -> dict[str, Any]:
         "name": page.name if page else data_name(data),
         "repo": page.source.repo if page else None,
         "split": page.source.split if page else None,
-        "revision": prepared.get("commit") or (page.source.revision if page else None),
+        "revision": prepared.get("revision") or (page.source.revision if page else None),
         "images": len(test_set),
         "digest": _digest([shards, texts]),
     }
