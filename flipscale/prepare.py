@@ -1,4 +1,4 @@
-"""Prepare data on disk: write, index and inspect shards, and make the demo set and photos for benchmarks."""
+"""Prepare data on disk: write, index, inspect and audit shards, and make the demo set and photos for benchmarks."""
 
 import argparse
 import json
@@ -39,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="Check only this many samples, evenly spread; 0, the default, checks all.",
     )
     inspect.add_argument("--json", action="store_true", help="Print one JSON line instead of a table.")
+    add_audit_arguments(add("audit", "Write what is in training data: its captions, copies, and images of test sets."))
     demo = add("demo", "Download and draw the emoji of the demo: training shards, a test set and a tokenizer.")
     demo.add_argument("directory", type=Path, help="The folder to write, data/demo in the demo's recipes.")
     demo.add_argument(
@@ -50,6 +51,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--with_unseen",
         action="store_true",
         help="Write also a test set of a tenth of the concepts, and training data without these concepts.",
+    )
+    demo.add_argument(
+        "--with_roles",
+        action="store_true",
+        help="Write also women and men in the same roles, for the evaluation `association`.",
     )
     photos = add("photos", "Write JPEGs of two sizes, cut from photos in a Debian package, to measure loaders with.")
     photos.add_argument("directory", type=Path, help="The folder to write.")
@@ -104,6 +110,25 @@ def add_shards_arguments(shards: argparse.ArgumentParser) -> None:
     )
 
 
+def add_audit_arguments(audit: argparse.ArgumentParser) -> None:
+    """Add the arguments of `flipscale prepare audit`."""
+    audit.add_argument("shards", help=_SHARDS_HELP)
+    audit.add_argument(
+        "--tests",
+        type=Path,
+        metavar="DIR",
+        help="Look for the images of these test sets in the training data: a set's folder, or a folder of several.",
+    )
+    audit.add_argument("--output_dir", type=Path, default=Path("audit"), help="The folder to write; audit by default.")
+    audit.add_argument("--tokenizer", help="Count the tokens of captions too, with a tokenizer named as in a recipe.")
+    audit.add_argument(
+        "--num_workers",
+        type=int,
+        default=os.cpu_count() or 1,
+        help="How many processes read and decode; by default one for each core.",
+    )
+
+
 def add_tasks_arguments(tasks: argparse.ArgumentParser) -> None:
     """Add the arguments of `flipscale prepare tasks`."""
     tasks.add_argument(
@@ -126,7 +151,15 @@ def run(args: argparse.Namespace) -> None:
         ValueError: the input or an option is wrong.
         OSError: a step failed.
     """
-    kinds = {"shards": _shards, "inspect": _inspect, "demo": _demo, "photos": _photos, "tasks": _tasks, "index": _index}
+    kinds = {
+        "shards": _shards,
+        "inspect": _inspect,
+        "audit": _audit,
+        "demo": _demo,
+        "photos": _photos,
+        "tasks": _tasks,
+        "index": _index,
+    }
     kinds[args.kind](args)
 
 
@@ -151,10 +184,29 @@ def _inspect(args: argparse.Namespace) -> None:
     print(json.dumps(figures) if args.json else f"{inspection_table(figures)}\n\nsamples drawn in {args.sheet}")
 
 
+def _audit(args: argparse.Namespace) -> None:
+    from flipscale.data.recipe import DataRecipe
+    from flipscale.data.sources.opening import open_shards
+    from flipscale.preparation.audit.audit import audit, find_test_sets
+    from flipscale.preparation.audit.report import audit_table
+
+    if args.num_workers < 1:
+        raise ValueError(f"num_workers is {args.num_workers}; it must be at least 1")
+    test_sets = find_test_sets(args.tests) if args.tests else []
+    source = open_shards(args.shards, DataRecipe())
+    figures = audit(args.shards, source, test_sets, args.output_dir, args.tokenizer, args.num_workers)
+    print(f"{audit_table(figures)}\n\nthe whole audit is in {args.output_dir / 'audit.md'}")
+
+
 def _demo(args: argparse.Namespace) -> None:
     from flipscale.preparation.demo_set import prepare_demo
 
-    prepare_demo(args.directory, with_validation=args.with_validation, with_unseen=args.with_unseen)
+    prepare_demo(
+        args.directory,
+        with_validation=args.with_validation,
+        with_unseen=args.with_unseen,
+        with_roles=args.with_roles,
+    )
 
 
 def _photos(args: argparse.Namespace) -> None:

@@ -133,6 +133,20 @@ def decode_whole(encoded: bytes) -> np.ndarray:
     return _upright(_decode_jpeg(encoded, jpeg_size, eighths=8), _exif_orientation(encoded))
 
 
+def decode_small(encoded: bytes, least_side: int) -> np.ndarray:
+    """Return the whole image, upright: uint8 RGB `(height, width, 3)`, and of a JPEG the smallest of half, a quarter
+    and an eighth of its size that still has `least_side` pixels across.
+
+    Raises:
+        UndecodableImage: as for `decode_box`.
+    """
+    jpeg_size = _plain_jpeg_size(encoded)
+    if jpeg_size is None:
+        return _decode_other(encoded)
+    eighths = _fewest_eighths(Box(0, 0, *jpeg_size), least_side)
+    return _upright(_decode_jpeg(encoded, jpeg_size, eighths), _exif_orientation(encoded))
+
+
 def resize(crop: np.ndarray, image_size: int) -> np.ndarray:
     """Resize a crop `(height, width, 3)` to `(image_size, image_size, 3)`, both uint8, by Pillow's BICUBIC."""
     # In this order (unsqueeze, then permute) torch recognises channels-last memory and copies nothing.

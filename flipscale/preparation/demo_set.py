@@ -11,12 +11,14 @@ import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from flipscale.data.sources.tar_file import add_member
 from flipscale.data.tokenizers import train_sentencepiece
 from flipscale.files.aside import written_aside
 from flipscale.preparation import demo_emoji
 from flipscale.preparation.demo_emoji import Drawing, IconSet
+from flipscale.preparation.demo_roles import role_couples, write_roles
 
 VALIDATION_ARTIST = "twemoji"  # flat drawings like the test artist's; OpenMoji's black outlines would be another task
 TRAIN_SHARDS = 8
@@ -89,16 +91,27 @@ def validation_pictures(train: Sequence[Picture]) -> list[Picture]:
     return list(chosen.values())
 
 
+def role_pictures(pictures: Sequence[Picture]) -> tuple[list[Picture], list[dict[str, Any]]]:
+    """Return the pictures of women and men in roles, and the couples of them by their numbers among these."""
+    named = [p for p in pictures if p.drawing.named]
+    captions = sorted({p.drawing.caption for p in named})
+    couples = role_couples([(p.drawing.artist, p.drawing.caption) for p in named], captions)
+    rows = sorted({row for couple in couples for row in (couple["woman"], couple["man"])})
+    place = {row: number for number, row in enumerate(rows)}
+    couples = [{**couple, "woman": place[couple["woman"]], "man": place[couple["man"]]} for couple in couples]
+    return [named[row] for row in rows], couples
+
+
 def write_parts(out_dir: Path, pictures: Sequence[Picture], parts: Sequence[str]) -> dict[str, dict[str, int]]:
     """Write the parts of the demo to `out_dir`, and return the numbers of images and captions of each part."""
     train = shuffled(p for p in pictures if p.drawing.artist != demo_emoji.TEST_ARTIST)
     test = sorted((p for p in pictures if p.drawing.artist == demo_emoji.TEST_ARTIST), key=lambda p: p.drawing.caption)
     counts: dict[str, dict[str, int]] = {}
 
-    def write(part: str, chosen: Sequence[Picture], is_test: bool = False) -> None:
+    def write(part: str, chosen: Sequence[Picture], is_test: bool = False, num_shards: int = TRAIN_SHARDS) -> None:
         counts[part] = {"images": len(chosen), "captions": len({picture.drawing.caption for picture in chosen})}
         names = sorted({picture.drawing.caption for picture in chosen}) if is_test else None
-        write_pictures(out_dir / part, chosen, 1 if is_test else TRAIN_SHARDS, names)
+        write_pictures(out_dir / part, chosen, 1 if is_test else num_shards, names)
 
     write("train", train)
     write("test", test, is_test=True)
@@ -112,6 +125,10 @@ def write_parts(out_dir: Path, pictures: Sequence[Picture], parts: Sequence[str]
         write("unseen", unseen, is_test=True)
         _write_lines(out_dir / "unseen" / "unseen_concepts.txt", sorted(concepts))
         write("train_without_unseen", [p for p in train if p.drawing.concept not in concepts])
+    if "roles" in parts:
+        shown, couples = role_pictures(pictures)
+        write("roles", shown, num_shards=1)
+        write_roles(out_dir / "roles", couples)
     train_sentencepiece(sorted(p.drawing.caption for p in train), out_dir / "tokenizer", VOCAB_SIZE, MAX_LENGTH)
     return counts
 
@@ -148,7 +165,9 @@ def write_report(
     )
 
 
-def prepare_demo(out_dir: Path, *, with_validation: bool = False, with_unseen: bool = False) -> None:
+def prepare_demo(
+    out_dir: Path, *, with_validation: bool = False, with_unseen: bool = False, with_roles: bool = False
+) -> None:
     """Download and render the demo's data into `out_dir`: train/, test/ and tokenizer/.
 
     A folder that is already complete is left as it is.
@@ -159,11 +178,12 @@ def prepare_demo(out_dir: Path, *, with_validation: bool = False, with_unseen: b
             selection.
         with_unseen: also write `unseen/`, a tenth of the test's concepts, and `train_without_unseen/`, which lacks
             them.
+        with_roles: also write `roles/`, women and men in the same roles, for the evaluation `association`.
 
     Raises:
         ValueError: the folder has other files, or the packages cannot be downloaded.
     """
-    parts = ["validation"] * with_validation + ["unseen"] * with_unseen
+    parts = ["validation"] * with_validation + ["unseen"] * with_unseen + ["roles"] * with_roles
     out_dir = out_dir.absolute()
     present = _parts_present(out_dir)
     if present is not None:

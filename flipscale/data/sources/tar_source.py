@@ -1,6 +1,7 @@
 """Random access to webdataset tar shards as img2dataset writes them: KEY.jpg|png|webp + KEY.txt|json (+ KEY.cls), and
 as CLIP_benchmark's: KEY.jpg|png|webp + KEY.cls|npy|txt."""
 
+import hashlib
 import io
 import json
 import os
@@ -138,6 +139,13 @@ class TarSource:
         """Return the name of sample `number` of shard `shard`, from the tar header before its image."""
         header = os.pread(self._opened(shard), 100, (int(self._row(shard, number)[0, 0]) - 1) * BLOCK)
         return header.split(b"\0", 1)[0].decode("utf-8", "replace").partition(".")[0]
+
+    def contents_digest(self) -> str:
+        """Return a digest of the shards' names, sizes and numbers of samples, the same wherever the folder lies."""
+        table = self.manifest.table
+        names = [self.shard_name(shard).rsplit("/", 1)[-1] for shard in range(len(self.shard_sizes))]
+        shards = sorted(zip(names, table["num_bytes"].tolist(), self.shard_sizes, strict=True))
+        return hashlib.blake2b(json.dumps(shards).encode(), digest_size=16).hexdigest()
 
     def fetch_ahead(self, shards: list[int]) -> None:
         """Do nothing, because the shards are on this machine."""

@@ -1,0 +1,1 @@
+"""The audit of training data: what is in it, said in figures and pictures."""

@@ -1,0 +1,182 @@
+"""What `prepare audit` finds in training data that was made with faults, copies and test images on purpose."""
+
+import importlib.util
+import io
+import json
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import add_member
+from PIL import Image
+from sklearn.datasets import load_sample_images
+
+from flipscale.cli import main
+from flipscale.data.sources.tar_source import TarSource
+from flipscale.preparation.audit import audit as audit_module
+from flipscale.preparation.audit.languages import LONG_LETTERS, UNSURE, languages_of, num_letters
+
+FIXTURES = Path(__file__).parents[2] / "fixtures"
+CAPTIONS = (
+    "a woman who is a nurse in a white coat, seen from the side",
+    "the man is a firefighter and she is a firefighter too",
+    "ein Mann mit einem roten Hut steht vor einem alten Haus",
+    "people at a market in Papua New Guinea, in Turkey and in France",
+    "a turkey on a plate",
+    "two pilots and a girl",
+)
+
+
+def photos(side: int = 128) -> list[Image.Image]:
+    """Squares cut from the two photographs that scikit-learn has, none overlapping another and none mostly sky."""
+    squares = [
+        photo[top : top + side, left : left + side]
+        for photo in load_sample_images().images
+        for top in range(0, photo.shape[0] - side + 1, side)
+        for left in range(0, photo.shape[1] - side + 1, side)
+    ]
+    return [Image.fromarray(square) for square in squares if square.std() > 40]
+
+
+def encoded(image: Image.Image, scale: float = 1.0, kind: str = "JPEG", quality: int = 90) -> bytes:
+    buffer = io.BytesIO()
+    size = tuple(round(side * scale) for side in image.size)
+    image.resize(size, Image.Resampling.BICUBIC).save(buffer, kind, quality=quality)
+    return buffer.getvalue()
+
+
+def write_tar(path: Path, members: list[tuple[bytes, str | None]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for number, (image, caption) in enumerate(members):
+            add_member(tar, f"{number:04d}.jpg", image)
+            if caption is not None:
+                add_member(tar, f"{number:04d}.txt", caption.encode())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Training shards `train`, and below `tests` a flat set and one in CLIP_benchmark's layout."""
+    folder, cut = tmp_path_factory.mktemp("audit"), photos()
+    plain = [(encoded(image), CAPTIONS[number % 6]) for number, image in enumerate(cut[:8])]
+    blank = [(encoded(Image.new("RGB", (90, 90), colour)), "an empty page") for colour in ("white", "#fdfdfd")]
+    write_tar(folder / "train" / "0.tar", [*plain, (b"no picture", "a broken file"), (encoded(cut[8]), None)])
+    copies = [plain[0], (encoded(cut[1], 0.6, "WEBP", 60), "again"), (encoded(cut[2], 1.4, quality=50), "again")]
+    write_tar(folder / "train" / "1.tar", [*copies, *blank])
+    write_tar(folder / "tests" / "flat" / "0.tar", [(encoded(cut[9]), "a"), plain[3], (encoded(cut[4], 0.8), "b")])
+    write_tar(folder / "tests" / "laid_out" / "test" / "0.tar", [(encoded(cut[10]), "a")])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def audited(folder: Path, tokenizer_dir: Path) -> dict[str, Any]:
+    command = ["prepare", "audit", str(folder / "train"), "--tests", str(folder / "tests"), "--num_workers", "1"]
+    main([*command, "--output_dir", str(folder / "audit"), "--tokenizer", str(tokenizer_dir)])
+    return json.loads((folder / "audit" / "audit.json").read_text())
+
+
+def test_captions(audited: dict[str, Any]) -> None:
+    assert (audited["samples"], audited["captions"]["captions"], audited["captions"]["distinct"]) == (15, 14, 9)
+    assert audited["captions"]["commonest"][0] == {"caption": CAPTIONS[0], "count": 3, "share": pytest.approx(3 / 14)}
+    assert audited["captions"]["lengths"]["characters"]["max"] == max(map(len, CAPTIONS))
+    assert audited["captions"]["lengths"]["words"]["min"] == 1
+    assert audited["captions"]["lengths"]["tokens"]["max"] > 5
+    long = {row["language"]: row["count"] for row in audited["languages"]["long"]["languages"]}
+    assert long == {"English": 6, "German": 1}
+    assert audited["languages"]["is_sample"] is False
+
+
+def test_unusable_samples_are_counted_and_not_fatal(audited: dict[str, Any]) -> None:
+    counts = {cause: entry["count"] for cause, entry in audited["unusable"].items()}
+    assert counts == {"undecodable_image": 1, "missing_caption": 1}
+    assert audited["unusable"]["undecodable_image"]["examples"][0].split(": ")[0].endswith("0.tar#8")
+
+
+def test_words(audited: dict[str, Any]) -> None:
+    gender = audited["gender"]
+    assert (gender["women"], gender["men"], gender["both"]) == (4, 0, 2)  # "Mann" is no English word
+    found = {row["occupation"]: (row["captions"], row["with_women"]) for row in gender["occupations"]}
+    assert found == {"nurse": (3, 3), "firefighter": (2, 0), "pilot": (1, 1)}
+    countries = {row["code"]: row["captions"] for row in audited["countries"]["rows"]}
+    assert countries == {"PG": 1, "TR": 1, "FR": 1}
+
+
+def test_copies(audited: dict[str, Any]) -> None:
+    images = audited["images"]
+    assert (images["decoded"], images["exact_copies"], images["near_copies"], images["nearly_blank"]) == (14, 1, 2, 2)
+
+
+def test_overlap_with_test_sets(audited: dict[str, Any], folder: Path) -> None:
+    assert [(one["name"], one["images"], one["exact"], one["near"]) for one in audited["tests"]] == [
+        ("flat", 3, 1, 1),
+        ("laid_out", 1, 0, 0),
+    ]
+    flat = json.loads((folder / "audit" / "overlap" / "flat.json").read_text())
+    found = [(one["shard"], one["number"], one["kind"], Path(one["training"]).name) for one in flat["overlap"]]
+    assert found == [("0.tar", 1, "exact", "0.tar#3"), ("0.tar", 2, "near", "0.tar#4")]
+    assert flat["contents"] == TarSource(str(folder / "tests" / "flat")).contents_digest()
+    assert json.loads((folder / "audit" / "overlap" / "laid_out.json").read_text())["overlap"] == []
+
+
+def test_the_page_shows_its_pictures(audited: dict[str, Any], folder: Path) -> None:
+    page = (folder / "audit" / "audit.md").read_text()
+    for picture in ("audit.png", "near_duplicates.png", "overlap.png"):
+        assert f"]({picture})" in page
+        assert np.ptp(np.asarray(Image.open(folder / "audit" / picture))) > 100
+    assert "## What this does not look at" in page
+    assert "| images of flat that are in the data, of 3 | 2 |" in page
+
+
+def test_languages_of_emoji_labels() -> None:
+    """emojibase's labels (MIT) of 25 letters and more, ten at random of each of 22 languages."""
+    labels = json.loads((FIXTURES / "emoji_labels.json").read_text(encoding="utf-8"))
+    pairs = [(text, language) for language, texts in labels.items() for text in texts]
+    assert len(labels) >= 20
+    assert min(num_letters(text) for text, _ in pairs) >= LONG_LETTERS
+    found = list(zip(languages_of([text for text, _ in pairs]), [language for _, language in pairs], strict=True))
+    sure = [told == true for told, true in found if told != UNSURE]
+    assert np.mean(sure) >= 0.95
+    assert len(sure) >= 0.85 * len(pairs)
+
+
+def test_a_sample_of_captions(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The captions whose language is looked at are drawn by their rows, and their shares have intervals."""
+    monkeypatch.setattr(audit_module, "MOST_LANGUAGES", 7)
+    command = ["prepare", "audit", str(folder / "train"), "--output_dir", str(tmp_path)]
+    main([*command, "--num_workers", "2"])
+    found = json.loads((tmp_path / "audit.json").read_text())
+    assert found["languages"]["is_sample"]
+    assert 0 < found["languages"]["checked"] < 14
+    row = found["languages"]["long"]["languages"][0]
+    assert 0 <= row["low"] < row["share"] <= row["high"] <= 1
+    assert "None was compared" in (tmp_path / "audit.md").read_text()
+
+
+@pytest.fixture
+def fails(capsys: pytest.CaptureFixture) -> Callable[..., str]:
+    def run(*command: str) -> str:
+        with pytest.raises(SystemExit) as error:
+            main(["prepare", "audit", *command])
+        assert error.value.code == 2
+        said = capsys.readouterr().err.strip().splitlines()[-1]
+        assert said.startswith("flipscale: error: ")
+        return said
+
+    return run
+
+
+def test_bad_input(folder: Path, tmp_path: Path, fails: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    train, out = str(folder / "train"), str(tmp_path / "out")
+    assert "no test set in" in fails(train, "--tests", str(tmp_path), "--output_dir", out)
+    assert "num_workers is 0" in fails(train, "--num_workers", "0", "--output_dir", out)
+    write_tar(tmp_path / "bare" / "0.tar", [(encoded(photos()[0]), None)])
+    assert "none of the 1 samples" in fails(str(tmp_path / "bare"), "--output_dir", out, "--num_workers", "1")
+    write_tar(tmp_path / "empty" / "0.tar", [])
+    assert "there is no sample in 1 shards" in fails(str(tmp_path / "empty"), "--output_dir", out)
+    there = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "lingua" else there(name))
+    assert "pip install 'flipscale[audit]'" in fails(train, "--output_dir", out)
+    assert not (tmp_path / "out").exists()
