@@ -21,6 +21,7 @@ from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.kinds.kinds import KINDS
 from flipscale.evaluation.kinds.task import Task
 from flipscale.evaluation.kinds.templates import TEMPLATES
+from flipscale.evaluation.kinds.without import add_without_argument, with_clean_tasks
 from flipscale.evaluation.reports.mask_table import MaskedResults, draw_masked_results, mask_table
 from flipscale.evaluation.reports.models import check_writable, name_models, tables_home
 from flipscale.evaluation.reports.record import read_lines
@@ -95,6 +96,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=4,
         help="How many processes decode images; 4 by default, 0 decodes in this process.",
     )
+    add_without_argument(parser)
     add_mask_arguments(parser)
     parser.add_argument("--json", action="store_true", help="Print one JSON line instead of a table.")
 
@@ -110,6 +112,8 @@ def run(args: argparse.Namespace) -> None:
     models, tasks = name_models(args.models, args.output_dir), _tasks(args)
     for task in tasks:
         task.check()
+    if args.without:
+        tasks = with_clean_tasks(tasks, args.without)
     accelerator = start_accelerator([], ".")
     home = tables_home(models, args.output_dir)
     if accelerator.is_main_process:

@@ -109,6 +109,10 @@ class StreamedTask(Task):
             ValueError: the test set is not as this kind needs it.
         """
 
+    def arranged(self, test_set: TestSet) -> TestSet:
+        """Return the test set in the order in which this task needs its images; other tasks take any."""
+        return test_set
+
     def evaluate(self, embedder: Embedder) -> list[Result]:
         return evaluate_together(embedder, [self])[0]
 
@@ -121,6 +125,8 @@ def evaluate_together(embedder: Embedder, tasks: Sequence[StreamedTask]) -> list
         OSError: a shard cannot be read, or a worker died.
     """
     test_set = TestSet.open(tasks[0].data)
+    for task in tasks:
+        test_set = task.arranged(test_set)
     scorers = [task.scorer(embedder, test_set) for task in tasks]
     for rows, embeds in embedder.image_batches(test_set.source):
         for scorer in scorers:

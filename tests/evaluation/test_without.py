@@ -1,0 +1,113 @@
+"""Figures again without the images that lie in the training data, against a set that never had them."""
+
+import json
+import shutil
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from conftest import TOWER, add_member, write_shards
+from transformers import AutoTokenizer
+
+from flipscale.data.sources.tar_source import TarSource
+from flipscale.evaluation.embedding import Embedder
+from flipscale.evaluation.kinds.retrieval import Retrieval
+from flipscale.evaluation.kinds.task import StreamedTask
+from flipscale.evaluation.kinds.without import with_clean_tasks
+from flipscale.evaluation.kinds.zero_shot import ZeroShot
+from flipscale.evaluation.suite import evaluate_tasks
+from flipscale.evaluation.test_set import TestSet
+from flipscale.model import FlipConfig, FlipModel
+
+LEFT_OUT = [("00000.tar", 2), ("00001.tar", 0), ("00001.tar", 6)]
+
+
+@pytest.fixture(scope="module")
+def embedder(tokenizer_dir: Path) -> Embedder:
+    torch.manual_seed(0)
+    config = FlipConfig(
+        vision_config={**TOWER, "image_size": 32, "patch_size": 8},
+        text_config={**TOWER, "vocab_size": 16, "max_position_embeddings": 8},
+        projection_dim=16,
+    )
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
+    return Embedder(FlipModel(config).eval(), tokenizer, Accelerator(cpu=True), batch_size=4)
+
+
+def without_by_hand(folder: Path, target: Path) -> None:
+    """Copy a test set without the members of `LEFT_OUT`."""
+    shutil.copytree(folder, target, ignore=shutil.ignore_patterns("*.tar", "*.npy", "*.manifest"))
+    for shard in sorted(folder.glob("*.tar")):
+        with tarfile.open(shard) as old, tarfile.open(target / shard.name, "w") as new:
+            keys = list(dict.fromkeys(name.split(".")[0] for name in old.getnames()))
+            gone = {keys[number] for name, number in LEFT_OUT if name == shard.name}
+            for name in old.getnames():
+                if name.split(".")[0] not in gone:
+                    add_member(new, name, old.extractfile(name).read())
+
+
+def write_overlap(audit: Path, folder: Path, rows: list[tuple[str, int]]) -> None:
+    (audit / "overlap").mkdir(parents=True, exist_ok=True)
+    overlap = [{"shard": shard, "number": number} for shard, number in rows]
+    found = {"test": folder.name, "contents": TarSource(str(folder)).contents_digest(), "overlap": overlap}
+    (audit / "overlap" / f"{folder.name}.json").write_text(json.dumps(found))
+
+
+@pytest.fixture
+def tested(tmp_path: Path) -> Path:
+    write_shards(tmp_path / "tested", [9, 8], seed=3)
+    return tmp_path / "tested"
+
+
+def tasks_of(data: Path) -> list[StreamedTask]:
+    return [
+        ZeroShot("zero_shot", str(data), "zero_shot"),
+        Retrieval("retrieval", str(data), "retrieval", group_by_caption=True),
+    ]
+
+
+def test_figures_equal_those_of_a_set_without_the_images(tested: Path, embedder: Embedder, tmp_path: Path) -> None:
+    write_overlap(tmp_path / "audit", tested, LEFT_OUT)
+    without_by_hand(tested, tmp_path / "bare")
+    seen = []
+    real = Embedder.image_batches
+
+    def counted(self: Embedder, source: TarSource, *rest: object) -> object:
+        seen.append(len(source))
+        return real(self, source, *rest)
+
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(Embedder, "image_batches", counted)
+        found = evaluate_tasks(embedder, with_clean_tasks(tasks_of(tested), tmp_path / "audit"))
+    assert seen == [17]  # one pass
+    by_name = {result.name: result for result in found}
+    for result in evaluate_tasks(embedder, tasks_of(tested)):
+        assert by_name[result.name].value == pytest.approx(result.value)
+    for result in evaluate_tasks(embedder, tasks_of(tmp_path / "bare")):
+        clean = by_name[f"{result.task}_clean/{result.metric}"]
+        assert (clean.value, clean.n) == (pytest.approx(result.value), result.n)
+        assert clean.made_by["without"] == "3 images that lie in the training data"
+        assert clean.kind == result.kind
+
+
+def test_bad_input(tested: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"has no overlap/NAME\.json; run: flipscale prepare audit"):
+        with_clean_tasks(tasks_of(tested), tmp_path)
+    write_shards(tmp_path / "other", [3], seed=4)
+    write_overlap(tmp_path, tmp_path / "other", [])
+    with pytest.raises(ValueError, match="compared other with the training data and none of"):
+        with_clean_tasks(tasks_of(tested), tmp_path)
+    write_overlap(tmp_path, tested, [("00000.tar", 99)])
+    task = with_clean_tasks(tasks_of(tested), tmp_path)[1]
+    with pytest.raises(ValueError, match="0 of the 1 images that the audit found"):
+        task.arranged(TestSet.open(task.data))
+
+
+def test_a_set_without_overlap_has_no_second_figure(
+    tested: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_overlap(tmp_path, tested, [])
+    assert with_clean_tasks(tasks_of(tested), tmp_path) == tasks_of(tested)
+    assert "no image of" in caplog.text
