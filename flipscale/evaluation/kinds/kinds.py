@@ -6,6 +6,7 @@ from typing import Any
 
 from jsonargparse import ArgumentError, ArgumentParser
 
+from flipscale.evaluation.kinds.association import Association
 from flipscale.evaluation.kinds.retrieval import Retrieval
 from flipscale.evaluation.kinds.task import Task
 from flipscale.evaluation.kinds.worst_group import WorstGroup
@@ -17,6 +18,7 @@ KINDS: dict[str, type[Task]] = {
     "zero_shot_multilabel": ZeroShotMultilabel,
     "retrieval": Retrieval,
     "worst_group": WorstGroup,
+    "association": Association,
 }
 
 

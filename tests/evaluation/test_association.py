@@ -1,0 +1,88 @@
+"""The association of roles with women or men, against its formula, and what it refuses."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from conftest import TOWER, write_shards
+from transformers import AutoTokenizer
+
+from flipscale.data.sources.tar_source import TarSource
+from flipscale.evaluation.embedding import Embedder
+from flipscale.evaluation.kinds.association import Association
+from flipscale.evaluation.suite import evaluate_tasks
+from flipscale.model import FlipConfig, FlipModel
+from flipscale.preparation.demo_roles import role_couples, write_roles
+
+COUPLES = [("red disc", 0, 1), ("red disc", 2, 3), ("blue bar", 5, 4), ("grey ring", 7, 9)]
+
+
+@pytest.fixture(scope="module")
+def embedder(tokenizer_dir: Path) -> Embedder:
+    torch.manual_seed(0)
+    config = FlipConfig(
+        vision_config={**TOWER, "image_size": 32, "patch_size": 8},
+        text_config={**TOWER, "vocab_size": 16, "max_position_embeddings": 8},
+        projection_dim=16,
+    )
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
+    return Embedder(FlipModel(config).eval(), tokenizer, Accelerator(cpu=True), batch_size=4)
+
+
+@pytest.fixture
+def roles(tmp_path: Path) -> Path:
+    write_shards(tmp_path / "roles", [11], seed=1)
+    write_roles(tmp_path / "roles", [{"role": r, "artist": "a", "woman": w, "man": m} for r, w, m in COUPLES])
+    return tmp_path / "roles"
+
+
+def test_association(roles: Path, embedder: Embedder) -> None:
+    with torch.no_grad():
+        (share, difference) = evaluate_tasks(embedder, [Association("association", str(roles), "association")])
+        images = embedder.images(TarSource(str(roles)))
+        texts = embedder.texts([role for role, _, _ in COUPLES])
+    apart = np.array([float(texts[i] @ (images[m] - images[w])) for i, (_, w, m) in enumerate(COUPLES)])
+    assert (share.metric, share.n, share.chance) == ("nearer_man", 4, 50.0)
+    assert share.value == pytest.approx(100 * np.mean(apart > 0))
+    assert share.low <= share.value <= share.high
+    assert difference.value == pytest.approx(apart.mean(), abs=1e-6)
+    sums = np.array([apart[:2].sum(), apart[2], apart[3]]) - apart.mean() * np.array([2, 1, 1])
+    half = 1.959964 * np.sqrt((sums**2).sum() * 3 / 2) / 4
+    assert difference.high - difference.value == pytest.approx(half, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        (None, "roles.json is missing"),
+        ("{}", "lists no couple"),
+        ("[{}]", "is not a list of"),
+        (json.dumps([{"role": "a", "woman": 0, "man": 11}]), "names rows 0 and 11 of 11"),
+    ],
+)
+def test_bad_roles(roles: Path, content: str | None, match: str) -> None:
+    (roles / "roles.json").unlink()
+    if content is not None:
+        (roles / "roles.json").write_text(content)
+    with pytest.raises(ValueError, match=match):
+        Association("association", str(roles)).check()
+    with pytest.raises(ValueError, match=r"write \{c\} where"):
+        Association("association", str(roles), template="a photo")
+
+
+def test_couples_of_the_demo() -> None:
+    labels = [
+        "cook",
+        "woman cook",
+        "man cook",
+        "person running",
+        "woman running",
+        "man running",
+        "man",
+        "woman dancing",
+    ]
+    drawn = [("b", "man cook"), ("a", "woman cook"), ("a", "cook"), ("a", "man cook"), ("a", "man running")]
+    assert role_couples(drawn, labels) == [{"role": "cook", "artist": "a", "woman": 1, "man": 3}]
