@@ -42,3 +42,7 @@ def test_its_recipe_is_one() -> None:
     (shown,) = re.findall(r"```yaml\n(eval:\n.*?)```", PAGE, re.DOTALL)
     planned = {task.name: task.every_samples for task in EvalRecipe(**yaml.safe_load(shown)["eval"]).planned()}
     assert planned == {"imagenet1k": 1_000_000_000, "cars": 200_000_000, "mine": 1_000_000_000}
+
+
+def test_the_readme_counts_the_tasks() -> None:
+    assert f"of\nwhich there are {len(read_pages())}, or" in (ROOT / "README.md").read_text()
