@@ -26,6 +26,7 @@ from flipscale.evaluation.embedders.masked import (
     masked_embedder,
 )
 from flipscale.evaluation.embedding import Embedder
+from flipscale.evaluation.reports.record import read_lines
 from flipscale.evaluation.results import as_metrics
 from flipscale.evaluation.suite import build_tasks, evaluate_tasks
 from flipscale.hub.model_folder import build_processor, export_model
@@ -165,11 +166,11 @@ FLAGS = ["--mask_ratio", "0", "0.5", "0.75", "--mask_views", "1", "2", "4", "--b
 def test_figures_are_the_same_in_two_worlds_and_two_runs(
     embedder: Embedder, model_dir: Path, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = ["evaluate", str(model_dir), "--zero_shot", str(shards), *FLAGS]
+    command = ["evaluate", str(model_dir), "--zero_shot", str(shards), *FLAGS, "--json", "--num_workers", "0"]
     AcceleratorState._reset_state(reset_partial_state=True)
-    cli.main([*command, "--json", "--num_workers", "0", "--mask_figure", str(tmp_path / "masks.png")])
+    cli.main([*command, "--output_dir", str(tmp_path / "one"), "--mask_figure", str(tmp_path / "masks.png")])
     one = json.loads(capsys.readouterr().out.splitlines()[-1])
-    done = run("flipscale.cli", [*command, "--json", "--num_workers", "0"], world=2)
+    done = run("flipscale.cli", [*command, "--output_dir", str(tmp_path / "two")], world=2)
     assert done.returncode == 0, done.stderr
     two = json.loads(done.stdout.splitlines()[-1])
     assert one == two
@@ -184,9 +185,10 @@ def test_figures_are_the_same_in_two_worlds_and_two_runs(
     assert one[1]["encoder_relative"] == pytest.approx(0.5, abs=0.1)
 
 
-def test_the_table(model_dir: Path, shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_table(model_dir: Path, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
-    cli.main(["evaluate", str(model_dir), "--zero_shot", str(shards), *FLAGS, "--num_workers", "0"])
+    flags = [*FLAGS, "--num_workers", "0", "--output_dir", str(tmp_path)]
+    cli.main(["evaluate", str(model_dir), "--zero_shot", str(shards), *flags])
     lines = capsys.readouterr().out.strip().splitlines()
     assert lines[0].split("|")[1:4] == [" image                  ", " encoder GFLOPs ", " of whole "]
     assert [line.split("|")[1].strip() for line in lines[2:]] == [
@@ -195,3 +197,7 @@ def test_the_table(model_dir: Path, shards: Path, capsys: pytest.CaptureFixture[
     ]  # fmt: skip
     assert lines[2].split("|")[3].strip() == "1.00x"
     assert "% (" in lines[2].split("|")[4]
+    kept = [line.about["mask"] for line in read_lines(tmp_path / "model" / "results.jsonl")]
+    assert [dict(mask) for mask in {tuple(mask.items()): mask for mask in kept}] == [
+        mask.fields for mask in image_masks([0, 0.5, 0.75], [1, 2, 4], "random", 4)
+    ]
