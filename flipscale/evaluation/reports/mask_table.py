@@ -87,7 +87,10 @@ def draw_masked_results(rows: Sequence[MaskedResults], path: Path) -> None:
         for name in (name for name in row.headlines if name in firsts.values()):
             panels.setdefault((row.model, name), []).append(row)
     size = (3.6 * len(panels) + 0.4, 3.6)
-    figure, axes = drawing_pyplot().subplots(1, len(panels), figsize=size, squeeze=False, constrained_layout=True)
+    figure, axes = drawing_pyplot().subplots(
+        *(1, len(panels)), figsize=size, sharey=len({name for _, name in panels}) == 1, squeeze=False,
+        constrained_layout=True,
+    )  # fmt: skip
     for axis, ((model, name), shown) in zip(axes[0], panels.items(), strict=True):
         _draw_panel(axis, shown, name)
         axis.set_title(model, loc="left", fontsize=10)
