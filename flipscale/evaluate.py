@@ -3,20 +3,14 @@
 import argparse
 import json
 import logging
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import yaml
-from accelerate import Accelerator
 
 from flipscale.data.prepared import read_prepared
-from flipscale.engines.device import best_attention
 from flipscale.engines.start import start_accelerator
-from flipscale.evaluation.embedders import open_clip, transformers_model
 from flipscale.evaluation.embedders.masked import WHOLE, ImageMask, add_mask_arguments, asked_masks, masked_embedder
-from flipscale.evaluation.embedders.open_clip import open_clip_embedder
-from flipscale.evaluation.embedders.transformers_model import transformers_embedder
 from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.kinds.kinds import KINDS
 from flipscale.evaluation.kinds.task import Task
@@ -32,14 +26,9 @@ from flipscale.evaluation.results import Result, as_metrics
 from flipscale.evaluation.suite import TASKS_DIR, build_tasks
 from flipscale.evaluation.task_page import SUITES, suite_pages
 from flipscale.hub.card_results import refresh_card
-from flipscale.hub.loading import load_flip
+from flipscale.hub.loading import open_embedder
 from flipscale.training.console import start_logging
 
-# Models that are not ours, by what their names begin with.
-OTHERS: dict[str, Callable[..., Embedder]] = {
-    open_clip.PREFIX: open_clip_embedder,
-    transformers_model.PREFIX: transformers_embedder,
-}
 _log = logging.getLogger(__name__)
 
 
@@ -141,20 +130,6 @@ def run(args: argparse.Namespace) -> None:
         else:
             print(_as_json(columns) if args.json else suite_tables(columns, suites))
     accelerator.end_training()
-
-
-def open_embedder(name: str, accelerator: Accelerator, batch_size: int = 256, num_workers: int = 0) -> Embedder:
-    """Return the embedder of a model: a folder or Hub name of ours, `open_clip:NAME,PRETRAINED`, or `hf:NAME`.
-
-    Raises:
-        ValueError: it cannot be loaded.
-    """
-    for prefix, other in OTHERS.items():
-        if name.startswith(prefix):
-            return other(name.removeprefix(prefix), accelerator, batch_size, num_workers)
-    model, tokenizer = load_flip(name)
-    model.set_attn_implementation(best_attention(accelerator.device))
-    return Embedder(model.to(accelerator.device), tokenizer, accelerator, batch_size, num_workers, name=name)
 
 
 def _print_masked(args: argparse.Namespace, rows: list[MaskedResults]) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from flipscale.evaluation.results import RESULTS_FILE
 
 EVALUATIONS = Path("evaluations")
-_PREFIX = re.compile(r"^(?:open_clip|hf):")
+_PREFIX = re.compile(r"^(?:open_clip|hf|untrained):")
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,8 @@ class NamedModel:
     """A model to evaluate.
 
     Args:
-        given: as the command line has it: a folder, a Hub name, `open_clip:NAME,PRETRAINED` or `hf:NAME`.
+        given: as the command line has it: a folder, a Hub name, `open_clip:NAME,PRETRAINED`, `hf:NAME`
+            or `untrained:FOLDER`.
         name: what tables and lines call it, without the way to a folder.
         folder: its model folder; None where it is none on this machine, or not flipscale's.
         home: the folder of its `results.jsonl`.
