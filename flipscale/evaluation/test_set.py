@@ -43,24 +43,28 @@ class TestSet:
     source: TarSource
 
     @classmethod
-    def open(cls, data: str) -> "TestSet":
+    def open(cls, data: str, part: str = "test") -> "TestSet":
         """Return the test set at `data`, a folder or a URL such as `hf://datasets/clip-benchmark/wds_cars`.
 
         It has shards in `test/`, as many as `test/nshards.txt` says, and text files beside that folder, as
         CLIP_benchmark lays them out; or all in one folder. Shards at a URL come through the cache of training.
+
+        Args:
+            data: the folder or URL.
+            part: another folder than `test`, such as `train`.
 
         Raises:
             ValueError: there are no shards, fewer than `nshards.txt` says, or a damaged one; or the URL cannot be read.
             OSError: a shard cannot be fetched.
         """
         data = str(data).rstrip("/")
-        for folder in (f"{data}/test", data):
+        for folder in (f"{data}/{part}", data):
             stored = read_text(folder, NUM_SHARDS)
             if stored is not None:
                 source = _opened(_counted(folder, stored))
                 break
         else:
-            source = _opened(_listed(data))
+            source = _opened(_listed(data, part))
         if source.faults:
             fault = source.faults[0]
             raise ValueError(
@@ -272,15 +276,15 @@ def _counted(folder: str, stored: str) -> str:
     return f"{folder}/{{0..{len(names) - 1}}}.tar"
 
 
-def _listed(data: str) -> str:
-    """Return the name of the shards of a set without `nshards.txt`: those in `test/`, else those of `data` itself.
+def _listed(data: str, part: str) -> str:
+    """Return the name of the shards of a set without `nshards.txt`: those in its `part`, else those of `data` itself.
 
     Raises:
         ValueError: the folder does not exist.
     """
     if "://" in data:
         return data
-    folder = f"{data}/test" if any(Path(data, "test").glob("*.tar")) else data
+    folder = f"{data}/{part}" if any(Path(data, part).glob("*.tar")) else data
     names = {path.name for path in Path(folder).glob("*.tar")}
     if names and names == {f"{number}.tar" for number in range(len(names))}:
         return f"{folder}/{{0..{len(names) - 1}}}.tar"  # 10.tar comes after 9.tar

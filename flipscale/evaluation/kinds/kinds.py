@@ -7,6 +7,8 @@ from typing import Any
 from jsonargparse import ArgumentError, ArgumentParser
 
 from flipscale.evaluation.kinds.association import Association
+from flipscale.evaluation.kinds.few_shot import FewShot
+from flipscale.evaluation.kinds.probe import Probe
 from flipscale.evaluation.kinds.retrieval import Retrieval
 from flipscale.evaluation.kinds.task import Task
 from flipscale.evaluation.kinds.worst_group import WorstGroup
@@ -19,6 +21,8 @@ KINDS: dict[str, type[Task]] = {
     "retrieval": Retrieval,
     "worst_group": WorstGroup,
     "association": Association,
+    "few_shot": FewShot,
+    "probe": Probe,
 }
 
 

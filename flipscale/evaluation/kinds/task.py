@@ -53,6 +53,10 @@ class Task(ABC):
         """Return the prompts that class names are put into, `{c}` for the name; none where there are no classes."""
         return []
 
+    def other_sets(self) -> list[TestSet]:
+        """Return the sets that the results depend on beside the test set, such as one to learn from."""
+        return []
+
     @abstractmethod
     def evaluate(self, embedder: Embedder) -> list[Result]:
         """Collective. Return what the model of `embedder` achieves.

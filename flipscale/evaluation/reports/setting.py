@@ -48,6 +48,7 @@ def setting_of(embedder: Embedder, task: Task) -> dict[str, Any]:
         "kind": task.kind,
         "options": options,
         "data": _data_of(task, test_set),
+        "other_sets": [_set_digest(other, other.data) for other in task.other_sets()],
         "prompts": {"number": len(prompts), "digest": _digest(prompts)} if prompts else None,
         "image_size": embedder.image_size,
         "mask": dict(embedder.mask),
@@ -73,7 +74,8 @@ def about(task: Task, setting: dict[str, Any], model: str, weights: str, seconds
 def published(result: Result) -> Result:
     """Return a result as lines have it: the data without the way to it, and no list of prompts."""
     kept = {n: v for n, v in result.made_by.items() if n != "templates" or isinstance(v, str)}
-    return replace(result, made_by={**kept, "data": data_name(result.made_by["data"])} if "data" in kept else kept)
+    places = {n: data_name(kept[n]) for n in ("data", "train", "validation") if kept.get(n)}
+    return replace(result, made_by={**kept, **places})
 
 
 def _data_of(task: Task, test_set: TestSet) -> dict[str, Any]:
@@ -81,20 +83,24 @@ def _data_of(task: Task, test_set: TestSet) -> dict[str, Any]:
     and split."""
     data, page = task.data, page_of(task)
     prepared = (read_prepared(Path(data)) if page else None) or {}
-    manifest = test_set.source.manifest
-    shards = [
-        [os.path.basename(name), *map(int, row)]
-        for name, row in zip(manifest.all_names(), manifest.table[["samples", "num_bytes"]].tolist(), strict=True)
-    ]
-    texts = [read_text(data, name) for name in (CLASS_NAMES, TEMPLATES)]
     return {
         "name": page.name if page else data_name(data),
         "repo": page.source.repo if page else None,
         "split": page.source.split if page else None,
         "revision": prepared.get("revision") or (page.source.revision if page else None),
         "images": len(test_set),
-        "digest": _digest([shards, texts]),
+        "digest": _set_digest(test_set, data),
     }
+
+
+def _set_digest(test_set: TestSet, data: str) -> str:
+    """Return a digest of a set's shards, by their names and sizes, and of its texts."""
+    manifest = test_set.source.manifest
+    shards = [
+        [os.path.basename(name), *map(int, row)]
+        for name, row in zip(manifest.all_names(), manifest.table[["samples", "num_bytes"]].tolist(), strict=True)
+    ]
+    return _digest([shards, [read_text(data, name) for name in (CLASS_NAMES, TEMPLATES)]])
 
 
 def _digest(content: Sequence[Any]) -> str:

@@ -1,0 +1,1 @@
+"""Linear probes: a linear classifier on the features of a frozen image tower."""
