@@ -57,6 +57,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="Write also women and men in the same roles, for the evaluation `association`.",
     )
+    digits = add("digits", "Write scikit-learn's 1,797 handwritten digits as a labelled set, to try probes on.")
+    digits.add_argument("directory", type=Path, help="The folder to write.")
     photos = add("photos", "Write JPEGs of two sizes, cut from photos in a Debian package, to measure loaders with.")
     photos.add_argument("directory", type=Path, help="The folder to write.")
     photos.add_argument(
@@ -156,6 +158,7 @@ def run(args: argparse.Namespace) -> None:
         "inspect": _inspect,
         "audit": _audit,
         "demo": _demo,
+        "digits": _digits,
         "photos": _photos,
         "tasks": _tasks,
         "index": _index,
@@ -207,6 +210,13 @@ def _demo(args: argparse.Namespace) -> None:
         with_unseen=args.with_unseen,
         with_roles=args.with_roles,
     )
+
+
+def _digits(args: argparse.Namespace) -> None:
+    from flipscale.preparation.labelled_set import prepare_digits
+
+    counts = prepare_digits(args.directory)
+    print("\n".join(f"{args.directory / part}: {count:,} images" for part, count in counts.items()))
 
 
 def _photos(args: argparse.Namespace) -> None:

@@ -56,6 +56,8 @@ class Drawing:
     named: bool  # whether the caption is a CLDR name and not just the icon's own
     flag: bool
     svg: str
+    group: str = ""  # Unicode's, such as "food drink"; empty without a CLDR name
+    subgroup: str = ""  # likewise, such as "food fruit"
 
     @property
     def concept(self) -> str:
@@ -85,18 +87,27 @@ def slug(text: str) -> str:
 class Names:
     """CLDR names of emoji, looked up by code point or by an icon's name."""
 
-    def __init__(self, entries: Iterable[dict[str, Any]]) -> None:
-        """Index emojibase's entries (`label`, `hexcode`, `group`)."""
+    def __init__(self, entries: Iterable[dict[str, Any]], kinds: dict[str, dict[str, str]] | None = None) -> None:
+        """Index emojibase's entries (`label`, `hexcode`, `group`, `subgroup`).
+
+        Args:
+            entries: one an emoji.
+            kinds: the names of `groups` and `subgroups` by their numbers.
+        """
         self.by_code_point: dict[str, str] = {}
         self.by_slug: dict[str, str] = {}
         self.by_joined: dict[str, str] = {}
         self.flags: set[str] = set()
+        self.group_of: dict[str, tuple[str, str]] = {}  # group and subgroup by label
         for entry in entries:
             label, code_point = entry["label"], entry["hexcode"].lower()
             self.by_code_point[code_point] = label
             self.by_code_point.setdefault(code_point.replace("-fe0f", ""), label)
             self.by_slug.setdefault(slug(label), label)
             self.by_joined.setdefault(slug(label).replace("-", ""), label)
+            if kinds is not None and "group" in entry:
+                group, subgroup = (kinds[f"{kind}s"][str(entry[kind])] for kind in ("group", "subgroup"))
+                self.group_of.setdefault(label, (group.replace("-", " "), subgroup.replace("-", " ")))
             if entry.get("group") == _FLAGS_GROUP:
                 self.flags.add(label)
 
@@ -161,7 +172,8 @@ def select_drawings(
             '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
             f'width="{IMAGE_SIZE}" height="{IMAGE_SIZE}" viewBox="{box}">{entry["body"]}</svg>'
         )
-        drawings.append(Drawing(artist, icon, label or icon.replace("-", " "), label is not None, is_flag, svg))
+        caption, kinds = label or icon.replace("-", " "), names.group_of.get(label or "", ("", ""))
+        drawings.append(Drawing(artist, icon, caption, label is not None, is_flag, svg, *kinds))
     return drawings
 
 
@@ -235,7 +247,8 @@ def load_icon_sets(directory: Path) -> list[IconSet]:
     """Download all artists into `directory`, and return the seven training artists in order, then the test artist."""
     artists = {**TRAIN_ARTISTS, TEST_ARTIST: TEST_PACKAGE}
     tarballs = download([*artists.values(), NAMES_PACKAGE], directory)
-    names = Names(read_member(tarballs[NAMES_PACKAGE], "en/data.json"))
+    emojibase = tarballs[NAMES_PACKAGE]
+    names = Names(read_member(emojibase, "en/data.json"), read_member(emojibase, "meta/groups.json"))
     sets = []
     for artist, package in artists.items():
         tarball = tarballs[package]

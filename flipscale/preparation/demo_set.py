@@ -19,6 +19,7 @@ from flipscale.files.aside import written_aside
 from flipscale.preparation import demo_emoji
 from flipscale.preparation.demo_emoji import Drawing, IconSet
 from flipscale.preparation.demo_roles import role_couples, write_roles
+from flipscale.preparation.labelled_set import write_labelled
 
 VALIDATION_ARTIST = "twemoji"  # flat drawings like the test artist's; OpenMoji's black outlines would be another task
 TRAIN_SHARDS = 8
@@ -102,6 +103,33 @@ def role_pictures(pictures: Sequence[Picture]) -> tuple[list[Picture], list[dict
     return [named[row] for row in rows], couples
 
 
+def write_groups(
+    out_dir: Path, train: Sequence[Picture], test: Sequence[Picture], kind: str
+) -> dict[str, dict[str, int]]:
+    """Write the pictures labelled by Unicode's `kind` of emoji, `group` or `subgroup`, to `out_dir/train` and
+    `out_dir/test`, and return the numbers of images and captions of each. Flags, which the test lacks, and pictures
+    without a CLDR name are left out."""
+    fit = {
+        part: [picture for picture in pictures if getattr(picture.drawing, kind) and not picture.drawing.flag]
+        for part, pictures in (("train", train), ("test", test))
+    }
+    names = sorted({getattr(picture.drawing, kind) for picture in fit["train"]})
+    chosen = {
+        part: [picture for picture in pictures if getattr(picture.drawing, kind) in names]
+        for part, pictures in fit.items()
+    }
+    labelled = {
+        part: [(picture.png, "png", names.index(getattr(picture.drawing, kind))) for picture in pictures]
+        for part, pictures in chosen.items()
+    }
+    write_labelled(out_dir, names, TEMPLATES[0], labelled)
+    return {f"{out_dir.name}/{part}": _count(pictures) for part, pictures in chosen.items()}
+
+
+def _count(pictures: Sequence[Picture]) -> dict[str, int]:
+    return {"images": len(pictures), "captions": len({picture.drawing.caption for picture in pictures})}
+
+
 def write_parts(out_dir: Path, pictures: Sequence[Picture], parts: Sequence[str]) -> dict[str, dict[str, int]]:
     """Write the parts of the demo to `out_dir`, and return the numbers of images and captions of each part."""
     train = shuffled(p for p in pictures if p.drawing.artist != demo_emoji.TEST_ARTIST)
@@ -109,12 +137,15 @@ def write_parts(out_dir: Path, pictures: Sequence[Picture], parts: Sequence[str]
     counts: dict[str, dict[str, int]] = {}
 
     def write(part: str, chosen: Sequence[Picture], is_test: bool = False, num_shards: int = TRAIN_SHARDS) -> None:
-        counts[part] = {"images": len(chosen), "captions": len({picture.drawing.caption for picture in chosen})}
+        counts[part] = _count(chosen)
         names = sorted({picture.drawing.caption for picture in chosen}) if is_test else None
         write_pictures(out_dir / part, chosen, 1 if is_test else num_shards, names)
 
     write("train", train)
     write("test", test, is_test=True)
+    if "groups" in parts:
+        for kind in ("group", "subgroup"):
+            counts |= write_groups(out_dir / f"{kind}s", train, test, kind)
     if "validation" in parts:
         validation = sorted(validation_pictures(train), key=lambda picture: picture.drawing.caption)
         write("validation", validation, is_test=True)
@@ -168,7 +199,7 @@ def write_report(
 def prepare_demo(
     out_dir: Path, *, with_validation: bool = False, with_unseen: bool = False, with_roles: bool = False
 ) -> None:
-    """Download and render the demo's data into `out_dir`: train/, test/ and tokenizer/.
+    """Download and render the demo's data into `out_dir`: train/, test/, groups/, subgroups/ and tokenizer/.
 
     A folder that is already complete is left as it is.
 
@@ -183,7 +214,7 @@ def prepare_demo(
     Raises:
         ValueError: the folder has other files, or the packages cannot be downloaded.
     """
-    parts = ["validation"] * with_validation + ["unseen"] * with_unseen + ["roles"] * with_roles
+    parts = ["groups"] + ["validation"] * with_validation + ["unseen"] * with_unseen + ["roles"] * with_roles
     out_dir = out_dir.absolute()
     present = _parts_present(out_dir)
     if present is not None:

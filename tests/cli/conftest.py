@@ -38,6 +38,11 @@ def site(recipe: dict, tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFac
         shutil.copytree(ROOT / name, folder / name)
     for name in ("train", "train_without_unseen", "test", "unseen"):
         write_shards(folder / "data/demo" / name, [30, 17, 1, 48])
+    for name in ("groups", "subgroups"):
+        for part, seed in (("train", 1), ("test", 2)):
+            write_shards(folder / "data/demo" / name / part, [120], seed)
+            names = folder / "data/demo" / name / part / "classnames.txt"
+            names.replace(folder / "data/demo" / name / "classnames.txt")
     write_shards(folder / "laion", [8] * 4)
     shutil.copytree(tokenizer_dir, folder / "data/demo/tokenizer")
     # Embeddings narrower than the towers, as open_clip needs them.

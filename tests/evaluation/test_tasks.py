@@ -227,7 +227,7 @@ def test_a_test_set_must_be_whole(embedder: Embedder, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("listed", "message"),
     [
-        ([{"kind": "probe", "data": "x"}], r"eval.tasks\[0\]: kind is 'probe'; use one of zero_shot, "),
+        ([{"kind": "other", "data": "x"}], r"eval.tasks\[0\]: kind is 'other'; use one of zero_shot, "),
         ([{"kind": "retrieval"}], r"eval.tasks\[0\]: data is missing; name the folder of the test set"),
         (
             [{"kind": "retrieval", "data": "x", "templates": "imagenet7"}],

@@ -10,8 +10,10 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
+from sklearn.datasets import load_digits
 from transformers import AutoTokenizer
 
+from flipscale import cli
 from flipscale.data.sources.tar_source import TarSource
 from flipscale.preparation import demo_emoji, demo_set
 from flipscale.preparation.demo_emoji import Drawing, IconSet, Names, select_drawings, slug
@@ -118,9 +120,13 @@ def made_up_sets() -> tuple[list[IconSet], list[Picture]]:
     icon_sets = []
     for artist in ("noto", "twemoji", "fxemoji", demo_emoji.TEST_ARTIST):
         things = [f"odd {thing}" for thing in THINGS] if artist == "fxemoji" else THINGS
-        drawings = [Drawing(artist, slug(t), t, named=artist != "fxemoji", flag=False, svg="") for t in things]
+        kinds = [() if artist == "fxemoji" else (thing.split()[0], thing) for thing in things]  # group and subgroup
+        drawings = [
+            Drawing(artist, slug(thing), thing, artist != "fxemoji", False, "", *kind)
+            for thing, kind in zip(things, kinds, strict=True)
+        ]
         icon_sets.append(IconSet(artist, f"@icons/{artist}@1.0.0", "MIT", "Somebody", drawings))
-    icon_sets[1].drawings.append(Drawing("twemoji", "flag-x", "flag: X", named=True, flag=True, svg=""))
+    icon_sets[1].drawings.append(Drawing("twemoji", "flag-x", "flag: X", True, True, "", "flags", "flag"))
     icon_sets[1].drawings.append(Drawing("twemoji", "alone", "drawn alone", named=True, flag=False, svg=""))
     pictures = []
     for number, drawing in enumerate(drawing for icons in icon_sets for drawing in icons.drawings):
@@ -133,7 +139,7 @@ def made_up_sets() -> tuple[list[IconSet], list[Picture]]:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo folder of the made-up sets, with everything in it."""
     out_dir = tmp_path_factory.mktemp("demo") / "demo"
-    demo_set.install(out_dir, *made_up_sets(), ["validation", "unseen"])
+    demo_set.install(out_dir, *made_up_sets(), ["groups", "validation", "unseen"])
     return out_dir
 
 
@@ -190,6 +196,51 @@ def test_unseen_concepts_are_gone_from_every_artist(folder: Path) -> None:
     assert left == {caption for caption, _ in read(folder / "train")} - unseen
 
 
+def test_groups_and_subgroups_are_labelled_sets(folder: Path) -> None:
+    """In CLIP_benchmark's layout: the colours are the groups. No flags, and no picture without a CLDR name."""
+    for kind, names in (("groups", ["black", "blue", "green", "red"]), ("subgroups", sorted(THINGS))):
+        assert (folder / kind / "classnames.txt").read_text().splitlines() == names
+        for part, count in (("train", 32), ("test", 16)):
+            assert (folder / kind / part / "nshards.txt").read_text() == "1"
+            labels = [label for _, label in read(folder / kind / part)]
+            assert sorted(labels) == sorted(list(range(len(names))) * (count // len(names)))
+    report = json.loads((folder / "report.json").read_text())
+    assert report["counts"]["groups/train"] == {"images": 32, "captions": 16}
+
+
+def test_groups_come_from_emojibase() -> None:
+    kinds = {
+        "groups": {"0": "smileys-emotion", "6": "activities", "9": "flags"},
+        "subgroups": {"0": "face-smiling", "61": "award-medal"},
+    }
+    entries = [
+        {"label": "grinning face", "hexcode": "1F600", "group": 0, "subgroup": 0},
+        {"label": "regional indicator A", "hexcode": "1F1E6"},
+    ]
+    names = Names(entries, kinds)
+    icons = {"icons": dict.fromkeys(["grinning-face", "regional-indicator-a", "odd"], BODY)}
+    found = select_drawings("artist", icons, {}, names)
+    assert [(drawing.group, drawing.subgroup) for drawing in found] == [
+        ("smileys emotion", "face smiling"),
+        ("", ""),
+        ("", ""),
+    ]
+
+
+def test_digits_are_a_labelled_set(tmp_path: Path) -> None:
+    """The images of scikit-learn, every fifth for testing."""
+    cli.main(["prepare", "digits", str(tmp_path / "digits")])
+    train, test = (TarSource(str(tmp_path / "digits" / part)) for part in ("train", "test"))
+    assert (len(train), len(test)) == (1437, 360)
+    digits = load_digits()
+    assert [test.read_label(0, number) for number in range(360)] == digits.target[::5].tolist()
+    image = cv2.imdecode(np.frombuffer(train.read(0, 0).image, np.uint8), cv2.IMREAD_GRAYSCALE)
+    small = cv2.resize(image, (8, 8), interpolation=cv2.INTER_AREA).astype(float)
+    assert np.corrcoef(small.ravel(), -digits.images[1].ravel())[0, 1] > 0.99
+    with pytest.raises(SystemExit):
+        cli.main(["prepare", "digits", str(tmp_path / "digits")])
+
+
 def test_a_tenth_is_unseen() -> None:
     """About a tenth, and always the same."""
     unseen = [n for n in range(2000) if demo_set.is_unseen(f"thing-{n}")]
@@ -216,7 +267,7 @@ def test_report_and_licences_name_every_set(folder: Path) -> None:
 
 def test_the_same_bytes_each_time(folder: Path, tmp_path: Path) -> None:
     """Shards, tokenizer and report: nothing of the time, the place or the user gets in."""
-    demo_set.install(tmp_path / "again", *made_up_sets(), ["validation", "unseen"])
+    demo_set.install(tmp_path / "again", *made_up_sets(), ["groups", "validation", "unseen"])
     files = [path.relative_to(tmp_path / "again") for path in (tmp_path / "again").rglob("*") if path.is_file()]
     assert len(files) > 30
     for file in files:
@@ -238,6 +289,7 @@ def test_more_parts_replace_the_folder_and_keep_the_old_ones(tmp_path: Path, mon
     demo_set.prepare_demo(tmp_path / "demo", with_unseen=True)
     assert (tmp_path / "demo" / "validation").is_dir()
     assert (tmp_path / "demo" / "unseen").is_dir()
+    assert (tmp_path / "demo" / "groups").is_dir()
     assert [path.name for path in tmp_path.iterdir()] == ["demo"]
 
 
@@ -278,6 +330,8 @@ def test_the_real_download(tmp_path: Path) -> None:
     assert counts == {
         "train": {"images": 11113, "captions": 3212},
         "test": {"images": 1586, "captions": 1586},
+        **{f"{kind}/train": {"images": 8600, "captions": 1644} for kind in ("groups", "subgroups")},
+        **{f"{kind}/test": {"images": 1586, "captions": 1586} for kind in ("groups", "subgroups")},
     }
     known = {caption for caption, _ in read(tmp_path / "demo" / "train")}
     assert {caption for caption, _ in read(tmp_path / "demo" / "test")} <= known

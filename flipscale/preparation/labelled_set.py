@@ -1,0 +1,69 @@
+"""Labelled sets with a training and a test part, laid out as CLIP_benchmark's: scikit-learn's digits, for one."""
+
+import tarfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from flipscale.data.sources.tar_file import add_member
+from flipscale.files.aside import new_folder
+
+IMAGES_PER_SHARD = 2000
+DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+_DIGITS_TEST_EVERY = 5  # so that all ten digits and all stretches of writers are in both parts
+
+# An encoded image, its extension, and the number of its class.
+Labelled = tuple[bytes, str, int]
+
+
+def write_labelled(
+    directory: Path, class_names: Sequence[str], template: str, parts: dict[str, Iterable[Labelled]]
+) -> dict[str, int]:
+    """Write `directory/PART/N.tar` with KEY.png (or another kind) and KEY.cls, PART's `nshards.txt`, and beside the
+    parts `classnames.txt` and the one prompt of `zeroshot_classification_templates.txt`. Return the images of each
+    part."""
+    counts = {}
+    for part, samples in parts.items():
+        (directory / part).mkdir(parents=True)
+        every = list(samples)
+        firsts = range(0, len(every), IMAGES_PER_SHARD)
+        for shard, first in enumerate(firsts):
+            with tarfile.open(directory / part / f"{shard}.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
+                for number, (image, extension, label) in enumerate(every[first : first + IMAGES_PER_SHARD], first):
+                    add_member(tar, f"s{number:07d}.{extension}", image)
+                    add_member(tar, f"s{number:07d}.cls", str(label).encode())
+        (directory / part / "nshards.txt").write_text(str(len(firsts)))
+        counts[part] = len(every)
+    (directory / "classnames.txt").write_text("".join(f"{name}\n" for name in class_names), encoding="utf-8")
+    (directory / "zeroshot_classification_templates.txt").write_text(f"{template}\n")
+    return counts
+
+
+def prepare_digits(directory: Path) -> dict[str, int]:
+    """Write scikit-learn's 1,797 handwritten digits, dark on white, every fifth for testing; return the images of each
+    part. They come with scikit-learn (UCI's Optical Recognition of Handwritten Digits, CC BY 4.0), so nothing is
+    downloaded.
+
+    Raises:
+        ValueError: the folder is there already, or scikit-learn is not installed.
+    """
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise ValueError("scikit-learn, which holds the digits, is not installed; pip install scikit-learn") from error
+    digits = load_digits()
+    # 8 x 8 numbers from 0 to 16.
+    pixels = 255 - np.rint(digits.images * (255 / 16)).astype(np.uint8)
+    samples = [(_enlarged(image), "png", int(label)) for image, label in zip(pixels, digits.target, strict=True)]
+    test = samples[::_DIGITS_TEST_EVERY]
+    train = [sample for number, sample in enumerate(samples) if number % _DIGITS_TEST_EVERY]
+    with new_folder(directory) as folder:
+        return write_labelled(folder, DIGITS, 'a photo of the number: "{c}".', {"train": train, "test": test})
+
+
+def _enlarged(image: np.ndarray) -> bytes:
+    """Return the PNG of an 8 x 8 image at 32 x 32, so that a model's resizing has something to smooth."""
+    large = cv2.resize(image, (32, 32), interpolation=cv2.INTER_CUBIC)
+    return cv2.imencode(".png", large)[1].tobytes()
