@@ -36,7 +36,9 @@ def draw_results(columns: Sequence[Column], suites: Sequence[str], path: Path) -
         constrained_layout=True,
     )
     for axes, (suite, rows) in zip(all_axes[:, 0], groups.items(), strict=True):
-        _draw_suite(axes, suite, rows, columns)
+        _draw_suite(axes, rows, columns)
+        if len(groups) > 1 or suite in suites:
+            axes.set_title(suite, loc="left", fontsize=10)
     last = all_axes[-1, 0]
     last.set_xlim(0, 100)
     last.set_xlabel("%")
@@ -47,7 +49,7 @@ def draw_results(columns: Sequence[Column], suites: Sequence[str], path: Path) -
     return True
 
 
-def _draw_suite(axes: "Axes", suite: str, rows: list[Row], columns: Sequence[Column]) -> None:
+def _draw_suite(axes: "Axes", rows: list[Row], columns: Sequence[Column]) -> None:
     """Draw the rows of a suite from top to bottom."""
     for y, row in enumerate(rows):
         if row.result.chance is not None:
@@ -64,7 +66,6 @@ def _draw_suite(axes: "Axes", suite: str, rows: list[Row], columns: Sequence[Col
             axes.plot(result.value, place, "o", color=colour, markersize=4.5, label=columns[number].name)
     axes.set_yticks(range(len(rows)), [f"{row.title}, {row.result.shown}" for row in rows], fontsize=8)
     axes.set_ylim(len(rows) - 0.4, -0.6)
-    axes.set_title(suite, loc="left", fontsize=10)
     axes.grid(axis="x", alpha=0.25)
     axes.hlines(range(len(rows)), 0, 100, color="#888888", alpha=0.15, linewidth=0.6, zorder=0)
     axes.spines[["top", "right"]].set_visible(False)
