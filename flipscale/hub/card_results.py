@@ -105,7 +105,8 @@ def refresh_card(folder: Path, lines: Sequence[Line]) -> None:
     parts = [_table(rows | _rows(lines)), *texts, *figures]
     text = text[: section.start()] + "\n\n".join(parts) + text[section.end() :]
     card = ModelCard(text, ignore_metadata_errors=True)
-    data: ModelCardData = card.data
+    data = card.data
+    assert isinstance(data, ModelCardData)
     entries = {_entry_key(entry): entry for entry in (*(data.eval_results or ()), *model_index(lines))}
     if entries:
         data.eval_results = list(entries.values())
