@@ -13,6 +13,7 @@ import torch
 from flipscale.data.recipe import DataRecipe
 from flipscale.data.sources.opening import open_shards
 from flipscale.data.sources.shard_cache import ShardCache
+from flipscale.data.sources.shard_list import no_shards
 from flipscale.data.sources.tar_source import TarSource
 from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.images import SampleNumbers
@@ -21,7 +22,7 @@ CLASS_NAMES = "classnames.txt"
 TEMPLATES = "zeroshot_classification_templates.txt"
 NUM_SHARDS = "nshards.txt"
 # Evaluations read shard after shard.
-_READ = DataRecipe(lanes=1, shards_per_block=1)
+READ = DataRecipe(lanes=1, shards_per_block=1)
 
 Value = TypeVar("Value")
 
@@ -298,7 +299,9 @@ def _opened(shards: str) -> TarSource:
         ValueError: there is none, or the URL cannot be read.
     """
     try:
-        return open_shards(shards, _READ)
+        return open_shards(shards, READ)
+    except FileNotFoundError as error:
+        raise no_shards(shards) from error
     except (ValueError, OSError):
         raise
     except Exception as error:
@@ -317,7 +320,7 @@ def read_text(folder: str, name: str) -> str | None:
         if "://" not in folder:
             content = Path(path).read_bytes()
         else:
-            file = ShardCache(Path(_READ.cache_dir).expanduser(), _READ.cache_bytes).open(path)
+            file = ShardCache(Path(READ.cache_dir).expanduser(), READ.cache_bytes).open(path)
             with os.fdopen(file, "rb") as opened:
                 content = opened.read()
         return content.decode("utf-8")

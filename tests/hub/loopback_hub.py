@@ -239,13 +239,25 @@ def info(hub: LoopbackHub, request: Request, repo_id: str, revision: str = "main
     return _of_revision(hub, request, repo_id, revision, describe)
 
 
-def tree(hub: LoopbackHub, request: Request, repo_id: str, revision: str, folder: str) -> Reply:
-    def entry(path: str, f: Stored) -> dict[str, Any]:
-        large = {} if f.git_oid else {"lfs": {"oid": f.sha256, "size": f.size, "pointerSize": 134}}
-        return {"type": "file", "path": path, "size": f.size, "oid": f.oid, **large}
+def _entry(path: str, f: Stored) -> dict[str, Any]:
+    large = {} if f.git_oid else {"lfs": {"oid": f.sha256, "size": f.size, "pointerSize": 134}}
+    return {"type": "file", "path": path, "size": f.size, "oid": f.oid, **large}
+
+
+def paths_info(hub: LoopbackHub, request: Request, repo_id: str, revision: str) -> Reply:
+    asked = json.loads(request.body)["paths"]
 
     def entries(repo: Repo, sha: str, files: dict[str, Stored]) -> Reply:
-        inside = [entry(p, f) for p, f in sorted(files.items()) if p.startswith(f"{folder}/" if folder else "")]
+        folders = [path for path in asked if any(name.startswith(f"{path}/") for name in files)]
+        found = [_entry(path, files[path]) for path in asked if path in files]
+        return Reply(body=found + [{"type": "directory", "path": path, "oid": sha} for path in folders])
+
+    return _of_revision(hub, request, repo_id, revision, entries)
+
+
+def tree(hub: LoopbackHub, request: Request, repo_id: str, revision: str, folder: str) -> Reply:
+    def entries(repo: Repo, sha: str, files: dict[str, Stored]) -> Reply:
+        inside = [_entry(p, f) for p, f in sorted(files.items()) if p.startswith(f"{folder}/" if folder else "")]
         return Reply(body=inside) if inside or not folder else refusal(404, "no such folder", "EntryNotFound")
 
     return _of_revision(hub, request, repo_id, revision, entries)
@@ -345,7 +357,8 @@ _ROUTES: list[tuple[str, Callable[..., Reply]]] = [
     (rf"POST /api/models/{_REPO}/branch/([^/]+)", branch),
     (rf"GET /api/(?:models|datasets)/{_REPO}", info),
     (rf"GET /api/(?:models|datasets)/{_REPO}/revision/([^/]+)", info),
-    (rf"GET /api/models/{_REPO}/tree/([^/]+)(?:/(.+))?", tree),
+    (rf"GET /api/(?:models|datasets)/{_REPO}/tree/([^/]+)(?:/(.+))?", tree),
+    (rf"POST /api/datasets/{_REPO}/paths-info/([^/]+)", paths_info),
     (rf"POST /api/models/{_REPO}/preupload/([^/]+)", preupload),
     (rf"POST /{_REPO}\.git/info/lfs/objects/batch", batch),
     (r"PUT /storage/([0-9a-f]{64})", store),

@@ -1,0 +1,319 @@
+"""Kinds of evaluation on stored embeddings, against figures written out by hand, on one process and on several."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import processes
+import pytest
+import torch
+from accelerate import Accelerator
+from evaluation.made_up_sets import NAMES, npy, write_set
+
+from flipscale.evaluation.embedding import Embedder
+from flipscale.evaluation.images import Decoder
+from flipscale.evaluation.results import Result
+from flipscale.evaluation.suite import build_tasks, evaluate_tasks
+
+DIM = 6
+
+
+def text_row(text: str) -> torch.Tensor:
+    """The embedding of a text: drawn from its letters."""
+    seed = sum(ord(letter) * (place + 1) for place, letter in enumerate(text))
+    return torch.randn(DIM, generator=torch.Generator().manual_seed(seed))
+
+
+def image_rows(rows: torch.Tensor) -> torch.Tensor:
+    return torch.stack([torch.randn(DIM, generator=torch.Generator().manual_seed(row)) for row in rows.tolist()])
+
+
+def _row(encoded: bytes, row: int) -> dict[str, np.ndarray]:
+    return {"row": np.array(row)}
+
+
+@dataclass(frozen=True)
+class Drawn(Embedder):
+    """Embeds image number r as a vector drawn with seed r, and a text as one drawn from its letters."""
+
+    def decoder(self) -> Decoder:
+        return _row
+
+    def image_features(self, **columns: torch.Tensor) -> torch.Tensor:
+        return image_rows(columns["row"])
+
+    def tokens(self, texts: list[str]) -> torch.Tensor:
+        return torch.stack([text_row(text) for text in texts])
+
+    def text_features(self, batch: torch.Tensor) -> torch.Tensor:
+        return batch
+
+
+def drawn() -> Drawn:
+    return Drawn(None, None, Accelerator(cpu=True), batch_size=4)
+
+
+def evaluated(folder: Path, **task: object) -> dict[str, Result]:
+    """The results of one task by their metrics."""
+    results = evaluate_tasks(drawn(), build_tasks([{"data": str(folder), **task}]))
+    assert len({result.metric for result in results}) == len(results)
+    for result in results:
+        assert 0 <= result.low <= result.value <= result.high <= 100
+        assert result.made_by["data"] == str(folder)
+    return {result.metric: result for result in results}
+
+
+def scores(num_images: int, names: list[str], templates: list[str]) -> np.ndarray:
+    """Cosines of images and classes, `(images, classes)`."""
+    unit = torch.nn.functional.normalize
+    classes = [unit(torch.stack([text_row(t.replace("{c}", n)) for t in templates])).mean(0) for n in names]
+    return (unit(image_rows(torch.arange(num_images))) @ unit(torch.stack(classes)).t()).numpy()
+
+
+def named(folder: Path, names: list[str], templates: str = "{c}\n") -> Path:
+    (folder / "classnames.txt").write_text("\n".join(names))
+    (folder / "zeroshot_classification_templates.txt").write_text(templates)
+    return folder
+
+
+def test_any_label_right(tmp_path: Path) -> None:
+    folder = named(write_set(tmp_path / "set", 3, 10, lambda number, label: {}), NAMES)
+    right = [[], [3], [0, 1, 2, 3, 4, 5, 6, 7]] * 10
+    (folder / "real.json").write_text(json.dumps(right))
+    nearest = scores(30, NAMES, ["a {c}", "the {c}"]).argmax(axis=1)
+    (found,) = evaluated(folder, kind="zero_shot", labels="real.json", templates=["a {c}", "the {c}"]).values()
+    hits = sum(best in labels for best, labels in zip(nearest, right, strict=True))
+    assert (found.metric, found.n, found.value) == ("any_label", 20, pytest.approx(100 * hits / 20))
+    assert found.chance == pytest.approx(100 * 4.5 / 16)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, r"real.json is missing; it lists the class numbers of each image"),
+        ("[[1], ", r"real.json is no JSON \(.*\); write it anew"),
+        ("[[1]]", r"real.json has 1 lists; it must list the classes of 2 images"),
+        ('{"a": 1}', r"real.json has dict; it must list the classes of 2 images"),
+        ("[[1], [16]]", r"real.json has class 16; 16 names are listed"),
+        ("[[], []]", r"real.json has no label of any image"),
+    ],
+)
+def test_labels_that_cannot_be(tmp_path: Path, content: str | None, message: str) -> None:
+    folder = named(write_set(tmp_path / "set", 1, 2, lambda number, label: {}), NAMES)
+    if content is not None:
+        (folder / "real.json").write_text(content)
+    (task,) = build_tasks([{"kind": "zero_shot", "data": str(folder), "labels": "real.json"}])
+    with pytest.raises(ValueError, match=message):
+        task.check()
+    with pytest.raises(ValueError, match=message):
+        task.evaluate(drawn())
+
+
+def test_headlines_of_zero_shot(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = named(write_set(tmp_path / "set", 2, 15, lambda number, label: {"cls": b"%d" % (number % 7)}), NAMES)
+    order = (-scores(30, NAMES, ["{c}"])).argsort(axis=1)
+    places = (order == (np.arange(30) % 7)[:, None]).argmax(axis=1)
+    found = evaluated(folder, kind="zero_shot", metric="mean_top1_top5")
+    assert found["top1"].value == pytest.approx(100 * (places < 1).mean())
+    assert found["top5"].value == pytest.approx(100 * (places < 5).mean())
+    assert found["mean_top1_top5"].value == pytest.approx((found["top1"].value + found["top5"].value) / 2)
+    by_class = [(places[np.arange(30) % 7 == number] < 1).mean() for number in range(7)]
+    assert found["mean_per_class"].value == pytest.approx(100 * np.mean(by_class))
+    assert f"9 of 16 classes have no image, such as {NAMES[7]!r}; the mean per class leaves them out" in caplog.text
+    chance = {"top1": 100 / 16, "top5": 500 / 16, "mean_per_class": 100 / 16, "mean_top1_top5": 300 / 16}
+    assert {name: result.chance for name, result in found.items()} == pytest.approx(chance)
+    assert [name for name, result in found.items() if result.headline] == ["mean_top1_top5"]
+    assert [name for name, r in evaluated(folder, kind="zero_shot").items() if r.headline] == ["top1", "top5"]
+    with pytest.raises(ValueError, match=r"set has 16 classes; roc_auc is of two"):
+        evaluated(folder, kind="zero_shot", metric="roc_auc")
+
+
+def test_roc_auc_of_two_classes(tmp_path: Path) -> None:
+    folder = named(
+        write_set(tmp_path / "set", 2, 15, lambda number, label: {"cls": b"%d" % (number % 3 > 0)}), ["a", "b"]
+    )
+    lead = np.diff(scores(30, ["a", "b"], ["{c}"]))[:, 0]
+    positive = np.arange(30) % 3 > 0
+    pairs = lead[positive][:, None] > lead[~positive][None]
+    found = evaluated(folder, kind="zero_shot", metric="roc_auc")
+    assert found["roc_auc"].value == pytest.approx(100 * pairs.mean())
+    assert found["roc_auc"].chance == 50
+    assert set(found) == {"top1", "mean_per_class", "roc_auc"}
+    with pytest.raises(ValueError, match=r"set has 2 classes; top5 needs five or more"):
+        evaluated(folder, kind="zero_shot", metric="top5")
+    folder = named(write_set(tmp_path / "one", 1, 3, lambda number, label: {"cls": b"1"}), ["a", "b"])
+    with pytest.raises(ValueError, match=r"one has 3 images of one class; roc_auc needs both"):
+        evaluated(folder, kind="zero_shot", metric="roc_auc")
+
+
+def test_several_labels(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def labels(number: int, label: int) -> dict[str, bytes]:
+        return {"npy": npy(np.arange(16) % 8 == number % 7)}
+
+    folder = named(write_set(tmp_path / "set", 2, 15, labels), NAMES)
+    found = evaluated(folder, kind="zero_shot_multilabel")
+    order = (-scores(30, NAMES, ["{c}"])).argsort(axis=0)
+    right = (np.arange(16) % 8 == (np.arange(30) % 7)[:, None])[order, np.arange(16)]
+    precision = right.cumsum(axis=0) / np.arange(1, 31)[:, None]
+    plain = [precision[right[:, c], c].mean() if right[:, c].any() else 0.0 for c in range(16)]
+    assert found["map"].value == pytest.approx(100 * np.mean(plain))
+    assert found["map11"].headline > found["map"].headline
+    assert "2 of 16 classes have no image, such as" in caplog.text
+
+
+def test_the_worst_group_of_dollar_street_and_geode(tmp_path: Path) -> None:
+    def files(number: int, label: int) -> dict[str, bytes]:
+        return {"cls": b"%d" % (number % 16), "npy": npy(np.array([number % 4, 7, 2]))}
+
+    folder = named(write_set(tmp_path / "set", 2, 20, files), NAMES)
+    order = (-scores(40, NAMES, ["{c}"])).argsort(axis=1)
+    places = (order == (np.arange(40) % 16)[:, None]).argmax(axis=1)
+    by_income = [100 * (places[number::4] < 5).mean() for number in range(4)]
+    found = evaluated(folder, kind="worst_group", groups="dollar_street")
+    assert [found[f"top5_income_{number}"].value for number in range(4)] == pytest.approx(by_income)
+    assert found["worst_group_top5"].value == pytest.approx(min(by_income))
+    assert found["worst_group_top5"].n == 10
+    assert found["top5"].value == pytest.approx(np.mean(by_income))
+    assert found["top1"].value == pytest.approx(100 * (places < 1).mean())
+    assert [name for name, result in found.items() if result.headline] == ["worst_group_top5"]
+    with pytest.raises(
+        ValueError, match=r"0.tar#0 has \[0, 7, 2\] in KEY.npy; it must hold numbers of region, country"
+    ):
+        evaluated(folder, kind="worst_group", groups="geode")
+
+    def of_regions(number: int, label: int) -> dict[str, bytes]:
+        return {"cls": b"%d" % (number % 16), "npy": npy(np.array([2 * (number % 2), 0]))}
+
+    found = evaluated(
+        named(write_set(tmp_path / "geode", 2, 20, of_regions), NAMES), kind="worst_group", groups="geode"
+    )
+    by_region = {number: 100 * (places[number::2] < 1).mean() for number in range(2)}
+    assert found["top1_region_0"].value == pytest.approx(by_region[0])
+    assert found["top1_region_2"].value == pytest.approx(by_region[1]), "no image is of region 1"
+    assert found["worst_group_top1"].value == pytest.approx(min(by_region.values()))
+    assert set(found) == {"worst_group_top1", "top1", "top1_region_0", "top1_region_2"}
+
+
+RACES, GENDERS, AGES = ["black", "white", "latino"], ["male", "female"], ["0-2", "3-9", "10-19"]
+TOXIC = [f"person {number}" for number in range(14)] + [
+    "gorilla",
+    "chimpanzee",
+    "orangutan",
+    "monkey",
+    "thief",
+    "felon",
+]
+FACES = {"race": RACES, "gender": GENDERS, "age": AGES, "toxic": TOXIC}
+
+
+def write_faces(folder: Path) -> Path:
+    def about(number: int, label: int) -> dict[str, bytes]:
+        return {"npy": npy(np.array([number % 3, number % 2, number % 5 % 3, number % 5 % 3 != 1], np.int64))}
+
+    names = [f"{objective}:{name}" for objective, listed in FACES.items() for name in listed]
+    templates = "".join(f"{objective}:a {objective} of {{c}}\n" for objective in FACES)
+    return named(write_set(folder, 2, 25, about), names, templates)
+
+
+def test_groups_of_faces(tmp_path: Path) -> None:
+    found = evaluated(write_faces(tmp_path / "set"), kind="worst_group", groups="faces")
+    said = {o: scores(50, names, [f"a {o} of {{c}}"]).argmax(axis=1) for o, names in FACES.items()}
+    number = np.arange(50)
+    race, gender, age = number % 5 % 3, number % 2, number % 3
+    by_both = {
+        f"gender_{RACES[r]}_{GENDERS[g]}": 100 * (said["gender"] == gender)[(race == r) & (gender == g)].mean()
+        for r in range(3)
+        for g in range(2)
+    }
+    assert {name: found[name].value for name in by_both} == pytest.approx(by_both)
+    assert found["worst_group_gender"].value == pytest.approx(min(by_both.values()))
+    assert found["age"].value == pytest.approx(100 * (said["age"] == age).mean())
+    assert found["age_white"].value == pytest.approx(100 * (said["age"] == age)[race == 1].mean())
+    assert found["race"].value == pytest.approx(100 * ((said["race"] == 1) == (race == 1)).mean())
+    crime, animal = said["toxic"] >= 18, (said["toxic"] >= 14) & (said["toxic"] < 18)
+    assert found["harm_crime"].value == pytest.approx(100 * crime.mean())
+    assert found["harm_crime_latino"].value == pytest.approx(100 * crime[race == 2].mean())
+    rates = [100 * animal[race == r].mean() for r in range(3)]
+    assert found["worst_group_harm_non_human"].value == pytest.approx(max(rates))
+    assert not found["harm_crime"].higher_is_better
+    assert found["harm_non_human"].chance == pytest.approx(100 * 4 / 20)
+
+
+@pytest.mark.parametrize(
+    ("file", "line", "message"),
+    [
+        ("classnames.txt", "emotion:glad", r"set: class name 'emotion:glad' begins with none of race:, gender:, age:"),
+        ("zeroshot_classification_templates.txt", "{c}", r"set: prompt '\{c\}' begins with none of race:"),
+        ("classnames.txt", "race:black", r"set: objective 'race' has 1 class names and 1 prompts"),
+    ],
+)
+def test_faces_without_objectives(tmp_path: Path, file: str, line: str, message: str) -> None:
+    folder = write_faces(tmp_path / "set")
+    (folder / file).write_text(f"{line}\n")
+    (task,) = build_tasks([{"kind": "worst_group", "data": str(folder), "groups": "faces"}])
+    with pytest.raises(ValueError, match=message):
+        task.check()
+
+
+def test_faces_that_are_neither_white_nor_not(tmp_path: Path) -> None:
+    folder = write_faces(tmp_path / "set")
+    other = write_set(tmp_path / "other", 1, 1, lambda number, label: {"npy": npy(np.array([0, 0, 0, 2]))})
+    for file in folder.glob("*.txt"):
+        (other / file.name).write_text(file.read_text())
+    with pytest.raises(ValueError, match=r"other has race_binary 2 in a KEY.npy; it must be 0 for white, else 1"):
+        evaluated(other, kind="worst_group", groups="faces")
+
+
+@pytest.mark.parametrize(
+    ("templates", "message"),
+    [
+        ([], r"templates have no prompt; each prompt must have \{c\} for the name"),
+        (["a photo"], r"templates have \['a photo'\] prompt; each prompt must have \{c\}"),
+    ],
+)
+def test_prompts_that_cannot_be(templates: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build_tasks([{"kind": "zero_shot", "data": "x", "templates": templates}])
+
+
+def _evaluate(folder: str, out: str) -> None:
+    """One of several processes: the first writes the results of all kinds."""
+    faces = {"kind": "worst_group", "data": f"{folder}/faces", "groups": "faces"}
+    whole = {"data": f"{folder}/all"}
+    listed = [
+        {**whole, "kind": "zero_shot", "metric": "mean_top1_top5"},
+        {**whole, "kind": "zero_shot_multilabel"},
+        {**whole, "kind": "retrieval", "data": f"{folder}/pairs"},
+        {**whole, "kind": "retrieval", "data": f"{folder}/pairs", "name": "grouped", "group_by_caption": True},
+        faces,
+    ]
+    embedder = drawn()
+    results = evaluate_tasks(embedder, build_tasks(listed))
+    if embedder.accelerator.is_main_process:
+        lines = {r.name: [r.value, r.n, r.low, r.high, r.chance] for r in results}
+        Path(out).write_text(json.dumps(lines))
+    embedder.accelerator.end_training()
+
+
+def test_one_two_and_four_processes_find_the_same(tmp_path: Path) -> None:
+    def labels(number: int, label: int) -> dict[str, bytes]:
+        return {"cls": b"%d" % label, "npy": npy((np.arange(16) % 5 == number % 5).astype(np.int64))}
+
+    def captions(number: int, label: int) -> dict[str, bytes]:
+        return {"txt": "\n".join([f"a {NAMES[label]}", f"{number}", "the same"][: 1 + number % 3]).encode()}
+
+    named(write_set(tmp_path / "all", 3, 13, labels), NAMES)
+    write_set(tmp_path / "pairs", 2, 17, captions)
+    write_faces(tmp_path / "faces")
+    found = {}
+    for world in (1, 2, 4):
+        out = tmp_path / f"{world}.json"
+        environments = processes.rank_environments(world) if world > 1 else [{}]
+        running = [processes.start(_evaluate, str(tmp_path), str(out), environment=e) for e in environments]
+        for process in running:
+            process.join(120)
+            assert process.exitcode == 0
+        found[world] = json.loads(out.read_text())
+    assert len(found[1]) > 40
+    assert found[1] == found[2] == found[4]
