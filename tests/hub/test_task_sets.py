@@ -21,6 +21,7 @@ from PIL import Image
 from flipscale.cli import main
 from flipscale.data.prepared import check_prepared, read_prepared
 from flipscale.data.sources.tar_source import TarSource
+from flipscale.evaluation.suite import build_tasks
 from flipscale.evaluation.task_page import read_page
 from flipscale.preparation import hub_files
 from flipscale.preparation.task_sets import spelled_as
@@ -95,7 +96,10 @@ def test_a_set_is_prepared_whole_and_only_once(hub: LoopbackHub, tmp_path: Path,
     assert {path.name for path in (tmp_path / "mnist").iterdir()} == {
         "test", "classnames.txt", "zeroshot_classification_templates.txt", "prepared.json",
     }  # fmt: skip
-    check_prepared(tmp_path / "mnist", "mnist")
+    (task,) = build_tasks(["mnist"], tmp_path)
+    made = {path.name for path in (tmp_path / "mnist" / "test").iterdir()}
+    task.check()
+    assert {path.name for path in (tmp_path / "mnist" / "test").iterdir()} == made, "the index is there already"
     asked = len(hub.requests)
     prepare(tmp_path, "--only", "mnist")
     assert len(hub.requests) == asked
