@@ -14,13 +14,18 @@ from flipscale.data.decode import decode_box, visible_patches
 from flipscale.data.packed import PackedBatch
 from flipscale.data.pairs import InputShape
 from flipscale.data.sources.tar_source import TarSource
-from flipscale.evaluation.images import Decoder, Share, decoded_batches, made_up
+from flipscale.evaluation.images import Decoder, Share, decoded_batches, made_up, one_thread
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 # A set of few rows makes this many batches at least, so that several processes have some each.
 _LEAST_BATCHES = 16
+# A CPU computes as fast on so many images at once as on more, and begins sooner. Their fp32 pixels are less than the
+# 32 MiB from which the C library fetches new memory each time, page by page, for longer than the pixels are computed.
+_MOST_ON_CPU, _MOST_BYTES_ON_CPU = 128, 24 << 20
+# What a core computes in the millisecond in which another decodes an image of 500 x 400 pixels.
+_LIGHT_FLOPS = 3e7
 
 Features = Literal["embeds", "pooled"]
 
@@ -35,7 +40,7 @@ class Embedder:
 
     Args:
         model: unwrapped, in evaluation mode.
-        batch_size: images or texts that a process embeds at once, at most; fewer where a set is small.
+        batch_size: images or texts that a process embeds at once, at most; fewer on a CPU and of a small set.
         num_workers: processes that decode images; 0 decodes in this one.
         alive: called at the start of a task and after every batch, to tell a watch that the evaluation moves on.
         name: what tables call the model.
@@ -83,7 +88,8 @@ class Embedder:
         mine = share.batches()
         decoded = decoded_batches(source, decode, mine, self.num_workers)
         done = 0
-        with self._bar(len(source), "images", hidden=self.progress is not None) as bar:
+        bar = self._bar(len(source), "images", hidden=self.progress is not None)
+        with bar, one_thread(self.num_workers > 0 and self._is_light(decode)):
             for rows in mine + [nothing] * (share.rounds - len(mine)):
                 batch = self._agreed(partial(next, decoded) if rows else partial(made_up, decode))
                 with torch.no_grad(), self.accelerator.autocast():
@@ -194,8 +200,25 @@ class Embedder:
 
     def _share(self, count: int, most: int | None = None) -> Share:
         """Return how `count` rows are shared, at most `most` in a batch (left out, `batch_size`)."""
-        size = max(1, min(most or self.batch_size, -(-count // _LEAST_BATCHES)))
+        if most is None and self._is_on_cpu():
+            most = min(self.batch_size, _MOST_ON_CPU, _MOST_BYTES_ON_CPU // (12 * self.image_size**2))
+        most = most or self.batch_size
+        size = max(1, min(most, -(-count // _LEAST_BATCHES)))
         return Share(count, size, self.accelerator.process_index, self.accelerator.num_processes)
+
+    def _is_on_cpu(self) -> bool:
+        return torch.device(self.accelerator.device).type == "cpu"
+
+    def _is_light(self, decode: Decoder) -> bool:
+        """Collective. Return whether this is a CPU that computes on several threads, on which an image takes longer to
+        decode than to embed."""
+        if not self._is_on_cpu() or torch.get_num_threads() == 1:
+            return False
+        from torch.utils.flop_counter import FlopCounterMode
+
+        with torch.no_grad(), self.accelerator.autocast(), FlopCounterMode(display=False) as counter:
+            self.image_features(**made_up(decode))
+        return counter.get_total_flops() < _LIGHT_FLOPS
 
     def _gathered(self, mine: torch.Tensor, share: Share) -> torch.Tensor:
         padded = torch.cat([mine, mine.new_zeros(share.most - len(mine), *mine.shape[1:])])

@@ -1,7 +1,9 @@
 """The images of a test set: which process takes which rows, and their decoding in workers, a batch at a time."""
 
 import io
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,6 +109,18 @@ def decoded_batches(source: TarSource, decode: Decoder, batches: list[range], nu
         ) from error
 
 
+@contextmanager
+def one_thread(wanted: bool) -> Iterator[None]:
+    """Let torch compute on one thread meanwhile, if that is wanted: threads that wait for a small operation's other
+    threads take the cores from the workers."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1 if wanted else before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def made_up(decode: Decoder) -> PackedBatch:
     """Return a batch of one grey image, for the process that has no batch left while others compute theirs."""
     png = cv2.imencode(".png", np.full((8, 8, 3), 128, np.uint8))[1].tobytes()
@@ -155,14 +169,29 @@ class WholeImages(Dataset):
             raise ValueError(f"evaluation image {sample.name} cannot be decoded: {error}") from error
 
 
-def _packed(images: Any, count: int) -> PackedBatch:
-    """Return the columns of `count` images, each written where it travels as soon as it is decoded."""
+def _packed(images: Iterable[dict[str, np.ndarray]], count: int) -> PackedBatch:
+    """Return the columns of `count` images, each written where it travels as soon as it is decoded.
+
+    Raises:
+        OSError: a worker gets no shared memory for them.
+    """
     batch: PackedBatch | None = None
     for place, columns in enumerate(images):
         if batch is None:
             like = {name: torch.from_numpy(column) for name, column in columns.items()}
-            batch = PackedBatch.empty({name: (one.dtype, (count, *one.shape)) for name, one in like.items()})
+            batch = _room({name: (one.dtype, (count, *one.shape)) for name, one in like.items()})
         for name, column in columns.items():
             batch[name][place] = torch.from_numpy(column)
     assert batch is not None
     return batch
+
+
+def _room(columns: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> PackedBatch:
+    try:
+        return PackedBatch.empty(columns)
+    except RuntimeError as error:
+        num_bytes = sum(math.prod(shape) * dtype.itemsize for dtype, shape in columns.values())
+        raise OSError(
+            f"a worker got no shared memory for {num_bytes / 1e6:.1f} MB of evaluation images "
+            f"({' '.join(str(error).split())}); make /dev/shm larger, or set eval.num_workers to 0"
+        ) from error

@@ -199,8 +199,8 @@ class FlipVisionEmbeddings(nn.Module):
     def normalise(self, patches: torch.Tensor) -> torch.Tensor:
         """Convert uint8 patches `(batch, kept, channels * p * p)` to fp32, normalised by the mean and deviation of
         each channel."""
-        by_channel = patches.unflatten(2, (self.config.num_channels, -1)).float()
-        return (by_channel * self.pixel_scale.view(-1, 1) + self.pixel_shift.view(-1, 1)).flatten(2)
+        by_channel = patches.unflatten(2, (self.config.num_channels, -1)).to(torch.float32, copy=True)
+        return by_channel.mul_(self.pixel_scale.view(-1, 1)).add_(self.pixel_shift.view(-1, 1)).flatten(2)
 
     def _check_patches(self, patches: torch.Tensor, patch_index: torch.Tensor | None) -> None:
         width = self.config.num_channels * self.config.patch_size**2

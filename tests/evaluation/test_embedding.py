@@ -1,0 +1,199 @@
+"""How images reach a model: who reads which, through workers, in how much memory, and what happens when it fails."""
+
+import dataclasses
+import gc
+import os
+import signal
+import tarfile
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from conftest import TOWER, add_member
+from transformers import AutoTokenizer
+
+from flipscale.data.sources.tar_source import TarSource
+from flipscale.evaluation import embedding
+from flipscale.evaluation.embedding import Embedder
+from flipscale.evaluation.images import SampleNumbers, Share, decoded_batches, made_up
+from flipscale.evaluation.suite import build_tasks, evaluate_tasks, evaluated
+from flipscale.model import FlipConfig, FlipModel
+
+
+@pytest.fixture(scope="module")
+def embedder(tokenizer_dir: Path) -> Embedder:
+    torch.manual_seed(0)
+    config = FlipConfig(
+        vision_config={**TOWER, "image_size": 32, "patch_size": 8},
+        text_config={**TOWER, "vocab_size": 16, "max_position_embeddings": 8},
+        projection_dim=64,
+    )
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
+    return Embedder(FlipModel(config).eval(), tokenizer, Accelerator(cpu=True), batch_size=7)
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 12, 13])
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_every_row_is_one_process_s(count: int, world: int) -> None:
+    shares = [Share(count, 2, rank, world) for rank in range(world)]
+    rows = [share.rows() for share in shares]
+    assert sorted(np.concatenate(rows).tolist()) == list(range(count))
+    for share, mine in zip(shares, rows, strict=True):
+        assert [row for batch in share.batches() for row in batch] == mine.tolist()
+        assert len(share.batches()) <= share.rounds
+        assert len(mine) <= share.most == len(rows[0])
+    padded = np.concatenate([np.pad(mine, (0, shares[0].most - len(mine)), constant_values=-1) for mine in rows])
+    assert torch.from_numpy(padded)[shares[0].places()].tolist() == list(range(count))
+
+
+def test_sample_numbers(shards: Path) -> None:
+    source = TarSource(str(shards))
+    numbers = SampleNumbers(source)
+    assert list(numbers) == [(shard, n) for shard, size in enumerate(source.shard_sizes) for n in range(size)]
+    assert numbers[47] == (2, 0)
+    with pytest.raises(IndexError, match="row 96 of 96"):
+        numbers[96]
+
+
+def test_workers_hand_over_shared_memory(embedder: Embedder, shards: Path) -> None:
+    batches = [range(0, 40), range(40, 96)]
+    source, decode = TarSource(str(shards)), embedder.decoder()
+    ours = list(decoded_batches(source, decode, batches, num_workers=2))
+    here = list(decoded_batches(source, decode, batches, num_workers=0))
+    assert all(batch.buffer.is_shared() for batch in ours)
+    assert all(torch.equal(a["patches"], b["patches"]) for a, b in zip(ours, here, strict=True))
+    assert [len(batch["patches"]) for batch in here] == [40, 56]
+    assert made_up(decode)["patches"].shape == (1, 16, 192)
+
+
+def test_too_little_shared_memory(embedder: Embedder, shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(size: int) -> None:
+        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
+
+    monkeypatch.setattr(torch.UntypedStorage, "_new_shared", full)
+    message = r"a worker got no shared memory for 0.0 MB of evaluation images \(unable .*\); make /dev/shm larger, or"
+    with pytest.raises(OSError, match=message):
+        dataclasses.replace(embedder, num_workers=1).images(TarSource(str(shards)))
+
+
+def _deadly(encoded: bytes, row: int) -> dict[str, np.ndarray]:
+    if row == 20:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return {"patches": np.zeros((16, 192), np.uint8)}
+
+
+class Deadly(Embedder):
+    """Whose workers die of an image."""
+
+    def decoder(self) -> Callable[[bytes, int], dict[str, np.ndarray]]:
+        return _deadly
+
+
+def test_a_worker_that_dies_is_told_in_a_sentence(embedder: Embedder, shards: Path) -> None:
+    fragile = Deadly(embedder.model, embedder.tokenizer, embedder.accelerator, num_workers=2)
+    message = (
+        r"^a worker that decoded evaluation images died \(DataLoader worker .*\); give it more memory or set "
+        r"eval.num_workers to 0$"
+    )
+    with pytest.raises(OSError, match=message):
+        fragile.images(TarSource(str(shards)))
+
+
+def test_pooled_features_are_those_before_the_projection(embedder: Embedder, shards: Path) -> None:
+    source = TarSource(str(shards))
+    pooled = embedder.images(source, "pooled")
+    assert pooled.shape == (96, 32)
+    projected = embedder.model.image_projection(pooled).detach()
+    embeds = projected / projected.norm(dim=1, keepdim=True)
+    assert (embeds - embedder.images(source)).abs().max() < 1e-6
+
+
+def test_progress_is_told_of_all_images(embedder: Embedder, shards: Path) -> None:
+    told: list[int] = []
+    dataclasses.replace(embedder, progress=told.append).images(TarSource(str(shards)))
+    assert told == [6] * 16
+
+
+@pytest.mark.parametrize(("light", "threads"), [(3e7, 1), (0, 2)])
+def test_a_light_model_leaves_the_cores_to_the_workers(
+    embedder: Embedder, shards: Path, monkeypatch: pytest.MonkeyPatch, light: float, threads: int
+) -> None:
+    monkeypatch.setattr(embedding, "_LIGHT_FLOPS", light)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        batches = dataclasses.replace(embedder, num_workers=1).image_batches(TarSource(str(shards)))
+        assert {torch.get_num_threads() for _ in batches} == {threads}
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_tasks_of_one_set_share_a_pass(
+    embedder: Embedder, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those that follow each other, in their order; the figures are those that each has alone."""
+    for file in [*shards.glob("*.tar"), *shards.glob("*.txt")]:
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    read: list[str] = []
+    whole = TarSource.read
+    monkeypatch.setattr(
+        TarSource, "read", lambda self, *where: read.append(self.shard_name(where[0])) or whole(self, *where)
+    )
+    listed = [
+        {"kind": "zero_shot", "data": str(shards)},
+        {"kind": "zero_shot", "data": str(shards), "name": "clip", "templates": "imagenet7"},
+        {"kind": "retrieval", "data": str(shards), "name": "pairs"},
+        {"kind": "retrieval", "data": str(tmp_path), "name": "again"},
+        {"kind": "zero_shot", "data": str(tmp_path), "name": "last"},
+    ]
+    tasks = build_tasks(listed)
+    found = []
+    for task, results in evaluated(embedder, tasks):
+        found.append((task.name, results))
+        assert len(read) == 96 * (1 if task.data == str(shards) else 2)
+    assert [name for name, _ in found] == ["zero_shot", "clip", "pairs", "again", "last"]
+    assert [results for _, results in found] == [evaluate_tasks(embedder, [task]) for task in tasks]
+
+
+def _live_bytes() -> int:
+    """The bytes of all tensors that live in this process, each storage once."""
+    tensors = [found for found in gc.get_objects() if issubclass(type(found), torch.Tensor)]
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def test_zero_shot_s_memory_does_not_grow_with_the_images(embedder: Embedder, tmp_path: Path) -> None:
+    """But for a label each, and room for two scores. An embedding alone would be 256 bytes."""
+    png = cv2.imencode(".png", np.full((16, 16, 3), 90, np.uint8))[1].tobytes()
+    peaks: dict[int, tuple[int, int]] = {}
+    for count in (420, 1680):
+        folder = tmp_path / str(count)
+        folder.mkdir()
+        with tarfile.open(folder / "0.tar", "w") as tar:
+            for number in range(count):
+                add_member(tar, f"{number:05d}.png", png)
+                add_member(tar, f"{number:05d}.cls", str(number % 4).encode())
+        (folder / "classnames.txt").write_text("red disc\nblue disc\nred bar\nblue bar\n")
+        (folder / "zeroshot_classification_templates.txt").write_text("a {c}\n")
+        tasks = build_tasks([{"kind": "zero_shot", "data": str(folder)}])
+        evaluate_tasks(embedder, tasks)  # what is made once is made here
+        done = [0]
+        live: list[int] = []
+
+        def watch(news: int, count: int = count, done: list[int] = done, live: list[int] = live) -> None:
+            done[0] += news
+            if done[0] == count:
+                live.append(_live_bytes())
+
+        tracemalloc.start()
+        evaluate_tasks(dataclasses.replace(embedder, progress=watch), tasks)
+        peaks[count] = (live[0], tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    tensors, python = ((peaks[1680][which] - peaks[420][which]) / 1260 for which in (0, 1))
+    assert tensors <= 16
+    assert python < 64
