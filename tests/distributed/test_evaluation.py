@@ -1,0 +1,131 @@
+"""Evaluation on several processes: no image is read twice, all embeddings have the same bits, and all end together."""
+
+import json
+import os
+import re
+import signal
+import tarfile
+from pathlib import Path
+
+import cv2
+import numpy as np
+import processes
+import pytest
+import torch
+from conftest import TOWER, add_member, write_shards
+from transformers import AutoTokenizer
+
+from flipscale.data.sources.tar_source import TarSource
+from flipscale.evaluation.embedding import Embedder
+from flipscale.evaluation.images import Decoder, SampleNumbers
+from flipscale.evaluation.suite import build_tasks, evaluate_tasks
+from flipscale.model import FlipConfig, FlipModel
+
+SIZES = [30, 20, 1, 48]  # 99 images: in batches of seven, two and three processes have a different number of them
+
+
+def drawn(tokenizer: str, num_workers: int = 0) -> Embedder:
+    from flipscale.engines.start import start_accelerator
+
+    torch.manual_seed(0)
+    config = FlipConfig(
+        vision_config={**TOWER, "image_size": 32, "patch_size": 8},
+        text_config={**TOWER, "vocab_size": 16, "max_position_embeddings": 8},
+        projection_dim=16,
+    )
+    model, words = FlipModel(config).eval(), AutoTokenizer.from_pretrained(tokenizer)
+    return Embedder(model, words, start_accelerator([], "."), batch_size=7, num_workers=num_workers)
+
+
+def read_and_embed(folder: str, tokenizer: str, out: str) -> None:
+    """One process of several: it writes what it read for a suite of three tasks, and the embeddings of all images."""
+    read: list[list[int]] = []
+    whole = TarSource.read
+    TarSource.read = lambda self, *where: read.append([*where]) or whole(self, *where)  # type: ignore[method-assign]
+    embedder = drawn(tokenizer)
+    listed = [
+        {"kind": "zero_shot", "data": folder},
+        {"kind": "zero_shot", "data": folder, "name": "clip", "templates": "imagenet7"},
+        {"kind": "retrieval", "data": folder},
+    ]
+    results = evaluate_tasks(embedder, build_tasks(listed))
+    found = {"read": read.copy(), "values": {result.name: result.value for result in results}}
+    embeds, texts = embedder.images(TarSource(folder)), embedder.texts(["a red disc", "the blue ring", "a bar"])
+    rank = embedder.accelerator.process_index
+    Path(out, f"{rank}.json").write_text(json.dumps(found))
+    torch.save([embeds, texts], Path(out, f"{rank}.pt"))
+    embedder.accelerator.end_training()
+
+
+def test_each_image_is_read_once_and_has_the_same_embedding(tmp_path: Path, tokenizer_dir: Path) -> None:
+    folder = tmp_path / "set"
+    write_shards(folder, SIZES)
+    every = [[*where] for where in SampleNumbers(TarSource(str(folder)))]
+    assert len(every) == 99
+    found = {}
+    for world in (1, 2, 3):
+        out = tmp_path / f"{world}"
+        out.mkdir()
+        environments = processes.rank_environments(world) if world > 1 else [{}]
+        arguments = (str(folder), str(tokenizer_dir), str(out))
+        running = [processes.start(read_and_embed, *arguments, environment=e) for e in environments]
+        for process in running:
+            process.join(120)
+            assert process.exitcode == 0
+        told = [json.loads((out / f"{rank}.json").read_text()) for rank in range(world)]
+        assert sorted(where for one in told for where in one["read"]) == every
+        assert all(one["values"] == told[0]["values"] for one in told)
+        found[world] = (told[0]["values"], *torch.load(out / "0.pt"))
+    for values, embeds, texts in (found[2], found[3]):
+        assert values == found[1][0]
+        assert torch.equal(embeds, found[1][1])
+        assert torch.equal(texts, found[1][2])
+
+
+class Deadly(Embedder):
+    """Whose worker dies of image 20."""
+
+    def decoder(self) -> Decoder:
+        return _deadly
+
+
+def _deadly(encoded: bytes, row: int) -> dict[str, np.ndarray]:
+    if row == 20:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return {"patches": np.zeros((16, 192), np.uint8)}
+
+
+def fail(folder: str, tokenizer: str, out: str, deadly: bool) -> None:
+    """One process of two: it writes the error that ends it."""
+    embedder = drawn(tokenizer, num_workers=1 if deadly else 0)
+    if deadly:
+        embedder = Deadly(**vars(embedder))
+    try:
+        embedder.images(TarSource(folder))
+    except (ValueError, OSError) as error:
+        Path(out, str(embedder.accelerator.process_index)).write_text(f"{type(error).__name__}: {error}")
+
+
+@pytest.mark.parametrize(
+    ("deadly", "sentence"),
+    [
+        (False, r"ValueError: evaluation image 0.tar#20 cannot be decoded: .*"),
+        (True, r"OSError: a worker that decoded evaluation images died \(.*\); give it more memory or set .* to 0"),
+    ],
+)
+def test_what_one_process_finds_ends_both(tmp_path: Path, tokenizer_dir: Path, deadly: bool, sentence: str) -> None:
+    png = cv2.imencode(".png", np.full((16, 16, 3), 90, np.uint8))[1].tobytes()
+    folder = tmp_path / "set"
+    folder.mkdir()
+    with tarfile.open(folder / "0.tar", "w") as tar:
+        for number in range(99):
+            add_member(tar, f"{number:02d}.png", b"no picture" if number == 20 and not deadly else png)
+    arguments = (str(folder), str(tokenizer_dir), str(tmp_path), deadly)
+    running = [processes.start(fail, *arguments, environment=e) for e in processes.rank_environments(2)]
+    for process in running:
+        process.join(60)
+        assert process.exitcode == 0
+    told = [(tmp_path / f"{rank}").read_text() for rank in range(2)]
+    assert told[0] == told[1]
+    assert len(told[0].splitlines()) == 1
+    assert re.fullmatch(sentence, told[0])
