@@ -25,10 +25,9 @@ BLOCK = 512
 ROW = (3, 2)
 _JSON_CAPTION = _ARRAY = 1 << 31
 _CLASS = 1 << 30
-_IMAGES = ("jpg", "jpeg", "png", "webp")
-_FIELDS = {**dict.fromkeys(_IMAGES, "image"), **{name: name for name in ("txt", "json", "cls", "npy")}}
-_MAX_BYTES = {"image": (1 << 31) - 1}  # of the others, two bits of the size are taken
-_MAX_OTHER_BYTES = (1 << 30) - 1
+_IMAGES = ("webp", "png", "jpg", "jpeg")  # of a sample with several, the first, as in CLIP_benchmark
+_MAX_OTHER_BYTES = (1 << 30) - 1  # two bits of the size are taken
+_MAX_BYTES = {**dict.fromkeys(_IMAGES, (1 << 31) - 1), **dict.fromkeys(("txt", "json", "cls", "npy"), _MAX_OTHER_BYTES)}
 _VERSION = (2, 0)
 
 
@@ -141,12 +140,12 @@ def _scan(shard: Path) -> tuple[np.ndarray, str]:
             for name, offset, size in _members(file, os.fstat(file).st_size):
                 folder, base = os.path.split(name)
                 stem, _, extension = base.partition(".")
-                field = _FIELDS.get(extension.lower())
-                if field and size <= _MAX_BYTES.get(field, _MAX_OTHER_BYTES):
+                field = extension.lower()
+                if size <= _MAX_BYTES.get(field, -1):
                     samples.setdefault(f"{folder}/{stem}", {})[field] = (offset // BLOCK, size)
         except _Damaged as error:
             damage = str(error)
-        rows = [_row(file, fields) for fields in samples.values() if "image" in fields]
+        rows = [_row(file, fields) for fields in samples.values() if not fields.keys().isdisjoint(_IMAGES)]
     finally:
         os.close(file)
     return np.array(rows, dtype=np.uint32).reshape(len(rows), *ROW), damage
@@ -164,7 +163,7 @@ def _row(file: int, fields: dict[str, tuple[int, int]]) -> list[tuple[int, int]]
         if label[0]:
             caption = (label[0], label[1] | _CLASS)
         label = (fields["npy"][0], fields["npy"][1] | _ARRAY)
-    return [fields["image"], caption, label]
+    return [next(fields[image] for image in _IMAGES if image in fields), caption, label]
 
 
 def _members(file: int, total: int) -> Iterator[tuple[str, int, int]]:

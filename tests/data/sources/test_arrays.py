@@ -52,6 +52,11 @@ def test_labels_are_numbers_or_arrays_or_both(tmp_path: Path) -> None:
         assert np.load(index_path(tmp_path / f"{shard}.tar")).nbytes == 24
 
 
+def test_of_several_images_the_one_that_clip_benchmark_takes(tmp_path: Path) -> None:
+    assert write(tmp_path / "0.tar", jpg=b"jpg", webp=b"webp", png=b"png").read(0, 0).image == b"webp"
+    assert write(tmp_path / "1.tar", jpeg=b"jpeg", jpg=b"jpg").read(0, 0).image == b"jpg"
+
+
 @pytest.mark.parametrize("spoilt", ["truncated", "pickled", "no array"])
 def test_an_array_that_cannot_be_read(tmp_path: Path, spoilt: str) -> None:
     whole = npy(np.zeros(20))
