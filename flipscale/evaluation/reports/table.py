@@ -21,10 +21,9 @@ class Column:
     name: str
     lines: Sequence[Line]
 
-    def find(self, row: "Row") -> Line | None:
+    def find(self, task: str, metric: str) -> Line | None:
         """Return its line of a task's metric."""
-        found = (line for line in self.lines if (line.result.task, line.result.metric) == (row.task, row.metric))
-        return next(found, None)
+        return next((line for line in self.lines if (line.result.task, line.result.metric) == (task, metric)), None)
 
 
 @dataclass(frozen=True)
@@ -91,8 +90,8 @@ def rows_of(columns: Sequence[Column]) -> list[Row]:
     rows = []
     for (task, metric), line in seen.items():
         page = read_page(line.about["page"]) if line.about.get("page") else None
-        row = Row(task, metric, line.about.get("title") or task, page, ())
-        rows.append(Row(task, metric, row.title, page, tuple(column.find(row) for column in columns)))
+        found = tuple(column.find(task, metric) for column in columns)
+        rows.append(Row(task, metric, line.about.get("title") or task, page, found))
     return rows
 
 
