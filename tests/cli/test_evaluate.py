@@ -56,7 +56,6 @@ def place(tokenizer_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     for name in ("cars", "dtd", "mnist"):
         folder = tmp_path / "data/tasks" / name
         write_shards(folder / "test", [9, 7], seed=len(name))
-        (folder / "test" / "nshards.txt").write_text("2\n")
         for text in ("classnames.txt", "zeroshot_classification_templates.txt"):
             (folder / "test" / text).rename(folder / text)
         if name != "mnist":
