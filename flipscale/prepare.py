@@ -244,6 +244,7 @@ def _tasks(args: argparse.Namespace) -> None:
 def _task_set(page: "TaskPage") -> "TaskSet":
     """Return the data of a page's task."""
     from flipscale.preparation.parquet_set import Columns
+    from flipscale.preparation.real_labels import REAL_LABELS
     from flipscale.preparation.task_sets import TaskSet
 
     source = page.source
@@ -253,6 +254,8 @@ def _task_set(page: "TaskPage") -> "TaskSet":
         revision=source.revision,
         split=source.split,
         columns=Columns(source.image, source.label, source.clip, source.frame) if source.image else None,
+        shards=source.shards,
+        real_labels=page.options.get("labels") == REAL_LABELS,
         licence=page.licence,
         images=page.images,
         num_classes=page.num_classes,

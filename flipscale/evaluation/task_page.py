@@ -32,6 +32,7 @@ class TaskSource:
         label: the column of classes of a parquet repository.
         clip: the columns that name a clip, where rows are the frames of videos, of which the middle one is taken.
         frame: the column of a frame's number in its clip.
+        shards: a pattern of the shards' names, where they are others than `SPLIT/0.tar`, `SPLIT/1.tar`, ...
     """
 
     repo: str
@@ -41,6 +42,7 @@ class TaskSource:
     label: str = ""
     clip: tuple[str, ...] = ()
     frame: str = ""
+    shards: str = ""
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,9 @@ class TaskPage:
         """Return the task as a recipe may list it, with the data at `folder`."""
         templates = {"templates": self.prompts or list(self.templates)} if self.templates else {}
         about = {"task": self.name, "kind": self.kind, "data": str(folder), "name": self.name}
-        metric = {"metric": self.metric} if self.kind in ("zero_shot", "zero_shot_multilabel") else {}
+        # Labels in a file of their own have one metric.
+        several = self.kind in _WITH_METRICS and "labels" not in self.options
+        metric = {"metric": self.metric} if several else {}
         return {**about, **templates, **metric, **self.options}
 
     def task(self, folder: Path) -> Task:

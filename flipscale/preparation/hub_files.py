@@ -22,11 +22,13 @@ class HubFile:
     Args:
         name: its path in the repository.
         digest: `sha256:HEX` of a large file, `git:HEX` (git's id of the content) of a small one.
+        path: where it goes in the folder that is prepared.
     """
 
     name: str
     size: int
     digest: str
+    path: str
 
 
 @dataclass(frozen=True)
@@ -52,10 +54,10 @@ def list_files(repo: str, revision: str) -> Snapshot:
         info = HfApi().dataset_info(repo, revision=revision, files_metadata=True)
     except (OSError, RuntimeError, HTTPError) as error:
         raise _explained(error, repo, revision) from None
-    files = [
-        HubFile(file.rfilename, file.size or 0, f"sha256:{file.lfs.sha256}" if file.lfs else f"git:{file.blob_id}")
-        for file in info.siblings or []
-    ]
+    files = []
+    for file in info.siblings or []:
+        has = f"sha256:{file.lfs.sha256}" if file.lfs else f"git:{file.blob_id}"
+        files.append(HubFile(file.rfilename, file.size or 0, has, file.rfilename))
     assert info.sha is not None, "the Hub says which commit it lists"
     return Snapshot(repo, info.sha, tuple(files))
 
@@ -84,7 +86,7 @@ def digest(path: Path, like: str = "sha256:") -> str:
 
 
 def download(snapshot: Snapshot, files: Sequence[HubFile], folder: Path, bar: tqdm) -> None:
-    """Download the files to their names in `folder`, but for those that are whole. What a kill left of a file is gone
+    """Download the files to their paths in `folder`, but for those that are whole. What a kill left of a file is gone
     on with (huggingface_hub's own downloads begin such a file anew).
 
     Args:
@@ -98,7 +100,7 @@ def download(snapshot: Snapshot, files: Sequence[HubFile], folder: Path, bar: tq
 
     before = bar.n
     for file in files:
-        path = folder / file.name
+        path = folder / file.path
         if not is_whole(path, file):
             bar.set_postfix_str(f"{snapshot.repo} {file.name}")
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -189,6 +191,4 @@ def _explained(error: Exception, repo: str, revision: str) -> Exception:
     if isinstance(cause, OSError) and cause.errno is not None and not isinstance(cause, ConnectionError):
         return cause
     said = " ".join(str(getattr(cause, "server_message", None) or cause).split())
-    return OSError(
-        f"{where} cannot be reached ({said}); the same command goes on later, or name a mirror in HF_ENDPOINT"
-    )
+    return OSError(f"{where} cannot be read ({said}); the same command goes on later, or name a mirror in HF_ENDPOINT")

@@ -5,7 +5,8 @@ import json
 import re
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from flipscale.data.sources.tar_source import TarSource
 from flipscale.files.aside import remove, sync, write_text
 from flipscale.preparation.hub_files import HubFile, Snapshot, bytes_there, digest, download, list_files
 from flipscale.preparation.parquet_set import Columns, convert
+from flipscale.preparation.real_labels import REAL_LABELS, find_labels, write_real_labels
 
 # What is being prepared, and at which commit, so that a later start goes on with the same one.
 BEGUN = ".begun.json"
@@ -32,6 +34,8 @@ class TaskSet:
         name: of the task, and of the folder to write.
         split: the folder of shards in the repository, or the split of its parquet files.
         columns: of parquet files; None for shards.
+        shards: a pattern of the shards' names, where they are others than SPLIT/0.tar, SPLIT/1.tar, ...
+        real_labels: whether ImageNet-ReaL's labels are written for the images.
         class_names: written where the source has none, or spells the same names otherwise.
         templates: written where the source has none.
         is_classification: whether it needs class names.
@@ -42,6 +46,8 @@ class TaskSet:
     revision: str
     split: str
     columns: Columns | None
+    shards: str
+    real_labels: bool
     licence: str
     images: int
     num_classes: int | None
@@ -54,8 +60,17 @@ class TaskSet:
         """What decides which data is taken."""
         return {"repo": self.repo, "revision": self.revision, "split": self.split}
 
-    def wanted(self, file: str) -> bool:
-        """Return whether a file of the repository belongs to the set."""
+    def files(self, snapshot: Snapshot) -> tuple[HubFile, ...]:
+        """Return the files of the repository that belong to the set, with the paths that they get."""
+        wanted = [file for file in snapshot.files if self._wanted(file.name)]
+        if not self.shards:
+            return tuple(wanted)
+        wanted.sort(key=lambda file: file.name)
+        return tuple(replace(file, path=f"test/{number}.tar") for number, file in enumerate(wanted))
+
+    def _wanted(self, file: str) -> bool:
+        if self.shards:
+            return fnmatch(file, self.shards)
         split = re.escape(self.split)
         if self.columns:
             return re.fullmatch(rf"([\w-]+/)*{split}([-/][\w.-]+)?\.parquet", file) is not None
@@ -138,6 +153,8 @@ def _tell(faults: dict[str, str], num_sets: int) -> None:
 def _plan(folder: Path, task: TaskSet) -> Plan | None:
     """Return what there is to do for a set, or None if it is whole."""
     place = folder / task.name
+    if task.real_labels:
+        find_labels()
     said = read_prepared(place)
     if said is not None and said["source"] == task.source:
         _remove_leftovers(place)
@@ -145,15 +162,15 @@ def _plan(folder: Path, task: TaskSet) -> Plan | None:
     begun = _read_begun(place)
     revision = begun["commit"] if begun.get("source") == task.source else task.revision
     snapshot = list_files(task.repo, revision)
-    files = tuple(file for file in snapshot.files if task.wanted(file.name))
+    files = task.files(snapshot)
     data = [file.name for file in files if file.name.endswith((".tar", ".parquet"))]
     if not data:
-        what = f"parquet files of the split {task.split}" if task.columns else f"{task.split}/*.tar"
+        what = f"parquet files of the split {task.split}" if task.columns else task.shards or f"{task.split}/*.tar"
         raise ValueError(f"data set {task.repo} has no {what}; the source has changed")
     named = task.columns or task.class_names or "classnames.txt" in {file.name for file in files}
     if task.is_classification and not named:
         raise ValueError(f"data set {task.repo} has no classnames.txt, and the task's page lists no class names")
-    there = sum(bytes_there(_downloaded(place, task) / file.name, file) for file in files)
+    there = sum(bytes_there(_downloaded(place, task) / file.path, file) for file in files)
     return Plan(task, snapshot, files, there)
 
 
@@ -169,7 +186,10 @@ def _prepare(place: Path, plan: Plan, bar: tqdm) -> None:
             if task.columns:
                 _convert(place, plan)
             _complete_texts(place, task)
-            _write_prepared(place, plan)
+            shards = _checked_shards(place, plan)
+            if task.real_labels:
+                write_real_labels(place, shards)
+            _write_prepared(place, plan, len(TarSource(shards)))
     except Timeout:
         raise ValueError(f"another process prepares {place}; wait for it to end") from None
     place.with_name(f".{place.name}.lock").unlink(missing_ok=True)
@@ -184,7 +204,7 @@ def _convert(place: Path, plan: Plan) -> None:
     """Write shards and class names of the downloaded tables."""
     task = plan.task
     assert task.columns is not None
-    tables = [place / _PARQUET / file.name for file in sorted(plan.files, key=lambda file: file.name)]
+    tables = [place / _PARQUET / file.path for file in sorted(plan.files, key=lambda file: file.name)]
     names = convert(tables, place / "test", task.columns, task.name) or list(task.class_names)
     write_text(place / _TEXTS[0], "".join(f"{name}\n" for name in names))
 
@@ -219,36 +239,46 @@ def spelled_as(names: Sequence[str], known: Sequence[str]) -> list[str]:
     return [by_letters[name] for name in letters]
 
 
-def _write_prepared(place: Path, plan: Plan) -> None:
-    """Remove shards that are no part of the set, and say that it is whole.
+def _checked_shards(place: Path, plan: Plan) -> str:
+    """Remove shards that are no part of the set, and return the name of all others: `.../test/{0..3}.tar`, as an
+    evaluation opens them.
 
     Raises:
-        ValueError: there are not as many shards as `nshards.txt` says.
+        ValueError: one is missing.
     """
-    task = plan.task
-    known = {file.name: file.digest for file in plan.files if not task.columns}
-    for path in set() if task.columns else set((place / "test").glob("*.tar")):
-        if path.relative_to(place).as_posix() not in known:
+    folder = place / "test"
+    if not plan.task.columns:
+        for path in set(folder.glob("*.tar")) - {place / file.path for file in plan.files}:
             path.unlink()
-    shards = sorted((place / "test").glob("*.tar"))
-    said = (place / "test" / "nshards.txt").read_text().strip() if (place / "test" / "nshards.txt").exists() else ""
-    if said and said != str(len(shards)):
-        raise ValueError(f"{place / 'test'} has {len(shards)} shards, nshards.txt says {said}; the source has changed")
-    if {path.name for path in shards} != {f"{number}.tar" for number in range(len(shards))}:
-        raise ValueError(f"{place / 'test'} lacks a shard of 0.tar to {len(shards) - 1}.tar; the source has changed")
-    # The shards are named as an evaluation names them, which finds this index then.
-    images = len(TarSource(str(place / "test" / f"{{0..{len(shards) - 1}}}.tar")))
-    files = {}
-    for path in [*shards, *sorted(place.glob("*.txt")), *place.glob("test/*.txt")]:
+    names = {path.name for path in folder.glob("*.tar")}
+    said = folder / "nshards.txt"
+    if not said.exists():
+        write_text(said, f"{len(names)}\n")
+    if said.read_text().strip() != str(len(names)):
+        raise ValueError(
+            f"{folder} has {len(names)} shards, nshards.txt says {said.read_text().strip()}; the source has changed"
+        )
+    if names != {f"{number}.tar" for number in range(len(names))}:
+        raise ValueError(f"{folder} lacks a shard of 0.tar to {len(names) - 1}.tar; the source has changed")
+    return str(folder / f"{{0..{len(names) - 1}}}.tar")
+
+
+def _write_prepared(place: Path, plan: Plan, num_images: int) -> None:
+    """Say that a set is whole."""
+    task, files = plan.task, {}
+    known = {file.path: file.digest for file in plan.files if file.digest.startswith("sha256:") and not task.columns}
+    for path in sorted([*place.glob("test/*.tar"), *place.glob("test/*.txt"), *place.glob("*.txt")]):
         name = path.relative_to(place).as_posix()
-        has = known.get(name, "")
-        files[name] = {"bytes": path.stat().st_size, "digest": has if has.startswith("sha256:") else digest(path)}
+        files[name] = {"bytes": path.stat().st_size, "digest": known.get(name) or digest(path)}
         sync(path)
+    if task.real_labels:
+        labels = place / REAL_LABELS
+        files[REAL_LABELS] = {"bytes": labels.stat().st_size, "digest": digest(labels)}
     about = {"task": task.name, "source": task.source, "revision": plan.snapshot.commit, "licence": task.licence}
-    write_text(place / PREPARED, json.dumps({**about, "images": images, "files": files}, indent=2) + "\n")
+    write_text(place / PREPARED, json.dumps({**about, "images": num_images, "files": files}, indent=2) + "\n")
     _remove_leftovers(place)
-    if images != task.images:
-        tqdm.write(f"{task.name}: {images:,} images, not the {task.images:,} that its page says")
+    if num_images != task.images:
+        tqdm.write(f"{task.name}: {num_images:,} images, not the {task.images:,} that its page says")
 
 
 def _remove_leftovers(place: Path) -> None:

@@ -13,6 +13,7 @@ from flipscale.evaluation.task_page import PAGES, page_names, read_page, read_pa
 TABLE = {
     "imagenet1k": (50_000, 1000, 7, "top1", 74.6, True),
     "imagenet1k_80": (50_000, 1000, 80, "top1", None, False),
+    "imagenet_real": (50_000, 1000, 7, "any_label", None, False),
     "imagenetv2": (10_000, 1000, 7, "top1", 66.8, True),
     "imagenet_a": (7_500, 200, 7, "top1", 51.2, True),
     "imagenet_r": (30_000, 200, 80, "top1", 86.5, True),
@@ -70,7 +71,7 @@ def test_a_page_is_its_row_of_the_table(name: str) -> None:
     assert page.title
     named = page.kind != "retrieval" and name not in WITHOUT_NAMES
     assert len(page.class_names) == len(set(page.class_names)) == (page.num_classes if named else 0) or name in (
-        "imagenet1k", "imagenet1k_80", "imagenetv2", "imagenet_sketch"
+        "imagenet1k", "imagenet1k_80", "imagenet_real", "imagenetv2", "imagenet_sketch"
     )  # fmt: skip
     assert all(template.count("{c}") == 1 for template in page.templates)
 
@@ -86,7 +87,8 @@ def test_a_page_is_a_task(name: str) -> None:
     page = read_page(name)
     task = page.task(Path("data") / page.data)
     assert (task.kind, task.name, task.task, task.data) == (page.kind, name, name, f"data/{page.data}")
-    assert getattr(task, "metric", page.metric) == page.metric
+    # Labels of their own have one metric.
+    assert getattr(task, "metric", page.metric) == ("top1" if page.metric == "any_label" else page.metric)
     (built,) = build_tasks([name], "data")
     assert built == task
 
@@ -98,7 +100,8 @@ def test_subsets_have_the_names_of_their_own_classes() -> None:
 
 
 def test_suites() -> None:
-    robust = {"imagenet1k", "imagenetv2", "imagenet_a", "imagenet_r", "imagenet_sketch", "objectnet", "let_it_wag"}
+    robust = {"imagenet1k", "imagenetv2", "imagenet_a", "imagenet_r", "imagenet_sketch", "objectnet"}
+    robust |= {"imagenet_real", "let_it_wag"}
     assert {page.name for page in suite_pages("robustness")} == robust
     assert {page.name for page in suite_pages("fairness")} == {"dollar_street", "geode", "fairface", "utkface"}
     assert {page.name for page in suite_pages("all")} == TABLE.keys()

@@ -1,5 +1,6 @@
 """The test sets of tasks from a Hub of the test's own: whole or named as not, whatever is killed, cut or missing."""
 
+import importlib.util
 import io
 import json
 import os
@@ -20,6 +21,7 @@ from PIL import Image
 
 from flipscale.cli import main
 from flipscale.data.prepared import check_prepared, read_prepared
+from flipscale.data.sources.tar_file import add_member
 from flipscale.data.sources.tar_source import TarSource
 from flipscale.evaluation.suite import build_tasks
 from flipscale.evaluation.task_page import read_page
@@ -43,9 +45,7 @@ def shard(first: int, count: int, kind: str = "cls", side: int = 32) -> bytes:
         for number in range(first, first + count):
             said = str(number % 10) if kind == "cls" else f"picture {number}"
             for name, content in (("png", picture(number, side=side)), (kind, said.encode())):
-                member = tarfile.TarInfo(f"s{number:07d}.{name}")
-                member.size = len(content)
-                tar.addfile(member, io.BytesIO(content))
+                add_member(tar, f"s{number:07d}.{name}", content)
     return stream.getvalue()
 
 
@@ -235,7 +235,7 @@ def test_a_mirror_that_cannot_be_reached(
     nowhere = f"http://127.0.0.1:{processes.free_port()}"
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", nowhere)
     line = refusal(capsys, tmp_path, "--only", "mnist")
-    assert f"data set {MNIST} at {nowhere} cannot be reached" in line
+    assert f"data set {MNIST} at {nowhere} cannot be read (" in line
     assert "or name a mirror in HF_ENDPOINT" in line
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     assert "HF_HUB_OFFLINE is set; unset it" in refusal(capsys, tmp_path, "--only", "mnist")
@@ -340,6 +340,37 @@ def test_middle_frames_of_clips(hub: LoopbackHub, tmp_path: Path) -> None:
     assert [(sample.image, sample.label) for sample in samples] == [(picture(2), 3), (picture(3), 4), (picture(6), 5)]
     written = (tmp_path / "tasks" / "ucf101" / "classnames.txt").read_text().splitlines()
     assert written == list(page.class_names) != names
+
+
+def imagenet(numbers: list[int], classes: list[int]) -> bytes:
+    """A shard of ImageNet's validation images, called by their numbers."""
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w") as tar:
+        for number, label in zip(numbers, classes, strict=True):
+            for kind, content in (("cls", str(label).encode()), ("jpg", picture(number, "JPEG")), ("json", b"{}")):
+                add_member(tar, f"ILSVRC2012_val_{number:08d}.{kind}", content)
+    return stream.getvalue()
+
+
+def test_real_labels_go_by_file_name(
+    hub: LoopbackHub, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Of images 1 to 5, timm's list has none, {970, 795}, {230, 231}, {809}, {516, 850}.
+    shards = {"imagenet1k-validation-01.tar": imagenet([2], [970]), "imagenet1k-train-0000.tar": b"not asked for"}
+    hub.add("timm/imagenet-1k-wds", {**shards, "imagenet1k-validation-00.tar": imagenet([5, 1, 3], [850, 65, 230])})
+    prepare(tmp_path, "--only", "imagenet_real")
+    place = tmp_path / "imagenet_real"
+    assert sorted(content(place))[1:4] == ["test/0.tar", "test/1.tar", "test/nshards.txt"]
+    assert json.loads((place / "real_labels.json").read_text()) == [[516, 850], [], [230, 231], [970, 795]]
+    (task,) = build_tasks(["imagenet_real"], tmp_path)
+    task.check()
+    # Labels in another order are noticed, and a timm that is not there.
+    hub.add("timm/imagenet-1k-wds", {"imagenet1k-validation-00.tar": imagenet([5, 2, 3], [1, 2, 3])})
+    assert "0 of 3 images have their class among their labels" in refusal(capsys, tmp_path / "a", "--only", task.name)
+    hub.add("timm/imagenet-1k-wds", {"imagenet1k-validation-00.tar": shard(0, 2)})
+    assert "has an image s0000000, not ILSVRC2012_val_..." in refusal(capsys, tmp_path / "b", "--only", task.name)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "come in the package timm; `pip install timm`" in refusal(capsys, tmp_path / "c", "--only", task.name)
 
 
 def test_class_names_are_spelled_as_clip_s() -> None:
