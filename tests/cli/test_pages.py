@@ -160,6 +160,10 @@ def script_s_help(words: list[str]) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def other_program(words: list[str]) -> None:
+    """Runs nothing: test_harnesses.py runs it, in an environment of its own, and compares its figures with ours."""
+
+
 # The first rule that matches a command, without the variables set before it, runs it.
 RULES: dict[str, Callable[[list[str]], None]] = {
     r"(bash|sbatch) slurm/|\w+=\$\(": submission,  # type: ignore[dict-item]  # the whole script, not its words
@@ -173,6 +177,7 @@ RULES: dict[str, Callable[[list[str]], None]] = {
     r"(\.venv/bin/)?pip (install|wheel) ": installation,
     r"make \w+": target,
     r"(\.venv/bin/)?(pytest|ruff|mypy|pre-commit)\b": tool,
+    r"python clip_benchmark_flip\.py eval ": other_program,
     r"python tests/(same_bits|planning/tracked)\.py": script_s_help,
 }
 

@@ -1,0 +1,118 @@
+"""The section of docs/evaluation.md on other people's programs, run word for word where flipscale is absent, and its
+figures beside ours."""
+
+import io
+import json
+import os
+import re
+import shlex
+import subprocess
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from accelerate import Accelerator
+from cli.pages import ROOT
+from datasets import load_dataset
+from hub.test_export import environment_of
+from PIL import Image
+
+from flipscale.evaluation.embedding import Embedder
+from flipscale.evaluation.kinds.zero_shot import ZeroShot
+from flipscale.evaluation.pictures import image_embeds, text_embeds
+from flipscale.model import FlipModel, FlipProcessor
+
+SECTION = (ROOT / "docs/evaluation.md").read_text().split("\n## Where users evaluate\n")[1].split("\n## ")[0]
+SENTENCE_TRANSFORMERS, MTEB, CLIP_BENCHMARK = re.findall(r"```python\n(.*?)```", SECTION, re.DOTALL)
+(COMMAND,) = re.findall(r"```bash\n(.*?)```", SECTION, re.DOTALL)
+
+# Added to the snippets: that it is a stranger's environment, and what they found, as JSON.
+BEGIN = "import importlib.util\nassert importlib.util.find_spec('flipscale') is None\n"
+END = """
+import json
+found = {"images": images.tolist(), "texts": texts.tolist()}
+found["mteb"] = {result.task_name: result.scores["test"][0] for result in results.task_results}
+with open("found.json", "w") as file:
+    json.dump(found, file, default=float)
+"""
+
+
+@pytest.fixture(scope="module")
+def stranger(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The Python of an environment with the three programs and without flipscale."""
+    folder = tmp_path_factory.mktemp("stranger")
+    return environment_of(folder / "venv", "sentence-transformers", "mteb", "clip-benchmark", "pillow", "torchvision")
+
+
+def run(*command: str | Path) -> None:
+    """Runs a command offline, with no variable that leads to flipscale."""
+    kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    environment = {**kept, "HF_HUB_OFFLINE": "1", "HF_HOME": str(Path("home").absolute()), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture
+def found(in_site: Path, stranger: Path) -> dict:
+    """What the snippets of sentence-transformers and mteb print, one after the other in one interpreter."""
+    run(stranger, "-I", "-c", BEGIN + SENTENCE_TRANSFORMERS + MTEB + END)
+    return json.loads((in_site / "found.json").read_text())
+
+
+def test_sentence_transformers_and_mteb_find_what_our_embeddings_say(in_site: Path, found: dict) -> None:
+    model = FlipModel.from_pretrained("runs/demo/model").eval()
+    processor = FlipProcessor.from_pretrained("runs/demo/model")
+    photos = image_embeds(model, processor, [f"photos/{number}.jpg" for number in range(8)])
+    assert np.abs(found["images"] - photos).max() < 1e-6
+    assert np.abs(found["texts"] - text_embeds(model, processor, ["a red disc", "a blue ring"])).max() < 1e-6
+
+    pets = load_dataset("imagefolder", data_dir="pets")["test"]
+    names = text_embeds(model, processor, [f"a {name}" for name in pets.features["label"].names])
+    by_name = (image_embeds(model, processor, pets["image"]) @ names.T).argmax(axis=1) == np.array(pets["label"])
+    assert found["mteb"]["PetsByName"]["accuracy"] == pytest.approx(by_name.mean(), abs=1e-6)
+    assert by_name.mean() > 0.5  # chance is 0.25
+    assert found["mteb"]["Pets"]["accuracy"] > 0.5
+
+    captions = [line.split(",")[1] for line in Path("photos.csv").read_text().splitlines()[1:]]
+    cosines = text_embeds(model, processor, captions) @ photos.T
+    ranks = (cosines > np.diagonal(cosines)[:, None]).sum(axis=1)
+    assert found["mteb"]["PhotosByCaption"]["recall_at_5"] == pytest.approx((ranks < 5).mean(), abs=1e-6)
+    assert (ranks < 5).mean() > 5 / 8  # chance
+
+
+def write_own_set(folder: Path, shards: list[Path]) -> None:
+    """The pictures of `shards` cut square, as PNGs, in CLIP_benchmark's layout."""
+    (folder / "test").mkdir(parents=True)
+    for number, shard in enumerate(shards):
+        with tarfile.open(shard) as given, tarfile.open(folder / f"test/{number}.tar", "w") as written:
+            for member in given:
+                name, content = member.name, given.extractfile(member).read()
+                if name.endswith((".jpg", ".png")):
+                    picture, stored = Image.open(io.BytesIO(content)), io.BytesIO()
+                    side = min(picture.size)
+                    picture.crop((0, 0, side, side)).save(stored, "PNG")
+                    name, content = name[:-3] + "png", stored.getvalue()
+                entry = tarfile.TarInfo(name)
+                entry.size = len(content)
+                written.addfile(entry, io.BytesIO(content))
+    (folder / "test/nshards.txt").write_text(str(len(shards)))
+    for text in ("classnames.txt", "zeroshot_classification_templates.txt"):
+        (folder / text).write_bytes((shards[0].parent / text).read_bytes())
+
+
+def test_clip_benchmark_finds_our_figures(in_site: Path, stranger: Path) -> None:
+    write_own_set(in_site / "data/my_test", sorted((in_site / "data/demo/test").glob("*.tar")))
+    (in_site / "clip_benchmark_flip.py").write_text(CLIP_BENCHMARK)
+    words = [*shlex.split(COMMAND.replace("\\\n", " "))[1:], "--num_workers", "0"]
+    run(stranger, *words)
+    model = FlipModel.from_pretrained("runs/demo/model").eval()
+    embedder = Embedder(model, FlipProcessor.from_pretrained("runs/demo/model").tokenizer, Accelerator(cpu=True))
+    ours = {
+        result.metric: result.value / 100
+        for result in ZeroShot(kind="zero_shot", data="data/my_test").evaluate(embedder)
+    }
+    theirs = json.loads((in_site / "my_test.json").read_text())["metrics"]
+    assert theirs["acc1"] == pytest.approx(ours["top1"], abs=1e-6)
+    assert theirs["acc5"] == pytest.approx(ours["top5"], abs=1e-6)
+    assert theirs["acc5"] > 0.5  # chance is 5 of 16
