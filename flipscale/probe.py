@@ -45,8 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--solver",
         choices=("lbfgs", "lars"),
         default="lbfgs",
-        help="lbfgs, the default, is logistic regression on whole images, as CLIP's. lars is the paper's recipe: "
-        "random crops, embedded anew each epoch.",
+        help="How to train: lbfgs, the default, is logistic regression on whole images, as CLIP's; lars is the paper's "
+        "recipe: random crops, embedded anew each epoch.",
     )
     parser.add_argument(
         "--features",

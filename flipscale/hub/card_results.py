@@ -155,9 +155,14 @@ def _test(line: Line) -> str:
     test = about.get("title") or task_name(result)
     if about.get("title") and prompts:
         test += f", {prompts['number']} prompt{'s' if prompts['number'] > 1 else ''}"
+    kind = KINDS.get(result.kind)
     for option, value in result.made_by.items():
         if option == "data":
             test += "" if about.get("title") else f", `{data_name(value)}`"
+        elif kind and kind.hub_options is not None and option not in kind.hub_options:
+            continue
+        elif option in ("train", "validation"):
+            test += f", {option} `{data_name(value)}`"
         else:
             test += f", {option} {_plain(value)}"
     mask = about.get("mask") or {}

@@ -31,6 +31,7 @@ from flipscale.evaluation.probe.views import ChosenRows, RandomCrops
 from flipscale.evaluation.reports.record import read_lines
 from flipscale.evaluation.results import Result, read_results
 from flipscale.evaluation.suite import build_tasks
+from flipscale.hub.card_results import results_table
 from flipscale.hub.loading import open_embedder
 from flipscale.model import FlipConfig, FlipModel
 
@@ -231,6 +232,7 @@ def test_the_verb(model: Path, train: Path, shards: Path, tmp_path: Path, monkey
     assert [line.result.metric for line in lines] == ["top1", "mean_per_class"]
     assert lines[0].result.made_by.items() >= {"data": "set", "train": "set", "features": "pooled", "l2": 0.5}.items()
     assert lines[0].about.keys() >= {"weights", "versions", "image_size", "precision", "seconds"}
+    assert "| probe, `set`, train `set`, solver lbfgs, features pooled | top-1 | this model | " in results_table(lines)
     # What stands there is not done again, until the training images are others.
     done = flipscale("probe", model, f"untrained:{model}", "hog", *parts, "--json")
     assert done.returncode == 0, done.stderr

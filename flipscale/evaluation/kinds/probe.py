@@ -45,6 +45,7 @@ images, the short side resized to the model's size and the centre cut out. `lbfg
 its penalty searched on validation images; `lars` is the paper's recipe, trained on random crops."""
     hub_task: ClassVar[str] = "image-classification"
     hub_metric: ClassVar[str] = "accuracy"
+    hub_options: ClassVar[tuple[str, ...] | None] = ("train", "validation", "solver", "features")
 
     def __post_init__(self) -> None:
         if self.l2 is not None and not self.l2 > 0:

@@ -33,10 +33,12 @@ class Task(ABC):
     task: str = ""
     every_samples: int | None = None
 
-    # For the model card: how it is done, and the Hub's names of task and metric (left out: the kind and the metric).
+    # For the model card: how it is done, the Hub's names of task and metric (left out: the kind and the metric), and
+    # what of `made_by` belongs to the test's name (left out: all).
     protocol: ClassVar[str] = ""
     hub_task: ClassVar[str] = ""
     hub_metric: ClassVar[str] = ""
+    hub_options: ClassVar[tuple[str, ...] | None] = None
 
     def check(self) -> None:
         """Raise if the test set is not there, before a run begins. Its manifest is written if there is none.
