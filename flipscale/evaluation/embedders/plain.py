@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -56,10 +57,14 @@ def untrained_embedder(folder: str, accelerator: Accelerator, batch_size: int = 
     Raises:
         ValueError: there is no configuration of ours.
     """
+    # Without this, a folder without a configuration gives the one of the defaults.
+    if Path(folder).is_dir() and not Path(folder, "config.json").is_file():
+        raise ValueError(f"{folder} has no configuration of a model (config.json is missing); name a model's folder")
     try:
         config = FlipConfig.from_pretrained(folder)
     except OSError as error:
-        raise ValueError(f"{folder} has no configuration of a model ({str(error).splitlines()[0]})") from error
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{folder} has no configuration of a model ({reason}); name a model's folder") from error
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = FlipModel(config).eval().to(accelerator.device)
