@@ -1,7 +1,7 @@
 """Labelled sets with a training and a test part, laid out as CLIP_benchmark's: scikit-learn's digits, for one."""
 
 import tarfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import cv2
@@ -19,7 +19,7 @@ Labelled = tuple[bytes, str, int]
 
 
 def write_labelled(
-    directory: Path, class_names: Sequence[str], template: str, parts: dict[str, Iterable[Labelled]]
+    directory: Path, class_names: Sequence[str], template: str, parts: Mapping[str, Iterable[Labelled]]
 ) -> dict[str, int]:
     """Write `directory/PART/N.tar` with KEY.png (or another kind) and KEY.cls, PART's `nshards.txt`, and beside the
     parts `classnames.txt` and the one prompt of `zeroshot_classification_templates.txt`. Return the images of each

@@ -4,11 +4,11 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from flipscale.evaluation.embedding import Embedder
+from flipscale.evaluation.embedding import Embedder, Features
 from flipscale.evaluation.kinds.task import Task
 from flipscale.evaluation.metrics import Estimate, mean_per_class, wilson
 from flipscale.evaluation.probe.lars import LarsRecipe
-from flipscale.evaluation.probe.probing import Features, Solver, probe_by_lars, probe_by_regression
+from flipscale.evaluation.probe.probing import Solver, probe_by_lars, probe_by_regression
 from flipscale.evaluation.probe.sets import LabelledSet, Sets
 from flipscale.evaluation.results import Result
 from flipscale.evaluation.test_set import TestSet

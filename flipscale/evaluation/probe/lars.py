@@ -14,7 +14,7 @@ from flipscale.evaluation.probe.rows import Classifier, Rows, Total, total_of
 from flipscale.evaluation.probe.views import RandomCrops
 
 if TYPE_CHECKING:
-    from flipscale.evaluation.embedding import Embedder
+    from flipscale.evaluation.embedding import Embedder, Features
 
 FIRST_STD = 0.01  # of the weights: MAE's head
 NORM_EPS, NORM_MOMENTUM = 1e-6, 0.1  # MAE's batch norm before the head, and how fast its averages move
@@ -150,7 +150,7 @@ def train_lars(
     source: TarSource,
     labels: torch.Tensor,
     num_classes: int,
-    features: str,
+    features: "Features",
     recipe: LarsRecipe,
     step_done: Callable[[float], None] = lambda loss: None,
 ) -> Classifier:

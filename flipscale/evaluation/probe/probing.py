@@ -11,6 +11,7 @@ import torch
 from tqdm import tqdm
 
 from flipscale.data.randomness import keyed_uniform
+from flipscale.evaluation.embedding import Features
 from flipscale.evaluation.probe.lars import LarsRecipe, train_lars
 from flipscale.evaluation.probe.logistic import SEARCH_TOLERANCE, Fit, fit
 from flipscale.evaluation.probe.penalty import PENALTIES, search_penalty
@@ -20,7 +21,6 @@ from flipscale.evaluation.probe.sets import LabelledSet, Sets
 if TYPE_CHECKING:
     from flipscale.evaluation.embedding import Embedder
 
-Features = Literal["pooled", "embeds"]
 Solver = Literal["lbfgs", "lars"]
 VALIDATION_SHARE = 0.2  # of the training images, where there is no validation set
 _MOST_FITS = 7 + 4 * 2 + 1  # of a search, and the last
@@ -79,7 +79,7 @@ def probe_by_regression(
             start, share = _search(learned, asked, num_classes, total, bar, step_done)
             l2 = start.l2
             about["validation_top1"] = 100.0 * share
-        last = fit(known, num_classes, l2, total, start=start and start.classifier, step_done=step_done)
+        last = fit(known, num_classes, l2, total, start=start.classifier if start else None, step_done=step_done)
         bar.update(1)
     about |= {"l2": l2, "iterations": last.iterations, "converged": last.converged, "objective": last.objective}
     return _tested(embedder, sets, last.classifier, features, about)
