@@ -10,7 +10,14 @@ import yaml
 
 from flipscale.data.prepared import read_prepared
 from flipscale.engines.start import start_accelerator
-from flipscale.evaluation.embedders.masked import WHOLE, ImageMask, add_mask_arguments, asked_masks, masked_embedder
+from flipscale.evaluation.embedders.masked import (
+    WHOLE,
+    ImageMask,
+    add_mask_arguments,
+    asked_masks,
+    check_mask_arguments,
+    masked_embedder,
+)
 from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.kinds.kinds import KINDS
 from flipscale.evaluation.kinds.task import Task
@@ -26,7 +33,7 @@ from flipscale.evaluation.results import Result, as_metrics
 from flipscale.evaluation.suite import TASKS_DIR, build_tasks
 from flipscale.evaluation.task_page import SUITES, suite_pages
 from flipscale.hub.card_results import refresh_card
-from flipscale.hub.loading import open_embedder
+from flipscale.hub.loading import OTHERS, open_embedder
 from flipscale.training.console import start_logging
 
 _log = logging.getLogger(__name__)
@@ -99,6 +106,7 @@ def run(args: argparse.Namespace) -> None:
     """
     start_logging()
     models, tasks = name_models(args.models, args.output_dir), _tasks(args)
+    check_mask_arguments(args, [model.given for model in models if model.given.startswith(tuple(OTHERS))])
     for task in tasks:
         task.check()
     if args.without:

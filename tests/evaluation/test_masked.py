@@ -13,7 +13,7 @@ from conftest import TOWER
 from processes import run
 from transformers import AutoTokenizer
 
-from flipscale import cli
+from flipscale import cli, evaluate
 from flipscale.data.decode import decode_box
 from flipscale.data.sources.tar_source import TarSource
 from flipscale.evaluation.embedders.masked import (
@@ -22,6 +22,7 @@ from flipscale.evaluation.embedders.masked import (
     MaskedEmbedder,
     add_mask_arguments,
     asked_masks,
+    check_mask_arguments,
     image_masks,
     masked_embedder,
 )
@@ -108,15 +109,15 @@ def test_a_flag_that_needs_a_ratio(embedder: Embedder, flag: list[str]) -> None:
     add_mask_arguments(parser)
     assert asked_masks(parser.parse_args([]), embedder) == [WHOLE]
     with pytest.raises(ValueError, match=rf"{flag[0]} needs a --mask_ratio above 0, such as --mask_ratio 0 0.5 0.75"):
-        asked_masks(parser.parse_args(flag), embedder)
+        check_mask_arguments(parser.parse_args(flag), [])
 
 
-def test_a_figure_needs_matplotlib(embedder: Embedder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_figure_needs_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
     parser = argparse.ArgumentParser()
     add_mask_arguments(parser)
     monkeypatch.setattr("flipscale.evaluation.embedders.masked.can_draw", lambda: False)
     with pytest.raises(ValueError, match=r"--mask_figure draws with matplotlib, which is not installed; pip install"):
-        asked_masks(parser.parse_args(["--mask_ratio", "0.5", "--mask_figure", "a.png"]), embedder)
+        check_mask_arguments(parser.parse_args(["--mask_ratio", "0.5", "--mask_figure", "a.png"]), [])
 
 
 def test_nothing_masked_is_the_whole_image_bit_for_bit(embedder: Embedder, shards: Path) -> None:
@@ -158,6 +159,18 @@ def test_other_models_cannot_be_masked(embedder: Embedder) -> None:
     with pytest.raises(ValueError, match=r"open_clip:ViT-B-16,openai takes whole images only; --mask_ratio is for"):
         masked_embedder(other, ImageMask(0.5))
     assert masked_embedder(other, WHOLE) is other
+
+
+def test_other_models_are_refused_before_any_is_loaded(shards: Path) -> None:
+    command = ["nowhere", "hf:openai/clip", "--zero_shot", str(shards), "--mask_ratio", "0.5"]
+    with pytest.raises(ValueError, match=r"hf:openai/clip takes whole images only; --mask_ratio is for flipscale's"):
+        run_verb(command)
+
+
+def run_verb(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser()
+    evaluate.add_arguments(parser)
+    evaluate.run(parser.parse_args(arguments))
 
 
 FLAGS = ["--mask_ratio", "0", "0.5", "0.75", "--mask_views", "1", "2", "4", "--batch_size", "7"]

@@ -134,20 +134,34 @@ def add_mask_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def check_mask_arguments(args: argparse.Namespace, other_models: Sequence[str]) -> None:
+    """Raise if no mask can be as the arguments ask, before a model is loaded.
+
+    Args:
+        other_models: the names of those that are not flipscale's.
+
+    Raises:
+        ValueError: an argument that needs `--mask_ratio` has none, a figure matplotlib, or a mask a model of flipscale.
+    """
+    if not any(args.mask_ratio):
+        given = {"--mask_views": args.mask_views != [1], "--mask_kind": args.mask_kind != "random"}
+        for flag in (flag for flag, is_given in {**given, "--mask_figure": args.mask_figure}.items() if is_given):
+            raise ValueError(f"{flag} needs a --mask_ratio above 0, such as --mask_ratio 0 0.5 0.75")
+        return
+    if args.mask_figure and not can_draw():
+        raise ValueError("--mask_figure draws with matplotlib, which is not installed; pip install 'flipscale[plots]'")
+    for name in other_models:
+        raise ValueError(_takes_whole_images(name))
+
+
 def asked_masks(args: argparse.Namespace, embedder: Embedder) -> list[ImageMask]:
     """Return the masks that the arguments ask for, of images as the embedder's model takes them.
 
     Raises:
-        ValueError: as `image_masks`; the model is not flipscale's; an argument that needs `--mask_ratio` has none, or a
-            figure matplotlib.
+        ValueError: as `image_masks`, or the model is not flipscale's.
     """
-    if all(ratio == 0.0 for ratio in args.mask_ratio):
-        given = {"--mask_views": args.mask_views != [1], "--mask_kind": args.mask_kind != "random"}
-        for flag in (flag for flag, is_given in {**given, "--mask_figure": args.mask_figure}.items() if is_given):
-            raise ValueError(f"{flag} needs a --mask_ratio above 0, such as --mask_ratio 0 0.5 0.75")
+    if not any(args.mask_ratio):
         return [WHOLE]
-    if args.mask_figure and not can_draw():
-        raise ValueError("--mask_figure draws with matplotlib, which is not installed; pip install 'flipscale[plots]'")
     _check_maskable(embedder)
     return image_masks(args.mask_ratio, args.mask_views, args.mask_kind, InputShape.of(embedder.model.config).side)
 
@@ -167,7 +181,11 @@ def masked_embedder(embedder: Embedder, mask: ImageMask) -> Embedder:
 
 def _check_maskable(embedder: Embedder) -> None:
     if type(embedder) is not Embedder:
-        raise ValueError(f"{embedder.name} takes whole images only; --mask_ratio is for flipscale's models")
+        raise ValueError(_takes_whole_images(embedder.name))
+
+
+def _takes_whole_images(name: str) -> str:
+    return f"{name} takes whole images only; --mask_ratio is for flipscale's models"
 
 
 @dataclass(frozen=True)
