@@ -103,7 +103,7 @@ def write_prepared(folder: Path) -> None:
     for text in ("classnames.txt", "zeroshot_classification_templates.txt"):
         (folder / "test" / text).rename(folder / text)
     size = (folder / "test/00000.tar").stat().st_size
-    (folder / PREPARED).write_text(json.dumps({"files": {"test/00000.tar": size}, "revision": "main"}))
+    (folder / PREPARED).write_text(json.dumps({"files": {"test/00000.tar": {"bytes": size}}, "revision": "main"}))
 
 
 @pytest.fixture

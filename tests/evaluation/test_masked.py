@@ -210,7 +210,7 @@ def test_the_table(model_dir: Path, shards: Path, tmp_path: Path, capsys: pytest
     ]  # fmt: skip
     assert lines[2].split("|")[3].strip() == "1.00x"
     assert "% (" in lines[2].split("|")[4]
-    kept = [line.about["mask"] for line in read_lines(tmp_path / "model" / "results.jsonl")]
+    kept = [line.about["mask"] for line in read_lines(next(tmp_path.glob("*/results.jsonl")))]
     assert [dict(mask) for mask in {tuple(mask.items()): mask for mask in kept}] == [
         mask.fields for mask in image_masks([0, 0.5, 0.75], [1, 2, 4], "random", 4)
     ]
