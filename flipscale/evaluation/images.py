@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import cv2
 import numpy as np
@@ -89,7 +89,7 @@ def decoded_batches(source: TarSource, decode: Decoder, batches: list[range], nu
     workers = min(num_workers, len(batches) if len(batches) > 1 else 0)
     loader = DataLoader(
         WholeImages(source, decode),
-        batch_sampler=batches,
+        batch_sampler=cast(Any, batches),  # a range serves as the list of its rows
         collate_fn=_as_is,
         num_workers=workers,
         worker_init_fn=settle_worker,
