@@ -12,6 +12,7 @@ from flipscale.engines.device import best_attention
 from flipscale.engines.launch import launch_of
 from flipscale.engines.start import build_engine, close_process_group, exit_now
 from flipscale.hub.background_push import BackgroundPush, card_name, open_target, push_finished
+from flipscale.hub.card_audit import check_audit
 from flipscale.training.bad_samples import BadSamples
 from flipscale.training.console import report_user_errors, start_logging
 from flipscale.training.evaluating import Evaluation
@@ -57,6 +58,7 @@ def pretrain(recipe: Recipe) -> Path:
     # Every process checks what it can before it waits for others.
     checkpoint = open_run_directory(recipe)
     plan = check(recipe)
+    check_audit(recipe.hub.audit)
     open_target(recipe.hub, resumes=checkpoint is not None)
     start = join(recipe, plan.source, checkpoint)
     engine = resume(recipe, plan, start)

@@ -18,6 +18,7 @@ from flipscale.evaluation.reports.comparison import Curve, curve_of
 from flipscale.evaluation.reports.figures import can_draw, draw_loss, draw_result, result_figures
 from flipscale.evaluation.reports.setting import data_name
 from flipscale.files.aside import write_text
+from flipscale.hub.card_audit import audit_section
 from flipscale.hub.card_results import folder_lines, lines_of, model_index, protocols, results_table, task_name
 from flipscale.training.recipe import deciding_part
 from flipscale.training.run_directory import read_starts
@@ -106,6 +107,8 @@ print(model.similarity(images, texts))
 ```
 
 </details>
+
+{audit}
 
 ## Limits and biases
 
@@ -233,6 +236,7 @@ class _Run:
             "cost": _rounded(device_hours and price and device_hours * price),
             "price": _rounded(price),
             "stages": "\n".join(self._stages()),
+            "audit": audit_section(self.hub.get("audit"), self.environment.get("data_samples")),
             "recipe": self._recipe(),
             "licence": self.hub.get("license"),
             "no_licence": None if self.hub.get("license") else NO_LICENCE,

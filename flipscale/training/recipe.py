@@ -74,9 +74,10 @@ class HubRecipe:
         hub_model_id: ORG/NAME, made if it does not exist.
         hub_private_repo: of a repository that is made; None takes the organisation's default.
         hub_revision: the branch, made if it does not exist; None is main.
-        license: of the weights, as the Hub writes it (`apache-2.0`); for the model card, like the two below.
+        license: of the weights, as the Hub writes it (`apache-2.0`); for the model card, like the three below.
         device_hour_dollars: price of a device for an hour.
         kwh_co2_grams: what the grid emits for a kWh.
+        audit: the `audit.json` that `flipscale prepare audit` wrote of the training data.
     """
 
     push_to_hub: bool = False
@@ -86,6 +87,7 @@ class HubRecipe:
     license: str | None = None
     device_hour_dollars: float | None = None
     kwh_co2_grams: float | None = None
+    audit: str | None = None
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,8 @@ NUMBER = re.compile(r"\d+(?:,\d{3})*(?:\.\d+)?(?:e[+-]?\d+)?")
 
 def untraced_numbers(card: str, run_dir: Path) -> list[str]:
     """The numbers of a card that are neither its template's nor in, or computed as said here from, the run's
-    `metrics.jsonl`, `results.jsonl` (and its model's), `recipe.yaml`, `environment.json` and `starts.jsonl`."""
+    `metrics.jsonl`, `results.jsonl` (and its model's), `recipe.yaml`, `environment.json` and `starts.jsonl`,
+    nor in the audit that the recipe names."""
     recipe = yaml.safe_load((run_dir / "recipe.yaml").read_text())
     environment = json.loads((run_dir / "environment.json").read_text())
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
@@ -29,6 +30,9 @@ def untraced_numbers(card: str, run_dir: Path) -> list[str]:
     starts, results = read_starts(run_dir), [line for place in places for line in json_lines.read(place)]
     config = ModelRecipe(**recipe["model"]).config().to_dict()
     values = set(_numbers([recipe, environment, records, results, starts, config]))
+    if recipe["hub"].get("audit"):
+        audit = json.loads(Path(recipe["hub"]["audit"]).read_text())
+        values |= set(_numbers(audit)) | _of_the_audit(audit)
     values |= _derived(recipe, environment, records, starts)
     texts = _texts([recipe, environment, records, results, starts, str(run_dir)])
     words = {token for text in texts for token in NUMBER.findall(text)}
@@ -61,6 +65,13 @@ def _derived(
     if "energy_kwh" in last and hub["kwh_co2_grams"] is not None:
         found.add(last["energy_kwh"] * hub["kwh_co2_grams"] / 1000)
     return found
+
+
+def _of_the_audit(audit: dict[str, Any]) -> set[float]:
+    """What a card computes of an audit: percentages and sums."""
+    found = {100 * row["share"] for row in audit["languages"]["long"]["languages"]}
+    found |= {one["exact"] + one["near"] for one in audit["tests"]}
+    return found | {sum(one["count"] for one in audit["unusable"].values())}
 
 
 def _is_rounded(token: str, value: float) -> bool:

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from flipscale.evaluation.reports.record import append_lines, weights_digest
 from flipscale.evaluation.reports.setting import data_name
 from flipscale.evaluation.results import Result, append_results, as_metrics
+from flipscale.hub.card_audit import check_audit
 from flipscale.hub.model_card import filled, write_card
 from flipscale.training.recipe import parse_recipe, to_yaml
 
@@ -267,3 +268,59 @@ def test_it_has_what_flipscale_evaluate_found_in_the_folder(run_dir: Path) -> No
         ("imagenet1k_val", "imagenet1k_val", None, None, 33.96),
         ("clip-benchmark/wds_cars", "Stanford Cars", "test", "c0ffee", 61.27),
     ]
+
+
+def audit_of(samples: int) -> dict:
+    """An audit as `flipscale prepare audit` writes it, as far as the card reads it."""
+    languages = [{"language": "English", "count": 1_718, "share": 0.8143}, {"language": "unsure", "share": 0.0977}]
+    return {
+        "samples": samples,
+        "unusable": {"undecodable_image": {"count": 1_213}, "missing_caption": {"count": 3_519}},
+        "captions": {"captions": 407_331_013, "distinct": 291_117_219},
+        "languages": {"long_letters": 25, "long": {"captions": 2_110, "languages": languages}},
+        "gender": {
+            "women": 8_121_337,
+            "men": 9_191_551,
+            "both": 617_933,
+            "occupations": [{"occupation": "nurse", "captions": 9_787, "with_women": 7_673, "with_men": 1_489}],
+        },
+        "countries": {"rows": [{"name": "India", "captions": 65_537}]},
+        "images": {"exact_copies": 11_777_999, "near_copies": 21_313_131},
+        "tests": [{"name": "imagenet1k", "images": 50_021, "exact": 271, "near": 1_031}],
+    }
+
+
+def name_audit(run_dir: Path, audit: dict) -> None:
+    (run_dir / "audit.json").write_text(json.dumps(audit))
+    recipe = yaml.safe_load((run_dir / "recipe.yaml").read_text())
+    recipe["hub"]["audit"] = str(run_dir / "audit.json")
+    (run_dir / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+
+
+def test_it_says_what_the_audit_of_the_data_found(run_dir: Path) -> None:
+    name_audit(run_dir, audit_of(ENVIRONMENT["data_samples"]))
+    card = card_of(run_dir)
+    assert "## What is in the training data" in card
+    words = " ".join(card.split())
+    for text in (
+        "407,331,013 captions, 291,117,219 of them different. 11,777,999 images",
+        "4,732 samples cannot be used.",
+        "Languages of captions of 25 letters and more: English 81.4%, unsure 9.8%.",
+        "nurse (7,673 of women, 1,489 of men)",
+        "Images of test sets that lie in the training data: 1,302 of the 50,021 of imagenet1k.",
+    ):
+        assert text in words, text
+    assert untraced_numbers(card, run_dir) == []
+    assert len(untraced_numbers(card.replace("1,302", "1,303"), run_dir)) == 1
+    assert str(run_dir) not in card
+
+
+def test_an_audit_of_other_data_is_left_out(run_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
+    name_audit(run_dir, audit_of(17))
+    assert "## What is in the training data" not in card_of(run_dir)
+    assert "hub.audit is of 17 samples and the training data has 407,332,084" in caplog.text
+    (run_dir / "audit.json").write_text("{}")
+    assert "## What is in the training data" not in card_of(run_dir)
+    with pytest.raises(ValueError, match="which is no audit"):
+        check_audit(str(run_dir / "audit.json"))
+    check_audit(None)
