@@ -111,7 +111,8 @@ class AssociationScorer(Scorer):
         spread = float(np.sqrt(((sums - mean * counts) ** 2).sum() * roles / max(roles - 1, 1))) / n
         difference = Result(
             *(self._task.name, self._task.kind, "man_less_woman", mean, n),
-            *((mean - Z95 * spread, mean + Z95 * spread) if roles > 1 else (None, None)),
+            low=mean - Z95 * spread if roles > 1 else None,
+            high=mean + Z95 * spread if roles > 1 else None,
             unit="",
             chance=0.0,
             headline=False,

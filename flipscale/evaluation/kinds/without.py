@@ -51,7 +51,9 @@ class Without(StreamedTask):
         a set without them, so each process has its own rows of both."""
         if isinstance(test_set.source, Selection):
             return test_set  # a task before this one has done it
-        source, kept, left = test_set.source, [], []
+        source = test_set.source
+        kept: list[int] = []
+        left: list[int] = []
         for row, (shard, number) in enumerate(SampleNumbers(source)):
             name = source.shard_name(shard).rsplit("/", 1)[-1]
             (left if (name, number) in self.left_out else kept).append(row)

@@ -60,11 +60,11 @@ def languages_of(texts: Sequence[str]) -> Iterator[str]:
             confidence: dict[str, float] = defaultdict(float)
             for value in values:
                 confidence[language_name(value.language.name)] += value.value
-            (best, first), (_, second) = sorted(confidence.items(), key=lambda item: -item[1])[:2]
+            (best, likeliest), (_, next_best) = sorted(confidence.items(), key=lambda item: -item[1])[:2]
             if not num_letters(text):
                 yield NO_LETTERS
             else:
-                yield best if first >= LEAST_RATIO * second and first > 0 else UNSURE
+                yield best if likeliest >= LEAST_RATIO * next_best and likeliest > 0 else UNSURE
 
 
 def language_figures(captions: Mapping[str, int], is_sample: bool) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The page of an audit, and its summary at the console."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from flipscale.preparation.audit.captions import LONGEST
@@ -126,11 +127,11 @@ def _gender(gender: dict[str, Any]) -> list[str]:
     )
     if len(rows) == 1:
         return ["## Words of gender", said, "No caption names one of the occupations that are looked for."]
-    odds = (
+    about = (
         "The log of the odds ratio is above 0 where the occupation goes with words of women more than captions do "
         "otherwise, below 0 where with those of men; it is left out where fewer than 5 captions have such words."
     )
-    return ["## Words of gender", said, odds, _table(rows, "lrrrrr")]
+    return ["## Words of gender", said, about, _table(rows, "lrrrrr")]
 
 
 def _countries(countries: dict[str, Any]) -> list[str]:
@@ -188,7 +189,7 @@ def _cell(text: str) -> str:
     return plain if len(plain) <= 100 else f"{plain[:99]}…"
 
 
-def _table(rows: list[tuple[str, ...]], align: str) -> str:
+def _table(rows: Sequence[tuple[str, ...]], align: str) -> str:
     head, *body = (f"| {' | '.join(row)} |" for row in rows)
     rule = "|".join({"l": "---", "r": "---:"}[side] for side in align)
     return "\n".join([head, f"|{rule}|", *body])

@@ -35,7 +35,7 @@ class Run(NamedTuple):
     shard: int
     number: int
     row: int
-    count: int
+    length: int
     sampled_share: float
 
 
@@ -90,8 +90,8 @@ class Scan:
     @classmethod
     def of_rows(cls, count: int) -> "Scan":
         """Return an empty scan of `count` rows."""
-        wide, narrow = (np.zeros(count, np.uint64) for _ in range(2)), np.zeros(count, np.uint8)
-        return cls(*wide, narrow, np.zeros(count, np.uint16))
+        digests, looks = np.zeros(count, np.uint64), np.zeros(count, np.uint64)
+        return cls(digests, looks, np.zeros(count, np.uint8), np.zeros(count, np.uint16))
 
     def __len__(self) -> int:
         return len(self.states)
@@ -168,7 +168,7 @@ class Workers:
         with tqdm(total=len(found), desc=what, unit=" samples", disable=None) as bar:
             for run, part in zip(runs, self.in_order(_scan_run, runs), strict=True):
                 found.put(run.row, part)
-                bar.update(run.count)
+                bar.update(run.length)
         return found
 
 
@@ -193,10 +193,10 @@ def _begin(sources: list[Source], tokenizer: str | None) -> None:
 def _scan_run(run: Run) -> Scan:
     """Return what is in a run of samples."""
     source = OpenInWorker.sources[run.source]
-    rows = np.arange(run.row, run.row + run.count)
+    rows = np.arange(run.row, run.row + run.length)
     is_sampled = keyed_uniform(0, "audit", rows, 1)[:, 0] < run.sampled_share
-    found, captions = Scan.of_rows(run.count), []
-    for at in range(run.count):
+    found, captions = Scan.of_rows(run.length), []
+    for at in range(run.length):
         name = f"{source.shard_name(run.shard)}#{run.number + at}"
         try:
             sample = source.read(run.shard, run.number + at)

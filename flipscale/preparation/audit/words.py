@@ -67,7 +67,7 @@ def lexicon() -> Lexicon:
     lists = yaml.safe_load((_FOLDER / "words.yaml").read_text(encoding="utf-8"))
     occupations = {f"{name}{plural}": name for name in lists["occupations"] for plural in ("", "s")}
     occupations |= {"secretaries": "secretary", "salespeople": "salesperson"}
-    countries = {}
+    countries: dict[str, str] = {}
     for country in pycountry.countries:
         # "Iran, Islamic Republic of" has the common name "Iran"; a name with a comma is in no caption.
         plain = [getattr(country, "common_name", ""), country.name, *lists["countries"].get(country.alpha_2, [])]
@@ -127,7 +127,7 @@ def gender_figures(counts: WordCounts) -> dict[str, Any]:
     for name in sorted({name for name, _, _ in counts.occupations}):
         women, men = counts.occupations[name, True, False], counts.occupations[name, False, True]
         total = sum(counts.occupations[name, w, m] for w in (True, False) for m in (True, False))
-        row = {"occupation": name, "captions": total, "with_women": women, "with_men": men}
+        row: dict[str, Any] = {"occupation": name, "captions": total, "with_women": women, "with_men": men}
         if women + men >= _LEAST_CAPTIONS:
             row |= log_odds(women, men, only_women - women, only_men - men)
         rows.append(row)
@@ -166,7 +166,8 @@ def country_figures(counts: WordCounts) -> list[dict[str, Any]]:
     rows = []
     for code, mentions in sorted(counts.countries.items(), key=lambda item: (-item[1], item[0])):
         country = pycountry.countries.get(alpha_2=code)
-        row = {"code": code, "name": getattr(country, "common_name", country.name), "captions": mentions}
+        name = getattr(country, "common_name", None) or getattr(country, "name", code)
+        row = {"code": code, "name": name, "captions": mentions}
         if inhabitants.get(code):
             row["per_million"] = mentions / inhabitants[code] * _MILLION
         rows.append(row)
