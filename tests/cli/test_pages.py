@@ -37,8 +37,9 @@ SUBSTITUTES = {
     r"(convert flip .*)--size l16": r"\1--image_heads 4 --text_heads 4",
     r"(convert \w+) (runs/l16/model|models/flip-l16) ": r"\1 runs/demo/model ",
     r"imagenet/test": "data/demo/test",
-    r"--train data/digits": "--l2 1 --train data/digits",
-    r"--global_batch_size 256 --base_lr 1.5": "--global_batch_size 64 --base_lr 1.5 --epochs 12",
+    r"--train data/digits --test data/digits": "--train data/demo/groups --test data/demo/groups --l2 1 "
+    "--num_workers 0",
+    r"--global_batch_size 256 --base_lr 1.5": "--global_batch_size 64 --base_lr 1.5 --epochs 11 --num_workers 0",
     r"ORG/NAME": "org/name",
     r"--config h14_laion2b --dry_run": "--config demo --optim.name adamw --dry_run",
     r"--config demo_unseen": "--config demo_unseen "
