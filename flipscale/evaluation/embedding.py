@@ -129,30 +129,29 @@ class Embedder:
         """
         return self.gathered(self.my_images(source, features), len(source))
 
-    def texts(self, texts: Sequence[str], together: int = 1) -> torch.Tensor:
+    def texts(self, texts: Sequence[str], together: int | None = None) -> torch.Tensor:
         """Collective. Return the embeddings of `texts`, which every process has: fp32 `(texts, dim)`, unit length,
         CPU.
 
         Args:
             together: so many texts in a row, such as the prompts of a class, make one embedding, the mean of theirs, of
-                unit length again.
+                unit length again; left out, each has its own.
         """
-        from flipscale.model.modeling_flip import normalise_embeds  # seconds to import; a model has done it
-
-        share = self._share(len(texts) // together, max(1, self.batch_size // together))
+        count = together or 1
+        share = self._share(len(texts) // count, max(1, self.batch_size // count))
         batches = share.batches()
         mine: list[torch.Tensor] = []
         with self._bar(len(texts), "texts") as bar:
             # A process without a batch embeds the first text meanwhile.
             for rows in batches + [range(0)] * (share.rounds - len(batches)):
                 asked = rows or range(1)
-                some = texts[asked.start * together : asked.stop * together]
+                some = texts[asked.start * count : asked.stop * count]
                 found = torch.cat([self._embeds_of(part) for part in _parts(some, self.batch_size)])
-                if together > 1:
-                    found = normalise_embeds(found.unflatten(0, (len(asked), together)).mean(dim=1))
+                if together is not None:
+                    found = torch.stack([_mean_direction(embeds) for embeds in found.split(together)])
                 mine.append(found[: len(rows)])
                 self.alive()
-                bar.update(min(share.size * share.world * together, len(texts) - bar.n))
+                bar.update(min(share.size * share.world * count, len(texts) - bar.n))
         return self._gathered(torch.cat(mine), share)
 
     def gathered(self, mine: torch.Tensor, count: int) -> torch.Tensor:
@@ -257,6 +256,12 @@ class Embedder:
         """Return a progress bar, which shows on the main process if it takes long."""
         disable = True if hidden or not self.accelerator.is_main_process else None
         return tqdm(total=total, desc="evaluating", unit=f" {what}", leave=False, delay=5, disable=disable)
+
+
+def _mean_direction(embeds: torch.Tensor) -> torch.Tensor:
+    """Return the mean of embeddings `(texts, dim)` at unit length, `(dim,)`: rounded as CLIP_benchmark's own."""
+    mean = embeds.mean(dim=0)
+    return mean / mean.norm()
 
 
 def _parts(texts: Sequence[str], size: int) -> Iterator[list[str]]:

@@ -37,6 +37,10 @@ def _row(encoded: bytes, row: int) -> dict[str, np.ndarray]:
 class Drawn(Embedder):
     """Embeds image number r as a vector drawn with seed r, and a text as one drawn from its letters."""
 
+    @property
+    def image_size(self) -> int:
+        return 32
+
     def decoder(self) -> Decoder:
         return _row
 

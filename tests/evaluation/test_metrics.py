@@ -88,8 +88,8 @@ def test_precision_may_rise_again() -> None:
     assert mean_average_precision(scores, right, False).value == pytest.approx((1 / 2 + 2 / 3) / 2, abs=1e-12)
 
 
-def test_a_class_without_positives_counts_as_0_and_ties_stand_in_the_order_of_rows() -> None:
-    scores, right = np.ones((2, 2)), np.array([[0, 0], [1, 0]], bool)
+def test_a_class_without_positives_counts_as_0() -> None:
+    scores, right = np.array([[2.0, 2.0], [1.0, 1.0]]), np.array([[0, 0], [1, 0]], bool)
     for interpolated in (False, True):
         assert mean_average_precision(scores, right, interpolated).value == pytest.approx((1 / 2 + 0) / 2, abs=1e-12)
 

@@ -14,10 +14,15 @@ from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.test_set import TestSet
 
 
+class Reader(Embedder):
+    """Reads labels; embeds nothing."""
+
+    image_size = 32
+
+
 @pytest.fixture(scope="module")
 def embedder() -> Embedder:
-    """Reads labels; embeds nothing."""
-    return Embedder(None, None, Accelerator(cpu=True))
+    return Reader(None, None, Accelerator(cpu=True))
 
 
 def one_hot(number: int, label: int) -> dict[str, bytes]:

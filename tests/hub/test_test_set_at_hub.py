@@ -17,6 +17,12 @@ from flipscale.evaluation.test_set import TestSet
 DATA = "hf://datasets/org/wds_set"
 
 
+class Reader(Embedder):
+    """Reads labels; embeds nothing."""
+
+    image_size = 32
+
+
 @pytest.fixture
 def cache(hub: LoopbackHub, logged_in: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Test sets are fetched into a folder of the test's, from `hub`."""
@@ -42,7 +48,7 @@ def test_a_set_of_eleven_shards_at_the_hub(hub: LoopbackHub, cache: Path, tmp_pa
     (folder / "classnames.txt").write_text("\n".join(NAMES))
     (folder / "zeroshot_classification_templates.txt").write_text("a {c}\n")
     upload(hub, folder)
-    embedder = Embedder(None, None, Accelerator(cpu=True))
+    embedder = Reader(None, None, Accelerator(cpu=True))
     for _ in range(2):
         test_set = TestSet.open(DATA)
         assert test_set.class_names() == NAMES

@@ -30,7 +30,7 @@ class ZeroShotMultilabel(PromptedTask):
     metric: Literal["map11", "map"] = "map11"
 
     protocol: ClassVar[str] = """Zero-shot classification of several labels: images and classes are embedded as for one
-label; each class orders the images by cosine (equal ones as the set has them), and the classes' average precisions are
+label; each class orders the images by cosine, and the classes' average precisions are
 averaged. map11 takes the highest precision at a recall of 0, 0.1, ... 1 or more, map the precision at each image of
 the class; a class without images has 0, as in CLIP_benchmark. Intervals are 1.96 standard deviations of 200 bootstrap
 draws of the images."""
