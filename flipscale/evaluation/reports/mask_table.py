@@ -110,7 +110,7 @@ def _draw_panel(axis: "Axes", rows: Sequence[MaskedResults], name: str) -> None:
             if None not in ends:
                 axis.plot([at, at], ends, color=colour, linewidth=1, alpha=0.4)
             if row.mask.views > 1:
-                beside = {"xytext": (6, -3), "textcoords": "offset points", "va": "top"}
+                beside: dict[str, Any] = {"xytext": (6, -3), "textcoords": "offset points", "va": "top"}
                 axis.annotate(f"{row.mask.views} views", (at, value), **beside, fontsize=7, color=colour)
         if ratio == 0.0:
             axis.axhline(values[0], color=colour, linewidth=0.9, linestyle=":", zorder=0)
