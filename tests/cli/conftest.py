@@ -90,10 +90,11 @@ def write_peer(folder: Path, tokenizer_dir: Path) -> None:
 
 def write_clip(folder: Path, tokenizer_dir: Path) -> None:
     """A tiny CLIP of transformers."""
-    towers = {"text_config": {**TOWER, "vocab_size": 16, "max_position_embeddings": 8, "eos_token_id": 2}}
-    towers["vision_config"] = {**TOWER, "image_size": 32, "patch_size": 8}
+    text = {**TOWER, "vocab_size": 16, "max_position_embeddings": 8, "eos_token_id": 2}
+    vision = {**TOWER, "image_size": 32, "patch_size": 8}
+    config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)
     processor = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
-    CLIPModel(CLIPConfig(**towers, projection_dim=16)).save_pretrained(folder)
+    CLIPModel(config).save_pretrained(folder)
     CLIPProcessor(processor, AutoTokenizer.from_pretrained(tokenizer_dir)).save_pretrained(folder)
 
 

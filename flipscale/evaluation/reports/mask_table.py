@@ -106,9 +106,9 @@ def _draw_panel(axis: "Axes", rows: Sequence[MaskedResults], name: str) -> None:
         gflops, values = [row.flops / 1e9 for row in line], [row.headlines[name].value for row in line]
         axis.plot(gflops, values, "o-", color=colour, label=label, markersize=4)
         for row, at, value in zip(line, gflops, values, strict=True):
-            ends = [row.headlines[name].low, row.headlines[name].high]
-            if None not in ends:
-                axis.plot([at, at], ends, color=colour, linewidth=1, alpha=0.4)
+            low, high = row.headlines[name].low, row.headlines[name].high
+            if low is not None and high is not None:
+                axis.plot([at, at], [low, high], color=colour, linewidth=1, alpha=0.4)
             if row.mask.views > 1:
                 beside: dict[str, Any] = {"xytext": (6, -3), "textcoords": "offset points", "va": "top"}
                 axis.annotate(f"{row.mask.views} views", (at, value), **beside, fontsize=7, color=colour)
