@@ -46,12 +46,20 @@ def _batches(items: Sequence, batch_size: int, what: str) -> Iterator[Sequence]:
 
 def _rgb(picture: Picture) -> Image.Image:
     if isinstance(picture, Image.Image):
-        return picture.convert("RGB")
+        return _on_white(picture)
     try:
         with Image.open(picture) as image:
-            return image.convert("RGB")
+            return _on_white(image)
     except OSError as error:
         raise ValueError(f"{picture} cannot be read as a picture ({error})") from error
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    """Return an image as RGB, what is transparent in it white, as in training."""
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
 
 
 @torch.no_grad()
