@@ -6,15 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
-from conftest import TOWER, write_shards
-from transformers import AutoTokenizer
+from conftest import write_shards
+from evaluation.tiny_model import tiny_embedder
 
 from flipscale.data.sources.tar_source import TarSource
 from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.kinds.association import Association
 from flipscale.evaluation.suite import evaluate_tasks
-from flipscale.model import FlipConfig, FlipModel
 from flipscale.preparation.demo_roles import role_couples, write_roles
 
 COUPLES = [("red disc", 0, 1), ("red disc", 2, 3), ("blue bar", 5, 4), ("grey ring", 7, 9)]
@@ -22,14 +20,7 @@ COUPLES = [("red disc", 0, 1), ("red disc", 2, 3), ("blue bar", 5, 4), ("grey ri
 
 @pytest.fixture(scope="module")
 def embedder(tokenizer_dir: Path) -> Embedder:
-    torch.manual_seed(0)
-    config = FlipConfig(
-        vision_config={**TOWER, "image_size": 32, "patch_size": 8},
-        text_config={**TOWER, "vocab_size": 16, "max_position_embeddings": 8},
-        projection_dim=16,
-    )
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
-    return Embedder(FlipModel(config).eval(), tokenizer, Accelerator(cpu=True), batch_size=4)
+    return tiny_embedder(tokenizer_dir, batch_size=4)
 
 
 @pytest.fixture

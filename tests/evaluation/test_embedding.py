@@ -13,28 +13,19 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
-from conftest import TOWER, add_member
-from transformers import AutoTokenizer
+from conftest import add_member
+from evaluation.tiny_model import tiny_embedder
 
 from flipscale.data.sources.tar_source import TarSource
 from flipscale.evaluation import embedding
 from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.images import SampleNumbers, Share, decoded_batches, made_up
 from flipscale.evaluation.suite import build_tasks, evaluate_tasks, evaluated
-from flipscale.model import FlipConfig, FlipModel
 
 
 @pytest.fixture(scope="module")
 def embedder(tokenizer_dir: Path) -> Embedder:
-    torch.manual_seed(0)
-    config = FlipConfig(
-        vision_config={**TOWER, "image_size": 32, "patch_size": 8},
-        text_config={**TOWER, "vocab_size": 16, "max_position_embeddings": 8},
-        projection_dim=64,
-    )
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
-    return Embedder(FlipModel(config).eval(), tokenizer, Accelerator(cpu=True), batch_size=7)
+    return tiny_embedder(tokenizer_dir, batch_size=7, projection_dim=64)
 
 
 @pytest.mark.parametrize("count", [1, 2, 5, 12, 13])

@@ -10,10 +10,8 @@ from types import SimpleNamespace
 
 import processes
 import pytest
-import torch
-from accelerate import Accelerator
-from conftest import TOWER, write_shards
-from transformers import AutoTokenizer
+from conftest import write_shards
+from evaluation.tiny_model import tiny_embedder
 
 from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.kinds.task import Task
@@ -22,21 +20,10 @@ from flipscale.evaluation.reports.models import NamedModel
 from flipscale.evaluation.reports.progress import SuiteBar
 from flipscale.evaluation.reports.session import evaluate_model
 from flipscale.evaluation.suite import build_tasks
-from flipscale.model import FlipConfig, FlipModel
+from flipscale.model import FlipModel
 
 KILLS = 10
 VARYING = ("seconds", "date")
-
-
-def tiny_embedder(tokenizer_dir: str) -> Embedder:
-    torch.manual_seed(0)
-    config = FlipConfig(
-        vision_config={**TOWER, "image_size": 32, "patch_size": 8},
-        text_config={**TOWER, "vocab_size": 16, "max_position_embeddings": 8},
-        projection_dim=16,
-    )
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
-    return Embedder(FlipModel(config).eval(), tokenizer, Accelerator(cpu=True), batch_size=8)
 
 
 def tasks_in(folder: Path) -> list[Task]:
@@ -50,7 +37,7 @@ def tasks_in(folder: Path) -> list[Task]:
 
 def evaluate(folder: str, home: str, tokenizer_dir: str) -> None:
     """What a process of its own does: evaluates the suite, and says when it has begun."""
-    embedder = tiny_embedder(tokenizer_dir)
+    embedder = tiny_embedder(tokenizer_dir, batch_size=8)
     Path(home, f"begun{embedder.accelerator.process_index}").touch()
     evaluate_model(embedder, NamedModel("tiny", "tiny", None, Path(home)), tasks_in(Path(folder)))
 
@@ -77,7 +64,7 @@ def model(tmp_path: Path) -> NamedModel:
 
 @pytest.fixture
 def embedder(tokenizer_dir: Path) -> Embedder:
-    return tiny_embedder(str(tokenizer_dir))
+    return tiny_embedder(tokenizer_dir, batch_size=8)
 
 
 def test_what_stands_there_is_not_run_again(

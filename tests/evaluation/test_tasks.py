@@ -11,9 +11,8 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
-from conftest import TOWER, add_member
-from transformers import AutoTokenizer
+from conftest import add_member
+from evaluation.tiny_model import tiny_embedder
 
 from flipscale.data.decode import decode_box
 from flipscale.data.sources.tar_source import TarSource
@@ -24,19 +23,11 @@ from flipscale.evaluation.recipe import EvalRecipe
 from flipscale.evaluation.results import as_metrics
 from flipscale.evaluation.suite import build_tasks, evaluate_tasks
 from flipscale.evaluation.test_set import TestSet
-from flipscale.model import FlipConfig, FlipModel
 
 
 @pytest.fixture(scope="module")
 def embedder(tokenizer_dir: Path) -> Embedder:
-    torch.manual_seed(0)
-    config = FlipConfig(
-        vision_config={**TOWER, "image_size": 32, "patch_size": 8},
-        text_config={**TOWER, "vocab_size": 16, "max_position_embeddings": 8},
-        projection_dim=16,
-    )
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
-    return Embedder(FlipModel(config).eval(), tokenizer, Accelerator(cpu=True), batch_size=7)
+    return tiny_embedder(tokenizer_dir, batch_size=7)
 
 
 def evaluated(embedder: Embedder, **task: object) -> dict[str, float]:

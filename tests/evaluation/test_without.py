@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate import Accelerator
-from conftest import TOWER, add_member, write_shards
-from transformers import AutoTokenizer
+from conftest import add_member, write_shards
+from evaluation.tiny_model import tiny_embedder
 
 from flipscale.data.sources.tar_source import TarSource
 from flipscale.evaluation.embedding import Embedder
@@ -19,21 +18,13 @@ from flipscale.evaluation.kinds.without import with_clean_tasks
 from flipscale.evaluation.kinds.zero_shot import ZeroShot
 from flipscale.evaluation.suite import evaluate_tasks
 from flipscale.evaluation.test_set import TestSet
-from flipscale.model import FlipConfig, FlipModel
 
 LEFT_OUT = [("00000.tar", 2), ("00001.tar", 0), ("00001.tar", 6)]
 
 
 @pytest.fixture(scope="module")
 def embedder(tokenizer_dir: Path) -> Embedder:
-    torch.manual_seed(0)
-    config = FlipConfig(
-        vision_config={**TOWER, "image_size": 32, "patch_size": 8},
-        text_config={**TOWER, "vocab_size": 16, "max_position_embeddings": 8},
-        projection_dim=16,
-    )
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
-    return Embedder(FlipModel(config).eval(), tokenizer, Accelerator(cpu=True), batch_size=4)
+    return tiny_embedder(tokenizer_dir, batch_size=4)
 
 
 def without_by_hand(folder: Path, target: Path) -> None:
