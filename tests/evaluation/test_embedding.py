@@ -153,8 +153,8 @@ def test_tasks_of_one_set_share_a_pass(
 
 
 def _live_bytes() -> int:
-    """The bytes of all tensors that live in this process, each storage once."""
-    tensors = [found for found in gc.get_objects() if issubclass(type(found), torch.Tensor)]
+    """The bytes of all plain tensors that live in this process, each storage once."""
+    tensors = [found for found in gc.get_objects() if type(found) in (torch.Tensor, torch.nn.Parameter)]
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
