@@ -77,6 +77,11 @@ class Result:
         low, high = (with_unit(end, self.unit).removesuffix(self.unit).strip() for end in (self.low, self.high))
         return f"{low} to {high}"
 
+    @property
+    def estimate_text(self) -> str:
+        """The value with its interval, where there is one: `47.1 % (44.0 to 50.2)`."""
+        return self.value_text + (f" ({self.interval_text})" if self.interval_text else "")
+
 
 @dataclass(frozen=True)
 class Measured:

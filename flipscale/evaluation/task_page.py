@@ -12,6 +12,7 @@ import yaml
 from flipscale.evaluation.kinds.kinds import build_task
 from flipscale.evaluation.kinds.task import Task
 from flipscale.evaluation.kinds.templates import TEMPLATES
+from flipscale.files.text_table import plain_table
 
 PAGES = Path(__file__).parent / "tasks"
 # Kinds that have several metrics, of which a task names its headline.
@@ -165,15 +166,7 @@ def pages_table(pages: Sequence[TaskPage]) -> str:
         counts = (f"{page.images:,}", f"{page.num_classes:,}" if page.num_classes else "", str(page.num_prompts or ""))
         figure = f"{figures[0]}{'' if page.comparable else ' *'}" if figures else ""
         rows.append((page.name, ", ".join(page.suites), *counts, page.metric, figure))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = []
-    for row in rows:
-        cells = [
-            cell.rjust(width) if 2 <= column <= 4 else cell.ljust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join([*lines, "", f"paper: {PAPER_MODEL}, in %; * on other images than the source's"])
+    return f"{plain_table(rows, (2, 3, 4))}\n\npaper: {PAPER_MODEL}, in %; * on other images than the source's"
 
 
 def _page(name: str, content: dict[str, Any]) -> TaskPage:

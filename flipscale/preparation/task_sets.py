@@ -16,6 +16,7 @@ from tqdm import tqdm
 from flipscale.data.prepared import PREPARED, read_prepared
 from flipscale.data.sources.tar_source import TarSource
 from flipscale.files.aside import remove, sync, write_text
+from flipscale.files.text_table import plain_table
 from flipscale.preparation.hub_files import HubFile, Snapshot, bytes_there, digest, download, list_files
 from flipscale.preparation.parquet_set import Columns, convert
 from flipscale.preparation.real_labels import REAL_LABELS, find_labels, write_real_labels
@@ -121,7 +122,7 @@ def prepare_tasks(folder: Path, sets: Sequence[TaskSet]) -> None:
         state = "is prepared" if plan is None else _size(plan.num_bytes)
         rows.append([*about, state, task.licence, task.repo])
         plans += [plan] if plan else []
-    print(_table([["task", "images", "download", "licence of the images", "source"], *rows]))
+    print(plain_table([["task", "images", "download", "licence of the images", "source"], *rows], numbers=(1, 2)))
     _check_space(folder, plans)
     left = sum(plan.num_bytes - plan.bytes_there for plan in plans)
     if plans:
@@ -319,15 +320,3 @@ def _size(num_bytes: int) -> str:
             break
         value, unit = value / 1000, {"B": "kB", "kB": "MB", "MB": "GB", "GB": "TB"}[unit]
     return f"{value:.3g} {unit}" if value < 100 else f"{value:.0f} {unit}"
-
-
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    """Return rows as a table; numbers, in the second and third column, end at one place."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(
-            cell.rjust(width) if column in (1, 2) else cell.ljust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    )

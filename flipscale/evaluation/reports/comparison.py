@@ -124,4 +124,4 @@ def comparison_table(curves: Sequence[Curve]) -> str:
 def _cell(result: Result | None) -> str:
     if result is None:
         return ""
-    return result.value_text + (f" ({result.interval_text})" if result.interval_text else "")
+    return result.estimate_text

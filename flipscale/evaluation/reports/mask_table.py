@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from flipscale.evaluation.embedders.masked import ImageMask
 from flipscale.evaluation.reports.figures import drawing_pyplot, save_figure
 from flipscale.evaluation.results import Result, as_metrics
+from flipscale.files.text_table import markdown_table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -59,22 +60,9 @@ def mask_table(rows: Sequence[MaskedResults]) -> str:
     table = [[*(["model"] if several else []), "image", "encoder GFLOPs", "of whole", *columns]]
     for row in rows:
         cost = [f"{row.flops / 1e9:.3g}", f"{row.relative:.2f}x"]
-        values = [_cell(row.headlines.get(name)) for name in columns]
+        values = [row.headlines[name].estimate_text if name in row.headlines else "" for name in columns]
         table.append([*([row.model] if several else []), row.mask.label, *cost, *values])
-    left = 2 if several else 1
-    widths = [max(3, *(len(line[column]) for line in table)) for column in range(len(table[0]))]
-    rules = ["-" * width if column < left else "-" * (width - 1) + ":" for column, width in enumerate(widths)]
-    lines = [
-        [cell.ljust(width) if column < left else cell.rjust(width) for column, (cell, width) in enumerate(cells)]
-        for cells in (list(zip(line, widths, strict=True)) for line in table)
-    ]
-    return "\n".join(f"| {' | '.join(line)} |" for line in (lines[0], rules, *lines[1:]))
-
-
-def _cell(result: Result | None) -> str:
-    if result is None:
-        return ""
-    return result.value_text + (f" ({result.interval_text})" if result.interval_text else "")
+    return markdown_table(table, num_names=2 if several else 1)
 
 
 def draw_masked_results(rows: Sequence[MaskedResults], path: Path) -> None:

@@ -74,8 +74,7 @@ class _Work:
         facts = about(task, setting, self._model.name, self._weights, seconds)
         self._found[group] = append_lines(self._model.lines, group, [published(result) for result in results], facts)
         shown = next((result for result in results if result.headline), results[0])
-        value = shown.value_text + (f" ({shown.interval_text})" if shown.interval_text else "")
-        _log.info("%s: %s %s %s, %.0f s", self._model.name, shown.task, shown.shown, value, seconds)
+        _log.info("%s: %s %s %s, %.0f s", self._model.name, shown.task, shown.shown, shown.estimate_text, seconds)
 
     def lines(self) -> list[Line]:
         """Return all lines, in the order of the tasks."""

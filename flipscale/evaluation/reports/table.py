@@ -7,6 +7,7 @@ from flipscale.evaluation.kinds.kinds import KINDS
 from flipscale.evaluation.reports.record import Line
 from flipscale.evaluation.results import Result, with_unit
 from flipscale.evaluation.task_page import Reference, TaskPage, read_page, suite_pages
+from flipscale.files.text_table import markdown_table
 
 PAPER_MODEL = "FLIP L/14, LAION-400M"  # it has figures for every task of the paper
 INTERVALS = """Intervals of 95 % take the n queries for independent draws; they say nothing of how another training run
@@ -179,22 +180,14 @@ def _cells(row: Row, notes: dict[str, int] | None) -> list[str]:
 def _value(line: Line | None) -> str:
     if line is None:
         return ""
-    interval = line.result.interval_text
-    return line.result.value_text + (f" ({interval})" if interval else "")
+    return line.result.estimate_text
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:
     """Return a Markdown table whose columns are also aligned as plain text."""
     rows = [row[: len(head)] for row in rows]
-    widths = [max(3, *(len(row[place]) for row in [head, *rows])) for place in range(len(head))]
-    left = 2  # the task and the metric; numbers stand on the right
     rows = [row + [""] * (len(head) - len(row)) for row in rows]
-    lines = [
-        [cell.ljust(widths[place]) if place < left else cell.rjust(widths[place]) for place, cell in enumerate(row)]
-        for row in (head, *rows)
-    ]
-    rule = ["-" * width if place < left else "-" * (width - 1) + ":" for place, width in enumerate(widths)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in (lines[0], rule, *lines[1:]))
+    return markdown_table([head, *rows], num_names=2)  # the task and the metric
 
 
 def _departures(line: Line, page: TaskPage) -> Iterable[str]:

@@ -1,0 +1,31 @@
+"""Rows of text as a table whose columns are aligned, for a terminal or as Markdown. The first row is the head."""
+
+from collections.abc import Collection, Sequence
+
+Rows = Sequence[Sequence[str]]
+
+
+def plain_table(rows: Rows, numbers: Collection[int]) -> str:
+    """Return rows of equal length as lines of text; the columns `numbers` end at one place, the others begin at one."""
+    return "\n".join("  ".join(row).rstrip() for row in _aligned(rows, numbers, 0))
+
+
+def markdown_table(rows: Rows, num_names: int) -> str:
+    """Return rows of equal length as Markdown that is also aligned as plain text; columns from `num_names` on are
+    numbers."""
+    numbers = range(num_names, len(rows[0]))
+    head, *lines = _aligned(rows, numbers, 3)
+    rule = ["-" * (len(cell) - 1) + ":" if column in numbers else "-" * len(cell) for column, cell in enumerate(head)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in (head, rule, *lines))
+
+
+def _aligned(rows: Rows, numbers: Collection[int], least: int) -> list[list[str]]:
+    """Return the cells padded to the widths of their columns, at least `least`."""
+    widths = [max(least, *map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        [
+            cell.rjust(width) if column in numbers else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        for row in rows
+    ]
