@@ -28,12 +28,15 @@ NUM_PROCESSES = "FLIPSCALE_NUM_PROCESSES"
 # What `accelerate launch` sets to have accelerate shard the model; flipscale does that itself, by the same settings.
 _SHARDING = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_PARALLELISM_CONFIG")
 
-# The key of the first failure in the store where the processes met.
+# Keys in the store where the processes met: the first failure, and how many processes know of it.
 _FAILED = "flipscale/failed"
+_KNOWING = "flipscale/knowing"
 _LONGEST_WORDS = 2_000
 _STORE_SECONDS = 3.0
 # Between a failure's message and the end of the others, and between two looks at the store.
 _LATER_SECONDS = 2.0
+# How long the first process, which may keep the store, stays until all others know.
+_STAY_SECONDS = 10.0
 
 
 def engine_classes() -> dict[str, type["Engine"]]:
@@ -131,18 +134,23 @@ def claim_failure(words: str) -> Failure:
     """Return the first failure of this run's processes: this process's, which it describes in `words`, unless another
     process has failed before. Takes five seconds at most, whatever the others do."""
     mine = Failure(int(os.environ.get("RANK", "0")), socket.gethostname(), words[:_LONGEST_WORDS])
-    store = _own_store()
-    if store is None:
+    if not _have_met():
         # They check their recipe at the same time, each for itself: the first one's message is enough.
         time.sleep(0.0 if mine.rank == 0 else _LATER_SECONDS)
         return mine
     found = [mine]
 
     def claim() -> None:
+        # A connection to a store whose process is gone is tried for minutes before it is refused.
+        store = _own_store()
         try:
-            found[0] = Failure(*json.loads(store.compare_set(_FAILED, "", json.dumps(mine))))
-        except RuntimeError:  # the process that keeps the store is gone
-            found[0] = Failure(0, "the first host", "")
+            if store is not None:
+                found[0] = Failure(*json.loads(store.compare_set(_FAILED, "", json.dumps(mine))))
+                store.add(_KNOWING, 1)
+                return
+        except RuntimeError:
+            pass
+        found[0] = Failure(0, "the first host", "")
 
     asking = threading.Thread(target=claim, daemon=True)
     asking.start()
@@ -150,6 +158,21 @@ def claim_failure(words: str) -> Failure:
     if found[0] != mine:
         time.sleep(_LATER_SECONDS)  # its message is on its way; a launcher that sees this process end would cut it off
     return found[0]
+
+
+def stay_until_others_know() -> None:
+    """Return when every process knows of the failure that this one has claimed, or after ten seconds.
+
+    The first process may keep the store: where it ends at once, a process that fails alike cannot tell that the same
+    has been said.
+    """
+    store = _own_store() if os.environ.get("RANK", "0") == "0" else None
+    deadline = time.monotonic() + _STAY_SECONDS
+    try:
+        while store is not None and store.add(_KNOWING, 0) < dist.get_world_size() and time.monotonic() < deadline:
+            time.sleep(0.05)
+    except RuntimeError:  # a launcher's store, and the launcher is gone
+        return
 
 
 class OtherProcesses:
@@ -178,6 +201,7 @@ class OtherProcesses:
                 if not store.check([_FAILED]):
                     continue
                 failure = Failure(*json.loads(store.get(_FAILED)))
+                store.add(_KNOWING, 1)
             except RuntimeError:
                 failure = Failure(0, "the first host", "")
             # Its message first.
@@ -215,9 +239,13 @@ def end_process(code: int) -> NoReturn:
     os._exit(code)
 
 
+def _have_met() -> bool:
+    return dist.is_initialized() and dist.get_world_size() > 1
+
+
 def _own_store() -> dist.Store | None:
     """Return a connection of its own to the store that the processes met at, None if they have not met."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    if not _have_met():
         return None
     try:
         return dist.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]

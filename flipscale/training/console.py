@@ -72,15 +72,13 @@ def _is_one_of_several() -> bool:
 
 def _exit_at_once(words: str, code: int, is_telling: bool) -> NoReturn:
     """Print `words` and exit. After another process's failure, print them only if they are others and `is_telling`."""
-    from flipscale.engines.start import (
-        claim_failure,
-        end_process,
-        leave,
-    )  # imports torch, which `--help` has no need of
+    # Imports torch, which `--help` has no need of.
+    from flipscale.engines.start import claim_failure, end_process, leave, stay_until_others_know
 
     first = claim_failure(words)
     if first.rank == int(os.environ.get("RANK", "0")) or (is_telling and first.words != words):
         print(words, file=sys.stderr, flush=True)
+        stay_until_others_know()
         end_process(code)
     if is_telling:
         end_process(code)

@@ -75,20 +75,25 @@ def test_our_own_mistake_is_a_traceback_once(write_recipe, tmp_path: Path) -> No
     assert printed.count("RuntimeError: the third shard is upside down") == printed.count("Traceback") == 1
 
 
-def fail_together(file: str, folder: str) -> None:
-    """A run of two that fail alike."""
+def fail_together(file: str, folder: str, seconds: list[float]) -> None:
+    """A run of two that fail alike, each so many seconds after its first batch has come."""
     from flipscale import pretrain
 
     def fails(*arguments: object) -> None:
+        time.sleep(seconds[int(os.environ["RANK"])])
         raise FloatingPointError("the third shard is upside down")
 
     pretrain.consume_batch = fails
     processes.call_main("flipscale.pretrain", ["--config", file], folder)
 
 
-def test_what_all_have_to_say_is_said_once(write_recipe, tmp_path: Path) -> None:
+@pytest.mark.parametrize("seconds", [(0.0, 0.0), (0.0, 1.5), (1.5, 0.0)])
+def test_what_all_have_to_say_is_said_once(write_recipe, tmp_path: Path, seconds: tuple[float, float]) -> None:
     file, environments = write_recipe(tmp_path / "run"), processes.rank_environments(2)
-    ranks = [processes.start(fail_together, str(file), str(tmp_path), environment=e) for e in environments]
+    ranks = [
+        processes.start(fail_together, str(file), str(tmp_path), list(seconds), environment=environment)
+        for environment in environments
+    ]
     for rank in ranks:
         rank.join(60)
     assert [rank.exitcode for rank in ranks] == [1, 1]
