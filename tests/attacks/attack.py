@@ -1,0 +1,145 @@
+"""An attack: a bad input or a fault, the command line that meets it, and the end that is wanted."""
+
+import multiprocessing.connection
+import os
+import signal
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import processes
+import psutil
+
+# What no command may print, whatever is typed or downloaded.
+FORBIDDEN = ("Traceback (most recent call last)", "Segmentation fault", "core dumped")
+_LOOK_SECONDS = 0.05
+
+
+class Ended(NamedTuple):
+    """How the command of an attack ended: the exit code of each process, and what they printed."""
+
+    codes: tuple[int, ...]
+    stdout: str
+    stderr: str
+    seconds: float
+    megabytes: float
+
+
+@dataclass(frozen=True)
+class Attack:
+    """A row of the table.
+
+    Args:
+        name: what is wrong, as the table of the README would say it: "a PNG of 1 x 20,000 pixels".
+        make: writes what the attack needs into the folder that it is given, which is empty and in which the command
+            runs, and returns the arguments after `flipscale`. The file `ground.py` has data, recipes and trained runs.
+        code: the exit code wanted: 0 where the command goes on, 2 for what its user must change, 1 for what the world
+            did.
+        says: each is found in what is printed, on either stream.
+        check: looks at the folder and the end, and asserts.
+        during: called once with the folder and the processes' numbers, as soon as they have started.
+        world: how many processes, as under torchrun.
+        environment: added to theirs.
+        seconds: it may take; the command is killed then, and the attack got through.
+        megabytes: its processes may take, beyond what importing the trainer takes.
+    """
+
+    name: str
+    make: Callable[[Path], Sequence[str | Path]]
+    code: int = 0
+    says: tuple[str, ...] = ()
+    check: Callable[[Path, Ended], None] | None = None
+    during: Callable[[Path, list[int]], None] | None = None
+    world: int = 1
+    environment: dict[str, str] = field(default_factory=dict)
+    seconds: float = 90.0
+    megabytes: int = 1000
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def hold(attack: Attack, tmp_path: Path) -> None:
+    """Run an attack, and assert that it ends as it should."""
+    folder = tmp_path / "here"
+    folder.mkdir()
+    judge(attack, folder, run(attack, folder))
+
+
+def run(attack: Attack, folder: Path) -> Ended:
+    """Run the command of an attack in `folder`, which is empty, and return how it ended.
+
+    Raises:
+        AssertionError: it took more time or memory than it may.
+    """
+    output = folder.with_name(f"{folder.name}-output")
+    output.mkdir()
+    arguments = [str(argument) for argument in attack.make(folder)]
+    places = processes.rank_environments(attack.world) if attack.world > 1 else [{}]
+    started = time.monotonic()
+    ranks = [
+        processes.start(_call, arguments, str(folder), str(output), environment={**place, **attack.environment})
+        for place in places
+    ]
+    try:
+        pids = [rank.pid for rank in ranks if rank.pid is not None]
+        before = _megabytes(pids)
+        if attack.during is not None:
+            attack.during(folder, pids)
+        most = 0.0
+        while any(rank.is_alive() for rank in ranks):
+            multiprocessing.connection.wait([r.sentinel for r in ranks if r.is_alive()], timeout=_LOOK_SECONDS)
+            most = max(most, _megabytes(pids) - before)
+            assert most <= attack.megabytes, f"{most:.0f} MB, more than {attack.megabytes}"
+            assert time.monotonic() - started <= attack.seconds, f"still running after {attack.seconds} s"
+    finally:
+        for rank in ranks:
+            if rank.is_alive():
+                _kill_all(rank.pid)
+            rank.join()
+    texts = [(output / name).read_text(errors="replace") for name in ("stdout", "stderr")]
+    return Ended(tuple(rank.exitcode for rank in ranks), *texts, time.monotonic() - started, most)
+
+
+def judge(attack: Attack, folder: Path, ended: Ended) -> None:
+    """Assert that an attack ended as it should."""
+    printed = ended.stdout + ended.stderr
+    assert all(code == attack.code for code in ended.codes), f"exit codes {ended.codes}, not {attack.code}: {printed}"
+    for words in FORBIDDEN:
+        assert words not in printed, printed
+    for words in attack.says:
+        assert words in printed, f"{words!r} was not said: {printed}"
+    if attack.code:
+        complaints = [line for line in ended.stderr.splitlines() if line.startswith("flipscale: error: ")]
+        assert len(complaints) == 1, printed
+    if attack.check is not None:
+        attack.check(folder, ended)
+
+
+def _call(arguments: list[str], folder: str, output: str) -> None:
+    os.chdir(folder)
+    # A group of its own, for those that end it to find all of it.
+    os.setpgid(0, 0)
+    processes.call_main("flipscale.cli", arguments, output)
+
+
+def _megabytes(pids: Sequence[int]) -> float:
+    """What these processes and their children have in memory; pages that they share count for each."""
+    total = 0
+    for pid in pids:
+        try:
+            process = psutil.Process(pid)
+            total += sum(one.memory_info().rss for one in [process, *process.children(recursive=True)])
+        except psutil.Error:
+            continue
+    return total / 1e6
+
+
+def _kill_all(group: int | None) -> None:
+    try:
+        os.killpg(group or 0, signal.SIGKILL)
+    except ProcessLookupError:
+        if group is not None:
+            os.kill(group, signal.SIGKILL)
