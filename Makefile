@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 MINUTES ?= 7
 
-.PHONY: setup demo test lint bench
+.PHONY: setup demo test lint bench fuzz
 
 setup: .venv/installed
 
@@ -28,3 +28,6 @@ bench: setup
 	$(BIN)/flipscale bench compare_loss
 	$(BIN)/flipscale prepare photos data/photos
 	$(BIN)/flipscale bench compare_data --shards data/photos
+
+fuzz: setup
+	PYTHONPATH=tests $(BIN)/python -m fuzz --seconds 300

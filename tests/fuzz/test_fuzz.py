@@ -1,0 +1,29 @@
+"""Every target of the fuzzer, with a few hundred inputs; `make fuzz` tries as many as five minutes allow."""
+
+from pathlib import Path
+
+import processes
+import pytest
+from fuzz import fuzzing
+
+RUNS = 300
+
+
+def run(target: str, folder: str) -> None:
+    """Called in a process that libFuzzer ends."""
+    import os
+
+    # libFuzzer prints on these.
+    output = os.open(f"{folder}/output", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    fuzzing.run(target, [f"-runs={RUNS}", "-seed=1"], Path(folder, "findings"))
+
+
+@pytest.mark.parametrize("target", fuzzing.TARGETS)
+def test_nothing_is_found(target: str, tmp_path: Path) -> None:
+    process = processes.start(run, target, str(tmp_path))
+    process.join(300)
+    printed = (tmp_path / "output").read_text(errors="replace")
+    assert process.exitcode == 0, printed[-4000:]
+    assert not list((tmp_path / "findings").iterdir())
