@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from flipscale.data.lanes import number_of_lanes
+from flipscale.files.ranges import Bytes, Count, Pairs, Positive, Share, ShareAboveNone, Workers
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class SourceRecipe:
     split: str = "train"
     image_column: str = "image"
     caption_columns: list[str] = field(default_factory=lambda: ["caption"])
-    weight: float | None = None
+    weight: Positive | None = None
 
 
 @dataclass(frozen=True)
@@ -62,15 +63,19 @@ class DataRecipe:
     shards: str = field(default="", metadata={"learned": False})
     sources: list[SourceRecipe] = field(default_factory=list)
     tokenizer: str = field(default="bert", metadata={"place": True})
-    global_batch_size: int = 4096
-    micro_batch_size: int | None = field(default=None, metadata={"learned": False})
-    crop_scale: tuple[float, float] = (0.5, 1.0)
-    lanes: int | None = field(default=None, metadata={"before": 1})
-    shards_per_block: int = 16
-    num_workers: int = field(default=8, metadata={"learned": False})
+    global_batch_size: Pairs = 4096
+    micro_batch_size: Pairs | None = field(default=None, metadata={"learned": False})
+    crop_scale: tuple[ShareAboveNone, ShareAboveNone] = (0.5, 1.0)
+    lanes: Pairs | None = field(default=None, metadata={"before": 1})
+    shards_per_block: Count = 16
+    num_workers: Workers = field(default=8, metadata={"learned": False})
     cache_dir: str = field(default="~/.cache/flipscale/shards", metadata={"learned": False})
-    cache_bytes: int = field(default=100_000_000_000, metadata={"learned": False})
-    max_bad_fraction: float = field(default=0.05, metadata={"learned": False})
+    cache_bytes: Bytes = field(default=100_000_000_000, metadata={"learned": False})
+    max_bad_fraction: Share = field(default=0.05, metadata={"learned": False})
+
+    def __post_init__(self) -> None:
+        if not self.crop_scale[0] <= self.crop_scale[1]:
+            raise ValueError(f"data.crop_scale is {list(self.crop_scale)}; the least share of the image comes first")
 
     @property
     def num_lanes(self) -> int:

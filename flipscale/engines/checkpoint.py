@@ -24,6 +24,7 @@ import yaml
 from safetensors import safe_open
 
 from flipscale.files.aside import partial_path, sync
+from flipscale.files.ranges import Count, Minutes, SamplesOrNone
 from flipscale.files.tensor_file import write_tensors
 
 if TYPE_CHECKING:
@@ -42,9 +43,9 @@ class SaveRecipe:
         total_limit: how many of the newest ones are kept.
     """
 
-    every_samples: int = 0
-    every_minutes: float = 0.0
-    total_limit: int = 2
+    every_samples: SamplesOrNone = 0
+    every_minutes: Minutes = 0.0
+    total_limit: Count = 2
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from torch.optim.adamw import adamw
 
 from flipscale.engines.launch import Launch
 from flipscale.engines.muon import Muon, buffer_elements, local
+from flipscale.files.ranges import NotNegative, Positive, Rate, ShareBelowAll, ShareBetween
 
 
 @dataclass(frozen=True)
@@ -35,18 +36,14 @@ class OptimRecipe:
     """
 
     name: Literal["adamw", "muon"] = "adamw"
-    weight_decay: float = 0.2
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.95
-    adam_epsilon: float = 1e-8
-    muon_lr_ratio: float = 10.0
-    muon_momentum: float = 0.95
-    max_grad_norm: float | None = None
-    ema_decay: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.ema_decay is not None and not 0.0 < self.ema_decay < 1.0:
-            raise ValueError(f"optim.ema_decay is {self.ema_decay}; it must be in (0, 1), such as 0.9999")
+    weight_decay: NotNegative = 0.2
+    adam_beta1: ShareBelowAll = 0.9
+    adam_beta2: ShareBelowAll = 0.95
+    adam_epsilon: Positive = 1e-8
+    muon_lr_ratio: Rate = 10.0
+    muon_momentum: ShareBelowAll = 0.95
+    max_grad_norm: Positive | None = None
+    ema_decay: ShareBetween | None = None
 
 
 class ShardedAdamW(torch.optim.AdamW):
@@ -180,7 +177,7 @@ def set_learning_rate(optimizers: Iterable[torch.optim.Optimizer], learning_rate
 
 @torch.no_grad()
 def gradient_norm(
-    parameters: Iterable[nn.Parameter], max_grad_norm: float | None, holders: dist.ProcessGroup | None = None
+    parameters: Iterable[nn.Parameter], max_grad_norm: Positive | None, holders: dist.ProcessGroup | None = None
 ) -> torch.Tensor:
     """Return the global norm of the gradients, fp32 `()`, and clip them in place to `max_grad_norm`, if that is set.
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from flipscale.evaluation.kinds.task import Task
 from flipscale.evaluation.suite import TASKS_DIR, build_tasks
+from flipscale.files.ranges import Count, SamplesOrNone, Workers
 
 
 @dataclass(frozen=True)
@@ -26,12 +27,12 @@ class EvalRecipe:
     """
 
     tasks: list[str | dict[str, Any]] = field(default_factory=list)
-    every_samples: int = 0
+    every_samples: SamplesOrNone = 0
     zero_shot: str | None = None
     retrieval: str | None = None
     tasks_dir: str = TASKS_DIR
-    batch_size: int = 256
-    num_workers: int = 4
+    batch_size: Count = 256
+    num_workers: Workers = 4
 
     def __post_init__(self) -> None:
         self.planned()

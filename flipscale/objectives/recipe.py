@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from jsonargparse import ArgumentError, ArgumentParser
 
 from flipscale.data.masks.recipe import MaskRecipe
+from flipscale.files.ranges import NotNegative, check_ranges
 from flipscale.objectives.exchange import EXCHANGES
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ class LossRecipe:
     kind: str = "infonce"
     options: dict[str, Any] = field(default_factory=dict)
     exchange: str = field(default="gather", metadata={"learned": False})
-    reconstruction_weight: float = 0.0
+    reconstruction_weight: NotNegative = 0.0
 
     def __post_init__(self) -> None:
         from flipscale.objectives.kinds import KINDS  # with the models, which take seconds to import
@@ -43,8 +44,6 @@ class LossRecipe:
                 f"loss.exchange is {self.exchange!r}; use 'gather' or 'ring': the gradient is always that of the whole "
                 "batch (a local loss without the other processes' gradients is another one)"
             )
-        if self.reconstruction_weight < 0.0:
-            raise ValueError(f"loss.reconstruction_weight is {self.reconstruction_weight}; it must be 0 (none) or more")
         # Resolved, so that the run directory's recipe says them all.
         object.__setattr__(self, "options", _checked_options(self.kind, self.options))
 
@@ -60,6 +59,7 @@ def build_objective(recipe: LossRecipe, mask: MaskRecipe) -> "Objective":
     from flipscale.objectives.reconstruction import WithReconstruction
 
     objective = KINDS[recipe.kind](exchange=recipe.exchange, **recipe.options)
+    check_ranges(objective, "loss.options")
     if recipe.reconstruction_weight == 0.0:
         return objective
     if mask.views > 1:

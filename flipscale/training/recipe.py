@@ -1,12 +1,15 @@
 """The recipe: every setting of a run, read from YAML and `--section.field` flags."""
 
 import dataclasses
+import difflib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
 import yaml
+from huggingface_hub.errors import StrictDataclassError
 from jsonargparse import ArgumentError, ArgumentParser
 
 from flipscale.data.masks.recipe import MaskRecipe
@@ -14,6 +17,8 @@ from flipscale.data.recipe import DataRecipe
 from flipscale.engines.checkpoint import SaveRecipe
 from flipscale.engines.optimizers import OptimRecipe
 from flipscale.evaluation.recipe import EvalRecipe
+from flipscale.files.ranges import NotNegative, Seed, check_ranges, in_our_words
+from flipscale.files.yaml_text import check_yaml, read_outline
 from flipscale.model.configuration_flip import FlipConfig
 from flipscale.objectives.recipe import LossRecipe, build_objective
 from flipscale.training.schedule import StageRecipe
@@ -58,11 +63,17 @@ class ModelRecipe:
         """
         base = FlipConfig.from_size(self.size)
         for section, tower in (("vision_config", base.vision_config), ("text_config", base.text_config)):
-            known = {f.name for f in dataclasses.fields(tower)}
+            # Those that transformers adds say how a model is run, and may name code to load.
+            known = list(type(tower).__annotations__)
             for name in getattr(self, section):
                 if name not in known:
-                    raise ValueError(f"model.{section}.{name} is not a field of {type(tower).__name__}")
-        return FlipConfig.from_size(self.size, self.vision_config, self.text_config)
+                    near = difflib.get_close_matches(str(name), known, 1)
+                    has = f"did you mean {near[0]}?" if near else f"it has {', '.join(known)}"
+                    raise ValueError(f"model.{section}.{name} is not a field of {type(tower).__name__}; {has}")
+        try:
+            return FlipConfig.from_size(self.size, self.vision_config, self.text_config)
+        except (StrictDataclassError, ValueError, OverflowError) as error:
+            raise ValueError(f"model: {' '.join(str(error).split())}") from None
 
 
 @dataclass(frozen=True)
@@ -85,8 +96,8 @@ class HubRecipe:
     hub_private_repo: bool | None = None
     hub_revision: str | None = None
     license: str | None = None
-    device_hour_dollars: float | None = None
-    kwh_co2_grams: float | None = None
+    device_hour_dollars: NotNegative | None = None
+    kwh_co2_grams: NotNegative | None = None
     audit: str | None = None
 
 
@@ -117,7 +128,7 @@ class Recipe:
     loss: LossRecipe = field(default_factory=LossRecipe)
     optim: OptimRecipe = field(default_factory=OptimRecipe)
     stages: list[StageRecipe] = field(default_factory=list)
-    seed: int = 0
+    seed: Seed = 0
     log: LogRecipe = field(default_factory=LogRecipe, metadata={"learned": False})
     save: SaveRecipe = field(default_factory=SaveRecipe, metadata={"learned": False})
     eval: EvalRecipe = field(default_factory=EvalRecipe, metadata={"learned": False})
@@ -155,31 +166,84 @@ def parse_recipe(arguments: Sequence[str]) -> Recipe:
     """Return the recipe that command-line `arguments` describe; a bare name after `--config` is one of the package's.
 
     Raises:
-        ValueError: a key that does not exist, a value of the wrong type, or lanes that do not divide the batch.
+        ValueError: a file that is no recipe, a key that does not exist, a value of the wrong type or out of its range,
+            or lanes that do not divide the batch.
     """
+    words = [word for argument in arguments for word in _split(argument)]
+    for number, (flag, word) in enumerate(zip(["", *words], words, strict=False)):
+        if flag == "--config":
+            words[number] = str(_recipe_file(word))
+            _check_fields(read_outline(Path(words[number])), Recipe, "", words[number])
+        else:
+            _check_value(flag, word)
     parser = build_parser()
     try:
-        parsed = parser.parse_args([_named_recipe(previous, word) for previous, word in _with_previous(arguments)])
-        built = parser.instantiate(parsed)
-    except ArgumentError as error:
-        raise ValueError(" ".join(str(error).split())) from None
+        built = parser.instantiate(parser.parse_args(words))
+    except (ArgumentError, ValueError, OverflowError) as error:
+        raise ValueError(in_our_words(error, get_type_hints(Recipe, include_extras=True))) from None
     recipe = Recipe(**{f.name: getattr(built, f.name) for f in dataclasses.fields(Recipe)})
+    check_ranges(recipe)
     return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, lanes=recipe.data.num_lanes))
 
 
-def _with_previous(arguments: Sequence[str]) -> list[tuple[str, str]]:
-    return list(zip(["", *arguments], arguments, strict=False))
+def _split(argument: str) -> list[str]:
+    """Return `--flag=value` as two words."""
+    return argument.split("=", 1) if argument.startswith("--") else [argument]
 
 
-def _named_recipe(previous: str, word: str) -> str:
-    if previous == "--config" and not Path(word).exists():
-        named = RECIPES / f"{word}.yaml"
-        if named.exists():
-            return str(named)
-        raise ValueError(
-            f"recipe {word!r} is neither a file nor one of {', '.join(sorted(p.stem for p in RECIPES.glob('*.yaml')))}"
-        )
-    return word
+def _recipe_file(name: str) -> Path:
+    file, named = Path(name), RECIPES / f"{name}.yaml"
+    with suppress(OSError, ValueError):  # too long for a name, or a NUL byte in it
+        if file.exists():
+            return file
+        if "/" not in name and named.exists():
+            return named
+    names = ", ".join(sorted(path.stem for path in RECIPES.glob("*.yaml")))
+    raise ValueError(f"recipe {name[:200]!r} is neither a file nor one of {names}")
+
+
+def _check_value(flag: str, word: str) -> None:
+    """Raise if the value of a flag is YAML that is no good, or stands in place of a section's fields.
+
+    Raises:
+        ValueError: it is.
+    """
+    sections = [f"--{name}" for name, hint in get_type_hints(Recipe).items() if dataclasses.is_dataclass(hint)]
+    if flag in sections and not word.startswith("{"):
+        raise ValueError(f"{flag} is {word[:60]!r}; set its fields, such as {flag}.FIELD VALUE")
+    if word.startswith(("{", "[", "&")):
+        with suppress(yaml.YAMLError):  # a text, such as a path
+            check_yaml(word, flag)
+
+
+def _check_fields(content: Any, hint: Any, path: str, file: str) -> None:
+    """Raise unless a recipe's file has mappings where sections are, and in them the fields that there are.
+
+    Args:
+        content: of the file, or of a part of it.
+        hint: its type.
+        path: of the part.
+        file: begins the messages.
+
+    Raises:
+        ValueError: it has others.
+    """
+    if get_origin(hint) is list and isinstance(content, list):
+        for number, one in enumerate(content):
+            _check_fields(one, get_args(hint)[0], f"{path}[{number}]", file)
+    if not dataclasses.is_dataclass(hint) or not isinstance(hint, type):
+        return
+    if not isinstance(content, dict):
+        what = f"{content!r:.60}" if content else "empty"
+        raise ValueError(f"{file}: {path or 'the recipe'} is {what}; it must have fields, such as name: value")
+    hints = get_type_hints(hint)
+    for name, value in content.items():
+        inner = f"{path}.{name:.60}" if path else f"{name:.60}"
+        if name not in hints and name != "<<":
+            near = difflib.get_close_matches(name, hints, 1)
+            has = f"did you mean {near[0]}?" if near else f"there are {', '.join(hints)}"
+            raise ValueError(f"{file}: {inner} is no field of a recipe; {has}")
+        _check_fields(value, hints.get(name), inner, file)
 
 
 def to_yaml(recipe: Recipe) -> str:

@@ -4,6 +4,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from flipscale.files.ranges import Rate, Samples, SamplesOrNone, ShareBelowAll, check_ranges
+
 
 @dataclass(frozen=True)
 class StageRecipe:
@@ -21,11 +23,11 @@ class StageRecipe:
     """
 
     name: str
-    samples: int
-    mask_ratio: float = 0.0
-    base_lr: float | None = None
-    warmup_samples: int = 0
-    text_mask_ratio: float = 0.0
+    samples: Samples
+    mask_ratio: ShareBelowAll = 0.0
+    base_lr: Rate | None = None
+    warmup_samples: SamplesOrNone = 0
+    text_mask_ratio: ShareBelowAll = 0.0
 
 
 @dataclass(frozen=True)
@@ -81,11 +83,12 @@ def plan_stages(stages: Sequence[StageRecipe], global_batch_size: int) -> list[S
     """Return the stages in steps, one after the other.
 
     Raises:
-        ValueError: no stage, two of one name, a first stage without base_lr, a stage shorter than a step, a warm-up as
-            long as its schedule, a mask ratio outside [0, 1).
+        ValueError: a number out of its range, no stage, two of one name, a first stage without base_lr, a stage shorter
+            than a step, a warm-up as long as its schedule.
     """
     if not stages or stages[0].base_lr is None:
         raise ValueError("stages[0].base_lr is missing; the first stage needs a learning rate per 256 samples")
+    check_ranges(list(stages), "stages")
     names = [stage.name for stage in stages]
     for name in names:
         if names.count(name) > 1:
@@ -93,10 +96,6 @@ def plan_stages(stages: Sequence[StageRecipe], global_batch_size: int) -> list[S
     steps = [stage.samples // global_batch_size for stage in stages]
     planned: list[Stage] = []
     for number, stage in enumerate(stages):
-        if not 0.0 <= stage.mask_ratio < 1.0:
-            raise ValueError(f"stage {stage.name!r}: mask_ratio is {stage.mask_ratio}; it must be in [0, 1)")
-        if not 0.0 <= stage.text_mask_ratio < 1.0:
-            raise ValueError(f"stage {stage.name!r}: text_mask_ratio is {stage.text_mask_ratio}; it must be in [0, 1)")
         if steps[number] < 1:
             raise ValueError(
                 f"stage {stage.name!r}: {stage.samples} samples are less than one step of {global_batch_size} pairs"

@@ -24,7 +24,6 @@ from flipscale.evaluation.kinds.task import Task
 from flipscale.training.recipe import Recipe
 from flipscale.training.schedule import Stage, plan_stages
 from flipscale.training.step import raise_if_dropout
-from flipscale.training.tracking import check_log
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -115,7 +114,6 @@ def check(recipe: Recipe) -> Plan:
     """
     objective, config = recipe.objective(), recipe.model_config()
     stages = plan_stages(recipe.stages, recipe.data.global_batch_size)
-    check_log(recipe.log)
     tasks = recipe.eval.planned()
     for task in tasks:
         task.check()

@@ -16,6 +16,7 @@ from flipscale.engines.device import peak_flops, peak_memory_bytes
 from flipscale.evaluation.results import Result, append_results, as_metrics, drop_results_after
 from flipscale.files import json_lines
 from flipscale.files.aside import write_text
+from flipscale.files.ranges import CountOrNone, SamplesOrNone, Seconds
 from flipscale.training.health import Verdict
 from flipscale.training.schedule import is_due
 from flipscale.training.watch import StepWatch
@@ -39,22 +40,10 @@ class LogRecipe:
         profile_steps: how many steps of each start to profile, in `profile/` of the run directory; 0 for none.
     """
 
-    every_samples: int = 1_000_000
+    every_samples: SamplesOrNone = 1_000_000
     report_to: list[str] = field(default_factory=lambda: ["tensorboard"])
-    hang_seconds: float = 540.0
-    profile_steps: int = 0
-
-
-def check_log(recipe: LogRecipe) -> None:
-    """Raise unless a run can be logged so.
-
-    Raises:
-        ValueError: a field is out of its range.
-    """
-    if recipe.hang_seconds <= 0:
-        raise ValueError(f"log.hang_seconds is {recipe.hang_seconds}; it must be above 0")
-    if recipe.profile_steps < 0:
-        raise ValueError(f"log.profile_steps is {recipe.profile_steps}; it must be 0 or more")
+    hang_seconds: Seconds = 540.0
+    profile_steps: CountOrNone = 0
 
 
 def open_trackers(accelerator: "Accelerator", run_dir: Path, config: Mapping[str, bool | int | float | str]) -> None:

@@ -72,7 +72,7 @@ def test_a_shard_without_a_usable_sample(refused_recipe: Callable[..., str], tmp
 
 def test_a_fraction_that_is_none(refused_recipe: Callable[..., str]) -> None:
     line = refused_recipe(data={"max_bad_fraction": 5})
-    assert "data.max_bad_fraction is 5.0; it must be in [0, 1]" in line
+    assert "data.max_bad_fraction is 5.0; it must be at least 0 and at most 1" in line
 
 
 def test_no_shards_named(refused_recipe: Callable[..., str]) -> None:
@@ -102,7 +102,7 @@ def test_a_loss_without_the_other_processes_gradients(refused_recipe: Callable[.
 def test_an_unknown_loss_and_a_negative_weight(refused_recipe: Callable[..., str]) -> None:
     assert "loss.kind is 'triplet'; use 'infonce' or 'sigmoid'" in refused_recipe(loss={"kind": "triplet"})
     line = refused_recipe(loss={"reconstruction_weight": -0.1})
-    assert "loss.reconstruction_weight is -0.1; it must be 0 (none) or more" in line
+    assert "loss.reconstruction_weight is -0.1; it must be at least 0" in line
 
 
 def test_lanes_that_do_not_divide(refused_recipe: Callable[..., str]) -> None:
@@ -135,7 +135,7 @@ def test_an_unknown_size(refused_recipe: Callable[..., str]) -> None:
 @pytest.mark.parametrize("ratio", [1.0, -0.25, 7.5])
 def test_a_mask_ratio_outside_its_range(refused_recipe: Callable[..., str], ratio: float) -> None:
     line = refused_recipe(stages=[{"name": "masked", "samples": 160, "mask_ratio": ratio, "base_lr": 0.1}])
-    assert f"stage 'masked': mask_ratio is {ratio}; it must be in [0, 1)" in line
+    assert f"stages[0].mask_ratio is {ratio}; it must be at least 0 and below 1" in line
 
 
 def test_a_mask_ratio_that_leaves_nothing(refused_recipe: Callable[..., str]) -> None:
@@ -209,7 +209,7 @@ def test_more_recipes_than_cores(refused: Callable[[list[str]], str], tmp_path: 
     ("mask", "ratio", "message"),
     [
         ({"views": 3}, 0.5, "3 views of 8 patches each (mask_ratio 0.5) are more than the 16 of an image"),
-        ({"views": 0}, 0.5, "views is 0; it must be 1 or more"),
+        ({"views": 0}, 0.5, "mask.views is 0; it must be at least 1"),
         ({"views": 2, "kind": "block"}, 0.75, "views is 2, but block masks of one image overlap"),
         ({"kind": "grid"}, 0.3, "of at most 8; use kind random, or a mask_ratio such as 0, 0.5, 0.75, 0.875"),
         ({"kind": "spiral"}, 0.5, "spiral"),
@@ -223,7 +223,7 @@ def test_a_mask_that_does_not_exist(refused_recipe: Callable[..., str], mask: di
 
 @pytest.mark.parametrize(
     ("ratio", "message"),
-    [(1.0, "stage 'a': text_mask_ratio is 1.0; it must be in [0, 1)"), (0.9, "leaves none of 8 tokens")],
+    [(1.0, "stages[0].text_mask_ratio is 1.0; it must be at least 0 and below 1"), (0.9, "leaves none of 8 tokens")],
 )
 def test_a_text_mask_that_leaves_nothing(refused_recipe: Callable[..., str], ratio: float, message: str) -> None:
     stages = [{"name": "a", "samples": 64, "text_mask_ratio": ratio, "base_lr": 0.01}]
@@ -233,7 +233,7 @@ def test_a_text_mask_that_leaves_nothing(refused_recipe: Callable[..., str], rat
 @pytest.mark.parametrize(
     ("weight", "message"),
     [
-        (-1.0, "loss.reconstruction_weight is -1.0; it must be 0 (none) or more"),
+        (-1.0, "loss.reconstruction_weight is -1.0; it must be at least 0"),
         (0.5, "loss.reconstruction_weight 0.5 does not go with mask.views 2"),
     ],
 )

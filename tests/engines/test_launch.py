@@ -218,11 +218,6 @@ def test_the_promised_processes() -> None:
     assert promised_processes({"ACCELERATE_USE_CPU": "1", "MASTER_ADDR": "127.0.0.1"}) == 2
 
 
-def test_an_average_needs_a_decay_between_zero_and_one() -> None:
-    with pytest.raises(ValueError, match=r"optim.ema_decay is 1.0; it must be in \(0, 1\), such as 0.9999"):
-        OptimRecipe(ema_decay=1.0)
-
-
 def test_launch_files_differ_where_they_must() -> None:
     """One page each, a sentence on when to choose it, and the same lines but for the engine's own."""
     texts = {path.stem: path.read_text() for path in LAUNCH_FILES}

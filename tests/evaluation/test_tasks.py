@@ -234,7 +234,7 @@ def test_a_test_set_must_be_whole(embedder: Embedder, tmp_path: Path) -> None:
             r"templates 'imagenet9' are unknown; use one of imagenet7, imagenet80",
         ),
         ([{"kind": "retrieval", "data": "x", "ks": "one"}], r"eval.tasks\[0\]: .*ks"),
-        ([{"kind": "retrieval", "data": "x", "ks": [0]}], r"ks is \[0\]; it must list one number or more"),
+        ([{"kind": "retrieval", "data": "x", "ks": [0]}], r"eval.tasks\[0\].ks\[0\] is 0; it must be at least 1"),
     ],
 )
 def test_a_task_that_cannot_be(listed: list[dict], message: str) -> None:

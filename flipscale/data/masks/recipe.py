@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from flipscale.data.masks.image import IMAGE_MASKS, check_kind
 from flipscale.data.masks.text import TEXT_MASKS
+from flipscale.files.ranges import Count
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,7 @@ class MaskRecipe:
     """
 
     kind: str = "random"
-    views: int = 1
+    views: Count = 1
     text_kind: str = "padding_first"
 
     def __post_init__(self) -> None:

@@ -63,8 +63,6 @@ def refuse_many_bad_shards(source: Source, max_bad_fraction: float) -> None:
     Raises:
         ValueError: more than `max_bad_fraction` of them are.
     """
-    if not 0.0 <= max_bad_fraction <= 1.0:
-        raise ValueError(f"data.max_bad_fraction is {max_bad_fraction}; it must be in [0, 1]")
     bad = [fault for fault in source.faults if fault.cause == "unreadable_shard"]
     if len(bad) > max_bad_fraction * len(source.shard_sizes):
         raise ValueError(

@@ -17,6 +17,7 @@ from flipscale.evaluation.probe.sets import LabelledSet, Sets
 from flipscale.evaluation.probe.views import ChosenRows
 from flipscale.evaluation.results import Result
 from flipscale.evaluation.test_set import TestSet
+from flipscale.files.ranges import Count, Seed
 
 # Student's t of a two-sided 95 % interval, for 2, 3, ... draws.
 _T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
@@ -36,8 +37,8 @@ class FewShot(Task):
     """
 
     train: str = ""
-    shots: list[int] = field(default_factory=lambda: [1, 5, 10, 25])
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    shots: list[Count] = field(default_factory=lambda: [1, 5, 10, 25])
+    seeds: list[Seed] = field(default_factory=lambda: [0, 1, 2])
 
     protocol: ClassVar[str] = """Few-shot classification: ridge regression in closed form (penalty 1,024) on features
 before the projection, brought to mean 0 and deviation 1, of whole images; the mean over draws of the training images.
@@ -46,8 +47,8 @@ The interval counts both the draws (Student's t) and the test images."""
     hub_metric: ClassVar[str] = "accuracy"
 
     def __post_init__(self) -> None:
-        if not self.shots or min(self.shots) < 1:
-            raise ValueError(f"shots is {self.shots}; it must list one number or more, each at least 1, such as [1, 5]")
+        if not self.shots:
+            raise ValueError(f"shots is {self.shots}; it must list one number or more, such as [1, 5]")
         if not 1 <= len(set(self.seeds)) == len(self.seeds) <= len(_T95) + 1:
             raise ValueError(f"seeds is {self.seeds}; it must list 1 to {len(_T95) + 1} different numbers")
 

@@ -14,6 +14,7 @@ from flipscale.evaluation.kinds.task import Task
 from flipscale.evaluation.kinds.worst_group import WorstGroup
 from flipscale.evaluation.kinds.zero_shot import ZeroShot
 from flipscale.evaluation.kinds.zero_shot_multilabel import ZeroShotMultilabel
+from flipscale.files.ranges import check_ranges, in_our_words
 
 KINDS: dict[str, type[Task]] = {
     "zero_shot": ZeroShot,
@@ -32,6 +33,9 @@ def build_task(content: dict[str, Any], where: str) -> Task:
     Raises:
         ValueError: an unknown kind, or a field that its kind does not take.
     """
+    for name in ("kind", "data", "name"):
+        if not isinstance(content.get(name, ""), str):
+            raise ValueError(f"{where}: {name} is {content[name]!r:.60}; it must be a text")
     if content.get("kind") not in KINDS:
         raise ValueError(f"{where}: kind is {content.get('kind')!r}; use one of {', '.join(KINDS)}")
     kind = KINDS[content["kind"]]
@@ -47,6 +51,8 @@ def build_task(content: dict[str, Any], where: str) -> Task:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(kind, "task")
     try:
-        return parser.instantiate(parser.parse_object({"task": content})).task
-    except (ArgumentError, ValueError) as error:
-        raise ValueError(f"{where}: {' '.join(str(error).split())}") from None
+        task: Task = parser.instantiate(parser.parse_object({"task": content})).task
+    except (ArgumentError, ValueError, OverflowError) as error:
+        raise ValueError(f"{where}: {in_our_words(error, {'task': kind}).removeprefix('task.')}") from None
+    check_ranges(task, where)
+    return task

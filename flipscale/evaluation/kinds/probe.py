@@ -12,6 +12,7 @@ from flipscale.evaluation.probe.probing import Solver, probe_by_lars, probe_by_r
 from flipscale.evaluation.probe.sets import LabelledSet, Sets
 from flipscale.evaluation.results import Result
 from flipscale.evaluation.test_set import TestSet
+from flipscale.files.ranges import Positive, Seed
 
 
 @dataclass(frozen=True)
@@ -36,9 +37,9 @@ class Probe(Task):
     validation: str = ""
     solver: Solver = "lbfgs"
     features: Features = "pooled"
-    l2: float | None = None
+    l2: Positive | None = None
     lars: LarsRecipe = field(default_factory=LarsRecipe)
-    seed: int = 0
+    seed: Seed = 0
 
     protocol: ClassVar[str] = """Linear probe: a linear classifier on the frozen image tower's features of whole test
 images, the short side resized to the model's size and the centre cut out. `lbfgs` is multinomial logistic regression,
@@ -48,8 +49,6 @@ its penalty searched on validation images; `lars` is the paper's recipe, trained
     hub_options: ClassVar[tuple[str, ...] | None] = ("train", "validation", "solver", "features")
 
     def __post_init__(self) -> None:
-        if self.l2 is not None and not self.l2 > 0:
-            raise ValueError(f"l2 is {self.l2}; the penalty must be above 0, such as 1e-3")
         if self.solver == "lars" and (self.l2 is not None or self.validation):
             raise ValueError("l2 and validation are of solver lbfgs; lars has neither a penalty nor a search")
 

@@ -11,6 +11,7 @@ from flipscale.evaluation.kinds.task import Scorer, StreamedTask
 from flipscale.evaluation.metrics import clustered_share, recall_chance, recall_hits
 from flipscale.evaluation.results import Result
 from flipscale.evaluation.test_set import TestSet
+from flipscale.files.ranges import Count
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Retrieval(StreamedTask):
             captions, for sets that name what is shown, such as the demo's.
     """
 
-    ks: list[int] = field(default_factory=lambda: [1, 5, 10])
+    ks: list[Count] = field(default_factory=lambda: [1, 5, 10])
     group_by_caption: bool = False
 
     protocol: ClassVar[str] = """Retrieval: all images and captions of the set, each way; R@k is the share of queries
@@ -39,8 +40,8 @@ between images tells."""
     hub_metric: ClassVar[str] = "recall"
 
     def __post_init__(self) -> None:
-        if not self.ks or min(self.ks) < 1:
-            raise ValueError(f"ks is {self.ks}; it must list one number or more, each at least 1, such as [1, 5, 10]")
+        if not self.ks:
+            raise ValueError(f"ks is {self.ks}; it must list one number or more, such as [1, 5, 10]")
 
     def scorer(self, embedder: Embedder, test_set: TestSet) -> "RetrievalScorer":
         return RetrievalScorer(self, embedder, test_set.captions(embedder))

@@ -13,6 +13,7 @@ from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.metrics import Estimate, wilson
 from flipscale.evaluation.results import Result
 from flipscale.evaluation.test_set import TestSet
+from flipscale.files.ranges import SamplesOrNone
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Task(ABC):
     data: str
     name: str = ""
     task: str = ""
-    every_samples: int | None = None
+    every_samples: SamplesOrNone | None = None
 
     # For the model card: how it is done, the Hub's names of task and metric (left out: the kind and the metric), and
     # what of `made_by` belongs to the test's name (left out: all).

@@ -12,6 +12,7 @@ from flipscale.data.randomness import keyed_permutation
 from flipscale.data.sources.tar_source import TarSource
 from flipscale.evaluation.probe.rows import Classifier, Rows, Total, total_of
 from flipscale.evaluation.probe.views import RandomCrops
+from flipscale.files.ranges import Count, CountOrNone, Positive, Seed, ShareAboveNone, ShareBelowAll
 
 if TYPE_CHECKING:
     from flipscale.evaluation.embedding import Embedder, Features
@@ -37,15 +38,15 @@ class LarsRecipe:
         seed: of weights, order and crops.
     """
 
-    base_lr: float = 0.01
-    batch_size: int = 16_384
-    epochs: int = 90
-    warmup_epochs: int = 10
-    momentum: float = 0.9
-    trust: float = 0.001
+    base_lr: Positive = 0.01
+    batch_size: Count = 16_384
+    epochs: Count = 90
+    warmup_epochs: CountOrNone = 10
+    momentum: ShareBelowAll = 0.9
+    trust: Positive = 0.001
     batch_norm: bool = False
-    crop_scale: tuple[float, float] = (0.08, 1.0)
-    seed: int = 0
+    crop_scale: tuple[ShareAboveNone, ShareAboveNone] = (0.08, 1.0)
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
         least, most = self.crop_scale
@@ -86,7 +87,7 @@ class Lars:
         trust: the factor of the ratio.
     """
 
-    def __init__(self, parameters: Sequence[torch.Tensor], momentum: float, trust: float):
+    def __init__(self, parameters: Sequence[torch.Tensor], momentum: ShareBelowAll, trust: Positive):
         self.parameters = parameters
         self.momentum = momentum
         self.trust = trust
