@@ -1,8 +1,10 @@
 """The configuration of FLIP models. It describes the weights, never how they are trained."""
 
-from typing import Any, ClassVar
+import math
+from typing import Any, ClassVar, get_origin
 
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -13,6 +15,26 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 # folder wrongly: a new field that changes what the model computes, or weights of another meaning. A file without the
 # number is of form 1.
 MODEL_FORMAT = 1
+
+# The least and the greatest value of the numbers of a configuration. The greatest are far above every published
+# model's: what is beyond is no model, and is refused before memory is asked for.
+RANGES: dict[str, tuple[int, int]] = {
+    "hidden_size": (1, 65_536),
+    "intermediate_size": (1, 1_048_576),
+    "num_hidden_layers": (0, 1_000),
+    "num_attention_heads": (1, 4_096),
+    "projection_dim": (1, 65_536),
+    "num_channels": (1, 1_024),
+    "image_size": (1, 16_384),
+    "patch_size": (1, 16_384),
+    "vocab_size": (1, 100_000_000),
+    "max_position_embeddings": (1, 1_000_000),
+    "attention_dropout": (0, 1),
+    "layer_norm_eps": (0, 1),
+    "initializer_range": (0, 1),
+    "logit_scale_init_value": (-100, 100),
+    "logit_bias_init_value": (-1_000, 1_000),
+}
 
 
 class FlipPreTrainedConfig(PreTrainedConfig):
@@ -34,11 +56,36 @@ class FlipPreTrainedConfig(PreTrainedConfig):
         cls._check_readable(config_dict)
         return super().from_dict(config_dict, **kwargs)
 
+    @classmethod
+    def from_own_fields(cls, content: dict[str, Any]) -> Any:
+        """Return the configuration that a file's content describes, of the fields of this class alone: those that
+        transformers adds may name code, kernels and other files to load.
+
+        Raises:
+            ValueError: the content is of another model type or of a newer `model_format`, or a field cannot be so.
+        """
+        cls._check_readable(content)
+        return cls._built(cls._own(content))
+
+    @classmethod
+    def _own(cls, content: dict[str, Any]) -> dict[str, Any]:
+        fields = (name for name, kind in cls.__annotations__.items() if get_origin(kind) is not ClassVar)
+        return {name: content[name] for name in fields if name in content}
+
+    @classmethod
+    def _built(cls, fields: dict[str, Any]) -> Any:
+        try:
+            return cls(**fields)
+        except StrictDataclassError as error:  # a field of another type
+            raise ValueError(" ".join(str(error).split())) from None
+
     def to_dict(self) -> dict[str, Any]:
         return {**super().to_dict(), "model_format": MODEL_FORMAT}
 
     @classmethod
     def _check_readable(cls, content: dict[str, Any]) -> None:
+        if not isinstance(content, dict):
+            raise ValueError(f"the config of a {cls.__name__} is {content!r:.40}; it must be an object with its fields")
         model_type = content.get("model_type") or cls.model_type
         if model_type != cls.model_type:
             raise ValueError(
@@ -51,6 +98,34 @@ class FlipPreTrainedConfig(PreTrainedConfig):
                 f"the config has model_format {model_format}, this {cls.__name__} reads up to {MODEL_FORMAT}; upgrade "
                 "flipscale to the version that wrote the model"
             )
+
+
+def _check_ranges(config: PreTrainedConfig) -> None:
+    """Raise if a number of a configuration is out of its range.
+
+    Raises:
+        ValueError: it is; the message names it.
+    """
+    for name, (least, greatest) in RANGES.items():
+        value = getattr(config, name, None)
+        if value is not None and not least <= value <= greatest:
+            raise ValueError(
+                f"{_place(config)}{name} is {value}; it must be at least {least:,} and at most {greatest:,}"
+            )
+
+
+def _check_tower(config: PreTrainedConfig) -> None:
+    _check_ranges(config)
+    if config.hidden_size % config.num_attention_heads:
+        raise ValueError(
+            f"{_place(config)}hidden_size {config.hidden_size} is not divisible by num_attention_heads "
+            f"{config.num_attention_heads}"
+        )
+    _refuse_activation(config.hidden_act)
+
+
+def _place(config: PreTrainedConfig) -> str:
+    return f"{config.base_config_key}: " if config.base_config_key else ""
 
 
 def _refuse_activation(name: str) -> None:
@@ -93,13 +168,21 @@ class FlipVisionConfig(FlipPreTrainedConfig):
     image_std: list[float] | tuple[float, ...] | float | int = IMAGENET_STD
 
     def __post_init__(self, **kwargs: Any) -> None:
+        _check_tower(self)
         if self.image_size % self.patch_size:
             raise ValueError(
                 f"image_size {self.image_size} is not divisible by patch_size {self.patch_size}; use "
                 f"{self.image_size // self.patch_size * self.patch_size or self.patch_size} or "
                 f"{(self.image_size // self.patch_size + 1) * self.patch_size}"
             )
-        _refuse_activation(self.hidden_act)
+        for name, is_possible in (("image_mean", math.isfinite), ("image_std", lambda std: 0 < std < math.inf)):
+            given = getattr(self, name)
+            values = [given] if isinstance(given, int | float) else list(given)
+            if len(values) not in (1, self.num_channels) or not all(map(is_possible, values)):
+                raise ValueError(
+                    f"{name} is {given}; it must be one number, or one for each of {self.num_channels} channels, "
+                    f"{'above 0' if name == 'image_std' else 'on the 0..1 scale'}"
+                )
         super().__post_init__(**kwargs)
 
     @property
@@ -150,7 +233,9 @@ class FlipTextConfig(FlipPreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         if self.pooling not in ("first", "mean"):
             raise ValueError(f"text_config: pooling is {self.pooling!r}; use 'first' or 'mean'")
-        _refuse_activation(self.hidden_act)
+        _check_tower(self)
+        if not 0 <= self.pad_token_id < self.vocab_size:
+            raise ValueError(f"text_config: pad_token_id is {self.pad_token_id}; it must be below vocab_size, from 0")
         super().__post_init__(**kwargs)
 
 
@@ -191,6 +276,7 @@ class FlipConfig(FlipPreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
+        _check_ranges(self)
         towers = [self.vision_config, self.text_config]
         if self.projection_dim is None:
             dims = [tower.projection_dim for tower in towers]
@@ -210,6 +296,11 @@ class FlipConfig(FlipPreTrainedConfig):
             tower._check_readable(content.get(name) or {})
 
     @classmethod
+    def _own(cls, content: dict[str, Any]) -> dict[str, Any]:
+        towers = (("vision_config", FlipVisionConfig), ("text_config", FlipTextConfig))
+        return {**super()._own(content), **{name: tower._own(content.get(name) or {}) for name, tower in towers}}
+
+    @classmethod
     def from_size(
         cls, size: str, vision_config: dict[str, Any] | None = None, text_config: dict[str, Any] | None = None
     ) -> "FlipConfig":
@@ -219,15 +310,16 @@ class FlipConfig(FlipPreTrainedConfig):
             size: one of `SIZES`: b16, l16, h14 (paper, Table 9), l14 (paper, Table 2), g14 (LAION's G/14).
 
         Raises:
-            ValueError: the size is unknown, or the towers differ in `projection_dim`.
+            ValueError: the size is unknown, a field cannot be so, or the towers differ in `projection_dim`.
         """
         if size not in SIZES:
             raise ValueError(f"model size {size!r} is unknown; use one of {', '.join(SIZES)}")
         vision, text, projection_dim = SIZES[size]
-        return cls(
-            vision_config={**vision, "projection_dim": projection_dim, **(vision_config or {})},
-            text_config={**text, "projection_dim": projection_dim, **(text_config or {})},
-        )
+        towers = {
+            "vision_config": {**vision, "projection_dim": projection_dim, **(vision_config or {})},
+            "text_config": {**text, "projection_dim": projection_dim, **(text_config or {})},
+        }
+        return cls._built(towers)
 
 
 def _tower(width: int, layers: int, heads: int, mlp: int | None = None, **fields: int) -> dict[str, Any]:

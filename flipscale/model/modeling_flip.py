@@ -314,11 +314,6 @@ class FlipAttention(nn.Module):
 
     def __init__(self, config: FlipVisionConfig | FlipTextConfig):
         super().__init__()
-        if config.hidden_size % config.num_attention_heads:
-            raise ValueError(
-                f"{config.base_config_key}: hidden_size {config.hidden_size} is not divisible by num_attention_heads "
-                f"{config.num_attention_heads}"
-            )
         self.config = config
         self.head_dim = config.hidden_size // config.num_attention_heads
         self.scaling = self.head_dim**-0.5

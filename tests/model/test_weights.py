@@ -149,7 +149,7 @@ def test_meta_init_then_load_fills_the_fixed_tables(model: FlipModel) -> None:
             "projection_dim differs: vision_config has 4, text_config has 8; set projection_dim of FlipConfig for both",
         ),
         (
-            lambda small: small({"hidden_size": 30}),
+            lambda small: small({"hidden_size": 30, "num_attention_heads": 5}),
             "vision hidden_size 30 is not divisible by 4, which 2-D sine-cosine",
         ),
         (
