@@ -11,6 +11,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from flipscale.model.configuration_flip import FlipTextConfig
+from flipscale.model.folder import check_texts
 
 _NORMALIZATION = "nmt_nfkc_cf"  # SentencePiece's NFKC with case folding
 _MAX_PIECE_LENGTH = 24  # characters, the word mark included
@@ -44,9 +45,12 @@ def load_tokenizer(name: str, max_tokens: int) -> PreTrainedTokenizerBase:
     try:
         if name == "bert":
             return bert_tokenizer("google-bert/bert-base-uncased", max_tokens)
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"data.tokenizer {name!r} cannot be loaded ({str(error).splitlines()[0]})") from error
+        if Path(name).is_dir():
+            check_texts(Path(name))
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:  # the tokenizers library raises any
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"data.tokenizer {name!r} cannot be loaded ({reason})") from error
     tokenizer.model_max_length = max_tokens
     return tokenizer
 
@@ -268,9 +272,10 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, text: FlipTextConfig) ->
     Raises:
         ValueError: the tokenizer has more entries than the model has embeddings, or another padding id.
     """
-    if len(tokenizer) > text.vocab_size:
+    entries = max(len(tokenizer), max(tokenizer.get_vocab().values(), default=-1) + 1)  # ids may have gaps
+    if entries > text.vocab_size:
         raise ValueError(
-            f"the tokenizer has {len(tokenizer)} entries, the model's vocab_size is {text.vocab_size}; use the "
+            f"the tokenizer has {entries} entries, the model's vocab_size is {text.vocab_size}; use the "
             "tokenizer that the model was trained with"
         )
     if tokenizer.pad_token_id != text.pad_token_id:

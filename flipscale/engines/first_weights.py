@@ -6,10 +6,8 @@ under every engine and at every number of processes.
 """
 
 import hashlib
-import json
 import logging
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,9 +16,10 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
+from flipscale.files.tensor_file import check_weight
 from flipscale.model import FlipConfig, FlipModel
+from flipscale.model.fetched import fetched_folder
 from flipscale.model.folder import check_folder
 
 # Sets one module's own parameters, given its name, the module, and the model or tower whose rules it follows.
@@ -88,8 +87,8 @@ def initial_weights(
     `init_from`, which process 0 alone reads, a tensor at a time, and sends to the others.
 
     Raises:
-        ValueError: on every process, if there are no such weights, or one of them has another shape in a model of
-            `config`.
+        ValueError: on every process, if there are no such weights, or one of them is not finite or has another shape in
+            a model of `config`.
     """
     return fresh_weights(seed) if init_from is None else stored_weights(_Stored.of(init_from, config, kind), seed)
 
@@ -133,13 +132,14 @@ class _Stored:
         several = dist.is_initialized() and dist.get_world_size() > 1
         if not several or dist.get_rank() == 0:
             try:
-                opened = [safe_open(file, "pt") for file in _weight_files(init_from)]
+                opened = [safe_open(file, "pt") for file in check_folder(fetched_folder(init_from))]
                 files = {name: file for file in opened for name in file.keys()}  # noqa: SIM118
-                found = [_usable(files, model_without_storage(config, kind))]
-            except (OSError, SafetensorError, _OtherShape) as error:
+                names = _usable(files, model_without_storage(config, kind))
+                for name in names:
+                    check_weight(name, files[name].get_tensor(name))
+                found = [names]
+            except (ValueError, OSError, SafetensorError) as error:
                 found = [f"model.init_from {init_from!r} cannot be loaded ({str(error).splitlines()[0]})"]
-            except ValueError as error:
-                found = [str(error)]
         if several:
             dist.broadcast_object_list(found, device=_device())
         if isinstance(found[0], str):
@@ -171,7 +171,7 @@ def _usable(files: dict[str, Any], model: FlipModel) -> set[str]:
     for name in shapes.keys() & files.keys():
         found = files[name].get_slice(name).get_shape()
         if found != shapes[name]:
-            raise _OtherShape(f"{name} has the shape {found} there, {shapes[name]} in this recipe's model")
+            raise ValueError(f"{name} has the shape {found} there, {shapes[name]} in this recipe's model")
     for names, words in ((shapes.keys() - files.keys(), "drawn"), (files.keys() - shapes.keys(), "left out")):
         if names:
             _log.warning("of the weights to start from, %d are %s: %s", len(names), words, ", ".join(sorted(names)))
@@ -200,29 +200,6 @@ def stored_weights(stored: _Stored, seed: int) -> ParameterInit:
                 generator.set_state(torch.get_rng_state())
 
     return init
-
-
-class _OtherShape(ValueError):
-    """A stored tensor and its parameter have different shapes."""
-
-
-def _weight_files(init_from: str) -> list[Path]:
-    """Return the safetensors files of a model folder or Hub name, downloaded if need be.
-
-    Raises:
-        ValueError: the folder is not whole, or the weights are there as a pickle only.
-        OSError: there is no such model, or it cannot be downloaded.
-    """
-    if Path(init_from).is_dir():
-        check_folder(Path(init_from))
-    single = cached_file(init_from, SAFE_WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False)
-    if single is not None:
-        return [Path(single)]
-    index = cached_file(init_from, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False)
-    if index is None:
-        raise OSError(f"it has neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}; a pickle is never loaded")
-    names = sorted(set(json.loads(Path(index).read_text())["weight_map"].values()))
-    return [Path(str(cached_file(init_from, name))) for name in names]
 
 
 def _modules(module: nn.Module, name: str, owner: PreTrainedModel) -> Iterator[tuple[str, nn.Module, PreTrainedModel]]:

@@ -35,3 +35,15 @@ def write_tensors(
             file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
         file.flush()
         os.fsync(file.fileno())
+
+
+def check_weight(name: str, weight: torch.Tensor) -> None:
+    """Raise if a tensor cannot be a weight.
+
+    Raises:
+        ValueError: it is no floating-point tensor, or has a NaN or an infinite number.
+    """
+    if not weight.is_floating_point():
+        raise ValueError(f"weight {name} is of type {str(weight.dtype).removeprefix('torch.')}; it must be a float")
+    if weight.numel() and not all(end.isfinite() for end in weight.detach().float().aminmax()):
+        raise ValueError(f"weight {name} has numbers that are NaN or infinite; use weights of an earlier step")

@@ -3,15 +3,24 @@
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from flipscale.data.tokenizers import check_tokenizer
 from flipscale.engines.device import best_attention
+from flipscale.engines.first_weights import model_without_storage
 from flipscale.evaluation.embedders import open_clip, transformers_model
 from flipscale.evaluation.embedders.open_clip import open_clip_embedder
 from flipscale.evaluation.embedders.plain import PLAIN, UNTRAINED, plain_embedder, untrained_embedder
 from flipscale.evaluation.embedders.transformers_model import transformers_embedder
 from flipscale.evaluation.embedding import Embedder
-from flipscale.model import FlipModel
+from flipscale.evaluation.images import made_up
+from flipscale.files.tensor_file import check_weight
+from flipscale.model import FlipConfig, FlipModel
+from flipscale.model.fetched import fetched_folder
+from flipscale.model.folder import Header, check_folder, read_header, read_object
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -27,46 +36,94 @@ OTHERS: dict[str, Callable[..., Embedder]] = {
 def load_flip(name: str) -> tuple[FlipModel, PreTrainedTokenizerBase]:
     """Return the model, in evaluation mode, and the tokenizer of a model folder or Hub name.
 
-    Nothing is unpickled, and none of the folder's code is run.
+    Nothing is unpickled, and none of the folder's code is run. Of its configuration only the fields are read that say
+    what the model is.
 
     Raises:
         ValueError: it is missing, incomplete, of a newer version or saved only as a pickle, its weights do not fit its
-            config, or it has no tokenizer.
+            config or are not finite, or it has no tokenizer that fits.
+        OSError: the Hub cannot be reached.
     """
     try:
-        model, report = FlipModel.from_pretrained(name, output_loading_info=True)
-    except (OSError, RuntimeError, ValueError) as error:
-        raise ValueError(f"model {name!r} cannot be loaded ({_first_line(error)})") from error
-    for what in ("missing_keys", "unexpected_keys"):
-        if report[what]:
-            raise ValueError(
-                f"model {name!r} cannot be loaded (the weights are not those of its config: {len(report[what])} "
-                f"{what.replace('_', ' ')}, such as {min(report[what])}); download or export it again"
-            )
+        folder = fetched_folder(name)
+        files = check_folder(folder)
+        config = FlipConfig.from_own_fields(read_object(folder / "config.json"))
+        _refuse_other_weights(config, {n: entry for file in files for n, entry in read_header(file).items()})
+        weights = {n: weight for file in files for n, weight in load_file(file).items()}
+        for weight_name, weight in weights.items():
+            check_weight(weight_name, weight)
+    except (ValueError, SafetensorError) as error:
+        raise ValueError(f"model {name!r} cannot be loaded ({error})") from error
+    model = FlipModel.from_pretrained(None, config=config, state_dict=weights)
     try:
-        return model.eval(), AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False)
+    except Exception as error:  # the tokenizers library raises any
         raise ValueError(
             f"model {name!r} has no tokenizer that can be read ({_first_line(error)}); it needs tokenizer.json and "
             "tokenizer_config.json: copy those it was trained with, or export it again"
         ) from error
+    check_tokenizer(tokenizer, config.text_config)
+    return model.eval(), tokenizer
+
+
+def _refuse_other_weights(config: FlipConfig, stored: Header) -> None:
+    """Raise if weights are not those of a configuration, before any of them is in memory.
+
+    Raises:
+        ValueError: weights are missing, too many or of another shape.
+    """
+    expected = {name: list(weight.shape) for name, weight in model_without_storage(config).state_dict().items()}
+    for what, names in (
+        ("missing", expected.keys() - stored.keys()),
+        ("unexpected", stored.keys() - expected.keys()),
+        ("misshapen", {name for name in expected.keys() & stored.keys() if expected[name] != stored[name]["shape"]}),
+    ):
+        if names:
+            name = min(names)
+            about = f" of shape {stored[name]['shape']}, not {expected[name]}" if what == "misshapen" else ""
+            raise ValueError(
+                f"the weights are not those of its config: {len(names)} {what} keys, such as {name}{about}; download "
+                "or export it again"
+            )
 
 
 def open_embedder(name: str, accelerator: "Accelerator", batch_size: int = 256, num_workers: int = 0) -> Embedder:
     """Return the embedder of a model: a folder or Hub name of ours, `open_clip:NAME,PRETRAINED`, or `hf:NAME`; or, to
-    compare with, of `pixels`, `hog` or `untrained:FOLDER`, which has random weights.
+    compare with, of `pixels`, `hog` or `untrained:FOLDER`, which has random weights. It has embedded a text and an
+    image.
 
     Raises:
-        ValueError: it cannot be loaded.
+        ValueError: it cannot be loaded, or does not embed.
+        OSError: the Hub cannot be reached.
     """
     if name in PLAIN:
         return plain_embedder(name, accelerator, batch_size, num_workers)
     for prefix, other in OTHERS.items():
         if name.startswith(prefix):
-            return other(name.removeprefix(prefix), accelerator, batch_size, num_workers)
+            return _tried(other(name.removeprefix(prefix), accelerator, batch_size, num_workers))
     model, tokenizer = load_flip(name)
     model.set_attn_implementation(best_attention(accelerator.device))
-    return Embedder(model.to(accelerator.device), tokenizer, accelerator, batch_size, num_workers, name=name)
+    return _tried(Embedder(model.to(accelerator.device), tokenizer, accelerator, batch_size, num_workers, name=name))
+
+
+def _tried(embedder: Embedder) -> Embedder:
+    """Return the embedder, once it has embedded a text and an image.
+
+    Raises:
+        ValueError: it cannot, or what it gives are no numbers.
+    """
+    try:
+        with torch.no_grad(), embedder.accelerator.autocast():
+            found = {"an image": embedder.image_features(**made_up(embedder.decoder()).to(embedder.accelerator.device))}
+            if embedder.tokenizer is not None:
+                tokens = embedder.tokens(["a photo"]).to(embedder.accelerator.device)
+                found["a text"] = embedder.text_features(tokens)
+    except Exception as error:  # its tokenizer, its processor or its model: any
+        raise ValueError(f"model {embedder.name!r} cannot embed ({_first_line(error)}); download it again") from error
+    for what, features in found.items():
+        if not features.isfinite().all():
+            raise ValueError(f"model {embedder.name!r} embeds {what} as numbers that are NaN or infinite; use another")
+    return embedder
 
 
 def _first_line(error: Exception) -> str:

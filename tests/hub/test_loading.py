@@ -117,7 +117,10 @@ FAULTS = {
 }  # fmt: skip
 # What only `flipscale evaluate` can know.
 FAULTS_OF_THE_WHOLE = {
-    "weights made up": (unlist, r"the weights are not those of its config: \d+ missing keys, such as [a-z_.]+\)"),
+    "weights made up": (
+        unlist,
+        r"the weights are not those of its config: \d+ missing keys, such as [a-z_.]+; download",
+    ),
     "a weight too many": (
         add_a_weight,
         r"weights are not those of its config: 1 unexpected keys, such as vision_model.registers",

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,6 +13,8 @@ from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.images import Decoder
 from flipscale.evaluation.nearest_neighbour import HOG_SIZE, hog_features, pixel_features
 from flipscale.model import FlipConfig, FlipModel
+from flipscale.model.fetched import fetched_folder
+from flipscale.model.folder import read_object
 
 PLAIN: dict[str, Callable[[np.ndarray], np.ndarray]] = {"pixels": pixel_features, "hog": hog_features}
 UNTRAINED = "untrained:"
@@ -57,14 +58,10 @@ def untrained_embedder(folder: str, accelerator: Accelerator, batch_size: int = 
     Raises:
         ValueError: there is no configuration of ours.
     """
-    # Without this, a folder without a configuration gives the one of the defaults.
-    if Path(folder).is_dir() and not Path(folder, "config.json").is_file():
-        raise ValueError(f"{folder} has no configuration of a model (config.json is missing); name a model's folder")
     try:
-        config = FlipConfig.from_pretrained(folder)
-    except OSError as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{folder} has no configuration of a model ({reason}); name a model's folder") from error
+        config = FlipConfig.from_own_fields(read_object(fetched_folder(folder) / "config.json"))
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{folder} has no configuration of a model ({error}); name a model's folder") from error
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = FlipModel(config).eval().to(accelerator.device)
