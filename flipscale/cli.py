@@ -4,6 +4,7 @@ import argparse
 import importlib
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from flipscale.training.console import report_user_errors
 
@@ -22,14 +23,25 @@ VERBS = {
 }
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are a user's, as all others are."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}; see {self.prog} --help")
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the verb that `arguments` name; by default they are the command line's."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    with report_user_errors():
+        _run(list(sys.argv[1:] if arguments is None else arguments))
+
+
+def _run(arguments: list[str]) -> None:
     if arguments[:1] == ["pretrain"]:
         # A recipe has a parser of its own.
         importlib.import_module("flipscale.pretrain").main(arguments[1:])
         return
-    parser = argparse.ArgumentParser(prog="flipscale", description="Scaling language-image pre-training by masking.")
+    parser = _Parser(prog="flipscale", description="Scaling language-image pre-training by masking.")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     for verb, summary in VERBS.items():
         subparser = verbs.add_parser(verb, help=summary, description=summary)
@@ -38,8 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             module.add_arguments(subparser)
             subparser.set_defaults(run=module.run)
     parsed = parser.parse_args(arguments)
-    with report_user_errors():
-        parsed.run(parsed)
+    parsed.run(parsed)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 import torch
@@ -234,8 +234,9 @@ def end_process(code: int) -> NoReturn:
     """Kill the loader's workers and exit, from any thread, without unwinding the interpreter."""
     for worker in multiprocessing.active_children():
         worker.kill()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # nobody reads it any more
+            stream.flush()
     os._exit(code)
 
 

@@ -1,5 +1,6 @@
 """A process that fails ends the whole job at once, with its one message, whatever the other processes are in."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -10,8 +11,23 @@ import processes
 import pytest
 from distributed.crowd import ENVIRONMENTS
 
+from flipscale.data.lanes import number_of_lanes
+from flipscale.training.run_directory import told_of_a_full_disk
+
 ALL_END_WITHIN_SECONDS = 20
-SENTENCE = "flipscale: error: the third shard is upside down"
+# What flipscale itself raises, and says so in a sentence.
+SENTENCES = {
+    "ValueError": "flipscale: error: data.lanes 5 does not divide data.global_batch_size 16; use 4 or 8",
+    "OSError": "flipscale: error: the disk of runs/h14 is full ([Errno 28] No space left on device); its checkpoints ",
+}
+
+
+def raise_own(error: str) -> None:
+    """Have flipscale raise an error, or raise one that nobody foresaw."""
+    if error == "ValueError":
+        number_of_lanes(5, 16)
+    with told_of_a_full_disk(Path("runs/h14")):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) if error == "OSError" else RuntimeError("upside down")
 
 
 def fail(file: str, folder: str, where: str, error: str) -> None:
@@ -21,9 +37,7 @@ def fail(file: str, folder: str, where: str, error: str) -> None:
 
     def fails(*arguments: object) -> None:
         Path(folder, "failed_at").write_text(str(time.time()))
-        raise {"ValueError": ValueError, "OSError": OSError, "RuntimeError": RuntimeError}[error](
-            "the third shard is upside down"
-        )
+        raise_own(error)
 
     def stays(*arguments: object) -> None:
         time.sleep(600)
@@ -62,17 +76,25 @@ def ended(file: Path, folder: Path, where: str, error: str) -> tuple[list[int], 
 def test_a_user_s_mistake_on_one_rank_ends_all(write_recipe, shards: Path, tmp_path: Path, where: str) -> None:
     tasks = [{"kind": "zero_shot", "data": str(shards), "every_samples": 32}]
     file = write_recipe(tmp_path / "run", eval={"tasks": tasks}, save={"every_samples": 32}, data={"num_workers": 1})
-    codes, printed = ended(file, tmp_path, where, "OSError" if where == "commit" else "ValueError")
+    error = "OSError" if where == "commit" else "ValueError"
+    codes, printed = ended(file, tmp_path, where, error)
     assert codes == [1, 1 if where == "commit" else 2]
-    assert printed.count(SENTENCE) == 1
+    assert printed.count(SENTENCES[error]) == printed.count("flipscale: error: ") == 1
     assert printed.count("flipscale: rank 0 ends too, as rank 1 on ") == 1
     assert "Traceback" not in printed
 
 
-def test_our_own_mistake_is_a_traceback_once(write_recipe, tmp_path: Path) -> None:
+def test_our_own_mistake_is_one_sentence_and_a_file(write_recipe, tmp_path: Path) -> None:
     codes, printed = ended(write_recipe(tmp_path / "run"), tmp_path, "step", "RuntimeError")
     assert codes == [1, 1]
-    assert printed.count("RuntimeError: the third shard is upside down") == printed.count("Traceback") == 1
+    assert printed.count("flipscale: error: RuntimeError: upside down, in ") == printed.count("flipscale: error: ") == 1
+    assert "Traceback" not in printed
+    (file,) = (tmp_path / "run/errors").iterdir()
+    assert f"; its traceback is in {file}\n" in printed
+    text = file.read_text()
+    assert text.endswith("RuntimeError: upside down\n")
+    assert "rank: 1 of 2 on " in text
+    assert "in raise_own\n" in text
 
 
 def fail_together(file: str, folder: str, seconds: list[float]) -> None:
@@ -81,7 +103,7 @@ def fail_together(file: str, folder: str, seconds: list[float]) -> None:
 
     def fails(*arguments: object) -> None:
         time.sleep(seconds[int(os.environ["RANK"])])
-        raise FloatingPointError("the third shard is upside down")
+        raise_own("OSError")
 
     pretrain.consume_batch = fails
     processes.call_main("flipscale.pretrain", ["--config", file], folder)
@@ -97,7 +119,8 @@ def test_what_all_have_to_say_is_said_once(write_recipe, tmp_path: Path, seconds
     for rank in ranks:
         rank.join(60)
     assert [rank.exitcode for rank in ranks] == [1, 1]
-    assert (tmp_path / "stderr").read_text().strip() == SENTENCE
+    (line,) = (tmp_path / "stderr").read_text().splitlines()
+    assert line.startswith(SENTENCES["OSError"])
 
 
 UNDER_A_LAUNCHER = """
@@ -121,7 +144,7 @@ def test_under_torchrun_no_worker_is_left(write_recipe, tmp_path: Path) -> None:
     assert done.returncode == 1
     assert time.time() - float((tmp_path / "failed_at").read_text()) < ALL_END_WITHIN_SECONDS
     printed = (tmp_path / "stderr").read_text()
-    assert printed.count(SENTENCE) == 1, printed + done.stderr
+    assert printed.count(SENTENCES["ValueError"]) == 1, printed + done.stderr
     assert not _processes_of(f"ONLY_THIS_RUN={tmp_path}")
 
 
