@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from flipscale.files.aside import write_text
+from flipscale.training.console import start_logging
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,16 +33,20 @@ def run(args: argparse.Namespace) -> None:
         ValueError: there is no model or checkpoint, the name is invalid, or the token is missing or may not write.
         OSError: the Hub cannot be reached.
     """
-    from flipscale.hub.upload import Target, files_to_push, push_folder
+    from flipscale.hub.upload import Target, check_to_push, files_to_push, left_out, push_folder
 
     target = Target(args.repo, args.private or None, args.revision)
     what = args.run_dir.name + ("" if args.step is None else f", step {args.step}")
+    start_logging()
     with _model_folder(args.run_dir, args.step) as folder:
+        check_to_push(folder)
         if args.step is not None or not args.dry_run:
             _update_card(folder, args.run_dir, args.repo, args.step)
         if args.dry_run:
             files = files_to_push(folder)
             print("\n".join(f"{size:>16,}  {name}" for name, size in files))
+            if others := left_out(folder):
+                print(others)
             total = sum(size for _, size in files)
             print(f"{total:>16,}  bytes in {len(files)} files of {what} would go to {target}")
             return

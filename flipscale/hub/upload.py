@@ -7,6 +7,7 @@ huggingface_hub finds (HF_TOKEN, a stored login). It is read here only to keep i
 """
 
 import logging
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,15 +15,32 @@ from pathlib import Path
 
 from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled
-from huggingface_hub.utils import DEFAULT_IGNORE_PATTERNS, filter_repo_objects, validate_repo_id
+from huggingface_hub.utils import validate_repo_id
+from safetensors import safe_open
+
+from flipscale.files.tensor_file import check_weight
+from flipscale.model.fetched import refuse_silence
+from flipscale.model.folder import check_folder
 
 _log = logging.getLogger(__name__)
 
 # Seconds before each retry. huggingface_hub also retries single requests by itself.
 WAITS = (1, 2, 4, 8, 16, 32, 64)
+# What flipscale writes into a model folder: the model with its code and tokenizer, its ONNX form, its card and results.
+# Nothing else is uploaded, whatever lies there.
+_WRITTEN = re.compile(
+    r"""(?x) (?: open_clip_)? (?: config|generation_config|config_sentence_transformers|sentence_bert_config|modules
+        |processor_config|preprocessor_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab) \.json
+    | (?: open_clip_)? model [\w.-]* \.safetensors (?: \.index [\w.]* \.json)?
+    | (?: image|text) _model\.onnx (?: \.data)?
+    | vocab\.txt | merges\.txt | \w[\w.-]*\.model | chat_template\.jinja
+    | (?: configuration_flip|modeling_flip|processing_flip|masking|folder|patches) \.py
+    | README\.md | results\.(?: md|jsonl|png) | figures/[\w.-]+\.png"""
+)
+_FIGURES = "figures"
+_NAMED = 6
 # Files of an earlier push that are deleted if the folder no longer has them: weights in another number of shards.
 _REPLACED = ["*.safetensors", "*.safetensors.index*.json"]
-_IGNORED = ["*.partial"]
 _TEMPORARY = (408, 409, 412, 429)  # the transient 4xx: timeouts, a concurrent commit, rate limits
 
 
@@ -70,6 +88,7 @@ def open_repo(target: Target) -> str:
         raise ValueError(
             f"no token to push to {target} with; log in with `hf auth login`, or set HF_TOKEN to a token that may write"
         )
+    refuse_silence()
     api = HfApi()
     try:
         repo_id = api.create_repo(target.repo_id, private=target.private, exist_ok=True).repo_id
@@ -81,14 +100,18 @@ def open_repo(target: Target) -> str:
 
 
 def push_folder(folder: Path, target: Target, message: str, waits: Sequence[float] = WAITS) -> Pushed:
-    """Upload the files of `folder` in one commit, with a retry for each of `waits`.
+    """Upload what flipscale wrote into `folder` in one commit, with a retry for each of `waits`.
 
-    Files that only the repository has are kept, except shards of weights.
+    Files that only the repository has are kept, except shards of weights. What else lies in the folder stays there, and
+    is named in one line.
 
     Raises:
-        ValueError: as `open_repo`, or the Hub refuses the card.
+        ValueError: as `open_repo`, the folder is no whole model, or the Hub refuses the card.
         OSError: the Hub cannot be reached or failed every time.
     """
+    check_to_push(folder)
+    if others := left_out(folder):
+        _log.warning("%s: %s", folder, others)
     for wait in (*waits, None):
         try:
             return _push(folder, target, message)
@@ -102,7 +125,7 @@ def push_folder(folder: Path, target: Target, message: str, waits: Sequence[floa
 
 def _push(folder: Path, target: Target, message: str) -> Pushed:
     repo_id = open_repo(target)
-    api = HfApi()
+    api, names = HfApi(), [name for name, _ in files_to_push(folder)]
     try:
         before = api.model_info(repo_id, revision=target.revision).sha
         commit = api.upload_folder(
@@ -110,7 +133,7 @@ def _push(folder: Path, target: Target, message: str) -> Pushed:
             folder_path=folder,
             revision=target.revision,
             commit_message=message,
-            ignore_patterns=list(_IGNORED),
+            allow_patterns=names,
             delete_patterns=_REPLACED,
         )
     except (OSError, RuntimeError, HTTPError) as error:
@@ -120,10 +143,47 @@ def _push(folder: Path, target: Target, message: str) -> Pushed:
 
 
 def files_to_push(folder: Path) -> list[tuple[str, int]]:
-    """Return the names and sizes in bytes of the files that `push_folder` would upload."""
-    names = (path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file())
-    kept = filter_repo_objects(names, ignore_patterns=[*_IGNORED, *DEFAULT_IGNORE_PATTERNS])
-    return [(name, (folder / name).stat().st_size) for name in kept]
+    """Return the names and sizes in bytes of the files that `push_folder` would upload: those that flipscale writes.
+
+    Raises:
+        ValueError: one of them leads out of the folder, or is no file.
+    """
+    home, found = folder.resolve(), []
+    for path in sorted([*folder.iterdir(), *folder.glob(f"{_FIGURES}/*")]):
+        name = path.relative_to(folder).as_posix()
+        if name != _FIGURES and not _WRITTEN.fullmatch(name):
+            continue
+        real = path.resolve()
+        if not real.is_relative_to(home) or not (real.is_dir() if name == _FIGURES else real.is_file()):
+            raise ValueError(f"{path} is {real}, and no file of the folder; put the file itself there")
+        if name != _FIGURES:
+            found.append((name, real.stat().st_size))
+    return found
+
+
+def left_out(folder: Path) -> str | None:
+    """Return a sentence on what lies in a folder and is not uploaded, None if there is nothing."""
+    pushed = {name for name, _ in files_to_push(folder)} | {_FIGURES}
+    others = sorted(path.name for path in folder.iterdir() if path.name not in pushed)
+    if not others:
+        return None
+    more = f" and {len(others) - _NAMED:,} more" if len(others) > _NAMED else ""
+    return f"left out, since flipscale did not write it: {', '.join(others[:_NAMED])}{more}"
+
+
+def check_to_push(folder: Path) -> None:
+    """Raise if a folder is no whole model, or one that nobody can use.
+
+    Raises:
+        ValueError: a file is missing, damaged or elsewhere, or a weight is not finite.
+    """
+    files_to_push(folder)
+    if (folder / "image_model.onnx").is_file():  # `flipscale convert onnx` has compared it with its model
+        return
+    for file in check_folder(folder):
+        with safe_open(file, "pt") as weights:
+            for name in weights.keys():  # noqa: SIM118
+                check_weight(name, weights.get_tensor(name))
 
 
 def _explained(error: Exception, target: Target) -> Exception:

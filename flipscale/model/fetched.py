@@ -2,19 +2,8 @@
 
 from pathlib import Path
 
-# What `from_pretrained` reads of a model, its tokenizer and its processor.
-_TEXTS = (
-    "*config.json",
-    "model.safetensors.index.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab*",
-    "merges.txt",
-    "*.model",
-    "*.jinja",
-)
-_WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors")
+from .folder import READ
+
 # Without this, a request to a silent server waits for ever.
 SILENT_SECONDS = 60.0
 
@@ -36,7 +25,7 @@ def fetched_folder(name: str, more: tuple[str, ...] = ()) -> Path:
 
     refuse_silence()
     try:
-        found = snapshot_download(name, allow_patterns=[*_TEXTS, *_WEIGHTS, *more], ignore_patterns=["*.bf16*"])
+        found = snapshot_download(name, allow_patterns=[*READ, *more], ignore_patterns=["*/*", "*.bf16*"])
         return Path(found)
     except HFValidationError:
         raise ValueError(f"there is no folder {name!r}, and it is no name on the Hub; use ORG/NAME") from None

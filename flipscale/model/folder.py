@@ -2,6 +2,7 @@
 
 import json
 import math
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,19 @@ _OBJECTS = (
     "processor_config.json",
     "preprocessor_config.json",
 )
-# The endings of what is read of a folder.
-_READ = (".json", ".safetensors", ".txt", ".model", ".jinja")
+# What is read of a folder: the model, its tokenizer and its processor.
+READ = (
+    "*config.json",
+    "model*.safetensors",
+    "model.safetensors.index*.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+    "*.jinja",
+)
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 # The largest tokenizers have 35 MB, other texts 3 MB, headers of a thousand tensors 200 kB.
 _MOST_BYTES = {"tokenizer.json": 100 << 20}
@@ -70,7 +82,7 @@ def check_texts(folder: Path) -> None:
     home = folder.resolve()
     places = (home, home.parent.parent / "blobs") if home.parent.name == "snapshots" else (home,)
     for file in sorted(folder.iterdir()):
-        if file.suffix not in _READ or file.is_dir():
+        if file.is_dir() or not any(fnmatchcase(file.name, pattern) for pattern in READ):
             continue
         real = file.resolve()
         if not any(real.is_relative_to(place) for place in places):

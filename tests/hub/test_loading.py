@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from hub.loopback_hub import LoopbackHub
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from flipscale.cli import main
 from flipscale.hub.model_folder import build_processor, export_model
-from flipscale.hub.upload import Target, push_folder
 from flipscale.model import FlipConfig, FlipModel, FlipVisionModel
 
 TOWER = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
@@ -167,9 +167,9 @@ def test_a_pickle_is_not_to_be_had_by_asking(folder: Path) -> None:
 
 
 @pytest.mark.usefixtures("logged_in")
-def test_a_pickle_on_the_hub_is_refused(folder: Path, tmp_path: Path) -> None:
+def test_a_pickle_on_the_hub_is_refused(hub: LoopbackHub, folder: Path, tmp_path: Path) -> None:
     only_a_pickle(folder)
-    push_folder(folder, Target("org/pickled"), "weights")
+    hub.add("org/pickled", {path.name: path.read_bytes() for path in folder.iterdir()})
     with pytest.raises(
         ValueError, match=r"org/pickled has no weights as safetensors; a pickle, if it has one, can run"
     ):

@@ -1,5 +1,7 @@
 """Pushing a model folder: made, pushed, pushed again, refused, resumed; over real HTTP."""
 
+import json
+import os
 import sys
 from pathlib import Path
 
@@ -20,9 +22,11 @@ WRITES = r"(POST|PUT|DELETE) (?!/api/validate-yaml|/api/repos/create|.*/preuploa
 def write_weights(folder: Path, seed: int, shards: int = 2) -> None:
     for old in folder.glob("*.safetensors"):
         old.unlink()
-    for shard in range(shards):
-        values = np.random.default_rng([seed, shard]).random(1000)
-        save_file({"w": values}, folder / f"model-{shard + 1:05d}-of-{shards:05d}.safetensors")
+    names = [f"model-{shard + 1:05d}-of-{shards:05d}.safetensors" for shard in range(shards)]
+    for shard, name in enumerate(names):
+        save_file({f"w{shard}": np.random.default_rng([seed, shard]).random(1000)}, folder / name)
+    index = {"metadata": {}, "weight_map": {f"w{shard}": name for shard, name in enumerate(names)}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
 @pytest.fixture
@@ -74,7 +78,7 @@ def test_weights_in_fewer_shards_take_the_place_of_the_older(hub: LoopbackHub, r
     write_weights(run_dir / "model", 1, shards=1)
     assert push_folder(run_dir / "model", target, "second").changed
     assert set(hub.content("org/name")) == {
-        "config.json", "README.md", "notes.txt", "model-00001-of-00001.safetensors"
+        "config.json", "README.md", "notes.txt", "model-00001-of-00001.safetensors", "model.safetensors.index.json"
     }  # fmt: skip
 
 
@@ -175,8 +179,9 @@ def test_a_dry_run_tells_and_asks_nothing(
     main(["push", str(run_dir), "org/name", "--revision", "v2", "--dry_run"])
     told = capsys.readouterr().out.splitlines()
     sizes = {path.name: path.stat().st_size for path in (run_dir / "model").iterdir() if path.is_file()}
-    assert [line.split() for line in told[:-1]] == [[f"{size:,}", name] for name, size in sorted(sizes.items())]
-    assert told[-1].split(maxsplit=1)[1] == "bytes in 4 files of run would go to org/name (revision v2)"
+    assert [line.split() for line in told[:-2]] == [[f"{size:,}", name] for name, size in sorted(sizes.items())]
+    assert told[-2] == "left out, since flipscale did not write it: .cache"
+    assert told[-1].split(maxsplit=1)[1] == "bytes in 5 files of run would go to org/name (revision v2)"
     assert sum(size for _, size in files_to_push(run_dir / "model")) == sum(sizes.values())
 
 
@@ -188,3 +193,60 @@ def test_the_token_is_sent_in_the_header_alone(hub: LoopbackHub, run_dir: Path) 
         assert TOKEN not in request.path + str(rest)
         assert TOKEN.encode() not in request.body
     assert not any("authorization" in request.headers for request in hub.asked("PUT /storage/"))
+
+
+@pytest.mark.usefixtures("logged_in")
+def test_only_what_flipscale_wrote_is_uploaded(
+    hub: LoopbackHub, run_dir: Path, capsys: pytest.CaptureFixture, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = run_dir / "model"
+    written = {path.name for path in model.iterdir()}
+    for name in (
+        ".env",
+        "id_rsa",
+        "README.md~",
+        ".README.md.swp",
+        "notes.txt",
+        "train.py",
+        "model.pt",
+        "#config.json#",
+    ):
+        (model / name).write_text("a secret")
+    for name in (".git", "checkpoints", "model.safetensors.d"):
+        (model / name).mkdir()
+        (model / name / "config.json").write_text("a secret")
+    (model / "link.json").symlink_to("/etc/passwd")
+    os.mkfifo(model / "pipe")
+    main(["push", str(run_dir), "org/name"])
+    assert set(hub.content("org/name")) == written
+    told = [line for line in capsys.readouterr().err.splitlines() if "left out" in line]
+    assert len(told) == 1
+    assert "#config.json#, .README.md.swp, .env, .git, README.md~, checkpoints and 7 more" in told[0]
+
+
+@pytest.mark.usefixtures("logged_in")
+@pytest.mark.parametrize("name", ["README.md", "figures", "results.jsonl", "config.json"])
+def test_a_link_out_of_the_folder_is_not_followed(
+    hub: LoopbackHub, run_dir: Path, name: str, capsys: pytest.CaptureFixture
+) -> None:
+    model, outside = run_dir / "model", run_dir.parent / name
+    if name == "figures":
+        outside.mkdir()
+    else:
+        outside.write_text("{}")
+    (model / name).unlink(missing_ok=True)
+    (model / name).symlink_to(outside)
+    assert f"{model / name} is " in refused([str(run_dir), "org/name"], capsys)
+    assert not hub.requests
+
+
+@pytest.mark.usefixtures("logged_in")
+def test_weights_that_nobody_can_use_are_not_uploaded(
+    hub: LoopbackHub, run_dir: Path, capsys: pytest.CaptureFixture
+) -> None:
+    file = run_dir / "model/model-00002-of-00002.safetensors"
+    save_file({"w1": np.array([1.0, np.nan])}, file)
+    assert "weight w1 has numbers that are NaN or infinite" in refused([str(run_dir), "org/name"], capsys)
+    file.write_bytes(file.read_bytes()[:-1])
+    assert f"{file} is cut short or damaged" in refused([str(run_dir), "org/name", "--dry_run"], capsys)
+    assert not hub.requests
