@@ -7,7 +7,6 @@ takes one open and no time that depends on the number of samples: indices are re
 
 import hashlib
 import json
-import mmap
 import os
 import struct
 from collections.abc import Iterable
@@ -19,12 +18,14 @@ from typing import NamedTuple
 import numpy as np
 
 from flipscale.data.sources.shard_index import ROW
+from flipscale.data.sources.tar_members import NotAFile, open_plain
 from flipscale.files.aside import own_partial_path, written_aside
 
 _VERSION = 1
 _MAGIC = b"flipscale manifest "
 _HEAD_BYTES = 64
 _STAMP_AT = _HEAD_BYTES - 8
+_ROW_BYTES = 4 * ROW[0] * ROW[1]
 _TAIL = struct.Struct("<qq16s")  # where the table is, how long the JSON is, the digest of all from the table on
 # `name_end`: where the shard's name ends in the blob of all names.
 _TABLE = np.dtype([("samples", "<i8"), ("num_bytes", "<i8"), ("mtime_ns", "<i8"), ("name_end", "<i8")])
@@ -73,7 +74,7 @@ class Manifest:
 
     def __post_init__(self) -> None:
         self._starts = np.cumsum(self.table["samples"]) - self.table["samples"]
-        self._rows: np.ndarray | None = None
+        self._file: int | None = None
 
     def __len__(self) -> int:
         return len(self.table)
@@ -81,7 +82,7 @@ class Manifest:
     def name(self, shard: int) -> str:
         """Return the name of a shard."""
         first = int(self.table["name_end"][shard - 1]) if shard else 0
-        return self.names[first : int(self.table["name_end"][shard])].decode()
+        return os.fsdecode(self.names[first : int(self.table["name_end"][shard])])
 
     def all_names(self) -> list[str]:
         """Return the names of all shards."""
@@ -93,10 +94,13 @@ class Manifest:
         Raises:
             ValueError: another manifest has taken this one's place.
         """
-        if self._rows is None:
-            self._rows = self._mapped()
-        row: np.ndarray = self._rows[self._starts[shard] + number]
-        return row
+        if self._file is None:
+            self._file = self._opened()
+        # Not mapped to memory: if somebody cut the file short, that would be the end of the process.
+        row = os.pread(self._file, _ROW_BYTES, _HEAD_BYTES + _ROW_BYTES * int(self._starts[shard] + number))
+        if len(row) < _ROW_BYTES:
+            raise self._written_anew()
+        return np.frombuffer(row, "<u4").reshape(ROW)
 
     def set_stamp(self, stamp: int) -> None:
         """Write when the folders were last seen to hold these shards, if the file can be written."""
@@ -104,17 +108,23 @@ class Manifest:
         with suppress(OSError), open(self.path, "r+b") as file:
             os.pwrite(file.fileno(), struct.pack("<q", stamp), _STAMP_AT)
 
-    def _mapped(self) -> np.ndarray:
-        """Return the indices of all shards, memory-mapped: the processes of a machine share what they read of them."""
-        with open(self.path, "rb") as file:
-            mapped = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
-        if not mapped[-_TAIL.size :].endswith(self.digest):
-            raise ValueError(f"manifest {self.path} was written anew while this ran; start again")
-        num_samples = int(self.table["samples"].sum())
-        return np.frombuffer(mapped, "<u4", num_samples * ROW[0] * ROW[1], _HEAD_BYTES).reshape(num_samples, *ROW)
+    def _opened(self) -> int:
+        """Return a file descriptor of the manifest, from which rows are read one at a time."""
+        try:
+            file = open_plain(self.path)
+        except FileNotFoundError as error:
+            raise self._written_anew() from error
+        size = os.fstat(file).st_size
+        if size < _TAIL.size or not os.pread(file, _TAIL.size, size - _TAIL.size).endswith(self.digest):
+            os.close(file)
+            raise self._written_anew()
+        return file
+
+    def _written_anew(self) -> ValueError:
+        return ValueError(f"manifest {self.path} was written anew or removed while this ran; start again")
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_rows": None}
+        return {**self.__dict__, "_file": None}
 
 
 def read_manifest(path: Path, pattern: str, remedy: str) -> Manifest | None:
@@ -128,9 +138,11 @@ def read_manifest(path: Path, pattern: str, remedy: str) -> Manifest | None:
         ValueError: it is of another version, damaged, or lists other shards.
     """
     try:
-        file = os.open(path, os.O_RDONLY)
+        file = open_plain(path)
     except (FileNotFoundError, NotADirectoryError):
         return None
+    except NotAFile as error:
+        raise ValueError(f"{path} cannot be the manifest of shards: {error}; remove it") from error
     try:
         head, size = os.pread(file, _HEAD_BYTES, 0), os.fstat(file).st_size
         if head[: len(_MAGIC)] != _MAGIC:
@@ -141,24 +153,45 @@ def read_manifest(path: Path, pattern: str, remedy: str) -> Manifest | None:
         tail = os.pread(file, _TAIL.size, size - _TAIL.size) if size >= _HEAD_BYTES + _TAIL.size else bytes(_TAIL.size)
         table_at, json_bytes, digest = _TAIL.unpack(tail)
         content = os.pread(file, size - _TAIL.size - table_at, table_at) if 0 < table_at < size else b""
-        if not content or _digest(content) != digest:
-            raise ValueError(f"manifest {path} is cut short or damaged, at {size} bytes; {remedy}")
+        try:
+            if _digest(content) != digest:
+                raise ValueError("another digest")
+            found = _parsed(path, content, json_bytes, digest, struct.unpack("<q", head[_STAMP_AT:])[0])
+            if table_at not in (_HEAD_BYTES, _HEAD_BYTES + _ROW_BYTES * int(found.table["samples"].sum())):
+                raise ValueError("another number of rows")
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+            raise ValueError(f"manifest {path} is cut short or damaged, at {size} bytes; {remedy}") from error
     finally:
         os.close(file)
+    if found.pattern != pattern:
+        raise ValueError(f"manifest {path} lists the shards {found.pattern!r}, not {pattern!r}; {remedy}")
+    return found
+
+
+def _parsed(path: Path, content: bytes, json_bytes: int, digest: bytes, stamp: int) -> Manifest:
+    """Return the manifest whose table and all that follows it is `content`.
+
+    Raises:
+        ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError: it is none, or leads out of its
+            folder.
+    """
     about = json.loads(content[-json_bytes:])
-    if about["pattern"] != pattern:
-        raise ValueError(f"manifest {path} lists the shards {about['pattern']!r}, not {pattern!r}; {remedy}")
     table = np.frombuffer(content, _TABLE, about["shards"])
-    return Manifest(
-        path,
-        pattern,
-        table,
-        content[table.nbytes : -json_bytes],
-        {int(shard): damage for shard, damage in about["damage"].items()},
-        about["folders"],
-        digest,
-        struct.unpack("<q", head[_STAMP_AT:])[0],
-    )
+    names = content[table.nbytes : -json_bytes]
+    damage = {int(shard): str(text) for shard, text in about["damage"].items()}
+    folders = [os.fspath(folder) for folder in about["folders"]]
+    ends = np.concatenate([[0], table["name_end"]])
+    if (table["samples"] < 0).any() or (table["num_bytes"] < 0).any() or (np.diff(ends) < 0).any():
+        raise ValueError("negative numbers")
+    if ends[-1] != len(names) or (np.frombuffer(names + b"/", "u1")[ends[:-1]] == ord("/")).any():
+        raise ValueError("absolute or empty names")
+    if not all(0 <= shard < len(table) for shard in damage):
+        raise ValueError("other names or shards")
+    manifest = Manifest(path, str(about["pattern"]), table, names, damage, folders, digest, stamp)
+    # Few names have dots, so the others need not be taken apart.
+    if b".." in names and any(".." in name.split("/") for name in manifest.all_names() if ".." not in manifest.pattern):
+        raise ValueError("it leads out of its folder")
+    return manifest
 
 
 def write_manifest(path: Path, pattern: str, entries: Iterable[ShardEntry], folders: list[str], rows: bool) -> None:
@@ -176,7 +209,7 @@ def write_manifest(path: Path, pattern: str, entries: Iterable[ShardEntry], fold
     with written_aside(path, own_partial_path(path)) as partial, open(partial, "wb") as file:
         file.write((_MAGIC + f"{_VERSION}\n".encode()).ljust(_HEAD_BYTES, b"\0"))
         for entry in entries:
-            names.append(entry.name.encode())
+            names.append(os.fsencode(entry.name))
             name_end += len(names[-1])
             if entry.damage:
                 damage[len(table)] = entry.damage

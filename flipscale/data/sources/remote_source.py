@@ -1,13 +1,13 @@
 """Tar shards on s3, gs, hf or https, read through a bounded cache that fetches them ahead."""
 
 import hashlib
-import io
 import os
 import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from flipscale.data.lanes import Lanes, shared_out
 from flipscale.data.recipe import DataRecipe
 from flipscale.data.sources.manifest import Manifest, ShardEntry, read_manifest, write_manifest
 from flipscale.data.sources.shard_cache import ShardCache
-from flipscale.data.sources.shard_index import build_index, may_lack_arrays, read_index
+from flipscale.data.sources.shard_index import Index, build_index, read_index
 from flipscale.data.sources.shard_list import (
     ShardList,
     expand_range,
@@ -87,28 +87,25 @@ class RemoteShardList(ShardList):
             place, lambda _: read_manifest(place, self.pattern, self.remedy), lambda: self._write(place)
         )
 
-    def index(self, name: str, anew: bool = False) -> tuple[np.ndarray, str]:
-        """Return the index of a shard and how it is damaged: from the cache, from beside the shard, or built.
+    def index(self, name: str, anew: bool = False) -> Index:
+        """Return the index of a shard: from the cache, from beside the shard, or built.
 
         Args:
             anew: build it if it may lack what this version puts in.
         """
         url = self.path(name)
         path = self.index_path(name)
-        try:
-            with open(path, "rb") as file:
-                if not (anew and may_lack_arrays(file)):
-                    file.seek(0)
-                    return read_index(file)
-        except (FileNotFoundError, ValueError):
-            pass
+        with suppress(OSError, ValueError):
+            found = read_index(path.read_bytes())
+            if not (anew and found.may_lack_arrays):
+                return found
         try:
             system, remote = file_system(f"{url}.index.npy")
             content = system.cat_file(remote)
-            found = read_index(io.BytesIO(content))
-            if anew and may_lack_arrays(io.BytesIO(content)):
-                return self._build(url, path)
+            found = read_index(content)
         except (FileNotFoundError, ValueError):
+            return self._build(url, path)
+        if anew and found.may_lack_arrays:
             return self._build(url, path)
         with written_aside(path, own_partial_path(path)) as aside:
             aside.write_bytes(content)
@@ -147,11 +144,12 @@ class RemoteShardList(ShardList):
         system, remote = file_system(self.path(name))
         try:
             size = system.info(remote)["size"]
-            return ShardEntry(name, *self.index(name, anew), size or 0, 0)
+            index = self.index(name, anew)
+            return ShardEntry(name, index.rows, index.damage, size or index.num_bytes, 0)
         except FileNotFoundError as error:
             raise ValueError(f"shard {self.path(name)} does not exist; check data.shards") from error
 
-    def _build(self, url: str, path: Path) -> tuple[np.ndarray, str]:
+    def _build(self, url: str, path: Path) -> Index:
         while True:
             self.cache.fetch(url)
             try:
@@ -235,7 +233,7 @@ class RemoteTarSource(TarSource):
     def _row(self, shard: int, number: int) -> np.ndarray:
         if shard not in self._indices:
             assert isinstance(self.list, RemoteShardList)
-            self._indices[shard] = self.list.index(self.manifest.name(shard))[0]
+            self._indices[shard] = self.list.index(self.manifest.name(shard)).rows
         return self._indices[shard][number]
 
     def __getstate__(self) -> dict[str, object]:

@@ -3,32 +3,44 @@
 `SHARD.tar.index.npy` is a uint32 array `(samples, 3, 2)`: for the image, the caption and the label, the offset in tar
 blocks of 512 bytes (0 if there is none) and the size in bytes. The high bit of a caption's size marks a JSON object. A
 label is `KEY.cls`, a class number, or, with the high bit, `KEY.npy`, an array. A sample of both and no caption has
-its class number in the caption's place, marked by the second highest bit; with a caption, its array is left out. If the
-shard is damaged, a text after the array says how.
+its class number in the caption's place, marked by the second highest bit; with a caption, its array is left out.
 
-The array is in version 2.0 of numpy's format. In version 1.0, indices of flipscale 0.1 know no `KEY.npy`; they are good
-for all else.
+The array is in version 2.0 of numpy's format. Behind it are an object of JSON, with the shard's size and time and how
+the shard is damaged, and 16 bytes, the digest of all before them. An index of another shard, or one that was changed,
+is thus known, and is made anew. Indices of before had only the text of the damage; those that lie beside a shard on
+this machine are made anew, as nothing tells whether they are of this shard. In version 1.0 they know no `KEY.npy`.
 """
 
+import errno
+import hashlib
+import io
+import json
 import os
-import re
 from collections.abc import Iterator
 from contextlib import suppress
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from flipscale.data.sources.tar_members import BLOCK, Blocks, Damaged, NotAFile, members, open_plain
 from flipscale.files.aside import own_partial_path, written_aside
 
-BLOCK = 512
 ROW = (3, 2)
 _JSON_CAPTION = _ARRAY = 1 << 31
 _CLASS = 1 << 30
 _IMAGES = ("webp", "png", "jpg", "jpeg")  # of a sample with several, the first, as in CLIP_benchmark
 _MAX_OTHER_BYTES = (1 << 30) - 1  # two bits of the size are taken
 _MAX_BYTES = {**dict.fromkeys(_IMAGES, (1 << 31) - 1), **dict.fromkeys(("txt", "json", "cls", "npy"), _MAX_OTHER_BYTES)}
+_FIELDS = {name.encode(): name for name in _MAX_BYTES}
+# A longer JSON file beside a text file is not looked into for a list of captions.
+_MAX_JSON_BYTES = 1 << 24
+_LAST_OFFSET = ((1 << 32) - 1) * BLOCK
 _VERSION = (2, 0)
+_DIGEST_BYTES = 16
+_LONGEST_NAME_SAID = 60
 
 
 class Place(NamedTuple):
@@ -48,8 +60,31 @@ class Places(NamedTuple):
     array: Place | None
 
 
-class _Damaged(Exception):
-    """The tar cannot be read further."""
+class Index(NamedTuple):
+    """The index of a shard.
+
+    Args:
+        rows: uint32 `(samples, 3, 2)`.
+        damage: how the shard is damaged; empty if it is not.
+        num_bytes: the size of the shard; 0 in an index of before.
+        mtime_ns: when the shard was last written, on the machine that made the index.
+        may_lack_arrays: whether it knows no `KEY.npy`, and has samples without caption, as classification sets do.
+    """
+
+    rows: np.ndarray
+    damage: str
+    num_bytes: int = 0
+    mtime_ns: int = 0
+    may_lack_arrays: bool = False
+
+
+class _File(NamedTuple):
+    """A file of a sample. Files of a key that follow each other have the same `run`."""
+
+    run: int
+    field: str
+    block: int
+    size: int
 
 
 def index_path(shard: Path) -> Path:
@@ -57,40 +92,26 @@ def index_path(shard: Path) -> Path:
     return shard.with_name(shard.name + ".index.npy")
 
 
-def load_index(shard: Path) -> tuple[np.ndarray, str]:
-    """Return the index of `shard`, and how the shard is damaged (empty if it is not). If the index is missing or older
-    than the shard, build and write it first.
+def load_index(shard: Path) -> Index:
+    """Return the index of `shard`. If there is none, or one of another size or time of the shard, build and write it.
 
     Raises:
-        OSError: the shard cannot be opened.
+        OSError: the shard cannot be read.
     """
-    with suppress(OSError, ValueError), open(index_path(shard), "rb") as file:
-        if os.fstat(file.fileno()).st_mtime_ns >= shard.stat().st_mtime_ns:
-            return read_index(file)
+    with suppress(OSError, ValueError):
+        index = read_index(_content(index_path(shard)))
+        if (index.num_bytes, index.mtime_ns) == size_and_time(shard):
+            return index
     return build_index(shard, index_path(shard))
 
 
-def fresh_index(shard: Path) -> tuple[np.ndarray, str]:
-    """Return what `load_index` does, but build an index of before `KEY.npy` anew where there may be such a file.
-
-    Raises:
-        OSError: the shard cannot be opened.
-    """
-    with suppress(OSError, ValueError), open(index_path(shard), "rb") as file:
-        if may_lack_arrays(file):
-            return build_index(shard, index_path(shard))
-    return load_index(shard)
-
-
-def may_lack_arrays(file: BinaryIO) -> bool:
-    """Return whether the index in `file` knows no `KEY.npy` and has samples without caption, as classification sets do.
-
-    Raises:
-        ValueError: it is not an index.
-    """
-    version = np.lib.format.read_magic(file)
-    file.seek(0)
-    return version < _VERSION and bool((read_index(file)[0][:, 1, 0] == 0).any())
+def size_and_time(shard: str | Path) -> tuple[int, int]:
+    """Return the size of a shard, and when it was last written, in nanoseconds; 0 and 0 if it is gone."""
+    try:
+        state = os.stat(shard)
+    except OSError:
+        return 0, 0
+    return state.st_size, state.st_mtime_ns
 
 
 def places(row: np.ndarray) -> Places:
@@ -108,55 +129,154 @@ def places(row: np.ndarray) -> Places:
     )
 
 
-def read_index(file: BinaryIO) -> tuple[np.ndarray, str]:
-    """Return the index in `file`, and how its shard is damaged.
+def read_index(content: bytes) -> Index:
+    """Return the index that a file of this content holds.
 
     Raises:
-        ValueError: it is not such an index.
+        ValueError: it is not such an index, or was changed.
     """
-    index = np.lib.format.read_array(file, allow_pickle=False)
-    if index.dtype != np.uint32 or index.shape[1:] != ROW:
-        raise ValueError("not an index of this version")
-    return index, file.read().decode()
-
-
-def build_index(shard: Path, path: Path) -> tuple[np.ndarray, str]:
-    """Return the index of a shard and how it is damaged, and write both to `path` if the folder is writable."""
-    index, damage = _scan(shard)
-    # Processes that start together may all write it. In a read-only folder nobody can, and it is built again.
-    with suppress(OSError), written_aside(path, own_partial_path(path)) as partial, open(partial, "wb") as file:
-        np.lib.format.write_array(file, index, _VERSION)
-        file.write(damage.encode())
-    return index, damage
-
-
-def _scan(shard: Path) -> tuple[np.ndarray, str]:
-    """Return the index of a shard, without the samples that have no image, and how the shard is damaged."""
-    samples: dict[str, dict[str, tuple[int, int]]] = {}
-    damage = ""
-    file = os.open(shard, os.O_RDONLY)
+    about: dict[str, Any] = {}
     try:
-        try:
-            for name, offset, size in _members(file, os.fstat(file).st_size):
-                folder, base = os.path.split(name)
-                stem, _, extension = base.partition(".")
-                field = extension.lower()
-                if size <= _MAX_BYTES.get(field, -1):
-                    samples.setdefault(f"{folder}/{stem}", {})[field] = (offset // BLOCK, size)
-        except _Damaged as error:
-            damage = str(error)
-        rows = [_row(file, fields) for fields in samples.values() if not fields.keys().isdisjoint(_IMAGES)]
+        file = io.BytesIO(content)
+        version = np.lib.format.read_magic(file)
+        read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+        shape, is_fortran, dtype = read_header[version](file)
+        first, num_bytes = file.tell(), shape[0] * ROW[0] * ROW[1] * 4
+        if dtype != np.dtype("<u4") or shape[1:] != ROW or is_fortran or num_bytes > len(content) - first:
+            raise ValueError("not an index of this version")
+        rows = np.frombuffer(content, "<u4", num_bytes // 4, first).reshape(shape)
+        rest = content[first + num_bytes :]
+        if rest[:1] == b"{":
+            if _digest(content[:-_DIGEST_BYTES]) != content[-_DIGEST_BYTES:]:
+                raise ValueError("the index was changed")
+            about = json.loads(rest[:-_DIGEST_BYTES])
+            return Index(rows, str(about["damage"]), int(about["bytes"]), int(about["mtime_ns"]))
+        return Index(rows, rest.decode(), 0, 0, version < _VERSION and bool((rows[:, 1, 0] == 0).any()))
+    except Exception as error:
+        # numpy raises many kinds of exceptions for a damaged header.
+        raise ValueError(f"not an index ({error})") from error
+
+
+def build_index(shard: Path, path: Path) -> Index:
+    """Return the index of a shard, and write it to `path` if the folder is writable. A shard that is no file, or that
+    may not be read, has no samples.
+
+    Raises:
+        OSError: the shard does not exist, or reading fails, as it may not the next time.
+    """
+    try:
+        file = open_plain(shard)
+    except OSError as error:
+        damage = _why_never(error, shard)
+        if damage is None:
+            raise
+        return Index(np.empty((0, *ROW), np.uint32), damage, *size_and_time(shard))
+    try:
+        state = os.fstat(file)
+        index = Index(*_scan(file), state.st_size, state.st_mtime_ns)
+    except OSError as error:
+        raise OSError(
+            f"shard {shard} cannot be read ({error.strerror}); start again when it can, or remove it"
+        ) from error
     finally:
         os.close(file)
-    return np.array(rows, dtype=np.uint32).reshape(len(rows), *ROW), damage
+    # Processes that start together may all write it. In a read-only folder nobody can, and it is built again.
+    with suppress(OSError), written_aside(path, own_partial_path(path)) as partial:
+        partial.write_bytes(_encoded(index))
+    return index
 
 
-def _row(file: int, fields: dict[str, tuple[int, int]]) -> list[tuple[int, int]]:
+def _why_never(error: OSError, shard: Path) -> str | None:
+    """Return why a shard cannot be opened, whoever tries and when; None if another try may open it or it is gone."""
+    if isinstance(error, NotAFile):
+        return str(error)
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return "it may not be read: its permissions or its folder's forbid it"
+    if error.errno == errno.ELOOP or (error.errno == errno.ENOENT and os.path.islink(shard)):
+        return "it is a link that leads nowhere"
+    return None
+
+
+def _encoded(index: Index) -> bytes:
+    file = io.BytesIO()
+    np.lib.format.write_array(file, index.rows, _VERSION)
+    about = {"damage": index.damage, "bytes": index.num_bytes, "mtime_ns": index.mtime_ns}
+    file.write(json.dumps(about).encode())
+    return file.getvalue() + _digest(file.getvalue())
+
+
+def _content(path: Path) -> bytes:
+    """Return the content of a plain file.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with os.fdopen(open_plain(path), "rb") as file:
+        return file.read()
+
+
+def _digest(content: bytes) -> bytes:
+    return hashlib.blake2b(content, digest_size=_DIGEST_BYTES).digest()
+
+
+def _scan(file: int) -> tuple[np.ndarray, str]:
+    """Return the index of a shard, without the samples that have no image, and how the shard is damaged."""
+    samples: dict[bytes, list[_File]] = {}
+    left_out: dict[str, list[bytes]] = {}
+    damage, run, last_key = [], 0, b""
+    blocks = Blocks(file)
+    try:
+        for name, offset, size, trouble in members(blocks):
+            dot = name.find(b".", name.rfind(b"/") + 1)
+            field = _FIELDS.get(name[dot + 1 :].lower()) if dot >= 0 else None
+            key = name[:dot] if dot >= 0 else name
+            run, last_key = run + (key != last_key), key
+            if field is None:
+                continue
+            if trouble or size > _MAX_BYTES[field] or offset > _LAST_OFFSET:
+                left_out.setdefault(trouble or "files that are too long or too far from the start", []).append(name)
+                continue
+            samples.setdefault(key, []).append(_File(run, field, offset // BLOCK, size))
+    except Damaged as error:
+        damage.append(str(error))
+    rows = []
+    for key, files in samples.items():
+        for fields in _apart(files):
+            if fields is None:
+                left_out.setdefault("keys with files that follow each other and cannot be told apart", []).append(key)
+            elif not fields.keys().isdisjoint(_IMAGES):
+                rows.append(_row(blocks, fields))
+    damage += [f"{what} are left out: {len(names)}, the first {_said(names[0])}" for what, names in left_out.items()]
+    return np.array(rows, dtype=np.uint32).reshape(len(rows), *ROW), "; ".join(damage)
+
+
+def _apart(files: list[_File]) -> Iterator[dict[str, tuple[int, int]] | None]:
+    """Yield the samples among the files of one key, each as (block, size) by field; None for those that cannot be told
+    apart. It is one sample, wherever its files are, unless a field occurs twice. Then those are samples that follow
+    each other directly, and of those that stand side by side, each must have the same fields."""
+    fields = {file.field: (file.block, file.size) for file in files}
+    images = {file.run for file in files if file.field in _IMAGES} if len(files) > 1 else ()
+    if len(fields) == len(files) and len(images) <= 1:
+        yield fields
+        return
+    for _, together in groupby(files, itemgetter(0)):
+        parts: list[dict[str, tuple[int, int]]] = [{}]
+        for file in together:
+            if file.field in parts[-1]:
+                parts.append({})
+            parts[-1][file.field] = (file.block, file.size)
+        if any(part.keys() != parts[0].keys() for part in parts):
+            yield None
+        else:
+            yield from parts
+
+
+def _row(blocks: Blocks, fields: dict[str, tuple[int, int]]) -> list[tuple[int, int]]:
     """Return a sample's row. Its caption is the text file, or the JSON file if that has several or there is no text."""
     caption = fields.get("txt", (0, 0))
     if "json" in fields:
         block, size = fields["json"]
-        if "txt" not in fields or b'"captions"' in os.pread(file, size, block * BLOCK):
+        if "txt" not in fields or (size <= _MAX_JSON_BYTES and b'"captions"' in blocks.read(block * BLOCK, size)):
             caption = (block, size | _JSON_CAPTION)
     label = fields.get("cls", (0, 0))
     if "npy" in fields and not (label[0] and caption[0]):
@@ -166,56 +286,7 @@ def _row(file: int, fields: dict[str, tuple[int, int]]) -> list[tuple[int, int]]
     return [next(fields[image] for image in _IMAGES if image in fields), caption, label]
 
 
-def _members(file: int, total: int) -> Iterator[tuple[str, int, int]]:
-    """Yield name, offset and size of each regular file of a tar.
-
-    It takes a third of `tarfile`'s time and is stricter: `tarfile` takes a damaged header for the end.
-
-    Raises:
-        _Damaged: the tar ends early or has an invalid header. The files yielded so far can be read.
-    """
-    position, long_name, long_size = 0, "", -1
-    while True:
-        header = os.pread(file, BLOCK, position)
-        if len(header) < BLOCK:
-            raise _Damaged("it is empty" if total == 0 else f"it ends at byte {total} without an end mark")
-        if header == bytes(BLOCK):
-            return
-        size = checked_size(header)
-        if size < 0:
-            raise _Damaged("it is not a tar file" if position == 0 else f"there is no tar header at byte {position}")
-        kind, offset = header[156:157], position + BLOCK
-        if kind in b"0\0" and long_size >= 0:
-            size = long_size
-        position = offset + -(-size // BLOCK) * BLOCK
-        if offset + size > total:
-            raise _Damaged(f"it ends at byte {total}, inside a file that goes on to {offset + size}")
-        if kind == b"L":  # GNU: the name of the file that follows
-            long_name = _text(os.pread(file, size, offset))
-        elif kind == b"x":  # pax: lines "LENGTH key=value" on the file that follows
-            records = dict(re.findall(rb"\d+ ([^=\n]+)=([^\n]*)\n", os.pread(file, size, offset)))
-            long_name, long_size = _text(records.get(b"path", b"")), int(records.get(b"size", b"-1"))
-        elif kind in b"0\0":
-            prefix = _text(header[345:500]) if header[257:263] == b"ustar\0" else ""
-            yield long_name or (f"{prefix}/" if prefix else "") + _text(header[:100]), offset, size
-            long_name, long_size = "", -1
-
-
-def checked_size(header: bytes) -> int:
-    """Return the size of the file that a tar header announces; -1 if the checksum is wrong."""
-    try:
-        checksum = _number(header[148:156])
-        return _number(header[124:136]) if checksum == sum(header) - sum(header[148:156]) + 8 * ord(" ") else -1
-    except ValueError:
-        return -1
-
-
-def _number(field: bytes) -> int:
-    """Parse a number of a tar header: octal text or, if the first bit is set, big-endian binary."""
-    if field[0] & 0x80:
-        return int.from_bytes(field[1:], "big")
-    return int(field.split(b"\0", 1)[0].strip() or b"0", 8)
-
-
-def _text(field: bytes) -> str:
-    return field.split(b"\0", 1)[0].decode("utf-8", "replace")
+def _said(name: bytes) -> str:
+    """Return a name for a message: on one line, and not long."""
+    text = name.decode("utf-8", "backslashreplace").encode("unicode_escape").decode()
+    return text if len(text) <= _LONGEST_NAME_SAID else f"{text[:_LONGEST_NAME_SAID]}..."

@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from flipscale.data.sources.manifest import Manifest, ShardEntry, read_manifest, write_manifest
-from flipscale.data.sources.shard_index import fresh_index, load_index
+from flipscale.data.sources.shard_index import load_index
 
 _WILD = re.compile(r"[*?\[]|\{\d+\.\.\d+\}")
 _POLL_SECONDS = 1.0
@@ -178,14 +178,14 @@ class ShardList:
             return None
 
         if anew:
-            return self._write(place, anew)
+            return self._write(place)
         return written_once(place, found, lambda: self._write(place))
 
-    def _write(self, place: Path, anew: bool = False) -> Manifest:
+    def _write(self, place: Path) -> Manifest:
         names = self.names()
         inner = {"/".join(name.split("/")[:depth]) for name in names for depth in range(name.count("/") + 1)}
         folders = [] if self.is_range else sorted(inner) if len(inner) <= _MAX_FOLDERS else [""]
-        entries = in_windows(_Entry(self, anew), names, ProcessPoolExecutor)
+        entries = in_windows(_Entry(self), names, ProcessPoolExecutor)
         write_manifest(place, self.pattern, entries, folders, rows=True)
         written = read_manifest(place, self.pattern, self.remedy)
         assert written is not None
@@ -196,16 +196,14 @@ class ShardList:
 class _Entry:
     """Makes a shard's entry from its index, which is built where it is missing."""
 
-    def __init__(self, shards: ShardList, anew: bool):
-        self.shards, self.anew = shards, anew
+    def __init__(self, shards: ShardList):
+        self.shards = shards
 
     def __call__(self, name: str) -> ShardEntry:
         shard = self.shards.path(name)
         try:
-            # Before the index: a shard that changes meanwhile is then seen to have changed.
-            state = shard.stat()
-            index = fresh_index(shard) if self.anew else load_index(shard)
-            return ShardEntry(name, *index, state.st_size, state.st_mtime_ns)
+            index = load_index(shard)
+            return ShardEntry(name, index.rows, index.damage, index.num_bytes, index.mtime_ns)
         except FileNotFoundError as error:
             raise ValueError(f"shard {shard} does not exist; check data.shards") from error
 

@@ -11,21 +11,28 @@ from functools import cache
 
 import numpy as np
 
-from flipscale.data.faults import Fault, TruncatedSample, UndecodableCaption
+from flipscale.data.faults import BadSample, Fault, TruncatedSample, UndecodableCaption
 from flipscale.data.sources.manifest import Manifest
-from flipscale.data.sources.shard_index import BLOCK, Place, Places, checked_size, places
+from flipscale.data.sources.shard_index import Place, Places, places, size_and_time
 from flipscale.data.sources.shard_list import ShardList
 from flipscale.data.sources.source import Sample
+from flipscale.data.sources.tar_members import BLOCK, NotAFile, announces, open_plain
 
 # Enough for the shards that 64 lanes read, in one process.
 _MAX_OPEN_SHARDS = 2048
 _MAX_GAP_BYTES = 1 << 16
-# Shards that are looked at when a source is opened, and samples of a shard whose time has changed.
-_SPOTS = 3
+# Shards that are looked at when a source is opened: their size and time; and samples of a shard whose time has changed.
+_SHARDS_LOOKED_AT, _SPOTS = 64, 3
 
 
 class StaleManifest(ValueError):
     """A shard is not as the manifest says."""
+
+
+class StaleSample(BadSample):
+    """Before a file of the sample is not the tar header that there was when the shard was indexed."""
+
+    cause = "stale_index"
 
 
 class TarSource:
@@ -58,8 +65,11 @@ class TarSource:
         """Return whether a few of the shards are as the manifest says."""
         self.manifest = manifest
         try:
-            for shard in np.linspace(0, len(manifest) - 1, _SPOTS).astype(int).tolist():
-                os.close(self._open_checked(shard))
+            count = min(_SHARDS_LOOKED_AT, len(manifest))
+            for shard in np.linspace(0, len(manifest) - 1, count).astype(int).tolist():
+                listed = manifest.table[shard]
+                if size_and_time(self.shard_name(shard)) != (listed["num_bytes"], listed["mtime_ns"]):
+                    os.close(self._open_checked(shard))
         except (StaleManifest, OSError):
             return False
         return True
@@ -80,7 +90,10 @@ class TarSource:
             OSError: the shard cannot be read.
         """
         where = places(self._row(shard, number))
-        image, caption, label = _read_fields(self._opened(shard), where)
+        try:
+            image, caption, label = _read_fields(self._opened(shard), where)
+        except OSError as error:
+            raise self._named(error, shard) from error
         assert image is not None
         return Sample(
             name=f"{self.manifest.name(shard).rsplit('/', 1)[-1]}#{number}",
@@ -98,7 +111,7 @@ class TarSource:
             OSError: the shard cannot be read.
         """
         where = places(self._row(shard, number))
-        stored = _read(self._opened(shard), where.caption) if where.caption else b""
+        stored = self._read(shard, where.caption) if where.caption else b""
         return _captions(stored) if where.is_json and stored else (stored,) if stored else ()
 
     def read_label(self, shard: int, number: int) -> int | None:
@@ -110,7 +123,7 @@ class TarSource:
             OSError: the shard cannot be read.
         """
         place = places(self._row(shard, number)).class_number
-        return _label(_read(self._opened(shard), place) if place else None)
+        return _label(self._read(shard, place) if place else None)
 
     def read_array(self, shard: int, number: int) -> np.ndarray | None:
         """Return the array in `KEY.npy` of sample `number` of shard `shard`, without reading its image; None if it has
@@ -125,7 +138,7 @@ class TarSource:
         place = places(self._row(shard, number)).array
         if place is None:
             return None
-        stored = _read(self._opened(shard), place)
+        stored = self._read(shard, place)
         try:
             return np.lib.format.read_array(io.BytesIO(stored), allow_pickle=False)
         except Exception as error:
@@ -137,7 +150,11 @@ class TarSource:
 
     def key(self, shard: int, number: int) -> str:
         """Return the name of sample `number` of shard `shard`, from the tar header before its image."""
-        header = os.pread(self._opened(shard), 100, (int(self._row(shard, number)[0, 0]) - 1) * BLOCK)
+        block = int(self._row(shard, number)[0, 0])
+        try:
+            header = os.pread(self._opened(shard), 100, (block - 1) * BLOCK) if block else b""
+        except OSError as error:
+            raise self._named(error, shard) from error
         return header.split(b"\0", 1)[0].decode("utf-8", "replace").partition(".")[0]
 
     def contents_digest(self) -> str:
@@ -153,6 +170,19 @@ class TarSource:
     def _row(self, shard: int, number: int) -> np.ndarray:
         """Return where the files of a sample are, uint32 `(3, 2)`."""
         return self.manifest.row(shard, number)
+
+    def _read(self, shard: int, place: Place) -> bytes:
+        """Return a file of a sample."""
+        try:
+            return _read(self._opened(shard), place)
+        except OSError as error:
+            raise self._named(error, shard) from error
+
+    def _named(self, error: OSError, shard: int) -> OSError:
+        """Return the error of a disk, or of a network's file system, with the name of the shard."""
+        if error.errno is None:
+            return error
+        return OSError(f"shard {self.shard_name(shard)} cannot be read ({error.strerror}); start again when it can")
 
     def _opened(self, shard: int) -> int:
         """Return the file descriptor of a shard; those that were read last stay open."""
@@ -174,6 +204,8 @@ class TarSource:
             file = self._open_shard(name)
         except FileNotFoundError as error:
             raise StaleManifest(f"shard {name} is gone, but its manifest lists it; {self.list.stale_remedy}") from error
+        except NotAFile as error:
+            raise StaleManifest(f"shard {name} is no shard now: {error}; {self.list.stale_remedy}") from error
         state, listed = os.fstat(file), self.manifest.table[shard]
         if state.st_size != listed["num_bytes"]:
             why = f"has {state.st_size} bytes, {listed['num_bytes']} when it was listed"
@@ -186,14 +218,15 @@ class TarSource:
         raise StaleManifest(f"shard {name} {why}; {self.list.stale_remedy}")
 
     def _open_shard(self, name: str) -> int:
-        return os.open(name, os.O_RDONLY)
+        return open_plain(name)
 
     def _holds_its_samples(self, file: int, shard: int) -> bool:
-        """Return whether there is a tar header of the right size before the images of a few samples."""
+        """Return whether there are tar headers of the right size before the files of a few samples."""
         size = int(self.manifest.table["samples"][shard])
         numbers = np.linspace(0, size - 1, min(_SPOTS, size)).astype(int).tolist()
-        images = [self._row(shard, number)[0].tolist() for number in numbers]
-        return all(checked_size(os.pread(file, BLOCK, (block - 1) * BLOCK)) == size for block, size in images)
+        found = [places(self._row(shard, number)) for number in numbers]
+        files = [place for where in found for place in (where.image, where.caption, where.class_number) if place]
+        return all(announces(os.pread(file, BLOCK, max(offset - BLOCK, 0)), size) for offset, size in files)
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_open": OrderedDict()}
@@ -216,18 +249,34 @@ def _read_fields(file: int, where: Places) -> list[bytes | None]:
     as in most tars."""
     wanted = [where.image, where.caption, where.class_number]
     present = [place for place in wanted if place]
-    first, last = min(offset for offset, _ in present), max(offset + size for offset, size in present)
-    if last - first > sum(size for _, size in present) + _MAX_GAP_BYTES:
+    first, last = min(place.offset for place in present) - BLOCK, max(offset + size for offset, size in present)
+    if first < 0 or last - first > sum(size for _, size in present) + _MAX_GAP_BYTES:
         return [_read(file, place) if place else None for place in wanted]
-    content = _read(file, Place(first, last - first))
-    return [content[place.offset - first : place.offset - first + place.size] if place else None for place in wanted]
+    content = os.pread(file, last - first, first)
+    return [_cut_out(content, place, first) if place else None for place in wanted]
 
 
 def _read(file: int, place: Place) -> bytes:
-    content = os.pread(file, place.size, place.offset)
-    if len(content) < place.size:
-        raise TruncatedSample(f"{len(content)} of {place.size} bytes at {place.offset}")
-    return content
+    first = max(place.offset - BLOCK, 0)
+    return _cut_out(os.pread(file, place.offset + place.size - first, first), place, first)
+
+
+def _cut_out(content: bytes, place: Place, first: int) -> bytes:
+    """Return the file at `place` of what was read from byte `first` on, with the tar header before the file.
+
+    Raises:
+        TruncatedSample: it goes on behind what could be read.
+        StaleSample: it has another size, or there is no file: the index is not this shard's.
+    """
+    at = place.offset - first
+    if at + place.size > len(content):
+        raise TruncatedSample(f"{max(len(content) - at, 0)} of {place.size} bytes at {place.offset}")
+    if at < BLOCK or not announces(content[at - BLOCK : at], place.size):
+        raise StaleSample(
+            f"no file of {place.size} bytes begins at byte {place.offset}, where the index has one: the shard was "
+            "replaced or damaged since it was indexed"
+        )
+    return content[at : at + place.size]
 
 
 def _label(stored: bytes | None) -> int | None:

@@ -81,7 +81,11 @@ def test_a_truncated_shard_keeps_what_can_be_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "detail"), [(b"", "it is empty"), (b"<html>404</html>" * 99, "it is not a tar file")]
+    ("content", "detail"),
+    [
+        (b"", "it is empty"),
+        (b"<html>404</html>" * 99, "it is not a tar file: it begins with b'<html>404</html>'"),
+    ],
 )
 def test_an_unreadable_shard_has_no_samples(tmp_path: Path, content: bytes, detail: str) -> None:
     write_shards(tmp_path, [3])
