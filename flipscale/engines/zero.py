@@ -38,6 +38,9 @@ class ZeroEngine(Engine):
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
         import deepspeed
 
+        # On CPU it would compile an operation of its own, and wait for ever for the lock of a compilation that was
+        # killed. Gloo does as well.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         # Of DeepSpeed's own calls.
         warnings.filterwarnings("ignore", "`torch.distributed.* is deprecated", FutureWarning)
         _check_settings(self.launch.deepspeed.get("zero_optimization", {}))
