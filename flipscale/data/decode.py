@@ -16,7 +16,6 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 import simplejpeg
-import torch
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from flipscale.data.faults import BadSample
@@ -149,6 +148,8 @@ def decode_small(encoded: bytes, least_side: int) -> np.ndarray:
 
 def resize(crop: np.ndarray, image_size: int) -> np.ndarray:
     """Resize a crop `(height, width, 3)` to `(image_size, image_size, 3)`, both uint8, by Pillow's BICUBIC."""
+    import torch  # which takes seconds, and whoever only decodes has no need of it
+
     # In this order (unsqueeze, then permute) torch recognises channels-last memory and copies nothing.
     planes = torch.from_numpy(np.ascontiguousarray(crop)).unsqueeze(0).permute(0, 3, 1, 2)
     resized = torch.nn.functional.interpolate(planes, (image_size, image_size), mode="bicubic", antialias=True)
