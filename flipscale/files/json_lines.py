@@ -2,11 +2,11 @@
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from flipscale.files.aside import sync, write_text
+from flipscale.files.aside import sync, written_aside
 
 
 def append(path: Path, records: Iterable[dict[str, Any]], is_synced: bool = False) -> None:
@@ -20,7 +20,7 @@ def append(path: Path, records: Iterable[dict[str, Any]], is_synced: bool = Fals
     Raises:
         OSError: the disk is full or not writable.
     """
-    text = _as_lines(records).encode()
+    text = "".join(map(_as_line, records)).encode()
     if not text:
         return
     is_new = not path.exists()
@@ -36,19 +36,28 @@ def append(path: Path, records: Iterable[dict[str, Any]], is_synced: bool = Fals
 
 def read(path: Path) -> list[dict[str, Any]]:
     """Return the records of a file, none where there is no file; a torn line is left out."""
+    return list(each(path))
+
+
+def each(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield what `read` returns, one at a time in memory."""
     if not path.exists():
-        return []
-    found = (_parsed(line) for line in path.read_bytes().split(b"\n"))
-    return [record for record in found if record is not None]
+        return
+    with open(path, "rb") as file:
+        for line in file:
+            record = _parsed(line)
+            if record is not None:
+                yield record
 
 
 def rewrite(path: Path, records: Iterable[dict[str, Any]]) -> None:
     """Write a file of these records alone in place of the one that may be there; a kill leaves one of the two."""
-    write_text(path, _as_lines(records))
+    with written_aside(path) as partial, open(partial, "w", encoding="utf-8") as file:
+        file.writelines(map(_as_line, records))
 
 
-def _as_lines(records: Iterable[dict[str, Any]]) -> str:
-    return "".join(json.dumps(record) + "\n" for record in records)
+def _as_line(record: dict[str, Any]) -> str:
+    return json.dumps(record) + "\n"
 
 
 def _ends_torn(path: Path) -> bool:
