@@ -129,13 +129,14 @@ class Workers:
 
     def __init__(self, sources: list[Source], processes: int, tokenizer: str | None = None):
         self.sources = sources
-        self._pool = worker_pool(processes, _begin, (sources, tokenizer))
+        self._workers = worker_pool(processes, _begin, (sources, tokenizer))
 
     def __enter__(self) -> "Workers":
+        self._pool = self._workers.__enter__()
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self._pool.shutdown(cancel_futures=True)
+    def __exit__(self, *error: Any) -> None:
+        self._workers.__exit__(*error)
 
     def in_order(self, function: Callable[[Item], Found], items: Iterable[Item]) -> Iterator[Found]:
         """Yield what the workers make of the items, in order. However many there are, only some wait for a worker."""
