@@ -105,6 +105,18 @@ def add_shards_arguments(shards: argparse.ArgumentParser) -> None:
         "--drop_duplicates", action="store_true", help="Keep only the first of images with the same bytes."
     )
     shards.add_argument(
+        "--allow_outside",
+        action="store_true",
+        help="Read also files outside the folder of the list, which its paths or links name.",
+    )
+    shards.add_argument(
+        "--max_bad_fraction",
+        type=float,
+        default=0.95,
+        help="End with exit code 2 if more of the pairs cannot be used; 0.95 by default. The others are written all "
+        "the same.",
+    )
+    shards.add_argument(
         "--num_workers",
         type=int,
         default=os.cpu_count() or 1,
@@ -168,11 +180,17 @@ def run(args: argparse.Namespace) -> None:
 
 def _shards(args: argparse.Namespace) -> None:
     from flipscale.preparation.pair_list import open_pairs
-    from flipscale.preparation.shard_writer import ShardOptions, report_table, write_shards
+    from flipscale.preparation.shard_writer import ShardOptions, check_left_out, report_table, write_shards
 
-    options = ShardOptions(args.short_side, args.jpeg_quality, args.pairs_per_shard, args.drop_duplicates)
-    pairs = open_pairs(args.source, args.image_column, args.caption_column, args.split)
-    print(report_table(write_shards(pairs, args.source, args.directory, options, args.num_workers), args.directory))
+    if not 0 <= args.max_bad_fraction <= 1:
+        raise ValueError(f"max_bad_fraction is {args.max_bad_fraction}; it must be from 0 to 1")
+    options = ShardOptions(
+        args.short_side, args.jpeg_quality, args.pairs_per_shard, args.drop_duplicates, args.allow_outside
+    )
+    pairs = open_pairs(args.source, args.image_column, args.caption_column, args.split, args.allow_outside)
+    report = write_shards(pairs, args.source, args.directory, options, args.num_workers)
+    print(report_table(report, args.directory))
+    check_left_out(report, args.directory, args.max_bad_fraction)
 
 
 def _inspect(args: argparse.Namespace) -> None:

@@ -1,25 +1,15 @@
 """Image-text pairs that can become shards: a folder, a table of paths, or a data set of the `datasets` library."""
 
-import csv
-import hashlib
-import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from flipscale.data.faults import BadSample, MissingCaption, UndecodableCaption
+from flipscale.preparation.lists.columns import CAPTION_COLUMNS, IMAGE_COLUMNS, column
+from flipscale.preparation.lists.files import IMAGE_SUFFIXES, FileList, UnreadableFile, captions_of, digest_of, image_of
+from flipscale.preparation.lists.parquet_list import ParquetList
+from flipscale.preparation.lists.table_list import TableList
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".jp2"}
 TABLE_SUFFIXES = (".csv", ".tsv", ".parquet", ".jsonl")
-IMAGE_COLUMNS = ("image", "file_name", "filename", "path", "filepath", "image_path", "img")
-CAPTION_COLUMNS = ("caption", "captions", "text", "title", "txt")
-
-
-class UnreadableFile(BadSample):
-    """The image's file is missing or cannot be read."""
-
-    cause = "unreadable_file"
 
 
 class PairList(Protocol):
@@ -29,6 +19,9 @@ class PairList(Protocol):
 
     def key(self, number: int) -> str:
         """Return the name of pair `number` in its source."""
+
+    def place(self, number: int) -> str:
+        """Return where pair `number` is in its source, without reading it."""
 
     def image(self, number: int) -> bytes:
         """Return the image of pair `number` as stored.
@@ -49,54 +42,19 @@ class PairList(Protocol):
 
 
 @dataclass(frozen=True)
-class FileList:
-    """Image files under `root`, with their captions in `texts`; None if these are in files of the same names."""
-
-    root: Path
-    files: list[str]
-    texts: list[Any] | None
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def key(self, number: int) -> str:
-        return self.files[number]
-
-    def image(self, number: int) -> bytes:
-        try:
-            return (self.root / self.files[number]).read_bytes()
-        except OSError as error:
-            raise UnreadableFile(str(error)) from error
-
-    def captions(self, number: int) -> list[str]:
-        if self.texts is not None:
-            return _captions(self.texts[number])
-        return _captions(self._beside(self.root / self.files[number]))
-
-    def _beside(self, file: Path) -> Any:
-        """Return the text of KEY.txt beside an image file, else the captions in KEY.json."""
-        try:
-            if file.with_suffix(".txt").is_file():
-                return file.with_suffix(".txt").read_text(encoding="utf-8")
-            if file.with_suffix(".json").is_file():
-                fields = json.loads(file.with_suffix(".json").read_text(encoding="utf-8"))
-                return fields.get("captions") or fields.get("caption")
-        except (ValueError, AttributeError) as error:
-            raise UndecodableCaption(str(error)) from error
-        raise MissingCaption("no .txt or .json beside it")
-
-    def fingerprint(self) -> str:
-        return _digest(self.files if self.texts is None else [self.files, self.texts])
-
-
-@dataclass(frozen=True)
 class DatasetList:
-    """The rows of a `datasets.Dataset` whose image column is not decoded."""
+    """The rows of a `datasets.Dataset` whose image column is not decoded.
+
+    Args:
+        root: the folder in which the images lie that the rows name only.
+    """
 
     name: str
     dataset: Any
     image_column: str
     caption_column: str
+    root: Path
+    allow_outside: bool = False
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -104,128 +62,100 @@ class DatasetList:
     def key(self, number: int) -> str:
         return f"{self.name}#{number}"
 
+    def place(self, number: int) -> str:
+        return self.key(number)
+
     def image(self, number: int) -> bytes:
-        image = self.dataset[number][self.image_column]
-        if image is None:
-            raise UnreadableFile("the image is null")
-        try:
-            return image["bytes"] or Path(image["path"]).read_bytes()
-        except OSError as error:
-            raise UnreadableFile(str(error)) from error
+        return image_of(self._row(number)[self.image_column], self.root, self.allow_outside)
 
     def captions(self, number: int) -> list[str]:
-        return _captions(self.dataset[number][self.caption_column])
+        return captions_of(self._row(number)[self.caption_column])
 
     def fingerprint(self) -> str:
-        return _digest([self.name, len(self), self.image_column, self.caption_column])
+        return digest_of([self.name, len(self), self.image_column, self.caption_column])
 
-
-def _captions(texts: Any) -> list[str]:
-    """Return one text or a list of texts as a list without blank ones."""
-    found = [str(text).strip() for text in (texts if isinstance(texts, list) else [texts]) if text is not None]
-    if not any(found):
-        raise MissingCaption("it is blank" if found else "there is none")
-    return [text for text in found if text]
-
-
-def _digest(content: Any) -> str:
-    return hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
+    def _row(self, number: int) -> dict[str, Any]:
+        try:
+            row: dict[str, Any] = self.dataset[number]
+        except Exception as error:
+            # `datasets` raises whatever its formats and pyarrow do.
+            raise UnreadableFile(f"the row cannot be read ({error})") from error
+        return row
 
 
 def open_pairs(
-    source: str, image_column: str | None = None, caption_column: str | None = None, split: str = "train"
+    source: str,
+    image_column: str | None = None,
+    caption_column: str | None = None,
+    split: str = "train",
+    allow_outside: bool = False,
 ) -> PairList:
     """Return the pairs of `source`.
 
     That is a folder of images with KEY.txt or KEY.json beside them or a `metadata` table in it, a CSV, TSV, JSONL or
     parquet table of paths, a data set saved to disk, or a name for `datasets`.
 
+    Args:
+        allow_outside: read also files outside the folder of the list, by their path or by a link.
+
     Raises:
         ValueError: it is none of these, a column is missing, or it has no images.
     """
     path = Path(source)
+    pairs: PairList
     if path.is_dir():
         tables = [path / f"metadata{suffix}" for suffix in TABLE_SUFFIXES]
         table = next((table for table in tables if table.exists()), None)
         if table is not None:
-            pairs = _of_table(table, image_column, caption_column)
+            pairs = _of_table(table, image_column, caption_column, allow_outside)
         elif (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
-            pairs = _of_dataset(source, image_column, caption_column, split)
+            pairs = _of_dataset(source, image_column, caption_column, split, allow_outside)
         else:
-            files = (file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
-            pairs = FileList(path, sorted(str(file.relative_to(path)) for file in files), None)
-    elif path.suffix in TABLE_SUFFIXES:
-        if not path.is_file():
-            raise ValueError(f"{source} does not exist; name a folder, a table or a data set")
-        pairs = _of_table(path, image_column, caption_column)
+            pairs = FileList.of_folder(path, allow_outside)
+    elif path.suffix.lower() in TABLE_SUFFIXES:
+        pairs = _of_table(path, image_column, caption_column, allow_outside)
     else:
-        pairs = _of_dataset(source, image_column, caption_column, split)
+        pairs = _of_dataset(source, image_column, caption_column, split, allow_outside)
     if not len(pairs):
-        raise ValueError(f"{source} has no images; they are files named {' '.join(sorted(IMAGE_SUFFIXES))}")
+        what = "rows" if path.is_file() else f"images; they are files named {' '.join(IMAGE_SUFFIXES)}"
+        raise ValueError(f"{source} has no {what}")
     return pairs
 
 
-def _of_table(path: Path, image_column: str | None, caption_column: str | None) -> PairList:
-    """Return the files that a table names, relative to its folder. A table that contains images is a data set."""
-    if path.suffix == ".parquet":
-        import pyarrow.parquet
-
-        columns = pyarrow.parquet.read_schema(path).names
-        image = _column(str(path), columns, image_column, IMAGE_COLUMNS, "image")
-        caption = _column(str(path), columns, caption_column, CAPTION_COLUMNS, "caption")
-        table = pyarrow.parquet.read_table(path, columns=[image, caption])
-        if not pyarrow.types.is_string(table.schema.field(image).type):
-            import datasets
-
-            return _images_of(str(path), datasets.Dataset.from_parquet(str(path)), image, caption)
-        return FileList(path.parent, table[image].to_pylist(), table[caption].to_pylist())
-    with open(path, newline="", encoding="utf-8") as file:
-        try:
-            if path.suffix == ".jsonl":
-                rows = [json.loads(line) for line in file if line.strip()]
-            else:
-                rows = list(csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ","))
-        except ValueError as error:
-            raise ValueError(f"{path} is no {path.suffix[1:].upper()} table in UTF-8 ({error})") from error
-    columns = list(rows[0]) if rows else []
-    image = _column(str(path), columns, image_column, IMAGE_COLUMNS, "image")
-    caption = _column(str(path), columns, caption_column, CAPTION_COLUMNS, "caption")
-    return FileList(path.parent, [row[image] for row in rows], [row.get(caption) for row in rows])
+def _of_table(path: Path, image: str | None, caption: str | None, allow_outside: bool) -> PairList:
+    """Return the pairs of a table; paths in it are relative to its folder."""
+    if not path.is_file():
+        what = "is no file" if path.exists() else "does not exist"
+        raise ValueError(f"{path} {what}; name a folder, a table or a data set")
+    kind = ParquetList if path.suffix.lower() == ".parquet" else TableList
+    return kind.of_file(path, image, caption, allow_outside)
 
 
-def _of_dataset(source: str, image_column: str | None, caption_column: str | None, split: str) -> PairList:
+def _of_dataset(source: str, image: str | None, caption: str | None, split: str, allow_outside: bool) -> PairList:
     import datasets
 
     try:
-        if Path(source).is_dir():
+        if is_saved := Path(source).is_dir():
             loaded = datasets.load_from_disk(source)
             loaded = loaded[split] if isinstance(loaded, datasets.DatasetDict) else loaded
         else:
             loaded = datasets.load_dataset(source, split=split)
+        columns = loaded.column_names
     except Exception as error:
         # `datasets` raises whatever the Hub, its builders or its file systems do.
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(
             f"{source!r} is no folder, no table and no data set that `datasets` loads ({reason})"
         ) from error
-    image = _column(source, loaded.column_names, image_column, IMAGE_COLUMNS, "image")
-    caption = _column(source, loaded.column_names, caption_column, CAPTION_COLUMNS, "caption")
-    return _images_of(source, loaded, image, caption)
-
-
-def _images_of(name: str, dataset: Any, image: str, caption: str) -> DatasetList:
-    import datasets
-
-    dataset = dataset.select_columns([image, caption]).cast_column(image, datasets.Image(decode=False))
-    return DatasetList(name, dataset, image, caption)
-
-
-def _column(name: str, columns: Sequence[str], asked: str | None, usual: Sequence[str], kind: str) -> str:
-    """Return the column `asked` for, or the first of the usual names that exists."""
-    found = next((column for column in ([asked] if asked else usual) if column in columns), None)
-    if found is None:
+    image = column(source, columns, image, IMAGE_COLUMNS, "image")
+    caption = column(source, columns, caption, CAPTION_COLUMNS, "caption")
+    try:
+        loaded = loaded.select_columns([image, caption]).cast_column(image, datasets.Image(decode=False))
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(
-            f"{name} has no column {asked or ' or '.join(usual)}; name the {kind}s' with --{kind}_column, "
-            f"one of {', '.join(columns) or 'none'}"
-        )
-    return found
+            f"column {image} of {source} holds no images ({reason}); name the images' with --image_column"
+        ) from error
+    # What was downloaded with a data set lies in the cache.
+    root = Path(source) if is_saved else Path(datasets.config.HF_CACHE_HOME)
+    return DatasetList(source, loaded, image, caption, root, allow_outside)

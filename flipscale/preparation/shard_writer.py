@@ -10,8 +10,8 @@ import io
 import json
 import tarfile
 from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,19 +19,24 @@ from typing import Any
 import cv2
 import numpy as np
 import simplejpeg
+from filelock import FileLock, Timeout
 from PIL import Image
 from tqdm import tqdm
 
-from flipscale.data.decode import decode_whole
+from flipscale.data.decode import UndecodableImage, decode_whole
 from flipscale.data.faults import BadSample
 from flipscale.data.sources.shard_index import load_index
 from flipscale.data.sources.tar_file import add_member
 from flipscale.files import json_lines
-from flipscale.files.aside import sync, write_text, written_aside
+from flipscale.files.aside import own_partial_path, sync, write_text, written_aside
 from flipscale.preparation.pair_list import PairList
 from flipscale.preparation.worker_pool import worker_pool
 
 MANIFEST, REPORT, LEFT_OUT, HASHES = "manifest.jsonl", "report.json", "left_out.jsonl", ".hashes.npy"
+LOCK, _ASIDE = ".lock", ".*.partial*"  # what a kill may leave
+# Of a line of the manifest.
+_LINE = {"shard", "written", "shrunk", "image_bytes", "left_out", "tar_bytes"}
+_SHOWN = 300  # characters of a name or a detail
 _KEPT_FORMATS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 _HASH_BYTES = 16
 _job: "ShardJob"  # set in each worker
@@ -46,12 +51,14 @@ class ShardOptions:
         jpeg_quality: the quality of images that are shrunk, or converted from a format that shards do not hold.
         pairs_per_shard: how many pairs are read for each shard.
         drop_duplicates: keep only the first of several images whose files have the same bytes.
+        allow_outside: read also files outside the folder of the list.
     """
 
     short_side: int = 256
     jpeg_quality: int = 90
     pairs_per_shard: int = 10_000
     drop_duplicates: bool = False
+    allow_outside: bool = False
 
     def __post_init__(self) -> None:
         for name, most in (("short_side", 65_500), ("jpeg_quality", 100), ("pairs_per_shard", 10**9)):
@@ -91,56 +98,103 @@ def write_shards(pairs: PairList, source: str, out_dir: Path, options: ShardOpti
     """Write the shards of `pairs` and their indices to `out_dir`, and return the report that is written beside them.
 
     Raises:
-        ValueError: `out_dir` was begun from other pairs or with other options, or has other files.
+        ValueError: `out_dir` was begun from other pairs or with other options, has other files, or another process
+            writes to it.
         OSError: a worker died, or the disk is full.
     """
     if processes < 1:
         raise ValueError(f"num_workers is {processes}; it must be at least 1")
     job = ShardJob(pairs, out_dir, options)
     begun = {"source": source, "pairs": len(pairs), "fingerprint": pairs.fingerprint(), **asdict(options)}
+    _check_folder(out_dir)
+    try:
+        with FileLock(out_dir / LOCK, timeout=0):
+            report = _write_locked(job, begun, processes)
+            # Held, so that nobody waits for a file that is gone.
+            (out_dir / LOCK).unlink(missing_ok=True)
+    except Timeout:
+        raise ValueError(f"another process writes to {out_dir}; wait for it to end, or name another folder") from None
+    return report
+
+
+def _write_locked(job: ShardJob, begun: dict[str, Any], processes: int) -> dict[str, Any]:
+    """Write the shards that are not whole yet, and the report of all."""
+    for left in job.out_dir.glob(_ASIDE):
+        left.unlink()
     done = _open_manifest(job, begun)
     todo = [shard for shard in range(job.num_shards) if shard not in done]
-    try:
-        if todo:
-            with worker_pool(min(processes, len(todo)), _receive, (job,)) as pool:
-                _write_all(job, todo, done, pool)
-    except BrokenProcessPool as error:
-        raise OSError("a worker died (killed, or out of memory); the same command goes on where it stopped") from error
-    return _write_report(out_dir, begun, [done[shard] for shard in sorted(done)])
+    if todo:
+        with worker_pool(
+            min(processes, len(todo)), _receive, (job,), "the same command goes on where it stopped"
+        ) as pool:
+            _write_all(job, todo, done, pool)
+    return _write_report(job.out_dir, begun, [done[shard] for shard in sorted(done)])
 
 
 def _write_all(job: ShardJob, todo: list[int], done: dict[int, dict[str, Any]], pool: ProcessPoolExecutor) -> None:
     """Write the shards `todo`, and add their lines to the manifest and to `done` as they are finished."""
     same_as = _duplicates(job, pool) if job.options.drop_duplicates else {}
-    futures = [pool.submit(_write_shard, shard, same_as.get(shard, {})) for shard in todo]
+    futures = {pool.submit(_write_shard, shard, same_as.get(shard, {})) for shard in todo}
     kept = sum(len(job.numbers(shard)) for shard in done)
     with tqdm(total=len(job.pairs), initial=kept, unit="pair", desc="shards", disable=None) as bar:
         for future in as_completed(futures):
+            futures.remove(future)  # which holds its line
             line = future.result()
             json_lines.append(job.out_dir / MANIFEST, [line])
-            done[line["shard"]] = line
+            done[line["shard"]] = _counted(line)
             bar.update(len(job.numbers(line["shard"])))
 
 
-def _open_manifest(job: ShardJob, begun: dict[str, Any]) -> dict[int, dict[str, Any]]:
-    """Return the manifest's lines of finished shards, by shard. If there is no manifest, begin one."""
-    out_dir = job.out_dir
-    path = out_dir / MANIFEST
-    lines = json_lines.read(path)
-    if not path.exists() and out_dir.exists() and any(out_dir.iterdir()):
-        raise ValueError(f"{out_dir} holds something that `prepare shards` did not write; name a new folder")
-    if lines and lines[0] != begun:
-        was = {name: value for name, value in lines[0].items() if begun.get(name) != value}
-        other = ", ".join(f"{name} {value} (now {begun.get(name)})" for name, value in was.items())
-        raise ValueError(f"{out_dir} was begun with {other}; use the same source and options, or another folder")
-    done = {line["shard"]: line for line in lines[1:] if _is_whole(job.path(line["shard"]), line)}
+def _check_folder(out_dir: Path) -> None:
+    """Make the folder, unless it holds what is none of ours.
+
+    Raises:
+        ValueError: it does, or is no folder.
+    """
+    if out_dir.exists() and not out_dir.is_dir():
+        raise ValueError(f"{out_dir} is no folder; name a new one")
     out_dir.mkdir(parents=True, exist_ok=True)
-    json_lines.rewrite(path, [begun, *done.values()])
+    if not (out_dir / MANIFEST).is_file() and any(
+        path.name != LOCK and not path.match(_ASIDE) for path in out_dir.iterdir()
+    ):
+        raise ValueError(f"{out_dir} holds something that `prepare shards` did not write; name a new folder")
+
+
+def _open_manifest(job: ShardJob, begun: dict[str, Any]) -> dict[int, dict[str, Any]]:
+    """Return the manifest's lines of finished shards, by shard, what was left out counted. Only these stay in it."""
+    path = job.out_dir / MANIFEST
+    lines = json_lines.each(path)
+    before = {**asdict(ShardOptions()), **next(lines, begun)}
+    was = {name: value for name, value in before.items() if begun.get(name) != value}
+    if was:
+        other = ", ".join(f"{name} {value} (now {begun.get(name)})" for name, value in was.items())
+        raise ValueError(f"{job.out_dir} was begun with {other}; use the same source and options, or another folder")
+    done: dict[int, dict[str, Any]] = {}
+
+    def whole() -> Iterator[dict[str, Any]]:
+        yield begun
+        for line in lines:
+            if _is_whole(job, line) and line["shard"] not in done:
+                yield line
+                done[line["shard"]] = _counted(line)
+
+    json_lines.rewrite(path, whole())
     return done
 
 
-def _is_whole(shard: Path, line: dict[str, Any]) -> bool:
+def _is_whole(job: ShardJob, line: dict[str, Any]) -> bool:
+    """Return whether a line of the manifest is one, and its shard is as it says."""
+    if line.keys() != _LINE or line["shard"] not in range(job.num_shards):
+        return False
+    shard = job.path(line["shard"])
     return shard.is_file() and shard.stat().st_size == line["tar_bytes"]
+
+
+def _counted(line: dict[str, Any]) -> dict[str, Any]:
+    """Return a line of the manifest without what was left out, of which the counts by cause and the first are kept."""
+    causes = Counter(fault["cause"] for fault in line["left_out"])
+    first = {fault["cause"]: fault for fault in reversed(line["left_out"])}
+    return {**line, "left_out": causes, "first": first}
 
 
 def _receive(job: ShardJob) -> None:
@@ -181,16 +235,18 @@ def _write_shard(shard: int, same_as: dict[int, int]) -> dict[str, Any]:
     """Write a shard and its index, and return its line of the manifest."""
     pairs, path = _job.pairs, _job.path(shard)
     line: dict[str, Any] = {"shard": shard, "written": 0, "shrunk": 0, "image_bytes": 0, "left_out": []}
-    with written_aside(path) as partial:
+    # By a name of its own: a worker whose parent was killed may live a little into the next run.
+    with written_aside(path, own_partial_path(path)) as partial:
         with tarfile.open(partial, mode="w") as tar:
             for number in _job.numbers(shard):
                 try:
                     if number in same_as:
-                        raise DuplicateImage(f"the same bytes as {pairs.key(same_as[number])}")
+                        raise DuplicateImage(f"the same bytes as {pairs.place(same_as[number])}")
                     captions = pairs.captions(number)
                     image, extension, about = _stored_image(pairs.image(number), _job.options)
                 except BadSample as error:
-                    line["left_out"].append({"key": pairs.key(number), "cause": error.cause, "detail": str(error)})
+                    fault = {"key": pairs.key(number), "cause": error.cause, "detail": str(error)}
+                    line["left_out"].append({name: _cut(text) for name, text in fault.items()})
                     continue
                 _add_pair(tar, number, image, extension, captions, {"key": pairs.key(number), **about})
                 line["written"] += 1
@@ -199,6 +255,10 @@ def _write_shard(shard: int, same_as: dict[int, int]) -> dict[str, Any]:
         sync(partial)
     load_index(path)
     return {**line, "tar_bytes": path.stat().st_size}
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
 def _add_pair(
@@ -220,6 +280,14 @@ def _stored_image(encoded: bytes, options: ShardOptions) -> tuple[bytes, str, di
         BadSample: the image cannot be decoded.
     """
     image = decode_whole(encoded)
+    try:
+        return _stored(image, encoded, options)
+    except Exception as error:
+        # Pillow may not know what another decoder read; a JPEG has at most 65,535 pixels on a side.
+        raise UndecodableImage(f"{image.shape[1]} x {image.shape[0]} pixels cannot be stored: {error}") from error
+
+
+def _stored(image: np.ndarray, encoded: bytes, options: ShardOptions) -> tuple[bytes, str, dict[str, int]]:
     height, width = image.shape[:2]
     about = {"width": width, "height": height, "original_width": width, "original_height": height}
     scale = options.short_side / min(height, width)
@@ -236,17 +304,35 @@ def _stored_image(encoded: bytes, options: ShardOptions) -> tuple[bytes, str, di
 
 def _write_report(out_dir: Path, begun: dict[str, Any], lines: list[dict[str, Any]]) -> dict[str, Any]:
     """Write `report.json`, with counts of what was written and left out, and all left out in `left_out.jsonl`."""
-    left_out = [fault for line in lines for fault in line["left_out"]]
+    left_out: Counter[str] = sum((line["left_out"] for line in lines), Counter())
+    first: dict[str, Any] = {}
+    for line in lines:
+        first = {**line["first"], **first}
     report = {
         **begun,
         "shards": len(lines),
         **{name: sum(line[name] for line in lines) for name in ("written", "shrunk", "image_bytes", "tar_bytes")},
-        "left_out": dict(Counter(fault["cause"] for fault in left_out).most_common()),
+        "left_out": dict(left_out.most_common()),
+        "first_left_out": first,
     }
-    json_lines.rewrite(out_dir / LEFT_OUT, left_out)
+    json_lines.rewrite(out_dir / LEFT_OUT, _left_out(out_dir / MANIFEST))
     write_text(out_dir / REPORT, json.dumps(report, indent=2) + "\n")
     (out_dir / HASHES).unlink(missing_ok=True)
     return report
+
+
+def _left_out(manifest: Path) -> Iterator[dict[str, Any]]:
+    """Yield what was left out in the order of the pairs; the manifest's lines are in the order of their finish."""
+    with open(manifest, "rb") as file:
+        begins = {}
+        while True:
+            begin = file.tell()
+            if not (line := file.readline()):
+                break
+            begins[json.loads(line).get("shard", -1)] = begin
+        for shard in sorted(begins.keys() - {-1}):
+            file.seek(begins[shard])
+            yield from json.loads(file.readline())["left_out"]
 
 
 def report_table(report: dict[str, Any], out_dir: Path) -> str:
@@ -257,7 +343,32 @@ def report_table(report: dict[str, Any], out_dir: Path) -> str:
         ("  shrunk", report["shrunk"], f"to a short side of {report['short_side']}, JPEG {report['jpeg_quality']}")
     ]
     rows += [("left out", pairs - written, f"each in {out_dir / LEFT_OUT}" if pairs > written else "")]
-    rows += [(f"  {cause}", count, "") for cause, count in report["left_out"].items()]
+    rows += [(f"  {cause}", count, f"such as {_first(report, cause)}") for cause, count in report["left_out"].items()]
     mean = report["image_bytes"] / written / 1000 if written else 0
     lines = [f"{name:<24}{count:>14,}  {remark}".rstrip() for name, count, remark in rows]
     return "\n".join([*lines, f"{'bytes':<24}{report['tar_bytes']:>14,}  {mean:.1f} kB an image"])
+
+
+def _first(report: dict[str, Any], cause: str) -> str:
+    """Return the first pair that was left out for a cause, in letters that any terminal shows."""
+    fault = report["first_left_out"][cause]
+    text = f"{fault['key']}: {fault['detail']}"
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+
+
+def check_left_out(report: dict[str, Any], out_dir: Path, max_bad_fraction: float) -> None:
+    """Raise if too many pairs cannot be used; duplicates can.
+
+    Raises:
+        ValueError: nothing was written, or more than `max_bad_fraction` of the pairs is unusable.
+    """
+    unusable = {cause: n for cause, n in report["left_out"].items() if cause != DuplicateImage.cause}
+    bad, pairs = sum(unusable.values()), report["pairs"]
+    if not bad or (report["written"] and bad <= max_bad_fraction * pairs):
+        return
+    cause = max(unusable, key=lambda cause: unusable[cause])
+    many = f"more than --max_bad_fraction {max_bad_fraction:g}" if report["written"] else "which leaves none"
+    raise ValueError(
+        f"{bad:,} of {pairs:,} pairs of {report['source']} cannot be used, {many}: {unusable[cause]:,} for {cause}, "
+        f"such as {_first(report, cause)}; mend the list and name a new folder (all are in {out_dir / LEFT_OUT})"
+    )

@@ -194,13 +194,13 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(tmp_path: Path) -> No
 
 def test_a_worker_that_dies_is_said_so(folder: Path, tmp_path: Path) -> None:
     pairs = open_pairs(str(folder))
-    object.__setattr__(pairs, "texts", Deadly())
+    object.__setattr__(pairs, "files", Deadly(pairs.files))
     with pytest.raises(OSError, match=r"a worker died .*; the same command goes on where it stopped"):
         write_shards(pairs, str(folder), tmp_path / "out", ShardOptions(), 1)
 
 
 class Deadly(list):
-    """Captions whose reading ends the process."""
+    """Names of files; reading one ends the process."""
 
     def __getitem__(self, number: object) -> str:
         os._exit(9)

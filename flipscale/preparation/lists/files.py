@@ -1,0 +1,192 @@
+"""Files that a list names, and captions: what is no file, lies outside or is no text is no more than a bad sample."""
+
+import errno
+import hashlib
+import json
+import os
+import stat
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path, PurePath
+from typing import Any
+
+from flipscale.data.faults import BadSample, MissingCaption, UndecodableCaption
+
+IMAGE_SUFFIXES = (".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+# Of a row of a table, and of a file with captions. The longest caption of LAION-400M has 40 kB.
+MAX_TEXT_BYTES = 1 << 20
+MAX_IMAGE_BYTES = 1 << 28
+# These say nothing of the file: the same command would read it later.
+_NOT_THE_FILES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+_KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
+
+class UnreadableFile(BadSample):
+    """A file of the pair is missing, no file, or cannot be read."""
+
+    cause = "unreadable_file"
+
+
+class OutsideFolder(BadSample):
+    """The list names a file outside its folder."""
+
+    cause = "outside_folder"
+
+
+def read_file(root: Path, name: str, allow_outside: bool, most_bytes: int = MAX_IMAGE_BYTES) -> bytes:
+    """Return the content of a file that a list in the folder `root` names.
+
+    Raises:
+        UnreadableFile: it cannot be read, is no file but a pipe or a device, or has more than `most_bytes`.
+        OutsideFolder: it lies outside `root`, by its name or by a link, and that is not allowed.
+    """
+    if not name or "\0" in name:
+        raise UnreadableFile("the name of the file has a NUL" if name else "the name of the file is blank")
+    if not is_utf8(name):
+        raise UnreadableFile("the name of the file is not UTF-8; rename it")
+    path = root / name
+    try:
+        if not allow_outside and not _is_inside(path, root):
+            raise OutsideFolder(f"it lies outside {root}; --allow_outside reads it all the same")
+        kind, size = stat.S_IFMT((state := path.stat()).st_mode), state.st_size
+        if kind != stat.S_IFREG:
+            raise UnreadableFile(f"{name} is {_KINDS.get(kind, 'something else')}, not a file")
+        if size > most_bytes:
+            raise UnreadableFile(f"{name} has {size:,} bytes; at most {most_bytes:,} are read")
+        # A pipe that has taken its place since is not waited for.
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+            return file.read(most_bytes)
+    except OSError as error:
+        if error.errno in _NOT_THE_FILES:
+            raise
+        raise UnreadableFile(f"{name}: {error.strerror or error}") from error
+
+
+def _is_inside(path: Path, root: Path) -> bool:
+    inside = _real_folder(root)
+    return os.path.realpath(path).startswith(inside if inside.endswith("/") else f"{inside}/")
+
+
+@cache
+def _real_folder(root: Path) -> str:
+    return os.path.realpath(root)
+
+
+def is_utf8(text: str) -> bool:
+    """Return whether a text can be written; halves of surrogate pairs, as file names that are no UTF-8 have, cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def image_of(value: Any, root: Path, allow_outside: bool) -> bytes:
+    """Return the bytes of an image: of its file, or those that a table holds, alone or beside a path.
+
+    Raises:
+        BadSample: there is none, or it cannot be read.
+    """
+    if isinstance(value, dict):
+        value = value.get("bytes") or value.get("path")
+    if isinstance(value, bytes):
+        return value
+    if not isinstance(value, str):
+        what = "there is none" if value is None else f"it is {type(value).__name__}, neither a path nor bytes"
+        raise UnreadableFile(f"image: {what}")
+    return read_file(root, value, allow_outside)
+
+
+def captions_of(texts: Any) -> list[str]:
+    """Return one text or a list of texts as a list without blank ones.
+
+    Raises:
+        MissingCaption: there is none.
+        UndecodableCaption: one is no text, or none that can be written.
+    """
+    found = []
+    for text in texts if isinstance(texts, list) else [texts]:
+        if text is None:
+            continue
+        if not isinstance(text, str):
+            raise UndecodableCaption(f"a caption is {type(text).__name__}, not a text")
+        if "\0" in text or not is_utf8(text):
+            raise UndecodableCaption(f"a caption has {'a NUL' if chr(0) in text else 'half of a surrogate pair'}")
+        found.append(text.strip())
+    if not any(found):
+        raise MissingCaption("it is blank" if found else "there is none")
+    return [text for text in found if text]
+
+
+def digest_of(content: Any) -> str:
+    """Return a digest of what is ready for JSON."""
+    return hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
+
+
+@dataclass(frozen=True)
+class FileList:
+    """Image files under `root`, with their captions in KEY.txt or KEY.json beside them."""
+
+    root: Path
+    files: list[str]
+    allow_outside: bool = False
+
+    @classmethod
+    def of_folder(cls, root: Path, allow_outside: bool) -> "FileList":
+        """List what is called like an image in a folder and below it, files or not, and the folders that cannot be
+        listed; reading these says what is wrong with them."""
+        found: list[str] = []
+        unlisted: list[str] = []
+        for folder, folders, files in os.walk(root, onerror=lambda error: unlisted.append(error.filename)):
+            links = {name for name in folders if os.path.islink(os.path.join(folder, name))}
+            named = {name for name in (*files, *folders) if PurePath(name).suffix.lower() in IMAGE_SUFFIXES}
+            found += [os.path.join(folder, name) for name in links | named]
+        found += unlisted
+        return cls(root, sorted(os.path.relpath(path, root) for path in found), allow_outside)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def key(self, number: int) -> str:
+        return self.files[number]
+
+    def place(self, number: int) -> str:
+        return self.files[number]
+
+    def image(self, number: int) -> bytes:
+        return read_file(self.root, self.files[number], self.allow_outside)
+
+    def captions(self, number: int) -> list[str]:
+        image = PurePath(self.files[number])
+        for suffix, parsed in ((".txt", _decoded), (".json", _listed)):
+            beside = image.with_suffix(suffix)
+            if os.path.lexists(self.root / beside):
+                return captions_of(parsed(read_file(self.root, str(beside), self.allow_outside, MAX_TEXT_BYTES)))
+        raise MissingCaption("no .txt or .json beside it")
+
+    def fingerprint(self) -> str:
+        return digest_of(self.files)
+
+
+def _decoded(content: bytes) -> str:
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UndecodableCaption(str(error)) from error
+
+
+def _listed(content: bytes) -> Any:
+    """Return the captions of a JSON object: its `captions`, else its `caption`."""
+    try:
+        fields = json.loads(_decoded(content))
+    except (ValueError, RecursionError) as error:
+        raise UndecodableCaption(f"the .json beside it: {error}") from error
+    if not isinstance(fields, dict):
+        raise UndecodableCaption(f"the .json beside it is {type(fields).__name__}, not an object")
+    return fields.get("captions") or fields.get("caption")
