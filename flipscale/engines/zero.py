@@ -34,6 +34,11 @@ class ZeroEngine(Engine):
 
     def __init__(self, *arguments: Any):
         super().__init__(*arguments)
+        if "RANK" not in os.environ:
+            raise ValueError(
+                "ZeRO needs a launcher, which names this process's rank and its peers; start it by `accelerate launch "
+                "--config_file FILE -m flipscale.pretrain` or `torchrun -m flipscale.pretrain`"
+            )
         if not torch.cuda.is_available():
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
         import deepspeed

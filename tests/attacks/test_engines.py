@@ -1,8 +1,10 @@
 """Attacks by what other programs left on the machine."""
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+import processes
 import pytest
 from attacks import ground
 from attacks.attack import Attack, Ended, hold
@@ -10,14 +12,21 @@ from distributed.crowd import ENVIRONMENTS
 
 pytest.importorskip("deepspeed")
 
+ZERO = {**ENVIRONMENTS["zero3"], "ACCELERATE_USE_CPU": "1"}
+
+
+def _tiny_run(folder: Path) -> Sequence[str]:
+    shutil.copytree(Path(__file__).parents[2] / "ds_configs", folder / "ds_configs")
+    ground.shards(folder)
+    return ground.pretrain(folder)
+
 
 def _lock_of_a_killed_compilation(folder: Path) -> Sequence[str]:
-    ground.shards(folder)
     for version in ("", "py310_cpu", "py311_cpu", "py312_cpu", "py313_cpu"):
         place = folder / "extensions" / version / "deepspeed_shm_comm"
         place.mkdir(parents=True)
         (place / "lock").touch()
-    return ground.pretrain(folder)
+    return _tiny_run(folder)
 
 
 def _is_done(folder: Path, ended: Ended) -> None:
@@ -29,8 +38,15 @@ ATTACKS = [
         "the lock of a compilation that was killed, which DeepSpeed would wait for",
         _lock_of_a_killed_compilation,
         check=_is_done,
-        environment={**ENVIRONMENTS["zero3"], "ACCELERATE_USE_CPU": "1", "TORCH_EXTENSIONS_DIR": "extensions"},
-    )
+        environment={**ZERO, **processes.rank_environments(1)[0], "TORCH_EXTENSIONS_DIR": "extensions"},
+    ),
+    Attack(
+        "ZeRO without a launcher",
+        _tiny_run,
+        code=2,
+        says=("ZeRO needs a launcher, which names this process's rank and its peers; start it by `accelerate launch",),
+        environment=ZERO,
+    ),
 ]
 
 
