@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flipscale.engines.checkpoint import CheckpointReader, CheckpointWriter, list_checkpoints
+from flipscale.engines.checkpoint import CheckpointReader, CheckpointWriter, checkpoint_of
 from flipscale.engines.device import best_attention
 from flipscale.engines.launch import launch_of
 from flipscale.engines.start import build_engine, close_process_group, exit_now
+from flipscale.engines.whole_checkpoint import begin_reading
 from flipscale.hub.background_push import BackgroundPush, card_name, open_target, push_finished
 from flipscale.hub.card_audit import check_audit
 from flipscale.training.bad_samples import BadSamples
@@ -57,14 +58,15 @@ def pretrain(recipe: Recipe) -> Path:
         return run_dir
     # Every process checks what it can before it waits for others.
     checkpoint = open_run_directory(recipe)
+    ahead = begin_reading(checkpoint)
     plan = check(recipe)
     check_audit(recipe.hub.audit)
     open_target(recipe.hub, resumes=checkpoint is not None)
-    start = join(recipe, plan.source, checkpoint)
+    start = join(recipe, plan, ahead)
     engine = resume(recipe, plan, start)
     if start.accelerator.is_main_process:
         num_processes = start.accelerator.num_processes
-        write_run_files(recipe, engine.name, num_processes, start.state, len(plan.source))
+        write_run_files(recipe, engine.name, num_processes, start.state, len(plan.source), start.set_aside)
     from flipscale.planning.flops import pair_flops  # runs a model, see `resume`
 
     train(recipe, plan, start, engine, pair_flops(recipe))
@@ -161,18 +163,18 @@ def train(recipe: Recipe, plan: Plan, start: Start, engine: "Engine", pair_flops
         if not guard.stop:
             with watch.paused("an evaluation"):
                 tracker.write_results(step, evaluation.run(plan.tasks))
-            finish(recipe, accelerator)
+            finish(recipe, accelerator, total_steps)
     accelerator.wait_for_everyone()
 
 
-def finish(recipe: Recipe, accelerator: "Accelerator") -> None:
-    """Export the model of the last checkpoint with its card, and mark the run done; the main process alone."""
+def finish(recipe: Recipe, accelerator: "Accelerator", step: int) -> None:
+    """Export the model of the last checkpoint, with its card, and mark the run done; the main process alone."""
     if accelerator.is_main_process:
         from flipscale.hub.model_card import write_card
         from flipscale.hub.model_folder import export_checkpoint
 
         run_dir = Path(recipe.output_dir)
-        export_checkpoint(list_checkpoints(run_dir)[-1], run_dir / "model")
+        export_checkpoint(checkpoint_of(run_dir, step), run_dir / "model")
         write_card(run_dir / "model", run_dir, card_name(recipe))
         mark_done(run_dir)
 

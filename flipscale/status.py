@@ -61,7 +61,8 @@ def read_status(run_dir: Path, now: float) -> dict[str, Any]:
     total = stages[-1].last_step * batch
     done = (run_dir / "DONE").exists()
     seen = total if done else max(heartbeat.get("step", 0) * batch, records[-1]["samples_seen"] if records else 0)
-    checkpoint = max((run_dir / "checkpoints").glob("step-*"), default=None)
+    checkpoints = [path for path in (run_dir / "checkpoints").glob("step-*") if path.name[5:].isdecimal()]
+    checkpoint = max(checkpoints, key=lambda path: int(path.name[5:]), default=None)
     crashes = run_dir / "slurm/crashes"
     return {
         "run": str(run_dir),
@@ -78,8 +79,9 @@ def read_status(run_dir: Path, now: float) -> dict[str, Any]:
         "trained_seconds": records[-1]["trained_seconds"] if records else 0.0,
         "loss": last.get("loss"),
         "lr": last.get("lr"),
-        "checkpoint_samples": int(checkpoint.name.removeprefix("step-")) * batch if checkpoint else None,
+        "checkpoint_samples": int(checkpoint.name[5:]) * batch if checkpoint else None,
         "checkpoint_age_seconds": now - checkpoint.stat().st_mtime if checkpoint else None,
+        "num_bad_checkpoints": sum(len(start.get("set_aside", ())) for start in starts),
         "num_starts": len(starts),
         "num_processes": starts[-1]["num_processes"] if starts else None,
         "seconds_since_start": now - starts[-1]["time"] if starts else None,
@@ -164,7 +166,11 @@ def _checkpoint_words(status: dict[str, Any]) -> str:
     if samples is None:
         return "none yet"
     behind = status["samples_seen"] - samples
-    return f"{duration(status['checkpoint_age_seconds'])} old, at {samples:,} pairs ({behind:,} ago)"
+    bad = status["num_bad_checkpoints"]
+    return (
+        f"{duration(status['checkpoint_age_seconds'])} old, at {samples:,} pairs ({behind:,} ago)"
+        f"{f'; {bad} not whole and set aside' if bad else ''}"
+    )
 
 
 def _start_words(status: dict[str, Any]) -> str:

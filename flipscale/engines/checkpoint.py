@@ -3,14 +3,20 @@
     part-00003.safetensors  what process 3 saves: ranges of weights, moments and averages, fp32, seen flat, as
                             `weight.NAME`, `exp_avg.NAME`, `exp_avg_sq.NAME`, `momentum_buffer.NAME`, `ema.NAME`
     index.json              every parameter's shape, and where its range begins in each part
-    state.json              step, samples seen, samples in the data set, versions
+    state.json              step, samples seen, samples in the data set, versions of the format, flipscale and torch
     recipe.yaml             as resolved
+    digests.json            of all these files, see `files.digests`; format 1, which state.json does not name, has none
+
+A checkpoint that was found not to be whole is kept as `bad-step-00012345` (`whole_checkpoint`).
 
 No engine shows in these files, so a run can go on under another one and at another number of processes: each process
 reads the ranges that it needs.
 """
 
+import errno
 import json
+import logging
+import os
 import re
 import shutil
 import threading
@@ -20,17 +26,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import yaml
 from safetensors import safe_open
 
-from flipscale.files.aside import partial_path, sync
+import flipscale
+from flipscale.files.aside import partial_path, remove, sync
+from flipscale.files.digests import FileDigest, digest_of, digests_as_text
 from flipscale.files.ranges import Count, Minutes, SamplesOrNone
 from flipscale.files.tensor_file import write_tensors
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-_NAME = re.compile(r"step-(\d{8})")
+FORMAT = 2
+_NAME = re.compile(r"step-([0-9]{8}|[1-9][0-9]{8,})")
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -64,7 +74,11 @@ class Piece:
 
 
 def latest_checkpoint(run_dir: Path) -> Path | None:
-    """Return the newest whole checkpoint of a run, or None."""
+    """Return the newest checkpoint of a run, or None; `whole_checkpoint` tells whether it is whole.
+
+    Raises:
+        OSError: as `list_checkpoints`.
+    """
     found = list_checkpoints(run_dir)
     return found[-1] if found else None
 
@@ -74,15 +88,26 @@ def checkpoint_of(run_dir: Path, step: int) -> Path:
     return run_dir / "checkpoints" / f"step-{step:08d}"
 
 
+def step_of(checkpoint: Path) -> int:
+    """Return the step that the name of a checkpoint says."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def part_of(checkpoint: Path, process: int) -> Path:
+    """Return the file of a checkpoint that a process writes."""
+    return checkpoint / f"part-{process:05d}.safetensors"
+
+
 def list_checkpoints(run_dir: Path) -> list[Path]:
-    """Return the whole checkpoints of a run, oldest first."""
-    return sorted(path for path in (run_dir / "checkpoints").glob("step-*") if _NAME.fullmatch(path.name))
+    """Return the checkpoints of a run, oldest first.
 
-
-def load_state(checkpoint: Path) -> dict[str, Any]:
-    """Return what was saved as the checkpoint's state, with its recipe under `recipe`."""
-    state = json.loads((checkpoint / "state.json").read_text())
-    return {**state, "recipe": yaml.safe_load((checkpoint / "recipe.yaml").read_text())}
+    Raises:
+        OSError: their folder is there and cannot be read, so that it must not be taken for an empty one.
+    """
+    folder = run_dir / "checkpoints"
+    if not os.path.lexists(folder):
+        return []
+    return sorted((folder / name for name in os.listdir(folder) if _NAME.fullmatch(name)), key=step_of)
 
 
 class CheckpointReader:
@@ -100,6 +125,7 @@ class CheckpointReader:
 
         Raises:
             ValueError: the checkpoint has no such tensor.
+            OSError: it has fewer elements than the index says.
         """
         if name not in self._bounds:
             raise ValueError(f"checkpoint {self.path} has no {kind} of {name}; was the model another?")
@@ -111,8 +137,13 @@ class CheckpointReader:
             file, keys = self._file(part)
             if f"{kind}.{name}" not in keys:
                 raise ValueError(f"checkpoint {self.path} has no {kind} of {name}; was optim.name another?")
-            read = file.get_slice(f"{kind}.{name}")[begin - start : end - start]
-            values[begin - first : end - first].copy_(read)
+            stored = file.get_slice(f"{kind}.{name}")
+            if stored.get_shape() != [stop - start]:
+                raise OSError(
+                    f"{part_of(self.path, part)} has {kind} of {name} as {stored.get_shape()}, and index.json says "
+                    f"{[stop - start]}; the checkpoint is damaged: use another one"
+                )
+            values[begin - first : end - first].copy_(stored[begin - start : end - start])
 
     def tensor(self, kind: str, name: str) -> torch.Tensor:
         """Return a whole tensor, fp32, in its parameter's shape."""
@@ -122,7 +153,7 @@ class CheckpointReader:
 
     def _file(self, part: int) -> tuple[Any, set[str]]:
         if part not in self._files:
-            file = safe_open(self.path / _part(part), "pt")
+            file = safe_open(part_of(self.path, part), "pt")
             self._files[part] = (file, set(file.keys()))
         return self._files[part]
 
@@ -140,7 +171,8 @@ class CheckpointWriter:
         self.recipe = recipe
         self.newest = newest
         self._thread: threading.Thread | None = None
-        self._error: Exception | None = None
+        self._error: OSError | None = None
+        self._digests: dict[str, FileDigest] = {}
         self._partial = self._final = run_dir
         self._last_save = time.monotonic()
 
@@ -174,13 +206,14 @@ class CheckpointWriter:
         self._last_save = time.monotonic()
         self._final = checkpoint_of(self.run_dir, self.newest)
         self._partial = partial_path(self._final)
-        texts = {"state.json": json.dumps(state, indent=1), "recipe.yaml": recipe}
+        versions = {"format": FORMAT, "flipscale": flipscale.__version__, "torch": torch.__version__}
+        texts = {"state.json": json.dumps({**versions, **state}, indent=1), "recipe.yaml": recipe}
         texts["index.json"] = json.dumps(self._index(pieces, shapes))
-        self._error = None
+        self._error, self._digests = None, {}
         if self.accelerator.is_main_process:
             try:
-                for stale in self._final.parent.glob(".*.partial"):
-                    shutil.rmtree(stale)
+                for stale in self._final.parent.glob(".step-*.partial"):
+                    remove(stale)
                 self._partial.mkdir(parents=True)
             except OSError as error:
                 self._error = error
@@ -200,14 +233,26 @@ class CheckpointWriter:
             return None
         self._thread.join()
         self._thread = None
-        self._agree()
+        digests = self._agree()
         if self.accelerator.is_main_process:
-            self._partial.rename(self._final)
-            sync(self._final.parent)
+            try:
+                self._write_text("digests.json", digests_as_text(digests))
+                sync(self._partial)
+                self._partial.rename(self._final)
+                sync(self._final.parent)
+            except OSError as error:
+                raise self._failure(error) from error
+            self._remove_old()
+        return self.newest
+
+    def _remove_old(self) -> None:
+        """Remove the checkpoints past `total_limit`. One that stays does not end the run: the disk may have room."""
+        try:
             for old in list_checkpoints(self.run_dir)[: -max(self.recipe.total_limit, 1)]:
                 # A kill amid the removal must not leave half of it under the name of a whole one.
-                shutil.rmtree(old.rename(partial_path(old)))
-        return self.newest
+                remove(old.rename(partial_path(old)))
+        except OSError as error:
+            _log.warning("an old checkpoint of %s could not be removed (%s); the run goes on", self.run_dir, error)
 
     def _index(self, pieces: list[Piece], shapes: dict[str, torch.Size]) -> dict[str, Any]:
         sizes = {piece.name: piece.values.numel() for piece in pieces if piece.kind == "weight"}
@@ -220,29 +265,41 @@ class CheckpointWriter:
     def _write(self, tensors: dict[str, torch.Tensor], texts: dict[str, str]) -> None:
         try:
             layout = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
-            write_tensors(self._partial / _part(self.accelerator.process_index), layout, tensors.values())
+            part = part_of(self._partial, self.accelerator.process_index)
+            self._digests[part.name] = write_tensors(part, layout, tensors.values())
             if self.accelerator.is_main_process:
                 for name, text in texts.items():
-                    (self._partial / name).write_text(text)
-                    sync(self._partial / name)
+                    self._digests[name] = self._write_text(name, text)
             sync(self._partial)
         except OSError as error:
             self._error = error
+        except Exception as error:  # of whatever kind: what was not written must not be committed
+            self._error = OSError(repr(error))
 
-    def _agree(self) -> None:
-        """Collective. Raise on all processes if writing failed on any."""
+    def _write_text(self, name: str, text: str) -> FileDigest:
+        (self._partial / name).write_text(text, encoding="utf-8")
+        sync(self._partial / name)
+        return digest_of(text.encode())
+
+    def _agree(self) -> dict[str, FileDigest]:
+        """Collective. Return the digests of what all processes have written.
+
+        Raises:
+            OSError: on all processes, if writing failed on any.
+        """
         from accelerate.utils import gather_object
 
-        failed = gather_object([str(self._error)] if self._error is not None else [])
-        if not failed:
-            return
+        found = gather_object([(self._digests, self._error)])
+        for _, error in found:
+            if error is not None:
+                raise self._failure(error)
+        return {name: digest for digests, _ in found for name, digest in digests.items()}
+
+    def _failure(self, error: OSError) -> OSError:
         if self.accelerator.is_main_process:
             shutil.rmtree(self._partial, ignore_errors=True)
-        raise OSError(
-            f"checkpoint {self._final} could not be written ({failed[0]}); the ones before it are whole: free some "
-            "space and start the run again"
+        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        return OSError(
+            f"checkpoint {self._final} could not be written ({error}); the ones before it are whole: "
+            f"{'free some space' if is_full else 'mend what is named there'} and start the run again"
         )
-
-
-def _part(number: int) -> str:
-    return f"part-{number:05d}.safetensors"

@@ -13,11 +13,10 @@ import torch
 from torch import nn
 
 from flipscale.engines.arrivals import begin
-from flipscale.engines.averages import Averages
 from flipscale.engines.checkpoint import CheckpointReader, Piece
 from flipscale.engines.first_weights import ParameterInit, build_weights
 from flipscale.engines.launch import Launch, shipped
-from flipscale.engines.layout import Layout
+from flipscale.engines.layout import Averages, Layout
 from flipscale.engines.optimizers import OptimRecipe, build_optimizers, gradient_norm, set_learning_rate
 from flipscale.model import FlipConfig, FlipModel
 

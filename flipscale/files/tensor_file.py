@@ -3,17 +3,20 @@
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+
+from flipscale.files.digests import Digester, FileDigest
 
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16"}
 
 
 def write_tensors(
     path: Path, layout: Mapping[str, tuple[torch.dtype, Sequence[int]]], tensors: Iterable[torch.Tensor]
-) -> None:
-    """Write a safetensors file of `tensors`, in the order of `layout`, and wait until it is on disk.
+) -> FileDigest:
+    """Write a safetensors file of `tensors`, in the order of `layout`, wait until it is on disk and return its digest.
 
     The library's own writer needs all tensors at once and holds the interpreter's lock while it writes. This one needs
     one at a time and lets training go on.
@@ -29,12 +32,21 @@ def write_tensors(
         position += size
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+    digester = Digester()
+    # Neither hashing nor writing holds the interpreter's lock, so one hides behind the other.
+    with open(path, "wb") as file, ThreadPoolExecutor(1) as hashing:
+
+        def write(data: bytes | memoryview) -> None:
+            hashed = hashing.submit(digester.update, data)
+            file.write(data)
+            hashed.result()
+
+        write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors:
-            file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+            write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
         file.flush()
         os.fsync(file.fileno())
+    return digester.digest()
 
 
 def check_weight(name: str, weight: torch.Tensor) -> None:

@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerBase
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from flipscale.data.tokenizers import check_tokenizer, load_tokenizer
-from flipscale.engines.checkpoint import CheckpointReader
+from flipscale.engines.checkpoint import CheckpointReader, list_checkpoints
+from flipscale.engines.whole_checkpoint import require_whole
 from flipscale.files.aside import written_aside
 from flipscale.files.tensor_file import write_tensors
 from flipscale.hub.sentence_transformer import write_sentence_transformer
@@ -81,12 +82,14 @@ def export_checkpoint(checkpoint: Path, out_dir: Path, dtype: torch.dtype = torc
     and number of processes wrote the checkpoint.
 
     Raises:
+        OSError: the checkpoint is damaged or cannot be read.
         ValueError: the checkpoint does not exist, its recipe's tokenizer cannot be loaded, or `out_dir` exists and is
             neither a model folder nor empty.
     """
-    if not (checkpoint / "recipe.yaml").is_file():
-        there = sorted(path.name for path in checkpoint.parent.glob("step-*"))
+    if not checkpoint.exists():
+        there = [path.name for path in list_checkpoints(checkpoint.parents[1])]
         raise ValueError(f"{checkpoint} is no checkpoint; there are {', '.join(there) or 'none'}")
+    require_whole(checkpoint)
     recipe = parse_recipe(["--config", str(checkpoint / "recipe.yaml")])
     config, reader = recipe.model_config(), CheckpointReader(checkpoint)
     tokenizer = load_tokenizer(recipe.data.tokenizer, config.text_config.max_position_embeddings)

@@ -14,7 +14,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -42,9 +42,8 @@ def open_run_directory(recipe: Recipe) -> Path | None:
     saved = run_dir / "recipe.yaml"
     if recipe.resume_from_checkpoint not in ("auto", "never"):
         raise ValueError(f"resume_from_checkpoint is {recipe.resume_from_checkpoint!r}; use 'auto' or 'never'")
-    if not saved.exists():
-        return None
-    changed = differences(recipe, yaml.safe_load(saved.read_text()))
+    # Where it is lost, the checkpoints' own copies tell whose they are.
+    changed = differences(recipe, yaml.safe_load(saved.read_text())) if saved.exists() else []
     if [line.partition(":")[0] for line in changed] == ["data.lanes"]:
         was, now = re.findall(r"\d+", changed[0])
         raise ValueError(
@@ -96,13 +95,19 @@ def is_done(recipe: Recipe) -> bool:
 
 
 def write_run_files(
-    recipe: Recipe, engine: str, num_processes: int, state: Mapping[str, Any], data_samples: int
+    recipe: Recipe,
+    engine: str,
+    num_processes: int,
+    state: Mapping[str, Any],
+    data_samples: int,
+    set_aside: Sequence[str] = (),
 ) -> None:
     """Write `recipe.yaml` and `environment.json`, and append this start to `starts.jsonl`. The main process calls this.
 
     Args:
         engine: the name of the engine.
         state: the state of the checkpoint that the run resumes from; empty if there is none.
+        set_aside: the names of newer checkpoints that are not whole.
     """
     run_dir = Path(recipe.output_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -122,6 +127,7 @@ def write_run_files(
         "device": device_name(),
         "host": socket.gethostname(),
         "slurm_job": os.environ.get("SLURM_JOB_ID"),
+        "set_aside": list(set_aside),
     }
     json_lines.append(run_dir / "starts.jsonl", [start])
 

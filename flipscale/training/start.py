@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -18,10 +18,11 @@ from flipscale.data.pairs import InputShape, PairDataset
 from flipscale.data.sources.opening import open_source
 from flipscale.data.sources.source import Source, shard_sizes_digest
 from flipscale.data.tokenizers import check_tokenizer, load_tokenizer
-from flipscale.engines.checkpoint import load_state
 from flipscale.engines.start import start_accelerator
+from flipscale.engines.whole_checkpoint import Contents, newest_whole
 from flipscale.evaluation.kinds.task import Task
-from flipscale.training.recipe import Recipe
+from flipscale.files.digests import Comparison, Damage
+from flipscale.training.recipe import Recipe, differences
 from flipscale.training.schedule import Stage, plan_stages
 from flipscale.training.step import raise_if_dropout
 
@@ -89,11 +90,13 @@ class Start:
         accelerator: the processes.
         checkpoint: the one that the run goes on from, None for a fresh start.
         state: of that checkpoint.
+        set_aside: the names of newer ones that were not whole.
     """
 
     accelerator: Accelerator
     checkpoint: Path | None
     state: Mapping[str, Any]
+    set_aside: Sequence[str] = ()
 
     @property
     def step(self) -> int:
@@ -133,25 +136,44 @@ def check(recipe: Recipe) -> Plan:
     return Plan(stages, source, tokenizer, datasets, tasks, objective)
 
 
-def join(recipe: Recipe, source: Source, checkpoint: Path | None) -> Start:
-    """Collective. Start the processes and have them agree on the data and on the checkpoint to go on from.
+def join(recipe: Recipe, plan: Plan, ahead: Comparison | None) -> Start:
+    """Collective. Start the processes and have them agree on the data and on the checkpoint to go on from, the newest
+    that is whole.
+
+    Args:
+        ahead: what `begin_reading` began.
 
     Raises:
-        ValueError: the processes are not those that were launched, or their data differs, among them or from that of
-            the checkpoint.
+        ValueError: the processes are not those that were launched, their data differs, among them or from that of the
+            checkpoint, or there are checkpoints and none is whole.
+        OSError: a checkpoint cannot be read.
     """
     prepare_workers()
     accelerator = start_accelerator(recipe.log.report_to, recipe.output_dir)
-    agree_on_data(accelerator, source)
-    from accelerate.utils import broadcast_object_list
-
-    # A file system may show a new folder to one machine later than to another.
-    (checkpoint,) = broadcast_object_list([checkpoint])
-    if checkpoint is None:
+    agree_on_data(accelerator, plan.source)
+    chosen = newest_whole(
+        accelerator, Path(recipe.output_dir), lambda contents: check_same_run(recipe, plan.stages, contents), ahead
+    )
+    if chosen is None:
         return Start(accelerator, None, {})
-    state = load_state(checkpoint)
-    check_same_data(checkpoint, state, source)
-    return Start(accelerator, checkpoint, state)
+    check_same_data(chosen.checkpoint, chosen.state, plan.source)
+    return Start(accelerator, *chosen)
+
+
+def check_same_run(recipe: Recipe, stages: Sequence[Stage], contents: Contents) -> None:
+    """Raise unless a checkpoint is of a run of this recipe.
+
+    Raises:
+        Damage: it is not.
+    """
+    changed = differences(recipe, dict(contents.recipe))
+    if changed:
+        raise Damage(f"it is of a run of another recipe: {'; '.join(changed)}")
+    step, samples, last = contents.state["step"], contents.state["samples_seen"], stages[-1].last_step
+    if step > last:
+        raise Damage(f"it is of step {step}, and the recipe has {last}")
+    if samples != step * recipe.data.global_batch_size:
+        raise Damage(f"state.json has {samples} samples_seen in {step} steps of {recipe.data.global_batch_size}")
 
 
 def agree_on_data(accelerator: Accelerator, source: Source) -> None:
