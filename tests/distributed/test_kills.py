@@ -1,82 +1,155 @@
-"""kill -9 of a process at any instant: the run goes on from its last whole checkpoint to the same numbers."""
+"""kill -9 of a process at any instant: the run goes on from its last whole checkpoint to the same numbers.
 
+Every start draws its engine, its number of processes, whom to kill and when.
+"""
+
+import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
+from collections import Counter
+from collections.abc import Iterator
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+import processes
 import pytest
 from conftest import metrics, pretrain
 from distributed.crowd import ENVIRONMENTS
 
-from flipscale.engines.checkpoint import list_checkpoints
+from flipscale.engines.checkpoint import list_checkpoints, step_of
+from flipscale.engines.whole_checkpoint import require_whole
 
-# FLIPSCALE_KILLS=20 for a long look; every second one is aimed at a checkpoint that is being written.
-KILLS = int(os.environ.get("FLIPSCALE_KILLS", "2"))
-ENGINES = ("fsdp2", "ddp", "zero3")
-
-
-def start(file: Path, engine: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1", **ENVIRONMENTS[engine]}
-    return subprocess.Popen(
-        [*command, "-m", "flipscale.pretrain", "--config", str(file)],
-        env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+# FLIPSCALE_KILLS=200 for a long look: about twenty minutes on two cores.
+KILLS = int(os.environ.get("FLIPSCALE_KILLS", "3"))
+ENGINES = ("ddp", "fsdp2", "zero3")
+INSTANTS = ("any", "training", "saving", "evaluating")
+# Of a start that nobody kills, from its first breath to its model; an instant is drawn from it.
+LONGEST_SECONDS = 5.0
+ALL_END_WITHIN_SECONDS = 30.0
 
 
-def ranks(launcher: int) -> list[int]:
-    """The launcher's processes that train."""
-    children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
-    return [int(pid) for pid in children if b"flipscale.pretrain" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+class Launch:
+    """The processes of a start of a run; what they print goes to `output`."""
+
+    def __init__(self, file: Path, engine: str, world: int, output: Path):
+        output.mkdir()
+        self.output = output
+        environment = {"ACCELERATE_USE_CPU": "1", **ENVIRONMENTS[engine]}
+        self.ranks: list[BaseProcess] = [
+            processes.start(
+                processes.call_main,
+                "flipscale.pretrain",
+                ["--config", str(file)],
+                str(output),
+                environment={**environment, **place},
+            )
+            for place in processes.rank_environments(world)
+        ]
+
+    @property
+    def has_ended(self) -> bool:
+        return all(rank.exitcode is not None for rank in self.ranks)
+
+    def join(self, seconds: float) -> None:
+        """Wait for the end of all processes."""
+        deadline = time.monotonic() + seconds
+        for rank in self.ranks:
+            rank.join(max(deadline - time.monotonic(), 0.0))
+        assert self.has_ended, f"still there after {seconds} s: {self.printed()}"
+
+    def kill(self, draw: random.Random) -> None:
+        """Kill one process; then all others, as a launcher does, or see that they end by themselves."""
+        os.kill(draw.choice(self.ranks).pid, signal.SIGKILL)
+        if draw.random() < 0.9:
+            time.sleep(draw.uniform(0.0, 0.2))
+            for rank in self.ranks:
+                rank.kill()
+        self.join(ALL_END_WITHIN_SECONDS)
+
+    def printed(self) -> str:
+        return "".join((self.output / name).read_text() for name in ("stdout", "stderr"))
 
 
-def records(run_dir: Path) -> int:
-    return len(metrics(run_dir)) if (run_dir / "metrics.jsonl").exists() else 0
+def phase(run_dir: Path) -> str:
+    """What a run does, as far as can be seen from outside."""
+    if list(run_dir.glob("checkpoints/.*.partial")):
+        return "saving"
+    try:
+        said = json.loads((run_dir / "heartbeat.json").read_text())["phase"]
+    except (OSError, ValueError):
+        return "starting"
+    return "evaluating" if said == "evaluating or saving" else said
 
 
-def wait_for_the_instant(process: subprocess.Popen, run_dir: Path, amid_a_save: bool, draw: random.Random) -> None:
-    """Returns a few steps after the processes have begun to train, or as soon as a checkpoint is begun."""
-    begun, steps = None, draw.randrange(1, 6)
-    while process.poll() is None:
-        time.sleep(0.0005 if amid_a_save else 0.01)
-        begun = records(run_dir) if begun is None and len(ranks(process.pid)) == 2 else begun
-        if amid_a_save and list(run_dir.glob("checkpoints/.*.partial")) and begun is not None:
-            time.sleep(draw.uniform(0.0, 0.01))
+def wait_for(instant: str, launch: Launch, run_dir: Path, draw: random.Random) -> None:
+    """Return at the instant to kill: any one, or as soon as the run is seen in a phase, and a little later."""
+    if instant == "any":
+        launch.ranks[0].join(draw.uniform(0.0, LONGEST_SECONDS))
+        return
+    num_starts, started = len(_lines(run_dir / "starts.jsonl")), time.monotonic()
+    while not launch.has_ended and time.monotonic() < started + 60:
+        if len(_lines(run_dir / "starts.jsonl")) > num_starts and phase(run_dir) == instant:
+            time.sleep(draw.uniform(0.0, 0.3 if instant == "training" else 0.02))
             return
-        if not amid_a_save and begun is not None and records(run_dir) != begun and records(run_dir) >= begun + steps:
-            time.sleep(draw.uniform(0.0, 0.05))
+        time.sleep(0.001)
+
+
+def _lines(file: Path) -> list[str]:
+    return file.read_text().splitlines() if file.exists() else []
+
+
+def killed_run(file: Path, run_dir: Path, kills: int, draw: random.Random, outputs: Path) -> Iterator[str]:
+    """Start a run again and again until it is done; yield what it was doing at each of up to `kills` kills."""
+    newest = 0
+    for number in range(kills + 1):
+        world = draw.choice((1, 2, 3))
+        engine = draw.choice(ENGINES) if world > 1 else "ddp"
+        launch = Launch(file, engine, world, outputs / f"{run_dir.name}-{number}")
+        if number < kills:
+            wait_for(draw.choice(INSTANTS), launch, run_dir, draw)
+        if number == kills or launch.has_ended:
+            launch.join(120)
+            assert [rank.exitcode for rank in launch.ranks] == [0] * world, launch.printed()
             return
+        seen = phase(run_dir)
+        launch.kill(draw)
+        assert "Traceback" not in launch.printed(), launch.printed()
+        for checkpoint in list_checkpoints(run_dir):
+            require_whole(checkpoint)
+        steps = [step_of(checkpoint) for checkpoint in list_checkpoints(run_dir)]
+        assert max(steps, default=0) >= newest, "a checkpoint was lost"
+        newest = max(steps, default=0)
+        yield seen
 
 
-@pytest.mark.timeout(120 * (KILLS + 2))
-def test_killed_at_any_instant(write_recipe, tmp_path: Path) -> None:
-    save = {"every_samples": 32, "total_limit": 2}
-    whole, run_dir = tmp_path / "whole", tmp_path / "killed"
-    assert pretrain(write_recipe(whole, save=save)).returncode == 0
-    file, draw, half_written, killed = write_recipe(run_dir, save=save), random.Random(0), 0, 0
-    while killed < KILLS:
-        process = start(file, ENGINES[killed % len(ENGINES)])
-        wait_for_the_instant(process, run_dir, killed % 2 == 0, draw)
-        if process.poll() is not None:
-            assert process.returncode == 0, process.stderr.read()
-            break
-        victims = ranks(process.pid)
-        os.kill(draw.choice(victims), signal.SIGKILL)
-        assert process.wait(60) != 0
-        killed += 1
-        half_written += bool(list(run_dir.glob("checkpoints/.*.partial")))
-        assert all((checkpoint / "state.json").stat().st_size for checkpoint in list_checkpoints(run_dir))
-        for victim in victims:
-            assert not Path(f"/proc/{victim}").exists()
-    if not (run_dir / "DONE").exists():
-        process = start(file, ENGINES[killed % len(ENGINES)])
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors
-    print(f"{killed} kills, {half_written} of them amid a save")
-    ends = [[r["loss"] for r in metrics(folder) if "loss" in r] for folder in (whole, run_dir)]
-    assert len(ends[0]) == len(ends[1]) == 40
-    assert max(abs(a - b) for a, b in zip(*ends, strict=True)) < 1e-5
+@pytest.mark.timeout(120 + 20 * KILLS)
+def test_killed_at_any_instant(write_recipe, shards: Path, tmp_path: Path) -> None:
+    tasks = [{"kind": "zero_shot", "data": str(shards), "every_samples": 96}]
+    stages = [
+        {"name": "masked", "samples": 288, "mask_ratio": 0.75, "base_lr": 0.012, "warmup_samples": 48},
+        {"name": "unmasked", "samples": 192, "base_lr": 0.006},
+    ]
+    changes = {
+        "data": {"global_batch_size": 12},
+        "log": {"every_samples": 12},
+        "eval": {"tasks": tasks, "num_workers": 0},
+        "save": {"every_samples": 24, "total_limit": 2},
+        "stages": stages,
+    }
+    whole, draw = tmp_path / "whole", random.Random(0)
+    done = pretrain(write_recipe(whole, **changes))
+    assert done.returncode == 0, done.stderr
+    seen: Counter[str] = Counter()
+    furthest = 0.0
+    while seen.total() < KILLS:
+        run_dir = tmp_path / f"killed-{seen.total()}"
+        file = write_recipe(run_dir, **changes)
+        seen.update(killed_run(file, run_dir, min(KILLS - seen.total(), 25), draw, tmp_path))
+        losses = [[r["loss"] for r in metrics(folder) if "loss" in r] for folder in (whole, run_dir)]
+        assert len(losses[0]) == len(losses[1]) == 40
+        furthest = max(furthest, *(abs(a - b) for a, b in zip(*losses, strict=True)))
+        assert furthest < 1e-5
+        print(f"{seen.total()} kills, losses at most {furthest:.1e} apart", flush=True)
+    print(f"{dict(seen)} at the kills")
