@@ -1,27 +1,112 @@
 """The caption of a sample and its tokens."""
 
-import torch
-from transformers import PreTrainedTokenizerBase
+import json
+from typing import TYPE_CHECKING, Any
 
-from flipscale.data.faults import MissingCaption, UndecodableCaption
+from flipscale.data.faults import BadSample, MissingCaption, UndecodableCaption, reason_of, told_as
+from flipscale.data.sources.source import MAX_TEXT_BYTES, check_bytes
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+# The time and memory of tokenizers grow with it.
+MAX_CAPTION_BYTES = 1 << 16
+
+
+class OversizedCaption(BadSample):
+    """The caption is longer than any caption."""
+
+    cause = "caption_too_long"
+
+
+class UntokenizableCaption(BadSample):
+    """The tokenizer raises for the caption, or makes no token of it."""
+
+    cause = "untokenizable_caption"
 
 
 def choose_caption(captions: tuple[bytes, ...], draw: float) -> str:
     """Return one of a sample's captions, chosen by `draw`, a uniform number in [0, 1). Blank captions do not count.
 
     Raises:
-        BadSample: the sample has no caption, or one that is not UTF-8.
+        BadSample: the sample has no caption, or one that is too long or no text in UTF-8.
     """
-    try:
-        texts = [text for text in (caption.decode("utf-8").strip() for caption in captions) if text]
-    except UnicodeDecodeError as error:
-        raise UndecodableCaption(str(error)) from error
+    texts = [text for text in (_text(caption) for caption in captions) if text]
     if not texts:
         raise MissingCaption("it is blank" if captions else "there is none")
     return texts[int(draw * len(texts))]
 
 
-def tokenise(tokenizer: PreTrainedTokenizerBase, texts: list[str], max_tokens: int) -> dict[str, torch.Tensor]:
-    """Return `input_ids` and `attention_mask`, int64 `(texts, max_tokens)`, each text cut or padded to that length."""
-    tokens = tokenizer(texts, padding="max_length", max_length=max_tokens, truncation=True, return_tensors="pt")
+def _text(caption: bytes) -> str:
+    """Return a caption without the blanks, and the byte order mark, around it."""
+    if len(caption) > MAX_CAPTION_BYTES:
+        raise OversizedCaption(f"{len(caption):,} bytes; at most {MAX_CAPTION_BYTES:,} are read")
+    try:
+        text = caption.decode("utf-8").removeprefix("\ufeff").strip()
+    except UnicodeDecodeError as error:
+        raise UndecodableCaption(str(error)) from error
+    if "\0" in text:
+        raise UndecodableCaption(f"a NUL at character {text.index(chr(0))}, as in UTF-16; it must be UTF-8")
+    return text
+
+
+def captions_of_json(stored: bytes) -> tuple[bytes, ...]:
+    """Return the captions of a sample's `KEY.json`, an object: those in `captions`, else that in `caption`.
+
+    Raises:
+        BadSample: it is too long, no JSON object, or its captions are no texts.
+    """
+    check_bytes(len(stored), MAX_TEXT_BYTES, "KEY.json")
+    try:
+        fields = json.loads(stored)
+    except (ValueError, RecursionError) as error:
+        raise UndecodableCaption(f"KEY.json: {reason_of(error)}") from error
+    if not isinstance(fields, dict):
+        raise UndecodableCaption(f"KEY.json holds a {type(fields).__name__}; it must be an object with a caption")
+    name = "captions" if fields.get("captions") not in (None, [], "") else "caption"
+    return encoded_captions(fields.get(name), f"KEY.json: {name!r}")
+
+
+def encoded_captions(value: Any, name: str) -> tuple[bytes, ...]:
+    """Return the captions that a field holds: a text is one, a list has several; nulls are none.
+
+    Args:
+        name: what the field is called in messages.
+
+    Raises:
+        UndecodableCaption: it holds something else, or half a character.
+    """
+    found = value if isinstance(value, list) else [value]
+    for caption in found:
+        if not isinstance(caption, str | None):
+            raise UndecodableCaption(f"{name} has a {type(caption).__name__}; it must be a text or a list of texts")
+    try:
+        return tuple(caption.encode() for caption in found if caption is not None)
+    except UnicodeEncodeError as error:
+        raise UndecodableCaption(f"{name} has half of a surrogate pair at character {error.start}") from error
+
+
+def tokenise(tokenizer: "PreTrainedTokenizerBase", texts: list[str], max_tokens: int) -> dict[str, "torch.Tensor"]:
+    """Return `input_ids` and `attention_mask`, int64 `(texts, max_tokens)`, each text cut or padded to that length.
+
+    Raises:
+        UntokenizableCaption: the tokenizer raised for one of the texts.
+    """
+    with told_as(UntokenizableCaption):
+        tokens = tokenizer(texts, padding="max_length", max_length=max_tokens, truncation=True, return_tensors="pt")
     return {"input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"]}
+
+
+def tokenise_captions(
+    tokenizer: "PreTrainedTokenizerBase", captions: list[str], length: int
+) -> dict[str, "torch.Tensor"]:
+    """Return what `tokenise` does.
+
+    Raises:
+        UntokenizableCaption: the tokenizer raised for one of the captions, or made no token of one.
+    """
+    tokens = tokenise(tokenizer, captions, length)
+    if not tokens["attention_mask"].any(dim=1).all():
+        raise UntokenizableCaption("the tokenizer makes no token of it")
+    return tokens

@@ -4,6 +4,11 @@ Every kind of image becomes the RGB that Pillow would show: turned as its EXIF b
 16-bit images converted, transparent pixels on white. Plain JPEGs are decoded by libjpeg-turbo (`simplejpeg`), plain
 PNGs and WebPs by OpenCV, 1.2 to 4 times faster than by Pillow, which decodes all others.
 
+Nothing but the formats that sets of pairs hold is opened, and no image takes more than about 800 MB and a few seconds:
+`MAX_IMAGE_BYTES` and `MAX_PIXELS` bound what is decoded, `MAX_SCANS` how often, and `_Metered` what Pillow, whose
+parsers are written in Python, reads before. All of these count bytes, pixels and calls and no seconds, so that the same
+sample is refused on every machine and after every restart. Whatever else a decoder raises is an `UndecodableImage`.
+
 Images are resized with Pillow's antialiased bicubic filter, which open_clip and the processor of a released model use
 too. The implementation is torch's vectorised one: four times faster, and at most 3 of 255 away. The original's bicubic
 takes four taps at any scale, so it aliases. `tests/data/test_decode.py` measures both differences.
@@ -11,26 +16,43 @@ takes four taps at any scale, so it aliases. `tests/data/test_decode.py` measure
 
 import io
 import math
+import warnings
 from typing import NamedTuple
 
 import cv2
 import numpy as np
 import simplejpeg
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
-from flipscale.data.faults import BadSample
+from flipscale.data import tiff
+from flipscale.data.faults import BadSample, told_as
+from flipscale.data.sources.source import MAX_IMAGE_BYTES
 
 # The workers already use all cores; OpenCV's own threads would compete with them.
 cv2.setNumThreads(0)
-# A damaged file raises an exception; OpenCV would also print a message for each.
+# A damaged file raises an exception; OpenCV and Pillow would also print a message for each.
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 # A random crop has ten tries of four numbers each; one more number decides the flip.
 CROP_TRIES = 10
 DRAWS_PER_CROP = 4 * CROP_TRIES + 1
 
-# Pillow's own limit, 256 MiB of RGB. A file that decodes to more is a mistake or an attack.
-MAX_PIXELS = 1024**3 // 4 // 3
+# What crawls of the web hold, and what `flipscale prepare` takes from cameras and scanners. Of the others that Pillow
+# knows, PostScript starts Ghostscript, FITS and others decode in loops of Python, and none is common.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+
+# 8192 x 8192, 192 MiB of RGB; fewer of more than three channels. A file of more is a mistake or an attack.
+MAX_PIXELS = 1 << 26
+# Whole passes over `MAX_PIXELS` pixels that the scans of a JPEG make at most. Progressive ones have about ten; a scan
+# of a dozen bytes takes as long as any other.
+MAX_SCANS = 16
+_LEAST_SCAN_BYTES = 10
+
+# A file that was not cut short has at least a bit for each 8 x 8 pixels of a JPEG.
+_MOST_JPEG_PIXELS_PER_BYTE = 8 * 8 * 8
+_MOST_APP_BLOCKS = 1000
+_STRIP_PIXELS = 1 << 20
 
 
 class Box(NamedTuple):
@@ -49,14 +71,15 @@ class UndecodableImage(BadSample):
 
 
 class OversizedImage(UndecodableImage):
-    """The image has more than `MAX_PIXELS` pixels; it was not decoded."""
+    """The image, or decoding it, would take more than the limits of this module; it was not decoded."""
 
     cause = "image_too_large"
 
 
 def centre_box(height: int, width: int, image_size: int, padding: int = 0) -> Box:
-    """Return the centred square of the original's evaluation; at padding 0 it spans the short side."""
-    side = int(image_size / (image_size + padding) * min(height, width))
+    """Return the centred square of the original's evaluation; at padding 0 it spans the short side. It has a pixel at
+    least."""
+    side = max(1, int(image_size / (image_size + padding) * min(height, width)))
     return Box((height - side + 1) // 2, (width - side + 1) // 2, side, side)
 
 
@@ -81,6 +104,7 @@ def random_box(height: int, width: int, draws: np.ndarray, image_size: int, crop
     return centre_box(height, width, image_size, padding=32)
 
 
+@told_as(UndecodableImage)
 def decode_box(
     encoded: bytes, draws: np.ndarray | None, image_size: int, crop_scale: tuple[float, float]
 ) -> np.ndarray:
@@ -94,7 +118,7 @@ def decode_box(
 
     Raises:
         UndecodableImage: the bytes are no image or a damaged one.
-        OversizedImage: the image has more than `MAX_PIXELS` pixels.
+        OversizedImage: it is larger than the limits of this module.
     """
     jpeg_size = _plain_jpeg_size(encoded)
     if jpeg_size is None:
@@ -113,13 +137,14 @@ def decode_box(
         # A scaled crop is rounded to whole pixels. A random crop may be; a test image is decoded at full size.
         eighths = 8 if draws is None else _fewest_eighths(box, image_size)
         image = _upright(_decode_jpeg(encoded, jpeg_size, eighths), orientation)
-        box = Box(*(round(side * eighths / 8) for side in box))
+        box = _scaled(box, eighths)
     crop = resize(image[box.top : box.top + box.height, box.left : box.left + box.width], image_size)
     if draws is not None and draws[-1] < 0.5:
         crop = cv2.flip(crop, 1)
     return crop
 
 
+@told_as(UndecodableImage)
 def decode_whole(encoded: bytes) -> np.ndarray:
     """Return the whole image, upright: uint8 RGB `(height, width, 3)`.
 
@@ -132,6 +157,7 @@ def decode_whole(encoded: bytes) -> np.ndarray:
     return _upright(_decode_jpeg(encoded, jpeg_size, eighths=8), _exif_orientation(encoded))
 
 
+@told_as(UndecodableImage)
 def decode_small(encoded: bytes, least_side: int) -> np.ndarray:
     """Return the whole image, upright: uint8 RGB `(height, width, 3)`, and of a JPEG the smallest of half, a quarter
     and an eighth of its size that still has `least_side` pixels across.
@@ -179,8 +205,16 @@ def _fewest_eighths(box: Box, image_size: int) -> int:
     return next((eighths for eighths in (1, 2, 4) if eighths >= least), 8)
 
 
+def _scaled(box: Box, eighths: int) -> Box:
+    """Return a box in an image at `eighths` of its size, rounded to whole pixels and at least one."""
+    top, left, height, width = (round(side * eighths / 8) for side in box)
+    return Box(top, left, max(1, height), max(1, width))
+
+
 def _plain_jpeg_size(encoded: bytes) -> tuple[int, int] | None:
     """Return height and width, as stored, of a JPEG in colour or grey; None for all that Pillow must decode."""
+    if len(encoded) > MAX_IMAGE_BYTES:
+        raise OversizedImage(f"{len(encoded):,} bytes; at most {MAX_IMAGE_BYTES:,} are decoded")
     if encoded[:2] != b"\xff\xd8":
         return None
     try:
@@ -188,12 +222,23 @@ def _plain_jpeg_size(encoded: bytes) -> tuple[int, int] | None:
     except (ValueError, KeyError):
         return None
     _check_size(height, width)
+    _check_scans(encoded, height * width)
     return None if colourspace in ("CMYK", "YCCK") else (height, width)
 
 
-def _check_size(height: int, width: int) -> None:
-    if height * width > MAX_PIXELS:
-        raise OversizedImage(f"{width} x {height} pixels; at most {MAX_PIXELS:,} are decoded")
+def _check_size(height: int, width: int, channels: int = 3) -> None:
+    most = MAX_PIXELS * 3 // max(channels, 3)
+    if height * width > most:
+        raise OversizedImage(f"{width} x {height} pixels; at most {most:,} are decoded")
+
+
+def _check_scans(encoded: bytes, pixels: int) -> None:
+    if pixels > _MOST_JPEG_PIXELS_PER_BYTE * len(encoded):
+        raise UndecodableImage(f"{len(encoded)} bytes are too few for a JPEG of {pixels:,} pixels")
+    most = MAX_SCANS * MAX_PIXELS // max(pixels, 1)
+    # Counting takes time too, and nearly no file is long enough to have as many.
+    if len(encoded) > most * _LEAST_SCAN_BYTES and (scans := encoded.count(b"\xff\xda")) > most:
+        raise OversizedImage(f"{scans} scans of {pixels:,} pixels; at most {most} are decoded")
 
 
 def _decode_jpeg(encoded: bytes, size: tuple[int, int], eighths: int) -> np.ndarray:
@@ -212,10 +257,13 @@ _FIRST_SIDEWAYS = 5  # EXIF orientations 5 to 8 swap width and height
 
 def _exif_orientation(encoded: bytes) -> int:
     """Return the orientation, 1 to 8, in a JPEG's EXIF block; 1 if there is no such block or a damaged one."""
-    if not _has_exif(encoded):
-        return 1
+    return _orientation(_open(encoded)) if _has_exif(encoded) else 1
+
+
+def _orientation(image: Image.Image) -> int:
+    """Return the orientation, 1 to 8, in an image's EXIF block; 1 if there is no such block or a damaged one."""
     try:
-        orientation = Image.open(io.BytesIO(encoded)).getexif().get(ExifTags.Base.Orientation, 1)
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
     except Exception:
         # Pillow raises many kinds of exceptions for a damaged EXIF block. The pixels may be intact.
         return 1
@@ -225,11 +273,13 @@ def _exif_orientation(encoded: bytes) -> int:
 def _has_exif(encoded: bytes) -> bool:
     """Return whether one of the APPn blocks at the start of a JPEG is EXIF; most images in shards have none."""
     start = 2
-    while encoded[start : start + 1] == b"\xff" and 0xE0 <= encoded[start + 1] <= 0xEF:
+    for _ in range(_MOST_APP_BLOCKS):
+        if encoded[start : start + 1] != b"\xff" or not 0xE0 <= encoded[start + 1] <= 0xEF:
+            return False
         if encoded.startswith(b"Exif\0", start + 4):
             return True
         start += 2 + int.from_bytes(encoded[start + 2 : start + 4], "big")
-    return False
+    raise OversizedImage(f"more than {_MOST_APP_BLOCKS} APPn blocks")
 
 
 def _upright(image: np.ndarray, orientation: int) -> np.ndarray:
@@ -241,17 +291,58 @@ def _upright(image: np.ndarray, orientation: int) -> np.ndarray:
     return image.swapaxes(0, 1) if orientation >= _FIRST_SIDEWAYS else image
 
 
+class _Metered(io.BytesIO):
+    """The bytes of an image as a file that Pillow may read so often, and so much before the first pixel, and no more.
+
+    Pillow's parsers take a call or several for each block of a file, and some join all blocks that they have read anew
+    for each.
+    """
+
+    MOST_READS = 300_000
+    MOST_JOINED = 1 << 32
+
+    def __init__(self, encoded: bytes):
+        super().__init__(encoded)
+        self.reads = self.seen = self.joined = 0
+        self.is_opened = False
+
+    def read(self, size: int | None = -1) -> bytes:
+        """Return the next `size` bytes.
+
+        Raises:
+            OversizedImage: it was read too often or too much.
+        """
+        content = super().read(size)
+        self.reads += 1
+        if not self.is_opened:
+            self.seen += len(content)
+            self.joined += self.seen
+        if self.reads > self.MOST_READS or self.joined > self.MOST_JOINED:
+            raise OversizedImage(f"a header of {self.seen:,} bytes or more, read in {self.reads:,} pieces")
+        return content
+
+
 def _open(encoded: bytes) -> Image.Image:
     """Open an image with Pillow, which reads only its header."""
+    if (complaint := tiff.complaint(encoded)) is not None:
+        raise OversizedImage(complaint)
+    file = _Metered(encoded)
     try:
-        image = Image.open(io.BytesIO(encoded))
+        image = Image.open(file, formats=FORMATS)
     except Image.DecompressionBombError as error:
         raise OversizedImage(str(error)) from error
     except UnidentifiedImageError as error:
-        raise UndecodableImage(f"{len(encoded)} bytes starting {encoded[:8]!r} are no image Pillow knows") from error
+        kinds = f"{', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
+        raise UndecodableImage(
+            f"{len(encoded)} bytes starting {encoded[:8]!r} are no {kinds} that can be read"
+        ) from error
+    except BadSample:
+        raise
     except Exception as error:
         raise UndecodableImage(f"{len(encoded)} bytes starting {encoded[:8]!r}: {error}") from error
-    _check_size(image.height, image.width)
+    file.is_opened = True
+    # A value of the modes I and F has four bytes.
+    _check_size(image.height, image.width, 4 if image.mode in ("I", "F") else len(image.getbands()))
     return image
 
 
@@ -261,23 +352,31 @@ def _decode_other(encoded: bytes) -> np.ndarray:
     plain = image.mode in ("L", "RGB") and not {"transparency", "exif", "xmp"} & image.info.keys()
     if plain and image.format in ("PNG", "WEBP"):
         pixels = cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_COLOR_RGB)
-        if pixels is not None:
+        if pixels is not None and pixels.shape[:2] == (image.height, image.width):
             return pixels
     return _pixels(image, upright=True)
 
 
 def _pixels(image: Image.Image, upright: bool) -> np.ndarray:
     """Return the RGB of an image of any mode, transparent pixels on white, turned `upright` or as stored."""
-    try:
-        if upright:
-            image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I"):
-            # 16-bit grey; Pillow's conversion would clip it at 255.
-            grey = (np.asarray(image).astype(np.int32) >> 8).clip(0, 255).astype(np.uint8)
-            return np.repeat(grey[:, :, None], 3, axis=2)
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return np.array(image.convert("RGB"))
-    except Exception as error:
-        raise UndecodableImage(f"an image in mode {image.mode}: {error}") from error
+    with told_as(UndecodableImage):
+        image.load()
+        pixels = np.empty((image.height, image.width, 3), np.uint8)
+        # A strip at a time: conversions would hold several copies of the whole.
+        height = max(1, _STRIP_PIXELS // image.width)
+        for top in range(0, image.height, height):
+            strip = image.crop((0, top, image.width, min(top + height, image.height)))
+            pixels[top : top + height] = _rgb(strip)
+    return _upright(pixels, _orientation(image)) if upright else pixels
+
+
+def _rgb(image: Image.Image) -> np.ndarray:
+    """Return the RGB of a part of an image of any mode, transparent pixels on white."""
+    if image.mode.startswith("I"):
+        # 16-bit grey; Pillow's conversion would clip it at 255.
+        grey = (np.asarray(image).astype(np.int32) >> 8).clip(0, 255).astype(np.uint8)
+        return grey[:, :, None]
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return np.asarray(image.convert("RGB"))

@@ -1,9 +1,11 @@
 """What can be wrong with a sample, and which sample replaces it. All ranks and all reruns choose the same one."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 _TRIED_IN_SHARD, _SHARDS_TRIED = 16, 16
+_LONGEST_REASON = 200  # characters; some libraries quote what they were given
 
 
 class BadSample(ValueError):
@@ -28,6 +30,29 @@ class UndecodableCaption(BadSample):
     """The caption is not UTF-8, or not the JSON that it should be."""
 
     cause = "undecodable_caption"
+
+
+@contextmanager
+def told_as(kind: type[BadSample]) -> Iterator[None]:
+    """Turn whatever a library raises for one sample into a BadSample of `kind`, so that no sample ends a run.
+
+    A panic of a library in Rust is no `Exception`; only what asks Python itself to stop is let through.
+    """
+    try:
+        yield
+    except (BadSample, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:
+        raise kind(reason_of(error)) from error
+
+
+def reason_of(error: BaseException) -> str:
+    """Return what an exception says, in one line of at most 200 characters that can be written to any file."""
+    words = " ".join(str(error).split()).encode("utf-8", "backslashreplace").decode()
+    words = words if len(words) <= _LONGEST_REASON else f"{words[:_LONGEST_REASON]}..."
+    if isinstance(error, OSError | ValueError) and words:
+        return words
+    return f"{type(error).__name__}: {words}" if words else type(error).__name__
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import Dataset, get_worker_info
 from transformers import PreTrainedTokenizerBase
 
-from flipscale.data.captions import choose_caption, tokenise
+from flipscale.data.captions import UntokenizableCaption, choose_caption, tokenise_captions
 from flipscale.data.decode import DRAWS_PER_CROP, decode_box, visible_patches
 from flipscale.data.faults import BadSample, Fault, candidates
 from flipscale.data.masks.image import keep_patches
@@ -111,7 +111,18 @@ class PairDataset(Dataset):
         self.reading = torch.zeros((max(recipe.num_workers, 1), 2), dtype=torch.int64).share_memory_()
 
     def __getitems__(self, positions: list[int]) -> dict[str, Any]:
-        """Return the batch of these global positions; the class says what is in it."""
+        """Return the batch of these global positions; the class says what is in it.
+
+        Raises:
+            ValueError, OSError: as `Source.read`, or no sample can take the place of a bad one.
+        """
+        try:
+            return self._batch(positions, each_caption=False)
+        except UntokenizableCaption:
+            # Which one it is shows where each is tokenised by itself, before its image counts.
+            return self._batch(positions, each_caption=True)
+
+    def _batch(self, positions: list[int], each_caption: bool) -> dict[str, Any]:
         where = np.asarray(positions, dtype=np.int64)
         index = self._visible(where)
         masked_index = left_out(index, self.shape.num_patches) if self.sends_masked and index is not None else None
@@ -120,7 +131,7 @@ class PairDataset(Dataset):
         captions: list[str] = []
         faults: list[Fault] = []
         # Pair by pair, so that only one decoded image is in memory.
-        for row, pair in enumerate(self._pairs(where)):
+        for row, pair in enumerate(self._pairs(where, each_caption)):
             patches[row] = self._cut(pair.image, None if index is None else index[row])
             if masked_index is not None and masked_patches is not None:
                 masked_patches[row] = self._cut(pair.image, masked_index[row])
@@ -148,20 +159,20 @@ class PairDataset(Dataset):
 
     def _tokens(self, captions: list[str], where: np.ndarray) -> dict[str, torch.Tensor]:
         """Return the captions' columns, with the words masked that the recipe masks."""
-        tokens = tokenise(self.tokenizer, captions, self.shape.max_tokens)
+        tokens = tokenise_captions(self.tokenizer, captions, self.shape.max_tokens)
         if self.text_mask_ratio > 0.0:
             tokens = mask_tokens(tokens, self.seed, where, self.text_mask_ratio, self.mask)
         return tokens
 
-    def _pairs(self, where: np.ndarray) -> Iterator[_Pair]:
-        """Yield the pair of each position, read and decoded when it is asked for."""
+    def _pairs(self, where: np.ndarray, each_caption: bool) -> Iterator[_Pair]:
+        """Yield the pair of each position, read and decoded when it is asked for; `each_caption` as `_first_good`."""
         shards, numbers = self.order.locate(where)
         self.source.fetch_ahead(self.order.shards_ahead(where))
         crop_draws = keyed_uniform(self.seed, "crop", where, DRAWS_PER_CROP)
         caption_draws = keyed_uniform(self.seed, "caption", where, 1)[:, 0].tolist()
         places = zip(where.tolist(), shards.tolist(), numbers.tolist(), strict=True)
         for row, (position, shard, number) in enumerate(places):
-            image, caption, bad = self._first_good(shard, number, crop_draws[row], caption_draws[row])
+            image, caption, bad = self._first_good(shard, number, crop_draws[row], caption_draws[row], each_caption)
             fault = None
             if bad is not None:
                 name, key = self.source.shard_name(shard), self.source.key(shard, number)
@@ -169,9 +180,13 @@ class PairDataset(Dataset):
             yield _Pair(image, caption, fault)
 
     def _first_good(
-        self, shard: int, number: int, crop_draw: np.ndarray, caption_draw: float
+        self, shard: int, number: int, crop_draw: np.ndarray, caption_draw: float, each_caption: bool
     ) -> tuple[np.ndarray, str, BadSample | None]:
-        """Return the image and caption of a sample and None, or those of its replacement and what is wrong with it."""
+        """Return the image and caption of a sample and None, or those of its replacement and what is wrong with it.
+
+        Args:
+            each_caption: whether a caption that the tokenizer cannot take makes a sample bad.
+        """
         why: BadSample | None = None
         worker = get_worker_info()
         if worker is not None:
@@ -180,6 +195,8 @@ class PairDataset(Dataset):
             try:
                 sample = self.source.read(*candidate)
                 caption = choose_caption(sample.captions, caption_draw)
+                if each_caption:
+                    tokenise_captions(self.tokenizer, [caption], self.shape.max_tokens)
                 return decode_box(sample.image, crop_draw, self.shape.image_size, self.recipe.crop_scale), caption, why
             except BadSample as error:
                 why = why or error

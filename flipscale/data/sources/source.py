@@ -6,7 +6,27 @@ from typing import Protocol
 
 import numpy as np
 
-from flipscale.data.faults import Fault
+from flipscale.data.faults import BadSample, Fault
+
+# What is read of a sample: its image, 8192 x 8192 pixels without compression, and each text beside it.
+MAX_IMAGE_BYTES = 1 << 28
+MAX_TEXT_BYTES = 1 << 22
+
+
+class OversizedSample(BadSample):
+    """A file of the sample is too large to be read."""
+
+    cause = "sample_too_large"
+
+
+def check_bytes(size: int, most: int, what: str) -> None:
+    """Raise unless a file of a sample has at most `most` bytes.
+
+    Raises:
+        OversizedSample: it has more.
+    """
+    if size > most:
+        raise OversizedSample(f"{what} of {size:,} bytes; at most {most:,} are read")
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,12 @@ from functools import cache
 
 import numpy as np
 
-from flipscale.data.faults import BadSample, Fault, TruncatedSample, UndecodableCaption
+from flipscale.data.captions import captions_of_json
+from flipscale.data.faults import BadSample, Fault, TruncatedSample
 from flipscale.data.sources.manifest import Manifest
 from flipscale.data.sources.shard_index import Place, Places, places, size_and_time
 from flipscale.data.sources.shard_list import ShardList
-from flipscale.data.sources.source import Sample
+from flipscale.data.sources.source import MAX_IMAGE_BYTES, MAX_TEXT_BYTES, Sample, check_bytes
 from flipscale.data.sources.tar_members import BLOCK, NotAFile, announces, open_plain
 
 # Enough for the shards that 64 lanes read, in one process.
@@ -98,7 +99,7 @@ class TarSource:
         return Sample(
             name=f"{self.manifest.name(shard).rsplit('/', 1)[-1]}#{number}",
             image=image,
-            captions=_captions(caption) if where.is_json and caption else (caption,) if caption else (),
+            captions=captions_of_json(caption) if where.is_json and caption else (caption,) if caption else (),
             label=_label(label),
         )
 
@@ -112,7 +113,7 @@ class TarSource:
         """
         where = places(self._row(shard, number))
         stored = self._read(shard, where.caption) if where.caption else b""
-        return _captions(stored) if where.is_json and stored else (stored,) if stored else ()
+        return captions_of_json(stored) if where.is_json and stored else (stored,) if stored else ()
 
     def read_label(self, shard: int, number: int) -> int | None:
         """Return the class number of sample `number` of shard `shard`, without reading its image; None if it has none.
@@ -172,7 +173,8 @@ class TarSource:
         return self.manifest.row(shard, number)
 
     def _read(self, shard: int, place: Place) -> bytes:
-        """Return a file of a sample."""
+        """Return a text or an array of a sample."""
+        check_bytes(place.size, MAX_TEXT_BYTES, "a text or an array")
         try:
             return _read(self._opened(shard), place)
         except OSError as error:
@@ -246,7 +248,14 @@ def _most_open() -> int:
 
 def _read_fields(file: int, where: Places) -> list[bytes | None]:
     """Return image, caption and class number of a sample, None for those it lacks. One read gets all if they are close,
-    as in most tars."""
+    as in most tars.
+
+    Raises:
+        BadSample: one of them is too large, or cut short.
+    """
+    check_bytes(where.image.size, MAX_IMAGE_BYTES, "an image")
+    for text in (where.caption, where.class_number):
+        check_bytes(text.size if text else 0, MAX_TEXT_BYTES, "a text")
     wanted = [where.image, where.caption, where.class_number]
     present = [place for place in wanted if place]
     first, last = min(place.offset for place in present) - BLOCK, max(offset + size for offset, size in present)
@@ -280,14 +289,6 @@ def _cut_out(content: bytes, place: Place, first: int) -> bytes:
 
 
 def _label(stored: bytes | None) -> int | None:
-    return int(stored) if stored is not None and stored.strip().isdigit() else None
-
-
-def _captions(encoded: bytes) -> tuple[bytes, ...]:
-    """Return the captions of a sample's JSON object: its list `captions`, else its `caption`."""
-    try:
-        fields = json.loads(encoded)
-        captions = fields.get("captions") or [fields.get("caption") or ""]
-        return tuple(str(caption).encode() for caption in captions)
-    except (ValueError, AttributeError, TypeError) as error:
-        raise UndecodableCaption(f"KEY.json: {error}") from error
+    """Return a class number; None where there is none, or one of more digits than a number of 64 bits."""
+    number = b"" if stored is None else stored.strip()
+    return int(number) if number.isdigit() and len(number) < 19 else None

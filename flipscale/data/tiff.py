@@ -1,0 +1,37 @@
+"""What is looked at in a TIFF before Pillow opens it, which makes a Python object of each value of many tags."""
+
+import struct
+
+# A row of the image may be a strip of its own, with an offset and a length.
+MOST_VALUES = 1 << 16
+# Pixels of a tile, which is decoded whole however small the image is.
+MOST_TILE_PIXELS = 1 << 24
+
+_AS_BYTES = (1, 2, 7)  # types whose values stay one string of bytes: BYTE, ASCII and UNDEFINED
+_SHORT = 3
+_TILE_SIZES = (322, 323)
+_ENTRY_BYTES = 12
+
+
+def complaint(encoded: bytes) -> str | None:
+    """Return why a TIFF should not be opened; None if it may be, or if these bytes are no TIFF."""
+    if encoded[:2] not in (b"II", b"MM") or not {42, 43} & set(encoded[2:4]):
+        return None
+    if 43 in encoded[2:4]:
+        return "a BigTIFF, which is made for files of more than 4 GB"
+    order = "<" if encoded[:2] == b"II" else ">"
+    try:
+        (first,) = struct.unpack_from(f"{order}L", encoded, 4)
+        (count,) = struct.unpack_from(f"{order}H", encoded, first)
+        entries = encoded[first + 2 : first + 2 + _ENTRY_BYTES * count]
+        tile = 1
+        for tag, kind, values, long in struct.iter_unpack(f"{order}HHLL", entries):
+            if values > MOST_VALUES and kind not in _AS_BYTES:
+                return f"a TIFF whose tag {tag} has {values:,} values; at most {MOST_VALUES:,} are read"
+            if tag in _TILE_SIZES:
+                tile *= long >> 16 if kind == _SHORT and order == ">" else long & 0xFFFF if kind == _SHORT else long
+    except struct.error:
+        return None  # cut short, as Pillow will say
+    if tile > MOST_TILE_PIXELS:
+        return f"a TIFF with tiles of {tile:,} pixels; at most {MOST_TILE_PIXELS:,} are decoded"
+    return None
