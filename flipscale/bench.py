@@ -17,6 +17,8 @@ from flipscale.data.pairs import InputShape
 from flipscale.data.recipe import DataRecipe
 from flipscale.engines.device import keep_freed_memory
 from flipscale.engines.launch import read_launch_file
+from flipscale.files.command_line import number
+from flipscale.files.ranges import Count, CountOrNone, Pairs, Pixels, Positive, ShareBelowAll, Threads, Workers
 from flipscale.model import FlipConfig
 from flipscale.model.configuration_flip import SIZES
 from flipscale.training.recipe import parse_recipe
@@ -32,40 +34,48 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     step = add("step", "Measure a training step: images/s, memory, and the share of the peak of matrix products.")
     step.add_argument(
-        "--mask_ratio", type=float, default=0.75, help="The fraction of patches removed; 0.75 by default."
+        "--mask_ratio",
+        type=number(ShareBelowAll),
+        default=0.75,
+        help="The fraction of patches removed; 0.75 by default.",
     )
     step.add_argument("--dtype", choices=sorted(DTYPES), default="bf16", help="Precision of products; bf16 by default.")
     step.add_argument("--compile", action="store_true", help="Compile the model with torch.compile.")
     step.add_argument("--peer", choices=["open_clip"], help="Measure this code base's step instead.")
     compare = add("compare", "Measure our step and open_clip's in turn, masked and unmasked, in bf16 and fp32.")
     loss = add("loss", "Measure the contrastive loss and its gradients: time, extra memory, share of the peak.")
-    loss.add_argument("--n", type=int, default=16384, help="How many pairs; 16384 by default.")
-    loss.add_argument("--dim", type=int, default=512, help="The width of the embeddings; 512 by default.")
+    loss.add_argument("--n", type=number(Pairs), default=16384, help="How many pairs; 16384 by default.")
+    loss.add_argument("--dim", type=number(Pixels), default=512, help="The width of the embeddings; 512 by default.")
     loss.add_argument("--peer", choices=["open_clip"], help="Measure this code base's loss instead.")
     losses = add("compare_loss", "Measure our loss and open_clip's, each in a process of its own.")
     losses.add_argument(
-        "--n", type=int, nargs="+", default=[16384, 32768], help="Numbers of pairs; 16384 32768 by default."
+        "--n", type=number(Pairs), nargs="+", default=[16384, 32768], help="Numbers of pairs; 16384 32768 by default."
     )
     losses.add_argument(
-        "--dim", type=int, nargs="+", default=[512, 768], help="Widths of embeddings; 512 768 by default."
+        "--dim", type=number(Pixels), nargs="+", default=[512, 768], help="Widths of embeddings; 512 768 by default."
     )
     for parser, num_steps in ((step, 10), (compare, 5)):
         parser.add_argument(
             "--size", choices=sorted(SIZES), default="b16", help="The size of the model; b16 by default."
         )
-        parser.add_argument("--batch_size", type=int, default=32, help="How many pairs a step takes; 32 by default.")
+        parser.add_argument(
+            "--batch_size", type=number(Pairs), default=32, help="How many pairs a step takes; 32 by default."
+        )
         parser.add_argument(
             "--steps",
-            type=int,
+            type=number(Count),
             default=num_steps,
             help=f"How many steps are timed, after two that are not; {num_steps} by default.",
         )
     for parser in (loss, losses):
         parser.add_argument(
-            "--steps", type=int, default=5, help="How often each is timed, after once that is not; 5 by default."
+            "--steps",
+            type=number(Count),
+            default=5,
+            help="How often each is timed, after once that is not; 5 by default.",
         )
     for parser in (step, compare, loss, losses):
-        parser.add_argument("--threads", type=int, help="How many CPU threads work; by default all.")
+        parser.add_argument("--threads", type=number(Threads), help="How many CPU threads work; by default all.")
         parser.add_argument("--json", action="store_true", help="Print JSON lines instead of a table.")
     world = add(
         "world",
@@ -74,8 +84,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     world.add_argument("--recipe", required=True, help="A file, or a name of the package's.")
     world.add_argument("--launch_file", type=Path, required=True, help="Accelerate's, such as ds_configs/fsdp2.yaml.")
-    world.add_argument("--num_processes", type=int, help="How many there are; by default as the launch file says.")
-    world.add_argument("--rank", type=int, default=0, help="Which process's step it is; 0 by default.")
+    world.add_argument(
+        "--num_processes", type=number(Count), help="How many there are; by default as the launch file says."
+    )
+    world.add_argument("--rank", type=number(CountOrNone), default=0, help="Which process's step it is; 0 by default.")
     world.add_argument("--stage", help="The name of the stage whose step it is; by default the first.")
     world.add_argument("--json", action="store_true", help="Print a JSON line instead of a table.")
     data = add("data", "Measure the loader: images/s of a worker, bytes, memory, and where its time goes.")
@@ -88,33 +100,46 @@ def add_data_arguments(data: argparse.ArgumentParser, compare: argparse.Argument
     data.add_argument("--shards", help="A folder of tar shards, a glob or a range; by default those of --recipe.")
     data.add_argument("--recipe", help="Take the loader's settings from this recipe, a file or a name.")
     data.add_argument(
-        "--num_workers", type=int, default=1, help="How many workers; 1 by default, 0 decodes in this process."
+        "--num_workers",
+        type=number(Workers),
+        default=1,
+        help="How many workers; 1 by default, 0 decodes in this process.",
     )
     data.add_argument("--peer", choices=["open_clip", "webdataset"], help="Measure this code base's loader instead.")
     data.add_argument(
         "--size", choices=sorted(SIZES), default="l16", help="The model for which workers are counted; l16 by default."
     )
     data.add_argument(
-        "--gpu_tflops", type=float, default=400.0, help="TFLOP/s that its GPU reaches in training; 400 by default."
+        "--gpu_tflops",
+        type=number(Positive),
+        default=400.0,
+        help="TFLOP/s that its GPU reaches in training; 400 by default.",
     )
     compare.add_argument("--shards", nargs="+", required=True, help="Folders of shards; each is a row of the table.")
     for parser, batches in ((data, 10), (compare, 5)):
         parser.add_argument(
-            "--mask_ratio", type=float, default=0.75, help="The fraction of patches removed; 0.75 by default."
+            "--mask_ratio",
+            type=number(ShareBelowAll),
+            default=0.75,
+            help="The fraction of patches removed; 0.75 by default.",
         )
         parser.add_argument(
-            "--image_size", type=int, default=224, help="The side of the image in pixels; 224 by default."
+            "--image_size", type=number(Pixels), default=224, help="The side of the image in pixels; 224 by default."
         )
-        parser.add_argument("--patch_size", type=int, default=16, help="The side of a patch in pixels; 16 by default.")
+        parser.add_argument(
+            "--patch_size", type=number(Pixels), default=16, help="The side of a patch in pixels; 16 by default."
+        )
         parser.add_argument(
             "--tokenizer",
             default="captions",
             help="A tokenizer named as in a recipe; by default one is trained on the captions.",
         )
-        parser.add_argument("--batch_size", type=int, default=256, help="How many pairs a batch has; 256 by default.")
+        parser.add_argument(
+            "--batch_size", type=number(Pairs), default=256, help="How many pairs a batch has; 256 by default."
+        )
         parser.add_argument(
             "--batches",
-            type=int,
+            type=number(Count),
             default=batches,
             help=f"How many batches of each worker are timed; {batches} by default.",
         )
@@ -138,8 +163,6 @@ def run(args: argparse.Namespace) -> None:
     }
     threads = getattr(args, "threads", None)
     if threads is not None:
-        if threads < 1:
-            raise ValueError(f"threads is {threads}; it must be at least 1")
         torch.set_num_threads(threads)
     subjects[args.subject](args)
 

@@ -1,11 +1,10 @@
 """The command `flipscale VERB`; each verb is the module of its name."""
 
-import argparse
 import importlib
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
 
+from flipscale.files.command_line import Parser
 from flipscale.training.console import report_user_errors
 
 VERBS = {
@@ -23,13 +22,6 @@ VERBS = {
 }
 
 
-class _Parser(argparse.ArgumentParser):
-    """A parser whose errors are a user's, as all others are."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message}; see {self.prog} --help")
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the verb that `arguments` name; by default they are the command line's."""
     with report_user_errors():
@@ -41,7 +33,7 @@ def _run(arguments: list[str]) -> None:
         # A recipe has a parser of its own.
         importlib.import_module("flipscale.pretrain").main(arguments[1:])
         return
-    parser = _Parser(prog="flipscale", description="Scaling language-image pre-training by masking.")
+    parser = Parser(prog="flipscale", description="Scaling language-image pre-training by masking.")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     for verb, summary in VERBS.items():
         subparser = verbs.add_parser(verb, help=summary, description=summary)

@@ -3,6 +3,9 @@
 import argparse
 from pathlib import Path
 
+from flipscale.files.command_line import number
+from flipscale.files.ranges import Count
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `flipscale convert`."""
@@ -17,8 +20,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     flip.add_argument(
         "--size", help="The size, b16, l16 or h14, which sets the attention heads; other shapes are refused."
     )
-    flip.add_argument("--image_heads", type=int, help="Attention heads of the image tower, where there is no --size.")
-    flip.add_argument("--text_heads", type=int, help="Attention heads of the text tower, where there is no --size.")
+    flip.add_argument(
+        "--image_heads", type=number(Count), help="Attention heads of the image tower, where there is no --size."
+    )
+    flip.add_argument(
+        "--text_heads", type=number(Count), help="Attention heads of the text tower, where there is no --size."
+    )
     flip.add_argument(
         "--tokenizer",
         help="Where the original's vocabulary is: a BERT vocab.txt, or a folder or a model on the Hub that has one. "

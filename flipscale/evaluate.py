@@ -32,6 +32,8 @@ from flipscale.evaluation.reports.writing import write_reports
 from flipscale.evaluation.results import Result, as_metrics
 from flipscale.evaluation.suite import TASKS_DIR, build_tasks
 from flipscale.evaluation.task_page import SUITES, suite_pages
+from flipscale.files.command_line import number
+from flipscale.files.ranges import Pairs, Workers
 from flipscale.hub.card_results import refresh_card
 from flipscale.hub.loading import OTHERS, open_embedder
 from flipscale.training.console import start_logging
@@ -84,11 +86,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "default results.jsonl is in the model folder; evaluations/NAME holds it for a model that is no folder.",
     )
     parser.add_argument(
-        "--batch_size", type=int, default=256, help="How many images or texts a process embeds at once; 256 by default."
+        "--batch_size",
+        type=number(Pairs),
+        default=256,
+        help="How many images or texts a process embeds at once; 256 by default.",
     )
     parser.add_argument(
         "--num_workers",
-        type=int,
+        type=number(Workers),
         default=4,
         help="How many processes decode images; 4 by default, 0 decodes in this process.",
     )

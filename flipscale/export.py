@@ -3,11 +3,16 @@
 import argparse
 from pathlib import Path
 
+from flipscale.files.command_line import number
+from flipscale.files.ranges import CountOrNone
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `flipscale export`."""
     parser.add_argument("run_dir", metavar="RUN", type=Path, help="A run directory, finished or not.")
-    parser.add_argument("--step", type=int, help="Export the checkpoint of this step; by default the newest.")
+    parser.add_argument(
+        "--step", type=number(CountOrNone), help="Export the checkpoint of this step; by default the newest."
+    )
     parser.add_argument(
         "--dtype", choices=["fp32", "bf16"], default="fp32", help="The data type of the weights; fp32 by default."
     )

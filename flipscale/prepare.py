@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flipscale.data.sources.tar_source import TarSource
+from flipscale.files.command_line import number
+from flipscale.files.ranges import Count, CountOrNone, Threads
 
 if TYPE_CHECKING:
     from flipscale.evaluation.task_page import TaskPage
@@ -34,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     inspect.add_argument("--tokenizer", help="Count the tokens of captions too, with a tokenizer named as in a recipe.")
     inspect.add_argument(
         "--max_samples",
-        type=int,
+        type=number(CountOrNone),
         default=0,
         help="Check only this many samples, evenly spread; 0, the default, checks all.",
     )
@@ -62,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     photos = add("photos", "Write JPEGs of two sizes, cut from photos in a Debian package, to measure loaders with.")
     photos.add_argument("directory", type=Path, help="The folder to write.")
     photos.add_argument(
-        "--num_images", type=int, default=2000, help="How many JPEGs to write of each size; 2000 by default."
+        "--num_images", type=number(Count), default=2000, help="How many JPEGs to write of each size; 2000 by default."
     )
     add_tasks_arguments(add("tasks", "Download the test sets of evaluations that have a page, from the Hub."))
     index = add(
@@ -118,7 +120,7 @@ def add_shards_arguments(shards: argparse.ArgumentParser) -> None:
     )
     shards.add_argument(
         "--num_workers",
-        type=int,
+        type=number(Threads),
         default=os.cpu_count() or 1,
         help="How many processes work; by default one for each core.",
     )
@@ -137,7 +139,7 @@ def add_audit_arguments(audit: argparse.ArgumentParser) -> None:
     audit.add_argument("--tokenizer", help="Count the tokens of captions too, with a tokenizer named as in a recipe.")
     audit.add_argument(
         "--num_workers",
-        type=int,
+        type=number(Threads),
         default=os.cpu_count() or 1,
         help="How many processes read and decode; by default one for each core.",
     )
@@ -197,8 +199,6 @@ def _inspect(args: argparse.Namespace) -> None:
     from flipscale.data.tokenizers import load_tokenizer
     from flipscale.preparation.inspection import inspect_shards, inspection_table
 
-    if args.max_samples < 0:
-        raise ValueError(f"max_samples is {args.max_samples}; it must be at least 0, which checks all")
     source = TarSource(args.shards)
     tokenizer = load_tokenizer(args.tokenizer, 10**9) if args.tokenizer else None
     figures = inspect_shards(source, args.sheet, tokenizer, args.max_samples)
@@ -211,8 +211,6 @@ def _audit(args: argparse.Namespace) -> None:
     from flipscale.preparation.audit.audit import audit, find_test_sets
     from flipscale.preparation.audit.report import audit_table
 
-    if args.num_workers < 1:
-        raise ValueError(f"num_workers is {args.num_workers}; it must be at least 1")
     test_sets = find_test_sets(args.tests) if args.tests else []
     source = open_shards(args.shards, DataRecipe())
     figures = audit(args.shards, source, test_sets, args.output_dir, args.tokenizer, args.num_workers)

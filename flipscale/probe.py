@@ -12,6 +12,8 @@ from flipscale.evaluation.reports.models import check_writable, name_models
 from flipscale.evaluation.reports.record import Line
 from flipscale.evaluation.reports.session import evaluate_model
 from flipscale.evaluation.results import Result, with_unit
+from flipscale.files.command_line import number
+from flipscale.files.ranges import Count, CountOrNone, Pairs, Positive, Seed, ShareAboveNone, Workers
 from flipscale.hub.loading import open_embedder
 
 _PAPER = LarsRecipe()
@@ -55,16 +57,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="What is classified: pooled, the default, is before the projection, embeds is after it, of unit length.",
     )
     parser.add_argument(
-        "--l2", type=float, help="The penalty of lbfgs, 1 / C of scikit-learn; searched where it is left out."
+        "--l2",
+        type=number(Positive),
+        help="The penalty of lbfgs, 1 / C of scikit-learn; searched where it is left out.",
     )
     _add_lars_arguments(parser)
-    parser.add_argument("--seed", type=int, default=0, help="Of the validation part, the order, crops and weights.")
     parser.add_argument(
-        "--batch_size", type=int, default=256, help="How many images a process embeds at once; 256 by default."
+        "--seed", type=number(Seed), default=0, help="Of the validation part, the order, crops and weights."
+    )
+    parser.add_argument(
+        "--batch_size",
+        type=number(Pairs),
+        default=256,
+        help="How many images a process embeds at once; 256 by default.",
     )
     parser.add_argument(
         "--num_workers",
-        type=int,
+        type=number(Workers),
         default=4,
         help="How many processes decode images; 4 by default, 0 decodes in this process.",
     )
@@ -79,23 +88,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_lars_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--epochs", type=int, default=_PAPER.epochs, help="Of lars; 90 by default.")
-    parser.add_argument("--warmup_epochs", type=int, default=_PAPER.warmup_epochs, help="Of lars; 10 by default.")
+    parser.add_argument("--epochs", type=number(Count), default=_PAPER.epochs, help="Of lars; 90 by default.")
+    parser.add_argument(
+        "--warmup_epochs", type=number(CountOrNone), default=_PAPER.warmup_epochs, help="Of lars; 10 by default."
+    )
     parser.add_argument(
         "--global_batch_size",
-        type=int,
+        type=number(Pairs),
         default=_PAPER.batch_size,
         help="Images of a step of lars, of all processes together; 16,384 by default.",
     )
     parser.add_argument(
         "--base_lr",
-        type=float,
+        type=number(Positive),
         default=_PAPER.base_lr,
         help="The learning rate of lars for 256 images; 0.01 by default.",
     )
     parser.add_argument(
         "--crop_scale",
-        type=float,
+        type=number(ShareAboveNone),
         nargs=2,
         metavar=("LEAST", "MOST"),
         default=_PAPER.crop_scale,

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from flipscale.files.aside import write_text
+from flipscale.files.command_line import number
+from flipscale.files.ranges import CountOrNone
 from flipscale.training.console import start_logging
 
 
@@ -18,7 +20,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "repo", metavar="ORG/NAME", help="The name of the model on the Hub; it is created if it does not exist."
     )
-    parser.add_argument("--step", type=int, help="Upload the model of the checkpoint of this step instead.")
+    parser.add_argument(
+        "--step", type=number(CountOrNone), help="Upload the model of the checkpoint of this step instead."
+    )
     parser.add_argument("--private", action="store_true", help="Create it as a private model.")
     parser.add_argument("--revision", help="The branch to upload to, created if it does not exist; by default main.")
     parser.add_argument(

@@ -21,6 +21,8 @@ from flipscale.evaluation.nearest_neighbour import run_baselines
 from flipscale.evaluation.recipe import EvalRecipe
 from flipscale.evaluation.reports.comparison import comparison_table, read_curve, read_records, record_baselines
 from flipscale.evaluation.reports.figures import draw_loss, draw_masks, draw_patches, draw_result, result_figures
+from flipscale.files.command_line import number
+from flipscale.files.ranges import MinutesAboveNone
 from flipscale.hub.model_card import write_card
 from flipscale.training.recipe import Recipe, parse_recipe, to_yaml
 from flipscale.training.schedule import StageRecipe
@@ -55,7 +57,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `flipscale study`."""
     parser.add_argument("recipes", nargs="+", help="Recipe files or names. The model of the first one is exported.")
     parser.add_argument(
-        "--minutes", type=float, required=True, help="How long every recipe trains; all train at the same time."
+        "--minutes",
+        type=number(MinutesAboveNone),
+        required=True,
+        help="How long every recipe trains; all train at the same time.",
     )
     parser.add_argument("--output_dir", type=Path, required=True, help="The folder for runs, table, figures and model.")
     parser.add_argument(

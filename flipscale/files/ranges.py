@@ -1,15 +1,14 @@
 """The range of every number that somebody sets, written beside its type: a field of a recipe, an option of a verb.
 
 `Annotated[int, Range(at_least=1)]` is an int for Python and mypy. `--help` shows the range, `check_ranges` finds the
-field of a recipe that is out of its own, and `number` makes a type for argparse of it.
+field of a recipe that is out of its own, and `number` of `command_line` makes a type for argparse of it.
 """
 
-import argparse
 import dataclasses
 import math
 import re
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -76,33 +75,12 @@ def check_ranges(value: Any, path: str = "") -> None:
         path: what it is called: `data`, or nothing for the whole of a recipe.
 
     Raises:
-        ValueError: one is not, or a field is null that cannot be; the message names the field, its value and the
-            range.
+        ValueError: one is not, or a text has a control character, or a field is null that cannot be; the message names
+            the field, its value and what is allowed.
     """
     for name, number, allowed in _numbers(value, type(value), path):
         if number not in allowed:
             raise ValueError(f"{name} is {_short(number)}; it must be {allowed}")
-
-
-def number(kind: Any) -> Callable[[str], Any]:
-    """Return what argparse takes as the type of an option: it reads an int or a float in the range of `kind`.
-
-    Args:
-        kind: such as `Count`.
-    """
-    base, allowed = get_args(kind)
-
-    def read(text: str) -> Any:
-        what = "a whole number" if base is int else "a number"
-        try:
-            value = base(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{_short(text)} is no number; give {what}, {allowed}") from None
-        if value not in allowed:
-            raise argparse.ArgumentTypeError(f"{_short(text)} is out of range; it must be {allowed}")
-        return value
-
-    return read
 
 
 def in_our_words(error: Exception, hints: Mapping[str, Any]) -> str:
@@ -148,6 +126,9 @@ def _numbers(value: Any, hint: Any, path: str) -> Iterator[tuple[str, float, Ran
             if getattr(value, field.name) is None and type(None) not in get_args(hints[field.name]):
                 raise ValueError(f"{name} is null; leave it out, or give it a value")
             yield from _numbers(getattr(value, field.name), hints[field.name], name)
+    elif isinstance(value, str):
+        if odd := next((letter for letter in value if letter < " " or "\ud800" <= letter <= "\udfff"), ""):
+            raise ValueError(f"{path} is {value[:60]!r}; it must be without {odd!r}, which no name has")
     elif get_origin(hint) is Annotated:
         yield from ((path, value, one) for one in hint.__metadata__ if isinstance(one, Range))
     elif get_origin(hint) in (Union, types.UnionType) and isinstance(value, int | float):

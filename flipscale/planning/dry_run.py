@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 
 from flipscale.engines.launch import Launch, launch_of, read_launch_file
+from flipscale.files.command_line import Parser, number
+from flipscale.files.ranges import Count, Positive
 from flipscale.planning.memory import Memory, heaviest_step, planned_model, recipe_memory, what_fits
 from flipscale.planning.time_table import add_time_flags, hardware_of, time_tables
 from flipscale.training.recipe import Recipe, parse_recipe
@@ -26,11 +28,6 @@ def dry_run(arguments: Sequence[str]) -> None:
         ValueError: a recipe or launch file that cannot be run, or no launch that fits the memory stated.
     """
     args, rest = _parser().parse_known_args(arguments)
-    if args.gpu_memory_gib is not None and args.gpu_memory_gib <= 0:
-        raise ValueError(f"gpu_memory_gib is {args.gpu_memory_gib}; it must be above 0")
-    for count in args.num_processes:
-        if count < 1:
-            raise ValueError(f"num_processes is {count}; it must be at least 1")
     hardware = hardware_of(args)
     recipe = parse_recipe(rest)
     by_file = _launches(args)
@@ -56,7 +53,7 @@ def dry_run(arguments: Sequence[str]) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="flipscale pretrain --dry_run", description=__doc__, allow_abbrev=False,
         epilog="All other flags are those of `flipscale pretrain`, such as --config RECIPE.",
     )  # fmt: skip
@@ -73,14 +70,14 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     add_time_flags(parser)
     parser.add_argument(
-        "--gpu_memory_gib", type=float, metavar="GIB",
+        "--gpu_memory_gib", type=number(Positive), metavar="GIB",
         help="refuse what does not fit such a GPU, and name what would; by default this machine's GPU, if it has one",
     )  # fmt: skip
     return parser
 
 
 def counts_of_processes(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
+    return [number(Count)(part) for part in text.split(",")]
 
 
 def _launches(args: argparse.Namespace) -> dict[str, list[Launch]]:

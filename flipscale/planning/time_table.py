@@ -5,6 +5,8 @@ import json
 from pathlib import Path
 
 from flipscale.engines.launch import Launch
+from flipscale.files.command_line import number
+from flipscale.files.ranges import Positive, ShareAboveNone
 from flipscale.planning.time import Hardware, Links, StepTime, step_time
 from flipscale.training.recipe import Recipe
 from flipscale.training.schedule import plan_stages
@@ -14,7 +16,9 @@ def add_time_flags(parser: argparse.ArgumentParser) -> None:
     """Add the numbers that only the user's machines know."""
     links, hardware = Links(), Hardware()
     parser.add_argument(
-        "--mfu", type=float, help="share of the peak that products reach on a GPU alone; 0.4 by default"
+        "--mfu",
+        type=number(ShareAboveNone),
+        help="share of the peak that products reach on a GPU alone; 0.4 by default",
     )
     parser.add_argument(
         "--bench",
@@ -23,20 +27,28 @@ def add_time_flags(parser: argparse.ArgumentParser) -> None:
         help="the JSON line of `flipscale bench step --json` on such a GPU, for mfu",
     )
     parser.add_argument(
-        "--peak_tflops", type=float, default=hardware.peak / 1e12, help="of a GPU's bf16 products; 989 is an H100's"
+        "--peak_tflops",
+        type=number(Positive),
+        default=hardware.peak / 1e12,
+        help="of a GPU's bf16 products; 989 is an H100's",
     )
     parser.add_argument(
-        "--node_gbps", type=float, default=links.node_gbps, help="GB/s of a GPU within a node; 350 is an H100's NVLink"
+        "--node_gbps",
+        type=number(Positive),
+        default=links.node_gbps,
+        help="GB/s of a GPU within a node; 350 is an H100's NVLink",
     )
     parser.add_argument(
-        "--network_gbps", type=float, default=links.network_gbps,
+        "--network_gbps", type=number(Positive), default=links.network_gbps,
         help="GB/s of a GPU between nodes; 46 is an adapter of 400 Gb/s for each",
     )  # fmt: skip
     parser.add_argument(
-        "--images_per_worker_s", type=float, default=hardware.images_per_worker_s,
+        "--images_per_worker_s", type=number(Positive), default=hardware.images_per_worker_s,
         help="what a loader's worker delivers, by `flipscale bench data`",
     )  # fmt: skip
-    parser.add_argument("--pair_kb", type=float, default=hardware.pair_kb, help="what a pair takes in the shards")
+    parser.add_argument(
+        "--pair_kb", type=number(Positive), default=hardware.pair_kb, help="what a pair takes in the shards"
+    )
 
 
 def hardware_of(args: argparse.Namespace) -> Hardware:

@@ -130,13 +130,13 @@ def test_folders_of_folders_are_opened(shards: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        (["--mask_ratio", "1.5"], "mask_ratio is 1.5"),
-        (["--batch_size", "0"], "batch_size is 0; it must be at least 1"),
-        (["--num_workers", "-1"], "num_workers is -1; it must be at least 0"),
-        (["--batches", "0"], "batches is 0; it must be at least 1"),
+        (["--mask_ratio", "1.5"], "--mask_ratio is 1.5"),
+        (["--batch_size", "0"], "--batch_size is 0; it must be at least 1"),
+        (["--num_workers", "-1"], "--num_workers is -1; it must be at least 0"),
+        (["--batches", "0"], "--batches is 0; it must be at least 1"),
         (["--image_size", "30"], "image_size 30 is not divisible by patch_size 8"),
         (["--shards", ""], "no shards to read; name them with --shards, or a recipe that does with --recipe"),
-        (["--gpu_tflops", "0"], "gpu_tflops is 0.0; it must be above 0"),
+        (["--gpu_tflops", "0"], "--gpu_tflops is 0; it must be above 0"),
     ],
 )
 def test_a_wrong_setting_is_one_line(

@@ -49,12 +49,12 @@ def test_a_measurement_that_fails_says_so() -> None:
         next(compare_losses([50_000_000], [1_000_000], steps=1))
 
 
-@pytest.mark.parametrize(("flag", "name"), [("--n", "n"), ("--dim", "dim"), ("--steps", "steps")])
-def test_nothing_to_measure(flag: str, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("flag", ["--n", "--dim", "--steps"])
+def test_nothing_to_measure(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         main(["bench", "loss", flag, "0"])
     assert stopped.value.code == 2
-    assert capsys.readouterr().err == f"flipscale: error: {name} is 0; it must be at least 1\n"
+    assert capsys.readouterr().err.startswith(f"flipscale: error: {flag} is 0; it must be at least 1")
 
 
 def test_measured_twice_the_memory_is_as_much() -> None:

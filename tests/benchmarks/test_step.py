@@ -157,10 +157,10 @@ def test_a_missing_open_clip_is_one_line(tiny_size: None, monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        (["--mask_ratio", "1.5"], "mask_ratio is 1.5"),
-        (["--batch_size", "0"], "batch_size is 0"),
-        (["--steps", "0"], "steps is 0"),
-        (["--threads", "0"], "threads is 0"),
+        (["--mask_ratio", "1.5"], "--mask_ratio is 1.5"),
+        (["--batch_size", "0"], "--batch_size is 0"),
+        (["--steps", "0"], "--steps is 0"),
+        (["--threads", "0"], "--threads is 0"),
     ],
 )
 def test_a_wrong_setting_is_one_line(wrong: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

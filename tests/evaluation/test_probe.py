@@ -312,7 +312,7 @@ def test_labels_that_do_not_fit(embedder: Embedder, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--l2", "0"], "l2 is 0.0; the penalty must be above 0, such as 1e-3"),
+        (["--l2", "0"], "--l2 is 0; it must be above 0"),
         (["--solver", "lars", "--l2", "1"], "l2 and validation are of solver lbfgs; lars has neither a penalty"),
         (
             ["--crop_scale", "0.5", "0.1"],
@@ -339,8 +339,8 @@ def test_a_model_that_is_not_there(embedder: Embedder, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"shots": []}, r"shots is \[\]; it must list one number or more, each at least 1, such as \[1, 5\]"),
-        ({"shots": [0]}, r"shots is \[0\]; it must list"),
+        ({"shots": []}, r"shots is \[\]; it must list one number or more, such as \[1, 5\]"),
+        ({"shots": [0]}, r"eval.tasks\[0\].shots\[0\] is 0; it must be at least 1"),
         ({"seeds": [1, 1]}, r"seeds is \[1, 1\]; it must list 1 to 10 different numbers"),
     ],
 )

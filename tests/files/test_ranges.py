@@ -1,6 +1,5 @@
 """Every number of a recipe has a range, and a number out of its range is named with what is allowed."""
 
-import argparse
 import dataclasses
 import math
 import types
@@ -10,7 +9,7 @@ from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 import pytest
 
 from flipscale.evaluation.kinds import kinds as tasks
-from flipscale.files.ranges import Count, Positive, Range, Share, ShareBelowAll, check_ranges, number
+from flipscale.files.ranges import Count, Positive, Range, Share, ShareBelowAll, check_ranges
 from flipscale.objectives import kinds as losses
 from flipscale.training.recipe import Recipe
 
@@ -80,29 +79,11 @@ def test_a_fresh_recipe_is_in_range() -> None:
         (Outer(inner=Inner(sizes=[3, 0])), r"inner.sizes\[1\] is 0; it must be at least 1 and at most 1,000,000,000"),
         (Outer(several=[Inner(), Inner(ratio=2)]), r"several\[1\].ratio is 2; it must be at least 0 and below 1"),
         (Outer(name=None), "name is null; leave it out, or give it a value"),  # type: ignore[arg-type]
+        (Outer(name="a\0b"), r"name is 'a\\x00b'; it must be without '\\x00', which no name has"),
+        (Outer(name="a\udcff"), r"it must be without '\\udcff', which no name has"),
         (Outer(inner=Inner(sizes=[10**5000])), r"sizes\[0\] is a number of thousands of digits; it must be"),
     ],
 )
 def test_a_number_out_of_its_range(value: Outer, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         check_ranges(value)
-
-
-@pytest.mark.parametrize(
-    ("kind", "text", "message"),
-    [
-        (Count, "0", "0 is out of range; it must be at least 1 and at most 1,000,000,000"),
-        (Count, "1.5", "1.5 is no number; give a whole number, at least 1"),
-        (Share, "nan", "nan is out of range; it must be at least 0 and at most 1"),
-        (Positive, "ten", "ten is no number; give a number, above 0"),
-        (Positive, "inf", "inf is out of range; it must be above 0"),
-    ],
-)
-def test_an_option_out_of_its_range(kind: Any, text: str, message: str) -> None:
-    with pytest.raises(argparse.ArgumentTypeError, match=message):
-        number(kind)(text)
-
-
-def test_an_option_in_its_range() -> None:
-    assert number(Count)("3") == 3
-    assert number(Share)("0.25") == 0.25

@@ -195,7 +195,7 @@ def test_micro_batches_averages_and_the_ring_count(h14: Recipe) -> None:
     ("flags", "message"),
     [
         (["--num_processes", "0"], "num_processes is 0; it must be at least 1"),
-        (["--gpu_memory_gib", "-1"], "gpu_memory_gib is -1.0; it must be above 0"),
+        (["--gpu_memory_gib", "-1"], "--gpu_memory_gib is -1; it must be above 0"),
         (["--num_processes", "3"], "global_batch_size 65536 is not divisible by 3 processes"),
     ],
 )

@@ -113,13 +113,13 @@ def test_a_table_for_each_file_and_stage(h14: Recipe, tmp_path: Path, capsys: py
     [
         (["--node_gbps", "0"], "node_gbps is 0; it must be above 0"),
         (["--network_gbps", "-1"], "network_gbps is -1; it must be above 0"),
-        (["--mfu", "1.5"], "mfu is 1.5; it must be in (0, 1]"),
-        (["--mfu", "0"], "mfu is 0; it must be in (0, 1]"),
+        (["--mfu", "1.5"], "mfu is 1.5; it must be above 0 and at most 1"),
+        (["--mfu", "0"], "mfu is 0; it must be above 0 and at most 1"),
         (["--images_per_worker_s", "0"], "images_per_worker_s is 0; it must be above 0"),
         (["--mfu", "0.4", "--bench", "x.json"], "mfu and bench both say how fast products are; leave one of them out"),
         (["--bench", "nowhere.json"], "bench nowhere.json is not a JSON line of `flipscale bench step --json`"),
         (["--num_processes", "8,48"], "global_batch_size 65536 is not divisible by 48 processes"),
-        (["--num_processes", "8,x"], "num_processes: invalid"),
+        (["--num_processes", "8,x"], "--num_processes is 'x'; it must be a whole number"),
         (
             ["--launch_file", str(DS_CONFIGS / "hsdp.yaml"), "--num_processes", "8,4"],
             "parallelism_config_dp_shard_size 8 is not the number of processes, 4; use a dp_shard_size above 1 that",

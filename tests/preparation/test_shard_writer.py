@@ -248,7 +248,7 @@ def test_wrong_sources_are_one_line(folder: Path, tmp_path: Path, refused: Calla
         ("--short_side", "0", "short_side is 0; it must be from 1 to 65500"),
         ("--jpeg_quality", "101", "jpeg_quality is 101; it must be from 1 to 100"),
         ("--pairs_per_shard", "0", "pairs_per_shard is 0; it must be from 1"),
-        ("--num_workers", "0", "num_workers is 0; it must be at least 1"),
+        ("--num_workers", "0", "--num_workers is 0; it must be at least 1"),
     ],
 )
 def test_wrong_options_are_one_line(folder: Path, refused: Callable, flag: str, value: str, message: str) -> None:

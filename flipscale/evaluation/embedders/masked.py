@@ -24,6 +24,8 @@ from flipscale.data.pairs import InputShape
 from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.images import Decoder
 from flipscale.evaluation.reports.figures import can_draw
+from flipscale.files.command_line import number
+from flipscale.files.ranges import Count, ShareBelowAll
 from flipscale.model.patches import num_kept
 
 # The masks of training are keyed by the recipe's seed; those of an evaluation are always the same.
@@ -110,7 +112,7 @@ def add_mask_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that say under which masks a model is evaluated."""
     parser.add_argument(
         "--mask_ratio",
-        type=float,
+        type=number(ShareBelowAll),
         nargs="+",
         metavar="RATIO",
         default=[0.0],
@@ -119,7 +121,7 @@ def add_mask_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--mask_views",
-        type=int,
+        type=number(Count),
         nargs="+",
         metavar="VIEWS",
         default=[1],

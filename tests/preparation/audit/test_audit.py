@@ -171,7 +171,7 @@ def fails(capsys: pytest.CaptureFixture) -> Callable[..., str]:
 def test_bad_input(folder: Path, tmp_path: Path, fails: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
     train, out = str(folder / "train"), str(tmp_path / "out")
     assert "no test set in" in fails(train, "--tests", str(tmp_path), "--output_dir", out)
-    assert "num_workers is 0" in fails(train, "--num_workers", "0", "--output_dir", out)
+    assert "--num_workers is 0" in fails(train, "--num_workers", "0", "--output_dir", out)
     write_tar(tmp_path / "bare" / "0.tar", [(encoded(photos()[0]), None)])
     assert "none of the 1 samples" in fails(str(tmp_path / "bare"), "--output_dir", out, "--num_workers", "1")
     write_tar(tmp_path / "empty" / "0.tar", [])
