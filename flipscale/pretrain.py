@@ -29,7 +29,7 @@ from flipscale.training.run_directory import (
 )
 from flipscale.training.saving import Saver
 from flipscale.training.schedule import stage_of
-from flipscale.training.start import Plan, Start, check, join
+from flipscale.training.start import Plan, Start, check, check_output_dir, join
 from flipscale.training.step import consume_batch
 from flipscale.training.step_time import GarbageCollection, StepProfiler
 from flipscale.training.tracking import Tracker, open_trackers
@@ -52,6 +52,7 @@ def pretrain(recipe: Recipe) -> Path:
         FloatingPointError: the loss stayed non-finite.
         OSError: a checkpoint could not be written.
     """
+    check_output_dir(recipe.output_dir)
     run_dir = Path(recipe.output_dir)
     if is_done(recipe):
         _log.info("%s is done; remove it, or choose another output_dir, to train again", run_dir)

@@ -11,6 +11,7 @@ at the top of the file, and takes those inside a section as its flags.
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,6 +21,7 @@ import yaml
 
 # torchrun's own role where none was chosen.
 _NO_ROLE = "default"
+_MAX_DIGITS = 9
 # The parallelism that accelerate knows; flipscale has the first two.
 _PARALLELISM = ("dp_replicate", "dp_shard", "tp", "cp", "sp")
 # DeepSpeed's settings that the recipe or the launch file's mixed_precision decides.
@@ -73,14 +75,40 @@ class Launch:
         return replace(self, **changes)
 
 
+def place_in_world(environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
+    """Return the number of this process, and how many there are, as a launcher says.
+
+    Raises:
+        ValueError: the environment has no such numbers.
+    """
+    rank, world = whole_number(environment, "RANK", 0), whole_number(environment, "WORLD_SIZE", 1)
+    if not 0 <= rank < world:
+        raise ValueError(f"the environment has RANK={rank} and WORLD_SIZE={world}; a launcher sets 0 to {world - 1}")
+    return rank, world
+
+
+def whole_number(environment: Mapping[str, str], name: str, default: int) -> int:
+    """Return a launcher's variable.
+
+    Raises:
+        ValueError: it is no whole number.
+    """
+    text = environment.get(name, str(default))
+    if not text.isdecimal() or len(text) > _MAX_DIGITS:
+        raise ValueError(
+            f"the environment has {name}={text[:60]!r}; it must be a whole number; unset it, or use a launcher"
+        )
+    return int(text)
+
+
 def launch_of(environment: Mapping[str, str]) -> Launch:
     """Return the launch that made `environment`: accelerate's, torchrun's, or that of a plain process.
 
     Raises:
         ValueError: the launch asks for something that flipscale does not do, or for what the recipe decides.
     """
-    num_processes = int(environment.get("WORLD_SIZE", "1"))
-    per_node = int(environment["LOCAL_WORLD_SIZE"]) if "LOCAL_WORLD_SIZE" in environment else None
+    num_processes = whole_number(environment, "WORLD_SIZE", 1)
+    per_node = whole_number(environment, "LOCAL_WORLD_SIZE", 1) if "LOCAL_WORLD_SIZE" in environment else None
     launch = Launch(
         num_processes=num_processes,
         precision=launched_precision(environment),

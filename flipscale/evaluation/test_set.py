@@ -4,6 +4,7 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import ClassVar, TypeVar
 
@@ -114,17 +115,7 @@ class TestSet:
         Raises:
             ValueError: a sample of any process has no array of `num_classes` zeros and ones.
         """
-
-        def label_set(shard: int, number: int) -> np.ndarray:
-            found, where = _array(self.source, shard, number)
-            if found.shape != (num_classes,):
-                raise ValueError(f"{where} has labels of shape {found.shape}; {num_classes} names are listed")
-            if not ((found == 0) | (found == 1)).all():
-                odd = found[(found != 0) & (found != 1)][0]
-                raise ValueError(f"{where} has a label {odd}; KEY.npy holds 1 for each class of the image, else 0")
-            return found.astype(bool)
-
-        found = _of_my_rows(embedder, self.source, label_set)
+        found = _of_my_rows(embedder, self.source, partial(self.label_set, num_classes))
         return torch.from_numpy(np.array(found, bool).reshape(len(found), num_classes))
 
     def arrays(self, embedder: Embedder, columns: Sequence[str]) -> torch.Tensor:
@@ -133,16 +124,7 @@ class TestSet:
         Raises:
             ValueError: a sample of any process has no array of so many whole numbers from 0.
         """
-
-        def array(shard: int, number: int) -> np.ndarray:
-            found, where = _array(self.source, shard, number)
-            if found.shape != (len(columns),) or not ((found >= 0) & (found == np.trunc(found))).all():
-                raise ValueError(
-                    f"{where} has {found.tolist()} in KEY.npy; it must hold numbers of {', '.join(columns)}"
-                )
-            return found.astype(np.int64)
-
-        found = _of_my_rows(embedder, self.source, array)
+        found = _of_my_rows(embedder, self.source, partial(self.array, columns))
         return torch.from_numpy(np.array(found, np.int64).reshape(len(found), len(columns)))
 
     def captions(self, embedder: Embedder) -> list[list[str]]:
@@ -152,20 +134,57 @@ class TestSet:
         Raises:
             ValueError: an image has no caption.
         """
-
-        def captions(shard: int, number: int) -> list[str]:
-            stored = self.source.read_captions(shard, number)
-            lines = [line for text in stored for line in text.decode("utf-8").splitlines()]
-            if not any(line.strip() for line in lines):
-                where = f"{self.source.shard_name(shard)}#{number}"
-                raise ValueError(f"{where} has no caption; retrieval needs a KEY.txt for every image")
-            return lines
-
         from accelerate.utils import gather_object
 
-        mine = _of_my_rows(embedder, self.source, captions)
+        mine = _of_my_rows(embedder, self.source, self.captions_of)
         pairs = gather_object(list(zip(embedder.rows(len(self)).tolist(), mine, strict=True)))
         return [lines for _, lines in sorted(pairs)]
+
+    def label(self, num_classes: int, shard: int, number: int) -> int:
+        """Return the class number of a sample.
+
+        Raises:
+            ValueError: it has none below `num_classes`.
+        """
+        return read_label(self.source, num_classes, shard, number)
+
+    def label_set(self, num_classes: int, shard: int, number: int) -> np.ndarray:
+        """Return which classes a sample has, bool `(num_classes,)`.
+
+        Raises:
+            ValueError: as `label_sets`.
+        """
+        found, where = _array(self.source, shard, number)
+        if found.shape != (num_classes,):
+            raise ValueError(f"{where} has labels of shape {found.shape}; {num_classes} names are listed")
+        if not ((found == 0) | (found == 1)).all():
+            odd = found[(found != 0) & (found != 1)][0]
+            raise ValueError(f"{where} has a label {odd}; KEY.npy holds 1 for each class of the image, else 0")
+        return found.astype(bool)
+
+    def array(self, columns: Sequence[str], shard: int, number: int) -> np.ndarray:
+        """Return the numbers in a sample's `KEY.npy`, int64 `(columns,)`.
+
+        Raises:
+            ValueError: as `arrays`.
+        """
+        found, where = _array(self.source, shard, number)
+        if found.shape != (len(columns),) or not ((found >= 0) & (found == np.trunc(found))).all():
+            raise ValueError(f"{where} has {found.tolist()} in KEY.npy; it must hold numbers of {', '.join(columns)}")
+        return found.astype(np.int64)
+
+    def captions_of(self, shard: int, number: int) -> list[str]:
+        """Return the captions of a sample.
+
+        Raises:
+            ValueError: it has none.
+        """
+        stored = self.source.read_captions(shard, number)
+        lines = [line for text in stored for line in text.decode("utf-8").splitlines()]
+        if not any(line.strip() for line in lines):
+            where = f"{self.source.shard_name(shard)}#{number}"
+            raise ValueError(f"{where} has no caption; retrieval needs a KEY.txt for every image")
+        return lines
 
 
 def read_lines(data: str | Path, name: str, what: str) -> list[str]:
@@ -204,14 +223,19 @@ def read_labels(embedder: Embedder, source: TarSource, num_classes: int) -> torc
     Raises:
         ValueError: a sample of any process has no class number below `num_classes`.
     """
+    return torch.tensor(_of_my_rows(embedder, source, partial(read_label, source, num_classes)), dtype=torch.int64)
 
-    def label(shard: int, number: int) -> int:
-        found = source.read_label(shard, number)
-        if found is None or not 0 <= found < num_classes:
-            raise ValueError(f"{source.shard_name(shard)}#{number} has class {found}; {num_classes} names are listed")
-        return found
 
-    return torch.tensor(_of_my_rows(embedder, source, label), dtype=torch.int64)
+def read_label(source: TarSource, num_classes: int, shard: int, number: int) -> int:
+    """Return the class number of a sample.
+
+    Raises:
+        ValueError: it has none below `num_classes`.
+    """
+    found = source.read_label(shard, number)
+    if found is None or not 0 <= found < num_classes:
+        raise ValueError(f"{source.shard_name(shard)}#{number} has class {found}; {num_classes} names are listed")
+    return found
 
 
 def _array(source: TarSource, shard: int, number: int) -> tuple[np.ndarray, str]:

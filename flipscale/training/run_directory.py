@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -25,6 +26,7 @@ import yaml
 
 import flipscale
 from flipscale.engines.checkpoint import latest_checkpoint
+from flipscale.engines.optimizers import OptimRecipe
 from flipscale.files import json_lines
 from flipscale.files.aside import write_text
 from flipscale.training.recipe import Recipe, differences, to_yaml
@@ -80,6 +82,24 @@ def told_of_a_full_disk(run_dir: Path) -> Iterator[None]:
         ) from error
 
 
+def check_room(run_dir: Path, optim: OptimRecipe, num_parameters: int) -> None:
+    """Raise if the disk of a run directory has no room for one checkpoint.
+
+    Args:
+        num_parameters: of the model. Weights, moments and averages have four bytes for each.
+
+    Raises:
+        OSError: it has none.
+    """
+    tensors = 1 + (2 if optim.name == "adamw" else 1) + (optim.ema_decay is not None)
+    needed, free = 4 * num_parameters * tensors, shutil.disk_usage(run_dir).free
+    if free < needed:
+        raise OSError(
+            f"the disk of {run_dir} has {free / 1e9:.1f} GB free, and a checkpoint takes {needed / 1e9:.1f} GB; free "
+            "some space, or use another output_dir"
+        )
+
+
 def mark_done(run_dir: Path) -> None:
     """Mark the run of `run_dir` as finished."""
     (run_dir / "DONE").touch()
@@ -116,6 +136,7 @@ def write_run_files(
 
     with torch.device("meta"):
         num_parameters = FlipModel(recipe.model_config()).num_parameters()
+    check_room(run_dir, recipe.optim, num_parameters)
     content = {**environment(), "num_parameters": num_parameters, "data_samples": data_samples}
     write_text(run_dir / "environment.json", json.dumps(content, indent=1) + "\n")
     start = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,18 +19,24 @@ from flipscale.data.pairs import InputShape, PairDataset
 from flipscale.data.sources.opening import open_source
 from flipscale.data.sources.source import Source, shard_sizes_digest
 from flipscale.data.tokenizers import check_tokenizer, load_tokenizer
+from flipscale.engines.launch import place_in_world
 from flipscale.engines.start import start_accelerator
 from flipscale.engines.whole_checkpoint import Contents, newest_whole
 from flipscale.evaluation.kinds.task import Task
+from flipscale.evaluation.rehearsal import rehearse
 from flipscale.files.digests import Comparison, Damage
 from flipscale.training.recipe import Recipe, differences
 from flipscale.training.schedule import Stage, plan_stages
 from flipscale.training.step import raise_if_dropout
+from flipscale.training.tracking import check_trackers
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from flipscale.objectives.objective import Objective
+
+
+_LONGEST_NAME = 255  # of a file, on all usual file systems
 
 
 class StepBatch(NamedTuple):
@@ -109,6 +116,24 @@ class Start:
         return self.state.get("trained_seconds", 0.0)
 
 
+def check_output_dir(name: str) -> None:
+    """Raise unless a run directory can be written, before anything is done there.
+
+    Raises:
+        ValueError: it has a name that no folder has here, or a file is in its place.
+        OSError: the folder that it is to be in cannot be written.
+    """
+    if not name or name.startswith("~"):
+        raise ValueError(f"output_dir is {name!r}; name a folder, and in place of ~ the whole path")
+    if any(len(part.encode()) > _LONGEST_NAME for part in Path(name).parts):
+        raise ValueError(f"output_dir {name[:60]!r}... is longer than the {_LONGEST_NAME} bytes that a name may have")
+    there = next(one for one in (Path(name), *Path(name).absolute().parents) if one.exists())
+    if not there.is_dir():
+        raise ValueError(f"output_dir is {name}, and {there} is a file; use another output_dir")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise OSError(f"output_dir is {name}, and {there} cannot be written; change its permissions, or use another")
+
+
 def check(recipe: Recipe) -> Plan:
     """Check a recipe and open its data, in each process for itself.
 
@@ -117,6 +142,7 @@ def check(recipe: Recipe) -> Plan:
     """
     objective, config = recipe.objective(), recipe.model_config()
     stages = plan_stages(recipe.stages, recipe.data.global_batch_size)
+    check_trackers(recipe.log.report_to)
     tasks = recipe.eval.planned()
     for task in tasks:
         task.check()
@@ -133,6 +159,7 @@ def check(recipe: Recipe) -> Plan:
         )
         for stage in stages
     }  # fmt: skip
+    rehearse(tasks, shape.image_size, *place_in_world())
     return Plan(stages, source, tokenizer, datasets, tasks, objective)
 
 

@@ -46,6 +46,27 @@ class LogRecipe:
     profile_steps: CountOrNone = 0
 
 
+def check_trackers(names: Sequence[str]) -> None:
+    """Raise unless all trackers are known and installed.
+
+    Raises:
+        ValueError: one is not.
+    """
+    if not names:
+        return
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+    installed = [str(one) for one in get_available_trackers()]
+    for name in names:
+        if name not in LOGGER_TYPE_TO_CLASS:
+            known = ", ".join(LOGGER_TYPE_TO_CLASS)
+            raise ValueError(f"log.report_to names {name!r}; there are {known}")
+        if name not in installed:
+            raise ValueError(
+                f"log.report_to names {name!r}, which is not installed; pip install {name}, or leave it out"
+            )
+
+
 def open_trackers(accelerator: "Accelerator", run_dir: Path, config: Mapping[str, bool | int | float | str]) -> None:
     """Start accelerate's trackers, of the project `flipscale`.
 

@@ -1,8 +1,10 @@
 """Few-shot classification: a linear classifier of a few training images a class, cheap enough to follow a run by."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from functools import partial
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -54,6 +56,9 @@ The interval counts both the draws (Student's t) and the test images."""
 
     def check(self) -> None:
         self._sets()
+
+    def truth(self, test_set: TestSet) -> Callable[[int, int], Any]:
+        return partial(test_set.label, len(test_set.class_names()))
 
     def other_sets(self) -> list[TestSet]:
         return [TestSet.open(self.train or self.data, "train")]

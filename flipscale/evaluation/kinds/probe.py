@@ -1,7 +1,9 @@
 """A linear probe: a linear classifier of the frozen image tower's features, by the training images of a set."""
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar
 
 from flipscale.evaluation.embedding import Embedder, Features
@@ -56,6 +58,9 @@ its penalty searched on validation images; `lars` is the paper's recipe, trained
         sets = self._sets()
         if self.solver == "lars":
             self.lars.check(len(sets.train.source))
+
+    def truth(self, test_set: TestSet) -> Callable[[int, int], Any]:
+        return partial(test_set.label, len(test_set.class_names()))
 
     def other_sets(self) -> list[TestSet]:
         named = [(self.train or self.data, "train")] + [(self.validation, "validation")] * bool(self.validation)

@@ -1,7 +1,8 @@
 """Image-text retrieval: recall at 1, 5 and 10, both ways."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -42,6 +43,9 @@ between images tells."""
     def __post_init__(self) -> None:
         if not self.ks:
             raise ValueError(f"ks is {self.ks}; it must list one number or more, such as [1, 5, 10]")
+
+    def truth(self, test_set: TestSet) -> Callable[[int, int], Any]:
+        return test_set.captions_of
 
     def scorer(self, embedder: Embedder, test_set: TestSet) -> "RetrievalScorer":
         return RetrievalScorer(self, embedder, test_set.captions(embedder))

@@ -1,7 +1,7 @@
 """What every evaluation has: its data, its name and when it is due; and the one signature that they share."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, Field, dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
@@ -59,6 +59,10 @@ class Task(ABC):
     def other_sets(self) -> list[TestSet]:
         """Return the sets that the results depend on beside the test set, such as one to learn from."""
         return []
+
+    def truth(self, test_set: TestSet) -> Callable[[int, int], Any]:
+        """Return what reads the right answer of a sample, by its shard and number; a `ValueError` if it has none."""
+        return lambda shard, number: None
 
     @abstractmethod
     def evaluate(self, embedder: Embedder) -> list[Result]:

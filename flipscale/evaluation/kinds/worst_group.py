@@ -1,9 +1,10 @@
 """Zero-shot classification by groups of images: how the model does at the group that it does worst at."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, NamedTuple
+from functools import partial
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -69,6 +70,11 @@ beforehand."""
         super().check()
         if self.groups == "faces":
             self._objectives(TestSet.open(self.data))
+
+    def truth(self, test_set: TestSet) -> Callable[[int, int], Any]:
+        if self.groups == "faces":
+            return partial(test_set.array, FACE_COLUMNS)
+        return partial(test_set.label, len(test_set.class_names()))
 
     def scorer(self, embedder: Embedder, test_set: TestSet) -> Scorer:
         if self.groups == "faces":

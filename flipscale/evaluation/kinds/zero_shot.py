@@ -2,8 +2,10 @@
 
 import json
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from functools import partial
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -50,6 +52,11 @@ variances, that of an AUC is DeLong's."""
         self._refuse_few_or_many(len(test_set.class_names()))
         if self.labels is not None:
             self._label_sets(test_set, len(test_set.class_names()))
+
+    def truth(self, test_set: TestSet) -> Callable[[int, int], Any]:
+        if self.labels is not None:
+            return super().truth(test_set)
+        return partial(test_set.label, len(test_set.class_names()))
 
     def scorer(self, embedder: Embedder, test_set: TestSet) -> Scorer:
         num_classes = len(test_set.class_names())

@@ -1,8 +1,10 @@
 """Zero-shot classification of images with several labels: the mean over classes of the average precision."""
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from functools import partial
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -35,6 +37,9 @@ averaged. map11 takes the highest precision at a recall of 0, 0.1, ... 1 or more
 the class; a class without images has 0, as in CLIP_benchmark. Intervals are 1.96 standard deviations of 200 bootstrap
 draws of the images."""
     hub_task: ClassVar[str] = "zero-shot-image-classification"
+
+    def truth(self, test_set: TestSet) -> Callable[[int, int], Any]:
+        return partial(test_set.label_set, len(test_set.class_names()))
 
     def scorer(self, embedder: Embedder, test_set: TestSet) -> "MultilabelScorer":
         labels = test_set.label_sets(embedder, len(test_set.class_names()))

@@ -1,0 +1,105 @@
+"""What is asked before a run begins."""
+
+import shutil
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import add_member
+
+from flipscale.engines.launch import place_in_world
+from flipscale.engines.optimizers import OptimRecipe
+from flipscale.evaluation.rehearsal import rehearse
+from flipscale.evaluation.suite import build_tasks
+from flipscale.training.run_directory import check_room
+from flipscale.training.start import check_output_dir
+from flipscale.training.tracking import check_trackers
+
+
+def test_a_disk_without_room_for_a_checkpoint(tmp_path: Path) -> None:
+    check_room(tmp_path, OptimRecipe(), 1000)
+    with pytest.raises(OSError, match=r"the disk of .* has .* GB free, and a checkpoint takes 12000000.0 GB; free"):
+        check_room(tmp_path, OptimRecipe(), 10**15)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("", "output_dir is ''; name a folder"),
+        ("~/runs", "output_dir is '~/runs'; name a folder, and in place of ~ the whole path"),
+        ("a" * 300, "is longer than the 255 bytes that a name may have"),
+        ("file/run", "output_dir is file/run, and .*file is a file; use another output_dir"),
+    ],
+)
+def test_an_output_folder_that_cannot_be(
+    name: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    check_output_dir("new/run")
+    with pytest.raises(ValueError, match=message):
+        check_output_dir(name)
+
+
+def test_an_output_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # root may write everywhere
+    with pytest.raises(OSError, match=rf"{tmp_path} cannot be written; change its permissions, or use another"):
+        check_output_dir(str(tmp_path / "run"))
+
+
+def test_trackers_that_are_not_there() -> None:
+    check_trackers(["tensorboard"])
+    with pytest.raises(ValueError, match=r"log.report_to names 'paper'; there are aim, comet_ml"):
+        check_trackers(["paper"])
+    with pytest.raises(ValueError, match=r"log.report_to names 'aim', which is not installed; pip install aim"):
+        check_trackers(["tensorboard", "aim"])
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"RANK": "x"}, "the environment has RANK='x'; it must be a whole number; unset it, or use a launcher"),
+        ({"WORLD_SIZE": "-2"}, "the environment has WORLD_SIZE='-2'; it must be a whole number"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "the environment has RANK=2 and WORLD_SIZE=2; a launcher sets 0 to 1"),
+    ],
+)
+def test_a_launcher_s_numbers_that_are_none(environment: dict[str, str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        place_in_world(environment)
+
+
+def test_an_answer_of_a_test_set_is_missing(refused_test_set: Callable[..., str]) -> None:
+    assert "has class None; 16 names are listed" in refused_test_set("zero_shot", {"txt": b"a red bar"})
+    assert "has no caption; retrieval needs a KEY.txt" in refused_test_set("retrieval", {"txt": b" "})
+
+
+def test_an_image_of_a_test_set_is_damaged(refused_test_set: Callable[..., str]) -> None:
+    line = refused_test_set("retrieval", {"txt": b"a red bar", "jpg": b"\xff\xd8\xff no picture"})
+    assert "evaluation image" in line
+    assert "cannot be decoded" in line
+
+
+@pytest.fixture
+def refused_test_set(shards: Path, tmp_path: Path) -> Callable[..., str]:
+    """Rehearses a test set of 96 good samples and one that has these fields; returns the error."""
+
+    def run(kind: str, fields: dict[str, bytes]) -> str:
+        folder = tmp_path / f"{kind}-{len(fields)}"
+        shutil.copytree(shards, folder)
+        with tarfile.open(folder / "00000.tar") as tar:
+            image = next(tar.extractfile(one).read() for one in tar if one.name.endswith("jpg"))  # type: ignore[union-attr]
+        with tarfile.open(folder / "00009.tar", "w") as tar:
+            for ending, content in {"jpg": image, **fields}.items():
+                add_member(tar, f"odd.{ending}", content)
+        tasks = build_tasks([{"kind": kind, "data": str(folder)}])
+        found = []
+        for rank in range(3):
+            try:
+                rehearse(tasks, 32, rank, 3)
+            except ValueError as error:
+                found.append(str(error))
+        (message,) = found  # one of the processes has that sample
+        return message
+
+    return run
