@@ -1,0 +1,268 @@
+"""Attacks by recipes, options and surroundings: what is asked before anything is trained or measured."""
+
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from attacks import ground
+from attacks.attack import Attack, Ended, hold
+from conftest import add_member
+
+Make = Callable[[Path], list[str]]
+STAGE = {"name": "masked", "samples": 96, "mask_ratio": 0.75, "base_lr": 0.012}
+BOMB = "a0: &a0 [1, 2]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 12))
+
+
+def _recipe(**changes: Any) -> Make:
+    """A run with these changes, none of which may be found out after it has trained."""
+
+    def make(folder: Path) -> list[str]:
+        ground.shards(folder)
+        return ground.pretrain(folder, **changes)
+
+    return make
+
+
+def _stages(**changes: Any) -> Make:
+    return _recipe(stages=[{**STAGE, **changes}])
+
+
+def _text(text: str | bytes) -> Make:
+    """A recipe of this text."""
+
+    def make(folder: Path) -> list[str]:
+        content = text if isinstance(text, bytes) else text.encode()
+        (folder / "odd.yaml").write_bytes(content)
+        return ["pretrain", "--config", "odd.yaml"]
+
+    return make
+
+
+def _flags(*flags: str) -> Make:
+    """The good recipe and these flags."""
+
+    def make(folder: Path) -> list[str]:
+        ground.shards(folder)
+        return [*ground.pretrain(folder), *flags]
+
+    return make
+
+
+def _command(*words: str) -> Make:
+    return lambda folder: list(words)
+
+
+def _test_set(kind: str, odd: dict[str, bytes]) -> Make:
+    """A run that is to be evaluated at its end on a set of which one sample is odd."""
+
+    def make(folder: Path) -> list[str]:
+        data = ground.shards(folder)
+        with tarfile.open(data / "00000.tar") as tar:
+            member = next(one for one in tar if one.name.endswith(".jpg"))
+            image = tar.extractfile(member).read()  # type: ignore[union-attr]
+        (folder / "test").mkdir()
+        for text in data.glob("*.txt"):
+            (folder / "test" / text.name).write_bytes(text.read_bytes())
+        with tarfile.open(folder / "test/00000.tar", "w") as tar:
+            for number in range(20):
+                fields = {"jpg": image, "txt": b"a red bar", "cls": b"1", **(odd if number == 13 else {})}
+                for ending, content in fields.items():
+                    add_member(tar, f"{number:03}.{ending}", content)
+        return ground.pretrain(folder, eval={"tasks": [{"kind": kind, "data": "test"}]})
+
+    return make
+
+
+def _nothing_trained(folder: Path, ended: Ended) -> None:
+    assert not (folder / "run").exists(), list((folder / "run").iterdir())
+
+
+def _nothing_run(folder: Path, ended: Ended) -> None:
+    assert not (folder / "pwned").exists()
+
+
+def _file_for_folder(folder: Path) -> list[str]:
+    ground.shards(folder)
+    (folder / "file").write_text("x")
+    return ground.pretrain(folder, output_dir="file/run")
+
+
+def _folder_for_recipe(folder: Path) -> list[str]:
+    (folder / "odd").mkdir()
+    return ["pretrain", "--config", "odd"]
+
+
+def _code_in_a_section(folder: Path) -> list[str]:
+    (folder / "evil.py").write_text("open('pwned', 'w')\nclass Data: pass\n")
+    (folder / "odd.yaml").write_text("data: evil.Data\n")
+    return ["pretrain", "--config", "odd.yaml"]
+
+
+def _code_in_a_flag(folder: Path) -> list[str]:
+    (folder / "evil.py").write_text("open('pwned', 'w')\nclass Data: pass\n")
+    return ["pretrain", "--config", "demo", "--data", "evil.Data"]
+
+
+def _saved_before(folder: Path) -> list[str]:
+    """A finished run's own `recipe.yaml`, without the fields that versions before this one did not have."""
+    run = ground.run_of(folder)
+    saved = yaml.safe_load((run / "recipe.yaml").read_text())
+    del saved["loss"], saved["save"]["every_minutes"], saved["log"]["profile_steps"], saved["hub"]
+    file = folder / "old.yaml"
+    file.write_text(yaml.safe_dump({**saved, "output_dir": str(run), "data": {**saved["data"], "shards": "data"}}))
+    return ["pretrain", "--config", str(file)]
+
+
+def _refused(name: str, make: Make, *says: str, **more: Any) -> Attack:
+    return Attack(name, make, 2, says, more.pop("check", _nothing_trained), seconds=30, **more)
+
+
+ATTACKS = [
+    # Numbers of a recipe.
+    _refused("eval.batch_size -1", _recipe(eval={"batch_size": -1}), "eval.batch_size is -1; it must be at least 1"),
+    _refused("a negative rate", _stages(base_lr=-0.1), "stages[0].base_lr is -0.1; it must be at least 0"),
+    _refused("a rate that is NaN", _stages(base_lr=float("nan")), "stages[0].base_lr is nan; it must be at least 0"),
+    _refused(
+        "max_grad_norm -1", _recipe(optim={"max_grad_norm": -1}), "optim.max_grad_norm is -1.0; it must be above 0"
+    ),
+    _refused(
+        "a crop of five to nine times the image",
+        _recipe(data={"crop_scale": [5, 9]}),
+        "data.crop_scale[0] is 5.0; it must be above 0 and at most 1",
+    ),
+    _refused(
+        "a crop's range the wrong way round",
+        _recipe(data={"crop_scale": [0.9, 0.5]}),
+        "data.crop_scale is [0.9, 0.5]; the least share of the image comes first",
+    ),
+    _refused("seed 10^30", _recipe(seed=10**30), "seed is 1000000000000000000000000000000; it must be at least 0"),
+    _refused("a seed of 500 digits", _text("seed: " + "9" * 500), "has a number of 500 digits"),
+    _refused(
+        "batch size 0", _recipe(data={"global_batch_size": 0}), "data.global_batch_size is 0; it must be at least"
+    ),
+    _refused(
+        "a batch of 10^12 pairs",
+        _recipe(data={"global_batch_size": 10**12}),
+        "data.global_batch_size is 1000000000000; it must be at least 1 and at most 16,777,216",
+    ),
+    _refused("a step that may take for ever", _recipe(log={"hang_seconds": float("inf")}), "log.hang_seconds is inf"),
+    _refused("save.total_limit -1", _recipe(save={"total_limit": -1}), "save.total_limit is -1; it must be at least 1"),
+    _refused(
+        "adam_beta2 1", _recipe(optim={"adam_beta2": 1.0}), "optim.adam_beta2 is 1.0; it must be at least 0 and b"
+    ),
+    _refused("workers -1", _recipe(data={"num_workers": -1}), "data.num_workers is -1; it must be at least 0"),
+    _refused(
+        "mask_ratio 1.0", _stages(mask_ratio=1.0), "stages[0].mask_ratio is 1.0; it must be at least 0 and below 1"
+    ),
+    _refused(
+        "a word for a number", _recipe(optim={"weight_decay": "some"}), "optim.weight_decay is some; it must be a n"
+    ),
+    _refused(
+        "yes for a number", _text("data: {num_workers: yes}\n"), "data.num_workers is True; it must be a whole num"
+    ),
+    _refused("a number of no value", _text("data: {num_workers: }\n"), "data.num_workers is null; leave it out"),
+    _refused(
+        "R@0",
+        _recipe(eval={"tasks": [{"kind": "retrieval", "data": "data", "ks": [0]}]}),
+        "eval.tasks[0].ks[0] is 0; it must be at least 1",
+    ),
+    _refused(
+        "an evaluation every -5 samples",
+        _recipe(eval={"tasks": [{"kind": "retrieval", "data": "data", "every_samples": -5}]}),
+        "eval.tasks[0].every_samples is -5; it must be at least 0",
+    ),
+    # The model of a recipe.
+    _refused(
+        "heads that do not divide the width",
+        _flags("--model.vision_config.num_attention_heads", "5"),
+        "hidden_size 32 is not divisible by num_attention_heads 5",
+    ),
+    _refused("patch size 0", _flags("--model.vision_config.patch_size", "0"), "patch_size is 0; it must be at least 1"),
+    _refused("dropout -1", _flags("--model.text_config.attention_dropout", "-1"), "attention_dropout is -1"),
+    _refused(
+        "no positions", _flags("--model.text_config.max_position_embeddings", "0"), "max_position_embeddings is 0"
+    ),
+    _refused("a width of 10^9", _flags("--model.text_config.hidden_size", "1000000000"), "hidden_size is 1000000000"),
+    _refused(
+        "attention code of somebody's",
+        _flags("--model.vision_config._attn_implementation", "someone/kernel"),
+        "model.vision_config._attn_implementation is not a field of FlipVisionConfig",
+    ),
+    # Stages.
+    _refused("no stages", _recipe(stages=[]), "stages[0].base_lr is missing"),
+    _refused("no samples", _stages(samples=0), "stages[0].samples is 0; it must be at least 1"),
+    _refused("fewer samples than a batch", _stages(samples=7), "7 samples are less than one step of 16 pairs"),
+    _refused("a warm-up longer than the stage", _stages(warmup_samples=900), "a warm-up of 900 samples is not shorter"),
+    _refused("two stages of one name", _recipe(stages=[STAGE, STAGE]), "2 stages are named 'masked'"),
+    _refused(
+        "an unknown field of a stage", _stages(mask_rato=0.5), "stages[0].mask_rato is no field of a recipe; did you"
+    ),
+    # YAML.
+    _refused("a bomb of aliases", _text(BOMB), "has more than 100,000 values, its aliases written out"),
+    _refused("an alias of itself", _text("model: &x {size: *x}\n"), "uses *x, which is not defined before it"),
+    _refused("lists nested 900 deep", _text("a: " + "[" * 900 + "]" * 900), "is nested deeper than 32 levels"),
+    _refused(
+        "a tag that runs a command",
+        _text("seed: !!python/object/apply:os.system ['touch pwned']\n"),
+        "has the tag tag:yaml.org,2002:python/object/apply:os.system",
+        check=_nothing_run,
+    ),
+    _refused("a class to import for a section", _code_in_a_section, "data is 'evil.Data'", check=_nothing_run),
+    _refused(
+        "a class to import in a flag", _code_in_a_flag, "--data is 'evil.Data'; set its fields", check=_nothing_run
+    ),
+    _refused("an octal number", _text("seed: 010\n"), "has 010, which is another number to YAML"),
+    _refused("a key twice", _text("seed: 1\nseed: 2\n"), "gives seed twice; leave one of them out (line 2)"),
+    _refused("tabs", _text("data:\n\tnum_workers: 1\n"), "cannot be read as YAML"),
+    _refused("Latin-1", _text(b"output_dir: caf\xe9\n"), "is not in UTF-8"),
+    _refused("an empty file", _text(""), "the recipe is empty; it must have fields"),
+    _refused("a list at the top", _text("- seed: 1\n"), "it must have fields, such as name: value"),
+    _refused(
+        "100 MB", _text(b"#" * 100_000_000), "has 100,000,000 bytes; at most 262,144 of YAML are read", megabytes=400
+    ),
+    _refused("a folder for a recipe", _folder_for_recipe, "odd is a folder; name a YAML file"),
+    _refused(
+        "an unknown key", _text("optim: {weigth_decay: 1}\n"), "optim.weigth_decay is no field of a recipe; did you"
+    ),
+    # What is needed at the end.
+    _refused("a tracker that is not installed", _recipe(log={"report_to": ["aim"]}), "which is not installed"),
+    _refused("a file in place of the run's folder", _file_for_folder, "output_dir is file/run, and "),
+    _refused("a NUL in a path", _recipe(output_dir="a\0b"), "output_dir is 'a\\x00b'; it must be without"),
+    _refused("~ in a path", _recipe(output_dir="~/run"), "output_dir is '~/run'; name a folder, and in place of ~"),
+    _refused("a name of 300 letters", _recipe(output_dir="a" * 300), "longer than the 255 bytes that a name may have"),
+    _refused("one damaged test image", _test_set("retrieval", {"jpg": b"\xff\xd8\xff cut"}), "cannot be decoded"),
+    _refused("one test image without a caption", _test_set("retrieval", {"txt": b"\n"}), "00000.tar#13 has no caption"),
+    _refused(
+        "one class number too high", _test_set("zero_shot", {"cls": b"99"}), "00000.tar#13 has class 99; 16 names"
+    ),
+    # Other verbs' options.
+    _refused(
+        "evaluate --batch_size 0", _command("evaluate", "x", "--batch_size", "0"), "--batch_size is 0; it must be at"
+    ),
+    _refused(
+        "evaluate --num_workers -1", _command("evaluate", "x", "--num_workers", "-1"), "--num_workers is -1; it must"
+    ),
+    _refused(
+        "evaluate --mask_ratio nan", _command("evaluate", "x", "--mask_ratio", "nan"), "--mask_ratio is nan; it must"
+    ),
+    _refused(
+        "probe --l2 inf", _command("probe", "x", "--train", "a", "--test", "b", "--l2", "inf"), "--l2 is inf; it must"
+    ),
+    _refused(
+        "study --minutes nan", _command("study", "demo", "--minutes", "nan", "--output_dir", "o"), "--minutes is nan"
+    ),
+    _refused("export --step -4", _command("export", "run", "--step", "-4"), "--step is -4; it must be at least 0"),
+    _refused(
+        "bench loss --n 10^12", _command("bench", "loss", "--n", str(10**12)), "--n is 1000000000000; it must be at l"
+    ),
+    _refused("RANK=x", _flags(), "the environment has RANK='x'; it must be a whole number", environment={"RANK": "x"}),
+    Attack("a recipe that an older version saved", _saved_before),
+]
+
+
+@pytest.mark.parametrize("attack", ATTACKS, ids=str)
+def test_attack(attack: Attack, tmp_path: Path) -> None:
+    hold(attack, tmp_path)
