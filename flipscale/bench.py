@@ -82,6 +82,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Take a recipe's step as one process of many does, without the others and without a GPU: operations, messages, "
         "waits, memory. DeepSpeed's engines read numbers back from the GPU and cannot be run so.",
     )
+    add_world_arguments(world)
+    data = add("data", "Measure the loader: images/s of a worker, bytes, memory, and where its time goes.")
+    compare_loaders = add("compare_data", "Measure our loader and two others in turn, with one worker each.")
+    add_data_arguments(data, compare_loaders)
+
+
+def add_world_arguments(world: argparse.ArgumentParser) -> None:
+    """Add the arguments of `bench world`."""
     world.add_argument("--recipe", required=True, help="A file, or a name of the package's.")
     world.add_argument("--launch_file", type=Path, required=True, help="Accelerate's, such as ds_configs/fsdp2.yaml.")
     world.add_argument(
@@ -90,9 +98,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     world.add_argument("--rank", type=number(CountOrNone), default=0, help="Which process's step it is; 0 by default.")
     world.add_argument("--stage", help="The name of the stage whose step it is; by default the first.")
     world.add_argument("--json", action="store_true", help="Print a JSON line instead of a table.")
-    data = add("data", "Measure the loader: images/s of a worker, bytes, memory, and where its time goes.")
-    compare_loaders = add("compare_data", "Measure our loader and two others in turn, with one worker each.")
-    add_data_arguments(data, compare_loaders)
 
 
 def add_data_arguments(data: argparse.ArgumentParser, compare: argparse.ArgumentParser) -> None:
