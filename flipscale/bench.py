@@ -72,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             "--steps",
             type=number(Count),
             default=5,
-            help="How often each is timed, after once that is not; 5 by default.",
+            help="How often each is timed, after one that is not; 5 by default.",
         )
     for parser in (step, compare, loss, losses):
         parser.add_argument("--threads", type=number(Threads), help="How many CPU threads work; by default all.")

@@ -61,7 +61,7 @@ class _Walk:
     def __init__(self, where: str, refuses_surprises: bool):
         self._where, self._refuses_surprises = where, refuses_surprises
         self._open: list[_Open] = [_Open(None, False)]
-        self._sizes: dict[str, int] = {}
+        self._sizes: dict[str | None, int] = {}
 
     def take(self, event: yaml.Event) -> None:
         """Take the next event, in the order of the text."""
@@ -101,6 +101,7 @@ class _Walk:
             parent.is_key = not parent.is_key
 
     def _refuse(self, event: yaml.Event, what: str) -> None:
+        assert event.start_mark is not None
         raise ValueError(f"{self._where} {what} (line {event.start_mark.line + 1})")
 
 
