@@ -34,10 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     step = add("step", "Measure a training step: images/s, memory, and the share of the peak of matrix products.")
     step.add_argument(
-        "--mask_ratio",
-        type=number(ShareBelowAll),
-        default=0.75,
-        help="The fraction of patches removed; 0.75 by default.",
+        "--mask_ratio", type=number(ShareBelowAll), default=0.75, help="The share of patches removed; 0.75 by default."
     )
     step.add_argument("--dtype", choices=sorted(DTYPES), default="bf16", help="Precision of products; bf16 by default.")
     step.add_argument("--compile", action="store_true", help="Compile the model with torch.compile.")
@@ -72,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             "--steps",
             type=number(Count),
             default=5,
-            help="How often each is timed, after one that is not; 5 by default.",
+            help="How often each is timed, after once; 5 by default.",
         )
     for parser in (step, compare, loss, losses):
         parser.add_argument("--threads", type=number(Threads), help="How many CPU threads work; by default all.")
@@ -126,7 +123,7 @@ def add_data_arguments(data: argparse.ArgumentParser, compare: argparse.Argument
             "--mask_ratio",
             type=number(ShareBelowAll),
             default=0.75,
-            help="The fraction of patches removed; 0.75 by default.",
+            help="The share of patches removed; 0.75 by default.",
         )
         parser.add_argument(
             "--image_size", type=number(Pixels), default=224, help="The side of the image in pixels; 224 by default."
