@@ -56,12 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="pooled",
         help="What is classified: pooled, the default, is before the projection, embeds is after it, of unit length.",
     )
-    parser.add_argument(
-        "--l2",
-        type=number(Positive),
-        help="The penalty of lbfgs, 1 / C of scikit-learn; searched where it is left out.",
-    )
-    _add_lars_arguments(parser)
+    _add_solver_arguments(parser)
     parser.add_argument(
         "--seed", type=number(Seed), default=0, help="Of the validation part, the order, crops and weights."
     )
@@ -87,7 +82,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="Print a JSON line with all that the figures depend on.")
 
 
-def _add_lars_arguments(parser: argparse.ArgumentParser) -> None:
+def _add_solver_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--l2",
+        type=number(Positive),
+        help="The penalty of lbfgs, 1 / C of scikit-learn; searched where it is left out.",
+    )
     parser.add_argument("--epochs", type=number(Count), default=_PAPER.epochs, help="Of lars; 90 by default.")
     parser.add_argument(
         "--warmup_epochs", type=number(CountOrNone), default=_PAPER.warmup_epochs, help="Of lars; 10 by default."
