@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     _add_solver_arguments(parser)
     parser.add_argument(
-        "--seed", type=number(Seed), default=0, help="Of the validation part, the order, crops and weights."
+        "--seed", type=number(Seed), default=0, help="Of the validation part, order, crops and weights."
     )
     parser.add_argument(
         "--batch_size",
