@@ -58,9 +58,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     _add_solver_arguments(parser)
     parser.add_argument(
-        "--seed", type=number(Seed), default=0, help="Of the validation part, order, crops and weights."
-    )
-    parser.add_argument(
         "--batch_size",
         type=number(Pairs),
         default=256,
@@ -83,6 +80,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_solver_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--seed", type=number(Seed), default=0, help="Of the validation part, order, crops and weights."
+    )
     parser.add_argument(
         "--l2",
         type=number(Positive),
