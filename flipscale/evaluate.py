@@ -34,8 +34,9 @@ from flipscale.evaluation.suite import TASKS_DIR, build_tasks
 from flipscale.evaluation.task_page import SUITES, suite_pages
 from flipscale.files.command_line import number
 from flipscale.files.ranges import Pairs, Workers
+from flipscale.files.yaml_text import check_yaml
 from flipscale.hub.card_results import refresh_card
-from flipscale.hub.loading import OTHERS, open_embedder
+from flipscale.hub.loading import OTHERS, OpenModels, open_embedder
 from flipscale.training.console import start_logging
 
 _log = logging.getLogger(__name__)
@@ -103,7 +104,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Print the results that were asked for as one table, and write them beside the models.
+    """Print the results that were asked for as one table, and write them beside the models. A model that cannot be
+    loaded leaves the others their results, and is the error at the end.
 
     Raises:
         ValueError: nothing to evaluate, an unknown task or suite, a model that is named twice or cannot be loaded, or
@@ -125,8 +127,11 @@ def run(args: argparse.Namespace) -> None:
             read_lines(model.lines)
     columns: list[Column] = []
     masked: list[MaskedResults] = []
+    opened = OpenModels(len(models), lambda name: open_embedder(name, accelerator, args.batch_size, args.num_workers))
     for model in models:
-        embedder = open_embedder(model.given, accelerator, args.batch_size, args.num_workers)
+        embedder = opened.open(model.given)
+        if embedder is None:
+            continue
         for mask in asked_masks(args, embedder):
             lines = evaluate_model(masked_embedder(embedder, mask), model, tasks)
             columns.append(Column(model.name if mask == WHOLE else f"{model.name}, {mask.label}", lines))
@@ -135,13 +140,14 @@ def run(args: argparse.Namespace) -> None:
             if accelerator.is_main_process and model.home == model.folder:
                 refresh_card(model.folder, lines)
         del embedder  # before the next model is loaded
-    if accelerator.is_main_process:
+    if accelerator.is_main_process and columns:
         suites = _suites(args)
         write_reports(columns, suites, home)
         if masked:
             _print_masked(args, masked)
         else:
-            print(_as_json(columns) if args.json else suite_tables(columns, suites))
+            print(_as_json(columns, len(models)) if args.json else suite_tables(columns, suites))
+    opened.raise_faults()
     accelerator.end_training()
 
 
@@ -161,10 +167,10 @@ def _with_flops(embedder: Embedder, mask: ImageMask, name: str, results: list[Re
     return MaskedResults(name, mask, flops, whole, results)
 
 
-def _as_json(columns: list[Column]) -> str:
+def _as_json(columns: list[Column], asked: int) -> str:
     """Return the metrics of a model as one line of JSON; those of several by their names."""
     found = {column.name: as_metrics(line.result for line in column.lines) for column in columns}
-    return json.dumps(found if len(columns) > 1 else found[columns[0].name])
+    return json.dumps(found if asked > 1 else found[columns[0].name])
 
 
 def _tasks(args: argparse.Namespace) -> list[Task]:
@@ -224,6 +230,7 @@ def _listed(args: argparse.Namespace) -> list[dict[str, Any]]:
         listed.append({"kind": "retrieval", "data": args.retrieval})
     for text in args.task:
         try:
+            check_yaml(text, "--task")
             task = yaml.safe_load(text)
         except yaml.YAMLError:
             task = None

@@ -14,7 +14,7 @@ from flipscale.evaluation.reports.session import evaluate_model
 from flipscale.evaluation.results import Result, with_unit
 from flipscale.files.command_line import number
 from flipscale.files.ranges import Count, CountOrNone, Pairs, Positive, Seed, ShareAboveNone, Workers
-from flipscale.hub.loading import open_embedder
+from flipscale.hub.loading import OpenModels, open_embedder
 
 _PAPER = LarsRecipe()
 
@@ -130,11 +130,15 @@ def run(args: argparse.Namespace) -> None:
     for model in models if accelerator.is_main_process else []:
         check_writable(model.home)
     found: dict[str, list[Line]] = {}
+    opened = OpenModels(len(models), lambda name: open_embedder(name, accelerator, args.batch_size, args.num_workers))
     for model in models:
-        embedder = open_embedder(model.given, accelerator, args.batch_size, args.num_workers)
+        embedder = opened.open(model.given)
+        if embedder is None:
+            continue
         found[model.name] = evaluate_model(embedder, model, [probe])
     if accelerator.is_main_process:
         print(_as_json(found) if args.json else _as_text(found))
+    opened.raise_faults()
     accelerator.end_training()
 
 

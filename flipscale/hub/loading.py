@@ -1,5 +1,6 @@
 """Load a model folder or Hub name, or another program's model, with one clear error if that fails."""
 
+import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -24,6 +25,8 @@ from flipscale.model.folder import Header, check_folder, read_header, read_objec
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+_log = logging.getLogger(__name__)
 
 # Models that are not ours, by what their names begin with.
 OTHERS: dict[str, Callable[..., Embedder]] = {
@@ -100,10 +103,63 @@ def open_embedder(name: str, accelerator: "Accelerator", batch_size: int = 256, 
         return plain_embedder(name, accelerator, batch_size, num_workers)
     for prefix, other in OTHERS.items():
         if name.startswith(prefix):
-            return _tried(other(name.removeprefix(prefix), accelerator, batch_size, num_workers))
+            embedder = other(name.removeprefix(prefix), accelerator, batch_size, num_workers)
+            try:
+                for weight_name, weight in embedder.model.named_parameters():
+                    check_weight(weight_name, weight)
+            except ValueError as error:
+                raise ValueError(f"model {name!r} cannot be loaded ({error})") from error
+            return _tried(embedder)
     model, tokenizer = load_flip(name)
     model.set_attn_implementation(best_attention(accelerator.device))
     return _tried(Embedder(model.to(accelerator.device), tokenizer, accelerator, batch_size, num_workers, name=name))
+
+
+class OpenModels:
+    """The models of a command, opened one after the other. One that cannot be opened leaves the others their results.
+
+    Args:
+        asked: how many there are.
+        open_one: what opens one of them, by its name.
+    """
+
+    def __init__(self, asked: int, open_one: Callable[[str], Embedder]):
+        self._asked, self._open_one = asked, open_one
+        self._faults: list[ValueError | OSError] = []
+
+    def open(self, name: str) -> Embedder | None:
+        """Collective. Return the embedder of a model, None on every process if any cannot open it.
+
+        Raises:
+            ValueError, OSError: it cannot be opened, and is the only model.
+        """
+        from accelerate.utils import gather_object
+
+        embedder, faults = None, []
+        try:
+            embedder = self._open_one(name)
+        except (ValueError, OSError) as error:
+            if self._asked == 1:
+                raise
+            faults = [(isinstance(error, OSError), str(error))]
+        faults = gather_object(faults)
+        if not faults:
+            return embedder
+        is_os_error, told = faults[0]
+        self._faults.append(OSError(told) if is_os_error else ValueError(told))
+        _log.warning("%s; the other models are evaluated", told)
+        return None
+
+    def raise_faults(self) -> None:
+        """Raise if a model could not be opened, once the others are done.
+
+        Raises:
+            ValueError, OSError: as the first one's.
+        """
+        if self._faults:
+            told = "; ".join(map(str, self._faults))
+            kind = type(self._faults[0])
+            raise kind(f"{len(self._faults)} of {self._asked} models were not evaluated: {told}")
 
 
 def _tried(embedder: Embedder) -> Embedder:
