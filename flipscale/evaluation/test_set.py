@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +23,8 @@ from flipscale.evaluation.images import SampleNumbers
 CLASS_NAMES = "classnames.txt"
 TEMPLATES = "zeroshot_classification_templates.txt"
 NUM_SHARDS = "nshards.txt"
+# The longest texts beside test sets have a megabyte: captions of images, not of a set.
+_MOST_BYTES, _MOST_LINE = 20 << 20, 10_000
 # Evaluations read shard after shard.
 READ = DataRecipe(lanes=1, shards_per_block=1)
 
@@ -196,25 +199,36 @@ def read_lines(data: str | Path, name: str, what: str) -> list[str]:
         what: the lines are, for the error.
 
     Raises:
-        ValueError: the file is missing or empty.
+        ValueError: the file is missing or empty, or a line is far too long.
     """
     text = read_text(str(data), name)
     if text is None or not text.strip():
         state = "missing" if text is None else "empty"
         raise ValueError(f"{data}/{name} is {state}; it lists {what}, one a line")
     lines = [line.strip() for line in text.splitlines()]
+    longest = max(range(len(lines)), key=lambda number: len(lines[number]))
+    if len(lines[longest]) > _MOST_LINE:
+        raise ValueError(
+            f"line {longest + 1} of {data}/{name} has {len(lines[longest]):,} characters, more than {_MOST_LINE:,}; it "
+            f"lists {what}, one a line"
+        )
     if "" in lines:
         _log.warning("line %d of %s/%s is blank, and counts as one of %s", lines.index("") + 1, data, name, what)
     return lines
 
 
 def read_class_names(data: str | Path) -> list[str]:
-    """Return the names of a set's classes, in the order of their numbers.
+    """Return the names of a set's classes, in the order of their numbers. A name that stands there twice is told: the
+    second of its classes is never the nearest.
 
     Raises:
         ValueError: `classnames.txt` is missing or empty.
     """
-    return read_lines(data, CLASS_NAMES, "the class names")
+    names = read_lines(data, CLASS_NAMES, "the class names")
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        _log.warning("%s/%s has %d names more than once, such as %r", data, CLASS_NAMES, len(twice), twice[0])
+    return names
 
 
 def read_labels(embedder: Embedder, source: TarSource, num_classes: int) -> torch.Tensor:
@@ -336,12 +350,16 @@ def read_text(folder: str, name: str) -> str | None:
     """Return the content of a text file, on this machine or at a URL; None if there is none.
 
     Raises:
-        ValueError: it is not UTF-8, or the URL cannot be read.
+        ValueError: it is no file, too long or not UTF-8, or the URL cannot be read.
         OSError: it cannot be fetched.
     """
     path = f"{folder}/{name}"
     try:
         if "://" not in folder:
+            if Path(path).exists() and not Path(path).is_file():
+                raise ValueError(f"{path} is no file; put the text there")
+            if Path(path).is_file() and (size := Path(path).stat().st_size) > _MOST_BYTES:
+                raise ValueError(f"{path} has {size:,} bytes, more than {_MOST_BYTES:,}; is it another file?")
             content = Path(path).read_bytes()
         else:
             file = ShardCache(Path(READ.cache_dir).expanduser(), READ.cache_bytes).open(path)

@@ -10,6 +10,9 @@ from flipscale.evaluation.kinds.task import StreamedTask
 from flipscale.evaluation.kinds.templates import TEMPLATES
 from flipscale.evaluation.test_set import TestSet
 
+# ImageNet-21k with CLIP's 80 prompts has 1.8 million.
+_MOST_TEXTS = 10_000_000
+
 
 class Classifier(NamedTuple):
     """The names of the classes, and their embeddings, `(dim, classes)` of unit length."""
@@ -44,18 +47,28 @@ class PromptedTask(StreamedTask):
     def check(self) -> None:
         super().check()
         test_set = TestSet.open(self.data)
-        test_set.class_names()
-        self.prompts(test_set)
+        names, prompts = test_set.class_names(), self.prompts(test_set)
+        if len(names) * len(prompts) > _MOST_TEXTS:
+            raise ValueError(
+                f"{self.data} has {len(prompts):,} prompts for each of {len(names):,} classes, more than "
+                f"{_MOST_TEXTS:,} texts; use fewer prompts"
+            )
 
     def prompts(self, test_set: TestSet) -> list[str]:
         """Return the prompts, `{c}` for the name.
 
         Raises:
-            ValueError: the folder's own are missing.
+            ValueError: the folder's own are missing, or have no `{c}`.
         """
         if isinstance(self.templates, str):
             return TEMPLATES[self.templates]
-        return self.templates if self.templates is not None else test_set.templates()
+        if self.templates is not None:
+            return self.templates
+        prompts = test_set.templates()
+        without = [prompt for prompt in prompts if prompt and "{c}" not in prompt]  # a blank line counts as one
+        if without:
+            raise ValueError(f"{self.data} has the prompt {without[0]!r:.80}; each prompt must have {{c}} for the name")
+        return prompts
 
     def classifier(self, embedder: Embedder, test_set: TestSet) -> Classifier:
         """Collective. Return the embedded classes of the set.

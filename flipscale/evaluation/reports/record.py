@@ -18,7 +18,10 @@ from flipscale.evaluation.results import Result
 from flipscale.files import json_lines
 
 _FIRST = b'{"group": "'
-_NEEDED = {"group", "lines", "weights", "task", "kind", "metric", "value", "data"}
+_NEEDED: dict[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("group", "weights", "task", "kind", "metric"), str),
+    **{"lines": int, "value": (int, float), "data": (dict, type(None))},
+}
 _KNOWN = {field.name for field in dataclasses.fields(Result)}
 
 
@@ -71,7 +74,7 @@ def read_lines(path: Path) -> list[Line]:
     """Return the lines of all whole groups of a file, each group once; none where there is no file.
 
     Raises:
-        ValueError: the file has lines that `flipscale evaluate` did not write.
+        ValueError: it is no file, or has lines that `flipscale evaluate` did not write.
     """
     return [_as_line(record) for record in _whole_groups(_records(path))]
 
@@ -92,6 +95,8 @@ def drop_torn(path: Path) -> None:
 
 def _records(path: Path) -> list[dict[str, Any]]:
     """Return the lines of a file that are not torn."""
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise ValueError(f"{path} is no file; move it away, or name another folder with --output_dir")
     if not path.exists():
         return []
     found = []
@@ -100,17 +105,25 @@ def _records(path: Path) -> list[dict[str, Any]]:
             continue
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             record = None
         if record is None and (line.startswith(_FIRST) or _FIRST.startswith(line)):
             continue
-        if not isinstance(record, dict) or not record.keys() >= _NEEDED:
+        if not isinstance(record, dict) or not _is_line(record):
             raise ValueError(
                 f"{path}, line {number}, is not a line of `flipscale evaluate`; move the file away, or name another "
                 "folder with --output_dir"
             )
         found.append(record)
     return found
+
+
+def _is_line(record: dict[str, Any]) -> bool:
+    """Return whether a record has what a line needs, each of its type, and no part of a result of another type."""
+    about = {"made_by": dict, "who": str, "unit": str, "label": str}
+    return all(isinstance(record.get(name, ...), kind) for name, kind in _NEEDED.items()) and all(
+        isinstance(record[name], kind) for name, kind in about.items() if name in record
+    )
 
 
 def _whole_groups(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
