@@ -66,7 +66,13 @@ def _update_card(folder: Path, run_dir: Path, repo_id: str, step: int | None) ->
 
         write_card(folder, run_dir, repo_id, step)
     elif card.is_file():
-        write_text(card, card.read_text().replace(f'"{folder}"', f'"{repo_id}"'))
+        from flipscale.hub.model_card import as_string
+
+        try:
+            text = card.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{card} is not UTF-8 ({error.reason}); write it anew") from error
+        write_text(card, text.replace(f'"{as_string(str(folder))}"', f'"{repo_id}"'))
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """Rows of text as a table whose columns are aligned, for a terminal or as Markdown. The first row is the head."""
 
+import re
 from collections.abc import Collection, Sequence
 
 Rows = Sequence[Sequence[str]]
@@ -14,9 +15,24 @@ def markdown_table(rows: Rows, num_names: int) -> str:
     """Return rows of equal length as Markdown that is also aligned as plain text; columns from `num_names` on are
     numbers."""
     numbers = range(num_names, len(rows[0]))
-    head, *lines = _aligned(rows, numbers, 3)
+    head, *lines = _aligned([[_in_cell(cell) for cell in row] for row in rows], numbers, 3)
     rule = ["-" * (len(cell) - 1) + ":" if column in numbers else "-" * len(cell) for column, cell in enumerate(head)]
     return "\n".join(f"| {' | '.join(line)} |" for line in (head, rule, *lines))
+
+
+def in_markdown(text: str) -> str:
+    """Return a text that somebody chose so that Markdown shows it as it is, in a line or a cell of a table: it makes no
+    table, tag or link of its own."""
+    return re.sub(r"[\[\]]", r"\\\g<0>", _in_cell(text))
+
+
+def as_code(text: str) -> str:
+    """Return such a text between backticks."""
+    return f"`{' '.join(text.split()).replace('`', chr(39))}`"
+
+
+def _in_cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
 
 
 def _aligned(rows: Rows, numbers: Collection[int], least: int) -> list[list[str]]:

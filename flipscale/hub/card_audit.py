@@ -5,6 +5,8 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from flipscale.files.text_table import in_markdown
+
 _log = logging.getLogger(__name__)
 
 # The section of the card. It is left out where the recipe names no audit of the data.
@@ -37,8 +39,10 @@ def read_audit(file: str) -> dict[str, Any]:
     """
     try:
         found = json.loads(Path(file).read_text(encoding="utf-8"))
-        return {key: found[key] for key in _PARTS}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        audit = {key: found[key] for key in _PARTS}
+        _section(audit)
+        return audit
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(
             f"hub.audit is {file!r}, which is no audit ({error!r}); name the audit.json of flipscale prepare audit"
         ) from None
@@ -75,6 +79,10 @@ def audit_section(file: str | None, num_samples: int | None) -> str | None:
             f"{num_samples:,}",
         )
         return None
+    return _section(audit)
+
+
+def _section(audit: dict[str, Any]) -> str:
     captions, images, gender, long = audit["captions"], audit["images"], audit["gender"], audit["languages"]["long"]
     occupations = [one for one in gender["occupations"] if one["with_women"] + one["with_men"]][:_SHOWN]
     counts = {
@@ -100,5 +108,5 @@ def audit_section(file: str | None, num_samples: int | None) -> str | None:
         ],
     }
     said = {name: f"{count:,}" for name, count in counts.items()}
-    said |= {name: ", ".join(found) or "none" for name, found in lists.items()}
+    said |= {name: in_markdown(", ".join(found)) or "none" for name, found in lists.items()}
     return TEMPLATE.format(**said)

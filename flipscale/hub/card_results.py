@@ -11,12 +11,14 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from safetensors import safe_open
+from yaml import YAMLError
 
 from flipscale.evaluation.kinds.kinds import KINDS
 from flipscale.evaluation.reports.record import Line, read_lines, weights_digest
 from flipscale.evaluation.reports.setting import data_name
 from flipscale.evaluation.results import RESULTS_FILE, THIS_MODEL, Result, with_unit
 from flipscale.files.aside import write_text
+from flipscale.files.text_table import as_code, in_markdown
 
 INTERVALS = """The 95 % intervals (Wilson's, for shares) take the n queries for independent draws; they say nothing of
 how another training run would differ."""
@@ -89,8 +91,15 @@ def refresh_card(folder: Path, lines: Sequence[Line]) -> None:
         OSError: the disk is full or not writable.
     """
     path = folder / "README.md"
-    if not path.is_file():
+    if not path.is_file() or path.is_symlink():
         return
+    try:
+        _refresh(path, lines)
+    except (ValueError, YAMLError) as error:  # not UTF-8, or a header that is none
+        _log.warning("%s stays as it is: it cannot be read as a card (%s)", path, " ".join(str(error).split()))
+
+
+def _refresh(path: Path, lines: Sequence[Line]) -> None:
     text = path.read_text(encoding="utf-8")
     section = _SECTION.search(text)
     if section is None or "flipscale" not in text:
@@ -110,7 +119,7 @@ def refresh_card(folder: Path, lines: Sequence[Line]) -> None:
     entries = {_entry_key(entry): entry for entry in (*(data.eval_results or ()), *model_index(lines))}
     if entries:
         data.eval_results = list(entries.values())
-        data.model_name = data.model_name or _title(text) or folder.name
+        data.model_name = data.model_name or _title(text) or path.parent.name
     write_text(path, str(card))
 
 
@@ -123,7 +132,7 @@ def _split(section: str) -> tuple[list[str], dict[tuple[str, ...], list[str]]]:
             paragraphs += [paragraph] if paragraph != NOT_EVALUATED else []
             continue
         for line in paragraph.split("\n")[2:]:
-            cells = [cell.strip() for cell in line.strip("|").split("|")]
+            cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
             rows[tuple(cells[:3])] = cells
     return paragraphs, rows
 
@@ -135,10 +144,11 @@ def _rows(lines: Iterable[Line]) -> dict[tuple[str, ...], list[str]]:
     for line in lines:
         result, rows = line.result, by_task.setdefault(line.result.task, {})
         test, queries = _test(line), "" if result.n is None else f"{result.n:,}"
-        cells = [test, result.shown, result.who, result.value_text, result.interval_text, queries]
+        test, shown, who = in_markdown(test), in_markdown(result.shown), in_markdown(result.who)
+        cells = [test, shown, who, result.value_text, result.interval_text, queries]
         rows[tuple(cells[:3])] = cells
         if result.chance is not None and result.who == THIS_MODEL:
-            chance = [test, result.shown, "chance", with_unit(result.chance, result.unit), "", ""]
+            chance = [test, shown, "chance", with_unit(result.chance, result.unit), "", ""]
             rows[tuple(chance[:3])] = chance
     return {key: cells for rows in by_task.values() for key, cells in rows.items()}
 
@@ -158,11 +168,11 @@ def _test(line: Line) -> str:
     kind = KINDS.get(result.kind)
     for option, value in result.made_by.items():
         if option == "data":
-            test += "" if about.get("title") else f", `{data_name(value)}`"
+            test += "" if about.get("title") else f", {as_code(data_name(value))}"
         elif kind and kind.hub_options is not None and option not in kind.hub_options:
             continue
         elif option in ("train", "validation"):
-            test += f", {option} `{data_name(value)}`"
+            test += f", {option} {as_code(data_name(value))}"
         else:
             test += f", {option} {_plain(value)}"
     mask = about.get("mask") or {}

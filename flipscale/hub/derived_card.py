@@ -3,6 +3,9 @@
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
+from yaml import YAMLError
+
+from flipscale.files.text_table import in_markdown
 
 
 def derived_card(src: str, name: str, library: str, text: str) -> str:
@@ -17,12 +20,12 @@ def derived_card(src: str, name: str, library: str, text: str) -> str:
         tags=["flip", "clip", "flipscale"],
         base_model=None if Path(src).exists() else src,
     )
-    return f"---\n{data.to_yaml()}\n---\n\n# {name}\n\n{text}"
+    return f"---\n{data.to_yaml()}\n---\n\n# {in_markdown(name)}\n\n{text}"
 
 
 def _licence(src: str) -> str | None:
     try:
         # A folder may have no card, and the Hub may be out of reach.
         return ModelCard.load(Path(src) / "README.md" if Path(src).is_dir() else src).data.license
-    except (OSError, ValueError):
+    except (OSError, ValueError, YAMLError):
         return None

@@ -18,6 +18,7 @@ from flipscale.evaluation.reports.comparison import Curve, curve_of
 from flipscale.evaluation.reports.figures import can_draw, draw_loss, draw_result, result_figures
 from flipscale.evaluation.reports.setting import data_name
 from flipscale.files.aside import write_text
+from flipscale.files.text_table import as_code, in_markdown
 from flipscale.hub.card_audit import audit_section
 from flipscale.hub.card_results import folder_lines, lines_of, model_index, protocols, results_table, task_name
 from flipscale.training.recipe import deciding_part
@@ -123,7 +124,7 @@ unfit. It is not meant for surveillance, for recognising people, or for decision
 
 ## Licence
 
-The licence of these weights is `{licence}`.
+The licence of these weights is {licence}.
 
 {no_licence}
 
@@ -150,9 +151,19 @@ def write_card(folder: Path, run_dir: Path, where: str, step: int | None = None)
         folder: what `export_model` wrote.
         where: the name that users load it by: a Hub name, or the folder's own.
         step: of the checkpoint that was exported; None for the finished run.
+
+    Raises:
+        ValueError: a file of the run is damaged.
     """
-    figures = _draw(curve_of(run_dir, step), folder / "figures") if can_draw() else {}
-    write_text(folder / "README.md", model_card(folder, run_dir, where, step, figures))
+    try:
+        figures = _draw(curve_of(run_dir, step), folder / "figures") if can_draw() else {}
+        text = model_card(folder, run_dir, where, step, figures)
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, yaml.YAMLError) as error:
+        raise ValueError(
+            "the model card cannot be written: recipe.yaml, environment.json, starts.jsonl or metrics.jsonl of "
+            f"{run_dir} is damaged ({error!r})"
+        ) from error
+    write_text(folder / "README.md", text)
 
 
 def _draw(curve: Curve, folder: Path) -> dict[str, str]:
@@ -173,7 +184,8 @@ def model_card(folder: Path, run_dir: Path, where: str, step: int | None, drawn:
     run = _Run(folder, run_dir, step)
     name = where.rsplit("/", 1)[-1] if where != str(folder) else run_dir.name
     figures = "\n\n".join(f"![{caption}](figures/{file}.png)" for file, caption in drawn.items())
-    text = filled(TEMPLATE, {**run.values(), "name": name, "where": where, "figures": figures or None})
+    known = {"name": in_markdown(name), "where": as_string(where), "figures": figures or None}
+    text = filled(TEMPLATE, {**run.values(), **known})
     return f"---\n{run.metadata(name).to_yaml()}\n---\n\n{text}"
 
 
@@ -238,7 +250,7 @@ class _Run:
             "stages": "\n".join(self._stages()),
             "audit": audit_section(self.hub.get("audit"), self.environment.get("data_samples")),
             "recipe": self._recipe(),
-            "licence": self.hub.get("license"),
+            "licence": self.hub.get("license") and as_code(self.hub["license"]),
             "no_licence": None if self.hub.get("license") else NO_LICENCE,
         }
 
@@ -260,7 +272,7 @@ class _Run:
         """Return the names of the training data; of a mixture, each source with its weight and columns."""
         data = self.recipe["data"]
         sources = [_source_name(source) for source in data.get("sources", [])]
-        return "; ".join(sources) or (f"`{data_name(data['shards'])}`" if data["shards"] else None)
+        return "; ".join(sources) or (as_code(data_name(data["shards"])) if data["shards"] else None)
 
     def _hardware(self) -> str | None:
         used = dict.fromkeys(f"{start['num_processes']} x {start['device']}" for start in self.starts)
@@ -278,10 +290,16 @@ class _Run:
         for stage in self.recipe["stages"]:
             rate = "goes on" if stage.get("base_lr") is None else f"{stage['base_lr']:g}"
             removed = (f"{stage.get(name, 0):.0%}" for name in ("mask_ratio", "text_mask_ratio"))
-            yield f"| {stage['name']} | {stage['samples']:,} | {' | '.join(removed)} | {rate} |"
+            yield f"| {in_markdown(stage['name'])} | {stage['samples']:,} | {' | '.join(removed)} | {rate} |"
 
     def _recipe(self) -> str:
-        return yaml.safe_dump(deciding_part(self.recipe, name_of=public_name), sort_keys=False).rstrip()
+        text = yaml.safe_dump(deciding_part(self.recipe, name_of=public_name), sort_keys=False).rstrip()
+        return text.replace("```", "'''")  # which would end the block
+
+
+def as_string(text: str) -> str:
+    """Return what stands between the quotes of a Python string of `text`."""
+    return json.dumps(text, ensure_ascii=False)[1:-1].replace("```", "'''")
 
 
 def public_name(place: str) -> str:
@@ -297,10 +315,10 @@ def _source_name(source: dict[str, Any]) -> str:
     """Return a source of a mixture as the card names it."""
     about = [] if source.get("weight") is None else [f"weight {source['weight']:g}"]
     if source.get("dataset"):
-        about += [f"{name} `{source[name]}`" for name in ("config", "split") if source.get(name)]
-        about.append(f"images from `{source['image_column']}`")
-        about.append(f"captions from {' and '.join(f'`{column}`' for column in source['caption_columns'])}")
-    name = f"`{public_name(source.get('dataset') or source.get('shards') or '')}`"
+        about += [f"{name} {as_code(source[name])}" for name in ("config", "split") if source.get(name)]
+        about.append(f"images from {as_code(source['image_column'])}")
+        about.append(f"captions from {' and '.join(map(as_code, source['caption_columns']))}")
+    name = as_code(public_name(source.get("dataset") or source.get("shards") or ""))
     return f"{name} ({', '.join(about)})" if about else name
 
 

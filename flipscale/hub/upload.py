@@ -94,7 +94,7 @@ def open_repo(target: Target) -> str:
         repo_id = api.create_repo(target.repo_id, private=target.private, exist_ok=True).repo_id
         if target.revision:
             api.create_branch(repo_id, branch=target.revision, exist_ok=True)
-    except (OSError, RuntimeError, HTTPError) as error:
+    except (OSError, RuntimeError, ValueError, HTTPError) as error:
         raise _explained(error, target) from None
     return repo_id
 
@@ -136,7 +136,7 @@ def _push(folder: Path, target: Target, message: str) -> Pushed:
             allow_patterns=names,
             delete_patterns=_REPLACED,
         )
-    except (OSError, RuntimeError, HTTPError) as error:
+    except (OSError, RuntimeError, ValueError, HTTPError) as error:
         raise _explained(error, target) from None
     url = f"{api.endpoint}/{repo_id}" + (f"/tree/{target.revision}" if target.revision else "")
     return Pushed(url, commit.oid, commit.oid != before)
@@ -200,7 +200,7 @@ def _explained(error: Exception, target: Target) -> Exception:
             f"the token may not write to {target} ({said}); use an organisation that you are a member of, and a token "
             "with write access"
         )
-    if status is not None and 400 <= status < 500 and status not in _TEMPORARY:
+    if isinstance(error, ValueError) or (status is not None and 400 <= status < 500 and status not in _TEMPORARY):
         return ValueError(f"the Hub refuses the push to {target} ({said})")
     return OSError(f"the push to {target} failed ({said or type(error).__name__})")
 

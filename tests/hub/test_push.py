@@ -45,7 +45,7 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture, code: int = 2) 
     with pytest.raises(SystemExit) as exit_info:
         main(["push", *arguments])
     lines = capsys.readouterr().err.strip().splitlines()
-    assert exit_info.value.code == code
+    assert exit_info.value.code == code, lines
     assert lines[-1].startswith("flipscale: error: ")
     return lines[-1]
 
