@@ -1,11 +1,12 @@
 """Evaluate open_clip's models as ours are: with their preprocessing and tokenizer, on the same test sets."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from PIL import Image
 
 from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.images import Decoder, rgb_image
+from flipscale.model.folder import check_texts, read_object
 
 PREFIX = "open_clip:"
 
@@ -35,21 +37,43 @@ def open_clip_embedder(name: str, accelerator: Accelerator, batch_size: int = 25
         raise ValueError("open_clip is not installed; pip install 'flipscale[peers]'") from error
     called = f"{PREFIX}{name}"
     name, _, pretrained = name.partition(",")
-    if name.endswith(".json") and Path(name).is_file():
-        open_clip.add_model_config(name)
-        name = Path(name).stem
-    if not pretrained and ":" not in name:
-        tags = open_clip.list_pretrained_tags_by_model(name)
-        known = f"use one of {', '.join(tags)}" if tags else "it has none of its own; name a file"
-        raise ValueError(f"open_clip:{name} names no weights; add them after a comma: {known}")
     try:
-        model, _, preprocess = open_clip.create_model_and_transforms(name, pretrained or None)
-        tokenizer = open_clip.get_tokenizer(name)
-    except (RuntimeError, OSError, ValueError, KeyError, TypeError) as error:
+        if name.endswith(".json") and Path(name).is_file():
+            read_object(Path(name))
+            open_clip.add_model_config(name)
+            name = Path(name).stem
+        if not pretrained and ":" not in name:
+            tags = open_clip.list_pretrained_tags_by_model(name)
+            known = f"use one of {', '.join(tags)}" if tags else "it has none of its own; name a file"
+            raise ValueError(f"it names no weights; add them after a comma: {known}")
+        folder = Path(name.removeprefix("local-dir:"))
+        if name.startswith("local-dir:") and folder.is_dir():
+            check_texts(folder)
+        with no_code_of_models():
+            # Pickles are read as weights only, which is its default.
+            model, _, preprocess = open_clip.create_model_and_transforms(name, pretrained or None, weights_only=True)
+            tokenizer = open_clip.get_tokenizer(name)
+    except Exception as error:  # open_clip, timm, transformers and torch raise any
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(f"open_clip model {name!r} cannot be loaded ({reason})") from error
     model = model.to(accelerator.device).eval()
     return OpenClipEmbedder(model, tokenizer, accelerator, batch_size, num_workers, name=called, preprocess=preprocess)
+
+
+@contextmanager
+def no_code_of_models() -> Iterator[None]:
+    """Have transformers run no code that a model brings, whatever the model's own files allow, and ask nobody."""
+    from transformers import dynamic_module_utils as transformers_code
+
+    def refuse(*args: Any, **kwargs: Any) -> NoReturn:
+        raise ValueError("it brings code of its own, which is never run")
+
+    before = transformers_code.get_class_in_module, transformers_code.TIME_OUT_REMOTE_CODE
+    transformers_code.get_class_in_module, transformers_code.TIME_OUT_REMOTE_CODE = refuse, 0
+    try:
+        yield
+    finally:
+        transformers_code.get_class_in_module, transformers_code.TIME_OUT_REMOTE_CODE = before
 
 
 @dataclass(frozen=True)

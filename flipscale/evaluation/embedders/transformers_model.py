@@ -3,16 +3,22 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 
+from flipscale.evaluation.embedders.open_clip import no_code_of_models
 from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.images import Decoder, rgb_image
+from flipscale.model.fetched import fetched_folder
+from flipscale.model.folder import check_texts, read_header, read_object
 
 PREFIX = "hf:"
+# Fields of a configuration that name kernels and files to load.
+_LEADING = ("_attn_implementation", "attn_implementation", "experts_implementation", "transformers_weights")
 
 
 def transformers_embedder(name: str, accelerator: Accelerator, batch_size: int = 256, num_workers: int = 0) -> Embedder:
@@ -27,11 +33,17 @@ def transformers_embedder(name: str, accelerator: Accelerator, batch_size: int =
     from transformers import AutoModel, AutoProcessor
 
     try:
-        model, report = AutoModel.from_pretrained(
-            name, trust_remote_code=False, dtype=torch.float32, output_loading_info=True
-        )
-    except (OSError, RuntimeError, ValueError, KeyError) as error:
-        raise ValueError(f"{PREFIX}{name} cannot be loaded ({_first_line(error)})") from error
+        folder = fetched_folder(name)
+        if not any(folder.glob("*.safetensors")):
+            folder = fetched_folder(name, ("pytorch_model*.bin", "pytorch_model.bin.index.json"))
+        _check_foreign(folder)
+        with no_code_of_models():
+            model, report = AutoModel.from_pretrained(
+                folder, trust_remote_code=False, dtype=torch.float32, output_loading_info=True
+            )
+    except Exception as error:  # transformers raises any
+        kind = OSError if isinstance(error, OSError) and not Path(name).is_dir() else ValueError
+        raise kind(f"{PREFIX}{name} cannot be loaded ({_first_line(error)})") from error
     for method in ("get_image_features", "get_text_features"):
         if not hasattr(model, method):
             raise ValueError(
@@ -44,8 +56,9 @@ def transformers_embedder(name: str, accelerator: Accelerator, batch_size: int =
             f"{min(report['missing_keys'])}; download it again"
         )
     try:
-        processor = AutoProcessor.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+        with no_code_of_models():
+            processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # of its files: any
         raise ValueError(f"{PREFIX}{name} has no processor that can be read ({_first_line(error)})") from error
     for part in ("image_processor", "tokenizer"):
         if getattr(processor, part, None) is None:
@@ -54,6 +67,27 @@ def transformers_embedder(name: str, accelerator: Accelerator, batch_size: int =
             )
     model = model.to(accelerator.device).eval()
     return TransformersEmbedder(model, processor, accelerator, batch_size, num_workers, name=f"{PREFIX}{name}")
+
+
+def _check_foreign(folder: Path) -> None:
+    """Raise if a folder's files lead transformers to other files, kernels or models.
+
+    Raises:
+        ValueError: they do, or as `check_texts` and `read_header`.
+    """
+    check_texts(folder)
+    if (folder / "adapter_config.json").exists():
+        raise ValueError("it is an adapter of another model; name a folder with the whole model")
+    config = read_object(folder / "config.json")
+    for field in _LEADING:
+        if config.get(field) is not None:
+            raise ValueError(f"config.json sets {field}, which is not read from others; remove it")
+    for file in folder.glob("*.index.json"):
+        for name in set(dict(read_object(file).get("weight_map") or {}).values()):
+            if not isinstance(name, str) or Path(name).name != name:
+                raise ValueError(f"{file.name} names {name!r:.80}, which is no file of the folder; download it again")
+    for file in folder.glob("*.safetensors"):
+        read_header(file)
 
 
 @dataclass(frozen=True)
