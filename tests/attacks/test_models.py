@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import struct
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from attacks.attack import Attack, Ended, hold
 from safetensors.torch import load_file, save_file
 
 WEIGHT = "vision_model.encoder.layers.0.mlp.fc1.weight"
+TEMPLATES = "zeroshot_classification_templates.txt"
 EVALUATE = ("evaluate", "model", "--zero_shot", "data", "--num_workers", "0")
 DEEP = b"[" * 100_000 + b"]" * 100_000
 Make = Callable[[Path], Sequence[str | Path]]
@@ -193,7 +195,126 @@ REFUSED = {
     ),
     "weights as a pickle": (pickle, "has its weights as a pickle (pytorch_model.bin)"),
 }  # fmt: skip
+
+
+def beside(name: str, content: str | bytes) -> Callable[[Path], Any]:
+    """Writes a text of the test set."""
+    return lambda model: text(f"../data/{name}", content)(model)
+
+
+def task(content: str) -> Make:
+    return evaluated(lambda model: None, ("evaluate", "model", "--task", content))
+
+
+def two_models(model: Path) -> None:
+    shutil.copytree(model, model.parent / "other")
+    text("config.json", "[]")(model)
+
+
+def pushed(damage: Callable[[Path], Any]) -> Make:
+    return evaluated(damage, ("push", "model", "org/name", "--dry_run"))
+
+
+def secrets(model: Path) -> None:
+    for name in (".env", "id_rsa", "README.md~", "notes.txt", "train.py", "checkpoint.pt"):
+        (model / name).write_text("a secret")
+    (model / ".git").mkdir()
+    (model / ".git/config").write_text("a secret")
+    (model / "passwords.json").symlink_to("/etc/passwd")
+    os.mkfifo(model / "pipe")
+
+
+def names_no_secret(folder: Path, ended: Ended) -> None:
+    listed, told = ended.stdout.split("left out")
+    assert "model.safetensors" in listed
+    assert not any(word in listed for word in (".env", "id_rsa", "README.md~", "notes", "train", ".pt", ".git", "pass"))
+    assert ".env, .git, README.md~, checkpoint.pt" in told
+
+
+def other_is_evaluated(folder: Path, ended: Ended) -> None:
+    assert (folder / "other/results.jsonl").exists()
+    assert not (folder / "model/results.jsonl").exists()
+
+
+def wrote_nothing_outside(folder: Path, ended: Ended) -> None:
+    assert not (folder / "elsewhere").exists()
+
+
+HF = ("evaluate", "hf:model", *EVALUATE[2:])
+LINE = {"group": "g", "lines": 1, "weights": "w", "task": "t", "kind": "k", "metric": "m", "value": 1.0, "data": {}}
+RESULTS = {
+    "results of another program": '{"a": 1}\n',
+    "results nested 100,000 deep": DEEP + b"\n",
+    "results whose group is a list": json.dumps({**LINE, "group": [1]}) + "\n",
+    "results whose value is a text": json.dumps({**LINE, "value": "high"}) + "\n",
+}
 ATTACKS = [
+    *(
+        Attack(name, evaluated(text("results.jsonl", content)), 2, ("is not a line of `flipscale evaluate`",))
+        for name, content in RESULTS.items()
+    ),
+    Attack("results that are a pipe", evaluated(fifo("results.jsonl")), 2, ("results.jsonl is no file",)),
+    Attack(
+        "results that are a link",
+        evaluated(lambda model: (model / "results.jsonl").symlink_to("../elsewhere")),
+        *(2, ("results.jsonl is no file",), wrote_nothing_outside),
+    ),
+    Attack(
+        "prompts without the name", evaluated(beside(TEMPLATES, "a {c}\na photo\n")), 2, ("'a photo'; each prompt",)
+    ),
+    Attack("a million prompts", evaluated(beside(TEMPLATES, "a {c}\n" * 10**6)), 2, ("1,000,000 prompts for each of",)),
+    Attack("prompts of 30 MB", evaluated(beside(TEMPLATES, "a {c}\n" * 5_000_000)), 2, ("has 30,000,000 bytes",)),
+    Attack(
+        "a class name of a megabyte", evaluated(beside("classnames.txt", "x" * 10**6)), 2, ("1,000,000 characters",)
+    ),
+    Attack("class names that are a pipe", evaluated(fifo("../data/classnames.txt")), 2, ("classnames.txt is no file",)),
+    Attack(
+        "one name for all classes", evaluated(beside("classnames.txt", "a\n" * 16)), 0, ("more than once, such as",)
+    ),
+    Attack(
+        "a task of no kind", task("{kind: [zero_shot], data: data}"), 2, ("kind is ['zero_shot']; it must be a text",)
+    ),
+    Attack("a task nested 20,000 deep", task("[" * 20_000), 2, ("--task",)),
+    Attack("a task that is code", task("!!python/object/apply:os.mkdir [ran]"), 2, ("--task",), ran_nothing),
+    Attack(
+        "one of two models is no model",
+        evaluated(two_models, ("evaluate", "model", "other", *EVALUATE[2:])),
+        2,
+        ("1 of 2 models were not evaluated", "config.json is damaged"),
+        other_is_evaluated,
+    ),
+    Attack("a card that is no text", evaluated(text("README.md", b"\xff\xfe")), 0, ("README.md stays as it is",)),
+    Attack(
+        "a card whose header is none",
+        evaluated(text("README.md", "---\n: : [\n---\n\n## Results\n\nflipscale")),
+        0,
+        ("README.md stays as it is",),
+    ),
+    Attack("an adapter of another's model", evaluated(text("adapter_config.json", "{}"), HF), 2, ("it is an adapter",)),
+    Attack("another's model that brings code", evaluated(code, HF), 2, ("contains custom code",), ran_nothing),
+    Attack(
+        "another's model whose index leads out",
+        evaluated(index({"weight_map": {"a": "/etc/passwd"}}), HF),
+        2,
+        ("'/etc/passwd', which is no file of the folder",),
+    ),
+    Attack(
+        "another's model with a kernel",
+        evaluated(config(attn_implementation="their/kernel"), HF),
+        2,
+        ("config.json sets attn_implementation",),
+    ),
+    Attack("another's model with NaN", evaluated(weight(lambda w: w * float("nan")), HF), 2, ("NaN or infinite",)),
+    Attack(
+        "secrets in a folder to push",
+        pushed(secrets),
+        0,
+        ("left out, since flipscale did not write it",),
+        names_no_secret,
+    ),
+    Attack("a link in place of the card to push", pushed(outside("README.md")), 2, ("README.md is ", "no file of the")),
+    Attack("NaN weights to push", pushed(weight(lambda w: w * float("nan"))), 2, (f"weight {WEIGHT} has numbers",)),
+    Attack("half a model to push", pushed(index({"weight_map": {"a": "b.safetensors"}})), 2, ("b.safetensors, which",)),
     *(Attack(name, evaluated(damage), 2, (says,)) for name, (damage, says) in REFUSED.items()),
     Attack("a model that brings its code", evaluated(code), 2, ("model_type 'mine'",), ran_nothing),
     Attack("a model of ten billion labels", evaluated(config(num_labels=10**10)), says=("written: model",)),

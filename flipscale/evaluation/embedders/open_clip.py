@@ -45,7 +45,7 @@ def open_clip_embedder(name: str, accelerator: Accelerator, batch_size: int = 25
         if not pretrained and ":" not in name:
             tags = open_clip.list_pretrained_tags_by_model(name)
             known = f"use one of {', '.join(tags)}" if tags else "it has none of its own; name a file"
-            raise ValueError(f"it names no weights; add them after a comma: {known}")
+            raise _NoWeights(f"open_clip:{name} names no weights; add them after a comma: {known}")
         folder = Path(name.removeprefix("local-dir:"))
         if name.startswith("local-dir:") and folder.is_dir():
             check_texts(folder)
@@ -53,11 +53,17 @@ def open_clip_embedder(name: str, accelerator: Accelerator, batch_size: int = 25
             # Pickles are read as weights only, which is its default.
             model, _, preprocess = open_clip.create_model_and_transforms(name, pretrained or None, weights_only=True)
             tokenizer = open_clip.get_tokenizer(name)
+    except _NoWeights:
+        raise
     except Exception as error:  # open_clip, timm, transformers and torch raise any
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(f"open_clip model {name!r} cannot be loaded ({reason})") from error
     model = model.to(accelerator.device).eval()
     return OpenClipEmbedder(model, tokenizer, accelerator, batch_size, num_workers, name=called, preprocess=preprocess)
+
+
+class _NoWeights(ValueError):
+    """The name of a model has no weights beside it."""
 
 
 @contextmanager
