@@ -1,23 +1,38 @@
 """A source of any `datasets` Dataset: a Hub name, parquet, Arrow, JSON or CSV files, or a folder of images."""
 
+import errno
+import os
+import stat
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flipscale.data.faults import BadSample, Fault, MissingCaption
-from flipscale.data.sources.source import Sample
+from flipscale.data.captions import encoded_captions
+from flipscale.data.faults import BadSample, Fault, MissingCaption, reason_of
+from flipscale.data.sources.source import MAX_IMAGE_BYTES, Sample, check_bytes
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 # Rows are read at random from shards_per_block shards of this size.
 _ROWS_PER_SHARD = 10_000
+# What the system says of a name that stands for no file; anything else may be another tomorrow.
+_NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.ELOOP, errno.ENAMETOOLONG)
+_BYTES = ("binary", "large_binary")
+_TEXTS = ("string", "large_string", "string_view", "null")
 _FILE_KINDS = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv", ".json": "json", ".jsonl": "json"}
 
 
 class MissingImage(BadSample):
-    """The row has no image."""
+    """The row has no image, or names a file that is none or not the dataset's."""
 
     cause = "missing_image"
+
+
+class UnreadableRow(BadSample):
+    """The row cannot be made of what the dataset stores."""
+
+    cause = "unreadable_row"
 
 
 def load_rows(name: str, config: str | None, split: str) -> "Dataset":
@@ -60,16 +75,17 @@ class DatasetSource:
         caption_columns: each has a caption or a list of captions.
 
     Raises:
-        ValueError: a column does not exist.
+        ValueError: a column does not exist, or holds no images or no texts.
     """
 
     def __init__(self, rows: "Dataset", name: str, image_column: str, caption_columns: list[str]):
         from datasets import Image
 
-        for column in (image_column, *caption_columns):
-            if column not in rows.column_names:
-                raise ValueError(f"dataset {name!r} has no column {column!r}; it has {', '.join(rows.column_names)}")
+        _check_columns(rows, name, image_column, caption_columns)
         self.name = name
+        # An image may be stored as the name of its file, which lies with the dataset or where it was unpacked.
+        folders = (*_folders_of(name), *_caches())
+        self._folders = {form(folder) for folder in folders for form in (os.path.abspath, os.path.realpath)}
         self.image_column = image_column
         self.caption_columns = caption_columns
         rows = rows.select_columns([image_column, *caption_columns]).with_format(None)
@@ -85,20 +101,59 @@ class DatasetSource:
 
     def read(self, shard: int, number: int) -> Sample:
         """Do as `Source.read`."""
-        row = self.rows[shard * _ROWS_PER_SHARD + number]
-        captions: list[Any] = []
-        for column in self.caption_columns:
-            value = row[column]
-            captions += value if isinstance(value, list) else [value]
-        image = row[self.image_column]
-        if isinstance(image, dict):
-            image = image["bytes"] if image["bytes"] is not None else image["path"] and Path(image["path"]).read_bytes()
-        if not image:
-            raise MissingImage(f"column {self.image_column!r} is empty")
-        texts = [str(caption).encode() for caption in captions if caption is not None]
-        if not texts:
+        row = self._row(shard * _ROWS_PER_SHARD + number)
+        captions = [text for column in self.caption_columns for text in encoded_captions(row[column], repr(column))]
+        if not captions:
             raise MissingCaption("there is none")
-        return Sample(f"{self.name}#{self.key(shard, number)}", image, tuple(texts))
+        return Sample(f"{self.name}#{self.key(shard, number)}", self._image(row[self.image_column]), tuple(captions))
+
+    def _row(self, number: int) -> dict[str, Any]:
+        """Return a row of the dataset.
+
+        Raises:
+            UnreadableRow: it cannot be made of what is stored, such as a text that is no UTF-8.
+            OSError: it cannot be read now.
+        """
+        try:
+            return self.rows[number]
+        except OSError:
+            raise
+        except Exception as error:
+            raise UnreadableRow(reason_of(error)) from error
+
+    def _image(self, stored: Any) -> bytes:
+        """Return the encoded image of a row.
+
+        Raises:
+            BadSample: it has none, or one that is too large.
+            OSError: its file cannot be read now.
+        """
+        content, file = (stored.get("bytes"), stored.get("path")) if isinstance(stored, dict) else (stored, None)
+        if content is None and file:
+            content = self._file(file)
+        if not content:
+            raise MissingImage(f"column {self.image_column!r} is empty")
+        if not isinstance(content, bytes):
+            raise MissingImage(f"column {self.image_column!r} has a {type(content).__name__}; it must be encoded bytes")
+        check_bytes(len(content), MAX_IMAGE_BYTES, "an image")
+        return content
+
+    def _file(self, name: str) -> bytes:
+        path = os.path.abspath(name.replace("\0", "?"))  # no name of a file has a NUL
+        if not any(os.path.commonpath([path, folder]) == folder for folder in self._folders):
+            raise MissingImage(f"it is the file {name!r}, which is not in the dataset's folder")
+        try:
+            # A pipe would be waited for.
+            with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as opened:
+                state = os.fstat(opened.fileno())
+                if not stat.S_ISREG(state.st_mode):
+                    raise MissingImage(f"{name!r} is no file")
+                check_bytes(state.st_size, MAX_IMAGE_BYTES, "an image")
+                return opened.read()
+        except OSError as error:
+            if error.errno not in _NO_FILE:
+                raise
+            raise MissingImage(f"{name!r}: {error.strerror}") from error
 
     def shard_name(self, shard: int) -> str:
         """Return the dataset's name and the first row of the shard."""
@@ -110,3 +165,49 @@ class DatasetSource:
 
     def fetch_ahead(self, shards: list[int]) -> None:
         """Do nothing, because the rows are on this machine."""
+
+
+def _check_columns(rows: "Dataset", name: str, image_column: str, caption_columns: list[str]) -> None:
+    """Raise unless the columns exist and may hold images and texts.
+
+    Raises:
+        ValueError: one does not.
+    """
+    from datasets import Image
+
+    for column in (image_column, *caption_columns):
+        if column not in rows.column_names:
+            raise ValueError(f"dataset {name!r} has no column {column!r}; it has {', '.join(rows.column_names)}")
+    feature = rows.features[image_column]
+    if not (isinstance(feature, Image | dict) or getattr(feature, "dtype", "") in _BYTES):
+        raise ValueError(f"dataset {name!r} has no images in column {image_column!r} but {feature}; name another")
+    for column in caption_columns:
+        feature = rows.features[column]
+        text = getattr(feature, "feature", feature)
+        if getattr(text, "dtype", "") not in _TEXTS:
+            raise ValueError(
+                f"dataset {name!r} has no captions in column {column!r} but {feature}; name one of texts, or of lists "
+                "of texts"
+            )
+
+
+def _folders_of(name: str) -> Iterable[str]:
+    """Return the folder that a dataset's name stands for, or that its files are in; nothing for one on the Hub."""
+    path = Path(name)
+    if path.is_dir():
+        yield name
+    elif path.suffix in _FILE_KINDS:
+        while any(sign in str(path) for sign in "*?[{") or path.suffix in _FILE_KINDS:
+            path = path.parent
+        yield str(path)
+
+
+def _caches() -> Iterable[str]:
+    import datasets
+    from huggingface_hub import constants
+
+    return (
+        str(datasets.config.HF_DATASETS_CACHE),
+        str(datasets.config.DOWNLOADED_DATASETS_PATH),
+        constants.HF_HUB_CACHE,
+    )
