@@ -14,6 +14,7 @@ from transformers.initialization import no_init_weights
 
 from flipscale.data.tokenizers import bert_tokenizer
 from flipscale.files.aside import write_text
+from flipscale.files.tensor_file import check_weight
 from flipscale.hub.model_folder import build_processor, export_model
 from flipscale.hub.t5x import StoredArray, open_flip_checkpoint
 from flipscale.model import SIZES, FlipConfig, FlipModel
@@ -105,17 +106,21 @@ def build_flip_model(
         ValueError: the heads are not given, given twice or do not divide the width; the arrays are not those of `size`
             or of a FLIP model; or the image positions are not the fixed sine-cosine ones.
     """
-    config = _config(arrays, *_heads(size, image_heads, text_heads))
+    heads = _heads(size, image_heads, text_heads)
+    config = _config(arrays, 1, 1)
     if size is not None:
         _refuse_other_size(config, size)
-    _refuse_heads(config)
+    _refuse_heads(config, heads)
+    config = _config(arrays, *heads)
     _refuse_other_arrays(config, arrays)
     _check_positions(np.asarray(arrays[_POSITIONS]), config)
     with no_init_weights():
         model = FlipModel(config)
     parameters = model.state_dict()
     for name in tqdm([name for name in arrays if name != _POSITIONS], desc="reading", unit="array", disable=None):
-        parameters[our_name(name)].copy_(our_layout(name, torch.from_numpy(np.asarray(arrays[name]))))
+        stored = torch.from_numpy(np.asarray(arrays[name]))
+        check_weight(name, stored)
+        parameters[our_name(name)].copy_(our_layout(name, stored))
     return model.eval()
 
 
@@ -249,7 +254,8 @@ def _refuse_other_size(config: FlipConfig, size: str) -> None:
         f"{tower.removesuffix('_config')} {field} {getattr(getattr(config, tower), field)}, not {wanted}"
         for tower, fields in (("vision_config", ("patch_size", *SIZES[size][0])), ("text_config", SIZES[size][1]))
         for field in fields
-        if (wanted := getattr(getattr(expected, tower), field)) != getattr(getattr(config, tower), field)
+        if field != "num_attention_heads"  # they are the size's
+        and (wanted := getattr(getattr(expected, tower), field)) != getattr(getattr(config, tower), field)
     ]
     if config.projection_dim != expected.projection_dim:
         differences.append(f"projection_dim {config.projection_dim}, not {expected.projection_dim}")
@@ -257,9 +263,10 @@ def _refuse_other_size(config: FlipConfig, size: str) -> None:
         raise ValueError(f"the checkpoint is not of size {size}: it has {'; '.join(differences)}")
 
 
-def _refuse_heads(config: FlipConfig) -> None:
-    for name, tower in (("image", config.vision_config), ("text", config.text_config)):
-        heads, width = tower.num_attention_heads, tower.hidden_size
+def _refuse_heads(config: FlipConfig, both: tuple[int, int]) -> None:
+    towers = (("image", config.vision_config), ("text", config.text_config))
+    for (name, tower), heads in zip(towers, both, strict=True):
+        width = tower.hidden_size
         if heads < 1 or width % heads:
             raise ValueError(
                 f"{name}_heads {heads} does not divide the {name} tower's width of {width}; look it up in the "

@@ -16,9 +16,10 @@ from flipscale.data.tokenizers import check_tokenizer, load_tokenizer
 from flipscale.engines.checkpoint import CheckpointReader, list_checkpoints
 from flipscale.engines.whole_checkpoint import require_whole
 from flipscale.files.aside import written_aside
-from flipscale.files.tensor_file import write_tensors
+from flipscale.files.tensor_file import check_weight, write_tensors
 from flipscale.hub.sentence_transformer import write_sentence_transformer
 from flipscale.model import FlipConfig, FlipModel, FlipProcessor
+from flipscale.model.folder import read_object
 from flipscale.training.recipe import parse_recipe
 
 # Larger weights are split into files, because the Hub's client resumes uploads and downloads file by file.
@@ -123,10 +124,15 @@ def _write_weights(
         for file, names in split.filename_to_tensors.items():
             layout = {name: (kind, shapes[name]) for name in names}
             bar = tqdm(names, file, leave=False, delay=2, disable=None)
-            write_tensors(folder / file, layout, (read(name).to(kind) for name in bar))
+            write_tensors(folder / file, layout, (_checked(name, read(name)).to(kind) for name in bar))
         if split.is_sharded:
             index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
             (folder / f"model.safetensors.index{variant}.json").write_text(json.dumps(index, indent=1) + "\n")
+
+
+def _checked(name: str, weight: torch.Tensor) -> torch.Tensor:
+    check_weight(name, weight)
+    return weight
 
 
 def _write_folder(
@@ -161,5 +167,5 @@ def _refuse_to_replace(out_dir: Path) -> None:
     if not out_dir.exists() or (out_dir.is_dir() and not any(out_dir.iterdir())):
         return
     config = out_dir / "config.json"
-    if not config.is_file() or json.loads(config.read_text()).get("model_type") != FlipConfig.model_type:
+    if not config.is_file() or read_object(config).get("model_type") != FlipConfig.model_type:
         raise ValueError(f"{out_dir} exists and is not a FLIP model folder; name another folder or remove it")

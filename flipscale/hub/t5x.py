@@ -5,12 +5,13 @@ in a folder `target.<dotted name>`.
 """
 
 import gzip
+import io
 import itertools
 import json
 import math
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -18,6 +19,10 @@ from typing import Any
 import numpy as np
 
 _VERSION = 3
+# The largest index of a checkpoint has 1 MB, what says of an array how it is stored 300 bytes.
+_MOST_INDEX_BYTES, _MOST_META_BYTES = 64 << 20, 1 << 20
+# Neither gzip nor a zip makes anything smaller by more than this.
+_MOST_RATIO = 1_100
 
 
 @dataclass(frozen=True)
@@ -26,20 +31,36 @@ class Files:
 
     Args:
         root: its name in messages.
-        names: of all its files, relative to it, with `/`.
-        read: returns the content of a file by its name.
+        sizes: of all its files in bytes, by their names relative to it, with `/`.
+        content: returns the content of a file by its name.
     """
 
     root: str
-    names: frozenset[str]
-    read: Callable[[str], bytes]
+    sizes: Mapping[str, int]
+    content: Callable[[str], bytes]
+
+    @property
+    def names(self) -> Collection[str]:
+        """The names of its files."""
+        return self.sizes.keys()
+
+    def read(self, name: str, most: int) -> bytes:
+        """Return the content of a file of at most `most` bytes.
+
+        Raises:
+            ValueError: it has more: what is compressed may stand for more than there is memory.
+        """
+        if self.sizes[name] > most:
+            raise ValueError(f"{self.root}/{name} has {self.sizes[name]:,} bytes, more than {most:,}")
+        return self.content(name)
 
     def below(self, folder: str) -> "Files":
         """Return the files in one of its folders."""
         if folder == ".":
             return self
-        names = frozenset(name[len(folder) + 1 :] for name in self.names if name.startswith(f"{folder}/"))
-        return Files(f"{self.root}/{folder}", names, lambda name: self.read(f"{folder}/{name}"))
+        start = len(folder) + 1
+        sizes = {name[start:]: size for name, size in self.sizes.items() if name.startswith(f"{folder}/")}
+        return Files(f"{self.root}/{folder}", sizes, lambda name: self.content(f"{folder}/{name}"))
 
 
 class StoredArray:
@@ -56,12 +77,12 @@ class StoredArray:
         self.files = files
         self.meta = self._metadata()
         self.shape: tuple[int, ...] = self.meta["shape"]
+        self._refuse_larger_than_stored()
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        shape, chunks, stored = self.shape, self.meta["chunks"], self.meta["dtype"]
-        array = np.empty(shape, np.float32)
-        counts = [math.ceil(length / chunk) for length, chunk in zip(shape, chunks, strict=True)]
-        for position in itertools.product(*map(range, counts)):
+        chunks, stored = self.meta["chunks"], self.meta["dtype"]
+        array = np.empty(self.shape, np.float32)
+        for position in itertools.product(*map(range, self._counts())):
             content = self._chunk(self.meta["separator"].join(map(str, position)) or "0")
             where = tuple(slice(p * chunk, (p + 1) * chunk) for p, chunk in zip(position, chunks, strict=True))
             part = array[where]
@@ -69,12 +90,29 @@ class StoredArray:
             part[...] = np.frombuffer(content, stored).reshape(chunks)[tuple(map(slice, part.shape))]
         return array if dtype is None else array.astype(dtype, copy=False)
 
+    def _counts(self) -> list[int]:
+        """Return the number of chunks along each dimension."""
+        return [-(-length // chunk) for length, chunk in zip(self.shape, self.meta["chunks"], strict=True)]
+
+    def _refuse_larger_than_stored(self) -> None:
+        """Raise if the array would take memory for numbers that the files cannot hold.
+
+        Raises:
+            ValueError: it would.
+        """
+        stored = sum(size for name, size in self.files.sizes.items() if name != ".zarray")
+        claimed = max(math.prod(self.shape), math.prod(self.meta["chunks"])) * self.meta["dtype"].itemsize
+        if claimed > _MOST_RATIO**2 * stored + _MOST_META_BYTES and math.prod(self._counts()) <= len(self.files.names):
+            raise ValueError(
+                f"array {self.name} is damaged: {self.files.root} has {stored:,} bytes, which cannot be {claimed:,}"
+            )
+
     def _metadata(self) -> dict[str, Any]:
         file = f"{self.files.root}/.zarray"
         if ".zarray" not in self.files.names:
             raise ValueError(f"array {self.name} is missing: {self.files.root} has no .zarray")
         try:
-            meta = json.loads(self.files.read(".zarray"))
+            meta = json.loads(self.files.read(".zarray", _MOST_META_BYTES))
             compressor = (meta["compressor"] or {"id": None})["id"]
             form = (
                 f"zarr {meta['zarr_format']}, compressor {compressor}, order {meta['order']}, filters {meta['filters']}"
@@ -82,7 +120,12 @@ class StoredArray:
             meta = {"separator": meta.get("dimension_separator", "."), **meta}
             meta |= {"compressor": compressor, "shape": tuple(meta["shape"]), "chunks": tuple(meta["chunks"])}
             meta["dtype"] = np.dtype(meta["dtype"])
-        except (ValueError, KeyError, TypeError) as error:
+            lengths = [*meta["shape"], *meta["chunks"]]
+            if meta["dtype"].kind != "f" or any(type(n) is not int or n < 1 for n in lengths):
+                raise ValueError(f"{meta['dtype']} of {meta['shape']} in chunks of {meta['chunks']}")
+            if len(meta["shape"]) != len(meta["chunks"]):
+                raise ValueError(f"{meta['shape']} in chunks of {meta['chunks']}")
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"array {self.name} is damaged: {file} cannot be read ({error!r})") from error
         if form not in (f"zarr 2, compressor {known}, order C, filters None" for known in ("gzip", None)):
             raise ValueError(
@@ -95,13 +138,16 @@ class StoredArray:
         if name not in self.files.names:
             raise ValueError(f"array {self.name} is incomplete: {file} is missing")
         try:
-            content = self.files.read(name)
+            # What cannot be made smaller becomes larger by little.
+            content = self.files.read(name, num_bytes + num_bytes // 100 + 4096)
             if self.meta["compressor"] == "gzip":
-                content = gzip.decompress(content)
+                with gzip.GzipFile(fileobj=io.BytesIO(content)) as file_content:
+                    content = file_content.read(num_bytes + 1)
         except (EOFError, OSError, zlib.error) as error:
             raise ValueError(f"array {self.name} is damaged: {file} is cut short or not gzip ({error})") from error
         if len(content) != num_bytes:
-            raise ValueError(f"array {self.name} is damaged: {file} holds {len(content)} bytes, not {num_bytes}")
+            held = f"more than {num_bytes}" if len(content) > num_bytes else f"{len(content)}"
+            raise ValueError(f"array {self.name} is damaged: {file} holds {held} bytes, not {num_bytes}")
         return content
 
 
@@ -127,8 +173,11 @@ def _files(path: Path) -> Files:
     if path.is_file() and path.name != "checkpoint":
         return _zipped_files(path)
     folder = path.parent if path.is_file() else path
-    names = frozenset(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
-    return Files(str(folder), names, lambda name: (folder / name).read_bytes())
+    home = folder.resolve()
+    # A link that leads out of the folder is none of its files.
+    files = [file for file in folder.rglob("*") if file.is_file() and file.resolve().is_relative_to(home)]
+    sizes = {file.relative_to(folder).as_posix(): file.stat().st_size for file in files}
+    return Files(str(folder), sizes, lambda name: (folder / name).read_bytes())
 
 
 def _zipped_files(path: Path) -> Files:
@@ -142,10 +191,11 @@ def _zipped_files(path: Path) -> Files:
     def read(name: str) -> bytes:
         try:
             return archive.read(name)
-        except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:  # RuntimeError: it wants a password
+        except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError) as error:  # RuntimeError: a password
             raise ValueError(f"{path}: {name} in it cannot be read ({error}); fetch the zip again") from error
 
-    return Files(str(path), frozenset(archive.namelist()), read)
+    # zipfile reads no more of a file than its list says.
+    return Files(str(path), {member.filename: member.file_size for member in archive.infolist()}, read)
 
 
 def _checkpoint(files: Files) -> Files:
@@ -170,13 +220,16 @@ def _array_folders(files: Files) -> dict[str, str]:
         return {folder.removeprefix("target.").replace(".", "/"): folder for folder in folders}
     file = f"{files.root}/checkpoint"
     try:
-        index = msgpack.unpackb(files.read("checkpoint"), strict_map_key=False)
+        index = msgpack.unpackb(files.read("checkpoint", _MOST_INDEX_BYTES), strict_map_key=False)
         version, target = index["version"], index["optimizer"]["target"]
-    except (msgpack.UnpackException, ValueError, KeyError, TypeError) as error:
+    except (msgpack.UnpackException, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{file} is not the index of a checkpoint of the original FLIP ({error!r})") from error
     if version != _VERSION:
         raise ValueError(f"{file} is of version {version}; only version {_VERSION}, the original FLIP's, can be read")
-    return dict(_leaves(target, ()))
+    try:
+        return dict(_leaves(target, ()))
+    except (TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{file} is not the index of a checkpoint of the original FLIP ({error!r})") from error
 
 
 def _leaves(node: Any, path: tuple[str, ...]) -> Iterator[tuple[str, str]]:

@@ -397,3 +397,40 @@ def test_command_tells_a_mistake_in_one_line(written: Path, tmp_path: Path, caps
     error = capsys.readouterr().err
     assert error.startswith("flipscale: error: the checkpoint is not of size h14: it has vision patch_size 16, not 14;")
     assert error.count("\n") == 1
+
+
+def change_meta(checkpoint: Path, **changes: Any) -> None:
+    file = checkpoint / EMBEDDING / ".zarray"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def test_a_chunk_that_unpacks_to_too_much(checkpoint: Path) -> None:
+    for chunk in (checkpoint / EMBEDDING).glob("[0-9]*"):
+        chunk.write_bytes(gzip.compress(bytes(4 << 20)))
+    fails(checkpoint, r"array txt_encoder/token_embedding/embedding is damaged: .* holds more than \d+ bytes, not \d+")
+
+
+def test_an_array_larger_than_its_files(checkpoint: Path) -> None:
+    change_meta(checkpoint, shape=[99_000_000, 65_536], chunks=[99_000_000, 65_536])
+    fails(checkpoint, r"has [\d,]+ bytes, which cannot be 25,952,256,000,000")
+
+
+@pytest.mark.parametrize(
+    "changes", [{"shape": [-1, 48]}, {"shape": ["a", 1]}, {"chunks": [0, 1]}, {"chunks": [1]}, {"dtype": "|O"}]
+)
+def test_an_array_that_cannot_be(checkpoint: Path, changes: dict[str, Any]) -> None:
+    change_meta(checkpoint, **changes)
+    fails(checkpoint, r"array txt_encoder/token_embedding/embedding is damaged: .*/.zarray cannot be read")
+
+
+def test_a_link_out_of_the_checkpoint_is_none_of_its_files(checkpoint: Path) -> None:
+    chunk = checkpoint / "target.logit_scale" / "0"
+    chunk.rename(checkpoint.parent / "outside")
+    chunk.symlink_to(checkpoint.parent / "outside")
+    with pytest.raises(ValueError, match=r"array logit_scale is incomplete: .* is missing"):
+        convert(checkpoint, checkpoint.parent / "model")
+
+
+def test_weights_that_are_no_numbers(checkpoint: Path) -> None:
+    rewrite_array(checkpoint / "target.logit_scale", np.full(1, np.nan, np.float32))
+    fails(checkpoint, "weight logit_scale has numbers that are NaN or infinite")
