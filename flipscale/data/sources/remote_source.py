@@ -1,6 +1,7 @@
 """Tar shards on s3, gs, hf or https, read through a bounded cache that fetches them ahead."""
 
 import hashlib
+import logging
 import os
 import re
 import threading
@@ -10,15 +11,16 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from flipscale.data.lanes import Lanes, shared_out
 from flipscale.data.recipe import DataRecipe
+from flipscale.data.sources import remote_files
 from flipscale.data.sources.manifest import Manifest, ShardEntry, read_manifest, write_manifest
+from flipscale.data.sources.remote_files import file_system, information, patiently
 from flipscale.data.sources.shard_cache import ShardCache
-from flipscale.data.sources.shard_index import Index, build_index, read_index
+from flipscale.data.sources.shard_index import Index, build_index, fits, most_bytes, read_index
 from flipscale.data.sources.shard_list import (
     ShardList,
     expand_range,
@@ -28,11 +30,13 @@ from flipscale.data.sources.shard_list import (
     split_shards,
     written_once,
 )
-from flipscale.data.sources.tar_source import TarSource
+from flipscale.data.sources.tar_source import StaleManifest, TarSource
 from flipscale.files.aside import own_partial_path, written_aside
 
 # Requests are mostly waiting, so there are more threads than cores.
 _THREADS = 16
+
+_log = logging.getLogger(__name__)
 
 
 class RemoteShardList(ShardList):
@@ -66,9 +70,9 @@ class RemoteShardList(ShardList):
         """Do as `ShardList.names`."""
         named = expand_range(self.pattern)
         if named is None:
-            system, path = file_system(self.path(self.pattern))
-            found = system.glob(path) if re.search(r"[*?\[]", path) else [path]
-            urls = sorted(system.unstrip_protocol(name) for name in found)
+            url = self.path(self.pattern)
+            system, path = file_system(url)
+            urls = remote_files.listed(url) if re.search(r"[*?\[]", path) else [system.unstrip_protocol(path)]
             named = [url.removeprefix(f"{self.folder}/") for url in urls]
         if not named:
             raise no_shards(self.shards)
@@ -83,15 +87,21 @@ class RemoteShardList(ShardList):
         place = self._local("local")
         if anew:
             return self._write(place, anew)
-        return written_once(
-            place, lambda _: read_manifest(place, self.pattern, self.remedy), lambda: self._write(place)
-        )
+        return written_once(place, lambda _: self._read_cached(place), lambda: self._write(place))
 
-    def index(self, name: str, anew: bool = False) -> Index:
+    def _read_cached(self, place: Path) -> Manifest | None:
+        """Return a manifest of the cache; None if there is none that is whole."""
+        with suppress(ValueError):
+            return read_manifest(place, self.pattern, self.remedy)
+        _log.warning("%s is damaged; it is made anew", place)
+        return None
+
+    def index(self, name: str, anew: bool = False, size: int | None = None) -> Index:
         """Return the index of a shard: from the cache, from beside the shard, or built.
 
         Args:
             anew: build it if it may lack what this version puts in.
+            size: of the shard, if it is known; an index that leads beyond it is built.
         """
         url = self.path(name)
         path = self.index_path(name)
@@ -100,16 +110,24 @@ class RemoteShardList(ShardList):
             if not (anew and found.may_lack_arrays):
                 return found
         try:
-            system, remote = file_system(f"{url}.index.npy")
-            content = system.cat_file(remote)
-            found = read_index(content)
-        except (FileNotFoundError, ValueError):
+            self._fetch(f"{url}.index.npy", path, self.cache.max_bytes if size is None else most_bytes(size))
+            found = read_index(path.read_bytes())
+        except (FileNotFoundError, PermissionError, ValueError):
             return self._build(url, path)
-        if anew and found.may_lack_arrays:
+        if (anew and found.may_lack_arrays) or (size is not None and not fits(found, size)):
             return self._build(url, path)
-        with written_aside(path, own_partial_path(path)) as aside:
-            aside.write_bytes(content)
         return found
+
+    def _fetch(self, url: str, path: Path, most_bytes: int) -> None:
+        """Fetch a small file to `path`."""
+
+        def ask() -> None:
+            with written_aside(path, own_partial_path(path)) as aside:
+                remote_files.fetch(url, aside, None, most_bytes)
+
+        # fsspec makes the file before it finds that there is none at the URL.
+        information(url)
+        patiently(url, ask)
 
     def index_path(self, name: str) -> Path:
         """Return where the cache keeps the index of a shard."""
@@ -123,12 +141,11 @@ class RemoteShardList(ShardList):
     def _published(self) -> Manifest | None:
         """Return the manifest beside the shards, fetched if it is another one than last time; None if there is none."""
         try:
-            system, remote = file_system(self.url)
-            path = self._local(f"{system.checksum(remote):x}"[:16])
-            if not path.exists():
-                content = system.cat_file(remote)
-                with written_aside(path, own_partial_path(path)) as aside:
-                    aside.write_bytes(content)
+            about = information(self.url)
+            version = hashlib.blake2b(repr(sorted(about.items(), key=str)).encode(), digest_size=8).hexdigest()
+            path = self._local(version)
+            if not path.exists() or self._read_cached(path) is None:
+                self._fetch(self.url, path, self.cache.max_bytes)
         except (FileNotFoundError, PermissionError):
             return None
         return read_manifest(path, self.pattern, self.remedy)
@@ -141,10 +158,9 @@ class RemoteShardList(ShardList):
         return written
 
     def _entry(self, anew: bool, name: str) -> ShardEntry:
-        system, remote = file_system(self.path(name))
         try:
-            size = system.info(remote)["size"]
-            index = self.index(name, anew)
+            size = information(self.path(name))["size"]
+            index = self.index(name, anew, size)
             return ShardEntry(name, index.rows, index.damage, size or index.num_bytes, 0)
         except FileNotFoundError as error:
             raise ValueError(f"shard {self.path(name)} does not exist; check data.shards") from error
@@ -222,8 +238,20 @@ class RemoteTarSource(TarSource):
             reason = " ".join(str(error).split()) or type(error).__name__
             raise ValueError(f"{url} cannot be written ({reason}); name a place that you may write to") from error
 
+    def _open_checked(self, shard: int) -> int:
+        try:
+            return super()._open_checked(shard)
+        except StaleManifest:
+            # It may be the copy that is damaged.
+            self.cache.forget(self.shard_name(shard))
+            return super()._open_checked(shard)
+
     def _open_shard(self, name: str) -> int:
         return self.cache.open(name)
+
+    def _holds_its_samples(self, file: int, shard: int) -> bool:
+        """Return True: if the index beside a shard is of another one, its samples are counted as they are read."""
+        return True
 
     def _opened(self, shard: int) -> int:
         file = super()._opened(shard)
@@ -238,21 +266,6 @@ class RemoteTarSource(TarSource):
 
     def __getstate__(self) -> dict[str, object]:
         return {**super().__getstate__(), "_indices": OrderedDict()}
-
-
-def file_system(url: str) -> tuple[Any, str]:
-    """Return fsspec's file system of a URL, and the name in it.
-
-    Raises:
-        ValueError: the protocol is unknown, or its package is not installed.
-    """
-    import fsspec
-
-    try:
-        system, path = fsspec.core.url_to_fs(url)
-    except (ImportError, ValueError) as error:
-        raise ValueError(f"{url!r} cannot be read: {error}") from error
-    return system, path
 
 
 class _FetchAhead:

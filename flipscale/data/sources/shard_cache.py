@@ -2,17 +2,24 @@
 
 import hashlib
 import os
+import re
 import time
 from contextlib import suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from flipscale.files.aside import written_aside
+from flipscale.data.sources.remote_files import fetch, information, patiently
+from flipscale.data.sources.tar_members import NotAFile, open_plain
+from flipscale.files.aside import remove, written_aside
 
-_TRIES = 6
-_FIRST_DELAY_SECONDS = 0.5  # doubled for each try; before the last one it is 8 seconds
 _FULL_DELAY_SECONDS = 0.05
+# What is reserved for a file whose size its server does not say, and the most that is taken of it.
+_UNTOLD_BYTES = 1 << 31
+_LONGEST_NAME = 100
+# The names in the folder that are the cache's. Nothing else there is counted or removed.
+_OURS = re.compile(r"\.?[0-9a-f]{16}-.*")
+_PARTIAL = re.compile(r"\.[0-9a-f]{16}-.*\.(\d+)\.partial")
 
 
 class ShardCache:
@@ -21,16 +28,26 @@ class ShardCache:
     The least recently read shards are removed to make room. A shard is fetched by one process at a time, under a lock
     that is released when its process dies. It is written to another name and renamed when it has the size of the
     original. That name contains the size, so that transfers that run at the same time keep the bound together.
+
+    Raises:
+        ValueError: the folder cannot be made or written.
     """
 
     def __init__(self, folder: Path, max_bytes: int):
         self.folder = folder
         self.max_bytes = max_bytes
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(
+                f"data.cache_dir {folder} cannot be made ({error.strerror}); name a folder on a local disk"
+            ) from error
+        if not os.access(folder, os.W_OK):
+            raise ValueError(f"data.cache_dir {folder} may not be written; name a folder on a local disk")
 
     def path(self, url: str) -> Path:
         """Return where the copy of `url` is once it is fetched."""
-        name = url.rstrip("/").rsplit("/", 1)[-1]
+        name = url.rstrip("/").rsplit("/", 1)[-1][-_LONGEST_NAME:]
         return self.folder / f"{hashlib.blake2b(url.encode(), digest_size=8).hexdigest()}-{name}"
 
     def open(self, url: str) -> int:
@@ -42,11 +59,17 @@ class ShardCache:
         path = self.path(url)
         while True:
             try:
-                file = os.open(path, os.O_RDONLY)
-                os.utime(path)  # marks it as the last one read
+                file = open_plain(path)
+                os.utime(file)  # marks it as the last one read
                 return file
             except FileNotFoundError:
                 self.fetch(url)  # repeated if it has been removed again before it is opened
+            except NotAFile:
+                self.forget(url)
+
+    def forget(self, url: str) -> None:
+        """Remove the copy of `url`, which is not as it should be."""
+        remove(self.path(url))
 
     def fetch(self, url: str, wait: bool = True) -> None:
         """Fetch `url` unless its copy exists. If another process is fetching it, `wait` for that or return.
@@ -60,45 +83,25 @@ class ShardCache:
         try:
             with self._lock(path, timeout=-1 if wait else 0):
                 if not path.exists():
-                    self._fetch_patiently(url, path)
+                    patiently(url, lambda: self._transfer(url, path))
         except Timeout:
             return
 
     def _lock(self, path: Path, timeout: float) -> FileLock:
         return FileLock(path.with_name(f".{path.name}.lock"), timeout=timeout)
 
-    def _fetch_patiently(self, url: str, path: Path) -> None:
-        for number in range(_TRIES):
-            try:
-                return self._transfer(url, path)
-            except (FileNotFoundError, PermissionError, ValueError):
-                raise
-            except Exception as error:
-                # Every protocol raises exceptions of its own for a broken connection.
-                if number + 1 == _TRIES:
-                    reason = " ".join(str(error).split()) or type(error).__name__
-                    raise OSError(
-                        f"{url} could not be fetched in {_TRIES} tries ({reason}); start the run again when it can"
-                    ) from error
-                time.sleep(_FIRST_DELAY_SECONDS * 2**number)
-
     def _transfer(self, url: str, path: Path) -> None:
-        import fsspec
-
-        system, remote = fsspec.core.url_to_fs(url)
-        size = system.info(remote)["size"]
+        size = information(url)["size"]
+        reserved = min(_UNTOLD_BYTES, self.max_bytes) if size is None else size
+        if reserved > self.max_bytes:
+            raise ValueError(f"{url} has {size} bytes, which do not fit into data.cache_bytes {self.max_bytes}")
         # This process holds the lock, so a file of this name was left by a process that was killed.
-        with written_aside(path, path.with_name(f".{path.name}.{size or 0}.partial")) as partial:
-            self._reserve(partial, size or 0)
-            system.get_file(remote, str(partial))
-            got = partial.stat().st_size
-            if size is not None and got != size:
-                raise OSError(f"{got} of {size} bytes came")
+        with written_aside(path, path.with_name(f".{path.name}.{reserved}.partial")) as partial:
+            self._reserve(partial, reserved)
+            fetch(url, partial, size, reserved)
 
     def _reserve(self, partial: Path, size: int) -> None:
         """Make room for a transfer and reserve it; wait for other transfers if nothing can be removed."""
-        if size > self.max_bytes:
-            raise ValueError(f"a shard of {size} bytes does not fit into data.cache_bytes {self.max_bytes}")
         while True:
             with FileLock(self.folder / ".lock"):
                 excess = self._make_room(size)
@@ -111,10 +114,13 @@ class ShardCache:
         """Remove the least recently read shards until `size` bytes fit, and return how many bytes are still lacking."""
         excess, shards = size - self.max_bytes, []
         for entry in os.scandir(self.folder):
+            if not _OURS.fullmatch(entry.name):
+                continue
             with suppress(FileNotFoundError):
                 state = entry.stat()
-                if entry.name.endswith(".partial"):
-                    excess += 0 if self._abandoned(entry) else int(entry.name.split(".")[-2])
+                partial = _PARTIAL.fullmatch(entry.name)
+                if partial:
+                    excess += 0 if self._abandoned(entry) else int(partial[1])
                 else:
                     excess += state.st_size
                     if not entry.name.startswith(".") and not entry.name.endswith((".index.npy", ".manifest")):

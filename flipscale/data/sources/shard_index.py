@@ -39,7 +39,7 @@ _FIELDS = {name.encode(): name for name in _MAX_BYTES}
 _MAX_JSON_BYTES = 1 << 24
 _LAST_OFFSET = ((1 << 32) - 1) * BLOCK
 _VERSION = (2, 0)
-_DIGEST_BYTES = 16
+_DIGEST_BYTES, _MOST_ABOUT_BYTES = 16, 1 << 16
 _LONGEST_NAME_SAID = 60
 
 
@@ -155,6 +155,18 @@ def read_index(content: bytes) -> Index:
     except Exception as error:
         # numpy raises many kinds of exceptions for a damaged header.
         raise ValueError(f"not an index ({error})") from error
+
+
+def most_bytes(num_bytes: int) -> int:
+    """Return the most bytes that the index of a shard of so many bytes may have: two blocks are one sample at least."""
+    return num_bytes // (2 * BLOCK) * 4 * ROW[0] * ROW[1] + _MOST_ABOUT_BYTES
+
+
+def fits(index: Index, num_bytes: int) -> bool:
+    """Return whether all places of an index are in a shard of so many bytes."""
+    blocks, sizes = index.rows[:, :, 0].astype(np.int64), index.rows[:, :, 1].astype(np.int64)
+    sizes[:, 1:] &= _MAX_OTHER_BYTES
+    return not (blocks * BLOCK + sizes > num_bytes).any() and bool((blocks[:, 0] > 0).all())
 
 
 def build_index(shard: Path, path: Path) -> Index:

@@ -7,7 +7,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor
+from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from flipscale.data.sources.manifest import Manifest, ShardEntry, read_manifest, write_manifest
-from flipscale.data.sources.shard_index import load_index
+from flipscale.data.sources.shard_index import load_index, size_and_time
 
 _WILD = re.compile(r"[*?\[]|\{\d+\.\.\d+\}")
 _POLL_SECONDS = 1.0
@@ -24,6 +24,7 @@ _POLL_SECONDS = 1.0
 _FEW_SHARDS = 32
 # Shards whose indices are in memory at a time, 240 kB for 10,000 samples.
 _WINDOW = 512
+_MOST_SHARDS, _MOST_DIGITS = 10_000_000, 18
 # If there are more folders, only the first is watched for shards that come or go.
 _MAX_FOLDERS = 16
 
@@ -49,11 +50,17 @@ def split_shards(shards: str, is_folder: Callable[[str], bool]) -> tuple[str, st
 
 
 def expand_range(shards: str) -> list[str] | None:
-    """Return the names that a range such as `{00000..00041}.tar` stands for; None if `shards` has no range."""
+    """Return the names that a range such as `{00000..00041}.tar` stands for; None if `shards` has no range.
+
+    Raises:
+        ValueError: there are too many.
+    """
     numbered = re.fullmatch(r"(.*)\{(\d+)\.\.(\d+)\}(.*)", shards)
     if numbered is None:
         return None
     head, first, last, tail = numbered.groups()
+    if len(last) > _MOST_DIGITS or int(last) - int(first) >= _MOST_SHARDS:
+        raise ValueError(f"data.shards {shards[:100]!r} is a range of more than {_MOST_SHARDS} shards; check its end")
     return [f"{head}{number:0{len(first)}d}{tail}" for number in range(int(first), int(last) + 1)]
 
 
@@ -142,12 +149,18 @@ class ShardList:
             stamp = self.stamp(manifest.folders)
             if stamp == manifest.stamp:
                 return True
-            if may_list and self.names() == manifest.all_names():
+            if may_list and self.names() == manifest.all_names() and self._have_their_sizes(manifest):
                 manifest.set_stamp(stamp)
                 return True
         except (OSError, ValueError):
             pass
         return False
+
+    def _have_their_sizes(self, manifest: Manifest) -> bool:
+        sizes = manifest.table["num_bytes"].tolist()
+        return all(
+            size_and_time(self.path(name))[0] == size for name, size in zip(manifest.all_names(), sizes, strict=True)
+        )
 
     def open(self, is_good: Callable[[Manifest], bool], anew: bool = False) -> Manifest:
         """Return the manifest of the shards. If it is missing or stale, one process writes it and the others wait:
@@ -186,7 +199,12 @@ class ShardList:
         inner = {"/".join(name.split("/")[:depth]) for name in names for depth in range(name.count("/") + 1)}
         folders = [] if self.is_range else sorted(inner) if len(inner) <= _MAX_FOLDERS else [""]
         entries = in_windows(_Entry(self), names, ProcessPoolExecutor)
-        write_manifest(place, self.pattern, entries, folders, rows=True)
+        try:
+            write_manifest(place, self.pattern, entries, folders, rows=True)
+        except OSError as error:
+            if error.errno is None or error.filename is not None:
+                raise
+            raise OSError(f"manifest {place} cannot be written ({error.strerror}); make room for it") from error
         written = read_manifest(place, self.pattern, self.remedy)
         assert written is not None
         self.is_complete(written, may_list=True)  # stamps it
@@ -220,11 +238,16 @@ def in_windows(
                 yield function(item)
                 bar.update()
             return
-        with new_pool() as pool:
-            for first in range(0, len(items), _WINDOW):
-                for result in pool.map(function, items[first : first + _WINDOW], chunksize=8):
-                    yield result
-                    bar.update()
+        try:
+            with new_pool() as pool:
+                for first in range(0, len(items), _WINDOW):
+                    for result in pool.map(function, items[first : first + _WINDOW], chunksize=8):
+                        yield result
+                        bar.update()
+        except BrokenExecutor as error:
+            raise OSError(
+                "a process that indexed shards was killed, perhaps for want of memory; start again"
+            ) from error
 
 
 def written_once(place: Path, found: Callable[[bool], Manifest | None], write: Callable[[], Manifest]) -> Manifest:

@@ -192,8 +192,8 @@ def pax_records(content: bytes) -> dict[bytes, bytes] | None:
         space = content.find(b" ", position, position + _MOST_DIGITS)
         digits = content[position : max(space, position)]
         end = position + int(digits) if digits.isdigit() else 0
-        key, equals, value = content[space + 1 : end - 1].partition(b"=")
-        if not equals or end > len(content) or content[end - 1] != ord("\n"):
+        key, equals, value = content[space + 1 : max(end - 1, 0)].partition(b"=")
+        if end <= space or not equals or end > len(content) or content[end - 1] != ord("\n"):
             return None
         records[key] = value
         position = end

@@ -209,7 +209,8 @@ class TarSource:
         except NotAFile as error:
             raise StaleManifest(f"shard {name} is no shard now: {error}; {self.list.stale_remedy}") from error
         state, listed = os.fstat(file), self.manifest.table[shard]
-        if state.st_size != listed["num_bytes"]:
+        # A server may not have said the size.
+        if state.st_size != listed["num_bytes"] and listed["num_bytes"]:
             why = f"has {state.st_size} bytes, {listed['num_bytes']} when it was listed"
         # A copy may have a time of its own.
         elif state.st_mtime_ns != listed["mtime_ns"] and not self._holds_its_samples(file, shard):

@@ -24,7 +24,7 @@ from flipscale.cli import main
 from flipscale.data.feeding import enduring_batches
 from flipscale.data.pairs import InputShape, PairDataset
 from flipscale.data.recipe import DataRecipe
-from flipscale.data.sources import shard_cache
+from flipscale.data.sources import remote_files
 from flipscale.data.sources.mixture import order_of
 from flipscale.data.sources.opening import open_source
 from flipscale.data.sources.shard_cache import ShardCache
@@ -34,7 +34,7 @@ from flipscale.data.sources.tar_source import TarSource
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shard_cache, "_FIRST_DELAY_SECONDS", 0.01)
+    monkeypatch.setattr(remote_files, "_FIRST_DELAY_SECONDS", 0.01)
 
 
 @pytest.fixture(scope="module")

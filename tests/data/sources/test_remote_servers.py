@@ -1,0 +1,233 @@
+"""Servers that are silent, slow or lying, and caches that are not as they should be: an end in time, and bounded."""
+
+import http.server
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from conftest import write_shards
+
+from flipscale.data.recipe import DataRecipe
+from flipscale.data.sources import remote_files, shard_cache
+from flipscale.data.sources.opening import open_source
+from flipscale.data.sources.shard_cache import ShardCache
+from flipscale.data.sources.shard_index import index_path, load_index
+from flipscale.data.sources.tar_source import StaleSample
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote_files, "_FIRST_DELAY_SECONDS", 0.01)
+    monkeypatch.setattr(remote_files, "_SILENT_SECONDS", 0.3)
+    monkeypatch.setattr(remote_files, "_PATIENCE_SECONDS", 1.0)
+
+
+Answer = Callable[[http.server.BaseHTTPRequestHandler, bytes | None], None]
+
+
+@contextmanager
+def server(folder: Path, answer: Answer) -> Iterator[str]:
+    """The URL of a server that answers each request by `answer`, which gets the file's bytes, None if there is none."""
+    ended = threading.Event()
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            file = folder / self.path.lstrip("/")
+            self.ended = ended
+            try:
+                answer(self, file.read_bytes() if file.is_file() else None)
+            except OSError:
+                self.close_connection = True
+
+        do_HEAD = do_GET
+
+        def log_message(self, *arguments: object) -> None:
+            """Nothing."""
+
+    served = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    served.daemon_threads = True
+    threading.Thread(target=served.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{served.server_port}"
+    finally:
+        ended.set()
+        served.shutdown()
+        served.server_close()
+
+
+def plainly(handler: http.server.BaseHTTPRequestHandler, content: bytes | None, length: bool = True) -> None:
+    handler.send_response(404 if content is None else 200)
+    if length or content is None:
+        handler.send_header("Content-Length", str(len(content or b"")))
+    handler.end_headers()
+    if handler.command == "GET":
+        handler.wfile.write(content or b"")
+    handler.close_connection = True
+
+
+def recipe(url: str, cache: Path, **fields: object) -> DataRecipe:
+    return DataRecipe(shards=f"{url}/{{00000..00001}}.tar", cache_dir=str(cache), lanes=1, shards_per_block=1, **fields)
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Path:
+    write_shards(tmp_path / "served", [30, 17])
+    return tmp_path / "served"
+
+
+def test_a_server_that_never_answers(served: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with server(served, lambda handler, _: handler.ended.wait()) as url:
+        started = time.monotonic()
+        with (
+            caplog.at_level(logging.WARNING),
+            pytest.raises(OSError, match=r"manifest could not be fetched in \d tries \(0 bytes came in 0.3 seconds\);"),
+        ):
+            open_source(recipe(url, tmp_path / "cache"))
+        assert time.monotonic() - started < 10
+    assert "(0 bytes came in 0.3 seconds); trying again" in caplog.messages[0]
+
+
+def test_a_server_that_sends_a_byte_now_and_then(served: Path, tmp_path: Path) -> None:
+    def trickle(handler: http.server.BaseHTTPRequestHandler, content: bytes | None) -> None:
+        if not handler.path.endswith(".tar") or handler.command == "HEAD":
+            return plainly(handler, content)
+        handler.send_response(200)
+        handler.send_header("Content-Length", str(len(content or b"")))
+        handler.end_headers()
+        for number in range(len(content or b"")):
+            if handler.ended.wait(0.05):
+                break
+            handler.wfile.write((content or b"")[number : number + 1])
+            handler.wfile.flush()
+        return None
+
+    with (
+        server(served, trickle) as url,
+        pytest.raises(OSError, match=r"00000.tar could not be fetched in \d tries \(\d+ bytes came in 0.3 seconds\)"),
+    ):
+        open_source(recipe(url, tmp_path / "cache"))
+    assert not list((tmp_path / "cache").glob("*.tar"))
+
+
+def test_a_server_that_says_no_length(served: Path, tmp_path: Path) -> None:
+    with server(served, lambda handler, content: plainly(handler, content, length=False)) as url:
+        source = open_source(recipe(url, tmp_path / "cache"))
+        assert source.shard_sizes == [30, 17]
+        assert source.read(1, 3).name == "00001.tar#3"
+
+
+@pytest.mark.parametrize("length", [False, True])
+def test_a_server_that_never_ends(served: Path, tmp_path: Path, length: bool) -> None:
+    """Without a length, more than the cache may hold is not written; with one, not more than it."""
+    most = [0]
+
+    def endless(handler: http.server.BaseHTTPRequestHandler, content: bytes | None) -> None:
+        if content is None or (handler.command == "HEAD" and length):
+            return plainly(handler, content)
+        handler.send_response(200)
+        handler.end_headers()
+        while handler.command == "GET":
+            handler.wfile.write(bytes(1 << 16))
+            sizes = [path.stat().st_size for path in (tmp_path / "cache").glob(".*.partial") if path.exists()]
+            most[0] = max([most[0], *sizes])
+        return None
+
+    message = r"more than \d+ bytes came" if length else "more than 1000000 bytes came"
+    with server(served, endless) as url, pytest.raises(OSError, match=message):
+        open_source(recipe(url, tmp_path / "cache", cache_bytes=1_000_000))
+    assert most[0] < 3_000_000
+    assert not list((tmp_path / "cache").glob("*.partial"))
+
+
+@pytest.mark.parametrize("flaps", [0, 3])
+def test_errors_of_a_server_are_no_missing_shards(served: Path, tmp_path: Path, flaps: int) -> None:
+    """503 is tried again; it does not mean that there is no manifest or no shard."""
+    asked = [0]
+
+    def flapping(handler: http.server.BaseHTTPRequestHandler, content: bytes | None) -> None:
+        asked[0] += 1
+        if not flaps or asked[0] <= flaps:
+            handler.send_error(503)
+        else:
+            plainly(handler, content)
+
+    with server(served, flapping) as url:
+        if flaps:
+            assert len(open_source(recipe(url, tmp_path / "cache"))) == 47
+        else:
+            with pytest.raises(OSError, match=r"shards-.*manifest could not be fetched in \d tries \(503"):
+                open_source(recipe(url, tmp_path / "cache"))
+
+
+def test_redirects_without_end(served: Path, tmp_path: Path) -> None:
+    def around(handler: http.server.BaseHTTPRequestHandler, content: bytes | None) -> None:
+        handler.send_response(302)
+        handler.send_header("Location", handler.path)
+        handler.send_header("Content-Length", "0")
+        handler.end_headers()
+
+    with server(served, around) as url, pytest.raises(OSError, match=r"could not be fetched in \d tries"):
+        open_source(recipe(url, tmp_path / "cache"))
+
+
+def test_an_index_of_another_shard_beside_a_shard(served: Path, tmp_path: Path) -> None:
+    """One that leads beyond the shard is not used; the samples of one that fits are counted as they are read."""
+    for shard in (0, 1):
+        load_index(served / f"0000{shard}.tar")
+    first, second = (index_path(served / f"0000{shard}.tar") for shard in (0, 1))
+    foreign = first.read_bytes()
+    first.write_bytes(second.read_bytes())
+    second.write_bytes(foreign)
+    with server(served, plainly) as url:
+        source = open_source(recipe(url, tmp_path / "cache"))
+        assert source.shard_sizes == [17, 17], "the first has places for 17, the second leads too far and is made anew"
+        assert source.read(1, 3).image
+        with pytest.raises(StaleSample, match=r"no file of \d+ bytes begins at byte \d+, where the index has one"):
+            source.read(0, 16)
+
+
+def test_a_copy_in_the_cache_that_is_damaged_is_fetched_again(served: Path, tmp_path: Path) -> None:
+    with server(served, plainly) as url:
+        source = open_source(recipe(url, tmp_path / "cache"))
+        copy = source.cache.path(f"{url}/00001.tar")
+        wanted = source.read(1, 3).image
+        for spoil in (lambda: os.truncate(copy, 100), copy.unlink, lambda: (copy.unlink(), os.mkfifo(copy))):
+            spoil()
+            source._open.clear()
+            assert source.read(1, 3).image == wanted
+        for manifest in (tmp_path / "cache").glob("*.manifest"):
+            manifest.write_bytes(b"junk")
+        for index in (tmp_path / "cache").glob("*.index.npy"):
+            index.write_bytes(b"junk")
+        assert open_source(recipe(url, tmp_path / "cache")).read(1, 3).image == wanted
+
+
+def test_a_cache_removes_its_own_files_only(served: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "home"
+    (cache / "letters").mkdir(parents=True)
+    (cache / "thesis.tar").write_bytes(bytes(5000))
+    (cache / ".my.partial").write_bytes(b"mine")
+    most = (served / "00000.tar").stat().st_size + 100
+    kept = ShardCache(cache, most)
+    for shard in (0, 1):
+        os.close(kept.open(f"file://{served}/0000{shard}.tar"))
+    assert {path.name for path in cache.iterdir() if not shard_cache._OURS.fullmatch(path.name)} == {
+        "letters", "thesis.tar", ".my.partial", ".lock",
+    }  # fmt: skip
+    assert len(list(cache.glob("[!.]*-0000*.tar"))) == 1
+
+
+def test_a_cache_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"data.cache_dir .*file cannot be made \(File exists\); name a folder on a"):
+        ShardCache(tmp_path / "file", 10)
+
+
+def test_a_file_larger_than_the_cache(served: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"00000.tar has \d+ bytes, which do not fit into data.cache_bytes 10"):
+        ShardCache(tmp_path / "cache", 10).open(f"file://{served}/00000.tar")
