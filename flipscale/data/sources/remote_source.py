@@ -20,7 +20,7 @@ from flipscale.data.sources import remote_files
 from flipscale.data.sources.manifest import Manifest, ShardEntry, read_manifest, write_manifest
 from flipscale.data.sources.remote_files import file_system, information, patiently
 from flipscale.data.sources.shard_cache import ShardCache
-from flipscale.data.sources.shard_index import Index, build_index, fits, most_bytes, read_index
+from flipscale.data.sources.shard_index import Index, build_index, may_be_of, most_bytes, read_index, size_and_time
 from flipscale.data.sources.shard_list import (
     ShardList,
     expand_range,
@@ -35,6 +35,8 @@ from flipscale.files.aside import own_partial_path, written_aside
 
 # Requests are mostly waiting, so there are more threads than cores.
 _THREADS = 16
+# Shards whose sizes are asked for when a source is opened.
+_SPOTS = 3
 
 _log = logging.getLogger(__name__)
 
@@ -87,7 +89,17 @@ class RemoteShardList(ShardList):
         place = self._local("local")
         if anew:
             return self._write(place, anew)
-        return written_once(place, lambda _: self._read_cached(place), lambda: self._write(place))
+        return written_once(place, lambda _: self._still_good(place), lambda: self._write(place))
+
+    def _still_good(self, place: Path) -> Manifest | None:
+        """Return a manifest that was made on this machine, unless a few of its shards have other sizes now."""
+        manifest = self._read_cached(place)
+        if manifest is not None:
+            for shard in np.linspace(0, len(manifest) - 1, min(_SPOTS, len(manifest))).astype(int).tolist():
+                size = information(self.path(manifest.name(shard)))["size"]
+                if size not in (None, manifest.table["num_bytes"][shard]):
+                    return None
+        return manifest
 
     def _read_cached(self, place: Path) -> Manifest | None:
         """Return a manifest of the cache; None if there is none that is whole."""
@@ -107,15 +119,15 @@ class RemoteShardList(ShardList):
         path = self.index_path(name)
         with suppress(OSError, ValueError):
             found = read_index(path.read_bytes())
-            if not (anew and found.may_lack_arrays):
+            if not (anew and found.may_lack_arrays) and may_be_of(found, size):
                 return found
         try:
             self._fetch(f"{url}.index.npy", path, self.cache.max_bytes if size is None else most_bytes(size))
             found = read_index(path.read_bytes())
         except (FileNotFoundError, PermissionError, ValueError):
-            return self._build(url, path)
-        if (anew and found.may_lack_arrays) or (size is not None and not fits(found, size)):
-            return self._build(url, path)
+            return self._build(url, path, size)
+        if (anew and found.may_lack_arrays) or not may_be_of(found, size):
+            return self._build(url, path, size)
         return found
 
     def _fetch(self, url: str, path: Path, most_bytes: int) -> None:
@@ -148,7 +160,13 @@ class RemoteShardList(ShardList):
                 self._fetch(self.url, path, self.cache.max_bytes)
         except (FileNotFoundError, PermissionError):
             return None
-        return read_manifest(path, self.pattern, self.remedy)
+        manifest = read_manifest(path, self.pattern, self.remedy)
+        protocol = self.url.partition("://")[0]
+        if manifest is not None and b"://" in manifest.names:
+            for name in manifest.all_names():
+                if "://" in name and name.partition("://")[0] != protocol:
+                    raise ValueError(f"manifest {self.url} names {name!r}, which is elsewhere; {self.remedy}")
+        return manifest
 
     def _write(self, place: Path, anew: bool = False) -> Manifest:
         entries = in_windows(partial(self._entry, anew), self.names(), lambda: ThreadPoolExecutor(_THREADS))
@@ -165,7 +183,9 @@ class RemoteShardList(ShardList):
         except FileNotFoundError as error:
             raise ValueError(f"shard {self.path(name)} does not exist; check data.shards") from error
 
-    def _build(self, url: str, path: Path) -> Index:
+    def _build(self, url: str, path: Path, size: int | None) -> Index:
+        if size not in (None, size_and_time(self.cache.path(url))[0]):
+            self.cache.forget(url)
         while True:
             self.cache.fetch(url)
             try:

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from flipscale.data.sources.tar_members import BLOCK, Blocks, Damaged, NotAFile, members, open_plain
+from flipscale.data.sources.tar_members import BAD_HEADER, BLOCK, Blocks, Damaged, NotAFile, members, open_plain
 from flipscale.files.aside import own_partial_path, written_aside
 
 ROW = (3, 2)
@@ -162,8 +162,10 @@ def most_bytes(num_bytes: int) -> int:
     return num_bytes // (2 * BLOCK) * 4 * ROW[0] * ROW[1] + _MOST_ABOUT_BYTES
 
 
-def fits(index: Index, num_bytes: int) -> bool:
-    """Return whether all places of an index are in a shard of so many bytes."""
+def may_be_of(index: Index, num_bytes: int | None) -> bool:
+    """Return whether an index may be of a shard of so many bytes, if that is known."""
+    if num_bytes is None or index.num_bytes:
+        return num_bytes is None or index.num_bytes == num_bytes
     blocks, sizes = index.rows[:, :, 0].astype(np.int64), index.rows[:, :, 1].astype(np.int64)
     sizes[:, 1:] &= _MAX_OTHER_BYTES
     return not (blocks * BLOCK + sizes > num_bytes).any() and bool((blocks[:, 0] > 0).all())
@@ -244,6 +246,9 @@ def _scan(file: int) -> tuple[np.ndarray, str]:
             key = name[:dot] if dot >= 0 else name
             run, last_key = run + (key != last_key), key
             if field is None:
+                # A name that was too long has lost its end, which may have been that of a picture.
+                if trouble == BAD_HEADER:
+                    left_out.setdefault(trouble, []).append(name)
                 continue
             if trouble or size > _MAX_BYTES[field] or offset > _LAST_OFFSET:
                 left_out.setdefault(trouble or "files that are too long or too far from the start", []).append(name)

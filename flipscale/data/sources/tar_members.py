@@ -25,7 +25,7 @@ _PLAIN, _WITHOUT_CONTENT = b"0\x007", b"123456"
 _MOST_DIGITS = 18
 
 _LINK = "links, sparse files and devices"
-_BAD_HEADER = "files with a pax header or a name that cannot be used"
+BAD_HEADER = "files with a pax header or a name that cannot be used"
 _TWO_SIZES = "files of which two headers give different sizes"
 
 
@@ -165,7 +165,7 @@ class _About:
         else:
             records = pax_records(content)
             if records is None:
-                self.trouble = _BAD_HEADER
+                self.trouble = BAD_HEADER
                 return
             if kind == b"g":
                 # They are about all files that follow; nobody writes those that would matter here.
@@ -177,12 +177,12 @@ class _About:
             if size.isdigit() and len(size) <= _MOST_DIGITS:
                 self.size = int(size)
             elif size:
-                self.trouble = _BAD_HEADER
+                self.trouble = BAD_HEADER
             if any(key.startswith(b"GNU.sparse.") for key in records):
                 self.name = records.get(b"GNU.sparse.name", self.name)
                 self.trouble = _LINK
         if not content or len(self.name) > _LONGEST_NAME:
-            self.name, self.trouble = self.name[:_LONGEST_NAME], _BAD_HEADER
+            self.name, self.trouble = self.name[:_LONGEST_NAME], BAD_HEADER
 
 
 def pax_records(content: bytes) -> dict[bytes, bytes] | None:

@@ -9,14 +9,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import write_shards
 
 from flipscale.data.recipe import DataRecipe
 from flipscale.data.sources import remote_files, shard_cache
+from flipscale.data.sources.manifest import ShardEntry, write_manifest
 from flipscale.data.sources.opening import open_source
 from flipscale.data.sources.shard_cache import ShardCache
 from flipscale.data.sources.shard_index import index_path, load_index
+from flipscale.data.sources.shard_list import manifest_name
 from flipscale.data.sources.tar_source import StaleSample
 
 
@@ -176,19 +179,42 @@ def test_redirects_without_end(served: Path, tmp_path: Path) -> None:
 
 
 def test_an_index_of_another_shard_beside_a_shard(served: Path, tmp_path: Path) -> None:
-    """One that leads beyond the shard is not used; the samples of one that fits are counted as they are read."""
-    for shard in (0, 1):
-        load_index(served / f"0000{shard}.tar")
+    """One that leads beyond the shard is not used, nor one of a shard of another size; of an index of before, which
+    knows no size, the samples are counted as they are read."""
+    rows = [load_index(served / f"0000{shard}.tar").rows for shard in (0, 1)]
     first, second = (index_path(served / f"0000{shard}.tar") for shard in (0, 1))
-    foreign = first.read_bytes()
     first.write_bytes(second.read_bytes())
-    second.write_bytes(foreign)
+    np.save(second, rows[0])
+    with server(served, plainly) as url:
+        assert open_source(recipe(url, tmp_path / "other cache")).shard_sizes == [30, 17]
+    np.save(first, rows[1])
     with server(served, plainly) as url:
         source = open_source(recipe(url, tmp_path / "cache"))
-        assert source.shard_sizes == [17, 17], "the first has places for 17, the second leads too far and is made anew"
+        assert source.shard_sizes == [17, 17]
         assert source.read(1, 3).image
         with pytest.raises(StaleSample, match=r"no file of \d+ bytes begins at byte \d+, where the index has one"):
             source.read(0, 16)
+
+
+def test_shards_that_have_another_size_now_are_listed_anew(served: Path, tmp_path: Path) -> None:
+    with server(served, plainly) as url:
+        assert open_source(recipe(url, tmp_path / "cache")).shard_sizes == [30, 17]
+        write_shards(served, [30, 5])
+        source = open_source(recipe(url, tmp_path / "cache"))
+        assert source.shard_sizes == [30, 5]
+        assert [source.read(1, number).name for number in range(5)]
+
+
+def test_a_manifest_that_names_files_of_this_machine(served: Path, tmp_path: Path) -> None:
+    rows = np.zeros((0, 3, 2), np.uint32)
+    pattern = "{00000..00001}.tar"
+    entries = [ShardEntry("file:///etc/passwd", rows, "", 10, 0)]
+    write_manifest(served / manifest_name(pattern), pattern, entries, [], rows=False)
+    with (
+        server(served, plainly) as url,
+        pytest.raises(ValueError, match=r"names 'file:///etc/passwd', which is else"),
+    ):
+        open_source(recipe(url, tmp_path / "cache"))
 
 
 def test_a_copy_in_the_cache_that_is_damaged_is_fetched_again(served: Path, tmp_path: Path) -> None:
