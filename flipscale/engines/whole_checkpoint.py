@@ -5,6 +5,7 @@ says of itself (`contents`) is read and judged by the first process alone, and s
 a network file system may show a new folder to one machine later than to another.
 """
 
+import functools
 import itertools
 import json
 import logging
@@ -113,7 +114,7 @@ def newest_whole(
         state = _state_if_whole(accelerator, checkpoint, check, ahead)
         if not isinstance(state, str):
             for bad, fault in faults.items():
-                name = _answer_of_first(accelerator, lambda bad=bad: _set_aside(bad))
+                name = _answer_of_first(accelerator, functools.partial(_set_aside, bad))
                 if accelerator.is_main_process:
                     told = "checkpoint %s is unusable (%s); it is kept as %s, and the run goes on from %s"
                     _log.warning(told, bad, fault, name, checkpoint.name)
