@@ -2,12 +2,17 @@
 
 import logging
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flipscale.engines.checkpoint import CheckpointReader, CheckpointWriter, checkpoint_of
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    # The imports below take seconds, in which Ctrl-C would print a traceback.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+from flipscale.engines.checkpoint import CheckpointReader, CheckpointWriter, checkpoint_of, list_checkpoints
 from flipscale.engines.device import best_attention
 from flipscale.engines.launch import launch_of
 from flipscale.engines.start import build_engine, close_process_group, exit_now
@@ -36,8 +41,6 @@ from flipscale.training.tracking import Tracker, open_trackers
 from flipscale.training.watch import StepWatch
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
-
     from flipscale.engines.engine import Engine
     from flipscale.model import FlipModel
 
@@ -55,7 +58,10 @@ def pretrain(recipe: Recipe) -> Path:
     check_output_dir(recipe.output_dir)
     run_dir = Path(recipe.output_dir)
     if is_done(recipe):
-        _log.info("%s is done; remove it, or choose another output_dir, to train again", run_dir)
+        gone = "" if (run_dir / "model").exists() else ", but its model is gone"
+        if gone and list_checkpoints(run_dir):
+            gone += f": `flipscale export {run_dir}` writes it again"
+        _log.info("%s is done%s; remove it, or choose another output_dir, to train again", run_dir, gone)
         return run_dir
     # Every process checks what it can before it waits for others.
     checkpoint = open_run_directory(recipe)
@@ -64,13 +70,16 @@ def pretrain(recipe: Recipe) -> Path:
     check_audit(recipe.hub.audit)
     open_target(recipe.hub, resumes=checkpoint is not None)
     start = join(recipe, plan, ahead)
-    engine = resume(recipe, plan, start)
-    if start.accelerator.is_main_process:
-        num_processes = start.accelerator.num_processes
-        write_run_files(recipe, engine.name, num_processes, start.state, len(plan.source), start.set_aside)
-    from flipscale.planning.flops import pair_flops  # runs a model, see `resume`
+    try:
+        engine = resume(recipe, plan, start)
+        if start.accelerator.is_main_process:
+            num_processes = start.accelerator.num_processes
+            write_run_files(recipe, engine.name, num_processes, start.state, len(plan.source), start.set_aside)
+        from flipscale.planning.flops import pair_flops  # runs a model, see `resume`
 
-    train(recipe, plan, start, engine, pair_flops(recipe))
+        train(recipe, plan, start, engine, pair_flops(recipe))
+    finally:
+        start.release_lock()
     return run_dir
 
 
@@ -113,7 +122,7 @@ def train(recipe: Recipe, plan: Plan, start: Start, engine: "Engine", pair_flops
     batch_size = recipe.data.global_batch_size
     bad_samples = BadSamples(run_dir, is_main, recipe.data.max_bad_fraction)
     writer = CheckpointWriter(accelerator, run_dir, recipe.save, start.state.get("step"))
-    saver = Saver(recipe, plan, engine, writer, bad_samples)
+    saver = Saver(recipe, plan, start, engine, writer, bad_samples)
     push = BackgroundPush(recipe, total_steps, is_main)
     watch = StepWatch(accelerator, run_dir, recipe.log.hang_seconds, start.trained_seconds)
     tracker = Tracker(accelerator, run_dir, recipe.log, watch, batch_size, total_steps, pair_flops)
@@ -121,12 +130,11 @@ def train(recipe: Recipe, plan: Plan, start: Start, engine: "Engine", pair_flops
     profiler = StepProfiler(accelerator, run_dir, recipe.log.profile_steps)
     request = StopRequest(watches_file=is_main)
     guard = StepGuard(accelerator, request, writer, watch)
-    request.listen()
     open_trackers(accelerator, run_dir, as_fields(recipe))
     tracker.start(step)
     bad_samples.start(step * batch_size, plan.source.faults)
 
-    with watch, tracker, profiler, GarbageCollection() as garbage:
+    with request, watch, tracker, profiler, GarbageCollection() as garbage:
         for stage, micro_batches, faults in watch.timed(plan.batches(step, accelerator), step):
             # A step: learn from the batch, agree with the other processes, and move the weights or leave them.
             if stage.starts_afresh(step):
@@ -136,6 +144,7 @@ def train(recipe: Recipe, plan: Plan, start: Start, engine: "Engine", pair_flops
             engine.step(stage.learning_rate(step), taken)
             step += 1
 
+            start.check_lock()
             # What is known by now, of the step before: count it, track it, commit the checkpoint that is written.
             tasks = evaluation.due(step)
             for verdict in guard.verdicts(settle=bool(tasks) or saver.is_due(step)):
@@ -164,13 +173,14 @@ def train(recipe: Recipe, plan: Plan, start: Start, engine: "Engine", pair_flops
         if not guard.stop:
             with watch.paused("an evaluation"):
                 tracker.write_results(step, evaluation.run(plan.tasks))
-            finish(recipe, accelerator, total_steps)
+            finish(recipe, start, total_steps)
     accelerator.wait_for_everyone()
 
 
-def finish(recipe: Recipe, accelerator: "Accelerator", step: int) -> None:
+def finish(recipe: Recipe, start: Start, step: int) -> None:
     """Export the model of the last checkpoint, with its card, and mark the run done; the main process alone."""
-    if accelerator.is_main_process:
+    if start.accelerator.is_main_process:
+        start.check_lock(at_once=True)
         from flipscale.hub.model_card import write_card
         from flipscale.hub.model_folder import export_checkpoint
 
@@ -199,4 +209,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     main()

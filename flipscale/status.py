@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from flipscale.evaluation.results import THIS_MODEL, Result, latest, read_results
+from flipscale.evaluation.results import THIS_MODEL, Result, latest, read_metrics, read_results
 from flipscale.files import json_lines
 from flipscale.training.schedule import StageRecipe, plan_stages
 
@@ -52,7 +52,8 @@ def read_status(run_dir: Path, now: float) -> dict[str, Any]:
     if not recipe_file.exists():
         raise ValueError(f"{run_dir} is not a run directory: it has no recipe.yaml, which a run writes when it starts")
     recipe = yaml.safe_load(recipe_file.read_text())
-    records, starts = json_lines.read(run_dir / "metrics.jsonl"), json_lines.read(run_dir / "starts.jsonl")
+    records = read_metrics(run_dir)
+    starts = json_lines.read(run_dir / "starts.jsonl", step=int, num_processes=int, time=int | float)
     steps = [record for record in records if "images_per_s" in record]
     last: dict[str, Any] = steps[-1] if steps else {}
     heartbeat = _heartbeat(run_dir)
@@ -86,8 +87,8 @@ def read_status(run_dir: Path, now: float) -> dict[str, Any]:
         "num_processes": starts[-1]["num_processes"] if starts else None,
         "seconds_since_start": now - starts[-1]["time"] if starts else None,
         "num_crashes": len(crashes.read_text().splitlines()) if crashes.exists() else 0,
-        "num_bad_samples": sum(record["num_replaced"] for record in steps),
-        "num_skipped_steps": sum(record["num_skipped"] for record in steps),
+        "num_bad_samples": sum(record.get("num_replaced", 0) for record in steps),
+        "num_skipped_steps": sum(record.get("num_skipped", 0) for record in steps),
         "num_slow_steps": sum(record.get("num_slow", 0) for record in steps),
         "metrics": {name: value for record in records for name, value in record.items() if _is_result(name)},
         "results": [dataclasses.asdict(result) for result in latest(read_results(run_dir))],
@@ -99,8 +100,8 @@ def _is_result(name: str) -> bool:
 
 
 def _heartbeat(run_dir: Path) -> dict[str, Any]:
-    file = run_dir / "heartbeat.json"
-    return json.loads(file.read_text()) if file.exists() else {}
+    fields = {"time": int | float, "step": int, "phase": str, "step_s": int | float | None}
+    return (json_lines.read(run_dir / "heartbeat.json", **fields) or [{}])[-1]
 
 
 def _state(heartbeat: dict[str, Any], starts: list[dict[str, Any]], now: float) -> str:

@@ -2,15 +2,21 @@
 
 import argparse
 import dataclasses
+import filecmp
+import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import torch
+import yaml
 from tqdm import tqdm
 
 from flipscale.data.pairs import InputShape, PairDataset
@@ -19,17 +25,24 @@ from flipscale.data.tokenizers import load_tokenizer
 from flipscale.engines.device import bf16_is_faster
 from flipscale.evaluation.nearest_neighbour import run_baselines
 from flipscale.evaluation.recipe import EvalRecipe
-from flipscale.evaluation.reports.comparison import comparison_table, read_curve, read_records, record_baselines
+from flipscale.evaluation.reports.comparison import comparison_table, read_curve, record_baselines
 from flipscale.evaluation.reports.figures import draw_loss, draw_masks, draw_patches, draw_result, result_figures
+from flipscale.evaluation.results import read_metrics
+from flipscale.files.aside import partial_path, refuse_unwritable, remove, write_text, written_aside
 from flipscale.files.command_line import number
 from flipscale.files.ranges import MinutesAboveNone
 from flipscale.hub.model_card import write_card
-from flipscale.training.recipe import Recipe, parse_recipe, to_yaml
+from flipscale.training.recipe import Recipe, differences, parse_recipe, to_yaml
 from flipscale.training.schedule import StageRecipe
 from flipscale.training.tracking import LogRecipe
 
 CALIBRATION_STEPS = 100
 _POLL_SECONDS = 2.0
+_LOOK_SECONDS = 0.2
+# Tells a folder of a study from others'.
+_MARK = "study.json"
+# Beside the runs.
+_RESERVED = ("model", "figures")
 _REPORT_SECONDS = 30.0
 
 
@@ -72,15 +85,16 @@ def run(args: argparse.Namespace) -> None:
     """Train every recipe for the same time and write a table, figures and the first recipe's model.
 
     Raises:
-        ValueError: fewer cores than recipes, or a recipe that cannot be run.
+        ValueError: fewer cores than recipes, a recipe that cannot be run, or a folder that holds something else.
         OSError: a run failed.
     """
+    names = [Path(recipe).stem for recipe in args.recipes]
+    _refuse_folder(args.output_dir, args.recipes, names)
     if not torch.cuda.is_available() and (os.cpu_count() or 1) < len(args.recipes):
         raise ValueError(
             f"{len(args.recipes)} recipes need as many cores, there are {os.cpu_count()}; run fewer at once"
         )
     recipes = [parse_recipe(["--config", recipe]) for recipe in args.recipes]
-    names = [Path(recipe).stem for recipe in args.recipes]
     runs = _plan(names, recipes, args.minutes * 60, args.output_dir)
     _train(runs, "training")
     if args.baselines:
@@ -95,7 +109,7 @@ def run(args: argparse.Namespace) -> None:
     masked, whole = _datasets(runs[0].recipe)
     draw_patches(masked, whole, figures / "patches.png")
     draw_masks(whole, figures / "masks.png")
-    (args.output_dir / "table.md").write_text(table + "\n")
+    write_text(args.output_dir / "table.md", table + "\n")
     model = _take_model(runs[0].run_dir, args.output_dir / "model")
     print(f"\n{table}\n\nfigures: {figures}/*.png   model: {model}")
 
@@ -111,9 +125,17 @@ def _record_baselines(runs: list[StudyRun]) -> None:
 
 
 def _take_model(run_dir: Path, model: Path) -> Path:
-    """Copy a run's model folder to `model` and return that; both get a card that has the baselines too."""
-    shutil.rmtree(model, ignore_errors=True)
-    shutil.copytree(run_dir / "model", model)
+    """Copy a run's model folder to `model` and return that; both get a card that has the baselines too.
+
+    Raises:
+        ValueError: there is another model.
+    """
+    if not model.exists():
+        with written_aside(model) as partial:
+            shutil.copytree(run_dir / "model", partial)
+    weights = [file.name for file in (run_dir / "model").glob("*.safetensors")]
+    if filecmp.cmpfiles(run_dir / "model", model, weights, shallow=False)[0] != weights:
+        raise ValueError(f"{model} is not the model of {run_dir}; move it away, and the same command writes that there")
     for folder in (run_dir / "model", model):
         write_card(folder, run_dir, str(folder))
     return model
@@ -121,8 +143,8 @@ def _take_model(run_dir: Path, model: Path) -> Path:
 
 def _calibrate(names: list[str], recipes: list[Recipe], output_dir: Path) -> list[list[float]]:
     """Return the images a second of every stage of every recipe, measured with all recipes running at once."""
-    folder = output_dir / "calibration"
-    shutil.rmtree(folder, ignore_errors=True)
+    folder = partial_path(output_dir / "calibration")
+    remove(folder)
     runs = []
     for name, recipe in zip(names, recipes, strict=True):
         samples = CALIBRATION_STEPS * recipe.data.global_batch_size
@@ -138,68 +160,176 @@ def _calibrate(names: list[str], recipes: list[Recipe], output_dir: Path) -> lis
     _train(runs, "calibrating")
     rates = []
     for run in runs:
-        records = [record for record in read_records(run.run_dir) if "images_per_s" in record]
+        records = [record for record in read_metrics(run.run_dir) if "images_per_s" in record]
         # The last record of a stage: the first ones hold its start-up.
         rates.append([[r["images_per_s"] for r in records if r["stage"] == s.name][-1] for s in run.recipe.stages])
-    shutil.rmtree(folder)
+    remove(folder)
     return rates
+
+
+def _refuse_folder(output_dir: Path, recipes: list[str], names: list[str]) -> None:
+    """Raise unless `output_dir` is this study's, or can become it.
+
+    Raises:
+        ValueError: two recipes have one name, or the folder holds something that no study wrote.
+    """
+    for place, name in enumerate(names):
+        if name in names[:place]:
+            raise ValueError(
+                f"{recipes[names.index(name)]} and {recipes[place]} have the same name, and each run's folder has its "
+                "recipe's: rename one of the files"
+            )
+        if name in _RESERVED:
+            raise ValueError(f"{recipes[place]} has the name of what the study itself writes; rename the file")
+    refuse_unwritable(output_dir)
+    if not output_dir.exists() or (output_dir / _MARK).exists():
+        return
+    there = [path for path in sorted(output_dir.iterdir()) if not path.name.startswith(".")]
+    if there and not all(_is_plan(output_dir / f"{name}.yaml", output_dir / name) for name in names):
+        raise ValueError(f"{output_dir} holds {there[0].name}, which no study wrote; name a new or an empty folder")
+
+
+def _is_plan(file: Path, run_dir: Path) -> bool:
+    """Return whether a file is the recipe of a study that was begun before studies had a mark."""
+    return run_dir.is_dir() and file.is_file() and _load(file).output_dir == str(run_dir)
+
+
+def _load(file: Path) -> Recipe:
+    # Absolute: a name may begin with a dash.
+    return parse_recipe(["--config", str(file.absolute())])
 
 
 def _plan(names: list[str], recipes: list[Recipe], seconds: float, output_dir: Path) -> list[StudyRun]:
     """Return the recipes with their stages stretched to last `seconds`, also written to `output_dir/NAME.yaml`.
 
     A study that was interrupted keeps the lengths that it began with.
+
+    Raises:
+        ValueError: it began with other recipes.
     """
+    output_dir.mkdir(parents=True, exist_ok=True)
+    write_text(output_dir / _MARK, json.dumps({"recipes": names, "minutes": seconds / 60}) + "\n")
     files = [output_dir / f"{name}.yaml" for name in names]
-    if not all(file.exists() for file in files):
-        for file, recipe, rates in zip(files, recipes, _calibrate(names, recipes, output_dir), strict=True):
-            planned = sum(stage.samples / rate for stage, rate in zip(recipe.stages, rates, strict=True))
-            stages = [_stretched(stage, seconds / planned) for stage in recipe.stages]
-            total = sum(stage.samples for stage in stages)
-            scaled = dataclasses.replace(
-                recipe,
-                stages=stages,
-                log=dataclasses.replace(recipe.log, every_samples=total // 60),
-                eval=recipe.eval.every(total // 6),
-                output_dir=str(output_dir / file.stem),
-            )
-            file.write_text(to_yaml(scaled))
-            by_stage = ", ".join(f"{rate:,.0f}" for rate in rates)
-            print(f"{file.stem}: {by_stage} pairs/s by stage, so {total:,} pairs in {seconds:.0f} s")
-    return [StudyRun(file.stem, parse_recipe(["--config", str(file)])) for file in files]
+    if all(file.exists() for file in files):
+        runs = [StudyRun(file.stem, _load(file)) for file in files]
+        for run, recipe in zip(runs, recipes, strict=True):
+            _refuse_change(run, recipe)
+        return runs
+    begun = [name for name in names if (output_dir / name / "recipe.yaml").exists()]
+    if begun:
+        raise ValueError(f"{output_dir} holds a study of {', '.join(begun)} and others; name another folder")
+    for file, recipe, rates in zip(files, recipes, _calibrate(names, recipes, output_dir), strict=True):
+        planned = sum(stage.samples / rate for stage, rate in zip(recipe.stages, rates, strict=True))
+        stages = [_stretched(stage, seconds / planned, recipe.data.global_batch_size) for stage in recipe.stages]
+        total = sum(stage.samples for stage in stages)
+        scaled = dataclasses.replace(
+            recipe,
+            stages=stages,
+            log=dataclasses.replace(recipe.log, every_samples=max(total // 60, 1)),
+            eval=recipe.eval.every(max(total // 6, 1)),
+            output_dir=str(output_dir / file.stem),
+        )
+        write_text(file, to_yaml(scaled))
+        by_stage = ", ".join(f"{rate:,.0f}" for rate in rates)
+        print(f"{file.stem}: {by_stage} pairs/s by stage, so {total:,} pairs in {seconds:.0f} s")
+    return [StudyRun(file.stem, _load(file)) for file in files]
 
 
-def _stretched(stage: StageRecipe, factor: float) -> StageRecipe:
+def _refuse_change(run: StudyRun, recipe: Recipe) -> None:
+    """Raise if a run was planned from another recipe than it is now."""
+
+    def without_lengths(recipe: Recipe) -> Recipe:
+        stages = [dataclasses.replace(stage, samples=1, warmup_samples=0) for stage in recipe.stages]
+        return dataclasses.replace(recipe, stages=stages)
+
+    changed = differences(without_lengths(recipe), yaml.safe_load(to_yaml(without_lengths(run.recipe))))
+    if changed:
+        raise ValueError(
+            f"{run.run_dir} was begun with another recipe of that name ({'; '.join(changed)}); name another output_dir"
+        )
+
+
+def _stretched(stage: StageRecipe, factor: float, batch_size: int) -> StageRecipe:
+    """Return a stage of `factor` times the samples, a step's at least."""
+    samples = max(round(stage.samples * factor), batch_size)
     return dataclasses.replace(
-        stage, samples=round(stage.samples * factor), warmup_samples=round(stage.warmup_samples * factor)
+        stage, samples=samples, warmup_samples=min(round(stage.warmup_samples * factor), samples)
     )
 
 
 def _train(runs: list[StudyRun], doing: str) -> None:
     """Train all runs at the same time to their ends, with a progress bar (or a line now and then) for each.
 
+    When one fails, or the study is told to end, the others save and stop.
+
     Raises:
-        OSError: a run failed; its own last line is in the message.
+        ValueError, OSError: a run failed; its own last line is in the message.
     """
     # Once, before any run keeps the cores busy: all runs must train in the same precision.
     environment = _environment(len(runs))
-    processes = []
-    for run in runs:
-        run.run_dir.parent.mkdir(parents=True, exist_ok=True)
-        recipe_file = run.beside("yaml")
-        recipe_file.write_text(to_yaml(run.recipe))
-        command = [sys.executable, "-m", "flipscale.pretrain", "--config", str(recipe_file)]
-        with open(run.beside("log"), "w") as log:
-            processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
-    try:
-        _watch(runs, processes, doing)
-    finally:
-        for process in processes:
-            process.terminate()
-    for run, process in zip(runs, processes, strict=True):
-        if process.wait() != 0:
-            last = run.beside("log").read_text().strip().splitlines()[-1:]
-            raise OSError(f"the run of {run.name} failed: {last[0] if last else 'no output'}")
+    processes: list[subprocess.Popen] = []
+    with _Signals(processes) as signals:
+        for run in runs:
+            run.run_dir.parent.mkdir(parents=True, exist_ok=True)
+            recipe_file = run.beside("yaml").absolute()
+            write_text(recipe_file, to_yaml(run.recipe))
+            command = [sys.executable, "-m", "flipscale.pretrain", "--config", str(recipe_file)]
+            with open(run.beside("log"), "a") as log:
+                # In a group of its own: Ctrl-C is for the study, which tells its runs.
+                processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log, process_group=0))
+        try:
+            _watch(runs, processes, signals, doing)
+            failed = [(run, p.returncode) for run, p in zip(runs, processes, strict=True) if p.poll()]
+        finally:
+            for process in processes:
+                process.terminate()
+            for process in processes:
+                process.wait()
+    if signals.received is not None:
+        name = signals.received.name
+        print(
+            f"flipscale: error: {name}: the runs have saved and stopped; the same command goes on",
+            file=sys.stderr,
+        )
+        sys.exit(128 + signals.received)
+    for run, code in failed:
+        last = run.beside("log").read_text(errors="replace").strip().splitlines()[-1:]
+        words = last[0].removeprefix("flipscale: error: ") if last else "no output"
+        kind = ValueError if code == 2 else OSError
+        ended = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
+        raise kind(f"the run of {run.name} ended {ended}: {words}; its output is in {run.beside('log')}")
+
+
+class _Signals:
+    """In a `with` block, what tells the study to end; a second one ends it and its runs at once.
+
+    Args:
+        processes: of the runs, those that have been started.
+    """
+
+    def __init__(self, processes: list[subprocess.Popen]):
+        self.received: signal.Signals | None = None
+        self._processes = processes
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "_Signals":
+        for one in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(one) is not signal.SIG_IGN:
+                self._before[one] = signal.signal(one, self._receive)
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        for one, handler in self._before.items():
+            signal.signal(one, signal.SIG_DFL if handler is None else handler)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if self.received is not None:
+            for process in self._processes:
+                process.kill()
+            os.write(2, b"flipscale: error: ended before all runs have saved; the same command goes on\n")
+            os._exit(128 + number)
+        self.received = signal.Signals(number)
+        os.write(2, f"{self.received.name}: the runs save and stop; once more to end at once\n".encode())
 
 
 def _environment(num_runs: int) -> dict[str, str]:
@@ -210,30 +340,35 @@ def _environment(num_runs: int) -> dict[str, str]:
     return {"ACCELERATE_MIXED_PRECISION": precision, **share, **os.environ}
 
 
-def _watch(runs: list[StudyRun], processes: list[subprocess.Popen], doing: str) -> None:
+def _watch(runs: list[StudyRun], processes: list[subprocess.Popen], signals: _Signals, doing: str) -> None:
+    """Show how far the runs are until all have ended, one has failed, or the study is told to end."""
     bars = [
         tqdm(total=run.samples, desc=f"{doing} {run.name}", unit="pair", unit_scale=True, position=number, disable=None)
         for number, run in enumerate(runs)
     ]
     reported = time.monotonic()
-    while any(process.poll() is None for process in processes):
-        time.sleep(_POLL_SECONDS)
+    looked = 0.0
+    while signals.received is None and any(process.poll() is None for process in processes):
+        if any(process.poll() not in (None, 0) for process in processes):
+            break
+        time.sleep(_LOOK_SECONDS)
+        if time.monotonic() - looked < _POLL_SECONDS:
+            continue
+        looked = time.monotonic()
         for run, bar in zip(runs, bars, strict=True):
-            records = read_records(run.run_dir)
+            records = read_metrics(run.run_dir)
             if records:
                 bar.n = min(records[-1]["samples_seen"], run.samples)
                 bar.refresh()
         if bars[0].disable and time.monotonic() - reported > _REPORT_SECONDS:
             reported = time.monotonic()
             print("; ".join(_line(run, doing) for run in runs), flush=True)
-        if any(process.poll() not in (None, 0) for process in processes):
-            break
     for bar in bars:
         bar.close()
 
 
 def _line(run: StudyRun, doing: str) -> str:
-    records = read_records(run.run_dir)
+    records = read_metrics(run.run_dir)
     losses = [record["loss"] for record in records if "loss" in record]
     seen = records[-1]["samples_seen"] if records else 0
     return f"{doing} {run.name}: {seen / run.samples:.0%}" + (f", loss {losses[-1]:.2f}" if losses else "")

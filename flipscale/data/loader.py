@@ -137,8 +137,13 @@ def prepare_workers() -> None:
 def settle_worker(worker: int) -> None:
     """Let a worker have one thread of its own: there are as many workers as cores.
 
-    Also turn on the garbage collector, which a trainer turns off for itself and thus for the workers that it forks.
+    Also turn on the garbage collector, which a trainer turns off for itself and thus for the workers that it forks, and
+    leave signals to the trainer: a terminal or a batch system sends them to all its processes, and it needs its workers
+    until it has saved.
     """
+    signal.set_wakeup_fd(-1)  # else the trainer would hear them twice
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
     gc.enable()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the tokenizer looks for each batch
 

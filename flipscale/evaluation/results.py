@@ -12,6 +12,8 @@ import yaml
 from flipscale.files import json_lines
 
 RESULTS_FILE = "results.jsonl"
+# What every record of a run says of its place in the run.
+_PLACE = {"step": int, "samples_seen": int, "trained_seconds": int | float}
 THIS_MODEL = "this model"
 # Metrics that short tables showed before a result said so itself.
 _HEADLINES_WITHOUT_LINES = ("top1", "top5", "text_to_image_r1")
@@ -127,7 +129,17 @@ def drop_results_after(run_dir: Path, step: int) -> None:
     """Drop the results of later steps, which a resumed run takes again."""
     path = run_dir / RESULTS_FILE
     if path.exists():
-        json_lines.rewrite(path, (line for line in json_lines.read(path) if line["step"] <= step))
+        json_lines.rewrite(path, (line for line in _result_lines(run_dir) if line["step"] <= step))
+
+
+def _result_lines(run_dir: Path) -> list[dict[str, Any]]:
+    fields = {"task": str, "kind": str, "metric": str, "value": int | float}
+    return json_lines.read(run_dir / RESULTS_FILE, **_PLACE, **fields)
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """Return the records of a run's `metrics.jsonl` so far."""
+    return json_lines.read(run_dir / "metrics.jsonl", **_PLACE)
 
 
 def read_results(run_dir: Path) -> list[Measured]:
@@ -142,7 +154,7 @@ def read_results(run_dir: Path) -> list[Measured]:
             Result(**{name: value for name, value in line.items() if name in known}),
             *(line[name] for name in ("step", "samples_seen", "trained_seconds")),
         )
-        for line in json_lines.read(run_dir / RESULTS_FILE)
+        for line in _result_lines(run_dir)
     ]
     lines = {(measured.step, measured.result.name) for measured in found}
     found += [old for old in _results_without_lines(run_dir) if (old.step, old.result.name) not in lines]
@@ -161,7 +173,7 @@ def _results_without_lines(run_dir: Path) -> list[Measured]:
     recipe = yaml.safe_load(recipe_file.read_text()) if recipe_file.exists() else {}
     folders: dict[str, Any] = recipe.get("eval") or {}
     found = []
-    for record in json_lines.read(run_dir / "metrics.jsonl"):
+    for record in read_metrics(run_dir):
         for name in (name for name in record if "/" in name and record[name] is not None):
             task, _, metric = name.partition("/")
             if task == "replaced" or metric == "chance":

@@ -60,6 +60,23 @@ def new_folder(path: Path) -> Iterator[Path]:
         yield partial
 
 
+def refuse_unwritable(folder: Path) -> None:
+    """Raise unless `folder` is one that can be written to, or can be made; nothing is made.
+
+    Raises:
+        ValueError: it or a parent is a file, a link to nothing, or closed to this user.
+    """
+    for there in (folder, *folder.parents):
+        if there.is_dir():
+            if not os.access(there, os.W_OK | os.X_OK):
+                raise ValueError(f"{there} is not writable for this user; name another folder, or change its rights")
+            return
+        if there.is_symlink() and not there.exists():
+            raise ValueError(f"{there} is a link to {os.readlink(there)}, which is not there; name another folder")
+        if there.exists():
+            raise ValueError(f"{there} is a file; name another folder, or move it away")
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a whole text file, UTF-8, in place of the one that may be there."""
     with written_aside(path) as partial:

@@ -1,12 +1,18 @@
 """JSON lines: a record a line, appended while a run goes on and read while it may be writing."""
 
 import json
+import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from flipscale.files.aside import sync, written_aside
+
+_log = logging.getLogger(__name__)
+
+# How many lines of a file are no records, as the last warning had it.
+_told: dict[Path, int] = {}
 
 
 def append(path: Path, records: Iterable[dict[str, Any]], is_synced: bool = False) -> None:
@@ -34,20 +40,34 @@ def append(path: Path, records: Iterable[dict[str, Any]], is_synced: bool = Fals
         sync(path.parent)
 
 
-def read(path: Path) -> list[dict[str, Any]]:
-    """Return the records of a file, none where there is no file; a torn line is left out."""
-    return list(each(path))
+def read(path: Path, **fields: Any) -> list[dict[str, Any]]:
+    """Return the records of a file, none where there is no file.
+
+    Lines that are no records are left out, and counted in a warning: a disk or a text editor may have left anything. A
+    last line without an end is still being written, or was when its writer was killed, and is left out without a word.
+
+    Args:
+        fields: the type of each field that a record has in any case: `step=int`, `position=int | None`.
+    """
+    return list(each(path, **fields))
 
 
-def each(path: Path) -> Iterator[dict[str, Any]]:
+def each(path: Path, **fields: Any) -> Iterator[dict[str, Any]]:
     """Yield what `read` returns, one at a time in memory."""
     if not path.exists():
         return
+    num_lines = left_out = 0
     with open(path, "rb") as file:
         for line in file:
-            record = _parsed(line)
+            record = _parsed(line, fields)
+            num_lines += 1
             if record is not None:
                 yield record
+            elif line.strip() and line.endswith(b"\n"):
+                left_out += 1
+    if left_out > _told.get(path, 0):
+        _told[path] = left_out
+        _log.warning("%s: %d of %d lines are no records of it and are skipped", path, left_out, num_lines)
 
 
 def rewrite(path: Path, records: Iterable[dict[str, Any]]) -> None:
@@ -69,9 +89,12 @@ def _ends_torn(path: Path) -> bool:
         return file.read(1) != b"\n"
 
 
-def _parsed(line: bytes) -> dict[str, Any] | None:
+def _parsed(line: bytes, fields: Mapping[str, Any]) -> dict[str, Any] | None:
     try:
         record = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    return record if isinstance(record, dict) else None
+    if not isinstance(record, dict):
+        return None
+    is_whole = all(name in record and isinstance(record[name], kind) for name, kind in fields.items())
+    return record if is_whole else None

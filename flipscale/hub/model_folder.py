@@ -169,3 +169,11 @@ def _refuse_to_replace(out_dir: Path) -> None:
     config = out_dir / "config.json"
     if not config.is_file() or read_object(config).get("model_type") != FlipConfig.model_type:
         raise ValueError(f"{out_dir} exists and is not a FLIP model folder; name another folder or remove it")
+    from flipscale.hub.upload import left_out
+
+    if others := left_out(out_dir):
+        names = others.rpartition(": ")[2]
+        raise ValueError(
+            f"{out_dir} holds {names}, which flipscale did not write and an export would remove; name another folder, "
+            "or move that away"
+        )

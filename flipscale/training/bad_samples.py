@@ -44,7 +44,7 @@ class BadSamples:
         they will be read again."""
         if not self.is_main:
             return
-        found = json_lines.read(self.path)
+        found = json_lines.read(self.path, position=int | None, shard=str, number=int | None)
         kept = [record for record in found if record["position"] is not None and record["position"] < position]
         records = [dataclasses.asdict(fault) for fault in shard_faults] + kept
         self._named = {(record["shard"], record["number"]) for record in records}

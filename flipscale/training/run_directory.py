@@ -1,8 +1,8 @@
 """The run directory: what lies in it, and which recipe it belongs to.
 
 recipe.yaml  environment.json  starts.jsonl  metrics.jsonl  heartbeat.json  tensorboard/  checkpoints/step-*/  model/
-DONE, and where there is cause results.jsonl, slow_steps.jsonl, stacks/, profile/, bad_samples.jsonl, push.log,
-tracker_run_id and Slurm's slurm/
+DONE, run.lock while a run has it, and where there is cause results.jsonl, slow_steps.jsonl, stacks/, profile/,
+bad_samples.jsonl, push.log, tracker_run_id and Slurm's slurm/
 """
 
 import errno
@@ -28,7 +28,8 @@ import flipscale
 from flipscale.engines.checkpoint import latest_checkpoint
 from flipscale.engines.optimizers import OptimRecipe
 from flipscale.files import json_lines
-from flipscale.files.aside import write_text
+from flipscale.files.aside import refuse_unwritable, sync, write_text
+from flipscale.files.lock import FolderLock
 from flipscale.training.recipe import Recipe, differences, to_yaml
 
 
@@ -41,11 +42,18 @@ def open_run_directory(recipe: Recipe) -> Path | None:
         ValueError: the directory holds a run of another recipe, or one that is not to be resumed.
     """
     run_dir = Path(recipe.output_dir)
-    saved = run_dir / "recipe.yaml"
     if recipe.resume_from_checkpoint not in ("auto", "never"):
         raise ValueError(f"resume_from_checkpoint is {recipe.resume_from_checkpoint!r}; use 'auto' or 'never'")
+    refuse_unwritable(run_dir)
+    checkpoint = latest_checkpoint(run_dir)
+    if checkpoint is None and (run_dir / "model").exists() and not (run_dir / "DONE").exists():
+        raise ValueError(
+            f"{run_dir}/model is there and no checkpoint to go on from; training would replace it at its end: move it "
+            "away, or use another output_dir"
+        )
+    saved = run_dir / "recipe.yaml"
     # Where it is lost, the checkpoints' own copies tell whose they are.
-    changed = differences(recipe, yaml.safe_load(saved.read_text())) if saved.exists() else []
+    changed = differences(recipe, _read_recipe(saved)) if saved.exists() else []
     if [line.partition(":")[0] for line in changed] == ["data.lanes"]:
         was, now = re.findall(r"\d+", changed[0])
         raise ValueError(
@@ -56,12 +64,29 @@ def open_run_directory(recipe: Recipe) -> Path | None:
         raise ValueError(
             f"{run_dir} holds a run of another recipe ({'; '.join(changed)}); use that recipe or another output_dir"
         )
-    checkpoint = latest_checkpoint(run_dir)
     if checkpoint is not None and recipe.resume_from_checkpoint == "never":
         raise ValueError(
             f"{run_dir} holds {checkpoint.name} and resume_from_checkpoint is 'never'; use another output_dir"
         )
     return checkpoint
+
+
+def _read_recipe(file: Path) -> dict[str, Any]:
+    """Return the recipe that a run began with.
+
+    Raises:
+        ValueError: the file is torn or has something else in it.
+    """
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError):
+        content = None
+    if not isinstance(content, dict):
+        raise ValueError(
+            f"{file} is not the recipe that the run began with, it is damaged; copy the one of a checkpoint there "
+            f"({file.parent}/checkpoints/step-*/recipe.yaml), or use another output_dir"
+        )
+    return content
 
 
 @contextmanager
@@ -100,18 +125,35 @@ def check_room(run_dir: Path, optim: OptimRecipe, num_parameters: int) -> None:
         )
 
 
+def lock_run_directory(run_dir: Path) -> FolderLock:
+    """Return the lock of a run directory, which is made, once this process holds it.
+
+    Raises:
+        ValueError: another process trains there.
+        OSError: the folder is not writable.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    lock = FolderLock(run_dir / "run.lock", f"trains in {run_dir}")
+    lock.acquire()
+    return lock
+
+
 def mark_done(run_dir: Path) -> None:
-    """Mark the run of `run_dir` as finished."""
+    """Mark the run of `run_dir` as finished, once its model is on disk."""
+    sync(run_dir)
     (run_dir / "DONE").touch()
+    sync(run_dir)
 
 
 def is_done(recipe: Recipe) -> bool:
-    """Return whether the recipe's run is finished already.
+    """Return whether the recipe's run is finished already, whatever of its checkpoints and its model is still there.
 
     Raises:
         ValueError: the directory holds a run of another recipe.
     """
-    return open_run_directory(recipe) is not None and (Path(recipe.output_dir) / "DONE").exists()
+    run_dir = Path(recipe.output_dir)
+    open_run_directory(recipe)
+    return (run_dir / "recipe.yaml").exists() and (run_dir / "DONE").exists()
 
 
 def write_run_files(
@@ -156,7 +198,8 @@ def write_run_files(
 def read_starts(run_dir: Path) -> list[dict[str, Any]]:
     """Return the starts whose steps a run kept: a start replaces the earlier ones at its step or a later one."""
     kept: list[dict[str, Any]] = []
-    for start in json_lines.read(run_dir / "starts.jsonl"):
+    fields = {"step": int, "num_processes": int, "trained_seconds": int | float, "device": str}
+    for start in json_lines.read(run_dir / "starts.jsonl", **fields):
         kept = [*(earlier for earlier in kept if earlier["step"] < start["step"]), start]
     return kept
 

@@ -7,7 +7,7 @@ from flipscale.engines.checkpoint import CheckpointWriter
 from flipscale.training.bad_samples import BadSamples
 from flipscale.training.recipe import Recipe, to_yaml
 from flipscale.training.schedule import is_due
-from flipscale.training.start import Plan
+from flipscale.training.start import Plan, Start
 
 if TYPE_CHECKING:
     from flipscale.engines.engine import Engine
@@ -16,9 +16,18 @@ if TYPE_CHECKING:
 class Saver:
     """Begins and commits the checkpoints of a run. Training goes on while one is written."""
 
-    def __init__(self, recipe: Recipe, plan: Plan, engine: "Engine", writer: CheckpointWriter, bad: BadSamples):
+    def __init__(
+        self,
+        recipe: Recipe,
+        plan: Plan,
+        start: Start,
+        engine: "Engine",
+        writer: CheckpointWriter,
+        bad: BadSamples,
+    ):
         self._recipe = recipe
         self._plan = plan
+        self._start = start
         self._engine = engine
         self._writer = writer
         self._bad_samples = bad
@@ -36,7 +45,7 @@ class Saver:
             The step of the checkpoint that was committed, None if there was none.
 
         Raises:
-            OSError: the disk is full or not writable.
+            OSError: the disk is full or not writable, or another run has taken the run directory.
         """
         committed = self.commit()
         self._bad_samples.flush()
@@ -56,6 +65,7 @@ class Saver:
         """Collective. Wait for the checkpoint that was begun, give it its name and return its step, None if none was.
 
         Raises:
-            OSError: the disk is full or not writable.
+            OSError: the disk is full or not writable, or another run has taken the run directory.
         """
+        self._start.check_lock(at_once=True)
         return self._writer.commit()

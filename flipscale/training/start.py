@@ -25,7 +25,9 @@ from flipscale.engines.whole_checkpoint import Contents, newest_whole
 from flipscale.evaluation.kinds.task import Task
 from flipscale.evaluation.rehearsal import rehearse
 from flipscale.files.digests import Comparison, Damage
+from flipscale.files.lock import FolderLock
 from flipscale.training.recipe import Recipe, differences
+from flipscale.training.run_directory import lock_run_directory
 from flipscale.training.schedule import Stage, plan_stages
 from flipscale.training.step import raise_if_dropout
 from flipscale.training.tracking import check_trackers
@@ -98,12 +100,14 @@ class Start:
         checkpoint: the one that the run goes on from, None for a fresh start.
         state: of that checkpoint.
         set_aside: the names of newer ones that were not whole.
+        lock: of the run directory; the main process has it.
     """
 
     accelerator: Accelerator
     checkpoint: Path | None
     state: Mapping[str, Any]
     set_aside: Sequence[str] = ()
+    lock: FolderLock | None = None
 
     @property
     def step(self) -> int:
@@ -114,6 +118,20 @@ class Start:
     def trained_seconds(self) -> float:
         """How long they took, in all starts so far."""
         return self.state.get("trained_seconds", 0.0)
+
+    def check_lock(self, at_once: bool = False) -> None:
+        """Raise if another run has taken the run directory, see `FolderLock.check`.
+
+        Raises:
+            OSError: it has; this process must write nothing more.
+        """
+        if self.lock is not None:
+            self.lock.check(at_once)
+
+    def release_lock(self) -> None:
+        """Leave the run directory to others."""
+        if self.lock is not None:
+            self.lock.release()
 
 
 def check_output_dir(name: str) -> None:
@@ -172,19 +190,20 @@ def join(recipe: Recipe, plan: Plan, ahead: Comparison | None) -> Start:
 
     Raises:
         ValueError: the processes are not those that were launched, their data differs, among them or from that of the
-            checkpoint, or there are checkpoints and none is whole.
-        OSError: a checkpoint cannot be read.
+            checkpoint, there are checkpoints and none is whole, or another run has the run directory.
+        OSError: a checkpoint cannot be read, or the run directory is not writable.
     """
     prepare_workers()
     accelerator = start_accelerator(recipe.log.report_to, recipe.output_dir)
     agree_on_data(accelerator, plan.source)
+    lock = take_run_directory(accelerator, Path(recipe.output_dir))
     chosen = newest_whole(
         accelerator, Path(recipe.output_dir), lambda contents: check_same_run(recipe, plan.stages, contents), ahead
     )
     if chosen is None:
-        return Start(accelerator, None, {})
+        return Start(accelerator, None, {}, lock=lock)
     check_same_data(chosen.checkpoint, chosen.state, plan.source)
-    return Start(accelerator, *chosen)
+    return Start(accelerator, *chosen, lock=lock)
 
 
 def check_same_run(recipe: Recipe, stages: Sequence[Stage], contents: Contents) -> None:
@@ -201,6 +220,28 @@ def check_same_run(recipe: Recipe, stages: Sequence[Stage], contents: Contents) 
         raise Damage(f"it is of step {step}, and the recipe has {last}")
     if samples != step * recipe.data.global_batch_size:
         raise Damage(f"state.json has {samples} samples_seen in {step} steps of {recipe.data.global_batch_size}")
+
+
+def take_run_directory(accelerator: Accelerator, run_dir: Path) -> FolderLock | None:
+    """Collective. Have the main process lock the run directory, and return the lock there.
+
+    Raises:
+        ValueError: another run has the directory.
+        OSError: it is not writable.
+    """
+    from accelerate.utils import broadcast_object_list
+
+    lock: FolderLock | None = None
+    failed: Exception | None = None
+    if accelerator.is_main_process:
+        try:
+            lock = lock_run_directory(run_dir)
+        except (ValueError, OSError) as error:
+            failed = error
+    (failed,) = broadcast_object_list([failed])
+    if failed is not None:
+        raise failed
+    return lock
 
 
 def agree_on_data(accelerator: Accelerator, source: Source) -> None:

@@ -133,7 +133,8 @@ def rewrite(file: str) -> None:
     recipe, plan, start, engine = resumed(file)
     copy = Path(recipe.output_dir) / "copy"
     bad_samples = BadSamples(copy, start.accelerator.is_main_process, 1.0)
-    saver = Saver(recipe, plan, engine, CheckpointWriter(start.accelerator, copy, SaveRecipe(), None), bad_samples)
+    writer = CheckpointWriter(start.accelerator, copy, SaveRecipe(), None)
+    saver = Saver(recipe, plan, start, engine, writer, bad_samples)
     saver.save(start.step, start.trained_seconds)
     saver.commit()
 
@@ -142,13 +143,11 @@ def resumed(file: str) -> tuple:
     """A recipe, its plan, the start of its run and the engine, ready to train."""
     from flipscale.pretrain import resume
     from flipscale.training.recipe import parse_recipe
-    from flipscale.training.run_directory import open_run_directory
     from flipscale.training.start import check, join
 
     recipe = parse_recipe(["--config", file])
-    checkpoint, plan = open_run_directory(recipe), check(recipe)
-    start = join(recipe, plan.source, checkpoint)
-    Path(recipe.output_dir).mkdir(exist_ok=True)
+    plan = check(recipe)
+    start = join(recipe, plan, None)
     return recipe, plan, start, resume(recipe, plan, start)
 
 

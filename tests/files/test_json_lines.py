@@ -53,3 +53,15 @@ def test_records_go_to_disk_in_one_write(tmp_path: Path, monkeypatch: pytest.Mon
     json_lines.append(tmp_path / "new.jsonl", [{"step": 1}], is_synced=True)
     assert len(synced) == 3, "a new file's name is to be on disk too"
     assert [record["step"] for record in json_lines.read(path)] == [0, 1, 2]
+
+
+def test_lines_that_are_no_records_are_skipped_and_counted_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n\n\0\xff\n[1]\n{"step": "2"}\n{}\n' + b"[" * 100_000 + b'\n{"step": 3}\n{"step": 4')
+    for _ in range(2):
+        assert [record["step"] for record in json_lines.read(path, step=int)] == [1, 3]
+    assert caplog.messages == [f"{path}: 5 of 9 lines are no records of it and are skipped"]
+    json_lines.append(path, [{"step": 5}])
+    assert [record["step"] for record in json_lines.read(path, step=int)] == [1, 3, 5]

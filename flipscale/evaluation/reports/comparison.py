@@ -7,8 +7,15 @@ from typing import Any
 
 import yaml
 
-from flipscale.evaluation.results import THIS_MODEL, Measured, Result, append_results, latest, read_results
-from flipscale.files import json_lines
+from flipscale.evaluation.results import (
+    THIS_MODEL,
+    Measured,
+    Result,
+    append_results,
+    latest,
+    read_metrics,
+    read_results,
+)
 
 
 @dataclass(frozen=True)
@@ -56,18 +63,13 @@ class Curve:
         return self.records[-1]["samples_seen"] / self.records[-1]["trained_seconds"]
 
 
-def read_records(run_dir: Path) -> list[dict[str, Any]]:
-    """Return the records of a run's `metrics.jsonl` so far."""
-    return json_lines.read(run_dir / "metrics.jsonl")
-
-
 def read_curve(run_dir: Path) -> Curve:
     """Return the curve of a run directory.
 
     Raises:
         ValueError: it has no record.
     """
-    records = read_records(run_dir)
+    records = read_metrics(run_dir)
     if not records:
         raise ValueError(f"{run_dir} has no metrics.jsonl with a record; did the run start?")
     ratios = [stage["mask_ratio"] for stage in yaml.safe_load((run_dir / "recipe.yaml").read_text())["stages"]]
@@ -90,7 +92,7 @@ def curve_of(run_dir: Path, step: int | None) -> Curve:
 def record_baselines(run_dir: Path, baselines: Sequence[Result]) -> None:
     """Append the baselines to a run's results, once."""
     known = {(measured.result.name, measured.result.who) for measured in read_results(run_dir)}
-    last = read_records(run_dir)[-1]
+    last = read_metrics(run_dir)[-1]
     new = [baseline for baseline in baselines if (baseline.name, baseline.who) not in known]
     append_results(run_dir, new, last["step"], last["samples_seen"], last["trained_seconds"])
 
