@@ -59,10 +59,11 @@ class Launch:
             rank.join(max(deadline - time.monotonic(), 0.0))
         assert self.has_ended, f"still there after {seconds} s: {self.printed()}"
 
-    def kill(self, draw: random.Random) -> None:
-        """Kill one process; then all others, as a launcher does, or see that they end by themselves."""
+    def kill(self, draw: random.Random, have_met: bool) -> None:
+        """Kill one process; then all others, as a launcher does, or see that they end by themselves, as they do once
+        they have met."""
         os.kill(draw.choice(self.ranks).pid, signal.SIGKILL)
-        if draw.random() < 0.9:
+        if draw.random() < 0.9 or not have_met:
             time.sleep(draw.uniform(0.0, 0.2))
             for rank in self.ranks:
                 rank.kill()
@@ -106,6 +107,7 @@ def killed_run(file: Path, run_dir: Path, kills: int, draw: random.Random, outpu
     for number in range(kills + 1):
         world = draw.choice((1, 2, 3))
         engine = draw.choice(ENGINES) if world > 1 else "ddp"
+        num_starts = len(_lines(run_dir / "starts.jsonl"))
         launch = Launch(file, engine, world, outputs / f"{run_dir.name}-{number}")
         if number < kills:
             wait_for(draw.choice(INSTANTS), launch, run_dir, draw)
@@ -114,7 +116,7 @@ def killed_run(file: Path, run_dir: Path, kills: int, draw: random.Random, outpu
             assert [rank.exitcode for rank in launch.ranks] == [0] * world, launch.printed()
             return
         seen = phase(run_dir)
-        launch.kill(draw)
+        launch.kill(draw, have_met=len(_lines(run_dir / "starts.jsonl")) > num_starts)
         assert "Traceback" not in launch.printed(), launch.printed()
         for checkpoint in list_checkpoints(run_dir):
             require_whole(checkpoint)
