@@ -13,6 +13,11 @@ from flipscale.files.aside import partial_path, sync
 _CHUNK_BYTES = 1 << 20
 # In a row that bring nothing, before a download is given up.
 _TRIES = 3
+_SECONDS = 30.0  # for an answer
+
+
+class WrongFile(OSError):
+    """What arrives is not the file that the Hub lists; others may be."""
 
 
 @dataclass(frozen=True)
@@ -48,17 +53,18 @@ def list_files(repo: str, revision: str) -> Snapshot:
         OSError: the Hub cannot be reached.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HTTPError
 
     try:
-        info = HfApi().dataset_info(repo, revision=revision, files_metadata=True)
-    except (OSError, RuntimeError, HTTPError) as error:
+        info = HfApi().dataset_info(repo, revision=revision, files_metadata=True, timeout=_SECONDS)
+        files = []
+        for file in info.siblings or []:
+            has = f"sha256:{file.lfs.sha256}" if file.lfs else f"git:{file.blob_id}"
+            files.append(HubFile(file.rfilename, max(int(file.size or 0), 0), has, file.rfilename))
+    except Exception as error:
+        # What is no Hub's answer, such as a page of a proxy, makes huggingface_hub raise anything.
         raise _explained(error, repo, revision) from None
-    files = []
-    for file in info.siblings or []:
-        has = f"sha256:{file.lfs.sha256}" if file.lfs else f"git:{file.blob_id}"
-        files.append(HubFile(file.rfilename, file.size or 0, has, file.rfilename))
-    assert info.sha is not None, "the Hub says which commit it lists"
+    if not info.sha:
+        raise _explained(ValueError("it does not say which commit it has"), repo, revision)
     return Snapshot(repo, info.sha, tuple(files))
 
 
@@ -94,7 +100,8 @@ def download(snapshot: Snapshot, files: Sequence[HubFile], folder: Path, bar: tq
 
     Raises:
         ValueError: the repository may not be read.
-        OSError: the Hub cannot be reached, the disk is full, or a file is not what the Hub says.
+        WrongFile: a file is not what the Hub says.
+        OSError: the Hub cannot be reached, or the disk is full.
     """
     from huggingface_hub.errors import HTTPError
 
@@ -107,11 +114,14 @@ def download(snapshot: Snapshot, files: Sequence[HubFile], folder: Path, bar: tq
             partial = partial_path(path)
             try:
                 _fetch(snapshot, file, partial, bar)
+            except WrongFile:
+                partial.unlink(missing_ok=True)
+                raise
             except (OSError, RuntimeError, HTTPError) as error:
                 raise _explained(error, snapshot.repo, snapshot.commit) from None
             if not is_whole(partial, file):
                 partial.unlink()
-                raise OSError(
+                raise WrongFile(
                     f"{file.name} of {snapshot.repo} did not arrive as the Hub states it ({file.size:,} bytes, "
                     f"{file.digest}); start the same command again"
                 )
@@ -163,6 +173,11 @@ def _go_on(snapshot: Snapshot, file: HubFile, partial: Path, there: int, bar: tq
             if response.status_code != 206:
                 bar.update(-there)
             for chunk in response.iter_raw(_CHUNK_BYTES):
+                if stream.tell() + len(chunk) > file.size:
+                    raise WrongFile(
+                        f"{file.name} of {snapshot.repo} goes on after the {file.size:,} bytes that the Hub states; "
+                        "start the same command again"
+                    )
                 stream.write(chunk)
                 bar.update(len(chunk))
 

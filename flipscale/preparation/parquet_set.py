@@ -5,9 +5,11 @@ import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NoReturn
 
 from tqdm import tqdm
 
+from flipscale.data.decode import decode_whole
 from flipscale.data.sources.tar_file import add_member
 from flipscale.files.aside import written_aside
 
@@ -44,6 +46,19 @@ def convert(files: Sequence[Path], out_dir: Path, columns: Columns, name: str) -
     Raises:
         ValueError: a column is missing, or a row has no image or no class.
     """
+    from pyarrow import ArrowException
+
+    try:
+        return _convert(files, out_dir, columns, name)
+    except (ArrowException, KeyError, TypeError, OSError) as error:
+        # pyarrow's own OSErrors have no number.
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        why = " ".join(str(error).split())
+        raise ValueError(f"{name}: the tables of its source cannot be read ({why}); the source has changed") from error
+
+
+def _convert(files: Sequence[Path], out_dir: Path, columns: Columns, name: str) -> list[str] | None:
     from datasets import ClassLabel, Features
     from pyarrow import parquet
 
@@ -62,7 +77,7 @@ def convert(files: Sequence[Path], out_dir: Path, columns: Columns, name: str) -
             for shard in range(num_shards):
                 with tarfile.open(partial / f"{shard}.tar", "w") as tar:
                     for number in range(shard * IMAGES_PER_SHARD, min((shard + 1) * IMAGES_PER_SHARD, total)):
-                        content, extension, label = next(samples)
+                        content, extension, label = next(samples, None) or _too_few(name)
                         add_member(tar, f"s{number:07d}.{extension}", content)
                         add_member(tar, f"s{number:07d}.cls", str(label).encode())
                         bar.update()
@@ -105,17 +120,26 @@ def _samples(
                     row += 1
 
 
-def _sample(image: dict[str, bytes | None] | None, label: int | None, where: str) -> tuple[bytes, str, int]:
+def _too_few(name: str) -> NoReturn:
+    raise ValueError(f"{name}: the tables of its source have fewer rows than they say; the source has changed")
+
+
+def _sample(image: Any, label: Any, where: str) -> tuple[bytes, str, int]:
     """Return an image with its extension and its class: the bytes as they are, or as PNG where shards have no such
     format."""
     from PIL import Image
 
-    content = (image or {}).get("bytes")
-    if content is None or label is None or label < 0:
-        raise ValueError(f"{where} has no {'image' if content is None else 'class'}; the source has changed")
-    picture = Image.open(io.BytesIO(content))
-    if picture.format in _EXTENSIONS:
-        return content, _EXTENSIONS[picture.format], label
-    written = io.BytesIO()
-    picture.convert("RGB").save(written, "PNG")
+    content = image.get("bytes") if isinstance(image, dict) else image
+    if not isinstance(content, bytes) or not isinstance(label, int) or label < 0:
+        missing = "class" if isinstance(content, bytes) else "image"
+        raise ValueError(f"{where} has no {missing}; the source has changed")
+    try:
+        picture = Image.open(io.BytesIO(content))
+        if picture.format in _EXTENSIONS:
+            return content, _EXTENSIONS[picture.format], label
+        written = io.BytesIO()
+        Image.fromarray(decode_whole(content)).save(written, "PNG")
+    except Exception as error:
+        # Pillow raises whatever its formats do.
+        raise ValueError(f"{where} has an image that cannot be read ({error}); the source has changed") from error
     return written.getvalue(), "png", label

@@ -17,7 +17,7 @@ from flipscale.data.prepared import PREPARED, read_prepared
 from flipscale.data.sources.tar_source import TarSource
 from flipscale.files.aside import remove, sync, write_text
 from flipscale.files.text_table import plain_table
-from flipscale.preparation.hub_files import HubFile, Snapshot, bytes_there, digest, download, list_files
+from flipscale.preparation.hub_files import HubFile, Snapshot, WrongFile, bytes_there, digest, download, list_files
 from flipscale.preparation.parquet_set import Columns, convert
 from flipscale.preparation.real_labels import REAL_LABELS, find_labels, write_real_labels
 
@@ -108,6 +108,8 @@ def prepare_tasks(folder: Path, sets: Sequence[TaskSet]) -> None:
         ValueError: the disk is too small, or a source is missing, gated, or not as its page says.
         OSError: the Hub cannot be reached or the disk is full.
     """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is no folder; name another")
     plans: list[Plan] = []
     rows: list[list[str]] = []
     faults: dict[str, str] = {}
@@ -132,7 +134,7 @@ def prepare_tasks(folder: Path, sets: Sequence[TaskSet]) -> None:
         for plan in plans:
             try:
                 _prepare(folder / plan.task.name, plan, bar)
-            except ValueError as error:
+            except (ValueError, WrongFile) as error:
                 faults[plan.task.name] = str(error)
     _tell(faults, len(sets))
     print(f"{len(sets)} of {len(sets)} tasks are whole in {folder}")
@@ -157,7 +159,7 @@ def _plan(folder: Path, task: TaskSet) -> Plan | None:
     if task.real_labels:
         find_labels()
     said = read_prepared(place)
-    if said is not None and said["source"] == task.source:
+    if said is not None and said.get("source") == task.source:
         _remove_leftovers(place)
         return None
     begun = _read_begun(place)
@@ -190,10 +192,24 @@ def _prepare(place: Path, plan: Plan, bar: tqdm) -> None:
             shards = _checked_shards(place, plan)
             if task.real_labels:
                 write_real_labels(place, shards)
-            _write_prepared(place, plan, len(TarSource(shards)))
+            _write_prepared(place, plan, _num_images(shards))
     except Timeout:
         raise ValueError(f"another process prepares {place}; wait for it to end") from None
     place.with_name(f".{place.name}.lock").unlink(missing_ok=True)
+
+
+def _num_images(shards: str) -> int:
+    """Return how many images the shards have.
+
+    Raises:
+        ValueError: a shard is damaged, or there is no image.
+    """
+    source = TarSource(shards)
+    for fault in source.faults:
+        raise ValueError(f"{fault.shard} cannot be read ({fault.detail}); the source has changed")
+    if not len(source):
+        raise ValueError(f"{shards} has no images; the source has changed")
+    return len(source)
 
 
 def _downloaded(place: Path, task: TaskSet) -> Path:
@@ -222,12 +238,24 @@ def _complete_texts(place: Path, task: TaskSet) -> None:
     if not task.is_classification:
         return
     file = place / _TEXTS[0]
-    names = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()] if file.exists() else []
+    names = [line for line in _text(file).splitlines() if line.strip()] if file.exists() else []
     if not names or (task.num_classes and len(names) != task.num_classes):
         raise ValueError(f"{file} lists {len(names)} classes, {task.num_classes} are expected; the source has changed")
     spelled = spelled_as(names, task.class_names)
     if spelled != names:
         write_text(file, "".join(f"{name}\n" for name in spelled))
+
+
+def _text(file: Path) -> str:
+    """Return the text of a file of the source.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is no text in UTF-8 ({error}); the source has changed") from error
 
 
 def spelled_as(names: Sequence[str], known: Sequence[str]) -> list[str]:
@@ -255,10 +283,8 @@ def _checked_shards(place: Path, plan: Plan) -> str:
     said = folder / "nshards.txt"
     if not said.exists():
         write_text(said, f"{len(names)}\n")
-    if said.read_text().strip() != str(len(names)):
-        raise ValueError(
-            f"{folder} has {len(names)} shards, nshards.txt says {said.read_text().strip()}; the source has changed"
-        )
+    if (number := _text(said).strip()) != str(len(names)):
+        raise ValueError(f"{folder} has {len(names)} shards, nshards.txt says {number[:20]}; the source has changed")
     if names != {f"{number}.tar" for number in range(len(names))}:
         raise ValueError(f"{folder} lacks a shard of 0.tar to {len(names) - 1}.tar; the source has changed")
     return str(folder / f"{{0..{len(names) - 1}}}.tar")
@@ -291,9 +317,9 @@ def _remove_leftovers(place: Path) -> None:
 def _read_begun(place: Path) -> dict[str, Any]:
     try:
         begun: dict[str, Any] = json.loads((place / BEGUN).read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
+    except (OSError, ValueError):
         return {}
-    return begun
+    return begun if isinstance(begun, dict) and isinstance(begun.get("commit"), str) else {}
 
 
 def _check_space(folder: Path, plans: Sequence[Plan]) -> None:

@@ -16,7 +16,7 @@ import huggingface_hub.constants
 import numpy as np
 import processes
 import pytest
-from hub.loopback_hub import LoopbackHub
+from hub.loopback_hub import LoopbackHub, Reply
 from PIL import Image
 
 from flipscale.cli import main
@@ -227,6 +227,67 @@ def test_sources_that_cannot_be_read(hub: LoopbackHub, tmp_path: Path, capsys: p
     ):
         assert words in said.out
     assert [name for name in names if read_prepared(tmp_path / name)] == ["flickr30k"]
+
+
+HTML = b"<html>The proxy asks you to log in</html>"
+
+
+@pytest.mark.parametrize(
+    ("path", "reply", "words"),
+    [
+        (r"GET /api/datasets", Reply(body=HTML), "cannot be read ("),
+        (r"GET /api/datasets", Reply(body=[1, 2]), "cannot be read ("),
+        (r"GET /api/datasets", Reply(body={"id": "x/y", "siblings": []}), "it does not say which commit it has"),
+        (r"GET .*test/1.tar", Reply(body=HTML), "did not arrive as the Hub states it"),
+        (r"GET .*test/1.tar", Reply(body=bytes(10**6)), "bytes that the Hub states; start the same command again"),
+    ],
+)
+def test_answers_that_are_none(
+    hub: LoopbackHub, tmp_path: Path, capsys: pytest.CaptureFixture, path: str, reply: Reply, words: str
+) -> None:
+    hub.add(MNIST, digits())
+    hub._faults.append((path, reply))
+    assert words in refusal(capsys, tmp_path, "--only", "mnist")
+    assert not read_prepared(tmp_path / "mnist")
+    assert not list(tmp_path.rglob("*.partial"))
+    prepare(tmp_path, "--only", "mnist")
+    assert content(tmp_path / "mnist")["test/1.tar"] == digits()["test/1.tar"]
+
+
+def test_a_wrong_file_leaves_the_other_sets(hub: LoopbackHub, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    hub.add(MNIST, digits())
+    hub.add(FLICKR, {"test/nshards.txt": b"1\n", "test/0.tar": shard(0, 3, "txt")})
+    hub._faults.append((r"GET .*wds_mnist.*test/1.tar", Reply(body=HTML)))
+    assert "mnist is not prepared: test/1.tar of" in refusal(capsys, tmp_path, "--only", "mnist", "flickr30k")
+    assert read_prepared(tmp_path / "flickr30k")
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        ({"test/1.tar": b"junk" * 999}, "1.tar cannot be read (it is not a tar file"),
+        ({"test/nshards.txt": b"\xff\xfe3"}, "nshards.txt is no text in UTF-8"),
+        ({"classnames.txt": b"caf\xe9\n" * 10}, "classnames.txt is no text in UTF-8"),
+        ({f"test/{n}.tar": bytes(1024) for n in range(3)}, "has no images; the source has changed"),
+    ],
+)
+def test_sources_that_are_damaged(
+    hub: LoopbackHub, tmp_path: Path, capsys: pytest.CaptureFixture, files: dict[str, bytes], words: str
+) -> None:
+    hub.add(MNIST, {**digits(), **files})
+    assert words in refusal(capsys, tmp_path, "--only", "mnist")
+    assert not read_prepared(tmp_path / "mnist")
+
+
+def test_marks_that_are_odd(hub: LoopbackHub, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    hub.add(MNIST, digits())
+    (tmp_path / "mnist").mkdir()
+    (tmp_path / "mnist" / "prepared.json").write_text('{"files": {}}')
+    (tmp_path / "mnist" / ".begun.json").write_text("[7]")
+    prepare(tmp_path, "--only", "mnist")
+    assert read_prepared(tmp_path / "mnist")
+    (tmp_path / "file").write_text("mine")
+    assert "file is no folder; name another" in refusal(capsys, tmp_path / "file", "--only", "mnist")
 
 
 def test_a_mirror_that_cannot_be_reached(
