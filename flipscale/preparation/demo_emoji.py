@@ -4,6 +4,8 @@ An *artist* is one emoji set. All artists draw nearly the same concepts; seven a
 packages are downloaded by name and pinned version, so that everybody's demo is the same.
 """
 
+import base64
+import hashlib
 import importlib.util
 import io
 import json
@@ -38,6 +40,36 @@ TRAIN_ARTISTS = {
 }
 TEST_ARTIST, TEST_PACKAGE = "fluent-emoji-flat", "@iconify-json/fluent-emoji-flat@1.2.6"
 NAMES_PACKAGE = "emojibase-data@17.0.0"  # the CLDR short names ("grinning face"), by code point
+
+# npm's digests of these packages; a registry, or a mirror of one, that sends others is not believed.
+INTEGRITY = {
+    "@iconify-json/noto@1.2.9": (
+        "DQiuXENbun41ch+XPSV55H9FaWKpHTyz46YIKtSaKYD4fIDDzL1tR6H4np/T38jfrTAeI3rcKF0mqHYeZVAuaw=="
+    ),
+    "@iconify-json/noto-v1@1.2.5": (
+        "/DsVMius69Q0fRS53z7QK1TROSuar606jiIx+laXtdsYGMXpf6LtHBx6CGfoo3UHHb/XpBsw+1L1x3eyPqMuVA=="
+    ),
+    "@iconify-json/twemoji@1.2.5": (
+        "uKpuIEV0v6K5BW3Mjdyl+XKFVAbbcPxAgifKvEMtZoUZB5+YiY5zaMm2uNNCxyXzAWU9yNLlj41WU6/mvgALsw=="
+    ),
+    "@iconify-json/openmoji@1.2.29": (
+        "vXdhkqcXVSO6suy+m9LbcUM3OdVyuNOtpV8/als/WqfkQIRxevL5Geb/g+6GH/Qwnq1OqksEmaDGTCmZ5nFKJQ=="
+    ),
+    "@iconify-json/emojione@1.2.3": (
+        "T9+T3HIbJNLKKsmxYKlaYhvnHYkz/HNYTV7SHCXVZPfeUi4FqskY70YeN8yYAZT8cCv7w5vJxS4Q1m8zb9CMMg=="
+    ),
+    "@iconify-json/emojione-v1@1.2.3": (
+        "UjI2VQEXVtGlPBvQuxEizro7QCgBcJDOYwKUupquvvZ8UV4xOlvm45IU82JYWegiAWLerY79gFLMZ26U6Ms+ww=="
+    ),
+    "@iconify-json/fxemoji@1.2.2": (
+        "UAasRaxzFUKfIGSmLwnoarsssA4LX0VLLuEmplIqM6ZNQqIQRtav8tZ4H1neTlBreXuMQyAifr5jP4kn78DpiQ=="
+    ),
+    "@iconify-json/fluent-emoji-flat@1.2.6": (
+        "RY47RgPb47fYUiyrA64sIOL0+UU02s29sXpNBbIQRBUlPlfNFTKUmZDERGuxDs/7yNGWqQYvuaSYM1M4fRXlUw=="
+    ),
+    "emojibase-data@17.0.0": "Yvgb5AWoHViHV/gq1qr5ZAarcBip+B27/ZLRsUJkbgAEaLlZ/fof9g882LTpmEpyhBNEC0m2SEmItljHsTygjA==",
+}
+_MOST_SECONDS = 600  # of one package, of 5 MB at most
 
 # At 64 px, a crop of 70 % of the area is 54 px wide, so training at 32 px never enlarges.
 IMAGE_SIZE = 64
@@ -209,17 +241,28 @@ def _download(npm: list[str], package: str, directory: Path) -> Path:
     target = directory / slug(package)
     target.mkdir(parents=True, exist_ok=True)
     if not list(target.glob("*.tgz")):
-        patience = [
-            "--fetch-retry-mintimeout=1000",
-            "--fetch-retry-maxtimeout=4000",
-        ]  # ms; by default 10 s and a minute
+        # In milliseconds; by default 10 s, a minute and five minutes.
+        patience = ["--fetch-retry-mintimeout=1000", "--fetch-retry-maxtimeout=4000", "--fetch-timeout=60000"]
         command = [*npm, "pack", package, "--loglevel=error", *patience, "--pack-destination", str(target)]
-        done = subprocess.run(command, capture_output=True, text=True)
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=_MOST_SECONDS)
+        except subprocess.TimeoutExpired as error:
+            raise OSError(
+                f"npm took more than {_MOST_SECONDS} s for {package}; start the same command again"
+            ) from error
         if done.returncode:
             raise ValueError(
                 f"npm could not download {package}: {_reason(done)}; check that npm reaches its registry (npm ping)"
             )
-    return next(target.glob("*.tgz"))
+    tarball = next(target.glob("*.tgz"), None)
+    if tarball is None or _integrity(tarball) != INTEGRITY.get(package):
+        found = "another package" if tarball else "nothing"
+        raise OSError(f"npm downloaded {found} for {package}; check its registry (npm config get registry)")
+    return tarball
+
+
+def _integrity(tarball: Path) -> str:
+    return base64.b64encode(hashlib.sha512(tarball.read_bytes()).digest()).decode()
 
 
 def download(packages: Sequence[str], directory: Path) -> dict[str, Path]:
@@ -227,6 +270,7 @@ def download(packages: Sequence[str], directory: Path) -> dict[str, Path]:
 
     Raises:
         ValueError: npm is missing, or the registry cannot be reached.
+        OSError: the registry is silent, or sends other packages.
     """
     npm = npm_command()
     with ThreadPoolExecutor(len(packages)) as pool:

@@ -27,6 +27,9 @@ VOCAB_SIZE = 4000
 MAX_LENGTH = 16  # tokens; the longest caption has 12
 SEED = 0
 MADE_BY = "flipscale prepare demo"  # by this a later run recognises the folder
+# All that the folder may hold.
+_WRITTEN = {"train", "test", "groups", "subgroups", "validation", f"train_without_{VALIDATION_ARTIST}", "unseen"}
+_WRITTEN |= {"train_without_unseen", "roles", "tokenizer", "report.json", "LICENSES.txt"}
 TEMPLATES = ("{c}",)  # captions are bare names, so class prompts are too
 
 
@@ -222,6 +225,9 @@ def prepare_demo(
             print(f"{out_dir} is complete: nothing to do")
             return
         parts = sorted({*parts, *present})
+        others = sorted({path.name for path in out_dir.iterdir()} - _WRITTEN)
+        if others:
+            raise ValueError(f"{out_dir} is written anew with what you ask for, and holds {others[0]}; move that away")
     elif out_dir.exists() and not (out_dir.is_dir() and not any(out_dir.iterdir())):
         raise ValueError(f"{out_dir} holds something that is not the demo; name a new folder, or an empty one")
     demo_emoji.check_renderer()
@@ -239,7 +245,10 @@ def _parts_present(out_dir: Path) -> list[str] | None:
         report = json.loads((out_dir / "report.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return report["parts"] if isinstance(report, dict) and report.get("made_by") == MADE_BY else None
+    if not isinstance(report, dict) or report.get("made_by") != MADE_BY:
+        return None
+    parts = report.get("parts")
+    return [part for part in parts if isinstance(part, str)] if isinstance(parts, list) else []
 
 
 def install(

@@ -25,6 +25,7 @@ PACKAGE = "gcompris-qt-data"
 # Mean width and height, and JPEG quality: about 36 kB, near LAION at the usual sizes; and about 120 kB.
 SIZES = {"500x400": (500, 400, 76), "1024x768": (1024, 768, 87)}
 NUM_SHARDS = 8
+_MOST_SECONDS = 1800  # for 150 MB
 _LEAST_SIDE = 400  # smaller pictures would be enlarged, and blurred images decode too fast
 
 
@@ -40,12 +41,18 @@ def prepare_photos(out_dir: Path, num_images: int) -> None:
     """
     if num_images < NUM_SHARDS:
         raise ValueError(f"num_images is {num_images}; at least {NUM_SHARDS} are needed, one for each shard")
+    for name in SIZES:
+        place = out_dir / name
+        if place.exists() and not (place.is_dir() and (list(place.glob("*.tar")) or not any(place.iterdir()))):
+            raise ValueError(f"{place} holds something that `prepare photos` did not write; name a new folder")
     missing = {name: size for name, size in SIZES.items() if not list((out_dir / name).glob("*.tar"))}
     if not missing:
         print(f"{out_dir} is complete: nothing to do")
         return
     with tempfile.TemporaryDirectory() as folder:
         pictures = list(_pictures(_download(Path(folder))))
+    if not pictures:
+        raise OSError(f"the package {PACKAGE} of this system has no photos; use the one of Debian 12 or later")
     for name, (width, height, quality) in missing.items():
         photos = _cut(pictures, num_images, width, height, quality)
         with written_aside(out_dir / name) as folder:
@@ -64,7 +71,14 @@ def _download(folder: Path) -> Path:
             )
     for command in (["apt-get", "download", PACKAGE], ["dpkg-deb", "-x", "PACKAGE", "."]):
         words = [str(next(folder.glob("*.deb"))) if word == "PACKAGE" else word for word in command]
-        done = subprocess.run(words, cwd=folder, capture_output=True, text=True)
+        try:
+            done = subprocess.run(
+                words, cwd=folder, capture_output=True, text=True, errors="replace", timeout=_MOST_SECONDS
+            )
+        except subprocess.TimeoutExpired as error:
+            raise OSError(
+                f"{' '.join(command)} took more than {_MOST_SECONDS} s; start the same command again"
+            ) from error
         if done.returncode:
             reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
             raise OSError(f"{' '.join(command)} failed ({reason}); try `apt-get update` first")
@@ -74,7 +88,11 @@ def _download(folder: Path) -> Path:
 def _pictures(folder: Path) -> Iterator[tuple[str, np.ndarray]]:
     """Yield name and BGR pixels of every photo-like picture of the package."""
     for resources in sorted(folder.rglob("*.rcc")):
-        for path, content in _resource_files(resources.read_bytes()):
+        try:
+            files = list(_resource_files(resources.read_bytes()))
+        except (struct.error, UnicodeDecodeError):
+            continue  # of another format than the one that is known
+        for path, content in files:
             if not path.endswith(".webp"):
                 continue
             image = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_UNCHANGED)
