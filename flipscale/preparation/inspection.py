@@ -51,8 +51,10 @@ def inspect_shards(
         max_samples: how many samples are checked, evenly spread; 0 checks all.
 
     Raises:
-        ValueError: there is no sample.
+        ValueError: there is no sample, or `sheet` cannot be written.
     """
+    if sheet is not None:
+        _check_sheet(sheet)
     total = len(source)
     if not total:
         raise ValueError(f"there is no sample in {len(source.shard_sizes)} shards")
@@ -79,6 +81,16 @@ def inspect_shards(
         "kinds": dict(Counter(sample.kind for sample in good).most_common()),
         **_figures(good, tokenizer),
     }
+
+
+def _check_sheet(sheet: Path) -> None:
+    """Raise before all samples are read if the sheet could not be written then.
+
+    Raises:
+        ValueError: it is no name of a PNG file in a folder.
+    """
+    if sheet.suffix.lower() != ".png" or sheet.is_dir() or not sheet.absolute().parent.is_dir():
+        raise ValueError(f"the sheet {sheet} cannot be written; name a PNG file in a folder that exists with --sheet")
 
 
 def _places(source: Source, numbers: np.ndarray) -> Iterator[tuple[int, int]]:
@@ -109,8 +121,17 @@ def _check(read: tuple[str, Sample | BadSample], is_shown: bool) -> Checked:
     thumbnail = Image.fromarray(np.ascontiguousarray(pixels)) if is_shown else None
     if thumbnail is not None:
         thumbnail.thumbnail((_TILE, _TILE))
-    kind = Image.open(io.BytesIO(sample.image))
-    return Checked(name, None, f"{kind.format} {kind.mode}", width, height, len(sample.image), caption, thumbnail)
+    return Checked(name, None, _kind(sample.image), width, height, len(sample.image), caption, thumbnail)
+
+
+def _kind(encoded: bytes) -> str:
+    """Return the format and mode that Pillow sees in an image that can be decoded."""
+    try:
+        image = Image.open(io.BytesIO(encoded))
+    except Exception:
+        # Pillow is stricter with what is around the pixels than the decoder that read them.
+        return "not known to Pillow"
+    return f"{image.format} {image.mode}"
 
 
 def _bad(found: list[Checked], source: Source) -> dict[str, dict[str, Any]]:
@@ -159,7 +180,9 @@ def contact_sheet(samples: list[Checked]) -> Image.Image:
         assert sample.thumbnail is not None
         across, down = sample.thumbnail.size
         sheet.paste(sample.thumbnail, (left + (_TILE - across) // 2, top + (_TILE - down) // 2))
-        lines = textwrap.wrap(sample.caption, _TEXT_WIDTH, max_lines=_TEXT_LINES, placeholder=" …")
+        lines = textwrap.wrap(
+            sample.caption[: 2 * _TEXT_LINES * _TEXT_WIDTH], _TEXT_WIDTH, max_lines=_TEXT_LINES, placeholder=" …"
+        )
         for line, text in enumerate(lines):
             draw.text((left, top + _TILE + 3 + line * _LINE_HEIGHT), text, fill="black", font=font)
     return sheet

@@ -27,7 +27,7 @@ from flipscale.preparation.audit.figure import draw_audit
 from flipscale.preparation.audit.hashes import MOST_DIFFERENCE
 from flipscale.preparation.audit.languages import LEAST_RATIO, LONG_LETTERS, language_figures
 from flipscale.preparation.audit.report import audit_page
-from flipscale.preparation.audit.scan import BLANK, SEEN, Scan, Workers
+from flipscale.preparation.audit.scan import BLANK, SEEN, Faults, Scan, Workers, texts_of
 from flipscale.preparation.audit.sheets import Shown, pair_sheet
 from flipscale.preparation.audit.words import country_figures, gender_figures, lexicon
 
@@ -64,13 +64,16 @@ def find_test_sets(folder: Path) -> list[TestFolder]:
     lays them out, has the name of the folder above it.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or two of one name.
     """
-    found = {}
+    found: dict[str, Path] = {}
     for inner in sorted({tar.parent for tar in folder.rglob("*.tar")}):
         named = inner.parent if inner.name == "test" and inner != folder else inner
         path = named.relative_to(folder)
-        found["-".join(path.parts) or folder.resolve().name] = inner
+        name = "-".join(path.parts) or folder.resolve().name
+        if name in found:
+            raise ValueError(f"{found[name]} and {inner} are both called {name}; rename one")
+        found[name] = inner
     if not found:
         raise ValueError(
             f"no test set in {folder}: no folder there has *.tar; name one set's folder, or one of several"
@@ -97,10 +100,13 @@ def audit(
         num_workers: processes that read and decode.
 
     Raises:
-        ValueError: a package is missing, or there is no sample or no caption.
+        ValueError: a package is missing, there is no sample or no caption, or `out_dir` cannot be written.
         OSError: a shard cannot be read, or `out_dir` not written.
     """
     check_packages()
+    there = next(parent for parent in (out_dir, *out_dir.absolute().parents) if parent.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise ValueError(f"{there} is no folder that can be written to; name another with --output_dir")
     if not len(source):
         raise ValueError(f"there is no sample in {len(source.shard_sizes)} shards of {shards}")
     sources: list[Source] = [source, *(test.source for test in test_sets)]
@@ -139,8 +145,8 @@ def _caption_figures(found: Scan, source: Source) -> dict[str, Any]:
     total = found.counts.words.captions
     commonest = []
     for count, row, number in found.commonest(_COMMONEST):
-        texts = [text.decode("utf-8", "replace").strip() for text in source.read(*place(source, row)).captions]
-        commonest.append({"caption": [text for text in texts if text][number], "count": count, "share": count / total})
+        caption = texts_of(source.read(*place(source, row)), "", Faults())[number]
+        commonest.append({"caption": caption[: LONGEST["characters"]], "count": count, "share": count / total})
     return {
         "captions": total,
         "distinct": found.num_distinct_captions,
@@ -196,8 +202,12 @@ def _write(
     if shown:
         pair_sheet(shown).save(out_dir / OVERLAP_SHEET)
         pictures.append(OVERLAP_SHEET)
-    write_text(out_dir / PAGE_FILE, audit_page(figures, pictures))
-    write_text(out_dir / AUDIT_FILE, json.dumps(figures, indent=1, ensure_ascii=False) + "\n")
+    for name, text in (
+        (PAGE_FILE, audit_page(figures, pictures)),
+        (AUDIT_FILE, json.dumps(figures, indent=1, ensure_ascii=False) + "\n"),
+    ):
+        # Names of shards may be no UTF-8.
+        write_text(out_dir / name, text.encode("utf-8", "backslashreplace").decode())
 
 
 def overlap_file(shards: str, source: Source, test: TestFolder, matches: list[Overlap]) -> str:

@@ -67,13 +67,13 @@ class Faults:
 
 @dataclass
 class Scan:
-    """What a pass found: of each row 19 bytes, of each caption 8, and counts.
+    """What a pass found: of each row 21 bytes, of each caption 8, and counts.
 
     Args:
         digests: of the images' bytes, uint64 `(rows,)`.
         looks: the images' hashes, uint64 `(rows,)`.
         states: `UNUSABLE`, `BLANK` or `SEEN`, uint8 `(rows,)`.
-        num_captions: of each row, uint16 `(rows,)`.
+        num_captions: of each row, uint32 `(rows,)`.
         captions: digests of the captions, uint64, all rows' one after the other.
         counts: of the captions.
         faults: samples that cannot be used.
@@ -91,7 +91,7 @@ class Scan:
     def of_rows(cls, count: int) -> "Scan":
         """Return an empty scan of `count` rows."""
         digests, looks = np.zeros(count, np.uint64), np.zeros(count, np.uint64)
-        return cls(digests, looks, np.zeros(count, np.uint8), np.zeros(count, np.uint16))
+        return cls(digests, looks, np.zeros(count, np.uint8), np.zeros(count, np.uint32))
 
     def __len__(self) -> int:
         return len(self.states)
@@ -204,7 +204,7 @@ def _scan_run(run: Run) -> Scan:
         except BadSample as error:
             found.faults.add(error.cause, f"{name}: {error}")
             continue
-        texts = _texts(sample, name, found.faults)
+        texts = texts_of(sample, name, found.faults)
         found.num_captions[at] = len(texts)
         captions += [digest(text.encode()) for text in texts]
         for text, tokens in zip(texts, _num_tokens(texts), strict=True):
@@ -219,8 +219,8 @@ def _scan_run(run: Run) -> Scan:
     return found
 
 
-def _texts(sample: Sample, name: str, faults: Faults) -> list[str]:
-    """Return the captions that can be read."""
+def texts_of(sample: Sample, name: str, faults: Faults) -> list[str]:
+    """Return the captions that can be read and are not blank."""
     texts = []
     for caption in sample.captions:
         try:
@@ -228,7 +228,7 @@ def _texts(sample: Sample, name: str, faults: Faults) -> list[str]:
         except UnicodeDecodeError as error:
             faults.add(UndecodableCaption.cause, f"{name}: {error}")
     texts = [text for text in texts if text]
-    if not sample.captions:
+    if not any(sample.captions):
         faults.add(MissingCaption.cause, f"{name}: there is none")
     return texts
 

@@ -43,7 +43,7 @@ def pair_sheet(pairs: list[Shown]) -> Image.Image:
             sheet.paste(tile, corner)
         lines = [pair.about]
         for caption in dict.fromkeys(captions):
-            lines += textwrap.wrap(caption, _LETTERS, max_lines=2, placeholder=" …")
+            lines += textwrap.wrap(caption[: 4 * _LETTERS], _LETTERS, max_lines=2, placeholder=" …")
         for line, text in enumerate(lines[:_LINES]):
             draw.text((left, top + _TILE + 3 + line * _LINE), text, fill="#666666" if line == 0 else "black", font=font)
     return sheet
