@@ -15,7 +15,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from attacks import ground
 from attacks.attack import Attack, Ended, hold
+from conftest import add_member
 from PIL import Image
 
 from flipscale.data.sources.tar_source import TarSource
@@ -169,7 +171,7 @@ def _claimed_bmp(folder: Path) -> None:
 
 
 def _gif_bomb(folder: Path) -> None:
-    frame = Image.new("P", (9000, 9000))
+    frame = Image.new("P", (4000, 4000))
     frame.save(folder / "0.jpg", "GIF", save_all=True, append_images=[frame] * 3)
 
 
@@ -264,7 +266,7 @@ def _shards_again(folder: Path, ended: Ended) -> None:
 
 def _odd_manifest(folder: Path) -> list[str]:
     table(HEAD + GOOD)(folder)
-    ground_run(command("in/list.csv"), folder)
+    run_well(command("in/list.csv"), folder)
     manifest = folder / "out/manifest.jsonl"
     lines = manifest.read_text().splitlines()
     odd = ['{"shard": 0}', '{"shard": "x", "tar_bytes": 1}', "[]", '{"shard": 99, "tar_bytes": 5}', '{"half']
@@ -272,7 +274,7 @@ def _odd_manifest(folder: Path) -> list[str]:
     return command("in/list.csv")
 
 
-def ground_run(arguments: list[str], folder: Path) -> None:
+def run_well(arguments: list[str], folder: Path) -> None:
     """Run a command that ends well in `folder`."""
     import subprocess
     import sys
@@ -291,6 +293,97 @@ def _locked(folder: Path) -> list[str]:
 
 
 _HELD: list[Any] = []
+
+
+# Right to left, a bell, an end of line of Unicode, and a person.
+_ODD = "\u202e\u05d0 \u0007\u2028 \U0001f9d1"
+
+
+def _long_caption(folder: Path) -> list[str]:
+    """A caption of 1 MB, of one word, 70,000 captions of one image, and odd ones, in a shard of their own."""
+    data = ground.shards(folder)
+    with tarfile.open(data / "odd.tar", "w") as tar:
+        for number, caption in enumerate((b"long" * 250_000, _ODD.encode(), b"\xff\xfe")):
+            add_member(tar, f"{number}.jpg", picture(number))
+            add_member(tar, f"{number}.txt", caption)
+        add_member(tar, "many.jpg", picture(9))
+        add_member(tar, "many.json", json.dumps({"captions": [f"{n}" for n in range(70_000)]}).encode())
+    return ["prepare", "audit", "data", "--num_workers", "1"]
+
+
+def _audited(folder: Path, ended: Ended) -> None:
+    figures = json.loads((folder / "audit/audit.json").read_text())
+    assert figures["samples"] == 100
+    assert figures["captions"]["captions"] == 96 + 2 + 70_000
+    assert figures["unusable"]["undecodable_caption"]["count"] == 1
+
+
+def _inspect_odd(folder: Path) -> list[str]:
+    _long_caption(folder)
+    return ["prepare", "inspect", "data"]
+
+
+def _of_shards(*arguments: str) -> Callable[[Path], list[str]]:
+    def make(folder: Path) -> list[str]:
+        ground.shards(folder)
+        (folder / "file").write_text("mine")
+        (folder / "empty").mkdir()
+        return ["prepare", *arguments]
+
+    return make
+
+
+def _mine_stays(folder: Path, ended: Ended) -> None:
+    assert (folder / "file").read_text() == "mine"
+
+
+def _odd_shard_name(folder: Path) -> list[str]:
+    data = ground.shards(folder)
+    os.rename(data / "00000.tar", os.fsencode(data) + b"/caf\xe9.tar")
+    with tarfile.open(os.fsencode(data) + b"/\xe9.tar", "w") as tar:
+        add_member(tar, "0.jpg", b"no picture")
+        add_member(tar, "0.txt", b"a caption")
+    return ["prepare", "audit", "data", "--num_workers", "1"]
+
+
+def _photos_over_mine(folder: Path) -> list[str]:
+    (folder / "photos/500x400").mkdir(parents=True)
+    (folder / "photos/500x400/holiday.jpg").write_bytes(picture(1))
+    return ["prepare", "photos", "photos"]
+
+
+def _demo_over_mine(folder: Path) -> list[str]:
+    (folder / "demo").mkdir()
+    (folder / "demo/report.json").write_text('{"made_by": "flipscale prepare demo", "parts": []}')
+    (folder / "demo/notes.txt").write_text("mine")
+    return ["prepare", "demo", "demo", "--with_roles"]
+
+
+def _killed_and_again(folder: Path) -> list[str]:
+    """What a kill left: a lock, a shard aside, a shard without its line, half of a line."""
+    table(HEAD + GOOD + "2.jpg,third\n3.jpg,fourth\n")(folder)
+    run_well([*command("in/list.csv"), "--pairs_per_shard", "1"], folder)
+    (folder / "whole").mkdir()
+    for path in sorted((folder / "out").glob("*.tar")):
+        (folder / "whole" / path.name).write_bytes(path.read_bytes())
+    manifest = folder / "out/manifest.jsonl"
+    lines = manifest.read_text().splitlines()
+    manifest.write_text("\n".join(lines[:3]) + "\n" + lines[3][:20])
+    (folder / "out/.lock").write_text("")
+    (folder / "out/.00003.tar.partial.host.1.1").write_bytes(b"half")
+    (folder / "out/00003.tar").write_bytes(b"half")
+    return [*command("in/list.csv"), "--pairs_per_shard", "1"]
+
+
+def _as_whole(folder: Path, ended: Ended) -> None:
+    keeps(4)(folder, ended)
+    for path in (folder / "whole").iterdir():
+        assert path.read_bytes() == (folder / "out" / path.name).read_bytes()
+    assert not list((folder / "out").glob(".*.partial*"))
+
+
+def _exists(path: Path) -> None:
+    assert path.exists()
 
 
 ATTACKS: list[Attack] = [
@@ -331,9 +424,9 @@ ATTACKS: list[Attack] = [
     ),
     Attack("a CSV in UTF-16", table((HEAD + GOOD).encode("utf-16")), code=2, says=("list.csv", "save it as UTF-8")),
     Attack(
-        "a field of 200 kB, and a row of 3 MB",
-        table(HEAD + "0.jpg," + "long " * 40_000 + '\n1.jpg,"' + "longer " * 400_000 + '"\n2.jpg,third\n'),
-        check=keeps(2, malformed_row=1),
+        "a field of 200 kB, and a row of 5 MB",
+        table(HEAD + "0.jpg," + "long " * 40_000 + '\n1.jpg,"' + "longer " * 700_000 + '"\n2.jpg,third\n'),
+        check=keeps(1, caption_too_long=1, malformed_row=1),
     ),
     Attack("a CSV of one endless line", table("file_name,caption" * 500_000), code=2, says=("list.csv",)),
     Attack("an empty CSV", table(""), code=2, says=("in/list.csv has no column",)),
@@ -380,10 +473,11 @@ ATTACKS: list[Attack] = [
     Attack("a caption that is a link out of the folder", beside(_caption_link_out), check=keeps(3, outside_folder=1)),
     Attack("a link to itself", beside(_loop), check=keeps(3, unreadable_file=1)),
     Attack("a link to /dev/zero", beside(_endless, "--allow_outside"), check=keeps(3, unreadable_file=1)),
-    Attack("an image of 16 GB", beside(_huge), check=keeps(3, unreadable_file=1)),
-    Attack("a caption of 8 GB", beside(_huge_caption), check=keeps(3, unreadable_file=1)),
+    Attack("an image of 16 GB", beside(_huge), check=keeps(3, sample_too_large=1)),
+    Attack("a caption of 8 GB", beside(_huge_caption), check=keeps(3, sample_too_large=1)),
     Attack("a name that is no UTF-8", beside(_odd_name), check=keeps(3, unreadable_file=1)),
     Attack("BMPs of 70,000 x 1 pixels", beside(_wide_bmp), check=keeps(2, undecodable_image=2)),
+    Attack("an animation of 16 million pixels a frame", beside(_gif_bomb), check=keeps(4)),
     Attack("a BMP that says it has 70,000 x 70,000 pixels", beside(_claimed_bmp), check=keeps(3, image_too_large=1)),
     Attack("a folder that is called like an image", beside(_folder_as_image), check=keeps(3, unreadable_file=1)),
     Attack("captions nested 100,000 deep beside an image", beside(_json_bomb), check=keeps(3, undecodable_caption=1)),
@@ -421,9 +515,9 @@ ATTACKS: list[Attack] = [
     Attack("a parquet file without rows", _parquet({"path": [], "text": []}), code=2, says=("has no rows",)),
     Attack("a parquet file without captions", _parquet({"path": ["0.jpg"]}), code=2, says=("--caption_column",)),
     Attack(
-        "a hundred thousand rows whose images are missing",
+        "many thousand rows whose images are missing",
         _many_rows,
-        check=keeps(1, unreadable_file=100_000),
+        check=keeps(1, unreadable_file=30_000),
         megabytes=300,
     ),
     Attack("shards to a file", _to_a_file, code=2, says=("out is no folder",)),
@@ -437,6 +531,70 @@ ATTACKS: list[Attack] = [
         says=("a worker died",),
         during=_kill_workers,
         check=_shards_again,
+    ),
+    Attack("what a kill in the middle leaves", _killed_and_again, check=_as_whole),
+    Attack(
+        "an audit of captions of 1 MB, of 70,000 in one sample, and of odd letters",
+        _long_caption,
+        check=_audited,
+        megabytes=3000,
+    ),
+    Attack("captions of 1 MB in a contact sheet", _inspect_odd, says=("undecodable_caption",)),
+    Attack("names of shards that are no UTF-8", _odd_shard_name, says=("the whole audit is in",), megabytes=3000),
+    Attack(
+        "an audit without test sets",
+        _of_shards("audit", "data", "--tests", "empty"),
+        code=2,
+        says=("no test set in empty",),
+    ),
+    Attack(
+        "an audit to a file",
+        _of_shards("audit", "data", "--output_dir", "file"),
+        code=2,
+        says=("file is no folder that can be written to",),
+        check=_mine_stays,
+    ),
+    Attack(
+        "a contact sheet in no folder",
+        _of_shards("inspect", "data", "--sheet", "no/sheet.png"),
+        code=2,
+        says=("the sheet no/sheet.png cannot be written",),
+    ),
+    Attack(
+        "a contact sheet over a text",
+        _of_shards("inspect", "data", "--sheet", "file"),
+        code=2,
+        says=("name a PNG file",),
+        check=_mine_stays,
+    ),
+    Attack("an index of an empty folder", _of_shards("index", "empty"), code=2, says=("no shards at 'empty'",)),
+    Attack("digits over a folder", _of_shards("digits", "empty"), code=2, says=("empty is there already",)),
+    Attack("tasks to a file", _of_shards("tasks", "file", "--only", "mnist"), code=2, says=("file is no folder",)),
+    Attack(
+        "photos over one's own",
+        _photos_over_mine,
+        code=2,
+        says=("500x400 holds something that `prepare photos` did not write",),
+        check=lambda folder, ended: _exists(folder / "photos/500x400/holiday.jpg"),
+    ),
+    Attack(
+        "a demo made anew over one's own file",
+        _demo_over_mine,
+        code=2,
+        says=("holds notes.txt; move that away",),
+        check=lambda folder, ended: _exists(folder / "demo/notes.txt"),
+    ),
+    Attack(
+        "a fraction that is none",
+        table(HEAD + GOOD, "list.csv", "--max_bad_fraction", "nan"),
+        code=2,
+        says=("max_bad_fraction is nan",),
+    ),
+    Attack(
+        "more bad rows than may be",
+        table(HEAD + GOOD + "no.jpg,x\n" * 2, "list.csv", "--max_bad_fraction", "0.4"),
+        code=2,
+        says=("2 of 4 pairs of in/list.csv cannot be used, more than --max_bad_fraction 0.4: 2 for unreadable_file",),
     ),
 ]
 

@@ -156,8 +156,10 @@ def test_what_is_left_out_is_said(folder: Path, tmp_path: Path, capsys: pytest.C
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file but the manifest, whose lines come in the order of the finish; that, sorted."""
-    files = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "manifest.jsonl"}
+    """Every file but the indices, which know the time of their shards, and the manifest, whose lines come in the order
+    of the finish; that, sorted."""
+    names = {path.name for path in folder.iterdir() if not path.name.endswith(".index.npy")} - {"manifest.jsonl"}
+    files = {name: (folder / name).read_bytes() for name in names}
     return {**files, "manifest": b"".join(sorted((folder / "manifest.jsonl").read_bytes().splitlines(True)))}
 
 

@@ -10,12 +10,11 @@ from functools import cache
 from pathlib import Path, PurePath
 from typing import Any
 
-from flipscale.data.faults import BadSample, MissingCaption, UndecodableCaption
+from flipscale.data.captions import captions_of_json, choose_caption, encoded_captions
+from flipscale.data.faults import BadSample, MissingCaption
+from flipscale.data.sources.source import MAX_IMAGE_BYTES, MAX_TEXT_BYTES, check_bytes
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
-# Of a row of a table, and of a file with captions. The longest caption of LAION-400M has 40 kB.
-MAX_TEXT_BYTES = 1 << 20
-MAX_IMAGE_BYTES = 1 << 28
 # These say nothing of the file: the same command would read it later.
 _NOT_THE_FILES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 _KINDS = {
@@ -43,7 +42,8 @@ def read_file(root: Path, name: str, allow_outside: bool, most_bytes: int = MAX_
     """Return the content of a file that a list in the folder `root` names.
 
     Raises:
-        UnreadableFile: it cannot be read, is no file but a pipe or a device, or has more than `most_bytes`.
+        UnreadableFile: it cannot be read, or is no file but a pipe or a device.
+        OversizedSample: it has more than `most_bytes`.
         OutsideFolder: it lies outside `root`, by its name or by a link, and that is not allowed.
     """
     if not name or "\0" in name:
@@ -57,8 +57,7 @@ def read_file(root: Path, name: str, allow_outside: bool, most_bytes: int = MAX_
         kind, size = stat.S_IFMT((state := path.stat()).st_mode), state.st_size
         if kind != stat.S_IFREG:
             raise UnreadableFile(f"{name} is {_KINDS.get(kind, 'something else')}, not a file")
-        if size > most_bytes:
-            raise UnreadableFile(f"{name} has {size:,} bytes; at most {most_bytes:,} are read")
+        check_bytes(size, most_bytes, name)
         # A pipe that has taken its place since is not waited for.
         with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
             return file.read(most_bytes)
@@ -107,21 +106,15 @@ def captions_of(texts: Any) -> list[str]:
     """Return one text or a list of texts as a list without blank ones.
 
     Raises:
-        MissingCaption: there is none.
-        UndecodableCaption: one is no text, or none that can be written.
+        BadSample: there is none, or one that training would refuse.
     """
-    found = []
-    for text in texts if isinstance(texts, list) else [texts]:
-        if text is None:
-            continue
-        if not isinstance(text, str):
-            raise UndecodableCaption(f"a caption is {type(text).__name__}, not a text")
-        if "\0" in text or not is_utf8(text):
-            raise UndecodableCaption(f"a caption has {'a NUL' if chr(0) in text else 'half of a surrogate pair'}")
-        found.append(text.strip())
-    if not any(found):
-        raise MissingCaption("it is blank" if found else "there is none")
-    return [text for text in found if text]
+    return _usable(encoded_captions(texts, "the caption"))
+
+
+def _usable(captions: tuple[bytes, ...]) -> list[str]:
+    choose_caption(captions, 0.0)  # raises if one of them cannot be used
+    texts = (caption.decode().removeprefix("\ufeff").strip() for caption in captions)
+    return [text for text in texts if text]
 
 
 def digest_of(content: Any) -> str:
@@ -164,29 +157,12 @@ class FileList:
 
     def captions(self, number: int) -> list[str]:
         image = PurePath(self.files[number])
-        for suffix, parsed in ((".txt", _decoded), (".json", _listed)):
+        for suffix in (".txt", ".json"):
             beside = image.with_suffix(suffix)
             if os.path.lexists(self.root / beside):
-                return captions_of(parsed(read_file(self.root, str(beside), self.allow_outside, MAX_TEXT_BYTES)))
+                content = read_file(self.root, str(beside), self.allow_outside, MAX_TEXT_BYTES)
+                return _usable((content,) if suffix == ".txt" else captions_of_json(content))
         raise MissingCaption("no .txt or .json beside it")
 
     def fingerprint(self) -> str:
         return digest_of(self.files)
-
-
-def _decoded(content: bytes) -> str:
-    try:
-        return content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UndecodableCaption(str(error)) from error
-
-
-def _listed(content: bytes) -> Any:
-    """Return the captions of a JSON object: its `captions`, else its `caption`."""
-    try:
-        fields = json.loads(_decoded(content))
-    except (ValueError, RecursionError) as error:
-        raise UndecodableCaption(f"the .json beside it: {error}") from error
-    if not isinstance(fields, dict):
-        raise UndecodableCaption(f"the .json beside it is {type(fields).__name__}, not an object")
-    return fields.get("captions") or fields.get("caption")

@@ -21,8 +21,9 @@ import numpy as np
 from tqdm import tqdm
 
 from flipscale.data.faults import BadSample
+from flipscale.data.sources.source import MAX_TEXT_BYTES
 from flipscale.preparation.lists.columns import CAPTION_COLUMNS, IMAGE_COLUMNS, column
-from flipscale.preparation.lists.files import IMAGE_SUFFIXES, MAX_TEXT_BYTES, captions_of, digest_of, image_of
+from flipscale.preparation.lists.files import IMAGE_SUFFIXES, captions_of, digest_of, image_of
 
 DELIMITERS = {".csv": ",", ".tsv": "\t", ".jsonl": ""}
 # Of a row whose quoted captions have line breaks.
