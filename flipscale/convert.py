@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from flipscale.files.command_line import number
+from flipscale.files.command_line import number, output_folder
 from flipscale.files.ranges import Count
 
 
@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     flip = add("flip", "Convert a checkpoint of the original JAX FLIP to a model folder.")
     flip.add_argument("src", help="The folder checkpoint_N, or a folder or zip file that has it.")
-    flip.add_argument("dst", help="The model folder to write.")
+    flip.add_argument("dst", type=output_folder, help="The model folder to write.")
     flip.add_argument(
         "--size", help="The size, b16, l16 or h14, which sets the attention heads; other shapes are refused."
     )
@@ -34,11 +34,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     flip.set_defaults(convert=_from_flip)
     open_clip = add("open_clip", "Convert a model folder to a folder that open_clip loads, with equal embeddings.")
     open_clip.add_argument("src", help="A model folder, such as runs/l16/model, or a Hub name.")
-    open_clip.add_argument("dst", help="The folder to write; open_clip.create_model('local-dir:DST') loads it.")
+    open_clip.add_argument(
+        "dst", type=output_folder, help="The folder to write; open_clip.create_model('local-dir:DST') loads it."
+    )
     open_clip.set_defaults(convert=_to_open_clip)
     onnx = add("onnx", "Convert a model folder to ONNX, one file for each tower, and check them with onnxruntime.")
     onnx.add_argument("src", help="A model folder, such as runs/l16/model, or a Hub name.")
-    onnx.add_argument("dst", help="The folder to write.")
+    onnx.add_argument("dst", type=output_folder, help="The folder to write.")
     onnx.set_defaults(convert=_to_onnx)
 
 

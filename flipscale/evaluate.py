@@ -32,7 +32,7 @@ from flipscale.evaluation.reports.writing import write_reports
 from flipscale.evaluation.results import Result, as_metrics
 from flipscale.evaluation.suite import TASKS_DIR, build_tasks
 from flipscale.evaluation.task_page import SUITES, suite_pages
-from flipscale.files.command_line import number
+from flipscale.files.command_line import number, output_folder
 from flipscale.files.ranges import Pairs, Workers
 from flipscale.files.yaml_text import check_yaml
 from flipscale.hub.card_results import refresh_card
@@ -82,7 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output_dir",
         metavar="DIR",
-        type=Path,
+        type=output_folder,
         help="Keep each model's results.jsonl in a folder of its own in DIR, and results.md and results.png in DIR. By "
         "default results.jsonl is in the model folder; evaluations/NAME holds it for a model that is no folder.",
     )

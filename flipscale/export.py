@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from flipscale.files.command_line import number
+from flipscale.files.command_line import number, output_folder
 from flipscale.files.ranges import CountOrNone
 
 
@@ -16,7 +16,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", choices=["fp32", "bf16"], default="fp32", help="The data type of the weights; fp32 by default."
     )
-    parser.add_argument("--out", metavar="DIR", type=Path, help="The folder to write; by default RUN/export-STEP.")
+    parser.add_argument(
+        "--out", metavar="DIR", type=output_folder, help="The folder to write; by default RUN/export-STEP."
+    )
 
 
 def run(args: argparse.Namespace) -> None:

@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 
 from flipscale.files.aside import written_aside
+from flipscale.files.command_line import output_folder
 
 FOLDERS = ("ds_configs", "slurm")
 _PACKAGE = Path(__file__).parent
@@ -19,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "directory",
         metavar="DIR",
-        type=Path,
+        type=output_folder,
         help="The folder to write ds_configs/ and slurm/ into, such as `.`; training is started there.",
     )
 

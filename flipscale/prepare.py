@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flipscale.data.sources.tar_source import TarSource
-from flipscale.files.command_line import number
+from flipscale.files.command_line import number, output_folder
 from flipscale.files.ranges import Count, CountOrNone, Threads
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     inspect.add_argument("--json", action="store_true", help="Print one JSON line instead of a table.")
     add_audit_arguments(add("audit", "Write what is in training data: its captions, copies, and images of test sets."))
     demo = add("demo", "Download and draw the emoji of the demo: training shards, a test set and a tokenizer.")
-    demo.add_argument("directory", type=Path, help="The folder to write, data/demo in the demo's recipes.")
+    demo.add_argument("directory", type=output_folder, help="The folder to write, data/demo in the demo's recipes.")
     demo.add_argument(
         "--with_validation",
         action="store_true",
@@ -60,9 +60,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="Write also women and men in the same roles, for the evaluation `association`.",
     )
     digits = add("digits", "Write scikit-learn's 1,797 handwritten digits as a labelled set, to try probes on.")
-    digits.add_argument("directory", type=Path, help="The folder to write.")
+    digits.add_argument("directory", type=output_folder, help="The folder to write.")
     photos = add("photos", "Write JPEGs of two sizes, cut from photos in a Debian package, to measure loaders with.")
-    photos.add_argument("directory", type=Path, help="The folder to write.")
+    photos.add_argument("directory", type=output_folder, help="The folder to write.")
     photos.add_argument(
         "--num_images", type=number(Count), default=2000, help="How many JPEGs to write of each size; 2000 by default."
     )
@@ -83,7 +83,9 @@ def add_shards_arguments(shards: argparse.ArgumentParser) -> None:
         "a CSV, TSV, JSONL or parquet table of paths and captions; or the name of a data set for `datasets`.",
     )
     shards.add_argument(
-        "directory", type=Path, help="The folder to write; the same command continues there after an interruption."
+        "directory",
+        type=output_folder,
+        help="The folder to write; the same command continues there after an interruption.",
     )
     shards.add_argument("--image_column", help="The column of images; by default the first column with a usual name.")
     shards.add_argument(
@@ -135,7 +137,9 @@ def add_audit_arguments(audit: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="Look for the images of these test sets in the training data: a set's folder, or a folder of several.",
     )
-    audit.add_argument("--output_dir", type=Path, default=Path("audit"), help="The folder to write; audit by default.")
+    audit.add_argument(
+        "--output_dir", type=output_folder, default=Path("audit"), help="The folder to write; audit by default."
+    )
     audit.add_argument("--tokenizer", help="Count the tokens of captions too, with a tokenizer named as in a recipe.")
     audit.add_argument(
         "--num_workers",
@@ -149,7 +153,7 @@ def add_tasks_arguments(tasks: argparse.ArgumentParser) -> None:
     """Add the arguments of `flipscale prepare tasks`."""
     tasks.add_argument(
         "directory",
-        type=Path,
+        type=output_folder,
         nargs="?",
         help="The folder to write, data/tasks in the recipes; the same command continues there after an interruption.",
     )

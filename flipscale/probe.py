@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import json
-from pathlib import Path
 
 from flipscale.engines.start import start_accelerator
 from flipscale.evaluation.kinds.probe import Probe
@@ -12,7 +11,7 @@ from flipscale.evaluation.reports.models import check_writable, name_models
 from flipscale.evaluation.reports.record import Line
 from flipscale.evaluation.reports.session import evaluate_model
 from flipscale.evaluation.results import Result, with_unit
-from flipscale.files.command_line import number
+from flipscale.files.command_line import number, output_folder
 from flipscale.files.ranges import Count, CountOrNone, Pairs, Positive, Seed, ShareAboveNone, Workers
 from flipscale.hub.loading import OpenModels, open_embedder
 
@@ -72,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output_dir",
         metavar="DIR",
-        type=Path,
+        type=output_folder,
         help="Keep results.jsonl in DIR/MODEL; by default in a local model folder itself, those of others in "
         "evaluations/MODEL.",
     )

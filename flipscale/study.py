@@ -29,7 +29,7 @@ from flipscale.evaluation.reports.comparison import comparison_table, read_curve
 from flipscale.evaluation.reports.figures import draw_loss, draw_masks, draw_patches, draw_result, result_figures
 from flipscale.evaluation.results import read_metrics
 from flipscale.files.aside import partial_path, refuse_unwritable, remove, write_text, written_aside
-from flipscale.files.command_line import number
+from flipscale.files.command_line import number, output_folder
 from flipscale.files.ranges import MinutesAboveNone
 from flipscale.hub.model_card import write_card
 from flipscale.training.recipe import Recipe, differences, parse_recipe, to_yaml
@@ -75,7 +75,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         required=True,
         help="How long every recipe trains; all train at the same time.",
     )
-    parser.add_argument("--output_dir", type=Path, required=True, help="The folder for runs, table, figures and model.")
+    parser.add_argument(
+        "--output_dir", type=output_folder, required=True, help="The folder for runs, table, figures and model."
+    )
     parser.add_argument(
         "--baselines", action="store_true", help="Compare with the nearest training image too, by pixels and by HOG."
     )

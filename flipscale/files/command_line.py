@@ -1,9 +1,13 @@
 """The parser of the verbs: its errors are a user's mistake, as all others are, and its numbers have ranges."""
 
 import argparse
+import os
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn, get_args
+
+_LONGEST_NAME = 255  # of a file, on all usual file systems
 
 
 class Parser(argparse.ArgumentParser):
@@ -17,6 +21,27 @@ class Parser(argparse.ArgumentParser):
         """
         words = re.sub(r"^argument ([^:]+): is ", r"\1 is ", message)
         raise ValueError(f"{words}; see {self.prog} --help")
+
+
+def output_folder(text: str) -> Path:
+    """Return a folder that can be written; a type for argparse."""
+    if reason := unwritable(text):
+        raise argparse.ArgumentTypeError(f"is {text[:60]!r}; {reason}")
+    return Path(text)
+
+
+def unwritable(name: str) -> str | None:
+    """Return why a folder cannot be written and what to do, before anything is made there; None if it can."""
+    if not name or name.startswith("~"):
+        return "name a folder, and in place of ~ the whole path"
+    if any(len(os.fsencode(part)) > _LONGEST_NAME for part in Path(name).parts):
+        return f"use names of at most {_LONGEST_NAME} bytes"
+    there = next(one for one in (Path(name), *Path(name).absolute().parents) if one.exists())
+    if not there.is_dir():
+        return f"{there} is a file: name another folder"
+    if not os.access(there, os.W_OK | os.X_OK):
+        return f"{there} cannot be written: change its permissions, or name another folder"
+    return None
 
 
 def number(kind: Any) -> Callable[[str], Any]:

@@ -91,7 +91,7 @@ def in_our_words(error: Exception, hints: Mapping[str, Any]) -> str:
     """
     message = " ".join(str(error).split())
     names = [name for key in re.findall(r'Parser key "([^"]+)"', message) for name in key.split(".")]
-    value = re.search(r"(?:Got|Given) value: (.*)", message)
+    value = re.search(r".*(?:Got|Given) value: (.*)", message)
     hint: Any = None
     for name in names:
         hint = hints.get(name)

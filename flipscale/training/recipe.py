@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -180,10 +181,19 @@ def parse_recipe(arguments: Sequence[str]) -> Recipe:
     try:
         built = parser.instantiate(parser.parse_args(words))
     except (ArgumentError, ValueError, OverflowError) as error:
-        raise ValueError(in_our_words(error, get_type_hints(Recipe, include_extras=True))) from None
+        said = in_our_words(error, get_type_hints(Recipe, include_extras=True))
+        raise ValueError(f"{said}{_nearest_flag(said)}") from None
     recipe = Recipe(**{f.name: getattr(built, f.name) for f in dataclasses.fields(Recipe)})
     check_ranges(recipe)
     return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, lanes=recipe.data.num_lanes))
+
+
+def _nearest_flag(said: str) -> str:
+    """Return a question for the flag that was meant, where the parser said that there is none of its name."""
+    unknown = re.match(r"unrecognized arguments: (--\S+)", said)
+    flags = [f"--{name}" for name in as_fields(Recipe())]
+    near = difflib.get_close_matches(unknown[1], flags, 1) if unknown else []
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def _split(argument: str) -> list[str]:

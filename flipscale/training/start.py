@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from flipscale.engines.start import start_accelerator
 from flipscale.engines.whole_checkpoint import Contents, newest_whole
 from flipscale.evaluation.kinds.task import Task
 from flipscale.evaluation.rehearsal import rehearse
+from flipscale.files.command_line import unwritable
 from flipscale.files.digests import Comparison, Damage
 from flipscale.files.lock import FolderLock
 from flipscale.training.recipe import Recipe, differences
@@ -36,9 +36,6 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from flipscale.objectives.objective import Objective
-
-
-_LONGEST_NAME = 255  # of a file, on all usual file systems
 
 
 class StepBatch(NamedTuple):
@@ -138,18 +135,10 @@ def check_output_dir(name: str) -> None:
     """Raise unless a run directory can be written, before anything is done there.
 
     Raises:
-        ValueError: it has a name that no folder has here, or a file is in its place.
-        OSError: the folder that it is to be in cannot be written.
+        ValueError: it cannot.
     """
-    if not name or name.startswith("~"):
-        raise ValueError(f"output_dir is {name!r}; name a folder, and in place of ~ the whole path")
-    if any(len(part.encode()) > _LONGEST_NAME for part in Path(name).parts):
-        raise ValueError(f"output_dir {name[:60]!r}... is longer than the {_LONGEST_NAME} bytes that a name may have")
-    there = next(one for one in (Path(name), *Path(name).absolute().parents) if one.exists())
-    if not there.is_dir():
-        raise ValueError(f"output_dir is {name}, and {there} is a file; use another output_dir")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise OSError(f"output_dir is {name}, and {there} cannot be written; change its permissions, or use another")
+    if reason := unwritable(name):
+        raise ValueError(f"output_dir is {name[:60]!r}; {reason}")
 
 
 def check(recipe: Recipe) -> Plan:

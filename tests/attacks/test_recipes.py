@@ -90,6 +90,16 @@ def _file_for_folder(folder: Path) -> list[str]:
     return ground.pretrain(folder, output_dir="file/run")
 
 
+def _file_and(*words: str) -> Make:
+    """A command, with a file named `file`."""
+
+    def make(folder: Path) -> list[str]:
+        (folder / "file").write_text("x")
+        return list(words)
+
+    return make
+
+
 def _folder_for_recipe(folder: Path) -> list[str]:
     (folder / "odd").mkdir()
     return ["pretrain", "--config", "odd"]
@@ -229,10 +239,10 @@ ATTACKS = [
     ),
     # What is needed at the end.
     _refused("a tracker that is not installed", _recipe(log={"report_to": ["aim"]}), "which is not installed"),
-    _refused("a file in place of the run's folder", _file_for_folder, "output_dir is file/run, and "),
+    _refused("a file in place of the run's folder", _file_for_folder, "output_dir is 'file/run'; "),
     _refused("a NUL in a path", _recipe(output_dir="a\0b"), "output_dir is 'a\\x00b'; it must be without"),
     _refused("~ in a path", _recipe(output_dir="~/run"), "output_dir is '~/run'; name a folder, and in place of ~"),
-    _refused("a name of 300 letters", _recipe(output_dir="a" * 300), "longer than the 255 bytes that a name may have"),
+    _refused("a name of 300 letters", _recipe(output_dir="a" * 300), "use names of at most 255 bytes"),
     _refused("one damaged test image", _test_set("retrieval", {"jpg": b"\xff\xd8\xff cut"}), "cannot be decoded"),
     _refused("one test image without a caption", _test_set("retrieval", {"txt": b"\n"}), "00000.tar#13 has no caption"),
     _refused(
@@ -259,6 +269,18 @@ ATTACKS = [
         "bench loss --n 10^12", _command("bench", "loss", "--n", str(10**12)), "--n is 1000000000000; it must be at l"
     ),
     _refused("RANK=x", _flags(), "the environment has RANK='x'; it must be a whole number", environment={"RANK": "x"}),
+    _refused(
+        "a flag that nearly is one",
+        _flags("--optim.weigth_decay", "1"),
+        "--optim.weigth_decay 1; did you mean --optim.weight_decay?",
+    ),
+    _refused(
+        "study --output_dir FILE",
+        _file_and("study", "demo", "--minutes", "1", "--output_dir", "file"),
+        "--output_dir is 'file'; ",
+        "is a file: name another folder",
+    ),
+    _refused("launch_files FILE", _file_and("launch_files", "file"), "DIR is 'file'; "),
     Attack("a recipe that an older version saved", _saved_before),
 ]
 

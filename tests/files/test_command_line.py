@@ -1,11 +1,12 @@
 """A parser that tells a user's mistake in one sentence, and options that are in a range."""
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from flipscale.files.command_line import Parser, number
+from flipscale.files.command_line import Parser, number, output_folder
 from flipscale.files.ranges import Count, Positive, Share
 
 
@@ -18,6 +19,13 @@ def test_the_option_is_named() -> None:
         parser.parse_args(["--batch_size", "-1"])
     with pytest.raises(ValueError, match=r"^unrecognized arguments: --nothing; see flipscale evaluate --help"):
         parser.parse_args(["--nothing"])
+
+
+def test_a_folder_to_write(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert output_folder(str(tmp_path / "new")) == tmp_path / "new"
+    with pytest.raises(argparse.ArgumentTypeError, match="file is a file: name another folder"):
+        output_folder(f"{tmp_path}/file/new")
 
 
 @pytest.mark.parametrize(

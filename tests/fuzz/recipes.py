@@ -3,7 +3,8 @@
 from contextlib import suppress
 from pathlib import Path
 
-from flipscale.training.recipe import RECIPES, parse_recipe
+from flipscale.training.recipe import RECIPES, parse_recipe, to_yaml
+from flipscale.training.schedule import plan_stages
 
 
 def seeds() -> list[bytes]:
@@ -12,8 +13,11 @@ def seeds() -> list[bytes]:
 
 
 def attack(data: bytes, folder: Path) -> None:
-    """Parse the recipe."""
+    """Parse the recipe, and ask of it what is asked before any data is opened."""
     file = folder / "recipe.yaml"
     file.write_bytes(data)
     with suppress(ValueError):
-        parse_recipe(["--config", str(file)])
+        recipe = parse_recipe(["--config", str(file)])
+        recipe.model_config()
+        plan_stages(recipe.stages, recipe.data.global_batch_size)
+        to_yaml(recipe)

@@ -28,8 +28,8 @@ def test_a_disk_without_room_for_a_checkpoint(tmp_path: Path) -> None:
     [
         ("", "output_dir is ''; name a folder"),
         ("~/runs", "output_dir is '~/runs'; name a folder, and in place of ~ the whole path"),
-        ("a" * 300, "is longer than the 255 bytes that a name may have"),
-        ("file/run", "output_dir is file/run, and .*file is a file; use another output_dir"),
+        ("a" * 300, "use names of at most 255 bytes"),
+        ("file/run", "output_dir is 'file/run'; .*file is a file: name another folder"),
     ],
 )
 def test_an_output_folder_that_cannot_be(
@@ -44,7 +44,7 @@ def test_an_output_folder_that_cannot_be(
 
 def test_an_output_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.access", lambda path, mode: False)  # root may write everywhere
-    with pytest.raises(OSError, match=rf"{tmp_path} cannot be written; change its permissions, or use another"):
+    with pytest.raises(ValueError, match=rf"{tmp_path} cannot be written: change its permissions, or name another"):
         check_output_dir(str(tmp_path / "run"))
 
 
