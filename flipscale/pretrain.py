@@ -38,7 +38,7 @@ from flipscale.training.start import Plan, Start, check, check_output_dir, join
 from flipscale.training.step import consume_batch
 from flipscale.training.step_time import GarbageCollection, StepProfiler
 from flipscale.training.tracking import Tracker, open_trackers
-from flipscale.training.watch import StepWatch
+from flipscale.training.watch import HangWatch, StepWatch
 
 if TYPE_CHECKING:
     from flipscale.engines.engine import Engine
@@ -69,12 +69,16 @@ def pretrain(recipe: Recipe) -> Path:
     plan = check(recipe)
     check_audit(recipe.hub.audit)
     open_target(recipe.hub, resumes=checkpoint is not None)
-    start = join(recipe, plan, ahead)
+    watch = HangWatch(run_dir, recipe.log.hang_seconds, int(os.environ.get("RANK", "0")))
+    with watch, watch.doing("the start of the processes"):
+        start = join(recipe, plan, ahead)
     try:
-        engine = resume(recipe, plan, start)
-        if start.accelerator.is_main_process:
-            num_processes = start.accelerator.num_processes
-            write_run_files(recipe, engine.name, num_processes, start.state, len(plan.source), start.set_aside)
+        watch = HangWatch(run_dir, recipe.log.hang_seconds, start.accelerator.process_index)
+        with watch, watch.doing("the building of the model"):
+            engine = resume(recipe, plan, start)
+            if start.accelerator.is_main_process:
+                num_processes = start.accelerator.num_processes
+                write_run_files(recipe, engine.name, num_processes, start.state, len(plan.source), start.set_aside)
         from flipscale.planning.flops import pair_flops  # runs a model, see `resume`
 
         train(recipe, plan, start, engine, pair_flops(recipe))
@@ -173,8 +177,9 @@ def train(recipe: Recipe, plan: Plan, start: Start, engine: "Engine", pair_flops
         if not guard.stop:
             with watch.paused("an evaluation"):
                 tracker.write_results(step, evaluation.run(plan.tasks))
-            finish(recipe, start, total_steps)
-    accelerator.wait_for_everyone()
+            with watch.paused("the export"):
+                finish(recipe, start, total_steps)
+                accelerator.wait_for_everyone()
 
 
 def finish(recipe: Recipe, start: Start, step: int) -> None:

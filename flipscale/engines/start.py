@@ -31,6 +31,9 @@ _SHARDING = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_
 # Keys in the store where the processes met: the first failure, and how many processes know of it.
 _FAILED = "flipscale/failed"
 _KNOWING = "flipscale/knowing"
+# How many signs of life all have given, and how often the process of this rank has looked at the store.
+_SIGNS = "flipscale/signs"
+_LOOKS = "flipscale/looks/{}"
 _LONGEST_WORDS = 2_000
 _STORE_SECONDS = 3.0
 # Between a failure's message and the end of the others, and between two looks at the store.
@@ -122,6 +125,10 @@ def close_process_group() -> None:
         dist.destroy_process_group()
 
 
+# The failure of another process, once this one has heard of it: the store may be gone by the time that it fails too.
+_heard_of: list["Failure"] = []
+
+
 class Failure(NamedTuple):
     """A process that failed, and in what words it says so."""
 
@@ -138,6 +145,8 @@ def claim_failure(words: str) -> Failure:
         # They check their recipe at the same time, each for itself: the first one's message is enough.
         time.sleep(0.0 if mine.rank == 0 else _LATER_SECONDS)
         return mine
+    if _heard_of:
+        return _heard_of[0]
     found = [mine]
 
     def claim() -> None:
@@ -179,31 +188,65 @@ class OtherProcesses:
     """Looks every few seconds whether another process of this run has failed, and ends this one then.
 
     This process may be anywhere: behind a GPU that waits for the others, or in an evaluation that does not. Its
-    launcher asks it to end by SIGTERM, which is a request to save, and kills it half a minute later.
+    launcher asks it to end by SIGTERM, which is a request to save, and kills it half a minute later. Meanwhile they
+    tell each other that they are alive.
+
+    Args:
+        signs: of life, that this process has given so far.
+        heard: how many the others have given.
     """
 
     def __init__(self) -> None:
+        self.signs = 0
+        self.heard = 0
         self._finished = threading.Event()
 
     def watch(self) -> None:
-        """Begin, if there are other processes."""
-        store = _own_store()
-        if store is not None:
-            threading.Thread(target=self._look, args=(store,), name="other processes", daemon=True).start()
+        """Begin, if there are other processes, as soon as they have met."""
+        if promised_processes(os.environ) > 1:
+            threading.Thread(target=self._look, name="other processes", daemon=True).start()
 
     def stop(self) -> None:
         """End. All processes do so before any of them leaves the group."""
         self._finished.set()
 
-    def _look(self, store: dist.Store) -> None:
+    def silent_ranks(self) -> list[int]:
+        """Return the ranks of the processes that do not look at the store any more: they were stopped, or their machine
+        is gone. Takes nine seconds at most. Where the store does not answer, rank 0 is silent, which keeps it."""
+        found = [0] if _have_met() else []
+
+        def ask() -> None:
+            store = _own_store()
+            if store is None:
+                return
+            with suppress(RuntimeError):
+                before = [store.add(_LOOKS.format(rank), 0) for rank in range(dist.get_world_size())]
+                time.sleep(3 * _LATER_SECONDS)
+                found[:] = [rank for rank, looks in enumerate(before) if store.add(_LOOKS.format(rank), 0) == looks]
+
+        asking = threading.Thread(target=ask, daemon=True)
+        asking.start()
+        asking.join(3 * _LATER_SECONDS + _STORE_SECONDS)
+        return found
+
+    def _look(self) -> None:
+        given, store = 0, None
         while not self._finished.wait(_LATER_SECONDS):
+            store = store or _own_store()
+            if store is None:
+                continue
             try:
+                store.add(_LOOKS.format(dist.get_rank()), 1)
+                news = self.signs - given
+                given += news
+                self.heard = store.add(_SIGNS, news) - given
                 if not store.check([_FAILED]):
                     continue
                 failure = Failure(*json.loads(store.get(_FAILED)))
                 store.add(_KNOWING, 1)
             except RuntimeError:
                 failure = Failure(0, "the first host", "")
+            _heard_of.append(failure)
             # Its message first.
             if not self._finished.wait(_LATER_SECONDS):
                 leave(failure)

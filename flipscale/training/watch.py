@@ -3,6 +3,8 @@
 import faulthandler
 import json
 import logging
+import multiprocessing
+import os
 import socket
 import statistics
 import sys
@@ -16,7 +18,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 from flipscale.engines.arrivals import Cause, Window, begin, find_cause, write_collectives
-from flipscale.engines.start import OtherProcesses, end_process
+from flipscale.engines.start import OtherProcesses, claim_failure, end_process, stay_until_others_know
 from flipscale.files import aside, json_lines
 
 if TYPE_CHECKING:
@@ -49,6 +51,8 @@ _RECORDED_RANKS = 16
 _HEARTBEAT_SECONDS = 10.0
 # The other ranks end the run later, so that the main process's message is the one that is read.
 _LATER_SECONDS = 15.0
+# What a process reads and writes beside its work, between two looks of its watch, is less.
+_LEAST_BYTES = 1 << 16
 
 
 class Interval(NamedTuple):
@@ -71,6 +75,123 @@ class Interval(NamedTuple):
         )
 
 
+class HangWatch:
+    """In a `with` block, a thread that ends this process when what it does gives no sign of life for `hang_seconds`.
+
+    Signs of life are `begin`, `alive`, and the bytes that this process and its children read and write. Unless it is in
+    a step, those of the run's other processes count too: one that has written its part of a checkpoint waits for them.
+    Half way to its end, every rank writes its threads' stacks to `stacks/`.
+    """
+
+    def __init__(self, run_dir: Path, hang_seconds: float, rank: int):
+        self._run_dir = run_dir
+        self._hang_seconds = hang_seconds
+        self._rank = rank
+        self._what = ""
+        self._is_step = False
+        # When stacks are written, if that is sooner than half of `hang_seconds`.
+        self._unusual = float("inf")
+        # When the last sign of life was given in what is done now; None while nothing is.
+        self._since: float | None = None
+        self._finished = threading.Event()
+        self._others = OtherProcesses()
+        self._bytes, self._heard = 0, 0
+
+    def __enter__(self) -> "HangWatch":
+        threading.Thread(target=self._watch, name="watch", daemon=True).start()
+        self._others.watch()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        # A run that failed must not be ended a second time, by its watch, and its caller with it.
+        self._finished.set()
+        self._others.stop()
+
+    def begin(self, what: str, is_step: bool = False, unusual: float = float("inf")) -> None:
+        """Start the clock for what comes now, in words such as `a save after step 8`."""
+        self._what, self._is_step, self._unusual = what, is_step, unusual
+        self.alive()
+
+    def alive(self) -> None:
+        """Start the clock anew."""
+        self._since = time.perf_counter()
+
+    def idle(self) -> None:
+        """Stop the clock."""
+        self._since = None
+
+    @contextmanager
+    def doing(self, what: str) -> Iterator[None]:
+        """Watch a block of code."""
+        self.begin(what)
+        yield
+        self.idle()
+
+    def _watch(self) -> None:
+        """Look at the clock now and then, in a thread of its own, since the main thread is the one that hangs."""
+        written_for = began = None
+        sign = 0.0
+        limit = self._hang_seconds + (0.0 if self._rank == 0 else _LATER_SECONDS)
+        while not self._finished.wait(min(self._hang_seconds / 20, 5.0)):
+            since = self._since
+            if since is None:
+                continue
+            lives = since != began or (not self._is_step and self._has_moved())
+            self._others.signs += lives
+            before, self._heard = self._heard, self._others.heard
+            if since != began:
+                began = sign = since
+            elif lives or (not self._is_step and self._heard != before):
+                sign = time.perf_counter()
+            seconds = time.perf_counter() - sign
+            if seconds > min(self._unusual, self._hang_seconds / 2) and written_for != sign:
+                written_for = sign
+                with suppress(OSError):
+                    self._write_stacks()
+                self._has_moved()  # these bytes are none of the run's
+            if seconds > limit:
+                self._end(seconds)
+
+    def _has_moved(self) -> bool:
+        """Return whether this process and its children have read or written something since the last call."""
+        before, self._bytes = self._bytes, _bytes_moved()
+        return self._bytes - before > _LEAST_BYTES
+
+    def _write_stacks(self) -> None:
+        folder = self._run_dir / "stacks"
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / f"rank-{self._rank:05d}.txt", "a", encoding="utf-8") as file:
+            file.write(f"{self._what} on {socket.gethostname()}, {time.strftime('%F %T')}\n")
+            file.flush()
+            faulthandler.dump_traceback(file, all_threads=True)
+        write_collectives(folder / "collectives", self._rank)
+
+    def _end(self, seconds: float) -> None:
+        silent = self._others.silent_ranks()
+        where = f"; rank {', '.join(map(str, silent))} does not run any more" if silent else ""
+        words = (
+            f"flipscale: error: {self._what} has not finished on rank {self._rank} after {seconds:.0f} s "
+            f"(log.hang_seconds){where}; what each rank was doing is in {self._run_dir}/stacks; start the run again to "
+            "go on from its last checkpoint"
+        )
+        if claim_failure(words).rank == self._rank:
+            print(words, file=sys.stderr, flush=True)
+            stay_until_others_know()
+        # Only this thread still runs: nothing can be unwound.
+        end_process(1)
+
+
+def _bytes_moved() -> int:
+    """Return how many bytes this process and its children have read and written so far, 0 where nothing counts them."""
+    total = 0
+    for pid in [os.getpid(), *(child.pid for child in multiprocessing.active_children())]:
+        with suppress(OSError):  # ended, or not Linux
+            counts = dict(line.split(": ") for line in Path(f"/proc/{pid}/io").read_text("ascii").splitlines())
+            # By system calls, and by page faults and the file system.
+            total += sum(int(counts[name]) for name in ("rchar", "wchar", "read_bytes", "write_bytes"))
+    return total
+
+
 class StepWatch:
     """Times the steps of this process; in a `with` block, a thread also watches for steps that hang.
 
@@ -84,7 +205,7 @@ class StepWatch:
         """`trained_seconds` were spent training before this start of the run."""
         self._accelerator = accelerator
         self._run_dir = run_dir
-        self._hang_seconds = hang_seconds
+        self._hangs = HangWatch(run_dir, hang_seconds, accelerator.process_index)
         self._seconds_before = trained_seconds
         # When training began or went on after a pause; None while it is paused.
         self._running_since: float | None = None
@@ -97,25 +218,16 @@ class StepWatch:
         self._last_heartbeat = float("-inf")
         self._recent: deque[float] = deque(maxlen=_REMEMBERED)
         self._usual = float("inf")
-        # When the last sign of life was given in the step or pause in progress; None while there is neither.
-        self._since: float | None = None
-        # What is done in a pause; None in a step.
-        self._doing: str | None = None
-        self._finished = threading.Event()
-        self._others = OtherProcesses()
 
     def __enter__(self) -> "StepWatch":
         self._running_since = time.perf_counter()
-        threading.Thread(target=self._watch_for_hangs, name="watch", daemon=True).start()
-        self._others.watch()
+        self._hangs.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        # A run that failed must not be ended a second time, by its watch, and its caller with it.
-        self._finished.set()
-        self._others.stop()
+        self._hangs.__exit__()
         if error is None:
             self._write_heartbeat("ended", now=True)
 
@@ -124,14 +236,17 @@ class StepWatch:
         iterator, stage = iter(batches), None
         for self._step in range(first_step, sys.maxsize):
             self._end_iteration()
-            self._since = time.perf_counter()
+            began = time.perf_counter()
+            self._hangs.begin(
+                f"step {self._step}", is_step=True, unusual=max(STACKS_FACTOR * self._usual, _LEAST_STACKS_SECONDS)
+            )
             begin("data")
             batch = next(iterator, None)
-            self._wait_seconds += time.perf_counter() - self._since
+            self._wait_seconds += time.perf_counter() - began
             begin("update")
             self._write_heartbeat("training")
             if batch is None:
-                self._since = None
+                self._hangs.idle()
                 return
             if batch.stage != stage:
                 # Every stage has steps of its own length, and a first one that waits for the workers to start.
@@ -161,15 +276,17 @@ class StepWatch:
     @contextmanager
     def paused(self, doing: str) -> Iterator[None]:
         """Stop the clock of training for what else is done, such as `a save`. It may take as long as it needs, with a
-        sign of life (`alive`) every `hang_seconds`."""
+        sign of life (see `HangWatch`) every `hang_seconds`."""
         self._seconds_before = self.trained_seconds
-        self._running_since, self._doing, self._since = None, f"{doing} after step {self._step}", time.perf_counter()
+        self._running_since = None
+        self._hangs.begin(f"{doing} after step {self._step}")
         self._write_heartbeat("evaluating or saving", now=True)
         first_ns = time.time_ns()
         yield
         if self._windows:
             self._windows[-1].pauses.append((first_ns, time.time_ns()))
-        self._running_since, self._doing, self._since = time.perf_counter(), None, None
+        self._running_since = time.perf_counter()
+        self._hangs.idle()
 
     def so_far(self) -> Interval:
         """Return the time since the run began; waits and slow steps are those of this start."""
@@ -194,7 +311,7 @@ class StepWatch:
 
     def alive(self) -> None:
         """Start the clock of the hang watch anew; an evaluation calls this after every batch."""
-        self._since = time.perf_counter()
+        self._hangs.alive()
         self._write_heartbeat("evaluating or saving")
 
     def _write_heartbeat(self, phase: str, now: bool = False) -> None:
@@ -206,47 +323,6 @@ class StepWatch:
         content = {"time": time.time(), "step": self._step, "phase": phase, "step_s": usual}
         with suppress(OSError):  # the next checkpoint reports a full disk
             aside.write_text(self._run_dir / "heartbeat.json", json.dumps(content))
-
-    def _watch_for_hangs(self) -> None:
-        """Look at the clock now and then, in a thread of its own, since the main thread is the one that hangs."""
-        written_for: float | None = None
-        limit = self._hang_seconds + (0.0 if self._accelerator.is_main_process else _LATER_SECONDS)
-        while not self._finished.wait(min(self._hang_seconds / 20, 5.0)):
-            since = self._since
-            if since is None:
-                continue
-            seconds = time.perf_counter() - since
-            unusual = max(STACKS_FACTOR * self._usual, _LEAST_STACKS_SECONDS) if self._doing is None else float("inf")
-            if seconds > min(unusual, self._hang_seconds / 2) and written_for != since:
-                written_for = since
-                with suppress(OSError):
-                    self._write_stacks()
-            if seconds > limit:
-                self._end(seconds)
-
-    @property
-    def _current(self) -> str:
-        return self._doing or f"step {self._step}"
-
-    def _write_stacks(self) -> None:
-        folder = self._run_dir / "stacks"
-        folder.mkdir(exist_ok=True)
-        with open(folder / f"rank-{self._accelerator.process_index:05d}.txt", "a") as file:
-            file.write(f"{self._current} on {socket.gethostname()}, {time.strftime('%F %T')}\n")
-            file.flush()
-            faulthandler.dump_traceback(file, all_threads=True)
-        write_collectives(folder / "collectives", self._accelerator.process_index)
-
-    def _end(self, seconds: float) -> None:
-        print(
-            f"flipscale: error: {self._current} has not finished on rank {self._accelerator.process_index} after "
-            f"{seconds:.0f} s (log.hang_seconds); what each rank was doing is in {self._run_dir}/stacks; start the run "
-            "again to go on from its last checkpoint",
-            file=sys.stderr,
-            flush=True,
-        )
-        # Only this thread still runs: nothing can be unwound.
-        end_process(1)
 
 
 def _slow_step_record(window: Window, cause: Cause) -> dict[str, Any]:

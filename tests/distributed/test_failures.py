@@ -2,6 +2,7 @@
 
 import errno
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -158,3 +159,58 @@ def _processes_of(variable: str) -> list[str]:
         except OSError:
             continue
     return found
+
+
+def stop(file: str, folder: str, where: str) -> None:
+    """A run of two whose rank 1 is stopped, as by SIGSTOP, somewhere that is no step."""
+    from flipscale import pretrain
+    from flipscale.engines.checkpoint import CheckpointWriter
+    from flipscale.training import evaluating, start
+
+    owner, name = {
+        "the start of the processes": (start, "start_accelerator"),
+        "the building of the model": (pretrain, "resume"),
+        "an evaluation": (evaluating, "evaluate_tasks"),
+        "a save": (CheckpointWriter, "save"),
+        "the export": (pretrain, "finish"),
+    }[where]
+    true = getattr(owner, name)
+
+    def stops(*arguments: object) -> object:
+        if os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return true(*arguments)
+
+    setattr(owner, name, stops)
+    processes.call_main("flipscale.pretrain", ["--config", file], folder)
+
+
+@pytest.mark.parametrize(
+    ("where", "silent"),
+    [
+        ("the start of the processes", ""),
+        ("the building of the model", "; rank 1 does not run any more"),
+        ("an evaluation", "; rank 1 does not run any more"),
+        ("a save", "; rank 1 does not run any more"),
+        ("the export", "; rank 1 does not run any more"),
+    ],
+)
+def test_a_process_that_was_stopped_is_not_waited_for(
+    write_recipe, shards: Path, tmp_path: Path, where: str, silent: str
+) -> None:
+    tasks = [{"kind": "zero_shot", "data": str(shards), "every_samples": 32}]
+    file = write_recipe(tmp_path / "run", eval={"tasks": tasks}, log={"hang_seconds": 4})
+    ranks = [
+        processes.start(stop, str(file), str(tmp_path), where, environment=environment)
+        for environment in processes.rank_environments(2)
+    ]
+    ranks[0].join(100)
+    code = ranks[0].exitcode
+    for rank in ranks:
+        rank.kill()
+        rank.join()
+    printed = (tmp_path / "stderr").read_text()
+    assert code == 1, printed
+    (line,) = [line for line in printed.splitlines() if line.startswith("flipscale: error: ")]
+    assert line.startswith(f"flipscale: error: {where} "), line
+    assert f" (log.hang_seconds){silent}; what each rank was doing is in {tmp_path}/run/stacks; " in line
