@@ -51,7 +51,7 @@ def read_status(run_dir: Path, now: float) -> dict[str, Any]:
     recipe_file = run_dir / "recipe.yaml"
     if not recipe_file.exists():
         raise ValueError(f"{run_dir} is not a run directory: it has no recipe.yaml, which a run writes when it starts")
-    recipe = yaml.safe_load(recipe_file.read_text())
+    recipe = yaml.safe_load(recipe_file.read_text(encoding="utf-8"))
     records = read_metrics(run_dir)
     starts = json_lines.read(run_dir / "starts.jsonl", step=int, num_processes=int, time=int | float)
     steps = [record for record in records if "images_per_s" in record]
@@ -86,7 +86,7 @@ def read_status(run_dir: Path, now: float) -> dict[str, Any]:
         "num_starts": len(starts),
         "num_processes": starts[-1]["num_processes"] if starts else None,
         "seconds_since_start": now - starts[-1]["time"] if starts else None,
-        "num_crashes": len(crashes.read_text().splitlines()) if crashes.exists() else 0,
+        "num_crashes": len(crashes.read_text(encoding="utf-8").splitlines()) if crashes.exists() else 0,
         "num_bad_samples": sum(record.get("num_replaced", 0) for record in steps),
         "num_skipped_steps": sum(record.get("num_skipped", 0) for record in steps),
         "num_slow_steps": sum(record.get("num_slow", 0) for record in steps),

@@ -276,7 +276,7 @@ def _train(runs: list[StudyRun], doing: str) -> None:
             recipe_file = run.beside("yaml").absolute()
             write_text(recipe_file, to_yaml(run.recipe))
             command = [sys.executable, "-m", "flipscale.pretrain", "--config", str(recipe_file)]
-            with open(run.beside("log"), "a") as log:
+            with open(run.beside("log"), "a", encoding="utf-8") as log:
                 # In a group of its own: Ctrl-C is for the study, which tells its runs.
                 processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log, process_group=0))
         try:
@@ -295,7 +295,7 @@ def _train(runs: list[StudyRun], doing: str) -> None:
         )
         sys.exit(128 + signals.received)
     for run, code in failed:
-        last = run.beside("log").read_text(errors="replace").strip().splitlines()[-1:]
+        last = run.beside("log").read_text(errors="replace", encoding="utf-8").strip().splitlines()[-1:]
         words = last[0].removeprefix("flipscale: error: ") if last else "no output"
         kind = ValueError if code == 2 else OSError
         ended = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"

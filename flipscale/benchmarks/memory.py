@@ -22,7 +22,7 @@ def forget_peak_memory(device: torch.device) -> int:
         raise ValueError("the loss's peak memory is measured on a GPU or on Linux only")
     # Hand back what is free in the heap: allocated again, it would not show as new memory.
     ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
     return peak_memory_since(device)
 
 
@@ -34,7 +34,7 @@ def peak_memory_since(device: torch.device) -> int:
 def resident_peak_bytes(pid: int | str | None = "self") -> int:
     """Return the peak of a process's resident memory. Where there is no /proc, it is always this process's."""
     try:
-        status = Path(f"/proc/{pid}/status").read_text()
+        status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
     except OSError:
         return peak_memory_bytes(torch.device("cpu"))
     found = re.search(r"VmHWM:\s*(\d+) kB", status)

@@ -115,7 +115,7 @@ class CheckpointReader:
 
     def __init__(self, checkpoint: Path):
         self.path = checkpoint
-        index = json.loads((checkpoint / "index.json").read_text())
+        index = json.loads((checkpoint / "index.json").read_text(encoding="utf-8"))
         self.shapes: dict[str, list[int]] = index["shapes"]
         self._bounds: dict[str, list[int]] = index["bounds"]
         self._files: dict[int, Any] = {}

@@ -170,9 +170,9 @@ def _cpus_near(pci_address: str, system: Path = Path("/sys")) -> set[int]:
     """Return the CPUs of the socket of a PCI device, not only those of its NUMA node: where a socket has several nodes,
     some have no GPU. Empty where the system does not say."""
     try:
-        local = (system / "bus/pci/devices" / pci_address / "local_cpulist").read_text().strip()
+        local = (system / "bus/pci/devices" / pci_address / "local_cpulist").read_text(encoding="utf-8").strip()
         sockets = {
-            int(folder.name.removeprefix("cpu")): (folder / "topology/physical_package_id").read_text()
+            int(folder.name.removeprefix("cpu")): (folder / "topology/physical_package_id").read_text(encoding="utf-8")
             for folder in (system / "devices/system/cpu").glob("cpu[0-9]*")
             if (folder / "topology").exists()
         }

@@ -145,7 +145,7 @@ def launch_environment(file: Path, num_processes: int | None = None) -> dict[str
         ValueError: the file cannot be read as accelerate's.
     """
     try:
-        settings = yaml.safe_load(file.read_text())
+        settings = yaml.safe_load(file.read_text(encoding="utf-8"))
         kind = settings["distributed_type"]
     except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
         raise ValueError(
@@ -267,7 +267,7 @@ def _deepspeed_settings(environment: Mapping[str, str]) -> dict[str, Any]:
 
 def _read_deepspeed_file(file: Path) -> dict[str, Any]:
     try:
-        given = json.loads(file.read_text())
+        given = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ValueError(
             f"deepspeed_config_file {file} is not there, seen from {Path.cwd()}; start in the folder that has it "

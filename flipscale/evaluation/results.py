@@ -170,7 +170,7 @@ def latest(measured: Sequence[Measured]) -> list[Result]:
 def _results_without_lines(run_dir: Path) -> list[Measured]:
     """Return the results that a run's metrics have, whether or not they have lines too."""
     recipe_file = run_dir / "recipe.yaml"
-    recipe = yaml.safe_load(recipe_file.read_text()) if recipe_file.exists() else {}
+    recipe = yaml.safe_load(recipe_file.read_text(encoding="utf-8")) if recipe_file.exists() else {}
     folders: dict[str, Any] = recipe.get("eval") or {}
     found = []
     for record in read_metrics(run_dir):

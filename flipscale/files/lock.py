@@ -246,7 +246,11 @@ def _parsed(content: bytes) -> dict[str, Any]:
 def _machine() -> str:
     """Return what processes that see each other have in common: this boot of this machine, and the container."""
     try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + " " + os.readlink("/proc/self/ns/pid")
+        return (
+            Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
+            + " "
+            + os.readlink("/proc/self/ns/pid")
+        )
     except OSError:
         return socket.gethostname()
 
@@ -255,7 +259,7 @@ def _start_of(pid: int) -> str | None:
     """Return when a process started, in ticks since the boot; None where it has ended or that cannot be read."""
     try:
         # The name, in brackets, may have spaces and brackets.
-        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        state, *fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
     except OSError:
         return None
     return None if state in "ZX" else fields[18]

@@ -177,5 +177,5 @@ def _is_first_process() -> bool:
 
 
 def _last_line(path: Path) -> str:
-    lines = path.read_text(errors="replace").strip().splitlines() if path.exists() else []
+    lines = path.read_text(errors="replace", encoding="utf-8").strip().splitlines() if path.exists() else []
     return lines[-1].removeprefix("flipscale: error: ") if lines else "no output"

@@ -91,7 +91,7 @@ def convert_to_onnx(src: str, dst: Path | str) -> dict[str, float]:
             "text": (_TextEmbedding(model.text_model, model.text_projection), _text_inputs(model.config)),
         }
         card = _CARD.format(logit_scale=metadata["logit_scale"], and_bias=and_bias)
-        (folder / "README.md").write_text(derived_card(src, dst.name, "onnx", card))
+        (folder / "README.md").write_text(derived_card(src, dst.name, "onnx", card), encoding="utf-8")
         return {
             name: _write_and_check(tower.eval(), inputs, folder / f"{name}_model.onnx", f"{name}_embeds", metadata)
             for name, (tower, inputs) in tqdm(towers.items(), desc="writing", unit="tower", disable=None)

@@ -61,8 +61,10 @@ def convert_to_open_clip(src: str, dst: Path | str) -> FlipModel:
         config["model_cfg"]["text_cfg"]["hf_tokenizer_name"] = dst.name
         tokenizer.save_pretrained(folder)
         save_file(open_clip_state_dict(model.float()), folder / "open_clip_model.safetensors", {"format": "pt"})
-        (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
-        (folder / "README.md").write_text(derived_card(src, dst.name, "open_clip", _CARD.format(path=dst)))
+        (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        (folder / "README.md").write_text(
+            derived_card(src, dst.name, "open_clip", _CARD.format(path=dst)), encoding="utf-8"
+        )
     return model
 
 

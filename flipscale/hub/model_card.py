@@ -208,10 +208,10 @@ class _Run:
 
     def __init__(self, folder: Path, run_dir: Path, step: int | None):
         self.step = step
-        self.recipe: dict[str, Any] = yaml.safe_load((run_dir / "recipe.yaml").read_text())
-        self.environment: dict[str, Any] = json.loads((run_dir / "environment.json").read_text())
+        self.recipe: dict[str, Any] = yaml.safe_load((run_dir / "recipe.yaml").read_text(encoding="utf-8"))
+        self.environment: dict[str, Any] = json.loads((run_dir / "environment.json").read_text(encoding="utf-8"))
         self.starts = read_starts(run_dir)
-        self.config: dict[str, Any] = json.loads((folder / "config.json").read_text())
+        self.config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         self.curve: Curve = curve_of(run_dir, step)
         self.lines = [*lines_of(self.curve.results), *folder_lines(folder)]
         self.hub: dict[str, Any] = self.recipe.get("hub", {})

@@ -127,7 +127,9 @@ def _write_weights(
             write_tensors(folder / file, layout, (_checked(name, read(name)).to(kind) for name in bar))
         if split.is_sharded:
             index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-            (folder / f"model.safetensors.index{variant}.json").write_text(json.dumps(index, indent=1) + "\n")
+            (folder / f"model.safetensors.index{variant}.json").write_text(
+                json.dumps(index, indent=1) + "\n", encoding="utf-8"
+            )
 
 
 def _checked(name: str, weight: torch.Tensor) -> torch.Tensor:

@@ -73,7 +73,7 @@ def hardware_of(args: argparse.Namespace) -> Hardware:
 
 def _measured_flops(file: Path) -> float:
     try:
-        found = json.loads(file.read_text().strip().splitlines()[-1])
+        found = json.loads(file.read_text(encoding="utf-8").strip().splitlines()[-1])
         return float(found["flops_per_pair"]) * float(found["images_per_s"])
     except (OSError, ValueError, IndexError, KeyError, TypeError) as error:
         raise ValueError(

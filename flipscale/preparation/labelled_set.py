@@ -34,10 +34,10 @@ def write_labelled(
                 for number, (image, extension, label) in enumerate(every[first : first + IMAGES_PER_SHARD], first):
                     add_member(tar, f"s{number:07d}.{extension}", image)
                     add_member(tar, f"s{number:07d}.cls", str(label).encode())
-        (directory / part / "nshards.txt").write_text(str(len(firsts)))
+        (directory / part / "nshards.txt").write_text(str(len(firsts)), encoding="utf-8")
         counts[part] = len(every)
     (directory / "classnames.txt").write_text("".join(f"{name}\n" for name in class_names), encoding="utf-8")
-    (directory / "zeroshot_classification_templates.txt").write_text(f"{template}\n")
+    (directory / "zeroshot_classification_templates.txt").write_text(f"{template}\n", encoding="utf-8")
     return counts
 
 

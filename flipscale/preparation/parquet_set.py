@@ -81,7 +81,7 @@ def _convert(files: Sequence[Path], out_dir: Path, columns: Columns, name: str) 
                         add_member(tar, f"s{number:07d}.{extension}", content)
                         add_member(tar, f"s{number:07d}.cls", str(label).encode())
                         bar.update()
-        (partial / "nshards.txt").write_text(f"{num_shards}\n")
+        (partial / "nshards.txt").write_text(f"{num_shards}\n", encoding="utf-8")
     return list(kind.names) if isinstance(kind, ClassLabel) else None
 
 

@@ -90,7 +90,7 @@ def _options(run_dir: Path) -> dict[str, dict[str, Any]]:
     file = run_dir / "tracker_run_id"
     if not file.exists():
         write_text(file, uuid.uuid4().hex)
-    run_id = file.read_text()
+    run_id = file.read_text(encoding="utf-8")
     return {
         "wandb": {"id": run_id, "name": run_dir.name, "resume": "allow"},
         "trackio": {"name": f"{run_dir.name}-{run_id[:8]}", "resume": "allow"},

@@ -72,7 +72,9 @@ def read_curve(run_dir: Path) -> Curve:
     records = read_metrics(run_dir)
     if not records:
         raise ValueError(f"{run_dir} has no metrics.jsonl with a record; did the run start?")
-    ratios = [stage["mask_ratio"] for stage in yaml.safe_load((run_dir / "recipe.yaml").read_text())["stages"]]
+    ratios = [
+        stage["mask_ratio"] for stage in yaml.safe_load((run_dir / "recipe.yaml").read_text(encoding="utf-8"))["stages"]
+    ]
     tuned = len(ratios) > 1 and ratios[-1] == 0 < ratios[0]
     return Curve(run_dir.name, records, read_results(run_dir), ratios[0], tuned)
 
