@@ -117,6 +117,8 @@ def build_loader(
     )
 
 
+# Locks and queues take less; batches that find no room go through pipes.
+_LEAST_SHARED_BYTES = 1 << 20
 # What workers import, beside the trainer's own module: their server does so once for all of them.
 _IMPORTED_BY_WORKERS = ["flipscale.pretrain", "flipscale.data.loader", "flipscale.evaluation.embedding"]
 
@@ -132,6 +134,23 @@ def prepare_workers() -> None:
     if worker_context() == "forkserver":
         multiprocessing.set_forkserver_preload(_IMPORTED_BY_WORKERS)
         forkserver.ensure_running()
+
+
+def check_shared_memory(num_workers: int, folder: str = "/dev/shm") -> None:
+    """Raise if not even what processes wait for each other with has room where shared memory lies.
+
+    Raises:
+        OSError: there are workers, and it is full.
+    """
+    if not num_workers or not os.path.isdir(folder):
+        return
+    free = os.statvfs(folder)
+    if free.f_bavail * free.f_frsize < _LEAST_SHARED_BYTES:
+        raise OSError(
+            f"{folder} is full ({free.f_bavail * free.f_frsize} of {free.f_blocks * free.f_frsize} bytes free), and "
+            "loader workers need it; free it, give the container more (docker run --shm-size 8g), or use "
+            "--data.num_workers 0"
+        )
 
 
 def settle_worker(worker: int) -> None:

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from flipscale.data.faults import Fault
 from flipscale.data.feeding import enduring_batches, on_device
-from flipscale.data.loader import prepare_workers
+from flipscale.data.loader import check_shared_memory, prepare_workers
 from flipscale.data.packed import PackedBatch
 from flipscale.data.pairs import InputShape, PairDataset
 from flipscale.data.sources.opening import open_source
@@ -146,6 +146,7 @@ def check(recipe: Recipe) -> Plan:
 
     Raises:
         ValueError: the recipe cannot be run as it stands.
+        OSError: shared memory is full.
     """
     objective, config = recipe.objective(), recipe.model_config()
     stages = plan_stages(recipe.stages, recipe.data.global_batch_size)
@@ -158,6 +159,7 @@ def check(recipe: Recipe) -> Plan:
     source = open_source(recipe.data)
     tokenizer = load_tokenizer(recipe.data.tokenizer, config.text_config.max_position_embeddings)
     check_tokenizer(tokenizer, config.text_config)
+    check_shared_memory(recipe.data.num_workers)
     shape, sends_masked = InputShape.of(config), "masked_patches" in objective.columns
     datasets = {
         stage: PairDataset(

@@ -1,0 +1,60 @@
+"""Batches pass from workers through shared memory, and through pipes where that has no room."""
+
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from flipscale.data import packed
+from flipscale.data.loader import check_shared_memory
+from flipscale.data.packed import PackedBatch, shared_buffer
+
+BATCH = {
+    "pixels": torch.arange(12, dtype=torch.uint8).view(3, 4),
+    "ids": torch.ones(3, dtype=torch.int64),
+    "faults": [],
+}
+
+
+def test_shared_memory_is_taken_at_once() -> None:
+    buffer = shared_buffer(1 << 16)
+    assert buffer is not None
+    assert buffer.is_shared()
+    assert len(buffer) == 1 << 16
+
+
+def test_a_batch_without_room_goes_through_a_pipe(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(packed.os, "posix_fallocate", _full)
+    monkeypatch.setattr(torch.utils.data, "get_worker_info", lambda: "a worker's")
+    monkeypatch.setattr(packed, "_told", [])
+    sent = pickle.dumps(PackedBatch.of(BATCH))
+    monkeypatch.undo()
+    for _ in range(2):
+        received = pickle.loads(sent)
+    assert all(torch.equal(received[name], BATCH[name]) for name in ("pixels", "ids"))
+    (record,) = caplog.records
+    assert "docker run --shm-size 8g" in record.getMessage()
+
+
+def _full(*arguments: object) -> None:
+    raise OSError(28, "No space left on device")
+
+
+def test_full_shared_memory_is_told_before_training(tmp_path: Path) -> None:
+    code = f"""
+import subprocess
+subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", "{tmp_path}"], check=True)
+from flipscale.data.loader import check_shared_memory
+check_shared_memory(0, "{tmp_path}")
+check_shared_memory(2, "{tmp_path}")
+"""
+    done = subprocess.run(["unshare", "-m", sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    if "CalledProcessError" in done.stderr or "unshare" in done.stderr:
+        pytest.skip("a file system of its own needs root")
+    assert "is full (65536 of 65536 bytes free), and loader workers need it; free it" in done.stderr
+    check_shared_memory(2)
