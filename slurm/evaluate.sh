@@ -30,5 +30,5 @@ what=()
 [ -z "$ZERO_SHOT" ] || what+=(--zero_shot "$ZERO_SHOT")
 [ -z "$RETRIEVAL" ] || what+=(--retrieval "$RETRIEVAL")
 [ ${#what[@]} -gt 0 ] || what=(--tasks "$TASKS" --suite "$SUITE")
-read -ra models <<< "$MODEL"
+read -r -d '' -a models <<< "$MODEL" || true
 launch flipscale.cli evaluate "${models[@]}" "${what[@]}" "$@"

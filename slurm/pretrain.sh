@@ -29,7 +29,7 @@
 # `flipscale status runs/h14` prints the progress. What a site sets once is at the top of run.bash.
 
 RECIPE=${RECIPE:-h14_laion2b}
-RUN=${RUN:-runs/$(basename "$RECIPE" .yaml)}
+RUN=${RUN:-runs/$(basename -- "$RECIPE" .yaml)}
 LAUNCH_FILE=${LAUNCH_FILE:-ds_configs/ddp.yaml}
 
 source "${SLURM_SUBMIT_DIR:-.}/slurm/run.bash" || exit 2

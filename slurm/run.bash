@@ -25,13 +25,13 @@ fail() { say "error: $*"; exit 2; }
 # Copies recipe $2, a file or the name of one of flipscale's, into folder $1 once, and prints the path of the copy.
 freeze() {
   local copy file=$2 package=flipscale
-  copy=$1/$(basename "$2" .yaml).yaml
+  copy=$1/$(basename -- "$2" .yaml).yaml
   if [ ! -e "$copy" ]; then
     # Without a checkout here, the recipes are those of the installed package. It is found without importing torch.
     [ -d "$package" ] || package=$("$PYTHON" -c "$find_package" 2> /dev/null) || true
     [ -e "$file" ] || file=$package/recipes/$2.yaml
     [ -e "$file" ] || fail "recipe '$2' is neither a file nor one of flipscale/recipes"
-    mkdir -p "$1" && cp "$file" "$copy.partial" && mv "$copy.partial" "$copy"
+    mkdir -p -- "$1" && cp -- "$file" "$copy.partial" && mv -- "$copy.partial" "$copy"
   fi
   echo "$copy"
 }
@@ -39,13 +39,21 @@ freeze() {
 # Submits script $2 and prints the number of the job. Copies the recipes named in variable $1, so that later edits do
 # not reach the job. Of the words that follow, those before `--` go to sbatch and the others to the script.
 submit() {
-  local variable=$1 script=$2 folder options=() recipe frozen=()
+  local variable=$1 script=$2 folder name options=() recipe recipes=() frozen=()
   shift 2
   while [ $# -gt 0 ] && [ "$1" != -- ]; do options+=("$1") && shift; done
   [ $# -eq 0 ] || shift
   if [ -n "$variable" ]; then
     folder=$RUN/slurm/$(date +%Y%m%d-%H%M%S)-$$
-    for recipe in ${!variable}; do
+    recipes=("${!variable}")
+    if [ "$variable" = RECIPES ]; then
+      # They are told apart by spaces, and by their names in the study.
+      case $RUN in *[[:space:]]*) fail "STUDY '$RUN' has a space; name another folder" ;; esac
+      read -r -d '' -a recipes <<< "$RECIPES" || true
+    fi
+    for recipe in "${recipes[@]}"; do
+      name=$(basename -- "$recipe" .yaml)
+      [ ! -e "$folder/$name.yaml" ] || fail "two recipes are called $name; rename one of them"
       recipe=$(freeze "$folder" "$recipe")
       frozen+=("$recipe")
     done
@@ -91,7 +99,12 @@ launch() {
     mkdir -p -m 700 "$cache" && [ -O "$cache" ] || cache=$(mktemp -d)
     export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$cache/triton}
     export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$cache/inductor}
-    exec "${@//NODE_RANK/$SLURM_NODEID}"'
+    for word; do
+      shift
+      [ "$word" != NODE_RANK ] || word=$SLURM_NODEID
+      set -- "$@" "$word"
+    done
+    exec "$@"'
   # --kill-on-bad-exit ends all ranks when one fails.
   srun=(srun --kill-on-bad-exit=1 --wait=60 --open-mode=append ${node_log:+--output="$node_log"})
   case ${CONTAINER:+$CONTAINER_RUNTIME} in
@@ -116,7 +129,7 @@ train() {
   # TERM comes with scancel, or when Slurm itself requeues the job. The processes have received it too.
   trap 'ending=1; say "told to end"' TERM
   # Of the cores of a process, one trains and the others decode.
-  launch flipscale.pretrain --config "$RECIPE" --output_dir "$RUN" \
+  launch flipscale.pretrain --config="$RECIPE" --output_dir="$RUN" \
     --data.num_workers $((cores / per_node > 1 ? cores / per_node - 1 : 0)) "$@" &
   pid=$!
   while kill -0 "$pid" 2>/dev/null; do wait "$pid" || true; done # a trap interrupts `wait`

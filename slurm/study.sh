@@ -24,7 +24,7 @@ if [ -z "${SLURM_JOB_ID:-}" ]; then
   RUN=$STUDY
   submit RECIPES "$0" "$@"
 fi
-read -r -a recipes <<< "$RECIPES"
+read -r -d '' -a recipes <<< "$RECIPES" || true
 RECIPE=${recipes[$SLURM_ARRAY_TASK_ID]:?study.sh: --array has more tasks than RECIPES has words}
-RUN=$STUDY/$(basename "$RECIPE" .yaml)
+RUN=$STUDY/$(basename -- "$RECIPE" .yaml)
 train "$@"

@@ -17,7 +17,7 @@
 #   RECIPE=h14_laion2b FROM=runs/h14 RUN=runs/h14_336 bash slurm/tune.sh -- --model.vision_config.image_size 336
 
 RECIPE=${RECIPE:-h14_laion2b}
-FROM=${FROM:-runs/$(basename "$RECIPE" .yaml)}
+FROM=${FROM:-runs/$(basename -- "$RECIPE" .yaml)}
 RUN=${RUN:-${FROM}_tuned}
 # Unmasked, 128 M pairs, as in the paper's Table 10.
 STAGES=${STAGES:-'[{name: unmasked tuning, samples: 128_000_000, base_lr: 4.0e-8, warmup_samples: 25_600_000}]'}

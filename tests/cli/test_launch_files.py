@@ -1,5 +1,6 @@
 """The launch files and Slurm scripts of an installed package, from a wheel that is built here."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -100,3 +101,56 @@ def test_a_user_s_own_launch_file_is_not_overwritten(tmp_path: Path, capsys: pyt
 @pytest.mark.parametrize("script", [file for file in FILES if file.suffix in (".sh", ".bash")], ids=str)
 def test_bash_can_parse(script: Path) -> None:
     assert subprocess.run(["bash", "-n", str(ROOT / script)], check=False).returncode == 0
+
+
+SBATCH = """#!/bin/bash
+printf '<%s>' "$RECIPE" "$RECIPES"
+"""
+
+
+def submit(folder: Path, script: str, **environment: str) -> subprocess.CompletedProcess:
+    """Submit a script where `sbatch` prints the recipes that the job would get."""
+    (folder / "bin").mkdir()
+    (folder / "bin/sbatch").write_text(SBATCH)
+    (folder / "bin/sbatch").chmod(0o755)
+    shutil.copytree(ROOT / "slurm", folder / "slurm")
+    path = f"{folder / 'bin'}:{os.environ['PATH']}"
+    recipes = {"RECIPE": "", "RECIPES": ""}
+    return launch(
+        ["bash", f"slurm/{script}.sh"], folder, PATH=path, PYTHON=sys.executable, **{**recipes, **environment}
+    )
+
+
+@pytest.mark.parametrize("name", ["a b.yaml", "-d.yaml", "do$HOME'\"q.yaml", "x;y*.yaml"])
+def test_a_recipe_may_have_any_name(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("seed: 3\n")
+    done = submit(tmp_path, "pretrain", RECIPE=name, RUN="runs/one")
+    assert done.returncode == 0, done.stderr
+    copy = done.stdout.split(">")[0].removeprefix("<")
+    assert (tmp_path / copy).read_text() == "seed: 3\n"
+    assert copy.endswith(f"/{name}")
+
+
+def test_two_recipes_of_one_name_are_refused(tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "x.yaml").write_text(f"output_dir: {folder}\n")
+    done = submit(tmp_path, "study", RECIPES="a/x.yaml b/x.yaml")
+    assert done.returncode == 2
+    assert "two recipes are called x; rename one of them" in done.stderr
+
+
+def test_a_study_of_recipes_on_several_lines(tmp_path: Path) -> None:
+    for name in ("x.yaml", "y.yaml"):
+        (tmp_path / name).write_text("seed: 3\n")
+    done = submit(tmp_path, "study", RECIPES="x.yaml\ny.yaml\n")
+    assert done.returncode == 0, done.stderr
+    assert [Path(copy).name for copy in done.stdout.split("<")[2].rstrip(">").split()] == ["x.yaml", "y.yaml"]
+
+
+def test_the_marker_of_a_node_is_a_word_of_its_own(tmp_path: Path) -> None:
+    text = (ROOT / "slurm/run.bash").read_text()
+    begin = text.index("    for word; do")
+    script = text[begin : text.index('    exec "$@"', begin)] + 'printf "<%s>" "$@"'
+    done = launch(["bash", "-c", script, "launcher", "/x/NODE_RANK/y", "NODE_RANK", "a b"], SLURM_NODEID="3")
+    assert done.stdout == "</x/NODE_RANK/y><3><a b>"
