@@ -19,6 +19,8 @@ from typing import Any, Literal, cast
 
 import yaml
 
+from flipscale.files.yaml_text import check_yaml
+
 # torchrun's own role where none was chosen.
 _NO_ROLE = "default"
 _MAX_DIGITS = 9
@@ -144,27 +146,22 @@ def launch_environment(file: Path, num_processes: int | None = None) -> dict[str
     Raises:
         ValueError: the file cannot be read as accelerate's.
     """
-    try:
-        settings = yaml.safe_load(file.read_text(encoding="utf-8"))
-        kind = settings["distributed_type"]
-    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"launch file {file} cannot be read as accelerate's ({error!r}); use one such as {shipped('ddp')}"
-        ) from error
+    settings = _read_settings(file)
+    kind = settings["distributed_type"]
     sections = [section for section in settings.values() if isinstance(section, dict)]
-    of_file = int(settings.get("num_processes", 1))
+    of_file, num_machines = (_count(file, settings, name) for name in ("num_processes", "num_machines"))
     world = num_processes or of_file
     environment = {
         "WORLD_SIZE": str(world),
-        "LOCAL_WORLD_SIZE": str(min(world, max(of_file // int(settings.get("num_machines", 1)), 1))),
+        "LOCAL_WORLD_SIZE": str(min(world, max(of_file // num_machines, 1))),
         "ACCELERATE_MIXED_PRECISION": str(settings.get("mixed_precision") or "no"),
         "ROLE_NAME": str(next((section["role"] for section in sections if "role" in section), _NO_ROLE)),
     }
     if kind == "FSDP":
-        fsdp = settings.get("fsdp_config") or {}
+        fsdp = _section(file, settings, "fsdp_config")
         environment |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": str(fsdp.get("fsdp_version", 1))}
     elif kind == "DEEPSPEED":
-        deepspeed = settings.get("deepspeed_config") or {}
+        deepspeed = _section(file, settings, "deepspeed_config")
         environment["ACCELERATE_USE_DEEPSPEED"] = "true"
         if "zero_stage" in deepspeed:
             environment["ACCELERATE_DEEPSPEED_ZERO_STAGE"] = str(deepspeed["zero_stage"])
@@ -173,8 +170,38 @@ def launch_environment(file: Path, num_processes: int | None = None) -> dict[str
             environment["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(named)
     if settings.get("parallelism_config"):
         environment["ACCELERATE_USE_PARALLELISM_CONFIG"] = "true"
-        environment |= {name.upper(): str(value) for name, value in settings["parallelism_config"].items()}
+        parallelism = _section(file, settings, "parallelism_config")
+        environment |= {str(name).upper(): str(value) for name, value in parallelism.items()}
     return environment
+
+
+def _read_settings(file: Path) -> dict[str, Any]:
+    try:
+        text = file.read_text(encoding="utf-8")
+        check_yaml(text, str(file))
+        settings = yaml.safe_load(text)
+        settings["distributed_type"]
+        return dict(settings)
+    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"launch file {file} cannot be read as accelerate's ({error!r}); use one such as {shipped('ddp')}"
+        ) from error
+
+
+def _section(file: Path, settings: Mapping[str, Any], name: str) -> dict[str, Any]:
+    section = settings.get(name) or {}
+    if not isinstance(section, dict):
+        raise ValueError(
+            f"launch file {file}: {name} is {str(section)[:60]!r}; write settings below it, or leave it out"
+        )
+    return section
+
+
+def _count(file: Path, settings: Mapping[str, Any], name: str) -> int:
+    count = settings.get(name, 1)
+    if type(count) is not int or not 1 <= count < 10**_MAX_DIGITS:
+        raise ValueError(f"launch file {file}: {name} is {str(count)[:60]!r}; it must be a whole number of 1 or more")
+    return count
 
 
 def shipped(name: str) -> str:
@@ -214,7 +241,7 @@ def _shard_size(environment: Mapping[str, str], num_processes: int, per_node: in
             "the launch file has a parallelism_config, but no distributed_type: FSDP; leave it out, or use "
             f"{shipped('hsdp')}"
         )
-    sizes = {kind: int(environment.get(f"PARALLELISM_CONFIG_{kind.upper()}_SIZE", "1")) for kind in _PARALLELISM}
+    sizes = {kind: whole_number(environment, f"PARALLELISM_CONFIG_{kind.upper()}_SIZE", 1) for kind in _PARALLELISM}
     for kind in _PARALLELISM[2:]:
         if sizes[kind] != 1:
             raise ValueError(
@@ -248,7 +275,7 @@ def _deepspeed_settings(environment: Mapping[str, str]) -> dict[str, Any]:
     file = environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
     if file == "none":
         settings: dict[str, Any] = {
-            "zero_optimization": {"stage": int(environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"))}
+            "zero_optimization": {"stage": whole_number(environment, "ACCELERATE_DEEPSPEED_ZERO_STAGE", 2)}
         }
         file = "deepspeed_config"
     else:
@@ -259,8 +286,9 @@ def _deepspeed_settings(environment: Mapping[str, str]) -> dict[str, Any]:
                 f"{file}: {name} is {settings[name]}; leave it out: the recipe and the launch file's mixed_precision "
                 "decide it"
             )
-    stage = settings.get("zero_optimization", {}).get("stage")
-    if stage not in (1, 2, 3):
+    zero = settings.get("zero_optimization", {})
+    stage = zero.get("stage") if isinstance(zero, dict) else zero
+    if type(stage) is not int or stage not in (1, 2, 3):
         raise ValueError(f"{file}: zero_optimization.stage is {stage}; use 1, 2 or 3, or {shipped('ddp')}")
     return settings
 
@@ -273,8 +301,10 @@ def _read_deepspeed_file(file: Path) -> dict[str, Any]:
             f"deepspeed_config_file {file} is not there, seen from {Path.cwd()}; start in the folder that has it "
             "(`flipscale launch_files .` writes ds_configs/), or give its absolute path in the launch file"
         ) from error
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"deepspeed_config_file {file} cannot be read ({error})") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"deepspeed_config_file {file} cannot be read ({error}); write JSON, in UTF-8") from error
+    if not isinstance(given, dict):
+        raise ValueError(f"deepspeed_config_file {file} is {str(given)[:60]!r}; write settings in braces")
     return {name: value for name, value in given.items() if value != "auto"}
 
 
