@@ -179,11 +179,11 @@ def train(recipe: Recipe, plan: Plan, start: Start, engine: "Engine", pair_flops
                 tracker.write_results(step, evaluation.run(plan.tasks))
             with watch.paused("the export"):
                 finish(recipe, start, total_steps)
-                accelerator.wait_for_everyone()
 
 
 def finish(recipe: Recipe, start: Start, step: int) -> None:
-    """Export the model of the last checkpoint, with its card, and mark the run done; the main process alone."""
+    """Collective. Export the model of the last checkpoint, with its card, and mark the run done: the main process does,
+    and the others wait."""
     if start.accelerator.is_main_process:
         start.check_lock(at_once=True)
         from flipscale.hub.model_card import write_card
@@ -193,6 +193,7 @@ def finish(recipe: Recipe, start: Start, step: int) -> None:
         export_checkpoint(checkpoint_of(run_dir, step), run_dir / "model")
         write_card(run_dir / "model", run_dir, card_name(recipe))
         mark_done(run_dir)
+    start.accelerator.wait_for_everyone()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
