@@ -248,7 +248,7 @@ def _decode_jpeg(encoded: bytes, size: tuple[int, int], eighths: int) -> np.ndar
         return simplejpeg.decode_jpeg(encoded, colorspace="RGB", min_height=min_height, min_width=min_width)
     except (ValueError, KeyError):
         # The file is damaged. Pillow skips stray bytes, but refuses a file that was cut short.
-        whole = _pixels(_open(encoded), upright=False)
+        whole = _pixels(open_image(encoded), upright=False)
         return whole if eighths == 8 else cv2.resize(whole, (min_width, min_height), interpolation=cv2.INTER_AREA)
 
 
@@ -257,7 +257,7 @@ _FIRST_SIDEWAYS = 5  # EXIF orientations 5 to 8 swap width and height
 
 def _exif_orientation(encoded: bytes) -> int:
     """Return the orientation, 1 to 8, in a JPEG's EXIF block; 1 if there is no such block or a damaged one."""
-    return _orientation(_open(encoded)) if _has_exif(encoded) else 1
+    return _orientation(open_image(encoded)) if _has_exif(encoded) else 1
 
 
 def _orientation(image: Image.Image) -> int:
@@ -322,8 +322,12 @@ class _Metered(io.BytesIO):
         return content
 
 
-def _open(encoded: bytes) -> Image.Image:
-    """Open an image with Pillow, which reads only its header."""
+def open_image(encoded: bytes) -> Image.Image:
+    """Open an image with Pillow, which reads only its header.
+
+    Raises:
+        UndecodableImage: as for `decode_box`.
+    """
     if (complaint := tiff.complaint(encoded)) is not None:
         raise OversizedImage(complaint)
     file = _Metered(encoded)
@@ -348,7 +352,7 @@ def _open(encoded: bytes) -> Image.Image:
 
 def _decode_other(encoded: bytes) -> np.ndarray:
     """Return the upright RGB of anything that Pillow reads."""
-    image = _open(encoded)
+    image = open_image(encoded)
     plain = image.mode in ("L", "RGB") and not {"transparency", "exif", "xmp"} & image.info.keys()
     if plain and image.format in ("PNG", "WEBP"):
         pixels = cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_COLOR_RGB)

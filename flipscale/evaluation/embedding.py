@@ -14,7 +14,16 @@ from flipscale.data.decode import decode_box, visible_patches
 from flipscale.data.packed import PackedBatch
 from flipscale.data.pairs import InputShape
 from flipscale.data.sources.tar_source import TarSource
-from flipscale.evaluation.images import Decoder, Share, decoded_batches, made_up, one_thread
+from flipscale.evaluation.images import (
+    DamagedImage,
+    Decoder,
+    Share,
+    WholeImages,
+    decoded_batches,
+    made_up,
+    named,
+    one_thread,
+)
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -91,7 +100,11 @@ class Embedder:
         bar = self._bar(len(source), "images", hidden=self.progress is not None)
         with bar, one_thread(self.num_workers > 0 and self._is_light(decode)):
             for rows in mine + [nothing] * (share.rounds - len(mine)):
-                batch = self._agreed(partial(next, decoded) if rows else partial(made_up, decode))
+                try:
+                    batch = self._agreed(partial(next, decoded) if rows else partial(made_up, decode))
+                except DamagedImage:
+                    self._refuse(WholeImages(source, decode))
+                    raise
                 with torch.no_grad(), self.accelerator.autocast():
                     found = compute(**batch.to(self.accelerator.device))
                 found = normalise_embeds(found) if features == "embeds" else found.float()
@@ -236,14 +249,31 @@ class Embedder:
         except (ValueError, OSError) as error:
             if self.accelerator.num_processes == 1:
                 raise
-            faults = [(isinstance(error, OSError), str(error))]
+            faults = [(_kind(error), str(error))]
         if self.accelerator.num_processes > 1 and self.total([len(faults)])[0]:
             from accelerate.utils import gather_object
 
-            is_os_error, text = min(gather_object(faults))
-            raise OSError(text) if is_os_error else ValueError(text)
+            kind, text = min(gather_object(faults))
+            raise _KINDS[kind](text)
         assert made is not None
         return made
+
+    def _refuse(self, images: WholeImages) -> None:
+        """Collective. Look at all images, after one was found that cannot be decoded.
+
+        Raises:
+            ValueError: on every process, with the names of those that cannot be decoded.
+        """
+        from accelerate.utils import gather_object
+
+        mine: list[tuple[int, str]] = []
+        for row in self.rows(len(images)).tolist():
+            self.alive()
+            damage = images.damage(row)
+            mine += [(row, damage)] if damage is not None else []
+        faults = [damage for _, damage in sorted(gather_object(mine))]
+        if faults:
+            raise ValueError(named(faults, len(images)))
 
     def _embeds_of(self, texts: list[str]) -> torch.Tensor:
         from flipscale.model.modeling_flip import normalise_embeds  # seconds to import; a model has done it
@@ -256,6 +286,14 @@ class Embedder:
         """Return a progress bar, which shows on the main process if it takes long."""
         disable = True if hidden or not self.accelerator.is_main_process else None
         return tqdm(total=total, desc="evaluating", unit=f" {what}", leave=False, delay=5, disable=disable)
+
+
+# What a batch may raise; where processes raise several kinds, the first here.
+_KINDS: tuple[type[Exception], ...] = (DamagedImage, ValueError, OSError)
+
+
+def _kind(error: Exception) -> int:
+    return next(number for number, kind in enumerate(_KINDS) if isinstance(error, kind))
 
 
 def _mean_direction(embeds: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,5 @@
 """The images of a test set: which process takes which rows, and their decoding in workers, a batch at a time."""
 
-import io
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,13 +12,35 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from flipscale.data.decode import UndecodableImage
+from flipscale.data.decode import UndecodableImage, open_image
+from flipscale.data.faults import BadSample, told_as
 from flipscale.data.loader import settle_worker, start_workers, worker_context
 from flipscale.data.packed import PackedBatch
 from flipscale.data.sources.tar_source import TarSource
 
 # From the bytes of an image and its row to what the model takes of it, by name; it may raise `UndecodableImage`.
 Decoder = Callable[[bytes, int], dict[str, np.ndarray]]
+
+
+# Of the samples that are wrong, so many are named.
+_MOST_NAMED = 10
+
+
+class DamagedImage(ValueError):
+    """An image of a test set cannot be read or decoded."""
+
+
+def named(faults: Sequence[str], count: int) -> str:
+    """Return one sentence of what is wrong with samples of a test set.
+
+    Args:
+        faults: of each sample, the first one's first.
+        count: the samples of the set.
+    """
+    others = [fault.split(" has ")[0].split(" cannot ")[0] for fault in faults[1 : 1 + _MOST_NAMED]]
+    dots = ", ..." if len(faults) > 1 + _MOST_NAMED else ""
+    more = f"; {len(faults) - 1} more of {count} are wrong too: {', '.join(others)}{dots}" if others else ""
+    return f"{faults[0]}{more}; an evaluation needs its whole set: mend it or fetch it again"
 
 
 @dataclass(frozen=True)
@@ -133,10 +154,8 @@ def rgb_image(encoded: bytes) -> Image.Image:
     Raises:
         UndecodableImage: the bytes are no image or a damaged one.
     """
-    try:
-        return Image.open(io.BytesIO(encoded)).convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UndecodableImage(str(error)) from error
+    with told_as(UndecodableImage):
+        return open_image(encoded).convert("RGB")
 
 
 def _as_is(batch: Any) -> Any:
@@ -161,12 +180,23 @@ class WholeImages(Dataset):
         except (ValueError, OSError) as error:
             return error
 
-    def _decoded(self, row: int) -> dict[str, np.ndarray]:
-        sample = self.source.read(*self.where[row])
+    def damage(self, row: int) -> str | None:
+        """Return what is wrong with an image; None if nothing is."""
         try:
-            return self.decode(sample.image, row)
-        except UndecodableImage as error:
-            raise ValueError(f"evaluation image {sample.name} cannot be decoded: {error}") from error
+            self._decoded(row)
+        except DamagedImage as error:
+            return str(error)
+        return None
+
+    def _decoded(self, row: int) -> dict[str, np.ndarray]:
+        shard, number = self.where[row]
+        try:
+            sample = self.source.read(shard, number)
+            with told_as(UndecodableImage):
+                return self.decode(sample.image, row)
+        except BadSample as error:
+            name = f"{self.source.shard_name(shard).rsplit('/', 1)[-1]}#{number}"
+            raise DamagedImage(f"evaluation image {name} cannot be decoded: {error}") from error
 
 
 def _packed(images: Iterable[dict[str, np.ndarray]], count: int) -> PackedBatch:

@@ -12,13 +12,14 @@ from typing import ClassVar, TypeVar
 import numpy as np
 import torch
 
+from flipscale.data.faults import BadSample
 from flipscale.data.recipe import DataRecipe
 from flipscale.data.sources.opening import open_shards
 from flipscale.data.sources.shard_cache import ShardCache
 from flipscale.data.sources.shard_list import no_shards
 from flipscale.data.sources.tar_source import TarSource
 from flipscale.evaluation.embedding import Embedder
-from flipscale.evaluation.images import SampleNumbers
+from flipscale.evaluation.images import SampleNumbers, named
 
 CLASS_NAMES = "classnames.txt"
 TEMPLATES = "zeroshot_classification_templates.txt"
@@ -183,9 +184,12 @@ class TestSet:
             ValueError: it has none.
         """
         stored = self.source.read_captions(shard, number)
-        lines = [line for text in stored for line in text.decode("utf-8").splitlines()]
+        where = f"{self.source.shard_name(shard)}#{number}"
+        try:
+            lines = [line for text in stored for line in text.decode("utf-8").splitlines()]
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{where} has a caption that is not UTF-8 ({error.reason})") from error
         if not any(line.strip() for line in lines):
-            where = f"{self.source.shard_name(shard)}#{number}"
             raise ValueError(f"{where} has no caption; retrieval needs a KEY.txt for every image")
         return lines
 
@@ -285,14 +289,19 @@ def _of_my_rows(embedder: Embedder, source: TarSource, read: Callable[[int, int]
         embedder.alive()
         try:
             found.append(read(*where[row]))
-        except (ValueError, OSError) as error:
+        except BadSample as error:
+            shard, number = where[row]
+            faults.append((row, f"{source.shard_name(shard)}#{number} cannot be read: {error}"))
+        except ValueError as error:
+            faults.append((row, str(error)))
+        except OSError as error:
             faults.append((row, str(error)))
             break
     from accelerate.utils import gather_object
 
-    faults = gather_object(faults)
+    faults = sorted(gather_object(faults))
     if faults:
-        raise ValueError(min(faults)[1])
+        raise ValueError(named([fault for _, fault in faults], len(where)))
     return found
 
 
