@@ -205,7 +205,7 @@ def _told(*numbers: int) -> Callable[[Path, list[int]], None]:
     """Signals to the study once its runs train."""
 
     def during(folder: Path, pids: list[int]) -> None:
-        wait_for(lambda: _calibrates(folder))
+        wait_for(lambda: _calibrates(folder), 150.0)
         for number in numbers:
             os.kill(pids[0], number)
             time.sleep(0.05)
@@ -332,16 +332,16 @@ ATTACKS = [
     ),
     Attack(
         "a study whose terminal is closed", _study("a.yaml", "b c.yaml"), 128 + signal.SIGHUP, ("the runs have saved",),
-        no_run_is_left, during=_told(signal.SIGHUP), megabytes=4000,
+        no_run_is_left, during=_told(signal.SIGHUP), megabytes=4000, seconds=240,
     ),
     Attack(
         "Ctrl-C twice on a study", _study("a.yaml", "ä.yaml"), 130, ("once more to end at once", "ended before"),
-        no_run_is_left, during=_told(signal.SIGINT, signal.SIGINT), megabytes=4000,
+        no_run_is_left, during=_told(signal.SIGINT, signal.SIGINT), megabytes=4000, seconds=240,
     ),
     Attack(
         "a study with a run that fails", _study("a.yaml", prepare=lambda f: shutil.rmtree(f / "data")), 2,
         ("the run of a ended with exit code 2: ", "its output is in out/.calibration.partial/a.log"), no_run_is_left,
-        megabytes=4000,
+        megabytes=4000, seconds=240,
     ),
     Attack(
         "an export over notes of the user's",
