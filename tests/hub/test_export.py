@@ -227,11 +227,20 @@ def test_export_replaces_an_older_model_whole(tokenizer: PreTrainedTokenizerBase
     model = small_model()
     (tmp_path / "model").mkdir()
     export_model(model, None, tmp_path / "model")
-    (tmp_path / "model" / "stale.txt").touch()
+    stale = tmp_path / "model/model-00001-of-00002.safetensors"
+    stale.touch()
     export_model(model, build_processor(model.config, tokenizer), tmp_path / "model")
-    assert not (tmp_path / "model" / "stale.txt").exists()
+    assert not stale.exists()
     assert (tmp_path / "model" / "processor_config.json").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_export_does_not_replace_what_it_did_not_write(tmp_path: Path) -> None:
+    export_model(small_model(), None, tmp_path / "model")
+    (tmp_path / "model/notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"model holds notes.txt, which flipscale did not write and an export would"):
+        export_model(small_model(), None, tmp_path / "model")
+    assert (tmp_path / "model/notes.txt").read_text() == "mine"
 
 
 def test_export_does_not_replace_what_is_no_model(tmp_path: Path) -> None:
