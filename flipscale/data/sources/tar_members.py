@@ -96,7 +96,7 @@ class Blocks:
                 position = max(position, os.lseek(self.file, position, os.SEEK_DATA) // BLOCK * BLOCK)
             except OSError:  # ENXIO: there is only a hole
                 return self.total
-            found = os.pread(self.file, _ZEROS_AT_ONCE, position)
+            found = os.pread(self.file, min(_ZEROS_AT_ONCE, self.total - position), position)
             if any(found):
                 return position + (len(found) - len(found.lstrip(b"\0"))) // BLOCK * BLOCK
             position += len(found) or self.total
