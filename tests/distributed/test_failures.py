@@ -98,6 +98,36 @@ def test_our_own_mistake_is_one_sentence_and_a_file(write_recipe, tmp_path: Path
     assert "in raise_own\n" in text
 
 
+def die_after_the_start(file: str, folder: str) -> None:
+    """A run of two whose first process, which keeps the store, is killed when they have met and none has trained."""
+    from flipscale import pretrain
+
+    train = pretrain.train
+
+    def dies(*arguments: object) -> None:
+        if os.environ["RANK"] == "0":
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(1.0)
+        train(*arguments)
+
+    pretrain.train = dies
+    processes.call_main("flipscale.pretrain", ["--config", file], folder)
+
+
+def test_the_first_process_may_die_before_a_step(write_recipe, tmp_path: Path) -> None:
+    file, environments = write_recipe(tmp_path / "run"), processes.rank_environments(2)
+    ranks = [
+        processes.start(die_after_the_start, str(file), str(tmp_path), environment=environment)
+        for environment in environments
+    ]
+    for rank in ranks:
+        rank.join(60)
+    ends = [rank.exitcode for rank in ranks]
+    ranks[1].kill()
+    assert ends == [-signal.SIGKILL, 1]
+    assert "Traceback" not in (tmp_path / "stderr").read_text()
+
+
 def fail_together(file: str, folder: str, seconds: list[float]) -> None:
     """A run of two that fail alike, each so many seconds after its first batch has come."""
     from flipscale import pretrain
