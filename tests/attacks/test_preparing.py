@@ -538,9 +538,16 @@ ATTACKS: list[Attack] = [
         _long_caption,
         check=_audited,
         megabytes=3000,
+        seconds=180,
     ),
     Attack("captions of 1 MB in a contact sheet", _inspect_odd, says=("undecodable_caption",)),
-    Attack("names of shards that are no UTF-8", _odd_shard_name, says=("the whole audit is in",), megabytes=3000),
+    Attack(
+        "names of shards that are no UTF-8",
+        _odd_shard_name,
+        says=("the whole audit is in",),
+        megabytes=3000,
+        seconds=180,
+    ),
     Attack(
         "an audit without test sets",
         _of_shards("audit", "data", "--tests", "empty"),
