@@ -47,7 +47,6 @@ MAX_PIXELS = 1 << 26
 # Whole passes over `MAX_PIXELS` pixels that the scans of a JPEG make at most. Progressive ones have about ten; a scan
 # of a dozen bytes takes as long as any other.
 MAX_SCANS = 16
-_LEAST_SCAN_BYTES = 10
 
 # A file that was not cut short has at least a bit for each 8 x 8 pixels of a JPEG.
 _MOST_JPEG_PIXELS_PER_BYTE = 8 * 8 * 8
@@ -236,9 +235,23 @@ def _check_scans(encoded: bytes, pixels: int) -> None:
     if pixels > _MOST_JPEG_PIXELS_PER_BYTE * len(encoded):
         raise UndecodableImage(f"{len(encoded)} bytes are too few for a JPEG of {pixels:,} pixels")
     most = MAX_SCANS * MAX_PIXELS // max(pixels, 1)
-    # Counting takes time too, and nearly no file is long enough to have as many.
-    if len(encoded) > most * _LEAST_SCAN_BYTES and (scans := encoded.count(b"\xff\xda")) > most:
+    # Counting takes a twentieth of decoding, and few files are long enough to have as many and have several at all.
+    if len(encoded) <= most * 10 or _has_one_scan(encoded):
+        return
+    if (scans := encoded.count(b"\xff\xda")) > most:
         raise OversizedImage(f"{scans} scans of {pixels:,} pixels; at most {most} are decoded")
+
+
+def _has_one_scan(encoded: bytes) -> bool:
+    """Return whether a JPEG is sequential and its first scan has all its channels, so that decoders end with it."""
+    start, channels = 2, b"none"
+    for _ in range(_MOST_APP_BLOCKS):
+        if encoded[start : start + 1] != b"\xff" or encoded[start + 1 : start + 2] == b"\xda":
+            break
+        if encoded[start + 1 : start + 2] in (b"\xc0", b"\xc1"):
+            channels = encoded[start + 9 : start + 10]
+        start += 2 + int.from_bytes(encoded[start + 2 : start + 4], "big")
+    return encoded.startswith(b"\xff\xda", start) and encoded[start + 4 : start + 5] == channels
 
 
 def _decode_jpeg(encoded: bytes, size: tuple[int, int], eighths: int) -> np.ndarray:
