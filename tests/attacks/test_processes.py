@@ -125,7 +125,7 @@ ATTACKS = [
     _trained("no folder of temporary files", TMPDIR="/nowhere", TEMP="/nowhere"),
     _trained("no home", HOME="/nowhere"),
     Attack("shards whose names are not ASCII", _foreign_names, check=_is_done),
-    Attack("launch files into a file", _file_where_files_go, 1),
+    Attack("launch files into a file", _file_where_files_go, 2, ("there is a file: name another folder",)),
     Attack("launch files over one that was edited", _edited, 2, ("run.bash exists and differs",), _is_mine),
 ]
 
