@@ -203,6 +203,7 @@ def leave_out(file: str) -> None:
             assert all(parameter.grad is None for parameter in engine.model.parameters())
             assert factor == 1.0 or not before or same(before, holds(engine)), factor
         ends.append(holds(engine))
+        start.release_lock()
     assert {name.partition(".")[0] for name in ends[0]} >= {"weight", "exp_avg", "exp_avg_sq", "ema", "steps"}
     assert same(*ends)
 
