@@ -1,5 +1,6 @@
 """A user's mistake is one line that names what, got and fix, and exit code 2; never a traceback."""
 
+import shutil
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ from accelerate.state import AcceleratorState
 from conftest import add_member, write_shards
 
 from flipscale.cli import main
+from flipscale.training.recipe import RECIPES
 
 
 @pytest.fixture
@@ -52,7 +54,7 @@ def test_an_unreadable_shard(refused_recipe: Callable[..., str], tmp_path: Path)
     (tmp_path / "bad.tar").write_bytes(b"this is no tar file" * 100)
     line = refused_recipe(data={"shards": str(tmp_path / "bad.tar")})
     assert "1 of 1 shards cannot be read, more than data.max_bad_fraction 0.05" in line
-    assert f"({tmp_path}/bad.tar: it is not a tar file); fetch them again or remove them" in line
+    assert f"({tmp_path}/bad.tar: it is not a tar file: it begins with b'this is no tar f'); fetch them again" in line
 
 
 def test_an_empty_data_set(refused_recipe: Callable[..., str], tmp_path: Path) -> None:
@@ -201,7 +203,8 @@ def test_a_model_that_is_not_there(refused: Callable[[list[str]], str], tmp_path
 
 
 def test_more_recipes_than_cores(refused: Callable[[list[str]], str], tmp_path: Path) -> None:
-    line = refused(["study", *["demo"] * 99, "--minutes", "1", "--output_dir", str(tmp_path)])
+    files = [str(shutil.copy(RECIPES / "demo.yaml", tmp_path / f"{number}.yaml")) for number in range(99)]
+    line = refused(["study", *files, "--minutes", "1", "--output_dir", str(tmp_path / "study")])
     assert "99 recipes need as many cores" in line
 
 
