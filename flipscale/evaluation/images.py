@@ -1,6 +1,5 @@
 """The images of a test set: which process takes which rows, and their decoding in workers, a batch at a time."""
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -200,28 +199,13 @@ class WholeImages(Dataset):
 
 
 def _packed(images: Iterable[dict[str, np.ndarray]], count: int) -> PackedBatch:
-    """Return the columns of `count` images, each written where it travels as soon as it is decoded.
-
-    Raises:
-        OSError: a worker gets no shared memory for them.
-    """
+    """Return the columns of `count` images, each written where it travels as soon as it is decoded."""
     batch: PackedBatch | None = None
     for place, columns in enumerate(images):
         if batch is None:
             like = {name: torch.from_numpy(column) for name, column in columns.items()}
-            batch = _room({name: (one.dtype, (count, *one.shape)) for name, one in like.items()})
+            batch = PackedBatch.empty({name: (one.dtype, (count, *one.shape)) for name, one in like.items()})
         for name, column in columns.items():
             batch[name][place] = torch.from_numpy(column)
     assert batch is not None
     return batch
-
-
-def _room(columns: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> PackedBatch:
-    try:
-        return PackedBatch.empty(columns)
-    except RuntimeError as error:
-        num_bytes = sum(math.prod(shape) * dtype.itemsize for dtype, shape in columns.values())
-        raise OSError(
-            f"a worker got no shared memory for {num_bytes / 1e6:.1f} MB of evaluation images "
-            f"({' '.join(str(error).split())}); make /dev/shm larger, or set eval.num_workers to 0"
-        ) from error

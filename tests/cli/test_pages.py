@@ -163,6 +163,14 @@ def script_s_help(words: list[str]) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def module_s_help(words: list[str]) -> None:
+    """Prints the help of a module of the tests, with these options checked."""
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}/tests"}
+    command = [sys.executable, *words[1:], "--help"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def other_program(words: list[str]) -> None:
     """Runs nothing: test_harnesses.py runs it, in an environment of its own, and compares its figures with ours."""
 
@@ -181,6 +189,7 @@ RULES: dict[str, Callable[[list[str]], None]] = {
     r"make \w+": target,
     r"(\.venv/bin/)?(pytest|ruff|mypy|pre-commit)\b": tool,
     r"python clip_benchmark_flip\.py eval ": other_program,
+    r"python -m fuzz ": module_s_help,
     r"python tests/(same_bits|planning/tracked)\.py": script_s_help,
 }
 

@@ -63,13 +63,15 @@ def test_workers_hand_over_shared_memory(embedder: Embedder, shards: Path) -> No
 
 
 def test_too_little_shared_memory(embedder: Embedder, shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches go through pipes then."""
+    source = TarSource(str(shards))
+    expected = embedder.images(source)
+
     def full(size: int) -> None:
         raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
 
     monkeypatch.setattr(torch.UntypedStorage, "_new_shared", full)
-    message = r"a worker got no shared memory for 0.0 MB of evaluation images \(unable .*\); make /dev/shm larger, or"
-    with pytest.raises(OSError, match=message):
-        dataclasses.replace(embedder, num_workers=1).images(TarSource(str(shards)))
+    assert torch.equal(dataclasses.replace(embedder, num_workers=1).images(source), expected)
 
 
 def _deadly(encoded: bytes, row: int) -> dict[str, np.ndarray]:

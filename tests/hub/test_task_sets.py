@@ -287,7 +287,7 @@ def test_marks_that_are_odd(hub: LoopbackHub, tmp_path: Path, capsys: pytest.Cap
     prepare(tmp_path, "--only", "mnist")
     assert read_prepared(tmp_path / "mnist")
     (tmp_path / "file").write_text("mine")
-    assert "file is no folder; name another" in refusal(capsys, tmp_path / "file", "--only", "mnist")
+    assert "file is a file: name another folder" in refusal(capsys, tmp_path / "file", "--only", "mnist")
 
 
 def test_a_mirror_that_cannot_be_reached(
