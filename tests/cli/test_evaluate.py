@@ -163,7 +163,7 @@ def refused(place: Path, capsys: pytest.CaptureFixture) -> Callable[..., str]:
         (["b", "--only", "mnist"], "the data of task mnist was prepared only in part (data/tasks/mnist); run "),
         (["b", "--only", "pets"], "the data of task pets is missing (data/tasks/pets); run `flipscale prepare tasks"),
         (["b", "./b", "--only", "cars"], "2 models are called 'b'; name each model once"),
-        (["b", "--only", "cars", "--output_dir", "b/config.json"], "results cannot be written to b/config.json ("),
+        (["b", "--only", "cars", "--output_dir", "b/config.json"], "b/config.json is a file: name another folder"),
     ],
 )
 def test_what_cannot_be_done_is_one_line(refused: Callable[..., str], arguments: list[str], message: str) -> None:
