@@ -14,7 +14,7 @@ from torch.optim.adamw import adamw
 
 from flipscale.engines.launch import Launch
 from flipscale.engines.muon import Muon, buffer_elements, local
-from flipscale.files.ranges import NotNegative, Positive, Rate, ShareBelowAll, ShareBetween
+from flipscale.files.ranges import NotNegative, Positive, ShareBelowAll, ShareBetween
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class OptimRecipe:
     adam_beta1: ShareBelowAll = 0.9
     adam_beta2: ShareBelowAll = 0.95
     adam_epsilon: Positive = 1e-8
-    muon_lr_ratio: Rate = 10.0
+    muon_lr_ratio: NotNegative = 10.0
     muon_momentum: ShareBelowAll = 0.95
     max_grad_norm: Positive | None = None
     ema_decay: ShareBetween | None = None

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from flipscale.files.ranges import Rate, Samples, SamplesOrNone, ShareBelowAll, check_ranges
+from flipscale.files.ranges import NotNegative, Samples, SamplesOrNone, ShareBelowAll, check_ranges
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class StageRecipe:
     name: str
     samples: Samples
     mask_ratio: ShareBelowAll = 0.0
-    base_lr: Rate | None = None
+    base_lr: NotNegative | None = None
     warmup_samples: SamplesOrNone = 0
     text_mask_ratio: ShareBelowAll = 0.0
 
