@@ -520,7 +520,7 @@ ATTACKS: list[Attack] = [
         check=keeps(1, unreadable_file=30_000),
         megabytes=300,
     ),
-    Attack("shards to a file", _to_a_file, code=2, says=("out is no folder",)),
+    Attack("shards to a file", _to_a_file, code=2, says=("out is a file: name another folder",)),
     Attack("shards to their source", _to_its_source, code=2, says=("`prepare shards` did not write",)),
     Attack("two that write to one folder", _locked, code=2, says=("another process writes to out",)),
     Attack("a manifest of odd lines", _odd_manifest, check=keeps(2)),
