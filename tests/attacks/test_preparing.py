@@ -576,7 +576,12 @@ ATTACKS: list[Attack] = [
     ),
     Attack("an index of an empty folder", _of_shards("index", "empty"), code=2, says=("no shards at 'empty'",)),
     Attack("digits over a folder", _of_shards("digits", "empty"), code=2, says=("empty is there already",)),
-    Attack("tasks to a file", _of_shards("tasks", "file", "--only", "mnist"), code=2, says=("file is a file: name another folder",)),
+    Attack(
+        "tasks to a file",
+        _of_shards("tasks", "file", "--only", "mnist"),
+        code=2,
+        says=("file is a file: name another folder",),
+    ),
     Attack(
         "photos over one's own",
         _photos_over_mine,
