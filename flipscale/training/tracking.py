@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from flipscale.engines.device import peak_flops, peak_memory_bytes
-from flipscale.evaluation.results import Result, append_results, as_metrics, drop_results_after, read_metrics
+from flipscale.evaluation.results import Result, append_results, as_metrics, drop_results_after
 from flipscale.files import json_lines
 from flipscale.files.aside import write_text
 from flipscale.files.ranges import CountOrNone, SamplesOrNone, Seconds
@@ -138,7 +138,7 @@ class Tracker:
         one = peak_flops(self._accelerator.device, self._accelerator.mixed_precision)
         self._peak_flops = one and one * self._accelerator.num_processes
         if self._path.exists():
-            kept = [record for record in read_metrics(self._path.parent) if record["step"] <= step]
+            kept = [record for record in json_lines.read(self._path, step=int) if record["step"] <= step]
             json_lines.rewrite(self._path, kept)
         drop_results_after(self._path.parent, step)
         self._bar = tqdm(

@@ -139,7 +139,8 @@ def _may_pass(cause: BaseException | None) -> bool:
     """Return whether it is for a broken connection that a file was not found: fsspec says so of HTTP in any case."""
     if cause is None or not (isinstance(cause, OSError) or type(cause).__module__.startswith(("aiohttp", "asyncio"))):
         return False
-    status = getattr(cause, "status", None)
+    # aiohttp's errors have it themselves, the Hub's in their response.
+    status = getattr(cause, "status", None) or getattr(getattr(cause, "response", None), "status_code", None)
     return status is None or not 400 <= status < 500 or status in _MAY_PASS
 
 
