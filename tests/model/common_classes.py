@@ -113,7 +113,7 @@ class Tower(modeling.ModelTesterMixin):
 
     def setUp(self) -> None:
         self.config_tester = configuration.ConfigTester(
-            self, config_class=self.config_class, has_text_modality=self.has_text_modality, hidden_size=37
+            self, config_class=self.config_class, has_text_modality=self.has_text_modality, hidden_size=48
         )
 
     def test_config(self) -> None:
