@@ -81,7 +81,8 @@ class Site:
                 variables = (process / "environ").read_bytes().split(b"\0")
             except OSError:
                 continue
-            if b"flipscale.pretrain" in command and f"--output_dir={run}".encode() in command and b"RANK=%d" % rank in variables:
+            words = {b"flipscale.pretrain", f"--output_dir={run}".encode()}
+            if words <= set(command) and b"RANK=%d" % rank in variables:
                 self.environments[run] = dict(v.decode().split("=", 1) for v in variables if b"=" in v)
                 return int(process.name)
         return None
