@@ -24,7 +24,7 @@ import numpy as np
 import simplejpeg
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from flipscale.data import tiff
+from flipscale.data import image_headers
 from flipscale.data.faults import BadSample, told_as
 from flipscale.data.sources.source import MAX_IMAGE_BYTES
 
@@ -341,7 +341,7 @@ def open_image(encoded: bytes) -> Image.Image:
     Raises:
         UndecodableImage: as for `decode_box`.
     """
-    if (complaint := tiff.complaint(encoded)) is not None:
+    if (complaint := image_headers.complaint(encoded, MAX_PIXELS)) is not None:
         raise OversizedImage(complaint)
     file = _Metered(encoded)
     try:

@@ -49,6 +49,8 @@ _REPORTED = 4
 # A record of a slow step has the late rank and the slowest others, up to this many, and the median of all.
 _RECORDED_RANKS = 16
 _HEARTBEAT_SECONDS = 10.0
+# How long the end of a run waits for its stacks.
+_STACKS_SECONDS = 10.0
 # The other ranks end the run later, so that the main process's message is the one that is read.
 _LATER_SECONDS = 15.0
 # What a process reads and writes beside its work, between two looks of its watch, is less.
@@ -130,13 +132,19 @@ class HangWatch:
     def _watch(self) -> None:
         """Look at the clock now and then, in a thread of its own, since the main thread is the one that hangs."""
         written_for = began = None
+        stacks: threading.Thread | None = None
         sign = 0.0
         limit = self._hang_seconds + (0.0 if self._rank == 0 else _LATER_SECONDS)
         while not self._finished.wait(min(self._hang_seconds / 20, 5.0)):
             since = self._since
             if since is None:
                 continue
-            lives = since != began or (not self._is_step and self._has_moved())
+            # What the stacks move is none of the run's.
+            is_disturbed = stacks is not None
+            if stacks is not None and not stacks.is_alive():
+                stacks = None
+            has_moved = self._has_moved() and not is_disturbed
+            lives = since != began or (not self._is_step and has_moved)
             self._others.signs += lives
             before, self._heard = self._heard, self._others.heard
             if since != began:
@@ -145,12 +153,13 @@ class HangWatch:
                 sign = time.perf_counter()
             seconds = time.perf_counter() - sign
             if seconds > min(self._unusual, self._hang_seconds / 2) and written_for != sign:
-                written_for = sign
-                with suppress(OSError):
-                    self._write_stacks()
-                self._has_moved()  # these bytes are none of the run's
+                # They take seconds on a busy machine, and the limit holds meanwhile.
+                written_for, stacks = sign, threading.Thread(target=self._write_stacks, name="stacks", daemon=True)
+                stacks.start()
             if seconds > limit:
-                self._end(seconds)
+                if stacks is not None:
+                    stacks.join(_STACKS_SECONDS)
+                self._end(limit)
 
     def _has_moved(self) -> bool:
         """Return whether this process and its children have read or written something since the last call."""
@@ -159,12 +168,13 @@ class HangWatch:
 
     def _write_stacks(self) -> None:
         folder = self._run_dir / "stacks"
-        folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / f"rank-{self._rank:05d}.txt", "a", encoding="utf-8") as file:
-            file.write(f"{self._what} on {socket.gethostname()}, {time.strftime('%F %T')}\n")
-            file.flush()
-            faulthandler.dump_traceback(file, all_threads=True)
-        write_collectives(folder / "collectives", self._rank)
+        with suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+            with open(folder / f"rank-{self._rank:05d}.txt", "a", encoding="utf-8") as file:
+                file.write(f"{self._what} on {socket.gethostname()}, {time.strftime('%F %T')}\n")
+                file.flush()
+                faulthandler.dump_traceback(file, all_threads=True)
+            write_collectives(folder / "collectives", self._rank)
 
     def _end(self, seconds: float) -> None:
         silent = self._others.silent_ranks()

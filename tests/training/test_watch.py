@@ -2,7 +2,6 @@
 
 import json
 import pickle
-import re
 import sys
 import time
 from pathlib import Path
@@ -77,10 +76,7 @@ def test_a_step_that_never_ends_leaves_stacks_and_ends_the_run(late_run: tuple[P
     recorded = [pickle.loads((folder / f"stacks/collectives/rank_{rank}").read_bytes())["entries"] for rank in (0, 1)]
     # Rank 0 waits in one to which rank 1, still without a batch, has not come.
     assert len(recorded[0]) > len(recorded[1]) > 10
-    said = re.search(r"error: step 18 has not finished on rank 0 after (\d+) s \(log.hang_seconds\); ", printed)
-    # A busy machine takes seconds to write the stacks.
-    assert said is not None
-    assert 6 <= int(said[1]) < 20
+    assert "flipscale: error: step 18 has not finished on rank 0 after 6 s (log.hang_seconds)" in printed
     assert "start the run again to go on from its last checkpoint" in printed
 
 
