@@ -107,8 +107,7 @@ def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 TOWER = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 
 
-@pytest.fixture(scope="session")
-def recipe(shards: Path, tokenizer_dir: Path) -> dict:
+def tiny_recipe(shards: Path, tokenizer_dir: Path) -> dict:
     """A recipe of 40 steps of 16 pairs: 24 at mask 0.75 and 16 unmasked, on a model of two small towers."""
     return {
         "model": {
@@ -131,16 +130,27 @@ def recipe(shards: Path, tokenizer_dir: Path) -> dict:
     }
 
 
+@pytest.fixture(scope="session")
+def recipe(shards: Path, tokenizer_dir: Path) -> dict:
+    """The tiny recipe on the made-up data set."""
+    return tiny_recipe(shards, tokenizer_dir)
+
+
+def changed_recipe(recipe: dict, changes: dict) -> dict:
+    """A recipe with whole sections' fields replaced."""
+    changed = dict(recipe)
+    for section, fields in changes.items():
+        changed[section] = {**changed.get(section, {}), **fields} if isinstance(fields, dict) else fields
+    return changed
+
+
 @pytest.fixture
 def write_recipe(recipe: dict, tmp_path: Path) -> Callable[..., Path]:
     """Writes the recipe with whole sections' fields replaced, and the run directory set; returns the file."""
 
     def write(output_dir: Path, **changes: object) -> Path:
-        changed = {**recipe, "output_dir": str(output_dir)}
-        for section, fields in changes.items():
-            changed[section] = {**changed.get(section, {}), **fields} if isinstance(fields, dict) else fields
         file = tmp_path / f"{output_dir.name}.yaml"
-        file.write_text(yaml.safe_dump(changed))
+        file.write_text(yaml.safe_dump(changed_recipe({**recipe, "output_dir": str(output_dir)}, changes)))
         return file
 
     return write

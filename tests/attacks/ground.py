@@ -1,5 +1,6 @@
 """What attacks start from: data, recipes, and a run that was trained once and is copied."""
 
+import atexit
 import functools
 import shutil
 import tempfile
@@ -8,13 +9,20 @@ from typing import Any
 
 import processes
 import yaml
-from conftest import TOWER, write_shards, write_tokenizer
+from conftest import changed_recipe, tiny_recipe, write_shards, write_tokenizer
+
+
+def _folder() -> Path:
+    """A folder that is there until this process ends."""
+    folder = tempfile.TemporaryDirectory(prefix="flipscale-attacks-")
+    atexit.register(folder.cleanup)
+    return Path(folder.name)
 
 
 @functools.cache
 def _made() -> Path:
-    """A folder of this process with the data and a finished run; made once."""
-    folder = Path(tempfile.mkdtemp(prefix="flipscale-attacks-"))
+    """A folder with the data and a tokenizer, made once in this process of the tests."""
+    folder = _folder()
     write_shards(folder / "data", [30, 17, 1, 48])
     write_tokenizer(folder / "tokenizer")
     return folder
@@ -36,29 +44,13 @@ def recipe(folder: Path, **changes: Any) -> Path:
     Args:
         changes: of whole sections' fields: `data={"num_workers": 1}`.
     """
-    content: dict[str, Any] = {
-        "model": {
-            "size": "b16",
-            "vision_config": {**TOWER, "image_size": 32, "patch_size": 8},
-            "text_config": {**TOWER, "vocab_size": 16, "max_position_embeddings": 8},
-        },
-        "data": {
-            "shards": str(folder / "data"),
-            "tokenizer": str(tokenizer()),
-            "global_batch_size": 16,
-            "num_workers": 0,
-            "shards_per_block": 2,
-        },
-        "stages": [
-            {"name": "masked", "samples": 96, "mask_ratio": 0.75, "base_lr": 0.012, "warmup_samples": 16},
-            {"name": "unmasked", "samples": 64, "base_lr": 0.006},
-        ],
-        "log": {"every_samples": 16, "report_to": []},
-        "save": {"every_samples": 64, "total_limit": 3},
-        "output_dir": str(folder / "run"),
-    }
-    for section, fields in changes.items():
-        content[section] = {**content.get(section, {}), **fields} if isinstance(fields, dict) else fields
+    stages = [
+        {"name": "masked", "samples": 96, "mask_ratio": 0.75, "base_lr": 0.012, "warmup_samples": 16},
+        {"name": "unmasked", "samples": 64, "base_lr": 0.006},
+    ]
+    save = {"every_samples": 64, "total_limit": 3}
+    shorter = {"stages": stages, "save": save, "output_dir": str(folder / "run")}
+    content = changed_recipe({**tiny_recipe(folder / "data", tokenizer()), **shorter}, changes)
     file = folder / "recipe.yaml"
     file.write_text(yaml.safe_dump(content))
     return file
@@ -72,7 +64,7 @@ def pretrain(folder: Path, **changes: Any) -> list[str]:
 @functools.cache
 def _trained() -> Path:
     """A folder with the data and a finished run, trained once in this process of the tests."""
-    folder = Path(tempfile.mkdtemp(prefix="flipscale-attacks-"))
+    folder = _folder()
     shards(folder)
     ended = processes.run("flipscale.cli", pretrain(folder))
     assert ended.returncode == 0, ended.stderr

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,8 +16,11 @@ def fuzz(target: str, seconds: int, seed: int, findings: Path) -> tuple[str, int
     """Run one target in a process of its own. Return its name, exit code and what libFuzzer printed."""
     options = [f"-max_total_time={seconds}", f"-seed={seed}"]
     command = [sys.executable, "-m", "fuzz", target, "--one", *options, "--findings", str(findings)]
-    environment = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", **os.environ}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, errors="replace")
+    quiet = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    # libFuzzer ends the process, which cannot clear up after itself.
+    with tempfile.TemporaryDirectory() as scratch:
+        environment = {**quiet, **os.environ, "TMPDIR": scratch}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, errors="replace")
     return target, done.returncode, done.stdout + done.stderr
 
 

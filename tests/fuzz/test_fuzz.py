@@ -1,5 +1,7 @@
 """Every target of the fuzzer, with a few hundred inputs; `make fuzz` tries as many as five minutes allow."""
 
+import os
+import tempfile
 from pathlib import Path
 
 import processes
@@ -11,12 +13,11 @@ RUNS = 300
 
 def run(target: str, folder: str) -> None:
     """Called in a process that libFuzzer ends."""
-    import os
-
     # libFuzzer prints on these.
     output = os.open(f"{folder}/output", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
+    tempfile.tempdir = folder
     fuzzing.run(target, [f"-runs={RUNS}", "-seed=1"], Path(folder, "findings"))
 
 

@@ -60,11 +60,10 @@ def test_trackers_get_the_project_the_recipe_and_one_run_id(
 
 
 def test_a_torn_line_of_metrics_is_dropped_on_resume(tmp_path: Path) -> None:
-    lines = [f'{{"step": {step}, "samples_seen": {16 * step}}}\n' for step in (1, 2, 3)]
-    (tmp_path / "metrics.jsonl").write_text("".join(lines) + '{"st')
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
     accelerator = Accelerator(cpu=True)
     watch = StepWatch(accelerator, tmp_path, 60.0)
     tracker = Tracker(accelerator, tmp_path, LogRecipe(), watch, 16, 40, {})
     tracker.start(2)
-    assert (tmp_path / "metrics.jsonl").read_text() == "".join(lines[:2])
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n'
     assert "watch" not in {thread.name for thread in threading.enumerate()}, "no thread before the first step"
