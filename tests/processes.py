@@ -27,6 +27,8 @@ _IMPORTED_LATER = (
     "flipscale.objectives.kinds",
     "torch.utils.tensorboard",
 )
+# What the server starts with: torch reads some variables once, and no test's may reach the processes of another.
+_AT_FIRST = {**os.environ, **QUIET}
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["pytest", "flipscale.pretrain", *_IMPORTED_LATER])
 
@@ -55,7 +57,8 @@ def start(function: Callable[..., None], *arguments: object, environment: dict[s
         environment: added to this process's.
     """
     before = dict(os.environ)
-    os.environ.update(QUIET)
+    os.environ.clear()
+    os.environ.update(_AT_FIRST)
     try:
         forkserver.ensure_running()
     finally:
