@@ -45,8 +45,8 @@ def test_ours_beside_open_clip_s(monkeypatch: pytest.MonkeyPatch, capsys: pytest
 
 @needs_open_clip
 def test_a_measurement_that_fails_says_so() -> None:
-    with pytest.raises(OSError, match=r"flipscale at n 16777216, dim 1000000 ended with 1: .*memory"):
-        next(compare_losses([16_777_216], [1_000_000], steps=1))
+    with pytest.raises(OSError, match=r"flipscale at n 64, dim 1000000 ended with 2: .*--dim is 1000000; it must be"):
+        next(compare_losses([64], [1_000_000], steps=1))
 
 
 @pytest.mark.parametrize("flag", ["--n", "--dim", "--steps"])
