@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
@@ -308,17 +309,21 @@ def as_fields(recipe: Recipe) -> dict[str, bool | int | float | str]:
 
 
 def differences(recipe: Recipe, saved: dict[str, Any]) -> list[str]:
-    """Return the fields that decide what is learned and differ from a saved recipe's: `section.field: saved, now`."""
-    before, now = deciding_part(saved), deciding_part(yaml.safe_load(to_yaml(recipe)))
-    found = []
-    for section in now.keys() | before.keys():
-        old, new = before.get(section), now.get(section)
-        if isinstance(old, dict) and isinstance(new, dict):
-            pairs = {f"{section}.{name}": (old.get(name), new.get(name)) for name in old.keys() | new.keys()}
-        else:
-            pairs = {section: (old, new)}
-        found += [f"{name}: {was}, now {is_now}" for name, (was, is_now) in pairs.items() if was != is_now]
-    return sorted(found)
+    """Return the fields that decide what is learned and differ from a saved recipe's, such as
+    `stages[1].mask_ratio: 0.0, now 0.5`."""
+    return sorted(_differences(deciding_part(saved), deciding_part(yaml.safe_load(to_yaml(recipe))), ""))
+
+
+def _differences(old: Any, new: Any, path: str) -> Iterator[str]:
+    """Yield what differs between two fields, or in them: of a section its fields, of a list its elements."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for name in old.keys() | new.keys():
+            yield from _differences(old.get(name), new.get(name), f"{path}.{name}" if path else name)
+    elif isinstance(old, list) and isinstance(new, list) and any(isinstance(one, dict) for one in [*old, *new]):
+        for number, (was, now) in enumerate(zip_longest(old, new)):
+            yield from _differences(was, now, f"{path}[{number}]")
+    elif old != new:
+        yield f"{path}: {old}, now {new}"
 
 
 def _deciding_value(value: Any, hint: Any, name_of: Callable[[str], str] | None) -> Any:

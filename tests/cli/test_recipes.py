@@ -81,9 +81,9 @@ def test_a_recipe_of_an_older_version_is_the_same_by_its_defaults() -> None:
     assert differences(recipe, saved) == ["data.lanes: 1, now 64"]  # the only one that does what it did not do before
     saved["data"]["lanes"] = 64
     saved["optim"]["sharpness"], saved["stages"][0]["mask_ratio"] = 3, 0.25
-    found = differences(recipe, saved)
-    assert [line.partition(":")[0] for line in found] == ["optim.sharpness", "stages"]
-    assert found[0] == "optim.sharpness: 3, now None"
+    assert differences(recipe, saved) == ["optim.sharpness: 3, now None", "stages[0].mask_ratio: 0.25, now 0.5"]
+    saved["stages"].append({"name": "third", "samples": 5})
+    assert differences(recipe, saved)[-1].startswith("stages[2]: {'name': 'third', 'samples': 5,")
 
 
 def test_flags_override_the_file() -> None:

@@ -113,9 +113,7 @@ def test_options_are_read_from_a_recipe_and_a_flag(tmp_path: Path) -> None:
     assert changed.loss.options["factor"] == 4e-6
     file.write_text(to_yaml(changed))
     assert parse_recipe(["--config", str(file)]) == changed
-    assert differences(recipe, yaml.safe_load(to_yaml(changed))) == [
-        "loss.options: {'factor': 4e-06, 'rounds': 1}, now {'factor': 0.001, 'rounds': 1}"
-    ]
+    assert differences(recipe, yaml.safe_load(to_yaml(changed))) == ["loss.options.factor: 4e-06, now 0.001"]
 
 
 def test_a_recipe_from_before_there_were_options_is_the_same() -> None:
