@@ -22,7 +22,8 @@ from tqdm import tqdm
 from flipscale.data.pairs import InputShape, PairDataset
 from flipscale.data.sources.opening import open_source
 from flipscale.data.tokenizers import load_tokenizer
-from flipscale.engines.device import bf16_is_faster
+from flipscale.engines.device import is_faster_in_bf16
+from flipscale.engines.launch import PRECISION
 from flipscale.evaluation.nearest_neighbour import run_baselines
 from flipscale.evaluation.recipe import EvalRecipe
 from flipscale.evaluation.reports.comparison import comparison_table, read_curve, record_baselines
@@ -335,11 +336,10 @@ class _Signals:
 
 
 def _environment(num_runs: int) -> dict[str, str]:
-    """Return the environment of one run: its share of the cores, and bf16 where this CPU multiplies faster in it."""
+    """Return the environment of one run: its share of the cores, and bf16 where it is faster."""
     threads = max((os.cpu_count() or 1) // num_runs, 1)
-    precision = "bf16" if torch.cuda.is_available() or bf16_is_faster() else "no"
     share = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
-    return {"ACCELERATE_MIXED_PRECISION": precision, **share, **os.environ}
+    return {PRECISION: "bf16" if is_faster_in_bf16() else "no", **share, **os.environ}
 
 
 def _watch(runs: list[StudyRun], processes: list[subprocess.Popen], signals: _Signals, doing: str) -> None:

@@ -88,8 +88,7 @@ launch() {
     torchrun)
       [ "$LAUNCH_FILE" = ds_configs/ddp.yaml ] || fail "LAUNCHER=torchrun cannot read $LAUNCH_FILE; use accelerate"
       launcher=(-m torch.distributed.run --nnodes "$SLURM_JOB_NUM_NODES" --nproc_per_node "$per_node"
-        --node_rank NODE_RANK --master_addr "$address" --master_port "$port")
-      export ACCELERATE_MIXED_PRECISION=${ACCELERATE_MIXED_PRECISION:-bf16} ;;
+        --node_rank NODE_RANK --master_addr "$address" --master_port "$port") ;;
     *) fail "LAUNCHER is '$LAUNCHER'; use accelerate or torchrun" ;;
   esac
   launcher=("$PYTHON" "${launcher[@]}" -m "$@")

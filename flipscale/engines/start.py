@@ -94,9 +94,13 @@ def start_accelerator(report_to: list[str], run_dir: str) -> "Accelerator":
         keep_freed_memory()
     from accelerate import Accelerator
 
-    launched_precision(os.environ)
     with _unsharded():
-        accelerator = Accelerator(cpu=not torch.cuda.is_available(), log_with=report_to or None, project_dir=run_dir)
+        accelerator = Accelerator(
+            mixed_precision=launched_precision(os.environ),
+            cpu=not torch.cuda.is_available(),
+            log_with=report_to or None,
+            project_dir=run_dir,
+        )
     stay_near(accelerator.device)
     promised = promised_processes(os.environ)
     if accelerator.num_processes < promised:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from flipscale.engines.launch import Launch, launch_of, read_launch_file
+from flipscale.engines.launch import PRECISION, Launch, launch_of, read_launch_file
 from flipscale.files.command_line import Parser, number
 from flipscale.files.ranges import Count, Positive
 from flipscale.planning.memory import Memory, heaviest_step, planned_model, recipe_memory, what_fits
@@ -85,7 +85,8 @@ def _launches(args: argparse.Namespace) -> dict[str, list[Launch]]:
     if args.launch_file:
         counts = args.num_processes or [None]
         return {file.stem: [read_launch_file(file, count) for count in counts] for file in args.launch_file}
-    launch = launch_of(os.environ)
+    # It is for GPUs that may be elsewhere: what trains there without a launch file does so in bf16.
+    launch = launch_of({PRECISION: "bf16", **os.environ})
     counts = args.num_processes or [launch.num_processes]
     return {launch.engine: [launch.using(num_processes=count) for count in counts]}
 

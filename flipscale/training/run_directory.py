@@ -26,6 +26,7 @@ import yaml
 
 import flipscale
 from flipscale.engines.checkpoint import latest_checkpoint
+from flipscale.engines.launch import launched_precision
 from flipscale.engines.optimizers import OptimRecipe
 from flipscale.files import json_lines
 from flipscale.files.aside import refuse_unwritable, sync, write_text
@@ -225,7 +226,7 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         **{package: version(package) for package in packages},
         "command": sys.argv,
-        "mixed_precision": os.environ.get("ACCELERATE_MIXED_PRECISION", "no"),
+        "mixed_precision": launched_precision(os.environ),
         "machine": platform.machine(),
         "cpus": os.cpu_count(),
     }

@@ -12,7 +12,15 @@ from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu
 
 from flipscale.engines.ddp import DdpEngine
 from flipscale.engines.fsdp2 import Fsdp2Engine
-from flipscale.engines.launch import Launch, launch_environment, launch_of, read_launch_file
+from flipscale.engines.launch import (
+    PRECISION,
+    Launch,
+    launch_environment,
+    launch_of,
+    launched_precision,
+    precision_in_words,
+    read_launch_file,
+)
 from flipscale.engines.optimizers import OptimRecipe
 from flipscale.engines.start import build_engine, engine_class, engine_classes, promised_processes, start_accelerator
 
@@ -229,3 +237,24 @@ def test_launch_files_differ_where_they_must() -> None:
         assert {k: v for k, v in files[name].items() if k not in own} == {
             k: v for k, v in files["ddp"].items() if k not in own
         }
+
+
+@pytest.mark.parametrize(("has_bf16", "found"), [(True, "bf16"), (False, "no"), (None, "no")])
+def test_precision_is_the_device_s_unless_the_launch_says_it(
+    has_bf16: bool | None, found: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: has_bf16 is not None)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation: has_bf16)
+    assert launch_of({}).precision == launch_of({PRECISION: ""}).precision == launched_precision({}) == found
+    assert [launch_of({PRECISION: asked}).precision for asked in ("no", "bf16", "BF16")] == ["no", "bf16", "bf16"]
+
+
+@pytest.mark.parametrize("faster", [True, False])
+def test_precision_in_words(faster: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flipscale.engines.launch.is_faster_in_bf16", lambda: faster)
+    advice = "; ACCELERATE_MIXED_PRECISION=bf16 is faster here" if faster else ""
+    assert precision_in_words({}) == f"fp32 (the default here{advice})"
+    assert precision_in_words({PRECISION: "no"}) == f"fp32 (by mixed_precision of the launch{advice})"
+    assert precision_in_words({PRECISION: "bf16"}) == (
+        "bf16 products, fp32 weights and loss (by mixed_precision of the launch)"
+    )
