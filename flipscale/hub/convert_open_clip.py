@@ -1,7 +1,13 @@
 """Convert a FLIP model to a folder that open_clip loads, with the same embeddings.
 
-open_clip can express FLIP's towers except for two things. Its patch convolution has no bias, so ours is added to the
-positions. It cannot average all tokens including the class token, so one more block does that (`_averaging_layer`).
+open_clip lacks some of what our towers have, and can be given weights that do the same:
+
+- Its patch convolution has no bias: ours is added to the positions.
+- It cannot average all tokens including the class token: one more block does (`_averaging_layer`).
+- It has no ReLU: a GELU of its input times 2**32, and the output by as much smaller, is one (`_gain`).
+- It has no mask of padding, and an average needs a channel more than its embedding or its tokens have: a tower of twice
+  the width holds every channel twice, so that its norms are the same. The halves of padding differ, by which every
+  query passes it over (`_widened`).
 """
 
 import json
@@ -40,8 +46,15 @@ The tower's last block stands in for the mean over all tokens, which open_clip d
 its numbers large. So this form is for inference, in fp32 or bf16 (fp16 overflows), not for training on.
 """
 
+# GELU(s x) / s is ReLU(x) to 0.2 / s. A power of two, as above.
+_RELU_SCALE = 2.0**32
+# What is added to one half of the channels of padding and taken from the other: far more than the tokens have.
+_PADDING_MARK = 1024.0
+# The attention scores of padding: its weight then is 0 beside any score that training reaches.
+_PADDING_SCORE = -512.0
+
 # For each of our `hidden_act`, the arguments that give open_clip's GELU the same values.
-_ACTIVATIONS = {"gelu_pytorch_tanh": {"approximate": "tanh"}, "gelu": {}, "quick_gelu": {}}
+_ACTIVATIONS = {"gelu_pytorch_tanh": {"approximate": "tanh"}, "gelu": {}, "quick_gelu": {}, "relu": {}}
 
 
 def convert_to_open_clip(src: str, dst: Path | str) -> FlipModel:
@@ -79,12 +92,12 @@ def open_clip_config(config: FlipConfig) -> dict[str, Any]:
     return {
         "model_cfg": {
             "embed_dim": config.projection_dim,
-            "quick_gelu": vision.hidden_act == "quick_gelu",
+            "quick_gelu": "quick_gelu" in (vision.hidden_act, text.hidden_act),
             "init_logit_bias": config.logit_bias_init_value,
             "vision_cfg": {
                 "image_size": vision.image_size,
                 "patch_size": vision.patch_size,
-                "head_width": vision.hidden_size // vision.num_attention_heads,
+                "head_width": _copies(vision) * vision.hidden_size // vision.num_attention_heads,
                 "no_ln_pre": True,
                 "pool_type": "tok",
                 **_tower_config(vision),
@@ -111,20 +124,21 @@ def open_clip_config(config: FlipConfig) -> dict[str, Any]:
 def open_clip_state_dict(model: FlipModel) -> dict[str, torch.Tensor]:
     """Return the weights of `model` by open_clip's names."""
     image, text = model.vision_model.embeddings, model.text_model.embeddings
+    copies = _copies(model.config.vision_config)
     # The class token comes first and has no position embedding.
     positions = nn.functional.pad(image.position_embedding[0] + image.patch_embedding.bias, (0, 0, 1, 0))
     visual = {
-        "conv1.weight": image.patch_embedding.weight,
-        "class_embedding": image.class_embedding,
-        "positional_embedding": positions,
+        "conv1.weight": image.patch_embedding.weight.repeat(copies, 1, 1, 1),
+        "class_embedding": image.class_embedding.repeat(copies),
+        "positional_embedding": positions.repeat(1, copies),
         **_tower(model.vision_model, model.image_projection, norm="ln_post", projection="proj"),
     }
     theirs = {
         **{name: value[0] for name, value in model.loss_values().items()},
         # open_clip takes the exponential itself.
         "logit_scale": model.logit_scale[0].clamp(0.0, math.log(100.0)),
-        "token_embedding.weight": text.token_embedding.weight,
-        "positional_embedding": text.position_embedding.weight,
+        "token_embedding.weight": _token_embedding(text.token_embedding.weight, model.config.text_config),
+        "positional_embedding": text.position_embedding.weight.repeat(1, _copies(model.config.text_config)),
         **_tower(model.text_model, model.text_projection, norm="ln_final", projection="text_projection"),
         **{f"visual.{name}": value for name, value in visual.items()},
     }
@@ -136,8 +150,24 @@ def _averages(config: FlipVisionConfig | FlipTextConfig) -> bool:
     return getattr(config, "pooling", "mean") == "mean"
 
 
+def _skips_padding(config: FlipVisionConfig | FlipTextConfig) -> bool:
+    """Return whether the tower's tokens do not attend to padding."""
+    return not getattr(config, "attend_to_padding", True)
+
+
+def _copies(config: FlipVisionConfig | FlipTextConfig) -> int:
+    """Return how many times open_clip's tower holds each channel of ours."""
+    return 2 if _skips_padding(config) or (_averages(config) and config.projection_dim >= config.hidden_size) else 1
+
+
 def _num_layers(config: FlipVisionConfig | FlipTextConfig) -> int:
-    return config.num_hidden_layers + _averages(config)
+    # open_clip's towers have one layer at least; one of zeros passes everything on.
+    return max(config.num_hidden_layers + _averages(config), 1)
+
+
+def _gain(config: FlipVisionConfig | FlipTextConfig) -> float:
+    """Return by what the input of the activation is multiplied, and its output divided."""
+    return _RELU_SCALE if config.hidden_act == "relu" else 1.0
 
 
 def _refuse_what_does_not_fit(config: FlipConfig) -> None:
@@ -146,25 +176,17 @@ def _refuse_what_does_not_fit(config: FlipConfig) -> None:
     for name, tower in (("image", vision), ("text", text)):
         if tower.hidden_act not in _ACTIVATIONS:
             wrong.append(f"the {name} tower's hidden_act {tower.hidden_act} (it has {', '.join(_ACTIVATIONS)})")
-        if _averages(tower) and tower.projection_dim >= tower.hidden_size:
-            wrong.append(
-                f"the mean over the {name} tower's tokens at projection_dim {tower.projection_dim} (it must be below "
-                f"its hidden_size {tower.hidden_size})"
-            )
-        if not _num_layers(tower):
-            wrong.append(f"no layers in the {name} tower")
-    if (vision.hidden_act == "quick_gelu") != (text.hidden_act == "quick_gelu"):
-        wrong.append("quick_gelu in one tower alone")
+    others = {tower.hidden_act for tower in (vision, text)} - {"quick_gelu", "relu"}
+    if others and "quick_gelu" in (vision.hidden_act, text.hidden_act):
+        wrong.append(f"quick_gelu in one tower and {', '.join(others)} in the other")
     if vision.num_channels != 3:
         wrong.append(f"images of {vision.num_channels} channels")
-    if not text.attend_to_padding:
-        wrong.append("attend_to_padding false: its text tower either attends to padding or is causal")
     if wrong:
         raise ValueError(f"open_clip cannot express {'; nor '.join(wrong)}")
 
 
 def _tower_config(config: FlipVisionConfig | FlipTextConfig) -> dict[str, Any]:
-    width, mlp = config.hidden_size, config.intermediate_size
+    width, mlp = _copies(config) * config.hidden_size, config.intermediate_size
     ratio = mlp / width
     return {
         "width": width,
@@ -176,51 +198,113 @@ def _tower_config(config: FlipVisionConfig | FlipTextConfig) -> dict[str, Any]:
     }
 
 
+def _token_embedding(weight: torch.Tensor, config: FlipTextConfig) -> torch.Tensor:
+    wide = weight.repeat(1, _copies(config))
+    if _skips_padding(config):
+        wide[config.pad_token_id] += _PADDING_MARK * torch.tensor([1.0, -1.0]).repeat_interleave(config.hidden_size)
+    return wide
+
+
 def _tower(
     tower: FlipVisionModel | FlipTextModel, matrix: nn.Linear, norm: str, projection: str
 ) -> dict[str, torch.Tensor]:
-    layers, last_norm, projected = list(tower.encoder.layers), tower.final_layer_norm, matrix.weight.t()
-    if _averages(tower.config):
-        layers.append(_averaging_layer(tower, matrix.weight))
-        last_norm, projected = nn.LayerNorm(len(projected)), torch.eye(*projected.shape)
-    blocks = {
-        f"transformer.resblocks.{n}.{name}": v
-        for n, layer in enumerate(layers)
-        for name, v in _block(cast(FlipEncoderLayer, layer))
-    }
-    return {**blocks, f"{norm}.weight": last_norm.weight, f"{norm}.bias": last_norm.bias, projection: projected}
+    """Return the weights of the tower's blocks, its last norm and its projection, `matrix`."""
+    config, copies = tower.config, _copies(tower.config)
+    blocks = [_block(cast(FlipEncoderLayer, layer), config) for layer in tower.encoder.layers]
+    weight, bias = (getattr(tower.final_layer_norm, kind).repeat(copies) for kind in ("weight", "bias"))
+    outer = matrix.weight
+    if _averages(config):
+        # The block may apply the projection, if the sum over channels has one beside it; otherwise what follows does.
+        fits = len(matrix.weight) < copies * config.hidden_size
+        inner, outer = (
+            (matrix.weight, torch.eye(len(matrix.weight))) if fits else (torch.eye(config.hidden_size), outer)
+        )
+        blocks.append(_averaging_block(tower, inner))
+        weight, bias = torch.ones_like(weight), torch.zeros_like(bias)
+    elif not blocks:
+        blocks.append(_block(_layer_of_zeros(config), config))
+    named = {f"transformer.resblocks.{n}.{name}": v for n, block in enumerate(blocks) for name, v in block.items()}
+    # What the projection leaves out: the second half, or channels that the average does not use.
+    projected = nn.functional.pad(outer.t(), (0, 0, 0, len(weight) - outer.shape[1]))
+    return {**named, f"{norm}.weight": weight, f"{norm}.bias": bias, projection: projected}
 
 
-def _averaging_layer(tower: FlipVisionModel | FlipTextModel, matrix: torch.Tensor) -> FlipEncoderLayer:
-    """Return a layer that adds a scaled mean of the tower's normalised tokens, projected by `matrix`, to all tokens.
+def _layer_of_zeros(config: FlipVisionConfig | FlipTextConfig) -> FlipEncoderLayer:
+    """Return a layer that adds nothing."""
+    layer = FlipEncoderLayer(config)
+    for parameter in layer.parameters():
+        parameter.zero_()
+    return layer
+
+
+def _averaging_block(tower: FlipVisionModel | FlipTextModel, inner: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return a block that adds a scaled mean of the tower's normalised tokens, multiplied by `inner`, to all tokens.
 
     The scale is so large that the token's own value vanishes. Attention scores of zero give the mean. The norm that
     follows subtracts the mean over channels and divides by their standard deviation. The former is zero, because one
     more channel has the negative sum of the others; the latter does not matter, because embeddings are normalised.
     """
-    layer = FlipEncoderLayer(tower.config)
-    for parameter in layer.parameters():
-        parameter.zero_()
+    layer, config, dim = _layer_of_zeros(tower.config), tower.config, len(inner)
     layer.layer_norm1.load_state_dict(tower.final_layer_norm.state_dict())
-    attention, dim = layer.self_attn, len(matrix)
-    attention.v_proj.weight.fill_diagonal_(1.0)
-    attention.out_proj.weight[:dim] = matrix * _AVERAGE_SCALE
-    attention.out_proj.weight[dim] = -matrix.sum(dim=0) * _AVERAGE_SCALE
-    return layer
+    layer.self_attn.v_proj.weight.fill_diagonal_(1.0)
+    block = _block(layer, config)
+    summed = torch.cat([inner, -inner.sum(dim=0, keepdim=True)]) * _AVERAGE_SCALE
+    block["attn.out_proj.weight"][: dim + 1] = _of_heads(summed.t(), config).t()
+    return block
 
 
-def _block(layer: FlipEncoderLayer) -> list[tuple[str, torch.Tensor]]:
-    attention = layer.self_attn
-    inputs = (attention.q_proj, attention.k_proj, attention.v_proj)
-    linears = {
-        "ln_1": layer.layer_norm1,
-        "attn.out_proj": attention.out_proj,
-        "ln_2": layer.layer_norm2,
-        "mlp.c_fc": layer.mlp.fc1,
-        "mlp.c_proj": layer.mlp.fc2,
+def _block(layer: FlipEncoderLayer, config: FlipVisionConfig | FlipTextConfig) -> dict[str, torch.Tensor]:
+    """Return the weights of a block, of the width that open_clip's tower has."""
+    attention, copies, gain = layer.self_attn, _copies(config), _gain(config)
+    weights, biases = [], []
+    for linear in (attention.q_proj, attention.k_proj, attention.v_proj):
+        # Scores are divided by the root of a head's width.
+        scale = math.sqrt(copies) if linear is attention.q_proj else 1.0
+        weights.append(_of_inputs(_of_heads(scale * linear.weight, config), copies))
+        biases.append(_of_heads(scale * linear.bias[:, None], config)[:, 0])
+    if _skips_padding(config):
+        _pass_over_padding(layer, config, weights, biases)
+    block = {
+        "attn.in_proj_weight": torch.cat(weights),
+        "attn.in_proj_bias": torch.cat(biases),
+        "attn.out_proj.weight": _of_heads(attention.out_proj.weight.t(), config).t().repeat(copies, 1),
+        "attn.out_proj.bias": attention.out_proj.bias.repeat(copies),
+        "mlp.c_fc.weight": _of_inputs(gain * layer.mlp.fc1.weight, copies),
+        "mlp.c_fc.bias": gain * layer.mlp.fc1.bias,
+        "mlp.c_proj.weight": (layer.mlp.fc2.weight / gain).repeat(copies, 1),
+        "mlp.c_proj.bias": layer.mlp.fc2.bias.repeat(copies),
     }
-    return [
-        ("attn.in_proj_weight", torch.cat([linear.weight for linear in inputs])),
-        ("attn.in_proj_bias", torch.cat([linear.bias for linear in inputs])),
-        *((f"{name}.{kind}", getattr(module, kind)) for name, module in linears.items() for kind in ("weight", "bias")),
-    ]
+    for name, norm in (("ln_1", layer.layer_norm1), ("ln_2", layer.layer_norm2)):
+        block |= {f"{name}.{kind}": getattr(norm, kind).repeat(copies) for kind in ("weight", "bias")}
+    return block
+
+
+def _of_inputs(weight: torch.Tensor, copies: int) -> torch.Tensor:
+    """Return a matrix `(out, width)` for inputs `(copies * width)`, which reads the first copy."""
+    return nn.functional.pad(weight, (0, (copies - 1) * weight.shape[1]))
+
+
+def _of_heads(rows: torch.Tensor, config: FlipVisionConfig | FlipTextConfig) -> torch.Tensor:
+    """Return rows `(width, ...)`, one for each channel of all heads, for wider heads: the new rows of each are zero."""
+    per_head = rows.reshape(config.num_attention_heads, -1, rows.shape[1])
+    return nn.functional.pad(per_head, (0, 0, 0, (_copies(config) - 1) * per_head.shape[1])).flatten(0, 1)
+
+
+def _pass_over_padding(
+    layer: FlipEncoderLayer,
+    config: FlipTextConfig | FlipVisionConfig,
+    weights: list[torch.Tensor],
+    biases: list[torch.Tensor],
+) -> None:
+    """Give every head a channel in which padding has a key and every token a query, so that its score is far below.
+
+    The key is the difference of a normalised channel's two copies: zero for tokens. Of padding, the norm makes the mark
+    and its negative 1 and -1, times its weight.
+    """
+    width, head_width = config.hidden_size, config.hidden_size // config.num_attention_heads
+    norm = layer.layer_norm1.weight
+    channel = int(norm.abs().argmax())
+    rows = torch.arange(config.num_attention_heads) * 2 * head_width + head_width
+    weights[1][rows, channel] = 1.0 / norm[channel]
+    weights[1][rows, channel + width] = -1.0 / norm[channel]
+    biases[0][rows] = _PADDING_SCORE / 2 * math.sqrt(2 * head_width)

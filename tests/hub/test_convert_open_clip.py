@@ -66,19 +66,41 @@ def picture() -> Image.Image:
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8))
 
 
+OWN_TOKENS = {"pooling": "mean", "attend_to_padding": False}
+
+
 @pytest.mark.parametrize(
-    ("vision", "text"),
+    ("vision", "text", "dim"),
     [
-        ({}, {}),
-        ({"hidden_act": "gelu", "layer_norm_eps": 1e-5}, {"pooling": "mean"}),
-        ({"hidden_act": "quick_gelu"}, {"hidden_act": "quick_gelu", "num_hidden_layers": 0, "pooling": "mean"}),
+        ({}, {}, 24),
+        ({"hidden_act": "gelu", "layer_norm_eps": 1e-5}, {"pooling": "mean"}, 24),
+        ({"hidden_act": "quick_gelu"}, {"hidden_act": "quick_gelu", "num_hidden_layers": 0, "pooling": "mean"}, 24),
+        ({"hidden_act": "relu"}, {"num_hidden_layers": 0, **OWN_TOKENS}, 128),
+        ({"hidden_act": "relu"}, {"hidden_act": "quick_gelu", **OWN_TOKENS}, 24),
+        ({}, {"hidden_act": "relu", "attend_to_padding": False}, 40),
+        ({}, {"num_hidden_layers": 0, "pooling": "mean"}, 60),
+        ({}, {"num_hidden_layers": 0}, 24),
     ],
-    ids=["as the original", "both towers average", "quick_gelu, no text layers"],
+    ids=[
+        "as the original",
+        "both towers average",
+        "quick_gelu, no text layers",
+        "the demo's: relu, a mean of the caption's own words, an embedding wider than the towers",
+        "relu beside quick_gelu, padding masked in layers",
+        "padding masked, an embedding as wide as the image tower",
+        "embeddings wider than one tower, narrower than two",
+        "the first word by itself",
+    ],
 )
 def test_open_clip_gives_the_same_embeddings(
-    save: Callable[..., Path], tmp_path: Path, picture: Image.Image, vision: dict[str, Any], text: dict[str, Any]
+    save: Callable[..., Path],
+    tmp_path: Path,
+    picture: Image.Image,
+    vision: dict[str, Any],
+    text: dict[str, Any],
+    dim: int,
 ) -> None:
-    folder, dst = save(vision, text), tmp_path / "open_clip"
+    folder, dst = save(vision, text, dim), tmp_path / "open_clip"
     cli.main(["convert", "open_clip", str(folder), str(dst)])
     theirs, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{dst}")
     tokens = open_clip.get_tokenizer(f"local-dir:{dst}")(CAPTIONS)
@@ -128,26 +150,12 @@ def test_every_size_has_open_clip_s_shapes(size: str) -> None:
     ("vision", "text", "dim", "message"),
     [
         (
-            {"hidden_act": "relu"},
+            {"hidden_act": "silu"},
             {},
             24,
-            "the image tower's hidden_act relu (it has gelu_pytorch_tanh, gelu, quick_gelu)",
+            "the image tower's hidden_act silu (it has gelu_pytorch_tanh, gelu, quick_gelu, relu)",
         ),
-        ({"hidden_act": "quick_gelu"}, {}, 24, "quick_gelu in one tower alone"),
-        ({}, {"attend_to_padding": False}, 24, "attend_to_padding false: its text tower either attends to padding or"),
-        (
-            {},
-            {"pooling": "mean", "attend_to_padding": False},
-            32,
-            "the mean over the text tower's tokens at projection_dim 32 (it must be below its hidden_size 32); nor a",
-        ),
-        (
-            {},
-            {},
-            40,
-            "the mean over the image tower's tokens at projection_dim 40 (it must be below its hidden_size 40)",
-        ),
-        ({}, {"num_hidden_layers": 0}, 24, "no layers in the text tower"),
+        ({}, {"hidden_act": "quick_gelu"}, 24, "quick_gelu in one tower and gelu_pytorch_tanh in the other"),
         ({"num_channels": 4}, {}, 24, "images of 4 channels"),
     ],
 )
