@@ -30,7 +30,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _run(arguments: list[str]) -> None:
     if arguments[:1] == ["pretrain"]:
-        # A recipe has a parser of its own.
+        # A recipe has a parser of its own, whose help needs nothing that training needs.
+        if {"-h", "--help"} & set(arguments) and "--dry_run" not in arguments:
+            importlib.import_module("flipscale.training.recipe").parse_recipe(["--help"])
         importlib.import_module("flipscale.pretrain").main(arguments[1:])
         return
     parser = Parser(prog="flipscale", description="Scaling language-image pre-training by masking.")

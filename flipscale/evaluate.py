@@ -4,40 +4,27 @@ import argparse
 import json
 import logging
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from flipscale.data.prepared import read_prepared
-from flipscale.engines.start import start_accelerator
-from flipscale.evaluation.embedders.masked import (
-    WHOLE,
-    ImageMask,
-    add_mask_arguments,
-    asked_masks,
-    check_mask_arguments,
-    masked_embedder,
-)
-from flipscale.evaluation.embedding import Embedder
-from flipscale.evaluation.kinds.kinds import KINDS
-from flipscale.evaluation.kinds.task import Task
+from flipscale.data.prepared import TASKS_DIR, read_prepared
 from flipscale.evaluation.kinds.templates import TEMPLATES
-from flipscale.evaluation.kinds.without import add_without_argument, with_clean_tasks
-from flipscale.evaluation.reports.mask_table import MaskedResults, draw_masked_results, mask_table
 from flipscale.evaluation.reports.models import check_writable, name_models, tables_home
-from flipscale.evaluation.reports.record import read_lines
-from flipscale.evaluation.reports.session import evaluate_model
-from flipscale.evaluation.reports.table import Column, suite_tables
-from flipscale.evaluation.reports.writing import write_reports
 from flipscale.evaluation.results import Result, as_metrics
-from flipscale.evaluation.suite import TASKS_DIR, build_tasks
 from flipscale.evaluation.task_page import SUITES, suite_pages
 from flipscale.files.command_line import number, output_folder
-from flipscale.files.ranges import Pairs, Workers
+from flipscale.files.ranges import Count, Pairs, ShareBelowAll, Workers
 from flipscale.files.yaml_text import check_yaml
-from flipscale.hub.card_results import refresh_card
-from flipscale.hub.loading import OTHERS, OpenModels, open_embedder
 from flipscale.training.console import start_logging
+
+# What embeds and scores takes seconds to import, so it is where it is needed: `--help` waits for nothing.
+if TYPE_CHECKING:
+    from flipscale.evaluation.embedders.masked import ImageMask
+    from flipscale.evaluation.embedding import Embedder
+    from flipscale.evaluation.kinds.task import Task
+    from flipscale.evaluation.reports.mask_table import MaskedResults
+    from flipscale.evaluation.reports.table import Column
 
 _log = logging.getLogger(__name__)
 
@@ -51,6 +38,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="A model folder, such as runs/demo/model, a Hub name, a model of open_clip: open_clip:NAME,PRETRAINED, or "
         "any CLIP or SigLIP of transformers: hf:NAME. Several stand side by side in one table.",
     )
+    _add_task_arguments(parser)
+    parser.add_argument(
+        "--output_dir",
+        metavar="DIR",
+        type=output_folder,
+        help="Keep each model's results.jsonl in a folder of its own in DIR, and results.md and results.png in DIR. By "
+        "default results.jsonl is in the model folder; evaluations/NAME holds it for a model that is no folder.",
+    )
+    parser.add_argument(
+        "--batch_size",
+        type=number(Pairs),
+        default=256,
+        help="How many images or texts a process embeds at once; 256 by default.",
+    )
+    parser.add_argument(
+        "--num_workers",
+        type=number(Workers),
+        default=4,
+        help="How many processes decode images; 4 by default, 0 decodes in this process.",
+    )
+    add_mask_arguments(parser)
+    parser.add_argument("--json", action="store_true", help="Print one JSON line instead of a table.")
+
+
+def _add_task_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that say what is evaluated."""
     parser.add_argument(
         "--tasks",
         metavar="DIR",
@@ -74,33 +87,47 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         help="Do an evaluation as a recipe's eval.tasks has it, such as '{kind: retrieval, data: DIR, ks: [1, 100]}'. "
-        f"The kinds are {', '.join(KINDS)}. May be given several times.",
+        "The kinds are zero_shot, zero_shot_multilabel, retrieval, worst_group, association, few_shot, probe. May be "
+        "given several times.",
     )
     parser.add_argument(
         "--templates", choices=sorted(TEMPLATES), help="Use a set of CLIP's prompts instead of the folder's own."
     )
     parser.add_argument(
-        "--output_dir",
-        metavar="DIR",
-        type=output_folder,
-        help="Keep each model's results.jsonl in a folder of its own in DIR, and results.md and results.png in DIR. By "
-        "default results.jsonl is in the model folder; evaluations/NAME holds it for a model that is no folder.",
+        "--without",
+        type=Path,
+        metavar="AUDIT",
+        help="Give each figure again without the images that lie in the training data, as `flipscale prepare audit "
+        "--tests` found them: the folder that it wrote.",
+    )
+
+
+def add_mask_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that say under which masks a model is evaluated."""
+    parser.add_argument(
+        "--mask_ratio",
+        type=number(ShareBelowAll),
+        nargs="+",
+        metavar="RATIO",
+        default=[0.0],
+        help="Remove this fraction of each image's patches; 0, the default, keeps it whole. Several ratios make a "
+        "table of accuracy against the encoder's FLOPs.",
     )
     parser.add_argument(
-        "--batch_size",
-        type=number(Pairs),
-        default=256,
-        help="How many images or texts a process embeds at once; 256 by default.",
+        "--mask_views",
+        type=number(Count),
+        nargs="+",
+        metavar="VIEWS",
+        default=[1],
+        help="Average the embeddings of so many masks of an image that share no patch; 1 by default. Each number is "
+        "combined with every ratio that has room for it.",
     )
     parser.add_argument(
-        "--num_workers",
-        type=number(Workers),
-        default=4,
-        help="How many processes decode images; 4 by default, 0 decodes in this process.",
+        "--mask_kind", default="random", help="The kind of masks: random, grid, block or centre; random by default."
     )
-    add_without_argument(parser)
-    add_mask_arguments(parser)
-    parser.add_argument("--json", action="store_true", help="Print one JSON line instead of a table.")
+    parser.add_argument(
+        "--mask_figure", metavar="PNG", type=Path, help="Draw accuracy against the encoder's FLOPs into this file."
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -111,6 +138,15 @@ def run(args: argparse.Namespace) -> None:
         ValueError: nothing to evaluate, an unknown task or suite, a model that is named twice or cannot be loaded, or
             a folder that cannot be written to.
     """
+    from flipscale.engines.start import start_accelerator
+    from flipscale.evaluation.embedders.masked import WHOLE, asked_masks, check_mask_arguments, masked_embedder
+    from flipscale.evaluation.kinds.without import with_clean_tasks
+    from flipscale.evaluation.reports.record import read_lines
+    from flipscale.evaluation.reports.session import evaluate_model
+    from flipscale.evaluation.reports.table import Column
+    from flipscale.hub.card_results import refresh_card
+    from flipscale.hub.loading import OTHERS, OpenModels, open_embedder
+
     start_logging()
     models, tasks = name_models(args.models, args.output_dir), _tasks(args)
     check_mask_arguments(args, [model.given for model in models if model.given.startswith(tuple(OTHERS))])
@@ -141,25 +177,39 @@ def run(args: argparse.Namespace) -> None:
                 refresh_card(model.folder, lines)
         del embedder  # before the next model is loaded
     if accelerator.is_main_process and columns:
-        suites = _suites(args)
-        write_reports(columns, suites, home)
-        if masked:
-            _print_masked(args, masked)
-        else:
-            print(_as_json(columns, len(models)) if args.json else suite_tables(columns, suites))
+        _report(args, columns, masked, home, len(models))
     opened.raise_faults()
     accelerator.end_training()
 
 
-def _print_masked(args: argparse.Namespace, rows: list[MaskedResults]) -> None:
+def _report(
+    args: argparse.Namespace, columns: list["Column"], masked: list["MaskedResults"], home: Path, asked: int
+) -> None:
+    """Write the tables of all models to the folder `home`, and print what was asked for."""
+    from flipscale.evaluation.reports.table import suite_tables
+    from flipscale.evaluation.reports.writing import write_reports
+
+    suites = _suites(args)
+    write_reports(columns, suites, home)
+    if masked:
+        _print_masked(args, masked)
+    else:
+        print(_as_json(columns, asked) if args.json else suite_tables(columns, suites))
+
+
+def _print_masked(args: argparse.Namespace, rows: list["MaskedResults"]) -> None:
     """Print accuracy against the encoder's FLOPs, and draw it if asked to."""
+    from flipscale.evaluation.reports.mask_table import draw_masked_results, mask_table
+
     print(json.dumps([row.as_json() for row in rows]) if args.json else mask_table(rows))
     if args.mask_figure:
         draw_masked_results(rows, args.mask_figure)
 
 
-def _with_flops(embedder: Embedder, mask: ImageMask, name: str, results: list[Result]) -> MaskedResults:
+def _with_flops(embedder: "Embedder", mask: "ImageMask", name: str, results: list[Result]) -> "MaskedResults":
     """Return the results under a mask beside the operations of the image tower and its projection."""
+    from flipscale.evaluation.embedders.masked import WHOLE
+    from flipscale.evaluation.reports.mask_table import MaskedResults
     from flipscale.planning.flops import forward_flops
 
     counts = [forward_flops(embedder.model.config, m.ratio, m.views).modules for m in (mask, WHOLE)]
@@ -167,18 +217,20 @@ def _with_flops(embedder: Embedder, mask: ImageMask, name: str, results: list[Re
     return MaskedResults(name, mask, flops, whole, results)
 
 
-def _as_json(columns: list[Column], asked: int) -> str:
+def _as_json(columns: list["Column"], asked: int) -> str:
     """Return the metrics of a model as one line of JSON; those of several by their names."""
     found = {column.name: as_metrics(line.result for line in column.lines) for column in columns}
     return json.dumps(found if asked > 1 else found[columns[0].name])
 
 
-def _tasks(args: argparse.Namespace) -> list[Task]:
+def _tasks(args: argparse.Namespace) -> list["Task"]:
     """Return the tasks that the arguments ask for, those of the same data one after the other.
 
     Raises:
         ValueError: there are none, or one that does not exist.
     """
+    from flipscale.evaluation.suite import build_tasks
+
     tasks_dir = args.tasks or Path(TASKS_DIR)
     listed: list[str | dict[str, Any]] = [*_listed(args), *_pages(args, tasks_dir)]
     if not listed:

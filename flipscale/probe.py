@@ -3,17 +3,18 @@
 import argparse
 import dataclasses
 import json
+from typing import TYPE_CHECKING
 
-from flipscale.engines.start import start_accelerator
-from flipscale.evaluation.kinds.probe import Probe
-from flipscale.evaluation.probe.lars import LarsRecipe
+from flipscale.evaluation.probe.recipe import LarsRecipe
 from flipscale.evaluation.reports.models import check_writable, name_models
-from flipscale.evaluation.reports.record import Line
-from flipscale.evaluation.reports.session import evaluate_model
 from flipscale.evaluation.results import Result, with_unit
 from flipscale.files.command_line import number, output_folder
 from flipscale.files.ranges import Count, CountOrNone, Pairs, Positive, Seed, ShareAboveNone, Workers
-from flipscale.hub.loading import OpenModels, open_embedder
+
+# What embeds and learns takes seconds to import, so it is where it is needed: `--help` waits for nothing.
+if TYPE_CHECKING:
+    from flipscale.evaluation.kinds.probe import Probe
+    from flipscale.evaluation.reports.record import Line
 
 _PAPER = LarsRecipe()
 
@@ -123,6 +124,10 @@ def run(args: argparse.Namespace) -> None:
             written to.
         OSError: a shard cannot be read, or a line cannot be written.
     """
+    from flipscale.engines.start import start_accelerator
+    from flipscale.evaluation.reports.session import evaluate_model
+    from flipscale.hub.loading import OpenModels, open_embedder
+
     models, probe = name_models(args.models, args.output_dir), _probe(args)
     probe.check()
     accelerator = start_accelerator([], ".")
@@ -141,8 +146,10 @@ def run(args: argparse.Namespace) -> None:
     accelerator.end_training()
 
 
-def _probe(args: argparse.Namespace) -> Probe:
+def _probe(args: argparse.Namespace) -> "Probe":
     """Return what the arguments ask for."""
+    from flipscale.evaluation.kinds.probe import Probe
+
     recipe = LarsRecipe(
         base_lr=args.base_lr,
         batch_size=args.global_batch_size,
@@ -164,14 +171,14 @@ def _probe(args: argparse.Namespace) -> Probe:
     )
 
 
-def _as_json(found: dict[str, list[Line]]) -> str:
+def _as_json(found: dict[str, list["Line"]]) -> str:
     """Return the lines of all models, with everything that made them, as one line of JSON."""
     return json.dumps(
         {name: [{**dataclasses.asdict(line.result), **line.about} for line in lines] for name, lines in found.items()}
     )
 
 
-def _as_text(found: dict[str, list[Line]]) -> str:
+def _as_text(found: dict[str, list["Line"]]) -> str:
     """Return the figures of all models, each with how it was reached."""
     blocks = [
         "\n".join([name, *(f"  {_shown(line.result)}" for line in lines), f"  {_how(lines[0].result)}"])

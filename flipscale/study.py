@@ -13,29 +13,22 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 import yaml
 from tqdm import tqdm
 
-from flipscale.data.pairs import InputShape, PairDataset
-from flipscale.data.sources.opening import open_source
-from flipscale.data.tokenizers import load_tokenizer
-from flipscale.engines.device import is_faster_in_bf16
-from flipscale.engines.launch import PRECISION
-from flipscale.evaluation.nearest_neighbour import run_baselines
 from flipscale.evaluation.recipe import EvalRecipe
 from flipscale.evaluation.reports.comparison import comparison_table, read_curve, record_baselines
-from flipscale.evaluation.reports.figures import draw_loss, draw_masks, draw_patches, draw_result, result_figures
 from flipscale.evaluation.results import read_metrics
 from flipscale.files.aside import partial_path, refuse_unwritable, remove, write_text, written_aside
 from flipscale.files.command_line import number, output_folder
 from flipscale.files.ranges import MinutesAboveNone
-from flipscale.hub.model_card import write_card
-from flipscale.training.recipe import Recipe, differences, parse_recipe, to_yaml
+from flipscale.training.recipe import LogRecipe, Recipe, differences, parse_recipe, to_yaml
 from flipscale.training.schedule import StageRecipe
-from flipscale.training.tracking import LogRecipe
+
+if TYPE_CHECKING:
+    from flipscale.data.pairs import PairDataset
 
 CALIBRATION_STEPS = 100
 _POLL_SECONDS = 2.0
@@ -91,6 +84,11 @@ def run(args: argparse.Namespace) -> None:
         ValueError: fewer cores than recipes, a recipe that cannot be run, or a folder that holds something else.
         OSError: a run failed.
     """
+    # torch, and what draws with it, takes seconds to import, so it is where it is needed: `--help` waits for nothing.
+    import torch
+
+    from flipscale.evaluation.reports.figures import draw_loss, draw_masks, draw_patches, draw_result, result_figures
+
     names = [Path(recipe).stem for recipe in args.recipes]
     _refuse_folder(args.output_dir, args.recipes, names)
     if not torch.cuda.is_available() and (os.cpu_count() or 1) < len(args.recipes):
@@ -120,6 +118,8 @@ def run(args: argparse.Namespace) -> None:
 def _record_baselines(runs: list[StudyRun]) -> None:
     """Append to every run's results what the nearest training image achieves at the first recipe's first zero-shot
     task."""
+    from flipscale.evaluation.nearest_neighbour import run_baselines
+
     recipe = runs[0].recipe
     for task in [task for task in recipe.eval.planned() if task.kind == "zero_shot"][:1]:
         baselines = run_baselines(recipe.data.shards, task)
@@ -133,6 +133,8 @@ def _take_model(run_dir: Path, model: Path) -> Path:
     Raises:
         ValueError: there is another model.
     """
+    from flipscale.hub.model_card import write_card
+
     if not model.exists():
         with written_aside(model) as partial:
             shutil.copytree(run_dir / "model", partial)
@@ -337,6 +339,9 @@ class _Signals:
 
 def _environment(num_runs: int) -> dict[str, str]:
     """Return the environment of one run: its share of the cores, and bf16 where it is faster."""
+    from flipscale.engines.device import is_faster_in_bf16
+    from flipscale.engines.launch import PRECISION
+
     threads = max((os.cpu_count() or 1) // num_runs, 1)
     share = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
     return {PRECISION: "bf16" if is_faster_in_bf16() else "no", **share, **os.environ}
@@ -376,8 +381,12 @@ def _line(run: StudyRun, doing: str) -> str:
     return f"{doing} {run.name}: {seen / run.samples:.0%}" + (f", loss {losses[-1]:.2f}" if losses else "")
 
 
-def _datasets(recipe: Recipe) -> tuple[PairDataset, PairDataset]:
+def _datasets(recipe: Recipe) -> tuple["PairDataset", "PairDataset"]:
     """Return the training set as the first stage sees it, and the same samples without a mask."""
+    from flipscale.data.pairs import InputShape, PairDataset
+    from flipscale.data.sources.opening import open_source
+    from flipscale.data.tokenizers import load_tokenizer
+
     config = recipe.model_config()
     source, shape = open_source(recipe.data), InputShape.of(config)
     tokenizer = load_tokenizer(recipe.data.tokenizer, shape.max_tokens)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 PREPARED = "prepared.json"
+TASKS_DIR = "data/tasks"  # where `flipscale prepare tasks` puts test sets, unless told otherwise
 
 
 def read_prepared(folder: Path) -> dict[str, Any] | None:

@@ -11,15 +11,15 @@ class SourceRecipe:
     """One source of pairs: tar shards or a `datasets` Dataset.
 
     Args:
-        shards: as `data.shards`. Does not change what is learned.
-        dataset: a name on the Hub, a folder of images, parquet or Arrow files, such a file or a glob of them, or a
+        shards: As `data.shards`. Does not change what is learned.
+        dataset: A name on the Hub, a folder of images, parquet or Arrow files, such a file or a glob of them, or a
             folder that `save_to_disk` wrote. Does not change what is learned: the same rows may be elsewhere.
-        config: the dataset's configuration, if it has several.
-        split: the dataset's split.
-        image_column: the dataset's column of images.
-        caption_columns: the dataset's columns of captions. Each has a caption or a list of captions; each time a sample
+        config: The dataset's configuration, if it has several.
+        split: The dataset's split.
+        image_column: The dataset's column of images.
+        caption_columns: The dataset's columns of captions. Each has a caption or a list of captions; each time a sample
             is read, one of all is drawn.
-        weight: the share of the samples, relative to the other sources' weights; if none is given, each source has its
+        weight: The share of the samples, relative to the other sources' weights; if none is given, each source has its
             size as weight.
     """
 
@@ -37,26 +37,27 @@ class DataRecipe:
     """What data is read, and how it becomes batches.
 
     Args:
-        shards: a folder of tar shards, a glob, or a range such as `laion/{00000..41407}.tar`. At `s3://`, `gs://`,
-            `hf://` or `https://`, shards are fetched ahead, through a cache. Does not change what is learned:
-            the same shards may be elsewhere.
-        sources: several sources, mixed by weight, instead of `shards`.
-        tokenizer: a folder or Hub name of a fast tokenizer, or `bert` for the original's WordPiece without special
+        shards: A folder of tar shards, a glob, or a range such as `laion/{00000..41407}.tar`. At `s3://`, `gs://`,
+            `hf://` or `https://`, shards are fetched ahead, through a cache. Does not change what is learned: the same
+            shards may be elsewhere.
+        sources: Several sources, mixed by weight, in place of `shards`.
+        tokenizer: A folder or Hub name of a fast tokenizer, or `bert` for the original's WordPiece without special
             tokens.
-        global_batch_size: the pairs of a step over all processes; every process takes an equal part.
-        micro_batch_size: how many pairs a process keeps activations of at a time; None is all of its part. A smaller
+        global_batch_size: How many pairs a step takes over all processes; every process takes an equal part.
+        micro_batch_size: How many pairs a process keeps activations of at a time; null is all of its part. A smaller
             number embeds every pair twice. Does not change what is learned.
-        crop_scale: the area of the random crop as a fraction of the image's; 0.5 to 1 in the paper.
-        lanes: how many equal parts a batch has that read shards of their own, so that a node reads those of its parts
-            only: at least as many as nodes. None is 64, or the largest divisor of 64 and `global_batch_size`. At 1 all
+        crop_scale: The least and the most area of the random crop, as a fraction of the image's; 0.5 to 1 in the paper.
+        lanes: How many equal parts a batch has that read shards of their own, so that a node reads those of its parts
+            only: at least as many as nodes. Null is 64, or the largest divisor of 64 and `global_batch_size`. At 1 all
             nodes read all shards, in the order that version 0.1 had.
-        shards_per_block: how many shards are shuffled together, over all lanes, each of which has at least one; it
+        shards_per_block: How many shards are shuffled together, over all lanes, each of which has at least one; it
             bounds memory and open files.
-        num_workers: decoding processes for each training process. Does not change what is learned.
-        cache_dir: a folder on a local disk that keeps fetched shards. Does not change what is learned.
-        cache_bytes: the most that the cache may hold: at least the shards that the node's lanes read now and next, two
-            for each lane by default, in each of the sources. Does not change what is learned.
-        max_bad_fraction: the run stops if more than this fraction of the last million samples, or of the shards, is
+        num_workers: How many processes decode for each training process; 0 decodes in the training process. Does not
+            change what is learned.
+        cache_dir: A folder on a local disk that keeps fetched shards. Does not change what is learned.
+        cache_bytes: How many bytes the cache may hold at most: at least the shards that the node's lanes read now and
+            next, two for each lane by default, in each of the sources. Does not change what is learned.
+        max_bad_fraction: The run stops if more than this fraction of the last million samples, or of the shards, is
             unusable. Does not change what is learned.
     """
 

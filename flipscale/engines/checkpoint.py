@@ -29,9 +29,9 @@ import torch
 from safetensors import safe_open
 
 import flipscale
+from flipscale.engines.recipe import SaveRecipe
 from flipscale.files.aside import partial_path, remove, sync
 from flipscale.files.digests import FileDigest, digest_of, digests_as_text
-from flipscale.files.ranges import Count, Minutes, SamplesOrNone
 from flipscale.files.tensor_file import write_tensors
 
 if TYPE_CHECKING:
@@ -41,21 +41,6 @@ FORMAT = 2
 _NAME = re.compile(r"step-([0-9]{8}|[1-9][0-9]{8,})")
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class SaveRecipe:
-    """When checkpoints are written. Training goes on while they are.
-
-    Args:
-        every_samples: how often; at 0, only at the end and on a stop signal.
-        every_minutes: how often by the clock, in addition; at 0, never.
-        total_limit: how many of the newest ones are kept.
-    """
-
-    every_samples: SamplesOrNone = 0
-    every_minutes: Minutes = 0.0
-    total_limit: Count = 2
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from flipscale.engines.device import keep_freed_memory, stay_near
 from flipscale.engines.launch import Launch, launched_precision
-from flipscale.engines.optimizers import OptimRecipe
+from flipscale.engines.recipe import OptimRecipe
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -2,11 +2,13 @@
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from flipscale.evaluation.kinds.task import Task
-from flipscale.evaluation.suite import TASKS_DIR, build_tasks
+from flipscale.data.prepared import TASKS_DIR
 from flipscale.files.ranges import Count, SamplesOrNone, Workers
+
+if TYPE_CHECKING:
+    from flipscale.evaluation.kinds.task import Task
 
 
 @dataclass(frozen=True)
@@ -14,16 +16,17 @@ class EvalRecipe:
     """What is evaluated while training, and at its end.
 
     Args:
-        tasks: the evaluations, each the name of a page (`imagenet1k`, or `{task: imagenet1k, every_samples: ...}` to
+        tasks: The evaluations, each the name of a page (`imagenet1k`, or `{task: imagenet1k, every_samples: ...}` to
             change a field) or `{kind: zero_shot, data: FOLDER}`, with a `name` where several are of one kind,
             `every_samples` where it has an interval of its own, and the options of its kind.
-        every_samples: how often a task runs that does not say so itself; 0 only at the end.
-        zero_shot: short for a task `{kind: zero_shot, data: FOLDER}`; replaces the data of the listed task of that
+        every_samples: How many samples lie between two runs of a task that does not say so itself; at 0, it runs only
+            at the end.
+        zero_shot: Short for a task `{kind: zero_shot, data: FOLDER}`; it replaces the data of the listed task of that
             name.
-        retrieval: the same for `{kind: retrieval, data: FOLDER}`.
-        tasks_dir: where `flipscale prepare tasks` put the data of the tasks that have a page.
-        batch_size: images a process embeds at once.
-        num_workers: processes that decode the images of each training process; 0 decodes in the training process.
+        retrieval: Short for a task `{kind: retrieval, data: FOLDER}`, likewise.
+        tasks_dir: Where `flipscale prepare tasks` put the data of the tasks that have a page.
+        batch_size: How many images a process embeds at a time.
+        num_workers: How many processes decode the images of each training process; 0 decodes in the training process.
     """
 
     tasks: list[str | dict[str, Any]] = field(default_factory=list)
@@ -37,12 +40,14 @@ class EvalRecipe:
     def __post_init__(self) -> None:
         self.planned()
 
-    def planned(self) -> list[Task]:
+    def planned(self) -> list["Task"]:
         """Return the tasks, the short forms among them, each with its interval.
 
         Raises:
             ValueError: an unknown name, kind or field, or two tasks of one name.
         """
+        from flipscale.evaluation.suite import build_tasks  # with torch, and --help needs none
+
         listed = [dict(task) if isinstance(task, dict) else {"task": task} for task in self.tasks]
         for kind in ("zero_shot", "retrieval"):
             folder = getattr(self, kind)

@@ -5,13 +5,12 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from flipscale.data.prepared import TASKS_DIR
 from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.kinds.kinds import build_task
 from flipscale.evaluation.kinds.task import StreamedTask, Task, evaluate_together
 from flipscale.evaluation.results import Result
 from flipscale.evaluation.task_page import read_page
-
-TASKS_DIR = "data/tasks"
 
 
 def build_tasks(listed: Sequence[str | dict[str, Any]], tasks_dir: str | Path = TASKS_DIR) -> list[Task]:

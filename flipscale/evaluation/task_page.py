@@ -5,14 +5,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from flipscale.evaluation.kinds.kinds import build_task
-from flipscale.evaluation.kinds.task import Task
 from flipscale.evaluation.kinds.templates import TEMPLATES
 from flipscale.files.text_table import plain_table
+
+if TYPE_CHECKING:
+    from flipscale.evaluation.kinds.task import Task
 
 PAGES = Path(__file__).parent / "tasks"
 # Kinds that have several metrics, of which a task names its headline.
@@ -112,12 +113,14 @@ class TaskPage:
         metric = {"metric": self.metric} if several else {}
         return {**about, **templates, **metric, **self.options}
 
-    def task(self, folder: Path) -> Task:
+    def task(self, folder: Path) -> "Task":
         """Return the task, with the data at `folder`.
 
         Raises:
             ValueError: the page says what its kind does not take.
         """
+        from flipscale.evaluation.kinds.kinds import build_task  # with torch; the pages are read without it
+
         return build_task(self.listed(folder), f"task {self.name}")
 
 

@@ -3,11 +3,8 @@
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
-from jsonargparse import ArgumentError, ArgumentParser
-
 from flipscale.data.masks.recipe import MaskRecipe
 from flipscale.files.ranges import NotNegative, check_ranges
-from flipscale.objectives.exchange import EXCHANGES
 
 if TYPE_CHECKING:
     from flipscale.objectives.objective import Objective
@@ -20,12 +17,12 @@ class LossRecipe:
     Args:
         kind: `infonce`, each pair against the rest of the batch in both directions (the paper's), or `sigmoid`, each
             image and text of the batch by itself (SigLIP's); the model then has a `logit_bias`.
-        options: fields of the kind's own, e.g. `{name: value}`; `infonce` and `sigmoid` have none.
-        exchange: how the texts of all processes meet the images of each: `gather`, in as many messages in any world, or
+        options: Fields of the kind's own, such as `{name: value}`; `infonce` and `sigmoid` have none.
+        exchange: How the texts of all processes meet the images of each: `gather`, in as many messages in any world, or
             `ring` where all texts of the batch and their gradients (0.5 GB for 65,536 of width 1,024) are too many for
             one process. It passes them from one process to the next, waiting for four messages for each process of the
             world: a thousand at 256. Does not change what is learned.
-        reconstruction_weight: weight of a second loss, the reconstruction of the masked patches
+        reconstruction_weight: The weight of a second loss, the reconstruction of the masked patches
             (`flipscale.objectives.reconstruction`); 0 leaves out that loss and its decoder.
     """
 
@@ -35,6 +32,7 @@ class LossRecipe:
     reconstruction_weight: NotNegative = 0.0
 
     def __post_init__(self) -> None:
+        from flipscale.objectives.exchange import EXCHANGES
         from flipscale.objectives.kinds import KINDS  # with the models, which take seconds to import
 
         if self.kind not in KINDS:
@@ -77,6 +75,8 @@ def build_objective(recipe: LossRecipe, mask: MaskRecipe) -> "Objective":
 
 def _checked_options(kind: str, options: dict[str, Any]) -> dict[str, Any]:
     """Return all options of a kind, with the given values and otherwise the defaults."""
+    from jsonargparse import ArgumentError, ArgumentParser
+
     from flipscale.objectives.kinds import KINDS  # as above
     from flipscale.objectives.objective import Objective
 

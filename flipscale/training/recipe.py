@@ -1,5 +1,6 @@
 """The recipe: every setting of a run, read from YAML and `--section.field` flags."""
 
+import argparse
 import dataclasses
 import difflib
 import re
@@ -8,25 +9,24 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 import yaml
-from huggingface_hub.errors import StrictDataclassError
-from jsonargparse import ArgumentError, ArgumentParser
 
 from flipscale.data.masks.recipe import MaskRecipe
 from flipscale.data.recipe import DataRecipe
-from flipscale.engines.checkpoint import SaveRecipe
-from flipscale.engines.optimizers import OptimRecipe
+from flipscale.engines.recipe import OptimRecipe, SaveRecipe
 from flipscale.evaluation.recipe import EvalRecipe
-from flipscale.files.ranges import NotNegative, Seed, check_ranges, in_our_words
+from flipscale.files.fields import add_fields, check_fields
+from flipscale.files.ranges import CountOrNone, NotNegative, SamplesOrNone, Seconds, Seed, check_ranges, in_our_words
 from flipscale.files.yaml_text import check_yaml, read_outline
-from flipscale.model.configuration_flip import FlipConfig
 from flipscale.objectives.recipe import LossRecipe, build_objective
 from flipscale.training.schedule import StageRecipe
-from flipscale.training.tracking import LogRecipe
 
 if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
+
+    from flipscale.model.configuration_flip import FlipConfig
     from flipscale.objectives.objective import Objective
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -41,13 +41,14 @@ class ModelRecipe:
     """What is trained.
 
     Args:
-        size: b16, l16, l14, h14 or g14.
-        vision_config: fields of the image tower that differ from the size's, e.g. `{image_size: 112}`.
-        text_config: fields of the text tower that differ from the size's.
-        gradient_checkpointing: recompute activations in the backward pass. Does not change what is learned.
-        compile: torch.compile the blocks; the first steps of each mask ratio wait for it. Does not change what is
-            learned.
-        init_from: a model folder or Hub name whose weights the run starts from.
+        size: The size of the two towers: b16, l16, l14, h14 or g14.
+        vision_config: Fields of the image tower that differ from the size's, such as `{image_size: 112}`.
+        text_config: Fields of the text tower that differ from the size's, such as `{num_hidden_layers: 6}`.
+        gradient_checkpointing: Recompute activations in the backward pass: less memory, more time. Does not change what
+            is learned.
+        compile: Compile the blocks with torch.compile; the first steps of each mask ratio wait for it. Does not change
+            what is learned.
+        init_from: A model folder or Hub name whose weights the run starts from.
     """
 
     size: str = "b16"
@@ -57,12 +58,16 @@ class ModelRecipe:
     compile: bool = field(default=False, metadata={"learned": False})
     init_from: str | None = field(default=None, metadata={"place": True})
 
-    def config(self) -> FlipConfig:
+    def config(self) -> "FlipConfig":
         """Return the model's configuration.
 
         Raises:
             ValueError: an unknown size or field, an image size that the patch does not divide.
         """
+        from huggingface_hub.errors import StrictDataclassError
+
+        from flipscale.model.configuration_flip import FlipConfig
+
         base = FlipConfig.from_size(self.size)
         for section, tower in (("vision_config", base.vision_config), ("text_config", base.text_config)):
             # Those that transformers adds say how a model is run, and may name code to load.
@@ -79,18 +84,39 @@ class ModelRecipe:
 
 
 @dataclass(frozen=True)
+class LogRecipe:
+    """What is reported.
+
+    Args:
+        every_samples: How many samples lie between two lines of training metrics; at 0, there is none.
+        report_to: Trackers of accelerate that get the metrics besides `metrics.jsonl`, such as tensorboard or wandb.
+            They get the recipe as their configuration; wandb, trackio and comet_ml go on with the same run when the run
+            is resumed.
+        hang_seconds: A step that takes more seconds ends the run, after every rank has written what it was doing. Below
+            the ten minutes after which NCCL ends it without a word.
+        profile_steps: How many steps of each start are profiled, in `profile/` of the run directory; at 0, none.
+    """
+
+    every_samples: SamplesOrNone = 1_000_000
+    report_to: list[str] = field(default_factory=lambda: ["tensorboard"])
+    hang_seconds: Seconds = 540.0
+    profile_steps: CountOrNone = 0
+
+
+@dataclass(frozen=True)
 class HubRecipe:
     """Where the model is pushed while it is trained and at the end, and what its card cannot know by itself.
 
     Args:
-        push_to_hub: push every save, in the background, and the finished model.
-        hub_model_id: ORG/NAME, made if it does not exist.
-        hub_private_repo: of a repository that is made; None takes the organisation's default.
-        hub_revision: the branch, made if it does not exist; None is main.
-        license: of the weights, as the Hub writes it (`apache-2.0`); for the model card, like the three below.
-        device_hour_dollars: price of a device for an hour.
-        kwh_co2_grams: what the grid emits for a kWh.
-        audit: the `audit.json` that `flipscale prepare audit` wrote of the training data.
+        push_to_hub: Push every save, in the background, and the finished model.
+        hub_model_id: The name of the model on the Hub, ORG/NAME; it is made if it does not exist.
+        hub_private_repo: Whether a repository that is made is private; null takes the organisation's default.
+        hub_revision: The branch that is pushed to, made if it does not exist; null is main.
+        license: The licence of the weights, as the Hub writes it (`apache-2.0`); for the model card, like the three
+            below.
+        device_hour_dollars: The price of a device for an hour, in dollars.
+        kwh_co2_grams: How many grams of CO2 the grid emits for a kWh.
+        audit: The `audit.json` that `flipscale prepare audit` wrote of the training data.
     """
 
     push_to_hub: bool = False
@@ -108,20 +134,21 @@ class Recipe:
     """A run. `model`, `data`, `mask`, `loss`, `optim`, `stages` and `seed` decide what is learned; the others do not.
 
     Args:
-        model: what is trained.
-        data: what is read, and how it becomes a batch.
-        mask: how patches and words are chosen; how many are removed is up to the stages.
-        loss: what pulls pairs together and the rest of the batch apart.
-        optim: how the weights are updated.
-        seed: of the first weights, the order, the crops and the masks.
-        log: what is reported, and how often.
-        save: when checkpoints are written.
-        eval: what is evaluated, and how often.
-        hub: whether the model is pushed to the Hub, and to where.
-        stages: masked pre-training, unmasked tuning, or any list of mask ratios and rates.
-        output_dir: the run directory.
-        resume_from_checkpoint: `auto` resumes from the newest checkpoint of `output_dir`, `never` stops with an error
-            if there is one.
+        model: What is trained.
+        data: What is read, and how it becomes a batch.
+        mask: How patches and words are chosen; how many are removed is up to the stages.
+        loss: What pulls pairs together and pushes the rest of the batch apart.
+        optim: How the weights are updated.
+        seed: The seed of the first weights, the order, the crops and the masks.
+        log: What is reported, and how often.
+        save: When checkpoints are written.
+        eval: What is evaluated, and how often.
+        hub: Whether the model is pushed to the Hub, and to where.
+        stages: The stages of the run, one after the other: masked pre-training and unmasked tuning, or any list of mask
+            ratios and rates, such as '[{name: masked, samples: 1000000, mask_ratio: 0.5, base_lr: 4e-6}]'.
+        output_dir: The run directory, where everything is written that the run leaves.
+        resume_from_checkpoint: What is done with checkpoints of `output_dir`: `auto` resumes from the newest, `never`
+            stops with an error if there is one.
     """
 
     model: ModelRecipe = field(default_factory=ModelRecipe)
@@ -146,7 +173,7 @@ class Recipe:
         """
         return build_objective(self.loss, self.mask)
 
-    def model_config(self) -> FlipConfig:
+    def model_config(self) -> "FlipConfig":
         """Return the model's configuration, with the loss parameters that the objective needs.
 
         Raises:
@@ -155,11 +182,34 @@ class Recipe:
         return self.objective().model_config(self.model.config())
 
 
-def build_parser() -> ArgumentParser:
+def help_parser() -> argparse.ArgumentParser:
+    """Return what prints the help of `flipscale pretrain`: it knows every field of a recipe, and parses none."""
+    parser = argparse.ArgumentParser(
+        prog="flipscale pretrain",
+        usage="flipscale pretrain --config RECIPE [--SECTION.FIELD VALUE ...]",
+        description="Train a model as a recipe says. Every field of a recipe is a flag too, which takes the place of "
+        "what the file says; texts, numbers, lists and mappings are written as in YAML.",
+    )
+    names = ", ".join(sorted(path.stem for path in RECIPES.glob("*.yaml")))
+    parser.add_argument("--config", metavar="RECIPE", help=f"A recipe file, or the name of one of these: {names}.")
+    parser.add_argument(
+        "--print_config", action="store_true", help="Print the recipe with every default filled in, and train nothing."
+    )
+    parser.add_argument(
+        "--dry_run",
+        action="store_true",
+        help="Print the memory and time that it would need, and train nothing: flipscale pretrain --dry_run --help.",
+    )
+    add_fields(parser, Recipe)
+    return parser
+
+
+def build_parser() -> "ArgumentParser":
     """Return the parser of `flipscale pretrain`: `--config RECIPE` and a flag for every field."""
-    description = f"{__doc__} With --dry_run: the memory it would need (`flipscale pretrain --dry_run --help`)."
-    parser = ArgumentParser(prog="flipscale pretrain", description=description, exit_on_error=False)
-    parser.add_argument("--config", action="config", help="a recipe file, or the name of one of flipscale/recipes")
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(prog="flipscale pretrain", exit_on_error=False)
+    parser.add_argument("--config", action="config")
     parser.add_class_arguments(Recipe)
     return parser
 
@@ -170,12 +220,17 @@ def parse_recipe(arguments: Sequence[str]) -> Recipe:
     Raises:
         ValueError: a file that is no recipe, a key that does not exist, a value of the wrong type or out of its range,
             or lanes that do not divide the batch.
+        SystemExit: `--help` is among the arguments; it has been printed.
     """
+    if {"-h", "--help"} & set(arguments):
+        help_parser().parse_args(["--help"])
+    from jsonargparse import ArgumentError
+
     words = [word for argument in arguments for word in _split(argument)]
     for number, (flag, word) in enumerate(zip(["", *words], words, strict=False)):
         if flag == "--config":
             words[number] = str(_recipe_file(word))
-            _check_fields(read_outline(Path(words[number])), Recipe, "", words[number])
+            check_fields(read_outline(Path(words[number])), Recipe, "", words[number])
         else:
             _check_value(flag, word)
     parser = build_parser()
@@ -225,36 +280,6 @@ def _check_value(flag: str, word: str) -> None:
     if word.startswith(("{", "[", "&")):
         with suppress(yaml.YAMLError):  # a text, such as a path
             check_yaml(word, flag)
-
-
-def _check_fields(content: Any, hint: Any, path: str, file: str) -> None:
-    """Raise unless a recipe's file has mappings where sections are, and in them the fields that there are.
-
-    Args:
-        content: of the file, or of a part of it.
-        hint: its type.
-        path: of the part.
-        file: begins the messages.
-
-    Raises:
-        ValueError: it has others.
-    """
-    if get_origin(hint) is list and isinstance(content, list):
-        for number, one in enumerate(content):
-            _check_fields(one, get_args(hint)[0], f"{path}[{number}]", file)
-    if not dataclasses.is_dataclass(hint) or not isinstance(hint, type):
-        return
-    if not isinstance(content, dict):
-        what = f"{content!r:.60}" if content else "empty"
-        raise ValueError(f"{file}: {path or 'the recipe'} is {what}; it must have fields, such as name: value")
-    hints = get_type_hints(hint)
-    for name, value in content.items():
-        inner = f"{path}.{name:.60}" if path else f"{name:.60}"
-        if name not in hints and name != "<<":
-            near = difflib.get_close_matches(name, hints, 1)
-            has = f"did you mean {near[0]}?" if near else f"there are {', '.join(hints)}"
-            raise ValueError(f"{file}: {inner} is no field of a recipe; {has}")
-        _check_fields(value, hints.get(name), inner, file)
 
 
 def to_yaml(recipe: Recipe) -> str:

@@ -27,7 +27,7 @@ import yaml
 import flipscale
 from flipscale.engines.checkpoint import latest_checkpoint
 from flipscale.engines.launch import launched_precision
-from flipscale.engines.optimizers import OptimRecipe
+from flipscale.engines.recipe import OptimRecipe
 from flipscale.files import json_lines
 from flipscale.files.aside import refuse_unwritable, sync, write_text
 from flipscale.files.lock import FolderLock

@@ -12,14 +12,14 @@ class StageRecipe:
     """One stretch of the run. The paper's recipe is two: masked pre-training, then unmasked tuning.
 
     Args:
-        name: for the log; no two stages of a run share one.
-        samples: how many pairs it sees, rounded down to whole steps.
-        mask_ratio: fraction of the patches removed, in [0, 1); at 0 the images are seen whole, once.
-        text_mask_ratio: fraction of the caption's tokens removed, padding counted, in [0, 1).
-        base_lr: peak learning rate per 256 samples of batch: a schedule (warm-up, then cosine to 0) of its own, with a
-            fresh optimiser, as the original's tuning has it. Leave it out and the schedule and optimiser of the stage
-            before go on through this one.
-        warmup_samples: linear warm-up at the start of the schedule.
+        name: The name of the stage in the log; no two stages of a run share one.
+        samples: How many pairs it sees, rounded down to whole steps.
+        mask_ratio: The fraction of the patches that is removed; at 0 the images are seen whole, once.
+        text_mask_ratio: The fraction of the caption's tokens that is removed, padding counted.
+        base_lr: The peak learning rate for 256 samples of batch: a schedule (warm-up, then cosine to 0) of its own,
+            with a fresh optimiser, as the original's tuning has it. Leave it out and the schedule and optimiser of the
+            stage before go on through this one.
+        warmup_samples: How many samples of linear warm-up the schedule begins with.
     """
 
     name: str

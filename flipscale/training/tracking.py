@@ -5,7 +5,6 @@ import sys
 import uuid
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -16,8 +15,8 @@ from flipscale.engines.device import peak_flops, peak_memory_bytes
 from flipscale.evaluation.results import Result, append_results, as_metrics, drop_results_after
 from flipscale.files import json_lines
 from flipscale.files.aside import write_text
-from flipscale.files.ranges import CountOrNone, SamplesOrNone, Seconds
 from flipscale.training.health import Verdict
+from flipscale.training.recipe import LogRecipe
 from flipscale.training.schedule import is_due
 from flipscale.training.watch import StepWatch
 
@@ -25,25 +24,6 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 PROJECT = "flipscale"
-
-
-@dataclass(frozen=True)
-class LogRecipe:
-    """What is reported.
-
-    Args:
-        every_samples: interval of the training metrics.
-        report_to: accelerate trackers besides `metrics.jsonl`, e.g. tensorboard, wandb. They get the recipe as their
-            configuration; wandb, trackio and comet_ml go on with the same run when the run is resumed.
-        hang_seconds: a step that takes longer ends the run, after every rank has written what it was doing. Below the
-            ten minutes after which NCCL ends it without a word.
-        profile_steps: how many steps of each start to profile, in `profile/` of the run directory; 0 for none.
-    """
-
-    every_samples: SamplesOrNone = 1_000_000
-    report_to: list[str] = field(default_factory=lambda: ["tensorboard"])
-    hang_seconds: Seconds = 540.0
-    profile_steps: CountOrNone = 0
 
 
 def check_trackers(names: Sequence[str]) -> None:

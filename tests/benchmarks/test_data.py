@@ -103,7 +103,7 @@ def test_comparison_has_a_row_a_loader(shards: Path, capsys: pytest.CaptureFixtu
         assert row["bytes_to_device_per_image"] == (768 if row["code"] == "flipscale" else 32 * 32 * 3 * 4)
         assert row["peak_memory_bytes_per_worker"] > 2**20
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("flipscale.bench.compare_data", lambda setting: rows)
+        patch.setattr("flipscale.benchmarks.data_peer.compare_data", lambda setting: rows)
         main(["bench", "compare_data", "--shards", str(shards), *SMALL])
     table = capsys.readouterr().out.splitlines()
     assert [line.split("|")[2].strip() for line in table[2:]] == [row["code"] for row in rows]

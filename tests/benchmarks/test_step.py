@@ -139,7 +139,7 @@ def test_comparison_has_a_row_a_case(
     assert [(row["dtype"], row["mask_ratio"]) for row in rows] == cases
     assert all(row["ratio"] == pytest.approx(row["images_per_s"] / row["open_clip_images_per_s"]) for row in rows)
 
-    monkeypatch.setattr(bench, "compare_steps", lambda setting: rows)
+    monkeypatch.setattr("flipscale.benchmarks.peer.compare_steps", lambda setting: rows)
     main(command)
     table = capsys.readouterr().out.splitlines()
     assert [line.split("|")[1:3] for line in table[3:]] == [[f" {dtype} ", f" {mask:.0%} "] for dtype, mask in cases]

@@ -20,7 +20,6 @@ from flipscale.evaluation.embedders.masked import (
     WHOLE,
     ImageMask,
     MaskedEmbedder,
-    add_mask_arguments,
     asked_masks,
     check_mask_arguments,
     image_masks,
@@ -106,7 +105,7 @@ def test_masks_that_cannot_be(ratios: list[float], views: list[int], kind: str, 
 @pytest.mark.parametrize("flag", [["--mask_views", "2"], ["--mask_kind", "grid"], ["--mask_figure", "masks.png"]])
 def test_a_flag_that_needs_a_ratio(embedder: Embedder, flag: list[str]) -> None:
     parser = argparse.ArgumentParser()
-    add_mask_arguments(parser)
+    evaluate.add_mask_arguments(parser)
     assert asked_masks(parser.parse_args([]), embedder) == [WHOLE]
     with pytest.raises(ValueError, match=rf"{flag[0]} needs a --mask_ratio above 0, such as --mask_ratio 0 0.5 0.75"):
         check_mask_arguments(parser.parse_args(flag), [])
@@ -114,7 +113,7 @@ def test_a_flag_that_needs_a_ratio(embedder: Embedder, flag: list[str]) -> None:
 
 def test_a_figure_needs_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
     parser = argparse.ArgumentParser()
-    add_mask_arguments(parser)
+    evaluate.add_mask_arguments(parser)
     monkeypatch.setattr("flipscale.evaluation.embedders.masked.can_draw", lambda: False)
     with pytest.raises(ValueError, match=r"--mask_figure draws with matplotlib, which is not installed; pip install"):
         check_mask_arguments(parser.parse_args(["--mask_ratio", "0.5", "--mask_figure", "a.png"]), [])

@@ -10,7 +10,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,8 +23,6 @@ from flipscale.data.pairs import InputShape
 from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.images import Decoder
 from flipscale.evaluation.reports.figures import can_draw
-from flipscale.files.command_line import number
-from flipscale.files.ranges import Count, ShareBelowAll
 from flipscale.model.patches import num_kept
 
 # The masks of training are keyed by the recipe's seed; those of an evaluation are always the same.
@@ -106,34 +103,6 @@ def image_masks(ratios: Sequence[float], views: Sequence[int], kind: str, side: 
     for mask in found:
         mask.patches([0], side)
     return found
-
-
-def add_mask_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments that say under which masks a model is evaluated."""
-    parser.add_argument(
-        "--mask_ratio",
-        type=number(ShareBelowAll),
-        nargs="+",
-        metavar="RATIO",
-        default=[0.0],
-        help="Remove this fraction of each image's patches; 0, the default, keeps it whole. Several ratios make a "
-        "table of accuracy against the encoder's FLOPs.",
-    )
-    parser.add_argument(
-        "--mask_views",
-        type=number(Count),
-        nargs="+",
-        metavar="VIEWS",
-        default=[1],
-        help="Average the embeddings of so many masks of an image that share no patch; 1 by default. Each number is "
-        "combined with every ratio that has room for it.",
-    )
-    parser.add_argument(
-        "--mask_kind", default="random", help=f"The kind of masks: {', '.join(IMAGE_MASKS)}; random by default."
-    )
-    parser.add_argument(
-        "--mask_figure", metavar="PNG", type=Path, help="Draw accuracy against the encoder's FLOPs into this file."
-    )
 
 
 def check_mask_arguments(args: argparse.Namespace, other_models: Sequence[str]) -> None:

@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 from flipscale.evaluation.embedding import Embedder, Features
 from flipscale.evaluation.kinds.task import Task
 from flipscale.evaluation.metrics import Estimate, mean_per_class, wilson
-from flipscale.evaluation.probe.lars import LarsRecipe
 from flipscale.evaluation.probe.probing import Solver, probe_by_lars, probe_by_regression
+from flipscale.evaluation.probe.recipe import LarsRecipe
 from flipscale.evaluation.probe.sets import LabelledSet, Sets
 from flipscale.evaluation.results import Result
 from flipscale.evaluation.test_set import TestSet

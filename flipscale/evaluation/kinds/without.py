@@ -1,6 +1,5 @@
 """An evaluation again without the images that an audit found in the training data."""
 
-import argparse
 import json
 import logging
 from collections.abc import Sequence
@@ -122,17 +121,6 @@ class Selection(TarSource):
 
     def __getstate__(self) -> dict[str, object]:
         return self.__dict__
-
-
-def add_without_argument(parser: argparse.ArgumentParser) -> None:
-    """Add the argument of `flipscale evaluate` that names an audit."""
-    parser.add_argument(
-        "--without",
-        type=Path,
-        metavar="AUDIT",
-        help="Give each figure again without the images that lie in the training data, as `flipscale prepare audit "
-        "--tests` found them: the folder that it wrote.",
-    )
 
 
 def with_clean_tasks(tasks: Sequence[Task], audit: Path) -> list[Task]:

@@ -1,81 +1,22 @@
 """The paper's linear probe: a classifier trained by LARS on random crops, which are embedded anew each epoch."""
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
 from flipscale.data.randomness import keyed_permutation
 from flipscale.data.sources.tar_source import TarSource
+from flipscale.evaluation.probe.recipe import LarsRecipe
 from flipscale.evaluation.probe.rows import Classifier, Rows, Total, total_of
 from flipscale.evaluation.probe.views import RandomCrops
-from flipscale.files.ranges import Count, CountOrNone, Positive, Seed, ShareAboveNone, ShareBelowAll
 
 if TYPE_CHECKING:
     from flipscale.evaluation.embedding import Embedder, Features
 
 FIRST_STD = 0.01  # of the weights: MAE's head
 NORM_EPS, NORM_MOMENTUM = 1e-6, 0.1  # MAE's batch norm before the head, and how fast its averages move
-
-
-@dataclass(frozen=True)
-class LarsRecipe:
-    """How the classifier is trained. The defaults are the paper's for ImageNet-1K; trust is MAE's.
-
-    Args:
-        base_lr: learning rate for 256 images.
-        batch_size: images of a step, of all processes together.
-        epochs: how often each image is seen.
-        warmup_epochs: of a linear rise from zero; a cosine to zero follows.
-        momentum: of the steps.
-        trust: what a matrix moves by is the rate times `trust` times the ratio of its norm to its gradient's. Vectors
-            move by the rate alone.
-        batch_norm: normalise each feature over the batch, as MAE's head does, without learned scale and shift.
-        crop_scale: the least and the largest share of an image's area that a crop has.
-        seed: of weights, order and crops.
-    """
-
-    base_lr: Positive = 0.01
-    batch_size: Count = 16_384
-    epochs: Count = 90
-    warmup_epochs: CountOrNone = 10
-    momentum: ShareBelowAll = 0.9
-    trust: Positive = 0.001
-    batch_norm: bool = False
-    crop_scale: tuple[ShareAboveNone, ShareAboveNone] = (0.08, 1.0)
-    seed: Seed = 0
-
-    def __post_init__(self) -> None:
-        least, most = self.crop_scale
-        if not 0 < least <= most <= 1:
-            raise ValueError(f"crop_scale is {least} {most}; give two shares above 0, at most 1, the least first")
-        if not 0 <= self.warmup_epochs < self.epochs:
-            raise ValueError(
-                f"epochs is {self.epochs}, {self.warmup_epochs} of them to warm up; give epochs more than that"
-            )
-
-    def check(self, num_images: int) -> None:
-        """Raise if these images cannot be trained on so.
-
-        Raises:
-            ValueError: the batch is larger than the data.
-        """
-        if not 1 <= self.batch_size <= num_images:
-            raise ValueError(
-                f"the batch of {self.batch_size:,} does not fit the {num_images:,} training images; give "
-                f"--global_batch_size a number from 1 to {num_images}, such as {max(num_images // 4, 1)}"
-            )
-
-    def rate(self, epoch: float) -> float:
-        """Return the learning rate at a point of the training, in epochs."""
-        peak = self.base_lr * self.batch_size / 256
-        if epoch < self.warmup_epochs:
-            return peak * epoch / self.warmup_epochs
-        done = (epoch - self.warmup_epochs) / (self.epochs - self.warmup_epochs)
-        return peak * 0.5 * (1 + math.cos(math.pi * done))
 
 
 class Lars:
@@ -87,7 +28,7 @@ class Lars:
         trust: the factor of the ratio.
     """
 
-    def __init__(self, parameters: Sequence[torch.Tensor], momentum: ShareBelowAll, trust: Positive):
+    def __init__(self, parameters: Sequence[torch.Tensor], momentum: float, trust: float):
         self.parameters = parameters
         self.momentum = momentum
         self.trust = trust

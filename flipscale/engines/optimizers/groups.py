@@ -4,8 +4,7 @@ The model says which parameters are in which group (`loss_parameters`, `no_weigh
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,37 +12,8 @@ from torch import nn
 from torch.optim.adamw import adamw
 
 from flipscale.engines.launch import Launch
-from flipscale.engines.muon import Muon, buffer_elements, local
-from flipscale.files.ranges import NotNegative, Positive, ShareBelowAll, ShareBetween
-
-
-@dataclass(frozen=True)
-class OptimRecipe:
-    """How the weights move. The learning rate is each stage's (`stages`).
-
-    Args:
-        name: `adamw` (the paper's), or `muon` for the matrices of the blocks with `adamw` for everything else.
-        weight_decay: decoupled, times the learning rate; 0.2: paper, Table 10.
-        adam_beta1: of the mean; 0.9: paper, Table 10.
-        adam_beta2: of the square; 0.95: paper, Table 10.
-        adam_epsilon: 1e-8, as the original's code has it.
-        muon_lr_ratio: Muon's rate as a multiple of AdamW's. Muon's update of a matrix has a spectral norm of about the
-            rate, times sqrt(rows / columns) for tall ones.
-        muon_momentum: Nesterov momentum of Muon.
-        ema_decay: keep averages of the weights, each step's new weights mixed in with 1 - ema_decay; they are what is
-            evaluated and exported. Left out: no averages.
-        max_grad_norm: clip the gradients' global norm; the paper clips nothing.
-    """
-
-    name: Literal["adamw", "muon"] = "adamw"
-    weight_decay: NotNegative = 0.2
-    adam_beta1: ShareBelowAll = 0.9
-    adam_beta2: ShareBelowAll = 0.95
-    adam_epsilon: Positive = 1e-8
-    muon_lr_ratio: NotNegative = 10.0
-    muon_momentum: ShareBelowAll = 0.95
-    max_grad_norm: Positive | None = None
-    ema_decay: ShareBetween | None = None
+from flipscale.engines.optimizers.muon import Muon, buffer_elements, local
+from flipscale.engines.recipe import OptimRecipe
 
 
 class ShardedAdamW(torch.optim.AdamW):
@@ -177,7 +147,7 @@ def set_learning_rate(optimizers: Iterable[torch.optim.Optimizer], learning_rate
 
 @torch.no_grad()
 def gradient_norm(
-    parameters: Iterable[nn.Parameter], max_grad_norm: Positive | None, holders: dist.ProcessGroup | None = None
+    parameters: Iterable[nn.Parameter], max_grad_norm: float | None, holders: dist.ProcessGroup | None = None
 ) -> torch.Tensor:
     """Return the global norm of the gradients, fp32 `()`, and clip them in place to `max_grad_norm`, if that is set.
 

@@ -1,0 +1,1 @@
+"""The optimisers: which parameters each of them moves, and Muon."""
