@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from flipscale.data.sources.tar_source import TarSource
 from flipscale.files.command_line import number, output_folder
-from flipscale.files.ranges import Count, CountOrNone, Threads
+from flipscale.files.ranges import Count, CountOrNone, ShareBelowAll, Threads
 
 if TYPE_CHECKING:
     from flipscale.evaluation.task_page import TaskPage
@@ -25,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         return kinds.add_parser(kind, help=summary, description=summary)
 
     add_shards_arguments(add("shards", "Write tar shards from a folder of images, a table or a `datasets` data set."))
+    add_tokenizer_arguments(add("tokenizer", "Train a SentencePiece tokenizer on the captions of shards."))
     inspect = add("inspect", "Print what is in shards, find bad samples, and draw a contact sheet.")
     inspect.add_argument("shards", help=_SHARDS_HELP)
     inspect.add_argument(
@@ -79,20 +80,42 @@ def add_shards_arguments(shards: argparse.ArgumentParser) -> None:
     """Add the arguments of `flipscale prepare shards`."""
     shards.add_argument(
         "source",
-        help="A folder of images that has a .txt or .json file beside each or a metadata table; "
-        "a CSV, TSV, JSONL or parquet table of paths and captions; or the name of a data set for `datasets`.",
+        help="A folder of images with a .txt or .json file beside each, with a metadata table, or sorted into a folder "
+        "for each class; a CSV, TSV, JSONL or parquet table of paths and captions; or a data set of the `datasets` "
+        "library, saved or by its name on the Hub.",
     )
     shards.add_argument(
         "directory",
         type=output_folder,
         help="The folder to write; the same command continues there after an interruption.",
     )
-    shards.add_argument("--image_column", help="The column of images; by default the first column with a usual name.")
+    shards.add_argument(
+        "--image_column",
+        help="The column of images; by default the first that is called image, file_name, filename, path, filepath, "
+        "image_path or img.",
+    )
     shards.add_argument(
         "--caption_column",
-        help="The column of captions, likewise; a list of texts in it is several captions of one image.",
+        help="The column of captions; by default the first that is called caption, captions, text, title or txt. A "
+        "list of texts in it is several captions of one image.",
     )
-    shards.add_argument("--split", default="train", help="The split of a `datasets` data set; train by default.")
+    shards.add_argument(
+        "--labels",
+        metavar="folder|COLUMN",
+        help="Write the class of each image too, and the names of all classes: the folder that it lies in, or a column "
+        "of the table. By default no classes are written.",
+    )
+    shards.add_argument(
+        "--split",
+        type=_held_out,
+        default=0.0,
+        metavar="SHARE",
+        help="Hold out this share of the images, such as 0.1, as a test set: the folder then has train/ and test/. An "
+        "image is on the same side each time, and so are its copies. 0, the default, holds out none.",
+    )
+    shards.add_argument(
+        "--dataset_split", default="train", help="The split of a `datasets` data set; train by default."
+    )
     shards.add_argument(
         "--short_side",
         type=int,
@@ -106,12 +129,15 @@ def add_shards_arguments(shards: argparse.ArgumentParser) -> None:
         "--pairs_per_shard", type=int, default=10_000, help="How many pairs a shard holds; 10,000 by default."
     )
     shards.add_argument(
-        "--drop_duplicates", action="store_true", help="Keep only the first of images with the same bytes."
+        "--drop_duplicates",
+        action="store_true",
+        help="Keep only the first of images with the same bytes; by default all are kept.",
     )
     shards.add_argument(
         "--allow_outside",
         action="store_true",
-        help="Read also files outside the folder of the list, which its paths or links name.",
+        help="Read also files outside the folder of the list, which its paths or links name; by default they are left "
+        "out.",
     )
     shards.add_argument(
         "--max_bad_fraction",
@@ -125,6 +151,28 @@ def add_shards_arguments(shards: argparse.ArgumentParser) -> None:
         type=number(Threads),
         default=os.cpu_count() or 1,
         help="How many processes work; by default one for each core.",
+    )
+
+
+def _held_out(text: str) -> float:
+    try:
+        share: float = number(ShareBelowAll)(text)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"{error}; --dataset_split names the split of a data set") from None
+    return share
+
+
+def add_tokenizer_arguments(tokenizer: argparse.ArgumentParser) -> None:
+    """Add the arguments of `flipscale prepare tokenizer`."""
+    tokenizer.add_argument("shards", help=_SHARDS_HELP)
+    tokenizer.add_argument(
+        "directory", type=output_folder, help="The folder to write, for `data.tokenizer` of a recipe."
+    )
+    tokenizer.add_argument(
+        "--vocab_size",
+        type=number(Count),
+        default=8000,
+        help="The most entries that the vocabulary may have, 8000 by default; few captions yield fewer.",
     )
 
 
@@ -173,6 +221,7 @@ def run(args: argparse.Namespace) -> None:
     """
     kinds = {
         "shards": _shards,
+        "tokenizer": _tokenizer,
         "inspect": _inspect,
         "audit": _audit,
         "demo": _demo,
@@ -185,18 +234,56 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _shards(args: argparse.Namespace) -> None:
-    from flipscale.preparation.pair_list import open_pairs
-    from flipscale.preparation.shard_writer import ShardOptions, check_left_out, report_table, write_shards
+    from flipscale.preparation.lists.files import shown
+    from flipscale.preparation.lists.pair_list import open_pairs
+    from flipscale.preparation.own_set import check_parts, write_own_set
+    from flipscale.preparation.shard_report import check_left_out, report_table
+    from flipscale.preparation.shard_writer import ShardOptions
 
     if not 0 <= args.max_bad_fraction <= 1:
         raise ValueError(f"max_bad_fraction is {args.max_bad_fraction}; it must be from 0 to 1")
     options = ShardOptions(
-        args.short_side, args.jpeg_quality, args.pairs_per_shard, args.drop_duplicates, args.allow_outside
+        args.short_side,
+        args.jpeg_quality,
+        args.pairs_per_shard,
+        args.drop_duplicates,
+        args.allow_outside,
+        args.labels,
+        args.split,
     )
-    pairs = open_pairs(args.source, args.image_column, args.caption_column, args.split, args.allow_outside)
-    report = write_shards(pairs, args.source, args.directory, options, args.num_workers)
-    print(report_table(report, args.directory))
-    check_left_out(report, args.directory, args.max_bad_fraction)
+    pairs = open_pairs(
+        args.source, args.image_column, args.caption_column, args.dataset_split, args.allow_outside, args.labels
+    )
+    print(shown(pairs.layout))
+    reports = write_own_set(pairs, args.source, args.directory, options, args.num_workers)
+    for folder, report in reports.items():
+        print(f"\n{folder}\n{report_table(report, folder)}")
+    for folder, report in reports.items():
+        check_left_out(report, folder, args.max_bad_fraction)
+    check_parts(reports, args.split)
+    train, *tests = reports
+    held_out = f"; {tests[0]} is held out to evaluate on" if tests else ""
+    print(f"\n{train} is for data.shards of a recipe{held_out}")
+    print(f"next: flipscale prepare tokenizer {train} {args.directory / 'tokenizer'}")
+
+
+def _tokenizer(args: argparse.Namespace) -> None:
+    from flipscale.data.recipe import DataRecipe
+    from flipscale.data.sources.opening import open_shards
+    from flipscale.data.tokenizers import train_sentencepiece
+    from flipscale.files.aside import new_folder
+    from flipscale.model.configuration_flip import FlipTextConfig
+    from flipscale.preparation.inspection import read_captions
+
+    captions = read_captions(open_shards(args.shards, DataRecipe(lanes=1, shards_per_block=1)))
+    with new_folder(args.directory) as folder:
+        tokenizer = train_sentencepiece(captions, folder, args.vocab_size, FlipTextConfig.max_position_embeddings)
+    lengths = sorted(len(ids) for ids in tokenizer(captions)["input_ids"])
+    print(
+        f"{args.directory}: {len(tokenizer):,} entries, from {len(captions):,} captions, {len(set(captions)):,} of "
+        f"them different; a caption has {lengths[len(lengths) // 2]} tokens in the median, {lengths[-1]} at most"
+    )
+    print(f"next: flipscale init RECIPE.yaml --shards {args.shards} --tokenizer {args.directory}")
 
 
 def _inspect(args: argparse.Namespace) -> None:

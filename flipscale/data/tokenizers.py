@@ -1,6 +1,7 @@
 """Fast tokenizers for captions: one trained on the captions, and the original FLIP's WordPiece."""
 
 import io
+import re
 import tempfile
 from collections import Counter
 from collections.abc import Iterable
@@ -102,9 +103,11 @@ def train_sentencepiece(
                 minloglevel=2,
             )
         except RuntimeError as error:
-            reason = " ".join(str(error).split()).rsplit("] ", 1)[-1]  # what follows the source location
+            # SentencePiece says how many the characters alone need, unless there is no room for any.
+            needed = re.search(r"required_chars\. \d+ vs (\d+)", str(error))
+            reason = f"their characters alone need {needed[1]}" if needed else "there is no room for their characters"
             raise ValueError(
-                f"no tokenizer of vocab_size {vocab_size} from {len(captions)} captions: {reason}"
+                f"no tokenizer of vocab_size {vocab_size} from {len(captions)} captions: {reason}; use more"
             ) from error
     path = out_dir / "sentencepiece.model"
     proto = _model_proto(model.getvalue())

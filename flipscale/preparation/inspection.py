@@ -5,6 +5,7 @@ import textwrap
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -19,8 +20,10 @@ from flipscale.data.captions import choose_caption
 from flipscale.data.decode import decode_whole
 from flipscale.data.faults import BadSample
 from flipscale.data.sources.source import Sample, Source
+from flipscale.data.sources.tar_source import TarSource
 
 _CHUNK = 256  # samples read at a time
+_MOST_CAPTIONED = 1_000_000  # more make no better vocabulary, and take memory
 _PERCENTILES = {"min": 0, "median": 50, "p95": 95, "max": 100}
 _EXAMPLES = 3
 _COLUMNS, _ROWS, _TILE, _MARGIN, _TEXT_LINES, _LINE_HEIGHT = 6, 4, 176, 8, 3, 14
@@ -91,6 +94,25 @@ def _check_sheet(sheet: Path) -> None:
     """
     if sheet.suffix.lower() != ".png" or sheet.is_dir() or not sheet.absolute().parent.is_dir():
         raise ValueError(f"the sheet {sheet} cannot be written; name a PNG file in a folder that exists with --sheet")
+
+
+def read_captions(source: TarSource) -> list[str]:
+    """Return the captions of the samples of `source`, of a million of them, evenly spread, where there are more. Those
+    that cannot be used are left out.
+
+    Raises:
+        ValueError: there is none.
+    """
+    count = min(len(source), _MOST_CAPTIONED)
+    numbers = np.unique(np.linspace(0, len(source) - 1, count).round().astype(np.int64))
+    captions: list[str] = []
+    for place in tqdm(_places(source, numbers), "captions", len(numbers), unit="sample", disable=None):
+        with suppress(BadSample):
+            stored = source.read_captions(*place)
+            captions += [choose_caption((caption,), 0.0) for caption in stored if caption.strip()]
+    if not captions:
+        raise ValueError(f"none of {len(source):,} samples has a caption that can be read")
+    return captions
 
 
 def _places(source: Source, numbers: np.ndarray) -> Iterator[tuple[int, int]]:

@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 
 from flipscale.data.sources.tar_file import add_member
-from flipscale.files.aside import new_folder
+from flipscale.files.aside import new_folder, write_text
 
 IMAGES_PER_SHARD = 2000
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -36,9 +36,14 @@ def write_labelled(
                     add_member(tar, f"s{number:07d}.cls", str(label).encode())
         (directory / part / "nshards.txt").write_text(str(len(firsts)), encoding="utf-8")
         counts[part] = len(every)
-    (directory / "classnames.txt").write_text("".join(f"{name}\n" for name in class_names), encoding="utf-8")
-    (directory / "zeroshot_classification_templates.txt").write_text(f"{template}\n", encoding="utf-8")
+    write_class_texts(directory, class_names, template)
     return counts
+
+
+def write_class_texts(directory: Path, class_names: Sequence[str], template: str) -> None:
+    """Write what lies beside the parts of a labelled set: the names of its classes, and one prompt."""
+    write_text(directory / "classnames.txt", "".join(f"{name}\n" for name in class_names))
+    write_text(directory / "zeroshot_classification_templates.txt", f"{template}\n")
 
 
 def prepare_digits(directory: Path) -> dict[str, int]:

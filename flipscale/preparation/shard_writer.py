@@ -10,7 +10,7 @@ import io
 import json
 import tarfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,17 +28,19 @@ from flipscale.data.faults import BadSample
 from flipscale.data.sources.shard_index import load_index
 from flipscale.data.sources.tar_file import add_member
 from flipscale.files import json_lines
-from flipscale.files.aside import own_partial_path, sync, write_text, written_aside
-from flipscale.preparation.pair_list import PairList
+from flipscale.files.aside import own_partial_path, sync, written_aside
+from flipscale.preparation.lists.pair_list import PairList
+from flipscale.preparation.shard_report import DUPLICATE, MANIFEST, REPORT, write_report
 from flipscale.preparation.worker_pool import worker_pool
 
-MANIFEST, REPORT, LEFT_OUT, HASHES = "manifest.jsonl", "report.json", "left_out.jsonl", ".hashes.npy"
+HASHES = ".hashes.npy"
 LOCK, _ASIDE = ".lock", ".*.partial*"  # what a kill may leave
 # Of a line of the manifest.
 _LINE = {"shard", "written", "shrunk", "image_bytes", "left_out", "tar_bytes"}
 _SHOWN = 300  # characters of a name or a detail
 _KEPT_FORMATS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 _HASH_BYTES = 16
+_SPLIT_KEY = b"flipscale prepare shards --split"
 _job: "ShardJob"  # set in each worker
 
 
@@ -52,6 +54,9 @@ class ShardOptions:
         pairs_per_shard: how many pairs are read for each shard.
         drop_duplicates: keep only the first of several images whose files have the same bytes.
         allow_outside: read also files outside the folder of the list.
+        labels: the column of classes, or `folder`; with it, each sample has its class in KEY.cls.
+        held_out: the share of the images that is no part of the training data.
+        part: which images are written: those of `train`, or the `test` that is held out.
     """
 
     short_side: int = 256
@@ -59,6 +64,9 @@ class ShardOptions:
     pairs_per_shard: int = 10_000
     drop_duplicates: bool = False
     allow_outside: bool = False
+    labels: str | None = None
+    held_out: float = 0.0
+    part: str = "train"
 
     def __post_init__(self) -> None:
         for name, most in (("short_side", 65_500), ("jpeg_quality", 100), ("pairs_per_shard", 10**9)):
@@ -69,7 +77,7 @@ class ShardOptions:
 class DuplicateImage(BadSample):
     """An earlier pair has the same image file."""
 
-    cause = "duplicate"
+    cause = DUPLICATE
 
 
 @dataclass(frozen=True)
@@ -79,6 +87,7 @@ class ShardJob:
     pairs: PairList
     out_dir: Path
     options: ShardOptions
+    class_numbers: dict[str, int]
 
     @property
     def num_shards(self) -> int:
@@ -94,8 +103,18 @@ class ShardJob:
         return self.out_dir / f"{shard:05d}.tar"
 
 
-def write_shards(pairs: PairList, source: str, out_dir: Path, options: ShardOptions, processes: int) -> dict[str, Any]:
+def write_shards(
+    pairs: PairList,
+    source: str,
+    out_dir: Path,
+    options: ShardOptions,
+    processes: int,
+    class_names: Sequence[str] = (),
+) -> dict[str, Any]:
     """Write the shards of `pairs` and their indices to `out_dir`, and return the report that is written beside them.
+
+    Args:
+        class_names: with `options.labels`, the names of all classes, in the order of their numbers.
 
     Raises:
         ValueError: `out_dir` was begun from other pairs or with other options, has other files, or another process
@@ -104,7 +123,7 @@ def write_shards(pairs: PairList, source: str, out_dir: Path, options: ShardOpti
     """
     if processes < 1:
         raise ValueError(f"num_workers is {processes}; it must be at least 1")
-    job = ShardJob(pairs, out_dir, options)
+    job = ShardJob(pairs, out_dir, options, {name: number for number, name in enumerate(class_names)})
     begun = {"source": source, "pairs": len(pairs), "fingerprint": pairs.fingerprint(), **asdict(options)}
     _check_folder(out_dir)
     try:
@@ -128,7 +147,8 @@ def _write_locked(job: ShardJob, begun: dict[str, Any], processes: int) -> dict[
             min(processes, len(todo)), _receive, (job,), "the same command goes on where it stopped"
         ) as pool:
             _write_all(job, todo, done, pool)
-    return _write_report(job.out_dir, begun, [done[shard] for shard in sorted(done)])
+    (job.out_dir / HASHES).unlink(missing_ok=True)
+    return write_report(job.out_dir, begun, [done[shard] for shard in sorted(done)])
 
 
 def _write_all(job: ShardJob, todo: list[int], done: dict[int, dict[str, Any]], pool: ProcessPoolExecutor) -> None:
@@ -166,7 +186,11 @@ def _open_manifest(job: ShardJob, begun: dict[str, Any]) -> dict[int, dict[str, 
     lines = json_lines.each(path)
     before = {**asdict(ShardOptions()), **next(lines, begun)}
     was = {name: value for name, value in before.items() if begun.get(name) != value}
-    if was:
+    if was and _is_empty(job.out_dir):
+        for shard in job.out_dir.glob("*.tar*"):
+            shard.unlink()
+        lines = iter(())
+    elif was:
         other = ", ".join(f"{name} {value} (now {begun.get(name)})" for name, value in was.items())
         raise ValueError(f"{job.out_dir} was begun with {other}; use the same source and options, or another folder")
     done: dict[int, dict[str, Any]] = {}
@@ -180,6 +204,15 @@ def _open_manifest(job: ShardJob, begun: dict[str, Any]) -> dict[int, dict[str, 
 
     json_lines.rewrite(path, whole())
     return done
+
+
+def _is_empty(out_dir: Path) -> bool:
+    """Return whether a run ended in a folder and wrote no pair, so that other options may be tried there."""
+    try:
+        report = json.loads((out_dir / REPORT).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(report, dict) and report.get("written") == 0
 
 
 def _is_whole(job: ShardJob, line: dict[str, Any]) -> bool:
@@ -240,15 +273,18 @@ def _write_shard(shard: int, same_as: dict[int, int]) -> dict[str, Any]:
         with tarfile.open(partial, mode="w") as tar:
             for number in _job.numbers(shard):
                 try:
+                    if not _is_of_part(number):
+                        continue
                     if number in same_as:
                         raise DuplicateImage(f"the same bytes as {pairs.place(same_as[number])}")
                     captions = pairs.captions(number)
+                    label = _job.class_numbers[pairs.label(number)] if _job.options.labels else None
                     image, extension, about = _stored_image(pairs.image(number), _job.options)
                 except BadSample as error:
                     fault = {"key": pairs.key(number), "cause": error.cause, "detail": str(error)}
                     line["left_out"].append({name: _cut(text) for name, text in fault.items()})
                     continue
-                _add_pair(tar, number, image, extension, captions, {"key": pairs.key(number), **about})
+                _add_pair(tar, number, image, extension, captions, label, {"key": pairs.key(number), **about})
                 line["written"] += 1
                 line["shrunk"] += about["width"] != about["original_width"]
                 line["image_bytes"] += len(image)
@@ -257,19 +293,41 @@ def _write_shard(shard: int, same_as: dict[int, int]) -> dict[str, Any]:
     return {**line, "tar_bytes": path.stat().st_size}
 
 
+def _is_of_part(number: int) -> bool:
+    """Return whether an image is of the part that is written: by a hash of its bytes, so that it is the same whoever
+    asks, and that copies of an image are on one side. An image that cannot be read counts as one of `train`."""
+    options = _job.options
+    if not options.held_out:
+        return True
+    try:
+        digest = hashlib.blake2b(_job.pairs.image(number), digest_size=8, key=_SPLIT_KEY).digest()
+    except BadSample:
+        return options.part == "train"
+    return (int.from_bytes(digest, "big") < options.held_out * 2**64) == (options.part == "test")
+
+
 def _cut(text: str) -> str:
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
 def _add_pair(
-    tar: tarfile.TarFile, number: int, image: bytes, extension: str, captions: list[str], about: dict[str, Any]
+    tar: tarfile.TarFile,
+    number: int,
+    image: bytes,
+    extension: str,
+    captions: list[str],
+    label: int | None,
+    about: dict[str, Any],
 ) -> None:
-    """Append KEY.jpg, KEY.txt with the first caption, and KEY.json with `about` and, if several, all captions."""
+    """Append KEY.jpg, KEY.txt with the first caption, KEY.cls with the class if there is one, and KEY.json with `about`
+    and, if several, all captions."""
     name = f"{number:09d}"
     if len(captions) > 1:
         about = {**about, "captions": captions}
     add_member(tar, f"{name}.{extension}", image)
     add_member(tar, f"{name}.txt", captions[0].encode())
+    if label is not None:
+        add_member(tar, f"{name}.cls", str(label).encode())
     add_member(tar, f"{name}.json", json.dumps(about, ensure_ascii=False).encode())
 
 
@@ -300,75 +358,3 @@ def _stored(image: np.ndarray, encoded: bytes, options: ShardOptions) -> tuple[b
     image = np.ascontiguousarray(image)
     jpeg = simplejpeg.encode_jpeg(image, quality=options.jpeg_quality, colorspace="RGB", colorsubsampling="420")
     return jpeg, "jpg", about
-
-
-def _write_report(out_dir: Path, begun: dict[str, Any], lines: list[dict[str, Any]]) -> dict[str, Any]:
-    """Write `report.json`, with counts of what was written and left out, and all left out in `left_out.jsonl`."""
-    left_out: Counter[str] = sum((line["left_out"] for line in lines), Counter())
-    first: dict[str, Any] = {}
-    for line in lines:
-        first = {**line["first"], **first}
-    report = {
-        **begun,
-        "shards": len(lines),
-        **{name: sum(line[name] for line in lines) for name in ("written", "shrunk", "image_bytes", "tar_bytes")},
-        "left_out": dict(left_out.most_common()),
-        "first_left_out": first,
-    }
-    json_lines.rewrite(out_dir / LEFT_OUT, _left_out(out_dir / MANIFEST))
-    write_text(out_dir / REPORT, json.dumps(report, indent=2) + "\n")
-    (out_dir / HASHES).unlink(missing_ok=True)
-    return report
-
-
-def _left_out(manifest: Path) -> Iterator[dict[str, Any]]:
-    """Yield what was left out in the order of the pairs; the manifest's lines are in the order of their finish."""
-    with open(manifest, "rb") as file:
-        begins = {}
-        while True:
-            begin = file.tell()
-            if not (line := file.readline()):
-                break
-            begins[json.loads(line).get("shard", -1)] = begin
-        for shard in sorted(begins.keys() - {-1}):
-            file.seek(begins[shard])
-            yield from json.loads(file.readline())["left_out"]
-
-
-def report_table(report: dict[str, Any], out_dir: Path) -> str:
-    """Return a report as text to print."""
-    pairs, written = report["pairs"], report["written"]
-    rows = [("pairs read", pairs, ""), ("written", written, f"in {report['shards']:,} shards")]
-    rows += [
-        ("  shrunk", report["shrunk"], f"to a short side of {report['short_side']}, JPEG {report['jpeg_quality']}")
-    ]
-    rows += [("left out", pairs - written, f"each in {out_dir / LEFT_OUT}" if pairs > written else "")]
-    rows += [(f"  {cause}", count, f"such as {_first(report, cause)}") for cause, count in report["left_out"].items()]
-    mean = report["image_bytes"] / written / 1000 if written else 0
-    lines = [f"{name:<24}{count:>14,}  {remark}".rstrip() for name, count, remark in rows]
-    return "\n".join([*lines, f"{'bytes':<24}{report['tar_bytes']:>14,}  {mean:.1f} kB an image"])
-
-
-def _first(report: dict[str, Any], cause: str) -> str:
-    """Return the first pair that was left out for a cause, in letters that any terminal shows."""
-    fault = report["first_left_out"][cause]
-    text = f"{fault['key']}: {fault['detail']}"
-    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
-
-
-def check_left_out(report: dict[str, Any], out_dir: Path, max_bad_fraction: float) -> None:
-    """Raise if too many pairs cannot be used; duplicates can.
-
-    Raises:
-        ValueError: nothing was written, or more than `max_bad_fraction` of the pairs is unusable.
-    """
-    unusable = {cause: n for cause, n in report["left_out"].items() if cause != DuplicateImage.cause}
-    bad, pairs = sum(unusable.values()), report["pairs"]
-    if not bad or (report["written"] and bad <= max_bad_fraction * pairs):
-        return
-    cause = max(unusable, key=lambda cause: unusable[cause])
-    many = f"more than --max_bad_fraction {max_bad_fraction:g}" if report["written"] else "which leaves none"
-    raise ValueError(
-        f"{bad:,} of {pairs:,} pairs of {report['source']} cannot be used, {many}: {unusable[cause]:,} for {cause}, "
-        f"such as {_first(report, cause)}; mend the list and name a new folder (all are in {out_dir / LEFT_OUT})"
-    )

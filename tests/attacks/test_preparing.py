@@ -196,6 +196,21 @@ def _two_kinds(folder: Path) -> None:
     (folder / "0.png").write_bytes(picture(7, "PNG"))
 
 
+def _classes(folder: Path) -> None:
+    """Folders of classes: some named from right to left, with a bell, in no UTF-8, and one that is no folder."""
+    for number, name in enumerate((b"a class", "\u202e\u05d0 \u0007".encode(), b"caf\xe9", b"c")):
+        (folder / f"{number}.txt").unlink()
+        place = os.fsencode(folder) + b"/" + name
+        os.mkdir(place)
+        os.rename(folder / f"{number}.jpg", place + b"/0.jpg")
+    (folder / "d.jpg").symlink_to("/dev/zero")
+
+
+def _no_captions(folder: Path) -> None:
+    for number in range(4):
+        (folder / f"{number}.txt").unlink()
+
+
 def _to_a_file(folder: Path) -> list[str]:
     images(folder)
     (folder / "in/list.csv").write_text(HEAD + GOOD)
@@ -482,6 +497,27 @@ ATTACKS: list[Attack] = [
     Attack("a folder that is called like an image", beside(_folder_as_image), check=keeps(3, unreadable_file=1)),
     Attack("captions nested 100,000 deep beside an image", beside(_json_bomb), check=keeps(3, undecodable_caption=1)),
     Attack("names with dots, blanks and capitals", beside(_dotted), check=keeps(4)),
+    Attack(
+        "folders of classes with odd names", beside(_classes), check=keeps(3, undecodable_caption=1, missing_caption=1)
+    ),
+    Attack("pictures without captions", beside(_no_captions), code=2, says=("4 images and no captions",)),
+    Attack(
+        "classes of a column that is blank",
+        table("file_name,caption,kind\n0.jpg,a,\n1.jpg,b,\n", "list.csv", "--labels", "kind"),
+        code=2,
+        says=("no pair of in/list.csv has a class",),
+    ),
+    Attack(
+        "classes of odd names, some missing",
+        table(
+            "file_name,caption,kind\n0.jpg,a,\u202e\u05d0\n1.jpg,b,\n2.jpg,c,\x07\n3.jpg,d,a  class\n",
+            "list.csv",
+            "--labels",
+            "kind",
+        ),
+        check=keeps(1, missing_label=3),
+    ),
+    Attack("a path that is misspelled", lambda folder: command("no/such/folder"), code=2, says=("does not exist",)),
     Attack("a JPEG and a PNG of one name", beside(_two_kinds), check=keeps(5)),
     Attack(
         "a parquet file of odd rows",

@@ -23,7 +23,8 @@ from PIL import Image
 from flipscale.cli import main
 from flipscale.data.decode import decode_whole
 from flipscale.data.sources.tar_source import TarSource
-from flipscale.preparation.pair_list import UnreadableFile, open_pairs
+from flipscale.preparation.lists.files import UnreadableFile
+from flipscale.preparation.lists.pair_list import open_pairs
 from flipscale.preparation.shard_writer import ShardOptions, write_shards
 
 CAPTIONS = [f"picture number {number}" for number in range(6)]
@@ -241,7 +242,9 @@ def test_wrong_sources_are_one_line(folder: Path, tmp_path: Path, refused: Calla
     assert "pairs.csv has no column words; name the captions' with --caption_column, one of id, path, text" in line
     (tmp_path / "a.jsonl").write_text("{broken\n")
     assert "a.jsonl is no JSONL table in UTF-8" in refused(tmp_path / "a.jsonl")
-    assert "is no folder, no table and no data set that `datasets` loads" in refused("./no_such_data_set")
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved/dataset_info.json").write_text("{}")
+    assert "is no folder, no table and no data set that `datasets` loads" in refused(tmp_path / "saved")
 
 
 @pytest.mark.parametrize(

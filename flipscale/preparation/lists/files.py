@@ -1,18 +1,18 @@
-"""Files that a list names, and captions: what is no file, lies outside or is no text is no more than a bad sample."""
+"""Files that a list names, captions and classes: what is no file, lies outside or is no text is no more than a bad
+sample."""
 
 import errno
 import hashlib
 import json
 import os
 import stat
-from dataclasses import dataclass
 from functools import cache
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
-from flipscale.data.captions import captions_of_json, choose_caption, encoded_captions
-from flipscale.data.faults import BadSample, MissingCaption
-from flipscale.data.sources.source import MAX_IMAGE_BYTES, MAX_TEXT_BYTES, check_bytes
+from flipscale.data.captions import choose_caption, encoded_captions
+from flipscale.data.faults import BadSample
+from flipscale.data.sources.source import MAX_IMAGE_BYTES, check_bytes
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 # These say nothing of the file: the same command would read it later.
@@ -36,6 +36,12 @@ class OutsideFolder(BadSample):
     """The list names a file outside its folder."""
 
     cause = "outside_folder"
+
+
+class MissingLabel(BadSample):
+    """The pair has no class."""
+
+    cause = "missing_label"
 
 
 def read_file(root: Path, name: str, allow_outside: bool, most_bytes: int = MAX_IMAGE_BYTES) -> bytes:
@@ -108,61 +114,37 @@ def captions_of(texts: Any) -> list[str]:
     Raises:
         BadSample: there is none, or one that training would refuse.
     """
-    return _usable(encoded_captions(texts, "the caption"))
+    return usable(encoded_captions(texts, "the caption"))
 
 
-def _usable(captions: tuple[bytes, ...]) -> list[str]:
+def usable(captions: tuple[bytes, ...]) -> list[str]:
+    """Return captions as texts, without blank ones.
+
+    Raises:
+        BadSample: there is none, or one that training would refuse.
+    """
     choose_caption(captions, 0.0)  # raises if one of them cannot be used
     texts = (caption.decode().removeprefix("\ufeff").strip() for caption in captions)
     return [text for text in texts if text]
 
 
+def label_of(value: Any) -> str:
+    """Return the name of a class: a text on one line, or a whole number.
+
+    Raises:
+        MissingLabel: it is none.
+    """
+    name = " ".join(str(value).split()) if isinstance(value, str | int) else ""
+    if not name or not is_utf8(name) or not name.isprintable():
+        raise MissingLabel("there is none" if value in (None, "") else f"{value!r:.60} is no name of a class")
+    return name
+
+
+def shown(text: str) -> str:
+    """Return a text in letters that any terminal shows."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+
+
 def digest_of(content: Any) -> str:
     """Return a digest of what is ready for JSON."""
     return hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
-
-
-@dataclass(frozen=True)
-class FileList:
-    """Image files under `root`, with their captions in KEY.txt or KEY.json beside them."""
-
-    root: Path
-    files: list[str]
-    allow_outside: bool = False
-
-    @classmethod
-    def of_folder(cls, root: Path, allow_outside: bool) -> "FileList":
-        """List what is called like an image in a folder and below it, files or not, and the folders that cannot be
-        listed; reading these says what is wrong with them."""
-        found: list[str] = []
-        unlisted: list[str] = []
-        for folder, folders, files in os.walk(root, onerror=lambda error: unlisted.append(error.filename)):
-            links = {name for name in folders if os.path.islink(os.path.join(folder, name))}
-            named = {name for name in (*files, *folders) if PurePath(name).suffix.lower() in IMAGE_SUFFIXES}
-            found += [os.path.join(folder, name) for name in links | named]
-        found += unlisted
-        return cls(root, sorted(os.path.relpath(path, root) for path in found), allow_outside)
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def key(self, number: int) -> str:
-        return self.files[number]
-
-    def place(self, number: int) -> str:
-        return self.files[number]
-
-    def image(self, number: int) -> bytes:
-        return read_file(self.root, self.files[number], self.allow_outside)
-
-    def captions(self, number: int) -> list[str]:
-        image = PurePath(self.files[number])
-        for suffix in (".txt", ".json"):
-            beside = image.with_suffix(suffix)
-            if os.path.lexists(self.root / beside):
-                content = read_file(self.root, str(beside), self.allow_outside, MAX_TEXT_BYTES)
-                return _usable((content,) if suffix == ".txt" else captions_of_json(content))
-        raise MissingCaption("no .txt or .json beside it")
-
-    def fingerprint(self) -> str:
-        return digest_of(self.files)

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from flipscale.data.faults import BadSample
-from flipscale.preparation.lists.columns import CAPTION_COLUMNS, IMAGE_COLUMNS, column
-from flipscale.preparation.lists.files import UnreadableFile, captions_of, digest_of, image_of
+from flipscale.preparation.lists.columns import AskedColumns, Columns
+from flipscale.preparation.lists.files import UnreadableFile, captions_of, digest_of, image_of, label_of
 
 _ROWS_AT_ONCE = 64
 
@@ -24,16 +24,15 @@ class ParquetList:
     """
 
     path: Path
-    image_column: str
-    caption_column: str
+    columns: Columns
     ends: np.ndarray
     footer: str
     allow_outside: bool = False
     _rows: "_Rows | None" = field(default=None, init=False, repr=False, compare=False)
 
     @classmethod
-    def of_file(cls, path: Path, image: str | None, caption: str | None, allow_outside: bool) -> "ParquetList":
-        """Read a file's metadata; the columns are named as for text tables.
+    def of_file(cls, path: Path, asked: AskedColumns, allow_outside: bool) -> "ParquetList":
+        """Read a file's metadata.
 
         Raises:
             ValueError: it is no parquet file, or a column is missing.
@@ -42,14 +41,17 @@ class ParquetList:
 
         try:
             metadata = parquet.read_metadata(path)
-            columns = metadata.schema.to_arrow_schema().names
+            schema = metadata.schema.to_arrow_schema()
         except (ArrowException, OSError) as error:
             reason = " ".join(str(error).split())
             raise ValueError(f"{path} is no parquet table ({reason}); write it again") from error
-        image = column(str(path), columns, image, IMAGE_COLUMNS, "image")
-        caption = column(str(path), columns, caption, CAPTION_COLUMNS, "caption")
+        columns = asked.among(str(path), schema.names, _features(schema))
         ends = np.cumsum([metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)], dtype=int)
-        return cls(path, image, caption, ends, digest_of(_footer(path).hex()), allow_outside)
+        return cls(path, columns, ends, digest_of(_footer(path).hex()), allow_outside)
+
+    @property
+    def layout(self) -> str:
+        return f"{len(self):,} rows in {self.path}: {self.columns.told()}"
 
     def __len__(self) -> int:
         return int(self.ends[-1]) if len(self.ends) else 0
@@ -72,13 +74,17 @@ class ParquetList:
         return image_of(self._row(number)[0], self.path.parent, self.allow_outside)
 
     def captions(self, number: int) -> list[str]:
-        return captions_of(self._row(number)[1])
+        return captions_of(self.columns.named(self.columns.caption, self._row(number)[1]))
+
+    def label(self, number: int) -> str:
+        assert self.columns.label is not None
+        return label_of(self.columns.named(self.columns.label, self._row(number)[2]))
 
     def fingerprint(self) -> str:
-        return digest_of([str(self.path), self.footer, self.image_column, self.caption_column])
+        return digest_of([str(self.path), self.footer, self.columns.image, self.columns.caption])
 
-    def _row(self, number: int) -> tuple[Any, Any]:
-        """Return image and captions of a row.
+    def _row(self, number: int) -> tuple[Any, ...]:
+        """Return the columns of a row.
 
         Raises:
             UnreadableFile: the table is damaged there.
@@ -86,7 +92,7 @@ class ParquetList:
         group = int(np.searchsorted(self.ends, number, side="right"))
         first = int(self.ends[group - 1]) if group else 0
         if self._rows is None or self._rows.group != group or number < self._rows.first:
-            self._rows = _Rows(self.path, group, first, [self.image_column, self.caption_column])
+            self._rows = _Rows(self.path, group, first, list(self.columns.names))
         return self._rows.row(number)
 
 
@@ -103,7 +109,7 @@ class _Rows:
         self._batch: Any = ()
         self._batches = _batches(path, group, columns)
 
-    def row(self, number: int) -> tuple[Any, Any]:
+    def row(self, number: int) -> tuple[Any, ...]:
         """Return the fields of a row, not before the rows that were asked for last."""
         while number >= self.first + len(self._batch) and not self._why:
             self.first += len(self._batch)
@@ -114,10 +120,23 @@ class _Rows:
                 self._batch, self._why = (), " ".join(str(error).split()) or "it ends early"
         try:
             if not self._why:
-                return tuple(self._batch.column(name)[number - self.first].as_py() for name in self._columns)  # type: ignore[return-value]
+                return tuple(self._batch.column(name)[number - self.first].as_py() for name in self._columns)
         except Exception as error:
             raise UnreadableFile(f"the row cannot be read ({error})") from error
         raise UnreadableFile(f"row group {self.group} cannot be read ({self._why})")
+
+
+def _features(schema: Any) -> dict[str, Any]:
+    """Return what `datasets` wrote of the columns, if it wrote the table."""
+    if b"huggingface" not in (schema.metadata or {}):
+        return {}
+    from datasets import Features
+
+    try:
+        return dict(Features.from_arrow_schema(schema))
+    except Exception:
+        # Whatever it makes of metadata that another version, or nobody, wrote.
+        return {}
 
 
 def _batches(path: Path, group: int, columns: list[str]) -> Iterator[Any]:

@@ -22,8 +22,8 @@ from tqdm import tqdm
 
 from flipscale.data.faults import BadSample
 from flipscale.data.sources.source import MAX_TEXT_BYTES
-from flipscale.preparation.lists.columns import CAPTION_COLUMNS, IMAGE_COLUMNS, column
-from flipscale.preparation.lists.files import IMAGE_SUFFIXES, captions_of, digest_of, image_of
+from flipscale.preparation.lists.columns import AskedColumns, Columns
+from flipscale.preparation.lists.files import IMAGE_SUFFIXES, captions_of, digest_of, image_of, label_of
 
 DELIMITERS = {".csv": ",", ".tsv": "\t", ".jsonl": ""}
 # Of a row whose quoted captions have line breaks.
@@ -53,19 +53,15 @@ class TableList:
 
     path: Path
     header: tuple[str, ...]
-    image_column: str
-    caption_column: str
+    columns: Columns
     starts: np.ndarray
     state: tuple[int, int]
     digest: str
     allow_outside: bool = False
 
     @classmethod
-    def of_file(cls, path: Path, image: str | None, caption: str | None, allow_outside: bool) -> "TableList":
+    def of_file(cls, path: Path, asked: AskedColumns, allow_outside: bool) -> "TableList":
         """Read a table once for its columns and rows.
-
-        Args:
-            image: the column of images, None for the first with a usual name; `caption` likewise.
 
         Raises:
             ValueError: it is no such table, or a column is missing.
@@ -75,15 +71,17 @@ class TableList:
             digest, state = hashlib.file_digest(file, "blake2b").hexdigest()[:32], _state(file)
             begin = _begin(path, file)
             header = _header(path, file, delimiter) if delimiter else ()
-            columns = header or _keys(path, file)
-            image = column(str(path), columns, image, IMAGE_COLUMNS, "image")
-            caption = column(str(path), columns, caption, CAPTION_COLUMNS, "caption")
+            columns = asked.among(str(path), header or _keys(path, file))
             if not header:
                 file.seek(begin)
-            layout = _Layout(delimiter, len(header), header.index(image)) if header else None
+            layout = _Layout(delimiter, len(header), header.index(columns.image)) if header else None
             with tqdm(total=state[0], unit="B", unit_scale=True, desc="rows", disable=None) as bar:
                 starts = np.fromiter((start for start in _starts(file, layout, bar)), np.int64)
-        return cls(path, header, image, caption, np.append(starts, state[0]), state, digest, allow_outside)
+        return cls(path, header, columns, np.append(starts, state[0]), state, digest, allow_outside)
+
+    @property
+    def layout(self) -> str:
+        return f"{len(self):,} rows in {self.path}: {self.columns.told()}"
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -104,15 +102,18 @@ class TableList:
     def captions(self, number: int) -> list[str]:
         return captions_of(self._row(number)[1])
 
+    def label(self, number: int) -> str:
+        return label_of(self._row(number)[2])
+
     def fingerprint(self) -> str:
-        return digest_of([self.digest, self.image_column, self.caption_column])
+        return digest_of([self.digest, self.columns.image, self.columns.caption])
 
     @cached_property
-    def _places(self) -> tuple[int, int]:
-        return self.header.index(self.image_column), self.header.index(self.caption_column)
+    def _places(self) -> list[int]:
+        return [self.header.index(name) for name in self.columns.names]
 
-    def _row(self, number: int) -> tuple[Any, Any]:
-        """Return what a row has for image and captions; None for what it lacks.
+    def _row(self, number: int) -> tuple[Any, ...]:
+        """Return what a row has in the columns; None for what it lacks.
 
         Raises:
             MalformedRow: it cannot be parsed.
@@ -122,15 +123,14 @@ class TableList:
         try:
             if not self.header:
                 fields = _object(record)
-                return fields.get(self.image_column), fields.get(self.caption_column)
+                return tuple(fields.get(name) for name in self.columns.names)
             row = _fields(record, DELIMITERS[self.path.suffix.lower()])
             if len(row) != len(self.header):
                 raise MalformedRow(f"it has {len(row)} fields, the header has {len(self.header)}")
         except MalformedRow as error:
             begin = record[:_SHOWN].decode("utf-8", "replace").strip()
             raise MalformedRow(f"{self.place(number)}, {begin!r}: {error}") from error
-        image, caption = self._places
-        return row[image], row[caption]
+        return tuple(row[place] for place in self._places)
 
     def _record(self, number: int) -> bytes:
         """Return the bytes of a row, at most one more than a row may have."""

@@ -1,0 +1,300 @@
+"""One's own pictures: every layout is recognised and said, classes and a test part are written, mistakes are told."""
+
+import csv
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import cv2
+import datasets
+import numpy as np
+import pytest
+from conftest import COLOURS, SHAPES, draw
+
+from flipscale import cli
+from flipscale.data.sources.tar_source import TarSource
+from flipscale.data.tokenizers import load_tokenizer
+from flipscale.files.local_names import looks_local
+from flipscale.preparation.lists.pair_list import open_pairs
+
+NAMES = [f"{colour}_{shape}" for colour in COLOURS for shape in SHAPES]
+CLASSES = sorted(name.replace("_", " ") for name in NAMES)
+
+
+@pytest.fixture(scope="module")
+def by_class(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """128 pictures in 16 class folders, named as people name folders."""
+    root, rng = tmp_path_factory.mktemp("own") / "pictures", np.random.default_rng(0)
+    for name in NAMES:
+        (root / name).mkdir(parents=True)
+        for number in range(8):
+            image = cv2.cvtColor(draw(*name.split("_"), rng), cv2.COLOR_RGB2BGR)
+            (root / name / f"{number}.png").write_bytes(cv2.imencode(".png", image)[1].tobytes())
+    return root
+
+
+def rows(by_class: Path) -> list[dict[str, str]]:
+    """What a table of the pictures has."""
+    files = sorted(str(file.relative_to(by_class)) for file in by_class.rglob("*.png"))
+    return [
+        {"file_name": file, "text": f"a {file.split('/')[0].replace('_', ' ')}", "kind": file.split("_")[0]}
+        for file in files
+    ]
+
+
+def as_folder(by_class: Path, folder: Path, captions: bool) -> Path:
+    """The pictures in one folder, with or without a text beside each."""
+    folder.mkdir()
+    for number, row in enumerate(rows(by_class)):
+        shutil.copy(by_class / row["file_name"], folder / f"{number}.png")
+        if captions:
+            (folder / f"{number}.txt").write_text(row["text"])
+    return folder
+
+
+def as_table(by_class: Path, folder: Path, name: str) -> Path:
+    """A table beside the pictures; returns it."""
+    shutil.copytree(by_class, folder)
+    if name.endswith(".jsonl"):
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows(by_class)))
+    elif name.endswith(".parquet"):
+        datasets.Dataset.from_list(rows(by_class)).to_parquet(str(folder / name))
+    else:
+        with open(folder / name, "w", newline="") as file:
+            table = csv.DictWriter(file, ["file_name", "text", "kind"], delimiter="\t" if name[-4:] == ".tsv" else ",")
+            table.writeheader()
+            table.writerows(rows(by_class))
+    return folder / name
+
+
+def as_saved(by_class: Path, folder: Path) -> Path:
+    """A data set that was saved to disk, its classes numbers with names."""
+    kinds = sorted(COLOURS)
+    features = {"image": datasets.Image(), "text": datasets.Value("string"), "kind": datasets.ClassLabel(names=kinds)}
+    images = [str(by_class / row["file_name"]) for row in rows(by_class)]
+    columns = {"image": images, "text": [row["text"] for row in rows(by_class)]}
+    columns["kind"] = [kinds.index(row["kind"]) for row in rows(by_class)]  # type: ignore[misc]
+    datasets.Dataset.from_dict(columns, datasets.Features(features)).save_to_disk(str(folder))
+    return folder
+
+
+def prepare(*arguments: object) -> None:
+    cli.main(["prepare", *map(str, arguments)])
+
+
+def contents(folder: Path) -> list[tuple[str, int | None, bytes]]:
+    """Caption, class and image of each sample."""
+    source = TarSource(str(folder))
+    places = [(shard, row) for shard, size in enumerate(source.shard_sizes) for row in range(size)]
+    samples = [source.read(*place) for place in places]
+    return [(sample.captions[0].decode(), sample.label, sample.image) for sample in samples]
+
+
+def test_class_folders_are_captions(by_class: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prepare("shards", by_class, tmp_path / "out", "--num_workers", 1)
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == (
+        "128 images in 16 class folders (blue bar, blue cross, blue disc, ...): captions are the folders' names; "
+        "--labels folder --split 0.1 holds out a labelled test set too"
+    )
+    assert said[-2:] == [
+        f"{tmp_path}/out is for data.shards of a recipe",
+        f"next: flipscale prepare tokenizer {tmp_path}/out {tmp_path}/out/tokenizer",
+    ]
+    found = contents(tmp_path / "out")
+    assert sorted({caption for caption, _, _ in found}) == CLASSES
+    assert len(found) == 128
+    assert all(label is None for _, label, _ in found)
+    assert len({caption for caption, _, _ in found[:16]}) > 5, "a shard has one class after the other"
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda own, out: as_folder(own, out, True), "128 images: captions are the .txt or .json files beside 128"),
+        (lambda own, out: as_table(own, out, "metadata.csv").parent, "128 rows in {}/metadata.csv: images of the "
+         "column file_name, captions of text"),
+        (lambda own, out: as_table(own, out, "metadata.jsonl").parent, "128 rows in {}/metadata.jsonl: images of"),
+        (lambda own, out: as_table(own, out, "list.csv"), "128 rows in {}/list.csv: images of"),
+        (lambda own, out: as_table(own, out, "list.tsv"), "128 rows in {}/list.tsv: images of"),
+        (lambda own, out: as_table(own, out, "list.parquet"), "128 rows in {}/list.parquet: images of"),
+        (as_saved, "128 rows of the data set {}, train: images of the column image, captions of text"),
+    ],
+)  # fmt: skip
+def test_every_layout_is_said(by_class: Path, tmp_path: Path, make: Callable[[Path, Path], Path], says: str) -> None:
+    pairs = open_pairs(str(make(by_class, tmp_path / "own")))
+    assert pairs.layout.startswith(says.format(tmp_path / "own"))
+    assert sorted({pairs.captions(number)[0] for number in range(128)}) == [f"a {name}" for name in CLASSES]
+
+
+@pytest.mark.parametrize("make", [lambda own, out: as_table(own, out, "list.csv"), as_saved])
+def test_classes_of_a_column(by_class: Path, tmp_path: Path, make: Callable[[Path, Path], Path]) -> None:
+    prepare("shards", make(by_class, tmp_path / "own"), tmp_path / "out", "--labels", "kind", "--num_workers", 1)
+    assert (tmp_path / "out/classnames.txt").read_text().split() == sorted(COLOURS)
+    assert (tmp_path / "out/zeroshot_classification_templates.txt").read_text() == "{c}\n"
+    for caption, label, _ in contents(tmp_path / "out"):
+        assert label == sorted(COLOURS).index(caption.split()[1])
+
+
+def test_a_caption_may_be_the_name_of_a_class(by_class: Path, tmp_path: Path) -> None:
+    as_saved(by_class, tmp_path / "own")
+    pairs = open_pairs(str(tmp_path / "own"), caption_column="kind")
+    assert {pairs.captions(number)[0] for number in range(128)} == set(COLOURS)
+
+
+def test_numbers_as_classes_are_in_their_order(by_class: Path, tmp_path: Path) -> None:
+    lines = [f"{row['file_name']},{row['text']},{number % 12}" for number, row in enumerate(rows(by_class))]
+    shutil.copytree(by_class, tmp_path / "own")
+    (tmp_path / "own/list.csv").write_text("\n".join(["path,title,label", *lines]))
+    table = tmp_path / "own/list.csv"
+    assert open_pairs(str(table)).layout.endswith("; --labels label --split 0.1 holds out a labelled test set too")
+    prepare("shards", table, tmp_path / "out", "--labels", "label", "--num_workers", 1)
+    assert (tmp_path / "out/classnames.txt").read_text().split() == [str(number) for number in range(12)]
+
+
+def test_a_share_is_held_out(by_class: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(by_class, tmp_path / "own")
+    shutil.copytree(tmp_path / "own/red_disc", tmp_path / "own/red_disc/copies")
+    options = ("--labels", "folder", "--split", "0.25", "--num_workers", 1)
+    prepare("shards", tmp_path / "own", tmp_path / "out", *options)
+    assert f"{tmp_path}/out/test is held out to evaluate on" in capsys.readouterr().out
+    train, test = contents(tmp_path / "out/train"), contents(tmp_path / "out/test")
+    assert len(train) + len(test) == 136
+    assert 20 < len(test) < 50
+    assert not {image for _, _, image in train} & {image for _, _, image in test}, "copies are on both sides"
+    names = (tmp_path / "out/classnames.txt").read_text().splitlines()
+    assert names == sorted([*CLASSES, "copies"])
+    assert all(names[label] == caption for caption, label, _ in train + test if label is not None)
+    # By the images alone: the same whatever they are called, in other shards, and by more processes.
+    again = ("--labels", "folder", "--split", "0.25", "--num_workers", 2, "--pairs_per_shard", 50)
+    shutil.move(tmp_path / "own", tmp_path / "moved")
+    prepare("shards", tmp_path / "moved", tmp_path / "again", *again)
+    assert sorted(contents(tmp_path / "again/test")) == sorted(test)
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Runs `flipscale prepare`, which must end with exit code 2; returns its one line."""
+
+    def run(*arguments: object) -> str:
+        with pytest.raises(SystemExit) as stopped:
+            prepare(*arguments)
+        assert stopped.value.code == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        return error
+
+    return run
+
+
+def test_pictures_without_captions_are_refused_at_once(by_class: Path, tmp_path: Path, refused: Callable) -> None:
+    flat = as_folder(by_class, tmp_path / "flat", captions=False)
+    line = refused("shards", flat, tmp_path / "out")
+    assert "128 images and no captions: put KEY.txt beside KEY.jpg, or a metadata.csv with the columns" in line
+    assert "or sort the images into a folder for each class" in line
+    (flat / "words.csv").write_text("file_name,text\n")
+    assert f"; if {flat}/words.csv has them, name it in place" in refused("shards", flat, tmp_path / "out")
+    (tmp_path / "one").mkdir()
+    shutil.move(flat, tmp_path / "one/holiday")
+    assert "128 images and no captions" in refused("shards", tmp_path / "one", tmp_path / "out")
+    shutil.copytree(by_class, tmp_path / "parts/train")
+    shutil.copytree(by_class, tmp_path / "parts/test")
+    line = refused("shards", tmp_path / "parts", tmp_path / "out")
+    assert f"has the parts test and train, whose images would be mixed; name one of them, such as {tmp_path}" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_pictures_beside_the_class_folders_are_left_out(by_class: Path, tmp_path: Path) -> None:
+    shutil.copytree(by_class, tmp_path / "own")
+    shutil.copy(by_class / "red_disc/0.png", tmp_path / "own/stray.png")
+    (tmp_path / "own/___").mkdir()
+    shutil.copy(by_class / "red_disc/0.png", tmp_path / "own/___/0.png")
+    os.rename(tmp_path / "own/red_bar", os.fsencode(tmp_path) + b"/own/caf\xe9")
+    prepare("shards", tmp_path / "own", tmp_path / "out", "--labels", "folder", "--num_workers", 1)
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    assert report["left_out"] == {"undecodable_caption": 8, "missing_caption": 2}
+
+
+def test_a_name_that_is_no_path_is_not_looked_for(
+    tmp_path: Path, refused: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("the Hub was asked"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
+    for name in ("./birds", "/no/birds", "my/own/birds", "birds.zip", "photos/birds", "~/birds", "birds/"):
+        assert f"{name} does not exist; name a folder, a table (.csv" in refused("shards", name, "out")
+    assert not [name for name in ("cifar10", "org/birds", "laion/laion2B-en-v1.0") if looks_local(name)]
+
+
+def test_a_list_without_a_usable_pair_says_what_mends_it(
+    by_class: Path, tmp_path: Path, refused: Callable, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = as_table(by_class, tmp_path / "own", "list.csv")
+    (tmp_path / "lists").mkdir()
+    moved = tmp_path / "lists/list.csv"
+    own.rename(moved)
+    line = refused("shards", moved, tmp_path / "out", "--num_workers", 1)
+    assert "which leaves none: 128 for unreadable_file" in line
+    assert "; paths are relative to the folder of the list; correct them, or name the images' column with" in line
+    moved.write_text(moved.read_text().replace("\n", "\n../own/").removesuffix("../own/"))
+    assert "; move the files there, or read them all the same with --allow_outside" in refused(
+        "shards", moved, tmp_path / "out", "--num_workers", 1
+    )
+    prepare("shards", moved, tmp_path / "out", "--num_workers", 1, "--allow_outside")
+    assert len(contents(tmp_path / "out")) == 128, "what wrote nothing is in the way"
+
+
+def test_wrong_classes_and_shares_are_one_line(by_class: Path, tmp_path: Path, refused: Callable) -> None:
+    table, out = as_table(by_class, tmp_path / "own", "list.csv"), tmp_path / "out"
+    assert "has no columns; give --labels folder" in refused("shards", by_class, out, "--labels", "kind")
+    assert "has no column sort; name the labels' with --labels, one of" in refused(
+        "shards", table, out, "--labels", "sort"
+    )
+    table.write_text(re.sub(r",\w+\n", ",\n", table.read_text()).replace("text,", "text,kind", 1))
+    assert "--labels kind: no pair of" in refused("shards", table, out, "--labels", "kind")
+    assert "--split is 'test'; it must be a number, at least 0 and below 1; --dataset_split names" in refused(
+        "shards", by_class, out, "--split", "test"
+    )
+    assert "--split 0.0001 leaves no image for" in refused("shards", by_class, out, "--split", "0.0001")
+    assert "name a larger share and a new folder" in refused("shards", by_class, out, "--split", "0.0001")
+    prepare("shards", by_class, tmp_path / "whole", "--num_workers", 1)
+    assert "whole was written without --split; name a new folder for train and test" in refused(
+        "shards", by_class, tmp_path / "whole", "--split", "0.1"
+    )
+    assert "holds something else; name a new folder" in refused("shards", by_class, by_class, "--split", "0.1")
+
+
+@pytest.fixture(scope="module")
+def own_shards(by_class: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("own_shards") / "own"
+    prepare("shards", by_class, folder, "--num_workers", 1)
+    return folder
+
+
+def test_a_tokenizer_of_own_captions(own_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prepare("tokenizer", own_shards, tmp_path / "words")
+    said = capsys.readouterr().out.splitlines()
+    tokenizer = load_tokenizer(str(tmp_path / "words"), 8)
+    assert said[0] == (
+        f"{tmp_path}/words: {len(tokenizer)} entries, from 128 captions, 16 of them different; "
+        "a caption has 2 tokens in the median, 2 at most"
+    )
+    assert said[1] == f"next: flipscale init RECIPE.yaml --shards {own_shards} --tokenizer {tmp_path}/words"
+    assert tokenizer.unk_token_id not in tokenizer("Red disc blue cross")["input_ids"]
+    prepare("tokenizer", own_shards, tmp_path / "again")
+    for file in (tmp_path / "words").iterdir():
+        assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes(), file.name
+
+
+def test_a_tokenizer_that_cannot_be(own_shards: Path, tmp_path: Path, refused: Callable) -> None:
+    (tmp_path / "empty").mkdir()
+    assert "no shards at" in refused("tokenizer", tmp_path / "empty", tmp_path / "words")
+    line = refused("tokenizer", own_shards, tmp_path / "words", "--vocab_size", 9)
+    assert re.search(r"no tokenizer of vocab_size 9 from 128 captions: their characters alone need \d+; use more", line)
+    line = refused("tokenizer", own_shards, tmp_path / "words", "--vocab_size", 1)
+    assert "there is no room for their characters; use more" in line
+    assert not (tmp_path / "words").exists()
+    assert "is there already; name another folder" in refused("tokenizer", own_shards, tmp_path / "empty")
