@@ -116,6 +116,11 @@ def add_shards_arguments(shards: argparse.ArgumentParser) -> None:
     shards.add_argument(
         "--dataset_split", default="train", help="The split of a `datasets` data set; train by default."
     )
+    _add_writing_arguments(shards)
+
+
+def _add_writing_arguments(shards: argparse.ArgumentParser) -> None:
+    """Add the arguments that say how shards are written."""
     shards.add_argument(
         "--short_side",
         type=int,
