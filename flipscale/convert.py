@@ -33,13 +33,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     flip.set_defaults(convert=_from_flip)
     open_clip = add("open_clip", "Convert a model folder to a folder that open_clip loads, with equal embeddings.")
-    open_clip.add_argument("src", help="A model folder, such as runs/l16/model, or a Hub name.")
+    open_clip.add_argument("src", help="A run, such as runs/l16, a model folder, or a Hub name.")
     open_clip.add_argument(
         "dst", type=output_folder, help="The folder to write; open_clip.create_model('local-dir:DST') loads it."
     )
     open_clip.set_defaults(convert=_to_open_clip)
     onnx = add("onnx", "Convert a model folder to ONNX, one file for each tower, and check them with onnxruntime.")
-    onnx.add_argument("src", help="A model folder, such as runs/l16/model, or a Hub name.")
+    onnx.add_argument("src", help="A run, such as runs/l16, a model folder, or a Hub name.")
     onnx.add_argument("dst", type=output_folder, help="The folder to write.")
     onnx.set_defaults(convert=_to_onnx)
 

@@ -35,8 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "models",
         metavar="MODEL",
         nargs="+",
-        help="A model folder, such as runs/demo/model, a Hub name, a model of open_clip: open_clip:NAME,PRETRAINED, or "
-        "any CLIP or SigLIP of transformers: hf:NAME. Several stand side by side in one table.",
+        help="A run, such as runs/demo, a model folder, a Hub name, a model of open_clip: open_clip:NAME,PRETRAINED, "
+        "or any CLIP or SigLIP of transformers: hf:NAME. Several stand side by side in one table.",
     )
     _add_task_arguments(parser)
     parser.add_argument(

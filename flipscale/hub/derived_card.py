@@ -6,6 +6,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from yaml import YAMLError
 
 from flipscale.files.text_table import in_markdown
+from flipscale.model.fetched import local_folder
 
 
 def derived_card(src: str, name: str, library: str, text: str) -> str:
@@ -26,6 +27,7 @@ def derived_card(src: str, name: str, library: str, text: str) -> str:
 def _licence(src: str) -> str | None:
     try:
         # A folder may have no card, and the Hub may be out of reach.
-        return ModelCard.load(Path(src) / "README.md" if Path(src).is_dir() else src).data.license
+        folder = local_folder(src)
+        return ModelCard.load(src if folder is None else folder / "README.md").data.license
     except (OSError, ValueError, YAMLError):
         return None

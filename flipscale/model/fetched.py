@@ -1,4 +1,7 @@
-"""The folder of a model, fetched from the Hub if it is not on this machine: never its code, and no pickle unasked."""
+"""The folder of a model, fetched from the Hub if it is not on this machine: never its code, and no pickle unasked.
+
+A model is named by its folder, by the run that has it in `model/`, or by its name on the Hub.
+"""
 
 from pathlib import Path
 
@@ -8,18 +11,50 @@ from .folder import READ
 SILENT_SECONDS = 60.0
 
 
+def local_folder(name: str) -> Path | None:
+    """Return the model folder on this machine that `name` means: the folder itself, or the `model/` of a run. None if
+    there is none and it may be a name on the Hub.
+
+    Raises:
+        ValueError: it is a file, a run that has no model yet, or a path that leads nowhere.
+    """
+    path = Path(name)
+    if path.is_dir():
+        if (path / "config.json").exists() or not (path / "recipe.yaml").exists():
+            return path
+        if (path / "model").is_dir():
+            return path / "model"
+        raise ValueError(
+            f"the run {name!r} has no model yet, which is written at its end; let it end, or write the model of its "
+            f"newest checkpoint: flipscale export {name}"
+        )
+    if path.exists():
+        raise ValueError(f"{name!r} is a file; name the folder of a model, or of a run")
+    if looks_like_a_path(name):
+        raise ValueError(f"there is no folder {name!r}; name the folder of a model or of a run, or ORG/NAME on the Hub")
+    return None
+
+
+def looks_like_a_path(name: str) -> bool:
+    """Return whether nobody can mean a name on the Hub, `NAME` or `ORG/NAME`: it begins as a path does, has more parts,
+    or its first part is a folder here."""
+    first, slash, rest = name.partition("/")
+    is_begun = first in ("", ".", "..") or first.startswith("~")
+    return is_begun or (bool(slash) and (not rest or "/" in rest or Path(first).is_dir()))
+
+
 def fetched_folder(name: str, more: tuple[str, ...] = ()) -> Path:
-    """Return the folder of a model: `name` itself, or where the Hub's cache has the model of that name.
+    """Return the folder of a model: as `local_folder`, or where the Hub's cache has the model of that name.
 
     Args:
         more: patterns of further files to fetch.
 
     Raises:
-        ValueError: there is no such folder, nor a model that may be read, or the cache has none while offline.
+        ValueError: as `local_folder`; there is no model that may be read, or the cache has none while offline.
         OSError: the Hub cannot be reached.
     """
-    if Path(name).is_dir():
-        return Path(name)
+    if (folder := local_folder(name)) is not None:
+        return folder
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, LocalEntryNotFoundError
 

@@ -48,7 +48,7 @@ class ModelRecipe:
             is learned.
         compile: Compile the blocks with torch.compile; the first steps of each mask ratio wait for it. Does not change
             what is learned.
-        init_from: A model folder or Hub name whose weights the run starts from.
+        init_from: A run, a model folder or a Hub name whose weights the run starts from.
     """
 
     size: str = "b16"

@@ -95,6 +95,17 @@ def test_several_models_stand_in_one_table(
     assert "a: 2 of 2 tasks stand in runs/a/model/results.jsonl and are not run again" in said
 
 
+def test_a_run_is_its_model(place: Path, capsys: pytest.CaptureFixture) -> None:
+    (place / "runs/a/recipe.yaml").write_text("{}")
+    evaluate("runs/a", "--only", "cars", "--json")
+    found = capsys.readouterr().out
+    assert (place / "runs/a/model/results.jsonl").exists()
+    evaluate("runs/a/model", "--only", "cars", "--json")
+    again = capsys.readouterr()
+    assert again.out == found
+    assert "a: 1 of 1 tasks stand in runs/a/model/results.jsonl and are not run again" in again.err
+
+
 def test_what_is_prepared_is_evaluated_by_default(place: Path, capsys: pytest.CaptureFixture) -> None:
     evaluate("b", "--tasks", "data/tasks", "--output_dir", "out", "--json")
     assert {name.partition("/")[0] for name in json.loads(capsys.readouterr().out)} == {"cars", "dtd"}
@@ -163,6 +174,11 @@ def refused(place: Path, capsys: pytest.CaptureFixture) -> Callable[..., str]:
         (["b", "--only", "mnist"], "the data of task mnist was prepared only in part (data/tasks/mnist); run "),
         (["b", "--only", "pets"], "the data of task pets is missing (data/tasks/pets); run `flipscale prepare tasks"),
         (["b", "./b", "--only", "cars"], "2 models are called 'b'; name each model once"),
+        (
+            ["runs/b", "b", "--only", "cars"],
+            "there is no folder 'runs/b'; name the folder of a model or of a run, or ORG",
+        ),
+        (["data/tasks/cars/test/00000.tar", "--only", "cars"], "is a file; name the folder of a model, or of a run"),
         (["b", "--only", "cars", "--output_dir", "b/config.json"], "b/config.json is a file: name another folder"),
     ],
 )

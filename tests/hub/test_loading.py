@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 from flipscale.cli import main
 from flipscale.hub.model_folder import build_processor, export_model
 from flipscale.model import FlipConfig, FlipModel, FlipVisionModel
+from flipscale.model.fetched import fetched_folder, local_folder
 
 TOWER = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 LAST_SHARD = "model-00003-of-00003.safetensors"
@@ -191,3 +192,34 @@ def test_both_variants_load_from_shards(folder: Path) -> None:
         file.unlink()
     with pytest.raises(ValueError, match=r"has no model.bf16.safetensors and no index of it"):
         FlipModel.from_pretrained(folder, variant="bf16")
+
+
+def test_a_model_is_named_by_its_folder_its_run_or_its_name_on_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs/demo/model").mkdir(parents=True)
+    (tmp_path / "runs/demo/recipe.yaml").touch()
+    (tmp_path / "runs/demo/model/config.json").touch()
+    assert local_folder("runs/demo/model") == Path("runs/demo/model")
+    assert local_folder("runs/demo") == Path("runs/demo/model")
+    assert local_folder(str(tmp_path / "runs/demo/")) == tmp_path / "runs/demo/model"
+    for name in ("gpt2", "org/name", "org/runs"):
+        assert local_folder(name) is None
+    shutil.rmtree(tmp_path / "runs/demo/model")
+    with pytest.raises(ValueError, match=r"the run 'runs/demo' has no model yet, .* flipscale export runs/demo$"):
+        local_folder("runs/demo")
+    with pytest.raises(ValueError, match=r"'runs/demo/recipe.yaml' is a file; name the folder of a model, or of a run"):
+        local_folder("runs/demo/recipe.yaml")
+
+
+@pytest.mark.parametrize("name", ["./model", "../model", "/model", "~/model", "runs/x/model", "here/model", "here/"])
+def test_a_path_never_becomes_a_name_on_the_hub(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    if name != "here/":
+        (tmp_path / "here").mkdir()
+    monkeypatch.setattr("huggingface_hub.snapshot_download", None)
+    with pytest.raises(
+        ValueError, match=f"there is no folder '{name}'; name the folder of a model or of a run, or ORG/"
+    ):
+        fetched_folder(name)

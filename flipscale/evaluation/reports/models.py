@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flipscale.evaluation.results import RESULTS_FILE
+from flipscale.model.fetched import local_folder
 
 EVALUATIONS = Path("evaluations")
 _PREFIX = re.compile(r"^(?:open_clip|hf|untrained):")
@@ -17,8 +18,8 @@ class NamedModel:
     """A model to evaluate.
 
     Args:
-        given: as the command line has it: a folder, a Hub name, `open_clip:NAME,PRETRAINED`, `hf:NAME`
-            or `untrained:FOLDER`.
+        given: as the command line has it: a folder of a model or of a run, a Hub name, `open_clip:NAME,PRETRAINED`,
+            `hf:NAME` or `untrained:FOLDER`.
         name: what tables and lines call it, without the way to a folder.
         folder: its model folder; None where it is none on this machine, or not flipscale's.
         home: the folder of its `results.jsonl`.
@@ -42,7 +43,7 @@ def name_models(given: Sequence[str], output_dir: Path | None) -> list[NamedMode
     `output_dir`, those of all models in `OUTPUT_DIR/NAME/`.
 
     Raises:
-        ValueError: a model is named twice.
+        ValueError: a model is named twice, or by a path that leads to none.
     """
     names = [_short_name(text) for text in given]
     # Two runs' folders may end alike: then the whole path tells them apart.
@@ -53,7 +54,7 @@ def name_models(given: Sequence[str], output_dir: Path | None) -> list[NamedMode
             raise ValueError(f"{slugs.count(slug)} models are called {name!r}; name each model once ({text})")
     found = []
     for text, name, slug in zip(given, names, slugs, strict=True):
-        folder = Path(text) if not _PREFIX.match(text) and Path(text).is_dir() else None
+        folder = None if _PREFIX.match(text) else local_folder(text)
         home = (output_dir or EVALUATIONS) / slug if output_dir or folder is None else folder
         found.append(NamedModel(text, name, folder, home))
     return found
