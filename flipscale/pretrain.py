@@ -196,6 +196,17 @@ def finish(recipe: Recipe, start: Start, step: int) -> None:
     start.accelerator.wait_for_everyone()
 
 
+def report(recipe: Recipe) -> None:
+    """Write the page of a finished run that has none: the first process does, after the others have gone."""
+    run_dir = Path(recipe.output_dir)
+    if os.environ.get("RANK", "0") != "0" or not (run_dir / "DONE").exists() or (run_dir / "report.html").exists():
+        return
+    from flipscale.hub.loading import load_flip
+    from flipscale.pages.report import offer_report
+
+    offer_report(recipe, load_flip)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse a recipe and run it, or plan it with `--dry_run`; a user's mistake ends in one line and exit code 2."""
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -210,6 +221,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         with told_of_a_full_disk(Path(recipe.output_dir)):
             pretrain(recipe)
         close_process_group()
+        report(recipe)
         push_finished(recipe)
     exit_now()
 

@@ -17,7 +17,7 @@ ORDER = (
     ("cli",),
     ("verbs",),
     ("benchmarks",),
-    ("hub", "planning"),
+    ("hub", "pages", "planning"),
     ("training",),
     ("objectives", "evaluation", "preparation"),
     ("data", "engines"),

@@ -22,7 +22,7 @@ from flipscale.files.text_table import as_code, in_markdown
 from flipscale.hub.card_audit import audit_section
 from flipscale.hub.card_results import folder_lines, lines_of, model_index, protocols, results_table, task_name
 from flipscale.training.recipe import deciding_part
-from flipscale.training.run_directory import read_starts
+from flipscale.training.run_directory import device_hours, read_starts
 
 TEMPLATE = """# {name}
 
@@ -223,7 +223,7 @@ class _Run:
         total_steps = sum(stage["samples"] // batch for stage in self.recipe["stages"])
         seconds, energy = last["trained_seconds"], last.get("energy_kwh")
         price, grid = self.hub.get("device_hour_dollars"), self.hub.get("kwh_co2_grams")
-        device_hours = self._device_hours(seconds)
+        hours = device_hours(self.starts, seconds)
         return {
             "version": self.environment["flipscale"],
             "parameters": parameters and f"{parameters / 1e6:,.1f} M",
@@ -245,7 +245,7 @@ class _Run:
             "energy": _rounded(energy),
             "emissions": _rounded(energy and grid and energy * grid / 1000),
             "grid": _rounded(grid),
-            "cost": _rounded(device_hours and price and device_hours * price),
+            "cost": _rounded(hours and price and hours * price),
             "price": _rounded(price),
             "stages": "\n".join(self._stages()),
             "audit": audit_section(self.hub.get("audit"), self.environment.get("data_samples")),
@@ -277,14 +277,6 @@ class _Run:
     def _hardware(self) -> str | None:
         used = dict.fromkeys(f"{start['num_processes']} x {start['device']}" for start in self.starts)
         return ", then ".join(used) or None
-
-    def _device_hours(self, seconds: float) -> float | None:
-        """Return hours times devices, summed over the starts: a resumed run may have had other devices."""
-        if not self.starts:
-            return None
-        ends = [start["trained_seconds"] for start in self.starts[1:]] + [seconds]
-        spent = zip(self.starts, ends, strict=True)
-        return sum((end - start["trained_seconds"]) * start["num_processes"] for start, end in spent) / 3600
 
     def _stages(self) -> Iterator[str]:
         for stage in self.recipe["stages"]:

@@ -1,8 +1,8 @@
 """The run directory: what lies in it, and which recipe it belongs to.
 
 recipe.yaml  environment.json  starts.jsonl  metrics.jsonl  heartbeat.json  tensorboard/  checkpoints/step-*/  model/
-DONE, run.lock while a run has it, and where there is cause results.jsonl, slow_steps.jsonl, stacks/, profile/,
-bad_samples.jsonl, push.log, tracker_run_id and Slurm's slurm/
+DONE, report.html, run.lock while a run has it, and where there is cause results.jsonl, slow_steps.jsonl, stacks/,
+profile/, bad_samples.jsonl, push.log, tracker_run_id and Slurm's slurm/
 """
 
 import errno
@@ -203,6 +203,21 @@ def read_starts(run_dir: Path) -> list[dict[str, Any]]:
     for start in json_lines.read(run_dir / "starts.jsonl", **fields):
         kept = [*(earlier for earlier in kept if earlier["step"] < start["step"]), start]
     return kept
+
+
+def device_hours(starts: Sequence[Mapping[str, Any]], seconds: float) -> float | None:
+    """Return hours times devices, summed over the starts of a run: a resumed one may have had other devices. None where
+    no start was recorded.
+
+    Args:
+        starts: of `read_starts`.
+        seconds: that the run has trained.
+    """
+    if not starts:
+        return None
+    ends = [start["trained_seconds"] for start in starts[1:]] + [seconds]
+    spent = zip(starts, ends, strict=True)
+    return sum((end - start["trained_seconds"]) * start["num_processes"] for start, end in spent) / 3600
 
 
 def device_name() -> str:

@@ -1,0 +1,141 @@
+"""What a run's files say of it, in words: what was trained, on what, for how long, and what it cost."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from flipscale.evaluation.reports.comparison import Curve
+from flipscale.evaluation.reports.setting import data_name
+from flipscale.evaluation.results import THIS_MODEL
+from flipscale.pages.page import listed, shortened
+from flipscale.training.recipe import deciding_part
+from flipscale.training.run_directory import device_hours, read_starts
+
+_MOST_RECIPE = 20_000
+
+
+@dataclass(frozen=True)
+class Facts:
+    """The files of a run.
+
+    Args:
+        recipe, environment, config: what `recipe.yaml`, `environment.json` and the model's `config.json` hold.
+        starts: those whose steps were kept.
+    """
+
+    recipe: dict[str, Any]
+    environment: dict[str, Any]
+    config: dict[str, Any]
+    starts: list[dict[str, Any]]
+
+    @classmethod
+    def of(cls, run_dir: Path) -> "Facts":
+        """Return the facts of a run directory.
+
+        Raises:
+            ValueError: a file is damaged.
+            OSError: one is missing.
+        """
+        try:
+            recipe = yaml.safe_load((run_dir / "recipe.yaml").read_text(encoding="utf-8"))
+            environment = json.loads((run_dir / "environment.json").read_text(encoding="utf-8"))
+            config = json.loads((run_dir / "model/config.json").read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise ValueError(f"recipe.yaml, environment.json or the model of {run_dir} is damaged ({error})") from error
+        return cls(recipe, environment, config, read_starts(run_dir))
+
+    def sentence(self, curve: Curve) -> str:
+        """Return what the run is."""
+        last, vision = curve.records[-1], self.config["vision_config"]
+        parameters = self.environment.get("num_parameters")
+        size = f" of {parameters / 1e6:,.1f} million parameters" if parameters else ""
+        return (
+            f"A model of pictures and words{size}. It learned from {last['samples_seen']:,} pairs{self._data()} in "
+            f"{spoken(last['trained_seconds'])} of training, {self._masks()}; its pictures have "
+            f"{vision['image_size']} x {vision['image_size']} pixels."
+        )
+
+    def tiles(self, curve: Curve) -> list[tuple[str, str]]:
+        """Return the figures that stand large at the top, each with its name."""
+        last = curve.records[-1]
+        main = [r for r in curve.results if r.headline and r.who == THIS_MODEL][:2]
+        return [
+            *((result.value_text, result.shown) for result in main),
+            (f"{last['samples_seen']:,}", "pairs seen"),
+            (spoken(last["trained_seconds"]), "of training"),
+            *([(f"{curve.images_per_s:,.0f}", "pairs a second")] if last["trained_seconds"] else []),
+        ]
+
+    def rows(self, curve: Curve) -> list[tuple[str, str]]:
+        """Return the machine, the time and the cost, as far as they are known."""
+        return [(name, text) for name, text in self._all_rows(curve) if text]
+
+    def recipe_text(self) -> str:
+        """Return the recipe as far as it decides what is learned, without paths of this machine."""
+        text = yaml.safe_dump(deciding_part(self.recipe, name_of=data_name), sort_keys=False, allow_unicode=True)
+        return text if len(text) <= _MOST_RECIPE else f"{text[:_MOST_RECIPE]}\n# ... the rest is in recipe.yaml"
+
+    def _all_rows(self, curve: Curve) -> Iterator[tuple[str, str]]:
+        last, environment, hub = curve.records[-1], self.environment, self.recipe.get("hub") or {}
+        hours = device_hours(self.starts, last["trained_seconds"])
+        energy = last.get("energy_kwh")
+        price, grid = hub.get("device_hour_dollars"), hub.get("kwh_co2_grams")
+        steps = [record for record in curve.records if "images_per_s" in record]
+        used = dict.fromkeys(f"{start['num_processes']} x {start['device']}" for start in self.starts)
+        yield "machine", listed(list(used))
+        yield "processes", listed(list(dict.fromkeys(_processes(start) for start in self.starts)))
+        yield "precision", {"no": "fp32"}.get(*[str(environment.get("mixed_precision", ""))] * 2)
+        yield "training", spoken(last["trained_seconds"]) + ", evaluations and saves left out"
+        yield "device hours", "" if hours is None else rounded(hours)
+        yield "energy", "" if energy is None else f"{rounded(energy)} kWh, measured"
+        yield "emissions", f"{rounded(energy * grid / 1000)} kg of CO2 at {grid:g} g a kWh" if energy and grid else ""
+        yield "cost", f"{rounded(hours * price)} dollars at {price:g} an hour" if hours and price else ""
+        waited = steps[-1].get("data_wait_share") if steps else None
+        yield "waiting for data", "" if waited is None else f"{waited:.1%} of the last interval"
+        peak = max((r["peak_memory_bytes"] for r in steps if r.get("peak_memory_bytes")), default=0)
+        yield "memory", f"{peak / 2**30:.1f} GiB at most, of the main process" if peak else ""
+        yield "bad samples", f"{sum(r.get('num_replaced', 0) for r in steps):,} replaced"
+        yield "skipped steps", f"{sum(r.get('num_skipped', 0) for r in steps):,}, not finite"
+        versions = [f"{name} {environment[name]}" for name in ("flipscale", "torch", "python") if environment.get(name)]
+        yield "versions", ", ".join(versions)
+
+    def _data(self) -> str:
+        data = self.recipe["data"]
+        sources = [source.get("dataset") or source.get("shards") or "" for source in data.get("sources") or []]
+        names = [data_name(place) for place in (sources or [data.get("shards") or ""]) if place]
+        count = self.environment.get("data_samples")
+        of = f" of {shortened(listed(names), 80)}" if names else ""
+        return of + (f" (which holds {count:,})" if count else "")
+
+    def _masks(self) -> str:
+        ratios = [stage.get("mask_ratio") or 0.0 for stage in self.recipe["stages"]]
+        most = max(ratios)
+        if not most:
+            return "with every picture whole (CLIP)"
+        if ratios[-1] == 0 < ratios[0]:
+            return f"first with {ratios[0]:.0%} of each picture left out, at the end with whole pictures (FLIP)"
+        return f"with {most:.0%} of each picture left out (FLIP)"
+
+
+def spoken(seconds: float) -> str:
+    """Return a time span in its two largest units: `3 d 4 h`, `12 min 5 s`, `8 s`."""
+    left, parts = round(seconds), []
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60), ("s", 1)):
+        count, left = divmod(left, length)
+        if count or parts:
+            parts.append(f"{count} {unit}")
+    return " ".join(parts[:2]) or "0 s"
+
+
+def rounded(value: float) -> str:
+    """Return a number with two decimals, or none from a hundred on; small ones with two digits."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:,.2f}" if value >= 0.1 else f"{value:.2g}"
+
+
+def _processes(start: dict[str, Any]) -> str:
+    count = start["num_processes"]
+    return f"{count} process{'es' * (count != 1)}" + (f" under {start['engine']}" if start.get("engine") else "")

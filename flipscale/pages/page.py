@@ -1,0 +1,88 @@
+"""What all pages share: how a template becomes one HTML file, and how pictures get into it."""
+
+import base64
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from PIL import Image
+
+_TEMPLATES = Path(__file__).parent / "templates"
+_QUALITY = 82  # of thumbnails, on WebP's scale
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture in a page.
+
+    Args:
+        uri: a data URI.
+        alt: what it shows, for those who do not see it.
+        width, height: in pixels.
+    """
+
+    uri: str
+    alt: str
+    width: int
+    height: int
+
+
+def rendered(template: str, **values: Any) -> str:
+    """Return the page that a template of `templates/` makes of `values`. Every value is text, not HTML: what is special
+    in HTML is escaped."""
+    environment = Environment(
+        loader=FileSystemLoader(_TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    # Halves of surrogate pairs, as in names of files that are no UTF-8, cannot be written.
+    return environment.get_template(template).render(**values).encode("utf-8", "backslashreplace").decode()
+
+
+def thumbnail(pixels: np.ndarray, alt: str, side: int) -> Picture:
+    """Return an image, uint8 RGB `(height, width, 3)`, whose longer side is shrunk to `side` pixels."""
+    image = Image.fromarray(np.ascontiguousarray(pixels))
+    image.thumbnail((side, side))
+    return _picture(image, alt, quality=_QUALITY)
+
+
+def drawing(file: Path, alt: str) -> Picture:
+    """Return a figure that is a PNG file, without loss.
+
+    Raises:
+        OSError: it cannot be read as an image.
+    """
+    with Image.open(file) as image:
+        return _picture(image.convert("RGB"), alt, lossless=True)
+
+
+def shortened(text: str, most: int) -> str:
+    """Return a text in one line of at most `most` characters, cut between words where it has any."""
+    text = " ".join(text.split())
+    if len(text) <= most:
+        return text
+    head = text[: most - 1]
+    at = head.rfind(" ")
+    return f"{head[:at] if at > most // 2 else head}…"
+
+
+def evenly(count: int, most: int) -> list[int]:
+    """Return at most `most` of the numbers below `count`, evenly spread."""
+    return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(int)).tolist() if count else []
+
+
+def listed(names: Sequence[str]) -> str:
+    """Return names as a sentence has them: `a`, `a and b`, `a, b and c`."""
+    return " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
+
+
+def _picture(image: Image.Image, alt: str, **options: Any) -> Picture:
+    content = io.BytesIO()
+    image.save(content, "webp", **options)
+    return Picture(f"data:image/webp;base64,{base64.b64encode(content.getvalue()).decode()}", alt, *image.size)

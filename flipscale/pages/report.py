@@ -1,0 +1,290 @@
+"""The report of a finished run, `RUN/report.html`: what it is, what it achieves, and what it says of pictures."""
+
+import json
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import yaml
+
+from flipscale.data.decode import decode_small
+from flipscale.data.faults import BadSample
+from flipscale.evaluation.reports.comparison import Curve, read_curve
+from flipscale.evaluation.reports.setting import data_name
+from flipscale.evaluation.results import THIS_MODEL, Result, with_unit
+from flipscale.files.aside import write_text
+from flipscale.pages.answers import Answers, class_rows, matrix, mistakes
+from flipscale.pages.facts import Facts
+from flipscale.pages.masks import mask_rows
+from flipscale.pages.page import Picture, drawing, evenly, rendered, shortened, thumbnail
+from flipscale.pages.tested import Load, Tested, answer_pictures, shown_task
+from flipscale.training.recipe import Recipe
+
+REPORT = "report.html"
+MOST_BYTES = 2_000_000
+
+_SIDE = 112
+_MOST_SHOWN, _MOST_CLASSES, _MOST_MISTAKES, _LARGEST_MATRIX = 12, 6, 9, 12
+_MOST_LETTERS = 90
+_MOST_FIGURES, _MOST_RESULTS = 8, 60
+
+Made = TypeVar("Made")
+
+_log = logging.getLogger(__name__)
+
+
+def offer_report(recipe: Recipe, load: Load) -> None:
+    """Write the report of a finished run and say where it is. That fails with one warning: a run is not worse for want
+    of a page.
+
+    Args:
+        load: returns the model and the tokenizer of a folder.
+    """
+    path = Path(recipe.output_dir) / REPORT
+    try:
+        write_report(recipe, load)
+        _log.info("%s shows the run: open it in a browser", path)
+    except Exception as error:  # a page of anybody's pictures, texts and files: any
+        _log.warning("%s was not written (%s); the run is whole without it", path, _reason(error))
+
+
+def write_report(recipe: Recipe, load: Load) -> Path:
+    """Write `report.html` into the run directory of a recipe and return its path. What the run has not recorded, or
+    cannot be read any more, is left out and named on the page.
+
+    Raises:
+        ValueError: the run has no record.
+        OSError: the disk is full or not writable.
+    """
+    run_dir = Path(recipe.output_dir)
+    curve, facts = read_curve(run_dir), Facts.of(run_dir)
+    missing: list[str] = []
+    task = shown_task(recipe.eval.planned())
+    tested = None
+    if task is None:
+        missing.append(
+            "What the model says of pictures: the recipe has no evaluation that names pictures or finds captions. "
+            "eval.zero_shot or eval.retrieval names a test set."
+        )
+    else:
+        tested = _tried("The test pictures", missing, lambda: answer_pictures(task, str(run_dir / "model"), load))
+    seen = _tried("The answers", missing, lambda: answered(tested)) if tested is not None else None
+    masks = _tried("What was masked", missing, lambda: mask_rows(recipe)) or []
+    figures = _figures(run_dir, curve, missing)
+    values = {
+        "name": run_dir.name,
+        "sentence": facts.sentence(curve),
+        "headline": headline(curve),
+        "tiles": facts.tiles(curve),
+        "results": result_rows(curve),
+        "seen": seen,
+        "masks": masks,
+        "facts": facts.rows(curve),
+        "recipe": facts.recipe_text(),
+        "commands": _commands(run_dir),
+        "missing": missing,
+        "written": time.strftime("%d %B %Y", time.localtime()),
+        "version": facts.environment.get("flipscale", ""),
+    }
+    path = run_dir / REPORT
+    page = rendered("report.html", figures=figures, **values)
+    while len(page.encode()) > MOST_BYTES and figures:
+        figures.pop()
+        page = rendered("report.html", figures=figures, **values)
+    write_text(path, page)
+    return path
+
+
+@dataclass(frozen=True)
+class Card:
+    """A test picture with what the model says of it.
+
+    Args:
+        picture: shrunk.
+        right: its right answer.
+        said: the nearest answers, each with its share in percent and whether it is the right one.
+        note: a few words below.
+    """
+
+    picture: Picture
+    right: str
+    said: list[tuple[str, float, bool]]
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a page shows of a model's answers.
+
+    Args:
+        data: what people call the test set.
+        what: the answers are: `class` or `caption`.
+        taken, total, num_right: pictures asked, all of the set, and those named right.
+        answers: how many answers there are.
+        cards: pictures evenly spread over the set.
+        best, worst: of the classes or captions, with a picture of each.
+        mistakes: those made most often.
+        classes, counts: names of the classes, and how often each was said (column) of each (row); empty where there are
+            too many for a table.
+    """
+
+    data: str
+    what: str
+    taken: int
+    total: int
+    num_right: int
+    answers: int
+    cards: list[Card]
+    best: list[Card]
+    worst: list[Card]
+    mistakes: list[Card]
+    classes: list[str]
+    counts: list[list[int]]
+
+
+def answered(tested: Tested) -> Seen:
+    """Return what a page shows of answers.
+
+    Raises:
+        OSError: a shard cannot be read.
+    """
+    answers, rows = tested.answers, class_rows(tested.answers)
+    half = min(_MOST_CLASSES, len(rows) // 2)
+    best = [_card(tested, row.example, _fared(row.num_right, row.images, row.rank, "")) for row in rows[:half]]
+    worst = [
+        _card(tested, row.example, _fared(row.num_right, row.images, row.rank, row.taken_for))
+        for row in reversed(rows[len(rows) - half :])
+        if row.num_right < row.images
+    ]
+    wrong = [
+        _card(tested, mistake.example, f"taken for {_short(mistake.given)}{_times(mistake.count)}")
+        for mistake in mistakes(answers, _MOST_MISTAKES)
+    ]
+    is_small = tested.task.kind == "zero_shot" and len(answers.names) <= _LARGEST_MATRIX
+    return Seen(
+        data=data_name(tested.task.data),
+        what="class" if tested.task.kind == "zero_shot" else "caption",
+        taken=len(tested.rows),
+        total=len(tested.pictures),
+        num_right=answers.num_right,
+        answers=len(answers.names),
+        cards=[_card(tested, place) for place in evenly(len(tested.rows), _MOST_SHOWN)],
+        best=best,
+        worst=worst,
+        mistakes=wrong,
+        classes=[_short(name) for name in answers.names] if is_small else [],
+        counts=matrix(answers) if is_small else [],
+    )
+
+
+def _card(tested: Tested, place: int, note: str = "") -> Card:
+    answers: Answers = tested.answers
+    right = answers.names[answers.right[place]]
+    encoded = tested.pictures.image(int(tested.rows[place]))
+    picture = thumbnail(decode_small(encoded, _SIDE), f"a test picture: {_short(right)}", _SIDE)
+    said = [
+        (_short(answers.names[number]), 100 * float(share), number == int(answers.right[place]))
+        for number, share in zip(answers.top[place].tolist(), answers.shares[place], strict=True)
+    ]
+    return Card(picture, _short(right), said, note)
+
+
+def _fared(num_right: int, images: int, rank: float, taken_for: str) -> str:
+    words = f"{num_right} of {images} right"
+    if num_right < images:
+        words += f", the right answer in place {rank:,.0f}{' on average' if images > 1 else ''}"
+    return words + (f", taken for {_short(taken_for)}" if taken_for else "")
+
+
+def _times(count: int) -> str:
+    return f", {count} times" if count > 1 else ""
+
+
+def _short(text: str) -> str:
+    return shortened(text, _MOST_LETTERS)
+
+
+def headline(curve: Curve) -> str | None:
+    """Return the first headline result in words, None without a result."""
+    for result in curve.results:
+        if result.headline and result.who == THIS_MODEL:
+            chance = "" if result.chance is None else f"; guessing: {with_unit(result.chance, result.unit)}"
+            interval = f" (95 % interval {result.interval_text})" if result.interval_text else ""
+            queries = "" if result.n is None else f" of {result.n:,} queries"
+            return f"{_test(result)}, {result.shown}{queries}: {result.value_text}{interval}{chance}."
+    return None
+
+
+def result_rows(curve: Curve) -> list[dict[str, str]]:
+    """Return the rows of the table of results, by the names of its columns."""
+    return [
+        {
+            "test": _test(result),
+            "metric": result.shown,
+            "who": "" if result.who == THIS_MODEL else result.who,
+            "value": result.value_text,
+            "interval": result.interval_text,
+            "chance": "" if result.chance is None else with_unit(result.chance, result.unit),
+            "n": "" if result.n is None else f"{result.n:,}",
+        }
+        for result in curve.results[:_MOST_RESULTS]
+    ]
+
+
+def _test(result: Result) -> str:
+    kind = result.kind.replace("_", "-")
+    data = data_name(result.made_by["data"]) if result.made_by.get("data") else ""
+    return shortened((kind if result.task == result.kind else result.task) + (f" on {data}" if data else ""), 60)
+
+
+def _figures(run_dir: Path, curve: Curve, missing: list[str]) -> list[Picture]:
+    """Return the run's figures: those of its own folder, else those of its model's card."""
+    folders = (run_dir / "figures", run_dir / "model/figures")
+    files = next((found for folder in folders if (found := sorted(folder.glob("*.png")))), [])
+    if not files:
+        missing.append("Figures: matplotlib draws them; pip install 'flipscale[plots]'.")
+    first = {"loss": 0, "accuracy": 1}
+    files.sort(key=lambda file: (first.get(file.stem, 2), file.stem))
+    return [
+        picture
+        for file in files[:_MOST_FIGURES]
+        if (picture := _tried(file.name, missing, lambda file=file: drawing(file, _figure_words(file.stem, curve))))
+    ]
+
+
+def _figure_words(stem: str, curve: Curve) -> str:
+    """Return what a figure shows, in words that stand for it."""
+    words = stem.replace("_", " ")
+    values = curve.points({"learning_rate": "lr", "data_wait": "data_wait_share"}.get(stem, stem))[1]
+    course = [m.result for m in curve.measured if m.result.task == stem and m.result.headline]
+    if values:
+        return f"{words.capitalize()} over the training: from {values[0]:.3g} to {values[-1]:.3g}"
+    if course:
+        first, last = course[0], next(r for r in reversed(course) if r.name == course[0].name)
+        return f"{words.capitalize()}, {first.shown}, over the training: from {first.value_text} to {last.value_text}"
+    return f"{words.capitalize()} over the training"
+
+
+def _commands(run_dir: Path) -> Sequence[tuple[str, str]]:
+    model = run_dir / "model"
+    return [
+        ("find your own pictures with it", f"flipscale search {model} FOLDER 'a red apple'"),
+        ("measure it on another test set", f"flipscale evaluate {model} --zero_shot FOLDER"),
+        ("share it", f"flipscale push {run_dir} ORG/NAME"),
+    ]
+
+
+def _tried(what: str, missing: list[str], make: Callable[[], Made]) -> Made | None:
+    """Return what `make` returns; where it fails, None, and a line of what is missing."""
+    try:
+        return make()
+    except (ValueError, OSError, BadSample, RuntimeError, yaml.YAMLError, json.JSONDecodeError) as error:
+        missing.append(f"{what}: {_reason(error)}.")
+        return None
+
+
+def _reason(error: Exception) -> str:
+    return shortened(str(error), 300).rstrip(".") or type(error).__name__

@@ -1,0 +1,191 @@
+"""A page of searches: for each query, words or a picture, the nearest of many pictures."""
+
+import hashlib
+import json
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from flipscale.data.decode import decode_small
+from flipscale.data.faults import BadSample
+from flipscale.evaluation.embedding import Embedder
+from flipscale.evaluation.reports.record import weights_digest
+from flipscale.files.aside import write_text, written_aside
+from flipscale.pages.embedded import Embedded, embed_pictures
+from flipscale.pages.library import FolderPictures, Pictures
+from flipscale.pages.page import Picture, rendered, shortened, thumbnail
+from flipscale.preparation.lists.files import IMAGE_SUFFIXES, FileList
+
+MOST_BYTES = 5_000_000
+# The longer side of a thumbnail; the first at which the page is small enough.
+_SIDES = (144, 112, 80, 56, 40)
+_MOST_LIKE = 8
+_MOST_LETTERS = 70
+
+
+@dataclass(frozen=True)
+class Hit:
+    """A picture that was found.
+
+    Args:
+        number: of the picture.
+        similarity: its cosine with the query.
+    """
+
+    number: int
+    similarity: float
+
+
+@dataclass(frozen=True)
+class Search:
+    """A query with what it found, the nearest first. `is_picture`: the query is a picture file, not words."""
+
+    query: str
+    hits: list[Hit]
+    is_picture: bool = False
+
+
+def embedded_pictures(embedder: Embedder, pictures: Pictures, cache: Path) -> Embedded:
+    """Return the embeddings of all pictures: those that the file `cache` holds, if it is of this model and these
+    pictures as they are now, else new ones, which are written there.
+
+    Raises:
+        ValueError: no picture can be decoded.
+        OSError: the disk is full or not writable.
+    """
+    weights = embedder.model.state_dict()
+    about = [embedder.name.split("/")[-1], embedder.accelerator.mixed_precision, pictures.state()]
+    key = hashlib.sha256(json.dumps([weights_digest(weights, weights.__getitem__), about]).encode()).hexdigest()
+    stored = _stored(cache, key)
+    if stored is not None:
+        return stored
+    found = _embed(embedder, pictures, range(len(pictures)))
+    if not len(found.rows):
+        raise ValueError(f"none of the {len(pictures)} pictures can be read, the first: {found.faults[0]}")
+    with written_aside(cache) as partial, open(partial, "wb") as file:
+        np.savez(file, key=np.array(key), rows=found.rows, embeds=found.embeds, faults=np.array(found.faults, "U"))
+    return found
+
+
+def searches(embedder: Embedder, found: Embedded, queries: Sequence[str], top: int) -> list[Search]:
+    """Return what each query finds among embedded pictures. A query that names a picture file asks for pictures like
+    it.
+
+    Raises:
+        ValueError: the model takes no words, or a file is no picture.
+    """
+    files = [query for query in queries if _is_picture(query)]
+    words = [query for query in queries if query not in files]
+    if words and embedder.tokenizer is None:
+        raise ValueError(f"{embedder.name} takes no words, only pictures, and {words[0]!r:.60} names no picture file")
+    asked = dict(zip(words, embedder.texts(words).numpy(), strict=True)) if words else {}
+    for file in files:
+        one = _embed(embedder, _single(file), [0])
+        if one.faults:
+            raise ValueError(f"the query {file} cannot be read as a picture ({one.faults[0].split(': ', 1)[1]})")
+        asked[file] = one.embeds[0]
+    results = []
+    for query in queries:
+        cosines = found.embeds @ asked[query]
+        best = np.argsort(-cosines, kind="stable")[:top].tolist()
+        hits = [Hit(int(found.rows[place]), float(cosines[place])) for place in best]
+        results.append(Search(query, hits, query in files))
+    return results
+
+
+def write_search_page(
+    path: Path, pictures: Pictures, found: Embedded, results: Sequence[Search], model: str, place: str
+) -> int:
+    """Write the page of searches and return its bytes.
+
+    Args:
+        model, place: what the page calls the model and the pictures.
+
+    Raises:
+        ValueError: it would have more than 5 MB at the smallest thumbnails.
+        OSError: the disk is full or not writable, or a picture cannot be read any more.
+    """
+    numbers = sorted({hit.number for search in results for hit in search.hits})
+    like = _likenesses(found, numbers)
+    size = 0
+    for side in _SIDES:
+        shown = {number: _thumbnail(pictures, number, side) for number in numbers}
+        asked = {s.query: _thumbnail(_single(s.query), 0, side) for s in results if s.is_picture}
+        text = rendered(
+            "search.html",
+            searches=results,
+            shown=shown,
+            asked=asked,
+            like=like,
+            model=model,
+            place=place,
+            num_pictures=len(found.rows),
+            num_damaged=len(found.faults),
+        )
+        size = len(text.encode())
+        if size <= MOST_BYTES:
+            write_text(path, text)
+            return size
+    raise ValueError(
+        f"the page of {len(results)} queries would have {size / 1e6:.1f} MB, more than {MOST_BYTES / 1e6:.0f} MB; give "
+        "fewer queries, or a smaller --top"
+    )
+
+
+def _embed(embedder: Embedder, pictures: Pictures, rows: Sequence[int]) -> Embedded:
+    device = embedder.accelerator.device
+
+    def features(columns: dict[str, torch.Tensor]) -> torch.Tensor:
+        with embedder.accelerator.autocast():
+            return embedder.image_features(**{name: column.to(device) for name, column in columns.items()})
+
+    return embed_pictures(pictures, rows, embedder.decoder(), features)
+
+
+def _stored(cache: Path, key: str) -> Embedded | None:
+    """Return what a cache holds under a key; None if it is another's, damaged or not there."""
+    try:
+        with np.load(cache, allow_pickle=False) as file:
+            if str(file["key"]) != key:
+                return None
+            return Embedded(file["rows"], file["embeds"], file["faults"].tolist())
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+        return None
+
+
+def _likenesses(found: Embedded, numbers: Sequence[int]) -> dict[int, list[int]]:
+    """Return for each of these pictures those of them that are most like it."""
+    places = np.searchsorted(found.rows, numbers)
+    cosines = found.embeds[places] @ found.embeds[places].T
+    np.fill_diagonal(cosines, -np.inf)
+    nearest = np.argsort(-cosines, axis=1, kind="stable")[:, : min(_MOST_LIKE, len(numbers) - 1)]
+    return {number: [numbers[place] for place in row] for number, row in zip(numbers, nearest.tolist(), strict=True)}
+
+
+def _thumbnail(pictures: Pictures, number: int, side: int) -> Picture:
+    """Raises: OSError: the picture cannot be read any more."""
+    label = shortened(pictures.label(number), _MOST_LETTERS)
+    try:
+        return thumbnail(decode_small(pictures.image(number), side), label, side)
+    except BadSample as error:
+        raise OSError(f"{pictures.name(number)} has changed since it was embedded ({error}); run this again") from error
+
+
+def _is_picture(query: str) -> bool:
+    return query.lower().endswith(IMAGE_SUFFIXES) and Path(query).is_file()
+
+
+def _single(file: str) -> Pictures:
+    return FolderPictures(FileList(Path(file).parent, [Path(file).name], allow_outside=True))
+
+
+def as_lines(results: Sequence[Search], pictures: Pictures) -> Any:
+    """Return what was found as lines of text: a query, and its nearest pictures with their cosines."""
+    for search in results:
+        hits = ", ".join(f"{pictures.name(hit.number)} {hit.similarity:.2f}" for hit in search.hits[:3])
+        yield f"{shortened(search.query, 60)}: {hits}"
