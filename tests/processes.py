@@ -23,8 +23,10 @@ _IMPORTED_LATER = (
     "flipscale.engines.fsdp2",
     "flipscale.hub.model_card",
     "flipscale.hub.model_folder",
+    "flipscale.hub.loading",
     "flipscale.hub.upload",
     "flipscale.objectives.kinds",
+    "flipscale.pages.report",
     "torch.utils.tensorboard",
 )
 # What the server starts with: torch reads some variables once, and no test's may reach the processes of another.

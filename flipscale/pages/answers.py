@@ -88,7 +88,7 @@ class ClassRow:
 
 def class_rows(answers: Answers) -> list[ClassRow]:
     """Return a row for each right answer that a picture has, the best first: by the share that is named right, then by
-    how far the right answer leads."""
+    the place of the right answer, then by how far it leads."""
     rows = []
     for number in np.unique(answers.right).tolist():
         mine = np.flatnonzero(answers.right == number)
@@ -98,8 +98,9 @@ def class_rows(answers: Answers) -> list[ClassRow]:
         example = mine[answers.leads[mine].argmax() if share >= 0.5 else answers.leads[mine].argmin()]
         name, rank = answers.names[number], float(answers.ranks[mine].mean()) + 1
         taken_for = answers.names[wrong[0][0]] if wrong else ""
-        rows.append((-share, -lead, ClassRow(name, len(mine), int(good.sum()), rank, int(example), taken_for)))
-    return [row for _, _, row in sorted(rows, key=lambda row: row[:2])]
+        row = ClassRow(name, len(mine), int(good.sum()), rank, int(example), taken_for)
+        rows.append(((-share, rank, -lead), row))
+    return [row for _, row in sorted(rows, key=lambda row: row[0])]
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ class Mistake:
     Args:
         right, given: their names.
         count: how often.
-        example: the number of the picture in which the wrong one leads most.
+        example: the number of the picture for which the model believes most in the wrong one.
     """
 
     right: str
@@ -125,10 +126,10 @@ def mistakes(answers: Answers, most: int) -> list[Mistake]:
         found.setdefault((int(answers.right[picture]), int(answers.top[picture, 0])), []).append(picture)
     rows = []
     for (right, given), pictures in found.items():
-        surest = min(pictures, key=lambda picture: answers.leads[picture])
+        surest = max(pictures, key=lambda picture: answers.shares[picture, 0])
         row = Mistake(answers.names[right], answers.names[given], len(pictures), surest)
-        rows.append((-len(pictures), float(answers.leads[surest]), row))
-    return [row for _, _, row in sorted(rows, key=lambda row: row[:2])[:most]]
+        rows.append(((-len(pictures), -float(answers.shares[surest, 0])), row))
+    return [row for _, row in sorted(rows, key=lambda row: row[0])[:most]]
 
 
 def matrix(answers: Answers) -> list[list[int]]:

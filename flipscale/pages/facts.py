@@ -95,11 +95,12 @@ class Facts:
         yield "emissions", f"{rounded(energy * grid / 1000)} kg of CO2 at {grid:g} g a kWh" if energy and grid else ""
         yield "cost", f"{rounded(hours * price)} dollars at {price:g} an hour" if hours and price else ""
         waited = steps[-1].get("data_wait_share") if steps else None
-        yield "waiting for data", "" if waited is None else f"{waited:.1%} of the last interval"
+        yield "waiting for data", "" if waited is None else f"{100 * waited:.1f} % of the last interval"
         peak = max((r["peak_memory_bytes"] for r in steps if r.get("peak_memory_bytes")), default=0)
         yield "memory", f"{peak / 2**30:.1f} GiB at most, of the main process" if peak else ""
-        yield "bad samples", f"{sum(r.get('num_replaced', 0) for r in steps):,} replaced"
-        yield "skipped steps", f"{sum(r.get('num_skipped', 0) for r in steps):,}, not finite"
+        bad, skipped = (sum(record.get(name, 0) for record in steps) for name in ("num_replaced", "num_skipped"))
+        yield "bad samples", f"{bad:,} replaced" if bad else "none"
+        yield "skipped steps", f"{skipped:,}, not finite" if skipped else "none"
         versions = [f"{name} {environment[name]}" for name in ("flipscale", "torch", "python") if environment.get(name)]
         yield "versions", ", ".join(versions)
 
@@ -117,8 +118,12 @@ class Facts:
         if not most:
             return "with every picture whole (CLIP)"
         if ratios[-1] == 0 < ratios[0]:
-            return f"first with {ratios[0]:.0%} of each picture left out, at the end with whole pictures (FLIP)"
-        return f"with {most:.0%} of each picture left out (FLIP)"
+            return f"first with {_percent(ratios[0])} of each picture left out, at the end with whole pictures (FLIP)"
+        return f"with {_percent(most)} of each picture left out (FLIP)"
+
+
+def _percent(ratio: float) -> str:
+    return f"{100 * ratio:g} %"
 
 
 def spoken(seconds: float) -> str:

@@ -72,7 +72,7 @@ def _by_ratio(recipe: Recipe) -> dict[float, list[StageRecipe]]:
 
 
 def _words(ratio: float) -> str:
-    return f"{ratio:.0%} of the patches left out" if ratio else "whole"
+    return f"{100 * ratio:g} % of the patches left out" if ratio else "whole"
 
 
 def _pasted(patches: np.ndarray, index: np.ndarray, shape: InputShape) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
 _TEMPLATES = Path(__file__).parent / "templates"
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
 _QUALITY = 82  # of thumbnails, on WebP's scale
 
 
@@ -41,8 +43,9 @@ def rendered(template: str, **values: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    # Halves of surrogate pairs, as in names of files that are no UTF-8, cannot be written.
-    return environment.get_template(template).render(**values).encode("utf-8", "backslashreplace").decode()
+    # Halves of surrogate pairs, as in names of files that are no UTF-8, cannot be written; HTML has no control characters.
+    text = environment.get_template(template).render(**values).encode("utf-8", "backslashreplace").decode()
+    return _CONTROL.sub("", text)
 
 
 def thumbnail(pixels: np.ndarray, alt: str, side: int) -> Picture:

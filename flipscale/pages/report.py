@@ -16,7 +16,7 @@ from flipscale.evaluation.reports.comparison import Curve, read_curve
 from flipscale.evaluation.reports.setting import data_name
 from flipscale.evaluation.results import THIS_MODEL, Result, with_unit
 from flipscale.files.aside import write_text
-from flipscale.pages.answers import Answers, class_rows, matrix, mistakes
+from flipscale.pages.answers import Answers, ClassRow, Mistake, class_rows, matrix, mistakes
 from flipscale.pages.facts import Facts
 from flipscale.pages.masks import mask_rows
 from flipscale.pages.page import Picture, drawing, evenly, rendered, shortened, thumbnail
@@ -153,14 +153,10 @@ def answered(tested: Tested) -> Seen:
     """
     answers, rows = tested.answers, class_rows(tested.answers)
     half = min(_MOST_CLASSES, len(rows) // 2)
-    best = [_card(tested, row.example, _fared(row.num_right, row.images, row.rank, "")) for row in rows[:half]]
-    worst = [
-        _card(tested, row.example, _fared(row.num_right, row.images, row.rank, row.taken_for))
-        for row in reversed(rows[len(rows) - half :])
-        if row.num_right < row.images
-    ]
+    best = [_card(tested, row.example, _fared(row)) for row in rows[:half] if row.num_right]
+    worst = [_card(tested, row.example, _fared(row)) for row in rows[: -half - 1 : -1] if row.num_right < row.images]
     wrong = [
-        _card(tested, mistake.example, f"taken for {_short(mistake.given)}{_times(mistake.count)}")
+        _card(tested, mistake.example, f"taken for {_short(mistake.given)}, {_sure(answers, mistake)}")
         for mistake in mistakes(answers, _MOST_MISTAKES)
     ]
     is_small = tested.task.kind == "zero_shot" and len(answers.names) <= _LARGEST_MATRIX
@@ -189,18 +185,24 @@ def _card(tested: Tested, place: int, note: str = "") -> Card:
         (_short(answers.names[number]), 100 * float(share), number == int(answers.right[place]))
         for number, share in zip(answers.top[place].tolist(), answers.shares[place], strict=True)
     ]
+    if not note and not any(is_right for _, _, is_right in said):
+        note = f"the right one is in place {answers.ranks[place] + 1:,}"
     return Card(picture, _short(right), said, note)
 
 
-def _fared(num_right: int, images: int, rank: float, taken_for: str) -> str:
-    words = f"{num_right} of {images} right"
-    if num_right < images:
-        words += f", the right answer in place {rank:,.0f}{' on average' if images > 1 else ''}"
-    return words + (f", taken for {_short(taken_for)}" if taken_for else "")
+def _fared(row: ClassRow) -> str:
+    if row.num_right == row.images:
+        return "named right" if row.images == 1 else f"all {row.images} named right"
+    place = f"the right answer in place {row.rank:,.0f}"
+    if row.images > 1:
+        place = f"{row.num_right} of {row.images} named right, {place} on average"
+    return f"{place}; taken for {_short(row.taken_for)}"
 
 
-def _times(count: int) -> str:
-    return f", {count} times" if count > 1 else ""
+def _sure(answers: Answers, mistake: Mistake) -> str:
+    if mistake.count > 1:
+        return f"{mistake.count} times"
+    return f"{100 * answers.shares[mistake.example, 0]:.0f} % sure"
 
 
 def _short(text: str) -> str:
@@ -209,13 +211,16 @@ def _short(text: str) -> str:
 
 def headline(curve: Curve) -> str | None:
     """Return the first headline result in words, None without a result."""
-    for result in curve.results:
-        if result.headline and result.who == THIS_MODEL:
-            chance = "" if result.chance is None else f"; guessing: {with_unit(result.chance, result.unit)}"
-            interval = f" (95 % interval {result.interval_text})" if result.interval_text else ""
-            queries = "" if result.n is None else f" of {result.n:,} queries"
-            return f"{_test(result)}, {result.shown}{queries}: {result.value_text}{interval}{chance}."
-    return None
+    result = next((r for r in curve.results if r.headline and r.who == THIS_MODEL), None)
+    if result is None:
+        return None
+    interval = f" (95 % interval {result.interval_text})" if result.interval_text else ""
+    chance = "" if result.chance is None else f"; guessing would reach {with_unit(result.chance, result.unit)}"
+    if (result.kind, result.metric) == ("zero_shot", "top1") and result.n is not None:
+        where = _data(result)
+        return f"Of {result.n:,} pictures{where} it names {result.value_text} right at once{interval}{chance}."
+    queries = "" if result.n is None else f" over {result.n:,} queries"
+    return f"{_test(result).capitalize()}, {result.shown}{queries}: {result.value_text}{interval}{chance}."
 
 
 def result_rows(curve: Curve) -> list[dict[str, str]]:
@@ -235,9 +240,12 @@ def result_rows(curve: Curve) -> list[dict[str, str]]:
 
 
 def _test(result: Result) -> str:
-    kind = result.kind.replace("_", "-")
-    data = data_name(result.made_by["data"]) if result.made_by.get("data") else ""
-    return shortened((kind if result.task == result.kind else result.task) + (f" on {data}" if data else ""), 60)
+    name = result.kind.replace("_", "-") if result.task == result.kind else result.task
+    return shortened(f"{name}{_data(result)}", 60)
+
+
+def _data(result: Result) -> str:
+    return f" of {data_name(result.made_by['data'])}" if result.made_by.get("data") else ""
 
 
 def _figures(run_dir: Path, curve: Curve, missing: list[str]) -> list[Picture]:

@@ -36,7 +36,7 @@ def run_dir(recipe: dict, shards: Path, tmp_path_factory: pytest.TempPathFactory
 
 def test_the_run_directory_holds_what_is_promised(run_dir: Path) -> None:
     expected = {"recipe.yaml", "environment.json", "metrics.jsonl", "tensorboard", "checkpoints", "model", "DONE"}
-    expected |= {"starts.jsonl", "heartbeat.json", "results.jsonl", "tracker_run_id"}
+    expected |= {"starts.jsonl", "heartbeat.json", "results.jsonl", "tracker_run_id", "report.html"}
     assert {path.name for path in run_dir.iterdir()} == expected
     shown = EventAccumulator(str(next((run_dir / "tensorboard").rglob("events*")).parent)).Reload().Tags()["scalars"]
     assert {"loss", "mfu", "peak_memory_bytes", "data_wait_share", "images_per_s", "zero_shot/top1"} <= set(shown)

@@ -1,0 +1,142 @@
+"""A page in a real browser: headless Chromium, which can reach no network, and what it found there."""
+
+import json
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+PROGRAMS = ("chromium-headless-shell", "chromium", "google-chrome")
+OPTIONS = (
+    # Tests may run as root, and in a container with little shared memory.
+    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars"),
+    *("--disable-background-networking", "--disable-component-update", "--proxy-server=127.0.0.1:9"),
+)
+# Measures the page as it stands: its text against what is behind it, its pictures, headings and width.
+LOOK = """
+<script>
+{
+  const context = document.createElement("canvas").getContext("2d", {willReadFrequently: true});
+  const rgba = colour => {
+    context.clearRect(0, 0, 1, 1);
+    context.fillStyle = colour;
+    context.fillRect(0, 0, 1, 1);
+    return [...context.getImageData(0, 0, 1, 1).data];
+  };
+  const over = (top, below) => below.map((value, at) => value + (top[at] - value) * top[3] / 255).slice(0, 3);
+  const behind = element => {
+    const layers = [];
+    for (; element; element = element.parentElement) layers.push(rgba(getComputedStyle(element).backgroundColor));
+    return layers.reverse().reduce((below, layer) => over(layer, below), [255, 255, 255]);
+  };
+  const luminance = colour => {
+    const [r, g, b] = colour.map(v => v / 255).map(v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  const contrast = (a, b) => {
+    const [dark, light] = [luminance(a), luminance(b)].sort((x, y) => x - y);
+    return (light + 0.05) / (dark + 0.05);
+  };
+  const texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  let lowest = [21, ""];
+  while (texts.nextNode()) {
+    const parent = texts.currentNode.parentElement, text = texts.currentNode.textContent.trim();
+    if (!text || !parent.getClientRects().length) continue;
+    const ground = behind(parent), ratio = contrast(over(rgba(getComputedStyle(parent).color), ground), ground);
+    if (ratio < lowest[0]) lowest = [ratio, text];
+  }
+  const every = selector => [...document.querySelectorAll(selector)];
+  const facts = {
+    lang: document.documentElement.lang,
+    title: document.title,
+    lowest,
+    pictures: every("img").map(image => [image.alt, image.naturalWidth]),
+    headings: every("h1, h2, h3, h4, h5, h6").map(heading => [Number(heading.tagName[1]), heading.textContent.trim()]),
+    overflow: document.documentElement.scrollWidth - document.documentElement.clientWidth,
+    shown: every(".search").filter(row => !row.hidden).length,
+    resources: performance.getEntriesByType("resource").map(entry => entry.name),
+  };
+  const node = document.createElement("script");
+  node.type = "application/json";
+  node.id = "facts";
+  node.textContent = JSON.stringify(facts).replaceAll("<", "\\\\u003c");
+  document.body.append(node);
+}
+</script>
+"""
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A page that a browser has opened.
+
+    Args:
+        dom: as the browser has it.
+        facts: what `LOOK` measured.
+        requests: the addresses that the browser asked a network for.
+    """
+
+    dom: str
+    facts: dict[str, Any]
+    requests: list[str]
+
+
+def program() -> str:
+    """The browser; without one the test is skipped, and says so."""
+    found = next((path for name in PROGRAMS if (path := shutil.which(name))), None)
+    if found is None:
+        pytest.skip("pages are looked at in a browser, and there is none: apt-get install chromium-headless-shell")
+    return found
+
+
+def look(page: Path, folder: Path, width: int = 1000, dark: bool = False, script: str = "") -> Opened:
+    """Open a page.
+
+    Args:
+        folder: for the copy that is opened, which has `script` and then `LOOK` at its end.
+        dark: as where dark pages are preferred.
+    """
+    text = page.read_text()
+    if dark:
+        assert "@media (prefers-color-scheme: dark)" in text
+        text = text.replace("@media (prefers-color-scheme: dark)", "@media all")
+    copy, log = folder / f"{page.stem}-copy.html", folder / "network.json"
+    acting = f"<script>{script}</script>" if script else ""
+    copy.write_text(text.replace("</body>", f"{acting}{LOOK}</body>"))
+    command = [program(), *OPTIONS, f"--window-size={width},900", f"--user-data-dir={folder / 'profile'}"]
+    command += [f"--log-net-log={log}", "--virtual-time-budget=3000", "--dump-dom", copy.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    facts = re.search(r'<script type="application/json" id="facts">(.*?)</script>', done.stdout, re.DOTALL)
+    assert facts is not None, done.stderr
+    urls = re.findall(r'"(?:https?|wss?|ftp)://[^"]*"', log.read_text())
+    return Opened(done.stdout, json.loads(facts[1]), [url.strip('"') for url in urls])
+
+
+def check_accessible(opened: Opened) -> None:
+    """Assert that whoever cannot see a page, or sees it on a phone or in the dark, can read it."""
+    facts = opened.facts
+    assert facts["lang"] == "en"
+    assert facts["title"]
+    ratio, text = facts["lowest"]
+    assert ratio >= 4.5, f"{text!r} has a contrast of {ratio:.2f}"
+    assert facts["pictures"]
+    for alt, width in facts["pictures"]:
+        assert alt.strip()
+        assert width > 0, f"the picture {alt!r} is broken"
+    levels = [level for level, _ in facts["headings"]]
+    assert levels[0] == 1
+    assert levels.count(1) == 1
+    assert all(after - before <= 1 for before, after in pairwise(levels)), facts["headings"]
+    assert facts["overflow"] <= 0, f"{facts['overflow']} pixels too wide"
+
+
+def check_offline(opened: Opened) -> None:
+    """Assert that a page asked no network for anything."""
+    assert opened.requests == []
+    assert [name for name in opened.facts["resources"] if not name.startswith("data:")] == []

@@ -1,0 +1,140 @@
+"""The report of a run: what is on it, that a browser shows it to anybody, and that it never costs a run."""
+
+import dataclasses
+import logging
+import re
+import shutil
+from html import unescape
+from pathlib import Path
+
+import pytest
+from pages.browser import check_accessible, check_offline, look
+from pages.conftest import HOSTILE
+
+from flipscale.evaluation.recipe import EvalRecipe
+from flipscale.evaluation.results import latest, read_results
+from flipscale.hub.loading import load_flip
+from flipscale.pages import report
+from flipscale.pages.report import MOST_BYTES, offer_report, write_report
+from flipscale.training.recipe import Recipe, parse_recipe
+
+
+def recipe_of(run_dir: Path) -> Recipe:
+    return parse_recipe(["--config", str(run_dir / "recipe.yaml")])
+
+
+@pytest.fixture
+def copied(trained: Path, tmp_path: Path) -> Path:
+    """A copy of the run without its report."""
+    shutil.copytree(trained, tmp_path / "copy")
+    (tmp_path / "copy/report.html").unlink()
+    return tmp_path / "copy"
+
+
+def test_a_run_ends_with_its_report(trained: Path) -> None:
+    page = (trained / "report.html").read_text()
+    assert len(page.encode()) <= MOST_BYTES
+    cells = [unescape(cell) for cell in re.findall(r"<td[^>]*>([^<]*)", page)]
+    for result in latest(read_results(trained)):
+        assert result.value_text in cells
+        assert result.interval_text in cells
+    text = " ".join(unescape(re.sub(r"<[^>]*>", " ", page)).split())
+    assert "It learned from 96 pairs" in text
+    assert "first with 75 % of each picture left out, at the end with whole pictures (FLIP)" in text
+    assert "masked: 75 % of the patches left out" in text
+    assert "whole </table>: whole" in text
+    assert "Counted over 40 of the set's 40 pictures" in text
+    assert "base_lr: 0.012" in text
+    for heading in ("Results", "How it learned", "Known best", "Known worst", "Most confused", "What was masked"):
+        assert f">{heading}</h" in page
+    assert "What is not on this page" not in page
+
+
+def test_names_stay_text(trained: Path) -> None:
+    page = (trained / "report.html").read_text()
+    assert "<script" not in page
+    assert 'onerror="' not in page
+    assert "{{ 7 * 7 }}" in page
+    assert "word word…" in page
+    assert HOSTILE[-1].strip() not in page
+
+
+@pytest.mark.parametrize(("width", "dark"), [(1000, False), (390, True)])
+def test_a_browser_shows_it(trained: Path, tmp_path: Path, width: int, dark: bool) -> None:
+    opened = look(trained / "report.html", tmp_path, width, dark)
+    check_offline(opened)
+    check_accessible(opened)
+    assert opened.facts["title"] == "run: report of a run"
+    assert len(opened.facts["pictures"]) > 30
+
+
+def test_the_browser_s_checks_notice(tmp_path: Path) -> None:
+    page = tmp_path / "bad.html"
+    page.write_text(
+        '<html lang="en"><title>a</title><body><h1>A</h1><h3 style="color: #999">B</h3>'
+        '<img src="http://127.0.0.1:9/a.png" alt=""></body></html>'
+    )
+    opened = look(page, tmp_path)
+    assert "http://127.0.0.1:9/a.png" in opened.requests
+    assert opened.facts["lowest"] == [pytest.approx(2.85, abs=0.01), "B"]
+    assert opened.facts["pictures"] == [["", 0]]
+    with pytest.raises(AssertionError):
+        check_offline(opened)
+    with pytest.raises(AssertionError):
+        check_accessible(opened)
+
+
+def test_without_an_evaluation_it_says_what_is_missing(copied: Path) -> None:
+    (copied / "results.jsonl").unlink()
+    shutil.rmtree(copied / "model/figures")
+    (copied / "metrics.jsonl").write_text(
+        "".join(line for line in (copied / "metrics.jsonl").open() if "zero_shot" not in line)
+    )
+    changed = dataclasses.replace(recipe_of(copied), eval=EvalRecipe(), output_dir=str(copied))
+    page = write_report(changed, load_flip).read_text()
+    assert "What is not on this page" in page
+    assert "the recipe has no evaluation that names pictures or finds captions" in page
+    assert "What was masked" in page
+    assert ">Results<" not in page
+
+
+@pytest.mark.parametrize("kind", ["zero_shot", "retrieval"])
+def test_what_is_gone_is_named_and_the_rest_is_there(copied: Path, kind: str) -> None:
+    changed = dataclasses.replace(
+        recipe_of(copied),
+        eval=EvalRecipe(**{kind: str(copied / "gone")}),
+        data=dataclasses.replace(recipe_of(copied).data, shards=str(copied / "gone too")),
+        output_dir=str(copied),
+    )
+    page = unescape(write_report(changed, load_flip).read_text())
+    assert re.search(r"<li>The test pictures: .*gone.*</li>", page)
+    assert re.search(r"<li>What was masked: .*gone too.*</li>", page)
+    assert ">Results<" in page
+
+
+def test_captions_are_answers_where_there_are_no_classes(copied: Path, trained: Path) -> None:
+    tasks = EvalRecipe(retrieval=str(trained.parent / "captions"))
+    changed = dataclasses.replace(recipe_of(copied), eval=tasks, output_dir=str(copied))
+    page = write_report(changed, load_flip).read_text()
+    assert f"the three nearest of {len(HOSTILE)} captions" in page
+    assert "<script" not in page
+
+
+def test_figures_make_room(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    changed = dataclasses.replace(recipe_of(copied), output_dir=str(copied))
+    whole = len(write_report(changed, load_flip).read_bytes())
+    monkeypatch.setattr(report, "MOST_BYTES", whole - 1)
+    assert len(write_report(changed, load_flip).read_bytes()) < whole
+
+
+def test_a_page_that_cannot_be_written_is_one_warning(
+    copied: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("flipscale"), "propagate", True)
+    changed = dataclasses.replace(recipe_of(copied), output_dir=str(copied))
+    (copied / "environment.json").write_text("{")
+    offer_report(changed, load_flip)
+    (record,) = [record for record in caplog.records if record.levelno == logging.WARNING]
+    words = record.getMessage()
+    assert re.fullmatch(r".*/report\.html was not written \(.* is damaged .*\); the run is whole without it", words)
+    assert not (copied / "report.html").exists()

@@ -1,0 +1,148 @@
+"""`flipscale search`: what it finds, the page it writes, and what it says of bad input."""
+
+import shutil
+from html import unescape
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import COLOURS, SHAPES, draw
+from pages.browser import check_accessible, check_offline, look
+from PIL import Image
+
+from flipscale import cli
+from flipscale.evaluation.pictures import image_embeds, text_embeds
+from flipscale.model import FlipModel, FlipProcessor
+from flipscale.pages import search_page
+from flipscale.pages.search_page import MOST_BYTES
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """Twelve pictures in folders, one of them with a name that would do harm, and one that is damaged."""
+    folder, rng = tmp_path / "mine", np.random.default_rng(3)
+    for number, colour in enumerate(list(COLOURS) * 3):
+        place = folder / colour / f"{number}.png"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(draw(colour, SHAPES[number % 4], rng)).save(place)
+    (folder / "red/0.png").rename(folder / 'red/"><img src=x onerror=alert(1)>.png')
+    (folder / "red/4.txt").write_text("a red disc <b>\n")
+    (folder / "grey/3.png").write_bytes((folder / "grey/3.png").read_bytes()[:60])
+    return folder
+
+
+def search(*arguments: str | Path) -> None:
+    cli.main(["search", *map(str, arguments)])
+
+
+def test_it_finds_the_nearest_and_keeps_the_embeddings(
+    trained: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = tmp_path / "out/found.html"
+    (tmp_path / "queries.txt").write_text("a grey ring\n\na red disc\n")
+    asked = [trained / "model", pictures, "a red disc", pictures / "blue/2.png"]
+    search(*asked, "--queries", tmp_path / "queries.txt", "--out", page, "--top", "3")
+    printed = capsys.readouterr().out
+    assert "1 of 12 pictures are damaged and left out, the first: grey/3.png: " in printed
+    assert f"{page}: 3 queries over 11 pictures; open it in a browser" in printed
+
+    files = sorted(path for path in pictures.rglob("*.png") if path != pictures / "grey/3.png")
+    model, processor = (kind.from_pretrained(trained / "model") for kind in (FlipModel, FlipProcessor))
+    embeds = image_embeds(model.eval(), processor, files)
+    for query, found in (
+        ("a red disc", text_embeds(model, processor, ["a red disc"])),
+        (str(pictures / "blue/2.png"), image_embeds(model, processor, [pictures / "blue/2.png"])),
+    ):
+        cosines = embeds @ found[0]
+        best = np.argsort(-cosines)[:3].tolist()
+        names = [f"{files[place].relative_to(pictures)} {cosines[place]:.2f}" for place in best]
+        assert f": {', '.join(names)}\n" in printed, query
+
+    # The second time nothing is embedded; of other pictures, everything.
+    monkeypatch.setattr(search_page, "_embed", None)
+    search(*asked[:3], "--out", page)
+    assert "1 of 12 pictures are damaged" in capsys.readouterr().out
+    (pictures / "red/8.png").unlink()
+    with pytest.raises(SystemExit):
+        search(*asked[:3], "--out", page)
+
+
+def test_a_browser_shows_it(trained: Path, pictures: Path, tmp_path: Path) -> None:
+    page = tmp_path / "search.html"
+    hostile = "</datalist><script>document.title = 'taken'</script>"
+    search(trained / "model", pictures, "a red disc", hostile, pictures / "blue/2.png", "--out", page)
+    assert len(page.read_bytes()) <= MOST_BYTES
+    assert page.read_text().count("<script") == 1
+    for width, dark in ((1000, False), (390, True)):
+        opened = look(page, tmp_path, width, dark)
+        check_offline(opened)
+        check_accessible(opened)
+        assert opened.facts["title"] == "Search among mine"
+        assert opened.facts["shown"] == 3
+    assert ['"><img src=x onerror=alert(1)>', 60] in [[alt, 60] for alt, _ in opened.facts["pictures"]]
+    assert "a red disc <b>" in [alt for alt, _ in opened.facts["pictures"]]
+
+    typing = "const box = document.getElementById('query'); box.value = 'RED'; box.dispatchEvent(new Event('input'));"
+    typed = look(page, tmp_path, script=typing + "document.querySelector('.search button').click();")
+    assert typed.facts["shown"] == 1
+    assert "1 of 3 queries" in typed.dom
+    assert "Most like it on this page" in [text for _, text in typed.facts["headings"]]
+    assert len(typed.facts["pictures"]) == len(opened.facts["pictures"]) + 1 + min(8, 10)
+    check_accessible(typed)
+
+
+def test_shards_are_searched_by_their_captions(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    search(trained / "model", trained.parent / "test", "a red disc", "--out", tmp_path / "a.html", "--top", "2")
+    assert "a red disc: 00000.tar#" in capsys.readouterr().out
+    shown = unescape((tmp_path / "a.html").read_text())
+    assert any(f'alt="a {colour} {shape}"' in shown for colour in COLOURS for shape in SHAPES)
+
+
+def test_a_large_page_has_small_pictures(
+    trained: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = tmp_path / "a.html"
+    search(trained / "model", pictures, "red", "blue", "--out", page)
+    size = len(page.read_bytes())
+    monkeypatch.setattr(search_page, "MOST_BYTES", size - 1)
+    search(trained / "model", pictures, "red", "blue", "--out", page)
+    assert len(page.read_bytes()) < size
+    monkeypatch.setattr(search_page, "MOST_BYTES", 1000)
+    with pytest.raises(SystemExit):
+        search(trained / "model", pictures, "red", "--out", page)
+    assert "fewer queries, or a smaller --top" in capsys.readouterr().err
+
+
+def test_bad_input_is_one_line(
+    trained: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], subtests: pytest.Subtests
+) -> None:
+    model, page = trained / "model", tmp_path / "a.html"
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "damaged").mkdir()
+    shutil.copy(pictures / "grey/3.png", tmp_path / "damaged/a.png")
+    (tmp_path / "many.txt").write_text("\n".join(map(str, range(501))))
+    for arguments, words in (
+        ([model, pictures], "there is no query; give words such as 'two arrows in a circle', or --queries FILE"),
+        ([model, pictures, "--queries", tmp_path / "none.txt"], "none.txt cannot be read"),
+        ([model, pictures, "--queries", tmp_path / "many.txt"], "there are 501 queries; a page has at most 500"),
+        ([model, tmp_path / "empty", "red"], "empty has no pictures; they are files named .bmp"),
+        ([model, tmp_path / "none", "red"], "none does not exist; name a folder of pictures, or shards"),
+        ([model, pictures / "red/4.txt", "red"], "4.txt is a file; name the folder that the pictures lie in"),
+        ([model, tmp_path / "damaged", "red"], "none of the 1 pictures can be read, the first: a.png: "),
+        ([model, pictures, pictures / "grey/3.png"], "3.png cannot be read as a picture"),
+        (["pixels", pictures, "red"], "pixels takes no words, only pictures, and 'red' names no picture file"),
+        ([tmp_path / "empty", pictures, "red"], "cannot be loaded"),
+        ([model, pictures, "red", "--top", "0"], "--top is 0"),
+        ([model, pictures, "red", "--out", tmp_path], "name a file that ends in .html"),
+        ([model, pictures, "red", "--out", pictures / "red/4.txt/a.html"], "is a file: name another folder"),
+    ):
+        with subtests.test(words):
+            given = arguments if "--out" in arguments else [*arguments, "--out", page]
+            with pytest.raises(SystemExit) as ended:
+                search(*given)
+            (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("flipscale: error: ")]
+            assert words in line
+            assert ended.value.code == 2
+            assert not page.exists()
