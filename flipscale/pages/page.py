@@ -43,7 +43,7 @@ def rendered(template: str, **values: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    # Halves of surrogate pairs, as in names of files that are no UTF-8, cannot be written; HTML has no control characters.
+    # Names of files may have halves of surrogate pairs, which cannot be written, and controls, which HTML lacks.
     text = environment.get_template(template).render(**values).encode("utf-8", "backslashreplace").decode()
     return _CONTROL.sub("", text)
 

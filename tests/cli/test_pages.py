@@ -41,6 +41,7 @@ SUBSTITUTES = {
     "--num_workers 0",
     r"--global_batch_size 256 --base_lr 1.5": "--global_batch_size 64 --base_lr 1.5 --epochs 11 --num_workers 0",
     r"ORG/NAME": "org/name",
+    r"flipscale/recipes/demo_queries.txt": str(ROOT / "flipscale/recipes/demo_queries.txt"),
     r"--config h14_laion2b --dry_run": "--config demo --optim.name adamw --dry_run",
     r"--config demo_unseen": "--config demo_unseen "
     "--stages '[{name: masked, samples: 512, mask_ratio: 0.75, base_lr: 0.002}]'",
