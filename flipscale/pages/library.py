@@ -2,7 +2,7 @@
 
 import re
 from dataclasses import dataclass
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Protocol
 
 from flipscale.data.faults import BadSample
@@ -53,7 +53,7 @@ class FolderPictures:
         try:
             return self.files.captions(number)[0]
         except (BadSample, IndexError):
-            return PurePath(self.name(number)).stem
+            return self.name(number)
 
     def image(self, number: int) -> bytes:
         return self.files.image(number)

@@ -202,7 +202,7 @@ def _fared(row: ClassRow) -> str:
 def _sure(answers: Answers, mistake: Mistake) -> str:
     if mistake.count > 1:
         return f"{mistake.count} times"
-    return f"{100 * answers.shares[mistake.example, 0]:.0f} % sure"
+    return f"{100 * answers.shares[mistake.example, 0]:.0f}\u00a0% sure"
 
 
 def _short(text: str) -> str:
@@ -223,11 +223,11 @@ def headline(curve: Curve) -> str | None:
     return f"{_test(result).capitalize()}, {result.shown}{queries}: {result.value_text}{interval}{chance}."
 
 
-def result_rows(curve: Curve) -> list[dict[str, str]]:
-    """Return the rows of the table of results, by the names of its columns."""
-    return [
-        {
-            "test": _test(result),
+def result_rows(curve: Curve) -> dict[str, list[dict[str, str]]]:
+    """Return the rows of the table of results by their tests, each by the names of its columns."""
+    tests: dict[str, list[dict[str, str]]] = {}
+    for result in curve.results[:_MOST_RESULTS]:
+        row = {
             "metric": result.shown,
             "who": "" if result.who == THIS_MODEL else result.who,
             "value": result.value_text,
@@ -235,8 +235,8 @@ def result_rows(curve: Curve) -> list[dict[str, str]]:
             "chance": "" if result.chance is None else with_unit(result.chance, result.unit),
             "n": "" if result.n is None else f"{result.n:,}",
         }
-        for result in curve.results[:_MOST_RESULTS]
-    ]
+        tests.setdefault(_test(result), []).append(row)
+    return tests
 
 
 def _test(result: Result) -> str:

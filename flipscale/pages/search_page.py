@@ -3,10 +3,9 @@
 import hashlib
 import json
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -122,6 +121,7 @@ def write_search_page(
             shown=shown,
             asked=asked,
             like=like,
+            names={number: pictures.name(number) for number in numbers},
             model=model,
             place=place,
             num_pictures=len(found.rows),
@@ -184,8 +184,13 @@ def _single(file: str) -> Pictures:
     return FolderPictures(FileList(Path(file).parent, [Path(file).name], allow_outside=True))
 
 
-def as_lines(results: Sequence[Search], pictures: Pictures) -> Any:
+def as_lines(results: Sequence[Search], pictures: Pictures) -> Iterator[str]:
     """Return what was found as lines of text: a query, and its nearest pictures with their cosines."""
     for search in results:
-        hits = ", ".join(f"{pictures.name(hit.number)} {hit.similarity:.2f}" for hit in search.hits[:3])
-        yield f"{shortened(search.query, 60)}: {hits}"
+        hits = [f"{_called(pictures, hit.number)} {hit.similarity:.2f}" for hit in search.hits[:3]]
+        yield f"{shortened(search.query, 60)}: {', '.join(hits)}"
+
+
+def _called(pictures: Pictures, number: int) -> str:
+    label, name = shortened(pictures.label(number), 40), pictures.name(number)
+    return name if label == name else f"{label} ({name})"
