@@ -65,7 +65,8 @@ def run(args: argparse.Namespace) -> None:
     model = data_name(str(Path(args.model).parent) if Path(args.model).name == "model" else args.model)
     write_search_page(args.out, pictures, found, results, model, data_name(args.pictures))
     print("\n".join(as_lines(results[:5], pictures)))
-    print(f"{args.out}: {len(results)} queries over {len(found.rows):,} pictures; open it in a browser")
+    count = f"{len(results)} {'query' if len(results) == 1 else 'queries'}"
+    print(f"{args.out}: {count} over {len(found.rows):,} pictures; open it in a browser")
 
 
 def _queries(args: argparse.Namespace) -> list[str]:

@@ -49,11 +49,11 @@ def answers_of(
         scale: the model's inverse temperature.
         k: how many of the nearest are kept.
     """
-    right, k = np.asarray(right, dtype=np.int64), min(k, len(names))
+    known, k = np.asarray(right, dtype=np.int64), min(k, len(names))
     columns: list[tuple[np.ndarray, ...]] = []
     for first in range(0, len(pictures), _ROWS):
         cosines = pictures[first : first + _ROWS] @ texts.T
-        own = right[first : first + _ROWS, None]
+        own = known[first : first + _ROWS, None]
         mine = np.take_along_axis(cosines, own, axis=1)
         top = np.argsort(-cosines, axis=1, kind="stable")[:, :k]
         best = np.take_along_axis(cosines, top, axis=1)
@@ -63,7 +63,7 @@ def answers_of(
         np.put_along_axis(others, own, -np.inf, axis=1)
         lead = mine[:, 0] - others.max(axis=1) if len(names) > 1 else mine[:, 0]
         columns.append((top, shares, (others > mine).sum(axis=1), lead))
-    return Answers(list(names), right, *(np.concatenate(parts) for parts in zip(*columns, strict=True)))
+    return Answers(list(names), known, *(np.concatenate(parts) for parts in zip(*columns, strict=True)))
 
 
 @dataclass(frozen=True)

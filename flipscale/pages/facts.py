@@ -128,7 +128,8 @@ def _percent(ratio: float) -> str:
 
 def spoken(seconds: float) -> str:
     """Return a time span in its two largest units: `3 d 4 h`, `12 min 5 s`, `8 s`."""
-    left, parts = round(seconds), []
+    left = round(seconds)
+    parts: list[str] = []
     for unit, length in (("d", 86400), ("h", 3600), ("min", 60), ("s", 1)):
         count, left = divmod(left, length)
         if count or parts:

@@ -5,6 +5,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -259,7 +260,7 @@ def _figures(run_dir: Path, curve: Curve, missing: list[str]) -> list[Picture]:
     return [
         picture
         for file in files[:_MOST_FIGURES]
-        if (picture := _tried(file.name, missing, lambda file=file: drawing(file, _figure_words(file.stem, curve))))
+        if (picture := _tried(file.name, missing, partial(drawing, file, _figure_words(file.stem, curve))))
     ]
 
 

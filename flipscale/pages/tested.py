@@ -24,7 +24,7 @@ from flipscale.pages.page import evenly
 _MOST_PICTURES, _MOST_SECONDS, _MOST_TEXTS, _TEXT_BATCH = 2000, 60.0, 20_000, 256
 
 # Returns the model and the tokenizer of a folder.
-Load = Callable[[str], tuple[FlipModel, Any]]
+Load = Callable[[str], tuple[Any, Any]]
 
 
 @dataclass(frozen=True)
