@@ -10,7 +10,8 @@ from flipscale.data.recipe import DataRecipe
 from flipscale.data.sources.opening import open_shards
 from flipscale.data.sources.tar_source import TarSource
 from flipscale.evaluation.images import SampleNumbers
-from flipscale.preparation.lists.files import IMAGE_SUFFIXES, FileList
+from flipscale.preparation.lists.files import IMAGE_SUFFIXES
+from flipscale.preparation.lists.folder_list import FileList, picture_files
 
 _READ = DataRecipe(lanes=1, shards_per_block=1)
 
@@ -113,14 +114,10 @@ def open_pictures(place: str) -> Pictures:
         raise ValueError(f"{place} is a file; name the folder that the pictures lie in, or shards named *.tar")
     if not is_shards and not folder.is_dir():
         raise ValueError(f"{place} does not exist; name a folder of pictures, or shards named *.tar")
-    pictures = ShardPictures(open_shards(place, _READ)) if is_shards else FolderPictures(_listed(folder))
+    pictures = ShardPictures(open_shards(place, _READ)) if is_shards else FolderPictures(picture_files(folder))
     if not len(pictures):
         raise ValueError(
             f"{place} has no pictures; they are files named {' '.join(IMAGE_SUFFIXES)} in it or below it, or samples "
             "of shards named *.tar"
         )
     return pictures
-
-
-def _listed(folder: Path) -> FileList:
-    return FileList.of_folder(folder, allow_outside=False)

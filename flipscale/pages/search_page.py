@@ -18,7 +18,8 @@ from flipscale.files.aside import write_text, written_aside
 from flipscale.pages.embedded import Embedded, embed_pictures
 from flipscale.pages.library import FolderPictures, Pictures
 from flipscale.pages.page import Picture, rendered, shortened, thumbnail
-from flipscale.preparation.lists.files import IMAGE_SUFFIXES, FileList
+from flipscale.preparation.lists.files import IMAGE_SUFFIXES
+from flipscale.preparation.lists.folder_list import FileList
 
 MOST_BYTES = 5_000_000
 # The longer side of a thumbnail; the first at which the page is small enough.
@@ -181,7 +182,7 @@ def _is_picture(query: str) -> bool:
 
 
 def _single(file: str) -> Pictures:
-    return FolderPictures(FileList(Path(file).parent, [Path(file).name], allow_outside=True))
+    return FolderPictures(FileList(Path(file).parent, [Path(file).name], 0, allow_outside=True))
 
 
 def as_lines(results: Sequence[Search], pictures: Pictures) -> Iterator[str]:

@@ -121,6 +121,12 @@ def list_folder(root: Path, allow_outside: bool) -> FileList:
     return ClassFolders(root, sorted(files, key=digest_of), 0, allow_outside)
 
 
+def picture_files(root: Path) -> FileList:
+    """Return what is called like an image in a folder and below it, in the order of the names, captioned or not."""
+    files, _, num_captioned = _walk(root)
+    return FileList(root, files, num_captioned)
+
+
 def _walk(root: Path) -> tuple[list[str], list[Path], int]:
     """Return the images below a folder, the tables in it, and how many images have a text beside them."""
     found: list[str] = []
