@@ -267,7 +267,7 @@ def _shards(args: argparse.Namespace) -> None:
         check_left_out(report, folder, args.max_bad_fraction)
     check_parts(reports, args.split)
     train, *tests = reports
-    held_out = f"; {tests[0]} is held out to evaluate on" if tests else ""
+    held_out = f"; {tests[0]} is held out, and {args.directory} is the test set for evaluations" if tests else ""
     print(f"\n{train} is for data.shards of a recipe{held_out}")
     print(f"next: flipscale prepare tokenizer {train} {args.directory / 'tokenizer'}")
 
@@ -279,6 +279,7 @@ def _tokenizer(args: argparse.Namespace) -> None:
     from flipscale.files.aside import new_folder
     from flipscale.model.configuration_flip import FlipTextConfig
     from flipscale.preparation.inspection import read_captions
+    from flipscale.preparation.own_set import has_test_part
 
     captions = read_captions(open_shards(args.shards, DataRecipe(lanes=1, shards_per_block=1)))
     with new_folder(args.directory) as folder:
@@ -288,7 +289,9 @@ def _tokenizer(args: argparse.Namespace) -> None:
         f"{args.directory}: {len(tokenizer):,} entries, from {len(captions):,} captions, {len(set(captions)):,} of "
         f"them different; a caption has {lengths[len(lengths) // 2]} tokens in the median, {lengths[-1]} at most"
     )
-    print(f"next: flipscale init RECIPE.yaml --shards {args.shards} --tokenizer {args.directory}")
+    set_of_parts = Path(args.shards).parent
+    tests = f" --tests {set_of_parts}" if has_test_part(set_of_parts) else ""
+    print(f"next: flipscale init RECIPE.yaml --shards {args.shards} --tokenizer {args.directory}{tests}")
 
 
 def _inspect(args: argparse.Namespace) -> None:

@@ -269,13 +269,18 @@ def _bert_normalizer() -> normalizers.Normalizer:
     )
 
 
+def num_entries(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return how many embeddings a tokenizer needs; its ids may have gaps."""
+    return max(len(tokenizer), max(tokenizer.get_vocab().values(), default=-1) + 1)
+
+
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, text: FlipTextConfig) -> None:
     """Raise unless a tokenizer fits the text tower.
 
     Raises:
         ValueError: the tokenizer has more entries than the model has embeddings, or another padding id.
     """
-    entries = max(len(tokenizer), max(tokenizer.get_vocab().values(), default=-1) + 1)  # ids may have gaps
+    entries = num_entries(tokenizer)
     if entries > text.vocab_size:
         raise ValueError(
             f"the tokenizer has {entries} entries, the model's vocab_size is {text.vocab_size}; use the "

@@ -91,7 +91,7 @@ def export_checkpoint(checkpoint: Path, out_dir: Path, dtype: torch.dtype = torc
         there = [path.name for path in list_checkpoints(checkpoint.parents[1])]
         raise ValueError(f"{checkpoint} is no checkpoint; there are {', '.join(there) or 'none'}")
     require_whole(checkpoint)
-    recipe = parse_recipe(["--config", str(checkpoint / "recipe.yaml")])
+    recipe = parse_recipe(["--config", str(checkpoint / "recipe.yaml")], is_saved=True)
     config, reader = recipe.model_config(), CheckpointReader(checkpoint)
     tokenizer = load_tokenizer(recipe.data.tokenizer, config.text_config.max_position_embeddings)
     with torch.device("meta"):

@@ -57,6 +57,11 @@ def class_names(pairs: PairList, source: str, labels: str) -> list[str]:
     return sorted(names, key=int if all(name.isdecimal() for name in names) else None)
 
 
+def has_test_part(folder: Path) -> bool:
+    """Return whether a folder has a test part that was held out of its training data."""
+    return (folder / "test" / MANIFEST).is_file()
+
+
 def check_parts(reports: dict[Path, dict[str, Any]], held_out: float) -> None:
     """Raise if a part has no image though the list has some that can be used.
 

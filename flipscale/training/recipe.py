@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from flipscale.objectives.objective import Objective
 
 RECIPES = Path(__file__).parent.parent / "recipes"
+_BERT_ENTRIES = 30_522
 
 # Fields of any section that are marked {"learned": False} do not change what is learned: they may differ when a run is
 # resumed, and the model card leaves them out. {"place": True} marks a path or a name, which the card shortens.
@@ -44,6 +45,7 @@ class ModelRecipe:
         size: The size of the two towers: b16, l16, l14, h14 or g14.
         vision_config: Fields of the image tower that differ from the size's, such as `{image_size: 112}`.
         text_config: Fields of the text tower that differ from the size's, such as `{num_hidden_layers: 6}`.
+            `vocab_size` is the size of the tokenizer where that is a folder, else 30,523.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, more time. Does not change what
             is learned.
         compile: Compile the blocks with torch.compile; the first steps of each mask ratio wait for it. Does not change
@@ -214,12 +216,15 @@ def build_parser() -> "ArgumentParser":
     return parser
 
 
-def parse_recipe(arguments: Sequence[str]) -> Recipe:
+def parse_recipe(arguments: Sequence[str], is_saved: bool = False) -> Recipe:
     """Return the recipe that command-line `arguments` describe; a bare name after `--config` is one of the package's.
+
+    Args:
+        is_saved: it is one that a run wrote, which says what its model is, whatever the tokenizer's folder now holds.
 
     Raises:
         ValueError: a file that is no recipe, a key that does not exist, a value of the wrong type or out of its range,
-            or lanes that do not divide the batch.
+            lanes that do not divide the batch, or a tokenizer's folder that cannot be loaded.
         SystemExit: `--help` is among the arguments; it has been printed.
     """
     if {"-h", "--help"} & set(arguments):
@@ -241,7 +246,27 @@ def parse_recipe(arguments: Sequence[str]) -> Recipe:
         raise ValueError(f"{said}{_nearest_flag(said)}") from None
     recipe = Recipe(**{f.name: getattr(built, f.name) for f in dataclasses.fields(Recipe)})
     check_ranges(recipe)
-    return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, lanes=recipe.data.num_lanes))
+    recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, lanes=recipe.data.num_lanes))
+    return recipe if is_saved else _with_vocabulary(recipe)
+
+
+def _with_vocabulary(recipe: Recipe) -> Recipe:
+    """Return the recipe with the size of the tokenizer in a folder as `vocab_size`, unless it names one, or starts from
+    weights, which have one. BERT's vocabulary keeps the default, which has a row more, as the original has.
+
+    Raises:
+        ValueError: the tokenizer cannot be loaded.
+    """
+    model, folder = recipe.model, recipe.data.tokenizer
+    if "vocab_size" in model.text_config or model.init_from or not Path(folder).is_dir():
+        return recipe
+    from flipscale.data.tokenizers import load_tokenizer, num_entries
+
+    entries = num_entries(load_tokenizer(folder, 1))
+    if entries == _BERT_ENTRIES:
+        return recipe
+    text_config = {**model.text_config, "vocab_size": entries}
+    return dataclasses.replace(recipe, model=dataclasses.replace(model, text_config=text_config))
 
 
 def _nearest_flag(said: str) -> str:

@@ -25,6 +25,24 @@ def test_recipe(name: str, tmp_path: Path) -> None:
     assert differences(recipe, yaml.safe_load(to_yaml(recipe))) == []
 
 
+def test_the_vocabulary_follows_the_tokenizer(tokenizer_dir: Path, tmp_path: Path) -> None:
+    words = ["--config", "demo", "--data.tokenizer", str(tokenizer_dir)]
+    fixed = parse_recipe(words)
+    assert fixed.model.text_config["vocab_size"] == 2881, "a recipe may fix it"
+    free = dataclasses.asdict(fixed)
+    del free["model"]["text_config"]["vocab_size"]
+    (tmp_path / "free.yaml").write_text(yaml.safe_dump({**free, "data": {"tokenizer": str(tokenizer_dir)}}))
+    words = ["--config", str(tmp_path / "free.yaml")]
+    follows = parse_recipe(words)
+    assert follows.model_config().text_config.vocab_size == 12
+    assert "vocab_size: 12" in to_yaml(follows), "the run would not remember it"
+    assert parse_recipe(words, is_saved=True).model_config().text_config.vocab_size == 30523
+    weights = parse_recipe([*words, "--model.init_from", "runs/other/model"])
+    assert weights.model_config().text_config.vocab_size == 30523
+    with pytest.raises(ValueError, match=f"data.tokenizer '{tmp_path}' cannot be loaded"):
+        parse_recipe([*words, "--data.tokenizer", str(tmp_path)])
+
+
 def test_the_paper_s_sizes_and_rates() -> None:
     expected = {"b16_laion400m": 1.024e-3, "h14_laion400m": 1.024e-3, "l16_laion2b": 5.12e-4, "h14_laion2b": 5.12e-4}
     for name, peak in expected.items():

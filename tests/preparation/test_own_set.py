@@ -160,13 +160,15 @@ def test_a_share_is_held_out(by_class: Path, tmp_path: Path, capsys: pytest.Capt
     shutil.copytree(tmp_path / "own/red_disc", tmp_path / "own/red_disc/copies")
     options = ("--labels", "folder", "--split", "0.25", "--num_workers", 1)
     prepare("shards", tmp_path / "own", tmp_path / "out", *options)
-    assert f"{tmp_path}/out/test is held out to evaluate on" in capsys.readouterr().out
+    assert f"{tmp_path}/out/test is held out, and {tmp_path}/out is the test set" in capsys.readouterr().out
     train, test = contents(tmp_path / "out/train"), contents(tmp_path / "out/test")
     assert len(train) + len(test) == 136
     assert 20 < len(test) < 50
     assert not {image for _, _, image in train} & {image for _, _, image in test}, "copies are on both sides"
     names = (tmp_path / "out/classnames.txt").read_text().splitlines()
     assert names == sorted([*CLASSES, "copies"])
+    prepare("tokenizer", tmp_path / "out/train", tmp_path / "words")
+    assert capsys.readouterr().out.endswith(f" --tokenizer {tmp_path}/words --tests {tmp_path}/out\n")
     assert all(names[label] == caption for caption, label, _ in train + test if label is not None)
     # By the images alone: the same whatever they are called, in other shards, and by more processes.
     again = ("--labels", "folder", "--split", "0.25", "--num_workers", 2, "--pairs_per_shard", 50)
