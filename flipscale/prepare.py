@@ -259,7 +259,8 @@ def _shards(args: argparse.Namespace) -> None:
     pairs = open_pairs(
         args.source, args.image_column, args.caption_column, args.dataset_split, args.allow_outside, args.labels
     )
-    print(shown(pairs.layout))
+    hint = f"; --labels {pairs.usual_labels} --split 0.1 holds out a labelled test set too"
+    print(shown(pairs.layout) + (hint if pairs.usual_labels and not args.labels else ""))
     reports = write_own_set(pairs, args.source, args.directory, options, args.num_workers)
     for folder, report in reports.items():
         print(f"\n{folder}\n{report_table(report, folder)}")

@@ -150,7 +150,7 @@ def test_numbers_as_classes_are_in_their_order(by_class: Path, tmp_path: Path) -
     shutil.copytree(by_class, tmp_path / "own")
     (tmp_path / "own/list.csv").write_text("\n".join(["path,title,label", *lines]))
     table = tmp_path / "own/list.csv"
-    assert open_pairs(str(table)).layout.endswith("; --labels label --split 0.1 holds out a labelled test set too")
+    assert open_pairs(str(table)).usual_labels == "label"
     prepare("shards", table, tmp_path / "out", "--labels", "label", "--num_workers", 1)
     assert (tmp_path / "out/classnames.txt").read_text().split() == [str(number) for number in range(12)]
 

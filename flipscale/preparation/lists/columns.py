@@ -39,11 +39,7 @@ class Columns:
     def told(self) -> str:
         """Return what is read of which column, for the line about the layout."""
         told = f"images of the column {self.image}, captions of {self.caption}"
-        if self.label:
-            return f"{told}, classes of {self.label}"
-        if self.usual_label:
-            return f"{told}; --labels {self.usual_label} --split 0.1 holds out a labelled test set too"
-        return told
+        return f"{told}, classes of {self.label}" if self.label else told
 
 
 @dataclass(frozen=True)

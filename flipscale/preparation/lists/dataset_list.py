@@ -68,6 +68,10 @@ class DatasetList:
     def layout(self) -> str:
         return f"{len(self):,} rows of the data set {self.name}, {self.split}: {self.columns.told()}"
 
+    @property
+    def usual_labels(self) -> str | None:
+        return self.columns.usual_label
+
     def __len__(self) -> int:
         return len(self.dataset)
 

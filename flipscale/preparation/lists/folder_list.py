@@ -17,6 +17,7 @@ from flipscale.preparation.lists.files import (
     usable,
 )
 
+FOLDER = "folder"  # what --labels calls the folders of classes
 BESIDE = (".txt", ".json")
 # As `datasets` names the parts of a folder of images.
 _PARTS = {"train", "test", "val", "valid", "validation"}
@@ -40,6 +41,10 @@ class FileList:
     @property
     def layout(self) -> str:
         return f"{len(self):,} images: captions are the .txt or .json files beside {self.num_captioned:,} of them"
+
+    @property
+    def usual_labels(self) -> str | None:
+        return None
 
     def __len__(self) -> int:
         return len(self.files)
@@ -80,10 +85,11 @@ class ClassFolders(FileList):
     def layout(self) -> str:
         names = sorted({name for file in self.files if (name := _class_of(file))})
         shown = ", ".join([*names[:_SHOWN], *(["..."] if len(names) > _SHOWN else [])])
-        return (
-            f"{len(self):,} images in {len(names):,} class folders ({shown}): captions are the folders' names; "
-            "--labels folder --split 0.1 holds out a labelled test set too"
-        )
+        return f"{len(self):,} images in {len(names):,} class folders ({shown}): captions are the folders' names"
+
+    @property
+    def usual_labels(self) -> str | None:
+        return FOLDER
 
     def captions(self, number: int) -> list[str]:
         folder = _class_of(self.files[number])

@@ -6,12 +6,11 @@ from typing import Protocol
 from flipscale.preparation.lists.columns import AskedColumns
 from flipscale.preparation.lists.dataset_list import DatasetList
 from flipscale.preparation.lists.files import IMAGE_SUFFIXES
-from flipscale.preparation.lists.folder_list import list_folder
+from flipscale.preparation.lists.folder_list import FOLDER, list_folder
 from flipscale.preparation.lists.parquet_list import ParquetList
 from flipscale.preparation.lists.table_list import TableList
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".parquet", ".jsonl")
-FOLDER = "folder"  # what --labels calls the folders of classes
 
 
 class PairList(Protocol):
@@ -20,6 +19,10 @@ class PairList(Protocol):
     @property
     def layout(self) -> str:
         """What was recognised, in one line: how many pairs, and where images and captions come from."""
+
+    @property
+    def usual_labels(self) -> str | None:
+        """What `--labels` could be: the folders of classes, or a column that is called like one of classes."""
 
     def __len__(self) -> int: ...
 

@@ -53,6 +53,10 @@ class ParquetList:
     def layout(self) -> str:
         return f"{len(self):,} rows in {self.path}: {self.columns.told()}"
 
+    @property
+    def usual_labels(self) -> str | None:
+        return self.columns.usual_label
+
     def __len__(self) -> int:
         return int(self.ends[-1]) if len(self.ends) else 0
 

@@ -83,6 +83,10 @@ class TableList:
     def layout(self) -> str:
         return f"{len(self):,} rows in {self.path}: {self.columns.told()}"
 
+    @property
+    def usual_labels(self) -> str | None:
+        return self.columns.usual_label
+
     def __len__(self) -> int:
         return len(self.starts) - 1
 

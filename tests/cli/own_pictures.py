@@ -1,0 +1,60 @@
+"""300 drawings by a designer, laid out as people keep their pictures: what docs/your_pictures.md begins with."""
+
+import csv
+import json
+from collections import defaultdict
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import datasets
+
+from flipscale.preparation import demo_emoji
+from flipscale.preparation.demo_emoji import Drawing
+
+CLASSES, OF_EACH = 12, 25
+
+
+def drawings() -> dict[str, list[Drawing]]:
+    """Download an artist's emoji, and return 25 of each of 12 kinds of things, people left out."""
+    artist, package = demo_emoji.TEST_ARTIST, demo_emoji.TEST_PACKAGE
+    with TemporaryDirectory() as folder:
+        tarballs = demo_emoji.download([package, demo_emoji.NAMES_PACKAGE], Path(folder))
+        labels = tarballs[demo_emoji.NAMES_PACKAGE]
+        names = demo_emoji.Names(*(demo_emoji.read_member(labels, f) for f in ("en/data.json", "meta/groups.json")))
+        icons, chars = (demo_emoji.read_member(tarballs[package], f"{part}.json") for part in ("icons", "chars"))
+    kinds = defaultdict(list)
+    for drawing in demo_emoji.select_drawings(artist, icons, chars, names, flags=False):
+        if drawing.named and not drawing.subgroup.startswith(("person", "face")):
+            kinds[drawing.subgroup].append(drawing)
+    largest = sorted(kinds, key=lambda kind: (-len(kinds[kind]), kind))[:CLASSES]
+    return {kind: kinds[kind][:OF_EACH] for kind in largest}
+
+
+def lay_out(folder: Path) -> None:
+    """Write the drawings to `folder`, once in each layout that the page names."""
+    rows = []
+    for kind, found in drawings().items():
+        place = folder / "pictures" / kind.replace(" ", "_")
+        place.mkdir(parents=True)
+        for drawing in found:
+            name, png = f"{drawing.icon}.png", demo_emoji.render_svg(drawing.svg)
+            for path in (place / name, folder / "with_texts" / name, folder / "with_table" / name):
+                path.parent.mkdir(exist_ok=True)
+                path.write_bytes(png)
+            (folder / "with_texts" / f"{drawing.icon}.txt").write_text(drawing.caption)
+            rows.append({"file_name": name, "text": drawing.caption, "kind": kind})
+    _write_csv(folder / "with_table/metadata.csv", rows)
+    listed = [{**row, "file_name": f"with_table/{row['file_name']}"} for row in rows]
+    _write_csv(folder / "list.csv", listed)
+    (folder / "list.jsonl").write_text("".join(json.dumps(row) + "\n" for row in listed))
+    table = datasets.Dataset.from_list(listed)
+    table.to_parquet(str(folder / "list.parquet"))
+    images = [str(folder / row["file_name"]) for row in listed]
+    table.add_column("image", images).cast_column("image", datasets.Image()).save_to_disk(str(folder / "saved"))
+
+
+def _write_csv(path: Path, rows: list[dict[str, str]]) -> None:
+    with open(path, "w", newline="") as file:
+        table = csv.DictWriter(file, list(rows[0]))
+        table.writeheader()
+        table.writerows(rows)
