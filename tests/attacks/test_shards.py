@@ -5,6 +5,7 @@ import io
 import os
 import shutil
 import socket
+import struct
 import tarfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -172,6 +173,16 @@ def leads_out(data: Path) -> None:
     write_manifest(
         data / "shards.manifest", "*.tar", [ShardEntry("../secret.tar", rows, "", state.st_size, 0)], [], rows=True
     )
+
+
+def begins_behind_its_end(data: Path) -> None:
+    """A manifest whose last bytes say that its table begins among them."""
+    from flipscale.data.sources.tar_source import TarSource
+
+    TarSource(str(data))
+    file = data / "shards.manifest"
+    content = file.read_bytes()
+    file.write_bytes(content[:-32] + struct.pack("<q", len(content) - 8) + content[-24:])
 
 
 def damaged(shard: str, change: Callable[[bytes], bytes]) -> Made:
@@ -372,6 +383,7 @@ ATTACKS = [
         code=2,
         says=("it is a folder, not a file; remove it",),
     ),
+    Attack("a manifest of nothing", trained(begins_behind_its_end), code=2, says=("is cut short or damaged",)),
     Attack("a manifest that leads out of its folder", trained(leads_out), code=2, says=("is cut short or damaged",)),
     Attack(
         "a range of a trillion shards",

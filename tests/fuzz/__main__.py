@@ -46,10 +46,11 @@ def main() -> None:
     with ThreadPoolExecutor(cores) as pool:
         for target, code, printed in pool.map(lambda one: fuzz(one, share, parsed.seed, parsed.findings), targets):
             runs = re.search(r"number_of_executed_units: (\d+)", printed)
-            print(f"{target}: {runs[1] if runs else 'no'} inputs in {share} s, {'a finding' if code else 'no finding'}")
+            inputs = f"{target}: {runs[1] if runs else 'no'} inputs in {share} s"
+            print(f"{inputs}, {f'a finding (exit code {code})' if code else 'no finding'}", flush=True)
             if code:
                 found += 1
-                print(printed[-4000:])
+                print("\n".join(line for line in printed.splitlines() if not line.startswith("#"))[-6000:])
                 print(f"With its traceback: python -m fuzz {target} --input {parsed.findings}/{target}-...")
     sys.exit(1 if found else 0)
 

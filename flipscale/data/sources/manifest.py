@@ -152,7 +152,7 @@ def read_manifest(path: Path, pattern: str, remedy: str) -> Manifest | None:
             raise ValueError(f"manifest {path} has version {version}, this flipscale reads {_VERSION}; {remedy}")
         tail = os.pread(file, _TAIL.size, size - _TAIL.size) if size >= _HEAD_BYTES + _TAIL.size else bytes(_TAIL.size)
         table_at, json_bytes, digest = _TAIL.unpack(tail)
-        content = os.pread(file, size - _TAIL.size - table_at, table_at) if 0 < table_at < size else b""
+        content = os.pread(file, size - _TAIL.size - table_at, table_at) if 0 < table_at < size - _TAIL.size else b""
         try:
             if _digest(content) != digest:
                 raise ValueError("another digest")
