@@ -73,8 +73,8 @@ class Manifest:
     stamp: int
 
     def __post_init__(self) -> None:
-        self._starts = np.cumsum(self.table["samples"]) - self.table["samples"]
         self._file: int | None = None
+        self._starts = np.cumsum(self.table["samples"]) - self.table["samples"]
 
     def __len__(self) -> int:
         return len(self.table)
@@ -125,6 +125,10 @@ class Manifest:
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_file": None}
+
+    def __del__(self) -> None:
+        if self._file is not None:
+            os.close(self._file)
 
 
 def read_manifest(path: Path, pattern: str, remedy: str) -> Manifest | None:

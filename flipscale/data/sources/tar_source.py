@@ -234,6 +234,10 @@ class TarSource:
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_open": OrderedDict()}
 
+    def __del__(self) -> None:
+        for file in self._open.values():
+            os.close(file)
+
 
 @cache
 def _most_open() -> int:

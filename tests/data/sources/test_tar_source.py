@@ -188,3 +188,18 @@ def test_more_shards_than_may_stay_open(tmp_path: Path, monkeypatch: pytest.Monk
     source = TarSource(str(tmp_path))
     assert all(source.read(shard, 0).image for shard in (*range(70), *range(70)))
     assert len(source._open) == 64
+
+
+def files_open_in(folder: Path) -> set[str]:
+    found = {os.path.realpath(link) for link in Path("/proc/self/fd").iterdir()}
+    return {path for path in found if path.startswith(f"{folder.resolve()}/")}
+
+
+def test_a_source_that_nobody_holds_keeps_no_file_open(shards: Path) -> None:
+    """A run opens its test sets anew at each evaluation."""
+    source = TarSource(str(shards))
+    for shard in range(len(source.shard_sizes)):
+        source.read(shard, 0)
+    assert len(files_open_in(shards)) == len(source.shard_sizes) + 1
+    del source
+    assert not files_open_in(shards)
