@@ -3,20 +3,23 @@
 import argparse
 import dataclasses
 import json
+import re
 import time
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from flipscale.evaluation.results import THIS_MODEL, Result, latest, read_metrics, read_results
 from flipscale.files import json_lines
+from flipscale.files.yaml_text import read_saved
 from flipscale.training.schedule import StageRecipe, plan_stages
 
 # A run that is training counts as dead when its last heartbeat is older than this, and than this many usual steps.
 _SILENT_SECONDS, _SILENT_STEPS = 120.0, 10.0
 # The same for a run that evaluates or saves.
 _SILENT_PAUSE_SECONDS = 3600.0
+_CHECKPOINT = re.compile("step-[0-9]{8,15}")
+# Of what takes longer, no date is told.
+_LONGEST_SECONDS = 1e10
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,18 +54,17 @@ def read_status(run_dir: Path, now: float) -> dict[str, Any]:
     recipe_file = run_dir / "recipe.yaml"
     if not recipe_file.exists():
         raise ValueError(f"{run_dir} is not a run directory: it has no recipe.yaml, which a run writes when it starts")
-    recipe = yaml.safe_load(recipe_file.read_text(encoding="utf-8"))
     records = read_metrics(run_dir)
-    starts = json_lines.read(run_dir / "starts.jsonl", step=int, num_processes=int, time=int | float)
+    starts = json_lines.read(
+        run_dir / "starts.jsonl", step=int, num_processes=int, time=int | float, set_aside=list | None
+    )
     steps = [record for record in records if "images_per_s" in record]
     last: dict[str, Any] = steps[-1] if steps else {}
     heartbeat = _heartbeat(run_dir)
-    batch = recipe["data"]["global_batch_size"]
-    stages = plan_stages([StageRecipe(**stage) for stage in recipe["stages"]], batch)
-    total = stages[-1].last_step * batch
+    batch, total = _plan(recipe_file)
     done = (run_dir / "DONE").exists()
     seen = total if done else max(heartbeat.get("step", 0) * batch, records[-1]["samples_seen"] if records else 0)
-    checkpoints = [path for path in (run_dir / "checkpoints").glob("step-*") if path.name[5:].isdecimal()]
+    checkpoints = [path for path in (run_dir / "checkpoints").glob("step-*") if _CHECKPOINT.fullmatch(path.name)]
     checkpoint = max(checkpoints, key=lambda path: int(path.name[5:]), default=None)
     crashes = run_dir / "slurm/crashes"
     return {
@@ -76,27 +78,50 @@ def read_status(run_dir: Path, now: float) -> dict[str, Any]:
         "mfu": last.get("mfu"),
         "data_wait_share": last.get("data_wait_share"),
         "peak_memory_bytes": last.get("peak_memory_bytes"),
-        "seconds_left": None if done or not last else (total - seen) / last["images_per_s"],
+        "seconds_left": None if done else _seconds_left(total - seen, last.get("images_per_s")),
         "trained_seconds": records[-1]["trained_seconds"] if records else 0.0,
         "loss": last.get("loss"),
         "lr": last.get("lr"),
         "checkpoint_samples": int(checkpoint.name[5:]) * batch if checkpoint else None,
         "checkpoint_age_seconds": now - checkpoint.stat().st_mtime if checkpoint else None,
-        "num_bad_checkpoints": sum(len(start.get("set_aside", ())) for start in starts),
+        "num_bad_checkpoints": sum(len(start.get("set_aside") or ()) for start in starts),
         "num_starts": len(starts),
         "num_processes": starts[-1]["num_processes"] if starts else None,
         "seconds_since_start": now - starts[-1]["time"] if starts else None,
-        "num_crashes": len(crashes.read_text(encoding="utf-8").splitlines()) if crashes.exists() else 0,
-        "num_bad_samples": sum(record.get("num_replaced", 0) for record in steps),
-        "num_skipped_steps": sum(record.get("num_skipped", 0) for record in steps),
-        "num_slow_steps": sum(record.get("num_slow", 0) for record in steps),
+        "num_crashes": len(crashes.read_bytes().splitlines()) if crashes.is_file() else 0,
+        "num_bad_samples": sum(record.get("num_replaced") or 0 for record in steps),
+        "num_skipped_steps": sum(record.get("num_skipped") or 0 for record in steps),
+        "num_slow_steps": sum(record.get("num_slow") or 0 for record in steps),
         "metrics": {name: value for record in records for name, value in record.items() if _is_result(name)},
         "results": [dataclasses.asdict(result) for result in latest(read_results(run_dir))],
     }
 
 
+def _plan(recipe_file: Path) -> tuple[int, int]:
+    """Return the pairs of a step and of all steps.
+
+    Raises:
+        ValueError: the recipe is damaged.
+    """
+    recipe = read_saved(recipe_file)
+    try:
+        batch = recipe["data"]["global_batch_size"]
+        return batch, plan_stages([StageRecipe(**stage) for stage in recipe["stages"]], batch)[-1].last_step * batch
+    except (KeyError, TypeError, ZeroDivisionError, AttributeError) as error:
+        raise ValueError(
+            f"{recipe_file} is not the recipe that the run began with, it is damaged ({error!r}); copy the one of a "
+            "checkpoint there"
+        ) from error
+
+
 def _is_result(name: str) -> bool:
     return "/" in name and not name.startswith("replaced/")
+
+
+def _seconds_left(samples: int, images_per_s: float | None) -> float | None:
+    if not images_per_s or not 0 <= samples < _LONGEST_SECONDS * images_per_s:
+        return None
+    return samples / images_per_s
 
 
 def _heartbeat(run_dir: Path) -> dict[str, Any]:
@@ -111,7 +136,7 @@ def _state(heartbeat: dict[str, Any], starts: list[dict[str, Any]], now: float) 
         return "stopped"
     patience = _SILENT_PAUSE_SECONDS
     if heartbeat["phase"] == "training":
-        patience = max(_SILENT_SECONDS, _SILENT_STEPS * (heartbeat["step_s"] or 0.0))
+        patience = max(_SILENT_SECONDS, _SILENT_STEPS * (heartbeat.get("step_s") or 0.0))
     return "running" if now - heartbeat["time"] < patience else "dead"
 
 
@@ -123,7 +148,8 @@ def as_table(status: dict[str, Any]) -> str:
         speed = [f"{status['images_per_s']:,.0f} images/s in the last interval ({status['stage']})"]
         if status["mfu"] is not None:
             speed.append(f"MFU {status['mfu']:.1%}")
-        speed.append(f"{status['data_wait_share']:.1%} of the time waiting for data")
+        if status["data_wait_share"] is not None:
+            speed.append(f"{status['data_wait_share']:.1%} of the time waiting for data")
         rows.append(("speed", ", ".join(speed)))
     if status["peak_memory_bytes"] is not None:
         rows.append(("memory", f"{status['peak_memory_bytes'] / 2**30:.1f} GiB at most, of the main process"))
@@ -131,7 +157,7 @@ def as_table(status: dict[str, Any]) -> str:
         end = time.strftime("%a %d %b %H:%M", time.localtime(time.time() + status["seconds_left"]))
         rows.append(("time left", f"{duration(status['seconds_left'])} at this speed: {end} if it runs on"))
     rows.append(("trained", f"{duration(status['trained_seconds'])}, evaluations and saves left out"))
-    if status["loss"] is not None:
+    if status["loss"] is not None and status["lr"] is not None:
         rows.append(("loss", f"{status['loss']:.4f} at learning rate {status['lr']:.3g}"))
     rows.append(("checkpoint", _checkpoint_words(status)))
     rows.append(("starts", _start_words(status)))

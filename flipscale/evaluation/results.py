@@ -7,13 +7,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from flipscale.files import json_lines
+from flipscale.files.yaml_text import read_saved
 
 RESULTS_FILE = "results.jsonl"
 # What every record of a run says of its place in the run.
 _PLACE = {"step": int, "samples_seen": int, "trained_seconds": int | float}
+# What records of an interval say, and what results may leave out.
+_INTERVAL = {
+    **dict.fromkeys(("images_per_s", "mfu", "data_wait_share", "loss", "lr"), int | float | None),
+    **dict.fromkeys(("peak_memory_bytes", "num_replaced", "num_skipped", "num_slow"), int | None),
+    "stage": str | None,
+}
+_MAY_HAVE = {
+    **dict.fromkeys(("low", "high", "chance"), int | float | None),
+    **dict.fromkeys(("unit", "label", "who"), str | None),
+    **{"n": int | None, "higher_is_better": bool | None, "headline": bool | None, "made_by": dict | None},
+}
 THIS_MODEL = "this model"
 # Metrics that short tables showed before a result said so itself.
 _HEADLINES_WITHOUT_LINES = ("top1", "top5", "text_to_image_r1")
@@ -134,12 +144,12 @@ def drop_results_after(run_dir: Path, step: int) -> None:
 
 def _result_lines(run_dir: Path) -> list[dict[str, Any]]:
     fields = {"task": str, "kind": str, "metric": str, "value": int | float}
-    return json_lines.read(run_dir / RESULTS_FILE, **_PLACE, **fields)
+    return json_lines.read(run_dir / RESULTS_FILE, **_PLACE, **fields, **_MAY_HAVE)
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     """Return the records of a run's `metrics.jsonl` so far."""
-    return json_lines.read(run_dir / "metrics.jsonl", **_PLACE)
+    return json_lines.read(run_dir / "metrics.jsonl", **_PLACE, **_INTERVAL)
 
 
 def read_results(run_dir: Path) -> list[Measured]:
@@ -151,7 +161,7 @@ def read_results(run_dir: Path) -> list[Measured]:
     known = {f.name for f in dataclasses.fields(Result)}
     found = [
         Measured(
-            Result(**{name: value for name, value in line.items() if name in known}),
+            Result(**{name: value for name, value in line.items() if name in known and value is not None}),
             *(line[name] for name in ("step", "samples_seen", "trained_seconds")),
         )
         for line in _result_lines(run_dir)
@@ -170,11 +180,11 @@ def latest(measured: Sequence[Measured]) -> list[Result]:
 def _results_without_lines(run_dir: Path) -> list[Measured]:
     """Return the results that a run's metrics have, whether or not they have lines too."""
     recipe_file = run_dir / "recipe.yaml"
-    recipe = yaml.safe_load(recipe_file.read_text(encoding="utf-8")) if recipe_file.exists() else {}
+    recipe = read_saved(recipe_file) if recipe_file.exists() else {}
     folders: dict[str, Any] = recipe.get("eval") or {}
     found = []
     for record in read_metrics(run_dir):
-        for name in (name for name in record if "/" in name and record[name] is not None):
+        for name in (name for name in record if "/" in name and isinstance(record[name], int | float)):
             task, _, metric = name.partition("/")
             if task == "replaced" or metric == "chance":
                 continue

@@ -11,6 +11,8 @@ from flipscale.files.aside import sync, written_aside
 
 _log = logging.getLogger(__name__)
 
+_MOST = 2**63
+
 # How many lines of a file are no records, as the last warning had it.
 _told: dict[Path, int] = {}
 
@@ -47,7 +49,10 @@ def read(path: Path, **fields: Any) -> list[dict[str, Any]]:
     last line without an end is still being written, or was when its writer was killed, and is left out without a word.
 
     Args:
-        fields: the type of each field that a record has in any case: `step=int`, `position=int | None`.
+        fields: the type of each field that is used: `step=int`, or `position=int | None` of one that a record may lack.
+
+    Raises:
+        ValueError: there is a folder, a pipe or a device instead.
     """
     return list(each(path, **fields))
 
@@ -56,6 +61,8 @@ def each(path: Path, **fields: Any) -> Iterator[dict[str, Any]]:
     """Yield what `read` returns, one at a time in memory."""
     if not path.exists():
         return
+    if not path.is_file():  # a pipe would be waited for
+        raise ValueError(f"{path} is {'a folder' if path.is_dir() else 'no plain file'}; move it away")
     num_lines = left_out = 0
     with open(path, "rb") as file:
         for line in file:
@@ -96,5 +103,10 @@ def _parsed(line: bytes, fields: Mapping[str, Any]) -> dict[str, Any] | None:
         return None
     if not isinstance(record, dict):
         return None
-    is_whole = all(name in record and isinstance(record[name], kind) for name, kind in fields.items())
-    return record if is_whole else None
+    return record if all(_is_of(record.get(name), kind) for name, kind in fields.items()) else None
+
+
+def _is_of(value: Any, kind: Any) -> bool:
+    """Return whether a value is of a type, and no number that nobody counts to: JSON has 1e400, NaN, and 500 digits."""
+    is_number = isinstance(value, int | float)
+    return isinstance(value, kind) and (not is_number or abs(value) < _MOST)

@@ -38,6 +38,28 @@ def read_outline(file: Path) -> Any:
         raise ValueError(f"{file} cannot be read as YAML: {' '.join(str(error).split())}") from None
 
 
+def read_saved(file: Path) -> dict[str, Any]:
+    """Return the fields of a recipe that flipscale has saved.
+
+    Raises:
+        ValueError: it is no file, or somebody or a disk has put something else there.
+    """
+    try:
+        if not file.is_file() or file.stat().st_size > MAX_BYTES:
+            raise ValueError("no file of a recipe's size")
+        text = file.read_text(encoding="utf-8")
+        check_yaml(text, str(file))
+        content = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError):
+        content = None
+    if not isinstance(content, dict):
+        raise ValueError(
+            f"{file} is not the recipe that the run began with, it is damaged; copy the one of a checkpoint there "
+            f"({file.parent}/checkpoints/step-*/recipe.yaml)"
+        )
+    return content
+
+
 def check_yaml(text: str, where: str, refuses_surprises: bool = False) -> None:
     """Raise if YAML is nested too deep or grows too large, gives a key twice, or has a tag such as `!!python/object`.
 

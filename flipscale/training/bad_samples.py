@@ -45,9 +45,9 @@ class BadSamples:
         if not self.is_main:
             return
         found = json_lines.read(self.path, position=int | None, shard=str, number=int | None)
-        kept = [record for record in found if record["position"] is not None and record["position"] < position]
+        kept = [record for record in found if (at := record.get("position")) is not None and at < position]
         records = [dataclasses.asdict(fault) for fault in shard_faults] + kept
-        self._named = {(record["shard"], record["number"]) for record in records}
+        self._named = {(record["shard"], record.get("number")) for record in records}
         if records or self.path.exists():
             json_lines.rewrite(self.path, records)
         for fault in shard_faults:

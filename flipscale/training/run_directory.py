@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 import flipscale
 from flipscale.engines.checkpoint import latest_checkpoint
@@ -31,6 +30,7 @@ from flipscale.engines.recipe import OptimRecipe
 from flipscale.files import json_lines
 from flipscale.files.aside import refuse_unwritable, sync, write_text
 from flipscale.files.lock import FolderLock
+from flipscale.files.yaml_text import read_saved
 from flipscale.training.recipe import Recipe, differences, to_yaml
 
 
@@ -54,7 +54,7 @@ def open_run_directory(recipe: Recipe) -> Path | None:
         )
     saved = run_dir / "recipe.yaml"
     # Where it is lost, the checkpoints' own copies tell whose they are.
-    changed = differences(recipe, _read_recipe(saved)) if saved.exists() else []
+    changed = differences(recipe, read_saved(saved)) if saved.exists() else []
     if [line.partition(":")[0] for line in changed] == ["data.lanes"]:
         was, now = re.findall(r"\d+", changed[0])
         raise ValueError(
@@ -70,24 +70,6 @@ def open_run_directory(recipe: Recipe) -> Path | None:
             f"{run_dir} holds {checkpoint.name} and resume_from_checkpoint is 'never'; use another output_dir"
         )
     return checkpoint
-
-
-def _read_recipe(file: Path) -> dict[str, Any]:
-    """Return the recipe that a run began with.
-
-    Raises:
-        ValueError: the file is torn or has something else in it.
-    """
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError):
-        content = None
-    if not isinstance(content, dict):
-        raise ValueError(
-            f"{file} is not the recipe that the run began with, it is damaged; copy the one of a checkpoint there "
-            f"({file.parent}/checkpoints/step-*/recipe.yaml), or use another output_dir"
-        )
-    return content
 
 
 @contextmanager

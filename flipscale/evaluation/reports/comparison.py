@@ -5,8 +5,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from flipscale.evaluation.results import (
     THIS_MODEL,
     Measured,
@@ -16,6 +14,7 @@ from flipscale.evaluation.results import (
     read_metrics,
     read_results,
 )
+from flipscale.files.yaml_text import read_saved
 
 
 @dataclass(frozen=True)
@@ -72,9 +71,7 @@ def read_curve(run_dir: Path) -> Curve:
     records = read_metrics(run_dir)
     if not records:
         raise ValueError(f"{run_dir} has no metrics.jsonl with a record; did the run start?")
-    ratios = [
-        stage["mask_ratio"] for stage in yaml.safe_load((run_dir / "recipe.yaml").read_text(encoding="utf-8"))["stages"]
-    ]
+    ratios = [stage["mask_ratio"] for stage in read_saved(run_dir / "recipe.yaml")["stages"]]
     tuned = len(ratios) > 1 and ratios[-1] == 0 < ratios[0]
     return Curve(run_dir.name, records, read_results(run_dir), ratios[0], tuned)
 
