@@ -5,6 +5,16 @@ from collections.abc import Collection, Sequence
 
 Rows = Sequence[Sequence[str]]
 
+# What a terminal obeys, ends a line at, or turns around, but for the ends of lines and tabs that a text has on purpose;
+# and what cannot be written at all.
+_OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def visible(text: str) -> str:
+    """Return a text in which no character moves a terminal's cursor, sets its title or hides what follows: each is
+    written out, such as `\\x1b`. Names of files, captions and class names are other people's."""
+    return _OBEYED.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
 
 def plain_table(rows: Rows, numbers: Collection[int]) -> str:
     """Return rows of equal length as lines of text; the columns `numbers` end at one place, the others begin at one."""
@@ -28,11 +38,11 @@ def in_markdown(text: str) -> str:
 
 def as_code(text: str) -> str:
     """Return such a text between backticks."""
-    return f"`{' '.join(text.split()).replace('`', chr(39))}`"
+    return f"`{visible(' '.join(text.split())).replace('`', chr(39))}`"
 
 
 def _in_cell(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
+    return visible(" ".join(text.split())).replace("|", "\\|").replace("<", "&lt;")
 
 
 def _aligned(rows: Rows, numbers: Collection[int], least: int) -> list[list[str]]:

@@ -145,10 +145,10 @@ def _rows(lines: Iterable[Line]) -> dict[tuple[str, ...], list[str]]:
         result, rows = line.result, by_task.setdefault(line.result.task, {})
         test, queries = _test(line), "" if result.n is None else f"{result.n:,}"
         test, shown, who = in_markdown(test), in_markdown(result.shown), in_markdown(result.who)
-        cells = [test, shown, who, result.value_text, result.interval_text, queries]
+        cells = [test, shown, who, in_markdown(result.value_text), in_markdown(result.interval_text), queries]
         rows[tuple(cells[:3])] = cells
         if result.chance is not None and result.who == THIS_MODEL:
-            chance = [test, shown, "chance", with_unit(result.chance, result.unit), "", ""]
+            chance = [test, shown, "chance", in_markdown(with_unit(result.chance, result.unit)), "", ""]
             rows[tuple(chance[:3])] = chance
     return {key: cells for rows in by_task.values() for key, cells in rows.items()}
 

@@ -19,6 +19,7 @@ from flipscale.evaluation.reports.figures import can_draw, draw_loss, draw_resul
 from flipscale.evaluation.reports.setting import data_name
 from flipscale.files.aside import write_text
 from flipscale.files.text_table import as_code, in_markdown
+from flipscale.files.yaml_text import read_saved
 from flipscale.hub.card_audit import audit_section
 from flipscale.hub.card_results import folder_lines, lines_of, model_index, protocols, results_table, task_name
 from flipscale.training.recipe import deciding_part
@@ -183,7 +184,7 @@ def model_card(folder: Path, run_dir: Path, where: str, step: int | None, drawn:
     """Return the card as Markdown with its metadata; `drawn` are the captions of the figures in the folder."""
     run = _Run(folder, run_dir, step)
     name = where.rsplit("/", 1)[-1] if where != str(folder) else run_dir.name
-    figures = "\n\n".join(f"![{caption}](figures/{file}.png)" for file, caption in drawn.items())
+    figures = "\n\n".join(f"![{in_markdown(caption)}](figures/{file}.png)" for file, caption in drawn.items())
     known = {"name": in_markdown(name), "where": as_string(where), "figures": figures or None}
     text = filled(TEMPLATE, {**run.values(), **known})
     return f"---\n{run.metadata(name).to_yaml()}\n---\n\n{text}"
@@ -208,7 +209,7 @@ class _Run:
 
     def __init__(self, folder: Path, run_dir: Path, step: int | None):
         self.step = step
-        self.recipe: dict[str, Any] = yaml.safe_load((run_dir / "recipe.yaml").read_text(encoding="utf-8"))
+        self.recipe: dict[str, Any] = read_saved(run_dir / "recipe.yaml")
         self.environment: dict[str, Any] = json.loads((run_dir / "environment.json").read_text(encoding="utf-8"))
         self.starts = read_starts(run_dir)
         self.config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -225,7 +226,7 @@ class _Run:
         price, grid = self.hub.get("device_hour_dollars"), self.hub.get("kwh_co2_grams")
         hours = device_hours(self.starts, seconds)
         return {
-            "version": self.environment["flipscale"],
+            "version": in_markdown(self.environment["flipscale"]),
             "parameters": parameters and f"{parameters / 1e6:,.1f} M",
             "image_size": str(vision["image_size"]),
             "patch_size": str(vision["patch_size"]),
@@ -276,7 +277,7 @@ class _Run:
 
     def _hardware(self) -> str | None:
         used = dict.fromkeys(f"{start['num_processes']} x {start['device']}" for start in self.starts)
-        return ", then ".join(used) or None
+        return in_markdown(", then ".join(used)) or None
 
     def _stages(self) -> Iterator[str]:
         for stage in self.recipe["stages"]:
