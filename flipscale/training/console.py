@@ -14,13 +14,14 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import flipscale
-from flipscale.training.preemption import refuse_restart
+from flipscale.files.text_table import visible
+from flipscale.training.preemption import EndRequest, refuse_restart
 
 # Prints the traceback of any error, too.
 DEBUG = "FLIPSCALE_DEBUG"
@@ -31,6 +32,7 @@ _LONGEST_WORDS = 1_000
 # Of a message that is longer; its end says what to do.
 _LAST_WORDS = 300
 _BEGIN = "Traceback (most recent call last)"
+_MOVES = re.compile(r"\n*(\x1b\[A)*")
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in \S+\n(?: {4}(.*))?')
 _VERSIONS = ("torch", "transformers", "accelerate", "numpy", "huggingface_hub", "datasets", "deepspeed")
 # What helps against errors that are neither flipscale's nor the operating system's, by the name of their class.
@@ -113,14 +115,15 @@ def report_user_errors() -> Iterator[LastResort]:
     a pipe that nobody reads any more (`flipscale status | head`) with 141 and no word.
 
     A process of several exits at once, without unwinding: that might wait for the other processes, which wait for this
-    one. What several of them have to say is said once.
+    one. What several of them have to say is said once. SIGTERM, SIGUSR1 and SIGHUP end it with a sentence, too, unless
+    the command does otherwise, and with 128 and their number.
     """
-    before, resort = sys.stderr, LastResort()
+    before, resort = (sys.stdout, sys.stderr), LastResort()
     _open_streams()
     threading.excepthook = lambda failed: _warn_of_a_thread(failed, resort)
     sys.unraisablehook = _ignore
     try:
-        with _all_printed():
+        with _told_of_signals(), _all_printed():
             yield resort
     except SystemExit:
         raise
@@ -131,7 +134,11 @@ def report_user_errors() -> Iterator[LastResort]:
             end = _end_of(error)
         _leave(end, error, resort)
     finally:
-        sys.stderr = before
+        sys.stdout, sys.stderr = before
+
+
+def _told_of_signals() -> AbstractContextManager[object]:
+    return EndRequest() if threading.current_thread() is threading.main_thread() else nullcontext()
 
 
 @contextmanager
@@ -282,6 +289,20 @@ def _number(name: str, default: int) -> int:
     return int(text) if text.isdecimal() else default
 
 
+class _Visible:
+    """A stream that a terminal may read, which obeys what is in names and captions unless it is written out."""
+
+    def __init__(self, stream: Any):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        self._stream.write(visible(text))
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
 class _Careless:
     """A stream whose reader may be gone or whose disk may be full: a line that nobody can read must not end a run."""
 
@@ -289,8 +310,10 @@ class _Careless:
         self._stream = stream
 
     def write(self, text: str) -> int:
+        # Progress bars begin their line anew, or move to another's.
+        shown = text if _MOVES.fullmatch(text) else "\r".join(map(visible, text.split("\r")))
         with suppress(OSError, ValueError):
-            self._stream.write(text)
+            self._stream.write(shown)
         return len(text)
 
     def flush(self) -> None:
@@ -316,6 +339,7 @@ def _open_streams() -> None:
             setattr(sys, name, open(descriptor, mode, encoding="utf-8", closefd=False))  # noqa: SIM115
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")
+    sys.stdout = _Visible(sys.stdout)  # type: ignore[assignment]
     sys.stderr = _Careless(sys.stderr)  # type: ignore[assignment]
 
 
