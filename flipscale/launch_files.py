@@ -43,7 +43,7 @@ def write_launch_files(directory: Path) -> list[Path]:
     sources = [file for name in FOLDERS for file in sorted((_PACKAGE / name).iterdir())]
     copies = [directory / source.relative_to(_PACKAGE) for source in sources]
     for source, copy in zip(sources, copies, strict=True):
-        if copy.exists() and copy.read_bytes() != source.read_bytes():
+        if copy.exists() and not (copy.is_file() and copy.read_bytes() == source.read_bytes()):
             raise ValueError(
                 f"{copy} exists and differs from this version's; nothing was written: move it away, or name another "
                 "folder"

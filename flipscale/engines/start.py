@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from flipscale.engines.device import keep_freed_memory, stay_near
-from flipscale.engines.launch import Launch, launched_precision
+from flipscale.engines.launch import Launch, launched_precision, whole_number
 from flipscale.engines.recipe import OptimRecipe
 
 if TYPE_CHECKING:
@@ -88,19 +88,27 @@ def start_accelerator(report_to: list[str], run_dir: str) -> "Accelerator":
     """Collective. Return accelerate's view of this run's processes; gloo and CPU where there is no GPU.
 
     Raises:
-        ValueError: there are fewer processes than the launcher promised, or the precision is neither bf16 nor fp32.
+        ValueError: there are fewer processes than the launcher promised, or the precision is neither bf16 nor fp32, or
+            the environment is none of a launcher's.
     """
     if not torch.cuda.is_available():
         keep_freed_memory()
     from accelerate import Accelerator
 
+    precision = launched_precision(os.environ)
     with _unsharded():
-        accelerator = Accelerator(
-            mixed_precision=launched_precision(os.environ),
-            cpu=not torch.cuda.is_available(),
-            log_with=report_to or None,
-            project_dir=run_dir,
-        )
+        try:
+            accelerator = Accelerator(
+                mixed_precision=precision,
+                cpu=not torch.cuda.is_available(),
+                log_with=report_to or None,
+                project_dir=run_dir,
+            )
+        except ValueError as error:  # an address, a port or a switch that is none
+            raise ValueError(
+                f"the environment is not one that a launcher sets ({error}); unset its ACCELERATE_ and MASTER_ "
+                "variables, or use a launcher"
+            ) from error
     stay_near(accelerator.device)
     promised = promised_processes(os.environ)
     if accelerator.num_processes < promised:
@@ -113,11 +121,14 @@ def start_accelerator(report_to: list[str], run_dir: str) -> "Accelerator":
 
 
 def promised_processes(environment: Mapping[str, str]) -> int:
-    """Return how many processes the batch script or the launcher of `environment` meant to start; 1 where none says."""
-    if NUM_PROCESSES in environment:
-        return int(environment[NUM_PROCESSES])
-    if "WORLD_SIZE" in environment:
-        return int(environment["WORLD_SIZE"])
+    """Return how many processes the batch script or the launcher of `environment` meant to start; 1 where none says.
+
+    Raises:
+        ValueError: it says so in words.
+    """
+    for name in (NUM_PROCESSES, "WORLD_SIZE"):
+        if name in environment:
+            return whole_number(environment, name, 1)
     # `accelerate launch --cpu --num_processes 2` sets an address for the others, then starts one process.
     return 2 if "ACCELERATE_USE_CPU" in environment and "MASTER_ADDR" in environment else 1
 

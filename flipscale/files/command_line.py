@@ -36,7 +36,9 @@ def unwritable(name: str) -> str | None:
         return "name a folder, and in place of ~ the whole path"
     if any(len(os.fsencode(part)) > _LONGEST_NAME for part in Path(name).parts):
         return f"use names of at most {_LONGEST_NAME} bytes"
-    there = next(one for one in (Path(name), *Path(name).absolute().parents) if one.exists())
+    there = next(one for one in (Path(name), *Path(name).absolute().parents) if one.exists() or one.is_symlink())
+    if not there.exists():
+        return f"{there} is a link to {os.readlink(there)}, which is not there: name another folder"
     if not there.is_dir():
         return f"{there} is a file: name another folder"
     if not os.access(there, os.W_OK | os.X_OK):

@@ -221,6 +221,7 @@ class FolderLock:
 
 
 def _this_process() -> dict[str, Any]:
+    restart = os.environ.get("SLURM_RESTART_COUNT", "")
     return {
         "host": socket.gethostname(),
         "machine": _machine(),
@@ -228,7 +229,7 @@ def _this_process() -> dict[str, Any]:
         "started": _start_of(os.getpid()) or "",
         "since": time.time(),
         "slurm_job": os.environ.get("SLURM_JOB_ID", ""),
-        "slurm_restart": int(os.environ.get("SLURM_RESTART_COUNT", "0")),
+        "slurm_restart": int(restart) if restart.isdecimal() else 0,
     }
 
 
