@@ -11,10 +11,11 @@ import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from json import JSONDecodeError
 from pathlib import Path
 
 from huggingface_hub import HfApi, get_token
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
 from safetensors import safe_open
 
@@ -94,7 +95,7 @@ def open_repo(target: Target) -> str:
         repo_id = api.create_repo(target.repo_id, private=target.private, exist_ok=True).repo_id
         if target.revision:
             api.create_branch(repo_id, branch=target.revision, exist_ok=True)
-    except (OSError, RuntimeError, ValueError, HTTPError) as error:
+    except Exception as error:  # what is no Hub's answer makes huggingface_hub raise any
         raise _explained(error, target) from None
     return repo_id
 
@@ -136,7 +137,7 @@ def _push(folder: Path, target: Target, message: str) -> Pushed:
             allow_patterns=names,
             delete_patterns=_REPLACED,
         )
-    except (OSError, RuntimeError, ValueError, HTTPError) as error:
+    except Exception as error:  # what is no Hub's answer makes huggingface_hub raise any
         raise _explained(error, target) from None
     url = f"{api.endpoint}/{repo_id}" + (f"/tree/{target.revision}" if target.revision else "")
     return Pushed(url, commit.oid, commit.oid != before)
@@ -200,7 +201,9 @@ def _explained(error: Exception, target: Target) -> Exception:
             f"the token may not write to {target} ({said}); use an organisation that you are a member of, and a token "
             "with write access"
         )
-    if isinstance(error, ValueError) or (status is not None and 400 <= status < 500 and status not in _TEMPORARY):
+    # A page of a proxy is no refusal.
+    is_refused = isinstance(error, ValueError) and not isinstance(error, JSONDecodeError)
+    if is_refused or (status is not None and 400 <= status < 500 and status not in _TEMPORARY):
         return ValueError(f"the Hub refuses the push to {target} ({said})")
     return OSError(f"the push to {target} failed ({said or type(error).__name__})")
 

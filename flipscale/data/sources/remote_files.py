@@ -8,6 +8,8 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from flipscale.model.fetched import refuse_silence
+
 # A server is given up for a while when it sends less than so many bytes in so many seconds.
 _SILENT_SECONDS = 20.0
 _LEAST_BYTES = 20_000
@@ -34,6 +36,8 @@ def file_system(url: str) -> tuple[Any, str]:
     """
     import fsspec
 
+    if url.startswith("hf:"):
+        refuse_silence()
     try:
         system, path = fsspec.core.url_to_fs(url)
     except (ImportError, ValueError) as error:
@@ -147,7 +151,8 @@ def _may_pass(cause: BaseException | None) -> bool:
 def _within(system: Any, name: str, progress: Callable[[], int], seconds: float, *arguments: Any, **named: Any) -> Any:
     """Return what a method of a file system returns, if `progress` goes on by `_LEAST_BYTES` every so many seconds.
 
-    Only methods that run in fsspec's loop are watched; those of the Hub's file system have time-outs of their own.
+    Only methods that run in fsspec's loop are watched; those of the Hub's file system have time-outs of their own
+    (`refuse_silence`).
     """
     from fsspec.asyn import sync
 
