@@ -169,7 +169,7 @@ class RemoteShardList(ShardList):
         return manifest
 
     def _write(self, place: Path, anew: bool = False) -> Manifest:
-        entries = in_windows(partial(self._entry, anew), self.names(), lambda: ThreadPoolExecutor(_THREADS))
+        entries = in_windows(partial(self._entry, anew), self.names(), lambda: ThreadPoolExecutor(_THREADS), place)
         write_manifest(place, self.pattern, entries, [], rows=False)
         written = read_manifest(place, self.pattern, self.remedy)
         assert written is not None

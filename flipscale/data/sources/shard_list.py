@@ -20,6 +20,8 @@ from flipscale.data.sources.shard_index import load_index, size_and_time
 
 _WILD = re.compile(r"[*?\[]|\{\d+\.\.\d+\}")
 _POLL_SECONDS = 1.0
+# A process that indexes shards and finishes none in so long is stopped, or its storage does not answer.
+_SILENT_SECONDS = 1800.0
 # Fewer shards are indexed in less time than it takes to start processes.
 _FEW_SHARDS = 32
 # Shards whose indices are in memory at a time, 240 kB for 10,000 samples.
@@ -198,7 +200,7 @@ class ShardList:
         names = self.names()
         inner = {"/".join(name.split("/")[:depth]) for name in names for depth in range(name.count("/") + 1)}
         folders = [] if self.is_range else sorted(inner) if len(inner) <= _MAX_FOLDERS else [""]
-        entries = in_windows(_Entry(self), names, ProcessPoolExecutor)
+        entries = in_windows(_Entry(self), names, ProcessPoolExecutor, place)
         try:
             write_manifest(place, self.pattern, entries, folders, rows=True)
         except OSError as error:
@@ -230,13 +232,16 @@ def in_windows(
     function: Callable[[Item], Result],
     items: Sequence[Item],
     new_pool: Callable[[], Executor],
+    place: Path,
 ) -> Iterator[Result]:
-    """Yield the result of each item in order, with a progress bar if it takes long; a pool makes them if many."""
+    """Yield the result of each item in order, with a progress bar if it takes long; a pool makes them if many. Those
+    who wait for the manifest at `place` see that it goes on."""
     with tqdm(total=len(items), desc="shard indices", unit="shard", delay=2, leave=False) as bar:
         if len(items) <= _FEW_SHARDS:
             for item in items:
                 yield function(item)
                 bar.update()
+                _give_a_sign(place)
             return
         try:
             with new_pool() as pool:
@@ -244,6 +249,7 @@ def in_windows(
                     for result in pool.map(function, items[first : first + _WINDOW], chunksize=8):
                         yield result
                         bar.update()
+                        _give_a_sign(place)
         except BrokenExecutor as error:
             raise OSError(
                 "a process that indexed shards was killed, perhaps for want of memory; start again"
@@ -256,9 +262,13 @@ def written_once(place: Path, found: Callable[[bool], Manifest | None], write: C
 
     Args:
         found: told whether it may take its time, as one process at a time does.
+
+    Raises:
+        OSError: the one that writes gives no sign of life.
     """
-    lock = FileLock(place.with_name(f".{place.name}.lock"), timeout=0)
+    lock = FileLock(_lock_of(place), timeout=0)
     waits = False
+    sign, since = 0, time.monotonic()
     while True:
         manifest = found(False)
         if manifest is not None:
@@ -276,3 +286,25 @@ def written_once(place: Path, found: Callable[[bool], Manifest | None], write: C
                 )
             waits = True
             time.sleep(_POLL_SECONDS)
+            before, sign = sign, _last_sign(place)
+            since = time.monotonic() if sign != before else since
+            if time.monotonic() - since > _SILENT_SECONDS:
+                raise OSError(
+                    f"the process that writes {place} has indexed no shard for {_SILENT_SECONDS / 60:.0f} minutes; end "
+                    "it if it is stopped, look at the storage of the shards, and start again"
+                ) from None
+
+
+def _lock_of(place: Path) -> Path:
+    return place.with_name(f".{place.name}.lock")
+
+
+def _give_a_sign(place: Path) -> None:
+    with suppress(OSError):  # there is none where nobody waits
+        os.utime(_lock_of(place))
+
+
+def _last_sign(place: Path) -> int:
+    with suppress(OSError):
+        return _lock_of(place).stat().st_mtime_ns
+    return 0
