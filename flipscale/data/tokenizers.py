@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from flipscale.model.configuration_flip import FlipTextConfig
 from flipscale.model.folder import check_texts
+from flipscale.model.hub_requests import guard_requests
 
 _NORMALIZATION = "nmt_nfkc_cf"  # SentencePiece's NFKC with case folding
 _MAX_PIECE_LENGTH = 24  # characters, the word mark included
@@ -48,6 +49,8 @@ def load_tokenizer(name: str, max_tokens: int) -> PreTrainedTokenizerBase:
             return bert_tokenizer("google-bert/bert-base-uncased", max_tokens)
         if Path(name).is_dir():
             check_texts(Path(name))
+        else:
+            guard_requests()
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises any
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -232,6 +235,7 @@ def _vocab_file(name_or_vocab_file: str | Path) -> Path:
         raise ValueError(f"no vocab.txt in the folder {path}; name a vocabulary file, or a folder that has one")
     from huggingface_hub import hf_hub_download
 
+    guard_requests()
     try:
         return Path(hf_hub_download(str(name_or_vocab_file), "vocab.txt"))
     except (OSError, ValueError) as error:

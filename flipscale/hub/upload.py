@@ -14,14 +14,14 @@ from dataclasses import dataclass
 from json import JSONDecodeError
 from pathlib import Path
 
-from huggingface_hub import HfApi, get_token
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+from huggingface_hub import HfApi, constants, get_token
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
 from safetensors import safe_open
 
 from flipscale.files.tensor_file import check_weight
-from flipscale.model.fetched import refuse_silence
 from flipscale.model.folder import check_folder
+from flipscale.model.hub_requests import guard_requests
 
 _log = logging.getLogger(__name__)
 
@@ -89,7 +89,7 @@ def open_repo(target: Target) -> str:
         raise ValueError(
             f"no token to push to {target} with; log in with `hf auth login`, or set HF_TOKEN to a token that may write"
         )
-    refuse_silence()
+    guard_requests()
     api = HfApi()
     try:
         repo_id = api.create_repo(target.repo_id, private=target.private, exist_ok=True).repo_id
@@ -202,8 +202,10 @@ def _explained(error: Exception, target: Target) -> Exception:
             "with write access"
         )
     # A page of a proxy is no refusal.
-    is_refused = isinstance(error, ValueError) and not isinstance(error, JSONDecodeError)
-    if is_refused or (status is not None and 400 <= status < 500 and status not in _TEMPORARY):
+    is_answer = isinstance(error, OSError | RuntimeError | ValueError | HTTPError)
+    if isinstance(error, JSONDecodeError | RecursionError) or not is_answer:
+        said = f"what {constants.ENDPOINT} answers is no Hub's: {said or type(error).__name__}"
+    elif isinstance(error, ValueError) or (status is not None and 400 <= status < 500 and status not in _TEMPORARY):
         return ValueError(f"the Hub refuses the push to {target} ({said})")
     return OSError(f"the push to {target} failed ({said or type(error).__name__})")
 

@@ -6,9 +6,7 @@ A model is named by its folder, by the run that has it in `model/`, or by its na
 from pathlib import Path
 
 from .folder import READ
-
-# Without this, a request to a silent server waits for ever.
-SILENT_SECONDS = 60.0
+from .hub_requests import guard_requests
 
 
 def local_folder(name: str) -> Path | None:
@@ -55,10 +53,10 @@ def fetched_folder(name: str, more: tuple[str, ...] = ()) -> Path:
     """
     if (folder := local_folder(name)) is not None:
         return folder
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, LocalEntryNotFoundError
 
-    refuse_silence()
+    guard_requests()
     try:
         found = snapshot_download(name, allow_patterns=[*READ, *more], ignore_patterns=["*/*", "*.bf16*"])
         return Path(found)
@@ -67,7 +65,8 @@ def fetched_folder(name: str, more: tuple[str, ...] = ()) -> Path:
     except (OSError, HTTPError) as error:
         cause = error if isinstance(error, HfHubHTTPError) else error.__cause__
         status = cause.response.status_code if isinstance(cause, HfHubHTTPError) else None
-        said = " ".join(str(error).split("\n\n")[-1].split()) or type(error).__name__
+        words = getattr(cause, "server_message", None) or str(cause or error).split("\n\n")[-1]
+        said = " ".join(words.split()) or type(error).__name__
         if status in (401, 403, 404):
             raise ValueError(f"there is no folder {name!r}, and the Hub has none that may be read: {said}") from None
         if isinstance(error, LocalEntryNotFoundError) and status is None and not isinstance(cause, HTTPError):
@@ -76,10 +75,8 @@ def fetched_folder(name: str, more: tuple[str, ...] = ()) -> Path:
                 "out of reach or HF_HUB_OFFLINE is set"
             ) from None
         raise OSError(f"{name!r} cannot be fetched from the Hub: {said}") from None
-
-
-def refuse_silence() -> None:
-    """Have requests to the Hub fail after `SILENT_SECONDS` without an answer."""
-    from huggingface_hub import get_session
-
-    get_session().timeout = SILENT_SECONDS
+    except Exception as error:  # what is no Hub's answer, such as a page of a proxy, makes huggingface_hub raise any
+        raise OSError(
+            f"{name!r} cannot be fetched: what {constants.ENDPOINT} answers is no Hub's ({type(error).__name__}: "
+            f"{error}); look at HF_ENDPOINT and the proxy"
+        ) from None

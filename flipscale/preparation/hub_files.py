@@ -9,7 +9,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from flipscale.files.aside import partial_path, sync
-from flipscale.model.fetched import refuse_silence
+from flipscale.model.hub_requests import guard_requests
 
 _CHUNK_BYTES = 1 << 20
 # In a row that bring nothing, before a download is given up.
@@ -55,7 +55,7 @@ def list_files(repo: str, revision: str) -> Snapshot:
     """
     from huggingface_hub import HfApi
 
-    refuse_silence()
+    guard_requests()
     try:
         info = HfApi().dataset_info(repo, revision=revision, files_metadata=True, timeout=_SECONDS)
         files = []

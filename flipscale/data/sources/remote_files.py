@@ -5,10 +5,11 @@ import errno
 import logging
 import time
 from collections.abc import Awaitable, Callable
+from json import JSONDecodeError
 from pathlib import Path
 from typing import Any, TypeVar
 
-from flipscale.model.fetched import refuse_silence
+from flipscale.model.hub_requests import guard_requests
 
 # A server is given up for a while when it sends less than so many bytes in so many seconds.
 _SILENT_SECONDS = 20.0
@@ -37,7 +38,7 @@ def file_system(url: str) -> tuple[Any, str]:
     import fsspec
 
     if url.startswith("hf:"):
-        refuse_silence()
+        guard_requests()
     try:
         system, path = fsspec.core.url_to_fs(url)
     except (ImportError, ValueError) as error:
@@ -118,9 +119,10 @@ def patiently(url: str, ask: Callable[[], Result]) -> Result:
     for number in range(1, _TRIES + 1):
         try:
             return ask()
-        except (PermissionError, ValueError):
-            raise
         except Exception as error:
+            # A page of a proxy in the place of an answer may be gone the next time.
+            if isinstance(error, PermissionError | ValueError) and not isinstance(error, JSONDecodeError):
+                raise
             # Every protocol raises exceptions of its own for a broken connection.
             if isinstance(error, FileNotFoundError) and not _may_pass(error.__cause__):
                 raise
@@ -152,7 +154,7 @@ def _within(system: Any, name: str, progress: Callable[[], int], seconds: float,
     """Return what a method of a file system returns, if `progress` goes on by `_LEAST_BYTES` every so many seconds.
 
     Only methods that run in fsspec's loop are watched; those of the Hub's file system have time-outs of their own
-    (`refuse_silence`).
+    (`guard_requests`).
     """
     from fsspec.asyn import sync
 
