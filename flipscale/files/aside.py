@@ -101,6 +101,8 @@ def remove(path: Path) -> None:
 
 
 def _move(partial: Path, path: Path) -> None:
+    if path.is_dir() and not path.is_symlink() and not partial.is_dir():
+        raise OSError(f"{path} is a folder, where a file is to be written; move it away")
     if not (partial.is_dir() and path.is_dir()):
         os.replace(partial, path)
         return

@@ -66,14 +66,19 @@ def tables_home(models: Sequence[NamedModel], output_dir: Path | None) -> Path:
     return output_dir or (models[0].home if len(models) == 1 else EVALUATIONS)
 
 
+_REPORTS = ("results.md", "results.png")
+
+
 def check_writable(folder: Path) -> None:
     """Raise if results cannot be written to a folder, which need not exist yet.
 
     Raises:
-        ValueError: it cannot be made or written to.
+        ValueError: it cannot be made or written to, or folders are where its files will be.
     """
     there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
     if there.is_dir() and os.access(there, os.W_OK):
+        if taken := next((folder / name for name in _REPORTS if (folder / name).is_dir()), None):
+            raise ValueError(f"{taken} is a folder, where results are to be written; move it away")
         return
     reason = "is not writable" if there.is_dir() else "is a file"
     raise ValueError(f"results cannot be written to {folder} ({there} {reason}); name another folder with --output_dir")
