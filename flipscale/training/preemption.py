@@ -54,8 +54,9 @@ class _Listener:
     def _listen(self, reading: int) -> None:
         with open(reading, "rb", buffering=0) as numbers:
             while number := numbers.read(1):
-                # Another handler may be set meanwhile: it is that one's then.
-                if number[0] in self._before and signal.getsignal(number[0]) == self._receive:
+                # A handler that was set without a pipe of its own, as `study` has one, takes what comes to this pipe.
+                taker = getattr(signal.getsignal(number[0]), "__self__", None)
+                if number[0] in self._before and isinstance(taker, _Listener):
                     self._hear(signal.Signals(number[0]))
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
@@ -93,9 +94,7 @@ class EndRequest(_Listener):
     def _hear(self, number: signal.Signals) -> None:
         # A launcher ends those that are left when one has failed, and that one says why.
         complaint = "error: " if os.environ.get("WORLD_SIZE", "1") == "1" else ""
-        _end(
-            number, f"{complaint}{number.name} received: ended; the same command goes on from what is saved, if any is"
-        )
+        _end(number, f"{complaint}{number.name}: ended; the same command goes on from what is saved, if anything is")
 
 
 _ending: list[EndRequest] = []
