@@ -5,7 +5,6 @@ import logging
 import os
 import platform
 import re
-import select
 import shlex
 import signal
 import sys
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import flipscale
-from flipscale.files.text_table import visible
+from flipscale.files.streams import is_unread, open_streams, write_or_drop
 from flipscale.training.preemption import EndRequest, refuse_restart
 
 # Prints the traceback of any error, too.
@@ -32,10 +31,10 @@ _LONGEST_WORDS = 1_000
 # Of a message that is longer; its end says what to do.
 _LAST_WORDS = 300
 _BEGIN = "Traceback (most recent call last)"
-_MOVES = re.compile(r"\n*(\x1b\[A)*")
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in \S+\n(?: {4}(.*))?')
 _VERSIONS = ("torch", "transformers", "accelerate", "numpy", "huggingface_hub", "datasets", "deepspeed")
 # What helps against errors that are neither flipscale's nor the operating system's, by the name of their class.
+_LIMITS = "the limits of this machine on processes or memory are too low; see `ulimit -u` and `ulimit -v`"
 _REMEDIES = {
     "MemoryError": "the memory did not suffice; use smaller batches or fewer workers",
     "OutOfMemoryError": "the memory did not suffice; use a smaller batch_size or data.micro_batch_size",
@@ -119,7 +118,7 @@ def report_user_errors() -> Iterator[LastResort]:
     the command does otherwise, and with 128 and their number.
     """
     before, resort = (sys.stdout, sys.stderr), LastResort()
-    _open_streams()
+    open_streams()
     threading.excepthook = lambda failed: _warn_of_a_thread(failed, resort)
     sys.unraisablehook = _ignore
     try:
@@ -128,7 +127,7 @@ def report_user_errors() -> Iterator[LastResort]:
     except SystemExit:
         raise
     except BaseException as error:
-        if isinstance(error, OSError) and _is_unread(sys.stdout):
+        if isinstance(error, OSError) and is_unread(sys.stdout):
             end = _End("", _BROKEN_PIPE, is_telling=False)
         else:
             end = _end_of(error)
@@ -152,9 +151,9 @@ def _all_printed() -> Iterator[None]:
         yield
     except SystemExit as ended:
         if not ended.code:
-            _flush_stdout()
+            sys.stdout.flush()
         raise
-    _flush_stdout()
+    sys.stdout.flush()
 
 
 def _end_of(error: BaseException) -> _End:
@@ -203,6 +202,8 @@ def _unforeseen(error: BaseException) -> str:
     words = _one_line(_worker_s_words(error))
     kinds = [kind.__name__ for kind in type(error).__mro__]
     remedy = next((f"; {_REMEDIES[kind]}" for kind in kinds if kind in _REMEDIES), "")
+    if "can't start new thread" in words:
+        remedy = f"; {_LIMITS}"
     if isinstance(error, ModuleNotFoundError) and error.name:
         module = error.name.partition(".")[0]
         remedy = f"; pip install {_PACKAGES.get(module, module)}"
@@ -249,11 +250,11 @@ def _leave(end: _End, error: BaseException, resort: LastResort) -> NoReturn:
     if end.code == 2:
         with suppress(OSError):
             refuse_restart()
-    _write_or_drop(sys.stdout)
+    write_or_drop(sys.stdout)
     if _number("WORLD_SIZE", 1) > 1:
         _exit_at_once(end, error, resort)
     _tell(end, error, resort)
-    _write_or_drop(sys.stderr)
+    write_or_drop(sys.stderr)
     sys.exit(end.code)
 
 
@@ -287,87 +288,6 @@ def _number(name: str, default: int) -> int:
     """Return a launcher's variable; the default if it is no number, which `launch_of` complains of."""
     text = os.environ.get(name, "")
     return int(text) if text.isdecimal() else default
-
-
-class _Visible:
-    """A stream that a terminal may read, which obeys what is in names and captions unless it is written out."""
-
-    def __init__(self, stream: Any):
-        self._stream = stream
-
-    def write(self, text: str) -> int:
-        self._stream.write(visible(text))
-        return len(text)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
-
-
-class _Careless:
-    """A stream whose reader may be gone or whose disk may be full: a line that nobody can read must not end a run."""
-
-    def __init__(self, stream: Any):
-        self._stream = stream
-
-    def write(self, text: str) -> int:
-        # Progress bars begin their line anew, or move to another's.
-        shown = text if _MOVES.fullmatch(text) else "\r".join(map(visible, text.split("\r")))
-        with suppress(OSError, ValueError):
-            self._stream.write(shown)
-        return len(text)
-
-    def flush(self) -> None:
-        with suppress(OSError, ValueError):
-            self._stream.flush()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
-
-
-def _open_streams() -> None:
-    """Let anything be printed: in any locale, and to streams that are closed, full, or that nobody reads.
-
-    A stream that is closed becomes /dev/null. Otherwise the next file that is opened would get its number, and what
-    libraries print.
-    """
-    for descriptor, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
-        if getattr(sys, name) is None:
-            try:
-                os.fstat(descriptor)
-            except OSError:
-                os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
-            setattr(sys, name, open(descriptor, mode, encoding="utf-8", closefd=False))  # noqa: SIM115
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")
-    sys.stdout = _Visible(sys.stdout)  # type: ignore[assignment]
-    sys.stderr = _Careless(sys.stderr)  # type: ignore[assignment]
-
-
-def _flush_stdout() -> None:
-    try:
-        sys.stdout.flush()
-    except OSError as error:
-        raise OSError(f"the output could not be written ({error}); free some space, or send it elsewhere") from error
-
-
-def _write_or_drop(stream: Any) -> None:
-    """Write what waits to be printed, or drop it: the interpreter would complain of it at its end."""
-    with suppress(OSError, ValueError):
-        stream.flush()
-        return
-    with suppress(OSError, ValueError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-        stream.flush()
-
-
-def _is_unread(stream: Any) -> bool:
-    """Return whether a stream is a pipe whose reader is gone."""
-    try:
-        poll = select.poll()
-        poll.register(stream.fileno(), 0)
-        return any(events & select.POLLERR for _, events in poll.poll(0))
-    except (OSError, ValueError):  # a stream of a test's, or closed
-        return False
 
 
 def _warn_of_a_thread(failed: threading.ExceptHookArgs, resort: LastResort) -> None:
