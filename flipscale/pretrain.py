@@ -29,7 +29,7 @@ from flipscale.training.run_directory import (
     is_done,
     mark_done,
     open_run_directory,
-    told_of_a_full_disk,
+    told_of_the_disk,
     write_run_files,
 )
 from flipscale.training.saving import Saver
@@ -218,7 +218,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             return dry_run(arguments)
         recipe = parse_recipe(arguments)
         resort.folder = Path(recipe.output_dir)
-        with told_of_a_full_disk(Path(recipe.output_dir)):
+        with told_of_the_disk(Path(recipe.output_dir)):
             pretrain(recipe)
         close_process_group()
         report(recipe)

@@ -186,6 +186,8 @@ def _refuse_folder(output_dir: Path, recipes: list[str], names: list[str]) -> No
             )
         if name in _RESERVED:
             raise ValueError(f"{recipes[place]} has the name of what the study itself writes; rename the file")
+        if not name.isprintable():
+            raise ValueError(f"{recipes[place]} has characters in its name that no run's may have; rename the file")
     refuse_unwritable(output_dir)
     if not output_dir.exists() or (output_dir / _MARK).exists():
         return

@@ -73,15 +73,21 @@ def open_run_directory(recipe: Recipe) -> Path | None:
 
 
 @contextmanager
-def told_of_a_full_disk(run_dir: Path) -> Iterator[None]:
-    """Turn the error of a full disk into a sentence that says what to do, whichever of the run's files met it.
+def told_of_the_disk(run_dir: Path) -> Iterator[None]:
+    """Turn the error of a full disk into a sentence that says what to do, whichever of the run's files met it, and that
+    of a run directory that is gone.
 
     Raises:
-        OSError: the disk is full, or the quota used up.
+        OSError: the disk is full, or the quota used up, or the run directory is gone.
     """
     try:
         yield
     except OSError as error:
+        if isinstance(error, FileNotFoundError) and not run_dir.exists():
+            raise OSError(
+                f"{run_dir} is not there any more: somebody has removed or renamed it while the run used it ({error}); "
+                "put it back, and start the run again"
+            ) from error
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise OSError(

@@ -1,5 +1,6 @@
 """An attack: a bad input or a fault, the command line that meets it, and the end that is wanted."""
 
+import importlib
 import multiprocessing.connection
 import os
 import signal
@@ -9,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+import huggingface_hub.constants
 import processes
 import psutil
 
@@ -122,6 +124,8 @@ def _call(arguments: list[str], folder: str, output: str) -> None:
     os.chdir(folder)
     # A group of its own, for those that end it to find all of it.
     os.setpgid(0, 0)
+    if "HF_ENDPOINT" in os.environ:
+        importlib.reload(huggingface_hub.constants)  # it was imported in another environment
     processes.call_main("flipscale.cli", arguments, output)
 
 

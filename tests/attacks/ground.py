@@ -88,6 +88,11 @@ def run_of(folder: Path, up_to: int | None = None) -> Path:
     return run
 
 
+def trained_model() -> Path:
+    """The folder of the trained model; not to be written to."""
+    return _trained() / "run/model"
+
+
 def model(folder: Path) -> Path:
     """A copy of the trained model, as `folder/model`."""
-    return Path(shutil.copytree(_trained() / "run/model", folder / "model"))
+    return Path(shutil.copytree(trained_model(), folder / "model"))

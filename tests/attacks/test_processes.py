@@ -60,6 +60,12 @@ def _status_of_a_folder(folder: Path) -> list[str]:
     return ["status", "run"]
 
 
+def _environment_of_a_folder(folder: Path) -> list[str]:
+    (ground.run_of(folder) / "environment.json").unlink()
+    (folder / "run/environment.json").mkdir()
+    return ["push", "run", "org/name"]
+
+
 def _names_a_file(folder: Path, ended: Ended) -> None:
     (file,) = [word for word in ended.stderr.split() if word.endswith(".txt")]
     text = Path(file).read_text()
@@ -80,6 +86,17 @@ def _file_where_files_go(folder: Path) -> list[str]:
     return ["launch_files", "there"]
 
 
+def _link_to_nothing(folder: Path) -> list[str]:
+    (folder / "there").symlink_to("nowhere")
+    return ["launch_files", "there"]
+
+
+def _pipe(folder: Path) -> list[str]:
+    (folder / "slurm").mkdir()
+    os.mkfifo(folder / "slurm/run.bash")
+    return ["launch_files", "."]
+
+
 def _edited(folder: Path) -> list[str]:
     shutil.copytree(Path(flipscale.__file__).parents[1] / "slurm", folder / "slurm")
     (folder / "slurm/run.bash").write_text("mine")
@@ -91,6 +108,7 @@ def _is_mine(folder: Path, ended: Ended) -> None:
     assert not (folder / "ds_configs").exists()
 
 
+_ALONE = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
 ATTACKS = [
     _typed("no verb", says=("the following arguments are required: VERB",)),
     _typed("a verb that is none", "trian", says=("invalid choice: 'trian'",)),
@@ -101,7 +119,15 @@ ATTACKS = [
     _typed("a run of no name", "status", "", says=("is not a run directory",)),
     _typed("a run whose name has lines", "status", "a\nb", says=("a b is not a run directory",)),
     _typed("a run whose name is no text", "status", "\udcff", says=("\\udcff is not a run directory",)),
-    Attack("a recipe copy that is a folder", _status_of_a_folder, 1, ("its traceback is in ",), _names_a_file),
+    Attack("a recipe copy that is a folder", _status_of_a_folder, 2, ("is not the recipe that the run began with",)),
+    Attack(
+        "a fault that nobody foresaw",
+        _environment_of_a_folder,
+        1,
+        ("its traceback is in ",),
+        _names_a_file,
+        environment={"HF_TOKEN": "none"},
+    ),
     _launch("that is not there", None, "cannot be read"),
     _launch("that is empty", "", "cannot be read"),
     _launch("that is a list", "- 1\n- 2\n", "cannot be read"),
@@ -121,11 +147,18 @@ ATTACKS = [
     _deepspeed("whose settings of ZeRO are a number", json.dumps({"zero_optimization": 5}), "stage is 5"),
     _trained("a rank that is a word", 2, ("RANK='first'",), RANK="first"),
     _trained("a world that is a word", 2, ("WORLD_SIZE='many'",), WORLD_SIZE="many"),
+    _trained("a number of processes that is a word", 2, ("FLIPSCALE_NUM_PROCESSES='x'",), FLIPSCALE_NUM_PROCESSES="x"),
+    _trained("a switch of accelerate's that is a word", 2, ("unset its ACCELERATE_",), ACCELERATE_USE_CPU="perhaps"),
+    _trained("a port that is a word", 2, ("is not one that a launcher sets",), **_ALONE, MASTER_PORT="x"),
+    _trained("a count of Slurm's that is a word", SLURM_JOB_ID="\x1b[31m", SLURM_RESTART_COUNT="x"),
+    _trained("a stop file whose name is too long", FLIPSCALE_STOP_FILE="x" * 5_000),
     _trained("a terminal of one column", COLUMNS="1", TERM="dumb"),
     _trained("no folder of temporary files", TMPDIR="/nowhere", TEMP="/nowhere"),
     _trained("no home", HOME="/nowhere"),
     Attack("shards whose names are not ASCII", _foreign_names, check=_is_done),
     Attack("launch files into a file", _file_where_files_go, 2, ("there is a file: name another folder",)),
+    Attack("launch files into a link to nothing", _link_to_nothing, 2, ("is a link to nowhere, which is not there",)),
+    Attack("launch files over a pipe", _pipe, 2, ("run.bash exists and differs",)),
     Attack("launch files over one that was edited", _edited, 2, ("run.bash exists and differs",), _is_mine),
 ]
 

@@ -15,7 +15,8 @@ ROWS = {
     "recipes and flags": "test_recipes",
     "processes, locales, launchers": "test_processes",
     "lists and archives to prepare": "test_preparing",
-    "model folders, the Hub": "test_models",
+    "model folders, pushes": "test_models",
+    "servers in the Hub's place": "test_hub",
     "what other programs left": "test_engines",
 }
 

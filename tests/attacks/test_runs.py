@@ -232,7 +232,140 @@ def _export(*names: str) -> Callable[[Path], list[str]]:
     return make
 
 
+def _status(change: Callable[[Path], object]) -> Callable[[Path], list[str]]:
+    """The status of a stopped run after `change` to its directory."""
+
+    def make(folder: Path) -> list[str]:
+        change(ground.run_of(folder, up_to=8))
+        return ["status", "run"]
+
+    return make
+
+
+def _resumed(change: Callable[[Path], object]) -> Callable[[Path], list[str]]:
+    """A stopped run that goes on after `change` to its directory."""
+
+    def make(folder: Path) -> list[str]:
+        change(ground.run_of(folder, up_to=8))
+        return ground.pretrain(folder)
+
+    return make
+
+
+def _removed(folder: Path, pids: list[int]) -> None:
+    wait_for(lambda: trains(folder))
+    (folder / "run").rename(folder / "elsewhere")
+
+
+def _line(name: str, **record: object) -> Callable[[Path], object]:
+    """Appends a record to a file of a run, whole but for `record`."""
+    whole = {"step": 9, "samples_seen": 144, "trained_seconds": 1.0, "time": 1.0, "num_processes": 1}
+    if name == "results.jsonl":
+        whole |= {"task": "zero_shot", "kind": "zero_shot", "metric": "top1", "value": 1.0}
+
+    def append(run: Path) -> None:
+        with open(run / name, "a") as file:
+            file.write(json.dumps({**whole, **record}).replace("Infinity", "1e400") + "\n")
+
+    return append
+
+
+def _text(name: str, content: str | bytes) -> Callable[[Path], object]:
+    return lambda run: (run / name).write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def _pipe(name: str) -> Callable[[Path], object]:
+    def make(run: Path) -> None:
+        (run / name).unlink()
+        os.mkfifo(run / name)
+
+    return make
+
+
+def _folder(name: str) -> Callable[[Path], object]:
+    def make(run: Path) -> None:
+        (run / name).unlink(missing_ok=True)
+        (run / name).mkdir(parents=True)
+
+    return make
+
+
+def _crashes(run: Path) -> None:
+    (run / "slurm").mkdir()
+    (run / "slurm/crashes").write_bytes(b"\xff")
+
+
+def _heartbeat(**content: object) -> Callable[[Path], object]:
+    beat = {"time": 1.0, "step": 4, "phase": "training", "step_s": 0.1, **content}
+    return _text("heartbeat.json", json.dumps(beat).replace("Infinity", "1e400"))
+
+
+def obeys_nothing(folder: Path, ended: Ended) -> None:
+    """No character that a terminal obeys was printed."""
+    assert not set("\x1b\x07\x9b\u202e") & set(ended.stdout + ended.stderr), ended
+
+
+_CURSOR = "\x1b[2J\x1b]0;theirs\x07\u202e"
+_DAMAGED = ("run/recipe.yaml is not the recipe that the run began with",)
+_SKIPPED = ("1 of 11 lines are no records",)
+STATUS = [
+    Attack("a heartbeat after 1e400 seconds", _status(_heartbeat(time=float("inf"))), says=("starting",)),
+    Attack("a heartbeat of NaN", _status(_heartbeat(time=float("nan"), step_s=float("nan"))), says=("starting",)),
+    Attack("a step of 400 digits", _status(_heartbeat(step=10**400)), says=("160 of 160 pairs",)),
+    Attack("a heartbeat that is a folder", _status(_folder("heartbeat.json")), 2, ("heartbeat.json is a folder",)),
+    Attack("a speed of 0", _status(_line("metrics.jsonl", images_per_s=0)), says=("0 images/s",)),
+    Attack("a speed that ends in 10^300 years", _status(_line("metrics.jsonl", images_per_s=1e-300)), says=("160 of",)),
+    Attack("a speed in words", _status(_line("metrics.jsonl", images_per_s="fast")), says=_SKIPPED),
+    Attack("a loss without its rate", _status(_line("metrics.jsonl", images_per_s=1.0, loss=1.0)), says=("160 of",)),
+    Attack(
+        "a stage that moves the cursor",
+        _status(_line("metrics.jsonl", images_per_s=5.0, stage=_CURSOR)),
+        says=("(\\x1b[2J\\x1b]0;theirs\\x07\\u202e)",), check=obeys_nothing,
+    ),
+    Attack(
+        "a result that moves the cursor",
+        _status(_line("results.jsonl", label=_CURSOR, unit=_CURSOR, who=_CURSOR)),
+        says=("\\x1b[2J",), check=obeys_nothing,
+    ),
+    Attack("a result of other types", _status(_line("results.jsonl", n="x", low=[1])), says=("1 of 1 lines",)),
+    Attack("metrics that are a pipe", _status(_pipe("metrics.jsonl")), 2, ("metrics.jsonl is no plain file",)),
+    Attack("metrics that are a folder", _status(_folder("metrics.jsonl")), 2, ("metrics.jsonl is a folder",)),
+    Attack("one bad checkpoint that is a number", _status(_line("starts.jsonl", set_aside=5)), says=("1 of 2 lines",)),
+    Attack("crashes that are no text", _status(_crashes)),
+    Attack("the status of an empty recipe", _status(_text("recipe.yaml", "")), 2, _DAMAGED),
+    Attack("the status of a recipe in binary", _status(_text("recipe.yaml", b"\xff\xfe")), 2, _DAMAGED),
+    Attack("the status of a recipe that is code", _status(_text("recipe.yaml", "a: !!python/name:os.x")), 2, _DAMAGED),
+    Attack("the status of a recipe without stages", _status(_text("recipe.yaml", "data: {}")), 2, _DAMAGED),
+    Attack("the status of a recipe that is a pipe", _status(_pipe("recipe.yaml")), 2, _DAMAGED),
+]  # fmt: skip
+
+
+def _soon(number: int) -> Callable[[Path, list[int]], None]:
+    """A signal as soon as the command has begun, long before it trains."""
+
+    def during(folder: Path, pids: list[int]) -> None:
+        for pid in pids:
+            wait_for(lambda pid=pid: _hears(pid, number))
+            os.kill(pid, number)
+
+    return during
+
+
+def _hears(pid: int, number: int) -> bool:
+    caught = next(line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("SigCgt:"))
+    return bool(int(caught.split()[1], 16) >> (number - 1) & 1)
+
+
 ATTACKS = [
+    *STATUS,
+    Attack(
+        "SIGTERM before the first step", endless, 128 + signal.SIGTERM, ("SIGTERM: ended; the same command",),
+        during=_soon(signal.SIGTERM),
+    ),
+    Attack(
+        "a terminal that is closed before the first step", endless, 128 + signal.SIGHUP, ("SIGHUP: ended",),
+        during=_soon(signal.SIGHUP),
+    ),
     Attack(
         "a second run of a directory", _held, 2, (f"process {os.getpid()} on ", "trains in ", "stop it"), untouched
     ),
@@ -277,6 +410,12 @@ ATTACKS = [
     Attack("recipe.yaml of a stopped run removed", _done_without("DONE", "model", "recipe.yaml"), 0, (), finished),
     Attack("a torn starts.jsonl", _torn("starts.jsonl", b'{"time": 12'), 0, (), finished),
     Attack("a starts.jsonl that lost its fields", _torn("starts.jsonl", b'{"time": 12}\n'), 0, (), finished),
+    Attack("starts that are a pipe", _resumed(_pipe("starts.jsonl")), 2, ("starts.jsonl is no plain file",)),
+    Attack("metrics to go on from that are a pipe", _resumed(_pipe("metrics.jsonl")), 2, ("is no plain file",)),
+    Attack(
+        "a run directory that is removed while it trains", endless, 1, ("run is not there any more",),
+        during=_removed,
+    ),
     Attack("a torn metrics.jsonl", _torn("metrics.jsonl", b'{"step": 8, "lo'), 0, (), finished),
     Attack(
         "binary garbage in metrics.jsonl", _torn("metrics.jsonl", b"\0\xff\n[1]\n{}\n"), 0,
@@ -307,6 +446,7 @@ ATTACKS = [
         ("model is there", "move it away"), _kept("run/model/notes.txt"),
     ),
     Attack("a study of two recipes of one name", _study("x/a.yaml", "y/a.yaml"), 2, ("same name", "rename")),
+    Attack("a study of a recipe whose name is in colours", _study("\x1b[31m.yaml"), 2, ("rename the file",)),
     Attack("a study of a recipe called model", _study("model.yaml"), 2, ("rename the file",)),
     Attack(
         "a study in a folder with a model of the user's", _study("a.yaml", prepare=lambda f: _mine(f / "out/model/m")),

@@ -13,7 +13,7 @@ import pytest
 from distributed.crowd import ENVIRONMENTS
 
 from flipscale.data.lanes import number_of_lanes
-from flipscale.training.run_directory import told_of_a_full_disk
+from flipscale.training.run_directory import told_of_the_disk
 
 ALL_END_WITHIN_SECONDS = 20
 # What flipscale itself raises, and says so in a sentence.
@@ -27,7 +27,7 @@ def raise_own(error: str) -> None:
     """Have flipscale raise an error, or raise one that nobody foresaw."""
     if error == "ValueError":
         number_of_lanes(5, 16)
-    with told_of_a_full_disk(Path("runs/h14")):
+    with told_of_the_disk(Path("runs/h14")):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) if error == "OSError" else RuntimeError("upside down")
 
 
