@@ -59,7 +59,7 @@ ATTACKS = [
     _hub("a model of somebody else's", "403", _evaluated, 2, NONE),
     _hub("a model that is not there", "404", _evaluated, 2, NONE),
     _hub("a refusal in colours", "colours", _evaluated, 2, NONE),
-    _hub("a server that is out of order", "500", _evaluated, 1, AWAY, "500"),
+    _hub("a server that is out of order", "500", _evaluated, 1, AWAY, "out of order"),
     _hub("a server that is busy for years", "busy", _evaluated, 1, AWAY, "asks to come back in 99999999999 s"),
     _hub("a server that has a limit a day", "limited", _evaluated, 1, AWAY, "asks to come back in 86400 s"),
     _hub("a login page for a model", "page", _evaluated, 1, AWAY, NO_HUB),
