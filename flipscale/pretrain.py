@@ -14,7 +14,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 
 from flipscale.engines.checkpoint import CheckpointReader, CheckpointWriter, checkpoint_of, list_checkpoints
 from flipscale.engines.device import best_attention
-from flipscale.engines.launch import launch_of
+from flipscale.engines.launch import launch_of, precision_in_words
 from flipscale.engines.start import build_engine, close_process_group, exit_now
 from flipscale.engines.whole_checkpoint import begin_reading
 from flipscale.hub.background_push import BackgroundPush, card_name, open_target, push_finished
@@ -25,7 +25,10 @@ from flipscale.training.evaluating import Evaluation
 from flipscale.training.health import StepGuard
 from flipscale.training.preemption import StopRequest
 from flipscale.training.recipe import Recipe, as_fields, parse_recipe
+from flipscale.training.report.figures import draw_figures
+from flipscale.training.report.lines import first_block, last_block, stopped_line
 from flipscale.training.run_directory import (
+    device_name,
     is_done,
     mark_done,
     open_run_directory,
@@ -44,7 +47,7 @@ if TYPE_CHECKING:
     from flipscale.engines.engine import Engine
     from flipscale.model import FlipModel
 
-_log = logging.getLogger(__name__)
+_log = logging.getLogger("flipscale.pretrain")  # also under `python -m`, where it is called __main__
 
 
 def pretrain(recipe: Recipe) -> Path:
@@ -77,8 +80,7 @@ def pretrain(recipe: Recipe) -> Path:
         with watch, watch.doing("the building of the model"):
             engine = resume(recipe, plan, start)
             if start.accelerator.is_main_process:
-                num_processes = start.accelerator.num_processes
-                write_run_files(recipe, engine.name, num_processes, start.state, len(plan.source), start.set_aside)
+                begin_run(recipe, plan, start, engine.name)
         from flipscale.planning.flops import pair_flops  # runs a model, see `resume`
 
         train(recipe, plan, start, engine, pair_flops(recipe))
@@ -129,7 +131,7 @@ def train(recipe: Recipe, plan: Plan, start: Start, engine: "Engine", pair_flops
     saver = Saver(recipe, plan, start, engine, writer, bad_samples)
     push = BackgroundPush(recipe, total_steps, is_main)
     watch = StepWatch(accelerator, run_dir, recipe.log.hang_seconds, start.trained_seconds)
-    tracker = Tracker(accelerator, run_dir, recipe.log, watch, batch_size, total_steps, pair_flops)
+    tracker = Tracker(accelerator, run_dir, recipe.log, watch, batch_size, plan.stages, pair_flops)
     evaluation = Evaluation(recipe, plan, engine, accelerator, watch)
     profiler = StepProfiler(accelerator, run_dir, recipe.log.profile_steps)
     request = StopRequest(watches_file=is_main)
@@ -174,16 +176,26 @@ def train(recipe: Recipe, plan: Plan, start: Start, engine: "Engine", pair_flops
         with watch.paused("a save"):
             push.offer(saver.commit())
             push.close()
-        if not guard.stop:
-            with watch.paused("an evaluation"):
-                tracker.write_results(step, evaluation.run(plan.tasks))
-            with watch.paused("the export"):
-                finish(recipe, start, total_steps)
+        if guard.stop:
+            _log.info("%s", stopped_line(step, total_steps))
+            return
+        with watch.paused("an evaluation"):
+            tracker.write_results(step, evaluation.run(plan.tasks))
+        with watch.paused("the export"):
+            finish(recipe, start, total_steps, watch.trained_seconds)
 
 
-def finish(recipe: Recipe, start: Start, step: int) -> None:
-    """Collective. Export the model of the last checkpoint, with its card, and mark the run done: the main process does,
-    and the others wait."""
+def begin_run(recipe: Recipe, plan: Plan, start: Start, engine: str) -> None:
+    """Write the files that a run begins with, and say what is trained. The main process calls this."""
+    num_processes, num_pairs = start.accelerator.num_processes, len(plan.source)
+    num_parameters = write_run_files(recipe, engine, num_processes, start.state, num_pairs, start.set_aside)
+    precision = precision_in_words(os.environ)
+    _log.info("%s", first_block(recipe, plan, start, engine, num_parameters, device_name(), precision))
+
+
+def finish(recipe: Recipe, start: Start, step: int, trained_seconds: float) -> None:
+    """Collective. Export the model of the last checkpoint, with its card and the run's figures, and mark the run done:
+    the main process does, and the others wait."""
     if start.accelerator.is_main_process:
         start.check_lock(at_once=True)
         from flipscale.hub.model_card import write_card
@@ -192,7 +204,9 @@ def finish(recipe: Recipe, start: Start, step: int) -> None:
         run_dir = Path(recipe.output_dir)
         export_checkpoint(checkpoint_of(run_dir, step), run_dir / "model")
         write_card(run_dir / "model", run_dir, card_name(recipe))
+        figures = draw_figures(run_dir)
         mark_done(run_dir)
+        _log.info("%s", last_block(recipe, step, trained_seconds, list(figures)))
     start.accelerator.wait_for_everyone()
 
 

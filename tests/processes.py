@@ -27,6 +27,8 @@ _IMPORTED_LATER = (
     "flipscale.hub.upload",
     "flipscale.objectives.kinds",
     "flipscale.pages.report",
+    "matplotlib.backends.backend_agg",
+    "matplotlib.pyplot",
     "torch.utils.tensorboard",
 )
 # What the server starts with: torch reads some variables once, and no test's may reach the processes of another.

@@ -2,7 +2,8 @@
 
 import copy
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.utils import logging as transformers_logging
 
 from flipscale.data.tokenizers import check_tokenizer, load_tokenizer
 from flipscale.engines.checkpoint import CheckpointReader, list_checkpoints
@@ -153,11 +155,24 @@ def _write_folder(
         if processor is not None:
             processor.save_pretrained(folder)
             write_sentence_transformer(folder)
-        model.save_pretrained(folder, state_dict={})
+        with _without_bars():
+            model.save_pretrained(folder, state_dict={})
         for empty in folder.glob("*.safetensors"):
             empty.unlink()
         save(folder)
     return out_dir
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Hide transformers' progress bars, which count weights that are written elsewhere."""
+    was_enabled = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            transformers_logging.enable_progress_bar()
 
 
 def by_channel(value: Any, num_channels: int) -> list[float]:

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple, NoReturn
 import flipscale
 from flipscale.files.streams import is_unread, open_streams, write_or_drop
 from flipscale.training.preemption import EndRequest, refuse_restart
+from flipscale.training.report.quiet import silence_other_packages
 
 # Prints the traceback of any error, too.
 DEBUG = "FLIPSCALE_DEBUG"
@@ -49,14 +50,17 @@ _PACKAGES = {
 
 
 def start_logging() -> None:
-    """Have the package's loggers write to stderr, with the time and this process's rank in front.
+    """Have the package's loggers write to stderr, with the time in front, and this process's rank if it is one of
+    several; other packages' are silent.
 
     The first process writes what its loggers call info, every process its warnings.
     """
+    silence_other_packages()
     rank = _number("RANK", 0)
+    place = f" rank {rank}:" if _number("WORLD_SIZE", 1) > 1 else ""
     package = logging.getLogger("flipscale")
     package.handlers = [_AboveTheBar()]
-    package.handlers[0].setFormatter(_Formatter(f"%(asctime)s rank {rank}: %(message)s", "%Y-%m-%d %H:%M:%S"))
+    package.handlers[0].setFormatter(_Formatter(f"%(asctime)s{place} %(level)s%(message)s", "%Y-%m-%d %H:%M:%S"))
     package.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     package.propagate = False
 
@@ -72,8 +76,8 @@ class _AboveTheBar(logging.Handler):
 
 class _Formatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        line = super().format(record)
-        return line if record.levelno == logging.INFO else line.replace(": ", f": {record.levelname.lower()}: ", 1)
+        record.level = "" if record.levelno == logging.INFO else f"{record.levelname.lower()}: "
+        return super().format(record)
 
 
 @dataclass

@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import shutil
 import socket
 import subprocess
@@ -32,6 +33,7 @@ from flipscale.files.aside import refuse_unwritable, sync, write_text
 from flipscale.files.lock import FolderLock
 from flipscale.files.yaml_text import read_saved
 from flipscale.training.recipe import Recipe, differences, to_yaml
+from flipscale.training.report.command import typed_command
 
 
 def open_run_directory(recipe: Recipe) -> Path | None:
@@ -152,8 +154,9 @@ def write_run_files(
     state: Mapping[str, Any],
     data_samples: int,
     set_aside: Sequence[str] = (),
-) -> None:
-    """Write `recipe.yaml` and `environment.json`, and append this start to `starts.jsonl`. The main process calls this.
+) -> int:
+    """Write `recipe.yaml` and `environment.json`, and append this start to `starts.jsonl`; return how many parameters
+    the model has. The main process calls this.
 
     Args:
         engine: the name of the engine.
@@ -182,6 +185,7 @@ def write_run_files(
         "set_aside": list(set_aside),
     }
     json_lines.append(run_dir / "starts.jsonl", [start])
+    return num_parameters
 
 
 def read_starts(run_dir: Path) -> list[dict[str, Any]]:
@@ -228,7 +232,7 @@ def environment() -> dict[str, Any]:
         "commit": commit.stdout.strip() or None,
         "python": platform.python_version(),
         **{package: version(package) for package in packages},
-        "command": sys.argv,
+        "command": typed_command() or shlex.join(sys.argv),
         "mixed_precision": launched_precision(os.environ),
         "machine": platform.machine(),
         "cpus": os.cpu_count(),

@@ -1,16 +1,22 @@
 """Checkpoints of a run while it trains: when one is due, and what it says of the run."""
 
+import logging
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flipscale.data.sources.source import shard_sizes_digest
-from flipscale.engines.checkpoint import CheckpointWriter
+from flipscale.engines.checkpoint import CheckpointWriter, checkpoint_of
 from flipscale.training.bad_samples import BadSamples
 from flipscale.training.recipe import Recipe, to_yaml
+from flipscale.training.report.lines import saved_line
 from flipscale.training.schedule import is_due
 from flipscale.training.start import Plan, Start
 
 if TYPE_CHECKING:
     from flipscale.engines.engine import Engine
+
+
+_log = logging.getLogger(__name__)
 
 
 class Saver:
@@ -68,4 +74,7 @@ class Saver:
             OSError: the disk is full or not writable, or another run has taken the run directory.
         """
         self._start.check_lock(at_once=True)
-        return self._writer.commit()
+        step = self._writer.commit()
+        if step is not None:
+            _log.info("%s", saved_line(step, checkpoint_of(Path(self._recipe.output_dir), step)))
+        return step

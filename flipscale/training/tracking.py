@@ -1,7 +1,10 @@
-"""What a run reports while it trains: `metrics.jsonl` always, trackers on request, a progress bar on a terminal."""
+"""What a run reports while it trains: `metrics.jsonl` always, trackers on request; a progress bar on a terminal, lines
+elsewhere."""
 
+import logging
 import math
 import sys
+import time
 import uuid
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -17,13 +20,16 @@ from flipscale.files import json_lines
 from flipscale.files.aside import write_text
 from flipscale.training.health import Verdict
 from flipscale.training.recipe import LogRecipe
-from flipscale.training.schedule import is_due
+from flipscale.training.report.figures import FRESH_SECONDS, draw_figures
+from flipscale.training.report.lines import expected_line, interval_line, results_line, seconds_left
+from flipscale.training.schedule import Stage, is_due
 from flipscale.training.watch import StepWatch
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 PROJECT = "flipscale"
+_log = logging.getLogger(__name__)
 
 
 def check_trackers(names: Sequence[str]) -> None:
@@ -72,7 +78,8 @@ def _options(run_dir: Path) -> dict[str, dict[str, Any]]:
         write_text(file, uuid.uuid4().hex)
     run_id = file.read_text(encoding="utf-8")
     return {
-        "wandb": {"id": run_id, "name": run_dir.name, "resume": "allow"},
+        # W&B would make a folder `wandb` where the command was typed.
+        "wandb": {"id": run_id, "name": run_dir.name, "resume": "allow", "dir": str(run_dir)},
         "trackio": {"name": f"{run_dir.name}-{run_id[:8]}", "resume": "allow"},
         "comet_ml": {"experiment_key": run_id},
     }
@@ -95,7 +102,7 @@ class Tracker:
         recipe: LogRecipe,
         watch: StepWatch,
         step_samples: int,
-        total_steps: int,
+        stages: Sequence[Stage],
         pair_flops: Mapping[str, int],
     ):
         """`pair_flops` are the operations of a pair in each stage, forward and backward."""
@@ -103,16 +110,21 @@ class Tracker:
         self._recipe = recipe
         self._watch = watch
         self._step_samples = step_samples
-        self._total_steps = total_steps
+        self._stages = stages
+        self._total_steps = stages[-1].last_step
         self._pair_flops = pair_flops
         self._path = run_dir / "metrics.jsonl"
         self._peak_flops: float | None = None
         self._begin = watch.so_far()
-        self._steps = self._skipped = 0
+        self._steps = self._skipped = self._done = 0
         self._bar: tqdm | None = None
+        self._drawn = time.monotonic()
+        # Whether a line has said how long the run takes.
+        self._has_told = False
 
     def start(self, step: int) -> None:
-        """Drop the records of steps after `step`, which will run again, and show a progress bar."""
+        """Drop the records of steps after `step`, which will run again, and show a progress bar on a terminal."""
+        self._done = step
         if not self._accelerator.is_main_process:
             return
         one = peak_flops(self._accelerator.device, self._accelerator.mixed_precision)
@@ -121,14 +133,14 @@ class Tracker:
             kept = [record for record in json_lines.read(self._path, step=int) if record["step"] <= step]
             json_lines.rewrite(self._path, kept)
         drop_results_after(self._path.parent, step)
-        self._bar = tqdm(
-            total=self._total_steps * self._step_samples,
-            initial=step * self._step_samples,
-            unit="pair",
-            unit_scale=True,
-            disable=not sys.stderr.isatty(),
-            dynamic_ncols=True,
-        )
+        if sys.stderr.isatty():
+            self._bar = tqdm(
+                total=self._total_steps * self._step_samples,
+                initial=step * self._step_samples,
+                unit="pair",
+                unit_scale=True,
+                dynamic_ncols=True,
+            )
 
     def __enter__(self) -> "Tracker":
         return self
@@ -145,9 +157,15 @@ class Tracker:
     def count_step(self, finite: bool) -> None:
         """Count a step, which was taken if it was `finite` and skipped if not."""
         self._steps += 1
+        self._done += 1
         self._skipped += not finite
         if self._bar is not None:
             self._bar.update(self._step_samples)
+            return
+        usual = self._watch.usual_seconds
+        if usual is not None and not self._has_told and not self.is_due(self._done):
+            _log.info("%s", expected_line(self._seconds_left(self._done, usual), usual))
+            self._has_told = True
 
     def is_due(self, step: int) -> bool:
         """Return whether an interval ends after this many steps."""
@@ -176,10 +194,19 @@ class Tracker:
             "num_slow": num_slow,
         }
         learned = {"loss": verdict.loss, "lr": verdict.learning_rate, "grad_norm": verdict.grad_norm, **verdict.metrics}
-        self.write(verdict.num_done, verdict.clock.seconds, {**learned, "stage": stage, **interval})
+        metrics = {**learned, "stage": stage, **interval}
+        self.write(verdict.num_done, verdict.clock.seconds, metrics)
         if self._bar is not None:
             self._bar.set_postfix_str(f"loss {verdict.loss:.3f}, {stage}", refresh=False)
+        else:
+            left = self._seconds_left(verdict.num_done, seconds / self._steps)
+            _log.info("%s", interval_line(verdict.num_done, self._total_steps, metrics, left))
+            self._has_told = True
         self._steps = self._skipped = 0
+
+    def _seconds_left(self, step: int, step_seconds: float) -> float:
+        """Return what the run takes from `step` on, if the step before it took `step_seconds`."""
+        return seconds_left(self._stages, self._pair_flops, step, step_seconds)
 
     def write(self, step: int, trained_seconds: float, metrics: Mapping[str, Any]) -> None:
         """Append one record, and hand its numbers to the trackers; a number that is not finite becomes null."""
@@ -202,4 +229,8 @@ class Tracker:
         seconds = self._watch.trained_seconds
         if self._accelerator.is_main_process:
             append_results(self._path.parent, results, step, step * self._step_samples, seconds)
+            if time.monotonic() - self._drawn > FRESH_SECONDS:
+                draw_figures(self._path.parent)
+                self._drawn = time.monotonic()
+        _log.info("%s", results_line(step, results))
         self.write(step, seconds, as_metrics(results))

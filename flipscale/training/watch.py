@@ -238,8 +238,7 @@ class StepWatch:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._hangs.__exit__()
-        if error is None:
-            self._write_heartbeat("ended", now=True)
+        self._write_heartbeat("ended" if error is None else "failed", now=True)
 
     def timed(self, batches: Iterable[Batch], first_step: int) -> Iterator[Batch]:
         """Yield the batches of the steps from `first_step` on, and time each step and its wait for data."""
@@ -276,6 +275,11 @@ class StepWatch:
             if len(self._recent) >= _NEEDED:
                 self._usual = statistics.median(self._recent)
         self._windows.append(Window(self._step, now, self._usual))
+
+    @property
+    def usual_seconds(self) -> float | None:
+        """The median time of a step of the stage; None while too few have been taken."""
+        return self._usual if self._usual < float("inf") else None
 
     @property
     def trained_seconds(self) -> float:
@@ -329,8 +333,7 @@ class StepWatch:
         if not self._accelerator.is_main_process or not (now or clock - self._last_heartbeat > _HEARTBEAT_SECONDS):
             return
         self._last_heartbeat = clock
-        usual = self._usual if self._usual < float("inf") else None
-        content = {"time": time.time(), "step": self._step, "phase": phase, "step_s": usual}
+        content = {"time": time.time(), "step": self._step, "phase": phase, "step_s": self.usual_seconds}
         with suppress(OSError):  # the next checkpoint reports a full disk
             aside.write_text(self._run_dir / "heartbeat.json", json.dumps(content))
 

@@ -36,7 +36,7 @@ def run_dir(recipe: dict, shards: Path, tmp_path_factory: pytest.TempPathFactory
 
 def test_the_run_directory_holds_what_is_promised(run_dir: Path) -> None:
     expected = {"recipe.yaml", "environment.json", "metrics.jsonl", "tensorboard", "checkpoints", "model", "DONE"}
-    expected |= {"starts.jsonl", "heartbeat.json", "results.jsonl", "tracker_run_id", "report.html"}
+    expected |= {"starts.jsonl", "heartbeat.json", "results.jsonl", "tracker_run_id", "report.html", "figures"}
     assert {path.name for path in run_dir.iterdir()} == expected
     shown = EventAccumulator(str(next((run_dir / "tensorboard").rglob("events*")).parent)).Reload().Tags()["scalars"]
     assert {"loss", "mfu", "peak_memory_bytes", "data_wait_share", "images_per_s", "zero_shot/top1"} <= set(shown)
@@ -55,7 +55,7 @@ def test_a_finished_run_is_left_alone(run_dir: Path) -> None:
     before = (run_dir / "metrics.jsonl").read_bytes()
     done = pretrain(run_dir.with_suffix(".yaml"))
     assert done.returncode == 0
-    assert f"rank 0: {run_dir} is done; remove it, or choose another output_dir" in done.stderr
+    assert f"{run_dir} is done; remove it, or choose another output_dir" in done.stderr
     assert (run_dir / "metrics.jsonl").read_bytes() == before
 
 

@@ -22,8 +22,7 @@ def test_a_profile_of_every_rank_says_how_it_is_opened(write_recipe, tmp_path: P
         assert backward, "the backward pass is in the trace"
     (line,) = [line for line in done.stderr.splitlines() if "steps were profiled" in line]
     assert line.endswith(
-        f"rank 0: steps were profiled, see {tmp_path}/run/profile: open its rank-*.trace.json.gz at "
-        "https://ui.perfetto.dev"
+        f"rank 0: steps were profiled, see {tmp_path}/run/profile: open its rank-*.trace.json.gz at https://ui.perfetto.dev"
     )
     assert len([record for record in metrics(tmp_path / "run") if "loss" in record]) == 8
     assert list((tmp_path / "run/tensorboard").glob("events*"))

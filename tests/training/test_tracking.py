@@ -9,6 +9,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from flipscale.training.recipe import as_fields, parse_recipe
+from flipscale.training.schedule import StageRecipe, plan_stages
 from flipscale.training.tracking import LogRecipe, Tracker, open_trackers
 from flipscale.training.watch import StepWatch
 
@@ -51,7 +52,8 @@ def test_trackers_get_the_project_the_recipe_and_one_run_id(
     first, resumed = Recorder.opened
     assert first.project == resumed.project == "flipscale"
     assert first.options == resumed.options
-    assert first.options == {"id": (run_dir / "tracker_run_id").read_text(), "name": "h14", "resume": "allow"}
+    run_id = (run_dir / "tracker_run_id").read_text()
+    assert first.options == {"id": run_id, "name": "h14", "resume": "allow", "dir": str(run_dir)}
     assert first.config["data.global_batch_size"] == 16
     assert first.config["stages.0.base_lr"] == 0.012
     assert "model.init_from" not in first.config
@@ -63,7 +65,8 @@ def test_a_torn_line_of_metrics_is_dropped_on_resume(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
     accelerator = Accelerator(cpu=True)
     watch = StepWatch(accelerator, tmp_path, 60.0)
-    tracker = Tracker(accelerator, tmp_path, LogRecipe(), watch, 16, 40, {})
+    stages = plan_stages([StageRecipe("masked", 640, base_lr=0.1)], 16)
+    tracker = Tracker(accelerator, tmp_path, LogRecipe(), watch, 16, stages, {})
     tracker.start(2)
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n'
     assert "watch" not in {thread.name for thread in threading.enumerate()}, "no thread before the first step"

@@ -25,15 +25,23 @@ class Curve:
         name: of the run directory.
         records: all records of `metrics.jsonl`, in the order of steps.
         measured: all results of its evaluations, in the order of steps.
-        mask_ratio: of the first stage.
-        tuned: whether unmasked tuning follows.
+        masks: the mask ratio of each stage, by its name, in the order of stages.
     """
 
     name: str
     records: list[dict[str, Any]]
     measured: list[Measured]
-    mask_ratio: float
-    tuned: bool
+    masks: dict[str, float]
+
+    @property
+    def mask_ratio(self) -> float:
+        """Of the first stage."""
+        return next(iter(self.masks.values()))
+
+    @property
+    def tuned(self) -> bool:
+        """Whether unmasked tuning follows."""
+        return list(self.masks.values())[-1] == 0 < self.mask_ratio
 
     @property
     def label(self) -> str:
@@ -51,6 +59,15 @@ class Curve:
         """Return training seconds and values of every record that has `metric`."""
         found = [(r["trained_seconds"], r[metric]) for r in self.records if r.get(metric) is not None]
         return [seconds for seconds, _ in found], [value for _, value in found]
+
+    def by_stage(self, metric: str) -> dict[str, tuple[list[float], list[float]]]:
+        """Return the same of each stage by its name, in the order of stages; none of a stage without a record."""
+        stages = dict.fromkeys(record["stage"] for record in self.records if record.get("stage"))
+        parts = {
+            stage: replace(self, records=[r for r in self.records if r.get("stage") == stage]).points(metric)
+            for stage in stages
+        }
+        return {stage: points for stage, points in parts.items() if points[0]}
 
     def course(self, name: str) -> list[Measured]:
         """Return this model's results called `name`, `task/metric`, in the order of steps."""
@@ -71,9 +88,9 @@ def read_curve(run_dir: Path) -> Curve:
     records = read_metrics(run_dir)
     if not records:
         raise ValueError(f"{run_dir} has no metrics.jsonl with a record; did the run start?")
-    ratios = [stage["mask_ratio"] for stage in read_saved(run_dir / "recipe.yaml")["stages"]]
-    tuned = len(ratios) > 1 and ratios[-1] == 0 < ratios[0]
-    return Curve(run_dir.name, records, read_results(run_dir), ratios[0], tuned)
+    stages = read_saved(run_dir / "recipe.yaml")["stages"]
+    masks = {stage["name"]: stage["mask_ratio"] for stage in stages}
+    return Curve(run_dir.name, records, read_results(run_dir), masks)
 
 
 def curve_of(run_dir: Path, step: int | None) -> Curve:

@@ -1,6 +1,7 @@
 """Figures of runs: loss and results against training time, and what the image encoder sees."""
 
 import importlib.util
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from flipscale.data.masks.keyed import keyed_patches
 from flipscale.data.masks.recipe import MaskRecipe
 from flipscale.data.pairs import PairDataset
 from flipscale.evaluation.reports.comparison import Curve, headlines
-from flipscale.evaluation.results import THIS_MODEL, Result
+from flipscale.evaluation.results import THIS_MODEL, Result, with_unit
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 COLOURS = ("#1f6feb", "#d1495b", "#2e8b57", "#8a5fbf")
 _GREY = 190
+# A line of so many points of a stage is drawn smoothed.
+_SMOOTHED_POINTS = 40
 
 
 def can_draw() -> bool:
@@ -47,17 +50,75 @@ def _axes(title: str, y_label: str, curves: list[Curve]) -> "tuple[Figure, Axes,
     axes.set_ylabel(y_label)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
+    axes.set_xlim(0, 1.02 * max(curve.records[-1]["trained_seconds"] for curve in curves) / (3600 if hours else 1))
     return figure, axes, 3600.0 if hours else 1.0
 
 
 def draw_loss(curves: list[Curve], path: Path) -> None:
-    """Draw the contrastive loss against training time, one line a run."""
+    """Draw the contrastive loss against training time, one line a run, smoothed where there are many points, and marks
+    where stages begin."""
     figure, axes, unit = _axes("Contrastive loss of the training batches", "loss", curves)
     for curve, colour in zip(curves, COLOURS, strict=False):
-        seconds, losses = curve.points("loss")
-        axes.plot([s / unit for s in seconds], losses, color=colour, label=curve.label)
-    axes.legend(frameon=False)
+        for number, (seconds, losses) in enumerate(curve.by_stage("loss").values()):
+            times = [s / unit for s in seconds]
+            label = curve.label if number == 0 else None
+            is_many = len(losses) >= _SMOOTHED_POINTS
+            if is_many:
+                axes.plot(times, losses, color=colour, alpha=0.25, linewidth=0.8)
+            axes.plot(times, _smoothed(losses) if is_many else losses, color=colour, label=label)
+    _mark_stages(axes, curves, unit)
+    if len({ratio for curve in curves for ratio in curve.masks.values()}) > 1:
+        _explain(axes, "Masked images are harder than whole ones: losses under different masks do not compare.")
+    if len(curves) > 1:
+        axes.legend(frameon=False)
     save_figure(figure, path)
+
+
+def draw_metric(curve: Curve, metric: str, title: str, y_label: str, path: Path, factor: float = 1.0) -> None:
+    """Draw a number of a run's intervals, times a factor, against training time."""
+    figure, axes, unit = _axes(title, y_label, [curve])
+    seconds, values = curve.points(metric)
+    axes.plot([s / unit for s in seconds], [factor * value for value in values], color=COLOURS[0])
+    _mark_stages(axes, [curve], unit)
+    axes.set_ylim(0, 1.15 * factor * max(values) or 1.0)
+    save_figure(figure, path)
+
+
+def _smoothed(values: Sequence[float]) -> np.ndarray:
+    """Return the mean of each value and those about it, a twentieth of all."""
+    half = len(values) // 40
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    first = np.maximum(np.arange(len(values)) - half, 0)
+    last = np.minimum(np.arange(len(values)) + half + 1, len(values))
+    return (sums[last] - sums[first]) / (last - first)
+
+
+def _mark_stages(axes: "Axes", curves: list[Curve], unit: float) -> None:
+    """Mark where the later stages of each run begin, with name and mask of each stage where there is one run."""
+    for curve, colour in zip(curves, COLOURS, strict=False):
+        ends = [seconds[-1] / unit for seconds, _ in curve.by_stage("lr").values()]
+        for end in ends[:-1]:
+            axes.axvline(end, color=colour if len(curves) > 1 else "#888888", linewidth=0.9, linestyle="--", zorder=0)
+        if len(curves) > 1 or len(ends) < 2:
+            continue
+        for name, begin, end in zip(curve.by_stage("lr"), [0.0, *ends], ends, strict=False):
+            ratio = curve.masks.get(name, 0.0)
+            words = f"{name}, {ratio:.0%} masked" if ratio else f"{name}, whole images"
+            # Beside its mark where there is room to write, else along it.
+            is_narrow = end - begin < 0.02 * len(words) * ends[-1]
+            axes.annotate(
+                words, (begin, 1.0), xycoords=("data", "axes fraction"), xytext=(3, -3), textcoords="offset points",
+                va="top", fontsize=8, color="#555555", rotation=90 if is_narrow else 0,
+            )  # fmt: skip
+
+
+def _explain(axes: "Axes", words: str) -> None:
+    """Write a line of explanation between the title and the axes."""
+    axes.set_title(axes.get_title(loc="left"), loc="left", pad=18)
+    axes.annotate(
+        words, (0.0, 1.0), xycoords="axes fraction", xytext=(0, 5), textcoords="offset points", fontsize=8,
+        color="#555555", va="bottom",
+    )  # fmt: skip
 
 
 def result_figures(curves: list[Curve]) -> dict[str, Result]:
@@ -72,27 +133,33 @@ def result_figures(curves: list[Curve]) -> dict[str, Result]:
 
 
 def draw_result(curves: list[Curve], shown: Result, path: Path) -> None:
-    """Draw a result against training time, one line a run with the 95 % intervals as a band; chance and the baselines
-    of the first run are levels."""
+    """Draw a result against training time, one line a run with the 95 % intervals as a band; the baselines of the first
+    run are levels. What chance achieves is said in words: its level would squeeze the lines."""
     title = f"{shown.task.replace('_', '-')}: {shown.shown}"
     figure, axes, unit = _axes(title, ", ".join(filter(None, (shown.shown, shown.unit))), curves)
+    drawn: list[float] = []
     for curve, colour in zip(curves, COLOURS, strict=False):
         course = curve.course(shown.name)
-        hours = [measured.trained_seconds / unit for measured in course]
-        axes.plot(hours, [measured.result.value for measured in course], "o-", color=colour, label=curve.label)
+        times, values = [m.trained_seconds / unit for m in course], [m.result.value for m in course]
+        axes.plot(times, values, "o-", color=colour, label=curve.label)
+        drawn += values
         if all(measured.result.low is not None for measured in course):
             low, high = ([getattr(measured.result, end) for measured in course] for end in ("low", "high"))
-            axes.fill_between(hours, low, high, color=colour, alpha=0.15, linewidth=0)
+            axes.fill_between(times, low, high, color=colour, alpha=0.15, linewidth=0)
     levels = {r.who: r.value for r in curves[0].results if r.name == shown.name and r.who != THIS_MODEL}
-    if shown.chance is not None:
-        levels = {"chance": shown.chance, **levels}
     for name, value in levels.items():
         axes.axhline(value, color="#888888", linewidth=0.9, linestyle=":", zorder=0)
         axes.annotate(name, (0.01, value), xycoords=("axes fraction", "data"), va="bottom", fontsize=8)
-    axes.set_xlim(left=0)
-    if shown.higher_is_better:
+    drawn += levels.values()
+    if min(drawn) < max(drawn) / 2 and min(drawn) >= 0:
         axes.set_ylim(bottom=0)
-    axes.legend(loc="lower right" if shown.higher_is_better else "upper right", framealpha=0.9, edgecolor="none")
+    has_band = all(m.result.low is not None for curve in curves for m in curve.course(shown.name))
+    said = ["The band is the 95 % interval over the queries."] if has_band else []
+    if shown.chance is not None:
+        said.append(f"Guessing achieves {with_unit(shown.chance, shown.unit)}.")
+    _explain(axes, " ".join(said))
+    if len(curves) > 1:
+        axes.legend(loc="lower right" if shown.higher_is_better else "upper right", framealpha=0.9, edgecolor="none")
     save_figure(figure, path)
 
 
@@ -126,7 +193,7 @@ def draw_patches(masked: PairDataset, whole: PairDataset, path: Path, count: int
         axes[0, column].imshow(_paste(full["patches"][column].numpy(), everything, patch_size, side))
         axes[1, column].imshow(_paste(seen["patches"][column].numpy(), index[column], patch_size, side))
         caption = str(masked.tokenizer.decode(full["input_ids"][column], skip_special_tokens=True)).strip()
-        axes[0, column].set_title(caption if len(caption) <= 22 else caption[:21] + "…", fontsize=7)
+        axes[0, column].set_title("\n".join(textwrap.wrap(caption, 24, max_lines=2, placeholder=" …")), fontsize=7)
     for axis in axes.flat:
         axis.set_axis_off()
     kept = masked.kept / masked.shape.num_patches

@@ -1,0 +1,162 @@
+"""What a run says: every line off a terminal is one of a few kinds, on one process and on two."""
+
+import os
+import re
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from conftest import launch, pretrain
+
+from flipscale.evaluation.results import Result
+from flipscale.training.recipe import parse_recipe
+from flipscale.training.report import figures
+from flipscale.training.report.command import typed_command
+from flipscale.training.report.figures import draw_figures
+from flipscale.training.report.lines import interval_line, last_block, results_line, seconds_left, stopped_line
+from flipscale.training.schedule import StageRecipe, plan_stages
+
+SPAN = r"(\d+ (d|h|min|s) ?)+"
+# Each at least once, in this order where they do not alternate.
+KINDS = {
+    "head": r"training RUN",
+    "model": r"  model       74,049 parameters, images of 32 x 32 pixels",
+    "data": r"  data        96 pairs of \S+, each seen 6\.7 times",
+    "steps": r"  steps       40 of 16 pairs: 24 at 75% masked, 16 unmasked",
+    "device": r"  device      .+",
+    "precision": r"  precision   fp32 \(the default here(; ACCELERATE_MIXED_PRECISION=bf16 is faster here)?\)",
+    "processes": r"  processes   (1|2, ddp)",
+    "evaluation": r"  evaluation  zero_shot every 320 pairs and at the end",
+    "folder": r"  run folder  RUN; `flipscale status RUN --watch` follows it",
+    "expected": rf"about {SPAN} to go at [\d.]+ s a step, evaluations and saves left out",
+    "interval": r"step \d+ of 40 \(\d+%\), (un)?masked: loss \d\.\d{3}, learning rate \S+, [\d,]+ images/s, "
+    rf"\d+% waiting for data(, {SPAN} left)?",
+    "results": r"step \d+: zero_shot top-1 [\d.]+ % \([\d.]+ to [\d.]+\)(, zero_shot top-5 .*)?",
+    "saved": r"step 40: saved RUN/checkpoints/step-00000040",
+    "done": rf"done: 40 steps, 640 pairs in {SPAN} of training",
+    "where": r"  model    RUN/model, its card RUN/model/README\.md",
+    "figures": r"  figures  RUN/figures: loss\.png, learning_rate\.png, data_wait\.png, zero_shot\.png",
+    "next": r"  next     flipscale evaluate RUN/model --zero_shot \S+",
+    "push": r"           flipscale push RUN ORG/NAME",
+}
+SLOW = r"warning: step \d+ took .*"  # of a machine that others use, too
+TIME = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d "
+
+
+def kind_of(line: str, run_dir: Path, place: str) -> str:
+    """The kind of a line; what begins with a space goes on with the line before."""
+    text = line if line.startswith(" ") else re.sub(f"^{TIME}{place}", "", line)
+    text = text.replace(str(run_dir), "RUN")
+    found = [kind for kind, pattern in {**KINDS, "slow": SLOW}.items() if re.fullmatch(pattern, text)]
+    assert len(found) == 1, line
+    return found[0]
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_every_line_is_of_a_known_kind(world: int, write_recipe, shards: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    changes = {"log": {"every_samples": 320}, "eval": {"every_samples": 320, "zero_shot": str(shards)}}
+    file = write_recipe(run_dir, **changes)
+    if world == 1:  # in an interpreter of its own, which imports what speaks when it is imported
+        done = launch([sys.executable, "-m", "flipscale.pretrain", "--config", str(file)])
+    else:
+        done = pretrain(file, world)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ""
+    found = [kind_of(line, run_dir, "rank 0: " if world > 1 else "") for line in done.stderr.splitlines()]
+    assert [kind for kind in dict.fromkeys(found) if kind != "slow"] == list(KINDS)
+    assert (found.count("interval"), found.count("results"), found.count("saved")) == (2, 2, 1)
+    drawn = {path.name for path in (run_dir / "figures").iterdir()}
+    assert drawn == {"loss.png", "learning_rate.png", "data_wait.png", "zero_shot.png"}
+
+
+STAGES = plan_stages(
+    [StageRecipe("masked", 160, mask_ratio=0.75, base_lr=0.1), StageRecipe("whole", 80), StageRecipe("last", 80)], 8
+)
+
+
+@pytest.mark.parametrize(("step", "seconds"), [(1, 19 + 80), (20, 80), (21, 4.75), (40, 0)])
+def test_the_time_left_follows_the_operations_of_each_stage(step: int, seconds: float) -> None:
+    step_seconds = 1.0 if step <= 20 else 0.25
+    assert seconds_left(STAGES, {"masked": 10, "whole": 40, "last": 40}, step, step_seconds) == pytest.approx(seconds)
+
+
+def test_an_interval_names_what_was_bad() -> None:
+    record = {"loss": float("nan"), "lr": 0.00125, "stage": "masked", "images_per_s": 12_345.6, "data_wait_share": 0.02}
+    line = interval_line(500, 2_000, {**record, "num_replaced": 3, "num_skipped": 1}, 65.0)
+    assert line == (
+        "step 500 of 2,000 (25%), masked: loss not finite, learning rate 0.0013, 12,346 images/s, 2% waiting for data, "
+        "3 bad samples replaced, 1 steps skipped as not finite, 1 min 5 s left"
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "typed"),
+    [
+        (["python", "-m", "flipscale.pretrain", "--seed", "1"], "python -m flipscale.pretrain --seed 1"),
+        (["/env/bin/python3", "BIN/flipscale", "pretrain", "--config", "a b"], "flipscale pretrain --config 'a b'"),
+        (["/env/bin/python3", "OTHER/flipscale", "pretrain"], "OTHER/flipscale pretrain"),
+        (["python", "-c", "from multiprocessing import ..."], None),
+    ],
+)
+def test_the_command_is_the_one_that_was_typed(
+    words: list[str], typed: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("BIN", "OTHER"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "flipscale").touch(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path / "BIN"))
+    for name in ("WORLD_SIZE", "ACCELERATE_MIXED_PRECISION", "FLIPSCALE_STOP_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(sys, "orig_argv", [re.sub("^(BIN|OTHER)", rf"{tmp_path}/\1", word) for word in words])
+    assert typed_command() == (typed and typed.replace("OTHER", f"{tmp_path}/OTHER"))
+
+
+def test_a_launcher_s_command_is_the_launcher_s(tmp_path: Path) -> None:
+    launcher = tmp_path / "torchrun"
+    code = "from flipscale.training.report.command import typed_command; print(typed_command())"
+    launcher.write_text(
+        f"#!{sys.executable}\nimport os, subprocess, sys\n"
+        f"subprocess.run([sys.executable, '-c', {code!r}], env={{**os.environ, 'WORLD_SIZE': '2'}}, check=True)\n"
+    )
+    launcher.chmod(0o755)
+    done = launch(["torchrun", "-m", "flipscale.pretrain"], PATH=f"{tmp_path}:{os.environ['PATH']}")
+    assert done.stdout == "torchrun -m flipscale.pretrain\n", done.stderr
+
+
+def test_under_a_batch_script_no_command_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLIPSCALE_STOP_FILE", "stop")
+    assert stopped_line(3, 10) == "stopped and saved at step 3 of 10; the same command goes on"
+
+
+def test_without_matplotlib_a_run_says_how_to_get_it(
+    write_recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(figures, "can_draw", lambda: False)
+    assert draw_figures(tmp_path) == {}
+    recipe = parse_recipe(["--config", str(write_recipe(tmp_path / "run"))])
+    said = last_block(recipe, 40, 3.0, [])
+    assert "  figures  none, as matplotlib is not installed: pip install 'flipscale[plots]'\n" in said
+    assert f"  next     flipscale evaluate {tmp_path}/run/model --zero_shot TEST_SET\n" in said
+
+
+def test_figures_that_cannot_be_drawn_are_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("logging.Logger.propagate", True, raising=False)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "samples_seen": 16, "trained_seconds": 1.0}\n')
+    with caplog.at_level("WARNING", "flipscale"):
+        assert draw_figures(tmp_path) == {}
+    assert "the figures could not be drawn (FileNotFoundError: " in caplog.text
+
+
+def test_a_run_of_one_record_has_no_figures(write_recipe, tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "samples_seen": 16, "trained_seconds": 1.0, "loss": 2.0}\n')
+    (tmp_path / "recipe.yaml").write_text("stages: [{name: masked, mask_ratio: 0.5}]")
+    assert draw_figures(tmp_path) == {}
+
+
+def test_results_are_the_headlines() -> None:
+    top1, top5 = Result("pets", "zero_shot", "top1", 40.0, 200, 33.5, 46.9), Result("pets", "zero_shot", "top5", 80.0)
+    assert results_line(1_200, [top1, replace(top5, headline=False)]) == "step 1,200: pets top-1 40.0 % (33.5 to 46.9)"
