@@ -4,13 +4,17 @@ import argparse
 import dataclasses
 import json
 import re
+import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from flipscale.evaluation.results import THIS_MODEL, Result, latest, read_metrics, read_results
 from flipscale.files import json_lines
+from flipscale.files.lock import holder_lives
 from flipscale.files.yaml_text import read_saved
+from flipscale.training.report.lines import duration
 from flipscale.training.schedule import StageRecipe, plan_stages
 
 # A run that is training counts as dead when its last heartbeat is older than this, and than this many usual steps.
@@ -20,12 +24,22 @@ _SILENT_PAUSE_SECONDS = 3600.0
 _CHECKPOINT = re.compile("step-[0-9]{8,15}")
 # Of what takes longer, no date is told.
 _LONGEST_SECONDS = 1e10
+_WATCH_SECONDS = 3.0
+# States that the run itself does not leave.
+_ENDED = ("done", "stopped", "dead")
+# Moves the cursor to the upper left and clears what is below it.
+_CLEAR = "\033[H\033[J"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `flipscale status`."""
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="A run directory, such as runs/h14.")
     parser.add_argument("--json", action="store_true", help="Print a JSON line for each run instead of a table.")
+    parser.add_argument(
+        "--watch",
+        action="store_true",
+        help="Look every few seconds until no run trains: redraw a terminal, and elsewhere print a line for each news.",
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -34,17 +48,41 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         ValueError: a folder that is not a run directory.
     """
-    found = [read_status(folder, time.time()) for folder in args.runs]
-    if args.json:
-        print("\n".join(json.dumps(status) for status in found))
-    else:
-        print("\n\n".join(as_table(status) for status in found))
+    try:
+        while args.watch and _watched(args.runs, args.json):
+            time.sleep(_WATCH_SECONDS)
+    except KeyboardInterrupt:  # how one stops watching
+        return
+    if not (args.watch and sys.stdout.isatty()):
+        print(_printed(_read(args.runs), args.json))
+
+
+def _read(folders: Sequence[Path]) -> list[dict[str, Any]]:
+    return [read_status(folder, time.time()) for folder in folders]
+
+
+def _printed(found: Sequence[dict[str, Any]], as_json: bool) -> str:
+    if as_json:
+        return "\n".join(json.dumps(status) for status in found)
+    return "\n\n".join(as_table(status) for status in found)
+
+
+def _watched(folders: Sequence[Path], as_json: bool) -> bool:
+    """Show how far the runs are, and return whether one of them still trains."""
+    found = _read(folders)
+    still = any(status["state"] not in _ENDED for status in found)
+    if sys.stdout.isatty():
+        print(_CLEAR + _printed(found, as_json), flush=True)
+    elif still:
+        print(_printed(found, True) if as_json else "\n".join(map(as_line, found)), flush=True)
+    return still
 
 
 def read_status(run_dir: Path, now: float) -> dict[str, Any]:
     """Return the state of a run at `now` (seconds since 1970), ready for JSON; what is not known is None.
 
-    `state` is `done`, `running`, `stopped` (asked to, and resumable), `dead` (no sign of life) or `starting`.
+    `state` is `done`, `running`, `stopped` (asked to, and resumable), `dead` (failed, killed, or no sign of life) or
+    `starting`. `has_process` is whether one trains there; None where another machine has it, or nobody.
     `images_per_s` is of the last record, `seconds_left` what is left at that speed; `num_bad_samples`,
     `num_skipped_steps` and `num_slow_steps` are sums over the run; `num_crashes` were counted by the Slurm script.
 
@@ -67,9 +105,14 @@ def read_status(run_dir: Path, now: float) -> dict[str, Any]:
     checkpoints = [path for path in (run_dir / "checkpoints").glob("step-*") if _CHECKPOINT.fullmatch(path.name)]
     checkpoint = max(checkpoints, key=lambda path: int(path.name[5:]), default=None)
     crashes = run_dir / "slurm/crashes"
+    lives = holder_lives(run_dir / "run.lock")
+    if lives is None and heartbeat.get("phase") == "failed":
+        lives = False
     return {
         "run": str(run_dir),
-        "state": "done" if done else _state(heartbeat, starts, now),
+        "state": "done" if done else _state(heartbeat, starts, lives, now),
+        "has_process": lives,
+        "command": _command(run_dir),
         "seconds_since_last_sign": now - heartbeat["time"] if heartbeat else None,
         "samples_seen": seen,
         "total_samples": total,
@@ -129,7 +172,18 @@ def _heartbeat(run_dir: Path) -> dict[str, Any]:
     return (json_lines.read(run_dir / "heartbeat.json", **fields) or [{}])[-1]
 
 
-def _state(heartbeat: dict[str, Any], starts: list[dict[str, Any]], now: float) -> str:
+def _command(run_dir: Path) -> str | None:
+    """Return the command of a run's last start."""
+    try:
+        command = json.loads((run_dir / "environment.json").read_text(encoding="utf-8"))["command"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return command if isinstance(command, str) else None
+
+
+def _state(heartbeat: dict[str, Any], starts: list[dict[str, Any]], lives: bool | None, now: float) -> str:
+    if lives is False:
+        return "dead"
     if not heartbeat or (starts and starts[-1]["time"] > heartbeat["time"]):
         return "starting"
     if heartbeat["phase"] == "ended":
@@ -180,12 +234,32 @@ def _state_words(status: dict[str, Any]) -> str:
     state = status["state"]
     if state in ("done", "starting"):
         return state
-    ago = f"{duration(status['seconds_since_last_sign'])} ago"
+    gone, silent = status["has_process"] is False, status["seconds_since_last_sign"]
+    ago = "" if silent is None else f"{duration(silent)} ago"
     return {
         "running": f"running, last sign {ago}",
-        "stopped": f"stopped {ago}; the same command goes on",
-        "dead": f"no sign of life since {ago}; the same command goes on from the last checkpoint",
+        "stopped": f"stopped {ago}; {_how_to_go_on(status)}",
+        "dead": f"{'no process' if gone else f'no sign of life since {ago}'}; {_how_to_go_on(status)}",
     }[state]
+
+
+def _how_to_go_on(status: dict[str, Any]) -> str:
+    samples, command = status["checkpoint_samples"], status["command"]
+    place = "from the start, as there is no checkpoint" if samples is None else f"from {samples:,} pairs"
+    return f"the same command goes on {place}{f': {command}' if command else ''}"
+
+
+def as_line(status: dict[str, Any]) -> str:
+    """Return how far a run is as one line."""
+    seen, total = status["samples_seen"], status["total_samples"]
+    parts = [f"{status['run']}: {status['state']}, {seen:,} of {total:,} pairs ({seen / total:.1%})"]
+    if status["loss"] is not None:
+        parts.append(f"loss {status['loss']:.4f}")
+    if status["images_per_s"] is not None:
+        parts.append(f"{status['images_per_s']:,.0f} images/s")
+    if status["seconds_left"] is not None:
+        parts.append(f"{duration(status['seconds_left'])} left")
+    return ", ".join(parts)
 
 
 def _checkpoint_words(status: dict[str, Any]) -> str:
@@ -207,14 +281,3 @@ def _start_words(status: dict[str, Any]) -> str:
     words = f"{status['num_starts']}, the last {age} ago on {processes} process{'es' * (processes != 1)}"
     crashes = status["num_crashes"]
     return words + (f"; {crashes} crash{'es' * (crashes != 1)}" if crashes else "")
-
-
-def duration(seconds: float) -> str:
-    """Return a time span in its two largest units: `3 d 4 h`, `12 min 5 s`, `8 s`."""
-    left = round(seconds)
-    parts: list[str] = []
-    for unit, length in (("d", 86400), ("h", 3600), ("min", 60), ("s", 1)):
-        count, left = divmod(left, length)
-        if count or parts:
-            parts.append(f"{count} {unit}")
-    return " ".join(parts[:2]) or "0 s"

@@ -55,6 +55,15 @@ class Holder(NamedTuple):
         return f"process {self.about['pid']} on {self.about['host']} (since {since}{job})"
 
 
+def holder_lives(path: Path) -> bool | None:
+    """Return whether the process that a lock's file names lives; None where there is no file, or its holder is of
+    another machine or unknown."""
+    try:
+        return _lives_here(Holder(_parsed(path.read_bytes()), 0.0))
+    except OSError:
+        return None
+
+
 class FolderLock:
     """The lock of a folder, which this process takes with `acquire` and keeps until `release` or its end.
 
