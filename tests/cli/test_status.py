@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,9 @@ import yaml
 
 from flipscale.cli import main
 from flipscale.evaluation.results import Result, append_results
-from flipscale.status import duration, read_status
+from flipscale.files.lock import FolderLock
+from flipscale.status import as_table, read_status
+from flipscale.training.report.lines import duration
 
 NOW = 1_700_000_000.0
 RECORD = {
@@ -74,6 +77,69 @@ def test_states(run_dir: Path, age: float, phase: str, step_s: float, state: str
 def test_a_start_after_the_last_sign(run_dir: Path) -> None:
     beat(run_dir, age=100.0)
     assert read_status(run_dir, NOW)["state"] == "starting"
+
+
+def lock(run_dir: Path, **about: object) -> None:
+    """The lock of this process, or of one that differs."""
+    held = FolderLock(run_dir / "run.lock", "trains").about
+    (run_dir / "run.lock").write_text(json.dumps({**held, **about}))
+
+
+def test_a_process_that_was_killed_here_is_seen_at_once(run_dir: Path) -> None:
+    lock(run_dir)
+    status = read_status(run_dir, NOW)
+    assert (status["state"], status["has_process"]) == ("running", True)
+    lock(run_dir, started="1")  # another process has its number
+    status = read_status(run_dir, NOW)
+    assert (status["state"], status["has_process"]) == ("dead", False)
+    (run_dir / "environment.json").write_text('{"command": "flipscale pretrain --config demo"}')
+    assert state_row(run_dir) == (
+        "no process; the same command goes on from 3,000 pairs: flipscale pretrain --config demo"
+    )
+
+
+def test_a_run_that_failed_has_no_process(run_dir: Path) -> None:
+    beat(run_dir, age=1.0, phase="failed")
+    assert read_status(run_dir, NOW)["state"] == "dead"
+    shutil.rmtree(run_dir / "checkpoints")
+    assert state_row(run_dir) == "no process; the same command goes on from the start, as there is no checkpoint"
+
+
+def test_a_process_of_another_machine_is_judged_by_its_signs(run_dir: Path) -> None:
+    (run_dir / "starts.jsonl").unlink()
+    lock(run_dir, machine="another", host="far")
+    status = read_status(run_dir, NOW)
+    assert (status["state"], status["has_process"]) == ("running", None)
+    beat(run_dir, age=200.0)
+    assert read_status(run_dir, NOW)["state"] == "dead"
+
+
+def state_row(run_dir: Path) -> str:
+    return as_table(read_status(run_dir, NOW)).splitlines()[1].split(maxsplit=1)[1]
+
+
+def test_watching_prints_a_line_for_each_look_and_the_table_at_the_end(
+    run_dir: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock(run_dir)
+    monkeypatch.setattr("time.time", lambda: NOW)
+    looks = iter([lambda: None, (run_dir / "DONE").touch])
+    monkeypatch.setattr("time.sleep", lambda seconds: next(looks)())
+    main(["status", str(run_dir), "--watch"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == [
+        f"{run_dir}: running, 4,500 of 10,000 pairs (45.0%), loss 2.5000, 100 images/s, 55 s left"
+    ] * 2  # fmt: skip
+    assert lines[2:4] == [str(run_dir), "  state           done"]
+
+
+def test_watching_redraws_a_terminal(
+    run_dir: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    beat(run_dir, age=1.0, phase="ended")
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    main(["status", str(run_dir), "--watch"])
+    assert capsys.readouterr().out.startswith(f"\033[H\033[J{run_dir}\n  state           stopped ")
 
 
 def test_the_table_of_two_runs(run_dir: Path, capsys: pytest.CaptureFixture) -> None:
