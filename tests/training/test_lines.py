@@ -39,6 +39,7 @@ KINDS = {
     "figures": r"  figures  RUN/figures: loss\.png, learning_rate\.png, data_wait\.png, zero_shot\.png",
     "next": r"  next     flipscale evaluate RUN/model --zero_shot \S+",
     "push": r"           flipscale push RUN ORG/NAME",
+    "report": r"RUN/report\.html shows the run: open it in a browser",
 }
 SLOW = r"warning: step \d+ took .*"  # of a machine that others use, too
 TIME = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d "
