@@ -25,8 +25,9 @@ from flipscale.training.evaluating import Evaluation
 from flipscale.training.health import StepGuard
 from flipscale.training.preemption import StopRequest
 from flipscale.training.recipe import Recipe, as_fields, parse_recipe
+from flipscale.training.report.blocks import first_block, last_block
 from flipscale.training.report.figures import draw_figures
-from flipscale.training.report.lines import first_block, last_block, stopped_line
+from flipscale.training.report.lines import stopped_line
 from flipscale.training.run_directory import (
     device_name,
     is_done,
@@ -124,8 +125,7 @@ def resume(recipe: Recipe, plan: Plan, start: Start) -> "Engine":
 def train(recipe: Recipe, plan: Plan, start: Start, engine: "Engine", pair_flops: dict[str, int]) -> None:
     """Collective. Take the steps that are left, and do what is due between them and at the end."""
     accelerator, run_dir, is_main = start.accelerator, Path(recipe.output_dir), start.accelerator.is_main_process
-    step, total_steps = start.step, plan.stages[-1].last_step
-    batch_size = recipe.data.global_batch_size
+    step, total_steps, batch_size = start.step, plan.stages[-1].last_step, recipe.data.global_batch_size
     bad_samples = BadSamples(run_dir, is_main, recipe.data.max_bad_fraction)
     writer = CheckpointWriter(accelerator, run_dir, recipe.save, start.state.get("step"))
     saver = Saver(recipe, plan, start, engine, writer, bad_samples)
@@ -177,8 +177,7 @@ def train(recipe: Recipe, plan: Plan, start: Start, engine: "Engine", pair_flops
             push.offer(saver.commit())
             push.close()
         if guard.stop:
-            _log.info("%s", stopped_line(step, total_steps))
-            return
+            return _log.info("%s", stopped_line(step, total_steps))
         with watch.paused("an evaluation"):
             tracker.write_results(step, evaluation.run(plan.tasks))
         with watch.paused("the export"):

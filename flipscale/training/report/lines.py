@@ -1,4 +1,4 @@
-"""The lines of a run: what it begins with, how it goes, and how it ends."""
+"""The lines of a run between its first and its last: how it goes, what it found, where it saved."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -6,65 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flipscale.training.report.command import how_to_go_on
-from flipscale.training.schedule import stage_of
+from flipscale.training.schedule import Stage, stage_of
 
 if TYPE_CHECKING:
     from flipscale.evaluation.results import Result
-    from flipscale.training.recipe import Recipe
-    from flipscale.training.schedule import Stage
-    from flipscale.training.start import Plan, Start
-
-
-def first_block(
-    recipe: "Recipe", plan: "Plan", start: "Start", engine: str, num_parameters: int, device: str, precision: str
-) -> str:
-    """Return what is trained, on what and where to, in a few lines.
-
-    Args:
-        engine: the name of the engine.
-        num_parameters: of the model.
-        device: the name of what a process computes on.
-        precision: of its products, in words.
-    """
-    batch, total = recipe.data.global_batch_size, plan.stages[-1].last_step
-    accelerator, run_dir = start.accelerator, recipe.output_dir
-    processes, side = accelerator.num_processes, recipe.model_config().vision_config.image_size
-    epochs = total * batch / len(plan.source)
-    rows = {
-        "model": f"{_millions(num_parameters)} parameters, images of {side} x {side} pixels",
-        "data": f"{len(plan.source):,} pairs of {_data_name(recipe)}, each seen {_about(epochs)} times",
-        "steps": f"{total:,} of {batch:,} pairs: {', '.join(map(_stage_words, plan.stages))}",
-        "device": device,
-        "precision": precision,
-        "processes": f"{processes}, {engine}" if processes > 1 else "1",
-        "evaluation": _evaluation_words(plan),
-        "run folder": f"{run_dir}; `flipscale status {run_dir} --watch` follows it",
-    }
-    head = f"training {run_dir}"
-    if start.step:
-        head = f"going on with {run_dir} from step {start.step:,} of {total:,}"
-    return _block(head, rows)
-
-
-def last_block(recipe: "Recipe", step: int, seconds: float, figures: Sequence[str]) -> str:
-    """Return where a finished run's results are, and what can be done with them.
-
-    Args:
-        step: how many steps it took.
-        seconds: spent training.
-        figures: the names of those that were drawn.
-    """
-    run_dir = Path(recipe.output_dir)
-    tested = next((task.data for task in recipe.eval.planned() if task.kind == "zero_shot"), "TEST_SET")
-    none = "none, as matplotlib is not installed: pip install 'flipscale[plots]'"
-    rows = {
-        "model": f"{run_dir / 'model'}, its card {run_dir / 'model/README.md'}",
-        "figures": f"{run_dir / 'figures'}: {', '.join(figures)}" if figures else none,
-        "next": f"flipscale evaluate {run_dir / 'model'} --zero_shot {tested}",
-        "": f"flipscale push {run_dir} ORG/NAME",
-    }
-    pairs = step * recipe.data.global_batch_size
-    return _block(f"done: {step:,} steps, {pairs:,} pairs in {duration(seconds)} of training", rows)
 
 
 def stopped_line(step: int, total: int) -> str:
@@ -110,7 +55,7 @@ def expected_line(seconds: float, step_seconds: float) -> str:
     return f"about {duration(seconds)} to go at {step_seconds:.2g} s a step, evaluations and saves left out"
 
 
-def seconds_left(stages: Sequence["Stage"], pair_flops: Mapping[str, int], step: int, step_seconds: float) -> float:
+def seconds_left(stages: Sequence[Stage], pair_flops: Mapping[str, int], step: int, step_seconds: float) -> float:
     """Return how long the steps from `step` on take, those of other stages by their operations.
 
     Args:
@@ -131,34 +76,3 @@ def duration(seconds: float) -> str:
         if count or parts:
             parts.append(f"{count} {unit}")
     return " ".join(parts[:2]) or "0 s"
-
-
-def _block(head: str, rows: Mapping[str, str]) -> str:
-    width = max(map(len, rows))
-    return "\n".join([head, *(f"  {name:<{width}}  {value}" for name, value in rows.items() if value)])
-
-
-def _about(number: float) -> str:
-    return f"{number:,.0f}" if number >= 10 else f"{number:.2g}"
-
-
-def _millions(number: int) -> str:
-    return f"{number / 1e6:,.1f} M" if number >= 1e5 else f"{number:,}"
-
-
-def _data_name(recipe: "Recipe") -> str:
-    sources = [source.shards or source.dataset or "" for source in recipe.data.sources]
-    return recipe.data.shards or ", ".join(sources)
-
-
-def _stage_words(stage: "Stage") -> str:
-    masked = f"at {stage.mask_ratio:.0%} masked" if stage.mask_ratio else "unmasked"
-    words = f"{stage.last_step - stage.first_step:,} {masked}"
-    return words if stage.name in words.split() else f"{words} ({stage.name})"
-
-
-def _evaluation_words(plan: "Plan") -> str:
-    tasks = [
-        f"{task.name} every {task.every_samples:,} pairs" if task.every_samples else task.name for task in plan.tasks
-    ]
-    return f"{', '.join(tasks)} and at the end" if tasks else "none; `eval` of the recipe names test sets"
