@@ -767,9 +767,10 @@ class FlipModel(FlipPreTrainedModel):
         patch_index: torch.Tensor | None = None,
         interpolate_pos_encoding: bool = False,
         **kwargs: Any,
-    ) -> FlipOutput:
+    ) -> FlipOutput | BaseModelOutputWithPooling:
         r"""
-        Embed images and captions and compare them.
+        Embed images and captions and compare them. With nothing of captions, return `get_image_features`: so
+        transformers' pipeline `image-feature-extraction` calls a model.
 
         Args:
             input_ids, attention_mask, position_ids: see `FlipTextModel.forward`.
@@ -787,6 +788,8 @@ class FlipModel(FlipPreTrainedModel):
             interpolate_pos_encoding=interpolate_pos_encoding,
             **kwargs,
         )
+        if input_ids is None and attention_mask is None and not return_loss:
+            return image_output
         text_output = self.get_text_features(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, **kwargs
         )

@@ -199,7 +199,7 @@ def test_nothing_to_evaluate(refused: Callable[[list[str]], str]) -> None:
 
 def test_a_model_that_is_not_there(refused: Callable[[list[str]], str], tmp_path: Path, shards: Path) -> None:
     line = refused(["evaluate", str(tmp_path / "none"), "--zero_shot", str(shards)])
-    assert "cannot be loaded" in line
+    assert f"there is no folder '{tmp_path}/none'; name the folder of a model or of a run, or ORG/NAME on the" in line
 
 
 def test_more_recipes_than_cores(refused: Callable[[list[str]], str], tmp_path: Path) -> None:

@@ -54,6 +54,12 @@ for name, value in classifier.vision_model.state_dict().items():
 classify = pipeline("zero-shot-image-classification", model=folder, trust_remote_code=True)
 by_label = {s["label"]: s["score"] for s in classify(image, candidate_labels=labels, hypothesis_template="{}")}
 scores["pipeline"] = [by_label[label] for label in labels]
+extract = pipeline("image-feature-extraction", model=folder, trust_remote_code=True)
+with torch.no_grad():
+    features = model.get_image_features(processor(images=image, return_tensors="pt")["pixel_values"])
+pooled, tokens = (extract(image, pool=pool, return_tensors=True) for pool in (True, False))
+assert torch.allclose(pooled, features.pooler_output, atol=1e-6)
+assert torch.allclose(tokens, features.last_hidden_state, atol=1e-6)
 print(json.dumps({
     "scores": scores,
     "length": inputs["input_ids"].shape[1],

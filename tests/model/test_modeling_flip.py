@@ -210,8 +210,15 @@ def test_hidden_states_and_attentions_cover_the_ids_given(
 def test_a_caption_too_long(model: FlipModel) -> None:
     with pytest.raises(ValueError, match="input_ids has 9 tokens, the model at most 8; truncate them"):
         model.text_model(torch.ones(1, 9).long())
-    with pytest.raises(ValueError, match="input_ids is missing"):
-        model(pixel_values=torch.zeros(1, 3, 32, 32))
+
+
+def test_captions_that_are_missing(model: FlipModel, images: torch.Tensor) -> None:
+    for given in ({"attention_mask": torch.ones(len(images), 8).long()}, {"return_loss": True}):
+        with pytest.raises(ValueError, match="input_ids is missing"):
+            model(pixel_values=images, **given)
+    alone, features = model(pixel_values=images), model.get_image_features(images)
+    assert torch.equal(alone.pooler_output, features.pooler_output)
+    assert torch.equal(alone[0], features.last_hidden_state)
 
 
 # Training
