@@ -133,6 +133,7 @@ def test_study_lays_recipes_side_by_side(recipe: dict, tmp_path: Path) -> None:
     card = (out / "model/README.md").read_text()
     assert "| top-1 | nearest image, 16x16 pixels |" in card
     assert untraced_numbers(card, out / "flip") == []
+    assert "of nearest image, 16x16 pixels" in (out / "flip/report.html").read_text()
     before = (out / "flip/results.jsonl").read_text()
     for name in arms:
         seconds = metrics(out / name)[-1]["trained_seconds"]
