@@ -109,7 +109,8 @@ def open_pictures(place: str) -> Pictures:
         ValueError: it does not exist, or has no pictures.
     """
     folder = Path(place)
-    is_shards = "://" in place or re.search(r"[*?\[{]|\.tar$", place) or any(folder.glob("*.tar"))
+    # A folder of pictures may have any name.
+    is_shards = any(folder.glob("*.tar")) if folder.is_dir() else re.search(r"://|[*?\[{]|\.tar$", place)
     if folder.is_file() and not is_shards:
         raise ValueError(f"{place} is a file; name the folder that the pictures lie in, or shards named *.tar")
     if not is_shards and not folder.is_dir():

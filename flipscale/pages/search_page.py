@@ -155,7 +155,7 @@ def _stored(cache: Path, key: str) -> Embedded | None:
             if str(file["key"]) != key:
                 return None
             return Embedded(file["rows"], file["embeds"], file["faults"].tolist())
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None
 
 

@@ -128,9 +128,10 @@ def list_folder(root: Path, allow_outside: bool) -> FileList:
 
 
 def picture_files(root: Path) -> FileList:
-    """Return what is called like an image in a folder and below it, in the order of the names, captioned or not."""
+    """Return what is called like an image in a folder and below it, in the order of the names, captioned or not. A link
+    to a file elsewhere is followed."""
     files, _, num_captioned = _walk(root)
-    return FileList(root, files, num_captioned)
+    return FileList(root, files, num_captioned, allow_outside=True)
 
 
 def _walk(root: Path) -> tuple[list[str], list[Path], int]:

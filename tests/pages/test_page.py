@@ -1,0 +1,115 @@
+"""What pages are made of: texts, pictures, masks, and the facts of a run."""
+
+import base64
+import dataclasses
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from conftest import changed_recipe
+from PIL import Image
+
+from flipscale.evaluation.reports.comparison import Curve
+from flipscale.pages.facts import Facts, rounded, spoken
+from flipscale.pages.masks import mask_rows
+from flipscale.pages.page import Picture, evenly, listed, rendered, shortened, thumbnail
+from flipscale.training.recipe import Recipe, parse_recipe
+
+
+def pixels(picture: Picture) -> np.ndarray:
+    """The pixels of a picture in a page."""
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(picture.uri.partition(",")[2]))))
+
+
+def test_texts_are_cut_between_words() -> None:
+    assert shortened("two  arrows\nin a circle", 40) == "two arrows in a circle"
+    assert shortened("two arrows in a circle", 15) == "two arrows in…"
+    assert shortened("twoarrowsinacircle", 10) == "twoarrows…"
+    assert [listed(names) for names in ([], ["a"], ["a", "b"], ["a", "b", "c"])] == ["", "a", "a and b", "a, b and c"]
+
+
+def test_numbers_are_spread_evenly() -> None:
+    assert evenly(0, 3) == []
+    assert evenly(2, 3) == [0, 1]
+    assert evenly(101, 3) == [0, 50, 100]
+
+
+def test_a_page_has_no_tag_control_or_half_of_a_letter_from_outside() -> None:
+    text = rendered(
+        "search.html",
+        searches=[],
+        shown={},
+        asked={},
+        like={},
+        names={},
+        model="<i>\x00\ud800</i>",
+        place="a&b",
+        num_pictures=1,
+        num_damaged=2,
+    )
+    assert "&lt;i&gt;\\ud800&lt;/i&gt;" in text
+    assert "<h1>a&amp;b</h1>" in text
+    assert "2 more could not be read" in text
+
+
+def test_a_thumbnail_keeps_its_shape() -> None:
+    picture = thumbnail(np.full((50, 200, 3), 255, np.uint8), "white", 100)
+    assert (picture.width, picture.height, picture.alt) == (100, 25, "white")
+    assert pixels(picture).shape == (25, 100, 3)
+
+
+@pytest.mark.parametrize(("ratio", "views"), [(0.75, 1), (0.5, 2)])
+def test_masks_are_those_of_the_stages(recipe: dict, tmp_path: Path, ratio: float, views: int) -> None:
+    stages = [
+        {"name": "first", "samples": 16, "mask_ratio": ratio, "base_lr": 0.01},
+        {"name": "second", "samples": 16, "mask_ratio": ratio},
+        {"name": "last", "samples": 16},
+    ]
+    whole, masked = mask_rows(parsed(changed_recipe(recipe, {"stages": stages, "mask": {"views": views}}), tmp_path), 3)
+    assert whole.title == "last: whole"
+    assert masked.title == f"first, second: {100 * ratio:g} % of the patches left out"
+    for full, part in zip(whole.pictures, masked.pictures, strict=True):
+        assert "whole" in full.alt
+        assert pixels(full).shape == (32, 32, 4) or pixels(full).shape == (32, 32, 3)
+        alpha = pixels(part)[..., 3]
+        assert (alpha == 255).mean() == 1 - ratio
+        assert set(np.unique(alpha)) == {0, 255}
+
+
+def parsed(content: dict, folder: Path) -> Recipe:
+    """A recipe as a file of it is read."""
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(content))
+    return parse_recipe(["--config", str(folder / "recipe.yaml")])
+
+
+def test_what_a_run_cost_is_what_was_measured() -> None:
+    record = {"step": 10, "samples_seen": 1280, "trained_seconds": 7200.0, "images_per_s": 3.0, "num_replaced": 2}
+    recipe = {
+        "data": {"shards": "/somewhere/mine/train", "sources": []},
+        "stages": [{"mask_ratio": 0.5}],
+        "hub": {"device_hour_dollars": 2.5, "kwh_co2_grams": 400.0},
+    }
+    starts = [{"step": 0, "trained_seconds": 0.0, "num_processes": 2, "device": "a GPU", "engine": "ddp"}]
+    facts = Facts(recipe, {"num_parameters": 1_500_000}, {"vision_config": {"image_size": 32}}, starts)
+    curve = Curve("run", [record], [], 0.5, False)
+    rows = dict(facts.rows(curve))
+    assert rows["device hours"] == "4.00"
+    assert rows["cost"] == "10.00 dollars at 2.5 an hour"
+    assert rows["bad samples"] == "2 replaced"
+    assert rows["machine"] == "2 x a GPU"
+    assert rows["processes"] == "2 processes under ddp"
+    assert not {"energy", "emissions", "memory"} & rows.keys()
+    measured = dict(facts.rows(dataclasses.replace(curve, records=[{**record, "energy_kwh": 1.5}])))
+    assert measured["energy"] == "1.50 kWh, measured"
+    assert measured["emissions"] == "0.60 kg of CO2 at 400 g a kWh"
+    assert facts.sentence(curve) == (
+        "A model of pictures and words of 1.5 million parameters. It learned from 1,280 pairs of mine/train in 2 h "
+        "0 min of training, with 50 % of each picture left out (FLIP); its pictures have 32 x 32 pixels."
+    )
+
+
+def test_numbers_are_said_briefly() -> None:
+    assert [spoken(seconds) for seconds in (0.2, 61, 7322, 90000)] == ["0 s", "1 min 1 s", "2 h 2 min", "1 d 1 h"]
+    assert [rounded(value) for value in (0.00043, 0.5, 12.345, 1234.5)] == ["0.00043", "0.50", "12.35", "1,234"]
