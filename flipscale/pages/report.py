@@ -202,7 +202,7 @@ def _fared(row: ClassRow) -> str:
 
 def _sure(answers: Answers, mistake: Mistake) -> str:
     if mistake.count > 1:
-        return f"{mistake.count} times"
+        return f"{mistake.count}\u00a0times"
     return f"{100 * answers.shares[mistake.example, 0]:.0f}\u00a0% sure"
 
 
