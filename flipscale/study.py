@@ -297,10 +297,8 @@ def _train(runs: list[StudyRun], doing: str) -> None:
                 process.wait()
     if signals.received is not None:
         name = signals.received.name
-        print(
-            f"flipscale: error: {name}: the runs have saved and stopped; the same command goes on",
-            file=sys.stderr,
-        )
+        words = f"flipscale: error: {name}: the runs have saved and stopped; the same command goes on"
+        print(words, file=sys.stderr)
         sys.exit(128 + signals.received)
     for run, code in failed:
         last = run.beside("log").read_text(errors="replace", encoding="utf-8").strip().splitlines()[-1:]
