@@ -9,6 +9,7 @@ from flipscale.training.console import report_user_errors
 
 VERBS = {
     "prepare": "Write or inspect training data: shards, their indices, the demo's data.",
+    "init": "Write a recipe for your data, your machine and your time.",
     "pretrain": "Train a model as a recipe says: masked pre-training, then unmasked tuning.",
     "evaluate": "Evaluate a trained model by zero-shot classification, retrieval or other tasks.",
     "probe": "Train a linear classifier on a frozen model's image features, and test it.",

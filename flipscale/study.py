@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from tqdm import tqdm
 
-from flipscale.evaluation.recipe import EvalRecipe
 from flipscale.evaluation.reports.comparison import comparison_table, read_curve, record_baselines
 from flipscale.evaluation.results import read_metrics
 from flipscale.files.aside import partial_path, refuse_unwritable, remove, write_text, written_aside
 from flipscale.files.command_line import number, output_folder
 from flipscale.files.ranges import MinutesAboveNone
-from flipscale.training.recipe import LogRecipe, Recipe, differences, parse_recipe, to_yaml
+from flipscale.planning.calibration import share_of_machine, shortened, stage_rates
+from flipscale.training.recipe import Recipe, differences, parse_recipe, to_yaml
 from flipscale.training.schedule import StageRecipe
 
 if TYPE_CHECKING:
@@ -155,22 +155,10 @@ def _calibrate(names: list[str], recipes: list[Recipe], output_dir: Path) -> lis
     remove(folder)
     runs = []
     for name, recipe in zip(names, recipes, strict=True):
-        samples = CALIBRATION_STEPS * recipe.data.global_batch_size
-        stages = [dataclasses.replace(stage, samples=samples, warmup_samples=0) for stage in recipe.stages]
-        short = dataclasses.replace(
-            recipe,
-            stages=stages,
-            log=LogRecipe(every_samples=samples // 4, report_to=[]),
-            eval=EvalRecipe(),
-            output_dir=str(folder / name),
-        )
+        short = shortened(recipe, CALIBRATION_STEPS, folder / name)
         runs.append(StudyRun(name, short))
     _train(runs, "calibrating")
-    rates = []
-    for run in runs:
-        records = [record for record in read_metrics(run.run_dir) if "images_per_s" in record]
-        # The last record of a stage: the first ones hold its start-up.
-        rates.append([[r["images_per_s"] for r in records if r["stage"] == s.name][-1] for s in run.recipe.stages])
+    rates = [stage_rates(run.recipe) for run in runs]
     remove(folder)
     return rates
 
@@ -276,7 +264,7 @@ def _train(runs: list[StudyRun], doing: str) -> None:
         ValueError, OSError: a run failed; its own last line is in the message.
     """
     # Once, before any run keeps the cores busy: all runs must train in the same precision.
-    environment = _environment(len(runs))
+    environment = {**share_of_machine(len(runs)), **os.environ}
     processes: list[subprocess.Popen] = []
     with _Signals(processes) as signals:
         for run in runs:
@@ -338,16 +326,6 @@ class _Signals:
             os._exit(128 + number)
         self.received = signal.Signals(number)
         os.write(2, f"{self.received.name}: the runs save and stop; once more to end at once\n".encode())
-
-
-def _environment(num_runs: int) -> dict[str, str]:
-    """Return the environment of one run: its share of the cores, and bf16 where it is faster."""
-    from flipscale.engines.device import is_faster_in_bf16
-    from flipscale.engines.launch import PRECISION
-
-    threads = max((os.cpu_count() or 1) // num_runs, 1)
-    share = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
-    return {PRECISION: "bf16" if is_faster_in_bf16() else "no", **share, **os.environ}
 
 
 def _watch(runs: list[StudyRun], processes: list[subprocess.Popen], signals: _Signals, doing: str) -> None:

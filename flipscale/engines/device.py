@@ -14,7 +14,7 @@ import torch
 
 # Dense bf16 operations a second by words of the device's name, the first that has them all. From the makers' data
 # sheets, without sparsity.
-_BF16_PEAKS = {
+BF16_PEAKS = {
     "H100 PCIe": 756e12,
     "H100 NVL": 835e12,
     "H100": 989e12,
@@ -41,7 +41,7 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
     if device.type != "cuda" or precision != "bf16":
         return None
     words = set(re.split("[ -]", torch.cuda.get_device_name(device)))
-    return next((peak for name, peak in _BF16_PEAKS.items() if words.issuperset(name.split())), None)
+    return next((peak for name, peak in BF16_PEAKS.items() if words.issuperset(name.split())), None)
 
 
 def fastest_product(device: torch.device, dtype: torch.dtype, sides: tuple[int, ...], times: int = 5) -> float:

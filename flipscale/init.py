@@ -1,0 +1,295 @@
+"""Write a recipe for your data, your machine and your time, with the reasons beside its fields."""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flipscale.files.command_line import number
+from flipscale.files.ranges import Count, MinutesAboveNone, Positive
+
+if TYPE_CHECKING:
+    from flipscale.planning.proposal import Proposal
+    from flipscale.planning.survey import Survey
+    from flipscale.training.recipe import Recipe
+
+_MINUTES = 30.0
+# Of each stage, on this machine.
+_CALIBRATION_STEPS = 16
+_GPUS_OF_A_NODE = 8
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `flipscale init`."""
+    parser.add_argument("recipe", type=Path, metavar="RECIPE.yaml", help="The file to write; one that is there stays.")
+    parser.add_argument("--shards", required=True, help="The training data, as data.shards of a recipe names it.")
+    parser.add_argument(
+        "--tokenizer",
+        default="bert",
+        help="A folder that `flipscale prepare tokenizer` wrote, or a name on the Hub. Default: bert, from the Hub.",
+    )
+    parser.add_argument("--tests", help="A labelled test set, as `flipscale prepare shards --labels` writes one.")
+    parser.add_argument(
+        "--minutes",
+        type=number(MinutesAboveNone),
+        help=f"How long to train on this machine, whose speed is measured. Default: {_MINUTES:g}.",
+    )
+    parser.add_argument("--gpu", help="In place of --minutes: the kind of GPU to train on elsewhere, such as h100.")
+    parser.add_argument("--num_gpus", type=number(Count), default=1, help="How many of them. Default: 1.")
+    parser.add_argument("--hours", type=number(Positive), help="How long to train on them; their speed is computed.")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Look at the data, propose a recipe, see how fast it trains, and write it.
+
+    Raises:
+        ValueError: options that do not go together, a file that is there, or data that cannot be trained on.
+        OSError: a shard cannot be read, or the file cannot be written.
+    """
+    _check_options(args)
+    from flipscale.data.recipe import DataRecipe
+    from flipscale.data.sources.opening import open_shards
+    from flipscale.data.tokenizers import load_tokenizer
+    from flipscale.planning.proposal import LEAST_PAIRS, propose
+    from flipscale.planning.survey import survey
+
+    source = open_shards(args.shards, DataRecipe())
+    if len(source) < LEAST_PAIRS:
+        raise ValueError(f"{args.shards} has {len(source)} pairs; {LEAST_PAIRS} are the least to train on")
+    try:
+        tokenizer = load_tokenizer(args.tokenizer, 64)
+    except ValueError as error:
+        raise ValueError(
+            f"{error}; `flipscale prepare tokenizer {args.shards} DIR` makes one of the captions"
+        ) from None
+    data = survey(source, tokenizer)
+    print(f"{args.shards}: {data}", flush=True)
+    num_gpus = args.num_gpus if args.gpu else _gpus_here()
+    minutes = 60 * args.hours if args.gpu else args.minutes or _MINUTES
+    proposal = propose(data, _of_tokenizer(tokenizer), minutes, os.cpu_count() or 1, num_gpus)
+    _add_places(proposal, args, num_gpus)
+    samples, speed = _length(args, proposal, data, minutes)
+    text = _written(args, proposal, data, samples, speed)
+    args.recipe.parent.mkdir(parents=True, exist_ok=True)
+    with open(args.recipe, "x", encoding="utf-8") as file:
+        file.write(text)
+    from flipscale.training.recipe import parse_recipe
+
+    parse_recipe(["--config", str(args.recipe.absolute())])
+    for warning in proposal.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    print(f"{args.recipe}: {speed}")
+    print(f"next: {_command(args)}")
+
+
+def _check_options(args: argparse.Namespace) -> None:
+    if args.recipe.exists():
+        raise ValueError(f"{args.recipe} is there already; name another file, or remove it")
+    if args.recipe.suffix not in (".yaml", ".yml"):
+        raise ValueError(
+            f"{args.recipe} has no ending .yaml, by which a recipe is known; name a file such as mine.yaml"
+        )
+    if (args.gpu is None) != (args.hours is None):
+        raise ValueError("gpu and hours go together, for machines elsewhere; give both, or minutes for this machine")
+    if args.gpu is not None and args.minutes is not None:
+        raise ValueError("minutes is for this machine and gpu for others; leave one of them out")
+    if args.gpu is None and args.num_gpus != 1:
+        raise ValueError("num_gpus is of machines elsewhere; add gpu and hours, or leave it out")
+    if args.gpu is not None:
+        _gpu_named(args.gpu)
+
+
+def _gpu_named(name: str) -> str:
+    """Return a GPU's name as its maker writes it.
+
+    Raises:
+        ValueError: it is not known.
+    """
+    from flipscale.planning.proposal import GPU_GIB
+
+    known = {one.lower().replace(" ", "_"): one for one in GPU_GIB}
+    if name.lower() not in known:
+        raise ValueError(f"gpu is {name[:40]!r}; use one of {', '.join(known)}")
+    return known[name.lower()]
+
+
+def _gpus_here() -> int:
+    import torch
+
+    return 1 if torch.cuda.is_available() else 0
+
+
+def _of_tokenizer(tokenizer: Any) -> dict[str, int]:
+    """Return the fields of the text tower that follow from a tokenizer."""
+    entries = max(len(tokenizer), max(tokenizer.get_vocab().values(), default=0) + 1)
+    return {"vocab_size": entries, **({"pad_token_id": tokenizer.pad_token_id} if tokenizer.pad_token_id else {})}
+
+
+def _add_places(proposal: "Proposal", args: argparse.Namespace, num_gpus: int) -> None:
+    """Add what the user named: data, tokenizer, test set and the run directory."""
+    fields = proposal.fields
+    fields["data"] = {"shards": args.shards, "tokenizer": args.tokenizer, **fields["data"]}
+    if args.tests:
+        workers = {} if num_gpus else {"num_workers": fields["data"]["num_workers"]}
+        fields["eval"] = {"tasks": list(_tasks(args.tests)), **workers}
+    fields["output_dir"] = f"runs/{args.recipe.stem}"
+
+
+def _tasks(folder: str) -> Iterator[dict[str, Any]]:
+    """Yield the evaluations that a test set allows: by its class names, and by its captions.
+
+    Raises:
+        ValueError: it is no test set, or has neither.
+    """
+    from flipscale.evaluation.test_set import TestSet
+
+    source = TestSet.open(folder).source
+    named = (Path(folder) / "classnames.txt").exists()
+    captioned = len(source) > 0 and bool(source.read_captions(0, 0))
+    if named:
+        yield {"kind": "zero_shot", "data": folder}
+    if captioned:
+        yield {"kind": "retrieval", "data": folder, "group_by_caption": True}
+    if not named and not captioned:
+        raise ValueError(
+            f"tests {folder} has no classnames.txt and no captions, so that nothing can be asked of its pictures; "
+            "`flipscale prepare shards --labels` writes a test set"
+        )
+
+
+def _length(args: argparse.Namespace, proposal: "Proposal", data: "Survey", minutes: float) -> tuple[int, str]:
+    """Return how many pairs a run of `minutes` sees, and in words how fast it is and how often it sees each of them."""
+    from flipscale.planning.proposal import most_samples, samples_in
+
+    rates, how = _computed(args, proposal) if args.gpu else _measured(proposal)
+    in_time, useful = samples_in(60 * minutes, rates, proposal), most_samples(data, proposal)
+    samples = min(in_time, useful)
+    took = minutes * samples / in_time
+    epochs = samples / data.pairs
+    units = (("hours", 1 / 60), ("minutes", 1), ("seconds", 60))
+    unit, factor = next(one for one in units if took * one[1] >= 2 or one[0] == "seconds")
+    length = f"{took * factor:,.0f} {unit}"
+    words = (
+        f"{samples:,} pairs in {length} of training, at {rates[0]:,.0f} pairs/s masked and {rates[1]:,.0f} whole, {how}"
+    )
+    times = f"{epochs:,.0f} times each pair" if epochs >= 2 else f"{epochs:.0%} of the pairs"
+    if samples < in_time:
+        times += "; more pairs would teach it more than more time"
+    return samples, f"{words}; {times}"
+
+
+def _measured(proposal: "Proposal") -> tuple[list[float], str]:
+    """Return the pairs a second of both stages on this machine."""
+    from flipscale.planning.calibration import measured_rates
+
+    print(f"measuring the speed: {_CALIBRATION_STEPS} steps of each stage", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        rates = measured_rates(_recipe_of(proposal, 100 * proposal.batch_size), _CALIBRATION_STEPS, Path(folder))
+    return rates, "as measured here"
+
+
+def _computed(args: argparse.Namespace, proposal: "Proposal") -> tuple[list[float], str]:
+    """Return the pairs a second of both stages on GPUs that are elsewhere, and add what their memory asks for."""
+    from flipscale.engines.device import BF16_PEAKS
+    from flipscale.planning.proposal import GPU_GIB
+    from flipscale.planning.time import Hardware, step_time
+
+    name = _gpu_named(args.gpu)
+    recipe, launch = _fitted(proposal, args.num_gpus, GPU_GIB[name])
+    hardware = Hardware(peak=BF16_PEAKS[name])
+    seconds = [step_time(recipe, launch, stage, hardware).seconds for stage in recipe.stages]
+    return [proposal.batch_size / one for one in seconds], f"as computed for {args.num_gpus} {name} (docs/planning.md)"
+
+
+def _fitted(proposal: "Proposal", num_gpus: int, gib: int) -> tuple["Recipe", Any]:
+    """Return the recipe and a launch that fits GPUs of `gib`; what it takes becomes part of the proposal.
+
+    Raises:
+        ValueError: nothing that is known here fits.
+    """
+    from flipscale.engines.launch import Launch
+    from flipscale.planning.dry_run import USABLE
+    from flipscale.planning.memory import recipe_memory
+
+    launch = Launch(num_processes=num_gpus, precision="bf16", processes_per_node=min(num_gpus, _GPUS_OF_A_NODE))
+    pairs = proposal.batch_size // num_gpus
+    model, data = proposal.fields["model"], proposal.fields["data"]
+    for parts in (0, 1, 2, 4, 8, 16, 32, 64):
+        if parts:
+            model["gradient_checkpointing"] = True  # a third more time, and it may save most of the memory
+        if parts > 1 and pairs % parts == 0:
+            data["micro_batch_size"] = pairs // parts
+        recipe = _recipe_of(proposal, 100 * proposal.batch_size)
+        if recipe_memory(recipe, launch).total <= USABLE * gib * 2**30:
+            return recipe, launch
+    raise ValueError(
+        f"{proposal.fields['model']['size']} at a batch of {proposal.batch_size} does not fit {num_gpus} GPUs of {gib} "
+        "GiB under DDP; use more or larger GPUs, or a recipe of your own under FSDP2"
+    )
+
+
+def _written(args: argparse.Namespace, proposal: "Proposal", data: "Survey", samples: int, speed: str) -> str:
+    """Return the text of the recipe."""
+    from flipscale.planning.commented import commented_yaml
+
+    stages = proposal.stages(samples)
+    total = sum(stage["samples"] for stage in stages)
+    often = max(total // 60, proposal.batch_size)
+    fields = {**proposal.fields, "stages": stages, "log": {"every_samples": often}, "save": {"every_minutes": 10}}
+    if "eval" in fields:
+        fields["eval"] = {"every_samples": max(total // 6, proposal.batch_size), **fields["eval"]}
+    reasons = {
+        **proposal.reasons,
+        "stages[0].base_lr": f"per 256 pairs: {proposal.base_lr * proposal.batch_size / 256:.2g} for the batch",
+        "stages[0].warmup_samples": "a twentieth, in which the rate grows",
+        "stages[1].name": "the model sees whole pictures, as it will when it is used",
+    }
+    head = [
+        "Written by `flipscale init`. Change what you like: reasons stand beside the fields, and `flipscale pretrain "
+        "--help` explains all that there are.",
+        f"Data: {data}.",
+        f"Time: {speed}.",
+        *(f"Warning: {warning}." for warning in proposal.warnings),
+        _command(args),
+    ]
+    order = ("model", "data", "optim", "stages", "log", "save", "eval", "output_dir")
+    return commented_yaml(head, {name: fields[name] for name in order if name in fields}, reasons)
+
+
+def _recipe_of(proposal: "Proposal", samples: int) -> "Recipe":
+    """Return the proposal as a recipe of a run of `samples` pairs.
+
+    Raises:
+        ValueError: the data cannot be used so.
+    """
+    from flipscale.training.recipe import parse_recipe
+
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "recipe.yaml"
+        # JSON is YAML.
+        file.write_text(json.dumps({**proposal.fields, "stages": proposal.stages(samples)}), encoding="utf-8")
+        return parse_recipe(["--config", str(file)])
+
+
+def _command(args: argparse.Namespace) -> str:
+    """Return the command that trains the recipe where it is meant to be trained."""
+    files = "" if Path("ds_configs/ddp.yaml").exists() else "flipscale launch_files . && "
+    if args.gpu and args.num_gpus > _GPUS_OF_A_NODE:
+        nodes = -(-args.num_gpus // _GPUS_OF_A_NODE)
+        where = f"RECIPE={args.recipe} RUN=runs/{args.recipe.stem} LAUNCH_FILE=ds_configs/ddp.yaml"
+        return f"{files}{where} bash slurm/pretrain.sh --nodes={nodes}"
+    if args.gpu and args.num_gpus > 1:
+        launcher = f"accelerate launch --config_file ds_configs/ddp.yaml --num_processes {args.num_gpus}"
+        return f"{files}{launcher} -m flipscale.pretrain --config {args.recipe}"
+    command = f"flipscale pretrain --config {args.recipe}"
+    if args.gpu:
+        return command
+    from flipscale.engines.device import default_precision, is_faster_in_bf16
+    from flipscale.engines.launch import PRECISION
+
+    slower = default_precision() == "no" and is_faster_in_bf16()
+    return f"{PRECISION}=bf16 {command}" if slower else command
