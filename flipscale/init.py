@@ -70,10 +70,11 @@ def run(args: argparse.Namespace) -> None:
     print(f"{args.shards}: {data}", flush=True)
     num_gpus = args.num_gpus if args.gpu else _gpus_here()
     minutes = 60 * args.hours if args.gpu else args.minutes or _MINUTES
-    proposal = propose(data, _of_tokenizer(tokenizer), minutes, os.cpu_count() or 1, num_gpus)
+    proposal = propose(data, _of_tokenizer(args.tokenizer, tokenizer), minutes, os.cpu_count() or 1, num_gpus)
     _add_places(proposal, args, num_gpus)
     samples, speed = _length(args, proposal, data, minutes)
-    text = _written(args, proposal, data, samples, speed)
+    command = _command(args)
+    text = _written(proposal, [f"Data: {data}", f"Time: {speed}"], command, samples)
     args.recipe.parent.mkdir(parents=True, exist_ok=True)
     with open(args.recipe, "x", encoding="utf-8") as file:
         file.write(text)
@@ -83,7 +84,7 @@ def run(args: argparse.Namespace) -> None:
     for warning in proposal.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     print(f"{args.recipe}: {speed}")
-    print(f"next: {_command(args)}")
+    print(f"next: {command}")
 
 
 def _check_options(args: argparse.Namespace) -> None:
@@ -123,10 +124,11 @@ def _gpus_here() -> int:
     return 1 if torch.cuda.is_available() else 0
 
 
-def _of_tokenizer(tokenizer: Any) -> dict[str, int]:
-    """Return the fields of the text tower that follow from a tokenizer."""
+def _of_tokenizer(name: str, tokenizer: Any) -> dict[str, int]:
+    """Return the fields of the text tower that a tokenizer asks for; where it is a folder, vocab_size follows it."""
     entries = max(len(tokenizer), max(tokenizer.get_vocab().values(), default=0) + 1)
-    return {"vocab_size": entries, **({"pad_token_id": tokenizer.pad_token_id} if tokenizer.pad_token_id else {})}
+    vocabulary = {} if Path(name).is_dir() else {"vocab_size": entries}
+    return {**vocabulary, **({"pad_token_id": tokenizer.pad_token_id} if tokenizer.pad_token_id else {})}
 
 
 def _add_places(proposal: "Proposal", args: argparse.Namespace, num_gpus: int) -> None:
@@ -232,8 +234,12 @@ def _fitted(proposal: "Proposal", num_gpus: int, gib: int) -> tuple["Recipe", An
     )
 
 
-def _written(args: argparse.Namespace, proposal: "Proposal", data: "Survey", samples: int, speed: str) -> str:
-    """Return the text of the recipe."""
+def _written(proposal: "Proposal", found: list[str], command: str, samples: int) -> str:
+    """Return the text of the recipe of a run of `samples` pairs.
+
+    Args:
+        found: sentences for its head.
+    """
     from flipscale.planning.commented import commented_yaml
 
     stages = proposal.stages(samples)
@@ -251,10 +257,9 @@ def _written(args: argparse.Namespace, proposal: "Proposal", data: "Survey", sam
     head = [
         "Written by `flipscale init`. Change what you like: reasons stand beside the fields, and `flipscale pretrain "
         "--help` explains all that there are.",
-        f"Data: {data}.",
-        f"Time: {speed}.",
+        *(f"{sentence}." for sentence in found),
         *(f"Warning: {warning}." for warning in proposal.warnings),
-        _command(args),
+        command,
     ]
     order = ("model", "data", "optim", "stages", "log", "save", "eval", "output_dir")
     return commented_yaml(head, {name: fields[name] for name in order if name in fields}, reasons)

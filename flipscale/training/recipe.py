@@ -364,6 +364,19 @@ def differences(recipe: Recipe, saved: dict[str, Any]) -> list[str]:
     return sorted(_differences(deciding_part(saved), deciding_part(yaml.safe_load(to_yaml(recipe))), ""))
 
 
+def conflicts(recipe: Recipe, saved: dict[str, Any]) -> list[str]:
+    """Return the `differences` by which a recipe cannot go on with what a saved one began.
+
+    Stages added after the saved ones are none, if the first of them has a base_lr: with the schedule of its own, every
+    step before it is what it was.
+    """
+    stages = saved.get("stages")
+    count = len(stages) if isinstance(stages, list) else 0
+    if 0 < count < len(recipe.stages) and recipe.stages[count].base_lr is not None:
+        recipe = dataclasses.replace(recipe, stages=recipe.stages[:count])
+    return differences(recipe, saved)
+
+
 def _differences(old: Any, new: Any, path: str) -> Iterator[str]:
     """Yield what differs between two fields, or in them: of a section its fields, of a list its elements."""
     if isinstance(old, dict) and isinstance(new, dict):

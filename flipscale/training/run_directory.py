@@ -32,7 +32,7 @@ from flipscale.files import json_lines
 from flipscale.files.aside import refuse_unwritable, sync, write_text
 from flipscale.files.lock import FolderLock
 from flipscale.files.yaml_text import read_saved
-from flipscale.training.recipe import Recipe, differences, to_yaml
+from flipscale.training.recipe import Recipe, conflicts, to_yaml
 from flipscale.training.report.command import typed_command
 
 
@@ -56,22 +56,32 @@ def open_run_directory(recipe: Recipe) -> Path | None:
         )
     saved = run_dir / "recipe.yaml"
     # Where it is lost, the checkpoints' own copies tell whose they are.
-    changed = differences(recipe, read_saved(saved)) if saved.exists() else []
+    changed = conflicts(recipe, read_saved(saved)) if saved.exists() else []
     if [line.partition(":")[0] for line in changed] == ["data.lanes"]:
         was, now = re.findall(r"\d+", changed[0])
         raise ValueError(
             f"the samples of {run_dir} are in the order of {was} lane{'s' * (was != '1')}, and data.lanes is {now}; "
             f"--data.lanes {was} goes on in its order"
         )
-    if changed:
-        raise ValueError(
-            f"{run_dir} holds a run of another recipe ({'; '.join(changed)}); use that recipe or another output_dir"
-        )
+    _refuse_another(run_dir, changed)
     if checkpoint is not None and recipe.resume_from_checkpoint == "never":
         raise ValueError(
             f"{run_dir} holds {checkpoint.name} and resume_from_checkpoint is 'never'; use another output_dir"
         )
     return checkpoint
+
+
+def _refuse_another(run_dir: Path, changed: Sequence[str]) -> None:
+    """Raise if a recipe has conflicts with the one that a run began with.
+
+    Raises:
+        ValueError: it has.
+    """
+    if changed:
+        raise ValueError(
+            f"{run_dir} holds a run of another recipe ({'; '.join(changed)}); use that recipe or another output_dir"
+            + ("; a stage that is added needs a base_lr" if re.match(r"stages\[\d+\]: None", changed[0]) else "")
+        )
 
 
 @contextmanager
@@ -139,12 +149,30 @@ def mark_done(run_dir: Path) -> None:
 def is_done(recipe: Recipe) -> bool:
     """Return whether the recipe's run is finished already, whatever of its checkpoints and its model is still there.
 
+    It is not if the recipe has had stages added since: the run goes on with them.
+
     Raises:
-        ValueError: the directory holds a run of another recipe.
+        ValueError: the directory holds a run of another recipe, or no checkpoint to add stages to.
     """
     run_dir = Path(recipe.output_dir)
-    open_run_directory(recipe)
-    return (run_dir / "recipe.yaml").exists() and (run_dir / "DONE").exists()
+    checkpoint = open_run_directory(recipe)
+    if not (run_dir / "recipe.yaml").exists() or not (run_dir / "DONE").exists():
+        return False
+    # A checkpoint's own copy first: the run's may be the very file that the stages were added to.
+    finished = run_dir / "recipe.yaml" if checkpoint is None else checkpoint / "recipe.yaml"
+    try:
+        saved = read_saved(finished)
+    except (ValueError, OSError):  # damaged, which a run that is done need not mind
+        return True
+    if len(recipe.stages) <= len(saved.get("stages") or []):
+        return True
+    if checkpoint is None:
+        raise ValueError(
+            f"{run_dir} is done and keeps no checkpoint for another stage to go on from; train that as a run of its "
+            f"own, with model.init_from {run_dir}/model and another output_dir"
+        )
+    _refuse_another(run_dir, conflicts(recipe, saved))
+    return False
 
 
 def write_run_files(
@@ -165,6 +193,7 @@ def write_run_files(
     """
     run_dir = Path(recipe.output_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / "DONE").unlink(missing_ok=True)  # of a run that is lengthened
     write_text(run_dir / "recipe.yaml", to_yaml(recipe))
     from flipscale.model import FlipModel  # takes seconds to import, and a run has imported it by now
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ from flipscale.evaluation.rehearsal import rehearse
 from flipscale.files.command_line import unwritable
 from flipscale.files.digests import Comparison, Damage
 from flipscale.files.lock import FolderLock
-from flipscale.training.recipe import Recipe, differences
+from flipscale.training.recipe import Recipe, conflicts
 from flipscale.training.run_directory import lock_run_directory
 from flipscale.training.schedule import Stage, plan_stages
 from flipscale.training.step import raise_if_dropout
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from flipscale.objectives.objective import Objective
+
+_log = logging.getLogger(__name__)
 
 
 class StepBatch(NamedTuple):
@@ -159,6 +162,12 @@ def check(recipe: Recipe) -> Plan:
     source = open_source(recipe.data)
     tokenizer = load_tokenizer(recipe.data.tokenizer, config.text_config.max_position_embeddings)
     check_tokenizer(tokenizer, config.text_config)
+    if recipe.data.global_batch_size > len(source) and place_in_world()[0] == 0:
+        _log.warning(
+            "data.global_batch_size is %d and there are %d pairs: every batch has some of them several times, which "
+            "the loss takes for unlike; use a smaller batch",
+            *(recipe.data.global_batch_size, len(source)),
+        )
     check_shared_memory(recipe.data.num_workers)
     shape, sends_masked = InputShape.of(config), "masked_patches" in objective.columns
     datasets = {
@@ -203,7 +212,7 @@ def check_same_run(recipe: Recipe, stages: Sequence[Stage], contents: Contents) 
     Raises:
         Damage: it is not.
     """
-    changed = differences(recipe, dict(contents.recipe))
+    changed = conflicts(recipe, dict(contents.recipe))
     if changed:
         raise Damage(f"it is of a run of another recipe: {'; '.join(changed)}")
     step, samples, last = contents.state["step"], contents.state["samples_seen"], stages[-1].last_step

@@ -17,6 +17,7 @@ from flipscale import cli
 from flipscale.hub.convert_open_clip import convert_to_open_clip, open_clip_config
 from flipscale.hub.model_folder import build_processor, export_model
 from flipscale.model import SIZES, FlipConfig, FlipModel
+from flipscale.training.recipe import RECIPES, parse_recipe
 
 VISION = {
     "hidden_size": 40,
@@ -144,6 +145,11 @@ def test_every_size_has_open_clip_s_shapes(size: str) -> None:
     assert theirs["vision_cfg"]["width"] // theirs["vision_cfg"]["head_width"] == vision["num_attention_heads"]
     assert theirs["vision_cfg"]["layers"] == vision["num_hidden_layers"] + 1
     assert theirs["text_cfg"]["layers"] == text["num_hidden_layers"]
+
+
+@pytest.mark.parametrize("file", sorted(RECIPES.glob("*.yaml")), ids=lambda file: file.stem)
+def test_the_model_of_every_recipe_can_be_converted(file: Path) -> None:
+    open_clip_config(parse_recipe(["--config", str(file)]).model_config())
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,13 @@
 """A run that was cut and goes on ends with the numbers of one that was not."""
 
+import dataclasses
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,10 @@ import torch
 import yaml
 from conftest import cut, metrics, pretrain
 from safetensors.torch import load_file
+
+from flipscale.training.recipe import parse_recipe
+from flipscale.training.run_directory import is_done
+from flipscale.training.schedule import StageRecipe
 
 LEARNED = ("loss", "lr", "grad_norm", "logit_scale")
 
@@ -48,6 +55,47 @@ def test_resumed_equals_uninterrupted(whole_run: Path, write_recipe, tmp_path: P
     assert done.returncode == 0, done.stderr
     assert_same_end(whole_run, copy)
     assert len([r for r in metrics(copy) if "loss" in r]) == 40
+
+
+def test_a_stage_added_to_a_finished_run_is_learned_as_if_it_had_been_there(
+    whole_run: Path, recipe: dict, write_recipe, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "longer"
+    save = {"every_samples": 80, "total_limit": 20}
+    first = pretrain(write_recipe(run_dir, save=save, stages=recipe["stages"][:1]))
+    assert first.returncode == 0, first.stderr
+    assert (run_dir / "DONE").exists()
+    saved = yaml.safe_load((run_dir / "recipe.yaml").read_text())
+    added, without_rate = ({**saved, "stages": [*saved["stages"], stage]} for stage in _second_stages(recipe))
+    # The run's own recipe is edited, as one is tempted to.
+    (run_dir / "recipe.yaml").write_text(yaml.safe_dump(without_rate))
+    with pytest.raises(ValueError, match=r"stages\[1\]: None, now .*; a stage that is added needs a base_lr"):
+        is_done(parse_recipe(["--config", str(run_dir / "recipe.yaml")]))
+    (run_dir / "recipe.yaml").write_text(yaml.safe_dump(added))
+    done = pretrain(run_dir / "recipe.yaml")
+    assert done.returncode == 0, done.stderr
+    assert_same_end(whole_run, run_dir)
+    assert (run_dir / "DONE").exists()
+
+
+def _second_stages(recipe: dict) -> Iterator[dict]:
+    """The recipe's second stage, and the same without a schedule of its own."""
+    yield recipe["stages"][1]
+    yield {name: value for name, value in recipe["stages"][1].items() if name != "base_lr"}
+
+
+def test_a_finished_run_without_checkpoints_cannot_be_lengthened(whole_run: Path, write_recipe, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(whole_run, copy)
+    shutil.rmtree(copy / "checkpoints")
+    recipe = parse_recipe(["--config", str(write_recipe(copy))])
+    assert is_done(recipe)
+    longer = dataclasses.replace(recipe, stages=[*recipe.stages, StageRecipe("third", 64, base_lr=1e-3)])
+    with pytest.raises(ValueError, match=r"keeps no checkpoint .* with model.init_from .*/copy/model and another outp"):
+        is_done(longer)
+    (copy / "recipe.yaml").write_text("torn: [")
+    with pytest.raises(ValueError, match="is damaged"):
+        is_done(longer)
 
 
 def test_stop_signal_saves_and_the_next_run_goes_on(whole_run: Path, write_recipe, tmp_path: Path) -> None:

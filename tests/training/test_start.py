@@ -1,5 +1,6 @@
 """What is asked before a run begins."""
 
+import logging
 import shutil
 import tarfile
 from collections.abc import Callable
@@ -12,8 +13,9 @@ from flipscale.engines.launch import place_in_world
 from flipscale.engines.recipe import OptimRecipe
 from flipscale.evaluation.rehearsal import rehearse
 from flipscale.evaluation.suite import build_tasks
+from flipscale.training.recipe import parse_recipe
 from flipscale.training.run_directory import check_room
-from flipscale.training.start import check_output_dir
+from flipscale.training.start import check, check_output_dir
 from flipscale.training.tracking import check_trackers
 
 
@@ -54,6 +56,22 @@ def test_trackers_that_are_not_there() -> None:
         check_trackers(["paper"])
     with pytest.raises(ValueError, match=r"log.report_to names 'aim', which is not installed; pip install aim"):
         check_trackers(["tensorboard", "aim"])
+
+
+def test_a_batch_of_more_pairs_than_there_are(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("flipscale.training.start")
+    logger.addHandler(handler)
+    try:
+        for batch_size in (96, 128):
+            data = {"global_batch_size": batch_size}
+            check(parse_recipe(["--config", str(write_recipe(tmp_path / "run", data=data))]))
+    finally:
+        logger.removeHandler(handler)
+    (line,) = said
+    assert line.startswith("data.global_batch_size is 128 and there are 96 pairs: every batch has some of them several")
 
 
 @pytest.mark.parametrize(

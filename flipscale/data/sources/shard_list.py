@@ -66,8 +66,19 @@ def expand_range(shards: str) -> list[str] | None:
     return [f"{head}{number:0{len(first)}d}{tail}" for number in range(int(first), int(last) + 1)]
 
 
+# What writes the data that the package's own recipes name, by how its path begins.
+_WRITERS = {
+    "data/demo/train_without_unseen": "flipscale prepare demo data/demo --with_unseen",
+    "data/demo/unseen": "flipscale prepare demo data/demo --with_unseen",
+    "data/demo": "flipscale prepare demo data/demo",
+    "data/mine": "flipscale prepare shards PICTURES data/mine --split 0.1",
+}
+
+
 def no_shards(shards: str) -> ValueError:
     """Return the error that `shards` names none."""
+    if writer := next((command for prefix, command in _WRITERS.items() if shards.startswith(prefix)), None):
+        return ValueError(f"no shards at {shards!r}; `{writer}` writes them")
     return ValueError(f"no shards at {shards!r}; name a folder of *.tar, a glob, or a range like {{00000..00041}}.tar")
 
 

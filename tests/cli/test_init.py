@@ -1,0 +1,183 @@
+"""`flipscale init`: from data to a recipe that trains, without a hand on it."""
+
+import dataclasses
+import tarfile
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from conftest import add_member, metrics, write_shards
+
+from flipscale import cli
+from flipscale.data.recipe import DataRecipe
+from flipscale.data.sources.opening import open_shards
+from flipscale.data.tokenizers import load_tokenizer
+from flipscale.hub.convert_open_clip import open_clip_config
+from flipscale.init import _recipe_of
+from flipscale.planning.commented import commented_yaml
+from flipscale.planning.proposal import MOST_REPEATED, most_samples, propose, samples_in
+from flipscale.planning.survey import Survey, survey
+from flipscale.training.recipe import parse_recipe
+from flipscale.training.schedule import plan_stages
+
+DATA = Survey(pairs=300, width=500, height=400, tokens=5, captions={f"a {n}": 1 for n in range(300)}, looked_at=300)
+
+
+@pytest.fixture
+def init(shards: Path, tokenizer_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """Runs `flipscale init` in a folder of its own and returns the recipe's file."""
+    monkeypatch.chdir(tmp_path)
+
+    def init(*options: str) -> Path:
+        cli.main(["init", "mine.yaml", "--shards", str(shards), "--tokenizer", str(tokenizer_dir), *options])
+        return tmp_path / "mine.yaml"
+
+    return init
+
+
+def test_a_recipe_for_this_machine_trains(
+    init: Callable[..., Path], shards: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flipscale.engines.device.is_faster_in_bf16", lambda: False)
+    file = init("--tests", str(shards), "--minutes", "0.02")
+    said = capsys.readouterr()
+    first, *_, length, command = said.out.splitlines()
+    assert first.startswith(f"{shards}: 96 pairs; the median picture has ")
+    assert "as measured here; " in length
+    assert command == "next: flipscale pretrain --config mine.yaml"
+    assert said.err.splitlines()[-1].startswith("warning: of the 8 captions of a batch, about ")
+    text = file.read_text()
+    assert all(line in " ".join(text.split()) for line in ("# Written by `flipscale init`.", "# Warning: of the 8 cap"))
+    recipe = parse_recipe(["--config", str(file)])
+    assert [task.kind for task in recipe.eval.planned()] == ["zero_shot", "retrieval"]
+    cli.main(["pretrain", "--config", "mine.yaml", "--dry_run"])
+    cli.main(["pretrain", "--config", "mine.yaml", "--log.report_to", "[]"])
+    assert {"zero_shot/top1", "retrieval/image_to_text_r1"} <= metrics(file.parent / "runs/mine")[-1].keys()
+
+
+def test_a_recipe_for_gpus_elsewhere(init: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = parse_recipe(["--config", str(init("--gpu", "h100", "--num_gpus", "8", "--hours", "12"))])
+    *_, length, command = capsys.readouterr().out.splitlines()
+    assert "as computed for 8 H100 (docs/planning.md)" in length
+    assert command == (
+        "next: flipscale launch_files . && accelerate launch --config_file ds_configs/ddp.yaml --num_processes 8 "
+        "-m flipscale.pretrain --config mine.yaml"
+    )
+    assert recipe.data.global_batch_size % 8 == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--gpu", "h100"], "gpu and hours go together, for machines elsewhere; give both, or minutes for this"),
+        (["--hours", "3"], "gpu and hours go together, for machines elsewhere; give both, or minutes for this"),
+        (["--gpu", "h100", "--hours", "3", "--minutes", "3"], "minutes is for this machine and gpu for others; leave"),
+        (["--num_gpus", "3"], "num_gpus is of machines elsewhere; add gpu and hours, or leave it out"),
+        (["--gpu", "abacus", "--hours", "3"], "gpu is 'abacus'; use one of h100, h100_pcie, "),
+        (["--tests", "nowhere"], "nowhere"),
+        (["--tokenizer", "./none"], "; `flipscale prepare tokenizer "),
+    ],
+)
+def test_options_that_do_not_go_together(
+    init: Callable[..., Path], options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        init(*options)
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not Path("mine.yaml").exists()
+
+
+def refusal(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["init", *arguments])
+    assert ended.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_files_and_data_that_are_refused(
+    shards: Path, tokenizer_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    there = tmp_path / "there.yaml"
+    there.write_text("mine")
+    assert "is there already; name another file" in refusal([str(there), "--shards", str(shards)], capsys)
+    assert there.read_text() == "mine"
+    assert "has no ending .yaml" in refusal([str(tmp_path / "recipe"), "--shards", str(shards)], capsys)
+    new = str(tmp_path / "new.yaml")
+    write_shards(tmp_path / "few", [3])
+    assert "has 3 pairs; 16 are the least" in refusal([new, "--shards", str(tmp_path / "few")], capsys)
+
+
+def test_nothing_but_bad_samples(tokenizer_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "bad").mkdir()
+    with tarfile.open(tmp_path / "bad/0.tar", "w") as tar:
+        for number in range(20):
+            add_member(tar, f"{number}.jpg", b"no picture")
+            add_member(tar, f"{number}.txt", b"a red disc")
+    with pytest.raises(ValueError, match="none of 20 samples that were looked at has a picture and a caption; `flips"):
+        survey(open_shards(str(tmp_path / "bad"), DataRecipe()), load_tokenizer(str(tokenizer_dir), 8))
+
+
+def test_what_a_look_at_data_finds(shards: Path, tokenizer_dir: Path) -> None:
+    found = survey(open_shards(str(shards), DataRecipe()), load_tokenizer(str(tokenizer_dir), 8))
+    assert (found.pairs, found.looked_at, found.tokens, len(found.captions)) == (96, 96, 3, 16)
+    assert 36 <= min(found.width, found.height) <= max(found.width, found.height) < 60
+
+
+def test_repeated_captions_are_those_that_batches_have() -> None:
+    counts = {"a": 60, "b": 30, **{str(n): 1 for n in range(110)}}
+    captions = [caption for caption, count in counts.items() for _ in range(count)]
+    rng, found = np.random.default_rng(0), []
+    for _ in range(2000):
+        batch = Counter(rng.permutation(captions)[:16].tolist())
+        found.append(sum(count for count in batch.values() if count > 1))
+    assert dataclasses.replace(DATA, captions=counts).repeated(16) == pytest.approx(np.mean(found), rel=0.03)
+    assert DATA.repeated(256) == 0
+
+
+@pytest.mark.parametrize("num_gpus", [0, 1, 8, 24])
+@pytest.mark.parametrize("pairs", [16, 300, 20_000, 3_000_000, 400_000_000, 2_000_000_000])
+def test_what_is_proposed_can_be_trained_and_converted(pairs: int, num_gpus: int, tokenizer_dir: Path) -> None:
+    # Few pairs in little time with short captions, many with long ones.
+    minutes = 3 if pairs < 1000 else 30
+    data = dataclasses.replace(DATA, pairs=pairs, tokens=minutes)
+    proposal = propose(data, {}, minutes, cores=2, num_gpus=num_gpus)
+    assert proposal.warnings == []
+    proposal.fields["data"]["tokenizer"] = str(tokenizer_dir)
+    in_time = samples_in(60 * minutes, [1000.0, 500.0], proposal)
+    assert 30_000 * minutes <= in_time <= 60_000 * minutes
+    recipe = _recipe_of(proposal, min(in_time, most_samples(data, proposal)))
+    stages = plan_stages(recipe.stages, recipe.data.global_batch_size)
+    assert [stage.mask_ratio > 0 for stage in stages] == [True, False]
+    assert stages[0].peak_lr == pytest.approx(
+        1e-3 if num_gpus else 2e-3 * (recipe.data.global_batch_size / 256) ** 0.5, rel=0.03
+    )
+    assert recipe.data.global_batch_size % max(num_gpus, 1) == 0
+    assert recipe.data.global_batch_size <= max(pairs, num_gpus)
+    open_clip_config(recipe.model_config())
+
+
+def test_many_repeated_captions_are_told() -> None:
+    data = dataclasses.replace(DATA, captions={"cat": 150, "dog": 150})
+    (warning,) = propose(data, {}, 30, cores=2, num_gpus=0).warnings
+    assert warning.startswith("of the 32 captions of a batch, about 32 are another pair's of the batch too")
+    assert data.repeated(32) > MOST_REPEATED * 32
+
+
+def test_a_commented_recipe_reads_as_its_fields() -> None:
+    fields = {
+        "text": "yes",
+        "number": 12_345,
+        "rate": 2e-3,
+        "section": {"flag": True, "range": [0.5, 1.0]},
+        "list": [{"name": "a: b", "of": "c # d"}, {"name": "e"}],
+    }
+    text = commented_yaml(["word " * 40, "end"], fields, {"section": "why", "section.flag": "so", "list[1].name": "as"})
+    assert yaml.safe_load(text) == fields
+    assert all(len(line) <= 120 for line in text.splitlines())
+    assert "\nnumber: 12_345\n" in text
+    assert "section: # why\n  flag: true # so\n" in text
+    assert "  - name: e # as\n" in text
