@@ -210,4 +210,4 @@ def _power_below(count: int) -> int:
 
 
 def _rounded(value: float) -> float:
-    return float(f"{value:.2g}")
+    return float(f"{value:.3g}")
