@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import shlex
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -53,7 +54,7 @@ def run(args: argparse.Namespace) -> None:
     _check_options(args)
     from flipscale.data.recipe import DataRecipe
     from flipscale.data.sources.opening import open_shards
-    from flipscale.data.tokenizers import load_tokenizer
+    from flipscale.data.tokenizers import check_tokenizer, load_tokenizer
     from flipscale.planning.proposal import LEAST_PAIRS, propose
     from flipscale.planning.survey import survey
 
@@ -72,6 +73,7 @@ def run(args: argparse.Namespace) -> None:
     minutes = 60 * args.hours if args.gpu else args.minutes or _MINUTES
     proposal = propose(data, _of_tokenizer(args.tokenizer, tokenizer), minutes, os.cpu_count() or 1, num_gpus)
     _add_places(proposal, args, num_gpus)
+    check_tokenizer(tokenizer, _recipe_of(proposal, 0).model_config().text_config)
     samples, speed = _length(args, proposal, data, minutes)
     command = _command(args)
     text = _written(proposal, [f"Data: {data}", f"Time: {speed}"], command, samples)
@@ -124,6 +126,12 @@ def _gpus_here() -> int:
     return 1 if torch.cuda.is_available() else 0
 
 
+def _gib_here() -> int:
+    import torch
+
+    return torch.cuda.get_device_properties(0).total_memory // 2**30
+
+
 def _of_tokenizer(name: str, tokenizer: Any) -> dict[str, int]:
     """Return the fields of the text tower that a tokenizer asks for; where it is a folder, vocab_size follows it."""
     entries = max(len(tokenizer), max(tokenizer.get_vocab().values(), default=0) + 1)
@@ -167,6 +175,8 @@ def _length(args: argparse.Namespace, proposal: "Proposal", data: "Survey", minu
     """Return how many pairs a run of `minutes` sees, and in words how fast it is and how often it sees each of them."""
     from flipscale.planning.proposal import most_samples, samples_in
 
+    if not args.gpu and _gpus_here():
+        _fitted(proposal, 1, _gib_here())
     rates, how = _computed(args, proposal) if args.gpu else _measured(proposal)
     in_time, useful = samples_in(60 * minutes, rates, proposal), most_samples(data, proposal)
     samples = min(in_time, useful)
@@ -190,7 +200,7 @@ def _measured(proposal: "Proposal") -> tuple[list[float], str]:
 
     print(f"measuring the speed: {_CALIBRATION_STEPS} steps of each stage", flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        rates = measured_rates(_recipe_of(proposal, 100 * proposal.batch_size), _CALIBRATION_STEPS, Path(folder))
+        rates = measured_rates(_recipe_of(proposal, 0), _CALIBRATION_STEPS, Path(folder))
     return rates, "as measured here"
 
 
@@ -225,7 +235,7 @@ def _fitted(proposal: "Proposal", num_gpus: int, gib: int) -> tuple["Recipe", An
             model["gradient_checkpointing"] = True  # a third more time, and it may save most of the memory
         if parts > 1 and pairs % parts == 0:
             data["micro_batch_size"] = pairs // parts
-        recipe = _recipe_of(proposal, 100 * proposal.batch_size)
+        recipe = _recipe_of(proposal, 0)
         if recipe_memory(recipe, launch).total <= USABLE * gib * 2**30:
             return recipe, launch
     raise ValueError(
@@ -266,7 +276,7 @@ def _written(proposal: "Proposal", found: list[str], command: str, samples: int)
 
 
 def _recipe_of(proposal: "Proposal", samples: int) -> "Recipe":
-    """Return the proposal as a recipe of a run of `samples` pairs.
+    """Return the proposal as a recipe of a run of `samples` pairs, a step of each stage at least.
 
     Raises:
         ValueError: the data cannot be used so.
@@ -283,14 +293,15 @@ def _recipe_of(proposal: "Proposal", samples: int) -> "Recipe":
 def _command(args: argparse.Namespace) -> str:
     """Return the command that trains the recipe where it is meant to be trained."""
     files = "" if Path("ds_configs/ddp.yaml").exists() else "flipscale launch_files . && "
+    recipe, run_dir = shlex.quote(str(args.recipe)), shlex.quote(f"runs/{args.recipe.stem}")
     if args.gpu and args.num_gpus > _GPUS_OF_A_NODE:
         nodes = -(-args.num_gpus // _GPUS_OF_A_NODE)
-        where = f"RECIPE={args.recipe} RUN=runs/{args.recipe.stem} LAUNCH_FILE=ds_configs/ddp.yaml"
+        where = f"RECIPE={recipe} RUN={run_dir} LAUNCH_FILE=ds_configs/ddp.yaml"
         return f"{files}{where} bash slurm/pretrain.sh --nodes={nodes}"
     if args.gpu and args.num_gpus > 1:
         launcher = f"accelerate launch --config_file ds_configs/ddp.yaml --num_processes {args.num_gpus}"
-        return f"{files}{launcher} -m flipscale.pretrain --config {args.recipe}"
-    command = f"flipscale pretrain --config {args.recipe}"
+        return f"{files}{launcher} -m flipscale.pretrain --config {recipe}"
+    command = f"flipscale pretrain --config {recipe}"
     if args.gpu:
         return command
     from flipscale.engines.device import default_precision, is_faster_in_bf16
