@@ -134,8 +134,9 @@ def _gib_here() -> int:
 
 def _of_tokenizer(name: str, tokenizer: Any) -> dict[str, int]:
     """Return the fields of the text tower that a tokenizer asks for; where it is a folder, vocab_size follows it."""
-    entries = max(len(tokenizer), max(tokenizer.get_vocab().values(), default=0) + 1)
-    vocabulary = {} if Path(name).is_dir() else {"vocab_size": entries}
+    from flipscale.data.tokenizers import num_entries
+
+    vocabulary = {} if Path(name).is_dir() else {"vocab_size": num_entries(tokenizer)}
     return {**vocabulary, **({"pad_token_id": tokenizer.pad_token_id} if tokenizer.pad_token_id else {})}
 
 
