@@ -1,6 +1,6 @@
-"""The fields of a dataclass and of those in it: what `--help` says of them, and whether a file has no others.
+"""The fields of a dataclass and of those in it: what `--help` says of them, whether a file has no others, what differs.
 
-Both are read from types and docstrings: no field is made, and nothing is imported that a field's own check needs.
+The first two are read from types and docstrings: no field is made, and nothing is imported that a field's own check needs.
 """
 
 import argparse
@@ -9,6 +9,8 @@ import difflib
 import inspect
 import re
 import types
+from collections.abc import Iterator
+from itertools import zip_longest
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from flipscale.files.ranges import Range
@@ -123,3 +125,16 @@ def check_fields(content: Any, hint: Any, path: str, file: str) -> None:
             has = f"did you mean {near[0]}?" if near else f"there are {', '.join(hints)}"
             raise ValueError(f"{file}: {inner} is no field of a recipe; {has}")
         check_fields(value, hints.get(name), inner, file)
+
+
+def fields_that_differ(old: Any, new: Any, path: str = "") -> Iterator[str]:
+    """Yield what differs between two values of a recipe, as `path: old, now new`; of sections it is their fields, of
+    lists of sections their elements."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for name in old.keys() | new.keys():
+            yield from fields_that_differ(old.get(name), new.get(name), f"{path}.{name}" if path else name)
+    elif isinstance(old, list) and isinstance(new, list) and any(isinstance(one, dict) for one in [*old, *new]):
+        for number, (was, now) in enumerate(zip_longest(old, new)):
+            yield from fields_that_differ(was, now, f"{path}[{number}]")
+    elif old != new:
+        yield f"{path}: {old}, now {new}"

@@ -7,7 +7,6 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
@@ -17,7 +16,7 @@ from flipscale.data.masks.recipe import MaskRecipe
 from flipscale.data.recipe import DataRecipe
 from flipscale.engines.recipe import OptimRecipe, SaveRecipe
 from flipscale.evaluation.recipe import EvalRecipe
-from flipscale.files.fields import add_fields, check_fields
+from flipscale.files.fields import add_fields, check_fields, fields_that_differ
 from flipscale.files.ranges import CountOrNone, NotNegative, SamplesOrNone, Seconds, Seed, check_ranges, in_our_words
 from flipscale.files.yaml_text import check_yaml, read_outline
 from flipscale.objectives.recipe import LossRecipe, build_objective
@@ -361,7 +360,7 @@ def as_fields(recipe: Recipe) -> dict[str, bool | int | float | str]:
 def differences(recipe: Recipe, saved: dict[str, Any]) -> list[str]:
     """Return the fields that decide what is learned and differ from a saved recipe's, such as
     `stages[1].mask_ratio: 0.0, now 0.5`."""
-    return sorted(_differences(deciding_part(saved), deciding_part(yaml.safe_load(to_yaml(recipe))), ""))
+    return sorted(fields_that_differ(deciding_part(saved), deciding_part(yaml.safe_load(to_yaml(recipe)))))
 
 
 def conflicts(recipe: Recipe, saved: dict[str, Any]) -> list[str]:
@@ -375,18 +374,6 @@ def conflicts(recipe: Recipe, saved: dict[str, Any]) -> list[str]:
     if 0 < count < len(recipe.stages) and recipe.stages[count].base_lr is not None:
         recipe = dataclasses.replace(recipe, stages=recipe.stages[:count])
     return differences(recipe, saved)
-
-
-def _differences(old: Any, new: Any, path: str) -> Iterator[str]:
-    """Yield what differs between two fields, or in them: of a section its fields, of a list its elements."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        for name in old.keys() | new.keys():
-            yield from _differences(old.get(name), new.get(name), f"{path}.{name}" if path else name)
-    elif isinstance(old, list) and isinstance(new, list) and any(isinstance(one, dict) for one in [*old, *new]):
-        for number, (was, now) in enumerate(zip_longest(old, new)):
-            yield from _differences(was, now, f"{path}[{number}]")
-    elif old != new:
-        yield f"{path}: {old}, now {new}"
 
 
 def _deciding_value(value: Any, hint: Any, name_of: Callable[[str], str] | None) -> Any:
