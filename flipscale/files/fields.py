@@ -1,6 +1,6 @@
 """The fields of a dataclass and of those in it: what `--help` says of them, whether a file has no others, what differs.
 
-The first two are read from types and docstrings: no field is made, and nothing is imported that a field's own check needs.
+The first two are read from types and docstrings: no field is made, and nothing is imported that its own check needs.
 """
 
 import argparse
