@@ -13,6 +13,7 @@ from flipscale.evaluation.reports.setting import data_name
 from flipscale.evaluation.results import THIS_MODEL
 from flipscale.pages.page import listed, shortened
 from flipscale.training.recipe import deciding_part
+from flipscale.training.report.lines import duration
 from flipscale.training.run_directory import device_hours, read_starts
 
 _MOST_RECIPE = 20_000
@@ -55,7 +56,7 @@ class Facts:
         size = f" of {parameters / 1e6:,.1f} million parameters" if parameters else ""
         return (
             f"A model of pictures and words{size}. It learned from {last['samples_seen']:,} pairs{self._data()} in "
-            f"{spoken(last['trained_seconds'])} of training, {self._masks()}; its pictures have "
+            f"{duration(last['trained_seconds'])} of training, {self._masks()}; its pictures have "
             f"{vision['image_size']} x {vision['image_size']} pixels."
         )
 
@@ -66,7 +67,7 @@ class Facts:
         return [
             *((result.value_text, result.shown) for result in main),
             (f"{last['samples_seen']:,}", "pairs seen"),
-            (spoken(last["trained_seconds"]), "of training"),
+            (duration(last["trained_seconds"]), "of training"),
             *([(f"{curve.images_per_s:,.0f}", "pairs a second")] if last["trained_seconds"] else []),
         ]
 
@@ -89,7 +90,7 @@ class Facts:
         yield "machine", listed(list(used))
         yield "processes", listed(list(dict.fromkeys(_processes(start) for start in self.starts)))
         yield "precision", {"no": "fp32"}.get(*[str(environment.get("mixed_precision", ""))] * 2)
-        yield "training", spoken(last["trained_seconds"]) + ", evaluations and saves left out"
+        yield "training", duration(last["trained_seconds"]) + ", evaluations and saves left out"
         yield "device hours", "" if hours is None else rounded(hours)
         yield "energy", "" if energy is None else f"{rounded(energy)} kWh, measured"
         yield "emissions", f"{rounded(energy * grid / 1000)} kg of CO2 at {grid:g} g a kWh" if energy and grid else ""
@@ -124,17 +125,6 @@ class Facts:
 
 def _percent(ratio: float) -> str:
     return f"{100 * ratio:g} %"
-
-
-def spoken(seconds: float) -> str:
-    """Return a time span in its two largest units: `3 d 4 h`, `12 min 5 s`, `8 s`."""
-    left = round(seconds)
-    parts: list[str] = []
-    for unit, length in (("d", 86400), ("h", 3600), ("min", 60), ("s", 1)):
-        count, left = divmod(left, length)
-        if count or parts:
-            parts.append(f"{count} {unit}")
-    return " ".join(parts[:2]) or "0 s"
 
 
 def rounded(value: float) -> str:

@@ -255,8 +255,8 @@ def _figures(run_dir: Path, curve: Curve, missing: list[str]) -> list[Picture]:
     files = next((found for folder in folders if (found := sorted(folder.glob("*.png")))), [])
     if not files:
         missing.append("Figures: matplotlib draws them; pip install 'flipscale[plots]'.")
-    first = {"loss": 0, "accuracy": 1}
-    files.sort(key=lambda file: (first.get(file.stem, 2), file.stem))
+    places = {"loss": 0, "learning_rate": 2, "data_wait": 3}  # evaluations between them
+    files.sort(key=lambda file: (places.get(file.stem, 1), file.stem))
     return [
         picture
         for file in files[:_MOST_FIGURES]

@@ -12,7 +12,7 @@ from conftest import changed_recipe
 from PIL import Image
 
 from flipscale.evaluation.reports.comparison import Curve
-from flipscale.pages.facts import Facts, rounded, spoken
+from flipscale.pages.facts import Facts, rounded
 from flipscale.pages.masks import mask_rows
 from flipscale.pages.page import Picture, evenly, listed, rendered, shortened, thumbnail
 from flipscale.training.recipe import Recipe, parse_recipe
@@ -111,5 +111,4 @@ def test_what_a_run_cost_is_what_was_measured() -> None:
 
 
 def test_numbers_are_said_briefly() -> None:
-    assert [spoken(seconds) for seconds in (0.2, 61, 7322, 90000)] == ["0 s", "1 min 1 s", "2 h 2 min", "1 d 1 h"]
     assert [rounded(value) for value in (0.00043, 0.5, 12.345, 1234.5)] == ["0.00043", "0.50", "12.35", "1,234"]
