@@ -50,19 +50,20 @@ def rendered(template: str, **values: Any) -> str:
 
 def thumbnail(pixels: np.ndarray, alt: str, side: int) -> Picture:
     """Return an image, uint8 RGB `(height, width, 3)`, whose longer side is shrunk to `side` pixels."""
-    image = Image.fromarray(np.ascontiguousarray(pixels))
+    image, content = Image.fromarray(np.ascontiguousarray(pixels)), io.BytesIO()
     image.thumbnail((side, side))
-    return _picture(image, alt, quality=_QUALITY)
+    image.save(content, "webp", quality=_QUALITY)
+    return Picture(_data_uri(content.getvalue(), "webp"), alt, *image.size)
 
 
 def drawing(file: Path, alt: str) -> Picture:
-    """Return a figure that is a PNG file, without loss.
+    """Return a figure that is a PNG file.
 
     Raises:
         OSError: it cannot be read as an image.
     """
-    with Image.open(file) as image:
-        return _picture(image.convert("RGB"), alt, lossless=True)
+    with Image.open(file, formats=["PNG"]) as image:
+        return Picture(_data_uri(file.read_bytes(), "png"), alt, *image.size)
 
 
 def shortened(text: str, most: int) -> str:
@@ -85,7 +86,5 @@ def listed(names: Sequence[str]) -> str:
     return " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
 
 
-def _picture(image: Image.Image, alt: str, **options: Any) -> Picture:
-    content = io.BytesIO()
-    image.save(content, "webp", **options)
-    return Picture(f"data:image/webp;base64,{base64.b64encode(content.getvalue()).decode()}", alt, *image.size)
+def _data_uri(content: bytes, kind: str) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
