@@ -11,6 +11,7 @@ import yaml
 from flipscale.evaluation.reports.comparison import Curve
 from flipscale.evaluation.reports.setting import data_name
 from flipscale.evaluation.results import THIS_MODEL
+from flipscale.files.yaml_text import read_saved
 from flipscale.pages.page import listed, shortened
 from flipscale.training.recipe import deciding_part
 from flipscale.training.report.lines import duration
@@ -41,12 +42,12 @@ class Facts:
             ValueError: a file is damaged.
             OSError: one is missing.
         """
+        recipe = read_saved(run_dir / "recipe.yaml")
         try:
-            recipe = yaml.safe_load((run_dir / "recipe.yaml").read_text(encoding="utf-8"))
             environment = json.loads((run_dir / "environment.json").read_text(encoding="utf-8"))
             config = json.loads((run_dir / "model/config.json").read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise ValueError(f"recipe.yaml, environment.json or the model of {run_dir} is damaged ({error})") from error
+        except ValueError as error:
+            raise ValueError(f"environment.json or the model of {run_dir} is damaged ({error})") from error
         return cls(recipe, environment, config, read_starts(run_dir))
 
     def sentence(self, curve: Curve) -> str:
