@@ -93,7 +93,7 @@ def test_what_a_run_cost_is_what_was_measured() -> None:
     }
     starts = [{"step": 0, "trained_seconds": 0.0, "num_processes": 2, "device": "a GPU", "engine": "ddp"}]
     facts = Facts(recipe, {"num_parameters": 1_500_000}, {"vision_config": {"image_size": 32}}, starts)
-    curve = Curve("run", [record], [], 0.5, False)
+    curve = Curve("run", [record], [], {"masked": 0.5})
     rows = dict(facts.rows(curve))
     assert rows["device hours"] == "4.00"
     assert rows["cost"] == "10.00 dollars at 2.5 an hour"
