@@ -12,9 +12,10 @@ from conftest import launch, pretrain
 from flipscale.evaluation.results import Result
 from flipscale.training.recipe import parse_recipe
 from flipscale.training.report import figures
+from flipscale.training.report.blocks import last_block
 from flipscale.training.report.command import typed_command
 from flipscale.training.report.figures import draw_figures
-from flipscale.training.report.lines import interval_line, last_block, results_line, seconds_left, stopped_line
+from flipscale.training.report.lines import interval_line, results_line, seconds_left, stopped_line
 from flipscale.training.schedule import StageRecipe, plan_stages
 
 SPAN = r"(\d+ (d|h|min|s) ?)+"
