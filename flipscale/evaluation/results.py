@@ -1,6 +1,7 @@
 """What evaluations found: typed results with their number of queries and interval, and `results.jsonl`, a line each."""
 
 import dataclasses
+import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +26,8 @@ _MAY_HAVE = {
     **{"n": int | None, "higher_is_better": bool | None, "headline": bool | None, "made_by": dict | None},
 }
 THIS_MODEL = "this model"
+# What tables have where nothing was measured.
+NOTHING = "-"
 # Metrics that short tables showed before a result said so itself.
 _HEADLINES_WITHOUT_LINES = ("top1", "top5", "text_to_image_r1")
 
@@ -84,7 +87,7 @@ class Result:
     @property
     def interval_text(self) -> str:
         """The 95 % interval without a unit, `44.0 to 50.2`; empty where there is none."""
-        if self.low is None or self.high is None:
+        if self.low is None or self.high is None or not math.isfinite(self.value):
             return ""
         low, high = (with_unit(end, self.unit).removesuffix(self.unit).strip() for end in (self.low, self.high))
         return f"{low} to {high}"
@@ -106,7 +109,10 @@ class Measured:
 
 
 def with_unit(value: float, unit: str) -> str:
-    """Return a value as tables show it: percent with one decimal above 1, other numbers with about three digits."""
+    """Return a value as tables show it: percent with one decimal above 1, other numbers with about three digits; a dash
+    for one that is none, such as the mean over no query."""
+    if not math.isfinite(value):
+        return NOTHING
     size, below_one = abs(value), 2 if unit == "%" else 3
     digits = below_one if size < 1 else 1 if unit == "%" else 2 if size < 100 else 0
     return f"{value:,.{digits}f} {unit}".rstrip()

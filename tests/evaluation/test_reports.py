@@ -54,7 +54,7 @@ def test_the_paper_s_figure_stands_where_it_is_comparable() -> None:
     assert cells(text, cars.title) == [
         cars.title, "top-1", "41.5 % (40.4 to 42.6)", "42.5 % (41.4 to 43.6)", "8,041", "0.51 %", "90.7 %",
     ]  # fmt: skip
-    assert cells(text, birds.title)[3:] == ["", "1,851", "0.20 %", "[1]"]
+    assert cells(text, birds.title)[3:] == ["-", "1,851", "0.20 %", "[1]"]
     assert f"[1] Not comparable with the paper: {birds.why_not}" in text.splitlines()
     assert cells(text, imagenet.title)[-1] == "74.6 %", "of the model of the column, not of the first on the page"
 
@@ -79,7 +79,7 @@ def test_a_suite_has_a_mean_where_every_task_is_there() -> None:
     whole = [line_of(page, 10.0 * number) for number, page in enumerate(pages)]
     text = suite_tables([Column("one", whole), Column("two", whole[1:])], ["fairness"])
     assert text.startswith("## Fairness\n")
-    assert cells(text, f"mean of {len(pages)}")[2:4] == [f"{10 * (len(pages) - 1) / 2:.1f} %", ""]
+    assert cells(text, f"mean of {len(pages)}")[2:4] == [f"{10 * (len(pages) - 1) / 2:.1f} %", "-"]
     assert f"No mean for two: 1 of the suite's {len(pages)} tasks are missing ({pages[0].name})." in text
     assert "mean of" not in suite_tables([Column("two", whole[1:])], ["fairness"])
 

@@ -1,13 +1,23 @@
 """Results: their intervals, how they are shown, their lines, and runs from before there were lines."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 
-from flipscale.evaluation.reports.comparison import comparison_table, read_curve, record_baselines
+from flipscale.evaluation.reports.comparison import (
+    Curve,
+    by_recipe,
+    comparison_table,
+    over_seeds,
+    read_curve,
+    record_baselines,
+)
+from flipscale.evaluation.reports.figures import draw_loss, draw_result
 from flipscale.evaluation.results import (
+    Measured,
     Result,
     append_results,
     drop_results_after,
@@ -28,6 +38,7 @@ RANK = Result("ranks", "median_rank", "median", 3.25, unit="", label="median ran
         (0.43219, "", "0.432"),
         (3.25, "", "3.25"),
         (1234.5, "s", "1,234 s"),
+        (float("nan"), "%", "-"),
     ],
 )
 def test_values_are_shown_in_their_units(value: float, unit: str, text: str) -> None:
@@ -75,7 +86,40 @@ def test_the_table_has_the_headlines_and_the_baselines(tmp_path: Path) -> None:
         "|  | pairs seen | pairs/s | training | top-1 | median rank |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
         "| FLIP (50% masked, then tuned) | 320 | 80 | 4 s | 40.0 % (33.5 to 46.9) | 3.25 |",
-        "| FLIP (50% masked, then tuned) | 320 | 80 | 4 s | 40.0 % (33.5 to 46.9) |  |",
-        "| chance |  |  |  | 6.2 % |  |",
-        "| nearest image |  |  |  | 12.5 % |  |",
+        "| FLIP (50% masked, then tuned) | 320 | 80 | 4 s | 40.0 % (33.5 to 46.9) | - |",
+        "| chance | - | - | - | 6.2 % | - |",
+        "| nearest image | - | - | - | 12.5 % | - |",
     ]
+
+
+def seeded(seed: int, values: list[float], learned: str = "one") -> Curve:
+    """A run that was evaluated every ten seconds, a little later for each seed."""
+    records = [{"step": 1, "samples_seen": 320, "trained_seconds": 4.0, "loss": 2.0, "lr": 0.1, "stage": "masked"}]
+    measured = [
+        Measured(replace(TOP1, value=value, low=None, high=None), number, 16, 10.0 * number + seed)
+        for number, value in enumerate(values, 1)
+    ]
+    return Curve(f"s{seed}", records, measured, {"masked": 0.5}, seed, learned)
+
+
+def test_runs_of_several_seeds_have_their_mean_and_bars(tmp_path: Path) -> None:
+    first, second, third = seeded(0, [10.0, 20.0]), seeded(1, [10.0, 30.0]), seeded(2, [10.0, 40.0])
+    other = seeded(0, [5.0, 6.0], "two")
+    curves = [first, second, third, other]
+    assert by_recipe(curves) == [[first, second, third], [other]]
+    assert by_recipe([first, replace(first, name="again")]) == [[first], [replace(first, name="again")]]
+    times, means, deviations = over_seeds([first, second], TOP1.name)
+    assert times.tolist() == [10.0, 20.0]
+    assert means.tolist() == [10.0, (20.0 + 28.0) / 2]
+    assert deviations.tolist() == pytest.approx([0.0, 32**0.5])
+    rows = [line.split(" | ") for line in comparison_table(curves).splitlines()]
+    assert [(row[0], row[-1]) for row in rows[2:7]] == [
+        ("| FLIP (50% masked), seed 0", "20.0 % |"),
+        ("| FLIP (50% masked), seed 1", "30.0 % |"),
+        ("| FLIP (50% masked), seed 2", "40.0 % |"),
+        ("| FLIP (50% masked)", "6.0 % |"),
+        ("| FLIP (50% masked), mean of 3 seeds", "30.0 % ± 10.0 |"),
+    ]
+    draw_result(curves, TOP1, tmp_path / "top1.png")
+    draw_loss(curves, tmp_path / "loss.png")
+    assert (tmp_path / "top1.png").stat().st_size > 10_000

@@ -39,6 +39,7 @@ KINDS = {
     "where": r"  model    RUN/model, its card RUN/model/README\.md",
     "figures": r"  figures  RUN/figures: loss\.png, learning_rate\.png, data_wait\.png, zero_shot\.png",
     "next": r"  next     flipscale evaluate RUN/model --zero_shot \S+",
+    "search": r"           flipscale search RUN/model FOLDER 'what to look for'",
     "push": r"           flipscale push RUN ORG/NAME",
     "report": r"RUN/report\.html shows the run: open it in a browser",
 }

@@ -5,7 +5,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from flipscale.evaluation.results import (
+    NOTHING,
     THIS_MODEL,
     Measured,
     Result,
@@ -13,8 +16,12 @@ from flipscale.evaluation.results import (
     latest,
     read_metrics,
     read_results,
+    with_unit,
 )
 from flipscale.files.yaml_text import read_saved
+
+# The sections of a recipe that decide what is learned, beside its stages and its seed.
+_LEARNED = ("model", "data", "mask", "loss", "optim")
 
 
 @dataclass(frozen=True)
@@ -26,12 +33,16 @@ class Curve:
         records: all records of `metrics.jsonl`, in the order of steps.
         measured: all results of its evaluations, in the order of steps.
         masks: the mask ratio of each stage, by its name, in the order of stages.
+        seed: of the run.
+        learned: what its recipe says of what is learned, but for the seed and the lengths of stages.
     """
 
     name: str
     records: list[dict[str, Any]]
     measured: list[Measured]
     masks: dict[str, float]
+    seed: int = 0
+    learned: str = ""
 
     @property
     def mask_ratio(self) -> float:
@@ -88,9 +99,11 @@ def read_curve(run_dir: Path) -> Curve:
     records = read_metrics(run_dir)
     if not records:
         raise ValueError(f"{run_dir} has no metrics.jsonl with a record; did the run start?")
-    stages = read_saved(run_dir / "recipe.yaml")["stages"]
-    masks = {stage["name"]: stage["mask_ratio"] for stage in stages}
-    return Curve(run_dir.name, records, read_results(run_dir), masks)
+    recipe = read_saved(run_dir / "recipe.yaml")
+    masks = {stage["name"]: stage["mask_ratio"] for stage in recipe["stages"]}
+    stages = [{name: stage[name] for name in sorted(stage) if "samples" not in name} for stage in recipe["stages"]]
+    learned = {**{name: recipe.get(name) for name in _LEARNED}, "stages": stages}
+    return Curve(run_dir.name, records, read_results(run_dir), masks, recipe.get("seed", 0), repr(learned))
 
 
 def curve_of(run_dir: Path, step: int | None) -> Curve:
@@ -103,6 +116,35 @@ def curve_of(run_dir: Path, step: int | None) -> Curve:
         records=[record for record in curve.records if record["step"] <= step],
         measured=[measured for measured in curve.measured if measured.step <= step],
     )
+
+
+def by_recipe(curves: Sequence[Curve]) -> list[list[Curve]]:
+    """Return the curves in groups of those that differ in their seeds alone; a group has each seed once."""
+    groups: list[list[Curve]] = []
+    for curve in curves:
+        for group in groups:
+            if curve.learned == group[0].learned and curve.seed not in [other.seed for other in group]:
+                group.append(curve)
+                break
+        else:
+            groups.append([curve])
+    return groups
+
+
+def over_seeds(group: Sequence[Curve], name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return when a result was found, in training seconds, its mean over the runs of a group and its standard
+    deviation; the times are the first run's, and the others' values are those between their own times.
+
+    Args:
+        group: runs that differ in their seeds, two or more.
+        name: of the result, `task/metric`.
+    """
+    courses = [course for curve in group if (course := curve.course(name))]
+    times = np.array([measured.trained_seconds for measured in courses[0]])
+    values = np.array(
+        [np.interp(times, [m.trained_seconds for m in course], [m.result.value for m in course]) for course in courses]
+    )
+    return times, values.mean(axis=0), values.std(axis=0, ddof=1)
 
 
 def record_baselines(run_dir: Path, baselines: Sequence[Result]) -> None:
@@ -121,13 +163,20 @@ def headlines(curves: Sequence[Curve]) -> dict[str, str]:
 
 
 def comparison_table(curves: Sequence[Curve]) -> str:
-    """Return the runs, chance and the baselines of the first run as a Markdown table, with 95 % intervals."""
+    """Return the runs, chance and the baselines of the first run as a Markdown table, with 95 % intervals; runs that
+    differ in their seeds alone also as their mean, with the standard deviation."""
     columns = headlines(curves)
     rows = [["", "pairs seen", "pairs/s", "training", *columns.values()], ["---", *["---:"] * (3 + len(columns))]]
+    groups = by_recipe(curves)
+    seeded = [curve for group in groups if len(group) > 1 for curve in group]
     for curve in curves:
         last, found = curve.records[-1], {r.name: r for r in curve.results if r.who == THIS_MODEL}
         speed = [f"{last['samples_seen']:,}", f"{curve.images_per_s:,.0f}", f"{last['trained_seconds']:.0f} s"]
-        rows.append([curve.label, *speed, *(_cell(found.get(name)) for name in columns)])
+        label = f"{curve.label}, seed {curve.seed}" if curve in seeded else curve.label
+        rows.append([label, *speed, *(_cell(found.get(name)) for name in columns)])
+    for group in (group for group in groups if len(group) > 1):
+        means = [_mean_cell([r for curve in group for r in curve.results if r.name == name]) for name in columns]
+        rows.append([f"{group[0].label}, mean of {len(group)} seeds", *3 * [NOTHING], *means])
     others: dict[str, dict[str, Result]] = {}
     for result in curves[0].results:
         if result.who != THIS_MODEL:
@@ -135,11 +184,18 @@ def comparison_table(curves: Sequence[Curve]) -> str:
         elif result.chance is not None:
             chance = replace(result, value=result.chance, low=None, high=None)
             others.setdefault("chance", {})[result.name] = chance
-    rows += [[who, "", "", "", *(_cell(found.get(name)) for name in columns)] for who, found in others.items()]
+    rows += [[who, *3 * [NOTHING], *(_cell(found.get(name)) for name in columns)] for who, found in others.items()]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
+def _mean_cell(results: Sequence[Result]) -> str:
+    """Return the mean of the same result of several seeds, and how far they lie apart."""
+    values = [result.value for result in results if result.who == THIS_MODEL]
+    if len(values) < 2:
+        return NOTHING
+    unit = results[0].unit
+    return f"{with_unit(float(np.mean(values)), unit)} ± {with_unit(float(np.std(values, ddof=1)), '')}"
+
+
 def _cell(result: Result | None) -> str:
-    if result is None:
-        return ""
-    return result.estimate_text
+    return NOTHING if result is None else result.estimate_text

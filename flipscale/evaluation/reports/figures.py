@@ -12,7 +12,7 @@ from flipscale.data.masks.image import IMAGE_MASKS
 from flipscale.data.masks.keyed import keyed_patches
 from flipscale.data.masks.recipe import MaskRecipe
 from flipscale.data.pairs import PairDataset
-from flipscale.evaluation.reports.comparison import Curve, headlines
+from flipscale.evaluation.reports.comparison import Curve, by_recipe, headlines, over_seeds
 from flipscale.evaluation.results import THIS_MODEL, Result, with_unit
 
 if TYPE_CHECKING:
@@ -58,15 +58,17 @@ def draw_loss(curves: list[Curve], path: Path) -> None:
     """Draw the contrastive loss against training time, one line a run, smoothed where there are many points, and marks
     where stages begin."""
     figure, axes, unit = _axes("Contrastive loss of the training batches", "loss", curves)
-    for curve, colour in zip(curves, COLOURS, strict=False):
+    coloured = [(curve, colour) for group, colour in zip(by_recipe(curves), COLOURS, strict=False) for curve in group]
+    for curve, colour in coloured:
         for number, (seconds, losses) in enumerate(curve.by_stage("loss").values()):
             times = [s / unit for s in seconds]
-            label = curve.label if number == 0 else None
+            is_first = curve is next(other for other, own in coloured if own == colour)
+            label = curve.label if number == 0 and is_first else None
             is_many = len(losses) >= _SMOOTHED_POINTS
             if is_many:
                 axes.plot(times, losses, color=colour, alpha=0.25, linewidth=0.8)
             axes.plot(times, _smoothed(losses) if is_many else losses, color=colour, label=label)
-    _mark_stages(axes, curves, unit)
+    _mark_stages(axes, [group[0] for group in by_recipe(curves)], unit)
     if len({ratio for curve in curves for ratio in curve.masks.values()}) > 1:
         _explain(axes, "Masked images are harder than whole ones: losses under different masks do not compare.")
     if len(curves) > 1:
@@ -133,19 +135,30 @@ def result_figures(curves: list[Curve]) -> dict[str, Result]:
 
 
 def draw_result(curves: list[Curve], shown: Result, path: Path) -> None:
-    """Draw a result against training time, one line a run with the 95 % intervals as a band; the baselines of the first
-    run are levels. What chance achieves is said in words: its level would squeeze the lines."""
+    """Draw a result against training time, one line a run with the 95 % intervals as a band, and one for runs that
+    differ in their seeds alone, with bars; the baselines of the first run are levels. What chance achieves is said in
+    words: its level would squeeze the lines."""
     title = f"{shown.task.replace('_', '-')}: {shown.shown}"
     figure, axes, unit = _axes(title, ", ".join(filter(None, (shown.shown, shown.unit))), curves)
     drawn: list[float] = []
-    for curve, colour in zip(curves, COLOURS, strict=False):
-        course = curve.course(shown.name)
-        times, values = [m.trained_seconds / unit for m in course], [m.result.value for m in course]
-        axes.plot(times, values, "o-", color=colour, label=curve.label)
+    groups = [found for group in by_recipe(curves) if (found := [c for c in group if c.course(shown.name)])]
+    has_band = has_bars = False
+    for group, colour in zip(groups, COLOURS, strict=False):
+        if len(group) > 1:
+            times, means, deviations = over_seeds(group, shown.name)
+            label = f"{group[0].label}, {len(group)} seeds"
+            axes.errorbar(times / unit, means, deviations, fmt="o-", capsize=3, color=colour, label=label)
+            drawn += means.tolist()
+            has_bars = True
+            continue
+        course = group[0].course(shown.name)
+        at, values = [m.trained_seconds / unit for m in course], [m.result.value for m in course]
+        axes.plot(at, values, "o-", color=colour, label=group[0].label)
         drawn += values
         if all(measured.result.low is not None for measured in course):
             low, high = ([getattr(measured.result, end) for measured in course] for end in ("low", "high"))
-            axes.fill_between(times, low, high, color=colour, alpha=0.15, linewidth=0)
+            axes.fill_between(at, low, high, color=colour, alpha=0.15, linewidth=0)
+            has_band = True
     levels = {r.who: r.value for r in curves[0].results if r.name == shown.name and r.who != THIS_MODEL}
     for name, value in levels.items():
         axes.axhline(value, color="#888888", linewidth=0.9, linestyle=":", zorder=0)
@@ -153,12 +166,12 @@ def draw_result(curves: list[Curve], shown: Result, path: Path) -> None:
     drawn += levels.values()
     if min(drawn) < max(drawn) / 2 and min(drawn) >= 0:
         axes.set_ylim(bottom=0)
-    has_band = all(m.result.low is not None for curve in curves for m in curve.course(shown.name))
     said = ["The band is the 95 % interval over the queries."] if has_band else []
+    said += ["Bars are the standard deviation over seeds."] if has_bars else []
     if shown.chance is not None:
         said.append(f"Guessing achieves {with_unit(shown.chance, shown.unit)}.")
     _explain(axes, " ".join(said))
-    if len(curves) > 1:
+    if len(groups) > 1 or has_bars:
         axes.legend(loc="lower right" if shown.higher_is_better else "upper right", framealpha=0.9, edgecolor="none")
     save_figure(figure, path)
 

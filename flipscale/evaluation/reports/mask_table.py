@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from flipscale.evaluation.embedders.masked import ImageMask
 from flipscale.evaluation.reports.figures import drawing_pyplot, save_figure
-from flipscale.evaluation.results import Result, as_metrics
+from flipscale.evaluation.results import NOTHING, Result, as_metrics
 from flipscale.files.text_table import markdown_table
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def mask_table(rows: Sequence[MaskedResults]) -> str:
     table = [[*(["model"] if several else []), "image", "encoder GFLOPs", "of whole", *columns]]
     for row in rows:
         cost = [f"{row.flops / 1e9:.3g}", f"{row.relative:.2f}x"]
-        values = [row.headlines[name].estimate_text if name in row.headlines else "" for name in columns]
+        values = [row.headlines[name].estimate_text if name in row.headlines else NOTHING for name in columns]
         table.append([*([row.model] if several else []), row.mask.label, *cost, *values])
     return markdown_table(table, num_names=2 if several else 1)
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from flipscale.evaluation.kinds.kinds import KINDS
 from flipscale.evaluation.reports.record import Line
-from flipscale.evaluation.results import Result, with_unit
+from flipscale.evaluation.results import NOTHING, Result, with_unit
 from flipscale.evaluation.task_page import Reference, TaskPage, read_page, suite_pages
 from flipscale.files.text_table import markdown_table
 
@@ -153,12 +153,13 @@ def _means(suite: str, rows: list[Row], columns: Sequence[Column]) -> tuple[list
         lines = {(row.task, row.metric): row.lines[number] for row in rows}
         found = {page.name: line for page in pages if (line := lines.get((page.name, page.metric)))}
         missing = [page.name for page in pages if page.name not in found]
-        values.append("" if missing else f"{sum(line.result.value for line in found.values()) / len(pages):.1f} %")
+        values.append(NOTHING if missing else f"{sum(line.result.value for line in found.values()) / len(pages):.1f} %")
         if missing:
             some = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
             lacks = f"{len(missing)} of the suite's {len(pages)} tasks are missing ({some})"
             said.append(f"No mean for {column.name}: {lacks}.")
-    return [[f"mean of {len(pages)}", "", *values, "", "", ""]] if any(values) else [], "\n\n".join(said)
+    has_mean = any(value != NOTHING for value in values)
+    return [[f"mean of {len(pages)}", "", *values, "", "", ""]] if has_mean else [], "\n\n".join(said)
 
 
 def _head(columns: Sequence[Column], has_paper: bool) -> list[str]:
@@ -170,17 +171,15 @@ def _cells(row: Row, notes: dict[str, int] | None) -> list[str]:
     """Return the cells of a row; without `notes` it has none for the paper."""
     result, sizes = row.result, dict.fromkeys(line.result.n for line in row.present)
     cells = [row.title, result.shown, *(_value(line) for line in row.lines)]
-    cells.append(" / ".join("" if n is None else f"{n:,}" for n in sizes))
-    cells.append("" if result.chance is None else with_unit(result.chance, result.unit))
+    cells.append(" / ".join(NOTHING if n is None else f"{n:,}" for n in sizes))
+    cells.append(NOTHING if result.chance is None else with_unit(result.chance, result.unit))
     if notes is not None:
-        cells.append(f"[{notes[row.why_not]}]" if row.why_not else row.paper_text)
+        cells.append(f"[{notes[row.why_not]}]" if row.why_not else row.paper_text or NOTHING)
     return cells
 
 
 def _value(line: Line | None) -> str:
-    if line is None:
-        return ""
-    return line.result.estimate_text
+    return NOTHING if line is None else line.result.estimate_text
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:

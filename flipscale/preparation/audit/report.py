@@ -1,5 +1,6 @@
 """The page of an audit, and its summary at the console."""
 
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -186,7 +187,7 @@ def _unusable(unusable: dict[str, Any]) -> list[str]:
 def _cell(text: str) -> str:
     """Return text as a cell of a table, at most 100 characters."""
     plain = " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
-    return plain if len(plain) <= 100 else f"{plain[:99]}…"
+    return "".join(textwrap.wrap(plain, 100, max_lines=1, placeholder=" …"))
 
 
 def _table(rows: Sequence[tuple[str, ...]], align: str) -> str:

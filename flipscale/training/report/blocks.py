@@ -1,6 +1,6 @@
 """What a run says before its first step and after its last, a few lines each."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from flipscale.training.recipe import Recipe
@@ -24,16 +24,16 @@ def first_block(
     accelerator, run_dir = start.accelerator, recipe.output_dir
     processes, side = accelerator.num_processes, recipe.model_config().vision_config.image_size
     epochs = total * batch / len(plan.source)
-    rows = {
-        "model": f"{_millions(num_parameters)} parameters, images of {side} x {side} pixels",
-        "data": f"{len(plan.source):,} pairs of {_data_name(recipe)}, each seen {_about(epochs)} times",
-        "steps": f"{total:,} of {batch:,} pairs: {', '.join(map(_stage_words, plan.stages))}",
-        "device": device,
-        "precision": precision,
-        "processes": f"{processes}, {engine}" if processes > 1 else "1",
-        "evaluation": _evaluation_words(plan),
-        "run folder": f"{run_dir}; `flipscale status {run_dir} --watch` follows it",
-    }
+    rows = [
+        ("model", f"{_millions(num_parameters)} parameters, images of {side} x {side} pixels"),
+        ("data", f"{len(plan.source):,} pairs of {_data_name(recipe)}, each seen {_about(epochs)} times"),
+        ("steps", f"{total:,} of {batch:,} pairs: {', '.join(map(_stage_words, plan.stages))}"),
+        ("device", device),
+        ("precision", precision),
+        ("processes", f"{processes}, {engine}" if processes > 1 else "1"),
+        ("evaluation", _evaluation_words(plan)),
+        ("run folder", f"{run_dir}; `flipscale status {run_dir} --watch` follows it"),
+    ]
     head = f"training {run_dir}"
     if start.step:
         head = f"going on with {run_dir} from step {start.step:,} of {total:,}"
@@ -50,20 +50,21 @@ def last_block(recipe: Recipe, step: int, seconds: float, figures: Sequence[str]
     """
     run_dir = Path(recipe.output_dir)
     tested = next((task.data for task in recipe.eval.planned() if task.kind == "zero_shot"), "TEST_SET")
-    none = "none, as matplotlib is not installed: pip install 'flipscale[plots]'"
-    rows = {
-        "model": f"{run_dir / 'model'}, its card {run_dir / 'model/README.md'}",
-        "figures": f"{run_dir / 'figures'}: {', '.join(figures)}" if figures else none,
-        "next": f"flipscale evaluate {run_dir / 'model'} --zero_shot {tested}",
-        "": f"flipscale push {run_dir} ORG/NAME",
-    }
+    undrawn = "none, as matplotlib is not installed: pip install 'flipscale[plots]'"
+    rows = [
+        ("model", f"{run_dir / 'model'}, its card {run_dir / 'model/README.md'}"),
+        ("figures", f"{run_dir / 'figures'}: {', '.join(figures)}" if figures else undrawn),
+        ("next", f"flipscale evaluate {run_dir / 'model'} --zero_shot {tested}"),
+        ("", f"flipscale search {run_dir / 'model'} FOLDER 'what to look for'"),
+        ("", f"flipscale push {run_dir} ORG/NAME"),
+    ]
     pairs = step * recipe.data.global_batch_size
     return _block(f"done: {step:,} steps, {pairs:,} pairs in {duration(seconds)} of training", rows)
 
 
-def _block(head: str, rows: Mapping[str, str]) -> str:
-    width = max(map(len, rows))
-    return "\n".join([head, *(f"  {name:<{width}}  {value}" for name, value in rows.items() if value)])
+def _block(head: str, rows: Sequence[tuple[str, str]]) -> str:
+    width = max(len(name) for name, _ in rows)
+    return "\n".join([head, *(f"  {name:<{width}}  {value}" for name, value in rows)])
 
 
 def _about(number: float) -> str:

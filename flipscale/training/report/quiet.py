@@ -5,20 +5,18 @@ import os
 import sys
 import warnings
 
-# Loggers of other packages whose warnings are for their own developers; their errors are shown.
-_LOGGERS = ("accelerate", "DeepSpeed", "torch.distributed", "transformers", "wandb")
-
 
 def silence_other_packages() -> None:
-    """Hide warnings of other packages in this process and those that it starts: deprecations, advice on numbers of
-    workers, accelerators that were not found. Python's own `-W default` or `PYTHONWARNINGS` shows them."""
-    for name in _LOGGERS:
-        # A filter, since a package sets its logger's level when it is imported, and keeps filters.
-        logging.getLogger(name).addFilter(_is_error)
+    """Hide what other packages warn of in this process and those that it starts: deprecations, advice on numbers of
+    workers, accelerators that were not found. Their errors are shown, and `python -W default` shows the warnings."""
+    if sys.warnoptions not in ([], ["ignore"]):  # the user's, or what this sets for the processes that it starts
+        return
+    warnings.simplefilter("ignore")
+    os.environ["PYTHONWARNINGS"] = "ignore"
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    if not sys.warnoptions:
-        os.environ["PYTHONWARNINGS"] = "ignore"
-        warnings.simplefilter("ignore")
+    logging.getLogger("accelerate").setLevel(logging.ERROR)
+    # DeepSpeed sets its logger's level when it is imported, which accelerate does where it is installed.
+    logging.getLogger("DeepSpeed").addFilter(_is_error)
 
 
 def _is_error(record: logging.LogRecord) -> bool:
