@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -150,7 +151,9 @@ def test_what_all_have_to_say_is_said_once(write_recipe, tmp_path: Path, seconds
     for rank in ranks:
         rank.join(60)
     assert [rank.exitcode for rank in ranks] == [1, 1]
-    (line,) = (tmp_path / "stderr").read_text().splitlines()
+    # The block that a run begins with has a time in front, and goes on behind two spaces.
+    lines = (tmp_path / "stderr").read_text().splitlines()
+    (line,) = [line for line in lines if not re.match(r"\d{4}-|  ", line)]
     assert line.startswith(SENTENCES["OSError"])
 
 
