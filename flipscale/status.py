@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import os
 import re
 import sys
 import time
@@ -28,7 +29,7 @@ _WATCH_SECONDS = 3.0
 # States that the run itself does not leave.
 _ENDED = ("done", "stopped", "dead")
 # Moves the cursor to the upper left and clears what is below it.
-_CLEAR = "\033[H\033[J"
+_CLEAR = b"\033[H\033[J"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -72,7 +73,9 @@ def _watched(folders: Sequence[Path], as_json: bool) -> bool:
     found = _read(folders)
     still = any(status["state"] not in _ENDED for status in found)
     if sys.stdout.isatty():
-        print(_CLEAR + _printed(found, as_json), flush=True)
+        sys.stdout.flush()
+        os.write(sys.stdout.fileno(), _CLEAR)  # what is printed has such characters written out
+        print(_printed(found, as_json), flush=True)
     elif still:
         print(_printed(found, True) if as_json else "\n".join(map(as_line, found)), flush=True)
     return still

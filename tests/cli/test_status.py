@@ -1,6 +1,8 @@
 """`flipscale status` on a run directory in every state, without torch."""
 
 import json
+import os
+import pty
 import re
 import shutil
 import subprocess
@@ -133,13 +135,13 @@ def test_watching_prints_a_line_for_each_look_and_the_table_at_the_end(
     assert lines[2:4] == [str(run_dir), "  state           done"]
 
 
-def test_watching_redraws_a_terminal(
-    run_dir: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_watching_redraws_a_terminal(run_dir: Path) -> None:
     beat(run_dir, age=1.0, phase="ended")
-    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
-    main(["status", str(run_dir), "--watch"])
-    assert capsys.readouterr().out.startswith(f"\033[H\033[J{run_dir}\n  state           stopped ")
+    ours, terminal = pty.openpty()
+    subprocess.run([sys.executable, "-m", "flipscale.cli", "status", run_dir, "--watch"], stdout=terminal, check=True)
+    os.close(terminal)
+    assert os.read(ours, 1 << 16).startswith(f"\033[H\033[J{run_dir}\r\n  state           stopped ".encode())
+    os.close(ours)
 
 
 def test_the_table_of_two_runs(run_dir: Path, capsys: pytest.CaptureFixture) -> None:
