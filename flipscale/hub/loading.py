@@ -22,6 +22,7 @@ from flipscale.files.tensor_file import check_weight
 from flipscale.model import FlipConfig, FlipModel
 from flipscale.model.fetched import fetched_folder
 from flipscale.model.folder import Header, check_folder, read_header, read_object
+from flipscale.training.report.quiet import without_bars
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -57,7 +58,8 @@ def load_flip(name: str) -> tuple[FlipModel, PreTrainedTokenizerBase]:
             check_weight(weight_name, weight)
     except (ValueError, SafetensorError) as error:
         raise ValueError(f"model {name!r} cannot be loaded ({error})") from error
-    model = FlipModel.from_pretrained(None, config=config, state_dict=weights)
+    with without_bars():
+        model = FlipModel.from_pretrained(None, config=config, state_dict=weights)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises any

@@ -2,8 +2,7 @@
 
 import copy
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-from transformers.utils import logging as transformers_logging
 
 from flipscale.data.tokenizers import check_tokenizer, load_tokenizer
 from flipscale.engines.checkpoint import CheckpointReader, list_checkpoints
@@ -23,6 +21,7 @@ from flipscale.hub.sentence_transformer import write_sentence_transformer
 from flipscale.model import FlipConfig, FlipModel, FlipProcessor
 from flipscale.model.folder import read_object
 from flipscale.training.recipe import parse_recipe
+from flipscale.training.report.quiet import without_bars
 
 # Larger weights are split into files, because the Hub's client resumes uploads and downloads file by file.
 MAX_SHARD_SIZE = "5GB"
@@ -155,24 +154,12 @@ def _write_folder(
         if processor is not None:
             processor.save_pretrained(folder)
             write_sentence_transformer(folder)
-        with _without_bars():
+        with without_bars():
             model.save_pretrained(folder, state_dict={})
         for empty in folder.glob("*.safetensors"):
             empty.unlink()
         save(folder)
     return out_dir
-
-
-@contextmanager
-def _without_bars() -> Iterator[None]:
-    """Hide transformers' progress bars, which count weights that are written elsewhere."""
-    was_enabled = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            transformers_logging.enable_progress_bar()
 
 
 def by_channel(value: Any, num_channels: int) -> list[float]:

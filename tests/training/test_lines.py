@@ -67,7 +67,6 @@ def test_every_line_is_of_a_known_kind(world: int, write_recipe, shards: Path, t
         done = pretrain(file, world)
     assert done.returncode == 0, done.stderr
     assert done.stdout == ""
-    print(repr(done.stderr))
     found = [kind_of(line, run_dir, "rank 0: " if world > 1 else "") for line in done.stderr.splitlines()]
     assert [kind for kind in dict.fromkeys(found) if kind != "slow"] == list(KINDS)
     assert (found.count("interval"), found.count("results"), found.count("saved")) == (2, 2, 1)

@@ -194,7 +194,8 @@ def _mean_cell(results: Sequence[Result]) -> str:
     if len(values) < 2:
         return NOTHING
     unit = results[0].unit
-    return f"{with_unit(float(np.mean(values)), unit)} ± {with_unit(float(np.std(values, ddof=1)), '')}"
+    mean, deviation = (with_unit(float(number), unit) for number in (np.mean(values), np.std(values, ddof=1)))
+    return f"{mean} ± {deviation.removesuffix(unit).rstrip()}"
 
 
 def _cell(result: Result | None) -> str:

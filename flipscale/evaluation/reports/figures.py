@@ -166,10 +166,10 @@ def draw_result(curves: list[Curve], shown: Result, path: Path) -> None:
     drawn += levels.values()
     if min(drawn) < max(drawn) / 2 and min(drawn) >= 0:
         axes.set_ylim(bottom=0)
-    said = ["The band is the 95 % interval over the queries."] if has_band else []
-    said += ["Bars are the standard deviation over seeds."] if has_bars else []
+    said = ["Band: the 95 % interval over the queries."] if has_band else []
+    said += ["Bars: the standard deviation over seeds."] if has_bars else []
     if shown.chance is not None:
-        said.append(f"Guessing achieves {with_unit(shown.chance, shown.unit)}.")
+        said.append(f"Guessing: {with_unit(shown.chance, shown.unit)}.")
     _explain(axes, " ".join(said))
     if len(groups) > 1 or has_bars:
         axes.legend(loc="lower right" if shown.higher_is_better else "upper right", framealpha=0.9, edgecolor="none")

@@ -4,6 +4,8 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 def silence_other_packages() -> None:
@@ -17,6 +19,20 @@ def silence_other_packages() -> None:
     logging.getLogger("accelerate").setLevel(logging.ERROR)
     # DeepSpeed sets its logger's level when it is imported, which accelerate does where it is installed.
     logging.getLogger("DeepSpeed").addFilter(_is_error)
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Hide the progress bars of transformers, of weights that are in memory or are written elsewhere."""
+    from transformers.utils import logging as transformers_logging  # not needed by `flipscale --help`
+
+    was_enabled = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            transformers_logging.enable_progress_bar()
 
 
 def _is_error(record: logging.LogRecord) -> bool:
