@@ -104,9 +104,12 @@ def read_status(run_dir: Path, now: float) -> dict[str, Any]:
     heartbeat = _heartbeat(run_dir)
     batch, total = _plan(recipe_file)
     done = (run_dir / "DONE").exists()
-    seen = total if done else max(heartbeat.get("step", 0) * batch, records[-1]["samples_seen"] if records else 0)
     checkpoints = [path for path in (run_dir / "checkpoints").glob("step-*") if _CHECKPOINT.fullmatch(path.name)]
     checkpoint = max(checkpoints, key=lambda path: int(path.name[5:]), default=None)
+    saved = int(checkpoint.name[5:]) if checkpoint else 0
+    # The heartbeat is of the step in progress, or earlier.
+    known = max(saved, heartbeat.get("step", 0)) * batch
+    seen = total if done else max(known, records[-1]["samples_seen"] if records else 0)
     crashes = run_dir / "slurm/crashes"
     lives = holder_lives(run_dir / "run.lock")
     if lives is None and heartbeat.get("phase") == "failed":
@@ -128,7 +131,7 @@ def read_status(run_dir: Path, now: float) -> dict[str, Any]:
         "trained_seconds": records[-1]["trained_seconds"] if records else 0.0,
         "loss": last.get("loss"),
         "lr": last.get("lr"),
-        "checkpoint_samples": int(checkpoint.name[5:]) * batch if checkpoint else None,
+        "checkpoint_samples": saved * batch if checkpoint else None,
         "checkpoint_age_seconds": now - checkpoint.stat().st_mtime if checkpoint else None,
         "num_bad_checkpoints": sum(len(start.get("set_aside") or ()) for start in starts),
         "num_starts": len(starts),

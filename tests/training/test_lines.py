@@ -28,10 +28,10 @@ KINDS = {
     "device": r"  device      .+",
     "precision": r"  precision   fp32 \(the default here(; ACCELERATE_MIXED_PRECISION=bf16 is faster here)?\)",
     "processes": r"  processes   (1|2, ddp)",
-    "evaluation": r"  evaluation  zero_shot every 320 pairs and at the end",
+    "evaluation": r"  evaluation  zero_shot every 320 pairs, and at the end",
     "folder": r"  run folder  RUN; `flipscale status RUN --watch` follows it",
     "expected": rf"about {SPAN} to go at [\d.]+ s a step, evaluations and saves left out",
-    "interval": r"step \d+ of 40 \(\d+%\), (un)?masked: loss \d\.\d{3}, learning rate \S+, [\d,]+ images/s, "
+    "interval": r"step \d+ of 40 \([\d.]+%\), (un)?masked: loss \d\.\d{3}, learning rate \S+, [\d,]+ images/s, "
     rf"\d+% waiting for data(, {SPAN} left)?",
     "results": r"step \d+: zero_shot top-1 [\d.]+ % \([\d.]+ to [\d.]+\)(, zero_shot top-5 .*)?",
     "saved": r"step 40: saved RUN/checkpoints/step-00000040",
@@ -89,7 +89,7 @@ def test_an_interval_names_what_was_bad() -> None:
     record = {"loss": float("nan"), "lr": 0.00125, "stage": "masked", "images_per_s": 12_345.6, "data_wait_share": 0.02}
     line = interval_line(500, 2_000, {**record, "num_replaced": 3, "num_skipped": 1}, 65.0)
     assert line == (
-        "step 500 of 2,000 (25%), masked: loss not finite, learning rate 0.0013, 12,346 images/s, 2% waiting for data, "
+        "step 500 of 2,000 (25.0%), masked: loss not finite, learning rate 0.0013, 12,346 images/s, 2% waiting for data, "
         "3 bad samples replaced, 1 steps skipped as not finite, 1 min 5 s left"
     )
 

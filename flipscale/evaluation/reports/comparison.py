@@ -100,7 +100,7 @@ def read_curve(run_dir: Path) -> Curve:
     if not records:
         raise ValueError(f"{run_dir} has no metrics.jsonl with a record; did the run start?")
     recipe = read_saved(run_dir / "recipe.yaml")
-    masks = {stage["name"]: stage["mask_ratio"] for stage in recipe["stages"]}
+    masks = {str(stage.get("name", number)): stage["mask_ratio"] for number, stage in enumerate(recipe["stages"])}
     stages = [{name: stage[name] for name in sorted(stage) if "samples" not in name} for stage in recipe["stages"]]
     learned = {**{name: recipe.get(name) for name in _LEARNED}, "stages": stages}
     return Curve(run_dir.name, records, read_results(run_dir), masks, recipe.get("seed", 0), repr(learned))

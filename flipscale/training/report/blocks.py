@@ -87,7 +87,10 @@ def _stage_words(stage: Stage) -> str:
 
 
 def _evaluation_words(plan: Plan) -> str:
-    tasks = [
-        f"{task.name} every {task.every_samples:,} pairs" if task.every_samples else task.name for task in plan.tasks
-    ]
-    return f"{', '.join(tasks)} and at the end" if tasks else "none; `eval` of the recipe names test sets"
+    if not plan.tasks:
+        return "none; `eval` of the recipe names test sets"
+    by_interval: dict[int, list[str]] = {}
+    for task in plan.tasks:
+        by_interval.setdefault(task.every_samples or 0, []).append(task.name)
+    parts = [f"{', '.join(names)}{f' every {every:,} pairs' * bool(every)}" for every, names in by_interval.items()]
+    return f"{'; '.join(parts)}{', and' * any(by_interval)} at the end"

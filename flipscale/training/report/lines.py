@@ -33,7 +33,7 @@ def interval_line(step: int, total: int, record: Mapping[str, Any], left: float)
     """
     loss = f"{record['loss']:.3f}" if math.isfinite(record["loss"]) else "not finite"
     parts = [
-        f"step {step:,} of {total:,} ({step / total:.0%}), {record['stage']}: loss {loss}",
+        f"step {step:,} of {total:,} ({step / total:.1%}), {record['stage']}: loss {loss}",
         f"learning rate {record['lr']:.2g}",
         f"{record['images_per_s']:,.0f} images/s",
         f"{record['data_wait_share']:.0%} waiting for data",
