@@ -89,8 +89,8 @@ def test_an_interval_names_what_was_bad() -> None:
     record = {"loss": float("nan"), "lr": 0.00125, "stage": "masked", "images_per_s": 12_345.6, "data_wait_share": 0.02}
     line = interval_line(500, 2_000, {**record, "num_replaced": 3, "num_skipped": 1}, 65.0)
     assert line == (
-        "step 500 of 2,000 (25.0%), masked: loss not finite, learning rate 0.0013, 12,346 images/s, 2% waiting for data, "
-        "3 bad samples replaced, 1 steps skipped as not finite, 1 min 5 s left"
+        "step 500 of 2,000 (25.0%), masked: loss not finite, learning rate 0.0013, 12,346 images/s, "
+        "2% waiting for data, 3 bad samples replaced, 1 step skipped as not finite, 1 min 5 s left"
     )
 
 

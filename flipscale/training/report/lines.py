@@ -38,9 +38,11 @@ def interval_line(step: int, total: int, record: Mapping[str, Any], left: float)
         f"{record['images_per_s']:,.0f} images/s",
         f"{record['data_wait_share']:.0%} waiting for data",
     ]
-    for name, words in (("num_replaced", "bad samples replaced"), ("num_skipped", "steps skipped as not finite")):
-        if record[name]:
-            parts.append(f"{record[name]:,} {words}")
+    replaced, skipped = record["num_replaced"], record["num_skipped"]
+    if replaced:
+        parts.append(f"{replaced:,} bad sample{'s' * (replaced != 1)} replaced")
+    if skipped:
+        parts.append(f"{skipped:,} step{'s' * (skipped != 1)} skipped as not finite")
     return ", ".join([*parts, f"{duration(left)} left"] if step < total else parts)
 
 
