@@ -107,13 +107,10 @@ def read_status(run_dir: Path, now: float) -> dict[str, Any]:
     checkpoints = [path for path in (run_dir / "checkpoints").glob("step-*") if _CHECKPOINT.fullmatch(path.name)]
     checkpoint = max(checkpoints, key=lambda path: int(path.name[5:]), default=None)
     saved = int(checkpoint.name[5:]) if checkpoint else 0
-    # The heartbeat is of the step in progress, or earlier.
-    known = max(saved, heartbeat.get("step", 0)) * batch
+    known = max(saved, heartbeat.get("step", 0)) * batch  # a heartbeat is up to ten seconds old
     seen = total if done else max(known, records[-1]["samples_seen"] if records else 0)
     crashes = run_dir / "slurm/crashes"
-    lives = holder_lives(run_dir / "run.lock")
-    if lives is None and heartbeat.get("phase") == "failed":
-        lives = False
+    lives = _has_process(run_dir, heartbeat)
     return {
         "run": str(run_dir),
         "state": "done" if done else _state(heartbeat, starts, lives, now),
@@ -176,6 +173,12 @@ def _seconds_left(samples: int, images_per_s: float | None) -> float | None:
 def _heartbeat(run_dir: Path) -> dict[str, Any]:
     fields = {"time": int | float, "step": int, "phase": str, "step_s": int | float | None}
     return (json_lines.read(run_dir / "heartbeat.json", **fields) or [{}])[-1]
+
+
+def _has_process(run_dir: Path, heartbeat: dict[str, Any]) -> bool | None:
+    """Return whether a process trains in a run directory; None where this machine cannot tell."""
+    lives = holder_lives(run_dir / "run.lock")
+    return False if lives is None and heartbeat.get("phase") == "failed" else lives
 
 
 def _command(run_dir: Path) -> str | None:
