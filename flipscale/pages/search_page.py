@@ -2,8 +2,8 @@
 
 import hashlib
 import json
-import zipfile
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +26,8 @@ MOST_BYTES = 5_000_000
 _SIDES = (144, 112, 80, 56, 40)
 _MOST_LIKE = 8
 _MOST_LETTERS = 70
+# What the file of embeddings has beside its key.
+_EMBEDDED = ("rows", "embeds", "faults")
 
 
 @dataclass(frozen=True)
@@ -55,9 +57,10 @@ def embedded_pictures(embedder: Embedder, pictures: Pictures, cache: Path) -> Em
     pictures as they are now, else new ones, which are written there.
 
     Raises:
-        ValueError: no picture can be decoded.
+        ValueError: no picture can be decoded, or what lies at `cache` is somebody's.
         OSError: the disk is full or not writable.
     """
+    _refuse_others(cache)
     weights = embedder.model.state_dict()
     about = [embedder.name.split("/")[-1], embedder.accelerator.mixed_precision, pictures.state()]
     key = hashlib.sha256(json.dumps([weights_digest(weights, weights.__getitem__), about]).encode()).hexdigest()
@@ -148,14 +151,27 @@ def _embed(embedder: Embedder, pictures: Pictures, rows: Sequence[int]) -> Embed
     return embed_pictures(pictures, rows, embedder.decoder(), features)
 
 
+def _refuse_others(cache: Path) -> None:
+    """Raise if there is something that no search wrote where the embeddings will be."""
+    if not cache.exists() and not cache.is_symlink():
+        return
+    with suppress(Exception):  # numpy, zipfile and zlib raise what they like
+        if cache.is_file() and not cache.is_symlink():
+            with np.load(cache, allow_pickle=False) as file:
+                if set(file.files) == {"key", *_EMBEDDED}:
+                    return
+    raise ValueError(f"{cache} is there, and no search wrote it; name another page with --out, or move it away")
+
+
 def _stored(cache: Path, key: str) -> Embedded | None:
     """Return what a cache holds under a key; None if it is another's, damaged or not there."""
     try:
         with np.load(cache, allow_pickle=False) as file:
             if str(file["key"]) != key:
                 return None
-            return Embedded(file["rows"], file["embeds"], file["faults"].tolist())
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            rows, embeds, faults = (file[name] for name in _EMBEDDED)
+            return Embedded(rows, embeds, faults.tolist())
+    except Exception:  # as above, of a damaged file
         return None
 
 
