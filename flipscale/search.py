@@ -77,6 +77,8 @@ def _queries(args: argparse.Namespace) -> list[str]:
     """
     asked = [*args.queries]
     if args.file is not None:
+        if args.file.exists() and not args.file.is_file():  # a pipe would be waited for
+            raise ValueError(f"the queries {args.file} are no file; name a text file, UTF-8")
         try:
             asked += args.file.read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
@@ -84,6 +86,8 @@ def _queries(args: argparse.Namespace) -> list[str]:
     queries = list(dict.fromkeys(query.strip() for query in asked if query.strip()))
     if not queries:
         raise ValueError("there is no query; give words such as 'two arrows in a circle', or --queries FILE")
+    if odd := next((query for query in queries if any("\ud800" <= letter <= "\udfff" for letter in query)), None):
+        raise ValueError(f"the query {odd!r:.60} is not UTF-8; write it anew")
     if len(queries) > _MOST_QUERIES:
         raise ValueError(f"there are {len(queries):,} queries; a page has at most {_MOST_QUERIES}")
     return queries

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from flipscale.files.plain_file import plain_text
+
 PREPARED = "prepared.json"
 TASKS_DIR = "data/tasks"  # where `flipscale prepare tasks` puts test sets, unless told otherwise
 
@@ -12,9 +14,9 @@ def read_prepared(folder: Path) -> dict[str, Any] | None:
     """Return what `prepared.json` of `folder` says, or None if the folder is not whole: it has no such file, or a file
     that is listed there is gone or has another size."""
     try:
-        said: dict[str, Any] = json.loads((folder / PREPARED).read_text(encoding="utf-8"))
+        said: dict[str, Any] = json.loads(plain_text(folder / PREPARED))
         whole = all((folder / name).stat().st_size == file["bytes"] for name, file in said["files"].items())
-    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError, AttributeError):
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
     return said if whole else None
 

@@ -20,6 +20,7 @@ from typing import Any, Literal, cast
 import yaml
 
 from flipscale.engines.device import default_precision, is_faster_in_bf16
+from flipscale.files.plain_file import plain_text
 from flipscale.files.yaml_text import check_yaml
 
 # What launchers set from a launch file's mixed_precision, and who starts without one may set.
@@ -181,7 +182,7 @@ def launch_environment(file: Path, num_processes: int | None = None) -> dict[str
 
 def _read_settings(file: Path) -> dict[str, Any]:
     try:
-        text = file.read_text(encoding="utf-8")
+        text = plain_text(file)
         check_yaml(text, str(file))
         settings = yaml.safe_load(text)
         settings["distributed_type"]
@@ -313,7 +314,7 @@ def _deepspeed_settings(environment: Mapping[str, str]) -> dict[str, Any]:
 
 def _read_deepspeed_file(file: Path) -> dict[str, Any]:
     try:
-        given = json.loads(file.read_text(encoding="utf-8"))
+        given = json.loads(plain_text(file))
     except FileNotFoundError as error:
         raise ValueError(
             f"deepspeed_config_file {file} is not there, seen from {Path.cwd()}; start in the folder that has it "

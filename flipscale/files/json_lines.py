@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from flipscale.files.aside import sync, written_aside
+from flipscale.files.plain_file import refuse_others
 
 _log = logging.getLogger(__name__)
 
@@ -33,8 +34,7 @@ def append(path: Path, records: Iterable[dict[str, Any]], is_synced: bool = Fals
     if not text:
         return
     is_new = not path.exists()
-    if not is_new:
-        _refuse_others(path)
+    refuse_others(path)
     with open(path, "ab", buffering=0) as file:
         text = (b"\n" if _ends_torn(path) else b"") + text
         while text:
@@ -64,7 +64,7 @@ def each(path: Path, **fields: Any) -> Iterator[dict[str, Any]]:
     """Yield what `read` returns, one at a time in memory."""
     if not path.exists():
         return
-    _refuse_others(path)
+    refuse_others(path)
     num_lines = left_out = 0
     with open(path, "rb") as file:
         for line in file:
@@ -83,11 +83,6 @@ def rewrite(path: Path, records: Iterable[dict[str, Any]]) -> None:
     """Write a file of these records alone in place of the one that may be there; a kill leaves one of the two."""
     with written_aside(path) as partial, open(partial, "w", encoding="utf-8") as file:
         file.writelines(map(_as_line, records))
-
-
-def _refuse_others(path: Path) -> None:
-    if not path.is_file():  # a pipe would be waited for
-        raise ValueError(f"{path} is {'a folder' if path.is_dir() else 'no plain file'}; move it away")
 
 
 def _as_line(record: dict[str, Any]) -> str:

@@ -194,8 +194,9 @@ class FolderLock:
         Raises:
             ValueError: there is something else in its place.
         """
-        if self.path.is_dir():
-            raise ValueError(f"{self.path} is a folder, and a lock is to be there; move it away")
+        if self.path.exists() and not self.path.is_file():
+            what = "a folder" if self.path.is_dir() else "no plain file"
+            raise ValueError(f"{self.path} is {what}, and a lock is to be there; move it away")
         try:
             touched = _fresh_stat(self.path).st_mtime
             return Holder(_parsed(self.path.read_bytes()), touched)

@@ -5,6 +5,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from flipscale.files.plain_file import plain_text
 from flipscale.files.text_table import in_markdown
 
 _log = logging.getLogger(__name__)
@@ -38,7 +39,7 @@ def read_audit(file: str) -> dict[str, Any]:
         ValueError: it is missing, or not an audit.
     """
     try:
-        found = json.loads(Path(file).read_text(encoding="utf-8"))
+        found = json.loads(plain_text(Path(file)))
         audit = {key: found[key] for key in _PARTS}
         _section(audit)
         return audit

@@ -18,6 +18,7 @@ from flipscale.evaluation.reports.comparison import Curve, curve_of
 from flipscale.evaluation.reports.figures import can_draw, draw_loss, draw_result, result_figures
 from flipscale.evaluation.reports.setting import data_name
 from flipscale.files.aside import write_text
+from flipscale.files.plain_file import plain_text
 from flipscale.files.text_table import as_code, in_markdown
 from flipscale.files.yaml_text import read_saved
 from flipscale.hub.card_audit import audit_section
@@ -210,7 +211,7 @@ class _Run:
     def __init__(self, folder: Path, run_dir: Path, step: int | None):
         self.step = step
         self.recipe: dict[str, Any] = read_saved(run_dir / "recipe.yaml")
-        self.environment: dict[str, Any] = json.loads((run_dir / "environment.json").read_text(encoding="utf-8"))
+        self.environment: dict[str, Any] = json.loads(plain_text(run_dir / "environment.json"))
         self.starts = read_starts(run_dir)
         self.config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         self.curve: Curve = curve_of(run_dir, step)

@@ -18,6 +18,7 @@ from flipscale.engines.device import peak_flops, peak_memory_bytes
 from flipscale.evaluation.results import Result, append_results, as_metrics, drop_results_after
 from flipscale.files import json_lines
 from flipscale.files.aside import write_text
+from flipscale.files.plain_file import plain_text
 from flipscale.training.health import Verdict
 from flipscale.training.recipe import LogRecipe
 from flipscale.training.report.figures import FRESH_SECONDS, draw_figures
@@ -76,7 +77,7 @@ def _options(run_dir: Path) -> dict[str, dict[str, Any]]:
     file = run_dir / "tracker_run_id"
     if not file.exists():
         write_text(file, uuid.uuid4().hex)
-    run_id = file.read_text(encoding="utf-8")
+    run_id = plain_text(file)
     return {
         # W&B would make a folder `wandb` where the command was typed.
         "wandb": {"id": run_id, "name": run_dir.name, "resume": "allow", "dir": str(run_dir)},

@@ -24,6 +24,12 @@ def _planned(folder: Path, launch_file: bytes | None) -> list[str]:
     return ["pretrain", "--config", "demo", "--dry_run", "--launch_file", str(file)]
 
 
+def _piped(folder: Path) -> list[str]:
+    arguments = _planned(folder, None)
+    os.mkfifo(folder / "launch.yaml")
+    return arguments
+
+
 def _launch(name: str, text: str | bytes | None, *says: str) -> Attack:
     content = text.encode() if isinstance(text, str) else text
     return Attack(f"a launch file {name}", functools.partial(_planned, launch_file=content), 2, ("launch.yaml", *says))
@@ -130,6 +136,7 @@ ATTACKS = [
     ),
     _launch("that is not there", None, "cannot be read"),
     _launch("that is empty", "", "cannot be read"),
+    Attack("a launch file that is a pipe", _piped, 2, ("launch.yaml", "is no plain file")),
     _launch("that is a list", "- 1\n- 2\n", "cannot be read"),
     _launch("of bytes that are no text", b"\xff\xfe\x00distributed_type", "cannot be read"),
     _launch("that runs code", "distributed_type: !!python/object/apply:os.system ['touch ran']\n", "has the tag"),

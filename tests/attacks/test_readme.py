@@ -17,6 +17,7 @@ ROWS = {
     "lists and archives to prepare": "test_preparing",
     "model folders, pushes": "test_models",
     "servers in the Hub's place": "test_hub",
+    "searches for pictures": "test_search",
     "what other programs left": "test_engines",
 }
 

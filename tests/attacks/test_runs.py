@@ -276,7 +276,7 @@ def _text(name: str, content: str | bytes) -> Callable[[Path], object]:
 
 def _pipe(name: str) -> Callable[[Path], object]:
     def make(run: Path) -> None:
-        (run / name).unlink()
+        (run / name).unlink(missing_ok=True)
         os.mkfifo(run / name)
 
     return make
@@ -397,6 +397,7 @@ ATTACKS = [
     ),
     Attack("an empty lock", _garbled(b""), 0, (), finished),
     Attack("a lock of binary garbage", _garbled(b"\0\xff" * 500), 0, (), finished),
+    Attack("a pipe for a lock", _resumed(_pipe("run.lock")), 2, ("run.lock is no plain file",)),
     Attack("a folder for a lock", _in_the_way(lambda f: (f / "run/run.lock").mkdir(parents=True)), 2, ("run.lock",)),
     Attack(
         "a suspended run whose directory another has taken", endless, 1, ("on far (", "writes nothing more"),

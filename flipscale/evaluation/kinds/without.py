@@ -17,6 +17,7 @@ from flipscale.evaluation.images import SampleNumbers
 from flipscale.evaluation.kinds.task import Scorer, StreamedTask, Task
 from flipscale.evaluation.results import Result
 from flipscale.evaluation.test_set import TestSet
+from flipscale.files.plain_file import plain_text
 
 SUFFIX = "_clean"
 
@@ -132,7 +133,7 @@ def with_clean_tasks(tasks: Sequence[Task], audit: Path) -> list[Task]:
     Raises:
         ValueError: it compared none of the tasks' test sets with the training data.
     """
-    files = [json.loads(file.read_text(encoding="utf-8")) for file in sorted((audit / "overlap").glob("*.json"))]
+    files = [_read(file) for file in sorted((audit / "overlap").glob("*.json"))]
     if not files:
         raise ValueError(
             f"{audit} has no overlap/NAME.json; run: flipscale prepare audit SHARDS --tests DIR --output_dir {audit}"
@@ -157,3 +158,17 @@ def with_clean_tasks(tasks: Sequence[Task], audit: Path) -> list[Task]:
             f"{', '.join(task.data for task in tasks)}; audit again with these in --tests"
         )
     return found
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """Return what an audit says of a test set: its name, a digest of its contents, and which images lie in the data.
+
+    Raises:
+        ValueError: it is no such file.
+    """
+    try:
+        said = json.loads(plain_text(file))
+        images = [{"shard": str(one["shard"]), "number": int(one["number"])} for one in said["overlap"]]
+        return {"test": str(said["test"]), "contents": str(said["contents"]), "overlap": images}
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+        raise ValueError(f"{file} is not of flipscale prepare audit ({error!r}); audit again") from error

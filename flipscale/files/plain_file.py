@@ -1,0 +1,28 @@
+"""Files that somebody names, and that must be files: a pipe would be waited for, and a device read for ever."""
+
+from pathlib import Path
+
+_MOST_BYTES = 64 << 20
+
+
+def refuse_others(path: Path) -> None:
+    """Raise unless a path is a plain file, or nothing is there.
+
+    Raises:
+        ValueError: it is a folder, a pipe or a device.
+    """
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is {'a folder' if path.is_dir() else 'no plain file'}; move it away")
+
+
+def plain_text(path: Path) -> str:
+    """Return the text of a file, UTF-8.
+
+    Raises:
+        ValueError: it is a folder, a pipe or a device, has more than 64 MB, or is not UTF-8.
+        OSError: it is not there, or cannot be read.
+    """
+    refuse_others(path)
+    if path.stat().st_size > _MOST_BYTES:
+        raise ValueError(f"{path} has {path.stat().st_size:,} bytes; at most {_MOST_BYTES:,} are read")
+    return path.read_text(encoding="utf-8")
