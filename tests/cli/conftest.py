@@ -1,4 +1,7 @@
-"""A folder in which the commands and snippets of the pages can be run: a tiny trained model, data and pictures."""
+"""A folder in which the commands and snippets of the pages can be run: data, pictures, and a tiny model.
+
+The model was trained on 300 pictures in folders, as a user has them, and is what the pages' examples are run with.
+"""
 
 import csv
 import json
@@ -45,11 +48,7 @@ def site(recipe: dict, tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFac
             names.replace(folder / "data/demo" / name / "classnames.txt")
     write_shards(folder / "laion", [8] * 4)
     shutil.copytree(tokenizer_dir, folder / "data/demo/tokenizer")
-    # Embeddings narrower than the towers, as open_clip needs them.
-    towers = {tower: {**recipe["model"][tower], "projection_dim": 16} for tower in ("vision_config", "text_config")}
-    changed = {**recipe, "model": {**recipe["model"], **towers}, "output_dir": str(folder / "runs/demo")}
-    (folder / "demo.yaml").write_text(yaml.safe_dump(changed))
-    cli.main(["pretrain", "--config", str(folder / "demo.yaml")])
+    train_on_own_pictures(folder, recipe)
     shutil.copytree(folder / "runs/demo", folder / "runs/h14")
     write_pictures(folder)
     write_peer(folder, tokenizer_dir)
@@ -62,6 +61,31 @@ def site(recipe: dict, tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFac
             if file.is_file():
                 archive.writestr(str(file.relative_to(folder / "original")), file.read_bytes())
     return folder
+
+
+def train_on_own_pictures(folder: Path, recipe: dict) -> None:
+    """Trains runs/demo from 300 pictures in a folder for each class, by the commands of docs/your_pictures.md."""
+    rng, own = np.random.default_rng(3), folder / "own"
+    names = [f"a {colour} {shape}" for colour in COLOURS for shape in SHAPES]
+    for number in range(300):
+        name = names[number % len(names)]
+        (own / name).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(draw(*name.split()[1:], rng)).save(own / name / f"{number}.jpg")
+    data = folder / "data/own"
+    cli.main(["prepare", "shards", str(own), str(data), "--labels", "folder", "--split", "0.1", "--num_workers", "1"])
+    cli.main(["prepare", "tokenizer", str(data / "train"), str(data / "tokenizer")])
+    vocab_size = len(AutoTokenizer.from_pretrained(data / "tokenizer"))
+    # Embeddings narrower than the towers.
+    towers = {tower: {**recipe["model"][tower], "projection_dim": 16} for tower in ("vision_config", "text_config")}
+    towers["text_config"] |= {"vocab_size": vocab_size, "max_position_embeddings": 16}
+    changed = {
+        **recipe,
+        "model": {**recipe["model"], **towers},
+        "data": {**recipe["data"], "shards": str(data / "train"), "tokenizer": str(data / "tokenizer")},
+        "output_dir": str(folder / "runs/demo"),
+    }
+    (folder / "demo.yaml").write_text(yaml.safe_dump(changed))
+    cli.main(["pretrain", "--config", str(folder / "demo.yaml")])
 
 
 def write_pictures(folder: Path) -> None:

@@ -51,6 +51,26 @@ def test_search(in_site: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert by_text[0] == pytest.approx(expected.max(), abs=1e-3)
 
 
+def test_features(in_site: Path) -> None:
+    names = run("Take its features")
+    model = FlipModel.from_pretrained(in_site / "runs/demo/model")
+    width, patches = model.config.projection_dim, (model.config.vision_config.image_size // 8) ** 2
+    assert np.shape(names["embedding"]) == (width,)
+    assert len(names["tokens"]) in (patches, patches + 1)  # with the class token, where there is one
+    unit = np.array(names["embedding"]) / np.linalg.norm(names["embedding"])
+    photo = image_embeds(model, FlipProcessor.from_pretrained(in_site / "runs/demo/model"), ["photos/0.jpg"])[0]
+    assert unit @ photo > 0.999  # another backend of images may differ by a grey level
+
+
+def test_low_rank_fine_tuning(in_site: Path) -> None:
+    pytest.importorskip("peft")
+    names = run("Fine-tune a small part of it")
+    again = names["model"](pixel_values=names["pixels"]).logits
+    assert (again.argmax(dim=1) == names["labels"]).float().mean() > 0.5  # chance is 0.25
+    kept = sum(file.stat().st_size for file in (in_site / "runs/pets_lora").glob("*.safetensors"))
+    assert 0 < kept < (in_site / "runs/demo/model/model.safetensors").stat().st_size
+
+
 def test_linear_probe(in_site: Path, capsys: pytest.CaptureFixture[str]) -> None:
     names = run("Probe it with a linear classifier")
     assert names["train"].shape == (32, names["model"].config.projection_dim)
@@ -69,7 +89,7 @@ def test_fine_tuning(in_site: Path) -> None:
 
 
 def test_every_snippet_is_run() -> None:
-    assert (ROOT / "docs/using.md").read_text().count("```python") == len(SNIPPETS) == 4
+    assert (ROOT / "docs/using.md").read_text().count("```python") == len(SNIPPETS) == 6
 
 
 def test_what_cannot_be_embedded_is_named(in_site: Path) -> None:
