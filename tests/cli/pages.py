@@ -27,6 +27,12 @@ class Command:
     text: str
 
 
+def typed(block: str) -> list[str]:
+    """Return the commands of a block of bash, without its comments and blank lines."""
+    lines = block.replace("\\\n", " ").splitlines()
+    return [line for line in lines if line.strip() and not line.startswith("#")]
+
+
 def commands(page: Path) -> list[Command]:
     """Return the commands of a page in their order."""
     text = page.read_text()
@@ -34,8 +40,7 @@ def commands(page: Path) -> list[Command]:
         blocks = re.findall(r"^```bash\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
         prose = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
         inline = [re.sub(r"\s+", " ", code) for code in re.findall(r"`([^`]+)`", prose)]
-        lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
-        lines = [line for line in lines if line.strip() and not line.startswith("#")]
+        lines = [line for block in blocks for line in typed(block)]
     else:
         comments = re.findall(r"^# +(.*)", text, re.MULTILINE)
         lines = [line for line in comments if COMMAND.fullmatch(line)]

@@ -44,6 +44,6 @@ def test_its_recipe_is_one() -> None:
     assert planned == {"imagenet1k": 1_000_000_000, "cars": 200_000_000, "mine": 1_000_000_000}
 
 
-def test_the_readme_counts_the_tasks() -> None:
-    words = " ".join((ROOT / "README.md").read_text().split())
+def test_the_page_on_training_counts_the_tasks() -> None:
+    words = " ".join((ROOT / "docs/training.md").read_text().split())
     assert f"names of test sets, of which there are {len(read_pages())}," in words

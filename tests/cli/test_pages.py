@@ -41,6 +41,11 @@ SUBSTITUTES = {
     "--num_workers 0",
     r"--global_batch_size 256 --base_lr 1.5": "--global_batch_size 64 --base_lr 1.5 --epochs 11 --num_workers 0",
     r"ORG/NAME": "org/name",
+    # The site's own pictures are in folders of other names, and its model was trained on them.
+    r"prepare shards pictures ": "prepare shards own ",
+    r"search runs/mine pictures ": "search runs/demo own ",
+    r"evaluate runs/mine ": "evaluate runs/demo ",
+    r"--minutes 30$": "--minutes 0.05",
     r"flipscale/recipes/demo_queries.txt": str(ROOT / "flipscale/recipes/demo_queries.txt"),
     r"--config h14_laion2b --dry_run": "--config demo --optim.name adamw --dry_run",
     r"--config demo_unseen": "--config demo_unseen "
@@ -191,7 +196,7 @@ RULES: dict[str, Callable[[list[str]], None]] = {
     r"(\.venv/bin/)?(pytest|ruff|mypy|pre-commit)\b": tool,
     r"python clip_benchmark_flip\.py eval ": other_program,
     r"python -m fuzz ": module_s_help,
-    r"python tests/(same_bits|planning/tracked)\.py": script_s_help,
+    r"python tests/(same_bits|planning/tracked|cli/newcomer)\.py": script_s_help,
 }
 
 

@@ -1,0 +1,79 @@
+"""Acts as a new user: types what README says of installing, and docs/your_pictures.md from top to bottom, in a clone.
+
+    PYTHONPATH=tests python tests/cli/newcomer.py [--python PYTHON] [--minutes MINUTES]
+
+It knows no command of its own: all are read from the pages, and each is printed with its seconds. It begins with 300
+pictures in a folder. What asks for an account is left out, and said. test_your_pictures.py does the same in the tests,
+at a small size.
+"""
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from cli.pages import ROOT, typed
+
+
+def steps(page: Path) -> Iterator[tuple[str, str]]:
+    """Yield what a page has to type, in its order: a command of bash, or a snippet of Python."""
+    for language, block in re.findall(r"^```(bash|python)\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):
+        yield from ((language, line) for line in (typed(block) if language == "bash" else [block]))
+
+
+def install(home: Path) -> Path:
+    """Clone the repository, and install it as the README says into a new environment; returns its Python."""
+    timed("git clone", ["git", "clone", "--quiet", str(ROOT), str(home / "clone")], home, dict(os.environ))
+    subprocess.run([sys.executable, "-m", "venv", home / "venv"], check=True)
+    environment = {**os.environ, "PATH": f"{home}/venv/bin:{os.environ['PATH']}"}
+    command = next(text for _, text in steps(home / "clone/README.md") if text.startswith("pip install"))
+    timed(command, ["bash", "-euc", command], home / "clone", environment)
+    return home / "venv/bin/python"
+
+
+def timed(said: str, command: list[str], folder: Path, environment: dict[str, str]) -> None:
+    """Run a command to its end and print its seconds; its output too, and the end of this program, if it fails."""
+    began = time.monotonic()
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    print(f"{time.monotonic() - began:7.1f} s  {said}", flush=True)
+    if done.returncode:
+        sys.exit(f"exit code {done.returncode}\n{done.stdout}{done.stderr}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description="Type what the pages say as a new user, and print how long each takes."
+    )
+    parser.add_argument("--python", type=Path, help="An environment that has flipscale; by default one is made.")
+    parser.add_argument("--minutes", help="Minutes of training, in place of the page's.")
+    args = parser.parse_args()
+    from cli.own_pictures import lay_out  # with all that draws them
+
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory() as place:
+        home = Path(place)
+        python = args.python.absolute() if args.python else install(home)
+        page = (ROOT if args.python else home / "clone") / "docs/your_pictures.md"
+        folder = home / "work"
+        folder.mkdir()
+        lay_out(folder)
+        # What a terminal has in which the environment was activated.
+        environment = {**os.environ, "PATH": f"{python.parent}:{os.environ['PATH']}"}
+        for language, text in steps(page):
+            if "ORG/NAME " in text:
+                print(f"         left out, it needs an account: {text}")
+                continue
+            if args.minutes:
+                text = re.sub(r"--minutes \S+", f"--minutes {args.minutes}", text)
+            command = ["bash", "-euc", text] if language == "bash" else [str(python), "-c", text]
+            timed(text if language == "bash" else "the Python of the page", command, folder, environment)
+    print(f"{time.monotonic() - began:7.1f} s  in all")
+
+
+if __name__ == "__main__":
+    main()
