@@ -60,7 +60,8 @@ def _left_out(manifest: Path) -> Iterator[dict[str, Any]]:
 def report_table(report: dict[str, Any], out_dir: Path) -> str:
     """Return a report as text to print."""
     written, num_left_out = report["written"], sum(report["left_out"].values())
-    rows = [("pairs read", written + num_left_out, ""), ("written", written, f"in {report['shards']:,} shards")]
+    shards = f"in {report['shards']:,} shard{'s' * (report['shards'] != 1)}"
+    rows = [("pairs read", written + num_left_out, ""), ("written", written, shards)]
     rows += [
         ("  shrunk", report["shrunk"], f"to a short side of {report['short_side']}, JPEG {report['jpeg_quality']}")
     ]

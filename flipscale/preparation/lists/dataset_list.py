@@ -32,14 +32,14 @@ class DatasetList:
         Raises:
             ValueError: there is none, or it lacks a column.
         """
-        import datasets
-
         is_saved = Path(source).is_dir()
         if not is_saved and looks_local(source):
             raise ValueError(
                 f"{source} does not exist; name a folder, a table (.csv .tsv .jsonl .parquet) or a data set of the "
                 "Hub, such as ORG/NAME"
             )
+        import datasets
+
         try:
             if is_saved:
                 loaded = datasets.load_from_disk(source)

@@ -1,0 +1,48 @@
+"""docs/your_pictures.md, from top to bottom: its commands and its Python on 300 drawings, a short run of each."""
+
+import json
+import os
+import re
+from pathlib import Path
+
+import pytest
+from cli.own_pictures import lay_out
+from cli.pages import ROOT, commands
+from cli.test_pages import SUBSTITUTES, run
+from hub.conftest import hub, logged_in  # noqa: F401 (fixtures)
+
+PAGE = ROOT / "docs/your_pictures.md"
+# The page's minutes are for a model of use; here some hundred pairs are enough to see that all of it goes together.
+SUBSTITUTES |= {r"--minutes 30": "--minutes 0.05"}
+
+
+@pytest.mark.timeout(600)
+def test_the_page_from_top_to_bottom(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    logged_in: None,  # noqa: F811
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    lay_out(tmp_path)
+    said: dict[str, str] = {}
+    for command in commands(PAGE):
+        if re.match(r"flipscale prepare shards$", command.text):
+            continue
+        run(command)
+        said[command.text] = capsys.readouterr().out
+    layouts = {text.split()[3]: out.splitlines()[0] for text, out in said.items() if "prepare shards" in text}
+    for line in re.findall(r"^```\n(.*?)\n```", PAGE.read_text(), re.MULTILINE | re.DOTALL):
+        assert line == layouts["pictures"], "the page shows another line"
+    assert list(layouts) == ["pictures", "with_texts", "with_table", "list.csv", "list.jsonl", "list.parquet", "saved"]
+    assert all(line.startswith("300 ") for line in layouts.values())
+    results = [json.loads(line) for line in Path("runs/mine/results.jsonl").read_text().splitlines()]
+    assert {result["kind"] for result in results} >= {"zero_shot", "retrieval"}
+    for file in ("sheet.png", "runs/mine/report.html", "search.html", "mine-onnx/image_model.onnx", "large.yaml"):
+        assert Path(file).is_file(), file
+    (snippet,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    exec(compile(snippet, "docs/your_pictures.md", "exec"), {})
+    guesses = capsys.readouterr().out
+    assert "sport" in guesses
+    assert "clothing" in guesses
