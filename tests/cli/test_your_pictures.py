@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 from cli.own_pictures import lay_out
 from cli.pages import ROOT, commands
-from cli.test_pages import SUBSTITUTES, run
+from cli.test_pages import SUBSTITUTES, ends_well, run
 from hub.conftest import hub, logged_in  # noqa: F401 (fixtures)
+
+from flipscale import cli
 
 PAGE = ROOT / "docs/your_pictures.md"
 # The page's minutes are for a model of use; here some hundred pairs are enough to see that all of it goes together.
@@ -30,7 +32,11 @@ def test_the_page_from_top_to_bottom(
     for command in commands(PAGE):
         if re.match(r"flipscale prepare shards$", command.text):
             continue
-        run(command)
+        with ends_well(command.text, capsys):
+            if command.text.startswith("flipscale pretrain"):
+                cli.main(command.text.split()[1:])  # elsewhere, pages only have it print the recipe
+            else:
+                run(command)
         said[command.text] = capsys.readouterr().out
     layouts = {text.split()[3]: out.splitlines()[0] for text, out in said.items() if "prepare shards" in text}
     for line in re.findall(r"^```\n(.*?)\n```", PAGE.read_text(), re.MULTILINE | re.DOTALL):
