@@ -39,8 +39,8 @@ def test_the_page_from_top_to_bottom(
                 run(command)
         said[command.text] = capsys.readouterr().out
     layouts = {text.split()[3]: out.splitlines()[0] for text, out in said.items() if "prepare shards" in text}
-    for line in re.findall(r"^```\n(.*?)\n```", PAGE.read_text(), re.MULTILINE | re.DOTALL):
-        assert line == layouts["pictures"], "the page shows another line"
+    (shown,) = re.findall(r"\n\n```\n(.*?)\n```", PAGE.read_text(), re.DOTALL)
+    assert shown == layouts["pictures"], "the page shows another line"
     assert list(layouts) == ["pictures", "with_texts", "with_table", "list.csv", "list.jsonl", "list.parquet", "saved"]
     assert all(line.startswith("300 ") for line in layouts.values())
     results = [json.loads(line) for line in Path("runs/mine/results.jsonl").read_text().splitlines()]
