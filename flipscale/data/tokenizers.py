@@ -12,6 +12,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from flipscale.model.configuration_flip import FlipTextConfig
+from flipscale.model.fetched import looks_like_a_path
 from flipscale.model.folder import check_texts
 from flipscale.model.hub_requests import guard_requests
 
@@ -49,6 +50,8 @@ def load_tokenizer(name: str, max_tokens: int) -> PreTrainedTokenizerBase:
             return bert_tokenizer("google-bert/bert-base-uncased", max_tokens)
         if Path(name).is_dir():
             check_texts(Path(name))
+        elif looks_like_a_path(name):
+            raise ValueError(f"there is no such folder; `flipscale prepare tokenizer SHARDS {name}` writes one")
         else:
             guard_requests()
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
@@ -233,6 +236,10 @@ def _vocab_file(name_or_vocab_file: str | Path) -> Path:
         if (path / "vocab.txt").is_file():
             return path / "vocab.txt"
         raise ValueError(f"no vocab.txt in the folder {path}; name a vocabulary file, or a folder that has one")
+    if path.suffix == ".txt" or looks_like_a_path(str(name_or_vocab_file)):
+        raise ValueError(
+            f"there is no vocabulary at {name_or_vocab_file}; name a vocab.txt, a folder that has one, or ORG/NAME"
+        )
     from huggingface_hub import hf_hub_download
 
     guard_requests()

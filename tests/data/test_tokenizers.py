@@ -9,7 +9,7 @@ import pytest
 import sentencepiece
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from flipscale.data.tokenizers import bert_tokenizer, sentencepiece_tokenizer, train_sentencepiece
+from flipscale.data.tokenizers import bert_tokenizer, load_tokenizer, sentencepiece_tokenizer, train_sentencepiece
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "tokenizer"
 CAPTIONS = [
@@ -150,3 +150,15 @@ def test_sentencepiece_refuses_no_text_and_too_few_pieces(tmp_path: Path) -> Non
         train_sentencepiece([], tmp_path, 400, 16)
     with pytest.raises(ValueError, match="no tokenizer of vocab_size 5 from 22 captions"):
         train_sentencepiece(CAPTIONS, tmp_path, 5, 16)
+
+
+@pytest.mark.parametrize("name", ["./none", "data/mine/none", "/none"])
+def test_a_path_never_becomes_a_name_on_the_hub(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", None)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", None)
+    missing = f"data.tokenizer '{name}' cannot be loaded .there is no such folder; `flipscale prepare tokenizer SHARDS "
+    with pytest.raises(ValueError, match=missing):
+        load_tokenizer(name, 8)
+    for vocabulary in (name, "vocab.txt"):
+        with pytest.raises(ValueError, match=f"there is no vocabulary at {vocabulary}; name a vocab.txt, a folder"):
+            bert_tokenizer(vocabulary)
