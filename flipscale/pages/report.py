@@ -63,16 +63,7 @@ def write_report(recipe: Recipe, load: Load) -> Path:
     run_dir = Path(recipe.output_dir)
     curve, facts = read_curve(run_dir), Facts.of(run_dir)
     missing: list[str] = []
-    task = shown_task(recipe.eval.planned())
-    tested = None
-    if task is None:
-        missing.append(
-            "What the model says of pictures: the recipe has no evaluation that names pictures or finds captions. "
-            "eval.zero_shot or eval.retrieval names a test set."
-        )
-    else:
-        tested = _tried("The test pictures", missing, lambda: answer_pictures(task, str(run_dir / "model"), load))
-    seen = _tried("The answers", missing, lambda: answered(tested)) if tested is not None else None
+    seen = _seen(recipe, load, facts.environment.get("mixed_precision", "no"), missing)
     masks = _tried("What was masked", missing, lambda: mask_rows(recipe)) or []
     figures = _figures(run_dir, curve, missing)
     values = {
@@ -97,6 +88,19 @@ def write_report(recipe: Recipe, load: Load) -> Path:
         page = rendered("report.html", figures=figures, **values)
     write_text(path, page)
     return path
+
+
+def _seen(recipe: Recipe, load: Load, precision: str, missing: list[str]) -> "Seen | None":
+    """Return what the model says of test pictures, None where it cannot be said."""
+    task = shown_task(recipe.eval.planned())
+    if task is None:
+        missing.append(
+            "What the model says of pictures: the recipe has no evaluation that names pictures or finds captions. "
+            "eval.zero_shot or eval.retrieval names a test set."
+        )
+        return None
+    folder = str(Path(recipe.output_dir) / "model")
+    return _tried("The test pictures", missing, lambda: answered(answer_pictures(task, folder, load, precision)))
 
 
 @dataclass(frozen=True)
@@ -197,7 +201,8 @@ def _fared(row: ClassRow) -> str:
     place = f"the right answer in place {row.rank:,.0f}"
     if row.images > 1:
         place = f"{row.num_right} of {row.images} named right, {place} on average"
-    return f"{place}; taken for {_short(row.taken_for)}"
+    often = "most often " if row.images - row.num_right > 1 else ""
+    return f"{place}; {often}taken for {_short(row.taken_for)}"
 
 
 def _sure(answers: Answers, mistake: Mistake) -> str:

@@ -51,8 +51,12 @@ def shown_task(tasks: Sequence[Task]) -> Task | None:
     return next(iter([*named, *(task for task in tasks if isinstance(task, Retrieval))]), None)
 
 
-def answer_pictures(task: Task, folder: str, load: Load) -> Tested:
+def answer_pictures(task: Task, folder: str, load: Load, precision: str = "no") -> Tested:
     """Return what the model in `folder` answers for at most 2,000 pictures of a task's test set, in about a minute.
+
+    Args:
+        load: returns the model and the tokenizer of a folder.
+        precision: of the run, in accelerate's words; the model computes here as it did in its evaluations.
 
     Raises:
         ValueError: the model cannot be loaded, or the test set is not as its task needs it.
@@ -67,17 +71,16 @@ def answer_pictures(task: Task, folder: str, load: Load) -> Tested:
     decode = partial(_patches, vision.image_size, vision.patch_size)
     # In an order that leaves an even sample, wherever the time ends.
     rows = np.random.default_rng(0).permutation(evenly(len(pictures), _MOST_PICTURES)).tolist()
-    found = embed_pictures(
-        pictures,
-        rows,
-        decode,
-        lambda columns: model.get_image_features(**{n: c.to(device) for n, c in columns.items()}).pooler_output,
-        _MOST_SECONDS,
-    )
-    order = np.argsort(found.rows)
-    rows, embeds = found.rows[order], found.embeds[order]
-    names, right, prompts = _asked(task, test_set, [pictures.place(row) for row in rows.tolist()])
-    texts = _text_embeds(model, tokenizer, [p.replace("{c}", name) for name in names for p in prompts], device)
+
+    def features(columns: dict[str, torch.Tensor]) -> torch.Tensor:
+        return model.get_image_features(**{name: column.to(device) for name, column in columns.items()}).pooler_output
+
+    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+        found = embed_pictures(pictures, rows, decode, features, _MOST_SECONDS)
+        order = np.argsort(found.rows)
+        rows, embeds = found.rows[order], found.embeds[order]
+        names, right, prompts = _asked(task, test_set, [pictures.place(row) for row in rows.tolist()])
+        texts = _text_embeds(model, tokenizer, [p.replace("{c}", name) for name in names for p in prompts], device)
     texts = texts.reshape(len(names), len(prompts), -1).mean(axis=1)
     texts /= np.linalg.norm(texts, axis=1, keepdims=True)
     scale = float(model.logit_scale.detach().exp().clamp(1.0, 100.0))
