@@ -10,6 +10,7 @@ import torch
 
 from flipscale.data.captions import tokenise
 from flipscale.data.decode import decode_box, visible_patches
+from flipscale.engines.device import best_attention
 from flipscale.evaluation.kinds.retrieval import Retrieval
 from flipscale.evaluation.kinds.task import Task
 from flipscale.evaluation.kinds.zero_shot import ZeroShot
@@ -66,6 +67,7 @@ def answer_pictures(task: Task, folder: str, load: Load, precision: str = "no") 
     pictures = ShardPictures(test_set.source)
     model, tokenizer = load(folder)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model.set_attn_implementation(best_attention(device))
     model = model.to(device).eval()
     vision = model.config.vision_config
     decode = partial(_patches, vision.image_size, vision.patch_size)
