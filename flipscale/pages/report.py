@@ -283,10 +283,9 @@ def _figure_words(stem: str, curve: Curve) -> str:
 
 
 def _commands(run_dir: Path) -> Sequence[tuple[str, str]]:
-    model = run_dir / "model"
     return [
-        ("find your own pictures with it", f"flipscale search {model} FOLDER 'a red apple'"),
-        ("measure it on another test set", f"flipscale evaluate {model} --zero_shot FOLDER"),
+        ("find your own pictures with it", f"flipscale search {run_dir} FOLDER 'a red apple'"),
+        ("measure it on another test set", f"flipscale evaluate {run_dir} --zero_shot FOLDER"),
         ("share it", f"flipscale push {run_dir} ORG/NAME"),
     ]
 
