@@ -49,7 +49,8 @@ def site(recipe: dict, tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFac
     write_shards(folder / "laion", [8] * 4)
     shutil.copytree(tokenizer_dir, folder / "data/demo/tokenizer")
     train_on_own_pictures(folder, recipe)
-    shutil.copytree(folder / "runs/demo", folder / "runs/h14")
+    for name in ("h14", "mine"):
+        shutil.copytree(folder / "runs/demo", folder / "runs" / name)
     write_pictures(folder)
     write_peer(folder, tokenizer_dir)
     write_clip(folder / "clip", tokenizer_dir)
@@ -65,7 +66,7 @@ def site(recipe: dict, tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFac
 
 def train_on_own_pictures(folder: Path, recipe: dict) -> None:
     """Trains runs/demo from 300 pictures in a folder for each class, by the commands of docs/your_pictures.md."""
-    rng, own = np.random.default_rng(3), folder / "own"
+    rng, own = np.random.default_rng(3), folder / "pictures"
     names = [f"a {colour} {shape}" for colour in COLOURS for shape in SHAPES]
     for number in range(300):
         name = names[number % len(names)]

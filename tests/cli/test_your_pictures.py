@@ -8,14 +8,12 @@ from pathlib import Path
 import pytest
 from cli.own_pictures import lay_out
 from cli.pages import ROOT, commands
-from cli.test_pages import SUBSTITUTES, ends_well, run
+from cli.test_pages import ends_well, run
 from hub.conftest import hub, logged_in  # noqa: F401 (fixtures)
 
 from flipscale import cli
 
 PAGE = ROOT / "docs/your_pictures.md"
-# The page's minutes are for a model of use; here some hundred pairs are enough to see that all of it goes together.
-SUBSTITUTES |= {r"--minutes 30": "--minutes 0.05"}
 
 
 @pytest.mark.timeout(600)
