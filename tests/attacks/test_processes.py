@@ -66,10 +66,10 @@ def _status_of_a_folder(folder: Path) -> list[str]:
     return ["status", "run"]
 
 
-def _environment_of_a_folder(folder: Path) -> list[str]:
-    (ground.run_of(folder) / "environment.json").unlink()
-    (folder / "run/environment.json").mkdir()
-    return ["push", "run", "org/name"]
+def _sheet_to_a_pipe(folder: Path) -> list[str]:
+    ground.shards(folder)
+    os.mkfifo(folder / "sheet.png")
+    return ["prepare", "inspect", "data", "--sheet", "sheet.png"]
 
 
 def _names_a_file(folder: Path, ended: Ended) -> None:
@@ -126,14 +126,7 @@ ATTACKS = [
     _typed("a run whose name has lines", "status", "a\nb", says=("a b is not a run directory",)),
     _typed("a run whose name is no text", "status", "\udcff", says=("\\udcff is not a run directory",)),
     Attack("a recipe copy that is a folder", _status_of_a_folder, 2, ("is not the recipe that the run began with",)),
-    Attack(
-        "a fault that nobody foresaw",
-        _environment_of_a_folder,
-        1,
-        ("its traceback is in ",),
-        _names_a_file,
-        environment={"HF_TOKEN": "none"},
-    ),
+    Attack("a contact sheet to a pipe", _sheet_to_a_pipe, 1, ("its traceback is in ",), _names_a_file),
     _launch("that is not there", None, "cannot be read"),
     _launch("that is empty", "", "cannot be read"),
     Attack("a launch file that is a pipe", _piped, 2, ("launch.yaml", "is no plain file")),
