@@ -62,7 +62,12 @@ class StudyRun:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `flipscale study`."""
-    parser.add_argument("recipes", nargs="+", help="Recipe files or names. The model of the first one is exported.")
+    parser.add_argument(
+        "recipes",
+        nargs="+",
+        help="Recipe files or names. The model of the first one is exported. Those that differ in their seed alone get "
+        "their mean and standard deviation, too, and bars in the figures.",
+    )
     parser.add_argument(
         "--minutes",
         type=number(MinutesAboveNone),
