@@ -14,6 +14,7 @@ from typing import Any
 from flipscale.evaluation.results import THIS_MODEL, Result, latest, read_metrics, read_results
 from flipscale.files import json_lines
 from flipscale.files.lock import holder_lives
+from flipscale.files.plain_file import plain_text
 from flipscale.files.yaml_text import read_saved
 from flipscale.training.report.lines import duration
 from flipscale.training.schedule import StageRecipe, plan_stages
@@ -184,8 +185,8 @@ def _has_process(run_dir: Path, heartbeat: dict[str, Any]) -> bool | None:
 def _command(run_dir: Path) -> str | None:
     """Return the command of a run's last start."""
     try:
-        command = json.loads((run_dir / "environment.json").read_text(encoding="utf-8"))["command"]
-    except (OSError, ValueError, KeyError, TypeError):
+        command = json.loads(plain_text(run_dir / "environment.json"))["command"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     return command if isinstance(command, str) else None
 

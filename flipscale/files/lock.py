@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from flipscale.files.aside import own_partial_path
+from flipscale.files.plain_file import plain_text
 
 _log = logging.getLogger(__name__)
 
@@ -59,8 +60,8 @@ def holder_lives(path: Path) -> bool | None:
     """Return whether the process that a lock's file names lives; None where there is no file, or its holder is of
     another machine or unknown."""
     try:
-        return _lives_here(Holder(_parsed(path.read_bytes()), 0.0))
-    except OSError:
+        return _lives_here(Holder(_parsed(plain_text(path).encode()), 0.0))
+    except (OSError, ValueError):
         return None
 
 

@@ -116,6 +116,17 @@ def test_a_process_of_another_machine_is_judged_by_its_signs(run_dir: Path) -> N
     assert read_status(run_dir, NOW)["state"] == "dead"
 
 
+@pytest.mark.parametrize("content", [b"", b"\0\xff", b"[" * 100_000, b'{"command": 3}', None])
+def test_a_lock_and_an_environment_that_are_none_say_nothing(run_dir: Path, content: bytes | None) -> None:
+    for name in ("run.lock", "environment.json"):
+        if content is None:
+            os.mkfifo(run_dir / name)
+        else:
+            (run_dir / name).write_bytes(content)
+    status = read_status(run_dir, NOW)
+    assert (status["state"], status["has_process"], status["command"]) == ("running", None, None)
+
+
 def state_row(run_dir: Path) -> str:
     return as_table(read_status(run_dir, NOW)).splitlines()[1].split(maxsplit=1)[1]
 
