@@ -124,11 +124,14 @@ def run(args: argparse.Namespace) -> None:
             written to.
         OSError: a shard cannot be read, or a line cannot be written.
     """
+    models = name_models(
+        args.models, args.output_dir
+    )  # a misspelled path is told before the imports, which take seconds
     from flipscale.engines.start import start_accelerator
     from flipscale.evaluation.reports.session import evaluate_model
     from flipscale.hub.loading import OpenModels, open_embedder
 
-    models, probe = name_models(args.models, args.output_dir), _probe(args)
+    probe = _probe(args)
     probe.check()
     accelerator = start_accelerator([], ".")
     for model in models if accelerator.is_main_process else []:

@@ -239,6 +239,10 @@ def test_commands_of_a_page(
             run(command)
 
 
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 200, "say it on a page of docs/ instead"
+
+
 def test_every_recipe_says_how_it_is_launched() -> None:
     shown = {
         page.stem: [c.text for c in commands(page) if "flipscale" in c.text]
