@@ -65,7 +65,8 @@ def pretrain(recipe: Recipe) -> Path:
         gone = "" if (run_dir / "model").exists() else ", but its model is gone"
         if gone and list_checkpoints(run_dir):
             gone += f": `flipscale export {run_dir}` writes it again"
-        _log.info("%s is done%s; remove it, or choose another output_dir, to train again", run_dir, gone)
+        remedy = "remove it, or choose another output_dir, to train again, or add a stage to train on"
+        _log.info("%s is done%s; %s", run_dir, gone, remedy)
         return run_dir
     # Every process checks what it can before it waits for others.
     checkpoint = open_run_directory(recipe)
