@@ -193,7 +193,8 @@ def write_run_files(
     """
     run_dir = Path(recipe.output_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / "DONE").unlink(missing_ok=True)  # of a run that is lengthened
+    for name in ("report.html", "DONE"):  # of a run that is lengthened
+        (run_dir / name).unlink(missing_ok=True)
     write_text(run_dir / "recipe.yaml", to_yaml(recipe))
     from flipscale.model import FlipModel  # takes seconds to import, and a run has imported it by now
 

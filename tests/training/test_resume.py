@@ -65,6 +65,7 @@ def test_a_stage_added_to_a_finished_run_is_learned_as_if_it_had_been_there(
     first = pretrain(write_recipe(run_dir, save=save, stages=recipe["stages"][:1]))
     assert first.returncode == 0, first.stderr
     assert (run_dir / "DONE").exists()
+    page = (run_dir / "report.html").read_text()
     saved = yaml.safe_load((run_dir / "recipe.yaml").read_text())
     added, without_rate = ({**saved, "stages": [*saved["stages"], stage]} for stage in _second_stages(recipe))
     # The run's own recipe is edited, as one is tempted to.
@@ -76,6 +77,7 @@ def test_a_stage_added_to_a_finished_run_is_learned_as_if_it_had_been_there(
     assert done.returncode == 0, done.stderr
     assert_same_end(whole_run, run_dir)
     assert (run_dir / "DONE").exists()
+    assert (run_dir / "report.html").read_text() != page
 
 
 def _second_stages(recipe: dict) -> Iterator[dict]:
