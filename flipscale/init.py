@@ -231,10 +231,11 @@ def _fitted(proposal: "Proposal", num_gpus: int, gib: int) -> tuple["Recipe", An
     launch = Launch(num_processes=num_gpus, precision="bf16", processes_per_node=min(num_gpus, _GPUS_OF_A_NODE))
     pairs = proposal.batch_size // num_gpus
     model, data = proposal.fields["model"], proposal.fields["data"]
-    for parts in (0, 1, 2, 4, 8, 16, 32, 64):
+    # Nothing; activations recomputed, a third more time that may save most of the memory; and micro-batches.
+    for parts in (0, 1, *(parts for parts in (2, 4, 8, 16, 32, 64) if pairs % parts == 0)):
         if parts:
-            model["gradient_checkpointing"] = True  # a third more time, and it may save most of the memory
-        if parts > 1 and pairs % parts == 0:
+            model["gradient_checkpointing"] = True
+        if parts > 1:
             data["micro_batch_size"] = pairs // parts
         recipe = _recipe_of(proposal, 0)
         if recipe_memory(recipe, launch).total <= USABLE * gib * 2**30:

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import yaml
@@ -16,7 +17,8 @@ from flipscale.data.recipe import DataRecipe
 from flipscale.data.sources.opening import open_shards
 from flipscale.data.tokenizers import load_tokenizer
 from flipscale.hub.convert_open_clip import open_clip_config
-from flipscale.init import _recipe_of
+from flipscale.init import _fitted, _recipe_of
+from flipscale.planning.calibration import measured_rates
 from flipscale.planning.commented import commented_yaml
 from flipscale.planning.proposal import MOST_REPEATED, most_samples, propose, samples_in
 from flipscale.planning.survey import Survey, survey
@@ -119,6 +121,34 @@ def test_nothing_but_bad_samples(tokenizer_dir: Path, tmp_path: Path) -> None:
             add_member(tar, f"{number}.txt", b"a red disc")
     with pytest.raises(ValueError, match="none of 20 samples that were looked at has a picture and a caption; `flips"):
         survey(open_shards(str(tmp_path / "bad"), DataRecipe()), load_tokenizer(str(tokenizer_dir), 8))
+
+
+def test_a_test_set_that_asks_nothing(
+    init: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "silent").mkdir()
+    with tarfile.open(tmp_path / "silent/0.tar", "w") as tar:
+        add_member(tar, "0.jpg", cv2.imencode(".jpg", np.zeros((40, 40, 3), np.uint8))[1].tobytes())
+    with pytest.raises(SystemExit):
+        init("--tests", "silent")
+    assert "tests silent has no classnames.txt and no captions, so that nothing can be asked" in capsys.readouterr().err
+
+
+def test_a_recipe_whose_speed_cannot_be_measured(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
+    recipe = parse_recipe(["--config", str(write_recipe(tmp_path / "run", data={"shards": "nowhere"}))])
+    with pytest.raises(ValueError, match="to measure the speed ended with exit code 2: no shards at 'nowhere'"):
+        measured_rates(recipe, 4, tmp_path)
+
+
+def test_what_fits_no_gpu(tokenizer_dir: Path) -> None:
+    proposal = propose(DATA, {}, 30, cores=2, num_gpus=0)
+    proposal.fields["data"]["tokenizer"] = str(tokenizer_dir)
+    with pytest.raises(
+        ValueError, match="b16 at a batch of 32 does not fit 4 GPUs of 0 GiB under DDP; use more or larg"
+    ):
+        _fitted(proposal, 4, 0)
+    assert proposal.fields["data"]["micro_batch_size"] == 1
+    assert proposal.fields["model"]["gradient_checkpointing"]
 
 
 def test_what_a_look_at_data_finds(shards: Path, tokenizer_dir: Path) -> None:
