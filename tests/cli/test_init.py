@@ -144,7 +144,7 @@ def test_what_fits_no_gpu(tokenizer_dir: Path) -> None:
     proposal = propose(DATA, {}, 30, cores=2, num_gpus=0)
     proposal.fields["data"]["tokenizer"] = str(tokenizer_dir)
     with pytest.raises(
-        ValueError, match="b16 at a batch of 32 does not fit 4 GPUs of 0 GiB under DDP; use more or larg"
+        ValueError, match="the model and a batch of 32 do not fit 4 GPUs of 0 GiB under DDP; use"
     ):
         _fitted(proposal, 4, 0)
     assert proposal.fields["data"]["micro_batch_size"] == 1
