@@ -241,8 +241,8 @@ def _fitted(proposal: "Proposal", num_gpus: int, gib: int) -> tuple["Recipe", An
         if recipe_memory(recipe, launch).total <= USABLE * gib * 2**30:
             return recipe, launch
     raise ValueError(
-        f"the model and a batch of {proposal.batch_size} do not fit {num_gpus} GPUs of {gib} GiB under DDP; use more or "
-        "larger GPUs, or a recipe of your own under FSDP2"
+        f"the model and a batch of {proposal.batch_size} do not fit {num_gpus} GPUs of {gib} GiB under DDP; use more "
+        "or larger GPUs, or a recipe of your own under FSDP2"
     )
 
 
