@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 _MINUTES = 30.0
 # Of each stage, on this machine.
-_CALIBRATION_STEPS = 16
+_CALIBRATION_STEPS = 12
 _GPUS_OF_A_NODE = 8
 
 
@@ -303,11 +303,4 @@ def _command(args: argparse.Namespace) -> str:
     if args.gpu and args.num_gpus > 1:
         launcher = f"accelerate launch --config_file ds_configs/ddp.yaml --num_processes {args.num_gpus}"
         return f"{files}{launcher} -m flipscale.pretrain --config {recipe}"
-    command = f"flipscale pretrain --config {recipe}"
-    if args.gpu:
-        return command
-    from flipscale.engines.device import default_precision, is_faster_in_bf16
-    from flipscale.engines.launch import PRECISION
-
-    slower = default_precision() == "no" and is_faster_in_bf16()
-    return f"{PRECISION}=bf16 {command}" if slower else command
+    return f"flipscale pretrain --config {recipe}"

@@ -33,19 +33,9 @@ def stage_rates(recipe: Recipe) -> list[float]:
     return [[r["images_per_s"] for r in records if r["stage"] == stage.name][-1] for stage in recipe.stages]
 
 
-def share_of_machine(num_runs: int) -> dict[str, str]:
-    """Return the variables of one of `num_runs` runs that train at once: its share of the cores, and bf16 where it is
-    faster."""
-    from flipscale.engines.device import is_faster_in_bf16  # imports torch, which nobody's help needs
-    from flipscale.engines.launch import PRECISION
-
-    threads = max((os.cpu_count() or 1) // num_runs, 1)
-    share = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
-    return {PRECISION: "bf16" if is_faster_in_bf16() else "no", **share}
-
-
 def measured_rates(recipe: Recipe, num_steps: int, folder: Path) -> list[float]:
-    """Return the pairs a second of each stage, by training `num_steps` steps of each in `folder`.
+    """Return the pairs a second of each stage, by training `num_steps` steps of each in `folder`, as a plain
+    `flipscale pretrain` would.
 
     Raises:
         ValueError, OSError: the recipe cannot be trained; its own last line is in the message.
@@ -54,7 +44,7 @@ def measured_rates(recipe: Recipe, num_steps: int, folder: Path) -> list[float]:
     file = folder / "recipe.yaml"
     write_text(file, to_yaml(short))
     command = [sys.executable, "-m", "flipscale.pretrain", "--config", str(file.absolute())]
-    environment = {**share_of_machine(1), **os.environ}
+    environment = {"TOKENIZERS_PARALLELISM": "false", **os.environ}
     done = subprocess.run(
         command, env=environment, capture_output=True, text=True, encoding="utf-8", errors="replace", check=False
     )

@@ -118,7 +118,7 @@ def _on_cpu(data: Survey, tokens: dict[str, int], minutes: float, cores: int) ->
     fields = _fields(
         {"image_size": image, "patch_size": patch, **_tower(128, 4, 2), "hidden_act": "relu", "projection_dim": 128},
         {**tokens, **_tower(128, 0 if short else 2, 2), **_text(data), "projection_dim": 128},
-        {"global_batch_size": batch, "crop_scale": [0.8, 1.0], "num_workers": min(cores - 1, 4)},
+        {"global_batch_size": batch, "crop_scale": [0.8, 1.0], "num_workers": min(cores - 1, 4) if large else 0},
         {"name": "muon", "weight_decay": 0.3},
     )
     mask = 0.75 if minutes <= 5 else 0.5
@@ -178,7 +178,7 @@ def _reasons(data: Survey, reasons: dict[str, str]) -> dict[str, str]:
         "model.text_config.vocab_size": "of the tokenizer",
         "model.text_config.max_position_embeddings": f"tokens: 95 % of the captions have at most {data.tokens}",
         "model.text_config.attend_to_padding": "captions of a few words are not outnumbered by padding",
-        "data.num_workers": "processes that decode pictures, for each that trains",
+        "data.num_workers": "processes that decode pictures; at 0 the one that trains does",
         **reasons,
     }
 

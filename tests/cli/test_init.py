@@ -41,9 +41,8 @@ def init(shards: Path, tokenizer_dir: Path, tmp_path: Path, monkeypatch: pytest.
 
 
 def test_a_recipe_for_this_machine_trains(
-    init: Callable[..., Path], shards: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    init: Callable[..., Path], shards: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("flipscale.engines.device.is_faster_in_bf16", lambda: False)
     file = init("--tests", str(shards), "--minutes", "0.02")
     said = capsys.readouterr()
     first, *_, length, command = said.out.splitlines()
@@ -143,9 +142,7 @@ def test_a_recipe_whose_speed_cannot_be_measured(write_recipe: Callable[..., Pat
 def test_what_fits_no_gpu(tokenizer_dir: Path) -> None:
     proposal = propose(DATA, {}, 30, cores=2, num_gpus=0)
     proposal.fields["data"]["tokenizer"] = str(tokenizer_dir)
-    with pytest.raises(
-        ValueError, match="the model and a batch of 32 do not fit 4 GPUs of 0 GiB under DDP; use"
-    ):
+    with pytest.raises(ValueError, match="the model and a batch of 32 do not fit 4 GPUs of 0 GiB under DDP; use"):
         _fitted(proposal, 4, 0)
     assert proposal.fields["data"]["micro_batch_size"] == 1
     assert proposal.fields["model"]["gradient_checkpointing"]
