@@ -4,6 +4,7 @@ import dataclasses
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from flipscale.evaluation.recipe import EvalRecipe
@@ -13,6 +14,8 @@ from flipscale.training.recipe import LogRecipe, Recipe, to_yaml
 
 # A stage's metrics are written so many times, of which the last counts: the first ones hold its start-up.
 _RECORDS = 4
+_ENDLESS = 1000
+_LOOK_SECONDS = 0.1
 
 
 def shortened(recipe: Recipe, num_steps: int, run_dir: Path) -> Recipe:
@@ -29,8 +32,13 @@ def shortened(recipe: Recipe, num_steps: int, run_dir: Path) -> Recipe:
 
 def stage_rates(recipe: Recipe) -> list[float]:
     """Return the pairs a second of each stage of a shortened recipe that has been trained."""
-    records = [record for record in read_metrics(Path(recipe.output_dir)) if "images_per_s" in record]
-    return [[r["images_per_s"] for r in records if r["stage"] == stage.name][-1] for stage in recipe.stages]
+    return [_records(recipe, stage.name)[-1] for stage in recipe.stages]
+
+
+def _records(recipe: Recipe, stage: str) -> list[float]:
+    """Return the pairs a second that have been recorded of a stage so far."""
+    records = read_metrics(Path(recipe.output_dir))
+    return [record["images_per_s"] for record in records if record.get("stage") == stage and "images_per_s" in record]
 
 
 def measured_rates(recipe: Recipe, num_steps: int, folder: Path) -> list[float]:
@@ -41,15 +49,24 @@ def measured_rates(recipe: Recipe, num_steps: int, folder: Path) -> list[float]:
         ValueError, OSError: the recipe cannot be trained; its own last line is in the message.
     """
     short = shortened(recipe, num_steps, folder / "run")
-    file = folder / "recipe.yaml"
-    write_text(file, to_yaml(short))
+    *earlier, last = short.stages
+    # It is told to stop there: a run that comes to its end exports its model and draws figures, which take longer.
+    endless = dataclasses.replace(last, samples=_ENDLESS * last.samples)
+    file, log = folder / "recipe.yaml", folder / "log"
+    write_text(file, to_yaml(dataclasses.replace(short, stages=[*earlier, endless])))
     command = [sys.executable, "-m", "flipscale.pretrain", "--config", str(file.absolute())]
     environment = {"TOKENIZERS_PARALLELISM": "false", **os.environ}
-    done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, encoding="utf-8", errors="replace", check=False
-    )
-    if done.returncode:
-        said = (done.stderr.strip().splitlines() or ["no output"])[-1].removeprefix("flipscale: error: ")
-        kind = ValueError if done.returncode == 2 else OSError
-        raise kind(f"a few steps to measure the speed ended with exit code {done.returncode}: {said}")
+    with open(log, "wb") as output:
+        process = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
+        try:
+            while process.poll() is None and len(_records(short, last.name)) < _RECORDS:
+                time.sleep(_LOOK_SECONDS)
+        finally:
+            process.terminate()
+            process.wait()
+    if process.returncode:
+        said = (log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["no output"])[-1]
+        kind = ValueError if process.returncode == 2 else OSError
+        words = said.removeprefix("flipscale: error: ")
+        raise kind(f"a few steps to measure the speed ended with exit code {process.returncode}: {words}")
     return stage_rates(short)
