@@ -162,7 +162,7 @@ def check(recipe: Recipe) -> Plan:
     source = open_source(recipe.data)
     tokenizer = load_tokenizer(recipe.data.tokenizer, config.text_config.max_position_embeddings)
     check_tokenizer(tokenizer, config.text_config)
-    if recipe.data.global_batch_size > len(source) and place_in_world()[0] == 0:
+    if 0 < len(source) < recipe.data.global_batch_size and place_in_world()[0] == 0:
         _log.warning(
             "data.global_batch_size is %d and there are %d pairs: every batch has some of them several times, which "
             "the loss takes for unlike; use a smaller batch",
