@@ -133,7 +133,10 @@ def test_a_test_set_that_asks_nothing(
     assert "tests silent has no classnames.txt and no captions, so that nothing can be asked" in capsys.readouterr().err
 
 
-def test_a_recipe_whose_speed_cannot_be_measured(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_recipe_whose_speed_cannot_be_measured(
+    write_recipe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     recipe = parse_recipe(["--config", str(write_recipe(tmp_path / "run", data={"shards": "nowhere"}))])
     with pytest.raises(ValueError, match="to measure the speed ended with exit code 2: no shards at 'nowhere'"):
         measured_rates(recipe, 4, tmp_path)
