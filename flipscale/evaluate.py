@@ -138,9 +138,7 @@ def run(args: argparse.Namespace) -> None:
         ValueError: nothing to evaluate, an unknown task or suite, a model that is named twice or cannot be loaded, or
             a folder that cannot be written to.
     """
-    models = name_models(
-        args.models, args.output_dir
-    )  # a misspelled path is told before the imports, which take seconds
+    models = name_models(args.models, args.output_dir)  # before the imports, which take seconds
     from flipscale.engines.start import start_accelerator
     from flipscale.evaluation.embedders.masked import WHOLE, asked_masks, check_mask_arguments, masked_embedder
     from flipscale.evaluation.kinds.without import with_clean_tasks

@@ -124,9 +124,7 @@ def run(args: argparse.Namespace) -> None:
             written to.
         OSError: a shard cannot be read, or a line cannot be written.
     """
-    models = name_models(
-        args.models, args.output_dir
-    )  # a misspelled path is told before the imports, which take seconds
+    models = name_models(args.models, args.output_dir)  # before the imports, which take seconds
     from flipscale.engines.start import start_accelerator
     from flipscale.evaluation.reports.session import evaluate_model
     from flipscale.hub.loading import OpenModels, open_embedder
