@@ -229,6 +229,9 @@ def as_table(status: dict[str, Any]) -> str:
     rows.append(("bad samples", f"{status['num_bad_samples']:,} replaced ({share:.4%})"))
     rows.append(("bad steps", f"{status['num_skipped_steps']} not finite and skipped, {status['num_slow_steps']} slow"))
     rows += [_result_row(Result(**result)) for result in status["results"]]
+    page = Path(status["run"]) / "report.html"
+    if page.exists():
+        rows.append(("page", f"{page}: open it in a browser"))
     width = max(len(name) for name, _ in rows)
     return "\n".join([status["run"], *(f"  {name:<{width}}  {value}" for name, value in rows)])
 

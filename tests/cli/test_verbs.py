@@ -14,6 +14,7 @@ from hub.card_numbers import untraced_numbers
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from flipscale.model import FlipModel, FlipProcessor
+from flipscale.status import as_table
 
 FLIPSCALE = [sys.executable, "-m", "flipscale.cli"]
 
@@ -99,6 +100,7 @@ def test_status_of_a_finished_run(run_dir: Path) -> None:
     assert (status["num_starts"], status["num_processes"]) == (1, 1)
     assert status["images_per_s"] == [r["images_per_s"] for r in last if "loss" in r][-1]
     assert status["metrics"] == {name: value for name, value in last[-1].items() if "/" in name}
+    assert as_table(status).endswith(f"{run_dir}/report.html: open it in a browser")
 
 
 def test_prepare_index(shards: Path, tmp_path: Path) -> None:
