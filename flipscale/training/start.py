@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from flipscale.data.faults import Fault
 from flipscale.data.feeding import enduring_batches, on_device
-from flipscale.data.loader import check_shared_memory, prepare_workers
+from flipscale.data.loader import StepSampler, check_shared_memory, prepare_workers
 from flipscale.data.packed import PackedBatch
 from flipscale.data.pairs import InputShape, PairDataset
 from flipscale.data.sources.opening import open_source
@@ -159,10 +159,13 @@ def check(recipe: Recipe) -> Plan:
         task.check()
     if recipe.data.micro_batch_size is not None and objective.is_coupled:
         raise_if_dropout(config)
+    rank, world_size = place_in_world()
+    # Says whether the processes and micro-batches divide the batch, before anything is written.
+    StepSampler(0, 0, recipe.data.global_batch_size, rank, world_size, recipe.data.micro_batch_size)
     source = open_source(recipe.data)
     tokenizer = load_tokenizer(recipe.data.tokenizer, config.text_config.max_position_embeddings)
     check_tokenizer(tokenizer, config.text_config)
-    if 0 < len(source) < recipe.data.global_batch_size and place_in_world()[0] == 0:
+    if 0 < len(source) < recipe.data.global_batch_size and rank == 0:
         _log.warning(
             "data.global_batch_size is %d and there are %d pairs: every batch has some of them several times, which "
             "the loss takes for unlike; use a smaller batch",
@@ -177,7 +180,7 @@ def check(recipe: Recipe) -> Plan:
         )
         for stage in stages
     }  # fmt: skip
-    rehearse(tasks, shape.image_size, *place_in_world())
+    rehearse(tasks, shape.image_size, rank, world_size)
     return Plan(stages, source, tokenizer, datasets, tasks, objective)
 
 

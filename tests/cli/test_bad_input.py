@@ -62,13 +62,20 @@ def test_an_empty_data_set(refused_recipe: Callable[..., str], tmp_path: Path) -
     assert "the data set is empty: 0 samples in 1 shards" in refused_recipe(data={"shards": str(tmp_path / "empty")})
 
 
-def test_a_shard_without_a_usable_sample(refused_recipe: Callable[..., str], tmp_path: Path) -> None:
+def test_a_shard_without_a_usable_sample(
+    write_recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with tarfile.open(tmp_path / "bad.tar", "w") as tar:
         for number in range(3):
             add_member(tar, f"{number}.jpg", b"\xff\xd8 not a picture")
             add_member(tar, f"{number}.txt", b"a caption")
-    line = refused_recipe(data={"shards": str(tmp_path / "bad.tar")})
-    assert f"shard {tmp_path}/bad.tar: neither sample" in line
+    with pytest.raises(SystemExit) as ended:
+        main(["pretrain", "--config", str(write_recipe(tmp_path / "run", data={"shards": str(tmp_path / "bad.tar")}))])
+    assert ended.value.code == 2
+    # After the lines with which a run begins, since a sample is read then.
+    *_, begins, line = capsys.readouterr().err.strip().splitlines()
+    assert begins.startswith("  run folder")
+    assert line.startswith(f"flipscale: error: shard {tmp_path}/bad.tar: neither sample")
     assert "nor any that could take its place has a readable image and caption" in line
 
 
