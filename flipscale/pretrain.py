@@ -150,7 +150,6 @@ def train(recipe: Recipe, plan: Plan, start: Start, engine: "Engine", pair_flops
             taken = guard.agree(step, stage, found, engine.gradient_norm(), faults)
             engine.step(stage.learning_rate(step), taken)
             step += 1
-
             start.check_lock()
             # What is known by now, of the step before: count it, track it, commit the checkpoint that is written.
             tasks = evaluation.due(step)
@@ -177,12 +176,13 @@ def train(recipe: Recipe, plan: Plan, start: Start, engine: "Engine", pair_flops
         with watch.paused("a save"):
             push.offer(saver.commit())
             push.close()
-        if guard.stop:
-            return _log.info("%s", stopped_line(step, total_steps))
-        with watch.paused("an evaluation"):
-            tracker.write_results(step, evaluation.run(plan.tasks))
-        with watch.paused("the export"):
-            finish(recipe, start, total_steps, watch.trained_seconds)
+        if not guard.stop:
+            with watch.paused("an evaluation"):
+                tracker.write_results(step, evaluation.run(plan.tasks))
+            with watch.paused("the export"):
+                finish(recipe, start, total_steps, watch.trained_seconds)
+    if guard.stop:
+        _log.info("%s", stopped_line(step, total_steps))
 
 
 def begin_run(recipe: Recipe, plan: Plan, start: Start, engine: str) -> None:

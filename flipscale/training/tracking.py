@@ -199,6 +199,8 @@ class Tracker:
         self.write(verdict.num_done, verdict.clock.seconds, metrics)
         if self._bar is not None:
             self._bar.set_postfix_str(f"loss {verdict.loss:.3f}, {stage}", refresh=False)
+            if verdict.num_done == self._total_steps:
+                self._bar.close()  # what is said from now on stands below it
         else:
             left = self._seconds_left(verdict.num_done, seconds / self._steps)
             _log.info("%s", interval_line(verdict.num_done, self._total_steps, metrics, left))
