@@ -161,8 +161,9 @@ def tool(words: list[str]) -> None:
 
 
 def script_s_help(words: list[str]) -> None:
-    """Prints the help of a script of the repository, which compares two checkouts for minutes."""
-    done = subprocess.run([sys.executable, words[1], "--help"], cwd=ROOT, capture_output=True, text=True, check=False)
+    """Prints the help of a script of the repository, which works for minutes."""
+    command = [sys.executable, words[1], "--help"]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ}, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 
