@@ -6,7 +6,6 @@ Every start draws its engine, its number of processes, whom to kill and when.
 import json
 import os
 import random
-import signal
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -62,7 +61,7 @@ class Launch:
     def kill(self, draw: random.Random, have_met: bool) -> None:
         """Kill one process; then all others, as a launcher does, or see that they end by themselves, as they do once
         they have met."""
-        os.kill(draw.choice(self.ranks).pid, signal.SIGKILL)
+        draw.choice(self.ranks).kill()  # unless it has ended meanwhile
         if draw.random() < 0.9 or not have_met:
             time.sleep(draw.uniform(0.0, 0.2))
             for rank in self.ranks:
