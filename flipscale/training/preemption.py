@@ -18,6 +18,8 @@ _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 # A launcher sends on what its processes have received as well, and a session that ends sends two kinds.
 _ECHO_SECONDS = 3.0
 
+_END = b"\0"  # is no signal
+
 _log = logging.getLogger(__name__)
 
 
@@ -42,18 +44,24 @@ class _Listener:
         for number in self._numbers:
             if signal.getsignal(number) is not signal.SIG_IGN:
                 self._before[number] = signal.signal(number, self._receive)
-        threading.Thread(target=self._listen, args=(reading,), name="signals", daemon=True).start()
+        self._thread = threading.Thread(target=self._listen, args=(reading,), name="signals", daemon=True)
+        self._thread.start()
         return self
 
     def __exit__(self, *raised: object) -> None:
+        signal.set_wakeup_fd(self._old_wakeup)
+        # What came until now is heard, or left to the handlers that it came to. A process that was forked meanwhile may
+        # hold the pipe open, so a byte ends the thread; such a process itself has no thread.
+        if self._thread.is_alive():
+            os.write(self._wakeup, _END)
+            self._thread.join()
         for number, handler in self._before.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: set by no Python code
-        signal.set_wakeup_fd(self._old_wakeup)
         os.close(self._wakeup)
 
     def _listen(self, reading: int) -> None:
         with open(reading, "rb", buffering=0) as numbers:
-            while number := numbers.read(1):
+            while (number := numbers.read(1)) != _END:
                 # A handler that was set without a pipe of its own, as `study` has one, takes what comes to this pipe.
                 taker = getattr(signal.getsignal(number[0]), "__self__", None)
                 if number[0] in self._before and isinstance(taker, _Listener):
