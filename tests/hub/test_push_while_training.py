@@ -64,7 +64,9 @@ def test_saves_arrive_while_the_run_goes_on_though_the_hub_fails_twice(
     file = write_recipe(tmp_path / "run", stages=stages, save={"every_samples": 1600, "total_limit": 10_000}, hub=HUB)
     command = [sys.executable, "-m", "flipscale.pretrain", "--config", str(file)]
     environment = {**os.environ, **hub_environment, "OMP_NUM_THREADS": "1"}
-    run = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    # Not to a pipe: nobody would read it, and a line for each step would fill it.
+    with open(tmp_path / "told", "w") as stderr:
+        run = subprocess.Popen(command, env=environment, stderr=stderr)
     try:
         wait_for(lambda: "org/name" in hub.repos and bool(hub.content("org/name")))
         seen = metrics(tmp_path / "run")[-1]["step"]
@@ -72,7 +74,8 @@ def test_saves_arrive_while_the_run_goes_on_though_the_hub_fails_twice(
         assert run.poll() is None
     finally:
         run.send_signal(signal.SIGTERM)
-        told = run.communicate(timeout=60)[1]
+        run.wait(60)
+    told = (tmp_path / "told").read_text()
     log = (tmp_path / "run/push.log").read_text()
     assert run.returncode == 0, told
     assert len(hub.asked("/commit/")) >= 3
