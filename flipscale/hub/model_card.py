@@ -24,7 +24,7 @@ from flipscale.files.yaml_text import read_saved
 from flipscale.hub.card_audit import audit_section
 from flipscale.hub.card_results import folder_lines, lines_of, model_index, protocols, results_table, task_name
 from flipscale.training.recipe import deciding_part
-from flipscale.training.run_directory import device_hours, read_starts
+from flipscale.training.run_directory import cost_of, read_starts
 
 TEMPLATE = """# {name}
 
@@ -223,9 +223,7 @@ class _Run:
         vision, text, last = self.config["vision_config"], self.config["text_config"], self.curve.records[-1]
         batch, parameters = self.recipe["data"]["global_batch_size"], self.environment.get("num_parameters")
         total_steps = sum(stage["samples"] // batch for stage in self.recipe["stages"])
-        seconds, energy = last["trained_seconds"], last.get("energy_kwh")
-        price, grid = self.hub.get("device_hour_dollars"), self.hub.get("kwh_co2_grams")
-        hours = device_hours(self.starts, seconds)
+        seconds, cost = last["trained_seconds"], cost_of(self.starts, last, self.hub)
         return {
             "version": in_markdown(self.environment["flipscale"]),
             "parameters": parameters and f"{parameters / 1e6:,.1f} M",
@@ -244,11 +242,11 @@ class _Run:
             "hardware": self._hardware(),
             "pairs_per_s": _rounded(self.curve.images_per_s) if seconds else None,
             "precision": {"no": "fp32"}.get(*[self.environment["mixed_precision"]] * 2),
-            "energy": _rounded(energy),
-            "emissions": _rounded(energy and grid and energy * grid / 1000),
-            "grid": _rounded(grid),
-            "cost": _rounded(hours and price and hours * price),
-            "price": _rounded(price),
+            "energy": _rounded(cost.energy_kwh),
+            "emissions": _rounded(cost.co2_kg),
+            "grid": _rounded(self.hub.get("kwh_co2_grams")),
+            "cost": _rounded(cost.dollars),
+            "price": _rounded(self.hub.get("device_hour_dollars")),
             "stages": "\n".join(self._stages()),
             "audit": audit_section(self.hub.get("audit"), self.environment.get("data_samples")),
             "recipe": self._recipe(),

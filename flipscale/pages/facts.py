@@ -15,7 +15,7 @@ from flipscale.files.yaml_text import read_saved
 from flipscale.pages.page import listed, shortened
 from flipscale.training.recipe import deciding_part
 from flipscale.training.report.lines import duration
-from flipscale.training.run_directory import device_hours, read_starts
+from flipscale.training.run_directory import cost_of, read_starts
 
 _MOST_RECIPE = 20_000
 
@@ -83,9 +83,7 @@ class Facts:
 
     def _all_rows(self, curve: Curve) -> Iterator[tuple[str, str]]:
         last, environment, hub = curve.records[-1], self.environment, self.recipe.get("hub") or {}
-        hours = device_hours(self.starts, last["trained_seconds"])
-        energy = last.get("energy_kwh")
-        price, grid = hub.get("device_hour_dollars"), hub.get("kwh_co2_grams")
+        hours, energy, co2, dollars = cost_of(self.starts, last, hub)
         steps = [record for record in curve.records if "images_per_s" in record]
         used = dict.fromkeys(f"{start['num_processes']} x {start['device']}" for start in self.starts)
         yield "machine", listed(list(used))
@@ -94,8 +92,8 @@ class Facts:
         yield "training", duration(last["trained_seconds"]) + ", evaluations and saves left out"
         yield "device hours", "" if hours is None else rounded(hours)
         yield "energy", "" if energy is None else f"{rounded(energy)} kWh, measured"
-        yield "emissions", f"{rounded(energy * grid / 1000)} kg of CO2 at {grid:g} g a kWh" if energy and grid else ""
-        yield "cost", f"{rounded(hours * price)} dollars at {price:g} an hour" if hours and price else ""
+        yield "emissions", f"{rounded(co2)} kg of CO2 at {hub['kwh_co2_grams']:g} g a kWh" if co2 else ""
+        yield "cost", f"{rounded(dollars)} dollars at {hub['device_hour_dollars']:g} an hour" if dollars else ""
         waited = steps[-1].get("data_wait_share") if steps else None
         yield "waiting for data", "" if waited is None else f"{100 * waited:.1f} % of the last interval"
         peak = max((r["peak_memory_bytes"] for r in steps if r.get("peak_memory_bytes")), default=0)

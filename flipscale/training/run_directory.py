@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -227,7 +227,35 @@ def read_starts(run_dir: Path) -> list[dict[str, Any]]:
     return kept
 
 
-def device_hours(starts: Sequence[Mapping[str, Any]], seconds: float) -> float | None:
+class Cost(NamedTuple):
+    """What a run has taken, each None where it is unknown.
+
+    Args:
+        device_hours: hours times devices.
+        energy_kwh: as far as it was measured.
+        co2_kg, dollars: at what the recipe's `hub` says of the grid and of a device's hour.
+    """
+
+    device_hours: float | None
+    energy_kwh: float | None
+    co2_kg: float | None
+    dollars: float | None
+
+
+def cost_of(starts: Sequence[Mapping[str, Any]], last: Mapping[str, Any], hub: Mapping[str, Any]) -> Cost:
+    """Return what a run has taken.
+
+    Args:
+        starts: of `read_starts`.
+        last: the last record of its metrics.
+        hub: of its recipe.
+    """
+    hours, energy = _device_hours(starts, last["trained_seconds"]), last.get("energy_kwh")
+    price, grid = hub.get("device_hour_dollars"), hub.get("kwh_co2_grams")
+    return Cost(hours, energy, energy and grid and energy * grid / 1000, hours and price and hours * price)
+
+
+def _device_hours(starts: Sequence[Mapping[str, Any]], seconds: float) -> float | None:
     """Return hours times devices, summed over the starts of a run: a resumed one may have had other devices. None where
     no start was recorded.
 
