@@ -85,6 +85,7 @@ def _check_folder(out_dir: Path) -> None:
     """
     if not out_dir.is_dir() or not any(out_dir.iterdir()):
         return
-    if (out_dir / MANIFEST).exists() or not any((out_dir / part / MANIFEST).exists() for part in PARTS):
-        what = "was written without --split" if (out_dir / MANIFEST).exists() else "holds something else"
+    is_whole = (out_dir / MANIFEST).exists()
+    if is_whole or not any((out_dir / part / MANIFEST).exists() for part in PARTS):
+        what = "was written without --split" if is_whole else "holds something else"
         raise ValueError(f"{out_dir} {what}; name a new folder for {' and '.join(PARTS)}")

@@ -1,12 +1,16 @@
 """Data sets of the `datasets` library: by their name on the Hub, or saved to a folder."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flipscale.files.local_names import looks_local
+from flipscale.model.fetched import looks_like_a_path
 from flipscale.preparation.lists.columns import AskedColumns, Columns
 from flipscale.preparation.lists.files import UnreadableFile, captions_of, digest_of, image_of, label_of
+
+# As names on the Hub hardly do.
+_ENDS_LIKE_A_FILE = re.compile(r"\.[A-Za-z]{2,7}$")
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,7 @@ class DatasetList:
             ValueError: there is none, or it lacks a column.
         """
         is_saved = Path(source).is_dir()
-        if not is_saved and looks_local(source):
+        if not is_saved and (looks_like_a_path(source) or _ENDS_LIKE_A_FILE.search(source)):
             raise ValueError(
                 f"{source} does not exist; name a folder, a table (.csv .tsv .jsonl .parquet) or a data set of the "
                 "Hub, such as ORG/NAME"
