@@ -17,7 +17,7 @@ demo: setup
 	$(BIN)/flipscale search runs/demo/model data/demo/test --queries flipscale/recipes/demo_queries.txt --out runs/demo/search.html
 
 test: setup
-	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
 lint: setup
 	$(BIN)/ruff check .
