@@ -13,7 +13,7 @@ setup: .venv/installed
 
 demo: setup
 	$(BIN)/flipscale prepare demo data/demo
-	$(BIN)/flipscale study demo demo_clip --minutes $(MINUTES) --output_dir runs/demo --baselines
+	$(BIN)/flipscale study race demo demo_clip --minutes $(MINUTES) --output_dir runs/demo --baselines
 	$(BIN)/flipscale search runs/demo/model data/demo/test --queries flipscale/recipes/demo_queries.txt --out runs/demo/search.html
 
 test: setup

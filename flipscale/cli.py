@@ -16,7 +16,7 @@ VERBS = {
     "search": "Find the pictures of a folder that are nearest to words, as a page for a browser.",
     "status": "Print the progress and speed of runs, and whether they are alive.",
     "export": "Write the model of a checkpoint as a folder that transformers loads.",
-    "study": "Train several recipes at once for the same time, and compare them.",
+    "study": "Train several recipes as one study, and compare them.",
     "push": "Upload a trained model to the Hugging Face Hub.",
     "convert": "Convert models from and for other programs.",
     "launch_files": "Write accelerate's launch files and the Slurm scripts into a folder.",

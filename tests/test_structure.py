@@ -16,7 +16,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 ORDER = (
     ("cli",),
     ("verbs",),
-    ("benchmarks",),
+    ("benchmarks", "studies"),
     ("hub", "pages", "planning"),
     ("training",),
     ("objectives", "evaluation", "preparation"),

@@ -262,7 +262,9 @@ ATTACKS = [
         "probe --l2 inf", _command("probe", "x", "--train", "a", "--test", "b", "--l2", "inf"), "--l2 is inf; it must"
     ),
     _refused(
-        "study --minutes nan", _command("study", "demo", "--minutes", "nan", "--output_dir", "o"), "--minutes is nan"
+        "study --minutes nan",
+        _command("study", "race", "demo", "--minutes", "nan", "--output_dir", "o"),
+        "--minutes is nan",
     ),
     _refused("export --step -4", _command("export", "run", "--step", "-4"), "--step is -4; it must be at least 0"),
     _refused(
@@ -276,7 +278,7 @@ ATTACKS = [
     ),
     _refused(
         "study --output_dir FILE",
-        _file_and("study", "demo", "--minutes", "1", "--output_dir", "file"),
+        _file_and("study", "race", "demo", "--minutes", "1", "--output_dir", "file"),
         "--output_dir is 'file'; ",
         "is a file: name another folder",
     ),

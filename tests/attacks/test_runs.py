@@ -191,7 +191,7 @@ def _study(*names: str, prepare: Callable[[Path], object] = lambda folder: None)
         for name in names:
             (folder / name).parent.mkdir(exist_ok=True)
             ground.recipe(folder).replace(folder / name)
-        return ["study", *names, "--minutes", "0.05", "--output_dir", "out"]
+        return ["study", "race", *names, "--minutes", "0.05", "--output_dir", "out"]
 
     return make
 

@@ -211,7 +211,7 @@ def test_a_model_that_is_not_there(refused: Callable[[list[str]], str], tmp_path
 
 def test_more_recipes_than_cores(refused: Callable[[list[str]], str], tmp_path: Path) -> None:
     files = [str(shutil.copy(RECIPES / "demo.yaml", tmp_path / f"{number}.yaml")) for number in range(99)]
-    line = refused(["study", *files, "--minutes", "1", "--output_dir", str(tmp_path / "study")])
+    line = refused(["study", "race", *files, "--minutes", "1", "--output_dir", str(tmp_path / "study")])
     assert "99 recipes need as many cores" in line
 
 

@@ -122,7 +122,7 @@ def test_study_lays_recipes_side_by_side(recipe: dict, tmp_path: Path) -> None:
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(changed))
     out = tmp_path / "out"
     files = [str(tmp_path / f"{name}.yaml") for name in arms]
-    command = [*FLIPSCALE, "study", *files, "--minutes", "0.05", "--output_dir", str(out), "--baselines"]
+    command = [*FLIPSCALE, "study", "race", *files, "--minutes", "0.05", "--output_dir", str(out), "--baselines"]
     done = launch(command)
     assert done.returncode == 0, done.stderr
     table = (out / "table.md").read_text()

@@ -1,0 +1,1 @@
+"""Studies: several runs, what they are made of, and what they show together."""
