@@ -53,13 +53,18 @@ def information(url: str) -> dict[str, Any]:
         FileNotFoundError, PermissionError: there is none, or it may not be read.
         OSError: the server does not answer.
     """
+    return patiently(url, lambda: information_at_once(url))
 
-    def ask() -> dict[str, Any]:
-        system, remote = file_system(url)
-        found: dict[str, Any] = _within(system, "info", lambda: 0, _SILENT_SECONDS, remote)
-        return found
 
-    return patiently(url, ask)
+def information_at_once(url: str) -> dict[str, Any]:
+    """Do as `information`, in one try.
+
+    Raises:
+        Exception: of any kind that its protocol has for a broken connection.
+    """
+    system, remote = file_system(url)
+    found: dict[str, Any] = _within(system, "info", lambda: 0, _SILENT_SECONDS, remote)
+    return found
 
 
 def listed(url: str) -> list[str]:

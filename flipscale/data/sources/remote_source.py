@@ -37,6 +37,8 @@ from flipscale.files.aside import own_partial_path, written_aside
 _THREADS = 16
 # Shards whose sizes are asked for when a source is opened.
 _SPOTS = 3
+# No shard is fetched ahead so soon after one that could not be.
+_PAUSE_SECONDS = 1.0
 
 _log = logging.getLogger(__name__)
 
@@ -287,6 +289,11 @@ class RemoteTarSource(TarSource):
     def __getstate__(self) -> dict[str, object]:
         return {**super().__getstate__(), "_indices": OrderedDict()}
 
+    def __del__(self) -> None:
+        with suppress(AttributeError):  # of a source that was never whole
+            self._ahead.end()
+        super().__del__()
+
 
 class _FetchAhead:
     """A thread that fetches shards ahead. Every process has one; the cache lets only one of them fetch a shard."""
@@ -294,28 +301,36 @@ class _FetchAhead:
     def __init__(self, cache: ShardCache):
         self.cache = cache
         self._thread: threading.Thread | None = None
+        self._urls: list[str] = []
 
     def want(self, urls: list[str]) -> None:
         """Fetch `urls`, in their order, instead of those of the last call."""
         self._urls = urls
         if self._thread is None or not self._thread.is_alive():
-            self._changed = threading.Event()
+            self._changed, self._ended = threading.Event(), threading.Event()
             self._thread = threading.Thread(target=self._fetch, name="fetch ahead", daemon=True)
             self._thread.start()
         self._changed.set()
 
+    def end(self) -> None:
+        """Let the thread end after what it is fetching."""
+        if self._thread is not None:
+            self._ended.set()
+            self._changed.set()
+
     def _fetch(self) -> None:
-        while True:
-            self._changed.wait()
+        while self._changed.wait() and not self._ended.is_set():
             self._changed.clear()
             for url in self._urls:
                 if self._changed.is_set():
                     break
                 try:
-                    self.cache.fetch(url, wait=False)
-                except (OSError, ValueError):
-                    # It may never be needed. If it is, the reader tries again and reports the error.
+                    self.cache.try_to_fetch(url)
+                except Exception:
+                    # Every protocol has exceptions of its own for a broken connection. It may never be needed. If it
+                    # is, the reader tries again, with patience, and says so.
+                    self._ended.wait(_PAUSE_SECONDS)
                     break
 
     def __getstate__(self) -> dict[str, object]:
-        return {"cache": self.cache, "_thread": None}
+        return {"cache": self.cache, "_thread": None, "_urls": []}

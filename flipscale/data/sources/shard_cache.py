@@ -9,7 +9,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from flipscale.data.sources.remote_files import fetch, information, patiently
+from flipscale.data.sources.remote_files import fetch, information_at_once, patiently
 from flipscale.data.sources.tar_members import NotAFile, open_plain
 from flipscale.files.aside import remove, written_aside
 
@@ -71,8 +71,8 @@ class ShardCache:
         """Remove the copy of `url`, which is not as it should be."""
         remove(self.path(url))
 
-    def fetch(self, url: str, wait: bool = True) -> None:
-        """Fetch `url` unless its copy exists. If another process is fetching it, `wait` for that or return.
+    def fetch(self, url: str) -> None:
+        """Fetch `url` unless its copy exists, after as many tries as it needs; wait if another process is fetching it.
 
         Raises:
             OSError: it cannot be fetched.
@@ -80,18 +80,26 @@ class ShardCache:
         path = self.path(url)
         if path.exists():
             return
-        try:
-            with self._lock(path, timeout=-1 if wait else 0):
-                if not path.exists():
-                    patiently(url, lambda: self._transfer(url, path))
-        except Timeout:
-            return
+        with self._lock(path, timeout=-1):
+            if not path.exists():
+                patiently(url, lambda: self._transfer(url, path))
+
+    def try_to_fetch(self, url: str) -> None:
+        """Fetch `url` in one try, unless its copy exists or another process is fetching it.
+
+        Raises:
+            Exception: of any kind that its protocol has for a broken connection.
+        """
+        path = self.path(url)
+        with suppress(Timeout), self._lock(path, timeout=0):
+            if not path.exists():
+                self._transfer(url, path)
 
     def _lock(self, path: Path, timeout: float) -> FileLock:
         return FileLock(path.with_name(f".{path.name}.lock"), timeout=timeout)
 
     def _transfer(self, url: str, path: Path) -> None:
-        size = information(url)["size"]
+        size = information_at_once(url)["size"]
         reserved = min(_UNTOLD_BYTES, self.max_bytes) if size is None else size
         if reserved > self.max_bytes:
             raise ValueError(f"{url} has {size} bytes, which do not fit into data.cache_bytes {self.max_bytes}")

@@ -1,6 +1,7 @@
 """Shards on real servers on loopback: one that speaks S3, and plain HTTP that breaks off."""
 
 import dataclasses
+import gc
 import http.server
 import os
 import shutil
@@ -321,3 +322,18 @@ def test_a_shard_that_the_cache_removed_frees_its_space(shards: Path, tmp_path: 
         source.fetch_ahead([1])
         assert list(source._open) == [1]
         assert source.read(0, 0).image
+
+
+def test_what_fetches_ahead_is_silent_and_ends_with_its_source(
+    shards: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with web(shards, breaks=0) as (url, _):
+        source = open_source(recipe_of(f"{url}/{{00000..00003}}.tar", tmp_path / "cache"))
+    before = set(threading.enumerate())
+    source.fetch_ahead([1, 2])  # of a server that is gone; the reader says so if it needs one of them
+    (thread,) = set(threading.enumerate()) - before
+    del source
+    gc.collect()
+    thread.join(60)
+    assert not thread.is_alive()
+    assert not caplog.records
