@@ -1,4 +1,4 @@
-"""Prepare data on disk: write, index, inspect and audit shards, and make the demo set and photos for benchmarks."""
+"""Prepare data on disk: write, index, inspect and audit shards, and make emoji, icons and photos to learn from."""
 
 import argparse
 import json
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from flipscale.data.sources.tar_source import TarSource
 from flipscale.files.command_line import number, output_folder
-from flipscale.files.ranges import Count, CountOrNone, ShareBelowAll, Threads
+from flipscale.files.ranges import Count, CountOrNone, ShareAboveNone, ShareBelowAll, Threads
 
 if TYPE_CHECKING:
     from flipscale.evaluation.task_page import TaskPage
@@ -60,6 +60,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="Write also women and men in the same roles, for the evaluation `association`.",
     )
+    icons = add(
+        "icons",
+        "Download and draw 340,000 icons with names: training shards, validation and test sets by other designers, and "
+        "a tokenizer.",
+    )
+    icons.add_argument(
+        "directory",
+        type=output_folder,
+        help="The folder to write, data/icons in the recipes; the same command continues there after an interruption.",
+    )
+    icons.add_argument(
+        "--fraction",
+        type=number(ShareAboveNone),
+        default=1.0,
+        help="Draw this share of the training icons only, such as 0.1; a smaller share is a part of a larger one. 1, "
+        "the default, draws all.",
+    )
+    _add_num_workers(icons)
     digits = add("digits", "Write scikit-learn's 1,797 handwritten digits as a labelled set, to try probes on.")
     digits.add_argument("directory", type=output_folder, help="The folder to write.")
     photos = add("photos", "Write JPEGs of two sizes, cut from photos in a Debian package, to measure loaders with.")
@@ -151,7 +169,11 @@ def _add_writing_arguments(shards: argparse.ArgumentParser) -> None:
         help="End with exit code 2 if more of the pairs cannot be used; 0.95 by default. The others are written all "
         "the same.",
     )
-    shards.add_argument(
+    _add_num_workers(shards)
+
+
+def _add_num_workers(kind: argparse.ArgumentParser) -> None:
+    kind.add_argument(
         "--num_workers",
         type=number(Threads),
         default=os.cpu_count() or 1,
@@ -230,6 +252,7 @@ def run(args: argparse.Namespace) -> None:
         "inspect": _inspect,
         "audit": _audit,
         "demo": _demo,
+        "icons": _icons,
         "digits": _digits,
         "photos": _photos,
         "tasks": _tasks,
@@ -326,6 +349,12 @@ def _demo(args: argparse.Namespace) -> None:
         with_unseen=args.with_unseen,
         with_roles=args.with_roles,
     )
+
+
+def _icons(args: argparse.Namespace) -> None:
+    from flipscale.preparation.icons.icon_set import prepare_icons
+
+    prepare_icons(args.directory, args.fraction, args.num_workers)
 
 
 def _digits(args: argparse.Namespace) -> None:

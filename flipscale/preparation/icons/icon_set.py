@@ -1,0 +1,159 @@
+"""`flipscale prepare icons`: training shards, a validation and a test set, names that nobody has, and a tokenizer.
+
+Everything in the folder is a function of the pinned package and of the fraction: two machines get the same bytes. It
+is made beside its place, as `.NAME.partial`. A run that was killed goes on there with what is not drawn or written yet,
+and ends with the same bytes.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock, Timeout
+
+from flipscale.data.tokenizers import train_sentencepiece
+from flipscale.files.aside import partial_path, remove, write_text
+from flipscale.preparation import demo_emoji
+from flipscale.preparation.icons import splits
+from flipscale.preparation.icons.collection import INTEGRITY, PACKAGE, caption, read_sets
+from flipscale.preparation.icons.drawing import blocks, draw_all
+from flipscale.preparation.icons.parts import Drawings, choose_parts, write_part
+from flipscale.preparation.icons.report import REPORT, summary, write_licences, write_report
+from flipscale.preparation.icons.splits import SetFacts
+
+MADE_BY = "flipscale prepare icons"  # by this a later run recognises the folder
+VOCAB_SIZE = 8000
+MAX_LENGTH = 16  # tokens, after which a caption is cut
+# What only the preparation needs.
+_DOWNLOAD, _DRAWN, _BEGUN = ".download", ".drawn", ".begun.json"
+# For the package, the pictures and the shards: of the test sets, and of all drawings for training.
+_LEAST_BYTES, _TRAIN_BYTES = 300_000_000, 1_500_000_000
+
+
+def prepare_icons(out_dir: Path, fraction: float = 1.0, processes: int = 2) -> None:
+    """Download and draw Iconify's collection into `out_dir`: train/, validation/, test/, unseen/ and tokenizer/.
+
+    A folder that is already complete is left as it is.
+
+    Args:
+        out_dir: the folder to write; its parents are created.
+        fraction: of the training drawings; those of a smaller fraction are among those of a larger one. The other parts
+            are the same.
+        processes: how many draw and write.
+
+    Raises:
+        ValueError: the folder has other files, another fraction or no room, another process writes it, or the package
+            cannot be downloaded.
+        OSError: the package is not the pinned one, or a process died.
+    """
+    out_dir = out_dir.absolute()
+    if _is_complete(out_dir, fraction):
+        _remove_leftovers(out_dir)  # of a run that was killed at its very end
+        print(f"{out_dir} is complete: nothing to do")
+        return
+    demo_emoji.check_renderer()
+    work = partial_path(out_dir)
+    work.mkdir(parents=True, exist_ok=True)
+    lock = work.with_name(f".{out_dir.name}.lock")
+    try:
+        with FileLock(lock, timeout=0):
+            report = _prepare(out_dir, work, fraction, processes)
+            lock.unlink(missing_ok=True)
+    except Timeout:
+        raise ValueError(f"another process writes {out_dir}; wait for it to end, or name another folder") from None
+    print("\n".join(summary(report, out_dir)))
+
+
+def _is_complete(out_dir: Path, fraction: float) -> bool:
+    """Return whether an earlier run wrote the folder.
+
+    Raises:
+        ValueError: it wrote another fraction, or the folder is somebody else's.
+    """
+    if not out_dir.exists() or (out_dir.is_dir() and not any(out_dir.iterdir())):
+        return False
+    try:
+        report = json.loads((out_dir / REPORT).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        report = None
+    if not isinstance(report, dict) or report.get("made_by") != MADE_BY:
+        raise ValueError(f"{out_dir} holds something that is not the icons; name a new folder, or an empty one")
+    made = {name: report.get(name) for name in ("package", "fraction")}
+    if made != {"package": PACKAGE, "fraction": fraction}:
+        raise ValueError(
+            f"{out_dir} holds the fraction {made['fraction']} of {made['package']}, and you ask for {fraction:g} of "
+            f"{PACKAGE}; name another folder"
+        )
+    return True
+
+
+def _prepare(out_dir: Path, work: Path, fraction: float, processes: int) -> dict[str, Any]:
+    """Write everything into `work`, rename that to `out_dir`, and return the report."""
+    made = {"made_by": MADE_BY, "package": PACKAGE, "fraction": fraction}
+    _go_on(work, made)
+    _check_room(work, fraction)
+    tarball = demo_emoji.download([PACKAGE], work / _DOWNLOAD, INTEGRITY)[PACKAGE]
+
+    sets = [SetFacts.of(icon_set) for icon_set in read_sets(tarball)]
+    relatives = splits.find_relatives(sets)
+    causes = {facts.prefix: splits.why_left_out(facts, relatives) for facts in sets}
+    used = [facts for facts in sets if causes[facts.prefix] is None]
+    chosen = [splits.narrowed(facts, fraction) for facts in used]
+    (work / _DRAWN).mkdir(exist_ok=True)
+    blocks_of = {facts.prefix: blocks(work / _DRAWN, facts.prefix, facts.names) for facts in chosen}
+    draw_all(read_sets(tarball), blocks_of, processes)
+
+    every = [block for found in blocks_of.values() for block in found]
+    drawings = Drawings.read(every, np.concatenate([facts.paths for facts in chosen]))
+    parts, left_out = choose_parts(drawings, splits.sets_of_names(used))
+    left_out["beyond_the_fraction"] = sum(len(facts.names) for facts in used) - len(drawings.names)
+    for facts in sets:
+        left_out["withdrawn"] += facts.num_withdrawn
+        if cause := causes[facts.prefix]:
+            left_out[cause] += len(facts.names)
+    for part in parts:
+        write_part(work, part, drawings, processes)
+    captions = sorted(caption(drawings.names[number]) for number in parts[0].numbers)
+    train_sentencepiece(captions, work / "tokenizer", VOCAB_SIZE, MAX_LENGTH)
+    write_licences(work, used, parts, drawings)
+    report = write_report(work, made, parts, drawings, left_out, relatives)
+    if out_dir.exists():
+        out_dir.rmdir()
+    os.replace(work, out_dir)
+    _remove_leftovers(out_dir)
+    return report
+
+
+def _go_on(work: Path, made: dict[str, Any]) -> None:
+    """Leave in `work` what an earlier run of the same command left; of another's only the download."""
+    begun, text = work / _BEGUN, json.dumps(made)
+    if not begun.exists() or begun.read_text(encoding="utf-8") != text:
+        for path in work.iterdir():
+            if path.name != _DOWNLOAD:
+                remove(path)
+        write_text(begun, text)
+
+
+def _check_room(work: Path, fraction: float) -> None:
+    """Raise if the disk has no room for what is still to be written.
+
+    Raises:
+        ValueError: it has not.
+    """
+    held = sum(path.stat().st_size for path in work.rglob("*") if path.is_file())
+    needed = round(_LEAST_BYTES + fraction * _TRAIN_BYTES) - held
+    free = shutil.disk_usage(work).free
+    if needed > free:
+        raise ValueError(
+            f"{needed / 1e9:.2f} GB are needed and {work.parent} has {free / 1e9:.2f} GB free; make room, name another "
+            "folder, or prepare a smaller --fraction"
+        )
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove what only the preparation needed."""
+    for name in (_DRAWN, _DOWNLOAD, _BEGUN):
+        remove(folder / name)
