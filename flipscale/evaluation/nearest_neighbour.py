@@ -4,7 +4,7 @@ It is printed beside a small model's accuracy, because with few pictures and min
 Only training images whose caption is a class name take part, which is more than the model is told.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal, get_args
@@ -14,6 +14,7 @@ import numpy as np
 
 from flipscale.data.decode import decode_box
 from flipscale.data.sources.tar_source import TarSource
+from flipscale.evaluation.images import SampleNumbers
 from flipscale.evaluation.kinds.task import Task
 from flipscale.evaluation.results import Result
 from flipscale.evaluation.test_set import TestSet
@@ -25,6 +26,8 @@ CELL, BINS = 8, 9  # Dalal and Triggs 2005: cells of 8 x 8 px, 9 orientations, b
 HOG_CLIP = 0.2
 HOG_WEIGHT = 2.0  # beside the pixels, each of which then counts for as much as it varies
 _ROWS = 256  # images at a time, to bound the memory
+_KNOWN_ROWS = 1024  # training images at a time
+_KEPT_BYTES = 1 << 29  # of the features of training images, 10 kB each
 
 
 def pixel_features(images: np.ndarray) -> np.ndarray:
@@ -73,25 +76,67 @@ def _describe(images: np.ndarray) -> dict[str, np.ndarray]:
     return {"pixels": pixel_features(images), "hog": hog_features(images)}
 
 
-def _top1(
-    known: dict[str, np.ndarray],
-    names: np.ndarray,
-    asked: dict[str, np.ndarray],
-    labels: np.ndarray,
-    features: Features,
-) -> float:
-    """Return the top-1 in percent of described images; `names` are the classes of the known ones."""
-    if features == "pixels+hog":
-        scales = {"pixels": 1.0, "hog": HOG_WEIGHT}
-        scales = {
-            key: weight / (known[key].std() * known[key].shape[1] ** 0.5 + 1e-12) for key, weight in scales.items()
-        }
-        rows, queries = (np.hstack([side[key] * scales[key] for key in scales]) for side in (known, asked))
-    else:
-        rows, queries = known[features], asked[features]
-    # |a - b|^2 without |a|^2, which is the same for all b.
-    distances = (rows**2).sum(axis=1) - 2 * queries @ rows.T
-    return 100.0 * float((names[distances.argmin(axis=1)] == labels).mean())
+# The features of some known images, and their classes, int64 `(n,)`.
+Known = tuple[dict[str, np.ndarray], np.ndarray]
+
+
+class _Described:
+    """Known images with their features, some at a time. As many as `_KEPT_BYTES` holds are described once, the others
+    each time that they are gone through."""
+
+    def __init__(self, images: Callable[[int, int], np.ndarray], classes: np.ndarray):
+        """Describe the images of `classes`; `images` returns those from one number to below another."""
+        self._starts = range(0, len(classes), _KNOWN_ROWS)
+        self._images, self._classes = images, classes
+        self._kept: dict[int, dict[str, np.ndarray]] = {}
+        self._num_bytes = 0
+
+    def __iter__(self) -> Iterator[Known]:
+        for start in self._starts:
+            stop = min(start + _KNOWN_ROWS, len(self._classes))
+            found = self._kept.get(start)
+            if found is None:
+                found = _describe(self._images(start, stop))
+                self._num_bytes += sum(features.nbytes for features in found.values())
+                if self._num_bytes <= _KEPT_BYTES:
+                    self._kept[start] = found
+            yield found, self._classes[start:stop]
+
+
+def _scales(known: Iterable[Known], features: Features) -> dict[str, float]:
+    """Return the weight of each kind of features: of pixels and HOG together each counts for as much as it varies."""
+    if features != "pixels+hog":
+        return {features: 1.0}
+    weights = {"pixels": 1.0, "hog": HOG_WEIGHT}
+    count, totals, squares = dict.fromkeys(weights, 0), dict.fromkeys(weights, 0.0), dict.fromkeys(weights, 0.0)
+    for described, _ in known:
+        for key in weights:
+            values = described[key].astype(np.float64)
+            count[key] += values.size
+            totals[key] += float(values.sum())
+            squares[key] += float(np.square(values).sum())
+    scales = {}
+    for key, weight in weights.items():
+        mean = totals[key] / count[key]
+        deviation = max(squares[key] / count[key] - mean**2, 0.0) ** 0.5
+        scales[key] = weight / (deviation * described[key].shape[1] ** 0.5 + 1e-12)
+    return scales
+
+
+def _top1(known: Iterable[Known], asked: dict[str, np.ndarray], labels: np.ndarray, features: Features) -> float:
+    """Return the top-1 in percent of described images."""
+    scales = _scales(known, features)
+    queries = np.hstack([asked[key] * np.float32(scale) for key, scale in scales.items()])
+    best, answers = np.full(len(queries), np.inf, np.float32), np.full(len(queries), -1)
+    for described, classes in known:
+        rows = np.hstack([described[key] * np.float32(scale) for key, scale in scales.items()])
+        # |a - b|^2 without |a|^2, which is the same for all b.
+        distances = (rows**2).sum(axis=1) - 2 * queries @ rows.T
+        places = distances.argmin(axis=1)
+        found = distances[np.arange(len(queries)), places]
+        nearer = found < best
+        best[nearer], answers[nearer] = found[nearer], classes[places[nearer]]
+    return 100.0 * float((answers == labels).mean())
 
 
 def _named(captions: Sequence[str], classnames: Sequence[str]) -> np.ndarray:
@@ -131,8 +176,9 @@ def nearest_neighbour(
     if features not in get_args(Features):
         raise ValueError(f"features {features!r} are unknown; use one of {', '.join(get_args(Features))}")
     names = _named(train_captions, classnames)
-    known, asked = _describe(train_images[names >= 0]), _describe(test_images)
-    return _top1(known, names[names >= 0], asked, test_labels, features)
+    images = train_images[names >= 0]
+    known = _Described(lambda start, stop: images[start:stop], names[names >= 0])
+    return _top1(known, _describe(test_images), test_labels, features)
 
 
 def run_baselines(train: str | Path, task: Task) -> list[Result]:
@@ -146,12 +192,15 @@ def run_baselines(train: str | Path, task: Task) -> list[Result]:
         ValueError: a shard or a file that is missing, or no training caption that is a class name.
     """
     test_set = TestSet.open(task.data)
-    classnames = test_set.class_names()
-    images, captions, _ = _read(TarSource(str(train)), set(classnames))
-    known_names = _named(captions, classnames)
-    known = _describe(images)
-    images, _, labels = _read(test_set.source)
-    asked = _describe(images)
+    source = TarSource(str(train))
+    samples = SampleNumbers(source)
+    classes = _named([_caption(source, *samples[row]) for row in range(len(samples))], test_set.class_names())
+    named = np.flatnonzero(classes >= 0).tolist()
+    known = _Described(lambda start, stop: _pictures(source, named[start:stop]), classes[named])
+    every_row = range(len(test_set))
+    asked = _describe(_pictures(test_set.source, every_row))
+    places = SampleNumbers(test_set.source)
+    labels = np.array([test_set.source.read_label(*places[row]) for row in every_row])
     every: dict[str, Features] = {
         "nearest image, 16x16 pixels": "pixels",
         "nearest image, HOG": "hog",
@@ -159,23 +208,19 @@ def run_baselines(train: str | Path, task: Task) -> list[Result]:
     }
     found = []
     for name, features in every.items():
-        top1 = _top1(known, known_names, asked, np.array(labels), features)
+        top1 = _top1(known, asked, labels, features)
         hits = round(top1 * len(labels) / 100.0)
         found.append(replace(task.proportion("top1", hits, len(labels)), who=name))
     return found
 
 
-def _read(source: TarSource, wanted: set[str] | None = None) -> tuple[np.ndarray, list[str], list[int]]:
-    """Return images at 64 x 64, captions and labels (-1 where there is none); only of the captions `wanted`, if
-    given."""
-    images, captions, labels = [], [], []
-    for shard, size in enumerate(source.shard_sizes):
-        for number in range(size):
-            sample = source.read(shard, number)
-            caption = (sample.caption or b"").decode("utf-8", "replace")
-            if wanted is None or caption in wanted:
-                images.append(decode_box(sample.image, None, HOG_SIZE, (1.0, 1.0)))
-                captions.append(caption)
-                labels.append(-1 if sample.label is None else sample.label)
-    empty = np.zeros((0, HOG_SIZE, HOG_SIZE, 3), np.uint8)
-    return np.stack(images) if images else empty, captions, labels
+def _caption(source: TarSource, shard: int, number: int) -> str:
+    """Return the first caption of a sample; of one without, the empty text."""
+    return next((caption.decode("utf-8", "replace") for caption in source.read_captions(shard, number)), "")
+
+
+def _pictures(source: TarSource, rows: Sequence[int]) -> np.ndarray:
+    """Return the images of some rows at 64 x 64, uint8 `(rows, 64, 64, 3)`."""
+    samples = SampleNumbers(source)
+    images = [decode_box(source.read(*samples[row]).image, None, HOG_SIZE, (1.0, 1.0)) for row in rows]
+    return np.stack(images) if images else np.zeros((0, HOG_SIZE, HOG_SIZE, 3), np.uint8)

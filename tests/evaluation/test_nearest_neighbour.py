@@ -6,6 +6,7 @@ import cv2
 import numpy as np
 import pytest
 
+from flipscale.evaluation import nearest_neighbour as neighbours
 from flipscale.evaluation.nearest_neighbour import hog_features, nearest_neighbour, pixel_features, run_baselines
 from flipscale.evaluation.suite import build_tasks
 from flipscale.preparation.demo_emoji import Drawing
@@ -78,6 +79,20 @@ def test_hog_of_a_vertical_edge_points_across() -> None:
 def test_hog_is_zero_where_nothing_changes() -> None:
     """No noise is amplified on an empty image."""
     assert not hog_features(np.full((1, 64, 64, 3), 255, np.uint8)).any()
+
+
+@pytest.mark.parametrize("features", ["pixels", "hog", "pixels+hog"])
+def test_more_training_images_than_the_memory_takes(
+    sets: tuple, features: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Described four at a time and again for each pass, they give what they give at once."""
+    train, captions, test, labels = sets
+    train = np.concatenate([train, train, np.roll(train, 3, axis=1)])
+    captions = captions + captions[::-1] + captions
+    at_once = nearest_neighbour(train, captions, test, labels, NAMES, features)
+    monkeypatch.setattr(neighbours, "_KNOWN_ROWS", 4)
+    monkeypatch.setattr(neighbours, "_KEPT_BYTES", 0)
+    assert nearest_neighbour(train, captions, test, labels, NAMES, features) == at_once
 
 
 def test_unknown_features_and_foreign_captions_are_refused(sets: tuple) -> None:

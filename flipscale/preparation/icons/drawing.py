@@ -5,7 +5,7 @@ each. The second is written last, aside and renamed, so a block that has it is w
 """
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -17,7 +17,6 @@ from tqdm import tqdm
 from flipscale.files.aside import own_partial_path, written_aside
 from flipscale.preparation.audit import hashes
 from flipscale.preparation.icons.collection import IMAGE_SIZE, IconSet, digest
-from flipscale.preparation.worker_pool import worker_pool
 
 BLOCK = 1024
 # About a picture: where its PNG lies in the file, a digest of its pixels, the hash of its looks, the hash's word that
@@ -84,13 +83,14 @@ def encode(pixels: np.ndarray) -> bytes:
     return cv2.imencode(".png", stored, [cv2.IMWRITE_PNG_COMPRESSION, 6])[1].tobytes()
 
 
-def draw_all(sets: Iterable[IconSet], blocks_of: Mapping[str, Sequence[Block]], processes: int) -> None:
+def draw_all(sets: Iterable[IconSet], blocks_of: Mapping[str, Sequence[Block]], pool: Executor, at_once: int) -> None:
     """Draw all blocks that are not there yet, with a progress bar.
 
     Args:
         sets: all, one in memory at a time.
         blocks_of: the blocks of each set that is used, by its prefix.
-        processes: how many draw.
+        pool: of processes that draw.
+        at_once: how many blocks are drawn or wait in memory.
 
     Raises:
         OSError: a worker died, or the disk is full.
@@ -100,14 +100,11 @@ def draw_all(sets: Iterable[IconSet], blocks_of: Mapping[str, Sequence[Block]], 
     if not missing:
         return
     total, left = (sum(len(block.names) for block in some) for some in (every, missing))
-    with (
-        tqdm(total=total, initial=total - left, unit=" drawings", desc="drawing", disable=None) as bar,
-        worker_pool(processes, remedy="the same command goes on where it stopped") as pool,
-    ):
+    with tqdm(total=total, initial=total - left, unit=" drawings", desc="drawing", disable=None) as bar:
         waiting: dict[Future[None], int] = {}
         todo = _work(sets, blocks_of, missing)
         while True:
-            for block, svgs in islice(todo, 3 * processes - len(waiting)):
+            for block, svgs in islice(todo, at_once - len(waiting)):
                 waiting[pool.submit(_draw, block, svgs)] = len(svgs)
             if not waiting:
                 return

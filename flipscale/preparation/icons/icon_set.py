@@ -8,11 +8,13 @@ and ends with the same bytes.
 import json
 import os
 import shutil
+from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from filelock import FileLock, Timeout
+from tqdm import tqdm
 
 from flipscale.data.tokenizers import train_sentencepiece
 from flipscale.files.aside import partial_path, remove, write_text
@@ -20,12 +22,17 @@ from flipscale.preparation import demo_emoji
 from flipscale.preparation.icons import splits
 from flipscale.preparation.icons.collection import INTEGRITY, PACKAGE, caption, read_sets
 from flipscale.preparation.icons.drawing import blocks, draw_all
-from flipscale.preparation.icons.parts import Drawings, choose_parts, write_part
+from flipscale.preparation.icons.parts import Drawings, Part, choose_parts
 from flipscale.preparation.icons.report import REPORT, summary, write_licences, write_report
+from flipscale.preparation.icons.shards import Sample, write_shard
 from flipscale.preparation.icons.splits import SetFacts
+from flipscale.preparation.labelled_set import write_class_texts
+from flipscale.preparation.worker_pool import worker_pool
 
 MADE_BY = "flipscale prepare icons"  # by this a later run recognises the folder
 VOCAB_SIZE = 8000
+PAIRS_PER_SHARD = 8192
+TEMPLATE = "{c}"  # captions are bare names, so class prompts are too
 MAX_LENGTH = 16  # tokens, after which a caption is cut
 # What only the preparation needs.
 _DOWNLOAD, _DRAWN, _BEGUN = ".download", ".drawn", ".begun.json"
@@ -60,7 +67,8 @@ def prepare_icons(out_dir: Path, fraction: float = 1.0, processes: int = 2) -> N
     lock = work.with_name(f".{out_dir.name}.lock")
     try:
         with FileLock(lock, timeout=0):
-            report = _prepare(out_dir, work, fraction, processes)
+            with worker_pool(processes, remedy="the same command goes on where it stopped") as pool:
+                report = _prepare(out_dir, work, fraction, pool, 3 * processes)
             lock.unlink(missing_ok=True)
     except Timeout:
         raise ValueError(f"another process writes {out_dir}; wait for it to end, or name another folder") from None
@@ -90,8 +98,8 @@ def _is_complete(out_dir: Path, fraction: float) -> bool:
     return True
 
 
-def _prepare(out_dir: Path, work: Path, fraction: float, processes: int) -> dict[str, Any]:
-    """Write everything into `work`, rename that to `out_dir`, and return the report."""
+def _prepare(out_dir: Path, work: Path, fraction: float, pool: Executor, at_once: int) -> dict[str, Any]:
+    """Write everything into `work`, `at_once` blocks at a time, rename that to `out_dir`, and return the report."""
     made = {"made_by": MADE_BY, "package": PACKAGE, "fraction": fraction}
     _go_on(work, made)
     _check_room(work, fraction)
@@ -102,9 +110,11 @@ def _prepare(out_dir: Path, work: Path, fraction: float, processes: int) -> dict
     causes = {facts.prefix: splits.why_left_out(facts, relatives) for facts in sets}
     used = [facts for facts in sets if causes[facts.prefix] is None]
     chosen = [splits.narrowed(facts, fraction) for facts in used]
+    if not any(facts.names for facts in chosen if facts.prefix not in splits.HELD_OUT):
+        raise ValueError(f"fraction {fraction:g} leaves no drawing to train on; name a larger one")
     (work / _DRAWN).mkdir(exist_ok=True)
     blocks_of = {facts.prefix: blocks(work / _DRAWN, facts.prefix, facts.names) for facts in chosen}
-    draw_all(read_sets(tarball), blocks_of, processes)
+    draw_all(read_sets(tarball), blocks_of, pool, at_once)
 
     every = [block for found in blocks_of.values() for block in found]
     drawings = Drawings.read(every, np.concatenate([facts.paths for facts in chosen]))
@@ -115,7 +125,7 @@ def _prepare(out_dir: Path, work: Path, fraction: float, processes: int) -> dict
         if cause := causes[facts.prefix]:
             left_out[cause] += len(facts.names)
     for part in parts:
-        write_part(work, part, drawings, processes)
+        write_part(work, part, drawings, pool)
     captions = sorted(caption(drawings.names[number]) for number in parts[0].numbers)
     train_sentencepiece(captions, work / "tokenizer", VOCAB_SIZE, MAX_LENGTH)
     write_licences(work, used, parts, drawings)
@@ -129,6 +139,8 @@ def _prepare(out_dir: Path, work: Path, fraction: float, processes: int) -> dict
 
 def _go_on(work: Path, made: dict[str, Any]) -> None:
     """Leave in `work` what an earlier run of the same command left; of another's only the download."""
+    for partial in work.rglob(".*.partial*"):
+        remove(partial)
     begun, text = work / _BEGUN, json.dumps(made)
     if not begun.exists() or begun.read_text(encoding="utf-8") != text:
         for path in work.iterdir():
@@ -157,3 +169,33 @@ def _remove_leftovers(folder: Path) -> None:
     """Remove what only the preparation needed."""
     for name in (_DRAWN, _DOWNLOAD, _BEGUN):
         remove(folder / name)
+
+
+def write_part(out_dir: Path, part: Part, drawings: Drawings, pool: Executor) -> None:
+    """Write `out_dir/NAME/shard-*.tar`, webdataset naming: KEY.png, KEY.txt and in a test set KEY.cls; beside a test
+    set's, its names and its prompt, as CLIP_benchmark lays them out. Shards that are there already are left.
+
+    The set and the name of each drawing are the lines of `out_dir/NAME.tsv`, from 0; KEY is the number of the line.
+
+    Raises:
+        OSError: a worker died, or the disk is full.
+    """
+    folder = out_dir / part.name
+    folder.mkdir(exist_ok=True)
+    numbers = part.numbers.tolist()
+    class_names = sorted({caption(drawings.names[number]) for number in numbers}) if part.is_test else []
+    if part.is_test:
+        write_class_texts(folder, class_names, TEMPLATE)
+    label_of: dict[str, int] = {name: label for label, name in enumerate(class_names)}
+    lines = (f"{drawings.prefixes[number]}\t{drawings.names[number]}\n" for number in numbers)
+    write_text(out_dir / f"{part.name}.tsv", "".join(lines))
+
+    def samples(first: int) -> list[Sample]:
+        some = numbers[first : first + PAIRS_PER_SHARD]
+        return [drawings.sample(number, label_of.get(caption(drawings.names[number]))) for number in some]
+
+    firsts = {folder / f"shard-{at // PAIRS_PER_SHARD:05d}.tar": at for at in range(0, len(numbers), PAIRS_PER_SHARD)}
+    missing = {path: first for path, first in firsts.items() if not path.exists()}
+    written = pool.map(write_shard, missing, missing.values(), map(samples, missing.values()))
+    for _ in tqdm(written, f"writing {part.name}", len(missing), unit=" shards", disable=None):
+        pass

@@ -1,25 +1,17 @@
-"""The parts of the icons as shards: which drawings are in each, and their files."""
+"""The parts of the icons: which drawings are in each, and what is known of them."""
 
-import tarfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
-from flipscale.data.sources.tar_file import add_member
-from flipscale.files.aside import own_partial_path, write_text, written_aside
 from flipscale.preparation.icons.collection import caption
 from flipscale.preparation.icons.copies import find_copies
 from flipscale.preparation.icons.drawing import ROW, Block
+from flipscale.preparation.icons.shards import Sample
 from flipscale.preparation.icons.splits import HELD_OUT, NAMED_BY, TEST, VALIDATION, place_of
-from flipscale.preparation.labelled_set import write_class_texts
-from flipscale.preparation.worker_pool import worker_pool
-
-PAIRS_PER_SHARD = 8192
-TEMPLATE = "{c}"  # captions are bare names, so class prompts are too
 
 
 @dataclass(frozen=True)
@@ -55,7 +47,7 @@ class Drawings:
             np.repeat(np.arange(len(blocks)), [len(block.names) for block in blocks]),
         )
 
-    def sample(self, number: int, label: int | None = None) -> "Sample":
+    def sample(self, number: int, label: int | None = None) -> Sample:
         """Return where a drawing's picture lies, with its caption."""
         row = self.rows[number]
         file = self.files[self.file_of[number]]
@@ -64,23 +56,6 @@ class Drawings:
     def png(self, number: int) -> bytes:
         """Return the picture of a drawing."""
         return self.sample(number).png()
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A picture in a file of pictures, its caption and, in a test set, its class."""
-
-    file: Path
-    start: int
-    size: int
-    caption: str
-    label: int | None
-
-    def png(self) -> bytes:
-        """Return the picture."""
-        with open(self.file, "rb") as file:
-            file.seek(self.start)
-            return file.read(self.size)
 
 
 @dataclass(frozen=True)
@@ -121,49 +96,3 @@ def choose_parts(drawings: Drawings, num_sets: Mapping[str, int]) -> tuple[list[
     left_out["blank"] = int((~shown).sum())
     left_out["held_out_and_not_tested"] = len(held) - sum(int(mask.sum()) for mask in chosen.values())
     return parts, left_out
-
-
-def write_part(out_dir: Path, part: Part, drawings: Drawings, processes: int) -> None:
-    """Write `out_dir/NAME/shard-*.tar`, webdataset naming: KEY.png, KEY.txt and in a test set KEY.cls; beside a test
-    set's, its names and its prompt, as CLIP_benchmark lays them out. Shards that are there already are left.
-
-    The set and the name of each drawing are the lines of `out_dir/NAME.tsv`, from 0; KEY is the number of the line.
-
-    Raises:
-        OSError: a worker died, or the disk is full.
-    """
-    folder = out_dir / part.name
-    folder.mkdir(exist_ok=True)
-    numbers = part.numbers.tolist()
-    class_names = sorted({caption(drawings.names[number]) for number in numbers}) if part.is_test else []
-    if part.is_test:
-        write_class_texts(folder, class_names, TEMPLATE)
-    label_of: dict[str, int] = {name: label for label, name in enumerate(class_names)}
-    lines = (f"{drawings.prefixes[number]}\t{drawings.names[number]}\n" for number in numbers)
-    write_text(out_dir / f"{part.name}.tsv", "".join(lines))
-
-    def samples(first: int) -> list[Sample]:
-        some = numbers[first : first + PAIRS_PER_SHARD]
-        return [drawings.sample(number, label_of.get(caption(drawings.names[number]))) for number in some]
-
-    firsts = {folder / f"shard-{at // PAIRS_PER_SHARD:05d}.tar": at for at in range(0, len(numbers), PAIRS_PER_SHARD)}
-    missing = {path: first for path, first in firsts.items() if not path.exists()}
-    if not missing:
-        return
-    with worker_pool(min(processes, len(missing)), remedy="the same command goes on where it stopped") as pool:
-        written = pool.map(_write_shard, missing, missing.values(), map(samples, missing.values()))
-        for _ in tqdm(written, f"writing {part.name}", len(missing), unit=" shards", disable=None):
-            pass
-
-
-def _write_shard(path: Path, first: int, samples: Sequence[Sample]) -> None:
-    """Write a shard aside and rename it."""
-    with (
-        written_aside(path, own_partial_path(path)) as partial,
-        tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as tar,
-    ):
-        for number, sample in enumerate(samples, first):
-            add_member(tar, f"{number:06d}.png", sample.png())
-            add_member(tar, f"{number:06d}.txt", sample.caption.encode())
-            if sample.label is not None:
-                add_member(tar, f"{number:06d}.cls", str(sample.label).encode())

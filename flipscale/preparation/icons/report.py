@@ -55,8 +55,7 @@ def _digest(folder: Path) -> str:
         relative = path.relative_to(folder)
         if path.name == REPORT or any(name.startswith(".") for name in relative.parts):
             continue
-        with open(path, "rb") as file:
-            digest.update(f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {relative}\n".encode())
+        digest.update(f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {relative}\n".encode())
     return digest.hexdigest()
 
 
