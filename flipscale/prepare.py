@@ -16,6 +16,12 @@ if TYPE_CHECKING:
 
 _SHARDS_HELP = "The shards: a folder, a glob, or a range such as 'laion/{00000..41407}.tar'."
 
+_DEMO_PARTS = {
+    "validation": "a validation set by one artist, and training data without it",
+    "unseen": "a test set of a tenth of the concepts, and training data without these concepts",
+    "roles": "women and men in the same roles, for the evaluation `association`",
+}
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `flipscale prepare`."""
@@ -45,37 +51,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_audit_arguments(add("audit", "Write what is in training data: its captions, copies, and images of test sets."))
     demo = add("demo", "Download and draw the emoji of the demo: training shards, a test set and a tokenizer.")
     demo.add_argument("directory", type=output_folder, help="The folder to write, data/demo in the demo's recipes.")
-    demo.add_argument(
-        "--with_validation",
-        action="store_true",
-        help="Write also a validation set by one artist, and training data without it.",
-    )
-    demo.add_argument(
-        "--with_unseen",
-        action="store_true",
-        help="Write also a test set of a tenth of the concepts, and training data without these concepts.",
-    )
-    demo.add_argument(
-        "--with_roles",
-        action="store_true",
-        help="Write also women and men in the same roles, for the evaluation `association`.",
-    )
-    icons = add(
-        "icons",
-        "Download and draw 340,000 icons with names: training shards, validation and test sets by other designers, and "
-        "a tokenizer.",
-    )
+    for part, what in _DEMO_PARTS.items():
+        demo.add_argument(f"--with_{part}", action="store_true", help=f"Write also {what}.")
+    icons = add("icons", "Download and draw icons of 230 sets: training shards, test sets by others, and a tokenizer.")
     icons.add_argument(
-        "directory",
-        type=output_folder,
-        help="The folder to write, data/icons in the recipes; the same command continues there after an interruption.",
+        "directory", type=output_folder, help="The folder to write; the same command continues after an interruption."
     )
     icons.add_argument(
         "--fraction",
         type=number(ShareAboveNone),
         default=1.0,
-        help="Draw this share of the training icons only, such as 0.1; a smaller share is a part of a larger one. 1, "
-        "the default, draws all.",
+        help="Draw this share of the training icons; a smaller one is a part of a larger. 1, the default, draws all.",
     )
     _add_num_workers(icons)
     digits = add("digits", "Write scikit-learn's 1,797 handwritten digits as a labelled set, to try probes on.")
@@ -216,12 +202,7 @@ def add_audit_arguments(audit: argparse.ArgumentParser) -> None:
         "--output_dir", type=output_folder, default=Path("audit"), help="The folder to write; audit by default."
     )
     audit.add_argument("--tokenizer", help="Count the tokens of captions too, with a tokenizer named as in a recipe.")
-    audit.add_argument(
-        "--num_workers",
-        type=number(Threads),
-        default=os.cpu_count() or 1,
-        help="How many processes read and decode; by default one for each core.",
-    )
+    _add_num_workers(audit)
 
 
 def add_tasks_arguments(tasks: argparse.ArgumentParser) -> None:
@@ -271,13 +252,8 @@ def _shards(args: argparse.Namespace) -> None:
     if not 0 <= args.max_bad_fraction <= 1:
         raise ValueError(f"max_bad_fraction is {args.max_bad_fraction}; it must be from 0 to 1")
     options = ShardOptions(
-        args.short_side,
-        args.jpeg_quality,
-        args.pairs_per_shard,
-        args.drop_duplicates,
-        args.allow_outside,
-        args.labels,
-        args.split,
+        *(args.short_side, args.jpeg_quality, args.pairs_per_shard, args.drop_duplicates, args.allow_outside),
+        *(args.labels, args.split),
     )
     pairs = open_pairs(
         args.source, args.image_column, args.caption_column, args.dataset_split, args.allow_outside, args.labels
