@@ -4,6 +4,7 @@ They come from a run's own evaluations and from the `results.jsonl` that `flipsc
 """
 
 import logging
+import math
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -65,7 +66,8 @@ def model_index(lines: Iterable[Line]) -> list[EvalResult]:
     found = {}
     for line in lines:
         result, data = line.result, line.about.get("data") or {}
-        if result.who != THIS_MODEL or "data" not in result.made_by or line.about.get("mask"):
+        of_whole_images = result.who == THIS_MODEL and "data" in result.made_by and not line.about.get("mask")
+        if not of_whole_images or not math.isfinite(result.value):
             continue
         name = line.about.get("title") or data_name(result.made_by["data"])
         kind = KINDS.get(result.kind)

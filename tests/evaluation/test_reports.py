@@ -82,6 +82,10 @@ def test_a_suite_has_a_mean_where_every_task_is_there() -> None:
     assert cells(text, f"mean of {len(pages)}")[2:4] == [f"{10 * (len(pages) - 1) / 2:.1f} %", "-"]
     assert f"No mean for two: 1 of the suite's {len(pages)} tasks are missing ({pages[0].name})." in text
     assert "mean of" not in suite_tables([Column("two", whole[1:])], ["fairness"])
+    nothing = dataclasses.replace(whole[0], result=dataclasses.replace(whole[0].result, value=float("nan")))
+    text = suite_tables([Column("one", [nothing, *whole[1:]]), Column("two", whole)], ["fairness"])
+    assert cells(text, f"mean of {len(pages)}")[2] == cells(text, pages[0].title)[2] == "-"
+    assert "nan" not in text
 
 
 def test_a_task_stands_in_each_of_its_suites_and_others_at_the_end() -> None:

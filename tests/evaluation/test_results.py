@@ -120,6 +120,8 @@ def test_runs_of_several_seeds_have_their_mean_and_bars(tmp_path: Path) -> None:
         ("| FLIP (50% masked)", "6.0 % |"),
         ("| FLIP (50% masked), mean of 3 seeds", "30.0 % ± 10.0 |"),
     ]
+    text = comparison_table([first, seeded(1, [10.0, float("nan")])])
+    assert [row.split(" | ")[-1] for row in text.splitlines()[2:5]] == ["20.0 % |", "- |", "- |"]
     draw_result(curves, TOP1, tmp_path / "top1.png")
     draw_loss(curves, tmp_path / "loss.png")
     assert (tmp_path / "top1.png").stat().st_size > 10_000

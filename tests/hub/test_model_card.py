@@ -12,10 +12,11 @@ from hub.card_numbers import untraced_numbers
 from huggingface_hub import ModelCard
 from safetensors.torch import save_file
 
-from flipscale.evaluation.reports.record import append_lines, weights_digest
+from flipscale.evaluation.reports.record import Line, append_lines, weights_digest
 from flipscale.evaluation.reports.setting import data_name
 from flipscale.evaluation.results import Result, append_results, as_metrics
 from flipscale.hub.card_audit import check_audit
+from flipscale.hub.card_results import model_index
 from flipscale.hub.model_card import filled, write_card
 from flipscale.training.recipe import parse_recipe, to_yaml
 
@@ -324,3 +325,8 @@ def test_an_audit_of_other_data_is_left_out(run_dir: Path, caplog: pytest.LogCap
     with pytest.raises(ValueError, match="which is no audit"):
         check_audit(str(run_dir / "audit.json"))
     check_audit(None)
+
+
+def test_a_mean_over_nothing_is_none_of_the_hub_s_results() -> None:
+    lines = [Line(Result(str(v), "zero_shot", "top1", v, made_by={"data": str(v)}), {}) for v in (50.0, float("nan"))]
+    assert [entry.metric_value for entry in model_index(lines)] == [50.0]

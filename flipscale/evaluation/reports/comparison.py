@@ -1,5 +1,6 @@
 """Runs side by side: what they saw, how fast they were, and what they achieve."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -190,7 +191,7 @@ def comparison_table(curves: Sequence[Curve]) -> str:
 
 def _mean_cell(results: Sequence[Result]) -> str:
     """Return the mean of the same result of several seeds, and how far they lie apart."""
-    values = [result.value for result in results if result.who == THIS_MODEL]
+    values = [result.value for result in results if result.who == THIS_MODEL and math.isfinite(result.value)]
     if len(values) < 2:
         return NOTHING
     unit = results[0].unit

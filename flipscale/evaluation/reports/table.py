@@ -1,5 +1,6 @@
 """Models side by side, as Markdown: a table for each suite, what the figures are not, and how they were made."""
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -153,13 +154,19 @@ def _means(suite: str, rows: list[Row], columns: Sequence[Column]) -> tuple[list
         lines = {(row.task, row.metric): row.lines[number] for row in rows}
         found = {page.name: line for page in pages if (line := lines.get((page.name, page.metric)))}
         missing = [page.name for page in pages if page.name not in found]
-        values.append(NOTHING if missing else f"{sum(line.result.value for line in found.values()) / len(pages):.1f} %")
+        values.append(NOTHING if missing else _mean(list(found.values())))
         if missing:
             some = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
             lacks = f"{len(missing)} of the suite's {len(pages)} tasks are missing ({some})"
             said.append(f"No mean for {column.name}: {lacks}.")
     has_mean = any(value != NOTHING for value in values)
     return [[f"mean of {len(pages)}", "", *values, "", "", ""]] if has_mean else [], "\n\n".join(said)
+
+
+def _mean(lines: Sequence[Line]) -> str:
+    """Return the mean of percentages; a dash where one is none."""
+    mean = sum(line.result.value for line in lines) / len(lines)
+    return f"{mean:.1f} %" if math.isfinite(mean) else NOTHING
 
 
 def _head(columns: Sequence[Column], has_paper: bool) -> list[str]:
