@@ -217,7 +217,7 @@ def print_world(args: argparse.Namespace) -> None:
 
     recipe = parse_recipe(["--config", args.recipe])
     launch = read_launch_file(args.launch_file, args.num_processes)
-    stages = plan_stages(recipe.stages, recipe.data.global_batch_size)
+    stages = plan_stages(recipe.stages, recipe.data.global_batch_size, recipe.budget_minutes)
     names = [stage.name for stage in stages]
     if args.stage is not None and args.stage not in names:
         raise ValueError(f"stage is {args.stage!r}; the recipe's are {', '.join(map(repr, names))}")

@@ -37,7 +37,6 @@ from flipscale.training.run_directory import (
     write_run_files,
 )
 from flipscale.training.saving import Saver
-from flipscale.training.schedule import stage_of
 from flipscale.training.start import Plan, Start, check, check_output_dir, join
 from flipscale.training.step import consume_batch
 from flipscale.training.step_time import GarbageCollection, StepProfiler
@@ -116,7 +115,7 @@ def resume(recipe: Recipe, plan: Plan, start: Start) -> "Engine":
     # 3. Wrap the model and make its optimisers, which have no moments yet.
     engine.prepare()
     # 4. Load the moments, unless the optimisers start afresh at this step.
-    if reader and not stage_of(plan.stages, start.step).starts_afresh(start.step):
+    if reader and not start.progress(recipe, plan.stages).starts_afresh:
         engine.load_moments(reader, start.state["optimizer_steps"])
     # 5. Start the averages: the checkpoint's, or the weights as they now are.
     engine.start_averages(reader)
@@ -126,14 +125,15 @@ def resume(recipe: Recipe, plan: Plan, start: Start) -> "Engine":
 def train(recipe: Recipe, plan: Plan, start: Start, engine: "Engine", pair_flops: dict[str, int]) -> None:
     """Collective. Take the steps that are left, and do what is due between them and at the end."""
     accelerator, run_dir, is_main = start.accelerator, Path(recipe.output_dir), start.accelerator.is_main_process
-    step, total_steps, batch_size = start.step, plan.stages[-1].last_step, recipe.data.global_batch_size
+    step, batch_size = start.step, recipe.data.global_batch_size
     bad_samples = BadSamples(run_dir, is_main, recipe.data.max_bad_fraction)
     writer = CheckpointWriter(accelerator, run_dir, recipe.save, start.state.get("step"))
-    saver = Saver(recipe, plan, start, engine, writer, bad_samples)
-    push = BackgroundPush(recipe, total_steps, is_main)
+    progress = start.progress(recipe, plan.stages)
+    saver = Saver(recipe, plan, start, engine, writer, bad_samples, progress)
+    push = BackgroundPush(recipe, progress.total_steps, is_main)
     watch = StepWatch(accelerator, run_dir, recipe.log.hang_seconds, start.trained_seconds)
-    tracker = Tracker(accelerator, run_dir, recipe.log, watch, batch_size, plan.stages, pair_flops)
-    evaluation = Evaluation(recipe, plan, engine, accelerator, watch)
+    tracker = Tracker(accelerator, run_dir, recipe.log, watch, batch_size, progress, pair_flops)
+    evaluation = Evaluation(recipe, plan, engine, accelerator, watch, progress)
     profiler = StepProfiler(accelerator, run_dir, recipe.log.profile_steps)
     request = StopRequest(watches_file=is_main)
     guard = StepGuard(accelerator, request, writer, watch)
@@ -142,21 +142,20 @@ def train(recipe: Recipe, plan: Plan, start: Start, engine: "Engine", pair_flops
     bad_samples.start(step * batch_size, plan.source.faults)
 
     with request, watch, tracker, profiler, GarbageCollection() as garbage:
-        for stage, micro_batches, faults in watch.timed(plan.batches(step, accelerator), step):
+        for _, micro_batches, faults in watch.timed(plan.batches(progress, accelerator), step):
             # A step: learn from the batch, agree with the other processes, and move the weights or leave them.
-            if stage.starts_afresh(step):
+            if progress.starts_afresh:
                 engine.forget_moments()
             found = consume_batch(engine, micro_batches, plan.objective)
-            taken = guard.agree(step, stage, found, engine.gradient_norm(), faults)
-            engine.step(stage.learning_rate(step), taken)
-            step += 1
+            taken = guard.agree(progress, found, engine.gradient_norm(), faults)
+            engine.step(progress.learning_rate, taken)
+            step = progress.advance()
             start.check_lock()
             # What is known by now, of the step before: count it, track it, commit the checkpoint that is written.
             tasks = evaluation.due(step)
             for verdict in guard.verdicts(settle=bool(tasks) or saver.is_due(step)):
                 bad_samples.count(verdict.faults, verdict.num_replaced, batch_size)
-                tracker.count_step(verdict.finite)
-                if tracker.is_due(verdict.num_done):
+                if tracker.count_step(verdict):
                     tracker.write_interval(verdict, bad_samples.take_counts())
                 if verdict.written:
                     push.offer(saver.commit())
@@ -180,9 +179,9 @@ def train(recipe: Recipe, plan: Plan, start: Start, engine: "Engine", pair_flops
             with watch.paused("an evaluation"):
                 tracker.write_results(step, evaluation.run(plan.tasks))
             with watch.paused("the export"):
-                finish(recipe, start, total_steps, watch.trained_seconds)
+                finish(recipe, start, step, watch.trained_seconds)
     if guard.stop:
-        _log.info("%s", stopped_line(step, total_steps))
+        _log.info("%s", stopped_line(progress.place()))
 
 
 def begin_run(recipe: Recipe, plan: Plan, start: Start, engine: str) -> None:

@@ -23,6 +23,7 @@ from flipscale.training.schedule import StageRecipe, plan_stages
 _SILENT_SECONDS, _SILENT_STEPS = 120.0, 10.0
 # The same for a run that evaluates or saves.
 _SILENT_PAUSE_SECONDS = 3600.0
+_START = {"step": int, "num_processes": int, "time": int | float, "set_aside": list | None}
 _CHECKPOINT = re.compile("step-[0-9]{8,15}")
 # Of what takes longer, no date is told.
 _LONGEST_SECONDS = 1e10
@@ -97,19 +98,18 @@ def read_status(run_dir: Path, now: float) -> dict[str, Any]:
     if not recipe_file.exists():
         raise ValueError(f"{run_dir} is not a run directory: it has no recipe.yaml, which a run writes when it starts")
     records = read_metrics(run_dir)
-    starts = json_lines.read(
-        run_dir / "starts.jsonl", step=int, num_processes=int, time=int | float, set_aside=list | None
-    )
+    starts = json_lines.read(run_dir / "starts.jsonl", **_START)
     steps = [record for record in records if "images_per_s" in record]
     last: dict[str, Any] = steps[-1] if steps else {}
     heartbeat = _heartbeat(run_dir)
-    batch, total = _plan(recipe_file)
+    batch, total, budget_minutes = _plan(recipe_file)
     done = (run_dir / "DONE").exists()
-    checkpoints = [path for path in (run_dir / "checkpoints").glob("step-*") if _CHECKPOINT.fullmatch(path.name)]
-    checkpoint = max(checkpoints, key=lambda path: int(path.name[5:]), default=None)
+    checkpoint = _last_checkpoint(run_dir)
     saved = int(checkpoint.name[5:]) if checkpoint else 0
     known = max(saved, heartbeat.get("step", 0)) * batch  # a heartbeat is up to ten seconds old
-    seen = total if done else max(known, records[-1]["samples_seen"] if records else 0)
+    seen = total if done and total is not None else max(known, records[-1]["samples_seen"] if records else 0)
+    trained = records[-1]["trained_seconds"] if records else 0.0
+    left = _seconds_left(total and total - seen, last.get("images_per_s"), budget_minutes, trained)
     crashes = run_dir / "slurm/crashes"
     lives = _has_process(run_dir, heartbeat)
     return {
@@ -120,13 +120,14 @@ def read_status(run_dir: Path, now: float) -> dict[str, Any]:
         "seconds_since_last_sign": now - heartbeat["time"] if heartbeat else None,
         "samples_seen": seen,
         "total_samples": total,
+        "budget_minutes": budget_minutes,
         "stage": last.get("stage"),
         "images_per_s": last.get("images_per_s"),
         "mfu": last.get("mfu"),
         "data_wait_share": last.get("data_wait_share"),
         "peak_memory_bytes": last.get("peak_memory_bytes"),
-        "seconds_left": None if done else _seconds_left(total - seen, last.get("images_per_s")),
-        "trained_seconds": records[-1]["trained_seconds"] if records else 0.0,
+        "seconds_left": None if done else left,
+        "trained_seconds": trained,
         "loss": last.get("loss"),
         "lr": last.get("lr"),
         "checkpoint_samples": saved * batch if checkpoint else None,
@@ -144,16 +145,22 @@ def read_status(run_dir: Path, now: float) -> dict[str, Any]:
     }
 
 
-def _plan(recipe_file: Path) -> tuple[int, int]:
-    """Return the pairs of a step and of all steps.
+def _last_checkpoint(run_dir: Path) -> Path | None:
+    checkpoints = [path for path in (run_dir / "checkpoints").glob("step-*") if _CHECKPOINT.fullmatch(path.name)]
+    return max(checkpoints, key=lambda path: int(path.name[5:]), default=None)
+
+
+def _plan(recipe_file: Path) -> tuple[int, int | None, float | None]:
+    """Return the pairs of a step and of all steps, and the time budget in minutes: one of the last two is None.
 
     Raises:
         ValueError: the recipe is damaged.
     """
     recipe = read_saved(recipe_file)
     try:
-        batch = recipe["data"]["global_batch_size"]
-        return batch, plan_stages([StageRecipe(**stage) for stage in recipe["stages"]], batch)[-1].last_step * batch
+        batch, budget = recipe["data"]["global_batch_size"], recipe.get("budget_minutes")
+        stages = plan_stages([StageRecipe(**stage) for stage in recipe["stages"]], batch, budget)
+        return batch, int(stages[-1].last) * batch if budget is None else None, budget
     except (KeyError, TypeError, ZeroDivisionError, AttributeError) as error:
         raise ValueError(
             f"{recipe_file} is not the recipe that the run began with, it is damaged ({error!r}); copy the one of a "
@@ -165,8 +172,12 @@ def _is_result(name: str) -> bool:
     return "/" in name and not name.startswith("replaced/")
 
 
-def _seconds_left(samples: int, images_per_s: float | None) -> float | None:
-    if not images_per_s or not 0 <= samples < _LONGEST_SECONDS * images_per_s:
+def _seconds_left(
+    samples: int | None, images_per_s: float | None, budget_minutes: float | None, trained_seconds: float
+) -> float | None:
+    if budget_minutes is not None:
+        return max(60 * budget_minutes - trained_seconds, 0.0)
+    if samples is None or not images_per_s or not 0 <= samples < _LONGEST_SECONDS * images_per_s:
         return None
     return samples / images_per_s
 
@@ -206,8 +217,8 @@ def _state(heartbeat: dict[str, Any], starts: list[dict[str, Any]], lives: bool 
 
 def as_table(status: dict[str, Any]) -> str:
     """Return the state of a run as a table for people."""
-    seen, total = status["samples_seen"], status["total_samples"]
-    rows = [("state", _state_words(status)), ("progress", f"{seen:,} of {total:,} pairs ({seen / total:.1%})")]
+    seen = status["samples_seen"]
+    rows = [("state", _state_words(status)), ("progress", _progress_words(status))]
     if status["images_per_s"] is not None:
         speed = [f"{status['images_per_s']:,.0f} images/s in the last interval ({status['stage']})"]
         if status["mfu"] is not None:
@@ -234,6 +245,14 @@ def as_table(status: dict[str, Any]) -> str:
         rows.append(("page", f"{page}: open it in a browser"))
     width = max(len(name) for name, _ in rows)
     return "\n".join([status["run"], *(f"  {name:<{width}}  {value}" for name, value in rows)])
+
+
+def _progress_words(status: dict[str, Any]) -> str:
+    seen, total, minutes = status["samples_seen"], status["total_samples"], status["budget_minutes"]
+    if total is not None:
+        return f"{seen:,} of {total:,} pairs ({seen / total:.1%})"
+    share = 1.0 if status["state"] == "done" else min(status["trained_seconds"] / (60 * minutes), 1.0)
+    return f"{share:.1%} of {minutes:g} min, {seen:,} pairs"
 
 
 def _result_row(result: Result) -> tuple[str, str]:
@@ -264,8 +283,7 @@ def _how_to_go_on(status: dict[str, Any]) -> str:
 
 def as_line(status: dict[str, Any]) -> str:
     """Return how far a run is as one line."""
-    seen, total = status["samples_seen"], status["total_samples"]
-    parts = [f"{status['run']}: {status['state']}, {seen:,} of {total:,} pairs ({seen / total:.1%})"]
+    parts = [f"{status['run']}: {status['state']}, {_progress_words(status)}"]
     if status["loss"] is not None:
         parts.append(f"loss {status['loss']:.4f}")
     if status["images_per_s"] is not None:

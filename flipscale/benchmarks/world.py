@@ -29,6 +29,7 @@ from flipscale.engines.launch import Launch
 from flipscale.engines.optimizers.groups import encoder_blocks
 from flipscale.engines.start import build_engine, engine_class, start_accelerator
 from flipscale.planning.activations import Step, example_batch
+from flipscale.training.budget.progress import Progress
 from flipscale.training.health import StepGuard
 from flipscale.training.preemption import StopRequest
 from flipscale.training.recipe import Recipe
@@ -169,7 +170,7 @@ class _Step:
         self._build()
         watch = StepWatch(accelerator, folder, hang_seconds=1e9)
         writer = CheckpointWriter(accelerator, folder, SaveRecipe(), None)
-        self._taken = 0
+        self._progress = Progress([world.stage], 0)
         self._guard = StepGuard(accelerator, StopRequest(watches_file=False), writer, watch)
 
     def _build(self) -> None:
@@ -205,9 +206,9 @@ class _Step:
         found = consume_batch(engine, batch, self._objective)
         self._name_gradients()
         memory.kind = "buffers"
-        taken = self._guard.agree(self._taken, self._world.stage, found, engine.gradient_norm(), [])
+        taken = self._guard.agree(self._progress, found, engine.gradient_norm(), [])
         engine.step(_LEARNING_RATE, taken)
-        self._taken += 1
+        self._progress.advance()
         for _ in self._guard.verdicts(settle=False):
             pass
         for optimizer in engine.optimizers:

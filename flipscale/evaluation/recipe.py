@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from flipscale.data.prepared import TASKS_DIR
-from flipscale.files.ranges import Count, SamplesOrNone, Workers
+from flipscale.files.ranges import Count, SamplesOrNone, ShareBelowAll, Workers
 
 if TYPE_CHECKING:
     from flipscale.evaluation.kinds.task import Task
@@ -21,6 +21,8 @@ class EvalRecipe:
             `every_samples` where it has an interval of its own, and the options of its kind.
         every_samples: How many samples lie between two runs of a task that does not say so itself; at 0, it runs only
             at the end.
+        every_share: In a run with a time budget, the share of it that lies between two runs of such a task, in place of
+            `every_samples`.
         zero_shot: Short for a task `{kind: zero_shot, data: FOLDER}`; it replaces the data of the listed task of that
             name.
         retrieval: Short for a task `{kind: retrieval, data: FOLDER}`, likewise.
@@ -31,6 +33,7 @@ class EvalRecipe:
 
     tasks: list[str | dict[str, Any]] = field(default_factory=list)
     every_samples: SamplesOrNone = 0
+    every_share: ShareBelowAll = 0.0
     zero_shot: str | None = None
     retrieval: str | None = None
     tasks_dir: str = TASKS_DIR
@@ -41,7 +44,7 @@ class EvalRecipe:
         self.planned()
 
     def planned(self) -> list["Task"]:
-        """Return the tasks, the short forms among them, each with its interval.
+        """Return the tasks, the short forms among them, each with its interval: None where that is `every_share`.
 
         Raises:
             ValueError: an unknown name, kind or field, or two tasks of one name.
@@ -56,15 +59,21 @@ class EvalRecipe:
                 listed[named.index(kind)] = {**listed[named.index(kind)], "data": folder}
             elif folder:
                 listed.append({"kind": kind, "data": folder})
+        tasks = build_tasks(listed, self.tasks_dir)
+        if self.every_share:
+            return tasks
         return [
             task if task.every_samples is not None else dataclasses.replace(task, every_samples=self.every_samples)
-            for task in build_tasks(listed, self.tasks_dir)
+            for task in tasks
         ]
 
-    def every(self, samples: int) -> "EvalRecipe":
-        """Return this recipe with all tasks at one interval."""
+    def every(self, share: float) -> "EvalRecipe":
+        """Return this recipe with its tasks at one interval, a share of the run's time; those that run only at the end
+        still do."""
         tasks = [
-            {name: value for name, value in task.items() if name != "every_samples"} if isinstance(task, dict) else task
+            {name: value for name, value in task.items() if name != "every_samples" or value == 0}
+            if isinstance(task, dict)
+            else task
             for task in self.tasks
         ]
-        return dataclasses.replace(self, tasks=tasks, every_samples=samples)
+        return dataclasses.replace(self, tasks=tasks, every_samples=0, every_share=share)

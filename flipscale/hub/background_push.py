@@ -70,7 +70,8 @@ class BackgroundPush:
     accelerator. A push that fails is logged; the next checkpoint brings the repository up to date.
     """
 
-    def __init__(self, recipe: Recipe, last_step: int, is_main_process: bool):
+    def __init__(self, recipe: Recipe, last_step: int | None, is_main_process: bool):
+        """`last_step` is None where it is not known beforehand."""
         self.run_dir = Path(recipe.output_dir)
         self.last_step = last_step
         self._target = target_of(recipe.hub) if is_main_process else None
@@ -85,7 +86,7 @@ class BackgroundPush:
 
         `push_finished` pushes the last one. There is nothing to push for None.
         """
-        if self._target is None or step is None or step >= self.last_step:
+        if self._target is None or step is None or (self.last_step is not None and step >= self.last_step):
             return
         with self._changed:
             self._waiting = step

@@ -35,7 +35,7 @@ leaves) with flipscale {version}.
 {parameters} parameters; images of {image_size} x {image_size} pixels in patches of {patch_size} x {patch_size};
 captions of up to {max_tokens} tokens; embeddings of {dim} numbers.
 
-> **Still in training.** This is step {unfinished_step} of {total_steps}.
+> **Still in training.** This is step {unfinished_step} of {length}.
 
 ## Use
 
@@ -222,7 +222,8 @@ class _Run:
         """Return every field of the template, None where it is unknown."""
         vision, text, last = self.config["vision_config"], self.config["text_config"], self.curve.records[-1]
         batch, parameters = self.recipe["data"]["global_batch_size"], self.environment.get("num_parameters")
-        total_steps = sum(stage["samples"] // batch for stage in self.recipe["stages"])
+        minutes = self.recipe.get("budget_minutes")
+        total_steps = sum((stage["samples"] or 0) // batch for stage in self.recipe["stages"])
         seconds, cost = last["trained_seconds"], cost_of(self.starts, last, self.hub)
         return {
             "version": in_markdown(self.environment["flipscale"]),
@@ -232,7 +233,7 @@ class _Run:
             "max_tokens": str(text["max_position_embeddings"]),
             "dim": str(self.config["projection_dim"]),
             "unfinished_step": self.step and f"{self.step:,}",
-            "total_steps": f"{total_steps:,}",
+            "length": f"{minutes:g} minutes of training" if minutes else f"{total_steps:,}",
             "results": results_table(self.lines),
             "protocol": protocols(self.lines),
             "data": self._data(),
@@ -281,8 +282,9 @@ class _Run:
     def _stages(self) -> Iterator[str]:
         for stage in self.recipe["stages"]:
             rate = "goes on" if stage.get("base_lr") is None else f"{stage['base_lr']:g}"
+            seen = f"{stage['samples']:,}" if stage.get("share") is None else f"{stage['share']:.1%} of the time"
             removed = (f"{stage.get(name, 0):.0%}" for name in ("mask_ratio", "text_mask_ratio"))
-            yield f"| {in_markdown(stage['name'])} | {stage['samples']:,} | {' | '.join(removed)} | {rate} |"
+            yield f"| {in_markdown(stage['name'])} | {seen} | {' | '.join(removed)} | {rate} |"
 
     def _recipe(self) -> str:
         text = yaml.safe_dump(deciding_part(self.recipe, name_of=public_name), sort_keys=False).rstrip()

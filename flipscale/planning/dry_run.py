@@ -98,10 +98,11 @@ def _heading(recipe: Recipe, launches: dict[str, Launch]) -> str:
     }
     total = sum(sizes.values())
     batch = recipe.data.global_batch_size
-    stages = plan_stages(recipe.stages, batch)
+    stages = plan_stages(recipe.stages, batch, recipe.budget_minutes)
+    length = f"{stages[-1].last:,}" if recipe.budget_minutes is None else f"{recipe.budget_minutes:g} minutes of"
     lines = [
         f"{recipe.model.size}: {total:,} parameters; image tower {towers['vision']:,}, text tower {towers['text']:,}",
-        f"{stages[-1].last_step:,} steps of {batch:,} pairs"
+        f"{length} steps of {batch:,} pairs"
         + (", activations recomputed" if recipe.model.gradient_checkpointing else ""),
     ]
     for name, launch in launches.items():

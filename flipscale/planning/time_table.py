@@ -90,17 +90,18 @@ def time_tables(recipe: Recipe, launches: dict[str, list[Launch]], hardware: Har
         f"node of {links.gpus_of_a_node}, {links.network_gbps:g} between nodes, "
         f"{hardware.images_per_worker_s:g} images/s a worker, {hardware.pair_kb:g} KB a pair:",
     ]
-    plan = plan_stages(recipe.stages, recipe.data.global_batch_size)
+    plan = plan_stages(recipe.stages, recipe.data.global_batch_size, recipe.budget_minutes)
     for name, sizes in launches.items():
         hours = dict.fromkeys((launch.num_processes for launch in sizes), 0.0)
         for stage, planned in zip(recipe.stages, plan, strict=True):
             lines += ["", f"{name}, {stage.name} ({stage.mask_ratio:.0%} masked):", _HEADER]
             for launch in sizes:
                 found = step_time(recipe, launch, stage, hardware)
-                hours[launch.num_processes] += found.seconds * (planned.last_step - planned.first_step) / 3600
+                hours[launch.num_processes] += found.seconds * (planned.last - planned.first) / 3600
                 lines.append(_line(launch.num_processes, found))
-        run = ", ".join(f"{value:,.0f} h on {count}" for count, value in hours.items())
-        lines += ["", f"{name}, the whole run: {run}"]
+        if recipe.budget_minutes is None:
+            run = ", ".join(f"{value:,.0f} h on {count}" for count, value in hours.items())
+            lines += ["", f"{name}, the whole run: {run}"]
     return "\n".join(lines)
 
 

@@ -8,8 +8,9 @@ from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.kinds.task import Task
 from flipscale.evaluation.results import Result
 from flipscale.evaluation.suite import evaluate_tasks
+from flipscale.training.budget.progress import Progress
 from flipscale.training.recipe import Recipe
-from flipscale.training.schedule import is_due
+from flipscale.training.schedule import has_passed, is_due
 from flipscale.training.start import Plan
 from flipscale.training.watch import StepWatch
 
@@ -22,7 +23,15 @@ if TYPE_CHECKING:
 class Evaluation:
     """Evaluates the weights that are trained, or their averages where the recipe asks for them."""
 
-    def __init__(self, recipe: Recipe, plan: Plan, engine: "Engine", accelerator: "Accelerator", watch: StepWatch):
+    def __init__(
+        self,
+        recipe: Recipe,
+        plan: Plan,
+        engine: "Engine",
+        accelerator: "Accelerator",
+        watch: StepWatch,
+        progress: Progress,
+    ):
         self._plan = plan
         self._engine = engine
         self._embedder = Embedder(
@@ -34,12 +43,21 @@ class Evaluation:
             watch.alive,
         )
         self._batch_size = recipe.data.global_batch_size
+        self._progress = progress
+        self._every_share = recipe.eval.every_share
+        self._last = progress.position
 
     def due(self, step: int) -> list[Task]:
         """Return the tasks that are due after this many steps; none after the last, which all of them follow."""
-        if step == self._plan.stages[-1].last_step:
+        before, self._last = self._last, self._progress.position
+        if self._progress.is_over:
             return []
-        return [task for task in self._plan.tasks if is_due(step, self._batch_size, task.every_samples or 0)]
+        share_is_due = has_passed(before, self._last, self._every_share)
+        return [
+            task
+            for task in self._plan.tasks
+            if is_due(step, self._batch_size, task.every_samples or 0) or (share_is_due and task.every_samples is None)
+        ]
 
     def run(self, tasks: list[Task]) -> list[Result]:
         """Collective. Return the results of these tasks."""

@@ -16,6 +16,7 @@ from flipscale.data.faults import Fault
 from flipscale.engines.arrivals import begin
 from flipscale.engines.checkpoint import CheckpointWriter
 from flipscale.engines.device import HostCopy, to_device
+from flipscale.training.budget.progress import Progress
 from flipscale.training.preemption import StopRequest
 from flipscale.training.schedule import Stage
 from flipscale.training.step import StepLoss
@@ -33,6 +34,7 @@ class Verdict:
 
     Args:
         step: its number, from 0.
+        position: of it in the schedule.
         stage: that it is in.
         faults: of this process's part of the batch.
         clock: the time when it had been sent to the device.
@@ -47,6 +49,7 @@ class Verdict:
     """
 
     step: int
+    position: float
     stage: Stage
     faults: list[Fault]
     clock: Interval
@@ -67,18 +70,20 @@ class Verdict:
     @property
     def learning_rate(self) -> float:
         """Of the step."""
-        return self.stage.learning_rate(self.step)
+        return self.stage.learning_rate(self.position)
 
 
 class _Unread(NamedTuple):
     """A step whose numbers are on their way."""
 
     step: int
+    position: float
     stage: Stage
     faults: list[Fault]
     clock: Interval
     metrics: list[str]
     numbers: HostCopy
+    progress: Progress
 
 
 class StepGuard:
@@ -98,19 +103,23 @@ class StepGuard:
         self._unread: deque[_Unread] = deque()
         self._in_a_row = 0
 
-    def agree(
-        self, step: int, stage: Stage, found: StepLoss, grad_norm: torch.Tensor, faults: list[Fault]
-    ) -> torch.Tensor:
-        """Collective. Return whether the step is taken, the same on every process: fp32 `()` on the device, 1 or 0."""
+    def agree(self, progress: Progress, found: StepLoss, grad_norm: torch.Tensor, faults: list[Fault]) -> torch.Tensor:
+        """Collective. Return whether the step that `progress` is at is taken, the same on every process: fp32 `()` on
+        the device, 1 or 0."""
         # Clocks differ between machines, so the main process's decides.
-        due = self.checkpoints.clock_is_due and self.accelerator.is_main_process
-        slow = self.watch.last_step_was_slow()
-        flags = [self.request.reason is not None, due, self.checkpoints.is_writing, len(faults), slow]
+        is_main, slow = self.accelerator.is_main_process, self.watch.last_step_was_slow()
+        due, pace = self.checkpoints.clock_is_due and is_main, progress.pace(self.watch.trained_seconds, is_main)
+        flags = [self.request.reason is not None, due, self.checkpoints.is_writing, len(faults), slow, *pace]
         mine = torch.stack([found.loss.detach().float(), grad_norm.detach().float()])
         sums = self.accelerator.reduce(torch.cat([mine, to_device(flags, mine.device)]), "sum")
         taken = sums[:2].isfinite().all()
         numbers = torch.cat([torch.stack([taken.double(), *found.metrics.values()]), sums.double()])
-        self._unread.append(_Unread(step, stage, faults, self.watch.so_far(), list(found.metrics), HostCopy(numbers)))
+        self._unread.append(
+            _Unread(
+                *(progress.step, progress.position, progress.stage, faults),
+                *(self.watch.so_far(), list(found.metrics), HostCopy(numbers), progress),
+            )
+        )
         return taken.float()
 
     def verdicts(self, settle: bool) -> Iterator[Verdict]:
@@ -128,12 +137,13 @@ class StepGuard:
 
     def _read(self, unread: _Unread) -> Verdict:
         """Return the verdict on a step. Here, and nowhere else in a step, the host waits for the device."""
-        step, stage, faults, clock, names, numbers = unread
+        step, position, stage, faults, clock, names, numbers, progress = unread
         begin("verdict")
         taken, *rest = numbers.read()
         begin("update")
         metrics = dict(zip(names, rest, strict=False))
-        loss_sum, norm_sum, asked, due, writing, replaced, slow = rest[len(names) :]
+        loss_sum, norm_sum, asked, due, writing, replaced, slow, *pace = rest[len(names) :]
+        progress.hear(step, pace)
         if slow > 0:
             self.watch.report_slow_step(step)
         loss, grad_norm = (total / self.accelerator.num_processes for total in (loss_sum, norm_sum))
@@ -146,6 +156,6 @@ class StepGuard:
         # No checkpoint is begun while a step is unread, so the flags are those of the one that is open, if one is.
         written = self.checkpoints.is_open and writing == 0
         return Verdict(
-            step, stage, faults, clock, loss, grad_norm, metrics,
+            step, position, stage, faults, clock, loss, grad_norm, metrics,
             taken > 0, int(replaced), asked > 0, due > 0, written,
         )  # fmt: skip

@@ -17,9 +17,10 @@ from flipscale.data.recipe import DataRecipe
 from flipscale.engines.recipe import OptimRecipe, SaveRecipe
 from flipscale.evaluation.recipe import EvalRecipe
 from flipscale.files.fields import add_fields, check_fields, fields_that_differ
-from flipscale.files.ranges import CountOrNone, NotNegative, SamplesOrNone, Seconds, Seed, check_ranges, in_our_words
+from flipscale.files.ranges import MinutesAboveNone, NotNegative, Seed, check_ranges, in_our_words
 from flipscale.files.yaml_text import check_yaml, read_outline
 from flipscale.objectives.recipe import LossRecipe, build_objective
+from flipscale.training.report.recipe import LogRecipe
 from flipscale.training.schedule import StageRecipe
 
 if TYPE_CHECKING:
@@ -85,26 +86,6 @@ class ModelRecipe:
 
 
 @dataclass(frozen=True)
-class LogRecipe:
-    """What is reported.
-
-    Args:
-        every_samples: How many samples lie between two lines of training metrics; at 0, there is none.
-        report_to: Trackers of accelerate that get the metrics besides `metrics.jsonl`, such as tensorboard or wandb.
-            They get the recipe as their configuration; wandb, trackio and comet_ml go on with the same run when the run
-            is resumed.
-        hang_seconds: A step that takes more seconds ends the run, after every rank has written what it was doing. Below
-            the ten minutes after which NCCL ends it without a word.
-        profile_steps: How many steps of each start are profiled, in `profile/` of the run directory; at 0, none.
-    """
-
-    every_samples: SamplesOrNone = 1_000_000
-    report_to: list[str] = field(default_factory=lambda: ["tensorboard"])
-    hang_seconds: Seconds = 540.0
-    profile_steps: CountOrNone = 0
-
-
-@dataclass(frozen=True)
 class HubRecipe:
     """Where the model is pushed while it is trained and at the end, and what its card cannot know by itself.
 
@@ -132,7 +113,8 @@ class HubRecipe:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A run. `model`, `data`, `mask`, `loss`, `optim`, `stages` and `seed` decide what is learned; the others do not.
+    """A run. `model`, `data`, `mask`, `loss`, `optim`, `stages`, `budget_minutes` and `seed` decide what is learned;
+    the others do not.
 
     Args:
         model: What is trained.
@@ -147,6 +129,8 @@ class Recipe:
         hub: Whether the model is pushed to the Hub, and to where.
         stages: The stages of the run, one after the other: masked pre-training and unmasked tuning, or any list of mask
             ratios and rates, such as '[{name: masked, samples: 1000000, mask_ratio: 0.5, base_lr: 4e-6}]'.
+        budget_minutes: How long the run trains, evaluations and saves left out: it ends by its clock, and each stage
+            has its `share` of that time. Left out, the run ends by the samples of its stages.
         output_dir: The run directory, where everything is written that the run leaves.
         resume_from_checkpoint: What is done with checkpoints of `output_dir`: `auto` resumes from the newest, `never`
             stops with an error if there is one.
@@ -158,6 +142,7 @@ class Recipe:
     loss: LossRecipe = field(default_factory=LossRecipe)
     optim: OptimRecipe = field(default_factory=OptimRecipe)
     stages: list[StageRecipe] = field(default_factory=list)
+    budget_minutes: MinutesAboveNone | None = None
     seed: Seed = 0
     log: LogRecipe = field(default_factory=LogRecipe, metadata={"learned": False})
     save: SaveRecipe = field(default_factory=SaveRecipe, metadata={"learned": False})

@@ -1,8 +1,8 @@
 """The run directory: what lies in it, and which recipe it belongs to.
 
 recipe.yaml  environment.json  starts.jsonl  metrics.jsonl  heartbeat.json  tensorboard/  checkpoints/step-*/  model/
-DONE, report.html, run.lock while a run has it, and where there is cause results.jsonl, slow_steps.jsonl, stacks/,
-profile/, bad_samples.jsonl, push.log, tracker_run_id and Slurm's slurm/
+DONE, report.html, run.lock while a run has it, and where there is cause results.jsonl, schedule.jsonl,
+slow_steps.jsonl, stacks/, profile/, bad_samples.jsonl, push.log, tracker_run_id and Slurm's slurm/
 """
 
 import errno

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from flipscale.data.sources.source import shard_sizes_digest
 from flipscale.engines.checkpoint import CheckpointWriter, checkpoint_of
 from flipscale.training.bad_samples import BadSamples
+from flipscale.training.budget.progress import Progress
 from flipscale.training.recipe import Recipe, to_yaml
 from flipscale.training.report.lines import saved_line
 from flipscale.training.schedule import is_due
@@ -30,6 +31,7 @@ class Saver:
         engine: "Engine",
         writer: CheckpointWriter,
         bad: BadSamples,
+        progress: Progress,
     ):
         self._recipe = recipe
         self._plan = plan
@@ -37,12 +39,12 @@ class Saver:
         self._engine = engine
         self._writer = writer
         self._bad_samples = bad
+        self._progress = progress
         self._batch_size = recipe.data.global_batch_size
 
     def is_due(self, step: int) -> bool:
-        """Return whether a checkpoint follows this many steps: the recipe wants one, or they are all."""
-        last_step = self._plan.stages[-1].last_step
-        return step == last_step or is_due(step, self._batch_size, self._recipe.save.every_samples)
+        """Return whether a checkpoint follows this many steps: the recipe wants one, or the run is over."""
+        return self._progress.is_over or is_due(step, self._batch_size, self._recipe.save.every_samples)
 
     def save(self, step: int, trained_seconds: float) -> int | None:
         """Collective. Commit the checkpoint before and begin that of `step`, unless they are the same one.
@@ -60,6 +62,7 @@ class Saver:
             "samples_seen": step * self._batch_size,
             "optimizer_steps": self._engine.optimizer_steps(),
             "trained_seconds": trained_seconds,
+            **self._progress.state(),
             "data_samples": len(self._plan.source),
             "data_fingerprint": shard_sizes_digest(self._plan.source),
             "num_processes": self._writer.accelerator.num_processes,

@@ -1,10 +1,15 @@
-"""Stages: the mask and the learning rate of every step, as pure functions of the step."""
+"""Stages: the mask and the learning rate of every step, as pure functions of its position in the run: the step's number
+or, in a run with a time budget, the share of the budget that is used."""
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from flipscale.files.ranges import NotNegative, Samples, SamplesOrNone, ShareBelowAll, check_ranges
+from flipscale.files.ranges import NotNegative, Samples, SamplesOrNone, ShareAboveNone, ShareBelowAll, check_ranges
+
+# How far from 1 the sum of shares may be: they are written with a few digits.
+_MOST_AMISS = 1e-4
 
 
 @dataclass(frozen=True)
@@ -13,64 +18,72 @@ class StageRecipe:
 
     Args:
         name: The name of the stage in the log; no two stages of a run share one.
-        samples: How many pairs it sees, rounded down to whole steps.
+        samples: How many pairs it sees, rounded down to whole steps; left out where the run has a time budget.
         mask_ratio: The fraction of the patches that is removed; at 0 the images are seen whole, once.
         text_mask_ratio: The fraction of the caption's tokens that is removed, padding counted.
         base_lr: The peak learning rate for 256 samples of batch: a schedule (warm-up, then cosine to 0) of its own,
             with a fresh optimiser, as the original's tuning has it. Leave it out and the schedule and optimiser of the
             stage before go on through this one.
         warmup_samples: How many samples of linear warm-up the schedule begins with.
+        share: Its share of `budget_minutes`, in place of `samples`; those of all stages add up to 1.
+        warmup_share: The share of `budget_minutes` that the warm-up takes, in place of `warmup_samples`.
     """
 
     name: str
-    samples: Samples
+    samples: Samples | None = None
     mask_ratio: ShareBelowAll = 0.0
     base_lr: NotNegative | None = None
     warmup_samples: SamplesOrNone = 0
     text_mask_ratio: ShareBelowAll = 0.0
+    share: ShareAboveNone | None = None
+    warmup_share: ShareBelowAll = 0.0
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage in steps.
+    """A stage in positions: numbers of steps or, in a run with a time budget, shares of the budget.
 
     Args:
         name: the recipe's name of it.
         mask_ratio: fraction of the patches removed.
-        first_step, last_step: it has the steps [first_step, last_step) of the run.
-        schedule_first, schedule_last: its learning-rate schedule, which several stages may share, has the steps
+        first, last: it has the positions [first, last) of the run.
+        schedule_first, schedule_last: its learning-rate schedule, which several stages may share, has the positions
             [schedule_first, schedule_last).
-        warmup_steps: linear warm-up at the start of the schedule.
+        warmup: the length of the linear warm-up at the start of the schedule.
         peak_lr: the learning rate after the warm-up, of the whole batch.
         text_mask_ratio: fraction of the caption's tokens removed.
     """
 
     name: str
     mask_ratio: float
-    first_step: int
-    last_step: int
-    schedule_first: int
-    schedule_last: int
-    warmup_steps: int
+    first: float
+    last: float
+    schedule_first: float
+    schedule_last: float
+    warmup: float
     peak_lr: float
     text_mask_ratio: float = 0.0
 
-    def starts_afresh(self, step: int) -> bool:
-        """Return whether the optimisers have no moments before `step`: it is the first of its schedule."""
-        return step == self.schedule_first
+    def starts_afresh(self, before: float, position: float) -> bool:
+        """Return whether the optimisers have no moments at `position`, the first of its schedule.
 
-    def learning_rate(self, step: int) -> float:
-        """Return the learning rate of `step`: linear from 0 over the warm-up, then a cosine to 0."""
-        step -= self.schedule_first
-        if step < self.warmup_steps:
-            return self.peak_lr * step / self.warmup_steps
-        length = self.schedule_last - self.schedule_first - self.warmup_steps
-        return self.peak_lr * 0.5 * (1.0 + math.cos(math.pi * (step - self.warmup_steps) / length))
+        Args:
+            before: the position of the step before.
+        """
+        return before < self.schedule_first <= position
+
+    def learning_rate(self, position: float) -> float:
+        """Return the learning rate at a position: linear from 0 over the warm-up, then a cosine to 0."""
+        position -= self.schedule_first
+        if position < self.warmup:
+            return self.peak_lr * position / self.warmup
+        length = self.schedule_last - self.schedule_first - self.warmup
+        return self.peak_lr * 0.5 * (1.0 + math.cos(math.pi * (position - self.warmup) / length))
 
 
-def stage_of(stages: Sequence[Stage], step: int) -> Stage:
-    """Return the stage that `step` is in, the last one at the end of the run."""
-    return next((stage for stage in stages if step < stage.last_step), stages[-1])
+def stage_of(stages: Sequence[Stage], position: float) -> Stage:
+    """Return the stage that a position is in, the last one at the end of the run."""
+    return next((stage for stage in stages if position < stage.last), stages[-1])
 
 
 def is_due(step: int, step_samples: int, every_samples: int) -> bool:
@@ -79,12 +92,19 @@ def is_due(step: int, step_samples: int, every_samples: int) -> bool:
     return every_samples > 0 and samples // every_samples > (samples - step_samples) // every_samples
 
 
-def plan_stages(stages: Sequence[StageRecipe], global_batch_size: int) -> list[Stage]:
-    """Return the stages in steps, one after the other.
+def has_passed(before: float, position: float, every_share: float) -> bool:
+    """Return whether a multiple of a share of the budget lies between two positions; never for 0."""
+    return every_share > 0 and math.floor(position / every_share) > math.floor(before / every_share)
+
+
+def plan_stages(
+    stages: Sequence[StageRecipe], global_batch_size: int, budget_minutes: float | None = None
+) -> list[Stage]:
+    """Return the stages in positions, one after the other: in steps, or in shares of the budget if there is one.
 
     Raises:
         ValueError: a number out of its range, no stage, two of one name, a first stage without base_lr, a stage shorter
-            than a step, a warm-up as long as its schedule.
+            than a step, a length in the wrong unit, shares that do not add up, a warm-up as long as its schedule.
     """
     if not stages or stages[0].base_lr is None:
         raise ValueError("stages[0].base_lr is missing; the first stage needs a learning rate per 256 samples")
@@ -93,37 +113,79 @@ def plan_stages(stages: Sequence[StageRecipe], global_batch_size: int) -> list[S
     for name in names:
         if names.count(name) > 1:
             raise ValueError(f"{names.count(name)} stages are named {name!r}; give every stage a name of its own")
-    steps = [stage.samples // global_batch_size for stage in stages]
+    unit, timed = global_batch_size, budget_minutes is not None
+    lengths: Sequence[float] = _shares(stages) if timed else _steps(stages, unit)
+    ends = [0, *itertools.accumulate(lengths)]
+    if timed:
+        ends[-1] = 1.0
     planned: list[Stage] = []
     for number, stage in enumerate(stages):
-        if steps[number] < 1:
-            raise ValueError(
-                f"stage {stage.name!r}: {stage.samples} samples are less than one step of {global_batch_size} pairs"
-            )
-        first_step = planned[-1].last_step if planned else 0
+        field = "warmup_share" if timed else "warmup_samples"
+        given = getattr(stage, field)
         if stage.base_lr is not None:
             followers = next((n for n in range(number + 1, len(stages)) if stages[n].base_lr is not None), len(stages))
-            schedule_first, schedule_last = first_step, first_step + sum(steps[number:followers])
-            warmup_steps = stage.warmup_samples // global_batch_size
+            schedule_first, schedule_last = ends[number], ends[followers]
+            warmup = given if timed else given // unit
             peak_lr = stage.base_lr * global_batch_size / 256
-        elif stage.warmup_samples:
-            raise ValueError(f"stage {stage.name!r}: warmup_samples needs a base_lr of its own")
-        if warmup_steps >= schedule_last - schedule_first:
-            raise ValueError(
-                f"stage {stage.name!r}: a warm-up of {stage.warmup_samples} samples is not shorter than its schedule "
-                f"of {(schedule_last - schedule_first) * global_batch_size}"
-            )
+        elif given:
+            raise ValueError(f"stage {stage.name!r}: {field} needs a base_lr of its own")
+        if warmup >= (length := schedule_last - schedule_first):
+            words = f"{given} of the budget" if timed else f"{given} samples"
+            shown = f"{length:g}" if timed else length * unit
+            raise ValueError(f"stage {stage.name!r}: a warm-up of {words} is not shorter than its schedule of {shown}")
         planned.append(
             Stage(
                 stage.name,
                 stage.mask_ratio,
-                first_step,
-                first_step + steps[number],
+                ends[number],
+                ends[number + 1],
                 schedule_first,
                 schedule_last,
-                warmup_steps,
+                warmup,
                 peak_lr,
                 stage.text_mask_ratio,
             )
         )
     return planned
+
+
+def _steps(stages: Sequence[StageRecipe], global_batch_size: int) -> list[int]:
+    """Return how many steps each stage of a run without a budget has.
+
+    Raises:
+        ValueError: one has none, or says its length as a share.
+    """
+    for stage in stages:
+        if stage.share is not None or stage.warmup_share:
+            field = "warmup_share" if stage.share is None else "share"
+            raise ValueError(
+                f"stage {stage.name!r}: {field} is of budget_minutes, which is not set; set that, or give samples"
+            )
+        if stage.samples is None:
+            raise ValueError(f"stage {stage.name!r} has no samples; say how many pairs it sees")
+        if stage.samples < global_batch_size:
+            raise ValueError(
+                f"stage {stage.name!r}: {stage.samples} samples are less than one step of {global_batch_size} pairs"
+            )
+    return [(stage.samples or 0) // global_batch_size for stage in stages]
+
+
+def _shares(stages: Sequence[StageRecipe]) -> list[float]:
+    """Return which share of the budget each stage has.
+
+    Raises:
+        ValueError: one has none, says its length in samples, or they do not add up to 1.
+    """
+    for stage in stages:
+        if stage.samples is not None or stage.warmup_samples:
+            field, instead = ("warmup_samples", "warmup_share") if stage.samples is None else ("samples", "share")
+            raise ValueError(
+                f"stage {stage.name!r}: {field} is a count, and the run ends by its clock (budget_minutes); give its "
+                f"{instead} of the budget, or leave out budget_minutes"
+            )
+        if stage.share is None:
+            raise ValueError(f"stage {stage.name!r} has no share; say which share of budget_minutes it has")
+    shares = [stage.share or 0.0 for stage in stages]
+    if abs(sum(shares) - 1.0) > _MOST_AMISS:
+        raise ValueError(f"the shares of the stages add up to {sum(shares):g}; they must add up to 1")
+    return shares

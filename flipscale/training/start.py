@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -27,6 +28,7 @@ from flipscale.evaluation.rehearsal import rehearse
 from flipscale.files.command_line import unwritable
 from flipscale.files.digests import Comparison, Damage
 from flipscale.files.lock import FolderLock
+from flipscale.training.budget.progress import Progress, TimedProgress
 from flipscale.training.recipe import Recipe, conflicts
 from flipscale.training.run_directory import lock_run_directory
 from flipscale.training.schedule import Stage, plan_stages
@@ -75,8 +77,8 @@ class Plan:
     tasks: list[Task]
     objective: Objective
 
-    def batches(self, step: int, accelerator: Accelerator) -> Iterator[StepBatch]:
-        """Yield this process's batches from `step` to the end of the run.
+    def batches(self, progress: Progress, accelerator: Accelerator) -> Iterator[StepBatch]:
+        """Yield this process's batches to the end of the run, which moves on by `progress.advance`.
 
         Raises:
             ValueError: the data cannot be used.
@@ -84,11 +86,15 @@ class Plan:
         """
         rank, world_size, device = accelerator.process_index, accelerator.num_processes, accelerator.device
         pin_memory = device.type == "cuda"
-        for stage in self.stages:
-            first, last = max(step, stage.first_step), stage.last_step
+        while not progress.is_over:
+            stage, first, last = progress.stage, progress.step, progress.last_step
             batches = enduring_batches(self.datasets[stage], first, last, rank, world_size, pin_memory)
-            for micro_batches in on_device(batches, device):
-                yield StepBatch(stage, micro_batches, [fault for one in micro_batches for fault in one.faults])
+            with closing(on_device(batches, device)) as ready:
+                for micro_batches in ready:
+                    yield StepBatch(stage, micro_batches, [fault for one in micro_batches for fault in one.faults])
+                    # What the clock ends has batches ahead, which are not used.
+                    if progress.is_over or progress.stage is not stage:
+                        break
 
 
 @dataclass(frozen=True)
@@ -113,6 +119,12 @@ class Start:
     def step(self) -> int:
         """How many steps are done."""
         return self.state.get("step", 0)
+
+    def progress(self, recipe: Recipe, stages: Sequence[Stage]) -> Progress:
+        """Return where the run is in its schedule."""
+        if recipe.budget_minutes is None:
+            return Progress(stages, self.step)
+        return TimedProgress(stages, self.step, 60.0 * recipe.budget_minutes, self.state)
 
     @property
     def trained_seconds(self) -> float:
@@ -152,7 +164,8 @@ def check(recipe: Recipe) -> Plan:
         OSError: shared memory is full.
     """
     objective, config = recipe.objective(), recipe.model_config()
-    stages = plan_stages(recipe.stages, recipe.data.global_batch_size)
+    stages = plan_stages(recipe.stages, recipe.data.global_batch_size, recipe.budget_minutes)
+    check_shares(recipe)
     check_trackers(recipe.log.report_to)
     tasks = recipe.eval.planned()
     for task in tasks:
@@ -182,6 +195,25 @@ def check(recipe: Recipe) -> Plan:
     }  # fmt: skip
     rehearse(tasks, shape.image_size, rank, world_size)
     return Plan(stages, source, tokenizer, datasets, tasks, objective)
+
+
+def check_shares(recipe: Recipe) -> None:
+    """Raise unless intervals that are shares of a time budget have one, and stand alone.
+
+    Raises:
+        ValueError: they do not.
+    """
+    for name, section in (("log", recipe.log), ("eval", recipe.eval)):
+        if section.every_share and recipe.budget_minutes is None:
+            raise ValueError(
+                f"{name}.every_share is {section.every_share:g} of budget_minutes, which is not set; set that, or use "
+                f"{name}.every_samples"
+            )
+    if recipe.eval.every_share and recipe.eval.every_samples:
+        raise ValueError(
+            f"eval.every_share is {recipe.eval.every_share:g} and eval.every_samples is {recipe.eval.every_samples}; "
+            "leave one of them out"
+        )
 
 
 def join(recipe: Recipe, plan: Plan, ahead: Comparison | None) -> Start:
@@ -218,8 +250,8 @@ def check_same_run(recipe: Recipe, stages: Sequence[Stage], contents: Contents) 
     changed = conflicts(recipe, dict(contents.recipe))
     if changed:
         raise Damage(f"it is of a run of another recipe: {'; '.join(changed)}")
-    step, samples, last = contents.state["step"], contents.state["samples_seen"], stages[-1].last_step
-    if step > last:
+    step, samples, last = contents.state["step"], contents.state["samples_seen"], stages[-1].last
+    if recipe.budget_minutes is None and step > last:
         raise Damage(f"it is of step {step}, and the recipe has {last}")
     if samples != step * recipe.data.global_batch_size:
         raise Damage(f"state.json has {samples} samples_seen in {step} steps of {recipe.data.global_batch_size}")

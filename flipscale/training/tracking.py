@@ -19,11 +19,13 @@ from flipscale.evaluation.results import Result, append_results, as_metrics, dro
 from flipscale.files import json_lines
 from flipscale.files.aside import write_text
 from flipscale.files.plain_file import plain_text
+from flipscale.training.budget.progress import Progress
 from flipscale.training.health import Verdict
-from flipscale.training.recipe import LogRecipe
 from flipscale.training.report.figures import FRESH_SECONDS, draw_figures
-from flipscale.training.report.lines import expected_line, interval_line, results_line, seconds_left
-from flipscale.training.schedule import Stage, is_due
+from flipscale.training.report.lines import expected_line, interval_line, results_line
+from flipscale.training.report.recipe import LogRecipe
+from flipscale.training.schedule import has_passed
+from flipscale.training.schedule import is_due as is_due_at
 from flipscale.training.watch import StepWatch
 
 if TYPE_CHECKING:
@@ -103,7 +105,7 @@ class Tracker:
         recipe: LogRecipe,
         watch: StepWatch,
         step_samples: int,
-        stages: Sequence[Stage],
+        progress: Progress,
         pair_flops: Mapping[str, int],
     ):
         """`pair_flops` are the operations of a pair in each stage, forward and backward."""
@@ -111,10 +113,11 @@ class Tracker:
         self._recipe = recipe
         self._watch = watch
         self._step_samples = step_samples
-        self._stages = stages
-        self._total_steps = stages[-1].last_step
+        self._progress = progress
+        self._last_position = progress.position
         self._pair_flops = pair_flops
         self._path = run_dir / "metrics.jsonl"
+        self._schedule_path = run_dir / "schedule.jsonl"
         self._peak_flops: float | None = None
         self._begin = watch.so_far()
         self._steps = self._skipped = self._done = 0
@@ -130,13 +133,14 @@ class Tracker:
             return
         one = peak_flops(self._accelerator.device, self._accelerator.mixed_precision)
         self._peak_flops = one and one * self._accelerator.num_processes
-        if self._path.exists():
-            kept = [record for record in json_lines.read(self._path, step=int) if record["step"] <= step]
-            json_lines.rewrite(self._path, kept)
+        for path in (self._path, self._schedule_path):
+            if path.exists():
+                json_lines.rewrite(path, [one for one in json_lines.read(path, step=int) if one["step"] <= step])
         drop_results_after(self._path.parent, step)
         if sys.stderr.isatty():
+            total = self._progress.total_steps
             self._bar = tqdm(
-                total=self._total_steps * self._step_samples,
+                total=total and total * self._step_samples,
                 initial=step * self._step_samples,
                 unit="pair",
                 unit_scale=True,
@@ -155,22 +159,31 @@ class Tracker:
             for tracker in self._accelerator.trackers:
                 tracker.finish()
 
-    def count_step(self, finite: bool) -> None:
-        """Count a step, which was taken if it was `finite` and skipped if not."""
+    def count_step(self, verdict: Verdict) -> bool:
+        """Count a step, which is skipped if it was not finite; return whether an interval ends with it."""
         self._steps += 1
         self._done += 1
-        self._skipped += not finite
+        self._skipped += not verdict.finite
+        if self._accelerator.is_main_process:
+            place = self._progress.record(verdict.num_done, verdict.position, verdict.learning_rate)
+            json_lines.append(self._schedule_path, place)
+        before, self._last_position = self._last_position, verdict.position
+        every_share = self._recipe.every_share
+        is_due = self._is_last(verdict) or (
+            has_passed(before, verdict.position, every_share)
+            if every_share
+            else is_due_at(verdict.num_done, self._step_samples, self._recipe.every_samples)
+        )
+        usual = self._watch.usual_seconds
         if self._bar is not None:
             self._bar.update(self._step_samples)
-            return
-        usual = self._watch.usual_seconds
-        if usual is not None and not self._has_told and not self.is_due(self._done):
+        elif usual is not None and not self._has_told and not is_due:
             _log.info("%s", expected_line(self._seconds_left(self._done, usual), usual))
             self._has_told = True
+        return is_due
 
-    def is_due(self, step: int) -> bool:
-        """Return whether an interval ends after this many steps."""
-        return step == self._total_steps or is_due(step, self._step_samples, self._recipe.every_samples)
+    def _is_last(self, verdict: Verdict) -> bool:
+        return self._progress.is_over and verdict.num_done == self._progress.step
 
     def write_interval(self, verdict: Verdict, replaced: Counter[str]) -> None:
         """Write the record of the interval that ends with a step.
@@ -198,18 +211,19 @@ class Tracker:
         metrics = {**learned, "stage": stage, **interval}
         self.write(verdict.num_done, verdict.clock.seconds, metrics)
         if self._bar is not None:
-            self._bar.set_postfix_str(f"loss {verdict.loss:.3f}, {stage}", refresh=False)
-            if verdict.num_done == self._total_steps:
+            done = "" if self._progress.total_steps else f", {self._progress.words(verdict.num_done)}"
+            self._bar.set_postfix_str(f"loss {verdict.loss:.3f}, {stage}{done}", refresh=False)
+            if self._is_last(verdict):
                 self._bar.close()  # what is said from now on stands below it
         else:
-            left = self._seconds_left(verdict.num_done, seconds / self._steps)
-            _log.info("%s", interval_line(verdict.num_done, self._total_steps, metrics, left))
+            left = None if self._is_last(verdict) else self._seconds_left(verdict.num_done, seconds / self._steps)
+            _log.info("%s", interval_line(self._progress.words(verdict.num_done), metrics, left))
             self._has_told = True
         self._steps = self._skipped = 0
 
     def _seconds_left(self, step: int, step_seconds: float) -> float:
         """Return what the run takes from `step` on, if the step before it took `step_seconds`."""
-        return seconds_left(self._stages, self._pair_flops, step, step_seconds)
+        return self._progress.seconds_left(step, step_seconds, self._pair_flops)
 
     def write(self, step: int, trained_seconds: float, metrics: Mapping[str, Any]) -> None:
         """Append one record, and hand its numbers to the trackers; a number that is not finite becomes null."""

@@ -19,5 +19,5 @@ def attack(data: bytes, folder: Path) -> None:
     with suppress(ValueError):
         recipe = parse_recipe(["--config", str(file)])
         recipe.model_config()
-        plan_stages(recipe.stages, recipe.data.global_batch_size)
+        plan_stages(recipe.stages, recipe.data.global_batch_size, recipe.budget_minutes)
         to_yaml(recipe)

@@ -58,7 +58,8 @@ def _derived(
     begins = [start["trained_seconds"] for start in starts] + [seconds]
     device_seconds = sum((begins[i + 1] - begins[i]) * start["num_processes"] for i, start in enumerate(starts))
     found = {seconds / 3600, last["samples_seen"] / seconds, environment["num_parameters"] / 1e6}
-    found.add(sum(stage["samples"] // batch for stage in recipe["stages"]))
+    found.add(sum((stage["samples"] or 0) // batch for stage in recipe["stages"]))
+    found |= {100 * stage["share"] for stage in recipe["stages"] if stage.get("share")}
     found |= {100 * stage[name] for stage in recipe["stages"] for name in ("mask_ratio", "text_mask_ratio")}
     if hub["device_hour_dollars"] is not None:
         found.add(device_seconds / 3600 * hub["device_hour_dollars"])

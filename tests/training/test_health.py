@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from flipscale.data.faults import Fault
 from flipscale.engines.checkpoint import CheckpointWriter, SaveRecipe
+from flipscale.training.budget.progress import Progress
 from flipscale.training.health import MAX_SKIPPED_IN_A_ROW, StepGuard, Verdict
 from flipscale.training.preemption import StopRequest
 from flipscale.training.schedule import StageRecipe, plan_stages
@@ -30,13 +31,13 @@ class Guarded:
         self.request = StopRequest(watches_file=False)
         checkpoints = CheckpointWriter(accelerator, run_dir, save, None)
         self.guard = StepGuard(accelerator, self.request, checkpoints, StepWatch(accelerator, run_dir, 60.0))
-        self.steps = 0
+        self.progress = Progress([STAGE], 0)
 
     def step(self, loss: float = 1.0, norm: float = 2.0, faults: list[Fault] | None = None) -> float:
         """Whether the next step is taken."""
         found = StepLoss(torch.tensor(loss), {"logit_scale": torch.tensor(14.3, dtype=torch.float64)})
-        taken = self.guard.agree(self.steps, STAGE, found, torch.tensor(norm), faults or [])
-        self.steps += 1
+        taken = self.guard.agree(self.progress, found, torch.tensor(norm), faults or [])
+        self.progress.advance()
         return taken.item()
 
     def read(self, settle: bool = False) -> list[Verdict]:

@@ -10,12 +10,13 @@ import pytest
 from conftest import launch, pretrain
 
 from flipscale.evaluation.results import Result
+from flipscale.training.budget.progress import Progress
 from flipscale.training.recipe import parse_recipe
 from flipscale.training.report import figures
 from flipscale.training.report.blocks import last_block
 from flipscale.training.report.command import typed_command
 from flipscale.training.report.figures import draw_figures
-from flipscale.training.report.lines import interval_line, results_line, seconds_left, stopped_line
+from flipscale.training.report.lines import interval_line, results_line, stopped_line
 from flipscale.training.schedule import StageRecipe, plan_stages
 
 SPAN = r"(\d+ (d|h|min|s) ?)+"
@@ -82,12 +83,13 @@ STAGES = plan_stages(
 @pytest.mark.parametrize(("step", "seconds"), [(1, 19 + 80), (20, 80), (21, 4.75), (40, 0)])
 def test_the_time_left_follows_the_operations_of_each_stage(step: int, seconds: float) -> None:
     step_seconds = 1.0 if step <= 20 else 0.25
-    assert seconds_left(STAGES, {"masked": 10, "whole": 40, "last": 40}, step, step_seconds) == pytest.approx(seconds)
+    left = Progress(STAGES, step).seconds_left(step, step_seconds, {"masked": 10, "whole": 40, "last": 40})
+    assert left == pytest.approx(seconds)
 
 
 def test_an_interval_names_what_was_bad() -> None:
     record = {"loss": float("nan"), "lr": 0.00125, "stage": "masked", "images_per_s": 12_345.6, "data_wait_share": 0.02}
-    line = interval_line(500, 2_000, {**record, "num_replaced": 3, "num_skipped": 1}, 65.0)
+    line = interval_line("step 500 of 2,000 (25.0%)", {**record, "num_replaced": 3, "num_skipped": 1}, 65.0)
     assert line == (
         "step 500 of 2,000 (25.0%), masked: loss not finite, learning rate 0.0013, 12,346 images/s, "
         "2% waiting for data, 3 bad samples replaced, 1 step skipped as not finite, 1 min 5 s left"
@@ -130,7 +132,7 @@ def test_a_launcher_s_command_is_the_launcher_s(tmp_path: Path) -> None:
 
 def test_under_a_batch_script_no_command_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FLIPSCALE_STOP_FILE", "stop")
-    assert stopped_line(3, 10) == "stopped and saved at step 3 of 10; the same command goes on"
+    assert stopped_line("step 3 of 10") == "stopped and saved at step 3 of 10; the same command goes on"
 
 
 def test_without_matplotlib_a_run_says_how_to_get_it(

@@ -22,6 +22,8 @@ from accelerate import Accelerator
 from flipscale.engines.checkpoint import CheckpointWriter, SaveRecipe
 from flipscale.training.health import StepGuard
 from flipscale.training.preemption import StopRequest
+from flipscale.training.budget.progress import Progress
+from flipscale.training.schedule import StageRecipe, plan_stages
 from flipscale.training.step import StepLoss
 from flipscale.training.watch import StepWatch
 
@@ -36,9 +38,11 @@ def batches():
 watch = StepWatch(accelerator, Path(sys.argv[1]), hang_seconds=6)
 checkpoints = CheckpointWriter(accelerator, Path(sys.argv[1]), SaveRecipe(), None)
 guard = StepGuard(accelerator, StopRequest(watches_file=False), checkpoints, watch)
+progress = Progress(plan_stages([StageRecipe("only", 300, base_lr=0.1)], 10), 0)
 with watch:
     for step, batch in enumerate(watch.timed(batches(), 0)):
-        guard.agree(step, batch.stage, StepLoss(torch.tensor(1.0), {}), torch.tensor(1.0), [])
+        guard.agree(progress, StepLoss(torch.tensor(1.0), {}), torch.tensor(1.0), [])
+        progress.advance()
         for verdict in guard.verdicts(settle=False):
             assert verdict.step == step - 1
 """

@@ -24,13 +24,13 @@ def trouble(poisoned: Collection[int] = (), stopped: int | None = None, killed: 
     is_last = int(os.environ.get("RANK", "0")) == int(os.environ.get("WORLD_SIZE", "1")) - 1
     agree, read = StepGuard.agree, StepGuard._read
 
-    def agree_in_trouble(guard, step, stage, found, *others):
-        if is_last and step in poisoned:
+    def agree_in_trouble(guard, progress, found, *others):
+        if is_last and progress.step in poisoned:
             # The gradients are finite: only the processes' agreement can leave the step out.
             found = found._replace(loss=found.loss * torch.nan)
-        if is_last and step == stopped:
+        if is_last and progress.step == stopped:
             guard.request._received = "SIGTERM received"
-        return agree(guard, step, stage, found, *others)
+        return agree(guard, progress, found, *others)
 
     def read_or_die(guard, unread):
         if unread.step == killed:

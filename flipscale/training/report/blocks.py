@@ -20,23 +20,26 @@ def first_block(
         device: the name of what a process computes on.
         precision: of its products, in words.
     """
-    batch, total = recipe.data.global_batch_size, plan.stages[-1].last_step
+    batch = recipe.data.global_batch_size
     accelerator, run_dir = start.accelerator, recipe.output_dir
     processes, side = accelerator.num_processes, recipe.model_config().vision_config.image_size
-    epochs = total * batch / len(plan.source)
+    timed, last = recipe.budget_minutes is not None, plan.stages[-1].last
+    stages = ", ".join(_stage_words(stage, timed) for stage in plan.stages)
+    seen = "" if timed else f", each seen {_about(last * batch / len(plan.source))} times"
+    length = f"of {batch:,} pairs for {recipe.budget_minutes:g} min" if timed else f"{last:,} of {batch:,} pairs"
     rows = [
         ("model", f"{_millions(num_parameters)} parameters, images of {side} x {side} pixels"),
-        ("data", f"{len(plan.source):,} pairs of {_data_name(recipe)}, each seen {_about(epochs)} times"),
-        ("steps", f"{total:,} of {batch:,} pairs: {', '.join(map(_stage_words, plan.stages))}"),
+        ("data", f"{len(plan.source):,} pairs of {_data_name(recipe)}{seen}"),
+        ("steps", f"{length}: {stages}"),
         ("device", device),
         ("precision", precision),
         ("processes", f"{processes}, {engine}" if processes > 1 else "1"),
-        ("evaluation", _evaluation_words(plan)),
+        ("evaluation", _evaluation_words(plan, recipe.eval.every_share)),
         ("run folder", f"{run_dir}; `flipscale status {run_dir} --watch` follows it"),
     ]
     head = f"training {run_dir}"
     if start.step:
-        head = f"going on with {run_dir} from step {start.step:,} of {total:,}"
+        head = f"going on with {run_dir} from step {start.step:,}{'' if timed else f' of {last:,}'}"
     return _block(head, rows)
 
 
@@ -80,17 +83,21 @@ def _data_name(recipe: Recipe) -> str:
     return recipe.data.shards or ", ".join(sources)
 
 
-def _stage_words(stage: Stage) -> str:
+def _stage_words(stage: Stage, timed: bool) -> str:
     masked = f"at {stage.mask_ratio:.0%} masked" if stage.mask_ratio else "unmasked"
-    words = f"{stage.last_step - stage.first_step:,} {masked}"
+    length = stage.last - stage.first
+    words = f"{f'{length:.1%}' if timed else f'{length:,}'} {masked}"
     return words if stage.name in words.split() else f"{words} ({stage.name})"
 
 
-def _evaluation_words(plan: Plan) -> str:
+def _evaluation_words(plan: Plan, every_share: float) -> str:
     if not plan.tasks:
         return "none; `eval` of the recipe names test sets"
-    by_interval: dict[int, list[str]] = {}
+    by_interval: dict[str, list[str]] = {}
     for task in plan.tasks:
-        by_interval.setdefault(task.every_samples or 0, []).append(task.name)
-    parts = [f"{', '.join(names)}{f' every {every:,} pairs' * bool(every)}" for every, names in by_interval.items()]
+        every = f" every {task.every_samples:,} pairs" if task.every_samples else ""
+        if task.every_samples is None:
+            every = f" every {every_share:.1%} of the time"
+        by_interval.setdefault(every, []).append(task.name)
+    parts = [f"{', '.join(names)}{every}" for every, names in by_interval.items()]
     return f"{'; '.join(parts)}{', and' * any(by_interval)} at the end"

@@ -6,15 +6,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flipscale.training.report.command import how_to_go_on
-from flipscale.training.schedule import Stage, stage_of
 
 if TYPE_CHECKING:
     from flipscale.evaluation.results import Result
 
 
-def stopped_line(step: int, total: int) -> str:
-    """Return that a run has saved and ends, and how it goes on."""
-    return f"stopped and saved at step {step:,} of {total:,}; {how_to_go_on()}"
+def stopped_line(place: str) -> str:
+    """Return that a run has saved and ends, and how it goes on.
+
+    Args:
+        place: where it ends, as `Progress.place` says.
+    """
+    return f"stopped and saved at {place}; {how_to_go_on()}"
 
 
 def saved_line(step: int, checkpoint: Path) -> str:
@@ -22,18 +25,17 @@ def saved_line(step: int, checkpoint: Path) -> str:
     return f"step {step:,}: saved {checkpoint}"
 
 
-def interval_line(step: int, total: int, record: Mapping[str, Any], left: float) -> str:
+def interval_line(done: str, record: Mapping[str, Any], left: float | None) -> str:
     """Return how a run goes.
 
     Args:
-        step: how many steps are done.
-        total: how many it has.
+        done: how far it is, as `Progress.words` says.
         record: of the interval, as `metrics.jsonl` has it.
-        left: the seconds that it still takes.
+        left: the seconds that it still takes, None at its end.
     """
     loss = f"{record['loss']:.3f}" if math.isfinite(record["loss"]) else "not finite"
     parts = [
-        f"step {step:,} of {total:,} ({step / total:.1%}), {record['stage']}: loss {loss}",
+        f"{done}, {record['stage']}: loss {loss}",
         f"learning rate {record['lr']:.2g}",
         f"{record['images_per_s']:,.0f} images/s",
         f"{record['data_wait_share']:.0%} waiting for data",
@@ -43,7 +45,7 @@ def interval_line(step: int, total: int, record: Mapping[str, Any], left: float)
         parts.append(f"{replaced:,} bad sample{'s' * (replaced != 1)} replaced")
     if skipped:
         parts.append(f"{skipped:,} step{'s' * (skipped != 1)} skipped as not finite")
-    return ", ".join([*parts, f"{duration(left)} left"] if step < total else parts)
+    return ", ".join(parts if left is None else [*parts, f"{duration(left)} left"])
 
 
 def results_line(step: int, results: Sequence["Result"]) -> str:
@@ -55,18 +57,6 @@ def results_line(step: int, results: Sequence["Result"]) -> str:
 def expected_line(seconds: float, step_seconds: float) -> str:
     """Return how long a run takes from now on."""
     return f"about {duration(seconds)} to go at {step_seconds:.2g} s a step, evaluations and saves left out"
-
-
-def seconds_left(stages: Sequence[Stage], pair_flops: Mapping[str, int], step: int, step_seconds: float) -> float:
-    """Return how long the steps from `step` on take, those of other stages by their operations.
-
-    Args:
-        pair_flops: the operations of a pair in each stage, by its name.
-        step_seconds: of the step before.
-    """
-    measured = pair_flops[stage_of(stages, step - 1).name]
-    left = ((one.name, one.last_step - max(one.first_step, step)) for one in stages)
-    return sum(step_seconds * pair_flops[name] / measured * steps for name, steps in left if steps > 0)
 
 
 def duration(seconds: float) -> str:

@@ -1,0 +1,235 @@
+"""A run with a time budget: its schedule is a function of the share of the budget that is used, by a clock on which all
+processes agree, and which goes on where a checkpoint left it."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import cut, metrics, pretrain
+
+from flipscale.status import as_line, read_status
+from flipscale.training.budget.progress import Progress, TimedProgress
+from flipscale.training.schedule import Stage, StageRecipe, has_passed, plan_stages, stage_of
+
+STAGES = [
+    StageRecipe("masked", mask_ratio=0.75, base_lr=0.16, share=0.6, warmup_share=0.1),
+    StageRecipe("whole", share=0.2),
+    StageRecipe("tuned", base_lr=0.016, share=0.2),
+]
+BUDGET = {
+    "budget_minutes": 0.08,
+    "stages": [
+        {"name": "masked", "share": 0.6, "mask_ratio": 0.75, "base_lr": 0.012, "warmup_share": 0.1},
+        {"name": "unmasked", "share": 0.4, "base_lr": 0.006},
+    ],
+    "save": {"every_samples": 32, "total_limit": 1000},
+}
+
+
+def plan() -> list[Stage]:
+    return plan_stages(STAGES, 16, 10.0)
+
+
+def test_stages_and_rates_are_shares_of_the_budget() -> None:
+    masked, whole, tuned = plan()
+    assert [(stage.first, stage.last) for stage in plan()] == [(0, 0.6), (0.6, pytest.approx(0.8)), (whole.last, 1.0)]
+    assert (whole.schedule_first, whole.schedule_last) == (0, whole.last)
+    assert masked.learning_rate(0.05) == pytest.approx(0.5 * masked.peak_lr)
+    assert masked.learning_rate(0.45) == pytest.approx(0.5 * masked.peak_lr)
+    assert tuned.learning_rate(1.0) == pytest.approx(0.0)
+    assert [stage_of(plan(), share).name for share in (0.59, 0.6, 0.79, 0.81, 1.2)] == [
+        *("masked", "whole", "whole", "tuned", "tuned")
+    ]
+    assert [has_passed(before, after, 0.25) for before, after in ((0.0, 0.24), (0.24, 0.25), (0.3, 0.8))] == [
+        *(False, True, True)
+    ]
+
+
+class Clocks:
+    """Two processes of one run, whose clocks differ; the second one hears of the first one's."""
+
+    def __init__(self, state: dict | None = None, step: int = 0):
+        self.seconds = [0.0, 0.0]
+        self.ranks = [TimedProgress(plan(), step, 600.0, state or {}) for _ in range(2)]
+        self.unread: list[tuple[int, list[float]]] = []
+
+    def step(self, seconds: float) -> float:
+        """Take a step of so many seconds, and return its position. What is said in it is heard in the next one."""
+        positions = {progress.position for progress in self.ranks}
+        self.seconds = [self.seconds[0] + seconds, self.seconds[1] + 1.3 * seconds]
+        paces = [progress.pace(self.seconds[rank], rank == 0) for rank, progress in enumerate(self.ranks)]
+        said = [sum(numbers) for numbers in zip(*paces, strict=True)]
+        self.unread.append((self.ranks[0].step, said))
+        for progress in self.ranks:
+            progress.advance()
+        if len(self.unread) > 1:
+            for progress in self.ranks:
+                progress.hear(*self.unread[0])
+            self.unread.pop(0)
+        (position,) = positions
+        return position
+
+
+def test_all_processes_are_at_one_position_by_the_first_one_s_clock() -> None:
+    run, afresh = Clocks(), []
+    positions = []
+    while not run.ranks[0].is_over:
+        if run.ranks[0].starts_afresh:
+            afresh.append(run.ranks[0].stage.name)
+        positions.append(run.step(4.0 if positions and positions[-1] < 0.6 else 9.0))
+    assert positions == sorted(positions)
+    # The middle of a step, but for the first few of a stage, whose length is not known yet.
+    assert positions[50] == pytest.approx((9 + 49 * 4 + 2) / 600, abs=0.002)
+    assert run.seconds[0] == pytest.approx(600, abs=5.0), "half a step"
+    assert afresh == ["masked", "tuned"]
+    assert [progress.is_over for progress in run.ranks] == [True, True]
+
+
+def test_a_step_that_is_late_or_a_pause_of_the_clock_moves_it_no_further() -> None:
+    run = Clocks()
+    for _ in range(20):
+        run.step(4.0)
+    run.step(60.0)
+    assert run.step(4.0) < run.step(4.0) <= (20 * 4 + 60 + 2.5 * 4) / 600
+
+
+def test_the_clock_goes_on_where_the_checkpoint_left_it() -> None:
+    run = Clocks()
+    while run.step(4.0) < 0.8:
+        pass
+    progress = run.ranks[0]
+    state = {**progress.state(), "trained_seconds": run.seconds[0]}
+    resumed = Clocks(json.loads(json.dumps(state)), progress.step)
+    (first,) = {rank.position for rank in resumed.ranks}
+    assert (first, resumed.ranks[0].starts_afresh) == (progress.position, progress.starts_afresh)
+
+
+def test_a_schedule_in_steps_is_what_it_was() -> None:
+    stages = plan_stages([StageRecipe("a", 100, 0.75, 0.256, 20), StageRecipe("c", 40, 0.0, 0.0256)], 10)
+    progress, seen = Progress(stages, 9), []
+    while not progress.is_over:
+        seen.append((progress.step, progress.stage.name, progress.starts_afresh))
+        progress.advance()
+    assert seen == [(9, "a", False), (10, "c", True), (11, "c", False), (12, "c", False), (13, "c", False)]
+    assert (progress.step, progress.starts_afresh, progress.pace(1.0, True), progress.state()) == (14, False, [], {})
+
+
+@pytest.mark.parametrize(
+    ("changes", "budget", "message"),
+    [
+        ({"samples": 100}, 1.0, "stage 'a': samples is a count, and the run ends by its clock .* give its share"),
+        ({"warmup_samples": 9}, 1.0, "stage 'a': warmup_samples is a count, .* give its warmup_share of the budget"),
+        ({"share": None}, 1.0, "stage 'a' has no share; say which share of budget_minutes it has"),
+        ({"share": 0.7}, 1.0, "the shares of the stages add up to 0.7; they must add up to 1"),
+        ({"share": 0.0}, 1.0, r"stages\[0\].share is 0.0; it must be above 0 and at most 1"),
+        ({"warmup_share": 0.99999}, 1.0, None),
+        ({"share": None, "base_lr": 0.1}, None, "stage 'a' has no samples; say how many pairs it sees"),
+        ({}, None, "stage 'a': share is of budget_minutes, which is not set"),
+        ({"share": None, "warmup_share": 0.1}, None, "stage 'a': warmup_share is of budget_minutes, which is not set"),
+    ],
+)
+def test_a_length_in_the_wrong_unit_is_refused(changes: dict, budget: float | None, message: str | None) -> None:
+    stages = [StageRecipe(**{"name": "a", "base_lr": 0.1, "share": 1.0, **changes})]
+    if message is None:
+        plan_stages(stages, 10, budget)
+        return
+    with pytest.raises(ValueError, match=message):
+        plan_stages(stages, 10, budget)
+
+
+def test_a_warm_up_longer_than_its_schedule_is_refused() -> None:
+    stages = [StageRecipe("a", base_lr=0.1, share=0.5, warmup_share=0.5), StageRecipe("b", base_lr=0.1, share=0.5)]
+    with pytest.raises(ValueError, match=r"a warm-up of 0\.5 of the budget is not shorter than its schedule of 0.5"):
+        plan_stages(stages, 10, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"budget_minutes": 0}, "budget_minutes is 0.0; it must be above 0"),
+        ({"log": {"every_share": 0.1}}, "log.every_share is 0.1 of budget_minutes, which is not set; set that, or use"),
+        ({"eval": {"every_share": 0.1}}, "eval.every_share is 0.1 of budget_minutes, which is not set"),
+        (
+            {**BUDGET, "eval": {"every_share": 0.1, "every_samples": 16}},
+            "eval.every_share is 0.1 and eval.every_samples is 16; leave one of them out",
+        ),
+        ({"budget_minutes": 1}, "stage 'masked': samples is a count, and the run ends by its clock (budget_minutes)"),
+    ],
+)
+def test_what_does_not_go_with_a_budget_is_one_line(write_recipe, tmp_path: Path, changes: dict, message: str) -> None:
+    done = pretrain(write_recipe(tmp_path / "run", **changes))
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert message in done.stderr
+
+
+@pytest.fixture(scope="module")
+def timed_run(recipe: dict, shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two processes that ends by its clock, evaluated at each third of its time."""
+    folder = tmp_path_factory.mktemp("timed")
+    log = {"every_share": 0.1, "report_to": []}
+    evaluated = {"every_share": 1 / 3, "zero_shot": str(shards), "num_workers": 0}
+    changed = {**recipe, **BUDGET, "log": log, "eval": evaluated, "output_dir": str(folder / "run")}
+    (folder / "run.yaml").write_text(yaml.safe_dump(changed))
+    done = pretrain(folder / "run.yaml", 2)
+    assert done.returncode == 0, done.stderr
+    return folder / "run"
+
+
+def schedule_of(run_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (run_dir / "schedule.jsonl").read_text().splitlines()]
+
+
+def assert_explained(run_dir: Path) -> list[dict]:
+    """Every step is recorded with its share of the budget and its rate, which is the schedule's at that share."""
+    recipe = yaml.safe_load((run_dir / "recipe.yaml").read_text())
+    stages = plan_stages([StageRecipe(**stage) for stage in recipe["stages"]], 16, recipe["budget_minutes"])
+    found = schedule_of(run_dir)
+    assert [step["step"] for step in found] == list(range(1, len(found) + 1))
+    shares = [step["budget_used"] for step in found]
+    assert shares == sorted(shares)
+    assert shares[-1] < 1
+    assert [step["lr"] for step in found] == [stage_of(stages, share).learning_rate(share) for share in shares]
+    for record in metrics(run_dir):
+        if "lr" in record:
+            assert record["lr"] == found[record["step"] - 1]["lr"]
+            assert record["stage"] == stage_of(stages, found[record["step"] - 1]["budget_used"]).name
+    return found
+
+
+def test_a_run_ends_by_its_clock_and_says_what_its_schedule_was(timed_run: Path) -> None:
+    steps = assert_explained(timed_run)
+    records = metrics(timed_run)
+    assert records[-1]["trained_seconds"] > 0.5 * 4.8, "it ended before its time"
+    evaluated = [record["step"] for record in records if "zero_shot/top1" in record]
+    assert evaluated[-1] == records[-1]["step"] == len(steps)
+    assert (timed_run / "DONE").exists()
+    card = (timed_run / "model/README.md").read_text()
+    assert "| masked | 60.0% of the time | 75% |" in card
+    status = read_status(timed_run, 0.0)
+    assert (status["total_samples"], status["samples_seen"]) == (None, 16 * len(steps))
+    assert "done, 100.0% of 0.08 min, " in as_line(status)
+
+
+def test_a_killed_run_repeats_the_lost_steps_and_its_clock_goes_on(timed_run: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    before = schedule_of(timed_run)
+    saved = sorted(int(path.name[5:]) for path in (timed_run / "checkpoints").iterdir())
+    step = saved[(len(saved) - 1) // 2]
+    cut(timed_run, copy, step)
+    recipe = yaml.safe_load((timed_run / "recipe.yaml").read_text())
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({**recipe, "output_dir": str(copy)}))
+    done = pretrain(tmp_path / "run.yaml")
+    assert done.returncode == 0, done.stderr
+    after = assert_explained(copy)
+    assert after[:step] == before[:step]
+    state = json.loads((timed_run / f"checkpoints/step-{step:08d}/state.json").read_text())
+    assert after[step]["budget_used"] == state["budget_used"]
+    assert state["budget_before"] == before[step - 1]["budget_used"]
+    assert metrics(copy)[-1]["trained_seconds"] > state["trained_seconds"]
+    longer = yaml.safe_dump({**recipe, "budget_minutes": 9, "output_dir": str(copy)})
+    (tmp_path / "run.yaml").write_text(longer)
+    changed = pretrain(tmp_path / "run.yaml")
+    assert (changed.returncode, changed.stderr.count("\n")) == (2, 1)
+    assert "holds a run of another recipe (budget_minutes: 0.08, now 9.0)" in changed.stderr
