@@ -3,7 +3,7 @@
 import argparse
 
 from flipscale.files.command_line import number, output_folder
-from flipscale.files.ranges import MinutesAboveNone
+from flipscale.files.ranges import Count, MinutesAboveNone
 from flipscale.studies.race import race
 
 
@@ -20,13 +20,21 @@ def add_race_arguments(parser: argparse.ArgumentParser) -> None:
         "recipes",
         nargs="+",
         help="Recipe files or names. The model of the first one is exported. Those that differ in their seed alone get "
-        "their mean and standard deviation, too, and bars in the figures.",
+        "their mean with its interval, too, and a band in the figures.",
     )
     parser.add_argument(
         "--minutes",
         type=number(MinutesAboveNone),
         required=True,
-        help="How long every recipe trains; all train at the same time.",
+        help="How long every recipe trains, by its own clock, which stands still in evaluations and saves. A recipe's "
+        "stages have their shares of this time.",
+    )
+    parser.add_argument(
+        "--seeds",
+        type=number(Count),
+        default=1,
+        help="Train every recipe with so many seeds, from its own on. The runs of a seed train at the same time, one "
+        "seed after the other; 1 by default.",
     )
     parser.add_argument(
         "--output_dir", type=output_folder, required=True, help="The folder for runs, table, figures and model."
@@ -43,4 +51,4 @@ def run(args: argparse.Namespace) -> None:
         ValueError: it cannot be run as asked.
         OSError: a run failed.
     """
-    race(args.recipes, args.minutes, args.output_dir, args.baselines)
+    race(args.recipes, args.minutes, args.seeds, args.output_dir, args.baselines)

@@ -10,29 +10,13 @@ from pathlib import Path
 from flipscale.evaluation.recipe import EvalRecipe
 from flipscale.evaluation.results import read_metrics
 from flipscale.files.aside import write_text
-from flipscale.training.recipe import LogRecipe, Recipe, to_yaml
+from flipscale.training.recipe import Recipe, to_yaml
+from flipscale.training.report.recipe import LogRecipe
 
 # A stage's metrics are written so many times, of which the last counts: the first ones hold its start-up.
 _RECORDS = 4
 _ENDLESS = 1000
 _LOOK_SECONDS = 0.1
-
-
-def shortened(recipe: Recipe, num_steps: int, run_dir: Path) -> Recipe:
-    """Return the recipe with stages of `num_steps` steps and nothing besides, which trains in `run_dir`."""
-    samples = num_steps * recipe.data.global_batch_size
-    return dataclasses.replace(
-        recipe,
-        stages=[dataclasses.replace(stage, samples=samples, warmup_samples=0) for stage in recipe.stages],
-        log=LogRecipe(every_samples=samples // _RECORDS, report_to=[]),
-        eval=EvalRecipe(),
-        output_dir=str(run_dir),
-    )
-
-
-def stage_rates(recipe: Recipe) -> list[float]:
-    """Return the pairs a second of each stage of a shortened recipe that has been trained."""
-    return [_records(recipe, stage.name)[-1] for stage in recipe.stages]
 
 
 def _records(recipe: Recipe, stage: str) -> list[float]:
@@ -48,12 +32,19 @@ def measured_rates(recipe: Recipe, num_steps: int, folder: Path) -> list[float]:
     Raises:
         ValueError, OSError: the recipe cannot be trained; its own last line is in the message.
     """
-    short = shortened(recipe, num_steps, folder / "run")
-    *earlier, last = short.stages
+    samples = num_steps * recipe.data.global_batch_size
+    *earlier, last = [dataclasses.replace(stage, samples=samples, warmup_samples=0) for stage in recipe.stages]
     # It is told to stop there: a run that comes to its end exports its model and draws figures, which take longer.
-    endless = dataclasses.replace(last, samples=_ENDLESS * last.samples)
+    endless = dataclasses.replace(last, samples=_ENDLESS * samples)
+    short = dataclasses.replace(
+        recipe,
+        stages=[*earlier, endless],
+        log=LogRecipe(every_samples=samples // _RECORDS, report_to=[]),
+        eval=EvalRecipe(),
+        output_dir=str(folder / "run"),
+    )
     file, log = folder / "recipe.yaml", folder / "log"
-    write_text(file, to_yaml(dataclasses.replace(short, stages=[*earlier, endless])))
+    write_text(file, to_yaml(short))
     command = [sys.executable, "-m", "flipscale.pretrain", "--config", str(file.absolute())]
     environment = {"TOKENIZERS_PARALLELISM": "false", **os.environ}
     with open(log, "wb") as output:
@@ -69,4 +60,4 @@ def measured_rates(recipe: Recipe, num_steps: int, folder: Path) -> list[float]:
         kind = ValueError if process.returncode == 2 else OSError
         words = said.removeprefix("flipscale: error: ")
         raise kind(f"a few steps to measure the speed ended with exit code {process.returncode}: {words}")
-    return stage_rates(short)
+    return [_records(short, stage.name)[-1] for stage in short.stages]

@@ -10,59 +10,85 @@ from typing import TYPE_CHECKING
 
 import yaml
 
-from flipscale.evaluation.reports.comparison import comparison_table, read_curve, record_baselines
-from flipscale.files.aside import partial_path, refuse_unwritable, remove, write_text, written_aside
-from flipscale.planning.calibration import shortened, stage_rates
-from flipscale.studies.runs import StudyRun, train
-from flipscale.training.recipe import Recipe, differences, parse_recipe, to_yaml
-from flipscale.training.schedule import StageRecipe
+from flipscale.evaluation.reports.comparison import (
+    Curve,
+    comparison_table,
+    read_curve,
+    record_baselines,
+    seed_suffix,
+)
+from flipscale.evaluation.reports.seeds import times_to_equal
+from flipscale.files.aside import refuse_unwritable, write_text, written_aside
+from flipscale.files.plain_file import plain_text
+from flipscale.studies.runs import StudyRun, in_time, train
+from flipscale.training.recipe import Recipe, differences, parse_recipe
 
 if TYPE_CHECKING:
     from flipscale.data.pairs import PairDataset
 
-CALIBRATION_STEPS = 100
 # Tells a folder of a study from others'.
 _MARK = "study.json"
 # Beside the runs.
 _RESERVED = ("model", "figures")
+# Clocks that differ by more are no equal ones.
+_MOST_UNEQUAL = 0.01
 
 
-def race(recipe_names: list[str], minutes: float, output_dir: Path, with_baselines: bool) -> None:
-    """Train every recipe for the same time and write a table, figures and the first recipe's model.
+def race(recipe_names: list[str], minutes: float, seeds: int, output_dir: Path, with_baselines: bool) -> None:
+    """Train every recipe for the same time, with each seed, and write a table, figures and the first recipe's model.
+
+    The runs of one seed train side by side, the seeds one after the other.
 
     Raises:
         ValueError: fewer cores than recipes, a recipe that cannot be run, or a folder that holds something else.
         OSError: a run failed.
     """
-    # torch, and what draws with it, takes seconds to import, so it is where it is needed: `--help` waits for nothing.
+    # torch takes seconds to import, so it is where it is needed: `--help` waits for nothing.
     import torch
 
-    from flipscale.evaluation.reports.figures import draw_loss, draw_masks, draw_patches, draw_result, result_figures
-
     names = [Path(recipe).stem for recipe in recipe_names]
-    _refuse_folder(output_dir, recipe_names, names)
+    _refuse_folder(output_dir, recipe_names, names, seeds)
     if not torch.cuda.is_available() and (os.cpu_count() or 1) < len(recipe_names):
         raise ValueError(
             f"{len(recipe_names)} recipes need as many cores, there are {os.cpu_count()}; run fewer at once"
         )
     recipes = [parse_recipe(["--config", recipe]) for recipe in recipe_names]
-    runs = _plan(names, recipes, minutes * 60, output_dir)
-    train(runs, "training")
+    heats = _plan(names, recipes, minutes, seeds, output_dir)
+    for number, heat in enumerate(heats):
+        train(heat, "training" if seeds == 1 else f"seed {number + 1} of {seeds}:")
+    runs = [run for heat in heats for run in heat]
     if with_baselines:
         _record_baselines(runs)
+    _report(runs, output_dir)
+
+
+def _report(runs: list[StudyRun], output_dir: Path) -> None:
+    """Write the table, the figures and the model of the first run, and print the table."""
+    from flipscale.evaluation.reports.figures import draw_loss, draw_masks, draw_patches, draw_result, result_figures
+
     curves = [read_curve(run.run_dir) for run in runs]
-    table = comparison_table(curves)
+    table = "\n\n".join([comparison_table(curves), *times_to_equal(curves), *_unequal_clocks(curves)])
     figures = output_dir / "figures"
     figures.mkdir(exist_ok=True)
     draw_loss(curves, figures / "loss.png")
-    for name, result in result_figures(curves).items():
+    for number, (name, result) in enumerate(result_figures(curves).items()):
         draw_result(curves, result, figures / f"{name}.png")
+        if number == 0:
+            shutil.copyfile(figures / f"{name}.png", output_dir / "accuracy.png")
     masked, whole = _datasets(runs[0].recipe)
     draw_patches(masked, whole, figures / "patches.png")
     draw_masks(whole, figures / "masks.png")
     write_text(output_dir / "table.md", table + "\n")
     model = _take_model(runs[0].run_dir, output_dir / "model")
-    print(f"\n{table}\n\nfigures: {figures}/*.png   model: {model}")
+    print(f"\n{table}\n\nfigures: {output_dir}/accuracy.png, {figures}/*.png   model: {model}")
+
+
+def _unequal_clocks(curves: list[Curve]) -> list[str]:
+    """Return a line that says so where the runs trained for different times."""
+    seconds = [curve.records[-1]["trained_seconds"] for curve in curves]
+    if max(seconds) <= (1 + _MOST_UNEQUAL) * min(seconds):
+        return []
+    return [f"The clocks differ by {max(seconds) / min(seconds) - 1:.1%}: the runs do not compare at equal time."]
 
 
 def _record_baselines(runs: list[StudyRun]) -> None:
@@ -99,25 +125,11 @@ def _take_model(run_dir: Path, model: Path) -> Path:
     return model
 
 
-def _calibrate(names: list[str], recipes: list[Recipe], output_dir: Path) -> list[list[float]]:
-    """Return the images a second of every stage of every recipe, measured with all recipes running at once."""
-    folder = partial_path(output_dir / "calibration")
-    remove(folder)
-    runs = []
-    for name, recipe in zip(names, recipes, strict=True):
-        short = shortened(recipe, CALIBRATION_STEPS, folder / name)
-        runs.append(StudyRun(name, short))
-    train(runs, "calibrating")
-    rates = [stage_rates(run.recipe) for run in runs]
-    remove(folder)
-    return rates
-
-
-def _refuse_folder(output_dir: Path, recipes: list[str], names: list[str]) -> None:
+def _refuse_folder(output_dir: Path, recipes: list[str], names: list[str], seeds: int) -> None:
     """Raise unless `output_dir` is this study's, or can become it.
 
     Raises:
-        ValueError: two recipes have one name, or the folder holds something that no study wrote.
+        ValueError: two recipes have one name, or the folder holds something that no study wrote, or another study.
     """
     for place, name in enumerate(names):
         if name in names[:place]:
@@ -130,79 +142,68 @@ def _refuse_folder(output_dir: Path, recipes: list[str], names: list[str]) -> No
         if not name.isprintable():
             raise ValueError(f"{recipes[place]} has characters in its name that no run's may have; rename the file")
     refuse_unwritable(output_dir)
-    if not output_dir.exists() or (output_dir / _MARK).exists():
+    if not output_dir.exists():
+        return
+    mark = output_dir / _MARK
+    if mark.exists():
+        begun = _begun(mark)
+        # More seeds, or fewer of them, are the same study.
+        if begun and (begun["recipes"], begun["seeds"] > 1) != (names, seeds > 1):
+            words = f"{', '.join(begun['recipes'])}{' with seeds' if begun['seeds'] > 1 else ''}"
+            raise ValueError(f"{output_dir} holds a study of {words}; name another folder")
         return
     there = [path for path in sorted(output_dir.iterdir()) if not path.name.startswith(".")]
-    if there and not all(_is_plan(output_dir / f"{name}.yaml", output_dir / name) for name in names):
+    if there:
         raise ValueError(f"{output_dir} holds {there[0].name}, which no study wrote; name a new or an empty folder")
 
 
-def _is_plan(file: Path, run_dir: Path) -> bool:
-    """Return whether a file is the recipe of a study that was begun before studies had a mark."""
-    return run_dir.is_dir() and file.is_file() and _load(file).output_dir == str(run_dir)
+def _begun(mark: Path) -> dict | None:
+    """Return what a study says of itself; None where that is damaged: the recipes beside the runs say it too."""
+    try:
+        found = json.loads(plain_text(mark))
+        return {"recipes": [str(name) for name in found["recipes"]], "seeds": int(found.get("seeds", 1))}
+    except (ValueError, OSError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
 
 
-def _load(file: Path) -> Recipe:
-    # Absolute: a name may begin with a dash.
-    return parse_recipe(["--config", str(file.absolute())])
-
-
-def _plan(names: list[str], recipes: list[Recipe], seconds: float, output_dir: Path) -> list[StudyRun]:
-    """Return the recipes with their stages stretched to last `seconds`, also written to `output_dir/NAME.yaml`.
-
-    A study that was interrupted keeps the lengths that it began with.
+def _plan(
+    names: list[str], recipes: list[Recipe], minutes: float, seeds: int, output_dir: Path
+) -> list[list[StudyRun]]:
+    """Return the runs of each seed, with recipes that end by their clock, also written to `output_dir/RUN.yaml`.
 
     Raises:
-        ValueError: it began with other recipes.
+        ValueError: the study was begun with other recipes, or another time.
     """
+    heats = []
+    for number in range(seeds):
+        heat = []
+        for name, recipe in zip(names, recipes, strict=True):
+            seed = recipe.seed + number
+            own = name if seeds == 1 else name + seed_suffix(seed)
+            timed = dataclasses.replace(in_time(recipe, minutes), seed=seed, output_dir=str(output_dir / own))
+            heat.append(StudyRun(own, timed))
+        heats.append(heat)
+    for run in (run for heat in heats for run in heat):
+        _refuse_change(run)
     output_dir.mkdir(parents=True, exist_ok=True)
-    write_text(output_dir / _MARK, json.dumps({"recipes": names, "minutes": seconds / 60}) + "\n")
-    files = [output_dir / f"{name}.yaml" for name in names]
-    if all(file.exists() for file in files):
-        runs = [StudyRun(file.stem, _load(file)) for file in files]
-        for run, recipe in zip(runs, recipes, strict=True):
-            _refuse_change(run, recipe)
-        return runs
-    begun = [name for name in names if (output_dir / name / "recipe.yaml").exists()]
-    if begun:
-        raise ValueError(f"{output_dir} holds a study of {', '.join(begun)} and others; name another folder")
-    for file, recipe, rates in zip(files, recipes, _calibrate(names, recipes, output_dir), strict=True):
-        planned = sum(stage.samples / rate for stage, rate in zip(recipe.stages, rates, strict=True))
-        stages = [_stretched(stage, seconds / planned, recipe.data.global_batch_size) for stage in recipe.stages]
-        total = sum(stage.samples for stage in stages)
-        scaled = dataclasses.replace(
-            recipe,
-            stages=stages,
-            log=dataclasses.replace(recipe.log, every_samples=max(total // 60, 1)),
-            eval=recipe.eval.every(max(total // 6, 1)),
-            output_dir=str(output_dir / file.stem),
-        )
-        write_text(file, to_yaml(scaled))
-        by_stage = ", ".join(f"{rate:,.0f}" for rate in rates)
-        print(f"{file.stem}: {by_stage} pairs/s by stage, so {total:,} pairs in {seconds:.0f} s")
-    return [StudyRun(file.stem, _load(file)) for file in files]
+    write_text(output_dir / _MARK, json.dumps({"recipes": names, "minutes": minutes, "seeds": seeds}) + "\n")
+    return heats
 
 
-def _refuse_change(run: StudyRun, recipe: Recipe) -> None:
-    """Raise if a run was planned from another recipe than it is now."""
+def _refuse_change(run: StudyRun) -> None:
+    """Raise if a run was begun with another recipe than it is now.
 
-    def without_lengths(recipe: Recipe) -> Recipe:
-        stages = [dataclasses.replace(stage, samples=1, warmup_samples=0) for stage in recipe.stages]
-        return dataclasses.replace(recipe, stages=stages)
-
-    changed = differences(without_lengths(recipe), yaml.safe_load(to_yaml(without_lengths(run.recipe))))
+    Raises:
+        ValueError: it was.
+    """
+    file = run.beside("yaml")
+    if not file.exists():
+        return
+    changed = differences(run.recipe, yaml.safe_load(plain_text(file)))
     if changed:
         raise ValueError(
             f"{run.run_dir} was begun with another recipe of that name ({'; '.join(changed)}); name another output_dir"
         )
-
-
-def _stretched(stage: StageRecipe, factor: float, batch_size: int) -> StageRecipe:
-    """Return a stage of `factor` times the samples, a step's at least."""
-    samples = max(round(stage.samples * factor), batch_size)
-    return dataclasses.replace(
-        stage, samples=samples, warmup_samples=min(round(stage.warmup_samples * factor), samples)
-    )
 
 
 def _datasets(recipe: Recipe) -> tuple["PairDataset", "PairDataset"]:

@@ -1,5 +1,6 @@
 """The runs of a study, and their training side by side, one process each on its share of the cores."""
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -15,6 +16,7 @@ from tqdm import tqdm
 from flipscale.evaluation.results import read_metrics
 from flipscale.files.aside import write_text
 from flipscale.training.recipe import Recipe, to_yaml
+from flipscale.training.schedule import StageRecipe, plan_stages
 
 _POLL_SECONDS = 2.0
 _LOOK_SECONDS = 0.2
@@ -37,12 +39,63 @@ class StudyRun:
         return self.run_dir.parent / f"{self.name}.{extension}"
 
     @property
-    def samples(self) -> int:
-        return sum(stage.samples for stage in self.recipe.stages)
+    def is_done(self) -> bool:
+        return (self.run_dir / "DONE").exists()
+
+    def share_done(self) -> float:
+        """Return how far the run is, as its last record says."""
+        last = (read_metrics(self.run_dir) or [{"trained_seconds": 0.0, "samples_seen": 0}])[-1]
+        if self.recipe.budget_minutes is not None:
+            return min(last["trained_seconds"] / (60 * self.recipe.budget_minutes), 1.0)
+        return last["samples_seen"] / sum(stage.samples or 0 for stage in self.recipe.stages)
+
+
+def in_time(recipe: Recipe, minutes: float) -> Recipe:
+    """Return a recipe as a run that ends after `minutes` of training.
+
+    Stages and warm-ups whose lengths are samples get their shares of the recipe's operations. Metrics are written sixty
+    times, evaluations run six times and checkpoints are written ten times, unless the recipe has shares of its own.
+    """
+    log, evaluated, saved = recipe.log, recipe.eval, recipe.save
+    if not log.every_share:
+        log = dataclasses.replace(log, every_share=1 / 60)
+    if not evaluated.every_share:
+        evaluated = evaluated.every(1 / 6)
+    if not saved.every_samples and not saved.every_minutes:
+        saved = dataclasses.replace(saved, every_minutes=minutes / 10)
+    stages = recipe.stages if recipe.budget_minutes is not None else _stages_in_shares(recipe)
+    return dataclasses.replace(recipe, budget_minutes=minutes, stages=stages, log=log, eval=evaluated, save=saved)
+
+
+def _stages_in_shares(recipe: Recipe) -> list[StageRecipe]:
+    """Return the stages of a recipe of samples, each with its share of the operations of all.
+
+    Raises:
+        ValueError: the recipe cannot be run as it stands.
+    """
+    from flipscale.planning.flops import pair_flops  # runs a model, and `--help` needs none
+
+    plan_stages(recipe.stages, recipe.data.global_batch_size)
+    flops = pair_flops(recipe)
+    total = sum(flops[stage.name] * (stage.samples or 0) for stage in recipe.stages)
+
+    def share(stage: StageRecipe, samples: int | None) -> float:
+        # More digits would only hide what it is.
+        return max(round(flops[stage.name] * (samples or 0) / total, 4), 0.0001 if samples else 0.0)
+
+    shares = [share(stage, stage.samples) for stage in recipe.stages]
+    shares[-1] = round(1.0 - sum(shares[:-1]), 4)
+    return [
+        dataclasses.replace(
+            stage, samples=None, warmup_samples=0, share=own, warmup_share=share(stage, stage.warmup_samples)
+        )
+        for stage, own in zip(recipe.stages, shares, strict=True)
+    ]
 
 
 def train(runs: list[StudyRun], doing: str) -> None:
-    """Train all runs at the same time to their ends, with a progress bar (or a line now and then) for each.
+    """Train those runs that are not done at the same time to their ends, with a progress bar (or a line now and then)
+    for each.
 
     When one fails, or the study is told to end, the others save and stop.
 
@@ -51,6 +104,7 @@ def train(runs: list[StudyRun], doing: str) -> None:
     """
     # Once, before any run keeps the cores busy: all runs must train in the same precision.
     environment = _environment(len(runs))
+    runs = [run for run in runs if not run.is_done]
     processes: list[subprocess.Popen] = []
     with _Signals(processes) as signals:
         for run in runs:
@@ -127,7 +181,7 @@ def _environment(num_runs: int) -> dict[str, str]:
 def _watch(runs: list[StudyRun], processes: list[subprocess.Popen], signals: _Signals, doing: str) -> None:
     """Show how far the runs are until all have ended, one has failed, or the study is told to end."""
     bars = [
-        tqdm(total=run.samples, desc=f"{doing} {run.name}", unit="pair", unit_scale=True, position=number, disable=None)
+        tqdm(total=100, desc=f"{doing} {run.name}", unit="%", position=number, disable=None)
         for number, run in enumerate(runs)
     ]
     reported = time.monotonic()
@@ -140,11 +194,9 @@ def _watch(runs: list[StudyRun], processes: list[subprocess.Popen], signals: _Si
             continue
         looked = time.monotonic()
         for run, bar in zip(runs, bars, strict=True):
-            records = read_metrics(run.run_dir)
-            if records:
-                bar.n = min(records[-1]["samples_seen"], run.samples)
-                bar.refresh()
-        if bars[0].disable and time.monotonic() - reported > _REPORT_SECONDS:
+            bar.n = round(100 * run.share_done())
+            bar.refresh()
+        if bars and bars[0].disable and time.monotonic() - reported > _REPORT_SECONDS:
             reported = time.monotonic()
             print("; ".join(_line(run, doing) for run in runs), flush=True)
     for bar in bars:
@@ -154,5 +206,4 @@ def _watch(runs: list[StudyRun], processes: list[subprocess.Popen], signals: _Si
 def _line(run: StudyRun, doing: str) -> str:
     records = read_metrics(run.run_dir)
     losses = [record["loss"] for record in records if "loss" in record]
-    seen = records[-1]["samples_seen"] if records else 0
-    return f"{doing} {run.name}: {seen / run.samples:.0%}" + (f", loss {losses[-1]:.2f}" if losses else "")
+    return f"{doing} {run.name}: {run.share_done():.0%}" + (f", loss {losses[-1]:.2f}" if losses else "")

@@ -182,7 +182,9 @@ def _mine(path: Path) -> Path:
     return path
 
 
-def _study(*names: str, prepare: Callable[[Path], object] = lambda folder: None) -> Callable[[Path], list[str]]:
+def _study(
+    *names: str, prepare: Callable[[Path], object] = lambda folder: None, minutes: str = "0.05"
+) -> Callable[[Path], list[str]]:
     """A study in `out` of recipes of these names."""
 
     def make(folder: Path) -> list[str]:
@@ -191,13 +193,13 @@ def _study(*names: str, prepare: Callable[[Path], object] = lambda folder: None)
         for name in names:
             (folder / name).parent.mkdir(exist_ok=True)
             ground.recipe(folder).replace(folder / name)
-        return ["study", "race", *names, "--minutes", "0.05", "--output_dir", "out"]
+        return ["study", "race", *names, "--minutes", minutes, "--output_dir", "out"]
 
     return make
 
 
-def _calibrates(folder: Path) -> bool:
-    file = folder / "out/.calibration.partial/a/metrics.jsonl"
+def _trains(folder: Path) -> bool:
+    file = folder / "out/a/metrics.jsonl"
     return file.exists() and len(file.read_bytes()) > 0
 
 
@@ -205,7 +207,7 @@ def _told(*numbers: int) -> Callable[[Path, list[int]], None]:
     """Signals to the study once its runs train."""
 
     def during(folder: Path, pids: list[int]) -> None:
-        wait_for(lambda: _calibrates(folder), 150.0)
+        wait_for(lambda: _trains(folder), 150.0)
         for number in numbers:
             os.kill(pids[0], number)
             time.sleep(0.05)
@@ -455,9 +457,9 @@ ATTACKS = [
         ("out holds model, which no study wrote",), _kept("out/model/m"),
     ),
     Attack(
-        "a study in a folder with a calibration of the user's",
-        _study("a.yaml", prepare=lambda f: _mine(f / "out/calibration/m")), 2,
-        ("out holds calibration, which no study wrote",), _kept("out/calibration/m"),
+        "a study in a folder with figures of the user's",
+        _study("a.yaml", prepare=lambda f: _mine(f / "out/figures/m")), 2,
+        ("out holds figures, which no study wrote",), _kept("out/figures/m"),
     ),
     Attack(
         "a study in the folder of its recipes",
@@ -472,16 +474,18 @@ ATTACKS = [
         _study("a.yaml", prepare=lambda f: _mine(f / "out")), 2, ("out is a file",), _kept("out"),
     ),
     Attack(
-        "a study whose terminal is closed", _study("a.yaml", "b c.yaml"), 128 + signal.SIGHUP, ("the runs have saved",),
+        "a study whose terminal is closed", _study("a.yaml", "b c.yaml", minutes="9"), 128 + signal.SIGHUP,
+        ("the runs have saved",),
         no_run_is_left, during=_told(signal.SIGHUP), megabytes=4000, seconds=240,
     ),
     Attack(
-        "Ctrl-C twice on a study", _study("a.yaml", "ä.yaml"), 130, ("once more to end at once", "ended before"),
+        "Ctrl-C twice on a study", _study("a.yaml", "ä.yaml", minutes="9"), 130,
+        ("once more to end at once", "ended before"),
         no_run_is_left, during=_told(signal.SIGINT, signal.SIGINT), megabytes=4000, seconds=240,
     ),
     Attack(
         "a study with a run that fails", _study("a.yaml", prepare=lambda f: shutil.rmtree(f / "data")), 2,
-        ("the run of a ended with exit code 2: ", "its output is in out/.calibration.partial/a.log"), no_run_is_left,
+        ("the run of a ended with exit code 2: ", "its output is in out/a.log"), no_run_is_left,
         megabytes=4000, seconds=240,
     ),
     Attack(

@@ -112,7 +112,7 @@ def test_prepare_index(shards: Path, tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("*.tar.index.npy"))) == 4
 
 
-def test_study_lays_recipes_side_by_side(recipe: dict, tmp_path: Path) -> None:
+def test_a_race_lays_recipes_side_by_side_for_the_same_time(recipe: dict, tmp_path: Path) -> None:
     write_shards(tmp_path / "test", [20])
     names = tmp_path / "test/classnames.txt"
     names.write_text("".join(f"a {name}\n" for name in names.read_text().splitlines()))
@@ -122,26 +122,41 @@ def test_study_lays_recipes_side_by_side(recipe: dict, tmp_path: Path) -> None:
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(changed))
     out = tmp_path / "out"
     files = [str(tmp_path / f"{name}.yaml") for name in arms]
-    command = [*FLIPSCALE, "study", "race", *files, "--minutes", "0.05", "--output_dir", str(out), "--baselines"]
-    done = launch(command)
+    command = [*FLIPSCALE, "study", "race", *files, "--minutes", "0.05", "--seeds", "2", "--output_dir", str(out)]
+    done = launch([*command, "--baselines"])
     assert done.returncode == 0, done.stderr
     table = (out / "table.md").read_text()
     assert table in done.stdout
-    labels = ["FLIP (75% masked, then tuned)", "CLIP (mask 0)", "nearest image, 16x16 pixels", "chance"]
+    labels = [f"flip (75% masked, then tuned), seed {seed}" for seed in (0, 1)]
+    labels += ["clip (mask 0), mean and its interval over 2 seeds", "nearest image, 16x16 pixels", "chance"]
     assert all(f"| {label} |" in table for label in labels)
+    assert re.search(r"^(flip|clip) reaches the last top-1 of (flip|clip) \(\d", table, re.MULTILINE)
     drawn = {path.name for path in (out / "figures").iterdir()}
     assert drawn == {"loss.png", "zero_shot.png", "patches.png", "masks.png"}
+    assert (out / "accuracy.png").read_bytes() == (out / "figures/zero_shot.png").read_bytes()
     assert FlipModel.from_pretrained(out / "model").config.vision_config.image_size == 32
     card = (out / "model/README.md").read_text()
     assert "| top-1 | nearest image, 16x16 pixels |" in card
-    assert untraced_numbers(card, out / "flip") == []
-    assert "of nearest image, 16x16 pixels" in (out / "flip/report.html").read_text()
-    before = (out / "flip/results.jsonl").read_text()
-    for name in arms:
-        seconds = metrics(out / name)[-1]["trained_seconds"]
-        assert 0.5 < seconds < 30
+    assert untraced_numbers(card, out / "flip-seed0") == []
+    assert "of nearest image, 16x16 pixels" in (out / "flip-seed0/report.html").read_text()
+    runs = [f"{name}-seed{seed}" for seed in (0, 1) for name in arms]
+    shown = yaml.safe_load((out / "flip-seed1/recipe.yaml").read_text())
+    # The masked stage has 24 of 40 steps, of fewer operations each.
+    shares = [stage["share"] for stage in shown["stages"]]
+    assert sum(shares) == 1
+    assert 0.2 < shares[0] < 0.6
+    assert (shown["seed"], shown["budget_minutes"]) == (1, 0.05)
+    for name in runs:
+        assert metrics(out / name)[-1]["trained_seconds"] > 1.5, "it ended before its time"
+    before = {name: (out / name / "results.jsonl").read_text() for name in runs}
 
-    again = launch(command)
+    again = launch([*command, "--baselines"])
     assert again.returncode == 0, again.stderr
-    assert "calibrating" not in again.stdout, "a finished study was begun anew"
-    assert (out / "flip/results.jsonl").read_text() == before
+    assert {name: (out / name / "results.jsonl").read_text() for name in runs} == before, "it was trained again"
+    for flag, value, said in (
+        ("--minutes", "9", "budget_minutes: 0.05, now 9.0"),
+        ("--seeds", "1", "holds a study of flip, clip with seeds"),
+    ):
+        changed = launch([*command, flag, value])
+        assert (changed.returncode, changed.stderr.count("\n")) == (2, 1)
+        assert said in changed.stderr

@@ -1,21 +1,23 @@
 """Results: their intervals, how they are shown, their lines, and runs from before there were lines."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 
+from flipscale.evaluation.intervals import mean_of, student
 from flipscale.evaluation.reports.comparison import (
     Curve,
     by_recipe,
     comparison_table,
-    over_seeds,
     read_curve,
     record_baselines,
 )
 from flipscale.evaluation.reports.figures import draw_loss, draw_result
+from flipscale.evaluation.reports.seeds import over_seeds, seconds_to, times_to_equal
 from flipscale.evaluation.results import (
     Measured,
     Result,
@@ -85,8 +87,8 @@ def test_the_table_has_the_headlines_and_the_baselines(tmp_path: Path) -> None:
     assert comparison_table([read_curve(one), read_curve(two)]).splitlines() == [
         "|  | pairs seen | pairs/s | training | top-1 | median rank |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
-        "| FLIP (50% masked, then tuned) | 320 | 80 | 4 s | 40.0 % (33.5 to 46.9) | 3.25 |",
-        "| FLIP (50% masked, then tuned) | 320 | 80 | 4 s | 40.0 % (33.5 to 46.9) | - |",
+        "| one (50% masked, then tuned) | 320 | 80 | 4 s | 40.0 % (33.5 to 46.9) | 3.25 |",
+        "| two (50% masked, then tuned) | 320 | 80 | 4 s | 40.0 % (33.5 to 46.9) | - |",
         "| chance | - | - | - | 6.2 % | - |",
         "| nearest image | - | - | - | 12.5 % | - |",
     ]
@@ -99,26 +101,43 @@ def seeded(seed: int, values: list[float], learned: str = "one") -> Curve:
         Measured(replace(TOP1, value=value, low=None, high=None), number, 16, 10.0 * number + seed)
         for number, value in enumerate(values, 1)
     ]
-    return Curve(f"s{seed}", records, measured, {"masked": 0.5}, seed, learned)
+    return Curve(f"s-seed{seed}", records, measured, {"masked": 0.5}, seed, learned)
 
 
-def test_runs_of_several_seeds_have_their_mean_and_bars(tmp_path: Path) -> None:
+def test_the_time_to_equal_accuracy_is_a_ratio_with_an_interval_over_seeds() -> None:
+    slow = [seeded(seed, [10.0, 20.0 + seed], "slow") for seed in range(3)]
+    fast = [replace(seeded(seed, [20.0 + seed, 40.0], "fast"), name=f"f-seed{seed}") for seed in range(3)]
+    (line,) = times_to_equal([*slow, *fast])
+    # Each is where the other one ends after 10 of 20 seconds, and its seed's part of a second.
+    ratios = [(20 + seed) / (10 + seed) for seed in range(3)]
+    mean = math.exp(sum(map(math.log, ratios)) / 3)
+    assert line.startswith(f"f reaches the last top-1 of s (21.0 %) {mean:.2f} times as fast (95 % interval over 3 ")
+    assert times_to_equal([slow[0], fast[0]]) == [
+        "f reaches the last top-1 of s (20.0 %) 2.00 times as fast; one seed, so no interval."
+    ]
+    never = [replace(fast[0], measured=slow[0].measured[:1]), fast[1], replace(fast[2], name="f-seed2")]
+    assert times_to_equal([*slow, *never])[0].endswith("in 2 of 3 seeds only, so no ratio of times is given.")
+    assert seconds_to(slow[0], TOP1.name, 15.0) == 15.0
+    assert [mean_of([1.0, 3.0]).value, round(student(10), 3)] == [2.0, 2.225]
+
+
+def test_runs_of_several_seeds_have_their_mean_and_a_band(tmp_path: Path) -> None:
     first, second, third = seeded(0, [10.0, 20.0]), seeded(1, [10.0, 30.0]), seeded(2, [10.0, 40.0])
     other = seeded(0, [5.0, 6.0], "two")
     curves = [first, second, third, other]
     assert by_recipe(curves) == [[first, second, third], [other]]
     assert by_recipe([first, replace(first, name="again")]) == [[first], [replace(first, name="again")]]
-    times, means, deviations = over_seeds([first, second], TOP1.name)
+    times, means, widths = over_seeds([first, second], TOP1.name)
     assert times.tolist() == [10.0, 20.0]
     assert means.tolist() == [10.0, (20.0 + 28.0) / 2]
-    assert deviations.tolist() == pytest.approx([0.0, 32**0.5])
+    assert widths.tolist() == pytest.approx([0.0, 12.706 * 4.0])
     rows = [line.split(" | ") for line in comparison_table(curves).splitlines()]
     assert [(row[0], row[-1]) for row in rows[2:7]] == [
-        ("| FLIP (50% masked), seed 0", "20.0 % |"),
-        ("| FLIP (50% masked), seed 1", "30.0 % |"),
-        ("| FLIP (50% masked), seed 2", "40.0 % |"),
-        ("| FLIP (50% masked)", "6.0 % |"),
-        ("| FLIP (50% masked), mean of 3 seeds", "30.0 % ± 10.0 |"),
+        ("| s (50% masked), seed 0", "20.0 % |"),
+        ("| s (50% masked), seed 1", "30.0 % |"),
+        ("| s (50% masked), seed 2", "40.0 % |"),
+        ("| s (50% masked)", "6.0 % |"),
+        ("| s (50% masked), mean and its interval over 3 seeds", "30.0 % (5.2 to 54.8) |"),
     ]
     text = comparison_table([first, seeded(1, [10.0, float("nan")])])
     assert [row.split(" | ")[-1] for row in text.splitlines()[2:5]] == ["20.0 % |", "- |", "- |"]

@@ -6,8 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from flipscale.evaluation.intervals import mean_of
 from flipscale.evaluation.results import (
     NOTHING,
     THIS_MODEL,
@@ -17,7 +16,6 @@ from flipscale.evaluation.results import (
     latest,
     read_metrics,
     read_results,
-    with_unit,
 )
 from flipscale.files.yaml_text import read_saved
 
@@ -56,11 +54,16 @@ class Curve:
         return list(self.masks.values())[-1] == 0 < self.mask_ratio
 
     @property
+    def arm(self) -> str:
+        """The name of its recipe: that of the run, without the seed that a study adds."""
+        return self.name.removesuffix(seed_suffix(self.seed))
+
+    @property
     def label(self) -> str:
-        """What people call the run: CLIP without a mask, FLIP with its ratio."""
+        """What tables and figures call the run: its recipe's name, and what it masks."""
         if self.mask_ratio == 0:
-            return "CLIP (mask 0)"
-        return f"FLIP ({self.mask_ratio:.0%} masked{', then tuned' if self.tuned else ''})"
+            return f"{self.arm} (mask 0)"
+        return f"{self.arm} ({self.mask_ratio:.0%} masked{', then tuned' if self.tuned else ''})"
 
     @property
     def results(self) -> list[Result]:
@@ -89,6 +92,11 @@ class Curve:
     def images_per_s(self) -> float:
         """Pairs seen a second of training, over the whole run."""
         return self.records[-1]["samples_seen"] / self.records[-1]["trained_seconds"]
+
+
+def seed_suffix(seed: int) -> str:
+    """Return what the names of a study's runs end in where it has several seeds."""
+    return f"-seed{seed}"
 
 
 def read_curve(run_dir: Path) -> Curve:
@@ -132,22 +140,6 @@ def by_recipe(curves: Sequence[Curve]) -> list[list[Curve]]:
     return groups
 
 
-def over_seeds(group: Sequence[Curve], name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return when a result was found, in training seconds, its mean over the runs of a group and its standard
-    deviation; the times are the first run's, and the others' values are those between their own times.
-
-    Args:
-        group: runs that differ in their seeds, two or more.
-        name: of the result, `task/metric`.
-    """
-    courses = [course for curve in group if (course := curve.course(name))]
-    times = np.array([measured.trained_seconds for measured in courses[0]])
-    values = np.array(
-        [np.interp(times, [m.trained_seconds for m in course], [m.result.value for m in course]) for course in courses]
-    )
-    return times, values.mean(axis=0), values.std(axis=0, ddof=1)
-
-
 def record_baselines(run_dir: Path, baselines: Sequence[Result]) -> None:
     """Append the baselines to a run's results, once."""
     known = {(measured.result.name, measured.result.who) for measured in read_results(run_dir)}
@@ -165,7 +157,7 @@ def headlines(curves: Sequence[Curve]) -> dict[str, str]:
 
 def comparison_table(curves: Sequence[Curve]) -> str:
     """Return the runs, chance and the baselines of the first run as a Markdown table, with 95 % intervals; runs that
-    differ in their seeds alone also as their mean, with the standard deviation."""
+    differ in their seeds alone also as their mean, with the interval over seeds."""
     columns = headlines(curves)
     rows = [["", "pairs seen", "pairs/s", "training", *columns.values()], ["---", *["---:"] * (3 + len(columns))]]
     groups = by_recipe(curves)
@@ -177,7 +169,7 @@ def comparison_table(curves: Sequence[Curve]) -> str:
         rows.append([label, *speed, *(_cell(found.get(name)) for name in columns)])
     for group in (group for group in groups if len(group) > 1):
         means = [_mean_cell([r for curve in group for r in curve.results if r.name == name]) for name in columns]
-        rows.append([f"{group[0].label}, mean of {len(group)} seeds", *3 * [NOTHING], *means])
+        rows.append([f"{group[0].label}, mean and its interval over {len(group)} seeds", *3 * [NOTHING], *means])
     others: dict[str, dict[str, Result]] = {}
     for result in curves[0].results:
         if result.who != THIS_MODEL:
@@ -190,13 +182,12 @@ def comparison_table(curves: Sequence[Curve]) -> str:
 
 
 def _mean_cell(results: Sequence[Result]) -> str:
-    """Return the mean of the same result of several seeds, and how far they lie apart."""
+    """Return the mean of the same result of several seeds, and its 95 % interval over them."""
     values = [result.value for result in results if result.who == THIS_MODEL and math.isfinite(result.value)]
     if len(values) < 2:
         return NOTHING
-    unit = results[0].unit
-    mean, deviation = (with_unit(float(number), unit) for number in (np.mean(values), np.std(values, ddof=1)))
-    return f"{mean} ± {deviation.removesuffix(unit).rstrip()}"
+    mean, half = mean_of(values)
+    return replace(results[0], value=mean, low=mean - half, high=mean + half).estimate_text
 
 
 def _cell(result: Result | None) -> str:

@@ -12,7 +12,8 @@ from flipscale.data.masks.image import IMAGE_MASKS
 from flipscale.data.masks.keyed import keyed_patches
 from flipscale.data.masks.recipe import MaskRecipe
 from flipscale.data.pairs import PairDataset
-from flipscale.evaluation.reports.comparison import Curve, by_recipe, headlines, over_seeds
+from flipscale.evaluation.reports.comparison import Curve, by_recipe, headlines
+from flipscale.evaluation.reports.seeds import over_seeds
 from flipscale.evaluation.results import THIS_MODEL, Result, with_unit
 
 if TYPE_CHECKING:
@@ -136,20 +137,21 @@ def result_figures(curves: list[Curve]) -> dict[str, Result]:
 
 def draw_result(curves: list[Curve], shown: Result, path: Path) -> None:
     """Draw a result against training time, one line a run with the 95 % intervals as a band, and one for runs that
-    differ in their seeds alone, with bars; the baselines of the first run are levels. What chance achieves is said in
-    words: its level would squeeze the lines."""
+    differ in their seeds alone, with that of their mean; the baselines of the first run are levels. What chance
+    achieves is said in words: its level would squeeze the lines."""
     title = f"{shown.task.replace('_', '-')}: {shown.shown}"
     figure, axes, unit = _axes(title, ", ".join(filter(None, (shown.shown, shown.unit))), curves)
     drawn: list[float] = []
     groups = [found for group in by_recipe(curves) if (found := [c for c in group if c.course(shown.name)])]
-    has_band = has_bars = False
+    has_band = has_seeds = False
     for group, colour in zip(groups, COLOURS, strict=False):
         if len(group) > 1:
-            times, means, deviations = over_seeds(group, shown.name)
+            times, means, widths = over_seeds(group, shown.name)
             label = f"{group[0].label}, {len(group)} seeds"
-            axes.errorbar(times / unit, means, deviations, fmt="o-", capsize=3, color=colour, label=label)
+            axes.plot(times / unit, means, "o-", color=colour, label=label)
+            axes.fill_between(times / unit, means - widths, means + widths, color=colour, alpha=0.15, linewidth=0)
             drawn += means.tolist()
-            has_bars = True
+            has_seeds = True
             continue
         course = group[0].course(shown.name)
         at, values = [m.trained_seconds / unit for m in course], [m.result.value for m in course]
@@ -167,11 +169,11 @@ def draw_result(curves: list[Curve], shown: Result, path: Path) -> None:
     if min(drawn) < max(drawn) / 2 and min(drawn) >= 0:
         axes.set_ylim(bottom=0)
     said = ["Band: the 95 % interval over the queries."] if has_band else []
-    said += ["Bars: the standard deviation over seeds."] if has_bars else []
+    said += ["Band: the 95 % interval of the mean over seeds."] if has_seeds else []
     if shown.chance is not None:
         said.append(f"Guessing: {with_unit(shown.chance, shown.unit)}.")
     _explain(axes, " ".join(said))
-    if len(groups) > 1 or has_bars:
+    if len(groups) > 1 or has_seeds:
         axes.legend(loc="lower right" if shown.higher_is_better else "upper right", framealpha=0.9, edgecolor="none")
     save_figure(figure, path)
 
