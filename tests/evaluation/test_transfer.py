@@ -1,0 +1,83 @@
+"""What each axis moves: Table 8 of the paper gives the paper's own conclusions."""
+
+import csv
+from pathlib import Path
+
+import pytest
+
+from flipscale.evaluation.scaling.transfer import Arm, beyond, effects, interactions
+from flipscale.evaluation.scaling.words import transfer_words
+
+# FLIP (arXiv 2212.00794), Table 8.
+TABLE8 = Path(__file__).parents[1] / "fixtures/table8.csv"
+LEVELS = {"model": "h14", "data": "2B", "schedule": "2x"}
+
+
+@pytest.fixture(scope="module")
+def table8() -> list[Arm]:
+    with TABLE8.open() as file:
+        rows = list(csv.DictReader(file))
+    return [
+        Arm(
+            {axis: LEVELS[axis] for axis in row.pop("levels").split("+") if axis},
+            {task: {0: float(value)} for task, value in row.items()},
+        )
+        for row in rows
+    ]
+
+
+def rounded(table: dict, label: str, task: str) -> float:
+    return round(table[label][task].mean, 1)
+
+
+@pytest.mark.parametrize(
+    ("task", "model", "data", "schedule"),
+    [
+        ("flickr_text_r1", 0.8, 3.3, 1.3),
+        ("nocaps", 5.6, 1.1, 0.9),
+        ("vqa", 1.6, 0.8, 0.3),
+        ("fine_tune", 0.4, 0.2, 0.0),
+        ("imagenet", 1.2, 1.5, -0.4),
+    ],
+)
+def test_effects_of_table_8(table8: list[Arm], task: str, model: float, data: float, schedule: float) -> None:
+    found = effects(table8)
+    assert [rounded(found, f"{axis}: {LEVELS[axis]}", task) for axis in LEVELS] == [model, data, schedule]
+    assert all(effect.low is None for row in found.values() for effect in row.values())
+
+
+def test_model_and_data_together(table8: list[Arm]) -> None:
+    found = interactions(table8)
+    assert rounded(found, "model: h14 + data: 2B", "imagenet") == 0.6
+    assert rounded(found, "model: h14 + data: 2B", "coco_captions") == -1.1
+
+
+def test_retrieval_moves_beyond_imagenet_with_data_and_language_with_the_model(table8: list[Arm]) -> None:
+    found = beyond(table8, "imagenet")
+    assert found["data: 2B"]["flickr_text_r1"].mean > 0 > found["model: h14"]["flickr_text_r1"].mean
+    assert rounded(found, "model: h14", "nocaps") > 3 * rounded(found, "data: 2B", "nocaps")
+    assert rounded(found, "model: h14", "vqa") > 0 == rounded(found, "data: 2B", "vqa")
+    assert "coco_captions" not in found["data: 2B"]  # CIDEr is no percentage
+
+
+def test_transfer_in_words(table8: list[Arm]) -> None:
+    said = transfer_words(table8, "imagenet")
+    assert "- flickr_text_r1: data: 2B +3.3 against schedule: 2x +1.3, model: h14 +0.8" in said
+    assert "- nocaps: model: h14 +5.6 against data: 2B +1.1, schedule: 2x +0.9" in said
+    assert "- fine_tune: model: h14 +0.4 against data: 2B +0.2, schedule: 2x +0.0" in said
+    assert "One seed a run, so there are no intervals" in said
+    assert "95 %" not in said
+
+
+def test_seeds_give_intervals_by_student_s_t() -> None:
+    base = Arm({}, {"top1": {0: 10.0, 1: 12.0, 2: 11.0, 3: 50.0}})
+    large = Arm({"model": "large"}, {"top1": {0: 13.0, 1: 14.0, 2: 15.0}})
+    effect = effects([base, large])["model: large"]["top1"]
+    assert effect.mean == pytest.approx(3.0)  # of the seeds that both have
+    assert (effect.low, effect.high) == (pytest.approx(3 - 4.3027 / 3**0.5, abs=1e-4), pytest.approx(5.4841, abs=1e-4))
+    assert "+3.0 (+0.5 to +5.5)" in transfer_words([base, large], "top1")
+
+
+def test_effects_without_the_base_are_refused() -> None:
+    with pytest.raises(ValueError, match="no run of the base is finished, which effects are told against; train it"):
+        effects([Arm({"model": "large"}, {"top1": {0: 1.0}})])
