@@ -1,8 +1,9 @@
 """What can be wrong with a sample, and which sample replaces it. All ranks and all reruns choose the same one."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ContextDecorator
 from dataclasses import dataclass
+from types import TracebackType
 
 _TRIED_IN_SHARD, _SHARDS_TRIED = 16, 16
 _LONGEST_REASON = 200  # characters; some libraries quote what they were given
@@ -32,18 +33,24 @@ class UndecodableCaption(BadSample):
     cause = "undecodable_caption"
 
 
-@contextmanager
-def told_as(kind: type[BadSample]) -> Iterator[None]:
+class told_as(ContextDecorator):
     """Turn whatever a library raises for one sample into a BadSample of `kind`, so that no sample ends a run.
 
-    A panic of a library in Rust is no `Exception`; only what asks Python itself to stop is let through.
+    A panic of a library in Rust is no `Exception`; only what asks Python itself to stop is let through. A generator
+    would do the same, at more cost than some samples' own.
     """
-    try:
-        yield
-    except (BadSample, KeyboardInterrupt, SystemExit, GeneratorExit):
-        raise
-    except BaseException as error:
-        raise kind(reason_of(error)) from error
+
+    def __init__(self, kind: type[BadSample]):
+        self.kind = kind
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, raised: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None and not isinstance(error, BadSample | KeyboardInterrupt | SystemExit | GeneratorExit):
+            raise self.kind(reason_of(error)) from error
 
 
 def reason_of(error: BaseException) -> str:

@@ -190,7 +190,7 @@ class PairDataset(Dataset):
         why: BadSample | None = None
         worker = get_worker_info()
         if worker is not None:
-            self.reading[worker.id] = torch.tensor([os.getpid(), shard])
+            self.reading.numpy()[worker.id] = os.getpid(), shard
         for candidate in candidates(self.source.shard_sizes, shard, number):
             try:
                 sample = self.source.read(*candidate)
