@@ -50,7 +50,6 @@ MAX_SCANS = 16
 
 # A file that was not cut short has at least a bit for each 8 x 8 pixels of a JPEG.
 _MOST_JPEG_PIXELS_PER_BYTE = 8 * 8 * 8
-_MOST_APP_BLOCKS = 1000
 _STRIP_PIXELS = 1 << 20
 
 
@@ -236,22 +235,10 @@ def _check_scans(encoded: bytes, pixels: int) -> None:
         raise UndecodableImage(f"{len(encoded)} bytes are too few for a JPEG of {pixels:,} pixels")
     most = MAX_SCANS * MAX_PIXELS // max(pixels, 1)
     # Counting takes a twentieth of decoding, and few files are long enough to have as many and have several at all.
-    if len(encoded) <= most * 10 or _has_one_scan(encoded):
+    if len(encoded) <= most * 10 or image_headers.has_one_scan(encoded):
         return
     if (scans := encoded.count(b"\xff\xda")) > most:
         raise OversizedImage(f"{scans} scans of {pixels:,} pixels; at most {most} are decoded")
-
-
-def _has_one_scan(encoded: bytes) -> bool:
-    """Return whether a JPEG is sequential and its first scan has all its channels, so that decoders end with it."""
-    start, channels = 2, b"none"
-    for _ in range(_MOST_APP_BLOCKS):
-        if encoded[start : start + 1] != b"\xff" or encoded[start + 1 : start + 2] == b"\xda":
-            break
-        if encoded[start + 1 : start + 2] in (b"\xc0", b"\xc1"):
-            channels = encoded[start + 9 : start + 10]
-        start += 2 + int.from_bytes(encoded[start + 2 : start + 4], "big")
-    return encoded.startswith(b"\xff\xda", start) and encoded[start + 4 : start + 5] == channels
 
 
 def _decode_jpeg(encoded: bytes, size: tuple[int, int], eighths: int) -> np.ndarray:
@@ -286,13 +273,13 @@ def _orientation(image: Image.Image) -> int:
 def _has_exif(encoded: bytes) -> bool:
     """Return whether one of the APPn blocks at the start of a JPEG is EXIF; most images in shards have none."""
     start = 2
-    for _ in range(_MOST_APP_BLOCKS):
+    for _ in range(image_headers.MOST_APP_BLOCKS):
         if encoded[start : start + 1] != b"\xff" or not 0xE0 <= encoded[start + 1] <= 0xEF:
             return False
         if encoded.startswith(b"Exif\0", start + 4):
             return True
         start += 2 + int.from_bytes(encoded[start + 2 : start + 4], "big")
-    raise OversizedImage(f"more than {_MOST_APP_BLOCKS} APPn blocks")
+    raise OversizedImage(f"more than {image_headers.MOST_APP_BLOCKS} APPn blocks")
 
 
 def _upright(image: np.ndarray, orientation: int) -> np.ndarray:
@@ -365,6 +352,11 @@ def open_image(encoded: bytes) -> Image.Image:
 
 def _decode_other(encoded: bytes) -> np.ndarray:
     """Return the upright RGB of anything that Pillow reads."""
+    if (size := image_headers.plain_png_size(encoded)) is not None:
+        _check_size(*size)
+        pixels = cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_COLOR_RGB)
+        if pixels is not None and pixels.shape[:2] == size:
+            return pixels
     image = open_image(encoded)
     plain = image.mode in ("L", "RGB") and not {"transparency", "exif", "xmp"} & image.info.keys()
     if plain and image.format in ("PNG", "WEBP"):

@@ -1,10 +1,11 @@
-"""What is looked at in an image before Pillow opens it.
+"""What is looked at in an image before a decoder opens it.
 
 Of a TIFF, Pillow makes a Python object of each value of many tags, and of a WebP whole canvases, before anybody can ask
 for the size.
 """
 
 import struct
+import zlib
 
 # A row of the image may be a strip of its own, with an offset and a length.
 MOST_VALUES = 1 << 16
@@ -15,6 +16,11 @@ _AS_BYTES = (1, 2, 7)  # types whose values stay one string of bytes: BYTE, ASCI
 _SHORT = 3
 _TILE_SIZES = (322, 323)
 _ENTRY_BYTES = 12
+
+MOST_APP_BLOCKS = 1000
+_PNG_AND_HEADER = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"
+# Bits, colour type (grey or RGB), compression, filter and interlacing.
+_PLAIN_PNGS = (b"\x08\0\0\0\0", b"\x08\x02\0\0\0")
 
 
 def complaint(encoded: bytes, most_pixels: int) -> str | None:
@@ -64,3 +70,29 @@ def _tiff_complaint(encoded: bytes) -> str | None:
     if tile > MOST_TILE_PIXELS:
         return f"a TIFF with tiles of {tile:,} pixels; at most {MOST_TILE_PIXELS:,} are decoded"
     return None
+
+
+def plain_png_size(encoded: bytes) -> tuple[int, int] | None:
+    """Return height and width of a PNG in grey or RGB of 8 bits with nothing between its header and its pixels, as most
+    are; None for all others. Pillow would look at nothing more, and for a small image it takes a quarter of the time
+    that decoding takes.
+
+    Source: PNG, third edition, 5 and 11.2.1.
+    """
+    if not encoded.startswith(_PNG_AND_HEADER) or encoded[37:41] != b"IDAT" or encoded[24:29] not in _PLAIN_PNGS:
+        return None
+    if zlib.crc32(encoded[12:29]) != int.from_bytes(encoded[29:33], "big"):
+        return None
+    return int.from_bytes(encoded[20:24], "big"), int.from_bytes(encoded[16:20], "big")
+
+
+def has_one_scan(encoded: bytes) -> bool:
+    """Return whether a JPEG is sequential and its first scan has all its channels, so that decoders end with it."""
+    start, channels = 2, b"none"
+    for _ in range(MOST_APP_BLOCKS):
+        if encoded[start : start + 1] != b"\xff" or encoded[start + 1 : start + 2] == b"\xda":
+            break
+        if encoded[start + 1 : start + 2] in (b"\xc0", b"\xc1"):
+            channels = encoded[start + 9 : start + 10]
+        start += 2 + int.from_bytes(encoded[start + 2 : start + 4], "big")
+    return encoded.startswith(b"\xff\xda", start) and encoded[start + 4 : start + 5] == channels

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from flipscale.data import decode
+from flipscale.data import decode, image_headers
 from flipscale.data.decode import (
     DRAWS_PER_CROP,
     OversizedImage,
@@ -123,6 +123,21 @@ def test_random_crops_are_pillow_s(kind: str) -> None:
         theirs = theirs[:, ::-1] if draws[-1] < 0.5 else theirs
         difference = np.abs(decode_box(encoded, draws, SIZE, (0.5, 1.0)) - theirs)
         assert difference.mean() < 2 if "jpeg" in kind else difference.max() <= 4
+
+
+def test_a_plain_png_is_known_by_its_header() -> None:
+    """A plain one holds nothing more that Pillow would look at; all others, and damaged headers, are left to Pillow."""
+    plain = {kind for kind, encoded in KINDS.items() if image_headers.plain_png_size(encoded())}
+    assert plain == {"png", "grey png"}
+    for kind in plain:
+        encoded = KINDS[kind]()
+        assert image_headers.plain_png_size(encoded) == (150, 210)
+        assert (decode.decode_whole(encoded) == np.asarray(shown(encoded))).all()
+        assert image_headers.plain_png_size(encoded[:30] + bytes([encoded[30] ^ 1]) + encoded[31:]) is None
+        assert all(image_headers.plain_png_size(encoded[:length]) is None for length in range(41))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    assert image_headers.plain_png_size(saved(picture(), "PNG", exif=exif)) is None
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
