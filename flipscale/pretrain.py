@@ -21,6 +21,7 @@ from flipscale.hub.background_push import BackgroundPush, card_name, open_target
 from flipscale.hub.card_audit import check_audit
 from flipscale.training.bad_samples import BadSamples
 from flipscale.training.console import report_user_errors, start_logging
+from flipscale.training.cost.meter import EnergyMeter
 from flipscale.training.evaluating import Evaluation
 from flipscale.training.health import StepGuard
 from flipscale.training.preemption import StopRequest
@@ -179,7 +180,7 @@ def train(recipe: Recipe, plan: Plan, start: Start, engine: "Engine", pair_flops
             with watch.paused("an evaluation"):
                 tracker.write_results(step, evaluation.run(plan.tasks))
             with watch.paused("the export"):
-                finish(recipe, start, step, watch.trained_seconds)
+                finish(recipe, start, step, watch.trained_seconds, tracker.energy)
     if guard.stop:
         _log.info("%s", stopped_line(progress.place()))
 
@@ -192,9 +193,10 @@ def begin_run(recipe: Recipe, plan: Plan, start: Start, engine: str) -> None:
     _log.info("%s", first_block(recipe, plan, start, engine, num_parameters, device_name(), precision))
 
 
-def finish(recipe: Recipe, start: Start, step: int, trained_seconds: float) -> None:
+def finish(recipe: Recipe, start: Start, step: int, trained_seconds: float, energy: EnergyMeter) -> None:
     """Collective. Export the model of the last checkpoint, with its card and the run's figures, and mark the run done:
     the main process does, and the others wait."""
+    energy.settle()
     if start.accelerator.is_main_process:
         start.check_lock(at_once=True)
         from flipscale.hub.model_card import write_card

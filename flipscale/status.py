@@ -16,6 +16,7 @@ from flipscale.files import json_lines
 from flipscale.files.lock import holder_lives
 from flipscale.files.plain_file import plain_text
 from flipscale.files.yaml_text import read_saved
+from flipscale.training.cost.energy import read_energy
 from flipscale.training.report.lines import duration
 from flipscale.training.schedule import StageRecipe, plan_stages
 
@@ -103,6 +104,7 @@ def read_status(run_dir: Path, now: float) -> dict[str, Any]:
     last: dict[str, Any] = steps[-1] if steps else {}
     heartbeat = _heartbeat(run_dir)
     batch, total, budget_minutes = _plan(recipe_file)
+    energy = read_energy(run_dir)
     done = (run_dir / "DONE").exists()
     checkpoint = _last_checkpoint(run_dir)
     saved = int(checkpoint.name[5:]) if checkpoint else 0
@@ -132,6 +134,8 @@ def read_status(run_dir: Path, now: float) -> dict[str, Any]:
         "lr": last.get("lr"),
         "checkpoint_samples": saved * batch if checkpoint else None,
         "checkpoint_age_seconds": now - checkpoint.stat().st_mtime if checkpoint else None,
+        "energy_kwh": energy.kwh,
+        "energy_words": energy.words,
         "num_bad_checkpoints": sum(len(start.get("set_aside") or ()) for start in starts),
         "num_starts": len(starts),
         "num_processes": starts[-1]["num_processes"] if starts else None,
@@ -232,6 +236,8 @@ def as_table(status: dict[str, Any]) -> str:
         end = time.strftime("%a %d %b %H:%M", time.localtime(time.time() + status["seconds_left"]))
         rows.append(("time left", f"{duration(status['seconds_left'])} at this speed: {end} if it runs on"))
     rows.append(("trained", f"{duration(status['trained_seconds'])}, evaluations and saves left out"))
+    if status["energy_kwh"] is not None:
+        rows.append(("energy", f"{status['energy_kwh']:,.3g} kWh, {status['energy_words']}"))
     if status["loss"] is not None and status["lr"] is not None:
         rows.append(("loss", f"{status['loss']:.4f} at learning rate {status['lr']:.3g}"))
     rows.append(("checkpoint", _checkpoint_words(status)))

@@ -32,6 +32,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: places.get(item.path.relative_to(tests).parts[0], len(places)))
 
 
+@pytest.fixture(autouse=True)
+def no_energy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What this machine takes is none of a test's."""
+    monkeypatch.setattr("flipscale.training.cost.counters.POWERCAP", Path("/nowhere"))
+
+
 COLOURS = {"red": (200, 30, 30), "green": (30, 180, 40), "blue": (30, 60, 210), "grey": (128, 128, 128)}
 SHAPES = ("disc", "bar", "ring", "cross")
 

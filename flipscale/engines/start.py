@@ -166,7 +166,7 @@ def claim_failure(words: str) -> Failure:
 
     def claim() -> None:
         # A connection to a store whose process is gone is tried for minutes before it is refused.
-        store = _own_store()
+        store = own_store()
         try:
             if store is not None:
                 found[0] = Failure(*json.loads(store.compare_set(_FAILED, "", json.dumps(mine))))
@@ -190,7 +190,7 @@ def stay_until_others_know() -> None:
     The first process may keep the store: where it ends at once, a process that fails alike cannot tell that the same
     has been said.
     """
-    store = _own_store() if os.environ.get("RANK", "0") == "0" else None
+    store = own_store() if os.environ.get("RANK", "0") == "0" else None
     deadline = time.monotonic() + _STAY_SECONDS
     try:
         while store is not None and store.add(_KNOWING, 0) < dist.get_world_size() and time.monotonic() < deadline:
@@ -231,7 +231,7 @@ class OtherProcesses:
         found = [0] if _have_met() else []
 
         def ask() -> None:
-            store = _own_store()
+            store = own_store()
             if store is None:
                 return
             with suppress(RuntimeError):
@@ -247,7 +247,7 @@ class OtherProcesses:
     def _look(self) -> None:
         given, store = 0, None
         while not self._finished.wait(_LATER_SECONDS):
-            store = store or _own_store()
+            store = store or own_store()
             if store is None:
                 continue
             try:
@@ -302,7 +302,7 @@ def _have_met() -> bool:
     return dist.is_initialized() and dist.get_world_size() > 1
 
 
-def _own_store() -> dist.Store | None:
+def own_store() -> dist.Store | None:
     """Return a connection of its own to the store that the processes met at, None if they have not met."""
     if not _have_met():
         return None

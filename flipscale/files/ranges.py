@@ -55,6 +55,7 @@ ShareBelowAll = Annotated[float, Range(at_least=0, below=1)]
 ShareBetween = Annotated[float, Range(above=0, below=1)]
 Positive = Annotated[float, Range(above=0)]
 NotNegative = Annotated[float, Range(at_least=0)]
+Overhead = Annotated[float, Range(at_least=1, at_most=10)]  # of a whole over its part
 Seconds = Annotated[float, Range(above=0, at_most=100_000_000)]  # waiting longer overflows
 Minutes = Annotated[float, Range(at_least=0, at_most=1_000_000)]
 MinutesAboveNone = Annotated[float, Range(above=0, at_most=1_000_000)]

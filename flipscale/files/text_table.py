@@ -16,6 +16,11 @@ def visible(text: str) -> str:
     return _OBEYED.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
+def rounded(value: float) -> str:
+    """Return a number with two decimals, or none from a hundred on; small ones with two digits."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:,.2f}" if value >= 0.1 else f"{value:.2g}"
+
+
 def plain_table(rows: Rows, numbers: Collection[int]) -> str:
     """Return rows of equal length as lines of text; the columns `numbers` end at one place, the others begin at one."""
     return "\n".join("  ".join(row).rstrip() for row in _aligned(rows, numbers, 0))

@@ -23,8 +23,11 @@ from flipscale.files.text_table import as_code, in_markdown
 from flipscale.files.yaml_text import read_saved
 from flipscale.hub.card_audit import audit_section
 from flipscale.hub.card_results import folder_lines, lines_of, model_index, protocols, results_table, task_name
+from flipscale.training.cost.energy import read_energy
+from flipscale.training.cost.recipe import cost_of_saved
+from flipscale.training.cost.spent import occupied_device_hours, spent
 from flipscale.training.recipe import deciding_part
-from flipscale.training.run_directory import cost_of, read_starts
+from flipscale.training.run_directory import read_starts
 
 TEMPLATE = """# {name}
 
@@ -95,8 +98,8 @@ print(model.similarity(images, texts))
 | hardware | {hardware} |
 | speed | {pairs_per_s} pairs/s |
 | precision | {precision} |
-| energy | {energy} kWh |
-| emissions | {emissions} kg of CO2, at {grid} g a kWh |
+| energy | {energy} kWh, {measured} |
+| emissions | {emissions} kg of CO2, at {grid} g a kWh and a PUE of {pue}, without the making of the machines |
 | cost | {cost} dollars, at {price} an hour of a device |
 
 | stage | pairs | patches removed | tokens removed | peak rate for 256 pairs |
@@ -217,6 +220,9 @@ class _Run:
         self.curve: Curve = curve_of(run_dir, step)
         self.lines = [*lines_of(self.curve.results), *folder_lines(folder)]
         self.hub: dict[str, Any] = self.recipe.get("hub", {})
+        self.cost = cost_of_saved(self.recipe)
+        self.energy = read_energy(run_dir, step)
+        self.occupied = occupied_device_hours(run_dir) if step is None else None
 
     def values(self) -> dict[str, str | None]:
         """Return every field of the template, None where it is unknown."""
@@ -224,7 +230,7 @@ class _Run:
         batch, parameters = self.recipe["data"]["global_batch_size"], self.environment.get("num_parameters")
         minutes = self.recipe.get("budget_minutes")
         total_steps = sum((stage["samples"] or 0) // batch for stage in self.recipe["stages"])
-        seconds, cost = last["trained_seconds"], cost_of(self.starts, last, self.hub)
+        seconds, cost = last["trained_seconds"], spent(self.starts, last, self.energy, self.cost, self.occupied)
         return {
             "version": in_markdown(self.environment["flipscale"]),
             "parameters": parameters and f"{parameters / 1e6:,.1f} M",
@@ -243,11 +249,13 @@ class _Run:
             "hardware": self._hardware(),
             "pairs_per_s": _rounded(self.curve.images_per_s) if seconds else None,
             "precision": {"no": "fp32"}.get(*[self.environment["mixed_precision"]] * 2),
-            "energy": _rounded(cost.energy_kwh),
+            "energy": _rounded(self.energy.kwh),
+            "measured": self.energy.words,
             "emissions": _rounded(cost.co2_kg),
-            "grid": _rounded(self.hub.get("kwh_co2_grams")),
+            "grid": _rounded(self.cost.kwh_co2_grams),
+            "pue": f"{self.cost.pue:g}",
             "cost": _rounded(cost.dollars),
-            "price": _rounded(self.hub.get("device_hour_dollars")),
+            "price": _rounded(self.cost.device_hour_dollars),
             "stages": "\n".join(self._stages()),
             "audit": audit_section(self.hub.get("audit"), self.environment.get("data_samples")),
             "recipe": self._recipe(),

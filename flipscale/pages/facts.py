@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,15 @@ import yaml
 from flipscale.evaluation.reports.comparison import Curve
 from flipscale.evaluation.reports.setting import data_name
 from flipscale.evaluation.results import THIS_MODEL
+from flipscale.files.text_table import rounded
 from flipscale.files.yaml_text import read_saved
 from flipscale.pages.page import listed, shortened
+from flipscale.training.cost.energy import Energy, read_energy
+from flipscale.training.cost.recipe import cost_of_saved
+from flipscale.training.cost.spent import occupied_device_hours, spent
 from flipscale.training.recipe import deciding_part
 from flipscale.training.report.lines import duration
-from flipscale.training.run_directory import cost_of, read_starts
+from flipscale.training.run_directory import read_starts
 
 _MOST_RECIPE = 20_000
 
@@ -27,12 +31,16 @@ class Facts:
     Args:
         recipe, environment, config: what `recipe.yaml`, `environment.json` and the model's `config.json` hold.
         starts: those whose steps were kept.
+        energy: that was measured.
+        occupied: of `occupied_device_hours`.
     """
 
     recipe: dict[str, Any]
     environment: dict[str, Any]
     config: dict[str, Any]
     starts: list[dict[str, Any]]
+    energy: Energy = field(default_factory=Energy)
+    occupied: float | None = None
 
     @classmethod
     def of(cls, run_dir: Path) -> "Facts":
@@ -48,7 +56,8 @@ class Facts:
             config = json.loads((run_dir / "model/config.json").read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(f"environment.json or the model of {run_dir} is damaged ({error})") from error
-        return cls(recipe, environment, config, read_starts(run_dir))
+        files = (read_starts(run_dir), read_energy(run_dir), occupied_device_hours(run_dir))
+        return cls(recipe, environment, config, *files)
 
     def sentence(self, curve: Curve) -> str:
         """Return what the run is."""
@@ -82,8 +91,8 @@ class Facts:
         return text if len(text) <= _MOST_RECIPE else f"{text[:_MOST_RECIPE]}\n# ... the rest is in recipe.yaml"
 
     def _all_rows(self, curve: Curve) -> Iterator[tuple[str, str]]:
-        last, environment, hub = curve.records[-1], self.environment, self.recipe.get("hub") or {}
-        hours, energy, co2, dollars = cost_of(self.starts, last, hub)
+        last, environment, cost = curve.records[-1], self.environment, cost_of_saved(self.recipe)
+        hours, co2, dollars = spent(self.starts, last, self.energy, cost, self.occupied)
         steps = [record for record in curve.records if "images_per_s" in record]
         used = dict.fromkeys(f"{start['num_processes']} x {start['device']}" for start in self.starts)
         yield "machine", listed(list(used))
@@ -91,9 +100,10 @@ class Facts:
         yield "precision", {"no": "fp32"}.get(*[str(environment.get("mixed_precision", ""))] * 2)
         yield "training", duration(last["trained_seconds"]) + ", evaluations and saves left out"
         yield "device hours", "" if hours is None else rounded(hours)
-        yield "energy", "" if energy is None else f"{rounded(energy)} kWh, measured"
-        yield "emissions", f"{rounded(co2)} kg of CO2 at {hub['kwh_co2_grams']:g} g a kWh" if co2 else ""
-        yield "cost", f"{rounded(dollars)} dollars at {hub['device_hour_dollars']:g} an hour" if dollars else ""
+        kwh = self.energy.kwh
+        yield "energy", "" if kwh is None else f"{rounded(kwh)} kWh, {self.energy.words}"
+        yield "emissions", f"{rounded(co2)} kg of CO2 at {cost.kwh_co2_grams:g} g a kWh" if co2 else ""
+        yield "cost", f"{rounded(dollars)} dollars at {cost.device_hour_dollars:g} an hour" if dollars else ""
         waited = steps[-1].get("data_wait_share") if steps else None
         yield "waiting for data", "" if waited is None else f"{100 * waited:.1f} % of the last interval"
         peak = max((r["peak_memory_bytes"] for r in steps if r.get("peak_memory_bytes")), default=0)
@@ -124,11 +134,6 @@ class Facts:
 
 def _percent(ratio: float) -> str:
     return f"{100 * ratio:g} %"
-
-
-def rounded(value: float) -> str:
-    """Return a number with two decimals, or none from a hundred on; small ones with two digits."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:,.2f}" if value >= 0.1 else f"{value:.2g}"
 
 
 def _processes(start: dict[str, Any]) -> str:

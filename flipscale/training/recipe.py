@@ -17,9 +17,10 @@ from flipscale.data.recipe import DataRecipe
 from flipscale.engines.recipe import OptimRecipe, SaveRecipe
 from flipscale.evaluation.recipe import EvalRecipe
 from flipscale.files.fields import add_fields, check_fields, fields_that_differ
-from flipscale.files.ranges import MinutesAboveNone, NotNegative, Seed, check_ranges, in_our_words
+from flipscale.files.ranges import MinutesAboveNone, Seed, check_ranges, in_our_words
 from flipscale.files.yaml_text import check_yaml, read_outline
 from flipscale.objectives.recipe import LossRecipe, build_objective
+from flipscale.training.cost.recipe import CostRecipe, refuse_former, without_former
 from flipscale.training.report.recipe import LogRecipe
 from flipscale.training.schedule import StageRecipe
 
@@ -94,10 +95,7 @@ class HubRecipe:
         hub_model_id: The name of the model on the Hub, ORG/NAME; it is made if it does not exist.
         hub_private_repo: Whether a repository that is made is private; null takes the organisation's default.
         hub_revision: The branch that is pushed to, made if it does not exist; null is main.
-        license: The licence of the weights, as the Hub writes it (`apache-2.0`); for the model card, like the three
-            below.
-        device_hour_dollars: The price of a device for an hour, in dollars.
-        kwh_co2_grams: How many grams of CO2 the grid emits for a kWh.
+        license: The licence of the weights, as the Hub writes it (`apache-2.0`); for the model card, like the audit.
         audit: The `audit.json` that `flipscale prepare audit` wrote of the training data.
     """
 
@@ -106,8 +104,6 @@ class HubRecipe:
     hub_private_repo: bool | None = None
     hub_revision: str | None = None
     license: str | None = None
-    device_hour_dollars: NotNegative | None = None
-    kwh_co2_grams: NotNegative | None = None
     audit: str | None = None
 
 
@@ -127,6 +123,7 @@ class Recipe:
         save: When checkpoints are written.
         eval: What is evaluated, and how often.
         hub: Whether the model is pushed to the Hub, and to where.
+        cost: What a device's hour costs, and what a kWh emits.
         stages: The stages of the run, one after the other: masked pre-training and unmasked tuning, or any list of mask
             ratios and rates, such as '[{name: masked, samples: 1000000, mask_ratio: 0.5, base_lr: 4e-6}]'.
         budget_minutes: How long the run trains, evaluations and saves left out: it ends by its clock, and each stage
@@ -148,6 +145,7 @@ class Recipe:
     save: SaveRecipe = field(default_factory=SaveRecipe, metadata={"learned": False})
     eval: EvalRecipe = field(default_factory=EvalRecipe, metadata={"learned": False})
     hub: HubRecipe = field(default_factory=HubRecipe, metadata={"learned": False})
+    cost: CostRecipe = field(default_factory=CostRecipe, metadata={"learned": False})
     output_dir: str = field(default="runs/flip", metadata={"learned": False})
     resume_from_checkpoint: str = field(default="auto", metadata={"learned": False})
 
@@ -218,9 +216,12 @@ def parse_recipe(arguments: Sequence[str], is_saved: bool = False) -> Recipe:
     words = [word for argument in arguments for word in _split(argument)]
     for number, (flag, word) in enumerate(zip(["", *words], words, strict=False)):
         if flag == "--config":
-            words[number] = str(_recipe_file(word))
-            check_fields(read_outline(Path(words[number])), Recipe, "", words[number])
+            file = _recipe_file(word)
+            outline = read_outline(file)
+            words[number] = without_former(file, outline, is_saved)
+            check_fields(outline, Recipe, "", str(file))
         else:
+            refuse_former(flag)
             _check_value(flag, word)
     parser = build_parser()
     try:

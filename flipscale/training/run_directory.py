@@ -1,7 +1,7 @@
 """The run directory: what lies in it, and which recipe it belongs to.
 
 recipe.yaml  environment.json  starts.jsonl  metrics.jsonl  heartbeat.json  tensorboard/  checkpoints/step-*/  model/
-DONE, report.html, run.lock while a run has it, and where there is cause results.jsonl, schedule.jsonl,
+DONE, report.html, run.lock while a run has it, and where there is cause results.jsonl, schedule.jsonl, energy.jsonl,
 slow_steps.jsonl, stacks/, profile/, bad_samples.jsonl, push.log, tracker_run_id and Slurm's slurm/
 """
 
@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -32,6 +32,7 @@ from flipscale.files import json_lines
 from flipscale.files.aside import refuse_unwritable, sync, write_text
 from flipscale.files.lock import FolderLock
 from flipscale.files.yaml_text import read_saved
+from flipscale.training.cost.spent import last_sign
 from flipscale.training.recipe import Recipe, conflicts, to_yaml
 from flipscale.training.report.command import typed_command
 
@@ -205,6 +206,7 @@ def write_run_files(
     write_text(run_dir / "environment.json", json.dumps(content, indent=1) + "\n")
     start = {
         "time": time.time(),
+        "last_sign_before": last_sign(run_dir),
         "step": state.get("step", 0),
         "trained_seconds": state.get("trained_seconds", 0.0),
         "engine": engine,
@@ -225,49 +227,6 @@ def read_starts(run_dir: Path) -> list[dict[str, Any]]:
     for start in json_lines.read(run_dir / "starts.jsonl", **fields):
         kept = [*(earlier for earlier in kept if earlier["step"] < start["step"]), start]
     return kept
-
-
-class Cost(NamedTuple):
-    """What a run has taken, each None where it is unknown.
-
-    Args:
-        device_hours: hours times devices.
-        energy_kwh: as far as it was measured.
-        co2_kg, dollars: at what the recipe's `hub` says of the grid and of a device's hour.
-    """
-
-    device_hours: float | None
-    energy_kwh: float | None
-    co2_kg: float | None
-    dollars: float | None
-
-
-def cost_of(starts: Sequence[Mapping[str, Any]], last: Mapping[str, Any], hub: Mapping[str, Any]) -> Cost:
-    """Return what a run has taken.
-
-    Args:
-        starts: of `read_starts`.
-        last: the last record of its metrics.
-        hub: of its recipe.
-    """
-    hours, energy = _device_hours(starts, last["trained_seconds"]), last.get("energy_kwh")
-    price, grid = hub.get("device_hour_dollars"), hub.get("kwh_co2_grams")
-    return Cost(hours, energy, energy and grid and energy * grid / 1000, hours and price and hours * price)
-
-
-def _device_hours(starts: Sequence[Mapping[str, Any]], seconds: float) -> float | None:
-    """Return hours times devices, summed over the starts of a run: a resumed one may have had other devices. None where
-    no start was recorded.
-
-    Args:
-        starts: of `read_starts`.
-        seconds: that the run has trained.
-    """
-    if not starts:
-        return None
-    ends = [start["trained_seconds"] for start in starts[1:]] + [seconds]
-    spent = zip(starts, ends, strict=True)
-    return sum((end - start["trained_seconds"]) * start["num_processes"] for start, end in spent) / 3600
 
 
 def device_name() -> str:

@@ -20,6 +20,7 @@ from flipscale.files import json_lines
 from flipscale.files.aside import write_text
 from flipscale.files.plain_file import plain_text
 from flipscale.training.budget.progress import Progress
+from flipscale.training.cost.meter import EnergyMeter
 from flipscale.training.health import Verdict
 from flipscale.training.report.figures import FRESH_SECONDS, draw_figures
 from flipscale.training.report.lines import expected_line, interval_line, results_line
@@ -94,8 +95,8 @@ class Tracker:
     An interval's record has the last step's loss, lr, grad_norm and logit_scale, and for the whole interval
     images_per_s, mfu (the operations of those images, the mask counted, over what all devices could do; absent where
     that is unknown), data_wait_share, peak_memory_bytes of the main process, num_replaced (bad samples of all
-    processes; `replaced/CAUSE` for each cause), num_skipped (steps with a non-finite loss or gradient) and num_slow
-    (steps that took far longer than usual).
+    processes; `replaced/CAUSE` for each cause), num_skipped (steps with a non-finite loss or gradient), num_slow
+    (steps that took far longer than usual), and energy_kwh of the whole run so far where it is measured.
     """
 
     def __init__(
@@ -116,6 +117,7 @@ class Tracker:
         self._progress = progress
         self._last_position = progress.position
         self._pair_flops = pair_flops
+        self.energy = EnergyMeter(accelerator, run_dir, watch)
         self._path = run_dir / "metrics.jsonl"
         self._schedule_path = run_dir / "schedule.jsonl"
         self._peak_flops: float | None = None
@@ -148,6 +150,7 @@ class Tracker:
             )
 
     def __enter__(self) -> "Tracker":
+        self.energy.__enter__()
         return self
 
     def __exit__(
@@ -155,6 +158,7 @@ class Tracker:
     ) -> None:
         if self._bar is not None:
             self._bar.close()
+        self.energy.__exit__(kind, error, traceback)
         if error is None:
             for tracker in self._accelerator.trackers:
                 tracker.finish()
@@ -206,6 +210,7 @@ class Tracker:
             **{f"replaced/{cause}": count for cause, count in sorted(replaced.items())},
             "num_skipped": self._skipped,
             "num_slow": num_slow,
+            **self.energy.kwh(),
         }
         learned = {"loss": verdict.loss, "lr": verdict.learning_rate, "grad_norm": verdict.grad_norm, **verdict.metrics}
         metrics = {**learned, "stage": stage, **interval}

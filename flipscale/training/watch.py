@@ -277,6 +277,11 @@ class StepWatch:
         self._windows.append(Window(self._step, now, self._usual))
 
     @property
+    def step(self) -> int:
+        """The step that is taken now, or was last."""
+        return self._step
+
+    @property
     def usual_seconds(self) -> float | None:
         """The median time of a step of the stage; None while too few have been taken."""
         return self._usual if self._usual < float("inf") else None

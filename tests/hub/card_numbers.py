@@ -21,8 +21,8 @@ NUMBER = re.compile(r"\d+(?:,\d{3})*(?:\.\d+)?(?:e[+-]?\d+)?")
 
 def untraced_numbers(card: str, run_dir: Path) -> list[str]:
     """The numbers of a card that are neither its template's nor in, or computed as said here from, the run's
-    `metrics.jsonl`, `results.jsonl` (and its model's), `recipe.yaml`, `environment.json` and `starts.jsonl`,
-    nor in the audit that the recipe names."""
+    `metrics.jsonl`, `results.jsonl` (and its model's), `recipe.yaml`, `environment.json`, `starts.jsonl` and
+    `energy.jsonl`, nor in the audit that the recipe names."""
     recipe = yaml.safe_load((run_dir / "recipe.yaml").read_text())
     environment = json.loads((run_dir / "environment.json").read_text())
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
@@ -33,7 +33,8 @@ def untraced_numbers(card: str, run_dir: Path) -> list[str]:
     if recipe["hub"].get("audit"):
         audit = json.loads(Path(recipe["hub"]["audit"]).read_text())
         values |= set(_numbers(audit)) | _of_the_audit(audit)
-    values |= _derived(recipe, environment, records, starts)
+    energy = json_lines.read(run_dir / "energy.jsonl")
+    values |= _derived(recipe, environment, records, starts) | _of_the_energy(recipe, energy)
     texts = _texts([recipe, environment, records, results, starts, str(run_dir)])
     words = {token for text in texts for token in NUMBER.findall(text)}
     protocols = [kind.protocol for kind in KINDS.values()]
@@ -53,7 +54,7 @@ def untraced_numbers(card: str, run_dir: Path) -> list[str]:
 def _derived(
     recipe: dict[str, Any], environment: dict[str, Any], records: list[dict[str, Any]], starts: list[dict[str, Any]]
 ) -> set[float]:
-    last, hub = records[-1], recipe["hub"]
+    last, cost = records[-1], recipe["cost"]
     seconds, batch = last["trained_seconds"], recipe["data"]["global_batch_size"]
     begins = [start["trained_seconds"] for start in starts] + [seconds]
     device_seconds = sum((begins[i + 1] - begins[i]) * start["num_processes"] for i, start in enumerate(starts))
@@ -61,11 +62,15 @@ def _derived(
     found.add(sum((stage["samples"] or 0) // batch for stage in recipe["stages"]))
     found |= {100 * stage["share"] for stage in recipe["stages"] if stage.get("share")}
     found |= {100 * stage[name] for stage in recipe["stages"] for name in ("mask_ratio", "text_mask_ratio")}
-    if hub["device_hour_dollars"] is not None:
-        found.add(device_seconds / 3600 * hub["device_hour_dollars"])
-    if "energy_kwh" in last and hub["kwh_co2_grams"] is not None:
-        found.add(last["energy_kwh"] * hub["kwh_co2_grams"] / 1000)
+    if cost["device_hour_dollars"] is not None:
+        found.add(device_seconds / 3600 * cost["device_hour_dollars"])
     return found
+
+
+def _of_the_energy(recipe: dict[str, Any], lines: list[dict[str, Any]]) -> set[float]:
+    """The sum of the last line of each start, and what the grid emitted for it."""
+    cost, kwh = recipe["cost"], sum({line["start"]: line["energy_kwh"] for line in lines}.values())
+    return {kwh, kwh * cost["pue"] * (cost["kwh_co2_grams"] or 0) / 1000} if lines else set()
 
 
 def _of_the_audit(audit: dict[str, Any]) -> set[float]:

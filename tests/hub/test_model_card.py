@@ -23,8 +23,8 @@ from flipscale.training.recipe import parse_recipe, to_yaml
 # Numbers that occur once each, so that none can stand for another.
 RECORDS = [
     {"step": 11, "samples_seen": 176, "trained_seconds": 4321.5, "loss": 7.125, "images_per_s": 88.75},
-    {"step": 23, "samples_seen": 368, "trained_seconds": 9876.5, "loss": 3.375, "energy_kwh": 61.5},
-    {"step": 23, "samples_seen": 368, "trained_seconds": 9876.5, "energy_kwh": 61.5, "zero_shot/top1": 47.13,
+    {"step": 23, "samples_seen": 368, "trained_seconds": 9876.5, "loss": 3.375},
+    {"step": 23, "samples_seen": 368, "trained_seconds": 9876.5, "zero_shot/top1": 47.13,
      "zero_shot/top5": 82.79, "zero_shot/chance": 0.0613, "retrieval/text_to_image_r1": 39.37,
      "baseline/nearest image, HOG": 44.91},
 ]  # fmt: skip
@@ -38,7 +38,14 @@ STARTS = [
     {"step": 0, "trained_seconds": 0.0, "num_processes": 48, "device": "NVIDIA H100 80GB HBM3"},
     {"step": 11, "trained_seconds": 4321.5, "num_processes": 32, "device": "NVIDIA H100 80GB HBM3"},
 ]
-GIVEN = {"license": "apache-2.0", "device_hour_dollars": 2.85, "kwh_co2_grams": 373.0}
+# The first start went on until step 17; what it did after step 11 was lost, and its energy spent.
+ENERGY = [
+    {"start": 1, "step": 11, "energy_kwh": 20.25, "energy_parts": {"GPUs": 19.0, "processors": 1.25}},
+    {"start": 1, "step": 17, "energy_kwh": 31.375, "energy_parts": {"GPUs": 30.0, "processors": 1.375}},
+    {"start": 2, "step": 11, "energy_kwh": 3.5, "energy_parts": {"GPUs": 3.25, "processors": 0.25}},
+    {"start": 2, "step": 23, "energy_kwh": 30.125, "energy_parts": {"GPUs": 29.0, "processors": 1.125}},
+]
+COST = {"device_hour_dollars": 2.85, "kwh_co2_grams": 373.0, "pue": 1.13}
 
 
 @pytest.fixture
@@ -47,13 +54,19 @@ def run_dir(write_recipe, tmp_path: Path) -> Path:
     folder = tmp_path / "runs" / "l16"
     (folder / "model").mkdir(parents=True)
     evaluations = {"zero_shot": "data/imagenet1k_val", "retrieval": "/mnt/secret/flickr30k/test"}
-    recipe = parse_recipe(["--config", str(write_recipe(folder, hub=GIVEN, eval=evaluations))])
+    changes = {"hub": {"license": "apache-2.0"}, "cost": COST, "eval": evaluations}
+    recipe = parse_recipe(["--config", str(write_recipe(folder, **changes))])
     (folder / "recipe.yaml").write_text(to_yaml(recipe))
     (folder / "model" / "config.json").write_text(json.dumps(recipe.model.config().to_dict()))
     (folder / "environment.json").write_text(json.dumps(ENVIRONMENT))
     (folder / "starts.jsonl").write_text("".join(json.dumps(start) + "\n" for start in STARTS))
     write_records(folder, RECORDS)
+    write_energy(folder, ENERGY)
     return folder
+
+
+def write_energy(run_dir: Path, lines: list[dict]) -> None:
+    (run_dir / "energy.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def write_records(run_dir: Path, records: list[dict]) -> None:
@@ -80,8 +93,8 @@ def test_it_says_what_the_run_recorded(run_dir: Path) -> None:
         "| time | 2.7 h |",
         "| hardware | 48 x NVIDIA H100 80GB HBM3, then 32 x NVIDIA H100 80GB HBM3 |",
         "| precision | bf16 |",
-        "| energy | 61.50 kWh |",
-        "| emissions | 22.94 kg of CO2, at 373 g a kWh |",
+        "| energy | 61.50 kWh, measured: GPUs and processors |",
+        "| emissions | 25.92 kg of CO2, at 373 g a kWh and a PUE of 1.13, without the making of the machines |",
         # (4321.5 s x 48 + 5555 s x 32) / 3600 x 2.85
         "| cost | 305 dollars, at 2.85 an hour of a device |",
         "The licence of these weights is `apache-2.0`.",
@@ -94,20 +107,30 @@ def test_it_says_what_the_run_recorded(run_dir: Path) -> None:
     assert str(run_dir) not in card
 
 
+def test_energy_that_is_not_of_all_starts_emits_nothing_known(run_dir: Path) -> None:
+    write_energy(run_dir, [{**ENERGY[1], "failed": True}])
+    card = card_of(run_dir)
+    assert "| energy | 31.38 kWh, measured: GPUs and processors, in 1 of 2 starts, 1 of them not to the end |" in card
+    assert "emissions" not in card
+    write_energy(run_dir, ENERGY)
+    assert "| energy | 34.88 kWh, measured: GPUs and processors |" in card_of(run_dir, step=11)
+
+
 def test_every_number_is_traced(run_dir: Path) -> None:
     card = card_of(run_dir)
     assert untraced_numbers(card, run_dir) == []
-    for number, wrong in (("47.1 %", "47.2 %"), ("22.94", "22.95"), ("| 384 |", "| 385 |"), ("2.7 h", "3.1 h")):
+    for number, wrong in (("47.1 %", "47.2 %"), ("25.92", "25.93"), ("| 384 |", "| 385 |"), ("2.7 h", "3.1 h")):
         assert number in card
         assert len(untraced_numbers(card.replace(number, wrong), run_dir)) == 1
 
 
 def test_what_is_not_known_is_not_said(run_dir: Path) -> None:
     recipe = yaml.safe_load((run_dir / "recipe.yaml").read_text())
-    recipe.update(hub={}, eval={})
+    recipe.update(hub={}, cost={}, eval={})
     (run_dir / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     (run_dir / "environment.json").write_text('{"flipscale": "0.1.0", "mixed_precision": "no"}')
     (run_dir / "starts.jsonl").unlink()
+    (run_dir / "energy.jsonl").unlink()
     write_records(run_dir, [{"step": 11, "samples_seen": 176, "trained_seconds": 432.5, "loss": 7.125}])
     card = card_of(run_dir, step=11)
     for absent in (

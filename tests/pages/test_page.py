@@ -15,6 +15,7 @@ from flipscale.evaluation.reports.comparison import Curve
 from flipscale.pages.facts import Facts, rounded
 from flipscale.pages.masks import mask_rows
 from flipscale.pages.page import Picture, evenly, listed, rendered, shortened, thumbnail
+from flipscale.training.cost.energy import Energy
 from flipscale.training.recipe import Recipe, parse_recipe
 
 
@@ -89,7 +90,7 @@ def test_what_a_run_cost_is_what_was_measured() -> None:
     recipe = {
         "data": {"shards": "/somewhere/mine/train", "sources": []},
         "stages": [{"mask_ratio": 0.5}],
-        "hub": {"device_hour_dollars": 2.5, "kwh_co2_grams": 400.0},
+        "cost": {"device_hour_dollars": 2.5, "kwh_co2_grams": 400.0},
     }
     starts = [{"step": 0, "trained_seconds": 0.0, "num_processes": 2, "device": "a GPU", "engine": "ddp"}]
     facts = Facts(recipe, {"num_parameters": 1_500_000}, {"vision_config": {"image_size": 32}}, starts)
@@ -101,9 +102,14 @@ def test_what_a_run_cost_is_what_was_measured() -> None:
     assert rows["machine"] == "2 x a GPU"
     assert rows["processes"] == "2 processes under ddp"
     assert not {"energy", "emissions", "memory"} & rows.keys()
-    measured = dict(facts.rows(dataclasses.replace(curve, records=[{**record, "energy_kwh": 1.5}])))
-    assert measured["energy"] == "1.50 kWh, measured"
+    facts = dataclasses.replace(facts, energy=Energy({"GPUs": 1.25, "processors": 0.25}, 2, 2))
+    measured = dict(facts.rows(curve))
+    assert measured["energy"] == "1.50 kWh, measured: GPUs and processors"
     assert measured["emissions"] == "0.60 kg of CO2 at 400 g a kWh"
+    facts = dataclasses.replace(facts, energy=Energy({"GPUs": 1.25}, 3, 2, 1))
+    cut = dict(facts.rows(curve))
+    assert cut["energy"] == "1.25 kWh, measured: GPUs, in 2 of 3 starts, 1 of them not to the end"
+    assert "emissions" not in cut
     assert facts.sentence(curve) == (
         "A model of pictures and words of 1.5 million parameters. It learned from 1,280 pairs of mine/train in 2 h "
         "0 min of training, with 50 % of each picture left out (FLIP); its pictures have 32 x 32 pixels."

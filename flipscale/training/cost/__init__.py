@@ -1,0 +1,1 @@
+"""What a run takes: device hours, energy and money."""
