@@ -3,6 +3,7 @@
 import importlib
 import sys
 from collections.abc import Sequence
+from types import ModuleType
 
 from flipscale.files.command_line import Parser
 from flipscale.training.console import report_user_errors
@@ -10,6 +11,7 @@ from flipscale.training.console import report_user_errors
 VERBS = {
     "prepare": "Write or inspect training data: shards, their indices, the demo's data.",
     "init": "Write a recipe for your data, your machine and your time.",
+    "plan": "Compute the hours, energy, money and CO2 of recipes before they are trained.",
     "pretrain": "Train a model as a recipe says: masked pre-training, then unmasked tuning.",
     "evaluate": "Evaluate a trained model by zero-shot classification, retrieval or other tasks.",
     "probe": "Train a linear classifier on a frozen model's image features, and test it.",
@@ -22,6 +24,14 @@ VERBS = {
     "launch_files": "Write accelerate's launch files and the Slurm scripts into a folder.",
     "bench": "Measure the speed and memory of the training step, the loss and the loader.",
 }
+
+# Of these the module is in the folder whose work it prints; the others' are beside the folders.
+_IN_A_FOLDER = {"plan": "planning.plan"}
+
+
+def module_of(verb: str) -> ModuleType:
+    """Return the module of a verb other than `pretrain`, which has `add_arguments` and `run`."""
+    return importlib.import_module(f"flipscale.{_IN_A_FOLDER.get(verb, verb)}")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -42,7 +52,7 @@ def _run(arguments: list[str]) -> None:
     for verb, summary in VERBS.items():
         subparser = verbs.add_parser(verb, help=summary, description=summary)
         if arguments[:1] == [verb]:
-            module = importlib.import_module(f"flipscale.{verb}")
+            module = module_of(verb)
             module.add_arguments(subparser)
             subparser.set_defaults(run=module.run)
     parsed = parser.parse_args(arguments)

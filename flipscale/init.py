@@ -103,21 +103,9 @@ def _check_options(args: argparse.Namespace) -> None:
     if args.gpu is None and args.num_gpus != 1:
         raise ValueError("num_gpus is of machines elsewhere; add gpu and hours, or leave it out")
     if args.gpu is not None:
-        _gpu_named(args.gpu)
+        from flipscale.planning.proposal import gpu_named
 
-
-def _gpu_named(name: str) -> str:
-    """Return a GPU's name as its maker writes it.
-
-    Raises:
-        ValueError: it is not known.
-    """
-    from flipscale.planning.proposal import GPU_GIB
-
-    known = {one.lower().replace(" ", "_"): one for one in GPU_GIB}
-    if name.lower() not in known:
-        raise ValueError(f"gpu is {name[:40]!r}; use one of {', '.join(known)}")
-    return known[name.lower()]
+        gpu_named(args.gpu)
 
 
 def _gpus_here() -> int:
@@ -208,10 +196,10 @@ def _measured(proposal: "Proposal") -> tuple[list[float], str]:
 def _computed(args: argparse.Namespace, proposal: "Proposal") -> tuple[list[float], str]:
     """Return the pairs a second of both stages on GPUs that are elsewhere, and add what their memory asks for."""
     from flipscale.engines.device import BF16_PEAKS
-    from flipscale.planning.proposal import GPU_GIB
+    from flipscale.planning.proposal import GPU_GIB, gpu_named
     from flipscale.planning.time import Hardware, step_time
 
-    name = _gpu_named(args.gpu)
+    name = gpu_named(args.gpu)
     recipe, launch = _fitted(proposal, args.num_gpus, GPU_GIB[name])
     hardware = Hardware(peak=BF16_PEAKS[name])
     seconds = [step_time(recipe, launch, stage, hardware).seconds for stage in recipe.stages]

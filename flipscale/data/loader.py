@@ -67,7 +67,7 @@ def pairs_of_a_process(global_batch_size: int, world_size: int) -> int:
     """
     if global_batch_size % world_size == 0:
         return global_batch_size // world_size
-    fits = [count for count in range(1, 2 * world_size) if global_batch_size % count == 0]
+    fits = [count for count in range(1, min(2 * world_size, global_batch_size + 1)) if global_batch_size % count == 0]
     below = max(count for count in fits if count <= world_size)
     above = min((count for count in fits if count >= world_size), default=None)
     processes = f"{below} or {above}" if above else f"{below}"

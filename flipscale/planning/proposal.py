@@ -87,6 +87,18 @@ def most_samples(data: Survey, proposal: Proposal) -> int:
     return max(epochs * data.pairs, _LEAST_STEPS * proposal.batch_size)
 
 
+def gpu_named(name: str) -> str:
+    """Return a GPU's name as its maker writes it, of one such as `h100` or `h100_pcie`.
+
+    Raises:
+        ValueError: it is not known.
+    """
+    known = {one.lower().replace(" ", "_"): one for one in GPU_GIB}
+    if name.lower() not in known:
+        raise ValueError(f"gpu is {name[:40]!r}; use one of {', '.join(known)}")
+    return known[name.lower()]
+
+
 def propose(data: Survey, tokens: dict[str, int], minutes: float, cores: int, num_gpus: int) -> Proposal:
     """Return what to train on `data` in `minutes`.
 

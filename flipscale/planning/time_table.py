@@ -57,18 +57,27 @@ def hardware_of(args: argparse.Namespace) -> Hardware:
     Raises:
         ValueError: a number that makes no sense, or a bench file that cannot be read.
     """
-    mfu = 0.4 if args.mfu is None else args.mfu
-    if args.bench is not None:
-        if args.mfu is not None:
-            raise ValueError("mfu and bench both say how fast products are; leave one of them out")
-        mfu = _measured_flops(args.bench) / (args.peak_tflops * 1e12)
+    peak = args.peak_tflops * 1e12
     return Hardware(
         links=Links(args.node_gbps, args.network_gbps),
-        peak=args.peak_tflops * 1e12,
-        mfu=mfu,
+        peak=peak,
+        mfu=mfu_of(args.mfu, args.bench, peak),
         images_per_worker_s=args.images_per_worker_s,
         pair_kb=args.pair_kb,
     )
+
+
+def mfu_of(mfu: float | None, bench: Path | None, peak: float) -> float:
+    """Return what share of the peak is reached: as stated, as measured by `flipscale bench step`, or a usual one.
+
+    Raises:
+        ValueError: both are given, or the file cannot be read.
+    """
+    if bench is None:
+        return Hardware.mfu if mfu is None else mfu
+    if mfu is not None:
+        raise ValueError("mfu and bench both say how fast products are; leave one of them out")
+    return _measured_flops(bench) / peak
 
 
 def _measured_flops(file: Path) -> float:

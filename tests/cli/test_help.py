@@ -2,14 +2,13 @@
 
 import argparse
 import dataclasses
-import importlib
 import subprocess
 import sys
 from collections.abc import Iterator
 
 import pytest
 
-from flipscale.cli import VERBS, main
+from flipscale.cli import VERBS, main, module_of
 from flipscale.data.masks.image import IMAGE_MASKS
 from flipscale.evaluation.kinds.kinds import KINDS
 from flipscale.training.recipe import Recipe, build_parser, help_parser
@@ -60,7 +59,7 @@ def parser_of(verb: str) -> argparse.ArgumentParser:
     if verb == "pretrain":
         return help_parser()
     parser = argparse.ArgumentParser(description=VERBS[verb])
-    importlib.import_module(f"flipscale.{verb}").add_arguments(parser)
+    module_of(verb).add_arguments(parser)
     return parser
 
 

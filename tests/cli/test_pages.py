@@ -6,7 +6,6 @@ Verbs run in this process, in the order of their page. What a rule does not do f
 import argparse
 import contextlib
 import glob
-import importlib
 import os
 import re
 import shlex
@@ -44,6 +43,7 @@ SUBSTITUTES = {
     # The minutes of the pages are for a model of use; here some hundred pairs are enough to see that all goes together.
     r"--minutes 15\b": "--minutes 0.05",
     r"flipscale/recipes/demo_queries.txt": str(ROOT / "flipscale/recipes/demo_queries.txt"),
+    r"flipscale plan .* --gpu": "flipscale plan demo demo_clip --gpu",
     r"--config h14_laion2b --dry_run": "--config demo --optim.name adamw --dry_run",
     r"--config demo_unseen": "--config demo_unseen "
     "--stages '[{name: masked, samples: 512, mask_ratio: 0.75, base_lr: 0.002}]'",
@@ -67,7 +67,7 @@ def ends_well(command: str, capsys: pytest.CaptureFixture[str]) -> Iterator[None
 def parser_of(verb: str) -> argparse.ArgumentParser:
     """The parser of a verb's arguments."""
     parser = argparse.ArgumentParser(prog=f"flipscale {verb}")
-    importlib.import_module(f"flipscale.{verb}").add_arguments(parser)
+    cli.module_of(verb).add_arguments(parser)
     return parser
 
 
