@@ -104,7 +104,6 @@ def read_status(run_dir: Path, now: float) -> dict[str, Any]:
     last: dict[str, Any] = steps[-1] if steps else {}
     heartbeat = _heartbeat(run_dir)
     batch, total, budget_minutes = _plan(recipe_file)
-    energy = read_energy(run_dir)
     done = (run_dir / "DONE").exists()
     checkpoint = _last_checkpoint(run_dir)
     saved = int(checkpoint.name[5:]) if checkpoint else 0
@@ -134,16 +133,13 @@ def read_status(run_dir: Path, now: float) -> dict[str, Any]:
         "lr": last.get("lr"),
         "checkpoint_samples": saved * batch if checkpoint else None,
         "checkpoint_age_seconds": now - checkpoint.stat().st_mtime if checkpoint else None,
-        "energy_kwh": energy.kwh,
-        "energy_words": energy.words,
+        **_energy(run_dir),
         "num_bad_checkpoints": sum(len(start.get("set_aside") or ()) for start in starts),
         "num_starts": len(starts),
         "num_processes": starts[-1]["num_processes"] if starts else None,
         "seconds_since_start": now - starts[-1]["time"] if starts else None,
         "num_crashes": len(crashes.read_bytes().splitlines()) if crashes.is_file() else 0,
-        "num_bad_samples": sum(record.get("num_replaced") or 0 for record in steps),
-        "num_skipped_steps": sum(record.get("num_skipped") or 0 for record in steps),
-        "num_slow_steps": sum(record.get("num_slow") or 0 for record in steps),
+        **_trouble(steps),
         "metrics": {name: value for record in records for name, value in record.items() if _is_result(name)},
         "results": [dataclasses.asdict(result) for result in latest(read_results(run_dir))],
     }
@@ -170,6 +166,17 @@ def _plan(recipe_file: Path) -> tuple[int, int | None, float | None]:
             f"{recipe_file} is not the recipe that the run began with, it is damaged ({error!r}); copy the one of a "
             "checkpoint there"
         ) from error
+
+
+def _energy(run_dir: Path) -> dict[str, Any]:
+    energy = read_energy(run_dir)
+    return {"energy_kwh": energy.kwh, "energy_words": energy.words}
+
+
+def _trouble(steps: Sequence[dict[str, Any]]) -> dict[str, int]:
+    """Return the sums over the records of intervals."""
+    names = {"num_bad_samples": "num_replaced", "num_skipped_steps": "num_skipped", "num_slow_steps": "num_slow"}
+    return {name: sum(record.get(of) or 0 for record in steps) for name, of in names.items()}
 
 
 def _is_result(name: str) -> bool:
