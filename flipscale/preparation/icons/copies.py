@@ -33,8 +33,9 @@ def find_copies(
     seen, alike = _Seen(len(rows), picture), np.zeros(len(rows), bool)
     pieces = near_hashes(rows["looks"][asked], rows["looks"][known])
     for one, other in tqdm(pieces, "near duplicates", unit=" pieces", delay=2, disable=None):
-        firsts, seconds = asked[one], known[other]
-        fit = ~alike[seconds] & seen.may_be_alike(firsts, seconds)
+        left_over = ~alike[known[other]]
+        firsts, seconds = asked[one[left_over]], known[other[left_over]]
+        fit = seen.may_be_alike(firsts, seconds)
         for first, second in zip(firsts[fit].tolist(), seconds[fit].tolist(), strict=True):
             if not alike[second] and likeness(seen.thumbnail(first), seen.thumbnail(second)) >= LEAST_LIKENESS:
                 alike[second] = True
@@ -42,7 +43,7 @@ def find_copies(
 
 
 class _Seen:
-    """Drawings that were looked at: what tells most of those apart whose hashes are near, in a microsecond a pair."""
+    """Drawings that were looked at: most of those whose hashes are near are told apart by the means of cells alone."""
 
     def __init__(self, count: int, picture: Callable[[int], bytes]):
         self._picture = picture
@@ -58,11 +59,12 @@ class _Seen:
 
     def may_be_alike(self, firsts: np.ndarray, seconds: np.ndarray) -> np.ndarray:
         """Return which pairs can have a likeness above 0: the means of cells differ by no more than pixels do."""
-        for number in np.unique(np.concatenate([firsts, seconds])):
-            if not self._is_known[number]:
-                small = self.thumbnail(number).astype(np.float32)
-                self._cells[number] = small.reshape(_CELLS, 32 // _CELLS, _CELLS, 32 // _CELLS, 3).mean(axis=(1, 3, 4))
-                self._is_known[number] = True
+        is_asked = np.zeros(len(self._is_known), bool)
+        is_asked[firsts] = is_asked[seconds] = True
+        for number in np.flatnonzero(is_asked & ~self._is_known).tolist():
+            small = self.thumbnail(number).astype(np.float32)
+            self._cells[number] = small.reshape(_CELLS, 32 // _CELLS, _CELLS, 32 // _CELLS, 3).mean(axis=(1, 3, 4))
+        self._is_known |= is_asked
         fit = np.zeros(len(firsts), bool)
         for start in range(0, len(firsts), _PAIRS):
             some = slice(start, start + _PAIRS)
