@@ -1,4 +1,4 @@
-"""Iconify's collection of icon sets, in one npm package of a pinned version: 371,559 drawings with names, in 235 sets.
+"""Iconify's collection of icon sets, in one npm package of a pinned version: 373,056 drawings with names, in 239 sets.
 
 A *set* is drawn by one designer or team, and each of its drawings has a name: `arrow-bend-down-left`. The name without
 its hyphens is the caption.
