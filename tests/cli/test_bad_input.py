@@ -209,6 +209,14 @@ def test_a_model_that_is_not_there(refused: Callable[[list[str]], str], tmp_path
     assert f"there is no folder '{tmp_path}/none'; name the folder of a model or of a run, or ORG/NAME on the" in line
 
 
+@pytest.mark.parametrize(("flag", "message"), [
+    ("--minutes", "--minutes is 0; it must be above 0"), ("--seeds", "--seeds is 0; it must be at least 1"),
+])  # fmt: skip
+def test_a_race_of_nothing(refused: Callable[[list[str]], str], tmp_path: Path, flag: str, message: str) -> None:
+    arguments = {"--minutes": "1", "--output_dir": str(tmp_path / "study"), flag: "0"}
+    assert message in refused(["study", "race", "demo", *(word for pair in arguments.items() for word in pair)])
+
+
 def test_more_recipes_than_cores(refused: Callable[[list[str]], str], tmp_path: Path) -> None:
     files = [str(shutil.copy(RECIPES / "demo.yaml", tmp_path / f"{number}.yaml")) for number in range(99)]
     line = refused(["study", "race", *files, "--minutes", "1", "--output_dir", str(tmp_path / "study")])
