@@ -41,7 +41,7 @@ assert all(torch.equal(a, b.bfloat16()) for a, b in zip(half.parameters(), last.
 """
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 240) -> None:
+def wait_for(condition: Callable[[], bool], seconds: float = 900) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it did not come to pass"
