@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable
 from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
@@ -38,10 +39,19 @@ _context.set_forkserver_preload(["pytest", "flipscale.pretrain", *_IMPORTED_LATE
 
 
 def free_port() -> int:
-    """Return a TCP port that nothing listens on."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
+    """Return a TCP port that nothing listens on, and that the system gives to nobody who does not ask for it.
+
+    This process keeps it, without listening, until it has asked for many others: the port of a socket that is closed
+    again is soon somebody else's. Who listens there has to set SO_REUSEADDR too, as torch does.
+    """
+    kept = socket.socket()
+    kept.bind(("127.0.0.1", 0))
+    kept.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    _kept_ports.append(kept)
+    return kept.getsockname()[1]
+
+
+_kept_ports: deque[socket.socket] = deque(maxlen=64)
 
 
 def rank_environments(world: int) -> list[dict[str, str]]:

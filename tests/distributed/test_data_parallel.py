@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import socket
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import launch, metrics, pretrain
+from processes import free_port
 from safetensors.torch import load_file
 
 from flipscale.training.run_directory import read_starts
@@ -123,9 +123,3 @@ def test_launch_file_over_two_machines(runs: dict[int, Path], write_recipe, tmp_
     two = losses(tmp_path / "nodes")
     assert len(two) == 40
     assert max(abs(a - b) for a, b in zip(two, losses(runs[1]), strict=True)) < 0.05
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
