@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +18,7 @@ import psutil
 # What no command may print, whatever is typed or downloaded.
 FORBIDDEN = ("Traceback (most recent call last)", "Segmentation fault", "core dumped")
 _LOOK_SECONDS = 0.05
+_KERNEL_LISTS_CHILDREN = os.path.exists(f"/proc/self/task/{os.getpid()}/children")
 
 
 class Ended(NamedTuple):
@@ -45,7 +47,7 @@ class Attack:
         world: how many processes, as under torchrun.
         environment: added to theirs.
         seconds: it may take; the command is killed then, and the attack got through.
-        megabytes: its processes may take, beyond what importing the trainer takes.
+        megabytes: its processes may take, beyond what importing the trainer takes; what they share counts once.
     """
 
     name: str
@@ -80,11 +82,11 @@ def run(attack: Attack, folder: Path) -> Ended:
     output.mkdir()
     arguments = [str(argument) for argument in attack.make(folder)]
     places = processes.rank_environments(attack.world) if attack.world > 1 else [{}]
-    started = time.monotonic()
     ranks = [
         processes.start(_call, arguments, str(folder), str(output), environment={**place, **attack.environment})
         for place in places
     ]
+    started = time.monotonic()  # the first of all attacks has waited for the server of the processes to import
     try:
         pids = [rank.pid for rank in ranks if rank.pid is not None]
         before = _megabytes(pids)
@@ -93,7 +95,10 @@ def run(attack: Attack, folder: Path) -> Ended:
         most = 0.0
         while any(rank.is_alive() for rank in ranks):
             multiprocessing.connection.wait([r.sentinel for r in ranks if r.is_alive()], timeout=_LOOK_SECONDS)
-            most = max(most, _megabytes(pids) - before)
+            taken = _megabytes(pids) - before
+            if taken > attack.megabytes:
+                taken = _megabytes(pids, exactly=True) - before
+            most = max(most, taken)
             assert most <= attack.megabytes, f"{most:.0f} MB, more than {attack.megabytes}"
             assert time.monotonic() - started <= attack.seconds, f"still running after {attack.seconds} s"
     finally:
@@ -129,16 +134,38 @@ def _call(arguments: list[str], folder: str, output: str) -> None:
     processes.call_main("flipscale.cli", arguments, output)
 
 
-def _megabytes(pids: Sequence[int]) -> float:
-    """What these processes and their children have in memory; pages that they share count for each."""
+def _megabytes(pids: Sequence[int], exactly: bool = False) -> float:
+    """Return what these processes and their children have in memory.
+
+    Args:
+        exactly: what children share with their parents counts once. To tell that takes a hundred times as long.
+    """
     total = 0
     for pid in pids:
-        try:
-            process = psutil.Process(pid)
-            total += sum(one.memory_info().rss for one in [process, *process.children(recursive=True)])
-        except psutil.Error:
-            continue
+        with suppress(psutil.Error):
+            total += psutil.Process(pid).memory_info().rss
+        for child in children(pid):
+            with suppress(psutil.Error):
+                process = psutil.Process(child)
+                total += process.memory_full_info().uss if exactly else process.memory_info().rss
     return total / 1e6
+
+
+def children(pid: int) -> list[int]:
+    """Return the numbers of the processes that a process has started, and of those that they have.
+
+    The kernel's lists are read where it has them: psutil asks every process of the machine who started it.
+    """
+    found: list[int] = []
+    if not _KERNEL_LISTS_CHILDREN:
+        with suppress(psutil.Error):
+            found = [child.pid for child in psutil.Process(pid).children(recursive=True)]
+        return found
+    with suppress(OSError):
+        for thread in os.listdir(f"/proc/{pid}/task"):
+            for child in Path(f"/proc/{pid}/task/{thread}/children").read_text().split():
+                found += [int(child), *children(int(child))]
+    return found
 
 
 def _kill_all(group: int | None) -> None:

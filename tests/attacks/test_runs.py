@@ -6,6 +6,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -36,17 +37,25 @@ def trains(folder: Path) -> bool:
     return file.exists() and len(file.read_bytes().splitlines()) >= 3
 
 
-def send(*numbers: int, every: float = 0.5) -> Callable[[Path, list[int]], None]:
-    """Signals to all processes once the run trains."""
+def send(*numbers: int) -> Callable[[Path, list[int]], None]:
+    """Signals to all processes once the run trains, each as soon as the one before it was heard: of two that wait at
+    the same time, the kernel passes on one if they are alike, and the lower number first if they are not."""
 
     def during(folder: Path, pids: list[int]) -> None:
         wait_for(lambda: trains(folder))
         for place, number in enumerate(numbers):
-            time.sleep(every if place else 0.0)
+            if place:
+                wait_for(lambda: says(folder, "once more to end at once"))
             for pid in pids:
-                os.kill(pid, number)
+                with suppress(ProcessLookupError):
+                    os.kill(pid, number)
 
     return during
+
+
+def says(folder: Path, words: str) -> bool:
+    """Whether the command of an attack has said this."""
+    return words.encode() in (folder.with_name(f"{folder.name}-output") / "stderr").read_bytes()
 
 
 def saved(folder: Path, ended: Ended) -> None:
@@ -103,12 +112,10 @@ def _garbled(content: bytes, age: float = 1e4) -> Callable[[Path], list[str]]:
 
 
 def _beats_elsewhere(folder: Path, pids: list[int]) -> None:
-    lock = folder / "run/run.lock"
-    for _ in range(30):
-        time.sleep(0.2)
-        if not psutil.pid_exists(pids[0]):
-            return
+    lock, end = folder / "run/run.lock", time.monotonic() + 60
+    while psutil.pid_exists(pids[0]) and time.monotonic() < end:
         os.utime(lock)
+        time.sleep(0.2)
 
 
 def _robbed(folder: Path, pids: list[int]) -> None:
@@ -208,16 +215,20 @@ def _told(*numbers: int) -> Callable[[Path, list[int]], None]:
 
     def during(folder: Path, pids: list[int]) -> None:
         wait_for(lambda: _trains(folder), 150.0)
-        for number in numbers:
+        for place, number in enumerate(numbers):
+            if place:
+                wait_for(lambda: says(folder, "once more to end at once"))
             os.kill(pids[0], number)
-            time.sleep(0.05)
 
     return during
 
 
 def no_run_is_left(folder: Path, ended: Ended) -> None:
-    for process in psutil.process_iter(["cmdline"]):
-        assert not any(str(folder) in word for word in process.info["cmdline"] or []), process.info
+    def left() -> bool:
+        found = psutil.process_iter(["cmdline"])
+        return any(str(folder) in word for process in found for word in process.info["cmdline"] or [])
+
+    wait_for(lambda: not left(), 2.0)  # one that was killed has its memory to give back
 
 
 def _export(*names: str) -> Callable[[Path], list[str]]:
@@ -384,7 +395,7 @@ ATTACKS = [
     Attack("a lock of a machine that died long ago", _silent, 0, ("is gone",), finished),
     Attack(
         "a lock of a machine that died a minute ago",
-        lambda f: _silent(f, age=57.0),
+        lambda f: _silent(f, age=52.0),
         0,
         ("waiting up to 60 s for a sign of it", "is gone"),
         finished,
@@ -432,12 +443,12 @@ ATTACKS = [
     Attack("a terminal that is closed", endless, 0, ("SIGHUP: saving",), saved, during=send(signal.SIGHUP)),
     Attack(
         "a batch system that sends SIGTERM and SIGHUP", endless, 0, ("SIGTERM: saving",), saved,
-        during=send(signal.SIGTERM, signal.SIGHUP, every=0.01),
+        during=send(signal.SIGTERM, signal.SIGHUP),
     ),
     Attack("Ctrl-C with two processes", endless, 0, ("saving",), saved, during=send(signal.SIGINT), world=2),
     Attack(
         "Ctrl-C with a launcher that sends it on", endless, 0, ("saving",), saved,
-        during=send(signal.SIGINT, signal.SIGINT, every=0.05), world=2,
+        during=send(signal.SIGINT, signal.SIGINT), world=2,
     ),
     Attack("an output_dir that is a file", _in_the_way(lambda f: _mine(f / "run")), 2, ("is a file",), _kept("run")),
     Attack(
