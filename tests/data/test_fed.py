@@ -3,7 +3,7 @@
 import gc
 import threading
 import weakref
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 
 import pytest
 import torch
@@ -61,11 +61,14 @@ class Source:
             self.closed.set()
 
 
-def feeders() -> int:
-    return sum(thread.name == "feeder" for thread in threading.enumerate())
+@pytest.fixture
+def feeders() -> Callable[[], int]:
+    """Counts the feeders that live and that this test began."""
+    before = set(threading.enumerate())
+    return lambda: sum(thread.name == "feeder" for thread in set(threading.enumerate()) - before)
 
 
-def test_batches_come_in_order_from_another_thread_and_end() -> None:
+def test_batches_come_in_order_from_another_thread_and_end(feeders: Callable[[], int]) -> None:
     source, device = Source(7), Device()
     assert [batch[0]["step"].item() for batch in fed(source.batches(), device)] == list(range(7))
     assert device.received == list(range(7))
@@ -104,7 +107,7 @@ def test_a_late_batch_makes_no_step_wait_that_has_one() -> None:
     assert [batch[0]["step"].item() for batch in batches] == [3]
 
 
-def test_an_error_comes_after_the_batches_before_it() -> None:
+def test_an_error_comes_after_the_batches_before_it(feeders: Callable[[], int]) -> None:
     source = Source(4, OSError("the disk is gone"))
     batches = fed(source.batches(), Device())
     assert [next(batches)[0]["step"].item() for _ in range(4)] == [0, 1, 2, 3]
@@ -115,7 +118,7 @@ def test_an_error_comes_after_the_batches_before_it() -> None:
 
 
 @pytest.mark.parametrize("taken", [1, 2, 5, 6])
-def test_closing_amid_a_run_ends_the_thread_and_what_it_reads(taken: int) -> None:
+def test_closing_amid_a_run_ends_the_thread_and_what_it_reads(taken: int, feeders: Callable[[], int]) -> None:
     source = Source(6)
     batches = fed(source.batches(), Device())
     assert [next(batches)[0]["step"].item() for _ in range(taken)] == list(range(taken))
@@ -137,7 +140,8 @@ def test_closing_does_not_wait_for_a_disk(monkeypatch: pytest.MonkeyPatch) -> No
         finally:
             closed.set()
 
-    batches, device = fed(stuck(), Device()), Device()
+    device = Device()
+    batches = fed(stuck(), device)
     next(batches)
     assert is_stuck.wait(60)
     batches.close()

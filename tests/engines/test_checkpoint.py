@@ -140,9 +140,10 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path) -> None:
 
 def test_the_clock_asks_for_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     accelerator = Accelerator(cpu=True)
+    now = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now)
     writer = CheckpointWriter(accelerator, tmp_path, SaveRecipe(every_minutes=10.0), None)
     assert not writer.clock_is_due
-    now = time.monotonic()
     monkeypatch.setattr(time, "monotonic", lambda: now + 599)
     assert not writer.clock_is_due
     monkeypatch.setattr(time, "monotonic", lambda: now + 601)

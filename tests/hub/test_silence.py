@@ -19,9 +19,8 @@ BUSY = b"HTTP/1.1 503 Busy\r\nContent-Length: 0\r\n"
 
 
 @pytest.fixture
-def address(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., str]]:
+def address() -> Iterator[Callable[..., str]]:
     """Starts a server that sends this to whoever comes, each part a while after the other, and keeps the connection."""
-    monkeypatch.setattr(hub_requests, "SILENT_SECONDS", 0.2)
     close_session()
     guard_requests()
     listening, kept = socket.create_server(("127.0.0.1", 0)), []
@@ -46,22 +45,31 @@ def address(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., str]]:
     close_session()  # its time-out is this test's
 
 
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub_requests, "SILENT_SECONDS", 0.2)
+
+
+@pytest.mark.usefixtures("impatient")
 def test_a_silent_server_is_not_waited_for(address: Callable[..., str]) -> None:
     # Without a time-out is how huggingface_hub asks for what it knows of a model.
     with pytest.raises(HTTPError):
         get_session().get(address(), timeout=None)
 
 
+@pytest.mark.usefixtures("impatient")
 def test_nor_one_that_stops_in_the_middle(address: Callable[..., str]) -> None:
     with pytest.raises(HTTPError):
         get_session().get(address(HEAD + b"\r\n", b"x"), timeout=None)
 
 
+@pytest.mark.usefixtures("impatient")
 def test_nor_one_that_sends_a_byte_now_and_then(address: Callable[..., str]) -> None:
     with pytest.raises(HTTPError, match="bytes came in 0 seconds"):
         get_session().get(address(HEAD + b"\r\n", *[b"x"] * 8), timeout=None)
 
 
+@pytest.mark.usefixtures("impatient")
 def test_the_limit_holds_for_the_client_that_follows_an_error(address: Callable[..., str]) -> None:
     close_session()
     with pytest.raises(HTTPError):

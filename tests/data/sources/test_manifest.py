@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import pickle
 import re
+import resource
 import shutil
 import sys
 import tarfile
@@ -96,11 +97,17 @@ def test_a_manifest_is_of_what_was_named(tmp_path: Path) -> None:
     assert (tmp_path / "moved/shards.manifest").stat().st_ino == manifest, "it moves with its folder"
 
 
+def a_tick_later(folder: Path) -> None:
+    """Let the folder's time differ from before: changes within a tick of the system's clock share theirs."""
+    os.utime(folder, ns=(folder.stat().st_mtime_ns + 10**9,) * 2)
+
+
 def test_shards_that_come_and_go_are_seen(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write_tiny(tmp_path, 3)
     with caplog.at_level(logging.INFO):
         assert len(TarSource(str(tmp_path)).shard_sizes) == 3
         (tmp_path / "readme").touch()
+        a_tick_later(tmp_path)
         with file_operations(tmp_path) as operations:
             TarSource(str(tmp_path))
         assert sum("dir" in operation for operation in operations) == 1, "the folder changed, its shards did not"
@@ -109,8 +116,10 @@ def test_shards_that_come_and_go_are_seen(tmp_path: Path, caplog: pytest.LogCapt
         assert not [operation for operation in operations if "dir" in operation]
         assert not caplog.records
         write_tiny(tmp_path, 5)
+        a_tick_later(tmp_path)
         assert len(TarSource(str(tmp_path)).shard_sizes) == 5
         (tmp_path / "00001.tar").unlink()
+        a_tick_later(tmp_path)
         assert len(TarSource(str(tmp_path)).shard_sizes) == 4
     assert [record.getMessage() for record in caplog.records] == [
         f"manifest {tmp_path}/shards.manifest is stale: shards came, went or changed; it is written anew"
@@ -277,8 +286,17 @@ def test_indices_that_are_there_are_used_and_those_that_are_older_are_not(tmp_pa
     assert after[1] > before[1]
 
 
-def test_as_many_shards_stay_open_as_64_lanes_read_if_the_system_lets_them() -> None:
-    assert 256 <= tar_source._most_open() <= 2048
+@pytest.mark.parametrize(
+    ("limits", "most"), [((1024, 1 << 20), 2048), ((256, 1024), 512), ((resource.RLIM_INFINITY,) * 2, 2048)]
+)
+def test_as_many_shards_stay_open_as_64_lanes_read_if_the_system_lets_them(
+    limits: tuple[int, int], most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: limits)
+    monkeypatch.setattr(resource, "setrlimit", lambda kind, wanted: asked.append(wanted))
+    assert tar_source._most_open.__wrapped__() == most
+    assert asked == ([(2 * most, limits[1])] if limits[0] < 4096 and limits[0] >= 0 else [])
 
 
 def test_a_batch_opens_less_than_one_shard(tmp_path: Path) -> None:
