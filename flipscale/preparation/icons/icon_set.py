@@ -37,7 +37,7 @@ MAX_LENGTH = 16  # tokens, after which a caption is cut
 # What only the preparation needs.
 _DOWNLOAD, _DRAWN, _BEGUN = ".download", ".drawn", ".begun.json"
 # For the package, the pictures and the shards: of the test sets, and of all drawings for training.
-_LEAST_BYTES, _TRAIN_BYTES = 300_000_000, 1_500_000_000
+_LEAST_BYTES, _TRAIN_BYTES = 200_000_000, 1_150_000_000
 
 
 def prepare_icons(out_dir: Path, fraction: float = 1.0, processes: int = 2) -> None:
