@@ -14,7 +14,7 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from flipscale.files.aside import own_partial_path, written_aside
+from flipscale.files.aside import own_partial_path, sync, written_aside
 from flipscale.preparation.audit import hashes
 from flipscale.preparation.icons.collection import IMAGE_SIZE, IconSet, digest
 
@@ -73,7 +73,7 @@ def render(svg: str) -> np.ndarray | None:
 
 
 def encode(pixels: np.ndarray) -> bytes:
-    """Return the PNG of a picture, with one channel where it is grey: two thirds of the bytes, and as fast to decode.
+    """Return the PNG of a picture, with one channel where it is grey, which takes two thirds of the bytes.
 
     Args:
         pixels: uint8 BGR `(height, width, 3)`.
@@ -141,5 +141,8 @@ def _draw(block: Block, svgs: Sequence[str]) -> None:
     # By names of its own: a worker whose parent was killed may live a little into the next run.
     with written_aside(block.png_path, own_partial_path(block.png_path)) as partial:
         partial.write_bytes(b"".join(pngs))
-    with written_aside(block.rows_path, own_partial_path(block.rows_path)) as partial, open(partial, "wb") as file:
-        np.save(file, rows)
+        sync(partial)
+    with written_aside(block.rows_path, own_partial_path(block.rows_path)) as partial:
+        with open(partial, "wb") as file:
+            np.save(file, rows)
+        sync(partial)
