@@ -21,6 +21,8 @@ def total(printed: str) -> list[str]:
 def test_flags_take_the_place_of_the_recipe_s_own(
     write_recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    file = str(write_recipe(tmp_path / "run", budget_minutes=0.0))
+    assert "budget_minutes is 0.0; it must be above 0" in refusal([file, *PLAN], capsys)
     file = str(write_recipe(tmp_path / "run", cost={"device_hour_dollars": 2e12, "kwh_co2_grams": 100.0}))
     main(["plan", file, *PLAN])
     pairs, _, _, share, kwh, dollars, co2 = total(capsys.readouterr().out)

@@ -59,6 +59,7 @@ def read_energy(run_dir: Path, step: int | None = None) -> Energy:
         num_starts = max((line["start"] for line in lines), default=num_starts)
     # Each line of a start has what the ones before it have.
     last = {line["start"]: line for line in lines}.values()
-    parts = {kind: [line["energy_parts"][kind] for line in last if kind in line["energy_parts"]] for kind in KINDS}
-    sums = {kind: float(sum(values)) for kind, values in parts.items() if values}
+    parts = {kind: [line["energy_parts"].get(kind) for line in last] for kind in KINDS}
+    known = {kind: [kwh for kwh in values if isinstance(kwh, int | float)] for kind, values in parts.items()}
+    sums = {kind: float(sum(values)) for kind, values in known.items() if values}
     return Energy(sums, num_starts, len(last), sum(line.get("failed") is True for line in last))

@@ -46,7 +46,8 @@ def spent(
 def occupied_device_hours(run_dir: Path) -> float | None:
     """Return the hours that a run has had its devices, times their number: each start from its begin to its last sign
     of life, as a cloud bills them. None where one was recorded without these times."""
-    starts = json_lines.read(run_dir / "starts.jsonl", num_processes=int, time=int | float)
+    fields = {"num_processes": int, "time": int | float, "last_sign_before": int | float | None}
+    starts = json_lines.read(run_dir / "starts.jsonl", **fields)
     if not starts:
         return None
     ends = [start.get("last_sign_before") for start in starts[1:]] + [last_sign(run_dir)]

@@ -60,6 +60,9 @@ def test_starts_add_up(powercap: Path, tmp_path: Path) -> None:
         assert line["failed"] is False
         assert energy.kwh() == {"energy_kwh": pytest.approx(kwh)}
     assert read_energy(tmp_path) == Energy({"processors": pytest.approx(kwh)}, 2, 2)
+    with open(tmp_path / "energy.jsonl", "a") as file:  # what a disk or a text editor may have left
+        file.write('{"start": 2, "step": 7, "energy_parts": 3}\n{"start": "2"}\n')
+    assert read_energy(tmp_path).kwh == pytest.approx(kwh)
     assert "energy" not in {thread.name for thread in threading.enumerate()}
 
 
