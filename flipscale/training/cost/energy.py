@@ -1,9 +1,12 @@
 """The energy that a run has taken, as `energy.jsonl` of its directory has it."""
 
+import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from flipscale.files import json_lines
+
+_log = logging.getLogger(__name__)
 
 ENERGY = "energy.jsonl"
 KINDS = ("GPUs", "processors")
@@ -47,12 +50,16 @@ class Energy:
 
 
 def read_energy(run_dir: Path, step: int | None = None) -> Energy:
-    """Return what a run has taken.
+    """Return what a run has taken; of a file that cannot be read, that nothing was measured: no run ends by it.
 
     Args:
         step: until the last time that it was there; None for all.
     """
-    lines = json_lines.read(run_dir / ENERGY, **_FIELDS)
+    try:
+        lines = json_lines.read(run_dir / ENERGY, **_FIELDS)
+    except (OSError, ValueError) as error:
+        _log.warning("the energy of %s is not known: %s", run_dir, error)
+        return Energy()
     num_starts = len(json_lines.read(run_dir / "starts.jsonl"))
     if step is not None:
         lines = lines[: max((number for number, line in enumerate(lines, 1) if line["step"] <= step), default=0)]

@@ -83,6 +83,17 @@ def test_a_counter_that_fails_ends_the_measuring_and_not_the_run(
     assert read_energy(tmp_path).words == "measured: processors, in 1 of 1 starts, 1 of them not to the end"
 
 
+def test_a_folder_in_place_of_the_file_ends_no_run(
+    powercap: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    begin(tmp_path)
+    (tmp_path / "energy.jsonl").mkdir()
+    with EnergyMeter(place(), tmp_path, WATCH):
+        pass
+    assert read_energy(tmp_path) == Energy()
+    assert all(record.message.startswith(f"the energy of {tmp_path} is not known: ") for record in caplog.records)
+
+
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_what_cannot_be_read_is_absent(
     powercap: Path, tmp_path: Path, device: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
