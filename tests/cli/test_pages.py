@@ -182,6 +182,7 @@ def other_program(words: list[str]) -> None:
 # The first rule that matches a command, without the variables set before it, runs it.
 RULES: dict[str, Callable[[list[str]], None]] = {
     r"(bash|sbatch) slurm/|\w+=\$\(": submission,  # type: ignore[dict-item]  # the whole script, not its words
+    r"flipscale study \w+$": verb_s_help,
     r"flipscale (study|prepare (demo|icons|photos|audit|tasks [^- ]\S*)|bench \w+) ": verb_s_arguments,
     r"flipscale bench compare\w*$|flipscale evaluate .*(--without |association)": verb_s_arguments,
     r"flipscale pretrain .*--(dry_run|help|print_config)|flipscale pretrain --config demo_unseen": verb,
