@@ -54,8 +54,8 @@ def race(recipe_names: list[str], minutes: float, seeds: int, output_dir: Path, 
         )
     recipes = [parse_recipe(["--config", recipe]) for recipe in recipe_names]
     heats = _plan(names, recipes, minutes, seeds, output_dir)
-    for number, heat in enumerate(heats):
-        train(heat, "training" if seeds == 1 else f"seed {number + 1} of {seeds}:")
+    for heat in heats:
+        train(heat, "training")
     runs = [run for heat in heats for run in heat]
     if with_baselines:
         _record_baselines(runs)

@@ -127,10 +127,10 @@ def test_runs_of_several_seeds_have_their_mean_and_a_band(tmp_path: Path) -> Non
     curves = [first, second, third, other]
     assert by_recipe(curves) == [[first, second, third], [other]]
     assert by_recipe([first, replace(first, name="again")]) == [[first], [replace(first, name="again")]]
-    times, means, widths = over_seeds([first, second], TOP1.name)
+    times, means = over_seeds([first, second], TOP1.name)
     assert times.tolist() == [10.0, 20.0]
-    assert means.tolist() == [10.0, (20.0 + 28.0) / 2]
-    assert widths.tolist() == pytest.approx([0.0, 12.706 * 4.0])
+    assert means == [(10.0, 10.0, 10.0), (24.0, 0.0, pytest.approx(24 + 12.706 * 4))]
+    assert mean_of([98.0, 99.0, 100.0], "%").high == 100
     rows = [line.split(" | ") for line in comparison_table(curves).splitlines()]
     assert [(row[0], row[-1]) for row in rows[2:7]] == [
         ("| s (50% masked), seed 0", "20.0 % |"),

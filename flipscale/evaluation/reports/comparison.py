@@ -186,8 +186,8 @@ def _mean_cell(results: Sequence[Result]) -> str:
     values = [result.value for result in results if result.who == THIS_MODEL and math.isfinite(result.value)]
     if len(values) < 2:
         return NOTHING
-    mean, half = mean_of(values)
-    return replace(results[0], value=mean, low=mean - half, high=mean + half).estimate_text
+    mean, low, high = mean_of(values, results[0].unit)
+    return replace(results[0], value=mean, low=low, high=high).estimate_text
 
 
 def _cell(result: Result | None) -> str:

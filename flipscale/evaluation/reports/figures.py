@@ -146,11 +146,12 @@ def draw_result(curves: list[Curve], shown: Result, path: Path) -> None:
     has_band = has_seeds = False
     for group, colour in zip(groups, COLOURS, strict=False):
         if len(group) > 1:
-            times, means, widths = over_seeds(group, shown.name)
+            times, means = over_seeds(group, shown.name)
+            values, lows, highs = (list(column) for column in zip(*means, strict=True))
             label = f"{group[0].label}, {len(group)} seeds"
-            axes.plot(times / unit, means, "o-", color=colour, label=label)
-            axes.fill_between(times / unit, means - widths, means + widths, color=colour, alpha=0.15, linewidth=0)
-            drawn += means.tolist()
+            axes.plot(times / unit, values, "o-", color=colour, label=label)
+            axes.fill_between(times / unit, lows, highs, color=colour, alpha=0.15, linewidth=0)
+            drawn += values
             has_seeds = True
             continue
         course = group[0].course(shown.name)

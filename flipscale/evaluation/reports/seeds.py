@@ -7,14 +7,14 @@ from itertools import combinations
 
 import numpy as np
 
-from flipscale.evaluation.intervals import mean_of
+from flipscale.evaluation.intervals import Mean, mean_of
 from flipscale.evaluation.reports.comparison import Curve, by_recipe, headlines
 from flipscale.evaluation.results import Result, with_unit
 
 
-def over_seeds(group: Sequence[Curve], name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return when a result was found, in training seconds, its mean over the runs of a group and half the width of the
-    mean's 95 % interval; the times are the first run's, and the others' values are those between their own times.
+def over_seeds(group: Sequence[Curve], name: str) -> tuple[np.ndarray, list[Mean]]:
+    """Return when a result was found, in training seconds, and its means over the runs of a group; the times are the
+    first run's, and the others' values are those between their own times.
 
     Args:
         group: runs that differ in their seeds, two or more.
@@ -25,8 +25,7 @@ def over_seeds(group: Sequence[Curve], name: str) -> tuple[np.ndarray, np.ndarra
     values = np.array(
         [np.interp(times, [m.trained_seconds for m in course], [m.result.value for m in course]) for course in courses]
     )
-    means = [mean_of(column) for column in values.T]
-    return times, np.array([mean.value for mean in means]), np.array([mean.half_width for mean in means])
+    return times, [mean_of(column, courses[0][0].result.unit) for column in values.T]
 
 
 def seconds_to(curve: Curve, name: str, value: float) -> float | None:
@@ -83,6 +82,5 @@ def _sentence(better: Sequence[Curve], worse: Sequence[Curve], ends: Sequence[Re
     logs = [math.log(ratio) for ratio in ratios]
     if count == 1:
         return f"{head} {ratios[0]:.2f} times as fast; one seed, so no interval."
-    centre, half = mean_of(logs)
-    low, high = math.exp(centre - half), math.exp(centre + half)
-    return f"{head} {math.exp(centre):.2f} times as fast (95 % interval over {count} seeds: {low:.2f} to {high:.2f})."
+    ratio, low, high = (math.exp(end) for end in mean_of(logs))
+    return f"{head} {ratio:.2f} times as fast (95 % interval over {count} seeds: {low:.2f} to {high:.2f})."
