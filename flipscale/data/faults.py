@@ -66,7 +66,8 @@ def reason_of(error: BaseException) -> str:
 class Fault:
     """A record of `bad_samples.jsonl`: a sample that could not be used, and why.
 
-    For a whole shard, `position`, `number` and `key` are None.
+    `number` counts the samples of the shard that `data.fraction` leaves. For a whole shard, `position`, `number` and
+    `key` are None.
     """
 
     position: int | None

@@ -41,6 +41,9 @@ class DataRecipe:
             `hf://` or `https://`, shards are fetched ahead, through a cache. Does not change what is learned: the same
             shards may be elsewhere.
         sources: Several sources, mixed by weight, in place of `shards`.
+        fraction: The part of the samples that is trained on, of each source and shard. Which they are depends neither
+            on the seed nor on the fraction: those of 1/4 are among those of 1/2. Shards at URLs are fetched whole all
+            the same.
         tokenizer: A folder or Hub name of a fast tokenizer, or `bert` for the original's WordPiece without special
             tokens.
         global_batch_size: How many pairs a step takes over all processes; every process takes an equal part.
@@ -63,6 +66,7 @@ class DataRecipe:
 
     shards: str = field(default="", metadata={"learned": False})
     sources: list[SourceRecipe] = field(default_factory=list)
+    fraction: ShareAboveNone = 1.0
     tokenizer: str = field(default="bert", metadata={"place": True})
     global_batch_size: Pairs = 4096
     micro_batch_size: Pairs | None = field(default=None, metadata={"learned": False})

@@ -8,6 +8,7 @@ from flipscale.data.sources.mixture import Mixture
 from flipscale.data.sources.remote_source import RemoteTarSource
 from flipscale.data.sources.shard_cache import ShardCache
 from flipscale.data.sources.source import Source
+from flipscale.data.sources.subset import Subset
 from flipscale.data.sources.tar_source import TarSource
 
 
@@ -15,15 +16,18 @@ def open_source(recipe: DataRecipe) -> Source:
     """Return the source of a recipe's samples.
 
     Raises:
-        ValueError: the recipe names none or names it twice, it does not exist, or more than `max_bad_fraction` of its
-            shards cannot be read.
+        ValueError: the recipe names none or names it twice, it does not exist, more than `max_bad_fraction` of its
+            shards cannot be read, or `fraction` leaves nothing of it.
     """
     if recipe.shards and recipe.sources:
         raise ValueError(f"data.shards is {recipe.shards!r} and data.sources names {len(recipe.sources)}; give one")
     named = recipe.sources or [SourceRecipe(shards=recipe.shards)]
-    sources = [_open(one, recipe, f"data.sources[{number}]") for number, one in enumerate(named)]
+    sources: list[Source] = [_open(one, recipe, f"data.sources[{number}]") for number, one in enumerate(named)]
     for source in sources:
         refuse_many_bad_shards(source, recipe.max_bad_fraction)
+    if recipe.fraction < 1.0:
+        names = [f"data.sources[{number}]" for number in range(len(sources))] if recipe.sources else ["data.shards"]
+        sources = [Subset(source, recipe.fraction, name) for source, name in zip(sources, names, strict=True)]
     if len(sources) == 1:
         return sources[0]
     weights = [one.weight for one in named if one.weight is not None]
