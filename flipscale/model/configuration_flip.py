@@ -114,6 +114,19 @@ def _check_ranges(config: PreTrainedConfig) -> None:
             )
 
 
+def patches_along(image_size: int, patch_size: int) -> int:
+    """Return how many patches of `patch_size` pixels lie along each side of an image of `image_size` pixels.
+
+    Raises:
+        ValueError: the patch does not divide the image.
+    """
+    count, rest = divmod(image_size, patch_size)
+    if rest or count < 1:
+        fitting = " or ".join(str(patch_size * number) for number in (count, count + 1) if number > 0)
+        raise ValueError(f"image_size {image_size} is not divisible by patch_size {patch_size}; use {fitting}")
+    return count
+
+
 def _check_tower(config: PreTrainedConfig) -> None:
     _check_ranges(config)
     if config.hidden_size % config.num_attention_heads:
@@ -169,12 +182,7 @@ class FlipVisionConfig(FlipPreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         _check_tower(self)
-        if self.image_size % self.patch_size:
-            raise ValueError(
-                f"image_size {self.image_size} is not divisible by patch_size {self.patch_size}; use "
-                f"{self.image_size // self.patch_size * self.patch_size or self.patch_size} or "
-                f"{(self.image_size // self.patch_size + 1) * self.patch_size}"
-            )
+        self.patches_along()
         for name, is_possible in (("image_mean", math.isfinite), ("image_std", lambda std: 0 < std < math.inf)):
             given = getattr(self, name)
             values = [given] if isinstance(given, int | float) else list(given)
@@ -185,10 +193,18 @@ class FlipVisionConfig(FlipPreTrainedConfig):
                 )
         super().__post_init__(**kwargs)
 
+    def patches_along(self, image_size: int | None = None) -> int:
+        """Return how many patches lie along each side of an image of `image_size` pixels, by default the model's own.
+
+        Raises:
+            ValueError: as `patches_along`.
+        """
+        return patches_along(self.image_size if image_size is None else image_size, self.patch_size)
+
     @property
     def num_patches(self) -> int:
         """The number of patches of a whole image."""
-        return (self.image_size // self.patch_size) ** 2
+        return self.patches_along() ** 2
 
     @property
     def num_prefix_tokens(self) -> int:

@@ -71,12 +71,15 @@ class FlipTextOutput(ModelOutput):
     attentions: tuple[torch.Tensor, ...] | None = None
 
 
-def sincos_positions(width: int, rows: int, columns: int, spacing: float = 1.0) -> torch.Tensor:
+def sincos_positions(width: int, rows: int, columns: int, side: int | None = None) -> torch.Tensor:
     """Return the fixed 2-D position table, fp32 `(rows * columns, width)`. The first half of the width encodes the
     column and the second half the row, each as sines and then cosines.
 
     Args:
-        spacing: the distance between neighbours; below 1 the table interpolates the positions of a smaller grid.
+        side: of the square grid in whose coordinates the centres of the patches are given: its own patches are at 0 to
+            `side - 1`. The longer side of `rows` x `columns` lies over the same extent, so that a patch is where the
+            smaller or larger ones are that show the same part of the picture: one that covers four has the mean of
+            their coordinates. The shorter side lies in the middle. Left out, rows and columns are counted from 0.
 
     Raises:
         ValueError: the width is not divisible by 4.
@@ -86,7 +89,10 @@ def sincos_positions(width: int, rows: int, columns: int, spacing: float = 1.0) 
     frequencies = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width / 4))
 
     def encode(count: int) -> torch.Tensor:
-        angles = (torch.arange(count, dtype=torch.float64) * spacing)[:, None] * frequencies
+        places = torch.arange(count, dtype=torch.float64)
+        if side is not None:
+            places = (places + (1 - count) / 2) * (side / max(rows, columns)) + (side - 1) / 2
+        angles = places[:, None] * frequencies
         return torch.cat([angles.sin(), angles.cos()], dim=1).float()
 
     by_column = encode(columns)[None, :, :].expand(rows, -1, -1)
@@ -148,7 +154,7 @@ class FlipVisionEmbeddings(nn.Module):
 
     def fixed_tables(self) -> dict[str, torch.Tensor]:
         """Compute the buffers from the configuration. They are not saved, so `_init_weights` fills them again."""
-        config, side = self.config, self.config.image_size // self.config.patch_size
+        config, side = self.config, self.config.patches_along()
         mean = torch.tensor(config.image_mean, dtype=torch.float32)
         std = torch.tensor(config.image_std, dtype=torch.float32)
         return {
@@ -164,20 +170,21 @@ class FlipVisionEmbeddings(nn.Module):
         patches: torch.Tensor | None,
         patch_index: torch.Tensor | None,
         interpolate_pos_encoding: bool,
+        image_size: int | None = None,
     ) -> torch.Tensor:
         """Return the tokens `(batch, 1 + kept, hidden_size)`. The arguments are those of `FlipVisionModel.forward`.
 
         Raises:
             ValueError: no image is given, or a shape does not fit the model.
         """
-        positions = self.position_embedding
+        side = self.config.patches_along(image_size)
         if patches is None:
             if pixel_values is None:
                 raise ValueError("give either pixel_values or patches")
-            positions = self._positions_of(pixel_values, interpolate_pos_encoding)
+            positions = self._positions_of(pixel_values, image_size, interpolate_pos_encoding)
             patches = patchify(pixel_values, self.config.patch_size)
             if patch_index is None and image_mask_ratio != 0.0:
-                rows, columns = (side // self.config.patch_size for side in pixel_values.shape[-2:])
+                rows, columns = (pixels // self.config.patch_size for pixels in pixel_values.shape[-2:])
                 noise = torch.rand(len(patches), rows, columns, device=patches.device)
                 patch_index = keep_lowest(noise, num_kept(rows * columns, image_mask_ratio))[:, 0]
             if patch_index is not None:
@@ -185,7 +192,8 @@ class FlipVisionEmbeddings(nn.Module):
         else:
             if patches.ndim == 4 and patch_index is not None:
                 patches, patch_index = patches.flatten(0, 1), patch_index.flatten(0, 1)
-            self._check_patches(patches, patch_index)
+            self._check_patches(patches, patch_index, side**2)
+            positions = self.positions(side, side)
         if patches.dtype == torch.uint8:
             patches = self.normalise(patches)
         embeds = self.patch_embedding(patches)
@@ -202,39 +210,41 @@ class FlipVisionEmbeddings(nn.Module):
         by_channel = patches.unflatten(2, (self.config.num_channels, -1)).to(torch.float32, copy=True)
         return by_channel.mul_(self.pixel_scale.view(-1, 1)).add_(self.pixel_shift.view(-1, 1)).flatten(2)
 
-    def _check_patches(self, patches: torch.Tensor, patch_index: torch.Tensor | None) -> None:
+    def positions(self, rows: int, columns: int) -> torch.Tensor:
+        """Return the positions of an image of `rows` x `columns` patches, in the coordinates of the model's own grid:
+        fp32 `(1, rows * columns, hidden_size)`."""
+        side = self.config.patches_along()
+        if (rows, columns) == (side, side):
+            return self.position_embedding
+        return sincos_positions(self.config.hidden_size, rows, columns, side)[None].to(self.position_embedding)
+
+    def _check_patches(self, patches: torch.Tensor, patch_index: torch.Tensor | None, num_patches: int) -> None:
         width = self.config.num_channels * self.config.patch_size**2
         if patches.ndim != 3 or patches.shape[2] != width:
             raise ValueError(f"patches is {tuple(patches.shape)}, it must be (batch, kept, {width}) for this model")
-        if patch_index is None and patches.shape[1] != self.config.num_patches:
-            raise ValueError(
-                f"patches has {patches.shape[1]} of {self.config.num_patches} patches and patch_index is missing"
-            )
+        if patch_index is None and patches.shape[1] != num_patches:
+            raise ValueError(f"patches has {patches.shape[1]} of {num_patches} patches and patch_index is missing")
         if patch_index is not None and patch_index.shape != patches.shape[:2]:
             raise ValueError(
                 f"patch_index is {tuple(patch_index.shape)}, it must be {tuple(patches.shape[:2])} as patches is"
             )
 
-    def _positions_of(self, pixel_values: torch.Tensor, interpolate: bool) -> torch.Tensor:
-        size, patch, channels = self.config.image_size, self.config.patch_size, self.config.num_channels
+    def _positions_of(self, pixel_values: torch.Tensor, image_size: int | None, interpolate: bool) -> torch.Tensor:
+        size, patch, channels = image_size or self.config.image_size, self.config.patch_size, self.config.num_channels
         if pixel_values.ndim != 4 or pixel_values.shape[1] != channels:
             raise ValueError(
                 f"pixel_values is {tuple(pixel_values.shape)}, it must be (batch, {channels}, height, width)"
             )
         height, width = pixel_values.shape[-2:]
-        if (height, width) == (size, size):
-            return self.position_embedding
-        if not interpolate:
+        if (height, width) != (size, size) and not interpolate:
+            whose = "image_size is" if image_size else "the model is for"
             raise ValueError(
-                f"pixel_values are {height}x{width}, the model is for {size}x{size}; resize them, pass "
+                f"pixel_values are {height}x{width}, {whose} {size}x{size}; resize them, pass "
                 "interpolate_pos_encoding=True, or load the model with vision_config={'image_size': ...}"
             )
         if height % patch or width % patch:
             raise ValueError(f"pixel_values are {height}x{width}, which patch_size {patch} does not divide")
-        rows, columns = height // patch, width // patch
-        spacing = (size // patch) / max(rows, columns)
-        table = sincos_positions(self.config.hidden_size, rows, columns, spacing)[None]
-        return table.to(self.position_embedding)
+        return self.positions(height // patch, width // patch)
 
 
 class FlipTextEmbeddings(nn.Module):
@@ -539,6 +549,7 @@ class FlipVisionModel(FlipPreTrainedModel):
         patches: torch.Tensor | None = None,
         patch_index: torch.Tensor | None = None,
         interpolate_pos_encoding: bool = False,
+        image_size: int | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPooling:
         r"""
@@ -551,12 +562,17 @@ class FlipVisionModel(FlipPreTrainedModel):
                 0..255 are normalised here with the configuration's mean and deviation; floats must be normalised.
             patch_index: integers `(batch, kept)`, the row-major position of each patch. Given with `pixel_values` it
                 selects the patches, and `image_mask_ratio` is not used. Without it, `patches` are the whole image.
-            interpolate_pos_encoding: accept another image size and interpolate the positions.
+            interpolate_pos_encoding: accept `pixel_values` of another size, whose patches have the positions of the
+                places that they show, in the coordinates of the model's own grid.
+            image_size: the side in pixels of the images that `patches` are of, where it is not the configuration's; a
+                multiple of `patch_size`. Positions are as above.
 
         Several masks of one image are given as `patches` `(batch, views, kept, channels * p * p)` and `patch_index`
         `(batch, views, kept)`. The output is that of `batch * views` images, the views of an image next to each other.
         """
-        hidden_states = self.embeddings(pixel_values, image_mask_ratio, patches, patch_index, interpolate_pos_encoding)
+        hidden_states = self.embeddings(
+            pixel_values, image_mask_ratio, patches, patch_index, interpolate_pos_encoding, image_size
+        )
         hidden_states = self.final_layer_norm(self.encoder(hidden_states, **kwargs))
         return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=hidden_states.mean(dim=1))
 
@@ -766,6 +782,7 @@ class FlipModel(FlipPreTrainedModel):
         patches: torch.Tensor | None = None,
         patch_index: torch.Tensor | None = None,
         interpolate_pos_encoding: bool = False,
+        image_size: int | None = None,
         **kwargs: Any,
     ) -> FlipOutput | BaseModelOutputWithPooling:
         r"""
@@ -774,7 +791,7 @@ class FlipModel(FlipPreTrainedModel):
 
         Args:
             input_ids, attention_mask, position_ids: see `FlipTextModel.forward`.
-            pixel_values, image_mask_ratio, patches, patch_index, interpolate_pos_encoding: see
+            pixel_values, image_mask_ratio, patches, patch_index, interpolate_pos_encoding, image_size: see
                 `FlipVisionModel.forward`.
             return_loss: also compute the loss of this batch. Training on several processes computes its loss from the
                 embeddings instead (`flipscale.objectives.contrastive`).
@@ -786,6 +803,7 @@ class FlipModel(FlipPreTrainedModel):
             patches=patches,
             patch_index=patch_index,
             interpolate_pos_encoding=interpolate_pos_encoding,
+            image_size=image_size,
             **kwargs,
         )
         if input_ids is None and attention_mask is None and not return_loss:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from flipscale.model import (
     FlipConfig,
@@ -105,6 +106,12 @@ def test_mask_ratio_that_leaves_nothing(model: FlipModel, images: torch.Tensor) 
             {"pixel_values": torch.zeros(2, 3, 36, 40), "interpolate_pos_encoding": True},
             "pixel_values are 36x40, which patch_size 8 does not divide",
         ),
+        (
+            {"patches": torch.zeros(2, 4, 192), "image_size": 20},
+            "image_size 20 is not divisible by patch_size 8; use 16 or 24",
+        ),
+        ({"patches": torch.zeros(2, 16, 192), "image_size": 16}, "patches has 16 of 4 patches and patch_index is miss"),
+        ({"pixel_values": torch.zeros(2, 3, 32, 32), "image_size": 16}, "pixel_values are 32x32, image_size is 16x16"),
     ],
 )
 def test_image_input_that_does_not_fit(model: FlipModel, inputs: dict[str, Any], message: str) -> None:
@@ -124,10 +131,44 @@ def test_positions_encode_the_column_first_then_the_row() -> None:
             assert torch.allclose(table[3 * row + column], torch.cat(parts), atol=1e-6)
 
 
+def test_positions_of_another_size_are_those_of_the_places_that_its_patches_show() -> None:
+    """In the slowest frequencies, sines are the coordinates themselves: a patch has the mean of those it covers."""
+    width, coarse, fine = 64, sincos_positions(64, 4, 4, side=8), sincos_positions(64, 8, 8)
+    slowest = [width // 4 - 1, 3 * width // 4 - 1]  # the sine of the column and that of the row
+    covered = fine[:, slowest].view(4, 2, 4, 2, 2).mean(dim=(1, 3)).view(16, 2)
+    assert torch.allclose(coarse[:, slowest], covered, rtol=1e-5, atol=0.0)
+    assert not torch.allclose(fine.view(8, 8, width)[::2, ::2].reshape(16, width)[:, slowest], covered, rtol=1e-2)
+    # Other models have a learned table that is interpolated so: transformers', open_clip's.
+    table = fine.double().view(1, 8, 8, width).permute(0, 3, 1, 2)
+    resized = nn.functional.interpolate(table, (16, 16), mode="bicubic", align_corners=False)[0].permute(1, 2, 0)
+    ours = sincos_positions(width, 16, 16, side=8).view(16, 16, width).double()
+    assert (ours - resized)[4:-4, 4:-4].abs().max() < 0.04
+    # Every second patch of three times the size has the place of the one in the middle of three.
+    assert torch.allclose(sincos_positions(width, 24, 24, side=8).view(24, 24, width)[1::3, 1::3].reshape(64, -1), fine)
+    assert torch.equal(sincos_positions(width, 8, 8, side=8), fine)
+    # A wide picture lies in the middle.
+    wide = sincos_positions(width, 4, 8, side=8)
+    assert torch.allclose(wide, fine.view(8, 8, width)[2:6].reshape(32, width), atol=1e-6)
+
+
+def test_images_of_another_size(model: FlipModel, images: torch.Tensor) -> None:
+    tower, small = model.vision_model, nn.functional.interpolate(images, (16, 16))
+    asked = tower(pixel_values=small, interpolate_pos_encoding=True).pooler_output
+    assert torch.equal(tower(pixel_values=small, image_size=16).pooler_output, asked)
+    patches = patchify(small, 8)
+    assert torch.equal(tower(patches=patches, image_size=16).pooler_output, asked)
+    index = torch.tensor([[3, 0, 1, 2]]).expand(len(patches), -1)
+    shuffled = tower(patches=take_patches(patches, index), patch_index=index, image_size=16).pooler_output
+    assert torch.allclose(shuffled, asked, atol=1e-6)
+    assert not torch.allclose(tower(patches=patches, patch_index=index.sort().values).pooler_output, asked, atol=1e-3)
+    whole = model(pixel_values=images, input_ids=torch.zeros(1, 8, dtype=torch.int64))
+    assert torch.equal(
+        model(pixel_values=images, input_ids=torch.zeros(1, 8, dtype=torch.int64), image_size=32).image_embeds,
+        whole.image_embeds,
+    )
+
+
 def test_interpolated_positions(model: FlipModel, images: torch.Tensor) -> None:
-    embeddings = model.vision_model.embeddings
-    twice = embeddings._positions_of(torch.zeros(1, 3, 64, 64), interpolate=True).view(8, 8, 32)
-    assert torch.allclose(twice[::2, ::2], embeddings.position_embedding.view(4, 4, 32), atol=1e-6)
     wide = model.vision_model(pixel_values=torch.zeros(1, 3, 24, 48), interpolate_pos_encoding=True)
     assert wide.last_hidden_state.shape == (1, 3 * 6 + 1, 32)
     own = model.vision_model(pixel_values=images).pooler_output
