@@ -21,7 +21,7 @@ class Field(NamedTuple):
     offset: int
 
 
-class PackedBatch(dict[str, torch.Tensor]):
+class PackedBatch(dict[str, Any]):
     """The tensors of a batch by name, all of them views of the uint8 tensor `buffer`, and the batch's `faults`."""
 
     def __init__(self, buffer: torch.Tensor, layout: dict[str, Field], faults: list[Fault]):

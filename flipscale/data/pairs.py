@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,7 +20,7 @@ from flipscale.data.randomness import keyed_uniform
 from flipscale.data.recipe import DataRecipe
 from flipscale.data.sources.mixture import order_of
 from flipscale.data.sources.source import Source
-from flipscale.model.configuration_flip import FlipConfig
+from flipscale.model.configuration_flip import FlipConfig, patches_along
 from flipscale.model.patches import num_kept
 
 # How the integers of a batch travel to the device; the model widens them there.
@@ -40,6 +40,17 @@ class InputShape:
         """Return the shape of the inputs that a model of `config` takes."""
         vision, text = config.vision_config, config.text_config
         return cls(vision.image_size, vision.patch_size, text.max_position_embeddings)
+
+    def at(self, image_size: int | None) -> "InputShape":
+        """Return the same for images of `image_size` pixels; None leaves them as they are.
+
+        Raises:
+            ValueError: the patch does not divide them.
+        """
+        if image_size is None:
+            return self
+        patches_along(image_size, self.patch_size)
+        return replace(self, image_size=image_size)
 
     @property
     def side(self) -> int:

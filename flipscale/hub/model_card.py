@@ -292,7 +292,9 @@ class _Run:
             rate = "goes on" if stage.get("base_lr") is None else f"{stage['base_lr']:g}"
             seen = f"{stage['samples']:,}" if stage.get("share") is None else f"{stage['share']:.1%} of the time"
             removed = (f"{stage.get(name, 0):.0%}" for name in ("mask_ratio", "text_mask_ratio"))
-            yield f"| {in_markdown(stage['name'])} | {seen} | {' | '.join(removed)} | {rate} |"
+            size = stage.get("image_size")
+            name = in_markdown(stage["name"]) + (f" ({size} x {size} pixels)" if size else "")
+            yield f"| {name} | {seen} | {' | '.join(removed)} | {rate} |"
 
     def _recipe(self) -> str:
         text = yaml.safe_dump(deciding_part(self.recipe, name_of=public_name), sort_keys=False).rstrip()

@@ -61,8 +61,15 @@ class ReconstructionDecoder(FlipPreTrainedModel):
 
     def fixed_tables(self) -> dict[str, torch.Tensor]:
         """Compute the buffers from the configuration."""
-        side = self.config.image_size // self.config.patch_size
+        side = self.config.patches_along()
         return {"position_embedding": sincos_positions(self.config.hidden_size, side, side)}
+
+    def positions(self, image_size: int | None) -> torch.Tensor:
+        """Return the positions of the patches of an image, fp32 `(num_patches, hidden_size)`, as the image tower's."""
+        side, own = self.config.patches_along(image_size), self.config.patches_along()
+        if side == own:
+            return self.position_embedding
+        return sincos_positions(self.config.hidden_size, side, side, own).to(self.position_embedding)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -74,16 +81,23 @@ class ReconstructionDecoder(FlipPreTrainedModel):
             for name, value in module.fixed_tables().items():
                 init.copy_(getattr(module, name), value)
 
-    def forward(self, tokens: torch.Tensor, patch_index: torch.Tensor, masked_index: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self,
+        tokens: torch.Tensor,
+        patch_index: torch.Tensor,
+        masked_index: torch.Tensor,
+        image_size: int | None = None,
+    ) -> torch.Tensor:
         """Predict the pixels of the masked patches, `(batch, masked, channels * p * p)`, each patch normalised.
 
         Args:
             tokens: the image tower's output, `(batch, num_prefix_tokens + kept, width)`.
             patch_index, masked_index: the places of the visible patches, `(batch, kept)`, and of the masked ones.
+            image_size: in pixels; left out, the model's own.
         """
         # A sharded decoder computes in the precision of its weights.
         tokens = self.embed(tokens.to(self.embed.weight.dtype))
-        positions = self.position_embedding.to(tokens.dtype)
+        positions = self.positions(image_size).to(tokens.dtype)
         num_prefix = self.config.num_prefix_tokens
         seen = tokens[:, num_prefix:] + positions[patch_index]
         masked = self.mask_token.to(tokens.dtype) + positions[masked_index]
@@ -108,7 +122,8 @@ class ReconstructingFlipModel(FlipModel):
         """
         output = super().forward(*inputs, **kwargs)
         tokens = output.vision_model_output.last_hidden_state
-        num_patches = self.config.vision_config.num_patches
+        image_size = kwargs.get("image_size")
+        num_patches = self.config.vision_config.patches_along(image_size) ** 2
         patch_index = kwargs.get("patch_index")
         if masked_patches is None:
             # Nothing to reconstruct. The decoder runs all the same: every engine expects all gradients in every step.
@@ -117,7 +132,7 @@ class ReconstructingFlipModel(FlipModel):
         assert patch_index is not None
         patch_index = patch_index.long()
         pixels = self.vision_model.embeddings.normalise(masked_patches)
-        predicted = self.reconstruction(tokens, patch_index, complement(patch_index, num_patches))
+        predicted = self.reconstruction(tokens, patch_index, complement(patch_index, num_patches), image_size)
         return ReconstructionOutput(**output, reconstruction_loss=pixel_loss(predicted, pixels))
 
 

@@ -67,7 +67,7 @@ class Facts:
         return (
             f"A model of pictures and words{size}. It learned from {last['samples_seen']:,} pairs{self._data()} in "
             f"{duration(last['trained_seconds'])} of training, {self._masks()}; its pictures have "
-            f"{vision['image_size']} x {vision['image_size']} pixels."
+            f"{vision['image_size']} x {vision['image_size']} pixels{self._other_sizes()}."
         )
 
     def tiles(self, curve: Curve) -> list[tuple[str, str]]:
@@ -121,6 +121,11 @@ class Facts:
         count = self.environment.get("data_samples")
         of = f" of {shortened(listed(names), 80)}" if names else ""
         return of + (f" (which holds {count:,})" if count else "")
+
+    def _other_sizes(self) -> str:
+        sizes = {stage["name"]: stage["image_size"] for stage in self.recipe["stages"] if stage.get("image_size")}
+        parts = [f"{size} x {size} in the stage {name}" for name, size in sizes.items()]
+        return f", {listed(parts)}" if parts else ""
 
     def _masks(self) -> str:
         ratios = [stage.get("mask_ratio") or 0.0 for stage in self.recipe["stages"]]

@@ -1,6 +1,7 @@
 """What each stage of a run leaves of a picture: training samples with the patches that the encoder sees."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -39,40 +40,50 @@ def mask_rows(recipe: Recipe, count: int = 6) -> list[MaskRow]:
     tokenizer = load_tokenizer(recipe.data.tokenizer, shape.max_tokens)
     positions = list(range(min(count, len(source))))
 
-    def seen(ratio: float) -> dict:
-        dataset = PairDataset(source, tokenizer, recipe.data, shape, recipe.seed, ratio, recipe.mask)
+    def seen(as_in: _Seen) -> dict:
+        shown = shape.at(as_in.image_size)
+        dataset = PairDataset(source, tokenizer, recipe.data, shown, recipe.seed, as_in.mask_ratio, recipe.mask)
         return dataset.__getitems__(positions)
 
-    whole = seen(0.0)
+    crops = _Seen(0.0, None)
+    whole = seen(crops)
     captions = [str(text).strip() for text in tokenizer.batch_decode(whole["input_ids"], skip_special_tokens=True)]
-    everything = np.arange(shape.num_patches)
     rows = []
-    for ratio, stages in {0.0: [], **_by_ratio(recipe)}.items():
-        columns = whole if ratio == 0.0 else seen(ratio)
+    for as_in, stages in {crops: [], **_as_seen(recipe)}.items():
+        columns, shown = whole if as_in == crops else seen(as_in), shape.at(as_in.image_size)
+        everything = np.arange(shown.num_patches)
         index = columns["patch_index"].numpy() if "patch_index" in columns else [everything] * len(positions)
         pictures = []
         for place, caption in enumerate(captions):
             patches, where = columns["patches"][place].numpy(), np.asarray(index[place])
             if where.ndim > 1:  # several views: the first
                 patches, where = patches[0], where[0]
-            said = f"{caption or 'a training picture'}, {_words(ratio)}"
-            pictures.append(thumbnail(_pasted(patches, where, shape), said, _SIDE))
+            said = f"{caption or 'a training picture'}, {as_in.words}"
+            pictures.append(thumbnail(_pasted(patches, where, shown), said, _SIDE))
         names = ", ".join(stage.name for stage in stages)
-        title = f"{names}: {_words(ratio)}" if names else "the crops"
+        title = f"{names}: {as_in.words}" if names else "the crops"
         rows.append(MaskRow(title, pictures))
     return rows
 
 
-def _by_ratio(recipe: Recipe) -> dict[float, list[StageRecipe]]:
-    """Return the stages by the share of the patches that they leave out."""
-    found: dict[float, list[StageRecipe]] = {}
+class _Seen(NamedTuple):
+    """What a stage sees of a picture: all but a share of its patches, at a size in pixels, None for the model's."""
+
+    mask_ratio: float
+    image_size: int | None
+
+    @property
+    def words(self) -> str:
+        seen = f"{100 * self.mask_ratio:g} % of the patches left out" if self.mask_ratio else "whole"
+        return seen if self.image_size is None else f"{seen}, at {self.image_size} x {self.image_size} pixels"
+
+
+def _as_seen(recipe: Recipe) -> dict[_Seen, list[StageRecipe]]:
+    """Return the stages by what they see."""
+    found: dict[_Seen, list[StageRecipe]] = {}
     for stage in recipe.stages:
-        found.setdefault(stage.mask_ratio, []).append(stage)
+        found.setdefault(_Seen(stage.mask_ratio, stage.image_size), []).append(stage)
     return found
-
-
-def _words(ratio: float) -> str:
-    return f"{100 * ratio:g} % of the patches left out" if ratio else "whole"
 
 
 def _pasted(patches: np.ndarray, index: np.ndarray, shape: InputShape) -> np.ndarray:

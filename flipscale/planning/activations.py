@@ -38,6 +38,7 @@ class Step:
         device_type: `cuda` or `cpu`, which differ in the attention kernel and in what autocast casts.
         added_gradients: the part of each fp32 gradient that stays on the process from the moment it is ready; below 0
             where a block's gradients, which earlier passes left, are sent away then.
+        image_size: in pixels, None for the model's own.
     """
 
     batch_size: int
@@ -49,6 +50,7 @@ class Step:
     autocast: bool = True
     device_type: str = "cuda"
     added_gradients: float = 0.0
+    image_size: int | None = None
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,7 @@ def measured(config: FlipConfig, step: Step, objective: Objective = PLAIN) -> Ac
         for parameter in model.parameters():
             parameter.register_post_accumulate_grad_hook(count_gradient)
         with torch.autocast("cpu", torch.bfloat16, enabled=step.bf16 and step.autocast):
-            output = model(**batch, return_logits=False)
+            output = model(**batch, image_size=step.image_size, return_logits=False)
         values = [*objective.compared(output), *objective.parameters(output).values()]
         loss = torch.stack([value.float().sum() for value in values]).sum() + objective.mean_loss(output)
         saved = live.now
@@ -118,7 +120,8 @@ def cast_norms_as_cuda_does(model: nn.Module) -> None:
 def example_batch(config: FlipConfig, step: Step, objective: Objective = PLAIN) -> dict[str, torch.Tensor]:
     """Return a batch with the columns and shapes that the loader sends."""
     vision, text = config.vision_config, config.text_config
-    kept = num_kept(vision.num_patches, step.mask_ratio)
+    num_patches = vision.patches_along(step.image_size) ** 2
+    kept = num_kept(num_patches, step.mask_ratio)
     images, pixels = step.batch_size * step.views, vision.num_channels * vision.patch_size**2
     tokens = num_kept(text.max_position_embeddings, step.text_mask_ratio, "tokens")
     batch = {
@@ -129,8 +132,7 @@ def example_batch(config: FlipConfig, step: Step, objective: Objective = PLAIN) 
     if step.mask_ratio > 0.0:
         batch["patch_index"] = torch.zeros(images, kept, dtype=torch.int16)
         if "masked_patches" in objective.columns:
-            masked = vision.num_patches - kept
-            batch["masked_patches"] = torch.zeros(images, masked, pixels, dtype=torch.uint8)
+            batch["masked_patches"] = torch.zeros(images, num_patches - kept, pixels, dtype=torch.uint8)
     if step.text_mask_ratio > 0.0:
         batch["position_ids"] = torch.zeros(step.batch_size, tokens, dtype=torch.int64)
     return batch

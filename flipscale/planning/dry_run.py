@@ -111,6 +111,7 @@ def _heading(recipe: Recipe, launches: dict[str, Launch]) -> str:
             f"{name}: {launch.num_processes} processes of {batch // launch.num_processes} pairs, "
             f"{step.batch_size} at once, {'bf16' if launch.bf16 else 'fp32'}, "
             f"at most {1 - step.mask_ratio:.0%} of the patches"
+            + ("" if step.image_size is None else f" of {step.image_size} x {step.image_size} pixels")
         )
     return "\n".join(lines)
 

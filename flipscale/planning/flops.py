@@ -36,14 +36,20 @@ class Flops:
         return 3 * self.forward
 
 
-def forward_flops(config: FlipConfig, mask_ratio: float, views: int = 1, text_mask_ratio: float = 0.0) -> Flops:
+def forward_flops(
+    config: FlipConfig, mask_ratio: float, views: int = 1, text_mask_ratio: float = 0.0, image_size: int | None = None
+) -> Flops:
     """Return the operations of a pair at `mask_ratio`, its image embedded `views` times, every caption padded to the
     full length before `text_mask_ratio` of its tokens are removed.
 
+    Args:
+        image_size: in pixels; left out, the model's own.
+
     Raises:
-        ValueError: a mask ratio is outside [0, 1), or leaves no patch or no token.
+        ValueError: a mask ratio is outside [0, 1), or leaves no patch or no token; the patch does not divide the image.
     """
-    return _counted(config.to_json_string(use_diff=False), Step(1, mask_ratio, views, text_mask_ratio))
+    step = Step(1, mask_ratio, views, text_mask_ratio, image_size=image_size)
+    return _counted(config.to_json_string(use_diff=False), step)
 
 
 @functools.lru_cache(maxsize=64)
@@ -56,7 +62,7 @@ def _counted(config: str, step: Step) -> Flops:
         with torch.device("meta"):
             batch = example_batch(model.config, step)
         with torch.no_grad(), FlopCounterMode(display=False, depth=64) as counter:
-            model(**batch, return_logits=False)
+            model(**batch, image_size=step.image_size, return_logits=False)
     prefix = f"{type(model).__name__}."
     counts = {name.removeprefix(prefix): sum(found.values()) for name, found in counter.flop_counts.items()}
     return Flops(counter.get_total_flops(), counts)
@@ -64,10 +70,10 @@ def _counted(config: str, step: Step) -> Flops:
 
 def pair_flops(recipe: Recipe) -> dict[str, int]:
     """Return the operations of a pair's training step in each stage of a recipe, by the stage's name."""
-    config = recipe.model.config()
+    config = recipe.model_config()
     return {
         stage.name: forward_flops(
-            config, stage.mask_ratio, recipe.mask.views_at(stage.mask_ratio), stage.text_mask_ratio
+            *(config, stage.mask_ratio, recipe.mask.views_at(stage.mask_ratio), stage.text_mask_ratio, stage.image_size)
         ).training
         for stage in recipe.stages
     }

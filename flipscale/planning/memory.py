@@ -149,6 +149,7 @@ def heaviest_step(recipe: Recipe, launch: Launch, device_type: str) -> Step:
         bf16=launch.bf16,
         autocast=engine_class(launch).autocasts,
         device_type=device_type,
+        image_size=stage.image_size,
     )
 
 

@@ -272,7 +272,7 @@ def _binds(
         shard_size = launch.shard_size or launch.num_processes
         return "node links" if max(shard_size, launch.num_processes) <= hardware.links.gpus_of_a_node else "network"
     vision = recipe.model_config().vision_config
-    rows = at_once * max(1, round(vision.num_patches * (1.0 - stage.mask_ratio)))
+    rows = at_once * max(1, round(vision.patches_along(stage.image_size) ** 2 * (1.0 - stage.mask_ratio)))
     # Fewer tiles of 128 x 256 than four for each of an H100's 132 processors leave some idle.
     if rows * vision.hidden_size < 4 * 132 * 128 * 256:
         return "small batch"

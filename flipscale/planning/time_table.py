@@ -9,7 +9,7 @@ from flipscale.files.command_line import number
 from flipscale.files.ranges import Positive, ShareAboveNone
 from flipscale.planning.time import Hardware, Links, StepTime, step_time
 from flipscale.training.recipe import Recipe
-from flipscale.training.schedule import plan_stages
+from flipscale.training.schedule import StageRecipe, plan_stages
 
 
 def add_time_flags(parser: argparse.ArgumentParser) -> None:
@@ -103,7 +103,7 @@ def time_tables(recipe: Recipe, launches: dict[str, list[Launch]], hardware: Har
     for name, sizes in launches.items():
         hours = dict.fromkeys((launch.num_processes for launch in sizes), 0.0)
         for stage, planned in zip(recipe.stages, plan, strict=True):
-            lines += ["", f"{name}, {stage.name} ({stage.mask_ratio:.0%} masked):", _HEADER]
+            lines += ["", f"{name}, {stage.name} ({stage.mask_ratio:.0%} masked{_at(stage)}):", _HEADER]
             for launch in sizes:
                 found = step_time(recipe, launch, stage, hardware)
                 hours[launch.num_processes] += found.seconds * (planned.last - planned.first) / 3600
@@ -112,6 +112,10 @@ def time_tables(recipe: Recipe, launches: dict[str, list[Launch]], hardware: Har
             run = ", ".join(f"{value:,.0f} h on {count}" for count, value in hours.items())
             lines += ["", f"{name}, the whole run: {run}"]
     return "\n".join(lines)
+
+
+def _at(stage: StageRecipe) -> str:
+    return "" if stage.image_size is None else f", {stage.image_size} x {stage.image_size} pixels"
 
 
 _HEADER = (

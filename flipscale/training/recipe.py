@@ -22,7 +22,7 @@ from flipscale.files.yaml_text import check_yaml, read_outline
 from flipscale.objectives.recipe import LossRecipe, build_objective
 from flipscale.training.cost.recipe import CostRecipe, refuse_former, without_former
 from flipscale.training.report.recipe import LogRecipe
-from flipscale.training.schedule import StageRecipe
+from flipscale.training.schedule import StageRecipe, check_image_sizes
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -161,9 +161,11 @@ class Recipe:
         """Return the model's configuration, with the loss parameters that the objective needs.
 
         Raises:
-            ValueError: as `ModelRecipe.config` and `build_objective`.
+            ValueError: as `ModelRecipe.config`, `build_objective` and `check_image_sizes`.
         """
-        return self.objective().model_config(self.model.config())
+        config = self.objective().model_config(self.model.config())
+        check_image_sizes(self.stages, config.vision_config.patch_size)
+        return config
 
 
 def help_parser() -> argparse.ArgumentParser:

@@ -6,7 +6,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from flipscale.files.ranges import NotNegative, Samples, SamplesOrNone, ShareAboveNone, ShareBelowAll, check_ranges
+from flipscale.files.ranges import (
+    NotNegative,
+    Pixels,
+    Samples,
+    SamplesOrNone,
+    ShareAboveNone,
+    ShareBelowAll,
+    check_ranges,
+)
 
 # How far from 1 the sum of shares may be: they are written with a few digits.
 _MOST_AMISS = 1e-4
@@ -27,6 +35,8 @@ class StageRecipe:
         warmup_samples: How many samples of linear warm-up the schedule begins with.
         share: Its share of `budget_minutes`, in place of `samples`; those of all stages add up to 1.
         warmup_share: The share of `budget_minutes` that the warm-up takes, in place of `warmup_samples`.
+        image_size: The side in pixels of the images in this stage, a multiple of the patch; left out, the model's own.
+            A patch then shows more or less of the picture, and has the position of the place that it shows.
     """
 
     name: str
@@ -37,6 +47,7 @@ class StageRecipe:
     text_mask_ratio: ShareBelowAll = 0.0
     share: ShareAboveNone | None = None
     warmup_share: ShareBelowAll = 0.0
+    image_size: Pixels | None = None
 
 
 @dataclass(frozen=True)
@@ -52,6 +63,7 @@ class Stage:
         warmup: the length of the linear warm-up at the start of the schedule.
         peak_lr: the learning rate after the warm-up, of the whole batch.
         text_mask_ratio: fraction of the caption's tokens removed.
+        image_size: in pixels, None for the model's own.
     """
 
     name: str
@@ -63,6 +75,7 @@ class Stage:
     warmup: float
     peak_lr: float
     text_mask_ratio: float = 0.0
+    image_size: int | None = None
 
     def starts_afresh(self, before: float, position: float) -> bool:
         """Return whether the optimisers have no moments at `position`, the first of its schedule.
@@ -95,6 +108,21 @@ def is_due(step: int, step_samples: int, every_samples: int) -> bool:
 def has_passed(before: float, position: float, every_share: float) -> bool:
     """Return whether a multiple of a share of the budget lies between two positions; never for 0."""
     return every_share > 0 and math.floor(position / every_share) > math.floor(before / every_share)
+
+
+def check_image_sizes(stages: Sequence[StageRecipe], patch_size: int) -> None:
+    """Raise unless patches of `patch_size` pixels divide the images of every stage.
+
+    Raises:
+        ValueError: they do not; the message names the stage and both sizes.
+    """
+    from flipscale.model.configuration_flip import patches_along  # seconds to import
+
+    for stage in stages:
+        try:
+            patches_along(patch_size if stage.image_size is None else stage.image_size, patch_size)
+        except ValueError as error:
+            raise ValueError(f"stage {stage.name!r}: {error}") from None
 
 
 def plan_stages(
@@ -144,6 +172,7 @@ def plan_stages(
                 warmup,
                 peak_lr,
                 stage.text_mask_ratio,
+                stage.image_size,
             )
         )
     return planned

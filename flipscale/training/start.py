@@ -48,7 +48,8 @@ class StepBatch(NamedTuple):
 
     Args:
         stage: of the step.
-        micro_batches: on the device, all of one size. Clearing the list frees the batch: nothing else holds it.
+        micro_batches: on the device, all of one size, with the stage's `image_size` if it has one. Clearing the list
+            frees the batch: nothing else holds it.
         faults: the samples that could not be used, each of which was replaced.
     """
 
@@ -91,6 +92,9 @@ class Plan:
             batches = enduring_batches(self.datasets[stage], first, last, rank, world_size, pin_memory)
             with closing(on_device(batches, device)) as ready:
                 for micro_batches in ready:
+                    if stage.image_size is not None:
+                        for one in micro_batches:
+                            one["image_size"] = stage.image_size
                     yield StepBatch(stage, micro_batches, [fault for one in micro_batches for fault in one.faults])
                     # What the clock ends has batches ahead, which are not used.
                     if progress.is_over or progress.stage is not stage:
@@ -188,8 +192,8 @@ def check(recipe: Recipe) -> Plan:
     shape, sends_masked = InputShape.of(config), "masked_patches" in objective.columns
     datasets = {
         stage: PairDataset(
-            source, tokenizer, recipe.data, shape, recipe.seed, stage.mask_ratio, recipe.mask, stage.text_mask_ratio,
-            sends_masked=sends_masked,
+            source, tokenizer, recipe.data, shape.at(stage.image_size), recipe.seed, stage.mask_ratio, recipe.mask,
+            stage.text_mask_ratio, sends_masked=sends_masked,
         )
         for stage in stages
     }  # fmt: skip

@@ -157,6 +157,36 @@ def test_an_image_size_that_the_patch_does_not_divide(refused_recipe: Callable[.
     assert "image_size 30 is not divisible by patch_size 8; use 24 or 32" in line
 
 
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [
+        (30, "stage 'small': image_size 30 is not divisible by patch_size 8; use 24 or 32"),
+        (4, "stage 'small': image_size 4 is not divisible by patch_size 8; use 8"),
+        (0, "stages[0].image_size is 0; it must be at least 1 and at most 16,384"),
+        (20.5, "stages.image_size is 20.5; it must be a whole number, at least 1 and at most 16,384, or null"),
+    ],
+)
+def test_a_stage_s_image_size(refused_recipe: Callable[..., str], size: float, message: str) -> None:
+    assert message in refused_recipe(stages=[{"name": "small", "samples": 160, "image_size": size, "base_lr": 0.1}])
+
+
+def test_the_dry_run_refuses_a_stage_s_image_size(refused_recipe: Callable[..., str]) -> None:
+    stages = [{"name": "small", "samples": 160, "image_size": 30, "base_lr": 0.1}]
+    assert "stage 'small': image_size 30 is not divisible by" in refused_recipe("--dry_run", stages=stages)
+
+
+@pytest.mark.parametrize(
+    ("fraction", "message"),
+    [
+        (0.0, "data.fraction is 0.0; it must be above 0 and at most 1"),
+        (1.5, "data.fraction is 1.5; it must be above 0 and at most 1"),
+        (1e-4, "data.fraction 0.0001 leaves none of the 96 samples of data.shards; use a larger one"),
+    ],
+)
+def test_a_fraction_of_the_data(refused_recipe: Callable[..., str], fraction: float, message: str) -> None:
+    assert message in refused_recipe(data={"fraction": fraction})
+
+
 def test_a_tokenizer_that_is_not_there(refused_recipe: Callable[..., str], tmp_path: Path) -> None:
     assert "data.tokenizer" in refused_recipe(data={"tokenizer": str(tmp_path / "none")})
 

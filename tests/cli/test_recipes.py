@@ -1,6 +1,7 @@
 """Every recipe of the package parses, plans, and comes back from its own YAML."""
 
 import dataclasses
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,7 +9,9 @@ from typing import get_args, get_type_hints
 
 import pytest
 import yaml
+from conftest import metrics
 
+from flipscale.cli import main
 from flipscale.training.recipe import RECIPES, Recipe, deciding_part, differences, parse_recipe, to_yaml
 from flipscale.training.schedule import plan_stages
 
@@ -81,7 +84,7 @@ def test_the_sections_that_decide() -> None:
     kept = deciding_part(yaml.safe_load(to_yaml(parse_recipe(["--config", "demo"]))), name_of=lambda place: "name")
     assert set(kept) == {"model", "data", "mask", "loss", "optim", "stages", "seed"}
     assert set(kept["data"]) == {
-        *("sources", "tokenizer", "global_batch_size", "crop_scale", "lanes", "shards_per_block")
+        *("sources", "fraction", "tokenizer", "global_batch_size", "crop_scale", "lanes", "shards_per_block")
     }
     assert kept["data"]["lanes"] == 64
     assert kept["data"]["tokenizer"] == "name"
@@ -107,3 +110,25 @@ def test_a_recipe_of_an_older_version_is_the_same_by_its_defaults() -> None:
 def test_flags_override_the_file() -> None:
     recipe = parse_recipe(["--config", "b16_cc3m", "--optim.weight_decay", "0.1", "--seed", "4"])
     assert (recipe.optim.weight_decay, recipe.seed) == (0.1, 4)
+
+
+def test_the_page_s_stages_of_two_image_sizes_train(recipe: dict, tmp_path: Path) -> None:
+    """A few pairs of each stage, with the page's sizes and rates."""
+    page = (Path(__file__).parents[2] / "docs/training.md").read_text()
+    (block,) = re.findall(r"```yaml\n(stages:.*?)```", page, re.DOTALL)
+    stages = [
+        {**stage, "samples": 8, "warmup_samples": 0 if "base_lr" not in stage else min(1, stage["warmup_samples"])}
+        for stage in yaml.safe_load(block)["stages"]
+    ]
+    model = {
+        **recipe["model"],
+        "vision_config": {**recipe["model"]["vision_config"], "image_size": 224, "patch_size": 16},
+    }
+    small = {**recipe, "model": model, "stages": stages, "output_dir": str(tmp_path / "run")}
+    small |= {"data": {**recipe["data"], "global_batch_size": 4, "fraction": 0.5}, "log": {"every_samples": 4}}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(small))
+    main(["pretrain", "--config", str(tmp_path / "recipe.yaml")])
+    seen = [record["stage"] for record in metrics(tmp_path / "run") if "loss" in record]
+    assert list(dict.fromkeys(seen)) == ["small", "masked", "tuned"]
+    assert "small (112 x 112 pixels)" in (tmp_path / "run/model/README.md").read_text()
+    assert json.loads((tmp_path / "run/model/config.json").read_text())["vision_config"]["image_size"] == 224

@@ -9,7 +9,7 @@ import torch
 from conftest import write_shards
 from transformers import AutoTokenizer
 
-from flipscale.data.decode import DRAWS_PER_CROP, decode_box
+from flipscale.data.decode import DRAWS_PER_CROP, decode_box, visible_patches
 from flipscale.data.loader import StepSampler, build_loader
 from flipscale.data.pairs import InputShape, PairDataset
 from flipscale.data.randomness import keyed_uniform
@@ -173,3 +173,26 @@ def test_a_micro_batch_that_does_not_divide_is_refused(micro: int, fix: str) -> 
     )
     with pytest.raises(ValueError, match=message + rf"processes\); use {fix}$"):
         StepSampler(0, 1, 128, 0, 2, micro)
+
+
+@pytest.mark.parametrize(("mask_ratio", "kept"), [(0.0, 4), (0.5, 2)])
+def test_images_of_a_size_of_their_own(shards: Path, tokenizer_dir: Path, mask_ratio: float, kept: int) -> None:
+    """The same crops and captions as at the model's size, decoded at the stage's."""
+    data, positions = dataset(shards, tokenizer_dir, mask_ratio), np.arange(6)
+    small = PairDataset(data.source, data.tokenizer, data.recipe, SHAPE.at(16), seed=5, mask_ratio=mask_ratio)
+    batch, large = small.__getitems__(positions.tolist()), data.__getitems__(positions.tolist())
+    assert torch.equal(batch["input_ids"], large["input_ids"])
+    assert batch["patches"].shape == (6, kept, 3 * 8 * 8)
+    draws = keyed_uniform(5, "crop", positions, DRAWS_PER_CROP)
+    for row, (shard, number) in enumerate(zip(*small.order.locate(positions), strict=True)):
+        crop = decode_box(data.source.read(shard, number).image, draws[row], 16, data.recipe.crop_scale)
+        index = batch["patch_index"][row].numpy() if mask_ratio else None
+        assert (batch["patches"][row].numpy() == visible_patches(crop, 8, index)).all()
+    if mask_ratio:
+        assert set(batch["patch_index"].flatten().tolist()) == {0, 1, 2, 3}
+    assert SHAPE.at(None) is SHAPE
+
+
+def test_an_image_size_that_the_patch_does_not_divide() -> None:
+    with pytest.raises(ValueError, match="image_size 20 is not divisible by patch_size 8; use 16 or 24"):
+        SHAPE.at(20)

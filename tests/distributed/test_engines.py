@@ -11,7 +11,7 @@ import yaml
 from conftest import metrics
 from distributed.crowd import Crowd, cut
 from safetensors.torch import load_file
-from transformers import AutoModel
+from transformers import AutoConfig, AutoModel
 
 from flipscale.cli import main
 from flipscale.engines.checkpoint import CheckpointReader, latest_checkpoint
@@ -125,6 +125,40 @@ def test_a_compiled_run_has_a_graph_for_each_shape_and_no_more(trainings: Traini
     graphs = [int(file.read_text()) for file in trainings.folder.glob(f"{run_dir.name}.graphs-*")]
     # The image tower's of each stage and the text tower's, each with gradients and, in the first pass, without.
     assert graphs == [6, 6]
+
+
+# Images of 16 pixels, whole, then of 32 pixels, half masked: 4 and 8 patches. One schedule, with moments, has both.
+SIZES = {
+    "stages": [
+        {"name": "small", "samples": 48, "image_size": 16, "base_lr": 0.012, "warmup_samples": 16},
+        {"name": "large", "samples": 48, "mask_ratio": 0.5},
+    ],
+    "save": {"every_samples": 16, "total_limit": 20},
+}
+
+
+@pytest.mark.parametrize(("engine", "world"), [("ddp", 2), ("fsdp2", 2), ("zero3", 2)])
+def test_stages_of_two_image_sizes(trainings: Trainings, engine: str, world: int) -> None:
+    one, many = trainings.run("ddp", 1, **SIZES), trainings.run(engine, world, **SIZES)
+    assert len(losses(one)) == 6
+    assert close(losses(one), losses(many))
+    assert AutoConfig.from_pretrained(many / "model").vision_config.image_size == 32
+    for step in (2, 3):  # in the first stage, and where the second begins
+        resumed = trainings.folder / f"{engine}-sizes-{step}"
+        cut(many, resumed, step)
+        assert trainings.crowd(world).run("train", engine, trainings.file(resumed, **SIZES)) == ["done"] * world
+        assert losses(resumed) == losses(many)
+
+
+@pytest.mark.parametrize(
+    ("task", "section", "field"),
+    [("train", "data", {"micro_batch_size": 4}), ("train_compiled", "model", {"compile": True})],
+)
+def test_stages_of_two_image_sizes_in_two_passes_or_compiled(
+    trainings: Trainings, task: str, section: str, field: dict
+) -> None:
+    run_dir = trainings.run("ddp", 2, task, **SIZES, **{section: {**trainings.recipe[section], **field}})
+    assert close(losses(run_dir), losses(trainings.run("ddp", 1, **SIZES)))
 
 
 def test_compiled_blocks_are_refused_under_zero3(trainings: Trainings) -> None:

@@ -8,6 +8,7 @@ from html import unescape
 from pathlib import Path
 
 import pytest
+import yaml
 from pages.browser import check_accessible, check_offline, look
 from pages.conftest import HOSTILE
 
@@ -15,6 +16,7 @@ from flipscale.evaluation.recipe import EvalRecipe
 from flipscale.evaluation.results import latest, read_results
 from flipscale.hub.loading import load_flip
 from flipscale.pages import report
+from flipscale.pages.masks import mask_rows
 from flipscale.pages.report import MOST_BYTES, offer_report, write_report
 from flipscale.training.recipe import Recipe, parse_recipe
 
@@ -139,3 +141,19 @@ def test_a_page_that_cannot_be_written_is_one_warning(
     (words,) = {record.getMessage() for record in caplog.records if record.levelno == logging.WARNING}
     assert re.fullmatch(r".*/report\.html was not written \(.* is damaged .*\); the run is whole without it", words)
     assert not (copied / "report.html").exists()
+
+
+def test_a_stage_s_pictures_have_its_own_size(recipe: dict, tmp_path: Path) -> None:
+    stages = [
+        {"name": "small", "samples": 16, "image_size": 16, "base_lr": 0.01},
+        {"name": "masked", "samples": 16, "image_size": 16, "mask_ratio": 0.5},
+        {"name": "own", "samples": 16},
+        {"name": "tuned", "samples": 16, "image_size": 16},
+    ]
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({**recipe, "stages": stages}))
+    rows = mask_rows(recipe_of(tmp_path), 2)
+    assert {row.title: {(picture.width, picture.height) for picture in row.pictures} for row in rows} == {
+        "own: whole": {(32, 32)},
+        "small, tuned: whole, at 16 x 16 pixels": {(16, 16)},
+        "masked: 50 % of the patches left out, at 16 x 16 pixels": {(16, 16)},
+    }

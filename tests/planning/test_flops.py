@@ -1,15 +1,20 @@
 """The operations counted: against a formula by hand, the paper's numbers, and a backward pass."""
 
 import time
+from dataclasses import replace
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from flipscale.engines.launch import Launch
 from flipscale.model import FlipConfig, FlipModel, FlipTextConfig, FlipVisionConfig
 from flipscale.model.patches import num_kept
 from flipscale.planning import flops
-from flipscale.planning.flops import forward_flops
+from flipscale.planning.flops import forward_flops, pair_flops
+from flipscale.planning.memory import heaviest_step
+from flipscale.training.recipe import parse_recipe
+from flipscale.training.schedule import StageRecipe
 
 PATCHES = "vision_model.embeddings.patch_embedding"
 SMALL = FlipConfig(
@@ -33,10 +38,12 @@ SMALL = FlipConfig(
 )
 
 
-def by_hand(config: FlipConfig, mask_ratio: float, views: int = 1, text_mask_ratio: float = 0.0) -> dict[str, int]:
+def by_hand(
+    config: FlipConfig, mask_ratio: float, views: int = 1, text_mask_ratio: float = 0.0, image_size: int | None = None
+) -> dict[str, int]:
     """The matrix products of FLIP's two towers, a class token or other tokens before the patches."""
     vision, text = config.vision_config, config.text_config
-    kept = num_kept(vision.num_patches, mask_ratio)
+    kept = num_kept(((image_size or vision.image_size) // vision.patch_size) ** 2, mask_ratio)
     tokens = num_kept(text.max_position_embeddings, text_mask_ratio, "tokens")
     patches = views * 2 * kept * vision.num_channels * vision.patch_size**2 * vision.hidden_size
     image = patches + views * layers(vision, vision.num_prefix_tokens + kept)
@@ -69,6 +76,42 @@ def test_the_count_is_the_formula_s(config: FlipConfig, masks: tuple[float, int,
     counted = forward_flops(config, *masks)
     for name, expected in by_hand(config, *masks).items():
         assert (counted.forward if name == "forward" else counted.modules[name]) == expected, name
+
+
+def test_another_image_size_costs_what_its_patches_do() -> None:
+    for masks in ((0.0, 1, 0.0), (0.75, 2, 0.5)):
+        assert forward_flops(SMALL, *masks, image_size=32).modules == {
+            **forward_flops(SMALL, *masks, image_size=32).modules,
+            **{name: flops for name, flops in by_hand(SMALL, *masks, image_size=32).items() if name != "forward"},
+        }
+    # 32 px whole and 64 px at 75 % are both 16 patches; a step of the former by torch's own counter:
+    assert forward_flops(SMALL, 0.0, image_size=32).forward == forward_flops(SMALL, 0.75).forward
+    model = FlipModel(SMALL)
+    model.set_attn_implementation("eager")
+    patches, captions = torch.zeros(5, 16, 192, dtype=torch.uint8), torch.randint(1, 50, (5, 12))
+    with FlopCounterMode(display=False) as counter:
+        output = model(patches=patches, image_size=32, input_ids=captions, return_logits=False)
+        (output.image_embeds.sum() + output.text_embeds.sum()).backward()
+    expected = forward_flops(SMALL, 0.0, image_size=32)
+    assert counter.get_total_flops() == 5 * (expected.training - expected.modules[PATCHES])
+
+
+def test_each_stage_is_counted_at_its_own_size() -> None:
+    recipe = parse_recipe(["--config", "b16_cc3m"])
+    small = StageRecipe("small", 4096, image_size=112, base_lr=1e-6)
+    recipe = replace(recipe, stages=[small, StageRecipe("masked", 4096, 0.75), StageRecipe("whole", 4096)])
+    by_name, config = pair_flops(recipe), recipe.model.config()
+    assert by_name == {
+        "small": 3 * by_hand(config, 0.0, image_size=112)["forward"],
+        "masked": 3 * by_hand(config, 0.75)["forward"],
+        "whole": 3 * by_hand(config, 0.0)["forward"],
+    }
+    assert by_name["small"] == by_name["masked"], "both have 49 patches"
+    launch = Launch("ddp", 1)
+    assert heaviest_step(recipe, launch, "cuda").image_size is None
+    large = StageRecipe("large", 4096, image_size=256, base_lr=1e-6)
+    step = heaviest_step(replace(recipe, stages=[*recipe.stages, large]), launch, "cuda")
+    assert (step.mask_ratio, step.image_size) == (0.0, 256)
 
 
 def test_large_costs_what_the_paper_says() -> None:

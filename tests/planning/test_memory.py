@@ -39,7 +39,7 @@ def allocated_at_most(step: Step) -> int:
     width = 2 if step.bf16 and not step.autocast else 4
     model = FlipModel(SMALL)
     weights = width * sum(parameter.numel() for parameter in model.parameters())
-    patches = int(49 * (1 - step.mask_ratio))
+    patches = int(((step.image_size or 112) // 16) ** 2 * (1 - step.mask_ratio))
     batch = step.batch_size * (patches * 768 + 2 * 8 * 32 + (2 * patches if step.mask_ratio else 0))
     return most - weights - batch
 
@@ -55,6 +55,12 @@ def test_activations_are_what_the_allocator_gives(
     assert allocated > 10 * 2**20
     # What a kernel takes for itself is not seen: a larger part of the little that recomputation leaves.
     assert (0.9 if recompute else 0.95) * allocated < found < 1.01 * allocated
+
+
+def test_activations_of_another_image_size_are_what_the_allocator_gives() -> None:
+    step = Step(32, 0.5, bf16=False, device_type="cpu", image_size=160)
+    found, allocated = activation_bytes(SMALL, step).peak, allocated_at_most(step)
+    assert 0.95 * allocated < found < 1.01 * allocated
 
 
 def test_the_figure_depends_on_what_it_should() -> None:

@@ -84,9 +84,11 @@ def _data_name(recipe: Recipe) -> str:
 
 
 def _stage_words(stage: Stage, timed: bool) -> str:
-    masked = f"at {stage.mask_ratio:.0%} masked" if stage.mask_ratio else "unmasked"
+    seen = f"at {stage.mask_ratio:.0%} masked" if stage.mask_ratio else "unmasked"
+    if stage.image_size is not None:
+        seen += f" of {stage.image_size} x {stage.image_size} pixels"
     length = stage.last - stage.first
-    words = f"{f'{length:.1%}' if timed else f'{length:,}'} {masked}"
+    words = f"{f'{length:.1%}' if timed else f'{length:,}'} {seen}"
     return words if stage.name in words.split() else f"{words} ({stage.name})"
 
 
