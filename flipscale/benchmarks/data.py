@@ -32,6 +32,7 @@ from flipscale.model import FlipConfig
 from flipscale.model.patches import num_kept
 from flipscale.planning.flops import forward_flops
 from flipscale.training.recipe import Recipe
+from flipscale.training.schedule import StageRecipe
 
 CAPTIONS_FOR_TOKENIZER = 2000
 
@@ -73,8 +74,8 @@ class DataSetting:
         """Return the setting of a recipe's first stage. `fields` that are not None replace those of its `data`."""
         # The lanes of a run's batch need not divide that of one process.
         data = replace(recipe.data, lanes=None, **{name: value for name, value in fields.items() if value is not None})
-        mask_ratio = recipe.stages[0].mask_ratio if recipe.stages else 0.0
-        return cls(data, InputShape.of(recipe.model_config()), mask_ratio, recipe.mask, recipe.seed)
+        first, shape = (recipe.stages or [StageRecipe("", 1)])[0], InputShape.of(recipe.model_config())
+        return cls(data, shape.at(first.image_size), first.mask_ratio, recipe.mask, recipe.seed)
 
     def dataset(self) -> PairDataset:
         """Return the training pairs, as `pretrain` makes them."""

@@ -88,6 +88,7 @@ class World:
             mask_ratio=self.stage.mask_ratio,
             views=self.recipe.mask.views_at(self.stage.mask_ratio),
             text_mask_ratio=self.stage.text_mask_ratio,
+            image_size=self.stage.image_size,
         )
 
     @property
@@ -219,7 +220,7 @@ class _Step:
         step = self._world.micro_batch
         example = example_batch(self._world.recipe.model_config(), step)
         return [
-            PackedBatch.of({**example, "faults": []}).pin_memory().to(DEVICE)
+            PackedBatch.of({**example, "faults": []}).pin_memory().to(DEVICE).with_images_of(step.image_size)
             for _ in range(self._world.num_micro_batches)
         ]
 

@@ -50,6 +50,13 @@ class PackedBatch(dict[str, Any]):
         buffer = None if torch.utils.data.get_worker_info() is None else shared_buffer(size)
         return cls(torch.empty(size, dtype=torch.uint8) if buffer is None else buffer, layout, [])
 
+    def with_images_of(self, image_size: int | None) -> "PackedBatch":
+        """Return this batch, which now says how many pixels its images have along a side: `image_size`, a number beside
+        the tensors. None leaves it out, for the model's own size."""
+        if image_size is not None:
+            self["image_size"] = image_size
+        return self
+
     def pin_memory(self) -> "PackedBatch":
         """Return a copy in page-locked memory; the DataLoader calls this."""
         return PackedBatch(self.buffer.pin_memory(), self.layout, self.faults)

@@ -213,7 +213,7 @@ def _datasets(recipe: Recipe) -> tuple["PairDataset", "PairDataset"]:
     from flipscale.data.tokenizers import load_tokenizer
 
     config = recipe.model_config()
-    source, shape = open_source(recipe.data), InputShape.of(config)
+    source, shape = open_source(recipe.data), InputShape.of(config).at(recipe.stages[0].image_size)
     tokenizer = load_tokenizer(recipe.data.tokenizer, shape.max_tokens)
     ratios = (recipe.stages[0].mask_ratio, 0.0)
     masked, whole = (

@@ -92,9 +92,8 @@ class Plan:
             batches = enduring_batches(self.datasets[stage], first, last, rank, world_size, pin_memory)
             with closing(on_device(batches, device)) as ready:
                 for micro_batches in ready:
-                    if stage.image_size is not None:
-                        for one in micro_batches:
-                            one["image_size"] = stage.image_size
+                    for one in micro_batches:
+                        one.with_images_of(stage.image_size)
                     yield StepBatch(stage, micro_batches, [fault for one in micro_batches for fault in one.faults])
                     # What the clock ends has batches ahead, which are not used.
                     if progress.is_over or progress.stage is not stage:
