@@ -1,6 +1,7 @@
 """How fast training pairs come out of shards, where the time goes, and how many workers a GPU needs."""
 
 import cProfile
+import inspect
 import math
 import multiprocessing
 import pstats
@@ -176,17 +177,23 @@ def time_shares(dataset: PairDataset) -> dict[str, float]:
     dataset.__getitems__(positions)
     profile = cProfile.Profile()
     profile.runcall(lambda: PackedBatch.of(dataset.__getitems__(positions)))
-    # Functions as the profiler knows them: file, line and name.
     stats = pstats.Stats(profile).stats  # type: ignore[attr-defined]
 
-    def seconds(*functions: Callable[..., Any]) -> float:
-        codes: list[CodeType] = [function.__code__ for function in functions]
-        return sum(stats.get((c.co_filename, c.co_firstlineno, c.co_name), (0,) * 4)[3] for c in codes)
+    def known_as(function: Callable[..., Any]) -> tuple[str, int, str]:
+        """Return how the profiler knows a function: by file, line and name."""
+        code: CodeType = inspect.unwrap(function).__code__
+        return code.co_filename, code.co_firstlineno, code.co_name
 
-    total, resize = seconds(type(dataset).__getitems__, PackedBatch.of), seconds(decode.resize)
+    def seconds(*functions: Callable[..., Any]) -> float:
+        return sum(stats.get(known_as(function), (0,) * 4)[3] for function in functions)
+
+    total, resize = seconds(type(dataset).__getitems__, PackedBatch.of), seconds(decode.Crop.fitted)
+    # Large crops are resized where they are decoded, small ones later.
+    callers = stats.get(known_as(decode.Crop.fitted), (0, 0, 0, 0, {}))[4]
+    within = callers.get(known_as(decode.decode_crop), (0,) * 4)[3]
     parts = {
         "read": seconds(type(dataset.source).read),
-        "decode": seconds(decode.decode_box) - resize,
+        "decode": seconds(decode.decode_crop) - within,
         "resize": resize,
         "patches": seconds(decode.visible_patches),
         "draw": seconds(type(dataset.order).locate, keyed_uniform, keyed_patches),

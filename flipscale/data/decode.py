@@ -51,6 +51,7 @@ MAX_SCANS = 16
 # A file that was not cut short has at least a bit for each 8 x 8 pixels of a JPEG.
 _MOST_JPEG_PIXELS_PER_BYTE = 8 * 8 * 8
 _STRIP_PIXELS = 1 << 20
+_SMALL = 1 << 16  # bytes of decoded images that may wait to be resized
 
 
 class Box(NamedTuple):
@@ -60,6 +61,19 @@ class Box(NamedTuple):
     left: int
     height: int
     width: int
+
+
+class Crop(NamedTuple):
+    """A crop as it was decoded, uint8 RGB `(height, width, 3)`, and whether it is yet to be mirrored."""
+
+    pixels: np.ndarray
+    is_mirrored: bool
+
+    def fitted(self, image_size: int) -> np.ndarray:
+        """Return it in the model's size: uint8 RGB `(image_size, image_size, 3)`, contiguous."""
+        is_fitted = self.pixels.shape[:2] == (image_size, image_size) and self.pixels.flags.c_contiguous
+        pixels = self.pixels if is_fitted else resize(self.pixels, image_size)
+        return cv2.flip(pixels, 1) if self.is_mirrored else pixels
 
 
 class UndecodableImage(BadSample):
@@ -102,11 +116,16 @@ def random_box(height: int, width: int, draws: np.ndarray, image_size: int, crop
     return centre_box(height, width, image_size, padding=32)
 
 
-@told_as(UndecodableImage)
 def decode_box(
     encoded: bytes, draws: np.ndarray | None, image_size: int, crop_scale: tuple[float, float]
 ) -> np.ndarray:
-    """Return the image, cropped and resized: uint8 RGB `(image_size, image_size, 3)`, contiguous.
+    """Return the image, cropped and resized: uint8 RGB `(image_size, image_size, 3)`, contiguous; as `decode_crop`."""
+    return decode_crop(encoded, draws, image_size, crop_scale).fitted(image_size)
+
+
+@told_as(UndecodableImage)
+def decode_crop(encoded: bytes, draws: np.ndarray | None, image_size: int, crop_scale: tuple[float, float]) -> Crop:
+    """Return the crop of an image. That of a large image is `fitted` already, so that no other memory is held.
 
     For a random crop, a JPEG is decoded at half, a quarter or an eighth of its size if the crop still has `image_size`
     pixels across.
@@ -136,10 +155,9 @@ def decode_box(
         eighths = 8 if draws is None else _fewest_eighths(box, image_size)
         image = _upright(_decode_jpeg(encoded, jpeg_size, eighths), orientation)
         box = _scaled(box, eighths)
-    crop = resize(image[box.top : box.top + box.height, box.left : box.left + box.width], image_size)
-    if draws is not None and draws[-1] < 0.5:
-        crop = cv2.flip(crop, 1)
-    return crop
+    pixels = image[box.top : box.top + box.height, box.left : box.left + box.width]
+    crop = Crop(pixels, draws is not None and bool(draws[-1] < 0.5))
+    return crop if image.nbytes <= _SMALL else Crop(crop.fitted(image_size), False)
 
 
 @told_as(UndecodableImage)
@@ -257,7 +275,9 @@ _FIRST_SIDEWAYS = 5  # EXIF orientations 5 to 8 swap width and height
 
 def _exif_orientation(encoded: bytes) -> int:
     """Return the orientation, 1 to 8, in a JPEG's EXIF block; 1 if there is no such block or a damaged one."""
-    return _orientation(open_image(encoded)) if _has_exif(encoded) else 1
+    if (has_exif := image_headers.has_exif(encoded)) is None:
+        raise OversizedImage(f"more than {image_headers.MOST_APP_BLOCKS} APPn blocks")
+    return _orientation(open_image(encoded)) if has_exif else 1
 
 
 def _orientation(image: Image.Image) -> int:
@@ -268,18 +288,6 @@ def _orientation(image: Image.Image) -> int:
         # Pillow raises many kinds of exceptions for a damaged EXIF block. The pixels may be intact.
         return 1
     return orientation if orientation in range(1, 9) else 1
-
-
-def _has_exif(encoded: bytes) -> bool:
-    """Return whether one of the APPn blocks at the start of a JPEG is EXIF; most images in shards have none."""
-    start = 2
-    for _ in range(image_headers.MOST_APP_BLOCKS):
-        if encoded[start : start + 1] != b"\xff" or not 0xE0 <= encoded[start + 1] <= 0xEF:
-            return False
-        if encoded.startswith(b"Exif\0", start + 4):
-            return True
-        start += 2 + int.from_bytes(encoded[start + 2 : start + 4], "big")
-    raise OversizedImage(f"more than {image_headers.MOST_APP_BLOCKS} APPn blocks")
 
 
 def _upright(image: np.ndarray, orientation: int) -> np.ndarray:

@@ -96,3 +96,16 @@ def has_one_scan(encoded: bytes) -> bool:
             channels = encoded[start + 9 : start + 10]
         start += 2 + int.from_bytes(encoded[start + 2 : start + 4], "big")
     return encoded.startswith(b"\xff\xda", start) and encoded[start + 4 : start + 5] == channels
+
+
+def has_exif(encoded: bytes) -> bool | None:
+    """Return whether one of the APPn blocks at the start of a JPEG is EXIF; most images in shards have none. None if it
+    has more than `MOST_APP_BLOCKS`."""
+    start = 2
+    for _ in range(MOST_APP_BLOCKS):
+        if encoded[start : start + 1] != b"\xff" or not 0xE0 <= encoded[start + 1] <= 0xEF:
+            return False
+        if encoded.startswith(b"Exif\0", start + 4):
+            return True
+        start += 2 + int.from_bytes(encoded[start + 2 : start + 4], "big")
+    return None

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,7 +12,7 @@ from torch.utils.data import Dataset, get_worker_info
 from transformers import PreTrainedTokenizerBase
 
 from flipscale.data.captions import UntokenizableCaption, choose_caption, tokenise_captions
-from flipscale.data.decode import DRAWS_PER_CROP, decode_box, visible_patches
+from flipscale.data.decode import DRAWS_PER_CROP, Crop, decode_crop, visible_patches
 from flipscale.data.faults import BadSample, Fault, candidates
 from flipscale.data.masks.image import keep_patches
 from flipscale.data.masks.keyed import keyed_patches, left_out, mask_tokens
@@ -63,10 +64,14 @@ class InputShape:
         return self.side**2
 
 
+# Pixels of the model's images that are read and decoded before the first of them is resized.
+_PIXELS_TOGETHER = 1 << 16
+
+
 class _Pair(NamedTuple):
     """A decoded crop and its caption, and the fault of the sample that they replace, if they replace one."""
 
-    image: np.ndarray
+    crop: Crop
     caption: str
     fault: Fault | None
 
@@ -141,11 +146,11 @@ class PairDataset(Dataset):
         masked_patches = None if masked_index is None else self._empty(masked_index.shape)
         captions: list[str] = []
         faults: list[Fault] = []
-        # Pair by pair, so that only one decoded image is in memory.
-        for row, pair in enumerate(self._pairs(where, each_caption)):
-            patches[row] = self._cut(pair.image, None if index is None else index[row])
+        for row, pair in enumerate(self._in_stages(self._pairs(where, each_caption))):
+            image = pair.crop.fitted(self.shape.image_size)
+            patches[row] = self._cut(image, None if index is None else index[row])
             if masked_index is not None and masked_patches is not None:
-                masked_patches[row] = self._cut(pair.image, masked_index[row])
+                masked_patches[row] = self._cut(image, masked_index[row])
             captions.append(pair.caption)
             faults += [pair.fault] if pair.fault is not None else []
         columns = {**self._tokens(captions, where), "patches": torch.from_numpy(patches)}
@@ -154,6 +159,13 @@ class PairDataset(Dataset):
         if masked_patches is not None:
             columns["masked_patches"] = torch.from_numpy(masked_patches)
         return {**{name: value.to(_NARROW.get(name, value.dtype)) for name, value in columns.items()}, "faults": faults}
+
+    def _in_stages(self, pairs: Iterator[_Pair]) -> Iterator[_Pair]:
+        """Yield the pairs, of small images a few at a time: decoders and filters in turns would drive each other's code
+        from the cache, and cost a fifth more. Of larger ones, only one is in memory."""
+        count = max(1, _PIXELS_TOGETHER // self.shape.image_size**2)
+        while some := list(islice(pairs, count)):
+            yield from some
 
     def _visible(self, where: np.ndarray) -> np.ndarray | None:
         """Return the visible patches of each position, `(batch, kept)` or `(batch, views, kept)`; None if all are."""
@@ -183,17 +195,17 @@ class PairDataset(Dataset):
         caption_draws = keyed_uniform(self.seed, "caption", where, 1)[:, 0].tolist()
         places = zip(where.tolist(), shards.tolist(), numbers.tolist(), strict=True)
         for row, (position, shard, number) in enumerate(places):
-            image, caption, bad = self._first_good(shard, number, crop_draws[row], caption_draws[row], each_caption)
+            crop, caption, bad = self._first_good(shard, number, crop_draws[row], caption_draws[row], each_caption)
             fault = None
             if bad is not None:
                 name, key = self.source.shard_name(shard), self.source.key(shard, number)
                 fault = Fault(position, name, number, key, bad.cause, str(bad))
-            yield _Pair(image, caption, fault)
+            yield _Pair(crop, caption, fault)
 
     def _first_good(
         self, shard: int, number: int, crop_draw: np.ndarray, caption_draw: float, each_caption: bool
-    ) -> tuple[np.ndarray, str, BadSample | None]:
-        """Return the image and caption of a sample and None, or those of its replacement and what is wrong with it.
+    ) -> tuple[Crop, str, BadSample | None]:
+        """Return the crop and caption of a sample and None, or those of its replacement and what is wrong with it.
 
         Args:
             each_caption: whether a caption that the tokenizer cannot take makes a sample bad.
@@ -208,7 +220,7 @@ class PairDataset(Dataset):
                 caption = choose_caption(sample.captions, caption_draw)
                 if each_caption:
                     tokenise_captions(self.tokenizer, [caption], self.shape.max_tokens)
-                return decode_box(sample.image, crop_draw, self.shape.image_size, self.recipe.crop_scale), caption, why
+                return decode_crop(sample.image, crop_draw, self.shape.image_size, self.recipe.crop_scale), caption, why
             except BadSample as error:
                 why = why or error
         raise ValueError(

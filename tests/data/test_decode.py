@@ -10,8 +10,10 @@ from PIL import Image
 from flipscale.data.decode import (
     CROP_TRIES,
     DRAWS_PER_CROP,
+    Crop,
     centre_box,
     decode_box,
+    decode_crop,
     random_box,
     resize,
     visible_patches,
@@ -97,3 +99,20 @@ def test_patches_are_row_major_and_channel_first() -> None:
     assert every.shape == (4, 48)
     assert (every[1].reshape(3, 4, 4) == image[:4, 4:].transpose(2, 0, 1)).all()
     assert (visible_patches(image, 4, np.array([1, 3], dtype=np.int16)) == every[[1, 3]]).all()
+
+
+def test_small_crops_wait_to_be_resized_and_large_ones_do_not() -> None:
+    """Either way they are in the end what `decode_box` returns."""
+    for side, waits in ((100, True), (200, False)):
+        data = encoded(smooth(side, side))
+        for draws in keyed_uniform(0, "crop", np.arange(6), DRAWS_PER_CROP):
+            crop = decode_crop(data, draws, 32, (0.5, 1.0))
+            assert (crop.pixels.shape != (32, 32, 3)) == waits
+            assert (crop.fitted(32) == decode_box(data, draws, 32, (0.5, 1.0))).all()
+
+
+def test_a_crop_of_the_right_size_is_left_as_it_is() -> None:
+    picture = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    assert (resize(picture, 32) == picture).all()
+    assert (Crop(picture, False).fitted(32) == picture).all()
+    assert (Crop(picture, True).fitted(32) == picture[:, ::-1]).all()

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoTokenizer
 
 import flipscale.data.pairs as pairs
-from flipscale.data.decode import decode_box, visible_patches
+from flipscale.data.decode import Crop, decode_crop, visible_patches
 from flipscale.data.masks.keyed import keyed_patches, left_out, mask_tokens
 from flipscale.data.masks.recipe import MaskRecipe
 from flipscale.data.pairs import InputShape, PairDataset
@@ -62,11 +62,11 @@ def test_two_views_of_half_are_the_whole_of_one_crop(
 ) -> None:
     positions, decoded = list(range(100, 124)), []
 
-    def counting(*arguments: object) -> np.ndarray:
+    def counting(*arguments: object) -> Crop:
         decoded.append(arguments)
-        return decode_box(*arguments)
+        return decode_crop(*arguments)
 
-    monkeypatch.setattr(pairs, "decode_box", counting)
+    monkeypatch.setattr(pairs, "decode_crop", counting)
     batch = dataset(shards, tokenizer_dir, 0.5, views=2).__getitems__(positions)
     assert len(decoded) == 24, "each image is decoded once"
     assert batch["patches"].shape == (24, 2, 8, 3 * 64)
