@@ -125,7 +125,7 @@ def killed_run(file: Path, run_dir: Path, kills: int, draw: random.Random, outpu
         yield seen
 
 
-@pytest.mark.timeout(120 + 20 * KILLS)
+@pytest.mark.timeout(600 + 20 * KILLS)
 def test_killed_at_any_instant(write_recipe, shards: Path, tmp_path: Path) -> None:
     tasks = [{"kind": "zero_shot", "data": str(shards), "every_samples": 96}]
     stages = [

@@ -112,7 +112,8 @@ def test_without_a_recorder_the_times_are_there(write_recipe, tmp_path: Path) ->
     records, printed = slow_steps(write_recipe, tmp_path, "ddp", 1, ["data"], TORCH_FR_BUFFER_SIZE="0")
     record = records[STEPS["data"]]
     assert (record["late_rank"], record["phase"]) == (None, None)
-    assert record["ranks"][1]["data_s"] > 1.4 > record["usual_s"] > record["ranks"][0]["data_s"]
+    assert record["ranks"][1]["data_s"] > 1.4 > record["ranks"][0]["data_s"]
+    assert record["ranks"][1]["data_s"] > 5 * record["usual_s"]
     said = next(line for line in printed.splitlines() if f"step {STEPS['data']} took" in line)
     assert "which rank was late is not known, as torch's flight recorder is off or too short" in said
     assert ", of rank 1 on " in said

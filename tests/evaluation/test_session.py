@@ -118,7 +118,6 @@ def test_a_line_has_everything_that_made_it(embedder: Embedder, model: NamedMode
     assert len(line["weights"]) == 64
 
 
-@pytest.mark.timeout(180)
 def test_killed_at_ten_random_instants(folder: Path, tokenizer_dir: Path, tmp_path: Path) -> None:
     draw, whole, home = random.Random(0), tmp_path / "whole", tmp_path / "killed"
     for made in (whole, home):

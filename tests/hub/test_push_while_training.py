@@ -130,24 +130,28 @@ def test_the_finished_model_arrives_and_loads(
 
 def test_the_newest_save_goes_next_and_close_ends_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     begun: list[int] = []
+    pushes: list[subprocess.Popen[bytes]] = []
 
     def start(self: BackgroundPush, step: int, target: Target) -> subprocess.Popen[bytes]:
+        pushes.append(subprocess.Popen(["cat"], stdin=subprocess.PIPE))  # ends when its input does
         begun.append(step)
-        return subprocess.Popen(["sleep", "0.3" if len(begun) < 2 else "60"])
+        return pushes[-1]
 
     monkeypatch.setattr(BackgroundPush, "_start", start)
     push = BackgroundPush(recipe_that_pushes(tmp_path), last_step=60, is_main_process=True)
-    before = time.monotonic()
     for step in (10, 20, 30):
         push.offer(step)
         wait_for(lambda: bool(begun))
-    assert time.monotonic() - before < 0.3, "the loop waited"
+    assert pushes[0].poll() is None, "the loop waited"
+    pushes[0].communicate()
     wait_for(lambda: len(begun) == 2)
     push.offer(40)
     push.offer(60)
     push.close()
-    assert time.monotonic() - before < 10
+    assert pushes[1].poll() == -signal.SIGTERM
     assert begun == [10, 30]
+    for process in pushes:
+        process.stdin.close()
 
 
 def test_a_push_that_fails_is_told_and_the_next_one_tried(

@@ -6,7 +6,6 @@ import json
 import os
 import random
 import shutil
-import signal
 import tarfile
 import time
 from collections import namedtuple
@@ -160,7 +159,7 @@ def test_killed_at_ten_instants_it_ends_whole(hub: LoopbackHub, tmp_path: Path, 
             time.sleep(0.01)
         process.join(draw.uniform(0, 0.6))
         killed_within += process.is_alive()
-        os.kill(process.pid, signal.SIGKILL)
+        process.kill()
         process.join()
         for name in files:
             found = content(folder / name)

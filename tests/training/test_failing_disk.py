@@ -48,7 +48,7 @@ def chosen(operations: list[str]) -> list[tuple[int, int]]:
     return [(number, ERRORS[place % len(ERRORS)]) for place, number in enumerate(sorted(numbers))]
 
 
-@pytest.mark.timeout(200 if FAILURES == "8" else 6000)
+@pytest.mark.timeout(600 if FAILURES == "8" else 6000)
 def test_each_operation_fails_in_turn(write_recipe, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     stages = [{"name": "masked", "samples": 160, "mask_ratio": 0.75, "base_lr": 0.012}]

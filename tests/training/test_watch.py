@@ -61,13 +61,14 @@ def late_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 def test_a_slow_step_is_written_with_every_rank_s_times(late_run: tuple[Path, str]) -> None:
     folder, printed = late_run
-    (record,) = [json.loads(line) for line in (folder / "slow_steps.jsonl").read_text().splitlines()]
-    assert record["step"] == 15
-    assert record["usual_s"] < 0.4
+    records = [json.loads(line) for line in (folder / "slow_steps.jsonl").read_text().splitlines()]
+    # Beside other work another step may be slow too.
+    (record,) = [record for record in records if record["step"] == 15]
+    assert record["step_s"] > 5 * record["usual_s"]
     assert (record["late_rank"], record["phase"]) == (1, "data")
     assert [rank["rank"] for rank in record["ranks"]] == [0, 1]
-    assert record["ranks"][0]["data_s"] < 1.0 < 1.9 < record["ranks"][1]["data_s"]
-    assert "step 15 took 2." in printed
+    assert record["ranks"][0]["data_s"] < 1.9 < record["ranks"][1]["data_s"]
+    assert "step 15 took " in printed
     assert " s late, in data, before " in printed
 
 
