@@ -1,12 +1,17 @@
 """A made-up data set of coloured pictures, a tokenizer for its captions, and a recipe that trains in a second."""
 
+import gc
 import io
 import json
+import logging
 import os
 import shutil
 import subprocess
+import sys
 import tarfile
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # The threads of small operations wait for each other in loops that take ten times as long beside other work.
@@ -25,6 +30,13 @@ from transformers import PreTrainedTokenizerFast
 LONG_FILES = ("slurm", "distributed", "planning", "training", "objectives", "model", "hub")
 
 
+def pytest_configure() -> None:
+    """Forget the job of a cluster in which the tests may run: what they start is no part of it."""
+    for name in list(os.environ):
+        if name.startswith(("SLURM_", "ACCELERATE_", "TORCHELASTIC_")) or name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+            del os.environ[name]
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put the long files first."""
     tests = Path(__file__).parent
@@ -36,6 +48,42 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def no_energy(monkeypatch: pytest.MonkeyPatch) -> None:
     """What this machine takes is none of a test's."""
     monkeypatch.setattr("flipscale.training.cost.counters.POWERCAP", Path("/nowhere"))
+
+
+# How long a thread may take to end that was asked to.
+ENDING_SECONDS = 20.0
+# As it is before a command that a test, or a fixture of several, calls in this process sets it up.
+LOGGER = logging.getLogger("flipscale")
+LOGS = {name: getattr(LOGGER, name) for name in ("handlers", "level", "propagate")}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def exception_hooks() -> tuple[Callable, Callable]:
+    """Those of pytest, which tell of what fails in a thread."""
+    return threading.excepthook, sys.unraisablehook
+
+
+@pytest.fixture(autouse=True)
+def nothing_outlives(exception_hooks: tuple[Callable, Callable]) -> Iterator[None]:
+    """Let no test see what another one has left: a logger that hands nothing on to `caplog`, hooks for exceptions, or
+    a thread, which writes into what others capture."""
+    vars(LOGGER).update(LOGS)
+    LOGGER.setLevel(LOGGER.level)  # the loggers below it remember another
+    threads = set(threading.enumerate())
+    yield
+    threading.excepthook, sys.unraisablehook = exception_hooks
+    left = [thread for thread in set(threading.enumerate()) - threads if _is_flipscale_s(thread)]
+    if left:
+        gc.collect()  # some end with the object that began them
+    deadline = time.monotonic() + ENDING_SECONDS
+    for thread in left:
+        thread.join(max(0.0, deadline - time.monotonic()))
+        assert not thread.is_alive(), f"the thread {thread.name!r} lives on after the test that began it"
+
+
+def _is_flipscale_s(thread: threading.Thread) -> bool:
+    """Whether the function that a thread runs is one of flipscale's."""
+    return str(getattr(getattr(thread, "_target", None), "__module__", "")).startswith("flipscale.")
 
 
 COLOURS = {"red": (200, 30, 30), "green": (30, 180, 40), "blue": (30, 60, 210), "grey": (128, 128, 128)}

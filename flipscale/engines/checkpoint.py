@@ -204,7 +204,7 @@ class CheckpointWriter:
                 self._error = error
         self._agree()
         copies = {f"{p.kind}.{p.name}": p.values.detach().to("cpu", copy=True) for p in pieces if p.values.numel()}
-        self._thread = threading.Thread(target=self._write, args=(copies, texts), daemon=True)
+        self._thread = threading.Thread(target=self._write, args=(copies, texts), name="checkpoint", daemon=True)
         self._thread.start()
 
     def commit(self) -> int | None:

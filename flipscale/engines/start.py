@@ -40,6 +40,8 @@ _STORE_SECONDS = 3.0
 _LATER_SECONDS = 2.0
 # How long the first process, which may keep the store, stays until all others know.
 _STAY_SECONDS = 10.0
+# How long a run that ends waits for the thread that looks at the others: it may ask a store that is gone.
+_CLOSING_SECONDS = 1.0
 
 
 def engine_classes() -> dict[str, type["Engine"]]:
@@ -215,15 +217,19 @@ class OtherProcesses:
         self.signs = 0
         self.heard = 0
         self._finished = threading.Event()
+        self._thread: threading.Thread | None = None
 
     def watch(self) -> None:
         """Begin, if there are other processes, as soon as they have met."""
         if promised_processes(os.environ) > 1:
-            threading.Thread(target=self._look, name="other processes", daemon=True).start()
+            self._thread = threading.Thread(target=self._look, name="other processes", daemon=True)
+            self._thread.start()
 
     def stop(self) -> None:
-        """End. All processes do so before any of them leaves the group."""
+        """End, without a store that does not answer. All processes do so before any of them leaves the group."""
         self._finished.set()
+        if self._thread is not None:
+            self._thread.join(_CLOSING_SECONDS)
 
     def silent_ranks(self) -> list[int]:
         """Return the ranks of the processes that do not look at the store any more: they were stopped, or their machine

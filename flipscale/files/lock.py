@@ -28,6 +28,8 @@ STALE_SECONDS = 60.0
 # Between taking a lock from a dead holder and looking who has it: two may do so at the same instant.
 _SETTLE_SECONDS = 0.5
 _LOOK_SECONDS = 0.5
+# How long a release waits for the thread that keeps the lock: its file system may not answer.
+_CLOSING_SECONDS = 1.0
 
 _TYPES = {
     **dict.fromkeys(("token", "host", "machine", "started", "slurm_job"), str),
@@ -79,6 +81,7 @@ class FolderLock:
         self.about = {"token": uuid.uuid4().hex, **_this_process()}
         self._confirmed = time.monotonic()
         self._ended = threading.Event()
+        self._thread: threading.Thread | None = None
 
     def acquire(self) -> None:
         """Take the lock, and keep it fresh in a thread.
@@ -96,7 +99,8 @@ class FolderLock:
         finally:
             mine.unlink(missing_ok=True)
         self._confirmed = time.monotonic()
-        threading.Thread(target=self._beat, name="lock", daemon=True).start()
+        self._thread = threading.Thread(target=self._beat, name="lock", daemon=True)
+        self._thread.start()
 
     def check(self, at_once: bool = False) -> None:
         """Raise if another process has taken the lock, as it may when this one was suspended or cut off for a minute.
@@ -115,6 +119,8 @@ class FolderLock:
     def release(self) -> None:
         """Give the lock back, if this process still has it."""
         self._ended.set()
+        if self._thread is not None:
+            self._thread.join(_CLOSING_SECONDS)
         with suppress(OSError):
             found = self._look()
             if found is not None and self._is_mine(found):

@@ -92,7 +92,7 @@ class BackgroundPush:
             self._waiting = step
             self._changed.notify()
         if self._thread is None:
-            self._thread = threading.Thread(target=self._work, args=(self._target,), daemon=True)
+            self._thread = threading.Thread(target=self._work, args=(self._target,), name="push", daemon=True)
             self._thread.start()
 
     def close(self) -> None:

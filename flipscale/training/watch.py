@@ -51,6 +51,8 @@ _RECORDED_RANKS = 16
 _HEARTBEAT_SECONDS = 10.0
 # How long the end of a run waits for its stacks.
 _STACKS_SECONDS = 10.0
+# How long a run that ends waits for the thread that watches it: that writes to a file system which may be gone.
+_CLOSING_SECONDS = 1.0
 # The other ranks end the run later, so that the main process's message is the one that is read.
 _LATER_SECONDS = 15.0
 # What a process reads and writes beside its work, between two looks of its watch, is less.
@@ -100,13 +102,15 @@ class HangWatch:
         self._bytes, self._heard = 0, 0
 
     def __enter__(self) -> "HangWatch":
-        threading.Thread(target=self._watch, name="watch", daemon=True).start()
+        self._thread = threading.Thread(target=self._watch, name="watch", daemon=True)
+        self._thread.start()
         self._others.watch()
         return self
 
     def __exit__(self, *error: object) -> None:
         # A run that failed must not be ended a second time, by its watch, and its caller with it.
         self._finished.set()
+        self._thread.join(_CLOSING_SECONDS)
         self._others.stop()
 
     def begin(self, what: str, is_step: bool = False, unusual: float = float("inf")) -> None:
