@@ -13,7 +13,7 @@ from flipscale.planning.flops import pair_flops
 from flipscale.planning.time import Hardware
 from flipscale.training.cost.recipe import CostRecipe
 from flipscale.training.recipe import Recipe
-from flipscale.training.schedule import plan_stages
+from flipscale.training.schedule import StageRecipe, plan_stages
 
 _TOTAL = "in all"
 
@@ -98,7 +98,7 @@ def cost_table(recipes: dict[str, Recipe], gpus: Gpus, costs: Sequence[CostRecip
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
         first = first or found[_TOTAL].gpu_hours
-        masked = {stage.name: f"{stage.mask_ratio:.0%}" for stage in recipe.stages}
+        masked = {stage.name: _seen(stage) for stage in recipe.stages}
         for stage, one in found.items():
             share = f"{one.gpu_hours / first:.2f}" if stage == _TOTAL else ""
             numbers = [_said(one.kwh), _said(one.dollars), _said(one.co2_kg)]
@@ -126,6 +126,11 @@ def _assumed(gpus: Gpus, costs: dict[str, CostRecipe]) -> list[str]:
         co2 = f"{grid:g} g of CO2 a kWh" if grid is not None else "grid unknown (--kwh_co2_grams)"
         lines.append(f"{of}{dollars}, {watts}, a PUE of {cost.pue:g}, {co2}")
     return lines[:3] if same else lines
+
+
+def _seen(stage: StageRecipe) -> str:
+    """Return the share of the patches that a stage leaves out, and the size of its images if that is its own."""
+    return f"{stage.mask_ratio:.0%}" + (f" of {stage.image_size} px" if stage.image_size is not None else "")
 
 
 def _said(value: float | None) -> str:

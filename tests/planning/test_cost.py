@@ -58,6 +58,15 @@ def test_recipes_stand_beside_each_other() -> None:
     assert second[-2:] == ["-", "-"]
 
 
+def test_a_stage_is_counted_at_its_own_image_size() -> None:
+    recipe = parse_recipe(["--config", "l16_laion400m"])
+    masked = replace(recipe, stages=[replace(recipe.stages[0], mask_ratio=0.75)])
+    small = replace(recipe, stages=[replace(recipe.stages[0], mask_ratio=0.0, image_size=112)])
+    # Both have 49 patches.
+    assert planned_cost(small, H100S, COST)["in all"] == planned_cost(masked, H100S, COST)["in all"]
+    assert "0% of 112 px" in cost_table({"small": small}, H100S, [COST])
+
+
 def test_a_run_that_ends_by_its_clock() -> None:
     recipe = parse_recipe(["--config", "demo"])
     masked, whole = (replace(stage, samples=None, warmup_samples=0) for stage in recipe.stages)
