@@ -1,10 +1,17 @@
 """Studies: several runs, compared."""
 
 import argparse
+import os
+from pathlib import Path
 
 from flipscale.files.command_line import number, output_folder
 from flipscale.files.ranges import Count, MinutesAboveNone
+from flipscale.studies.folder import read_plan, write_plan
+from flipscale.studies.pool import train_missing
 from flipscale.studies.race import race
+from flipscale.studies.report import report
+
+_RESAMPLES = 400
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -12,6 +19,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     kinds = parser.add_subparsers(dest="kind", metavar="KIND", required=True)
     summary = "Train several recipes at once for the same time, and compare them."
     add_race_arguments(kinds.add_parser("race", help=summary, description=summary))
+    summary = "Write the recipes of a study: a base, axes along which it is changed, a design and seeds."
+    plan = kinds.add_parser("plan", help=summary, description=summary)
+    plan.add_argument(
+        "study", type=Path, metavar="STUDY.yaml", help="The study's file: base, axes, design (star or grid) and seeds."
+    )
+    plan.add_argument(
+        "--output_dir", type=output_folder, help="The study's folder; by default runs/ and the name of its file."
+    )
+    summary = "Train those runs of a planned study that are not done; one that fails stops no other."
+    train = kinds.add_parser("run", help=summary, description=summary)
+    train.add_argument("folder", type=Path, metavar="DIR", help="The study's folder.")
+    train.add_argument(
+        "--workers", type=number(Count), default=1, help="Train so many runs side by side; 1 by default."
+    )
+    summary = "Write the tables, laws of scaling and figures of the finished runs of a planned study."
+    told = kinds.add_parser("report", help=summary, description=summary)
+    told.add_argument("folder", type=Path, metavar="DIR", help="The study's folder.")
+    told.add_argument(
+        "--resamples", type=number(Count), default=_RESAMPLES, help="Draws of each bootstrap; 400 by default."
+    )
 
 
 def add_race_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,4 +78,17 @@ def run(args: argparse.Namespace) -> None:
         ValueError: it cannot be run as asked.
         OSError: a run failed.
     """
-    race(args.recipes, args.minutes, args.seeds, args.output_dir, args.baselines)
+    if args.kind == "race":
+        race(args.recipes, args.minutes, args.seeds, args.output_dir, args.baselines)
+    elif args.kind == "plan":
+        folder = args.output_dir or Path("runs", args.study.stem)
+        runs = write_plan(args.study, folder)
+        print("\n".join(run.name for run in runs))
+        print(f"{len(runs)} runs are planned; train them: flipscale study run {folder}")
+    elif args.kind == "run":
+        cores = os.cpu_count() or 1
+        if args.workers > cores:
+            raise ValueError(f"--workers is {args.workers}, and there are {cores} cores; give each run one at least")
+        train_missing(read_plan(args.folder)[1], args.workers)
+    else:
+        report(args.folder, args.resamples)

@@ -1,6 +1,6 @@
 #!/bin/bash
 #SBATCH --job-name=study
-#SBATCH --array=0-1            # one task for each of RECIPES
+#SBATCH --array=0-1            # one task for each run; bash counts them
 #SBATCH --nodes=4
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8
@@ -11,20 +11,39 @@
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%A_%a.out
 #
-# Pre-trains each of RECIPES in a run directory named after it in STUDY, all with the same flags. At most two at a time:
+# Trains those runs of a planned study that are not done, one task of an array each. A run that fails stops no other, and
+# the same command submits what is missing, after what is still in the queue. At most two at a time:
+#
+#   flipscale study plan masks.yaml --output_dir runs/masks
+#   STUDY=runs/masks bash slurm/study.sh --array=0-5%2
+#
+# With RECIPES, trains these in a run directory named after each in STUDY, all with the same flags:
 #
 #   RECIPES="l16_laion400m l16_laion400m_clip" STUDY=runs/mask bash slurm/study.sh --array=0-1%2 -- --seed 1
 
-RECIPES=${RECIPES:-l16_laion400m l16_laion400m_clip}
 STUDY=${STUDY:-runs/study}
 LAUNCH_FILE=${LAUNCH_FILE:-ds_configs/ddp.yaml}
 
 source "${SLURM_SUBMIT_DIR:-.}/slurm/run.bash" || exit 2
 if [ -z "${SLURM_JOB_ID:-}" ]; then
   RUN=$STUDY
-  submit RECIPES "$0" "$@"
+  options=()
+  if [ -z "${RECIPES:-}" ]; then
+    export PLANNED_RUNS=$STUDY/runs
+    for recipe in "$PLANNED_RUNS"/*.yaml; do
+      [ -e "$recipe" ] || fail "STUDY '$STUDY' has no runs; plan them with flipscale study plan, or name RECIPES"
+      [ -e "${recipe%.yaml}/DONE" ] || RECIPES+="$recipe "
+    done
+    [ -n "${RECIPES:-}" ] || { say "all runs of $STUDY are done" && exit 0; }
+    # What is in the queue already comes first, and what it finishes is not trained again.
+    name=study-${STUDY//\//-}
+    queued=$(squeue --noheader --me --name="$name" --format=%F | sort -u | paste -sd :)
+    options=(--job-name="$name" ${queued:+--dependency="afterany:$queued"})
+  fi
+  submit RECIPES "$0" "${options[@]}" "$@"
 fi
 read -r -d '' -a recipes <<< "$RECIPES" || true
 RECIPE=${recipes[$SLURM_ARRAY_TASK_ID]:?study.sh: --array has more tasks than RECIPES has words}
-RUN=$STUDY/$(basename -- "$RECIPE" .yaml)
+RUN=${PLANNED_RUNS:-$STUDY}/$(basename -- "$RECIPE" .yaml)
+[ ! -e "$RUN/DONE" ] || exit 0
 train "$@"

@@ -42,6 +42,19 @@ class StudyRun:
     def is_done(self) -> bool:
         return (self.run_dir / "DONE").exists()
 
+    def end_words(self, code: int) -> str:
+        """Return how the run's process ended: that it is done, or what it said last.
+
+        Args:
+            code: the exit code, below 0 that of a signal.
+        """
+        if not code:
+            return "done"
+        last = self.beside("log").read_text(errors="replace", encoding="utf-8").strip().splitlines()[-1:]
+        words = last[0].removeprefix("flipscale: error: ") if last else "no output"
+        ended = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
+        return f"ended {ended}: {words}; its output is in {self.beside('log')}"
+
     def share_done(self) -> float:
         """Return how far the run is, as its last record says."""
         last = (read_metrics(self.run_dir) or [{"trained_seconds": 0.0, "samples_seen": 0}])[-1]
@@ -103,10 +116,10 @@ def train(runs: list[StudyRun], doing: str) -> None:
         ValueError, OSError: a run failed; its own last line is in the message.
     """
     # Once, before any run keeps the cores busy: all runs must train in the same precision.
-    environment = _environment(len(runs))
+    variables = environment(len(runs))
     runs = [run for run in runs if not run.is_done]
     processes: list[subprocess.Popen] = []
-    with _Signals(processes) as signals:
+    with Signals(processes) as signals:
         for run in runs:
             run.run_dir.parent.mkdir(parents=True, exist_ok=True)
             recipe_file = run.beside("yaml").absolute()
@@ -114,7 +127,7 @@ def train(runs: list[StudyRun], doing: str) -> None:
             command = [sys.executable, "-m", "flipscale.pretrain", "--config", str(recipe_file)]
             with open(run.beside("log"), "a", encoding="utf-8") as log:
                 # In a group of its own: Ctrl-C is for the study, which tells its runs.
-                processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log, process_group=0))
+                processes.append(subprocess.Popen(command, env=variables, stdout=log, stderr=log, process_group=0))
         try:
             _watch(runs, processes, signals, doing)
             failed = [(run, p.returncode) for run, p in zip(runs, processes, strict=True) if p.poll()]
@@ -129,14 +142,10 @@ def train(runs: list[StudyRun], doing: str) -> None:
         print(words, file=sys.stderr)
         sys.exit(128 + signals.received)
     for run, code in failed:
-        last = run.beside("log").read_text(errors="replace", encoding="utf-8").strip().splitlines()[-1:]
-        words = last[0].removeprefix("flipscale: error: ") if last else "no output"
-        kind = ValueError if code == 2 else OSError
-        ended = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
-        raise kind(f"the run of {run.name} ended {ended}: {words}; its output is in {run.beside('log')}")
+        raise (ValueError if code == 2 else OSError)(f"the run of {run.name} {run.end_words(code)}")
 
 
-class _Signals:
+class Signals:
     """In a `with` block, what tells the study to end; a second one ends it and its runs at once.
 
     Args:
@@ -148,7 +157,7 @@ class _Signals:
         self._processes = processes
         self._before: dict[int, Any] = {}
 
-    def __enter__(self) -> "_Signals":
+    def __enter__(self) -> "Signals":
         for one in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(one) is not signal.SIG_IGN:
                 self._before[one] = signal.signal(one, self._receive)
@@ -168,7 +177,7 @@ class _Signals:
         os.write(2, f"{self.received.name}: the runs save and stop; once more to end at once\n".encode())
 
 
-def _environment(num_runs: int) -> dict[str, str]:
+def environment(num_runs: int) -> dict[str, str]:
     """Return the environment of one run: its share of the cores, and bf16 where it is faster."""
     from flipscale.engines.device import is_faster_in_bf16
     from flipscale.engines.launch import PRECISION
@@ -178,7 +187,7 @@ def _environment(num_runs: int) -> dict[str, str]:
     return {PRECISION: "bf16" if is_faster_in_bf16() else "no", **share, **os.environ}
 
 
-def _watch(runs: list[StudyRun], processes: list[subprocess.Popen], signals: _Signals, doing: str) -> None:
+def _watch(runs: list[StudyRun], processes: list[subprocess.Popen], signals: Signals, doing: str) -> None:
     """Show how far the runs are until all have ended, one has failed, or the study is told to end."""
     bars = [
         tqdm(total=100, desc=f"{doing} {run.name}", unit="%", position=number, disable=None)

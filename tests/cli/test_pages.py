@@ -9,6 +9,7 @@ import glob
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -112,6 +113,8 @@ def submission(script: str) -> None:
     Path("bin").mkdir(exist_ok=True)
     Path("bin/sbatch").write_text('#!/bin/bash\nprintf "%s\\t" "$RECIPE$RECIPES" "$@" >> jobs; echo >> jobs; echo 7\n')
     Path("bin/sbatch").chmod(0o755)
+    shutil.copyfile("/bin/true", "bin/squeue")  # nothing is in the queue
+    Path("bin/squeue").chmod(0o755)
     Path("jobs").unlink(missing_ok=True)
     path = f"{Path('bin').absolute()}:{os.environ['PATH']}"
     variables = {**os.environ, "PATH": path, "PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "JOB": "7"}
@@ -126,6 +129,12 @@ def submission(script: str) -> None:
             continue
         for recipe in recipes.split():
             parse_recipe(["--config", recipe, *arguments[at + 1 :]])
+
+
+def study_plan(words: list[str]) -> None:
+    """Plans a small study of the demo under the name that the page gives its file."""
+    Path(words[3]).write_text("base: demo\naxes: {mask: {whole: {stages.0.mask_ratio: 0.0}}}\n")
+    cli.main(words[1:])
 
 
 def installation(words: list[str]) -> None:
@@ -183,6 +192,7 @@ def other_program(words: list[str]) -> None:
 RULES: dict[str, Callable[[list[str]], None]] = {
     r"(bash|sbatch) slurm/|\w+=\$\(": submission,  # type: ignore[dict-item]  # the whole script, not its words
     r"flipscale study \w+$": verb_s_help,
+    r"flipscale study plan ": study_plan,
     r"flipscale (study|prepare (demo|icons|photos|audit|tasks [^- ]\S*)|bench \w+) ": verb_s_arguments,
     r"flipscale bench compare\w*$|flipscale evaluate .*(--without |association)": verb_s_arguments,
     r"flipscale pretrain .*--(dry_run|help|print_config)|flipscale pretrain --config demo_unseen": verb,

@@ -74,7 +74,7 @@ def test_seeds_give_intervals_by_student_s_t() -> None:
     large = Arm({"model": "large"}, {"top1": {0: 13.0, 1: 14.0, 2: 15.0}})
     effect = effects([base, large])["model: large"]["top1"]
     assert effect.mean == pytest.approx(3.0)  # of the seeds that both have
-    assert (effect.low, effect.high) == (pytest.approx(3 - 4.3027 / 3**0.5, abs=1e-4), pytest.approx(5.4841, abs=1e-4))
+    assert (effect.low, effect.high) == (pytest.approx(3 - 4.303 / 3**0.5), pytest.approx(3 + 4.303 / 3**0.5))
     assert "+3.0 (+0.5 to +5.5)" in transfer_words([base, large], "top1")
 
 

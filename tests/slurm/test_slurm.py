@@ -16,6 +16,7 @@ from conftest import metrics
 from safetensors.torch import load_file
 from slurm.cluster import PROGRAMS, Cluster, wait_until
 
+from flipscale.studies.folder import write_plan
 from flipscale.training.run_directory import read_starts
 
 ROOT = Path(__file__).parents[2]
@@ -207,7 +208,35 @@ def study(site: Site) -> str:
     return number
 
 
-SCENARIOS = (interrupted, killed, chain, cancelled, unqueued, mistaken, study)
+def planned(site: Site) -> list[str]:
+    """A planned study, with an arm whose data is not there and another one that is killed; then submitted again."""
+    short = yaml.safe_load((site.folder / "tiny.yaml").read_text())
+    stages = [{"name": "masked", "samples": 160, "mask_ratio": 0.75, "base_lr": 0.01}]
+    base = {**short, "stages": stages, "save": {"every_samples": 64}}
+    (site.folder / "short.yaml").write_text(yaml.safe_dump(base))
+    levels = {"long": {"stages.0.samples": 1600}, "gone": {"data.shards": str(site.folder / "gone")}}
+    content = {"base": str(site.folder / "short.yaml"), "axes": {"change": levels}}
+    (site.folder / "planned.yaml").write_text(yaml.safe_dump(content))
+    write_plan(site.folder / "planned.yaml", site.folder / "runs/planned")
+    arguments = ["slurm/study.sh", "--nodes=1", "--nodelist=node1", *SMALL]
+
+    def submit() -> str:
+        number = site.submit("bash", *arguments, RECIPES="", STUDY="runs/planned")
+        queue = ("squeue", "--noheader", f"--jobs={number}")
+        wait_until(lambda: site.cluster.run(*queue, check=False) == "", "the array to end")
+        return number
+
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(submit)
+        site.wait_for_step("runs/planned/runs/long-seed0", 10)
+        os.kill(site.rank("runs/planned/runs/long-seed0", 0), signal.SIGKILL)
+        numbers = [first.result()]
+    (site.folder / "gone").symlink_to(site.shards)
+    numbers.append(submit())
+    return [*numbers, site.cluster.run("bash", *arguments, cwd=site.folder, STUDY="runs/planned", RECIPES="")]
+
+
+SCENARIOS = (interrupted, killed, chain, cancelled, unqueued, mistaken, study, planned)
 
 
 @pytest.fixture(scope="module")
@@ -319,3 +348,18 @@ def test_an_array_runs_a_recipe_a_task(site: Site, outcome: Callable) -> None:
     asked = (site.folder / "asked").read_text().splitlines()
     expected = f"exec --nv --bind {site.folder} --pwd {site.folder} torch.sif {sys.executable} -m accelerate"
     assert [line[: len(expected)] for line in asked] == [expected] * 3
+
+
+def test_a_planned_study_is_an_array_of_what_is_missing(site: Site, outcome: Callable) -> None:
+    first, second, nothing = outcome(planned)
+    runs = site.folder / "runs/planned/runs"
+    assert all((runs / f"{name}-seed0" / "DONE").exists() for name in ("base", "long", "gone")), site.output(
+        f"{first}_*"
+    )
+    # The arm without data stopped no other, and the one that was killed went on.
+    assert len(read_starts(runs / "base-seed0")) == 1
+    assert len((runs / "long-seed0/starts.jsonl").read_text().splitlines()) == 2
+    assert [record["step"] for record in metrics(runs / "long-seed0")] == list(range(1, 101))
+    outputs = {number: len([*site.folder.glob(f"study-runs-planned-{number}_*.out")]) for number in (first, second)}
+    assert outputs == {first: 3, second: 1}
+    assert "all runs of runs/planned are done" in nothing

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from flipscale.evaluation.intervals import mean_of
+
 # Runs that a line takes: its two parameters + 2.
 _LEAST_RUNS = 4
 
@@ -144,10 +146,7 @@ def _combined(parts: Sequence[tuple[int, Arm]], task: str) -> Effect | None:
     if not seeds:
         return None
     sums = np.array([sum(f * its[s] for (f, _), its in zip(parts, results, strict=True)) for s in sorted(seeds)])
-    mean = float(sums.mean())
     if len(sums) == 1:
-        return Effect(mean)
-    from scipy.stats import t
-
-    half = float(t.ppf(0.975, len(sums) - 1) * sums.std(ddof=1) / np.sqrt(len(sums)))
+        return Effect(float(sums[0]))
+    mean, half = mean_of(sums.tolist())
     return Effect(mean, mean - half, mean + half)

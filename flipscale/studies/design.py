@@ -1,0 +1,174 @@
+"""The design of a study: a base recipe, axes along which it is changed, and the combinations that are trained."""
+
+import copy
+import itertools
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from flipscale.evaluation.reports.comparison import seed_suffix
+from flipscale.files.yaml_text import read_outline
+from flipscale.studies.runs import StudyRun
+from flipscale.training.recipe import Recipe, parse_recipe, to_yaml
+from flipscale.training.schedule import plan_stages
+
+_NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
+# YAML 1.1 takes these for texts.
+_POWER_OF_TEN = re.compile(r"[-+]?\d+(\.\d*)?[eE]\d+|[-+]?\d+[eE]-\d+")
+_DESIGNS = ("star", "grid")
+_FIELDS = ("base", "axes", "design", "seeds")
+
+Levels = Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Study:
+    """What a study's file says.
+
+    Args:
+        base: the recipe that is changed, a file or a name.
+        axes: of each axis, by its levels' names, what a level changes: values by their path in the recipe, such as
+            `stages.0.samples`.
+        design: `star` is the base, each level alone, then the last levels of the first two axes together, of the first
+            three, and so on. `grid` is all combinations of levels, the base of each axis among them.
+        seeds: every combination is trained with each.
+    """
+
+    base: str
+    axes: Mapping[str, Mapping[str, Mapping[str, Any]]]
+    design: str
+    seeds: Sequence[int]
+
+    def combinations(self) -> list[Levels]:
+        """Return the levels of the axes that are not at their base, of each combination; the first is the base."""
+        if self.design == "grid":
+            choices = [[None, *levels] for levels in self.axes.values()]
+            return [
+                {axis: level for axis, level in zip(self.axes, chosen, strict=True) if level is not None}
+                for chosen in itertools.product(*choices)
+            ]
+        alone: list[Levels] = [{axis: level} for axis, levels in self.axes.items() for level in levels]
+        last = [(axis, list(levels)[-1]) for axis, levels in self.axes.items()]
+        return [{}, *alone, *(dict(last[:count]) for count in range(2, len(last) + 1))]
+
+    def runs(self) -> dict[str, tuple[Levels, int]]:
+        """Return the levels and the seed of each run, by its name: of its levels, or `base`, and its seed.
+
+        Raises:
+            ValueError: two have one name.
+        """
+        found: dict[str, tuple[Levels, int]] = {}
+        for levels, seed in itertools.product(self.combinations(), self.seeds):
+            name = ("+".join(levels.values()) or "base") + seed_suffix(seed)
+            if name in found:
+                raise ValueError(f"two runs are called {name}; give each level a name of its own, and each seed once")
+            found[name] = levels, seed
+        return found
+
+
+def read_study(file: Path) -> Study:
+    """Return what a study's file says.
+
+    Raises:
+        ValueError: it is no study.
+        OSError: it cannot be read.
+    """
+    read_outline(file)
+    content = yaml.safe_load(file.read_text(encoding="utf-8-sig"))
+    if not isinstance(content, dict) or set(content) - set(_FIELDS) or "base" not in content:
+        what = sorted(set(content) - set(_FIELDS)) if isinstance(content, dict) else []
+        found = f"has {what[0]!r}" if what else "has no base"
+        raise ValueError(f"{file} is no study, it {found}; a study has {', '.join(_FIELDS)}")
+    axes, seeds = content.get("axes") or {}, content.get("seeds", [0])
+    if not isinstance(axes, dict) or not all(_is_axis(levels) for levels in axes.values()):
+        raise ValueError(
+            f"{file}: axes must have levels, and these changes: 'axes: {{model: {{large: {{model.size: l16}}}}}}'"
+        )
+    for name in itertools.chain(axes, *axes.values()):
+        if not isinstance(name, str) or not _NAME.fullmatch(name):
+            raise ValueError(
+                f"{file}: {str(name)[:40]!r} names runs; use letters, digits and . _ -, in quotes if it is a number"
+            )
+    if not isinstance(seeds, list) or not seeds or not all(type(seed) is int and seed >= 0 for seed in seeds):
+        raise ValueError(f"{file}: seeds is {seeds!r}; it must be a list of whole numbers, such as [0, 1, 2]")
+    design = content.get("design", "star")
+    if design not in _DESIGNS:
+        raise ValueError(f"{file}: design is {design!r}; use {' or '.join(_DESIGNS)}")
+    return Study(str(content["base"]), axes, design, seeds)
+
+
+def _is_axis(levels: Any) -> bool:
+    return isinstance(levels, dict) and bool(levels) and all(isinstance(c, dict) and c for c in levels.values())
+
+
+def plan(study: Study, output_dir: Path) -> list[StudyRun]:
+    """Return the runs of a study, each checked as far as it can be without its data.
+
+    Args:
+        output_dir: their run directories are made in it.
+
+    Raises:
+        ValueError: the base is no recipe, an axis changes what no recipe has, a changed recipe cannot be run, or two
+            runs have one name.
+    """
+    base = yaml.safe_load(to_yaml(parse_recipe(["--config", study.base])))
+    runs = []
+    for name, (levels, seed) in study.runs().items():
+        content = {**copy.deepcopy(base), "seed": seed, "output_dir": str(output_dir / name)}
+        for axis, level in levels.items():
+            for path, value in study.axes[axis][level].items():
+                _change(content, str(path), value, f"axes.{axis}.{level}")
+        runs.append(StudyRun(name, _checked(content, name)))
+    return runs
+
+
+def _change(content: dict[str, Any], path: str, value: Any, where: str) -> None:
+    """Set what a path such as `stages.0.samples` names in a recipe.
+
+    Raises:
+        ValueError: there is no such place.
+    """
+    *parents, last = path.split(".")
+    place: Any = content
+    for number, part in enumerate([*parents, last]):
+        is_there = (isinstance(place, list) and part.isdecimal() and int(part) < len(place)) or (
+            isinstance(place, dict) and (part in place or ".".join(parents) in _OPEN)
+        )
+        if not is_there:
+            inside = ".".join(path.split(".")[:number]) or "it"
+            has = ", ".join(place) if isinstance(place, dict) else "no such part"
+            raise ValueError(f"{where}: {path} is no field of the recipe: {inside} has {has}")
+        if number < len(parents):
+            place = place[int(part)] if isinstance(place, list) else place[part]
+    if isinstance(value, str) and _POWER_OF_TEN.fullmatch(value):
+        value = int(float(value)) if float(value).is_integer() else float(value)
+    place[int(last) if isinstance(place, list) else last] = value
+
+
+# Sections whose fields are not listed in a recipe that leaves them out.
+_OPEN = ("model.vision_config", "model.text_config", "loss.options")
+
+
+def _checked(content: dict[str, Any], name: str) -> Recipe:
+    """Return the recipe that a mapping says.
+
+    Raises:
+        ValueError: it cannot be run.
+    """
+    batch = content["data"]["global_batch_size"]
+    if isinstance(batch, int) and batch % (content["data"]["lanes"] or 1):
+        content["data"]["lanes"] = None  # those of another batch
+    # JSON is YAML, and of the kind that flags are read as.
+    words = [[f"--{field}", value if isinstance(value, str) else json.dumps(value)] for field, value in content.items()]
+    try:
+        recipe = parse_recipe(list(itertools.chain(*words)))
+        plan_stages(recipe.stages, recipe.data.global_batch_size, recipe.budget_minutes)
+        recipe.model_config()
+    except ValueError as error:
+        raise ValueError(f"run {name}: {error}") from None
+    return recipe

@@ -1,0 +1,61 @@
+"""Trains the runs of a planned study, some at a time; one that fails stops no other."""
+
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+
+from flipscale.studies.runs import Signals, StudyRun, environment
+
+_LOOK_SECONDS = 0.2
+
+
+def train_missing(runs: Sequence[StudyRun], workers: int) -> None:
+    """Train the runs that are not done, `workers` at a time, and print how each ends.
+
+    Raises:
+        OSError: some have failed; the others are done.
+        SystemExit: the study was told to end; the runs have saved.
+    """
+    waiting = [run for run in runs if not run.is_done]
+    print(f"{len(runs) - len(waiting)} of {len(runs)} runs are done", flush=True)
+    variables = environment(workers) if waiting else {}
+    running: dict[str, tuple[StudyRun, subprocess.Popen]] = {}
+    processes: list[subprocess.Popen] = []
+    failed: list[str] = []
+    with Signals(processes) as signals:
+        try:
+            while signals.received is None and (waiting or running):
+                while waiting and len(running) < workers:
+                    run = waiting.pop(0)
+                    running[run.name] = run, _start(run, variables)
+                    processes.append(running[run.name][1])
+                for run, process in list(running.values()):
+                    if process.poll() is not None:
+                        del running[run.name]
+                        processes.remove(process)
+                        if process.returncode:
+                            failed.append(run.name)
+                        print(f"{run.name}: {run.end_words(process.returncode)}", flush=True)
+                time.sleep(_LOOK_SECONDS)
+        finally:
+            for process in processes:
+                process.terminate()
+            for process in processes:
+                process.wait()
+    if signals.received is not None:
+        words = f"flipscale: error: {signals.received.name}: the runs have saved and stopped; the same command goes on"
+        print(words, file=sys.stderr)
+        sys.exit(128 + signals.received)
+    if failed:
+        raise OSError(
+            f"{len(failed)} of {len(runs)} runs failed: {', '.join(failed)}; the others are done, and the same command "
+            "tries these again"
+        )
+
+
+def _start(run: StudyRun, variables: dict[str, str]) -> subprocess.Popen:
+    command = [sys.executable, "-m", "flipscale.pretrain", "--config", str(run.beside("yaml").absolute())]
+    with open(run.beside("log"), "a", encoding="utf-8") as log:
+        # In a group of its own: Ctrl-C is for the study, which tells its runs.
+        return subprocess.Popen(command, env=variables, stdout=log, stderr=log, process_group=0)

@@ -1,0 +1,193 @@
+"""The report of a planned study: its table, laws of scaling, what each axis moves, and figures."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from flipscale.evaluation.intervals import mean_of
+from flipscale.evaluation.reports.comparison import Curve, headlines, read_curve
+from flipscale.evaluation.results import NOTHING, THIS_MODEL, Result, with_unit
+from flipscale.evaluation.scaling.fitting import Fit, fit_law, largest_budget, predict
+from flipscale.evaluation.scaling.laws import AdditiveLaw, Law, PowerLaw, SaturatingLaw
+from flipscale.evaluation.scaling.points import Points
+from flipscale.evaluation.scaling.transfer import Arm, effects, tasks_of
+from flipscale.evaluation.scaling.words import fit_words, prediction_words, transfer_words
+from flipscale.files.aside import write_text
+from flipscale.files.text_table import markdown_table
+from flipscale.studies.design import Study
+from flipscale.studies.folder import read_plan
+from flipscale.studies.runs import StudyRun
+
+_LAWS: tuple[Callable[[Points], Law], ...] = (PowerLaw, SaturatingLaw, AdditiveLaw)
+
+
+class Finished:
+    """A finished run of a study: its levels, its curve, and what was spent on it."""
+
+    def __init__(self, run: StudyRun, levels: dict[str, str]):
+        from flipscale.planning.flops import pair_flops  # runs a model, and `--help` needs none
+
+        self.levels = levels
+        self.label = "+".join(levels.values()) or "base"
+        self.curve = read_curve(run.run_dir)
+        about = json.loads((run.run_dir / "environment.json").read_text(encoding="utf-8"))
+        flops, seen = pair_flops(run.recipe), _seen_by_stage(self.curve)
+        self.spent = {
+            "compute": float(sum(flops[stage] * samples for stage, samples in seen.items())),
+            "parameters": float(about["num_parameters"]),
+            "samples": float(sum(seen.values())),
+            "pairs": float(about["data_samples"]),
+        }
+
+    def result(self, name: str) -> Result | None:
+        """Return the last result called `task/metric`, of the model at its end."""
+        found = [result for result in self.curve.results if result.name == name and result.who == THIS_MODEL]
+        return found[-1] if found else None
+
+
+def report(output_dir: Path, resamples: int) -> None:
+    """Write `report.md`, `transfer.md` and the figures of a planned study, of the runs that are finished, and print the
+    table.
+
+    Args:
+        resamples: draws of each bootstrap.
+
+    Raises:
+        ValueError: the folder holds no planned study, or no run of the base is finished and evaluated.
+    """
+    study, runs = read_plan(output_dir)
+    levels = study.runs()
+    finished = [Finished(run, dict(levels[run.name][0])) for run in runs if run.is_done]
+    if not any(not run.levels for run in finished):
+        raise ValueError(
+            f"{output_dir} has {len(finished)} finished runs of {len(runs)}, none of the base, which the others are "
+            f"compared with; train them: flipscale study run {output_dir}"
+        )
+    names = headlines([run.curve for run in finished])
+    if not names:
+        raise ValueError(
+            f"no run of {output_dir} has a result; set eval.tasks in the base recipe, and plan another study"
+        )
+    groups: dict[str, list[Finished]] = {}
+    for run in finished:
+        groups.setdefault(run.label, []).append(run)
+    table = _table(groups, names)
+    missing = [run.name for run in runs if not run.is_done]
+    left = f"\n\nNot finished: {', '.join(missing)}." if missing else ""
+    laws = [_laws(groups, name, words, output_dir, resamples) for name, words in names.items()]
+    write_text(output_dir / "report.md", "\n\n".join(["# The study", table + left, *laws]) + "\n")
+    arms = _arms(groups, names)
+    write_text(output_dir / "transfer.md", transfer_words(arms, next(iter(names.values()))))
+    _draw(study, groups, arms, names, output_dir)
+    print(f"{table}{left}\n\n{output_dir}: report.md, transfer.md, *.png")
+
+
+def _seen_by_stage(curve: Curve) -> dict[str, int]:
+    """Return how many pairs each stage saw, as the run's records say."""
+    seen: dict[str, int] = {}
+    before = 0
+    for record in curve.records:
+        # Records of evaluations have no stage: their pairs are those of the record of steps that follows.
+        if record.get("stage") is not None:
+            seen[record["stage"]] = seen.get(record["stage"], 0) + record["samples_seen"] - before
+            before = record["samples_seen"]
+    last = list(curve.masks)[-1]
+    seen[last] = seen.get(last, 0) + curve.records[-1]["samples_seen"] - before
+    return seen
+
+
+def _table(groups: dict[str, list[Finished]], names: dict[str, str]) -> str:
+    """Return a row for each configuration: what was spent on it, and its results as means over seeds."""
+    rows = [["", "seeds", "pairs seen", "operations", "parameters", "training", *names.values()]]
+    for label, runs in groups.items():
+        spent = {field: np.mean([run.spent[field] for run in runs]) for field in runs[0].spent}
+        seconds = np.mean([run.curve.records[-1]["trained_seconds"] for run in runs])
+        cells = [
+            f"{spent['samples']:,.0f}",
+            f"{spent['compute']:.2e}",
+            f"{spent['parameters']:,.0f}",
+            f"{seconds:.0f} s",
+        ]
+        rows.append([label, str(len(runs)), *cells, *(_cell(runs, name) for name in names)])
+    return markdown_table(rows, 1)
+
+
+def _cell(runs: Sequence[Finished], name: str) -> str:
+    results = [result for run in runs if (result := run.result(name)) is not None]
+    if not results:
+        return NOTHING
+    if len(results) == 1:
+        return results[0].value_text
+    mean, half = mean_of([result.value for result in results])
+    return f"{with_unit(mean, results[0].unit)} ± {half:.1f}"
+
+
+def _points(groups: dict[str, list[Finished]], name: str) -> Points | None:
+    """Return the configurations as points of a result, None if that is no percentage that should be high."""
+    kept: dict[str, list[tuple[Finished, Result]]] = {}
+    for label, runs in groups.items():
+        found = [(run, result) for run in runs if (result := run.result(name)) is not None]
+        if any(result.unit != "%" or not result.higher_is_better for _, result in found):
+            return None
+        if found:
+            kept[label] = found
+    fields = ("compute", "parameters", "samples", "pairs")
+    spent = {field: np.array([np.mean([run.spent[field] for run, _ in f]) for f in kept.values()]) for field in fields}
+    error = np.array([100 - np.mean([result.value for _, result in found]) for found in kept.values()])
+    return Points(np.array(list(kept)), spent.pop("compute"), error, **spent)
+
+
+def _laws(groups: dict[str, list[Finished]], name: str, words: str, output_dir: Path, resamples: int) -> str:
+    """Return the laws of a result as Markdown, each with what it predicts of the largest budget, or why there is none;
+    draw them."""
+    from flipscale.evaluation.scaling.figures import draw_fits
+
+    points = _points(groups, name)
+    if points is None:
+        return f"## Laws of {words}\n\nIt is no percentage of right answers, so no law of its error is fitted."
+    parts, fits = [f"## Laws of {words}"], list[Fit]()
+    for kind in _LAWS:
+        try:
+            law = kind(points)
+            fits.append(fit_law(law, points, resamples))
+            parts.append(fit_words(fits[-1]))
+            for prediction in predict(law, points, largest_budget(points), resamples):
+                parts.append(prediction_words(law.name, prediction))
+        except ValueError as error:
+            parts.append(f"No fit, or no prediction: {error}.")
+    draw_fits(points, fits, words, output_dir / f"fits_{name.replace('/', '_')}.png")
+    return "\n\n".join(parts)
+
+
+def _arms(groups: dict[str, list[Finished]], names: dict[str, str]) -> list[Arm]:
+    arms = []
+    for runs in groups.values():
+        results = {
+            words: {run.curve.seed: found.value for run in runs if (found := run.result(name)) is not None}
+            for name, words in names.items()
+        }
+        arms.append(Arm(runs[0].levels, {words: by_seed for words, by_seed in results.items() if by_seed}))
+    return arms
+
+
+def _draw(
+    study: Study, groups: dict[str, list[Finished]], arms: Sequence[Arm], names: dict[str, str], output_dir: Path
+) -> None:
+    from flipscale.evaluation.scaling.figures import draw_axes, draw_times, draw_transfer
+
+    name, words = next(iter(names.items()))
+    unit = next(result.unit for run in groups["base"] if (result := run.result(name)) is not None)
+    shown = ", ".join(filter(None, (words, unit)))
+    curves = {label: [run.curve for run in runs] for label, runs in groups.items()}
+    panels = {
+        axis: {"base": curves["base"], **{level: curves[level] for level in levels if level in curves}}
+        for axis, levels in study.axes.items()
+    }
+    if panels:
+        draw_axes(panels, name, shown, output_dir / "scaling.png")
+    draw_times(curves, name, shown, output_dir / "accuracy.png")
+    moved = effects(arms)
+    if moved:
+        draw_transfer(moved, tasks_of(arms), output_dir / "transfer.png")

@@ -1,0 +1,159 @@
+"""`flipscale study plan`, `run` and `report`: a small study, and what each says of a mistake."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import changed_recipe
+
+from flipscale.cli import main
+from flipscale.studies.design import Study
+from flipscale.studies.folder import read_plan
+
+AXES = {
+    "model": {"wide": {"model.vision_config.hidden_size": 64}},
+    "length": {"double": {"stages.0.samples": "6.4e1"}},
+}
+
+
+@pytest.fixture
+def base(recipe: dict, shards: Path, tmp_path: Path) -> Path:
+    stages = [{"name": "masked", "samples": 32, "mask_ratio": 0.75, "base_lr": 0.012}]
+    evaluated = {"num_workers": 0, "every_samples": 16, "tasks": [{"kind": "zero_shot", "data": str(shards)}]}
+    file = tmp_path / "base.yaml"
+    file.write_text(yaml.safe_dump(changed_recipe({**recipe, "stages": stages}, {"eval": evaluated})))
+    return file
+
+
+@pytest.fixture
+def study_file(base: Path, tmp_path: Path) -> Callable[..., Path]:
+    """Writes a study with these fields; returns the file."""
+
+    def write(**fields: object) -> Path:
+        file = tmp_path / "study.yaml"
+        file.write_text(yaml.safe_dump({"base": str(base), "axes": AXES, "seeds": [0], **fields}, sort_keys=False))
+        return file
+
+    return write
+
+
+def refused(capsys: pytest.CaptureFixture[str], *words: object) -> str:
+    with pytest.raises(SystemExit) as raised:
+        main(["study", *map(str, words)])
+    assert raised.value.code in (1, 2)
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+def test_a_star_and_a_grid() -> None:
+    axes = {"a": {"x": {"p": 1}, "y": {"p": 2}}, "b": {"z": {"q": 1}}, "c": {"w": {"r": 1}}}
+    assert list(Study("base", axes, "star", [3]).runs()) == [
+        "base-seed3", "x-seed3", "y-seed3", "z-seed3", "w-seed3", "y+z-seed3", "y+z+w-seed3",
+    ]  # fmt: skip
+    assert len(Study("base", axes, "grid", [0, 1]).runs()) == 3 * 2 * 2 * 2
+
+
+def test_a_study_from_its_plan_to_its_report(
+    study_file: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    main(["study", "plan", str(study_file()), "--output_dir", str(out)])
+    assert capsys.readouterr().out.splitlines()[:4] == [
+        "base-seed0", "wide-seed0", "double-seed0", "wide+double-seed0",
+    ]  # fmt: skip
+    runs = {run.name: run.recipe for run in read_plan(out)[1]}
+    assert runs["wide+double-seed0"].stages[0].samples == 64
+    assert runs["wide+double-seed0"].model.vision_config["hidden_size"] == 64
+
+    # An arm that fails stops no other.
+    broken = out / "runs/wide-seed0.yaml"
+    whole = broken.read_text()
+    broken.write_text(whole.replace(f"shards: {runs['wide-seed0'].data.shards}", "shards: nowhere"))
+    line = refused(capsys, "run", out)
+    assert "1 of 4 runs failed: wide-seed0; the others are done, and the same command tries these again" in line
+    assert (out / "runs/double-seed0/DONE").exists()
+    broken.write_text(whole)
+    main(["study", "run", str(out), "--workers", "1"])
+    assert capsys.readouterr().out.splitlines() == ["3 of 4 runs are done", "wide-seed0: done"]
+    starts = (out / "runs/base-seed0/starts.jsonl").read_text().splitlines()
+    assert [json.loads(start)["step"] for start in starts] == [0], "what is done was done again"
+
+    main(["study", "report", str(out), "--resamples", "10"])
+    said = capsys.readouterr().out
+    assert "| wide+double |     1 |         64 |" in said
+    report = (out / "report.md").read_text()
+    assert "No fit, or no prediction: power law: " in report
+    assert "are too few for 2 parameters, which take 4" in report
+    assert "One seed a run, so there are no intervals" in (out / "transfer.md").read_text()
+    for name in ("scaling", "accuracy", "transfer", "fits_zero_shot_top1"):
+        assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+    # A study may grow; what is planned stays as it is.
+    main(["study", "plan", str(study_file(seeds=[0, 1])), "--output_dir", str(out)])
+    assert "8 runs are planned" in capsys.readouterr().out
+    changed = {**AXES, "length": {"double": {"stages.0.samples": 80}}}
+    line = refused(capsys, "plan", study_file(axes=changed, seeds=[0, 1]), "--output_dir", out)
+    assert "was planned otherwise than" in line
+    assert "stages[0].samples: 64, now 80" in line
+    line = refused(capsys, "plan", study_file(), "--output_dir", out)
+    assert "was planned with a run base-seed1, which" in line
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"axes": {"m": {"x": {"model.sise": "b16"}}}},
+            "axes.m.x: model.sise is no field of the recipe: model has",
+        ),
+        ({"axes": {"m": {"x": {"stages.7.samples": 64}}}}, "stages.7.samples is no field of the recipe: stages has no"),
+        ({"axes": {"m": {"x": {"modle": 1}}}}, "axes.m.x: modle is no field of the recipe: it has model, data,"),
+        ({"axes": {"m": {"x": {"data.crop_scale": [2, 1]}}}}, "run x-seed0: data.crop_scale"),
+        ({"axes": {"m": {"x": {"stages.0.samples": 1}}}}, "run x-seed0: stage 'masked': 1 samples are less than one"),
+        (
+            {"axes": {"m": {"x": {"seed": 1}}, "n": {"x": {"seed": 2}}}},
+            "two runs are called x-seed0; give each level",
+        ),
+        ({"seeds": [1, 1]}, "two runs are called base-seed1; give each level a name of its own, and each seed once"),
+        ({"seeds": []}, "seeds is []; it must be a list of whole numbers, such as [0, 1, 2]"),
+        ({"seeds": [-1]}, "seeds is [-1]; it must be a list of whole numbers"),
+        ({"design": "stern"}, "design is 'stern'; use star or grid"),
+        ({"axes": {"m": {}}}, "axes must have levels, and these changes"),
+        ({"axes": {"m": {"a b": {"seed": 1}}}}, "'a b' names runs; use letters, digits and . _ -"),
+        ({"base": "none"}, "recipe 'none' is neither a file nor one of"),
+        ({"sedes": [1]}, "is no study, it has 'sedes'; a study has base, axes, design, seeds"),
+    ],
+)
+def test_a_mistake_in_a_study(
+    study_file: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], fields: dict, message: str
+) -> None:
+    assert message in refused(capsys, "plan", study_file(**fields), "--output_dir", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_study_without_a_file_or_in_another_s_folder(
+    study_file: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "none.yaml is no plain file" in refused(capsys, "plan", tmp_path / "none.yaml")
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis").touch()
+    assert "mine holds thesis, which no study wrote" in refused(capsys, "plan", study_file(), "--output_dir", mine)
+    assert "mine holds no planned study; write one there" in refused(capsys, "run", mine)
+    assert "mine holds no planned study; write one there" in refused(capsys, "report", mine)
+    assert "--workers is 0; it must be at least 1" in refused(capsys, "run", mine, "--workers", "0")
+    assert "--workers is 9999, and there are" in refused(capsys, "run", mine, "--workers", "9999")
+
+
+def test_a_report_of_no_finished_run(
+    study_file: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    main(["study", "plan", str(study_file()), "--output_dir", str(out)])
+    capsys.readouterr()
+    line = refused(capsys, "report", out)
+    assert "out has 0 finished runs of 4, none of the base, which the others are compared with; train them:" in line
+    (out / "runs/wide-seed0.yaml").unlink()
+    assert "wide-seed0.yaml is missing; plan the study again" in refused(capsys, "run", out)
