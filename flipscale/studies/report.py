@@ -2,13 +2,14 @@
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from flipscale.evaluation.intervals import mean_of
 from flipscale.evaluation.reports.comparison import Curve, headlines, read_curve
-from flipscale.evaluation.results import NOTHING, THIS_MODEL, Result, with_unit
+from flipscale.evaluation.results import NOTHING, THIS_MODEL, Result
 from flipscale.evaluation.scaling.fitting import Fit, fit_law, largest_budget, predict
 from flipscale.evaluation.scaling.laws import AdditiveLaw, Law, PowerLaw, SaturatingLaw
 from flipscale.evaluation.scaling.points import Points
@@ -120,8 +121,8 @@ def _cell(runs: Sequence[Finished], name: str) -> str:
         return NOTHING
     if len(results) == 1:
         return results[0].value_text
-    mean, half = mean_of([result.value for result in results])
-    return f"{with_unit(mean, results[0].unit)} ± {half:.1f}"
+    mean, low, high = mean_of([result.value for result in results], results[0].unit)
+    return replace(results[0], value=mean, low=low, high=high).estimate_text
 
 
 def _points(groups: dict[str, list[Finished]], name: str) -> Points | None:
@@ -144,7 +145,10 @@ def _laws(groups: dict[str, list[Finished]], name: str, words: str, output_dir: 
     draw them."""
     from flipscale.evaluation.scaling.figures import draw_fits
 
-    points = _points(groups, name)
+    try:
+        points = _points(groups, name)
+    except ValueError as error:
+        return f"## Laws of {words}\n\nNo law is fitted: {error}."
     if points is None:
         return f"## Laws of {words}\n\nIt is no percentage of right answers, so no law of its error is fitted."
     parts, fits = [f"## Laws of {words}"], list[Fit]()

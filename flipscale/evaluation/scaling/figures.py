@@ -144,9 +144,9 @@ def _draw(
     )
     place.plot(along[0], values.mean(axis=0), marker="o", markersize=3.5, label=label, **style)
     if len(courses) > 1:
-        half = np.array([mean_of(column.tolist()).half_width for column in values.T])
-        middle = values.mean(axis=0)
-        place.fill_between(along[0], middle - half, middle + half, color=style["color"], alpha=0.13, linewidth=0)
+        means = [mean_of(column.tolist(), courses[0][0].result.unit) for column in values.T]
+        low, high = [mean.low for mean in means], [mean.high for mean in means]
+        place.fill_between(along[0], low, high, color=style["color"], alpha=0.13, linewidth=0)
     return len(courses) > 1
 
 

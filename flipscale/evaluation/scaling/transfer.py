@@ -148,5 +148,4 @@ def _combined(parts: Sequence[tuple[int, Arm]], task: str) -> Effect | None:
     sums = np.array([sum(f * its[s] for (f, _), its in zip(parts, results, strict=True)) for s in sorted(seeds)])
     if len(sums) == 1:
         return Effect(float(sums[0]))
-    mean, half = mean_of(sums.tolist())
-    return Effect(mean, mean - half, mean + half)
+    return Effect(*mean_of(sums.tolist()))
