@@ -485,12 +485,12 @@ ATTACKS = [
         _study("a.yaml", prepare=lambda f: _mine(f / "out")), 2, ("out is a file",), _kept("out"),
     ),
     Attack(
-        "a study whose terminal is closed", _study("a.yaml", "b c.yaml", minutes="9"), 128 + signal.SIGHUP,
+        "a study whose terminal is closed", _study("a.yaml", "b c.yaml", minutes="2"), 128 + signal.SIGHUP,
         ("the runs have saved",),
         no_run_is_left, during=_told(signal.SIGHUP), megabytes=4000, seconds=240,
     ),
     Attack(
-        "Ctrl-C twice on a study", _study("a.yaml", "ä.yaml", minutes="9"), 130,
+        "Ctrl-C twice on a study", _study("a.yaml", "ä.yaml", minutes="2"), 130,
         ("once more to end at once", "ended before"),
         no_run_is_left, during=_told(signal.SIGINT, signal.SIGINT), megabytes=4000, seconds=240,
     ),
