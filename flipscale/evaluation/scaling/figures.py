@@ -96,7 +96,7 @@ def draw_fits(points: Points, fits: Sequence[Fit], words: str, path: Path) -> No
             label = f"power law: slope {fit.found[0]:.3f} ({fit.low[0]:.3f} to {fit.high[0]:.3f})"
         place.loglog(grid, fit.law.error(fit.found, line), color=colour, label=label)
     place.set_xlabel("training operations, masks and tuning counted")
-    place.set_ylabel(f"error, {words}")
+    place.set_ylabel(f"error of {words}, %")
     place.yaxis.set_major_formatter("{x:g}")
     place.yaxis.set_minor_formatter("{x:g}")
     place.legend(frameon=False, fontsize=8)
@@ -113,7 +113,9 @@ def draw_transfer(rows: Table, tasks: Sequence[str], path: Path) -> None:
     figure, place = pyplot.subplots(figsize=size, constrained_layout=True)
     place.imshow(values / np.where(most > 0, most, 1.0), cmap="RdBu", vmin=-1.4, vmax=1.4, aspect="auto")
     for (row, column), value in np.ndenumerate(values):
-        place.text(column, row, "-" if np.isnan(value) else f"{value:+.1f}", ha="center", va="center", fontsize=9)
+        is_deep = abs(value) > 0.7 * most[0, column]
+        words = "-" if np.isnan(value) else f"{value:+.1f}"
+        place.text(column, row, words, ha="center", va="center", fontsize=9, color="white" if is_deep else "black")
     place.set_xticks(range(len(tasks)), [task.replace("_", " ") for task in tasks], rotation=35, ha="right", fontsize=8)
     place.set_yticks(range(len(rows)), list(rows), fontsize=9)
     place.tick_params(length=0)

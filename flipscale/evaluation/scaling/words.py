@@ -70,7 +70,8 @@ def _conclusions(alone: Table, tasks: Sequence[str]) -> list[str]:
     """Return a line for each task: which axis moves it most, and how far the others do."""
     lines = []
     for task in tasks:
-        order = sorted((row[task].mean, label) for label, row in alone.items() if task in row)[::-1]
+        found = [(row[task].mean, label) for label, row in alone.items() if task in row]
+        order = sorted(found, key=lambda effect: -abs(effect[0]))
         if len(order) > 1:
             others = ", ".join(f"{in_markdown(label)} {mean:+.1f}" for mean, label in order[1:])
             lines.append(f"- {in_markdown(task)}: {in_markdown(order[0][1])} {order[0][0]:+.1f} against {others}")
