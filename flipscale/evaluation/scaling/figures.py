@@ -90,11 +90,12 @@ def draw_fits(points: Points, fits: Sequence[Fit], words: str, path: Path) -> No
     ones = np.ones_like(grid)
     line = Points(np.full(len(grid), "", object), grid, ones, ones, ones, ones)
     drawn = [fit for fit in fits if tuple(fit.law.spent) == ("compute",)]
-    for fit, colour in zip(drawn, _COLOURS, strict=False):
+    # Where nothing saturates, the laws are one line: broken, the second shows the first.
+    for fit, colour, kind in zip(drawn, _COLOURS, _LINES, strict=False):
         label = f"{fit.law.name}, {fit.law.formula}"
         if fit.law.name == "power law":
             label = f"power law: slope {fit.found[0]:.3f} ({fit.low[0]:.3f} to {fit.high[0]:.3f})"
-        place.loglog(grid, fit.law.error(fit.found, line), color=colour, label=label)
+        place.loglog(grid, fit.law.error(fit.found, line), color=colour, linestyle=kind, label=label)
     place.set_xlabel("training operations, masks and tuning counted")
     place.set_ylabel(f"error of {words}, %")
     place.yaxis.set_major_formatter("{x:g}")
