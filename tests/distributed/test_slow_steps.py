@@ -33,8 +33,8 @@ def train_with_sleeps(file: str, folder: str, sleeper: int, places: list[str]) -
 
     true_batches, true_consume = pretrain.Plan.batches, pretrain.consume_batch
 
-    def batches(plan, step: int, accelerator) -> Iterator[object]:
-        for at.step, batch in enumerate(true_batches(plan, step, accelerator), step):
+    def batches(plan, progress, accelerator) -> Iterator[object]:
+        for at.step, batch in enumerate(true_batches(plan, progress, accelerator), progress.step):
             sleep("data")
             yield batch
 
