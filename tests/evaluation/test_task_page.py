@@ -128,7 +128,8 @@ def test_a_recipe_names_tasks() -> None:
         ("imagenet1k", "zero_shot", "sets/imagenet1k", 7),
         ("many", "zero_shot", "sets/imagenet1k", 100),
     ]
-    assert {task.every_samples for task in recipe.every(3).planned()} == {3}
+    apart = recipe.every(1 / 3)
+    assert (apart.every_share, {task.every_samples for task in apart.planned()}) == (1 / 3, {None})
 
 
 def test_a_name_that_no_page_has() -> None:

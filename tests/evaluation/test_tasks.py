@@ -256,4 +256,5 @@ def test_short_forms_are_tasks() -> None:
     )  # fmt: skip
     planned = [(task.name, task.data, task.every_samples) for task in recipe.planned()]
     assert planned == [("zero_shot", "c", 7), ("n", "b", 100), ("retrieval", "d", 100)]
-    assert {task.every_samples for task in recipe.every(3).planned()} == {3}
+    apart = recipe.every(1 / 3)
+    assert (apart.every_share, {task.every_samples for task in apart.planned()}) == (1 / 3, {None})

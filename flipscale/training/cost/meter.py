@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 READ_SECONDS, WRITE_SECONDS = 10.0, 60.0
-# At the end, for what the other processes have read.
+# At the start for the store, and at the end for what the other processes have read.
 _WAIT_SECONDS = 10.0
 _MILLIJOULES_OF_A_KWH = 3.6e9
 # Every process makes its meters in the same order.
@@ -46,7 +46,7 @@ class EnergyMeter:
         self._run_dir, self._watch = run_dir, watch
         self._is_main, self._num_processes = accelerator.is_main_process, accelerator.num_processes
         is_first, is_gpu = accelerator.local_process_index == 0, accelerator.device.type == "cuda"
-        self._store: dist.Store = own_store() or dist.HashStore()
+        self._store = _store()
         self._key = f"flipscale/energy/{next(_number)}"
         self._counters = {
             "GPUs": self._opened("GPUs", is_gpu, lambda: open_gpu(accelerator.device)),
@@ -150,3 +150,13 @@ class EnergyMeter:
             return self._store.add(f"{self._key}/{name}", number)
         except RuntimeError:
             return 0
+
+
+def _store() -> dist.Store:
+    """Return the store that the processes met at; one of this process's where they have not, or where it does not
+    answer: a connection to a process that is gone is tried for minutes."""
+    found: list[dist.Store | None] = []
+    asking = threading.Thread(target=lambda: found.append(own_store()), name="store of the energy", daemon=True)
+    asking.start()
+    asking.join(_WAIT_SECONDS)
+    return (found[0] if found else None) or dist.HashStore()
