@@ -154,21 +154,23 @@ crashed() {
 
 # Requeues the job as REQUEUE says, and ends this script.
 requeue() {
-  local state preempted
-  read -r state preempted < <(squeue --noheader --jobs="$SLURM_JOB_ID" --Format=State,PreemptTime)
+  local state preempted job=$SLURM_JOB_ID
+  # The last task of an array has the number of the array, by which all its tasks would be requeued.
+  [ -z "${SLURM_ARRAY_TASK_ID:-}" ] || job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
+  read -r state preempted < <(squeue --noheader --jobs="$job" --Format=State,PreemptTime)
   [ "$state" = RUNNING ] || exit 1 # cancelled a moment ago, so it must not run again
   case $preempted in N/A | '') ;; *) say "preempted: Slurm requeues" && exit 0 ;; esac
   case $REQUEUE in
     scontrol)
       say "requeue"
-      scontrol requeue "$SLURM_JOB_ID"
+      scontrol requeue "$job"
       sleep 600 & wait ;; # the requeue ends this script
     sbatch)
       local limit options
-      limit=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%l)
+      limit=$(squeue --noheader --jobs="$job" --format=%l)
       options=(--job-name="$SLURM_JOB_NAME" --partition="$SLURM_JOB_PARTITION" --nodes="$SLURM_JOB_NUM_NODES"
         --gpus-per-node="$per_node" --cpus-per-task="$cores" --time="$limit"
-        ${SLURM_JOB_ACCOUNT:+--account="$SLURM_JOB_ACCOUNT"})
+        ${SLURM_ARRAY_TASK_ID:+--array="$SLURM_ARRAY_TASK_ID"} ${SLURM_JOB_ACCOUNT:+--account="$SLURM_JOB_ACCOUNT"})
       say "submitted again: $(sbatch --parsable --export=ALL "${options[@]}" "$0" "$@")" ;;
     no) say "not done: submit it again to go on" && exit 75 ;;
     *) fail "REQUEUE is '$REQUEUE'; use scontrol, sbatch or no" ;;
