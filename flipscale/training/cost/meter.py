@@ -68,7 +68,10 @@ class EnergyMeter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self.settle(waits=error is None)
+        if error is None or self._is_main:
+            self.settle(waits=error is None)
+        else:  # the main process may be gone, and the store with it, which would say so at length
+            self._finished.set()
 
     def kwh(self) -> dict[str, float]:
         """Return the run's energy so far as a field of the main process's records, none where nothing is measured."""
