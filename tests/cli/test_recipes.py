@@ -82,7 +82,7 @@ def test_the_sections_that_decide() -> None:
         *("ModelRecipe", "DataRecipe", "SourceRecipe", "MaskRecipe", "LossRecipe", "OptimRecipe", "StageRecipe")
     }
     kept = deciding_part(yaml.safe_load(to_yaml(parse_recipe(["--config", "demo"]))), name_of=lambda place: "name")
-    assert set(kept) == {"model", "data", "mask", "loss", "optim", "stages", "seed"}
+    assert set(kept) == {"model", "data", "mask", "loss", "optim", "stages", "seed", "budget_minutes"}
     assert set(kept["data"]) == {
         *("sources", "fraction", "tokenizer", "global_batch_size", "crop_scale", "lanes", "shards_per_block")
     }

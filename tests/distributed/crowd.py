@@ -134,7 +134,7 @@ def rewrite(file: str) -> None:
     copy = Path(recipe.output_dir) / "copy"
     bad_samples = BadSamples(copy, start.accelerator.is_main_process, 1.0)
     writer = CheckpointWriter(start.accelerator, copy, SaveRecipe(), None)
-    saver = Saver(recipe, plan, start, engine, writer, bad_samples)
+    saver = Saver(recipe, plan, start, engine, writer, bad_samples, start.progress(recipe, plan.stages))
     saver.save(start.step, start.trained_seconds)
     saver.commit()
 
@@ -156,7 +156,7 @@ def accumulate(file: str) -> None:
     import torch
 
     recipe, plan, start, engine = resumed(file)
-    (batch,) = next(plan.batches(0, start.accelerator)).micro_batches
+    (batch,) = next(plan.batches(start.progress(recipe, plan.stages), start.accelerator)).micro_batches
     found = {}
     for passes in (1, 2, 4):
         parts = zip(*(value.chunk(passes) for value in batch.values()), strict=True)
@@ -176,6 +176,8 @@ def leave_out(file: str) -> None:
     """Steps that are left out change nothing, and the steps after them are those of a run without them."""
     import torch
 
+    from flipscale.training.budget.progress import Progress
+
     def holds(engine) -> dict[str, torch.Tensor]:
         found = {f"{piece.kind}.{piece.name}": piece.values.clone() for piece in engine.pieces()}
         steps = [s["step"].clone() for o in engine.optimizers for s in o.state.values() if "step" in s]
@@ -189,7 +191,7 @@ def leave_out(file: str) -> None:
         _, plan, start, engine = resumed(file)
         taken_so_far = 0
         for factor in factors:
-            (batch,) = next(plan.batches(taken_so_far, start.accelerator)).micro_batches
+            (batch,) = next(plan.batches(Progress(plan.stages, taken_so_far), start.accelerator)).micro_batches
             output = engine(**batch)
             loss = (output.image_embeds * output.text_embeds).sum() * output.logit_scale.sum() * factor
             engine.backward(loss)
