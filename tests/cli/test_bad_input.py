@@ -231,7 +231,8 @@ def test_an_unknown_way_to_resume(refused_recipe: Callable[..., str]) -> None:
 
 
 def test_nothing_to_evaluate(refused: Callable[[list[str]], str]) -> None:
-    assert "nothing to evaluate; give --suite NAME, --only NAME ..., --zero_shot DIR" in refused(["evaluate", "runs/x"])
+    line = refused(["evaluate", "org/name"])
+    assert "nothing to evaluate; give --suite NAME, --only NAME ..., --zero_shot DIR" in line
 
 
 def test_a_model_that_is_not_there(refused: Callable[[list[str]], str], tmp_path: Path, shards: Path) -> None:

@@ -175,7 +175,7 @@ def draw_result(curves: list[Curve], shown: Result, path: Path) -> None:
         said.append(f"Guessing: {with_unit(shown.chance, shown.unit)}.")
     _explain(axes, " ".join(said))
     if len(groups) > 1 or has_seeds:
-        axes.legend(loc="lower right" if shown.higher_is_better else "upper right", framealpha=0.9, edgecolor="none")
+        axes.legend(loc="best", framealpha=0.9, edgecolor="none")
     save_figure(figure, path)
 
 
