@@ -1,11 +1,10 @@
 """Trains the runs of a planned study, some at a time; one that fails stops no other."""
 
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 
-from flipscale.studies.runs import Signals, StudyRun, environment
+from flipscale.studies.runs import Signals, StudyRun, end, environment, start
 
 _LOOK_SECONDS = 0.2
 
@@ -28,7 +27,7 @@ def train_missing(runs: Sequence[StudyRun], workers: int) -> None:
             while signals.received is None and (waiting or running):
                 while waiting and len(running) < workers:
                     run = waiting.pop(0)
-                    running[run.name] = run, _start(run, variables)
+                    running[run.name] = run, start(run, variables)
                     processes.append(running[run.name][1])
                 for run, process in list(running.values()):
                     if process.poll() is not None:
@@ -39,23 +38,10 @@ def train_missing(runs: Sequence[StudyRun], workers: int) -> None:
                         print(f"{run.name}: {run.end_words(process.returncode)}", flush=True)
                 time.sleep(_LOOK_SECONDS)
         finally:
-            for process in processes:
-                process.terminate()
-            for process in processes:
-                process.wait()
-    if signals.received is not None:
-        words = f"flipscale: error: {signals.received.name}: the runs have saved and stopped; the same command goes on"
-        print(words, file=sys.stderr)
-        sys.exit(128 + signals.received)
+            end(processes)
+    signals.exit_if_received()
     if failed:
         raise OSError(
             f"{len(failed)} of {len(runs)} runs failed: {', '.join(failed)}; the others are done, and the same command "
             "tries these again"
         )
-
-
-def _start(run: StudyRun, variables: dict[str, str]) -> subprocess.Popen:
-    command = [sys.executable, "-m", "flipscale.pretrain", "--config", str(run.beside("yaml").absolute())]
-    with open(run.beside("log"), "a", encoding="utf-8") as log:
-        # In a group of its own: Ctrl-C is for the study, which tells its runs.
-        return subprocess.Popen(command, env=variables, stdout=log, stderr=log, process_group=0)

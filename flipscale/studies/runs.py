@@ -122,27 +122,32 @@ def train(runs: list[StudyRun], doing: str) -> None:
     with Signals(processes) as signals:
         for run in runs:
             run.run_dir.parent.mkdir(parents=True, exist_ok=True)
-            recipe_file = run.beside("yaml").absolute()
-            write_text(recipe_file, to_yaml(run.recipe))
-            command = [sys.executable, "-m", "flipscale.pretrain", "--config", str(recipe_file)]
-            with open(run.beside("log"), "a", encoding="utf-8") as log:
-                # In a group of its own: Ctrl-C is for the study, which tells its runs.
-                processes.append(subprocess.Popen(command, env=variables, stdout=log, stderr=log, process_group=0))
+            write_text(run.beside("yaml"), to_yaml(run.recipe))
+            processes.append(start(run, variables))
         try:
             _watch(runs, processes, signals, doing)
             failed = [(run, p.returncode) for run, p in zip(runs, processes, strict=True) if p.poll()]
         finally:
-            for process in processes:
-                process.terminate()
-            for process in processes:
-                process.wait()
-    if signals.received is not None:
-        name = signals.received.name
-        words = f"flipscale: error: {name}: the runs have saved and stopped; the same command goes on"
-        print(words, file=sys.stderr)
-        sys.exit(128 + signals.received)
+            end(processes)
+    signals.exit_if_received()
     for run, code in failed:
         raise (ValueError if code == 2 else OSError)(f"the run of {run.name} {run.end_words(code)}")
+
+
+def start(run: StudyRun, variables: dict[str, str]) -> subprocess.Popen:
+    """Start a run by its recipe file; what it says goes to the log beside it."""
+    command = [sys.executable, "-m", "flipscale.pretrain", "--config", str(run.beside("yaml").absolute())]
+    with open(run.beside("log"), "a", encoding="utf-8") as log:
+        # In a group of its own: Ctrl-C is for the study, which tells its runs.
+        return subprocess.Popen(command, env=variables, stdout=log, stderr=log, process_group=0)
+
+
+def end(processes: list[subprocess.Popen]) -> None:
+    """Let runs save and stop, and wait for that."""
+    for process in processes:
+        process.terminate()
+    for process in processes:
+        process.wait()
 
 
 class Signals:
@@ -166,6 +171,13 @@ class Signals:
     def __exit__(self, *raised: object) -> None:
         for one, handler in self._before.items():
             signal.signal(one, signal.SIG_DFL if handler is None else handler)
+
+    def exit_if_received(self) -> None:
+        """End this process, whose runs have ended, as the signal asks, if one has come."""
+        if self.received is not None:
+            words = f"flipscale: error: {self.received.name}: the runs have saved and stopped; the same command goes on"
+            print(words, file=sys.stderr)
+            sys.exit(128 + self.received)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None:
