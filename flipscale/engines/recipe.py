@@ -3,7 +3,16 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from flipscale.files.ranges import Count, Minutes, NotNegative, Positive, SamplesOrNone, ShareBelowAll, ShareBetween
+from flipscale.files.ranges import (
+    Count,
+    Minutes,
+    NotNegative,
+    Positive,
+    SamplesOrNone,
+    ShareAboveNone,
+    ShareBelowAll,
+    ShareBetween,
+)
 
 
 @dataclass(frozen=True)
@@ -22,6 +31,9 @@ class OptimRecipe:
         muon_momentum: The Nesterov momentum of Muon.
         ema_decay: Keep averages of the weights, each step's new weights mixed in with 1 - ema_decay; they are what is
             evaluated and exported. Left out, there are no averages.
+        layer_decay: Multiply the rate of each block of a tower by this once more than that of the block after it, and
+            the embeddings' once more than the first block's; final norms, projections and heads have the whole rate.
+            0.75 in the paper's fine-tuning; left out, all have the same rate.
         max_grad_norm: Clip the gradients' global norm to this; left out, nothing is clipped, as in the paper.
     """
 
@@ -34,6 +46,7 @@ class OptimRecipe:
     muon_momentum: ShareBelowAll = 0.95
     max_grad_norm: Positive | None = None
     ema_decay: ShareBetween | None = None
+    layer_decay: ShareAboveNone | None = None
 
 
 @dataclass(frozen=True)

@@ -206,6 +206,21 @@ def test_muon_learns_what_it_does_on_one_process(trainings: Trainings, engine: s
         assert torch.allclose(reader(one).tensor(kind, name), reader(many).tensor(kind, name), atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("engine", "name"),
+    [("ddp", "adamw"), ("fsdp2", "adamw"), ("zero2", "adamw"), ("zero3", "adamw"), ("fsdp2", "muon")],
+)
+def test_layer_decay_learns_what_it_does_on_one_process(trainings: Trainings, engine: str, name: str) -> None:
+    optim = {"layer_decay": 0.5, **({} if name == "adamw" else {"name": name})}
+    one, many = trainings.run("ddp", 1, optim=optim), trainings.run(engine, 2, optim=optim)
+    assert losses(one) != losses(trainings.run("ddp", 1))
+    assert close(losses(one), losses(many))
+    resumed = trainings.folder / f"{engine}-{name}-layer-decay"
+    cut(many, resumed, 15)
+    assert trainings.crowd(2).run("train", engine, trainings.file(resumed, optim=optim)) == ["done"] * 2
+    assert losses(resumed) == losses(many)
+
+
 @pytest.mark.parametrize("engine", ["zero1", "zero3"])
 def test_muon_is_refused_where_matrices_are_cut(trainings: Trainings, engine: str) -> None:
     file = trainings.file(trainings.folder / f"muon-{engine}", optim={"name": "muon"})

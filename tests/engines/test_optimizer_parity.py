@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import TOWER
 
-from flipscale.engines.optimizers.groups import build_optimizers, decays, muon_matrices, set_learning_rate
+from flipscale.engines.optimizers.groups import build_optimizers, decays, layer_scales, muon_matrices, set_learning_rate
 from flipscale.engines.recipe import OptimRecipe
 from flipscale.hub.convert_flip import convert_flip_checkpoint, our_layout, our_name
 from flipscale.model import FlipConfig, FlipModel
@@ -61,6 +61,53 @@ def test_groups_are_those_that_checkpoints_were_written_with(kind: type[FlipMode
     grouped = [parameter for group in [*muon.param_groups, *adamw.param_groups] for parameter in group["params"]]
     expected = sorted(names, key=lambda name: (name not in matrices, not decayed[name]))
     assert [id(parameter) for parameter in grouped] == [id(model.get_parameter(name)) for name in expected]
+
+
+@pytest.mark.parametrize(("size", "image_blocks", "text_blocks"), [("l16", 24, 12), ("h14", 32, 24)])
+def test_layer_decay_is_the_formula(size: str, image_blocks: int, text_blocks: int) -> None:
+    with torch.device("meta"):
+        model = FlipModel(FlipConfig.from_size(size))
+    scales = layer_scales(model, 0.75)
+    assert scales.keys() == dict(model.named_parameters()).keys()
+    for tower, blocks in (("vision_model", image_blocks), ("text_model", text_blocks)):
+        mine = {name.removeprefix(f"{tower}."): scale for name, scale in scales.items() if name.startswith(tower)}
+        for name, scale in mine.items():
+            parts = name.split(".")
+            if parts[0] == "embeddings":
+                assert scale == 0.75 ** (blocks + 1), name
+            elif parts[0] == "encoder":
+                assert scale == 0.75 ** (blocks - int(parts[2])), name
+            else:
+                assert (parts[0], scale) == ("final_layer_norm", 1.0)
+        assert len(set(mine.values())) == blocks + 2
+    if size == "l16":
+        assert scales["vision_model.embeddings.class_embedding"] == pytest.approx(7.5e-4, rel=0.01)
+    assert scales["vision_model.encoder.layers.0.mlp.fc1.weight"] == 0.75**image_blocks
+    assert scales["image_projection.weight"] == scales["logit_scale"] == 1.0
+    assert set(layer_scales(model, None).values()) == {1.0}
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_layer_decay_sets_the_rates_and_leaves_the_decay(name: str) -> None:
+    model = FlipModel(FlipConfig(vision_config=TOWER, text_config=TOWER))
+    optimizers = build_optimizers(model, OptimRecipe(name=name, layer_decay=0.5, muon_lr_ratio=3.0))
+    set_learning_rate(optimizers, 0.1)
+    scales, decayed, matrices = layer_scales(model, 0.5), decays(model), muon_matrices(model)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    found = {
+        names[id(parameter)]: (group["lr"], group["weight_decay"])
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
+    moved_by_muon = matrices if name == "muon" else set()
+    assert found == {
+        name: (
+            pytest.approx(0.1 * scales[name] * (3.0 if name in moved_by_muon else 1.0)),
+            OptimRecipe().weight_decay if decayed[name] else 0.0,
+        )
+        for name in names.values()
+    }
 
 
 def test_five_steps(stage: Stage, tmp_path: Path) -> None:

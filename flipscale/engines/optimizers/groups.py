@@ -3,7 +3,8 @@
 The model says which parameters are in which group (`loss_parameters`, `no_weight_decay`, its modules' types).
 """
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -74,6 +75,28 @@ def decays(model: nn.Module) -> dict[str, bool]:
     return found
 
 
+def layer_scales(model: nn.Module, decay: float | None) -> dict[str, float]:
+    """Return by name what the learning rate of a parameter is multiplied by; 1 for all without a `decay`.
+
+    In a tower of N blocks, the embeddings are group 0, block k, counted from 0, is group k + 1, and the final norm is
+    group N + 1, like all that is outside of the towers: projections, heads, decoders, the parameters of the loss. Group
+    i has `decay ** (N + 1 - i)` (BEiT, arXiv 2106.08254; so MAE fine-tunes).
+    """
+    scales = {name: 1.0 for name, _ in model.named_parameters()}
+    if decay is None:
+        return scales
+    from flipscale.model import FlipTextModel, FlipVisionModel  # as above
+
+    for path, tower in model.named_modules():
+        if isinstance(tower, FlipVisionModel | FlipTextModel):
+            last = len(tower.encoder.layers) + 1
+            for name, _ in tower.named_parameters():
+                block = re.match(r"encoder\.layers\.(\d+)\.", name)
+                group = int(block[1]) + 1 if block else 0 if name.startswith("embeddings.") else last
+                scales[f"{path}.{name}" if path else name] = decay ** (last - group)
+    return scales
+
+
 def muon_matrices(model: nn.Module) -> set[str]:
     """Return the names of the parameters that Muon moves: the matrices of the encoders' layers."""
     matrices = {id(p) for block in encoder_blocks(model) for p in block.parameters() if p.ndim == 2}
@@ -93,20 +116,33 @@ def build_optimizers(
         sharers: the processes that share Muon's work on whole matrices; None: each does all of it.
     """
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    scales = layer_scales(model, recipe.layer_decay)
     optimizers: list[torch.optim.Optimizer] = []
     if recipe.name == "muon":
         names = muon_matrices(model)
-        matrices = [parameters.pop(name) for name in list(parameters) if name in names]
+        matrices = [
+            {"params": [parameters[name] for name in group], "lr_ratio": recipe.muon_lr_ratio * scales[group[0]]}
+            for group in _alike({name: scales[name] for name in parameters if name in names})
+        ]
         optimizers.append(Muon(matrices, recipe.weight_decay, recipe.muon_momentum, muon_dtype, sharers))
-        optimizers[0].param_groups[0]["lr_ratio"] = recipe.muon_lr_ratio
+        parameters = {name: parameter for name, parameter in parameters.items() if name not in names}
     decayed = decays(model)
     groups = [
-        {"params": [p for name, p in parameters.items() if decayed[name]], "weight_decay": recipe.weight_decay},
-        {"params": [p for name, p in parameters.items() if not decayed[name]], "weight_decay": 0.0},
+        {
+            "params": [parameters[name] for name in group],
+            "weight_decay": recipe.weight_decay if decayed[group[0]] else 0.0,
+            "lr_ratio": scales[group[0]],
+        }
+        for group in _alike({name: (not decayed[name], scales[name]) for name in parameters})
     ]
     kind = ShardedAdamW if any(hasattr(p, "to_local") for p in parameters.values()) else torch.optim.AdamW
     betas = (recipe.adam_beta1, recipe.adam_beta2)
     return [*optimizers, kind(groups, lr=0.0, betas=betas, eps=recipe.adam_epsilon, fused=True)]
+
+
+def _alike(values: Mapping[str, Any]) -> list[list[str]]:
+    """Return the names of equal values together, in the values' order."""
+    return [[name for name in values if values[name] == value] for value in sorted(set(values.values()))]
 
 
 def num_moments(model: nn.Module, recipe: OptimRecipe) -> dict[str, int]:

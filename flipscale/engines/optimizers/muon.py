@@ -33,13 +33,14 @@ class Muon(torch.optim.Optimizer):
     for matrices that are whole on every process, or DTensors sharded by rows.
 
     Args:
+        matrices: or groups of them, as torch's optimisers take them.
         dtype: of the iteration and of what the processes exchange for it.
         sharers: of whole matrices, the processes that share the work; None: each does all of it.
     """
 
     def __init__(
         self,
-        matrices: Iterable[nn.Parameter],
+        matrices: Iterable[nn.Parameter] | Iterable[dict[str, Any]],
         weight_decay: float,
         momentum: float,
         dtype: torch.dtype,
