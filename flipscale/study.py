@@ -6,6 +6,7 @@ from pathlib import Path
 
 from flipscale.files.command_line import number, output_folder
 from flipscale.files.ranges import Count, MinutesAboveNone
+from flipscale.studies.design import study_file
 from flipscale.studies.folder import read_plan, write_plan
 from flipscale.studies.pool import train_missing
 from flipscale.studies.race import race
@@ -22,7 +23,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     summary = "Write the recipes of a study: a base, axes along which it is changed, a design and seeds."
     plan = kinds.add_parser("plan", help=summary, description=summary)
     plan.add_argument(
-        "study", type=Path, metavar="STUDY.yaml", help="The study's file: base, axes, design (star or grid) and seeds."
+        "study",
+        metavar="STUDY.yaml",
+        help="The study's file: base, axes, design (star or grid), seeds and, for runs that end by their clock, "
+        "minutes; or the name of one of the package's.",
     )
     plan.add_argument(
         "--output_dir", type=output_folder, help="The study's folder; by default runs/ and the name of its file."
@@ -81,8 +85,9 @@ def run(args: argparse.Namespace) -> None:
     if args.kind == "race":
         race(args.recipes, args.minutes, args.seeds, args.output_dir, args.baselines)
     elif args.kind == "plan":
-        folder = args.output_dir or Path("runs", args.study.stem)
-        runs = write_plan(args.study, folder)
+        file = study_file(args.study)
+        folder = args.output_dir or Path("runs", file.stem)
+        runs = write_plan(file, folder)
         print("\n".join(run.name for run in runs))
         print(f"{len(runs)} runs are planned; train them: flipscale study run {folder}")
     elif args.kind == "run":

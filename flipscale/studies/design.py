@@ -12,16 +12,18 @@ from typing import Any
 import yaml
 
 from flipscale.evaluation.reports.comparison import seed_suffix
+from flipscale.files.ranges import MinutesAboveNone, check_ranges
 from flipscale.files.yaml_text import read_outline
-from flipscale.studies.runs import StudyRun
-from flipscale.training.recipe import Recipe, parse_recipe, to_yaml
+from flipscale.studies.runs import StudyRun, in_time
+from flipscale.training.recipe import RECIPES, Recipe, parse_recipe, to_yaml
 from flipscale.training.schedule import plan_stages
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
 # YAML 1.1 takes these for texts.
 _POWER_OF_TEN = re.compile(r"[-+]?\d+(\.\d*)?[eE]\d+|[-+]?\d+[eE]-\d+")
 _DESIGNS = ("star", "grid")
-_FIELDS = ("base", "axes", "design", "seeds")
+_FIELDS = ("base", "axes", "design", "seeds", "minutes")
+STUDIES = RECIPES / "studies"
 
 Levels = Mapping[str, str]
 
@@ -37,12 +39,15 @@ class Study:
         design: `star` is the base, each level alone, then the last levels of the first two axes together, of the first
             three, and so on. `grid` is all combinations of levels, the base of each axis among them.
         seeds: every combination is trained with each.
+        minutes: how long every run trains, by its own clock; the stages of the base then have shares of that time. Left
+            out, runs end as the base does.
     """
 
     base: str
     axes: Mapping[str, Mapping[str, Mapping[str, Any]]]
     design: str
     seeds: Sequence[int]
+    minutes: MinutesAboveNone | None = None
 
     def combinations(self) -> list[Levels]:
         """Return the levels of the axes that are not at their base, of each combination; the first is the base."""
@@ -69,6 +74,21 @@ class Study:
                 raise ValueError(f"two runs are called {name}; give each level a name of its own, and each seed once")
             found[name] = levels, seed
         return found
+
+
+def study_file(name: str) -> Path:
+    """Return the file of a study; a bare name is one of the package's.
+
+    Raises:
+        ValueError: there is neither.
+    """
+    named = STUDIES / f"{name}.yaml"
+    if "/" in name or Path(name).exists():
+        return Path(name)
+    if named.is_file():
+        return named
+    names = ", ".join(sorted(path.stem for path in STUDIES.glob("*.yaml")))
+    raise ValueError(f"study {name[:200]!r} is neither a file nor one of {names}")
 
 
 def read_study(file: Path) -> Study:
@@ -99,7 +119,12 @@ def read_study(file: Path) -> Study:
     design = content.get("design", "star")
     if design not in _DESIGNS:
         raise ValueError(f"{file}: design is {design!r}; use {' or '.join(_DESIGNS)}")
-    return Study(str(content["base"]), axes, design, seeds)
+    minutes = content.get("minutes")
+    if minutes is not None and type(minutes) not in (int, float):
+        raise ValueError(f"{file}: minutes is {minutes!r}; it must be a number, such as 10")
+    study = Study(str(content["base"]), axes, design, seeds, minutes)
+    check_ranges(study)
+    return study
 
 
 def _is_axis(levels: Any) -> bool:
@@ -116,7 +141,8 @@ def plan(study: Study, output_dir: Path) -> list[StudyRun]:
         ValueError: the base is no recipe, an axis changes what no recipe has, a changed recipe cannot be run, or two
             runs have one name.
     """
-    base = yaml.safe_load(to_yaml(parse_recipe(["--config", study.base])))
+    recipe = parse_recipe(["--config", study.base])
+    base = yaml.safe_load(to_yaml(recipe if study.minutes is None else in_time(recipe, study.minutes)))
     runs = []
     for name, (levels, seed) in study.runs().items():
         content = {**copy.deepcopy(base), "seed": seed, "output_dir": str(output_dir / name)}

@@ -50,6 +50,7 @@ def write_plan(study_file: Path, output_dir: Path) -> list[StudyRun]:
         "axes": {axis: dict(levels) for axis, levels in study.axes.items()},
         "design": study.design,
         "seeds": list(study.seeds),
+        "minutes": study.minutes,
     }
     write_text(output_dir / STUDY_FILE, yaml.safe_dump(content, sort_keys=False))
     for run in runs:

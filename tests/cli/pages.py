@@ -10,6 +10,7 @@ PAGES = sorted(
         *(ROOT / name for name in ("README.md", "CONTRIBUTING.md")),
         *ROOT.glob("docs/*.md"),
         *ROOT.glob("flipscale/recipes/*.yaml"),
+        *ROOT.glob("flipscale/recipes/studies/*.yaml"),
         *ROOT.glob("ds_configs/*.yaml"),
         *(file for file in ROOT.glob("slurm/*") if file.is_file()),
     ]

@@ -53,7 +53,7 @@ def test_the_wheel_holds_all_that_is_not_python(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
         (metadata,) = (archive.read(name).decode() for name in names if name.endswith(".dist-info/METADATA"))
-    recipes = {f"flipscale/recipes/{file.name}" for file in (ROOT / "flipscale/recipes").iterdir()}
+    recipes = {str(file.relative_to(ROOT)) for file in (ROOT / "flipscale/recipes").rglob("*") if file.is_file()}
     folders = [ROOT / "flipscale/evaluation/tasks", ROOT / "flipscale/pages/templates"]
     pages = {str(file.relative_to(ROOT)) for folder in folders for file in folder.rglob("*") if file.is_file()}
     assert len(pages) > 30

@@ -132,8 +132,9 @@ def submission(script: str) -> None:
 
 
 def study_plan(words: list[str]) -> None:
-    """Plans a small study of the demo under the name that the page gives its file."""
-    Path(words[3]).write_text("base: demo\naxes: {mask: {whole: {stages.0.mask_ratio: 0.0}}}\n")
+    """Plans a study of the package, or a small one of the demo under the name that the page gives its file."""
+    if words[3].endswith(".yaml"):
+        Path(words[3]).write_text("base: demo\naxes: {mask: {whole: {stages.0.mask_ratio: 0.0}}}\n")
     cli.main(words[1:])
 
 
@@ -259,7 +260,7 @@ def test_every_recipe_says_how_it_is_launched() -> None:
     shown = {
         page.stem: [c.text for c in commands(page) if "flipscale" in c.text]
         for page in PAGES
-        if page.parts[-2] == "recipes"
+        if page.parent.name in ("recipes", "studies")
     }
     for name, lines in shown.items():
         assert any(re.search(rf"\b{name}\b", line) for line in lines), name

@@ -9,7 +9,7 @@ import yaml
 from conftest import changed_recipe
 
 from flipscale.cli import main
-from flipscale.studies.design import Study
+from flipscale.studies.design import STUDIES, Study
 from flipscale.studies.folder import read_plan
 
 AXES = {
@@ -101,9 +101,30 @@ def test_a_study_from_its_plan_to_its_report(
     assert "was planned with a run base-seed1, which" in line
 
 
+def test_a_study_whose_runs_end_by_their_clock(study_file: Callable[..., Path], tmp_path: Path) -> None:
+    axes = {"tokens": {"two": {"stages": [{"name": "a", "share": 0.5, "base_lr": 0.01}, {"name": "b", "share": 0.5}]}}}
+    main(["study", "plan", str(study_file(axes=axes, minutes=0.5)), "--output_dir", str(tmp_path / "out")])
+    study, runs = read_plan(tmp_path / "out")
+    assert study.minutes == 0.5
+    assert [run.recipe.budget_minutes for run in runs] == [0.5, 0.5]
+    assert [[stage.share for stage in run.recipe.stages] for run in runs] == [[1.0], [0.5, 0.5]]
+
+
+def test_the_package_s_planned_studies(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    planned = [file.stem for file in STUDIES.glob("*.yaml") if not file.stem.startswith("budget_")]
+    assert "equal_tokens" in planned
+    for name in planned:
+        main(["study", "plan", name, "--output_dir", str(tmp_path / name)])
+        assert "runs are planned" in capsys.readouterr().out
+    line = refused(capsys, "plan", "equal_token")
+    assert "study 'equal_token' is neither a file nor one of " in line
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
+        ({"minutes": 0}, "minutes is 0; it must be above 0 and at most 1,000,000"),
+        ({"minutes": "ten"}, "minutes is 'ten'; it must be a number, such as 10"),
         (
             {"axes": {"m": {"x": {"model.sise": "b16"}}}},
             "axes.m.x: model.sise is no field of the recipe: model has",
@@ -123,7 +144,7 @@ def test_a_study_from_its_plan_to_its_report(
         ({"axes": {"m": {}}}, "axes must have levels, and these changes"),
         ({"axes": {"m": {"a b": {"seed": 1}}}}, "'a b' names runs; use letters, digits and . _ -"),
         ({"base": "none"}, "recipe 'none' is neither a file nor one of"),
-        ({"sedes": [1]}, "is no study, it has 'sedes'; a study has base, axes, design, seeds"),
+        ({"sedes": [1]}, "is no study, it has 'sedes'; a study has base, axes, design, seeds, minutes"),
     ],
 )
 def test_a_mistake_in_a_study(
