@@ -93,6 +93,20 @@ class Embedder:
         from flipscale.model.modeling_flip import normalise_embeds  # seconds to import; a model has done it
 
         compute = {"embeds": self.image_features, "pooled": self.pooled_features}[features]
+        for rows, columns in self.image_columns(source):
+            with torch.no_grad(), self.accelerator.autocast():
+                found = compute(**columns)
+            found = normalise_embeds(found) if features == "embeds" else found.float()
+            yield torch.arange(rows.start, rows.stop), found.cpu()[: len(rows)]
+
+    def image_columns(self, source: TarSource) -> Iterator[tuple[range, PackedBatch]]:
+        """Collective, to its end. Yield this process's rows of `source`, and what the model takes of their images, on
+        its device, a batch at a time. Where others have a batch more, the last has no rows, and one made-up image.
+
+        Raises:
+            ValueError: on every process, if an image of any process cannot be decoded.
+            OSError: on every process, if any cannot read a shard or lost a worker.
+        """
         share, decode, nothing = self._share(len(source)), self.decoder(), range(0)
         mine = share.batches()
         decoded = decoded_batches(source, decode, mine, self.num_workers)
@@ -105,16 +119,13 @@ class Embedder:
                 except DamagedImage:
                     self._refuse(WholeImages(source, decode))
                     raise
-                with torch.no_grad(), self.accelerator.autocast():
-                    found = compute(**batch.to(self.accelerator.device))
-                found = normalise_embeds(found) if features == "embeds" else found.float()
+                yield rows, batch.to(self.accelerator.device)
                 self.alive()
                 news = min(share.size * share.world, share.count - done)
                 done += news
                 bar.update(news)
                 if self.progress is not None:
                     self.progress(news)
-                yield torch.arange(rows.start, rows.stop), found.cpu()[: len(rows)]
 
     def my_images(self, source: TarSource, features: Features = "embeds") -> torch.Tensor:
         """Collective. Return the features of this process's rows of `source`, as `image_batches` has them: fp32
