@@ -48,7 +48,7 @@ def _hub(name: str, way: str, command: Callable[[Path], list[str]], code: int, *
         "HF_HOME": "home",
         "HF_TOKEN": SECRET,
     }
-    return Attack(name, command, code, says, _wrote_nothing_outside, environment=environment, seconds=60.0)
+    return Attack(name, command, code, says, _wrote_nothing_outside, environment=environment)
 
 
 NONE = "the Hub has none that may be read"

@@ -230,7 +230,7 @@ def _kill_workers(folder: Path, pids: list[int]) -> None:
     """Kill the first worker as soon as there is one, as the kernel does when memory is short."""
 
     def kill() -> None:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 200
         while time.monotonic() < deadline:
             for child in children(pids[0]):
                 with suppress(OSError):
@@ -495,7 +495,7 @@ ATTACKS: list[Attack] = [
         table(HEAD + GOOD + f"no.jpg,x\n.,x\nlist.csv,x\n{'a' * 300}.jpg,x\n0.jpg/1.jpg,x\n,x\n"),
         check=keeps(2, unreadable_file=4, outside_folder=1, undecodable_image=1),
     ),
-    Attack("a pipe among the images", beside(_pipe), check=keeps(3, unreadable_file=1), seconds=40),
+    Attack("a pipe among the images", beside(_pipe), check=keeps(3, unreadable_file=1)),
     Attack("a socket among the images", beside(_socket), check=keeps(3, unreadable_file=1)),
     Attack("a link out of the folder", beside(_link_out), check=keeps(3, outside_folder=1)),
     Attack("a caption that is a link out of the folder", beside(_caption_link_out), check=keeps(3, outside_folder=1)),
@@ -587,7 +587,6 @@ ATTACKS: list[Attack] = [
         _long_caption,
         check=_audited,
         megabytes=3000,
-        seconds=180,
     ),
     Attack("captions of 1 MB in a contact sheet", _inspect_odd, says=("undecodable_caption",)),
     Attack(
@@ -595,7 +594,6 @@ ATTACKS: list[Attack] = [
         _odd_shard_name,
         says=("the whole audit is in",),
         megabytes=3000,
-        seconds=180,
     ),
     Attack(
         "an audit without test sets",

@@ -127,7 +127,7 @@ def _saved_before(folder: Path) -> list[str]:
 
 
 def _refused(name: str, make: Make, *says: str, **more: Any) -> Attack:
-    return Attack(name, make, 2, says, more.pop("check", _nothing_trained), seconds=30, **more)
+    return Attack(name, make, 2, says, more.pop("check", _nothing_trained), **more)
 
 
 ATTACKS = [

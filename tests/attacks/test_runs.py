@@ -25,7 +25,7 @@ def endless(folder: Path) -> list[str]:
     return ground.pretrain(folder, stages=[stage], save={"every_samples": 16_000, "total_limit": 3})
 
 
-def wait_for(seen: Callable[[], bool], seconds: float = 60.0) -> None:
+def wait_for(seen: Callable[[], bool], seconds: float = 200.0) -> None:
     end = time.monotonic() + seconds
     while not seen():
         assert time.monotonic() < end
@@ -112,7 +112,7 @@ def _garbled(content: bytes, age: float = 1e4) -> Callable[[Path], list[str]]:
 
 
 def _beats_elsewhere(folder: Path, pids: list[int]) -> None:
-    lock, end = folder / "run/run.lock", time.monotonic() + 60
+    lock, end = folder / "run/run.lock", time.monotonic() + 200
     while psutil.pid_exists(pids[0]) and time.monotonic() < end:
         os.utime(lock)
         time.sleep(0.2)
@@ -214,7 +214,7 @@ def _told(*numbers: int) -> Callable[[Path, list[int]], None]:
     """Signals to the study once its runs train."""
 
     def during(folder: Path, pids: list[int]) -> None:
-        wait_for(lambda: _trains(folder), 150.0)
+        wait_for(lambda: _trains(folder))
         for place, number in enumerate(numbers):
             if place:
                 wait_for(lambda: says(folder, "once more to end at once"))
@@ -228,7 +228,7 @@ def no_run_is_left(folder: Path, ended: Ended) -> None:
         found = psutil.process_iter(["cmdline"])
         return any(str(folder) in word for process in found for word in process.info["cmdline"] or [])
 
-    wait_for(lambda: not left(), 2.0)  # one that was killed has its memory to give back
+    wait_for(lambda: not left())  # one that was killed has its memory to give back
 
 
 def _export(*names: str) -> Callable[[Path], list[str]]:
@@ -487,17 +487,17 @@ ATTACKS = [
     Attack(
         "a study whose terminal is closed", _study("a.yaml", "b c.yaml", minutes="2"), 128 + signal.SIGHUP,
         ("the runs have saved",),
-        no_run_is_left, during=_told(signal.SIGHUP), megabytes=4000, seconds=240,
+        no_run_is_left, during=_told(signal.SIGHUP), megabytes=4000,
     ),
     Attack(
         "Ctrl-C twice on a study", _study("a.yaml", "ä.yaml", minutes="2"), 130,
         ("once more to end at once", "ended before"),
-        no_run_is_left, during=_told(signal.SIGINT, signal.SIGINT), megabytes=4000, seconds=240,
+        no_run_is_left, during=_told(signal.SIGINT, signal.SIGINT), megabytes=4000,
     ),
     Attack(
         "a study with a run that fails", _study("a.yaml", prepare=lambda f: shutil.rmtree(f / "data")), 2,
         ("the run of a ended with exit code 2: ", "its output is in out/a.log"), no_run_is_left,
-        megabytes=4000, seconds=240,
+        megabytes=4000,
     ),
     Attack(
         "an export over notes of the user's",

@@ -77,7 +77,7 @@ def trained(spoil: Made, max_bad_fraction: float = 0.3) -> Callable[[Path], list
 
 def row(name: str, content: bytes | Made, samples: int, *says: str) -> Attack:
     """A shard that is indexed: so many samples, and what is said of the rest."""
-    return Attack(name, indexed(content), says=(f"{samples} samples in 1 shards", *says), seconds=30, megabytes=300)
+    return Attack(name, indexed(content), says=(f"{samples} samples in 1 shards", *says), megabytes=300)
 
 
 def no_fault(folder: Path, ended: Ended) -> None:
@@ -331,7 +331,6 @@ ATTACKS = [
         trained(strange, 0.6),
         says=("it is a folder, not a file", "it is a FIFO", "it is a socket", "it is a link that leads nowhere"),
         check=recorded_as("a.tar", "b.tar", "c.tar", "d.tar", "e.tar"),
-        seconds=30,
     ),
     Attack("a shard replaced by an older one of its length", trained(replaced(keep_time=False)), check=no_fault),
     Attack(
@@ -343,7 +342,6 @@ ATTACKS = [
     Attack(
         "a FIFO in the place of an index",
         trained(lambda data: beside(data, "00000.tar.index.npy", os.mkfifo)),
-        seconds=30,
         check=no_fault,
     ),
     Attack(
@@ -375,7 +373,6 @@ ATTACKS = [
         trained(lambda data: beside(data, "shards.manifest", os.mkfifo)),
         code=2,
         says=("shards.manifest cannot be the manifest of shards: it is a FIFO, not a file; remove it",),
-        seconds=30,
     ),
     Attack(
         "a folder in the place of the manifest",
@@ -390,7 +387,6 @@ ATTACKS = [
         lambda folder: ["prepare", "index", f"{folder}/{{0..999999999999}}.tar"],
         code=2,
         says=("more than 10000000 shards; check its end",),
-        seconds=20,
     ),
     Attack(
         "a shard's name that is not UTF-8",

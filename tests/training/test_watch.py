@@ -9,8 +9,10 @@ from types import SimpleNamespace
 
 import processes
 import pytest
+from clock import Clock
 from conftest import launch, pretrain
 
+from flipscale.training import watch as watch_module
 from flipscale.training.watch import StepWatch
 
 # Rank 1 waits two seconds for the data of step 15, and for ever for those of step 18.
@@ -93,13 +95,17 @@ def test_a_time_that_cannot_be_waited_is_refused(write_recipe, tmp_path: Path) -
 
 FAILED = """
 import sys, time
+sys.path.insert(0, sys.argv[2])
+from clock import Clock
 from flipscale import pretrain
+from flipscale.training import watch
 from flipscale.training.recipe import parse_recipe
 
 def fails(*arguments):
+    watch.time.start()
     raise OSError("the disk is gone")
 
-pretrain.consume_batch = fails
+pretrain.consume_batch, watch.time = fails, Clock()
 try:
     pretrain.pretrain(parse_recipe(["--config", sys.argv[1], "--log.hang_seconds", "2"]))
 except OSError as error:
@@ -109,29 +115,32 @@ except OSError as error:
 
 
 def test_the_caller_of_a_run_that_failed_lives_on(write_recipe, tmp_path: Path) -> None:
-    done = launch([sys.executable, "-c", FAILED, str(write_recipe(tmp_path / "run"))])
+    file, tests = write_recipe(tmp_path / "run"), Path(__file__).parents[1]
+    done = launch([sys.executable, "-c", FAILED, str(file), str(tests)])
     assert (done.returncode, done.stdout.strip()) == (0, "told of it: the disk is gone"), done.stderr
 
 
-def hang(folder: str, doing: str, seconds_alive: float) -> None:
+def hang(folder: str, doing: str, signs: int) -> None:
     """A process that stops to give signs of life in a pause."""
+    watch_module.time = clock = Clock()
     main_process = SimpleNamespace(is_main_process=True, process_index=0)
     watch = StepWatch(main_process, Path(folder), hang_seconds=1)
     with open(f"{folder}/printed", "w") as sys.stderr, watch, watch.paused(doing):
-        begin = time.monotonic()
-        while time.monotonic() - begin < seconds_alive:
-            time.sleep(0.1)
+        for _ in range(signs):
+            clock.move(0.4)
             watch.alive()
+            time.sleep(0.1)  # the watch looks every twentieth of a second
+        Path(folder, "alive").touch()
+        clock.start()
         time.sleep(600)
 
 
-@pytest.mark.parametrize(("doing", "seconds_alive"), [("a save", 0.0), ("an evaluation", 2.5)])
-def test_a_pause_that_never_ends_is_called_what_it_is(tmp_path: Path, doing: str, seconds_alive: float) -> None:
-    begin = time.monotonic()
-    process = processes.start(hang, str(tmp_path), doing, seconds_alive)
-    process.join(60)
+@pytest.mark.parametrize(("doing", "signs"), [("a save", 0), ("an evaluation", 15)])
+def test_a_pause_that_never_ends_is_called_what_it_is(tmp_path: Path, doing: str, signs: int) -> None:
+    process = processes.start(hang, str(tmp_path), doing, signs)
+    process.join(300)
     assert process.exitcode == 1
-    assert time.monotonic() - begin > seconds_alive + 1
+    assert (tmp_path / "alive").exists(), "it was ended while it gave signs of life"
     assert (
         f"flipscale: error: {doing} after step 0 has not finished on rank 0 after 1 s"
         in (tmp_path / "printed").read_text()
@@ -140,17 +149,18 @@ def test_a_pause_that_never_ends_is_called_what_it_is(tmp_path: Path, doing: str
 
 
 def work(folder: str) -> None:
-    """A process that gives no sign of life in a pause, but writes for three seconds."""
+    """A process that gives no sign of life in a pause, but writes for some seconds of its clock."""
+    watch_module.time = clock = Clock()
     main_process = SimpleNamespace(is_main_process=True, process_index=0)
     watch = StepWatch(main_process, Path(folder), hang_seconds=1)
     with watch, watch.paused("a save"), open(f"{folder}/written", "wb", buffering=0) as file:
-        begin = time.monotonic()
-        while time.monotonic() - begin < 3:
+        for _ in range(20):
             file.write(bytes(1 << 20))
-            time.sleep(0.02)
+            clock.move(0.4)
+            time.sleep(0.1)
 
 
 def test_bytes_are_a_sign_of_life(tmp_path: Path) -> None:
     process = processes.start(work, str(tmp_path))
-    process.join(60)
+    process.join(300)
     assert process.exitcode == 0
