@@ -65,9 +65,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     _add_num_workers(icons)
     digits = add("digits", "Write scikit-learn's 1,797 handwritten digits as a labelled set, to try probes on.")
-    digits.add_argument("directory", type=output_folder, help="The folder to write.")
+    easy_vqa = add("easy_vqa", "Download easy-VQA: 48,248 questions about drawings of shapes, and a tokenizer.")
     photos = add("photos", "Write JPEGs of two sizes, cut from photos in a Debian package, to measure loaders with.")
-    photos.add_argument("directory", type=output_folder, help="The folder to write.")
+    for kind in (digits, easy_vqa, photos):
+        kind.add_argument("directory", type=output_folder, help="The folder to write.")
     photos.add_argument(
         "--num_images", type=number(Count), default=2000, help="How many JPEGs to write of each size; 2000 by default."
     )
@@ -235,6 +236,7 @@ def run(args: argparse.Namespace) -> None:
         "demo": _demo,
         "icons": _icons,
         "digits": _digits,
+        "easy_vqa": _easy_vqa,
         "photos": _photos,
         "tasks": _tasks,
         "index": _index,
@@ -340,6 +342,12 @@ def _digits(args: argparse.Namespace) -> None:
     print("\n".join(f"{args.directory / part}: {count:,} images" for part, count in counts.items()))
 
 
+def _easy_vqa(args: argparse.Namespace) -> None:
+    from flipscale.preparation.questions.easy_vqa import prepare_easy_vqa
+
+    prepare_easy_vqa(args.directory)
+
+
 def _photos(args: argparse.Namespace) -> None:
     from flipscale.preparation.photo_set import prepare_photos
 
@@ -370,18 +378,11 @@ def _task_set(page: "TaskPage") -> "TaskSet":
 
     source = page.source
     return TaskSet(
-        name=page.name,
-        repo=source.repo,
-        revision=source.revision,
-        split=source.split,
+        *(page.name, source.repo, source.revision, source.split),
         columns=Columns(source.image, source.label, source.clip, source.frame) if source.image else None,
         shards=source.shards,
         real_labels=page.options.get("labels") == REAL_LABELS,
-        licence=page.licence,
-        images=page.images,
-        num_classes=page.num_classes,
-        class_names=page.class_names,
-        templates=page.templates,
+        **{name: getattr(page, name) for name in ("licence", "images", "num_classes", "class_names", "templates")},
         is_classification=page.kind != "retrieval",
     )
 
