@@ -15,7 +15,7 @@ from flipscale.data.captions import UntokenizableCaption, choose_caption, tokeni
 from flipscale.data.decode import DRAWS_PER_CROP, Crop, decode_crop, visible_patches
 from flipscale.data.faults import BadSample, Fault, candidates
 from flipscale.data.masks.image import keep_patches
-from flipscale.data.masks.keyed import keyed_patches, left_out, mask_tokens
+from flipscale.data.masks.keyed import branch_scales, keyed_patches, left_out, mask_tokens
 from flipscale.data.masks.recipe import MaskRecipe
 from flipscale.data.randomness import keyed_uniform
 from flipscale.data.recipe import DataRecipe
@@ -35,12 +35,13 @@ class InputShape:
     image_size: int
     patch_size: int
     max_tokens: int
+    num_blocks: int = 0
 
     @classmethod
     def of(cls, config: FlipConfig) -> "InputShape":
         """Return the shape of the inputs that a model of `config` takes."""
         vision, text = config.vision_config, config.text_config
-        return cls(vision.image_size, vision.patch_size, text.max_position_embeddings)
+        return cls(vision.image_size, vision.patch_size, text.max_position_embeddings, vision.num_hidden_layers)
 
     def at(self, image_size: int | None) -> "InputShape":
         """Return the same for images of `image_size` pixels; None leaves them as they are.
@@ -88,7 +89,9 @@ class PairDataset(Dataset):
     Several views of a masked image make `patches` `(batch, views, kept, 3 * p * p)` and `patch_index`
     `(batch, views, kept)`. Where words are masked too, the captions have only the tokens that are left, and
     `position_ids` say where those stood. With `sends_masked`, the batch also has the patches that are not visible:
-    `masked_patches` uint8 `(batch, num_patches - kept, 3 * p * p)`.
+    `masked_patches` uint8 `(batch, num_patches - kept, 3 * p * p)`. With a `drop_path_rate`, it has what the branches
+    of the image tower's blocks are multiplied by: `branch_scales` fp32 `(batch, blocks, 2)`, or with several views
+    `(batch, views, blocks, 2)`.
     """
 
     def __init__(
@@ -102,6 +105,7 @@ class PairDataset(Dataset):
         mask: MaskRecipe | None = None,
         text_mask_ratio: float = 0.0,
         sends_masked: bool = False,
+        drop_path_rate: float = 0.0,
     ):
         """
         Raises:
@@ -116,6 +120,7 @@ class PairDataset(Dataset):
         self.mask_ratio = mask_ratio
         self.text_mask_ratio = text_mask_ratio
         self.sends_masked = sends_masked
+        self.drop_path_rate = drop_path_rate
         self.kept = num_kept(shape.num_patches, mask_ratio)
         num_kept(shape.max_tokens, text_mask_ratio, "tokens")
         if mask_ratio > 0.0:
@@ -158,6 +163,10 @@ class PairDataset(Dataset):
             columns["patch_index"] = torch.from_numpy(index)
         if masked_patches is not None:
             columns["masked_patches"] = torch.from_numpy(masked_patches)
+        if self.drop_path_rate > 0.0:
+            views = self.mask.views_at(self.mask_ratio)
+            scales = branch_scales(self.seed, where, views, self.shape.num_blocks, self.drop_path_rate)
+            columns["branch_scales"] = torch.from_numpy(scales if views > 1 else scales[:, 0])
         return {**{name: value.to(_NARROW.get(name, value.dtype)) for name, value in columns.items()}, "faults": faults}
 
     def _in_stages(self, pairs: Iterator[_Pair]) -> Iterator[_Pair]:

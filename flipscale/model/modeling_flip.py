@@ -383,6 +383,11 @@ class FlipMLP(nn.Module):
         return self.fc2(self.activation_fn(hidden_states))
 
 
+def scaled(branch: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """Return a branch `(batch, tokens, width)` times a number for each sample, in the branch's precision."""
+    return branch * scales.to(branch.dtype)[:, None, None]
+
+
 class FlipEncoderLayer(GradientCheckpointingLayer):
     """One pre-norm transformer block."""
 
@@ -398,6 +403,7 @@ class FlipEncoderLayer(GradientCheckpointingLayer):
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         padding: torch.Tensor | None = None,
+        branch_scales: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Return the tokens `(batch, tokens, width)` after the block.
@@ -405,12 +411,15 @@ class FlipEncoderLayer(GradientCheckpointingLayer):
         Args:
             padding: more tokens that take part in attention although the caller did not give them. They are returned
                 apart: the result is then the pair of both.
+            branch_scales: `(batch, 2)`, what the attention and the MLP of each sample are multiplied by.
         """
         length = hidden_states.shape[1]
         if padding is not None:
             hidden_states, kwargs["num_returned"] = torch.cat([hidden_states, padding], dim=1), length
-        hidden_states = hidden_states + self.self_attn(self.layer_norm1(hidden_states), attention_mask, **kwargs)[0]
-        hidden_states = hidden_states + self.mlp(self.layer_norm2(hidden_states))
+        branch = self.self_attn(self.layer_norm1(hidden_states), attention_mask, **kwargs)[0]
+        hidden_states = hidden_states + (branch if branch_scales is None else scaled(branch, branch_scales[:, 0]))
+        branch = self.mlp(self.layer_norm2(hidden_states))
+        hidden_states = hidden_states + (branch if branch_scales is None else scaled(branch, branch_scales[:, 1]))
         return hidden_states if padding is None else (hidden_states[:, :length], hidden_states[:, length:])
 
 
@@ -427,13 +436,19 @@ class FlipEncoder(nn.Module):
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         padding: torch.Tensor | None = None,
+        branch_scales: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
         """Return all tokens after the last block, `(batch, tokens, width)`, those of `padding` last. The hidden states
-        and attention weights that transformers records do not include the padding."""
+        and attention weights that transformers records do not include the padding.
+
+        Args:
+            branch_scales: `(batch, blocks, 2)`, see `FlipEncoderLayer`; without `padding` only.
+        """
         if padding is None:
-            for layer in self.layers:
-                hidden_states = layer(hidden_states, attention_mask, **kwargs)
+            for number, layer in enumerate(self.layers):
+                scales = {} if branch_scales is None else {"branch_scales": branch_scales[:, number]}
+                hidden_states = layer(hidden_states, attention_mask, **scales, **kwargs)
             return hidden_states
         for layer in self.layers:
             hidden_states, padding = layer(hidden_states, attention_mask, padding, **kwargs)
@@ -550,6 +565,7 @@ class FlipVisionModel(FlipPreTrainedModel):
         patch_index: torch.Tensor | None = None,
         interpolate_pos_encoding: bool = False,
         image_size: int | None = None,
+        branch_scales: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPooling:
         r"""
@@ -566,14 +582,19 @@ class FlipVisionModel(FlipPreTrainedModel):
                 places that they show, in the coordinates of the model's own grid.
             image_size: the side in pixels of the images that `patches` are of, where it is not the configuration's; a
                 multiple of `patch_size`. Positions are as above.
+            branch_scales: for training with stochastic depth, `(batch, blocks, 2)`: what each block's attention and MLP
+                are multiplied by for each image, 0 where they are dropped.
 
-        Several masks of one image are given as `patches` `(batch, views, kept, channels * p * p)` and `patch_index`
-        `(batch, views, kept)`. The output is that of `batch * views` images, the views of an image next to each other.
+        Several masks of one image are given as `patches` `(batch, views, kept, channels * p * p)`, `patch_index`
+        `(batch, views, kept)` and, if at all, `branch_scales` `(batch, views, blocks, 2)`. The output is that of
+        `batch * views` images, the views of an image next to each other.
         """
         hidden_states = self.embeddings(
             pixel_values, image_mask_ratio, patches, patch_index, interpolate_pos_encoding, image_size
         )
-        hidden_states = self.final_layer_norm(self.encoder(hidden_states, **kwargs))
+        if branch_scales is not None:
+            branch_scales = branch_scales.flatten(0, -3)
+        hidden_states = self.final_layer_norm(self.encoder(hidden_states, branch_scales=branch_scales, **kwargs))
         return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=hidden_states.mean(dim=1))
 
 
@@ -783,6 +804,7 @@ class FlipModel(FlipPreTrainedModel):
         patch_index: torch.Tensor | None = None,
         interpolate_pos_encoding: bool = False,
         image_size: int | None = None,
+        branch_scales: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> FlipOutput | BaseModelOutputWithPooling:
         r"""
@@ -791,10 +813,8 @@ class FlipModel(FlipPreTrainedModel):
 
         Args:
             input_ids, attention_mask, position_ids: see `FlipTextModel.forward`.
-            pixel_values, image_mask_ratio, patches, patch_index, interpolate_pos_encoding, image_size: see
-                `FlipVisionModel.forward`.
-            return_loss: also compute the loss of this batch. Training on several processes computes its loss from the
-                embeddings instead (`flipscale.objectives.contrastive`).
+            pixel_values, and what is not named here: see `FlipVisionModel.forward`.
+            return_loss: also compute the loss of this batch; training compares all processes' (`flipscale.objectives`).
             return_logits: False skips the `(images, texts)` matrix, which training does not need.
         """
         image_output = self.get_image_features(
@@ -804,6 +824,7 @@ class FlipModel(FlipPreTrainedModel):
             patch_index=patch_index,
             interpolate_pos_encoding=interpolate_pos_encoding,
             image_size=image_size,
+            branch_scales=branch_scales,
             **kwargs,
         )
         if input_ids is None and attention_mask is None and not return_loss:

@@ -17,7 +17,7 @@ from flipscale.data.recipe import DataRecipe
 from flipscale.engines.recipe import OptimRecipe, SaveRecipe
 from flipscale.evaluation.recipe import EvalRecipe
 from flipscale.files.fields import add_fields, check_fields, fields_that_differ
-from flipscale.files.ranges import MinutesAboveNone, Seed, check_ranges, in_our_words
+from flipscale.files.ranges import MinutesAboveNone, Seed, ShareBelowAll, check_ranges, in_our_words
 from flipscale.files.yaml_text import check_yaml, read_outline
 from flipscale.objectives.recipe import LossRecipe, build_objective
 from flipscale.training.cost.recipe import CostRecipe, refuse_former, without_former
@@ -52,6 +52,9 @@ class ModelRecipe:
         compile: Compile the blocks with torch.compile; the first steps of each mask ratio wait for it. Does not change
             what is learned.
         init_from: A run, a model folder or a Hub name whose weights the run starts from.
+        drop_path_rate: Stochastic depth: the share of the samples for which the image tower's last block drops its
+            attention, and likewise its MLP; it grows linearly from 0 at the first block. 0.2 in the paper's
+            fine-tuning. A released model drops nothing.
     """
 
     size: str = "b16"
@@ -60,6 +63,7 @@ class ModelRecipe:
     gradient_checkpointing: bool = field(default=False, metadata={"learned": False})
     compile: bool = field(default=False, metadata={"learned": False})
     init_from: str | None = field(default=None, metadata={"place": True})
+    drop_path_rate: ShareBelowAll = 0.0
 
     def config(self) -> "FlipConfig":
         """Return the model's configuration.

@@ -192,7 +192,7 @@ def check(recipe: Recipe) -> Plan:
     datasets = {
         stage: PairDataset(
             source, tokenizer, recipe.data, shape.at(stage.image_size), recipe.seed, stage.mask_ratio, recipe.mask,
-            stage.text_mask_ratio, sends_masked=sends_masked,
+            stage.text_mask_ratio, sends_masked=sends_masked, drop_path_rate=recipe.model.drop_path_rate,
         )
         for stage in stages
     }  # fmt: skip

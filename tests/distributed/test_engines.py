@@ -221,6 +221,32 @@ def test_layer_decay_learns_what_it_does_on_one_process(trainings: Trainings, en
     assert losses(resumed) == losses(many)
 
 
+@pytest.mark.parametrize(
+    ("engine", "again"),
+    [
+        ("ddp", {"data": {"micro_batch_size": 2}}),
+        ("fsdp2", {"model": {"gradient_checkpointing": True}}),
+        ("zero3", {"mask": {"views": 2}}),
+    ],
+)
+def test_stochastic_depth_is_part_of_the_batch(trainings: Trainings, engine: str, again: dict) -> None:
+    """On two processes, in two passes, recomputed, of two views and after a resume, the same branches are dropped."""
+    changes = {**again, "model": {**trainings.recipe["model"], "drop_path_rate": 0.5, **again.get("model", {})}}
+    changes["data"] = {**trainings.recipe["data"], **again.get("data", {})}
+    plain = {
+        **changes,
+        "data": trainings.recipe["data"],
+        "model": {**changes["model"], "gradient_checkpointing": False},
+    }
+    one, many = trainings.run("ddp", 1, **plain), trainings.run(engine, 2, **changes)
+    assert losses(one) != losses(trainings.run("ddp", 1))
+    assert close(losses(one), losses(many))
+    resumed = trainings.folder / f"{engine}-dropped"
+    cut(many, resumed, 15)
+    assert trainings.crowd(2).run("train", engine, trainings.file(resumed, **changes)) == ["done"] * 2
+    assert losses(resumed) == losses(many)
+
+
 @pytest.mark.parametrize("engine", ["zero1", "zero3"])
 def test_muon_is_refused_where_matrices_are_cut(trainings: Trainings, engine: str) -> None:
     file = trainings.file(trainings.folder / f"muon-{engine}", optim={"name": "muon"})

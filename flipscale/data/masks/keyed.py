@@ -33,3 +33,15 @@ def mask_tokens(
     noise = torch.from_numpy(keyed_uniform(seed, "text mask", positions, tokens["input_ids"].shape[1]))
     index = keep_tokens(noise, tokens["attention_mask"], mask_ratio, recipe.text_kind)
     return {**{name: values.gather(1, index) for name, values in tokens.items()}, "position_ids": index}
+
+
+def branch_scales(seed: int, positions: np.ndarray, views: int, num_blocks: int, drop_path_rate: float) -> np.ndarray:
+    """Return what the attention and the MLP of each block are multiplied by, fp32 `(len(positions), views, num_blocks,
+    2)`: 0 where they are dropped, by stochastic depth (Huang et al. 2016, arXiv 1603.09382).
+
+    The rate grows linearly from 0 at the first block to `drop_path_rate` at the last, as timm has it. What is kept is
+    divided by the share that is, so that the mean is 1.
+    """
+    draws = keyed_uniform(seed, "drop path", positions, views * num_blocks * 2).reshape(-1, views, num_blocks, 2)
+    kept = 1.0 - np.linspace(0.0, drop_path_rate, num_blocks)[:, None]
+    return ((draws < kept) / kept).astype(np.float32)
