@@ -15,6 +15,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from processes import free_port
+
+# How long anything may take: jobs wait for each other, and for the cores of one machine.
+_PATIENCE_SECONDS = 1200.0
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged", "unshare")
 # cred_expire: a requeued job waits that long, 5 is the least, 120 s the default. config_overrides: more CPUs than the
 # machine has.
@@ -61,16 +65,16 @@ PartitionName=urgent Nodes=ALL MaxTime=INFINITE PriorityTier=2 PreemptMode=OFF S
 """
 
 
-def wait_until(happened: Callable[[], object], what: str, seconds: float = 400.0) -> None:
+def wait_until(happened: Callable[[], object], what: str) -> None:
     """Returns once `happened()` is true.
 
     Raises:
-        TimeoutError: it was not within `seconds`.
+        TimeoutError: it was not within `_PATIENCE_SECONDS`.
     """
-    end = time.monotonic() + seconds
+    end = time.monotonic() + _PATIENCE_SECONDS
     while not happened():
         if time.monotonic() > end:
-            raise TimeoutError(f"after {seconds:.0f} s still waiting for {what}")
+            raise TimeoutError(f"after {_PATIENCE_SECONDS:.0f} s still waiting for {what}")
         time.sleep(0.1)
 
 
@@ -85,7 +89,7 @@ class Cluster:
 
     def start(self) -> None:
         """Brings every node up, idle."""
-        folder, ports = self.folder, _free_ports(len(self.nodes) + 1)
+        folder, ports = self.folder, [free_port() for _ in range(len(self.nodes) + 1)]
         folder.chmod(0o755)
         (folder / "munge.key").write_bytes(os.urandom(128))
         (folder / "munge.key").chmod(0o400)
@@ -116,7 +120,7 @@ class Cluster:
             daemon = f"{mount}; hostname {node}; exec slurmd -f $SLURM_CONF -N {node}"
             self.run("unshare", "--mount", "--uts", "bash", "-c", daemon)
         idle = ("sinfo", "--noheader", "--Node", "--states=idle", "--format=%N")
-        wait_until(lambda: set(self.run(*idle, check=False).split()) == {*self.nodes}, "all nodes", 60)
+        wait_until(lambda: set(self.run(*idle, check=False).split()) == {*self.nodes}, "all nodes")
 
     def stop(self) -> None:
         """Ends all jobs, daemons and whatever else lives in the cluster's namespaces, and removes its files."""
@@ -133,9 +137,7 @@ class Cluster:
                 _signal(int(process.name), signal.SIGKILL)
         _signal(int((self.folder / "munged.pid").read_text()), signal.SIGTERM)
         # The dying still write to it.
-        wait_until(
-            lambda: shutil.rmtree(self.folder, ignore_errors=True) or not self.folder.exists(), "files to go", 60
-        )
+        wait_until(lambda: shutil.rmtree(self.folder, ignore_errors=True) or not self.folder.exists(), "files to go")
 
     def run(self, *command: str, check: bool = True, cwd: Path | None = None, **variables: str) -> str:
         """What `command` prints, run where the cluster's commands find it."""
@@ -159,17 +161,6 @@ class Cluster:
     def wait_for(self, number: str, *states: str) -> None:
         """Returns once the job has one of `states`."""
         wait_until(lambda: self.job(number, "JobState") in states, f"job {number} to be {' or '.join(states)}")
-
-
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
-    finally:
-        for one in sockets:
-            one.close()
 
 
 def _signal(process: int, number: int) -> None:
