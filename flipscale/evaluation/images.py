@@ -1,5 +1,6 @@
 """The images of a test set: which process takes which rows, and their decoding in workers, a batch at a time."""
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from flipscale.data.decode import UndecodableImage, open_image
 from flipscale.data.faults import BadSample, told_as
 from flipscale.data.loader import settle_worker, start_workers, worker_context
 from flipscale.data.packed import PackedBatch
+from flipscale.data.sources.source import Sample
 from flipscale.data.sources.tar_source import TarSource
 
 # From the bytes of an image and its row to what the model takes of it, by name; it may raise `UndecodableImage`.
@@ -97,6 +99,43 @@ class SampleNumbers(Sequence[tuple[int, int]]):
             raise IndexError(f"row {row} of {len(self)}")
         shard = int(np.searchsorted(self._ends, row, side="right"))
         return shard, int(row) - (int(self._ends[shard - 1]) if shard else 0)
+
+
+class ChosenRows(TarSource):
+    """Some rows of a source in an order of their own, as one shard.
+
+    Args:
+        source: has the samples.
+        rows: of `source`, int64 `(rows,)`.
+    """
+
+    def __init__(self, source: TarSource, rows: np.ndarray):
+        self._open = OrderedDict()  # it is the source that opens shards
+        self.source, self.list, self.faults = source, source.list, source.faults
+        self.shard_sizes = [len(rows)]
+        self.rows, self._places = rows, SampleNumbers(source)
+
+    def read(self, shard: int, number: int) -> Sample:
+        return self.source.read(*self._place(number))
+
+    def read_captions(self, shard: int, number: int) -> tuple[bytes, ...]:
+        return self.source.read_captions(*self._place(number))
+
+    def read_label(self, shard: int, number: int) -> int | None:
+        return self.source.read_label(*self._place(number))
+
+    def read_array(self, shard: int, number: int) -> np.ndarray | None:
+        return self.source.read_array(*self._place(number))
+
+    def key(self, shard: int, number: int) -> str:
+        return self.source.key(*self._place(number))
+
+    def shard_name(self, shard: int) -> str:
+        """Return what the source was opened by: the rows of this one shard may come from any of its shards."""
+        return self.source.list.shards
+
+    def _place(self, number: int) -> tuple[int, int]:
+        return self._places[self.rows[number]]
 
 
 def decoded_batches(source: TarSource, decode: Decoder, batches: list[range], num_workers: int) -> Iterator[Any]:

@@ -23,11 +23,12 @@ from flipscale.data.randomness import keyed_uniform
 from flipscale.data.sources.tar_source import TarSource
 from flipscale.evaluation.embedders.plain import plain_embedder
 from flipscale.evaluation.embedding import Embedder
+from flipscale.evaluation.images import ChosenRows
 from flipscale.evaluation.kinds.few_shot import FewShot
 from flipscale.evaluation.metrics import mean_per_class
 from flipscale.evaluation.nearest_neighbour import hog_features
 from flipscale.evaluation.probe.sets import LabelledSet, Sets
-from flipscale.evaluation.probe.views import ChosenRows, RandomCrops
+from flipscale.evaluation.probe.views import RandomCrops
 from flipscale.evaluation.reports.record import read_lines
 from flipscale.evaluation.results import Result, read_results
 from flipscale.evaluation.suite import build_tasks

@@ -289,7 +289,12 @@ def written_once(place: Path, found: Callable[[bool], Manifest | None], write: C
                 manifest = found(True)
                 if manifest is None and place.exists():
                     _log.info("manifest %s is stale: shards came, went or changed; it is written anew", place)
-                return manifest or write()
+                try:
+                    return manifest or write()
+                except ValueError:
+                    # There are no such shards, and nothing is to be left where somebody took them to be.
+                    _lock_of(place).unlink(missing_ok=True)
+                    raise
         except Timeout:
             if not waits:
                 _log.info(

@@ -11,12 +11,12 @@ import torch
 
 from flipscale.data.randomness import keyed_uniform
 from flipscale.evaluation.embedding import Embedder
+from flipscale.evaluation.images import ChosenRows
 from flipscale.evaluation.kinds.task import Task
 from flipscale.evaluation.metrics import wilson
 from flipscale.evaluation.probe.ridge import ridge
 from flipscale.evaluation.probe.rows import Classifier, Rows, total_of
 from flipscale.evaluation.probe.sets import LabelledSet, Sets
-from flipscale.evaluation.probe.views import ChosenRows
 from flipscale.evaluation.results import Result
 from flipscale.evaluation.test_set import TestSet
 from flipscale.files.ranges import Count, Seed

@@ -10,10 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from flipscale.data.sources.source import Sample
-from flipscale.data.sources.tar_source import TarSource
 from flipscale.evaluation.embedding import Embedder
-from flipscale.evaluation.images import SampleNumbers
+from flipscale.evaluation.images import ChosenRows, SampleNumbers
 from flipscale.evaluation.kinds.task import Scorer, StreamedTask, Task
 from flipscale.evaluation.results import Result
 from flipscale.evaluation.test_set import TestSet
@@ -49,7 +47,7 @@ class Without(StreamedTask):
     def arranged(self, test_set: TestSet) -> TestSet:
         """Return the test set with the images that are left out at its end. The others then have the same numbers as in
         a set without them, so each process has its own rows of both."""
-        if isinstance(test_set.source, Selection):
+        if isinstance(test_set.source, ChosenRows):
             return test_set  # a task before this one has done it
         source = test_set.source
         kept: list[int] = []
@@ -62,12 +60,12 @@ class Without(StreamedTask):
                 f"{len(left)} of the {len(self.left_out)} images that the audit found in the training data are among "
                 f"the {len(source)} of {self.data}; {'all are' if left else 'audit it again'}"
             )
-        return replace(test_set, source=Selection(source, np.array(kept + left)))
+        return replace(test_set, source=ChosenRows(source, np.array(kept + left)))
 
     def scorer(self, embedder: Embedder, test_set: TestSet) -> "WithoutScorer":
         assert self.whole is not None
         count = len(test_set.source) - len(self.left_out)
-        some = replace(test_set, source=Selection(test_set.source, np.arange(count)))
+        some = replace(test_set, source=ChosenRows(test_set.source, np.arange(count)))
         return WithoutScorer(self, self.whole.scorer(embedder, some), count)
 
 
@@ -83,45 +81,6 @@ class WithoutScorer(Scorer):
 
     def results(self) -> list[Result]:
         return [replace(found, task=self._task.name, made_by=self._task.made_by) for found in self._scorer.results()]
-
-
-class Selection(TarSource):
-    """Some rows of a source in an order of its own, as one shard.
-
-    Args:
-        source: has the samples.
-        rows: of `source`, int64 `(rows,)`.
-    """
-
-    def __init__(self, source: TarSource, rows: np.ndarray):
-        self.source, self.list, self.faults = source, source.list, source.faults
-        self.shard_sizes = [len(rows)]
-        self._rows, self._places = rows, SampleNumbers(source)
-
-    def read(self, shard: int, number: int) -> Sample:
-        return self.source.read(*self._place(number))
-
-    def read_captions(self, shard: int, number: int) -> tuple[bytes, ...]:
-        return self.source.read_captions(*self._place(number))
-
-    def read_label(self, shard: int, number: int) -> int | None:
-        return self.source.read_label(*self._place(number))
-
-    def read_array(self, shard: int, number: int) -> np.ndarray | None:
-        return self.source.read_array(*self._place(number))
-
-    def key(self, shard: int, number: int) -> str:
-        return self.source.key(*self._place(number))
-
-    def shard_name(self, shard: int) -> str:
-        """Return what the source was opened by: the rows of this one shard may come from any of its shards."""
-        return self.source.list.shards
-
-    def _place(self, number: int) -> tuple[int, int]:
-        return self._places[self._rows[number]]
-
-    def __getstate__(self) -> dict[str, object]:
-        return self.__dict__
 
 
 def with_clean_tasks(tasks: Sequence[Task], audit: Path) -> list[Task]:

@@ -1,7 +1,6 @@
-"""Some of a set's images as a set of their own, which any embedder takes: chosen rows in an order, and random crops."""
+"""Random crops of a set's images as a set of their own, which any embedder takes."""
 
 import dataclasses
-from collections.abc import Sequence
 
 import cv2
 import numpy as np
@@ -10,34 +9,7 @@ from flipscale.data.decode import DRAWS_PER_CROP, UndecodableImage, decode_box
 from flipscale.data.randomness import keyed_uniform
 from flipscale.data.sources.source import Sample
 from flipscale.data.sources.tar_source import TarSource
-from flipscale.evaluation.images import SampleNumbers
-
-
-class ChosenRows(TarSource):
-    """Rows of a source in a given order, all in one shard.
-
-    Args:
-        source: of all images.
-        order: the rows of `source` that are the samples here.
-    """
-
-    def __init__(self, source: TarSource, order: np.ndarray):
-        self.source = source
-        self.order = order
-        self.list = source.list
-        self.shard_sizes: list[int] = [len(order)]
-        self._where: Sequence[tuple[int, int]] = SampleNumbers(source)
-
-    def read(self, shard: int, number: int) -> Sample:
-        """Return sample `number`.
-
-        Raises:
-            BadSample, OSError: as the source.
-        """
-        return self.source.read(*self._where[int(self.order[number])])
-
-    def __getstate__(self) -> dict[str, object]:
-        return self.__dict__
+from flipscale.evaluation.images import ChosenRows
 
 
 class RandomCrops(ChosenRows):
@@ -78,7 +50,7 @@ class RandomCrops(ChosenRows):
             OSError: its shard cannot be read.
         """
         sample = super().read(shard, number)
-        position = self._first_draw + int(self.order[number])
+        position = self._first_draw + int(self.rows[number])
         draws = keyed_uniform(self._seed, "probe crop", np.array([position]), DRAWS_PER_CROP)[0]
         try:
             crop = decode_box(sample.image, draws, self._image_size, self._crop_scale)

@@ -8,6 +8,7 @@ from filelock import FileLock
 
 from flipscale.data.sources import shard_list
 from flipscale.data.sources.shard_list import in_windows, written_once
+from flipscale.data.sources.tar_source import TarSource
 
 
 def never() -> None:
@@ -28,3 +29,10 @@ def test_a_shard_that_is_indexed_is_a_sign(tmp_path: Path) -> None:
     for _ in in_windows(str, [1], never, tmp_path / "manifest"):
         assert lock.stat().st_mtime == 0
     assert lock.stat().st_mtime > 0
+
+
+@pytest.mark.parametrize("shards", ["*.tar", "nothing.tar", "{0..3}.tar"])
+def test_where_there_are_no_shards_nothing_is_left(tmp_path: Path, shards: str) -> None:
+    with pytest.raises(ValueError, match=r"no shards at|0.tar does not exist"):
+        TarSource(f"{tmp_path}/{shards}")
+    assert not list(tmp_path.iterdir())
