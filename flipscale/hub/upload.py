@@ -35,7 +35,8 @@ _WRITTEN = re.compile(
     | (?: open_clip_)? model [\w.-]* \.safetensors (?: \.index [\w.]* \.json)?
     | (?: image|text) _model\.onnx (?: \.data)?
     | vocab\.txt | merges\.txt | \w[\w.-]*\.model | chat_template\.jinja
-    | (?: configuration_flip|modeling_flip|processing_flip|masking|folder|patches) \.py
+    | (?: configuration_flip|configuration_parts|modeling_flip|modeling_flip_caption|modeling_flip_decoder
+        |processing_flip|masking|folder|patches) \.py
     | README\.md | results\.(?: md|jsonl|png) | figures/[\w.-]+\.png"""
 )
 _FIGURES = "figures"

@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .configuration_flip import SIZES, FlipConfig, FlipTextConfig, FlipVisionConfig
+    from .configuration_flip import SIZES, FlipConfig, FlipDecoderConfig, FlipTextConfig, FlipVisionConfig
     from .modeling_flip import (
         FlipForImageClassification,
         FlipModel,
@@ -19,11 +19,14 @@ if TYPE_CHECKING:
         FlipVisionModel,
         FlipVisionModelWithProjection,
     )
+    from .modeling_flip_caption import FlipForConditionalGeneration
     from .processing_flip import FlipProcessor
 
 __all__ = [
     "SIZES",
     "FlipConfig",
+    "FlipDecoderConfig",
+    "FlipForConditionalGeneration",
     "FlipForImageClassification",
     "FlipModel",
     "FlipOutput",

@@ -4,11 +4,12 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForImageClassification,
+    AutoModelForImageTextToText,
     AutoModelForZeroShotImageClassification,
     AutoProcessor,
 )
 
-from .configuration_flip import SIZES, FlipConfig, FlipTextConfig, FlipVisionConfig
+from .configuration_flip import SIZES, FlipConfig, FlipDecoderConfig, FlipTextConfig, FlipVisionConfig
 from .modeling_flip import (
     FlipForImageClassification,
     FlipModel,
@@ -19,6 +20,7 @@ from .modeling_flip import (
     FlipVisionModel,
     FlipVisionModelWithProjection,
 )
+from .modeling_flip_caption import FlipForConditionalGeneration
 from .processing_flip import FlipProcessor
 
 for _config, _model in ((FlipConfig, FlipModel), (FlipTextConfig, FlipTextModel), (FlipVisionConfig, FlipVisionModel)):
@@ -29,13 +31,17 @@ for _config, _model in ((FlipConfig, FlipModel), (FlipTextConfig, FlipTextModel)
     _model.register_for_auto_class("AutoModel")
 FlipProcessor.register_for_auto_class("AutoProcessor")
 FlipForImageClassification.register_for_auto_class("AutoModelForImageClassification")
+FlipForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
 AutoModelForZeroShotImageClassification.register(FlipConfig, FlipModel)
 AutoModelForImageClassification.register(FlipConfig, FlipForImageClassification)
+AutoModelForImageTextToText.register(FlipConfig, FlipForConditionalGeneration)
 AutoProcessor.register(FlipConfig, FlipProcessor)
 
 __all__ = [
     "SIZES",
     "FlipConfig",
+    "FlipDecoderConfig",
+    "FlipForConditionalGeneration",
     "FlipForImageClassification",
     "FlipModel",
     "FlipOutput",

@@ -1,151 +1,15 @@
 """The configuration of FLIP models. It describes the weights, never how they are trained."""
 
 import math
-from typing import Any, ClassVar, get_origin
+from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
-from huggingface_hub.errors import StrictDataclassError
-from transformers import PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+
+from .configuration_parts import FlipPreTrainedConfig, check_ranges, check_tower, patches_along
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-
-
-# The number of the present form of the configuration and the weights. It grows when older code would read a newer
-# folder wrongly: a new field that changes what the model computes, or weights of another meaning. A file without the
-# number is of form 1.
-MODEL_FORMAT = 1
-
-# The least and the greatest value of the numbers of a configuration. The greatest are far above every published
-# model's: what is beyond is no model, and is refused before memory is asked for.
-RANGES: dict[str, tuple[int, int]] = {
-    "hidden_size": (1, 65_536),
-    "intermediate_size": (1, 1_048_576),
-    "num_hidden_layers": (0, 1_000),
-    "num_attention_heads": (1, 4_096),
-    "projection_dim": (1, 65_536),
-    "num_channels": (1, 1_024),
-    "image_size": (1, 16_384),
-    "patch_size": (1, 16_384),
-    "vocab_size": (1, 100_000_000),
-    "max_position_embeddings": (1, 1_000_000),
-    "attention_dropout": (0, 1),
-    "layer_norm_eps": (0, 1),
-    "initializer_range": (0, 1),
-    "logit_scale_init_value": (-100, 100),
-    "logit_bias_init_value": (-1_000, 1_000),
-}
-
-
-class FlipPreTrainedConfig(PreTrainedConfig):
-    """The base of the three configurations. It keeps fields that it does not know, as transformers' own configurations
-    do: quantisers, PEFT and hubs add theirs. It refuses a file of another model type or of a newer `model_format`."""
-
-    def __post_init__(self, **kwargs: Any) -> None:
-        # What is written is always of the present form, so the number that was read is not kept.
-        kwargs.pop("model_format", None)
-        super().__post_init__(**kwargs)
-
-    @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Return the configuration that a file's content describes.
-
-        Raises:
-            ValueError: the content is of another model type or of a newer `model_format`.
-        """
-        cls._check_readable(config_dict)
-        return super().from_dict(config_dict, **kwargs)
-
-    @classmethod
-    def from_own_fields(cls, content: dict[str, Any]) -> Any:
-        """Return the configuration that a file's content describes, of the fields of this class alone: those that
-        transformers adds may name code, kernels and other files to load.
-
-        Raises:
-            ValueError: the content is of another model type or of a newer `model_format`, or a field cannot be so.
-        """
-        cls._check_readable(content)
-        return cls._built(cls._own(content))
-
-    @classmethod
-    def _own(cls, content: dict[str, Any]) -> dict[str, Any]:
-        fields = (name for name, kind in cls.__annotations__.items() if get_origin(kind) is not ClassVar)
-        return {name: content[name] for name in fields if name in content}
-
-    @classmethod
-    def _built(cls, fields: dict[str, Any]) -> Any:
-        try:
-            return cls(**fields)
-        except StrictDataclassError as error:  # a field of another type
-            raise ValueError(" ".join(str(error).split())) from None
-
-    def to_dict(self) -> dict[str, Any]:
-        return {**super().to_dict(), "model_format": MODEL_FORMAT}
-
-    @classmethod
-    def _check_readable(cls, content: dict[str, Any]) -> None:
-        if not isinstance(content, dict):
-            raise ValueError(f"the config of a {cls.__name__} is {content!r:.40}; it must be an object with its fields")
-        model_type = content.get("model_type") or cls.model_type
-        if model_type != cls.model_type:
-            raise ValueError(
-                f"the config has model_type {model_type!r}, {cls.__name__} reads {cls.model_type!r}; upgrade "
-                "flipscale, or load it with the class it was made for"
-            )
-        model_format = content.get("model_format", 1)
-        if not isinstance(model_format, int) or model_format > MODEL_FORMAT:
-            raise ValueError(
-                f"the config has model_format {model_format}, this {cls.__name__} reads up to {MODEL_FORMAT}; upgrade "
-                "flipscale to the version that wrote the model"
-            )
-
-
-def _check_ranges(config: PreTrainedConfig) -> None:
-    """Raise if a number of a configuration is out of its range.
-
-    Raises:
-        ValueError: it is; the message names it.
-    """
-    for name, (least, greatest) in RANGES.items():
-        value = getattr(config, name, None)
-        if value is not None and not least <= value <= greatest:
-            raise ValueError(
-                f"{_place(config)}{name} is {value}; it must be at least {least:,} and at most {greatest:,}"
-            )
-
-
-def patches_along(image_size: int, patch_size: int) -> int:
-    """Return how many patches of `patch_size` pixels lie along each side of an image of `image_size` pixels.
-
-    Raises:
-        ValueError: the patch does not divide the image.
-    """
-    count, rest = divmod(image_size, patch_size)
-    if rest or count < 1:
-        fitting = " or ".join(str(patch_size * number) for number in (count, count + 1) if number > 0)
-        raise ValueError(f"image_size {image_size} is not divisible by patch_size {patch_size}; use {fitting}")
-    return count
-
-
-def _check_tower(config: PreTrainedConfig) -> None:
-    _check_ranges(config)
-    if config.hidden_size % config.num_attention_heads:
-        raise ValueError(
-            f"{_place(config)}hidden_size {config.hidden_size} is not divisible by num_attention_heads "
-            f"{config.num_attention_heads}"
-        )
-    _refuse_activation(config.hidden_act)
-
-
-def _place(config: PreTrainedConfig) -> str:
-    return f"{config.base_config_key}: " if config.base_config_key else ""
-
-
-def _refuse_activation(name: str) -> None:
-    from transformers.activations import ACT2FN  # seconds to import; a configuration alone need not
-
-    if name not in ACT2FN:
-        raise ValueError(f"hidden_act {name!r} is unknown; use one of {', '.join(sorted(ACT2FN))}")
 
 
 @strict
@@ -181,7 +45,7 @@ class FlipVisionConfig(FlipPreTrainedConfig):
     image_std: list[float] | tuple[float, ...] | float | int = IMAGENET_STD
 
     def __post_init__(self, **kwargs: Any) -> None:
-        _check_tower(self)
+        check_tower(self)
         self.patches_along()
         for name, is_possible in (("image_mean", math.isfinite), ("image_std", lambda std: 0 < std < math.inf)):
             given = getattr(self, name)
@@ -249,9 +113,53 @@ class FlipTextConfig(FlipPreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         if self.pooling not in ("first", "mean"):
             raise ValueError(f"text_config: pooling is {self.pooling!r}; use 'first' or 'mean'")
-        _check_tower(self)
+        check_tower(self)
         if not 0 <= self.pad_token_id < self.vocab_size:
             raise ValueError(f"text_config: pad_token_id is {self.pad_token_id}; it must be below vocab_size, from 0")
+        super().__post_init__(**kwargs)
+
+
+@strict
+class FlipDecoderConfig(FlipPreTrainedConfig):
+    r"""
+    The configuration of the decoder that writes captions: a causal pre-norm transformer with learned positions, which
+    looks at the tokens of the image tower. The defaults are as wide as the text tower of B/16, with BERT's tokens.
+
+    Args:
+        num_encoder_layers: layers without a causal mask that the tokens of the image go through before the decoder sees
+            them, in its width.
+        max_position_embeddings: the most tokens of a caption; the token before the first counts, the last does not.
+        bos_token_id, eos_token_id: the tokens before the first and after the last word: BERT's [CLS] and [SEP].
+        mask_token_id: the token that stands in every place of a caption that is predicted at once, in all places
+            (CapPa, arXiv 2306.07915). None is for a decoder that never does.
+    """
+
+    model_type = "flip_decoder"
+    base_config_key = "decoder_config"
+
+    vocab_size: int = 30523
+    hidden_size: int = 512
+    intermediate_size: int = 2048
+    num_hidden_layers: int = 6
+    num_encoder_layers: int = 0
+    num_attention_heads: int = 8
+    max_position_embeddings: int = 32
+    hidden_act: str = "gelu_pytorch_tanh"
+    layer_norm_eps: float | int = 1e-6
+    attention_dropout: float | int = 0.0
+    initializer_range: float | int = 0.02
+    use_cache: bool = True
+    pad_token_id: int = 0
+    bos_token_id: int = 101
+    eos_token_id: int = 102
+    mask_token_id: int | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        check_tower(self)
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id", "mask_token_id"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < self.vocab_size:
+                raise ValueError(f"decoder_config: {name} is {value}; it must be below vocab_size, from 0")
         super().__post_init__(**kwargs)
 
 
@@ -262,6 +170,8 @@ class FlipConfig(FlipPreTrainedConfig):
     here: a released model must not mask by itself.
 
     Args:
+        text_config: None beside a `decoder_config` is for a model that writes captions and has no text tower.
+        decoder_config: of a model that writes captions, `FlipForConditionalGeneration`.
         projection_dim: the width of the joint embedding, set on both towers. None takes the towers' own, which must be
             equal.
         logit_scale_init_value: ln(1/0.07), before the exponential is taken.
@@ -278,43 +188,68 @@ class FlipConfig(FlipPreTrainedConfig):
 
     model_type = "flip"
     sub_configs_defaults: ClassVar[dict[str, Any]] = {
-        "text_config": FlipTextConfig,
+        "text_config": SubConfigSpec(FlipTextConfig, optional=True),
         "vision_config": FlipVisionConfig,
+        "decoder_config": SubConfigSpec(FlipDecoderConfig, optional=True),
     }
 
     # Given as configurations, as dicts or not at all; configurations once this object is made.
     text_config: Any = None
     vision_config: Any = None
+    decoder_config: Any = None
     projection_dim: int | None = None
     logit_scale_init_value: float | int = 2.6592600369327783
     logit_bias_init_value: float | int | None = None
     initializer_range: float | int = 0.02
 
     def __post_init__(self, **kwargs: Any) -> None:
+        if self.text_config is None and self.decoder_config is None:
+            self.text_config = FlipTextConfig()
+        # With a decoder, `generate` is transformers' for an encoder and a decoder.
+        self.is_encoder_decoder = self.decoder_config is not None
         super().__post_init__(**kwargs)
-        _check_ranges(self)
-        towers = [self.vision_config, self.text_config]
+        check_ranges(self)
+        towers = [tower for tower in (self.vision_config, self.text_config) if tower is not None]
         if self.projection_dim is None:
             dims = [tower.projection_dim for tower in towers]
-            if dims[0] != dims[1]:
+            if dims[0] != dims[-1]:
                 raise ValueError(
-                    f"projection_dim differs: vision_config has {dims[0]}, text_config has {dims[1]}; "
+                    f"projection_dim differs: vision_config has {dims[0]}, text_config has {dims[-1]}; "
                     "set projection_dim of FlipConfig for both"
                 )
             self.projection_dim = dims[0]
         for tower in towers:
             tower.projection_dim = self.projection_dim
 
+    @property
+    def caption_config(self) -> FlipTextConfig | FlipDecoderConfig:
+        """What says how captions are given: the text tower's configuration, or the decoder's where there is no text
+        tower. Both have `vocab_size`, `max_position_embeddings` and `pad_token_id`."""
+        return self.decoder_config if self.text_config is None else self.text_config
+
+    def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> Any:
+        """Return what transformers is to generate text by: the decoder's configuration where there is a decoder."""
+        if self.decoder_config is not None and not encoder:
+            return self.decoder_config
+        return super().get_text_config(decoder, encoder)
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        found = super().to_diff_dict()
+        # The file of a model without a decoder is what it was before there were decoders.
+        if self.decoder_config is None:
+            found.pop("decoder_config", None)
+        return found
+
     @classmethod
     def _check_readable(cls, content: dict[str, Any]) -> None:
         super()._check_readable(content)
-        for name, tower in (("vision_config", FlipVisionConfig), ("text_config", FlipTextConfig)):
-            tower._check_readable(content.get(name) or {})
+        for name, part in _PARTS:
+            part._check_readable(content.get(name) or {})
 
     @classmethod
     def _own(cls, content: dict[str, Any]) -> dict[str, Any]:
-        towers = (("vision_config", FlipVisionConfig), ("text_config", FlipTextConfig))
-        return {**super()._own(content), **{name: tower._own(content.get(name) or {}) for name, tower in towers}}
+        found = super()._own(content)
+        return {**found, **{name: part._own(content[name]) for name, part in _PARTS if content.get(name)}}
 
     @classmethod
     def from_size(
@@ -338,6 +273,9 @@ class FlipConfig(FlipPreTrainedConfig):
         return cls._built(towers)
 
 
+_PARTS = (("vision_config", FlipVisionConfig), ("text_config", FlipTextConfig), ("decoder_config", FlipDecoderConfig))
+
+
 def _tower(width: int, layers: int, heads: int, mlp: int | None = None, **fields: int) -> dict[str, Any]:
     return {
         "hidden_size": width,
@@ -358,4 +296,4 @@ SIZES: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {
     "g14": (_tower(1664, 48, 16, mlp=8192, patch_size=14), _tower(1280, 32, 20), 1280),
 }
 
-__all__ = ["FlipConfig", "FlipTextConfig", "FlipVisionConfig"]
+__all__ = ["FlipConfig", "FlipDecoderConfig", "FlipTextConfig", "FlipVisionConfig"]

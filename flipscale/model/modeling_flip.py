@@ -345,10 +345,21 @@ class FlipAttention(nn.Module):
         query = self.q_proj(hidden_states).view(shape).transpose(1, 2)
         key = self.k_proj(hidden_states).view(shape).transpose(1, 2)
         value = self.v_proj(hidden_states).view(shape).transpose(1, 2)
+        output, weights = self._attend(query, key, value, attention_mask, **kwargs)
+        return self.out_proj(output.reshape(hidden_states.shape)), weights
+
+    def _attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
-        output, weights = attend(
+        return attend(
             self,
             query,
             key,
@@ -359,7 +370,6 @@ class FlipAttention(nn.Module):
             dropout=self.config.attention_dropout if self.training else 0.0,
             **kwargs,
         )
-        return self.out_proj(output.reshape(hidden_states.shape)), weights
 
 
 class FlipMLP(nn.Module):
@@ -465,7 +475,7 @@ class FlipPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     # Names of modules that weight decay leaves alone, besides biases and norms: as in the original.
     no_weight_decay: ClassVar[frozenset[str]] = frozenset({"position_embedding"})
-    _no_split_modules = ["FlipTextEmbeddings", "FlipVisionEmbeddings", "FlipEncoderLayer"]  # noqa: RUF012
+    _no_split_modules = ["FlipTextEmbeddings", "FlipVisionEmbeddings", "FlipEncoderLayer", "FlipDecoderLayer"]  # noqa: RUF012
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -543,7 +553,7 @@ class FlipVisionModel(FlipPreTrainedModel):
     base_model_prefix = "vision_model"
     _input_embed_layer = "patch_embedding"
     # The weights of a FlipModel that do not belong to this tower.
-    _keys_to_ignore_on_load_unexpected = [r"^text_", r"^image_projection\.", r"^logit_"]  # noqa: RUF012
+    _keys_to_ignore_on_load_unexpected = [r"^text_", r"^image_projection\.", r"^logit_", r"^decoder\."]  # noqa: RUF012
 
     def __init__(self, config: FlipVisionConfig):
         super().__init__(config)
@@ -605,7 +615,7 @@ class FlipTextModel(FlipPreTrainedModel):
     input_modalities = ("text",)
     base_model_prefix = "text_model"
     _input_embed_layer = "token_embedding"
-    _keys_to_ignore_on_load_unexpected = [r"^vision_model\.", r"_projection\.", r"^logit_"]  # noqa: RUF012
+    _keys_to_ignore_on_load_unexpected = [r"^vision_model\.", r"_projection\.", r"^logit_", r"^decoder\."]  # noqa: RUF012
 
     def __init__(self, config: FlipTextConfig):
         super().__init__(config)
@@ -707,7 +717,7 @@ class FlipTextModelWithProjection(FlipPreTrainedModel):
 
     config: FlipTextConfig
     input_modalities = ("text",)
-    _keys_to_ignore_on_load_unexpected = [r"^vision_model\.", r"^image_projection\.", r"^logit_"]  # noqa: RUF012
+    _keys_to_ignore_on_load_unexpected = [r"^vision_model\.", r"^image_projection\.", r"^logit_", r"^decoder\."]  # noqa: RUF012
 
     def __init__(self, config: FlipTextConfig):
         super().__init__(config)
@@ -745,6 +755,15 @@ class FlipModel(FlipPreTrainedModel):
     logit_bias: nn.Parameter | None
 
     def __init__(self, config: FlipConfig):
+        """
+        Raises:
+            ValueError: the configuration is of a captioner, which has no text tower.
+        """
+        if config.text_config is None:
+            raise ValueError(
+                "the config has no text_config, as the model writes captions and has no text tower; load it as a "
+                "FlipForConditionalGeneration"
+            )
         super().__init__(config)
         vision_config, text_config = config.vision_config, config.text_config
         self.vision_model = FlipVisionModel._from_config(vision_config)
@@ -757,7 +776,7 @@ class FlipModel(FlipPreTrainedModel):
             setattr(self, name, None if missing else nn.Parameter(torch.zeros(1)))
         self.post_init()
         # PreTrainedModel collects the towers' lists, and each of them names the weights of the other tower.
-        self._keys_to_ignore_on_load_unexpected = set()
+        self._keys_to_ignore_on_load_unexpected = {r"^decoder\."}
 
     def get_input_embeddings(self) -> nn.Module:
         return self.text_model.get_input_embeddings()
@@ -860,7 +879,7 @@ class FlipForImageClassification(FlipPreTrainedModel):
     config: FlipConfig
     main_input_name = "pixel_values"
     input_modalities = ("image",)
-    _keys_to_ignore_on_load_unexpected = [r"^text_", r"^image_projection\.", r"^logit_"]  # noqa: RUF012
+    _keys_to_ignore_on_load_unexpected = [r"^text_", r"^image_projection\.", r"^logit_", r"^decoder\."]  # noqa: RUF012
 
     def __init__(self, config: FlipConfig):
         super().__init__(config)

@@ -203,6 +203,7 @@ def test_folder_holds_what_it_needs_and_nothing_else(folder: Path) -> None:
         "config.json",
         "config_sentence_transformers.json",
         "configuration_flip.py",
+        "configuration_parts.py",
         "folder.py",
         "model.bf16.safetensors",
         "model.safetensors",
