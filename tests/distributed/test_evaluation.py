@@ -13,6 +13,7 @@ import processes
 import pytest
 import torch
 from conftest import TOWER, add_member, write_shards
+from evaluation.tiny_model import tiny_writer
 from transformers import AutoTokenizer
 
 from flipscale.data.sources.tar_source import TarSource
@@ -80,6 +81,35 @@ def test_each_image_is_read_once_and_has_the_same_embedding(tmp_path: Path, toke
         assert values == found[1][0]
         assert torch.equal(embeds, found[1][1])
         assert torch.equal(texts, found[1][2])
+
+
+def write(folder: str, out: str) -> None:
+    """One process of several: it writes what a captioner achieves."""
+    from flipscale.engines.start import start_accelerator
+
+    embedder = tiny_writer(start_accelerator([], "."), batch_size=7)
+    listed = [{"kind": "captioning", "data": folder, "num_beams": 2}, {"kind": "likelihood", "data": folder}]
+    results = evaluate_tasks(embedder, build_tasks(listed))
+    values = {result.name: [result.value, result.low] for result in results}
+    Path(out, f"{embedder.accelerator.process_index}.json").write_text(json.dumps(values))
+    embedder.accelerator.end_training()
+
+
+def test_captions_are_scored_as_one_set(tmp_path: Path) -> None:
+    folder = tmp_path / "set"
+    write_shards(folder, SIZES)
+    found = {}
+    for world in (1, 2):
+        out = tmp_path / f"{world}"
+        out.mkdir()
+        environments = processes.rank_environments(world) if world > 1 else [{}]
+        running = [processes.start(write, str(folder), str(out), environment=e) for e in environments]
+        for process in running:
+            process.join(120)
+            assert process.exitcode == 0
+        found[world] = [json.loads((out / f"{rank}.json").read_text()) for rank in range(world)]
+    assert found[2] == found[1] * 2
+    assert found[1][0]["captioning/cider"][0] > 0
 
 
 class Deadly(Embedder):

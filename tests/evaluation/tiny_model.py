@@ -1,14 +1,19 @@
-"""A FLIP model of two small towers with random weights, for images of 32 pixels and the captions of `write_shards`."""
+"""Small FLIP models with random weights, for images of 32 pixels and the captions of `write_shards`: two towers, and an
+image tower with a decoder."""
 
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from conftest import TOWER
-from transformers import AutoTokenizer
+from conftest import COLOURS, SHAPES, TOWER
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from flipscale.evaluation.embedding import Embedder
-from flipscale.model import FlipConfig, FlipModel
+from flipscale.model import FlipConfig, FlipForConditionalGeneration, FlipModel
+
+WORDS = ["<pad>", "<unk>", "<s>", "</s>", "a", "the", *COLOURS, *SHAPES]
+CAPTION_LENGTH = 6
 
 
 def tiny_embedder(tokenizer_dir: str | Path, batch_size: int, projection_dim: int = 16) -> Embedder:
@@ -21,3 +26,25 @@ def tiny_embedder(tokenizer_dir: str | Path, batch_size: int, projection_dim: in
     )
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
     return Embedder(FlipModel(config).eval(), tokenizer, Accelerator(cpu=True), batch_size=batch_size)
+
+
+def tiny_writer(accelerator: Accelerator, batch_size: int = 16) -> Embedder:
+    """An embedder of a captioner with random weights, drawn so that its captions differ."""
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="<unk>", pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    )
+    config = FlipConfig(
+        vision_config={**TOWER, "image_size": 32, "patch_size": 8},
+        decoder_config={
+            **{name: TOWER[name] for name in ("hidden_size", "intermediate_size", "num_attention_heads")},
+            **{"num_hidden_layers": 2, "vocab_size": len(WORDS), "max_position_embeddings": CAPTION_LENGTH},
+            **{"bos_token_id": 2, "eos_token_id": 3},
+        },
+    )
+    model = FlipForConditionalGeneration(config).eval()
+    torch.manual_seed(11)
+    for parameter in model.parameters():
+        parameter.data.normal_(std=0.4)
+    return Embedder(model, tokenizer, accelerator, batch_size=batch_size, name="writer")

@@ -6,6 +6,8 @@ from typing import Any
 
 from jsonargparse import ArgumentError, ArgumentParser
 
+from flipscale.evaluation.kinds.answers.captioning import Captioning
+from flipscale.evaluation.kinds.answers.likelihood import Likelihood
 from flipscale.evaluation.kinds.association import Association
 from flipscale.evaluation.kinds.few_shot import FewShot
 from flipscale.evaluation.kinds.probe import Probe
@@ -24,6 +26,8 @@ KINDS: dict[str, type[Task]] = {
     "association": Association,
     "few_shot": FewShot,
     "probe": Probe,
+    "captioning": Captioning,
+    "likelihood": Likelihood,
 }
 
 

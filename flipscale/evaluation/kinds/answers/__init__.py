@@ -1,0 +1,1 @@
+"""Tasks of models that write captions, or answer questions."""

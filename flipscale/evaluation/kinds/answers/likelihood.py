@@ -1,0 +1,80 @@
+"""Classification by a decoder: the class whose name it finds the most likely caption of the image."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar, Literal
+
+import torch
+
+from flipscale.evaluation.captions.writing import Likelihoods
+from flipscale.evaluation.embedding import Embedder
+from flipscale.evaluation.kinds.prompted import Classifier
+from flipscale.evaluation.kinds.task import Task
+from flipscale.evaluation.kinds.zero_shot import ZeroShot, ZeroShotScorer
+from flipscale.evaluation.results import Result
+from flipscale.evaluation.test_set import TestSet
+
+Metric = Literal["top1", "top5", "mean_per_class"]
+
+
+@dataclass(frozen=True)
+class Likelihood(Task):
+    """`top1`, `top5` (of five classes or more) and `mean_per_class` of classification shards, in percent.
+
+    `data` is laid out as for `zero_shot`. A class's score is the log-likelihood of its prompt under the decoder, the
+    sum over its tokens and the end; of several prompts, their mean. It takes a pass of the decoder for each image and
+    prompt, a thousand times as many as captions for 1,000 classes: give it few prompts.
+
+    Args:
+        templates: as of `zero_shot`.
+        metric: the headline.
+    """
+
+    templates: str | list[str] | None = None
+    metric: Metric = "top1"
+
+    protocol: ClassVar[str] = """Classification by likelihood: whole images; the answer is the class whose prompt the
+decoder finds the most likely caption, by the sum of its tokens' log-likelihoods (the mean over the set's prompts).
+Intervals are as of zero-shot classification."""
+    hub_task: ClassVar[str] = "zero-shot-image-classification"
+    hub_metric: ClassVar[str] = "accuracy"
+
+    def __post_init__(self) -> None:
+        self._zero_shot()
+
+    def check(self) -> None:
+        super().check()
+        self._zero_shot().check()
+
+    def prompts(self, test_set: TestSet) -> list[str]:
+        return self._zero_shot().prompts(test_set)
+
+    def truth(self, test_set: TestSet) -> Callable[[int, int], Any]:
+        return partial(test_set.label, len(test_set.class_names()))
+
+    def evaluate(self, embedder: Embedder) -> list[Result]:
+        test_set = TestSet.open(self.data)
+        names, prompts = test_set.class_names(), self.prompts(test_set)
+        likelihoods = Likelihoods(embedder, [prompt.replace("{c}", name) for name in names for prompt in prompts])
+        labels = test_set.labels(embedder, len(names))
+        scorer = ZeroShotScorer(self, embedder, _Given(names, torch.empty(0)), labels, len(test_set))
+        images = max((len(rows) for rows in embedder.batches(len(test_set))), default=1)
+        together = max(1, embedder.batch_size // images)
+        for rows, columns in embedder.image_columns(test_set.source):
+            scores = likelihoods.of(columns, together)[: len(rows)]
+            scorer.add(
+                torch.arange(rows.start, rows.stop), scores.view(len(rows), len(names), len(prompts)).mean(dim=2)
+            )
+        return scorer.results()
+
+    def _zero_shot(self) -> ZeroShot:
+        """Return the task of the same classes and prompts by embeddings, which checks them."""
+        return ZeroShot("zero_shot", self.data, self.name, templates=self.templates, metric=self.metric)
+
+
+class _Given(Classifier):
+    """Classes whose scores are given in place of embeddings."""
+
+    def scores(self, embeds: torch.Tensor) -> torch.Tensor:
+        return embeds

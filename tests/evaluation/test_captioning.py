@@ -1,0 +1,163 @@
+"""Captions that a small decoder writes, and classes by their likelihood, against the plain computation."""
+
+import dataclasses
+import logging
+import shutil
+import tarfile
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from conftest import COLOURS, SHAPES, TOWER, add_member, write_shards
+from evaluation.tiny_model import CAPTION_LENGTH, tiny_writer
+
+from flipscale.data.captions import tokenise
+from flipscale.data.decode import decode_box
+from flipscale.data.sources.tar_source import TarSource
+from flipscale.evaluation.captions.scores import bleu_4, cider, rouge_l
+from flipscale.evaluation.captions.writing import captioner, written_captions
+from flipscale.evaluation.embedding import Embedder
+from flipscale.evaluation.images import SampleNumbers
+from flipscale.evaluation.results import Result
+from flipscale.evaluation.suite import build_tasks, evaluate_tasks
+from flipscale.model import FlipConfig, FlipForConditionalGeneration, FlipModel
+
+
+@pytest.fixture(scope="module")
+def embedder() -> Embedder:
+    return tiny_writer(Accelerator(cpu=True))
+
+
+@pytest.fixture(scope="module")
+def test_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("captions")
+    rng = np.random.default_rng(0)
+    with tarfile.open(folder / "0.tar", "w") as tar:
+        for number in range(21):
+            image = rng.integers(0, 256, (32, 32, 3), np.uint8)
+            lines = [f"a {rng.choice([*COLOURS])} {rng.choice(SHAPES)}." for _ in range(1 + number % 3)]
+            add_member(tar, f"{number:03d}.png", cv2.imencode(".png", image)[1].tobytes())
+            add_member(tar, f"{number:03d}.txt", ("\n".join(lines) + "\n\n").encode())
+    return folder
+
+
+def pixels_of(embedder: Embedder, shards: Path) -> torch.Tensor:
+    """All images as the model's processor has them, fp32 `(images, 3, 32, 32)`."""
+    source, vision = TarSource(str(shards)), embedder.model.config.vision_config
+    images = [decode_box(source.read(*where).image, None, 32, (1.0, 1.0)) for where in SampleNumbers(source)]
+    pixels = torch.from_numpy(np.stack(images).astype(np.float32)) / 255
+    return ((pixels - torch.tensor(vision.image_mean)) / torch.tensor(vision.image_std)).permute(0, 3, 1, 2)
+
+
+def evaluated(embedder: Embedder, **task: object) -> dict[str, Result]:
+    return {result.metric: result for result in evaluate_tasks(embedder, build_tasks([task]))}
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_captions_are_those_of_generate(embedder: Embedder, test_set: Path, num_beams: int) -> None:
+    options = {"max_new_tokens": 4, "num_beams": num_beams, "do_sample": False}
+    ids = [embedder.model.generate(image[None], **options) for image in pixels_of(embedder, test_set)]
+    expected = [embedder.tokenizer.batch_decode(one, skip_special_tokens=True)[0] for one in ids]
+    assert len(set(expected)) > 3
+    source = TarSource(str(test_set))
+    for batch_size in (4, 16):
+        some = dataclasses.replace(embedder, batch_size=batch_size)
+        assert written_captions(some, source, 4, num_beams) == expected
+
+
+def test_scores_are_those_of_the_captions(embedder: Embedder, test_set: Path) -> None:
+    source = TarSource(str(test_set))
+    made = [caption.split() for caption in written_captions(embedder, source, 4, 1)]
+    given = [
+        [line.removesuffix(".").split() for line in source.read(*where).captions[0].decode().splitlines() if line]
+        for where in SampleNumbers(source)
+    ]
+    found = evaluated(embedder, kind="captioning", data=str(test_set), max_new_tokens=4)
+    assert [*found] == ["cider", "bleu_4", "rouge_l"]
+    assert found["cider"].value == pytest.approx(100 * cider(made, given).mean())
+    assert found["bleu_4"].value == pytest.approx(100 * bleu_4(made, given).value)
+    assert found["rouge_l"].value == pytest.approx(100 * rouge_l(made, given).mean())
+    assert [result.shown for result in found.values()] == ["CIDEr", "BLEU-4", "ROUGE-L"]
+    assert [result.n for result in found.values()] == [21] * 3
+    assert [result.headline for result in found.values()] == [True, False, False]
+    assert found["rouge_l"].low < found["rouge_l"].value < found["rouge_l"].high  # type: ignore[operator]
+
+
+def test_a_metric_without_its_tools_is_left_out_and_named(
+    embedder: Embedder, test_set: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked = {"kind": "captioning", "data": str(test_set), "metrics": ["rouge_l", "meteor", "spice"]}
+    with monkeypatch.context() as without:
+        without.setenv("PATH", str(test_set))
+        with caplog.at_level(logging.WARNING, "flipscale"):
+            assert [*evaluated(embedder, **asked)] == ["rouge_l"]
+    assert "captioning: METEOR is left out: java, which runs it, is not on PATH" in caplog.text
+    assert "captioning: SPICE is left out: java, which runs it, is not on PATH" in caplog.text
+    if shutil.which("java"):
+        (found,) = evaluated(embedder, **{**asked, "metrics": ["meteor"]}).values()
+        assert 0 < found.value < 100
+        assert found.low is None
+
+
+@pytest.mark.parametrize(("batch_size", "templates"), [(16, ["a {c}", "the {c}"]), (5, ["{c}"])])
+def test_likelihood_is_that_of_each_prompt(tmp_path: Path, batch_size: int, templates: list[str]) -> None:
+    write_shards(tmp_path, [23])
+    embedder = tiny_writer(Accelerator(cpu=True), batch_size)
+    names = (tmp_path / "classnames.txt").read_text(encoding="utf-8").splitlines()
+    model, pixels = embedder.model, pixels_of(embedder, tmp_path)
+    scores = torch.zeros(len(pixels), len(names))
+    for column, name in enumerate(names):
+        for template in templates:
+            tokens = tokenise(embedder.tokenizer, [template.replace("{c}", name)] * len(pixels), CAPTION_LENGTH)
+            with torch.no_grad():
+                output = model(pixels, **tokens)
+            # The loss is a mean over the words and the end.
+            scores[:, column] -= output.caption_losses * (tokens["attention_mask"][0].sum() + 1) / len(templates)
+    source = TarSource(str(tmp_path))
+    labels = torch.tensor([source.read_label(*where) for where in SampleNumbers(source)])
+    found = evaluated(embedder, kind="likelihood", data=str(tmp_path), templates=templates)
+    assert found["top1"].value == pytest.approx(100 * (scores.argmax(dim=1) == labels).float().mean().item())
+    best = scores.topk(5, dim=1).indices
+    assert found["top5"].value == pytest.approx(100 * (best == labels[:, None]).any(dim=1).float().mean().item())
+    assert 0 < found["top5"].value < 100
+    assert found["top1"].chance == 100 / 16
+
+
+def test_a_model_in_training_writes_what_its_captioner_does(embedder: Embedder, test_set: Path) -> None:
+    class Trained(torch.nn.Module):
+        """A model that has more than a captioner."""
+
+        def __init__(self, model: FlipForConditionalGeneration):
+            super().__init__()
+            self.config, self.vision_model, self.decoder = model.config, model.vision_model, model.decoder
+
+    trained = dataclasses.replace(embedder, model=Trained(embedder.model))
+    assert captioner(trained).decoder is embedder.model.decoder
+    source = TarSource(str(test_set))
+    assert written_captions(trained, source, 4, 1) == written_captions(embedder, source, 4, 1)
+
+
+@pytest.mark.parametrize("kind", ["captioning", "likelihood"])
+def test_a_model_without_a_decoder_is_refused(tmp_path: Path, embedder: Embedder, kind: str) -> None:
+    write_shards(tmp_path, [4])
+    config = FlipConfig(vision_config={**TOWER, "image_size": 32, "patch_size": 8}, text_config=TOWER)
+    without = dataclasses.replace(embedder, model=FlipModel(config).eval(), name="runs/clip")
+    with pytest.raises(ValueError, match="runs/clip has no decoder, so it writes no captions; name a model that was"):
+        evaluated(without, kind=kind, data=str(tmp_path))
+
+
+def test_options_that_cannot_be_are_refused(tmp_path: Path) -> None:
+    for options, told in (
+        (
+            {"kind": "captioning", "metrics": []},
+            r"metrics is \[\]; it must list one or more, such as \[cider, bleu_4\]",
+        ),
+        ({"kind": "captioning", "metrics": ["wer"]}, "metrics"),
+        ({"kind": "captioning", "num_beams": 0}, "num_beams is 0"),
+        ({"kind": "likelihood", "templates": ["no name"]}, "each prompt must have {c} for the name"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            build_tasks([{"data": str(tmp_path), **options}])
