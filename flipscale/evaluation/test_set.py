@@ -119,7 +119,7 @@ class TestSet:
         Raises:
             ValueError: a sample of any process has no array of `num_classes` zeros and ones.
         """
-        found = _of_my_rows(embedder, self.source, partial(self.label_set, num_classes))
+        found = of_my_rows(embedder, self.source, partial(self.label_set, num_classes))
         return torch.from_numpy(np.array(found, bool).reshape(len(found), num_classes))
 
     def arrays(self, embedder: Embedder, columns: Sequence[str]) -> torch.Tensor:
@@ -128,7 +128,7 @@ class TestSet:
         Raises:
             ValueError: a sample of any process has no array of so many whole numbers from 0.
         """
-        found = _of_my_rows(embedder, self.source, partial(self.array, columns))
+        found = of_my_rows(embedder, self.source, partial(self.array, columns))
         return torch.from_numpy(np.array(found, np.int64).reshape(len(found), len(columns)))
 
     def captions(self, embedder: Embedder) -> list[list[str]]:
@@ -140,7 +140,7 @@ class TestSet:
         """
         from accelerate.utils import gather_object
 
-        mine = _of_my_rows(embedder, self.source, self.captions_of)
+        mine = of_my_rows(embedder, self.source, self.captions_of)
         pairs = gather_object(list(zip(embedder.rows(len(self)).tolist(), mine, strict=True)))
         return [lines for _, lines in sorted(pairs)]
 
@@ -190,7 +190,7 @@ class TestSet:
         except UnicodeDecodeError as error:
             raise ValueError(f"{where} has a caption that is not UTF-8 ({error.reason})") from error
         if not any(line.strip() for line in lines):
-            raise ValueError(f"{where} has no caption; retrieval needs a KEY.txt for every image")
+            raise ValueError(f"{where} has no caption; every image needs a KEY.txt")
         return lines
 
 
@@ -241,7 +241,7 @@ def read_labels(embedder: Embedder, source: TarSource, num_classes: int) -> torc
     Raises:
         ValueError: a sample of any process has no class number below `num_classes`.
     """
-    return torch.tensor(_of_my_rows(embedder, source, partial(read_label, source, num_classes)), dtype=torch.int64)
+    return torch.tensor(of_my_rows(embedder, source, partial(read_label, source, num_classes)), dtype=torch.int64)
 
 
 def read_label(source: TarSource, num_classes: int, shard: int, number: int) -> int:
@@ -274,7 +274,7 @@ def _array(source: TarSource, shard: int, number: int) -> tuple[np.ndarray, str]
     return found, where
 
 
-def _of_my_rows(embedder: Embedder, source: TarSource, read: Callable[[int, int], Value]) -> list[Value]:
+def of_my_rows(embedder: Embedder, source: TarSource, read: Callable[[int, int], Value]) -> list[Value]:
     """Collective. Return what `read` says of this process's rows.
 
     Raises:

@@ -208,7 +208,7 @@ def test_a_test_set_must_be_whole(embedder: Embedder, tmp_path: Path) -> None:
         add_member(tar, "0.png", b"no picture")
         add_member(tar, "0.txt", b"a red disc")
         add_member(tar, "1.png", b"no picture")
-    with pytest.raises(ValueError, match=r"0.tar#1 has no caption; retrieval needs a KEY.txt for every image"):
+    with pytest.raises(ValueError, match=r"0.tar#1 has no caption; every image needs a KEY.txt"):
         evaluated(embedder, kind="retrieval", data=str(tmp_path))
     (tmp_path / "classnames.txt").write_text("one\n")
     (tmp_path / "zeroshot_classification_templates.txt").write_text("{c}\n")

@@ -140,7 +140,7 @@ def test_labels_and_captions_that_cannot_be(tmp_path: Path, embedder: Embedder) 
     with pytest.raises(ValueError, match=r"0.tar#0 has class 16; 16 names are listed"):
         labels_of(folder, embedder)
     folder = write_set(tmp_path / "blank", 1, 1, lambda number, label: {"txt": b" \n\n"})
-    with pytest.raises(ValueError, match=r"0.tar#0 has no caption; retrieval needs a KEY.txt for every image"):
+    with pytest.raises(ValueError, match=r"0.tar#0 has no caption; every image needs a KEY.txt"):
         TestSet.open(str(folder)).captions(embedder)
     folder = write_set(tmp_path / "several", 1, 1, lambda number, label: {"txt": b"a\n\n b \n"})
     assert TestSet.open(str(folder)).captions(embedder) == [["a", "", " b "]], "as they are"

@@ -89,7 +89,7 @@ def test_a_launcher_s_numbers_that_are_none(environment: dict[str, str], message
 
 def test_an_answer_of_a_test_set_is_missing(refused_test_set: Callable[..., str]) -> None:
     assert "has class None; 16 names are listed" in refused_test_set("zero_shot", {"txt": b"a red bar"})
-    assert "has no caption; retrieval needs a KEY.txt" in refused_test_set("retrieval", {"txt": b" "})
+    assert "has no caption; every image needs a KEY.txt" in refused_test_set("retrieval", {"txt": b" "})
 
 
 def test_an_image_of_a_test_set_is_damaged(refused_test_set: Callable[..., str]) -> None:
