@@ -40,7 +40,7 @@ class InputShape:
     @classmethod
     def of(cls, config: FlipConfig) -> "InputShape":
         """Return the shape of the inputs that a model of `config` takes."""
-        vision, text = config.vision_config, config.text_config
+        vision, text = config.vision_config, config.caption_config
         return cls(vision.image_size, vision.patch_size, text.max_position_embeddings, vision.num_hidden_layers)
 
     def at(self, image_size: int | None) -> "InputShape":

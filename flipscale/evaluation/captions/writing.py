@@ -4,7 +4,6 @@ import copy
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
 
 from flipscale.data.captions import tokenise_captions
 from flipscale.data.sources.tar_source import TarSource
@@ -42,6 +41,8 @@ def written_captions(embedder: Embedder, source: TarSource, max_new_tokens: int,
         ValueError: the model has no decoder, or an image cannot be decoded.
         OSError: a shard cannot be read, or a worker died.
     """
+    from accelerate.utils import gather_object
+
     model, mine = captioner(embedder), []
     for rows, columns in embedder.image_columns(source):
         with torch.no_grad(), embedder.accelerator.autocast():

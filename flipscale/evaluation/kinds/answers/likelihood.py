@@ -58,7 +58,7 @@ Intervals are as of zero-shot classification."""
         names, prompts = test_set.class_names(), self.prompts(test_set)
         likelihoods = Likelihoods(embedder, [prompt.replace("{c}", name) for name in names for prompt in prompts])
         labels = test_set.labels(embedder, len(names))
-        scorer = ZeroShotScorer(self, embedder, _Given(names, torch.empty(0)), labels, len(test_set))
+        scorer = ZeroShotScorer(self._zero_shot(), embedder, _Given(names, torch.empty(0)), labels, len(test_set))
         images = max((len(rows) for rows in embedder.batches(len(test_set))), default=1)
         together = max(1, embedder.batch_size // images)
         for rows, columns in embedder.image_columns(test_set.source):
@@ -69,8 +69,8 @@ Intervals are as of zero-shot classification."""
         return scorer.results()
 
     def _zero_shot(self) -> ZeroShot:
-        """Return the task of the same classes and prompts by embeddings, which checks them."""
-        return ZeroShot("zero_shot", self.data, self.name, templates=self.templates, metric=self.metric)
+        """Return the task of the same classes and prompts by embeddings, which checks them and counts what is right."""
+        return ZeroShot(self.kind, self.data, self.name, templates=self.templates, metric=self.metric)
 
 
 class _Given(Classifier):
