@@ -24,6 +24,8 @@ COLOURS = ("#1f6feb", "#d1495b", "#2e8b57", "#8a5fbf")
 _GREY = 190
 # A line of so many points of a stage is drawn smoothed.
 _SMOOTHED_POINTS = 40
+# What a line of small words takes of the height of a figure.
+_LINE_OF_WORDS = 0.04
 
 
 def can_draw() -> bool:
@@ -163,10 +165,13 @@ def draw_result(curves: list[Curve], shown: Result, path: Path) -> None:
             axes.fill_between(at, low, high, color=colour, alpha=0.15, linewidth=0)
             has_band = True
     levels = {r.who: r.value for r in curves[0].results if r.name == shown.name and r.who != THIS_MODEL}
+    drawn += levels.values()
     for name, value in levels.items():
         axes.axhline(value, color="#888888", linewidth=0.9, linestyle=":", zorder=0)
-        axes.annotate(name, (0.01, value), xycoords=("axes fraction", "data"), va="bottom", fontsize=8)
-    drawn += levels.values()
+        # Under its line where the next one is so near above that its words would lie on this one's.
+        is_under = any(0 < other - value < _LINE_OF_WORDS * max(drawn) for other in levels.values())
+        place, side = (0.01, value), "top" if is_under else "bottom"
+        axes.annotate(name, place, xycoords=("axes fraction", "data"), va=side, fontsize=8)
     if min(drawn) < max(drawn) / 2 and min(drawn) >= 0:
         axes.set_ylim(bottom=0)
     said = ["Band: the 95 % interval over the queries."] if has_band else []
