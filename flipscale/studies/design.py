@@ -5,7 +5,7 @@ import itertools
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,25 @@ _NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
 # YAML 1.1 takes these for texts.
 _POWER_OF_TEN = re.compile(r"[-+]?\d+(\.\d*)?[eE]\d+|[-+]?\d+[eE]-\d+")
 _DESIGNS = ("star", "grid")
-_FIELDS = ("base", "axes", "design", "seeds", "minutes")
+_FIELDS = ("base", "changes", "axes", "design", "seeds", "more_seeds", "minutes")
+# The level of an axis at which it changes nothing.
+BASE = "base"
 STUDIES = RECIPES / "studies"
 
 Levels = Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class MoreSeeds:
+    """Seeds that only a part of the combinations is trained with, such as the corners of a grid.
+
+    Args:
+        seeds: the seeds.
+        of: of some axes, the levels that the part has, `base` among them; it has all levels of the others.
+    """
+
+    seeds: Sequence[int]
+    of: Mapping[str, Sequence[str]]
 
 
 @dataclass(frozen=True)
@@ -41,6 +56,8 @@ class Study:
         seeds: every combination is trained with each.
         minutes: how long every run trains, by its own clock; the stages of the base then have shares of that time. Left
             out, runs end as the base does.
+        changes: what all runs change of the base: values by their path in the recipe.
+        more_seeds: further seeds of a part of the combinations.
     """
 
     base: str
@@ -48,6 +65,8 @@ class Study:
     design: str
     seeds: Sequence[int]
     minutes: MinutesAboveNone | None = None
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    more_seeds: MoreSeeds | None = None
 
     def combinations(self) -> list[Levels]:
         """Return the levels of the axes that are not at their base, of each combination; the first is the base."""
@@ -62,14 +81,23 @@ class Study:
         return [{}, *alone, *(dict(last[:count]) for count in range(2, len(last) + 1))]
 
     def runs(self) -> dict[str, tuple[Levels, int]]:
-        """Return the levels and the seed of each run, by its name: of its levels, or `base`, and its seed.
+        """Return the levels and the seed of each run, by its name: of its levels, or `base`, and its seed. One seed
+        comes after the other, so that a study which is not finished has all its combinations.
 
         Raises:
             ValueError: two have one name.
         """
+        planned = [(levels, seed) for seed in self.seeds for levels in self.combinations()]
+        if (more := self.more_seeds) is not None:
+            part = [
+                levels
+                for levels in self.combinations()
+                if all(levels.get(axis, BASE) in chosen for axis, chosen in more.of.items())
+            ]
+            planned += [(levels, seed) for seed in more.seeds for levels in part]
         found: dict[str, tuple[Levels, int]] = {}
-        for levels, seed in itertools.product(self.combinations(), self.seeds):
-            name = ("+".join(levels.values()) or "base") + seed_suffix(seed)
+        for levels, seed in planned:
+            name = ("+".join(levels.values()) or BASE) + seed_suffix(seed)
             if name in found:
                 raise ValueError(f"two runs are called {name}; give each level a name of its own, and each seed once")
             found[name] = levels, seed
@@ -114,17 +142,49 @@ def read_study(file: Path) -> Study:
             raise ValueError(
                 f"{file}: {str(name)[:40]!r} names runs; use letters, digits and . _ -, in quotes if it is a number"
             )
-    if not isinstance(seeds, list) or not seeds or not all(type(seed) is int and seed >= 0 for seed in seeds):
+    if not _are_seeds(seeds):
         raise ValueError(f"{file}: seeds is {seeds!r}; it must be a list of whole numbers, such as [0, 1, 2]")
     design = content.get("design", "star")
     if design not in _DESIGNS:
         raise ValueError(f"{file}: design is {design!r}; use {' or '.join(_DESIGNS)}")
+    changes = content.get("changes") or {}
+    if not isinstance(changes, dict):
+        raise ValueError(f"{file}: changes is {str(changes)[:40]!r}; it must be as 'changes: {{data.fraction: 0.5}}'")
     minutes = content.get("minutes")
     if minutes is not None and type(minutes) not in (int, float):
         raise ValueError(f"{file}: minutes is {minutes!r}; it must be a number, such as 10")
-    study = Study(str(content["base"]), axes, design, seeds, minutes)
+    more = _more_seeds(content.get("more_seeds"), axes, file)
+    study = Study(str(content["base"]), axes, design, seeds, minutes, changes, more)
     check_ranges(study)
     return study
+
+
+def _more_seeds(given: Any, axes: Mapping[str, Mapping[str, Any]], file: Path) -> MoreSeeds | None:
+    """Return what a study says of further seeds.
+
+    Raises:
+        ValueError: it is something else, or names an axis or a level that the study has not.
+    """
+    if given is None:
+        return None
+    if not isinstance(given, dict) or set(given) != {"seeds", "of"} or not isinstance(given["of"], dict):
+        raise ValueError(
+            f"{file}: more_seeds must have seeds, and levels of axes: "
+            "'more_seeds: {seeds: [1, 2], of: {model: [base, large]}}'"
+        )
+    if not _are_seeds(given["seeds"]):
+        raise ValueError(f"{file}: more_seeds.seeds is {given['seeds']!r}; it must be a list of whole numbers")
+    for axis, chosen in given["of"].items():
+        if axis not in axes:
+            raise ValueError(f"{file}: more_seeds.of has {str(axis)[:40]!r}; the axes are {', '.join(axes)}")
+        known = [BASE, *axes[axis]]
+        if not isinstance(chosen, list) or not chosen or not all(level in known for level in chosen):
+            raise ValueError(f"{file}: more_seeds.of.{axis} is {chosen!r}; list some of {', '.join(known)}")
+    return MoreSeeds(given["seeds"], given["of"])
+
+
+def _are_seeds(seeds: Any) -> bool:
+    return isinstance(seeds, list) and bool(seeds) and all(type(seed) is int and seed >= 0 for seed in seeds)
 
 
 def _is_axis(levels: Any) -> bool:
@@ -146,6 +206,8 @@ def plan(study: Study, output_dir: Path) -> list[StudyRun]:
     runs = []
     for name, (levels, seed) in study.runs().items():
         content = {**copy.deepcopy(base), "seed": seed, "output_dir": str(output_dir / name)}
+        for path, value in study.changes.items():
+            _change(content, str(path), value, "changes")
         for axis, level in levels.items():
             for path, value in study.axes[axis][level].items():
                 _change(content, str(path), value, f"axes.{axis}.{level}")
@@ -173,7 +235,8 @@ def _change(content: dict[str, Any], path: str, value: Any, where: str) -> None:
             place = place[int(part)] if isinstance(place, list) else place[part]
     if isinstance(value, str) and _POWER_OF_TEN.fullmatch(value):
         value = int(float(value)) if float(value).is_integer() else float(value)
-    place[int(last) if isinstance(place, list) else last] = value
+    # A copy: an axis may change what lies in it.
+    place[int(last) if isinstance(place, list) else last] = copy.deepcopy(value)
 
 
 # Sections whose fields are not listed in a recipe that leaves them out.

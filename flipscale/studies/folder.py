@@ -3,6 +3,7 @@
 study.yaml  runs/NAME.yaml  runs/NAME/  runs/NAME.log, and what the report writes
 """
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -45,13 +46,7 @@ def write_plan(study_file: Path, output_dir: Path) -> list[StudyRun]:
                 f"{file} was planned otherwise than {study_file} says now ({'; '.join(changed)}); name another folder"
             )
     folder.mkdir(parents=True, exist_ok=True)
-    content: dict[str, Any] = {
-        "base": study.base,
-        "axes": {axis: dict(levels) for axis, levels in study.axes.items()},
-        "design": study.design,
-        "seeds": list(study.seeds),
-        "minutes": study.minutes,
-    }
+    content = {name: value for name, value in dataclasses.asdict(study).items() if value}
     write_text(output_dir / STUDY_FILE, yaml.safe_dump(content, sort_keys=False))
     for run in runs:
         if not (folder / f"{run.name}.yaml").exists():

@@ -2,14 +2,12 @@
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from flipscale.evaluation.intervals import mean_of
 from flipscale.evaluation.reports.comparison import Curve, headlines, read_curve
-from flipscale.evaluation.results import NOTHING, THIS_MODEL, Result
+from flipscale.evaluation.results import THIS_MODEL, Result
 from flipscale.evaluation.scaling.fitting import Fit, fit_law, largest_budget, predict
 from flipscale.evaluation.scaling.laws import AdditiveLaw, Law, PowerLaw, SaturatingLaw
 from flipscale.evaluation.scaling.points import Points
@@ -19,6 +17,7 @@ from flipscale.files.aside import write_text
 from flipscale.files.text_table import markdown_table
 from flipscale.studies.design import Study
 from flipscale.studies.folder import read_plan
+from flipscale.studies.masked import estimate, masked_words
 from flipscale.studies.runs import StudyRun
 
 _LAWS: tuple[Callable[[Points], Law], ...] = (PowerLaw, SaturatingLaw, AdditiveLaw)
@@ -30,7 +29,7 @@ class Finished:
     def __init__(self, run: StudyRun, levels: dict[str, str]):
         from flipscale.planning.flops import pair_flops  # runs a model, and `--help` needs none
 
-        self.levels = levels
+        self.levels, self.run_dir = levels, run.run_dir
         self.label = "+".join(levels.values()) or "base"
         self.curve = read_curve(run.run_dir)
         about = json.loads((run.run_dir / "environment.json").read_text(encoding="utf-8"))
@@ -78,7 +77,9 @@ def report(output_dir: Path, resamples: int) -> None:
     missing = [run.name for run in runs if not run.is_done]
     left = f"\n\nNot finished: {', '.join(missing)}." if missing else ""
     laws = [_laws(groups, name, words, output_dir, resamples) for name, words in names.items()]
-    write_text(output_dir / "report.md", "\n\n".join(["# The study", table + left, *laws]) + "\n")
+    masked = masked_words({label: [run.run_dir / "model" for run in of] for label, of in groups.items()})
+    parts = ["# The study", table + left, *filter(None, [masked]), *laws]
+    write_text(output_dir / "report.md", "\n\n".join(parts) + "\n")
     arms = _arms(groups, names)
     write_text(output_dir / "transfer.md", transfer_words(arms, next(iter(names.values()))))
     _draw(study, groups, arms, names, output_dir)
@@ -111,18 +112,12 @@ def _table(groups: dict[str, list[Finished]], names: dict[str, str]) -> str:
             f"{spent['parameters']:,.0f}",
             f"{seconds:.0f} s",
         ]
-        rows.append([label, str(len(runs)), *cells, *(_cell(runs, name) for name in names)])
+        rows.append([label, str(len(runs)), *cells, *(estimate(_results(runs, name)) for name in names)])
     return markdown_table(rows, 1)
 
 
-def _cell(runs: Sequence[Finished], name: str) -> str:
-    results = [result for run in runs if (result := run.result(name)) is not None]
-    if not results:
-        return NOTHING
-    if len(results) == 1:
-        return results[0].value_text
-    mean, low, high = mean_of([result.value for result in results], results[0].unit)
-    return replace(results[0], value=mean, low=low, high=high).estimate_text
+def _results(runs: Sequence[Finished], name: str) -> list[Result]:
+    return [result for run in runs if (result := run.result(name)) is not None]
 
 
 def _points(groups: dict[str, list[Finished]], name: str) -> Points | None:

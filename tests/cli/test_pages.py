@@ -43,6 +43,7 @@ SUBSTITUTES = {
     r"ORG/NAME": "org/name",
     # The minutes of the pages are for a model of use; here some hundred pairs are enough to see that all goes together.
     r"--minutes 15\b": "--minutes 0.05",
+    r"runs/table_1d/runs/\*/model --zero_shot data/icons/test": "runs/demo/model --zero_shot data/demo/test",
     r"flipscale/recipes/demo_queries.txt": str(ROOT / "flipscale/recipes/demo_queries.txt"),
     r"flipscale plan .* --gpu": "flipscale plan demo demo_clip --gpu",
     r"--config h14_laion2b --dry_run": "--config demo --optim.name adamw --dry_run",

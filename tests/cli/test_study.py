@@ -1,6 +1,7 @@
 """`flipscale study plan`, `run` and `report`: a small study, and what each says of a mistake."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,7 +10,8 @@ import yaml
 from conftest import changed_recipe
 
 from flipscale.cli import main
-from flipscale.studies.design import STUDIES, Study
+from flipscale.studies.design import STUDIES, MoreSeeds, Study, plan, read_study
+from flipscale.studies.design import study_file as packaged
 from flipscale.studies.folder import read_plan
 
 AXES = {
@@ -55,22 +57,45 @@ def test_a_star_and_a_grid() -> None:
     assert len(Study("base", axes, "grid", [0, 1]).runs()) == 3 * 2 * 2 * 2
 
 
+def test_one_seed_comes_after_the_other_and_further_ones_are_of_a_part() -> None:
+    axes = {"a": {"x": {"p": 1}, "y": {"p": 2}}, "b": {"z": {"q": 1}}}
+    more = MoreSeeds([5], {"a": ["base", "y"]})
+    assert list(Study("base", axes, "grid", [3, 4], more_seeds=more).runs()) == [
+        *("base-seed3", "z-seed3", "x-seed3", "x+z-seed3", "y-seed3", "y+z-seed3"),
+        *("base-seed4", "z-seed4", "x-seed4", "x+z-seed4", "y-seed4", "y+z-seed4"),
+        *("base-seed5", "z-seed5", "y-seed5", "y+z-seed5"),
+    ]
+
+
+PACKAGED = sorted(file.stem for file in STUDIES.glob("*.yaml") if not file.stem.startswith("budget_"))
+
+
+@pytest.mark.parametrize("name", PACKAGED)
+def test_a_study_of_the_package_can_be_planned_and_has_as_many_runs_as_it_says(name: str, tmp_path: Path) -> None:
+    file = packaged(name)
+    comment = file.read_text(encoding="utf-8").split("\n# flipscale ")[0].replace("\n# ", " ")
+    count = len(plan(read_study(file), tmp_path))
+    assert {int(said) for said in re.findall(r"(\d+) runs", comment)} <= {count}
+
+
 def test_a_study_from_its_plan_to_its_report(
-    study_file: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    study_file: Callable[..., Path], shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    main(["study", "plan", str(study_file()), "--output_dir", str(out)])
+    common = {"optim.weight_decay": 0.25}
+    main(["study", "plan", str(study_file(changes=common)), "--output_dir", str(out)])
     assert capsys.readouterr().out.splitlines()[:4] == [
         "base-seed0", "wide-seed0", "double-seed0", "wide+double-seed0",
     ]  # fmt: skip
     runs = {run.name: run.recipe for run in read_plan(out)[1]}
     assert runs["wide+double-seed0"].stages[0].samples == 64
     assert runs["wide+double-seed0"].model.vision_config["hidden_size"] == 64
+    assert {recipe.optim.weight_decay for recipe in runs.values()} == {0.25}
 
     # An arm that fails stops no other.
     broken = out / "runs/wide-seed0.yaml"
     whole = broken.read_text()
-    broken.write_text(whole.replace(f"shards: {runs['wide-seed0'].data.shards}", "shards: nowhere"))
+    broken.write_text(whole.replace(f"shards: {runs['wide-seed0'].data.shards}", f"shards: {tmp_path / 'nowhere'}"))
     line = refused(capsys, "run", out)
     assert "1 of 4 runs failed: wide-seed0; the others are done, and the same command tries these again" in line
     assert (out / "runs/double-seed0/DONE").exists()
@@ -90,14 +115,25 @@ def test_a_study_from_its_plan_to_its_report(
     for name in ("scaling", "accuracy", "transfer", "fits_zero_shot_top1"):
         assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
+    # What is evaluated afterwards, on masked images too, has a table.
+    assert "masked" not in report
+    masks = ["--mask_ratio", "0", "0.5", "--mask_views", "1", "2", "--num_workers", "0"]
+    main(["evaluate", str(out / "runs/base-seed0/model"), "--zero_shot", str(shards), *masks])
+    main(["study", "report", str(out), "--resamples", "10"])
+    table = (out / "report.md").read_text().split("## On masked images\n\n")[1].split("\n\n")[0]
+    kinds = [line.split("|")[2].strip() for line in table.splitlines()]
+    assert kinds[0::2] == ["image", "whole", "2 views of 50 % random"]
+    assert table.count("| base |") == 3
+    assert all(line.rstrip(" |").endswith("%") for line in table.splitlines()[2:])
+
     # A study may grow; what is planned stays as it is.
-    main(["study", "plan", str(study_file(seeds=[0, 1])), "--output_dir", str(out)])
+    main(["study", "plan", str(study_file(changes=common, seeds=[0, 1])), "--output_dir", str(out)])
     assert "8 runs are planned" in capsys.readouterr().out
     changed = {**AXES, "length": {"double": {"stages.0.samples": 80}}}
-    line = refused(capsys, "plan", study_file(axes=changed, seeds=[0, 1]), "--output_dir", out)
+    line = refused(capsys, "plan", study_file(changes=common, axes=changed, seeds=[0, 1]), "--output_dir", out)
     assert "was planned otherwise than" in line
     assert "stages[0].samples: 64, now 80" in line
-    line = refused(capsys, "plan", study_file(), "--output_dir", out)
+    line = refused(capsys, "plan", study_file(changes=common), "--output_dir", out)
     assert "was planned with a run base-seed1, which" in line
 
 
@@ -108,16 +144,6 @@ def test_a_study_whose_runs_end_by_their_clock(study_file: Callable[..., Path], 
     assert study.minutes == 0.5
     assert [run.recipe.budget_minutes for run in runs] == [0.5, 0.5]
     assert [[stage.share for stage in run.recipe.stages] for run in runs] == [[1.0], [0.5, 0.5]]
-
-
-def test_the_package_s_planned_studies(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    planned = [file.stem for file in STUDIES.glob("*.yaml") if not file.stem.startswith("budget_")]
-    assert "equal_tokens" in planned
-    for name in planned:
-        main(["study", "plan", name, "--output_dir", str(tmp_path / name)])
-        assert "runs are planned" in capsys.readouterr().out
-    line = refused(capsys, "plan", "equal_token")
-    assert "study 'equal_token' is neither a file nor one of " in line
 
 
 @pytest.mark.parametrize(
@@ -143,8 +169,17 @@ def test_the_package_s_planned_studies(tmp_path: Path, capsys: pytest.CaptureFix
         ({"design": "stern"}, "design is 'stern'; use star or grid"),
         ({"axes": {"m": {}}}, "axes must have levels, and these changes"),
         ({"axes": {"m": {"a b": {"seed": 1}}}}, "'a b' names runs; use letters, digits and . _ -"),
+        ({"changes": [1]}, "changes is '[1]'; it must be as 'changes: {data.fraction: 0.5}'"),
+        ({"changes": {"data.fracton": 0.5}}, "changes: data.fracton is no field of the recipe: data has shards,"),
+        ({"more_seeds": [1]}, "more_seeds must have seeds, and levels of axes: 'more_seeds: {seeds: [1, 2], of: {"),
+        ({"more_seeds": {"seeds": [], "of": {}}}, "more_seeds.seeds is []; it must be a list of whole numbers"),
+        ({"more_seeds": {"seeds": [1], "of": {"m": ["x"]}}}, "more_seeds.of has 'm'; the axes are model, length"),
+        ({"more_seeds": {"seeds": [1], "of": {"model": ["x"]}}}, "more_seeds.of.model is ['x']; list some of base, w"),
         ({"base": "none"}, "recipe 'none' is neither a file nor one of"),
-        ({"sedes": [1]}, "is no study, it has 'sedes'; a study has base, axes, design, seeds, minutes"),
+        (
+            {"sedes": [1]},
+            "is no study, it has 'sedes'; a study has base, changes, axes, design, seeds, more_seeds, minutes",
+        ),
     ],
 )
 def test_a_mistake_in_a_study(
@@ -158,6 +193,8 @@ def test_a_study_without_a_file_or_in_another_s_folder(
     study_file: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert "none.yaml is no plain file" in refused(capsys, "plan", tmp_path / "none.yaml")
+    line = refused(capsys, "plan", "table_2")
+    assert "study 'table_2' is neither a file nor one of equal_tokens, masking_map, scaling_demo, table_1a," in line
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "thesis").touch()
