@@ -19,6 +19,7 @@ from flipscale.studies.design import Study
 from flipscale.studies.folder import read_plan
 from flipscale.studies.masked import estimate, masked_words
 from flipscale.studies.runs import StudyRun
+from flipscale.training.recipe import Recipe
 
 _LAWS: tuple[Callable[[Points], Law], ...] = (PowerLaw, SaturatingLaw, AdditiveLaw)
 
@@ -29,7 +30,7 @@ class Finished:
     def __init__(self, run: StudyRun, levels: dict[str, str]):
         from flipscale.planning.flops import pair_flops  # runs a model, and `--help` needs none
 
-        self.levels, self.run_dir = levels, run.run_dir
+        self.levels, self.run_dir, self.recipe = levels, run.run_dir, run.recipe
         self.label = "+".join(levels.values()) or "base"
         self.curve = read_curve(run.run_dir)
         about = json.loads((run.run_dir / "environment.json").read_text(encoding="utf-8"))
@@ -78,7 +79,8 @@ def report(output_dir: Path, resamples: int) -> None:
     left = f"\n\nNot finished: {', '.join(missing)}." if missing else ""
     laws = [_laws(groups, name, words, output_dir, resamples) for name, words in names.items()]
     masked = masked_words({label: [run.run_dir / "model" for run in of] for label, of in groups.items()})
-    parts = ["# The study", table + left, *filter(None, [masked]), *laws]
+    where = _where_masking_pays(study, [run.recipe for run in runs], finished, next(iter(names.items())), output_dir)
+    parts = ["# The study", table + left, *filter(None, [where, masked]), *laws]
     write_text(output_dir / "report.md", "\n\n".join(parts) + "\n")
     arms = _arms(groups, names)
     write_text(output_dir / "transfer.md", transfer_words(arms, next(iter(names.values()))))
@@ -118,6 +120,37 @@ def _table(groups: dict[str, list[Finished]], names: dict[str, str]) -> str:
 
 def _results(runs: Sequence[Finished], name: str) -> list[Result]:
     return [result for run in runs if (result := run.result(name)) is not None]
+
+
+def _where_masking_pays(
+    study: Study, planned: Sequence[Recipe], finished: Sequence[Finished], result: tuple[str, str], output_dir: Path
+) -> str:
+    """Return the map of where masking pays as a section of the report, and draw it; nothing of a study that is no map.
+
+    It is one if its axes change nothing but the part of the data, the budget and the stages, so that runs at one place
+    of the map are one configuration, and the first stage has mask 0 in some of them.
+
+    Args:
+        result: the name of what is compared, `task/metric`, and what tables call it.
+    """
+    from flipscale.evaluation.scaling.masking import MapRun, Place, cells_of, draw_map, map_words
+
+    def place(recipe: Recipe) -> Place:
+        return Place(recipe.data.fraction, recipe.budget_minutes or 0.0, recipe.stages[0].mask_ratio)
+
+    changed = {str(path) for levels in study.axes.values() for level in levels.values() for path in level}
+    places = {place(recipe) for recipe in planned}
+    if (
+        not all(path in ("data.fraction", "budget_minutes") or path.startswith("stages") for path in changed)
+        or not all(place.minutes for place in places)
+        or len(places) != len(study.combinations())
+        or len({place.mask > 0.0 for place in places}) < 2
+    ):
+        return ""
+    name, words = result
+    cells = cells_of([MapRun(place(run.recipe), run.spent["pairs"], run.curve) for run in finished], name)
+    draw_map(cells, places, words, output_dir / "masking_map.png")
+    return map_words(cells, places, words)
 
 
 def _points(groups: dict[str, list[Finished]], name: str) -> Points | None:

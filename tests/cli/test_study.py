@@ -117,6 +117,7 @@ def test_a_study_from_its_plan_to_its_report(
 
     # What is evaluated afterwards, on masked images too, has a table.
     assert "masked" not in report
+    assert not (out / "masking_map.png").exists()
     masks = ["--mask_ratio", "0", "0.5", "--mask_views", "1", "2", "--num_workers", "0"]
     main(["evaluate", str(out / "runs/base-seed0/model"), "--zero_shot", str(shards), *masks])
     main(["study", "report", str(out), "--resamples", "10"])
@@ -144,6 +145,20 @@ def test_a_study_whose_runs_end_by_their_clock(study_file: Callable[..., Path], 
     assert study.minutes == 0.5
     assert [run.recipe.budget_minutes for run in runs] == [0.5, 0.5]
     assert [[stage.share for stage in run.recipe.stages] for run in runs] == [[1.0], [0.5, 0.5]]
+
+
+def test_where_masking_pays_is_told_of_a_study_of_data_time_and_masks(
+    study_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    axes = {"mask": {"whole": {"stages.0.mask_ratio": 0.0}}}
+    main(["study", "plan", str(study_file(axes=axes, minutes=0.01)), "--output_dir", str(out)])
+    main(["study", "run", str(out)])
+    main(["study", "report", str(out), "--resamples", "10"])
+    section = (out / "report.md").read_text().split("## Where masking pays\n\n")[1].split("\n\n## ")[0]
+    (row,) = [line for line in section.splitlines() if line.startswith("| all")]
+    assert [cell.strip() for cell in row.split("|")[1:5]] == ["all", "0.01", "75%", "1"]
+    assert (out / "masking_map.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,281 @@
+"""Where masking pays: over data and training time, how much sooner a masked run is where the unmasked one ends, and
+what predicts that."""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from flipscale.evaluation.intervals import mean_of
+from flipscale.evaluation.reports.comparison import Curve
+from flipscale.evaluation.reports.figures import drawing_pyplot, save_figure
+from flipscale.evaluation.reports.seeds import seconds_to
+from flipscale.evaluation.results import NOTHING
+from flipscale.evaluation.scaling.transfer import Effect
+from flipscale.files.text_table import markdown_table
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# Cells that a rank correlation takes.
+_LEAST_CELLS = 5
+# The colours' ends: four times as fast, and four times as slow.
+_DEEPEST = 2.0
+
+
+@dataclass(frozen=True, order=True)
+class Place:
+    """A place on the map.
+
+    Args:
+        fraction: the part of the data.
+        minutes: of training.
+        mask: the part of the patches that is removed, before any tuning.
+    """
+
+    fraction: float
+    minutes: float
+    mask: float
+
+    @property
+    def data(self) -> str:
+        """The part of the data in words: `1/32`, `all`."""
+        return "all" if self.fraction == 1.0 else str(Fraction(self.fraction).limit_denominator(4096))
+
+
+@dataclass(frozen=True)
+class MapRun:
+    """A finished run on the map.
+
+    Args:
+        place: where it is.
+        pairs: how many different pairs its data has.
+        curve: what it measured.
+    """
+
+    place: Place
+    pairs: float
+    curve: Curve
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What a mask brings at an amount of data and a training time, against mask 0 there; means over `seeds` seeds.
+
+    Args:
+        place: where it is.
+        seeds: how many seeds both have.
+        ratio: how many times as fast it is, with its interval; None where that cannot be said.
+        gain: its last result less that of mask 0, in points.
+        epochs, whole_epochs: how often it saw each pair, and how often mask 0 did.
+        speed: its pairs a second while it masks, in those of mask 0.
+        tuned: whether unmasked tuning follows.
+    """
+
+    place: Place
+    seeds: int
+    ratio: Effect | None
+    gain: Effect
+    epochs: float
+    whole_epochs: float
+    speed: float
+    tuned: bool
+
+    @property
+    def tower(self) -> float:
+        """The share of a step at mask 0 that goes with the patches, which is the image tower's: by how much longer a
+        pair takes there."""
+        return (1 - 1 / self.speed) / self.place.mask
+
+
+def cells_of(runs: Sequence[MapRun], name: str) -> list[Cell]:
+    """Return what each mask brings at each place where a run of it and one of mask 0 with the same seed are finished.
+
+    How many times as fast it is: the time at which mask 0 ends over the time at which the masked run is as good, on the
+    lines between evaluations. Where it never is, the time at which mask 0 is as good as the masked run's end over the
+    time at which that ends, which is below 1.
+
+    Args:
+        name: of the result, `task/metric`.
+    """
+    by_place: dict[Place, dict[int, MapRun]] = {}
+    for run in runs:
+        if run.curve.course(name):
+            by_place.setdefault(run.place, {})[run.curve.seed] = run
+    cells = []
+    for place, masked in sorted(by_place.items()):
+        whole = by_place.get(Place(place.fraction, place.minutes, 0.0), {})
+        both = [(masked[seed], whole[seed]) for seed in sorted(masked.keys() & whole.keys())]
+        if place.mask > 0.0 and both:
+            cells.append(_cell(place, both, name))
+    return cells
+
+
+def _cell(place: Place, both: Sequence[tuple[MapRun, MapRun]], name: str) -> Cell:
+    ratios = [ratio for one, other in both if (ratio := _ratio(one.curve, other.curve, name)) is not None]
+    ends = [[run.curve.course(name)[-1].result for run in pair] for pair in both]
+    sign = 1.0 if ends[0][0].higher_is_better else -1.0
+    return Cell(
+        place,
+        len(both),
+        _power_of(_effect([math.log(ratio) for ratio in ratios])) if len(ratios) == len(both) else None,
+        _effect([sign * (one.value - other.value) for one, other in ends]),
+        float(np.mean([one.curve.records[-1]["samples_seen"] / one.pairs for one, _ in both])),
+        float(np.mean([other.curve.records[-1]["samples_seen"] / other.pairs for _, other in both])),
+        float(np.mean([_pace(one.curve) / _pace(other.curve) for one, other in both])),
+        both[0][0].curve.tuned,
+    )
+
+
+def _ratio(masked: Curve, whole: Curve, name: str) -> float | None:
+    """Return how many times as fast a masked run is as the unmasked one; None where that one is no better than chance
+    at its end."""
+    end, own = whole.course(name)[-1], masked.course(name)[-1]
+    if end.result.chance is not None and end.result.low is not None and end.result.low <= end.result.chance:
+        return None
+    seconds = seconds_to(masked, name, end.result.value)
+    if seconds is not None:
+        return end.trained_seconds / seconds if seconds else None
+    seconds = seconds_to(whole, name, own.result.value)
+    return seconds / own.trained_seconds if seconds else None
+
+
+def _pace(curve: Curve) -> float:
+    """Return the pairs a second of a run's first stage."""
+    first = next(iter(curve.masks))
+    own = [record for record in curve.records if record.get("stage") == first] or curve.records
+    return own[-1]["samples_seen"] / own[-1]["trained_seconds"]
+
+
+def _effect(values: Sequence[float]) -> Effect:
+    return Effect(values[0]) if len(values) == 1 else Effect(*mean_of(values))
+
+
+def _power_of(logs: Effect) -> Effect:
+    low, high = (None if end is None else math.exp(end) for end in (logs.low, logs.high))
+    return Effect(math.exp(logs.mean), low, high)
+
+
+def map_words(cells: Sequence[Cell], planned: Iterable[Place], words: str) -> str:
+    """Return the map as a section of a report: a row for each place, and what the ratio goes with.
+
+    Args:
+        planned: all places of the study; those without a cell have dashes.
+        words: what the result is called.
+    """
+    found = {cell.place: cell for cell in cells}
+    places = sorted({place for place in planned if place.mask > 0.0}, key=lambda p: (p.mask, -p.fraction, p.minutes))
+    head = ["data", "minutes", "mask", "seeds", "times as fast", "points", "epochs", "at mask 0", "pairs/s", "tower"]
+    rows = [head]
+    for place in places:
+        at = [place.data, f"{place.minutes:g}", f"{place.mask:.0%}"]
+        rows.append([*at, *(_facts(found[place]) if place in found else 7 * [NOTHING])])
+    said = (
+        f"By {words}. Times as fast: when mask 0 ends, over when the masked run is as good; where it never is, when "
+        "mask 0 is as good as the masked run's end, over when that ends. Points: at equal time. Epochs: how often the "
+        "masked run saw each pair. Pairs/s: of masked steps, in those of mask 0. Tower: the share of a step at mask 0 "
+        "that goes with the patches; where that is s, a mask of m makes steps at most 1 / (1 - s m) times as fast."
+    )
+    return "\n\n".join(["## Where masking pays", said, markdown_table(rows, 1), *_predictors(cells)])
+
+
+def _facts(cell: Cell) -> list[str]:
+    return [
+        str(cell.seeds),
+        ratio_text(cell),
+        cell.gain.text,
+        f"{cell.epochs:.2f}",
+        f"{cell.whole_epochs:.2f}",
+        f"{cell.speed:.2f}x",
+        f"{cell.tower:.0%}",
+    ]
+
+
+def ratio_text(cell: Cell) -> str:
+    """Return how many times as fast a cell's mask is: `1.42x (1.21 to 1.66)`."""
+    if cell.ratio is None:
+        return NOTHING
+    between = "" if cell.ratio.low is None else f" ({cell.ratio.low:.2f} to {cell.ratio.high:.2f})"
+    return f"{cell.ratio.mean:.2f}x{between}"
+
+
+def _predictors(cells: Sequence[Cell]) -> list[str]:
+    """Return a sentence on what the ratio goes with, over the cells that have one."""
+    told = [cell for cell in cells if cell.ratio is not None]
+    if len(told) < _LEAST_CELLS:
+        return []
+    ratios = [cell.ratio.mean for cell in told if cell.ratio is not None]
+    by_epochs = _rank_correlation(ratios, [cell.epochs for cell in told])
+    by_tower = _rank_correlation(ratios, [cell.tower for cell in told])
+    return [
+        f"Over {len(told)} cells, the rank correlation of times as fast is {by_epochs:+.2f} with the epochs that the "
+        f"masked run saw, and {by_tower:+.2f} with the tower's share of a step."
+    ]
+
+
+def _rank_correlation(one: Sequence[float], other: Sequence[float]) -> float:
+    """Return Spearman's rank correlation; equal values, which measurements do not have, get ranks in their order."""
+    ranks = [np.argsort(np.argsort(values, kind="stable"), kind="stable") for values in (one, other)]
+    return float(np.corrcoef(np.stack(ranks).astype(float))[0, 1])
+
+
+def draw_map(cells: Sequence[Cell], planned: Iterable[Place], words: str, path: Path) -> None:
+    """Draw the map: a panel for each mask, data x training time, a number and a colour in each cell.
+
+    Args:
+        planned: as in `map_words`.
+        words: what the result is called.
+    """
+    places = list(planned)
+    fractions = sorted({place.fraction for place in places}, reverse=True)
+    minutes = sorted({place.minutes for place in places})
+    masks = sorted({place.mask for place in places if place.mask > 0.0})
+    size = (max(1.3 + 1.75 * len(minutes) * len(masks), 7.0), 1.9 + 0.95 * len(fractions))
+    figure, axes = drawing_pyplot().subplots(
+        1, len(masks), figsize=size, sharey=True, squeeze=False, constrained_layout=True
+    )
+    for axis, mask in zip(axes[0], masks, strict=True):
+        own = {cell.place: cell for cell in cells if cell.place.mask == mask}
+        _draw_panel(axis, [[own.get(Place(part, time, mask)) for time in minutes] for part in fractions])
+        tuned = ", then tuned" if any(cell.tuned for cell in own.values()) else ""
+        title = f"{mask:.0%} masked{tuned}"
+        if own:
+            speed, tower = (np.median([getattr(cell, name) for cell in own.values()]) for name in ("speed", "tower"))
+            title += f"\n{speed:.1f}x the pairs a second; the tower is {tower:.0%} of a step"
+        axis.set_title(title, loc="left", fontsize=10)
+        axis.set_xticks(range(len(minutes)), [f"{time:g}" for time in minutes])
+        axis.set_xlabel("training time, minutes")
+    axes[0, 0].set_yticks(range(len(fractions)), [Place(part, 0, 0).data for part in fractions])
+    axes[0, 0].set_ylabel("part of the data")
+    figure.suptitle(
+        f"Where masking pays: how many times as fast the masked run reaches the {words} at which mask 0 ends.\n"
+        "Blue, above 1: masking wins. Below: points of difference at equal time, and epochs of the masked run.",
+        fontsize=9,
+        x=0.01,
+        ha="left",
+    )
+    save_figure(figure, path)
+
+
+def _draw_panel(axis: "Axes", table: Sequence[Sequence[Cell | None]]) -> None:
+    values = np.array(
+        [[math.log2(cell.ratio.mean) if cell and cell.ratio else np.nan for cell in row] for row in table]
+    )
+    axis.set_facecolor("#eeeeee")
+    axis.imshow(values, cmap="RdBu", vmin=-_DEEPEST, vmax=_DEEPEST, aspect="auto")
+    for (row, column), value in np.ndenumerate(values):
+        cell = table[row][column]
+        colour = "white" if abs(value) > 0.6 * _DEEPEST else "black"
+        number = NOTHING if cell is None else ratio_text(cell).replace(" (", "\n(")
+        head, _, interval = number.partition("\n")
+        axis.text(column, row - 0.12, head, ha="center", va="center", fontsize=12, weight="bold", color=colour)
+        if cell is not None:
+            below = f"{interval}\n" if interval else ""
+            below += f"{cell.gain.mean:+.1f}; {cell.epochs:,.{0 if cell.epochs >= 10 else 1}f} epochs"
+            axis.text(column, row + 0.06, below, ha="center", va="top", fontsize=7.5, color=colour)
+    axis.tick_params(length=0)
+    axis.spines[:].set_visible(False)
