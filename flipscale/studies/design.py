@@ -3,6 +3,7 @@
 import copy
 import itertools
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from flipscale.training.schedule import plan_stages
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
 # YAML 1.1 takes these for texts.
 _POWER_OF_TEN = re.compile(r"[-+]?\d+(\.\d*)?[eE]\d+|[-+]?\d+[eE]-\d+")
+_MOST_RUNS = 10_000
 _DESIGNS = ("star", "grid")
 _FIELDS = ("base", "changes", "axes", "design", "seeds", "more_seeds", "minutes")
 # The level of an axis at which it changes nothing.
@@ -85,8 +87,12 @@ class Study:
         comes after the other, so that a study which is not finished has all its combinations.
 
         Raises:
-            ValueError: two have one name.
+            ValueError: two have one name, or there are more than anybody trains.
         """
+        if self.design == "grid":
+            count = math.prod(len(levels) + 1 for levels in self.axes.values()) * len(self.seeds)
+            if count > _MOST_RUNS:
+                raise ValueError(f"the grid has {count:,} runs, more than {_MOST_RUNS:,}; give it fewer axes or a star")
         planned = [(levels, seed) for seed in self.seeds for levels in self.combinations()]
         if (more := self.more_seeds) is not None:
             part = [
@@ -219,8 +225,10 @@ def _change(content: dict[str, Any], path: str, value: Any, where: str) -> None:
     """Set what a path such as `stages.0.samples` names in a recipe.
 
     Raises:
-        ValueError: there is no such place.
+        ValueError: there is no such place, or it is a whole section, or the study's own.
     """
+    if path in _OWN:
+        raise ValueError(f"{where}: {path} is the study's own; {_OWN[path]}")
     *parents, last = path.split(".")
     place: Any = content
     for number, part in enumerate([*parents, last]):
@@ -233,12 +241,17 @@ def _change(content: dict[str, Any], path: str, value: Any, where: str) -> None:
             raise ValueError(f"{where}: {path} is no field of the recipe: {inside} has {has}")
         if number < len(parents):
             place = place[int(part)] if isinstance(place, list) else place[part]
+    if not parents and isinstance(place[last], dict):
+        first = next(iter(place[last]))
+        raise ValueError(f"{where}: {path} is a whole section of the recipe; change its fields, such as {path}.{first}")
     if isinstance(value, str) and _POWER_OF_TEN.fullmatch(value):
         value = int(float(value)) if float(value).is_integer() else float(value)
     # A copy: an axis may change what lies in it.
     place[int(last) if isinstance(place, list) else last] = copy.deepcopy(value)
 
 
+# What the study sets in each recipe.
+_OWN = {"seed": "list the seeds in seeds", "output_dir": "its runs lie in its folder, --output_dir"}
 # Sections whose fields are not listed in a recipe that leaves them out.
 _OPEN = ("model.vision_config", "model.text_config", "loss.options")
 
@@ -249,13 +262,21 @@ def _checked(content: dict[str, Any], name: str) -> Recipe:
     Raises:
         ValueError: it cannot be run.
     """
-    batch = content["data"]["global_batch_size"]
-    if isinstance(batch, int) and batch % (content["data"]["lanes"] or 1):
-        content["data"]["lanes"] = None  # those of another batch
-    # JSON is YAML, and of the kind that flags are read as.
-    words = [[f"--{field}", value if isinstance(value, str) else json.dumps(value)] for field, value in content.items()]
+    data = content["data"]
+    batch, lanes = data["global_batch_size"], data["lanes"]
+    if isinstance(batch, int) and isinstance(lanes, int) and lanes and batch % lanes:
+        data["lanes"] = None  # those of another batch
+    words: list[str] = []
+    for section, value in content.items():
+        # A field at a time: of a whole section, the message of a mistake has all of it.
+        fields = (
+            {f"{section}.{name}": one for name, one in value.items()} if isinstance(value, dict) else {section: value}
+        )
+        for flag, one in fields.items():
+            # JSON is YAML, and of the kind that flags are read as.
+            words += [f"--{flag}", one if isinstance(one, str) else json.dumps(one)]
     try:
-        recipe = parse_recipe(list(itertools.chain(*words)))
+        recipe = parse_recipe(words)
         plan_stages(recipe.stages, recipe.data.global_batch_size, recipe.budget_minutes)
         recipe.model_config()
     except ValueError as error:

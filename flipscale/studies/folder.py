@@ -76,5 +76,6 @@ def _load(file: Path) -> Recipe:
 
 
 def _fields(recipe: Recipe) -> dict[str, Any]:
+    # A folder may be named by another path the next time.
     fields: dict[str, Any] = yaml.safe_load(to_yaml(recipe))
-    return fields
+    return {**fields, "output_dir": str(Path(recipe.output_dir).absolute())}

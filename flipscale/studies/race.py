@@ -172,15 +172,15 @@ def _plan(
     """Return the runs of each seed, with recipes that end by their clock, also written to `output_dir/RUN.yaml`.
 
     Raises:
-        ValueError: the study was begun with other recipes, or another time.
+        ValueError: a recipe cannot be run, or the study was begun with other recipes or another time.
     """
-    heats = []
+    heats, timed_ones = [], {name: _timed(name, recipe, minutes) for name, recipe in zip(names, recipes, strict=True)}
     for number in range(seeds):
         heat = []
-        for name, recipe in zip(names, recipes, strict=True):
+        for name, recipe in timed_ones.items():
             seed = recipe.seed + number
             own = name if seeds == 1 else name + seed_suffix(seed)
-            timed = dataclasses.replace(in_time(recipe, minutes), seed=seed, output_dir=str(output_dir / own))
+            timed = dataclasses.replace(recipe, seed=seed, output_dir=str(output_dir / own))
             heat.append(StudyRun(own, timed))
         heats.append(heat)
     for run in (run for heat in heats for run in heat):
@@ -188,6 +188,18 @@ def _plan(
     output_dir.mkdir(parents=True, exist_ok=True)
     write_text(output_dir / _MARK, json.dumps({"recipes": names, "minutes": minutes, "seeds": seeds}) + "\n")
     return heats
+
+
+def _timed(name: str, recipe: Recipe, minutes: float) -> Recipe:
+    """Return a recipe as `in_time` has it.
+
+    Raises:
+        ValueError: as `in_time`; the message names the recipe.
+    """
+    try:
+        return in_time(recipe, minutes)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
 
 
 def _refuse_change(run: StudyRun) -> None:

@@ -68,6 +68,9 @@ def in_time(recipe: Recipe, minutes: float) -> Recipe:
 
     Stages and warm-ups whose lengths are samples get their shares of the recipe's operations. Metrics are written sixty
     times, evaluations run six times and checkpoints are written ten times, unless the recipe has shares of its own.
+
+    Raises:
+        ValueError: the recipe cannot be run as it stands, or a stage is too short to have a share of the time.
     """
     log, evaluated, saved = recipe.log, recipe.eval, recipe.save
     if not log.every_share:
@@ -77,6 +80,7 @@ def in_time(recipe: Recipe, minutes: float) -> Recipe:
     if not saved.every_samples and not saved.every_minutes:
         saved = dataclasses.replace(saved, every_minutes=minutes / 10)
     stages = recipe.stages if recipe.budget_minutes is not None else _stages_in_shares(recipe)
+    plan_stages(stages, recipe.data.global_batch_size, minutes)
     return dataclasses.replace(recipe, budget_minutes=minutes, stages=stages, log=log, eval=evaluated, save=saved)
 
 
@@ -84,7 +88,7 @@ def _stages_in_shares(recipe: Recipe) -> list[StageRecipe]:
     """Return the stages of a recipe of samples, each with its share of the operations of all.
 
     Raises:
-        ValueError: the recipe cannot be run as it stands.
+        ValueError: the recipe cannot be run as it stands, or its last stage is too short to have a share.
     """
     from flipscale.planning.flops import pair_flops  # runs a model, and `--help` needs none
 
@@ -98,6 +102,11 @@ def _stages_in_shares(recipe: Recipe) -> list[StageRecipe]:
 
     shares = [share(stage, stage.samples) for stage in recipe.stages]
     shares[-1] = round(1.0 - sum(shares[:-1]), 4)
+    if shares[-1] <= 0.0:
+        last = recipe.stages[-1]
+        raise ValueError(
+            f"stage {last.name!r}: {last.samples} samples have no share of the time beside the others'; give it more"
+        )
     return [
         dataclasses.replace(
             stage, samples=None, warmup_samples=0, share=own, warmup_share=share(stage, stage.warmup_samples)

@@ -13,6 +13,7 @@ ROWS = {
     "checkpoints": "test_checkpoints",
     "run directories, signals": "test_runs",
     "recipes and flags": "test_recipes",
+    "studies": "test_studies",
     "processes, locales, launchers": "test_processes",
     "lists and archives to prepare": "test_preparing",
     "model folders, pushes": "test_models",
