@@ -34,6 +34,8 @@ class OptimRecipe:
         layer_decay: Multiply the rate of each block of a tower by this once more than that of the block after it, and
             the embeddings' once more than the first block's; final norms, projections and heads have the whole rate.
             0.75 in the paper's fine-tuning; left out, all have the same rate.
+        tower_lr_ratio: The learning rate of the two towers relative to that of all else, such as a new decoder's or
+            head's; 0.1 in the paper's captioning and question answering.
         max_grad_norm: Clip the gradients' global norm to this; left out, nothing is clipped, as in the paper.
     """
 
@@ -47,6 +49,7 @@ class OptimRecipe:
     max_grad_norm: Positive | None = None
     ema_decay: ShareBetween | None = None
     layer_decay: ShareAboveNone | None = None
+    tower_lr_ratio: Positive = 1.0
 
 
 @dataclass(frozen=True)

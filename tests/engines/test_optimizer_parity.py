@@ -110,6 +110,18 @@ def test_layer_decay_sets_the_rates_and_leaves_the_decay(name: str) -> None:
     }
 
 
+@pytest.mark.parametrize("decay", [None, 0.5])
+def test_towers_have_a_rate_of_their_own(decay: float | None) -> None:
+    model = FlipModel(FlipConfig(vision_config=TOWER, text_config=TOWER))
+    plain, scales = layer_scales(model, decay), layer_scales(model, decay, 0.1)
+    for name, scale in scales.items():
+        assert scale == (0.1 if name.startswith(("vision_model.", "text_model.")) else 1.0) * plain[name], name
+    optimizers = build_optimizers(model, OptimRecipe(layer_decay=decay, tower_lr_ratio=0.1))
+    set_learning_rate(optimizers, 0.1)
+    rates = {id(p): group["lr"] for group in optimizers[0].param_groups for p in group["params"]}
+    assert rates == {id(p): pytest.approx(0.1 * scales[name]) for name, p in model.named_parameters()}
+
+
 def test_five_steps(stage: Stage, tmp_path: Path) -> None:
     with tarfile.open(FIXTURES / "t5x.tar.gz") as tar:
         tar.extractall(tmp_path, filter="data")

@@ -75,15 +75,16 @@ def decays(model: nn.Module) -> dict[str, bool]:
     return found
 
 
-def layer_scales(model: nn.Module, decay: float | None) -> dict[str, float]:
-    """Return by name what the learning rate of a parameter is multiplied by; 1 for all without a `decay`.
+def layer_scales(model: nn.Module, decay: float | None, tower_ratio: float = 1.0) -> dict[str, float]:
+    """Return by name what the learning rate of a parameter is multiplied by: in the towers `tower_ratio`, elsewhere 1;
+    and by the `decay`, where there is one.
 
     In a tower of N blocks, the embeddings are group 0, block k, counted from 0, is group k + 1, and the final norm is
     group N + 1, like all that is outside of the towers: projections, heads, decoders, the parameters of the loss. Group
     i has `decay ** (N + 1 - i)` (BEiT, arXiv 2106.08254; so MAE fine-tunes).
     """
     scales = {name: 1.0 for name, _ in model.named_parameters()}
-    if decay is None:
+    if decay is None and tower_ratio == 1.0:
         return scales
     from flipscale.model import FlipTextModel, FlipVisionModel  # as above
 
@@ -93,7 +94,7 @@ def layer_scales(model: nn.Module, decay: float | None) -> dict[str, float]:
             for name, _ in tower.named_parameters():
                 block = re.match(r"encoder\.layers\.(\d+)\.", name)
                 group = int(block[1]) + 1 if block else 0 if name.startswith("embeddings.") else last
-                scales[f"{path}.{name}" if path else name] = decay ** (last - group)
+                scales[f"{path}.{name}" if path else name] = tower_ratio * (decay or 1.0) ** (last - group)
     return scales
 
 
@@ -116,7 +117,7 @@ def build_optimizers(
         sharers: the processes that share Muon's work on whole matrices; None: each does all of it.
     """
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    scales = layer_scales(model, recipe.layer_decay)
+    scales = layer_scales(model, recipe.layer_decay, recipe.tower_lr_ratio)
     optimizers: list[torch.optim.Optimizer] = []
     if recipe.name == "muon":
         names = muon_matrices(model)
