@@ -36,7 +36,7 @@ _WRITTEN = re.compile(
     | (?: image|text) _model\.onnx (?: \.data)?
     | vocab\.txt | merges\.txt | \w[\w.-]*\.model | chat_template\.jinja
     | (?: configuration_flip|configuration_parts|modeling_flip|modeling_flip_caption|modeling_flip_decoder
-        |processing_flip|masking|folder|patches) \.py
+        |modeling_flip_vqa|processing_flip|masking|folder|patches) \.py
     | README\.md | results\.(?: md|jsonl|png) | figures/[\w.-]+\.png"""
 )
 _FIGURES = "figures"

@@ -8,7 +8,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .configuration_flip import SIZES, FlipConfig, FlipDecoderConfig, FlipTextConfig, FlipVisionConfig
+    from .configuration_flip import (
+        SIZES,
+        FlipAnswerConfig,
+        FlipConfig,
+        FlipDecoderConfig,
+        FlipTextConfig,
+        FlipVisionConfig,
+    )
     from .modeling_flip import (
         FlipForImageClassification,
         FlipModel,
@@ -20,14 +27,17 @@ if TYPE_CHECKING:
         FlipVisionModelWithProjection,
     )
     from .modeling_flip_caption import FlipForConditionalGeneration
+    from .modeling_flip_vqa import FlipForQuestionAnswering
     from .processing_flip import FlipProcessor
 
 __all__ = [
     "SIZES",
+    "FlipAnswerConfig",
     "FlipConfig",
     "FlipDecoderConfig",
     "FlipForConditionalGeneration",
     "FlipForImageClassification",
+    "FlipForQuestionAnswering",
     "FlipModel",
     "FlipOutput",
     "FlipPreTrainedModel",

@@ -5,11 +5,12 @@ from transformers import (
     AutoModel,
     AutoModelForImageClassification,
     AutoModelForImageTextToText,
+    AutoModelForVisualQuestionAnswering,
     AutoModelForZeroShotImageClassification,
     AutoProcessor,
 )
 
-from .configuration_flip import SIZES, FlipConfig, FlipDecoderConfig, FlipTextConfig, FlipVisionConfig
+from .configuration_flip import SIZES, FlipAnswerConfig, FlipConfig, FlipDecoderConfig, FlipTextConfig, FlipVisionConfig
 from .modeling_flip import (
     FlipForImageClassification,
     FlipModel,
@@ -21,6 +22,7 @@ from .modeling_flip import (
     FlipVisionModelWithProjection,
 )
 from .modeling_flip_caption import FlipForConditionalGeneration
+from .modeling_flip_vqa import FlipForQuestionAnswering
 from .processing_flip import FlipProcessor
 
 for _config, _model in ((FlipConfig, FlipModel), (FlipTextConfig, FlipTextModel), (FlipVisionConfig, FlipVisionModel)):
@@ -32,17 +34,21 @@ for _config, _model in ((FlipConfig, FlipModel), (FlipTextConfig, FlipTextModel)
 FlipProcessor.register_for_auto_class("AutoProcessor")
 FlipForImageClassification.register_for_auto_class("AutoModelForImageClassification")
 FlipForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
+FlipForQuestionAnswering.register_for_auto_class("AutoModelForVisualQuestionAnswering")
 AutoModelForZeroShotImageClassification.register(FlipConfig, FlipModel)
 AutoModelForImageClassification.register(FlipConfig, FlipForImageClassification)
 AutoModelForImageTextToText.register(FlipConfig, FlipForConditionalGeneration)
+AutoModelForVisualQuestionAnswering.register(FlipConfig, FlipForQuestionAnswering)
 AutoProcessor.register(FlipConfig, FlipProcessor)
 
 __all__ = [
     "SIZES",
+    "FlipAnswerConfig",
     "FlipConfig",
     "FlipDecoderConfig",
     "FlipForConditionalGeneration",
     "FlipForImageClassification",
+    "FlipForQuestionAnswering",
     "FlipModel",
     "FlipOutput",
     "FlipPreTrainedModel",

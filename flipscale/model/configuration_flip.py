@@ -164,6 +164,36 @@ class FlipDecoderConfig(FlipPreTrainedConfig):
 
 
 @strict
+class FlipAnswerConfig(FlipPreTrainedConfig):
+    r"""
+    The configuration of the transformer that answers questions from the tokens of both towers. The defaults are the
+    paper's, and METER's list of answers to VQAv2.
+
+    Args:
+        num_answers: of the list that an answer is one of.
+        sees_image: False is for a model that answers from the question alone, to compare with.
+    """
+
+    model_type = "flip_answer"
+    base_config_key = "answer_config"
+
+    num_answers: int = 3129
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 4
+    num_attention_heads: int = 12
+    hidden_act: str = "gelu_pytorch_tanh"
+    layer_norm_eps: float | int = 1e-6
+    attention_dropout: float | int = 0.0
+    initializer_range: float | int = 0.02
+    sees_image: bool = True
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        check_tower(self)
+        super().__post_init__(**kwargs)
+
+
+@strict
 class FlipConfig(FlipPreTrainedConfig):
     r"""
     The configuration of both towers and of the loss parameters. Mask ratios are arguments of `forward`, not fields
@@ -172,6 +202,7 @@ class FlipConfig(FlipPreTrainedConfig):
     Args:
         text_config: None beside a `decoder_config` is for a model that writes captions and has no text tower.
         decoder_config: of a model that writes captions, `FlipForConditionalGeneration`.
+        answer_config: of a model that answers questions, `FlipForQuestionAnswering`.
         projection_dim: the width of the joint embedding, set on both towers. None takes the towers' own, which must be
             equal.
         logit_scale_init_value: ln(1/0.07), before the exponential is taken.
@@ -191,12 +222,14 @@ class FlipConfig(FlipPreTrainedConfig):
         "text_config": SubConfigSpec(FlipTextConfig, optional=True),
         "vision_config": FlipVisionConfig,
         "decoder_config": SubConfigSpec(FlipDecoderConfig, optional=True),
+        "answer_config": SubConfigSpec(FlipAnswerConfig, optional=True),
     }
 
     # Given as configurations, as dicts or not at all; configurations once this object is made.
     text_config: Any = None
     vision_config: Any = None
     decoder_config: Any = None
+    answer_config: Any = None
     projection_dim: int | None = None
     logit_scale_init_value: float | int = 2.6592600369327783
     logit_bias_init_value: float | int | None = None
@@ -235,10 +268,9 @@ class FlipConfig(FlipPreTrainedConfig):
 
     def to_diff_dict(self) -> dict[str, Any]:
         found = super().to_diff_dict()
-        # The file of a model without a decoder is what it was before there were decoders.
-        if self.decoder_config is None:
-            found.pop("decoder_config", None)
-        return found
+        # The file of a model of two towers is what it was before there were others.
+        added = ("decoder_config", "answer_config")
+        return {name: value for name, value in found.items() if value is not None or name not in added}
 
     @classmethod
     def _check_readable(cls, content: dict[str, Any]) -> None:
@@ -273,7 +305,12 @@ class FlipConfig(FlipPreTrainedConfig):
         return cls._built(towers)
 
 
-_PARTS = (("vision_config", FlipVisionConfig), ("text_config", FlipTextConfig), ("decoder_config", FlipDecoderConfig))
+_PARTS = (
+    ("vision_config", FlipVisionConfig),
+    ("text_config", FlipTextConfig),
+    ("decoder_config", FlipDecoderConfig),
+    ("answer_config", FlipAnswerConfig),
+)
 
 
 def _tower(width: int, layers: int, heads: int, mlp: int | None = None, **fields: int) -> dict[str, Any]:
@@ -296,4 +333,4 @@ SIZES: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {
     "g14": (_tower(1664, 48, 16, mlp=8192, patch_size=14), _tower(1280, 32, 20), 1280),
 }
 
-__all__ = ["FlipConfig", "FlipDecoderConfig", "FlipTextConfig", "FlipVisionConfig"]
+__all__ = ["FlipAnswerConfig", "FlipConfig", "FlipDecoderConfig", "FlipTextConfig", "FlipVisionConfig"]

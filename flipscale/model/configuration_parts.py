@@ -19,6 +19,7 @@ RANGES: dict[str, tuple[int, int]] = {
     "num_encoder_layers": (0, 1_000),
     "num_attention_heads": (1, 4_096),
     "projection_dim": (1, 65_536),
+    "num_answers": (1, 10_000_000),
     "num_channels": (1, 1_024),
     "image_size": (1, 16_384),
     "patch_size": (1, 16_384),
@@ -33,7 +34,7 @@ RANGES: dict[str, tuple[int, int]] = {
 
 
 class FlipPreTrainedConfig(PreTrainedConfig):
-    """The base of the four configurations. It keeps fields that it does not know, as transformers' own configurations
+    """The base of all configurations. It keeps fields that it does not know, as transformers' own configurations
     do: quantisers, PEFT and hubs add theirs. It refuses a file of another model type or of a newer `model_format`."""
 
     def __post_init__(self, **kwargs: Any) -> None:

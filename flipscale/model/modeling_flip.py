@@ -553,7 +553,7 @@ class FlipVisionModel(FlipPreTrainedModel):
     base_model_prefix = "vision_model"
     _input_embed_layer = "patch_embedding"
     # The weights of a FlipModel that do not belong to this tower.
-    _keys_to_ignore_on_load_unexpected = [r"^text_", r"^image_projection\.", r"^logit_", r"^decoder\."]  # noqa: RUF012
+    _keys_to_ignore_on_load_unexpected = [r"^text_", r"^image_projection\.", r"^logit_", r"^(decoder|fusion)\."]  # noqa: RUF012
 
     def __init__(self, config: FlipVisionConfig):
         super().__init__(config)
@@ -615,7 +615,7 @@ class FlipTextModel(FlipPreTrainedModel):
     input_modalities = ("text",)
     base_model_prefix = "text_model"
     _input_embed_layer = "token_embedding"
-    _keys_to_ignore_on_load_unexpected = [r"^vision_model\.", r"_projection\.", r"^logit_", r"^decoder\."]  # noqa: RUF012
+    _keys_to_ignore_on_load_unexpected = [r"^vision_model\.", r"_projection\.", r"^logit_", r"^(decoder|fusion)\."]  # noqa: RUF012
 
     def __init__(self, config: FlipTextConfig):
         super().__init__(config)
@@ -717,7 +717,7 @@ class FlipTextModelWithProjection(FlipPreTrainedModel):
 
     config: FlipTextConfig
     input_modalities = ("text",)
-    _keys_to_ignore_on_load_unexpected = [r"^vision_model\.", r"^image_projection\.", r"^logit_", r"^decoder\."]  # noqa: RUF012
+    _keys_to_ignore_on_load_unexpected = [r"^vision_model\.", r"^image_projection\.", r"^logit_", r"^(decoder|fusion)"]  # noqa: RUF012
 
     def __init__(self, config: FlipTextConfig):
         super().__init__(config)
@@ -776,7 +776,7 @@ class FlipModel(FlipPreTrainedModel):
             setattr(self, name, None if missing else nn.Parameter(torch.zeros(1)))
         self.post_init()
         # PreTrainedModel collects the towers' lists, and each of them names the weights of the other tower.
-        self._keys_to_ignore_on_load_unexpected = {r"^decoder\."}
+        self._keys_to_ignore_on_load_unexpected = {r"^(decoder|fusion)\."}
 
     def get_input_embeddings(self) -> nn.Module:
         return self.text_model.get_input_embeddings()
@@ -879,7 +879,7 @@ class FlipForImageClassification(FlipPreTrainedModel):
     config: FlipConfig
     main_input_name = "pixel_values"
     input_modalities = ("image",)
-    _keys_to_ignore_on_load_unexpected = [r"^text_", r"^image_projection\.", r"^logit_", r"^decoder\."]  # noqa: RUF012
+    _keys_to_ignore_on_load_unexpected = [r"^text_", r"^image_projection\.", r"^logit_", r"^(decoder|fusion)\."]  # noqa: RUF012
 
     def __init__(self, config: FlipConfig):
         super().__init__(config)

@@ -71,7 +71,7 @@ class FlipForConditionalGeneration(FlipPreTrainedModel, GenerationMixin):
 
     config: FlipConfig
     main_input_name = "pixel_values"
-    _keys_to_ignore_on_load_unexpected = [r"^text_", r"^image_projection\.", r"^logit_"]  # noqa: RUF012
+    _keys_to_ignore_on_load_unexpected = [r"^text_", r"^image_projection\.", r"^logit_", r"^fusion\."]  # noqa: RUF012
 
     def __init__(self, config: FlipConfig):
         """

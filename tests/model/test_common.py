@@ -9,6 +9,7 @@ try:
     from model.common_classes import (  # noqa: F401
         FlipCleanTextModelTest,
         FlipForImageClassificationTest,
+        FlipForQuestionAnsweringTest,
         FlipModelTest,
         FlipTextModelTest,
         FlipVisionModelTest,

@@ -8,6 +8,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 
 from flipscale.evaluation.kinds.answers.captioning import Captioning
 from flipscale.evaluation.kinds.answers.likelihood import Likelihood
+from flipscale.evaluation.kinds.answers.vqa import Vqa
 from flipscale.evaluation.kinds.association import Association
 from flipscale.evaluation.kinds.few_shot import FewShot
 from flipscale.evaluation.kinds.probe import Probe
@@ -28,6 +29,7 @@ KINDS: dict[str, type[Task]] = {
     "probe": Probe,
     "captioning": Captioning,
     "likelihood": Likelihood,
+    "vqa": Vqa,
 }
 
 

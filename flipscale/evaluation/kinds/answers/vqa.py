@@ -1,0 +1,157 @@
+"""Visual question answering: the answers of a model beside those that people gave."""
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+
+from flipscale.data.captions import tokenise
+from flipscale.evaluation.captions.scores import mean_estimate
+from flipscale.evaluation.embedding import Embedder
+from flipscale.evaluation.kinds.task import Task
+from flipscale.evaluation.probe.views import ChosenRows
+from flipscale.evaluation.results import Result
+from flipscale.evaluation.test_set import TestSet, of_my_rows
+
+# VQAv2's threshold: an answer that three of ten people gave is right.
+_ENOUGH = 3
+
+
+@dataclass(frozen=True)
+class Vqa(Task):
+    """`accuracy`, VQAv2's, in percent of the questions; and those of questions whose answer is yes or no, and of the
+    others.
+
+    `data` has shards with a sample for each question: its image, `KEY.txt`, the question, and either `KEY.cls`, the
+    number of its answer, or `KEY.npy`, how many people gave each answer and, last, any other. `classnames.txt` has the
+    answers. Every process holds all questions.
+
+    Args:
+        image: `shuffled` gives each question the image of another one: what is left is what the questions tell.
+    """
+
+    image: Literal["own", "shuffled"] = "own"
+
+    protocol: ClassVar[str] = """Visual question answering: the best of the model's list of answers, of whole images;
+an answer has min(n / 3, 1) for the n people who gave it, averaged over all people but one each time, and 1 where it is
+the only one given (Antol et al. 2015). Intervals take questions for independent."""
+    hub_task: ClassVar[str] = "visual-question-answering"
+    hub_metric: ClassVar[str] = "accuracy"
+
+    def check(self) -> None:
+        super().check()
+        TestSet.open(self.data).class_names()
+
+    def truth(self, test_set: TestSet) -> Callable[[int, int], Any]:
+        return partial(_question, test_set, len(test_set.class_names()))
+
+    def evaluate(self, embedder: Embedder) -> list[Result]:
+        test_set = TestSet.open(self.data)
+        answers = test_set.class_names()
+        self._refuse_others(embedder, len(answers))
+        mine = of_my_rows(embedder, test_set.source, partial(_question, test_set, len(answers)))
+        source = test_set.source
+        if self.image == "shuffled":
+            source = ChosenRows(source, np.random.default_rng(0).permutation(len(source)))
+        scores: list[float] = []
+        length, device = embedder.model.config.text_config.max_position_embeddings, embedder.accelerator.device
+        for rows, columns in embedder.image_columns(source):
+            asked = mine[len(scores) : len(scores) + len(rows)]
+            # A process without a question left answers something meanwhile.
+            tokens = tokenise(embedder.tokenizer, [question for question, _ in asked] or ["?"], length)
+            with torch.no_grad(), embedder.accelerator.autocast():
+                logits = embedder.model(**columns, **{name: ids.to(device) for name, ids in tokens.items()}).logits
+            best = logits.argmax(dim=1).tolist()
+            scores += [accuracy(votes, answer) for (_, votes), answer in zip(asked, best, strict=False)]
+        yes_no = [_commonest(votes, answers) in ("yes", "no") for _, votes in mine]
+        found = embedder.gathered(torch.tensor([scores, yes_no], dtype=torch.float64).T, len(test_set)).numpy()
+        return self._results(found[:, 0], found[:, 1] > 0)
+
+    def _results(self, scores: np.ndarray, yes_no: np.ndarray) -> list[Result]:
+        results = []
+        for metric, label, of in (
+            ("accuracy", "VQA accuracy", np.ones(len(scores), bool)),
+            ("accuracy_yes_no", "VQA accuracy, yes or no", yes_no),
+            ("accuracy_other", "VQA accuracy, other", ~yes_no),
+        ):
+            if of.any():
+                value, low, high = mean_estimate(scores[of])
+                results.append(
+                    Result(
+                        *(self.name, self.kind, metric, 100.0 * value, int(of.sum()), 100.0 * low),
+                        high=min(100.0 * high, 100.0),
+                        label=label,
+                        headline=metric == "accuracy",
+                        made_by=self.made_by,
+                    )
+                )
+        return results
+
+    def _refuse_others(self, embedder: Embedder, num_answers: int) -> None:
+        """Raise if the embedder's model does not choose among so many answers.
+
+        Raises:
+            ValueError: it does not.
+        """
+        fusion = getattr(getattr(embedder.model, "config", None), "answer_config", None)
+        if fusion is None or not hasattr(embedder.model, "fusion"):
+            raise ValueError(
+                f"{embedder.name or 'the model'} answers no questions; name a model that was trained to, by loss.kind "
+                "answer"
+            )
+        if fusion.num_answers != num_answers:
+            raise ValueError(
+                f"{self.data} lists {num_answers} answers, and the model chooses among {fusion.num_answers}; test it "
+                "on its own list"
+            )
+
+
+def accuracy(votes: Mapping[int, int], answer: int) -> float:
+    """Return VQAv2's accuracy of an answer, in [0, 1]: min(n / 3, 1) for the n others who gave it, averaged over the
+    subsets that leave out one of those who answered. Where one alone did, it is 1 for the same answer, else 0.
+
+    Args:
+        votes: how many people gave each answer, by its number; one at least.
+        answer: its number.
+    """
+    people, same = sum(votes.values()), votes.get(answer, 0)
+    if people == 1:
+        return float(same)
+    without, with_it = min((same - 1) / _ENOUGH, 1.0), min(same / _ENOUGH, 1.0)
+    return (same * without + (people - same) * with_it) / people if same else 0.0
+
+
+def _question(test_set: TestSet, num_answers: int, shard: int, number: int) -> tuple[str, dict[int, int]]:
+    """Return a sample's question and the answers that people gave, how often each, by its number; `num_answers` is that
+    of answers outside of the list.
+
+    Raises:
+        ValueError: it has no question, no answer, or one outside of the list.
+    """
+    where = f"{test_set.source.shard_name(shard)}#{number}"
+    question = " ".join(line.strip() for line in test_set.captions_of(shard, number))
+    array = test_set.source.read_array(shard, number)
+    if array is not None:
+        if array.shape != (num_answers + 1,) or array.dtype.kind not in "iu" or not (array >= 0).all():
+            raise ValueError(
+                f"{where} has a KEY.npy of {array.dtype} {array.shape}; it must count the people who gave each of the "
+                f"{num_answers} answers, and any other"
+            )
+        votes = {answer: int(array[answer]) for answer in np.flatnonzero(array).tolist()}
+        if votes:
+            return question, votes
+    label = test_set.source.read_label(shard, number)
+    if label is None:
+        raise ValueError(f"{where} has no answer; vqa needs a KEY.cls or KEY.npy for every question")
+    if label >= num_answers:
+        raise ValueError(f"{where} has answer {label}; {num_answers} answers are listed, counted from 0")
+    return question, {label: 1}
+
+
+def _commonest(votes: Mapping[int, int], answers: list[str]) -> str:
+    (answer, _), *_ = Counter(votes).most_common(1)
+    return answers[answer] if answer < len(answers) else ""
