@@ -360,14 +360,15 @@ def open_image(encoded: bytes) -> Image.Image:
 
 def _decode_other(encoded: bytes) -> np.ndarray:
     """Return the upright RGB of anything that Pillow reads."""
-    if (size := image_headers.plain_png_size(encoded)) is not None:
+    is_whole = image_headers.is_png_whole(encoded)
+    if is_whole and (size := image_headers.plain_png_size(encoded)) is not None:
         _check_size(*size)
         pixels = cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_COLOR_RGB)
         if pixels is not None and pixels.shape[:2] == size:
             return pixels
     image = open_image(encoded)
     plain = image.mode in ("L", "RGB") and not {"transparency", "exif", "xmp"} & image.info.keys()
-    if plain and image.format in ("PNG", "WEBP"):
+    if is_whole and plain and image.format in ("PNG", "WEBP"):
         pixels = cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_COLOR_RGB)
         if pixels is not None and pixels.shape[:2] == (image.height, image.width):
             return pixels

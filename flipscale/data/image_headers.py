@@ -18,7 +18,10 @@ _TILE_SIZES = (322, 323)
 _ENTRY_BYTES = 12
 
 MOST_APP_BLOCKS = 1000
-_PNG_AND_HEADER = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"
+# Encoders write blocks of 8 KiB and more.
+_MOST_PNG_CHUNKS = 100_000
+_PNG = b"\x89PNG\r\n\x1a\n"
+_PNG_AND_HEADER = _PNG + b"\0\0\0\rIHDR"
 # Bits, colour type (grey or RGB), compression, filter and interlacing.
 _PLAIN_PNGS = (b"\x08\0\0\0\0", b"\x08\x02\0\0\0")
 
@@ -84,6 +87,25 @@ def plain_png_size(encoded: bytes) -> tuple[int, int] | None:
     if zlib.crc32(encoded[12:29]) != int.from_bytes(encoded[29:33], "big"):
         return None
     return int.from_bytes(encoded[20:24], "big"), int.from_bytes(encoded[16:20], "big")
+
+
+def is_png_whole(encoded: bytes) -> bool:
+    """Return whether all chunks of a PNG, up to its last, lie within its bytes; True for other formats. OpenCV takes as
+    much memory as a chunk says that it needs, up to 4 GB, before it looks whether the file is so long.
+
+    Source: PNG, third edition, 5.3.
+    """
+    if not encoded.startswith(_PNG):
+        return True
+    start = len(_PNG)
+    for _ in range(_MOST_PNG_CHUNKS):
+        end = start + 12 + int.from_bytes(encoded[start : start + 4], "big")
+        if end > len(encoded):
+            return False
+        if encoded[start + 4 : start + 8] == b"IEND":
+            return True
+        start = end
+    return False
 
 
 def has_one_scan(encoded: bytes) -> bool:

@@ -121,6 +121,11 @@ IMAGES = [
     image_attack(
         "a PNG of 340 kB with 88 million transparent pixels", lambda: png(9400, 9400, 4), bad("image_too_large")
     ),
+    image_attack(
+        "a PNG of 79 bytes whose pixels say that they take 4 GB",
+        lambda: with_header(png(28, 20, 3), b"\0\0\0\x16IDAT", b"\xff\0\0\0IDAT"),
+        good,
+    ),
     image_attack("a WebP of 40 bytes with 88 million pixels", lambda: webp(9400, 9400), bad("image_too_large")),
     image_attack("a PNG of 50 million transparent pixels, the most", lambda: png(7090, 7090, 4), good),
     image_attack("a JPEG of 1,000 scans", lambda: progressive(1_000), bad("image_too_large", "scans")),

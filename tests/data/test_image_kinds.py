@@ -181,6 +181,19 @@ def test_a_jpeg_with_stray_bytes_is_read_as_pillow_reads_it() -> None:
 CUT_SHORT = ["jpeg", "progressive jpeg", "cmyk jpeg", "png", "rgba png", "webp", "rgba webp", "gif", "cmyk tiff"]
 
 
+def test_a_png_is_whole_if_its_chunks_lie_within_it() -> None:
+    file = io.BytesIO()
+    picture().save(file, "PNG")
+    whole = file.getvalue()
+    assert image_headers.is_png_whole(whole)
+    assert image_headers.is_png_whole(whole + b"more")
+    assert not image_headers.is_png_whole(whole[:-1])
+    # OpenCV would take 4 GB for this one.
+    assert not image_headers.is_png_whole(whole.replace(whole[33:41], b"\xff\0\0\0IDAT"))
+    assert not image_headers.is_png_whole(whole[:33] + (b"\0\0\0\0tEXt" + bytes(4)) * 200_000 + whole[33:])
+    assert image_headers.is_png_whole(b"\xff\xd8 a JPEG")
+
+
 @pytest.mark.parametrize("kind", CUT_SHORT)
 def test_a_file_that_was_cut_short_is_said_so(kind: str) -> None:
     encoded = KINDS[kind]()
