@@ -14,7 +14,7 @@ from flipscale.evaluation.scaling.points import Points
 from flipscale.evaluation.scaling.transfer import Arm, effects, tasks_of
 from flipscale.evaluation.scaling.words import fit_words, prediction_words, transfer_words
 from flipscale.files.aside import write_text
-from flipscale.files.text_table import markdown_table
+from flipscale.files.text_table import as_code, markdown_table
 from flipscale.studies.design import Study
 from flipscale.studies.folder import read_plan
 from flipscale.studies.masked import estimate, masked_words
@@ -80,7 +80,14 @@ def report(output_dir: Path, resamples: int) -> None:
     laws = [_laws(groups, name, words, output_dir, resamples) for name, words in names.items()]
     masked = masked_words({label: [run.run_dir / "model" for run in of] for label, of in groups.items()})
     where = _where_masking_pays(study, [run.recipe for run in runs], finished, next(iter(names.items())), output_dir)
-    parts = ["# The study", table + left, *filter(None, [where, masked]), *laws]
+    changed = f", of which all runs change {', '.join(map(as_code, study.changes))}" if study.changes else ""
+    parts = [
+        "# The study",
+        f"The base is {as_code(study.base)}{changed}.",
+        table + left,
+        *filter(None, [where, masked]),
+        *laws,
+    ]
     write_text(output_dir / "report.md", "\n\n".join(parts) + "\n")
     arms = _arms(groups, names)
     write_text(output_dir / "transfer.md", transfer_words(arms, next(iter(names.values()))))

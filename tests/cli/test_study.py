@@ -109,6 +109,9 @@ def test_a_study_from_its_plan_to_its_report(
     said = capsys.readouterr().out
     assert "| wide+double |     1 |         64 |" in said
     report = (out / "report.md").read_text()
+    assert "The base is `base.yaml`, of which all runs change `optim.weight_decay`." in report.replace(
+        f"{tmp_path}/", ""
+    )
     assert "No fit, or no prediction: power law: " in report
     assert "are too few for 2 parameters, which take 4" in report
     assert "One seed a run, so there are no intervals" in (out / "transfer.md").read_text()

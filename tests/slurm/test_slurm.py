@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -260,33 +261,32 @@ def study(site: Site) -> str:
 
 
 def planned(site: Site) -> list[str]:
-    """A planned study, with an arm whose data is not there and another one that is killed; then submitted again."""
+    """A planned study, with an arm whose data is not there and another one that is killed; submitted again while that
+    one still trains, and again when all is done."""
     short = yaml.safe_load((site.folder / "tiny.yaml").read_text())
     stages = [{"name": "masked", "samples": 160, "mask_ratio": 0.75, "base_lr": 0.01}]
     base = {**short, "stages": stages, "save": {"every_samples": 64}}
     (site.folder / "short.yaml").write_text(yaml.safe_dump(base))
-    levels = {"long": {"stages.0.samples": 1600}, "gone": {"data.shards": str(site.folder / "gone")}}
+    levels = {"gone": {"data.shards": str(site.folder / "gone")}, "long": {"stages.0.samples": 1600}}
     content = {"base": str(site.folder / "short.yaml"), "axes": {"change": levels}}
     (site.folder / "planned.yaml").write_text(yaml.safe_dump(content))
     write_plan(site.folder / "planned.yaml", site.folder / "runs/planned")
+    runs = "runs/planned/runs"
     arguments = ["slurm/study.sh", "--nodes=1", "--nodelist=node1", *SMALL]
+    submit = partial(site.submit, "bash", *arguments, RECIPES="", STUDY="runs/planned")
 
-    def submit() -> str:
-        number = site.submit("bash", *arguments, RECIPES="", STUDY="runs/planned")
-        queue = ("squeue", "--noheader", f"--jobs={number}")
-        wait_until(lambda: site.cluster.run(*queue, check=False) == "", "the array to end")
-        return number
-
-    site.hold("runs/planned/runs/long-seed0", 10)
-    with ThreadPoolExecutor(1) as pool:
-        first = pool.submit(submit)
-        site.wait_for_step("runs/planned/runs/long-seed0", 10)
-        os.kill(site.rank("runs/planned/runs/long-seed0", 0), signal.SIGKILL)
-        numbers = [first.result()]
-    site.hold("runs/planned/runs/long-seed0", 1000)
+    site.hold(f"{runs}/long-seed0", 10)
+    first = submit()
+    site.wait_for_step(f"{runs}/long-seed0", 10)
+    wait_until((site.folder / runs / "base-seed0/DONE").exists, "the base to be done")
+    site.cluster.wait_for(f"{first}_1", "FAILED")
     (site.folder / "gone").symlink_to(site.shards)
-    numbers.append(submit())
-    return [*numbers, site.cluster.run("bash", *arguments, cwd=site.folder, STUDY="runs/planned", RECIPES="")]
+    second = submit()
+    os.kill(site.rank(f"{runs}/long-seed0", 0), signal.SIGKILL)
+    site.hold(f"{runs}/long-seed0", 1000)
+    queue = ("squeue", "--noheader", f"--jobs={first},{second}")
+    wait_until(lambda: site.cluster.run(*queue, check=False) == "", "the arrays to end")
+    return [first, second, site.cluster.run("bash", *arguments, cwd=site.folder, STUDY="runs/planned", RECIPES="")]
 
 
 SCENARIOS = (interrupted, killed, chain, cancelled, unqueued, mistaken, study, planned)
@@ -409,10 +409,12 @@ def test_a_planned_study_is_an_array_of_what_is_missing(site: Site, outcome: Cal
     assert all((runs / f"{name}-seed0" / "DONE").exists() for name in ("base", "long", "gone")), site.output(
         f"{first}_*"
     )
-    # The arm without data stopped no other, and the one that was killed went on.
+    # The arm without data stopped no other, and the one that was killed went on. What the second array found being
+    # trained, it waited for, and did not train again.
     assert len(read_starts(runs / "base-seed0")) == 1
     assert len((runs / "long-seed0/starts.jsonl").read_text().splitlines()) == 2
     assert [record["step"] for record in metrics(runs / "long-seed0")] == list(range(1, 101))
     outputs = {number: len([*site.folder.glob(f"study-runs-planned-{number}_*.out")]) for number in (first, second)}
-    assert outputs == {first: 3, second: 1}
+    assert outputs == {first: 3, second: 2}
+    assert len(read_starts(runs / "gone-seed0")) == 1
     assert "all runs of runs/planned are done" in nothing
