@@ -196,7 +196,7 @@ RULES: dict[str, Callable[[list[str]], None]] = {
     r"flipscale study \w+$": verb_s_help,
     r"flipscale study plan ": study_plan,
     r"flipscale (study|prepare (demo|icons|photos|easy_vqa|audit|tasks [^- ]\S*)|bench \w+) ": verb_s_arguments,
-    r"flipscale bench compare\w*$|flipscale evaluate .*(--without |association)": verb_s_arguments,
+    r"flipscale bench compare\w*$|flipscale evaluate .*(--without |association|captioning|vqa)": verb_s_arguments,
     r"flipscale pretrain .*--(dry_run|help|print_config)|flipscale pretrain --config demo_unseen": verb,
     r"(flipscale|python -m flipscale\.)pretrain |flipscale pretrain .": training,
     r"(accelerate launch|torchrun) .*-m flipscale\.(pretrain|cli evaluate) ": training,
