@@ -11,6 +11,7 @@ from flipscale.studies.folder import read_plan, write_plan
 from flipscale.studies.pool import train_missing
 from flipscale.studies.race import race
 from flipscale.studies.report import report
+from flipscale.studies.search.halving import search_paths
 
 _RESAMPLES = 400
 
@@ -42,6 +43,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     told.add_argument("folder", type=Path, metavar="DIR", help="The study's folder.")
     told.add_argument(
         "--resamples", type=number(Count), default=_RESAMPLES, help="Draws of each bootstrap; 400 by default."
+    )
+    summary = "Search the path of image sizes, masks and tuning that is best at a given time, by successive halving."
+    budget = kinds.add_parser("budget", help=summary, description=summary)
+    budget.add_argument(
+        "search",
+        metavar="SEARCH.yaml",
+        help="The search's file: base, minutes, validation and paths; or the name of one of the package's, such as "
+        "budget_icons.",
+    )
+    budget.add_argument(
+        "--output_dir", type=output_folder, help="The search's folder; by default runs/ and the name of its file."
+    )
+    budget.add_argument(
+        "--workers", type=number(Count), default=1, help="Train so many runs side by side; 1 by default."
     )
 
 
@@ -90,10 +105,18 @@ def run(args: argparse.Namespace) -> None:
         runs = write_plan(file, folder)
         print("\n".join(run.name for run in runs))
         print(f"{len(runs)} runs are planned; train them: flipscale study run {folder}")
+    elif args.kind == "budget":
+        _refuse_workers(args.workers)
+        file = study_file(args.search)
+        search_paths(file, args.output_dir or Path("runs", file.stem), args.workers)
     elif args.kind == "run":
-        cores = os.cpu_count() or 1
-        if args.workers > cores:
-            raise ValueError(f"--workers is {args.workers}, and there are {cores} cores; give each run one at least")
+        _refuse_workers(args.workers)
         train_missing(read_plan(args.folder)[1], args.workers)
     else:
         report(args.folder, args.resamples)
+
+
+def _refuse_workers(workers: int) -> None:
+    cores = os.cpu_count() or 1
+    if workers > cores:
+        raise ValueError(f"--workers is {workers}, and there are {cores} cores; give each run one at least")

@@ -19,8 +19,7 @@ from flipscale.studies.runs import StudyRun, in_time
 from flipscale.training.recipe import RECIPES, Recipe, parse_recipe, to_yaml
 from flipscale.training.schedule import plan_stages
 
-_NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
-# YAML 1.1 takes these for texts.
+NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
 _POWER_OF_TEN = re.compile(r"[-+]?\d+(\.\d*)?[eE]\d+|[-+]?\d+[eE]-\d+")
 _MOST_RUNS = 10_000
 _DESIGNS = ("star", "grid")
@@ -144,7 +143,7 @@ def read_study(file: Path) -> Study:
             f"{file}: axes must have levels, and these changes: 'axes: {{model: {{large: {{model.size: l16}}}}}}'"
         )
     for name in itertools.chain(axes, *axes.values()):
-        if not isinstance(name, str) or not _NAME.fullmatch(name):
+        if not isinstance(name, str) or not NAME.fullmatch(name):
             raise ValueError(
                 f"{file}: {str(name)[:40]!r} names runs; use letters, digits and . _ -, in quotes if it is a number"
             )
@@ -213,15 +212,15 @@ def plan(study: Study, output_dir: Path) -> list[StudyRun]:
     for name, (levels, seed) in study.runs().items():
         content = {**copy.deepcopy(base), "seed": seed, "output_dir": str(output_dir / name)}
         for path, value in study.changes.items():
-            _change(content, str(path), value, "changes")
+            change(content, str(path), value, "changes")
         for axis, level in levels.items():
             for path, value in study.axes[axis][level].items():
-                _change(content, str(path), value, f"axes.{axis}.{level}")
-        runs.append(StudyRun(name, _checked(content, name)))
+                change(content, str(path), value, f"axes.{axis}.{level}")
+        runs.append(StudyRun(name, checked(content, f"run {name}")))
     return runs
 
 
-def _change(content: dict[str, Any], path: str, value: Any, where: str) -> None:
+def change(content: dict[str, Any], path: str, value: Any, where: str) -> None:
     """Set what a path such as `stages.0.samples` names in a recipe.
 
     Raises:
@@ -244,10 +243,15 @@ def _change(content: dict[str, Any], path: str, value: Any, where: str) -> None:
     if not parents and isinstance(place[last], dict):
         first = next(iter(place[last]))
         raise ValueError(f"{where}: {path} is a whole section of the recipe; change its fields, such as {path}.{first}")
-    if isinstance(value, str) and _POWER_OF_TEN.fullmatch(value):
-        value = int(float(value)) if float(value).is_integer() else float(value)
     # A copy: an axis may change what lies in it.
-    place[int(last) if isinstance(place, list) else last] = copy.deepcopy(value)
+    place[int(last) if isinstance(place, list) else last] = copy.deepcopy(plain_number(value))
+
+
+def plain_number(value: Any) -> Any:
+    """Return a value of YAML, a power of ten as the number that people mean by it: `1e9` is a text to YAML 1.1."""
+    if isinstance(value, str) and _POWER_OF_TEN.fullmatch(value):
+        return int(float(value)) if float(value).is_integer() else float(value)
+    return value
 
 
 # What the study sets in each recipe.
@@ -256,8 +260,11 @@ _OWN = {"seed": "list the seeds in seeds", "output_dir": "its runs lie in its fo
 _OPEN = ("model.vision_config", "model.text_config", "loss.options")
 
 
-def _checked(content: dict[str, Any], name: str) -> Recipe:
+def checked(content: dict[str, Any], name: str) -> Recipe:
     """Return the recipe that a mapping says.
+
+    Args:
+        name: begins the message.
 
     Raises:
         ValueError: it cannot be run.
@@ -280,5 +287,5 @@ def _checked(content: dict[str, Any], name: str) -> Recipe:
         plan_stages(recipe.stages, recipe.data.global_batch_size, recipe.budget_minutes)
         recipe.model_config()
     except ValueError as error:
-        raise ValueError(f"run {name}: {error}") from None
+        raise ValueError(f"{name}: {error}") from None
     return recipe

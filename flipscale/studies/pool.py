@@ -16,12 +16,27 @@ def train_missing(runs: Sequence[StudyRun], workers: int) -> None:
         OSError: some have failed; the others are done.
         SystemExit: the study was told to end; the runs have saved.
     """
+    failed = train_some(runs, workers)
+    if failed:
+        raise OSError(
+            f"{len(failed)} of {len(runs)} runs failed: {', '.join(failed)}; the others are done, and the same command "
+            "tries these again"
+        )
+
+
+def train_some(runs: Sequence[StudyRun], workers: int) -> dict[str, str]:
+    """Train the runs that are not done, `workers` at a time, print how each ends, and return that of those that failed,
+    by their names.
+
+    Raises:
+        SystemExit: the study was told to end; the runs have saved.
+    """
     waiting = [run for run in runs if not run.is_done]
     print(f"{len(runs) - len(waiting)} of {len(runs)} runs are done", flush=True)
     variables = environment(workers) if waiting else {}
     running: dict[str, tuple[StudyRun, subprocess.Popen]] = {}
     processes: list[subprocess.Popen] = []
-    failed: list[str] = []
+    failed: dict[str, str] = {}
     with Signals(processes) as signals:
         try:
             while signals.received is None and (waiting or running):
@@ -33,15 +48,12 @@ def train_missing(runs: Sequence[StudyRun], workers: int) -> None:
                     if process.poll() is not None:
                         del running[run.name]
                         processes.remove(process)
+                        ended = run.end_words(process.returncode)
                         if process.returncode:
-                            failed.append(run.name)
-                        print(f"{run.name}: {run.end_words(process.returncode)}", flush=True)
+                            failed[run.name] = ended
+                        print(f"{run.name}: {ended}", flush=True)
                 time.sleep(_LOOK_SECONDS)
         finally:
             end(processes)
     signals.exit_if_received()
-    if failed:
-        raise OSError(
-            f"{len(failed)} of {len(runs)} runs failed: {', '.join(failed)}; the others are done, and the same command "
-            "tries these again"
-        )
+    return failed

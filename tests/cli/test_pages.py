@@ -26,6 +26,7 @@ from torch.distributed.run import get_args_parser
 
 import flipscale
 from flipscale import cli
+from flipscale.studies.design import study_file
 from flipscale.training.recipe import parse_recipe
 
 # What a page says, and what is run in its place: other sizes and names, never other verbs or options.
@@ -89,6 +90,8 @@ def verb_s_arguments(words: list[str]) -> None:
     parsed = parser_of(words[1]).parse_args(words[2:])
     for recipe in getattr(parsed, "recipes", []):
         parse_recipe(["--config", recipe])
+    if words[1:3] == ["study", "budget"]:
+        assert study_file(parsed.search).is_file()
 
 
 def training(words: list[str]) -> None:

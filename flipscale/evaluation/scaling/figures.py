@@ -9,6 +9,7 @@ import numpy as np
 from flipscale.evaluation.intervals import mean_of
 from flipscale.evaluation.reports.comparison import Curve
 from flipscale.evaluation.reports.figures import drawing_pyplot, save_figure
+from flipscale.evaluation.results import Result
 from flipscale.evaluation.scaling.fitting import Fit
 from flipscale.evaluation.scaling.points import Points
 from flipscale.evaluation.scaling.transfer import Table
@@ -103,6 +104,56 @@ def draw_fits(points: Points, fits: Sequence[Fit], words: str, path: Path) -> No
     place.legend(frameon=False, fontsize=8)
     _tidy(place)
     save_figure(figure, path)
+
+
+def draw_rungs(courses: Mapping[str, Sequence[tuple[float, Result]]], words: str, path: Path) -> None:
+    """Draw what each path of a search came to against its training time: those of the last rung coloured, with their
+    95 % intervals, the others grey.
+
+    Args:
+        courses: the training seconds and the result of each path in each rung that it was in, by its name.
+        words: what the figure calls the result, with its unit.
+    """
+    pyplot = drawing_pyplot()
+    figure, place = pyplot.subplots(figsize=(7.5, 4.5), constrained_layout=True)
+    most = max(map(len, courses.values()))
+    longest = max(seconds for course in courses.values() for seconds, _ in course)
+    unit = "hours" if longest > 7200 else "minutes" if longest > 120 else "seconds"
+    ended = [name for name, course in courses.items() if len(course) == most]
+    ended.sort(key=lambda name: courses[name][-1][1].value, reverse=courses[ended[0]][-1][1].higher_is_better)
+    styles = dict(zip(ended, _styles(len(ended), has_base=False), strict=True))
+    others = [name for name, course in courses.items() if course and name not in styles]
+    for name in [*others, *ended]:
+        times = [seconds / _SECONDS[unit] for seconds, _ in courses[name]]
+        values = [result.value for _, result in courses[name]]
+        if name not in styles:
+            label = f"{len(others)} that went out earlier" if name == others[0] else None
+            place.plot(times, values, marker="o", markersize=3, linewidth=0.8, color="#bbbbbb", label=label)
+            continue
+        place.plot(times, values, marker="o", markersize=4, label=name, **styles[name])
+        last = courses[name][-1][1]
+        if last.low is not None and last.high is not None:
+            place.plot([times[-1]] * 2, [last.low, last.high], color=styles[name]["color"], linewidth=1, alpha=0.6)
+    if most > 1:
+        place.set_xscale("log")
+        place.set_xticks(*_ticks(courses[ended[0]], _SECONDS[unit]))
+        place.minorticks_off()
+    place.set_xlabel(f"training time, {unit}: each point is a schedule of its own")
+    place.set_ylabel(words)
+    handles, labels = place.get_legend_handles_labels()
+    order = [labels.index(name) for name in ended] + ([0] if others else [])
+    place.legend(
+        *([listed[number] for number in order] for listed in (handles, labels)),
+        frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5),
+    )  # fmt: skip
+    _tidy(place)
+    save_figure(figure, path)
+
+
+def _ticks(course: Sequence[tuple[float, Result]], unit: float) -> tuple[list[float], list[str]]:
+    """Return where the rungs of a course are along an axis in a unit of so many seconds, and what to write there."""
+    times = [seconds / unit for seconds, _ in course]
+    return times, [f"{time:.3g}" for time in times]
 
 
 def draw_transfer(rows: Table, tasks: Sequence[str], path: Path) -> None:

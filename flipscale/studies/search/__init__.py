@@ -1,0 +1,1 @@
+"""The search for the best path through a budget of time, by successive halving."""
