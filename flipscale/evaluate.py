@@ -3,6 +3,7 @@
 import argparse
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from flipscale.evaluation.reports.models import check_writable, name_models, tab
 from flipscale.evaluation.results import Result, as_metrics
 from flipscale.evaluation.task_page import SUITES, suite_pages
 from flipscale.files.command_line import number, output_folder
-from flipscale.files.ranges import Count, Pairs, ShareBelowAll, Workers
+from flipscale.files.ranges import Count, Pairs, Pixels, ShareBelowAll, Workers
 from flipscale.files.yaml_text import check_yaml
 from flipscale.training.console import start_logging
 
@@ -57,6 +58,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=number(Workers),
         default=4,
         help="How many processes decode images; 4 by default, 0 decodes in this process.",
+    )
+    parser.add_argument(
+        "--image_size",
+        type=number(Pixels),
+        metavar="PIXELS",
+        help="The side of the images of tasks that have no image_size of their own, a multiple of the patch, such as "
+        "that of the last stage; by default the model's own.",
     )
     add_mask_arguments(parser)
     parser.add_argument("--json", action="store_true", help="Print one JSON line instead of a table.")
@@ -169,6 +177,7 @@ def run(args: argparse.Namespace) -> None:
         embedder = opened.open(model.given)
         if embedder is None:
             continue
+        embedder = embedder.at(args.image_size)
         for mask in asked_masks(args, embedder):
             lines = evaluate_model(masked_embedder(embedder, mask), model, tasks)
             columns.append(Column(model.name if mask == WHOLE else f"{model.name}, {mask.label}", lines))
@@ -213,7 +222,8 @@ def _with_flops(embedder: "Embedder", mask: "ImageMask", name: str, results: lis
     from flipscale.evaluation.reports.mask_table import MaskedResults
     from flipscale.planning.flops import forward_flops
 
-    counts = [forward_flops(embedder.model.config, m.ratio, m.views).modules for m in (mask, WHOLE)]
+    config, size = embedder.model.config, embedder.pixels
+    counts = [forward_flops(config, m.ratio, m.views, image_size=size).modules for m in (mask, WHOLE)]
     flops, whole = (count["vision_model"] + count["image_projection"] for count in counts)
     return MaskedResults(name, mask, flops, whole, results)
 
@@ -240,6 +250,8 @@ def _tasks(args: argparse.Namespace) -> list["Task"]:
             "'{kind: ..., data: ...}'"
         )
     tasks = build_tasks(listed, tasks_dir)
+    if args.image_size is not None:
+        tasks = [replace(task, image_size=task.image_size or args.image_size) for task in tasks]
     first = {task.data: number for number, task in reversed(list(enumerate(tasks)))}
     return sorted(tasks, key=lambda task: first[task.data])
 

@@ -1,7 +1,7 @@
 """Embeddings of whole images and texts, the work shared by the processes."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -55,6 +55,7 @@ class Embedder:
         name: what tables call the model.
         progress: called on every process after each batch of images, with how many images all processes embedded since
             the last call, in place of the bar that is shown without it.
+        pixels: along each side of an image, where that is not the model's own size; see `at`.
     """
 
     model: Any
@@ -65,6 +66,23 @@ class Embedder:
     alive: Callable[[], None] = lambda: None
     name: str = ""
     progress: Callable[[int], None] | None = None
+    pixels: int | None = None
+
+    def at(self, image_size: int | None) -> "Embedder":
+        """Return the embedder of images of `image_size` pixels, whose patches have the positions of the places that
+        they show; None leaves it as it is.
+
+        Raises:
+            ValueError: the patch does not divide them, or the model is none of flipscale's.
+        """
+        if image_size is None:
+            return self
+        if type(self).image_size is not Embedder.image_size:
+            raise ValueError(
+                f"{self.name} takes images of {self.image_size} pixels; an image_size is for flipscale's models"
+            )
+        self.model.config.vision_config.patches_along(image_size)
+        return replace(self, pixels=image_size)
 
     def batches(self, count: int) -> list[range]:
         """Return this process's rows of `count`, a batch each."""
@@ -192,7 +210,7 @@ class Embedder:
     @property
     def image_size(self) -> int:
         """Pixels along each side of an image, as the model takes it."""
-        return self.model.config.vision_config.image_size
+        return self.pixels or self.model.config.vision_config.image_size
 
     @property
     def mask(self) -> dict[str, Any]:
@@ -206,11 +224,11 @@ class Embedder:
 
     def image_features(self, **columns: torch.Tensor) -> torch.Tensor:
         """Return `(batch, dim)`, not normalised, of the columns of a batch of images."""
-        return self.model.get_image_features(**columns).pooler_output
+        return self.model.get_image_features(**columns, image_size=self.pixels).pooler_output
 
     def pooled_features(self, **columns: torch.Tensor) -> torch.Tensor:
         """Return `(batch, width)`, before the projection, of the columns of a batch of images."""
-        return self.model.vision_model(**columns).pooler_output
+        return self.model.vision_model(**columns, image_size=self.pixels).pooler_output
 
     def tokens(self, texts: list[str]) -> torch.Tensor:
         """Return `(texts, length)`, as the model takes them."""

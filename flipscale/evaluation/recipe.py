@@ -18,7 +18,8 @@ class EvalRecipe:
     Args:
         tasks: The evaluations, each the name of a page (`imagenet1k`, or `{task: imagenet1k, every_samples: ...}` to
             change a field) or `{kind: zero_shot, data: FOLDER}`, with a `name` where several are of one kind,
-            `every_samples` where it has an interval of its own, and the options of its kind.
+            `every_samples` where it has an interval of its own, `image_size` where its images are not of the model's
+            size, and the options of its kind.
         every_samples: How many samples lie between two runs of a task that does not say so itself; at 0, it runs only
             at the end.
         every_share: In a run with a time budget, the share of it that lies between two runs of such a task, in place of

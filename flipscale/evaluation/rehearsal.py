@@ -29,7 +29,7 @@ def rehearse(tasks: Sequence[Task], image_size: int, rank: int, world: int) -> N
         for test_set in [TestSet.open(task.data), *task.other_sets()]:
             if not len(test_set):
                 raise ValueError(f"{task.name}: the test set {test_set.data} is empty; name another")
-            _try(test_set, task.truth(test_set), image_size, rank, world)
+            _try(test_set, task.truth(test_set), task.image_size or image_size, rank, world)
 
 
 def _try(test_set: TestSet, truth: Callable[[int, int], Any], image_size: int, rank: int, world: int) -> None:

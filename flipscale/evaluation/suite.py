@@ -50,8 +50,8 @@ def _in_full(content: str | dict[str, Any], tasks_dir: Path, where: str) -> dict
 
 
 def evaluated(embedder: Embedder, tasks: Iterable[Task]) -> Iterator[tuple[Task, list[Result]]]:
-    """Collective, to its end. Yield each task with its results, in their order. Streamed tasks of the same data that
-    follow each other share one pass over its images.
+    """Collective, to its end. Yield each task with its results, in their order. Streamed tasks of the same data and
+    image size that follow each other share one pass over its images.
 
     Raises:
         ValueError: a test set is not as its task needs it.
@@ -62,14 +62,14 @@ def evaluated(embedder: Embedder, tasks: Iterable[Task]) -> Iterator[tuple[Task,
         streamed = [task for task in together if isinstance(task, StreamedTask)]
         embedder.alive()
         if streamed:
-            yield from zip(together, evaluate_together(embedder, streamed), strict=True)
+            yield from zip(together, evaluate_together(embedder.at(together[0].image_size), streamed), strict=True)
         else:
-            yield from ((task, task.evaluate(embedder)) for task in together)
+            yield from ((task, task.evaluate(embedder.at(task.image_size))) for task in together)
 
 
-def _shared_data(number: int, task: Task) -> str | int:
-    """Return the data of a streamed task; of another, which shares a pass with none, its number."""
-    return task.data if isinstance(task, StreamedTask) else number
+def _shared_data(number: int, task: Task) -> tuple[str | int, int | None]:
+    """Return the data of a streamed task and its image size; of another, which shares a pass with none, its number."""
+    return (task.data if isinstance(task, StreamedTask) else number), task.image_size
 
 
 def evaluate_tasks(embedder: Embedder, tasks: Iterable[Task]) -> list[Result]:

@@ -70,12 +70,13 @@ def answer_pictures(task: Task, folder: str, load: Load, precision: str = "no") 
     model.set_attn_implementation(best_attention(device))
     model = model.to(device).eval()
     vision = model.config.vision_config
-    decode = partial(_patches, vision.image_size, vision.patch_size)
+    decode = partial(_patches, task.image_size or vision.image_size, vision.patch_size)
     # In an order that leaves an even sample, wherever the time ends.
     rows = np.random.default_rng(0).permutation(evenly(len(pictures), _MOST_PICTURES)).tolist()
 
     def features(columns: dict[str, torch.Tensor]) -> torch.Tensor:
-        return model.get_image_features(**{name: column.to(device) for name, column in columns.items()}).pooler_output
+        on_device = {name: column.to(device) for name, column in columns.items()}
+        return model.get_image_features(**on_device, image_size=task.image_size).pooler_output
 
     with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
         found = embed_pictures(pictures, rows, decode, features, _MOST_SECONDS)

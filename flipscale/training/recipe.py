@@ -168,7 +168,9 @@ class Recipe:
             ValueError: as `ModelRecipe.config`, `build_objective` and `check_image_sizes`.
         """
         config = self.objective().model_config(self.model.config())
-        check_image_sizes(self.stages, config.vision_config.patch_size)
+        sizes = {f"stage {stage.name!r}": stage.image_size for stage in self.stages}
+        sizes.update({f"eval.tasks: {task.name}": task.image_size for task in self.eval.planned()})
+        check_image_sizes(sizes, config.vision_config.patch_size)
         return config
 
 

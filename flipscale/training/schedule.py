@@ -3,7 +3,7 @@ or, in a run with a time budget, the share of the budget that is used."""
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from flipscale.files.ranges import (
@@ -110,19 +110,22 @@ def has_passed(before: float, position: float, every_share: float) -> bool:
     return every_share > 0 and math.floor(position / every_share) > math.floor(before / every_share)
 
 
-def check_image_sizes(stages: Sequence[StageRecipe], patch_size: int) -> None:
-    """Raise unless patches of `patch_size` pixels divide the images of every stage.
+def check_image_sizes(sizes: Mapping[str, int | None], patch_size: int) -> None:
+    """Raise unless patches of `patch_size` pixels divide the images of every stage and evaluation.
+
+    Args:
+        sizes: in pixels, by what messages call the stage or the evaluation; None for the model's own.
 
     Raises:
         ValueError: they do not; the message names the stage and both sizes.
     """
     from flipscale.model.configuration_flip import patches_along  # seconds to import
 
-    for stage in stages:
+    for name, size in sizes.items():
         try:
-            patches_along(patch_size if stage.image_size is None else stage.image_size, patch_size)
+            patches_along(patch_size if size is None else size, patch_size)
         except ValueError as error:
-            raise ValueError(f"stage {stage.name!r}: {error}") from None
+            raise ValueError(f"{name}: {error}") from None
 
 
 def plan_stages(

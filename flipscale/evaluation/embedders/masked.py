@@ -134,7 +134,8 @@ def asked_masks(args: argparse.Namespace, embedder: Embedder) -> list[ImageMask]
     if not any(args.mask_ratio):
         return [WHOLE]
     _check_maskable(embedder)
-    return image_masks(args.mask_ratio, args.mask_views, args.mask_kind, InputShape.of(embedder.model.config).side)
+    shape = InputShape.of(embedder.model.config).at(embedder.image_size)
+    return image_masks(args.mask_ratio, args.mask_views, args.mask_kind, shape.side)
 
 
 def masked_embedder(embedder: Embedder, mask: ImageMask) -> Embedder:

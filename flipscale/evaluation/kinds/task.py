@@ -13,7 +13,7 @@ from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.metrics import Estimate, wilson
 from flipscale.evaluation.results import Result
 from flipscale.evaluation.test_set import TestSet
-from flipscale.files.ranges import SamplesOrNone
+from flipscale.files.ranges import Pixels, SamplesOrNone
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,8 @@ class Task(ABC):
         name: what its results are called; the kind, where it is left out.
         task: the name of its page, for a task that has one; its data must then be prepared whole.
         every_samples: how often it runs while the model is trained, 0 only at the end; left out, `eval.every_samples`.
+        image_size: the side in pixels of its images, a multiple of the patch; left out, the model's own. A patch has
+            the position of the place that it shows, as in a stage of that size.
     """
 
     kind: str
@@ -33,6 +35,7 @@ class Task(ABC):
     name: str = ""
     task: str = ""
     every_samples: SamplesOrNone | None = None
+    image_size: Pixels | None = None
 
     # For the model card: how it is done, the Hub's names of task and metric (left out: the kind and the metric), and
     # what of `made_by` belongs to the test's name (left out: all).
@@ -89,10 +92,12 @@ class Task(ABC):
 
     @property
     def made_by(self) -> dict[str, Any]:
-        """What the results depend on: the data, and the options that are not at their defaults."""
+        """What the results depend on: the data, the image size if it has one of its own, and the options that are not
+        at their defaults."""
+        size = {} if self.image_size is None else {"image_size": self.image_size}
         options = [option for option in fields(self) if option.name not in {known.name for known in fields(Task)}]
         given = {option.name: getattr(self, option.name) for option in options}
-        return {"data": self.data, **{o.name: given[o.name] for o in options if given[o.name] != _default(o)}}
+        return {"data": self.data, **size, **{o.name: given[o.name] for o in options if given[o.name] != _default(o)}}
 
 
 class Scorer(ABC):

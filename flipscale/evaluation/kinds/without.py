@@ -37,7 +37,9 @@ class Without(StreamedTask):
     @classmethod
     def of(cls, task: StreamedTask, left_out: frozenset[tuple[str, int]]) -> "Without":
         """Return the task without these images."""
-        return cls(task.kind, task.data, task.name + SUFFIX, task.task, task.every_samples, task, left_out)
+        return cls(
+            task.kind, task.data, task.name + SUFFIX, task.task, task.every_samples, task.image_size, task, left_out
+        )
 
     @property
     def made_by(self) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from flipscale.evaluation.test_set import TestSet
 class SuiteBar:
     """Shows, on the main process and if it is at a terminal, how far a model's evaluation has come.
 
-    Tasks of the same data that follow each other share a pass over its images, which count once.
+    Tasks of the same data and image size that follow each other share a pass over its images, which count once.
 
     Args:
         embedder: whose images are counted, if they are embedded by this bar's `embedder`.
@@ -57,9 +57,9 @@ class SuiteBar:
 
 def _images_after(tasks: Sequence[Task]) -> list[int]:
     """Return how many images are embedded when each task has ended."""
-    ends, total, data = [], 0, None
+    ends, total, seen = [], 0, None
     for task in tasks:
-        if task.data != data:
-            total, data = total + len(TestSet.open(task.data).source), task.data
+        if (task.data, task.image_size) != seen:
+            total, seen = total + len(TestSet.open(task.data).source), (task.data, task.image_size)
         ends.append(total)
     return ends

@@ -42,7 +42,7 @@ def setting_of(embedder: Embedder, task: Task) -> dict[str, Any]:
     """
     test_set = TestSet.open(task.data)
     prompts = task.prompts(test_set)
-    options = {name: value for name, value in task.made_by.items() if name not in ("data", "templates")}
+    options = {name: value for name, value in task.made_by.items() if name not in ("data", "templates", "image_size")}
     return {
         "task": task.name,
         "kind": task.kind,
@@ -50,7 +50,7 @@ def setting_of(embedder: Embedder, task: Task) -> dict[str, Any]:
         "data": _data_of(task, test_set),
         "other_sets": [_set_digest(other, other.data) for other in task.other_sets()],
         "prompts": {"number": len(prompts), "digest": _digest(prompts)} if prompts else None,
-        "image_size": embedder.image_size,
+        "image_size": embedder.at(task.image_size).image_size,
         "mask": dict(embedder.mask),
         "precision": {"no": "fp32"}.get(*[embedder.accelerator.mixed_precision] * 2),
     }

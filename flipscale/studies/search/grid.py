@@ -4,7 +4,7 @@ import copy
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -170,8 +170,8 @@ def _is_number(value: Any, is_whole: bool) -> bool:
 
 
 def path_recipes(search: Search) -> dict[str, Recipe]:
-    """Return the recipe of each path, which ends after the whole budget and has all evaluations of the base, each
-    checked as far as it can be without its data.
+    """Return the recipe of each path, which ends after the whole budget and has all evaluations of the base, at the
+    size of its last stage; each is checked as far as it can be without its data.
 
     Raises:
         ValueError: there are fewer than two, the base is no recipe or lacks the evaluation to choose by, or a path
@@ -207,4 +207,14 @@ def _recipe(
             raise ValueError(f"path {name} changes {path!s:.60}; a path may change {', '.join(_SECTIONS)}")
         change(content, str(path), value, f"paths.{name}")
     content["stages"][0].setdefault("base_lr", rate)
-    return checked(content, f"path {name}")
+    recipe = checked(content, f"path {name}")
+    return replace(recipe, eval=replace(recipe.eval, tasks=_listed(recipe), zero_shot=None, retrieval=None))
+
+
+def _listed(recipe: Recipe) -> list[str | dict[str, Any]]:
+    """Return the evaluations of a path, the short forms among them, at the size of its last stage."""
+    given = [dict(task) if isinstance(task, dict) else {"task": task} for task in recipe.eval.tasks]
+    planned, size = recipe.eval.planned(), recipe.stages[-1].image_size
+    given += [{"kind": task.kind} for task in planned[len(given) :]]
+    sized = {} if size is None else {"image_size": size}
+    return [{**sized, **content, "data": task.data} for content, task in zip(given, planned, strict=True)]

@@ -10,7 +10,7 @@ whole schedule: the model in the middle of a longer one is worse than what the s
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
@@ -24,9 +24,6 @@ from flipscale.studies.runs import StudyRun, in_time
 from flipscale.studies.search.grid import Search, path_recipes, read_search
 from flipscale.studies.search.report import Rung, Trained, best_first, write_search_report
 from flipscale.training.recipe import Recipe, to_yaml
-
-if TYPE_CHECKING:
-    from flipscale.evaluation.kinds.task import Task
 
 SEARCH_FILE = "search.yaml"
 
@@ -104,24 +101,14 @@ def _plain(search: Search) -> dict[str, Any]:
 def _run(search: Search, name: str, recipe: Recipe, minutes: float, folder: Path) -> StudyRun:
     """Return a path's run of a rung, which is evaluated once, at its end, by what paths are chosen by."""
     timed = _finished(recipe, minutes, folder / name)
-    (judge,) = (task for task in recipe.eval.planned() if task.name == search.validation)
-    judged = dataclasses.replace(
-        recipe.eval, tasks=[_listed(recipe, judge)], every_samples=0, every_share=0.0, zero_shot=None, retrieval=None
-    )
+    place = [task.name for task in recipe.eval.planned()].index(search.validation)
+    judge = {**dict(recipe.eval.tasks[place]), "every_samples": 0}
+    judged = dataclasses.replace(recipe.eval, tasks=[judge], every_samples=0, every_share=0.0)
     return StudyRun(name, dataclasses.replace(timed, eval=judged))
 
 
-def _listed(recipe: Recipe, judge: "Task") -> dict[str, Any]:
-    """Return what a recipe says of an evaluation, which is done at the end alone."""
-    for task in recipe.eval.tasks:
-        content = dict(task) if isinstance(task, dict) else {"task": task}
-        if judge.name == (content.get("name") or content.get("task") or content.get("kind")):
-            return {**content, "data": judge.data, "every_samples": 0}
-    return {"kind": judge.kind, "data": judge.data, "every_samples": 0}
-
-
 def _finished(recipe: Recipe, minutes: float, folder: Path) -> Recipe:
-    return dataclasses.replace(in_time(recipe, minutes), budget_minutes=minutes, output_dir=str(folder))
+    return dataclasses.replace(in_time(recipe, minutes), output_dir=str(folder))
 
 
 def _trained(runs: Sequence[StudyRun], workers: int, validation: str) -> list[Trained]:
