@@ -4,6 +4,7 @@ import copy
 import itertools
 import json
 import math
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -116,7 +117,7 @@ def study_file(name: str) -> Path:
         ValueError: there is neither.
     """
     named = STUDIES / f"{name}.yaml"
-    if "/" in name or Path(name).exists():
+    if "/" in name or os.path.isfile(name):
         return Path(name)
     if named.is_file():
         return named

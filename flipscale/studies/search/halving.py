@@ -102,8 +102,9 @@ def _run(search: Search, name: str, recipe: Recipe, minutes: float, folder: Path
     """Return a path's run of a rung, which is evaluated once, at its end, by what paths are chosen by."""
     timed = _finished(recipe, minutes, folder / name)
     place = [task.name for task in recipe.eval.planned()].index(search.validation)
-    judge = {**dict(recipe.eval.tasks[place]), "every_samples": 0}
-    judged = dataclasses.replace(recipe.eval, tasks=[judge], every_samples=0, every_share=0.0)
+    judge = recipe.eval.tasks[place]
+    assert isinstance(judge, dict), "path_recipes writes evaluations out"
+    judged = dataclasses.replace(recipe.eval, tasks=[{**judge, "every_samples": 0}], every_samples=0, every_share=0.0)
     return StudyRun(name, dataclasses.replace(timed, eval=judged))
 
 
