@@ -137,7 +137,7 @@ class Embedder:
                 except DamagedImage:
                     self._refuse(WholeImages(source, decode))
                     raise
-                yield rows, batch.to(self.accelerator.device)
+                yield rows, batch.to(self.accelerator.device).with_images_of(self.pixels)
                 self.alive()
                 news = min(share.size * share.world, share.count - done)
                 done += news
@@ -224,11 +224,11 @@ class Embedder:
 
     def image_features(self, **columns: torch.Tensor) -> torch.Tensor:
         """Return `(batch, dim)`, not normalised, of the columns of a batch of images."""
-        return self.model.get_image_features(**columns, image_size=self.pixels).pooler_output
+        return self.model.get_image_features(**columns).pooler_output
 
     def pooled_features(self, **columns: torch.Tensor) -> torch.Tensor:
         """Return `(batch, width)`, before the projection, of the columns of a batch of images."""
-        return self.model.vision_model(**columns, image_size=self.pixels).pooler_output
+        return self.model.vision_model(**columns).pooler_output
 
     def tokens(self, texts: list[str]) -> torch.Tensor:
         """Return `(texts, length)`, as the model takes them."""
@@ -258,7 +258,7 @@ class Embedder:
         from torch.utils.flop_counter import FlopCounterMode
 
         with torch.no_grad(), self.accelerator.autocast(), FlopCounterMode(display=False) as counter:
-            self.image_features(**made_up(decode))
+            self.image_features(**made_up(decode).with_images_of(self.pixels))
         return counter.get_total_flops() < _LIGHT_FLOPS
 
     def _gathered(self, mine: torch.Tensor, share: Share) -> torch.Tensor:
