@@ -70,7 +70,12 @@ Intervals are as of zero-shot classification."""
 
     def _zero_shot(self) -> ZeroShot:
         """Return the task of the same classes and prompts by embeddings, which checks them and counts what is right."""
-        return ZeroShot(self.kind, self.data, self.name, templates=self.templates, metric=self.metric)
+        return ZeroShot(
+            *(self.kind, self.data, self.name),
+            image_size=self.image_size,
+            templates=self.templates,
+            metric=self.metric,
+        )
 
 
 class _Given(Classifier):
