@@ -98,6 +98,15 @@ def test_the_table_has_all_places_and_what_the_ratio_goes_with(a_map: Callable) 
     assert rows[9][:3] == ["1/32", "30", "50%"]
     assert "Over 16 cells, the rank correlation of times as fast is -0.9" in text
     assert "with the epochs" in text
+    assert "clocks" not in text
+
+
+def test_the_table_names_the_places_where_clocks_differ() -> None:
+    masked, whole = Place(1 / 8, 4, 0.5), Place(1 / 8, 4, 0.0)
+    late = run(masked, 21.0)
+    late.curve.records[-1]["trained_seconds"] = 250.0
+    text = map_words(cells_of([run(whole, 11.0), late], NAME), [masked, whole], "top-1")
+    assert text.endswith("Not at equal time, the clocks differ by more than 1 %: 1/8, 4 minutes, 50%.")
 
 
 def test_the_figure_is_blue_where_masking_wins_red_where_it_loses_and_grey_where_nothing_is(

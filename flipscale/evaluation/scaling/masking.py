@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 # Cells that a rank correlation takes.
 _LEAST_CELLS = 5
+# Clocks that differ by more are no equal ones.
+_MOST_UNEQUAL = 0.01
 # The colours' ends: four times as fast, and four times as slow.
 _DEEPEST = 2.0
 
@@ -74,6 +76,7 @@ class Cell:
         epochs, whole_epochs: how often it saw each pair, and how often mask 0 did.
         speed: its pairs a second while it masks, in those of mask 0.
         tuned: whether unmasked tuning follows.
+        off: by which part its training time differs from that of mask 0, at most.
     """
 
     place: Place
@@ -84,6 +87,7 @@ class Cell:
     whole_epochs: float
     speed: float
     tuned: bool
+    off: float
 
     @property
     def tower(self) -> float:
@@ -128,7 +132,12 @@ def _cell(place: Place, both: Sequence[tuple[MapRun, MapRun]], name: str) -> Cel
         float(np.mean([other.curve.records[-1]["samples_seen"] / other.pairs for _, other in both])),
         float(np.mean([_pace(one.curve) / _pace(other.curve) for one, other in both])),
         both[0][0].curve.tuned,
+        max(abs(_seconds(one) / _seconds(other) - 1) for one, other in both),
     )
+
+
+def _seconds(run: MapRun) -> float:
+    return run.curve.records[-1]["trained_seconds"]
 
 
 def _ratio(masked: Curve, whole: Curve, name: str) -> float | None:
@@ -180,7 +189,7 @@ def map_words(cells: Sequence[Cell], planned: Iterable[Place], words: str) -> st
         "masked run saw each pair. Pairs/s: of masked steps, in those of mask 0. Tower: the share of a step at mask 0 "
         "that goes with the patches; where that is s, a mask of m makes steps at most 1 / (1 - s m) times as fast."
     )
-    return "\n\n".join(["## Where masking pays", said, markdown_table(rows, 1), *_predictors(cells)])
+    return "\n\n".join(["## Where masking pays", said, markdown_table(rows, 1), *_predictors(cells), *_unequal(cells)])
 
 
 def _facts(cell: Cell) -> list[str]:
@@ -215,6 +224,12 @@ def _predictors(cells: Sequence[Cell]) -> list[str]:
         f"Over {len(told)} cells, the rank correlation of times as fast is {by_epochs:+.2f} with the epochs that the "
         f"masked run saw, and {by_tower:+.2f} with the tower's share of a step."
     ]
+
+
+def _unequal(cells: Sequence[Cell]) -> list[str]:
+    """Return a line that names the places where the clocks differ."""
+    off = [f"{c.place.data}, {c.place.minutes:g} minutes, {c.place.mask:.0%}" for c in cells if c.off > _MOST_UNEQUAL]
+    return [f"Not at equal time, the clocks differ by more than 1 %: {'; '.join(off)}."] if off else []
 
 
 def _rank_correlation(one: Sequence[float], other: Sequence[float]) -> float:
