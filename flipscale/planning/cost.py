@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from flipscale.data.loader import pairs_of_a_process
 from flipscale.files.text_table import plain_table, rounded
 from flipscale.planning.flops import pair_flops
-from flipscale.planning.time import Hardware
 from flipscale.training.cost.recipe import CostRecipe
 from flipscale.training.recipe import Recipe
 from flipscale.training.schedule import StageRecipe, plan_stages
@@ -25,13 +24,15 @@ class Gpus:
     Args:
         name: as its maker writes it.
         count: how many.
-        hardware: of one of them; its `mfu` is that of whole steps.
+        peak: bf16 operations a second of one of them.
+        mfu: useful operations of whole steps as a share of that.
         watts: that one of them takes while it trains, None where that is unknown.
     """
 
     name: str
     count: int
-    hardware: Hardware
+    peak: float
+    mfu: float
     watts: float | None = None
 
 
@@ -61,7 +62,7 @@ def planned_cost(recipe: Recipe, gpus: Gpus, cost: CostRecipe) -> dict[str, Plan
     batch, minutes = recipe.data.global_batch_size, recipe.budget_minutes
     pairs_of_a_process(batch, gpus.count)
     stages, flops = plan_stages(recipe.stages, batch, minutes), pair_flops(recipe)
-    rate = gpus.hardware.peak * gpus.hardware.mfu * 3600
+    rate = gpus.peak * gpus.mfu * 3600
     pairs, gpu_hours = {}, {}
     for stage in stages:
         length, name = stage.last - stage.first, stage.name
@@ -112,10 +113,9 @@ def cost_table(recipes: dict[str, Recipe], gpus: Gpus, costs: Sequence[CostRecip
 
 def _assumed(gpus: Gpus, costs: dict[str, CostRecipe]) -> list[str]:
     """Return the sentences above the table."""
-    hardware = gpus.hardware
     lines = [
         "planned: all but masked and pairs is computed, and nothing is measured",
-        f"{gpus.count} x {gpus.name}, each at an MFU of {hardware.mfu:.1%} of {hardware.peak / 1e12:,.0f} Tflop/s",
+        f"{gpus.count} x {gpus.name}, each at an MFU of {gpus.mfu:.1%} of {gpus.peak / 1e12:,.0f} Tflop/s",
     ]
     same = len(set(costs.values())) == 1
     for name, cost in costs.items():

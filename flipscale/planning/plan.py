@@ -44,14 +44,14 @@ def run(args: argparse.Namespace) -> None:
     """
     from flipscale.engines.device import BF16_PEAKS
     from flipscale.planning.cost import Gpus, cost_table
+    from flipscale.planning.measured import share_of_peak
     from flipscale.planning.proposal import gpu_named
-    from flipscale.planning.time import Hardware
-    from flipscale.planning.time_table import mfu_of
     from flipscale.training.recipe import parse_recipe
 
     name = gpu_named(args.gpu)
     peak = BF16_PEAKS[name]
-    gpus = Gpus(name, args.num_gpus, Hardware(peak=peak, mfu=mfu_of(args.mfu, args.bench, peak)), args.watts)
+    mfu = share_of_peak("--mfu", args.mfu, args.bench, peak)
+    gpus = Gpus(name, args.num_gpus, peak, mfu, args.watts)
     recipes = {recipe: parse_recipe(["--config", recipe]) for recipe in args.recipes}
     given = {
         field: getattr(args, field)

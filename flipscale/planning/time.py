@@ -13,6 +13,7 @@ from flipscale.engines.optimizers.groups import encoder_blocks, muon_matrices
 from flipscale.engines.start import engine_class
 from flipscale.engines.zero import ZeroEngine
 from flipscale.planning.flops import pair_flops
+from flipscale.planning.measured import USUAL_SHARE
 from flipscale.planning.memory import planned_model
 from flipscale.training.recipe import Recipe
 from flipscale.training.schedule import StageRecipe
@@ -86,7 +87,7 @@ class Hardware:
     Args:
         links: between GPUs.
         peak: bf16 operations a second of a GPU; 989e12: H100 SXM, dense, by its data sheet.
-        mfu: the share of the peak that products reach while a GPU only computes.
+        matmul_share: the share of the peak that products reach while a GPU only computes.
         memory_bandwidth: bytes a second, for the optimiser; 3.35e12: H100 SXM, by its data sheet.
         images_per_worker_s: what a loader's worker delivers; 827: docs/speed.md, JPEGs of 500x400.
         pair_kb: what a pair takes on disk or network.
@@ -94,14 +95,14 @@ class Hardware:
 
     links: Links = field(default_factory=Links)
     peak: float = 989e12
-    mfu: float = 0.4
+    matmul_share: float = USUAL_SHARE
     memory_bandwidth: float = 3.35e12
     images_per_worker_s: float = 827.0
     pair_kb: float = 40.0
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.mfu <= 1.0:
-            raise ValueError(f"mfu is {self.mfu:g}; it must be in (0, 1]")
+        if not 0.0 < self.matmul_share <= 1.0:
+            raise ValueError(f"matmul_share is {self.matmul_share:g}; it must be in (0, 1]")
         for name in ("peak", "images_per_worker_s", "pair_kb"):
             if not getattr(self, name) > 0.0:
                 raise ValueError(f"{name} is {getattr(self, name):g}; it must be above 0")
@@ -137,7 +138,7 @@ class StepTime:
         exposed: messages that nothing hides.
         optimizer: reading and writing of weights, gradients and moments.
         seconds: of the whole step: all of these, or the loader's where it takes longer for a batch.
-        mfu: useful operations, without those of recomputation, as a share of the peak.
+        mfu: useful operations of the step, without those of recomputation, as a share of the peak.
         workers: that a node needs for the step not to wait.
         node_mb_s: what a node reads.
     """
@@ -165,7 +166,7 @@ def step_time(recipe: Recipe, launch: Launch, stage: StageRecipe, hardware: Hard
     at_once = min(pairs, recipe.data.micro_batch_size or pairs)
     micro_batches, useful = pairs // at_once, pair_flops(recipe)[stage.name]
     # A backward pass is two forward passes; recomputation repeats one, and micro-batches are embedded twice.
-    forward = useful / 3 * at_once / (hardware.peak * hardware.mfu)
+    forward = useful / 3 * at_once / (hardware.peak * hardware.matmul_share)
     backward = forward * (3 if recipe.model.gradient_checkpointing else 2)
     passes = (2 if micro_batches > 1 else 1) * micro_batches
     compute = passes * forward + micro_batches * backward

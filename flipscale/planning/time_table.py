@@ -1,12 +1,12 @@
 """The dry run's tables of time: a line for each number of processes, one table for each stage and launch file."""
 
 import argparse
-import json
 from pathlib import Path
 
 from flipscale.engines.launch import Launch
 from flipscale.files.command_line import number
 from flipscale.files.ranges import Positive, ShareAboveNone
+from flipscale.planning.measured import USUAL_SHARE, share_of_peak
 from flipscale.planning.time import Hardware, Links, StepTime, step_time
 from flipscale.training.recipe import Recipe
 from flipscale.training.schedule import StageRecipe, plan_stages
@@ -16,15 +16,15 @@ def add_time_flags(parser: argparse.ArgumentParser) -> None:
     """Add the numbers that only the user's machines know."""
     links, hardware = Links(), Hardware()
     parser.add_argument(
-        "--mfu",
+        "--matmul_share",
         type=number(ShareAboveNone),
-        help="share of the peak that products reach on a GPU alone; 0.4 by default",
+        help=f"share of the peak that matrix products reach on a GPU alone; {USUAL_SHARE} by default",
     )
     parser.add_argument(
         "--bench",
         type=Path,
         metavar="FILE",
-        help="the JSON line of `flipscale bench step --json` on such a GPU, for mfu",
+        help="in its place: the JSON line of `flipscale bench step --json` on such a GPU",
     )
     parser.add_argument(
         "--peak_tflops",
@@ -61,33 +61,10 @@ def hardware_of(args: argparse.Namespace) -> Hardware:
     return Hardware(
         links=Links(args.node_gbps, args.network_gbps),
         peak=peak,
-        mfu=mfu_of(args.mfu, args.bench, peak),
+        matmul_share=share_of_peak("--matmul_share", args.matmul_share, args.bench, peak),
         images_per_worker_s=args.images_per_worker_s,
         pair_kb=args.pair_kb,
     )
-
-
-def mfu_of(mfu: float | None, bench: Path | None, peak: float) -> float:
-    """Return what share of the peak is reached: as stated, as measured by `flipscale bench step`, or a usual one.
-
-    Raises:
-        ValueError: both are given, or the file cannot be read.
-    """
-    if bench is None:
-        return Hardware.mfu if mfu is None else mfu
-    if mfu is not None:
-        raise ValueError("mfu and bench both say how fast products are; leave one of them out")
-    return _measured_flops(bench) / peak
-
-
-def _measured_flops(file: Path) -> float:
-    try:
-        found = json.loads(file.read_text(encoding="utf-8").strip().splitlines()[-1])
-        return float(found["flops_per_pair"]) * float(found["images_per_s"])
-    except (OSError, ValueError, IndexError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"bench {file} is not a JSON line of `flipscale bench step --json` ({error!r}); write one there"
-        ) from error
 
 
 def time_tables(recipe: Recipe, launches: dict[str, list[Launch]], hardware: Hardware) -> str:
@@ -95,8 +72,8 @@ def time_tables(recipe: Recipe, launches: dict[str, list[Launch]], hardware: Har
     links = hardware.links
     lines = [
         "",
-        f"time, at {hardware.mfu:.0%} of {hardware.peak / 1e12:,.0f} Tflop/s, {links.node_gbps:g} GB/s a GPU within a "
-        f"node of {links.gpus_of_a_node}, {links.network_gbps:g} between nodes, "
+        f"time, at {hardware.matmul_share:.0%} of {hardware.peak / 1e12:,.0f} Tflop/s, {links.node_gbps:g} GB/s a GPU "
+        f"within a node of {links.gpus_of_a_node}, {links.network_gbps:g} between nodes, "
         f"{hardware.images_per_worker_s:g} images/s a worker, {hardware.pair_kb:g} KB a pair:",
     ]
     plan = plan_stages(recipe.stages, recipe.data.global_batch_size, recipe.budget_minutes)

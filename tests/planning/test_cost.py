@@ -6,11 +6,10 @@ from dataclasses import replace
 import pytest
 
 from flipscale.planning.cost import Gpus, cost_table, planned_cost
-from flipscale.planning.time import Hardware
 from flipscale.training.cost.recipe import CostRecipe
 from flipscale.training.recipe import parse_recipe
 
-H100S = Gpus("H100", 256, Hardware(peak=989e12, mfu=0.45), watts=700.0)
+H100S = Gpus("H100", 256, peak=989e12, mfu=0.45, watts=700.0)
 COST = CostRecipe(device_hour_dollars=2.5, kwh_co2_grams=369.0, pue=1.1)
 
 

@@ -113,11 +113,14 @@ def test_a_table_for_each_file_and_stage(h14: Recipe, tmp_path: Path, capsys: py
     [
         (["--node_gbps", "0"], "node_gbps is 0; it must be above 0"),
         (["--network_gbps", "-1"], "network_gbps is -1; it must be above 0"),
-        (["--mfu", "1.5"], "mfu is 1.5; it must be above 0 and at most 1"),
-        (["--mfu", "0"], "mfu is 0; it must be above 0 and at most 1"),
+        (["--matmul_share", "1.5"], "--matmul_share is 1.5; it must be above 0 and at most 1"),
+        (["--matmul_share", "0"], "--matmul_share is 0; it must be above 0 and at most 1"),
         (["--images_per_worker_s", "0"], "images_per_worker_s is 0; it must be above 0"),
-        (["--mfu", "0.4", "--bench", "x.json"], "mfu and bench both say how fast products are; leave one of them out"),
-        (["--bench", "nowhere.json"], "bench nowhere.json is not a JSON line of `flipscale bench step --json`"),
+        (
+            ["--matmul_share", "0.4", "--bench", "x.json"],
+            "--matmul_share and --bench both say what share of its peak a GPU reaches; leave one of them out",
+        ),
+        (["--bench", "nowhere.json"], "--bench nowhere.json is not a JSON line of `flipscale bench step --json`"),
         (["--num_processes", "8,48"], "global_batch_size 65536 is not divisible by 48 processes"),
         (["--num_processes", "8,x"], "--num_processes is 'x'; it must be a whole number"),
         (
