@@ -9,7 +9,6 @@ import hashlib
 import json
 import re
 import threading
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -91,7 +90,9 @@ class LoopbackHub:
         self.repos: dict[str, Repo] = {}
         self.blobs: dict[str, bytes] = {}
         self.requests: list[Request] = []
-        self.seconds_per_mib = 0.0  # how slowly contents are sent
+        # How many pieces of contents may be sent; None: all. Whom none is left for waits until others may be sent.
+        self.pieces: threading.Semaphore | None = None
+        self.num_sent = 0
         self._faults: list[tuple[str, Reply]] = []
         self._lock = threading.RLock()
         handler = type("Handler", (_Handler,), {"hub": self})
@@ -177,9 +178,14 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command == "HEAD":
             return
         with suppress(ConnectionError):  # a client may be killed
+            pieces = self.hub.pieces
             for start in range(0, len(content), _PIECE):
+                while pieces is not None and not pieces.acquire(timeout=0.05):
+                    if self.hub.pieces is not pieces:
+                        self.close_connection = True  # who asked was killed
+                        return
                 self.wfile.write(content[start : start + _PIECE])
-                time.sleep(self.hub.seconds_per_mib * _PIECE / 2**20)
+                self.hub.num_sent += 1
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = _serve
 

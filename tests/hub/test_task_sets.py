@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 import tarfile
+import threading
 import time
 from collections import namedtuple
 from pathlib import Path
@@ -152,12 +153,12 @@ def test_killed_at_ten_instants_it_ends_whole(hub: LoopbackHub, tmp_path: Path, 
     hub.add(FLICKR, files["flickr30k"])
     folder, draw, killed_within = tmp_path / "tasks", random.Random(13), 0
     for _ in range(10):
-        hub.seconds_per_mib = 5.0
-        asked = len(hub.requests)
+        count, asked = draw.randrange(8), len(hub.requests)
+        hub.pieces, hub.num_sent = threading.Semaphore(count), 0
         process = processes.start(begin, str(folder), hub.endpoint)
-        while len(hub.requests) == asked and process.is_alive():
+        while process.is_alive() and (len(hub.requests) == asked or hub.num_sent < count):
             time.sleep(0.01)
-        process.join(draw.uniform(0, 0.6))
+        process.join(draw.uniform(0, 0.1))
         killed_within += process.is_alive()
         process.kill()
         process.join()
@@ -169,8 +170,8 @@ def test_killed_at_ten_instants_it_ends_whole(hub: LoopbackHub, tmp_path: Path, 
         # Once a set is begun, it stays at its commit while the branch moves on.
         if (folder / "mnist" / ".begun.json").exists():
             hub.add(MNIST, {**files["mnist"], "classnames.txt": b"other\n" * 10})
-    assert killed_within >= 8, (folder.with_name("tasks.log")).read_text()
-    hub.seconds_per_mib = 0.0
+    assert killed_within == 10, (folder.with_name("tasks.log")).read_text()
+    hub.pieces = None
     prepare(folder, "--only", "mnist", "flickr30k")
     assert "are there" in capsys.readouterr().out
     for name in files:

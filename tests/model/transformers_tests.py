@@ -23,6 +23,10 @@ STAND_INS = {
 }
 
 
+# pip itself tries a connection again, but not a download that breaks off or an index that answers with an error.
+_TRIES = 3
+
+
 class DownloadError(Exception):
     """The source distribution is neither here nor to be had."""
 
@@ -31,9 +35,12 @@ def _pip_download(requirement: str, folder: Path) -> Path:
     """Download the source distribution of `NAME==VERSION` into `folder` and return its file. pip builds nothing."""
     name = requirement.split("==")[0]
     command = ["-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", name, requirement]
-    done = subprocess.run([sys.executable, *command, "--dest", str(folder)], capture_output=True, text=True)
-    files = list(folder.glob("*.tar.gz"))
-    if done.returncode or not files:
+    for _ in range(_TRIES):
+        done = subprocess.run([sys.executable, *command, "--dest", str(folder)], capture_output=True, text=True)
+        files = list(folder.glob("*.tar.gz"))
+        if not done.returncode and files:
+            break
+    else:
         reason = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
         raise DownloadError(
             f"the source distribution of {requirement}, which holds transformers' common tests, cannot be downloaded: "
