@@ -3,7 +3,6 @@
 
 import json
 import re
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
@@ -16,6 +15,7 @@ from tqdm import tqdm
 from flipscale.data.prepared import PREPARED, read_prepared
 from flipscale.data.sources.tar_source import TarSource
 from flipscale.files.aside import remove, sync, write_text
+from flipscale.files.room import check_room, size_text
 from flipscale.files.text_table import plain_table
 from flipscale.preparation.hub_files import HubFile, Snapshot, WrongFile, bytes_there, digest, download, list_files
 from flipscale.preparation.parquet_set import Columns, convert
@@ -121,15 +121,15 @@ def prepare_tasks(folder: Path, sets: Sequence[TaskSet]) -> None:
             faults[task.name] = str(error)
             rows.append([*about, "not to be had", task.licence, task.repo])
             continue
-        state = "is prepared" if plan is None else _size(plan.num_bytes)
+        state = "is prepared" if plan is None else size_text(plan.num_bytes)
         rows.append([*about, state, task.licence, task.repo])
         plans += [plan] if plan else []
     print(plain_table([["task", "images", "download", "licence of the images", "source"], *rows], numbers=(1, 2)))
-    _check_space(folder, plans)
+    check_room(folder, sum(plan.bytes_needed for plan in plans), "prepare fewer tasks with --only")
     left = sum(plan.num_bytes - plan.bytes_there for plan in plans)
     if plans:
         there = sum(plan.bytes_there for plan in plans)
-        print(f"\n{_size(left)} to download into {folder}" + (f", {_size(there)} are there" if there else ""))
+        print(f"\n{size_text(left)} to download into {folder}" + (f", {size_text(there)} are there" if there else ""))
     with tqdm(total=sum(p.num_bytes for p in plans), unit="B", unit_scale=True, desc="tasks", disable=None) as bar:
         for plan in plans:
             try:
@@ -320,29 +320,3 @@ def _read_begun(place: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return begun if isinstance(begun, dict) and isinstance(begun.get("commit"), str) else {}
-
-
-def _check_space(folder: Path, plans: Sequence[Plan]) -> None:
-    """Raise if the disk has no room for what is to be downloaded.
-
-    Raises:
-        ValueError: it has not.
-    """
-    needed = sum(plan.bytes_needed for plan in plans)
-    disk = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-    free = shutil.disk_usage(disk).free
-    if needed > free:
-        raise ValueError(
-            f"{_size(needed)} are needed and {folder} has {_size(free)} free; make room, name another folder, or "
-            "prepare fewer tasks with --only"
-        )
-
-
-def _size(num_bytes: int) -> str:
-    """Return a number of bytes as people read it: `1.2 GB`."""
-    value = float(num_bytes)
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 1000:
-            break
-        value, unit = value / 1000, {"B": "kB", "kB": "MB", "MB": "GB", "GB": "TB"}[unit]
-    return f"{value:.3g} {unit}" if value < 100 else f"{value:.0f} {unit}"

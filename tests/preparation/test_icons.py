@@ -263,7 +263,7 @@ def test_fractions_that_are_none(fraction: str, tmp_path: Path, capsys: pytest.C
 
 def _no_room(patch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     usage = shutil.disk_usage(tmp_path)
-    patch.setattr(icon_set.shutil, "disk_usage", lambda path: usage._replace(free=10**9))
+    patch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10**9))
 
 
 def _other_files(patch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -282,7 +282,7 @@ def _tiny_fraction(patch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
-        (_no_room, r"1\.35 GB are needed and .* has 1\.00 GB free; make room, .*, or prepare a smaller --fraction"),
+        (_no_room, r"1\.35 GB are needed and the disk of .*icons has 1 GB free; .*, or prepare a smaller --fraction"),
         (_other_files, r"icons holds something that is not the icons; name a new folder, or an empty one"),
         (_no_renderer, r"resvg-py, which draws the pictures, is not installed; run: pip install"),
         (_tiny_fraction, r"fraction 1 leaves no drawing to train on; name a larger one"),

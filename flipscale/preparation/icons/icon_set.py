@@ -7,7 +7,6 @@ and ends with the same bytes.
 
 import json
 import os
-import shutil
 from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from tqdm import tqdm
 
 from flipscale.data.tokenizers import train_sentencepiece
 from flipscale.files.aside import partial_path, remove, write_text
+from flipscale.files.room import check_room
 from flipscale.preparation import demo_emoji
 from flipscale.preparation.icons import splits
 from flipscale.preparation.icons.collection import INTEGRITY, PACKAGE, caption, read_sets
@@ -102,7 +102,7 @@ def _prepare(out_dir: Path, work: Path, fraction: float, pool: Executor, at_once
     """Write everything into `work`, `at_once` blocks at a time, rename that to `out_dir`, and return the report."""
     made = {"made_by": MADE_BY, "package": PACKAGE, "fraction": fraction}
     _go_on(work, made)
-    _check_room(work, fraction)
+    check_room(out_dir, _bytes_needed(work, fraction), "prepare a smaller --fraction")
     tarball = demo_emoji.download([PACKAGE], work / _DOWNLOAD, INTEGRITY)[PACKAGE]
 
     sets = [SetFacts.of(icon_set) for icon_set in read_sets(tarball)]
@@ -149,20 +149,10 @@ def _go_on(work: Path, made: dict[str, Any]) -> None:
         write_text(begun, text)
 
 
-def _check_room(work: Path, fraction: float) -> None:
-    """Raise if the disk has no room for what is still to be written.
-
-    Raises:
-        ValueError: it has not.
-    """
+def _bytes_needed(work: Path, fraction: float) -> int:
+    """Return what is still to be written."""
     held = sum(path.stat().st_size for path in work.rglob("*") if path.is_file())
-    needed = round(_LEAST_BYTES + fraction * _TRAIN_BYTES) - held
-    free = shutil.disk_usage(work).free
-    if needed > free:
-        raise ValueError(
-            f"{needed / 1e9:.2f} GB are needed and {work.parent} has {free / 1e9:.2f} GB free; make room, name another "
-            "folder, or prepare a smaller --fraction"
-        )
+    return round(_LEAST_BYTES + fraction * _TRAIN_BYTES) - held
 
 
 def _remove_leftovers(folder: Path) -> None:

@@ -1,0 +1,29 @@
+"""Room on a disk: whether there is enough for what is to be written, and sizes as people read them."""
+
+import shutil
+from pathlib import Path
+
+
+def check_room(folder: Path, needed: int, fewer: str) -> None:
+    """Raise if the disk of a folder, which may not be there yet, has no room for `needed` bytes.
+
+    Args:
+        fewer: how to need less, such as `prepare fewer tasks with --only`.
+
+    Raises:
+        ValueError: it has not.
+    """
+    free = shutil.disk_usage(next(place for place in (folder, *folder.absolute().parents) if place.exists())).free
+    if needed > free:
+        raise ValueError(
+            f"{size_text(needed)} are needed and the disk of {folder} has {size_text(free)} free; make room, name "
+            f"another folder, or {fewer}"
+        )
+
+
+def size_text(num_bytes: int) -> str:
+    """Return a number of bytes as people read it: `1.2 GB`."""
+    value, units = float(num_bytes), ["B", "kB", "MB", "GB", "TB"]
+    while value >= 1000 and len(units) > 1:
+        value, units = value / 1000, units[1:]
+    return f"{value:.3g} {units[0]}" if value < 100 else f"{value:.0f} {units[0]}"

@@ -1,0 +1,26 @@
+"""Room on a disk, and sizes in words."""
+
+import shutil
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+
+from flipscale.files.room import check_room, size_text
+
+
+def test_the_disk_of_a_folder_that_is_not_there_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Path] = []
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: asked.append(path) or usage(3000, 1000, 2000))
+    check_room(tmp_path / "a/b", 2000, "write less")
+    with pytest.raises(ValueError, match=r"2.05 kB are needed and the disk of .*b has 2 kB free; .*, or write less$"):
+        check_room(tmp_path / "a/b", 2048, "write less")
+    assert asked == [tmp_path] * 2
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "text"), [(0, "0 B"), (999, "999 B"), (1000, "1 kB"), (123_456, "123 kB"), (3 * 10**15, "3000 TB")]
+)
+def test_sizes(num_bytes: int, text: str) -> None:
+    assert size_text(num_bytes) == text
