@@ -15,6 +15,17 @@ def refuse_others(path: Path) -> None:
         raise ValueError(f"{path} is {'a folder' if path.is_dir() else 'no plain file'}; move it away")
 
 
+def refuse_no_png(path: Path, flag: str) -> None:
+    """Raise before a picture is drawn if it could not be written then.
+
+    Raises:
+        ValueError: it is no name of a PNG file in a folder, or there is something else than a file.
+    """
+    if path.suffix.lower() != ".png" or not path.absolute().parent.is_dir():
+        raise ValueError(f"{flag} {path} cannot be written; name a PNG file in a folder that exists")
+    refuse_others(path)
+
+
 def plain_text(path: Path) -> str:
     """Return the text of a file, UTF-8.
 

@@ -16,6 +16,7 @@ from flipscale.data.tokenizers import check_tokenizer, load_tokenizer
 from flipscale.engines.checkpoint import CheckpointReader, list_checkpoints
 from flipscale.engines.whole_checkpoint import require_whole
 from flipscale.files.aside import written_aside
+from flipscale.files.lock import FolderLock
 from flipscale.files.tensor_file import check_weight, write_tensors
 from flipscale.hub.sentence_transformer import write_sentence_transformer
 from flipscale.model import FlipConfig, FlipModel, FlipProcessor
@@ -66,7 +67,7 @@ def export_model(
     is never seen half written. A model folder that exists is replaced, with all files in it.
 
     Raises:
-        ValueError: `out_dir` exists and is neither a model folder nor empty.
+        ValueError: `out_dir` exists and is neither a model folder nor empty, or another process writes it.
     """
     weights = model.state_dict()
     shapes = {name: weight.shape for name, weight in weights.items()}
@@ -85,8 +86,8 @@ def export_checkpoint(checkpoint: Path, out_dir: Path, dtype: torch.dtype = torc
 
     Raises:
         OSError: the checkpoint is damaged or cannot be read.
-        ValueError: the checkpoint does not exist, its recipe's tokenizer cannot be loaded, or `out_dir` exists and is
-            neither a model folder nor empty.
+        ValueError: the checkpoint does not exist, its recipe's tokenizer cannot be loaded, `out_dir` exists and is
+            neither a model folder nor empty, or another process writes it.
     """
     if not checkpoint.exists():
         there = [path.name for path in list_checkpoints(checkpoint.parents[1])]
@@ -150,15 +151,20 @@ def _write_folder(
         "AutoModelForZeroShotImageClassification": "modeling_flip.FlipModel",
         "AutoModelForImageClassification": "modeling_flip.FlipForImageClassification",
     }
-    with written_aside(out_dir) as folder:
-        if processor is not None:
-            processor.save_pretrained(folder)
-            write_sentence_transformer(folder)
-        with without_bars():
-            model.save_pretrained(folder, state_dict={})
-        for empty in folder.glob("*.safetensors"):
-            empty.unlink()
-        save(folder)
+    lock = FolderLock(out_dir.with_name(f".{out_dir.name}.lock"), f"writes {out_dir}")
+    lock.acquire()
+    try:
+        with written_aside(out_dir) as folder:
+            if processor is not None:
+                processor.save_pretrained(folder)
+                write_sentence_transformer(folder)
+            with without_bars():
+                model.save_pretrained(folder, state_dict={})
+            for empty in folder.glob("*.safetensors"):
+                empty.unlink()
+            save(folder)
+    finally:
+        lock.release()
     return out_dir
 
 

@@ -50,8 +50,18 @@ __all__ = [
     "FlipVisionModelWithProjection",
 ]
 
+_MODULES = (
+    "configuration_flip",
+    "modeling_flip",
+    "modeling_flip_caption",
+    "modeling_flip_vqa",
+    "processing_flip",
+)
+
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(".auto_classes", __name__), name)
+    import_module(".auto_classes", __name__)
+    modules = (import_module(f".{module}", __name__) for module in _MODULES)
+    return next(vars(module)[name] for module in modules if name in vars(module))

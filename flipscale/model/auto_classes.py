@@ -1,4 +1,4 @@
-"""The configurations, models and processor, made known to transformers' Auto classes."""
+"""Makes configurations, models and the processor known to transformers' Auto classes."""
 
 from transformers import (
     AutoConfig,
@@ -10,17 +10,8 @@ from transformers import (
     AutoProcessor,
 )
 
-from .configuration_flip import SIZES, FlipAnswerConfig, FlipConfig, FlipDecoderConfig, FlipTextConfig, FlipVisionConfig
-from .modeling_flip import (
-    FlipForImageClassification,
-    FlipModel,
-    FlipOutput,
-    FlipPreTrainedModel,
-    FlipTextModel,
-    FlipTextModelWithProjection,
-    FlipVisionModel,
-    FlipVisionModelWithProjection,
-)
+from .configuration_flip import FlipConfig, FlipTextConfig, FlipVisionConfig
+from .modeling_flip import FlipForImageClassification, FlipModel, FlipTextModel, FlipVisionModel
 from .modeling_flip_caption import FlipForConditionalGeneration
 from .modeling_flip_vqa import FlipForQuestionAnswering
 from .processing_flip import FlipProcessor
@@ -40,23 +31,3 @@ AutoModelForImageClassification.register(FlipConfig, FlipForImageClassification)
 AutoModelForImageTextToText.register(FlipConfig, FlipForConditionalGeneration)
 AutoModelForVisualQuestionAnswering.register(FlipConfig, FlipForQuestionAnswering)
 AutoProcessor.register(FlipConfig, FlipProcessor)
-
-__all__ = [
-    "SIZES",
-    "FlipAnswerConfig",
-    "FlipConfig",
-    "FlipDecoderConfig",
-    "FlipForConditionalGeneration",
-    "FlipForImageClassification",
-    "FlipForQuestionAnswering",
-    "FlipModel",
-    "FlipOutput",
-    "FlipPreTrainedModel",
-    "FlipProcessor",
-    "FlipTextConfig",
-    "FlipTextModel",
-    "FlipTextModelWithProjection",
-    "FlipVisionConfig",
-    "FlipVisionModel",
-    "FlipVisionModelWithProjection",
-]

@@ -21,6 +21,7 @@ from flipscale.data.decode import decode_whole
 from flipscale.data.faults import BadSample
 from flipscale.data.sources.source import Sample, Source
 from flipscale.data.sources.tar_source import TarSource
+from flipscale.files.plain_file import refuse_no_png
 
 _CHUNK = 256  # samples read at a time
 _MOST_CAPTIONED = 1_000_000  # more make no better vocabulary, and take memory
@@ -57,7 +58,7 @@ def inspect_shards(
         ValueError: there is no sample, or `sheet` cannot be written.
     """
     if sheet is not None:
-        _check_sheet(sheet)
+        refuse_no_png(sheet, "--sheet")
     total = len(source)
     if not total:
         raise ValueError(f"there is no sample in {len(source.shard_sizes)} shards")
@@ -84,16 +85,6 @@ def inspect_shards(
         "kinds": dict(Counter(sample.kind for sample in good).most_common()),
         **_figures(good, tokenizer),
     }
-
-
-def _check_sheet(sheet: Path) -> None:
-    """Raise before all samples are read if the sheet could not be written then.
-
-    Raises:
-        ValueError: it is no name of a PNG file in a folder.
-    """
-    if sheet.suffix.lower() != ".png" or sheet.is_dir() or not sheet.absolute().parent.is_dir():
-        raise ValueError(f"the sheet {sheet} cannot be written; name a PNG file in a folder that exists with --sheet")
 
 
 def read_captions(source: TarSource) -> list[str]:

@@ -612,7 +612,7 @@ ATTACKS: list[Attack] = [
         "a contact sheet in no folder",
         _of_shards("inspect", "data", "--sheet", "no/sheet.png"),
         code=2,
-        says=("the sheet no/sheet.png cannot be written",),
+        says=("--sheet no/sheet.png cannot be written",),
     ),
     Attack(
         "a contact sheet over a text",

@@ -72,14 +72,6 @@ def _sheet_to_a_pipe(folder: Path) -> list[str]:
     return ["prepare", "inspect", "data", "--sheet", "sheet.png"]
 
 
-def _names_a_file(folder: Path, ended: Ended) -> None:
-    (file,) = [word for word in ended.stderr.split() if word.endswith(".txt")]
-    text = Path(file).read_text()
-    assert "Traceback (most recent call last)" in text
-    assert f"flipscale {flipscale.__version__}" in text
-    os.remove(file)
-
-
 def _foreign_names(folder: Path) -> list[str]:
     data = ground.shards(folder)
     for number, shard in enumerate(sorted(data.glob("*.tar"))):
@@ -126,7 +118,7 @@ ATTACKS = [
     _typed("a run whose name has lines", "status", "a\nb", says=("a b is not a run directory",)),
     _typed("a run whose name is no text", "status", "\udcff", says=("\\udcff is not a run directory",)),
     Attack("a recipe copy that is a folder", _status_of_a_folder, 2, ("is not the recipe that the run began with",)),
-    Attack("a contact sheet to a pipe", _sheet_to_a_pipe, 1, ("its traceback is in ",), _names_a_file),
+    Attack("a contact sheet to a pipe", _sheet_to_a_pipe, 2, ("sheet.png is no plain file; move it away",)),
     _launch("that is not there", None, "cannot be read"),
     _launch("that is empty", "", "cannot be read"),
     Attack("a launch file that is a pipe", _piped, 2, ("launch.yaml", "is no plain file")),

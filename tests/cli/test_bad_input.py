@@ -10,6 +10,7 @@ import yaml
 from accelerate.state import AcceleratorState
 from conftest import add_member, write_shards
 
+import flipscale
 from flipscale.cli import main
 from flipscale.training.recipe import RECIPES
 
@@ -38,6 +39,26 @@ def refused_recipe(refused: Callable[[list[str]], str], write_recipe, tmp_path: 
         return refused(["pretrain", "--config", str(write_recipe(tmp_path / "run", **changes)), *flags])
 
     return run
+
+
+def test_what_nobody_foresaw_is_one_line_and_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def fails(args: object) -> None:
+        raise RuntimeError("upside down")
+
+    monkeypatch.setattr("flipscale.status.run", fails)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with pytest.raises(SystemExit) as ended:
+        main(["status", "run"])
+    (line,) = capsys.readouterr().err.splitlines()
+    (file,) = tmp_path.iterdir()
+    assert ended.value.code == 1
+    assert line.startswith("flipscale: error: RuntimeError: upside down, in ")
+    assert line.endswith(f"; its traceback is in {file}")
+    text = file.read_text()
+    assert "Traceback (most recent call last)" in text
+    assert f"flipscale {flipscale.__version__}" in text
 
 
 def test_missing_shards(refused_recipe: Callable[..., str], tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -117,6 +118,22 @@ def test_a_figure_needs_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("flipscale.evaluation.embedders.masked.can_draw", lambda: False)
     with pytest.raises(ValueError, match=r"--mask_figure draws with matplotlib, which is not installed; pip install"):
         check_mask_arguments(parser.parse_args(["--mask_ratio", "0.5", "--mask_figure", "a.png"]), [])
+
+
+@pytest.mark.parametrize(
+    ("figure", "message"),
+    [
+        ("a.pdf", "--mask_figure .*a.pdf cannot be written; name a PNG file in a folder that exists"),
+        ("no/a.png", "--mask_figure .*a.png cannot be written; name a PNG file in a folder that exists"),
+        ("pipe.png", "pipe.png is no plain file; move it away"),
+    ],
+)
+def test_a_figure_that_cannot_be_written(tmp_path: Path, figure: str, message: str) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    parser = argparse.ArgumentParser()
+    evaluate.add_mask_arguments(parser)
+    with pytest.raises(ValueError, match=message):
+        check_mask_arguments(parser.parse_args(["--mask_ratio", "0.5", "--mask_figure", str(tmp_path / figure)]), [])
 
 
 def test_nothing_masked_is_the_whole_image_bit_for_bit(embedder: Embedder, shards: Path) -> None:

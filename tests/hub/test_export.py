@@ -15,6 +15,7 @@ from packaging.requirements import Requirement
 from PIL import Image
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, pipeline
 
+from flipscale.files.lock import FolderLock
 from flipscale.hub.model_folder import build_processor, export_model
 from flipscale.model import (
     FlipConfig,
@@ -255,6 +256,17 @@ def test_export_does_not_replace_what_is_no_model(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="exists and is not a FLIP model folder; name another folder"):
         export_model(small_model(), None, tmp_path)
     assert (tmp_path / "thesis.tex").exists()
+
+
+def test_two_exports_to_one_folder(tmp_path: Path) -> None:
+    lock = FolderLock(tmp_path / ".out.lock", "")
+    lock.acquire()
+    with pytest.raises(ValueError, match=rf"process {os.getpid()} on .* writes .*out; wait for it, stop it, or use an"):
+        export_model(small_model(), None, tmp_path / "out")
+    lock.release()
+    assert not list(tmp_path.iterdir())
+    export_model(small_model(), None, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_failed_export_leaves_the_older_model(tmp_path: Path) -> None:

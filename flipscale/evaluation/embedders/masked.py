@@ -23,6 +23,7 @@ from flipscale.data.pairs import InputShape
 from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.images import Decoder
 from flipscale.evaluation.reports.figures import can_draw
+from flipscale.files.plain_file import refuse_no_png
 from flipscale.model.patches import num_kept
 
 # The masks of training are keyed by the recipe's seed; those of an evaluation are always the same.
@@ -112,7 +113,8 @@ def check_mask_arguments(args: argparse.Namespace, other_models: Sequence[str]) 
         other_models: the names of those that are not flipscale's.
 
     Raises:
-        ValueError: an argument that needs `--mask_ratio` has none, a figure matplotlib, or a mask a model of flipscale.
+        ValueError: an argument that needs `--mask_ratio` has none, a figure matplotlib or a place, or a mask a model of
+            flipscale.
     """
     if not any(args.mask_ratio):
         given = {"--mask_views": args.mask_views != [1], "--mask_kind": args.mask_kind != "random"}
@@ -121,6 +123,8 @@ def check_mask_arguments(args: argparse.Namespace, other_models: Sequence[str]) 
         return
     if args.mask_figure and not can_draw():
         raise ValueError("--mask_figure draws with matplotlib, which is not installed; pip install 'flipscale[plots]'")
+    if args.mask_figure:
+        refuse_no_png(args.mask_figure, "--mask_figure")
     for name in other_models:
         raise ValueError(_takes_whole_images(name))
 
