@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flipscale.files.command_line import number
+from flipscale.files.command_line import number, unwritable
+from flipscale.files.plain_file import is_utf8
 from flipscale.files.ranges import Count, MinutesAboveNone, Positive
 
 if TYPE_CHECKING:
@@ -90,8 +91,13 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _check_options(args: argparse.Namespace) -> None:
-    if args.recipe.exists():
+    for name in ("recipe", "shards", "tokenizer", "tests"):
+        if not is_utf8(str(getattr(args, name))):
+            raise ValueError(f"{name} has letters in its name that no recipe can have: they are not UTF-8; rename it")
+    if os.path.lexists(args.recipe):
         raise ValueError(f"{args.recipe} is there already; name another file, or remove it")
+    if why := unwritable(str(args.recipe)):
+        raise ValueError(f"{args.recipe} cannot be written: {why}")
     if args.recipe.suffix not in (".yaml", ".yml"):
         raise ValueError(
             f"{args.recipe} has no ending .yaml, by which a recipe is known; name a file such as mine.yaml"

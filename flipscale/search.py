@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from flipscale.files.command_line import number, unwritable
+from flipscale.files.plain_file import is_utf8
 from flipscale.files.ranges import Count
 
 _MOST_QUERIES = 500
@@ -86,7 +87,7 @@ def _queries(args: argparse.Namespace) -> list[str]:
     queries = list(dict.fromkeys(query.strip() for query in asked if query.strip()))
     if not queries:
         raise ValueError("there is no query; give words such as 'two arrows in a circle', or --queries FILE")
-    if odd := next((query for query in queries if any("\ud800" <= letter <= "\udfff" for letter in query)), None):
+    if odd := next((query for query in queries if not is_utf8(query)), None):
         raise ValueError(f"the query {odd!r:.60} is not UTF-8; write it anew")
     if len(queries) > _MOST_QUERIES:
         raise ValueError(f"there are {len(queries):,} queries; a page has at most {_MOST_QUERIES}")

@@ -37,3 +37,12 @@ def plain_text(path: Path) -> str:
     if path.stat().st_size > _MOST_BYTES:
         raise ValueError(f"{path} has {path.stat().st_size:,} bytes; at most {_MOST_BYTES:,} are read")
     return path.read_text(encoding="utf-8")
+
+
+def is_utf8(text: str) -> bool:
+    """Return whether a text can be written; halves of surrogate pairs, as file names that are no UTF-8 have, cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

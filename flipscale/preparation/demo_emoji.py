@@ -241,7 +241,7 @@ def _download(npm: list[str], package: str, directory: Path, integrity: str | No
     target = directory / slug(package)
     target.mkdir(parents=True, exist_ok=True)
     for tarball in target.glob("*.tgz"):
-        if _integrity(tarball) == integrity:
+        if tarball.is_file() and _integrity(tarball) == integrity:
             return tarball
         tarball.unlink()  # which a kill cut short
     # In milliseconds; by default 10 s, a minute and five minutes.

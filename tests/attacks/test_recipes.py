@@ -1,5 +1,6 @@
 """Attacks by recipes, options and surroundings: what is asked before anything is trained or measured."""
 
+import os
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -128,6 +129,78 @@ def _saved_before(folder: Path) -> list[str]:
 
 def _refused(name: str, make: Make, *says: str, **more: Any) -> Attack:
     return Attack(name, make, 2, says, more.pop("check", _nothing_trained), **more)
+
+
+def _init(*flags: str, change: Callable[[Path], object] = lambda folder: None, shards: str = "data") -> Make:
+    """A proposal for GPUs elsewhere, after `change`; flags that come twice count as they come last."""
+
+    def make(folder: Path) -> list[str]:
+        ground.shards(folder)
+        change(folder)
+        elsewhere = ["--gpu", "h100", "--num_gpus", "1", "--hours", "1"]
+        return ["init", "mine.yaml", "--shards", shards, "--tokenizer", str(ground.tokenizer()), *elsewhere, *flags]
+
+    return make
+
+
+def _init_to(name: str, change: Callable[[Path], object] = lambda folder: None) -> Make:
+    def make(folder: Path) -> list[str]:
+        command = _init(change=change)(folder)
+        return [command[0], name, *command[2:]]
+
+    return make
+
+
+def _shards_of(fields: dict[str, bytes], count: int = 20) -> Callable[[Path], None]:
+    """One more shard, alone in the folder `odd`."""
+
+    def change(folder: Path) -> None:
+        (folder / "odd").mkdir()
+        with tarfile.open(folder / "odd/0.tar", "w") as tar:
+            for number in range(count):
+                for ending, content in fields.items():
+                    add_member(tar, f"{number:03}.{ending}", content)
+
+    return change
+
+
+def _odd_beside_good(folder: Path) -> None:
+    with tarfile.open(folder / "data/00004.tar", "w") as tar:
+        for number, (image, text) in enumerate(
+            [(b"", b"a"), (b"\xff\xd8", b"a"), (b"%!PS", b"a"), (b"x" * 999, b"\xff\0"), (b"GIF89a", b"a" * 10**6)]
+        ):
+            add_member(tar, f"{number}.jpg", image)
+            add_member(tar, f"{number}.txt", text)
+
+
+_ODD_NAME = "da: {ta # 'x'} \n- \u202e!!python"
+
+
+def _named_so(folder: Path, ended: Ended) -> None:
+    assert yaml.safe_load((folder / "mine.yaml").read_text())["data"]["shards"] == _ODD_NAME
+
+
+def _none_proposed(folder: Path, ended: Ended) -> None:
+    assert not (folder / "mine.yaml").exists()
+
+
+def _stays(folder: Path, ended: Ended) -> None:
+    assert (folder / "mine.yaml").read_text() == "mine"
+
+
+def _odd_tokenizer(folder: Path) -> None:
+    (folder / "tok").mkdir()
+    (folder / "tok/tokenizer.json").write_bytes(b"\x80\x04cposix\nsystem\n")
+
+
+def _page(folder: Path) -> None:
+    folder.mkdir()
+    (folder / "0.tar").write_text("<html>404</html>" * 999)
+
+
+def _odd_test(folder: Path) -> None:
+    _shards_of({"jpg": b"no picture", "cls": b"1"})(folder)
+    (folder / "odd/classnames.txt").write_text("a\nb\n")
 
 
 ATTACKS = [
@@ -284,6 +357,102 @@ ATTACKS = [
     ),
     _refused("launch_files FILE", _file_and("launch_files", "file"), "DIR is 'file'; "),
     Attack("a recipe that an older version saved", _saved_before),
+    Attack(
+        "a proposal over one's own recipe",
+        _init_to("mine.yaml", lambda f: (f / "mine.yaml").write_text("mine")),
+        2,
+        ("mine.yaml is there already",),
+        _stays,
+    ),
+    Attack(
+        "a proposal to a link to nothing",
+        _init_to("mine.yaml", lambda f: (f / "mine.yaml").symlink_to("no")),
+        2,
+        ("mine.yaml is there already",),
+    ),
+    Attack(
+        "a proposal to a pipe",
+        _init_to("mine.yaml", lambda f: os.mkfifo(f / "mine.yaml")),
+        2,
+        ("mine.yaml is there already",),
+    ),
+    Attack(
+        "a proposal in a file",
+        _init_to("file/mine.yaml", lambda f: (f / "file").touch()),
+        2,
+        ("file is a file: name another folder",),
+    ),
+    Attack("a proposal of a name that is no text", _init_to("\udcff.yaml"), 2, ("recipe has letters in its name",)),
+    Attack("a proposal of a name of 300 letters", _init_to("x" * 300 + ".yaml"), 2, ("at most 255 bytes",)),
+    Attack("a proposal for no shards", _init(shards="*.tar"), 2, ("no shards at '*.tar'",), _none_proposed),
+    Attack(
+        "a proposal for shards that are pages",
+        _init(shards="odd", change=lambda f: _page(f / "odd")),
+        2,
+        ("odd has 0 pairs; 16 are the least",),
+        _none_proposed,
+    ),
+    Attack(
+        "a proposal for pictures without captions",
+        _init(shards="odd", change=_shards_of({"jpg": b"x"})),
+        2,
+        ("none of 20 samples that were looked at has a picture and a caption",),
+        _none_proposed,
+    ),
+    Attack("a proposal for odd pairs beside good ones", _init(change=_odd_beside_good), 0, ("data: 101 pairs",)),
+    Attack(
+        "a proposal for shards whose name is YAML",
+        _init(shards=_ODD_NAME, change=lambda f: (f / "data").rename(f / _ODD_NAME)),
+        0,
+        ("96 pairs",),
+        _named_so,
+    ),
+    Attack(
+        "a proposal for shards whose name is no text",
+        _init(shards="\udcff", change=lambda f: (f / "data").rename(f / "\udcff")),
+        2,
+        ("shards has letters in its name that no recipe can have",),
+        _none_proposed,
+    ),
+    Attack(
+        "a proposal with a tokenizer of code",
+        _init("--tokenizer", "tok", change=_odd_tokenizer),
+        2,
+        ("`flipscale prepare tokenizer data DIR` makes one",),
+        _none_proposed,
+    ),
+    Attack(
+        "a proposal with a tokenizer that is a pipe",
+        _init("--tokenizer", "tok", change=lambda f: os.mkfifo(f / "tok")),
+        2,
+        ("`flipscale prepare tokenizer data DIR` makes one",),
+        _none_proposed,
+    ),
+    Attack(
+        "a proposal with a test set of no pictures",
+        _init("--tests", "odd", change=_odd_test),
+        2,
+        ("odd",),
+        _none_proposed,
+    ),
+    Attack(
+        "a proposal with a test set that is a pipe",
+        _init("--tests", "p", change=lambda f: os.mkfifo(f / "p")),
+        2,
+        ("'p'",),
+        _none_proposed,
+    ),
+    Attack("a proposal for a billion GPUs", _init("--num_gpus", "1000000000"), 2, ("GPU",), _none_proposed),
+    Attack("a proposal for 10^300 hours", _init("--hours", "1e300"), 0, ("more pairs would teach it more",)),
+    Attack("a proposal for 10^-300 hours", _init("--hours", "1e-300"), 0, ("pairs in",)),
+    Attack("a proposal for nan hours", _init("--hours", "nan"), 2, ("--hours is nan",), _none_proposed),
+    Attack(
+        "a proposal for a GPU of control characters",
+        _init("--gpu", "\x1b[2J"),
+        2,
+        ("gpu is '\\x1b[2J'",),
+        _none_proposed,
+    ),
 ]
 
 

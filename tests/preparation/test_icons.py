@@ -3,7 +3,10 @@
 import io
 import json
 import os
+import random
 import shutil
+import signal
+import sys
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +14,7 @@ from typing import Any
 
 import cv2
 import numpy as np
+import processes
 import pytest
 from filelock import FileLock
 from transformers import AutoTokenizer
@@ -231,6 +235,49 @@ def test_killed_and_started_again_it_goes_on_and_ends_with_the_same_bytes(
     assert capsys.readouterr().out == f"{out_dir} is complete: nothing to do\n"
     with pytest.raises(ValueError, match=r"holds the fraction 1\.0 of @iconify.*, and you ask for 0\.5 of"):
         prepare_icons(out_dir, fraction=0.5)
+
+
+OPERATIONS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree")
+
+
+def prepare(out_dir: str, tarball: str, last: int) -> None:
+    """A process that makes the icons, counts what it does to files on the way, and is killed before it does the
+    `last`."""
+    log = os.open(f"{out_dir}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    done = 0
+
+    def count(event: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal done
+        if event in OPERATIONS and ".icons.partial" in str(arguments[0]):
+            done += 1
+            if done == last:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    _download(Path(tarball), pytest.MonkeyPatch())
+    sys.addaudithook(count)
+    prepare_icons(Path(out_dir), processes=1)
+    Path(f"{out_dir}.count").write_text(str(done))
+
+
+def test_killed_at_any_instant_it_ends_with_the_same_bytes(folder: Path, tarball: Path, tmp_path: Path) -> None:
+    def ended(out_dir: Path, last: int) -> int | None:
+        out_dir.parent.mkdir(exist_ok=True)
+        process = processes.start(prepare, str(out_dir), str(tarball), last)
+        process.join(300)
+        assert process.exitcode in (0, -signal.SIGKILL), Path(f"{out_dir}.log").read_text()
+        return process.exitcode
+
+    draw, whole, out_dir = random.Random(2), tmp_path / "whole/icons", tmp_path / "killed/icons"
+    assert ended(whole, 0) == 0
+    number = int(Path(f"{whole}.count").read_text())
+    assert ended(out_dir, draw.randrange(1, number)) == -signal.SIGKILL
+    for _ in range(2):
+        assert not out_dir.exists() or files_of(out_dir).items() >= files_of(folder).items()
+        ended(out_dir, draw.randrange(1, number))
+    assert ended(out_dir, 0) == 0
+    assert files_of(out_dir) == files_of(folder)
 
 
 @pytest.mark.usefixtures("_downloaded")

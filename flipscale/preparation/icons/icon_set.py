@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from flipscale.data.tokenizers import train_sentencepiece
 from flipscale.files.aside import partial_path, remove, write_text
+from flipscale.files.plain_file import plain_text
 from flipscale.files.room import check_room
 from flipscale.preparation import demo_emoji
 from flipscale.preparation.icons import splits
@@ -63,6 +64,8 @@ def prepare_icons(out_dir: Path, fraction: float = 1.0, processes: int = 2) -> N
         return
     demo_emoji.check_renderer()
     work = partial_path(out_dir)
+    if not work.is_dir():
+        remove(work)
     work.mkdir(parents=True, exist_ok=True)
     lock = work.with_name(f".{out_dir.name}.lock")
     try:
@@ -84,8 +87,8 @@ def _is_complete(out_dir: Path, fraction: float) -> bool:
     if not out_dir.exists() or (out_dir.is_dir() and not any(out_dir.iterdir())):
         return False
     try:
-        report = json.loads((out_dir / REPORT).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        report = json.loads(plain_text(out_dir / REPORT))
+    except (OSError, ValueError, RecursionError):
         report = None
     if not isinstance(report, dict) or report.get("made_by") != MADE_BY:
         raise ValueError(f"{out_dir} holds something that is not the icons; name a new folder, or an empty one")
@@ -142,7 +145,7 @@ def _go_on(work: Path, made: dict[str, Any]) -> None:
     for partial in work.rglob(".*.partial*"):
         remove(partial)
     begun, text = work / _BEGUN, json.dumps(made)
-    if not begun.exists() or begun.read_text(encoding="utf-8") != text:
+    if not begun.is_file() or begun.read_bytes() != text.encode():
         for path in work.iterdir():
             if path.name != _DOWNLOAD:
                 remove(path)

@@ -13,6 +13,7 @@ from typing import Any
 from flipscale.data.captions import choose_caption, encoded_captions
 from flipscale.data.faults import BadSample
 from flipscale.data.sources.source import MAX_IMAGE_BYTES, check_bytes
+from flipscale.files.plain_file import is_utf8
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 # These say nothing of the file: the same command would read it later.
@@ -81,15 +82,6 @@ def _is_inside(path: Path, root: Path) -> bool:
 @cache
 def _real_folder(root: Path) -> str:
     return os.path.realpath(root)
-
-
-def is_utf8(text: str) -> bool:
-    """Return whether a text can be written; halves of surrogate pairs, as file names that are no UTF-8 have, cannot."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def image_of(value: Any, root: Path, allow_outside: bool) -> bytes:
