@@ -174,6 +174,8 @@ def _length(args: argparse.Namespace, proposal: "Proposal", data: "Survey", minu
         _fitted(proposal, 1, _gib_here())
     rates, how = _computed(args, proposal) if args.gpu else _measured(proposal)
     in_time, useful = samples_in(60 * minutes, rates, proposal), most_samples(data, proposal)
+    if in_time < proposal.batch_size:
+        raise ValueError(f"{minutes:g} minutes are less than a step takes; give more of them, or of hours")
     samples = min(in_time, useful)
     took = minutes * samples / in_time
     epochs = samples / data.pairs

@@ -173,7 +173,7 @@ def _odd_beside_good(folder: Path) -> None:
             add_member(tar, f"{number}.txt", text)
 
 
-_ODD_NAME = "da: {ta # 'x'} \n- \u202e!!python"
+_ODD_NAME = "da: {ta # 'x'} - \u202e!!python"
 
 
 def _named_so(folder: Path, ended: Ended) -> None:
@@ -196,11 +196,6 @@ def _odd_tokenizer(folder: Path) -> None:
 def _page(folder: Path) -> None:
     folder.mkdir()
     (folder / "0.tar").write_text("<html>404</html>" * 999)
-
-
-def _odd_test(folder: Path) -> None:
-    _shards_of({"jpg": b"no picture", "cls": b"1"})(folder)
-    (folder / "odd/classnames.txt").write_text("a\nb\n")
 
 
 ATTACKS = [
@@ -429,22 +424,17 @@ ATTACKS = [
         _none_proposed,
     ),
     Attack(
-        "a proposal with a test set of no pictures",
-        _init("--tests", "odd", change=_odd_test),
-        2,
-        ("odd",),
-        _none_proposed,
-    ),
-    Attack(
         "a proposal with a test set that is a pipe",
         _init("--tests", "p", change=lambda f: os.mkfifo(f / "p")),
         2,
-        ("'p'",),
+        ("shard p is damaged (it is a FIFO",),
         _none_proposed,
     ),
-    Attack("a proposal for a billion GPUs", _init("--num_gpus", "1000000000"), 2, ("GPU",), _none_proposed),
+    Attack(
+        "a proposal for a billion GPUs", _init("--num_gpus", "1000000000"), 2, ("size is 1000000000",), _none_proposed
+    ),
     Attack("a proposal for 10^300 hours", _init("--hours", "1e300"), 0, ("more pairs would teach it more",)),
-    Attack("a proposal for 10^-300 hours", _init("--hours", "1e-300"), 0, ("pairs in",)),
+    Attack("a proposal for 10^-300 hours", _init("--hours", "1e-300"), 2, ("less than a step takes",)),
     Attack("a proposal for nan hours", _init("--hours", "nan"), 2, ("--hours is nan",), _none_proposed),
     Attack(
         "a proposal for a GPU of control characters",
