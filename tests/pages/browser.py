@@ -110,7 +110,7 @@ def look(page: Path, folder: Path, width: int = 1000, dark: bool = False, script
     copy.write_text(text.replace("</body>", f"{acting}{LOOK}</body>"))
     command = [program(), *OPTIONS, f"--window-size={width},900", f"--user-data-dir={folder / 'profile'}"]
     command += [f"--log-net-log={log}", "--virtual-time-budget=3000", "--dump-dom", copy.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400, check=False)
     assert done.returncode == 0, done.stderr
     facts = re.search(r'<script type="application/json" id="facts">(.*?)</script>', done.stdout, re.DOTALL)
     assert facts is not None, done.stderr
