@@ -5,7 +5,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from flipscale.evaluation.intervals import mean_of
-from flipscale.evaluation.reports.record import read_lines
 from flipscale.evaluation.results import NOTHING, RESULTS_FILE, Result
 from flipscale.files.text_table import in_markdown, markdown_table
 
@@ -47,6 +46,7 @@ def estimate(results: Sequence[Result]) -> str:
 
 def _found(folders: Sequence[Path]) -> _Found:
     from flipscale.evaluation.embedders.masked import ImageMask  # with torch, and --help needs none
+    from flipscale.evaluation.reports.record import read_lines
 
     found: _Found = {}
     for folder in folders:
