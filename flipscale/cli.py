@@ -13,6 +13,7 @@ VERBS = {
     "init": "Write a recipe for your data, your machine and your time.",
     "plan": "Compute the hours, energy, money and CO2 of recipes before they are trained.",
     "pretrain": "Train a model as a recipe says: masked pre-training, then unmasked tuning.",
+    "finetune": "Fine-tune a model as a recipe says, such as to name classes: the same training, from weights.",
     "evaluate": "Evaluate a trained model by zero-shot classification, retrieval or other tasks.",
     "probe": "Train a linear classifier on a frozen model's image features, and test it.",
     "search": "Find the pictures of a folder that are nearest to words, as a page for a browser.",
@@ -25,12 +26,14 @@ VERBS = {
     "bench": "Measure the speed and memory of the training step, the loss and the loader.",
 }
 
+# They train by a recipe, which has a parser of its own, whose help needs nothing that training needs.
+TRAINING = ("pretrain", "finetune")
 # Of these the module is in the folder whose work it prints; the others' are beside the folders.
 _IN_A_FOLDER = {"plan": "planning.plan"}
 
 
 def module_of(verb: str) -> ModuleType:
-    """Return the module of a verb other than `pretrain`, which has `add_arguments` and `run`."""
+    """Return the module of a verb that does not train, which has `add_arguments` and `run`."""
     return importlib.import_module(f"flipscale.{_IN_A_FOLDER.get(verb, verb)}")
 
 
@@ -41,10 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _run(arguments: list[str]) -> None:
-    if arguments[:1] == ["pretrain"]:
-        # A recipe has a parser of its own, whose help needs nothing that training needs.
+    if arguments and arguments[0] in TRAINING:
         if {"-h", "--help"} & set(arguments) and "--dry_run" not in arguments:
-            importlib.import_module("flipscale.training.recipe").parse_recipe(["--help"])
+            importlib.import_module("flipscale.training.recipe").help_parser(arguments[0]).parse_args(["--help"])
         importlib.import_module("flipscale.pretrain").main(arguments[1:])
         return
     parser = Parser(prog="flipscale", description="Scaling language-image pre-training by masking.")

@@ -96,7 +96,7 @@ def _add_task_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="Do an evaluation as a recipe's eval.tasks has it, such as '{kind: retrieval, data: DIR, ks: [1, 100]}'. "
         "The kinds are zero_shot, zero_shot_multilabel, retrieval, worst_group, association, few_shot, probe, "
-        "captioning, likelihood, vqa. May be given several times.",
+        "captioning, likelihood, vqa, classification. May be given several times.",
     )
     parser.add_argument(
         "--templates", choices=sorted(TEMPLATES), help="Use a set of CLIP's prompts instead of the folder's own."

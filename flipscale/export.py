@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from flipscale.files.command_line import number, output_folder
-from flipscale.files.ranges import CountOrNone
+from flipscale.files.ranges import CountOrNone, Share
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,6 +17,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype", choices=["fp32", "bf16"], default="fp32", help="The data type of the weights; fp32 by default."
     )
     parser.add_argument(
+        "--interpolate",
+        metavar="BASE",
+        help="Export weights between those of another model, such as the one that a fine-tuning started from, and the "
+        "run's (WiSE-FT): a run, a model folder or a Hub name.",
+    )
+    parser.add_argument(
+        "--alpha",
+        type=number(Share),
+        default=0.5,
+        help="The share of the run's own weights with --interpolate; 0.5 by default.",
+    )
+    parser.add_argument(
         "--out", metavar="DIR", type=output_folder, help="The folder to write; by default RUN/export-STEP."
     )
 
@@ -25,16 +37,18 @@ def run(args: argparse.Namespace) -> None:
     """Write the folder and print its name. One tensor is in memory at a time, and no engine is needed.
 
     Raises:
-        ValueError: the checkpoint does not exist, or the folder exists and is not a model folder.
+        ValueError: the checkpoint does not exist, the folder exists and is not a model folder, or the other model has
+            other weights.
     """
     import torch
 
     from flipscale.engines.checkpoint import checkpoint_of, latest_checkpoint
-    from flipscale.hub.model_folder import export_checkpoint
+    from flipscale.hub.model_folder import Interpolation, export_checkpoint
 
     checkpoint = latest_checkpoint(args.run_dir) if args.step is None else checkpoint_of(args.run_dir, args.step)
     if checkpoint is None:
         raise ValueError(f"{args.run_dir} has no checkpoint; name a run directory with one in checkpoints/")
     out = args.out or args.run_dir / f"export-{int(checkpoint.name[5:])}"
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
-    print(export_checkpoint(checkpoint, out, dtype))
+    between = None if args.interpolate is None else Interpolation(args.interpolate, args.alpha)
+    print(export_checkpoint(checkpoint, out, dtype, between))

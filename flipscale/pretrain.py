@@ -17,6 +17,7 @@ from flipscale.engines.device import best_attention
 from flipscale.engines.launch import launch_of, precision_in_words
 from flipscale.engines.start import build_engine, close_process_group, exit_now
 from flipscale.engines.whole_checkpoint import begin_reading
+from flipscale.evaluation.class_names import keep_class_names
 from flipscale.hub.background_push import BackgroundPush, card_name, open_target, push_finished
 from flipscale.hub.card_audit import check_audit
 from flipscale.training.bad_samples import BadSamples
@@ -46,7 +47,7 @@ from flipscale.training.watch import HangWatch, StepWatch
 
 if TYPE_CHECKING:
     from flipscale.engines.engine import Engine
-    from flipscale.model import FlipModel
+    from flipscale.model import FlipPreTrainedModel
 
 _log = logging.getLogger("flipscale.pretrain")  # also under `python -m`, where it is called __main__
 
@@ -94,13 +95,14 @@ def pretrain(recipe: Recipe) -> Path:
 def resume(recipe: Recipe, plan: Plan, start: Start) -> "Engine":
     """Collective. Build the engine, as the checkpoint has it or afresh, ready to train."""
     # Imported here, as transformers' models take seconds: a mistake in a recipe is told without them.
-    from flipscale.engines.first_weights import compile_blocks, initial_weights, no_weights
+    from flipscale.engines.first_weights import compile_blocks, freeze, initial_weights, no_weights
 
     config, model_class = recipe.model_config(), recipe.objective().model_class
     reader = None if start.checkpoint is None else CheckpointReader(start.checkpoint)
     fill = no_weights if reader else initial_weights(recipe.model.init_from, config, recipe.seed, model_class)
 
-    def configure(model: "FlipModel") -> None:
+    def configure(model: "FlipPreTrainedModel") -> None:
+        freeze(model, recipe.model.frozen)
         model.set_attn_implementation(best_attention(start.accelerator.device))
         if recipe.model.gradient_checkpointing:
             model.gradient_checkpointing_enable()
@@ -189,6 +191,8 @@ def begin_run(recipe: Recipe, plan: Plan, start: Start, engine: str) -> None:
     """Write the files that a run begins with, and say what is trained. The main process calls this."""
     num_processes, num_pairs = start.accelerator.num_processes, len(plan.source)
     num_parameters = write_run_files(recipe, engine, num_processes, start.state, num_pairs, start.set_aside)
+    if plan.class_names:
+        keep_class_names(Path(recipe.output_dir), plan.class_names)
     precision = precision_in_words(os.environ)
     _log.info("%s", first_block(recipe, plan, start, engine, num_parameters, device_name(), precision))
 

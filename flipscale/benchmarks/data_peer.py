@@ -89,9 +89,12 @@ def webdataset_batches(setting: DataSetting) -> Iterator[dict[str, Any]]:
         ]
     )
 
+    tokenizer = dataset.tokenizer
+    assert tokenizer is not None
+
     def tokens(text: str) -> torch.Tensor:
         length = setting.shape.max_tokens
-        encoded = dataset.tokenizer(text, padding="max_length", max_length=length, truncation=True)
+        encoded = tokenizer(text, padding="max_length", max_length=length, truncation=True)
         return torch.tensor(encoded["input_ids"])
 
     pipeline = webdataset.DataPipeline(

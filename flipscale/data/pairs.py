@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from flipscale.data.masks.recipe import MaskRecipe
 from flipscale.data.randomness import keyed_uniform
 from flipscale.data.recipe import DataRecipe
 from flipscale.data.sources.mixture import order_of
-from flipscale.data.sources.source import Source
+from flipscale.data.sources.source import Sample, Source
 from flipscale.model.configuration_flip import FlipConfig, patches_along
 from flipscale.model.patches import num_kept
 
@@ -69,11 +69,12 @@ class InputShape:
 _PIXELS_TOGETHER = 1 << 16
 
 
-class _Pair(NamedTuple):
-    """A decoded crop and its caption, and the fault of the sample that they replace, if they replace one."""
+class Pair(NamedTuple):
+    """A decoded crop and what goes with it, such as a caption; and the fault of the sample that they replace, if they
+    replace one."""
 
     crop: Crop
-    caption: str
+    answer: Any
     fault: Fault | None
 
 
@@ -94,10 +95,13 @@ class PairDataset(Dataset):
     `(batch, views, blocks, 2)`.
     """
 
+    # What goes with an image, in messages.
+    what: ClassVar[str] = "caption"
+
     def __init__(
         self,
         source: Source,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: PreTrainedTokenizerBase | None,
         recipe: DataRecipe,
         shape: InputShape,
         seed: int,
@@ -149,16 +153,15 @@ class PairDataset(Dataset):
         masked_index = left_out(index, self.shape.num_patches) if self.sends_masked and index is not None else None
         patches = self._empty((len(where), self.kept) if index is None else index.shape)
         masked_patches = None if masked_index is None else self._empty(masked_index.shape)
-        captions: list[str] = []
+        answers: list[Any] = []
         faults: list[Fault] = []
-        for row, pair in enumerate(self._in_stages(self._pairs(where, each_caption))):
-            image = pair.crop.fitted(self.shape.image_size)
+        for row, (image, answer, fault) in enumerate(self._images(where, each_caption)):
             patches[row] = self._cut(image, None if index is None else index[row])
             if masked_index is not None and masked_patches is not None:
                 masked_patches[row] = self._cut(image, masked_index[row])
-            captions.append(pair.caption)
-            faults += [pair.fault] if pair.fault is not None else []
-        columns = {**self._tokens(captions, where), "patches": torch.from_numpy(patches)}
+            answers.append(answer)
+            faults += [fault] if fault is not None else []
+        columns = {**self._answers(answers, where), "patches": torch.from_numpy(patches)}
         if index is not None:
             columns["patch_index"] = torch.from_numpy(index)
         if masked_patches is not None:
@@ -169,7 +172,13 @@ class PairDataset(Dataset):
             columns["branch_scales"] = torch.from_numpy(scales if views > 1 else scales[:, 0])
         return {**{name: value.to(_NARROW.get(name, value.dtype)) for name, value in columns.items()}, "faults": faults}
 
-    def _in_stages(self, pairs: Iterator[_Pair]) -> Iterator[_Pair]:
+    def _images(self, where: np.ndarray, each_caption: bool) -> Iterator[tuple[np.ndarray, Any, Fault | None]]:
+        """Yield the image of each position, uint8 RGB `(image_size, image_size, 3)`, what goes with it, and the fault
+        of the sample that it replaces."""
+        for pair in self._in_stages(self._pairs(where, each_caption)):
+            yield pair.crop.fitted(self.shape.image_size), pair.answer, pair.fault
+
+    def _in_stages(self, pairs: Iterator[Pair]) -> Iterator[Pair]:
         """Yield the pairs, of small images a few at a time: decoders and filters in turns would drive each other's code
         from the cache, and cost a fifth more. Of larger ones, only one is in memory."""
         count = max(1, _PIXELS_TOGETHER // self.shape.image_size**2)
@@ -189,14 +198,15 @@ class PairDataset(Dataset):
     def _cut(self, image: np.ndarray, index: np.ndarray | None) -> np.ndarray:
         return visible_patches(image, self.shape.patch_size, index)
 
-    def _tokens(self, captions: list[str], where: np.ndarray) -> dict[str, torch.Tensor]:
+    def _answers(self, captions: list[Any], where: np.ndarray) -> dict[str, torch.Tensor]:
         """Return the captions' columns, with the words masked that the recipe masks."""
+        assert self.tokenizer is not None
         tokens = tokenise_captions(self.tokenizer, captions, self.shape.max_tokens)
         if self.text_mask_ratio > 0.0:
             tokens = mask_tokens(tokens, self.seed, where, self.text_mask_ratio, self.mask)
         return tokens
 
-    def _pairs(self, where: np.ndarray, each_caption: bool) -> Iterator[_Pair]:
+    def _pairs(self, where: np.ndarray, each_caption: bool) -> Iterator[Pair]:
         """Yield the pair of each position, read and decoded when it is asked for; `each_caption` as `_first_good`."""
         shards, numbers = self.order.locate(where)
         self.source.fetch_ahead(self.order.shards_ahead(where))
@@ -204,17 +214,18 @@ class PairDataset(Dataset):
         caption_draws = keyed_uniform(self.seed, "caption", where, 1)[:, 0].tolist()
         places = zip(where.tolist(), shards.tolist(), numbers.tolist(), strict=True)
         for row, (position, shard, number) in enumerate(places):
-            crop, caption, bad = self._first_good(shard, number, crop_draws[row], caption_draws[row], each_caption)
+            crop, answer, bad = self._first_good(shard, number, crop_draws[row], caption_draws[row], each_caption)
             fault = None
             if bad is not None:
                 name, key = self.source.shard_name(shard), self.source.key(shard, number)
                 fault = Fault(position, name, number, key, bad.cause, str(bad))
-            yield _Pair(crop, caption, fault)
+            yield Pair(crop, answer, fault)
 
     def _first_good(
         self, shard: int, number: int, crop_draw: np.ndarray, caption_draw: float, each_caption: bool
-    ) -> tuple[Crop, str, BadSample | None]:
-        """Return the crop and caption of a sample and None, or those of its replacement and what is wrong with it.
+    ) -> tuple[Crop, Any, BadSample | None]:
+        """Return the crop of a sample, what goes with it and None, or those of its replacement and what is wrong with
+        it.
 
         Args:
             each_caption: whether a caption that the tokenizer cannot take makes a sample bad.
@@ -226,13 +237,23 @@ class PairDataset(Dataset):
         for candidate in candidates(self.source.shard_sizes, shard, number):
             try:
                 sample = self.source.read(*candidate)
-                caption = choose_caption(sample.captions, caption_draw)
-                if each_caption:
-                    tokenise_captions(self.tokenizer, [caption], self.shape.max_tokens)
-                return decode_crop(sample.image, crop_draw, self.shape.image_size, self.recipe.crop_scale), caption, why
+                answer = self._answer(sample, caption_draw, each_caption)
+                return decode_crop(sample.image, crop_draw, self.shape.image_size, self.recipe.crop_scale), answer, why
             except BadSample as error:
                 why = why or error
         raise ValueError(
             f"shard {self.source.shard_name(shard)}: neither sample {number} nor any that could take its place has a "
-            f"readable image and caption ({why}); fetch the shards again or remove them"
+            f"readable image and {self.what} ({why}); fetch the shards again or remove them"
         )
+
+    def _answer(self, sample: Sample, draw: float, each_caption: bool) -> Any:
+        """Return one of the sample's captions, chosen by `draw`.
+
+        Raises:
+            BadSample: it has none that is good.
+        """
+        caption = choose_caption(sample.captions, draw)
+        if each_caption:
+            assert self.tokenizer is not None
+            tokenise_captions(self.tokenizer, [caption], self.shape.max_tokens)
+        return caption

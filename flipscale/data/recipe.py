@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from flipscale.data.labelled.recipe import AugmentRecipe
 from flipscale.data.lanes import number_of_lanes
 from flipscale.files.ranges import Bytes, Count, Pairs, Positive, Share, ShareAboveNone, Workers
 
@@ -50,6 +51,7 @@ class DataRecipe:
         micro_batch_size: How many pairs a process keeps activations of at a time; null is all of its part. A smaller
             number embeds every pair twice. Does not change what is learned.
         crop_scale: The least and the most area of the random crop, as a fraction of the image's; 0.5 to 1 in the paper.
+        augment: How labelled images are varied beyond crop and mirror.
         lanes: How many equal parts a batch has that read shards of their own, so that a node reads those of its parts
             only: at least as many as nodes. Null is 64, or the largest divisor of 64 and `global_batch_size`. At 1 all
             nodes read all shards, in the order that version 0.1 had.
@@ -71,6 +73,7 @@ class DataRecipe:
     global_batch_size: Pairs = 4096
     micro_batch_size: Pairs | None = field(default=None, metadata={"learned": False})
     crop_scale: tuple[ShareAboveNone, ShareAboveNone] = (0.5, 1.0)
+    augment: AugmentRecipe = field(default_factory=AugmentRecipe)
     lanes: Pairs | None = field(default=None, metadata={"before": 1})
     shards_per_block: Count = 16
     num_workers: Workers = field(default=8, metadata={"learned": False})

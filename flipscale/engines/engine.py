@@ -19,7 +19,7 @@ from flipscale.engines.launch import Launch, shipped
 from flipscale.engines.layout import Averages, Layout
 from flipscale.engines.optimizers.groups import build_optimizers, gradient_norm, set_learning_rate
 from flipscale.engines.recipe import OptimRecipe
-from flipscale.model import FlipConfig, FlipModel
+from flipscale.model import FlipConfig, FlipModel, FlipPreTrainedModel
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -73,7 +73,7 @@ class Engine:
         self.recipe = recipe
         self.batch_size = global_batch_size // accelerator.num_processes
         self.name = launch.engine
-        self.model: FlipModel
+        self.model: FlipPreTrainedModel
         self.wrapped: Any = None
         # To walk through the modules for them takes the host longer than to add up their norms.
         self._parameters: list[nn.Parameter] = []
@@ -104,9 +104,9 @@ class Engine:
     def build(
         self,
         config: FlipConfig,
-        configure: Callable[[FlipModel], None],
+        configure: Callable[[FlipPreTrainedModel], None],
         init: ParameterInit,
-        kind: type[FlipModel] = FlipModel,
+        kind: type[FlipPreTrainedModel] = FlipModel,
     ) -> None:
         """Collective. Make the model with its first weights, sharded where the engine shards, not yet ready to train.
 

@@ -7,7 +7,8 @@ under every engine and at every number of processes.
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from flipscale.files.tensor_file import check_weight
-from flipscale.model import FlipConfig, FlipModel
+from flipscale.model import FlipConfig, FlipModel, FlipPreTrainedModel
 from flipscale.model.fetched import fetched_folder
 from flipscale.model.folder import check_folder
 
@@ -33,11 +34,11 @@ _MAX_GRAPHS = 64
 
 def build_weights(
     config: FlipConfig,
-    configure: Callable[[FlipModel], None],
+    configure: Callable[[FlipPreTrainedModel], None],
     init: ParameterInit,
     place: Callable[[nn.Module], None],
-    kind: type[FlipModel] = FlipModel,
-) -> FlipModel:
+    kind: type[FlipPreTrainedModel] = FlipModel,
+) -> FlipPreTrainedModel:
     """Return a model of `config` in fp32, made real block by block.
 
     Args:
@@ -59,13 +60,33 @@ def build_weights(
     return model
 
 
-def model_without_storage(config: FlipConfig, kind: type[FlipModel] = FlipModel) -> FlipModel:
+def model_without_storage(config: FlipConfig, kind: type[FlipPreTrainedModel] = FlipModel) -> FlipPreTrainedModel:
     """Return a model on the meta device."""
     with torch.device("meta"):
         return kind(config)
 
 
-def compile_blocks(model: FlipModel) -> None:
+def freeze(model: FlipPreTrainedModel, parts: Sequence[str]) -> None:
+    """Let the parameters of some parts, modules or single parameters by their names, stay as they start.
+
+    Raises:
+        ValueError: the model has no part of a name, or nothing is left to learn.
+    """
+    for part in parts:
+        found = [p for name, p in model.named_parameters() if name == part or name.startswith(f"{part}.")]
+        if not found:
+            parts_there = dict.fromkeys(name.split(".")[0] for name, _ in model.named_parameters())
+            raise ValueError(
+                f"model.frozen names {part!r}, which the model does not have; it has {', '.join(parts_there)}, and "
+                "what is in them, such as vision_model.encoder.layers.0"
+            )
+        for parameter in found:
+            parameter.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(f"model.frozen is {list(parts)}, which leaves nothing to learn; leave some of it out")
+
+
+def compile_blocks(model: FlipPreTrainedModel) -> None:
     """Have torch.compile make graphs of the encoder blocks, each for one shape: of the image tower one for every number
     of visible patches, of the text tower one for every number of tokens, and twice as many with micro-batches, whose
     first pass has no gradients. All blocks of a tower share them.
@@ -81,7 +102,7 @@ def compile_blocks(model: FlipModel) -> None:
 
 
 def initial_weights(
-    init_from: str | None, config: FlipConfig, seed: int, kind: type[FlipModel] = FlipModel
+    init_from: str | None, config: FlipConfig, seed: int, kind: type[FlipPreTrainedModel] = FlipModel
 ) -> ParameterInit:
     """Collective. Return what sets a new run's weights: fresh draws, or the weights of the folder or Hub name
     `init_from`, which process 0 alone reads, a tensor at a time, and sends to the others.
@@ -121,7 +142,7 @@ class _Stored:
         self.files, self.names = files, names
 
     @classmethod
-    def of(cls, init_from: str, config: FlipConfig, kind: type[FlipModel]) -> "_Stored":
+    def of(cls, init_from: str, config: FlipConfig, kind: type[FlipPreTrainedModel]) -> "_Stored":
         """Collective. Return the weights of a folder or Hub name, for a model of `config`.
 
         Raises:
@@ -161,7 +182,7 @@ def _device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _usable(files: dict[str, Any], model: FlipModel) -> set[str]:
+def _usable(files: dict[str, Any], model: FlipPreTrainedModel) -> set[str]:
     """Return the names of the tensors that `model` takes, and log those that it lacks and those that it leaves.
 
     Raises:
@@ -172,7 +193,10 @@ def _usable(files: dict[str, Any], model: FlipModel) -> set[str]:
         found = files[name].get_slice(name).get_shape()
         if found != shapes[name]:
             raise ValueError(f"{name} has the shape {found} there, {shapes[name]} in this recipe's model")
-    for names, words in ((shapes.keys() - files.keys(), "drawn"), (files.keys() - shapes.keys(), "left out")):
+    # Such as the text tower's, of a classifier.
+    others = re.compile("|".join(model._keys_to_ignore_on_load_unexpected or ["$^"]))
+    left = {name for name in files.keys() - shapes.keys() if not others.search(name)}
+    for names, words in ((shapes.keys() - files.keys(), "drawn"), (left, "left out")):
         if names:
             _log.warning("of the weights to start from, %d are %s: %s", len(names), words, ", ".join(sorted(names)))
     return shapes.keys() & files.keys()

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -57,6 +57,9 @@ class Embedder:
             the last call, in place of the bar that is shown without it.
         pixels: along each side of an image, where that is not the model's own size; see `at`.
     """
+
+    # Whether an image's features are what a classifier's head says of its classes.
+    has_head: ClassVar[bool] = False
 
     model: Any
     tokenizer: Any

@@ -57,6 +57,9 @@ def evaluated(embedder: Embedder, tasks: Iterable[Task]) -> Iterator[tuple[Task,
         ValueError: a test set is not as its task needs it.
         OSError: a shard cannot be read, or a worker died.
     """
+    tasks = list(tasks)
+    for task in tasks:
+        task.check_model(embedder.has_head, f"the model {embedder.name}".rstrip())
     for _, group in groupby(enumerate(tasks), lambda numbered: _shared_data(*numbered)):
         together = [task for _, task in group]
         streamed = [task for task in together if isinstance(task, StreamedTask)]

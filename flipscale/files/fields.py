@@ -42,6 +42,9 @@ def _add_section(parser: argparse.ArgumentParser, kind: type, path: str, text: s
     group = parser.add_argument_group(path, _as_help(text))
     hints, texts = get_type_hints(kind, include_extras=True), _meanings(kind)
     for field in dataclasses.fields(kind):
+        if dataclasses.is_dataclass(hints[field.name]):
+            _add_section(parser, hints[field.name], f"{path}.{field.name}", texts[field.name])
+            continue
         _add_field(group, field, hints[field.name], f"{path}.{field.name}", texts[field.name])
         if listed := _listed(hints[field.name]):
             _add_section(parser, listed, f"{path}.{field.name}[]", texts[field.name])

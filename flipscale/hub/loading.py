@@ -2,7 +2,8 @@
 
 import logging
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -13,13 +14,14 @@ from flipscale.data.tokenizers import check_tokenizer
 from flipscale.engines.device import best_attention
 from flipscale.engines.first_weights import model_without_storage
 from flipscale.evaluation.embedders import open_clip, transformers_model
+from flipscale.evaluation.embedders.classifier import ClassifierEmbedder
 from flipscale.evaluation.embedders.open_clip import open_clip_embedder
 from flipscale.evaluation.embedders.plain import PLAIN, UNTRAINED, plain_embedder, untrained_embedder
 from flipscale.evaluation.embedders.transformers_model import transformers_embedder
 from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.images import made_up
 from flipscale.files.tensor_file import check_weight
-from flipscale.model import FlipConfig, FlipModel
+from flipscale.model import FlipConfig, FlipForImageClassification, FlipModel, FlipPreTrainedModel
 from flipscale.model.fetched import fetched_folder
 from flipscale.model.folder import Header, check_folder, read_header, read_object
 from flipscale.training.report.quiet import without_bars
@@ -38,28 +40,23 @@ OTHERS: dict[str, Callable[..., Embedder]] = {
 
 
 def load_flip(name: str) -> tuple[FlipModel, PreTrainedTokenizerBase]:
-    """Return the model, in evaluation mode, and the tokenizer of a model folder or Hub name.
-
-    Nothing is unpickled, and none of the folder's code is run. Of its configuration only the fields are read that say
-    what the model is.
+    """Return the model, in evaluation mode, and the tokenizer of a model folder or Hub name, as `load_model` does.
 
     Raises:
         ValueError: it is missing, incomplete, of a newer version or saved only as a pickle, its weights do not fit its
-            config or are not finite, or it has no tokenizer that fits.
+            config or are not finite, it has no tokenizer that fits, or it is a classifier.
         OSError: the Hub cannot be reached.
     """
-    try:
-        folder = fetched_folder(name)
-        files = check_folder(folder)
-        config = FlipConfig.from_own_fields(read_object(folder / "config.json"))
-        _refuse_other_weights(config, {n: entry for file in files for n, entry in read_header(file).items()})
-        weights = {n: weight for file in files for n, weight in load_file(file).items()}
-        for weight_name, weight in weights.items():
-            check_weight(weight_name, weight)
-    except (ValueError, SafetensorError) as error:
-        raise ValueError(f"model {name!r} cannot be loaded ({error})") from error
-    with without_bars():
-        model = FlipModel.from_pretrained(None, config=config, state_dict=weights)
+    folder, model = load_model(name)
+    if not isinstance(model, FlipModel):
+        raise ValueError(
+            f"model {name!r} is a {type(model).__name__}, which has no text tower; `flipscale evaluate` takes it, with "
+            "--task '{kind: classification, data: TEST_SET}'"
+        )
+    return model, _tokenizer_of(folder, name, model.config)
+
+
+def _tokenizer_of(folder: Path, name: str, config: FlipConfig) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises any
@@ -68,16 +65,58 @@ def load_flip(name: str) -> tuple[FlipModel, PreTrainedTokenizerBase]:
             "tokenizer_config.json: copy those it was trained with, or export it again"
         ) from error
     check_tokenizer(tokenizer, config.text_config)
-    return model.eval(), tokenizer
+    return tokenizer
 
 
-def _refuse_other_weights(config: FlipConfig, stored: Header) -> None:
+def load_model(name: str) -> tuple[Path, FlipPreTrainedModel]:
+    """Return the folder of a model, a model folder or Hub name, and the model in evaluation mode: a `FlipModel`, or the
+    classifier that a fine-tuning made.
+
+    Nothing is unpickled, and none of the folder's code is run. Of its configuration only the fields are read that say
+    what the model is.
+
+    Raises:
+        ValueError: it is missing, incomplete, of a newer version or saved only as a pickle, or its weights do not fit
+            its config or are not finite.
+        OSError: the Hub cannot be reached.
+    """
+    kind: type[FlipPreTrainedModel] = FlipModel
+    try:
+        folder = fetched_folder(name)
+        files = check_folder(folder)
+        content = read_object(folder / "config.json")
+        config = FlipConfig.from_own_fields(content)
+        if content.get("architectures") == [FlipForImageClassification.__name__]:
+            kind, config.id2label = FlipForImageClassification, _class_names(content)
+        _refuse_other_weights(config, {n: entry for file in files for n, entry in read_header(file).items()}, kind)
+        weights = {n: weight for file in files for n, weight in load_file(file).items()}
+        for weight_name, weight in weights.items():
+            check_weight(weight_name, weight)
+    except (ValueError, SafetensorError) as error:
+        raise ValueError(f"model {name!r} cannot be loaded ({error})") from error
+    with without_bars():
+        return folder, kind.from_pretrained(None, config=config, state_dict=weights).eval()
+
+
+def _class_names(content: dict[str, Any]) -> dict[int, str]:
+    """Return the names of a classifier's classes, by their numbers.
+
+    Raises:
+        ValueError: the config has no such names.
+    """
+    names = content.get("id2label")
+    if not isinstance(names, dict) or set(names) != {str(number) for number in range(len(names))}:
+        raise ValueError("its config.json has no id2label that counts its classes from 0; export it again")
+    return {number: str(names[str(number)]) for number in range(len(names))}
+
+
+def _refuse_other_weights(config: FlipConfig, stored: Header, kind: type[FlipPreTrainedModel]) -> None:
     """Raise if weights are not those of a configuration, before any of them is in memory.
 
     Raises:
         ValueError: weights are missing, too many or of another shape.
     """
-    expected = {name: list(weight.shape) for name, weight in model_without_storage(config).state_dict().items()}
+    expected = {name: list(weight.shape) for name, weight in model_without_storage(config, kind).state_dict().items()}
     for what, names in (
         ("missing", expected.keys() - stored.keys()),
         ("unexpected", stored.keys() - expected.keys()),
@@ -112,9 +151,16 @@ def open_embedder(name: str, accelerator: "Accelerator", batch_size: int = 256, 
             except ValueError as error:
                 raise ValueError(f"model {name!r} cannot be loaded ({error})") from error
             return _tried(embedder)
-    model, tokenizer = load_flip(name)
+    model, tokenizer = _loaded(name)
     model.set_attn_implementation(best_attention(accelerator.device))
-    return _tried(Embedder(model.to(accelerator.device), tokenizer, accelerator, batch_size, num_workers, name=name))
+    kind = ClassifierEmbedder if tokenizer is None else Embedder
+    return _tried(kind(model.to(accelerator.device), tokenizer, accelerator, batch_size, num_workers, name=name))
+
+
+def _loaded(name: str) -> tuple[FlipPreTrainedModel, PreTrainedTokenizerBase | None]:
+    """Return a model with its tokenizer, or a classifier without one, as `load_flip` and `load_model`."""
+    folder, model = load_model(name)
+    return model, None if isinstance(model, FlipForImageClassification) else _tokenizer_of(folder, name, model.config)
 
 
 class OpenModels:

@@ -1,6 +1,6 @@
 """The card of a trained model: what it is, what it learned from and what it achieves.
 
-Every number comes from the run's files. `TEMPLATE` is all that a card can say; a paragraph or table row that needs
+Every number comes from the run's files. The templates are all that a card can say; a paragraph or table row that needs
 something which the run did not record is left out.
 """
 
@@ -29,7 +29,7 @@ from flipscale.training.cost.spent import occupied_device_hours, spent
 from flipscale.training.recipe import deciding_part
 from flipscale.training.run_directory import read_starts
 
-TEMPLATE = """# {name}
+_EMBEDS = """# {name}
 
 A model of images and texts: it embeds both so that an image lies near the words that describe it. Trained by masking
 ([FLIP](https://arxiv.org/abs/2212.00794): in training, the image encoder sees only the patches that a random mask
@@ -78,8 +78,32 @@ print(model.similarity(images, texts))
 `trust_remote_code` runs the model's code that is in this folder. Where flipscale is installed it is not needed:
 `from flipscale.model import FlipModel`. The weights are safetensors, fp32; in half the bytes with
 `variant="bf16", dtype=torch.bfloat16`.
+"""
 
-## Results
+_CLASSIFIES = """# {name}
+
+A model of images: it names one of {num_labels} classes, such as {labels}. Fine-tuned{base} with flipscale {version}
+([FLIP](https://arxiv.org/abs/2212.00794)).
+
+{parameters} parameters; images of {image_size} x {image_size} pixels in patches of {patch_size} x {patch_size}.
+
+> **Still in training.** This is step {unfinished_step} of {length}.
+
+## Use
+
+```python
+from transformers import pipeline
+
+classify = pipeline("image-classification", model="{where}", trust_remote_code=True)
+print(classify("image.png"))
+```
+
+`trust_remote_code` runs the model's code that is in this folder. Where flipscale is installed it is not needed:
+`from flipscale.model import FlipForImageClassification`. The weights are safetensors, fp32; in half the bytes with
+`variant="bf16", dtype=torch.bfloat16`.
+"""
+
+_OF_ALL = """## Results
 
 {results}
 
@@ -124,7 +148,7 @@ and where models of different data are compared, those biases are part of what i
 are noisy, mostly English, and uneven over people, places and cultures.
 
 It was tested on what the results above name and on nothing else: not for fairness between groups of people, not for
-robustness, not in other languages. A zero-shot classifier always picks one of the labels that it is given, however
+robustness, not in other languages. A classifier always picks one of its labels, or of those that it is given, however
 unfit. It is not meant for surveillance, for recognising people, or for decisions about them.
 
 ## Licence
@@ -145,8 +169,12 @@ The licence of these weights is {licence}.
 ```
 """
 
+TEMPLATES = {"FlipForImageClassification": f"{_CLASSIFIES}\n{_OF_ALL}"}
+TEMPLATE = f"{_EMBEDS}\n{_OF_ALL}"
+
 NO_LICENCE = "None was stated for these weights by those who trained them."
-_LOSS_FIGURE = "Contrastive loss of the training batches against training time"
+_MOST_NAMED = 3  # classes
+_LOSS_FIGURE = "Loss of the training batches against training time"
 
 
 def write_card(folder: Path, run_dir: Path, where: str, step: int | None = None) -> None:
@@ -190,7 +218,7 @@ def model_card(folder: Path, run_dir: Path, where: str, step: int | None, drawn:
     name = where.rsplit("/", 1)[-1] if where != str(folder) else run_dir.name
     figures = "\n\n".join(f"![{in_markdown(caption)}](figures/{file}.png)" for file, caption in drawn.items())
     known = {"name": in_markdown(name), "where": as_string(where), "figures": figures or None}
-    text = filled(TEMPLATE, {**run.values(), **known})
+    text = filled(TEMPLATES.get(run.model_class, TEMPLATE), {**run.values(), **known})
     return f"---\n{run.metadata(name).to_yaml()}\n---\n\n{text}"
 
 
@@ -217,6 +245,7 @@ class _Run:
         self.environment: dict[str, Any] = json.loads(plain_text(run_dir / "environment.json"))
         self.starts = read_starts(run_dir)
         self.config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        self.model_class = (self.config.get("architectures") or [""])[0]
         self.curve: Curve = curve_of(run_dir, step)
         self.lines = [*lines_of(self.curve.results), *folder_lines(folder)]
         self.hub: dict[str, Any] = self.recipe.get("hub", {})
@@ -238,6 +267,7 @@ class _Run:
             "patch_size": str(vision["patch_size"]),
             "max_tokens": str(text["max_position_embeddings"]),
             "dim": str(self.config["projection_dim"]),
+            **self._classes(),
             "unfinished_step": self.step and f"{self.step:,}",
             "length": f"{minutes:g} minutes of training" if minutes else f"{total_steps:,}",
             "results": results_table(self.lines),
@@ -267,15 +297,25 @@ class _Run:
         """Return the card's header, with the results as the Hub's `model-index`."""
         results = model_index(self.lines)
         init_from = self.recipe["model"].get("init_from")
+        classifies = self.model_class == "FlipForImageClassification"
         return ModelCardData(
             library_name="transformers",
-            pipeline_tag="zero-shot-image-classification",
-            tags=["flip", "clip", "flipscale", "sentence-transformers"],
+            pipeline_tag="image-classification" if classifies else "zero-shot-image-classification",
+            tags=["flip", "clip", "flipscale", *([] if classifies else ["sentence-transformers"])],
             license=self.hub.get("license"),
             base_model=init_from if init_from and _is_hub_name(init_from) else None,
             model_name=name if results else None,
             eval_results=results or None,
         )
+
+    def _classes(self) -> dict[str, str | None]:
+        """Return what the card says of a classifier's classes and of the model that it started from."""
+        names, init_from = list(self.config.get("id2label", {}).values()), self.recipe["model"].get("init_from")
+        return {
+            "num_labels": f"{len(names):,}",
+            "labels": ", ".join(map(as_code, names[:_MOST_NAMED])),
+            "base": f" from {as_code(public_name(init_from))}" if init_from else "",
+        }
 
     def _data(self) -> str | None:
         """Return the names of the training data; of a mixture, each source with its weight and columns."""

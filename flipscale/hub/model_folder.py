@@ -4,10 +4,11 @@ import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import safe_open
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -15,12 +16,14 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from flipscale.data.tokenizers import check_tokenizer, load_tokenizer
 from flipscale.engines.checkpoint import CheckpointReader, list_checkpoints
 from flipscale.engines.whole_checkpoint import require_whole
+from flipscale.evaluation.class_names import kept_class_names
 from flipscale.files.aside import written_aside
 from flipscale.files.lock import FolderLock
 from flipscale.files.tensor_file import check_weight, write_tensors
 from flipscale.hub.sentence_transformer import write_sentence_transformer
-from flipscale.model import FlipConfig, FlipModel, FlipProcessor
-from flipscale.model.folder import read_object
+from flipscale.model import FlipConfig, FlipModel, FlipPreTrainedModel, FlipProcessor
+from flipscale.model.fetched import fetched_folder
+from flipscale.model.folder import check_folder, read_object
 from flipscale.training.recipe import parse_recipe
 from flipscale.training.report.quiet import without_bars
 
@@ -40,18 +43,22 @@ def build_processor(config: FlipConfig, tokenizer: PreTrainedTokenizerBase) -> F
     Raises:
         ValueError: the tokenizer has more entries than the model has embeddings, or another padding id.
     """
-    vision, text = config.vision_config, config.text_config
-    check_tokenizer(tokenizer, text)
+    check_tokenizer(tokenizer, config.text_config)
     # A copy, because the caller's tokenizer keeps its length.
     tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.model_max_length = text.max_position_embeddings
-    image_processor = CLIPImageProcessorPil(
+    tokenizer.model_max_length = config.text_config.max_position_embeddings
+    return FlipProcessor(build_image_processor(config), tokenizer)
+
+
+def build_image_processor(config: FlipConfig) -> CLIPImageProcessorPil:
+    """Return the image processor of a model, as `build_processor` has it."""
+    vision = config.vision_config
+    return CLIPImageProcessorPil(
         size={"shortest_edge": vision.image_size},
         crop_size={"height": vision.image_size, "width": vision.image_size},
         image_mean=by_channel(vision.image_mean, vision.num_channels),
         image_std=by_channel(vision.image_std, vision.num_channels),
     )
-    return FlipProcessor(image_processor, tokenizer)
 
 
 def export_model(
@@ -78,16 +85,59 @@ def export_model(
     return _write_folder(model, processor, Path(out_dir), save)
 
 
-def export_checkpoint(checkpoint: Path, out_dir: Path, dtype: torch.dtype = torch.float32) -> Path:
+class Interpolation(NamedTuple):
+    """Weights between those of two models: WiSE-FT (arXiv 2109.01903), which keeps of a fine-tuned model what it lost
+    on other tasks.
+
+    Args:
+        base: a run, a model folder or a Hub name, such as the one that the fine-tuning started from.
+        alpha: the share of the fine-tuned weights; at 0 they are the base's.
+    """
+
+    base: str
+    alpha: float
+
+    def applied(self, shapes: dict[str, torch.Size], read: Callable[[str], torch.Tensor]) -> Callable:
+        """Return what reads a weight between the base's and what `read` returns, in fp32.
+
+        Raises:
+            ValueError: the base is no model, or lacks a weight of these shapes.
+        """
+        files = {name: file for path in check_folder(fetched_folder(self.base)) for name, file in _opened(path).items()}
+        for name, shape in shapes.items():
+            found = list(files[name].get_slice(name).get_shape()) if name in files else None
+            if found != list(shape):
+                has = "no such weight" if found is None else f"one of shape {found}"
+                raise ValueError(
+                    f"--interpolate {self.base}: the run has the weight {name} of shape {list(shape)}, and the base "
+                    f"has {has}; interpolate between models of one size and kind"
+                )
+
+        def between(name: str) -> torch.Tensor:
+            tuned, base = read(name).float(), files[name].get_tensor(name).float()
+            check_weight(f"{name} of {self.base}", base)
+            return torch.lerp(base, tuned, self.alpha)
+
+        return between
+
+
+def _opened(path: Path) -> dict[str, Any]:
+    file = safe_open(path, "pt")
+    return dict.fromkeys(file.keys(), file)
+
+
+def export_checkpoint(
+    checkpoint: Path, out_dir: Path, dtype: torch.dtype = torch.float32, between: Interpolation | None = None
+) -> Path:
     """Write the model of a run's checkpoint to the folder `out_dir` as `export_model` does, in `dtype`, without a card.
 
-    If the recipe keeps averages of the weights, these are exported. One tensor is in memory at a time, whatever engine
-    and number of processes wrote the checkpoint.
+    If the recipe keeps averages of the weights, these are exported; with `between`, a mixture with another model's. One
+    tensor is in memory at a time, whatever engine and number of processes wrote the checkpoint.
 
     Raises:
         OSError: the checkpoint is damaged or cannot be read.
         ValueError: the checkpoint does not exist, its recipe's tokenizer cannot be loaded, `out_dir` exists and is
-            neither a model folder nor empty, or another process writes it.
+            neither a model folder nor empty, another process writes it, or as `Interpolation.applied`.
     """
     if not checkpoint.exists():
         there = [path.name for path in list_checkpoints(checkpoint.parents[1])]
@@ -95,16 +145,29 @@ def export_checkpoint(checkpoint: Path, out_dir: Path, dtype: torch.dtype = torc
     require_whole(checkpoint)
     recipe = parse_recipe(["--config", str(checkpoint / "recipe.yaml")], is_saved=True)
     config, reader = recipe.model_config(), CheckpointReader(checkpoint)
-    tokenizer = load_tokenizer(recipe.data.tokenizer, config.text_config.max_position_embeddings)
+    objective = recipe.objective()
+    processor: FlipProcessor | CLIPImageProcessorPil
+    if objective.takes_text:
+        tokenizer = load_tokenizer(recipe.data.tokenizer, config.text_config.max_position_embeddings)
+        processor = build_processor(config, tokenizer)
+    else:
+        processor = build_image_processor(config)
+        names = kept_class_names(checkpoint.parents[1], config.num_labels or 0)
+        config.id2label, config.label2id = dict(enumerate(names)), {name: place for place, name in enumerate(names)}
     with torch.device("meta"):
-        model = FlipModel._from_config(config, dtype=dtype)
+        model = objective.exported_class._from_config(config, dtype=dtype)
     kind = "weight" if recipe.optim.ema_decay is None else "ema"
     shapes = {name: weight.shape for name, weight in model.state_dict().items()}
 
-    def save(folder: Path) -> None:
-        _write_weights(folder, shapes, lambda name: reader.tensor(kind, name), dtype, MAX_SHARD_SIZE)
+    def read(name: str) -> torch.Tensor:
+        return reader.tensor(kind, name)
 
-    return _write_folder(model, build_processor(config, tokenizer), out_dir, save)
+    read_weight = read if between is None else between.applied(shapes, read)
+
+    def save(folder: Path) -> None:
+        _write_weights(folder, shapes, read_weight, dtype, MAX_SHARD_SIZE)
+
+    return _write_folder(model, processor, out_dir, save)
 
 
 def _write_weights(
@@ -140,7 +203,10 @@ def _checked(name: str, weight: torch.Tensor) -> torch.Tensor:
 
 
 def _write_folder(
-    model: FlipModel, processor: FlipProcessor | None, out_dir: Path, save: Callable[[Path], None]
+    model: FlipPreTrainedModel,
+    processor: FlipProcessor | CLIPImageProcessorPil | None,
+    out_dir: Path,
+    save: Callable[[Path], None],
 ) -> Path:
     """Write the configuration, the code and the processor to `out_dir`, and the weights, which `save` writes."""
     _refuse_to_replace(out_dir)
@@ -148,7 +214,11 @@ def _write_folder(
     # Registering a class names it once; these are the names that the pipeline and fine-tuning look for.
     model.config.auto_map = {
         **(getattr(model.config, "auto_map", None) or {}),
-        "AutoModelForZeroShotImageClassification": "modeling_flip.FlipModel",
+        **(
+            {"AutoModelForZeroShotImageClassification": "modeling_flip.FlipModel"}
+            if isinstance(model, FlipModel)
+            else {}
+        ),
         "AutoModelForImageClassification": "modeling_flip.FlipForImageClassification",
     }
     lock = FolderLock(out_dir.with_name(f".{out_dir.name}.lock"), f"writes {out_dir}")
@@ -157,6 +227,7 @@ def _write_folder(
         with written_aside(out_dir) as folder:
             if processor is not None:
                 processor.save_pretrained(folder)
+            if isinstance(processor, FlipProcessor):
                 write_sentence_transformer(folder)
             with without_bars():
                 model.save_pretrained(folder, state_dict={})

@@ -1,5 +1,6 @@
 """Every `loss.kind`. To add one, import its class and name it here."""
 
+from flipscale.objectives.classify import Classify
 from flipscale.objectives.contrastive import Contrastive
 from flipscale.objectives.objective import Objective
 from flipscale.objectives.sigmoid import Sigmoid
@@ -7,4 +8,5 @@ from flipscale.objectives.sigmoid import Sigmoid
 KINDS: dict[str, type[Objective]] = {
     "infonce": Contrastive,
     "sigmoid": Sigmoid,
+    "classify": Classify,
 }

@@ -5,7 +5,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from flipscale.model import FlipConfig, FlipModel, FlipOutput
+from flipscale.data.pairs import PairDataset
+from flipscale.model import FlipConfig, FlipModel, FlipPreTrainedModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,9 +23,12 @@ class Objective:
         exchange: how the processes' texts meet the images of each: `gather` or `ring`. Does not change what is learned.
     """
 
-    # The class of the model that is trained. The exported model is a `FlipModel` with the weights that it has.
-    model_class: ClassVar[type[FlipModel]] = FlipModel
-    # The columns of a batch beside the towers' inputs. There is one such column, `masked_patches`.
+    # The class of the model that is trained, and of the exported one, which has of its weights those that it names.
+    model_class: ClassVar[type[FlipPreTrainedModel]] = FlipModel
+    exported_class: ClassVar[type[FlipPreTrainedModel]] = FlipModel
+    # Whether the model has a text tower, so that a batch has captions and a tokenizer belongs to the model.
+    takes_text: ClassVar[bool] = True
+    # The columns of a batch beside the towers' inputs, such as `masked_patches`.
     columns: ClassVar[tuple[str, ...]] = ()
 
     exchange: str = "gather"
@@ -38,12 +42,21 @@ class Objective:
         """Return `config`, or a copy with other first values of the loss's parameters."""
         return config
 
-    def parameters(self, output: FlipOutput) -> dict[str, torch.Tensor]:
+    def dataset(self, *arguments: Any, **options: Any) -> PairDataset:
+        """Return what a run reads its batches from: a `PairDataset` of these arguments, or of a subclass.
+
+        Raises:
+            ValueError: the source or a stage is not as this objective needs it.
+        """
+        options["sends_masked"] = "masked_patches" in self.columns
+        return PairDataset(*arguments, **options)
+
+    def parameters(self, output: Any) -> dict[str, torch.Tensor]:
         """Return the loss's parameters by name, as the model's `forward` returns them: the same for every sample."""
-        found = {name: getattr(output, name) for name in self.model_class.loss_parameters}
+        found = {name: getattr(output, name) for name in getattr(self.model_class, "loss_parameters", ())}
         return {name: value for name, value in found.items() if value is not None}
 
-    def compared(self, output: FlipOutput) -> tuple[torch.Tensor, ...]:
+    def compared(self, output: Any) -> tuple[torch.Tensor, ...]:
         """Return what `coupled_loss` compares: tensors with a row for each sample, or with as many as it has views."""
         assert output.image_embeds is not None
         assert output.text_embeds is not None
@@ -59,12 +72,12 @@ class Objective:
         """
         raise NotImplementedError
 
-    def mean_loss(self, output: FlipOutput) -> torch.Tensor:
+    def mean_loss(self, output: Any) -> torch.Tensor:
         """Return the mean over the samples of a micro-batch, fp32 `()`."""
         assert output.image_embeds is not None
         return output.image_embeds.new_zeros((), dtype=torch.float32)
 
-    def metrics(self, output: FlipOutput) -> dict[str, torch.Tensor]:
+    def metrics(self, output: Any) -> dict[str, torch.Tensor]:
         """Return numbers for `metrics.jsonl`, `()` or `(1,)`. The mean over the main process's micro-batches is logged.
         Unless a subclass adds more, they are the loss's parameters."""
         return self.parameters(output)

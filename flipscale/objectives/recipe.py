@@ -16,8 +16,10 @@ class LossRecipe:
 
     Args:
         kind: `infonce`, each pair against the rest of the batch in both directions (the paper's), or `sigmoid`, each
-            image and text of the batch by itself (SigLIP's); the model then has a `logit_bias`.
-        options: Fields of the kind's own, such as `{name: value}`; `infonce` and `sigmoid` have none.
+            image and text of the batch by itself (SigLIP's); the model then has a `logit_bias`. `classify` fine-tunes
+            the image tower with a head, on images that have class numbers.
+        options: Fields of the kind's own, such as `{num_classes: 1000, label_smoothing: 0.1}` of `classify`; `infonce`
+            and `sigmoid` have none.
         exchange: How the texts of all processes meet the images of each: `gather`, in as many messages in any world, or
             `ring` where all texts of the batch and their gradients (0.5 GB for 65,536 of width 1,024) are too many for
             one process. It passes them from one process to the next, waiting for four messages for each process of the

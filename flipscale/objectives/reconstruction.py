@@ -149,7 +149,7 @@ def pixel_loss(predicted: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
 class WithReconstruction(Objective):
     """Another objective, and `weight` times the reconstruction of the masked patches."""
 
-    model_class: ClassVar[type[FlipModel]] = ReconstructingFlipModel
+    model_class: ClassVar[type[FlipPreTrainedModel]] = ReconstructingFlipModel
     columns: ClassVar[tuple[str, ...]] = ("masked_patches",)
 
     other: Objective

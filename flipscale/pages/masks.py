@@ -1,13 +1,16 @@
 """What each stage of a run leaves of a picture: training samples with the patches that the encoder sees."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
-from flipscale.data.pairs import InputShape, PairDataset
+from flipscale.data.pairs import InputShape
 from flipscale.data.sources.opening import open_source
 from flipscale.data.tokenizers import load_tokenizer
+from flipscale.evaluation.class_names import kept_class_names
 from flipscale.pages.page import Picture, thumbnail
 from flipscale.training.recipe import Recipe
 from flipscale.training.schedule import StageRecipe
@@ -37,17 +40,19 @@ def mask_rows(recipe: Recipe, count: int = 6) -> list[MaskRow]:
         OSError: a shard cannot be read.
     """
     source, shape = open_source(recipe.data), InputShape.of(recipe.model_config())
-    tokenizer = load_tokenizer(recipe.data.tokenizer, shape.max_tokens)
-    positions = list(range(min(count, len(source))))
+    objective = recipe.objective()
+    tokenizer = load_tokenizer(recipe.data.tokenizer, shape.max_tokens) if objective.takes_text else None
+    # Of couples that are mixed, both.
+    positions = list(range(min(count, len(source)) if tokenizer else count))
 
     def seen(as_in: _Seen) -> dict:
         shown = shape.at(as_in.image_size)
-        dataset = PairDataset(source, tokenizer, recipe.data, shown, recipe.seed, as_in.mask_ratio, recipe.mask)
+        dataset = objective.dataset(source, tokenizer, recipe.data, shown, recipe.seed, as_in.mask_ratio, recipe.mask)
         return dataset.__getitems__(positions)
 
     crops = _Seen(0.0, None)
     whole = seen(crops)
-    captions = [str(text).strip() for text in tokenizer.batch_decode(whole["input_ids"], skip_special_tokens=True)]
+    captions = _captions(recipe, tokenizer, whole)
     rows = []
     for as_in, stages in {crops: [], **_as_seen(recipe)}.items():
         columns, shown = whole if as_in == crops else seen(as_in), shape.at(as_in.image_size)
@@ -64,6 +69,14 @@ def mask_rows(recipe: Recipe, count: int = 6) -> list[MaskRow]:
         title = f"{names}: {as_in.words}" if names else "the crops"
         rows.append(MaskRow(title, pictures))
     return rows
+
+
+def _captions(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None, columns: dict) -> list[str]:
+    """Return the captions of a batch as the model reads them, or the names of its images' classes."""
+    if tokenizer is not None:
+        return [str(text).strip() for text in tokenizer.batch_decode(columns["input_ids"], skip_special_tokens=True)]
+    names = kept_class_names(Path(recipe.output_dir), recipe.loss.options["num_classes"])
+    return [" and ".join(names[label] for label in dict.fromkeys(labels)) for labels in columns["labels"].tolist()]
 
 
 class _Seen(NamedTuple):

@@ -76,7 +76,7 @@ def write_report(recipe: Recipe, load: Load) -> Path:
         "masks": masks,
         "facts": facts.rows(curve),
         "recipe": facts.recipe_text(),
-        "commands": _commands(run_dir),
+        "commands": _commands(run_dir, recipe.loss.kind == "classify"),
         "missing": missing,
         "written": time.strftime("%d %B %Y", time.localtime()),
         "version": facts.environment.get("flipscale", ""),
@@ -93,6 +93,8 @@ def write_report(recipe: Recipe, load: Load) -> Path:
 def _seen(recipe: Recipe, load: Load, precision: str, missing: list[str]) -> "Seen | None":
     """Return what the model says of test pictures, None where it cannot be said."""
     task = shown_task(recipe.eval.planned())
+    if task is None and recipe.loss.kind == "classify":
+        return None
     if task is None:
         missing.append(
             "What the model says of pictures: the recipe has no evaluation that names pictures or finds captions. "
@@ -282,7 +284,15 @@ def _figure_words(stem: str, curve: Curve) -> str:
     return f"{words.capitalize()} over the training"
 
 
-def _commands(run_dir: Path) -> Sequence[tuple[str, str]]:
+def _commands(run_dir: Path, names_classes: bool) -> Sequence[tuple[str, str]]:
+    if names_classes:
+        return [
+            (
+                "measure it on another test set",
+                f"flipscale evaluate {run_dir} --task '{{kind: classification, data: FOLDER}}'",
+            ),
+            ("share it", f"flipscale push {run_dir} ORG/NAME"),
+        ]
     return [
         ("find your own pictures with it", f"flipscale search {run_dir} FOLDER 'a red apple'"),
         ("measure it on another test set", f"flipscale evaluate {run_dir} --zero_shot FOLDER"),

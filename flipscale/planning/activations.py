@@ -103,8 +103,10 @@ def measured(config: FlipConfig, step: Step, objective: Objective = PLAIN) -> Ac
             parameter.register_post_accumulate_grad_hook(count_gradient)
         with torch.autocast("cpu", torch.bfloat16, enabled=step.bf16 and step.autocast):
             output = model(**batch, image_size=step.image_size, return_logits=False)
+        loss = objective.mean_loss(output)
         values = [*objective.compared(output), *objective.parameters(output).values()]
-        loss = torch.stack([value.float().sum() for value in values]).sum() + objective.mean_loss(output)
+        if values:
+            loss = torch.stack([value.float().sum() for value in values]).sum() + loss
         saved = live.now
         loss.backward()
     return Activations(saved, live.peak, live.kept_at_peak)
@@ -124,11 +126,12 @@ def example_batch(config: FlipConfig, step: Step, objective: Objective = PLAIN) 
     kept = num_kept(num_patches, step.mask_ratio)
     images, pixels = step.batch_size * step.views, vision.num_channels * vision.patch_size**2
     tokens = num_kept(text.max_position_embeddings, step.text_mask_ratio, "tokens")
-    batch = {
-        "patches": torch.zeros(images, kept, pixels, dtype=torch.uint8),
-        "input_ids": torch.zeros(step.batch_size, tokens, dtype=torch.int64),
-        "attention_mask": torch.ones(step.batch_size, tokens, dtype=torch.int64),
-    }
+    batch = {"patches": torch.zeros(images, kept, pixels, dtype=torch.uint8)}
+    if objective.takes_text:
+        batch["input_ids"] = torch.zeros(step.batch_size, tokens, dtype=torch.int64)
+        batch["attention_mask"] = torch.ones(step.batch_size, tokens, dtype=torch.int64)
+    if "labels" in objective.columns:
+        batch["labels"] = torch.zeros(step.batch_size, 1, dtype=torch.int64)
     if step.mask_ratio > 0.0:
         batch["patch_index"] = torch.zeros(images, kept, dtype=torch.int16)
         if "masked_patches" in objective.columns:

@@ -92,7 +92,10 @@ def _launches(args: argparse.Namespace) -> dict[str, list[Launch]]:
 
 
 def _heading(recipe: Recipe, launches: dict[str, Launch]) -> str:
-    sizes = {name: p.numel() for name, p in planned_model(recipe.model_config()).named_parameters()}
+    sizes = {
+        name: p.numel()
+        for name, p in planned_model(recipe.model_config(), recipe.objective().exported_class).named_parameters()
+    }
     towers = {
         tower: sum(size for name, size in sizes.items() if name.startswith(f"{tower}_")) for tower in ("vision", "text")
     }

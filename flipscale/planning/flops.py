@@ -11,7 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from flipscale.engines.first_weights import model_without_storage
 from flipscale.model import FlipConfig
-from flipscale.planning.activations import Step, example_batch
+from flipscale.objectives.objective import Objective
+from flipscale.planning.activations import PLAIN, Step, example_batch
 from flipscale.training.recipe import Recipe
 
 
@@ -37,30 +38,36 @@ class Flops:
 
 
 def forward_flops(
-    config: FlipConfig, mask_ratio: float, views: int = 1, text_mask_ratio: float = 0.0, image_size: int | None = None
+    config: FlipConfig,
+    mask_ratio: float,
+    views: int = 1,
+    text_mask_ratio: float = 0.0,
+    image_size: int | None = None,
+    objective: Objective = PLAIN,
 ) -> Flops:
     """Return the operations of a pair at `mask_ratio`, its image embedded `views` times, every caption padded to the
     full length before `text_mask_ratio` of its tokens are removed.
 
     Args:
         image_size: in pixels; left out, the model's own.
+        objective: one without text leaves out the text tower, and has its own model.
 
     Raises:
         ValueError: a mask ratio is outside [0, 1), or leaves no patch or no token; the patch does not divide the image.
     """
     step = Step(1, mask_ratio, views, text_mask_ratio, image_size=image_size)
-    return _counted(config.to_json_string(use_diff=False), step)
+    return _counted(config.to_json_string(use_diff=False), step, PLAIN if objective.takes_text else objective)
 
 
 @functools.lru_cache(maxsize=64)
-def _counted(config: str, step: Step) -> Flops:
+def _counted(config: str, step: Step, objective: Objective) -> Flops:
     # transformers asks an attention mask on the meta device for its values, but not a fake one.
     with FakeTensorMode(allow_non_fake_inputs=True):
-        model = model_without_storage(FlipConfig(**json.loads(config)))
+        model = model_without_storage(FlipConfig(**json.loads(config)), objective.model_class)
         # torch's counter has no formula for the fused attention of every device.
         model.set_attn_implementation("eager")
         with torch.device("meta"):
-            batch = example_batch(model.config, step)
+            batch = example_batch(model.config, step, objective)
         with torch.no_grad(), FlopCounterMode(display=False, depth=64) as counter:
             model(**batch, image_size=step.image_size, return_logits=False)
     prefix = f"{type(model).__name__}."
@@ -70,10 +77,11 @@ def _counted(config: str, step: Step) -> Flops:
 
 def pair_flops(recipe: Recipe) -> dict[str, int]:
     """Return the operations of a pair's training step in each stage of a recipe, by the stage's name."""
-    config = recipe.model_config()
+    config, objective = recipe.model_config(), recipe.objective()
     return {
         stage.name: forward_flops(
-            *(config, stage.mask_ratio, recipe.mask.views_at(stage.mask_ratio), stage.text_mask_ratio, stage.image_size)
+            *(config, stage.mask_ratio, recipe.mask.views_at(stage.mask_ratio), stage.text_mask_ratio),
+            *(stage.image_size, objective),
         ).training
         for stage in recipe.stages
     }

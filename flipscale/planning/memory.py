@@ -14,7 +14,7 @@ from flipscale.engines.first_weights import model_without_storage
 from flipscale.engines.launch import Launch
 from flipscale.engines.optimizers.groups import muon_buffer_bytes, num_moments
 from flipscale.engines.start import engine_class, engine_classes
-from flipscale.model import FlipConfig, FlipModel
+from flipscale.model import FlipConfig, FlipModel, FlipPreTrainedModel
 from flipscale.objectives.exchange import exchange_bytes
 from flipscale.objectives.objective import Objective
 from flipscale.objectives.tiles import workspace_elements
@@ -85,7 +85,8 @@ def recipe_memory(recipe: Recipe, launch: Launch, device_type: str = "cuda") -> 
         batches=BATCHES_ON_DEVICE * micro_batches * _batch_bytes(config, step, objective),
         nccl=_nccl_bytes(launch),
     )
-    rows = loss_bytes(recipe, launch, step.views)
+    # What a mean over samples holds is among the activations.
+    rows = loss_bytes(recipe, launch, step.views) if objective.is_coupled else LossBytes(0, 0)
     waiting = engine.memory(model, launch, accumulates=micro_batches > 1).gradients
     passes = _passes(sum(parameter.numel() for parameter in model.parameters()), kept.gradients, waiting, micro_batches)
     found = [activation_bytes(config, replace(step, added_gradients=share), objective) for _, share in passes]
@@ -153,13 +154,13 @@ def heaviest_step(recipe: Recipe, launch: Launch, device_type: str) -> Step:
     )
 
 
-def planned_model(config: FlipConfig, kind: type[FlipModel] = FlipModel) -> FlipModel:
+def planned_model(config: FlipConfig, kind: type[FlipPreTrainedModel] = FlipModel) -> FlipPreTrainedModel:
     """Return a model without storage, the same one for the same configuration."""
     return _planned_model(config.to_json_string(use_diff=False), kind)  # type: ignore[arg-type]  # hashable all the same
 
 
 @functools.lru_cache(maxsize=8)
-def _planned_model(config: str, kind: type[FlipModel]) -> FlipModel:
+def _planned_model(config: str, kind: type[FlipPreTrainedModel]) -> FlipPreTrainedModel:
     return model_without_storage(FlipConfig(**json.loads(config)), kind)
 
 

@@ -165,10 +165,11 @@ def step_time(recipe: Recipe, launch: Launch, stage: StageRecipe, hardware: Hard
     pairs = pairs_of_a_process(batch, count)
     at_once = min(pairs, recipe.data.micro_batch_size or pairs)
     micro_batches, useful = pairs // at_once, pair_flops(recipe)[stage.name]
-    # A backward pass is two forward passes; recomputation repeats one, and micro-batches are embedded twice.
+    # A backward pass is two forward passes; recomputation repeats one, and micro-batches are embedded twice where the
+    # loss compares them with each other.
     forward = useful / 3 * at_once / (hardware.peak * hardware.matmul_share)
     backward = forward * (3 if recipe.model.gradient_checkpointing else 2)
-    passes = (2 if micro_batches > 1 else 1) * micro_batches
+    passes = (2 if micro_batches > 1 and recipe.objective().is_coupled else 1) * micro_batches
     compute = passes * forward + micro_batches * backward
     sent = messages(recipe, launch, hardware.links)
     exposed = (
@@ -203,11 +204,13 @@ def messages(recipe: Recipe, launch: Launch, links: Links) -> Messages:
     count = launch.num_processes
     if count == 1:
         return Messages()
-    model = planned_model(recipe.model_config(), recipe.objective().model_class)
+    objective = recipe.objective()
+    model = planned_model(recipe.model_config(), objective.model_class)
     whole = sum(parameter.numel() for parameter in model.parameters())
     world, engine = links.group(count), engine_class(launch)
     # The texts, and their gradients; what else the loss sends is a thousandth of it.
-    texts = 4 * recipe.data.global_batch_size * int(recipe.model_config().projection_dim or 0)
+    dim = int(recipe.model_config().projection_dim or 0) if objective.is_coupled else 0
+    texts = 4 * recipe.data.global_batch_size * dim
     between = 2 * world.gather(texts)
     if recipe.optim.name == "muon":
         matrices = muon_matrices(model)

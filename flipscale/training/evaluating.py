@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from flipscale.evaluation.embedders.classifier import ClassifierEmbedder
 from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.kinds.task import Task
 from flipscale.evaluation.results import Result
@@ -34,7 +35,8 @@ class Evaluation:
     ):
         self._plan = plan
         self._engine = engine
-        self._embedder = Embedder(
+        kind = ClassifierEmbedder if plan.class_names else Embedder
+        self._embedder = kind(
             engine.model,
             plan.tokenizer,
             accelerator,

@@ -55,6 +55,8 @@ class ModelRecipe:
         drop_path_rate: Stochastic depth: the share of the samples for which the image tower's last block drops its
             attention, and likewise its MLP; it grows linearly from 0 at the first block. 0.2 in the paper's
             fine-tuning. A released model drops nothing.
+        frozen: Parts whose weights stay as they start, by their names in the model, such as `[logit_scale]` (the
+            temperature) or `[vision_model, image_projection]`.
     """
 
     size: str = "b16"
@@ -64,6 +66,7 @@ class ModelRecipe:
     compile: bool = field(default=False, metadata={"learned": False})
     init_from: str | None = field(default=None, metadata={"place": True})
     drop_path_rate: ShareBelowAll = 0.0
+    frozen: list[str] = field(default_factory=list)
 
     def config(self) -> "FlipConfig":
         """Return the model's configuration.
@@ -174,11 +177,11 @@ class Recipe:
         return config
 
 
-def help_parser() -> argparse.ArgumentParser:
-    """Return what prints the help of `flipscale pretrain`: it knows every field of a recipe, and parses none."""
+def help_parser(verb: str = "pretrain") -> argparse.ArgumentParser:
+    """Return what prints the help of a verb that trains: it knows every field of a recipe, and parses none."""
     parser = argparse.ArgumentParser(
-        prog="flipscale pretrain",
-        usage="flipscale pretrain --config RECIPE [--SECTION.FIELD VALUE ...]",
+        prog=f"flipscale {verb}",
+        usage=f"flipscale {verb} --config RECIPE [--SECTION.FIELD VALUE ...]",
         description="Train a model as a recipe says. Every field of a recipe is a flag too, which takes the place of "
         "what the file says; texts, numbers, lists and mappings are written as in YAML.",
     )

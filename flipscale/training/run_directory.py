@@ -197,10 +197,8 @@ def write_run_files(
     for name in ("report.html", "DONE"):  # of a run that is lengthened
         (run_dir / name).unlink(missing_ok=True)
     write_text(run_dir / "recipe.yaml", to_yaml(recipe))
-    from flipscale.model import FlipModel  # takes seconds to import, and a run has imported it by now
-
     with torch.device("meta"):
-        num_parameters = FlipModel(recipe.model_config()).num_parameters()
+        num_parameters = recipe.objective().exported_class(recipe.model_config()).num_parameters()
     check_room(run_dir, recipe.optim, num_parameters)
     content = {**environment(), "num_parameters": num_parameters, "data_samples": data_samples}
     write_text(run_dir / "environment.json", json.dumps(content, indent=1) + "\n")

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from flipscale.data.faults import Fault
 from flipscale.data.feeding import enduring_batches, on_device
+from flipscale.data.labelled.recipe import AugmentRecipe
 from flipscale.data.loader import StepSampler, check_shared_memory, prepare_workers
 from flipscale.data.packed import PackedBatch
 from flipscale.data.pairs import InputShape, PairDataset
@@ -23,8 +24,10 @@ from flipscale.data.tokenizers import check_tokenizer, load_tokenizer
 from flipscale.engines.launch import place_in_world
 from flipscale.engines.start import start_accelerator
 from flipscale.engines.whole_checkpoint import Contents, newest_whole
+from flipscale.evaluation.class_names import refuse_other_class_names, training_class_names
 from flipscale.evaluation.kinds.task import Task
 from flipscale.evaluation.rehearsal import rehearse
+from flipscale.evaluation.test_set import read_class_names
 from flipscale.files.command_line import unwritable
 from flipscale.files.digests import Comparison, Damage
 from flipscale.files.lock import FolderLock
@@ -65,18 +68,20 @@ class Plan:
     Args:
         stages: of the whole run.
         source: of the pairs.
-        tokenizer: of the captions.
+        tokenizer: of the captions; None for an objective without text.
         datasets: the pairs as each stage sees them.
         tasks: the evaluations.
         objective: what is learned.
+        class_names: of a classifier.
     """
 
     stages: list[Stage]
     source: Source
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: PreTrainedTokenizerBase | None
     datasets: Mapping[Stage, PairDataset]
     tasks: list[Task]
     objective: Objective
+    class_names: Sequence[str] = ()
 
     def batches(self, progress: Progress, accelerator: Accelerator) -> Iterator[StepBatch]:
         """Yield this process's batches to the end of the run, which moves on by `progress.advance`.
@@ -167,6 +172,10 @@ def check(recipe: Recipe) -> Plan:
         OSError: shared memory is full.
     """
     objective, config = recipe.objective(), recipe.model_config()
+    if recipe.model.frozen:
+        from flipscale.engines.first_weights import freeze, model_without_storage  # seconds to import, with the models
+
+        freeze(model_without_storage(config, objective.model_class), recipe.model.frozen)
     stages = plan_stages(recipe.stages, recipe.data.global_batch_size, recipe.budget_minutes)
     check_shares(recipe)
     check_trackers(recipe.log.report_to)
@@ -177,27 +186,74 @@ def check(recipe: Recipe) -> Plan:
         raise_if_dropout(config)
     rank, world_size = place_in_world()
     # Says whether the processes and micro-batches divide the batch, before anything is written.
-    StepSampler(0, 0, recipe.data.global_batch_size, rank, world_size, recipe.data.micro_batch_size)
+    sampler = StepSampler(0, 0, recipe.data.global_batch_size, rank, world_size, recipe.data.micro_batch_size)
+    check_augment(recipe, objective, sampler.micro_batch_size)
     source = open_source(recipe.data)
-    tokenizer = load_tokenizer(recipe.data.tokenizer, config.text_config.max_position_embeddings)
-    check_tokenizer(tokenizer, config.text_config)
-    if 0 < len(source) < recipe.data.global_batch_size and rank == 0:
+    class_names = check_task_kinds(recipe, objective, tasks)
+    tokenizer = None
+    if objective.takes_text:
+        tokenizer = load_tokenizer(recipe.data.tokenizer, config.text_config.max_position_embeddings)
+        check_tokenizer(tokenizer, config.text_config)
+    if 0 < len(source) < recipe.data.global_batch_size and rank == 0 and objective.is_coupled:
         _log.warning(
             "data.global_batch_size is %d and there are %d pairs: every batch has some of them several times, which "
             "the loss takes for unlike; use a smaller batch",
             *(recipe.data.global_batch_size, len(source)),
         )
     check_shared_memory(recipe.data.num_workers)
-    shape, sends_masked = InputShape.of(config), "masked_patches" in objective.columns
+    shape = InputShape.of(config)
     datasets = {
-        stage: PairDataset(
+        stage: objective.dataset(
             source, tokenizer, recipe.data, shape.at(stage.image_size), recipe.seed, stage.mask_ratio, recipe.mask,
-            stage.text_mask_ratio, sends_masked=sends_masked, drop_path_rate=recipe.model.drop_path_rate,
+            stage.text_mask_ratio, drop_path_rate=recipe.model.drop_path_rate,
         )
         for stage in stages
     }  # fmt: skip
     rehearse(tasks, shape.image_size, rank, world_size)
-    return Plan(stages, source, tokenizer, datasets, tasks, objective)
+    return Plan(stages, source, tokenizer, datasets, tasks, objective, class_names)
+
+
+def check_augment(recipe: Recipe, objective: Objective, micro_batch_size: int) -> None:
+    """Raise unless what varies images can be done: of labelled ones, in couples of the same process.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    augment = recipe.data.augment
+    if augment != AugmentRecipe() and "labels" not in objective.columns:
+        name = next(field for field, value in vars(augment).items() if value)
+        raise ValueError(
+            f"data.augment.{name} is {getattr(augment, name)!r}, which is for images with class numbers, and loss.kind "
+            f"is {recipe.loss.kind!r}; leave it out, or use loss.kind classify"
+        )
+    if augment.mixes and micro_batch_size % 2:
+        raise ValueError(
+            f"data.augment mixes images in couples, and a process takes {micro_batch_size} at a time; use an even "
+            "number of them"
+        )
+
+
+def check_task_kinds(recipe: Recipe, objective: Objective, tasks: Sequence[Task]) -> list[str]:
+    """Return the names of the classes that a head is trained for, none without one.
+
+    Raises:
+        ValueError: an evaluation needs what the model does not have, the classes have no names or not as many as the
+            head is for, or an evaluation or the run so far has other ones.
+        OSError: a file of names cannot be fetched.
+    """
+    from flipscale.objectives.classify import Classify  # with the models, which take seconds to import
+
+    classifier = objective if isinstance(objective, Classify) else None
+    for task in tasks:
+        task.check_model(classifier is not None, f"the model of loss.kind {recipe.loss.kind!r}")
+    if classifier is None:
+        return []
+    names = training_class_names(recipe.data, classifier.num_classes)
+    for task in tasks:
+        if task.needs == "head" and read_class_names(task.data) != names:
+            raise ValueError(f"{task.data} has other class names, or in another order, than the training shards")
+    refuse_other_class_names(Path(recipe.output_dir), names)
+    return names
 
 
 def check_shares(recipe: Recipe) -> None:

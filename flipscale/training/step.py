@@ -121,7 +121,7 @@ def _zero_of_the_rest(output: FlipOutput, objective: Objective) -> torch.Tensor:
     """Return 0 with a gradient of 0 for all that a mean over samples may leave out: engines expect gradients of all
     weights in every step."""
     values = [*objective.compared(output), *objective.parameters(output).values()]
-    return 0.0 * torch.stack([value.float().sum() for value in values]).sum()
+    return 0.0 * torch.stack([value.float().sum() for value in values]).sum() if values else torch.zeros(())
 
 
 def raise_if_dropout(config: FlipConfig) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from flipscale.cli import VERBS, main, module_of
+from flipscale.cli import TRAINING, VERBS, main, module_of
 from flipscale.data.masks.image import IMAGE_MASKS
 from flipscale.evaluation.kinds.kinds import KINDS
 from flipscale.training.recipe import Recipe, build_parser, help_parser
@@ -56,8 +56,8 @@ for verb in VERBS:
 
 def parser_of(verb: str) -> argparse.ArgumentParser:
     """What prints the help of a verb."""
-    if verb == "pretrain":
-        return help_parser()
+    if verb in TRAINING:
+        return help_parser(verb)
     parser = argparse.ArgumentParser(description=VERBS[verb])
     module_of(verb).add_arguments(parser)
     return parser
@@ -82,6 +82,7 @@ def test_every_argument_is_explained(verb: str) -> None:
 def test_the_help_of_pretrain_has_every_flag_that_is_parsed_and_no_other() -> None:
     sections = {field.name for field in dataclasses.fields(Recipe) if field.default_factory is field.type}
     assert {"optim", "data"} <= sections
+    sections.add("data.augment")
     parsed = {flag for action in build_parser()._actions for flag in action.option_strings}
     shown = {flag for action in help_parser()._actions for flag in action.option_strings}
     # A section is set field by field; lists are written whole; the dry run parses its flags itself.

@@ -50,6 +50,12 @@ SUBSTITUTES = {
     r"--config h14_laion2b --dry_run": "--config demo --optim.name adamw --dry_run",
     r"--config demo_unseen": "--config demo_unseen "
     "--stages '[{name: masked, samples: 512, mask_ratio: 0.75, base_lr: 0.002}]'",
+    # From the site's own model, and a few samples.
+    r"--config finetune_demo --data": "--config finetune_demo --model.init_from runs/demo --model.vision_config "
+    "'{image_size: 32, patch_size: 8, hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 2, "
+    "intermediate_size: 64}' --stages '[{name: one, samples: 64, base_lr: 0.01}]' --data.global_batch_size 16 --data",
+    r"runs/finetune_contrastive_l16 --interpolate runs/l16_laion400m": "runs/demo --interpolate runs/mine",
+    r"runs/l16_laion400m runs/finetune_contrastive_l16 ": "runs/demo runs/mine ",
 }
 PROSE = {"accelerate launch", "flipscale VERB"}  # what a sentence names and nobody types
 
@@ -199,9 +205,11 @@ RULES: dict[str, Callable[[list[str]], None]] = {
     r"flipscale study \w+$": verb_s_help,
     r"flipscale study plan ": study_plan,
     r"flipscale (study|prepare (demo|icons|photos|easy_vqa|audit|tasks [^- ]\S*)|bench \w+) ": verb_s_arguments,
+    r"flipscale prepare shards imagenet/": verb_s_arguments,
     r"flipscale bench compare\w*$|flipscale evaluate .*(--without |association|captioning|vqa)": verb_s_arguments,
     r"flipscale pretrain .*--(dry_run|help|print_config)|flipscale pretrain --config demo_unseen": verb,
-    r"(flipscale|python -m flipscale\.)pretrain |flipscale pretrain .": training,
+    r"flipscale finetune --config finetune_demo --data": verb,
+    r"(flipscale|python -m flipscale\.)pretrain |flipscale (pretrain|finetune) .": training,
     r"(accelerate launch|torchrun) .*-m flipscale\.(pretrain|cli evaluate) ": training,
     r"flipscale \w+$|flipscale (convert|prepare|bench) \w+$|flipscale launch_files$": verb_s_help,
     r"flipscale (\w+|--help)( |$)": verb,

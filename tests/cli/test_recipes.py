@@ -56,6 +56,19 @@ def test_the_paper_s_sizes_and_rates() -> None:
         assert [stage.mask_ratio for stage in stages] == [0.5, 0.0]
 
 
+def test_the_paper_s_fine_tuning() -> None:
+    recipe = parse_recipe(["--config", "finetune_l16_imagenet"])
+    (stage,) = plan_stages(recipe.stages, recipe.data.global_batch_size)
+    assert stage.peak_lr == pytest.approx(5e-5 * 1024 / 256)
+    epoch = 1_281_167 / 1024
+    assert (stage.last, stage.warmup) == (pytest.approx(50 * epoch, abs=1), pytest.approx(5 * epoch, abs=1))
+    optim, augment = recipe.optim, recipe.data.augment
+    assert (optim.weight_decay, optim.adam_beta1, optim.adam_beta2, optim.layer_decay) == (0.05, 0.9, 0.999, 0.75)
+    assert dataclasses.astuple(augment) == ("rand-m9-mstd0.5-inc1", 0.8, 1.0)
+    assert recipe.loss.options == {"num_classes": 1000, "label_smoothing": 0.1}
+    assert (recipe.model.drop_path_rate, stage.mask_ratio) == (0.2, 0.0)
+
+
 def sections(kind: type = Recipe) -> Iterator[type]:
     """The dataclasses of the sections that decide what is learned, those within them too."""
     types = get_type_hints(kind)
@@ -79,12 +92,13 @@ def test_what_does_not_change_what_is_learned_is_declared_so_and_says_so(section
 
 def test_the_sections_that_decide() -> None:
     assert {section.__name__ for section in sections()} == {
-        *("ModelRecipe", "DataRecipe", "SourceRecipe", "MaskRecipe", "LossRecipe", "OptimRecipe", "StageRecipe")
+        *("ModelRecipe", "DataRecipe", "AugmentRecipe", "SourceRecipe", "MaskRecipe", "LossRecipe", "OptimRecipe"),
+        "StageRecipe",
     }
     kept = deciding_part(yaml.safe_load(to_yaml(parse_recipe(["--config", "demo"]))), name_of=lambda place: "name")
     assert set(kept) == {"model", "data", "mask", "loss", "optim", "stages", "seed", "budget_minutes"}
     assert set(kept["data"]) == {
-        *("sources", "fraction", "tokenizer", "global_batch_size", "crop_scale", "lanes", "shards_per_block")
+        *("sources", "fraction", "tokenizer", "global_batch_size", "crop_scale", "augment", "lanes", "shards_per_block")
     }
     assert kept["data"]["lanes"] == 64
     assert kept["data"]["tokenizer"] == "name"

@@ -98,7 +98,7 @@ def test_it_says_what_the_run_recorded(run_dir: Path) -> None:
         # (4321.5 s x 48 + 5555 s x 32) / 3600 x 2.85
         "| cost | 305 dollars, at 2.85 an hour of a device |",
         "The licence of these weights is `apache-2.0`.",
-        "![Contrastive loss of the training batches against training time](figures/loss.png)",
+        "![Loss of the training batches against training time](figures/loss.png)",
     ):
         assert line in card.splitlines(), line
     assert "figures/zero_shot.png" not in card, "one point is no curve"

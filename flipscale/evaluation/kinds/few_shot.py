@@ -42,6 +42,7 @@ class FewShot(Task):
     shots: list[Count] = field(default_factory=lambda: [1, 5, 10, 25])
     seeds: list[Seed] = field(default_factory=lambda: [0, 1, 2])
 
+    needs: ClassVar[str] = "features"
     protocol: ClassVar[str] = """Few-shot classification: ridge regression in closed form (penalty 1,024) on features
 before the projection, brought to mean 0 and deviation 1, of whole images; the mean over draws of the training images.
 The interval counts both the draws (Student's t) and the test images."""

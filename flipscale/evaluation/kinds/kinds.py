@@ -10,6 +10,7 @@ from flipscale.evaluation.kinds.answers.captioning import Captioning
 from flipscale.evaluation.kinds.answers.likelihood import Likelihood
 from flipscale.evaluation.kinds.answers.vqa import Vqa
 from flipscale.evaluation.kinds.association import Association
+from flipscale.evaluation.kinds.classification import Classification
 from flipscale.evaluation.kinds.few_shot import FewShot
 from flipscale.evaluation.kinds.probe import Probe
 from flipscale.evaluation.kinds.retrieval import Retrieval
@@ -30,6 +31,7 @@ KINDS: dict[str, type[Task]] = {
     "captioning": Captioning,
     "likelihood": Likelihood,
     "vqa": Vqa,
+    "classification": Classification,
 }
 
 

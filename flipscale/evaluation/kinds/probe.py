@@ -43,6 +43,7 @@ class Probe(Task):
     lars: LarsRecipe = field(default_factory=LarsRecipe)
     seed: Seed = 0
 
+    needs: ClassVar[str] = "features"
     protocol: ClassVar[str] = """Linear probe: a linear classifier on the frozen image tower's features of whole test
 images, the short side resized to the model's size and the centre cut out. `lbfgs` is multinomial logistic regression,
 its penalty searched on validation images; `lars` is the paper's recipe, trained on random crops."""

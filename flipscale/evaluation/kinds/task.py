@@ -37,6 +37,8 @@ class Task(ABC):
     every_samples: SamplesOrNone | None = None
     image_size: Pixels | None = None
 
+    # What it takes of a model: images and texts compared (`texts`), the image tower alone (`features`), or a `head`.
+    needs: ClassVar[str] = "texts"
     # For the model card: how it is done, the Hub's names of task and metric (left out: the kind and the metric), and
     # what of `made_by` belongs to the test's name (left out: all).
     protocol: ClassVar[str] = ""
@@ -54,6 +56,20 @@ class Task(ABC):
         if self.task:
             check_prepared(Path(self.data), self.task)
         TestSet.open(self.data)
+
+    def check_model(self, has_head: bool, whose: str) -> None:
+        """Raise unless a model has what this task takes of it.
+
+        Args:
+            has_head: whether it names classes by a head, and has no text tower.
+            whose: what has it, for the message.
+
+        Raises:
+            ValueError: it lacks that.
+        """
+        if self.needs == ("texts" if has_head else "head"):
+            lacks = "no text tower; use kind classification" if has_head else "no head; use kind zero_shot"
+            raise ValueError(f"{self.name} is of kind {self.kind!r}, and {whose} has {lacks}")
 
     def prompts(self, test_set: TestSet) -> list[str]:
         """Return the prompts that class names are put into, `{c}` for the name; none where there are no classes."""

@@ -58,9 +58,9 @@ def _axes(title: str, y_label: str, curves: list[Curve]) -> "tuple[Figure, Axes,
 
 
 def draw_loss(curves: list[Curve], path: Path) -> None:
-    """Draw the contrastive loss against training time, one line a run, smoothed where there are many points, and marks
+    """Draw the loss against training time, one line a run, smoothed where there are many points, and marks
     where stages begin."""
-    figure, axes, unit = _axes("Contrastive loss of the training batches", "loss", curves)
+    figure, axes, unit = _axes("Loss of the training batches", "loss", curves)
     coloured = [(curve, colour) for group, colour in zip(by_recipe(curves), COLOURS, strict=False) for curve in group]
     for curve, colour in coloured:
         for number, (seconds, losses) in enumerate(curve.by_stage("loss").values()):
@@ -203,6 +203,7 @@ def _paste(patches: np.ndarray, index: np.ndarray, patch_size: int, side: int) -
 
 def draw_patches(masked: PairDataset, whole: PairDataset, path: Path, count: int = 8) -> None:
     """Draw the first `count` training samples, whole and with only the patches that the encoder sees."""
+    assert masked.tokenizer is not None
     pyplot = drawing_pyplot()
     positions = list(range(count))
     seen, full = masked.__getitems__(positions), whole.__getitems__(positions)

@@ -52,12 +52,15 @@ def last_block(recipe: Recipe, step: int, seconds: float, figures: Sequence[str]
         figures: the names of those that were drawn.
     """
     run_dir = Path(recipe.output_dir)
-    tested = next((task.data for task in recipe.eval.planned() if task.kind == "zero_shot"), "TEST_SET")
+    tasks = {task.kind: task.data for task in recipe.eval.planned()}
+    test = f"--zero_shot {tasks.get('zero_shot', 'TEST_SET')}"
+    if recipe.loss.kind == "classify":
+        test = f"--task '{{kind: classification, data: {tasks.get('classification', 'TEST_SET')}}}'"
     undrawn = "none, as matplotlib is not installed: pip install 'flipscale[plots]'"
     rows = [
         ("model", f"{run_dir / 'model'}, its card {run_dir / 'model/README.md'}"),
         ("figures", f"{run_dir / 'figures'}: {', '.join(figures)}" if figures else undrawn),
-        ("next", f"flipscale evaluate {run_dir / 'model'} --zero_shot {tested}"),
+        ("next", f"flipscale evaluate {run_dir / 'model'} {test}"),
         ("", f"flipscale search {run_dir / 'model'} FOLDER 'what to look for'"),
         ("", f"flipscale push {run_dir} ORG/NAME"),
     ]

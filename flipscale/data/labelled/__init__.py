@@ -1,0 +1,1 @@
+"""Images with class numbers as training samples, and how they are varied."""

@@ -1,0 +1,20 @@
+"""A model with a head: what it says of an image in place of an embedding."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from flipscale.evaluation.embedding import Embedder
+
+
+@dataclass(frozen=True)
+class ClassifierEmbedder(Embedder):
+    """A `FlipForImageClassification` with the processes that share the work. An image's features are its logits, one
+    for each class; there are no texts."""
+
+    has_head: ClassVar[bool] = True
+
+    def image_features(self, **columns: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.model(**columns).logits
+        return logits

@@ -1,0 +1,100 @@
+"""Classification: the image tower is fine-tuned with a linear head on its pooled output (paper, section 4.3)."""
+
+import copy
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar
+
+import torch
+from torch import nn
+from transformers.utils import ModelOutput
+
+from flipscale.data.labelled.dataset import LabelledDataset
+from flipscale.data.pairs import PairDataset
+from flipscale.files.ranges import Range, ShareBelowAll
+from flipscale.model import FlipConfig, FlipForImageClassification, FlipPreTrainedModel
+from flipscale.objectives.objective import Objective
+
+Classes = Annotated[int, Range(at_least=2, at_most=10_000_000)]
+
+
+@dataclass
+class ClassifyOutput(ModelOutput):
+    """
+    Args:
+        logits: `(images, num_labels)`, of each view of an image a row.
+        labels: int64 `(batch, n)`, the classes of each image.
+        label_shares: fp32 `(batch, n)`, how much of each there is; left out where n is 1.
+    """
+
+    logits: torch.Tensor | None = None
+    labels: torch.Tensor | None = None
+    label_shares: torch.Tensor | None = None
+
+
+class TrainedClassifier(FlipForImageClassification):
+    """A `FlipForImageClassification` in training: the same weights by the same names, and labels handed through."""
+
+    def forward(  # type: ignore[override]
+        self,
+        labels: torch.Tensor | None = None,
+        label_shares: torch.Tensor | None = None,
+        return_logits: bool = True,
+        **images: Any,
+    ) -> ClassifyOutput:
+        """
+        Args:
+            labels, label_shares: `(batch, n)`, see `ClassifyOutput`.
+            images: the arguments of `FlipVisionModel.forward`.
+        """
+        return ClassifyOutput(logits=super().forward(**images).logits, labels=labels, label_shares=label_shares)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Classify(Objective):
+    """The cross-entropy of the class of each image, or of the classes of a mixed one by their shares.
+
+    Args:
+        num_classes: of the head: the lines of `classnames.txt` beside the training shards.
+        label_smoothing: the share of the truth that is spread evenly over all classes (Szegedy et al. 2015, arXiv
+            1512.00567); 0.1 in the paper.
+    """
+
+    model_class: ClassVar[type[FlipPreTrainedModel]] = TrainedClassifier
+    exported_class: ClassVar[type[FlipPreTrainedModel]] = FlipForImageClassification
+    takes_text: ClassVar[bool] = False
+    columns: ClassVar[tuple[str, ...]] = ("labels",)
+
+    num_classes: Classes
+    label_smoothing: ShareBelowAll = 0.0
+
+    def model_config(self, config: FlipConfig) -> FlipConfig:
+        changed = copy.deepcopy(config)
+        changed.num_labels = self.num_classes
+        return changed
+
+    def dataset(self, *arguments: Any, **options: Any) -> PairDataset:
+        found = LabelledDataset(*arguments, num_classes=self.num_classes, **options)
+        if found.text_mask_ratio > 0.0:
+            raise ValueError(
+                f"a stage's text_mask_ratio is {found.text_mask_ratio:g}, and loss.kind 'classify' has no text; leave "
+                "it out"
+            )
+        return found
+
+    def compared(self, output: ClassifyOutput) -> tuple[torch.Tensor, ...]:
+        return ()
+
+    def mean_loss(self, output: ClassifyOutput) -> torch.Tensor:
+        assert output.logits is not None
+        assert output.labels is not None
+        logits, labels = output.logits.float(), output.labels
+        shares = torch.ones_like(labels, dtype=torch.float32) if output.label_shares is None else output.label_shares
+        views = len(logits) // len(labels)
+        # A mixture's smoothed truth is the mixture of the smoothed ones, and the cross-entropy is linear in the truth.
+        found = logits.new_zeros(())
+        for label, share in zip(labels.unbind(dim=1), shares.unbind(dim=1), strict=True):
+            each = nn.functional.cross_entropy(
+                logits, label.repeat_interleave(views), label_smoothing=self.label_smoothing, reduction="none"
+            )
+            found = found + (share.repeat_interleave(views) * each).mean()
+        return found

@@ -1,0 +1,268 @@
+"""Fine-tuning of the image tower with a head: from a run's weights to a folder that transformers' pipeline loads."""
+
+import json
+import re
+import shutil
+import sys
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import COLOURS, SHAPES, add_member, changed_recipe, cut, launch, metrics, pretrain, write_shards
+from distributed.crowd import Crowd
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import AutoModelForImageClassification
+
+from flipscale.cli import main
+from flipscale.engines.launch import Launch
+from flipscale.hub.loading import load_flip
+from flipscale.objectives.classify import Classify, ClassifyOutput
+from flipscale.planning.flops import pair_flops
+from flipscale.planning.memory import planned_model, recipe_memory
+from flipscale.training.recipe import parse_recipe
+from flipscale.training.start import check
+
+NAMES = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
+STAGES = [
+    {"name": "masked", "samples": 240, "mask_ratio": 0.5, "base_lr": 0.15, "warmup_samples": 32},
+    {"name": "unmasked", "samples": 160},
+]
+
+STRANGER = """
+import json, sys
+sys.modules["flipscale"] = None  # as where it is not installed
+from transformers import pipeline
+say = pipeline("image-classification", model=sys.argv[1], trust_remote_code=True, device="cpu")
+print(json.dumps(say(sys.argv[2], top_k=16)))
+"""
+
+
+@pytest.fixture(scope="module")
+def base(recipe: dict, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of pairs to start from."""
+    folder = tmp_path_factory.mktemp("base")
+    file = folder / "base.yaml"
+    stages = [{"name": "masked", "samples": 64, "mask_ratio": 0.5, "base_lr": 0.01}]
+    file.write_text(yaml.safe_dump(changed_recipe({**recipe, "output_dir": str(folder / "run")}, {"stages": stages})))
+    assert pretrain(file).returncode == 0
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Labelled pictures as `prepare shards --labels --split` writes them, without captions or a tokenizer."""
+    folder = tmp_path_factory.mktemp("labelled")
+    write_shards(folder / "train", [40, 24])
+    write_shards(folder / "test", [64])  # the same pictures: few are seen too rarely to learn of others
+    for name in ("classnames.txt", "zeroshot_classification_templates.txt"):
+        shutil.move(folder / "train" / name, folder / name)
+    return folder
+
+
+@pytest.fixture
+def write(write_recipe: Callable[..., Path], labelled: Path, base: Path) -> Callable[..., Path]:
+    """Writes the recipe of a fine-tuning."""
+
+    def write(run_dir: Path, **changes: dict | list) -> Path:
+        sections = {
+            "model": {"init_from": str(base), "drop_path_rate": 0.2},
+            "data": {"shards": str(labelled / "train"), "tokenizer": "no such folder"},
+            "loss": {"kind": "classify", "options": {"num_classes": 16, "label_smoothing": 0.1}},
+            "optim": {"layer_decay": 0.75},
+            "stages": STAGES,
+            "save": {"every_samples": 40, "total_limit": 20},
+            "eval": {"tasks": [{"kind": "classification", "data": str(labelled)}], "num_workers": 0},
+        }
+        for section, fields in changes.items():
+            known = sections.get(section)
+            sections[section] = {**known, **fields} if isinstance(known, dict) else fields
+        return write_recipe(run_dir, **sections)
+
+    return write
+
+
+def losses(run_dir: Path) -> list[float]:
+    return [record["loss"] for record in metrics(run_dir) if "loss" in record]
+
+
+def test_the_loss_is_the_smoothed_cross_entropy_of_every_view() -> None:
+    torch.manual_seed(0)
+    logits, labels = torch.randn(6, 5, dtype=torch.float64), torch.tensor([[4], [0], [2]])
+    found = Classify(num_classes=5, label_smoothing=0.2).mean_loss(ClassifyOutput(logits=logits, labels=labels))
+    expected = 0.0
+    for row, label in enumerate((4, 4, 0, 0, 2, 2)):
+        truth = torch.full((5,), 0.2 / 5)
+        truth[label] += 0.8
+        expected -= float((truth * logits[row].log_softmax(dim=0)).sum()) / 6
+    assert found.item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_run_learns_goes_on_bit_for_bit_and_ends_as_a_classifier(
+    write: Callable[..., Path],
+    base: Path,
+    labelled: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run_dir = tmp_path / "run"
+    mixed = {"augment": {"mixup_alpha": 0.2}}
+    done = pretrain(write(run_dir, data=mixed))
+    assert done.returncode == 0, done.stderr
+    assert losses(run_dir)[-1] < losses(run_dir)[0] - 0.3
+    assert "the weights to start from, 2 are drawn: classifier.bias, classifier.weight" in done.stderr
+    assert "left out" not in done.stderr
+    results = {name: value for record in metrics(run_dir) for name, value in record.items() if "/" in name}
+    assert results["classification/top1"] > 2 * 100 / 16
+
+    copy = tmp_path / "cut"
+    cut(run_dir, copy, 15)
+    assert pretrain(write(copy, data=mixed)).returncode == 0
+    assert losses(copy) == losses(run_dir)
+    ours, theirs = (load_file(folder / "model/model.safetensors") for folder in (copy, run_dir))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert not any(name.startswith("text_") for name in ours)
+
+    model = AutoModelForImageClassification.from_pretrained(run_dir / "model")
+    assert list(model.config.id2label.values()) == NAMES
+    assert model.config.label2id[NAMES[3]] == 3
+    Image.new("RGB", (48, 40), (200, 30, 30)).save(tmp_path / "red.png")
+    command = [sys.executable, "-c", STRANGER, str(run_dir / "model"), str(tmp_path / "red.png")]
+    stranger = launch(command, tmp_path, HF_HOME=str(tmp_path / "home"))
+    assert stranger.returncode == 0, stranger.stderr
+    answers = json.loads(stranger.stdout.splitlines()[-1])
+    assert {answer["label"] for answer in answers} == set(NAMES)
+    assert sum(answer["score"] for answer in answers) == pytest.approx(1.0, abs=1e-4)
+    card = (run_dir / "model/README.md").read_text()
+    assert "pipeline_tag: image-classification" in card
+    assert "zero-shot" not in card
+    assert "flipscale search" not in (run_dir / "report.html").read_text()
+
+    task = f"{{kind: classification, data: {labelled}}}"
+    main(["evaluate", str(run_dir), "--task", task, "--num_workers", "0", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert found["classification/top1"] == pytest.approx(results["classification/top1"])
+    with pytest.raises(SystemExit):
+        main(["evaluate", str(run_dir), "--zero_shot", str(labelled), "--num_workers", "0"])
+    assert "zero_shot is of kind 'zero_shot', and the model" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="is a FlipForImageClassification, which has no text tower; `flipscale eval"):
+        load_flip(str(run_dir / "model"))
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2", "zero3"])
+def test_two_processes_and_micro_batches_learn_what_one_does(
+    write: Callable[..., Path], tmp_path: Path, engine: str, crowds: Callable[[int], Crowd]
+) -> None:
+    one, many = tmp_path / "one", tmp_path / "many"
+    augment = {"rand_augment": "rand-m9-mstd0.5-inc1", "mixup_alpha": 0.8, "cutmix_alpha": 1.0}
+    assert crowds(1).run("train", "ddp", write(one, data={"augment": augment})) == ["done"]
+    parts = {"augment": augment, "micro_batch_size": 4}
+    assert crowds(2).run("train", engine, write(many, data=parts)) == ["done"] * 2
+    apart = [abs(a - b) for a, b in zip(losses(one), losses(many), strict=True)]
+    assert max(apart) < 1e-5
+    last = [metrics(run_dir)[-1]["classification/top1"] for run_dir in (one, many)]
+    assert last[0] == last[1]
+
+
+@pytest.fixture(scope="module")
+def crowds():
+    made: dict[int, Crowd] = {}
+
+    def crowd(world: int) -> Crowd:
+        if world not in made:
+            made[world] = Crowd(world)
+        return made[world]
+
+    yield crowd
+    for one in made.values():
+        one.end()
+
+
+def test_the_plan_counts_the_image_tower_and_the_head_alone() -> None:
+    recipe = parse_recipe(["--config", "finetune_l16_imagenet"])
+    # 61.6 G multiply-adds a forward pass of L/16 (`l16_laion400m` has 64.3 with its text tower), three for a step.
+    assert pair_flops(recipe)["fine-tuning"] == pytest.approx(3 * 2 * 61.6e9, rel=0.005)
+    model = planned_model(recipe.model_config(), Classify.model_class)
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    assert weights == pytest.approx(303.1e6 + 1000 * 1025, rel=0.002)
+    memory = recipe_memory(recipe, Launch("ddp", 8))
+    assert memory.weights == memory.gradients == 4 * weights
+    assert memory.moments == 8 * weights
+
+
+def test_what_cannot_be_learned_is_told_in_a_line(
+    write: Callable[..., Path], labelled: Path, tmp_path: Path, subtests: pytest.Subtests
+) -> None:
+    plain = tmp_path / "plain"
+    write_shards(plain, [8])
+    shutil.move(plain / "classnames.txt", plain / "names.txt")
+    single = tmp_path / "single"
+    write_shards(single, [8])
+    (single / "classnames.txt").write_text("all\n")
+    unlabelled = tmp_path / "unlabelled"
+    unlabelled.mkdir()
+    add_unlabelled(unlabelled)
+    other = tmp_path / "other"
+    write_shards(other, [8])
+    (other / "classnames.txt").write_text("".join(f"{name}\n" for name in reversed(NAMES)))
+    names = "classnames.txt"
+    cases = {
+        "no names": ({"data": {"shards": str(plain)}}, f"{plain}/{names} is missing; it lists the class names"),
+        "one class": ({"data": {"shards": str(single)}}, f"{single}/{names} names 1 class; a classifier has two"),
+        "another number": (
+            {"loss": {"options": {"num_classes": 10}}},
+            f"{labelled}/{names} names 16 classes, and loss.options.num_classes is 10; set it to 16",
+        ),
+        "no labels": ({"data": {"shards": str(unlabelled)}}, "00000.tar: 0 has no class number, which loss.kind"),
+        "texts": (
+            {"eval": {"tasks": [{"kind": "zero_shot", "data": str(labelled)}]}},
+            "zero_shot is of kind 'zero_shot', and the model of loss.kind 'classify' has no text tower",
+        ),
+        "other classes": (
+            {"eval": {"tasks": [{"kind": "classification", "data": str(other)}]}},
+            f"{other} has other class names, or in another order, than the training shards",
+        ),
+        "odd couples": (
+            {"data": {"micro_batch_size": 1, "augment": {"mixup_alpha": 0.8}}},
+            "data.augment mixes images in couples, and a process takes 1 at a time; use an even number",
+        ),
+        "mixup of pairs": (
+            {"loss": {"kind": "infonce", "options": {}}, "data": {"augment": {"mixup_alpha": 0.8}}},
+            "data.augment.mixup_alpha is 0.8, which is for images with class numbers, and loss.kind is 'infonce'",
+        ),
+        "a head for pairs": ({"loss": {"kind": "infonce", "options": {}}}, "loss.kind 'infonce' has no head; use kind"),
+        "text mask": (
+            {"stages": [{"name": "one", "samples": 32, "text_mask_ratio": 0.5, "base_lr": 0.1}]},
+            "text_mask_ratio is 0.5, and loss.kind 'classify' has no text; leave it out",
+        ),
+        "layer decay": ({"optim": {"layer_decay": 1.5}}, "optim.layer_decay is 1.5; it must be above 0 and at most 1"),
+        "no layer decay": ({"optim": {"layer_decay": 0}}, "optim.layer_decay is 0.0; it must be above 0 and at most 1"),
+        "drop path": ({"model": {"drop_path_rate": 1.0}}, "model.drop_path_rate is 1.0; it must be at least 0 and bel"),
+        "classes": (
+            {"loss": {"options": {"num_classes": 1}}},
+            "loss.options.num_classes is 1; it must be at least 2 and at most",
+        ),
+        "reconstruction": (
+            {"loss": {"reconstruction_weight": 0.5}},
+            "loss.reconstruction_weight 0.5 does not go with loss.kind 'classify'",
+        ),
+    }
+    for name, (changes, said) in cases.items():
+        file = write(tmp_path / "refused", **changes)
+        with subtests.test(name), pytest.raises(ValueError, match=re.escape(said)):
+            check(parse_recipe(["--config", str(file)]))
+
+
+def add_unlabelled(folder: Path) -> None:
+    with tarfile.open(folder / "00000.tar", "w") as tar:
+        for number in range(8):
+            image = cv2.imencode(".png", np.zeros((8, 8, 3), np.uint8))[1].tobytes()
+            add_member(tar, f"{number}.png", image)
+            add_member(tar, f"{number}.txt", b"a picture")
+    (folder / "classnames.txt").write_text("".join(f"{name}\n" for name in NAMES))

@@ -1,0 +1,146 @@
+"""Fine-tuning on pairs that loses little: parts that stay as they are, and weights between two models'."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import cut, metrics, pretrain
+from distributed.crowd import Crowd
+from safetensors.torch import load_file, save_file
+
+from flipscale.cli import main
+from flipscale.training.recipe import parse_recipe
+from flipscale.training.start import check
+
+FROZEN = ["logit_scale", "text_model", "vision_model.encoder.layers.0"]
+
+
+@pytest.fixture(scope="module")
+def base(recipe: dict, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import yaml
+
+    folder = tmp_path_factory.mktemp("base")
+    stages = [{"name": "masked", "samples": 64, "mask_ratio": 0.5, "base_lr": 0.01}]
+    file = folder / "base.yaml"
+    file.write_text(yaml.safe_dump({**recipe, "stages": stages, "output_dir": str(folder / "run")}))
+    assert pretrain(file).returncode == 0
+    return folder / "run"
+
+
+@pytest.fixture
+def write(write_recipe: Callable[..., Path], base: Path) -> Callable[..., Path]:
+    def write(run_dir: Path, **changes: dict) -> Path:
+        return write_recipe(
+            run_dir,
+            model={"init_from": str(base), "frozen": FROZEN},
+            optim={"layer_decay": 0.5, **changes.pop("optim", {})},
+            stages=[{"name": "tuned", "samples": 96, "base_lr": 0.01}],
+            save={"every_samples": 32, "total_limit": 20},
+            **changes,
+        )
+
+    return write
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def is_frozen(name: str) -> bool:
+    return any(name == part or name.startswith(f"{part}.") for part in FROZEN)
+
+
+def test_frozen_parts_stay_bit_for_bit_and_the_rest_learns(
+    write: Callable[..., Path], base: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    done = pretrain(write(run_dir, data={"micro_batch_size": 8}))
+    assert done.returncode == 0, done.stderr
+    before, after = weights(base / "model"), weights(run_dir / "model")
+    for name, value in before.items():
+        assert torch.equal(value, after[name]) == is_frozen(name), name
+    copy = tmp_path / "cut"
+    cut(run_dir, copy, 4)
+    assert pretrain(write(copy, data={"micro_batch_size": 8})).returncode == 0
+    assert all(torch.equal(value, after[name]) for name, value in weights(copy / "model").items())
+
+
+@pytest.mark.parametrize(
+    ("engine", "optim"), [("fsdp2", {}), ("zero2", {}), ("zero3", {}), ("fsdp2", {"name": "muon"})]
+)
+def test_frozen_parts_under_every_engine(
+    write: Callable[..., Path], base: Path, tmp_path: Path, crowds: Callable[[int], Crowd], engine: str, optim: dict
+) -> None:
+    one, many = tmp_path / "one", tmp_path / "many"
+    assert crowds(1).run("train", "ddp", write(one, optim=optim)) == ["done"]
+    assert crowds(2).run("train", engine, write(many, optim=optim)) == ["done"] * 2
+    losses = [[record["loss"] for record in metrics(run_dir) if "loss" in record] for run_dir in (one, many)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    before, after = weights(base / "model"), weights(many / "model")
+    assert all(torch.equal(value, after[name]) for name, value in before.items() if is_frozen(name))
+
+
+@pytest.fixture(scope="module")
+def crowds():
+    made: dict[int, Crowd] = {}
+
+    def crowd(world: int) -> Crowd:
+        if world not in made:
+            made[world] = Crowd(world)
+        return made[world]
+
+    yield crowd
+    for one in made.values():
+        one.end()
+
+
+@pytest.mark.parametrize(
+    ("frozen", "said"),
+    [
+        (
+            ["logit_scale", "image_tower"],
+            "model.frozen names 'image_tower', which the model does not have; it has logit_",
+        ),
+        (
+            ["vision_model", "text_model", "image_projection", "text_projection", "logit_scale"],
+            "which leaves nothing to learn; leave some of it out",
+        ),
+    ],
+)
+def test_what_cannot_be_frozen(write_recipe: Callable[..., Path], tmp_path: Path, frozen: list[str], said: str) -> None:
+    file = write_recipe(tmp_path / "refused", model={"frozen": frozen})
+    with pytest.raises(ValueError, match=re.escape(said)):
+        check(parse_recipe(["--config", str(file)]))
+
+
+def test_weights_between_two_models(
+    write: Callable[..., Path], base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = tmp_path / "run"
+    assert pretrain(write(run_dir)).returncode == 0
+    before, after = weights(base / "model"), weights(run_dir / "model")
+    for alpha in (0.0, 0.25, 1.0):
+        out = tmp_path / f"at-{alpha}"
+        main(["export", str(run_dir), "--interpolate", str(base), "--alpha", str(alpha), "--out", str(out)])
+        found = weights(out)
+        for name, tuned in after.items():
+            assert torch.allclose(found[name], (1 - alpha) * before[name] + alpha * tuned, atol=1e-7), name
+    assert all(torch.equal(weights(tmp_path / "at-1.0")[name], value) for name, value in after.items())
+    capsys.readouterr()
+
+    name = "image_projection.weight"
+    for changed, said in (
+        ({**before, name: before[name][:4].contiguous()}, "and the base has one of shape [4, "),
+        ({n: w for n, w in before.items() if n != name}, "and the base has no such weight; interpolate between models"),
+        ({**before, name: before[name] * float("nan")}, f"{name} of {tmp_path / 'other'} has numbers that are NaN"),
+    ):
+        other = tmp_path / "other"
+        other.mkdir(exist_ok=True)
+        (other / "config.json").write_text((base / "model/config.json").read_text())
+        save_file(changed, other / "model.safetensors")
+        with pytest.raises(SystemExit):
+            main(["export", str(run_dir), "--interpolate", str(other), "--out", str(tmp_path / "refused")])
+        assert said in capsys.readouterr().err
+        assert not (tmp_path / "refused").exists()
