@@ -179,15 +179,11 @@ def _held_out(text: str) -> float:
 def add_tokenizer_arguments(tokenizer: argparse.ArgumentParser) -> None:
     """Add the arguments of `flipscale prepare tokenizer`."""
     tokenizer.add_argument("shards", help=_SHARDS_HELP)
+    tokenizer.add_argument("directory", type=output_folder, help="The folder to write, for data.tokenizer of a recipe.")
     tokenizer.add_argument(
-        "directory", type=output_folder, help="The folder to write, for `data.tokenizer` of a recipe."
+        "--vocab_size", type=number(Count), default=8000, help="The most entries (8000); few captions yield fewer."
     )
-    tokenizer.add_argument(
-        "--vocab_size",
-        type=number(Count),
-        default=8000,
-        help="The most entries that the vocabulary may have, 8000 by default; few captions yield fewer.",
-    )
+    tokenizer.add_argument("--begin_and_end", action="store_true", help="Add the tokens that captions to write need.")
 
 
 def add_audit_arguments(audit: argparse.ArgumentParser) -> None:
@@ -285,7 +281,9 @@ def _tokenizer(args: argparse.Namespace) -> None:
 
     captions = read_captions(open_shards(args.shards, DataRecipe(lanes=1, shards_per_block=1)))
     with new_folder(args.directory) as folder:
-        tokenizer = train_sentencepiece(captions, folder, args.vocab_size, FlipTextConfig.max_position_embeddings)
+        tokenizer = train_sentencepiece(
+            *(captions, folder, args.vocab_size, FlipTextConfig.max_position_embeddings, args.begin_and_end)
+        )
     lengths = sorted(len(ids) for ids in tokenizer(captions)["input_ids"])
     print(
         f"{args.directory}: {len(tokenizer):,} entries, from {len(captions):,} captions, {len(set(captions)):,} of "

@@ -139,14 +139,14 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def write_tokenizer(folder: Path) -> Path:
-    """A word-level fast tokenizer of eight tokens at most."""
-    words = ["<pad>", "<unk>", "a", "the", *COLOURS, *SHAPES]
+def write_tokenizer(folder: Path, **special: str) -> Path:
+    """A word-level fast tokenizer of eight tokens at most, with further `special` tokens by their roles."""
+    words = ["<pad>", "<unk>", "a", "the", *COLOURS, *SHAPES, *special.values()]
     backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend, unk_token="<unk>", pad_token="<pad>", model_max_length=8,
-        model_input_names=["input_ids", "attention_mask"],
+        model_input_names=["input_ids", "attention_mask"], **special,
     )  # fmt: skip
     tokenizer.save_pretrained(folder)
     return folder
@@ -156,6 +156,12 @@ def write_tokenizer(folder: Path) -> Path:
 def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a tokenizer for the captions of `write_shards`."""
     return write_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="session")
+def caption_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of that tokenizer with tokens for the begin and the end of a caption, 12 and 13."""
+    return write_tokenizer(tmp_path_factory.mktemp("caption_tokenizer"), bos_token="<s>", eos_token="</s>")
 
 
 TOWER = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}

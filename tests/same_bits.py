@@ -30,6 +30,8 @@ CASES: dict[str, tuple[dict, int, dict[str, str]]] = {
     "muon": ({"optim": {"name": "muon"}}, 1, {}),
     "averages": ({"optim": {"ema_decay": 0.9, "max_grad_norm": 1.0}}, 1, {}),
     "reconstruction": ({"loss": {"reconstruction_weight": 0.5}}, 1, {}),
+    "captions": ({"loss": {"caption_weight": 2.0, "caption_kind": "mixed"}}, 1, {}),
+    "captioning": ({"loss": {"kind": "captioning"}, "data": {"micro_batch_size": 4}}, 1, {}),
     "sigmoid": ({"loss": {"kind": "sigmoid"}}, 1, {}),
     "views": ({"mask": {"views": 2}, "stages": [{**MASKED, "mask_ratio": 0.5}, TUNED]}, 1, {}),
     "micro_batches": ({"data": {"micro_batch_size": 4}}, 1, {}),
@@ -58,6 +60,7 @@ def main() -> None:
     if not (args.work / "data").exists():
         write_shards(args.work / "data/shards", [30, 17, 1, 48])
         write_tokenizer(args.work / "data/tokenizer")
+        write_tokenizer(args.work / "data/caption_tokenizer", bos_token="<s>", eos_token="</s>")
     shutil.rmtree(args.work / "after", ignore_errors=True)
     shutil.rmtree(args.work / "resumed", ignore_errors=True)
     apart = 0
@@ -98,7 +101,7 @@ def train(checkout: Path, work: Path, side: str, case: str, **data: int) -> None
     recipe["save"] = {"every_samples": 16 * (steps // 2 + 2), "total_limit": 9}
     recipe["data"] = {
         "shards": str(work / "data/shards"),
-        "tokenizer": str(work / "data/tokenizer"),
+        "tokenizer": str(work / "data" / ("caption_tokenizer" if case.startswith("caption") else "tokenizer")),
         "global_batch_size": 16,
         "num_workers": 0,
         "shards_per_block": 2,

@@ -92,7 +92,8 @@ class PairDataset(Dataset):
     `position_ids` say where those stood. With `sends_masked`, the batch also has the patches that are not visible:
     `masked_patches` uint8 `(batch, num_patches - kept, 3 * p * p)`. With a `drop_path_rate`, it has what the branches
     of the image tower's blocks are multiplied by: `branch_scales` fp32 `(batch, blocks, 2)`, or with several views
-    `(batch, views, blocks, 2)`.
+    `(batch, views, blocks, 2)`. With a `parallel_share`, it has which captions are predicted at once: `in_parallel`
+    bool `(batch,)`.
     """
 
     # What goes with an image, in messages.
@@ -109,6 +110,7 @@ class PairDataset(Dataset):
         mask: MaskRecipe | None = None,
         text_mask_ratio: float = 0.0,
         sends_masked: bool = False,
+        parallel_share: float = 0.0,
         drop_path_rate: float = 0.0,
     ):
         """
@@ -124,6 +126,7 @@ class PairDataset(Dataset):
         self.mask_ratio = mask_ratio
         self.text_mask_ratio = text_mask_ratio
         self.sends_masked = sends_masked
+        self.parallel_share = parallel_share
         self.drop_path_rate = drop_path_rate
         self.kept = num_kept(shape.num_patches, mask_ratio)
         num_kept(shape.max_tokens, text_mask_ratio, "tokens")
@@ -164,6 +167,9 @@ class PairDataset(Dataset):
         columns = {**self._answers(answers, where), "patches": torch.from_numpy(patches)}
         if index is not None:
             columns["patch_index"] = torch.from_numpy(index)
+        if self.parallel_share > 0.0:
+            draws = keyed_uniform(self.seed, "parallel", where, 1)[:, 0]
+            columns["in_parallel"] = torch.from_numpy(draws < self.parallel_share)
         if masked_patches is not None:
             columns["masked_patches"] = torch.from_numpy(masked_patches)
         if self.drop_path_rate > 0.0:

@@ -11,7 +11,7 @@ from typing import Any
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from flipscale.model.configuration_flip import FlipTextConfig
+from flipscale.model.configuration_flip import FlipDecoderConfig, FlipTextConfig
 from flipscale.model.fetched import looks_like_a_path
 from flipscale.model.folder import check_texts
 from flipscale.model.hub_requests import guard_requests
@@ -63,7 +63,7 @@ def load_tokenizer(name: str, max_tokens: int) -> PreTrainedTokenizerBase:
 
 
 def train_sentencepiece(
-    captions: Iterable[str], out_dir: Path, vocab_size: int, max_length: int
+    captions: Iterable[str], out_dir: Path, vocab_size: int, max_length: int, begin_and_end: bool = False
 ) -> PreTrainedTokenizerFast:
     """Train a unigram tokenizer on `captions` and save it to `out_dir` with its `sentencepiece.model`.
 
@@ -71,10 +71,10 @@ def train_sentencepiece(
     `vocab_size` allows, every word that occurs at least twice is a piece; rarer words are made of smaller pieces.
 
     Args:
-        captions: the training text.
-        out_dir: where to save; created if needed.
+        captions, out_dir: the training text, and where to save; it is created if needed.
         vocab_size: the largest number of pieces; there are fewer if the captions do not yield as many.
         max_length: the tokens after which a caption is cut; the tokenizer stores it.
+        begin_and_end: have tokens for begin and end of captions to write, 2 and 3. The tokenizer does not add them.
 
     Raises:
         ValueError: there are no captions, or the vocabulary is too small for their characters.
@@ -103,8 +103,8 @@ def train_sentencepiece(
                 normalization_rule_name=_NORMALIZATION,
                 pad_id=0,
                 unk_id=1,
-                bos_id=-1,
-                eos_id=-1,
+                bos_id=2 if begin_and_end else -1,
+                eos_id=3 if begin_and_end else -1,
                 num_threads=1,  # with several threads, sums would depend on their order
                 minloglevel=2,
             )
@@ -154,7 +154,7 @@ def _model_proto(content: bytes) -> Any:
 
 
 def sentencepiece_tokenizer(model_path: Path, max_length: int) -> PreTrainedTokenizerFast:
-    """Return the fast tokenizer with the ids of a SentencePiece unigram model; it adds no special tokens."""
+    """Return the fast tokenizer with the ids of a SentencePiece unigram model; it adds no special tokens to a text."""
     proto = _model_proto(Path(model_path).read_bytes())
     trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
     pieces = [(piece.piece, piece.score) for piece in proto.pieces]
@@ -168,8 +168,10 @@ def sentencepiece_tokenizer(model_path: Path, max_length: int) -> PreTrainedToke
     )
     backend.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always")
     backend.decoder = decoders.Metaspace(replacement="▁", prepend_scheme="always")
+    special = {"bos_token": "<s>", "eos_token": "</s>"} if trainer.bos_id >= 0 and trainer.eos_id >= 0 else {}
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
+        **special,
         unk_token="<unk>",
         pad_token="<pad>",
         model_max_length=max_length,
@@ -285,8 +287,29 @@ def num_entries(tokenizer: PreTrainedTokenizerBase) -> int:
     return max(len(tokenizer), max(tokenizer.get_vocab().values(), default=-1) + 1)
 
 
-def check_tokenizer(tokenizer: PreTrainedTokenizerBase, text: FlipTextConfig) -> None:
-    """Raise unless a tokenizer fits the text tower.
+def begin_and_end(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """Return the ids of a tokenizer's tokens for the begin and the end of a caption, `bos_token_id` and `eos_token_id`:
+    its own, else BERT's [CLS] and [SEP].
+
+    Raises:
+        ValueError: it has none.
+    """
+    vocabulary = tokenizer.get_vocab()
+    for begin, end in (
+        (tokenizer.bos_token_id, tokenizer.eos_token_id),
+        (tokenizer.cls_token_id, tokenizer.sep_token_id),
+        (vocabulary.get("[CLS]"), vocabulary.get("[SEP]")),
+    ):
+        if begin is not None and end is not None:
+            return {"bos_token_id": int(begin), "eos_token_id": int(end)}
+    raise ValueError(
+        "the tokenizer has no tokens for the begin and the end of a caption, which a model that writes captions needs; "
+        "use one that has, such as `flipscale prepare tokenizer SHARDS DIR --begin_and_end` writes"
+    )
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, text: FlipTextConfig | FlipDecoderConfig) -> None:
+    """Raise unless a tokenizer fits the text tower, or the decoder in its place.
 
     Raises:
         ValueError: the tokenizer has more entries than the model has embeddings, or another padding id.
@@ -302,3 +325,17 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, text: FlipTextConfig) ->
             f"the tokenizer pads with id {tokenizer.pad_token_id}, the model with pad_token_id {text.pad_token_id}; "
             "use the tokenizer that the model was trained with"
         )
+
+
+def check_begin_and_end(tokenizer: PreTrainedTokenizerBase, decoder: FlipDecoderConfig) -> None:
+    """Raise unless a decoder begins and ends captions by the tokenizer's own tokens.
+
+    Raises:
+        ValueError: the tokenizer has no such tokens, or others.
+    """
+    for name, token in begin_and_end(tokenizer).items():
+        if getattr(decoder, name) != token:
+            raise ValueError(
+                f"the tokenizer has {name} {token}, the decoder {getattr(decoder, name)}; set "
+                f"model.decoder_config.{name} to the tokenizer's"
+            )

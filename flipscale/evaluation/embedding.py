@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -57,9 +57,6 @@ class Embedder:
             the last call, in place of the bar that is shown without it.
         pixels: along each side of an image, where that is not the model's own size; see `at`.
     """
-
-    # Whether an image's features are what a classifier's head says of its classes.
-    has_head: ClassVar[bool] = False
 
     model: Any
     tokenizer: Any
@@ -211,6 +208,11 @@ class Embedder:
     # What depends on the kind of model: these are FLIP's.
 
     @property
+    def gives(self) -> tuple[str, ...]:
+        """What the model has of what tasks take, see `Task.needs`."""
+        return parts_of(getattr(self.model, "config", None))
+
+    @property
     def image_size(self) -> int:
         """Pixels along each side of an image, as the model takes it."""
         return self.pixels or self.model.config.vision_config.image_size
@@ -318,6 +320,13 @@ class Embedder:
         """Return a progress bar, which shows on the main process if it takes long."""
         disable = True if hidden or not self.accelerator.is_main_process else None
         return tqdm(total=total, desc="evaluating", unit=f" {what}", leave=False, delay=5, disable=disable)
+
+
+def parts_of(config: Any) -> tuple[str, ...]:
+    """Return what a model of this configuration has of what tasks take: the image tower's `features`, and `texts` and a
+    `decoder` unless its configuration says that it has none. A model of others has no such configuration."""
+    texts = () if config is not None and getattr(config, "text_config", config) is None else ("texts",)
+    return ("features", *texts, *(() if getattr(config, "decoder_config", None) is None else ("decoder",)))
 
 
 # What a batch may raise; where processes raise several kinds, the first here.

@@ -59,7 +59,7 @@ def evaluated(embedder: Embedder, tasks: Iterable[Task]) -> Iterator[tuple[Task,
     """
     tasks = list(tasks)
     for task in tasks:
-        task.check_model(embedder.has_head, f"the model {embedder.name}".rstrip())
+        task.check_model(embedder.gives, f"the model {embedder.name}".rstrip())
     for _, group in groupby(enumerate(tasks), lambda numbered: _shared_data(*numbered)):
         together = [task for _, task in group]
         streamed = [task for task in together if isinstance(task, StreamedTask)]

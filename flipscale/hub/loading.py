@@ -21,9 +21,16 @@ from flipscale.evaluation.embedders.transformers_model import transformers_embed
 from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.images import made_up
 from flipscale.files.tensor_file import check_weight
-from flipscale.model import FlipConfig, FlipForImageClassification, FlipModel, FlipPreTrainedModel
+from flipscale.model import (
+    FlipConfig,
+    FlipForConditionalGeneration,
+    FlipForImageClassification,
+    FlipModel,
+    FlipPreTrainedModel,
+)
 from flipscale.model.fetched import fetched_folder
 from flipscale.model.folder import Header, check_folder, read_header, read_object
+from flipscale.objectives.own_models.captioning import CaptioningFlipModel
 from flipscale.training.report.quiet import without_bars
 
 if TYPE_CHECKING:
@@ -31,6 +38,8 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
+# What models without a text tower are evaluated by.
+_TASKS: dict[type, str] = {FlipForImageClassification: "classification", FlipForConditionalGeneration: "captioning"}
 # Models that are not ours, by what their names begin with.
 OTHERS: dict[str, Callable[..., Embedder]] = {
     open_clip.PREFIX: open_clip_embedder,
@@ -44,14 +53,14 @@ def load_flip(name: str) -> tuple[FlipModel, PreTrainedTokenizerBase]:
 
     Raises:
         ValueError: it is missing, incomplete, of a newer version or saved only as a pickle, its weights do not fit its
-            config or are not finite, it has no tokenizer that fits, or it is a classifier.
+            config or are not finite, it has no tokenizer that fits, or it has no text tower.
         OSError: the Hub cannot be reached.
     """
     folder, model = load_model(name)
     if not isinstance(model, FlipModel):
         raise ValueError(
             f"model {name!r} is a {type(model).__name__}, which has no text tower; `flipscale evaluate` takes it, with "
-            "--task '{kind: classification, data: TEST_SET}'"
+            f"--task '{{kind: {_TASKS[type(model)]}, data: TEST_SET}}'"
         )
     return model, _tokenizer_of(folder, name, model.config)
 
@@ -64,13 +73,13 @@ def _tokenizer_of(folder: Path, name: str, config: FlipConfig) -> PreTrainedToke
             f"model {name!r} has no tokenizer that can be read ({_first_line(error)}); it needs tokenizer.json and "
             "tokenizer_config.json: copy those it was trained with, or export it again"
         ) from error
-    check_tokenizer(tokenizer, config.text_config)
+    check_tokenizer(tokenizer, config.caption_config)
     return tokenizer
 
 
 def load_model(name: str) -> tuple[Path, FlipPreTrainedModel]:
-    """Return the folder of a model, a model folder or Hub name, and the model in evaluation mode: a `FlipModel`, or the
-    classifier that a fine-tuning made.
+    """Return the folder of a model, a model folder or Hub name, and the model in evaluation mode: a `FlipModel`, with a
+    decoder where it has learned captions too, a captioner without text tower, or the classifier of a fine-tuning.
 
     Nothing is unpickled, and none of the folder's code is run. Of its configuration only the fields are read that say
     what the model is.
@@ -88,6 +97,8 @@ def load_model(name: str) -> tuple[Path, FlipPreTrainedModel]:
         config = FlipConfig.from_own_fields(content)
         if content.get("architectures") == [FlipForImageClassification.__name__]:
             kind, config.id2label = FlipForImageClassification, _class_names(content)
+        elif config.decoder_config is not None:
+            kind = FlipForConditionalGeneration if config.text_config is None else CaptioningFlipModel
         _refuse_other_weights(config, {n: entry for file in files for n, entry in read_header(file).items()}, kind)
         weights = {n: weight for file in files for n, weight in load_file(file).items()}
         for weight_name, weight in weights.items():
@@ -219,7 +230,7 @@ def _tried(embedder: Embedder) -> Embedder:
     try:
         with torch.no_grad(), embedder.accelerator.autocast():
             found = {"an image": embedder.image_features(**made_up(embedder.decoder()).to(embedder.accelerator.device))}
-            if embedder.tokenizer is not None:
+            if embedder.tokenizer is not None and "texts" in embedder.gives:
                 tokens = embedder.tokens(["a photo"]).to(embedder.accelerator.device)
                 found["a text"] = embedder.text_features(tokens)
     except Exception as error:  # its tokenizer, its processor or its model: any

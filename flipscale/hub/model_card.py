@@ -1,7 +1,7 @@
 """The card of a trained model: what it is, what it learned from and what it achieves.
 
-Every number comes from the run's files. The templates are all that a card can say; a paragraph or table row that needs
-something which the run did not record is left out.
+Every number comes from the run's files. `card_templates` has all that a card can say; a paragraph or table row that
+needs something which the run did not record is left out.
 """
 
 import json
@@ -23,157 +23,17 @@ from flipscale.files.text_table import as_code, in_markdown
 from flipscale.files.yaml_text import read_saved
 from flipscale.hub.card_audit import audit_section
 from flipscale.hub.card_results import folder_lines, lines_of, model_index, protocols, results_table, task_name
+from flipscale.hub.card_templates import TEMPLATES
 from flipscale.training.cost.energy import read_energy
 from flipscale.training.cost.recipe import cost_of_saved
 from flipscale.training.cost.spent import occupied_device_hours, spent
 from flipscale.training.recipe import deciding_part
 from flipscale.training.run_directory import read_starts
 
-_EMBEDS = """# {name}
-
-A model of images and texts: it embeds both so that an image lies near the words that describe it. Trained by masking
-([FLIP](https://arxiv.org/abs/2212.00794): in training, the image encoder sees only the patches that a random mask
-leaves) with flipscale {version}.
-
-{parameters} parameters; images of {image_size} x {image_size} pixels in patches of {patch_size} x {patch_size};
-captions of up to {max_tokens} tokens; embeddings of {dim} numbers.
-
-> **Still in training.** This is step {unfinished_step} of {length}.
-
-## Use
-
-```python
-from transformers import pipeline
-
-classify = pipeline("zero-shot-image-classification", model="{where}", trust_remote_code=True)
-print(classify("image.png", candidate_labels=["a red apple", "a bicycle"], hypothesis_template="{{}}"))
-```
-
-Embeddings, for search or as features:
-
-```python
-import torch
-from PIL import Image
-from transformers import AutoModel, AutoProcessor
-
-model = AutoModel.from_pretrained("{where}", trust_remote_code=True).eval()
-processor = AutoProcessor.from_pretrained("{where}", trust_remote_code=True)
-inputs = processor(images=Image.open("image.png"), text=["a red apple", "a bicycle"], return_tensors="pt")
-with torch.no_grad():
-    output = model(**inputs)
-print(output.image_embeds @ output.text_embeds.T)
-```
-
-The same of [sentence-transformers](https://sbert.net), 6.0 or later, by which mteb evaluates it too:
-
-```python
-from PIL import Image
-from sentence_transformers import SentenceTransformer
-
-model = SentenceTransformer("{where}", trust_remote_code=True)
-images, texts = model.encode([Image.open("image.png")]), model.encode(["a red apple", "a bicycle"])
-print(model.similarity(images, texts))
-```
-
-`trust_remote_code` runs the model's code that is in this folder. Where flipscale is installed it is not needed:
-`from flipscale.model import FlipModel`. The weights are safetensors, fp32; in half the bytes with
-`variant="bf16", dtype=torch.bfloat16`.
-"""
-
-_CLASSIFIES = """# {name}
-
-A model of images: it names one of {num_labels} classes, such as {labels}. Fine-tuned{base} with flipscale {version}
-([FLIP](https://arxiv.org/abs/2212.00794)).
-
-{parameters} parameters; images of {image_size} x {image_size} pixels in patches of {patch_size} x {patch_size}.
-
-> **Still in training.** This is step {unfinished_step} of {length}.
-
-## Use
-
-```python
-from transformers import pipeline
-
-classify = pipeline("image-classification", model="{where}", trust_remote_code=True)
-print(classify("image.png"))
-```
-
-`trust_remote_code` runs the model's code that is in this folder. Where flipscale is installed it is not needed:
-`from flipscale.model import FlipForImageClassification`. The weights are safetensors, fp32; in half the bytes with
-`variant="bf16", dtype=torch.bfloat16`.
-"""
-
-_OF_ALL = """## Results
-
-{results}
-
-{protocol}
-
-{figures}
-
-## Training
-
-| | |
-|---|---|
-| training data | {data} |
-| pairs in it | {data_samples} |
-| pairs seen | {samples_seen} |
-| time | {time} |
-| hardware | {hardware} |
-| speed | {pairs_per_s} pairs/s |
-| precision | {precision} |
-| energy | {energy} kWh, {measured} |
-| emissions | {emissions} kg of CO2, at {grid} g a kWh and a PUE of {pue}, without the making of the machines |
-| cost | {cost} dollars, at {price} an hour of a device |
-
-| stage | pairs | patches removed | tokens removed | peak rate for 256 pairs |
-|---|---:|---:|---:|---:|
-{stages}
-
-<details><summary>The recipe, as far as it decides what is learned</summary>
-
-```yaml
-{recipe}
-```
-
-</details>
-
-{audit}
-
-## Limits and biases
-
-The model has learned from the pairs named above and from nothing else, and carries their biases, harmful ones included.
-FLIP's authors say so of their own models, trained on pairs from the web: the weights reflect the biases of the data,
-and where models of different data are compared, those biases are part of what is compared. Captions from the web
-are noisy, mostly English, and uneven over people, places and cultures.
-
-It was tested on what the results above name and on nothing else: not for fairness between groups of people, not for
-robustness, not in other languages. A classifier always picks one of its labels, or of those that it is given, however
-unfit. It is not meant for surveillance, for recognising people, or for decisions about them.
-
-## Licence
-
-The licence of these weights is {licence}.
-
-{no_licence}
-
-## Citation
-
-```bibtex
-@inproceedings{{li2023scaling,
-  title={{Scaling Language-Image Pre-training via Masking}},
-  author={{Li, Yanghao and Fan, Haoqi and Hu, Ronghang and Feichtenhofer, Christoph and He, Kaiming}},
-  booktitle={{CVPR}},
-  year={{2023}}
-}}
-```
-"""
-
-TEMPLATES = {"FlipForImageClassification": f"{_CLASSIFIES}\n{_OF_ALL}"}
-TEMPLATE = f"{_EMBEDS}\n{_OF_ALL}"
-
 NO_LICENCE = "None was stated for these weights by those who trained them."
 _MOST_NAMED = 3  # classes
+# Of models that do not embed texts.
+_PIPELINES = {"classifies": "image-classification", "writes": "image-text-to-text"}
 _LOSS_FIGURE = "Loss of the training batches against training time"
 
 
@@ -218,7 +78,7 @@ def model_card(folder: Path, run_dir: Path, where: str, step: int | None, drawn:
     name = where.rsplit("/", 1)[-1] if where != str(folder) else run_dir.name
     figures = "\n\n".join(f"![{in_markdown(caption)}](figures/{file}.png)" for file, caption in drawn.items())
     known = {"name": in_markdown(name), "where": as_string(where), "figures": figures or None}
-    text = filled(TEMPLATES.get(run.model_class, TEMPLATE), {**run.values(), **known})
+    text = filled(TEMPLATES[run.does], {**run.values(), **known})
     return f"---\n{run.metadata(name).to_yaml()}\n---\n\n{text}"
 
 
@@ -245,7 +105,7 @@ class _Run:
         self.environment: dict[str, Any] = json.loads(plain_text(run_dir / "environment.json"))
         self.starts = read_starts(run_dir)
         self.config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        self.model_class = (self.config.get("architectures") or [""])[0]
+        self.does = _what_it_does(self.config)
         self.curve: Curve = curve_of(run_dir, step)
         self.lines = [*lines_of(self.curve.results), *folder_lines(folder)]
         self.hub: dict[str, Any] = self.recipe.get("hub", {})
@@ -255,7 +115,8 @@ class _Run:
 
     def values(self) -> dict[str, str | None]:
         """Return every field of the template, None where it is unknown."""
-        vision, text, last = self.config["vision_config"], self.config["text_config"], self.curve.records[-1]
+        vision, last = self.config["vision_config"], self.curve.records[-1]
+        text = self.config["text_config"] or self.config["decoder_config"]
         batch, parameters = self.recipe["data"]["global_batch_size"], self.environment.get("num_parameters")
         minutes = self.recipe.get("budget_minutes")
         total_steps = sum((stage["samples"] or 0) // batch for stage in self.recipe["stages"])
@@ -297,11 +158,10 @@ class _Run:
         """Return the card's header, with the results as the Hub's `model-index`."""
         results = model_index(self.lines)
         init_from = self.recipe["model"].get("init_from")
-        classifies = self.model_class == "FlipForImageClassification"
         return ModelCardData(
             library_name="transformers",
-            pipeline_tag="image-classification" if classifies else "zero-shot-image-classification",
-            tags=["flip", "clip", "flipscale", *([] if classifies else ["sentence-transformers"])],
+            pipeline_tag=_PIPELINES.get(self.does, "zero-shot-image-classification"),
+            tags=["flip", "clip", "flipscale", *([] if self.does in _PIPELINES else ["sentence-transformers"])],
             license=self.hub.get("license"),
             base_model=init_from if init_from and _is_hub_name(init_from) else None,
             model_name=name if results else None,
@@ -339,6 +199,15 @@ class _Run:
     def _recipe(self) -> str:
         text = yaml.safe_dump(deciding_part(self.recipe, name_of=public_name), sort_keys=False).rstrip()
         return text.replace("```", "'''")  # which would end the block
+
+
+def _what_it_does(config: dict[str, Any]) -> str:
+    """Return which of `TEMPLATES` a model's configuration asks for."""
+    if config.get("architectures") == ["FlipForImageClassification"]:
+        return "classifies"
+    if config.get("decoder_config") is None:
+        return "embeds"
+    return "writes" if config["text_config"] is None else "embeds and writes"
 
 
 def as_string(text: str) -> str:

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from flipscale.data.tokenizers import check_tokenizer, load_tokenizer
+from flipscale.data.tokenizers import begin_and_end, check_tokenizer, load_tokenizer
 from flipscale.engines.checkpoint import CheckpointReader, list_checkpoints
 from flipscale.engines.whole_checkpoint import require_whole
 from flipscale.evaluation.class_names import kept_class_names
@@ -21,7 +21,13 @@ from flipscale.files.aside import written_aside
 from flipscale.files.lock import FolderLock
 from flipscale.files.tensor_file import check_weight, write_tensors
 from flipscale.hub.sentence_transformer import write_sentence_transformer
-from flipscale.model import FlipConfig, FlipModel, FlipPreTrainedModel, FlipProcessor
+from flipscale.model import (
+    FlipConfig,
+    FlipForConditionalGeneration,
+    FlipModel,
+    FlipPreTrainedModel,
+    FlipProcessor,
+)
 from flipscale.model.fetched import fetched_folder
 from flipscale.model.folder import check_folder, read_object
 from flipscale.training.recipe import parse_recipe
@@ -35,7 +41,8 @@ def build_processor(config: FlipConfig, tokenizer: PreTrainedTokenizerBase) -> F
     """Return the processor of a model.
 
     It resizes the short side of an image to `image_size` (bicubic), crops the centre and normalises by the model's mean
-    and standard deviation. It cuts and pads captions to `max_position_embeddings` ids.
+    and standard deviation. It cuts and pads captions to `max_position_embeddings` ids. The tokens that begin and end
+    captions which the model writes are special tokens of its tokenizer.
 
     The image processor is transformers' PIL one, which needs no torchvision. The saved files name no backend: where
     torchvision is installed, transformers loads its one instead. The two differ by one grey level at most.
@@ -43,10 +50,14 @@ def build_processor(config: FlipConfig, tokenizer: PreTrainedTokenizerBase) -> F
     Raises:
         ValueError: the tokenizer has more entries than the model has embeddings, or another padding id.
     """
-    check_tokenizer(tokenizer, config.text_config)
+    check_tokenizer(tokenizer, config.caption_config)
     # A copy, because the caller's tokenizer keeps its length.
     tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.model_max_length = config.text_config.max_position_embeddings
+    tokenizer.model_max_length = config.caption_config.max_position_embeddings
+    if config.decoder_config is not None:
+        # Known as special tokens, they are left out of what captions are decoded to.
+        for name, token in begin_and_end(tokenizer).items():
+            setattr(tokenizer, name.removesuffix("_id"), tokenizer.convert_ids_to_tokens(token))
     return FlipProcessor(build_image_processor(config), tokenizer)
 
 
@@ -148,7 +159,7 @@ def export_checkpoint(
     objective = recipe.objective()
     processor: FlipProcessor | CLIPImageProcessorPil
     if objective.takes_text:
-        tokenizer = load_tokenizer(recipe.data.tokenizer, config.text_config.max_position_embeddings)
+        tokenizer = load_tokenizer(recipe.data.tokenizer, config.caption_config.max_position_embeddings)
         processor = build_processor(config, tokenizer)
     else:
         processor = build_image_processor(config)
@@ -211,23 +222,19 @@ def _write_folder(
     """Write the configuration, the code and the processor to `out_dir`, and the weights, which `save` writes."""
     _refuse_to_replace(out_dir)
     out_dir.parent.mkdir(parents=True, exist_ok=True)
-    # Registering a class names it once; these are the names that the pipeline and fine-tuning look for.
-    model.config.auto_map = {
-        **(getattr(model.config, "auto_map", None) or {}),
-        **(
-            {"AutoModelForZeroShotImageClassification": "modeling_flip.FlipModel"}
-            if isinstance(model, FlipModel)
-            else {}
-        ),
-        "AutoModelForImageClassification": "modeling_flip.FlipForImageClassification",
-    }
+    compares = isinstance(model, FlipModel)
+    if compares and model.config.decoder_config is not None:
+        # The folder of both losses is that of a model that writes captions; FlipModel takes its own weights of it.
+        with torch.device("meta"):
+            model = FlipForConditionalGeneration._from_config(model.config, dtype=model.dtype)
+    model.config.auto_map = {**(getattr(model.config, "auto_map", None) or {}), **_auto_map(model.config, compares)}
     lock = FolderLock(out_dir.with_name(f".{out_dir.name}.lock"), f"writes {out_dir}")
     lock.acquire()
     try:
         with written_aside(out_dir) as folder:
             if processor is not None:
                 processor.save_pretrained(folder)
-            if isinstance(processor, FlipProcessor):
+            if isinstance(processor, FlipProcessor) and compares:
                 write_sentence_transformer(folder)
             with without_bars():
                 model.save_pretrained(folder, state_dict={})
@@ -237,6 +244,21 @@ def _write_folder(
     finally:
         lock.release()
     return out_dir
+
+
+def _auto_map(config: FlipConfig, compares: bool) -> dict[str, str]:
+    """Return the names that pipelines and fine-tuning look for; registering a class names it once.
+
+    Args:
+        compares: whether the weights of a FlipModel are there.
+    """
+    found = {"AutoModelForImageClassification": "modeling_flip.FlipForImageClassification"}
+    if compares:
+        found["AutoModelForZeroShotImageClassification"] = "modeling_flip.FlipModel"
+    if config.decoder_config is not None:
+        writes = "modeling_flip_caption.FlipForConditionalGeneration"
+        found["AutoModel"] = "modeling_flip.FlipModel" if compares else writes
+    return found
 
 
 def by_channel(value: Any, num_channels: int) -> list[float]:

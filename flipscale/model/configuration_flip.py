@@ -119,6 +119,13 @@ class FlipTextConfig(FlipPreTrainedConfig):
         super().__post_init__(**kwargs)
 
 
+# What a decoder has of the text tower that it stands beside, unless it is told otherwise.
+_OF_THE_TEXT = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "max_position_embeddings"),
+    *("hidden_act", "layer_norm_eps", "attention_dropout", "pad_token_id"),
+)
+
+
 @strict
 class FlipDecoderConfig(FlipPreTrainedConfig):
     r"""
@@ -153,6 +160,16 @@ class FlipDecoderConfig(FlipPreTrainedConfig):
     bos_token_id: int = 101
     eos_token_id: int = 102
     mask_token_id: int | None = None
+
+    @classmethod
+    def beside(cls, text: FlipTextConfig, **fields: Any) -> "FlipDecoderConfig":
+        """Return a decoder of the width and the tokens of a text tower, with some fields replaced.
+
+        Raises:
+            ValueError: a field cannot be so.
+        """
+        shared = (name for name in cls.__annotations__ if name in _OF_THE_TEXT)
+        return cls._built({**{name: getattr(text, name) for name in shared}, **fields})
 
     def __post_init__(self, **kwargs: Any) -> None:
         check_tower(self)
@@ -275,13 +292,13 @@ class FlipConfig(FlipPreTrainedConfig):
     @classmethod
     def _check_readable(cls, content: dict[str, Any]) -> None:
         super()._check_readable(content)
-        for name, part in _PARTS:
+        for name, part in PARTS:
             part._check_readable(content.get(name) or {})
 
     @classmethod
     def _own(cls, content: dict[str, Any]) -> dict[str, Any]:
         found = super()._own(content)
-        return {**found, **{name: part._own(content[name]) for name, part in _PARTS if content.get(name)}}
+        return {**found, **{name: part._own(content[name]) for name, part in PARTS if content.get(name)}}
 
     @classmethod
     def from_size(
@@ -305,7 +322,7 @@ class FlipConfig(FlipPreTrainedConfig):
         return cls._built(towers)
 
 
-_PARTS = (
+PARTS: tuple[tuple[str, type[FlipPreTrainedConfig]], ...] = (
     ("vision_config", FlipVisionConfig),
     ("text_config", FlipTextConfig),
     ("decoder_config", FlipDecoderConfig),

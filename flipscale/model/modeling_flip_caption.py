@@ -23,7 +23,7 @@ from .modeling_flip_decoder import (
 )
 
 # The arguments of `FlipVisionModel.forward` beside `pixel_values`.
-_IMAGES = ("image_mask_ratio", "patches", "patch_index", "interpolate_pos_encoding", "image_size")
+_IMAGES = (*("image_mask_ratio", "patches", "patch_index", "interpolate_pos_encoding", "image_size", "branch_scales"),)
 
 
 @dataclass
@@ -204,7 +204,7 @@ class FlipForConditionalGeneration(FlipPreTrainedModel, GenerationMixin):
             raise ValueError(
                 f"the texts to go on from have {shortest} to {longest} tokens; give those of one length at a time"
             )
-        begin = torch.full_like(ids[:, :1], self.config.decoder_config.bos_token_id)
+        begin = ids.new_full((len(ids), 1), self.config.decoder_config.bos_token_id)
         return torch.cat([begin, ids[:, :longest]], dim=1)
 
 

@@ -1,7 +1,7 @@
 """The recipe's `loss` section, and the objective that it describes."""
 
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from flipscale.data.masks.recipe import MaskRecipe
 from flipscale.files.ranges import NotNegative, check_ranges
@@ -16,8 +16,9 @@ class LossRecipe:
 
     Args:
         kind: `infonce`, each pair against the rest of the batch in both directions (the paper's), or `sigmoid`, each
-            image and text of the batch by itself (SigLIP's); the model then has a `logit_bias`. `classify` fine-tunes
-            the image tower with a head, on images that have class numbers.
+            image and text of the batch by itself (SigLIP's); the model then has a `logit_bias`. `captioning` predicts
+            the tokens of captions, by a decoder in place of the text tower. `classify` fine-tunes the image tower with
+            a head, on images that have class numbers.
         options: Fields of the kind's own, such as `{num_classes: 1000, label_smoothing: 0.1}` of `classify`; `infonce`
             and `sigmoid` have none.
         exchange: How the texts of all processes meet the images of each: `gather`, in as many messages in any world, or
@@ -26,12 +27,23 @@ class LossRecipe:
             world: a thousand at 256. Does not change what is learned.
         reconstruction_weight: The weight of a second loss, the reconstruction of the masked patches
             (`flipscale.objectives.reconstruction`); 0 leaves out that loss and its decoder.
+        caption_weight: The weight of a second loss beside `infonce` or `sigmoid`, the captions' tokens
+            (`flipscale.objectives.own_models.captioning`); 0 leaves out that loss and its decoder. CoCa has 2.
+        caption_kind: How that loss predicts tokens, as `options.prediction` of `captioning` does: `next_token`,
+            `parallel` or `mixed`.
     """
 
     kind: str = "infonce"
     options: dict[str, Any] = field(default_factory=dict)
     exchange: str = field(default="gather", metadata={"learned": False})
     reconstruction_weight: NotNegative = 0.0
+    caption_weight: NotNegative = 0.0
+    caption_kind: Literal["next_token", "parallel", "mixed"] = "next_token"
+
+    @property
+    def learns_captions(self) -> bool:
+        """Whether the model has a decoder that learns to write captions."""
+        return self.kind == "captioning" or self.caption_weight > 0.0
 
     def __post_init__(self) -> None:
         from flipscale.objectives.exchange import EXCHANGES
@@ -52,14 +64,25 @@ def build_objective(recipe: LossRecipe, mask: MaskRecipe) -> "Objective":
     """Return the objective of a recipe.
 
     Raises:
-        ValueError: a reconstruction with several views, or beside a loss that trains a model class of its own.
+        ValueError: a reconstruction with several views, or two losses that each train a model class of their own.
     """
     from flipscale.objectives.kinds import KINDS  # as above
     from flipscale.objectives.objective import Objective
+    from flipscale.objectives.own_models.captioning import WithCaptions
     from flipscale.objectives.reconstruction import WithReconstruction
 
     objective = KINDS[recipe.kind](exchange=recipe.exchange, **recipe.options)
     check_ranges(objective, "loss.options")
+    if recipe.caption_weight > 0.0:
+        if objective.model_class is not Objective.model_class or recipe.reconstruction_weight > 0.0:
+            other = f"loss.kind {recipe.kind!r}"
+            if recipe.reconstruction_weight > 0.0:
+                other = f"loss.reconstruction_weight {recipe.reconstruction_weight:g}"
+            raise ValueError(
+                f"loss.caption_weight {recipe.caption_weight:g} does not go with {other}, which trains a model of its "
+                "own; leave one of them out"
+            )
+        return WithCaptions(other=objective, weight=recipe.caption_weight, prediction=recipe.caption_kind)
     if recipe.reconstruction_weight == 0.0:
         return objective
     if mask.views > 1:

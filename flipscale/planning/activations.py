@@ -121,7 +121,7 @@ def cast_norms_as_cuda_does(model: nn.Module) -> None:
 
 def example_batch(config: FlipConfig, step: Step, objective: Objective = PLAIN) -> dict[str, torch.Tensor]:
     """Return a batch with the columns and shapes that the loader sends."""
-    vision, text = config.vision_config, config.text_config
+    vision, text, decoder = config.vision_config, config.caption_config, config.decoder_config
     num_patches = vision.patches_along(step.image_size) ** 2
     kept = num_kept(num_patches, step.mask_ratio)
     images, pixels = step.batch_size * step.views, vision.num_channels * vision.patch_size**2
@@ -130,6 +130,8 @@ def example_batch(config: FlipConfig, step: Step, objective: Objective = PLAIN) 
     if objective.takes_text:
         batch["input_ids"] = torch.zeros(step.batch_size, tokens, dtype=torch.int64)
         batch["attention_mask"] = torch.ones(step.batch_size, tokens, dtype=torch.int64)
+    if decoder is not None and decoder.mask_token_id is not None:
+        batch["in_parallel"] = torch.ones(step.batch_size, dtype=torch.bool)
     if "labels" in objective.columns:
         batch["labels"] = torch.zeros(step.batch_size, 1, dtype=torch.int64)
     if step.mask_ratio > 0.0:

@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from flipscale.engines.first_weights import model_without_storage
-from flipscale.model import FlipConfig
+from flipscale.model import FlipConfig, FlipModel
 from flipscale.objectives.objective import Objective
 from flipscale.planning.activations import PLAIN, Step, example_batch
 from flipscale.training.recipe import Recipe
@@ -50,13 +50,15 @@ def forward_flops(
 
     Args:
         image_size: in pixels; left out, the model's own.
-        objective: one without text leaves out the text tower, and has its own model.
+        objective: whose model is counted, decoders that are exported and heads included.
 
     Raises:
         ValueError: a mask ratio is outside [0, 1), or leaves no patch or no token; the patch does not divide the image.
     """
     step = Step(1, mask_ratio, views, text_mask_ratio, image_size=image_size)
-    return _counted(config.to_json_string(use_diff=False), step, PLAIN if objective.takes_text else objective)
+    return _counted(
+        config.to_json_string(use_diff=False), step, PLAIN if objective.exported_class is FlipModel else objective
+    )
 
 
 @functools.lru_cache(maxsize=64)

@@ -47,6 +47,8 @@ class ModelRecipe:
         vision_config: Fields of the image tower that differ from the size's, such as `{image_size: 112}`.
         text_config: Fields of the text tower that differ from the size's, such as `{num_hidden_layers: 6}`.
             `vocab_size` is the size of the tokenizer where that is a folder, else 30,523.
+        decoder_config: Fields of the decoder that writes captions, which is otherwise as wide as the text tower.
+            `bos_token_id` and `eos_token_id` are the tokenizer's where that is a folder, else BERT's [CLS] and [SEP].
         gradient_checkpointing: Recompute activations in the backward pass: less memory, more time. Does not change what
             is learned.
         compile: Compile the blocks with torch.compile; the first steps of each mask ratio wait for it. Does not change
@@ -62,6 +64,7 @@ class ModelRecipe:
     size: str = "b16"
     vision_config: dict[str, Any] = field(default_factory=dict)
     text_config: dict[str, Any] = field(default_factory=dict)
+    decoder_config: dict[str, Any] = field(default_factory=dict)
     gradient_checkpointing: bool = field(default=False, metadata={"learned": False})
     compile: bool = field(default=False, metadata={"learned": False})
     init_from: str | None = field(default=None, metadata={"place": True})
@@ -76,19 +79,20 @@ class ModelRecipe:
         """
         from huggingface_hub.errors import StrictDataclassError
 
-        from flipscale.model.configuration_flip import FlipConfig
+        from flipscale.model.configuration_flip import PARTS, FlipConfig, FlipDecoderConfig
 
-        base = FlipConfig.from_size(self.size)
-        for section, tower in (("vision_config", base.vision_config), ("text_config", base.text_config)):
-            # Those that transformers adds say how a model is run, and may name code to load.
-            known = list(type(tower).__annotations__)
-            for name in getattr(self, section):
+        for section, tower in PARTS:
+            known = list(tower.__annotations__)  # what transformers adds may name code to load
+            for name in getattr(self, section, {}):
                 if name not in known:
                     near = difflib.get_close_matches(str(name), known, 1)
                     has = f"did you mean {near[0]}?" if near else f"it has {', '.join(known)}"
-                    raise ValueError(f"model.{section}.{name} is not a field of {type(tower).__name__}; {has}")
+                    raise ValueError(f"model.{section}.{name} is not a field of {tower.__name__}; {has}")
         try:
-            return FlipConfig.from_size(self.size, self.vision_config, self.text_config)
+            found = FlipConfig.from_size(self.size, self.vision_config, self.text_config)
+            given = self.decoder_config
+            found.decoder_config = FlipDecoderConfig.beside(found.text_config, **given) if given else None
+            return found
         except (StrictDataclassError, ValueError, OverflowError) as error:
             raise ValueError(f"model: {' '.join(str(error).split())}") from None
 
@@ -170,6 +174,8 @@ class Recipe:
         Raises:
             ValueError: as `ModelRecipe.config`, `build_objective` and `check_image_sizes`.
         """
+        if self.model.decoder_config and not self.loss.learns_captions:
+            raise ValueError("model.decoder_config is set, but no loss learns captions; set loss.caption_weight too")
         config = self.objective().model_config(self.model.config())
         sizes = {f"stage {stage.name!r}": stage.image_size for stage in self.stages}
         sizes.update({f"eval.tasks: {task.name}": task.image_size for task in self.eval.planned()})
@@ -247,22 +253,25 @@ def parse_recipe(arguments: Sequence[str], is_saved: bool = False) -> Recipe:
 
 
 def _with_vocabulary(recipe: Recipe) -> Recipe:
-    """Return the recipe with the size of the tokenizer in a folder as `vocab_size`, unless it names one, or starts from
-    weights, which have one. BERT's vocabulary keeps the default, which has a row more, as the original has.
+    """Return the recipe with what it leaves to the tokenizer in a folder: the size of the vocabulary, unless the run
+    starts from weights, which have one, and the tokens around captions that are learned. BERT's vocabulary keeps the
+    default size, which has a row more, as the original has.
 
     Raises:
-        ValueError: the tokenizer cannot be loaded.
+        ValueError: the tokenizer cannot be loaded, or has no such tokens.
     """
     model, folder = recipe.model, recipe.data.tokenizer
-    if "vocab_size" in model.text_config or model.init_from or not Path(folder).is_dir():
+    takes_size = "vocab_size" not in model.text_config and not model.init_from
+    takes_ends = recipe.loss.learns_captions and not {"bos_token_id", "eos_token_id"} <= model.decoder_config.keys()
+    if not (takes_size or takes_ends) or not Path(folder).is_dir():
         return recipe
-    from flipscale.data.tokenizers import load_tokenizer, num_entries
+    from flipscale.data.tokenizers import begin_and_end, load_tokenizer, num_entries
 
-    entries = num_entries(load_tokenizer(folder, 1))
-    if entries == _BERT_ENTRIES:
-        return recipe
-    text_config = {**model.text_config, "vocab_size": entries}
-    return dataclasses.replace(recipe, model=dataclasses.replace(model, text_config=text_config))
+    tokenizer = load_tokenizer(folder, 1)
+    entries, ends = num_entries(tokenizer), begin_and_end(tokenizer) if takes_ends else {}
+    size = {"vocab_size": entries} if takes_size and entries != _BERT_ENTRIES else {}
+    text, decoder = {**model.text_config, **size}, {**ends, **model.decoder_config}
+    return dataclasses.replace(recipe, model=dataclasses.replace(model, text_config=text, decoder_config=decoder))
 
 
 def _nearest_flag(said: str) -> str:

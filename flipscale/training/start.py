@@ -20,11 +20,12 @@ from flipscale.data.packed import PackedBatch
 from flipscale.data.pairs import InputShape, PairDataset
 from flipscale.data.sources.opening import open_source
 from flipscale.data.sources.source import Source, shard_sizes_digest
-from flipscale.data.tokenizers import check_tokenizer, load_tokenizer
+from flipscale.data.tokenizers import check_begin_and_end, check_tokenizer, load_tokenizer
 from flipscale.engines.launch import place_in_world
 from flipscale.engines.start import start_accelerator
 from flipscale.engines.whole_checkpoint import Contents, newest_whole
 from flipscale.evaluation.class_names import refuse_other_class_names, training_class_names
+from flipscale.evaluation.embedding import parts_of
 from flipscale.evaluation.kinds.task import Task
 from flipscale.evaluation.rehearsal import rehearse
 from flipscale.evaluation.test_set import read_class_names
@@ -192,8 +193,10 @@ def check(recipe: Recipe) -> Plan:
     class_names = check_task_kinds(recipe, objective, tasks)
     tokenizer = None
     if objective.takes_text:
-        tokenizer = load_tokenizer(recipe.data.tokenizer, config.text_config.max_position_embeddings)
-        check_tokenizer(tokenizer, config.text_config)
+        tokenizer = load_tokenizer(recipe.data.tokenizer, config.caption_config.max_position_embeddings)
+        check_tokenizer(tokenizer, config.caption_config)
+        if config.decoder_config is not None:
+            check_begin_and_end(tokenizer, config.decoder_config)
     if 0 < len(source) < recipe.data.global_batch_size and rank == 0 and objective.is_coupled:
         _log.warning(
             "data.global_batch_size is %d and there are %d pairs: every batch has some of them several times, which "
@@ -244,8 +247,9 @@ def check_task_kinds(recipe: Recipe, objective: Objective, tasks: Sequence[Task]
     from flipscale.objectives.classify import Classify  # with the models, which take seconds to import
 
     classifier = objective if isinstance(objective, Classify) else None
+    gives = ("features", "head") if classifier is not None else parts_of(recipe.model_config())
     for task in tasks:
-        task.check_model(classifier is not None, f"the model of loss.kind {recipe.loss.kind!r}")
+        task.check_model(gives, f"the model of loss.kind {recipe.loss.kind!r}")
     if classifier is None:
         return []
     names = training_class_names(recipe.data, classifier.num_classes)

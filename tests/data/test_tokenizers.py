@@ -9,7 +9,13 @@ import pytest
 import sentencepiece
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from flipscale.data.tokenizers import bert_tokenizer, load_tokenizer, sentencepiece_tokenizer, train_sentencepiece
+from flipscale.data.tokenizers import (
+    begin_and_end,
+    bert_tokenizer,
+    load_tokenizer,
+    sentencepiece_tokenizer,
+    train_sentencepiece,
+)
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "tokenizer"
 CAPTIONS = [
@@ -162,3 +168,16 @@ def test_a_path_never_becomes_a_name_on_the_hub(name: str, monkeypatch: pytest.M
     for vocabulary in (name, "vocab.txt"):
         with pytest.raises(ValueError, match=f"there is no vocabulary at {vocabulary}; name a vocab.txt, a folder"):
             bert_tokenizer(vocabulary)
+
+
+def test_sentencepiece_may_have_tokens_that_begin_and_end_captions(tmp_path: Path) -> None:
+    bare = train_sentencepiece(CAPTIONS, tmp_path / "bare", vocab_size=400, max_length=16)
+    train_sentencepiece(CAPTIONS, tmp_path / "ends", vocab_size=400, max_length=16, begin_and_end=True)
+    ends = AutoTokenizer.from_pretrained(tmp_path / "ends")
+    assert begin_and_end(ends) == {"bos_token_id": 2, "eos_token_id": 3}
+    assert (ends.pad_token_id, ends.unk_token_id) == (0, 1)
+    for ids, own in zip(encode(bare, CAPTIONS), encode(ends, CAPTIONS), strict=True):
+        assert bare.convert_ids_to_tokens(ids) == ends.convert_ids_to_tokens(own)
+    assert ends.decode([2, *ends("red heart")["input_ids"], 3, 0], skip_special_tokens=True) == "red heart"
+    with pytest.raises(ValueError, match=r"the tokenizer has no tokens for the begin .* DIR --begin_and_end` writes"):
+        begin_and_end(bare)

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModel
 
 from flipscale.cli import main
 from flipscale.engines.checkpoint import CheckpointReader, latest_checkpoint
+from flipscale.model import FlipForConditionalGeneration
 
 MATRIX = [("ddp", 2), ("fsdp2", 2), ("zero1", 2), ("zero2", 2), ("zero3", 2), ("hsdp", 4), ("fsdp2", 4)]
 ELASTIC = [
@@ -63,7 +64,8 @@ class Trainings:
     def run(self, engine: str, world: int, task: str = "train", precision: str = "no", **changes: object) -> Path:
         """The directory of the finished run."""
         run_dir = self.folder / "-".join(
-            [engine, str(world), task, precision, *changes, *changes.get("optim", {}), *changes.get("model", {})]
+            [engine, str(world), task, precision, *changes]
+            + [name for section in ("optim", "model", "loss") for name in changes.get(section, {})]
         )
         if not run_dir.exists():
             answers = self.crowd(world).run(task, engine, self.file(run_dir, **changes), precision=precision)
@@ -127,6 +129,11 @@ def test_a_compiled_run_has_a_graph_for_each_shape_and_no_more(trainings: Traini
     assert graphs == [6, 6]
 
 
+# Six steps, half of them masked.
+SHORT = [
+    {"name": "masked", "samples": 48, "mask_ratio": 0.75, "base_lr": 0.012, "warmup_samples": 16},
+    {"name": "unmasked", "samples": 48},
+]
 # Images of 16 pixels, whole, then of 32 pixels, half masked: 4 and 8 patches. One schedule, with moments, has both.
 SIZES = {
     "stages": [
@@ -159,6 +166,40 @@ def test_stages_of_two_image_sizes_in_two_passes_or_compiled(
 ) -> None:
     run_dir = trainings.run("ddp", 2, task, **SIZES, **{section: {**trainings.recipe[section], **field}})
     assert close(losses(run_dir), losses(trainings.run("ddp", 1, **SIZES)))
+
+
+CAPTIONS = [{"caption_weight": 2.0, "caption_kind": "mixed"}, {"kind": "captioning"}]
+
+
+@pytest.mark.parametrize("loss", CAPTIONS)
+@pytest.mark.parametrize(("engine", "world"), [("ddp", 2), ("fsdp2", 2), ("zero3", 2)])
+def test_captions_are_learned_as_on_one_process(
+    trainings: Trainings, caption_tokenizer: Path, engine: str, world: int, loss: dict
+) -> None:
+    """Masked and not, in one pass and in micro-batches; resumed bit for bit; and exported by its own class."""
+    data = {**trainings.recipe["data"], "tokenizer": str(caption_tokenizer)}
+    model = {**trainings.recipe["model"], "decoder_config": {"num_hidden_layers": 2}}
+    save = {"every_samples": 32, "total_limit": 20}
+    changes = {"loss": loss, "data": data, "model": model, "stages": SHORT, "save": save}
+    one, many = trainings.run("ddp", 1, **changes), trainings.run(engine, world, **changes)
+    assert len(losses(one)) == 6
+    assert close(losses(one), losses(many))
+    assert losses(one)[-1] < losses(one)[0] - 0.05
+    apart = [
+        (reader(one).tensor("weight", name) - reader(many).tensor("weight", name)).abs().max().item()
+        for name in reader(one).shapes
+        if not name.endswith("k_proj.bias")
+    ]
+    assert max(apart) < 5e-5
+    in_parts = trainings.run(engine, world, **{**changes, "data": {**data, "micro_batch_size": 2}, "seed": 0})
+    assert close(losses(one), losses(in_parts))
+    resumed = trainings.folder / f"{many.name}-resumed"
+    cut(many, resumed, 2)
+    assert trainings.crowd(world).run("train", engine, trainings.file(resumed, **changes)) == ["done"] * world
+    assert losses(resumed) == losses(many)
+    written = FlipForConditionalGeneration.from_pretrained(many / "model")
+    for name, weight in written.named_parameters():
+        assert torch.equal(weight, reader(many).tensor("weight", name)), name
 
 
 def test_compiled_blocks_are_refused_under_zero3(trainings: Trainings) -> None:

@@ -145,7 +145,7 @@ def test_a_model_without_a_decoder_is_refused(tmp_path: Path, embedder: Embedder
     write_shards(tmp_path, [4])
     config = FlipConfig(vision_config={**TOWER, "image_size": 32, "patch_size": 8}, text_config=TOWER)
     without = dataclasses.replace(embedder, model=FlipModel(config).eval(), name="runs/clip")
-    with pytest.raises(ValueError, match="runs/clip has no decoder, so it writes no captions; name a model that was"):
+    with pytest.raises(ValueError, match=f"{kind} is of kind .*the model runs/clip has no decoder; use kind zero_shot"):
         evaluated(without, kind=kind, data=str(tmp_path))
 
 

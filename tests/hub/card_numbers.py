@@ -12,7 +12,8 @@ import yaml
 from flipscale.evaluation.kinds.kinds import KINDS
 from flipscale.files import json_lines
 from flipscale.hub.card_results import INTERVALS, NOT_EVALUATED
-from flipscale.hub.model_card import NO_LICENCE, TEMPLATE
+from flipscale.hub.card_templates import TEMPLATES
+from flipscale.hub.model_card import NO_LICENCE
 from flipscale.training.recipe import ModelRecipe
 from flipscale.training.run_directory import read_starts
 
@@ -38,7 +39,7 @@ def untraced_numbers(card: str, run_dir: Path) -> list[str]:
     texts = _texts([recipe, environment, records, results, starts, str(run_dir)])
     words = {token for text in texts for token in NUMBER.findall(text)}
     protocols = [kind.protocol for kind in KINDS.values()]
-    fixed = (TEMPLATE, *protocols, INTERVALS, NOT_EVALUATED, NO_LICENCE)
+    fixed = (TEMPLATES["embeds"], *protocols, INTERVALS, NOT_EVALUATED, NO_LICENCE)
     of_the_template = [token for text in fixed for token in _fixed_numbers(text)]
     # The head of the table of results, and the captions of figures, which name the metric that they show.
     of_the_template += ["95"]

@@ -196,6 +196,7 @@ def test_goes_on_from_a_text(captioner: Callable[..., FlipForConditionalGenerati
     assert torch.equal(
         model.generate(images[:1], input_ids=torch.zeros(1, 8, dtype=torch.long)), model.generate(images[:1])
     )
+    assert torch.equal(model.generate(images[:2], input_ids=torch.zeros(2, 0)), model.generate(images[:2]))
     with pytest.raises(ValueError, match="the texts to go on from have 1 to 2 tokens; give those of one length"):
         model.generate(images[:2], input_ids=targets([5, 0], [5, 6]))
 

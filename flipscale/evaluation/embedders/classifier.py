@@ -1,7 +1,6 @@
 """A model with a head: what it says of an image in place of an embedding."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 
@@ -13,7 +12,9 @@ class ClassifierEmbedder(Embedder):
     """A `FlipForImageClassification` with the processes that share the work. An image's features are its logits, one
     for each class; there are no texts."""
 
-    has_head: ClassVar[bool] = True
+    @property
+    def gives(self) -> tuple[str, ...]:
+        return ("features", "head")
 
     def image_features(self, **columns: torch.Tensor) -> torch.Tensor:
         logits: torch.Tensor = self.model(**columns).logits

@@ -1,7 +1,7 @@
 """What every evaluation has: its data, its name and when it is due; and the one signature that they share."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import MISSING, Field, dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,6 +14,10 @@ from flipscale.evaluation.metrics import Estimate, wilson
 from flipscale.evaluation.results import Result
 from flipscale.evaluation.test_set import TestSet
 from flipscale.files.ranges import Pixels, SamplesOrNone
+
+_LACKS = {"texts": "no text tower", "head": "no head", "decoder": "no decoder"}
+# The first kind of task for what a model has.
+_KINDS_FOR = {"head": "classification", "texts": "zero_shot", "decoder": "captioning"}
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,8 @@ class Task(ABC):
     every_samples: SamplesOrNone | None = None
     image_size: Pixels | None = None
 
-    # What it takes of a model: images and texts compared (`texts`), the image tower alone (`features`), or a `head`.
+    # What it takes of a model: images and texts compared (`texts`), the image tower alone (`features`), a `head`, or a
+    # `decoder`.
     needs: ClassVar[str] = "texts"
     # For the model card: how it is done, the Hub's names of task and metric (left out: the kind and the metric), and
     # what of `made_by` belongs to the test's name (left out: all).
@@ -57,19 +62,21 @@ class Task(ABC):
             check_prepared(Path(self.data), self.task)
         TestSet.open(self.data)
 
-    def check_model(self, has_head: bool, whose: str) -> None:
+    def check_model(self, gives: Collection[str], whose: str) -> None:
         """Raise unless a model has what this task takes of it.
 
         Args:
-            has_head: whether it names classes by a head, and has no text tower.
+            gives: what it has, see `parts_of`.
             whose: what has it, for the message.
 
         Raises:
             ValueError: it lacks that.
         """
-        if self.needs == ("texts" if has_head else "head"):
-            lacks = "no text tower; use kind classification" if has_head else "no head; use kind zero_shot"
-            raise ValueError(f"{self.name} is of kind {self.kind!r}, and {whose} has {lacks}")
+        if self.needs not in gives:
+            kind = next((kind for part, kind in _KINDS_FOR.items() if part in gives), "probe")
+            raise ValueError(
+                f"{self.name} is of kind {self.kind!r}, and {whose} has {_LACKS[self.needs]}; use kind {kind}"
+            )
 
     def prompts(self, test_set: TestSet) -> list[str]:
         """Return the prompts that class names are put into, `{c}` for the name; none where there are no classes."""

@@ -47,6 +47,7 @@ class Captioning(Task):
     max_new_tokens: Count = 30
     num_beams: Count = 1
 
+    needs: ClassVar[str] = "decoder"
     protocol: ClassVar[str] = """Captioning: a caption written for each whole image by beam search (one beam is greedy),
 beside all reference captions of the set, in words of the Penn Treebank without punctuation; all figures times 100.
 Intervals are over images, the set's references being given; of BLEU by the bootstrap."""

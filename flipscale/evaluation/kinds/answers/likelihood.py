@@ -34,6 +34,7 @@ class Likelihood(Task):
     templates: str | list[str] | None = None
     metric: Metric = "top1"
 
+    needs: ClassVar[str] = "decoder"
     protocol: ClassVar[str] = """Classification by likelihood: whole images; the answer is the class whose prompt the
 decoder finds the most likely caption, by the sum of its tokens' log-likelihoods (the mean over the set's prompts).
 Intervals are as of zero-shot classification."""

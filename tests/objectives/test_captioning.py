@@ -1,0 +1,296 @@
+"""Captions as a loss, alone and beside a contrastive one, and what a run of it leaves."""
+
+import io
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import SHAPES, TOWER, metrics, pretrain
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
+
+from flipscale.data.masks.image import keep_patches
+from flipscale.data.pairs import InputShape
+from flipscale.data.recipe import DataRecipe
+from flipscale.data.sources.tar_source import TarSource
+from flipscale.data.tokenizers import load_tokenizer
+from flipscale.engines.first_weights import build_weights, fresh_weights
+from flipscale.hub.loading import load_flip, load_model
+from flipscale.model import FlipConfig, FlipForConditionalGeneration, FlipModel
+from flipscale.model.modeling_flip_decoder import caption_inputs
+from flipscale.model.patches import take_patches
+from flipscale.objectives.contrastive import Contrastive
+from flipscale.objectives.objective import Objective
+from flipscale.objectives.own_models.captioning import Captioning, CaptioningFlipModel, WithCaptions
+from flipscale.planning.activations import Step, measured
+from flipscale.planning.flops import forward_flops
+from flipscale.training.recipe import Recipe, parse_recipe
+from flipscale.training.start import check
+
+CONFIG = FlipConfig(
+    vision_config={**TOWER, "image_size": 32, "patch_size": 8},
+    text_config={**TOWER, "vocab_size": 16, "max_position_embeddings": 8},
+    decoder_config={**TOWER, "vocab_size": 16, "max_position_embeddings": 8, "bos_token_id": 12, "eos_token_id": 13},
+)
+BOTH = WithCaptions(other=Contrastive(), weight=2.0, prediction="mixed")
+ALONE = Captioning(prediction="mixed")
+
+
+def build(objective: Objective) -> Any:
+    config = objective.model_config(CONFIG)
+    return build_weights(config, lambda _: None, fresh_weights(0), lambda _: None, objective.model_class)
+
+
+def batch(size: int = 6) -> dict[str, torch.Tensor]:
+    """Images of noise with half of the patches masked, and captions of 1 to 8 tokens."""
+    generator = torch.Generator().manual_seed(0)
+    whole = torch.randint(0, 256, (size, 16, 192), generator=generator, dtype=torch.uint8)
+    index = keep_patches(torch.rand(size, 4, 4, generator=generator), 0.5)[:, 0]
+    lengths = torch.randint(1, 9, (size, 1), generator=generator)
+    ids = torch.randint(2, 12, (size, 8), generator=generator) * (torch.arange(8) < lengths)
+    return {
+        "patches": take_patches(whole, index),
+        "patch_index": index.to(torch.int16),
+        "input_ids": ids.int(),
+        "attention_mask": ids > 0,
+        "in_parallel": torch.arange(size) % 2 == 0,
+    }
+
+
+def test_the_contrastive_model_is_the_same_beside_its_decoder() -> None:
+    plain, both, alone = build(Contrastive()), build(BOTH), build(ALONE)
+    state = both.state_dict()
+    assert {name for name in state if not name.startswith("decoder.")} == plain.state_dict().keys()
+    assert all(torch.equal(state[name], tensor) for name, tensor in plain.state_dict().items())
+    assert alone.state_dict().keys() < state.keys()
+    assert all(torch.equal(state[name], tensor) for name, tensor in alone.state_dict().items())
+    inputs = batch()
+    ours = both.eval()(**inputs, return_logits=False)
+    del inputs["in_parallel"]
+    assert torch.equal(ours.image_embeds, plain.eval()(**inputs).image_embeds)
+    assert torch.equal(ours.text_embeds, plain(**inputs).text_embeds)
+
+
+@pytest.mark.parametrize("objective", [BOTH, ALONE, Captioning(), Captioning(prediction="parallel")])
+def test_every_parameter_has_a_gradient_in_every_step(objective: Objective) -> None:
+    model, inputs = build(objective), batch()
+    if objective == Captioning():
+        del inputs["in_parallel"]
+    elif objective == Captioning(prediction="parallel"):
+        inputs["in_parallel"].fill_(True)
+    output = model(**inputs, return_logits=False)
+    loss = objective.mean_loss(output)
+    if objective.is_coupled:
+        loss = loss + objective.coupled_loss(*objective.compared(output), **objective.parameters(output))
+    loss.backward()
+    assert not [name for name, parameter in model.named_parameters() if parameter.grad is None]
+    of_tower = model.vision_model.embeddings.patch_embedding.weight.grad
+    assert of_tower.abs().max() > 1e-6
+
+
+@pytest.mark.parametrize("parts", [2, 3])
+def test_the_loss_is_the_same_in_any_split(parts: int) -> None:
+    model, inputs = build(ALONE), batch()
+    whole = ALONE.mean_loss(model(**inputs))
+    (gradient,) = torch.autograd.grad(whole, model.decoder.lm_head.weight)
+    split = [
+        dict(zip(inputs, part, strict=True)) for part in zip(*(v.chunk(parts) for v in inputs.values()), strict=True)
+    ]
+    found = sum(ALONE.mean_loss(model(**part)) for part in split) / parts
+    assert found.item() == pytest.approx(whole.item(), rel=1e-6)
+    (of_parts,) = torch.autograd.grad(found, model.decoder.lm_head.weight)
+    assert torch.allclose(of_parts, gradient, atol=1e-7)
+
+
+def test_masks_save_the_decoder_work_too() -> None:
+    """A decoder layer's products by hand: self-attention, queries and outputs of cross-attention, its keys and values
+    of the image tokens, the scores, the MLP; and the projection and the head."""
+    width, hidden, tokens, vocab = 32, 64, 8, 17
+    for ratio, kept in ((0.0, 16), (0.75, 4)):
+        seen = 1 + kept
+        attention = 4 * tokens * width**2 + 2 * tokens * tokens * width
+        cross = 2 * tokens * width**2 + 2 * seen * width**2 + 2 * tokens * seen * width
+        layers = 2 * (attention + cross + 2 * tokens * width * hidden)
+        by_hand = 2 * (layers + seen * width * width + tokens * width * vocab)
+        counts = forward_flops(ALONE.model_config(CONFIG), ratio, objective=ALONE)
+        assert counts.modules["decoder"] == by_hand
+        assert counts.forward == by_hand + counts.modules["vision_model"]
+        both = forward_flops(BOTH.model_config(CONFIG), ratio, objective=BOTH)
+        assert both.forward == by_hand + forward_flops(CONFIG, ratio).forward
+
+
+def test_activations_of_the_decoder_are_planned() -> None:
+    step = Step(4, mask_ratio=0.5, bf16=False, device_type="cpu")
+    plain = measured(CONFIG, step, Contrastive())
+    both = measured(BOTH.model_config(CONFIG), step, BOTH)
+    logits = 4 * 8 * 17 * 4
+    assert both.saved > plain.saved + logits
+
+
+@pytest.mark.parametrize(("prediction", "share"), [("next_token", None), ("parallel", 1.0), ("mixed", 0.75)])
+def test_captions_predicted_at_once_are_drawn_by_position(
+    shards: Path, caption_tokenizer: Path, prediction: Any, share: float | None
+) -> None:
+    objective = Captioning(prediction=prediction)
+    tokenizer = load_tokenizer(str(caption_tokenizer), 8)
+    recipe = DataRecipe(shards=str(shards), lanes=1, shards_per_block=2)
+    shape = InputShape.of(objective.model_config(CONFIG))
+    dataset = objective.dataset(TarSource(str(shards)), tokenizer, recipe, shape, 0, 0.5)
+    columns = dataset.__getitems__(list(range(96)))
+    if share is None:
+        assert "in_parallel" not in columns
+        return
+    drawn = columns["in_parallel"]
+    assert drawn.dtype == torch.bool
+    assert drawn.float().mean().item() == pytest.approx(share, abs=0.12)
+    for some in (range(7), range(40, 96)):
+        assert torch.equal(dataset.__getitems__(list(some))["in_parallel"], drawn[some.start : some.stop])
+
+
+class Runs:
+    """Runs of a few steps on the made-up pictures."""
+
+    def __init__(self, write_recipe: Callable[..., Path], tmp_path: Path, tokenizer: Path):
+        self.write_recipe, self.tmp_path, self.tokenizer = write_recipe, tmp_path, tokenizer
+
+    def file(self, name: str, **changes: Any) -> Path:
+        data = {"tokenizer": str(self.tokenizer), **changes.pop("data", {})}
+        return self.write_recipe(self.tmp_path / name, data=data, **changes)
+
+    def recipe(self, name: str, **changes: Any) -> Recipe:
+        return parse_recipe(["--config", str(self.file(name, **changes))])
+
+    def run(self, name: str, world: int = 1, **changes: Any) -> Path:
+        done = pretrain(self.file(name, **changes), world)
+        assert done.returncode == 0, done.stderr
+        return self.tmp_path / name
+
+
+@pytest.fixture
+def runs(write_recipe: Callable[..., Path], tmp_path: Path, caption_tokenizer: Path) -> Runs:
+    return Runs(write_recipe, tmp_path, caption_tokenizer)
+
+
+STAGES = [
+    {"name": "masked", "samples": 1600, "mask_ratio": 0.5, "base_lr": 0.04, "warmup_samples": 160},
+    {"name": "unmasked", "samples": 800},
+]
+SHORT = [{"name": "masked", "samples": 64, "mask_ratio": 0.5, "base_lr": 0.012}]
+
+
+def test_a_captioner_names_the_shapes(runs: Runs, shards: Path) -> None:
+    folder = runs.run("alone", loss={"kind": "captioning"}, stages=STAGES) / "model"
+    model = AutoModelForImageTextToText.from_pretrained(folder).eval()
+    assert isinstance(model, FlipForConditionalGeneration)
+    assert isinstance(load_model(str(folder))[1], FlipForConditionalGeneration)
+    processor = AutoProcessor.from_pretrained(folder)
+    source = TarSource(str(shards))
+    samples = [source.read(0, number) for number in range(30)]
+    pictures = [Image.open(io.BytesIO(sample.image)).convert("RGB") for sample in samples]
+    truth = [sample.captions[0].decode() for sample in samples]
+    inputs = processor(images=pictures, return_tensors="pt")
+    for beams in (1, 3):
+        written = processor.batch_decode(model.generate(**inputs, num_beams=beams), skip_special_tokens=True)
+        assert {len(caption.split()) for caption in written} == {3}, written
+        assert all(caption.split()[0] == "a" for caption in written)
+        colours = np.mean([one.split()[1] == other.split()[1] for one, other in zip(written, truth, strict=True)])
+        assert colours > 0.6, (colours, written)
+        assert {caption.split()[2] for caption in written} <= set(SHAPES)
+    config = json.loads((folder / "config.json").read_text())
+    assert config["architectures"] == ["FlipForConditionalGeneration"]
+    assert config["auto_map"]["AutoModel"] == "modeling_flip_caption.FlipForConditionalGeneration"
+    assert "AutoModelForZeroShotImageClassification" not in config["auto_map"]
+    card = (folder / "README.md").read_text()
+    assert "pipeline_tag: image-text-to-text" in card
+    assert "zero-shot-image-classification" not in card
+    with pytest.raises(ValueError, match=r"which has no text tower; .*--task '\{kind: captioning, data: TEST_SET\}'"):
+        load_flip(str(folder))
+
+
+def test_both_losses_on_one_process_and_two_leave_one_folder_of_both_models(runs: Runs, shards: Path) -> None:
+    changes = {"loss": {"caption_weight": 2.0, "caption_kind": "mixed"}, "stages": SHORT}
+    tasks = {"tasks": [{"kind": "zero_shot", "data": str(shards)}], "batch_size": 7}
+    one, two = runs.run("one", eval=tasks, **changes), runs.run("two", 2, **changes)
+    records = [[record for record in metrics(run) if "loss" in record] for run in (one, two)]
+    for name in ("loss", "grad_norm"):
+        assert [r[name] for r in records[1]] == pytest.approx([r[name] for r in records[0]], rel=1e-4), name
+    assert all(r["loss"] > 2.0 * r["caption_loss"] > 0.1 for r in records[0])
+    assert any("zero_shot/top1" in record for record in metrics(one))
+    folder = one / "model"
+    stored = load_file(folder / "model.safetensors")
+    objective = runs.recipe("one", **changes).objective()
+    expected = CaptioningFlipModel(objective.model_config(runs.recipe("one", **changes).model.config())).state_dict()
+    assert stored.keys() == expected.keys()
+    for kind, expected_class in ((AutoModel, FlipModel), (AutoModelForImageTextToText, FlipForConditionalGeneration)):
+        loaded = kind.from_pretrained(folder)
+        assert type(loaded) is expected_class
+        assert all(torch.equal(stored[name], value) for name, value in loaded.state_dict().items())
+    model, tokenizer = load_flip(str(folder))
+    assert isinstance(model, CaptioningFlipModel)
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (12, 13)
+    card = (folder / "README.md").read_text()
+    assert "It has learned to write captions too" in card
+    assert "pipeline_tag: zero-shot-image-classification" in card
+
+
+def test_weight_0_is_a_contrastive_run_to_the_last_bit(
+    runs: Runs, write_recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    with_weight = runs.run("zero", loss={"caption_weight": 0.0}, stages=SHORT)
+    without = runs.run("without", stages=SHORT)
+    loss = [[r["loss"] for r in metrics(run) if "loss" in r] for run in (with_weight, without)]
+    assert loss[0] == loss[1]
+    for name in ("model.safetensors", "config.json"):
+        assert (with_weight / "model" / name).read_bytes() == (without / "model" / name).read_bytes()
+
+
+def test_what_does_not_go_together_is_told_in_one_sentence(runs: Runs, tokenizer_dir: Path, shards: Path) -> None:
+    both, alone = {"caption_weight": 1.0}, {"kind": "captioning"}
+    masked = [{"name": "masked", "samples": 64, "mask_ratio": 0.5, "text_mask_ratio": 0.5, "base_lr": 0.01}]
+    bare = {"tokenizer": str(tokenizer_dir)}
+    short = {"decoder_config": {"max_position_embeddings": 4}}
+    other = {"decoder_config": {"bos_token_id": 3, "eos_token_id": 13}}
+    for changes, message in (
+        ({"loss": both, "stages": masked}, "a stage's text_mask_ratio is 0.5, and captions are learned word by word"),
+        ({"loss": alone, "stages": masked}, "a stage's text_mask_ratio is 0.5, and captions are learned word by word"),
+        ({"loss": both, "data": bare}, "the tokenizer has no tokens for the begin and the end of a caption, which a"),
+        ({"loss": alone, "data": bare}, "the tokenizer has no tokens for the begin and the end of a caption, which a"),
+        ({"loss": both, "model": short}, "max_position_embeddings is 4, and captions are cut at model.text_config.max"),
+        ({"loss": both, "model": other}, "the tokenizer has bos_token_id 12, the decoder 3; set model.decoder_config"),
+        ({"loss": alone, "eval": {"zero_shot": str(shards)}}, "has no text tower; use kind captioning"),
+        ({"eval": {"tasks": [{"kind": "captioning", "data": str(shards)}]}}, "has no decoder; use kind zero_shot"),
+        ({"model": short}, "model.decoder_config is set, but no loss learns captions; set loss.caption_weight too"),
+        (
+            {"loss": {**both, "reconstruction_weight": 1.0}},
+            "loss.caption_weight 1 does not go with loss.reconstruction",
+        ),
+        (
+            {"loss": {**both, "kind": "captioning"}},
+            "loss.caption_weight 1 does not go with loss.kind 'captioning', whi",
+        ),
+        (
+            {"loss": both, "model": {"decoder_config": {"layers": 2}}},
+            "model.decoder_config.layers is not a field of Fl",
+        ),
+        ({"loss": {**alone, "options": {"prediction": "all"}}}, "loss.options of loss.kind 'captioning'"),
+        ({"loss": {**both, "caption_kind": "all"}}, "caption_kind"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(message)) as told:
+            check(runs.recipe("bad", **changes))
+        assert "\n" not in str(told.value).strip()
+
+
+def test_captions_longer_than_the_decoder_are_cut_and_do_not_end(runs: Runs) -> None:
+    recipe = runs.recipe("cut", loss={"kind": "captioning"}, model={"decoder_config": {"max_position_embeddings": 2}})
+    config = recipe.model_config()
+    plan = check(recipe)
+    columns = next(iter(plan.datasets.values())).__getitems__([0, 1, 2])
+    assert columns["input_ids"].shape == (3, 2), "a caption has three words"
+    _, labels = caption_inputs(columns["input_ids"], columns["attention_mask"], config.decoder_config)
+    assert torch.equal(labels, columns["input_ids"].long())
