@@ -53,7 +53,8 @@ SUBSTITUTES = {
     # From the site's own model, and a few samples.
     r"--config finetune_demo --data": "--config finetune_demo --model.init_from runs/demo --model.vision_config "
     "'{image_size: 32, patch_size: 8, hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 2, "
-    "intermediate_size: 64}' --stages '[{name: one, samples: 64, base_lr: 0.01}]' --data.global_batch_size 16 --data",
+    "intermediate_size: 64}' --data.global_batch_size 16 --stages "
+    "'[{name: one, samples: 64, base_lr: 0.01, warmup_samples: 0}]' --data",
     r"runs/finetune_contrastive_l16 --interpolate runs/l16_laion400m": "runs/demo --interpolate runs/mine",
     r"runs/l16_laion400m runs/finetune_contrastive_l16 ": "runs/demo runs/mine ",
 }
