@@ -154,8 +154,9 @@ class FlipForConditionalGeneration(FlipPreTrainedModel, GenerationMixin):
         images = {name: kwargs.pop(name) for name in _IMAGES if name in kwargs}
         if encoder_outputs is None:
             encoder_outputs = self.vision_model(pixel_values=pixel_values, **images, **kwargs)
-        if input_ids is not None and decoder_input_ids is None and labels is None:
-            decoder_input_ids, labels = caption_inputs(input_ids, attention_mask, self.config.decoder_config)
+        if input_ids is not None and labels is None:
+            reads, labels = caption_inputs(input_ids, attention_mask, self.config.decoder_config)
+            decoder_input_ids = reads if decoder_input_ids is None else decoder_input_ids
         if use_cache is None:
             use_cache = self.config.decoder_config.use_cache and labels is None and not self.training
         given: dict[str, Any] = {"attention_mask": decoder_attention_mask, "position_ids": decoder_position_ids}

@@ -8,6 +8,8 @@ from model import transformers_tests
 
 from flipscale.model import (
     FlipConfig,
+    FlipDecoderConfig,
+    FlipForConditionalGeneration,
     FlipForImageClassification,
     FlipForQuestionAnswering,
     FlipModel,
@@ -198,6 +200,68 @@ for _name in dir(modeling.ModelTesterMixin):
     if _name.startswith("test_eager_matches_sdpa_inference"):
         # It looks for outputs that this class does not have; `test_questions` compares its logits.
         setattr(FlipForQuestionAnsweringTest, _name, None)
+
+
+class CaptionTester:
+    """A captioner without a text tower: 6 tokens of at most 16, and 64 patches."""
+
+    is_training = True
+    seq_length = decoder_seq_length = 6
+    has_targets = True  # captions, which have a loss
+    encoder_seq_length = VisionTester.seq_length
+    hidden_size, num_hidden_layers, num_attention_heads, vocab_size = 32, 2, 4, 120
+
+    def __init__(self, parent: unittest.TestCase):
+        self.parent = parent
+        self.vision_model_tester = VisionTester(parent)
+        self.batch_size = self.vision_model_tester.batch_size
+
+    def get_config(self) -> FlipConfig:
+        decoder = FlipDecoderConfig(
+            vocab_size=self.vocab_size,
+            hidden_size=self.hidden_size,
+            num_hidden_layers=self.num_hidden_layers,
+            num_encoder_layers=1,
+            num_attention_heads=self.num_attention_heads,
+            intermediate_size=37,
+            attention_dropout=0.1,
+            max_position_embeddings=16,
+            bos_token_id=1,
+            eos_token_id=2,
+        )
+        return FlipConfig(vision_config=self.vision_model_tester.get_config(), decoder_config=decoder)
+
+    def prepare_config_and_inputs_for_common(self) -> tuple[FlipConfig, dict[str, Any]]:
+        vision = self.vision_model_tester.prepare_config_and_inputs_for_common()[1]
+        ids = modeling.ids_tensor([self.batch_size, self.seq_length], self.vocab_size)
+        targets = {"input_ids": ids} if self.has_targets else {}
+        return self.get_config(), {**vision, **targets, "decoder_input_ids": ids.clone()}
+
+
+class FlipForConditionalGenerationTest(
+    modeling.ModelTesterMixin, transformers_tests.generation_mixin(), unittest.TestCase
+):
+    all_model_classes = (FlipForConditionalGeneration,)
+    all_generative_model_classes = (FlipForConditionalGeneration,)
+    _is_composite = is_encoder_decoder = True
+    # `past_key_values` is what transformers before 5.24 calls the cache, so it is no name of the past here.
+    test_bc_cache_name_forward = None
+    # Tower and decoder stand side by side: there is no model inside that is this one without its head.
+    test_model_base_model_prefix = None
+
+    def setUp(self) -> None:
+        self.model_tester = CaptionTester(self)
+        self.config_tester = configuration.ConfigTester(
+            self, config_class=FlipConfig, has_text_modality=False, common_properties=["projection_dim"]
+        )
+
+    def test_config(self) -> None:
+        self.config_tester.run_common_tests()
+
+    def test_attention_outputs(self) -> None:
+        """It counts the outputs, and takes a loss for granted only beside `labels`."""
+        self.model_tester.has_targets = False
+        super().test_attention_outputs()
 
 
 class FlipModelTest(modeling.ModelTesterMixin, unittest.TestCase):

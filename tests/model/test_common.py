@@ -8,6 +8,7 @@ from model.transformers_tests import DownloadError, fetch
 try:
     from model.common_classes import (  # noqa: F401
         FlipCleanTextModelTest,
+        FlipForConditionalGenerationTest,
         FlipForImageClassificationTest,
         FlipForQuestionAnsweringTest,
         FlipModelTest,

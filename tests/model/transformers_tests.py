@@ -86,3 +86,9 @@ def load() -> tuple[types.ModuleType, types.ModuleType]:
         importlib.import_module(f"{PACKAGE}.test_modeling_common"),
         importlib.import_module(f"{PACKAGE}.test_configuration_common"),
     )
+
+
+def generation_mixin() -> type:
+    """Return `GenerationTesterMixin`, without any test where the source distribution leaves it out. Its file,
+    `tests/generation/test_utils.py` of transformers' repository, is used where it lies in the folder of `fetch`."""
+    return importlib.import_module(f"{PACKAGE}.generation.test_utils").GenerationTesterMixin
