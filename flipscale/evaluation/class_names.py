@@ -38,7 +38,7 @@ def training_class_names(recipe: DataRecipe, num_classes: int) -> list[str]:
         raise ValueError(f"{where} names {len(found)} class; a classifier has two or more to choose from")
     if len(found) != num_classes:
         raise ValueError(
-            f"{where} names {len(found)} classes, and loss.options.num_classes is {num_classes}; set it to {len(found)}"
+            f"{where} names {len(found)} classes, and loss.options says {num_classes}; set it to {len(found)}"
         )
     return found
 

@@ -323,10 +323,12 @@ class Embedder:
 
 
 def parts_of(config: Any) -> tuple[str, ...]:
-    """Return what a model of this configuration has of what tasks take: the image tower's `features`, and `texts` and a
-    `decoder` unless its configuration says that it has none. A model of others has no such configuration."""
+    """Return what a model of this configuration has of what tasks take: the image tower's `features`, `texts` unless
+    its configuration says that it has none, and a `decoder` or a list of `answers`.
+    A model of others has no such configuration."""
     texts = () if config is not None and getattr(config, "text_config", config) is None else ("texts",)
-    return ("features", *texts, *(() if getattr(config, "decoder_config", None) is None else ("decoder",)))
+    others = {"decoder": "decoder_config", "answers": "answer_config"}
+    return ("features", *texts, *(part for part, name in others.items() if getattr(config, name, None) is not None))
 
 
 # What a batch may raise; where processes raise several kinds, the first here.

@@ -25,6 +25,7 @@ from flipscale.model import (
     FlipConfig,
     FlipForConditionalGeneration,
     FlipForImageClassification,
+    FlipForQuestionAnswering,
     FlipModel,
     FlipPreTrainedModel,
 )
@@ -97,6 +98,8 @@ def load_model(name: str) -> tuple[Path, FlipPreTrainedModel]:
         config = FlipConfig.from_own_fields(content)
         if content.get("architectures") == [FlipForImageClassification.__name__]:
             kind, config.id2label = FlipForImageClassification, _class_names(content)
+        elif config.answer_config is not None:
+            kind = FlipForQuestionAnswering
         elif config.decoder_config is not None:
             kind = FlipForConditionalGeneration if config.text_config is None else CaptioningFlipModel
         _refuse_other_weights(config, {n: entry for file in files for n, entry in read_header(file).items()}, kind)

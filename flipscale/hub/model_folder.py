@@ -163,7 +163,8 @@ def export_checkpoint(
         processor = build_processor(config, tokenizer)
     else:
         processor = build_image_processor(config)
-        names = kept_class_names(checkpoint.parents[1], config.num_labels or 0)
+    if objective.num_labels is not None:
+        names = kept_class_names(checkpoint.parents[1], objective.num_labels)
         config.id2label, config.label2id = dict(enumerate(names)), {name: place for place, name in enumerate(names)}
     with torch.device("meta"):
         model = objective.exported_class._from_config(config, dtype=dtype)

@@ -300,6 +300,13 @@ class FlipConfig(FlipPreTrainedConfig):
         found = super()._own(content)
         return {**found, **{name: part._own(content[name]) for name, part in PARTS if content.get(name)}}
 
+    def with_parts(self, decoder: dict[str, Any], answers: dict[str, Any]) -> "FlipConfig":
+        """Return this configuration with the decoder beside its text tower, and what answers questions, that have these
+        fields; without those that have none."""
+        self.decoder_config = FlipDecoderConfig.beside(self.text_config, **decoder) if decoder else None
+        self.answer_config = FlipAnswerConfig(**answers) if answers else None
+        return self
+
     @classmethod
     def from_size(
         cls, size: str, vision_config: dict[str, Any] | None = None, text_config: dict[str, Any] | None = None

@@ -67,6 +67,10 @@ class Classify(Objective):
     num_classes: Classes
     label_smoothing: ShareBelowAll = 0.0
 
+    @property
+    def num_labels(self) -> int:
+        return self.num_classes
+
     def model_config(self, config: FlipConfig) -> FlipConfig:
         changed = copy.deepcopy(config)
         changed.num_labels = self.num_classes

@@ -4,6 +4,7 @@ from flipscale.objectives.classify import Classify
 from flipscale.objectives.contrastive import Contrastive
 from flipscale.objectives.objective import Objective
 from flipscale.objectives.own_models.captioning import Captioning
+from flipscale.objectives.questions.answer import Answer
 from flipscale.objectives.sigmoid import Sigmoid
 
 KINDS: dict[str, type[Objective]] = {
@@ -11,4 +12,5 @@ KINDS: dict[str, type[Objective]] = {
     "sigmoid": Sigmoid,
     "captioning": Captioning,
     "classify": Classify,
+    "answer": Answer,
 }

@@ -34,6 +34,11 @@ class Objective:
     exchange: str = "gather"
 
     @property
+    def num_labels(self) -> int | None:
+        """Of how many classes or answers the model names one, whose names lie beside the shards; None of none."""
+        return None
+
+    @property
     def is_coupled(self) -> bool:
         """Whether there is a `coupled_loss`."""
         return type(self).coupled_loss is not Objective.coupled_loss
@@ -50,6 +55,11 @@ class Objective:
         """
         options["sends_masked"] = "masked_patches" in self.columns
         return PairDataset(*arguments, **options)
+
+    def example_labels(self, batch_size: int) -> torch.Tensor:
+        """Return labels as a batch has them, for objectives that have the column `labels`: here `(batch, 1)` class
+        numbers."""
+        return torch.zeros(batch_size, 1, dtype=torch.int64)
 
     def parameters(self, output: Any) -> dict[str, torch.Tensor]:
         """Return the loss's parameters by name, as the model's `forward` returns them: the same for every sample."""

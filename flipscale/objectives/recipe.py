@@ -18,7 +18,8 @@ class LossRecipe:
         kind: `infonce`, each pair against the rest of the batch in both directions (the paper's), or `sigmoid`, each
             image and text of the batch by itself (SigLIP's); the model then has a `logit_bias`. `captioning` predicts
             the tokens of captions, by a decoder in place of the text tower. `classify` fine-tunes the image tower with
-            a head, on images that have class numbers.
+            a head, on images that have class numbers, and `answer` both towers with a transformer over them, on
+            questions.
         options: Fields of the kind's own, such as `{num_classes: 1000, label_smoothing: 0.1}` of `classify`; `infonce`
             and `sigmoid` have none.
         exchange: How the texts of all processes meet the images of each: `gather`, in as many messages in any world, or

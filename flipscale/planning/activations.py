@@ -133,7 +133,7 @@ def example_batch(config: FlipConfig, step: Step, objective: Objective = PLAIN) 
     if decoder is not None and decoder.mask_token_id is not None:
         batch["in_parallel"] = torch.ones(step.batch_size, dtype=torch.bool)
     if "labels" in objective.columns:
-        batch["labels"] = torch.zeros(step.batch_size, 1, dtype=torch.int64)
+        batch["labels"] = objective.example_labels(step.batch_size)
     if step.mask_ratio > 0.0:
         batch["patch_index"] = torch.zeros(images, kept, dtype=torch.int16)
         if "masked_patches" in objective.columns:

@@ -35,7 +35,7 @@ class Evaluation:
     ):
         self._plan = plan
         self._engine = engine
-        kind = ClassifierEmbedder if plan.class_names else Embedder
+        kind = Embedder if plan.objective.takes_text else ClassifierEmbedder
         self._embedder = kind(
             engine.model,
             plan.tokenizer,

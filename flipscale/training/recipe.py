@@ -49,6 +49,7 @@ class ModelRecipe:
             `vocab_size` is the size of the tokenizer where that is a folder, else 30,523.
         decoder_config: Fields of the decoder that writes captions, which is otherwise as wide as the text tower.
             `bos_token_id` and `eos_token_id` are the tokenizer's where that is a folder, else BERT's [CLS] and [SEP].
+        answer_config: Fields of the transformer that answers questions (loss.kind answer) that differ from the paper's.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, more time. Does not change what
             is learned.
         compile: Compile the blocks with torch.compile; the first steps of each mask ratio wait for it. Does not change
@@ -65,6 +66,7 @@ class ModelRecipe:
     vision_config: dict[str, Any] = field(default_factory=dict)
     text_config: dict[str, Any] = field(default_factory=dict)
     decoder_config: dict[str, Any] = field(default_factory=dict)
+    answer_config: dict[str, Any] = field(default_factory=dict)
     gradient_checkpointing: bool = field(default=False, metadata={"learned": False})
     compile: bool = field(default=False, metadata={"learned": False})
     init_from: str | None = field(default=None, metadata={"place": True})
@@ -79,7 +81,7 @@ class ModelRecipe:
         """
         from huggingface_hub.errors import StrictDataclassError
 
-        from flipscale.model.configuration_flip import PARTS, FlipConfig, FlipDecoderConfig
+        from flipscale.model.configuration_flip import PARTS, FlipConfig
 
         for section, tower in PARTS:
             known = list(tower.__annotations__)  # what transformers adds may name code to load
@@ -90,9 +92,7 @@ class ModelRecipe:
                     raise ValueError(f"model.{section}.{name} is not a field of {tower.__name__}; {has}")
         try:
             found = FlipConfig.from_size(self.size, self.vision_config, self.text_config)
-            given = self.decoder_config
-            found.decoder_config = FlipDecoderConfig.beside(found.text_config, **given) if given else None
-            return found
+            return found.with_parts(self.decoder_config, self.answer_config)
         except (StrictDataclassError, ValueError, OverflowError) as error:
             raise ValueError(f"model: {' '.join(str(error).split())}") from None
 

@@ -250,11 +250,11 @@ def check_task_kinds(recipe: Recipe, objective: Objective, tasks: Sequence[Task]
     gives = ("features", "head") if classifier is not None else parts_of(recipe.model_config())
     for task in tasks:
         task.check_model(gives, f"the model of loss.kind {recipe.loss.kind!r}")
-    if classifier is None:
+    if objective.num_labels is None:
         return []
-    names = training_class_names(recipe.data, classifier.num_classes)
+    names = training_class_names(recipe.data, objective.num_labels)
     for task in tasks:
-        if task.needs == "head" and read_class_names(task.data) != names:
+        if task.needs in ("head", "answers") and read_class_names(task.data) != names:
             raise ValueError(f"{task.data} has other class names, or in another order, than the training shards")
     refuse_other_class_names(Path(recipe.output_dir), names)
     return names

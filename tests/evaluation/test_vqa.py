@@ -166,7 +166,7 @@ def test_what_is_wrong_with_a_set_is_told(tmp_path: Path, embedder: Embedder, to
     other = tiny_embedder(tokenizer_dir, batch_size=4)
     write_questions(tmp_path, [good, good])
     with pytest.raises(
-        ValueError, match=r"the model answers no questions; name a model that was trained to, by loss.k"
+        ValueError, match=r"vqa is of kind 'vqa', and the model has no list of answers; use kind zero_shot"
     ):
         evaluated(other, tmp_path)
     (tmp_path / "classnames.txt").write_text("yes\nno\n", encoding="utf-8")

@@ -1,7 +1,8 @@
 """The interface of a source of image-text pairs."""
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -29,14 +30,20 @@ def check_bytes(size: int, most: int, what: str) -> None:
         raise OversizedSample(f"{what} of {size:,} bytes; at most {most:,} are read")
 
 
+def _no_array() -> None:
+    """Read the array of a sample that has none."""
+
+
 @dataclass(frozen=True)
 class Sample:
-    """One undecoded sample: `image` and `captions` as stored, and `label`, None if the source has none."""
+    """One undecoded sample: `image` and `captions` as stored, and `label`, None if the source has none. `read_array`
+    reads the array beside them, None if there is none, and raises as `TarSource.read_array`."""
 
     name: str
     image: bytes
     captions: tuple[bytes, ...]
     label: int | None = None
+    read_array: Callable[[], np.ndarray | None] = field(default=_no_array, compare=False, repr=False)
 
     @property
     def caption(self) -> bytes | None:

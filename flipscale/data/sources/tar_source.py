@@ -7,7 +7,7 @@ import json
 import os
 import resource
 from collections import OrderedDict
-from functools import cache
+from functools import cache, partial
 
 import numpy as np
 
@@ -101,6 +101,7 @@ class TarSource:
             image=image,
             captions=captions_of_json(caption) if where.is_json and caption else (caption,) if caption else (),
             label=_label(label),
+            read_array=partial(self.read_array, shard, number),
         )
 
     def read_captions(self, shard: int, number: int) -> tuple[bytes, ...]:

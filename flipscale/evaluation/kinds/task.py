@@ -15,9 +15,9 @@ from flipscale.evaluation.results import Result
 from flipscale.evaluation.test_set import TestSet
 from flipscale.files.ranges import Pixels, SamplesOrNone
 
-_LACKS = {"texts": "no text tower", "head": "no head", "decoder": "no decoder"}
+_LACKS = {"texts": "no text tower", "head": "no head", "decoder": "no decoder", "answers": "no list of answers"}
 # The first kind of task for what a model has.
-_KINDS_FOR = {"head": "classification", "texts": "zero_shot", "decoder": "captioning"}
+_KINDS_FOR = {"head": "classification", "texts": "zero_shot", "decoder": "captioning", "answers": "vqa"}
 
 
 @dataclass(frozen=True)

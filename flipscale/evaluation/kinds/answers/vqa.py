@@ -36,6 +36,7 @@ class Vqa(Task):
 
     image: Literal["own", "shuffled"] = "own"
 
+    needs: ClassVar[str] = "answers"
     protocol: ClassVar[str] = """Visual question answering: the best of the model's list of answers, of whole images;
 an answer has min(n / 3, 1) for the n people who gave it, averaged over all people but one each time, and 1 where it is
 the only one given (Antol et al. 2015). Intervals take questions for independent."""
@@ -97,16 +98,10 @@ the only one given (Antol et al. 2015). Intervals take questions for independent
         Raises:
             ValueError: it does not.
         """
-        fusion = getattr(getattr(embedder.model, "config", None), "answer_config", None)
-        if fusion is None or not hasattr(embedder.model, "fusion"):
+        found = embedder.model.config.answer_config.num_answers
+        if found != num_answers:
             raise ValueError(
-                f"{embedder.name or 'the model'} answers no questions; name a model that was trained to, by loss.kind "
-                "answer"
-            )
-        if fusion.num_answers != num_answers:
-            raise ValueError(
-                f"{self.data} lists {num_answers} answers, and the model chooses among {fusion.num_answers}; test it "
-                "on its own list"
+                f"{self.data} lists {num_answers} answers, and the model chooses among {found}; test it on its own list"
             )
 
 

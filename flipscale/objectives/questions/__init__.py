@@ -1,0 +1,1 @@
+"""What is learned from questions about images."""

@@ -1,0 +1,52 @@
+"""Answering questions about images: one of a list of answers, from the tokens of both towers (paper, section 4.3)."""
+
+import copy
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar
+
+import torch
+
+from flipscale.data.labelled.questions import QuestionDataset
+from flipscale.data.pairs import PairDataset
+from flipscale.files.ranges import Range
+from flipscale.model import FlipConfig, FlipForQuestionAnswering, FlipPreTrainedModel
+from flipscale.model.configuration_flip import FlipAnswerConfig
+from flipscale.model.modeling_flip_vqa import FlipAnswerOutput
+from flipscale.objectives.objective import Objective
+
+Answers = Annotated[int, Range(at_least=2, at_most=10_000_000)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer(Objective):
+    """The binary cross-entropy of the score of each answer, summed over all answers.
+
+    Args:
+        num_answers: of the list: the lines of `classnames.txt` beside the training shards.
+    """
+
+    model_class: ClassVar[type[FlipPreTrainedModel]] = FlipForQuestionAnswering
+    exported_class: ClassVar[type[FlipPreTrainedModel]] = FlipForQuestionAnswering
+    columns: ClassVar[tuple[str, ...]] = ("labels",)
+
+    num_answers: Answers
+
+    @property
+    def num_labels(self) -> int:
+        return self.num_answers
+
+    def model_config(self, config: FlipConfig) -> FlipConfig:
+        changed = copy.deepcopy(config)
+        changed.answer_config = changed.answer_config or FlipAnswerConfig()
+        changed.answer_config.num_answers = self.num_answers
+        return changed
+
+    def dataset(self, *arguments: Any, **options: Any) -> PairDataset:
+        return QuestionDataset(*arguments, num_answers=self.num_answers, **options)
+
+    def mean_loss(self, output: FlipAnswerOutput) -> torch.Tensor:
+        assert output.answer_losses is not None
+        return output.answer_losses.mean()
+
+    def example_labels(self, batch_size: int) -> torch.Tensor:
+        return torch.zeros(batch_size, self.num_answers)

@@ -1,0 +1,199 @@
+"""Answers to questions as a loss, and what a run of it leaves."""
+
+import io
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from conftest import COLOURS, SHAPES, TOWER, add_member, draw, metrics, pretrain
+from PIL import Image
+from transformers import AutoModelForVisualQuestionAnswering, AutoProcessor
+
+from flipscale.cli import main
+from flipscale.data.labelled.questions import QuestionDataset
+from flipscale.data.pairs import InputShape
+from flipscale.data.recipe import DataRecipe
+from flipscale.data.sources.tar_source import TarSource
+from flipscale.data.tokenizers import load_tokenizer
+from flipscale.engines.first_weights import build_weights, fresh_weights
+from flipscale.model import FlipConfig
+from flipscale.model.modeling_flip_vqa import answer_losses
+from flipscale.objectives.questions.answer import Answer
+from flipscale.planning.flops import forward_flops
+from flipscale.training.recipe import parse_recipe
+from flipscale.training.start import check
+
+ANSWERS = [*COLOURS, *SHAPES]
+FUSION = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_hidden_layers": 1}
+CONFIG = FlipConfig(
+    vision_config={**TOWER, "image_size": 32, "patch_size": 8},
+    text_config={**TOWER, "vocab_size": 16, "max_position_embeddings": 8, "attend_to_padding": False},
+    answer_config=FUSION,
+)
+OBJECTIVE = Answer(num_answers=5)
+
+
+def build(**fusion: Any) -> Any:
+    config = OBJECTIVE.model_config(FlipConfig(**{**CONFIG.to_dict(), "answer_config": {**FUSION, **fusion}}))
+    return build_weights(config, lambda _: None, fresh_weights(0), lambda _: None, OBJECTIVE.model_class)
+
+
+def batch(size: int = 6) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(2, 12, (size, 8), generator=generator) * (torch.arange(8) < torch.arange(1, size + 1)[:, None])
+    return {
+        "patches": torch.randint(0, 256, (size, 16, 192), generator=generator, dtype=torch.uint8),
+        "input_ids": ids.int(),
+        "attention_mask": ids > 0,
+        "labels": torch.rand(size, 5, generator=generator),
+    }
+
+
+def test_the_loss_is_the_binary_cross_entropy_summed_over_answers() -> None:
+    logits, labels = torch.randn(4, 5, dtype=torch.float64), torch.rand(4, 5, dtype=torch.float64)
+    share = 1 / (1 + (-logits).exp())
+    expected = -(labels * share.log() + (1 - labels) * (1 - share).log()).sum(dim=1)
+    assert torch.allclose(answer_losses(logits, labels).double(), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("sees_image", [True, False])
+def test_every_parameter_has_a_gradient_in_every_step(sees_image: bool) -> None:
+    model = build(sees_image=sees_image)
+    output = model(**batch())
+    rest = [*OBJECTIVE.compared(output), *OBJECTIVE.parameters(output).values()]
+    (OBJECTIVE.mean_loss(output) + 0.0 * torch.stack([value.sum() for value in rest]).sum()).backward()
+    without = [name for name, parameter in model.named_parameters() if parameter.grad is None]
+    assert without == ([] if sees_image else ["fusion.embed_image.weight", "fusion.embed_image.bias"])
+    of_tower = model.vision_model.embeddings.patch_embedding.weight.grad.abs().max()
+    assert of_tower > 1e-6 if sees_image else of_tower == 0
+
+
+@pytest.mark.parametrize("parts", [2, 3])
+def test_the_loss_is_the_same_in_any_split(parts: int) -> None:
+    model, inputs = build(), batch()
+    whole = OBJECTIVE.mean_loss(model(**inputs))
+    split = [
+        dict(zip(inputs, part, strict=True)) for part in zip(*(v.chunk(parts) for v in inputs.values()), strict=True)
+    ]
+    found = sum(OBJECTIVE.mean_loss(model(**part)) for part in split) / parts
+    assert found.item() == pytest.approx(whole.item(), rel=1e-6)
+
+
+def test_padding_of_a_question_changes_nothing() -> None:
+    model, inputs = build().eval(), batch()
+    cut = {**inputs, "input_ids": inputs["input_ids"][:, :6], "attention_mask": inputs["attention_mask"][:, :6]}
+    assert torch.allclose(model(**inputs).logits, model(**cut).logits, atol=1e-6)
+
+
+def test_flops_of_the_fusion_are_counted() -> None:
+    config = OBJECTIVE.model_config(CONFIG)
+    whole, masked = (forward_flops(config, ratio, objective=OBJECTIVE) for ratio in (0.0, 0.75))
+    assert whole.modules["fusion"] > masked.modules["fusion"] > 0
+    towers = forward_flops(FlipConfig(**{**CONFIG.to_dict(), "answer_config": None}), 0.0)
+    assert whole.forward == towers.forward + whole.modules["fusion"]
+
+
+def npy(*votes: int) -> bytes:
+    stored = io.BytesIO()
+    np.save(stored, np.array(votes, np.int16))
+    return stored.getvalue()
+
+
+def write_questions(folder: Path, count: int, answers: Callable[[int, str], dict[str, bytes]]) -> Path:
+    """Pictures with two questions in turn, of the colour and of the shape."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    with tarfile.open(folder / "0.tar", "w") as tar:
+        for number in range(count):
+            colour, shape = str(rng.choice([*COLOURS])), str(rng.choice(SHAPES))
+            image = cv2.cvtColor(draw(colour, shape, rng), cv2.COLOR_RGB2BGR)
+            add_member(tar, f"{number:03d}.png", cv2.imencode(".png", image)[1].tobytes())
+            add_member(tar, f"{number:03d}.txt", b"the red" if number % 2 else b"a disc")
+            for name, content in answers(number, shape if number % 2 else colour).items():
+                add_member(tar, f"{number:03d}.{name}", content)
+    (folder / "classnames.txt").write_text("".join(f"{answer}\n" for answer in ANSWERS), encoding="utf-8")
+    return folder
+
+
+def label(number: int, answer: str) -> dict[str, bytes]:
+    return {"cls": str(ANSWERS.index(answer)).encode()}
+
+
+def read(folder: Path, tokenizer_dir: Path, count: int) -> dict[str, Any]:
+    tokenizer, data = load_tokenizer(str(tokenizer_dir), 8), DataRecipe(crop_scale=(1.0, 1.0), num_workers=0)
+    shape, source = InputShape.of(CONFIG), TarSource(str(folder))
+    return QuestionDataset(source, tokenizer, data, shape, 0, 0.0, num_answers=8).__getitems__(list(range(count)))
+
+
+def test_labels_are_the_scores_of_the_votes(tmp_path: Path, tokenizer_dir: Path) -> None:
+    several = {"npy": npy(1, 2, 3, 4, 9, 0, 0, 0, 5)}
+    found = read(write_questions(tmp_path / "votes", 4, lambda *_: several), tokenizer_dir, 4)["labels"]
+    assert torch.equal(found, torch.tensor([[0.3, 0.6, 0.9, 1, 1, 0, 0, 0]]).expand(4, 8))
+    found = read(write_questions(tmp_path / "one", 4, lambda *_: {"cls": b"2"}), tokenizer_dir, 4)["labels"]
+    assert torch.equal(found, torch.eye(8)[2].expand(4, 8))
+
+
+def test_a_question_without_an_answer_is_replaced_and_counted(tmp_path: Path, tokenizer_dir: Path) -> None:
+    bad = ({}, {"npy": npy(1, 2)}, {"npy": b"no array"})
+    folder = write_questions(tmp_path / "set", 8, lambda number, answer: {**dict(enumerate(bad)), **{}}.get(number, label(number, answer)))  # fmt: skip  # noqa: E501
+    found = read(folder, tokenizer_dir, 8)
+    assert found["labels"].sum(dim=1).tolist() == [1.0] * 8
+    assert sorted(fault.cause for fault in found["faults"]) == ["missing_label", "wrong_votes", "wrong_votes"]
+
+
+def test_an_answer_outside_of_the_list_is_an_error(tmp_path: Path, tokenizer_dir: Path) -> None:
+    folder = write_questions(tmp_path / "set", 4, lambda *_: {"cls": b"8"})
+    told = "has answer 8, and the model chooses among 8, counted from 0; set loss.options.num_answers to the lines of"
+    with pytest.raises(ValueError, match=told):
+        read(folder, tokenizer_dir, 4)
+
+
+@pytest.fixture
+def write(write_recipe: Callable[..., Path], tokenizer_dir: Path) -> Callable[..., Path]:
+    """Writes the recipe of a model that answers questions."""
+
+    def write(run_dir: Path, folder: Path, **changes: Any) -> Path:
+        sections = {
+            "model": {"answer_config": FUSION},
+            "data": {"shards": str(folder), "global_batch_size": 16, "crop_scale": [1.0, 1.0]},
+            "loss": {"kind": "answer", "options": {"num_answers": len(ANSWERS)}},
+            "stages": [{"name": "answering", "samples": 4800, "base_lr": 0.05, "warmup_samples": 64}],
+            "eval": {"tasks": [{"kind": "vqa", "data": str(folder)}], "num_workers": 0},
+        }
+        return write_recipe(run_dir, **{**sections, **changes})
+
+    return write
+
+
+def test_a_run_learns_to_answer_and_its_folder_does(tmp_path: Path, write: Callable[..., Path]) -> None:
+    folder, run_dir = write_questions(tmp_path / "set", 64, label), tmp_path / "run"
+    done = pretrain(write(run_dir, folder))
+    assert done.returncode == 0, done.stderr
+    records = metrics(run_dir)
+    accuracy = next(record["vqa/accuracy"] for record in reversed(records) if "vqa/accuracy" in record)
+    # Who sees no image is right about a quarter of the colours, and of the shapes.
+    assert accuracy > 50
+    processor = AutoProcessor.from_pretrained(run_dir / "model")
+    model = AutoModelForVisualQuestionAnswering.from_pretrained(run_dir / "model").eval()
+    assert list(model.config.id2label.values()) == ANSWERS
+    picture = Image.fromarray(draw("red", "disc", np.random.default_rng(1)))
+    with torch.no_grad():
+        logits = model(**processor(images=picture, text="a disc", return_tensors="pt")).logits
+    assert logits.shape == (1, 8)
+    main(["evaluate", str(run_dir), "--task", f"{{kind: vqa, data: {folder}}}", "--json"])
+
+
+def test_what_does_not_go_together_is_told(tmp_path: Path, write: Callable[..., Path]) -> None:
+    folder = write_questions(tmp_path / "set", 16, label)
+    for changes, told in (
+        ({"loss": {"kind": "answer", "options": {"num_answers": 9}}}, "names 8 classes, and loss.options says 9"),
+        ({"loss": {"kind": "infonce"}, "model": {}}, "vqa.* has no list of answers"),
+        ({"eval": {"tasks": [{"kind": "captioning", "data": str(folder)}]}}, "captioning.* has no decoder"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            check(parse_recipe(["--config", str(write(tmp_path / "run", folder, **changes))]))
