@@ -9,8 +9,10 @@ import yaml
 from conftest import changed_recipe
 
 from flipscale.cli import main
+from flipscale.evaluation.results import Result
 from flipscale.studies.design import study_file
 from flipscale.studies.search.grid import Search, path_recipes, read_search
+from flipscale.studies.search.report import Rung, Trained, unequal_clocks
 from flipscale.training.recipe import parse_recipe
 
 MASKED = [{"name": "masked", "mask_ratio": 0.75}, {"name": "tuned"}]
@@ -140,6 +142,14 @@ def test_rungs() -> None:
     assert planned(8, eta=2) == ([4, 2], [2.5, 5, 10])
     assert planned(9, rungs=[1]) == ([3], [1, 10])
     assert planned(9, keep=[4]) == ([4], [3.333, 10])
+
+
+def test_clocks_that_do_not_compare() -> None:
+    found = Result("validation", "zero_shot", "top1", 12.0)
+    paths = [Trained("a", "", found, 60.5), Trained("b", "", found, 61.0), Trained("c", "ended by SIGKILL")]
+    words = "Clocks that are more than 1 % off, which do not compare: b 61.0 s in place of 60.0."
+    assert unequal_clocks([Rung(1, paths)]) == [words]
+    assert unequal_clocks([Rung(1, paths[:1])]) == []
 
 
 def test_the_package_s_search() -> None:

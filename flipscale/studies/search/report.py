@@ -10,6 +10,9 @@ from flipscale.files.aside import write_text
 from flipscale.files.text_table import markdown_table
 from flipscale.training.recipe import Recipe
 
+# Clocks that differ by more are no equal ones.
+_MOST_UNEQUAL = 0.01
+
 
 @dataclass(frozen=True)
 class Trained:
@@ -70,17 +73,18 @@ def write_search_report(rungs: Sequence[Rung], recipes: Mapping[str, Recipe], va
     for place in front:
         path = best[place]
         cells = [path.name, stages_words(recipes[path.name]), f"{path.samples:,}", _cell(path)]
-        rows.append([f"{path.seconds:.0f} s", *cells])
+        rows.append([f"{rungs[place].minutes:g} min", *cells])
     tables = [
         markdown_table(rows, 3),
         _all_paths(rungs, recipes, words),
         *_within(best_first(rungs[-1].paths)),
+        *unequal_clocks(rungs),
         *_failures(rungs),
     ]
     titles = "\n\n".join(tables)
     write_text(output_dir / "report.md", f"# The search\n\n{titles}\n")
-    trained = [path for rung in rungs for path in rung.paths]
-    courses = {n: [(path.seconds, path.result) for path in trained if path.name == n and path.result] for n in recipes}
+    trained = [(60 * rung.minutes, path) for rung in rungs for path in rung.paths]
+    courses = {n: [(at, path.result) for at, path in trained if path.name == n and path.result] for n in recipes}
     draw_rungs(courses, f"{words}, {last.unit}".rstrip(", "), output_dir / "front.png")
     winner = output_dir / "winner.yaml"
     print(f"\n{titles}\n\n{output_dir}: report.md, front.png, {winner.name}; flipscale pretrain --config {winner}")
@@ -124,6 +128,17 @@ def _within(ranked: Sequence[Trained]) -> list[str]:
     if not near:
         return [f"No other path of the last rung lies within the interval of {ranked[0].name}; each had one seed."]
     return [f"Within the interval of {ranked[0].name} lie {', '.join(near)}; each had one seed."]
+
+
+def unequal_clocks(rungs: Sequence[Rung]) -> list[str]:
+    """Return a line that names the runs that trained for another time than their rung's."""
+    late = [
+        f"{path.name} {path.seconds:.1f} s in place of {60 * rung.minutes:.1f}"
+        for rung in rungs
+        for path in rung.paths
+        if path.result and abs(path.seconds - 60 * rung.minutes) > _MOST_UNEQUAL * 60 * rung.minutes
+    ]
+    return [f"Clocks that are more than 1 % off, which do not compare: {', '.join(late)}."] if late else []
 
 
 def _failures(rungs: Sequence[Rung]) -> list[str]:
