@@ -217,7 +217,7 @@ def test_what_cannot_be_learned_is_told_in_a_line(
         "one class": ({"data": {"shards": str(single)}}, f"{single}/{names} names 1 class; a classifier has two"),
         "another number": (
             {"loss": {"options": {"num_classes": 10}}},
-            f"{labelled}/{names} names 16 classes, and loss.options.num_classes is 10; set it to 16",
+            f"{labelled}/{names} names 16 classes, and loss.options says 10; set it to 16",
         ),
         "no labels": ({"data": {"shards": str(unlabelled)}}, "00000.tar: 0 has no class number, which loss.kind"),
         "texts": (
