@@ -23,6 +23,7 @@ from flipscale.pages.masks import mask_rows
 from flipscale.pages.page import Picture, drawing, evenly, rendered, shortened, thumbnail
 from flipscale.pages.tested import Load, Tested, answer_pictures, shown_task
 from flipscale.training.recipe import Recipe
+from flipscale.training.report.blocks import OWN_TASKS, evaluation_flags
 
 REPORT = "report.html"
 MOST_BYTES = 2_000_000
@@ -76,7 +77,7 @@ def write_report(recipe: Recipe, load: Load) -> Path:
         "masks": masks,
         "facts": facts.rows(curve),
         "recipe": facts.recipe_text(),
-        "commands": _commands(run_dir, recipe.loss.kind == "classify"),
+        "commands": _commands(run_dir, recipe.loss.kind),
         "missing": missing,
         "written": time.strftime("%d %B %Y", time.localtime()),
         "version": facts.environment.get("flipscale", ""),
@@ -284,18 +285,11 @@ def _figure_words(stem: str, curve: Curve) -> str:
     return f"{words.capitalize()} over the training"
 
 
-def _commands(run_dir: Path, names_classes: bool) -> Sequence[tuple[str, str]]:
-    if names_classes:
-        return [
-            (
-                "measure it on another test set",
-                f"flipscale evaluate {run_dir} --task '{{kind: classification, data: FOLDER}}'",
-            ),
-            ("share it", f"flipscale push {run_dir} ORG/NAME"),
-        ]
+def _commands(run_dir: Path, loss_kind: str) -> Sequence[tuple[str, str]]:
+    search = ("find your own pictures with it", f"flipscale search {run_dir} FOLDER 'a red apple'")
     return [
-        ("find your own pictures with it", f"flipscale search {run_dir} FOLDER 'a red apple'"),
-        ("measure it on another test set", f"flipscale evaluate {run_dir} --zero_shot FOLDER"),
+        *([] if loss_kind in OWN_TASKS else [search]),
+        ("measure it on another test set", f"flipscale evaluate {run_dir} {evaluation_flags(loss_kind, 'FOLDER')}"),
         ("share it", f"flipscale push {run_dir} ORG/NAME"),
     ]
 

@@ -146,6 +146,18 @@ def test_without_matplotlib_a_run_says_how_to_get_it(
     assert f"  next     flipscale evaluate {tmp_path}/run/model --zero_shot TEST_SET\n" in said
 
 
+@pytest.mark.parametrize(
+    ("kind", "options", "task"), [("captioning", {}, "captioning"), ("answer", {"num_answers": 3}, "vqa")]
+)
+def test_a_model_that_compares_nothing_is_not_searched_with(
+    kind: str, options: dict, task: str, write_recipe, tmp_path: Path
+) -> None:
+    recipe = parse_recipe(["--config", str(write_recipe(tmp_path / "run"))])
+    said = last_block(replace(recipe, loss=replace(recipe.loss, kind=kind, options=options)), 40, 3.0, [])
+    assert f"flipscale evaluate {tmp_path}/run/model --task '{{kind: {task}, data: TEST_SET}}'\n" in said
+    assert "search" not in said
+
+
 def test_figures_that_cannot_be_drawn_are_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

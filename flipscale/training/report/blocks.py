@@ -8,6 +8,9 @@ from flipscale.training.report.lines import duration
 from flipscale.training.schedule import Stage
 from flipscale.training.start import Plan, Start
 
+# What measures models that were not taught to compare images with texts, by loss.kind.
+OWN_TASKS = {"classify": "classification", "captioning": "captioning", "answer": "vqa"}
+
 
 def first_block(
     recipe: Recipe, plan: Plan, start: Start, engine: str, num_parameters: int, device: str, precision: str
@@ -52,20 +55,25 @@ def last_block(recipe: Recipe, step: int, seconds: float, figures: Sequence[str]
         figures: the names of those that were drawn.
     """
     run_dir = Path(recipe.output_dir)
-    tasks = {task.kind: task.data for task in recipe.eval.planned()}
-    test = f"--zero_shot {tasks.get('zero_shot', 'TEST_SET')}"
-    if recipe.loss.kind == "classify":
-        test = f"--task '{{kind: classification, data: {tasks.get('classification', 'TEST_SET')}}}'"
+    model = run_dir / "model"
+    own = OWN_TASKS.get(recipe.loss.kind)
+    data = next((task.data for task in recipe.eval.planned() if task.kind == (own or "zero_shot")), "TEST_SET")
     undrawn = "none, as matplotlib is not installed: pip install 'flipscale[plots]'"
     rows = [
-        ("model", f"{run_dir / 'model'}, its card {run_dir / 'model/README.md'}"),
+        ("model", f"{model}, its card {model / 'README.md'}"),
         ("figures", f"{run_dir / 'figures'}: {', '.join(figures)}" if figures else undrawn),
-        ("next", f"flipscale evaluate {run_dir / 'model'} {test}"),
-        ("", f"flipscale search {run_dir / 'model'} FOLDER 'what to look for'"),
+        ("next", f"flipscale evaluate {model} {evaluation_flags(recipe.loss.kind, data)}"),
+        *([] if own else [("", f"flipscale search {model} FOLDER 'what to look for'")]),
         ("", f"flipscale push {run_dir} ORG/NAME"),
     ]
     pairs = step * recipe.data.global_batch_size
     return _block(f"done: {step:,} steps, {pairs:,} pairs in {duration(seconds)} of training", rows)
+
+
+def evaluation_flags(loss_kind: str, data: str) -> str:
+    """Return the flags by which `flipscale evaluate` measures what a run of this loss has learned, on `data`."""
+    own = OWN_TASKS.get(loss_kind)
+    return f"--task '{{kind: {own}, data: {data}}}'" if own else f"--zero_shot {data}"
 
 
 def _block(head: str, rows: Sequence[tuple[str, str]]) -> str:
