@@ -147,7 +147,7 @@ def test_features_before_an_unknown_projection(accelerator: Accelerator) -> None
             r"open_clip model 'ViT-B-32' cannot be loaded \(Pretrained value 'openia' is not a known tag",
         ),
         ("ViT-B-33,openai", r"open_clip model 'ViT-B-33' cannot be loaded \(Model config for 'ViT-B-33' not found"),
-        ("local-dir:/nowhere", r"open_clip model 'local-dir:/nowhere' cannot be loaded \('local-dir:' specified, but"),
+        ("local-dir:/nowhere", r"open_clip model 'local-dir:/nowhere' cannot be loaded \(.*'local-dir:'"),
     ],
 )
 def test_what_cannot_be_loaded_is_named(accelerator: Accelerator, name: str, message: str) -> None:

@@ -229,7 +229,7 @@ def test_a_test_set_must_be_whole(embedder: Embedder, tmp_path: Path) -> None:
         ([{"kind": "retrieval"}], r"eval.tasks\[0\]: data is missing; name the folder of the test set"),
         (
             [{"kind": "retrieval", "data": "x", "templates": "imagenet7"}],
-            r"eval.tasks\[0\]: retrieval has no field 'templates'; it has kind, data, name, task, every_samples, ks",
+            r"eval.tasks\[0\]: retrieval has no field 'templates'; it has kind, data, name, task, every_samples, ",
         ),
         (
             [{"kind": "zero_shot", "data": "x"}] * 2,
