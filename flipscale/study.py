@@ -35,9 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     summary = "Train those runs of a planned study that are not done; one that fails stops no other."
     train = kinds.add_parser("run", help=summary, description=summary)
     train.add_argument("folder", type=Path, metavar="DIR", help="The study's folder.")
-    train.add_argument(
-        "--workers", type=number(Count), default=1, help="Train so many runs side by side; 1 by default."
-    )
+    _add_workers(train)
     summary = "Write the tables, laws of scaling and figures of the finished runs of a planned study."
     told = kinds.add_parser("report", help=summary, description=summary)
     told.add_argument("folder", type=Path, metavar="DIR", help="The study's folder.")
@@ -55,7 +53,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     budget.add_argument(
         "--output_dir", type=output_folder, help="The search's folder; by default runs/ and the name of its file."
     )
-    budget.add_argument(
+    _add_workers(budget)
+
+
+def _add_workers(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
         "--workers", type=number(Count), default=1, help="Train so many runs side by side; 1 by default."
     )
 

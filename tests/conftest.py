@@ -245,3 +245,13 @@ def cut(run_dir: Path, copy: Path, step: int) -> None:
     for checkpoint in (copy / "checkpoints").iterdir():
         if checkpoint.name > f"step-{step:08d}":
             shutil.rmtree(checkpoint)
+
+
+@pytest.fixture(scope="module")
+def crowds():
+    """Processes that train together, by their number, for all tests of a file."""
+    from distributed.crowd import Crowds  # with the models, which take seconds to import
+
+    found = Crowds()
+    yield found
+    found.end()

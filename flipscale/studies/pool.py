@@ -18,9 +18,9 @@ def train_missing(runs: Sequence[StudyRun], workers: int) -> None:
     """
     failed = train_some(runs, workers)
     if failed:
+        others = "the others are done, and " if len(failed) < len(runs) else ""
         raise OSError(
-            f"{len(failed)} of {len(runs)} runs failed: {', '.join(failed)}; the others are done, and the same command "
-            "tries these again"
+            f"{len(failed)} of {len(runs)} runs failed: {', '.join(failed)}; {others}the same command tries these again"
         )
 
 

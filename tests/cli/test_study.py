@@ -13,6 +13,9 @@ from flipscale.cli import main
 from flipscale.studies.design import STUDIES, MoreSeeds, Study, plan, read_study
 from flipscale.studies.design import study_file as packaged
 from flipscale.studies.folder import read_plan
+from flipscale.studies.pool import train_missing
+from flipscale.studies.runs import StudyRun
+from flipscale.training.recipe import parse_recipe
 
 AXES = {
     "model": {"wide": {"model.vision_config.hidden_size": 64}},
@@ -76,6 +79,13 @@ def test_a_study_of_the_package_can_be_planned_and_has_as_many_runs_as_it_says(n
     comment = file.read_text(encoding="utf-8").split("\n# flipscale ")[0].replace("\n# ", " ")
     count = len(plan(read_study(file), tmp_path))
     assert {int(said) for said in re.findall(r"(\d+) runs", comment)} <= {count}
+
+
+def test_where_all_runs_fail_no_other_is_called_done(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
+    """There is no file of the recipe that its process could read."""
+    run = StudyRun("none", parse_recipe(["--config", str(write_recipe(tmp_path / "run"))]))
+    with pytest.raises(OSError, match="1 of 1 runs failed: none; the same command tries these again"):
+        train_missing([run], 1)
 
 
 def test_a_study_from_its_plan_to_its_report(

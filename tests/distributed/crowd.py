@@ -63,6 +63,22 @@ class Crowd:
             process.join(60)
 
 
+class Crowds:
+    """Crowds by their number of processes, each started when it is first asked for."""
+
+    def __init__(self) -> None:
+        self._started: dict[int, Crowd] = {}
+
+    def __call__(self, world: int) -> Crowd:
+        if world not in self._started:
+            self._started[world] = Crowd(world)
+        return self._started[world]
+
+    def end(self) -> None:
+        for crowd in self._started.values():
+            crowd.end()
+
+
 def train(file: str) -> None:
     """A whole run, or the rest of it."""
     from flipscale.pretrain import pretrain

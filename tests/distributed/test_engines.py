@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 from conftest import metrics
-from distributed.crowd import Crowd, cut
+from distributed.crowd import Crowds, cut
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel
 
@@ -49,12 +49,7 @@ class Trainings:
         ]
         self.recipe = {**recipe, "stages": stages, "save": {"every_samples": 80, "total_limit": 20}}
         self.folder = folder
-        self.crowds: dict[int, Crowd] = {}
-
-    def crowd(self, world: int) -> Crowd:
-        if world not in self.crowds:
-            self.crowds[world] = Crowd(world)
-        return self.crowds[world]
+        self.crowd = Crowds()
 
     def file(self, run_dir: Path, **changes: object) -> Path:
         file = self.folder / f"{run_dir.name}.yaml"
@@ -77,8 +72,7 @@ class Trainings:
 def trainings(recipe: dict, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trainings]:
     made = Trainings(tmp_path_factory.mktemp("engines"), recipe)
     yield made
-    for crowd in made.crowds.values():
-        crowd.end()
+    made.crowd.end()
 
 
 @pytest.mark.parametrize(("engine", "world"), MATRIX)

@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 from conftest import COLOURS, SHAPES, add_member, changed_recipe, cut, launch, metrics, pretrain, write_shards
-from distributed.crowd import Crowd
+from distributed.crowd import Crowds
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification
@@ -157,7 +157,7 @@ def test_a_run_learns_goes_on_bit_for_bit_and_ends_as_a_classifier(
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2", "zero3"])
 def test_two_processes_and_micro_batches_learn_what_one_does(
-    write: Callable[..., Path], tmp_path: Path, engine: str, crowds: Callable[[int], Crowd]
+    write: Callable[..., Path], tmp_path: Path, engine: str, crowds: Crowds
 ) -> None:
     one, many = tmp_path / "one", tmp_path / "many"
     augment = {"rand_augment": "rand-m9-mstd0.5-inc1", "mixup_alpha": 0.8, "cutmix_alpha": 1.0}
@@ -168,20 +168,6 @@ def test_two_processes_and_micro_batches_learn_what_one_does(
     assert max(apart) < 1e-5
     last = [metrics(run_dir)[-1]["classification/top1"] for run_dir in (one, many)]
     assert last[0] == last[1]
-
-
-@pytest.fixture(scope="module")
-def crowds():
-    made: dict[int, Crowd] = {}
-
-    def crowd(world: int) -> Crowd:
-        if world not in made:
-            made[world] = Crowd(world)
-        return made[world]
-
-    yield crowd
-    for one in made.values():
-        one.end()
 
 
 def test_the_plan_counts_the_image_tower_and_the_head_alone() -> None:

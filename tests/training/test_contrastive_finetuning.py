@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import cut, metrics, pretrain
-from distributed.crowd import Crowd
+from distributed.crowd import Crowds
 from safetensors.torch import load_file, save_file
 
 from flipscale.cli import main
@@ -71,7 +71,7 @@ def test_frozen_parts_stay_bit_for_bit_and_the_rest_learns(
     ("engine", "optim"), [("fsdp2", {}), ("zero2", {}), ("zero3", {}), ("fsdp2", {"name": "muon"})]
 )
 def test_frozen_parts_under_every_engine(
-    write: Callable[..., Path], base: Path, tmp_path: Path, crowds: Callable[[int], Crowd], engine: str, optim: dict
+    write: Callable[..., Path], base: Path, tmp_path: Path, crowds: Crowds, engine: str, optim: dict
 ) -> None:
     one, many = tmp_path / "one", tmp_path / "many"
     assert crowds(1).run("train", "ddp", write(one, optim=optim)) == ["done"]
@@ -80,20 +80,6 @@ def test_frozen_parts_under_every_engine(
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
     before, after = weights(base / "model"), weights(many / "model")
     assert all(torch.equal(value, after[name]) for name, value in before.items() if is_frozen(name))
-
-
-@pytest.fixture(scope="module")
-def crowds():
-    made: dict[int, Crowd] = {}
-
-    def crowd(world: int) -> Crowd:
-        if world not in made:
-            made[world] = Crowd(world)
-        return made[world]
-
-    yield crowd
-    for one in made.values():
-        one.end()
 
 
 @pytest.mark.parametrize(
