@@ -44,7 +44,11 @@ class FailingDisk:
             count = self._count
         self._write(self._log, f"{kind} {path.removeprefix(self.folder)}\n".encode())
         if count == self.failing:
-            raise OSError(self.error, os.strerror(self.error), path)
+            self.fail(path)
+
+    def fail(self, path: str) -> None:
+        """Raise the error of the operation that fails."""
+        raise OSError(self.error, os.strerror(self.error), path)
 
     def install(self) -> None:
         """Have this process's files be of this disk."""
