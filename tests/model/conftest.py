@@ -16,6 +16,7 @@ def pytest_configure(config: pytest.Config) -> None:
         "flash_attn_test",
         "flash_attn_3_test",
         "flash_attn_4_test",
+        "generate",
         "slow",
         "torch_compile_test",
     ):

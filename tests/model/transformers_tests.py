@@ -17,7 +17,7 @@ PACKAGE = "transformers_common_tests"
 # The modules that the source distribution leaves out too: export and generation tests, and a table of configuration
 # fields.
 STAND_INS = {
-    "exporters.test_export": "class ExportTesterMixin: ...",
+    "exporters.test_export": "class ExportTesterMixin: ...\nclass ExportGenerateTesterMixin(ExportTesterMixin): ...",
     "generation.test_utils": "class GenerationTesterMixin: ...",
     "utils.test_configuration_utils": "config_common_kwargs = {'output_hidden_states': True, 'dtype': 'float16'}",
 }
@@ -82,6 +82,8 @@ def load() -> tuple[types.ModuleType, types.ModuleType]:
         if not (folder / f"{name.replace('.', '/')}.py").exists():
             sys.modules[f"{PACKAGE}.{name}"] = module = types.ModuleType(f"{PACKAGE}.{name}")
             exec(source, vars(module))
+    # The generation tests import these by the name that they have in transformers' own repository.
+    sys.modules["tests.exporters.test_export"] = importlib.import_module(f"{PACKAGE}.exporters.test_export")
     return (
         importlib.import_module(f"{PACKAGE}.test_modeling_common"),
         importlib.import_module(f"{PACKAGE}.test_configuration_common"),
