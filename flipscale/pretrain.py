@@ -18,6 +18,7 @@ from flipscale.engines.launch import launch_of, precision_in_words
 from flipscale.engines.start import build_engine, close_process_group, exit_now
 from flipscale.engines.whole_checkpoint import begin_reading
 from flipscale.evaluation.class_names import keep_class_names
+from flipscale.evaluation.results import latest, read_results
 from flipscale.hub.background_push import BackgroundPush, card_name, open_target, push_finished
 from flipscale.hub.card_audit import check_audit
 from flipscale.training.bad_samples import BadSamples
@@ -136,7 +137,7 @@ def train(recipe: Recipe, plan: Plan, start: Start, engine: "Engine", pair_flops
     push = BackgroundPush(recipe, progress.total_steps, is_main)
     watch = StepWatch(accelerator, run_dir, recipe.log.hang_seconds, start.trained_seconds)
     tracker = Tracker(accelerator, run_dir, recipe.log, watch, batch_size, progress, pair_flops)
-    evaluation = Evaluation(recipe, plan, engine, accelerator, watch, progress)
+    evaluation = Evaluation(recipe, plan, engine, accelerator, watch, progress, tracker)
     profiler = StepProfiler(accelerator, run_dir, recipe.log.profile_steps)
     request = StopRequest(watches_file=is_main)
     guard = StepGuard(accelerator, request, writer, watch)
@@ -145,6 +146,7 @@ def train(recipe: Recipe, plan: Plan, start: Start, engine: "Engine", pair_flops
     bad_samples.start(step * batch_size, plan.source.faults)
 
     with request, watch, tracker, profiler, GarbageCollection() as garbage:
+        evaluation.run(evaluation.before())
         for _, micro_batches, faults in watch.timed(plan.batches(progress, accelerator), step):
             # A step: learn from the batch, agree with the other processes, and move the weights or leave them.
             if progress.starts_afresh:
@@ -166,9 +168,7 @@ def train(recipe: Recipe, plan: Plan, start: Start, engine: "Engine", pair_flops
             garbage.after_step(step)
 
             # What is due after this step, when all is known: evaluate, save, stop.
-            if tasks:
-                with watch.paused("an evaluation"):
-                    tracker.write_results(step, evaluation.run(tasks))
+            evaluation.run(tasks)
             if guard.stop or guard.save or saver.is_due(step):
                 with watch.paused("a save"):
                     push.offer(saver.save(step, watch.trained_seconds))
@@ -179,8 +179,7 @@ def train(recipe: Recipe, plan: Plan, start: Start, engine: "Engine", pair_flops
             push.offer(saver.commit())
             push.close()
         if not guard.stop:
-            with watch.paused("an evaluation"):
-                tracker.write_results(step, evaluation.run(plan.tasks))
+            evaluation.run(plan.tasks)
             with watch.paused("the export"):
                 finish(recipe, start, step, watch.trained_seconds, tracker.energy)
     if guard.stop:
@@ -211,7 +210,8 @@ def finish(recipe: Recipe, start: Start, step: int, trained_seconds: float, ener
         write_card(run_dir / "model", run_dir, card_name(recipe))
         figures = draw_figures(run_dir)
         mark_done(run_dir)
-        _log.info("%s", last_block(recipe, step, trained_seconds, list(figures)))
+        results = latest(read_results(run_dir))
+        _log.info("%s", last_block(recipe, step, trained_seconds, list(figures), results))
     start.accelerator.wait_for_everyone()
 
 

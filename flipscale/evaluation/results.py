@@ -26,6 +26,14 @@ _MAY_HAVE = {
     **{"n": int | None, "higher_is_better": bool | None, "headline": bool | None, "made_by": dict | None},
 }
 THIS_MODEL = "this model"
+# Whose results a run has that was given weights to start from.
+BEFORE = "the model before"
+# What a run changed: the words for a result of `with_changes`, which has no model of its own.
+CHANGES = WON, LOST, UNCLEAR = ("won", "lost", "no clear change")
+CHANGED = """The model before is the one that the training began with. The interval of what is won or lost takes the two
+figures for independent: of the same images, it is wider than it need be."""
+# The unit of differences between percentages.
+POINTS = "points"
 # What tables have where nothing was measured.
 NOTHING = "-"
 # Metrics that short tables showed before a result said so itself.
@@ -49,7 +57,7 @@ class Result:
         chance: what guessing achieves, in `unit`; None where that is unknown.
         higher_is_better: the direction in which the number improves.
         headline: whether short tables and the figures show it.
-        who: what was evaluated, when that is not the model: a baseline's name.
+        who: what was evaluated, when that is not the model: a baseline's name, or `BEFORE`; or one of `CHANGES`.
         made_by: the task's fields that the number depends on: its `data` and its options.
     """
 
@@ -109,13 +117,14 @@ class Measured:
 
 
 def with_unit(value: float, unit: str) -> str:
-    """Return a value as tables show it: percent with one decimal above 1, other numbers with about three digits; a dash
-    for one that is none, such as the mean over no query."""
+    """Return a value as tables show it: percent and points with one decimal above 1, points with their sign, other
+    numbers with about three digits; a dash for one that is none, such as the mean over no query."""
     if not math.isfinite(value):
         return NOTHING
-    size, below_one = abs(value), 2 if unit == "%" else 3
-    digits = below_one if size < 1 else 1 if unit == "%" else 2 if size < 100 else 0
-    return f"{value:,.{digits}f} {unit}".rstrip()
+    size, is_share = abs(value), unit in ("%", POINTS)
+    digits = (2 if is_share else 3) if size < 1 else 1 if is_share else 2 if size < 100 else 0
+    sign = "+" if unit == POINTS else ""
+    return f"{value:{sign},.{digits}f} {unit}".rstrip()
 
 
 def as_metrics(results: Iterable[Result]) -> dict[str, float]:
@@ -181,6 +190,36 @@ def latest(measured: Sequence[Measured]) -> list[Result]:
     """Return the last result of each task, metric and model or baseline, in the order of their first."""
     last = {(m.result.task, m.result.metric, m.result.who): m.result for m in measured}
     return list(last.values())
+
+
+def with_changes(results: Sequence[Result]) -> list[Result]:
+    """Return results, each that was also found of the model before the training followed by that and by the change,
+    which `who` says in a word.
+
+    The interval of a change takes the two figures for independent (Zou and Donner, Statistics in Medicine 27, 2008; of
+    two Wilson intervals it is Newcombe's): of the same images it is wider than it need be.
+    """
+    before = {result.name: result for result in results if result.who == BEFORE}
+    found = []
+    for result in results:
+        if result.who == THIS_MODEL and result.name in before:
+            old = before.pop(result.name)
+            found += [result, old, _change(old, result)]
+        elif result.who != BEFORE:
+            found.append(result)
+    return [*found, *before.values()]
+
+
+def _change(old: Result, new: Result) -> Result:
+    """Return the difference of two results as one."""
+    value, low, high, who = new.value - old.value, None, None, UNCLEAR
+    if old.low is not None and old.high is not None and new.low is not None and new.high is not None:
+        low = value - math.hypot(new.value - new.low, old.high - old.value)
+        high = value + math.hypot(new.high - new.value, old.value - old.low)
+        if low > 0 or high < 0:
+            who = WON if (value > 0) == new.higher_is_better else LOST
+    unit = POINTS if new.unit == "%" else new.unit
+    return dataclasses.replace(new, value=value, low=low, high=high, unit=unit, chance=None, who=who)
 
 
 def _results_without_lines(run_dir: Path) -> list[Measured]:

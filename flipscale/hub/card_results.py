@@ -17,7 +17,7 @@ from yaml import YAMLError
 from flipscale.evaluation.kinds.kinds import KINDS
 from flipscale.evaluation.reports.record import Line, read_lines, weights_digest
 from flipscale.evaluation.reports.setting import data_name
-from flipscale.evaluation.results import RESULTS_FILE, THIS_MODEL, Result, with_unit
+from flipscale.evaluation.results import CHANGED, CHANGES, RESULTS_FILE, THIS_MODEL, Result, with_unit
 from flipscale.files.aside import write_text
 from flipscale.files.text_table import as_code, in_markdown
 
@@ -58,6 +58,8 @@ def protocols(lines: Sequence[Line]) -> str | None:
     said = [KINDS[kind].protocol for kind in kinds if kind in KINDS]
     if any(line.result.interval_text for line in lines):
         said.append(INTERVALS)
+    if any(line.result.who in CHANGES for line in lines):
+        said.append(CHANGED)
     return "\n\n".join(filter(None, said)) or None
 
 

@@ -17,6 +17,7 @@ from huggingface_hub import ModelCardData
 from flipscale.evaluation.reports.comparison import Curve, curve_of
 from flipscale.evaluation.reports.figures import can_draw, draw_loss, draw_result, result_figures
 from flipscale.evaluation.reports.setting import data_name
+from flipscale.evaluation.results import with_changes
 from flipscale.files.aside import write_text
 from flipscale.files.plain_file import plain_text
 from flipscale.files.text_table import as_code, in_markdown
@@ -107,7 +108,7 @@ class _Run:
         self.config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         self.does = _what_it_does(self.config)
         self.curve: Curve = curve_of(run_dir, step)
-        self.lines = [*lines_of(self.curve.results), *folder_lines(folder)]
+        self.lines = [*lines_of(with_changes(self.curve.results)), *folder_lines(folder)]
         self.hub: dict[str, Any] = self.recipe.get("hub", {})
         self.cost = cost_of_saved(self.recipe)
         self.energy = read_energy(run_dir, step)

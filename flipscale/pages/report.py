@@ -15,7 +15,7 @@ from flipscale.data.decode import decode_small
 from flipscale.data.faults import BadSample
 from flipscale.evaluation.reports.comparison import Curve, read_curve
 from flipscale.evaluation.reports.setting import data_name
-from flipscale.evaluation.results import THIS_MODEL, Result, with_unit
+from flipscale.evaluation.results import BEFORE, CHANGED, CHANGES, THIS_MODEL, Result, with_changes, with_unit
 from flipscale.files.aside import write_text
 from flipscale.pages.answers import Answers, ClassRow, Mistake, class_rows, matrix, mistakes
 from flipscale.pages.facts import Facts
@@ -73,6 +73,7 @@ def write_report(recipe: Recipe, load: Load) -> Path:
         "headline": headline(curve),
         "tiles": facts.tiles(curve),
         "results": result_rows(curve),
+        "changed": CHANGED if any(result.who == BEFORE for result in curve.results) else "",
         "seen": seen,
         "masks": masks,
         "facts": facts.rows(curve),
@@ -235,10 +236,10 @@ def headline(curve: Curve) -> str | None:
 def result_rows(curve: Curve) -> dict[str, list[dict[str, str]]]:
     """Return the rows of the table of results by their tests, each by the names of its columns."""
     tests: dict[str, list[dict[str, str]]] = {}
-    for result in curve.results[:_MOST_RESULTS]:
+    for result in with_changes(curve.results)[:_MOST_RESULTS]:
         row = {
             "metric": result.shown,
-            "who": "" if result.who == THIS_MODEL else result.who,
+            "who": {THIS_MODEL: "", **dict(zip(CHANGES, CHANGES, strict=True))}.get(result.who, f"of {result.who}"),
             "value": result.value_text,
             "interval": result.interval_text,
             "chance": "" if result.chance is None else with_unit(result.chance, result.unit),

@@ -129,16 +129,17 @@ class Tracker:
         self._has_told = False
 
     def start(self, step: int) -> None:
-        """Drop the records of steps after `step`, which will run again, and show a progress bar on a terminal."""
+        """Drop the records of what will be done again, all of them at step 0, and show a progress bar on a terminal."""
         self._done = step
         if not self._accelerator.is_main_process:
             return
         one = peak_flops(self._accelerator.device, self._accelerator.mixed_precision)
         self._peak_flops = one and one * self._accelerator.num_processes
+        last = step or -1  # what weights achieved before the first step will be found again
         for path in (self._path, self._schedule_path):
             if path.exists():
-                json_lines.rewrite(path, [one for one in json_lines.read(path, step=int) if one["step"] <= step])
-        drop_results_after(self._path.parent, step)
+                json_lines.rewrite(path, [one for one in json_lines.read(path, step=int) if one["step"] <= last])
+        drop_results_after(self._path.parent, last)
         if sys.stderr.isatty():
             total = self._progress.total_steps
             self._bar = tqdm(

@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from flipscale.evaluation.intervals import mean_of, student
+from flipscale.evaluation.metrics import wilson
 from flipscale.evaluation.reports.comparison import (
     Curve,
     by_recipe,
@@ -19,12 +20,15 @@ from flipscale.evaluation.reports.comparison import (
 from flipscale.evaluation.reports.figures import draw_loss, draw_result
 from flipscale.evaluation.reports.seeds import over_seeds, seconds_to, times_to_equal
 from flipscale.evaluation.results import (
+    BEFORE,
+    THIS_MODEL,
     Measured,
     Result,
     append_results,
     drop_results_after,
     latest,
     read_results,
+    with_changes,
     with_unit,
 )
 
@@ -40,6 +44,8 @@ RANK = Result("ranks", "median_rank", "median", 3.25, unit="", label="median ran
         (0.43219, "", "0.432"),
         (3.25, "", "3.25"),
         (1234.5, "s", "1,234 s"),
+        (2.34, "points", "+2.3 points"),
+        (-0.123, "points", "-0.12 points"),
         (float("nan"), "%", "-"),
     ],
 )
@@ -55,6 +61,36 @@ def test_lines_come_back_and_later_ones_are_dropped(tmp_path: Path) -> None:
     drop_results_after(tmp_path, 10)
     assert [m.step for m in read_results(tmp_path)] == [10, 10]
     assert latest(read_results(tmp_path)) == [TOP1, RANK]
+
+
+def test_what_a_training_changed() -> None:
+    def found(hits: int, n: int, who: str, **fields: object) -> Result:
+        low, high = wilson(hits, n)
+        return Result("own", "zero_shot", "top1", 100 * hits / n, n, 100 * low, 100 * high, who=who, **fields)
+
+    # Newcombe, Statistics in Medicine 17, 1998, page 873, his method 10.
+    results = [found(48, 80, BEFORE), TOP1, found(56, 70, THIS_MODEL, chance=6.25), RANK]
+    changed = with_changes(results)
+    assert [(r.task, r.who) for r in changed] == [
+        ("zero_shot", THIS_MODEL),
+        ("own", THIS_MODEL),
+        ("own", BEFORE),
+        ("own", "won"),
+        ("ranks", THIS_MODEL),
+    ]
+    change = changed[3]
+    assert (change.value, change.low, change.high) == pytest.approx((20.0, 5.24, 33.39), abs=0.005)
+    assert change.estimate_text == "+20.0 points (+5.2 to +33.4)"
+    assert change.chance is None
+    cases = {
+        "lost": [found(56, 70, BEFORE), found(48, 80, THIS_MODEL)],
+        "no clear change": [found(50, 80, BEFORE), found(48, 80, THIS_MODEL)],
+        "won": [found(56, 70, BEFORE, higher_is_better=False), found(48, 80, THIS_MODEL, higher_is_better=False)],
+    }
+    cases["no clear change "] = [replace(result, low=None, high=None) for result in cases["lost"]]
+    for who, pair in cases.items():
+        assert with_changes(pair)[-1].who == who.strip()
+    assert with_changes([results[0]]) == [results[0]]
 
 
 def a_run(folder: Path, **metrics: float) -> Path:

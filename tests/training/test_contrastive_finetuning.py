@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from distributed.crowd import Crowds
 from safetensors.torch import load_file, save_file
 
 from flipscale.cli import main
+from flipscale.evaluation.results import BEFORE, CHANGES, latest, read_results, with_changes
 from flipscale.training.recipe import parse_recipe
 from flipscale.training.start import check
 
@@ -18,19 +20,24 @@ FROZEN = ["logit_scale", "text_model", "vision_model.encoder.layers.0"]
 
 
 @pytest.fixture(scope="module")
-def base(recipe: dict, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def evaluation(shards: Path) -> dict:
+    return {"zero_shot": str(shards), "every_samples": 64, "num_workers": 0}
+
+
+@pytest.fixture(scope="module")
+def base(recipe: dict, evaluation: dict, tmp_path_factory: pytest.TempPathFactory) -> Path:
     import yaml
 
     folder = tmp_path_factory.mktemp("base")
     stages = [{"name": "masked", "samples": 64, "mask_ratio": 0.5, "base_lr": 0.01}]
     file = folder / "base.yaml"
-    file.write_text(yaml.safe_dump({**recipe, "stages": stages, "output_dir": str(folder / "run")}))
+    file.write_text(yaml.safe_dump({**recipe, "eval": evaluation, "stages": stages, "output_dir": str(folder / "run")}))
     assert pretrain(file).returncode == 0
     return folder / "run"
 
 
 @pytest.fixture
-def write(write_recipe: Callable[..., Path], base: Path) -> Callable[..., Path]:
+def write(write_recipe: Callable[..., Path], base: Path, evaluation: dict) -> Callable[..., Path]:
     def write(run_dir: Path, **changes: dict) -> Path:
         return write_recipe(
             run_dir,
@@ -38,6 +45,7 @@ def write(write_recipe: Callable[..., Path], base: Path) -> Callable[..., Path]:
             optim={"layer_decay": 0.5, **changes.pop("optim", {})},
             stages=[{"name": "tuned", "samples": 96, "base_lr": 0.01}],
             save={"every_samples": 32, "total_limit": 20},
+            eval=evaluation,
             **changes,
         )
 
@@ -67,6 +75,35 @@ def test_frozen_parts_stay_bit_for_bit_and_the_rest_learns(
     assert all(torch.equal(value, after[name]) for name, value in weights(copy / "model").items())
 
 
+def test_what_the_model_before_achieved_and_what_was_lost(
+    write: Callable[..., Path], base: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    done = pretrain(write(run_dir))
+    at_its_end = [replace(m.result, who=BEFORE) for m in read_results(base) if m.step == 4]
+    found = read_results(run_dir)
+    assert [m.result for m in found if m.step == 0] == at_its_end
+    assert all((m.result.who == BEFORE) == (m.step == 0) for m in found)
+    assert metrics(run_dir)[0]["zero_shot/top1"] == at_its_end[0].value
+    (change,) = [r for r in with_changes(latest(found)) if r.metric == "top1" and r.who in CHANGES]
+    said = rf"^  {change.who} +zero_shot top-1, {re.escape(change.estimate_text)} against the model before$"
+    assert re.search(said, done.stderr, re.MULTILINE)
+    card, page = ((run_dir / name).read_text() for name in ("model/README.md", "report.html"))
+    for who, result in ((BEFORE, at_its_end[0]), (change.who, change)):
+        assert re.search(
+            rf"\| top-1 \| {who} \| {re.escape(result.value_text)} \| {re.escape(result.interval_text)} \|", card
+        )
+    assert f'top-1 <span class="quiet">of {BEFORE}</span>' in page
+    assert f'top-1 <span class="quiet">{change.who}</span></td><td class="number main">{change.value_text}<' in page
+
+    # A run that goes on does not evaluate the model before again, and one that starts anew has it once.
+    for last in (4, 0):
+        copy = tmp_path / f"cut-{last}"
+        cut(run_dir, copy, last)
+        assert pretrain(write(copy)).returncode == 0
+        assert [(m.step, m.result) for m in read_results(copy)] == [(m.step, m.result) for m in found]
+
+
 @pytest.mark.parametrize(
     ("engine", "optim"), [("fsdp2", {}), ("zero2", {}), ("zero3", {}), ("fsdp2", {"name": "muon"})]
 )
@@ -78,6 +115,8 @@ def test_frozen_parts_under_every_engine(
     assert crowds(2).run("train", engine, write(many, optim=optim)) == ["done"] * 2
     losses = [[record["loss"] for record in metrics(run_dir) if "loss" in record] for run_dir in (one, many)]
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    found = [[(m.step, m.result) for m in read_results(run_dir)] for run_dir in (one, many)]
+    assert found[0] == found[1]
     before, after = weights(base / "model"), weights(many / "model")
     assert all(torch.equal(value, after[name]) for name, value in before.items() if is_frozen(name))
 

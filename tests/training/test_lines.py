@@ -141,7 +141,7 @@ def test_without_matplotlib_a_run_says_how_to_get_it(
     monkeypatch.setattr(figures, "can_draw", lambda: False)
     assert draw_figures(tmp_path) == {}
     recipe = parse_recipe(["--config", str(write_recipe(tmp_path / "run"))])
-    said = last_block(recipe, 40, 3.0, [])
+    said = last_block(recipe, 40, 3.0, [], [])
     assert "  figures  none, as matplotlib is not installed: pip install 'flipscale[plots]'\n" in said
     assert f"  next     flipscale evaluate {tmp_path}/run/model --zero_shot TEST_SET\n" in said
 
@@ -153,7 +153,7 @@ def test_a_model_that_compares_nothing_is_not_searched_with(
     kind: str, options: dict, task: str, write_recipe, tmp_path: Path
 ) -> None:
     recipe = parse_recipe(["--config", str(write_recipe(tmp_path / "run"))])
-    said = last_block(replace(recipe, loss=replace(recipe.loss, kind=kind, options=options)), 40, 3.0, [])
+    said = last_block(replace(recipe, loss=replace(recipe.loss, kind=kind, options=options)), 40, 3.0, [], [])
     assert f"flipscale evaluate {tmp_path}/run/model --task '{{kind: {task}, data: TEST_SET}}'\n" in said
     assert "search" not in said
 

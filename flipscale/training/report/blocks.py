@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from flipscale.evaluation.results import CHANGES, Result, with_changes
 from flipscale.training.recipe import Recipe
 from flipscale.training.report.lines import duration
 from flipscale.training.schedule import Stage
@@ -46,20 +47,23 @@ def first_block(
     return _block(head, rows)
 
 
-def last_block(recipe: Recipe, step: int, seconds: float, figures: Sequence[str]) -> str:
-    """Return where a finished run's results are, and what can be done with them.
+def last_block(recipe: Recipe, step: int, seconds: float, figures: Sequence[str], results: Sequence[Result]) -> str:
+    """Return where a finished run's results are, what they changed, and what can be done with them.
 
     Args:
         step: how many steps it took.
         seconds: spent training.
         figures: the names of those that were drawn.
+        results: the last of each task.
     """
     run_dir = Path(recipe.output_dir)
     model = run_dir / "model"
     own = OWN_TASKS.get(recipe.loss.kind)
     data = next((task.data for task in recipe.eval.planned() if task.kind == (own or "zero_shot")), "TEST_SET")
     undrawn = "none, as matplotlib is not installed: pip install 'flipscale[plots]'"
+    changes = [one for one in with_changes(results) if one.headline and one.who in CHANGES]
     rows = [
+        *((one.who, f"{one.task} {one.shown}, {one.estimate_text} against the model before") for one in changes),
         ("model", f"{model}, its card {model / 'README.md'}"),
         ("figures", f"{run_dir / 'figures'}: {', '.join(figures)}" if figures else undrawn),
         ("next", f"flipscale evaluate {model} {evaluation_flags(recipe.loss.kind, data)}"),
