@@ -92,6 +92,10 @@ class Embedder:
         """Return this process's rows of `count`, int64 `(rows,)`, in the order of `batches`."""
         return self._share(count).rows()
 
+    def most_in_batch(self, count: int) -> int:
+        """Return how many of `count` rows are in a batch, at most: the same on every process."""
+        return self._share(count).size
+
     def image_batches(
         self, source: TarSource, features: Features = "embeds"
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

@@ -18,7 +18,7 @@ from flipscale.data.captions import tokenise
 from flipscale.data.decode import decode_box
 from flipscale.data.sources.tar_source import TarSource
 from flipscale.evaluation.captions.scores import bleu_4, cider, rouge_l
-from flipscale.evaluation.captions.writing import captioner, written_captions
+from flipscale.evaluation.captions.writing import Likelihoods, captioner, written_captions
 from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.images import SampleNumbers
 from flipscale.evaluation.results import Result
@@ -124,6 +124,38 @@ def test_likelihood_is_that_of_each_prompt(tmp_path: Path, batch_size: int, temp
     assert found["top5"].value == pytest.approx(100 * (best == labels[:, None]).any(dim=1).float().mean().item())
     assert 0 < found["top5"].value < 100
     assert found["top1"].chance == 100 / 16
+
+
+def test_what_texts_begin_with_is_read_once_for_all(tmp_path: Path) -> None:
+    write_shards(tmp_path, [5])
+    texts = [f"{start} {colour}{end}" for start in ("a", "a big") for colour in COLOURS for end in ("", " square", ".")]
+    for batch_size, images in ((3, 2), (64, 2), (1000, 5)):  # one image and part of the texts, one, several
+        embedder = tiny_writer(Accelerator(cpu=True), batch_size)
+        pixels = pixels_of(embedder, tmp_path)[:images]
+        likelihoods = Likelihoods(embedder, texts, images)
+        read: list[int] = []
+        kept = embedder.model.decoder.register_forward_pre_hook(lambda _, given, read=read: read.append(len(given[0])))
+        found = likelihoods.of({"pixel_values": pixels})
+        kept.remove()
+        for column, text in enumerate(texts):
+            tokens = tokenise(embedder.tokenizer, [text] * images, CAPTION_LENGTH)
+            with torch.no_grad():
+                losses = embedder.model(pixels, **tokens).caption_losses
+            expected = -losses * (tokens["attention_mask"][0].sum() + 1)
+            torch.testing.assert_close(found[:, column], expected, rtol=1e-5, atol=1e-5)
+        if batch_size > 3:  # each beginning once: of a part of the texts, once for each part
+            rows = [tuple(row) for row in embedder.tokenizer(texts, add_special_tokens=False)["input_ids"]]
+            assert sum(read) == images * len({row[:length] for row in rows for length in range(len(row) + 1)})
+
+
+def test_some_images_are_from_all_over_the_set(tmp_path: Path) -> None:
+    write_shards(tmp_path, [10, 13])
+    embedder = tiny_writer(Accelerator(cpu=True))
+    (task,) = build_tasks([{"kind": "likelihood", "data": str(tmp_path), "images": 6}])
+    assert task._test_set().source.rows.tolist() == [0, 3, 7, 11, 15, 19]
+    results = evaluate_tasks(embedder, [task])
+    assert {result.n for result in results} == {6}
+    assert results[0].made_by["images"] == 6
 
 
 def test_a_model_in_training_writes_what_its_captioner_does(embedder: Embedder, test_set: Path) -> None:

@@ -1,6 +1,7 @@
 """What a model with a decoder does with the images of a test set: it writes captions, or says how likely texts are."""
 
 import copy
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -61,53 +62,112 @@ def written_captions(embedder: Embedder, source: TarSource, max_new_tokens: int,
 class Likelihoods:
     """How likely a decoder finds each of several texts as the caption of an image.
 
-    The decoder looks at an image once, and the keys and values of its tokens serve all texts.
+    What texts begin with is read once for all of them, such as "a photo of a", and so is the image.
 
     Args:
-        texts: at most as many images times texts are computed at once as the embedder takes images.
+        images: so many are given at once, at most; the same number on every process.
 
     Raises:
         ValueError: the model has no decoder, or the tokenizer makes no token of a text.
     """
 
-    def __init__(self, embedder: Embedder, texts: list[str]):
+    def __init__(self, embedder: Embedder, texts: list[str], images: int):
         from flipscale.model.modeling_flip_decoder import caption_inputs
 
-        self._embedder, self._model = embedder, captioner(embedder)
+        self._embedder, self._model, self._images = embedder, captioner(embedder), images
         config = self._model.config.decoder_config
         tokens = tokenise_captions(embedder.tokenizer, texts, config.max_position_embeddings)
-        inputs, labels = caption_inputs(tokens["input_ids"], tokens["attention_mask"], config)
-        longest = int((labels >= 0).sum(dim=1).max())
-        device = embedder.accelerator.device
-        self._inputs, self._labels = inputs[:, :longest].to(device), labels[:, :longest].to(device)
+        _, labels = caption_inputs(tokens["input_ids"], tokens["attention_mask"], config)
+        targets = [tuple(row[row >= 0].tolist()) for row in labels]
+        # In this order, those that begin alike follow each other.
+        order = sorted(range(len(texts)), key=targets.__getitem__)
+        self._places = torch.tensor(order).argsort()
+        # The decoder reads so many texts of so many images at once: as many rows as the embedder takes images.
+        self._group = min(images, max(1, embedder.batch_size // len(texts)))
+        together, device = max(1, embedder.batch_size // self._group), embedder.accelerator.device
+        self._parts = [
+            _read_once([targets[number] for number in order[first : first + together]], device)
+            for first in range(0, len(order), together)
+        ]
 
-    def of(self, columns: dict[str, Any], together: int) -> torch.Tensor:
+    def of(self, columns: dict[str, Any]) -> torch.Tensor:
         """Collective where the model is sharded. Return the log-likelihood of each text in nats, the sum over its
         tokens and the end, fp32 `(images, texts)`, CPU.
 
         Args:
             columns: of the images, as the model takes them.
-            together: how many texts of each image are computed at once: the same number on every process.
         """
+        scores = []
         with torch.no_grad(), self._embedder.accelerator.autocast():
             image_tokens = self._model.vision_model(**columns).last_hidden_state
-            begun = self._model.decoder(self._inputs[:1, :1].expand(len(image_tokens), 1), image_tokens, use_cache=True)
-            parts = [
-                self._of_some(begun, image_tokens, slice(first, first + together))
-                for first in range(0, len(self._inputs), together)
-            ]
-        return torch.cat(parts, dim=1).cpu()
+            for first in range(0, self._images, self._group):
+                # Where other processes have more images, the first is read again meanwhile.
+                some = image_tokens[first : first + self._group]
+                scores.append(self._of_some(some if len(some) else image_tokens[:1]))
+        return torch.cat(scores)[: len(image_tokens), self._places].cpu()
 
-    def _of_some(self, begun: Any, image_tokens: torch.Tensor, some: slice) -> torch.Tensor:
-        """Return the log-likelihoods of some texts, after the first token, which is the same for all, was read."""
-        from flipscale.model.modeling_flip_decoder import token_losses
+    def _of_some(self, image_tokens: torch.Tensor) -> torch.Tensor:
+        """Return the log-likelihoods `(images, texts)` of the texts as they are ordered."""
+        begin = image_tokens.new_full(
+            (len(image_tokens), 1), self._model.config.decoder_config.bos_token_id, dtype=torch.int64
+        )
+        begun = self._model.decoder(begin, image_tokens, use_cache=True)
+        return torch.cat([self._of_part(begun, steps) for steps in self._parts], dim=1)
 
-        images, (inputs, labels) = len(image_tokens), (self._inputs[some], self._labels[some])
-        texts = len(inputs)
-        logits = begun.logits.repeat_interleave(texts, dim=0)
-        if inputs.shape[1] > 1:
-            cache = copy.deepcopy(begun.cache)
-            cache.batch_repeat_interleave(texts)
-            rest = self._model.decoder(inputs[:, 1:].repeat(images, 1), None, cache=cache, use_cache=True)
-            logits = torch.cat([logits, rest.logits], dim=1)
-        return -token_losses(logits, labels.repeat(images, 1)).sum(dim=1).view(images, texts)
+    def _of_part(self, begun: Any, steps: list["_Step"]) -> torch.Tensor:
+        """Return the log-likelihoods `(images, texts)` of texts, after the token that all begin with was read."""
+        cache, logits = copy.deepcopy(begun.cache), begun.logits
+        of_images = [(layer.keys, layer.values) for layer in begun.cache.cross_attention_cache.layers]
+        images, device = len(logits), logits.device
+        scores = torch.zeros(images, len(steps[0].texts), device=device)
+        for step in steps:
+            if step.tokens is not None:
+                before = torch.arange(images, device=device)[:, None] * logits.shape[1]
+                cache.self_attention_cache.batch_select_indices((before + step.parents).flatten())
+                for layer, kept in zip(cache.cross_attention_cache.layers, of_images, strict=True):
+                    # Of one image, these are views.
+                    layer.keys, layer.values = (
+                        part[:, None].expand(-1, len(step.tokens), *part.shape[1:]).flatten(0, 1) for part in kept
+                    )
+                read = self._model.decoder(step.tokens.repeat(images)[:, None], None, cache=cache, use_cache=True)
+                logits = read.logits.unflatten(0, (images, -1))[:, :, -1]
+            likely = logits.float().log_softmax(dim=-1)
+            scores[:, step.texts] += likely[:, step.beginnings, step.targets]
+        return scores
+
+
+@dataclass(frozen=True)
+class _Step:
+    """What a decoder reads to predict one more token of several texts: each different beginning of them once.
+
+    Args:
+        tokens: the last of each beginning, int64 `(beginnings,)`; None before the first.
+        parents: the places of the beginnings that are a token shorter, in the step before.
+        texts, beginnings, targets: of each text that has a token here: its place, that of its beginning, and the token.
+    """
+
+    tokens: torch.Tensor | None
+    parents: torch.Tensor
+    texts: torch.Tensor
+    beginnings: torch.Tensor
+    targets: torch.Tensor
+
+
+def _read_once(texts: list[tuple[int, ...]], device: Any) -> list[_Step]:
+    """Return the steps in which texts of the given tokens are read."""
+    steps: list[_Step] = []
+    known: dict[tuple[int, ...], int] = {(): 0}
+    for length in range(max(map(len, texts))):
+        here = [place for place, text in enumerate(texts) if len(text) > length]
+        found = {beginning: place for place, beginning in enumerate(dict.fromkeys(texts[p][:length] for p in here))}
+        columns = (
+            [beginning[-1] for beginning in found] if length else [],
+            [known[beginning[:-1]] for beginning in found],
+            here,
+            [found[texts[place][:length]] for place in here],
+            [texts[place][length] for place in here],
+        )
+        tokens, *others = (torch.tensor(column, dtype=torch.int64, device=device) for column in columns)
+        steps.append(_Step(tokens if length else None, *others))
+        known = found
+    return steps
