@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from flipscale.files.command_line import number, unwritable
 from flipscale.files.plain_file import is_utf8
 from flipscale.files.ranges import Count, MinutesAboveNone, Positive
+from flipscale.files.room import usable_cores
 
 if TYPE_CHECKING:
     from flipscale.planning.proposal import Proposal
@@ -72,7 +73,7 @@ def run(args: argparse.Namespace) -> None:
     print(f"{args.shards}: {data}", flush=True)
     num_gpus = args.num_gpus if args.gpu else _gpus_here()
     minutes = 60 * args.hours if args.gpu else args.minutes or _MINUTES
-    proposal = propose(data, _of_tokenizer(args.tokenizer, tokenizer), minutes, os.cpu_count() or 1, num_gpus)
+    proposal = propose(data, _of_tokenizer(args.tokenizer, tokenizer), minutes, usable_cores(), num_gpus)
     _add_places(proposal, args, num_gpus)
     check_tokenizer(tokenizer, _recipe_of(proposal, 0).model_config().text_config)
     samples, speed = _length(args, proposal, data, minutes)

@@ -2,13 +2,13 @@
 
 import argparse
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flipscale.data.sources.tar_source import TarSource
 from flipscale.files.command_line import number, output_folder
 from flipscale.files.ranges import Count, CountOrNone, ShareAboveNone, ShareBelowAll, Threads
+from flipscale.files.room import usable_cores
 
 if TYPE_CHECKING:
     from flipscale.evaluation.task_page import TaskPage
@@ -163,7 +163,7 @@ def _add_num_workers(kind: argparse.ArgumentParser) -> None:
     kind.add_argument(
         "--num_workers",
         type=number(Threads),
-        default=os.cpu_count() or 1,
+        default=usable_cores(),
         help="How many processes work; by default one for each core.",
     )
 

@@ -1,11 +1,11 @@
 """Studies: several runs, compared."""
 
 import argparse
-import os
 from pathlib import Path
 
 from flipscale.files.command_line import number, output_folder
 from flipscale.files.ranges import Count, MinutesAboveNone
+from flipscale.files.room import usable_cores
 from flipscale.studies.design import study_file
 from flipscale.studies.folder import read_plan, write_plan
 from flipscale.studies.pool import train_missing
@@ -119,6 +119,6 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _refuse_workers(workers: int) -> None:
-    cores = os.cpu_count() or 1
+    cores = usable_cores()
     if workers > cores:
         raise ValueError(f"--workers is {workers}, and there are {cores} cores; give each run one at least")

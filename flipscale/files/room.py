@@ -1,5 +1,6 @@
-"""Room on a disk: whether there is enough for what is to be written, and sizes as people read them."""
+"""Room: whether a disk has enough for what is to be written, sizes as people read them, and cores for processes."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -27,3 +28,8 @@ def size_text(num_bytes: int) -> str:
     while value >= 1000 and len(units) > 1:
         value, units = value / 1000, units[1:]
     return f"{value:.3g} {units[0]}" if value < 100 else f"{value:.0f} {units[0]}"
+
+
+def usable_cores() -> int:
+    """Return how many cores this process may use: of a node that jobs share, those of its own job."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

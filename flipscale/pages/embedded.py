@@ -1,6 +1,5 @@
 """Pictures embedded one batch after the other on one process; those that are damaged are told and left out."""
 
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +12,7 @@ from tqdm import tqdm
 from flipscale.data.decode import UndecodableImage
 from flipscale.data.faults import BadSample, told_as
 from flipscale.evaluation.images import Decoder
+from flipscale.files.room import usable_cores
 from flipscale.pages.library import Pictures
 
 _BATCH = 64
@@ -52,7 +52,7 @@ def embed_pictures(
     faults: list[str] = []
     begin = time.monotonic()
     bar = tqdm(total=len(rows), desc="embedding", unit=" pictures", disable=None, leave=False)
-    with ThreadPoolExecutor(os.cpu_count()) as pool, bar, torch.no_grad():
+    with ThreadPoolExecutor(usable_cores()) as pool, bar, torch.no_grad():
         for batch in _batches(rows):
             if seconds is not None and parts and time.monotonic() - begin > seconds:
                 break

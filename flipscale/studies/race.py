@@ -3,7 +3,6 @@
 import dataclasses
 import filecmp
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +19,7 @@ from flipscale.evaluation.reports.comparison import (
 from flipscale.evaluation.reports.seeds import times_to_equal
 from flipscale.files.aside import refuse_unwritable, write_text, written_aside
 from flipscale.files.plain_file import plain_text
+from flipscale.files.room import usable_cores
 from flipscale.studies.runs import StudyRun, in_time, train
 from flipscale.training.recipe import Recipe, differences, parse_recipe
 
@@ -48,9 +48,9 @@ def race(recipe_names: list[str], minutes: float, seeds: int, output_dir: Path, 
 
     names = [Path(recipe).stem for recipe in recipe_names]
     _refuse_folder(output_dir, recipe_names, names, seeds)
-    if not torch.cuda.is_available() and (os.cpu_count() or 1) < len(recipe_names):
+    if not torch.cuda.is_available() and usable_cores() < len(recipe_names):
         raise ValueError(
-            f"{len(recipe_names)} recipes need as many cores, there are {os.cpu_count()}; run fewer at once"
+            f"{len(recipe_names)} recipes need as many cores, there are {usable_cores()}; run fewer at once"
         )
     recipes = [parse_recipe(["--config", recipe]) for recipe in recipe_names]
     heats = _plan(names, recipes, minutes, seeds, output_dir)

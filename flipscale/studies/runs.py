@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from flipscale.evaluation.results import read_metrics
 from flipscale.files.aside import write_text
+from flipscale.files.room import usable_cores
 from flipscale.training.recipe import Recipe, to_yaml
 from flipscale.training.schedule import StageRecipe, plan_stages
 
@@ -203,7 +204,7 @@ def environment(num_runs: int) -> dict[str, str]:
     from flipscale.engines.device import is_faster_in_bf16
     from flipscale.engines.launch import PRECISION
 
-    threads = max((os.cpu_count() or 1) // num_runs, 1)
+    threads = max(usable_cores() // num_runs, 1)
     share = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
     return {PRECISION: "bf16" if is_faster_in_bf16() else "no", **share, **os.environ}
 

@@ -1,12 +1,15 @@
-"""Room on a disk, and sizes in words."""
+"""Room on a disk, sizes in words, and cores."""
 
+import os
 import shutil
+import subprocess
+import sys
 from collections import namedtuple
 from pathlib import Path
 
 import pytest
 
-from flipscale.files.room import check_room, size_text
+from flipscale.files.room import check_room, size_text, usable_cores
 
 
 def test_the_disk_of_a_folder_that_is_not_there_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -24,3 +27,15 @@ def test_the_disk_of_a_folder_that_is_not_there_yet(tmp_path: Path, monkeypatch:
 )
 def test_sizes(num_bytes: int, text: str) -> None:
     assert size_text(num_bytes) == text
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the system keeps no process to some cores")
+def test_the_cores_of_a_job_that_has_one() -> None:
+    count = """
+import os
+from flipscale.files.room import usable_cores
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+print(usable_cores())
+"""
+    assert usable_cores() == len(os.sched_getaffinity(0))
+    assert subprocess.run([sys.executable, "-c", count], capture_output=True, text=True, check=True).stdout == "1\n"
