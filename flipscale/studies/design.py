@@ -25,7 +25,7 @@ _POWER_OF_TEN = re.compile(r"[-+]?\d+(\.\d*)?[eE]\d+|[-+]?\d+[eE]-\d+")
 _MOST_RUNS = 10_000
 _DESIGNS = ("star", "grid")
 _FIELDS = ("base", "changes", "axes", "design", "seeds", "more_seeds", "minutes")
-# The level of an axis at which it changes nothing.
+# What the level of an axis at which it changes nothing is called where the study has no name for it.
 BASE = "base"
 STUDIES = RECIPES / "studies"
 
@@ -52,7 +52,7 @@ class Study:
     Args:
         base: the recipe that is changed, a file or a name.
         axes: of each axis, by its levels' names, what a level changes: values by their path in the recipe, such as
-            `stages.0.samples`.
+            `stages.0.samples`. A level that changes nothing is the name of the axis' base.
         design: `star` is the base, each level alone, then the last levels of the first two axes together, of the first
             three, and so on. `grid` is all combinations of levels, the base of each axis among them.
         seeds: every combination is trained with each.
@@ -70,27 +70,37 @@ class Study:
     changes: Mapping[str, Any] = field(default_factory=dict)
     more_seeds: MoreSeeds | None = None
 
+    def levels_of(self, axis: str) -> list[str]:
+        """Return the levels of an axis at which it changes something."""
+        return [level for level, changes in self.axes[axis].items() if changes]
+
+    def label(self, levels: Levels) -> str:
+        """Return what a combination is called: its level of each axis, bases without a name left out; `base` where that
+        leaves nothing."""
+        found = [levels.get(axis, base_of(own)) for axis, own in self.axes.items()]
+        return "+".join(level for level in found if level != BASE) or BASE
+
     def combinations(self) -> list[Levels]:
         """Return the levels of the axes that are not at their base, of each combination; the first is the base."""
         if self.design == "grid":
-            choices = [[None, *levels] for levels in self.axes.values()]
+            choices = [[None, *self.levels_of(axis)] for axis in self.axes]
             return [
                 {axis: level for axis, level in zip(self.axes, chosen, strict=True) if level is not None}
                 for chosen in itertools.product(*choices)
             ]
-        alone: list[Levels] = [{axis: level} for axis, levels in self.axes.items() for level in levels]
-        last = [(axis, list(levels)[-1]) for axis, levels in self.axes.items()]
+        alone: list[Levels] = [{axis: level} for axis in self.axes for level in self.levels_of(axis)]
+        last = [(axis, self.levels_of(axis)[-1]) for axis in self.axes]
         return [{}, *alone, *(dict(last[:count]) for count in range(2, len(last) + 1))]
 
     def runs(self) -> dict[str, tuple[Levels, int]]:
-        """Return the levels and the seed of each run, by its name: of its levels, or `base`, and its seed. One seed
-        comes after the other, so that a study which is not finished has all its combinations.
+        """Return the levels and the seed of each run, by its name: its label and its seed. One seed comes after the
+        other, so that a study which is not finished has all its combinations.
 
         Raises:
             ValueError: two have one name, or there are more than anybody trains.
         """
         if self.design == "grid":
-            count = math.prod(len(levels) + 1 for levels in self.axes.values()) * len(self.seeds)
+            count = math.prod(len(self.levels_of(axis)) + 1 for axis in self.axes) * len(self.seeds)
             if count > _MOST_RUNS:
                 raise ValueError(f"the grid has {count:,} runs, more than {_MOST_RUNS:,}; give it fewer axes or a star")
         planned = [(levels, seed) for seed in self.seeds for levels in self.combinations()]
@@ -98,16 +108,21 @@ class Study:
             part = [
                 levels
                 for levels in self.combinations()
-                if all(levels.get(axis, BASE) in chosen for axis, chosen in more.of.items())
+                if all(levels.get(axis, base_of(self.axes[axis])) in chosen for axis, chosen in more.of.items())
             ]
             planned += [(levels, seed) for seed in more.seeds for levels in part]
         found: dict[str, tuple[Levels, int]] = {}
         for levels, seed in planned:
-            name = ("+".join(levels.values()) or BASE) + seed_suffix(seed)
+            name = self.label(levels) + seed_suffix(seed)
             if name in found:
                 raise ValueError(f"two runs are called {name}; give each level a name of its own, and each seed once")
             found[name] = levels, seed
         return found
+
+
+def base_of(levels: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return what the base of an axis with these levels is called: the level that changes nothing, or `base`."""
+    return next((level for level, changes in levels.items() if not changes), BASE)
 
 
 def study_file(name: str) -> Path:
@@ -141,7 +156,8 @@ def read_study(file: Path) -> Study:
     axes, seeds = content.get("axes") or {}, content.get("seeds", [0])
     if not isinstance(axes, dict) or not all(_is_axis(levels) for levels in axes.values()):
         raise ValueError(
-            f"{file}: axes must have levels, and these changes: 'axes: {{model: {{large: {{model.size: l16}}}}}}'"
+            f"{file}: axes must have levels, and these changes: 'axes: {{model: {{large: {{model.size: l16}}}}}}'; one "
+            "level beside them may have none, {}, and names the base"
         )
     for name in itertools.chain(axes, *axes.values()):
         if not isinstance(name, str) or not NAME.fullmatch(name):
@@ -183,7 +199,7 @@ def _more_seeds(given: Any, axes: Mapping[str, Mapping[str, Any]], file: Path) -
     for axis, chosen in given["of"].items():
         if axis not in axes:
             raise ValueError(f"{file}: more_seeds.of has {str(axis)[:40]!r}; the axes are {', '.join(axes)}")
-        known = [BASE, *axes[axis]]
+        known = list(dict.fromkeys([base_of(axes[axis]), *axes[axis]]))
         if not isinstance(chosen, list) or not chosen or not all(level in known for level in chosen):
             raise ValueError(f"{file}: more_seeds.of.{axis} is {chosen!r}; list some of {', '.join(known)}")
     return MoreSeeds(given["seeds"], given["of"])
@@ -194,7 +210,10 @@ def _are_seeds(seeds: Any) -> bool:
 
 
 def _is_axis(levels: Any) -> bool:
-    return isinstance(levels, dict) and bool(levels) and all(isinstance(c, dict) and c for c in levels.values())
+    if not isinstance(levels, dict) or not all(isinstance(changes, dict) for changes in levels.values()):
+        return False
+    changing = sum(map(bool, levels.values()))
+    return changing > 0 and len(levels) - changing <= 1
 
 
 def plan(study: Study, output_dir: Path) -> list[StudyRun]:

@@ -11,11 +11,11 @@ from flipscale.evaluation.results import THIS_MODEL, Result
 from flipscale.evaluation.scaling.fitting import Fit, fit_law, largest_budget, predict
 from flipscale.evaluation.scaling.laws import AdditiveLaw, Law, PowerLaw, SaturatingLaw
 from flipscale.evaluation.scaling.points import Points
-from flipscale.evaluation.scaling.transfer import Arm, effects, tasks_of
+from flipscale.evaluation.scaling.transfer import Arm, effects, tasks_moved
 from flipscale.evaluation.scaling.words import fit_words, prediction_words, transfer_words
 from flipscale.files.aside import write_text
 from flipscale.files.text_table import as_code, markdown_table
-from flipscale.studies.design import Study
+from flipscale.studies.design import BASE, Study, base_of
 from flipscale.studies.folder import read_plan
 from flipscale.studies.masked import estimate, masked_words
 from flipscale.studies.runs import StudyRun
@@ -25,13 +25,12 @@ _LAWS: tuple[Callable[[Points], Law], ...] = (PowerLaw, SaturatingLaw, AdditiveL
 
 
 class Finished:
-    """A finished run of a study: its levels, its curve, and what was spent on it."""
+    """A finished run of a study: its levels, what tables call those, its curve, and what was spent on it."""
 
-    def __init__(self, run: StudyRun, levels: dict[str, str]):
+    def __init__(self, run: StudyRun, levels: dict[str, str], label: str):
         from flipscale.planning.flops import pair_flops  # runs a model, and `--help` needs none
 
-        self.levels, self.run_dir, self.recipe = levels, run.run_dir, run.recipe
-        self.label = "+".join(levels.values()) or "base"
+        self.levels, self.label, self.run_dir, self.recipe = levels, label, run.run_dir, run.recipe
         self.curve = read_curve(run.run_dir)
         about = json.loads((run.run_dir / "environment.json").read_text(encoding="utf-8"))
         flops, seen = pair_flops(run.recipe), _seen_by_stage(self.curve)
@@ -59,31 +58,33 @@ def report(output_dir: Path, resamples: int) -> None:
         ValueError: the folder holds no planned study, or no run of the base is finished and evaluated.
     """
     study, runs = read_plan(output_dir)
-    levels = study.runs()
-    finished = [Finished(run, dict(levels[run.name][0])) for run in runs if run.is_done]
+    levels = {name: dict(own) for name, (own, _) in study.runs().items()}
+    finished = [Finished(run, levels[run.name], study.label(levels[run.name])) for run in runs if run.is_done]
     if not any(not run.levels for run in finished):
         raise ValueError(
             f"{output_dir} has {len(finished)} finished runs of {len(runs)}, none of the base, which the others are "
             f"compared with; train them: flipscale study run {output_dir}"
         )
-    names = headlines([run.curve for run in finished])
+    groups = {study.label(own): list[Finished]() for own in study.combinations()}
+    for run in finished:
+        groups[run.label].append(run)
+    groups = {label: its for label, its in groups.items() if its}
+    names = headlines([run.curve for its in groups.values() for run in its])
     if not names:
         raise ValueError(
             f"no run of {output_dir} has a result; set eval.tasks in the base recipe, and plan another study"
         )
-    groups: dict[str, list[Finished]] = {}
-    for run in finished:
-        groups.setdefault(run.label, []).append(run)
     table = _table(groups, names)
     missing = [run.name for run in runs if not run.is_done]
     left = f"\n\nNot finished: {', '.join(missing)}." if missing else ""
     laws = [_laws(groups, name, words, output_dir, resamples) for name, words in names.items()]
     masked = masked_words({label: [run.run_dir / "model" for run in of] for label, of in groups.items()})
     where = _where_masking_pays(study, [run.recipe for run in runs], finished, next(iter(names.items())), output_dir)
+    called = f", called {as_code(study.label({}))} below" if study.label({}) != BASE else ""
     changed = f", of which all runs change {', '.join(map(as_code, study.changes))}" if study.changes else ""
     parts = [
         "# The study",
-        f"The base is {as_code(study.base)}{changed}.",
+        f"The base is {as_code(study.base)}{called}{changed}.",
         table + left,
         *filter(None, [where, masked]),
         *laws,
@@ -217,16 +218,42 @@ def _draw(
     from flipscale.evaluation.scaling.figures import draw_axes, draw_times, draw_transfer
 
     name, words = next(iter(names.items()))
-    unit = next(result.unit for run in groups["base"] if (result := run.result(name)) is not None)
+    unit = next(found.unit for runs in groups.values() for found in _results(runs, name))
     shown = ", ".join(filter(None, (words, unit)))
     curves = {label: [run.curve for run in runs] for label, runs in groups.items()}
     panels = {
-        axis: {"base": curves["base"], **{level: curves[level] for level in levels if level in curves}}
-        for axis, levels in study.axes.items()
+        axis: {level: curves[label] for level, label in _labels_along(study, axis).items() if label in curves}
+        for axis in study.axes
     }
     if panels:
         draw_axes(panels, name, shown, output_dir / "scaling.png")
     draw_times(curves, name, shown, output_dir / "accuracy.png")
     moved = effects(arms)
-    if moved:
-        draw_transfer(moved, tasks_of(arms), output_dir / "transfer.png")
+    if tasks := tasks_moved(moved, arms):
+        draw_transfer(moved, tasks, output_dir / "transfer.png")
+    _draw_outcomes(study, groups, names, output_dir / "results.png")
+
+
+def _labels_along(study: Study, axis: str) -> dict[str, str]:
+    """Return what the configurations along an axis, all others at their base, are called: by the level, the base
+    first."""
+    alone = {level: study.label({axis: level}) for level in study.levels_of(axis)}
+    return {base_of(study.axes[axis]): study.label({}), **alone}
+
+
+def _draw_outcomes(study: Study, groups: dict[str, list[Finished]], names: dict[str, str], path: Path) -> None:
+    from flipscale.evaluation.scaling.outcomes import Outcome, draw_grid, draw_rows
+
+    levels = {axis: list(_labels_along(study, axis)) for axis in study.axes}
+    outcomes = [
+        Outcome(
+            label,
+            {axis: runs[0].levels.get(axis, own[0]) for axis, own in levels.items()},
+            {name: results for name in names if (results := _results(runs, name))},
+        )
+        for label, runs in groups.items()
+    ]
+    if study.design == "grid" and len(levels) == 2:
+        draw_grid(outcomes, levels, path)
+    else:
+        draw_rows(outcomes, path)

@@ -60,6 +60,16 @@ def test_a_star_and_a_grid() -> None:
     assert len(Study("base", axes, "grid", [0, 1]).runs()) == 3 * 2 * 2 * 2
 
 
+def test_a_level_that_changes_nothing_is_the_base_s_name() -> None:
+    axes = {"a": {"x": {"p": 1}, "y": {}}, "b": {"z": {"q": 1}}, "c": {"w": {"r": 1}, "v": {}}}
+    star = Study("base", axes, "star", [3], more_seeds=MoreSeeds([4], {"a": ["y"], "c": ["w"]}))
+    assert list(star.runs()) == [
+        *("y+v-seed3", "x+v-seed3", "y+z+v-seed3", "y+w-seed3", "x+z+v-seed3", "x+z+w-seed3"), "y+w-seed4",
+    ]  # fmt: skip
+    assert [dict(levels) for levels in star.combinations()][:3] == [{}, {"a": "x"}, {"b": "z"}]
+    assert len(Study("base", axes, "grid", [0]).runs()) == 2 * 2 * 2
+
+
 def test_one_seed_comes_after_the_other_and_further_ones_are_of_a_part() -> None:
     axes = {"a": {"x": {"p": 1}, "y": {"p": 2}}, "b": {"z": {"q": 1}}}
     more = MoreSeeds([5], {"a": ["base", "y"]})
@@ -125,7 +135,7 @@ def test_a_study_from_its_plan_to_its_report(
     assert "No fit, or no prediction: power law: " in report
     assert "are too few for 2 parameters, which take 4" in report
     assert "One seed a run, so there are no intervals" in (out / "transfer.md").read_text()
-    for name in ("scaling", "accuracy", "transfer", "fits_zero_shot_top1"):
+    for name in ("results", "scaling", "accuracy", "transfer", "fits_zero_shot_top1"):
         assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
     # What is evaluated afterwards, on masked images too, has a table.
@@ -203,6 +213,8 @@ def test_where_masking_pays_is_told_of_a_study_of_data_time_and_masks(
         ({"seeds": [-1]}, "seeds is [-1]; it must be a list of whole numbers"),
         ({"design": "stern"}, "design is 'stern'; use star or grid"),
         ({"axes": {"m": {}}}, "axes must have levels, and these changes"),
+        ({"axes": {"m": {"x": {}}}}, "one level beside them may have none, {}, and names the base"),
+        ({"axes": {"m": {"x": {}, "y": {}, "z": {"optim.lr": 1}}}}, "one level beside them may have none, {}, and nam"),
         ({"axes": {"m": {"a b": {"optim.lr": 1}}}}, "'a b' names runs; use letters, digits and . _ -"),
         ({"changes": [1]}, "changes is '[1]'; it must be as 'changes: {data.fraction: 0.5}'"),
         ({"changes": {"data.fracton": 0.5}}, "changes: data.fracton is no field of the recipe: data has shards,"),
@@ -210,6 +222,10 @@ def test_where_masking_pays_is_told_of_a_study_of_data_time_and_masks(
         ({"more_seeds": {"seeds": [], "of": {}}}, "more_seeds.seeds is []; it must be a list of whole numbers"),
         ({"more_seeds": {"seeds": [1], "of": {"m": ["x"]}}}, "more_seeds.of has 'm'; the axes are model, length"),
         ({"more_seeds": {"seeds": [1], "of": {"model": ["x"]}}}, "more_seeds.of.model is ['x']; list some of base, w"),
+        (
+            {"axes": {"m": {"x": {"optim.lr": 1}, "y": {}}}, "more_seeds": {"seeds": [1], "of": {"m": ["base"]}}},
+            "more_seeds.of.m is ['base']; list some of y, x",
+        ),
         ({"base": "none"}, "recipe 'none' is neither a file nor one of"),
         (
             {"sedes": [1]},

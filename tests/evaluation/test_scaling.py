@@ -157,10 +157,13 @@ def test_fewer_points_than_parameters_and_two_are_refused(law: type[Law], count:
         predict(law(points), points, largest_budget(points))
 
 
-def test_two_values_of_an_axis_are_refused_by_the_additive_law() -> None:
+def test_two_values_of_an_axis_and_no_axis_are_refused_by_the_additive_law() -> None:
     spent = {name: values[grid()["pairs"] < 1e7] for name, values in grid().items()}
     with pytest.raises(ValueError, match="two values of pairs, and a power above a floor takes three"):
         AdditiveLaw(made(spent["samples"], spent["samples"], **spent))
+    compute = np.arange(1.0, 9.0)
+    with pytest.raises(ValueError, match="all points have the same parameters, samples and pairs; train some that"):
+        AdditiveLaw(made(compute, 1 / compute, samples=np.ones(8)))
 
 
 def test_a_point_without_error_is_refused() -> None:

@@ -78,6 +78,15 @@ def test_seeds_give_intervals_by_student_s_t() -> None:
     assert "+3.0 (+0.5 to +5.5)" in transfer_words([base, large], "top1")
 
 
+def test_results_that_the_base_has_not_are_named() -> None:
+    base, both = Arm({}, {"top1": {0: 10.0}}), Arm({"loss": "both"}, {"top1": {0: 11.0}, "CIDEr": {0: 50.0}})
+    said = transfer_words([base, both], "top1")
+    assert "|            | top1 |" in said
+    assert "\n\nNo result of the base to compare with: CIDEr.\n" in said
+    other = Arm({"loss": "captions"}, {"CIDEr": {0: 50.0}})
+    assert "No level alone has a result that the base has too" in transfer_words([base, other], "top1")
+
+
 def test_effects_without_the_base_are_refused() -> None:
     with pytest.raises(ValueError, match="no run of the base is finished, which effects are told against; train it"):
         effects([Arm({"model": "large"}, {"top1": {0: 1.0}})])

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_BASE_COLOUR = "#777777"
+BASE_COLOUR = "#777777"
 _COLOURS = (
     "#1f6feb",
     "#d1495b",
@@ -52,12 +52,12 @@ def draw_axes(panels: Mapping[str, Groups], name: str, words: str, path: Path) -
     )
     has_band = False
     for place, (axis, groups) in zip(axes[0], panels.items(), strict=True):
-        for (label, curves), style in zip(groups.items(), _styles(len(groups), has_base=True), strict=True):
+        for (label, curves), style in zip(groups.items(), line_styles(len(groups), has_base=True), strict=True):
             has_band |= _draw(place, curves, name, "samples_seen", 1.0, label, style)
         place.set_title(axis, loc="left")
         place.set_xlabel("pairs seen")
         place.legend(frameon=False, loc="lower right")
-        _tidy(place)
+        tidy(place)
     axes[0, 0].set_ylabel(words)
     _say(figure, has_band)
     save_figure(figure, path)
@@ -70,12 +70,12 @@ def draw_times(groups: Groups, name: str, words: str, path: Path) -> None:
     longest = max(curve.records[-1]["trained_seconds"] for curves in groups.values() for curve in curves)
     unit = "hours" if longest > 7200 else "minutes" if longest > 120 else "seconds"
     has_band = False
-    for (label, curves), style in zip(groups.items(), _styles(len(groups), has_base=True), strict=True):
+    for (label, curves), style in zip(groups.items(), line_styles(len(groups), has_base=True), strict=True):
         has_band |= _draw(place, curves, name, "trained_seconds", _SECONDS[unit], label, style)
     place.set_xlabel(f"training time, {unit}")
     place.set_ylabel(words)
     place.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    _tidy(place)
+    tidy(place)
     _say(figure, has_band)
     save_figure(figure, path)
 
@@ -102,7 +102,7 @@ def draw_fits(points: Points, fits: Sequence[Fit], words: str, path: Path) -> No
     place.yaxis.set_major_formatter("{x:g}")
     place.yaxis.set_minor_formatter("{x:g}")
     place.legend(frameon=False, fontsize=8)
-    _tidy(place)
+    tidy(place)
     save_figure(figure, path)
 
 
@@ -121,7 +121,7 @@ def draw_rungs(courses: Mapping[str, Sequence[tuple[float, Result]]], words: str
     unit = "hours" if longest > 7200 else "minutes" if longest > 120 else "seconds"
     ended = [name for name, course in courses.items() if len(course) == most]
     ended.sort(key=lambda name: courses[name][-1][1].value, reverse=courses[ended[0]][-1][1].higher_is_better)
-    styles = dict(zip(ended, _styles(len(ended), has_base=False), strict=True))
+    styles = dict(zip(ended, line_styles(len(ended), has_base=False), strict=True))
     others = [name for name, course in courses.items() if course and name not in styles]
     for name in [*others, *ended]:
         times = [seconds / _SECONDS[unit] for seconds, _ in courses[name]]
@@ -146,7 +146,7 @@ def draw_rungs(courses: Mapping[str, Sequence[tuple[float, Result]]], words: str
         *([listed[number] for number in order] for listed in (handles, labels)),
         frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5),
     )  # fmt: skip
-    _tidy(place)
+    tidy(place)
     save_figure(figure, path)
 
 
@@ -161,7 +161,7 @@ def draw_transfer(rows: Table, tasks: Sequence[str], path: Path) -> None:
     pyplot = drawing_pyplot()
     values = np.array([[row[task].mean if task in row else np.nan for task in tasks] for row in rows.values()])
     most = np.nanmax(np.abs(values), axis=0, keepdims=True)
-    size = (2.2 + 0.95 * len(tasks), 1.8 + 0.45 * len(rows))
+    size = (max(2.2 + 0.95 * len(tasks), 4.2), 1.8 + 0.45 * len(rows))
     figure, place = pyplot.subplots(figsize=size, constrained_layout=True)
     place.imshow(values / np.where(most > 0, most, 1.0), cmap="RdBu", vmin=-1.4, vmax=1.4, aspect="auto")
     for (row, column), value in np.ndenumerate(values):
@@ -171,17 +171,17 @@ def draw_transfer(rows: Table, tasks: Sequence[str], path: Path) -> None:
     place.set_xticks(range(len(tasks)), [task.replace("_", " ") for task in tasks], rotation=35, ha="right", fontsize=8)
     place.set_yticks(range(len(rows)), list(rows), fontsize=9)
     place.tick_params(length=0)
-    place.set_title("Points against the base; colours within a task", loc="left", fontsize=10)
+    figure.suptitle("Points against the base; colours within a task", fontsize=10, x=0.01, ha="left")
     save_figure(figure, path)
 
 
-def _styles(count: int, has_base: bool) -> list[dict[str, Any]]:
+def line_styles(count: int, has_base: bool) -> list[dict[str, Any]]:
     """Return a colour and a kind of line for each of some lines, grey for the base."""
     coloured = [
         {"color": _COLOURS[number % len(_COLOURS)], "linestyle": _LINES[number // len(_COLOURS) % len(_LINES)]}
         for number in range(count)
     ]
-    return [{"color": _BASE_COLOUR, "linestyle": "-"}, *coloured][:count] if has_base else coloured
+    return [{"color": BASE_COLOUR, "linestyle": "-"}, *coloured][:count] if has_base else coloured
 
 
 def _draw(
@@ -204,7 +204,7 @@ def _draw(
     return len(courses) > 1
 
 
-def _tidy(place: "Axes") -> None:
+def tidy(place: "Axes") -> None:
     place.grid(alpha=0.25, which="both")
     place.spines[["top", "right"]].set_visible(False)
 

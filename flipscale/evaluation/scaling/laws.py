@@ -132,7 +132,7 @@ class AdditiveLaw(Law):
     replication by Besiroglu et al., arXiv 2404.10102.
 
     Raises:
-        ValueError: the points have two values of an axis.
+        ValueError: the points have two values of an axis, or differ in none.
     """
 
     name = "additive"
@@ -152,6 +152,10 @@ class AdditiveLaw(Law):
                     "train another one"
                 )
         self._axes = [axis for axis, number in values.items() if number > 2]
+        if not self._axes:
+            raise ValueError(
+                "additive: all points have the same parameters, samples and pairs; train some that differ in them"
+            )
         self.spent = [axis.field for axis in self._axes]
         super().__init__(points)
         terms = [f"{axis.share} x {axis.field}^-exponent" for axis in self._axes]

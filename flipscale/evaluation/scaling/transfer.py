@@ -58,6 +58,11 @@ def tasks_of(arms: Sequence[Arm]) -> list[str]:
     return list(dict.fromkeys(task for arm in arms for task in arm.results))
 
 
+def tasks_moved(rows: Table, arms: Sequence[Arm]) -> list[str]:
+    """Return the names of the tasks of which a table has an effect, in the order of `tasks_of`."""
+    return [task for task in tasks_of(arms) if any(task in row for row in rows.values())]
+
+
 def effects(arms: Sequence[Arm]) -> Table:
     """Return what each level of each axis adds to the base, alone: by the arm's label, then by the task."""
     base = _base(arms)

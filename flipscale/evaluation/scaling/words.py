@@ -4,7 +4,16 @@ from collections.abc import Sequence
 
 from flipscale.evaluation.results import NOTHING
 from flipscale.evaluation.scaling.fitting import Fit, Prediction
-from flipscale.evaluation.scaling.transfer import Arm, Effect, Table, beyond, effects, interactions, tasks_of
+from flipscale.evaluation.scaling.transfer import (
+    Arm,
+    Effect,
+    Table,
+    beyond,
+    effects,
+    interactions,
+    tasks_moved,
+    tasks_of,
+)
 from flipscale.files.text_table import in_markdown, markdown_table
 
 
@@ -42,8 +51,12 @@ def transfer_words(arms: Sequence[Arm], reference: str) -> str:
         else "One seed a run, so there are no intervals: what is small may be the seed."
     )
     parts = [f"# What each axis moves\n\nPoints against the base, one axis changed. {seeds}"]
-    tasks = tasks_of(arms)
+    tasks = tasks_moved(alone, arms)
+    if not tasks:
+        return f"{parts[0]}\n\nNo level alone has a result that the base has too, so there is nothing to tell.\n"
     parts += [_table(alone, tasks), *_conclusions(alone, tasks)]
+    if left_out := [task for task in tasks_of(arms) if task not in tasks]:
+        parts.append(f"No result of the base to compare with: {', '.join(map(in_markdown, left_out))}.")
     if together:
         parts += [
             "## Together beyond the sum\n\nWhat axes add together, less what they add alone.",
@@ -53,7 +66,7 @@ def transfer_words(arms: Sequence[Arm], reference: str) -> str:
         parts += [
             f"## Beyond what {in_markdown(reference)} predicts\n\nPoints against the base, less those that the "
             "change of that task gives by a line between the logits of the two, fitted to all runs.",
-            _table(more, [task for task in tasks if any(task in row for row in more.values())]),
+            _table(more, tasks_moved(more, arms)),
         ]
     return "\n\n".join(parts) + "\n"
 
