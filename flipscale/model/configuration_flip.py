@@ -136,7 +136,8 @@ class FlipDecoderConfig(FlipPreTrainedConfig):
         num_encoder_layers: layers without a causal mask that the tokens of the image go through before the decoder sees
             them, in its width.
         max_position_embeddings: the most tokens of a caption; the token before the first counts, the last does not.
-        bos_token_id, eos_token_id: the tokens before the first and after the last word: BERT's [CLS] and [SEP].
+        bos_token_id, eos_token_id: the tokens before the first and after the last word: BERT's [CLS] and [SEP]. No last
+            one, None, is for captions that go on to the last position.
         mask_token_id: the token that stands in every place of a caption that is predicted at once, in all places
             (CapPa, arXiv 2306.07915). None is for a decoder that never does.
     """
@@ -158,7 +159,7 @@ class FlipDecoderConfig(FlipPreTrainedConfig):
     use_cache: bool = True
     pad_token_id: int = 0
     bos_token_id: int = 101
-    eos_token_id: int = 102
+    eos_token_id: int | None = 102
     mask_token_id: int | None = None
 
     @classmethod

@@ -185,11 +185,16 @@ class FlipForConditionalGeneration(FlipPreTrainedModel, GenerationMixin):
         Raises:
             ValueError: the texts to go on from have different numbers of tokens.
         """
-        if kwargs.get("encoder_outputs") is None:
-            images = {name: kwargs.pop(name) for name in _IMAGES if name in kwargs}
+        images = {name: kwargs.pop(name) for name in _IMAGES if name in kwargs}
+        if pixel_values is not None and not images:
+            kwargs["pixel_values"] = pixel_values  # which an `assistant_model` encodes on its own
+        elif kwargs.get("encoder_outputs") is None:
             kwargs["encoder_outputs"] = self.vision_model(pixel_values=pixel_values, **images)
         if input_ids is not None:
             kwargs["decoder_input_ids"] = self._prompt(input_ids, attention_mask)
+        if kwargs.get(CACHE) is not None and kwargs.get("decoder_input_ids") is not None:
+            # Beside a mask alone does transformers leave out the tokens that the cache holds.
+            kwargs.setdefault("decoder_attention_mask", torch.ones_like(kwargs["decoder_input_ids"]))
         positions = self.config.decoder_config.max_position_embeddings
         if not kwargs.keys() & {"max_length", "max_new_tokens", "generation_config"}:
             kwargs["max_length"] = positions + 1

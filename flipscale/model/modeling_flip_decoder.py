@@ -87,7 +87,8 @@ def caption_inputs(
     """
     ids, own = bare_captions(input_ids, attention_mask, config)
     reaches = torch.cat([torch.ones_like(own[:, :1]), own[:, :-1]], dim=1)
-    labels = torch.where(own, ids, torch.where(reaches, config.eos_token_id, NO_TARGET))
+    end = NO_TARGET if config.eos_token_id is None else config.eos_token_id
+    labels = torch.where(own, ids, torch.where(reaches, end, NO_TARGET))
     return shifted_right(labels, config), labels
 
 

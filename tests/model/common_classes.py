@@ -1,5 +1,6 @@
 """The classes that `test_common` runs: transformers' common tests, given each FLIP model and its inputs."""
 
+import copy
 import unittest
 from typing import Any, ClassVar
 
@@ -248,20 +249,31 @@ class FlipForConditionalGenerationTest(
     test_bc_cache_name_forward = None
     # Tower and decoder stand side by side: there is no model inside that is this one without its head.
     test_model_base_model_prefix = None
+    # A caption is of an image, so nothing is written of none.
+    test_generate_without_input_ids = None
+    # They count outputs, of which targets add the loss and leave out the cache.
+    without_targets = ("test_attention_outputs", "test_generate_continue_from_past_key_values")
 
     def setUp(self) -> None:
         self.model_tester = CaptionTester(self)
+        self.model_tester.has_targets = self._testMethodName not in self.without_targets
         self.config_tester = configuration.ConfigTester(
             self, config_class=FlipConfig, has_text_modality=False, common_properties=["projection_dim"]
         )
 
+    def prepare_config_and_inputs_for_generate(self, batch_size: int = 2) -> tuple[FlipConfig, dict[str, Any]]:
+        """Images alone: captions beside them are texts to go on from, and the tests count the tokens from the begin."""
+        self.model_tester.has_targets = False
+        return super().prepare_config_and_inputs_for_generate(batch_size)
+
+    def _check_generate_outputs(self, output: Any, config: FlipConfig, **options: Any) -> None:
+        """It looks for the configuration of a text tower, where a captioner has its decoder's."""
+        decoder_config = copy.deepcopy(config.decoder_config)
+        decoder_config.is_encoder_decoder = True
+        super()._check_generate_outputs(output, decoder_config, **options)
+
     def test_config(self) -> None:
         self.config_tester.run_common_tests()
-
-    def test_attention_outputs(self) -> None:
-        """It counts the outputs, and takes a loss for granted only beside `labels`."""
-        self.model_tester.has_targets = False
-        super().test_attention_outputs()
 
 
 class FlipModelTest(modeling.ModelTesterMixin, unittest.TestCase):

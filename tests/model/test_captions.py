@@ -213,6 +213,24 @@ def test_a_caption_ends_with_the_positions(
         model(images)
 
 
+def test_a_caption_may_have_no_end(
+    captioner: Callable[..., FlipForConditionalGeneration], images: torch.Tensor
+) -> None:
+    model = captioner(eos_token_id=None)
+    assert model.generate(images).shape == (3, 9)
+    labels = caption_inputs(targets([5, 6, 0, 0]), None, model.config.decoder_config)[1]
+    assert labels.tolist() == [[5, 6, NO_TARGET, NO_TARGET]]
+
+
+def test_a_smaller_model_may_assist(
+    captioner: Callable[..., FlipForConditionalGeneration], images: torch.Tensor
+) -> None:
+    """It encodes the image on its own, and what is written does not change."""
+    model, assistant = captioner(), captioner(num_hidden_layers=1)
+    for image in images[:, None]:
+        assert torch.equal(model.generate(image, assistant_model=assistant), model.generate(image))
+
+
 def test_one_folder_is_a_captioner_and_a_contrastive_model(
     small: Callable[..., FlipModel], images: torch.Tensor, captions: torch.Tensor, tmp_path: Path
 ) -> None:
