@@ -6,9 +6,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flipscale.data.sources.tar_source import TarSource
-from flipscale.files.command_line import number, output_folder
-from flipscale.files.ranges import Count, CountOrNone, ShareAboveNone, ShareBelowAll, Threads
-from flipscale.files.room import usable_cores
+from flipscale.files.command_line import add_num_workers, number, output_folder
+from flipscale.files.ranges import Count, CountOrNone, ShareAboveNone, ShareBelowAll
+from flipscale.preparation.coco.command import (
+    add_captions_arguments,
+    add_questions_arguments,
+    prepare_captions,
+    prepare_questions,
+)
 
 if TYPE_CHECKING:
     from flipscale.evaluation.task_page import TaskPage
@@ -63,9 +68,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=1.0,
         help="Draw this share of the training icons; a smaller one is a part of a larger. 1, the default, draws all.",
     )
-    _add_num_workers(icons)
+    add_num_workers(icons)
     digits = add("digits", "Write scikit-learn's 1,797 handwritten digits as a labelled set, to try probes on.")
     easy_vqa = add("easy_vqa", "Download easy-VQA: 48,248 questions about drawings of shapes, and a tokenizer.")
+    add_captions_arguments(add("coco_captions", "Write COCO's captions as shards, in the split of everybody's tests."))
+    add_questions_arguments(add("vqa_v2", "Write VQAv2 as shards: questions about COCO's images, and their answers."))
     photos = add("photos", "Write JPEGs of two sizes, cut from photos in a Debian package, to measure loaders with.")
     for kind in (digits, easy_vqa, photos):
         kind.add_argument("directory", type=output_folder, help="The folder to write.")
@@ -156,16 +163,7 @@ def _add_writing_arguments(shards: argparse.ArgumentParser) -> None:
         help="End with exit code 2 if more of the pairs cannot be used; 0.95 by default. The others are written all "
         "the same.",
     )
-    _add_num_workers(shards)
-
-
-def _add_num_workers(kind: argparse.ArgumentParser) -> None:
-    kind.add_argument(
-        "--num_workers",
-        type=number(Threads),
-        default=usable_cores(),
-        help="How many processes work; by default one for each core.",
-    )
+    add_num_workers(shards)
 
 
 def _held_out(text: str) -> float:
@@ -199,7 +197,7 @@ def add_audit_arguments(audit: argparse.ArgumentParser) -> None:
         "--output_dir", type=output_folder, default=Path("audit"), help="The folder to write; audit by default."
     )
     audit.add_argument("--tokenizer", help="Count the tokens of captions too, with a tokenizer named as in a recipe.")
-    _add_num_workers(audit)
+    add_num_workers(audit)
 
 
 def add_tasks_arguments(tasks: argparse.ArgumentParser) -> None:
@@ -233,6 +231,8 @@ def run(args: argparse.Namespace) -> None:
         "icons": _icons,
         "digits": _digits,
         "easy_vqa": _easy_vqa,
+        "coco_captions": prepare_captions,
+        "vqa_v2": prepare_questions,
         "photos": _photos,
         "tasks": _tasks,
         "index": _index,

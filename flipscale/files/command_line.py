@@ -7,6 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn, get_args
 
+from flipscale.files.ranges import Threads
+from flipscale.files.room import usable_cores
+
 _LONGEST_NAME = 255  # of a file, on all usual file systems
 
 
@@ -65,3 +68,13 @@ def number(kind: Any) -> Callable[[str], Any]:
         return value
 
     return read
+
+
+def add_num_workers(parser: argparse.ArgumentParser) -> None:
+    """Add `--num_workers`, of a verb that works in several processes."""
+    parser.add_argument(
+        "--num_workers",
+        type=number(Threads),
+        default=usable_cores(),
+        help="How many processes work; by default one for each core.",
+    )

@@ -29,7 +29,7 @@ from flipscale.data.sources.shard_index import load_index
 from flipscale.data.sources.tar_file import add_member
 from flipscale.files import json_lines
 from flipscale.files.aside import own_partial_path, sync, written_aside
-from flipscale.preparation.lists.pair_list import PairList
+from flipscale.preparation.lists.pair_list import PairList, VotedPairs
 from flipscale.preparation.shard_report import DUPLICATE, MANIFEST, REPORT, write_report
 from flipscale.preparation.worker_pool import worker_pool
 
@@ -279,12 +279,14 @@ def _write_shard(shard: int, same_as: dict[int, int]) -> dict[str, Any]:
                         raise DuplicateImage(f"the same bytes as {pairs.place(same_as[number])}")
                     captions = pairs.captions(number)
                     label = _job.class_numbers[pairs.label(number)] if _job.options.labels else None
+                    votes = pairs.votes(number) if isinstance(pairs, VotedPairs) else None
                     image, extension, about = _stored_image(pairs.image(number), _job.options)
                 except BadSample as error:
                     fault = {"key": pairs.key(number), "cause": error.cause, "detail": str(error)}
                     line["left_out"].append({name: _cut(text) for name, text in fault.items()})
                     continue
-                _add_pair(tar, number, image, extension, captions, label, {"key": pairs.key(number), **about})
+                about_pair = {"key": pairs.key(number), **about}
+                _add_pair(tar, number, image, extension, captions, label, votes, about_pair)
                 line["written"] += 1
                 line["shrunk"] += about["width"] != about["original_width"]
                 line["image_bytes"] += len(image)
@@ -317,10 +319,11 @@ def _add_pair(
     extension: str,
     captions: list[str],
     label: int | None,
+    votes: np.ndarray | None,
     about: dict[str, Any],
 ) -> None:
-    """Append KEY.jpg, KEY.txt with the first caption, KEY.cls with the class if there is one, and KEY.json with `about`
-    and, if several, all captions."""
+    """Append KEY.jpg, KEY.txt with the first caption, KEY.cls with the class and KEY.npy with the votes if there are
+    any, and KEY.json with `about` and, if several, all captions."""
     name = f"{number:09d}"
     if len(captions) > 1:
         about = {**about, "captions": captions}
@@ -328,6 +331,9 @@ def _add_pair(
     add_member(tar, f"{name}.txt", captions[0].encode())
     if label is not None:
         add_member(tar, f"{name}.cls", str(label).encode())
+    if votes is not None:
+        np.save(stored := io.BytesIO(), votes, allow_pickle=False)
+        add_member(tar, f"{name}.npy", stored.getvalue())
     add_member(tar, f"{name}.json", json.dumps(about, ensure_ascii=False).encode())
 
 

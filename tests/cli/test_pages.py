@@ -207,7 +207,7 @@ RULES: dict[str, Callable[[list[str]], None]] = {
     r"flipscale study plan ": study_plan,
     r"flipscale (study|prepare (demo|icons|photos|easy_vqa|audit|tasks [^- ]\S*)|bench \w+) ": verb_s_arguments,
     r"flipscale bench compare\w*$|flipscale evaluate .*(--without |association|captioning|vqa)": verb_s_arguments,
-    r"flipscale prepare (shards imagenet|tokenizer data/icons)/": verb_s_arguments,
+    r"flipscale prepare ((shards imagenet|tokenizer data/icons)/|coco_captions |vqa_v2 )": verb_s_arguments,
     r"flipscale pretrain .*--(dry_run|help|print_config)|flipscale pretrain --config demo_unseen": verb,
     r"flipscale finetune --config finetune_demo --data": verb,
     r"(flipscale|python -m flipscale\.)pretrain |flipscale (pretrain|finetune) .": training,

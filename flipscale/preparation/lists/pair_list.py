@@ -1,7 +1,9 @@
 """Image-text pairs that can become shards: a folder, a table of paths, or a data set of the `datasets` library."""
 
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
+
+import numpy as np
 
 from flipscale.preparation.lists.columns import AskedColumns
 from flipscale.preparation.lists.dataset_list import DatasetList
@@ -55,6 +57,15 @@ class PairList(Protocol):
 
     def fingerprint(self) -> str:
         """Return a digest of what names the pairs (files and captions, or the data set), not of the images."""
+
+
+@runtime_checkable
+class VotedPairs(PairList, Protocol):
+    """Pairs of an image and a question that people answered."""
+
+    def votes(self, number: int) -> np.ndarray:
+        """Return how many people gave each answer and, last, any other, for KEY.npy: whole numbers
+        `(answers + 1,)`."""
 
 
 def open_pairs(

@@ -1,0 +1,1 @@
+"""COCO's images with captions, or with questions and answers, as the paper's transfer learns from them."""
