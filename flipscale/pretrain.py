@@ -220,10 +220,10 @@ def report(recipe: Recipe) -> None:
     run_dir = Path(recipe.output_dir)
     if os.environ.get("RANK", "0") != "0" or not (run_dir / "DONE").exists() or (run_dir / "report.html").exists():
         return
-    from flipscale.hub.loading import load_flip
+    from flipscale.hub.loading import load_with_tokenizer
     from flipscale.pages.report import offer_report
 
-    offer_report(recipe, load_flip)
+    offer_report(recipe, load_with_tokenizer)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

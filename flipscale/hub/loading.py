@@ -165,13 +165,13 @@ def open_embedder(name: str, accelerator: "Accelerator", batch_size: int = 256, 
             except ValueError as error:
                 raise ValueError(f"model {name!r} cannot be loaded ({error})") from error
             return _tried(embedder)
-    model, tokenizer = _loaded(name)
+    model, tokenizer = load_with_tokenizer(name)
     model.set_attn_implementation(best_attention(accelerator.device))
     kind = ClassifierEmbedder if tokenizer is None else Embedder
     return _tried(kind(model.to(accelerator.device), tokenizer, accelerator, batch_size, num_workers, name=name))
 
 
-def _loaded(name: str) -> tuple[FlipPreTrainedModel, PreTrainedTokenizerBase | None]:
+def load_with_tokenizer(name: str) -> tuple[FlipPreTrainedModel, PreTrainedTokenizerBase | None]:
     """Return a model with its tokenizer, or a classifier without one, as `load_flip` and `load_model`."""
     folder, model = load_model(name)
     return model, None if isinstance(model, FlipForImageClassification) else _tokenizer_of(folder, name, model.config)

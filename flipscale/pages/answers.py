@@ -19,8 +19,8 @@ class Answers:
         top: the numbers of the nearest answers, the nearest first, int64 `(pictures, k)`.
         shares: how the model divides its belief over them, fp32 `(pictures, k)`; over all answers it sums to one.
         ranks: how many answers are nearer than the right one, int64 `(pictures,)`.
-        leads: by how much the right answer is nearer in cosine than the best of the others, fp32 `(pictures,)`; below 0
-            where it is not the nearest.
+        leads: by how much the right answer is nearer in cosine, or has more of a classifier's logit, than the best of
+            the others, fp32 `(pictures,)`; below 0 where it is not the nearest.
     """
 
     names: list[str]
@@ -39,14 +39,14 @@ class Answers:
 def answers_of(
     pictures: np.ndarray, texts: np.ndarray, names: Sequence[str], right: Sequence[int], scale: float, k: int = 3
 ) -> Answers:
-    """Return the answers of embeddings of unit length.
+    """Return the answers of embeddings of unit length, or of logits.
 
     Args:
-        pictures: fp32 `(pictures, dim)`.
-        texts: fp32 `(answers, dim)`.
+        pictures: fp32 `(pictures, dim)`; of a classifier its logits.
+        texts: fp32 `(answers, dim)`; of a classifier the identity.
         names: of the answers.
         right: the number of each picture's right answer.
-        scale: the model's inverse temperature.
+        scale: the model's inverse temperature; of a classifier 1.
         k: how many of the nearest are kept.
     """
     known, k = np.asarray(right, dtype=np.int64), min(k, len(names))

@@ -24,7 +24,7 @@ class Embedded:
 
     Args:
         rows: the numbers of those that could be embedded, int64 `(rows,)`.
-        embeds: theirs, fp32 `(rows, dim)` of unit length.
+        embeds: theirs, fp32 `(rows, dim)`, as `features` gave them.
         faults: what is wrong with each of the others, with its name.
     """
 
@@ -44,7 +44,7 @@ def embed_pictures(
 
     Args:
         decode: from the bytes of a picture to the columns that `features` takes a batch of.
-        features: returns `(batch, dim)`, not normalised.
+        features: returns `(batch, dim)`.
         seconds: after so long, no other batch is begun; None does all.
     """
     kept: list[int] = []
@@ -66,7 +66,7 @@ def embed_pictures(
                     columns.append(found)
             if columns:
                 stacked = {name: torch.from_numpy(np.stack([one[name] for one in columns])) for name in columns[0]}
-                parts.append(_unit(features(stacked)))
+                parts.append(features(stacked).float().cpu().numpy())
             bar.update(len(batch))
     return Embedded(np.asarray(kept, np.int64), np.concatenate(parts) if parts else np.empty((0, 0), "f4"), faults)
 
@@ -101,5 +101,6 @@ def _read(pictures: Pictures, batch: list[int]) -> list[bytes | BadSample]:
     return found
 
 
-def _unit(features: torch.Tensor) -> np.ndarray:
-    return torch.nn.functional.normalize(features.float(), dim=-1).cpu().numpy()
+def unit(features: torch.Tensor) -> torch.Tensor:
+    """Return features `(batch, dim)` as fp32 of unit length."""
+    return torch.nn.functional.normalize(features.float(), dim=-1)

@@ -59,13 +59,22 @@ class Facts:
         files = (read_starts(run_dir), read_energy(run_dir), occupied_device_hours(run_dir))
         return cls(recipe, environment, config, *files)
 
+    @property
+    def _samples(self) -> str:
+        """What a run learned from: a classifier has labels for words."""
+        return "pictures" if self.config.get("architectures") == ["FlipForImageClassification"] else "pairs"
+
     def sentence(self, curve: Curve) -> str:
         """Return what the run is."""
         last, vision = curve.records[-1], self.config["vision_config"]
         parameters = self.environment.get("num_parameters")
         size = f" of {parameters / 1e6:,.1f} million parameters" if parameters else ""
+        what = "pictures and words"
+        if self._samples == "pictures":
+            what = f"pictures{size} that knows {len(self.config['id2label']):,} classes"
+            size = ""
         return (
-            f"A model of pictures and words{size}. It learned from {last['samples_seen']:,} pairs{self._data()} in "
+            f"A model of {what}{size}. It learned from {last['samples_seen']:,} {self._samples}{self._data()} in "
             f"{duration(last['trained_seconds'])} of training, {self._masks()}; its pictures have "
             f"{vision['image_size']} x {vision['image_size']} pixels{self._other_sizes()}."
         )
@@ -76,9 +85,9 @@ class Facts:
         main = [r for r in curve.results if r.headline and r.who == THIS_MODEL][:2]
         return [
             *((result.value_text, result.shown) for result in main),
-            (f"{last['samples_seen']:,}", "pairs seen"),
+            (f"{last['samples_seen']:,}", f"{self._samples} seen"),
             (duration(last["trained_seconds"]), "of training"),
-            *([(f"{curve.images_per_s:,.0f}", "pairs a second")] if last["trained_seconds"] else []),
+            *([(f"{curve.images_per_s:,.0f}", f"{self._samples} a second")] if last["trained_seconds"] else []),
         ]
 
     def rows(self, curve: Curve) -> list[tuple[str, str]]:
@@ -130,11 +139,12 @@ class Facts:
     def _masks(self) -> str:
         ratios = [stage.get("mask_ratio") or 0.0 for stage in self.recipe["stages"]]
         most = max(ratios)
+        name = f" ({'FLIP' if most else 'CLIP'})" if self._samples == "pairs" else ""
         if not most:
-            return "with every picture whole (CLIP)"
+            return f"with every picture whole{name}"
         if ratios[-1] == 0 < ratios[0]:
-            return f"first with {_percent(ratios[0])} of each picture left out, at the end with whole pictures (FLIP)"
-        return f"with {_percent(most)} of each picture left out (FLIP)"
+            return f"first with {_percent(ratios[0])} of each picture left out, at the end with whole pictures{name}"
+        return f"with {_percent(most)} of each picture left out{name}"
 
 
 def _percent(ratio: float) -> str:

@@ -95,12 +95,10 @@ def write_report(recipe: Recipe, load: Load) -> Path:
 def _seen(recipe: Recipe, load: Load, precision: str, missing: list[str]) -> "Seen | None":
     """Return what the model says of test pictures, None where it cannot be said."""
     task = shown_task(recipe.eval.planned())
-    if task is None and recipe.loss.kind == "classify":
-        return None
     if task is None:
         missing.append(
             "What the model says of pictures: the recipe has no evaluation that names pictures or finds captions. "
-            "eval.zero_shot or eval.retrieval names a test set."
+            "eval.tasks lists evaluations."
         )
         return None
     folder = str(Path(recipe.output_dir) / "model")
@@ -168,10 +166,11 @@ def answered(tested: Tested) -> Seen:
         _card(tested, mistake.example, f"taken for {_short(mistake.given)}, {_sure(answers, mistake)}")
         for mistake in mistakes(answers, _MOST_MISTAKES)
     ]
-    is_small = tested.task.kind == "zero_shot" and len(answers.names) <= _LARGEST_MATRIX
+    what = "caption" if tested.task.kind == "retrieval" else "class"
+    is_small = what == "class" and len(answers.names) <= _LARGEST_MATRIX
     return Seen(
         data=data_name(tested.task.data),
-        what="class" if tested.task.kind == "zero_shot" else "caption",
+        what=what,
         taken=len(tested.rows),
         total=len(tested.pictures),
         num_right=answers.num_right,
@@ -226,7 +225,7 @@ def headline(curve: Curve) -> str | None:
         return None
     interval = f" (95 % interval {result.interval_text})" if result.interval_text else ""
     chance = "" if result.chance is None else f"; guessing would reach {with_unit(result.chance, result.unit)}"
-    if (result.kind, result.metric) == ("zero_shot", "top1") and result.n is not None:
+    if result.kind in ("zero_shot", "classification") and result.metric == "top1" and result.n is not None:
         where = _data(result)
         return f"Of {result.n:,} pictures{where} it names {result.value_text} right at once{interval}{chance}."
     queries = "" if result.n is None else f" over {result.n:,} queries"

@@ -15,7 +15,7 @@ from flipscale.data.faults import BadSample
 from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.reports.record import weights_digest
 from flipscale.files.aside import write_text, written_aside
-from flipscale.pages.embedded import Embedded, embed_pictures
+from flipscale.pages.embedded import Embedded, embed_pictures, unit
 from flipscale.pages.library import FolderPictures, Pictures
 from flipscale.pages.page import Picture, rendered, shortened, thumbnail
 from flipscale.preparation.lists.files import IMAGE_SUFFIXES
@@ -146,7 +146,7 @@ def _embed(embedder: Embedder, pictures: Pictures, rows: Sequence[int]) -> Embed
 
     def features(columns: dict[str, torch.Tensor]) -> torch.Tensor:
         with embedder.accelerator.autocast():
-            return embedder.image_features(**{name: column.to(device) for name, column in columns.items()})
+            return unit(embedder.image_features(**{name: column.to(device) for name, column in columns.items()}))
 
     return embed_pictures(pictures, rows, embedder.decoder(), features)
 

@@ -95,7 +95,7 @@ def _record_baselines(runs: list[StudyRun]) -> None:
     """Append to every run's results, and put on its page, what the nearest training image achieves at the first
     recipe's first zero-shot task."""
     from flipscale.evaluation.nearest_neighbour import run_baselines
-    from flipscale.hub.loading import load_flip
+    from flipscale.hub.loading import load_with_tokenizer
     from flipscale.pages.report import offer_report
 
     recipe = runs[0].recipe
@@ -103,7 +103,7 @@ def _record_baselines(runs: list[StudyRun]) -> None:
         baselines = run_baselines(recipe.data.shards, task)
         for run in runs:
             record_baselines(run.run_dir, baselines)
-            offer_report(run.recipe, load_flip)
+            offer_report(run.recipe, load_with_tokenizer)
 
 
 def _take_model(run_dir: Path, model: Path) -> Path:

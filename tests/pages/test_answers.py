@@ -28,6 +28,15 @@ def test_answers_are_the_nearest_and_their_shares() -> None:
     assert matrix(answers)[1][2] == ((right == 1) & (order[:, 0] == 2)).sum()
 
 
+def test_logits_are_answers_as_they_are() -> None:
+    logits = np.array([[2.0, -1.0, 40.0], [0.5, 0.25, -3.0]], np.float32)
+    answers = answers_of(logits, np.eye(3, dtype=np.float32), ["a", "b", "c"], [0, 0], 1.0)
+    beliefs = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    assert answers.top.tolist() == [[2, 0, 1], [0, 1, 2]]
+    np.testing.assert_allclose(answers.shares, -np.sort(-beliefs, axis=1), rtol=1e-5)
+    assert answers.leads.tolist() == [-38.0, 0.25]
+
+
 def test_best_and_worst_and_most_confused() -> None:
     texts = np.eye(3, dtype=np.float32)
     # Two pictures of a are named right; of b one is, and two are taken for c; the one of c is taken for a.
