@@ -1,6 +1,7 @@
 """Answers to questions as a loss, and what a run of it leaves."""
 
 import io
+import json
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -10,8 +11,11 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import COLOURS, SHAPES, TOWER, add_member, draw, metrics, pretrain
+from conftest import COLOURS, SHAPES, TOWER, add_member, cut, draw, launch, metrics, pretrain
+from distributed.crowd import Crowds
+from hub.test_export import environment_of, image  # noqa: F401
 from PIL import Image
+from safetensors.torch import load_file
 from transformers import AutoModelForVisualQuestionAnswering, AutoProcessor
 
 from flipscale.cli import main
@@ -36,6 +40,21 @@ CONFIG = FlipConfig(
     answer_config=FUSION,
 )
 OBJECTIVE = Answer(num_answers=5)
+
+# Run in an environment of its own: prints what the folder gives there, as JSON.
+STRANGER = """
+import importlib.util, json, sys
+assert importlib.util.find_spec("flipscale") is None
+import torch
+from PIL import Image
+from transformers import AutoModelForVisualQuestionAnswering, AutoProcessor
+folder, image = sys.argv[1:]
+processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+model = AutoModelForVisualQuestionAnswering.from_pretrained(folder, trust_remote_code=True).eval()
+with torch.no_grad():
+    logits = model(**processor(images=Image.open(image), text="a disc", return_tensors="pt")).logits
+print(json.dumps({"answers": list(model.config.id2label.values()), "logits": logits[0].tolist()}))
+"""
 
 
 def build(**fusion: Any) -> Any:
@@ -170,7 +189,11 @@ def write(write_recipe: Callable[..., Path], tokenizer_dir: Path) -> Callable[..
     return write
 
 
-def test_a_run_learns_to_answer_and_its_folder_does(tmp_path: Path, write: Callable[..., Path]) -> None:
+def test_a_run_learns_to_answer_and_its_folder_does(
+    tmp_path: Path,
+    write: Callable[..., Path],
+    image: Path,  # noqa: F811
+) -> None:
     folder, run_dir = write_questions(tmp_path / "set", 64, label), tmp_path / "run"
     done = pretrain(write(run_dir, folder))
     assert done.returncode == 0, done.stderr
@@ -181,11 +204,44 @@ def test_a_run_learns_to_answer_and_its_folder_does(tmp_path: Path, write: Calla
     processor = AutoProcessor.from_pretrained(run_dir / "model")
     model = AutoModelForVisualQuestionAnswering.from_pretrained(run_dir / "model").eval()
     assert list(model.config.id2label.values()) == ANSWERS
-    picture = Image.fromarray(draw("red", "disc", np.random.default_rng(1)))
     with torch.no_grad():
-        logits = model(**processor(images=picture, text="a disc", return_tensors="pt")).logits
+        logits = model(**processor(images=Image.open(image), text="a disc", return_tensors="pt")).logits
     assert logits.shape == (1, 8)
+    python = environment_of(tmp_path / "venv", "torch", "transformers", "pillow")
+    command = [str(python), "-I", "-c", STRANGER, str(run_dir / "model"), str(image)]
+    stranger = launch(command, tmp_path, HF_HOME=str(tmp_path / "home"))
+    assert stranger.returncode == 0, stranger.stderr
+    found = json.loads(stranger.stdout.splitlines()[-1])
+    assert found["answers"] == ANSWERS
+    assert found["logits"] == pytest.approx(logits[0].tolist(), abs=1e-3)
     main(["evaluate", str(run_dir), "--task", f"{{kind: vqa, data: {folder}}}", "--json"])
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2", "zero3"])
+def test_two_processes_and_micro_batches_learn_what_one_does(
+    tmp_path: Path, write: Callable[..., Path], crowds: Crowds, engine: str
+) -> None:
+    """Masked and not; and what was cut goes on bit for bit."""
+    stages = [
+        {"name": "masked", "samples": 48, "mask_ratio": 0.75, "base_lr": 0.05, "warmup_samples": 16},
+        {"name": "unmasked", "samples": 48},
+    ]
+    changes = {"stages": stages, "save": {"every_samples": 32, "total_limit": 20}}
+    folder, runs = write_questions(tmp_path / "set", 64, label), [tmp_path / name for name in ("one", "many", "cut")]
+    parts = {"shards": str(folder), "global_batch_size": 16, "crop_scale": [1.0, 1.0], "micro_batch_size": 4}
+    assert crowds(1).run("train", "ddp", write(runs[0], folder, **changes)) == ["done"]
+    assert crowds(2).run("train", engine, write(runs[1], folder, **changes, data=parts)) == ["done"] * 2
+    cut(runs[1], runs[2], 2)
+    assert crowds(2).run("train", engine, write(runs[2], folder, **changes, data=parts)) == ["done"] * 2
+    one, many, resumed = ([record["loss"] for record in metrics(run_dir) if "loss" in record] for run_dir in runs)
+    assert len(one) == 6
+    assert one == pytest.approx(many, abs=1e-5)
+    assert one[-1] < one[0] - 0.5, "nothing was learned, so equality means little"
+    assert resumed == many
+    last = [metrics(run_dir)[-1]["vqa/accuracy"] for run_dir in runs]
+    assert last == [last[0]] * 3
+    ends = [load_file(run_dir / "model/model.safetensors") for run_dir in runs[1:]]
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
 
 
 def test_what_does_not_go_together_is_told(tmp_path: Path, write: Callable[..., Path]) -> None:

@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-import sys
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 import yaml
 from conftest import COLOURS, SHAPES, add_member, changed_recipe, cut, launch, metrics, pretrain, write_shards
 from distributed.crowd import Crowds
+from hub.test_export import environment_of
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification
@@ -34,9 +34,10 @@ STAGES = [
     {"name": "unmasked", "samples": 160},
 ]
 
+# Run in an environment of its own.
 STRANGER = """
-import json, sys
-sys.modules["flipscale"] = None  # as where it is not installed
+import importlib.util, json, sys
+assert importlib.util.find_spec("flipscale") is None
 from transformers import pipeline
 say = pipeline("image-classification", model=sys.argv[1], trust_remote_code=True, device="cpu")
 print(json.dumps(say(sys.argv[2], top_k=16)))
@@ -141,7 +142,8 @@ def test_a_run_learns_goes_on_bit_for_bit_and_ends_as_a_classifier(
     assert list(model.config.id2label.values()) == NAMES
     assert model.config.label2id[NAMES[3]] == 3
     Image.new("RGB", (48, 40), (200, 30, 30)).save(tmp_path / "red.png")
-    command = [sys.executable, "-c", STRANGER, str(run_dir / "model"), str(tmp_path / "red.png")]
+    python = environment_of(tmp_path / "venv", "torch", "transformers", "pillow")
+    command = [str(python), "-I", "-c", STRANGER, str(run_dir / "model"), str(tmp_path / "red.png")]
     stranger = launch(command, tmp_path, HF_HOME=str(tmp_path / "home"))
     assert stranger.returncode == 0, stranger.stderr
     answers = json.loads(stranger.stdout.splitlines()[-1])
