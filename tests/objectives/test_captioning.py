@@ -13,6 +13,7 @@ import torch
 from conftest import SHAPES, TOWER, metrics, pretrain
 from PIL import Image
 from safetensors.torch import load_file
+from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
 
 from flipscale.data.masks.image import keep_patches
@@ -20,7 +21,7 @@ from flipscale.data.pairs import InputShape
 from flipscale.data.recipe import DataRecipe
 from flipscale.data.sources.tar_source import TarSource
 from flipscale.data.tokenizers import load_tokenizer
-from flipscale.engines.first_weights import build_weights, fresh_weights
+from flipscale.engines.first_weights import build_weights, compile_blocks, fresh_weights
 from flipscale.hub.loading import load_flip, load_model
 from flipscale.model import FlipConfig, FlipForConditionalGeneration, FlipModel
 from flipscale.model.modeling_flip_decoder import caption_inputs
@@ -77,6 +78,14 @@ def test_the_contrastive_model_is_the_same_beside_its_decoder() -> None:
     assert torch.equal(ours.text_embeds, plain(**inputs).text_embeds)
 
 
+def loss_of(model: Any, objective: Objective, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    output = model(**inputs, return_logits=False)
+    loss = objective.mean_loss(output)
+    if objective.is_coupled:
+        loss = loss + objective.coupled_loss(*objective.compared(output), **objective.parameters(output))
+    return loss
+
+
 @pytest.mark.parametrize("objective", [BOTH, ALONE, Captioning(), Captioning(prediction="parallel")])
 def test_every_parameter_has_a_gradient_in_every_step(objective: Objective) -> None:
     model, inputs = build(objective), batch()
@@ -84,11 +93,7 @@ def test_every_parameter_has_a_gradient_in_every_step(objective: Objective) -> N
         del inputs["in_parallel"]
     elif objective == Captioning(prediction="parallel"):
         inputs["in_parallel"].fill_(True)
-    output = model(**inputs, return_logits=False)
-    loss = objective.mean_loss(output)
-    if objective.is_coupled:
-        loss = loss + objective.coupled_loss(*objective.compared(output), **objective.parameters(output))
-    loss.backward()
+    loss_of(model, objective, inputs).backward()
     assert not [name for name, parameter in model.named_parameters() if parameter.grad is None]
     of_tower = model.vision_model.embeddings.patch_embedding.weight.grad
     assert of_tower.abs().max() > 1e-6
@@ -106,6 +111,45 @@ def test_the_loss_is_the_same_in_any_split(parts: int) -> None:
     assert found.item() == pytest.approx(whole.item(), rel=1e-6)
     (of_parts,) = torch.autograd.grad(found, model.decoder.lm_head.weight)
     assert torch.allclose(of_parts, gradient, atol=1e-7)
+
+
+def found_by(model: Any, objective: Objective, inputs: dict[str, torch.Tensor]) -> tuple[float, torch.Tensor]:
+    """The loss and, in one row, its gradients."""
+    loss = loss_of(model, objective, inputs)
+    gradients = torch.autograd.grad(loss, list(model.parameters()))
+    return loss.item(), torch.cat([gradient.flatten() for gradient in gradients])
+
+
+@pytest.mark.parametrize("objective", [BOTH, ALONE])
+def test_bf16_is_off_by_its_rounding_alone(objective: Objective) -> None:
+    model, inputs = build(objective), batch()
+    exact, gradients = found_by(model, objective, inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, rounded = found_by(model, objective, inputs)
+    # bf16 has 8 bits, and errors of single values are independent.
+    assert loss == pytest.approx(exact, rel=2**-8)
+    assert loss != exact
+    assert (rounded - gradients).norm() < 0.05 * gradients.norm()
+
+
+@pytest.mark.parametrize("objective", [BOTH, ALONE])
+def test_compiled_blocks_find_the_same(objective: Objective, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a graph for each block and shape, which is not made machine code: that would take a minute."""
+    torch.compiler.reset()
+    graphs, compile_module = CompileCounterWithBackend("aot_eager"), torch.nn.Module.compile
+    plain, compiled = build(objective), build(objective)
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.nn.Module, "compile", lambda self, **how: compile_module(self, backend=graphs, **how))
+        compile_blocks(compiled)
+    inputs = batch()
+    masked = {**inputs, **{name: inputs[name][:, :4] for name in ("patches", "patch_index")}}
+    for shape in (inputs, masked):
+        exact, gradients = found_by(plain, objective, shape)
+        loss, found = found_by(compiled, objective, shape)
+        assert loss == pytest.approx(exact, rel=1e-6)
+        assert torch.allclose(found, gradients, atol=1e-6)
+    # Of the image tower and of the decoder, which looks at its tokens, one for each shape; of the text tower one.
+    assert graphs.frame_count == (5 if objective == BOTH else 4)
 
 
 def test_masks_save_the_decoder_work_too() -> None:
