@@ -91,3 +91,8 @@ class Objective:
         """Return numbers for `metrics.jsonl`, `()` or `(1,)`. The mean over the main process's micro-batches is logged.
         Unless a subclass adds more, they are the loss's parameters."""
         return self.parameters(output)
+
+    def gradient_squares(self, output: Any) -> dict[str, torch.Tensor]:
+        """Return the squared norms of gradients that the backward pass of `output` has found, `()`, by what
+        `metrics.jsonl` calls the norms. They are added up over the main process's micro-batches."""
+        return {}

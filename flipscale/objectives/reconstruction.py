@@ -14,15 +14,18 @@ from flipscale.model import FlipConfig, FlipModel, FlipOutput, FlipPreTrainedMod
 from flipscale.model.modeling_flip import FlipEncoder, sincos_positions
 from flipscale.model.patches import complement
 from flipscale.objectives.objective import Objective
+from flipscale.objectives.own_models.tower_gradients import given_to, watched
 
 _DECODER_LAYERS = 4
 
 
 @dataclass
 class ReconstructionOutput(FlipOutput):
-    """A `FlipOutput` and `reconstruction_loss`, fp32 `()`: 0 where nothing was masked."""
+    """A `FlipOutput`, `reconstruction_loss`, fp32 `()`: 0 where nothing was masked, and `gradient_squares`, see
+    `watched`."""
 
     reconstruction_loss: torch.Tensor | None = None
+    gradient_squares: torch.Tensor | None = None
 
 
 class ReconstructionDecoder(FlipPreTrainedModel):
@@ -120,8 +123,9 @@ class ReconstructingFlipModel(FlipModel):
             masked_patches: uint8 `(batch, num_patches - kept, channels * p * p)`: the patches that `patch_index` leaves
                 out, in their order.
         """
-        output = super().forward(*inputs, **kwargs)
-        tokens = output.vision_model_output.last_hidden_state
+        with given_to(self.image_projection) as means:
+            output = super().forward(*inputs, **kwargs)
+        tokens, squares = watched(output.vision_model_output.last_hidden_state, means[0])
         image_size = kwargs.get("image_size")
         num_patches = self.config.vision_config.patches_along(image_size) ** 2
         patch_index = kwargs.get("patch_index")
@@ -133,7 +137,9 @@ class ReconstructingFlipModel(FlipModel):
         patch_index = patch_index.long()
         pixels = self.vision_model.embeddings.normalise(masked_patches)
         predicted = self.reconstruction(tokens, patch_index, complement(patch_index, num_patches), image_size)
-        return ReconstructionOutput(**output, reconstruction_loss=pixel_loss(predicted, pixels))
+        return ReconstructionOutput(
+            **output, reconstruction_loss=pixel_loss(predicted, pixels), gradient_squares=squares
+        )
 
 
 def pixel_loss(predicted: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
@@ -175,3 +181,8 @@ class WithReconstruction(Objective):
 
     def metrics(self, output: FlipOutput) -> dict[str, torch.Tensor]:
         return self.other.metrics(output)
+
+    def gradient_squares(self, output: FlipOutput) -> dict[str, torch.Tensor]:
+        assert isinstance(output, ReconstructionOutput)
+        assert output.gradient_squares is not None
+        return dict(zip(("contrastive_grad_norm", "reconstruction_grad_norm"), output.gradient_squares, strict=True))

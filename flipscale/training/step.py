@@ -45,20 +45,21 @@ def one_pass(engine: Engine, batch: Batch, objective: Objective) -> StepLoss:
         loss = loss + _zero_of_the_rest(output, objective)
     metrics = _copied_metrics(output, objective)
     engine.backward(loss)
-    return StepLoss(loss.detach(), metrics)
+    return StepLoss(loss.detach(), {**metrics, **_gradient_norms([objective.gradient_squares(output)])})
 
 
 def accumulated(engine: Engine, batch: Sequence[Batch], objective: Objective) -> StepLoss:
     """Collective. Do what `one_pass` does for all micro-batches together, where the loss is a mean over samples: plain
     gradient accumulation."""
-    losses, metrics = [], []
+    losses, metrics, squares = [], [], []
     for micro_batch in engine.accumulate(batch):
         output = engine(**micro_batch)
         loss = objective.mean_loss(output) / len(batch)
         metrics.append(_copied_metrics(output, objective))
         engine.backward(loss + _zero_of_the_rest(output, objective))
         losses.append(loss.detach())
-    return StepLoss(torch.stack(losses).sum(), _mean_metrics(metrics))
+        squares.append(objective.gradient_squares(output))
+    return StepLoss(torch.stack(losses).sum(), {**_mean_metrics(metrics), **_gradient_norms(squares)})
 
 
 def two_passes(engine: Engine, batch: Sequence[Batch], objective: Objective) -> StepLoss:
@@ -80,13 +81,16 @@ def two_passes(engine: Engine, batch: Sequence[Batch], objective: Objective) -> 
     # All parameters are in every pass, so each micro-batch hands back an equal part of their gradients.
     of_rows = [gradient.chunk(len(batch)) for gradient in gradients[: len(rows)]]
     of_parameters = [[gradient / len(batch)] * len(batch) for gradient in gradients[len(rows) :]]
+    squares = []
     for micro_batch, *handed in engine.accumulate(list(zip(batch, *of_rows, *of_parameters, strict=True))):
         output = engine(**micro_batch)
         values = [*objective.compared(output), *objective.parameters(output).values()]
         products = [(value * gradient).sum() for value, gradient in zip(values, handed, strict=True)]
         engine.backward(torch.stack(products).sum() + objective.mean_loss(output) / len(batch))
+        squares.append(objective.gradient_squares(output))
     mean_loss = sum(part.mean_loss for part in found) / len(batch)
-    return StepLoss(loss.detach() + mean_loss, _mean_metrics([part.metrics for part in found]))
+    metrics = _mean_metrics([part.metrics for part in found])
+    return StepLoss(loss.detach() + mean_loss, {**metrics, **_gradient_norms(squares)})
 
 
 class _FirstPass(NamedTuple):
@@ -115,6 +119,11 @@ def _copied_metrics(output: FlipOutput, objective: Objective) -> dict[str, torch
 def _mean_metrics(metrics: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """Return the mean over micro-batches; in fp64, the mean of equal numbers is that number."""
     return {name: torch.stack([part[name] for part in metrics]).mean() for name in metrics[0]}
+
+
+def _gradient_norms(squares: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Return the norms of gradients in fp64, of their squares in each micro-batch."""
+    return {name: torch.stack([part[name] for part in squares]).double().sum().sqrt() for name in squares[0]}
 
 
 def _zero_of_the_rest(output: FlipOutput, objective: Objective) -> torch.Tensor:

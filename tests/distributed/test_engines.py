@@ -29,6 +29,12 @@ def losses(run_dir: Path) -> list[float]:
     return [record["loss"] for record in metrics(run_dir) if "loss" in record]
 
 
+def norms(run_dir: Path) -> list[float]:
+    """Those of each loss's gradient with respect to the image tower's tokens, of the first process's samples."""
+    names = ("contrastive_grad_norm", "caption_grad_norm")
+    return [record[name] for record in metrics(run_dir) for name in names if name in record]
+
+
 def close(ours: list[float], theirs: list[float]) -> bool:
     return len(ours) == len(theirs) and max(abs(a - b) for a, b in zip(ours, theirs, strict=True)) < 1e-5
 
@@ -187,6 +193,11 @@ def test_captions_are_learned_as_on_one_process(
     assert max(apart) < 5e-5
     in_parts = trainings.run(engine, world, **{**changes, "data": {**data, "micro_batch_size": 2}, "seed": 0})
     assert close(losses(one), losses(in_parts))
+    by_ddp = norms(trainings.run("ddp", world, **changes))
+    assert len(by_ddp) == (12 if "caption_weight" in loss else 0)
+    assert min(by_ddp, default=1.0) > 1e-3
+    for run_dir in (many, in_parts):
+        assert norms(run_dir) == pytest.approx(by_ddp, rel=1e-3)
     resumed = trainings.folder / f"{many.name}-resumed"
     cut(many, resumed, 2)
     assert trainings.crowd(world).run("train", engine, trainings.file(resumed, **changes)) == ["done"] * world

@@ -265,6 +265,7 @@ def test_both_losses_on_one_process_and_two_leave_one_folder_of_both_models(runs
     for name in ("loss", "grad_norm"):
         assert [r[name] for r in records[1]] == pytest.approx([r[name] for r in records[0]], rel=1e-4), name
     assert all(r["loss"] > 2.0 * r["caption_loss"] > 0.1 for r in records[0])
+    assert all(min(r["contrastive_grad_norm"], r["caption_grad_norm"]) > 1e-3 for r in records[0] + records[1])
     assert any("zero_shot/top1" in record for record in metrics(one))
     folder = one / "model"
     stored = load_file(folder / "model.safetensors")

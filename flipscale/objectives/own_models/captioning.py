@@ -15,6 +15,7 @@ from flipscale.model import FlipConfig, FlipDecoderConfig, FlipForConditionalGen
 from flipscale.model.modeling_flip import FlipOutput
 from flipscale.model.modeling_flip_decoder import FlipCaptionDecoder, caption_inputs, read_captions
 from flipscale.objectives.objective import Objective
+from flipscale.objectives.own_models.tower_gradients import given_to, watched
 
 Prediction = Literal["next_token", "parallel", "mixed"]
 # The share of the captions of which all tokens are predicted at once; of `mixed`, CapPa's.
@@ -23,9 +24,10 @@ PARALLEL_SHARES: dict[str, float] = {"next_token": 0.0, "parallel": 1.0, "mixed"
 
 @dataclass
 class CaptioningOutput(FlipOutput):
-    """A `FlipOutput` and `caption_losses`, see `FlipCaptionOutput`."""
+    """A `FlipOutput`, `caption_losses`, see `FlipCaptionOutput`, and `gradient_squares`, see `watched`."""
 
     caption_losses: torch.Tensor | None = None
+    gradient_squares: torch.Tensor | None = None
 
 
 class CaptioningFlipModel(FlipModel):
@@ -47,15 +49,16 @@ class CaptioningFlipModel(FlipModel):
         Args:
             in_parallel: see `FlipCaptionDecoder.forward`.
         """
-        output = super().forward(*inputs, **kwargs)
+        with given_to(self.image_projection) as means:
+            output = super().forward(*inputs, **kwargs)
         if not isinstance(output, FlipOutput):
             return output
         assert output.vision_model_output is not None
-        tokens = output.vision_model_output.last_hidden_state
-        assert tokens is not None
+        assert output.vision_model_output.last_hidden_state is not None
+        tokens, squares = watched(output.vision_model_output.last_hidden_state, means[0])
         captions = caption_inputs(kwargs["input_ids"], kwargs.get("attention_mask"), self.config.decoder_config)
         _, losses = read_captions(self.decoder, tokens, *captions, in_parallel, use_cache=False)
-        return CaptioningOutput(**output, caption_losses=losses)
+        return CaptioningOutput(**output, caption_losses=losses, gradient_squares=squares)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,6 +132,10 @@ class WithCaptions(Objective):
     def metrics(self, output: CaptioningOutput) -> dict[str, torch.Tensor]:
         assert output.caption_losses is not None
         return {**self.other.metrics(output), "caption_loss": output.caption_losses.mean()}
+
+    def gradient_squares(self, output: CaptioningOutput) -> dict[str, torch.Tensor]:
+        assert output.gradient_squares is not None
+        return dict(zip(("contrastive_grad_norm", "caption_grad_norm"), output.gradient_squares, strict=True))
 
 
 def with_decoder(config: FlipConfig, prediction: Prediction) -> FlipConfig:
