@@ -1,0 +1,65 @@
+"""What attacks on `flipscale prepare` start from: pictures, commands, and what is asserted of shards."""
+
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from attacks import ground
+from attacks.attack import Ended
+from PIL import Image
+
+from flipscale.data.sources.tar_source import TarSource
+
+
+def picture(number: int, kind: str = "JPEG", width: int = 60, height: int = 40) -> bytes:
+    """A picture that is like no other."""
+    file = io.BytesIO()
+    pixels = np.random.default_rng(number).integers(0, 256, (height, width, 3), np.uint8)
+    Image.fromarray(pixels).save(file, kind)
+    return file.getvalue()
+
+
+def images(folder: Path, count: int = 4) -> None:
+    """`0.jpg`, `1.jpg`, ... in `folder/in`."""
+    (folder / "in").mkdir()
+    for number in range(count):
+        (folder / f"in/{number}.jpg").write_bytes(picture(number))
+
+
+def command(source: str, *flags: str) -> list[str]:
+    """The command that writes the shards `out`."""
+    return ["prepare", "shards", source, "out", "--num_workers", "1", *flags]
+
+
+def keeps(written: int, **causes: int) -> Callable[[Path, Ended], None]:
+    """Asserts how many pairs were written, and how many were left out for each cause; each is named."""
+
+    def check(folder: Path, ended: Ended) -> None:
+        report = json.loads((folder / "out/report.json").read_text())
+        assert (report["written"], report["left_out"]) == (written, causes)
+        assert len(TarSource(str(folder / "out"))) == written
+        lines = [json.loads(line) for line in (folder / "out/left_out.jsonl").read_text().splitlines()]
+        assert len(lines) == sum(causes.values())
+        assert all(line["key"] and line["detail"] for line in lines)
+        for cause, count in causes.items():
+            row = next(line for line in ended.stdout.splitlines() if line.strip().startswith(cause))
+            assert f"{count:,}" in row
+            assert "such as" in row
+
+    return check
+
+
+def of_shards(*arguments: str) -> Callable[[Path], list[str]]:
+    def make(folder: Path) -> list[str]:
+        ground.shards(folder)
+        (folder / "file").write_text("mine")
+        (folder / "empty").mkdir()
+        return ["prepare", *arguments]
+
+    return make
+
+
+def mine_stays(folder: Path, ended: Ended) -> None:
+    assert (folder / "file").read_text() == "mine"
