@@ -75,8 +75,8 @@ class Study:
         return [level for level, changes in self.axes[axis].items() if changes]
 
     def label(self, levels: Levels) -> str:
-        """Return what tables call a combination: its level of each axis, bases without a name left out; `base` where
-        that leaves nothing."""
+        """Return what a combination is called: its level of each axis, bases without a name left out; `base` where that
+        leaves nothing."""
         found = [levels.get(axis, base_of(own)) for axis, own in self.axes.items()]
         return "+".join(level for level in found if level != BASE) or BASE
 
@@ -93,8 +93,8 @@ class Study:
         return [{}, *alone, *(dict(last[:count]) for count in range(2, len(last) + 1))]
 
     def runs(self) -> dict[str, tuple[Levels, int]]:
-        """Return the levels and the seed of each run, by its name: of its levels, or `base`, and its seed. One seed
-        comes after the other, so that a study which is not finished has all its combinations.
+        """Return the levels and the seed of each run, by its name: its label and its seed. One seed comes after the
+        other, so that a study which is not finished has all its combinations.
 
         Raises:
             ValueError: two have one name, or there are more than anybody trains.
@@ -113,8 +113,7 @@ class Study:
             planned += [(levels, seed) for seed in more.seeds for levels in part]
         found: dict[str, tuple[Levels, int]] = {}
         for levels, seed in planned:
-            # Without the names of bases, which a planned study may get later.
-            name = ("+".join(levels.values()) or BASE) + seed_suffix(seed)
+            name = self.label(levels) + seed_suffix(seed)
             if name in found:
                 raise ValueError(f"two runs are called {name}; give each level a name of its own, and each seed once")
             found[name] = levels, seed
