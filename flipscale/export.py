@@ -25,8 +25,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--alpha",
         type=number(Share),
-        default=0.5,
-        help="The share of the run's own weights with --interpolate; 0.5 by default.",
+        nargs="+",
+        default=[0.5],
+        help="The share of the run's own weights with --interpolate; 0.5 by default. Of several, each has a folder in "
+        "that of --out, such as alpha-0.25, to be evaluated side by side.",
     )
     parser.add_argument(
         "--out", metavar="DIR", type=output_folder, help="The folder to write; by default RUN/export-STEP."
@@ -34,7 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Write the folder and print its name. One tensor is in memory at a time, and no engine is needed.
+    """Write the folder, or one of each share, and print its name. One tensor is in memory at a time, and no engine is
+    needed.
 
     Raises:
         ValueError: the checkpoint does not exist, the folder exists and is not a model folder, or the other model has
@@ -50,5 +53,9 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"{args.run_dir} has no checkpoint; name a run directory with one in checkpoints/")
     out = args.out or args.run_dir / f"export-{int(checkpoint.name[5:])}"
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
-    between = None if args.interpolate is None else Interpolation(args.interpolate, args.alpha)
-    print(export_checkpoint(checkpoint, out, dtype, between))
+    if args.interpolate is None:
+        print(export_checkpoint(checkpoint, out, dtype))
+        return
+    for alpha in dict.fromkeys(args.alpha):
+        folder = out if len(args.alpha) == 1 else out / f"alpha-{alpha:g}"
+        print(export_checkpoint(checkpoint, folder, dtype, Interpolation(args.interpolate, alpha)))

@@ -56,7 +56,7 @@ SUBSTITUTES = {
     "intermediate_size: 64}' --data.global_batch_size 16 --stages "
     "'[{name: one, samples: 64, base_lr: 0.01, warmup_samples: 0}]' --data",
     r"runs/finetune_contrastive_l16 --interpolate runs/l16_laion400m": "runs/demo --interpolate runs/mine",
-    r"runs/l16_laion400m runs/finetune_contrastive_l16 ": "runs/demo runs/mine ",
+    r"runs/l16_laion400m (models/between/alpha-\* )runs/finetune_contrastive_l16 ": r"runs/demo \1runs/mine ",
 }
 PROSE = {"accelerate launch", "flipscale VERB"}  # what a sentence names and nobody types
 

@@ -146,14 +146,16 @@ def test_weights_between_two_models(
     run_dir = tmp_path / "run"
     assert pretrain(write(run_dir)).returncode == 0
     before, after = weights(base / "model"), weights(run_dir / "model")
-    for alpha in (0.0, 0.25, 1.0):
-        out = tmp_path / f"at-{alpha}"
-        main(["export", str(run_dir), "--interpolate", str(base), "--alpha", str(alpha), "--out", str(out)])
-        found = weights(out)
+    between = ["export", str(run_dir), "--interpolate", str(base), "--out"]
+    main([*between, str(tmp_path / "at"), "--alpha", "0", "0.25"])
+    main([*between, str(tmp_path / "at/alpha-1"), "--alpha", "1"])
+    folders = {alpha: tmp_path / f"at/alpha-{alpha:g}" for alpha in (0.0, 0.25, 1.0)}
+    assert capsys.readouterr().out.split()[-3:] == [str(folder) for folder in folders.values()]
+    for alpha, folder in folders.items():
+        found = weights(folder)
         for name, tuned in after.items():
             assert torch.allclose(found[name], (1 - alpha) * before[name] + alpha * tuned, atol=1e-7), name
-    assert all(torch.equal(weights(tmp_path / "at-1.0")[name], value) for name, value in after.items())
-    capsys.readouterr()
+    assert all(torch.equal(weights(folders[1.0])[name], value) for name, value in after.items())
 
     name = "image_projection.weight"
     for changed, said in (
