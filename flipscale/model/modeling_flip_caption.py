@@ -71,6 +71,7 @@ class FlipForConditionalGeneration(FlipPreTrainedModel, GenerationMixin):
 
     config: FlipConfig
     main_input_name = "pixel_values"
+    _can_compile_fullgraph = True  # `generate` compiles the decoder for a static cache
     _keys_to_ignore_on_load_unexpected = [r"^text_", r"^image_projection\.", r"^logit_", r"^fusion\."]  # noqa: RUF012
 
     def __init__(self, config: FlipConfig):

@@ -57,8 +57,10 @@ def test_cached_captions_are_those_without_a_cache(
     model = captioner(num_encoder_layers=encoder_layers)
     model.set_attn_implementation(attention)
     images = torch.cat([3.0 * images, -3.0 * images])
-    cached, plain = (model.generate(images, use_cache=cached, **how) for cached in (True, False))
+    caches = ({}, {"use_cache": False}, {"cache_implementation": "static"})
+    cached, plain, static = (model.generate(images, **cache, **how) for cache in caches)
     assert torch.equal(cached, plain)
+    assert torch.equal(static, plain)
     assert (cached[:, 0] == 1).all()
     assert cached.shape[1] > 4
     assert len(set(map(tuple, cached.tolist()))) > 2, "the captions say nothing of the images"
