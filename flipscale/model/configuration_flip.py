@@ -21,6 +21,9 @@ class FlipVisionConfig(FlipPreTrainedConfig):
 
     Args:
         projection_dim: the width of the joint embedding, used by `FlipVisionModelWithProjection` and `FlipModel`.
+        position_size: the side in pixels of the images whose patches have the positions 0, 1, 2, ... along it. The
+            patches of larger or smaller ones lie over the same extent: so a tower that was trained at this size reads
+            images of `image_size`. None is for `image_size` itself.
         image_mean, image_std: one number per channel, or one for all, on the 0..1 scale. The model applies them to
             uint8 `patches`.
         layer_norm_eps: 1e-6, as the original JAX code has it.
@@ -43,10 +46,16 @@ class FlipVisionConfig(FlipPreTrainedConfig):
     initializer_range: float | int = 0.02
     image_mean: list[float] | tuple[float, ...] | float | int = IMAGENET_MEAN
     image_std: list[float] | tuple[float, ...] | float | int = IMAGENET_STD
+    position_size: int | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         check_tower(self)
         self.patches_along()
+        if self.position_size is not None and self.position_size % self.patch_size:
+            raise ValueError(
+                f"position_size {self.position_size} is not divisible by patch_size {self.patch_size}; use the "
+                "image_size of the model that the weights come from"
+            )
         for name, is_possible in (("image_mean", math.isfinite), ("image_std", lambda std: 0 < std < math.inf)):
             given = getattr(self, name)
             values = [given] if isinstance(given, int | float) else list(given)
@@ -64,6 +73,15 @@ class FlipVisionConfig(FlipPreTrainedConfig):
             ValueError: as `patches_along`.
         """
         return patches_along(self.image_size if image_size is None else image_size, self.patch_size)
+
+    @property
+    def position_side(self) -> int:
+        """How many patches lie along the side of an image of `position_size` pixels."""
+        return self.patches_along(self.position_size)
+
+    @property
+    def form(self) -> int:
+        return 1 if self.position_size is None else 2
 
     @property
     def num_patches(self) -> int:

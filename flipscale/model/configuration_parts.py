@@ -5,10 +5,10 @@ from typing import Any, ClassVar, get_origin
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
-# The number of the present form of the configuration and the weights. It grows when older code would read a newer
+# The number of the newest form of the configuration and the weights. It grows when older code would read a newer
 # folder wrongly: a new field that changes what the model computes, or weights of another meaning. A file without the
-# number is of form 1.
-MODEL_FORMAT = 1
+# number is of form 1. Form 2 has the `position_size` of an image tower.
+MODEL_FORMAT = 2
 
 # The least and the greatest value of the numbers of a configuration. The greatest are far above every published
 # model's: what is beyond is no model, and is refused before memory is asked for.
@@ -22,6 +22,7 @@ RANGES: dict[str, tuple[int, int]] = {
     "num_answers": (1, 10_000_000),
     "num_channels": (1, 1_024),
     "image_size": (1, 16_384),
+    "position_size": (1, 16_384),
     "patch_size": (1, 16_384),
     "vocab_size": (1, 100_000_000),
     "max_position_embeddings": (1, 1_000_000),
@@ -38,7 +39,7 @@ class FlipPreTrainedConfig(PreTrainedConfig):
     do: quantisers, PEFT and hubs add theirs. It refuses a file of another model type or of a newer `model_format`."""
 
     def __post_init__(self, **kwargs: Any) -> None:
-        # What is written is always of the present form, so the number that was read is not kept.
+        # What is written says its own form, so the number that was read is not kept.
         kwargs.pop("model_format", None)
         super().__post_init__(**kwargs)
 
@@ -76,7 +77,12 @@ class FlipPreTrainedConfig(PreTrainedConfig):
             raise ValueError(" ".join(str(error).split())) from None
 
     def to_dict(self) -> dict[str, Any]:
-        return {**super().to_dict(), "model_format": MODEL_FORMAT}
+        return {**super().to_dict(), "model_format": self.form}
+
+    @property
+    def form(self) -> int:
+        """The oldest form that says all of this configuration, so that older code reads what it can."""
+        return 1
 
     @classmethod
     def _check_readable(cls, content: dict[str, Any]) -> None:

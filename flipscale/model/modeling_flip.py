@@ -158,7 +158,7 @@ class FlipVisionEmbeddings(nn.Module):
         mean = torch.tensor(config.image_mean, dtype=torch.float32)
         std = torch.tensor(config.image_std, dtype=torch.float32)
         return {
-            "position_embedding": sincos_positions(config.hidden_size, side, side)[None],
+            "position_embedding": sincos_positions(config.hidden_size, side, side, config.position_side)[None],
             "pixel_scale": 1.0 / (255.0 * std),
             "pixel_shift": -mean / std,
         }
@@ -213,10 +213,11 @@ class FlipVisionEmbeddings(nn.Module):
     def positions(self, rows: int, columns: int) -> torch.Tensor:
         """Return the positions of an image of `rows` x `columns` patches, in the coordinates of the model's own grid:
         fp32 `(1, rows * columns, hidden_size)`."""
-        side = self.config.patches_along()
-        if (rows, columns) == (side, side):
+        config = self.config
+        if rows == columns == config.patches_along():
             return self.position_embedding
-        return sincos_positions(self.config.hidden_size, rows, columns, side)[None].to(self.position_embedding)
+        table = sincos_positions(config.hidden_size, rows, columns, config.position_side)
+        return table[None].to(self.position_embedding)
 
     def _check_patches(self, patches: torch.Tensor, patch_index: torch.Tensor | None, num_patches: int) -> None:
         width = self.config.num_channels * self.config.patch_size**2
@@ -240,7 +241,8 @@ class FlipVisionEmbeddings(nn.Module):
             whose = "image_size is" if image_size else "the model is for"
             raise ValueError(
                 f"pixel_values are {height}x{width}, {whose} {size}x{size}; resize them, pass "
-                "interpolate_pos_encoding=True, or load the model with vision_config={'image_size': ...}"
+                "interpolate_pos_encoding=True, or load the model with vision_config={'image_size': ..., "
+                f"'position_size': {self.config.position_side * patch}}}"
             )
         if height % patch or width % patch:
             raise ValueError(f"pixel_values are {height}x{width}, which patch_size {patch} does not divide")

@@ -111,8 +111,8 @@ FAULTS = {
     "no weights": (remove("model.safetensors.index.json"), r"has no model.safetensors and no index of it; download"),
     "no config": (remove("config.json"), r"has no config.json and is no model folder; download or export it again"),
     "other model": (change_config(model_type="flip2"), r"model_type 'flip2', FlipConfig reads 'flip'; upgrade"),
-    "newer": (change_config(model_format=2), r"model_format 2, this FlipConfig reads up to 1; upgrade flipscale"),
-    "newer tower": (change_config(text_config__model_format=3), r"model_format 3, this FlipTextConfig reads up to 1;"),
+    "newer": (change_config(model_format=3), r"model_format 3, this FlipConfig reads up to 2; upgrade flipscale"),
+    "newer tower": (change_config(text_config__model_format=3), r"model_format 3, this FlipTextConfig reads up to 2;"),
     "new pooling": (change_config(text_config__pooling="last"), r"pooling is 'last'; use 'first' or 'mean'"),
     "new activation": (change_config(text_config__hidden_act="swoosh"), r"hidden_act 'swoosh' is unknown; use one of"),
 }  # fmt: skip

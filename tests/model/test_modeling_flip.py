@@ -1,5 +1,6 @@
 """What the models promise, apart from equality with the original (`test_parity`)."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from torch import nn
 from flipscale.model import (
     FlipConfig,
     FlipModel,
+    FlipVisionConfig,
     FlipVisionModel,
 )
 from flipscale.model.modeling_flip import sincos_positions
@@ -183,6 +185,29 @@ def test_another_image_size_makes_its_own_positions(model: FlipModel, tmp_path: 
     assert torch.equal(bigger.image_projection.weight, model.image_projection.weight)
     tower = FlipVisionModel.from_pretrained(tmp_path, image_size=64)
     assert torch.equal(tower.embeddings.position_embedding[0], sincos_positions(32, 8, 8))
+
+
+def test_a_tower_reads_larger_images_in_the_coordinates_that_it_was_trained_in(
+    model: FlipModel, tmp_path: Path
+) -> None:
+    model.save_pretrained(tmp_path)
+    large, pixels = {"image_size": 64, "position_size": 32}, torch.rand(2, 3, 64, 64)
+    bigger = FlipModel.from_pretrained(tmp_path, vision_config=large).eval()
+    asked = model.vision_model(pixel_values=pixels, interpolate_pos_encoding=True).pooler_output
+    assert torch.equal(bigger.vision_model(pixel_values=pixels).pooler_output, asked)
+    # A third size, in the same coordinates.
+    small = torch.rand(2, 3, 16, 16)
+    asked = model.vision_model(pixel_values=small, image_size=16).pooler_output
+    assert torch.equal(bigger.vision_model(pixel_values=small, image_size=16).pooler_output, asked)
+    bigger.save_pretrained(tmp_path / "bigger")
+    content = json.loads((tmp_path / "bigger/config.json").read_text())
+    assert (content["vision_config"]["model_format"], content["vision_config"]["position_size"]) == (2, 32)
+    again = FlipModel.from_pretrained(tmp_path / "bigger")
+    assert torch.equal(
+        again.vision_model.embeddings.position_embedding, bigger.vision_model.embeddings.position_embedding
+    )
+    with pytest.raises(ValueError, match="position_size 30 is not divisible by patch_size 8; use the image_size of"):
+        FlipVisionConfig(image_size=64, patch_size=8, position_size=30)
 
 
 # Text

@@ -197,8 +197,8 @@ def test_a_config_says_its_format(model: FlipModel, tmp_path: Path) -> None:
         del part["model_format"]
     (tmp_path / "config.json").write_text(json.dumps(content))
     assert FlipModel.from_pretrained(tmp_path).config.to_diff_dict().keys() >= content.keys() | {"model_format"}
-    content["vision_config"]["model_format"] = 2
+    content["vision_config"]["model_format"] = 3
     (tmp_path / "config.json").write_text(json.dumps(content))
     for model_class in (FlipModel, FlipVisionModel):
-        with pytest.raises(ValueError, match="model_format 2, this FlipVisionConfig reads up to 1; upgrade flipscale"):
+        with pytest.raises(ValueError, match="model_format 3, this FlipVisionConfig reads up to 2; upgrade flipscale"):
             model_class.from_pretrained(tmp_path)
