@@ -131,7 +131,7 @@ def decode_crop(encoded: bytes, draws: np.ndarray | None, image_size: int, crop_
     pixels across.
 
     Args:
-        draws: `DRAWS_PER_CROP` uniform numbers for a random crop and flip; None for the centred square.
+        draws: `DRAWS_PER_CROP` uniform numbers for a random crop, mirrored if the last is below 0.5; None: the centre.
 
     Raises:
         UndecodableImage: the bytes are no image or a damaged one.

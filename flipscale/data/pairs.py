@@ -217,6 +217,8 @@ class PairDataset(Dataset):
         shards, numbers = self.order.locate(where)
         self.source.fetch_ahead(self.order.shards_ahead(where))
         crop_draws = keyed_uniform(self.seed, "crop", where, DRAWS_PER_CROP)
+        if not self.recipe.mirror:
+            crop_draws[:, -1] = 1.0
         caption_draws = keyed_uniform(self.seed, "caption", where, 1)[:, 0].tolist()
         places = zip(where.tolist(), shards.tolist(), numbers.tolist(), strict=True)
         for row, (position, shard, number) in enumerate(places):

@@ -51,6 +51,8 @@ class DataRecipe:
         micro_batch_size: How many pairs a process keeps activations of at a time; null is all of its part. A smaller
             number embeds every pair twice. Does not change what is learned.
         crop_scale: The least and the most area of the random crop, as a fraction of the image's; 0.5 to 1 in the paper.
+        mirror: Whether half of the images are mirrored, as in the paper's pre-training; not where texts or answers say
+            what is left or right.
         augment: How labelled images are varied beyond crop and mirror.
         lanes: How many equal parts a batch has that read shards of their own, so that a node reads those of its parts
             only: at least as many as nodes. Null is 64, or the largest divisor of 64 and `global_batch_size`. At 1 all
@@ -73,6 +75,7 @@ class DataRecipe:
     global_batch_size: Pairs = 4096
     micro_batch_size: Pairs | None = field(default=None, metadata={"learned": False})
     crop_scale: tuple[ShareAboveNone, ShareAboveNone] = (0.5, 1.0)
+    mirror: bool = True
     augment: AugmentRecipe = field(default_factory=AugmentRecipe)
     lanes: Pairs | None = field(default=None, metadata={"before": 1})
     shards_per_block: Count = 16

@@ -58,6 +58,21 @@ def test_same_batches_at_any_world_size_with_any_workers_and_after_a_resume(
         assert_equal(whole[first_step:], batches(data, world_size, first_step))
 
 
+def test_without_mirror_the_same_crops_are_as_they_were_taken(shards: Path, tokenizer_dir: Path) -> None:
+    either, plain = (
+        [torch.from_numpy(image.copy()) for image in images_of(dataset(shards, tokenizer_dir, 0.0, mirror=mirror))]
+        for mirror in (True, False)
+    )
+    mirrored = [not torch.equal(a, b) for a, b in zip(either, plain, strict=True)]
+    assert 0 < sum(mirrored) < len(mirrored)
+    assert all(torch.equal(a.flip(1), b) for a, b, turned in zip(either, plain, mirrored, strict=True) if turned)
+
+
+def images_of(data: PairDataset) -> list[np.ndarray]:
+    """The crops of the first 24 samples."""
+    return [crop.fitted(SHAPE.image_size) for crop, _, _ in data._pairs(np.arange(24), True)]
+
+
 @pytest.fixture(scope="module")
 def many_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """97 pairs in 19 shards, which eight lanes share out."""
