@@ -111,6 +111,36 @@ print(processor.batch_decode(model.generate(**inputs, num_beams=4), skip_special
 `variant="bf16", dtype=torch.bfloat16`.
 """
 
+ANSWERS = """# {name}
+
+A model of images: it answers questions about them, always by one of {num_labels} answers, such as {labels}.
+Fine-tuned{base} with flipscale {version} ([FLIP](https://arxiv.org/abs/2212.00794)).
+
+{parameters} parameters; images of {image_size} x {image_size} pixels in patches of {patch_size} x {patch_size};
+questions of up to {max_tokens} tokens.
+
+> **Still in training.** This is step {unfinished_step} of {length}.
+
+## Use
+
+```python
+import torch
+from PIL import Image
+from transformers import AutoModelForVisualQuestionAnswering, AutoProcessor
+
+model = AutoModelForVisualQuestionAnswering.from_pretrained("{where}", trust_remote_code=True).eval()
+processor = AutoProcessor.from_pretrained("{where}", trust_remote_code=True)
+inputs = processor(images=Image.open("image.png"), text="What is in the picture?", return_tensors="pt")
+with torch.no_grad():
+    scores = model(**inputs).logits[0].sigmoid()  # of each answer, from 0 to 1; their sum is not 1
+print(model.config.id2label[scores.argmax().item()])
+```
+
+`trust_remote_code` runs the model's code that is in this folder. Where flipscale is installed it is not needed:
+`from flipscale.model import FlipForQuestionAnswering`. The weights are safetensors, fp32; in half the bytes with
+`variant="bf16", dtype=torch.bfloat16`.
+"""
+
 ALSO_WRITES = """It has learned to write captions too:
 
 ```python
@@ -193,4 +223,5 @@ TEMPLATES = {
     "embeds and writes": f"{EMBEDS}\n{ALSO_WRITES}\n{OF_ALL}",
     "writes": f"{WRITES}\n{OF_ALL}",
     "classifies": f"{CLASSIFIES}\n{OF_ALL}",
+    "answers": f"{ANSWERS}\n{OF_ALL}",
 }

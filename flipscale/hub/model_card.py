@@ -34,7 +34,11 @@ from flipscale.training.run_directory import read_starts
 NO_LICENCE = "None was stated for these weights by those who trained them."
 _MOST_NAMED = 3  # classes
 # Of models that do not embed texts.
-_PIPELINES = {"classifies": "image-classification", "writes": "image-text-to-text"}
+_PIPELINES = {
+    "classifies": "image-classification",
+    "writes": "image-text-to-text",
+    "answers": "visual-question-answering",
+}
 _LOSS_FIGURE = "Loss of the training batches against training time"
 
 
@@ -170,7 +174,7 @@ class _Run:
         )
 
     def _classes(self) -> dict[str, str | None]:
-        """Return what the card says of a classifier's classes and of the model that it started from."""
+        """Return what the card says of the classes or the answers, and of the model that it started from."""
         names, init_from = list(self.config.get("id2label", {}).values()), self.recipe["model"].get("init_from")
         return {
             "num_labels": f"{len(names):,}",
@@ -206,6 +210,8 @@ def _what_it_does(config: dict[str, Any]) -> str:
     """Return which of `TEMPLATES` a model's configuration asks for."""
     if config.get("architectures") == ["FlipForImageClassification"]:
         return "classifies"
+    if config.get("answer_config") is not None:
+        return "answers"
     if config.get("decoder_config") is None:
         return "embeds"
     return "writes" if config["text_config"] is None else "embeds and writes"

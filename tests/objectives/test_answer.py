@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -193,6 +194,8 @@ def test_a_run_learns_to_answer_and_its_folder_does(
     tmp_path: Path,
     write: Callable[..., Path],
     image: Path,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     folder, run_dir = write_questions(tmp_path / "set", 64, label), tmp_path / "run"
     done = pretrain(write(run_dir, folder))
@@ -215,6 +218,22 @@ def test_a_run_learns_to_answer_and_its_folder_does(
     assert found["answers"] == ANSWERS
     assert found["logits"] == pytest.approx(logits[0].tolist(), abs=1e-3)
     main(["evaluate", str(run_dir), "--task", f"{{kind: vqa, data: {folder}}}", "--json"])
+    _asks_as_its_card_says(run_dir, image, monkeypatch, capsys)
+
+
+def _asks_as_its_card_says(
+    run_dir: Path, picture: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    card = (run_dir / "model/README.md").read_text()
+    assert "pipeline_tag: visual-question-answering" in card
+    assert "always by one of 8 answers, such as `" in card
+    assert "VQA accuracy" in card
+    monkeypatch.chdir(run_dir)
+    Image.open(picture).save("image.png")
+    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    capsys.readouterr()
+    exec(code.replace(", trust_remote_code=True", ""), {})
+    assert capsys.readouterr().out.strip() in ANSWERS
 
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2", "zero3"])
