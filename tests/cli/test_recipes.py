@@ -69,6 +69,23 @@ def test_the_paper_s_fine_tuning() -> None:
     assert (recipe.model.drop_path_rate, stage.mask_ratio) == (0.2, 0.0)
 
 
+@pytest.mark.parametrize(("name", "samples"), [("caption_coco_l16", 113_287), ("vqa_v2_l16", 443_757)])
+def test_the_paper_s_captioning_and_question_answering(name: str, samples: int) -> None:
+    recipe = parse_recipe(["--config", name])
+    (stage,) = plan_stages(recipe.stages, recipe.data.global_batch_size)
+    assert (stage.peak_lr, stage.peak_lr * recipe.optim.tower_lr_ratio) == (1e-4, pytest.approx(1e-5))
+    assert (recipe.data.global_batch_size, recipe.optim.weight_decay, stage.mask_ratio) == (256, 0.01, 0.0)
+    assert stage.last == pytest.approx(20 * samples / 256, abs=1)
+    assert stage.warmup == pytest.approx(3 * samples / 256, abs=1)
+    config = recipe.model_config()
+    assert (config.vision_config.image_size, config.vision_config.position_size) == (512, 224)
+    parts = {"decoder_config": (384, 3, 6), "answer_config": (768, 4, 12)}
+    found = {part: getattr(config, part) for part in parts if getattr(config, part) is not None}
+    assert len(found) == 1
+    for part, shape in found.items():
+        assert (shape.hidden_size, shape.num_hidden_layers, shape.num_attention_heads) == parts[part]  # type: ignore[misc]
+
+
 def sections(kind: type = Recipe) -> Iterator[type]:
     """The dataclasses of the sections that decide what is learned, those within them too."""
     types = get_type_hints(kind)
@@ -98,7 +115,17 @@ def test_the_sections_that_decide() -> None:
     kept = deciding_part(yaml.safe_load(to_yaml(parse_recipe(["--config", "demo"]))), name_of=lambda place: "name")
     assert set(kept) == {"model", "data", "mask", "loss", "optim", "stages", "seed", "budget_minutes"}
     assert set(kept["data"]) == {
-        *("sources", "fraction", "tokenizer", "global_batch_size", "crop_scale", "augment", "lanes", "shards_per_block")
+        *(
+            "sources",
+            "fraction",
+            "tokenizer",
+            "global_batch_size",
+            "crop_scale",
+            "mirror",
+            "augment",
+            "lanes",
+            "shards_per_block",
+        )
     }
     assert kept["data"]["lanes"] == 64
     assert kept["data"]["tokenizer"] == "name"

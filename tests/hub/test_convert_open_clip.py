@@ -149,7 +149,9 @@ def test_every_size_has_open_clip_s_shapes(size: str) -> None:
 
 @pytest.mark.parametrize("file", sorted(RECIPES.glob("*.yaml")), ids=lambda file: file.stem)
 def test_the_model_of_every_recipe_can_be_converted(file: Path) -> None:
-    open_clip_config(parse_recipe(["--config", str(file)]).model_config())
+    config = parse_recipe(["--config", str(file)]).model_config()
+    if config.text_config is not None:  # `load_flip` refuses the others
+        open_clip_config(config)
 
 
 @pytest.mark.parametrize(
