@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import metrics
+from conftest import changed_recipe, metrics
 from distributed.crowd import Crowd
 
 from flipscale.engines.checkpoint import CheckpointReader
@@ -17,21 +17,29 @@ STAGES = [{"name": f"mask {ratio}", "samples": 32, "mask_ratio": ratio, "base_lr
 OPTIM = {"adam_epsilon": 0.001}
 SAVE = {"every_samples": 32, "total_limit": 9}
 ENGINES = ["ddp", "fsdp2", "zero2", "zero3"]
+LOSSES = {
+    "infonce": {"kind": "infonce"},
+    "sigmoid": {"kind": "sigmoid"},
+    "captions": {"caption_weight": 2.0, "caption_kind": "mixed"},
+}
 
 Train = Callable[[str, int | None, str], Path]
 
 
 @pytest.fixture(scope="module")
-def train(recipe: dict, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Train]:
+def train(recipe: dict, caption_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Train]:
     """The run directory of the same steps on two processes, under an engine, in micro-batches of a size or in one
-    pass, with a kind of loss; each made once."""
+    pass, with one of the losses; each made once."""
     folder, crowd = tmp_path_factory.mktemp("cached"), Crowd(2)
 
-    def run(engine: str, micro_batch_size: int | None, kind: str = "infonce") -> Path:
-        run_dir = folder / f"{engine}-{micro_batch_size}-{kind}"
+    def run(engine: str, micro_batch_size: int | None, loss: str = "infonce") -> Path:
+        run_dir = folder / f"{engine}-{micro_batch_size}-{loss}"
         if not run_dir.exists():
-            changes = {"data": {**recipe["data"], "micro_batch_size": micro_batch_size}, "loss": {"kind": kind}}
-            changed = {**recipe, **changes, "stages": STAGES, "optim": OPTIM, "save": SAVE}
+            changes = {"data": {"micro_batch_size": micro_batch_size}, "loss": LOSSES[loss], "optim": OPTIM}
+            if loss == "captions":
+                changes["data"]["tokenizer"] = str(caption_tokenizer)
+                changes["model"] = {"decoder_config": {"num_hidden_layers": 1}}
+            changed = changed_recipe(recipe, {**changes, "stages": STAGES, "save": SAVE})
             file = folder / f"{run_dir.name}.yaml"
             file.write_text(yaml.safe_dump({**changed, "output_dir": str(run_dir)}))
             assert crowd.run("train", engine, file) == ["done"] * 2
@@ -46,10 +54,10 @@ def weights(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
     return {name: reader.tensor("weight", name) for name in reader.shapes}
 
 
-@pytest.mark.parametrize("kind", ["infonce", "sigmoid"])
+@pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("engine", ENGINES)
-def test_micro_batches_move_the_weights_as_one_batch_does(train: Train, engine: str, kind: str) -> None:
-    runs = [train(engine if kind == "infonce" or micro else "fsdp2", micro, kind) for micro in (None, 2)]
+def test_micro_batches_move_the_weights_as_one_batch_does(train: Train, engine: str, loss: str) -> None:
+    runs = [train(engine if loss == "infonce" or micro else "fsdp2", micro, loss) for micro in (None, 2)]
     whole, cached = ([r for r in metrics(run_dir) if "loss" in r] for run_dir in runs)
     assert len(whole) == len(cached) == 6
     for a, b in zip(whole, cached, strict=True):
