@@ -3,6 +3,7 @@
 Every start draws its engine, its number of processes, whom to kill and when.
 """
 
+import itertools
 import json
 import os
 import random
@@ -225,11 +226,11 @@ def test_other_losses_end_with_the_same_bits(
         "model": {} if answers else {"decoder_config": {"num_hidden_layers": 1}},
         **OF_OTHER_LOSSES[loss],
     }
-    whole, draw, killed = tmp_path / "whole", random.Random(0), 0
+    whole, draw, killed, numbers = tmp_path / "whole", random.Random(0), 0, itertools.count()
     assert start_until(write_recipe(whole, **changes), whole, tmp_path / "output") == 0
     num_operations = len((tmp_path / "output/operations").read_text().splitlines())
     while killed < KILLS_OF_OTHERS:
-        run_dir = tmp_path / f"killed-{killed}"
+        run_dir = tmp_path / f"killed-{next(numbers)}"
         file, goes_on = write_recipe(run_dir, **changes), True
         while goes_on:
             where = ({"step": draw.randint(1, 8)}, {"operation": draw.randint(1, num_operations)})[killed % 2]
