@@ -118,6 +118,9 @@ def test_questions_with_all_votes(
     asked = [train.read(0, number).captions for number in range(len(train))]
     assert asked == [(b"What is 9001?",), (b"What is 9002?",), (b"What is 9003?",)]
     assert train.read(0, 0).image == jpeg(9)
+    counts = train.read(0, 0).read_array()
+    assert counts is not None
+    assert (counts.dtype, counts.tolist()) == (np.uint8, [0, 0, 9, 1])
 
 
 def test_validation_questions_are_learned_but_for_some_images(coco: Path, monkeypatch: pytest.MonkeyPatch) -> None:
