@@ -70,7 +70,7 @@ def draw_grid(outcomes: Sequence[Outcome], axes: Mapping[str, Sequence[str]], pa
         place.set_xticks(range(len(ticks)), ticks)
         place.set_xlim(-0.4, len(ticks) - 0.6)
         place.set_xlabel(along)
-        if shown.unit == "%":
+        if _is_never_negative(outcomes, name):
             place.set_ylim(bottom=0)
         tidy(place)
     _explain(figure, places, has_bars)
@@ -101,7 +101,7 @@ def draw_rows(outcomes: Sequence[Outcome], path: Path) -> None:
         place.set_xlabel(_with_unit(shown))
         place.set_yticks(range(len(labels)), labels, fontsize=8)
         place.set_ylim(len(labels) - 0.4, -0.6)
-        if shown.unit == "%":
+        if _is_never_negative(outcomes, name):
             place.set_xlim(left=0)
         tidy(place)
     _explain(figure, places, has_bars)
@@ -119,6 +119,11 @@ def _first_headlines(outcomes: Sequence[Outcome]) -> list[str]:
 def _shown(outcomes: Sequence[Outcome], name: str) -> Result:
     """Return one of the results called `name`: what all of them are called, their unit, and chance."""
     return next(result for outcome in outcomes for result in outcome.results.get(name, ()))
+
+
+def _is_never_negative(outcomes: Sequence[Outcome], name: str) -> bool:
+    """Return whether an axis from 0 shows all of the results called `name`."""
+    return all(result.value >= 0 for outcome in outcomes for result in outcome.results.get(name, ()))
 
 
 def _with_unit(result: Result) -> str:
