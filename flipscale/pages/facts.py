@@ -67,8 +67,9 @@ class Facts:
     def sentence(self, curve: Curve) -> str:
         """Return what the run is."""
         last, vision = curve.records[-1], self.config["vision_config"]
-        parameters = self.environment.get("num_parameters")
-        size = f" of {parameters / 1e6:,.1f} million parameters" if parameters else ""
+        parameters = self.environment.get("num_parameters") or 0
+        count = f"{parameters:,}" if parameters < 1e6 else f"{parameters / 1e6:,.1f} million"
+        size = f" of {count} parameters" if parameters else ""
         what = "pictures and words"
         if self._samples == "pictures":
             what = f"pictures{size} that knows {len(self.config['id2label']):,} classes"

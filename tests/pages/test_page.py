@@ -110,6 +110,8 @@ def test_what_a_run_cost_is_what_was_measured() -> None:
     cut = dict(facts.rows(curve))
     assert cut["energy"] == "1.25 kWh, measured: GPUs, in 2 of 3 starts, 1 of them not to the end"
     assert "emissions" not in cut
+    small = dataclasses.replace(facts, environment={**facts.environment, "num_parameters": 23_456})
+    assert small.sentence(curve).startswith("A model of pictures and words of 23,456 parameters.")
     assert facts.sentence(curve) == (
         "A model of pictures and words of 1.5 million parameters. It learned from 1,280 pairs of mine/train in 2 h "
         "0 min of training, with 50 % of each picture left out (FLIP); its pictures have 32 x 32 pixels."

@@ -25,7 +25,7 @@ def draw_run(curve: Curve, folder: Path) -> dict[str, str]:
         return {}
     folder.mkdir(parents=True, exist_ok=True)
     draw_loss([curve], folder / "loss.png")
-    captions = {"loss.png": "The contrastive loss of the training batches against training time"}
+    captions = {"loss.png": "The loss of the training batches against training time"}
     for name, (metric, title, unit, factor) in _METRICS.items():
         draw_metric(curve, metric, title, unit, folder / name, factor)
         captions[name] = f"{title} against training time"
