@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -35,6 +36,9 @@ def pytest_configure() -> None:
     for name in list(os.environ):
         if name.startswith(("SLURM_", "ACCELERATE_", "TORCHELASTIC_")) or name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
             del os.environ[name]
+    # Under nohup, or in the background of a script, what the tests start would be deaf to these.
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

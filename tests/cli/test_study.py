@@ -246,7 +246,7 @@ def test_a_study_without_a_file_or_in_another_s_folder(
     assert "none.yaml is no plain file" in refused(capsys, "plan", tmp_path / "none.yaml")
     line = refused(capsys, "plan", "table_2")
     assert (
-        "study 'table_2' is neither a file nor one of budget_icons, equal_tokens, masking_map, scaling_demo, table_1a,"
+        "study 'table_2' is neither a file nor one of budget_icons, equal_tokens, masked_captions, masking_map, "
         in line
     )
     mine = tmp_path / "mine"
