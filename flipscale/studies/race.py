@@ -20,8 +20,9 @@ from flipscale.evaluation.reports.seeds import times_to_equal
 from flipscale.files.aside import refuse_unwritable, write_text, written_aside
 from flipscale.files.plain_file import plain_text
 from flipscale.files.room import usable_cores
+from flipscale.studies.pool import train_missing
 from flipscale.studies.runs import StudyRun, in_time, train
-from flipscale.training.recipe import Recipe, differences, parse_recipe
+from flipscale.training.recipe import Recipe, differences, parse_recipe, to_yaml
 
 if TYPE_CHECKING:
     from flipscale.data.pairs import PairDataset
@@ -37,10 +38,11 @@ _MOST_UNEQUAL = 0.01
 def race(recipe_names: list[str], minutes: float, seeds: int, output_dir: Path, with_baselines: bool) -> None:
     """Train every recipe for the same time, with each seed, and write a table, figures and the first recipe's model.
 
-    The runs of one seed train side by side, the seeds one after the other.
+    The runs of one seed train side by side, the seeds one after the other. Where there are more recipes than cores, as
+    many runs as cores do, and the next one begins when one ends.
 
     Raises:
-        ValueError: fewer cores than recipes, a recipe that cannot be run, or a folder that holds something else.
+        ValueError: a recipe that cannot be run, or a folder that holds something else.
         OSError: a run failed.
     """
     # torch takes seconds to import, so it is where it is needed: `--help` waits for nothing.
@@ -48,15 +50,16 @@ def race(recipe_names: list[str], minutes: float, seeds: int, output_dir: Path, 
 
     names = [Path(recipe).stem for recipe in recipe_names]
     _refuse_folder(output_dir, recipe_names, names, seeds)
-    if not torch.cuda.is_available() and usable_cores() < len(recipe_names):
-        raise ValueError(
-            f"{len(recipe_names)} recipes need as many cores, there are {usable_cores()}; run fewer at once"
-        )
     recipes = [parse_recipe(["--config", recipe]) for recipe in recipe_names]
     heats = _plan(names, recipes, minutes, seeds, output_dir)
-    for heat in heats:
-        train(heat, "training")
     runs = [run for heat in heats for run in heat]
+    if torch.cuda.is_available() or len(recipes) <= usable_cores():
+        for heat in heats:
+            train(heat, "training")
+    else:
+        for run in runs:
+            write_text(run.beside("yaml"), to_yaml(run.recipe))
+        train_missing(runs, usable_cores())
     if with_baselines:
         _record_baselines(runs)
     _report(runs, output_dir)

@@ -1,6 +1,5 @@
 """A user's mistake is one line that names what, got and fix, and exit code 2; never a traceback."""
 
-import shutil
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +11,6 @@ from conftest import add_member, write_shards
 
 import flipscale
 from flipscale.cli import main
-from flipscale.training.recipe import RECIPES
 
 
 @pytest.fixture
@@ -267,12 +265,6 @@ def test_a_model_that_is_not_there(refused: Callable[[list[str]], str], tmp_path
 def test_a_race_of_nothing(refused: Callable[[list[str]], str], tmp_path: Path, flag: str, message: str) -> None:
     arguments = {"--minutes": "1", "--output_dir": str(tmp_path / "study"), flag: "0"}
     assert message in refused(["study", "race", "demo", *(word for pair in arguments.items() for word in pair)])
-
-
-def test_more_recipes_than_cores(refused: Callable[[list[str]], str], tmp_path: Path) -> None:
-    files = [str(shutil.copy(RECIPES / "demo.yaml", tmp_path / f"{number}.yaml")) for number in range(99)]
-    line = refused(["study", "race", *files, "--minutes", "1", "--output_dir", str(tmp_path / "study")])
-    assert "99 recipes need as many cores" in line
 
 
 @pytest.mark.parametrize(

@@ -112,6 +112,22 @@ def test_prepare_index(shards: Path, tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("*.tar.index.npy"))) == 4
 
 
+def test_a_race_of_more_recipes_than_cores_trains_one_after_the_other(recipe: dict, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(recipe))
+    out = tmp_path / "out"
+    files = [str(tmp_path / f"{name}.yaml") for name in ("one", "two")]
+    one_core = "os.sched_setaffinity(0, list(os.sched_getaffinity(0))[:1])"
+    on_one_core = f"import os, sys; {one_core}; os.execv(sys.argv[1], sys.argv[1:])"
+    race = [*FLIPSCALE, "study", "race", *files, "--minutes", "0.02", "--output_dir", str(out)]
+    done = launch([sys.executable, "-c", on_one_core, *race])
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("0 of 2 runs are done\none: done\ntwo: done\n")
+    second_began = json.loads((out / "two/starts.jsonl").read_text())["time"]
+    assert (out / "one/DONE").stat().st_mtime < second_began
+    assert "| two (" in (out / "table.md").read_text()
+
+
 def test_a_race_lays_recipes_side_by_side_for_the_same_time(recipe: dict, tmp_path: Path) -> None:
     write_shards(tmp_path / "test", [20])
     names = tmp_path / "test/classnames.txt"
