@@ -27,7 +27,7 @@ def run(place: Place, last: float, seed: int = 0, pace: float = 100.0) -> MapRun
         for at in (seconds / 2, seconds)
     ]
     masks = {"a": place.mask, "b": 0.0} if place.mask else {"a": 0.0}
-    return MapRun(place, 8000 * place.fraction, Curve(f"run-seed{seed}", records, course, masks, seed))
+    return MapRun(place, 8000 * place.fraction, Curve(f"run-seed{seed}", records, course, masks, seed=seed))
 
 
 def test_a_cell_says_how_many_times_as_fast_it_is_and_what_that_goes_with() -> None:

@@ -112,6 +112,17 @@ def test_a_run_from_before_there_were_lines(tmp_path: Path) -> None:
     assert found[0].made_by == {"data": "data/test"}
 
 
+def test_a_run_at_several_sizes_is_called_by_its_path(tmp_path: Path) -> None:
+    run_dir = a_run(tmp_path / "path")
+    stages = [
+        {"name": "tiny", "mask_ratio": 0.0, "image_size": 16},
+        {"name": "small", "mask_ratio": 0.5, "image_size": 32},
+    ]
+    stages.append({"name": "tuned", "mask_ratio": 0.0, "image_size": None})
+    (run_dir / "recipe.yaml").write_text(yaml.safe_dump({"stages": stages}))
+    assert read_curve(run_dir).label == "path (16 px, 32 px 50% masked, full size)"
+
+
 def test_the_table_has_the_headlines_and_the_baselines(tmp_path: Path) -> None:
     one, two = a_run(tmp_path / "one"), a_run(tmp_path / "two")
     append_results(one, [TOP1, RANK], 20, 320, 4.0)
@@ -137,7 +148,7 @@ def seeded(seed: int, values: list[float], learned: str = "one") -> Curve:
         Measured(replace(TOP1, value=value, low=None, high=None), number, 16, 10.0 * number + seed)
         for number, value in enumerate(values, 1)
     ]
-    return Curve(f"s-seed{seed}", records, measured, {"masked": 0.5}, seed, learned)
+    return Curve(f"s-seed{seed}", records, measured, {"masked": 0.5}, {}, seed, learned)
 
 
 def test_the_time_to_equal_accuracy_is_a_ratio_with_an_interval_over_seeds() -> None:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ class Curve:
         records: all records of `metrics.jsonl`, in the order of steps.
         measured: all results of its evaluations, in the order of steps.
         masks: the mask ratio of each stage, by its name, in the order of stages.
+        sizes: the image size in pixels of those stages that have another one than the model.
         seed: of the run.
         learned: what its recipe says of what is learned, but for the seed and the lengths of stages.
     """
@@ -40,6 +41,7 @@ class Curve:
     records: list[dict[str, Any]]
     measured: list[Measured]
     masks: dict[str, float]
+    sizes: dict[str, int] = field(default_factory=dict)
     seed: int = 0
     learned: str = ""
 
@@ -60,10 +62,20 @@ class Curve:
 
     @property
     def label(self) -> str:
-        """What tables and figures call the run: its recipe's name, and what it masks."""
+        """What tables and figures call the run: its recipe's name, and what it sees of images."""
+        if self.sizes:
+            return f"{self.arm} ({', '.join(self._path())})"
         if self.mask_ratio == 0:
             return f"{self.arm} (mask 0)"
         return f"{self.arm} ({self.mask_ratio:.0%} masked{', then tuned' if self.tuned else ''})"
+
+    def _path(self) -> list[str]:
+        """Return what each stage sees, where stages have sizes of their own."""
+        parts = []
+        for name, ratio in self.masks.items():
+            size = f"{self.sizes[name]} px" if name in self.sizes else "full size"
+            parts.append(f"{size} {ratio:.0%} masked" if ratio else size)
+        return parts
 
     @property
     def results(self) -> list[Result]:
@@ -110,9 +122,14 @@ def read_curve(run_dir: Path) -> Curve:
         raise ValueError(f"{run_dir} has no metrics.jsonl with a record; did the run start?")
     recipe = read_saved(run_dir / "recipe.yaml")
     masks = {str(stage.get("name", number)): stage["mask_ratio"] for number, stage in enumerate(recipe["stages"])}
+    sizes = {
+        name: stage["image_size"]
+        for name, stage in zip(masks, recipe["stages"], strict=True)
+        if stage.get("image_size")
+    }
     stages = [{name: stage[name] for name in sorted(stage) if "samples" not in name} for stage in recipe["stages"]]
     learned = {**{name: recipe.get(name) for name in _LEARNED}, "stages": stages}
-    return Curve(run_dir.name, records, read_results(run_dir), masks, recipe.get("seed", 0), repr(learned))
+    return Curve(run_dir.name, records, read_results(run_dir), masks, sizes, recipe.get("seed", 0), repr(learned))
 
 
 def curve_of(run_dir: Path, step: int | None) -> Curve:
