@@ -157,7 +157,7 @@ def test_the_package_s_search() -> None:
     recipes = path_recipes(search)
     assert len(search.times(len(search.kept(len(recipes))) + 1)) == 3
     sizes = {tuple(stage.image_size or 64 for stage in recipe.stages) for recipe in recipes.values()}
-    assert sizes == {(64,), (64, 64), (32, 64)}
+    assert sizes == {(64,), (64, 64), (32, 64), (16, 64), (16, 32, 64)}
 
 
 @pytest.mark.parametrize(
