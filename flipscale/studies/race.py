@@ -57,8 +57,6 @@ def race(recipe_names: list[str], minutes: float, seeds: int, output_dir: Path, 
         for heat in heats:
             train(heat, "training")
     else:
-        for run in runs:
-            write_text(run.beside("yaml"), to_yaml(run.recipe))
         train_missing(runs, usable_cores())
     if with_baselines:
         _record_baselines(runs)
@@ -190,6 +188,8 @@ def _plan(
         _refuse_change(run)
     output_dir.mkdir(parents=True, exist_ok=True)
     write_text(output_dir / _MARK, json.dumps({"recipes": names, "minutes": minutes, "seeds": seeds}) + "\n")
+    for run in (run for heat in heats for run in heat):
+        write_text(run.beside("yaml"), to_yaml(run.recipe))
     return heats
 
 

@@ -14,9 +14,8 @@ from typing import Any
 from tqdm import tqdm
 
 from flipscale.evaluation.results import read_metrics
-from flipscale.files.aside import write_text
 from flipscale.files.room import usable_cores
-from flipscale.training.recipe import Recipe, to_yaml
+from flipscale.training.recipe import Recipe
 from flipscale.training.schedule import StageRecipe, plan_stages
 
 _POLL_SECONDS = 2.0
@@ -131,8 +130,6 @@ def train(runs: list[StudyRun], doing: str) -> None:
     processes: list[subprocess.Popen] = []
     with Signals(processes) as signals:
         for run in runs:
-            run.run_dir.parent.mkdir(parents=True, exist_ok=True)
-            write_text(run.beside("yaml"), to_yaml(run.recipe))
             processes.append(start(run, variables))
         try:
             _watch(runs, processes, signals, doing)

@@ -123,8 +123,8 @@ def read_curve(run_dir: Path) -> Curve:
     recipe = read_saved(run_dir / "recipe.yaml")
     masks = {str(stage.get("name", number)): stage["mask_ratio"] for number, stage in enumerate(recipe["stages"])}
     sizes = {
-        name: stage["image_size"]
-        for name, stage in zip(masks, recipe["stages"], strict=True)
+        str(stage.get("name", number)): stage["image_size"]
+        for number, stage in enumerate(recipe["stages"])
         if stage.get("image_size")
     }
     stages = [{name: stage[name] for name in sorted(stage) if "samples" not in name} for stage in recipe["stages"]]
