@@ -32,6 +32,7 @@ _COLOURS = (
     "#7a4a2b",
 )
 _LINES = ("-", "--", ":")
+_PAIRS = {"billions": 1e9, "millions": 1e6, "thousands": 1e3}
 _SECONDS = {"seconds": 1.0, "minutes": 60.0, "hours": 3600.0}
 
 # Curves of a configuration's seeds, by its name.
@@ -50,13 +51,15 @@ def draw_axes(panels: Mapping[str, Groups], name: str, words: str, path: Path) -
     figure, axes = pyplot.subplots(
         1, len(panels), figsize=(4.2 * len(panels), 3.8), sharey=True, squeeze=False, constrained_layout=True
     )
+    most = max(_most(groups, "samples_seen") for groups in panels.values())
+    unit = next((unit for unit, size in _PAIRS.items() if most >= size), "thousands")
     has_band = False
     for place, (axis, groups) in zip(axes[0], panels.items(), strict=True):
         for (label, curves), style in zip(groups.items(), line_styles(len(groups), has_base=True), strict=True):
-            has_band |= _draw(place, curves, name, "samples_seen", 1.0, label, style)
+            has_band |= _draw(place, curves, name, "samples_seen", _PAIRS[unit], label, style)
         place.set_title(axis, loc="left")
-        place.set_xlabel("pairs seen")
-        place.legend(frameon=False, loc="lower right")
+        place.set_xlabel(f"pairs seen, {unit}")
+        place.legend(frameon=False, loc="upper left")  # results rise to the right
         tidy(place)
     axes[0, 0].set_ylabel(words)
     _say(figure, has_band)
@@ -67,7 +70,7 @@ def draw_times(groups: Groups, name: str, words: str, path: Path) -> None:
     """Draw a result against training time, a line a configuration."""
     pyplot = drawing_pyplot()
     figure, place = pyplot.subplots(figsize=(7.5, 4.5), constrained_layout=True)
-    longest = max(curve.records[-1]["trained_seconds"] for curves in groups.values() for curve in curves)
+    longest = _most(groups, "trained_seconds")
     unit = "hours" if longest > 7200 else "minutes" if longest > 120 else "seconds"
     has_band = False
     for (label, curves), style in zip(groups.items(), line_styles(len(groups), has_base=True), strict=True):
@@ -182,6 +185,11 @@ def line_styles(count: int, has_base: bool) -> list[dict[str, Any]]:
         for number in range(count)
     ]
     return [{"color": BASE_COLOUR, "linestyle": "-"}, *coloured][:count] if has_base else coloured
+
+
+def _most(groups: Groups, field: str) -> float:
+    """The most of what a run counts, at the end of any of the curves."""
+    return max(curve.records[-1][field] for curves in groups.values() for curve in curves)
 
 
 def _draw(
