@@ -38,6 +38,7 @@ SUBSTITUTES = {
     r"(convert flip .*)--size l16": r"\1--image_heads 4 --text_heads 4",
     r"(convert \w+) (runs/l16/model|models/flip-l16) ": r"\1 runs/demo/model ",
     r"imagenet/test": "data/demo/test",
+    r"search runs/icons_30/model data/icons/test": "search runs/demo/model data/demo/test",
     r"--train data/digits --test data/digits": "--train data/demo/groups --test data/demo/groups --l2 1 "
     "--num_workers 0",
     r"--global_batch_size 256 --base_lr 1.5": "--global_batch_size 64 --base_lr 1.5 --epochs 11 --num_workers 0",
