@@ -77,7 +77,6 @@ def report(output_dir: Path, resamples: int) -> None:
     table = _table(groups, names)
     missing = [run.name for run in runs if not run.is_done]
     left = f"\n\nNot finished: {', '.join(missing)}." if missing else ""
-    laws = [_laws(groups, name, words, output_dir, resamples) for name, words in names.items()]
     masked = masked_words({label: [run.run_dir / "model" for run in of] for label, of in groups.items()})
     where = _where_masking_pays(study, [run.recipe for run in runs], finished, next(iter(names.items())), output_dir)
     called = f", called {as_code(study.label({}))} below" if study.label({}) != BASE else ""
@@ -87,7 +86,7 @@ def report(output_dir: Path, resamples: int) -> None:
         f"The base is {as_code(study.base)}{called}{changed}.",
         table + left,
         *filter(None, [where, masked]),
-        *laws,
+        *_laws(groups, names, output_dir, resamples),
     ]
     write_text(output_dir / "report.md", "\n\n".join(parts) + "\n")
     arms = _arms(groups, names)
@@ -176,7 +175,15 @@ def _points(groups: dict[str, list[Finished]], name: str) -> Points | None:
     return Points(np.array(list(kept)), spent.pop("compute"), error, **spent)
 
 
-def _laws(groups: dict[str, list[Finished]], name: str, words: str, output_dir: Path, resamples: int) -> str:
+def _laws(groups: dict[str, list[Finished]], names: dict[str, str], output_dir: Path, resamples: int) -> list[str]:
+    """Return sections on the laws of all results, one for those of which the same refusals are all that is said."""
+    said: dict[str, list[str]] = {}
+    for name, words in names.items():
+        said.setdefault(_law_words(groups, name, words, output_dir, resamples), []).append(words)
+    return [f"## Laws of {', '.join(results)}\n\n{found}" for found, results in said.items()]
+
+
+def _law_words(groups: dict[str, list[Finished]], name: str, words: str, output_dir: Path, resamples: int) -> str:
     """Return the laws of a result as Markdown, each with what it predicts of the largest budget, or why there is none;
     draw them."""
     from flipscale.evaluation.scaling.figures import draw_fits
@@ -184,10 +191,10 @@ def _laws(groups: dict[str, list[Finished]], name: str, words: str, output_dir: 
     try:
         points = _points(groups, name)
     except ValueError as error:
-        return f"## Laws of {words}\n\nNo law is fitted: {error}."
+        return f"No law is fitted: {error}."
     if points is None:
-        return f"## Laws of {words}\n\nIt is no percentage of right answers, so no law of its error is fitted."
-    parts, fits = [f"## Laws of {words}"], list[Fit]()
+        return "It is no percentage of right answers, so no law of its error is fitted."
+    parts, fits = list[str](), list[Fit]()
     for kind in _LAWS:
         try:
             law = kind(points)

@@ -68,8 +68,9 @@ def refuse_few(law: Law, points: Points) -> None:
     count, needed = len(law.fitted_to(points)), len(law.parameters) + 2
     if count < needed:
         where = "" if count == len(points) else f" of {len(points)} on the front"
+        has = f"1 point{where} is" if count == 1 else f"{count} points{where} are"
         raise ValueError(
-            f"{law.name}: {count} points{where} are too few for {len(law.parameters)} parameters, which take {needed}; "
+            f"{law.name}: {has} too few for {len(law.parameters)} parameters, which take {needed}; "
             "train more configurations"
         )
 
