@@ -143,6 +143,7 @@ def test_the_front_keeps_what_no_cheaper_point_beats() -> None:
 @pytest.mark.parametrize(
     ("law", "count", "message"),
     [
+        (PowerLaw, 1, "power law: 1 point is too few for 2 parameters, which take 4; train more configurations"),
         (PowerLaw, 3, "power law: 3 points are too few for 2 parameters, which take 4; train more configurations"),
         (SaturatingLaw, 5, "saturating: 5 points are too few for 4 parameters, which take 6"),
         (AdditiveLaw, 4, "additive: 4 points are too few for 3 parameters, which take 5"),
