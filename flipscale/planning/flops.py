@@ -77,13 +77,18 @@ def _counted(config: str, step: Step, objective: Objective) -> Flops:
     return Flops(counter.get_total_flops(), counts)
 
 
-def pair_flops(recipe: Recipe) -> dict[str, int]:
-    """Return the operations of a pair's training step in each stage of a recipe, by the stage's name."""
+def stage_flops(recipe: Recipe) -> dict[str, Flops]:
+    """Return the operations of a pair in each stage of a recipe, by the stage's name."""
     config, objective = recipe.model_config(), recipe.objective()
     return {
         stage.name: forward_flops(
             *(config, stage.mask_ratio, recipe.mask.views_at(stage.mask_ratio), stage.text_mask_ratio),
             *(stage.image_size, objective),
-        ).training
+        )
         for stage in recipe.stages
     }
+
+
+def pair_flops(recipe: Recipe) -> dict[str, int]:
+    """Return the operations of a pair's training step in each stage of a recipe, by the stage's name."""
+    return {name: flops.training for name, flops in stage_flops(recipe).items()}

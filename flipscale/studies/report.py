@@ -28,18 +28,19 @@ class Finished:
     """A finished run of a study: its levels, what tables call those, its curve, and what was spent on it."""
 
     def __init__(self, run: StudyRun, levels: dict[str, str], label: str):
-        from flipscale.planning.flops import pair_flops  # runs a model, and `--help` needs none
+        from flipscale.planning.flops import stage_flops  # runs a model, and `--help` needs none
 
         self.levels, self.label, self.run_dir, self.recipe = levels, label, run.run_dir, run.recipe
         self.curve = read_curve(run.run_dir)
         about = json.loads((run.run_dir / "environment.json").read_text(encoding="utf-8"))
-        flops, seen = pair_flops(run.recipe), _seen_by_stage(self.curve)
+        flops, seen = stage_flops(run.recipe), _seen_by_stage(self.curve)
         self.spent = {
-            "compute": float(sum(flops[stage] * samples for stage, samples in seen.items())),
+            "compute": float(sum(flops[stage].training * samples for stage, samples in seen.items())),
             "parameters": float(about["num_parameters"]),
             "samples": float(sum(seen.values())),
             "pairs": float(about["data_samples"]),
         }
+        self.tower_flops = float(flops[run.recipe.stages[0].name].modules["vision_model"])
 
     def result(self, name: str) -> Result | None:
         """Return the last result called `task/metric`, of the model at its end."""
@@ -155,7 +156,8 @@ def _where_masking_pays(
     ):
         return ""
     name, words = result
-    cells = cells_of([MapRun(place(run.recipe), run.spent["pairs"], run.curve) for run in finished], name)
+    runs = [MapRun(place(run.recipe), run.spent["pairs"], run.tower_flops, run.curve) for run in finished]
+    cells = cells_of(runs, name)
     draw_map(cells, places, words, output_dir / "masking_map.png")
     return map_words(cells, places, words)
 

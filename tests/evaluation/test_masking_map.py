@@ -1,6 +1,7 @@
 """The map of where masking pays, of runs whose curves are made up, so that what it must say is known."""
 
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,7 +28,8 @@ def run(place: Place, last: float, seed: int = 0, pace: float = 100.0) -> MapRun
         for at in (seconds / 2, seconds)
     ]
     masks = {"a": place.mask, "b": 0.0} if place.mask else {"a": 0.0}
-    return MapRun(place, 8000 * place.fraction, Curve(f"run-seed{seed}", records, course, masks, seed=seed))
+    curve = Curve(f"run-seed{seed}", records, course, masks, seed=seed)
+    return MapRun(place, 8000 * place.fraction, 1 - place.mask, curve)
 
 
 def test_a_cell_says_how_many_times_as_fast_it_is_and_what_that_goes_with() -> None:
@@ -38,6 +40,7 @@ def test_a_cell_says_how_many_times_as_fast_it_is_and_what_that_goes_with() -> N
     assert cell.ratio.mean == pytest.approx(2.0)
     assert (cell.gain.mean, cell.seeds, cell.tuned) == (10.0, 1, True)
     assert (cell.epochs, cell.whole_epochs, cell.speed) == (300 * 240 / 4000, 100 * 240 / 4000, 3.0)
+    assert (cell.end, cell.whole_end, cell.left) == (21.0, 11.0, 0.25)
     # Of a step of 1 s, three quarters of the tower's share s are left out: 1 - 0.75 s = 1 / 3.
     assert cell.tower == pytest.approx((2 / 3) / 0.75)
 
@@ -92,12 +95,16 @@ def test_the_table_has_all_places_and_what_the_ratio_goes_with(a_map: Callable) 
     text = map_words(*a_map(), "top-1")
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line[0:1] == "|"]
     assert len(rows) == 2 + 18
+    assert rows[0][-5:] == ["points", "from", "to", "epochs", "at mask 0"]
     rows = rows[1:]
     assert rows[1][:4] == ["all", "2", "50%", "1"]
+    assert rows[1][-5:] == ["+12.0", "20", "32", "3.30", "1.50"]
     assert rows[3] == ["all", "30", "50%", *7 * ["-"]]
     assert rows[9][:3] == ["1/32", "30", "50%"]
-    assert "Over 16 cells, the rank correlation of times as fast is -0.9" in text
-    assert "with the epochs" in text
+    # Between equal minutes are no ranks, so that it is not -1 with these.
+    minutes = r"At 50%, over 8 cells, the rank correlation of times as fast is -0\.7\d with the minutes, "
+    assert re.search(minutes + "-1.00 with the epochs that the masked run saw", text)
+    assert "At a mask of 75% pairs come 2.8 times as fast, with 25% of the image tower's operations: the tower" in text
     assert "clocks" not in text
 
 

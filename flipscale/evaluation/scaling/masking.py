@@ -56,11 +56,13 @@ class MapRun:
     Args:
         place: where it is.
         pairs: how many different pairs its data has.
+        tower_flops: operations of the image tower for a pair of its first stage.
         curve: what it measured.
     """
 
     place: Place
     pairs: float
+    tower_flops: float
     curve: Curve
 
 
@@ -73,8 +75,10 @@ class Cell:
         seeds: how many seeds both have.
         ratio: how many times as fast it is, with its interval; None where that cannot be said.
         gain: its last result less that of mask 0, in points.
+        end, whole_end: its last result, and that of mask 0.
         epochs, whole_epochs: how often it saw each pair, and how often mask 0 did.
         speed: its pairs a second while it masks, in those of mask 0.
+        left: the part of the image tower's operations that the mask leaves.
         tuned: whether unmasked tuning follows.
         off: by which part its training time differs from that of mask 0, at most.
     """
@@ -83,17 +87,20 @@ class Cell:
     seeds: int
     ratio: Effect | None
     gain: Effect
+    end: float
+    whole_end: float
     epochs: float
     whole_epochs: float
     speed: float
+    left: float
     tuned: bool
     off: float
 
     @property
     def tower(self) -> float:
-        """The share of a step at mask 0 that goes with the patches, which is the image tower's: by how much longer a
-        pair takes there."""
-        return (1 - 1 / self.speed) / self.place.mask
+        """The share of a step at mask 0 that is the image tower's, by how much sooner a step is done that leaves out
+        `1 - left` of its operations."""
+        return (1 - 1 / self.speed) / (1 - self.left)
 
 
 def cells_of(runs: Sequence[MapRun], name: str) -> list[Cell]:
@@ -128,9 +135,12 @@ def _cell(place: Place, both: Sequence[tuple[MapRun, MapRun]], name: str) -> Cel
         len(both),
         _power_of(_effect([math.log(ratio) for ratio in ratios])) if len(ratios) == len(both) else None,
         _effect([sign * (one.value - other.value) for one, other in ends]),
+        float(np.mean([one.value for one, _ in ends])),
+        float(np.mean([other.value for _, other in ends])),
         float(np.mean([one.curve.records[-1]["samples_seen"] / one.pairs for one, _ in both])),
         float(np.mean([other.curve.records[-1]["samples_seen"] / other.pairs for _, other in both])),
         float(np.mean([_pace(one.curve) / _pace(other.curve) for one, other in both])),
+        both[0][0].tower_flops / both[0][1].tower_flops,
         both[0][0].curve.tuned,
         max(abs(_seconds(one) / _seconds(other) - 1) for one, other in both),
     )
@@ -178,18 +188,19 @@ def map_words(cells: Sequence[Cell], planned: Iterable[Place], words: str) -> st
     """
     found = {cell.place: cell for cell in cells}
     places = sorted({place for place in planned if place.mask > 0.0}, key=lambda p: (p.mask, -p.fraction, p.minutes))
-    head = ["data", "minutes", "mask", "seeds", "times as fast", "points", "epochs", "at mask 0", "pairs/s", "tower"]
+    head = ["data", "minutes", "mask", "seeds", "times as fast", "points", "from", "to", "epochs", "at mask 0"]
     rows = [head]
     for place in places:
         at = [place.data, f"{place.minutes:g}", f"{place.mask:.0%}"]
-        rows.append([*at, *(_facts(found[place]) if place in found else 7 * [NOTHING])])
+        rows.append([*at, *(_facts(found[place]) if place in found else len(head[3:]) * [NOTHING])])
     said = (
         f"By {words}. Times as fast: when mask 0 ends, over when the masked run is as good; where it never is, when "
-        "mask 0 is as good as the masked run's end, over when that ends. Points: at equal time. Epochs: how often the "
-        "masked run saw each pair. Pairs/s: of masked steps, in those of mask 0. Tower: the share of a step at mask 0 "
-        "that goes with the patches; where that is s, a mask of m makes steps at most 1 / (1 - s m) times as fast."
+        "mask 0 is as good as the masked run's end, over when that ends. Points: at equal time, from the end of mask 0 "
+        "to that of the masked run. Epochs: how often the masked run saw each pair, and mask 0."
     )
-    return "\n\n".join(["## Where masking pays", said, markdown_table(rows, 1), *_predictors(cells), *_unequal(cells)])
+    return "\n\n".join(
+        ["## Where masking pays", said, markdown_table(rows, 1), *_paces(cells), *_predictors(cells), *_unequal(cells)]
+    )
 
 
 def _facts(cell: Cell) -> list[str]:
@@ -197,10 +208,10 @@ def _facts(cell: Cell) -> list[str]:
         str(cell.seeds),
         ratio_text(cell),
         cell.gain.text,
+        f"{cell.whole_end:.3g}",
+        f"{cell.end:.3g}",
         f"{cell.epochs:.2f}",
         f"{cell.whole_epochs:.2f}",
-        f"{cell.speed:.2f}x",
-        f"{cell.tower:.0%}",
     ]
 
 
@@ -212,18 +223,42 @@ def ratio_text(cell: Cell) -> str:
     return f"{cell.ratio.mean:.2f}x{between}"
 
 
-def _predictors(cells: Sequence[Cell]) -> list[str]:
-    """Return a sentence on what the ratio goes with, over the cells that have one."""
-    told = [cell for cell in cells if cell.ratio is not None]
-    if len(told) < _LEAST_CELLS:
-        return []
-    ratios = [cell.ratio.mean for cell in told if cell.ratio is not None]
-    by_epochs = _rank_correlation(ratios, [cell.epochs for cell in told])
-    by_tower = _rank_correlation(ratios, [cell.tower for cell in told])
+def _of_masks(cells: Sequence[Cell]) -> dict[float, list[Cell]]:
+    return {mask: [c for c in cells if c.place.mask == mask] for mask in sorted({c.place.mask for c in cells})}
+
+
+def _paces(cells: Sequence[Cell]) -> list[str]:
+    """Return a sentence for each mask on how fast its steps are, and what share of a step the image tower has."""
     return [
-        f"Over {len(told)} cells, the rank correlation of times as fast is {by_epochs:+.2f} with the epochs that the "
-        f"masked run saw, and {by_tower:+.2f} with the tower's share of a step."
+        f"At a mask of {mask:.0%} pairs come {_median(own, 'speed'):.1f} times as fast, with "
+        f"{_median(own, 'left'):.0%} of the image tower's operations: the tower is "
+        f"{_median(own, 'tower'):.0%} of a step at mask 0."
+        for mask, own in _of_masks(cells).items()
     ]
+
+
+def _median(cells: Sequence[Cell], name: str) -> float:
+    return float(np.median([getattr(cell, name) for cell in cells]))
+
+
+def _predictors(cells: Sequence[Cell]) -> list[str]:
+    """Return a sentence for each mask on what the ratio goes with, over the cells that have one."""
+    told = []
+    for mask, own in _of_masks([cell for cell in cells if cell.ratio is not None]).items():
+        if len(own) >= _LEAST_CELLS:
+            ratios = [cell.ratio.mean for cell in own if cell.ratio is not None]
+            with_ = {
+                "the minutes": [cell.place.minutes for cell in own],
+                "the epochs that the masked run saw": [cell.epochs for cell in own],
+                "the end of mask 0": [cell.whole_end for cell in own],
+            }
+            said = ", ".join(
+                f"{_rank_correlation(ratios, values):+.2f} with {name}"
+                for name, values in with_.items()
+                if len(set(values)) > 1
+            )
+            told.append(f"At {mask:.0%}, over {len(own)} cells, the rank correlation of times as fast is {said}.")
+    return told
 
 
 def _unequal(cells: Sequence[Cell]) -> list[str]:
@@ -233,9 +268,10 @@ def _unequal(cells: Sequence[Cell]) -> list[str]:
 
 
 def _rank_correlation(one: Sequence[float], other: Sequence[float]) -> float:
-    """Return Spearman's rank correlation; equal values, which measurements do not have, get ranks in their order."""
-    ranks = [np.argsort(np.argsort(values, kind="stable"), kind="stable") for values in (one, other)]
-    return float(np.corrcoef(np.stack(ranks).astype(float))[0, 1])
+    """Return Spearman's rank correlation."""
+    from scipy.stats import spearmanr  # takes a second, and few reports have a map
+
+    return float(spearmanr(one, other).statistic)
 
 
 def draw_map(cells: Sequence[Cell], planned: Iterable[Place], words: str, path: Path) -> None:
@@ -259,8 +295,7 @@ def draw_map(cells: Sequence[Cell], planned: Iterable[Place], words: str, path: 
         tuned = ", then tuned" if any(cell.tuned for cell in own.values()) else ""
         title = f"{mask:.0%} masked{tuned}"
         if own:
-            speed, tower = (np.median([getattr(cell, name) for cell in own.values()]) for name in ("speed", "tower"))
-            title += f"\n{speed:.1f}x the pairs a second; the tower is {tower:.0%} of a step"
+            title += f"\n{_median(list(own.values()), 'speed'):.1f}x the pairs a second"
         axis.set_title(title, loc="left", fontsize=10)
         axis.set_xticks(range(len(minutes)), [f"{time:g}" for time in minutes])
         axis.set_xlabel("training time, minutes")
@@ -268,7 +303,7 @@ def draw_map(cells: Sequence[Cell], planned: Iterable[Place], words: str, path: 
     axes[0, 0].set_ylabel("part of the data")
     figure.suptitle(
         f"Where masking pays: how many times as fast the masked run reaches the {words} at which mask 0 ends.\n"
-        "Blue, above 1: masking wins. Below: points of difference at equal time, and epochs of the masked run.",
+        "Blue, above 1: masking wins. Below: from the end of mask 0 to that of the masked run, and its epochs.",
         fontsize=9,
         x=0.01,
         ha="left",
@@ -290,7 +325,7 @@ def _draw_panel(axis: "Axes", table: Sequence[Sequence[Cell | None]]) -> None:
         axis.text(column, row - 0.12, head, ha="center", va="center", fontsize=12, weight="bold", color=colour)
         if cell is not None:
             below = f"{interval}\n" if interval else ""
-            below += f"{cell.gain.mean:+.1f}; {cell.epochs:,.{0 if cell.epochs >= 10 else 1}f} epochs"
+            below += f"{cell.whole_end:.2g} → {cell.end:.2g}; {cell.epochs:,.{0 if cell.epochs >= 10 else 1}f} epochs"
             axis.text(column, row + 0.06, below, ha="center", va="top", fontsize=7.5, color=colour)
     axis.tick_params(length=0)
     axis.spines[:].set_visible(False)
