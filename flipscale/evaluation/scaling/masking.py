@@ -247,14 +247,14 @@ def _predictors(cells: Sequence[Cell]) -> list[str]:
     for mask, own in _of_masks([cell for cell in cells if cell.ratio is not None]).items():
         if len(own) >= _LEAST_CELLS:
             ratios = [cell.ratio.mean for cell in own if cell.ratio is not None]
-            with_ = {
+            predictors = {
                 "the minutes": [cell.place.minutes for cell in own],
                 "the epochs that the masked run saw": [cell.epochs for cell in own],
                 "the end of mask 0": [cell.whole_end for cell in own],
             }
             said = ", ".join(
                 f"{_rank_correlation(ratios, values):+.2f} with {name}"
-                for name, values in with_.items()
+                for name, values in predictors.items()
                 if len(set(values)) > 1
             )
             told.append(f"At {mask:.0%}, over {len(own)} cells, the rank correlation of times as fast is {said}.")
