@@ -136,9 +136,16 @@ train() {
   rm -f "$FLIPSCALE_STOP_FILE"
   [ -z "$ending" ] || exit "$((rc ? rc : 1))"
   [ ! -e "$FLIPSCALE_STOP_FILE.refused" ] || fail "not restarted: see the end of the output for what to change"
-  [ "$rc" = 0 ] || crashed "$rc" || exit "$rc"
   [ "$rc" != 0 ] || [ -n "$stopping" ] || exit 0
-  requeue "$@"
+  # The last task of an array has the number of the array, by which all its tasks would be requeued.
+  local job=$SLURM_JOB_ID state preempted
+  [ -z "${SLURM_ARRAY_TASK_ID:-}" ] || job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
+  read -r state preempted < <(squeue --noheader --jobs="$job" --Format=State,PreemptTime)
+  # Slurm is ending the job, and its TERM may reach this script last: no crash, and a cancelled job must not run again.
+  [ "$state" = RUNNING ] || exit "$((rc ? rc : 1))"
+  [ "$rc" = 0 ] || crashed "$rc" || exit "$rc"
+  case $preempted in N/A | '') ;; *) say "preempted: Slurm requeues" && exit 0 ;; esac
+  requeue "$job" "$@"
 }
 
 # Counts a crash with exit code $1. Fails if there were more than MAX_CRASHES since the newest checkpoint of the run.
@@ -152,14 +159,10 @@ crashed() {
   [ "$count" -le "$MAX_CRASHES" ]
 }
 
-# Requeues the job as REQUEUE says, and ends this script.
+# Requeues job $1 as REQUEUE says, with the flags that follow, and ends this script.
 requeue() {
-  local state preempted job=$SLURM_JOB_ID
-  # The last task of an array has the number of the array, by which all its tasks would be requeued.
-  [ -z "${SLURM_ARRAY_TASK_ID:-}" ] || job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
-  read -r state preempted < <(squeue --noheader --jobs="$job" --Format=State,PreemptTime)
-  [ "$state" = RUNNING ] || exit 1 # cancelled a moment ago, so it must not run again
-  case $preempted in N/A | '') ;; *) say "preempted: Slurm requeues" && exit 0 ;; esac
+  local job=$1
+  shift
   case $REQUEUE in
     scontrol)
       say "requeue"

@@ -1,5 +1,6 @@
 """The scripts of slurm/ as they are, on a real Slurm of four nodes, through everything that ends a job early."""
 
+import fnmatch
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -136,6 +138,12 @@ class Site:
                 return int(process.name)
         return None
 
+    def script(self, number: str) -> psutil.Process:
+        """The shell that runs a job's script: the child of the daemon that hands it Slurm's signals."""
+        path = f"{self.cluster.folder}/spool/*/job{int(number):05}/slurm_script"
+        shells = (p for p in psutil.process_iter(["cmdline"]) if fnmatch.filter(p.info["cmdline"] or [], path))
+        return min(shells, key=psutil.Process.create_time)
+
     def output(self, number: str) -> str:
         """All that a job wrote: its own output and its processes'."""
         files = [*self.folder.glob(f"*-{number}.out"), *self.folder.glob(f"runs/**/slurm/{number}-*.log")]
@@ -165,7 +173,8 @@ def chain(site: Site) -> dict[str, str]:
 
 
 def interrupted(site: Site) -> str:
-    """Told to stop ahead of the time limit, then on a node that goes down, then left to end."""
+    """Told to stop ahead of the time limit, then on a node that goes down, of which the script itself hears last, then
+    left to end."""
     site.hold("runs/interrupted", 30)
     number = site.submit(
         "sbatch", *SMALL, "--nodes=2", "--nodelist=node2,node3", "slurm/pretrain.sh", RUN="runs/interrupted"
@@ -175,7 +184,15 @@ def interrupted(site: Site) -> str:
     site.cluster.wait_for(number, "PENDING")
     assert 70 > site.newest("runs/interrupted") >= site.steps("runs/interrupted"), "it did not save what it had done"
     site.wait_for_step("runs/interrupted", 70)
+    script = site.script(number)
+    daemon = script.parent()
+    daemon.suspend()
     site.cluster.run("scontrol", "update", "NodeName=node3", "State=DOWN", "Reason=test")
+    wait_until(lambda: site.cluster.job(number, "JobState") != "RUNNING", "Slurm to end the job")
+    (launcher,) = script.children()
+    launcher.terminate()
+    wait_until(lambda: script.status() == psutil.STATUS_ZOMBIE, "the script to end")
+    daemon.resume()
     site.cluster.wait_for(number, "PENDING")
     site.hold("runs/interrupted", 1000)
     site.end(number, "COMPLETED")
