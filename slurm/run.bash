@@ -140,9 +140,9 @@ train() {
   # The last task of an array has the number of the array, by which all its tasks would be requeued.
   local job=$SLURM_JOB_ID state preempted
   [ -z "${SLURM_ARRAY_TASK_ID:-}" ] || job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
-  read -r state preempted < <(squeue --noheader --jobs="$job" --Format=State,PreemptTime)
+  read -r state preempted < <(squeue --noheader --jobs="$job" --Format=State,PreemptTime) || state=unknown
   # Slurm is ending the job, and its TERM may reach this script last: no crash, and a cancelled job must not run again.
-  [ "$state" = RUNNING ] || exit "$((rc ? rc : 1))"
+  [ "$state" = RUNNING ] || { say "left to Slurm: job $job is $state" && exit "$((rc ? rc : 1))"; }
   [ "$rc" = 0 ] || crashed "$rc" || exit "$rc"
   case $preempted in N/A | '') ;; *) say "preempted: Slurm requeues" && exit 0 ;; esac
   requeue "$job" "$@"

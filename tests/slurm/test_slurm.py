@@ -363,6 +363,7 @@ def test_a_stop_and_a_dead_node_leave_the_numbers_as_they_are(site: Site, outcom
     outcome(chain)
     assert site.cluster.job(number, "Restarts") == "2"
     assert not (site.folder / "runs/interrupted/slurm/crashes").exists()
+    assert f"left to Slurm: job {number} is " in site.output(number)
     runs = [site.folder / "runs" / name for name in ("interrupted", "whole")]
     found, expected = ([record["loss"] for record in metrics(run)] for run in runs)
     assert len(found) == 120
