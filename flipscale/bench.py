@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flipscale.data.recipe import DataRecipe
-from flipscale.files.command_line import number
-from flipscale.files.ranges import Count, CountOrNone, Pairs, Pixels, Positive, ShareBelowAll, Threads, Workers
+from flipscale.io.command_line import number
+from flipscale.io.errors import UserError
+from flipscale.io.ranges import Count, CountOrNone, Pairs, Pixels, Positive, ShareBelowAll, Threads, Workers
 from flipscale.training.recipe import parse_recipe
 from flipscale.training.schedule import plan_stages
 
@@ -206,7 +207,7 @@ def data_setting(args: argparse.Namespace, shards: str | None, num_workers: int 
         shape = InputShape(args.image_size, args.patch_size, FlipConfig().text_config.max_position_embeddings)
         setting = DataSetting(data, shape, args.mask_ratio, num_batches=args.batches)
     if not setting.data.shards:
-        raise ValueError("no shards to read; name them with --shards, or a recipe that does with --recipe")
+        raise UserError("no shards to read; name them with --shards, or a recipe that does with --recipe")
     return setting
 
 
@@ -220,7 +221,7 @@ def print_world(args: argparse.Namespace) -> None:
     stages = plan_stages(recipe.stages, recipe.data.global_batch_size, recipe.budget_minutes)
     names = [stage.name for stage in stages]
     if args.stage is not None and args.stage not in names:
-        raise ValueError(f"stage is {args.stage!r}; the recipe's are {', '.join(map(repr, names))}")
+        raise UserError(f"stage is {args.stage!r}; the recipe's are {', '.join(map(repr, names))}")
     stage = stages[names.index(args.stage)] if args.stage is not None else stages[0]
     figures = simulate(World(recipe, launch, stage, args.rank)).figures()
     if args.json:

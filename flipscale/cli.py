@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
-from flipscale.files.command_line import Parser
+from flipscale.io.command_line import Parser
 from flipscale.training.console import report_user_errors
 
 VERBS = {

@@ -3,8 +3,8 @@
 import argparse
 from pathlib import Path
 
-from flipscale.files.command_line import number, output_folder
-from flipscale.files.ranges import Count
+from flipscale.io.command_line import number, output_folder
+from flipscale.io.ranges import Count
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

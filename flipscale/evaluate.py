@@ -14,9 +14,10 @@ from flipscale.evaluation.kinds.templates import TEMPLATES
 from flipscale.evaluation.reports.models import check_writable, name_models, tables_home
 from flipscale.evaluation.results import Result, as_metrics
 from flipscale.evaluation.task_page import SUITES, suite_pages
-from flipscale.files.command_line import number, output_folder
-from flipscale.files.ranges import Count, Pairs, Pixels, ShareBelowAll, Workers
-from flipscale.files.yaml_text import check_yaml
+from flipscale.io.command_line import number, output_folder
+from flipscale.io.errors import UserError
+from flipscale.io.ranges import Count, Pairs, Pixels, ShareBelowAll, Workers
+from flipscale.io.yaml_text import check_yaml
 from flipscale.training.console import start_logging
 
 # What embeds and scores takes seconds to import, so it is where it is needed: `--help` waits for nothing.
@@ -245,7 +246,7 @@ def _tasks(args: argparse.Namespace) -> list["Task"]:
     tasks_dir = args.tasks or Path(TASKS_DIR)
     listed: list[str | dict[str, Any]] = [*_listed(args), *_pages(args, tasks_dir)]
     if not listed:
-        raise ValueError(
+        raise UserError(
             "nothing to evaluate; give --suite NAME, --only NAME ..., --zero_shot DIR, --retrieval DIR or --task "
             "'{kind: ..., data: ...}'"
         )
@@ -259,7 +260,7 @@ def _tasks(args: argparse.Namespace) -> list["Task"]:
 def _pages(args: argparse.Namespace, tasks_dir: Path) -> list[str]:
     """Return the names of the tasks that have a page: those of `--only`, or of a suite as far as they are prepared."""
     if args.only and args.suite:
-        raise ValueError("--only and --suite are both given; give one of them")
+        raise UserError("--only and --suite are both given; give one of them")
     if args.only:
         return args.only
     if args.suite is None and args.tasks is None:
@@ -268,7 +269,7 @@ def _pages(args: argparse.Namespace, tasks_dir: Path) -> list[str]:
     found = [page.name for page in asked if read_prepared(tasks_dir / page.data) is not None]
     if not found:
         which = f"of suite {args.suite} " if args.suite else ""
-        raise ValueError(
+        raise UserError(
             f"no task {which}is prepared in {tasks_dir}; run `flipscale prepare tasks {tasks_dir} --suite "
             f"{args.suite or 'paper'}`"
         )
@@ -300,6 +301,6 @@ def _listed(args: argparse.Namespace) -> list[dict[str, Any]]:
         except yaml.YAMLError:
             task = None
         if not isinstance(task, dict):
-            raise ValueError(f"--task is {text!r}; write it like '{{kind: retrieval, data: DIR}}'")
+            raise UserError(f"--task is {text!r}; write it like '{{kind: retrieval, data: DIR}}'")
         listed.append(task)
     return listed

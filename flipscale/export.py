@@ -3,8 +3,9 @@
 import argparse
 from pathlib import Path
 
-from flipscale.files.command_line import number, output_folder
-from flipscale.files.ranges import CountOrNone, Share
+from flipscale.io.command_line import number, output_folder
+from flipscale.io.errors import UserError
+from flipscale.io.ranges import CountOrNone, Share
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,7 +51,7 @@ def run(args: argparse.Namespace) -> None:
 
     checkpoint = latest_checkpoint(args.run_dir) if args.step is None else checkpoint_of(args.run_dir, args.step)
     if checkpoint is None:
-        raise ValueError(f"{args.run_dir} has no checkpoint; name a run directory with one in checkpoints/")
+        raise UserError(f"{args.run_dir} has no checkpoint; name a run directory with one in checkpoints/")
     out = args.out or args.run_dir / f"export-{int(checkpoint.name[5:])}"
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
     if args.interpolate is None:

@@ -10,10 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flipscale.files.command_line import number, unwritable
-from flipscale.files.plain_file import is_utf8
-from flipscale.files.ranges import Count, MinutesAboveNone, Positive
-from flipscale.files.room import usable_cores
+from flipscale.io.command_line import number, unwritable
+from flipscale.io.errors import UserError
+from flipscale.io.plain_file import is_utf8
+from flipscale.io.ranges import Count, MinutesAboveNone, Positive
+from flipscale.io.room import usable_cores
 
 if TYPE_CHECKING:
     from flipscale.planning.proposal import Proposal
@@ -62,13 +63,11 @@ def run(args: argparse.Namespace) -> None:
 
     source = open_shards(args.shards, DataRecipe())
     if len(source) < LEAST_PAIRS:
-        raise ValueError(f"{args.shards} has {len(source)} pairs; {LEAST_PAIRS} are the least to train on")
+        raise UserError(f"{args.shards} has {len(source)} pairs; {LEAST_PAIRS} are the least to train on")
     try:
         tokenizer = load_tokenizer(args.tokenizer, 64)
     except ValueError as error:
-        raise ValueError(
-            f"{error}; `flipscale prepare tokenizer {args.shards} DIR` makes one of the captions"
-        ) from None
+        raise UserError(f"{error}; `flipscale prepare tokenizer {args.shards} DIR` makes one of the captions") from None
     data = survey(source, tokenizer)
     print(f"{args.shards}: {data}", flush=True)
     num_gpus = args.num_gpus if args.gpu else _gpus_here()
@@ -94,21 +93,19 @@ def run(args: argparse.Namespace) -> None:
 def _check_options(args: argparse.Namespace) -> None:
     for name in ("recipe", "shards", "tokenizer", "tests"):
         if not is_utf8(str(getattr(args, name))):
-            raise ValueError(f"{name} has letters in its name that no recipe can have: they are not UTF-8; rename it")
+            raise UserError(f"{name} has letters in its name that no recipe can have: they are not UTF-8; rename it")
     if os.path.lexists(args.recipe):
-        raise ValueError(f"{args.recipe} is there already; name another file, or remove it")
+        raise UserError(f"{args.recipe} is there already; name another file, or remove it")
     if why := unwritable(str(args.recipe)):
-        raise ValueError(f"{args.recipe} cannot be written: {why}")
+        raise UserError(f"{args.recipe} cannot be written: {why}")
     if args.recipe.suffix not in (".yaml", ".yml"):
-        raise ValueError(
-            f"{args.recipe} has no ending .yaml, by which a recipe is known; name a file such as mine.yaml"
-        )
+        raise UserError(f"{args.recipe} has no ending .yaml, by which a recipe is known; name a file such as mine.yaml")
     if (args.gpu is None) != (args.hours is None):
-        raise ValueError("gpu and hours go together, for machines elsewhere; give both, or minutes for this machine")
+        raise UserError("gpu and hours go together, for machines elsewhere; give both, or minutes for this machine")
     if args.gpu is not None and args.minutes is not None:
-        raise ValueError("minutes is for this machine and gpu for others; leave one of them out")
+        raise UserError("minutes is for this machine and gpu for others; leave one of them out")
     if args.gpu is None and args.num_gpus != 1:
-        raise ValueError("num_gpus is of machines elsewhere; add gpu and hours, or leave it out")
+        raise UserError("num_gpus is of machines elsewhere; add gpu and hours, or leave it out")
     if args.gpu is not None:
         from flipscale.planning.proposal import gpu_named
 
@@ -161,7 +158,7 @@ def _tasks(folder: str) -> Iterator[dict[str, Any]]:
     if captioned:
         yield {"kind": "retrieval", "data": folder, "group_by_caption": True}
     if not named and not captioned:
-        raise ValueError(
+        raise UserError(
             f"tests {folder} has no classnames.txt and no captions, so that nothing can be asked of its pictures; "
             "`flipscale prepare shards --labels` writes a test set"
         )
@@ -176,7 +173,7 @@ def _length(args: argparse.Namespace, proposal: "Proposal", data: "Survey", minu
     rates, how = _computed(args, proposal) if args.gpu else _measured(proposal)
     in_time, useful = samples_in(60 * minutes, rates, proposal), most_samples(data, proposal)
     if in_time < proposal.batch_size:
-        raise ValueError(f"{minutes:g} minutes are less than a step takes; give more of them, or of hours")
+        raise UserError(f"{minutes:g} minutes are less than a step takes; give more of them, or of hours")
     samples = min(in_time, useful)
     took = minutes * samples / in_time
     epochs = samples / data.pairs
@@ -237,7 +234,7 @@ def _fitted(proposal: "Proposal", num_gpus: int, gib: int) -> tuple["Recipe", An
         recipe = _recipe_of(proposal, 0)
         if recipe_memory(recipe, launch).total <= USABLE * gib * 2**30:
             return recipe, launch
-    raise ValueError(
+    raise UserError(
         f"the model and a batch of {proposal.batch_size} do not fit {num_gpus} GPUs of {gib} GiB under DDP; use more "
         "or larger GPUs, or a recipe of your own under FSDP2"
     )

@@ -8,8 +8,9 @@ import argparse
 import shutil
 from pathlib import Path
 
-from flipscale.files.aside import written_aside
-from flipscale.files.command_line import output_folder
+from flipscale.io.aside import written_aside
+from flipscale.io.command_line import output_folder
+from flipscale.io.errors import UserError
 
 FOLDERS = ("ds_configs", "slurm")
 _PACKAGE = Path(__file__).parent
@@ -44,7 +45,7 @@ def write_launch_files(directory: Path) -> list[Path]:
     copies = [directory / source.relative_to(_PACKAGE) for source in sources]
     for source, copy in zip(sources, copies, strict=True):
         if copy.exists() and not (copy.is_file() and copy.read_bytes() == source.read_bytes()):
-            raise ValueError(
+            raise UserError(
                 f"{copy} exists and differs from this version's; nothing was written: move it away, or name another "
                 "folder"
             )

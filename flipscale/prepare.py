@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flipscale.data.sources.tar_source import TarSource
-from flipscale.files.command_line import add_num_workers, number, output_folder
-from flipscale.files.ranges import Count, CountOrNone, ShareAboveNone, ShareBelowAll
+from flipscale.io.command_line import add_num_workers, number, output_folder
+from flipscale.io.errors import UserError
+from flipscale.io.ranges import Count, CountOrNone, ShareAboveNone, ShareBelowAll
 from flipscale.preparation.coco.command import (
     add_captions_arguments,
     add_questions_arguments,
@@ -248,7 +249,7 @@ def _shards(args: argparse.Namespace) -> None:
     from flipscale.preparation.shard_writer import ShardOptions
 
     if not 0 <= args.max_bad_fraction <= 1:
-        raise ValueError(f"max_bad_fraction is {args.max_bad_fraction}; it must be from 0 to 1")
+        raise UserError(f"max_bad_fraction is {args.max_bad_fraction}; it must be from 0 to 1")
     options = ShardOptions(
         *(args.short_side, args.jpeg_quality, args.pairs_per_shard, args.drop_duplicates, args.allow_outside),
         *(args.labels, args.split),
@@ -274,7 +275,7 @@ def _tokenizer(args: argparse.Namespace) -> None:
     from flipscale.data.recipe import DataRecipe
     from flipscale.data.sources.opening import open_shards
     from flipscale.data.tokenizers import train_sentencepiece
-    from flipscale.files.aside import new_folder
+    from flipscale.io.aside import new_folder
     from flipscale.model.configuration_flip import FlipTextConfig
     from flipscale.preparation.inspection import read_captions
     from flipscale.preparation.own_set import has_test_part
@@ -357,13 +358,13 @@ def _tasks(args: argparse.Namespace) -> None:
     from flipscale.preparation.task_sets import prepare_tasks
 
     if args.suite and args.only:
-        raise ValueError("--suite and --only exclude each other; give one of them")
+        raise UserError("--suite and --only exclude each other; give one of them")
     pages = [read_page(name) for name in args.only or ()] or suite_pages(args.suite or "all")
     if args.list:
         print(pages_table(pages))
         return
     if args.directory is None or not (args.suite or args.only):
-        raise ValueError("name a folder, such as data/tasks, and --suite paper or --only TASK; --list prints the tasks")
+        raise UserError("name a folder, such as data/tasks, and --suite paper or --only TASK; --list prints the tasks")
     named = dict.fromkeys(page.data for page in pages)
     prepare_tasks(args.directory, [_task_set(read_page(name)) for name in named])
 

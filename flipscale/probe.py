@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from flipscale.evaluation.probe.recipe import LarsRecipe
 from flipscale.evaluation.reports.models import check_writable, name_models
 from flipscale.evaluation.results import Result, with_unit
-from flipscale.files.command_line import number, output_folder
-from flipscale.files.ranges import Count, CountOrNone, Pairs, Positive, Seed, ShareAboveNone, Workers
+from flipscale.io.command_line import number, output_folder
+from flipscale.io.ranges import Count, CountOrNone, Pairs, Positive, Seed, ShareAboveNone, Workers
 
 # What embeds and learns takes seconds to import, so it is where it is needed: `--help` waits for nothing.
 if TYPE_CHECKING:

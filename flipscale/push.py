@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from flipscale.files.aside import write_text
-from flipscale.files.command_line import number
-from flipscale.files.ranges import CountOrNone
+from flipscale.io.aside import write_text
+from flipscale.io.command_line import number
+from flipscale.io.errors import UserError
+from flipscale.io.ranges import CountOrNone
 from flipscale.training.console import start_logging
 
 
@@ -71,7 +72,7 @@ def _update_card(folder: Path, run_dir: Path, repo_id: str, step: int | None) ->
         try:
             text = card.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
-            raise ValueError(f"{card} is not UTF-8 ({error.reason}); write it anew") from error
+            raise UserError(f"{card} is not UTF-8 ({error.reason}); write it anew") from error
         write_text(card, text.replace(f'"{as_string(str(folder))}"', f'"{repo_id}"'))
 
 
@@ -94,7 +95,7 @@ def _model_folder(run_dir: Path, step: int | None) -> Iterator[Path]:
         if (folder / "config.json").is_file():
             yield folder
             return
-    raise ValueError(
+    raise UserError(
         f"{run_dir} has no model to push: neither {run_dir}/model/config.json nor {run_dir}/config.json is there; "
         "finish the run, or name a checkpoint with --step"
     )

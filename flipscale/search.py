@@ -4,9 +4,10 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from flipscale.files.command_line import number, unwritable
-from flipscale.files.plain_file import is_utf8
-from flipscale.files.ranges import Count
+from flipscale.io.command_line import number, unwritable
+from flipscale.io.errors import UserError
+from flipscale.io.plain_file import is_utf8
+from flipscale.io.ranges import Count
 
 _MOST_QUERIES = 500
 
@@ -79,18 +80,18 @@ def _queries(args: argparse.Namespace) -> list[str]:
     asked = [*args.queries]
     if args.file is not None:
         if args.file.exists() and not args.file.is_file():  # a pipe would be waited for
-            raise ValueError(f"the queries {args.file} are no file; name a text file, UTF-8")
+            raise UserError(f"the queries {args.file} are no file; name a text file, UTF-8")
         try:
             asked += args.file.read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"the queries {args.file} cannot be read ({error}); name a text file, UTF-8") from error
+            raise UserError(f"the queries {args.file} cannot be read ({error}); name a text file, UTF-8") from error
     queries = list(dict.fromkeys(query.strip() for query in asked if query.strip()))
     if not queries:
-        raise ValueError("there is no query; give words such as 'two arrows in a circle', or --queries FILE")
+        raise UserError("there is no query; give words such as 'two arrows in a circle', or --queries FILE")
     if odd := next((query for query in queries if not is_utf8(query)), None):
-        raise ValueError(f"the query {odd!r:.60} is not UTF-8; write it anew")
+        raise UserError(f"the query {odd!r:.60} is not UTF-8; write it anew")
     if len(queries) > _MOST_QUERIES:
-        raise ValueError(f"there are {len(queries):,} queries; a page has at most {_MOST_QUERIES}")
+        raise UserError(f"there are {len(queries):,} queries; a page has at most {_MOST_QUERIES}")
     return queries
 
 
@@ -101,6 +102,6 @@ def _check_page(page: Path) -> None:
         ValueError: its name is no page's, or its folder cannot be written.
     """
     if page.suffix != ".html" or page.is_dir():
-        raise ValueError(f"--out is {str(page)!r}; name a file that ends in .html")
+        raise UserError(f"--out is {str(page)!r}; name a file that ends in .html")
     if reason := unwritable(str(page.parent)):
-        raise ValueError(f"--out is {str(page)!r}; {reason}")
+        raise UserError(f"--out is {str(page)!r}; {reason}")

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from flipscale.evaluation.results import THIS_MODEL, Result, latest, read_metrics, read_results
-from flipscale.files import json_lines
-from flipscale.files.lock import holder_lives
-from flipscale.files.plain_file import plain_text
-from flipscale.files.yaml_text import read_saved
+from flipscale.io import json_lines
+from flipscale.io.errors import UserError
+from flipscale.io.lock import holder_lives
+from flipscale.io.plain_file import plain_text
+from flipscale.io.yaml_text import read_saved
 from flipscale.training.cost.energy import read_energy
 from flipscale.training.report.lines import duration
 from flipscale.training.schedule import StageRecipe, plan_stages
@@ -97,7 +98,7 @@ def read_status(run_dir: Path, now: float) -> dict[str, Any]:
     """
     recipe_file = run_dir / "recipe.yaml"
     if not recipe_file.exists():
-        raise ValueError(f"{run_dir} is not a run directory: it has no recipe.yaml, which a run writes when it starts")
+        raise UserError(f"{run_dir} is not a run directory: it has no recipe.yaml, which a run writes when it starts")
     records = read_metrics(run_dir)
     starts = json_lines.read(run_dir / "starts.jsonl", **_START)
     steps = [record for record in records if "images_per_s" in record]
@@ -162,7 +163,7 @@ def _plan(recipe_file: Path) -> tuple[int, int | None, float | None]:
         stages = plan_stages([StageRecipe(**stage) for stage in recipe["stages"]], batch, budget)
         return batch, int(stages[-1].last) * batch if budget is None else None, budget
     except (KeyError, TypeError, ZeroDivisionError, AttributeError) as error:
-        raise ValueError(
+        raise UserError(
             f"{recipe_file} is not the recipe that the run began with, it is damaged ({error!r}); copy the one of a "
             "checkpoint there"
         ) from error

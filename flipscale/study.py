@@ -3,9 +3,10 @@
 import argparse
 from pathlib import Path
 
-from flipscale.files.command_line import number, output_folder
-from flipscale.files.ranges import Count, MinutesAboveNone
-from flipscale.files.room import usable_cores
+from flipscale.io.command_line import number, output_folder
+from flipscale.io.errors import UserError
+from flipscale.io.ranges import Count, MinutesAboveNone
+from flipscale.io.room import usable_cores
 from flipscale.studies.design import study_file
 from flipscale.studies.folder import read_plan, write_plan
 from flipscale.studies.pool import train_missing
@@ -121,4 +122,4 @@ def run(args: argparse.Namespace) -> None:
 def _refuse_workers(workers: int) -> None:
     cores = usable_cores()
     if workers > cores:
-        raise ValueError(f"--workers is {workers}, and there are {cores} cores; give each run one at least")
+        raise UserError(f"--workers is {workers}, and there are {cores} cores; give each run one at least")

@@ -29,6 +29,7 @@ from flipscale.data.randomness import keyed_uniform
 from flipscale.data.recipe import DataRecipe
 from flipscale.data.sources.opening import open_source
 from flipscale.data.tokenizers import load_tokenizer
+from flipscale.io.errors import UserError
 from flipscale.model import FlipConfig
 from flipscale.model.patches import num_kept
 from flipscale.planning.flops import forward_flops
@@ -63,9 +64,9 @@ class DataSetting:
             ("batches", self.num_batches, 1),
         ):
             if value < least:
-                raise ValueError(f"{name} is {value}; it must be at least {least}")
+                raise UserError(f"{name} is {value}; it must be at least {least}")
         if self.shape.image_size % self.shape.patch_size:
-            raise ValueError(
+            raise UserError(
                 f"image_size {self.shape.image_size} is not divisible by patch_size {self.shape.patch_size}"
             )
         num_kept(self.shape.num_patches, self.mask_ratio)
@@ -212,7 +213,7 @@ def workers_for_gpu(size: str, mask_ratio: float, tflops: float, images_per_s_pe
         ValueError: `tflops` is not positive.
     """
     if not tflops > 0:
-        raise ValueError(f"gpu_tflops is {tflops}; it must be above 0")
+        raise UserError(f"gpu_tflops is {tflops}; it must be above 0")
     gpu_rate = tflops * 1e12 / forward_flops(FlipConfig.from_size(size), mask_ratio).training
     return {
         "gpu_model": size,

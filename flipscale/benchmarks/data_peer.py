@@ -20,6 +20,7 @@ import torch
 from flipscale.benchmarks.data import DataSetting, device_bytes, flipscale_batches
 from flipscale.benchmarks.memory import resident_peak_bytes
 from flipscale.data.sources.shard_list import expand_shards
+from flipscale.io.errors import UserError
 
 # The tar reader of open_clip fails with later versions (KeyError: 'fname').
 WEBDATASET = "0.2.86"
@@ -36,10 +37,10 @@ def require_data_peer() -> None:
     needed = ("open_clip", "open_clip_train", "torchvision", "webdataset", "pandas")
     for package in needed:
         if importlib.util.find_spec(package) is None:
-            raise ValueError(f"{package} is not installed; pip install 'flipscale[peers]'")
+            raise UserError(f"{package} is not installed; pip install 'flipscale[peers]'")
     version = importlib.metadata.version("webdataset")
     if version != WEBDATASET:
-        raise ValueError(
+        raise UserError(
             f"webdataset is {version}; open_clip's loader needs {WEBDATASET}: pip install webdataset=={WEBDATASET}"
         )
 

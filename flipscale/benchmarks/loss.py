@@ -14,6 +14,7 @@ from torch.nn.functional import normalize
 from flipscale.benchmarks.memory import forget_peak_memory, peak_memory_since
 from flipscale.benchmarks.peer import require_open_clip
 from flipscale.benchmarks.step import device_label, matmul_peak, timed
+from flipscale.io.errors import UserError
 from flipscale.objectives.contrastive import contrastive_loss
 
 Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -43,7 +44,7 @@ class LossSetting:
     def __post_init__(self) -> None:
         for name in ("n", "dim", "steps"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
 
     @property
     def flops(self) -> int:

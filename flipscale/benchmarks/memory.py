@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from flipscale.engines.device import peak_memory_bytes
+from flipscale.io.errors import UserError
 
 
 def forget_peak_memory(device: torch.device) -> int:
@@ -19,7 +20,7 @@ def forget_peak_memory(device: torch.device) -> int:
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)
     if not Path("/proc/self/clear_refs").exists():
-        raise ValueError("the loss's peak memory is measured on a GPU or on Linux only")
+        raise UserError("the loss's peak memory is measured on a GPU or on Linux only")
     # Hand back what is free in the heap: allocated again, it would not show as new memory.
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")

@@ -17,6 +17,7 @@ from flipscale.benchmarks.step import (
     time_in_turn,
     training_step,
 )
+from flipscale.io.errors import UserError
 
 MASK_RATIOS = (0.0, 0.5, 0.75)
 
@@ -28,7 +29,7 @@ def require_open_clip() -> None:
         ValueError: open_clip is not installed.
     """
     if importlib.util.find_spec("open_clip") is None:
-        raise ValueError("open_clip is not installed; pip install 'flipscale[peers]'")
+        raise UserError("open_clip is not installed; pip install 'flipscale[peers]'")
 
 
 def open_clip_step(setting: StepSetting) -> TrainingStep:

@@ -13,6 +13,7 @@ from torch import nn
 from flipscale.engines.device import best_attention, fastest_product, peak_memory_bytes, wait_for
 from flipscale.engines.optimizers.groups import build_optimizers, set_learning_rate
 from flipscale.engines.recipe import OptimRecipe
+from flipscale.io.errors import UserError
 from flipscale.model import FlipConfig, FlipModel
 from flipscale.model.patches import keep_lowest, num_kept
 from flipscale.objectives.contrastive import contrastive_loss
@@ -44,11 +45,11 @@ class StepSetting:
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
-            raise ValueError(f"batch_size is {self.batch_size}; it must be at least 1")
+            raise UserError(f"batch_size is {self.batch_size}; it must be at least 1")
         if self.num_steps < 1:
-            raise ValueError(f"steps is {self.num_steps}; at least 1 must be timed")
+            raise UserError(f"steps is {self.num_steps}; at least 1 must be timed")
         if self.dtype not in DTYPES:
-            raise ValueError(f"dtype is {self.dtype!r}; use one of {', '.join(DTYPES)}")
+            raise UserError(f"dtype is {self.dtype!r}; use one of {', '.join(DTYPES)}")
         num_kept(self.config.vision_config.num_patches, self.mask_ratio)
 
     def autocast(self) -> AbstractContextManager[Any]:

@@ -28,6 +28,7 @@ from flipscale.engines.first_weights import no_weights
 from flipscale.engines.launch import Launch
 from flipscale.engines.optimizers.groups import encoder_blocks
 from flipscale.engines.start import build_engine, engine_class, start_accelerator
+from flipscale.io.errors import UserError
 from flipscale.planning.activations import Step, example_batch
 from flipscale.training.budget.progress import Progress
 from flipscale.training.health import StepGuard
@@ -69,15 +70,15 @@ class World:
     def __post_init__(self) -> None:
         batch, world = self.recipe.data.global_batch_size, self.launch.num_processes
         if world < 2:
-            raise ValueError(f"num_processes is {world}; a world to simulate has 2 or more")
+            raise UserError(f"num_processes is {world}; a world to simulate has 2 or more")
         if not 0 <= self.rank < world:
-            raise ValueError(f"rank is {self.rank}; it must be from 0 to {world - 1}, for {world} processes")
+            raise UserError(f"rank is {self.rank}; it must be from 0 to {world - 1}, for {world} processes")
         StepSampler(0, 1, batch, self.rank, world, self.recipe.data.micro_batch_size)  # raises as in training
         refusal = engine_class(self.launch).refusal(self.launch, self.recipe.optim.name, self.recipe.model.compile)
         if refusal is not None:
-            raise ValueError(refusal)
+            raise UserError(refusal)
         if self.launch.engine.startswith("zero"):
-            raise ValueError(f"the launch file's engine is {self.launch.engine}; {NO_ZERO}")
+            raise UserError(f"the launch file's engine is {self.launch.engine}; {NO_ZERO}")
 
     @property
     def micro_batch(self) -> Step:

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from flipscale.io.errors import UserError
+
 _USUAL_LANES = 64
 
 
@@ -60,7 +62,7 @@ def number_of_lanes(wish: int | None, batch_size: int) -> int:
     if wish >= 1 and batch_size % wish == 0:
         return wish
     nearest = divisors_around(batch_size, wish)
-    raise ValueError(f"data.lanes {wish} does not divide data.global_batch_size {batch_size}; use {nearest}")
+    raise UserError(f"data.lanes {wish} does not divide data.global_batch_size {batch_size}; use {nearest}")
 
 
 def divisors_around(number: int, wish: int) -> str:

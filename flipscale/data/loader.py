@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from flipscale.data.lanes import divisors_around
 from flipscale.data.packed import PackedBatch
 from flipscale.data.pairs import PairDataset
+from flipscale.io.errors import UserError
 
 
 class StepSampler(Sampler[list[int]]):
@@ -43,7 +44,7 @@ class StepSampler(Sampler[list[int]]):
         whole = self.per_process
         self.micro_batch_size = whole if micro_batch_size is None else min(micro_batch_size, whole)
         if self.micro_batch_size < 1 or whole % self.micro_batch_size:
-            raise ValueError(
+            raise UserError(
                 f"data.micro_batch_size {micro_batch_size} does not divide the {whole} pairs of a process "
                 f"(global_batch_size {global_batch_size} over {world_size} processes); use "
                 f"{divisors_around(whole, self.micro_batch_size)}"
@@ -72,7 +73,7 @@ def pairs_of_a_process(global_batch_size: int, world_size: int) -> int:
     below = max(count for count in fits if count <= world_size)
     above = min((count for count in fits if count >= world_size), default=None)
     processes = f"{below} or {above}" if above else f"{below}"
-    raise ValueError(
+    raise UserError(
         f"global_batch_size {global_batch_size} is not divisible by {world_size} processes; use {processes} "
         f"processes, or {global_batch_size // world_size * world_size or world_size}"
     )

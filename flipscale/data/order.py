@@ -8,6 +8,7 @@ import numpy as np
 
 from flipscale.data.lanes import Lanes, shared_out
 from flipscale.data.randomness import keyed_permutation
+from flipscale.io.errors import UserError
 
 # The one that is read, the next one, and the one after that, which the end of a small set is already near.
 _EPOCHS_KEPT = 3
@@ -100,7 +101,7 @@ class GlobalOrder:
         self.shard_sizes = np.asarray(shard_sizes, dtype=np.int64)
         self.num_samples = int(self.shard_sizes.sum())
         if self.num_samples == 0:
-            raise ValueError(f"the data set is empty: 0 samples in {len(self.shard_sizes)} shards")
+            raise UserError(f"the data set is empty: 0 samples in {len(self.shard_sizes)} shards")
         self.seed = seed
         self.name = name
         self.lanes, self.shards_of_a_lane = shared_out(len(self.shard_sizes), shards_per_block, lanes)

@@ -21,6 +21,7 @@ from flipscale.data.randomness import keyed_uniform
 from flipscale.data.recipe import DataRecipe
 from flipscale.data.sources.mixture import order_of
 from flipscale.data.sources.source import Sample, Source
+from flipscale.io.errors import UserError
 from flipscale.model.configuration_flip import FlipConfig, patches_along
 from flipscale.model.patches import num_kept
 
@@ -249,7 +250,7 @@ class PairDataset(Dataset):
                 return decode_crop(sample.image, crop_draw, self.shape.image_size, self.recipe.crop_scale), answer, why
             except BadSample as error:
                 why = why or error
-        raise ValueError(
+        raise UserError(
             f"shard {self.source.shard_name(shard)}: neither sample {number} nor any that could take its place has a "
             f"readable image and {self.what} ({why}); fetch the shards again or remove them"
         )

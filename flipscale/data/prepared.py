@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from flipscale.files.plain_file import plain_text
+from flipscale.io.errors import UserError
+from flipscale.io.plain_file import plain_text
 
 PREPARED = "prepared.json"
 TASKS_DIR = "data/tasks"  # where `flipscale prepare tasks` puts test sets, unless told otherwise
@@ -29,6 +30,6 @@ def check_prepared(folder: Path, task: str) -> None:
     """
     if read_prepared(folder) is None:
         state = "was prepared only in part" if folder.exists() else "is missing"
-        raise ValueError(
+        raise UserError(
             f"the data of task {task} {state} ({folder}); run `flipscale prepare tasks {folder.parent} --only {task}`"
         )

@@ -4,7 +4,8 @@ from dataclasses import dataclass, field
 
 from flipscale.data.labelled.recipe import AugmentRecipe
 from flipscale.data.lanes import number_of_lanes
-from flipscale.files.ranges import Bytes, Count, Pairs, Positive, Share, ShareAboveNone, Workers
+from flipscale.io.errors import UserError
+from flipscale.io.ranges import Bytes, Count, Pairs, Positive, Share, ShareAboveNone, Workers
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ class DataRecipe:
 
     def __post_init__(self) -> None:
         if not self.crop_scale[0] <= self.crop_scale[1]:
-            raise ValueError(f"data.crop_scale is {list(self.crop_scale)}; the least share of the image comes first")
+            raise UserError(f"data.crop_scale is {list(self.crop_scale)}; the least share of the image comes first")
 
     @property
     def num_lanes(self) -> int:

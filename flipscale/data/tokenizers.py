@@ -11,6 +11,7 @@ from typing import Any
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from flipscale.io.errors import UserError
 from flipscale.model.configuration_flip import FlipDecoderConfig, FlipTextConfig
 from flipscale.model.fetched import looks_like_a_path
 from flipscale.model.folder import check_texts
@@ -51,13 +52,13 @@ def load_tokenizer(name: str, max_tokens: int) -> PreTrainedTokenizerBase:
         if Path(name).is_dir():
             check_texts(Path(name))
         elif looks_like_a_path(name):
-            raise ValueError(f"there is no such folder; `flipscale prepare tokenizer SHARDS {name}` writes one")
+            raise UserError(f"there is no such folder; `flipscale prepare tokenizer SHARDS {name}` writes one")
         else:
             guard_requests()
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises any
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"data.tokenizer {name!r} cannot be loaded ({reason})") from error
+        raise UserError(f"data.tokenizer {name!r} cannot be loaded ({reason})") from error
     tokenizer.model_max_length = max_tokens
     return tokenizer
 
@@ -83,7 +84,7 @@ def train_sentencepiece(
 
     captions = list(captions)
     if not captions:
-        raise ValueError("captions is empty; a tokenizer needs some text to be trained on")
+        raise UserError("captions is empty; a tokenizer needs some text to be trained on")
     out_dir.mkdir(parents=True, exist_ok=True)
     model = io.BytesIO()
     with tempfile.TemporaryDirectory() as directory:
@@ -112,7 +113,7 @@ def train_sentencepiece(
             # SentencePiece says how many the characters alone need, unless there is no room for any.
             needed = re.search(r"required_chars\. \d+ vs (\d+)", str(error))
             reason = f"their characters alone need {needed[1]}" if needed else "there is no room for their characters"
-            raise ValueError(
+            raise UserError(
                 f"no tokenizer of vocab_size {vocab_size} from {len(captions)} captions: {reason}; use more"
             ) from error
     path = out_dir / "sentencepiece.model"
@@ -207,7 +208,7 @@ def bert_tokenizer(name_or_vocab_file: str | Path, max_length: int = 32) -> PreT
     pieces = path.read_text(encoding="utf-8").split("\n")
     vocab = {piece: index for index, piece in enumerate(pieces[:-1] if pieces[-1] == "" else pieces)}
     if vocab.get("[PAD]") != 0 or "[UNK]" not in vocab:
-        raise ValueError(
+        raise UserError(
             f"{path} is not a WordPiece vocabulary: its first line is {pieces[0]!r:.40} and [UNK] is "
             f"{'' if '[UNK]' in vocab else 'not '}in it; it must have one piece a line, [PAD] first, and [UNK]"
         )
@@ -237,9 +238,9 @@ def _vocab_file(name_or_vocab_file: str | Path) -> Path:
     if path.is_dir():
         if (path / "vocab.txt").is_file():
             return path / "vocab.txt"
-        raise ValueError(f"no vocab.txt in the folder {path}; name a vocabulary file, or a folder that has one")
+        raise UserError(f"no vocab.txt in the folder {path}; name a vocabulary file, or a folder that has one")
     if path.suffix == ".txt" or looks_like_a_path(str(name_or_vocab_file)):
-        raise ValueError(
+        raise UserError(
             f"there is no vocabulary at {name_or_vocab_file}; name a vocab.txt, a folder that has one, or ORG/NAME"
         )
     from huggingface_hub import hf_hub_download
@@ -249,7 +250,7 @@ def _vocab_file(name_or_vocab_file: str | Path) -> Path:
         return Path(hf_hub_download(str(name_or_vocab_file), "vocab.txt"))
     except (OSError, ValueError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(
+        raise UserError(
             f"no vocabulary {str(name_or_vocab_file)!r}: no such file, and not from the Hub ({reason}); "
             "name a vocab.txt, or a model that has one such as google-bert/bert-base-uncased"
         ) from error
@@ -302,7 +303,7 @@ def begin_and_end(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     ):
         if begin is not None and end is not None:
             return {"bos_token_id": int(begin), "eos_token_id": int(end)}
-    raise ValueError(
+    raise UserError(
         "the tokenizer has no tokens for the begin and the end of a caption, which a model that writes captions needs; "
         "use one that has, such as `flipscale prepare tokenizer SHARDS DIR --begin_and_end` writes"
     )
@@ -316,12 +317,12 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, text: FlipTextConfig | F
     """
     entries = num_entries(tokenizer)
     if entries > text.vocab_size:
-        raise ValueError(
+        raise UserError(
             f"the tokenizer has {entries} entries, the model's vocab_size is {text.vocab_size}; use the "
             "tokenizer that the model was trained with"
         )
     if tokenizer.pad_token_id != text.pad_token_id:
-        raise ValueError(
+        raise UserError(
             f"the tokenizer pads with id {tokenizer.pad_token_id}, the model with pad_token_id {text.pad_token_id}; "
             "use the tokenizer that the model was trained with"
         )
@@ -335,7 +336,7 @@ def check_begin_and_end(tokenizer: PreTrainedTokenizerBase, decoder: FlipDecoder
     """
     for name, token in begin_and_end(tokenizer).items():
         if getattr(decoder, name) != token:
-            raise ValueError(
+            raise UserError(
                 f"the tokenizer has {name} {token}, the decoder {getattr(decoder, name)}; set "
                 f"model.decoder_config.{name} to the tokenizer's"
             )

@@ -30,9 +30,10 @@ from safetensors import safe_open
 
 import flipscale
 from flipscale.engines.recipe import SaveRecipe
-from flipscale.files.aside import partial_path, remove, sync
-from flipscale.files.digests import FileDigest, digest_of, digests_as_text
-from flipscale.files.tensor_file import write_tensors
+from flipscale.io.aside import partial_path, remove, sync
+from flipscale.io.digests import FileDigest, digest_of, digests_as_text
+from flipscale.io.errors import UserError
+from flipscale.io.tensor_file import write_tensors
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -113,7 +114,7 @@ class CheckpointReader:
             OSError: it has fewer elements than the index says.
         """
         if name not in self._bounds:
-            raise ValueError(f"checkpoint {self.path} has no {kind} of {name}; was the model another?")
+            raise UserError(f"checkpoint {self.path} has no {kind} of {name}; was the model another?")
         last = first + values.numel()
         for part, (start, stop) in enumerate(zip(self._bounds[name], self._bounds[name][1:], strict=False)):
             begin, end = max(first, start), min(last, stop)
@@ -121,7 +122,7 @@ class CheckpointReader:
                 continue
             file, keys = self._file(part)
             if f"{kind}.{name}" not in keys:
-                raise ValueError(f"checkpoint {self.path} has no {kind} of {name}; was optim.name another?")
+                raise UserError(f"checkpoint {self.path} has no {kind} of {name}; was optim.name another?")
             stored = file.get_slice(f"{kind}.{name}")
             if stored.get_shape() != [stop - start]:
                 raise OSError(

@@ -18,7 +18,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from flipscale.files.tensor_file import check_weight
+from flipscale.io.errors import UserError
+from flipscale.io.tensor_file import check_weight
 from flipscale.model import FlipConfig, FlipModel, FlipPreTrainedModel
 from flipscale.model.fetched import fetched_folder
 from flipscale.model.folder import check_folder
@@ -76,14 +77,14 @@ def freeze(model: FlipPreTrainedModel, parts: Sequence[str]) -> None:
         found = [p for name, p in model.named_parameters() if name == part or name.startswith(f"{part}.")]
         if not found:
             parts_there = dict.fromkeys(name.split(".")[0] for name, _ in model.named_parameters())
-            raise ValueError(
+            raise UserError(
                 f"model.frozen names {part!r}, which the model does not have; it has {', '.join(parts_there)}, and "
                 "what is in them, such as vision_model.encoder.layers.0"
             )
         for parameter in found:
             parameter.requires_grad_(False)
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ValueError(f"model.frozen is {list(parts)}, which leaves nothing to learn; leave some of it out")
+        raise UserError(f"model.frozen is {list(parts)}, which leaves nothing to learn; leave some of it out")
 
 
 def compile_blocks(model: FlipPreTrainedModel) -> None:
@@ -164,7 +165,7 @@ class _Stored:
         if several:
             dist.broadcast_object_list(found, device=_device())
         if isinstance(found[0], str):
-            raise ValueError(found[0])
+            raise UserError(found[0])
         return cls(files, found[0])
 
     def fill(self, parameter: nn.Parameter, name: str) -> None:
@@ -192,7 +193,7 @@ def _usable(files: dict[str, Any], model: FlipPreTrainedModel) -> set[str]:
     for name in shapes.keys() & files.keys():
         found = files[name].get_slice(name).get_shape()
         if found != shapes[name]:
-            raise ValueError(f"{name} has the shape {found} there, {shapes[name]} in this recipe's model")
+            raise UserError(f"{name} has the shape {found} there, {shapes[name]} in this recipe's model")
     # Such as the text tower's, of a classifier.
     others = re.compile("|".join(model._keys_to_ignore_on_load_unexpected or ["$^"]))
     left = {name for name in files.keys() - shapes.keys() if not others.search(name)}

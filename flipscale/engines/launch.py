@@ -20,8 +20,9 @@ from typing import Any, Literal, cast
 import yaml
 
 from flipscale.engines.device import default_precision, is_faster_in_bf16
-from flipscale.files.plain_file import plain_text
-from flipscale.files.yaml_text import check_yaml
+from flipscale.io.errors import UserError
+from flipscale.io.plain_file import plain_text
+from flipscale.io.yaml_text import check_yaml
 
 # What launchers set from a launch file's mixed_precision, and who starts without one may set.
 PRECISION = "ACCELERATE_MIXED_PRECISION"
@@ -90,7 +91,7 @@ def place_in_world(environment: Mapping[str, str] = os.environ) -> tuple[int, in
     """
     rank, world = whole_number(environment, "RANK", 0), whole_number(environment, "WORLD_SIZE", 1)
     if not 0 <= rank < world:
-        raise ValueError(f"the environment has RANK={rank} and WORLD_SIZE={world}; a launcher sets 0 to {world - 1}")
+        raise UserError(f"the environment has RANK={rank} and WORLD_SIZE={world}; a launcher sets 0 to {world - 1}")
     return rank, world
 
 
@@ -102,7 +103,7 @@ def whole_number(environment: Mapping[str, str], name: str, default: int) -> int
     """
     text = environment.get(name, str(default))
     if not text.isdecimal() or len(text) > _MAX_DIGITS:
-        raise ValueError(
+        raise UserError(
             f"the environment has {name}={text[:60]!r}; it must be a whole number; unset it, or use a launcher"
         )
     return int(text)
@@ -128,7 +129,7 @@ def launch_of(environment: Mapping[str, str]) -> Launch:
     elif _is_set(environment, "ACCELERATE_USE_FSDP"):
         version = environment.get("FSDP_VERSION", "1")
         if version != "2":
-            raise ValueError(
+            raise UserError(
                 f"the launch file's fsdp_version is {version}; write fsdp_version: 2, as in {shipped('fsdp2')}"
             )
         launch = launch.using(engine="fsdp2")
@@ -188,7 +189,7 @@ def _read_settings(file: Path) -> dict[str, Any]:
         settings["distributed_type"]
         return dict(settings)
     except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(
+        raise UserError(
             f"launch file {file} cannot be read as accelerate's ({error!r}); use one such as {shipped('ddp')}"
         ) from error
 
@@ -196,7 +197,7 @@ def _read_settings(file: Path) -> dict[str, Any]:
 def _section(file: Path, settings: Mapping[str, Any], name: str) -> dict[str, Any]:
     section = settings.get(name) or {}
     if not isinstance(section, dict):
-        raise ValueError(
+        raise UserError(
             f"launch file {file}: {name} is {str(section)[:60]!r}; write settings below it, or leave it out"
         )
     return section
@@ -205,7 +206,7 @@ def _section(file: Path, settings: Mapping[str, Any], name: str) -> dict[str, An
 def _count(file: Path, settings: Mapping[str, Any], name: str) -> int:
     count = settings.get(name, 1)
     if type(count) is not int or not 1 <= count < 10**_MAX_DIGITS:
-        raise ValueError(f"launch file {file}: {name} is {str(count)[:60]!r}; it must be a whole number of 1 or more")
+        raise UserError(f"launch file {file}: {name} is {str(count)[:60]!r}; it must be a whole number of 1 or more")
     return count
 
 
@@ -223,7 +224,7 @@ def launched_precision(environment: Mapping[str, str]) -> Literal["no", "bf16"]:
     """
     precision = environment.get(PRECISION, "").lower() or default_precision()
     if precision not in ("no", "bf16"):
-        raise ValueError(f"mixed_precision is {precision!r}; the loss is fp32 and needs 'bf16' or 'no'")
+        raise UserError(f"mixed_precision is {precision!r}; the loss is fp32 and needs 'bf16' or 'no'")
     return cast('Literal["no", "bf16"]', precision)
 
 
@@ -256,14 +257,14 @@ def _shard_size(environment: Mapping[str, str], num_processes: int, per_node: in
     if not _is_set(environment, "ACCELERATE_USE_PARALLELISM_CONFIG"):
         return None
     if not _is_set(environment, "ACCELERATE_USE_FSDP"):
-        raise ValueError(
+        raise UserError(
             "the launch file has a parallelism_config, but no distributed_type: FSDP; leave it out, or use "
             f"{shipped('hsdp')}"
         )
     sizes = {kind: whole_number(environment, f"PARALLELISM_CONFIG_{kind.upper()}_SIZE", 1) for kind in _PARALLELISM}
     for kind in _PARALLELISM[2:]:
         if sizes[kind] != 1:
-            raise ValueError(
+            raise UserError(
                 f"the launch file's parallelism_config_{kind}_size is {sizes[kind]}; leave it out: flipscale has only "
                 "dp_replicate and dp_shard"
             )
@@ -271,13 +272,13 @@ def _shard_size(environment: Mapping[str, str], num_processes: int, per_node: in
     # accelerate sets 1 where the launch file says nothing; the number of replicas then follows from the processes.
     follows = num_replicas == 1 and shard_size > 1 and num_processes % shard_size == 0
     if num_replicas * shard_size != num_processes and not follows:
-        raise ValueError(
+        raise UserError(
             f"the launch file's parallelism_config_dp_replicate_size {num_replicas} times "
             f"parallelism_config_dp_shard_size {shard_size} is not the number of processes, {num_processes}; use a "
             "dp_shard_size above 1 that divides it, and no dp_replicate_size, which follows"
         )
     if per_node is not None and per_node % shard_size and shard_size % per_node:
-        raise ValueError(
+        raise UserError(
             f"the launch file's parallelism_config_dp_shard_size is {shard_size} and a machine has {per_node} "
             "processes, so that a copy of the weights would lie on parts of machines; use a dp_shard_size that divides "
             f"them, as {shipped('hsdp')} has it, or is a multiple of them"
@@ -301,14 +302,14 @@ def _deepspeed_settings(environment: Mapping[str, str]) -> dict[str, Any]:
         settings = _read_deepspeed_file(Path(file))
     for name in _DECIDED_ELSEWHERE:
         if name in settings:
-            raise ValueError(
+            raise UserError(
                 f"{file}: {name} is {settings[name]}; leave it out: the recipe and the launch file's mixed_precision "
                 "decide it"
             )
     zero = settings.get("zero_optimization", {})
     stage = zero.get("stage") if isinstance(zero, dict) else zero
     if type(stage) is not int or stage not in (1, 2, 3):
-        raise ValueError(f"{file}: zero_optimization.stage is {stage}; use 1, 2 or 3, or {shipped('ddp')}")
+        raise UserError(f"{file}: zero_optimization.stage is {stage}; use 1, 2 or 3, or {shipped('ddp')}")
     return settings
 
 
@@ -316,14 +317,14 @@ def _read_deepspeed_file(file: Path) -> dict[str, Any]:
     try:
         given = json.loads(plain_text(file))
     except FileNotFoundError as error:
-        raise ValueError(
+        raise UserError(
             f"deepspeed_config_file {file} is not there, seen from {Path.cwd()}; start in the folder that has it "
             "(`flipscale launch_files .` writes ds_configs/), or give its absolute path in the launch file"
         ) from error
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"deepspeed_config_file {file} cannot be read ({error}); write JSON, in UTF-8") from error
+        raise UserError(f"deepspeed_config_file {file} cannot be read ({error}); write JSON, in UTF-8") from error
     if not isinstance(given, dict):
-        raise ValueError(f"deepspeed_config_file {file} is {str(given)[:60]!r}; write settings in braces")
+        raise UserError(f"deepspeed_config_file {file} is {str(given)[:60]!r}; write settings in braces")
     return {name: value for name, value in given.items() if value != "auto"}
 
 

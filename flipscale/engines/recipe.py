@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from flipscale.files.ranges import (
+from flipscale.io.ranges import (
     Count,
     Minutes,
     NotNegative,

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from flipscale.engines.device import keep_freed_memory, stay_near
 from flipscale.engines.launch import Launch, launched_precision, whole_number
 from flipscale.engines.recipe import OptimRecipe
+from flipscale.io.errors import UserError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -68,7 +69,7 @@ def engine_class(launch: Launch) -> type["Engine"]:
     """
     engines = engine_classes()
     if launch.engine not in engines:
-        raise ValueError(f"the launch's role {launch.engine!r} is no engine; leave it out, or use {', '.join(engines)}")
+        raise UserError(f"the launch's role {launch.engine!r} is no engine; leave it out, or use {', '.join(engines)}")
     return engines[launch.engine]
 
 
@@ -82,7 +83,7 @@ def build_engine(accelerator: "Accelerator", launch: Launch, recipe: OptimRecipe
     engine = engine_class(launch)
     refusal = engine.refusal(launch, recipe.name)
     if refusal is not None:
-        raise ValueError(refusal)
+        raise UserError(refusal)
     return engine(accelerator, launch, recipe, global_batch_size)
 
 
@@ -107,14 +108,14 @@ def start_accelerator(report_to: list[str], run_dir: str) -> "Accelerator":
                 project_dir=run_dir,
             )
         except ValueError as error:  # an address, a port or a switch that is none
-            raise ValueError(
+            raise UserError(
                 f"the environment is not one that a launcher sets ({error}); unset its ACCELERATE_ and MASTER_ "
                 "variables, or use a launcher"
             ) from error
     stay_near(accelerator.device)
     promised = promised_processes(os.environ)
     if accelerator.num_processes < promised:
-        raise ValueError(
+        raise UserError(
             f"the launcher promised {promised} or more processes, {accelerator.num_processes} started; on CPU use "
             "`torchrun --nproc_per_node N -m flipscale.pretrain`, or accelerate with distributed_type MULTI_GPU and "
             "ACCELERATE_USE_CPU=1"

@@ -20,8 +20,8 @@ import yaml
 from safetensors import SafetensorError, safe_open
 
 from flipscale.engines.checkpoint import FORMAT, list_checkpoints, part_of, step_of
-from flipscale.files.aside import sync
-from flipscale.files.digests import (
+from flipscale.io.aside import sync
+from flipscale.io.digests import (
     CHUNK_BYTES,
     Chunk,
     Comparison,
@@ -33,6 +33,7 @@ from flipscale.files.digests import (
     file_bytes,
     read_bytes,
 )
+from flipscale.io.errors import UserError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -122,7 +123,7 @@ def newest_whole(
         faults[checkpoint] = state
     if faults:
         told = "; ".join(f"{bad.name}: {fault}" for bad, fault in faults.items())
-        raise ValueError(
+        raise UserError(
             f"no checkpoint of {run_dir} is whole ({told}); they stay as they are: put a copy of one in its place, or "
             "use another output_dir to train anew"
         )
@@ -199,7 +200,7 @@ def _raise_if_newer(checkpoint: Path, state: Mapping[str, Any]) -> None:
     if not isinstance(version, int) or version < 1:
         raise Damage(f"state.json has the format {version!r}")
     if version > FORMAT:
-        raise ValueError(
+        raise UserError(
             f"checkpoint {checkpoint} has format {version}, of flipscale {state.get('flipscale')}, and this version "
             f"reads formats up to {FORMAT}; install the version that wrote it"
         )

@@ -14,6 +14,7 @@ from flipscale.engines.engine import Batch, Engine, ModelMemory
 from flipscale.engines.launch import Launch, shipped
 from flipscale.engines.layout import Layout, Shard
 from flipscale.engines.optimizers.groups import build_optimizers, empty_state
+from flipscale.io.errors import UserError
 
 # DeepSpeed's own values, in elements, where its settings leave them out.
 _BUCKET, _MAX_LIVE = 500_000_000, 1_000_000_000
@@ -35,7 +36,7 @@ class ZeroEngine(Engine):
     def __init__(self, *arguments: Any):
         super().__init__(*arguments)
         if "RANK" not in os.environ:
-            raise ValueError(
+            raise UserError(
                 "ZeRO needs a launcher, which names this process's rank and its peers; start it by `accelerate launch "
                 "--config_file FILE -m flipscale.pretrain` or `torchrun -m flipscale.pretrain`"
             )
@@ -94,7 +95,7 @@ class ZeroEngine(Engine):
             return
         refusal = self.refusal(self.launch, self.recipe.name, compiles=block._compiled_call_impl is not None)
         if refusal is not None:
-            raise ValueError(refusal)
+            raise UserError(refusal)
         import deepspeed
 
         deepspeed.zero.Init(module=block, config_dict_or_path=self.settings, mem_efficient_linear=False)
@@ -165,7 +166,7 @@ def _check_settings(given: dict[str, Any]) -> None:
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(map(str, first["loc"]))
-        raise ValueError(
+        raise UserError(
             f"zero_optimization.{name} is {first['input']!r} in the launch's DeepSpeed settings, which DeepSpeed does "
             f"not take ({first['msg']}); see the settings in ds_configs/zero{given['stage']}.json"
         ) from error

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from flipscale.data.recipe import DataRecipe
 from flipscale.evaluation.test_set import CLASS_NAMES, read_class_names, read_text
-from flipscale.files.aside import write_text
+from flipscale.io.aside import write_text
+from flipscale.io.errors import UserError
 
 _log = logging.getLogger(__name__)
 
@@ -25,19 +26,19 @@ def training_class_names(recipe: DataRecipe, num_classes: int) -> list[str]:
     where = ""
     for place in [source.shards for source in recipe.sources] or [recipe.shards]:
         if place is None:
-            raise ValueError(
+            raise UserError(
                 "data.sources names a dataset, whose classes have no numbers here; loss.kind 'classify' takes shards, "
                 "which `flipscale prepare shards --labels` makes"
             )
         folder = _folder_with_names(place)
         names = read_class_names(folder)
         if found and names != found:
-            raise ValueError(f"{folder}/{CLASS_NAMES} and {where} name other classes; give all sources the same file")
+            raise UserError(f"{folder}/{CLASS_NAMES} and {where} name other classes; give all sources the same file")
         found, where = names, f"{folder}/{CLASS_NAMES}"
     if len(found) < 2:
-        raise ValueError(f"{where} names {len(found)} class; a classifier has two or more to choose from")
+        raise UserError(f"{where} names {len(found)} class; a classifier has two or more to choose from")
     if len(found) != num_classes:
-        raise ValueError(
+        raise UserError(
             f"{where} names {len(found)} classes, and loss.options says {num_classes}; set it to {len(found)}"
         )
     return found
@@ -66,7 +67,7 @@ def refuse_other_class_names(run_dir: Path, names: Sequence[str]) -> None:
     kept = kept_class_names(run_dir, len(names)) if (run_dir / CLASS_NAMES).exists() else list(names)
     changed = [number for number, pair in enumerate(zip(kept, names, strict=True)) if pair[0] != pair[1]]
     if changed:
-        raise ValueError(
+        raise UserError(
             f"class {changed[0]} is {names[changed[0]]!r} beside the training shards, and {kept[changed[0]]!r} in "
             f"{run_dir}/{CLASS_NAMES}, which the run has learned; use the same classes or another output_dir"
         )
@@ -83,5 +84,5 @@ def kept_class_names(run_dir: Path, num_classes: int) -> list[str]:
         return [f"LABEL_{number}" for number in range(num_classes)]
     names = read_class_names(run_dir)
     if len(names) != num_classes:
-        raise ValueError(f"{run_dir}/{CLASS_NAMES} names {len(names)} classes, and the run learned {num_classes}")
+        raise UserError(f"{run_dir}/{CLASS_NAMES} names {len(names)} classes, and the run learned {num_classes}")
     return names

@@ -24,6 +24,7 @@ from flipscale.evaluation.images import (
     named,
     one_thread,
 )
+from flipscale.io.errors import UserError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -78,7 +79,7 @@ class Embedder:
         if image_size is None:
             return self
         if type(self).image_size is not Embedder.image_size:
-            raise ValueError(
+            raise UserError(
                 f"{self.name} takes images of {self.image_size} pixels; an image_size is for flipscale's models"
             )
         self.model.config.vision_config.patches_along(image_size)
@@ -311,7 +312,7 @@ class Embedder:
             mine += [(row, damage)] if damage is not None else []
         faults = [damage for _, damage in sorted(gather_object(mine))]
         if faults:
-            raise ValueError(named(faults, len(images)))
+            raise UserError(named(faults, len(images)))
 
     def _embeds_of(self, texts: list[str]) -> torch.Tensor:
         from flipscale.model.modeling_flip import normalise_embeds  # seconds to import; a model has done it

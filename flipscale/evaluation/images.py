@@ -18,6 +18,7 @@ from flipscale.data.loader import settle_worker, start_workers, worker_context
 from flipscale.data.packed import PackedBatch
 from flipscale.data.sources.source import Sample
 from flipscale.data.sources.tar_source import TarSource
+from flipscale.io.errors import UserError
 
 # From the bytes of an image and its row to what the model takes of it, by name; it may raise `UndecodableImage`.
 Decoder = Callable[[bytes, int], dict[str, np.ndarray]]
@@ -27,7 +28,7 @@ Decoder = Callable[[bytes, int], dict[str, np.ndarray]]
 _MOST_NAMED = 10
 
 
-class DamagedImage(ValueError):
+class DamagedImage(UserError):
     """An image of a test set cannot be read or decoded."""
 
 

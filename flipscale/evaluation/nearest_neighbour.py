@@ -18,6 +18,7 @@ from flipscale.evaluation.images import SampleNumbers
 from flipscale.evaluation.kinds.task import Task
 from flipscale.evaluation.results import Result
 from flipscale.evaluation.test_set import TestSet
+from flipscale.io.errors import UserError
 
 Features = Literal["pixels", "hog", "pixels+hog"]
 
@@ -144,7 +145,7 @@ def _named(captions: Sequence[str], classnames: Sequence[str]) -> np.ndarray:
     index = {name: number for number, name in enumerate(classnames)}
     found = np.array([index.get(caption, -1) for caption in captions])
     if not (found >= 0).any():
-        raise ValueError(
+        raise UserError(
             f"none of the {len(captions)} training captions is one of the {len(classnames)} class names, so a nearest "
             "neighbour has no name to give; use training shards whose captions are the class names"
         )
@@ -174,7 +175,7 @@ def nearest_neighbour(
         ValueError: no caption is a class name, or unknown features.
     """
     if features not in get_args(Features):
-        raise ValueError(f"features {features!r} are unknown; use one of {', '.join(get_args(Features))}")
+        raise UserError(f"features {features!r} are unknown; use one of {', '.join(get_args(Features))}")
     names = _named(train_captions, classnames)
     images = train_images[names >= 0]
     known = _Described(lambda start, stop: images[start:stop], names[names >= 0])

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from flipscale.io.errors import UserError
 from flipscale.model import FlipModel, FlipProcessor
 from flipscale.model.modeling_flip import normalise_embeds
 
@@ -37,7 +38,7 @@ def text_embeds(model: FlipModel, processor: FlipProcessor, texts: Sequence[str]
 
 def _batches(items: Sequence, batch_size: int, what: str) -> Iterator[Sequence]:
     if not len(items):
-        raise ValueError(f"there are no {what} to embed; is the folder's name right?")
+        raise UserError(f"there are no {what} to embed; is the folder's name right?")
     with tqdm(total=len(items), desc="embedding", unit=f" {what}", disable=None) as bar:
         for first in range(0, len(items), batch_size):
             yield items[first : first + batch_size]
@@ -51,7 +52,7 @@ def _rgb(picture: Picture) -> Image.Image:
         with Image.open(picture) as image:
             return _on_white(image)
     except OSError as error:
-        raise ValueError(f"{picture} cannot be read as a picture ({error})") from error
+        raise UserError(f"{picture} cannot be read as a picture ({error})") from error
 
 
 def _on_white(image: Image.Image) -> Image.Image:

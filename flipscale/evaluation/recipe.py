@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from flipscale.data.prepared import TASKS_DIR
-from flipscale.files.ranges import Count, SamplesOrNone, ShareBelowAll, Workers
+from flipscale.io.ranges import Count, SamplesOrNone, ShareBelowAll, Workers
 
 if TYPE_CHECKING:
     from flipscale.evaluation.kinds.task import Task

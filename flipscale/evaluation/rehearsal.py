@@ -9,6 +9,7 @@ from flipscale.data.faults import BadSample
 from flipscale.evaluation.images import SampleNumbers
 from flipscale.evaluation.kinds.task import Task
 from flipscale.evaluation.test_set import TestSet
+from flipscale.io.errors import UserError
 
 # For the samples of each test set. A small set is tried whole, of ImageNet's a process has a thousand or two.
 SECONDS = 5.0
@@ -28,7 +29,7 @@ def rehearse(tasks: Sequence[Task], image_size: int, rank: int, world: int) -> N
     for task in tasks:
         for test_set in [TestSet.open(task.data), *task.other_sets()]:
             if not len(test_set):
-                raise ValueError(f"{task.name}: the test set {test_set.data} is empty; name another")
+                raise UserError(f"{task.name}: the test set {test_set.data} is empty; name another")
             _try(test_set, task.truth(test_set), task.image_size or image_size, rank, world)
 
 
@@ -41,7 +42,7 @@ def _try(test_set: TestSet, truth: Callable[[int, int], Any], image_size: int, r
             decode_box(test_set.source.read(shard, number).image, None, image_size, (1.0, 1.0))
         except BadSample as error:
             name = f"{test_set.source.shard_name(shard)}#{number}"
-            raise ValueError(f"evaluation image {name} cannot be decoded: {error}; fetch the set again") from error
+            raise UserError(f"evaluation image {name} cannot be decoded: {error}; fetch the set again") from error
         if time.monotonic() > end:
             break
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from flipscale.files import json_lines
-from flipscale.files.yaml_text import read_saved
+from flipscale.io import json_lines
+from flipscale.io.yaml_text import read_saved
 
 RESULTS_FILE = "results.jsonl"
 # What every record of a run says of its place in the run.

@@ -11,6 +11,7 @@ from flipscale.evaluation.kinds.kinds import build_task
 from flipscale.evaluation.kinds.task import StreamedTask, Task, evaluate_together
 from flipscale.evaluation.results import Result
 from flipscale.evaluation.task_page import read_page
+from flipscale.io.errors import UserError
 
 
 def build_tasks(listed: Sequence[str | dict[str, Any]], tasks_dir: str | Path = TASKS_DIR) -> list[Task]:
@@ -30,7 +31,7 @@ def build_tasks(listed: Sequence[str | dict[str, Any]], tasks_dir: str | Path = 
     names = [task.name for task in tasks]
     for name in names:
         if names.count(name) > 1:
-            raise ValueError(
+            raise UserError(
                 f"{names.count(name)} of eval.tasks are called {name!r}; give each a name of its own, such as "
                 f"name: {name}_2"
             )
@@ -45,7 +46,7 @@ def _in_full(content: str | dict[str, Any], tasks_dir: Path, where: str) -> dict
     try:
         page = read_page(str(given["task"]))
     except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
+        raise UserError(f"{where}: {error}") from None
     return {**page.listed(tasks_dir / page.data), **given}
 
 

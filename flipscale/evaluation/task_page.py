@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from flipscale.evaluation.kinds.templates import TEMPLATES
-from flipscale.files.text_table import plain_table
+from flipscale.io.errors import UserError
+from flipscale.io.text_table import plain_table
 
 if TYPE_CHECKING:
     from flipscale.evaluation.kinds.task import Task
@@ -140,7 +141,7 @@ def read_page(name: str) -> TaskPage:
     if name not in page_names():
         near = difflib.get_close_matches(name, page_names(), 3, 0.5)
         fix = f"did you mean {' or '.join(near)}?" if near else "`flipscale prepare tasks --list` prints all"
-        raise ValueError(f"no task is called {name!r}; {fix}")
+        raise UserError(f"no task is called {name!r}; {fix}")
     text = (PAGES / f"{name}.yaml").read_text(encoding="utf-8")
     return _page(name, yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader)))
 
@@ -157,7 +158,7 @@ def suite_pages(suite: str) -> tuple[TaskPage, ...]:
         ValueError: no suite is called so.
     """
     if suite not in (*SUITES, "all"):
-        raise ValueError(f"no suite is called {suite!r}; use one of {', '.join(SUITES)}, all")
+        raise UserError(f"no suite is called {suite!r}; use one of {', '.join(SUITES)}, all")
     return tuple(page for page in read_pages() if suite == "all" or suite in page.suites)
 
 

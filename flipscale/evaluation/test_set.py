@@ -20,6 +20,7 @@ from flipscale.data.sources.shard_list import no_shards
 from flipscale.data.sources.tar_source import TarSource
 from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.images import SampleNumbers, named
+from flipscale.io.errors import UserError
 
 CLASS_NAMES = "classnames.txt"
 TEMPLATES = "zeroshot_classification_templates.txt"
@@ -73,7 +74,7 @@ class TestSet:
             source = _opened(_listed(data, part))
         if source.faults:
             fault = source.faults[0]
-            raise ValueError(
+            raise UserError(
                 f"shard {fault.shard} is damaged ({fault.detail}); an evaluation needs it whole: fetch it again"
             )
         return cls(data, source)
@@ -160,10 +161,10 @@ class TestSet:
         """
         found, where = _array(self.source, shard, number)
         if found.shape != (num_classes,):
-            raise ValueError(f"{where} has labels of shape {found.shape}; {num_classes} names are listed")
+            raise UserError(f"{where} has labels of shape {found.shape}; {num_classes} names are listed")
         if not ((found == 0) | (found == 1)).all():
             odd = found[(found != 0) & (found != 1)][0]
-            raise ValueError(f"{where} has a label {odd}; KEY.npy holds 1 for each class of the image, else 0")
+            raise UserError(f"{where} has a label {odd}; KEY.npy holds 1 for each class of the image, else 0")
         return found.astype(bool)
 
     def array(self, columns: Sequence[str], shard: int, number: int) -> np.ndarray:
@@ -174,7 +175,7 @@ class TestSet:
         """
         found, where = _array(self.source, shard, number)
         if found.shape != (len(columns),) or not ((found >= 0) & (found == np.trunc(found))).all():
-            raise ValueError(f"{where} has {found.tolist()} in KEY.npy; it must hold numbers of {', '.join(columns)}")
+            raise UserError(f"{where} has {found.tolist()} in KEY.npy; it must hold numbers of {', '.join(columns)}")
         return found.astype(np.int64)
 
     def captions_of(self, shard: int, number: int) -> list[str]:
@@ -188,9 +189,9 @@ class TestSet:
         try:
             lines = [line for text in stored for line in text.decode("utf-8").splitlines()]
         except UnicodeDecodeError as error:
-            raise ValueError(f"{where} has a caption that is not UTF-8 ({error.reason})") from error
+            raise UserError(f"{where} has a caption that is not UTF-8 ({error.reason})") from error
         if not any(line.strip() for line in lines):
-            raise ValueError(f"{where} has no caption; every image needs a KEY.txt")
+            raise UserError(f"{where} has no caption; every image needs a KEY.txt")
         return lines
 
 
@@ -208,11 +209,11 @@ def read_lines(data: str | Path, name: str, what: str) -> list[str]:
     text = read_text(str(data), name)
     if text is None or not text.strip():
         state = "missing" if text is None else "empty"
-        raise ValueError(f"{data}/{name} is {state}; it lists {what}, one a line")
+        raise UserError(f"{data}/{name} is {state}; it lists {what}, one a line")
     lines = [line.strip() for line in text.splitlines()]
     longest = max(range(len(lines)), key=lambda number: len(lines[number]))
     if len(lines[longest]) > _MOST_LINE:
-        raise ValueError(
+        raise UserError(
             f"line {longest + 1} of {data}/{name} has {len(lines[longest]):,} characters, more than {_MOST_LINE:,}; it "
             f"lists {what}, one a line"
         )
@@ -252,7 +253,7 @@ def read_label(source: TarSource, num_classes: int, shard: int, number: int) -> 
     """
     found = source.read_label(shard, number)
     if found is None or not 0 <= found < num_classes:
-        raise ValueError(f"{source.shard_name(shard)}#{number} has class {found}; {num_classes} names are listed")
+        raise UserError(f"{source.shard_name(shard)}#{number} has class {found}; {num_classes} names are listed")
     return found
 
 
@@ -265,12 +266,12 @@ def _array(source: TarSource, shard: int, number: int) -> tuple[np.ndarray, str]
     where = f"{source.shard_name(shard)}#{number}"
     found = source.read_array(shard, number)
     if found is None:
-        raise ValueError(
+        raise UserError(
             f"{where} has no KEY.npy in the shard's index; if it has one in the shard, the index is older than such "
             f"files: run `flipscale prepare index '{source.list.shards}'`"
         )
     if found.dtype.kind not in "biuf":
-        raise ValueError(f"{where} has values of type {found.dtype} in KEY.npy; it must hold numbers")
+        raise UserError(f"{where} has values of type {found.dtype} in KEY.npy; it must hold numbers")
     return found, where
 
 
@@ -282,7 +283,7 @@ def of_my_rows(embedder: Embedder, source: TarSource, read: Callable[[int, int],
     """
     where = SampleNumbers(source)
     if not where:
-        raise ValueError(f"the test set is empty: 0 samples in {len(source.shard_sizes)} shards ({source.list.shards})")
+        raise UserError(f"the test set is empty: 0 samples in {len(source.shard_sizes)} shards ({source.list.shards})")
     found: list[Value] = []
     faults: list[tuple[int, str]] = []
     for row in embedder.rows(len(where)).tolist():
@@ -301,7 +302,7 @@ def of_my_rows(embedder: Embedder, source: TarSource, read: Callable[[int, int],
 
     faults = sorted(gather_object(faults))
     if faults:
-        raise ValueError(named([fault for _, fault in faults], len(where)))
+        raise UserError(named([fault for _, fault in faults], len(where)))
     return found
 
 
@@ -313,11 +314,11 @@ def _counted(folder: str, stored: str) -> str:
     """
     count = stored.strip()
     if not count.isdigit() or int(count) < 1:
-        raise ValueError(f"{folder}/{NUM_SHARDS} says {count[:40]!r}; it must be the number of shards")
+        raise UserError(f"{folder}/{NUM_SHARDS} says {count[:40]!r}; it must be the number of shards")
     names = [f"{number}.tar" for number in range(int(count))]
     missing = [] if "://" in folder else [name for name in names if not Path(folder, name).is_file()]
     if missing:
-        raise ValueError(
+        raise UserError(
             f"{folder} has {len(names) - len(missing)} of the {len(names)} shards that its {NUM_SHARDS} says, without "
             f"{missing[0]}: it is half downloaded; fetch the rest"
         )
@@ -366,9 +367,9 @@ def read_text(folder: str, name: str) -> str | None:
     try:
         if "://" not in folder:
             if Path(path).exists() and not Path(path).is_file():
-                raise ValueError(f"{path} is no file; put the text there")
+                raise UserError(f"{path} is no file; put the text there")
             if Path(path).is_file() and (size := Path(path).stat().st_size) > _MOST_BYTES:
-                raise ValueError(f"{path} has {size:,} bytes, more than {_MOST_BYTES:,}; is it another file?")
+                raise UserError(f"{path} has {size:,} bytes, more than {_MOST_BYTES:,}; is it another file?")
             content = Path(path).read_bytes()
         else:
             file = ShardCache(Path(READ.cache_dir).expanduser(), READ.cache_bytes).open(path)
@@ -378,14 +379,14 @@ def read_text(folder: str, name: str) -> str | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 ({error.reason}); write it anew") from error
+        raise UserError(f"{path} is not UTF-8 ({error.reason}); write it anew") from error
     except (ValueError, OSError):
         raise
     except Exception as error:
         raise _unreadable(path, error) from error
 
 
-def _unreadable(url: str, error: Exception) -> ValueError:
+def _unreadable(url: str, error: Exception) -> UserError:
     """Return the error that a URL cannot be read; every protocol raises exceptions of its own."""
     reason = " ".join(str(error).split()) or type(error).__name__
-    return ValueError(f"{url} cannot be read ({reason}); check the address and the connection")
+    return UserError(f"{url} cannot be read ({reason}); check the address and the connection")

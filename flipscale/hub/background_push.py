@@ -9,6 +9,7 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from flipscale.io.errors import UserError
 from flipscale.training.recipe import HubRecipe, Recipe
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ def target_of(recipe: HubRecipe) -> "Target | None":
     if not recipe.push_to_hub:
         return None
     if recipe.hub_model_id is None:
-        raise ValueError("hub.push_to_hub is true and hub.hub_model_id is not set; set it to ORG/NAME")
+        raise UserError("hub.push_to_hub is true and hub.hub_model_id is not set; set it to ORG/NAME")
     from flipscale.hub.upload import Target  # the Hub's client takes a while to import; most runs do not push
 
     return Target(recipe.hub_model_id, recipe.hub_private_repo, recipe.hub_revision)

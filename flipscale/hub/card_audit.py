@@ -5,8 +5,9 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from flipscale.files.plain_file import plain_text
-from flipscale.files.text_table import in_markdown
+from flipscale.io.errors import UserError
+from flipscale.io.plain_file import plain_text
+from flipscale.io.text_table import in_markdown
 
 _log = logging.getLogger(__name__)
 
@@ -44,7 +45,7 @@ def read_audit(file: str) -> dict[str, Any]:
         _section(audit)
         return audit
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(
+        raise UserError(
             f"hub.audit is {file!r}, which is no audit ({error!r}); name the audit.json of flipscale prepare audit"
         ) from None
 

@@ -18,8 +18,8 @@ from flipscale.evaluation.kinds.kinds import KINDS
 from flipscale.evaluation.reports.record import Line, read_lines, weights_digest
 from flipscale.evaluation.reports.setting import data_name
 from flipscale.evaluation.results import CHANGED, CHANGES, RESULTS_FILE, THIS_MODEL, Result, with_unit
-from flipscale.files.aside import write_text
-from flipscale.files.text_table import as_code, in_markdown
+from flipscale.io.aside import write_text
+from flipscale.io.text_table import as_code, in_markdown
 
 INTERVALS = """The 95 % intervals (Wilson's, for shares) take the n queries for independent draws; they say nothing of
 how another training run would differ."""

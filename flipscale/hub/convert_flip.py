@@ -13,10 +13,11 @@ from transformers import PreTrainedTokenizerBase
 from transformers.initialization import no_init_weights
 
 from flipscale.data.tokenizers import bert_tokenizer
-from flipscale.files.aside import write_text
-from flipscale.files.tensor_file import check_weight
 from flipscale.hub.model_folder import build_processor, export_model
 from flipscale.hub.t5x import StoredArray, open_flip_checkpoint
+from flipscale.io.aside import write_text
+from flipscale.io.errors import UserError
+from flipscale.io.tensor_file import check_weight
 from flipscale.model import SIZES, FlipConfig, FlipModel
 from flipscale.model.modeling_flip import sincos_positions
 
@@ -195,24 +196,24 @@ def _heads(size: str | None, image_heads: int | None, text_heads: int | None) ->
     """The heads of both towers, told in one of two ways."""
     if size is None:
         if image_heads is None or text_heads is None:
-            raise ValueError(
+            raise UserError(
                 f"image_heads is {image_heads}, text_heads is {text_heads}, and a checkpoint does not tell them; give "
                 f"size ({', '.join(ORIGINAL_SIZES)}) or both"
             )
         return image_heads, text_heads
     if size not in ORIGINAL_SIZES:
-        raise ValueError(f"size {size!r} is none of the original FLIP's; use one of {', '.join(ORIGINAL_SIZES)}")
+        raise UserError(f"size {size!r} is none of the original FLIP's; use one of {', '.join(ORIGINAL_SIZES)}")
     if image_heads is not None or text_heads is not None:
-        raise ValueError(f"size {size} and heads are both given; size says the heads already: leave one of them out")
+        raise UserError(f"size {size} and heads are both given; size says the heads already: leave one of them out")
     vision, text, _ = SIZES[size]
     return vision["num_attention_heads"], text["num_attention_heads"]
 
 
 def _shape(arrays: Arrays, name: str, num_dimensions: int) -> tuple[int, ...]:
     if name not in arrays:
-        raise ValueError(f"array {name} is missing from the checkpoint, which cannot be a FLIP model without it")
+        raise UserError(f"array {name} is missing from the checkpoint, which cannot be a FLIP model without it")
     if len(arrays[name].shape) != num_dimensions:
-        raise ValueError(f"array {name} is {arrays[name].shape}; a FLIP model's has {num_dimensions} dimensions")
+        raise UserError(f"array {name} is {arrays[name].shape}; a FLIP model's has {num_dimensions} dimensions")
     return arrays[name].shape
 
 
@@ -234,7 +235,7 @@ def _config(arrays: Arrays, image_heads: int, text_heads: int) -> FlipConfig:
     num_patches = _shape(arrays, _POSITIONS, 3)[1] - 1
     side = math.isqrt(num_patches)
     if side**2 != num_patches:
-        raise ValueError(f"array {_POSITIONS} has {num_patches} patches, which are not a square")
+        raise UserError(f"array {_POSITIONS} has {num_patches} patches, which are not a square")
     vision = {"image_size": side * patch, "patch_size": patch}
     text = {
         "vocab_size": _shape(arrays, "txt_encoder/token_embedding/embedding", 2)[0],
@@ -260,7 +261,7 @@ def _refuse_other_size(config: FlipConfig, size: str) -> None:
     if config.projection_dim != expected.projection_dim:
         differences.append(f"projection_dim {config.projection_dim}, not {expected.projection_dim}")
     if differences:
-        raise ValueError(f"the checkpoint is not of size {size}: it has {'; '.join(differences)}")
+        raise UserError(f"the checkpoint is not of size {size}: it has {'; '.join(differences)}")
 
 
 def _refuse_heads(config: FlipConfig, both: tuple[int, int]) -> None:
@@ -268,7 +269,7 @@ def _refuse_heads(config: FlipConfig, both: tuple[int, int]) -> None:
     for (name, tower), heads in zip(towers, both, strict=True):
         width = tower.hidden_size
         if heads < 1 or width % heads:
-            raise ValueError(
+            raise UserError(
                 f"{name}_heads {heads} does not divide the {name} tower's width of {width}; look it up in the "
                 "configuration that the checkpoint was trained with"
             )
@@ -282,7 +283,7 @@ def _refuse_other_arrays(config: FlipConfig, arrays: Arrays) -> None:
     wrong = [f"{n} is {found.get(n, 'missing')}, not {shape}" for n, shape in expected.items() if found.get(n) != shape]
     wrong += [f"{name} is unknown" for name in found if name not in expected]
     if wrong:
-        raise ValueError(f"the checkpoint's arrays, in our names, are not a FLIP model's: {'; '.join(wrong[:4])}")
+        raise UserError(f"the checkpoint's arrays, in our names, are not a FLIP model's: {'; '.join(wrong[:4])}")
 
 
 def _check_positions(stored: np.ndarray, config: FlipConfig) -> None:
@@ -291,7 +292,7 @@ def _check_positions(stored: np.ndarray, config: FlipConfig) -> None:
     side = vision.image_size // vision.patch_size
     difference = np.abs(stored[0, 1:] - sincos_positions(vision.hidden_size, side, side).numpy()).max()
     if not difference < 1e-5:
-        raise ValueError(
+        raise UserError(
             f"array {_POSITIONS} is not the fixed 2-D sine-cosine table (largest difference {difference:.3g}); a model "
             "with learned image positions cannot be converted"
         )

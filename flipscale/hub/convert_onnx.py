@@ -8,10 +8,11 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from flipscale.files.aside import new_folder
 from flipscale.hub.derived_card import derived_card
 from flipscale.hub.loading import load_flip
 from flipscale.hub.model_folder import build_processor
+from flipscale.io.aside import new_folder
+from flipscale.io.errors import UserError
 from flipscale.model import FlipConfig
 from flipscale.model.modeling_flip import normalise_embeds
 
@@ -76,7 +77,7 @@ def convert_to_onnx(src: str, dst: Path | str) -> dict[str, float]:
     """
     missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
     if missing:
-        raise ValueError(f"{', '.join(missing)} is not installed; pip install 'flipscale[onnx]'")
+        raise UserError(f"{', '.join(missing)} is not installed; pip install 'flipscale[onnx]'")
     dst = Path(dst)
     with new_folder(dst) as folder:
         model, tokenizer = load_flip(src)

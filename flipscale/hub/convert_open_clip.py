@@ -19,10 +19,11 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from flipscale.files.aside import new_folder
 from flipscale.hub.derived_card import derived_card
 from flipscale.hub.loading import load_flip
 from flipscale.hub.model_folder import by_channel
+from flipscale.io.aside import new_folder
+from flipscale.io.errors import UserError
 from flipscale.model import FlipConfig, FlipModel, FlipTextConfig, FlipTextModel, FlipVisionConfig, FlipVisionModel
 from flipscale.model.modeling_flip import FlipEncoderLayer
 
@@ -182,7 +183,7 @@ def _refuse_what_does_not_fit(config: FlipConfig) -> None:
     if vision.num_channels != 3:
         wrong.append(f"images of {vision.num_channels} channels")
     if wrong:
-        raise ValueError(f"open_clip cannot express {'; nor '.join(wrong)}")
+        raise UserError(f"open_clip cannot express {'; nor '.join(wrong)}")
 
 
 def _tower_config(config: FlipVisionConfig | FlipTextConfig) -> dict[str, Any]:

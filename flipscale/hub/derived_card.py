@@ -5,7 +5,7 @@ from pathlib import Path
 from huggingface_hub import ModelCard, ModelCardData
 from yaml import YAMLError
 
-from flipscale.files.text_table import in_markdown
+from flipscale.io.text_table import in_markdown
 from flipscale.model.fetched import local_folder
 
 

@@ -20,7 +20,8 @@ from flipscale.evaluation.embedders.plain import PLAIN, UNTRAINED, plain_embedde
 from flipscale.evaluation.embedders.transformers_model import transformers_embedder
 from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.images import made_up
-from flipscale.files.tensor_file import check_weight
+from flipscale.io.errors import UserError
+from flipscale.io.tensor_file import check_weight
 from flipscale.model import (
     FlipConfig,
     FlipForConditionalGeneration,
@@ -59,7 +60,7 @@ def load_flip(name: str) -> tuple[FlipModel, PreTrainedTokenizerBase]:
     """
     folder, model = load_model(name)
     if not isinstance(model, FlipModel):
-        raise ValueError(
+        raise UserError(
             f"model {name!r} is a {type(model).__name__}, which has no text tower; `flipscale evaluate` takes it, with "
             f"--task '{{kind: {_TASKS[type(model)]}, data: TEST_SET}}'"
         )
@@ -70,7 +71,7 @@ def _tokenizer_of(folder: Path, name: str, config: FlipConfig) -> PreTrainedToke
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises any
-        raise ValueError(
+        raise UserError(
             f"model {name!r} has no tokenizer that can be read ({_first_line(error)}); it needs tokenizer.json and "
             "tokenizer_config.json: copy those it was trained with, or export it again"
         ) from error
@@ -107,7 +108,7 @@ def load_model(name: str) -> tuple[Path, FlipPreTrainedModel]:
         for weight_name, weight in weights.items():
             check_weight(weight_name, weight)
     except (ValueError, SafetensorError) as error:
-        raise ValueError(f"model {name!r} cannot be loaded ({error})") from error
+        raise UserError(f"model {name!r} cannot be loaded ({error})") from error
     with without_bars():
         return folder, kind.from_pretrained(None, config=config, state_dict=weights).eval()
 
@@ -120,7 +121,7 @@ def _class_names(content: dict[str, Any]) -> dict[int, str]:
     """
     names = content.get("id2label")
     if not isinstance(names, dict) or set(names) != {str(number) for number in range(len(names))}:
-        raise ValueError("its config.json has no id2label that counts its classes from 0; export it again")
+        raise UserError("its config.json has no id2label that counts its classes from 0; export it again")
     return {number: str(names[str(number)]) for number in range(len(names))}
 
 
@@ -139,7 +140,7 @@ def _refuse_other_weights(config: FlipConfig, stored: Header, kind: type[FlipPre
         if names:
             name = min(names)
             about = f" of shape {stored[name]['shape']}, not {expected[name]}" if what == "misshapen" else ""
-            raise ValueError(
+            raise UserError(
                 f"the weights are not those of its config: {len(names)} {what} keys, such as {name}{about}; download "
                 "or export it again"
             )
@@ -163,7 +164,7 @@ def open_embedder(name: str, accelerator: "Accelerator", batch_size: int = 256, 
                 for weight_name, weight in embedder.model.named_parameters():
                     check_weight(weight_name, weight)
             except ValueError as error:
-                raise ValueError(f"model {name!r} cannot be loaded ({error})") from error
+                raise UserError(f"model {name!r} cannot be loaded ({error})") from error
             return _tried(embedder)
     model, tokenizer = load_with_tokenizer(name)
     model.set_attn_implementation(best_attention(accelerator.device))
@@ -237,10 +238,10 @@ def _tried(embedder: Embedder) -> Embedder:
                 tokens = embedder.tokens(["a photo"]).to(embedder.accelerator.device)
                 found["a text"] = embedder.text_features(tokens)
     except Exception as error:  # its tokenizer, its processor or its model: any
-        raise ValueError(f"model {embedder.name!r} cannot embed ({_first_line(error)}); download it again") from error
+        raise UserError(f"model {embedder.name!r} cannot embed ({_first_line(error)}); download it again") from error
     for what, features in found.items():
         if not features.isfinite().all():
-            raise ValueError(f"model {embedder.name!r} embeds {what} as numbers that are NaN or infinite; use another")
+            raise UserError(f"model {embedder.name!r} embeds {what} as numbers that are NaN or infinite; use another")
     return embedder
 
 

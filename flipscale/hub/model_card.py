@@ -18,13 +18,14 @@ from flipscale.evaluation.reports.comparison import Curve, curve_of
 from flipscale.evaluation.reports.figures import can_draw, draw_loss, draw_result, result_figures
 from flipscale.evaluation.reports.setting import data_name
 from flipscale.evaluation.results import with_changes
-from flipscale.files.aside import write_text
-from flipscale.files.plain_file import plain_text
-from flipscale.files.text_table import as_code, in_markdown
-from flipscale.files.yaml_text import read_saved
 from flipscale.hub.card_audit import audit_section
 from flipscale.hub.card_results import folder_lines, lines_of, model_index, protocols, results_table, task_name
 from flipscale.hub.card_templates import TEMPLATES
+from flipscale.io.aside import write_text
+from flipscale.io.errors import UserError
+from flipscale.io.plain_file import plain_text
+from flipscale.io.text_table import as_code, in_markdown
+from flipscale.io.yaml_text import read_saved
 from flipscale.training.cost.energy import read_energy
 from flipscale.training.cost.recipe import cost_of_saved
 from flipscale.training.cost.spent import occupied_device_hours, spent
@@ -57,7 +58,7 @@ def write_card(folder: Path, run_dir: Path, where: str, step: int | None = None)
         figures = _draw(curve_of(run_dir, step), folder / "figures") if can_draw() else {}
         text = model_card(folder, run_dir, where, step, figures)
     except (ValueError, KeyError, TypeError, IndexError, AttributeError, yaml.YAMLError) as error:
-        raise ValueError(
+        raise UserError(
             "the model card cannot be written: recipe.yaml, environment.json, starts.jsonl or metrics.jsonl of "
             f"{run_dir} is damaged ({error!r})"
         ) from error

@@ -17,10 +17,11 @@ from flipscale.data.tokenizers import begin_and_end, check_tokenizer, load_token
 from flipscale.engines.checkpoint import CheckpointReader, list_checkpoints
 from flipscale.engines.whole_checkpoint import require_whole
 from flipscale.evaluation.class_names import kept_class_names
-from flipscale.files.aside import written_aside
-from flipscale.files.lock import FolderLock
-from flipscale.files.tensor_file import check_weight, write_tensors
 from flipscale.hub.sentence_transformer import write_sentence_transformer
+from flipscale.io.aside import written_aside
+from flipscale.io.errors import UserError
+from flipscale.io.lock import FolderLock
+from flipscale.io.tensor_file import check_weight, write_tensors
 from flipscale.model import (
     FlipConfig,
     FlipForConditionalGeneration,
@@ -119,7 +120,7 @@ class Interpolation(NamedTuple):
             found = list(files[name].get_slice(name).get_shape()) if name in files else None
             if found != list(shape):
                 has = "no such weight" if found is None else f"one of shape {found}"
-                raise ValueError(
+                raise UserError(
                     f"--interpolate {self.base}: the run has the weight {name} of shape {list(shape)}, and the base "
                     f"has {has}; interpolate between models of one size and kind"
                 )
@@ -152,7 +153,7 @@ def export_checkpoint(
     """
     if not checkpoint.exists():
         there = [path.name for path in list_checkpoints(checkpoint.parents[1])]
-        raise ValueError(f"{checkpoint} is no checkpoint; there are {', '.join(there) or 'none'}")
+        raise UserError(f"{checkpoint} is no checkpoint; there are {', '.join(there) or 'none'}")
     require_whole(checkpoint)
     recipe = parse_recipe(["--config", str(checkpoint / "recipe.yaml")], is_saved=True)
     config, reader = recipe.model_config(), CheckpointReader(checkpoint)
@@ -272,12 +273,12 @@ def _refuse_to_replace(out_dir: Path) -> None:
         return
     config = out_dir / "config.json"
     if not config.is_file() or read_object(config).get("model_type") != FlipConfig.model_type:
-        raise ValueError(f"{out_dir} exists and is not a FLIP model folder; name another folder or remove it")
+        raise UserError(f"{out_dir} exists and is not a FLIP model folder; name another folder or remove it")
     from flipscale.hub.upload import left_out
 
     if others := left_out(out_dir):
         names = others.rpartition(": ")[2]
-        raise ValueError(
+        raise UserError(
             f"{out_dir} holds {names}, which flipscale did not write and an export would remove; name another folder, "
             "or move that away"
         )

@@ -18,6 +18,8 @@ from typing import Any
 
 import numpy as np
 
+from flipscale.io.errors import UserError
+
 _VERSION = 3
 # The largest index of a checkpoint has 1 MB, what says of an array how it is stored 300 bytes.
 _MOST_INDEX_BYTES, _MOST_META_BYTES = 64 << 20, 1 << 20
@@ -51,7 +53,7 @@ class Files:
             ValueError: it has more: what is compressed may stand for more than there is memory.
         """
         if self.sizes[name] > most:
-            raise ValueError(f"{self.root}/{name} has {self.sizes[name]:,} bytes, more than {most:,}")
+            raise UserError(f"{self.root}/{name} has {self.sizes[name]:,} bytes, more than {most:,}")
         return self.content(name)
 
     def below(self, folder: str) -> "Files":
@@ -103,14 +105,14 @@ class StoredArray:
         stored = sum(size for name, size in self.files.sizes.items() if name != ".zarray")
         claimed = max(math.prod(self.shape), math.prod(self.meta["chunks"])) * self.meta["dtype"].itemsize
         if claimed > _MOST_RATIO**2 * stored + _MOST_META_BYTES and math.prod(self._counts()) <= len(self.files.names):
-            raise ValueError(
+            raise UserError(
                 f"array {self.name} is damaged: {self.files.root} has {stored:,} bytes, which cannot be {claimed:,}"
             )
 
     def _metadata(self) -> dict[str, Any]:
         file = f"{self.files.root}/.zarray"
         if ".zarray" not in self.files.names:
-            raise ValueError(f"array {self.name} is missing: {self.files.root} has no .zarray")
+            raise UserError(f"array {self.name} is missing: {self.files.root} has no .zarray")
         try:
             meta = json.loads(self.files.read(".zarray", _MOST_META_BYTES))
             compressor = (meta["compressor"] or {"id": None})["id"]
@@ -122,13 +124,13 @@ class StoredArray:
             meta["dtype"] = np.dtype(meta["dtype"])
             lengths = [*meta["shape"], *meta["chunks"]]
             if meta["dtype"].kind != "f" or any(type(n) is not int or n < 1 for n in lengths):
-                raise ValueError(f"{meta['dtype']} of {meta['shape']} in chunks of {meta['chunks']}")
+                raise UserError(f"{meta['dtype']} of {meta['shape']} in chunks of {meta['chunks']}")
             if len(meta["shape"]) != len(meta["chunks"]):
-                raise ValueError(f"{meta['shape']} in chunks of {meta['chunks']}")
+                raise UserError(f"{meta['shape']} in chunks of {meta['chunks']}")
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ValueError(f"array {self.name} is damaged: {file} cannot be read ({error!r})") from error
+            raise UserError(f"array {self.name} is damaged: {file} cannot be read ({error!r})") from error
         if form not in (f"zarr 2, compressor {known}, order C, filters None" for known in ("gzip", None)):
-            raise ValueError(
+            raise UserError(
                 f"array {self.name} is stored as {form}; the original FLIP writes zarr 2, gzip, order C, no filters"
             )
         return meta
@@ -136,7 +138,7 @@ class StoredArray:
     def _chunk(self, name: str) -> bytes:
         file, num_bytes = f"{self.files.root}/{name}", math.prod(self.meta["chunks"]) * self.meta["dtype"].itemsize
         if name not in self.files.names:
-            raise ValueError(f"array {self.name} is incomplete: {file} is missing")
+            raise UserError(f"array {self.name} is incomplete: {file} is missing")
         try:
             # What cannot be made smaller becomes larger by little.
             content = self.files.read(name, num_bytes + num_bytes // 100 + 4096)
@@ -144,10 +146,10 @@ class StoredArray:
                 with gzip.GzipFile(fileobj=io.BytesIO(content)) as file_content:
                     content = file_content.read(num_bytes + 1)
         except (EOFError, OSError, zlib.error) as error:
-            raise ValueError(f"array {self.name} is damaged: {file} is cut short or not gzip ({error})") from error
+            raise UserError(f"array {self.name} is damaged: {file} is cut short or not gzip ({error})") from error
         if len(content) != num_bytes:
             held = f"more than {num_bytes}" if len(content) > num_bytes else f"{len(content)}"
-            raise ValueError(f"array {self.name} is damaged: {file} holds {held} bytes, not {num_bytes}")
+            raise UserError(f"array {self.name} is damaged: {file} holds {held} bytes, not {num_bytes}")
         return content
 
 
@@ -169,7 +171,7 @@ def open_flip_checkpoint(path: Path | str) -> Mapping[str, StoredArray]:
 
 def _files(path: Path) -> Files:
     if not path.exists():
-        raise ValueError(f"{path} does not exist; name a checkpoint_N folder of the original FLIP, or its zip")
+        raise UserError(f"{path} does not exist; name a checkpoint_N folder of the original FLIP, or its zip")
     if path.is_file() and path.name != "checkpoint":
         return _zipped_files(path)
     folder = path.parent if path.is_file() else path
@@ -184,7 +186,7 @@ def _zipped_files(path: Path) -> Files:
     try:
         archive = zipfile.ZipFile(path)
     except zipfile.BadZipFile as error:
-        raise ValueError(
+        raise UserError(
             f"{path} is not a checkpoint of the original FLIP: it is no zip, or one that was cut short ({error})"
         ) from error
 
@@ -192,7 +194,7 @@ def _zipped_files(path: Path) -> Files:
         try:
             return archive.read(name)
         except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError) as error:  # RuntimeError: a password
-            raise ValueError(f"{path}: {name} in it cannot be read ({error}); fetch the zip again") from error
+            raise UserError(f"{path}: {name} in it cannot be read ({error}); fetch the zip again") from error
 
     # zipfile reads no more of a file than its list says.
     return Files(str(path), {member.filename: member.file_size for member in archive.infolist()}, read)
@@ -203,9 +205,9 @@ def _checkpoint(files: Files) -> Files:
     arrays = [PurePosixPath(name).parent for name in files.names if PurePosixPath(name).name == ".zarray"]
     folders = sorted({str(array.parent) for array in arrays if array.name.startswith("target.")})
     if not folders:
-        raise ValueError(f"{files.root} is not a checkpoint of the original FLIP: no target.* array folder is in it")
+        raise UserError(f"{files.root} is not a checkpoint of the original FLIP: no target.* array folder is in it")
     if len(folders) > 1:
-        raise ValueError(f"{files.root} holds {len(folders)} checkpoints ({', '.join(folders)}); name one of them")
+        raise UserError(f"{files.root} holds {len(folders)} checkpoints ({', '.join(folders)}); name one of them")
     return files.below(folders[0])
 
 
@@ -223,20 +225,20 @@ def _array_folders(files: Files) -> dict[str, str]:
         index = msgpack.unpackb(files.read("checkpoint", _MOST_INDEX_BYTES), strict_map_key=False)
         version, target = index["version"], index["optimizer"]["target"]
     except (msgpack.UnpackException, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"{file} is not the index of a checkpoint of the original FLIP ({error!r})") from error
+        raise UserError(f"{file} is not the index of a checkpoint of the original FLIP ({error!r})") from error
     if version != _VERSION:
-        raise ValueError(f"{file} is of version {version}; only version {_VERSION}, the original FLIP's, can be read")
+        raise UserError(f"{file} is of version {version}; only version {_VERSION}, the original FLIP's, can be read")
     try:
         return dict(_leaves(target, ()))
     except (TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{file} is not the index of a checkpoint of the original FLIP ({error!r})") from error
+        raise UserError(f"{file} is not the index of a checkpoint of the original FLIP ({error!r})") from error
 
 
 def _leaves(node: Any, path: tuple[str, ...]) -> Iterator[tuple[str, str]]:
     """Yield name and array folder of every array below `node`. The bucket that the trainer wrote to is ignored."""
     name = "/".join(path)
     if not isinstance(node, dict):
-        raise ValueError(f"parameter {name} is not a zarr array in the checkpoint's index")
+        raise UserError(f"parameter {name} is not a zarr array in the checkpoint's index")
     if "driver" not in node:
         for key, child in node.items():
             yield from _leaves(child, (*path, key))
@@ -244,5 +246,5 @@ def _leaves(node: Any, path: tuple[str, ...]) -> Iterator[tuple[str, str]]:
     # Before tensorstore 0.1.14 the path was beside `kvstore`.
     stored = node.get("path") or node.get("kvstore", {}).get("path")
     if not stored:
-        raise ValueError(f"parameter {name} has no path in the checkpoint's index")
+        raise UserError(f"parameter {name} has no path in the checkpoint's index")
     yield name, PurePosixPath(stored).name

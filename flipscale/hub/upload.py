@@ -19,7 +19,8 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError,
 from huggingface_hub.utils import validate_repo_id
 from safetensors import safe_open
 
-from flipscale.files.tensor_file import check_weight
+from flipscale.io.errors import UserError
+from flipscale.io.tensor_file import check_weight
 from flipscale.model.folder import check_folder
 from flipscale.model.hub_requests import guard_requests
 
@@ -64,7 +65,7 @@ class Target:
         try:
             validate_repo_id(self.repo_id)
         except HFValidationError as error:
-            raise ValueError(f"{self.repo_id!r} is not a valid model name on the Hub; use ORG/NAME ({error})") from None
+            raise UserError(f"{self.repo_id!r} is not a valid model name on the Hub; use ORG/NAME ({error})") from None
 
     def __str__(self) -> str:
         return self.repo_id + (f" (revision {self.revision})" if self.revision else "")
@@ -87,7 +88,7 @@ def open_repo(target: Target) -> str:
         OSError: the Hub cannot be reached.
     """
     if get_token() is None:
-        raise ValueError(
+        raise UserError(
             f"no token to push to {target} with; log in with `hf auth login`, or set HF_TOKEN to a token that may write"
         )
     guard_requests()
@@ -157,7 +158,7 @@ def files_to_push(folder: Path) -> list[tuple[str, int]]:
             continue
         real = path.resolve()
         if not real.is_relative_to(home) or not (real.is_dir() if name == _FIGURES else real.is_file()):
-            raise ValueError(f"{path} is {real}, and no file of the folder; put the file itself there")
+            raise UserError(f"{path} is {real}, and no file of the folder; put the file itself there")
         if name != _FIGURES:
             found.append((name, real.stat().st_size))
     return found

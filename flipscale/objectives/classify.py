@@ -10,7 +10,8 @@ from transformers.utils import ModelOutput
 
 from flipscale.data.labelled.dataset import LabelledDataset
 from flipscale.data.pairs import PairDataset
-from flipscale.files.ranges import Range, ShareBelowAll
+from flipscale.io.errors import UserError
+from flipscale.io.ranges import Range, ShareBelowAll
 from flipscale.model import FlipConfig, FlipForImageClassification, FlipPreTrainedModel
 from flipscale.objectives.objective import Objective
 
@@ -79,7 +80,7 @@ class Classify(Objective):
     def dataset(self, *arguments: Any, **options: Any) -> PairDataset:
         found = LabelledDataset(*arguments, num_classes=self.num_classes, **options)
         if found.text_mask_ratio > 0.0:
-            raise ValueError(
+            raise UserError(
                 f"a stage's text_mask_ratio is {found.text_mask_ratio:g}, and loss.kind 'classify' has no text; leave "
                 "it out"
             )

@@ -4,7 +4,8 @@ from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal
 
 from flipscale.data.masks.recipe import MaskRecipe
-from flipscale.files.ranges import NotNegative, check_ranges
+from flipscale.io.errors import UserError
+from flipscale.io.ranges import NotNegative, check_ranges
 
 if TYPE_CHECKING:
     from flipscale.objectives.objective import Objective
@@ -51,9 +52,9 @@ class LossRecipe:
         from flipscale.objectives.kinds import KINDS  # with the models, which take seconds to import
 
         if self.kind not in KINDS:
-            raise ValueError(f"loss.kind is {self.kind!r}; use {' or '.join(map(repr, KINDS))}")
+            raise UserError(f"loss.kind is {self.kind!r}; use {' or '.join(map(repr, KINDS))}")
         if self.exchange not in EXCHANGES:
-            raise ValueError(
+            raise UserError(
                 f"loss.exchange is {self.exchange!r}; use 'gather' or 'ring': the gradient is always that of the whole "
                 "batch (a local loss without the other processes' gradients is another one)"
             )
@@ -79,7 +80,7 @@ def build_objective(recipe: LossRecipe, mask: MaskRecipe) -> "Objective":
             other = f"loss.kind {recipe.kind!r}"
             if recipe.reconstruction_weight > 0.0:
                 other = f"loss.reconstruction_weight {recipe.reconstruction_weight:g}"
-            raise ValueError(
+            raise UserError(
                 f"loss.caption_weight {recipe.caption_weight:g} does not go with {other}, which trains a model of its "
                 "own; leave one of them out"
             )
@@ -87,12 +88,12 @@ def build_objective(recipe: LossRecipe, mask: MaskRecipe) -> "Objective":
     if recipe.reconstruction_weight == 0.0:
         return objective
     if mask.views > 1:
-        raise ValueError(
+        raise UserError(
             f"loss.reconstruction_weight {recipe.reconstruction_weight:g} does not go with mask.views {mask.views}, "
             "each of which masks what another sees; use 1 view, or weight 0"
         )
     if objective.model_class is not Objective.model_class or objective.columns:
-        raise ValueError(
+        raise UserError(
             f"loss.reconstruction_weight {recipe.reconstruction_weight:g} does not go with loss.kind {recipe.kind!r}, "
             "which trains a model of its own; use another kind, or weight 0"
         )
@@ -111,10 +112,10 @@ def _checked_options(kind: str, options: dict[str, Any]) -> dict[str, Any]:
     for name in options:
         if name not in known:
             has = f"its options are {', '.join(known)}" if known else "it has none"
-            raise ValueError(f"loss.options.{name} is not an option of loss.kind {kind!r}; {has}")
+            raise UserError(f"loss.options.{name} is not an option of loss.kind {kind!r}; {has}")
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(KINDS[kind], skip=shared)
     try:
         return parser.parse_object(options).as_dict()
     except ArgumentError as error:
-        raise ValueError(f"loss.options of loss.kind {kind!r}: {' '.join(str(error).split())}") from None
+        raise UserError(f"loss.options of loss.kind {kind!r}: {' '.join(str(error).split())}") from None

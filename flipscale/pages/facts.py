@@ -11,8 +11,9 @@ import yaml
 from flipscale.evaluation.reports.comparison import Curve
 from flipscale.evaluation.reports.setting import data_name
 from flipscale.evaluation.results import THIS_MODEL
-from flipscale.files.text_table import rounded
-from flipscale.files.yaml_text import read_saved
+from flipscale.io.errors import UserError
+from flipscale.io.text_table import rounded
+from flipscale.io.yaml_text import read_saved
 from flipscale.pages.page import listed, shortened
 from flipscale.training.cost.energy import Energy, read_energy
 from flipscale.training.cost.recipe import cost_of_saved
@@ -55,7 +56,7 @@ class Facts:
             environment = json.loads((run_dir / "environment.json").read_text(encoding="utf-8"))
             config = json.loads((run_dir / "model/config.json").read_text(encoding="utf-8"))
         except ValueError as error:
-            raise ValueError(f"environment.json or the model of {run_dir} is damaged ({error})") from error
+            raise UserError(f"environment.json or the model of {run_dir} is damaged ({error})") from error
         files = (read_starts(run_dir), read_energy(run_dir), occupied_device_hours(run_dir))
         return cls(recipe, environment, config, *files)
 

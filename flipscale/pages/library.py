@@ -10,6 +10,7 @@ from flipscale.data.recipe import DataRecipe
 from flipscale.data.sources.opening import open_shards
 from flipscale.data.sources.tar_source import TarSource
 from flipscale.evaluation.images import SampleNumbers
+from flipscale.io.errors import UserError
 from flipscale.preparation.lists.files import IMAGE_SUFFIXES
 from flipscale.preparation.lists.folder_list import FileList, picture_files
 
@@ -112,12 +113,12 @@ def open_pictures(place: str) -> Pictures:
     # A folder of pictures may have any name.
     is_shards = any(folder.glob("*.tar")) if folder.is_dir() else re.search(r"://|[*?\[{]|\.tar$", place)
     if folder.is_file() and not is_shards:
-        raise ValueError(f"{place} is a file; name the folder that the pictures lie in, or shards named *.tar")
+        raise UserError(f"{place} is a file; name the folder that the pictures lie in, or shards named *.tar")
     if not is_shards and not folder.is_dir():
-        raise ValueError(f"{place} does not exist; name a folder of pictures, or shards named *.tar")
+        raise UserError(f"{place} does not exist; name a folder of pictures, or shards named *.tar")
     pictures = ShardPictures(open_shards(place, _READ)) if is_shards else FolderPictures(picture_files(folder))
     if not len(pictures):
-        raise ValueError(
+        raise UserError(
             f"{place} has no pictures; they are files named {' '.join(IMAGE_SUFFIXES)} in it or below it, or samples "
             "of shards named *.tar"
         )

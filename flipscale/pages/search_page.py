@@ -14,7 +14,8 @@ from flipscale.data.decode import decode_small
 from flipscale.data.faults import BadSample
 from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.reports.record import weights_digest
-from flipscale.files.aside import write_text, written_aside
+from flipscale.io.aside import write_text, written_aside
+from flipscale.io.errors import UserError
 from flipscale.pages.embedded import Embedded, embed_pictures, unit
 from flipscale.pages.library import FolderPictures, Pictures
 from flipscale.pages.page import Picture, rendered, shortened, thumbnail
@@ -69,7 +70,7 @@ def embedded_pictures(embedder: Embedder, pictures: Pictures, cache: Path) -> Em
         return stored
     found = _embed(embedder, pictures, range(len(pictures)))
     if not len(found.rows):
-        raise ValueError(f"none of the {len(pictures)} pictures can be read, the first: {found.faults[0]}")
+        raise UserError(f"none of the {len(pictures)} pictures can be read, the first: {found.faults[0]}")
     with written_aside(cache) as partial, open(partial, "wb") as file:
         np.savez(file, key=np.array(key), rows=found.rows, embeds=found.embeds, faults=np.array(found.faults, "U"))
     return found
@@ -85,12 +86,12 @@ def searches(embedder: Embedder, found: Embedded, queries: Sequence[str], top: i
     files = [query for query in queries if _is_picture(query)]
     words = [query for query in queries if query not in files]
     if words and embedder.tokenizer is None:
-        raise ValueError(f"{embedder.name} takes no words, only pictures, and {words[0]!r:.60} names no picture file")
+        raise UserError(f"{embedder.name} takes no words, only pictures, and {words[0]!r:.60} names no picture file")
     asked = dict(zip(words, embedder.texts(words).numpy(), strict=True)) if words else {}
     for file in files:
         one = _embed(embedder, _single(file), [0])
         if one.faults:
-            raise ValueError(f"the query {file} cannot be read as a picture ({one.faults[0].split(': ', 1)[1]})")
+            raise UserError(f"the query {file} cannot be read as a picture ({one.faults[0].split(': ', 1)[1]})")
         asked[file] = one.embeds[0]
     results = []
     for query in queries:
@@ -135,7 +136,7 @@ def write_search_page(
         if size <= MOST_BYTES:
             write_text(path, text)
             return size
-    raise ValueError(
+    raise UserError(
         f"the page of {len(results)} queries would have {size / 1e6:.1f} MB, more than {MOST_BYTES / 1e6:.0f} MB; give "
         "fewer queries, or a smaller --top"
     )
@@ -160,7 +161,7 @@ def _refuse_others(cache: Path) -> None:
             with np.load(cache, allow_pickle=False) as file:
                 if set(file.files) == {"key", *_EMBEDDED}:
                     return
-    raise ValueError(f"{cache} is there, and no search wrote it; name another page with --out, or move it away")
+    raise UserError(f"{cache} is there, and no search wrote it; name another page with --out, or move it away")
 
 
 def _stored(cache: Path, key: str) -> Embedded | None:

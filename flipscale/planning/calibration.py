@@ -9,7 +9,8 @@ from pathlib import Path
 
 from flipscale.evaluation.recipe import EvalRecipe
 from flipscale.evaluation.results import read_metrics
-from flipscale.files.aside import write_text
+from flipscale.io.aside import write_text
+from flipscale.io.errors import UserError
 from flipscale.training.recipe import Recipe, to_yaml
 from flipscale.training.report.recipe import LogRecipe
 
@@ -57,7 +58,7 @@ def measured_rates(recipe: Recipe, num_steps: int, folder: Path) -> list[float]:
             process.wait()
     if process.returncode:
         said = (log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["no output"])[-1]
-        kind = ValueError if process.returncode == 2 else OSError
+        kind = UserError if process.returncode == 2 else OSError
         words = said.removeprefix("flipscale: error: ")
         raise kind(f"a few steps to measure the speed ended with exit code {process.returncode}: {words}")
     return [_records(short, stage.name)[-1] for stage in short.stages]

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from flipscale.data.loader import pairs_of_a_process
-from flipscale.files.text_table import plain_table, rounded
+from flipscale.io.errors import UserError
+from flipscale.io.text_table import plain_table, rounded
 from flipscale.planning.flops import pair_flops
 from flipscale.training.cost.recipe import CostRecipe
 from flipscale.training.recipe import Recipe
@@ -97,7 +98,7 @@ def cost_table(recipes: dict[str, Recipe], gpus: Gpus, costs: Sequence[CostRecip
         try:
             found = planned_cost(recipe, gpus, cost)
         except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
+            raise UserError(f"{name}: {error}") from None
         first = first or found[_TOTAL].gpu_hours
         masked = {stage.name: _seen(stage) for stage in recipe.stages}
         for stage, one in found.items():

@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 
 from flipscale.engines.launch import PRECISION, Launch, launch_of, read_launch_file
-from flipscale.files.command_line import Parser, number
-from flipscale.files.ranges import Count, Positive
+from flipscale.io.command_line import Parser, number
+from flipscale.io.errors import UserError
+from flipscale.io.ranges import Count, Positive
 from flipscale.planning.memory import Memory, heaviest_step, planned_model, recipe_memory, what_fits
 from flipscale.planning.time_table import add_time_flags, hardware_of, time_tables
 from flipscale.training.recipe import Recipe, parse_recipe
@@ -136,7 +137,7 @@ def _table(needs: dict[str, Memory], limit: float | None) -> str:
 def _refuse(recipe: Recipe, launches: dict[str, Launch], needs: dict[str, Memory], limit: float) -> None:
     name = min(needs, key=lambda name: needs[name].total)
     fits = what_fits(recipe, launches[name], int(USABLE * limit * 2**30))
-    raise ValueError(
+    raise UserError(
         f"{name} needs {needs[name].total / 2**30:.1f} GiB of each process, of which a GPU of {limit:.0f} GiB has "
         f"{USABLE * limit:.1f} to give; "
         + (f"what would fit: {', or '.join(fits)}" if fits else "nothing that is known here would fit: use larger GPUs")

@@ -14,6 +14,7 @@ from flipscale.engines.first_weights import model_without_storage
 from flipscale.engines.launch import Launch
 from flipscale.engines.optimizers.groups import muon_buffer_bytes, num_moments
 from flipscale.engines.start import engine_class, engine_classes
+from flipscale.io.errors import UserError
 from flipscale.model import FlipConfig, FlipModel, FlipPreTrainedModel
 from flipscale.objectives.exchange import exchange_bytes
 from flipscale.objectives.objective import Objective
@@ -71,7 +72,7 @@ def recipe_memory(recipe: Recipe, launch: Launch, device_type: str = "cuda") -> 
     step = heaviest_step(recipe, launch, device_type)
     refusal = engine.refusal(launch, recipe.optim.name, recipe.model.compile)
     if refusal is not None:
-        raise ValueError(refusal)
+        raise UserError(refusal)
     model = planned_model(config, objective.model_class)
     micro_batches = recipe.data.global_batch_size // launch.num_processes // step.batch_size
     kept, moments = engine.memory(model, launch), num_moments(model, recipe.optim)

@@ -4,8 +4,8 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-from flipscale.files.command_line import number
-from flipscale.files.ranges import Count, NotNegative, Overhead, Positive, ShareAboveNone
+from flipscale.io.command_line import number
+from flipscale.io.ranges import Count, NotNegative, Overhead, Positive, ShareAboveNone
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -15,6 +15,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from flipscale.io.errors import UserError
 from flipscale.planning.survey import Survey
 
 # What a GPU of a name has, in GiB; of a name with several, the least.
@@ -95,7 +96,7 @@ def gpu_named(name: str) -> str:
     """
     known = {one.lower().replace(" ", "_"): one for one in GPU_GIB}
     if name.lower() not in known:
-        raise ValueError(f"gpu is {name[:40]!r}; use one of {', '.join(known)}")
+        raise UserError(f"gpu is {name[:40]!r}; use one of {', '.join(known)}")
     return known[name.lower()]
 
 

@@ -14,6 +14,7 @@ from flipscale.data.decode import MAX_PIXELS, UndecodableImage
 from flipscale.data.faults import BadSample
 from flipscale.data.image_headers import complaint
 from flipscale.data.sources.source import Source
+from flipscale.io.errors import UserError
 
 # Enough for percentiles, and for captions that repeat in a batch; of a large set they take seconds.
 LOOKED_AT = 4096
@@ -79,7 +80,7 @@ def survey(source: Source, tokenizer: PreTrainedTokenizerBase) -> Survey:
         sizes.append(size)
         captions[caption] += 1
     if not sizes:
-        raise ValueError(
+        raise UserError(
             f"none of {len(places):,} samples that were looked at has a picture and a caption; `flipscale prepare "
             "inspect` of these shards says what they have"
         )

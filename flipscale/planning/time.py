@@ -12,6 +12,7 @@ from flipscale.engines.launch import Launch
 from flipscale.engines.optimizers.groups import encoder_blocks, muon_matrices
 from flipscale.engines.start import engine_class
 from flipscale.engines.zero import ZeroEngine
+from flipscale.io.errors import UserError
 from flipscale.planning.flops import pair_flops
 from flipscale.planning.measured import USUAL_SHARE
 from flipscale.planning.memory import planned_model
@@ -43,7 +44,7 @@ class Links:
     def __post_init__(self) -> None:
         for name in ("node_gbps", "network_gbps"):
             if not getattr(self, name) > 0.0:
-                raise ValueError(f"{name} is {getattr(self, name):g}; it must be above 0")
+                raise UserError(f"{name} is {getattr(self, name):g}; it must be above 0")
 
     def group(self, size: int, stride: int = 1) -> "Group":
         """Return a group of `size` processes, every `stride`-th one."""
@@ -102,10 +103,10 @@ class Hardware:
 
     def __post_init__(self) -> None:
         if not 0.0 < self.matmul_share <= 1.0:
-            raise ValueError(f"matmul_share is {self.matmul_share:g}; it must be in (0, 1]")
+            raise UserError(f"matmul_share is {self.matmul_share:g}; it must be in (0, 1]")
         for name in ("peak", "images_per_worker_s", "pair_kb"):
             if not getattr(self, name) > 0.0:
-                raise ValueError(f"{name} is {getattr(self, name):g}; it must be above 0")
+                raise UserError(f"{name} is {getattr(self, name):g}; it must be above 0")
 
 
 @dataclass(frozen=True)

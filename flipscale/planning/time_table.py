@@ -4,8 +4,8 @@ import argparse
 from pathlib import Path
 
 from flipscale.engines.launch import Launch
-from flipscale.files.command_line import number
-from flipscale.files.ranges import Positive, ShareAboveNone
+from flipscale.io.command_line import number
+from flipscale.io.ranges import Positive, ShareAboveNone
 from flipscale.planning.measured import USUAL_SHARE, share_of_peak
 from flipscale.planning.time import Hardware, Links, StepTime, step_time
 from flipscale.training.recipe import Recipe

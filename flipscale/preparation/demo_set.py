@@ -15,7 +15,8 @@ from typing import Any
 
 from flipscale.data.sources.tar_file import add_member
 from flipscale.data.tokenizers import train_sentencepiece
-from flipscale.files.aside import written_aside
+from flipscale.io.aside import written_aside
+from flipscale.io.errors import UserError
 from flipscale.preparation import demo_emoji
 from flipscale.preparation.demo_emoji import Drawing, IconSet
 from flipscale.preparation.demo_roles import role_couples, write_roles
@@ -227,9 +228,9 @@ def prepare_demo(
         parts = sorted({*parts, *present})
         others = sorted({path.name for path in out_dir.iterdir()} - _WRITTEN)
         if others:
-            raise ValueError(f"{out_dir} is written anew with what you ask for, and holds {others[0]}; move that away")
+            raise UserError(f"{out_dir} is written anew with what you ask for, and holds {others[0]}; move that away")
     elif out_dir.exists() and not (out_dir.is_dir() and not any(out_dir.iterdir())):
-        raise ValueError(f"{out_dir} holds something that is not the demo; name a new folder, or an empty one")
+        raise UserError(f"{out_dir} holds something that is not the demo; name a new folder, or an empty one")
     demo_emoji.check_renderer()
 
     with tempfile.TemporaryDirectory() as downloads:

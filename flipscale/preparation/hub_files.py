@@ -8,7 +8,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from flipscale.files.aside import partial_path, sync
+from flipscale.io.aside import partial_path, sync
+from flipscale.io.errors import UserError
 from flipscale.model.hub_requests import guard_requests
 
 _CHUNK_BYTES = 1 << 20
@@ -66,7 +67,7 @@ def list_files(repo: str, revision: str) -> Snapshot:
         # What is no Hub's answer, such as a page of a proxy, makes huggingface_hub raise anything.
         raise _explained(error, repo, revision) from None
     if not info.sha:
-        raise _explained(ValueError("it does not say which commit it has"), repo, revision)
+        raise _explained(UserError("it does not say which commit it has"), repo, revision)
     return Snapshot(repo, info.sha, tuple(files))
 
 
@@ -185,7 +186,7 @@ def _go_on(snapshot: Snapshot, file: HubFile, partial: Path, there: int, bar: tq
 
 
 def _explained(error: Exception, repo: str, revision: str) -> Exception:
-    """Return what to tell of a failed request: a ValueError if the user can mend it, else an OSError."""
+    """Return what to tell of a failed request: a UserError if the user can mend it, else an OSError."""
     from huggingface_hub import constants
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -198,13 +199,13 @@ def _explained(error: Exception, repo: str, revision: str) -> Exception:
     cause = error if isinstance(error, HfHubHTTPError) else error.__cause__ or error
     where = f"data set {repo} at {constants.ENDPOINT}"
     if isinstance(cause, OfflineModeIsEnabled):
-        return ValueError(f"cannot read {where}: HF_HUB_OFFLINE is set; unset it")
+        return UserError(f"cannot read {where}: HF_HUB_OFFLINE is set; unset it")
     if isinstance(cause, GatedRepoError):
-        return ValueError(f"{where} is gated; accept its terms on its page, then log in with `hf auth login`")
+        return UserError(f"{where} is gated; accept its terms on its page, then log in with `hf auth login`")
     if isinstance(cause, RevisionNotFoundError):
-        return ValueError(f"{where} has no revision {revision}")
+        return UserError(f"{where} has no revision {revision}")
     if isinstance(cause, RepositoryNotFoundError):
-        return ValueError(f"{where} does not exist, or may be read only by others; a mirror may lack it")
+        return UserError(f"{where} does not exist, or may be read only by others; a mirror may lack it")
     if isinstance(cause, OSError) and cause.errno is not None and not isinstance(cause, ConnectionError):
         return cause
     said = " ".join(str(getattr(cause, "server_message", None) or cause).split())

@@ -21,7 +21,8 @@ from flipscale.data.decode import decode_whole
 from flipscale.data.faults import BadSample
 from flipscale.data.sources.source import Sample, Source
 from flipscale.data.sources.tar_source import TarSource
-from flipscale.files.plain_file import refuse_no_png
+from flipscale.io.errors import UserError
+from flipscale.io.plain_file import refuse_no_png
 
 _CHUNK = 256  # samples read at a time
 _MOST_CAPTIONED = 1_000_000  # more make no better vocabulary, and take memory
@@ -61,7 +62,7 @@ def inspect_shards(
         refuse_no_png(sheet, "--sheet")
     total = len(source)
     if not total:
-        raise ValueError(f"there is no sample in {len(source.shard_sizes)} shards")
+        raise UserError(f"there is no sample in {len(source.shard_sizes)} shards")
     count = min(max_samples, total) if max_samples else total
     numbers = np.unique(np.linspace(0, total - 1, count).round().astype(np.int64))
     shown = set(np.linspace(0, len(numbers) - 1, min(_COLUMNS * _ROWS, len(numbers))).round().astype(int).tolist())
@@ -102,7 +103,7 @@ def read_captions(source: TarSource) -> list[str]:
             stored = source.read_captions(*place)
             captions += [choose_caption((caption,), 0.0) for caption in stored if caption.strip()]
     if not captions:
-        raise ValueError(f"none of {len(source):,} samples has a caption that can be read")
+        raise UserError(f"none of {len(source):,} samples has a caption that can be read")
     return captions
 
 

@@ -8,7 +8,8 @@ import cv2
 import numpy as np
 
 from flipscale.data.sources.tar_file import add_member
-from flipscale.files.aside import new_folder, write_text
+from flipscale.io.aside import new_folder, write_text
+from flipscale.io.errors import UserError
 
 IMAGES_PER_SHARD = 2000
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -57,7 +58,7 @@ def prepare_digits(directory: Path) -> dict[str, int]:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise ValueError("scikit-learn, which holds the digits, is not installed; pip install scikit-learn") from error
+        raise UserError("scikit-learn, which holds the digits, is not installed; pip install scikit-learn") from error
     digits = load_digits()
     # 8 x 8 numbers from 0 to 16.
     pixels = 255 - np.rint(digits.images * (255 / 16)).astype(np.uint8)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from flipscale.data.faults import BadSample
+from flipscale.io.errors import UserError
 from flipscale.preparation.labelled_set import write_class_texts
 from flipscale.preparation.lists.pair_list import PairList
 from flipscale.preparation.shard_report import MANIFEST
@@ -53,7 +54,7 @@ def class_names(pairs: PairList, source: str, labels: str) -> list[str]:
         except BadSample as error:
             why = why or f"{pairs.place(number)}: {error}"
     if not names:
-        raise ValueError(f"--labels {labels}: no pair of {source} has a class ({why}); name another column")
+        raise UserError(f"--labels {labels}: no pair of {source} has a class ({why}); name another column")
     return sorted(names, key=int if all(name.isdecimal() for name in names) else None)
 
 
@@ -71,7 +72,7 @@ def check_parts(reports: dict[Path, dict[str, Any]], held_out: float) -> None:
     for folder, report in reports.items():
         if not report["written"] and not report["left_out"]:
             other = "smaller" if folder.name == PARTS[0] else "larger"
-            raise ValueError(
+            raise UserError(
                 f"--split {held_out:g} leaves no image for {folder}, of {report['pairs']:,}; name a {other} share and "
                 "a new folder"
             )
@@ -88,4 +89,4 @@ def _check_folder(out_dir: Path) -> None:
     is_whole = (out_dir / MANIFEST).exists()
     if is_whole or not any((out_dir / part / MANIFEST).exists() for part in PARTS):
         what = "was written without --split" if is_whole else "holds something else"
-        raise ValueError(f"{out_dir} {what}; name a new folder for {' and '.join(PARTS)}")
+        raise UserError(f"{out_dir} {what}; name a new folder for {' and '.join(PARTS)}")

@@ -11,7 +11,8 @@ from tqdm import tqdm
 
 from flipscale.data.decode import decode_whole
 from flipscale.data.sources.tar_file import add_member
-from flipscale.files.aside import written_aside
+from flipscale.io.aside import written_aside
+from flipscale.io.errors import UserError
 
 IMAGES_PER_SHARD = 1000
 _ROWS_AT_ONCE = 64
@@ -55,7 +56,7 @@ def convert(files: Sequence[Path], out_dir: Path, columns: Columns, name: str) -
         if isinstance(error, OSError) and error.errno is not None:
             raise
         why = " ".join(str(error).split())
-        raise ValueError(f"{name}: the tables of its source cannot be read ({why}); the source has changed") from error
+        raise UserError(f"{name}: the tables of its source cannot be read ({why}); the source has changed") from error
 
 
 def _convert(files: Sequence[Path], out_dir: Path, columns: Columns, name: str) -> list[str] | None:
@@ -65,7 +66,7 @@ def _convert(files: Sequence[Path], out_dir: Path, columns: Columns, name: str) 
     schema = parquet.read_schema(files[0])
     for column in (columns.image, columns.label, *columns.clip, *filter(None, [columns.frame])):
         if column not in schema.names:
-            raise ValueError(f"{name}: its source has no column {column!r}; it has {', '.join(schema.names)}")
+            raise UserError(f"{name}: its source has no column {column!r}; it has {', '.join(schema.names)}")
     kind = Features.from_arrow_schema(schema)[columns.label]
     wanted = middle_frames(files, columns) if columns.clip else None
     total = sum(parquet.read_metadata(file).num_rows for file in files) if wanted is None else len(wanted)
@@ -121,7 +122,7 @@ def _samples(
 
 
 def _too_few(name: str) -> NoReturn:
-    raise ValueError(f"{name}: the tables of its source have fewer rows than they say; the source has changed")
+    raise UserError(f"{name}: the tables of its source have fewer rows than they say; the source has changed")
 
 
 def _sample(image: Any, label: Any, where: str) -> tuple[bytes, str, int]:
@@ -132,7 +133,7 @@ def _sample(image: Any, label: Any, where: str) -> tuple[bytes, str, int]:
     content = image.get("bytes") if isinstance(image, dict) else image
     if not isinstance(content, bytes) or not isinstance(label, int) or label < 0:
         missing = "class" if isinstance(content, bytes) else "image"
-        raise ValueError(f"{where} has no {missing}; the source has changed")
+        raise UserError(f"{where} has no {missing}; the source has changed")
     try:
         picture = Image.open(io.BytesIO(content))
         if picture.format in _EXTENSIONS:
@@ -141,5 +142,5 @@ def _sample(image: Any, label: Any, where: str) -> tuple[bytes, str, int]:
         Image.fromarray(decode_whole(content)).save(written, "PNG")
     except Exception as error:
         # Pillow raises whatever its formats do.
-        raise ValueError(f"{where} has an image that cannot be read ({error}); the source has changed") from error
+        raise UserError(f"{where} has an image that cannot be read ({error}); the source has changed") from error
     return written.getvalue(), "png", label

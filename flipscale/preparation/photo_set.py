@@ -19,7 +19,8 @@ import numpy as np
 from tqdm import tqdm
 
 from flipscale.data.sources.tar_file import add_member
-from flipscale.files.aside import written_aside
+from flipscale.io.aside import written_aside
+from flipscale.io.errors import UserError
 
 PACKAGE = "gcompris-qt-data"
 # Mean width and height, and JPEG quality: about 36 kB, near LAION at the usual sizes; and about 120 kB.
@@ -40,11 +41,11 @@ def prepare_photos(out_dir: Path, num_images: int) -> None:
         OSError: the package cannot be downloaded or unpacked.
     """
     if num_images < NUM_SHARDS:
-        raise ValueError(f"num_images is {num_images}; at least {NUM_SHARDS} are needed, one for each shard")
+        raise UserError(f"num_images is {num_images}; at least {NUM_SHARDS} are needed, one for each shard")
     for name in SIZES:
         place = out_dir / name
         if place.exists() and not (place.is_dir() and (list(place.glob("*.tar")) or not any(place.iterdir()))):
-            raise ValueError(f"{place} holds something that `prepare photos` did not write; name a new folder")
+            raise UserError(f"{place} holds something that `prepare photos` did not write; name a new folder")
     missing = {name: size for name, size in SIZES.items() if not list((out_dir / name).glob("*.tar"))}
     if not missing:
         print(f"{out_dir} is complete: nothing to do")
@@ -65,7 +66,7 @@ def _download(folder: Path) -> Path:
     """Download the package, unpack it into `folder` without installing it, and return `folder`."""
     for tool in ("apt-get", "dpkg-deb"):
         if shutil.which(tool) is None:
-            raise ValueError(
+            raise UserError(
                 f"the photos come in the Debian package {PACKAGE} and {tool} is not on this machine; "
                 "name shards of your own with --shards"
             )

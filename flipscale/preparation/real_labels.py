@@ -6,7 +6,8 @@ import re
 from pathlib import Path
 
 from flipscale.data.sources.tar_source import TarSource
-from flipscale.files.aside import write_text
+from flipscale.io.aside import write_text
+from flipscale.io.errors import UserError
 
 REAL_LABELS = "real_labels.json"
 # timm has the labels that Beyer et al. (2020) published: of image ILSVRC2012_val_00000001, of 00000002, ...
@@ -22,7 +23,7 @@ def find_labels() -> Path:
     found = importlib.util.find_spec("timm")
     path = Path(found.origin).parent / _FILE if found and found.origin else None
     if path is None or not path.is_file():
-        raise ValueError("the labels of ImageNet-ReaL come in the package timm; `pip install timm`")
+        raise UserError("the labels of ImageNet-ReaL come in the package timm; `pip install timm`")
     return path
 
 
@@ -40,7 +41,7 @@ def write_real_labels(place: Path, shards: str) -> None:
             key = source.key(shard, number)
             called = re.fullmatch(r"(?:.*/)?ILSVRC2012_val_(\d{8})", key)
             if called is None or not 1 <= int(called[1]) <= len(labels):
-                raise ValueError(
+                raise UserError(
                     f"{source.shard_name(shard)} has an image {key}, not ILSVRC2012_val_...; it has changed"
                 )
             found.append(labels[int(called[1]) - 1])
@@ -48,5 +49,5 @@ def write_real_labels(place: Path, shards: str) -> None:
             agreeing += source.read_label(shard, number) in found[-1]
     # Nine in ten do; of labels in another order, one in a thousand would.
     if 2 * agreeing < labelled:
-        raise ValueError(f"{agreeing} of {labelled} images have their class among their labels; the source has changed")
+        raise UserError(f"{agreeing} of {labelled} images have their class among their labels; the source has changed")
     write_text(place / REAL_LABELS, json.dumps(found) + "\n")

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from flipscale.files import json_lines
-from flipscale.files.aside import write_text
+from flipscale.io import json_lines
+from flipscale.io.aside import write_text
+from flipscale.io.errors import UserError
 from flipscale.preparation.lists.files import shown
 
 MANIFEST, REPORT, LEFT_OUT = "manifest.jsonl", "report.json", "left_out.jsonl"
@@ -92,7 +93,7 @@ def check_left_out(report: dict[str, Any], out_dir: Path, max_bad_fraction: floa
     cause = max(unusable, key=lambda cause: unusable[cause])
     many = f"more than --max_bad_fraction {max_bad_fraction:g}" if written else "which leaves none"
     remedy = _REMEDIES.get(cause, "mend the list") + (", and name a new folder" if written else "")
-    raise ValueError(
+    raise UserError(
         f"{bad:,} of {pairs:,} pairs of {report['source']} cannot be used, {many}: {unusable[cause]:,} for {cause}, "
         f"such as {_first(report, cause)}; {remedy} (all are in {out_dir / LEFT_OUT})"
     )

@@ -27,8 +27,9 @@ from flipscale.data.decode import UndecodableImage, decode_whole
 from flipscale.data.faults import BadSample
 from flipscale.data.sources.shard_index import load_index
 from flipscale.data.sources.tar_file import add_member
-from flipscale.files import json_lines
-from flipscale.files.aside import own_partial_path, sync, written_aside
+from flipscale.io import json_lines
+from flipscale.io.aside import own_partial_path, sync, written_aside
+from flipscale.io.errors import UserError
 from flipscale.preparation.lists.pair_list import PairList, VotedPairs
 from flipscale.preparation.shard_report import DUPLICATE, MANIFEST, REPORT, write_report
 from flipscale.preparation.worker_pool import worker_pool
@@ -71,7 +72,7 @@ class ShardOptions:
     def __post_init__(self) -> None:
         for name, most in (("short_side", 65_500), ("jpeg_quality", 100), ("pairs_per_shard", 10**9)):
             if not 1 <= getattr(self, name) <= most:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be from 1 to {most}")
+                raise UserError(f"{name} is {getattr(self, name)}; it must be from 1 to {most}")
 
 
 class DuplicateImage(BadSample):
@@ -122,7 +123,7 @@ def write_shards(
         OSError: a worker died, or the disk is full.
     """
     if processes < 1:
-        raise ValueError(f"num_workers is {processes}; it must be at least 1")
+        raise UserError(f"num_workers is {processes}; it must be at least 1")
     job = ShardJob(pairs, out_dir, options, {name: number for number, name in enumerate(class_names)})
     begun = {"source": source, "pairs": len(pairs), "fingerprint": pairs.fingerprint(), **asdict(options)}
     _check_folder(out_dir)
@@ -132,7 +133,7 @@ def write_shards(
             # Held, so that nobody waits for a file that is gone.
             (out_dir / LOCK).unlink(missing_ok=True)
     except Timeout:
-        raise ValueError(f"another process writes to {out_dir}; wait for it to end, or name another folder") from None
+        raise UserError(f"another process writes to {out_dir}; wait for it to end, or name another folder") from None
     return report
 
 
@@ -172,12 +173,12 @@ def _check_folder(out_dir: Path) -> None:
         ValueError: it does, or is no folder.
     """
     if out_dir.exists() and not out_dir.is_dir():
-        raise ValueError(f"{out_dir} is no folder; name a new one")
+        raise UserError(f"{out_dir} is no folder; name a new one")
     out_dir.mkdir(parents=True, exist_ok=True)
     if not (out_dir / MANIFEST).is_file() and any(
         path.name != LOCK and not path.match(_ASIDE) for path in out_dir.iterdir()
     ):
-        raise ValueError(f"{out_dir} holds something that `prepare shards` did not write; name a new folder")
+        raise UserError(f"{out_dir} holds something that `prepare shards` did not write; name a new folder")
 
 
 def _open_manifest(job: ShardJob, begun: dict[str, Any]) -> dict[int, dict[str, Any]]:
@@ -192,7 +193,7 @@ def _open_manifest(job: ShardJob, begun: dict[str, Any]) -> dict[int, dict[str, 
         lines = iter(())
     elif was:
         other = ", ".join(f"{name} {value} (now {begun.get(name)})" for name, value in was.items())
-        raise ValueError(f"{job.out_dir} was begun with {other}; use the same source and options, or another folder")
+        raise UserError(f"{job.out_dir} was begun with {other}; use the same source and options, or another folder")
     done: dict[int, dict[str, Any]] = {}
 
     def whole() -> Iterator[dict[str, Any]]:

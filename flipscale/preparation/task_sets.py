@@ -14,9 +14,10 @@ from tqdm import tqdm
 
 from flipscale.data.prepared import PREPARED, read_prepared
 from flipscale.data.sources.tar_source import TarSource
-from flipscale.files.aside import remove, sync, write_text
-from flipscale.files.room import check_room, size_text
-from flipscale.files.text_table import plain_table
+from flipscale.io.aside import remove, sync, write_text
+from flipscale.io.errors import UserError
+from flipscale.io.room import check_room, size_text
+from flipscale.io.text_table import plain_table
 from flipscale.preparation.hub_files import HubFile, Snapshot, WrongFile, bytes_there, digest, download, list_files
 from flipscale.preparation.parquet_set import Columns, convert
 from flipscale.preparation.real_labels import REAL_LABELS, find_labels, write_real_labels
@@ -109,7 +110,7 @@ def prepare_tasks(folder: Path, sets: Sequence[TaskSet]) -> None:
         OSError: the Hub cannot be reached or the disk is full.
     """
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} is no folder; name another")
+        raise UserError(f"{folder} is no folder; name another")
     plans: list[Plan] = []
     rows: list[list[str]] = []
     faults: dict[str, str] = {}
@@ -148,9 +149,9 @@ def _tell(faults: dict[str, str], num_sets: int) -> None:
     """
     if len(faults) > 1:
         print(*(f"{name}: {reason}" for name, reason in faults.items()), sep="\n")
-        raise ValueError(f"{len(faults)} of {num_sets} tasks are not prepared, see above: {', '.join(faults)}")
+        raise UserError(f"{len(faults)} of {num_sets} tasks are not prepared, see above: {', '.join(faults)}")
     for name, reason in faults.items():
-        raise ValueError(f"{name} is not prepared: {reason}")
+        raise UserError(f"{name} is not prepared: {reason}")
 
 
 def _plan(folder: Path, task: TaskSet) -> Plan | None:
@@ -169,10 +170,10 @@ def _plan(folder: Path, task: TaskSet) -> Plan | None:
     data = [file.name for file in files if file.name.endswith((".tar", ".parquet"))]
     if not data:
         what = f"parquet files of the split {task.split}" if task.columns else task.shards or f"{task.split}/*.tar"
-        raise ValueError(f"data set {task.repo} has no {what}; the source has changed")
+        raise UserError(f"data set {task.repo} has no {what}; the source has changed")
     named = task.columns or task.class_names or "classnames.txt" in {file.name for file in files}
     if task.is_classification and not named:
-        raise ValueError(f"data set {task.repo} has no classnames.txt, and the task's page lists no class names")
+        raise UserError(f"data set {task.repo} has no classnames.txt, and the task's page lists no class names")
     there = sum(bytes_there(_downloaded(place, task) / file.path, file) for file in files)
     return Plan(task, snapshot, files, there)
 
@@ -194,7 +195,7 @@ def _prepare(place: Path, plan: Plan, bar: tqdm) -> None:
                 write_real_labels(place, shards)
             _write_prepared(place, plan, _num_images(shards))
     except Timeout:
-        raise ValueError(f"another process prepares {place}; wait for it to end") from None
+        raise UserError(f"another process prepares {place}; wait for it to end") from None
     place.with_name(f".{place.name}.lock").unlink(missing_ok=True)
 
 
@@ -206,9 +207,9 @@ def _num_images(shards: str) -> int:
     """
     source = TarSource(shards)
     for fault in source.faults:
-        raise ValueError(f"{fault.shard} cannot be read ({fault.detail}); the source has changed")
+        raise UserError(f"{fault.shard} cannot be read ({fault.detail}); the source has changed")
     if not len(source):
-        raise ValueError(f"{shards} has no images; the source has changed")
+        raise UserError(f"{shards} has no images; the source has changed")
     return len(source)
 
 
@@ -240,7 +241,7 @@ def _complete_texts(place: Path, task: TaskSet) -> None:
     file = place / _TEXTS[0]
     names = [line for line in _text(file).splitlines() if line.strip()] if file.exists() else []
     if not names or (task.num_classes and len(names) != task.num_classes):
-        raise ValueError(f"{file} lists {len(names)} classes, {task.num_classes} are expected; the source has changed")
+        raise UserError(f"{file} lists {len(names)} classes, {task.num_classes} are expected; the source has changed")
     spelled = spelled_as(names, task.class_names)
     if spelled != names:
         write_text(file, "".join(f"{name}\n" for name in spelled))
@@ -255,7 +256,7 @@ def _text(file: Path) -> str:
     try:
         return file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is no text in UTF-8 ({error}); the source has changed") from error
+        raise UserError(f"{file} is no text in UTF-8 ({error}); the source has changed") from error
 
 
 def spelled_as(names: Sequence[str], known: Sequence[str]) -> list[str]:
@@ -284,9 +285,9 @@ def _checked_shards(place: Path, plan: Plan) -> str:
     if not said.exists():
         write_text(said, f"{len(names)}\n")
     if (number := _text(said).strip()) != str(len(names)):
-        raise ValueError(f"{folder} has {len(names)} shards, nshards.txt says {number[:20]}; the source has changed")
+        raise UserError(f"{folder} has {len(names)} shards, nshards.txt says {number[:20]}; the source has changed")
     if names != {f"{number}.tar" for number in range(len(names))}:
-        raise ValueError(f"{folder} lacks a shard of 0.tar to {len(names) - 1}.tar; the source has changed")
+        raise UserError(f"{folder} lacks a shard of 0.tar to {len(names) - 1}.tar; the source has changed")
     return str(folder / f"{{0..{len(names) - 1}}}.tar")
 
 

@@ -14,8 +14,9 @@ from typing import Any
 import yaml
 
 from flipscale.evaluation.reports.comparison import seed_suffix
-from flipscale.files.ranges import MinutesAboveNone, check_ranges
-from flipscale.files.yaml_text import read_outline
+from flipscale.io.errors import UserError
+from flipscale.io.ranges import MinutesAboveNone, check_ranges
+from flipscale.io.yaml_text import read_outline
 from flipscale.studies.runs import StudyRun, in_time
 from flipscale.training.recipe import RECIPES, Recipe, parse_recipe, to_yaml
 from flipscale.training.schedule import plan_stages
@@ -102,7 +103,7 @@ class Study:
         if self.design == "grid":
             count = math.prod(len(self.levels_of(axis)) + 1 for axis in self.axes) * len(self.seeds)
             if count > _MOST_RUNS:
-                raise ValueError(f"the grid has {count:,} runs, more than {_MOST_RUNS:,}; give it fewer axes or a star")
+                raise UserError(f"the grid has {count:,} runs, more than {_MOST_RUNS:,}; give it fewer axes or a star")
         planned = [(levels, seed) for seed in self.seeds for levels in self.combinations()]
         if (more := self.more_seeds) is not None:
             part = [
@@ -115,7 +116,7 @@ class Study:
         for levels, seed in planned:
             name = self.label(levels) + seed_suffix(seed)
             if name in found:
-                raise ValueError(f"two runs are called {name}; give each level a name of its own, and each seed once")
+                raise UserError(f"two runs are called {name}; give each level a name of its own, and each seed once")
             found[name] = levels, seed
         return found
 
@@ -137,7 +138,7 @@ def study_file(name: str) -> Path:
     if named.is_file():
         return named
     names = ", ".join(sorted(path.stem for path in STUDIES.glob("*.yaml")))
-    raise ValueError(f"study {name[:200]!r} is neither a file nor one of {names}")
+    raise UserError(f"study {name[:200]!r} is neither a file nor one of {names}")
 
 
 def read_study(file: Path) -> Study:
@@ -152,29 +153,29 @@ def read_study(file: Path) -> Study:
     if not isinstance(content, dict) or set(content) - set(_FIELDS) or "base" not in content:
         what = sorted(set(content) - set(_FIELDS)) if isinstance(content, dict) else []
         found = f"has {what[0]!r}" if what else "has no base"
-        raise ValueError(f"{file} is no study, it {found}; a study has {', '.join(_FIELDS)}")
+        raise UserError(f"{file} is no study, it {found}; a study has {', '.join(_FIELDS)}")
     axes, seeds = content.get("axes") or {}, content.get("seeds", [0])
     if not isinstance(axes, dict) or not all(_is_axis(levels) for levels in axes.values()):
-        raise ValueError(
+        raise UserError(
             f"{file}: axes must have levels, and these changes: 'axes: {{model: {{large: {{model.size: l16}}}}}}'; one "
             "level beside them may have none, {}, and names the base"
         )
     for name in itertools.chain(axes, *axes.values()):
         if not isinstance(name, str) or not NAME.fullmatch(name):
-            raise ValueError(
+            raise UserError(
                 f"{file}: {str(name)[:40]!r} names runs; use letters, digits and . _ -, in quotes if it is a number"
             )
     if not _are_seeds(seeds):
-        raise ValueError(f"{file}: seeds is {seeds!r}; it must be a list of whole numbers, such as [0, 1, 2]")
+        raise UserError(f"{file}: seeds is {seeds!r}; it must be a list of whole numbers, such as [0, 1, 2]")
     design = content.get("design", "star")
     if design not in _DESIGNS:
-        raise ValueError(f"{file}: design is {design!r}; use {' or '.join(_DESIGNS)}")
+        raise UserError(f"{file}: design is {design!r}; use {' or '.join(_DESIGNS)}")
     changes = content.get("changes") or {}
     if not isinstance(changes, dict):
-        raise ValueError(f"{file}: changes is {str(changes)[:40]!r}; it must be as 'changes: {{data.fraction: 0.5}}'")
+        raise UserError(f"{file}: changes is {str(changes)[:40]!r}; it must be as 'changes: {{data.fraction: 0.5}}'")
     minutes = content.get("minutes")
     if minutes is not None and type(minutes) not in (int, float):
-        raise ValueError(f"{file}: minutes is {minutes!r}; it must be a number, such as 10")
+        raise UserError(f"{file}: minutes is {minutes!r}; it must be a number, such as 10")
     more = _more_seeds(content.get("more_seeds"), axes, file)
     study = Study(str(content["base"]), axes, design, seeds, minutes, changes, more)
     check_ranges(study)
@@ -190,18 +191,18 @@ def _more_seeds(given: Any, axes: Mapping[str, Mapping[str, Any]], file: Path) -
     if given is None:
         return None
     if not isinstance(given, dict) or set(given) != {"seeds", "of"} or not isinstance(given["of"], dict):
-        raise ValueError(
+        raise UserError(
             f"{file}: more_seeds must have seeds, and levels of axes: "
             "'more_seeds: {seeds: [1, 2], of: {model: [base, large]}}'"
         )
     if not _are_seeds(given["seeds"]):
-        raise ValueError(f"{file}: more_seeds.seeds is {given['seeds']!r}; it must be a list of whole numbers")
+        raise UserError(f"{file}: more_seeds.seeds is {given['seeds']!r}; it must be a list of whole numbers")
     for axis, chosen in given["of"].items():
         if axis not in axes:
-            raise ValueError(f"{file}: more_seeds.of has {str(axis)[:40]!r}; the axes are {', '.join(axes)}")
+            raise UserError(f"{file}: more_seeds.of has {str(axis)[:40]!r}; the axes are {', '.join(axes)}")
         known = list(dict.fromkeys([base_of(axes[axis]), *axes[axis]]))
         if not isinstance(chosen, list) or not chosen or not all(level in known for level in chosen):
-            raise ValueError(f"{file}: more_seeds.of.{axis} is {chosen!r}; list some of {', '.join(known)}")
+            raise UserError(f"{file}: more_seeds.of.{axis} is {chosen!r}; list some of {', '.join(known)}")
     return MoreSeeds(given["seeds"], given["of"])
 
 
@@ -247,7 +248,7 @@ def change(content: dict[str, Any], path: str, value: Any, where: str) -> None:
         ValueError: there is no such place, or it is a whole section, or the study's own.
     """
     if path in _OWN:
-        raise ValueError(f"{where}: {path} is the study's own; {_OWN[path]}")
+        raise UserError(f"{where}: {path} is the study's own; {_OWN[path]}")
     *parents, last = path.split(".")
     place: Any = content
     for number, part in enumerate([*parents, last]):
@@ -257,12 +258,12 @@ def change(content: dict[str, Any], path: str, value: Any, where: str) -> None:
         if not is_there:
             inside = ".".join(path.split(".")[:number]) or "it"
             has = ", ".join(place) if isinstance(place, dict) else "no such part"
-            raise ValueError(f"{where}: {path} is no field of the recipe: {inside} has {has}")
+            raise UserError(f"{where}: {path} is no field of the recipe: {inside} has {has}")
         if number < len(parents):
             place = place[int(part)] if isinstance(place, list) else place[part]
     if not parents and isinstance(place[last], dict):
         first = next(iter(place[last]))
-        raise ValueError(f"{where}: {path} is a whole section of the recipe; change its fields, such as {path}.{first}")
+        raise UserError(f"{where}: {path} is a whole section of the recipe; change its fields, such as {path}.{first}")
     # A copy: an axis may change what lies in it.
     place[int(last) if isinstance(place, list) else last] = copy.deepcopy(plain_number(value))
 
@@ -307,5 +308,5 @@ def checked(content: dict[str, Any], name: str) -> Recipe:
         plan_stages(recipe.stages, recipe.data.global_batch_size, recipe.budget_minutes)
         recipe.model_config()
     except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
+        raise UserError(f"{name}: {error}") from None
     return recipe

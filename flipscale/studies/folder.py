@@ -9,8 +9,9 @@ from typing import Any
 
 import yaml
 
-from flipscale.files.aside import refuse_unwritable, write_text
-from flipscale.files.fields import fields_that_differ
+from flipscale.io.aside import refuse_unwritable, write_text
+from flipscale.io.errors import UserError
+from flipscale.io.fields import fields_that_differ
 from flipscale.studies.design import Study, plan, read_study
 from flipscale.studies.runs import StudyRun
 from flipscale.training.recipe import Recipe, parse_recipe, to_yaml
@@ -33,16 +34,16 @@ def write_plan(study_file: Path, output_dir: Path) -> list[StudyRun]:
     runs = plan(study, folder)
     if output_dir.exists() and not (output_dir / STUDY_FILE).exists() and any(output_dir.iterdir()):
         there = sorted(output_dir.iterdir())[0].name
-        raise ValueError(f"{output_dir} holds {there}, which no study wrote; name a new or an empty folder")
+        raise UserError(f"{output_dir} holds {there}, which no study wrote; name a new or an empty folder")
     planned = {run.name: run for run in runs}
     for file in sorted(folder.glob("*.yaml")):
         if file.stem not in planned:
-            raise ValueError(
+            raise UserError(
                 f"{output_dir} was planned with a run {file.stem}, which {study_file} has not now; name another folder"
             )
         changed = sorted(fields_that_differ(_fields(_load(file)), _fields(planned[file.stem].recipe)))
         if changed:
-            raise ValueError(
+            raise UserError(
                 f"{file} was planned otherwise than {study_file} says now ({'; '.join(changed)}); name another folder"
             )
     folder.mkdir(parents=True, exist_ok=True)
@@ -62,12 +63,12 @@ def read_plan(output_dir: Path) -> tuple[Study, list[StudyRun]]:
     """
     file = output_dir / STUDY_FILE
     if not file.is_file():
-        raise ValueError(f"{output_dir} holds no planned study; write one there: flipscale study plan STUDY.yaml")
+        raise UserError(f"{output_dir} holds no planned study; write one there: flipscale study plan STUDY.yaml")
     study = read_study(file)
     files = [output_dir / "runs" / f"{name}.yaml" for name in study.runs()]
     for recipe in files:
         if not recipe.is_file():
-            raise ValueError(f"{recipe} is missing; plan the study again: flipscale study plan STUDY.yaml")
+            raise UserError(f"{recipe} is missing; plan the study again: flipscale study plan STUDY.yaml")
     return study, [StudyRun(recipe.stem, _load(recipe)) for recipe in files]
 
 

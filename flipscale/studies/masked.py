@@ -6,7 +6,7 @@ from pathlib import Path
 
 from flipscale.evaluation.intervals import mean_of
 from flipscale.evaluation.results import NOTHING, RESULTS_FILE, Result
-from flipscale.files.text_table import in_markdown, markdown_table
+from flipscale.io.text_table import in_markdown, markdown_table
 
 # By what the images were seen through, then by what tables call a result: those of all seeds.
 _Found = dict[str, dict[str, list[Result]]]

@@ -17,9 +17,10 @@ from flipscale.evaluation.reports.comparison import (
     seed_suffix,
 )
 from flipscale.evaluation.reports.seeds import times_to_equal
-from flipscale.files.aside import refuse_unwritable, write_text, written_aside
-from flipscale.files.plain_file import plain_text
-from flipscale.files.room import usable_cores
+from flipscale.io.aside import refuse_unwritable, write_text, written_aside
+from flipscale.io.errors import UserError
+from flipscale.io.plain_file import plain_text
+from flipscale.io.room import usable_cores
 from flipscale.studies.pool import train_missing
 from flipscale.studies.runs import StudyRun, in_time, train
 from flipscale.training.recipe import Recipe, differences, parse_recipe, to_yaml
@@ -120,7 +121,7 @@ def _take_model(run_dir: Path, model: Path) -> Path:
             shutil.copytree(run_dir / "model", partial)
     weights = [file.name for file in (run_dir / "model").glob("*.safetensors")]
     if filecmp.cmpfiles(run_dir / "model", model, weights, shallow=False)[0] != weights:
-        raise ValueError(f"{model} is not the model of {run_dir}; move it away, and the same command writes that there")
+        raise UserError(f"{model} is not the model of {run_dir}; move it away, and the same command writes that there")
     for folder in (run_dir / "model", model):
         write_card(folder, run_dir, str(folder))
     return model
@@ -134,14 +135,14 @@ def _refuse_folder(output_dir: Path, recipes: list[str], names: list[str], seeds
     """
     for place, name in enumerate(names):
         if name in names[:place]:
-            raise ValueError(
+            raise UserError(
                 f"{recipes[names.index(name)]} and {recipes[place]} have the same name, and each run's folder has its "
                 "recipe's: rename one of the files"
             )
         if name in _RESERVED:
-            raise ValueError(f"{recipes[place]} has the name of what the study itself writes; rename the file")
+            raise UserError(f"{recipes[place]} has the name of what the study itself writes; rename the file")
         if not name.isprintable():
-            raise ValueError(f"{recipes[place]} has characters in its name that no run's may have; rename the file")
+            raise UserError(f"{recipes[place]} has characters in its name that no run's may have; rename the file")
     refuse_unwritable(output_dir)
     if not output_dir.exists():
         return
@@ -151,11 +152,11 @@ def _refuse_folder(output_dir: Path, recipes: list[str], names: list[str], seeds
         # More seeds, or fewer of them, are the same study.
         if begun and (begun["recipes"], begun["seeds"] > 1) != (names, seeds > 1):
             words = f"{', '.join(begun['recipes'])}{' with seeds' if begun['seeds'] > 1 else ''}"
-            raise ValueError(f"{output_dir} holds a study of {words}; name another folder")
+            raise UserError(f"{output_dir} holds a study of {words}; name another folder")
         return
     there = [path for path in sorted(output_dir.iterdir()) if not path.name.startswith(".")]
     if there:
-        raise ValueError(f"{output_dir} holds {there[0].name}, which no study wrote; name a new or an empty folder")
+        raise UserError(f"{output_dir} holds {there[0].name}, which no study wrote; name a new or an empty folder")
 
 
 def _begun(mark: Path) -> dict | None:
@@ -202,7 +203,7 @@ def _timed(name: str, recipe: Recipe, minutes: float) -> Recipe:
     try:
         return in_time(recipe, minutes)
     except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
+        raise UserError(f"{name}: {error}") from None
 
 
 def _refuse_change(run: StudyRun) -> None:
@@ -216,7 +217,7 @@ def _refuse_change(run: StudyRun) -> None:
         return
     changed = differences(run.recipe, yaml.safe_load(plain_text(file)))
     if changed:
-        raise ValueError(
+        raise UserError(
             f"{run.run_dir} was begun with another recipe of that name ({'; '.join(changed)}); name another output_dir"
         )
 

@@ -8,17 +8,18 @@ import numpy as np
 
 from flipscale.evaluation.reports.comparison import Curve, headlines, read_curve
 from flipscale.evaluation.results import THIS_MODEL, Result
-from flipscale.evaluation.scaling.fitting import Fit, fit_law, largest_budget, predict
-from flipscale.evaluation.scaling.laws import AdditiveLaw, Law, PowerLaw, SaturatingLaw
-from flipscale.evaluation.scaling.points import Points
-from flipscale.evaluation.scaling.transfer import Arm, effects, tasks_moved
-from flipscale.evaluation.scaling.words import fit_words, prediction_words, transfer_words
-from flipscale.files.aside import write_text
-from flipscale.files.text_table import as_code, markdown_table
+from flipscale.io.aside import write_text
+from flipscale.io.errors import UserError
+from flipscale.io.text_table import as_code, markdown_table
 from flipscale.studies.design import BASE, Study, base_of
 from flipscale.studies.folder import read_plan
 from flipscale.studies.masked import estimate, masked_words
 from flipscale.studies.runs import StudyRun
+from flipscale.studies.scaling.fitting import Fit, fit_law, largest_budget, predict
+from flipscale.studies.scaling.laws import AdditiveLaw, Law, PowerLaw, SaturatingLaw
+from flipscale.studies.scaling.points import Points
+from flipscale.studies.scaling.transfer import Arm, effects, tasks_moved
+from flipscale.studies.scaling.words import fit_words, prediction_words, transfer_words
 from flipscale.training.recipe import Recipe
 
 _LAWS: tuple[Callable[[Points], Law], ...] = (PowerLaw, SaturatingLaw, AdditiveLaw)
@@ -62,7 +63,7 @@ def report(output_dir: Path, resamples: int) -> None:
     levels = {name: dict(own) for name, (own, _) in study.runs().items()}
     finished = [Finished(run, levels[run.name], study.label(levels[run.name])) for run in runs if run.is_done]
     if not any(not run.levels for run in finished):
-        raise ValueError(
+        raise UserError(
             f"{output_dir} has {len(finished)} finished runs of {len(runs)}, none of the base, which the others are "
             f"compared with; train them: flipscale study run {output_dir}"
         )
@@ -72,7 +73,7 @@ def report(output_dir: Path, resamples: int) -> None:
     groups = {label: its for label, its in groups.items() if its}
     names = headlines([run.curve for its in groups.values() for run in its])
     if not names:
-        raise ValueError(
+        raise UserError(
             f"no run of {output_dir} has a result; set eval.tasks in the base recipe, and plan another study"
         )
     table = _table(groups, names)
@@ -141,7 +142,7 @@ def _where_masking_pays(
     Args:
         result: the name of what is compared, `task/metric`, and what tables call it.
     """
-    from flipscale.evaluation.scaling.masking import MapRun, Place, cells_of, draw_map, map_words
+    from flipscale.studies.scaling.masking import MapRun, Place, cells_of, draw_map, map_words
 
     def place(recipe: Recipe) -> Place:
         return Place(recipe.data.fraction, recipe.budget_minutes or 0.0, recipe.stages[0].mask_ratio)
@@ -188,7 +189,7 @@ def _laws(groups: dict[str, list[Finished]], names: dict[str, str], output_dir: 
 def _law_words(groups: dict[str, list[Finished]], name: str, words: str, output_dir: Path, resamples: int) -> str:
     """Return the laws of a result as Markdown, each with what it predicts of the largest budget, or why there is none;
     draw them."""
-    from flipscale.evaluation.scaling.figures import draw_fits
+    from flipscale.studies.scaling.figures import draw_fits
 
     try:
         points = _points(groups, name)
@@ -224,7 +225,7 @@ def _arms(groups: dict[str, list[Finished]], names: dict[str, str]) -> list[Arm]
 def _draw(
     study: Study, groups: dict[str, list[Finished]], arms: Sequence[Arm], names: dict[str, str], output_dir: Path
 ) -> None:
-    from flipscale.evaluation.scaling.figures import draw_axes, draw_times, draw_transfer
+    from flipscale.studies.scaling.figures import draw_axes, draw_times, draw_transfer
 
     name, words = next(iter(names.items()))
     unit = next(found.unit for runs in groups.values() for found in _results(runs, name))
@@ -251,7 +252,7 @@ def _labels_along(study: Study, axis: str) -> dict[str, str]:
 
 
 def _draw_outcomes(study: Study, groups: dict[str, list[Finished]], names: dict[str, str], path: Path) -> None:
-    from flipscale.evaluation.scaling.outcomes import Outcome, draw_grid, draw_rows
+    from flipscale.studies.scaling.outcomes import Outcome, draw_grid, draw_rows
 
     levels = {axis: list(_labels_along(study, axis)) for axis in study.axes}
     outcomes = [

@@ -14,7 +14,8 @@ from typing import Any
 from tqdm import tqdm
 
 from flipscale.evaluation.results import read_metrics
-from flipscale.files.room import usable_cores
+from flipscale.io.errors import UserError
+from flipscale.io.room import usable_cores
 from flipscale.training.recipe import Recipe
 from flipscale.training.schedule import StageRecipe, plan_stages
 
@@ -104,7 +105,7 @@ def _stages_in_shares(recipe: Recipe) -> list[StageRecipe]:
     shares[-1] = round(1.0 - sum(shares[:-1]), 4)
     if shares[-1] <= 0.0:
         last = recipe.stages[-1]
-        raise ValueError(
+        raise UserError(
             f"stage {last.name!r}: {last.samples} samples have no share of the time beside the others'; give it more"
         )
     return [

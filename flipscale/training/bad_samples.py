@@ -8,7 +8,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from flipscale.data.faults import Fault
-from flipscale.files import json_lines
+from flipscale.io import json_lines
 
 _log = logging.getLogger(__name__)
 

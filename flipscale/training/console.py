@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import flipscale
-from flipscale.files.streams import is_unread, open_streams, write_or_drop
+from flipscale.io.streams import is_unread, open_streams, write_or_drop
 from flipscale.training.preemption import EndRequest, refuse_restart
 from flipscale.training.report.quiet import silence_other_packages
 

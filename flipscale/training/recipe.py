@@ -16,9 +16,10 @@ from flipscale.data.masks.recipe import MaskRecipe
 from flipscale.data.recipe import DataRecipe
 from flipscale.engines.recipe import OptimRecipe, SaveRecipe
 from flipscale.evaluation.recipe import EvalRecipe
-from flipscale.files.fields import add_fields, check_fields, fields_that_differ
-from flipscale.files.ranges import MinutesAboveNone, Seed, ShareBelowAll, check_ranges, in_our_words
-from flipscale.files.yaml_text import check_yaml, read_outline
+from flipscale.io.errors import UserError
+from flipscale.io.fields import add_fields, check_fields, fields_that_differ
+from flipscale.io.ranges import MinutesAboveNone, Seed, ShareBelowAll, check_ranges, in_our_words
+from flipscale.io.yaml_text import check_yaml, read_outline
 from flipscale.objectives.recipe import LossRecipe, build_objective
 from flipscale.training.cost.recipe import CostRecipe, refuse_former, without_former
 from flipscale.training.report.recipe import LogRecipe
@@ -89,12 +90,12 @@ class ModelRecipe:
                 if name not in known:
                     near = difflib.get_close_matches(str(name), known, 1)
                     has = f"did you mean {near[0]}?" if near else f"it has {', '.join(known)}"
-                    raise ValueError(f"model.{section}.{name} is not a field of {tower.__name__}; {has}")
+                    raise UserError(f"model.{section}.{name} is not a field of {tower.__name__}; {has}")
         try:
             found = FlipConfig.from_size(self.size, self.vision_config, self.text_config)
             return found.with_parts(self.decoder_config, self.answer_config)
         except (StrictDataclassError, ValueError, OverflowError) as error:
-            raise ValueError(f"model: {' '.join(str(error).split())}") from None
+            raise UserError(f"model: {' '.join(str(error).split())}") from None
 
 
 @dataclass(frozen=True)
@@ -175,7 +176,7 @@ class Recipe:
             ValueError: as `ModelRecipe.config`, `build_objective` and `check_image_sizes`.
         """
         if self.model.decoder_config and not self.loss.learns_captions:
-            raise ValueError("model.decoder_config is set, but no loss learns captions; set loss.caption_weight too")
+            raise UserError("model.decoder_config is set, but no loss learns captions; set loss.caption_weight too")
         config = self.objective().model_config(self.model.config())
         sizes = {f"stage {stage.name!r}": stage.image_size for stage in self.stages}
         sizes.update({f"eval.tasks: {task.name}": task.image_size for task in self.eval.planned()})
@@ -245,7 +246,7 @@ def parse_recipe(arguments: Sequence[str], is_saved: bool = False) -> Recipe:
         built = parser.instantiate(parser.parse_args(words))
     except (ArgumentError, ValueError, OverflowError) as error:
         said = in_our_words(error, get_type_hints(Recipe, include_extras=True))
-        raise ValueError(f"{said}{_nearest_flag(said)}") from None
+        raise UserError(f"{said}{_nearest_flag(said)}") from None
     recipe = Recipe(**{f.name: getattr(built, f.name) for f in dataclasses.fields(Recipe)})
     check_ranges(recipe)
     recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, lanes=recipe.data.num_lanes))
@@ -295,7 +296,7 @@ def _recipe_file(name: str) -> Path:
         if "/" not in name and named.exists():
             return named
     names = ", ".join(sorted(path.stem for path in RECIPES.glob("*.yaml")))
-    raise ValueError(f"recipe {name[:200]!r} is neither a file nor one of {names}")
+    raise UserError(f"recipe {name[:200]!r} is neither a file nor one of {names}")
 
 
 def _check_value(flag: str, word: str) -> None:
@@ -306,7 +307,7 @@ def _check_value(flag: str, word: str) -> None:
     """
     sections = [f"--{name}" for name, hint in get_type_hints(Recipe).items() if dataclasses.is_dataclass(hint)]
     if flag in sections and not word.startswith("{"):
-        raise ValueError(f"{flag} is {word[:60]!r}; set its fields, such as {flag}.FIELD VALUE")
+        raise UserError(f"{flag} is {word[:60]!r}; set its fields, such as {flag}.FIELD VALUE")
     if word.startswith(("{", "[", "&")):
         with suppress(yaml.YAMLError):  # a text, such as a path
             check_yaml(word, flag)

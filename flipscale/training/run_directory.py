@@ -28,10 +28,11 @@ import flipscale
 from flipscale.engines.checkpoint import latest_checkpoint
 from flipscale.engines.launch import launched_precision
 from flipscale.engines.recipe import OptimRecipe
-from flipscale.files import json_lines
-from flipscale.files.aside import refuse_unwritable, sync, write_text
-from flipscale.files.lock import FolderLock
-from flipscale.files.yaml_text import read_saved
+from flipscale.io import json_lines
+from flipscale.io.aside import refuse_unwritable, sync, write_text
+from flipscale.io.errors import UserError
+from flipscale.io.lock import FolderLock
+from flipscale.io.yaml_text import read_saved
 from flipscale.training.cost.spent import last_sign
 from flipscale.training.recipe import Recipe, conflicts, to_yaml
 from flipscale.training.report.command import typed_command
@@ -47,11 +48,11 @@ def open_run_directory(recipe: Recipe) -> Path | None:
     """
     run_dir = Path(recipe.output_dir)
     if recipe.resume_from_checkpoint not in ("auto", "never"):
-        raise ValueError(f"resume_from_checkpoint is {recipe.resume_from_checkpoint!r}; use 'auto' or 'never'")
+        raise UserError(f"resume_from_checkpoint is {recipe.resume_from_checkpoint!r}; use 'auto' or 'never'")
     refuse_unwritable(run_dir)
     checkpoint = latest_checkpoint(run_dir)
     if checkpoint is None and (run_dir / "model").exists() and not (run_dir / "DONE").exists():
-        raise ValueError(
+        raise UserError(
             f"{run_dir}/model is there and no checkpoint to go on from; training would replace it at its end: move it "
             "away, or use another output_dir"
         )
@@ -60,13 +61,13 @@ def open_run_directory(recipe: Recipe) -> Path | None:
     changed = conflicts(recipe, read_saved(saved)) if saved.exists() else []
     if [line.partition(":")[0] for line in changed] == ["data.lanes"]:
         was, now = re.findall(r"\d+", changed[0])
-        raise ValueError(
+        raise UserError(
             f"the samples of {run_dir} are in the order of {was} lane{'s' * (was != '1')}, and data.lanes is {now}; "
             f"--data.lanes {was} goes on in its order"
         )
     _refuse_another(run_dir, changed)
     if checkpoint is not None and recipe.resume_from_checkpoint == "never":
-        raise ValueError(
+        raise UserError(
             f"{run_dir} holds {checkpoint.name} and resume_from_checkpoint is 'never'; use another output_dir"
         )
     return checkpoint
@@ -79,7 +80,7 @@ def _refuse_another(run_dir: Path, changed: Sequence[str]) -> None:
         ValueError: it has.
     """
     if changed:
-        raise ValueError(
+        raise UserError(
             f"{run_dir} holds a run of another recipe ({'; '.join(changed)}); use that recipe or another output_dir"
             + ("; a stage that is added needs a base_lr" if re.match(r"stages\[\d+\]: None", changed[0]) else "")
         )
@@ -168,7 +169,7 @@ def is_done(recipe: Recipe) -> bool:
     if len(recipe.stages) <= len(saved.get("stages") or []):
         return True
     if checkpoint is None:
-        raise ValueError(
+        raise UserError(
             f"{run_dir} is done and keeps no checkpoint for another stage to go on from; train that as a run of its "
             f"own, with model.init_from {run_dir}/model and another output_dir"
         )

@@ -6,7 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from flipscale.files.ranges import (
+from flipscale.io.errors import UserError
+from flipscale.io.ranges import (
     NotNegative,
     Pixels,
     Samples,
@@ -125,7 +126,7 @@ def check_image_sizes(sizes: Mapping[str, int | None], patch_size: int) -> None:
         try:
             patches_along(patch_size if size is None else size, patch_size)
         except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
+            raise UserError(f"{name}: {error}") from None
 
 
 def plan_stages(
@@ -138,12 +139,12 @@ def plan_stages(
             than a step, a length in the wrong unit, shares that do not add up, a warm-up as long as its schedule.
     """
     if not stages or stages[0].base_lr is None:
-        raise ValueError("stages[0].base_lr is missing; the first stage needs a learning rate per 256 samples")
+        raise UserError("stages[0].base_lr is missing; the first stage needs a learning rate per 256 samples")
     check_ranges(list(stages), "stages")
     names = [stage.name for stage in stages]
     for name in names:
         if names.count(name) > 1:
-            raise ValueError(f"{names.count(name)} stages are named {name!r}; give every stage a name of its own")
+            raise UserError(f"{names.count(name)} stages are named {name!r}; give every stage a name of its own")
     unit, timed = global_batch_size, budget_minutes is not None
     lengths: Sequence[float] = _shares(stages) if timed else _steps(stages, unit)
     ends = [0, *itertools.accumulate(lengths)]
@@ -159,11 +160,11 @@ def plan_stages(
             warmup = given if timed else given // unit
             peak_lr = stage.base_lr * global_batch_size / 256
         elif given:
-            raise ValueError(f"stage {stage.name!r}: {field} needs a base_lr of its own")
+            raise UserError(f"stage {stage.name!r}: {field} needs a base_lr of its own")
         if warmup >= (length := schedule_last - schedule_first):
             words = f"{given} of the budget" if timed else f"{given} samples"
             shown = f"{length:g}" if timed else length * unit
-            raise ValueError(f"stage {stage.name!r}: a warm-up of {words} is not shorter than its schedule of {shown}")
+            raise UserError(f"stage {stage.name!r}: a warm-up of {words} is not shorter than its schedule of {shown}")
         planned.append(
             Stage(
                 stage.name,
@@ -190,13 +191,13 @@ def _steps(stages: Sequence[StageRecipe], global_batch_size: int) -> list[int]:
     for stage in stages:
         if stage.share is not None or stage.warmup_share:
             field = "warmup_share" if stage.share is None else "share"
-            raise ValueError(
+            raise UserError(
                 f"stage {stage.name!r}: {field} is of budget_minutes, which is not set; set that, or give samples"
             )
         if stage.samples is None:
-            raise ValueError(f"stage {stage.name!r} has no samples; say how many pairs it sees")
+            raise UserError(f"stage {stage.name!r} has no samples; say how many pairs it sees")
         if stage.samples < global_batch_size:
-            raise ValueError(
+            raise UserError(
                 f"stage {stage.name!r}: {stage.samples} samples are less than one step of {global_batch_size} pairs"
             )
     return [(stage.samples or 0) // global_batch_size for stage in stages]
@@ -211,13 +212,13 @@ def _shares(stages: Sequence[StageRecipe]) -> list[float]:
     for stage in stages:
         if stage.samples is not None or stage.warmup_samples:
             field, instead = ("warmup_samples", "warmup_share") if stage.samples is None else ("samples", "share")
-            raise ValueError(
+            raise UserError(
                 f"stage {stage.name!r}: {field} is a count, and the run ends by its clock (budget_minutes); give its "
                 f"{instead} of the budget, or leave out budget_minutes"
             )
         if stage.share is None:
-            raise ValueError(f"stage {stage.name!r} has no share; say which share of budget_minutes it has")
+            raise UserError(f"stage {stage.name!r} has no share; say which share of budget_minutes it has")
     shares = [stage.share or 0.0 for stage in stages]
     if abs(sum(shares) - 1.0) > _MOST_AMISS:
-        raise ValueError(f"the shares of the stages add up to {sum(shares):g}; they must add up to 1")
+        raise UserError(f"the shares of the stages add up to {sum(shares):g}; they must add up to 1")
     return shares

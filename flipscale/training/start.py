@@ -29,9 +29,10 @@ from flipscale.evaluation.embedding import parts_of
 from flipscale.evaluation.kinds.task import Task
 from flipscale.evaluation.rehearsal import rehearse
 from flipscale.evaluation.test_set import read_class_names
-from flipscale.files.command_line import unwritable
-from flipscale.files.digests import Comparison, Damage
-from flipscale.files.lock import FolderLock
+from flipscale.io.command_line import unwritable
+from flipscale.io.digests import Comparison, Damage
+from flipscale.io.errors import UserError
+from flipscale.io.lock import FolderLock
 from flipscale.training.budget.progress import Progress, TimedProgress
 from flipscale.training.recipe import Recipe, conflicts
 from flipscale.training.run_directory import lock_run_directory
@@ -162,7 +163,7 @@ def check_output_dir(name: str) -> None:
         ValueError: it cannot.
     """
     if reason := unwritable(name):
-        raise ValueError(f"output_dir is {name[:60]!r}; {reason}")
+        raise UserError(f"output_dir is {name[:60]!r}; {reason}")
 
 
 def check(recipe: Recipe) -> Plan:
@@ -225,12 +226,12 @@ def check_augment(recipe: Recipe, objective: Objective, micro_batch_size: int) -
     augment = recipe.data.augment
     if augment != AugmentRecipe() and "labels" not in objective.columns:
         name = next(field for field, value in vars(augment).items() if value)
-        raise ValueError(
+        raise UserError(
             f"data.augment.{name} is {getattr(augment, name)!r}, which is for images with class numbers, and loss.kind "
             f"is {recipe.loss.kind!r}; leave it out, or use loss.kind classify"
         )
     if augment.mixes and micro_batch_size % 2:
-        raise ValueError(
+        raise UserError(
             f"data.augment mixes images in couples, and a process takes {micro_batch_size} at a time; use an even "
             "number of them"
         )
@@ -255,7 +256,7 @@ def check_task_kinds(recipe: Recipe, objective: Objective, tasks: Sequence[Task]
     names = training_class_names(recipe.data, objective.num_labels)
     for task in tasks:
         if task.needs in ("head", "answers") and read_class_names(task.data) != names:
-            raise ValueError(f"{task.data} has other class names, or in another order, than the training shards")
+            raise UserError(f"{task.data} has other class names, or in another order, than the training shards")
     refuse_other_class_names(Path(recipe.output_dir), names)
     return names
 
@@ -268,12 +269,12 @@ def check_shares(recipe: Recipe) -> None:
     """
     for name, section in (("log", recipe.log), ("eval", recipe.eval)):
         if section.every_share and recipe.budget_minutes is None:
-            raise ValueError(
+            raise UserError(
                 f"{name}.every_share is {section.every_share:g} of budget_minutes, which is not set; set that, or use "
                 f"{name}.every_samples"
             )
     if recipe.eval.every_share and recipe.eval.every_samples:
-        raise ValueError(
+        raise UserError(
             f"eval.every_share is {recipe.eval.every_share:g} and eval.every_samples is {recipe.eval.every_samples}; "
             "leave one of them out"
         )
@@ -352,7 +353,7 @@ def agree_on_data(accelerator: Accelerator, source: Source) -> None:
     everyone = accelerator.gather(mine).tolist()
     others = [rank for rank, theirs in enumerate(everyone) if theirs != everyone[0]]
     if others:
-        raise ValueError(
+        raise UserError(
             f"processes {', '.join(map(str, others))} of {len(everyone)} found other numbers of samples in the shards "
             "than process 0, so that they would read them in another order; make the nodes' copies the same"
         )
@@ -365,7 +366,7 @@ def check_same_data(checkpoint: Path, state: Mapping[str, Any], source: Source) 
         ValueError: the number of samples or the shards changed, and with them the order of samples.
     """
     if (state["data_samples"], state["data_fingerprint"]) != (len(source), shard_sizes_digest(source)):
-        raise ValueError(
+        raise UserError(
             f"{checkpoint} was trained on {state['data_samples']} samples, the data now has {len(source)} or in other "
             "shards; the order of samples would change: use the same data or another output_dir"
         )

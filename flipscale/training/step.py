@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import torch
 
+from flipscale.io.errors import UserError
 from flipscale.model.configuration_flip import FlipConfig
 
 if TYPE_CHECKING:
@@ -142,7 +143,7 @@ def raise_if_dropout(config: FlipConfig) -> None:
     for name in ("vision_config", "text_config"):
         dropout = getattr(config, name).attention_dropout
         if dropout > 0.0:
-            raise ValueError(
+            raise UserError(
                 f"model.{name}.attention_dropout is {dropout} and data.micro_batch_size is set: the second pass would "
                 "drop other weights than the first; leave one of them out"
             )

@@ -16,9 +16,10 @@ from tqdm import tqdm
 
 from flipscale.engines.device import peak_flops, peak_memory_bytes
 from flipscale.evaluation.results import Result, append_results, as_metrics, drop_results_after
-from flipscale.files import json_lines
-from flipscale.files.aside import write_text
-from flipscale.files.plain_file import plain_text
+from flipscale.io import json_lines
+from flipscale.io.aside import write_text
+from flipscale.io.errors import UserError
+from flipscale.io.plain_file import plain_text
 from flipscale.training.budget.progress import Progress
 from flipscale.training.cost.meter import EnergyMeter
 from flipscale.training.health import Verdict
@@ -50,9 +51,9 @@ def check_trackers(names: Sequence[str]) -> None:
     for name in names:
         if name not in LOGGER_TYPE_TO_CLASS:
             known = ", ".join(LOGGER_TYPE_TO_CLASS)
-            raise ValueError(f"log.report_to names {name!r}; there are {known}")
+            raise UserError(f"log.report_to names {name!r}; there are {known}")
         if name not in installed:
-            raise ValueError(
+            raise UserError(
                 f"log.report_to names {name!r}, which is not installed; pip install {name}, or leave it out"
             )
 

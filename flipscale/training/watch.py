@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 from flipscale.engines.arrivals import Cause, Window, begin, find_cause, write_collectives
 from flipscale.engines.start import OtherProcesses, claim_failure, end_process, stay_until_others_know
-from flipscale.files import aside, json_lines
+from flipscale.io import aside, json_lines
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -103,7 +103,7 @@ def _empty(checkpoint: Path) -> None:
 
 def _of_another_run(checkpoint: Path) -> None:
     """A whole checkpoint of a run of another seed, as that run would have written it."""
-    from flipscale.files.digests import digest_of, digests_as_text, digests_in
+    from flipscale.io.digests import digest_of, digests_as_text, digests_in
 
     recipe = (checkpoint / "recipe.yaml").read_text().replace("\nseed: 0\n", "\nseed: 1\n")
     (checkpoint / "recipe.yaml").write_text(recipe)

@@ -15,7 +15,7 @@ from attacks import ground
 from attacks.attack import Attack, Ended, hold
 from conftest import metrics
 
-from flipscale.files.lock import FolderLock
+from flipscale.io.lock import FolderLock
 
 
 def endless(folder: Path) -> list[str]:

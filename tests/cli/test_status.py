@@ -14,7 +14,7 @@ import yaml
 
 from flipscale.cli import main
 from flipscale.evaluation.results import Result, append_results
-from flipscale.files.lock import FolderLock
+from flipscale.io.lock import FolderLock
 from flipscale.status import as_table, read_status
 from flipscale.training.report.lines import duration
 

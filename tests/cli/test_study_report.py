@@ -15,10 +15,10 @@ from matplotlib.figure import Figure
 
 from flipscale.cli import main
 from flipscale.evaluation.results import Result, append_results
-from flipscale.evaluation.scaling import outcomes
-from flipscale.evaluation.scaling.outcomes import Outcome, draw_grid, draw_rows
 from flipscale.studies.folder import write_plan
 from flipscale.studies.runs import StudyRun
+from flipscale.studies.scaling import outcomes
+from flipscale.studies.scaling.outcomes import Outcome, draw_grid, draw_rows
 from flipscale.training.recipe import to_yaml
 
 AXES = {

@@ -10,7 +10,7 @@ import pytest
 
 from flipscale.evaluation.reports.comparison import Curve
 from flipscale.evaluation.results import Measured, Result
-from flipscale.evaluation.scaling.masking import Cell, MapRun, Place, cells_of, draw_map, map_words
+from flipscale.studies.scaling.masking import Cell, MapRun, Place, cells_of, draw_map, map_words
 
 NAME = "zero_shot/top1"
 

@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from flipscale.evaluation.scaling.fitting import fit_law, largest_budget, predict
-from flipscale.evaluation.scaling.laws import AdditiveLaw, Law, PowerLaw, SaturatingLaw
-from flipscale.evaluation.scaling.points import Points
-from flipscale.evaluation.scaling.words import fit_words, prediction_words
+from flipscale.studies.scaling.fitting import fit_law, largest_budget, predict
+from flipscale.studies.scaling.laws import AdditiveLaw, Law, PowerLaw, SaturatingLaw
+from flipscale.studies.scaling.points import Points
+from flipscale.studies.scaling.words import fit_words, prediction_words
 
 # 29 models of LAION's scaling study (arXiv 2212.07143): model, data, samples seen, operations and two results.
 LAION = Path(__file__).parents[1] / "fixtures/laion_scaling.csv"

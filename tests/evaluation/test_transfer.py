@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from flipscale.evaluation.scaling.transfer import Arm, beyond, effects, interactions
-from flipscale.evaluation.scaling.words import transfer_words
+from flipscale.studies.scaling.transfer import Arm, beyond, effects, interactions
+from flipscale.studies.scaling.words import transfer_words
 
 # FLIP (arXiv 2212.00794), Table 8.
 TABLE8 = Path(__file__).parents[1] / "fixtures/table8.csv"

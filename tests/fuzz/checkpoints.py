@@ -7,7 +7,7 @@ import torch
 
 from flipscale.engines.checkpoint import CheckpointReader
 from flipscale.engines.whole_checkpoint import contents, require_whole
-from flipscale.files.digests import Damage, digest_of, digests_as_text
+from flipscale.io.digests import Damage, digest_of, digests_as_text
 
 PART = "part-00000.safetensors"
 STATE = {

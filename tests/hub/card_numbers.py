@@ -10,10 +10,10 @@ from typing import Any
 import yaml
 
 from flipscale.evaluation.kinds.kinds import KINDS
-from flipscale.files import json_lines
 from flipscale.hub.card_results import INTERVALS, NOT_EVALUATED
 from flipscale.hub.card_templates import TEMPLATES
 from flipscale.hub.model_card import NO_LICENCE
+from flipscale.io import json_lines
 from flipscale.training.recipe import ModelRecipe
 from flipscale.training.run_directory import read_starts
 

@@ -166,7 +166,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 KILLED = """
 import os, signal, sys
 from flipscale.cli import main
-from flipscale.files import json_lines
+from flipscale.io import json_lines
 
 append, lines = json_lines.append, []
 

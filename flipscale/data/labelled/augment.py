@@ -15,6 +15,7 @@ from PIL import Image
 
 from flipscale.data.labelled.recipe import AugmentRecipe
 from flipscale.data.randomness import keyed_uniform
+from flipscale.io.errors import UserError
 from flipscale.model.configuration_flip import IMAGENET_MEAN
 
 _TRANSLATE = 0.45  # of an image's side at most, as timm's `create_transform` has it
@@ -88,7 +89,7 @@ def _rand_augment(words: str, image_size: int) -> Callable[[Image.Image], Image.
     try:
         return rand_augment_transform(words, options)
     except (AssertionError, ValueError, KeyError) as error:
-        raise ValueError(
+        raise UserError(
             f"data.augment.rand_augment is {words!r}, which timm does not know ({' '.join(str(error).split())}); use "
             "such as 'rand-m9-mstd0.5-inc1'"
         ) from error
@@ -98,7 +99,7 @@ def _require_timm(field: str, value: object) -> None:
     try:
         import timm.data  # noqa: F401
     except ImportError as error:
-        raise ValueError(
+        raise UserError(
             f"data.augment.{field} is {value!r} and timm, which does it, is not installed; "
             "pip install 'flipscale[finetune]'"
         ) from error

@@ -10,6 +10,7 @@ from flipscale.data.faults import BadSample, Fault
 from flipscale.data.labelled.augment import Augment
 from flipscale.data.pairs import PairDataset
 from flipscale.data.sources.source import Sample, Source
+from flipscale.io.errors import UserError
 
 
 class MissingLabel(BadSample):
@@ -53,7 +54,7 @@ class LabelledDataset(PairDataset):
         if sample.label is None:
             raise MissingLabel("there is no KEY.cls with a number")
         if sample.label >= self.num_classes:
-            raise ValueError(
+            raise UserError(
                 f"{sample.name} has class {sample.label}, and the model's head has {self.num_classes} classes, "
                 "counted from 0; set loss.options.num_classes to the lines of classnames.txt"
             )
@@ -94,7 +95,7 @@ def refuse_without_labels(source: Source) -> None:
             except BadSample:
                 continue
             if sample.label is None:
-                raise ValueError(
+                raise UserError(
                     f"{source.shard_name(shard)}: {source.key(shard, number)} has no class number, which loss.kind "
                     "'classify' learns; give shards with KEY.cls, as `flipscale prepare shards --labels` writes them"
                 )

@@ -9,6 +9,7 @@ from flipscale.data.faults import BadSample
 from flipscale.data.labelled.dataset import MissingLabel
 from flipscale.data.pairs import PairDataset
 from flipscale.data.sources.source import Sample
+from flipscale.io.errors import UserError
 
 # The score of an answer that so many people of ten gave, 4 or more of them 1: METER's (arXiv 2111.02387).
 SCORES = (0.0, 0.3, 0.6, 0.9, 1.0)
@@ -64,7 +65,7 @@ class QuestionDataset(PairDataset):
         if sample.label is None:
             raise MissingLabel("there is no KEY.cls with a number, and no KEY.npy")
         if sample.label >= self.num_answers:
-            raise ValueError(
+            raise UserError(
                 f"{sample.name} has answer {sample.label}, and the model chooses among {self.num_answers}, counted "
                 "from 0; set loss.options.num_answers to the lines of classnames.txt"
             )

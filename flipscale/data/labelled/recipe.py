@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from flipscale.files.ranges import NotNegative
+from flipscale.io.ranges import NotNegative
 
 
 @dataclass(frozen=True)

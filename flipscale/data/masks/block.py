@@ -4,6 +4,8 @@ import math
 
 import torch
 
+from flipscale.io.errors import UserError
+
 
 def block(noise: torch.Tensor, kept: int, views: int) -> torch.Tensor:
     """Score the patches for one window, nearly square, whose last row is cut short where the count asks for it: each
@@ -13,7 +15,7 @@ def block(noise: torch.Tensor, kept: int, views: int) -> torch.Tensor:
         ValueError: several views.
     """
     if views > 1:
-        raise ValueError(f"views is {views}, but block masks of one image overlap; use kind random or grid")
+        raise UserError(f"views is {views}, but block masks of one image overlap; use kind random or grid")
     rows, columns = noise.shape[1:]
     height = min(math.ceil(math.sqrt(kept)), rows)
     width = math.ceil(kept / height)

@@ -2,6 +2,8 @@
 
 import torch
 
+from flipscale.io.errors import UserError
+
 # Standard deviation of the Gaussian, in sides of the image.
 _SIGMA = 0.2
 
@@ -13,7 +15,7 @@ def centre(noise: torch.Tensor, kept: int, views: int) -> torch.Tensor:
         ValueError: several views.
     """
     if views > 1:
-        raise ValueError(f"views is {views}, but centre masks of one image overlap; use kind random or grid")
+        raise UserError(f"views is {views}, but centre masks of one image overlap; use kind random or grid")
     # The first arrivals of a race between exponential clocks are such a draw.
     return -torch.log1p(-noise) / _weights(*noise.shape[1:]).to(noise)
 

@@ -4,6 +4,8 @@ import math
 
 import torch
 
+from flipscale.io.errors import UserError
+
 # Patches of a cell: in larger ones, what is left is no longer spread evenly.
 _LARGEST_CELL = 16
 
@@ -38,7 +40,7 @@ def grid_cell(rows: int, columns: int, kept: int) -> tuple[int, int]:
         # One of each cell. Rounded down, because the number of kept patches is rounded down too.
         sizes = sorted({height * width for height, width in cells})
         ratios = ", ".join(f"{math.floor(10_000 * (1 - 1 / size)) / 10_000:g}" for size in sizes)
-        raise ValueError(
+        raise UserError(
             f"a grid mask cannot keep {kept} of {rows} x {columns} patches, as many in every cell of at most "
             f"{largest}; use kind random, or a mask_ratio such as {ratios}"
         )

@@ -9,6 +9,7 @@ from flipscale.data.masks.block import block
 from flipscale.data.masks.centre import centre
 from flipscale.data.masks.grid import grid
 from flipscale.data.masks.uniform import uniform
+from flipscale.io.errors import UserError
 from flipscale.model.patches import keep_lowest, num_kept
 
 # Every `mask.kind`. To add one, import its function and name it here. It takes uniform noise in [0, 1), `(batch, rows,
@@ -39,9 +40,9 @@ def keep_patches(noise: torch.Tensor, mask_ratio: float, kind: str = "random", v
     kept = num_kept(num_patches, mask_ratio)
     check_kind(kind, IMAGE_MASKS, "mask.kind")
     if views < 1:
-        raise ValueError(f"views is {views}; it must be 1 or more")
+        raise UserError(f"views is {views}; it must be 1 or more")
     if views * kept > num_patches:
-        raise ValueError(
+        raise UserError(
             f"{views} views of {kept} patches each (mask_ratio {mask_ratio:g}) are more than the {num_patches} of an "
             f"image, and views share none; use {num_patches // kept} or fewer views, or mask_ratio "
             f"{math.ceil(1000 * (1 - 1 / views)) / 1000:g} or more"
@@ -56,4 +57,4 @@ def check_kind(kind: str, kinds: dict[str, Callable[..., torch.Tensor]], field: 
         ValueError: it is none.
     """
     if kind not in kinds:
-        raise ValueError(f"{field} is {kind!r}; use one of {', '.join(kinds)}")
+        raise UserError(f"{field} is {kind!r}; use one of {', '.join(kinds)}")

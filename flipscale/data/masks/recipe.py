@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from flipscale.files.ranges import Count
+from flipscale.io.ranges import Count
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from flipscale.data.captions import encoded_captions
 from flipscale.data.faults import BadSample, Fault, MissingCaption, reason_of
 from flipscale.data.sources.source import MAX_IMAGE_BYTES, Sample, check_bytes
+from flipscale.io.errors import UserError
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -59,7 +60,7 @@ def load_rows(name: str, config: str | None, split: str) -> "Dataset":
     except Exception as error:
         # The library and its builders raise many kinds of exceptions; they all mean that it cannot be loaded.
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(
+        raise UserError(
             f"dataset {name!r}, split {split!r}, cannot be loaded ({reason}); name a folder, parquet or Arrow files, "
             "or a dataset on the Hub"
         ) from error
@@ -177,15 +178,15 @@ def _check_columns(rows: "Dataset", name: str, image_column: str, caption_column
 
     for column in (image_column, *caption_columns):
         if column not in rows.column_names:
-            raise ValueError(f"dataset {name!r} has no column {column!r}; it has {', '.join(rows.column_names)}")
+            raise UserError(f"dataset {name!r} has no column {column!r}; it has {', '.join(rows.column_names)}")
     feature = rows.features[image_column]
     if not (isinstance(feature, Image | dict) or getattr(feature, "dtype", "") in _BYTES):
-        raise ValueError(f"dataset {name!r} has no images in column {image_column!r} but {feature}; name another")
+        raise UserError(f"dataset {name!r} has no images in column {image_column!r} but {feature}; name another")
     for column in caption_columns:
         feature = rows.features[column]
         text = getattr(feature, "feature", feature)
         if getattr(text, "dtype", "") not in _TEXTS:
-            raise ValueError(
+            raise UserError(
                 f"dataset {name!r} has no captions in column {column!r} but {feature}; name one of texts, or of lists "
                 "of texts"
             )

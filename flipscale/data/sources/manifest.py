@@ -19,7 +19,8 @@ import numpy as np
 
 from flipscale.data.sources.shard_index import ROW
 from flipscale.data.sources.tar_members import NotAFile, open_plain
-from flipscale.files.aside import own_partial_path, written_aside
+from flipscale.io.aside import own_partial_path, written_aside
+from flipscale.io.errors import UserError
 
 _VERSION = 1
 _MAGIC = b"flipscale manifest "
@@ -146,29 +147,29 @@ def read_manifest(path: Path, pattern: str, remedy: str) -> Manifest | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except NotAFile as error:
-        raise ValueError(f"{path} cannot be the manifest of shards: {error}; remove it") from error
+        raise UserError(f"{path} cannot be the manifest of shards: {error}; remove it") from error
     try:
         head, size = os.pread(file, _HEAD_BYTES, 0), os.fstat(file).st_size
         if head[: len(_MAGIC)] != _MAGIC:
-            raise ValueError(f"{path} is not a manifest of shards; {remedy}")
+            raise UserError(f"{path} is not a manifest of shards; {remedy}")
         version = head[len(_MAGIC) : _STAMP_AT].strip(b"\n\0").decode("utf-8", "replace")
         if version != str(_VERSION):
-            raise ValueError(f"manifest {path} has version {version}, this flipscale reads {_VERSION}; {remedy}")
+            raise UserError(f"manifest {path} has version {version}, this flipscale reads {_VERSION}; {remedy}")
         tail = os.pread(file, _TAIL.size, size - _TAIL.size) if size >= _HEAD_BYTES + _TAIL.size else bytes(_TAIL.size)
         table_at, json_bytes, digest = _TAIL.unpack(tail)
         content = os.pread(file, size - _TAIL.size - table_at, table_at) if 0 < table_at < size - _TAIL.size else b""
         try:
             if _digest(content) != digest:
-                raise ValueError("another digest")
+                raise UserError("another digest")
             found = _parsed(path, content, json_bytes, digest, struct.unpack("<q", head[_STAMP_AT:])[0])
             if table_at not in (_HEAD_BYTES, _HEAD_BYTES + _ROW_BYTES * int(found.table["samples"].sum())):
-                raise ValueError("another number of rows")
+                raise UserError("another number of rows")
         except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
-            raise ValueError(f"manifest {path} is cut short or damaged, at {size} bytes; {remedy}") from error
+            raise UserError(f"manifest {path} is cut short or damaged, at {size} bytes; {remedy}") from error
     finally:
         os.close(file)
     if found.pattern != pattern:
-        raise ValueError(f"manifest {path} lists the shards {found.pattern!r}, not {pattern!r}; {remedy}")
+        raise UserError(f"manifest {path} lists the shards {found.pattern!r}, not {pattern!r}; {remedy}")
     return found
 
 
@@ -186,15 +187,15 @@ def _parsed(path: Path, content: bytes, json_bytes: int, digest: bytes, stamp: i
     folders = [os.fspath(folder) for folder in about["folders"]]
     ends = np.concatenate([[0], table["name_end"]])
     if (table["samples"] < 0).any() or (table["num_bytes"] < 0).any() or (np.diff(ends) < 0).any():
-        raise ValueError("negative numbers")
+        raise UserError("negative numbers")
     if ends[-1] != len(names) or (np.frombuffer(names + b"/", "u1")[ends[:-1]] == ord("/")).any():
-        raise ValueError("absolute or empty names")
+        raise UserError("absolute or empty names")
     if not all(0 <= shard < len(table) for shard in damage):
-        raise ValueError("other names or shards")
+        raise UserError("other names or shards")
     manifest = Manifest(path, str(about["pattern"]), table, names, damage, folders, digest, stamp)
     # Few names have dots, so the others need not be taken apart.
     if b".." in names and any(".." in name.split("/") for name in manifest.all_names() if ".." not in manifest.pattern):
-        raise ValueError("it leads out of its folder")
+        raise UserError("it leads out of its folder")
     return manifest
 
 

@@ -13,6 +13,7 @@ from flipscale.data.order import GlobalOrder, by_value
 from flipscale.data.randomness import keyed_uniform
 from flipscale.data.recipe import DataRecipe
 from flipscale.data.sources.source import Sample, Source
+from flipscale.io.errors import UserError
 
 # In each stretch of so many positions, every source has its weight's share, rounded to a sample. Lanes have shorter
 # ones, which last as long, but every source has a few samples in each.
@@ -34,12 +35,12 @@ class Mixture:
     def __init__(self, sources: Sequence[Source], weights: Sequence[float]):
         for number, (source, weight) in enumerate(zip(sources, weights, strict=True)):
             if weight < _LEAST_SHARE * sum(weights) or not weight > 0:
-                raise ValueError(
+                raise UserError(
                     f"data.sources[{number}].weight is {weight} of {sum(weights)}; it must be positive and at least "
                     f"{_LEAST_SHARE:g} of the sum"
                 )
             if not len(source):
-                raise ValueError(f"data.sources[{number}] is empty: 0 samples in {len(source.shard_sizes)} shards")
+                raise UserError(f"data.sources[{number}] is empty: 0 samples in {len(source.shard_sizes)} shards")
         self.sources = list(sources)
         self.weights = [Fraction(weight) for weight in weights]
         self.first_shards = [0, *accumulate(len(source.shard_sizes) for source in sources)]

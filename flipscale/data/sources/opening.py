@@ -10,6 +10,7 @@ from flipscale.data.sources.shard_cache import ShardCache
 from flipscale.data.sources.source import Source
 from flipscale.data.sources.subset import Subset
 from flipscale.data.sources.tar_source import TarSource
+from flipscale.io.errors import UserError
 
 
 def open_source(recipe: DataRecipe) -> Source:
@@ -20,7 +21,7 @@ def open_source(recipe: DataRecipe) -> Source:
             shards cannot be read, or `fraction` leaves nothing of it.
     """
     if recipe.shards and recipe.sources:
-        raise ValueError(f"data.shards is {recipe.shards!r} and data.sources names {len(recipe.sources)}; give one")
+        raise UserError(f"data.shards is {recipe.shards!r} and data.sources names {len(recipe.sources)}; give one")
     named = recipe.sources or [SourceRecipe(shards=recipe.shards)]
     sources: list[Source] = [_open(one, recipe, f"data.sources[{number}]") for number, one in enumerate(named)]
     for source in sources:
@@ -32,7 +33,7 @@ def open_source(recipe: DataRecipe) -> Source:
         return sources[0]
     weights = [one.weight for one in named if one.weight is not None]
     if weights and len(weights) < len(named):
-        raise ValueError(f"{len(weights)} of {len(named)} data.sources have a weight; give all of them one, or none")
+        raise UserError(f"{len(weights)} of {len(named)} data.sources have a weight; give all of them one, or none")
     return Mixture(sources, weights or [len(source) for source in sources])
 
 
@@ -54,7 +55,7 @@ def open_shards(shards: str, recipe: DataRecipe, anew: bool = False) -> TarSourc
 def _open(recipe: SourceRecipe, data: DataRecipe, name: str) -> Source:
     if (recipe.shards is None) == (recipe.dataset is None):
         given = "neither shards nor dataset" if recipe.shards is None else "shards and dataset"
-        raise ValueError(f"{name} has {given}; give one of them")
+        raise UserError(f"{name} has {given}; give one of them")
     if recipe.dataset is None:
         return open_shards(recipe.shards or "", data)
     rows = load_rows(recipe.dataset, recipe.config, recipe.split)
@@ -69,7 +70,7 @@ def refuse_many_bad_shards(source: Source, max_bad_fraction: float) -> None:
     """
     bad = [fault for fault in source.faults if fault.cause == "unreadable_shard"]
     if len(bad) > max_bad_fraction * len(source.shard_sizes):
-        raise ValueError(
+        raise UserError(
             f"{len(bad)} of {len(source.shard_sizes)} shards cannot be read, more than data.max_bad_fraction "
             f"{max_bad_fraction} ({bad[0].shard}: {bad[0].detail}); fetch them again or remove them"
         )

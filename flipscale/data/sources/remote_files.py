@@ -9,6 +9,7 @@ from json import JSONDecodeError
 from pathlib import Path
 from typing import Any, TypeVar
 
+from flipscale.io.errors import UserError
 from flipscale.model.hub_requests import guard_requests
 
 # A server is given up for a while when it sends less than so many bytes in so many seconds.
@@ -42,7 +43,7 @@ def file_system(url: str) -> tuple[Any, str]:
     try:
         system, path = fsspec.core.url_to_fs(url)
     except (ImportError, ValueError) as error:
-        raise ValueError(f"{url!r} cannot be read: {error}") from error
+        raise UserError(f"{url!r} cannot be read: {error}") from error
     return system, path
 
 

@@ -31,7 +31,8 @@ from flipscale.data.sources.shard_list import (
     written_once,
 )
 from flipscale.data.sources.tar_source import StaleManifest, TarSource
-from flipscale.files.aside import own_partial_path, written_aside
+from flipscale.io.aside import own_partial_path, written_aside
+from flipscale.io.errors import UserError
 
 # Requests are mostly waiting, so there are more threads than cores.
 _THREADS = 16
@@ -167,7 +168,7 @@ class RemoteShardList(ShardList):
         if manifest is not None and b"://" in manifest.names:
             for name in manifest.all_names():
                 if "://" in name and name.partition("://")[0] != protocol:
-                    raise ValueError(f"manifest {self.url} names {name!r}, which is elsewhere; {self.remedy}")
+                    raise UserError(f"manifest {self.url} names {name!r}, which is elsewhere; {self.remedy}")
         return manifest
 
     def _write(self, place: Path, anew: bool = False) -> Manifest:
@@ -183,7 +184,7 @@ class RemoteShardList(ShardList):
             index = self.index(name, anew, size)
             return ShardEntry(name, index.rows, index.damage, size or index.num_bytes, 0)
         except FileNotFoundError as error:
-            raise ValueError(f"shard {self.path(name)} does not exist; check data.shards") from error
+            raise UserError(f"shard {self.path(name)} does not exist; check data.shards") from error
 
     def _build(self, url: str, path: Path, size: int | None) -> Index:
         if size not in (None, size_and_time(self.cache.path(url))[0]):
@@ -220,7 +221,7 @@ class RemoteTarSource(TarSource):
         super().__init__(shards, anew)
         largest = np.sort(self.manifest.table["num_bytes"])[-2 * _read_at_once(len(self.shard_sizes), recipe) :]
         if cache.max_bytes < largest.sum():
-            raise ValueError(
+            raise UserError(
                 f"data.cache_bytes {cache.max_bytes} cannot hold the {len(largest)} shards of {shards!r} that a node "
                 f"reads now and next, {largest.sum()} bytes; raise it, or lower data.lanes and data.shards_per_block"
             )
@@ -258,7 +259,7 @@ class RemoteTarSource(TarSource):
         except Exception as error:
             # Every protocol raises exceptions of its own.
             reason = " ".join(str(error).split()) or type(error).__name__
-            raise ValueError(f"{url} cannot be written ({reason}); name a place that you may write to") from error
+            raise UserError(f"{url} cannot be written ({reason}); name a place that you may write to") from error
 
     def _open_checked(self, shard: int) -> int:
         try:

@@ -11,7 +11,8 @@ from filelock import FileLock, Timeout
 
 from flipscale.data.sources.remote_files import fetch, information_at_once, patiently
 from flipscale.data.sources.tar_members import NotAFile, open_plain
-from flipscale.files.aside import remove, written_aside
+from flipscale.io.aside import remove, written_aside
+from flipscale.io.errors import UserError
 
 _FULL_DELAY_SECONDS = 0.05
 # What is reserved for a file whose size its server does not say, and the most that is taken of it.
@@ -39,11 +40,11 @@ class ShardCache:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ValueError(
+            raise UserError(
                 f"data.cache_dir {folder} cannot be made ({error.strerror}); name a folder on a local disk"
             ) from error
         if not os.access(folder, os.W_OK):
-            raise ValueError(f"data.cache_dir {folder} may not be written; name a folder on a local disk")
+            raise UserError(f"data.cache_dir {folder} may not be written; name a folder on a local disk")
 
     def path(self, url: str) -> Path:
         """Return where the copy of `url` is once it is fetched."""
@@ -102,7 +103,7 @@ class ShardCache:
         size = information_at_once(url)["size"]
         reserved = min(_UNTOLD_BYTES, self.max_bytes) if size is None else size
         if reserved > self.max_bytes:
-            raise ValueError(f"{url} has {size} bytes, which do not fit into data.cache_bytes {self.max_bytes}")
+            raise UserError(f"{url} has {size} bytes, which do not fit into data.cache_bytes {self.max_bytes}")
         # This process holds the lock, so a file of this name was left by a process that was killed.
         with written_aside(path, path.with_name(f".{path.name}.{reserved}.partial")) as partial:
             self._reserve(partial, reserved)

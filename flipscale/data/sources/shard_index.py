@@ -26,7 +26,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from flipscale.data.sources.tar_members import BAD_HEADER, BLOCK, Blocks, Damaged, NotAFile, members, open_plain
-from flipscale.files.aside import own_partial_path, written_aside
+from flipscale.io.aside import own_partial_path, written_aside
+from flipscale.io.errors import UserError
 
 ROW = (3, 2)
 _JSON_CAPTION = _ARRAY = 1 << 31
@@ -143,18 +144,18 @@ def read_index(content: bytes) -> Index:
         shape, is_fortran, dtype = read_header[version](file)
         first, num_bytes = file.tell(), shape[0] * ROW[0] * ROW[1] * 4
         if dtype != np.dtype("<u4") or shape[1:] != ROW or is_fortran or num_bytes > len(content) - first:
-            raise ValueError("not an index of this version")
+            raise UserError("not an index of this version")
         rows = np.frombuffer(content, "<u4", num_bytes // 4, first).reshape(shape)
         rest = content[first + num_bytes :]
         if rest[:1] == b"{":
             if _digest(content[:-_DIGEST_BYTES]) != content[-_DIGEST_BYTES:]:
-                raise ValueError("the index was changed")
+                raise UserError("the index was changed")
             about = json.loads(rest[:-_DIGEST_BYTES])
             return Index(rows, str(about["damage"]), int(about["bytes"]), int(about["mtime_ns"]))
         return Index(rows, rest.decode(), 0, 0, version < _VERSION and bool((rows[:, 1, 0] == 0).any()))
     except Exception as error:
         # numpy raises many kinds of exceptions for a damaged header.
-        raise ValueError(f"not an index ({error})") from error
+        raise UserError(f"not an index ({error})") from error
 
 
 def most_bytes(num_bytes: int) -> int:

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from flipscale.data.sources.manifest import Manifest, ShardEntry, read_manifest, write_manifest
 from flipscale.data.sources.shard_index import load_index, size_and_time
+from flipscale.io.errors import UserError
 
 _WILD = re.compile(r"[*?\[]|\{\d+\.\.\d+\}")
 _POLL_SECONDS = 1.0
@@ -43,7 +44,7 @@ def split_shards(shards: str, is_folder: Callable[[str], bool]) -> tuple[str, st
         ValueError: it is empty.
     """
     if not shards:
-        raise ValueError("data.shards is empty; name a folder of *.tar, a glob, or a range like {00000..00041}.tar")
+        raise UserError("data.shards is empty; name a folder of *.tar, a glob, or a range like {00000..00041}.tar")
     if is_folder(shards):
         return shards.rstrip("/") or "/", "*.tar"
     wild = _WILD.search(shards)
@@ -62,7 +63,7 @@ def expand_range(shards: str) -> list[str] | None:
         return None
     head, first, last, tail = numbered.groups()
     if len(last) > _MOST_DIGITS or int(last) - int(first) >= _MOST_SHARDS:
-        raise ValueError(f"data.shards {shards[:100]!r} is a range of more than {_MOST_SHARDS} shards; check its end")
+        raise UserError(f"data.shards {shards[:100]!r} is a range of more than {_MOST_SHARDS} shards; check its end")
     return [f"{head}{number:0{len(first)}d}{tail}" for number in range(int(first), int(last) + 1)]
 
 
@@ -193,7 +194,7 @@ class ShardList:
         place = next((place for place in self.places if os.access(place.parent, os.W_OK)), None)
         if place is None:
             folders = " nor ".join(str(place.parent) for place in self.places)
-            raise ValueError(f"no manifest of {self.shards!r} can be written to {folders}; make one of them writable")
+            raise UserError(f"no manifest of {self.shards!r} can be written to {folders}; make one of them writable")
 
         def found(may_list: bool) -> Manifest | None:
             for where in self.places:
@@ -236,7 +237,7 @@ class _Entry:
             index = load_index(shard)
             return ShardEntry(name, index.rows, index.damage, index.num_bytes, index.mtime_ns)
         except FileNotFoundError as error:
-            raise ValueError(f"shard {shard} does not exist; check data.shards") from error
+            raise UserError(f"shard {shard} does not exist; check data.shards") from error
 
 
 def in_windows(

@@ -7,6 +7,7 @@ import numpy as np
 from flipscale.data.faults import Fault
 from flipscale.data.randomness import keyed_permutation, keyed_uniform
 from flipscale.data.sources.source import Sample, Source
+from flipscale.io.errors import UserError
 
 # The seed of no run, so that runs of all seeds have the same samples.
 _SEED = 0
@@ -41,7 +42,7 @@ class Subset:
         rounding = keyed_uniform(_SEED, f"{_PURPOSE}: sizes", np.arange(len(sizes)), 1)[:, 0]
         self.shard_sizes: list[int] = np.minimum(sizes, (fraction * sizes + rounding).astype(np.int64)).tolist()
         if len(source) and not len(self):
-            raise ValueError(
+            raise UserError(
                 f"data.fraction {fraction:g} leaves none of the {len(source):,} samples of {name}; use a larger one"
             )
         self._chosen: OrderedDict[int, np.ndarray] = OrderedDict()

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from flipscale.io.errors import UserError
+
 BLOCK = 512
 _ZEROS = bytes(BLOCK)
 # Read with each header: a small file behind it, and the header after that, are mostly in it.
@@ -229,7 +231,7 @@ def _number(field: bytes) -> int:
     if not digits.isdigit():
         digits = field.split(b"\0", 1)[0].strip()
         if digits and not digits.isdigit():
-            raise ValueError("not octal")
+            raise UserError("not octal")
     return int(digits or b"0", 8)
 
 

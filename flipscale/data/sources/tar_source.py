@@ -18,6 +18,7 @@ from flipscale.data.sources.shard_index import Place, Places, places, size_and_t
 from flipscale.data.sources.shard_list import ShardList
 from flipscale.data.sources.source import MAX_IMAGE_BYTES, MAX_TEXT_BYTES, Sample, check_bytes
 from flipscale.data.sources.tar_members import BLOCK, NotAFile, announces, open_plain
+from flipscale.io.errors import UserError
 
 # Enough for the shards that 64 lanes read, in one process.
 _MAX_OPEN_SHARDS = 2048
@@ -146,7 +147,7 @@ class TarSource:
         except Exception as error:
             # A damaged header makes numpy raise many kinds of exceptions.
             reason = " ".join(str(error).split())
-            raise ValueError(
+            raise UserError(
                 f"{self.shard_name(shard)}#{number} has a KEY.npy that cannot be read ({reason})"
             ) from error
 

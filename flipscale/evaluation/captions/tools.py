@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from flipscale.evaluation.captions.scores import Words
+from flipscale.io.errors import UserError
 
 # What SPICE parses captions with, 500 MB that pycocoevalcap leaves to be fetched.
 _PARSER = "stanford-corenlp-3.6.0-models.jar"
@@ -46,7 +47,7 @@ def _meteor(made: list[str], given: list[list[str]]) -> float:
     lines = [" ||| ".join(["SCORE", *some, caption]) for caption, some in zip(made, given, strict=True)]
     counts = _run("meteor", ["meteor-1.5.jar", "-", "-", "-stdio", "-l", "en", "-norm"], "\n".join(lines)).splitlines()
     if len(counts) != len(made):
-        raise ValueError(f"it answered {len(counts)} of {len(made)} captions")
+        raise UserError(f"it answered {len(counts)} of {len(made)} captions")
     added = _run("meteor", ["meteor-1.5.jar", "-", "-", "-stdio", "-l", "en", "-norm"], " ||| ".join(["EVAL", *counts]))
     return float(added.split()[-1])  # after the score of each caption
 
@@ -75,7 +76,7 @@ def _run(metric: str, words: list[str], text: str) -> str:
         command, cwd=folder / metric, input=f"{text}\n", capture_output=True, encoding="utf-8", timeout=_MOST_SECONDS
     )
     if done.returncode:
-        raise ValueError(f"exit code {done.returncode}: {done.stderr.strip() or 'it said nothing'}")
+        raise UserError(f"exit code {done.returncode}: {done.stderr.strip() or 'it said nothing'}")
     return done.stdout
 
 

@@ -9,6 +9,7 @@ import torch
 from flipscale.data.captions import tokenise_captions
 from flipscale.data.sources.tar_source import TarSource
 from flipscale.evaluation.embedding import Embedder
+from flipscale.io.errors import UserError
 
 
 def captioner(embedder: Embedder) -> Any:
@@ -22,7 +23,7 @@ def captioner(embedder: Embedder) -> Any:
 
     model = embedder.model
     if not hasattr(model, "vision_model") or not hasattr(model, "decoder"):
-        raise ValueError(
+        raise UserError(
             f"{embedder.name or 'the model'} has no decoder, so it writes no captions; name a model that was trained "
             "to, such as by loss.caption_weight"
         )

@@ -23,7 +23,8 @@ from flipscale.data.pairs import InputShape
 from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.images import Decoder
 from flipscale.evaluation.reports.figures import can_draw
-from flipscale.files.plain_file import refuse_no_png
+from flipscale.io.errors import UserError
+from flipscale.io.plain_file import refuse_no_png
 from flipscale.model.patches import num_kept
 
 # The masks of training are keyed by the recipe's seed; those of an evaluation are always the same.
@@ -81,7 +82,7 @@ def image_masks(ratios: Sequence[float], views: Sequence[int], kind: str, side: 
     num_patches = side**2
     for count in views:
         if count < 1:
-            raise ValueError(f"--mask_views is {count}; it must be 1 or more")
+            raise UserError(f"--mask_views is {count}; it must be 1 or more")
     most = {ratio: num_patches // num_kept(num_patches, ratio) for ratio in dict.fromkeys(ratios)}
     found = [
         ImageMask(ratio, count, kind) if ratio > 0.0 else WHOLE
@@ -91,13 +92,13 @@ def image_masks(ratios: Sequence[float], views: Sequence[int], kind: str, side: 
     ]
     for ratio, limit in most.items():
         if all(mask.ratio != ratio for mask in found):
-            raise ValueError(
+            raise UserError(
                 f"--mask_ratio {ratio:g} leaves room for {limit} views that share no patch, fewer than --mask_views "
                 f"{' '.join(map(str, views))}; use fewer views or a higher ratio"
             )
     for count in views:
         if count > 1 and all(mask.views != count for mask in found):
-            raise ValueError(
+            raise UserError(
                 f"--mask_views {count} fits no --mask_ratio of {' '.join(f'{ratio:g}' for ratio in ratios)}, since "
                 f"views share no patch; use fewer views, or ratio {math.ceil(1000 * (1 - 1 / count)) / 1000:g} or more"
             )
@@ -119,14 +120,14 @@ def check_mask_arguments(args: argparse.Namespace, other_models: Sequence[str]) 
     if not any(args.mask_ratio):
         given = {"--mask_views": args.mask_views != [1], "--mask_kind": args.mask_kind != "random"}
         for flag in (flag for flag, is_given in {**given, "--mask_figure": args.mask_figure}.items() if is_given):
-            raise ValueError(f"{flag} needs a --mask_ratio above 0, such as --mask_ratio 0 0.5 0.75")
+            raise UserError(f"{flag} needs a --mask_ratio above 0, such as --mask_ratio 0 0.5 0.75")
         return
     if args.mask_figure and not can_draw():
-        raise ValueError("--mask_figure draws with matplotlib, which is not installed; pip install 'flipscale[plots]'")
+        raise UserError("--mask_figure draws with matplotlib, which is not installed; pip install 'flipscale[plots]'")
     if args.mask_figure:
         refuse_no_png(args.mask_figure, "--mask_figure")
     for name in other_models:
-        raise ValueError(_takes_whole_images(name))
+        raise UserError(_takes_whole_images(name))
 
 
 def asked_masks(args: argparse.Namespace, embedder: Embedder) -> list[ImageMask]:
@@ -157,7 +158,7 @@ def masked_embedder(embedder: Embedder, mask: ImageMask) -> Embedder:
 
 def _check_maskable(embedder: Embedder) -> None:
     if type(embedder) is not Embedder:
-        raise ValueError(_takes_whole_images(embedder.name))
+        raise UserError(_takes_whole_images(embedder.name))
 
 
 def _takes_whole_images(name: str) -> str:

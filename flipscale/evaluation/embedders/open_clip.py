@@ -15,6 +15,7 @@ from PIL import Image
 
 from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.images import Decoder, rgb_image
+from flipscale.io.errors import UserError
 from flipscale.model.folder import check_texts, read_object
 
 PREFIX = "open_clip:"
@@ -34,7 +35,7 @@ def open_clip_embedder(name: str, accelerator: Accelerator, batch_size: int = 25
     try:
         import open_clip
     except ImportError as error:
-        raise ValueError("open_clip is not installed; pip install 'flipscale[peers]'") from error
+        raise UserError("open_clip is not installed; pip install 'flipscale[peers]'") from error
     called = f"{PREFIX}{name}"
     name, _, pretrained = name.partition(",")
     try:
@@ -57,12 +58,12 @@ def open_clip_embedder(name: str, accelerator: Accelerator, batch_size: int = 25
         raise
     except Exception as error:  # open_clip, timm, transformers and torch raise any
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"open_clip model {name!r} cannot be loaded ({reason})") from error
+        raise UserError(f"open_clip model {name!r} cannot be loaded ({reason})") from error
     model = model.to(accelerator.device).eval()
     return OpenClipEmbedder(model, tokenizer, accelerator, batch_size, num_workers, name=called, preprocess=preprocess)
 
 
-class _NoWeights(ValueError):
+class _NoWeights(UserError):
     """The name of a model has no weights beside it."""
 
 
@@ -72,7 +73,7 @@ def no_code_of_models() -> Iterator[None]:
     from transformers import dynamic_module_utils as transformers_code
 
     def refuse(*args: Any, **kwargs: Any) -> NoReturn:
-        raise ValueError("it brings code of its own, which is never run")
+        raise UserError("it brings code of its own, which is never run")
 
     before = transformers_code.get_class_in_module, transformers_code.TIME_OUT_REMOTE_CODE
     transformers_code.get_class_in_module, transformers_code.TIME_OUT_REMOTE_CODE = refuse, 0
@@ -102,7 +103,7 @@ class OpenClipEmbedder(Embedder):
     def pooled_features(self, **columns: torch.Tensor) -> torch.Tensor:
         tower = _without_projection(self.model.visual)
         if tower is None:
-            raise ValueError(
+            raise UserError(
                 f"{self.name} has a {type(self.model.visual).__name__}, whose features before its projection are not "
                 "known; use embeddings, or a model with a ViT"
             )

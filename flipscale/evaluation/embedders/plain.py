@@ -12,6 +12,7 @@ from flipscale.data.decode import decode_box
 from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.images import Decoder
 from flipscale.evaluation.nearest_neighbour import HOG_SIZE, hog_features, pixel_features
+from flipscale.io.errors import UserError
 from flipscale.model import FlipConfig, FlipModel
 from flipscale.model.fetched import fetched_folder
 from flipscale.model.folder import read_object
@@ -61,7 +62,7 @@ def untrained_embedder(folder: str, accelerator: Accelerator, batch_size: int = 
     try:
         config = FlipConfig.from_own_fields(read_object(fetched_folder(folder) / "config.json"))
     except (ValueError, OSError) as error:
-        raise ValueError(f"{folder} has no configuration of a model ({error}); name a model's folder") from error
+        raise UserError(f"{folder} has no configuration of a model ({error}); name a model's folder") from error
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = FlipModel(config).eval().to(accelerator.device)

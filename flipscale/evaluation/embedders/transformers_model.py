@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from flipscale.evaluation.embedders.open_clip import no_code_of_models
 from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.images import Decoder, rgb_image
+from flipscale.io.errors import UserError
 from flipscale.model.fetched import fetched_folder
 from flipscale.model.folder import check_texts, read_header, read_object
 
@@ -42,16 +43,16 @@ def transformers_embedder(name: str, accelerator: Accelerator, batch_size: int =
                 folder, trust_remote_code=False, dtype=torch.float32, output_loading_info=True
             )
     except Exception as error:  # transformers raises any
-        kind = OSError if isinstance(error, OSError) and not Path(name).is_dir() else ValueError
+        kind = OSError if isinstance(error, OSError) and not Path(name).is_dir() else UserError
         raise kind(f"{PREFIX}{name} cannot be loaded ({_first_line(error)})") from error
     for method in ("get_image_features", "get_text_features"):
         if not hasattr(model, method):
-            raise ValueError(
+            raise UserError(
                 f"{PREFIX}{name} is a {type(model).__name__}, which has no {method}; name a dual encoder of images and "
                 "texts, such as a CLIP or a SigLIP"
             )
     if report["missing_keys"]:
-        raise ValueError(
+        raise UserError(
             f"{PREFIX}{name} lacks {len(report['missing_keys'])} of the weights of its config, such as "
             f"{min(report['missing_keys'])}; download it again"
         )
@@ -59,10 +60,10 @@ def transformers_embedder(name: str, accelerator: Accelerator, batch_size: int =
         with no_code_of_models():
             processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # of its files: any
-        raise ValueError(f"{PREFIX}{name} has no processor that can be read ({_first_line(error)})") from error
+        raise UserError(f"{PREFIX}{name} has no processor that can be read ({_first_line(error)})") from error
     for part in ("image_processor", "tokenizer"):
         if getattr(processor, part, None) is None:
-            raise ValueError(
+            raise UserError(
                 f"{PREFIX}{name} has no {part}; it needs preprocessor_config.json and the files of its tokenizer"
             )
     model = model.to(accelerator.device).eval()
@@ -77,15 +78,15 @@ def _check_foreign(folder: Path) -> None:
     """
     check_texts(folder)
     if (folder / "adapter_config.json").exists():
-        raise ValueError("it is an adapter of another model; name a folder with the whole model")
+        raise UserError("it is an adapter of another model; name a folder with the whole model")
     config = read_object(folder / "config.json")
     for field in _LEADING:
         if config.get(field) is not None:
-            raise ValueError(f"config.json sets {field}, which is not read from others; remove it")
+            raise UserError(f"config.json sets {field}, which is not read from others; remove it")
     for file in folder.glob("*.index.json"):
         for name in set(dict(read_object(file).get("weight_map") or {}).values()):
             if not isinstance(name, str) or Path(name).name != name:
-                raise ValueError(f"{file.name} names {name!r:.80}, which is no file of the folder; download it again")
+                raise UserError(f"{file.name} names {name!r:.80}, which is no file of the folder; download it again")
     for file in folder.glob("*.safetensors"):
         read_header(file)
 
@@ -111,7 +112,7 @@ class TransformersEmbedder(Embedder):
         """Return what the image tower pools. SigLIP projects nothing after that, so there it is the embedding."""
         tower = getattr(self.model, "vision_model", None)
         if tower is None:
-            raise ValueError(
+            raise UserError(
                 f"{self.name} is a {type(self.model).__name__} without a vision_model, so what it computes before its "
                 "projection is not known; use embeddings, or a CLIP or SigLIP"
             )

@@ -12,6 +12,7 @@ from flipscale.evaluation.kinds.task import Scorer, StreamedTask
 from flipscale.evaluation.metrics import Z95, clustered_share
 from flipscale.evaluation.results import Result
 from flipscale.evaluation.test_set import TestSet, read_text
+from flipscale.io.errors import UserError
 
 ROLES = "roles.json"
 
@@ -44,7 +45,7 @@ take roles for independent draws, and pictures of one role not."""
 
     def __post_init__(self) -> None:
         if "{c}" not in self.template:
-            raise ValueError(f"template is {self.template!r}; write {{c}} where the role's word stands")
+            raise UserError(f"template is {self.template!r}; write {{c}} where the role's word stands")
 
     def check(self) -> None:
         super().check()
@@ -64,15 +65,15 @@ take roles for independent draws, and pictures of one role not."""
         """
         text = read_text(self.data, ROLES)
         if text is None:
-            raise ValueError(f"{self.data}/{ROLES} is missing; it lists the role, woman and man of each couple")
+            raise UserError(f"{self.data}/{ROLES} is missing; it lists the role, woman and man of each couple")
         try:
             couples = [Couple(str(one["role"]), int(one["woman"]), int(one["man"])) for one in json.loads(text)]
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{self.data}/{ROLES} is not a list of {{role, woman, man}}: {error!r}") from None
+            raise UserError(f"{self.data}/{ROLES} is not a list of {{role, woman, man}}: {error!r}") from None
         out = [couple for couple in couples if not 0 <= min(couple[1:]) <= max(couple[1:]) < len(test_set)]
         if not couples or out:
             about = f"names rows {out[0].woman} and {out[0].man} of {len(test_set)}" if out else "lists no couple"
-            raise ValueError(f"{self.data}/{ROLES} {about}; write it anew with the images")
+            raise UserError(f"{self.data}/{ROLES} {about}; write it anew with the images")
         return couples
 
 

@@ -13,6 +13,7 @@ from flipscale.evaluation.kinds.task import Task
 from flipscale.evaluation.metrics import hits_at, mean_per_class
 from flipscale.evaluation.results import Result
 from flipscale.evaluation.test_set import TestSet
+from flipscale.io.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ without images, sums the classes' variances."""
         test_set = TestSet.open(self.data)
         num_classes, of_head = len(test_set.class_names()), embedder.model.config.num_labels
         if num_classes != of_head:
-            raise ValueError(
+            raise UserError(
                 f"{self.data} names {num_classes} classes, and the model's head has {of_head}; test it on its own"
             )
         labels = test_set.labels(embedder, num_classes)

@@ -19,7 +19,8 @@ from flipscale.evaluation.probe.rows import Classifier, Rows, total_of
 from flipscale.evaluation.probe.sets import LabelledSet, Sets
 from flipscale.evaluation.results import Result
 from flipscale.evaluation.test_set import TestSet
-from flipscale.files.ranges import Count, Seed
+from flipscale.io.errors import UserError
+from flipscale.io.ranges import Count, Seed
 
 # Student's t of a two-sided 95 % interval, for 2, 3, ... draws.
 _T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
@@ -51,9 +52,9 @@ The interval counts both the draws (Student's t) and the test images."""
 
     def __post_init__(self) -> None:
         if not self.shots:
-            raise ValueError(f"shots is {self.shots}; it must list one number or more, such as [1, 5]")
+            raise UserError(f"shots is {self.shots}; it must list one number or more, such as [1, 5]")
         if not 1 <= len(set(self.seeds)) == len(self.seeds) <= len(_T95) + 1:
-            raise ValueError(f"seeds is {self.seeds}; it must list 1 to {len(_T95) + 1} different numbers")
+            raise UserError(f"seeds is {self.seeds}; it must list 1 to {len(_T95) + 1} different numbers")
 
     def check(self) -> None:
         self._sets()

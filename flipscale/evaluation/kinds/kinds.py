@@ -18,7 +18,8 @@ from flipscale.evaluation.kinds.task import Task
 from flipscale.evaluation.kinds.worst_group import WorstGroup
 from flipscale.evaluation.kinds.zero_shot import ZeroShot
 from flipscale.evaluation.kinds.zero_shot_multilabel import ZeroShotMultilabel
-from flipscale.files.ranges import check_ranges, in_our_words
+from flipscale.io.errors import UserError
+from flipscale.io.ranges import check_ranges, in_our_words
 
 KINDS: dict[str, type[Task]] = {
     "zero_shot": ZeroShot,
@@ -43,24 +44,24 @@ def build_task(content: dict[str, Any], where: str) -> Task:
     """
     for name in ("kind", "data", "name"):
         if not isinstance(content.get(name, ""), str):
-            raise ValueError(f"{where}: {name} is {content[name]!r:.60}; it must be a text")
+            raise UserError(f"{where}: {name} is {content[name]!r:.60}; it must be a text")
     if content.get("kind") not in KINDS:
-        raise ValueError(f"{where}: kind is {content.get('kind')!r}; use one of {', '.join(KINDS)}")
+        raise UserError(f"{where}: kind is {content.get('kind')!r}; use one of {', '.join(KINDS)}")
     kind = KINDS[content["kind"]]
     known = [field.name for field in fields(kind)]
     for name in content:
         if name not in known:
-            raise ValueError(f"{where}: {content['kind']} has no field {name!r}; it has {', '.join(known)}")
+            raise UserError(f"{where}: {content['kind']} has no field {name!r}; it has {', '.join(known)}")
     content = {**content, "name": content.get("name") or content["kind"]}
     if not content.get("data"):
-        raise ValueError(f"{where}: data is missing; name the folder of the test set")
+        raise UserError(f"{where}: data is missing; name the folder of the test set")
     if not re.fullmatch(r"[\w.-]+", content["name"]):
-        raise ValueError(f"{where}: name is {content['name']!r}; use letters, digits, '.', '_' and '-'")
+        raise UserError(f"{where}: name is {content['name']!r}; use letters, digits, '.', '_' and '-'")
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(kind, "task")
     try:
         task: Task = parser.instantiate(parser.parse_object({"task": content})).task
     except (ArgumentError, ValueError, OverflowError) as error:
-        raise ValueError(f"{where}: {in_our_words(error, {'task': kind}).removeprefix('task.')}") from None
+        raise UserError(f"{where}: {in_our_words(error, {'task': kind}).removeprefix('task.')}") from None
     check_ranges(task, where)
     return task

@@ -14,7 +14,8 @@ from flipscale.evaluation.probe.recipe import LarsRecipe
 from flipscale.evaluation.probe.sets import LabelledSet, Sets
 from flipscale.evaluation.results import Result
 from flipscale.evaluation.test_set import TestSet
-from flipscale.files.ranges import Positive, Seed
+from flipscale.io.errors import UserError
+from flipscale.io.ranges import Positive, Seed
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ its penalty searched on validation images; `lars` is the paper's recipe, trained
 
     def __post_init__(self) -> None:
         if self.solver == "lars" and (self.l2 is not None or self.validation):
-            raise ValueError("l2 and validation are of solver lbfgs; lars has neither a penalty nor a search")
+            raise UserError("l2 and validation are of solver lbfgs; lars has neither a penalty nor a search")
 
     def check(self) -> None:
         sets = self._sets()

@@ -9,6 +9,7 @@ from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.kinds.task import StreamedTask
 from flipscale.evaluation.kinds.templates import TEMPLATES
 from flipscale.evaluation.test_set import TestSet
+from flipscale.io.errors import UserError
 
 # ImageNet-21k with CLIP's 80 prompts has 1.8 million.
 _MOST_TEXTS = 10_000_000
@@ -39,17 +40,17 @@ class PromptedTask(StreamedTask):
     def __post_init__(self) -> None:
         if isinstance(self.templates, str) and self.templates not in TEMPLATES:
             known = ", ".join(TEMPLATES)
-            raise ValueError(f"templates {self.templates!r} are unknown; use one of {known}, or a list of prompts")
+            raise UserError(f"templates {self.templates!r} are unknown; use one of {known}, or a list of prompts")
         without = [prompt for prompt in self.templates or ["{c}"] if "{c}" not in prompt]
         if self.templates is not None and (not self.templates or (without and not isinstance(self.templates, str))):
-            raise ValueError(f"templates have {without[:1] or 'no'} prompt; each prompt must have {{c}} for the name")
+            raise UserError(f"templates have {without[:1] or 'no'} prompt; each prompt must have {{c}} for the name")
 
     def check(self) -> None:
         super().check()
         test_set = TestSet.open(self.data)
         names, prompts = test_set.class_names(), self.prompts(test_set)
         if len(names) * len(prompts) > _MOST_TEXTS:
-            raise ValueError(
+            raise UserError(
                 f"{self.data} has {len(prompts):,} prompts for each of {len(names):,} classes, more than "
                 f"{_MOST_TEXTS:,} texts; use fewer prompts"
             )
@@ -67,7 +68,7 @@ class PromptedTask(StreamedTask):
         prompts = test_set.templates()
         without = [prompt for prompt in prompts if prompt and "{c}" not in prompt]  # a blank line counts as one
         if without:
-            raise ValueError(f"{self.data} has the prompt {without[0]!r:.80}; each prompt must have {{c}} for the name")
+            raise UserError(f"{self.data} has the prompt {without[0]!r:.80}; each prompt must have {{c}} for the name")
         return prompts
 
     def classifier(self, embedder: Embedder, test_set: TestSet) -> Classifier:

@@ -12,7 +12,8 @@ from flipscale.evaluation.kinds.task import Scorer, StreamedTask
 from flipscale.evaluation.metrics import clustered_share, recall_chance, recall_hits
 from flipscale.evaluation.results import Result
 from flipscale.evaluation.test_set import TestSet
-from flipscale.files.ranges import Count
+from flipscale.io.errors import UserError
+from flipscale.io.ranges import Count
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ between images tells."""
 
     def __post_init__(self) -> None:
         if not self.ks:
-            raise ValueError(f"ks is {self.ks}; it must list one number or more, such as [1, 5, 10]")
+            raise UserError(f"ks is {self.ks}; it must list one number or more, such as [1, 5, 10]")
 
     def truth(self, test_set: TestSet) -> Callable[[int, int], Any]:
         return test_set.captions_of

@@ -13,7 +13,8 @@ from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.metrics import Estimate, wilson
 from flipscale.evaluation.results import Result
 from flipscale.evaluation.test_set import TestSet
-from flipscale.files.ranges import Pixels, SamplesOrNone
+from flipscale.io.errors import UserError
+from flipscale.io.ranges import Pixels, SamplesOrNone
 
 _LACKS = {"texts": "no text tower", "head": "no head", "decoder": "no decoder", "answers": "no list of answers"}
 # The first kind of task for what a model has.
@@ -74,7 +75,7 @@ class Task(ABC):
         """
         if self.needs not in gives:
             kind = next((kind for part, kind in _KINDS_FOR.items() if part in gives), "probe")
-            raise ValueError(
+            raise UserError(
                 f"{self.name} is of kind {self.kind!r}, and {whose} has {_LACKS[self.needs]}; use kind {kind}"
             )
 

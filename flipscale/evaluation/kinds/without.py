@@ -15,7 +15,8 @@ from flipscale.evaluation.images import ChosenRows, SampleNumbers
 from flipscale.evaluation.kinds.task import Scorer, StreamedTask, Task
 from flipscale.evaluation.results import Result
 from flipscale.evaluation.test_set import TestSet
-from flipscale.files.plain_file import plain_text
+from flipscale.io.errors import UserError
+from flipscale.io.plain_file import plain_text
 
 SUFFIX = "_clean"
 
@@ -58,7 +59,7 @@ class Without(StreamedTask):
             name = source.shard_name(shard).rsplit("/", 1)[-1]
             (left if (name, number) in self.left_out else kept).append(row)
         if len(left) != len(self.left_out) or not kept:
-            raise ValueError(
+            raise UserError(
                 f"{len(left)} of the {len(self.left_out)} images that the audit found in the training data are among "
                 f"the {len(source)} of {self.data}; {'all are' if left else 'audit it again'}"
             )
@@ -96,7 +97,7 @@ def with_clean_tasks(tasks: Sequence[Task], audit: Path) -> list[Task]:
     """
     files = [_read(file) for file in sorted((audit / "overlap").glob("*.json"))]
     if not files:
-        raise ValueError(
+        raise UserError(
             f"{audit} has no overlap/NAME.json; run: flipscale prepare audit SHARDS --tests DIR --output_dir {audit}"
         )
     by_contents = {file["contents"]: file for file in files}
@@ -114,7 +115,7 @@ def with_clean_tasks(tasks: Sequence[Task], audit: Path) -> list[Task]:
         else:
             _log.warning("no image of %s lies in the training data, so %s has no second figure", task.data, task.name)
     if not compared:
-        raise ValueError(
+        raise UserError(
             f"{audit} compared {', '.join(file['test'] for file in files)} with the training data and none of "
             f"{', '.join(task.data for task in tasks)}; audit again with these in --tests"
         )
@@ -132,4 +133,4 @@ def _read(file: Path) -> dict[str, Any]:
         images = [{"shard": str(one["shard"]), "number": int(one["number"])} for one in said["overlap"]]
         return {"test": str(said["test"]), "contents": str(said["contents"]), "overlap": images}
     except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
-        raise ValueError(f"{file} is not of flipscale prepare audit ({error!r}); audit again") from error
+        raise UserError(f"{file} is not of flipscale prepare audit ({error!r}); audit again") from error

@@ -15,6 +15,7 @@ from flipscale.evaluation.kinds.task import Scorer
 from flipscale.evaluation.metrics import hits_at
 from flipscale.evaluation.results import Result
 from flipscale.evaluation.test_set import TestSet
+from flipscale.io.errors import UserError
 
 FACE_COLUMNS = ("age", "gender", "race", "race_binary")
 FACE_OBJECTIVES = ("race", "gender", "age", "toxic")
@@ -103,7 +104,7 @@ beforehand."""
         for objective in FACE_OBJECTIVES:
             few = len(names[objective]), len(prompts[objective])
             if few[0] < least.get(objective, 1) or not few[1]:
-                raise ValueError(f"{self.data}: objective {objective!r} has {few[0]} class names and {few[1]} prompts")
+                raise UserError(f"{self.data}: objective {objective!r} has {few[0]} class names and {few[1]} prompts")
         return {objective: (names[objective], prompts[objective]) for objective in FACE_OBJECTIVES}
 
 
@@ -112,7 +113,7 @@ def _by_objective(lines: Sequence[str], what: str) -> dict[str, list[str]]:
     for line in lines:
         objective, colon, rest = line.partition(":")
         if not colon or objective not in found:
-            raise ValueError(f"{what} {line!r} begins with none of {', '.join(f'{name}:' for name in found)}")
+            raise UserError(f"{what} {line!r} begins with none of {', '.join(f'{name}:' for name in found)}")
         found[objective].append(rest)
     return found
 
@@ -177,7 +178,7 @@ class FaceScorer(Scorer):
         self._task, self._embedder, self._classes, self._about = task, embedder, classes, about
         self._columns = dict(zip(FACE_COLUMNS, about.t(), strict=True))
         if (odd := _largest(embedder, self._columns["race_binary"])) > 1:
-            raise ValueError(f"{task.data} has race_binary {odd} in a KEY.npy; it must be 0 for white, else 1")
+            raise UserError(f"{task.data} has race_binary {odd} in a KEY.npy; it must be 0 for white, else 1")
         self._races = max(_largest(embedder, self._columns["race"]) + 1, len(classes["race"].names))
         self._genders = max(_largest(embedder, self._columns["gender"]) + 1, len(classes["gender"].names))
         sizes = {"race": 2, "gender": 2, "age": 2, "both": self._races * self._genders}

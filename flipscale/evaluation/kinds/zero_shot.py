@@ -16,6 +16,7 @@ from flipscale.evaluation.kinds.task import Scorer
 from flipscale.evaluation.metrics import any_hits, hits_at, mean_of_two, mean_per_class, roc_auc
 from flipscale.evaluation.results import Result
 from flipscale.evaluation.test_set import TestSet, read_text
+from flipscale.io.errors import UserError
 
 Metric = Literal["top1", "top5", "mean_per_class", "mean_top1_top5", "roc_auc"]
 
@@ -69,9 +70,9 @@ variances, that of an AUC is DeLong's."""
 
     def _refuse_few_or_many(self, num_classes: int) -> None:
         if self.metric == "roc_auc" and num_classes != 2:
-            raise ValueError(f"{self.data} has {num_classes} classes; roc_auc is of two")
+            raise UserError(f"{self.data} has {num_classes} classes; roc_auc is of two")
         if self.metric in ("top5", "mean_top1_top5") and num_classes < 5:
-            raise ValueError(f"{self.data} has {num_classes} classes; {self.metric} needs five or more")
+            raise UserError(f"{self.data} has {num_classes} classes; {self.metric} needs five or more")
 
     def _label_sets(self, test_set: TestSet, num_classes: int) -> list[list[int]]:
         """Return the class numbers of every image, from the file `labels`.
@@ -81,22 +82,22 @@ variances, that of an AUC is DeLong's."""
         """
         text = read_text(test_set.data, str(self.labels))
         if text is None:
-            raise ValueError(f"{test_set.data}/{self.labels} is missing; it lists the class numbers of each image")
+            raise UserError(f"{test_set.data}/{self.labels} is missing; it lists the class numbers of each image")
         try:
             found = json.loads(text)
         except ValueError as error:
-            raise ValueError(f"{test_set.data}/{self.labels} is no JSON ({error}); write it anew") from error
+            raise UserError(f"{test_set.data}/{self.labels} is no JSON ({error}); write it anew") from error
         rows = found if isinstance(found, list) else []
         if len(rows) != len(test_set) or not all(isinstance(row, list) for row in rows):
             what = f"{len(rows)} lists" if isinstance(found, list) else type(found).__name__
-            raise ValueError(
+            raise UserError(
                 f"{test_set.data}/{self.labels} has {what}; it must list the classes of {len(test_set)} images"
             )
         wrong = [number for row in rows for number in row if number not in range(num_classes)]
         if wrong:
-            raise ValueError(f"{test_set.data}/{self.labels} has class {wrong[0]}; {num_classes} names are listed")
+            raise UserError(f"{test_set.data}/{self.labels} has class {wrong[0]}; {num_classes} names are listed")
         if not any(rows):
-            raise ValueError(f"{test_set.data}/{self.labels} has no label of any image; write it anew")
+            raise UserError(f"{test_set.data}/{self.labels} has no label of any image; write it anew")
         return rows
 
 
@@ -143,7 +144,7 @@ class ZeroShotScorer(Scorer):
         if metric == "roc_auc":
             leads, labels = self._embedder.gathered(self._leads, n).numpy().T
             if counts.min() == 0:
-                raise ValueError(f"{task.data} has {n} images of one class; roc_auc needs both")
+                raise UserError(f"{task.data} has {n} images of one class; roc_auc needs both")
             results.append(task.estimated(metric, roc_auc(leads, labels == 1), n, 50.0))
         return results
 

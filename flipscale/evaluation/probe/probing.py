@@ -17,6 +17,7 @@ from flipscale.evaluation.probe.logistic import SEARCH_TOLERANCE, Fit, fit
 from flipscale.evaluation.probe.penalty import PENALTIES, search_penalty
 from flipscale.evaluation.probe.rows import Classifier, Rows, Total, class_counts, total_of
 from flipscale.evaluation.probe.sets import LabelledSet, Sets
+from flipscale.io.errors import UserError
 
 if TYPE_CHECKING:
     from flipscale.evaluation.embedding import Embedder
@@ -72,7 +73,7 @@ def probe_by_regression(
                 learned, asked = known, _rows(embedder, sets.validation, features, total, every_class=False)
                 known = learned.and_also(asked)
             if not all(total(learned.labels.new_tensor([len(part)])).item() for part in (learned, asked)):
-                raise ValueError(
+                raise UserError(
                     f"{len(sets.train.source)} training images are too few to set a fifth aside; give --validation "
                     "DIR, or the penalty as --l2"
                 )
@@ -137,7 +138,7 @@ def _check_every_class(images: LabelledSet, labels: torch.Tensor, total: Total, 
     counts = class_counts(labels.to(device), len(images.class_names), total)
     if not counts.all():
         name = images.class_names[int((counts == 0).nonzero()[0, 0])]
-        raise ValueError(
+        raise UserError(
             f"class {name!r} has no image in {images.data}; add one, or take the name out of classnames.txt and number "
             "the others anew"
         )

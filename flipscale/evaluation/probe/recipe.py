@@ -3,7 +3,8 @@
 import math
 from dataclasses import dataclass
 
-from flipscale.files.ranges import Count, CountOrNone, Positive, Seed, ShareAboveNone, ShareBelowAll
+from flipscale.io.errors import UserError
+from flipscale.io.ranges import Count, CountOrNone, Positive, Seed, ShareAboveNone, ShareBelowAll
 
 
 @dataclass(frozen=True)
@@ -36,9 +37,9 @@ class LarsRecipe:
     def __post_init__(self) -> None:
         least, most = self.crop_scale
         if not 0 < least <= most <= 1:
-            raise ValueError(f"crop_scale is {least} {most}; give two shares above 0, at most 1, the least first")
+            raise UserError(f"crop_scale is {least} {most}; give two shares above 0, at most 1, the least first")
         if not 0 <= self.warmup_epochs < self.epochs:
-            raise ValueError(
+            raise UserError(
                 f"epochs is {self.epochs}, {self.warmup_epochs} of them to warm up; give epochs more than that"
             )
 
@@ -49,7 +50,7 @@ class LarsRecipe:
             ValueError: the batch is larger than the data.
         """
         if not 1 <= self.batch_size <= num_images:
-            raise ValueError(
+            raise UserError(
                 f"the batch of {self.batch_size:,} does not fit the {num_images:,} training images; give "
                 f"--global_batch_size a number from 1 to {num_images}, such as {max(num_images // 4, 1)}"
             )

@@ -7,6 +7,7 @@ import torch
 
 from flipscale.data.sources.tar_source import TarSource
 from flipscale.evaluation.test_set import TestSet, read_labels
+from flipscale.io.errors import UserError
 
 if TYPE_CHECKING:
     from flipscale.evaluation.embedding import Embedder
@@ -37,7 +38,7 @@ class LabelledSet:
         """
         opened = TestSet.open(folder, part)
         if not len(opened):
-            raise ValueError(f"{opened.data} has no images; a probe needs shards with KEY.cls beside each image")
+            raise UserError(f"{opened.data} has no images; a probe needs shards with KEY.cls beside each image")
         return cls(opened.data, opened.source, opened.class_names())
 
     def labels(self, embedder: "Embedder") -> torch.Tensor:
@@ -70,10 +71,10 @@ class Sets:
         """
         names = self.train.class_names
         if len(names) < 2:
-            raise ValueError(f"{self.train.data} has {len(names)} class; a probe needs 2 or more")
+            raise UserError(f"{self.train.data} has {len(names)} class; a probe needs 2 or more")
         for other in (self.test, self.validation):
             if other is not None and other.class_names != names:
-                raise ValueError(
+                raise UserError(
                     f"the classes of {self.train.data} and {other.data} differ: {_difference(names, other.class_names)}"
                 )
 

@@ -10,6 +10,7 @@ from flipscale.data.randomness import keyed_uniform
 from flipscale.data.sources.source import Sample
 from flipscale.data.sources.tar_source import TarSource
 from flipscale.evaluation.images import ChosenRows
+from flipscale.io.errors import UserError
 
 
 class RandomCrops(ChosenRows):
@@ -55,7 +56,7 @@ class RandomCrops(ChosenRows):
         try:
             crop = decode_box(sample.image, draws, self._image_size, self._crop_scale)
         except UndecodableImage as error:
-            raise ValueError(f"training image {sample.name} cannot be decoded: {error}") from error
+            raise UserError(f"training image {sample.name} cannot be decoded: {error}") from error
         return dataclasses.replace(sample, image=_encoded(crop))
 
 

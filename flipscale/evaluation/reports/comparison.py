@@ -17,7 +17,8 @@ from flipscale.evaluation.results import (
     read_metrics,
     read_results,
 )
-from flipscale.files.yaml_text import read_saved
+from flipscale.io.errors import UserError
+from flipscale.io.yaml_text import read_saved
 
 # The sections of a recipe that decide what is learned, beside its stages and its seed.
 _LEARNED = ("model", "data", "mask", "loss", "optim")
@@ -119,7 +120,7 @@ def read_curve(run_dir: Path) -> Curve:
     """
     records = read_metrics(run_dir)
     if not records:
-        raise ValueError(f"{run_dir} has no metrics.jsonl with a record; did the run start?")
+        raise UserError(f"{run_dir} has no metrics.jsonl with a record; did the run start?")
     recipe = read_saved(run_dir / "recipe.yaml")
     masks = {str(stage.get("name", number)): stage["mask_ratio"] for number, stage in enumerate(recipe["stages"])}
     sizes = {

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from flipscale.evaluation.reports.figures import COLOURS, drawing_pyplot, save_figure
 from flipscale.evaluation.reports.table import Column, Row, by_suite, rows_of
-from flipscale.files.aside import written_aside
+from flipscale.io.aside import written_aside
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from flipscale.evaluation.embedders.masked import ImageMask
 from flipscale.evaluation.reports.figures import drawing_pyplot, save_figure
 from flipscale.evaluation.results import NOTHING, Result, as_metrics
-from flipscale.files.text_table import markdown_table
+from flipscale.io.text_table import markdown_table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flipscale.evaluation.results import RESULTS_FILE
+from flipscale.io.errors import UserError
 from flipscale.model.fetched import local_folder
 
 EVALUATIONS = Path("evaluations")
@@ -51,7 +52,7 @@ def name_models(given: Sequence[str], output_dir: Path | None) -> list[NamedMode
     slugs = [_slug(name) for name in names]
     for text, name, slug in zip(given, names, slugs, strict=True):
         if slugs.count(slug) > 1:
-            raise ValueError(f"{slugs.count(slug)} models are called {name!r}; name each model once ({text})")
+            raise UserError(f"{slugs.count(slug)} models are called {name!r}; name each model once ({text})")
     found = []
     for text, name, slug in zip(given, names, slugs, strict=True):
         folder = None if _PREFIX.match(text) else local_folder(text)
@@ -78,10 +79,10 @@ def check_writable(folder: Path) -> None:
     there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
     if there.is_dir() and os.access(there, os.W_OK):
         if taken := next((folder / name for name in _REPORTS if (folder / name).is_dir()), None):
-            raise ValueError(f"{taken} is a folder, where results are to be written; move it away")
+            raise UserError(f"{taken} is a folder, where results are to be written; move it away")
         return
     reason = "is not writable" if there.is_dir() else "is a file"
-    raise ValueError(f"results cannot be written to {folder} ({there} {reason}); name another folder with --output_dir")
+    raise UserError(f"results cannot be written to {folder} ({there} {reason}); name another folder with --output_dir")
 
 
 def _short_name(text: str) -> str:

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from flipscale.evaluation.results import Result
-from flipscale.files import json_lines
+from flipscale.io import json_lines
+from flipscale.io.errors import UserError
 
 _FIRST = b'{"group": "'
 _NEEDED: dict[str, type | tuple[type, ...]] = {
@@ -96,7 +97,7 @@ def drop_torn(path: Path) -> None:
 def _records(path: Path) -> list[dict[str, Any]]:
     """Return the lines of a file that are not torn."""
     if path.is_symlink() or (path.exists() and not path.is_file()):
-        raise ValueError(f"{path} is no file; move it away, or name another folder with --output_dir")
+        raise UserError(f"{path} is no file; move it away, or name another folder with --output_dir")
     if not path.exists():
         return []
     found = []
@@ -110,7 +111,7 @@ def _records(path: Path) -> list[dict[str, Any]]:
         if record is None and (line.startswith(_FIRST) or _FIRST.startswith(line)):
             continue
         if not isinstance(record, dict) or not _is_line(record):
-            raise ValueError(
+            raise UserError(
                 f"{path}, line {number}, is not a line of `flipscale evaluate`; move the file away, or name another "
                 "folder with --output_dir"
             )

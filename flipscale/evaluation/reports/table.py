@@ -8,7 +8,7 @@ from flipscale.evaluation.kinds.kinds import KINDS
 from flipscale.evaluation.reports.record import Line
 from flipscale.evaluation.results import NOTHING, Result, with_unit
 from flipscale.evaluation.task_page import Reference, TaskPage, read_page, suite_pages
-from flipscale.files.text_table import markdown_table
+from flipscale.io.text_table import markdown_table
 
 PAPER_MODEL = "FLIP L/14, LAION-400M"  # it has figures for every task of the paper
 INTERVALS = """Intervals of 95 % take the n queries for independent draws; they say nothing of how another training run

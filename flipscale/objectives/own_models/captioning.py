@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from flipscale.data.pairs import PairDataset
+from flipscale.io.errors import UserError
 from flipscale.model import FlipConfig, FlipDecoderConfig, FlipForConditionalGeneration, FlipModel, FlipPreTrainedModel
 from flipscale.model.modeling_flip import FlipOutput
 from flipscale.model.modeling_flip_decoder import FlipCaptionDecoder, caption_inputs, read_captions
@@ -110,7 +111,7 @@ class WithCaptions(Objective):
         changed = with_decoder(self.other.model_config(config), self.prediction)
         positions, longest = (part.max_position_embeddings for part in (changed.decoder_config, changed.text_config))
         if positions < longest:
-            raise ValueError(
+            raise UserError(
                 f"model.decoder_config.max_position_embeddings is {positions}, and captions are cut at "
                 f"model.text_config.max_position_embeddings, {longest} tokens; use as many at least, or cut earlier"
             )
@@ -157,7 +158,7 @@ def captioned(dataset: Any, prediction: Prediction, *arguments: Any, **options: 
     """
     found: PairDataset = dataset(*arguments, parallel_share=PARALLEL_SHARES[prediction], **options)
     if found.text_mask_ratio > 0.0:
-        raise ValueError(
+        raise UserError(
             f"a stage's text_mask_ratio is {found.text_mask_ratio:g}, and captions are learned word by word; leave it "
             "out"
         )

@@ -11,7 +11,8 @@ import numpy as np
 
 from flipscale.data.sources.source import Source
 from flipscale.data.sources.tar_source import TarSource
-from flipscale.files.aside import write_text
+from flipscale.io.aside import write_text
+from flipscale.io.errors import UserError
 from flipscale.preparation.audit.captions import LONGEST
 from flipscale.preparation.audit.duplicates import (
     LEAST_LIKENESS,
@@ -56,7 +57,7 @@ def check_packages() -> None:
     """
     for module, package in _NEEDED.items():
         if importlib.util.find_spec(module) is None:
-            raise ValueError(f"{package}, which audits need, is not installed; run: pip install 'flipscale[audit]'")
+            raise UserError(f"{package}, which audits need, is not installed; run: pip install 'flipscale[audit]'")
 
 
 def find_test_sets(folder: Path) -> list[TestFolder]:
@@ -72,12 +73,10 @@ def find_test_sets(folder: Path) -> list[TestFolder]:
         path = named.relative_to(folder)
         name = "-".join(path.parts) or folder.resolve().name
         if name in found:
-            raise ValueError(f"{found[name]} and {inner} are both called {name}; rename one")
+            raise UserError(f"{found[name]} and {inner} are both called {name}; rename one")
         found[name] = inner
     if not found:
-        raise ValueError(
-            f"no test set in {folder}: no folder there has *.tar; name one set's folder, or one of several"
-        )
+        raise UserError(f"no test set in {folder}: no folder there has *.tar; name one set's folder, or one of several")
     return [TestFolder(name, TarSource(str(inner))) for name, inner in found.items()]
 
 
@@ -106,16 +105,14 @@ def audit(
     check_packages()
     there = next(parent for parent in (out_dir, *out_dir.absolute().parents) if parent.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
-        raise ValueError(f"{there} is no folder that can be written to; name another with --output_dir")
+        raise UserError(f"{there} is no folder that can be written to; name another with --output_dir")
     if not len(source):
-        raise ValueError(f"there is no sample in {len(source.shard_sizes)} shards of {shards}")
+        raise UserError(f"there is no sample in {len(source.shard_sizes)} shards of {shards}")
     sources: list[Source] = [source, *(test.source for test in test_sets)]
     with Workers(sources, num_workers, tokenizer) as workers:
         found = workers.scan(0, "training data", min(1.0, MOST_LANGUAGES / len(source)))
         if not found.num_captions.any():
-            raise ValueError(
-                f"none of the {len(source)} samples of {shards} has a caption; an audit is of captions too"
-            )
+            raise UserError(f"none of the {len(source)} samples of {shards} has a caption; an audit is of captions too")
         copies = exact_copies(found.digests, found.states)
         groups, pairs = near_copies(found, workers, 0)
         in_tests = {}

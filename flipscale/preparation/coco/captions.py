@@ -8,6 +8,7 @@ validation set, which everybody trains on too.
 from pathlib import Path
 from typing import Any
 
+from flipscale.io.errors import UserError
 from flipscale.preparation.coco.images import CocoList, image_file, read_entries, write_parts
 
 SPLIT = "dataset_coco.json"
@@ -33,7 +34,7 @@ def prepare_coco_captions(coco: Path, out_dir: Path, short_side: int, processes:
     for part, splits in _PARTS.items():
         chosen = [(file, texts) for split, file, texts in found if split in splits]
         if not chosen:
-            raise ValueError(f"{coco / SPLIT} has no images of {' and '.join(splits)}; it comes whole in {_WHERE}")
+            raise UserError(f"{coco / SPLIT} has no images of {' and '.join(splits)}; it comes whole in {_WHERE}")
         files = tuple(file for file, _ in chosen)
         parts[part] = CocoList(coco, files, files, tuple(texts for _, texts in chosen))
     return write_parts(parts, out_dir, short_side, processes)
@@ -49,7 +50,7 @@ def _image(path: Path, number: int, image: Any) -> tuple[str, str, tuple[str, ..
         texts = tuple(" ".join(sentence["raw"].split()) for sentence in image["sentences"])
         file, split = image_file(image["filepath"], image["filename"]), str(image["split"])
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"{path}: images[{number}] is not as in {_WHERE} ({error!r}); unpack it again") from error
+        raise UserError(f"{path}: images[{number}] is not as in {_WHERE} ({error!r}); unpack it again") from error
     if not any(texts):
-        raise ValueError(f"{path}: images[{number}] has no caption; unpack it again from {_WHERE}")
+        raise UserError(f"{path}: images[{number}] has no caption; unpack it again from {_WHERE}")
     return split, file, tuple(filter(None, texts))

@@ -3,8 +3,8 @@
 import argparse
 from pathlib import Path
 
-from flipscale.files.command_line import add_num_workers, number, output_folder
-from flipscale.files.ranges import Count
+from flipscale.io.command_line import add_num_workers, number, output_folder
+from flipscale.io.ranges import Count
 
 
 def add_captions_arguments(captions: argparse.ArgumentParser) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flipscale.io.errors import UserError
 from flipscale.preparation.lists.files import MissingLabel, digest_of, read_file
 from flipscale.preparation.shard_writer import ShardOptions, write_shards
 
@@ -70,7 +71,7 @@ def image_file(folder: str, name: str) -> str:
     """
     file = f"{folder}/{name}"
     if not _IMAGE.fullmatch(file):
-        raise ValueError(f"{file!r:.80} is no image of COCO 2014, such as train2014/COCO_train2014_000000000009.jpg")
+        raise UserError(f"{file!r:.80} is no image of COCO 2014, such as train2014/COCO_train2014_000000000009.jpg")
     return file
 
 
@@ -86,10 +87,10 @@ def check_images(root: Path, files: Iterable[str]) -> None:
         wanted.setdefault(folder, set()).add(name)
     for folder, names in sorted(wanted.items()):
         if not (root / folder).is_dir():
-            raise ValueError(f"{root} has no folder {folder}; unpack {_WHERE}/{folder}.zip there")
+            raise UserError(f"{root} has no folder {folder}; unpack {_WHERE}/{folder}.zip there")
         missing = sorted(names - {path.name for path in (root / folder).iterdir()})
         if missing:
-            raise ValueError(
+            raise UserError(
                 f"{root / folder} lacks {len(missing):,} of the {len(names):,} images that are needed, such as "
                 f"{missing[0]}; unpack {_WHERE}/{folder}.zip again"
             )
@@ -106,14 +107,14 @@ def read_entries(path: Path, name: str, where: str, hook: Callable[[dict[str, An
         ValueError: the file is missing or another one.
     """
     if not path.is_file():
-        raise ValueError(f"{path} is missing; it comes in {where}")
+        raise UserError(f"{path} is missing; it comes in {where}")
     try:
         content = json.loads(path.read_bytes(), object_hook=hook)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no whole JSON file ({error}); unpack it again from {where}") from error
+        raise UserError(f"{path} is no whole JSON file ({error}); unpack it again from {where}") from error
     entries = content.get(name) if isinstance(content, dict) else None
     if not isinstance(entries, list) or not entries:
-        raise ValueError(f"{path} has no list {name!r}; it is another file than that in {where}")
+        raise UserError(f"{path} has no list {name!r}; it is another file than that in {where}")
     return entries
 
 
@@ -146,7 +147,7 @@ def _check_all_written(report: dict[str, Any], folder: Path) -> None:
     """
     for cause, count in report["left_out"].items():
         first = report["first_left_out"][cause]
-        raise ValueError(
+        raise UserError(
             f"{count:,} of {report['pairs']:,} images for {folder} cannot be used, such as that of {first['key']} "
             f"({first['detail']}); unpack them again, remove {folder} and start the same command"
         )

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from flipscale.io.errors import UserError
 from flipscale.preparation.coco.answers import answer_list, votes
 from flipscale.preparation.coco.images import CocoList, image_file, read_entries, write_parts
 from flipscale.preparation.lists.files import digest_of
@@ -72,9 +73,7 @@ def prepare_vqa_v2(
     asked = {folder: _asked(coco, folder, name) for folder, name in (("train2014", "Train"), ("val2014", "Val"))}
     answers = answer_list(one.major for some in asked.values() for one in some)
     if not answers:
-        raise ValueError(
-            f"the files of {coco} have no answer that is seen often; they are not whole: unpack them again"
-        )
+        raise UserError(f"the files of {coco} have no answer that is seen often; they are not whole: unpack them again")
     train = [("train2014", one) for one in asked["train2014"]]
     test = [("val2014", one) for one in asked["val2014"]]
     if with_val:
@@ -119,7 +118,7 @@ def _asked(coco: Path, folder: str, name: str) -> list[Asked]:
             said = tuple(sys.intern(answer) for answer in entry["answers"])
             answered[int(entry["question_id"])] = sys.intern(entry["multiple_choice_answer"]), said
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(
+            raise UserError(
                 f"{annotations}: annotations[{number}] is not as in {where} ({error!r}); unpack it again"
             ) from error
     found = []
@@ -128,12 +127,12 @@ def _asked(coco: Path, folder: str, name: str) -> list[Asked]:
         try:
             about = int(entry["question_id"]), int(entry["image_id"]), " ".join(entry["question"].split())
         except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise ValueError(
+            raise UserError(
                 f"{questions}: questions[{number}] is not as in {where} ({error!r}); unpack it again"
             ) from error
         if not about[2] or not (of_it := answered.get(about[0])) or not of_it[1]:
             missing = "text" if not about[2] else f"answers in {annotations.name}"
-            raise ValueError(f"{questions}: question {about[0]} has no {missing}; unpack both files of VQA v2.0 again")
+            raise UserError(f"{questions}: question {about[0]} has no {missing}; unpack both files of VQA v2.0 again")
         found.append(Asked(*about, *of_it))
     return found
 

@@ -14,7 +14,7 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from flipscale.files.aside import own_partial_path, sync, written_aside
+from flipscale.io.aside import own_partial_path, sync, written_aside
 from flipscale.preparation.audit import hashes
 from flipscale.preparation.icons.collection import IMAGE_SIZE, IconSet, digest
 

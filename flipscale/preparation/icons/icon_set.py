@@ -16,9 +16,10 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from flipscale.data.tokenizers import train_sentencepiece
-from flipscale.files.aside import partial_path, remove, write_text
-from flipscale.files.plain_file import plain_text
-from flipscale.files.room import check_room
+from flipscale.io.aside import partial_path, remove, write_text
+from flipscale.io.errors import UserError
+from flipscale.io.plain_file import plain_text
+from flipscale.io.room import check_room
 from flipscale.preparation import demo_emoji
 from flipscale.preparation.icons import splits
 from flipscale.preparation.icons.collection import INTEGRITY, PACKAGE, caption, read_sets
@@ -74,7 +75,7 @@ def prepare_icons(out_dir: Path, fraction: float = 1.0, processes: int = 2) -> N
                 report = _prepare(out_dir, work, fraction, pool, 3 * processes)
             lock.unlink(missing_ok=True)
     except Timeout:
-        raise ValueError(f"another process writes {out_dir}; wait for it to end, or name another folder") from None
+        raise UserError(f"another process writes {out_dir}; wait for it to end, or name another folder") from None
     print("\n".join(summary(report, out_dir)))
 
 
@@ -91,10 +92,10 @@ def _is_complete(out_dir: Path, fraction: float) -> bool:
     except (OSError, ValueError, RecursionError):
         report = None
     if not isinstance(report, dict) or report.get("made_by") != MADE_BY:
-        raise ValueError(f"{out_dir} holds something that is not the icons; name a new folder, or an empty one")
+        raise UserError(f"{out_dir} holds something that is not the icons; name a new folder, or an empty one")
     made = {name: report.get(name) for name in ("package", "fraction")}
     if made != {"package": PACKAGE, "fraction": fraction}:
-        raise ValueError(
+        raise UserError(
             f"{out_dir} holds the fraction {made['fraction']} of {made['package']}, and you ask for {fraction:g} of "
             f"{PACKAGE}; name another folder"
         )
@@ -114,7 +115,7 @@ def _prepare(out_dir: Path, work: Path, fraction: float, pool: Executor, at_once
     used = [facts for facts in sets if causes[facts.prefix] is None]
     chosen = [splits.narrowed(facts, fraction) for facts in used]
     if not any(facts.names for facts in chosen if facts.prefix not in splits.HELD_OUT):
-        raise ValueError(f"fraction {fraction:g} leaves no drawing to train on; name a larger one")
+        raise UserError(f"fraction {fraction:g} leaves no drawing to train on; name a larger one")
     (work / _DRAWN).mkdir(exist_ok=True)
     blocks_of = {facts.prefix: blocks(work / _DRAWN, facts.prefix, facts.names) for facts in chosen}
     draw_all(read_sets(tarball), blocks_of, pool, at_once)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flipscale.data.sources.tar_file import add_member
-from flipscale.files.aside import own_partial_path, sync, written_aside
+from flipscale.io.aside import own_partial_path, sync, written_aside
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from flipscale.io.errors import UserError
+
 IMAGE_COLUMNS = ("image", "file_name", "filename", "path", "filepath", "image_path", "img")
 CAPTION_COLUMNS = ("caption", "captions", "text", "title", "txt")
 LABEL_COLUMNS = ("label", "class", "category", "labels")
@@ -76,12 +78,12 @@ def _column(source: str, columns: Sequence[str], asked: str | None, usual: Seque
     found = next((column for column in ([asked] if asked else usual) if column in columns), None)
     if found is None:
         named = [one if len(one) <= _SHOWN else f"{one[:_SHOWN]}..." for one in columns[:_MOST_NAMED]]
-        raise ValueError(
+        raise UserError(
             f"{source} has no column {asked or ' or '.join(usual)}; name the {kind}s' with {flag}, "
             f"one of {', '.join(named) or 'none'}"
         )
     if list(columns).count(found) > 1:
-        raise ValueError(f"{source} has two columns {found}; rename one, or name another with {flag}")
+        raise UserError(f"{source} has two columns {found}; rename one, or name another with {flag}")
     return found
 
 

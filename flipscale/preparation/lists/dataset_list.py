@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flipscale.io.errors import UserError
 from flipscale.model.fetched import looks_like_a_path
 from flipscale.preparation.lists.columns import AskedColumns, Columns
 from flipscale.preparation.lists.files import UnreadableFile, captions_of, digest_of, image_of, label_of
@@ -38,7 +39,7 @@ class DatasetList:
         """
         is_saved = Path(source).is_dir()
         if not is_saved and (looks_like_a_path(source) or _ENDS_LIKE_A_FILE.search(source)):
-            raise ValueError(
+            raise UserError(
                 f"{source} does not exist; name a folder, a table (.csv .tsv .jsonl .parquet) or a data set of the "
                 "Hub, such as ORG/NAME"
             )
@@ -53,14 +54,14 @@ class DatasetList:
             names, features = loaded.column_names, dict(loaded.features or {})
         except Exception as error:
             # `datasets` raises whatever the Hub, its builders or its file systems do.
-            raise ValueError(
+            raise UserError(
                 f"{source!r} is no folder, no table and no data set that `datasets` loads ({_first_line(error)})"
             ) from error
         columns = asked.among(source, names, features)
         try:
             loaded = loaded.select_columns(list(columns.names)).cast_column(columns.image, datasets.Image(decode=False))
         except Exception as error:
-            raise ValueError(
+            raise UserError(
                 f"column {columns.image} of {source} holds no images ({_first_line(error)}); name the images' with "
                 "--image_column"
             ) from error

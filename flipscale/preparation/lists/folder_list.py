@@ -7,6 +7,7 @@ from pathlib import Path, PurePath
 from flipscale.data.captions import captions_of_json
 from flipscale.data.faults import MissingCaption
 from flipscale.data.sources.source import MAX_TEXT_BYTES
+from flipscale.io.errors import UserError
 from flipscale.preparation.lists.files import (
     IMAGE_SUFFIXES,
     MissingLabel,
@@ -113,13 +114,13 @@ def list_folder(root: Path, allow_outside: bool) -> FileList:
     classes = {name for file in files if (name := _class_of(file))}
     begun = {PurePath(file).parts[0] for file in files if len(PurePath(file).parts) > 2}
     if begun and begun <= _PARTS:
-        raise ValueError(
+        raise UserError(
             f"{root} has the parts {' and '.join(sorted(begun))}, whose images would be mixed; name one of them, such "
             f"as {root / max(begun, key=lambda part: part == 'train')}"
         )
     if len(classes) < 2:
         there = f"; if {tables[0]} has them, name it in place of the folder" if tables else ""
-        raise ValueError(
+        raise UserError(
             f"{root} has {len(files):,} images and no captions: put KEY.txt beside KEY.jpg, or a metadata.csv with the "
             f"columns file_name and text into the folder, or sort the images into a folder for each class{there}"
         )

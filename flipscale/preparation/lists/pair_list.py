@@ -5,6 +5,7 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
+from flipscale.io.errors import UserError
 from flipscale.preparation.lists.columns import AskedColumns
 from flipscale.preparation.lists.dataset_list import DatasetList
 from flipscale.preparation.lists.files import IMAGE_SUFFIXES
@@ -101,7 +102,7 @@ def open_pairs(
             pairs = DatasetList.of_name(source, asked, split, allow_outside)
         else:
             if labels not in (None, FOLDER):
-                raise ValueError(f"--labels is {labels!r}, and {source} has no columns; give --labels {FOLDER}")
+                raise UserError(f"--labels is {labels!r}, and {source} has no columns; give --labels {FOLDER}")
             pairs = list_folder(path, allow_outside)
     elif path.suffix.lower() in TABLE_SUFFIXES:
         pairs = _of_table(path, asked, allow_outside)
@@ -109,7 +110,7 @@ def open_pairs(
         pairs = DatasetList.of_name(source, asked, split, allow_outside)
     if not len(pairs):
         what = "rows" if path.is_file() else f"images; they are files named {' '.join(IMAGE_SUFFIXES)}"
-        raise ValueError(f"{source} has no {what}")
+        raise UserError(f"{source} has no {what}")
     return pairs
 
 
@@ -117,6 +118,6 @@ def _of_table(path: Path, asked: AskedColumns, allow_outside: bool) -> PairList:
     """Return the pairs of a table; paths in it are relative to its folder."""
     if not path.is_file():
         what = "is no file" if path.exists() else "does not exist"
-        raise ValueError(f"{path} {what}; name a folder, a table or a data set")
+        raise UserError(f"{path} {what}; name a folder, a table or a data set")
     kind = ParquetList if path.suffix.lower() == ".parquet" else TableList
     return kind.of_file(path, asked, allow_outside)

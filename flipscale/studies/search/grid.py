@@ -10,8 +10,9 @@ from typing import Annotated, Any
 
 import yaml
 
-from flipscale.files.ranges import Count, MinutesAboveNone, Positive, Range, ShareBetween, check_ranges
-from flipscale.files.yaml_text import read_outline
+from flipscale.io.errors import UserError
+from flipscale.io.ranges import Count, MinutesAboveNone, Positive, Range, ShareBetween, check_ranges
+from flipscale.io.yaml_text import read_outline
 from flipscale.studies.design import NAME, change, checked, plain_number
 from flipscale.training.recipe import Recipe, parse_recipe, to_yaml
 
@@ -59,7 +60,7 @@ class Search:
         for name, changes in self.paths.items():
             stages = changes.get("stages")
             if not isinstance(stages, list) or not stages or not all(isinstance(stage, dict) for stage in stages):
-                raise ValueError(f"path {name}: stages must be a list, such as [{{name: whole, image_size: 32}}]")
+                raise UserError(f"path {name}: stages must be a list, such as [{{name: whole, image_size: 32}}]")
             shares: Sequence[float | None] = (self.tuning if len(stages) > 1 else ()) or [None]
             rates: Sequence[float | None] = (self.rates if "base_lr" not in stages[0] else ()) or [None]
             for share, rate in itertools.product(shares, rates):
@@ -68,7 +69,7 @@ class Search:
                 words += [f"lr{rate:g}"] if len(rates) > 1 else []
                 full = "+".join(words)
                 if full in found:
-                    raise ValueError(f"two paths are called {full}; give each a name of its own, and each value once")
+                    raise UserError(f"two paths are called {full}; give each a name of its own, and each value once")
                 found[full] = {**changes, "stages": _stages(stages, share, rate)}
         return found
 
@@ -85,10 +86,10 @@ class Search:
                 found.append(left)
             return found
         if self.rungs and len(self.keep) != len(self.rungs):
-            raise ValueError(f"keep has {len(self.keep)} numbers, and rungs has {len(self.rungs)}; give one for each")
+            raise UserError(f"keep has {len(self.keep)} numbers, and rungs has {len(self.rungs)}; give one for each")
         for before, after in itertools.pairwise([count, *self.keep]):
             if after >= before:
-                raise ValueError(f"keep is {list(self.keep)} of {count} paths; each rung must keep fewer than it has")
+                raise UserError(f"keep is {list(self.keep)} of {count} paths; each rung must keep fewer than it has")
         return list(self.keep)
 
     def times(self, num_rungs: int) -> list[float]:
@@ -103,7 +104,7 @@ class Search:
             ]
         for before, after in itertools.pairwise([*self.rungs, self.minutes]):
             if after <= before:
-                raise ValueError(
+                raise UserError(
                     f"rungs is {list(self.rungs)} of a budget of {self.minutes:g} minutes; each must be longer than "
                     "the one before, and all shorter than the budget"
                 )
@@ -141,23 +142,23 @@ def read_search(file: Path) -> Search:
         given = set(content) if isinstance(content, dict) else set()
         wrong = sorted(map(str, given - set(fields)))
         found = f"has {wrong[0]!r}" if wrong else f"has no {next(name for name in _NEEDED if name not in given)}"
-        raise ValueError(f"{file} is no search, it {found}; a search has {', '.join(fields)}")
+        raise UserError(f"{file} is no search, it {found}; a search has {', '.join(fields)}")
     content = {name: plain_number(value) for name, value in content.items()}
     for name in _LISTS:
         listed = content.get(name, [])
         content[name] = [plain_number(value) for value in listed] if isinstance(listed, list) else listed
         if not isinstance(listed, list) or not all(_is_number(value, name == "keep") for value in content[name]):
             words = "whole numbers" if name == "keep" else "numbers"
-            raise ValueError(f"{file}: {name} is {listed!r:.60}; it must be a list of {words}")
+            raise UserError(f"{file}: {name} is {listed!r:.60}; it must be a list of {words}")
     for name, whole in {"minutes": False, "eta": True}.items():
         if name in content and not _is_number(content[name], whole):
-            raise ValueError(f"{file}: {name} is {content[name]!r:.60}; it must be a {'whole ' * whole}number")
+            raise UserError(f"{file}: {name} is {content[name]!r:.60}; it must be a {'whole ' * whole}number")
     paths = content["paths"]
     if not isinstance(paths, dict) or not all(isinstance(changes, dict) for changes in paths.values()):
-        raise ValueError(f"{file}: paths must have names, and these changes: 'paths: {{half: {{stages: [...]}}}}'")
+        raise UserError(f"{file}: paths must have names, and these changes: 'paths: {{half: {{stages: [...]}}}}'")
     for name in paths:
         if not isinstance(name, str) or not NAME.fullmatch(name):
-            raise ValueError(
+            raise UserError(
                 f"{file}: {str(name)[:40]!r} names a path; use letters, digits and . _ -, in quotes if it is a number"
             )
     search = Search(**{**content, "base": str(content["base"]), "validation": str(content["validation"])})
@@ -179,12 +180,12 @@ def path_recipes(search: Search) -> dict[str, Recipe]:
     """
     routes = search.routes()
     if len(routes) < 2:
-        raise ValueError(f"there is {len(routes)} path, which is nothing to choose from; give two or more")
+        raise UserError(f"there is {len(routes)} path, which is nothing to choose from; give two or more")
     base = parse_recipe(["--config", search.base])
     names = [task.name for task in base.eval.planned()]
     if search.validation not in names:
         has = f"has {', '.join(names)}" if names else "has none"
-        raise ValueError(
+        raise UserError(
             f"validation is {search.validation!r:.60}, which is none of eval.tasks of {search.base}: it {has}; name "
             "one whose images no test has"
         )
@@ -204,7 +205,7 @@ def _recipe(
     content = {**copy.deepcopy(dict(base)), "budget_minutes": minutes}
     for path, value in changes.items():
         if str(path).split(".")[0] not in _SECTIONS:
-            raise ValueError(f"path {name} changes {path!s:.60}; a path may change {', '.join(_SECTIONS)}")
+            raise UserError(f"path {name} changes {path!s:.60}; a path may change {', '.join(_SECTIONS)}")
         change(content, str(path), value, f"paths.{name}")
     content["stages"][0].setdefault("base_lr", rate)
     recipe = checked(content, f"path {name}")

@@ -16,9 +16,10 @@ import yaml
 
 from flipscale.evaluation.reports.comparison import read_curve
 from flipscale.evaluation.results import THIS_MODEL
-from flipscale.files.aside import refuse_unwritable, write_text
-from flipscale.files.fields import fields_that_differ
-from flipscale.files.plain_file import plain_text
+from flipscale.io.aside import refuse_unwritable, write_text
+from flipscale.io.errors import UserError
+from flipscale.io.fields import fields_that_differ
+from flipscale.io.plain_file import plain_text
 from flipscale.studies.pool import train_some
 from flipscale.studies.runs import StudyRun, in_time
 from flipscale.studies.search.grid import Search, path_recipes, read_search
@@ -75,7 +76,7 @@ def _claim(search: Search, recipes: Mapping[str, Recipe], minutes: float, file: 
     mark = output_dir / SEARCH_FILE
     if output_dir.exists() and not mark.exists() and any(output_dir.iterdir()):
         there = sorted(output_dir.iterdir())[0].name
-        raise ValueError(f"{output_dir} holds {there}, which no search wrote; name a new or an empty folder")
+        raise UserError(f"{output_dir} holds {there}, which no search wrote; name a new or an empty folder")
     content = yaml.safe_load(yaml.safe_dump(_plain(search), sort_keys=False))
     changed = sorted(fields_that_differ(yaml.safe_load(plain_text(mark)), content)) if mark.exists() else []
     runs = [_run(search, name, recipe, minutes, output_dir / "rung1") for name, recipe in recipes.items()]
@@ -85,7 +86,7 @@ def _claim(search: Search, recipes: Mapping[str, Recipe], minutes: float, file: 
             now = {**yaml.safe_load(to_yaml(run.recipe)), "output_dir": saved.get("output_dir")}
             changed += sorted(fields_that_differ(saved, now, run.name))
     if changed:
-        raise ValueError(
+        raise UserError(
             f"{output_dir} was begun otherwise than {file} says now ({'; '.join(changed)}); name another folder"
         )
     (output_dir / "rung1").mkdir(parents=True, exist_ok=True)

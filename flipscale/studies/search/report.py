@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flipscale.evaluation.results import NOTHING, Result
-from flipscale.files.aside import write_text
-from flipscale.files.text_table import markdown_table
+from flipscale.io.aside import write_text
+from flipscale.io.text_table import markdown_table
 from flipscale.training.recipe import Recipe
 
 # Clocks that differ by more are no equal ones.
@@ -62,7 +62,7 @@ def write_search_report(rungs: Sequence[Rung], recipes: Mapping[str, Recipe], va
         recipes: of all paths, by their names.
         validation: the name of the evaluation.
     """
-    from flipscale.evaluation.scaling.figures import draw_rungs
+    from flipscale.studies.scaling.figures import draw_rungs
 
     best = [best_first(rung.paths)[0] for rung in rungs]
     last = best[-1].result

@@ -4,7 +4,7 @@ import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from flipscale.files import json_lines
+from flipscale.io import json_lines
 
 _log = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch.distributed as dist
 
 from flipscale.engines.start import own_store
-from flipscale.files import json_lines
+from flipscale.io import json_lines
 from flipscale.training.cost.counters import Counter, open_gpu, open_processors
 from flipscale.training.cost.energy import ENERGY, KINDS, read_energy
 from flipscale.training.watch import StepWatch

@@ -6,7 +6,8 @@ from typing import Any
 
 import yaml
 
-from flipscale.files.ranges import NotNegative, Overhead
+from flipscale.io.errors import UserError
+from flipscale.io.ranges import NotNegative, Overhead
 
 # In `hub` before; every recipe that a run saved then has them, mostly null.
 _FORMER = ("device_hour_dollars", "kwh_co2_grams")
@@ -53,7 +54,7 @@ def refuse_former(flag: str) -> None:
     """
     for name in _FORMER:
         if flag == f"--hub.{name}":
-            raise ValueError(f"hub.{name} is called cost.{name} now; set that")
+            raise UserError(f"hub.{name} is called cost.{name} now; set that")
 
 
 def without_former(file: Path, outline: Any, is_saved: bool) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from flipscale.files import json_lines
+from flipscale.io import json_lines
 from flipscale.training.cost.energy import Energy
 from flipscale.training.cost.recipe import CostRecipe
 

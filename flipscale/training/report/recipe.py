@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from flipscale.files.ranges import CountOrNone, SamplesOrNone, Seconds, ShareBelowAll
+from flipscale.io.ranges import CountOrNone, SamplesOrNone, Seconds, ShareBelowAll
 
 
 @dataclass(frozen=True)

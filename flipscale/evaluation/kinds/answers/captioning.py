@@ -14,7 +14,8 @@ from flipscale.evaluation.kinds.task import Task
 from flipscale.evaluation.metrics import Estimate
 from flipscale.evaluation.results import Result
 from flipscale.evaluation.test_set import TestSet
-from flipscale.files.ranges import Count
+from flipscale.io.errors import UserError
+from flipscale.io.ranges import Count
 
 Metric = Literal["cider", "bleu_4", "rouge_l", "meteor", "spice"]
 
@@ -55,7 +56,7 @@ Intervals are over images, the set's references being given; of BLEU by the boot
 
     def __post_init__(self) -> None:
         if not self.metrics:
-            raise ValueError(f"metrics is {self.metrics}; it must list one or more, such as [cider, bleu_4]")
+            raise UserError(f"metrics is {self.metrics}; it must list one or more, such as [cider, bleu_4]")
 
     def truth(self, test_set: TestSet) -> Callable[[int, int], Any]:
         return test_set.captions_of

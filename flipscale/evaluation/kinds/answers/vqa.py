@@ -16,6 +16,7 @@ from flipscale.evaluation.kinds.task import Task
 from flipscale.evaluation.probe.views import ChosenRows
 from flipscale.evaluation.results import Result
 from flipscale.evaluation.test_set import TestSet, of_my_rows
+from flipscale.io.errors import UserError
 
 # VQAv2's threshold: an answer that three of ten people gave is right.
 _ENOUGH = 3
@@ -100,7 +101,7 @@ the only one given (Antol et al. 2015). Intervals take questions for independent
         """
         found = embedder.model.config.answer_config.num_answers
         if found != num_answers:
-            raise ValueError(
+            raise UserError(
                 f"{self.data} lists {num_answers} answers, and the model chooses among {found}; test it on its own list"
             )
 
@@ -132,7 +133,7 @@ def _question(test_set: TestSet, num_answers: int, shard: int, number: int) -> t
     array = test_set.source.read_array(shard, number)
     if array is not None:
         if array.shape != (num_answers + 1,) or array.dtype.kind not in "iu" or not (array >= 0).all():
-            raise ValueError(
+            raise UserError(
                 f"{where} has a KEY.npy of {array.dtype} {array.shape}; it must count the people who gave each of the "
                 f"{num_answers} answers, and any other"
             )
@@ -141,9 +142,9 @@ def _question(test_set: TestSet, num_answers: int, shard: int, number: int) -> t
             return question, votes
     label = test_set.source.read_label(shard, number)
     if label is None:
-        raise ValueError(f"{where} has no answer; vqa needs a KEY.cls or KEY.npy for every question")
+        raise UserError(f"{where} has no answer; vqa needs a KEY.cls or KEY.npy for every question")
     if label >= num_answers:
-        raise ValueError(f"{where} has answer {label}; {num_answers} answers are listed, counted from 0")
+        raise UserError(f"{where} has answer {label}; {num_answers} answers are listed, counted from 0")
     return question, {label: 1}
 
 

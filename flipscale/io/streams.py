@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from flipscale.files.text_table import visible
+from flipscale.io.text_table import visible
 
 # What a progress bar writes to move to another's line.
 _MOVES = re.compile(r"\n*(\x1b\[A)*")

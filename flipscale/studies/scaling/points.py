@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from flipscale.io.errors import UserError
+
 
 @dataclass(frozen=True)
 class Points:
@@ -38,7 +40,7 @@ class Points:
             is_wrong = ~((values > 0) & (values < np.inf))
             if is_wrong.any():
                 name, value = self.names[is_wrong][0], values[is_wrong][0]
-                raise ValueError(f"{field.name} of {name} is {value:g}; a law of scaling takes numbers above 0")
+                raise UserError(f"{field.name} of {name} is {value:g}; a law of scaling takes numbers above 0")
 
     def __len__(self) -> int:
         return len(self.names)

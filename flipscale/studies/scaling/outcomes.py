@@ -11,7 +11,7 @@ import numpy as np
 from flipscale.evaluation.intervals import mean_of
 from flipscale.evaluation.reports.figures import drawing_pyplot, save_figure
 from flipscale.evaluation.results import Result
-from flipscale.evaluation.scaling.figures import line_styles, tidy
+from flipscale.studies.scaling.figures import line_styles, tidy
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -4,8 +4,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from flipscale.evaluation.scaling.laws import Law
-from flipscale.evaluation.scaling.points import Points
+from flipscale.io.errors import UserError
+from flipscale.studies.scaling.laws import Law
+from flipscale.studies.scaling.points import Points
 
 # Budgets as near as this to the largest are the largest.
 _SAME_BUDGET = 0.99
@@ -69,7 +70,7 @@ def refuse_few(law: Law, points: Points) -> None:
     if count < needed:
         where = "" if count == len(points) else f" of {len(points)} on the front"
         has = f"1 point{where} is" if count == 1 else f"{count} points{where} are"
-        raise ValueError(
+        raise UserError(
             f"{law.name}: {has} too few for {len(law.parameters)} parameters, which take {needed}; "
             "train more configurations"
         )

@@ -12,6 +12,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from flipscale.io.errors import UserError
+
 
 @dataclass(frozen=True)
 class Range:
@@ -80,7 +82,7 @@ def check_ranges(value: Any, path: str = "") -> None:
     """
     for name, number, allowed in _numbers(value, type(value), path):
         if number not in allowed:
-            raise ValueError(f"{name} is {_short(number)}; it must be {allowed}")
+            raise UserError(f"{name} is {_short(number)}; it must be {allowed}")
 
 
 def in_our_words(error: Exception, hints: Mapping[str, Any]) -> str:
@@ -124,11 +126,11 @@ def _numbers(value: Any, hint: Any, path: str) -> Iterator[tuple[str, float, Ran
         for field in dataclasses.fields(value):
             name = f"{path}.{field.name}" if path else field.name
             if getattr(value, field.name) is None and type(None) not in get_args(hints[field.name]):
-                raise ValueError(f"{name} is null; leave it out, or give it a value")
+                raise UserError(f"{name} is null; leave it out, or give it a value")
             yield from _numbers(getattr(value, field.name), hints[field.name], name)
     elif isinstance(value, str):
         if odd := next((letter for letter in value if letter < " " or "\ud800" <= letter <= "\udfff"), ""):
-            raise ValueError(f"{path} is {value[:60]!r}; it must be without {odd!r}, which no name has")
+            raise UserError(f"{path} is {value[:60]!r}; it must be without {odd!r}, which no name has")
     elif get_origin(hint) is Annotated:
         yield from ((path, value, one) for one in hint.__metadata__ if isinstance(one, Range))
     elif get_origin(hint) in (Union, types.UnionType) and isinstance(value, int | float):

@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from itertools import zip_longest
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from flipscale.files.ranges import Range
+from flipscale.io.errors import UserError
+from flipscale.io.ranges import Range
 
 _METAVARS = {int: "N", float: "X", str: "TEXT", bool: "{true,false}", list: "LIST", tuple: "LIST", dict: "MAPPING"}
 _WORDS = {None: "null", True: "true", False: "false", "": "empty"}
@@ -119,14 +120,14 @@ def check_fields(content: Any, hint: Any, path: str, file: str) -> None:
         return
     if not isinstance(content, dict):
         what = f"{content!r:.60}" if content else "empty"
-        raise ValueError(f"{file}: {path or 'the recipe'} is {what}; it must have fields, such as name: value")
+        raise UserError(f"{file}: {path or 'the recipe'} is {what}; it must have fields, such as name: value")
     hints = get_type_hints(hint)
     for name, value in content.items():
         inner = f"{path}.{name:.60}" if path else f"{name:.60}"
         if name not in hints and name != "<<":
             near = difflib.get_close_matches(name, hints, 1)
             has = f"did you mean {near[0]}?" if near else f"there are {', '.join(hints)}"
-            raise ValueError(f"{file}: {inner} is no field of a recipe; {has}")
+            raise UserError(f"{file}: {inner} is no field of a recipe; {has}")
         check_fields(value, hints.get(name), inner, file)
 
 

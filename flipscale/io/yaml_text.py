@@ -6,6 +6,8 @@ from typing import Any
 
 import yaml
 
+from flipscale.io.errors import UserError
+
 MAX_BYTES = 262_144
 _MAX_DEPTH = 32
 _MAX_VALUES = 100_000
@@ -23,19 +25,19 @@ def read_outline(file: Path) -> Any:
     """
     if not file.is_file():
         what = "a folder" if file.is_dir() else "no plain file"
-        raise ValueError(f"{file} is {what}; name a YAML file")
+        raise UserError(f"{file} is {what}; name a YAML file")
     size = file.stat().st_size
     if size > MAX_BYTES:
-        raise ValueError(f"{file} has {size:,} bytes; at most {MAX_BYTES:,} of YAML are read")
+        raise UserError(f"{file} has {size:,} bytes; at most {MAX_BYTES:,} of YAML are read")
     try:
         text = file.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not in UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8") from None
+        raise UserError(f"{file} is not in UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8") from None
     try:
         check_yaml(text, str(file), refuses_surprises=True)
         return yaml.load(text, Loader=getattr(yaml, "CBaseLoader", yaml.BaseLoader))
     except yaml.YAMLError as error:
-        raise ValueError(f"{file} cannot be read as YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"{file} cannot be read as YAML: {' '.join(str(error).split())}") from None
 
 
 def read_saved(file: Path) -> dict[str, Any]:
@@ -46,14 +48,14 @@ def read_saved(file: Path) -> dict[str, Any]:
     """
     try:
         if not file.is_file() or file.stat().st_size > MAX_BYTES:
-            raise ValueError("no file of a recipe's size")
+            raise UserError("no file of a recipe's size")
         text = file.read_text(encoding="utf-8")
         check_yaml(text, str(file))
         content = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError):
         content = None
     if not isinstance(content, dict):
-        raise ValueError(
+        raise UserError(
             f"{file} is not the recipe that the run began with, it is damaged; copy the one of a checkpoint there "
             f"({file.parent}/checkpoints/step-*/recipe.yaml)"
         )
@@ -124,7 +126,7 @@ class _Walk:
 
     def _refuse(self, event: yaml.Event, what: str) -> None:
         assert event.start_mark is not None
-        raise ValueError(f"{self._where} {what} (line {event.start_mark.line + 1})")
+        raise UserError(f"{self._where} {what} (line {event.start_mark.line + 1})")
 
 
 class _Open:

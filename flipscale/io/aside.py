@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from flipscale.io.errors import UserError
+
 
 def partial_path(path: Path) -> Path:
     """Return the name under which `path` is written until it is whole: `.NAME.partial` beside it."""
@@ -53,7 +55,7 @@ def new_folder(path: Path) -> Iterator[Path]:
         ValueError: `path` exists.
     """
     if path.exists():
-        raise ValueError(f"{path} is there already; name another folder or remove it")
+        raise UserError(f"{path} is there already; name another folder or remove it")
     path.parent.mkdir(parents=True, exist_ok=True)
     with written_aside(path) as partial:
         partial.mkdir()
@@ -69,12 +71,12 @@ def refuse_unwritable(folder: Path) -> None:
     for there in (folder, *folder.parents):
         if there.is_dir():
             if not os.access(there, os.W_OK | os.X_OK):
-                raise ValueError(f"{there} is not writable for this user; name another folder, or change its rights")
+                raise UserError(f"{there} is not writable for this user; name another folder, or change its rights")
             return
         if there.is_symlink() and not there.exists():
-            raise ValueError(f"{there} is a link to {os.readlink(there)}, which is not there; name another folder")
+            raise UserError(f"{there} is a link to {os.readlink(there)}, which is not there; name another folder")
         if there.exists():
-            raise ValueError(f"{there} is a file; name another folder, or move it away")
+            raise UserError(f"{there} is a file; name another folder, or move it away")
 
 
 def write_text(path: Path, text: str) -> None:

@@ -4,6 +4,8 @@ import os
 import shutil
 from pathlib import Path
 
+from flipscale.io.errors import UserError
+
 
 def check_room(folder: Path, needed: int, fewer: str) -> None:
     """Raise if the disk of a folder, which may not be there yet, has no room for `needed` bytes.
@@ -16,7 +18,7 @@ def check_room(folder: Path, needed: int, fewer: str) -> None:
     """
     free = shutil.disk_usage(next(place for place in (folder, *folder.absolute().parents) if place.exists())).free
     if needed > free:
-        raise ValueError(
+        raise UserError(
             f"{size_text(needed)} are needed and the disk of {folder} has {size_text(free)} free; make room, name "
             f"another folder, or {fewer}"
         )

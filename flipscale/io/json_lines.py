@@ -7,8 +7,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from flipscale.files.aside import sync, written_aside
-from flipscale.files.plain_file import refuse_others
+from flipscale.io.aside import sync, written_aside
+from flipscale.io.plain_file import refuse_others
 
 _log = logging.getLogger(__name__)
 

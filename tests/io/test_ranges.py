@@ -9,7 +9,7 @@ from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 import pytest
 
 from flipscale.evaluation.kinds import kinds as tasks
-from flipscale.files.ranges import Count, Positive, Range, Share, ShareBelowAll, check_ranges
+from flipscale.io.ranges import Count, Positive, Range, Share, ShareBelowAll, check_ranges
 from flipscale.objectives import kinds as losses
 from flipscale.training.recipe import Recipe
 

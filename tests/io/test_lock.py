@@ -13,13 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from flipscale.files import lock as module
-from flipscale.files.lock import FolderLock
+from flipscale.io import lock as module
+from flipscale.io.lock import FolderLock
 
 HELD = """
 import sys, time
 from pathlib import Path
-from flipscale.files.lock import FolderLock
+from flipscale.io.lock import FolderLock
 FolderLock(Path(sys.argv[1]), "trains here").acquire()
 print("held", flush=True)
 time.sleep(60)

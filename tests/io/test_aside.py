@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from flipscale.files.aside import new_folder, own_partial_path, partial_path, write_text, written_aside
+from flipscale.io.aside import new_folder, own_partial_path, partial_path, write_text, written_aside
 
 
 def test_a_file_appears_when_it_is_whole(tmp_path: Path) -> None:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from flipscale.files.digests import Digester, FileDigest
+from flipscale.io.digests import Digester, FileDigest
+from flipscale.io.errors import UserError
 
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16"}
 
@@ -56,6 +57,6 @@ def check_weight(name: str, weight: torch.Tensor) -> None:
         ValueError: it is no floating-point tensor, or has a NaN or an infinite number.
     """
     if not weight.is_floating_point():
-        raise ValueError(f"weight {name} is of type {str(weight.dtype).removeprefix('torch.')}; it must be a float")
+        raise UserError(f"weight {name} is of type {str(weight.dtype).removeprefix('torch.')}; it must be a float")
     if weight.numel() and not all(end.isfinite() for end in weight.detach().float().aminmax()):
-        raise ValueError(f"weight {name} has numbers that are NaN or infinite; use weights of an earlier step")
+        raise UserError(f"weight {name} has numbers that are NaN or infinite; use weights of an earlier step")

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from flipscale.files.command_line import Parser, number, output_folder
-from flipscale.files.ranges import Count, Positive, Share
+from flipscale.io.command_line import Parser, number, output_folder
+from flipscale.io.ranges import Count, Positive, Share
 
 
 def test_the_option_is_named() -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from flipscale.evaluation.intervals import mean_of
+from flipscale.io.errors import UserError
 
 # Runs that a line takes: its two parameters + 2.
 _LEAST_RUNS = 4
@@ -132,7 +133,7 @@ def _base(arms: Sequence[Arm]) -> Arm:
     for arm in arms:
         if not arm.levels:
             return arm
-    raise ValueError("no run of the base is finished, which effects are told against; train it")
+    raise UserError("no run of the base is finished, which effects are told against; train it")
 
 
 def _rows(shown: Sequence[Arm], arms: Sequence[Arm], parts: Callable[[Arm], list[tuple[int, Arm]]]) -> Table:

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from flipscale.evaluation.scaling.points import Points
+from flipscale.io.errors import UserError
+from flipscale.studies.scaling.points import Points
 
 # Beyond it, a residual in logs counts by its size and no longer by its square.
 _HUBER = 1e-3
@@ -147,13 +148,13 @@ class AdditiveLaw(Law):
         values = {axis: len(np.unique(getattr(points, axis.field))) for axis in self._AXES}
         for axis, number in values.items():
             if number == 2:
-                raise ValueError(
+                raise UserError(
                     f"additive: the points have two values of {axis.field}, and a power above a floor takes three; "
                     "train another one"
                 )
         self._axes = [axis for axis, number in values.items() if number > 2]
         if not self._axes:
-            raise ValueError(
+            raise UserError(
                 "additive: all points have the same parameters, samples and pairs; train some that differ in them"
             )
         self.spent = [axis.field for axis in self._axes]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from flipscale.files.digests import (
+from flipscale.io.digests import (
     CHUNK_BYTES,
     Comparison,
     Damage,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from flipscale.files.room import check_room, size_text, usable_cores
+from flipscale.io.room import check_room, size_text, usable_cores
 
 
 def test_the_disk_of_a_folder_that_is_not_there_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -33,7 +33,7 @@ def test_sizes(num_bytes: int, text: str) -> None:
 def test_the_cores_of_a_job_that_has_one() -> None:
     count = """
 import os
-from flipscale.files.room import usable_cores
+from flipscale.io.room import usable_cores
 os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 print(usable_cores())
 """

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from flipscale.files import json_lines
+from flipscale.io import json_lines
 
 
 def test_records_come_back_in_order(tmp_path: Path) -> None:

@@ -7,8 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn, get_args
 
-from flipscale.files.ranges import Threads
-from flipscale.files.room import usable_cores
+from flipscale.io.errors import UserError
+from flipscale.io.ranges import Threads
+from flipscale.io.room import usable_cores
 
 _LONGEST_NAME = 255  # of a file, on all usual file systems
 
@@ -23,7 +24,7 @@ class Parser(argparse.ArgumentParser):
             ValueError: always.
         """
         words = re.sub(r"^argument ([^:]+): is ", r"\1 is ", message)
-        raise ValueError(f"{words}; see {self.prog} --help")
+        raise UserError(f"{words}; see {self.prog} --help")
 
 
 def output_folder(text: str) -> Path:
@@ -53,7 +54,7 @@ def number(kind: Any) -> Callable[[str], Any]:
     """Return what argparse takes as the type of an option: it reads an int or a float in its range.
 
     Args:
-        kind: of `flipscale.files.ranges`, such as `Count`.
+        kind: of `flipscale.io.ranges`, such as `Count`.
     """
     base, allowed = get_args(kind)
     what = "a whole number" if base is int else "a number"

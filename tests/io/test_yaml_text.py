@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from flipscale.files.yaml_text import MAX_BYTES, read_outline
+from flipscale.io.yaml_text import MAX_BYTES, read_outline
 
 BOMB = "a0: &a0 [1, 2]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 12))
 

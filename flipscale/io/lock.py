@@ -18,8 +18,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from flipscale.files.aside import own_partial_path
-from flipscale.files.plain_file import plain_text
+from flipscale.io.aside import own_partial_path
+from flipscale.io.errors import UserError
+from flipscale.io.plain_file import plain_text
 
 _log = logging.getLogger(__name__)
 
@@ -140,7 +141,7 @@ class FolderLock:
                 self._replace(mine, found)
                 continue
             if _lives_here(found) or found.touched != first.touched:
-                raise ValueError(f"{found.words} {self.doing}; wait for it, stop it, or use another folder")
+                raise UserError(f"{found.words} {self.doing}; wait for it, stop it, or use another folder")
             if not told:
                 told = True
                 _log.warning("%s held %s; waiting up to %.0f s for a sign of it", found.words, self.path, STALE_SECONDS)
@@ -203,7 +204,7 @@ class FolderLock:
         """
         if self.path.exists() and not self.path.is_file():
             what = "a folder" if self.path.is_dir() else "no plain file"
-            raise ValueError(f"{self.path} is {what}, and a lock is to be there; move it away")
+            raise UserError(f"{self.path} is {what}, and a lock is to be there; move it away")
         try:
             touched = _fresh_stat(self.path).st_mtime
             return Holder(_parsed(self.path.read_bytes()), touched)

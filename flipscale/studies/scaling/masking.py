@@ -15,8 +15,8 @@ from flipscale.evaluation.reports.comparison import Curve
 from flipscale.evaluation.reports.figures import drawing_pyplot, save_figure
 from flipscale.evaluation.reports.seeds import seconds_to
 from flipscale.evaluation.results import NOTHING
-from flipscale.evaluation.scaling.transfer import Effect
-from flipscale.files.text_table import markdown_table
+from flipscale.io.text_table import markdown_table
+from flipscale.studies.scaling.transfer import Effect
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 
 from flipscale.evaluation.results import NOTHING
-from flipscale.evaluation.scaling.fitting import Fit, Prediction
-from flipscale.evaluation.scaling.transfer import (
+from flipscale.io.text_table import in_markdown, markdown_table
+from flipscale.studies.scaling.fitting import Fit, Prediction
+from flipscale.studies.scaling.transfer import (
     Arm,
     Effect,
     Table,
@@ -14,7 +15,6 @@ from flipscale.evaluation.scaling.transfer import (
     tasks_moved,
     tasks_of,
 )
-from flipscale.files.text_table import in_markdown, markdown_table
 
 
 def fit_words(fit: Fit) -> str:

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from flipscale.io.errors import UserError
+
 _MOST_BYTES = 64 << 20
 
 
@@ -12,7 +14,7 @@ def refuse_others(path: Path) -> None:
         ValueError: it is a folder, a pipe or a device.
     """
     if path.exists() and not path.is_file():
-        raise ValueError(f"{path} is {'a folder' if path.is_dir() else 'no plain file'}; move it away")
+        raise UserError(f"{path} is {'a folder' if path.is_dir() else 'no plain file'}; move it away")
 
 
 def refuse_no_png(path: Path, flag: str) -> None:
@@ -22,7 +24,7 @@ def refuse_no_png(path: Path, flag: str) -> None:
         ValueError: it is no name of a PNG file in a folder, or there is something else than a file.
     """
     if path.suffix.lower() != ".png" or not path.absolute().parent.is_dir():
-        raise ValueError(f"{flag} {path} cannot be written; name a PNG file in a folder that exists")
+        raise UserError(f"{flag} {path} cannot be written; name a PNG file in a folder that exists")
     refuse_others(path)
 
 
@@ -35,7 +37,7 @@ def plain_text(path: Path) -> str:
     """
     refuse_others(path)
     if path.stat().st_size > _MOST_BYTES:
-        raise ValueError(f"{path} has {path.stat().st_size:,} bytes; at most {_MOST_BYTES:,} are read")
+        raise UserError(f"{path} has {path.stat().st_size:,} bytes; at most {_MOST_BYTES:,} are read")
     return path.read_text(encoding="utf-8")
 
 

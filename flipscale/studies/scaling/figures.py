@@ -10,9 +10,9 @@ from flipscale.evaluation.intervals import mean_of
 from flipscale.evaluation.reports.comparison import Curve
 from flipscale.evaluation.reports.figures import drawing_pyplot, save_figure
 from flipscale.evaluation.results import Result
-from flipscale.evaluation.scaling.fitting import Fit
-from flipscale.evaluation.scaling.points import Points
-from flipscale.evaluation.scaling.transfer import Table
+from flipscale.studies.scaling.fitting import Fit
+from flipscale.studies.scaling.points import Points
+from flipscale.studies.scaling.transfer import Table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
