@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 MINUTES ?= 7
 
-.PHONY: setup demo test lint bench fuzz
+.PHONY: setup demo test nightly lint bench fuzz
 
 setup: .venv/installed
 
@@ -18,6 +18,10 @@ demo: setup
 
 test: setup
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
+
+# The tests marked `long` too, of which `make test` runs a sixth in turn.
+nightly: export FLIPSCALE_LONG = all
+nightly: test
 
 lint: setup
 	$(BIN)/ruff check .

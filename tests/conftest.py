@@ -23,6 +23,7 @@ import cv2
 import numpy as np
 import processes
 import pytest
+import turns
 import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -41,8 +42,12 @@ def pytest_configure() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the long files first."""
+pytest_sessionstart = turns.pytest_sessionstart
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out the long tests that are not chosen, and put the files that take long first."""
+    turns.pytest_collection_modifyitems(config, items)
     tests = Path(__file__).parent
     places = {name: number for number, name in enumerate(LONG_FILES)}
     items.sort(key=lambda item: places.get(item.path.relative_to(tests).parts[0], len(places)))
