@@ -13,10 +13,10 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from flipscale.engines.checkpoint import CheckpointReader, CheckpointWriter, checkpoint_of, list_checkpoints
+from flipscale.engines.checkpoint_integrity import begin_reading
 from flipscale.engines.device import best_attention
 from flipscale.engines.launch import launch_of, precision_in_words
 from flipscale.engines.start import build_engine, close_process_group, exit_now
-from flipscale.engines.whole_checkpoint import begin_reading
 from flipscale.evaluation.class_names import keep_class_names
 from flipscale.evaluation.results import latest, read_results
 from flipscale.hub.background_push import BackgroundPush, card_name, open_target, push_finished

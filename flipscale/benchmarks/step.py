@@ -11,8 +11,7 @@ import torch
 from torch import nn
 
 from flipscale.engines.device import best_attention, fastest_product, peak_memory_bytes, wait_for
-from flipscale.engines.optimizers.groups import build_optimizers, set_learning_rate
-from flipscale.engines.recipe import OptimRecipe
+from flipscale.engines.optimizers import OptimRecipe, build_optimizers, set_learning_rate
 from flipscale.io.errors import UserError
 from flipscale.model import FlipConfig, FlipModel
 from flipscale.model.patches import keep_lowest, num_kept

@@ -26,7 +26,7 @@ from flipscale.engines.checkpoint import CheckpointWriter, SaveRecipe
 from flipscale.engines.device import best_attention
 from flipscale.engines.first_weights import no_weights
 from flipscale.engines.launch import Launch
-from flipscale.engines.optimizers.groups import encoder_blocks
+from flipscale.engines.optimizers import encoder_blocks
 from flipscale.engines.start import build_engine, engine_class, start_accelerator
 from flipscale.io.errors import UserError
 from flipscale.planning.activations import Step, example_batch

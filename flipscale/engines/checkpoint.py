@@ -7,7 +7,7 @@
     recipe.yaml             as resolved
     digests.json            of all these files, see `files.digests`; format 1, which state.json does not name, has none
 
-A checkpoint that was found not to be whole is kept as `bad-step-00012345` (`whole_checkpoint`).
+A checkpoint that was found not to be whole is kept as `bad-step-00012345` (`checkpoint_integrity`).
 
 No engine shows in these files, so a run can go on under another one and at another number of processes: each process
 reads the ranges that it needs.
@@ -29,10 +29,10 @@ import torch
 from safetensors import safe_open
 
 import flipscale
-from flipscale.engines.recipe import SaveRecipe
 from flipscale.io.aside import partial_path, remove, sync
 from flipscale.io.digests import FileDigest, digest_of, digests_as_text
 from flipscale.io.errors import UserError
+from flipscale.io.ranges import Count, Minutes, SamplesOrNone
 from flipscale.io.tensor_file import write_tensors
 
 if TYPE_CHECKING:
@@ -42,6 +42,22 @@ FORMAT = 2
 _NAME = re.compile(r"step-([0-9]{8}|[1-9][0-9]{8,})")
 
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class SaveRecipe:
+    """When checkpoints are written. Training goes on while they are.
+
+    Args:
+        every_samples: How many samples lie between two checkpoints; at 0, there is one only at the end and on a stop
+            signal.
+        every_minutes: How many minutes lie between two checkpoints, in addition; at 0, the clock is not looked at.
+        total_limit: How many of the newest checkpoints are kept.
+    """
+
+    every_samples: SamplesOrNone = 0
+    every_minutes: Minutes = 0.0
+    total_limit: Count = 2
 
 
 @dataclass(frozen=True)
@@ -60,7 +76,7 @@ class Piece:
 
 
 def latest_checkpoint(run_dir: Path) -> Path | None:
-    """Return the newest checkpoint of a run, or None; `whole_checkpoint` tells whether it is whole.
+    """Return the newest checkpoint of a run, or None; `checkpoint_integrity` tells whether it is whole.
 
     Raises:
         OSError: as `list_checkpoints`.

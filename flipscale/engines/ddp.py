@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from flipscale.engines.engine import Engine, ModelMemory
 from flipscale.engines.launch import Launch
-from flipscale.engines.optimizers.groups import build_optimizers
+from flipscale.engines.optimizers import build_optimizers
 
 
 class DdpEngine(Engine):

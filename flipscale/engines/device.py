@@ -159,7 +159,7 @@ def keep_freed_memory() -> None:
     mallopt(top_pad, 2**28)
 
 
-def stay_near(device: torch.device) -> None:
+def bind_to_numa(device: torch.device) -> None:
     """Keep this process on the CPUs of the socket that its GPU hangs on, so that what is sent to the GPU lies in memory
     beside it. The workers that it starts stay there, too.
 

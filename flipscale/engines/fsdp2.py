@@ -17,8 +17,8 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from flipscale.engines.engine import Engine, ModelMemory
 from flipscale.engines.launch import Launch
 from flipscale.engines.layout import Layout, Shard
-from flipscale.engines.optimizers.groups import encoder_blocks, gradient_norm
-from flipscale.engines.optimizers.muon import local
+from flipscale.engines.muon import local
+from flipscale.engines.optimizers import encoder_blocks, gradient_norm
 
 
 class Fsdp2Engine(Engine):

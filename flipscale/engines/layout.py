@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from flipscale.engines.checkpoint import CheckpointReader, Piece
-from flipscale.engines.optimizers.groups import empty_state, moment_names
+from flipscale.engines.optimizers import empty_state, moment_names
 
 
 class Shard(NamedTuple):

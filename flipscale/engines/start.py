@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, NamedTuple, NoReturn
 import torch
 import torch.distributed as dist
 
-from flipscale.engines.device import keep_freed_memory, stay_near
+from flipscale.engines.device import bind_to_numa, keep_freed_memory
 from flipscale.engines.launch import Launch, launched_precision, whole_number
-from flipscale.engines.recipe import OptimRecipe
+from flipscale.engines.optimizers import OptimRecipe
 from flipscale.io.errors import UserError
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ def start_accelerator(report_to: list[str], run_dir: str) -> "Accelerator":
                 f"the environment is not one that a launcher sets ({error}); unset its ACCELERATE_ and MASTER_ "
                 "variables, or use a launcher"
             ) from error
-    stay_near(accelerator.device)
+    bind_to_numa(accelerator.device)
     promised = promised_processes(os.environ)
     if accelerator.num_processes < promised:
         raise UserError(

@@ -13,7 +13,7 @@ from torch import nn
 from flipscale.engines.engine import Batch, Engine, ModelMemory
 from flipscale.engines.launch import Launch, shipped
 from flipscale.engines.layout import Layout, Shard
-from flipscale.engines.optimizers.groups import build_optimizers, empty_state
+from flipscale.engines.optimizers import build_optimizers, empty_state
 from flipscale.io.errors import UserError
 
 # DeepSpeed's own values, in elements, where its settings leave them out.

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from flipscale.engines.device import best_attention
-from flipscale.engines.optimizers.groups import encoder_blocks
+from flipscale.engines.optimizers import encoder_blocks
 from flipscale.model import FlipConfig
 from flipscale.model.patches import num_kept
 from flipscale.objectives.contrastive import Contrastive

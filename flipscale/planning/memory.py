@@ -12,7 +12,7 @@ from flipscale.data.feeding import BATCHES_ON_DEVICE
 from flipscale.data.loader import pairs_of_a_process
 from flipscale.engines.first_weights import model_without_storage
 from flipscale.engines.launch import Launch
-from flipscale.engines.optimizers.groups import muon_buffer_bytes, num_moments
+from flipscale.engines.optimizers import muon_buffer_bytes, num_moments
 from flipscale.engines.start import engine_class, engine_classes
 from flipscale.io.errors import UserError
 from flipscale.model import FlipConfig, FlipModel, FlipPreTrainedModel

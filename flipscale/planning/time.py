@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from flipscale.data.loader import pairs_of_a_process
 from flipscale.engines.fsdp2 import Fsdp2Engine
 from flipscale.engines.launch import Launch
-from flipscale.engines.optimizers.groups import encoder_blocks, muon_matrices
+from flipscale.engines.optimizers import encoder_blocks, muon_matrices
 from flipscale.engines.start import engine_class
 from flipscale.engines.zero import ZeroEngine
 from flipscale.io.errors import UserError

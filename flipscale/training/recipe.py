@@ -14,7 +14,8 @@ import yaml
 
 from flipscale.data.masks.recipe import MaskRecipe
 from flipscale.data.recipe import DataRecipe
-from flipscale.engines.recipe import OptimRecipe, SaveRecipe
+from flipscale.engines.checkpoint import SaveRecipe
+from flipscale.engines.optimizers import OptimRecipe
 from flipscale.evaluation.recipe import EvalRecipe
 from flipscale.io.errors import UserError
 from flipscale.io.fields import add_fields, check_fields, fields_that_differ

@@ -21,9 +21,9 @@ from flipscale.data.pairs import InputShape, PairDataset
 from flipscale.data.sources.opening import open_source
 from flipscale.data.sources.source import Source, shard_sizes_digest
 from flipscale.data.tokenizers import check_begin_and_end, check_tokenizer, load_tokenizer
+from flipscale.engines.checkpoint_integrity import Contents, newest_whole
 from flipscale.engines.launch import place_in_world
 from flipscale.engines.start import start_accelerator
-from flipscale.engines.whole_checkpoint import Contents, newest_whole
 from flipscale.evaluation.class_names import refuse_other_class_names, training_class_names
 from flipscale.evaluation.embedding import parts_of
 from flipscale.evaluation.kinds.task import Task

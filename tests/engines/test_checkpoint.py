@@ -21,8 +21,7 @@ from flipscale.engines.ddp import DdpEngine
 from flipscale.engines.engine import Engine
 from flipscale.engines.first_weights import fresh_weights
 from flipscale.engines.launch import Launch
-from flipscale.engines.optimizers.groups import gradient_norm
-from flipscale.engines.recipe import OptimRecipe
+from flipscale.engines.optimizers import OptimRecipe, gradient_norm
 from flipscale.model import FlipConfig
 from flipscale.objectives.contrastive import contrastive_loss
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from flipscale.engines import device
-from flipscale.engines.device import peak_flops, stay_near
+from flipscale.engines.device import bind_to_numa, peak_flops
 
 
 @pytest.mark.parametrize(
@@ -58,15 +58,15 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[set[int]]:
 
 
 def test_a_process_stays_on_the_socket_of_its_gpu(machine: list[set[int]]) -> None:
-    stay_near(torch.device("cuda", 1))
-    stay_near(torch.device("cuda", 0))
+    bind_to_numa(torch.device("cuda", 1))
+    bind_to_numa(torch.device("cuda", 0))
     assert machine == [{4, 5, 6, 7}, {1, 2, 3}]
 
 
 def test_no_socket_is_left_idle(machine: list[set[int]], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    stay_near(torch.device("cuda", 0))
+    bind_to_numa(torch.device("cuda", 0))
     monkeypatch.setattr(device, "_pci_address", lambda gpu: "0000:99:00.0")
-    stay_near(torch.device("cuda", 0))
-    stay_near(torch.device("cpu"))
+    bind_to_numa(torch.device("cuda", 0))
+    bind_to_numa(torch.device("cpu"))
     assert machine == []

@@ -21,7 +21,7 @@ from flipscale.engines.launch import (
     precision_in_words,
     read_launch_file,
 )
-from flipscale.engines.recipe import OptimRecipe
+from flipscale.engines.optimizers import OptimRecipe
 from flipscale.engines.start import build_engine, engine_class, engine_classes, promised_processes, start_accelerator
 
 FOLDER = Path(__file__).parents[2] / "ds_configs"

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from flipscale.engines.optimizers.muon import Muon, orthogonalise
+from flipscale.engines.muon import Muon, orthogonalise
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

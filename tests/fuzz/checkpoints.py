@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from flipscale.engines.checkpoint import CheckpointReader
-from flipscale.engines.whole_checkpoint import contents, require_whole
+from flipscale.engines.checkpoint_integrity import contents, require_whole
 from flipscale.io.digests import Damage, digest_of, digests_as_text
 
 PART = "part-00000.safetensors"

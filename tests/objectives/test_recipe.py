@@ -13,8 +13,7 @@ from conftest import metrics
 
 from flipscale.cli import main
 from flipscale.data.masks.recipe import MaskRecipe
-from flipscale.engines.optimizers.groups import build_optimizers
-from flipscale.engines.recipe import OptimRecipe
+from flipscale.engines.optimizers import OptimRecipe, build_optimizers
 from flipscale.model import FlipConfig, FlipModel, FlipOutput
 from flipscale.objectives.contrastive import Contrastive, contrastive_loss
 from flipscale.objectives.kinds import KINDS

@@ -10,7 +10,7 @@ import pytest
 from conftest import add_member
 
 from flipscale.engines.launch import place_in_world
-from flipscale.engines.recipe import OptimRecipe
+from flipscale.engines.optimizers import OptimRecipe
 from flipscale.evaluation.rehearsal import rehearse
 from flipscale.evaluation.suite import build_tasks
 from flipscale.training.recipe import parse_recipe

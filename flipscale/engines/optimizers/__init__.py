@@ -1,1 +1,0 @@
-"""The optimisers: which parameters each of them moves, and Muon."""
