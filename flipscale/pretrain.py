@@ -229,14 +229,14 @@ def report(recipe: Recipe) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse a recipe and run it, or plan it with `--dry_run`; a user's mistake ends in one line and exit code 2."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    with report_user_errors() as resort:
+    with report_user_errors() as error_report:
         start_logging()
         if "--dry_run" in arguments:
             from flipscale.planning.dry_run import dry_run
 
             return dry_run(arguments)
         recipe = parse_recipe(arguments)
-        resort.folder = Path(recipe.output_dir)
+        error_report.run_dir = Path(recipe.output_dir)
         with told_of_the_disk(Path(recipe.output_dir)):
             pretrain(recipe)
         close_process_group()

@@ -5,11 +5,13 @@ from contextlib import ContextDecorator
 from dataclasses import dataclass
 from types import TracebackType
 
+from flipscale.io.errors import UserError
+
 _TRIED_IN_SHARD, _SHARDS_TRIED = 16, 16
 _LONGEST_REASON = 200  # characters; some libraries quote what they were given
 
 
-class BadSample(ValueError):
+class BadSample(UserError):
     """A sample that cannot be trained on. It is counted under `cause`; the message has the details."""
 
     cause = "bad_sample"

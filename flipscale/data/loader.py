@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import traceback
 from collections.abc import Iterator
 from multiprocessing import forkserver
 from typing import Any
@@ -88,8 +89,12 @@ class _ErrorsAsBatches(Dataset):
     def __getitems__(self, positions: list[int]) -> dict[str, Any] | Exception:
         try:
             return self.dataset.__getitems__(positions)
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, MemoryError) as error:
             return error
+        except Exception as error:  # an arbitrary class may fail to unpickle, or torch puts its traceback into the text
+            failure = RuntimeError(f"{type(error).__name__}: {error}")
+            failure.__notes__ = [traceback.format_exc()]  # type: ignore[attr-defined]
+            return failure
 
 
 def _pack(batch: Any) -> PackedBatch | Exception:

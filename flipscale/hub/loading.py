@@ -21,6 +21,7 @@ from flipscale.evaluation.embedders.transformers_model import transformers_embed
 from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.images import made_up
 from flipscale.io.errors import UserError
+from flipscale.io.quiet import without_bars
 from flipscale.io.tensor_file import check_weight
 from flipscale.model import (
     FlipConfig,
@@ -33,7 +34,6 @@ from flipscale.model import (
 from flipscale.model.fetched import fetched_folder
 from flipscale.model.folder import Header, check_folder, read_header, read_object
 from flipscale.objectives.own_models.captioning import CaptioningFlipModel
-from flipscale.training.report.quiet import without_bars
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -209,7 +209,7 @@ class OpenModels:
         if not faults:
             return embedder
         is_os_error, told = faults[0]
-        self._faults.append(OSError(told) if is_os_error else ValueError(told))
+        self._faults.append(OSError(told) if is_os_error else UserError(told))
         _log.warning("%s; the other models are evaluated", told)
         return None
 

@@ -21,6 +21,7 @@ from flipscale.hub.sentence_transformer import write_sentence_transformer
 from flipscale.io.aside import written_aside
 from flipscale.io.errors import UserError
 from flipscale.io.lock import FolderLock
+from flipscale.io.quiet import without_bars
 from flipscale.io.tensor_file import check_weight, write_tensors
 from flipscale.model import (
     FlipConfig,
@@ -32,7 +33,6 @@ from flipscale.model import (
 from flipscale.model.fetched import fetched_folder
 from flipscale.model.folder import check_folder, read_object
 from flipscale.training.recipe import parse_recipe
-from flipscale.training.report.quiet import without_bars
 
 # Larger weights are split into files, because the Hub's client resumes uploads and downloads file by file.
 MAX_SHARD_SIZE = "5GB"

@@ -195,11 +195,11 @@ def _explained(error: Exception, target: Target) -> Exception:
     status = cause.response.status_code if isinstance(cause, HfHubHTTPError) else None
     said = _without_token(" ".join((getattr(cause, "server_message", None) or str(cause or error)).split()))
     if isinstance(error, OfflineModeIsEnabled):
-        return ValueError(f"cannot push to {target}: HF_HUB_OFFLINE is set; unset it")
+        return UserError(f"cannot push to {target}: HF_HUB_OFFLINE is set; unset it")
     if status == 401:
-        return ValueError(f"the Hub rejects the token for {target} ({said}); log in with `hf auth login`")
+        return UserError(f"the Hub rejects the token for {target} ({said}); log in with `hf auth login`")
     if status in (403, 404):
-        return ValueError(
+        return UserError(
             f"the token may not write to {target} ({said}); use an organisation that you are a member of, and a token "
             "with write access"
         )
@@ -208,7 +208,7 @@ def _explained(error: Exception, target: Target) -> Exception:
     if isinstance(error, JSONDecodeError | RecursionError) or not is_answer:
         said = f"what {constants.ENDPOINT} answers is no Hub's: {said or type(error).__name__}"
     elif isinstance(error, ValueError) or (status is not None and 400 <= status < 500 and status not in _TEMPORARY):
-        return ValueError(f"the Hub refuses the push to {target} ({said})")
+        return UserError(f"the Hub refuses the push to {target} ({said})")
     return OSError(f"the push to {target} failed ({said or type(error).__name__})")
 
 

@@ -1,40 +1,37 @@
-"""Standard output and error, for anything that is printed: to a terminal, a pipe, a full disk or nowhere."""
+"""Standard output and error that escape control characters and survive closed or full streams."""
 
 import os
 import re
-import select
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from typing import Any
 
 from flipscale.io.text_table import visible
 
-# What a progress bar writes to move to another's line.
+# Progress bars move the cursor by these, so they stay as they are.
 _MOVES = re.compile(r"\n*(\x1b\[A)*")
 
 
 def open_streams() -> None:
-    """Let anything be printed: in any locale, and to streams that are closed, full, or that nobody reads.
+    """Make stdout and stderr safe for any text: file names and captions may hold control characters.
 
-    A stream that is closed becomes /dev/null. Otherwise the next file that is opened would get its number, and what
-    libraries print.
+    A closed stream becomes /dev/null; otherwise the next opened file would get its number.
     """
     for descriptor, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
         if getattr(sys, name) is None:
             try:
                 os.fstat(descriptor)
             except OSError:
-                os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+                os.open(os.devnull, os.O_RDWR)  # gets the lowest free number, which is `descriptor`
             setattr(sys, name, open(descriptor, mode, encoding="utf-8", closefd=False))  # noqa: SIM115
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")
-    sys.stdout = _Visible(sys.stdout)  # type: ignore[assignment]
-    sys.stderr = _Careless(sys.stderr)  # type: ignore[assignment]
+    sys.stdout = _EscapedStream(sys.stdout)  # type: ignore[assignment]
+    sys.stderr = _OptionalStream(sys.stderr)  # type: ignore[assignment]
 
 
-def write_or_drop(stream: Any) -> None:
-    """Write what waits to be printed, or drop it: the interpreter would complain of it at its end."""
+def flush_or_drop(stream: Any) -> None:
+    """Flush a stream, or drop its buffer, because the interpreter would complain about it at exit."""
     with suppress(OSError, ValueError):
         stream.flush()
         return
@@ -44,57 +41,51 @@ def write_or_drop(stream: Any) -> None:
 
 
 def is_unread(stream: Any) -> bool:
-    """Return whether a stream is a pipe whose reader is gone."""
+    """Return whether the stream is a pipe without a reader."""
     try:
-        poll = select.poll()
-        poll.register(stream.fileno(), 0)
-        return any(events & select.POLLERR for _, events in poll.poll(0))
-    except (OSError, ValueError):  # a stream of a test's, or closed
+        stream.flush()
+    except BrokenPipeError:
+        return True
+    except (OSError, ValueError):
         return False
+    return False
 
 
-class _Visible:
-    """A stream that a terminal may read, which obeys what is in names and captions unless it is written out.
+class _EscapedStream:
+    """A stream that escapes control characters.
 
-    What could not be written is told at the latest when it is flushed: argparse passes over errors.
+    `flush` repeats an error of `write`, because argparse ignores errors.
     """
 
     def __init__(self, stream: Any):
         self._stream = stream
-        self._failed: OSError | None = None
+        self._error: OSError | None = None
 
     def write(self, text: str) -> int:
-        with self._told():
+        try:
             self._stream.write(visible(text))
+        except OSError as error:
+            self._error = error
+            raise
         return len(text)
 
     def flush(self) -> None:
-        with self._told():
-            self._stream.flush()
-        if self._failed is not None:
-            raise self._failed
-
-    @contextmanager
-    def _told(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            words = f"the output could not be written ({error}); free some space, or send it elsewhere"
-            self._failed = OSError(words)
-            raise self._failed from error
+        self._stream.flush()
+        if self._error is not None:
+            raise self._error
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
 
-class _Careless:
-    """A stream whose reader may be gone or whose disk may be full: a line that nobody can read must not end a run."""
+class _OptionalStream:
+    """A stream that drops lines that it cannot write: a lost log line must not end a run."""
 
     def __init__(self, stream: Any):
         self._stream = stream
 
     def write(self, text: str) -> int:
-        # Progress bars begin their line anew, or move to another's.
+        # Progress bars rewrite their line by a carriage return.
         shown = text if _MOVES.fullmatch(text) else "\r".join(map(visible, text.split("\r")))
         with suppress(OSError, ValueError):
             self._stream.write(shown)

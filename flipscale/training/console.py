@@ -1,10 +1,9 @@
-"""What a process says on the terminal: log lines with time and rank, and why a command failed, in one line."""
+"""Log lines on stderr, and the one place that turns an error into a line and an exit code."""
 
 import importlib.metadata
 import logging
 import os
 import platform
-import re
 import shlex
 import signal
 import sys
@@ -16,44 +15,34 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn
 
 import flipscale
-from flipscale.io.streams import is_unread, open_streams, write_or_drop
+from flipscale.io.errors import UserError
+from flipscale.io.quiet import silence_other_packages
+from flipscale.io.streams import flush_or_drop, is_unread, open_streams
 from flipscale.training.preemption import EndRequest, refuse_restart
-from flipscale.training.report.quiet import silence_other_packages
 
-# Prints the traceback of any error, too.
+# With this variable set, every error prints its traceback.
 DEBUG = "FLIPSCALE_DEBUG"
 
-# What shells say of a process that Ctrl-C ended, and of one that wrote to a pipe that nobody reads.
+# Shells use these exit codes after Ctrl-C and after a write to a pipe without a reader.
 _INTERRUPTED, _BROKEN_PIPE = 130, 141
-_LONGEST_WORDS = 1_000
-# Of a message that is longer; its end says what to do.
-_LAST_WORDS = 300
-_BEGIN = "Traceback (most recent call last)"
-_FRAME = re.compile(r'File "([^"]+)", line (\d+), in \S+\n(?: {4}(.*))?')
+_PACKAGE = Path(flipscale.__file__).parent
+# A longer message keeps its begin and, because the fix stands there, its end.
+_MESSAGE_CHARACTERS, _END_CHARACTERS = 1_000, 300
 _VERSIONS = ("torch", "transformers", "accelerate", "numpy", "huggingface_hub", "datasets", "deepspeed")
-# What helps against errors that are neither flipscale's nor the operating system's, by the name of their class.
-_LIMITS = "the limits of this machine on processes or memory are too low; see `ulimit -u` and `ulimit -v`"
+_EXTRAS = {"deepspeed": "deepspeed", "open_clip": "peers"}
 _REMEDIES = {
-    "MemoryError": "the memory did not suffice; use smaller batches or fewer workers",
-    "OutOfMemoryError": "the memory did not suffice; use a smaller batch_size or data.micro_batch_size",
-    "UnicodeEncodeError": "the locale has no such letters; set PYTHONUTF8=1 in the environment",
-    "RecursionError": "something in what it read is nested too deep",
-}
-# The packages of modules that have another name, or versions that were tried.
-_PACKAGES = {
-    **{name: f"'flipscale[{extra}]'" for name, extra in (("deepspeed", "deepspeed"), ("open_clip", "peers"))},
-    **{"cv2": "opencv-python-headless", "PIL": "pillow", "yaml": "pyyaml", "sklearn": "scikit-learn"},
+    "MemoryError": "memory is exhausted; use smaller batches or fewer workers",
+    "OutOfMemoryError": "memory is exhausted; use a smaller batch_size or data.micro_batch_size",
 }
 
 
 def start_logging() -> None:
-    """Have the package's loggers write to stderr, with the time in front, and this process's rank if it is one of
-    several; other packages' are silent.
+    """Write the package's log lines to stderr, with the time and, in a run of several processes, the rank.
 
-    The first process writes what its loggers call info, every process its warnings.
+    Rank 0 logs from level INFO on, other ranks from WARNING on. Other packages are silent.
     """
     silence_other_packages()
     rank = _number("RANK", 0)
@@ -66,10 +55,10 @@ def start_logging() -> None:
 
 
 class _AboveTheBar(logging.Handler):
-    """Writes lines above the progress bar, which would otherwise be torn."""
+    """Writes lines above the progress bar, which they would tear otherwise."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        from tqdm import tqdm  # not needed by `flipscale --help`, which imports this module
+        from tqdm import tqdm  # `flipscale --help` imports this module and needs no bar
 
         tqdm.write(self.format(record), file=sys.stderr)
 
@@ -81,75 +70,77 @@ class _Formatter(logging.Formatter):
 
 
 @dataclass
-class LastResort:
-    """What a command knows by the time that it fails.
+class ErrorReport:
+    """Settings of the report of an unexpected error.
 
     Args:
-        folder: of its run, where the traceback of what nobody foresaw is written if it is there; None for the folder of
-            temporary files.
+        run_dir: run directory that receives the traceback; None selects the folder for temporary files.
     """
 
-    folder: Path | None = None
+    run_dir: Path | None = None
 
 
-class _End(NamedTuple):
-    """How a command ends.
+class _Ending(NamedTuple):
+    """The end of a command.
 
     Args:
-        words: the sentence, nothing where there is nobody to read it.
-        code: the exit code.
-        is_telling: it says more than that another process has gone.
-        is_foreseen: the sentence says all that its reader needs.
+        line: line for stderr; empty if nobody reads it.
+        code: exit code.
+        is_consequence: whether the failure of another process may have caused the error.
+        is_expected: whether the line says all that its reader needs; otherwise the traceback is kept.
     """
 
-    words: str
+    line: str
     code: int
-    is_telling: bool = True
-    is_foreseen: bool = True
+    is_consequence: bool = False
+    is_expected: bool = True
 
 
 @contextmanager
-def report_user_errors() -> Iterator[LastResort]:
-    """Turn any error into one line on stderr and an exit code; with `FLIPSCALE_DEBUG=1` print its traceback, too.
+def report_user_errors() -> Iterator[ErrorReport]:
+    """Turn any error into one line on stderr and an exit code.
 
-    A ValueError that flipscale raised exits with 2: the user must change something, and the batch script, if there is
-    one, is told not to start again. An OSError or FloatingPointError that flipscale raised exits with 1. So does any
-    other error, which nobody foresaw: the line names the file that its traceback was written to. Ctrl-C exits with 130,
-    a pipe that nobody reads any more (`flipscale status | head`) with 141 and no word.
+    | error | exit code |
+    |---|---|
+    | UserError | 2; a batch script does not start again |
+    | OSError, FloatingPointError | 1 |
+    | any other error | 1; the line names the file with the traceback |
+    | Ctrl-C | 130 |
+    | stdout is a pipe without a reader, as in `flipscale status RUN \\| head` | 141, without a line |
+    | SIGTERM, SIGUSR1, SIGHUP, unless the command handles them | 128 and the signal's number |
 
-    A process of several exits at once, without unwinding: that might wait for the other processes, which wait for this
-    one. What several of them have to say is said once. SIGTERM, SIGUSR1 and SIGHUP end it with a sentence, too, unless
-    the command does otherwise, and with 128 and their number.
+    A process of several exits without unwinding, because that might wait for the other processes, which wait for this
+    one. If several processes fail with the same line, one of them prints it.
     """
-    before, resort = (sys.stdout, sys.stderr), LastResort()
+    before, report = (sys.stdout, sys.stderr), ErrorReport()
     open_streams()
-    threading.excepthook = lambda failed: _warn_of_a_thread(failed, resort)
-    sys.unraisablehook = _ignore
+    threading.excepthook = lambda failed: _log_thread_failure(failed, report)
+    # Errors of objects under destruction can neither be caught nor mended.
+    sys.unraisablehook = sys.__unraisablehook__ if _is_debugging() else lambda unraisable: None
     try:
-        with _told_of_signals(), _all_printed():
-            yield resort
+        with _ending_signals(), _flushed_output():
+            yield report
     except SystemExit:
         raise
     except BaseException as error:
+        ending = _ending_of(error)
         if isinstance(error, OSError) and is_unread(sys.stdout):
-            end = _End("", _BROKEN_PIPE, is_telling=False)
-        else:
-            end = _end_of(error)
-        _leave(end, error, resort)
+            ending = _Ending("", _BROKEN_PIPE, is_consequence=True)
+        _leave(ending, error, report)
     finally:
         sys.stdout, sys.stderr = before
 
 
-def _told_of_signals() -> AbstractContextManager[object]:
+def _ending_signals() -> AbstractContextManager[object]:
     return EndRequest() if threading.current_thread() is threading.main_thread() else nullcontext()
 
 
 @contextmanager
-def _all_printed() -> Iterator[None]:
-    """Write what waits to be printed, also after `--help`, which exits.
+def _flushed_output() -> Iterator[None]:
+    """Flush stdout at the end, and at `--help`, which exits.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: stdout cannot be written.
     """
     try:
         yield
@@ -160,79 +151,55 @@ def _all_printed() -> Iterator[None]:
     sys.stdout.flush()
 
 
-def _end_of(error: BaseException) -> _End:
+def _ending_of(error: BaseException) -> _Ending:
     if isinstance(error, KeyboardInterrupt):
         with suppress(ValueError):  # not in the main thread
-            signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second one ends at once
-        return _End("flipscale: error: interrupted", _INTERRUPTED)
-    if isinstance(error, (ValueError, OSError, FloatingPointError)) and _is_foreseen(error):
-        words = f"flipscale: error: {_one_line(_worker_s_words(error))}"
-        return _End(words, 2 if isinstance(error, ValueError) else 1)
-    # The operating system's errors are others' business; the rest may be torch's error about a process that is gone.
-    return _End(f"flipscale: error: {_unforeseen(error)}", 1, isinstance(error, OSError), is_foreseen=False)
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends at once
+        return _Ending("flipscale: error: interrupted", _INTERRUPTED)
+    is_user_error = isinstance(error, UserError) or _is_model_s_refusal(error)
+    if is_user_error or isinstance(error, (OSError, FloatingPointError)):
+        return _Ending(f"flipscale: error: {_one_line(str(error))}", 2 if is_user_error else 1)
+    # torch raises such an error when another process is gone.
+    return _Ending(f"flipscale: error: {_description(error)}", 1, is_consequence=True, is_expected=False)
 
 
-def _traceback_of(error: BaseException) -> str:
-    """Return the traceback of an error, where it was raised first: in a worker process, which sends it as text."""
-    for text in (str(error), str(error.__cause__)):
-        if _BEGIN in text:
-            return text
-    return "".join(traceback.format_tb(error.__traceback__))
+def _is_model_s_refusal(error: BaseException) -> bool:
+    """Return whether `flipscale.model` raised a ValueError: it also runs without flipscale, and so has no UserError."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return isinstance(error, ValueError) and Path(frames[-1].filename).parent == _PACKAGE / "model"
 
 
-def _is_foreseen(error: BaseException) -> bool:
-    """Return whether a `raise` of flipscale's raised an error, and thus wrote a sentence for it."""
-    frames = _FRAME.findall(_traceback_of(error))
-    return bool(frames) and _is_ours(frames[-1][0]) and frames[-1][2].startswith("raise ")
-
-
-def _is_ours(file: str) -> bool:
-    return file.startswith(f"{Path(flipscale.__file__).parent}{os.sep}")
-
-
-def _worker_s_words(error: BaseException) -> str:
-    """Return the message of an error, without the traceback of a loader's worker that torch puts into it."""
-    text = str(error)
-    if _BEGIN not in text:
-        return text
-    return re.sub(r"^[\w.]+: ", "", re.split(r"\n(?=\S)", text.partition(_BEGIN)[2], maxsplit=1)[-1])
-
-
-def _unforeseen(error: BaseException) -> str:
-    """Return a sentence for an error that has none: its kind, text and place, and what helps."""
-    frames = _FRAME.findall(_traceback_of(error))
-    frames = [frame for frame in frames if _is_ours(frame[0])] or frames
-    place = f", in {'/'.join(Path(frames[-1][0]).parts[-3:])} line {frames[-1][1]}" if frames else ""
-    words = _one_line(_worker_s_words(error))
-    kinds = [kind.__name__ for kind in type(error).__mro__]
-    remedy = next((f"; {_REMEDIES[kind]}" for kind in kinds if kind in _REMEDIES), "")
-    if "can't start new thread" in words:
-        remedy = f"; {_LIMITS}"
+def _description(error: BaseException) -> str:
+    """Return the class, message, place and remedy of an unexpected error."""
+    frames = traceback.extract_tb(error.__traceback__)
+    frames = [frame for frame in frames if Path(frame.filename).is_relative_to(_PACKAGE)] or frames
+    place = f", in {'/'.join(Path(frames[-1].filename).parts[-3:])} line {frames[-1].lineno}" if frames else ""
+    name, message = type(error).__name__, _one_line(str(error))
+    remedy = f"; {_REMEDIES[name]}" if name in _REMEDIES else ""
     if isinstance(error, ModuleNotFoundError) and error.name:
-        module = error.name.partition(".")[0]
-        remedy = f"; pip install {_PACKAGES.get(module, module)}"
-    return f"{kinds[0]}{': ' if words else ''}{words}{place}{remedy}"
+        package = error.name.partition(".")[0]
+        remedy = "; pip install " + (f"'flipscale[{_EXTRAS[package]}]'" if package in _EXTRAS else package)
+    return f"{name}{': ' if message else ''}{message}{place}{remedy}"
 
 
-def _kept(error: BaseException, resort: LastResort) -> str:
-    """Write an error's traceback with versions and command to a file, and say which."""
-    name = f"{time.strftime('%Y%m%d-%H%M%S')}-rank-{_number('RANK', 0)}-"
+def _keep_traceback(error: BaseException, report: ErrorReport) -> str:
+    """Write the traceback, the versions and the command to a file, and return words that name the file."""
+    name = f"flipscale-{time.strftime('%Y%m%d-%H%M%S')}-rank-{_number('RANK', 0)}-"
     text = "".join([*_circumstances(), *traceback.format_exception(error)])
     try:
         folder = tempfile.gettempdir()
-        if resort.folder is not None and resort.folder.is_dir():
-            folder = str(resort.folder / "errors")
+        if report.run_dir is not None and report.run_dir.is_dir():
+            folder = str(report.run_dir / "errors")
             os.makedirs(folder, exist_ok=True)
-        descriptor, file = tempfile.mkstemp(".txt", f"flipscale-{name}", folder)
-        with open(descriptor, "w", encoding="utf-8", errors="backslashreplace") as written:
-            written.write(text)
+        descriptor, file = tempfile.mkstemp(".txt", name, folder)
+        with open(descriptor, "w", encoding="utf-8", errors="backslashreplace") as opened:
+            opened.write(text)
     except OSError as failed:
         return f"its traceback could not be written ({_one_line(str(failed))}); {DEBUG}=1 prints it"
     return f"its traceback is in {file}"
 
 
 def _circumstances() -> Iterator[str]:
-    """Yield lines for a report: the command and where it ran, and the versions of what it ran on."""
     yield f"command: {shlex.join(sys.argv)}\nfolder: {os.getcwd()}\n"
     yield f"rank: {_number('RANK', 0)} of {_number('WORLD_SIZE', 1)} on {platform.node()}\n"
     yield f"flipscale {flipscale.__version__}, Python {platform.python_version()}, {platform.platform()}\n"
@@ -243,45 +210,46 @@ def _circumstances() -> Iterator[str]:
 
 
 def _one_line(text: str) -> str:
-    """Return a text of any length and any characters as one line that a terminal can show."""
+    """Return any text as one printable line of limited length."""
     text = " ".join(text.split())
-    if len(text) > _LONGEST_WORDS:
-        text = f"{text[: _LONGEST_WORDS - _LAST_WORDS]} ... {text[-_LAST_WORDS:]}"
+    if len(text) > _MESSAGE_CHARACTERS:
+        text = f"{text[: _MESSAGE_CHARACTERS - _END_CHARACTERS]} ... {text[-_END_CHARACTERS:]}"
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def _leave(end: _End, error: BaseException, resort: LastResort) -> NoReturn:
-    if end.code == 2:
+def _leave(ending: _Ending, error: BaseException, report: ErrorReport) -> NoReturn:
+    if ending.code == 2:
         with suppress(OSError):
             refuse_restart()
-    write_or_drop(sys.stdout)
+    flush_or_drop(sys.stdout)
     if _number("WORLD_SIZE", 1) > 1:
-        _exit_at_once(end, error, resort)
-    _tell(end, error, resort)
-    write_or_drop(sys.stderr)
-    sys.exit(end.code)
+        _exit_at_once(ending, error, report)
+    _print(ending, error, report)
+    flush_or_drop(sys.stderr)
+    sys.exit(ending.code)
 
 
-def _exit_at_once(end: _End, error: BaseException, resort: LastResort) -> NoReturn:
-    """Say why and exit. After another process's failure, say it only if it is something else and telling."""
-    # Imports torch, which `--help` has no need of.
+def _exit_at_once(ending: _Ending, error: BaseException, report: ErrorReport) -> NoReturn:
+    """Print the line and exit. After the failure of another process, print only another and independent error."""
+    # Imports torch, which `--help` does not need.
     from flipscale.engines.start import claim_failure, end_process, leave, stay_until_others_know
 
-    first = claim_failure(end.words)
-    if first.rank == _number("RANK", 0) or (end.is_telling and first.words != end.words):
-        _tell(end, error, resort)
+    first = claim_failure(ending.line)
+    if first.rank == _number("RANK", 0) or not (ending.is_consequence or first.words == ending.line):
+        _print(ending, error, report)
         stay_until_others_know()
-        end_process(end.code)
-    if end.is_telling:
-        end_process(end.code)
+        end_process(ending.code)
+    if not ending.is_consequence:
+        end_process(ending.code)
     leave(first)
 
 
-def _tell(end: _End, error: BaseException, resort: LastResort) -> None:
+def _print(ending: _Ending, error: BaseException, report: ErrorReport) -> None:
     if _is_debugging():
         traceback.print_exception(error)
-    if end.words:
-        print(end.words if end.is_foreseen else f"{end.words}; {_kept(error, resort)}", file=sys.stderr, flush=True)
+    if ending.line:
+        line = ending.line if ending.is_expected else f"{ending.line}; {_keep_traceback(error, report)}"
+        print(line, file=sys.stderr, flush=True)
 
 
 def _is_debugging() -> bool:
@@ -289,20 +257,14 @@ def _is_debugging() -> bool:
 
 
 def _number(name: str, default: int) -> int:
-    """Return a launcher's variable; the default if it is no number, which `launch_of` complains of."""
+    """Return a launcher's variable, or the default if it is no number, which `launch_of` refuses later."""
     text = os.environ.get(name, "")
     return int(text) if text.isdecimal() else default
 
 
-def _warn_of_a_thread(failed: threading.ExceptHookArgs, resort: LastResort) -> None:
-    """Say in one line that a thread has failed; the command goes on."""
+def _log_thread_failure(failed: threading.ExceptHookArgs, report: ErrorReport) -> None:
+    """Log in one line that a thread has failed; the command goes on."""
     if failed.exc_value is not None and not isinstance(failed.exc_value, SystemExit):
-        thread = failed.thread.name if failed.thread else "one"
-        words = f"{_unforeseen(failed.exc_value)}; {_kept(failed.exc_value, resort)}"
+        thread = failed.thread.name if failed.thread else "unknown"
+        words = f"{_description(failed.exc_value)}; {_keep_traceback(failed.exc_value, report)}"
         logging.getLogger(__name__).warning("thread %s ended: %s", thread, words)
-
-
-def _ignore(unraisable: Any) -> None:
-    """Pass over an error of something that is being destroyed, which can neither be caught nor mended."""
-    if _is_debugging():
-        sys.__unraisablehook__(unraisable)

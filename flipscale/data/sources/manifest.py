@@ -121,8 +121,8 @@ class Manifest:
             raise self._written_anew()
         return file
 
-    def _written_anew(self) -> ValueError:
-        return ValueError(f"manifest {self.path} was written anew or removed while this ran; start again")
+    def _written_anew(self) -> UserError:
+        return UserError(f"manifest {self.path} was written anew or removed while this ran; start again")
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_file": None}

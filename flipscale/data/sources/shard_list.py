@@ -79,8 +79,8 @@ _WRITERS = {
 def no_shards(shards: str) -> ValueError:
     """Return the error that `shards` names none."""
     if writer := next((command for prefix, command in _WRITERS.items() if shards.startswith(prefix)), None):
-        return ValueError(f"no shards at {shards!r}; `{writer}` writes them")
-    return ValueError(f"no shards at {shards!r}; name a folder of *.tar, a glob, or a range like {{00000..00041}}.tar")
+        return UserError(f"no shards at {shards!r}; `{writer}` writes them")
+    return UserError(f"no shards at {shards!r}; name a folder of *.tar, a glob, or a range like {{00000..00041}}.tar")
 
 
 def manifest_name(pattern: str) -> str:

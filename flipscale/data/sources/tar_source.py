@@ -27,7 +27,7 @@ _MAX_GAP_BYTES = 1 << 16
 _SHARDS_LOOKED_AT, _SPOTS = 64, 3
 
 
-class StaleManifest(ValueError):
+class StaleManifest(UserError):
     """A shard is not as the manifest says."""
 
 
