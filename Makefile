@@ -29,10 +29,10 @@ lint: setup
 	$(BIN)/mypy
 
 bench: setup
-	$(BIN)/flipscale bench compare
-	$(BIN)/flipscale bench compare_loss
+	$(BIN)/python benchmarks/step.py
+	$(BIN)/python benchmarks/loss.py
 	$(BIN)/flipscale prepare photos data/photos
-	$(BIN)/flipscale bench compare_data --shards data/photos
+	$(BIN)/python benchmarks/data.py --shards data/photos/*
 
 fuzz: setup
 	PYTHONPATH=tests $(BIN)/python -m fuzz --seconds 300

@@ -23,7 +23,7 @@ VERBS = {
     "push": "Upload a trained model to the Hugging Face Hub.",
     "convert": "Convert models from and for other programs.",
     "launch_files": "Write accelerate's launch files and the Slurm scripts into a folder.",
-    "bench": "Measure the speed and memory of the training step, the loss and the loader.",
+    "bench": "Measure the speed and memory of a training step on this machine.",
 }
 
 # They train by a recipe, which has a parser of its own, whose help needs nothing that training needs.

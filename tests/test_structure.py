@@ -16,7 +16,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 ORDER = (
     ("cli",),
     ("verbs",),
-    ("benchmarks", "studies"),
+    ("studies",),
     ("hub", "pages", "planning"),
     ("training",),
     ("objectives", "evaluation", "preparation"),

@@ -44,7 +44,7 @@ def add_time_flags(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--images_per_worker_s", type=number(Positive), default=hardware.images_per_worker_s,
-        help="what a loader's worker delivers, by `flipscale bench data`",
+        help="images/s that a worker of the loader delivers",
     )  # fmt: skip
     parser.add_argument(
         "--pair_kb", type=number(Positive), default=hardware.pair_kb, help="what a pair takes in the shards"

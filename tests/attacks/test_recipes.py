@@ -336,7 +336,9 @@ ATTACKS = [
     ),
     _refused("export --step -4", _command("export", "run", "--step", "-4"), "--step is -4; it must be at least 0"),
     _refused(
-        "bench loss --n 10^12", _command("bench", "loss", "--n", str(10**12)), "--n is 1000000000000; it must be at l"
+        "bench step --batch_size 10^12",
+        _command("bench", "step", "--batch_size", str(10**12)),
+        "--batch_size is 1000000000000; it must be at l",
     ),
     _refused("RANK=x", _flags(), "the environment has RANK='x'; it must be a whole number", environment={"RANK": "x"}),
     _refused(

@@ -1,19 +1,14 @@
-"""What `flipscale bench` measures, at a tiny size, and what it refuses."""
+"""`flipscale bench step` at a tiny size, and the race beside open_clip."""
 
-import argparse
-import importlib.util
 import json
-import sys
 
 import pytest
 import torch
 
-from flipscale import bench
-from flipscale.benchmarks.peer import open_clip_step
-from flipscale.benchmarks.step import StepSetting, flip_batch, flip_step, matmul_peak, measure_step, time_in_turn
 from flipscale.cli import main
 from flipscale.model import FlipConfig, FlipModel
 from flipscale.model.configuration_flip import SIZES
+from flipscale.planning.bench_step import StepSetting, flip_batch, flip_step, matmul_peak, measure_step, time_in_turn
 from flipscale.planning.flops import forward_flops
 
 PROMISED = {
@@ -32,8 +27,6 @@ PROMISED = {
     "peak_memory_bytes",
 }
 CPU = torch.device("cpu")
-
-needs_open_clip = pytest.mark.skipif(importlib.util.find_spec("open_clip") is None, reason="open_clip is not installed")
 
 
 def tiny_config() -> FlipConfig:
@@ -122,36 +115,15 @@ def test_table_has_a_figure_a_line(tiny_size: None, capsys: pytest.CaptureFixtur
     assert lines["code"] == "flipscale"
 
 
-@needs_open_clip
-def test_open_clip_runs_the_same_case() -> None:
-    figures = measure_step(tiny(num_steps=1), open_clip_step)
-    assert figures["flops_per_pair"] == forward_flops(tiny_config(), 0.75).training
+def test_open_clip_beside_ours(tiny_size: None, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("open_clip")
+    from benchmarks.step import main as compare
 
-
-@needs_open_clip
-def test_comparison_has_a_row_a_case(
-    tiny_size: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    command = ["bench", "compare", "--batch_size", "4", "--steps", "1"]
-    main([*command, "--json"])
+    compare(["--batch_size", "4", "--steps", "1", "--json"])
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     cases = [(dtype, mask_ratio) for dtype in ("bf16", "fp32") for mask_ratio in (0.0, 0.5, 0.75)]
     assert [(row["dtype"], row["mask_ratio"]) for row in rows] == cases
     assert all(row["ratio"] == pytest.approx(row["images_per_s"] / row["open_clip_images_per_s"]) for row in rows)
-
-    monkeypatch.setattr("flipscale.benchmarks.peer.compare_steps", lambda setting: rows)
-    main(command)
-    table = capsys.readouterr().out.splitlines()
-    assert [line.split("|")[1:3] for line in table[3:]] == [[f" {dtype} ", f" {mask:.0%} "] for dtype, mask in cases]
-
-
-def test_a_missing_open_clip_is_one_line(tiny_size: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "open_clip", None)
-    for args in (["step", "--peer", "open_clip"], ["compare"]):
-        parser = argparse.ArgumentParser()
-        bench.add_arguments(parser)
-        with pytest.raises(ValueError, match=r"open_clip is not installed; pip install 'flipscale\[peers\]'"):
-            bench.run(parser.parse_args(args))
 
 
 @pytest.mark.parametrize(

@@ -207,7 +207,7 @@ RULES: dict[str, Callable[[list[str]], None]] = {
     r"flipscale study \w+$": verb_s_help,
     r"flipscale study plan ": study_plan,
     r"flipscale (study|prepare (demo|icons|photos|easy_vqa|audit|tasks [^- ]\S*)|bench \w+) ": verb_s_arguments,
-    r"flipscale bench compare\w*$|flipscale evaluate .*(--without |association|captioning|vqa)": verb_s_arguments,
+    r"flipscale evaluate .*(--without |association|captioning|vqa)": verb_s_arguments,
     r"flipscale prepare ((shards imagenet|tokenizer data/icons)/|coco_captions |vqa_v2 )": verb_s_arguments,
     r"flipscale pretrain .*--(dry_run|help|print_config)|flipscale pretrain --config demo_unseen": verb,
     r"flipscale finetune --config finetune_demo --data": verb,
@@ -219,8 +219,8 @@ RULES: dict[str, Callable[[list[str]], None]] = {
     r"make \w+": target,
     r"(\.venv/bin/)?(pytest|ruff|mypy|pre-commit)\b": tool,
     r"python clip_benchmark_flip\.py eval ": other_program,
-    r"python -m fuzz ": module_s_help,
-    r"python tests/(same_bits|planning/tracked|cli/newcomer)\.py": script_s_help,
+    r"python -m (fuzz|simulated\.world) ": module_s_help,
+    r"python (tests/(same_bits|planning/tracked|cli/newcomer)|benchmarks/\w+)\.py": script_s_help,
 }
 
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 import yaml
 from conftest import write_shards
+from simulated.recorder import Recorder
+from simulated.world import fake_processes
 
 from flipscale import pretrain
-from flipscale.benchmarks.recorder import Recorder
-from flipscale.benchmarks.world import fake_processes
 from flipscale.engines.checkpoint import CheckpointWriter, list_checkpoints
 from flipscale.engines.launch import launch_environment, read_launch_file
 from flipscale.engines.start import start_accelerator

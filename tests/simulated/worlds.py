@@ -3,7 +3,8 @@
 import functools
 from pathlib import Path
 
-from flipscale.benchmarks.world import StepReport, World, simulate
+from simulated.world import StepReport, World, simulate
+
 from flipscale.engines.launch import read_launch_file
 from flipscale.training.recipe import parse_recipe
 from flipscale.training.schedule import plan_stages

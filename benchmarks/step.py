@@ -1,14 +1,23 @@
-"""The training step of open_clip, measured beside ours."""
+"""Measure our training step and open_clip's in turn, masked and unmasked, in bf16 and fp32.
 
+    python benchmarks/step.py --size b16 --batch_size 32
+
+`flipscale bench step` measures ours alone.
+"""
+
+import argparse
 import gc
-import importlib.util
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
+from open_clip.loss import ClipLoss
+from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 
-from flipscale.benchmarks.step import (
+from flipscale.bench import add_step_arguments, step_setting
+from flipscale.planning.bench_step import (
+    Figures,
     StepSetting,
     TrainingStep,
     flip_step,
@@ -17,33 +26,15 @@ from flipscale.benchmarks.step import (
     time_in_turn,
     training_step,
 )
-from flipscale.io.errors import UserError
 
 MASK_RATIOS = (0.0, 0.5, 0.75)
-
-
-def require_open_clip() -> None:
-    """Raise if open_clip cannot be imported.
-
-    Raises:
-        ValueError: open_clip is not installed.
-    """
-    if importlib.util.find_spec("open_clip") is None:
-        raise UserError("open_clip is not installed; pip install 'flipscale[peers]'")
 
 
 def open_clip_step(setting: StepSetting) -> TrainingStep:
     """Return a training step of open_clip's CLIP with the same widths, layers, heads and lengths, and its own loss.
 
-    Its patch dropout takes the place of our mask. It gets whole images in fp32, as its loader sends them.
-
-    Raises:
-        ValueError: open_clip is not installed.
+    Its patch dropout replaces our mask. It gets whole images in fp32, the format of its loader.
     """
-    require_open_clip()
-    from open_clip.loss import ClipLoss
-    from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
-
     vision, text = setting.config.vision_config, setting.config.text_config
     vision_cfg = CLIPVisionCfg(
         layers=vision.num_hidden_layers,
@@ -77,22 +68,15 @@ def open_clip_step(setting: StepSetting) -> TrainingStep:
     return training_step(model, loss)
 
 
-def compare_steps(setting: StepSetting) -> Iterator[dict[str, Any]]:
-    """Time our step and open_clip's in turn, and yield our figures with `open_clip_images_per_s` and `ratio`.
-
-    The cases are bf16 and fp32, each unmasked, half masked and three quarters masked.
-
-    Raises:
-        ValueError: open_clip is not installed.
-    """
-    require_open_clip()
+def compare_steps(setting: StepSetting) -> Iterator[Figures]:
+    """Yield our figures with `open_clip_images_per_s` and `ratio` for each precision and mask ratio."""
     for dtype in ("bf16", "fp32"):
         peak = matmul_peak(setting.device, dtype)
         for mask_ratio in MASK_RATIOS:
             case = replace(setting, dtype=dtype, mask_ratio=mask_ratio)
             steps = {"flipscale": flip_step(case), "open_clip": open_clip_step(case)}
             times = time_in_turn(steps, case.num_steps, case.device)
-            # The next pair of models needs their memory.
+            # Free the models, because the next pair needs their memory.
             del steps
             gc.collect()
             ours, theirs = step_figures(case, times["flipscale"], peak), step_figures(case, times["open_clip"], peak)
@@ -101,5 +85,27 @@ def compare_steps(setting: StepSetting) -> Iterator[dict[str, Any]]:
                 "open_clip_images_per_s": theirs["images_per_s"],
                 "open_clip_median_s": theirs["median_s"],
                 "open_clip_share_of_matmul_peak": theirs["share_of_matmul_peak"],
-                "ratio": theirs["median_s"] / ours["median_s"],
+                "ratio": times["open_clip"].median_s / times["flipscale"].median_s,
             }
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print a JSON line or a table row for each case, as soon as it is measured."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_step_arguments(parser, num_steps=5)
+    args = parser.parse_args(arguments)
+    setting = step_setting(args)
+    if not args.json:
+        print(f"{setting.size}, batch {setting.batch_size}, {setting.device.type}, {torch.get_num_threads()} threads")
+        print("| dtype | mask | flipscale, images/s | open_clip, images/s | ratio | of matmul peak | CPU share |")
+        print("|---|---|---|---|---|---|---|")
+    for row in compare_steps(setting):
+        line = (
+            "| {dtype} | {mask_ratio:.0%} | {images_per_s:.1f} | {open_clip_images_per_s:.1f} | {ratio:.2f} | "
+            "{share_of_matmul_peak:.0%} and {open_clip_share_of_matmul_peak:.0%} | {cpu_share:.2f} |"
+        )
+        print(json.dumps(row) if args.json else line.format(**row), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,13 +1,17 @@
-"""A step of a recipe as one process of many takes it, run without the others and without a GPU.
+"""One process's step in a large world, without the other processes and without a GPU: operations, messages, memory.
 
-The engine, the objective and the agreement of the processes are those that train. Their process group exchanges
-nothing, and their GPU is not there. What is counted is one step that has others like it before it.
+    PYTHONPATH=tests python -m simulated.world --recipe h14_laion2b --launch_file ds_configs/fsdp2.yaml
+
+The engine, the objective and the agreement of the processes are the trainer's own. The process group is torch's fake
+one and the GPU is fake. The counted step follows three others.
 """
 
+import argparse
+import json
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,16 +20,16 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
+from simulated.fake_gpu import DEVICE, fake_gpu, visible_ddp
+from simulated.recorder import Collective, Recorder, resizing
 from torch.nn.parallel import DistributedDataParallel
 
-from flipscale.benchmarks.fake_gpu import DEVICE, fake_gpu, visible_ddp
-from flipscale.benchmarks.recorder import Collective, Recorder, resizing
 from flipscale.data.loader import StepSampler
 from flipscale.data.packed import PackedBatch
 from flipscale.engines.checkpoint import CheckpointWriter, SaveRecipe
 from flipscale.engines.device import best_attention
 from flipscale.engines.first_weights import no_weights
-from flipscale.engines.launch import Launch
+from flipscale.engines.launch import Launch, read_launch_file
 from flipscale.engines.optimizers import encoder_blocks
 from flipscale.engines.start import build_engine, engine_class, start_accelerator
 from flipscale.io.errors import UserError
@@ -33,8 +37,8 @@ from flipscale.planning.activations import Step, example_batch
 from flipscale.training.budget.progress import Progress
 from flipscale.training.health import StepGuard
 from flipscale.training.preemption import StopRequest
-from flipscale.training.recipe import Recipe
-from flipscale.training.schedule import Stage
+from flipscale.training.recipe import Recipe, parse_recipe
+from flipscale.training.schedule import Stage, plan_stages
 from flipscale.training.step import consume_batch
 from flipscale.training.watch import StepWatch
 
@@ -44,11 +48,7 @@ if TYPE_CHECKING:
     from flipscale.engines.engine import Engine
     from flipscale.objectives.objective import Objective
 
-NO_ZERO = (
-    "DeepSpeed reads numbers back from the GPU while it starts and steps, and one that is not there has none: use a "
-    "launch file of ddp, fsdp2 or hsdp"
-)
-# Steps before the one that is counted: they make the moments and whatever else is made once.
+# Steps before the counted one: they make the moments and everything else that is made once.
 _WARM_UP = 3
 _LEARNING_RATE = 1e-6
 
@@ -58,8 +58,8 @@ class World:
     """A recipe on a launch, seen from one process.
 
     Args:
-        stage: the one that the step is of.
-        rank: of the process among `launch.num_processes`.
+        stage: stage of the step.
+        rank: rank of the process, below `launch.num_processes`.
     """
 
     recipe: Recipe
@@ -69,20 +69,19 @@ class World:
 
     def __post_init__(self) -> None:
         batch, world = self.recipe.data.global_batch_size, self.launch.num_processes
-        if world < 2:
-            raise UserError(f"num_processes is {world}; a world to simulate has 2 or more")
-        if not 0 <= self.rank < world:
-            raise UserError(f"rank is {self.rank}; it must be from 0 to {world - 1}, for {world} processes")
+        assert 0 <= self.rank < world > 1, f"rank is {self.rank} of {world} processes"
         StepSampler(0, 1, batch, self.rank, world, self.recipe.data.micro_batch_size)  # raises as in training
         refusal = engine_class(self.launch).refusal(self.launch, self.recipe.optim.name, self.recipe.model.compile)
         if refusal is not None:
             raise UserError(refusal)
         if self.launch.engine.startswith("zero"):
-            raise UserError(f"the launch file's engine is {self.launch.engine}; {NO_ZERO}")
+            raise UserError(
+                f"engine is {self.launch.engine}; use ddp, fsdp2 or hsdp, because DeepSpeed reads from the GPU"
+            )
 
     @property
     def micro_batch(self) -> Step:
-        """What decides the shapes of a micro-batch."""
+        """Shapes of a micro-batch."""
         pairs = self.recipe.data.global_batch_size // self.launch.num_processes
         return Step(
             batch_size=min(pairs, self.recipe.data.micro_batch_size or pairs),
@@ -94,22 +93,22 @@ class World:
 
     @property
     def num_micro_batches(self) -> int:
-        """How many of them a step has."""
+        """Number of micro-batches in a step."""
         return self.recipe.data.global_batch_size // self.launch.num_processes // self.micro_batch.batch_size
 
 
 @dataclass(frozen=True)
 class StepReport:
-    """What one step does on one process.
+    """Work of one step on one process.
 
     Args:
-        ops: how often each of aten's operations is queued.
-        loss_ops: those of the loss that compares the batch.
-        collectives: in their order.
-        host_syncs: where the host waits for the device, as `file:line (why)`.
-        peak_bytes: the most of each kind of memory, and of all together.
+        ops: number of calls of each aten operation.
+        loss_ops: the same, for the coupled loss alone.
+        collectives: messages in their order.
+        host_syncs: places where the host waits for the device, as `file:line (why)`.
+        peak_bytes: peak of each kind of memory, and of the total.
         attention: `(dtype, head_dim, has_mask)` of every call of the fused attention.
-        graphs: how many graphs torch.compile makes of the blocks for the step, where the recipe has it.
+        graphs: number of graphs that torch.compile makes of the blocks, if the recipe compiles.
     """
 
     ops: Counter[str]
@@ -136,7 +135,7 @@ class StepReport:
 
 
 def simulate(world: World) -> StepReport:
-    """Return what a step of `world` does, by taking it."""
+    """Run a step of `world` and return its report."""
     recorder = Recorder()
     attention: list[tuple[torch.dtype, int, bool]] = []
     with ExitStack() as stack:
@@ -161,12 +160,12 @@ def simulate(world: World) -> StepReport:
 
 
 class _Step:
-    """The engine of a world, and the steps that it takes."""
+    """The engine of a world, which runs steps."""
 
     def __init__(self, world: World, accelerator: "Accelerator", engine: "Engine", recorder: Recorder, folder: Path):
         self._world, self._engine, self._recorder = world, engine, recorder
         self._objective = _watched(world.recipe.objective(), recorder)
-        # What differs between the calls of a block, of which torch.compile makes a graph each.
+        # Signatures of calls of a block: torch.compile makes a graph for each.
         self.graphs: set[tuple[Any, ...]] = set()
         recorder.memory.kind = "gradients"  # DDP makes theirs here
         self._build()
@@ -231,7 +230,7 @@ class _Step:
 
 
 def _watched(objective: "Objective", recorder: Recorder) -> "Objective":
-    """Return an objective that tells the recorder when its coupled loss is computed."""
+    """Return the objective, changed to mark its coupled loss in the recorder."""
     if not objective.is_coupled:
         return objective
     compute = objective.coupled_loss
@@ -255,7 +254,7 @@ def _local(tensor: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def fake_processes(rank: int, launch: Launch) -> Iterator[None]:
-    """Make this process the `rank`th of a launch whose others do not exist; collectives return at once."""
+    """Make this process rank `rank` of a launch without other processes; collectives return at once."""
     from accelerate.state import AcceleratorState
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -276,3 +275,25 @@ def fake_processes(rank: int, launch: Launch) -> Iterator[None]:
     finally:
         dist.destroy_process_group()
         AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print the report of a step as a JSON line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", required=True, help="A recipe's file or name.")
+    parser.add_argument("--launch_file", type=Path, required=True, help="An accelerate launch file.")
+    parser.add_argument("--num_processes", type=int, help="Processes. Default: from the launch file.")
+    parser.add_argument("--rank", type=int, default=0, help="Rank of the process. Default: 0.")
+    parser.add_argument("--stage", help="Name of the stage. Default: the first.")
+    parser.add_argument("--json", action="store_true", help="Print one line instead of an indented object.")
+    args = parser.parse_args(arguments)
+    recipe = parse_recipe(["--config", args.recipe])
+    launch = read_launch_file(args.launch_file, args.num_processes)
+    planned = plan_stages(recipe.stages, recipe.data.global_batch_size, recipe.budget_minutes)
+    stage = next(stage for stage in planned if args.stage in (None, stage.name))
+    figures = simulate(World(recipe, launch, stage, args.rank)).figures()
+    print(json.dumps(figures, indent=None if args.json else 2))
+
+
+if __name__ == "__main__":
+    main()

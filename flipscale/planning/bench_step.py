@@ -1,36 +1,40 @@
-"""Time, operations and memory of a training step, on data that is already on the device."""
+"""Speed, operations and memory of a training step, on random pairs that are already on the device."""
 
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import nn
 
 from flipscale.engines.device import best_attention, fastest_product, peak_memory_bytes, wait_for
 from flipscale.engines.optimizers import OptimRecipe, build_optimizers, set_learning_rate
-from flipscale.io.errors import UserError
 from flipscale.model import FlipConfig, FlipModel
 from flipscale.model.patches import keep_lowest, num_kept
 from flipscale.objectives.contrastive import contrastive_loss
 from flipscale.planning.flops import forward_flops
 
 TrainingStep = Callable[[], None]
+Figures = dict[str, str | int | float | bool]
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)
 class StepSetting:
-    """What is timed.
+    """Model and batch of a measured step.
 
     Args:
-        size: the name that the figures give the model of `config`.
+        config: model configuration.
+        size: label of the model in the figures.
+        mask_ratio: fraction of the patches that is removed.
+        batch_size: pairs in a step.
         dtype: `bf16` (autocast over fp32 weights, as accelerate's mixed precision) or `fp32`.
-        compile: torch.compile the model, in one graph.
-        num_steps: how many steps are timed.
+        compile: whether torch.compile compiles the model, in one graph.
+        device: device of the model and the batch.
+        num_steps: timed steps, after two untimed steps.
     """
 
     config: FlipConfig
@@ -43,15 +47,9 @@ class StepSetting:
     num_steps: int = 10
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise UserError(f"batch_size is {self.batch_size}; it must be at least 1")
-        if self.num_steps < 1:
-            raise UserError(f"steps is {self.num_steps}; at least 1 must be timed")
-        if self.dtype not in DTYPES:
-            raise UserError(f"dtype is {self.dtype!r}; use one of {', '.join(DTYPES)}")
         num_kept(self.config.vision_config.num_patches, self.mask_ratio)
 
-    def autocast(self) -> AbstractContextManager[Any]:
+    def autocast(self) -> AbstractContextManager[None]:
         """Return the autocast context of the forward pass."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == "bf16")
 
@@ -64,19 +62,22 @@ class StepSetting:
 
 @dataclass(frozen=True)
 class StepTimes:
-    """Seconds of each step, and the median share of the CPU threads' time: below 0.9, something else ran too."""
+    """Wall seconds of each step, and the median share of CPU time in wall time times threads.
+
+    A share below 0.9 means that other programs ran on the same cores.
+    """
 
     seconds: list[float]
     cpu_share: float
 
     @property
     def median_s(self) -> float:
-        """The median step, in seconds."""
+        """Median of the seconds."""
         return statistics.median(self.seconds)
 
 
 def flip_batch(setting: StepSetting) -> dict[str, torch.Tensor]:
-    """Return a random batch as the loader sends it: `patches` uint8, `input_ids`, and `patch_index` int16 if masked."""
+    """Return a random batch in the loader's format: `patches` uint8, `input_ids`, and `patch_index` int16 if masked."""
     vision = setting.config.vision_config
     kept, pixels = num_kept(vision.num_patches, setting.mask_ratio), vision.num_channels * vision.patch_size**2
     shape = (setting.batch_size, kept, pixels)
@@ -124,7 +125,7 @@ def training_step(model: nn.Module, loss: Callable[[], torch.Tensor]) -> Trainin
 
 
 def time_in_turn(steps: Mapping[str, TrainingStep], num_steps: int, device: torch.device) -> dict[str, StepTimes]:
-    """Return the times of `num_steps` steps of each, taken in turn (A B A B); two more of each go before, untimed."""
+    """Return the times of `num_steps` steps of each kind, run in turn (A B A B) after two untimed turns."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     shares: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(-2, num_steps):
@@ -136,8 +137,8 @@ def time_in_turn(steps: Mapping[str, TrainingStep], num_steps: int, device: torc
     return {name: StepTimes(seconds[name], statistics.median(shares[name])) for name in steps}
 
 
-def timed(call: Callable[[], Any], device: torch.device) -> tuple[float, float]:
-    """Return the wall and CPU seconds of a call, until the device is done with its work."""
+def timed(call: Callable[[], object], device: torch.device) -> tuple[float, float]:
+    """Return the wall and CPU seconds of a call, including its work on the device."""
     wait_for(device)
     wall, cpu = time.perf_counter(), time.process_time()
     call()
@@ -150,25 +151,23 @@ def matmul_peak(device: torch.device, dtype: str) -> float:
     return fastest_product(device, DTYPES[dtype], sides=(4096, 8192) if device.type == "cuda" else (1024, 2048))
 
 
-def measure_step(setting: StepSetting, build: Callable[[StepSetting], TrainingStep] = flip_step) -> dict[str, Any]:
-    """Return speed and memory of the step that `build` makes, ready for JSON.
+def measure_step(setting: StepSetting) -> Figures:
+    """Return speed and memory of our training step, ready for JSON.
 
-    `flops_per_pair` is the count of `planning.flops` for a training step, the same for every `build`.
-    `share_of_matmul_peak` is its operations per second over `matmul_peak`.
+    `flops_per_pair` is the count of `planning.flops` for a training step.
+    `share_of_matmul_peak` is the step's operations per second over `matmul_peak`.
     """
     if setting.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(setting.device)
-    times = time_in_turn({setting.size: build(setting)}, setting.num_steps, setting.device)[setting.size]
+    times = time_in_turn({setting.size: flip_step(setting)}, setting.num_steps, setting.device)[setting.size]
     memory = peak_memory_bytes(setting.device)
     return {**step_figures(setting, times, matmul_peak(setting.device, setting.dtype)), "peak_memory_bytes": memory}
 
 
-def step_figures(setting: StepSetting, times: StepTimes, peak: float) -> dict[str, Any]:
+def step_figures(setting: StepSetting, times: StepTimes, peak: float) -> Figures:
     """Return the setting and the figures that follow from its `times`, ready for JSON."""
-    flops, images_per_s = (
-        forward_flops(setting.config, setting.mask_ratio).training,
-        setting.batch_size / times.median_s,
-    )
+    flops = forward_flops(setting.config, setting.mask_ratio).training
+    images_per_s = setting.batch_size / times.median_s
     return {
         "size": setting.size,
         "mask_ratio": setting.mask_ratio,

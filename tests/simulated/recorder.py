@@ -13,12 +13,12 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
+from simulated.fake_gpu import DEVICE, OnDevice
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
 
 import flipscale
-from flipscale.benchmarks.fake_gpu import DEVICE, OnDevice
 
 _OURS = str(Path(flipscale.__file__).parent)
 _aten, _c10d = torch.ops.aten, torch.ops.c10d

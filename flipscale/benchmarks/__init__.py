@@ -1,1 +1,0 @@
-"""What `flipscale bench` measures."""
