@@ -4,8 +4,7 @@ import argparse
 import json
 from typing import TYPE_CHECKING
 
-from flipscale.io.command_line import number
-from flipscale.io.ranges import Count, Pairs, ShareBelowAll, Threads
+from flipscale.io.options import Count, Pairs, ShareBelowOne, Threads, number
 
 if TYPE_CHECKING:
     from flipscale.planning.bench_step import StepSetting
@@ -25,7 +24,7 @@ def add_step_arguments(parser: argparse.ArgumentParser, num_steps: int = 10) -> 
     parser.add_argument("--size", choices=_SIZES, default="b16", help="Model size. Default: b16.")
     parser.add_argument("--batch_size", type=number(Pairs), default=32, help="Pairs in a step. Default: 32.")
     parser.add_argument(
-        "--mask_ratio", type=number(ShareBelowAll), default=0.75, help="Share of patches removed. Default: 0.75."
+        "--mask_ratio", type=number(ShareBelowOne), default=0.75, help="Share of patches removed. Default: 0.75."
     )
     parser.add_argument(
         "--dtype", choices=["bf16", "fp32"], default="bf16", help="Precision of products. Default: bf16."

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
-from flipscale.io.command_line import Parser
+from flipscale.io.options import Parser
 from flipscale.training.console import report_user_errors
 
 VERBS = {
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _run(arguments: list[str]) -> None:
     if arguments and arguments[0] in TRAINING:
         if {"-h", "--help"} & set(arguments) and "--dry_run" not in arguments:
-            importlib.import_module("flipscale.training.recipe").help_parser(arguments[0]).parse_args(["--help"])
+            importlib.import_module("flipscale.training.recipe").build_parser(arguments[0]).parse_args(["--help"])
         importlib.import_module("flipscale.pretrain").main(arguments[1:])
         return
     parser = Parser(prog="flipscale", description="Scaling language-image pre-training by masking.")

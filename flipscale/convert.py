@@ -3,8 +3,7 @@
 import argparse
 from pathlib import Path
 
-from flipscale.io.command_line import number, output_folder
-from flipscale.io.ranges import Count
+from flipscale.io.options import Count, number, output_folder
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

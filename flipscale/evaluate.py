@@ -14,9 +14,8 @@ from flipscale.evaluation.kinds.templates import TEMPLATES
 from flipscale.evaluation.reports.models import check_writable, name_models, tables_home
 from flipscale.evaluation.results import Result, as_metrics
 from flipscale.evaluation.task_page import SUITES, suite_pages
-from flipscale.io.command_line import number, output_folder
 from flipscale.io.errors import UserError
-from flipscale.io.ranges import Count, Pairs, Pixels, ShareBelowAll, Workers
+from flipscale.io.options import Count, Pairs, Pixels, ShareBelowOne, Workers, number, output_folder
 from flipscale.io.yaml_text import check_yaml
 from flipscale.training.console import start_logging
 
@@ -115,7 +114,7 @@ def add_mask_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that say under which masks a model is evaluated."""
     parser.add_argument(
         "--mask_ratio",
-        type=number(ShareBelowAll),
+        type=number(ShareBelowOne),
         nargs="+",
         metavar="RATIO",
         default=[0.0],

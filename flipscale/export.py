@@ -3,16 +3,15 @@
 import argparse
 from pathlib import Path
 
-from flipscale.io.command_line import number, output_folder
 from flipscale.io.errors import UserError
-from flipscale.io.ranges import CountOrNone, Share
+from flipscale.io.options import CountOrZero, Share, number, output_folder
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `flipscale export`."""
     parser.add_argument("run_dir", metavar="RUN", type=Path, help="A run directory, finished or not.")
     parser.add_argument(
-        "--step", type=number(CountOrNone), help="Export the checkpoint of this step; by default the newest."
+        "--step", type=number(CountOrZero), help="Export the checkpoint of this step; by default the newest."
     )
     parser.add_argument(
         "--dtype", choices=["fp32", "bf16"], default="fp32", help="The data type of the weights; fp32 by default."

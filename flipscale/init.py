@@ -10,11 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flipscale.io.command_line import number, unwritable
 from flipscale.io.errors import UserError
-from flipscale.io.plain_file import is_utf8
-from flipscale.io.ranges import Count, MinutesAboveNone, Positive
-from flipscale.io.room import usable_cores
+from flipscale.io.files import check_writable, is_utf8
+from flipscale.io.options import Count, MinutesAboveZero, Positive, number, usable_cores
 
 if TYPE_CHECKING:
     from flipscale.planning.proposal import Proposal
@@ -39,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tests", help="A labelled test set, as `flipscale prepare shards --labels` writes one.")
     parser.add_argument(
         "--minutes",
-        type=number(MinutesAboveNone),
+        type=number(MinutesAboveZero),
         help=f"How long to train on this machine, whose speed is measured. Default: {_MINUTES:g}.",
     )
     parser.add_argument("--gpu", help="In place of --minutes: the kind of GPU to train on elsewhere, such as h100.")
@@ -96,8 +94,7 @@ def _check_options(args: argparse.Namespace) -> None:
             raise UserError(f"{name} has letters in its name that no recipe can have: they are not UTF-8; rename it")
     if os.path.lexists(args.recipe):
         raise UserError(f"{args.recipe} is there already; name another file, or remove it")
-    if why := unwritable(str(args.recipe)):
-        raise UserError(f"{args.recipe} cannot be written: {why}")
+    check_writable(args.recipe, "recipe")
     if args.recipe.suffix not in (".yaml", ".yml"):
         raise UserError(f"{args.recipe} has no ending .yaml, by which a recipe is known; name a file such as mine.yaml")
     if (args.gpu is None) != (args.hours is None):

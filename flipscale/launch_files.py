@@ -8,9 +8,9 @@ import argparse
 import shutil
 from pathlib import Path
 
-from flipscale.io.aside import written_aside
-from flipscale.io.command_line import output_folder
+from flipscale.io.atomic import atomic_write
 from flipscale.io.errors import UserError
+from flipscale.io.options import output_folder
 
 FOLDERS = ("ds_configs", "slurm")
 _PACKAGE = Path(__file__).parent
@@ -52,6 +52,6 @@ def write_launch_files(directory: Path) -> list[Path]:
     for source, copy in zip(sources, copies, strict=True):
         if not copy.exists():
             copy.parent.mkdir(parents=True, exist_ok=True)
-            with written_aside(copy) as partial:
+            with atomic_write(copy) as partial:
                 shutil.copyfile(source, partial)
     return copies

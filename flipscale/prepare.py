@@ -6,9 +6,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flipscale.data.sources.tar_source import TarSource
-from flipscale.io.command_line import add_num_workers, number, output_folder
 from flipscale.io.errors import UserError
-from flipscale.io.ranges import Count, CountOrNone, ShareAboveNone, ShareBelowAll
+from flipscale.io.options import (
+    Count,
+    CountOrZero,
+    ShareAboveZero,
+    ShareBelowOne,
+    add_num_workers,
+    number,
+    output_folder,
+)
 from flipscale.preparation.coco.command import (
     add_captions_arguments,
     add_questions_arguments,
@@ -49,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     inspect.add_argument("--tokenizer", help="Count the tokens of captions too, with a tokenizer named as in a recipe.")
     inspect.add_argument(
         "--max_samples",
-        type=number(CountOrNone),
+        type=number(CountOrZero),
         default=0,
         help="Check only this many samples, evenly spread; 0, the default, checks all.",
     )
@@ -65,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     icons.add_argument(
         "--fraction",
-        type=number(ShareAboveNone),
+        type=number(ShareAboveZero),
         default=1.0,
         help="Draw this share of the training icons; a smaller one is a part of a larger. 1, the default, draws all.",
     )
@@ -169,7 +176,7 @@ def _add_writing_arguments(shards: argparse.ArgumentParser) -> None:
 
 def _held_out(text: str) -> float:
     try:
-        share: float = number(ShareBelowAll)(text)
+        share: float = number(ShareBelowOne)(text)
     except argparse.ArgumentTypeError as error:
         raise argparse.ArgumentTypeError(f"{error}; --dataset_split names the split of a data set") from None
     return share
@@ -275,7 +282,7 @@ def _tokenizer(args: argparse.Namespace) -> None:
     from flipscale.data.recipe import DataRecipe
     from flipscale.data.sources.opening import open_shards
     from flipscale.data.tokenizers import train_sentencepiece
-    from flipscale.io.aside import new_folder
+    from flipscale.io.atomic import new_folder
     from flipscale.model.configuration_flip import FlipTextConfig
     from flipscale.preparation.inspection import read_captions
     from flipscale.preparation.own_set import has_test_part

@@ -8,8 +8,17 @@ from typing import TYPE_CHECKING
 from flipscale.evaluation.probe.recipe import LarsRecipe
 from flipscale.evaluation.reports.models import check_writable, name_models
 from flipscale.evaluation.results import Result, with_unit
-from flipscale.io.command_line import number, output_folder
-from flipscale.io.ranges import Count, CountOrNone, Pairs, Positive, Seed, ShareAboveNone, Workers
+from flipscale.io.options import (
+    Count,
+    CountOrZero,
+    Pairs,
+    Positive,
+    Seed,
+    ShareAboveZero,
+    Workers,
+    number,
+    output_folder,
+)
 
 # What embeds and learns takes seconds to import, so it is where it is needed: `--help` waits for nothing.
 if TYPE_CHECKING:
@@ -90,7 +99,7 @@ def _add_solver_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--epochs", type=number(Count), default=_PAPER.epochs, help="Of lars; 90 by default.")
     parser.add_argument(
-        "--warmup_epochs", type=number(CountOrNone), default=_PAPER.warmup_epochs, help="Of lars; 10 by default."
+        "--warmup_epochs", type=number(CountOrZero), default=_PAPER.warmup_epochs, help="Of lars; 10 by default."
     )
     parser.add_argument(
         "--global_batch_size",
@@ -106,7 +115,7 @@ def _add_solver_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--crop_scale",
-        type=number(ShareAboveNone),
+        type=number(ShareAboveZero),
         nargs=2,
         metavar=("LEAST", "MOST"),
         default=_PAPER.crop_scale,

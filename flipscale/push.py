@@ -6,10 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from flipscale.io.aside import write_text
-from flipscale.io.command_line import number
+from flipscale.io.atomic import write_text
 from flipscale.io.errors import UserError
-from flipscale.io.ranges import CountOrNone
+from flipscale.io.options import CountOrZero, number
 from flipscale.training.console import start_logging
 
 
@@ -22,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "repo", metavar="ORG/NAME", help="The name of the model on the Hub; it is created if it does not exist."
     )
     parser.add_argument(
-        "--step", type=number(CountOrNone), help="Upload the model of the checkpoint of this step instead."
+        "--step", type=number(CountOrZero), help="Upload the model of the checkpoint of this step instead."
     )
     parser.add_argument("--private", action="store_true", help="Create it as a private model.")
     parser.add_argument("--revision", help="The branch to upload to, created if it does not exist; by default main.")

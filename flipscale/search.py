@@ -4,10 +4,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from flipscale.io.command_line import number, unwritable
 from flipscale.io.errors import UserError
-from flipscale.io.plain_file import is_utf8
-from flipscale.io.ranges import Count
+from flipscale.io.files import check_writable, is_utf8
+from flipscale.io.options import Count, number
 
 _MOST_QUERIES = 500
 
@@ -103,5 +102,4 @@ def _check_page(page: Path) -> None:
     """
     if page.suffix != ".html" or page.is_dir():
         raise UserError(f"--out is {str(page)!r}; name a file that ends in .html")
-    if reason := unwritable(str(page.parent)):
-        raise UserError(f"--out is {str(page)!r}; {reason}")
+    check_writable(page.parent, "--out")

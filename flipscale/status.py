@@ -14,9 +14,9 @@ from typing import Any
 from flipscale.evaluation.results import THIS_MODEL, Result, latest, read_metrics, read_results
 from flipscale.io import json_lines
 from flipscale.io.errors import UserError
-from flipscale.io.lock import holder_lives
-from flipscale.io.plain_file import plain_text
-from flipscale.io.yaml_text import read_saved
+from flipscale.io.files import read_text
+from flipscale.io.lock import is_holder_alive
+from flipscale.io.yaml_text import read_saved_recipe
 from flipscale.training.cost.energy import read_energy
 from flipscale.training.report.lines import duration
 from flipscale.training.schedule import StageRecipe, plan_stages
@@ -157,7 +157,7 @@ def _plan(recipe_file: Path) -> tuple[int, int | None, float | None]:
     Raises:
         ValueError: the recipe is damaged.
     """
-    recipe = read_saved(recipe_file)
+    recipe = read_saved_recipe(recipe_file)
     try:
         batch, budget = recipe["data"]["global_batch_size"], recipe.get("budget_minutes")
         stages = plan_stages([StageRecipe(**stage) for stage in recipe["stages"]], batch, budget)
@@ -201,14 +201,14 @@ def _heartbeat(run_dir: Path) -> dict[str, Any]:
 
 def _has_process(run_dir: Path, heartbeat: dict[str, Any]) -> bool | None:
     """Return whether a process trains in a run directory; None where this machine cannot tell."""
-    lives = holder_lives(run_dir / "run.lock")
+    lives = is_holder_alive(run_dir / "run.lock")
     return False if lives is None and heartbeat.get("phase") == "failed" else lives
 
 
 def _command(run_dir: Path) -> str | None:
     """Return the command of a run's last start."""
     try:
-        command = json.loads(plain_text(run_dir / "environment.json"))["command"]
+        command = json.loads(read_text(run_dir / "environment.json"))["command"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     return command if isinstance(command, str) else None

@@ -3,10 +3,8 @@
 import argparse
 from pathlib import Path
 
-from flipscale.io.command_line import number, output_folder
 from flipscale.io.errors import UserError
-from flipscale.io.ranges import Count, MinutesAboveNone
-from flipscale.io.room import usable_cores
+from flipscale.io.options import Count, MinutesAboveZero, number, output_folder, usable_cores
 from flipscale.studies.design import study_file
 from flipscale.studies.folder import read_plan, write_plan
 from flipscale.studies.pool import train_missing
@@ -73,7 +71,7 @@ def add_race_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--minutes",
-        type=number(MinutesAboveNone),
+        type=number(MinutesAboveZero),
         required=True,
         help="How long every recipe trains, by its own clock, which stands still in evaluations and saves. A recipe's "
         "stages have their shares of this time.",

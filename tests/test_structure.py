@@ -139,11 +139,11 @@ def test_text_is_utf_8_whatever_the_locale(file: Path) -> None:
         if not isinstance(node, ast.Call) or any(word.arg in ("encoding", None) for word in node.keywords):
             continue
         name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
-        is_aside = isinstance(node.func, ast.Attribute) and getattr(node.func.value, "id", "") == "aside"
+        is_atomic = isinstance(node.func, ast.Attribute) and getattr(node.func.value, "id", "") == "atomic"
         if name == "open" and isinstance(node.func, ast.Name):
             mode = [*node.args[1:2], *(word.value for word in node.keywords if word.arg == "mode")]
             names_none = not mode or (isinstance(mode[0], ast.Constant) and "b" not in str(mode[0].value))
         else:
-            given = len(node.args) + is_aside
+            given = len(node.args) + is_atomic
             names_none = (name, given) in (("read_text", 0), ("write_text", 1))
         assert not names_none, f"line {node.lineno}: {name} without an encoding takes the locale's"

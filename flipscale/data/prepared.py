@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from flipscale.io.errors import UserError
-from flipscale.io.plain_file import plain_text
+from flipscale.io.files import read_text
 
 PREPARED = "prepared.json"
 TASKS_DIR = "data/tasks"  # where `flipscale prepare tasks` puts test sets, unless told otherwise
@@ -15,7 +15,7 @@ def read_prepared(folder: Path) -> dict[str, Any] | None:
     """Return what `prepared.json` of `folder` says, or None if the folder is not whole: it has no such file, or a file
     that is listed there is gone or has another size."""
     try:
-        said: dict[str, Any] = json.loads(plain_text(folder / PREPARED))
+        said: dict[str, Any] = json.loads(read_text(folder / PREPARED))
         whole = all((folder / name).stat().st_size == file["bytes"] for name, file in said["files"].items())
     except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None

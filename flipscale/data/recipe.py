@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from flipscale.data.labelled.recipe import AugmentRecipe
 from flipscale.data.lanes import number_of_lanes
 from flipscale.io.errors import UserError
-from flipscale.io.ranges import Bytes, Count, Pairs, Positive, Share, ShareAboveNone, Workers
+from flipscale.io.options import Bytes, Count, Pairs, Positive, Share, ShareAboveZero, Workers
 
 
 @dataclass(frozen=True)
@@ -71,11 +71,11 @@ class DataRecipe:
 
     shards: str = field(default="", metadata={"learned": False})
     sources: list[SourceRecipe] = field(default_factory=list)
-    fraction: ShareAboveNone = 1.0
+    fraction: ShareAboveZero = 1.0
     tokenizer: str = field(default="bert", metadata={"place": True})
     global_batch_size: Pairs = 4096
     micro_batch_size: Pairs | None = field(default=None, metadata={"learned": False})
-    crop_scale: tuple[ShareAboveNone, ShareAboveNone] = (0.5, 1.0)
+    crop_scale: tuple[ShareAboveZero, ShareAboveZero] = (0.5, 1.0)
     mirror: bool = True
     augment: AugmentRecipe = field(default_factory=AugmentRecipe)
     lanes: Pairs | None = field(default=None, metadata={"before": 1})

@@ -29,11 +29,10 @@ import torch
 from safetensors import safe_open
 
 import flipscale
-from flipscale.io.aside import partial_path, remove, sync
-from flipscale.io.digests import FileDigest, digest_of, digests_as_text
+from flipscale.io.atomic import partial_path, remove, sync
+from flipscale.io.digests import FileDigest, digest_of, digests_to_json, write_tensors
 from flipscale.io.errors import UserError
-from flipscale.io.ranges import Count, Minutes, SamplesOrNone
-from flipscale.io.tensor_file import write_tensors
+from flipscale.io.options import Count, Minutes, SamplesOrZero
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -55,7 +54,7 @@ class SaveRecipe:
         total_limit: How many of the newest checkpoints are kept.
     """
 
-    every_samples: SamplesOrNone = 0
+    every_samples: SamplesOrZero = 0
     every_minutes: Minutes = 0.0
     total_limit: Count = 2
 
@@ -238,7 +237,7 @@ class CheckpointWriter:
         digests = self._agree()
         if self.accelerator.is_main_process:
             try:
-                self._write_text("digests.json", digests_as_text(digests))
+                self._write_text("digests.json", digests_to_json(digests))
                 sync(self._partial)
                 self._partial.rename(self._final)
                 sync(self._final.parent)

@@ -20,7 +20,7 @@ import yaml
 from safetensors import SafetensorError, safe_open
 
 from flipscale.engines.checkpoint import FORMAT, list_checkpoints, part_of, step_of
-from flipscale.io.aside import sync
+from flipscale.io.atomic import sync
 from flipscale.io.digests import (
     CHUNK_BYTES,
     Chunk,
@@ -29,9 +29,9 @@ from flipscale.io.digests import (
     FileDigest,
     chunks_of,
     digest_of,
-    digests_in,
     file_bytes,
     read_bytes,
+    read_digests,
 )
 from flipscale.io.errors import UserError
 
@@ -88,7 +88,7 @@ def begin_reading(checkpoint: Path | None) -> Comparison | None:
     if checkpoint is None:
         return None
     try:
-        digests = digests_in(checkpoint / "digests.json")
+        digests = read_digests(checkpoint / "digests.json")
     except (Damage, OSError):
         return None
     parts = {name: digests[name] for name in sorted(digests) if name not in _TEXTS}
@@ -158,7 +158,7 @@ def contents(checkpoint: Path) -> Contents:
     digests: dict[str, FileDigest] | None = None
     if version != 1 or os.path.lexists(checkpoint / "digests.json"):
         try:
-            digests = digests_in(checkpoint / "digests.json")
+            digests = read_digests(checkpoint / "digests.json")
         except Damage:
             # A newer format may keep them in another way.
             _raise_if_newer(checkpoint, state)

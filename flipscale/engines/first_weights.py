@@ -18,8 +18,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from flipscale.io.digests import check_weight
 from flipscale.io.errors import UserError
-from flipscale.io.tensor_file import check_weight
 from flipscale.model import FlipConfig, FlipModel, FlipPreTrainedModel
 from flipscale.model.fetched import fetched_folder
 from flipscale.model.folder import check_folder

@@ -21,7 +21,7 @@ import yaml
 
 from flipscale.engines.device import default_precision, is_faster_in_bf16
 from flipscale.io.errors import UserError
-from flipscale.io.plain_file import plain_text
+from flipscale.io.files import read_text
 from flipscale.io.yaml_text import check_yaml
 
 # What launchers set from a launch file's mixed_precision, and who starts without one may set.
@@ -183,7 +183,7 @@ def launch_environment(file: Path, num_processes: int | None = None) -> dict[str
 
 def _read_settings(file: Path) -> dict[str, Any]:
     try:
-        text = plain_text(file)
+        text = read_text(file)
         check_yaml(text, str(file))
         settings = yaml.safe_load(text)
         settings["distributed_type"]
@@ -315,7 +315,7 @@ def _deepspeed_settings(environment: Mapping[str, str]) -> dict[str, Any]:
 
 def _read_deepspeed_file(file: Path) -> dict[str, Any]:
     try:
-        given = json.loads(plain_text(file))
+        given = json.loads(read_text(file))
     except FileNotFoundError as error:
         raise UserError(
             f"deepspeed_config_file {file} is not there, seen from {Path.cwd()}; start in the folder that has it "

@@ -15,7 +15,7 @@ from torch.optim.adamw import adamw
 
 from flipscale.engines.launch import Launch
 from flipscale.engines.muon import Muon, buffer_elements, local
-from flipscale.io.ranges import NotNegative, Positive, ShareAboveNone, ShareBelowAll, ShareBetween
+from flipscale.io.options import NonNegative, OpenShare, Positive, ShareAboveZero, ShareBelowOne
 
 
 @dataclass(frozen=True)
@@ -43,15 +43,15 @@ class OptimRecipe:
     """
 
     name: Literal["adamw", "muon"] = "adamw"
-    weight_decay: NotNegative = 0.2
-    adam_beta1: ShareBelowAll = 0.9
-    adam_beta2: ShareBelowAll = 0.95
+    weight_decay: NonNegative = 0.2
+    adam_beta1: ShareBelowOne = 0.9
+    adam_beta2: ShareBelowOne = 0.95
     adam_epsilon: Positive = 1e-8
-    muon_lr_ratio: NotNegative = 10.0
-    muon_momentum: ShareBelowAll = 0.95
+    muon_lr_ratio: NonNegative = 10.0
+    muon_momentum: ShareBelowOne = 0.95
     max_grad_norm: Positive | None = None
-    ema_decay: ShareBetween | None = None
-    layer_decay: ShareAboveNone | None = None
+    ema_decay: OpenShare | None = None
+    layer_decay: ShareAboveZero | None = None
     tower_lr_ratio: Positive = 1.0
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from flipscale.data.recipe import DataRecipe
 from flipscale.evaluation.test_set import CLASS_NAMES, read_class_names, read_text
-from flipscale.io.aside import write_text
+from flipscale.io.atomic import write_text
 from flipscale.io.errors import UserError
 
 _log = logging.getLogger(__name__)

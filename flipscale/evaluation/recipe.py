@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from flipscale.data.prepared import TASKS_DIR
-from flipscale.io.ranges import Count, SamplesOrNone, ShareBelowAll, Workers
+from flipscale.io.options import Count, SamplesOrZero, ShareBelowOne, Workers
 
 if TYPE_CHECKING:
     from flipscale.evaluation.kinds.task import Task
@@ -33,8 +33,8 @@ class EvalRecipe:
     """
 
     tasks: list[str | dict[str, Any]] = field(default_factory=list)
-    every_samples: SamplesOrNone = 0
-    every_share: ShareBelowAll = 0.0
+    every_samples: SamplesOrZero = 0
+    every_share: ShareBelowOne = 0.0
     zero_shot: str | None = None
     retrieval: str | None = None
     tasks_dir: str = TASKS_DIR

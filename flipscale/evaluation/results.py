@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from flipscale.io import json_lines
-from flipscale.io.yaml_text import read_saved
+from flipscale.io.yaml_text import read_saved_recipe
 
 RESULTS_FILE = "results.jsonl"
 # What every record of a run says of its place in the run.
@@ -225,7 +225,7 @@ def _change(old: Result, new: Result) -> Result:
 def _results_without_lines(run_dir: Path) -> list[Measured]:
     """Return the results that a run's metrics have, whether or not they have lines too."""
     recipe_file = run_dir / "recipe.yaml"
-    recipe = read_saved(recipe_file) if recipe_file.exists() else {}
+    recipe = read_saved_recipe(recipe_file) if recipe_file.exists() else {}
     folders: dict[str, Any] = recipe.get("eval") or {}
     found = []
     for record in read_metrics(run_dir):

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from flipscale.io.errors import UserError
-from flipscale.io.plain_file import plain_text
-from flipscale.io.text_table import in_markdown
+from flipscale.io.files import read_text
+from flipscale.io.text_table import escape_markdown
 
 _log = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ def read_audit(file: str) -> dict[str, Any]:
         ValueError: it is missing, or not an audit.
     """
     try:
-        found = json.loads(plain_text(Path(file)))
+        found = json.loads(read_text(Path(file)))
         audit = {key: found[key] for key in _PARTS}
         _section(audit)
         return audit
@@ -110,5 +110,5 @@ def _section(audit: dict[str, Any]) -> str:
         ],
     }
     said = {name: f"{count:,}" for name, count in counts.items()}
-    said |= {name: in_markdown(", ".join(found)) or "none" for name, found in lists.items()}
+    said |= {name: escape_markdown(", ".join(found)) or "none" for name, found in lists.items()}
     return TEMPLATE.format(**said)

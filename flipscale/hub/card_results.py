@@ -18,8 +18,8 @@ from flipscale.evaluation.kinds.kinds import KINDS
 from flipscale.evaluation.reports.record import Line, read_lines, weights_digest
 from flipscale.evaluation.reports.setting import data_name
 from flipscale.evaluation.results import CHANGED, CHANGES, RESULTS_FILE, THIS_MODEL, Result, with_unit
-from flipscale.io.aside import write_text
-from flipscale.io.text_table import as_code, in_markdown
+from flipscale.io.atomic import write_text
+from flipscale.io.text_table import escape_markdown, markdown_code
 
 INTERVALS = """The 95 % intervals (Wilson's, for shares) take the n queries for independent draws; they say nothing of
 how another training run would differ."""
@@ -148,11 +148,11 @@ def _rows(lines: Iterable[Line]) -> dict[tuple[str, ...], list[str]]:
     for line in lines:
         result, rows = line.result, by_task.setdefault(line.result.task, {})
         test, queries = _test(line), "" if result.n is None else f"{result.n:,}"
-        test, shown, who = in_markdown(test), in_markdown(result.shown), in_markdown(result.who)
-        cells = [test, shown, who, in_markdown(result.value_text), in_markdown(result.interval_text), queries]
+        test, shown, who = escape_markdown(test), escape_markdown(result.shown), escape_markdown(result.who)
+        cells = [test, shown, who, escape_markdown(result.value_text), escape_markdown(result.interval_text), queries]
         rows[tuple(cells[:3])] = cells
         if result.chance is not None and result.who == THIS_MODEL:
-            chance = [test, shown, "chance", in_markdown(with_unit(result.chance, result.unit)), "", ""]
+            chance = [test, shown, "chance", escape_markdown(with_unit(result.chance, result.unit)), "", ""]
             rows[tuple(chance[:3])] = chance
     return {key: cells for rows in by_task.values() for key, cells in rows.items()}
 
@@ -172,11 +172,11 @@ def _test(line: Line) -> str:
     kind = KINDS.get(result.kind)
     for option, value in result.made_by.items():
         if option == "data":
-            test += "" if about.get("title") else f", {as_code(data_name(value))}"
+            test += "" if about.get("title") else f", {markdown_code(data_name(value))}"
         elif kind and kind.hub_options is not None and option not in kind.hub_options:
             continue
         elif option in ("train", "validation"):
-            test += f", {option} {as_code(data_name(value))}"
+            test += f", {option} {markdown_code(data_name(value))}"
         else:
             test += f", {option} {_plain(value)}"
     mask = about.get("mask") or {}

@@ -15,9 +15,9 @@ from transformers.initialization import no_init_weights
 from flipscale.data.tokenizers import bert_tokenizer
 from flipscale.hub.model_folder import build_processor, export_model
 from flipscale.hub.t5x import StoredArray, open_flip_checkpoint
-from flipscale.io.aside import write_text
+from flipscale.io.atomic import write_text
+from flipscale.io.digests import check_weight
 from flipscale.io.errors import UserError
-from flipscale.io.tensor_file import check_weight
 from flipscale.model import SIZES, FlipConfig, FlipModel
 from flipscale.model.modeling_flip import sincos_positions
 

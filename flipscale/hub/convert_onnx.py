@@ -11,7 +11,7 @@ from tqdm import tqdm
 from flipscale.hub.derived_card import derived_card
 from flipscale.hub.loading import load_flip
 from flipscale.hub.model_folder import build_processor
-from flipscale.io.aside import new_folder
+from flipscale.io.atomic import new_folder
 from flipscale.io.errors import UserError
 from flipscale.model import FlipConfig
 from flipscale.model.modeling_flip import normalise_embeds

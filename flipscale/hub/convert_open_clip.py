@@ -22,7 +22,7 @@ from torch import nn
 from flipscale.hub.derived_card import derived_card
 from flipscale.hub.loading import load_flip
 from flipscale.hub.model_folder import by_channel
-from flipscale.io.aside import new_folder
+from flipscale.io.atomic import new_folder
 from flipscale.io.errors import UserError
 from flipscale.model import FlipConfig, FlipModel, FlipTextConfig, FlipTextModel, FlipVisionConfig, FlipVisionModel
 from flipscale.model.modeling_flip import FlipEncoderLayer

@@ -5,7 +5,7 @@ from pathlib import Path
 from huggingface_hub import ModelCard, ModelCardData
 from yaml import YAMLError
 
-from flipscale.io.text_table import in_markdown
+from flipscale.io.text_table import escape_markdown
 from flipscale.model.fetched import local_folder
 
 
@@ -21,7 +21,7 @@ def derived_card(src: str, name: str, library: str, text: str) -> str:
         tags=["flip", "clip", "flipscale"],
         base_model=None if Path(src).exists() else src,
     )
-    return f"---\n{data.to_yaml()}\n---\n\n# {in_markdown(name)}\n\n{text}"
+    return f"---\n{data.to_yaml()}\n---\n\n# {escape_markdown(name)}\n\n{text}"
 
 
 def _licence(src: str) -> str | None:

@@ -20,9 +20,9 @@ from flipscale.evaluation.embedders.plain import PLAIN, UNTRAINED, plain_embedde
 from flipscale.evaluation.embedders.transformers_model import transformers_embedder
 from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.images import made_up
+from flipscale.io.digests import check_weight
 from flipscale.io.errors import UserError
 from flipscale.io.quiet import without_bars
-from flipscale.io.tensor_file import check_weight
 from flipscale.model import (
     FlipConfig,
     FlipForConditionalGeneration,

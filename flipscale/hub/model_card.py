@@ -21,11 +21,11 @@ from flipscale.evaluation.results import with_changes
 from flipscale.hub.card_audit import audit_section
 from flipscale.hub.card_results import folder_lines, lines_of, model_index, protocols, results_table, task_name
 from flipscale.hub.card_templates import TEMPLATES
-from flipscale.io.aside import write_text
+from flipscale.io.atomic import write_text
 from flipscale.io.errors import UserError
-from flipscale.io.plain_file import plain_text
-from flipscale.io.text_table import as_code, in_markdown
-from flipscale.io.yaml_text import read_saved
+from flipscale.io.files import read_text
+from flipscale.io.text_table import escape_markdown, markdown_code
+from flipscale.io.yaml_text import read_saved_recipe
 from flipscale.training.cost.energy import read_energy
 from flipscale.training.cost.recipe import cost_of_saved
 from flipscale.training.cost.spent import occupied_device_hours, spent
@@ -82,8 +82,8 @@ def model_card(folder: Path, run_dir: Path, where: str, step: int | None, drawn:
     """Return the card as Markdown with its metadata; `drawn` are the captions of the figures in the folder."""
     run = _Run(folder, run_dir, step)
     name = where.rsplit("/", 1)[-1] if where != str(folder) else run_dir.name
-    figures = "\n\n".join(f"![{in_markdown(caption)}](figures/{file}.png)" for file, caption in drawn.items())
-    known = {"name": in_markdown(name), "where": as_string(where), "figures": figures or None}
+    figures = "\n\n".join(f"![{escape_markdown(caption)}](figures/{file}.png)" for file, caption in drawn.items())
+    known = {"name": escape_markdown(name), "where": as_string(where), "figures": figures or None}
     text = filled(TEMPLATES[run.does], {**run.values(), **known})
     return f"---\n{run.metadata(name).to_yaml()}\n---\n\n{text}"
 
@@ -107,8 +107,8 @@ class _Run:
 
     def __init__(self, folder: Path, run_dir: Path, step: int | None):
         self.step = step
-        self.recipe: dict[str, Any] = read_saved(run_dir / "recipe.yaml")
-        self.environment: dict[str, Any] = json.loads(plain_text(run_dir / "environment.json"))
+        self.recipe: dict[str, Any] = read_saved_recipe(run_dir / "recipe.yaml")
+        self.environment: dict[str, Any] = json.loads(read_text(run_dir / "environment.json"))
         self.starts = read_starts(run_dir)
         self.config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         self.does = _what_it_does(self.config)
@@ -128,7 +128,7 @@ class _Run:
         total_steps = sum((stage["samples"] or 0) // batch for stage in self.recipe["stages"])
         seconds, cost = last["trained_seconds"], spent(self.starts, last, self.energy, self.cost, self.occupied)
         return {
-            "version": in_markdown(self.environment["flipscale"]),
+            "version": escape_markdown(self.environment["flipscale"]),
             "parameters": parameters and f"{parameters / 1e6:,.1f} M",
             "image_size": str(vision["image_size"]),
             "patch_size": str(vision["patch_size"]),
@@ -156,7 +156,7 @@ class _Run:
             "stages": "\n".join(self._stages()),
             "audit": audit_section(self.hub.get("audit"), self.environment.get("data_samples")),
             "recipe": self._recipe(),
-            "licence": self.hub.get("license") and as_code(self.hub["license"]),
+            "licence": self.hub.get("license") and markdown_code(self.hub["license"]),
             "no_licence": None if self.hub.get("license") else NO_LICENCE,
         }
 
@@ -179,19 +179,19 @@ class _Run:
         names, init_from = list(self.config.get("id2label", {}).values()), self.recipe["model"].get("init_from")
         return {
             "num_labels": f"{len(names):,}",
-            "labels": ", ".join(map(as_code, names[:_MOST_NAMED])),
-            "base": f" from {as_code(public_name(init_from))}" if init_from else "",
+            "labels": ", ".join(map(markdown_code, names[:_MOST_NAMED])),
+            "base": f" from {markdown_code(public_name(init_from))}" if init_from else "",
         }
 
     def _data(self) -> str | None:
         """Return the names of the training data; of a mixture, each source with its weight and columns."""
         data = self.recipe["data"]
         sources = [_source_name(source) for source in data.get("sources", [])]
-        return "; ".join(sources) or (as_code(data_name(data["shards"])) if data["shards"] else None)
+        return "; ".join(sources) or (markdown_code(data_name(data["shards"])) if data["shards"] else None)
 
     def _hardware(self) -> str | None:
         used = dict.fromkeys(f"{start['num_processes']} x {start['device']}" for start in self.starts)
-        return in_markdown(", then ".join(used)) or None
+        return escape_markdown(", then ".join(used)) or None
 
     def _stages(self) -> Iterator[str]:
         for stage in self.recipe["stages"]:
@@ -199,7 +199,7 @@ class _Run:
             seen = f"{stage['samples']:,}" if stage.get("share") is None else f"{stage['share']:.1%} of the time"
             removed = (f"{stage.get(name, 0):.0%}" for name in ("mask_ratio", "text_mask_ratio"))
             size = stage.get("image_size")
-            name = in_markdown(stage["name"]) + (f" ({size} x {size} pixels)" if size else "")
+            name = escape_markdown(stage["name"]) + (f" ({size} x {size} pixels)" if size else "")
             yield f"| {name} | {seen} | {' | '.join(removed)} | {rate} |"
 
     def _recipe(self) -> str:
@@ -236,10 +236,10 @@ def _source_name(source: dict[str, Any]) -> str:
     """Return a source of a mixture as the card names it."""
     about = [] if source.get("weight") is None else [f"weight {source['weight']:g}"]
     if source.get("dataset"):
-        about += [f"{name} {as_code(source[name])}" for name in ("config", "split") if source.get(name)]
-        about.append(f"images from {as_code(source['image_column'])}")
-        about.append(f"captions from {' and '.join(map(as_code, source['caption_columns']))}")
-    name = as_code(public_name(source.get("dataset") or source.get("shards") or ""))
+        about += [f"{name} {markdown_code(source[name])}" for name in ("config", "split") if source.get(name)]
+        about.append(f"images from {markdown_code(source['image_column'])}")
+        about.append(f"captions from {' and '.join(map(markdown_code, source['caption_columns']))}")
+    name = markdown_code(public_name(source.get("dataset") or source.get("shards") or ""))
     return f"{name} ({', '.join(about)})" if about else name
 
 

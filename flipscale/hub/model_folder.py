@@ -18,11 +18,11 @@ from flipscale.engines.checkpoint import CheckpointReader, list_checkpoints
 from flipscale.engines.checkpoint_integrity import require_whole
 from flipscale.evaluation.class_names import kept_class_names
 from flipscale.hub.sentence_transformer import write_sentence_transformer
-from flipscale.io.aside import written_aside
+from flipscale.io.atomic import atomic_write
+from flipscale.io.digests import check_weight, write_tensors
 from flipscale.io.errors import UserError
 from flipscale.io.lock import FolderLock
 from flipscale.io.quiet import without_bars
-from flipscale.io.tensor_file import check_weight, write_tensors
 from flipscale.model import (
     FlipConfig,
     FlipForConditionalGeneration,
@@ -233,7 +233,7 @@ def _write_folder(
     lock = FolderLock(out_dir.with_name(f".{out_dir.name}.lock"), f"writes {out_dir}")
     lock.acquire()
     try:
-        with written_aside(out_dir) as folder:
+        with atomic_write(out_dir) as folder:
             if processor is not None:
                 processor.save_pretrained(folder)
             if isinstance(processor, FlipProcessor) and compares:

@@ -19,8 +19,8 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError,
 from huggingface_hub.utils import validate_repo_id
 from safetensors import safe_open
 
+from flipscale.io.digests import check_weight
 from flipscale.io.errors import UserError
-from flipscale.io.tensor_file import check_weight
 from flipscale.model.folder import check_folder
 from flipscale.model.hub_requests import guard_requests
 

@@ -1,7 +1,7 @@
-"""Digests of files: taken while a file is written, and compared by any number of threads and processes.
+"""Digests of files, safetensors files written with their digests, and threads that compare files with digests.
 
-A file has a digest for every 16 MiB, so that several readers can share the work, and damage has a place. They find what
-disks, networks and careless hands do to a file; they do not keep out somebody who writes both file and digests.
+A file has a digest for every 16 MiB, so readers can share the work and damage has a position. Digests detect faults of
+disks and networks. They do not detect an attacker who rewrites both file and digests.
 """
 
 import errno
@@ -10,33 +10,40 @@ import json
 import os
 import stat
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 import xxhash
 
+from flipscale.io.errors import UserError
+
 CHUNK_BYTES = 16 * 2**20
-_NAME = "xxh3_64"
-# Read and hashed at once: more does not fit a core's cache, less waits more often for the interpreter's lock.
+_ALGORITHM = "xxh3_64"
+# Larger blocks do not fit a core's cache; smaller ones wait more often for the interpreter's lock.
 _BLOCK_BYTES = 4 * 2**20
-# Errors that say that a file is not there or not a file. After any other (EIO, EACCES, ESTALE) it may be whole.
+# Only these errors mean that the path is not a file. After EIO, EACCES or ESTALE the file may be whole.
 _NOT_A_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG)
+_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16"}
+
+Chunk = tuple[str, int]  # a file's name and a chunk index
 
 
 class Damage(Exception):
-    """A file is not what was written; the text says in which way."""
+    """A file differs from the one that was written; the text says how."""
 
 
 class FileDigest(NamedTuple):
-    """What is known of a file that is whole: its length and the XXH3 digest of each chunk, in hexadecimal."""
+    """Length of a file in bytes, and the XXH3 digest of each chunk in hexadecimal."""
 
     num_bytes: int
     chunks: tuple[str, ...]
 
 
 class Digester:
-    """Takes the digest of a file from its bytes, which come in any pieces."""
+    """Computes the digest of a file from pieces of any length."""
 
     def __init__(self) -> None:
         self._num_bytes = 0
@@ -44,7 +51,7 @@ class Digester:
         self._hash = xxhash.xxh3_64()
 
     def update(self, data: bytes | memoryview) -> None:
-        """Take the next bytes of the file."""
+        """Add the next bytes of the file."""
         view = memoryview(data)
         while view:
             rest = CHUNK_BYTES - self._num_bytes % CHUNK_BYTES
@@ -66,28 +73,28 @@ class Digester:
 
 
 def digest_of(data: bytes) -> FileDigest:
-    """Return the digest of a file that holds `data`."""
+    """Return the digest of a file with the content `data`."""
     digester = Digester()
     digester.update(data)
     return digester.digest()
 
 
-def digests_as_text(digests: Mapping[str, FileDigest]) -> str:
-    """Return the digests of files, by their names, as JSON."""
-    files = {name: {"bytes": digest.num_bytes, _NAME: digest.chunks} for name, digest in digests.items()}
+def digests_to_json(digests: Mapping[str, FileDigest]) -> str:
+    """Return the digests of files, by file name, as JSON."""
+    files = {name: {"bytes": digest.num_bytes, _ALGORITHM: digest.chunks} for name, digest in digests.items()}
     return json.dumps({"chunk_bytes": CHUNK_BYTES, "files": files})
 
 
-def digests_in(path: Path) -> dict[str, FileDigest]:
-    """Return the digests that a file holds as `digests_as_text`.
+def read_digests(path: Path) -> dict[str, FileDigest]:
+    """Return the digests in a file that `digests_to_json` made.
 
     Raises:
-        Damage: there is no such file, or it holds something else.
-        OSError: as `read_bytes`.
+        Damage: the file does not exist or has other content.
+        OSError: the file cannot be read, though it may be whole.
     """
     try:
         content = json.loads(read_bytes(path))
-        files = {name: FileDigest(file["bytes"], tuple(file[_NAME])) for name, file in content["files"].items()}
+        files = {name: FileDigest(file["bytes"], tuple(file[_ALGORITHM])) for name, file in content["files"].items()}
         has_chunks = all(len(digest.chunks) == -(-digest.num_bytes // CHUNK_BYTES) for digest in files.values())
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise Damage(f"{path.name} is unreadable") from error
@@ -97,47 +104,44 @@ def digests_in(path: Path) -> dict[str, FileDigest]:
 
 
 def read_bytes(path: Path, most: int = 2**28) -> bytes:
-    """Return what a regular file holds.
+    """Return the content of a regular file.
 
     Raises:
-        Damage: there is no such file, or it has more than `most` bytes.
-        OSError: it cannot be read, which does not say that it is damaged.
+        Damage: the file does not exist, or has more than `most` bytes.
+        OSError: the file cannot be read, though it may be whole.
     """
     size = file_bytes(path)
     if size > most:
-        raise Damage(f"{path.name} has {size:,} bytes, where {most:,} would be many")
+        raise Damage(f"{path.name} has {size:,} bytes; expected at most {most:,}")
     return path.read_bytes()
 
 
 def file_bytes(path: Path) -> int:
-    """Return the length of a regular file, which a pipe or a device is not: reading those may never end.
+    """Return the length of a regular file. Pipes and devices are refused because reading them may never end.
 
     Raises:
-        Damage: there is no such file.
-        OSError: it cannot be looked at, which does not say that it is damaged.
+        Damage: no regular file is there.
+        OSError: the status cannot be read, though the file may be whole.
     """
     try:
-        found = path.stat()
+        status = path.stat()
     except OSError as error:
         if error.errno not in _NOT_A_FILE:
             raise
         raise Damage(f"{path.name} is missing") from error
-    if not stat.S_ISREG(found.st_mode):
+    if not stat.S_ISREG(status.st_mode):
         raise Damage(f"{path.name} is no regular file")
-    return found.st_size
-
-
-Chunk = tuple[str, int]
+    return status.st_size
 
 
 class Comparison:
-    """Compares chunks of a folder's files with their digests, in threads, from the moment that it is made.
+    """Threads that compare chunks of a folder's files with their digests; they start at once.
 
     Args:
-        folder: of the files.
-        digests: of its files, by name.
-        chunks: a file's name and the number of a chunk of it, each.
-        num_threads: which end with the process, wherever they are.
+        folder: folder of the files.
+        digests: expected digests by file name.
+        chunks: chunks to compare.
+        num_threads: number of daemon threads.
     """
 
     def __init__(self, folder: Path, digests: Mapping[str, FileDigest], chunks: Sequence[Chunk], num_threads: int = 1):
@@ -145,7 +149,7 @@ class Comparison:
         self.chunks = chunks
         self._digests = digests
         self._damaged: list[Chunk] = []
-        self._errors: list[Exception] = []
+        self._errors: list[BaseException] = []
         self._threads = [
             threading.Thread(target=self._compare, args=(chunks[first::num_threads],), daemon=True)
             for first in range(min(num_threads, len(chunks)))
@@ -154,11 +158,11 @@ class Comparison:
             thread.start()
 
     def damaged(self) -> list[Chunk]:
-        """Wait for the end and return the chunks that are not what was written.
+        """Wait for all threads and return the chunks that differ.
 
         Raises:
-            Damage: there is no such file.
-            OSError: a file cannot be read, which does not say that it is damaged.
+            Damage: a file is missing.
+            OSError: a file cannot be read, though it may be whole.
         """
         for thread in self._threads:
             thread.join()
@@ -177,13 +181,65 @@ class Comparison:
                             self._damaged.append((name, number))
                 finally:
                     os.close(descriptor)
-        except Exception as error:  # of any kind: what was not compared must not pass
+        except BaseException as error:  # because `damaged` must not pass chunks that were not compared
             self._errors.append(error)
 
 
 def chunks_of(digests: Mapping[str, FileDigest]) -> list[Chunk]:
-    """Return all chunks of some files."""
+    """Return all chunks of the files."""
     return [(name, number) for name, digest in digests.items() for number in range(len(digest.chunks))]
+
+
+def write_tensors(
+    path: Path, layout: Mapping[str, tuple[torch.dtype, Sequence[int]]], tensors: Iterable[torch.Tensor]
+) -> FileDigest:
+    """Write a safetensors file, wait until it is on disk, and return its digest.
+
+    Unlike the library's writer, this one needs one tensor at a time and releases the interpreter's lock.
+
+    Args:
+        path: file to write.
+        layout: dtype and shape of each tensor by name, in the order of `tensors`.
+        tensors: tensors on the CPU.
+
+    Raises:
+        OSError: the disk is full or not writable.
+    """
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for name, (dtype, shape) in layout.items():
+        size = dtype.itemsize * torch.Size(shape).numel()
+        header[name] = {"dtype": _DTYPES[dtype], "shape": list(shape), "data_offsets": [position, position + size]}
+        position += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    digester = Digester()
+    # Hashing and writing both release the interpreter's lock, so they overlap.
+    with open(path, "wb") as file, ThreadPoolExecutor(1) as hashing:
+
+        def write(data: bytes | memoryview) -> None:
+            hashed = hashing.submit(digester.update, data)
+            file.write(data)
+            hashed.result()
+
+        write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors:
+            write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+        file.flush()
+        os.fsync(file.fileno())
+    return digester.digest()
+
+
+def check_weight(name: str, weight: torch.Tensor) -> None:
+    """Raise unless a tensor has finite floating-point numbers.
+
+    Raises:
+        UserError: the dtype is not floating, or a number is NaN or infinite.
+    """
+    if not weight.is_floating_point():
+        raise UserError(f"weight {name} is of type {str(weight.dtype).removeprefix('torch.')}; it must be a float")
+    if weight.numel() and not all(end.isfinite() for end in weight.detach().float().aminmax()):
+        raise UserError(f"weight {name} has numbers that are NaN or infinite; use weights of an earlier step")
 
 
 def _chunk_digest(descriptor: int, number: int) -> str:

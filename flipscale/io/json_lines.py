@@ -7,8 +7,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from flipscale.io.aside import sync, written_aside
-from flipscale.io.plain_file import refuse_others
+from flipscale.io.atomic import atomic_write, sync
+from flipscale.io.files import check_plain
 
 _log = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ def append(path: Path, records: Iterable[dict[str, Any]], is_synced: bool = Fals
     if not text:
         return
     is_new = not path.exists()
-    refuse_others(path)
+    check_plain(path)
     with open(path, "ab", buffering=0) as file:
         text = (b"\n" if _ends_torn(path) else b"") + text
         while text:
@@ -64,7 +64,7 @@ def each(path: Path, **fields: Any) -> Iterator[dict[str, Any]]:
     """Yield what `read` returns, one at a time in memory."""
     if not path.exists():
         return
-    refuse_others(path)
+    check_plain(path)
     num_lines = left_out = 0
     with open(path, "rb") as file:
         for line in file:
@@ -81,7 +81,7 @@ def each(path: Path, **fields: Any) -> Iterator[dict[str, Any]]:
 
 def rewrite(path: Path, records: Iterable[dict[str, Any]]) -> None:
     """Write a file of these records alone in place of the one that may be there; a kill leaves one of the two."""
-    with written_aside(path) as partial, open(partial, "w", encoding="utf-8") as file:
+    with atomic_write(path) as partial, open(partial, "w", encoding="utf-8") as file:
         file.writelines(map(_as_line, records))
 
 

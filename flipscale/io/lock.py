@@ -18,9 +18,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from flipscale.io.aside import own_partial_path
+from flipscale.io.atomic import unique_partial_path
 from flipscale.io.errors import UserError
-from flipscale.io.plain_file import plain_text
+from flipscale.io.files import read_text
 
 _log = logging.getLogger(__name__)
 
@@ -59,11 +59,11 @@ class Holder(NamedTuple):
         return f"process {self.about['pid']} on {self.about['host']} (since {since}{job})"
 
 
-def holder_lives(path: Path) -> bool | None:
+def is_holder_alive(path: Path) -> bool | None:
     """Return whether the process that a lock's file names lives; None where there is no file, or its holder is of
     another machine or unknown."""
     try:
-        return _lives_here(Holder(_parsed(plain_text(path).encode()), 0.0))
+        return _lives_here(Holder(_parsed(read_text(path).encode()), 0.0))
     except (OSError, ValueError):
         return None
 
@@ -93,7 +93,7 @@ class FolderLock:
             ValueError: another process holds it.
             OSError: the folder is not writable.
         """
-        mine = own_partial_path(self.path)
+        mine = unique_partial_path(self.path)
         mine.write_text(json.dumps(self.about), encoding="utf-8")
         try:
             self._take(mine)
@@ -191,7 +191,7 @@ class FolderLock:
         if self._look() != gone:
             return
         _log.warning("%s is gone; going on from what it left", gone.words)
-        taken = own_partial_path(mine)
+        taken = unique_partial_path(mine)
         taken.write_text(json.dumps(self.about), encoding="utf-8")
         os.replace(taken, self.path)
         time.sleep(_SETTLE_SECONDS)

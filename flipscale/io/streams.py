@@ -6,7 +6,7 @@ import sys
 from contextlib import suppress
 from typing import Any
 
-from flipscale.io.text_table import visible
+from flipscale.io.text_table import escape_controls
 
 # Progress bars move the cursor by these, so they stay as they are.
 _MOVES = re.compile(r"\n*(\x1b\[A)*")
@@ -63,7 +63,7 @@ class _EscapedStream:
 
     def write(self, text: str) -> int:
         try:
-            self._stream.write(visible(text))
+            self._stream.write(escape_controls(text))
         except OSError as error:
             self._error = error
             raise
@@ -86,7 +86,7 @@ class _OptionalStream:
 
     def write(self, text: str) -> int:
         # Progress bars rewrite their line by a carriage return.
-        shown = text if _MOVES.fullmatch(text) else "\r".join(map(visible, text.split("\r")))
+        shown = text if _MOVES.fullmatch(text) else "\r".join(map(escape_controls, text.split("\r")))
         with suppress(OSError, ValueError):
             self._stream.write(shown)
         return len(text)

@@ -1,53 +1,53 @@
-"""Rows of text as a table whose columns are aligned, for a terminal or as Markdown. The first row is the head."""
+"""Tables of text for a terminal or Markdown, and escapes for other people's text. The first row is the head."""
 
 import re
 from collections.abc import Collection, Sequence
 
 Rows = Sequence[Sequence[str]]
 
-# What a terminal obeys, ends a line at, or turns around, but for the ends of lines and tabs that a text has on purpose;
-# and what cannot be written at all.
-_OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+# Control characters that a terminal obeys, except line ends and tabs; then line separators and bidirectional marks;
+# then surrogates, which cannot be encoded.
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
-def visible(text: str) -> str:
-    """Return a text in which no character moves a terminal's cursor, sets its title or hides what follows: each is
-    written out, such as `\\x1b`. Names of files, captions and class names are other people's."""
-    return _OBEYED.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+def escape_controls(text: str) -> str:
+    """Return a text whose control characters are written out, such as `\\x1b`.
+
+    Names of files, captions and class names come from other people. Unescaped, they could move a terminal's cursor.
+    """
+    return _CONTROLS.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def rounded(value: float) -> str:
-    """Return a number with two decimals, or none from a hundred on; small ones with two digits."""
+    """Return a number with two decimals; from 100 on without decimals, below 0.1 with two significant digits."""
     return f"{value:,.0f}" if value >= 100 else f"{value:,.2f}" if value >= 0.1 else f"{value:.2g}"
 
 
 def plain_table(rows: Rows, numbers: Collection[int]) -> str:
-    """Return rows of equal length as lines of text; the columns `numbers` end at one place, the others begin at one."""
+    """Return rows of equal length as aligned lines of text; the columns `numbers` are aligned to the right."""
     return "\n".join("  ".join(row).rstrip() for row in _aligned(rows, numbers, 0))
 
 
 def markdown_table(rows: Rows, num_names: int) -> str:
-    """Return rows of equal length as Markdown that is also aligned as plain text; columns from `num_names` on are
-    numbers."""
+    """Return rows of equal length as an aligned Markdown table; columns from `num_names` on are numbers."""
     numbers = range(num_names, len(rows[0]))
-    head, *lines = _aligned([[_in_cell(cell) for cell in row] for row in rows], numbers, 3)
+    head, *lines = _aligned([[_cell(cell) for cell in row] for row in rows], numbers, 3)
     rule = ["-" * (len(cell) - 1) + ":" if column in numbers else "-" * len(cell) for column, cell in enumerate(head)]
     return "\n".join(f"| {' | '.join(line)} |" for line in (head, rule, *lines))
 
 
-def in_markdown(text: str) -> str:
-    """Return a text that somebody chose so that Markdown shows it as it is, in a line or a cell of a table: it makes no
-    table, tag or link of its own."""
-    return re.sub(r"[\[\]]", r"\\\g<0>", _in_cell(text))
+def escape_markdown(text: str) -> str:
+    """Return a text that Markdown shows as it is, in a line or a table cell, without tables, tags or links."""
+    return re.sub(r"[\[\]]", r"\\\g<0>", _cell(text))
 
 
-def as_code(text: str) -> str:
-    """Return such a text between backticks."""
-    return f"`{visible(' '.join(text.split())).replace('`', chr(39))}`"
+def markdown_code(text: str) -> str:
+    """Return a text between backticks."""
+    return f"`{escape_controls(' '.join(text.split())).replace('`', chr(39))}`"
 
 
-def _in_cell(text: str) -> str:
-    return visible(" ".join(text.split())).replace("|", "\\|").replace("<", "&lt;")
+def _cell(text: str) -> str:
+    return escape_controls(" ".join(text.split())).replace("|", "\\|").replace("<", "&lt;")
 
 
 def _aligned(rows: Rows, numbers: Collection[int], least: int) -> list[list[str]]:

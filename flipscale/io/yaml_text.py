@@ -40,7 +40,7 @@ def read_outline(file: Path) -> Any:
         raise UserError(f"{file} cannot be read as YAML: {' '.join(str(error).split())}") from None
 
 
-def read_saved(file: Path) -> dict[str, Any]:
+def read_saved_recipe(file: Path) -> dict[str, Any]:
     """Return the fields of a recipe that flipscale has saved.
 
     Raises:

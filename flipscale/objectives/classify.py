@@ -11,7 +11,7 @@ from transformers.utils import ModelOutput
 from flipscale.data.labelled.dataset import LabelledDataset
 from flipscale.data.pairs import PairDataset
 from flipscale.io.errors import UserError
-from flipscale.io.ranges import Range, ShareBelowAll
+from flipscale.io.options import Range, ShareBelowOne
 from flipscale.model import FlipConfig, FlipForImageClassification, FlipPreTrainedModel
 from flipscale.objectives.objective import Objective
 
@@ -66,7 +66,7 @@ class Classify(Objective):
     columns: ClassVar[tuple[str, ...]] = ("labels",)
 
     num_classes: Classes
-    label_smoothing: ShareBelowAll = 0.0
+    label_smoothing: ShareBelowOne = 0.0
 
     @property
     def num_labels(self) -> int:

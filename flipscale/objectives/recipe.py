@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from flipscale.data.masks.recipe import MaskRecipe
 from flipscale.io.errors import UserError
-from flipscale.io.ranges import NotNegative, check_ranges
+from flipscale.io.options import NonNegative, check_ranges
 
 if TYPE_CHECKING:
     from flipscale.objectives.objective import Objective
@@ -38,8 +38,8 @@ class LossRecipe:
     kind: str = "infonce"
     options: dict[str, Any] = field(default_factory=dict)
     exchange: str = field(default="gather", metadata={"learned": False})
-    reconstruction_weight: NotNegative = 0.0
-    caption_weight: NotNegative = 0.0
+    reconstruction_weight: NonNegative = 0.0
+    caption_weight: NonNegative = 0.0
     caption_kind: Literal["next_token", "parallel", "mixed"] = "next_token"
 
     @property

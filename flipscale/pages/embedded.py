@@ -12,7 +12,7 @@ from tqdm import tqdm
 from flipscale.data.decode import UndecodableImage
 from flipscale.data.faults import BadSample, told_as
 from flipscale.evaluation.images import Decoder
-from flipscale.io.room import usable_cores
+from flipscale.io.options import usable_cores
 from flipscale.pages.library import Pictures
 
 _BATCH = 64

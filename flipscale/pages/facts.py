@@ -13,7 +13,7 @@ from flipscale.evaluation.reports.setting import data_name
 from flipscale.evaluation.results import THIS_MODEL
 from flipscale.io.errors import UserError
 from flipscale.io.text_table import rounded
-from flipscale.io.yaml_text import read_saved
+from flipscale.io.yaml_text import read_saved_recipe
 from flipscale.pages.page import listed, shortened
 from flipscale.training.cost.energy import Energy, read_energy
 from flipscale.training.cost.recipe import cost_of_saved
@@ -51,7 +51,7 @@ class Facts:
             ValueError: a file is damaged.
             OSError: one is missing.
         """
-        recipe = read_saved(run_dir / "recipe.yaml")
+        recipe = read_saved_recipe(run_dir / "recipe.yaml")
         try:
             environment = json.loads((run_dir / "environment.json").read_text(encoding="utf-8"))
             config = json.loads((run_dir / "model/config.json").read_text(encoding="utf-8"))

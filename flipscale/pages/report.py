@@ -16,7 +16,7 @@ from flipscale.data.faults import BadSample
 from flipscale.evaluation.reports.comparison import Curve, read_curve
 from flipscale.evaluation.reports.setting import data_name
 from flipscale.evaluation.results import BEFORE, CHANGED, CHANGES, THIS_MODEL, Result, with_changes, with_unit
-from flipscale.io.aside import write_text
+from flipscale.io.atomic import write_text
 from flipscale.pages.answers import Answers, ClassRow, Mistake, class_rows, matrix, mistakes
 from flipscale.pages.facts import Facts
 from flipscale.pages.masks import mask_rows

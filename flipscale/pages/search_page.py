@@ -14,7 +14,7 @@ from flipscale.data.decode import decode_small
 from flipscale.data.faults import BadSample
 from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.reports.record import weights_digest
-from flipscale.io.aside import write_text, written_aside
+from flipscale.io.atomic import atomic_write, write_text
 from flipscale.io.errors import UserError
 from flipscale.pages.embedded import Embedded, embed_pictures, unit
 from flipscale.pages.library import FolderPictures, Pictures
@@ -71,7 +71,7 @@ def embedded_pictures(embedder: Embedder, pictures: Pictures, cache: Path) -> Em
     found = _embed(embedder, pictures, range(len(pictures)))
     if not len(found.rows):
         raise UserError(f"none of the {len(pictures)} pictures can be read, the first: {found.faults[0]}")
-    with written_aside(cache) as partial, open(partial, "wb") as file:
+    with atomic_write(cache) as partial, open(partial, "wb") as file:
         np.savez(file, key=np.array(key), rows=found.rows, embeds=found.embeds, faults=np.array(found.faults, "U"))
     return found
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from flipscale.evaluation.recipe import EvalRecipe
 from flipscale.evaluation.results import read_metrics
-from flipscale.io.aside import write_text
+from flipscale.io.atomic import write_text
 from flipscale.io.errors import UserError
 from flipscale.training.recipe import Recipe, to_yaml
 from flipscale.training.report.recipe import LogRecipe

@@ -9,9 +9,8 @@ from pathlib import Path
 import torch
 
 from flipscale.engines.launch import PRECISION, Launch, launch_of, read_launch_file
-from flipscale.io.command_line import Parser, number
 from flipscale.io.errors import UserError
-from flipscale.io.ranges import Count, Positive
+from flipscale.io.options import Count, Parser, Positive, number
 from flipscale.planning.memory import Memory, heaviest_step, planned_model, recipe_memory, what_fits
 from flipscale.planning.time_table import add_time_flags, hardware_of, time_tables
 from flipscale.training.recipe import Recipe, parse_recipe

@@ -4,8 +4,7 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-from flipscale.io.command_line import number
-from flipscale.io.ranges import Count, NotNegative, Overhead, Positive, ShareAboveNone
+from flipscale.io.options import Count, NonNegative, Overhead, Positive, ShareAboveZero, number
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num_gpus", type=number(Count), default=1, help="How many of them. Default: 1.")
     parser.add_argument(
         "--mfu",
-        type=number(ShareAboveNone),
+        type=number(ShareAboveZero),
         help="Useful operations of a step as a share of the GPU's peak, as a run on such GPUs has it. Default: 0.4.",
     )
     parser.add_argument(
@@ -29,11 +28,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--watts", type=number(Positive), help="What a GPU takes while it trains.")
     parser.add_argument(
         "--device_hour_dollars",
-        type=number(NotNegative),
+        type=number(NonNegative),
         help="The price of a GPU for an hour. Default, as of the two below: what `cost` of the recipe says.",
     )
     parser.add_argument("--pue", type=number(Overhead), help="The power of the computing centre over its machines'.")
-    parser.add_argument("--kwh_co2_grams", type=number(NotNegative), help="What the grid emits for a kWh.")
+    parser.add_argument("--kwh_co2_grams", type=number(NonNegative), help="What the grid emits for a kWh.")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -4,8 +4,7 @@ import argparse
 from pathlib import Path
 
 from flipscale.engines.launch import Launch
-from flipscale.io.command_line import number
-from flipscale.io.ranges import Positive, ShareAboveNone
+from flipscale.io.options import Positive, ShareAboveZero, number
 from flipscale.planning.measured import USUAL_SHARE, share_of_peak
 from flipscale.planning.time import Hardware, Links, StepTime, step_time
 from flipscale.training.recipe import Recipe
@@ -17,7 +16,7 @@ def add_time_flags(parser: argparse.ArgumentParser) -> None:
     links, hardware = Links(), Hardware()
     parser.add_argument(
         "--matmul_share",
-        type=number(ShareAboveNone),
+        type=number(ShareAboveZero),
         help=f"share of the peak that matrix products reach on a GPU alone; {USUAL_SHARE} by default",
     )
     parser.add_argument(

@@ -15,7 +15,7 @@ from typing import Any
 
 from flipscale.data.sources.tar_file import add_member
 from flipscale.data.tokenizers import train_sentencepiece
-from flipscale.io.aside import written_aside
+from flipscale.io.atomic import atomic_write
 from flipscale.io.errors import UserError
 from flipscale.preparation import demo_emoji
 from flipscale.preparation.demo_emoji import Drawing, IconSet
@@ -256,7 +256,7 @@ def install(
     out_dir: Path, icon_sets: Sequence[IconSet], pictures: Sequence[Picture], parts: Sequence[str]
 ) -> list[str]:
     """Write everything aside, replace `out_dir` by it, and return a line about each part."""
-    with written_aside(out_dir) as folder:
+    with atomic_write(out_dir) as folder:
         folder.mkdir(parents=True)
         counts = write_parts(folder, pictures, parts)
         write_report(folder, icon_sets, counts, parts)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from flipscale.io.aside import partial_path, sync
+from flipscale.io.atomic import partial_path, sync
 from flipscale.io.errors import UserError
 from flipscale.model.hub_requests import guard_requests
 

@@ -22,7 +22,7 @@ from flipscale.data.faults import BadSample
 from flipscale.data.sources.source import Sample, Source
 from flipscale.data.sources.tar_source import TarSource
 from flipscale.io.errors import UserError
-from flipscale.io.plain_file import refuse_no_png
+from flipscale.io.files import check_png_path
 
 _CHUNK = 256  # samples read at a time
 _MOST_CAPTIONED = 1_000_000  # more make no better vocabulary, and take memory
@@ -59,7 +59,7 @@ def inspect_shards(
         ValueError: there is no sample, or `sheet` cannot be written.
     """
     if sheet is not None:
-        refuse_no_png(sheet, "--sheet")
+        check_png_path(sheet, "--sheet")
     total = len(source)
     if not total:
         raise UserError(f"there is no sample in {len(source.shard_sizes)} shards")

@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 
 from flipscale.data.sources.tar_file import add_member
-from flipscale.io.aside import new_folder, write_text
+from flipscale.io.atomic import new_folder, write_text
 from flipscale.io.errors import UserError
 
 IMAGES_PER_SHARD = 2000

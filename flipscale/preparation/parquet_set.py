@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from flipscale.data.decode import decode_whole
 from flipscale.data.sources.tar_file import add_member
-from flipscale.io.aside import written_aside
+from flipscale.io.atomic import atomic_write
 from flipscale.io.errors import UserError
 
 IMAGES_PER_SHARD = 1000
@@ -72,7 +72,7 @@ def _convert(files: Sequence[Path], out_dir: Path, columns: Columns, name: str) 
     total = sum(parquet.read_metadata(file).num_rows for file in files) if wanted is None else len(wanted)
     samples = _samples(files, columns, wanted, name)
     num_shards = -(-total // IMAGES_PER_SHARD)
-    with written_aside(out_dir) as partial:
+    with atomic_write(out_dir) as partial:
         partial.mkdir(parents=True)
         with tqdm(total=total, desc=name, unit="image", disable=None) as bar:
             for shard in range(num_shards):

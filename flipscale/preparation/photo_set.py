@@ -19,7 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from flipscale.data.sources.tar_file import add_member
-from flipscale.io.aside import written_aside
+from flipscale.io.atomic import atomic_write
 from flipscale.io.errors import UserError
 
 PACKAGE = "gcompris-qt-data"
@@ -56,7 +56,7 @@ def prepare_photos(out_dir: Path, num_images: int) -> None:
         raise OSError(f"the package {PACKAGE} of this system has no photos; use the one of Debian 12 or later")
     for name, (width, height, quality) in missing.items():
         photos = _cut(pictures, num_images, width, height, quality)
-        with written_aside(out_dir / name) as folder:
+        with atomic_write(out_dir / name) as folder:
             folder.mkdir(parents=True)
             num_bytes = _write(folder, tqdm(photos, total=num_images, unit="image", desc=name, disable=None))
         print(f"{out_dir / name}: {num_images:,} JPEGs of {num_bytes / num_images / 1000:.1f} kB")

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from flipscale.data.sources.tar_source import TarSource
-from flipscale.io.aside import write_text
+from flipscale.io.atomic import write_text
 from flipscale.io.errors import UserError
 
 REAL_LABELS = "real_labels.json"

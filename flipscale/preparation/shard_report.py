@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from flipscale.io import json_lines
-from flipscale.io.aside import write_text
+from flipscale.io.atomic import write_text
 from flipscale.io.errors import UserError
 from flipscale.preparation.lists.files import shown
 

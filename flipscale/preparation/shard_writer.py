@@ -28,7 +28,7 @@ from flipscale.data.faults import BadSample
 from flipscale.data.sources.shard_index import load_index
 from flipscale.data.sources.tar_file import add_member
 from flipscale.io import json_lines
-from flipscale.io.aside import own_partial_path, sync, written_aside
+from flipscale.io.atomic import atomic_write, sync, unique_partial_path
 from flipscale.io.errors import UserError
 from flipscale.preparation.lists.pair_list import PairList, VotedPairs
 from flipscale.preparation.shard_report import DUPLICATE, MANIFEST, REPORT, write_report
@@ -243,7 +243,7 @@ def _duplicates(job: ShardJob, pool: ProcessPoolExecutor) -> dict[int, dict[int,
     if not stored.exists():
         parts = pool.map(_hash_shard, range(job.num_shards))
         digests = np.concatenate(list(tqdm(parts, "hash", job.num_shards, unit="shard", disable=None)))
-        with written_aside(stored) as partial, open(partial, "wb") as file:
+        with atomic_write(stored) as partial, open(partial, "wb") as file:
             np.save(file, digests)
     _, first, inverse = np.unique(np.load(stored), return_index=True, return_inverse=True)
     same_as: dict[int, dict[int, int]] = {}
@@ -270,7 +270,7 @@ def _write_shard(shard: int, same_as: dict[int, int]) -> dict[str, Any]:
     pairs, path = _job.pairs, _job.path(shard)
     line: dict[str, Any] = {"shard": shard, "written": 0, "shrunk": 0, "image_bytes": 0, "left_out": []}
     # By a name of its own: a worker whose parent was killed may live a little into the next run.
-    with written_aside(path, own_partial_path(path)) as partial:
+    with atomic_write(path, unique_partial_path(path)) as partial:
         with tarfile.open(partial, mode="w") as tar:
             for number in _job.numbers(shard):
                 try:

@@ -14,9 +14,9 @@ from tqdm import tqdm
 
 from flipscale.data.prepared import PREPARED, read_prepared
 from flipscale.data.sources.tar_source import TarSource
-from flipscale.io.aside import remove, sync, write_text
+from flipscale.io.atomic import remove, sync, write_text
 from flipscale.io.errors import UserError
-from flipscale.io.room import check_room, size_text
+from flipscale.io.files import check_disk_space, size_text
 from flipscale.io.text_table import plain_table
 from flipscale.preparation.hub_files import HubFile, Snapshot, WrongFile, bytes_there, digest, download, list_files
 from flipscale.preparation.parquet_set import Columns, convert
@@ -126,7 +126,7 @@ def prepare_tasks(folder: Path, sets: Sequence[TaskSet]) -> None:
         rows.append([*about, state, task.licence, task.repo])
         plans += [plan] if plan else []
     print(plain_table([["task", "images", "download", "licence of the images", "source"], *rows], numbers=(1, 2)))
-    check_room(folder, sum(plan.bytes_needed for plan in plans), "prepare fewer tasks with --only")
+    check_disk_space(folder, sum(plan.bytes_needed for plan in plans), "prepare fewer tasks with --only")
     left = sum(plan.num_bytes - plan.bytes_there for plan in plans)
     if plans:
         there = sum(plan.bytes_there for plan in plans)

@@ -15,7 +15,7 @@ import yaml
 
 from flipscale.evaluation.reports.comparison import seed_suffix
 from flipscale.io.errors import UserError
-from flipscale.io.ranges import MinutesAboveNone, check_ranges
+from flipscale.io.options import MinutesAboveZero, check_ranges
 from flipscale.io.yaml_text import read_outline
 from flipscale.studies.runs import StudyRun, in_time
 from flipscale.training.recipe import RECIPES, Recipe, parse_recipe, to_yaml
@@ -67,7 +67,7 @@ class Study:
     axes: Mapping[str, Mapping[str, Mapping[str, Any]]]
     design: str
     seeds: Sequence[int]
-    minutes: MinutesAboveNone | None = None
+    minutes: MinutesAboveZero | None = None
     changes: Mapping[str, Any] = field(default_factory=dict)
     more_seeds: MoreSeeds | None = None
 

@@ -9,9 +9,10 @@ from typing import Any
 
 import yaml
 
-from flipscale.io.aside import refuse_unwritable, write_text
+from flipscale.io.atomic import write_text
 from flipscale.io.errors import UserError
-from flipscale.io.fields import fields_that_differ
+from flipscale.io.files import check_writable
+from flipscale.io.options import changed_fields
 from flipscale.studies.design import Study, plan, read_study
 from flipscale.studies.runs import StudyRun
 from flipscale.training.recipe import Recipe, parse_recipe, to_yaml
@@ -29,7 +30,7 @@ def write_plan(study_file: Path, output_dir: Path) -> list[StudyRun]:
             one now or none any more.
     """
     study = read_study(study_file)
-    refuse_unwritable(output_dir)
+    check_writable(output_dir, "output_dir")
     folder = output_dir / "runs"
     runs = plan(study, folder)
     if output_dir.exists() and not (output_dir / STUDY_FILE).exists() and any(output_dir.iterdir()):
@@ -41,7 +42,7 @@ def write_plan(study_file: Path, output_dir: Path) -> list[StudyRun]:
             raise UserError(
                 f"{output_dir} was planned with a run {file.stem}, which {study_file} has not now; name another folder"
             )
-        changed = sorted(fields_that_differ(_fields(_load(file)), _fields(planned[file.stem].recipe)))
+        changed = sorted(changed_fields(_fields(_load(file)), _fields(planned[file.stem].recipe)))
         if changed:
             raise UserError(
                 f"{file} was planned otherwise than {study_file} says now ({'; '.join(changed)}); name another folder"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from flipscale.evaluation.intervals import mean_of
 from flipscale.evaluation.results import NOTHING, RESULTS_FILE, Result
-from flipscale.io.text_table import in_markdown, markdown_table
+from flipscale.io.text_table import escape_markdown, markdown_table
 
 # By what the images were seen through, then by what tables call a result: those of all seeds.
 _Found = dict[str, dict[str, list[Result]]]
@@ -30,7 +30,7 @@ def masked_words(models: Mapping[str, Sequence[Path]]) -> str:
     for label, by_mask in found.items():
         for mask, its in by_mask.items():
             seeds = max(len(results) for results in its.values())
-            rows.append([in_markdown(label), mask, str(seeds), *(estimate(its.get(name, [])) for name in names)])
+            rows.append([escape_markdown(label), mask, str(seeds), *(estimate(its.get(name, [])) for name in names)])
     return f"## On masked images\n\n{markdown_table(rows, 2)}"
 
 

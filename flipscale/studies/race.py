@@ -17,10 +17,10 @@ from flipscale.evaluation.reports.comparison import (
     seed_suffix,
 )
 from flipscale.evaluation.reports.seeds import times_to_equal
-from flipscale.io.aside import refuse_unwritable, write_text, written_aside
+from flipscale.io.atomic import atomic_write, write_text
 from flipscale.io.errors import UserError
-from flipscale.io.plain_file import plain_text
-from flipscale.io.room import usable_cores
+from flipscale.io.files import check_writable, read_text
+from flipscale.io.options import usable_cores
 from flipscale.studies.pool import train_missing
 from flipscale.studies.runs import StudyRun, in_time, train
 from flipscale.training.recipe import Recipe, differences, parse_recipe, to_yaml
@@ -117,7 +117,7 @@ def _take_model(run_dir: Path, model: Path) -> Path:
     from flipscale.hub.model_card import write_card
 
     if not model.exists():
-        with written_aside(model) as partial:
+        with atomic_write(model) as partial:
             shutil.copytree(run_dir / "model", partial)
     weights = [file.name for file in (run_dir / "model").glob("*.safetensors")]
     if filecmp.cmpfiles(run_dir / "model", model, weights, shallow=False)[0] != weights:
@@ -143,7 +143,7 @@ def _refuse_folder(output_dir: Path, recipes: list[str], names: list[str], seeds
             raise UserError(f"{recipes[place]} has the name of what the study itself writes; rename the file")
         if not name.isprintable():
             raise UserError(f"{recipes[place]} has characters in its name that no run's may have; rename the file")
-    refuse_unwritable(output_dir)
+    check_writable(output_dir, "output_dir")
     if not output_dir.exists():
         return
     mark = output_dir / _MARK
@@ -162,7 +162,7 @@ def _refuse_folder(output_dir: Path, recipes: list[str], names: list[str], seeds
 def _begun(mark: Path) -> dict | None:
     """Return what a study says of itself; None where that is damaged: the recipes beside the runs say it too."""
     try:
-        found = json.loads(plain_text(mark))
+        found = json.loads(read_text(mark))
         return {"recipes": [str(name) for name in found["recipes"]], "seeds": int(found.get("seeds", 1))}
     except (ValueError, OSError, KeyError, TypeError, AttributeError, RecursionError):
         return None
@@ -215,7 +215,7 @@ def _refuse_change(run: StudyRun) -> None:
     file = run.beside("yaml")
     if not file.exists():
         return
-    changed = differences(run.recipe, yaml.safe_load(plain_text(file)))
+    changed = differences(run.recipe, yaml.safe_load(read_text(file)))
     if changed:
         raise UserError(
             f"{run.run_dir} was begun with another recipe of that name ({'; '.join(changed)}); name another output_dir"

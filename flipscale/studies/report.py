@@ -8,9 +8,9 @@ import numpy as np
 
 from flipscale.evaluation.reports.comparison import Curve, headlines, read_curve
 from flipscale.evaluation.results import THIS_MODEL, Result
-from flipscale.io.aside import write_text
+from flipscale.io.atomic import write_text
 from flipscale.io.errors import UserError
-from flipscale.io.text_table import as_code, markdown_table
+from flipscale.io.text_table import markdown_code, markdown_table
 from flipscale.studies.design import BASE, Study, base_of
 from flipscale.studies.folder import read_plan
 from flipscale.studies.masked import estimate, masked_words
@@ -81,11 +81,11 @@ def report(output_dir: Path, resamples: int) -> None:
     left = f"\n\nNot finished: {', '.join(missing)}." if missing else ""
     masked = masked_words({label: [run.run_dir / "model" for run in of] for label, of in groups.items()})
     where = _where_masking_pays(study, [run.recipe for run in runs], finished, next(iter(names.items())), output_dir)
-    called = f", called {as_code(study.label({}))} below" if study.label({}) != BASE else ""
-    changed = f", of which all runs change {', '.join(map(as_code, study.changes))}" if study.changes else ""
+    called = f", called {markdown_code(study.label({}))} below" if study.label({}) != BASE else ""
+    changed = f", of which all runs change {', '.join(map(markdown_code, study.changes))}" if study.changes else ""
     parts = [
         "# The study",
-        f"The base is {as_code(study.base)}{called}{changed}.",
+        f"The base is {markdown_code(study.base)}{called}{changed}.",
         table + left,
         *filter(None, [where, masked]),
         *_laws(groups, names, output_dir, resamples),

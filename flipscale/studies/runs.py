@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from flipscale.evaluation.results import read_metrics
 from flipscale.io.errors import UserError
-from flipscale.io.room import usable_cores
+from flipscale.io.options import usable_cores
 from flipscale.training.recipe import Recipe
 from flipscale.training.schedule import StageRecipe, plan_stages
 

@@ -1,6 +1,5 @@
 """The recipe: every setting of a run, read from YAML and `--section.field` flags."""
 
-import argparse
 import dataclasses
 import difflib
 import re
@@ -18,8 +17,15 @@ from flipscale.engines.checkpoint import SaveRecipe
 from flipscale.engines.optimizers import OptimRecipe
 from flipscale.evaluation.recipe import EvalRecipe
 from flipscale.io.errors import UserError
-from flipscale.io.fields import add_fields, check_fields, fields_that_differ
-from flipscale.io.ranges import MinutesAboveNone, Seed, ShareBelowAll, check_ranges, in_our_words
+from flipscale.io.options import (
+    MinutesAboveZero,
+    Seed,
+    ShareBelowOne,
+    changed_fields,
+    check_fields,
+    check_ranges,
+    parser_message,
+)
 from flipscale.io.yaml_text import check_yaml, read_outline
 from flipscale.objectives.recipe import LossRecipe, build_objective
 from flipscale.training.cost.recipe import CostRecipe, refuse_former, without_former
@@ -72,7 +78,7 @@ class ModelRecipe:
     gradient_checkpointing: bool = field(default=False, metadata={"learned": False})
     compile: bool = field(default=False, metadata={"learned": False})
     init_from: str | None = field(default=None, metadata={"place": True})
-    drop_path_rate: ShareBelowAll = 0.0
+    drop_path_rate: ShareBelowOne = 0.0
     frozen: list[str] = field(default_factory=list)
 
     def config(self) -> "FlipConfig":
@@ -152,7 +158,7 @@ class Recipe:
     loss: LossRecipe = field(default_factory=LossRecipe)
     optim: OptimRecipe = field(default_factory=OptimRecipe)
     stages: list[StageRecipe] = field(default_factory=list)
-    budget_minutes: MinutesAboveNone | None = None
+    budget_minutes: MinutesAboveZero | None = None
     seed: Seed = 0
     log: LogRecipe = field(default_factory=LogRecipe, metadata={"learned": False})
     save: SaveRecipe = field(default_factory=SaveRecipe, metadata={"learned": False})
@@ -185,34 +191,20 @@ class Recipe:
         return config
 
 
-def help_parser(verb: str = "pretrain") -> argparse.ArgumentParser:
-    """Return what prints the help of a verb that trains: it knows every field of a recipe, and parses none."""
-    parser = argparse.ArgumentParser(
-        prog=f"flipscale {verb}",
-        usage=f"flipscale {verb} --config RECIPE [--SECTION.FIELD VALUE ...]",
-        description="Train a model as a recipe says. Every field of a recipe is a flag too, which takes the place of "
-        "what the file says; texts, numbers, lists and mappings are written as in YAML.",
-    )
-    names = ", ".join(sorted(path.stem for path in RECIPES.glob("*.yaml")))
-    parser.add_argument("--config", metavar="RECIPE", help=f"A recipe file, or the name of one of these: {names}.")
-    parser.add_argument(
-        "--print_config", action="store_true", help="Print the recipe with every default filled in, and train nothing."
-    )
-    parser.add_argument(
-        "--dry_run",
-        action="store_true",
-        help="Print the memory and time that it would need, and train nothing: flipscale pretrain --dry_run --help.",
-    )
-    add_fields(parser, Recipe)
-    return parser
-
-
-def build_parser() -> "ArgumentParser":
-    """Return the parser of `flipscale pretrain`: `--config RECIPE` and a flag for every field."""
+def build_parser(verb: str = "pretrain") -> "ArgumentParser":
+    """Return the parser of a verb that trains: `--config RECIPE` and a flag for every field."""
     from jsonargparse import ArgumentParser
 
-    parser = ArgumentParser(prog="flipscale pretrain", exit_on_error=False)
-    parser.add_argument("--config", action="config")
+    names = ", ".join(sorted(path.stem for path in RECIPES.glob("*.yaml")))
+    parser = ArgumentParser(
+        prog=f"flipscale {verb}",
+        usage=f"flipscale {verb} --config RECIPE [--SECTION.FIELD VALUE ...]",
+        description="Train a model as a recipe says. Every field of a recipe is also a flag, which overrides the file. "
+        "Texts, numbers, lists and mappings are written as in YAML. --dry_run prints the memory and the time that the "
+        "run needs: flipscale pretrain --dry_run --help.",
+        exit_on_error=False,
+    )
+    parser.add_argument("--config", action="config", help=f"A recipe file, or one of these names: {names}.")
     parser.add_class_arguments(Recipe)
     return parser
 
@@ -229,7 +221,7 @@ def parse_recipe(arguments: Sequence[str], is_saved: bool = False) -> Recipe:
         SystemExit: `--help` is among the arguments; it has been printed.
     """
     if {"-h", "--help"} & set(arguments):
-        help_parser().parse_args(["--help"])
+        build_parser().parse_args(["--help"])
     from jsonargparse import ArgumentError
 
     words = [word for argument in arguments for word in _split(argument)]
@@ -246,7 +238,7 @@ def parse_recipe(arguments: Sequence[str], is_saved: bool = False) -> Recipe:
     try:
         built = parser.instantiate(parser.parse_args(words))
     except (ArgumentError, ValueError, OverflowError) as error:
-        said = in_our_words(error, get_type_hints(Recipe, include_extras=True))
+        said = parser_message(error)
         raise UserError(f"{said}{_nearest_flag(said)}") from None
     recipe = Recipe(**{f.name: getattr(built, f.name) for f in dataclasses.fields(Recipe)})
     check_ranges(recipe)
@@ -368,7 +360,7 @@ def as_fields(recipe: Recipe) -> dict[str, bool | int | float | str]:
 def differences(recipe: Recipe, saved: dict[str, Any]) -> list[str]:
     """Return the fields that decide what is learned and differ from a saved recipe's, such as
     `stages[1].mask_ratio: 0.0, now 0.5`."""
-    return sorted(fields_that_differ(deciding_part(saved), deciding_part(yaml.safe_load(to_yaml(recipe)))))
+    return sorted(changed_fields(deciding_part(saved), deciding_part(yaml.safe_load(to_yaml(recipe)))))
 
 
 def conflicts(recipe: Recipe, saved: dict[str, Any]) -> list[str]:

@@ -29,10 +29,11 @@ from flipscale.engines.checkpoint import latest_checkpoint
 from flipscale.engines.launch import launched_precision
 from flipscale.engines.optimizers import OptimRecipe
 from flipscale.io import json_lines
-from flipscale.io.aside import refuse_unwritable, sync, write_text
+from flipscale.io.atomic import sync, write_text
 from flipscale.io.errors import UserError
+from flipscale.io.files import check_writable
 from flipscale.io.lock import FolderLock
-from flipscale.io.yaml_text import read_saved
+from flipscale.io.yaml_text import read_saved_recipe
 from flipscale.training.cost.spent import last_sign
 from flipscale.training.recipe import Recipe, conflicts, to_yaml
 from flipscale.training.report.command import typed_command
@@ -49,7 +50,7 @@ def open_run_directory(recipe: Recipe) -> Path | None:
     run_dir = Path(recipe.output_dir)
     if recipe.resume_from_checkpoint not in ("auto", "never"):
         raise UserError(f"resume_from_checkpoint is {recipe.resume_from_checkpoint!r}; use 'auto' or 'never'")
-    refuse_unwritable(run_dir)
+    check_writable(run_dir, "output_dir")
     checkpoint = latest_checkpoint(run_dir)
     if checkpoint is None and (run_dir / "model").exists() and not (run_dir / "DONE").exists():
         raise UserError(
@@ -58,7 +59,7 @@ def open_run_directory(recipe: Recipe) -> Path | None:
         )
     saved = run_dir / "recipe.yaml"
     # Where it is lost, the checkpoints' own copies tell whose they are.
-    changed = conflicts(recipe, read_saved(saved)) if saved.exists() else []
+    changed = conflicts(recipe, read_saved_recipe(saved)) if saved.exists() else []
     if [line.partition(":")[0] for line in changed] == ["data.lanes"]:
         was, now = re.findall(r"\d+", changed[0])
         raise UserError(
@@ -163,7 +164,7 @@ def is_done(recipe: Recipe) -> bool:
     # A checkpoint's own copy first: the run's may be the very file that the stages were added to.
     finished = run_dir / "recipe.yaml" if checkpoint is None else checkpoint / "recipe.yaml"
     try:
-        saved = read_saved(finished)
+        saved = read_saved_recipe(finished)
     except (ValueError, OSError):  # damaged, which a run that is done need not mind
         return True
     if len(recipe.stages) <= len(saved.get("stages") or []):

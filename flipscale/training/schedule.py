@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from flipscale.io.errors import UserError
-from flipscale.io.ranges import (
-    NotNegative,
+from flipscale.io.options import (
+    NonNegative,
     Pixels,
     Samples,
-    SamplesOrNone,
-    ShareAboveNone,
-    ShareBelowAll,
+    SamplesOrZero,
+    ShareAboveZero,
+    ShareBelowOne,
     check_ranges,
 )
 
@@ -42,12 +42,12 @@ class StageRecipe:
 
     name: str
     samples: Samples | None = None
-    mask_ratio: ShareBelowAll = 0.0
-    base_lr: NotNegative | None = None
-    warmup_samples: SamplesOrNone = 0
-    text_mask_ratio: ShareBelowAll = 0.0
-    share: ShareAboveNone | None = None
-    warmup_share: ShareBelowAll = 0.0
+    mask_ratio: ShareBelowOne = 0.0
+    base_lr: NonNegative | None = None
+    warmup_samples: SamplesOrZero = 0
+    text_mask_ratio: ShareBelowOne = 0.0
+    share: ShareAboveZero | None = None
+    warmup_share: ShareBelowOne = 0.0
     image_size: Pixels | None = None
 
 

@@ -29,9 +29,9 @@ from flipscale.evaluation.embedding import parts_of
 from flipscale.evaluation.kinds.task import Task
 from flipscale.evaluation.rehearsal import rehearse
 from flipscale.evaluation.test_set import read_class_names
-from flipscale.io.command_line import unwritable
 from flipscale.io.digests import Comparison, Damage
 from flipscale.io.errors import UserError
+from flipscale.io.files import check_writable
 from flipscale.io.lock import FolderLock
 from flipscale.training.budget.progress import Progress, TimedProgress
 from flipscale.training.recipe import Recipe, conflicts
@@ -162,8 +162,7 @@ def check_output_dir(name: str) -> None:
     Raises:
         ValueError: it cannot.
     """
-    if reason := unwritable(name):
-        raise UserError(f"output_dir is {name[:60]!r}; {reason}")
+    check_writable(name, "output_dir")
 
 
 def check(recipe: Recipe) -> Plan:

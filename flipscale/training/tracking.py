@@ -17,9 +17,9 @@ from tqdm import tqdm
 from flipscale.engines.device import peak_flops, peak_memory_bytes
 from flipscale.evaluation.results import Result, append_results, as_metrics, drop_results_after
 from flipscale.io import json_lines
-from flipscale.io.aside import write_text
+from flipscale.io.atomic import write_text
 from flipscale.io.errors import UserError
-from flipscale.io.plain_file import plain_text
+from flipscale.io.files import read_text
 from flipscale.training.budget.progress import Progress
 from flipscale.training.cost.meter import EnergyMeter
 from flipscale.training.health import Verdict
@@ -81,7 +81,7 @@ def _options(run_dir: Path) -> dict[str, dict[str, Any]]:
     file = run_dir / "tracker_run_id"
     if not file.exists():
         write_text(file, uuid.uuid4().hex)
-    run_id = plain_text(file)
+    run_id = read_text(file)
     return {
         # W&B would make a folder `wandb` where the command was typed.
         "wandb": {"id": run_id, "name": run_dir.name, "resume": "allow", "dir": str(run_dir)},

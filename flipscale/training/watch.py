@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 from flipscale.engines.arrivals import Cause, Window, begin, find_cause, write_collectives
 from flipscale.engines.start import OtherProcesses, claim_failure, end_process, stay_until_others_know
-from flipscale.io import aside, json_lines
+from flipscale.io import atomic, json_lines
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -344,7 +344,7 @@ class StepWatch:
         self._last_heartbeat = clock
         content = {"time": time.time(), "step": self._step, "phase": phase, "step_s": self.usual_seconds}
         with suppress(OSError):  # the next checkpoint reports a full disk
-            aside.write_text(self._run_dir / "heartbeat.json", json.dumps(content))
+            atomic.write_text(self._run_dir / "heartbeat.json", json.dumps(content))
 
 
 def _slow_step_record(window: Window, cause: Cause) -> dict[str, Any]:

@@ -103,12 +103,12 @@ def _empty(checkpoint: Path) -> None:
 
 def _of_another_run(checkpoint: Path) -> None:
     """A whole checkpoint of a run of another seed, as that run would have written it."""
-    from flipscale.io.digests import digest_of, digests_as_text, digests_in
+    from flipscale.io.digests import digest_of, digests_to_json, read_digests
 
     recipe = (checkpoint / "recipe.yaml").read_text().replace("\nseed: 0\n", "\nseed: 1\n")
     (checkpoint / "recipe.yaml").write_text(recipe)
-    digests = {**digests_in(checkpoint / "digests.json"), "recipe.yaml": digest_of(recipe.encode())}
-    (checkpoint / "digests.json").write_text(digests_as_text(digests))
+    digests = {**read_digests(checkpoint / "digests.json"), "recipe.yaml": digest_of(recipe.encode())}
+    (checkpoint / "digests.json").write_text(digests_to_json(digests))
 
 
 def _of_a_newer_version(checkpoint: Path) -> None:

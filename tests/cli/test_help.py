@@ -1,7 +1,7 @@
 """The help of every verb: each argument is explained in a sentence, and nothing heavy is imported for it."""
 
 import argparse
-import dataclasses
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ import pytest
 from flipscale.cli import TRAINING, VERBS, main, module_of
 from flipscale.data.masks.image import IMAGE_MASKS
 from flipscale.evaluation.kinds.kinds import KINDS
-from flipscale.training.recipe import Recipe, build_parser, help_parser
+from flipscale.training.recipe import build_parser
 
 
 def parsers(parser: argparse.ArgumentParser, name: str) -> Iterator[tuple[str, argparse.ArgumentParser]]:
@@ -29,7 +29,6 @@ def parsers(parser: argparse.ArgumentParser, name: str) -> Iterator[tuple[str, a
 HEAVY = {
     "torch",
     "transformers",
-    "jsonargparse",
     "huggingface_hub",
     "accelerate",
     "datasets",
@@ -57,7 +56,7 @@ for verb in VERBS:
 def parser_of(verb: str) -> argparse.ArgumentParser:
     """What prints the help of a verb."""
     if verb in TRAINING:
-        return help_parser(verb)
+        return build_parser(verb)
     parser = argparse.ArgumentParser(description=VERBS[verb])
     module_of(verb).add_arguments(parser)
     return parser
@@ -79,28 +78,15 @@ def test_every_argument_is_explained(verb: str) -> None:
             assert text.endswith("."), f"{name}: {argument}: {text}"
 
 
-def test_the_help_of_pretrain_has_every_flag_that_is_parsed_and_no_other() -> None:
-    sections = {field.name for field in dataclasses.fields(Recipe) if field.default_factory is field.type}
-    assert {"optim", "data"} <= sections
-    sections.add("data.augment")
-    parsed = {flag for action in build_parser()._actions for flag in action.option_strings}
-    shown = {flag for action in help_parser()._actions for flag in action.option_strings}
-    # A section is set field by field; lists are written whole; the dry run parses its flags itself.
-    parsed -= {flag for flag in parsed if flag.removeprefix("--") in sections or flag.endswith(("+", ".help"))}
-    assert shown - {"--dry_run"} == parsed
-
-
-def test_the_help_of_pretrain_has_ranges_defaults_and_the_fields_of_lists() -> None:
-    text = " ".join(help_parser().format_help().split())
-    for said in (
-        "--optim.adam_beta1 X The decay of AdamW's mean of gradients; 0.9 in the paper's Table 10. At least 0 and "
-        "below 1. Default: 0.9.",
-        "--data.micro_batch_size N How many pairs a process keeps activations of at a time; null is all of its part.",
-        "--optim.name {adamw,muon} The optimiser:",
-        "stages[].mask_ratio The fraction of the patches that is removed; at 0 the images are seen whole, once.",
-        "data.sources[].weight The share of the samples,",
+def test_the_help_of_pretrain_has_ranges_and_defaults() -> None:
+    text = " ".join(build_parser().format_help().split())
+    for words in (
+        r"--optim.adam_beta1 ADAM_BETA1 The decay of AdamW's mean of gradients.* at least 0 and below 1\], default: 0.9\)",
+        r"--optim.name \{adamw,muon\} ",
+        r"--stages.help ",
+        r"--data.sources.help ",
     ):
-        assert said in text, said
+        assert re.search(words, text), words
 
 
 def test_the_help_of_evaluate_names_every_kind() -> None:

@@ -7,7 +7,7 @@ import torch
 
 from flipscale.engines.checkpoint import CheckpointReader
 from flipscale.engines.checkpoint_integrity import contents, require_whole
-from flipscale.io.digests import Damage, digest_of, digests_as_text
+from flipscale.io.digests import Damage, digest_of, digests_to_json
 
 PART = "part-00000.safetensors"
 STATE = {
@@ -40,7 +40,7 @@ NAMES = [*FILES, "digests.json"]
 
 def seeds() -> list[bytes]:
     """Each file after its number; the digests are those of the other files."""
-    digests = digests_as_text({name: digest_of(content) for name, content in FILES.items()})
+    digests = digests_to_json({name: digest_of(content) for name, content in FILES.items()})
     return [bytes([number]) + content for number, content in enumerate([*FILES.values(), digests.encode()])]
 
 

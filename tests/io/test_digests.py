@@ -14,9 +14,9 @@ from flipscale.io.digests import (
     FileDigest,
     chunks_of,
     digest_of,
-    digests_as_text,
-    digests_in,
+    digests_to_json,
     read_bytes,
+    read_digests,
 )
 
 
@@ -66,11 +66,11 @@ def test_an_empty_file_has_a_digest(tmp_path: Path) -> None:
 
 def test_digests_are_read_back(tmp_path: Path) -> None:
     digests = {"one": digest_of(b"1"), "none": digest_of(b"")}
-    (tmp_path / "digests.json").write_text(digests_as_text(digests))
-    assert digests_in(tmp_path / "digests.json") == digests
+    (tmp_path / "digests.json").write_text(digests_to_json(digests))
+    assert read_digests(tmp_path / "digests.json") == digests
 
 
-GOOD = json.loads(digests_as_text({"one": digest_of(b"1")}))
+GOOD = json.loads(digests_to_json({"one": digest_of(b"1")}))
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ GOOD = json.loads(digests_as_text({"one": digest_of(b"1")}))
 def test_other_content_is_no_digests(content: str, tmp_path: Path) -> None:
     (tmp_path / "digests.json").write_text(content)
     with pytest.raises(Damage, match=r"digests\.json is unreadable"):
-        digests_in(tmp_path / "digests.json")
+        read_digests(tmp_path / "digests.json")
 
 
 def test_what_is_no_file_is_not_read(tmp_path: Path) -> None:

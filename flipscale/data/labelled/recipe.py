@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from flipscale.io.ranges import NotNegative
+from flipscale.io.options import NonNegative
 
 
 @dataclass(frozen=True)
@@ -18,8 +18,8 @@ class AugmentRecipe:
     """
 
     rand_augment: str | None = None
-    mixup_alpha: NotNegative = 0.0
-    cutmix_alpha: NotNegative = 0.0
+    mixup_alpha: NonNegative = 0.0
+    cutmix_alpha: NonNegative = 0.0
 
     @property
     def mixes(self) -> bool:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from flipscale.io.ranges import Count
+from flipscale.io.options import Count
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ import numpy as np
 
 from flipscale.data.sources.shard_index import ROW
 from flipscale.data.sources.tar_members import NotAFile, open_plain
-from flipscale.io.aside import own_partial_path, written_aside
+from flipscale.io.atomic import atomic_write, unique_partial_path
 from flipscale.io.errors import UserError
 
 _VERSION = 1
@@ -211,7 +211,7 @@ def write_manifest(path: Path, pattern: str, entries: Iterable[ShardEntry], fold
     """
     table: list[tuple[int, int, int, int]] = []
     names, name_end, damage = [], 0, {}
-    with written_aside(path, own_partial_path(path)) as partial, open(partial, "wb") as file:
+    with atomic_write(path, unique_partial_path(path)) as partial, open(partial, "wb") as file:
         file.write((_MAGIC + f"{_VERSION}\n".encode()).ljust(_HEAD_BYTES, b"\0"))
         for entry in entries:
             names.append(os.fsencode(entry.name))

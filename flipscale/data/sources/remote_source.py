@@ -31,7 +31,7 @@ from flipscale.data.sources.shard_list import (
     written_once,
 )
 from flipscale.data.sources.tar_source import StaleManifest, TarSource
-from flipscale.io.aside import own_partial_path, written_aside
+from flipscale.io.atomic import atomic_write, unique_partial_path
 from flipscale.io.errors import UserError
 
 # Requests are mostly waiting, so there are more threads than cores.
@@ -137,7 +137,7 @@ class RemoteShardList(ShardList):
         """Fetch a small file to `path`."""
 
         def ask() -> None:
-            with written_aside(path, own_partial_path(path)) as aside:
+            with atomic_write(path, unique_partial_path(path)) as aside:
                 remote_files.fetch(url, aside, None, most_bytes)
 
         # fsspec makes the file before it finds that there is none at the URL.

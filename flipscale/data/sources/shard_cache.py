@@ -11,7 +11,7 @@ from filelock import FileLock, Timeout
 
 from flipscale.data.sources.remote_files import fetch, information_at_once, patiently
 from flipscale.data.sources.tar_members import NotAFile, open_plain
-from flipscale.io.aside import remove, written_aside
+from flipscale.io.atomic import atomic_write, remove
 from flipscale.io.errors import UserError
 
 _FULL_DELAY_SECONDS = 0.05
@@ -105,7 +105,7 @@ class ShardCache:
         if reserved > self.max_bytes:
             raise UserError(f"{url} has {size} bytes, which do not fit into data.cache_bytes {self.max_bytes}")
         # This process holds the lock, so a file of this name was left by a process that was killed.
-        with written_aside(path, path.with_name(f".{path.name}.{reserved}.partial")) as partial:
+        with atomic_write(path, path.with_name(f".{path.name}.{reserved}.partial")) as partial:
             self._reserve(partial, reserved)
             fetch(url, partial, size, reserved)
 

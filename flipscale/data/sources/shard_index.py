@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from flipscale.data.sources.tar_members import BAD_HEADER, BLOCK, Blocks, Damaged, NotAFile, members, open_plain
-from flipscale.io.aside import own_partial_path, written_aside
+from flipscale.io.atomic import atomic_write, unique_partial_path
 from flipscale.io.errors import UserError
 
 ROW = (3, 2)
@@ -196,7 +196,7 @@ def build_index(shard: Path, path: Path) -> Index:
     finally:
         os.close(file)
     # Processes that start together may all write it. In a read-only folder nobody can, and it is built again.
-    with suppress(OSError), written_aside(path, own_partial_path(path)) as partial:
+    with suppress(OSError), atomic_write(path, unique_partial_path(path)) as partial:
         partial.write_bytes(_encoded(index))
     return index
 

@@ -24,7 +24,7 @@ from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.images import Decoder
 from flipscale.evaluation.reports.figures import can_draw
 from flipscale.io.errors import UserError
-from flipscale.io.plain_file import refuse_no_png
+from flipscale.io.files import check_png_path
 from flipscale.model.patches import num_kept
 
 # The masks of training are keyed by the recipe's seed; those of an evaluation are always the same.
@@ -125,7 +125,7 @@ def check_mask_arguments(args: argparse.Namespace, other_models: Sequence[str]) 
     if args.mask_figure and not can_draw():
         raise UserError("--mask_figure draws with matplotlib, which is not installed; pip install 'flipscale[plots]'")
     if args.mask_figure:
-        refuse_no_png(args.mask_figure, "--mask_figure")
+        check_png_path(args.mask_figure, "--mask_figure")
     for name in other_models:
         raise UserError(_takes_whole_images(name))
 

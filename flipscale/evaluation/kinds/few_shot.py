@@ -20,7 +20,7 @@ from flipscale.evaluation.probe.sets import LabelledSet, Sets
 from flipscale.evaluation.results import Result
 from flipscale.evaluation.test_set import TestSet
 from flipscale.io.errors import UserError
-from flipscale.io.ranges import Count, Seed
+from flipscale.io.options import Count, Seed
 
 # Student's t of a two-sided 95 % interval, for 2, 3, ... draws.
 _T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)

@@ -19,7 +19,7 @@ from flipscale.evaluation.kinds.worst_group import WorstGroup
 from flipscale.evaluation.kinds.zero_shot import ZeroShot
 from flipscale.evaluation.kinds.zero_shot_multilabel import ZeroShotMultilabel
 from flipscale.io.errors import UserError
-from flipscale.io.ranges import check_ranges, in_our_words
+from flipscale.io.options import check_ranges, parser_message
 
 KINDS: dict[str, type[Task]] = {
     "zero_shot": ZeroShot,
@@ -62,6 +62,6 @@ def build_task(content: dict[str, Any], where: str) -> Task:
     try:
         task: Task = parser.instantiate(parser.parse_object({"task": content})).task
     except (ArgumentError, ValueError, OverflowError) as error:
-        raise UserError(f"{where}: {in_our_words(error, {'task': kind}).removeprefix('task.')}") from None
+        raise UserError(f"{where}: {parser_message(error).removeprefix('task.')}") from None
     check_ranges(task, where)
     return task

@@ -15,7 +15,7 @@ from flipscale.evaluation.probe.sets import LabelledSet, Sets
 from flipscale.evaluation.results import Result
 from flipscale.evaluation.test_set import TestSet
 from flipscale.io.errors import UserError
-from flipscale.io.ranges import Positive, Seed
+from flipscale.io.options import Positive, Seed
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from flipscale.evaluation.metrics import clustered_share, recall_chance, recall_
 from flipscale.evaluation.results import Result
 from flipscale.evaluation.test_set import TestSet
 from flipscale.io.errors import UserError
-from flipscale.io.ranges import Count
+from flipscale.io.options import Count
 
 
 @dataclass(frozen=True)

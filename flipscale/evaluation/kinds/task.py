@@ -14,7 +14,7 @@ from flipscale.evaluation.metrics import Estimate, wilson
 from flipscale.evaluation.results import Result
 from flipscale.evaluation.test_set import TestSet
 from flipscale.io.errors import UserError
-from flipscale.io.ranges import Pixels, SamplesOrNone
+from flipscale.io.options import Pixels, SamplesOrZero
 
 _LACKS = {"texts": "no text tower", "head": "no head", "decoder": "no decoder", "answers": "no list of answers"}
 # The first kind of task for what a model has.
@@ -39,7 +39,7 @@ class Task(ABC):
     data: str
     name: str = ""
     task: str = ""
-    every_samples: SamplesOrNone | None = None
+    every_samples: SamplesOrZero | None = None
     image_size: Pixels | None = None
 
     # What it takes of a model: images and texts compared (`texts`), the image tower alone (`features`), a `head`, or a

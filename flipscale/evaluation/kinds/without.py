@@ -16,7 +16,7 @@ from flipscale.evaluation.kinds.task import Scorer, StreamedTask, Task
 from flipscale.evaluation.results import Result
 from flipscale.evaluation.test_set import TestSet
 from flipscale.io.errors import UserError
-from flipscale.io.plain_file import plain_text
+from flipscale.io.files import read_text
 
 SUFFIX = "_clean"
 
@@ -129,7 +129,7 @@ def _read(file: Path) -> dict[str, Any]:
         ValueError: it is no such file.
     """
     try:
-        said = json.loads(plain_text(file))
+        said = json.loads(read_text(file))
         images = [{"shard": str(one["shard"]), "number": int(one["number"])} for one in said["overlap"]]
         return {"test": str(said["test"]), "contents": str(said["contents"]), "overlap": images}
     except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:

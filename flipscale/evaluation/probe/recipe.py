@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 from flipscale.io.errors import UserError
-from flipscale.io.ranges import Count, CountOrNone, Positive, Seed, ShareAboveNone, ShareBelowAll
+from flipscale.io.options import Count, CountOrZero, Positive, Seed, ShareAboveZero, ShareBelowOne
 
 
 @dataclass(frozen=True)
@@ -27,11 +27,11 @@ class LarsRecipe:
     base_lr: Positive = 0.01
     batch_size: Count = 16_384
     epochs: Count = 90
-    warmup_epochs: CountOrNone = 10
-    momentum: ShareBelowAll = 0.9
+    warmup_epochs: CountOrZero = 10
+    momentum: ShareBelowOne = 0.9
     trust: Positive = 0.001
     batch_norm: bool = False
-    crop_scale: tuple[ShareAboveNone, ShareAboveNone] = (0.08, 1.0)
+    crop_scale: tuple[ShareAboveZero, ShareAboveZero] = (0.08, 1.0)
     seed: Seed = 0
 
     def __post_init__(self) -> None:

@@ -18,7 +18,7 @@ from flipscale.evaluation.results import (
     read_results,
 )
 from flipscale.io.errors import UserError
-from flipscale.io.yaml_text import read_saved
+from flipscale.io.yaml_text import read_saved_recipe
 
 # The sections of a recipe that decide what is learned, beside its stages and its seed.
 _LEARNED = ("model", "data", "mask", "loss", "optim")
@@ -121,7 +121,7 @@ def read_curve(run_dir: Path) -> Curve:
     records = read_metrics(run_dir)
     if not records:
         raise UserError(f"{run_dir} has no metrics.jsonl with a record; did the run start?")
-    recipe = read_saved(run_dir / "recipe.yaml")
+    recipe = read_saved_recipe(run_dir / "recipe.yaml")
     masks = {str(stage.get("name", number)): stage["mask_ratio"] for number, stage in enumerate(recipe["stages"])}
     sizes = {
         str(stage.get("name", number)): stage["image_size"]

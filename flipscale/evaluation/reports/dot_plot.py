@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from flipscale.evaluation.reports.figures import COLOURS, drawing_pyplot, save_figure
 from flipscale.evaluation.reports.table import Column, Row, by_suite, rows_of
-from flipscale.io.aside import written_aside
+from flipscale.io.atomic import atomic_write
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -49,7 +49,7 @@ def draw_results(columns: Sequence[Column], suites: Sequence[str], path: Path) -
     last.set_xlabel("%")
     handles, labels = _legend(all_axes[:, 0])
     figure.legend(handles, labels, loc="outside upper center", ncols=min(num_columns, len(labels)), frameon=False)
-    with written_aside(path) as partial:
+    with atomic_write(path) as partial:
         save_figure(figure, partial, "png")
     return True
 

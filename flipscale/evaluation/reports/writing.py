@@ -7,7 +7,7 @@ from pathlib import Path
 from flipscale.evaluation.reports.dot_plot import draw_results
 from flipscale.evaluation.reports.figures import can_draw
 from flipscale.evaluation.reports.table import Column, report
-from flipscale.io.aside import write_text
+from flipscale.io.atomic import write_text
 
 _log = logging.getLogger(__name__)
 

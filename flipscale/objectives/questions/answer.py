@@ -8,7 +8,7 @@ import torch
 
 from flipscale.data.labelled.questions import QuestionDataset
 from flipscale.data.pairs import PairDataset
-from flipscale.io.ranges import Range
+from flipscale.io.options import Range
 from flipscale.model import FlipConfig, FlipForQuestionAnswering, FlipPreTrainedModel
 from flipscale.model.configuration_flip import FlipAnswerConfig
 from flipscale.model.modeling_flip_vqa import FlipAnswerOutput

@@ -11,7 +11,7 @@ import numpy as np
 
 from flipscale.data.sources.source import Source
 from flipscale.data.sources.tar_source import TarSource
-from flipscale.io.aside import write_text
+from flipscale.io.atomic import write_text
 from flipscale.io.errors import UserError
 from flipscale.preparation.audit.captions import LONGEST
 from flipscale.preparation.audit.duplicates import (

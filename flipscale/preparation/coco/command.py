@@ -3,8 +3,7 @@
 import argparse
 from pathlib import Path
 
-from flipscale.io.command_line import add_num_workers, number, output_folder
-from flipscale.io.ranges import Count
+from flipscale.io.options import Count, add_num_workers, number, output_folder
 
 
 def add_captions_arguments(captions: argparse.ArgumentParser) -> None:

@@ -14,7 +14,7 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from flipscale.io.aside import own_partial_path, sync, written_aside
+from flipscale.io.atomic import atomic_write, sync, unique_partial_path
 from flipscale.preparation.audit import hashes
 from flipscale.preparation.icons.collection import IMAGE_SIZE, IconSet, digest
 
@@ -139,10 +139,10 @@ def _draw(block: Block, svgs: Sequence[str]) -> None:
         pngs.append(png)
         start += len(png)
     # By names of its own: a worker whose parent was killed may live a little into the next run.
-    with written_aside(block.png_path, own_partial_path(block.png_path)) as partial:
+    with atomic_write(block.png_path, unique_partial_path(block.png_path)) as partial:
         partial.write_bytes(b"".join(pngs))
         sync(partial)
-    with written_aside(block.rows_path, own_partial_path(block.rows_path)) as partial:
+    with atomic_write(block.rows_path, unique_partial_path(block.rows_path)) as partial:
         with open(partial, "wb") as file:
             np.save(file, rows)
         sync(partial)

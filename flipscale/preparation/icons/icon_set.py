@@ -16,10 +16,9 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from flipscale.data.tokenizers import train_sentencepiece
-from flipscale.io.aside import partial_path, remove, write_text
+from flipscale.io.atomic import partial_path, remove, write_text
 from flipscale.io.errors import UserError
-from flipscale.io.plain_file import plain_text
-from flipscale.io.room import check_room
+from flipscale.io.files import check_disk_space, read_text
 from flipscale.preparation import demo_emoji
 from flipscale.preparation.icons import splits
 from flipscale.preparation.icons.collection import INTEGRITY, PACKAGE, caption, read_sets
@@ -88,7 +87,7 @@ def _is_complete(out_dir: Path, fraction: float) -> bool:
     if not out_dir.exists() or (out_dir.is_dir() and not any(out_dir.iterdir())):
         return False
     try:
-        report = json.loads(plain_text(out_dir / REPORT))
+        report = json.loads(read_text(out_dir / REPORT))
     except (OSError, ValueError, RecursionError):
         report = None
     if not isinstance(report, dict) or report.get("made_by") != MADE_BY:
@@ -106,7 +105,7 @@ def _prepare(out_dir: Path, work: Path, fraction: float, pool: Executor, at_once
     """Write everything into `work`, `at_once` blocks at a time, rename that to `out_dir`, and return the report."""
     made = {"made_by": MADE_BY, "package": PACKAGE, "fraction": fraction}
     _go_on(work, made)
-    check_room(out_dir, _bytes_needed(work, fraction), "prepare a smaller --fraction")
+    check_disk_space(out_dir, _bytes_needed(work, fraction), "prepare a smaller --fraction")
     tarball = demo_emoji.download([PACKAGE], work / _DOWNLOAD, INTEGRITY)[PACKAGE]
 
     sets = [SetFacts.of(icon_set) for icon_set in read_sets(tarball)]

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flipscale.io.aside import write_text
+from flipscale.io.atomic import write_text
 from flipscale.preparation.icons.parts import Drawings, Part
 from flipscale.preparation.icons.splits import Relative, SetFacts
 

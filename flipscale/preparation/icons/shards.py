@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flipscale.data.sources.tar_file import add_member
-from flipscale.io.aside import own_partial_path, sync, written_aside
+from flipscale.io.atomic import atomic_write, sync, unique_partial_path
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Sample:
 
 def write_shard(path: Path, first: int, samples: Sequence[Sample]) -> None:
     """Write a shard aside and rename it."""
-    with written_aside(path, own_partial_path(path)) as partial:
+    with atomic_write(path, unique_partial_path(path)) as partial:
         with tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as tar:
             for number, sample in enumerate(samples, first):
                 add_member(tar, f"{number:06d}.png", sample.png())

@@ -13,7 +13,7 @@ from typing import Any
 from flipscale.data.captions import choose_caption, encoded_captions
 from flipscale.data.faults import BadSample
 from flipscale.data.sources.source import MAX_IMAGE_BYTES, check_bytes
-from flipscale.io.plain_file import is_utf8
+from flipscale.io.files import is_utf8
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 # These say nothing of the file: the same command would read it later.

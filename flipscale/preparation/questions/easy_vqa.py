@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from flipscale.data.tokenizers import train_sentencepiece
-from flipscale.io.aside import write_text, written_aside
+from flipscale.io.atomic import atomic_write, write_text
 from flipscale.io.errors import UserError
 from flipscale.preparation.questions.question_set import Question, write_answers, write_questions
 
@@ -58,7 +58,7 @@ def _is_complete(out_dir: Path) -> bool:
 
 def _write(out_dir: Path, wheel: Path) -> dict[str, int]:
     """Write all of the set aside, then rename it to `out_dir`. Return the questions of each part."""
-    with written_aside(out_dir) as folder, zipfile.ZipFile(wheel) as package:
+    with atomic_write(out_dir) as folder, zipfile.ZipFile(wheel) as package:
         folder.mkdir(parents=True)
         answers = _text(package, "easy_vqa/data/answers.txt").split()
         numbers = {answer: number for number, answer in enumerate(answers)}

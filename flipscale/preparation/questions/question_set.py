@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flipscale.data.sources.tar_file import add_member
-from flipscale.io.aside import write_text
+from flipscale.io.atomic import write_text
 
 QUESTIONS_PER_SHARD = 5000
 

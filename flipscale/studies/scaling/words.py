@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from flipscale.evaluation.results import NOTHING
-from flipscale.io.text_table import in_markdown, markdown_table
+from flipscale.io.text_table import escape_markdown, markdown_table
 from flipscale.studies.scaling.fitting import Fit, Prediction
 from flipscale.studies.scaling.transfer import (
     Arm,
@@ -32,7 +32,7 @@ def prediction_words(law: str, prediction: Prediction) -> str:
     """Return what a law said of a point that it had not seen, as a line."""
     off = prediction.predicted - prediction.found
     return (
-        f"{law}: without {in_markdown(prediction.name)} it predicts {prediction.predicted:.1f} % error "
+        f"{law}: without {escape_markdown(prediction.name)} it predicts {prediction.predicted:.1f} % error "
         f"({prediction.low:.1f} to {prediction.high:.1f}); found: {prediction.found:.1f} % (off by {off:+.1f})"
     )
 
@@ -56,7 +56,7 @@ def transfer_words(arms: Sequence[Arm], reference: str) -> str:
         return f"{parts[0]}\n\nNo level alone has a result that the base has too, so there is nothing to tell.\n"
     parts += [_table(alone, tasks), *_conclusions(alone, tasks)]
     if left_out := [task for task in tasks_of(arms) if task not in tasks]:
-        parts.append(f"No result of the base to compare with: {', '.join(map(in_markdown, left_out))}.")
+        parts.append(f"No result of the base to compare with: {', '.join(map(escape_markdown, left_out))}.")
     if together:
         parts += [
             "## Together beyond the sum\n\nWhat axes add together, less what they add alone.",
@@ -64,7 +64,7 @@ def transfer_words(arms: Sequence[Arm], reference: str) -> str:
         ]
     if more:
         parts += [
-            f"## Beyond what {in_markdown(reference)} predicts\n\nPoints against the base, less those that the "
+            f"## Beyond what {escape_markdown(reference)} predicts\n\nPoints against the base, less those that the "
             "change of that task gives by a line between the logits of the two, fitted to all runs.",
             _table(more, tasks_moved(more, arms)),
         ]
@@ -75,8 +75,8 @@ def _table(rows: Table, tasks: Sequence[str]) -> str:
     def cell(effect: Effect | None) -> str:
         return NOTHING if effect is None else effect.text
 
-    lines = [[in_markdown(label), *(cell(row.get(task)) for task in tasks)] for label, row in rows.items()]
-    return markdown_table([["", *map(in_markdown, tasks)], *lines], 1)
+    lines = [[escape_markdown(label), *(cell(row.get(task)) for task in tasks)] for label, row in rows.items()]
+    return markdown_table([["", *map(escape_markdown, tasks)], *lines], 1)
 
 
 def _conclusions(alone: Table, tasks: Sequence[str]) -> list[str]:
@@ -86,6 +86,7 @@ def _conclusions(alone: Table, tasks: Sequence[str]) -> list[str]:
         found = [(row[task].mean, label) for label, row in alone.items() if task in row]
         order = sorted(found, key=lambda effect: -abs(effect[0]))
         if len(order) > 1:
-            others = ", ".join(f"{in_markdown(label)} {mean:+.1f}" for mean, label in order[1:])
-            lines.append(f"- {in_markdown(task)}: {in_markdown(order[0][1])} {order[0][0]:+.1f} against {others}")
+            best = f"{escape_markdown(order[0][1])} {order[0][0]:+.1f}"
+            others = ", ".join(f"{escape_markdown(label)} {mean:+.1f}" for mean, label in order[1:])
+            lines.append(f"- {escape_markdown(task)}: {best} against {others}")
     return ["What moves each task most:\n\n" + "\n".join(lines)] if lines else []

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import yaml
 
 from flipscale.io.errors import UserError
-from flipscale.io.ranges import Count, MinutesAboveNone, Positive, Range, ShareBetween, check_ranges
+from flipscale.io.options import Count, MinutesAboveZero, OpenShare, Positive, Range, check_ranges
 from flipscale.io.yaml_text import read_outline
 from flipscale.studies.design import NAME, change, checked, plain_number
 from flipscale.training.recipe import Recipe, parse_recipe, to_yaml
@@ -41,12 +41,12 @@ class Search:
     """
 
     base: str
-    minutes: MinutesAboveNone
+    minutes: MinutesAboveZero
     validation: str
     paths: Mapping[str, Mapping[str, Any]]
-    tuning: Sequence[ShareBetween] = ()
+    tuning: Sequence[OpenShare] = ()
     rates: Sequence[Positive] = ()
-    rungs: Sequence[MinutesAboveNone] = ()
+    rungs: Sequence[MinutesAboveZero] = ()
     keep: Sequence[Count] = ()
     eta: Annotated[int, Range(at_least=2, at_most=1000)] = 3
 

@@ -16,10 +16,10 @@ import yaml
 
 from flipscale.evaluation.reports.comparison import read_curve
 from flipscale.evaluation.results import THIS_MODEL
-from flipscale.io.aside import refuse_unwritable, write_text
+from flipscale.io.atomic import write_text
 from flipscale.io.errors import UserError
-from flipscale.io.fields import fields_that_differ
-from flipscale.io.plain_file import plain_text
+from flipscale.io.files import check_writable, read_text
+from flipscale.io.options import changed_fields
 from flipscale.studies.pool import train_some
 from flipscale.studies.runs import StudyRun, in_time
 from flipscale.studies.search.grid import Search, path_recipes, read_search
@@ -72,19 +72,19 @@ def _claim(search: Search, recipes: Mapping[str, Recipe], minutes: float, file: 
     Raises:
         ValueError: the folder holds something else, or a search that said otherwise.
     """
-    refuse_unwritable(output_dir)
+    check_writable(output_dir, "output_dir")
     mark = output_dir / SEARCH_FILE
     if output_dir.exists() and not mark.exists() and any(output_dir.iterdir()):
         there = sorted(output_dir.iterdir())[0].name
         raise UserError(f"{output_dir} holds {there}, which no search wrote; name a new or an empty folder")
     content = yaml.safe_load(yaml.safe_dump(_plain(search), sort_keys=False))
-    changed = sorted(fields_that_differ(yaml.safe_load(plain_text(mark)), content)) if mark.exists() else []
+    changed = sorted(changed_fields(yaml.safe_load(read_text(mark)), content)) if mark.exists() else []
     runs = [_run(search, name, recipe, minutes, output_dir / "rung1") for name, recipe in recipes.items()]
     for run in runs if not changed else []:
         if run.beside("yaml").exists():
-            saved = yaml.safe_load(plain_text(run.beside("yaml")))
+            saved = yaml.safe_load(read_text(run.beside("yaml")))
             now = {**yaml.safe_load(to_yaml(run.recipe)), "output_dir": saved.get("output_dir")}
-            changed += sorted(fields_that_differ(saved, now, run.name))
+            changed += sorted(changed_fields(saved, now, run.name))
     if changed:
         raise UserError(
             f"{output_dir} was begun otherwise than {file} says now ({'; '.join(changed)}); name another folder"
@@ -125,7 +125,7 @@ def _trained(runs: Sequence[StudyRun], workers: int, validation: str) -> list[Tr
 
 def _read(run: StudyRun, validation: str) -> Trained:
     if run.beside("failed").exists():
-        return Trained(run.name, plain_text(run.beside("failed")).strip())
+        return Trained(run.name, read_text(run.beside("failed")).strip())
     curve = read_curve(run.run_dir)
     results = [r for r in curve.results if r.task == validation and r.headline and r.who == THIS_MODEL]
     last = curve.records[-1]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flipscale.evaluation.results import NOTHING, Result
-from flipscale.io.aside import write_text
+from flipscale.io.atomic import write_text
 from flipscale.io.text_table import markdown_table
 from flipscale.training.recipe import Recipe
 

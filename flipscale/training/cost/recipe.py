@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 
 from flipscale.io.errors import UserError
-from flipscale.io.ranges import NotNegative, Overhead
+from flipscale.io.options import NonNegative, Overhead
 
 # In `hub` before; every recipe that a run saved then has them, mostly null.
 _FORMER = ("device_hour_dollars", "kwh_co2_grams")
@@ -24,8 +24,8 @@ class CostRecipe:
         pue: The power of the computing centre over that of its machines; at 1, cooling and the like are left out.
     """
 
-    device_hour_dollars: NotNegative | None = None
-    kwh_co2_grams: NotNegative | None = None
+    device_hour_dollars: NonNegative | None = None
+    kwh_co2_grams: NonNegative | None = None
     pue: Overhead = 1.0
 
     def dollars(self, device_hours: float | None) -> float | None:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from flipscale.io.ranges import CountOrNone, SamplesOrNone, Seconds, ShareBelowAll
+from flipscale.io.options import CountOrZero, SamplesOrZero, Seconds, ShareBelowOne
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,8 @@ class LogRecipe:
         profile_steps: How many steps of each start are profiled, in `profile/` of the run directory; at 0, none.
     """
 
-    every_samples: SamplesOrNone = 1_000_000
-    every_share: ShareBelowAll = 0.0
+    every_samples: SamplesOrZero = 1_000_000
+    every_share: ShareBelowOne = 0.0
     report_to: list[str] = field(default_factory=lambda: ["tensorboard"])
     hang_seconds: Seconds = 540.0
-    profile_steps: CountOrNone = 0
+    profile_steps: CountOrZero = 0

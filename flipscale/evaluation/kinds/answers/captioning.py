@@ -15,7 +15,7 @@ from flipscale.evaluation.metrics import Estimate
 from flipscale.evaluation.results import Result
 from flipscale.evaluation.test_set import TestSet
 from flipscale.io.errors import UserError
-from flipscale.io.ranges import Count
+from flipscale.io.options import Count
 
 Metric = Literal["cider", "bleu_4", "rouge_l", "meteor", "spice"]
 

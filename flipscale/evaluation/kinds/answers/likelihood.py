@@ -16,7 +16,7 @@ from flipscale.evaluation.kinds.task import Task
 from flipscale.evaluation.kinds.zero_shot import ZeroShot, ZeroShotScorer
 from flipscale.evaluation.results import Result
 from flipscale.evaluation.test_set import TestSet
-from flipscale.io.ranges import Count
+from flipscale.io.options import Count
 
 Metric = Literal["top1", "top5", "mean_per_class"]
 

@@ -9,16 +9,17 @@ from pathlib import Path
 
 import pytest
 
-from flipscale.io.room import check_room, size_text, usable_cores
+from flipscale.io.files import check_disk_space, size_text
+from flipscale.io.options import usable_cores
 
 
 def test_the_disk_of_a_folder_that_is_not_there_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Path] = []
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: asked.append(path) or usage(3000, 1000, 2000))
-    check_room(tmp_path / "a/b", 2000, "write less")
+    check_disk_space(tmp_path / "a/b", 2000, "write less")
     with pytest.raises(ValueError, match=r"2.05 kB are needed and the disk of .*b has 2 kB free; .*, or write less$"):
-        check_room(tmp_path / "a/b", 2048, "write less")
+        check_disk_space(tmp_path / "a/b", 2048, "write less")
     assert asked == [tmp_path] * 2
 
 
@@ -33,7 +34,7 @@ def test_sizes(num_bytes: int, text: str) -> None:
 def test_the_cores_of_a_job_that_has_one() -> None:
     count = """
 import os
-from flipscale.io.room import usable_cores
+from flipscale.io.options import usable_cores
 os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 print(usable_cores())
 """

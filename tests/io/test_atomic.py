@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from flipscale.io.aside import new_folder, own_partial_path, partial_path, write_text, written_aside
+from flipscale.io.atomic import atomic_write, new_folder, partial_path, unique_partial_path, write_text
 
 
 def test_a_file_appears_when_it_is_whole(tmp_path: Path) -> None:
     path = tmp_path / "figures.json"
-    with written_aside(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_text("new")
         assert not path.exists()
     assert path.read_text() == "new"
@@ -20,7 +20,7 @@ def test_a_file_appears_when_it_is_whole(tmp_path: Path) -> None:
 def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "figures.json"
     write_text(path, "old")
-    with pytest.raises(FileNotFoundError), written_aside(path) as partial:
+    with pytest.raises(FileNotFoundError), atomic_write(path) as partial:
         partial.with_name("nowhere").joinpath(str(partial.write_text("half of the n"))).touch()
     assert path.read_text() == "old"
     assert [entry.name for entry in tmp_path.iterdir()] == ["figures.json"]
@@ -30,7 +30,7 @@ def test_a_folder_is_renamed_and_what_a_kill_left_is_replaced(tmp_path: Path) ->
     path = tmp_path / "model"
     partial_path(path).mkdir()
     (partial_path(path) / "stale").touch()
-    with written_aside(path) as partial:
+    with atomic_write(path) as partial:
         partial.mkdir()
         (partial / "config.json").touch()
     assert [entry.name for entry in path.iterdir()] == ["config.json"]
@@ -40,7 +40,7 @@ def test_a_folder_takes_the_place_of_a_folder(tmp_path: Path) -> None:
     path = tmp_path / "model"
     path.mkdir()
     (path / "old.txt").touch()
-    with written_aside(path) as partial:
+    with atomic_write(path) as partial:
         partial.mkdir()
         (partial / "new.txt").touch()
         assert [entry.name for entry in path.iterdir()] == ["old.txt"]
@@ -51,12 +51,12 @@ def test_a_folder_takes_the_place_of_a_folder(tmp_path: Path) -> None:
 def test_two_writers_of_one_file_have_names_of_their_own(tmp_path: Path) -> None:
     path = tmp_path / "a.npy"
     with ThreadPoolExecutor(1) as pool:
-        names = {own_partial_path(path), pool.submit(own_partial_path, path).result()}
+        names = {unique_partial_path(path), pool.submit(unique_partial_path, path).result()}
     assert len(names) == 2
     for name in names:
         assert name.parent == tmp_path
         assert name.name.startswith(".a.npy.partial.")
-    with written_aside(path, own_partial_path(path)) as partial:
+    with atomic_write(path, unique_partial_path(path)) as partial:
         write_text(path, "theirs")
         partial.write_text("ours")
     assert path.read_text() == "ours"

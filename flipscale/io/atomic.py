@@ -1,0 +1,100 @@
+"""Atomic writes: a file or folder is written under a hidden name and renamed once it is whole."""
+
+import os
+import shutil
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from flipscale.io.errors import UserError
+
+
+def partial_path(path: Path) -> Path:
+    """Return the temporary name of `path`, `.NAME.partial` in the same folder."""
+    return path.with_name(f".{path.name}.partial")
+
+
+def unique_partial_path(path: Path) -> Path:
+    """Return a temporary name of `path` that no other thread, process or host uses."""
+    writer = f"{socket.gethostname()}.{os.getpid()}.{threading.get_ident()}"
+    return path.with_name(f".{path.name}.partial.{writer}")
+
+
+@contextmanager
+def atomic_write(path: Path, partial: Path | None = None) -> Iterator[Path]:
+    """Yield a temporary name for a file or a folder, and rename it to `path` at the end.
+
+    An exception or a kill leaves the old content of `path`. An exception also removes the temporary file. A folder is
+    replaced by two renames, and a kill between them leaves the old folder as `.NAME.old`.
+
+    Args:
+        partial: temporary name in the folder of `path`; by default `partial_path(path)`. Remains of a kill are removed.
+
+    Raises:
+        OSError: the disk is full or not writable.
+    """
+    partial = partial_path(path) if partial is None else partial
+    remove(partial)
+    try:
+        yield partial
+        _move(partial, path)
+    except BaseException:
+        remove(partial)
+        raise
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Yield an empty folder, and rename it to `path` at the end. Missing parents are made.
+
+    Raises:
+        UserError: `path` exists.
+    """
+    if path.exists():
+        raise UserError(f"{path} is there already; name another folder or remove it")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as partial:
+        partial.mkdir()
+        yield partial
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 text file and replace an older one."""
+    with atomic_write(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's content, or a folder's list of names, is on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder with its content, if it exists."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _move(partial: Path, path: Path) -> None:
+    if path.is_dir() and not path.is_symlink() and not partial.is_dir():
+        raise OSError(f"{path} is a folder, and a file is to be written there; move the folder away")
+    if not (partial.is_dir() and path.is_dir()):
+        os.replace(partial, path)
+        return
+    old = path.with_name(f".{path.name}.old")  # because a rename cannot replace a folder with content
+    remove(old)
+    os.replace(path, old)
+    try:
+        os.replace(partial, path)
+    except OSError:
+        os.replace(old, path)
+        raise
+    remove(old)

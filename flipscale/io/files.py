@@ -1,0 +1,111 @@
+"""Checks of files and folders that a user names, before they are read or written."""
+
+import os
+import shutil
+from pathlib import Path
+
+from flipscale.io.errors import UserError
+
+_MOST_BYTES = 64 << 20
+_LONGEST_NAME = 255  # bytes of a file name, on all usual file systems
+
+
+def check_plain(path: Path) -> None:
+    """Raise unless `path` is a plain file or does not exist. A pipe blocks its reader; a device never ends.
+
+    Raises:
+        UserError: `path` is a folder, a pipe or a device.
+    """
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is {'a folder' if path.is_dir() else 'no plain file'}; move it away")
+
+
+def check_png_path(path: Path, flag: str) -> None:
+    """Raise unless a picture can be written to `path` later.
+
+    Raises:
+        UserError: `path` is not a PNG file name in an existing folder, or it is not a plain file.
+    """
+    if path.suffix.lower() != ".png" or not path.absolute().parent.is_dir():
+        raise UserError(f"{flag} {path} cannot be written; name a PNG file in a folder that exists")
+    check_plain(path)
+
+
+def check_writable(folder: str | Path, field: str) -> None:
+    """Raise unless `folder` can be written, or can be made. Nothing is made here.
+
+    Args:
+        folder: path of the folder, which need not exist.
+        field: option or recipe field that named the folder, for the message.
+
+    Raises:
+        UserError: the name is unusable, or the folder or a parent is a file, a broken link or not writable.
+    """
+    if reason := _unwritable(str(folder)):
+        raise UserError(f"{field} is {str(folder)[:200]!r}; {reason}")
+
+
+def check_disk_space(folder: Path, needed: int, remedy: str) -> None:
+    """Raise unless the disk of `folder` has `needed` bytes free.
+
+    Args:
+        folder: path of the folder, which need not exist.
+        needed: number of bytes to be written.
+        remedy: a way to need less, such as `prepare fewer tasks with --only`.
+
+    Raises:
+        UserError: the disk has less space.
+    """
+    free = shutil.disk_usage(next(place for place in (folder, *folder.absolute().parents) if place.exists())).free
+    if needed > free:
+        raise UserError(
+            f"{size_text(needed)} are needed and the disk of {folder} has {size_text(free)} free; free some space, "
+            f"name another folder, or {remedy}"
+        )
+
+
+def size_text(num_bytes: int) -> str:
+    """Return a number of bytes with a unit: `1.2 GB`."""
+    value, units = float(num_bytes), ["B", "kB", "MB", "GB", "TB"]
+    while value >= 1000 and len(units) > 1:
+        value, units = value / 1000, units[1:]
+    return f"{value:.3g} {units[0]}" if value < 100 else f"{value:.0f} {units[0]}"
+
+
+def read_text(path: Path) -> str:
+    """Return the text of a UTF-8 file.
+
+    Raises:
+        UserError: `path` is a folder, a pipe or a device, or has more than 64 MB.
+        ValueError: the content is not UTF-8.
+        OSError: the file does not exist or cannot be read.
+    """
+    check_plain(path)
+    if path.stat().st_size > _MOST_BYTES:
+        raise UserError(f"{path} has {path.stat().st_size:,} bytes; expected at most {_MOST_BYTES:,}")
+    return path.read_text(encoding="utf-8")
+
+
+def is_utf8(text: str) -> bool:
+    """Return whether a text can be encoded. File names that are not UTF-8 hold halves of surrogate pairs."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _unwritable(name: str) -> str:
+    """Return why a folder cannot be written and the fix; an empty text if it can."""
+    if not name or name.startswith("~"):
+        return "name a folder, and in place of ~ the whole path"
+    if any(len(os.fsencode(part)) > _LONGEST_NAME for part in Path(name).parts):
+        return f"use names of at most {_LONGEST_NAME} bytes"
+    nearest = next(path for path in (Path(name), *Path(name).absolute().parents) if path.exists() or path.is_symlink())
+    if not nearest.exists():
+        return f"{nearest} is a link to {os.readlink(nearest)}, which does not exist: name another folder"
+    if not nearest.is_dir():
+        return f"{nearest} is a file: name another folder"
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        return f"{nearest} cannot be written: change its permissions, or name another folder"
+    return ""

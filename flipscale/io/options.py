@@ -1,0 +1,223 @@
+"""Options and recipe fields: the range of each number beside its type, and parsers that check it.
+
+`Annotated[int, Range(at_least=1)]` is an int for Python and mypy. `--help` prints the range, `check_ranges` checks the
+fields of a recipe, and `number` makes an argparse type.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import math
+import os
+import re
+import types
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import zip_longest
+from pathlib import Path
+from typing import Annotated, Any, NoReturn, Union, get_args, get_origin, get_type_hints
+
+from flipscale.io.errors import UserError
+from flipscale.io.files import check_writable
+
+
+@dataclass(frozen=True)
+class Range:
+    """Allowed values of a number. NaN and the infinities are never allowed."""
+
+    at_least: float | None = None
+    above: float | None = None
+    at_most: float | None = None
+    below: float | None = None
+
+    def __contains__(self, value: float) -> bool:
+        return (
+            (isinstance(value, int) or math.isfinite(value))
+            and (self.at_least is None or value >= self.at_least)
+            and (self.above is None or value > self.above)
+            and (self.at_most is None or value <= self.at_most)
+            and (self.below is None or value < self.below)
+        )
+
+    def __str__(self) -> str:
+        ends = {field.name.replace("_", " "): getattr(self, field.name) for field in dataclasses.fields(self)}
+        words = [f"{name} {end:,}" for name, end in ends.items() if end is not None]
+        return " and ".join(words) or "finite"
+
+    __repr__ = __str__
+
+
+# Upper ends are far above all known uses, and below what overflows or exhausts memory.
+Count = Annotated[int, Range(at_least=1, at_most=1_000_000_000)]
+CountOrZero = Annotated[int, Range(at_least=0, at_most=1_000_000_000)]
+Pairs = Annotated[int, Range(at_least=1, at_most=16_777_216)]  # pairs of a batch
+Samples = Annotated[int, Range(at_least=1, at_most=10**15)]
+SamplesOrZero = Annotated[int, Range(at_least=0, at_most=10**15)]
+Workers = Annotated[int, Range(at_least=0, at_most=1024)]
+Threads = Annotated[int, Range(at_least=1, at_most=1024)]
+Bytes = Annotated[int, Range(at_least=1, at_most=10**18)]
+Seed = Annotated[int, Range(at_least=0, below=2**63)]
+Pixels = Annotated[int, Range(at_least=1, at_most=16_384)]
+Share = Annotated[float, Range(at_least=0, at_most=1)]
+ShareAboveZero = Annotated[float, Range(above=0, at_most=1)]
+ShareBelowOne = Annotated[float, Range(at_least=0, below=1)]
+OpenShare = Annotated[float, Range(above=0, below=1)]
+Positive = Annotated[float, Range(above=0)]
+NonNegative = Annotated[float, Range(at_least=0)]
+Overhead = Annotated[float, Range(at_least=1, at_most=10)]  # ratio of a whole to its part
+Seconds = Annotated[float, Range(above=0, at_most=100_000_000)]  # longer waits overflow
+Minutes = Annotated[float, Range(at_least=0, at_most=1_000_000)]
+MinutesAboveZero = Annotated[float, Range(above=0, at_most=1_000_000)]
+
+
+def check_ranges(value: Any, path: str = "") -> None:
+    """Raise unless each number in a dataclass, and in nested dataclasses, is in the range of its type.
+
+    Args:
+        value: a dataclass, or a list of dataclasses.
+        path: name of `value` for messages, such as `data`; empty for a whole recipe.
+
+    Raises:
+        UserError: a number is out of range, a required field is null, or a text has a control character.
+    """
+    for name, number, allowed in _numbers(value, type(value), path):
+        if number not in allowed:
+            raise UserError(f"{name} is {_short(number)}; it must be {allowed}")
+
+
+def _numbers(value: Any, hint: Any, path: str) -> Iterator[tuple[str, float, Range]]:
+    """Yield the name, the value and the range of each number that has a range."""
+    if dataclasses.is_dataclass(value):
+        hints = get_type_hints(type(value), include_extras=True)
+        for field in dataclasses.fields(value):
+            name = f"{path}.{field.name}" if path else field.name
+            if getattr(value, field.name) is None and type(None) not in get_args(hints[field.name]):
+                raise UserError(f"{name} is null; leave it out, or give it a value")
+            yield from _numbers(getattr(value, field.name), hints[field.name], name)
+    elif isinstance(value, str):
+        if odd := next((letter for letter in value if letter < " " or "\ud800" <= letter <= "\udfff"), ""):
+            raise UserError(f"{path} is {value[:60]!r}; it must be without {odd!r}")
+    elif get_origin(hint) is Annotated:
+        yield from ((path, value, extra) for extra in hint.__metadata__ if isinstance(extra, Range))
+    elif get_origin(hint) in (Union, types.UnionType) and isinstance(value, int | float):
+        for option in get_args(hint):
+            yield from _numbers(value, option, path)
+    elif isinstance(value, list | tuple):
+        kinds = [kind for kind in get_args(hint) if kind is not ...]
+        for place, element in enumerate(value):
+            yield from _numbers(element, kinds[min(place, len(kinds) - 1)] if kinds else None, f"{path}[{place}]")
+
+
+def _short(value: object) -> str:
+    try:
+        text = str(value)
+    except ValueError:  # Python refuses to write numbers of more than 4,300 digits
+        return "a number of thousands of digits"
+    return text if len(text) <= 40 else f"{text[:40]}..."
+
+
+def check_fields(content: Any, hint: Any, path: str, file: str) -> None:
+    """Raise unless a recipe file has mappings for sections, with known fields only.
+
+    Args:
+        content: parsed file, or a part of it.
+        hint: expected type of `content`.
+        path: field path of `content`; empty for the whole file.
+        file: file name, for messages.
+
+    Raises:
+        UserError: a section is no mapping, or a field is unknown.
+    """
+    if get_origin(hint) is list and isinstance(content, list):
+        for number, element in enumerate(content):
+            check_fields(element, get_args(hint)[0], f"{path}[{number}]", file)
+    if not dataclasses.is_dataclass(hint) or not isinstance(hint, type):
+        return
+    if not isinstance(content, dict):
+        what = f"{content!r:.60}" if content else "empty"
+        raise UserError(f"{file}: {path or 'the recipe'} is {what}; it must have fields, such as name: value")
+    hints = get_type_hints(hint)
+    for name, value in content.items():
+        inner = f"{path}.{name:.60}" if path else f"{name:.60}"
+        if name not in hints and name != "<<":
+            near = difflib.get_close_matches(name, hints, 1)
+            fix = f"did you mean {near[0]}?" if near else f"the fields are {', '.join(hints)}"
+            raise UserError(f"{file}: {inner} is no field of a recipe; {fix}")
+        check_fields(value, hints.get(name), inner, file)
+
+
+def parser_message(error: Exception) -> str:
+    """Return an error of jsonargparse in one line, beginning with the field."""
+    message = re.sub(r"Problem with given class_path '[^']*': ", "", " ".join(str(error).split()))
+    return re.sub(r'Parser key "([^"]+)": ', r"\1: ", message)
+
+
+def changed_fields(old: Any, new: Any, path: str = "") -> Iterator[str]:
+    """Yield the differences of two recipes as `path: old, now new`. Sections and lists of sections are compared field
+    by field."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for name in old.keys() | new.keys():
+            yield from changed_fields(old.get(name), new.get(name), f"{path}.{name}" if path else name)
+    elif isinstance(old, list) and isinstance(new, list) and any(isinstance(part, dict) for part in [*old, *new]):
+        for number, (before, now) in enumerate(zip_longest(old, new)):
+            yield from changed_fields(before, now, f"{path}[{number}]")
+    elif old != new:
+        yield f"{path}: {old}, now {new}"
+
+
+class Parser(argparse.ArgumentParser):
+    """An argparse parser whose errors are UserErrors; argparse itself prints the usage and exits."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise argparse's message.
+
+        Raises:
+            UserError: always.
+        """
+        sentence = re.sub(r"^argument ([^:]+): is ", r"\1 is ", message)
+        raise UserError(f"{sentence}; see {self.prog} --help")
+
+
+def output_folder(text: str) -> Path:
+    """Return the path of a folder that can be written. An argparse type."""
+    try:
+        check_writable(text, "")
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error).strip()) from None
+    return Path(text)
+
+
+def number(kind: Any) -> Callable[[str], Any]:
+    """Return an argparse type that reads an int or a float and checks its range.
+
+    Args:
+        kind: a type of this module, such as `Count`.
+    """
+    base, allowed = get_args(kind)
+    expected = "a whole number" if base is int else "a number"
+
+    def read(text: str) -> Any:
+        try:
+            value = base(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"is {text[:40]!r}; it must be {expected}, {allowed}") from None
+        if value not in allowed:
+            raise argparse.ArgumentTypeError(f"is {text[:40]}; it must be {allowed}")
+        return value
+
+    return read
+
+
+def add_num_workers(parser: argparse.ArgumentParser) -> None:
+    """Add the option `--num_workers`."""
+    parser.add_argument(
+        "--num_workers",
+        type=number(Threads),
+        default=usable_cores(),
+        help="Number of worker processes; by default one for each core.",
+    )
+
+
+def usable_cores() -> int:
+    """Return the number of cores that this process may use; on a shared node, those of its job."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
