@@ -99,7 +99,7 @@ def test_what_is_no_file_is_not_read(tmp_path: Path) -> None:
         "absent": "absent is missing",
         ".": "no regular file",
         "large/under": "under is missing",
-        "large": "large has 5 bytes, where 4 would be many",
+        "large": "large has 5 bytes; expected at most 4",
     }.items():
         with pytest.raises(Damage, match=fault):
             read_bytes(tmp_path / name, most=4)

@@ -91,8 +91,8 @@ def test_a_fresh_recipe_is_in_range() -> None:
         (Outer(inner=Inner(sizes=[3, 0])), r"inner.sizes\[1\] is 0; it must be at least 1 and at most 1,000,000,000"),
         (Outer(several=[Inner(), Inner(ratio=2)]), r"several\[1\].ratio is 2; it must be at least 0 and below 1"),
         (Outer(name=None), "name is null; leave it out, or give it a value"),  # type: ignore[arg-type]
-        (Outer(name="a\0b"), r"name is 'a\\x00b'; it must be without '\\x00', which no name has"),
-        (Outer(name="a\udcff"), r"it must be without '\\udcff', which no name has"),
+        (Outer(name="a\0b"), r"name is 'a\\x00b'; it must be without '\\x00'"),
+        (Outer(name="a\udcff"), r"it must be without '\\udcff'"),
         (Outer(inner=Inner(sizes=[10**5000])), r"sizes\[0\] is a number of thousands of digits; it must be"),
     ],
 )
