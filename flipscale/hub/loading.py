@@ -33,7 +33,7 @@ from flipscale.model import (
 )
 from flipscale.model.fetched import fetched_folder
 from flipscale.model.folder import Header, check_folder, read_header, read_object
-from flipscale.objectives.own_models.captioning import CaptioningFlipModel
+from flipscale.objectives.captioning import CaptioningFlipModel
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -1,1 +1,1 @@
-"""What is learned: the losses and what they need."""
+"""The objectives: losses, and their demands on models and batches."""

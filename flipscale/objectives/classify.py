@@ -22,9 +22,9 @@ Classes = Annotated[int, Range(at_least=2, at_most=10_000_000)]
 class ClassifyOutput(ModelOutput):
     """
     Args:
-        logits: `(images, num_labels)`, of each view of an image a row.
+        logits: `(images, num_labels)`, a row for each view of an image.
         labels: int64 `(batch, n)`, the classes of each image.
-        label_shares: fp32 `(batch, n)`, how much of each there is; left out where n is 1.
+        label_shares: fp32 `(batch, n)`, the share of each class in a mixed image; None if n is 1.
     """
 
     logits: torch.Tensor | None = None
@@ -32,8 +32,8 @@ class ClassifyOutput(ModelOutput):
     label_shares: torch.Tensor | None = None
 
 
-class TrainedClassifier(FlipForImageClassification):
-    """A `FlipForImageClassification` in training: the same weights by the same names, and labels handed through."""
+class ClassifyingFlipModel(FlipForImageClassification):
+    """A `FlipForImageClassification` for training: its output also carries the labels. Weights have the same names."""
 
     def forward(  # type: ignore[override]
         self,
@@ -52,15 +52,15 @@ class TrainedClassifier(FlipForImageClassification):
 
 @dataclass(frozen=True, kw_only=True)
 class Classify(Objective):
-    """The cross-entropy of the class of each image, or of the classes of a mixed one by their shares.
+    """The cross-entropy of each image's class; for a mixed image, of its classes, weighted by their shares.
 
     Args:
-        num_classes: of the head: the lines of `classnames.txt` beside the training shards.
-        label_smoothing: the share of the truth that is spread evenly over all classes (Szegedy et al. 2015, arXiv
+        num_classes: number of classes of the head, one per line of `classnames.txt` beside the training shards.
+        label_smoothing: share of the target that is spread evenly over all classes (Szegedy et al. 2015, arXiv
             1512.00567); 0.1 in the paper.
     """
 
-    model_class: ClassVar[type[FlipPreTrainedModel]] = TrainedClassifier
+    model_class: ClassVar[type[FlipPreTrainedModel]] = ClassifyingFlipModel
     exported_class: ClassVar[type[FlipPreTrainedModel]] = FlipForImageClassification
     takes_text: ClassVar[bool] = False
     columns: ClassVar[tuple[str, ...]] = ("labels",)
@@ -78,13 +78,13 @@ class Classify(Objective):
         return changed
 
     def dataset(self, *arguments: Any, **options: Any) -> PairDataset:
-        found = LabelledDataset(*arguments, num_classes=self.num_classes, **options)
-        if found.text_mask_ratio > 0.0:
+        dataset = LabelledDataset(*arguments, num_classes=self.num_classes, **options)
+        if dataset.text_mask_ratio > 0.0:
             raise UserError(
-                f"a stage's text_mask_ratio is {found.text_mask_ratio:g}, and loss.kind 'classify' has no text; leave "
-                "it out"
+                f"text_mask_ratio of a stage is {dataset.text_mask_ratio:g}; expected 0, because loss.kind 'classify' "
+                "has no text. Fix: leave it out"
             )
-        return found
+        return dataset
 
     def compared(self, output: ClassifyOutput) -> tuple[torch.Tensor, ...]:
         return ()
@@ -95,11 +95,11 @@ class Classify(Objective):
         logits, labels = output.logits.float(), output.labels
         shares = torch.ones_like(labels, dtype=torch.float32) if output.label_shares is None else output.label_shares
         views = len(logits) // len(labels)
-        # A mixture's smoothed truth is the mixture of the smoothed ones, and the cross-entropy is linear in the truth.
-        found = logits.new_zeros(())
+        # The cross-entropy is linear in the target, so the loss of a mixture is the mixture of its classes' losses.
+        total = logits.new_zeros(())
         for label, share in zip(labels.unbind(dim=1), shares.unbind(dim=1), strict=True):
             each = nn.functional.cross_entropy(
                 logits, label.repeat_interleave(views), label_smoothing=self.label_smoothing, reduction="none"
             )
-            found = found + (share.repeat_interleave(views) * each).mean()
-        return found
+            total = total + (share.repeat_interleave(views) * each).mean()
+        return total

@@ -1,21 +1,37 @@
-"""The contrastive loss over the whole global batch: exact, in memory that does not grow with the batch's square."""
+"""The contrastive loss (InfoNCE) over the whole global batch: exact, in memory that does not grow with its square."""
 
+import functools
+import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
+from types import ModuleType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensor
 
-from flipscale.objectives import passes
+from flipscale.objectives import tiles
 from flipscale.objectives.exchange import Rows, exchange_of, world_size
-from flipscale.objectives.logsumexp import LogSumExp, Softmax, common_shift, merge
 from flipscale.objectives.objective import Objective
-from flipscale.objectives.ready_gradients import ReadyGradients
-from flipscale.objectives.tiles import as_number, views_of
+from flipscale.objectives.tiles import (
+    LogSumExp,
+    PrecomputedGradients,
+    Softmax,
+    as_number,
+    common_shift,
+    for_each_block,
+    merge,
+    views_of,
+    workspace,
+)
 
-# Up to this many pairs the products are fp64: fp32 knows a logit near 100 to 4e-6, and few do not average that out.
+_log = logging.getLogger(__name__)
+
+# Up to this many pairs the products are fp64: fp32 resolves a logit near 100 to 4e-6, and few pairs do not average
+# that error out.
 _FEW = 256
 
 Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -36,24 +52,24 @@ def contrastive_loss(
 ) -> torch.Tensor:
     """Collective. Return the symmetric InfoNCE of this process's pairs against those of all processes, fp32 `()`.
 
-    The mean over processes is the loss of the global batch, and the mean of the gradients, which every engine takes, is
-    its gradient: there is no factor of the world size. The gradients are computed along with the loss, so nothing is
-    exchanged in the backward pass. It must multiply the loss by the same number on every process, and can run once.
+    The mean over processes is the loss of the global batch. The mean of the gradients, which every engine takes, is
+    its gradient: there is no factor of the world size. The gradients are computed along with the loss, so the backward
+    pass exchanges nothing. It must multiply the loss by the same number on every process, and can run only once.
 
-    With several views of each image, the loss is the mean over views of the loss of that view's images and all texts:
-    every view is paired with its caption, and no view is a negative of its siblings. The texts are exchanged once.
+    With several views of each image, the loss is the mean over views: each view's images against all texts. Every view
+    is paired with its caption, and views of one image are not negatives of each other. The texts are exchanged once.
 
     Args:
-        image_embeds: `(batch * views, dim)`, of unit length, the views of an image in a row.
-        text_embeds: `(batch, dim)`, of unit length, the same `batch` on every process.
+        image_embeds: `(batch * views, dim)`, of unit length; the views of an image are neighbouring rows.
+        text_embeds: `(batch, dim)`, of unit length; the same `batch` on every process.
         logit_scale: `(1,)`, as `FlipModel.forward` returns it.
-        exchange: how the processes' texts meet the images: `gather` or `ring`.
+        exchange: `gather` or `ring`, see `flipscale.objectives.exchange`.
     """
     loss: torch.Tensor = _InfoNCE.apply(image_embeds, text_embeds, logit_scale, exchange)
     return loss
 
 
-class _InfoNCE(ReadyGradients):
+class _InfoNCE(PrecomputedGradients):
     @staticmethod
     def forward(
         ctx: Any, image_embeds: torch.Tensor, text_embeds: torch.Tensor, logit_scale: torch.Tensor, exchange: str
@@ -73,8 +89,8 @@ class _InfoNCE(ReadyGradients):
 class ContrastiveBatch:
     """This process's images, view by view, against the texts of all processes.
 
-    First sum the negatives, then take the loss, then the gradients. Another loss of the same softmax can change each
-    view's `positives` in between.
+    Call `sum_negatives`, then `loss`, then `gradients`. Another loss of the same softmax can change each view's
+    `positives` in between.
     """
 
     def __init__(self, images: torch.Tensor, texts: torch.Tensor, scale: torch.Tensor, exchange: str):
@@ -92,7 +108,7 @@ class ContrastiveBatch:
     def sum_negatives(self) -> None:
         """Collective. Run the first pass over the tiles: the positives and the negatives of every image and text."""
         for first_pair, texts, slot in self.texts.visits(_merge_views):
-            slot.found = _flat([view.add_negatives(first_pair, texts) for view in self.views])
+            slot.results = _flat([view.add_negatives(first_pair, texts) for view in self.views])
         for view, negatives in zip(self.views, _by_view(self.texts.reduced), strict=True):
             view.text_negatives = LogSumExp(*negatives)
 
@@ -109,7 +125,7 @@ class ContrastiveBatch:
             text_gradient = torch.zeros_like(texts)
             for view, of_texts, of_images in zip(self.views, _by_view(slot.along), image_gradients, strict=True):
                 view.add_gradients(first_pair, texts, Softmax(*of_texts), of_images, text_gradient)
-            slot.found = (text_gradient,)
+            slot.results = (text_gradient,)
         (text_gradient,) = self.texts.reduced
         count = 2 * len(self.images)
         scale_gradient = _dot(self.images, image_gradient).sum(dtype=torch.float64).reshape(1) / count
@@ -119,11 +135,11 @@ class ContrastiveBatch:
 class _View:
     """One view of each of this process's images.
 
-    Every logit of it is computed on this process only. So the softmax of each image is known here; that of a text is
-    put together from all processes.
+    This process computes every logit of the view. The softmax of an image is therefore known here; the softmax of a
+    text is merged from all processes.
     """
 
-    # Of this process's own texts, once the images of all processes have met them.
+    # Negatives of this process's own texts, known after the images of all processes have been visited.
     text_negatives: LogSumExp
 
     def __init__(self, images: torch.Tensor, scale: torch.Tensor, shift: float | None):
@@ -132,10 +148,10 @@ class _View:
         self.image_negatives = LogSumExp.empty(images, shift)
 
     def add_negatives(self, first_pair: int, texts: torch.Tensor) -> LogSumExp:
-        """Add some `texts` to the negatives of the images, and return the images as negatives of the texts."""
+        """Add `texts` to the negatives of the images, and return the images as negatives of the texts."""
         text_negatives = LogSumExp.empty(texts, self.shift)
-        found = (self.image_negatives, text_negatives, self.positives, self.shift)
-        passes.add_negatives(self.images, texts, self.scale, first_pair, *found)
+        sums = (self.image_negatives, text_negatives, self.positives, _workspace(self.images, texts))
+        _add_negatives(self.images, texts, self.scale, first_pair, self.shift, *sums)
         return text_negatives
 
     def cross_entropy(self) -> torch.Tensor:
@@ -144,7 +160,7 @@ class _View:
         return sides[0].cross_entropy(self.positives) + sides[1].cross_entropy(self.positives)
 
     def normalise(self) -> Softmax:
-        """Make each image's softmax and the gradients of the positives; return the softmax of this process's texts."""
+        """Compute each image's softmax and the positives' gradients; return the softmax of this process's texts."""
         self.image_softmax = self.image_negatives.softmax(self.positives)
         text_softmax = self.text_negatives.softmax(self.positives)
         self.positive_gradient = -(
@@ -160,14 +176,101 @@ class _View:
         image_gradient: torch.Tensor,
         text_gradient: torch.Tensor,
     ) -> None:
-        """Add the gradients of the images and of some `texts`, both still without their factors."""
-        given = (self.image_softmax, text_softmax, self.positive_gradient)
-        found = (image_gradient, text_gradient, self.shift)
-        passes.add_gradients(self.images, texts, self.scale, first_pair, *given, *found)
+        """Add the gradients of the images and of `texts`, both without their final factors."""
+        softmax = (self.image_softmax, text_softmax, self.positive_gradient)
+        sums = (image_gradient, text_gradient, _workspace(self.images, texts))
+        _add_gradients(self.images, texts, self.scale, first_pair, self.shift, *softmax, *sums)
+
+
+# Each pass over the tiles is one operation to torch. So tracers and fake tensors see two operations a view in any
+# world, and need neither a GPU nor a compiler.
+
+
+@torch.library.custom_op(
+    "flipscale::add_negatives", mutates_args=("image_negatives", "text_negatives", "positives", "memory")
+)
+def _add_negatives(
+    images: torch.Tensor,
+    texts: torch.Tensor,
+    scale: torch.Tensor,
+    first_pair: int,
+    shift: float | None,
+    image_negatives: Sequence[torch.Tensor],
+    text_negatives: Sequence[torch.Tensor],
+    positives: torch.Tensor,
+    memory: torch.Tensor,
+) -> None:
+    """Call `tiles.add_negatives` for all tiles of `scale * images @ texts.T`."""
+    sums = (LogSumExp(*image_negatives), LogSumExp(*text_negatives), positives, shift)
+    for_each_block(tile_functions(images).add_negatives, images, texts, scale, first_pair, memory, *sums)
+
+
+@torch.library.custom_op("flipscale::add_gradients", mutates_args=("image_gradient", "text_gradient", "memory"))
+def _add_gradients(
+    images: torch.Tensor,
+    texts: torch.Tensor,
+    scale: torch.Tensor,
+    first_pair: int,
+    shift: float | None,
+    image_softmax: Sequence[torch.Tensor],
+    text_softmax: Sequence[torch.Tensor],
+    positive_gradient: torch.Tensor,
+    image_gradient: torch.Tensor,
+    text_gradient: torch.Tensor,
+    memory: torch.Tensor,
+) -> None:
+    """Call `tiles.add_gradients` for all tiles of `scale * images @ texts.T`."""
+    softmax = (Softmax(*image_softmax), Softmax(*text_softmax), positive_gradient)
+    sums = (image_gradient, text_gradient, shift)
+    for_each_block(tile_functions(images).add_gradients, images, texts, scale, first_pair, memory, *softmax, *sums)
+
+
+def _workspace(images: torch.Tensor, texts: torch.Tensor) -> torch.Tensor:
+    return workspace(images, texts, buffers=1 if triton_serves(images) else 2)
+
+
+def tile_functions(rows: torch.Tensor) -> ModuleType:
+    """Return the module that computes the tiles of `rows`: `tiles`, or `contrastive_triton` where it serves them."""
+    if not triton_serves(rows):
+        return tiles
+    from flipscale.objectives import contrastive_triton
+
+    return contrastive_triton
+
+
+def triton_serves(rows: torch.Tensor) -> bool:
+    """Return whether Triton computes the tiles of `rows`: fp32 on a GPU where the kernels compile and run.
+
+    For a fake tensor it is enough that Triton can be imported. Each process decides by itself: torch's tiles give the
+    same numbers up to rounding, so processes need not agree.
+    """
+    if not rows.is_cuda or rows.dtype != torch.float32:
+        return False
+    if isinstance(rows, FakeTensor):
+        return find_spec("triton") is not None
+    return _triton_runs_on(rows.device)
+
+
+@functools.cache
+def _triton_runs_on(device: torch.device) -> bool:
+    """Try the kernels once. If they fail, one process of each node logs why."""
+    try:
+        from flipscale.objectives import contrastive_triton
+
+        contrastive_triton.try_out(device)
+    except Exception as error:  # compilers, assemblers and drivers raise errors of any type
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            _log.warning(
+                "the loss's tiles run in torch, slower than in Triton, because Triton fails (%s); to use it, install "
+                "the package triton, a C compiler such as gcc, and the headers of this Python",
+                " ".join(f"{type(error).__name__}: {error}".split())[:300],
+            )
+        return False
+    return True
 
 
 def _merge_views(parts: Rows) -> Rows:
-    """Merge the negatives of each view, of which each tensor is a stack of some processes'."""
+    """Merge the negatives of each view; each tensor is a stack over processes."""
     return _flat([merge(LogSumExp(*view)) for view in _by_view(parts)])
 
 
@@ -180,8 +283,10 @@ def _by_view(rows: Rows) -> list[Rows]:
 
 
 def _shift_of_all(views: Sequence[torch.Tensor], texts: torch.Tensor, scale: torch.Tensor) -> float | None:
-    """Collective on CPUs. Return the `common_shift` of the global batch; on accelerators always None: to know it, the
-    host would have to wait for all that is queued, and running maxima cost little there."""
+    """Collective on CPUs. Return the `common_shift` of the global batch; on accelerators always None.
+
+    On an accelerator the host would have to wait for all queued work, and running maxima cost little there.
+    """
     if texts.device.type != "cpu" or isinstance(texts, FakeTensor):
         return None
     lowest_positive = torch.stack([_dot(view, texts).min() for view in views]).min()

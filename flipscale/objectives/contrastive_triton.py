@@ -1,7 +1,7 @@
-"""The tiles of the contrastive loss in Triton, for fp32 on a GPU: the functions of `contrastive_torch`, fused.
+"""The tiles of the contrastive loss in Triton, for fp32 on a GPU: `tiles.add_negatives` and `add_gradients`, fused.
 
-What becomes of a block of logits is computed where its product leaves them, so that no logit is written to the GPU's
-memory, only the sums of their exponentials and, in the second pass, their gradients.
+A block of logits is processed in registers, right after its matrix product. The GPU's memory receives only the sums of
+exponentials and, in the second pass, the gradients of the logits.
 """
 
 from typing import Any
@@ -10,11 +10,10 @@ import torch
 import triton
 import triton.language as tl
 
-from flipscale.objectives.logsumexp import LogSumExp, Softmax
-from flipscale.objectives.tiles import SimilarityTiles, Tile, workspace
+from flipscale.objectives.tiles import LogSumExp, SimilarityTiles, Softmax, Tile, workspace
 
-# Rows, columns and depth that a program multiplies at a time. It fits in 128 registers a thread, so that two programs
-# share a processor and the exponentials of one hide behind the products of the other.
+# Rows, columns and depth of a program's products. They fit in 128 registers a thread, so two programs share a
+# processor: the exponentials of one overlap the products of the other.
 BLOCK = {"HEIGHT": 128, "WIDTH": 64, "DEPTH": 16}
 OPTIONS = {"num_warps": 8, "num_stages": 3}
 
@@ -26,7 +25,7 @@ def add_negatives(
     positives: torch.Tensor,
     shift: float | None,
 ) -> None:
-    """Do what `contrastive_torch.add_negatives` does."""
+    """Compute the same as `tiles.add_negatives`."""
     for tile in tiles.unfilled():
         (height, width), (down, across) = tile.logits.shape, _blocks(tile)
         by_row, by_column = tile.logits.new_empty(2, across, height), tile.logits.new_empty(2, down, width)
@@ -47,16 +46,16 @@ def add_gradients(
     column_gradient: torch.Tensor,
     shift: float | None,
 ) -> None:
-    """Do what `contrastive_torch.add_gradients` does. The kernel uses each row's and column's own shift."""
+    """Compute the same as `tiles.add_gradients`. The kernel uses the shift of each row and column."""
     for tile in tiles.unfilled():
-        logit_gradient = tiles.beside(tile)
+        logit_gradient = tiles.second_buffer(tile)
         softmax = (*row_softmax.part(tile.rows), *column_softmax.part(tile.columns))
         _launch(tile_gradients, tiles, tile, positive_gradient[tile.rows], *softmax, logit_gradient)
         tiles.add_products(tile, logit_gradient, row_gradient, column_gradient)
 
 
 def try_out(device: torch.device) -> None:
-    """Compile both passes' kernels for a GPU and run them. Whatever stands in the way is raised here."""
+    """Compile and run the kernels of both passes on a GPU, so that any error appears here."""
     rows, scale = torch.ones(16, 16, device=device), torch.ones((), dtype=torch.float64, device=device)
     sums, row_gradient, column_gradient = LogSumExp.empty(rows, None), torch.zeros_like(rows), torch.zeros_like(rows)
     tiles = SimilarityTiles(rows, rows, scale, 0, workspace(rows, rows, buffers=1)[0])
@@ -95,9 +94,11 @@ def tile_negatives(
     WIDTH: tl.constexpr,
     DEPTH: tl.constexpr,
 ) -> None:
-    """Sum the exponentials of the negatives that each row `(column blocks, height)` and each column
-    `(row blocks, width)` has in a block, shifted by the largest logit, the positive's included. Write the logits of the
-    pairs to `positives` `(height,)`."""
+    """Sum the exponentials of a block's negatives by row `(column blocks, height)` and by column `(row blocks, width)`.
+
+    The shift is the block's largest logit in that row or column, positives included. Write the logits of the pairs to
+    `positives` `(height,)`.
+    """
     row, column, logits = logits_of_block(rows, columns, height, width, depth, HEIGHT, WIDTH, DEPTH)
     partner, begin = row + first_pair, tl.program_id(1) * WIDTH
     paired, here = column == partner, (partner >= begin) & (partner < tl.minimum(begin + WIDTH, width))
@@ -136,8 +137,10 @@ def tile_gradients(
     WIDTH: tl.constexpr,
     DEPTH: tl.constexpr,
 ) -> None:
-    """Compute the gradient of the logits `(height, width)` from that of the positives and from the softmax of each row
-    and column."""
+    """Compute the gradients of the logits `(height, width)` from the softmax of rows and columns.
+
+    The gradients of the positives are given.
+    """
     row, column, logits = logits_of_block(rows, columns, height, width, depth, HEIGHT, WIDTH, DEPTH)
     of_row = tl.exp(logits - tl.load(row_shift + row, row < height)) * tl.load(row_factor + row, row < height)
     of_column = tl.exp(logits - tl.load(column_shift + column, column < width))

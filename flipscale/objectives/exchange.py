@@ -1,7 +1,9 @@
-"""How the texts of the whole batch meet the images of each process: all gathered at once, or passed around a ring.
+"""The exchange of texts between processes, so that each process's images meet all texts of the batch.
 
-Gathered, a loss of `V` views of `b` pairs of width `d` on each of `N` processes takes these collectives, however many
-processes there are. Sizes are numbers of 4 bytes, of what goes in and what comes out on one process:
+The texts are gathered on every process at once, or passed around a ring.
+
+With `gather`, a loss of `V` views of `b` pairs of width `d` on each of `N` processes takes these collectives, for any
+`N`. Sizes are input and output of one process, in numbers of 4 bytes:
 
 | | in | out | infonce | sigmoid |
 |---|---:|---:|---|---|
@@ -9,14 +11,13 @@ processes there are. Sizes are numbers of 4 bytes, of what goes in and what come
 | all-to-all of the texts' log-sum-exps | 2 V N b | 2 V N b | 1 | |
 | all-gather of the texts' softmax | 2 V b | 2 V N b | 1 | |
 | reduce-scatter of the texts' gradients (on CPUs all-to-all, `N b d` out) | N b d | b d | 1 | 1 |
-| all-reduce of three numbers, on CPUs only (`logsumexp.common_shift`) | 3 | 3 | 1 | |
+| all-reduce of three numbers, on CPUs only (`tiles.common_shift`) | 3 | 3 | 1 | |
 
-A ring sends the same numbers in pieces of a process each: `N - 1` of texts and `N` of what was found for them, in each
-of infonce's two passes and in sigmoid's one. See `Ring` for what that costs.
+A ring sends the same numbers in pieces, one process's each. A pass has `N - 1` messages of texts and `N` of results;
+infonce has two passes, sigmoid one. See `Ring` for the cost.
 
-Both start when both towers have ended. Starting the gather when the text tower has ended, beside the image tower, did
-not pay: it takes 0.2 % of the step of a tiny model at 1,024 pairs on each of two CPU processes, and 0.01 % of B/16's
-step at 136.
+Both start after both towers. An earlier start of the gather, beside the image tower, did not pay. The gather takes
+0.2 % of the step of a tiny model at 1,024 pairs on each of two CPU processes, and 0.01 % of B/16's step at 136.
 """
 
 from collections.abc import Callable, Iterator
@@ -26,32 +27,33 @@ import torch
 import torch.distributed as dist
 
 EXCHANGES = ("gather", "ring")
-# Tensors of one shape and dtype that have a row for each of some texts.
+# Tensors of one shape and dtype with a row for each text.
 Rows = tuple[torch.Tensor, ...]
-# How the finds of several processes for the same texts, `(processes, texts)` each, become one.
+# Merges the results of several processes for the same texts, `(processes, texts)` each.
 Merge = Callable[[Rows], Rows]
 
 
 def world_size() -> int:
-    """Return how many processes share a batch."""
+    """Return the number of processes that share a batch."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def exchange_bytes(exchange: str, pairs: int, world: int, dim: int, views: int = 1, device_type: str = "cuda") -> int:
-    """Return the most bytes that an exchange holds at once on one of `world` processes beside its own embeddings: other
-    processes' texts, the gradients for them, and what is on its way.
+    """Return the peak bytes of an exchange on one of `world` processes, without the process's own embeddings.
+
+    These are other processes' texts, their gradients, and messages in transit.
 
     Args:
-        pairs: of one process.
+        pairs: number of pairs of one process.
         dim: width of the embeddings, in fp32.
-        views: of each image.
-        device_type: reduce-scatter is all-to-all on `cpu`, whose output is as large as its input.
+        views: number of views of each image.
+        device_type: `cpu` or `cuda`; on `cpu` all-to-all replaces reduce-scatter, with an output as large as its input.
     """
     if world == 1:
         return 0
     texts, along = 4 * pairs * dim, 4 * 2 * views * pairs
     if exchange == "ring":
-        # Texts that were here, are here and arrive; gradients that are being found, leave and arrive.
+        # Three texts: previous, current and arriving. Three gradients: in computation, leaving and arriving.
         return 6 * texts + 2 * along
     received = world * texts if device_type == "cpu" else texts
     return 2 * world * texts + received + world * along
@@ -59,22 +61,22 @@ def exchange_bytes(exchange: str, pairs: int, world: int, dim: int, views: int =
 
 @dataclass
 class Slot:
-    """What belongs to the texts of a visit.
+    """Data of a visit's texts.
 
     Args:
-        along: what came with the texts.
-        found: what this process's images have for the texts; whoever iterates over the visits sets it.
+        along: rows that travelled with the texts.
+        results: rows that this process computed for the texts; the caller of `visits` sets them.
     """
 
     along: Rows
-    found: Rows = ()
+    results: Rows = ()
 
 
 Visit = tuple[int, torch.Tensor, Slot]
 
 
 class Gathered:
-    """Every process, of two at least, holds all texts: as many messages in any world, and memory that grows with it."""
+    """All texts on every process, of two or more: a fixed number of messages, and memory that grows with the world."""
 
     def __init__(self, texts: torch.Tensor):
         """Collective. Gather `texts` `(batch, dim)`, the same `batch` on every process."""
@@ -83,20 +85,20 @@ class Gathered:
         self.reduced: Rows = ()
 
     def visits(self, merge: Merge | None, *along: torch.Tensor) -> Iterator[Visit]:
-        """Collective. Yield `(first_pair, texts, slot)` until these images have met all texts: `first_pair` is the text
-        that is image 0's own, which may be outside of `texts`.
+        """Collective. Yield `(first_pair, texts, slot)` until this process's images have met all texts.
 
-        Afterwards `reduced` is what all processes found for this process's texts.
+        `first_pair` is the index in `texts` of image 0's own text; it may lie outside of `texts`. Afterwards `reduced`
+        has the merged results of all processes for this process's texts.
 
         Args:
-            merge: how finds become one; None adds them.
-            along: tensors with a row for each of this process's texts, which travel with them.
+            merge: function that merges results; None adds them.
+            along: tensors with a row for each of this process's texts, which travel with the texts.
         """
         slot = Slot(_unpacked(_gather(_packed(along)).transpose(0, 1).flatten(1, 2)) if along else ())
         yield self.first, self.texts, slot
-        # Taken out of the slot, which whoever iterates still holds.
-        found, slot.found = slot.found, ()
-        by_owner = tuple(rows.unflatten(0, (world_size(), -1)) for rows in found)
+        # Taken out of the slot, because the caller still holds the slot.
+        results, slot.results = slot.results, ()
+        by_owner = tuple(rows.unflatten(0, (world_size(), -1)) for rows in results)
         if merge is None:
             self.reduced = tuple(_sum_to_owner(rows) for rows in by_owner)
         else:
@@ -104,12 +106,14 @@ class Gathered:
 
 
 class Ring:
-    """The texts go round, from each process to the one before it. What was found for them follows a step behind, to be
-    reduced just in time. Both travel while tiles are multiplied; memory does not grow with the world.
+    """Texts that go around, from each process to the one before it; memory does not grow with the world.
 
-    Its launches and the messages that it waits for do: at 256 processes infonce is 512 visits, each with tiles of one
-    process's texts, and 1,022 messages, where the gathered exchange has 2 and 4. It is for batches whose texts do not
-    fit (`exchange_bytes`), and for so few processes that the products of a visit take longer than its message.
+    The results for the texts follow one step behind, and each process merges its own into them. Both travel while tiles
+    are multiplied.
+
+    Launches and messages do grow with the world. At 256 processes infonce takes 512 visits and 1,022 messages, where
+    `Gathered` takes 2 and 4. Use the ring where the texts do not fit (`exchange_bytes`), or where a visit's products
+    take longer than its message.
     """
 
     def __init__(self, texts: torch.Tensor):
@@ -119,7 +123,7 @@ class Ring:
         self.reduced: Rows = ()
 
     def visits(self, merge: Merge | None, *along: torch.Tensor) -> Iterator[Visit]:
-        """Collective. Do what `Gathered.visits` does."""
+        """Collective. Yield the same as `Gathered.visits`, in several visits."""
         texts: Rows = (self.texts, *((_packed(along),) if along else ()))
         behind: _Passing | None = None
         for step in range(self.world):
@@ -127,14 +131,14 @@ class Ring:
             ahead = self._pass_on(texts) if step < self.world - 1 else None
             slot = Slot(_unpacked(*texts[1:]) if along else ())
             yield (self.rank - owner) * len(self.texts), texts[0], slot
-            # Taken out of the slot, as above.
-            found, slot.found = slot.found, ()
+            # Taken out of the slot, because the caller still holds the slot.
+            results, slot.results = slot.results, ()
             if behind is not None:
-                found = _reduce_two(merge, found, _unpacked(*behind.wait()))
+                results = _reduce_two(merge, results, _unpacked(*behind.wait()))
             if self.world == 1:
-                self.reduced = found
+                self.reduced = results
                 return
-            behind = self._pass_on((_packed(found),))
+            behind = self._pass_on((_packed(results),))
             if ahead is not None:
                 texts = ahead.wait()
         assert behind is not None
@@ -145,7 +149,7 @@ class Ring:
 
 
 class _Passing:
-    """Tensors on their way to process `to`, and the like of them on their way from process `source`."""
+    """Tensors in transit to process `to`, and tensors of the same shapes in transit from process `source`."""
 
     def __init__(self, rows: Rows, to: int, source: int):
         self._sent = tuple(part.contiguous() for part in rows)
@@ -155,19 +159,19 @@ class _Passing:
         self._works = dist.batch_isend_irecv([*sends, *receives])
 
     def wait(self) -> Rows:
-        """Return what was received."""
+        """Return the received tensors."""
         for work in self._works:
             work.wait()
         return self._received
 
 
 def exchange_of(texts: torch.Tensor, exchange: str) -> Gathered | Ring:
-    """Collective. Return the exchange of that name; a single process needs none and takes the ring of one."""
+    """Collective. Return the exchange of this name; a single process uses a ring of one."""
     return Gathered(texts) if exchange == "gather" and world_size() > 1 else Ring(texts)
 
 
 def _packed(rows: Rows) -> torch.Tensor:
-    """Return one tensor `(count, batch, ...)`, to travel as one message."""
+    """Stack the rows into one message `(count, batch, ...)`."""
     return rows[0].unsqueeze(0) if len(rows) == 1 else torch.stack(rows)
 
 
@@ -182,24 +186,24 @@ def _reduce_two(merge: Merge | None, one: Rows, other: Rows) -> Rows:
 
 
 def _gather(rows: torch.Tensor) -> torch.Tensor:
-    """Return what all processes have, `(world, *rows.shape)`."""
+    """Return the rows of all processes, `(world, *rows.shape)`."""
     everywhere = rows.new_empty(world_size() * len(rows), *rows.shape[1:])
     dist.all_gather_single(everywhere, rows.contiguous())
     return everywhere.unflatten(0, (world_size(), -1))
 
 
 def _to_owner(parts: torch.Tensor) -> torch.Tensor:
-    """Send part r of `(world, ...)` to process r; return what this process was sent, in the same shape."""
+    """Send part r of `(world, ...)` to process r; return the parts that this process received, in the same shape."""
     received = torch.empty_like(parts)
     dist.all_to_all_single(received, parts)
     return received
 
 
 def _sum_to_owner(parts: torch.Tensor) -> torch.Tensor:
-    """Return the sum over processes of their part `r` of `(world, ...)`, on process r.
+    """Return on process r the sum over all processes of part r of `(world, ...)`.
 
-    gloo has no reduce-scatter of its own: it reduces all parts everywhere, which took 1.5 times as long as sending
-    each where it belongs (2 and 4 processes, 2,048 rows of 512 each).
+    On CPUs this uses all-to-all, because gloo's reduce-scatter reduces all parts everywhere. That took 1.5 times as
+    long (2 and 4 processes, 2,048 rows of 512 each).
     """
     if parts.device.type == "cpu":
         return _to_owner(parts.contiguous()).sum(0)

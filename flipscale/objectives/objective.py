@@ -1,9 +1,12 @@
-"""What an objective is: a loss, and what it needs of the model and of a batch."""
+"""The interface of an objective: a loss, and its demands on the model and on a batch."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from torch import nn
 
 from flipscale.data.pairs import PairDataset
 from flipscale.model import FlipConfig, FlipModel, FlipPreTrainedModel
@@ -11,7 +14,7 @@ from flipscale.model import FlipConfig, FlipModel, FlipPreTrainedModel
 
 @dataclass(frozen=True, kw_only=True)
 class Objective:
-    """What is learned. The loss is the sum of two parts, of which a subclass defines one or both:
+    """The learning goal of a run. The loss is the sum of two parts; a subclass defines one or both:
 
     * `coupled_loss` compares the samples of the global batch with each other. Its inputs are kept for all samples, and
       their gradients are handed back to one micro-batch after another.
@@ -20,22 +23,22 @@ class Objective:
     A subclass is a frozen dataclass, too. Its own fields are the options that `loss.options` of a recipe can set.
 
     Args:
-        exchange: how the processes' texts meet the images of each: `gather` or `ring`. Does not change what is learned.
+        exchange: `gather` or `ring`, see `flipscale.objectives.exchange`. Does not change what is learned.
     """
 
-    # The class of the model that is trained, and of the exported one, which has of its weights those that it names.
+    # Class of the trained model, and class of the exported model, whose weights are a subset of the trained ones.
     model_class: ClassVar[type[FlipPreTrainedModel]] = FlipModel
     exported_class: ClassVar[type[FlipPreTrainedModel]] = FlipModel
-    # Whether the model has a text tower, so that a batch has captions and a tokenizer belongs to the model.
+    # Whether the model reads text, so that batches have captions and the export has a tokenizer.
     takes_text: ClassVar[bool] = True
-    # The columns of a batch beside the towers' inputs, such as `masked_patches`.
+    # Columns of a batch besides the towers' inputs, such as `masked_patches`.
     columns: ClassVar[tuple[str, ...]] = ()
 
     exchange: str = "gather"
 
     @property
     def num_labels(self) -> int | None:
-        """Of how many classes or answers the model names one, whose names lie beside the shards; None of none."""
+        """Number of classes or answers, whose names lie beside the shards; None for losses without labels."""
         return None
 
     @property
@@ -44,41 +47,44 @@ class Objective:
         return type(self).coupled_loss is not Objective.coupled_loss
 
     def model_config(self, config: FlipConfig) -> FlipConfig:
-        """Return `config`, or a copy with other first values of the loss's parameters."""
+        """Return the configuration of the trained model: `config`, or a changed copy."""
         return config
 
     def dataset(self, *arguments: Any, **options: Any) -> PairDataset:
-        """Return what a run reads its batches from: a `PairDataset` of these arguments, or of a subclass.
+        """Return the data set of a run: a `PairDataset` of these arguments, or of a subclass.
 
         Raises:
-            ValueError: the source or a stage is not as this objective needs it.
+            UserError: the source or a stage does not suit this objective.
         """
         options["sends_masked"] = "masked_patches" in self.columns
         return PairDataset(*arguments, **options)
 
     def example_labels(self, batch_size: int) -> torch.Tensor:
-        """Return labels as a batch has them, for objectives that have the column `labels`: here `(batch, 1)` class
-        numbers."""
+        """Return labels of a batch's shape and dtype, for objectives with the column `labels`.
+
+        By default these are class numbers `(batch, 1)`.
+        """
         return torch.zeros(batch_size, 1, dtype=torch.int64)
 
     def parameters(self, output: Any) -> dict[str, torch.Tensor]:
-        """Return the loss's parameters by name, as the model's `forward` returns them: the same for every sample."""
-        found = {name: getattr(output, name) for name in getattr(self.model_class, "loss_parameters", ())}
-        return {name: value for name, value in found.items() if value is not None}
+        """Return the loss's parameters by name from the output of the model's `forward`."""
+        values = {name: getattr(output, name) for name in getattr(self.model_class, "loss_parameters", ())}
+        return {name: value for name, value in values.items() if value is not None}
 
     def compared(self, output: Any) -> tuple[torch.Tensor, ...]:
-        """Return what `coupled_loss` compares: tensors with a row for each sample, or with as many as it has views."""
+        """Return the inputs of `coupled_loss`: tensors with one row for each sample, or for each view of a sample."""
         assert output.image_embeds is not None
         assert output.text_embeds is not None
         return output.image_embeds, output.text_embeds
 
     def coupled_loss(self, *compared: Any, **parameters: Any) -> torch.Tensor:
-        """Collective. Return this process's part of the loss, fp32 `()`: the mean over processes is the global batch's,
-        and the mean of the gradients is its gradient.
+        """Collective. Return this process's part of the loss, fp32 `()`.
+
+        The mean over processes is the loss of the global batch, and the mean of the gradients is its gradient.
 
         Args:
-            compared: what `compared` returns, of all samples of this process.
-            parameters: what `parameters` returns, by name.
+            compared: tensors that `compared` returns, for all samples of this process.
+            parameters: tensors that `parameters` returns, by name.
         """
         raise NotImplementedError
 
@@ -88,11 +94,56 @@ class Objective:
         return output.image_embeds.new_zeros((), dtype=torch.float32)
 
     def metrics(self, output: Any) -> dict[str, torch.Tensor]:
-        """Return numbers for `metrics.jsonl`, `()` or `(1,)`. The mean over the main process's micro-batches is logged.
-        Unless a subclass adds more, they are the loss's parameters."""
+        """Return numbers for `metrics.jsonl`, `()` or `(1,)`; by default the loss's parameters.
+
+        The mean over the main process's micro-batches is logged.
+        """
         return self.parameters(output)
 
     def gradient_squares(self, output: Any) -> dict[str, torch.Tensor]:
-        """Return the squared norms of gradients that the backward pass of `output` has found, `()`, by what
-        `metrics.jsonl` calls the norms. They are added up over the main process's micro-batches."""
+        """Return squared gradient norms `()` by their names in `metrics.jsonl`, after the backward pass of `output`.
+
+        The main process sums them over its micro-batches.
+        """
         return {}
+
+
+@contextmanager
+def recorded_inputs(module: nn.Module) -> Iterator[list[torch.Tensor]]:
+    """Collect the first input of each call of a module."""
+    inputs: list[torch.Tensor] = []
+    handle = module.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0]))
+    try:
+        yield inputs
+    finally:
+        handle.remove()
+
+
+def watch_gradients(tokens: torch.Tensor, means: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the tokens for a second loss, and the squared gradient norms of both losses, fp32 `(2,)`.
+
+    One loss uses the means of the tokens, the other each token. The norms are of the losses' gradients with respect to
+    the tokens: the means' loss first, 0 before the backward pass. The one backward pass computes both, from the
+    gradients of tensors that only one of the losses uses. Norms of the tower's weights would take a second pass.
+
+    Args:
+        tokens: output of the image tower, `(batch, tokens, width)`.
+        means: means over the tokens, `(batch, width)`, as the first loss received them.
+    """
+    squares = torch.zeros(2, device=tokens.device)
+    # A view of its own, because the gradient of `tokens` itself is the sum of both losses'.
+    own = tokens.view_as(tokens)
+    _record_gradient_square(own, squares[1])
+    # A mean hands an equal part of its gradient to each token.
+    _record_gradient_square(means, squares[0], 1 / tokens.shape[1])
+    return own, squares
+
+
+def _record_gradient_square(tensor: torch.Tensor, square: torch.Tensor, factor: float = 1.0) -> None:
+    """Let the backward pass write `factor` times the squared norm of a tensor's gradient to `square` `()`."""
+
+    def record(gradient: torch.Tensor) -> None:
+        square.copy_(factor * torch.linalg.vector_norm(gradient, dtype=torch.float32).square())
+
+    if tensor.requires_grad:
+        tensor.register_hook(record)

@@ -1,5 +1,7 @@
-"""Reconstruction of the masked patches as a second loss: MAE (arXiv 2111.06377), as FLIP tried it (paper, Table 1f: 0.2
-and 0.3 points worse than without). A recipe has to ask for it, and it is never part of the exported model.
+"""Reconstruction of the masked patches as a second loss: MAE (arXiv 2111.06377).
+
+FLIP tried it, and was 0.2 and 0.3 points worse than without (paper, Table 1f). It is off by default, and never part of
+the exported model.
 """
 
 import copy
@@ -13,24 +15,27 @@ from transformers import initialization as init
 from flipscale.model import FlipConfig, FlipModel, FlipOutput, FlipPreTrainedModel, FlipVisionConfig
 from flipscale.model.modeling_flip import FlipEncoder, sincos_positions
 from flipscale.model.patches import complement
-from flipscale.objectives.objective import Objective
-from flipscale.objectives.own_models.tower_gradients import given_to, watched
+from flipscale.objectives.objective import Objective, recorded_inputs, watch_gradients
 
 _DECODER_LAYERS = 4
 
 
 @dataclass
 class ReconstructionOutput(FlipOutput):
-    """A `FlipOutput`, `reconstruction_loss`, fp32 `()`: 0 where nothing was masked, and `gradient_squares`, see
-    `watched`."""
+    """A `FlipOutput` with `reconstruction_loss` and `gradient_squares` (see `watch_gradients`).
+
+    `reconstruction_loss` is fp32 `()`, and 0 if nothing was masked.
+    """
 
     reconstruction_loss: torch.Tensor | None = None
     gradient_squares: torch.Tensor | None = None
 
 
 class ReconstructionDecoder(FlipPreTrainedModel):
-    """A small transformer that predicts the masked patches' pixels from the image tower's tokens. It has half the
-    tower's width, a learned token at every masked place, and fixed positions."""
+    """A small transformer that predicts the masked patches' pixels from the image tower's tokens.
+
+    It has half the tower's width, a learned token at every masked position, and fixed position embeddings.
+    """
 
     config: FlipVisionConfig
     input_modalities = ("image",)
@@ -48,8 +53,8 @@ class ReconstructionDecoder(FlipPreTrainedModel):
         self.post_init()
 
     @classmethod
-    def of(cls, tower: FlipVisionConfig) -> "ReconstructionDecoder":
-        """Return the decoder for an image tower of `tower`."""
+    def for_tower(cls, tower: FlipVisionConfig) -> "ReconstructionDecoder":
+        """Return the decoder for an image tower with this configuration."""
         width = tower.hidden_size // 2
         shape = {
             "hidden_size": width,
@@ -68,7 +73,7 @@ class ReconstructionDecoder(FlipPreTrainedModel):
         return {"position_embedding": sincos_positions(self.config.hidden_size, side, side)}
 
     def positions(self, image_size: int | None) -> torch.Tensor:
-        """Return the positions of the patches of an image, fp32 `(num_patches, hidden_size)`, as the image tower's."""
+        """Return the position embeddings of an image's patches, fp32 `(num_patches, hidden_size)`."""
         side, own = self.config.patches_along(image_size), self.config.patches_along()
         if side == own:
             return self.position_embedding
@@ -95,8 +100,8 @@ class ReconstructionDecoder(FlipPreTrainedModel):
 
         Args:
             tokens: the image tower's output, `(batch, num_prefix_tokens + kept, width)`.
-            patch_index, masked_index: the places of the visible patches, `(batch, kept)`, and of the masked ones.
-            image_size: in pixels; left out, the model's own.
+            patch_index, masked_index: positions of the visible patches, `(batch, kept)`, and of the masked patches.
+            image_size: side of the image in pixels; by default the model's.
         """
         # A sharded decoder computes in the precision of its weights.
         tokens = self.embed(tokens.to(self.embed.weight.dtype))
@@ -109,28 +114,30 @@ class ReconstructionDecoder(FlipPreTrainedModel):
 
 
 class ReconstructingFlipModel(FlipModel):
-    """A `FlipModel` in training whose forward pass also reconstructs: the same weights by the same names, and those of
-    the decoder."""
+    """A `FlipModel` for training whose forward pass also reconstructs masked patches.
+
+    It adds the decoder's weights; the other weights have the names of `FlipModel`.
+    """
 
     def __init__(self, config: FlipConfig):
         super().__init__(config)
-        self.reconstruction = ReconstructionDecoder.of(config.vision_config)
+        self.reconstruction = ReconstructionDecoder.for_tower(config.vision_config)
         self.post_init()
 
     def forward(self, *inputs: Any, masked_patches: torch.Tensor | None = None, **kwargs: Any) -> ReconstructionOutput:
         """
         Args:
-            masked_patches: uint8 `(batch, num_patches - kept, channels * p * p)`: the patches that `patch_index` leaves
-                out, in their order.
+            masked_patches: uint8 `(batch, num_patches - kept, channels * p * p)`, the patches that are not in
+                `patch_index`, in ascending order.
         """
-        with given_to(self.image_projection) as means:
+        with recorded_inputs(self.image_projection) as means:
             output = super().forward(*inputs, **kwargs)
-        tokens, squares = watched(output.vision_model_output.last_hidden_state, means[0])
+        tokens, squares = watch_gradients(output.vision_model_output.last_hidden_state, means[0])
         image_size = kwargs.get("image_size")
         num_patches = self.config.vision_config.patches_along(image_size) ** 2
         patch_index = kwargs.get("patch_index")
         if masked_patches is None:
-            # Nothing to reconstruct. The decoder runs all the same: every engine expects all gradients in every step.
+            # The decoder runs without masked patches too, because engines expect all gradients in every step.
             patch_index = torch.arange(num_patches, device=tokens.device).expand(len(tokens), -1)
             masked_patches = tokens.new_empty(len(tokens), 0, self.reconstruction.predict.out_features)
         assert patch_index is not None
@@ -143,8 +150,10 @@ class ReconstructingFlipModel(FlipModel):
 
 
 def pixel_loss(predicted: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
-    """Return the mean squared error to the patches' pixels, each patch normalised by its own mean and deviation: fp32
-    `()`, 0 if there are no patches."""
+    """Return the mean squared error of the patches' pixels, fp32 `()`; 0 if there are no patches.
+
+    Each patch is normalised by its own mean and standard deviation.
+    """
     centred = pixels.float() - pixels.float().mean(dim=2, keepdim=True)
     deviation = (centred.square().mean(dim=2, keepdim=True) + 1e-6).sqrt()
     squares = (predicted.float() - centred / deviation).square()
@@ -153,7 +162,7 @@ def pixel_loss(predicted: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class WithReconstruction(Objective):
-    """Another objective, and `weight` times the reconstruction of the masked patches."""
+    """Another objective plus `weight` times the reconstruction of the masked patches."""
 
     model_class: ClassVar[type[FlipPreTrainedModel]] = ReconstructingFlipModel
     columns: ClassVar[tuple[str, ...]] = ("masked_patches",)

@@ -1,5 +1,8 @@
-"""The pairwise sigmoid loss (SigLIP, arXiv 2303.15343) over the whole global batch, in memory that does not grow with
-the batch's square: each tile of logits is made once, and its gradients are taken before the next takes its place."""
+"""The pairwise sigmoid loss (SigLIP, arXiv 2303.15343) over the whole global batch.
+
+Memory does not grow with the batch's square: each tile of logits is computed once, and its gradients are taken before
+the next tile overwrites it.
+"""
 
 import copy
 import math
@@ -11,17 +14,23 @@ import torch
 from flipscale.model import FlipConfig
 from flipscale.objectives.exchange import Rows, exchange_of
 from flipscale.objectives.objective import Objective
-from flipscale.objectives.ready_gradients import ReadyGradients
-from flipscale.objectives.tiles import SimilarityTiles, as_number, for_each_block, views_of, workspace
+from flipscale.objectives.tiles import (
+    PrecomputedGradients,
+    SimilarityTiles,
+    as_number,
+    for_each_block,
+    views_of,
+    workspace,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sigmoid(Objective):
-    """Each image and text of the batch by itself: whether they are a pair. The model has a `logit_bias`."""
+    """A binary decision for each image and each text of the batch: pair or not. The model has a `logit_bias`."""
 
     def model_config(self, config: FlipConfig) -> FlipConfig:
         config = copy.deepcopy(config)
-        # SigLIP's first values: nearly everything is not a pair, and begins as such.
+        # SigLIP's initial values. Nearly all combinations are negatives, and the bias starts them as negatives.
         config.logit_scale_init_value, config.logit_bias_init_value = math.log(10.0), -10.0
         return config
 
@@ -42,25 +51,25 @@ def sigmoid_loss(
     logit_bias: torch.Tensor,
     exchange: str = "gather",
 ) -> torch.Tensor:
-    """Collective. Return the pairwise sigmoid loss of this process's images, fp32 `()`: for each of them and each text
-    of all processes, whether the text is the image's own. It is summed over the texts and averaged over the images, as
-    SigLIP does.
+    """Collective. Return the pairwise sigmoid loss of this process's images against all processes' texts, fp32 `()`.
 
-    The mean over processes is the loss of the global batch, and the mean of the gradients its gradient. As in
-    `contrastive_loss`, the gradients are computed along with the loss; with several views it is the mean over views,
+    As in SigLIP, it is summed over the texts and averaged over the images.
+
+    The mean over processes is the loss of the global batch, and the mean of the gradients is its gradient. As in
+    `contrastive_loss`, the gradients are computed along with the loss. With several views it is the mean over views,
     and the texts are exchanged once.
 
     Args:
-        image_embeds: `(batch * views, dim)`, of unit length, the views of an image in a row.
-        text_embeds: `(batch, dim)`, of unit length, the same `batch` on every process.
+        image_embeds: `(batch * views, dim)`, of unit length; the views of an image are neighbouring rows.
+        text_embeds: `(batch, dim)`, of unit length; the same `batch` on every process.
         logit_scale, logit_bias: `(1,)`, as `FlipModel.forward` returns them.
-        exchange: how the processes' texts meet the images: `gather` or `ring`.
+        exchange: `gather` or `ring`, see `flipscale.objectives.exchange`.
     """
     loss: torch.Tensor = _Sigmoid.apply(image_embeds, text_embeds, logit_scale, logit_bias, exchange)
     return loss
 
 
-class _Sigmoid(ReadyGradients):
+class _Sigmoid(PrecomputedGradients):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> torch.Tensor:
         *tensors, exchange = inputs
@@ -75,18 +84,18 @@ class _Sigmoid(ReadyGradients):
 def _loss_and_gradients(
     images: torch.Tensor, texts: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor, exchange: str
 ) -> tuple[torch.Tensor, Rows]:
-    """Collective. Return the loss, fp64 `()`, and its gradients by images, texts, scale and bias."""
+    """Collective. Return the loss, fp64 `()`, and the gradients of images, texts, scale and bias."""
     image_gradient = torch.zeros_like(images)
-    # Of each image: its loss, and the sum of the gradients of its logits.
+    # Columns: each image's loss, and the sum of its logits' gradients.
     sums = torch.zeros(len(images), 2, dtype=torch.float64, device=images.device)
     views = list(zip(*(views_of(rows, len(texts)) for rows in (images, image_gradient, sums)), strict=True))
     all_texts = exchange_of(texts, exchange)
     for first_pair, visited, slot in all_texts.visits(None):
         text_gradient = torch.zeros_like(visited)
         for view, view_gradient, view_sums in views:
-            found = (view_gradient, text_gradient, view_sums, workspace(view, visited, buffers=2))
-            _add_pairwise_sigmoids(view, visited, scale, bias, first_pair, *found)
-        slot.found = (text_gradient,)
+            results = (view_gradient, text_gradient, view_sums, workspace(view, visited, buffers=2))
+            _add_pairwise_sigmoids(view, visited, scale, bias, first_pair, *results)
+        slot.results = (text_gradient,)
     (text_gradient,) = all_texts.reduced
     loss, bias_gradient = sums.sum(0) / len(images)
     scale_gradient = torch.einsum("nd,nd->n", images, image_gradient).sum(dtype=torch.float64) / len(images)
@@ -108,9 +117,9 @@ def _add_pairwise_sigmoids(
     sums: torch.Tensor,
     memory: torch.Tensor,
 ) -> None:
-    """All tiles as one operation, as those of `passes` are."""
-    found = (image_gradient, text_gradient, sums)
-    for_each_block(_add_block, images, texts, scale, first_pair, memory, bias, *found)
+    """Add the losses and gradients of all tiles, as one operation to torch."""
+    results = (image_gradient, text_gradient, sums)
+    for_each_block(_add_block, images, texts, scale, first_pair, memory, bias, *results)
 
 
 def _add_block(
@@ -122,9 +131,9 @@ def _add_block(
 ) -> None:
     for tile in tiles:
         tile.logits.add_(bias)
-        # -log sigmoid(logit) of a pair and -log sigmoid(-logit) of any other are one function of these.
+        # With the positives negated, one function, softplus, gives the losses of positives and negatives.
         tile.positives.neg_()
-        logit_gradient = torch.sigmoid(tile.logits, out=tiles.beside(tile))
+        logit_gradient = torch.sigmoid(tile.logits, out=tiles.second_buffer(tile))
         tiles.positives_of(logit_gradient, tile).neg_()
         losses = torch.ops.aten.softplus.out(tile.logits, out=tile.logits)
         sums[tile.rows, 0] += losses.sum(1)

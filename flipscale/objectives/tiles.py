@@ -1,6 +1,10 @@
-"""The matrix of similarities of all images and texts, a tile at a time: it is never in memory as a whole.
+"""The similarity matrix of all images and texts, computed a tile at a time, so that it never lies in memory whole.
 
-A tile fits the cache, so that what happens to its logits between the matrix products costs little beside them.
+A tile fits the cache. The work on its logits between the matrix products therefore costs little.
+
+One pass over the tiles sums the negatives of rows and columns together (`add_negatives`). A second pass makes each tile
+again and takes both gradients from it (`add_gradients`): four matrix products in all. Autograd on the whole matrix
+takes six.
 """
 
 from collections.abc import Callable, Iterator
@@ -11,23 +15,110 @@ import torch
 
 # Rows and columns of a tile. On CPUs its fp32 logits and their gradients share the cache; a GPU wants large products.
 _TILE = {"cpu": (2048, 512), "cuda": (4096, 8192)}
-# A GPU's tile of fewer rows has more columns in return, up to this many: as many logits for each launch.
+# A GPU's tile of fewer rows gets more columns, at most this many, so that each launch has as many logits.
 _WIDEST = 2**19
 # The smallest side of a block that is worth a thread of its own.
 _BLOCK = 1024
 # Gradients of logits below this become 0: on a CPU a product of denormal numbers takes 200 times as long.
 _TINY = 1e-30
+# How far above and below the common shift logits may lie. exp(60) times a million is finite in fp32. A million of
+# exp(-80) add less than exp(-16) to a row whose positive is above exp(-50).
+_ABOVE, _BELOW = 60.0, 50.0
+# Exponents are clamped to this: on a CPU a product of denormal numbers takes 200 times as long, and exp 150 times as
+# long to make one.
+LOWEST_EXPONENT = -80.0
+
+
+class PrecomputedGradients(torch.autograd.Function):
+    """A loss whose forward pass also computes its gradients.
+
+    `forward` sets `ctx.gradients` to the gradients of all inputs except the last, which is no tensor. `backward`
+    multiplies them in place by the upstream gradient, so it can run only once.
+    """
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        gradients, ctx.gradients = ctx.gradients, None
+        assert gradients is not None, "the backward pass of this loss ran before"
+        return (*(gradient.mul_(upstream[0]) for gradient in gradients), None)
+
+
+class LogSumExp(NamedTuple):
+    """The log-sum-exp of each row's negatives so far, as `total * exp(shift)`: two tensors `(count,)`.
+
+    The positive is not in the sum. Once the positive dominates, all learning comes from the small negatives, and adding
+    them to the positive would round them away.
+    """
+
+    shift: torch.Tensor
+    total: torch.Tensor
+
+    @classmethod
+    def empty(cls, rows: torch.Tensor, shift: float | None) -> "LogSumExp":
+        """Return empty sums for `rows`. With `shift` None, shifts follow the running maxima."""
+        start = rows.new_full((len(rows),), float("-inf") if shift is None else shift)
+        return cls(start, torch.zeros_like(start))
+
+    def part(self, rows: slice) -> "LogSumExp":
+        """Return a view of some rows."""
+        return LogSumExp(self.shift[rows], self.total[rows])
+
+    def raise_shift(self, shift: torch.Tensor) -> None:
+        """Raise each shift to at least `shift`."""
+        higher = torch.maximum(self.shift, shift)
+        self.total.mul_((self.shift - higher).exp_())
+        self.shift.copy_(higher)
+
+    def cross_entropy(self, positives: torch.Tensor) -> torch.Tensor:
+        """Return the cross-entropy of each row, given the logit of its positive: fp64 `(count,)`."""
+        return (self.total.double() * (self.shift.double() - positives).exp()).log1p()
+
+    def softmax(self, positives: torch.Tensor) -> "Softmax":
+        """Return the softmax of each row over its negatives and its positive."""
+        return Softmax(self.shift, (self.total + (positives - self.shift).exp()).reciprocal_())
+
+
+class Softmax(NamedTuple):
+    """A normalised softmax: the weight of a logit is `exp(logit - shift) * factor`; two tensors `(count,)`."""
+
+    shift: torch.Tensor
+    factor: torch.Tensor
+
+    def part(self, rows: slice) -> "Softmax":
+        """Return a view of some rows."""
+        return Softmax(self.shift[rows], self.factor[rows])
+
+
+def merge(parts: LogSumExp) -> LogSumExp:
+    """Return the log-sum-exp of the negatives of all `parts` `(parts, count)`."""
+    shift = parts.shift.amax(0)
+    return LogSumExp(shift, (parts.total * (parts.shift - shift).exp_()).sum(0))
+
+
+def common_shift(highest: float, lowest_positive: float) -> float | None:
+    """Return a shift with which one exponential of a logit serves both its row and its column.
+
+    The shift is 0 if that suffices, and None if no shift does.
+
+    Args:
+        highest: upper bound of all logits.
+        lowest_positive: lower bound of the positives, and so of each row's and each column's largest logit.
+    """
+    if highest <= _ABOVE and lowest_positive >= -_BELOW:
+        return 0.0
+    shift = min(highest, lowest_positive + _BELOW)
+    return shift if highest - shift <= _ABOVE else None
 
 
 class Tile(NamedTuple):
     """A part of the matrix.
 
     Args:
-        rows, columns: the slices of the whole matrix.
+        rows, columns: slices of the whole matrix.
         scaled: the rows times `scale`.
-        logits: `(rows, columns)`, in memory that the next tile takes over.
-        positives: the logits of the pairs, a view of `logits`.
-        paired: the rows that have their pair in this tile.
+        logits: `(rows, columns)`, in memory that the next tile reuses.
+        positives: logits of the pairs, a view of `logits`.
+        paired: rows that have their pair in this tile.
     """
 
     rows: slice
@@ -43,10 +134,10 @@ class SimilarityTiles:
 
     Args:
         rows, columns: all rows and columns `(count, dim)` of the matrix, of one dtype.
-        scale: 0-dimensional and fp64, on the rows' device: it counts as a number of Python's does.
-        first_pair: the column that is row 0's pair; row i's is i further. It may be outside of the columns.
-        memory: what tiles are made in, a row of a `workspace`.
-        row_part, column_part: the block; left out, the whole matrix.
+        scale: 0-dimensional, fp64, on the rows' device; it acts as a Python number does.
+        first_pair: column of row 0's pair; the pair of row i is i columns further. It may lie outside of the columns.
+        memory: a row of a `workspace`, in which tiles are made.
+        row_part, column_part: the block; by default the whole matrix.
     """
 
     def __init__(
@@ -65,7 +156,7 @@ class SimilarityTiles:
         self._height, self._width = _tile_shape(height, width, rows.device.type)
         scaled, buffer = _sizes(self._height, self._width, rows.shape[1])
         self._scaled = memory[: self._height * rows.shape[1]].view(self._height, rows.shape[1])
-        # With one buffer, the logits' and what is beside them are the same.
+        # In a workspace of one buffer, both are the same memory.
         self._logits, self._beside = memory[scaled : scaled + buffer], memory[-buffer:]
 
     def __iter__(self) -> Iterator[Tile]:
@@ -86,8 +177,8 @@ class SimilarityTiles:
                 positives, first = logits.diagonal(offset), row + max(0, -offset)
                 yield Tile(rows, columns, scaled, logits, positives, slice(first, first + len(positives)))
 
-    def beside(self, tile: Tile) -> torch.Tensor:
-        """Return memory of the size of the tile's logits."""
+    def second_buffer(self, tile: Tile) -> torch.Tensor:
+        """Return more memory of the size of the tile's logits; in a workspace of one buffer, the same memory."""
         return self._view(self._beside, tile.rows, tile.columns)
 
     def positives_of(self, matrix: torch.Tensor, tile: Tile) -> torch.Tensor:
@@ -97,8 +188,10 @@ class SimilarityTiles:
     def add_products(
         self, tile: Tile, logit_gradient: torch.Tensor, row_gradient: torch.Tensor, column_gradient: torch.Tensor
     ) -> None:
-        """Back-propagate the gradient of a tile's logits: add that of its columns to `column_gradient`, and that of its
-        rows, which is still to be multiplied by `scale`, to `row_gradient`."""
+        """Back-propagate the gradient of a tile's logits to its rows and columns.
+
+        The caller still has to multiply `row_gradient` by `scale`.
+        """
         if not logit_gradient.is_cuda:
             torch.hardshrink(logit_gradient, _TINY, out=logit_gradient)
         row_gradient[tile.rows].addmm_(logit_gradient, self.columns[tile.columns])
@@ -109,18 +202,85 @@ class SimilarityTiles:
         return buffer[: height * width].view(height, width)
 
 
+def add_negatives(
+    tiles: SimilarityTiles,
+    row_negatives: LogSumExp,
+    column_negatives: LogSumExp,
+    positives: torch.Tensor,
+    shift: float | None,
+) -> None:
+    """Add the tiles' logits to the negatives of their rows and columns; write the logits of the pairs to `positives`.
+
+    Args:
+        positives: `(rows,)`.
+        shift: the `common_shift` of all negatives, if there is one.
+    """
+    for tile in tiles:
+        positives[tile.paired] = tile.positives
+        sides = ((row_negatives.part(tile.rows), 1), (column_negatives.part(tile.columns), 0))
+        if shift is not None:
+            _exponentials(tile, shift)
+            tile.positives.zero_()
+            for negatives, dim in sides:
+                negatives.total.add_(tile.logits.sum(dim))
+            continue
+        exponentials = tiles.second_buffer(tile)
+        for negatives, dim in sides:
+            negatives.raise_shift(tile.logits.amax(dim))
+            torch.sub(tile.logits, negatives.shift.unsqueeze(dim), out=exponentials)
+            tiles.positives_of(exponentials.clamp_(min=LOWEST_EXPONENT).exp_(), tile).zero_()
+            negatives.total.add_(exponentials.sum(dim))
+
+
+def add_gradients(
+    tiles: SimilarityTiles,
+    row_softmax: Softmax,
+    column_softmax: Softmax,
+    positive_gradient: torch.Tensor,
+    row_gradient: torch.Tensor,
+    column_gradient: torch.Tensor,
+    shift: float | None,
+) -> None:
+    """Add the gradients of the sum of both sides' cross-entropies to `row_gradient` and `column_gradient`.
+
+    The caller still has to multiply `row_gradient` by `scale`.
+
+    Args:
+        positive_gradient: gradients of the pairs' logits, `(rows,)`.
+        shift: the same as for `add_negatives`.
+    """
+    for tile in tiles:
+        logit_gradient = tiles.second_buffer(tile)
+        rows, columns = row_softmax.part(tile.rows), column_softmax.part(tile.columns)
+        if shift is not None:
+            torch.add(rows.factor[:, None], columns.factor, out=logit_gradient)
+            logit_gradient.mul_(_exponentials(tile, shift))
+        else:
+            torch.sub(tile.logits, rows.shift[:, None], out=logit_gradient)
+            logit_gradient.clamp_(min=LOWEST_EXPONENT).exp_().mul_(rows.factor[:, None])
+            exponentials = tile.logits.sub_(columns.shift).clamp_(min=LOWEST_EXPONENT).exp_()
+            logit_gradient.addcmul_(exponentials, columns.factor)
+        tiles.positives_of(logit_gradient, tile).copy_(positive_gradient[tile.paired])
+        tiles.add_products(tile, logit_gradient, row_gradient, column_gradient)
+
+
+def _exponentials(tile: Tile, shift: float) -> torch.Tensor:
+    """Replace the tile's logits by their exponentials and return them."""
+    return (tile.logits.sub_(shift).clamp_(min=LOWEST_EXPONENT) if shift else tile.logits).exp_()
+
+
 def workspace(rows: torch.Tensor, columns: torch.Tensor, buffers: int) -> torch.Tensor:
     """Return the memory that `for_each_block` needs for the matrix of these rows and columns.
 
     Args:
-        buffers: how many matrices of a tile's size are needed at once: two, or one if no logits are kept.
+        buffers: number of matrices of a tile's size that are needed at once: two, or one if logits are not kept.
     """
     elements = workspace_elements(len(rows), len(columns), rows.shape[1], buffers, rows.device.type)
     return rows.new_empty(elements)
 
 
 def workspace_elements(rows: int, columns: int, dim: int, buffers: int, device_type: str) -> tuple[int, int]:
-    """Return the shape of a `workspace`: a row for each block that is worked at in its own thread."""
+    """Return the shape of a `workspace`: a row for each block that runs in its own thread."""
     count = _count_blocks(rows, columns, device_type)
     scaled, buffer = _sizes(*_tile_shape(-(-rows // count), -(-columns // count), device_type), dim)
     return count, scaled + buffers * buffer
@@ -135,11 +295,11 @@ def for_each_block(
     memory: torch.Tensor,
     *arguments: Any,
 ) -> None:
-    """Call `work(tiles, *arguments)` for blocks that make up the matrix of `SimilarityTiles`' arguments.
+    """Call `work(tiles, *arguments)` for blocks that together cover the matrix of `SimilarityTiles`' arguments.
 
-    On a CPU, blocks that share no row and no column run at the same time, a thread each. If all threads shared each
-    product instead, as torch does by itself, they would wait for the slowest after each: a tile has no time to spare
-    for a core on which something else runs.
+    On a CPU, blocks that share no row and no column run at the same time, one thread each. torch by itself would split
+    each product over all threads, and after each product they would wait for the slowest. A tile is too short for that
+    when another program uses a core.
 
     Args:
         memory: a `workspace` for these rows and columns.
@@ -161,18 +321,18 @@ def for_each_block(
                 parts = zip(memory, row_parts, column_parts[turn:] + column_parts[:turn], strict=True)
                 list(pool.map(on_thread, (SimilarityTiles(rows, columns, scale, first_pair, *part) for part in parts)))
     finally:
-        # A thread's number of torch threads is its own, but also that of the threads that begin after it.
+        # torch.set_num_threads in a thread also changes the number for threads that start later.
         torch.set_num_threads(threads)
 
 
 def _count_blocks(rows: int, columns: int, device_type: str) -> int:
-    """Return how many blocks are worked at at the same time, each as high and as wide as the matrix is by so many."""
+    """Return the number of blocks that run at the same time; rows and columns are each cut into that many parts."""
     threads = torch.get_num_threads() if device_type == "cpu" else 1
     return max(1, min(threads, rows // _BLOCK, columns // _BLOCK))
 
 
 def _tile_shape(rows: int, columns: int, device_type: str) -> tuple[int, int]:
-    """Return the largest tile of a matrix of so many rows and columns."""
+    """Return the shape of the largest tile of a matrix."""
     height, width = _TILE["cpu" if device_type == "cpu" else "cuda"]
     if device_type != "cpu" and rows < height:
         width = min(height * width // rows, _WIDEST)
@@ -180,7 +340,7 @@ def _tile_shape(rows: int, columns: int, device_type: str) -> tuple[int, int]:
 
 
 def _sizes(height: int, width: int, dim: int) -> tuple[int, int]:
-    """Return how many elements the scaled rows and the logits of a tile take, each beginning at a cache line."""
+    """Return the numbers of elements of a tile's scaled rows and of its logits, rounded up to whole cache lines."""
     return -(-height * dim // 16) * 16, -(-height * width // 16) * 16
 
 
@@ -189,12 +349,16 @@ def _parts(length: int, count: int) -> list[slice]:
 
 
 def views_of(rows: torch.Tensor, batch: int) -> tuple[torch.Tensor, ...]:
-    """Return the first view of each image, the second, and so on, of `rows` `(batch * views, ...)`, which have the
-    views of an image in a row."""
+    """Split `rows` `(batch * views, ...)` by view: the first view of each image, then the second, and so on.
+
+    The views of an image are neighbouring rows.
+    """
     return rows.unflatten(0, (batch, -1)).unbind(1)
 
 
 def as_number(parameter: torch.Tensor) -> torch.Tensor:
-    """Return a parameter `(1,)` of the model as a 0-dimensional fp64 tensor where it is: it counts as a number of
-    Python's, digit for digit, without the host's waiting for it."""
+    """Return a model parameter `(1,)` as a 0-dimensional fp64 tensor on the same device.
+
+    In arithmetic it acts as a Python number, digit for digit, and the host does not wait for it.
+    """
     return parameter.detach().double().reshape(())

@@ -296,7 +296,7 @@ def test_a_text_mask_that_leaves_nothing(refused_recipe: Callable[..., str], rat
     ("weight", "message"),
     [
         (-1.0, "loss.reconstruction_weight is -1.0; it must be at least 0"),
-        (0.5, "loss.reconstruction_weight 0.5 does not go with mask.views 2"),
+        (0.5, "loss.reconstruction_weight is 0.5 with mask.views 2"),
     ],
 )
 def test_an_impossible_reconstruction(refused_recipe: Callable[..., str], weight: float, message: str) -> None:

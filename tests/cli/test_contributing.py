@@ -21,7 +21,7 @@ from flipscale.evaluation import suite
 from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.kinds.kinds import KINDS as EVALUATIONS
 from flipscale.hub.loading import load_flip
-from flipscale.objectives.kinds import KINDS as LOSSES
+from flipscale.objectives.recipe import loss_kinds
 
 PAGE = (ROOT / "CONTRIBUTING.md").read_text()
 SECTIONS = dict(re.findall(r"\n## How to add (?:a|an) ([^\n]+)\n(.*?)(?=\n## )", PAGE, re.DOTALL))
@@ -54,7 +54,7 @@ def test_there_are_five_lists() -> None:
 
 
 def test_a_loss(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, write_recipe: Callable[..., Path]) -> None:
-    monkeypatch.setitem(LOSSES, "aligned", example("loss", "Aligned"))
+    monkeypatch.setitem(loss_kinds(), "aligned", example("loss", "Aligned"))
     losses = {}
     for weight in (0.0, 0.5):
         loss = {"kind": "aligned", "options": {"weight": weight}}

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 from flipscale.data.tokenizers import begin_and_end, bert_tokenizer
 from flipscale.hub.model_folder import build_processor, export_model
 from flipscale.model import FlipConfig, FlipDecoderConfig, FlipForConditionalGeneration, FlipModel, FlipProcessor
-from flipscale.objectives.own_models.captioning import CaptioningFlipModel
+from flipscale.objectives.captioning import CaptioningFlipModel
 
 # Run in an environment of its own: prints what the folder gives there, as JSON.
 STRANGER = """

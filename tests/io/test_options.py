@@ -22,7 +22,7 @@ from flipscale.io.options import (
     number,
     output_folder,
 )
-from flipscale.objectives import kinds as losses
+from flipscale.objectives.recipe import loss_kinds
 from flipscale.training.recipe import Recipe
 
 
@@ -58,7 +58,7 @@ def unbounded(hint: Any, name: str) -> Iterator[str]:
 
 
 @pytest.mark.parametrize(
-    "kind", [Recipe, *tasks.KINDS.values(), *losses.KINDS.values()], ids=lambda kind: kind.__name__
+    "kind", [Recipe, *tasks.KINDS.values(), *loss_kinds().values()], ids=lambda kind: kind.__name__
 )
 def test_every_number_has_a_range(kind: type) -> None:
     assert list(unbounded(kind, kind.__name__)) == []

@@ -28,7 +28,7 @@ from flipscale.data.tokenizers import load_tokenizer
 from flipscale.engines.first_weights import build_weights, fresh_weights
 from flipscale.model import FlipConfig
 from flipscale.model.modeling_flip_vqa import answer_losses
-from flipscale.objectives.questions.answer import Answer
+from flipscale.objectives.answer import Answer
 from flipscale.planning.flops import forward_flops
 from flipscale.training.recipe import parse_recipe
 from flipscale.training.start import check

@@ -26,9 +26,9 @@ from flipscale.hub.loading import load_flip, load_model
 from flipscale.model import FlipConfig, FlipForConditionalGeneration, FlipModel
 from flipscale.model.modeling_flip_decoder import caption_inputs
 from flipscale.model.patches import take_patches
+from flipscale.objectives.captioning import CaptioningFlipModel, CaptionLoss, WithCaptions
 from flipscale.objectives.contrastive import Contrastive
 from flipscale.objectives.objective import Objective
-from flipscale.objectives.own_models.captioning import Captioning, CaptioningFlipModel, WithCaptions
 from flipscale.planning.activations import Step, measured
 from flipscale.planning.flops import forward_flops
 from flipscale.training.recipe import Recipe, parse_recipe
@@ -40,7 +40,7 @@ CONFIG = FlipConfig(
     decoder_config={**TOWER, "vocab_size": 16, "max_position_embeddings": 8, "bos_token_id": 12, "eos_token_id": 13},
 )
 BOTH = WithCaptions(other=Contrastive(), weight=2.0, prediction="mixed")
-ALONE = Captioning(prediction="mixed")
+ALONE = CaptionLoss(prediction="mixed")
 
 
 def build(objective: Objective) -> Any:
@@ -86,12 +86,12 @@ def loss_of(model: Any, objective: Objective, inputs: dict[str, torch.Tensor]) -
     return loss
 
 
-@pytest.mark.parametrize("objective", [BOTH, ALONE, Captioning(), Captioning(prediction="parallel")])
+@pytest.mark.parametrize("objective", [BOTH, ALONE, CaptionLoss(), CaptionLoss(prediction="parallel")])
 def test_every_parameter_has_a_gradient_in_every_step(objective: Objective) -> None:
     model, inputs = build(objective), batch()
-    if objective == Captioning():
+    if objective == CaptionLoss():
         del inputs["in_parallel"]
-    elif objective == Captioning(prediction="parallel"):
+    elif objective == CaptionLoss(prediction="parallel"):
         inputs["in_parallel"].fill_(True)
     loss_of(model, objective, inputs).backward()
     assert not [name for name, parameter in model.named_parameters() if parameter.grad is None]
@@ -181,7 +181,7 @@ def test_activations_of_the_decoder_are_planned() -> None:
 def test_captions_predicted_at_once_are_drawn_by_position(
     shards: Path, caption_tokenizer: Path, prediction: Any, share: float | None
 ) -> None:
-    objective = Captioning(prediction=prediction)
+    objective = CaptionLoss(prediction=prediction)
     tokenizer = load_tokenizer(str(caption_tokenizer), 8)
     recipe = DataRecipe(shards=str(shards), lanes=1, shards_per_block=2)
     shape = InputShape.of(objective.model_config(CONFIG))
@@ -302,22 +302,22 @@ def test_what_does_not_go_together_is_told_in_one_sentence(runs: Runs, tokenizer
     short = {"decoder_config": {"max_position_embeddings": 4}}
     other = {"decoder_config": {"bos_token_id": 3, "eos_token_id": 13}}
     for changes, message in (
-        ({"loss": both, "stages": masked}, "a stage's text_mask_ratio is 0.5, and captions are learned word by word"),
-        ({"loss": alone, "stages": masked}, "a stage's text_mask_ratio is 0.5, and captions are learned word by word"),
+        ({"loss": both, "stages": masked}, "text_mask_ratio of a stage is 0.5"),
+        ({"loss": alone, "stages": masked}, "text_mask_ratio of a stage is 0.5"),
         ({"loss": both, "data": bare}, "the tokenizer has no tokens for the begin and the end of a caption, which a"),
         ({"loss": alone, "data": bare}, "the tokenizer has no tokens for the begin and the end of a caption, which a"),
-        ({"loss": both, "model": short}, "max_position_embeddings is 4, and captions are cut at model.text_config.max"),
+        ({"loss": both, "model": short}, "model.decoder_config.max_position_embeddings is 4"),
         ({"loss": both, "model": other}, "the tokenizer has bos_token_id 12, the decoder 3; set model.decoder_config"),
         ({"loss": alone, "eval": {"zero_shot": str(shards)}}, "has no text tower; use kind captioning"),
         ({"eval": {"tasks": [{"kind": "captioning", "data": str(shards)}]}}, "has no decoder; use kind zero_shot"),
         ({"model": short}, "model.decoder_config is set, but no loss learns captions; set loss.caption_weight too"),
         (
             {"loss": {**both, "reconstruction_weight": 1.0}},
-            "loss.caption_weight 1 does not go with loss.reconstruction",
+            "loss.caption_weight is 1 beside loss.reconstruction_weight 1",
         ),
         (
             {"loss": {**both, "kind": "captioning"}},
-            "loss.caption_weight 1 does not go with loss.kind 'captioning', whi",
+            "loss.caption_weight is 1 beside loss.kind 'captioning'",
         ),
         (
             {"loss": both, "model": {"decoder_config": {"layers": 2}}},

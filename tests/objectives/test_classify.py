@@ -235,7 +235,7 @@ def test_what_cannot_be_learned_is_told_in_a_line(
         "a head for pairs": ({"loss": {"kind": "infonce", "options": {}}}, "loss.kind 'infonce' has no head; use kind"),
         "text mask": (
             {"stages": [{"name": "one", "samples": 32, "text_mask_ratio": 0.5, "base_lr": 0.1}]},
-            "text_mask_ratio is 0.5, and loss.kind 'classify' has no text; leave it out",
+            "text_mask_ratio of a stage is 0.5",
         ),
         "layer decay": ({"optim": {"layer_decay": 1.5}}, "optim.layer_decay is 1.5; it must be above 0 and at most 1"),
         "no layer decay": ({"optim": {"layer_decay": 0}}, "optim.layer_decay is 0.0; it must be above 0 and at most 1"),
@@ -246,7 +246,7 @@ def test_what_cannot_be_learned_is_told_in_a_line(
         ),
         "reconstruction": (
             {"loss": {"reconstruction_weight": 0.5}},
-            "loss.reconstruction_weight 0.5 does not go with loss.kind 'classify'",
+            "loss.reconstruction_weight is 0.5 beside loss.kind 'classify'",
         ),
     }
     for name, (changes, said) in cases.items():

@@ -13,9 +13,8 @@ import torch
 from objectives import test_contrastive
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from flipscale.objectives import contrastive, contrastive_torch, passes, tiles
-from flipscale.objectives.logsumexp import LogSumExp
-from flipscale.objectives.tiles import SimilarityTiles, workspace
+from flipscale.objectives import contrastive, tiles
+from flipscale.objectives.tiles import LogSumExp, SimilarityTiles, workspace
 
 contrastive_triton = pytest.importorskip("flipscale.objectives.contrastive_triton")
 
@@ -23,14 +22,14 @@ Interpreted = Callable[..., None]
 
 
 def functions_for(rows: torch.Tensor) -> ModuleType:
-    return contrastive_triton if rows.dtype == torch.float32 else contrastive_torch
+    return contrastive_triton if rows.dtype == torch.float32 else tiles
 
 
 def interpret() -> None:
     """Have the kernels make all tiles of fp32, wherever they are, each of several blocks."""
     torch.set_num_threads(1)
     tiles._TILE["cpu"] = (200, 150)
-    passes.tile_functions = functions_for
+    contrastive.tile_functions = functions_for
     contrastive._FEW = 0
 
 
@@ -81,14 +80,14 @@ def both_passes(
 ) -> list[torch.Tensor]:
     """Return what they leave: the log-sum-exp of the negatives, the positives, the gradients of rows and columns."""
     memory = workspace(rows, columns, buffers=2)[0]
-    tiles = SimilarityTiles(rows, columns, torch.tensor(30.0, dtype=torch.float64), first_pair, memory)
+    matrix = SimilarityTiles(rows, columns, torch.tensor(30.0, dtype=torch.float64), first_pair, memory)
     positives, column_positives = torch.ones_like(rows[:, 0]), torch.ones_like(columns[:, 0])
     of_rows, of_columns = LogSumExp.empty(rows, shift), LogSumExp.empty(columns, shift)
-    functions.add_negatives(tiles, of_rows, of_columns, positives, shift)
+    functions.add_negatives(matrix, of_rows, of_columns, positives, shift)
     softmax = of_rows.softmax(positives), of_columns.softmax(column_positives)
     gradients = torch.zeros_like(rows), torch.zeros_like(columns)
     positive_gradient = torch.linspace(-1, 1, len(rows), dtype=rows.dtype)
-    functions.add_gradients(tiles, *softmax, positive_gradient, *gradients, shift)
+    functions.add_gradients(matrix, *softmax, positive_gradient, *gradients, shift)
     if shift is not None:
         assert {*of_rows.shift.tolist(), *of_columns.shift.tolist()} == {shift}
     return [of_rows.total.log() + of_rows.shift, of_columns.total.log() + of_columns.shift, positives, *gradients]
@@ -99,7 +98,7 @@ def check_against_plain(height: int, width: int, first_pair: int, shift: float |
     embeds = torch.randn(height + width, 40, 2, generator=torch.Generator().manual_seed(height))
     rows, columns = torch.nn.functional.normalize(embeds, dim=1)[..., 0].split([height, width])
     found = both_passes(contrastive_triton, rows, columns, first_pair, shift)
-    expected = both_passes(contrastive_torch, rows.double(), columns.double(), first_pair, shift)
+    expected = both_passes(tiles, rows.double(), columns.double(), first_pair, shift)
     for a, b in zip(found, expected, strict=True):
         assert torch.allclose(a.double(), b, rtol=1e-5, atol=1e-5 * b.abs().max().item())
 
@@ -160,11 +159,11 @@ def test_kernels_compile_keep_to_registers_and_to_fp32(
 def test_the_kernels_are_for_fp32_on_gpus_with_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     with FakeTensorMode():
         on_gpu = torch.empty(2, 2, device="cuda")
-        assert passes.tile_functions(on_gpu) is contrastive_triton
-        assert passes.tile_functions(on_gpu.double()) is contrastive_torch
-        assert passes.tile_functions(on_gpu.cpu()) is contrastive_torch
-        monkeypatch.setattr(passes, "find_spec", lambda name: None)
-        assert passes.tile_functions(on_gpu) is contrastive_torch
+        assert contrastive.tile_functions(on_gpu) is contrastive_triton
+        assert contrastive.tile_functions(on_gpu.double()) is tiles
+        assert contrastive.tile_functions(on_gpu.cpu()) is tiles
+        monkeypatch.setattr(contrastive, "find_spec", lambda name: None)
+        assert contrastive.tile_functions(on_gpu) is tiles
 
 
 def check_that_the_trial_runs() -> None:
@@ -189,24 +188,24 @@ def test_without_a_compiler_torch_takes_over_and_says_so_once(
         raise fault
 
     monkeypatch.setattr(contrastive_triton, "try_out", fail)
-    passes._triton_runs_on.cache_clear()
-    monkeypatch.setattr(passes._log, "warning", lambda words, *values: said.append(words % values))
+    contrastive._triton_runs_on.cache_clear()
+    monkeypatch.setattr(contrastive._log, "warning", lambda words, *values: said.append(words % values))
     gpu = SimpleNamespace(is_cuda=True, dtype=torch.float32, device=torch.device("cuda", 0))
     try:
-        assert [passes.tile_functions(gpu) for _ in range(3)] == [contrastive_torch] * 3
+        assert [contrastive.tile_functions(gpu) for _ in range(3)] == [tiles] * 3
     finally:
-        passes._triton_runs_on.cache_clear()
+        contrastive._triton_runs_on.cache_clear()
     (line,) = said
-    assert line.startswith("torch computes the loss's tiles, slower than Triton, which fails with ")
+    assert line.startswith("the loss's tiles run in torch, slower than in Triton, because Triton fails (")
     assert " ".join(str(fault).split()) in line
     assert "install" in line
 
 
 def test_one_process_of_a_node_says_it(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setenv("LOCAL_RANK", "3")
-    passes._triton_runs_on.cache_clear()
+    contrastive._triton_runs_on.cache_clear()
     try:
-        assert not passes._triton_runs_on(torch.device("cuda", 0))
+        assert not contrastive._triton_runs_on(torch.device("cuda", 0))
     finally:
-        passes._triton_runs_on.cache_clear()
+        contrastive._triton_runs_on.cache_clear()
     assert caplog.messages == []

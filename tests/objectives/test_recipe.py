@@ -16,9 +16,8 @@ from flipscale.data.masks.recipe import MaskRecipe
 from flipscale.engines.optimizers import OptimRecipe, build_optimizers
 from flipscale.model import FlipConfig, FlipModel, FlipOutput
 from flipscale.objectives.contrastive import Contrastive, contrastive_loss
-from flipscale.objectives.kinds import KINDS
 from flipscale.objectives.objective import Objective
-from flipscale.objectives.recipe import LossRecipe, build_objective
+from flipscale.objectives.recipe import LossRecipe, build_objective, loss_kinds
 from flipscale.objectives.reconstruction import WithReconstruction
 from flipscale.objectives.sigmoid import Sigmoid
 from flipscale.training.recipe import Recipe, differences, parse_recipe, to_yaml
@@ -79,7 +78,7 @@ class Tempered(Objective):
 @pytest.fixture(autouse=True)
 def more_kinds(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, kind in {"scaled": Scaled, "distance": Distance, "tempered": Tempered}.items():
-        monkeypatch.setitem(KINDS, name, kind)
+        monkeypatch.setitem(loss_kinds(), name, kind)
 
 
 def test_options_of_a_kind_reach_it_and_are_resolved() -> None:
@@ -127,7 +126,7 @@ def test_reconstruction_is_beside_any_loss_of_the_plain_model() -> None:
     objective = build_objective(LossRecipe("scaled", reconstruction_weight=0.5), MaskRecipe())
     assert objective == WithReconstruction(other=Scaled(), weight=0.5)
     assert objective.columns == ("masked_patches",)
-    message = "reconstruction_weight 0.5 does not go with loss.kind 'tempered', which trains a model of its own"
+    message = "reconstruction_weight is 0.5 beside loss.kind 'tempered'"
     with pytest.raises(ValueError, match=message):
         build_objective(LossRecipe("tempered", reconstruction_weight=0.5), MaskRecipe())
 

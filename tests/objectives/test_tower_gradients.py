@@ -7,11 +7,10 @@ import torch
 from objectives import test_captioning, test_reconstruction
 
 from flipscale.engines.engine import Engine
-from flipscale.objectives import reconstruction
+from flipscale.objectives import captioning, reconstruction
+from flipscale.objectives.captioning import WithCaptions
 from flipscale.objectives.contrastive import Contrastive
 from flipscale.objectives.objective import Objective
-from flipscale.objectives.own_models import captioning
-from flipscale.objectives.own_models.captioning import WithCaptions
 from flipscale.objectives.reconstruction import ReconstructingFlipModel, WithReconstruction
 from flipscale.objectives.sigmoid import Sigmoid
 from flipscale.training.step import consume_batch
@@ -79,7 +78,7 @@ def test_what_is_learned_is_the_same_to_the_last_bit(name: str, module: Any, mon
     learn(model, inputs, objective, 1)
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     model.zero_grad(set_to_none=True)
-    monkeypatch.setattr(module, "watched", lambda tokens, means: (tokens, torch.zeros(2)))
+    monkeypatch.setattr(module, "watch_gradients", lambda tokens, means: (tokens, torch.zeros(2)))
     learn(model, inputs, objective, 1)
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter.grad, gradients[name]), name

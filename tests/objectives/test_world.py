@@ -21,9 +21,8 @@ from torch.utils._pytree import tree_leaves
 from flipscale.model import FlipOutput
 from flipscale.objectives.contrastive import Contrastive, _InfoNCE
 from flipscale.objectives.exchange import exchange_bytes
-from flipscale.objectives.ready_gradients import ReadyGradients
 from flipscale.objectives.sigmoid import _Sigmoid
-from flipscale.objectives.tiles import workspace_elements
+from flipscale.objectives.tiles import PrecomputedGradients, workspace_elements
 from flipscale.training.step import two_passes
 
 WORLDS = (8, 256, 1024)
@@ -66,7 +65,7 @@ def fake_world(size: int, rank: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def recorded(function: type[ReadyGradients], world: int, views: int, device: str, rank: int = 1) -> Recorder:
+def recorded(function: type[PrecomputedGradients], world: int, views: int, device: str, rank: int = 1) -> Recorder:
     """What happens in a loss with its gradients on one process. Where no GPU is, autograd aborts at fake tensors on
     one: so the function that computes both is called without it."""
     recorder, wanted = Recorder(), SimpleNamespace(needs_input_grad=[True])
@@ -84,7 +83,7 @@ def recorded(function: type[ReadyGradients], world: int, views: int, device: str
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("views", [1, 2])
 @pytest.mark.parametrize("function", [_InfoNCE, _Sigmoid])
-def test_no_operation_more_in_a_larger_world(function: type[ReadyGradients], views: int, device: str) -> None:
+def test_no_operation_more_in_a_larger_world(function: type[PrecomputedGradients], views: int, device: str) -> None:
     first, *others = (recorded(function, world, views, device) for world in WORLDS)
     for other in others:
         assert other.operations == first.operations
@@ -122,7 +121,7 @@ def test_no_operation_more_for_micro_batches_in_a_larger_world() -> None:
 
 
 @pytest.mark.parametrize("function", [_InfoNCE, _Sigmoid])
-def test_the_host_does_not_wait_for_a_gpu(function: type[ReadyGradients]) -> None:
+def test_the_host_does_not_wait_for_a_gpu(function: type[PrecomputedGradients]) -> None:
     recorder = recorded(function, 256, 1, "cuda")
     waits = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal")
     assert not [name for name in recorder.operations if name.split(".")[1] in waits]

@@ -1,4 +1,4 @@
-"""Answering questions about images: one of a list of answers, from the tokens of both towers (paper, section 4.3)."""
+"""Answering questions about images: one answer from a list, from the tokens of both towers (paper, section 4.3)."""
 
 import copy
 from dataclasses import dataclass
@@ -19,10 +19,10 @@ Answers = Annotated[int, Range(at_least=2, at_most=10_000_000)]
 
 @dataclass(frozen=True, kw_only=True)
 class Answer(Objective):
-    """The binary cross-entropy of the score of each answer, summed over all answers.
+    """The binary cross-entropy of each answer's score, summed over all answers.
 
     Args:
-        num_answers: of the list: the lines of `classnames.txt` beside the training shards.
+        num_answers: number of answers in the list, one per line of `classnames.txt` beside the training shards.
     """
 
     model_class: ClassVar[type[FlipPreTrainedModel]] = FlipForQuestionAnswering

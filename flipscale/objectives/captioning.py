@@ -1,7 +1,7 @@
-"""Captioning: a decoder predicts the caption from the patches that the mask leaves, alone or beside a contrastive loss.
+"""Captioning: a decoder predicts the caption from the visible patches, alone or beside a contrastive loss.
 
-The image is masked before the image tower sees it, so that masking saves the tower's work too; CapPa (arXiv 2306.07915)
-and OpenVision 2 encode all patches.
+The image is masked before the image tower, so masking also saves the tower's work. CapPa (arXiv 2306.07915) and
+OpenVision 2 encode all patches.
 """
 
 import copy
@@ -15,25 +15,26 @@ from flipscale.io.errors import UserError
 from flipscale.model import FlipConfig, FlipDecoderConfig, FlipForConditionalGeneration, FlipModel, FlipPreTrainedModel
 from flipscale.model.modeling_flip import FlipOutput
 from flipscale.model.modeling_flip_decoder import FlipCaptionDecoder, caption_inputs, read_captions
-from flipscale.objectives.objective import Objective
-from flipscale.objectives.own_models.tower_gradients import given_to, watched
+from flipscale.objectives.objective import Objective, recorded_inputs, watch_gradients
 
 Prediction = Literal["next_token", "parallel", "mixed"]
-# The share of the captions of which all tokens are predicted at once; of `mixed`, CapPa's.
+# Share of captions whose tokens are all predicted at once; the share of `mixed` is CapPa's.
 PARALLEL_SHARES: dict[str, float] = {"next_token": 0.0, "parallel": 1.0, "mixed": 0.75}
 
 
 @dataclass
 class CaptioningOutput(FlipOutput):
-    """A `FlipOutput`, `caption_losses`, see `FlipCaptionOutput`, and `gradient_squares`, see `watched`."""
+    """A `FlipOutput` with `caption_losses` (see `FlipCaptionOutput`) and `gradient_squares` (see `watch_gradients`)."""
 
     caption_losses: torch.Tensor | None = None
     gradient_squares: torch.Tensor | None = None
 
 
 class CaptioningFlipModel(FlipModel):
-    """A `FlipModel` and a decoder on its image tower: the weights of a `FlipModel` and of a
-    `FlipForConditionalGeneration` by the same names."""
+    """A `FlipModel` with a decoder on its image tower.
+
+    Weights have the names of `FlipModel` and `FlipForConditionalGeneration`.
+    """
 
     def __init__(self, config: FlipConfig):
         super().__init__(config)
@@ -45,30 +46,30 @@ class CaptioningFlipModel(FlipModel):
 
     def forward(self, *inputs: Any, in_parallel: torch.Tensor | None = None, **kwargs: Any) -> Any:
         """
-        Embed images and captions as `FlipModel.forward`, and predict the captions' tokens from those of the images.
+        Embed images and captions as `FlipModel.forward` does, and predict the captions from the images' tokens.
 
         Args:
             in_parallel: see `FlipCaptionDecoder.forward`.
         """
-        with given_to(self.image_projection) as means:
+        with recorded_inputs(self.image_projection) as means:
             output = super().forward(*inputs, **kwargs)
         if not isinstance(output, FlipOutput):
             return output
         assert output.vision_model_output is not None
         assert output.vision_model_output.last_hidden_state is not None
-        tokens, squares = watched(output.vision_model_output.last_hidden_state, means[0])
+        tokens, squares = watch_gradients(output.vision_model_output.last_hidden_state, means[0])
         captions = caption_inputs(kwargs["input_ids"], kwargs.get("attention_mask"), self.config.decoder_config)
         _, losses = read_captions(self.decoder, tokens, *captions, in_parallel, use_cache=False)
         return CaptioningOutput(**output, caption_losses=losses, gradient_squares=squares)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Captioning(Objective):
-    """The mean over captions of the mean over their tokens of the cross-entropy of each token. There is no text tower.
+class CaptionLoss(Objective):
+    """The cross-entropy of each token, averaged over a caption's tokens, then over captions. There is no text tower.
 
     Args:
-        prediction: `next_token`, each token from those before it; `parallel`, all tokens at once from the image alone;
-            or `mixed`, three quarters of the captions at once and the others one by one (CapPa).
+        prediction: `next_token`: each token from the tokens before it. `parallel`: all tokens at once from the image
+            alone. `mixed`: three quarters of the captions in parallel, the rest by next token (CapPa).
     """
 
     model_class: ClassVar[type[FlipPreTrainedModel]] = FlipForConditionalGeneration
@@ -94,7 +95,7 @@ class Captioning(Objective):
 
 @dataclass(frozen=True, kw_only=True)
 class WithCaptions(Objective):
-    """Another objective, and `weight` times `Captioning`."""
+    """Another objective plus `weight` times `CaptionLoss`."""
 
     model_class: ClassVar[type[FlipPreTrainedModel]] = CaptioningFlipModel
     exported_class: ClassVar[type[FlipPreTrainedModel]] = CaptioningFlipModel
@@ -112,8 +113,8 @@ class WithCaptions(Objective):
         positions, longest = (part.max_position_embeddings for part in (changed.decoder_config, changed.text_config))
         if positions < longest:
             raise UserError(
-                f"model.decoder_config.max_position_embeddings is {positions}, and captions are cut at "
-                f"model.text_config.max_position_embeddings, {longest} tokens; use as many at least, or cut earlier"
+                f"model.decoder_config.max_position_embeddings is {positions}; expected at least the {longest} of "
+                "model.text_config.max_position_embeddings, at which captions are cut"
             )
         return changed
 
@@ -140,26 +141,26 @@ class WithCaptions(Objective):
 
 
 def with_decoder(config: FlipConfig, prediction: Prediction) -> FlipConfig:
-    """Return a copy of `config` with a decoder, by default as wide as the text tower."""
+    """Return a copy of `config` with a decoder, by default of the text tower's width."""
     changed = copy.deepcopy(config)
     decoder = changed.decoder_config or FlipDecoderConfig.beside(changed.text_config)
     if PARALLEL_SHARES[prediction] > 0.0:
-        # A token of the decoder's own: not every tokenizer has one to spare.
+        # An additional token, because not every tokenizer has an unused one.
         decoder.mask_token_id, decoder.vocab_size = decoder.vocab_size, decoder.vocab_size + 1
     changed.decoder_config, changed.is_encoder_decoder = decoder, True
     return changed
 
 
 def captioned(dataset: Any, prediction: Prediction, *arguments: Any, **options: Any) -> PairDataset:
-    """Return what `dataset` makes of its arguments, which also draws the captions that are predicted at once.
+    """Return `dataset(...)` that also draws which captions are predicted in parallel.
 
     Raises:
-        ValueError: words of captions are masked.
+        UserError: words of captions are masked.
     """
-    found: PairDataset = dataset(*arguments, parallel_share=PARALLEL_SHARES[prediction], **options)
-    if found.text_mask_ratio > 0.0:
+    captions: PairDataset = dataset(*arguments, parallel_share=PARALLEL_SHARES[prediction], **options)
+    if captions.text_mask_ratio > 0.0:
         raise UserError(
-            f"a stage's text_mask_ratio is {found.text_mask_ratio:g}, and captions are learned word by word; leave it "
-            "out"
+            f"text_mask_ratio of a stage is {captions.text_mask_ratio:g}; expected 0, because the loss learns every "
+            "word of a caption. Fix: leave it out"
         )
-    return found
+    return captions

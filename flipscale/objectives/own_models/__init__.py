@@ -1,1 +1,0 @@
-"""Losses that train a model class of their own."""
