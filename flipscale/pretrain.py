@@ -19,8 +19,8 @@ from flipscale.engines.launch import launch_of, precision_in_words
 from flipscale.engines.start import build_engine, close_process_group, exit_now
 from flipscale.evaluation.class_names import keep_class_names
 from flipscale.evaluation.results import latest, read_results
-from flipscale.hub.background_push import BackgroundPush, card_name, open_target, push_finished
 from flipscale.hub.card_audit import check_audit
+from flipscale.hub.push import BackgroundPush, card_name, open_target, push_finished
 from flipscale.training.bad_samples import BadSamples
 from flipscale.training.console import report_user_errors, start_logging
 from flipscale.training.cost.meter import EnergyMeter

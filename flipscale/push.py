@@ -17,30 +17,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "run_dir", metavar="RUN", type=Path, help="A run directory, whose model/ is uploaded, or a model folder."
     )
-    parser.add_argument(
-        "repo", metavar="ORG/NAME", help="The name of the model on the Hub; it is created if it does not exist."
-    )
-    parser.add_argument(
-        "--step", type=number(CountOrZero), help="Upload the model of the checkpoint of this step instead."
-    )
-    parser.add_argument("--private", action="store_true", help="Create it as a private model.")
-    parser.add_argument("--revision", help="The branch to upload to, created if it does not exist; by default main.")
-    parser.add_argument(
-        "--dry_run", action="store_true", help="Only print what would be uploaded, without using the network."
-    )
+    parser.add_argument("repo", metavar="ORG/NAME", help="Name of the model on the Hub, created if it does not exist.")
+    parser.add_argument("--step", type=number(CountOrZero), help="Upload the model of the checkpoint of this step.")
+    parser.add_argument("--private", action="store_true", help="Create a private model.")
+    parser.add_argument("--revision", help="Branch to upload to, created if it does not exist. Default: main.")
+    parser.add_argument("--dry_run", action="store_true", help="Print the files to upload, without using the network.")
 
 
 def run(args: argparse.Namespace) -> None:
     """Push a model and print its URL. If the Hub has the same files, nothing is uploaded.
 
     Raises:
-        ValueError: there is no model or checkpoint, the name is invalid, or the token is missing or may not write.
+        UserError: the model or checkpoint is missing, the name is invalid, or the token is missing or may not write.
         OSError: the Hub cannot be reached.
     """
-    from flipscale.hub.upload import Target, check_to_push, files_to_push, left_out, push_folder
+    from flipscale.hub.push import Target, check_to_push, files_to_push, left_out, push_folder
 
     target = Target(args.repo, args.private or None, args.revision)
-    what = args.run_dir.name + ("" if args.step is None else f", step {args.step}")
+    name = args.run_dir.name + ("" if args.step is None else f", step {args.step}")
     start_logging()
     with _model_folder(args.run_dir, args.step) as folder:
         check_to_push(folder)
@@ -48,30 +42,30 @@ def run(args: argparse.Namespace) -> None:
             _update_card(folder, args.run_dir, args.repo, args.step)
         if args.dry_run:
             files = files_to_push(folder)
-            print("\n".join(f"{size:>16,}  {name}" for name, size in files))
+            print("\n".join(f"{size:>16,}  {file}" for file, size in files))
             if others := left_out(folder):
                 print(others)
             total = sum(size for _, size in files)
-            print(f"{total:>16,}  bytes in {len(files)} files of {what} would go to {target}")
+            print(f"{total:>16,}  bytes in {len(files)} files of {name} would go to {target}")
             return
-        pushed = push_folder(folder, target, what)
+        pushed = push_folder(folder, target, name)
     print(f"{pushed.url}: {'commit ' + pushed.commit if pushed.changed else 'nothing new, nothing uploaded'}")
 
 
 def _update_card(folder: Path, run_dir: Path, repo_id: str, step: int | None) -> None:
-    """Make the card load the model by its name on the Hub: write a run's card again, or replace the folder's name."""
-    card = folder / "README.md"
-    if (run_dir / "recipe.yaml").is_file():
-        from flipscale.hub.model_card import write_card
+    """Put the model's Hub name into its card: rewrite a run's card, or replace the folder's name in another card."""
+    from flipscale.hub.model_card import as_string, write_card
 
+    card = folder / "README.md"
+    if card.is_symlink():
+        return
+    if (run_dir / "recipe.yaml").is_file():
         write_card(folder, run_dir, repo_id, step)
     elif card.is_file():
-        from flipscale.hub.model_card import as_string
-
         try:
             text = card.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
-            raise UserError(f"{card} is not UTF-8 ({error.reason}); write it anew") from error
+            raise UserError(f"{card} is not UTF-8 ({error.reason}); write it again") from error
         write_text(card, text.replace(f'"{as_string(str(folder))}"', f'"{repo_id}"'))
 
 
@@ -80,8 +74,8 @@ def _model_folder(run_dir: Path, step: int | None) -> Iterator[Path]:
     """Yield the model folder of a run, `run_dir` itself if it is a model folder, or the export of a checkpoint."""
     if step is not None:
         from flipscale.engines.checkpoint import checkpoint_of
-        from flipscale.hub.background_push import export_folder
         from flipscale.hub.model_folder import export_checkpoint
+        from flipscale.hub.push import export_folder
 
         folder = export_folder(run_dir, step)
         shutil.rmtree(folder, ignore_errors=True)
@@ -95,6 +89,6 @@ def _model_folder(run_dir: Path, step: int | None) -> Iterator[Path]:
             yield folder
             return
     raise UserError(
-        f"{run_dir} has no model to push: neither {run_dir}/model/config.json nor {run_dir}/config.json is there; "
+        f"{run_dir} has no model to push: neither {run_dir}/model/config.json nor {run_dir}/config.json exists; "
         "finish the run, or name a checkpoint with --step"
     )

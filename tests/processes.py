@@ -25,7 +25,7 @@ _IMPORTED_LATER = (
     "flipscale.hub.model_card",
     "flipscale.hub.model_folder",
     "flipscale.hub.loading",
-    "flipscale.hub.upload",
+    "flipscale.hub.push",
     "flipscale.objectives.answer",
     "flipscale.objectives.captioning",
     "flipscale.objectives.classify",

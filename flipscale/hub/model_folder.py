@@ -17,6 +17,7 @@ from flipscale.data.tokenizers import begin_and_end, check_tokenizer, load_token
 from flipscale.engines.checkpoint import CheckpointReader, list_checkpoints
 from flipscale.engines.checkpoint_integrity import require_whole
 from flipscale.evaluation.class_names import kept_class_names
+from flipscale.hub.push import other_files
 from flipscale.hub.sentence_transformer import write_sentence_transformer
 from flipscale.io.atomic import atomic_write
 from flipscale.io.digests import check_weight, write_tensors
@@ -274,11 +275,8 @@ def _refuse_to_replace(out_dir: Path) -> None:
     config = out_dir / "config.json"
     if not config.is_file() or read_object(config).get("model_type") != FlipConfig.model_type:
         raise UserError(f"{out_dir} exists and is not a FLIP model folder; name another folder or remove it")
-    from flipscale.hub.upload import left_out
-
-    if others := left_out(out_dir):
-        names = others.rpartition(": ")[2]
+    if others := other_files(out_dir):
         raise UserError(
-            f"{out_dir} holds {names}, which flipscale did not write and an export would remove; name another folder, "
-            "or move that away"
+            f"{out_dir} holds {', '.join(others[:6])}, which flipscale did not write and an export would remove; name "
+            "another folder, or move that away"
         )

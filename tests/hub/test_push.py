@@ -14,7 +14,7 @@ from huggingface_hub import HfApi
 from safetensors.numpy import save_file
 
 from flipscale.cli import main
-from flipscale.hub.upload import Target, files_to_push, push_folder
+from flipscale.hub.push import Target, files_to_push, push_folder
 
 WRITES = r"(POST|PUT|DELETE) (?!/api/validate-yaml|/api/repos/create|.*/preupload/|.*/branch/)"
 
@@ -180,7 +180,7 @@ def test_a_dry_run_tells_and_asks_nothing(
     told = capsys.readouterr().out.splitlines()
     sizes = {path.name: path.stat().st_size for path in (run_dir / "model").iterdir() if path.is_file()}
     assert [line.split() for line in told[:-2]] == [[f"{size:,}", name] for name, size in sorted(sizes.items())]
-    assert told[-2] == "left out, since flipscale did not write it: .cache"
+    assert told[-2] == "left out, because flipscale did not write it: .cache"
     assert told[-1].split(maxsplit=1)[1] == "bytes in 5 files of run would go to org/name (revision v2)"
     assert sum(size for _, size in files_to_push(run_dir / "model")) == sum(sizes.values())
 
@@ -225,19 +225,23 @@ def test_only_what_flipscale_wrote_is_uploaded(
 
 
 @pytest.mark.usefixtures("logged_in")
-@pytest.mark.parametrize("name", ["README.md", "figures", "results.jsonl", "config.json"])
-def test_a_link_out_of_the_folder_is_not_followed(
-    hub: LoopbackHub, run_dir: Path, name: str, capsys: pytest.CaptureFixture
-) -> None:
-    model, outside = run_dir / "model", run_dir.parent / name
-    if name == "figures":
-        outside.mkdir()
-    else:
-        outside.write_text("{}")
-    (model / name).unlink(missing_ok=True)
-    (model / name).symlink_to(outside)
-    assert f"{model / name} is " in refused([str(run_dir), "org/name"], capsys)
-    assert not hub.requests
+def test_links_are_left_out(hub: LoopbackHub, run_dir: Path, capsys: pytest.CaptureFixture) -> None:
+    model, secret = run_dir / "model", run_dir / "secret"
+    secret.mkdir()
+    (secret / "loss.png").write_text("a secret")
+    (model / "README.md").unlink()
+    for name in ("README.md", "results.jsonl"):
+        (model / name).symlink_to(secret / "loss.png")
+    (model / "figures").symlink_to(secret)
+    main(["push", str(run_dir), "org/name"])
+    assert not {"README.md", "results.jsonl", "figures/loss.png"} & set(hub.content("org/name"))
+    error = capsys.readouterr().err
+    assert "left out" in error
+    assert "README.md (a link), figures (a link), results.jsonl (a link)" in error
+    weights = model / "model-00002-of-00002.safetensors"
+    weights.rename(model / "there")
+    weights.symlink_to(model / "there")
+    assert f"{weights} is a link" in refused([str(run_dir), "org/name"], capsys)
 
 
 @pytest.mark.usefixtures("logged_in")

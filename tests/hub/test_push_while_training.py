@@ -17,8 +17,7 @@ from hub.card_numbers import untraced_numbers
 from hub.loopback_hub import TOKEN, LoopbackHub
 
 from flipscale.cli import main
-from flipscale.hub.background_push import BackgroundPush, open_target
-from flipscale.hub.upload import Target
+from flipscale.hub.push import BackgroundPush, Target, open_target
 from flipscale.training.recipe import HubRecipe, Recipe
 
 HUB = {"push_to_hub": True, "hub_model_id": "org/name"}
@@ -128,52 +127,35 @@ def test_the_finished_model_arrives_and_loads(
     assert TOKEN not in done.stderr + done.stdout + told.out + told.err
 
 
-def test_the_newest_save_goes_next_and_close_ends_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    begun: list[int] = []
-    pushes: list[subprocess.Popen[bytes]] = []
+def test_one_push_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    pushes: dict[int, subprocess.Popen[bytes]] = {}
 
     def start(self: BackgroundPush, step: int, target: Target) -> subprocess.Popen[bytes]:
-        pushes.append(subprocess.Popen(["cat"], stdin=subprocess.PIPE))  # ends when its input does
-        begun.append(step)
-        return pushes[-1]
+        if step == 50:
+            raise OSError("no memory")
+        script = f"cat; echo 'flipscale: error: no way to push {step}' >> {tmp_path}/push.log; exit {step % 20}"
+        pushes[step] = subprocess.Popen(["sh", "-c", script], stdin=subprocess.PIPE)  # ends when its input does
+        return pushes[step]
 
     monkeypatch.setattr(BackgroundPush, "_start", start)
-    push = BackgroundPush(recipe_that_pushes(tmp_path), last_step=60, is_main_process=True)
-    for step in (10, 20, 30):
-        push.offer(step)
-        wait_for(lambda: bool(begun))
-    assert pushes[0].poll() is None, "the loop waited"
-    pushes[0].communicate()
-    wait_for(lambda: len(begun) == 2)
+    push = BackgroundPush(recipe_that_pushes(tmp_path), last_step=90, is_main_process=True)
+    push.offer(10)
+    push.offer(20)
+    assert list(pushes) == [10]
+    pushes[10].communicate()
     push.offer(40)
+    pushes[40].communicate()
+    push.offer(50)
     push.offer(60)
+    push.offer(90)
     push.close()
-    assert pushes[1].poll() == -signal.SIGTERM
-    assert begun == [10, 30]
-    for process in pushes:
-        process.stdin.close()
-
-
-def test_a_push_that_fails_is_told_and_the_next_one_tried(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    def start(self: BackgroundPush, step: int, target: Target) -> subprocess.Popen[bytes]:
-        if step == 30:
-            raise OSError("no way to push 30")
-        script = f"echo 'flipscale: error: no way to push {step}' >> {tmp_path}/push.log; exit 1"
-        return subprocess.Popen(["sh", "-c", script])
-
-    monkeypatch.setattr(BackgroundPush, "_start", start)
-    push = BackgroundPush(recipe_that_pushes(tmp_path), last_step=60, is_main_process=True)
-    for step in (10, 20, 30, 40):
-        push.offer(step)
-        wait_for(lambda: caplog.messages)
-        assert caplog.messages == [
-            f"step {step} was not pushed to org/name (no way to push {step}); the run goes on and will push its next "
-            "checkpoint"
-        ]
-        caplog.clear()
-    push.close()
+    assert list(pushes) == [10, 40, 60]
+    assert pushes[60].poll() == -signal.SIGTERM
+    pushes[60].stdin.close()
+    assert [(message.split()[1], message.split("(")[1].split(")")[0]) for message in caplog.messages] == [
+        ("10", "no way to push 10"),
+        ("50", "no memory"),
+    ]
 
 
 @pytest.mark.parametrize(("fields", "message"), [

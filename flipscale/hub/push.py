@@ -1,0 +1,385 @@
+"""Push models to the Hub: a folder, each checkpoint while a run trains, and the finished model.
+
+`HfApi.upload_folder` sends only changed files and resumes an interrupted upload when it is called again. The token is
+the one that huggingface_hub finds (HF_TOKEN, a stored login). It is read here only to keep it out of messages.
+"""
+
+import logging
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from json import JSONDecodeError
+from pathlib import Path
+
+from huggingface_hub import HfApi, constants, get_token
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled
+from huggingface_hub.utils import validate_repo_id
+from safetensors import safe_open
+
+from flipscale.io.digests import check_weight
+from flipscale.io.errors import UserError
+from flipscale.model.folder import check_folder
+from flipscale.model.hub_requests import guard_requests
+from flipscale.training.recipe import HubRecipe, Recipe
+
+_log = logging.getLogger(__name__)
+
+# Seconds before each retry of a push. huggingface_hub also retries single requests by itself.
+WAITS = (1, 2, 4, 8, 16, 32, 64)
+# Files that flipscale writes into a model folder: the model with its code and tokenizer, its ONNX form, its card and
+# results. Other files are never uploaded, because they may be secrets.
+_WRITTEN = re.compile(
+    r"""(?x) (?: open_clip_)? (?: config|generation_config|config_sentence_transformers|sentence_bert_config|modules
+        |processor_config|preprocessor_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab) \.json
+    | (?: open_clip_)? model [\w.-]* \.safetensors (?: \.index [\w.]* \.json)?
+    | (?: image|text) _model\.onnx (?: \.data)?
+    | vocab\.txt | merges\.txt | \w[\w.-]*\.model | chat_template\.jinja
+    | (?: configuration_flip|configuration_parts|modeling_flip|modeling_flip_caption|modeling_flip_decoder
+        |modeling_flip_vqa|processing_flip|masking|folder|patches) \.py
+    | README\.md | results\.(?: md|jsonl|png) | figures/[\w.-]+\.png"""
+)
+_FIGURES = "figures"
+_SHOWN = 6  # names in the line about other files
+# Files of an earlier push that are deleted if the folder lacks them: weights in another number of shards.
+_REPLACED = ["*.safetensors", "*.safetensors.index*.json"]
+_TRANSIENT = (408, 409, 412, 429)  # 4xx worth a retry: timeouts, a concurrent commit, rate limits
+# Exceptions of huggingface_hub, and those that it raises when a proxy answers in the Hub's place.
+_NO_HUB = (JSONDecodeError, RecursionError, KeyError, TypeError, AttributeError)
+_FAILURES = (OSError, ValueError, RuntimeError, HTTPError, *_NO_HUB)
+
+_NICENESS = 10  # below the data workers, because the accelerators wait for these
+# A background push sees no accelerator and uses one thread. People read its log.
+_ENVIRONMENT = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+
+
+@dataclass(frozen=True)
+class Target:
+    """Place of a model on the Hub.
+
+    Args:
+        repo_id: ORG/NAME, or NAME for the account of the token.
+        private: visibility of a new repository; None for the organisation's default.
+        revision: branch, created if it does not exist; None for main.
+    """
+
+    repo_id: str
+    private: bool | None = None
+    revision: str | None = None
+
+    def __post_init__(self) -> None:
+        try:
+            validate_repo_id(self.repo_id)
+        except HFValidationError as error:
+            raise UserError(f"{self.repo_id!r} is not a valid model name on the Hub; use ORG/NAME ({error})") from None
+
+    def __str__(self) -> str:
+        return self.repo_id + (f" (revision {self.revision})" if self.revision else "")
+
+    def command(self, run_dir: Path) -> list[str]:
+        """Return the command that pushes a run's model to this place."""
+        private = ["--private"] if self.private else []
+        revision = ["--revision", self.revision] if self.revision else []
+        return ["flipscale", "push", str(run_dir), self.repo_id, *private, *revision]
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """A finished upload: URL of the model, commit, and whether the commit is new."""
+
+    url: str
+    commit: str
+    changed: bool
+
+
+def target_of(recipe: HubRecipe) -> Target | None:
+    """Return the target of a run's pushes, or None if the run is not pushed.
+
+    Raises:
+        UserError: the recipe asks for a push without a valid name for the model.
+    """
+    if not recipe.push_to_hub:
+        return None
+    if recipe.hub_model_id is None:
+        raise UserError("hub.push_to_hub is true and hub.hub_model_id is not set; set it to ORG/NAME")
+    return Target(recipe.hub_model_id, recipe.hub_private_repo, recipe.hub_revision)
+
+
+def card_name(recipe: Recipe) -> str:
+    """Return the name that loads a run's finished model: its Hub name if it is pushed, else its folder."""
+    target = target_of(recipe.hub)
+    return target.repo_id if target else str(Path(recipe.output_dir) / "model")
+
+
+def open_repo(target: Target) -> str:
+    """Create the target's repository and revision if they do not exist, and return the repository's full name.
+
+    Raises:
+        UserError: the token is missing, invalid or may not write there, or the organisation is unknown.
+        OSError: the Hub cannot be reached.
+    """
+    if get_token() is None:
+        raise UserError(
+            f"no token to push to {target} with; log in with `hf auth login`, or set HF_TOKEN to a token that may write"
+        )
+    guard_requests()
+    api = HfApi()
+    try:
+        repo_id = api.create_repo(target.repo_id, private=target.private, exist_ok=True).repo_id
+        if target.revision:
+            api.create_branch(repo_id, branch=target.revision, exist_ok=True)
+    except _FAILURES as error:
+        raise _explain(error, target) from None
+    return repo_id
+
+
+def open_target(recipe: HubRecipe, resumes: bool) -> None:
+    """Create the repository of a run's pushes before training, so that a token without rights is found early.
+
+    Only rank 0 does so. The run goes on if the Hub cannot be reached. A resumed run always goes on.
+
+    Raises:
+        UserError: the token is missing or may not write there, or the organisation is unknown.
+    """
+    target = target_of(recipe)
+    if target is None or not _is_rank_0():
+        return
+    try:
+        open_repo(target)
+    except (UserError, OSError) as error:
+        if isinstance(error, UserError) and not resumes:
+            raise
+        _log.warning("%s; the run goes on and will push its next checkpoint", error)
+
+
+def push_folder(folder: Path, target: Target, message: str, waits: Sequence[float] = WAITS) -> Pushed:
+    """Upload flipscale's files in `folder` in one commit, with a retry after each of `waits` seconds.
+
+    Files that only the repository has are kept, except shards of weights. Other files and links in the folder are left
+    out; one log line names them.
+
+    Raises:
+        UserError: as `open_repo`, the folder is not a complete model, or the Hub refuses the card.
+        OSError: the Hub cannot be reached, or every try failed.
+    """
+    check_to_push(folder)
+    if others := left_out(folder):
+        _log.warning("%s: %s", folder, others)
+    for wait in (*waits, None):
+        try:
+            return _push(folder, target, message)
+        except OSError as error:
+            if wait is None:
+                raise
+            _log.warning("%s; trying again in %g s", error, wait)
+            time.sleep(wait)
+    raise AssertionError("unreachable: the last try returns or raises")
+
+
+def _push(folder: Path, target: Target, message: str) -> Pushed:
+    repo_id = open_repo(target)
+    api, names = HfApi(), [name for name, _ in files_to_push(folder)]
+    try:
+        before = api.model_info(repo_id, revision=target.revision).sha
+        commit = api.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            revision=target.revision,
+            commit_message=message,
+            allow_patterns=names,
+            delete_patterns=_REPLACED,
+        )
+    except _FAILURES as error:
+        raise _explain(error, target) from None
+    url = f"{api.endpoint}/{repo_id}" + (f"/tree/{target.revision}" if target.revision else "")
+    return Pushed(url, commit.oid, commit.oid != before)
+
+
+def files_to_push(folder: Path) -> list[tuple[str, int]]:
+    """Return names and bytes of the files that `push_folder` uploads: flipscale's own files, without links."""
+    figures = folder / _FIGURES
+    paths = [*folder.iterdir(), *(figures.iterdir() if figures.is_dir() and not figures.is_symlink() else ())]
+    names = {path.relative_to(folder).as_posix(): path for path in sorted(paths)}
+    return [
+        (name, path.stat().st_size)
+        for name, path in names.items()
+        if _WRITTEN.fullmatch(name) and path.is_file() and not path.is_symlink()
+    ]
+
+
+def other_files(folder: Path) -> list[str]:
+    """Return the names in a folder that `push_folder` leaves out; links are marked."""
+    pushed = {name for name, _ in files_to_push(folder)}
+    names = []
+    for path in sorted(folder.iterdir()):
+        if path.is_symlink():
+            names.append(f"{path.name} (a link)")
+        elif path.name not in pushed and path.name != _FIGURES:
+            names.append(path.name)
+    return names
+
+
+def left_out(folder: Path) -> str | None:
+    """Return a sentence that names the other files and links in a folder, or None if there are none."""
+    names = other_files(folder)
+    more = f" and {len(names) - _SHOWN:,} more" if len(names) > _SHOWN else ""
+    return f"left out, because flipscale did not write it: {', '.join(names[:_SHOWN])}{more}" if names else None
+
+
+def check_to_push(folder: Path) -> None:
+    """Check that a folder is a complete model with finite weights.
+
+    Raises:
+        UserError: a file is missing, damaged or a link, or a weight is not finite.
+    """
+    if (folder / "image_model.onnx").is_file():  # `flipscale convert onnx` has compared it with its model
+        return
+    pushed = {name for name, _ in files_to_push(folder)}
+    try:
+        files = check_folder(folder)
+        for file in [folder / "config.json", *files]:
+            if file.name not in pushed:
+                raise UserError(
+                    f"{file} is a link or has another name than flipscale writes; put the file itself there"
+                )
+        for file in files:
+            with safe_open(file, "pt") as weights:
+                for name in weights.keys():  # noqa: SIM118
+                    check_weight(name, weights.get_tensor(name))
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def _explain(error: Exception, target: Target) -> UserError | OSError:
+    """Return a UserError for an error that needs the user, an OSError for a transient error, without the token."""
+    cause = error if isinstance(error, HfHubHTTPError) else error.__cause__
+    status = cause.response.status_code if isinstance(cause, HfHubHTTPError) else None
+    words = " ".join((getattr(cause, "server_message", None) or str(cause or error)).split()) or type(error).__name__
+    if token := get_token():
+        words = words.replace(token, "<token>")
+    if isinstance(error, OfflineModeIsEnabled):
+        return UserError(f"cannot push to {target}: HF_HUB_OFFLINE is set; unset it")
+    if status == 401:
+        return UserError(f"the Hub rejects the token for {target} ({words}); log in with `hf auth login`")
+    if status in (403, 404):
+        return UserError(
+            f"the token may not write to {target} ({words}); use an organisation that you are a member of, and a token "
+            "with write access"
+        )
+    if isinstance(error, _NO_HUB):
+        return OSError(
+            f"the push to {target} failed: {constants.ENDPOINT} does not answer as the Hub does ({words}); check "
+            "HF_ENDPOINT and the proxy"
+        )
+    if isinstance(error, ValueError) or (status is not None and 400 <= status < 500 and status not in _TRANSIENT):
+        return UserError(f"the Hub refuses the push to {target} ({words})")
+    return OSError(f"the push to {target} failed ({words})")
+
+
+class BackgroundPush:
+    """Pushes checkpoints while a run trains, one at a time. Training never waits for a push.
+
+    Each push is a process, `flipscale push RUN ORG/NAME --step N`, which reads the checkpoint from disk, uses no
+    accelerator and writes to the run's `push.log`. A checkpoint that is saved during a push is left to the next push,
+    because it would only be replaced. A failed push is logged; the next checkpoint brings the repository up to date.
+
+    Args:
+        recipe: recipe of the run.
+        last_step: last step of the run, which `push_finished` pushes; None if unknown.
+        is_main_process: whether this is rank 0; other ranks push nothing.
+    """
+
+    def __init__(self, recipe: Recipe, last_step: int | None, is_main_process: bool):
+        self.run_dir = Path(recipe.output_dir)
+        self.last_step = last_step
+        self._target = target_of(recipe.hub) if is_main_process else None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._step = 0
+
+    def offer(self, step: int | None) -> None:
+        """Start to push the checkpoint of a step, unless another push runs. `step` is None if none was saved."""
+        if self._target is None or step is None or (self.last_step is not None and step >= self.last_step):
+            return
+        if self._process is not None:
+            if self._process.poll() is None:
+                return
+            self._report(self._process.returncode)
+        self._step = step
+        try:
+            self._process = self._start(step, self._target)
+        except OSError as error:  # no memory for a process, or no space for its log
+            self._warn(str(error))
+
+    def close(self) -> None:
+        """End a running push at once: a newer model follows, from this run or when it resumes."""
+        if self._process is None:
+            return
+        if self._process.poll() is None:
+            self._process.terminate()
+            self._process.wait()
+        else:
+            self._report(self._process.returncode)
+        shutil.rmtree(export_folder(self.run_dir, self._step), ignore_errors=True)
+
+    def _start(self, step: int, target: Target) -> subprocess.Popen[bytes]:
+        command = [*target.command(self.run_dir), "--step", str(step)]
+        with open(self.run_dir / "push.log", "ab") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "flipscale.cli", *command[1:]],
+                env={**os.environ, **_ENVIRONMENT},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+            )
+        os.setpriority(os.PRIO_PROCESS, process.pid, _NICENESS)
+        return process
+
+    def _report(self, returncode: int) -> None:
+        self._process = None
+        if returncode != 0:
+            self._warn(_last_line(self.run_dir / "push.log"))
+
+    def _warn(self, reason: str) -> None:
+        _log.warning(
+            "step %d was not pushed to %s (%s); the run goes on and will push its next checkpoint",
+            self._step,
+            self._target,
+            reason,
+        )
+
+
+def push_finished(recipe: Recipe) -> None:
+    """Push the model of a finished run if its recipe asks for a push. Only rank 0 does so.
+
+    Raises:
+        OSError: the push failed; the message has the command that pushes the model by hand.
+    """
+    target, run_dir = target_of(recipe.hub), Path(recipe.output_dir)
+    if target is None or not _is_rank_0() or not (run_dir / "DONE").exists():
+        return
+    try:
+        pushed = push_folder(run_dir / "model", target, f"{run_dir.name}, finished")
+    except (UserError, OSError) as error:
+        raise OSError(
+            f"{run_dir} is done, but its model is not on the Hub: {error}; push it by hand: "
+            + " ".join(target.command(run_dir))
+        ) from error
+    print(f"{run_dir} is on the Hub: {pushed.url}")
+
+
+def export_folder(run_dir: Path, step: int) -> Path:
+    """Return the temporary folder of a checkpoint's model during its push."""
+    return run_dir / f".push-step-{step:08d}"
+
+
+def _is_rank_0() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _last_line(path: Path) -> str:
+    lines = path.read_text(errors="replace", encoding="utf-8").strip().splitlines() if path.exists() else []
+    return lines[-1].removeprefix("flipscale: error: ") if lines else "no output"
