@@ -1,0 +1,188 @@
+"""Energy counters and their sum over all processes, in `energy.jsonl`.
+
+Counters: NVML for a GPU, Linux's powercap files (RAPL) for processors. Energy without a counter is left out; it is
+never estimated from a data sheet.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+from flipscale.io import json_lines
+from flipscale.training.cost import ENERGY_FILE, KINDS, read_energy
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+_log = logging.getLogger(__name__)
+
+POWERCAP = Path("/sys/class/powercap")
+_JOULES_OF_A_KWH = 3.6e6
+_READ_SECONDS = 60.0
+
+
+class Counter(Protocol):
+    """An energy counter."""
+
+    def joules(self) -> float:
+        """Return the joules since the last call.
+
+        Raises:
+            Exception: the driver cannot be read any more.
+        """
+
+
+class GpuCounter:
+    """The energy counter of a GPU from Volta on. A MIG slice has none."""
+
+    def __init__(self, uuid: str):
+        """Open a GPU by its UUID, because NVML and CUDA_VISIBLE_DEVICES number GPUs differently.
+
+        Raises:
+            Exception: NVML finds no such GPU or no counter.
+        """
+        import pynvml
+
+        pynvml.nvmlInit()
+        self._gpu: Any = pynvml.nvmlDeviceGetHandleByUUID(uuid)
+        self._read: Any = pynvml.nvmlDeviceGetTotalEnergyConsumption  # millijoules
+        self._last: int = self._read(self._gpu)
+
+    def joules(self) -> float:
+        before, self._last = self._last, self._read(self._gpu)
+        return (self._last - before) / 1e3
+
+
+class ProcessorCounter:
+    """The counter of a processor with its caches and memory controller. It wraps at a limit after some minutes."""
+
+    def __init__(self, zone: Path):
+        """Open a folder such as `intel-rapl:0`.
+
+        Raises:
+            OSError, ValueError: it cannot be read. By default, only root may.
+        """
+        self._file = zone / "energy_uj"
+        self._limit = int((zone / "max_energy_range_uj").read_text(encoding="ascii"))
+        self._last = self._microjoules()
+
+    def joules(self) -> float:
+        before, self._last = self._last, self._microjoules()
+        wrapped = self._limit if self._last < before else 0
+        return (self._last - before + wrapped) / 1e6
+
+    def _microjoules(self) -> int:
+        return int(self._file.read_text(encoding="ascii"))
+
+
+def open_gpu(device: torch.device) -> list[Counter]:
+    """Return the counter of a CUDA device; empty for another device.
+
+    Raises:
+        Exception: the GPU has no readable counter.
+    """
+    if device.type != "cuda":
+        return []
+    properties: Any = torch.cuda.get_device_properties(device)  # the type stubs lack `uuid`
+    return [GpuCounter(f"GPU-{properties.uuid}")]
+
+
+def open_processors() -> list[Counter]:
+    """Return the counters of this machine's processors; empty without powercap files.
+
+    `intel-rapl:0:1` is a part of `intel-rapl:0`, and `psys` contains the processors. Neither is counted.
+
+    Raises:
+        OSError, ValueError: a counter cannot be read, so the sum would lack it.
+    """
+    zones = [zone for zone in sorted(POWERCAP.glob("intel-rapl:*")) if zone.name.count(":") == 1]
+    packages = [zone for zone in zones if (zone / "name").read_text(encoding="ascii").startswith("package")]
+    return [ProcessorCounter(zone) for zone in packages]
+
+
+class EnergyMeter:
+    """The energy of one start of a run, summed over all processes.
+
+    A process reads its GPU; the first process of a machine also reads the processors. A kind that some process cannot
+    read is left out of the sum. A counter that fails later ends the measurement, and the run goes on.
+    """
+
+    def __init__(self, accelerator: "Accelerator", run_dir: Path):
+        """Collective. Open the counters and agree on the kinds that all processes can read."""
+        self._accelerator = accelerator
+        self._file = run_dir / ENERGY_FILE
+        is_main, is_first = accelerator.is_main_process, accelerator.local_process_index == 0
+        is_gpu = accelerator.device.type == "cuda"
+        opened = [
+            _opened("GPUs", is_gpu, lambda: open_gpu(accelerator.device)),
+            _opened("processors", is_first, lambda: open_processors() if is_first else []),
+        ]
+        missing = [int(wanted and not counters) for wanted, counters in zip((is_gpu, is_first), opened, strict=True)]
+        sums = self._sum([*map(len, opened), *missing])
+        self._counters = {
+            kind: counters
+            for kind, counters, number, lacking in zip(KINDS, opened, sums[:2], sums[2:], strict=True)
+            if number and not lacking
+        }
+        self._numbers = {kind: int(number) for kind, number in zip(KINDS, sums, strict=False) if kind in self._counters}
+        self._before = sum(read_energy(run_dir).parts.values()) if is_main else 0.0
+        self._start = len(json_lines.read(run_dir / "starts.jsonl")) if is_main else 0
+        self._joules = dict.fromkeys(self._counters, 0.0)
+        self._parts = dict.fromkeys(self._counters, 0.0)
+        self._failed, self._last_read = False, time.monotonic()
+
+    def read(self, now: bool = False) -> None:
+        """Read this process's counters, by default once a minute: a processor's counter wraps after some minutes."""
+        if self._failed or not (now or time.monotonic() - self._last_read > _READ_SECONDS):
+            return
+        self._last_read = time.monotonic()
+        try:
+            for kind, counters in self._counters.items():
+                self._joules[kind] += sum(counter.joules() for counter in counters)
+        except Exception as error:  # pynvml raises classes of its own
+            self._failed = True
+            _log.warning("the energy is not measured from here on: %s", " ".join(str(error).split()))
+
+    def update(self, step: int) -> dict[str, float]:
+        """Collective. Return `energy_kwh` of the run so far for the main process's records, and append it to
+        `energy.jsonl`. Empty, and no collective, without a counter."""
+        if not self._counters:
+            return {}
+        self.read(now=True)
+        *sums, num_failed = self._sum([*self._joules.values(), float(self._failed)])
+        for kind, joules in zip(self._joules, sums, strict=True):
+            self._parts[kind] += joules / _JOULES_OF_A_KWH
+            self._joules[kind] = 0.0
+        kwh = sum(self._parts.values())
+        if self._accelerator.is_main_process:
+            line = {
+                "start": self._start,
+                "time": time.time(),
+                "step": step,
+                "energy_kwh": kwh,
+                "energy_parts": self._parts,
+                "counters": self._numbers,
+                "failed": num_failed > 0,
+            }
+            json_lines.append(self._file, [line])
+        if num_failed:
+            self._counters = {}
+        return {"energy_kwh": self._before + kwh}
+
+    def _sum(self, numbers: Sequence[float]) -> list[float]:
+        mine = torch.tensor(numbers, dtype=torch.float64, device=self._accelerator.device)
+        total: torch.Tensor = self._accelerator.reduce(mine, "sum")
+        return total.tolist()
+
+
+def _opened(kind: str, is_wanted: bool, open_counters: Callable[[], Sequence[Counter]]) -> Sequence[Counter]:
+    try:
+        return open_counters()
+    except Exception as error:  # pynvml raises classes of its own
+        if is_wanted:
+            _log.info("the energy of the %s is not measured: %s", kind, " ".join(str(error).split()))
+        return []

@@ -1,0 +1,200 @@
+"""The lines that a run logs: its first and last block, its intervals, its results, and the command that resumes it."""
+
+import math
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flipscale.training.preemption import STOP_FILE
+
+if TYPE_CHECKING:
+    from flipscale.evaluation.results import Result
+    from flipscale.training.plan import Plan
+    from flipscale.training.recipe import Recipe
+    from flipscale.training.schedule import Stage
+    from flipscale.training.start import Start
+
+# Tasks of models that do not compare images with texts, by loss.kind.
+OWN_TASKS = {"classify": "classification", "captioning": "captioning", "answer": "vqa"}
+_LAUNCHERS = ("torchrun", "accelerate", "torch.distributed.run", "accelerate.commands.launch")
+
+
+def first_block(
+    recipe: "Recipe", plan: "Plan", start: "Start", engine: str, num_parameters: int, device: str, precision: str
+) -> str:
+    """Return the model, data, length and hardware of a run in a few lines.
+
+    Args:
+        engine: name of the engine.
+        num_parameters: number of the model's parameters.
+        device: name of a process's device.
+        precision: description of the precision of products.
+    """
+    batch, run_dir = recipe.data.global_batch_size, recipe.output_dir
+    processes, side = start.accelerator.num_processes, recipe.model_config().vision_config.image_size
+    is_timed, last = recipe.budget_minutes is not None, plan.schedule.stages[-1].last
+    stages = ", ".join(_stage_words(stage, is_timed) for stage in plan.schedule.stages)
+    times = last * batch / len(plan.source)
+    seen = "" if is_timed else f", each seen {f'{times:,.0f}' if times >= 10 else f'{times:.2g}'} times"
+    size = f"{num_parameters / 1e6:,.1f} M" if num_parameters >= 1e5 else f"{num_parameters:,}"
+    length = f"of {batch:,} pairs for {recipe.budget_minutes:g} min" if is_timed else f"{last:,} of {batch:,} pairs"
+    data = recipe.data.shards or ", ".join(source.shards or source.dataset or "" for source in recipe.data.sources)
+    rows = [
+        ("model", f"{size} parameters, images of {side} x {side} pixels"),
+        ("data", f"{len(plan.source):,} pairs of {data}{seen}"),
+        ("steps", f"{length}: {stages}"),
+        ("device", device),
+        ("precision", precision),
+        ("processes", f"{processes}, {engine}" if processes > 1 else "1"),
+        ("evaluation", _evaluation_words(plan, recipe.eval.every_share)),
+        ("run folder", f"{run_dir}; `flipscale status {run_dir} --watch` follows it"),
+    ]
+    head = f"training {run_dir}"
+    if start.step:
+        head = f"going on with {run_dir} from step {start.step:,}{'' if is_timed else f' of {last:,}'}"
+    return _block(head, rows)
+
+
+def last_block(
+    recipe: "Recipe", step: int, seconds: float, figures: Sequence[str], results: Sequence["Result"]
+) -> str:
+    """Return where a finished run's results are, what they changed, and the commands to go on with.
+
+    Args:
+        step: number of steps.
+        seconds: training time in seconds.
+        figures: names of the drawn figures.
+        results: last result of each task.
+    """
+    from flipscale.evaluation.results import CHANGES, with_changes
+
+    run_dir = Path(recipe.output_dir)
+    model, own = run_dir / "model", OWN_TASKS.get(recipe.loss.kind)
+    data = next((task.data for task in recipe.eval.planned() if task.kind == (own or "zero_shot")), "TEST_SET")
+    undrawn = "none, as matplotlib is not installed: pip install 'flipscale[plots]'"
+    changes = [one for one in with_changes(results) if one.headline and one.who in CHANGES]
+    rows = [
+        *((one.who, f"{one.task} {one.shown}, {one.estimate_text} against the model before") for one in changes),
+        ("model", f"{model}, its card {model / 'README.md'}"),
+        ("figures", f"{run_dir / 'figures'}: {', '.join(figures)}" if figures else undrawn),
+        ("next", f"flipscale evaluate {model} {evaluation_flags(recipe.loss.kind, data)}"),
+        *([] if own else [("", f"flipscale search {model} FOLDER 'what to look for'")]),
+        ("", f"flipscale push {run_dir} ORG/NAME"),
+    ]
+    pairs = step * recipe.data.global_batch_size
+    return _block(f"done: {step:,} steps, {pairs:,} pairs in {duration(seconds)} of training", rows)
+
+
+def evaluation_flags(loss_kind: str, data: str) -> str:
+    """Return the flags of `flipscale evaluate` for a model of this loss on `data`."""
+    own = OWN_TASKS.get(loss_kind)
+    return f"--task '{{kind: {own}, data: {data}}}'" if own else f"--zero_shot {data}"
+
+
+def interval_line(place: str, record: Mapping[str, Any], seconds_left: float | None) -> str:
+    """Return the loss, rate and speed of an interval.
+
+    Args:
+        place: position in the run, see `Schedule.words`.
+        record: record of the interval in `metrics.jsonl`.
+        seconds_left: expected time to the end of the run; None at the end.
+    """
+    loss = f"{record['loss']:.3f}" if math.isfinite(record["loss"]) else "not finite"
+    parts = [
+        f"{place}, {record['stage']}: loss {loss}",
+        f"learning rate {record['lr']:.2g}",
+        f"{record['images_per_s']:,.0f} images/s",
+        f"{record['data_wait_share']:.0%} waiting for data",
+    ]
+    replaced, skipped = record["num_replaced"], record["num_skipped"]
+    if replaced:
+        parts.append(f"{replaced:,} bad sample{'s' * (replaced != 1)} replaced")
+    if skipped:
+        parts.append(f"{skipped:,} step{'s' * (skipped != 1)} skipped as not finite")
+    return ", ".join(parts if seconds_left is None else [*parts, f"{duration(seconds_left)} left"])
+
+
+def results_line(step: int, results: Sequence["Result"]) -> str:
+    """Return the headline results of evaluations with their 95 % intervals."""
+    shown = [result for result in results if result.headline] or results
+    return f"step {step:,}: " + ", ".join(f"{one.task} {one.shown} {one.estimate_text}" for one in shown)
+
+
+def duration(seconds: float) -> str:
+    """Return a time span in its two largest units: `3 d 4 h`, `12 min 5 s`, `8 s`; `0 s` for a negative one."""
+    left = max(round(seconds), 0)
+    parts: list[str] = []
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60), ("s", 1)):
+        count, left = divmod(left, length)
+        if count or parts:
+            parts.append(f"{count} {unit}")
+    return " ".join(parts[:2]) or "0 s"
+
+
+def typed_command() -> str | None:
+    """Return the user's command line, the launcher's if there is one. None if it is unknown or a batch script's, which
+    nobody types again."""
+    if STOP_FILE in os.environ:
+        return None
+    words = list(sys.orig_argv)
+    if "WORLD_SIZE" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ:
+        words = _command_line_of(os.getppid())
+        if not any(Path(word).name in _LAUNCHERS for word in words[:4]):
+            # A single process may have these variables from its user.
+            words = list(sys.orig_argv) if "WORLD_SIZE" not in os.environ else []
+    if len(words) < 2 or words[1] == "-c":
+        return None
+    is_script = os.access(words[1], os.X_OK)  # the kernel puts the interpreter before it
+    return shlex.join([_short_name(words[1]), *words[2:]] if is_script else words)
+
+
+def how_to_go_on() -> str:
+    """Return how to resume this run, for the end of a sentence."""
+    command = typed_command()
+    return f"to go on: {command}" if command else "the same command goes on"
+
+
+def _short_name(program: str) -> str:
+    """Return the name of a program if the shell finds the program by it, else its path."""
+    name = Path(program).name
+    path = shutil.which(name)
+    return name if path and os.path.abspath(path) == os.path.abspath(program) else program
+
+
+def _command_line_of(pid: int) -> list[str]:
+    try:
+        content = Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return []
+    return [word.decode(errors="replace") for word in content.split(b"\0")[:-1]]
+
+
+def _block(head: str, rows: Sequence[tuple[str, str]]) -> str:
+    width = max(len(name) for name, _ in rows)
+    return "\n".join([head, *(f"  {name:<{width}}  {value}" for name, value in rows)])
+
+
+def _stage_words(stage: "Stage", is_timed: bool) -> str:
+    seen = f"at {stage.mask_ratio:.0%} masked" if stage.mask_ratio else "unmasked"
+    if stage.image_size is not None:
+        seen += f" of {stage.image_size} x {stage.image_size} pixels"
+    length = stage.last - stage.first
+    words = f"{f'{length:.1%}' if is_timed else f'{length:,}'} {seen}"
+    return words if stage.name in words.split() else f"{words} ({stage.name})"
+
+
+def _evaluation_words(plan: "Plan", every_share: float) -> str:
+    if not plan.tasks:
+        return "none; `eval` of the recipe names test sets"
+    by_interval: dict[str, list[str]] = {}
+    for task in plan.tasks:
+        every = f" every {task.every_samples:,} pairs" if task.every_samples else ""
+        if task.every_samples is None:
+            every = f" every {every_share:.1%} of the time"
+        by_interval.setdefault(every, []).append(task.name)
+    parts = [f"{', '.join(names)}{every}" for every, names in by_interval.items()]
+    return f"{'; '.join(parts)}{', and' * any(by_interval)} at the end"

@@ -1,0 +1,223 @@
+"""Facts of a run, read from its directory: for `flipscale status`, the model card and the page."""
+
+import json
+import re
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from flipscale.evaluation.results import Measured, Result, latest, read_metrics, read_results
+from flipscale.io import json_lines
+from flipscale.io.errors import UserError
+from flipscale.io.plain_file import plain_text
+from flipscale.io.yaml_text import read_saved
+from flipscale.training.cost import CostRecipe, Energy, occupied_device_hours, read_energy, training_device_hours
+from flipscale.training.schedule import StageRecipe, plan_stages
+
+_CHECKPOINT = re.compile("step-[0-9]{8,15}")
+_START = {"step": int, "num_processes": int, "time": int | float, "set_aside": list | None}
+_KEPT_START = {"step": int, "num_processes": int, "trained_seconds": int | float, "device": str}
+_HEARTBEAT = {"time": int | float, "step": int, "phase": str, "step_s": int | float | None}
+
+
+class RunSummary:
+    """Facts of a run, up to a step or to its end. A property reads its files at its first use.
+
+    Args:
+        run_dir: path of the run directory.
+        step: number of steps to summarise; None for the whole run.
+    """
+
+    def __init__(self, run_dir: Path, step: int | None = None):
+        self.run_dir = run_dir
+        self.step = step
+
+    @cached_property
+    def recipe(self) -> dict[str, Any]:
+        """Content of `recipe.yaml`.
+
+        Raises:
+            UserError: it is missing or damaged.
+        """
+        file = self.run_dir / "recipe.yaml"
+        if not file.exists():
+            raise UserError(f"{self.run_dir} is not a run directory: it has no recipe.yaml, which a start writes")
+        return read_saved(file)
+
+    @cached_property
+    def environment(self) -> dict[str, Any]:
+        """Content of `environment.json`: versions, command and machine.
+
+        Raises:
+            UserError: it is damaged.
+            OSError: it is missing.
+        """
+        file = self.run_dir / "environment.json"
+        try:
+            content = json.loads(plain_text(file))
+        except ValueError as error:
+            raise UserError(f"{file} is damaged ({error}); start the run again, which writes it anew") from error
+        if not isinstance(content, dict):
+            raise UserError(f"{file} is damaged, it holds no mapping; start the run again, which writes it anew")
+        return content
+
+    @property
+    def command(self) -> str | None:
+        """Command line of the last start; None if it is unknown."""
+        try:
+            command = self.environment.get("command")
+        except (OSError, ValueError):
+            return None
+        return command if isinstance(command, str) else None
+
+    @cached_property
+    def starts(self) -> list[dict[str, Any]]:
+        """Records of all starts."""
+        return json_lines.read(self.run_dir / "starts.jsonl", **_START)
+
+    @cached_property
+    def kept_starts(self) -> list[dict[str, Any]]:
+        """Records of the starts whose steps the run kept."""
+        return read_starts(self.run_dir)
+
+    @cached_property
+    def heartbeat(self) -> dict[str, Any]:
+        """The last heartbeat: `time`, `step`, `phase`, `step_s`. Empty before the first."""
+        return (json_lines.read(self.run_dir / "heartbeat.json", **_HEARTBEAT) or [{}])[-1]
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the run is finished."""
+        return (self.run_dir / "DONE").exists()
+
+    @cached_property
+    def checkpoint(self) -> Path | None:
+        """Path of the newest checkpoint, None before the first."""
+        checkpoints = [path for path in (self.run_dir / "checkpoints").glob("step-*") if _CHECKPOINT.fullmatch(path.name)]
+        return max(checkpoints, key=lambda path: int(path.name[5:]), default=None)
+
+    @property
+    def checkpoint_samples(self) -> int | None:
+        """Pairs seen at the newest checkpoint, None before the first."""
+        return None if self.checkpoint is None else int(self.checkpoint.name[5:]) * self.batch_size
+
+    @property
+    def num_bad_checkpoints(self) -> int:
+        """Number of damaged checkpoints that were set aside."""
+        return sum(len(start.get("set_aside") or ()) for start in self.starts)
+
+    @property
+    def batch_size(self) -> int:
+        """Pairs in the global batch."""
+        return self._lengths[0]
+
+    @property
+    def total_samples(self) -> int | None:
+        """Pairs of the whole run; None with a time budget."""
+        return self._lengths[1]
+
+    @property
+    def budget_minutes(self) -> float | None:
+        """Time budget in minutes; None if the run counts samples."""
+        return self._lengths[2]
+
+    @cached_property
+    def _lengths(self) -> tuple[int, int | None, float | None]:
+        try:
+            batch, budget = self.recipe["data"]["global_batch_size"], self.recipe.get("budget_minutes")
+            stages = plan_stages([StageRecipe(**stage) for stage in self.recipe["stages"]], batch, budget)
+            return batch, int(stages[-1].last) * batch if budget is None else None, budget
+        except (KeyError, TypeError, ZeroDivisionError, AttributeError) as error:
+            raise UserError(
+                f"{self.run_dir}/recipe.yaml is not the recipe that the run began with, it is damaged ({error!r}); "
+                "copy the one of a checkpoint there"
+            ) from error
+
+    @cached_property
+    def records(self) -> list[dict[str, Any]]:
+        """Records of `metrics.jsonl`, in the order of steps."""
+        records = read_metrics(self.run_dir)
+        return records if self.step is None else [record for record in records if record["step"] <= self.step]
+
+    @property
+    def intervals(self) -> list[dict[str, Any]]:
+        """Records of training intervals, which have a speed; the others are of evaluations."""
+        return [record for record in self.records if "images_per_s" in record]
+
+    def latest(self, name: str) -> Any:
+        """Return a number of the last interval, such as `mfu` or `data_wait_share`; None if it is unknown."""
+        return self.intervals[-1].get(name) if self.intervals else None
+
+    def total(self, name: str) -> int:
+        """Return the sum of a count over all intervals: `num_replaced`, `num_skipped` or `num_slow`."""
+        return sum(record.get(name) or 0 for record in self.intervals)
+
+    @property
+    def peak_memory_bytes(self) -> int:
+        """Peak memory of the main process; 0 if it is unknown."""
+        return max((record.get("peak_memory_bytes") or 0 for record in self.intervals), default=0)
+
+    @property
+    def samples_seen(self) -> int:
+        """Pairs seen so far, by the records, the newest checkpoint and the heartbeat."""
+        if self.is_done and self.step is None and self.total_samples is not None:
+            return self.total_samples
+        recorded = self.records[-1]["samples_seen"] if self.records else 0
+        if self.step is not None:
+            return recorded
+        return max(self.checkpoint_samples or 0, self.heartbeat.get("step", 0) * self.batch_size, recorded)
+
+    @property
+    def trained_seconds(self) -> float:
+        """Training time in seconds, without evaluations and saves."""
+        return self.records[-1]["trained_seconds"] if self.records else 0.0
+
+    @cached_property
+    def measured(self) -> list[Measured]:
+        """Results of all evaluations, with their steps."""
+        results = read_results(self.run_dir)
+        return results if self.step is None else [one for one in results if one.step <= self.step]
+
+    @property
+    def results(self) -> list[Result]:
+        """The last result of each task, metric and model."""
+        return latest(self.measured)
+
+    @property
+    def hardware(self) -> list[str]:
+        """Devices of the kept starts, such as `2 x NVIDIA H100`, each once."""
+        return list(dict.fromkeys(f"{start['num_processes']} x {start['device']}" for start in self.kept_starts))
+
+    @cached_property
+    def energy(self) -> Energy:
+        """Measured energy."""
+        return read_energy(self.run_dir, self.step)
+
+    @property
+    def cost(self) -> CostRecipe:
+        """Prices of the recipe."""
+        return CostRecipe(**self.recipe.get("cost", {}))
+
+    @property
+    def device_hours(self) -> float | None:
+        """Hours times devices: occupied hours of the whole run, training hours up to a step; None if unknown."""
+        occupied = occupied_device_hours(self.run_dir) if self.step is None else None
+        return training_device_hours(self.kept_starts, self.trained_seconds) if occupied is None else occupied
+
+    @property
+    def co2_kg(self) -> float | None:
+        """Emissions of the measured energy; None unless all starts were measured and the grid is known."""
+        return self.cost.co2_kg(self.energy.kwh if self.energy.is_whole else None)
+
+    @property
+    def dollars(self) -> float | None:
+        """Price of the device hours, None if it is unknown."""
+        return self.cost.dollars(self.device_hours)
+
+
+def read_starts(run_dir: Path) -> list[dict[str, Any]]:
+    """Return the starts whose steps a run kept: a start replaces the earlier ones at its step or a later one."""
+    kept: list[dict[str, Any]] = []
+    for start in json_lines.read(run_dir / "starts.jsonl", **_KEPT_START):
+        kept = [*(earlier for earlier in kept if earlier["step"] < start["step"]), start]
+    return kept
