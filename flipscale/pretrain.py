@@ -23,16 +23,14 @@ from flipscale.hub.card_audit import check_audit
 from flipscale.hub.push import BackgroundPush, card_name, open_target, push_finished
 from flipscale.training.bad_samples import BadSamples
 from flipscale.training.console import report_user_errors, start_logging
-from flipscale.training.cost.meter import EnergyMeter
 from flipscale.training.evaluating import Evaluation
 from flipscale.training.health import StepGuard
 from flipscale.training.preemption import StopRequest
 from flipscale.training.recipe import Recipe, as_fields, parse_recipe
-from flipscale.training.report.blocks import first_block, last_block
-from flipscale.training.report.figures import draw_figures
-from flipscale.training.report.lines import stopped_line
+from flipscale.training.report import first_block, last_block
 from flipscale.training.run_directory import (
     device_name,
+    how_to_go_on,
     is_done,
     mark_done,
     open_run_directory,
@@ -43,7 +41,7 @@ from flipscale.training.saving import Saver
 from flipscale.training.start import Plan, Start, check, check_output_dir, join
 from flipscale.training.step import consume_batch
 from flipscale.training.step_time import GarbageCollection, StepProfiler
-from flipscale.training.tracking import Tracker, open_trackers
+from flipscale.training.tracking import Tracker, draw_figures, open_trackers
 from flipscale.training.watch import HangWatch, StepWatch
 
 if TYPE_CHECKING:
@@ -180,10 +178,12 @@ def train(recipe: Recipe, plan: Plan, start: Start, engine: "Engine", pair_flops
             push.close()
         if not guard.stop:
             evaluation.run(plan.tasks)
+        tracker.energy.update(step)
+        if not guard.stop:
             with watch.paused("the export"):
-                finish(recipe, start, step, watch.trained_seconds, tracker.energy)
+                finish(recipe, start, step, watch.trained_seconds)
     if guard.stop:
-        _log.info("%s", stopped_line(progress.place()))
+        _log.info("stopped and saved at %s; %s", progress.place(), how_to_go_on())
 
 
 def begin_run(recipe: Recipe, plan: Plan, start: Start, engine: str) -> None:
@@ -196,10 +196,9 @@ def begin_run(recipe: Recipe, plan: Plan, start: Start, engine: str) -> None:
     _log.info("%s", first_block(recipe, plan, start, engine, num_parameters, device_name(), precision))
 
 
-def finish(recipe: Recipe, start: Start, step: int, trained_seconds: float, energy: EnergyMeter) -> None:
+def finish(recipe: Recipe, start: Start, step: int, trained_seconds: float) -> None:
     """Collective. Export the model of the last checkpoint, with its card and the run's figures, and mark the run done:
     the main process does, and the others wait."""
-    energy.settle()
     if start.accelerator.is_main_process:
         start.check_lock(at_once=True)
         from flipscale.hub.model_card import write_card

@@ -17,8 +17,8 @@ from flipscale.io.errors import UserError
 from flipscale.io.files import read_text
 from flipscale.io.lock import is_holder_alive
 from flipscale.io.yaml_text import read_saved_recipe
-from flipscale.training.cost.energy import read_energy
-from flipscale.training.report.lines import duration
+from flipscale.training.cost import read_energy
+from flipscale.training.report import duration
 from flipscale.training.schedule import StageRecipe, plan_stages
 
 # A run that is training counts as dead when its last heartbeat is older than this, and than this many usual steps.

@@ -56,7 +56,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(autouse=True)
 def no_energy(monkeypatch: pytest.MonkeyPatch) -> None:
     """What this machine takes is none of a test's."""
-    monkeypatch.setattr("flipscale.training.cost.counters.POWERCAP", Path("/nowhere"))
+    monkeypatch.setattr("flipscale.training.energy_meter.POWERCAP", Path("/nowhere"))
 
 
 # How long a thread may take to end that was asked to.

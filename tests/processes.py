@@ -93,10 +93,10 @@ def _begin(function: Callable[..., None], arguments: tuple[Any, ...], environmen
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(cwd)
-    from flipscale.training.cost import counters
+    from flipscale.training import energy_meter
 
     # What this machine takes is none of a test's.
-    counters.POWERCAP = Path("/nowhere")
+    energy_meter.POWERCAP = Path("/nowhere")
     # A daemon of multiprocessing may have no children, but a trainer has its loader's workers.
     multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
     # Its workers start as those of a command do, not as this process did.

@@ -23,14 +23,9 @@ from flipscale.hub.card_results import folder_lines, lines_of, model_index, prot
 from flipscale.hub.card_templates import TEMPLATES
 from flipscale.io.atomic import write_text
 from flipscale.io.errors import UserError
-from flipscale.io.files import read_text
 from flipscale.io.text_table import escape_markdown, markdown_code
-from flipscale.io.yaml_text import read_saved_recipe
-from flipscale.training.cost.energy import read_energy
-from flipscale.training.cost.recipe import cost_of_saved
-from flipscale.training.cost.spent import occupied_device_hours, spent
 from flipscale.training.recipe import deciding_part
-from flipscale.training.run_directory import read_starts
+from flipscale.training.run_summary import RunSummary
 
 NO_LICENCE = "None was stated for these weights by those who trained them."
 _MOST_NAMED = 3  # classes
@@ -107,17 +102,13 @@ class _Run:
 
     def __init__(self, folder: Path, run_dir: Path, step: int | None):
         self.step = step
-        self.recipe: dict[str, Any] = read_saved_recipe(run_dir / "recipe.yaml")
-        self.environment: dict[str, Any] = json.loads(read_text(run_dir / "environment.json"))
-        self.starts = read_starts(run_dir)
+        self.summary = RunSummary(run_dir, step)
+        self.recipe, self.environment = self.summary.recipe, self.summary.environment
         self.config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         self.does = _what_it_does(self.config)
         self.curve: Curve = curve_of(run_dir, step)
         self.lines = [*lines_of(with_changes(self.curve.results)), *folder_lines(folder)]
         self.hub: dict[str, Any] = self.recipe.get("hub", {})
-        self.cost = cost_of_saved(self.recipe)
-        self.energy = read_energy(run_dir, step)
-        self.occupied = occupied_device_hours(run_dir) if step is None else None
 
     def values(self) -> dict[str, str | None]:
         """Return every field of the template, None where it is unknown."""
@@ -126,7 +117,7 @@ class _Run:
         batch, parameters = self.recipe["data"]["global_batch_size"], self.environment.get("num_parameters")
         minutes = self.recipe.get("budget_minutes")
         total_steps = sum((stage["samples"] or 0) // batch for stage in self.recipe["stages"])
-        seconds, cost = last["trained_seconds"], spent(self.starts, last, self.energy, self.cost, self.occupied)
+        seconds, run = last["trained_seconds"], self.summary
         return {
             "version": escape_markdown(self.environment["flipscale"]),
             "parameters": parameters and f"{parameters / 1e6:,.1f} M",
@@ -146,13 +137,13 @@ class _Run:
             "hardware": self._hardware(),
             "pairs_per_s": _rounded(self.curve.images_per_s) if seconds else None,
             "precision": {"no": "fp32"}.get(*[self.environment["mixed_precision"]] * 2),
-            "energy": _rounded(self.energy.kwh),
-            "measured": self.energy.words,
-            "emissions": _rounded(cost.co2_kg),
-            "grid": _rounded(self.cost.kwh_co2_grams),
-            "pue": f"{self.cost.pue:g}",
-            "cost": _rounded(cost.dollars),
-            "price": _rounded(self.cost.device_hour_dollars),
+            "energy": _rounded(run.energy.kwh),
+            "measured": run.energy.words,
+            "emissions": _rounded(run.co2_kg),
+            "grid": _rounded(run.cost.kwh_co2_grams),
+            "pue": f"{run.cost.pue:g}",
+            "cost": _rounded(run.dollars),
+            "price": _rounded(run.cost.device_hour_dollars),
             "stages": "\n".join(self._stages()),
             "audit": audit_section(self.hub.get("audit"), self.environment.get("data_samples")),
             "recipe": self._recipe(),
@@ -190,8 +181,7 @@ class _Run:
         return "; ".join(sources) or (markdown_code(data_name(data["shards"])) if data["shards"] else None)
 
     def _hardware(self) -> str | None:
-        used = dict.fromkeys(f"{start['num_processes']} x {start['device']}" for start in self.starts)
-        return escape_markdown(", then ".join(used)) or None
+        return escape_markdown(", then ".join(self.summary.hardware)) or None
 
     def _stages(self) -> Iterator[str]:
         for stage in self.recipe["stages"]:

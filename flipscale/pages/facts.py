@@ -15,12 +15,10 @@ from flipscale.io.errors import UserError
 from flipscale.io.text_table import rounded
 from flipscale.io.yaml_text import read_saved_recipe
 from flipscale.pages.page import listed, shortened
-from flipscale.training.cost.energy import Energy, read_energy
-from flipscale.training.cost.recipe import cost_of_saved
-from flipscale.training.cost.spent import occupied_device_hours, spent
+from flipscale.training.cost import CostRecipe, Energy, occupied_device_hours, read_energy, training_device_hours
 from flipscale.training.recipe import deciding_part
-from flipscale.training.report.lines import duration
-from flipscale.training.run_directory import read_starts
+from flipscale.training.report import duration
+from flipscale.training.run_summary import read_starts
 
 _MOST_RECIPE = 20_000
 
@@ -102,8 +100,11 @@ class Facts:
         return text if len(text) <= _MOST_RECIPE else f"{text[:_MOST_RECIPE]}\n# ... the rest is in recipe.yaml"
 
     def _all_rows(self, curve: Curve) -> Iterator[tuple[str, str]]:
-        last, environment, cost = curve.records[-1], self.environment, cost_of_saved(self.recipe)
-        hours, co2, dollars = spent(self.starts, last, self.energy, cost, self.occupied)
+        last, environment, cost = curve.records[-1], self.environment, CostRecipe(**self.recipe.get("cost", {}))
+        hours = self.occupied
+        if hours is None:
+            hours = training_device_hours(self.starts, last["trained_seconds"])
+        co2, dollars = cost.co2_kg(self.energy.kwh if self.energy.is_whole else None), cost.dollars(hours)
         steps = [record for record in curve.records if "images_per_s" in record]
         used = dict.fromkeys(f"{start['num_processes']} x {start['device']}" for start in self.starts)
         yield "machine", listed(list(used))

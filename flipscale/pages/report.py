@@ -23,7 +23,7 @@ from flipscale.pages.masks import mask_rows
 from flipscale.pages.page import Picture, drawing, evenly, rendered, shortened, thumbnail
 from flipscale.pages.tested import Load, Tested, answer_pictures, shown_task
 from flipscale.training.recipe import Recipe
-from flipscale.training.report.blocks import OWN_TASKS, evaluation_flags
+from flipscale.training.report import OWN_TASKS, evaluation_flags
 
 REPORT = "report.html"
 MOST_BYTES = 2_000_000

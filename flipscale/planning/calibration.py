@@ -11,8 +11,7 @@ from flipscale.evaluation.recipe import EvalRecipe
 from flipscale.evaluation.results import read_metrics
 from flipscale.io.atomic import write_text
 from flipscale.io.errors import UserError
-from flipscale.training.recipe import Recipe, to_yaml
-from flipscale.training.report.recipe import LogRecipe
+from flipscale.training.recipe import LogRecipe, Recipe, to_yaml
 
 # A stage's metrics are written so many times, of which the last counts: the first ones hold its start-up.
 _RECORDS = 4

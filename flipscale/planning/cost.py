@@ -11,7 +11,7 @@ from flipscale.data.loader import pairs_of_a_process
 from flipscale.io.errors import UserError
 from flipscale.io.text_table import plain_table, rounded
 from flipscale.planning.flops import pair_flops
-from flipscale.training.cost.recipe import CostRecipe
+from flipscale.training.cost import CostRecipe
 from flipscale.training.recipe import Recipe
 from flipscale.training.schedule import StageRecipe, plan_stages
 

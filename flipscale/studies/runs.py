@@ -139,7 +139,7 @@ def train(runs: list[StudyRun], doing: str) -> None:
             end(processes)
     signals.exit_if_received()
     for run, code in failed:
-        raise (ValueError if code == 2 else OSError)(f"the run of {run.name} {run.end_words(code)}")
+        raise (UserError if code == 2 else OSError)(f"the run of {run.name} {run.end_words(code)}")
 
 
 def start(run: StudyRun, variables: dict[str, str]) -> subprocess.Popen:

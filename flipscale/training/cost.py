@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from flipscale.io import json_lines
-from flipscale.io.ranges import NotNegative, Overhead
+from flipscale.io.options import NonNegative, Overhead
 
 _log = logging.getLogger(__name__)
 
@@ -28,8 +28,8 @@ class CostRecipe:
         pue: The power of the computing centre over that of its machines; at 1, cooling and the like are left out.
     """
 
-    device_hour_dollars: NotNegative | None = None
-    kwh_co2_grams: NotNegative | None = None
+    device_hour_dollars: NonNegative | None = None
+    kwh_co2_grams: NonNegative | None = None
     pue: Overhead = 1.0
 
     def dollars(self, device_hours: float | None) -> float | None:

@@ -18,7 +18,10 @@ from flipscale.engines.optimizers import OptimRecipe
 from flipscale.evaluation.recipe import EvalRecipe
 from flipscale.io.errors import UserError
 from flipscale.io.options import (
+    CountOrZero,
     MinutesAboveZero,
+    SamplesOrZero,
+    Seconds,
     Seed,
     ShareBelowOne,
     changed_fields,
@@ -28,8 +31,7 @@ from flipscale.io.options import (
 )
 from flipscale.io.yaml_text import check_yaml, read_outline
 from flipscale.objectives.recipe import LossRecipe, build_objective
-from flipscale.training.cost.recipe import CostRecipe, refuse_former, without_former
-from flipscale.training.report.recipe import LogRecipe
+from flipscale.training.cost import CostRecipe
 from flipscale.training.schedule import StageRecipe, check_image_sizes
 
 if TYPE_CHECKING:
@@ -103,6 +105,29 @@ class ModelRecipe:
             return found.with_parts(self.decoder_config, self.answer_config)
         except (StrictDataclassError, ValueError, OverflowError) as error:
             raise UserError(f"model: {' '.join(str(error).split())}") from None
+
+
+@dataclass(frozen=True)
+class LogRecipe:
+    """What is reported.
+
+    Args:
+        every_samples: How many samples lie between two lines of training metrics; at 0, there is none.
+        every_share: In a run with a time budget, the share of it that lies between two lines, in place of
+            `every_samples`; at 0, samples are counted.
+        report_to: Trackers of accelerate that get the metrics besides `metrics.jsonl`, such as tensorboard or wandb.
+            They get the recipe as their configuration; wandb, trackio and comet_ml go on with the same run when the run
+            is resumed.
+        hang_seconds: A step that takes more seconds ends the run, after every rank has written what it was doing. Below
+            the ten minutes after which NCCL ends it without a word.
+        profile_steps: How many steps of each start are profiled, in `profile/` of the run directory; at 0, none.
+    """
+
+    every_samples: SamplesOrZero = 1_000_000
+    every_share: ShareBelowOne = 0.0
+    report_to: list[str] = field(default_factory=lambda: ["tensorboard"])
+    hang_seconds: Seconds = 540.0
+    profile_steps: CountOrZero = 0
 
 
 @dataclass(frozen=True)
@@ -229,10 +254,9 @@ def parse_recipe(arguments: Sequence[str], is_saved: bool = False) -> Recipe:
         if flag == "--config":
             file = _recipe_file(word)
             outline = read_outline(file)
-            words[number] = without_former(file, outline, is_saved)
+            words[number] = str(file)
             check_fields(outline, Recipe, "", str(file))
         else:
-            refuse_former(flag)
             _check_value(flag, word)
     parser = build_parser()
     try:

@@ -1,26 +1,18 @@
-"""The lines that a run logs: its first and last block, its intervals, its results, and the command that resumes it."""
+"""The lines that a run logs: its first and last block, its intervals and its results."""
 
 import math
-import os
-import shlex
-import shutil
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flipscale.training.preemption import STOP_FILE
-
 if TYPE_CHECKING:
     from flipscale.evaluation.results import Result
-    from flipscale.training.plan import Plan
     from flipscale.training.recipe import Recipe
     from flipscale.training.schedule import Stage
-    from flipscale.training.start import Start
+    from flipscale.training.start import Plan, Start
 
 # Tasks of models that do not compare images with texts, by loss.kind.
 OWN_TASKS = {"classify": "classification", "captioning": "captioning", "answer": "vqa"}
-_LAUNCHERS = ("torchrun", "accelerate", "torch.distributed.run", "accelerate.commands.launch")
 
 
 def first_block(
@@ -36,8 +28,8 @@ def first_block(
     """
     batch, run_dir = recipe.data.global_batch_size, recipe.output_dir
     processes, side = start.accelerator.num_processes, recipe.model_config().vision_config.image_size
-    is_timed, last = recipe.budget_minutes is not None, plan.schedule.stages[-1].last
-    stages = ", ".join(_stage_words(stage, is_timed) for stage in plan.schedule.stages)
+    is_timed, last = recipe.budget_minutes is not None, plan.stages[-1].last
+    stages = ", ".join(_stage_words(stage, is_timed) for stage in plan.stages)
     times = last * batch / len(plan.source)
     seen = "" if is_timed else f", each seen {f'{times:,.0f}' if times >= 10 else f'{times:.2g}'} times"
     size = f"{num_parameters / 1e6:,.1f} M" if num_parameters >= 1e5 else f"{num_parameters:,}"
@@ -59,9 +51,7 @@ def first_block(
     return _block(head, rows)
 
 
-def last_block(
-    recipe: "Recipe", step: int, seconds: float, figures: Sequence[str], results: Sequence["Result"]
-) -> str:
+def last_block(recipe: "Recipe", step: int, seconds: float, figures: Sequence[str], results: Sequence["Result"]) -> str:
     """Return where a finished run's results are, what they changed, and the commands to go on with.
 
     Args:
@@ -133,44 +123,6 @@ def duration(seconds: float) -> str:
         if count or parts:
             parts.append(f"{count} {unit}")
     return " ".join(parts[:2]) or "0 s"
-
-
-def typed_command() -> str | None:
-    """Return the user's command line, the launcher's if there is one. None if it is unknown or a batch script's, which
-    nobody types again."""
-    if STOP_FILE in os.environ:
-        return None
-    words = list(sys.orig_argv)
-    if "WORLD_SIZE" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ:
-        words = _command_line_of(os.getppid())
-        if not any(Path(word).name in _LAUNCHERS for word in words[:4]):
-            # A single process may have these variables from its user.
-            words = list(sys.orig_argv) if "WORLD_SIZE" not in os.environ else []
-    if len(words) < 2 or words[1] == "-c":
-        return None
-    is_script = os.access(words[1], os.X_OK)  # the kernel puts the interpreter before it
-    return shlex.join([_short_name(words[1]), *words[2:]] if is_script else words)
-
-
-def how_to_go_on() -> str:
-    """Return how to resume this run, for the end of a sentence."""
-    command = typed_command()
-    return f"to go on: {command}" if command else "the same command goes on"
-
-
-def _short_name(program: str) -> str:
-    """Return the name of a program if the shell finds the program by it, else its path."""
-    name = Path(program).name
-    path = shutil.which(name)
-    return name if path and os.path.abspath(path) == os.path.abspath(program) else program
-
-
-def _command_line_of(pid: int) -> list[str]:
-    try:
-        content = Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:
-        return []
-    return [word.decode(errors="replace") for word in content.split(b"\0")[:-1]]
 
 
 def _block(head: str, rows: Sequence[tuple[str, str]]) -> str:

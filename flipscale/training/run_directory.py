@@ -34,9 +34,11 @@ from flipscale.io.errors import UserError
 from flipscale.io.files import check_writable
 from flipscale.io.lock import FolderLock
 from flipscale.io.yaml_text import read_saved_recipe
-from flipscale.training.cost.spent import last_sign
+from flipscale.training.cost import last_sign
+from flipscale.training.preemption import STOP_FILE
 from flipscale.training.recipe import Recipe, conflicts, to_yaml
-from flipscale.training.report.command import typed_command
+
+_LAUNCHERS = ("torchrun", "accelerate", "torch.distributed.run", "accelerate.commands.launch")
 
 
 def open_run_directory(recipe: Recipe) -> Path | None:
@@ -220,15 +222,6 @@ def write_run_files(
     return num_parameters
 
 
-def read_starts(run_dir: Path) -> list[dict[str, Any]]:
-    """Return the starts whose steps a run kept: a start replaces the earlier ones at its step or a later one."""
-    kept: list[dict[str, Any]] = []
-    fields = {"step": int, "num_processes": int, "trained_seconds": int | float, "device": str}
-    for start in json_lines.read(run_dir / "starts.jsonl", **fields):
-        kept = [*(earlier for earlier in kept if earlier["step"] < start["step"]), start]
-    return kept
-
-
 def device_name() -> str:
     """Return the name of what one process computes on: its GPU, or the CPU and the number of threads."""
     if torch.cuda.is_available():
@@ -254,3 +247,41 @@ def environment() -> dict[str, Any]:
         "machine": platform.machine(),
         "cpus": os.cpu_count(),
     }
+
+
+def typed_command() -> str | None:
+    """Return the user's command line, the launcher's if there is one. None if it is unknown or a batch script's, which
+    nobody types again."""
+    if STOP_FILE in os.environ:
+        return None
+    words = list(sys.orig_argv)
+    if "WORLD_SIZE" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ:
+        words = _command_line_of(os.getppid())
+        if not any(Path(word).name in _LAUNCHERS for word in words[:4]):
+            # A single process may have these variables from its user.
+            words = list(sys.orig_argv) if "WORLD_SIZE" not in os.environ else []
+    if len(words) < 2 or words[1] == "-c":
+        return None
+    is_script = os.access(words[1], os.X_OK)  # the kernel puts the interpreter before it
+    return shlex.join([_short_name(words[1]), *words[2:]] if is_script else words)
+
+
+def how_to_go_on() -> str:
+    """Return how to resume this run, for the end of a sentence."""
+    command = typed_command()
+    return f"to go on: {command}" if command else "the same command goes on"
+
+
+def _short_name(program: str) -> str:
+    """Return the name of a program if the shell finds the program by it, else its path."""
+    name = Path(program).name
+    path = shutil.which(name)
+    return name if path and os.path.abspath(path) == os.path.abspath(program) else program
+
+
+def _command_line_of(pid: int) -> list[str]:
+    try:
+        content = Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return []
+    return [word.decode(errors="replace") for word in content.split(b"\0")[:-1]]

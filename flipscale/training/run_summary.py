@@ -9,8 +9,8 @@ from typing import Any
 from flipscale.evaluation.results import Measured, Result, latest, read_metrics, read_results
 from flipscale.io import json_lines
 from flipscale.io.errors import UserError
-from flipscale.io.plain_file import plain_text
-from flipscale.io.yaml_text import read_saved
+from flipscale.io.files import read_text
+from flipscale.io.yaml_text import read_saved_recipe
 from flipscale.training.cost import CostRecipe, Energy, occupied_device_hours, read_energy, training_device_hours
 from flipscale.training.schedule import StageRecipe, plan_stages
 
@@ -42,7 +42,7 @@ class RunSummary:
         file = self.run_dir / "recipe.yaml"
         if not file.exists():
             raise UserError(f"{self.run_dir} is not a run directory: it has no recipe.yaml, which a start writes")
-        return read_saved(file)
+        return read_saved_recipe(file)
 
     @cached_property
     def environment(self) -> dict[str, Any]:
@@ -54,7 +54,7 @@ class RunSummary:
         """
         file = self.run_dir / "environment.json"
         try:
-            content = json.loads(plain_text(file))
+            content = json.loads(read_text(file))
         except ValueError as error:
             raise UserError(f"{file} is damaged ({error}); start the run again, which writes it anew") from error
         if not isinstance(content, dict):
@@ -93,7 +93,9 @@ class RunSummary:
     @cached_property
     def checkpoint(self) -> Path | None:
         """Path of the newest checkpoint, None before the first."""
-        checkpoints = [path for path in (self.run_dir / "checkpoints").glob("step-*") if _CHECKPOINT.fullmatch(path.name)]
+        checkpoints = [
+            path for path in (self.run_dir / "checkpoints").glob("step-*") if _CHECKPOINT.fullmatch(path.name)
+        ]
         return max(checkpoints, key=lambda path: int(path.name[5:]), default=None)
 
     @property

@@ -9,7 +9,6 @@ from flipscale.engines.checkpoint import CheckpointWriter, checkpoint_of
 from flipscale.training.bad_samples import BadSamples
 from flipscale.training.budget.progress import Progress
 from flipscale.training.recipe import Recipe, to_yaml
-from flipscale.training.report.lines import saved_line
 from flipscale.training.schedule import is_due
 from flipscale.training.start import Plan, Start
 
@@ -79,5 +78,5 @@ class Saver:
         self._start.check_lock(at_once=True)
         step = self._writer.commit()
         if step is not None:
-            _log.info("%s", saved_line(step, checkpoint_of(Path(self._recipe.output_dir), step)))
+            _log.info("step %s: saved %s", f"{step:,}", checkpoint_of(Path(self._recipe.output_dir), step))
         return step

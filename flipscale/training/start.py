@@ -38,7 +38,6 @@ from flipscale.training.recipe import Recipe, conflicts
 from flipscale.training.run_directory import lock_run_directory
 from flipscale.training.schedule import Stage, plan_stages
 from flipscale.training.step import raise_if_dropout
-from flipscale.training.tracking import check_trackers
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -214,6 +213,27 @@ def check(recipe: Recipe) -> Plan:
     }  # fmt: skip
     rehearse(tasks, shape.image_size, rank, world_size)
     return Plan(stages, source, tokenizer, datasets, tasks, objective, class_names)
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Raise unless all trackers are known and installed.
+
+    Raises:
+        ValueError: one is not.
+    """
+    if not names:
+        return
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+    installed = [str(one) for one in get_available_trackers()]
+    for name in names:
+        if name not in LOGGER_TYPE_TO_CLASS:
+            known = ", ".join(LOGGER_TYPE_TO_CLASS)
+            raise UserError(f"log.report_to names {name!r}; there are {known}")
+        if name not in installed:
+            raise UserError(
+                f"log.report_to names {name!r}, which is not installed; pip install {name}, or leave it out"
+            )
 
 
 def check_augment(recipe: Recipe, objective: Objective, micro_batch_size: int) -> None:

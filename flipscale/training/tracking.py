@@ -15,17 +15,18 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from flipscale.engines.device import peak_flops, peak_memory_bytes
+from flipscale.evaluation.reports.comparison import read_curve
+from flipscale.evaluation.reports.figures import can_draw
+from flipscale.evaluation.reports.run_figures import draw_run
 from flipscale.evaluation.results import Result, append_results, as_metrics, drop_results_after
 from flipscale.io import json_lines
 from flipscale.io.atomic import write_text
-from flipscale.io.errors import UserError
 from flipscale.io.files import read_text
 from flipscale.training.budget.progress import Progress
-from flipscale.training.cost.meter import EnergyMeter
+from flipscale.training.energy_meter import EnergyMeter
 from flipscale.training.health import Verdict
-from flipscale.training.report.figures import FRESH_SECONDS, draw_figures
-from flipscale.training.report.lines import expected_line, interval_line, results_line
-from flipscale.training.report.recipe import LogRecipe
+from flipscale.training.recipe import LogRecipe
+from flipscale.training.report import duration, interval_line, results_line
 from flipscale.training.schedule import has_passed
 from flipscale.training.schedule import is_due as is_due_at
 from flipscale.training.watch import StepWatch
@@ -34,28 +35,23 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 PROJECT = "flipscale"
+# Drawing takes a second or two, so an evaluation redraws only older figures.
+_FRESH_SECONDS = 300.0
 _log = logging.getLogger(__name__)
 
 
-def check_trackers(names: Sequence[str]) -> None:
-    """Raise unless all trackers are known and installed.
+def draw_figures(run_dir: Path) -> dict[str, str]:
+    """Draw the figures of a run into `figures/`, and return their captions by name; empty without matplotlib.
 
-    Raises:
-        ValueError: one is not.
+    A run does not end for its figures: an error of matplotlib is logged.
     """
-    if not names:
-        return
-    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-
-    installed = [str(one) for one in get_available_trackers()]
-    for name in names:
-        if name not in LOGGER_TYPE_TO_CLASS:
-            known = ", ".join(LOGGER_TYPE_TO_CLASS)
-            raise UserError(f"log.report_to names {name!r}; there are {known}")
-        if name not in installed:
-            raise UserError(
-                f"log.report_to names {name!r}, which is not installed; pip install {name}, or leave it out"
-            )
+    if not can_draw():
+        return {}
+    try:
+        return draw_run(read_curve(run_dir), run_dir / "figures")
+    except (ValueError, KeyError, TypeError, RuntimeError, OSError, MemoryError) as error:
+        _log.warning("the figures could not be drawn (%s: %s); the run goes on", type(error).__name__, error)
+        return {}
 
 
 def open_trackers(accelerator: "Accelerator", run_dir: Path, config: Mapping[str, bool | int | float | str]) -> None:
@@ -118,7 +114,7 @@ class Tracker:
         self._progress = progress
         self._last_position = progress.position
         self._pair_flops = pair_flops
-        self.energy = EnergyMeter(accelerator, run_dir, watch)
+        self.energy = EnergyMeter(accelerator, run_dir)
         self._path = run_dir / "metrics.jsonl"
         self._schedule_path = run_dir / "schedule.jsonl"
         self._peak_flops: float | None = None
@@ -152,7 +148,6 @@ class Tracker:
             )
 
     def __enter__(self) -> "Tracker":
-        self.energy.__enter__()
         return self
 
     def __exit__(
@@ -160,7 +155,6 @@ class Tracker:
     ) -> None:
         if self._bar is not None:
             self._bar.close()
-        self.energy.__exit__(kind, error, traceback)
         if error is None:
             for tracker in self._accelerator.trackers:
                 tracker.finish()
@@ -170,6 +164,7 @@ class Tracker:
         self._steps += 1
         self._done += 1
         self._skipped += not verdict.finite
+        self.energy.read()
         if self._accelerator.is_main_process:
             place = self._progress.record(verdict.num_done, verdict.position, verdict.learning_rate)
             json_lines.append(self._schedule_path, place)
@@ -184,7 +179,8 @@ class Tracker:
         if self._bar is not None:
             self._bar.update(self._step_samples)
         elif usual is not None and not self._has_told and not is_due:
-            _log.info("%s", expected_line(self._seconds_left(self._done, usual), usual))
+            left = duration(self._seconds_left(self._done, usual))
+            _log.info("about %s to go at %.2g s a step, evaluations and saves left out", left, usual)
             self._has_told = True
         return is_due
 
@@ -212,7 +208,7 @@ class Tracker:
             **{f"replaced/{cause}": count for cause, count in sorted(replaced.items())},
             "num_skipped": self._skipped,
             "num_slow": num_slow,
-            **self.energy.kwh(),
+            **self.energy.update(verdict.num_done),
         }
         learned = {"loss": verdict.loss, "lr": verdict.learning_rate, "grad_norm": verdict.grad_norm, **verdict.metrics}
         metrics = {**learned, "stage": stage, **interval}
@@ -253,7 +249,7 @@ class Tracker:
         seconds = self._watch.trained_seconds
         if self._accelerator.is_main_process:
             append_results(self._path.parent, results, step, step * self._step_samples, seconds)
-            if time.monotonic() - self._drawn > FRESH_SECONDS:
+            if time.monotonic() - self._drawn > _FRESH_SECONDS:
                 draw_figures(self._path.parent)
                 self._drawn = time.monotonic()
         _log.info("%s", results_line(step, results))

@@ -12,7 +12,7 @@ from conftest import launch, metrics, pretrain
 from processes import free_port
 from safetensors.torch import load_file
 
-from flipscale.training.run_directory import read_starts
+from flipscale.training.run_summary import read_starts
 
 SAVE = {"every_samples": 160, "total_limit": 20}
 

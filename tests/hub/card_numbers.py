@@ -15,7 +15,7 @@ from flipscale.hub.card_templates import TEMPLATES
 from flipscale.hub.model_card import NO_LICENCE
 from flipscale.io import json_lines
 from flipscale.training.recipe import ModelRecipe
-from flipscale.training.run_directory import read_starts
+from flipscale.training.run_summary import read_starts
 
 NUMBER = re.compile(r"\d+(?:,\d{3})*(?:\.\d+)?(?:e[+-]?\d+)?")
 

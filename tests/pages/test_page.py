@@ -15,7 +15,7 @@ from flipscale.evaluation.reports.comparison import Curve
 from flipscale.pages.facts import Facts, rounded
 from flipscale.pages.masks import mask_rows
 from flipscale.pages.page import Picture, evenly, listed, rendered, shortened, thumbnail
-from flipscale.training.cost.energy import Energy
+from flipscale.training.cost import Energy
 from flipscale.training.recipe import Recipe, parse_recipe
 
 

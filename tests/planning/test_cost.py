@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from flipscale.planning.cost import Gpus, cost_table, planned_cost
-from flipscale.training.cost.recipe import CostRecipe
+from flipscale.training.cost import CostRecipe
 from flipscale.training.recipe import parse_recipe
 
 H100S = Gpus("H100", 256, peak=989e12, mfu=0.45, watts=700.0)

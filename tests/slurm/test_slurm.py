@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from slurm.cluster import PROGRAMS, Cluster, wait_until
 
 from flipscale.studies.folder import write_plan
-from flipscale.training.run_directory import read_starts
+from flipscale.training.run_summary import read_starts
 
 ROOT = Path(__file__).parents[2]
 MISSING = [program for program in PROGRAMS if shutil.which(program) is None]

@@ -10,14 +10,13 @@ import pytest
 from conftest import launch, pretrain
 
 from flipscale.evaluation.results import Result
+from flipscale.training import tracking
 from flipscale.training.budget.progress import Progress
 from flipscale.training.recipe import parse_recipe
-from flipscale.training.report import figures
-from flipscale.training.report.blocks import last_block
-from flipscale.training.report.command import typed_command
-from flipscale.training.report.figures import draw_figures
-from flipscale.training.report.lines import interval_line, results_line, stopped_line
+from flipscale.training.report import interval_line, last_block, results_line
+from flipscale.training.run_directory import how_to_go_on, typed_command
 from flipscale.training.schedule import StageRecipe, plan_stages
+from flipscale.training.tracking import draw_figures
 
 SPAN = r"(\d+ (d|h|min|s) ?)+"
 # Each at least once, in this order where they do not alternate.
@@ -120,7 +119,7 @@ def test_the_command_is_the_one_that_was_typed(
 
 def test_a_launcher_s_command_is_the_launcher_s(tmp_path: Path) -> None:
     launcher = tmp_path / "torchrun"
-    code = "from flipscale.training.report.command import typed_command; print(typed_command())"
+    code = "from flipscale.training.run_directory import typed_command; print(typed_command())"
     launcher.write_text(
         f"#!{sys.executable}\nimport os, subprocess, sys\n"
         f"subprocess.run([sys.executable, '-c', {code!r}], env={{**os.environ, 'WORLD_SIZE': '2'}}, check=True)\n"
@@ -132,13 +131,13 @@ def test_a_launcher_s_command_is_the_launcher_s(tmp_path: Path) -> None:
 
 def test_under_a_batch_script_no_command_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FLIPSCALE_STOP_FILE", "stop")
-    assert stopped_line("step 3 of 10") == "stopped and saved at step 3 of 10; the same command goes on"
+    assert how_to_go_on() == "the same command goes on"
 
 
 def test_without_matplotlib_a_run_says_how_to_get_it(
     write_recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(figures, "can_draw", lambda: False)
+    monkeypatch.setattr(tracking, "can_draw", lambda: False)
     assert draw_figures(tmp_path) == {}
     recipe = parse_recipe(["--config", str(write_recipe(tmp_path / "run"))])
     said = last_block(recipe, 40, 3.0, [], [])
@@ -165,7 +164,7 @@ def test_figures_that_cannot_be_drawn_are_a_warning(
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "samples_seen": 16, "trained_seconds": 1.0}\n')
     with caplog.at_level("WARNING", "flipscale"):
         assert draw_figures(tmp_path) == {}
-    assert "the figures could not be drawn (ValueError: " in caplog.text
+    assert "the figures could not be drawn (" in caplog.text
 
 
 def test_a_run_of_one_record_has_no_figures(write_recipe, tmp_path: Path) -> None:

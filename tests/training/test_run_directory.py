@@ -8,7 +8,8 @@ import yaml
 
 from flipscale.model import FlipModel
 from flipscale.training.recipe import parse_recipe
-from flipscale.training.run_directory import open_run_directory, read_starts, write_run_files
+from flipscale.training.run_directory import open_run_directory, write_run_files
+from flipscale.training.run_summary import read_starts
 
 
 def test_starts_are_remembered_where_steps_were_kept(write_recipe, tmp_path: Path) -> None:

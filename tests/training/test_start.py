@@ -15,8 +15,7 @@ from flipscale.evaluation.rehearsal import rehearse
 from flipscale.evaluation.suite import build_tasks
 from flipscale.training.recipe import parse_recipe
 from flipscale.training.run_directory import check_room
-from flipscale.training.start import check, check_output_dir
-from flipscale.training.tracking import check_trackers
+from flipscale.training.start import check, check_output_dir, check_trackers
 
 
 def test_a_disk_without_room_for_a_checkpoint(tmp_path: Path) -> None:

@@ -1,1 +1,0 @@
-"""What a run takes: device hours, energy and money."""
