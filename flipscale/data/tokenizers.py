@@ -12,10 +12,9 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from flipscale.io.errors import UserError
+from flipscale.io.hub_requests import guard_requests
+from flipscale.io.model_folder import check_texts, is_path
 from flipscale.model.configuration_flip import FlipDecoderConfig, FlipTextConfig
-from flipscale.model.fetched import looks_like_a_path
-from flipscale.model.folder import check_texts
-from flipscale.model.hub_requests import guard_requests
 
 _NORMALIZATION = "nmt_nfkc_cf"  # SentencePiece's NFKC with case folding
 _MAX_PIECE_LENGTH = 24  # characters, the word mark included
@@ -51,7 +50,7 @@ def load_tokenizer(name: str, max_tokens: int) -> PreTrainedTokenizerBase:
             return bert_tokenizer("google-bert/bert-base-uncased", max_tokens)
         if Path(name).is_dir():
             check_texts(Path(name))
-        elif looks_like_a_path(name):
+        elif is_path(name):
             raise UserError(f"there is no such folder; `flipscale prepare tokenizer SHARDS {name}` writes one")
         else:
             guard_requests()
@@ -239,7 +238,7 @@ def _vocab_file(name_or_vocab_file: str | Path) -> Path:
         if (path / "vocab.txt").is_file():
             return path / "vocab.txt"
         raise UserError(f"no vocab.txt in the folder {path}; name a vocabulary file, or a folder that has one")
-    if path.suffix == ".txt" or looks_like_a_path(str(name_or_vocab_file)):
+    if path.suffix == ".txt" or is_path(str(name_or_vocab_file)):
         raise UserError(
             f"there is no vocabulary at {name_or_vocab_file}; name a vocab.txt, a folder that has one, or ORG/NAME"
         )

@@ -20,9 +20,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from flipscale.io.digests import check_weight
 from flipscale.io.errors import UserError
+from flipscale.io.model_folder import check_folder, fetch_folder
 from flipscale.model import FlipConfig, FlipModel, FlipPreTrainedModel
-from flipscale.model.fetched import fetched_folder
-from flipscale.model.folder import check_folder
 
 # Sets one module's own parameters, given its name, the module, and the model or tower whose rules it follows.
 ParameterInit = Callable[[str, nn.Module, PreTrainedModel], None]
@@ -154,7 +153,7 @@ class _Stored:
         several = dist.is_initialized() and dist.get_world_size() > 1
         if not several or dist.get_rank() == 0:
             try:
-                opened = [safe_open(file, "pt") for file in check_folder(fetched_folder(init_from))]
+                opened = [safe_open(file, "pt") for file in check_folder(fetch_folder(init_from))]
                 files = {name: file for file in opened for name in file.keys()}  # noqa: SIM118
                 names = _usable(files, model_without_storage(config, kind))
                 for name in names:

@@ -5,8 +5,8 @@ from pathlib import Path
 from huggingface_hub import ModelCard, ModelCardData
 from yaml import YAMLError
 
+from flipscale.io.model_folder import local_folder
 from flipscale.io.text_table import escape_markdown
-from flipscale.model.fetched import local_folder
 
 
 def derived_card(src: str, name: str, library: str, text: str) -> str:

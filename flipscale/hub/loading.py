@@ -22,6 +22,7 @@ from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.images import made_up
 from flipscale.io.digests import check_weight
 from flipscale.io.errors import UserError
+from flipscale.io.model_folder import Header, check_folder, fetch_folder, read_header, read_object
 from flipscale.io.quiet import without_bars
 from flipscale.model import (
     FlipConfig,
@@ -31,8 +32,6 @@ from flipscale.model import (
     FlipModel,
     FlipPreTrainedModel,
 )
-from flipscale.model.fetched import fetched_folder
-from flipscale.model.folder import Header, check_folder, read_header, read_object
 from flipscale.objectives.captioning import CaptioningFlipModel
 
 if TYPE_CHECKING:
@@ -93,7 +92,7 @@ def load_model(name: str) -> tuple[Path, FlipPreTrainedModel]:
     """
     kind: type[FlipPreTrainedModel] = FlipModel
     try:
-        folder = fetched_folder(name)
+        folder = fetch_folder(name)
         files = check_folder(folder)
         content = read_object(folder / "config.json")
         config = FlipConfig.from_own_fields(content)

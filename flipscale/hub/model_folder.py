@@ -23,6 +23,7 @@ from flipscale.io.atomic import atomic_write
 from flipscale.io.digests import check_weight, write_tensors
 from flipscale.io.errors import UserError
 from flipscale.io.lock import FolderLock
+from flipscale.io.model_folder import check_folder, fetch_folder, read_object
 from flipscale.io.quiet import without_bars
 from flipscale.model import (
     FlipConfig,
@@ -31,8 +32,6 @@ from flipscale.model import (
     FlipPreTrainedModel,
     FlipProcessor,
 )
-from flipscale.model.fetched import fetched_folder
-from flipscale.model.folder import check_folder, read_object
 from flipscale.training.recipe import parse_recipe
 
 # Larger weights are split into files, because the Hub's client resumes uploads and downloads file by file.
@@ -116,7 +115,7 @@ class Interpolation(NamedTuple):
         Raises:
             ValueError: the base is no model, or lacks a weight of these shapes.
         """
-        files = {name: file for path in check_folder(fetched_folder(self.base)) for name, file in _opened(path).items()}
+        files = {name: file for path in check_folder(fetch_folder(self.base)) for name, file in _opened(path).items()}
         for name, shape in shapes.items():
             found = list(files[name].get_slice(name).get_shape()) if name in files else None
             if found != list(shape):

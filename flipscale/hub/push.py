@@ -23,8 +23,8 @@ from safetensors import safe_open
 
 from flipscale.io.digests import check_weight
 from flipscale.io.errors import UserError
-from flipscale.model.folder import check_folder
-from flipscale.model.hub_requests import guard_requests
+from flipscale.io.hub_requests import guard_requests
+from flipscale.io.model_folder import check_folder
 from flipscale.training.recipe import HubRecipe, Recipe
 
 _log = logging.getLogger(__name__)
@@ -39,8 +39,7 @@ _WRITTEN = re.compile(
     | (?: open_clip_)? model [\w.-]* \.safetensors (?: \.index [\w.]* \.json)?
     | (?: image|text) _model\.onnx (?: \.data)?
     | vocab\.txt | merges\.txt | \w[\w.-]*\.model | chat_template\.jinja
-    | (?: configuration_flip|configuration_parts|modeling_flip|modeling_flip_caption|modeling_flip_decoder
-        |modeling_flip_vqa|processing_flip|masking|folder|patches) \.py
+    | (?: configuration_flip|modeling_flip|modeling_flip_caption|modeling_flip_vqa|processing_flip|patches) \.py
     | README\.md | results\.(?: md|jsonl|png) | figures/[\w.-]+\.png"""
 )
 _FIGURES = "figures"

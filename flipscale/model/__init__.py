@@ -1,7 +1,7 @@
-"""The models: what `FlipModel.from_pretrained` loads, here and, with `trust_remote_code`, where flipscale is absent.
+"""The models that `FlipModel.from_pretrained` loads, also with `trust_remote_code` where flipscale is not installed.
 
-The classes are imported, and made known to transformers' Auto classes, when the first is asked for. transformers'
-models take seconds to import, and a recipe is read without them: what only reads one imports `.configuration_flip`.
+Classes are imported at first use, because transformers' models take seconds to import. Code that only reads a recipe
+imports `.configuration_flip` alone.
 """
 
 from importlib import import_module
@@ -62,6 +62,53 @@ _MODULES = (
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    import_module(".auto_classes", __name__)
-    modules = (import_module(f".{module}", __name__) for module in _MODULES)
-    return next(vars(module)[name] for module in modules if name in vars(module))
+    for module in _MODULES:
+        globals().update({n: v for n, v in vars(import_module(f".{module}", __name__)).items() if n in __all__})
+    _register()
+    return globals()[name]
+
+
+def _register() -> None:
+    """Register configurations, models and the processor with transformers' Auto classes."""
+    from transformers import (
+        AutoConfig,
+        AutoModel,
+        AutoModelForImageClassification,
+        AutoModelForImageTextToText,
+        AutoModelForVisualQuestionAnswering,
+        AutoModelForZeroShotImageClassification,
+        AutoProcessor,
+    )
+
+    from .configuration_flip import FlipConfig, FlipTextConfig, FlipVisionConfig
+    from .modeling_flip import FlipForImageClassification, FlipModel, FlipTextModel, FlipVisionModel
+    from .modeling_flip_caption import FlipForConditionalGeneration
+    from .modeling_flip_vqa import FlipForQuestionAnswering
+    from .processing_flip import FlipProcessor
+
+    for config, model in (
+        (FlipConfig, FlipModel),
+        (FlipTextConfig, FlipTextModel),
+        (FlipVisionConfig, FlipVisionModel),
+    ):
+        AutoConfig.register(config.model_type, config)
+        AutoModel.register(config, model)
+    AutoModelForZeroShotImageClassification.register(FlipConfig, FlipModel)
+    AutoModelForImageClassification.register(FlipConfig, FlipForImageClassification)
+    AutoModelForImageTextToText.register(FlipConfig, FlipForConditionalGeneration)
+    AutoModelForVisualQuestionAnswering.register(FlipConfig, FlipForQuestionAnswering)
+    AutoProcessor.register(FlipConfig, FlipProcessor)
+    # `save_pretrained` writes this folder's code beside the weights of these classes.
+    for cls, auto_class in (
+        (FlipConfig, "AutoConfig"),
+        (FlipTextConfig, "AutoConfig"),
+        (FlipVisionConfig, "AutoConfig"),
+        (FlipModel, "AutoModel"),
+        (FlipTextModel, "AutoModel"),
+        (FlipVisionModel, "AutoModel"),
+        (FlipProcessor, "AutoProcessor"),
+        (FlipForImageClassification, "AutoModelForImageClassification"),
+        (FlipForConditionalGeneration, "AutoModelForImageTextToText"),
+        (FlipForQuestionAnswering, "AutoModelForVisualQuestionAnswering"),
+    ):
+        cls.register_for_auto_class(auto_class)

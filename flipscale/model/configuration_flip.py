@@ -1,32 +1,181 @@
 """The configuration of FLIP models. It describes the weights, never how they are trained."""
 
 import math
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_origin
 
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
+from transformers import PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
-
-from .configuration_parts import FlipPreTrainedConfig, check_ranges, check_tower, patches_along
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+
+# Newest format of the configuration and the weights. It grows when older code would misread a newer folder: a new field
+# changes the computation, or weights change their meaning. A file without the number has format 1. Format 2 adds the
+# `position_size` of an image tower.
+MODEL_FORMAT = 2
+
+# Smallest and largest value of each number. The largest are far above every published model, so that a broken
+# configuration is refused before memory is allocated.
+RANGES: dict[str, tuple[int, int]] = {
+    "hidden_size": (1, 65_536),
+    "intermediate_size": (1, 1_048_576),
+    "num_hidden_layers": (0, 1_000),
+    "num_encoder_layers": (0, 1_000),
+    "num_attention_heads": (1, 4_096),
+    "projection_dim": (1, 65_536),
+    "num_answers": (1, 10_000_000),
+    "num_channels": (1, 1_024),
+    "image_size": (1, 16_384),
+    "position_size": (1, 16_384),
+    "patch_size": (1, 16_384),
+    "vocab_size": (1, 100_000_000),
+    "max_position_embeddings": (1, 1_000_000),
+    "attention_dropout": (0, 1),
+    "layer_norm_eps": (0, 1),
+    "initializer_range": (0, 1),
+    "logit_scale_init_value": (-100, 100),
+    "logit_bias_init_value": (-1_000, 1_000),
+}
+
+
+class FlipPreTrainedConfig(PreTrainedConfig):
+    """The base of all configurations.
+
+    It keeps unknown fields, as transformers' configurations do, because quantisers, PEFT and hubs add fields. It
+    refuses a file of another model type or of a newer `model_format`.
+    """
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        # Not kept, because `to_dict` computes it anew.
+        kwargs.pop("model_format", None)
+        super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Return the configuration in a file's content.
+
+        Raises:
+            ValueError: the content has another model type or a newer `model_format`.
+        """
+        cls._check_readable(config_dict)
+        return super().from_dict(config_dict, **kwargs)
+
+    @classmethod
+    def from_own_fields(cls, content: dict[str, Any]) -> Any:
+        """Return the configuration in a file's content, reading only the fields of this class.
+
+        Fields that transformers adds are left out: they may name code, kernels and other files to load.
+
+        Raises:
+            ValueError: the content has another model type, a newer `model_format` or an invalid field.
+        """
+        cls._check_readable(content)
+        return cls._checked(cls._own(content))
+
+    @classmethod
+    def _own(cls, content: dict[str, Any]) -> dict[str, Any]:
+        fields = (name for name, kind in cls.__annotations__.items() if get_origin(kind) is not ClassVar)
+        return {name: content[name] for name in fields if name in content}
+
+    @classmethod
+    def _checked(cls, fields: dict[str, Any]) -> Any:
+        try:
+            return cls(**fields)
+        except StrictDataclassError as error:  # a field has another type
+            raise ValueError(" ".join(str(error).split())) from None
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**super().to_dict(), "model_format": self.required_format}
+
+    @property
+    def required_format(self) -> int:
+        """Oldest format that expresses this configuration, so that older code can read as many files as possible."""
+        return 1
+
+    @classmethod
+    def _check_readable(cls, content: dict[str, Any]) -> None:
+        if not isinstance(content, dict):
+            raise ValueError(f"the config of a {cls.__name__} is {content!r:.40}; expected an object with fields")
+        model_type = content.get("model_type") or cls.model_type
+        if model_type != cls.model_type:
+            raise ValueError(
+                f"the config has model_type {model_type!r}, {cls.__name__} reads {cls.model_type!r}; upgrade "
+                "flipscale, or load it with its own class"
+            )
+        model_format = content.get("model_format", 1)
+        if not isinstance(model_format, int) or model_format > MODEL_FORMAT:
+            raise ValueError(
+                f"the config has model_format {model_format}, this {cls.__name__} reads up to {MODEL_FORMAT}; upgrade "
+                "flipscale to the version that wrote the model"
+            )
+
+
+def check_ranges(config: PreTrainedConfig) -> None:
+    """Check the numbers of a configuration.
+
+    Raises:
+        ValueError: a number is out of its range.
+    """
+    for name, (least, greatest) in RANGES.items():
+        value = getattr(config, name, None)
+        if value is not None and not least <= value <= greatest:
+            raise ValueError(
+                f"{_prefix(config)}{name} is {value}; it must be at least {least:,} and at most {greatest:,}"
+            )
+
+
+def patches_along(image_size: int, patch_size: int) -> int:
+    """Return the number of patches along each side of an image; sizes are in pixels.
+
+    Raises:
+        ValueError: `patch_size` does not divide `image_size`.
+    """
+    count, rest = divmod(image_size, patch_size)
+    if rest or count < 1:
+        fitting = " or ".join(str(patch_size * number) for number in (count, count + 1) if number > 0)
+        raise ValueError(f"image_size {image_size} is not divisible by patch_size {patch_size}; use {fitting}")
+    return count
+
+
+def check_tower(config: PreTrainedConfig) -> None:
+    """Check the configuration of a transformer's blocks.
+
+    Raises:
+        ValueError: a number is out of its range, the heads do not divide the width, or the activation is unknown.
+    """
+    check_ranges(config)
+    if config.hidden_size % config.num_attention_heads:
+        raise ValueError(
+            f"{_prefix(config)}hidden_size {config.hidden_size} is not divisible by num_attention_heads "
+            f"{config.num_attention_heads}"
+        )
+    from transformers.activations import ACT2FN  # takes seconds to import
+
+    if config.hidden_act not in ACT2FN:
+        raise ValueError(f"hidden_act {config.hidden_act!r} is unknown; use one of {', '.join(sorted(ACT2FN))}")
+
+
+def _prefix(config: PreTrainedConfig) -> str:
+    return f"{config.base_config_key}: " if config.base_config_key else ""
 
 
 @strict
 class FlipVisionConfig(FlipPreTrainedConfig):
     r"""
-    The configuration of the image tower: a ViT with a class token without position, fixed 2-D sine-cosine positions,
-    no norm before the blocks, and the mean over all tokens (the class token included) after the last block. The
-    defaults are those of B/16.
+    The configuration of the image tower; the defaults are B/16.
+
+    The tower is a ViT with fixed 2-D sine-cosine positions, a class token without position, and no norm before the
+    blocks. After the last block it takes the mean over all tokens, including the class token.
 
     Args:
-        projection_dim: the width of the joint embedding, used by `FlipVisionModelWithProjection` and `FlipModel`.
-        position_size: the side in pixels of the images whose patches have the positions 0, 1, 2, ... along it. The
-            patches of larger or smaller ones lie over the same extent: so a tower that was trained at this size reads
-            images of `image_size`. None is for `image_size` itself.
+        projection_dim: width of the joint embedding, used by `FlipVisionModelWithProjection` and `FlipModel`.
+        position_size: side in pixels of the images at which the tower was trained. Their patches have the positions 0,
+            1, 2, ... along a side; larger or smaller images are spread over the same extent. None means `image_size`.
         image_mean, image_std: one number per channel, or one for all, on the 0..1 scale. The model applies them to
             uint8 `patches`.
-        layer_norm_eps: 1e-6, as the original JAX code has it.
+        layer_norm_eps: 1e-6, as in the original JAX code.
     """
 
     model_type = "flip_vision_model"
@@ -54,58 +203,59 @@ class FlipVisionConfig(FlipPreTrainedConfig):
         if self.position_size is not None and self.position_size % self.patch_size:
             raise ValueError(
                 f"position_size {self.position_size} is not divisible by patch_size {self.patch_size}; use the "
-                "image_size of the model that the weights come from"
+                "image_size of the model whose weights are loaded"
             )
-        for name, is_possible in (("image_mean", math.isfinite), ("image_std", lambda std: 0 < std < math.inf)):
-            given = getattr(self, name)
-            values = [given] if isinstance(given, int | float) else list(given)
-            if len(values) not in (1, self.num_channels) or not all(map(is_possible, values)):
+        for name, is_valid in (("image_mean", math.isfinite), ("image_std", lambda std: 0 < std < math.inf)):
+            value = getattr(self, name)
+            numbers = [value] if isinstance(value, int | float) else list(value)
+            if len(numbers) not in (1, self.num_channels) or not all(map(is_valid, numbers)):
                 raise ValueError(
-                    f"{name} is {given}; it must be one number, or one for each of {self.num_channels} channels, "
+                    f"{name} is {value}; it must be one number, or one for each of {self.num_channels} channels, "
                     f"{'above 0' if name == 'image_std' else 'on the 0..1 scale'}"
                 )
         super().__post_init__(**kwargs)
 
     def patches_along(self, image_size: int | None = None) -> int:
-        """Return how many patches lie along each side of an image of `image_size` pixels, by default the model's own.
+        """Return the number of patches along each side of an image; by default of the model's `image_size`.
 
         Raises:
-            ValueError: as `patches_along`.
+            ValueError: the patch size does not divide `image_size`.
         """
         return patches_along(self.image_size if image_size is None else image_size, self.patch_size)
 
     @property
     def position_side(self) -> int:
-        """How many patches lie along the side of an image of `position_size` pixels."""
+        """Number of patches along the side of an image of `position_size` pixels."""
         return self.patches_along(self.position_size)
 
     @property
-    def form(self) -> int:
+    def required_format(self) -> int:
         return 1 if self.position_size is None else 2
 
     @property
     def num_patches(self) -> int:
-        """The number of patches of a whole image."""
+        """Number of patches of a whole image."""
         return self.patches_along() ** 2
 
     @property
     def num_prefix_tokens(self) -> int:
-        """The number of tokens that the image tower puts before those of the patches: the class token."""
+        """Number of tokens before the patches' tokens: the class token."""
         return 1
 
 
 @strict
 class FlipTextConfig(FlipPreTrainedConfig):
     r"""
-    The configuration of the text tower: a bidirectional pre-norm transformer with learned positions. The defaults are
-    those of the original's B/16.
+    The configuration of the text tower; the defaults are the original's B/16.
+
+    The tower is a bidirectional pre-norm transformer with learned positions.
 
     Args:
-        attend_to_padding: True is the original's way: every caption is padded to `max_position_embeddings` and the
-            padding takes part in attention. False masks the padding, so its length does not change the embedding.
-        pooling: "first" is the original's: the first word piece, as there is no class token. "mean" averages all
-            tokens, or the caption's own when `attend_to_padding` is False.
-        vocab_size: 30,523 is BERT's 30,522 and one row that no input uses, as in the original's checkpoints.
+        attend_to_padding: True as in the original: every caption is padded to `max_position_embeddings`, and attention
+            includes the padding. False masks the padding, so its length does not change the embedding.
+        pooling: "first" takes the first word piece as in the original, because there is no class token. "mean" averages
+            all tokens, or without padding if `attend_to_padding` is False.
+        vocab_size: 30,523 are BERT's 30,522 and one unused row, as in the original's checkpoints.
     """
 
     model_type = "flip_text_model"
@@ -137,8 +287,8 @@ class FlipTextConfig(FlipPreTrainedConfig):
         super().__post_init__(**kwargs)
 
 
-# What a decoder has of the text tower that it stands beside, unless it is told otherwise.
-_OF_THE_TEXT = (
+# Fields that a decoder takes by default from the text tower.
+_SHARED_WITH_TEXT = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "max_position_embeddings"),
     *("hidden_act", "layer_norm_eps", "attention_dropout", "pad_token_id"),
 )
@@ -147,17 +297,19 @@ _OF_THE_TEXT = (
 @strict
 class FlipDecoderConfig(FlipPreTrainedConfig):
     r"""
-    The configuration of the decoder that writes captions: a causal pre-norm transformer with learned positions, which
-    looks at the tokens of the image tower. The defaults are as wide as the text tower of B/16, with BERT's tokens.
+    The configuration of the decoder that writes captions; the defaults have the width of B/16's text tower and BERT's
+    tokens.
+
+    The decoder is a causal pre-norm transformer with learned positions and cross-attention to the image tower's tokens.
 
     Args:
-        num_encoder_layers: layers without a causal mask that the tokens of the image go through before the decoder sees
-            them, in its width.
-        max_position_embeddings: the most tokens of a caption; the token before the first counts, the last does not.
-        bos_token_id, eos_token_id: the tokens before the first and after the last word: BERT's [CLS] and [SEP]. No last
-            one, None, is for captions that go on to the last position.
-        mask_token_id: the token that stands in every place of a caption that is predicted at once, in all places
-            (CapPa, arXiv 2306.07915). None is for a decoder that never does.
+        num_encoder_layers: number of layers without a causal mask, of the decoder's width, that the image's tokens pass
+            before cross-attention.
+        max_position_embeddings: largest number of tokens of a caption, with `bos_token_id` and without the last token.
+        bos_token_id, eos_token_id: tokens before the first and after the last word: BERT's [CLS] and [SEP]. With
+            `eos_token_id` None, captions go on to the last position.
+        mask_token_id: the decoder's input at every position of a caption that is predicted in parallel (CapPa, arXiv
+            2306.07915). None for a decoder without parallel prediction.
     """
 
     model_type = "flip_decoder"
@@ -181,14 +333,14 @@ class FlipDecoderConfig(FlipPreTrainedConfig):
     mask_token_id: int | None = None
 
     @classmethod
-    def beside(cls, text: FlipTextConfig, **fields: Any) -> "FlipDecoderConfig":
-        """Return a decoder of the width and the tokens of a text tower, with some fields replaced.
+    def for_text(cls, text: FlipTextConfig, **fields: Any) -> "FlipDecoderConfig":
+        """Return the configuration of a decoder with a text tower's width and tokens; `fields` replace others.
 
         Raises:
-            ValueError: a field cannot be so.
+            ValueError: a field is invalid.
         """
-        shared = (name for name in cls.__annotations__ if name in _OF_THE_TEXT)
-        return cls._built({**{name: getattr(text, name) for name in shared}, **fields})
+        shared = (name for name in cls.__annotations__ if name in _SHARED_WITH_TEXT)
+        return cls._checked({**{name: getattr(text, name) for name in shared}, **fields})
 
     def __post_init__(self, **kwargs: Any) -> None:
         check_tower(self)
@@ -202,12 +354,13 @@ class FlipDecoderConfig(FlipPreTrainedConfig):
 @strict
 class FlipAnswerConfig(FlipPreTrainedConfig):
     r"""
-    The configuration of the transformer that answers questions from the tokens of both towers. The defaults are the
-    paper's, and METER's list of answers to VQAv2.
+    The configuration of the transformer that answers questions from the tokens of both towers.
+
+    The defaults are the paper's, with METER's list of answers to VQAv2.
 
     Args:
-        num_answers: of the list that an answer is one of.
-        sees_image: False is for a model that answers from the question alone, to compare with.
+        num_answers: number of possible answers.
+        sees_image: False for a baseline that answers from the question alone.
     """
 
     model_type = "flip_answer"
@@ -232,18 +385,19 @@ class FlipAnswerConfig(FlipPreTrainedConfig):
 @strict
 class FlipConfig(FlipPreTrainedConfig):
     r"""
-    The configuration of both towers and of the loss parameters. Mask ratios are arguments of `forward`, not fields
-    here: a released model must not mask by itself.
+    The configuration of both towers and of the loss parameters.
+
+    Mask ratios are arguments of `forward`, not fields here: a released model must not mask by itself.
 
     Args:
-        text_config: None beside a `decoder_config` is for a model that writes captions and has no text tower.
-        decoder_config: of a model that writes captions, `FlipForConditionalGeneration`.
-        answer_config: of a model that answers questions, `FlipForQuestionAnswering`.
-        projection_dim: the width of the joint embedding, set on both towers. None takes the towers' own, which must be
+        text_config: None, together with a `decoder_config`, for a captioner without text tower.
+        decoder_config: decoder of a model that writes captions, `FlipForConditionalGeneration`.
+        answer_config: transformer of a model that answers questions, `FlipForQuestionAnswering`.
+        projection_dim: width of the joint embedding, set on both towers. None takes the towers' width, which must be
             equal.
-        logit_scale_init_value: ln(1/0.07), before the exponential is taken.
-        logit_bias_init_value: the initial value of `logit_bias`, which is added to every logit for the sigmoid loss.
-            None is for a model without it.
+        logit_scale_init_value: initial `logit_scale`, before the exponential: ln(1/0.07).
+        logit_bias_init_value: initial `logit_bias`, which the sigmoid loss adds to every logit; None for a model
+            without it.
 
     Example:
 
@@ -261,7 +415,7 @@ class FlipConfig(FlipPreTrainedConfig):
         "answer_config": SubConfigSpec(FlipAnswerConfig, optional=True),
     }
 
-    # Given as configurations, as dicts or not at all; configurations once this object is made.
+    # Arguments may be dicts or None; the attributes are configurations.
     text_config: Any = None
     vision_config: Any = None
     decoder_config: Any = None
@@ -274,7 +428,7 @@ class FlipConfig(FlipPreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         if self.text_config is None and self.decoder_config is None:
             self.text_config = FlipTextConfig()
-        # With a decoder, `generate` is transformers' for an encoder and a decoder.
+        # transformers' `generate` looks at this.
         self.is_encoder_decoder = self.decoder_config is not None
         super().__post_init__(**kwargs)
         check_ranges(self)
@@ -292,21 +446,23 @@ class FlipConfig(FlipPreTrainedConfig):
 
     @property
     def caption_config(self) -> FlipTextConfig | FlipDecoderConfig:
-        """What says how captions are given: the text tower's configuration, or the decoder's where there is no text
-        tower. Both have `vocab_size`, `max_position_embeddings` and `pad_token_id`."""
+        """Configuration that describes captions: the text tower's, or without one the decoder's.
+
+        Both have `vocab_size`, `max_position_embeddings` and `pad_token_id`.
+        """
         return self.decoder_config if self.text_config is None else self.text_config
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> Any:
-        """Return what transformers is to generate text by: the decoder's configuration where there is a decoder."""
+        """Return the configuration for transformers' `generate`: the decoder's, if there is a decoder."""
         if self.decoder_config is not None and not encoder:
             return self.decoder_config
         return super().get_text_config(decoder, encoder)
 
     def to_diff_dict(self) -> dict[str, Any]:
-        found = super().to_diff_dict()
-        # The file of a model of two towers is what it was before there were others.
-        added = ("decoder_config", "answer_config")
-        return {name: value for name, value in found.items() if value is not None or name not in added}
+        # Left out if None, so that the file of a model with two towers is the same as in older versions.
+        optional = ("decoder_config", "answer_config")
+        content = super().to_diff_dict()
+        return {name: value for name, value in content.items() if value is not None or name not in optional}
 
     @classmethod
     def _check_readable(cls, content: dict[str, Any]) -> None:
@@ -316,13 +472,14 @@ class FlipConfig(FlipPreTrainedConfig):
 
     @classmethod
     def _own(cls, content: dict[str, Any]) -> dict[str, Any]:
-        found = super()._own(content)
-        return {**found, **{name: part._own(content[name]) for name, part in PARTS if content.get(name)}}
+        return {
+            **super()._own(content),
+            **{name: part._own(content[name]) for name, part in PARTS if content.get(name)},
+        }
 
     def with_parts(self, decoder: dict[str, Any], answers: dict[str, Any]) -> "FlipConfig":
-        """Return this configuration with the decoder beside its text tower, and what answers questions, that have these
-        fields; without those that have none."""
-        self.decoder_config = FlipDecoderConfig.beside(self.text_config, **decoder) if decoder else None
+        """Set the decoder and the answering transformer from their fields, None if there are no fields; return self."""
+        self.decoder_config = FlipDecoderConfig.for_text(self.text_config, **decoder) if decoder else None
         self.answer_config = FlipAnswerConfig(**answers) if answers else None
         return self
 
@@ -330,13 +487,13 @@ class FlipConfig(FlipPreTrainedConfig):
     def from_size(
         cls, size: str, vision_config: dict[str, Any] | None = None, text_config: dict[str, Any] | None = None
     ) -> "FlipConfig":
-        """Return the configuration of a named size, with single fields of its towers replaced.
+        """Return the configuration of a named size, with some fields of its towers replaced.
 
         Args:
-            size: one of `SIZES`: b16, l16, h14 (paper, Table 9), l14 (paper, Table 2), g14 (LAION's G/14).
+            size: a key of `SIZES`: b16, l16, h14 (paper, Table 9), l14 (paper, Table 2), g14 (LAION's G/14).
 
         Raises:
-            ValueError: the size is unknown, a field cannot be so, or the towers differ in `projection_dim`.
+            ValueError: the size is unknown, a field is invalid, or the towers differ in `projection_dim`.
         """
         if size not in SIZES:
             raise ValueError(f"model size {size!r} is unknown; use one of {', '.join(SIZES)}")
@@ -345,7 +502,7 @@ class FlipConfig(FlipPreTrainedConfig):
             "vision_config": {**vision, "projection_dim": projection_dim, **(vision_config or {})},
             "text_config": {**text, "projection_dim": projection_dim, **(text_config or {})},
         }
-        return cls._built(towers)
+        return cls._checked(towers)
 
 
 PARTS: tuple[tuple[str, type[FlipPreTrainedConfig]], ...] = (
@@ -366,8 +523,8 @@ def _tower(width: int, layers: int, heads: int, mlp: int | None = None, **fields
     }
 
 
-# (image tower, text tower, projection_dim). Widths, layers and heads: paper, Table 9. The paper has no G: its G/14 is
-# the shape that LAION trained with patch dropout.
+# (image tower, text tower, projection_dim). Widths, layers and heads: paper, Table 9. The paper has no G: this G/14 is
+# LAION's, trained with patch dropout.
 SIZES: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {
     "b16": (_tower(768, 12, 12), _tower(512, 12, 8), 512),
     "l16": (_tower(1024, 24, 16), _tower(768, 12, 12), 768),

@@ -1,9 +1,8 @@
-"""FLIP models: CLIP whose image encoder sees only the patches that are left (arXiv 2212.00794)."""
+"""FLIP models: CLIP whose image encoder sees only the visible patches (arXiv 2212.00794)."""
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import torch
@@ -20,7 +19,6 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_flip import FlipConfig, FlipTextConfig, FlipVisionConfig
-from .folder import check_folder
 from .patches import keep_lowest, num_kept, patchify, take_patches
 
 
@@ -28,13 +26,13 @@ from .patches import keep_lowest, num_kept, patchify, take_patches
 class FlipOutput(ModelOutput):
     """
     Args:
-        loss: symmetric InfoNCE over the images and texts given, or the sigmoid loss of a model with `logit_bias`, when
-            `return_loss`.
-        logits_per_image: `(images, texts)`, `logit_scale` times the cosine, plus `logit_bias` where there is one;
+        loss: symmetric InfoNCE over the images and texts of this batch, or the sigmoid loss for a model with
+            `logit_bias`; None without `return_loss`.
+        logits_per_image: `(images, texts)`, `logit_scale` times the cosine, plus `logit_bias` if the model has it;
             `logits_per_text` is its transpose.
         image_embeds, text_embeds: fp32, `(batch, projection_dim)`, of unit length.
-        logit_scale: fp32, `(1,)`: the inverse temperature, exponential taken, clipped to [1, 100].
-        logit_bias: fp32, `(1,)`, of a model with `logit_bias_init_value`.
+        logit_scale: fp32, `(1,)`, the inverse temperature (after the exponential), clipped to [1, 100].
+        logit_bias: fp32, `(1,)`; None without `logit_bias_init_value`.
     """
 
     loss: torch.Tensor | None = None
@@ -72,14 +70,15 @@ class FlipTextOutput(ModelOutput):
 
 
 def sincos_positions(width: int, rows: int, columns: int, side: int | None = None) -> torch.Tensor:
-    """Return the fixed 2-D position table, fp32 `(rows * columns, width)`. The first half of the width encodes the
-    column and the second half the row, each as sines and then cosines.
+    """Return the fixed 2-D position table, fp32 `(rows * columns, width)`.
+
+    The first half of the width encodes the column and the second half the row, each as sines and then cosines.
 
     Args:
-        side: of the square grid in whose coordinates the centres of the patches are given: its own patches are at 0 to
-            `side - 1`. The longer side of `rows` x `columns` lies over the same extent, so that a patch is where the
-            smaller or larger ones are that show the same part of the picture: one that covers four has the mean of
-            their coordinates. The shorter side lies in the middle. Left out, rows and columns are counted from 0.
+        side: side of the square reference grid, whose patches have the coordinates 0 to `side - 1`. The longer side of
+            `rows` x `columns` is stretched over the same extent and the shorter side is centred. A patch then has the
+            coordinates of the place that it shows: one that covers four reference patches has their mean. By default
+            rows and columns are counted from 0.
 
     Raises:
         ValueError: the width is not divisible by 4.
@@ -101,29 +100,32 @@ def sincos_positions(width: int, rows: int, columns: int, side: int | None = Non
 
 
 def normalise_embeds(embeds: torch.Tensor) -> torch.Tensor:
-    """Return the embeddings in fp32, each divided by its norm plus 1e-8, as in the original."""
+    """Return the embeddings in fp32, each divided by its norm plus 1e-8 as in the original."""
     embeds = embeds.float()
     return embeds / (embeds.norm(dim=-1, keepdim=True) + 1e-8)
 
 
 def clip_loss(logits_per_image: torch.Tensor) -> torch.Tensor:
-    """Return the symmetric InfoNCE loss of square logits whose diagonal holds the positives. It covers the batch of
-    this process only."""
+    """Return the symmetric InfoNCE loss of one process's square logits, with the positives on the diagonal."""
     target = torch.arange(len(logits_per_image), device=logits_per_image.device)
     by_image = nn.functional.cross_entropy(logits_per_image, target)
     return (by_image + nn.functional.cross_entropy(logits_per_image.t(), target)) / 2
 
 
 def siglip_loss(logits_per_image: torch.Tensor) -> torch.Tensor:
-    """Return the pairwise sigmoid loss of square logits whose diagonal holds the positives: the sum over the texts,
-    averaged over the images."""
+    """Return the pairwise sigmoid loss of square logits with the positives on the diagonal.
+
+    It is summed over the texts and averaged over the images.
+    """
     signs = 2.0 * torch.eye(len(logits_per_image), device=logits_per_image.device) - 1.0
     return -nn.functional.logsigmoid(signs * logits_per_image).sum(dim=1).mean()
 
 
 class FlipPatchEmbedding(nn.Module):
-    """The patch convolution, computed as a matrix product over the visible patches only. The weight keeps the shape of
-    a convolution, `(hidden_size, channels, patch_size, patch_size)`."""
+    """The patch convolution, computed as a matrix product over the visible patches only.
+
+    The weight has the shape of a convolution, `(hidden_size, channels, patch_size, patch_size)`.
+    """
 
     def __init__(self, config: FlipVisionConfig):
         super().__init__()
@@ -138,7 +140,7 @@ class FlipPatchEmbedding(nn.Module):
 
 
 class FlipVisionEmbeddings(nn.Module):
-    """The tokens that enter the image tower: the class token, then the visible patches with their positions."""
+    """The input tokens of the image tower: the class token, then the visible patches with their positions."""
 
     position_embedding: torch.Tensor
     pixel_scale: torch.Tensor
@@ -153,7 +155,7 @@ class FlipVisionEmbeddings(nn.Module):
             self.register_buffer(name, value, persistent=False)
 
     def fixed_tables(self) -> dict[str, torch.Tensor]:
-        """Compute the buffers from the configuration. They are not saved, so `_init_weights` fills them again."""
+        """Compute the buffers from the configuration. They are not saved, so `_init_weights` fills them."""
         config, side = self.config, self.config.patches_along()
         mean = torch.tensor(config.image_mean, dtype=torch.float32)
         std = torch.tensor(config.image_std, dtype=torch.float32)
@@ -175,12 +177,12 @@ class FlipVisionEmbeddings(nn.Module):
         """Return the tokens `(batch, 1 + kept, hidden_size)`. The arguments are those of `FlipVisionModel.forward`.
 
         Raises:
-            ValueError: no image is given, or a shape does not fit the model.
+            ValueError: there is no image, or a shape does not fit the model.
         """
         side = self.config.patches_along(image_size)
         if patches is None:
             if pixel_values is None:
-                raise ValueError("give either pixel_values or patches")
+                raise ValueError("pixel_values and patches are both missing; give one of them")
             positions = self._positions_of(pixel_values, image_size, interpolate_pos_encoding)
             patches = patchify(pixel_values, self.config.patch_size)
             if patch_index is None and image_mask_ratio != 0.0:
@@ -205,14 +207,15 @@ class FlipVisionEmbeddings(nn.Module):
         return torch.cat([class_embeds, embeds], dim=1)
 
     def normalise(self, patches: torch.Tensor) -> torch.Tensor:
-        """Convert uint8 patches `(batch, kept, channels * p * p)` to fp32, normalised by the mean and deviation of
-        each channel."""
+        """Convert uint8 patches `(batch, kept, channels * p * p)` to fp32, normalised by channel mean and std."""
         by_channel = patches.unflatten(2, (self.config.num_channels, -1)).to(torch.float32, copy=True)
         return by_channel.mul_(self.pixel_scale.view(-1, 1)).add_(self.pixel_shift.view(-1, 1)).flatten(2)
 
     def positions(self, rows: int, columns: int) -> torch.Tensor:
-        """Return the positions of an image of `rows` x `columns` patches, in the coordinates of the model's own grid:
-        fp32 `(1, rows * columns, hidden_size)`."""
+        """Return the position embeddings of `rows` x `columns` patches: fp32 `(1, rows * columns, hidden_size)`.
+
+        Coordinates are those of the model's own grid.
+        """
         config = self.config
         if rows == columns == config.patches_along():
             return self.position_embedding
@@ -222,35 +225,34 @@ class FlipVisionEmbeddings(nn.Module):
     def _check_patches(self, patches: torch.Tensor, patch_index: torch.Tensor | None, num_patches: int) -> None:
         width = self.config.num_channels * self.config.patch_size**2
         if patches.ndim != 3 or patches.shape[2] != width:
-            raise ValueError(f"patches is {tuple(patches.shape)}, it must be (batch, kept, {width}) for this model")
+            raise ValueError(f"patches has shape {tuple(patches.shape)}; expected (batch, kept, {width})")
         if patch_index is None and patches.shape[1] != num_patches:
-            raise ValueError(f"patches has {patches.shape[1]} of {num_patches} patches and patch_index is missing")
+            raise ValueError(f"patches has {patches.shape[1]} of {num_patches} patches; give their patch_index")
         if patch_index is not None and patch_index.shape != patches.shape[:2]:
             raise ValueError(
-                f"patch_index is {tuple(patch_index.shape)}, it must be {tuple(patches.shape[:2])} as patches is"
+                f"patch_index has shape {tuple(patch_index.shape)}; expected {tuple(patches.shape[:2])} like patches"
             )
 
     def _positions_of(self, pixel_values: torch.Tensor, image_size: int | None, interpolate: bool) -> torch.Tensor:
         size, patch, channels = image_size or self.config.image_size, self.config.patch_size, self.config.num_channels
         if pixel_values.ndim != 4 or pixel_values.shape[1] != channels:
             raise ValueError(
-                f"pixel_values is {tuple(pixel_values.shape)}, it must be (batch, {channels}, height, width)"
+                f"pixel_values has shape {tuple(pixel_values.shape)}; expected (batch, {channels}, height, width)"
             )
         height, width = pixel_values.shape[-2:]
         if (height, width) != (size, size) and not interpolate:
-            whose = "image_size is" if image_size else "the model is for"
             raise ValueError(
-                f"pixel_values are {height}x{width}, {whose} {size}x{size}; resize them, pass "
+                f"pixel_values are {height}x{width}; expected {size}x{size}. Fix: resize them, pass "
                 "interpolate_pos_encoding=True, or load the model with vision_config={'image_size': ..., "
                 f"'position_size': {self.config.position_side * patch}}}"
             )
         if height % patch or width % patch:
-            raise ValueError(f"pixel_values are {height}x{width}, which patch_size {patch} does not divide")
+            raise ValueError(f"pixel_values are {height}x{width}; expected multiples of patch_size {patch}")
         return self.positions(height // patch, width // patch)
 
 
 class FlipTextEmbeddings(nn.Module):
-    """The tokens that enter the text tower: word pieces with learned positions."""
+    """The input tokens of the text tower: word pieces with learned positions."""
 
     def __init__(self, config: FlipTextConfig):
         super().__init__()
@@ -258,15 +260,14 @@ class FlipTextEmbeddings(nn.Module):
         self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
 
     def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor | None) -> torch.Tensor:
-        """Map ids `(batch, tokens)` to tokens `(batch, tokens, hidden_size)`. Without `position_ids`, positions count
-        from 0.
+        """Map ids `(batch, tokens)` to tokens `(batch, tokens, hidden_size)`; by default positions are counted from 0.
 
         Raises:
             ValueError: there are more tokens than positions.
         """
         limit = self.position_embedding.num_embeddings
         if input_ids.shape[1] > limit:
-            raise ValueError(f"input_ids has {input_ids.shape[1]} tokens, the model at most {limit}; truncate them")
+            raise ValueError(f"input_ids has {input_ids.shape[1]} tokens; expected at most {limit}. Fix: truncate them")
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
         return self.token_embedding(input_ids) + self.position_embedding(position_ids)
@@ -283,19 +284,20 @@ def eager_attention_forward(
     num_returned: int | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute attention as two matrix products. On CPUs this is faster than the fused kernel, whose bf16 backward pass
-    is slow for the few tokens that masking leaves.
+    """Compute attention as two matrix products.
+
+    On CPUs this is faster than the fused kernel: its bf16 backward pass is slow for the few tokens left by masking.
 
     Args:
         query, key, value: `(batch, heads, tokens, width)`.
         attention_mask: added to the scores, `(batch, 1, tokens, tokens)`.
-        num_returned: return only the attention weights among the first `num_returned` tokens.
+        num_returned: number of leading tokens whose attention weights are returned; by default all.
 
     Returns:
         The output `(batch, tokens, heads, width)` and the attention weights.
     """
     batch, heads, tokens, width = query.shape
-    # Batch and heads are merged once here; matmul would copy each operand to merge them.
+    # Batch and heads are merged once here, because matmul would copy each operand to merge them.
     query, key, value = (states.reshape(batch * heads, -1, width) for states in (query, key, value))
     scores = torch.baddbmm(query.new_empty(1, 1, 1), query, key.transpose(1, 2), beta=0.0, alpha=scaling)
     if attention_mask is not None:
@@ -305,7 +307,7 @@ def eager_attention_forward(
     weights = nn.functional.dropout(weights, p=dropout, training=module.training).view(batch, heads, tokens, -1)
     returned = weights
     if num_returned is not None:
-        # The returned part is written back, so that the output depends on it and autograd can give its gradient.
+        # Written back, so that the output depends on the returned part and autograd can compute its gradient.
         returned = weights[..., :num_returned, :num_returned]
         rows = weights[..., :num_returned, :].slice_scatter(returned, -1, 0, num_returned)
         weights = weights.slice_scatter(rows, -2, 0, num_returned)
@@ -314,7 +316,7 @@ def eager_attention_forward(
 
 
 def cast_for_products(hidden_states: torch.Tensor) -> torch.Tensor:
-    """Cast `hidden_states` as autocast would for a matrix product; leave them as they are without autocast."""
+    """Cast `hidden_states` as autocast does for a matrix product; without autocast, return them unchanged."""
     device_type = hidden_states.device.type
     if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
         return hidden_states.to(torch.get_autocast_dtype(device_type))
@@ -338,10 +340,8 @@ class FlipAttention(nn.Module):
     def forward(
         self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return the output `(batch, tokens, hidden_size)`, and the attention weights where the implementation gives
-        them."""
-        # Autocast would cast the norm's fp32 output once for each of q, k and v, and keep three copies for the backward
-        # pass.
+        """Return the output `(batch, tokens, hidden_size)`, and attention weights if the implementation has them."""
+        # Autocast would cast the norm's fp32 output for q, k and v each, and keep three copies for the backward pass.
         hidden_states = cast_for_products(hidden_states)
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
         query = self.q_proj(hidden_states).view(shape).transpose(1, 2)
@@ -388,15 +388,15 @@ class FlipMLP(nn.Module):
         """Map `(batch, tokens, hidden_size)` to the same shape."""
         hidden_states = self.fc1(hidden_states)
         if self.is_tanh_gelu and hidden_states.dtype == torch.bfloat16 and hidden_states.device.type == "cpu":
-            # In bf16 on a CPU the tanh form of GELU takes 3 to 5 times as long as the exact form, a sixth of a training
-            # step, so the exact form replaces it. They differ by less than 5e-4. That moves the embeddings by 1e-4,
-            # relatively; bf16 rounding moves them by 4e-3.
+            # The exact form replaces the tanh form, which in bf16 on a CPU takes 3 to 5 times as long, a sixth of a
+            # training step. They differ by less than 5e-4. This changes the embeddings by 1e-4, relatively; bf16
+            # rounding changes them by 4e-3.
             return self.fc2(nn.functional.gelu(hidden_states))
         return self.fc2(self.activation_fn(hidden_states))
 
 
 def scaled(branch: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """Return a branch `(batch, tokens, width)` times a number for each sample, in the branch's precision."""
+    """Return a branch `(batch, tokens, width)` times each sample's scale, in the branch's precision."""
     return branch * scales.to(branch.dtype)[:, None, None]
 
 
@@ -421,9 +421,9 @@ class FlipEncoderLayer(GradientCheckpointingLayer):
         """Return the tokens `(batch, tokens, width)` after the block.
 
         Args:
-            padding: more tokens that take part in attention although the caller did not give them. They are returned
-                apart: the result is then the pair of both.
-            branch_scales: `(batch, 2)`, what the attention and the MLP of each sample are multiplied by.
+            padding: more tokens that take part in attention. They are returned separately: the result is then the pair
+                of both.
+            branch_scales: `(batch, 2)`, factors of each sample's attention and MLP.
         """
         length = hidden_states.shape[1]
         if padding is not None:
@@ -451,11 +451,12 @@ class FlipEncoder(nn.Module):
         branch_scales: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """Return all tokens after the last block, `(batch, tokens, width)`, those of `padding` last. The hidden states
-        and attention weights that transformers records do not include the padding.
+        """Return all tokens after the last block, `(batch, tokens, width)`, the padding last.
+
+        The hidden states and attention weights that transformers records do not include the padding.
 
         Args:
-            branch_scales: `(batch, blocks, 2)`, see `FlipEncoderLayer`; without `padding` only.
+            branch_scales: `(batch, blocks, 2)`, see `FlipEncoderLayer`; not together with `padding`.
         """
         if padding is None:
             for number, layer in enumerate(self.layers):
@@ -468,14 +469,14 @@ class FlipEncoder(nn.Module):
 
 
 class FlipPreTrainedModel(PreTrainedModel):
-    """The base of all FLIP models: how they are initialised and loaded."""
+    """The base of all FLIP models: initialisation and loading."""
 
     config: Any
     config_class = FlipConfig
     base_model_prefix = "flip"
     input_modalities: Any = ("image", "text")
     supports_gradient_checkpointing = True
-    # Names of modules that weight decay leaves alone, besides biases and norms: as in the original.
+    # Names of modules without weight decay, besides biases and norms, as in the original.
     no_weight_decay: ClassVar[frozenset[str]] = frozenset({"position_embedding"})
     _no_split_modules = ["FlipTextEmbeddings", "FlipVisionEmbeddings", "FlipEncoderLayer", "FlipDecoderLayer"]  # noqa: RUF012
     _supports_sdpa = True
@@ -489,34 +490,28 @@ class FlipPreTrainedModel(PreTrainedModel):
         """Load the model of a folder or Hub name. Weights are read from safetensors, never from a pickle.
 
         Raises:
-            ValueError: a file of the folder is missing or cut short, the weights are there as a pickle only, or
-                `use_safetensors` is False.
+            ValueError: `use_safetensors` is False.
+            OSError: there are no weights as safetensors.
         """
         if kwargs.pop("use_safetensors", None) is False:
             raise ValueError("use_safetensors is False; a pickle can run code when it is read and is never loaded")
-        if isinstance(pretrained_model_name_or_path, str | Path) and not kwargs.get("subfolder"):
-            folder = Path(pretrained_model_name_or_path)
-            if folder.is_dir():
-                check_folder(folder, kwargs.get("variant"))
-        try:
-            return super().from_pretrained(pretrained_model_name_or_path, *args, use_safetensors=True, **kwargs)
-        except OSError as error:
-            if "use_safetensors" not in str(error):
-                raise
-            raise ValueError(
-                f"{pretrained_model_name_or_path} has no weights as safetensors; a pickle, if it has one, can run code "
-                "when it is read and is never loaded"
-            ) from error
+        return super().from_pretrained(pretrained_model_name_or_path, *args, use_safetensors=True, **kwargs)
 
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
-        """Call `_init_weights` for every module. In custom code, transformers skips modules without parameters, since
-        the code might overwrite loaded weights. The functions of `init` never do, and our tables need filling."""
+        """Call `_init_weights` for every module.
+
+        In custom code, transformers skips modules without parameters, because that code might overwrite loaded weights.
+        The functions of `init` never do, and our tables need to be filled.
+        """
         super()._initialize_weights(module, is_custom_code=False)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Initialise a module as the original does: matrices are Xavier-uniform (q, k and v as one fused matrix);
-        tokens and positions are normal with deviation 0.02."""
+        """Initialise a module as the original does.
+
+        Matrices are Xavier-uniform (q, k and v as one fused matrix). Tokens and positions are normal with standard
+        deviation 0.02.
+        """
         super()._init_weights(module)
         if isinstance(module, FlipVisionEmbeddings):
             init.normal_(module.class_embedding, std=0.02)
@@ -585,21 +580,21 @@ class FlipVisionModel(FlipPreTrainedModel):
 
         Args:
             pixel_values: `(batch, channels, image_size, image_size)`, normalised.
-            image_mask_ratio: the fraction of the patches of `pixel_values` that is removed at random, in [0, 1).
+            image_mask_ratio: fraction of the patches of `pixel_values` that is removed at random, in [0, 1).
             patches: `(batch, kept, channels * p * p)`, channel-major like a flattened convolution kernel. uint8 values
-                0..255 are normalised here with the configuration's mean and deviation; floats must be normalised.
-            patch_index: integers `(batch, kept)`, the row-major position of each patch. Given with `pixel_values` it
-                selects the patches, and `image_mask_ratio` is not used. Without it, `patches` are the whole image.
-            interpolate_pos_encoding: accept `pixel_values` of another size, whose patches have the positions of the
-                places that they show, in the coordinates of the model's own grid.
-            image_size: the side in pixels of the images that `patches` are of, where it is not the configuration's; a
-                multiple of `patch_size`. Positions are as above.
-            branch_scales: for training with stochastic depth, `(batch, blocks, 2)`: what each block's attention and MLP
-                are multiplied by for each image, 0 where they are dropped.
+                0..255 are normalised here with the configuration's mean and std; floats must be normalised.
+            patch_index: integers `(batch, kept)`, the row-major position of each patch. With `pixel_values` it selects
+                the patches, and `image_mask_ratio` is not used. Without it, `patches` are the whole image.
+            interpolate_pos_encoding: whether to accept `pixel_values` of another size. Their patches get the positions
+                of the places that they show, in the coordinates of the model's own grid.
+            image_size: side in pixels of the images of `patches`, a multiple of `patch_size`; by default the
+                configuration's. For positions see above.
+            branch_scales: `(batch, blocks, 2)`, for training with stochastic depth: factors of each block's attention
+                and MLP for each image, 0 where they are dropped.
 
-        Several masks of one image are given as `patches` `(batch, views, kept, channels * p * p)`, `patch_index`
-        `(batch, views, kept)` and, if at all, `branch_scales` `(batch, views, blocks, 2)`. The output is that of
-        `batch * views` images, the views of an image next to each other.
+        For several views (masks) of one image, `patches` is `(batch, views, kept, channels * p * p)`, `patch_index`
+        `(batch, views, kept)` and `branch_scales`, if given, `(batch, views, blocks, 2)`. The output has
+        `batch * views` rows; the views of an image are neighbours.
         """
         hidden_states = self.embeddings(
             pixel_values, image_mask_ratio, patches, patch_index, interpolate_pos_encoding, image_size
@@ -646,10 +641,10 @@ class FlipTextModel(FlipPreTrainedModel):
 
         Args:
             input_ids: `(batch, tokens)`, at most `max_position_embeddings` tokens, padded on the right.
-            attention_mask: `(batch, tokens)`, 1 for the caption's own tokens. By default the tokens that are not
-                `pad_token_id`. It is not used when `attend_to_padding`: the original pads every caption to the full
-                length and attends to the padding, so shorter `input_ids` are padded here. The embedding is then the
-                same at any padded length.
+            attention_mask: `(batch, tokens)`, 1 for the caption's own tokens; by default all that are not
+                `pad_token_id`. Not used with `attend_to_padding`: the original pads every caption to the full length
+                and attends to the padding, so shorter `input_ids` are padded here, and the embedding is the same at any
+                padded length.
         """
         if input_ids is None:
             raise ValueError("input_ids is missing")
@@ -661,13 +656,13 @@ class FlipTextModel(FlipPreTrainedModel):
         elif attention_mask is None:
             attention_mask = torch.ne(input_ids, self.config.pad_token_id).long()
         hidden_states = self.embeddings(input_ids, position_ids)
-        # On a CPU, a batch without padding needs no mask. To find that out, an accelerator would keep the host waiting.
-        looks = attention_mask is None or attention_mask.device.type == "cpu"
+        # A batch without padding needs no mask. Only a CPU checks that, because on an accelerator the host would wait.
+        may_skip = attention_mask is None or attention_mask.device.type == "cpu"
         layer_mask = create_bidirectional_mask(
             config=self.config,
             inputs_embeds=hidden_states,
             attention_mask=attention_mask,
-            allow_is_bidirectional_skip=looks,
+            allow_is_bidirectional_skip=may_skip,
         )
         padding = hidden_states[:, length:] if hidden_states.shape[1] > length else None
         hidden_states = self.encoder(hidden_states[:, :length], layer_mask, padding, **kwargs)
@@ -749,9 +744,9 @@ class FlipModel(FlipPreTrainedModel):
     """Both towers, their projections and the parameters of the loss."""
 
     config: FlipConfig
-    # The parameters that belong to the loss and to no tower, and whether weight decay applies to them, as in the
-    # original and in SigLIP. The model has those for which the configuration has a first value, `NAME_init_value`.
-    # The output of `forward` has a field of each name.
+    # Parameters of the loss, and whether weight decay applies to them, as in the original and in SigLIP. The model has
+    # the parameters with an initial value in the configuration, `NAME_init_value`. The output of `forward` has a field
+    # of each name.
     loss_parameters: ClassVar[dict[str, bool]] = {"logit_scale": True, "logit_bias": False}
     logit_scale: nn.Parameter
     logit_bias: nn.Parameter | None
@@ -759,13 +754,10 @@ class FlipModel(FlipPreTrainedModel):
     def __init__(self, config: FlipConfig):
         """
         Raises:
-            ValueError: the configuration is of a captioner, which has no text tower.
+            ValueError: the configuration has no text tower, because it describes a captioner.
         """
         if config.text_config is None:
-            raise ValueError(
-                "the config has no text_config, as the model writes captions and has no text tower; load it as a "
-                "FlipForConditionalGeneration"
-            )
+            raise ValueError("the config has no text_config; load this captioner as a FlipForConditionalGeneration")
         super().__init__(config)
         vision_config, text_config = config.vision_config, config.text_config
         self.vision_model = FlipVisionModel._from_config(vision_config)
@@ -777,7 +769,7 @@ class FlipModel(FlipPreTrainedModel):
             # Shape (1,): a 0-d parameter cannot be sharded.
             setattr(self, name, None if missing else nn.Parameter(torch.zeros(1)))
         self.post_init()
-        # PreTrainedModel collects the towers' lists, and each of them names the weights of the other tower.
+        # Replaces the union of the towers' lists, because each list names the other tower's weights.
         self._keys_to_ignore_on_load_unexpected = {r"^(decoder|fusion)\."}
 
     def get_input_embeddings(self) -> nn.Module:
@@ -789,7 +781,9 @@ class FlipModel(FlipPreTrainedModel):
     @can_return_tuple
     def get_image_features(self, pixel_values: torch.Tensor | None = None, **kwargs: Any) -> BaseModelOutputWithPooling:
         """Return the image tower's output with `pooler_output` projected to `(batch, projection_dim)`, not normalised.
-        The arguments are those of `FlipVisionModel.forward`."""
+
+        The arguments are those of `FlipVisionModel.forward`.
+        """
         output = self.vision_model(pixel_values=pixel_values, **kwargs)
         output.pooler_output = self.image_projection(output.pooler_output)
         return output
@@ -797,15 +791,19 @@ class FlipModel(FlipPreTrainedModel):
     @can_return_tuple
     def get_text_features(self, input_ids: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
         """Return the text tower's output with `pooler_output` projected to `(batch, projection_dim)`, not normalised.
-        The arguments are those of `FlipTextModel.forward`."""
+
+        The arguments are those of `FlipTextModel.forward`.
+        """
         output = self.text_model(input_ids=input_ids, **kwargs)
         output.pooler_output = self.text_projection(output.pooler_output)
         return output
 
     def loss_values(self) -> dict[str, torch.Tensor]:
-        """Return what the loss takes of the loss parameters that the model has, fp32 `(1,)`: `logit_scale` is the
-        inverse temperature, its exponential taken, clipped to [1, 100]."""
-        # Clipped here only: the parameter itself may drift past ln(100), where its gradient is zero.
+        """Return the values of the loss parameters, fp32 `(1,)`.
+
+        `logit_scale` is the inverse temperature (after the exponential), clipped to [1, 100].
+        """
+        # The parameter itself is not clipped: it may drift past ln(100), where its gradient is zero.
         values = {"logit_scale": self.logit_scale.float().clamp(0.0, math.log(100.0)).exp()}
         if self.logit_bias is not None:
             values["logit_bias"] = self.logit_bias.float()
@@ -829,13 +827,14 @@ class FlipModel(FlipPreTrainedModel):
         **kwargs: Any,
     ) -> FlipOutput | BaseModelOutputWithPooling:
         r"""
-        Embed images and captions and compare them. With nothing of captions, return `get_image_features`: so
-        transformers' pipeline `image-feature-extraction` calls a model.
+        Embed images and captions and compare them. Without captions, return `get_image_features`, because
+        transformers' pipeline `image-feature-extraction` calls a model this way.
 
         Args:
             input_ids, attention_mask, position_ids: see `FlipTextModel.forward`.
-            pixel_values, and what is not named here: see `FlipVisionModel.forward`.
-            return_loss: also compute the loss of this batch; training compares all processes' (`flipscale.objectives`).
+            pixel_values, kwargs: images, see `FlipVisionModel.forward`.
+            return_loss: whether to compute the loss of this batch. Training computes its own over all processes
+                (`flipscale.objectives`).
             return_logits: False skips the `(images, texts)` matrix, which training does not need.
         """
         image_output = self.get_image_features(
@@ -875,8 +874,10 @@ class FlipModel(FlipPreTrainedModel):
 
 
 class FlipForImageClassification(FlipPreTrainedModel):
-    """The image tower and a linear classifier of `num_labels` classes on its `pooler_output`. Loaded from the folder of
-    a `FlipModel`, it has that model's image tower and a new classifier."""
+    """The image tower and a linear classifier of `num_labels` classes on its `pooler_output`.
+
+    Loaded from the folder of a `FlipModel`, it has that model's image tower and a new classifier.
+    """
 
     config: FlipConfig
     main_input_name = "pixel_values"
@@ -900,8 +901,8 @@ class FlipForImageClassification(FlipPreTrainedModel):
         Classify images. The other arguments are those of `FlipVisionModel.forward`.
 
         Args:
-            labels: `(batch,)` class numbers give a cross-entropy `loss`. With `num_labels` 1, floats give a regression
-                loss. `(batch, num_labels)` floats are several labels of an image.
+            labels: `(batch,)` class numbers for a cross-entropy `loss`; floats for a regression loss if `num_labels` is
+                1; `(batch, num_labels)` floats for several labels of an image.
         """
         output = self.vision_model(pixel_values=pixel_values, **kwargs)
         logits = self.classifier(output.pooler_output)

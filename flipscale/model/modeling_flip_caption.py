@@ -1,38 +1,333 @@
-"""FLIP models that write captions: the image tower, and a decoder that looks at the tokens of the visible patches."""
+"""FLIP models that write captions: the image tower, and a decoder with cross-attention to the visible patches."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 from transformers import GenerationMixin
-from transformers.cache_utils import EncoderDecoderCache
+from transformers import initialization as init
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.generation import StoppingCriteria, StoppingCriteriaList
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling, Seq2SeqLMOutput
-from transformers.utils import can_return_tuple
+from transformers.utils import ModelOutput, can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .configuration_flip import FlipConfig
-from .modeling_flip import FlipPreTrainedModel, FlipVisionModel
-from .modeling_flip_decoder import (
-    CACHE,
-    FlipCaptionDecoder,
-    FlipDecoderOutput,
-    bare_captions,
-    caption_inputs,
-    read_captions,
+from .configuration_flip import FlipConfig, FlipDecoderConfig
+from .modeling_flip import (
+    FlipAttention,
+    FlipEncoderLayer,
+    FlipMLP,
+    FlipPreTrainedModel,
+    FlipTextEmbeddings,
+    FlipVisionModel,
+    cast_for_products,
 )
 
-# The arguments of `FlipVisionModel.forward` beside `pixel_values`.
-_IMAGES = (*("image_mask_ratio", "patches", "patch_index", "interpolate_pos_encoding", "image_size", "branch_scales"),)
+# Arguments of `FlipVisionModel.forward` besides `pixel_values`.
+_IMAGES = ("image_mask_ratio", "patches", "patch_index", "interpolate_pos_encoding", "image_size", "branch_scales")
+# transformers' name for the keys and values of earlier tokens: `cache` from 5.24 on, `past_key_values` before.
+CACHE = "cache" if "cache" in Seq2SeqLMOutput.__dataclass_fields__ else "past_key_values"
+# Label of a position without target.
+NO_TARGET = -100
+
+
+@dataclass
+class FlipDecoderOutput(ModelOutput):
+    """The output of the decoder: `logits` `(batch, tokens, vocab_size)`, and the states that transformers records."""
+
+    logits: torch.Tensor | None = None
+    cache: EncoderDecoderCache | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    cross_attentions: tuple[torch.Tensor, ...] | None = None
+
+
+def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Return the negative log-likelihood of each token, in nats: fp32 `(batch, tokens)`, 0 where there is no target.
+
+    Args:
+        logits: `(batch, tokens, vocab_size)`.
+        labels: `(batch, tokens)`; positions with `NO_TARGET` do not count.
+    """
+    losses = nn.functional.cross_entropy(
+        logits.flatten(0, 1).float(), labels.flatten(), ignore_index=NO_TARGET, reduction="none"
+    )
+    return losses.view(labels.shape)
+
+
+def caption_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Return the mean of each caption's `token_losses`, fp32 `(batch,)`, so that all captions have equal weight."""
+    return token_losses(logits, labels).sum(dim=1) / labels.ne(NO_TARGET).sum(dim=1).clamp(min=1)
+
+
+def bare_captions(
+    input_ids: torch.Tensor, attention_mask: torch.Tensor | None, config: FlipDecoderConfig
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return captions without begin and end tokens, int64 `(batch, tokens)`, and a bool mask of their own tokens.
+
+    A caption's own tokens are the first of its row, whether or not the tokenizer adds begin and end tokens.
+    """
+    ids = input_ids.long()
+    own = ids.ne(config.pad_token_id) if attention_mask is None else attention_mask.bool()
+    begins = (ids[:, :1] == config.bos_token_id) & own[:, :1]
+    nothing = torch.zeros_like(own[:, :1])
+    ids = torch.where(begins, torch.cat([ids[:, 1:], ids[:, :1]], dim=1), ids)
+    own = torch.where(begins, torch.cat([own[:, 1:], nothing], dim=1), own)
+    is_last = own & ~torch.cat([own[:, 1:], nothing], dim=1)
+    return ids, own & ~(is_last & (ids == config.eos_token_id))
+
+
+def caption_inputs(
+    input_ids: torch.Tensor, attention_mask: torch.Tensor | None, config: FlipDecoderConfig
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the decoder's inputs and targets for captions, both int64 `(batch, tokens)`.
+
+    Inputs are `bos_token_id` and the caption's tokens. Targets are the tokens and `eos_token_id`. A caption that fills
+    its row has no `eos_token_id` target, because most such captions have been cut.
+
+    Args:
+        input_ids, attention_mask: `(batch, tokens)`, captions from a tokenizer.
+    """
+    ids, own = bare_captions(input_ids, attention_mask, config)
+    reaches = torch.cat([torch.ones_like(own[:, :1]), own[:, :-1]], dim=1)
+    end = NO_TARGET if config.eos_token_id is None else config.eos_token_id
+    labels = torch.where(own, ids, torch.where(reaches, end, NO_TARGET))
+    return shifted_right(labels, config), labels
+
+
+def shifted_right(labels: torch.Tensor, config: FlipDecoderConfig) -> torch.Tensor:
+    """Return the decoder's inputs that predict `labels` `(batch, tokens)`: `bos_token_id`, then the labels."""
+    begin = torch.full_like(labels[:, :1], config.bos_token_id)
+    earlier = labels[:, :-1]
+    return torch.cat([begin, torch.where(earlier == NO_TARGET, config.pad_token_id, earlier)], dim=1)
+
+
+class FlipDecoderAttention(FlipAttention):
+    """Attention between the tokens of a caption or, as cross-attention, from the caption to the image's tokens."""
+
+    def __init__(self, config: FlipDecoderConfig, layer_idx: int, is_causal: bool):
+        super().__init__(cast(Any, config))
+        self.layer_idx, self.is_causal = layer_idx, is_causal
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        image_states: torch.Tensor | None = None,
+        cache: EncoderDecoderCache | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the output `(batch, tokens, hidden_size)`, and the attention weights if the implementation has them.
+
+        Args:
+            image_states: `(batch, image tokens, hidden_size)`, keys and values of cross-attention.
+            cache: keys and values of earlier tokens. Cross-attention writes its own once and then reads them.
+        """
+        hidden_states = cast_for_products(hidden_states)
+        query = self._heads(self.q_proj(hidden_states))
+        if self.is_causal:
+            key, value = self._heads(self.k_proj(hidden_states)), self._heads(self.v_proj(hidden_states))
+            if cache is not None:
+                key, value = cache.self_attention_cache.update(key, value, self.layer_idx)
+        elif cache is not None and cache.is_updated.get(self.layer_idx):
+            layer: Any = cache.cross_attention_cache.layers[self.layer_idx]
+            key, value = layer.keys, layer.values
+        else:
+            assert image_states is not None
+            image_states = cast_for_products(image_states)
+            key, value = self._heads(self.k_proj(image_states)), self._heads(self.v_proj(image_states))
+            if cache is not None:
+                key, value = cache.cross_attention_cache.update(key, value, self.layer_idx)
+                cache.is_updated[self.layer_idx] = True
+        output, weights = self._attend(query, key, value, attention_mask, **kwargs)
+        return self.out_proj(output.reshape(hidden_states.shape)), weights
+
+    def _heads(self, states: torch.Tensor) -> torch.Tensor:
+        return states.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+
+class FlipDecoderLayer(GradientCheckpointingLayer):
+    """One pre-norm block: attention to the caption so far, to the image, and the MLP."""
+
+    def __init__(self, config: FlipDecoderConfig, layer_idx: int):
+        super().__init__()
+        self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.self_attn = FlipDecoderAttention(config, layer_idx, is_causal=True)
+        self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.cross_attn = FlipDecoderAttention(config, layer_idx, is_causal=False)
+        self.layer_norm3 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = FlipMLP(cast(Any, config))
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        image_states: torch.Tensor | None,
+        attention_mask: torch.Tensor | None = None,
+        cache: EncoderDecoderCache | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """Return the tokens `(batch, tokens, width)` after the block."""
+        hidden_states = (
+            hidden_states + self.self_attn(self.layer_norm1(hidden_states), attention_mask, cache=cache, **kwargs)[0]
+        )
+        seen = self.cross_attn(self.layer_norm2(hidden_states), None, image_states, cache=cache, **kwargs)[0]
+        hidden_states = hidden_states + seen
+        return hidden_states + self.mlp(self.layer_norm3(hidden_states))
+
+
+class FlipCaptionDecoder(FlipPreTrainedModel):
+    """The decoder: it predicts each token of a caption from earlier tokens and from the tokens of the image."""
+
+    config: FlipDecoderConfig
+    input_modalities = ("text",)
+    base_model_prefix = "decoder"
+    _input_embed_layer = "token_embedding"
+    _can_record_outputs = {  # noqa: RUF012
+        "hidden_states": FlipDecoderLayer,
+        "attentions": OutputRecorder(FlipDecoderAttention, index=1, layer_name="self_attn"),
+        "cross_attentions": OutputRecorder(FlipDecoderAttention, index=1, layer_name="cross_attn"),
+    }
+
+    def __init__(self, config: FlipDecoderConfig, image_width: int):
+        super().__init__(config)
+        self.image_projection = nn.Linear(image_width, config.hidden_size)
+        self.image_layers = nn.ModuleList(
+            [FlipEncoderLayer(cast(Any, config)) for _ in range(config.num_encoder_layers)]
+        )
+        self.embeddings = FlipTextEmbeddings(cast(Any, config))
+        self.layers = nn.ModuleList([FlipDecoderLayer(config, number) for number in range(config.num_hidden_layers)])
+        self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embeddings.token_embedding
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.embeddings.token_embedding = cast(nn.Embedding, value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.lm_head = cast(nn.Linear, new_embeddings)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, FlipCaptionDecoder):
+            init.xavier_uniform_(module.image_projection.weight)
+
+    @merge_with_config_defaults
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        image_tokens: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        cache: EncoderDecoderCache | None = None,
+        use_cache: bool | None = None,
+        in_parallel: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> FlipDecoderOutput:
+        """Return the logits of the token after each token.
+
+        Args:
+            input_ids: `(batch, tokens)`, beginning with `bos_token_id`, without tokens that are in `cache`.
+            image_tokens: `(batch, image tokens, image_width)`, output of the image tower.
+            attention_mask: `(batch, tokens)`, 0 for padding on the left. Padding on the right needs no mask, because
+                attention is causal.
+            position_ids: `(batch, tokens)`; by default counted from 0.
+            in_parallel: bool `(batch,)`, True for captions whose tokens are all predicted at once: the decoder's input
+                is `mask_token_id` at every position, and attention is not causal.
+        """
+        if use_cache and cache is None:
+            cache = EncoderDecoderCache(DynamicCache(config=self.config), DynamicCache(config=self.config))
+        if position_ids is None:
+            past = 0 if cache is None else cache.get_seq_length()
+            position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None] + past
+        if in_parallel is not None:
+            input_ids = torch.where(in_parallel[:, None], cast(int, self.config.mask_token_id), input_ids)
+        hidden_states = self.embeddings(input_ids, position_ids)
+        if in_parallel is None:
+            mask = create_causal_mask(
+                config=self.config,
+                inputs_embeds=hidden_states,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                **{CACHE: cache},
+            )
+        else:
+            mask = self._partly_causal_mask(in_parallel, hidden_states)
+        image_states = None
+        if cache is None or not cache.is_updated.get(0):
+            # The decoder may be sharded and then computes in the precision of its weights.
+            image_states = self.image_projection(image_tokens.to(self.image_projection.weight.dtype))
+            for layer in self.image_layers:
+                image_states = layer(image_states, **kwargs)
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, image_states, mask, cache=cache, **kwargs)
+        return FlipDecoderOutput(logits=self.lm_head(self.final_layer_norm(hidden_states)), cache=cache)
+
+    def _partly_causal_mask(self, in_parallel: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Return a mask `(batch, 1, tokens, tokens)` that is causal except for the captions `in_parallel`.
+
+        It is bool for sdpa, and otherwise added to the scores.
+        """
+        tokens = hidden_states.shape[1]
+        causal = torch.ones(tokens, tokens, dtype=torch.bool, device=hidden_states.device).tril()
+        visible = causal[None, None] | in_parallel[:, None, None, None]
+        if self.config._attn_implementation == "sdpa":
+            return visible
+        return torch.zeros_like(visible, dtype=hidden_states.dtype).masked_fill(
+            ~visible, torch.finfo(hidden_states.dtype).min
+        )
+
+
+def read_captions(
+    decoder: FlipCaptionDecoder,
+    image_tokens: torch.Tensor,
+    input_ids: torch.Tensor | None,
+    labels: torch.Tensor | None,
+    in_parallel: torch.Tensor | None,
+    **kwargs: Any,
+) -> tuple[FlipDecoderOutput, torch.Tensor | None]:
+    """Return the decoder's output for the captions of images, and with labels their `caption_losses`.
+
+    Args:
+        image_tokens: tokens of each image, or of each of its views, which are neighbouring rows and share the caption.
+        input_ids, labels: see `FlipForConditionalGeneration.forward`.
+        in_parallel, kwargs: see `FlipCaptionDecoder.forward`.
+
+    Raises:
+        ValueError: there are no captions.
+    """
+    if input_ids is None:
+        if labels is None:
+            raise ValueError("no captions are given; pass input_ids, labels or decoder_input_ids")
+        input_ids = shifted_right(labels, decoder.config)
+    views = len(image_tokens) // len(input_ids)
+    if views > 1:
+        input_ids = input_ids.repeat_interleave(views, dim=0)
+        labels = None if labels is None else labels.repeat_interleave(views, dim=0)
+        in_parallel = None if in_parallel is None else in_parallel.repeat_interleave(views, dim=0)
+    decoded = decoder(input_ids, image_tokens, in_parallel=in_parallel, **kwargs)
+    return decoded, None if labels is None else caption_losses(decoded.logits, labels)
 
 
 @dataclass
 class FlipCaptionOutput(Seq2SeqLMOutput):
     """
-    transformers' output of a model with an encoder and a decoder. `loss` is the mean of `caption_losses`.
+    transformers' output of an encoder-decoder model. `loss` is the mean of `caption_losses`.
 
     Args:
-        caption_losses: of each caption, the mean of its tokens' negative log-likelihoods in nats: fp32 `(batch,)`.
+        caption_losses: fp32 `(batch,)`, the mean negative log-likelihood of each caption's tokens, in nats.
     """
 
     caption_losses: torch.Tensor | None = None
@@ -55,8 +350,8 @@ def _output(
     )
 
 
-class _PositionsUsed(StoppingCriteria):
-    """Ends captions when the decoder has no position for another token."""
+class _NoPositionLeft(StoppingCriteria):
+    """Stops a caption when the decoder has no position for another token."""
 
     def __init__(self, positions: int):
         self.positions = positions
@@ -66,8 +361,10 @@ class _PositionsUsed(StoppingCriteria):
 
 
 class FlipForConditionalGeneration(FlipPreTrainedModel, GenerationMixin):
-    """The image tower and a decoder that writes captions. Loaded from the folder of a model that has text tower,
-    projections and decoder, it has what it needs of them."""
+    """The image tower and a decoder that writes captions.
+
+    It also loads from a folder with a text tower and projections, and ignores those weights.
+    """
 
     config: FlipConfig
     main_input_name = "pixel_values"
@@ -80,9 +377,7 @@ class FlipForConditionalGeneration(FlipPreTrainedModel, GenerationMixin):
             ValueError: the configuration has no decoder.
         """
         if config.decoder_config is None:
-            raise ValueError(
-                "the config has no decoder_config, so the model writes no captions; load it as a FlipModel"
-            )
+            raise ValueError("the config has no decoder_config, which captions need; load the model as a FlipModel")
         super().__init__(config)
         self.vision_model = FlipVisionModel._from_config(config.vision_config)
         self.decoder = FlipCaptionDecoder._from_config(
@@ -110,8 +405,10 @@ class FlipForConditionalGeneration(FlipPreTrainedModel, GenerationMixin):
 
     @can_return_tuple
     def get_image_features(self, pixel_values: torch.Tensor | None = None, **kwargs: Any) -> BaseModelOutputWithPooling:
-        """Return the image tower's output; `pooler_output` is the mean over all tokens, `(batch, hidden_size)`. The
-        arguments are those of `FlipVisionModel.forward`."""
+        """Return the image tower's output; `pooler_output` is the mean over all tokens, `(batch, hidden_size)`.
+
+        The arguments are those of `FlipVisionModel.forward`.
+        """
         return self.vision_model(pixel_values=pixel_values, **kwargs)
 
     @can_return_tuple
@@ -133,37 +430,37 @@ class FlipForConditionalGeneration(FlipPreTrainedModel, GenerationMixin):
         **kwargs: Any,
     ) -> FlipCaptionOutput:
         r"""
-        Predict the tokens of captions, which are given as a tokenizer makes them (`input_ids`), as targets (`labels`),
-        or as what the decoder reads (`decoder_input_ids`).
+        Predict the tokens of captions. A caption is a tokenizer's output (`input_ids`), targets (`labels`), or inputs
+        of the decoder (`decoder_input_ids`).
 
         Args:
-            input_ids, attention_mask: `(batch, tokens)`, captions, of which `caption_inputs` makes `decoder_input_ids`
-                and `labels`.
-            decoder_input_ids: `(batch, tokens)`, the first of each `bos_token_id`. `logits[:, i]` are of the token
-                after the i-th. Left out, they are the labels, one place to the right.
+            input_ids, attention_mask: `(batch, tokens)`, captions; `caption_inputs` makes `decoder_input_ids` and
+                `labels` from them.
+            decoder_input_ids: `(batch, tokens)`, beginning with `bos_token_id`. `logits[:, i]` predict the token after
+                the i-th. By default the labels, shifted right by one.
             decoder_attention_mask, decoder_position_ids, in_parallel: see `FlipCaptionDecoder.forward`.
-            encoder_outputs: the image tower's output, in place of images.
-            labels: `(batch, tokens)`, the last of each `eos_token_id`, -100 where there is no target. With them or
-                `input_ids` there is a loss.
+            encoder_outputs: output of the image tower, instead of images.
+            labels: `(batch, tokens)`, each ending with `eos_token_id`; -100 at positions without target. The output has
+                a loss if labels or `input_ids` are given.
             return_logits: False leaves out `logits`, which training does not need.
-            kwargs: images as `FlipVisionModel.forward` takes them. The decoder sees the patches that are given, and no
-                other. Several views of an image each have its caption.
+            kwargs: images, as arguments of `FlipVisionModel.forward`. The decoder sees only the given patches. Views of
+                an image share its caption.
 
         Raises:
-            ValueError: no captions are given, or longer ones than the decoder has positions.
+            ValueError: no captions are given, or a caption is longer than the decoder's positions.
         """
         images = {name: kwargs.pop(name) for name in _IMAGES if name in kwargs}
         if encoder_outputs is None:
             encoder_outputs = self.vision_model(pixel_values=pixel_values, **images, **kwargs)
         if input_ids is not None and labels is None:
-            reads, labels = caption_inputs(input_ids, attention_mask, self.config.decoder_config)
-            decoder_input_ids = reads if decoder_input_ids is None else decoder_input_ids
+            shifted, labels = caption_inputs(input_ids, attention_mask, self.config.decoder_config)
+            decoder_input_ids = shifted if decoder_input_ids is None else decoder_input_ids
         if use_cache is None:
             use_cache = self.config.decoder_config.use_cache and labels is None and not self.training
-        given: dict[str, Any] = {"attention_mask": decoder_attention_mask, "position_ids": decoder_position_ids}
-        given |= {"cache": cache if cache is not None else past_key_values, "use_cache": use_cache, **kwargs}
+        options: dict[str, Any] = {"attention_mask": decoder_attention_mask, "position_ids": decoder_position_ids}
+        options |= {"cache": cache if cache is not None else past_key_values, "use_cache": use_cache, **kwargs}
         captions = (decoder_input_ids, labels, in_parallel)
-        decoded, losses = read_captions(self.decoder, encoder_outputs[0], *captions, **given)
+        decoded, losses = read_captions(self.decoder, encoder_outputs[0], *captions, **options)
         return _output(encoder_outputs, decoded, losses, return_logits)
 
     @torch.no_grad()
@@ -174,32 +471,32 @@ class FlipForConditionalGeneration(FlipPreTrainedModel, GenerationMixin):
         attention_mask: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Write captions: ids `(images, tokens)`, the first of each `bos_token_id`, the last `eos_token_id`, then
-        padding. A caption ends at the latest with the decoder's positions, which are also the default of `max_length`.
+        """Write captions: ids `(images, tokens)`, from `bos_token_id` to `eos_token_id`, then padding.
+
+        By default a caption ends at the decoder's last position, and never later.
 
         Args:
-            input_ids, attention_mask: texts that the captions go on from, as a tokenizer makes them, all of one number
-                of tokens.
-            kwargs: images in another way than `pixel_values`, as `forward` takes them, and what transformers'
-                `generate` takes, such as `max_new_tokens` and `num_beams`.
+            input_ids, attention_mask: prompts from a tokenizer, all with the same number of tokens.
+            kwargs: images in other forms than `pixel_values`, see `forward`; and arguments of transformers' `generate`,
+                such as `max_new_tokens` and `num_beams`.
 
         Raises:
-            ValueError: the texts to go on from have different numbers of tokens.
+            ValueError: the prompts have different numbers of tokens.
         """
         images = {name: kwargs.pop(name) for name in _IMAGES if name in kwargs}
         if pixel_values is not None and not images:
-            kwargs["pixel_values"] = pixel_values  # which an `assistant_model` encodes on its own
+            kwargs["pixel_values"] = pixel_values  # an `assistant_model` encodes them on its own
         elif kwargs.get("encoder_outputs") is None:
             kwargs["encoder_outputs"] = self.vision_model(pixel_values=pixel_values, **images)
         if input_ids is not None:
             kwargs["decoder_input_ids"] = self._prompt(input_ids, attention_mask)
         if kwargs.get(CACHE) is not None and kwargs.get("decoder_input_ids") is not None:
-            # Beside a mask alone does transformers leave out the tokens that the cache holds.
+            # transformers drops the tokens that are in the cache only if there is a mask.
             kwargs.setdefault("decoder_attention_mask", torch.ones_like(kwargs["decoder_input_ids"]))
         positions = self.config.decoder_config.max_position_embeddings
         if not kwargs.keys() & {"max_length", "max_new_tokens", "generation_config"}:
             kwargs["max_length"] = positions + 1
-        limit = _PositionsUsed(positions)
+        limit = _NoPositionLeft(positions)
         kwargs["stopping_criteria"] = StoppingCriteriaList([*(kwargs.get("stopping_criteria") or []), limit])
         return super().generate(**kwargs)
 
@@ -209,10 +506,10 @@ class FlipForConditionalGeneration(FlipPreTrainedModel, GenerationMixin):
         shortest, longest = int(lengths.min()), int(lengths.max())
         if shortest != longest:
             raise ValueError(
-                f"the texts to go on from have {shortest} to {longest} tokens; give those of one length at a time"
+                f"the prompts in input_ids have {shortest} to {longest} tokens; give prompts of one length at a time"
             )
         begin = ids.new_full((len(ids), 1), self.config.decoder_config.bos_token_id)
         return torch.cat([begin, ids[:, :longest]], dim=1)
 
 
-__all__ = ["FlipForConditionalGeneration"]
+__all__ = ["FlipCaptionDecoder", "FlipForConditionalGeneration"]

@@ -1,4 +1,4 @@
-"""FLIP models that answer questions about images: both towers, and a small transformer over the tokens of both."""
+"""FLIP models that answer questions about images: both towers, and a small transformer over their tokens."""
 
 from dataclasses import dataclass
 from typing import Any, cast
@@ -19,8 +19,8 @@ class FlipAnswerOutput(FlipOutput):
     The output of both towers, and the answers. `loss` is the mean of `answer_losses`.
 
     Args:
-        logits: `(batch, num_answers)`; their sigmoid is the score that each answer is expected to have.
-        answer_losses: of each question, the sum over the answers of the binary cross-entropy: fp32 `(batch,)`.
+        logits: `(batch, num_answers)`; their sigmoid is the predicted score of each answer.
+        answer_losses: fp32 `(batch,)`, the binary cross-entropy of each question, summed over the answers.
     """
 
     logits: torch.Tensor | None = None
@@ -28,8 +28,9 @@ class FlipAnswerOutput(FlipOutput):
 
 
 def answer_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Return the binary cross-entropy of each question, summed over the answers, in nats: fp32 `(batch,)`. The sum, and
-    scores between 0 and 1 as labels, are METER's (arXiv 2111.02387).
+    """Return the binary cross-entropy of each question, summed over the answers, in nats: fp32 `(batch,)`.
+
+    The sum, and labels that are scores from 0 to 1, follow METER (arXiv 2111.02387).
 
     Args:
         logits, labels: `(batch, num_answers)`.
@@ -39,8 +40,10 @@ def answer_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 class FlipFusion(FlipPreTrainedModel):
-    """The transformer over a class token, the question's tokens and the image's, which all look at each other, and a
-    classifier of two layers on the class token."""
+    """A bidirectional transformer over a class token, the question's tokens and the image's tokens.
+
+    A classifier of two layers reads the class token.
+    """
 
     config: FlipAnswerConfig
     base_model_prefix = "fusion"
@@ -75,11 +78,12 @@ class FlipFusion(FlipPreTrainedModel):
         """Return the logits of the answers, `(batch, num_answers)`.
 
         Args:
-            image_tokens: `(batch, image tokens, image_width)`, of the image tower; None for a model that sees none.
-            text_tokens: `(batch, tokens, text_width)`, of the text tower.
-            own: bool `(batch, tokens)`, which of these are the question's own and no padding.
+            image_tokens: `(batch, image tokens, image_width)`, output of the image tower; None for a model without
+                images.
+            text_tokens: `(batch, tokens, text_width)`, output of the text tower.
+            own: bool `(batch, tokens)`, False for padding.
         """
-        # A sharded transformer computes in the precision of its weights.
+        # The transformer may be sharded and then computes in the precision of its weights.
         dtype = self.embed_text.weight.dtype
         kinds = self.kind_embedding.to(dtype)
         first = self.class_embedding.to(dtype).expand(len(text_tokens), 1, -1)
@@ -93,7 +97,7 @@ class FlipFusion(FlipPreTrainedModel):
             config=self.config,
             inputs_embeds=hidden_states,
             attention_mask=attention_mask,
-            # To find out that there is no padding, an accelerator would keep the host waiting.
+            # On an accelerator the host would wait for the check whether there is padding.
             allow_is_bidirectional_skip=hidden_states.device.type == "cpu",
         )
         hidden_states = self.encoder(hidden_states, mask)
@@ -101,19 +105,18 @@ class FlipFusion(FlipPreTrainedModel):
 
 
 class FlipForQuestionAnswering(FlipModel):
-    """A `FlipModel` that answers questions about images: the same weights by the same names, and those of `fusion`. An
-    answer is one of a list, which the configuration counts. Loaded from the folder of a `FlipModel`, it has the towers
-    there and a new `fusion`."""
+    """A `FlipModel` with a `fusion` transformer that answers questions about images, with one of `num_answers` answers.
+
+    Loaded from the folder of a `FlipModel`, it has that model's towers and a new `fusion`.
+    """
 
     def __init__(self, config: FlipConfig):
         """
         Raises:
-            ValueError: the configuration has no fusion.
+            ValueError: the configuration has no `answer_config`.
         """
         if config.answer_config is None:
-            raise ValueError(
-                "the config has no answer_config, so the model answers no questions; load it as a FlipModel"
-            )
+            raise ValueError("the config has no answer_config, which answers need; load the model as a FlipModel")
         super().__init__(config)
         self.fusion = FlipFusion._from_config(
             config.answer_config,
@@ -135,16 +138,16 @@ class FlipForQuestionAnswering(FlipModel):
         Answer questions.
 
         Args:
-            input_ids, attention_mask: `(batch, tokens)`, the questions, as `FlipTextModel.forward` takes them.
-            labels: `(batch, num_answers)`, the score of each answer, from 0 to 1; with them there is a loss.
-            kwargs: images in another way than `pixel_values`, as `FlipVisionModel.forward` takes them. Several views of
-                an image each have its question.
+            input_ids, attention_mask: `(batch, tokens)`, the questions, see `FlipTextModel.forward`.
+            labels: `(batch, num_answers)`, the score of each answer, from 0 to 1; the output then has a loss.
+            kwargs: images in other forms than `pixel_values`, see `FlipVisionModel.forward`. Views of an image share
+                its question.
 
         Raises:
             ValueError: there are no questions.
         """
         if input_ids is None:
-            raise ValueError("no questions are given; pass input_ids")
+            raise ValueError("input_ids is missing; give the questions")
         kwargs["return_logits"] = False
         output = super().forward(input_ids, pixel_values, attention_mask, **kwargs)
         own = input_ids.ne(self.config.text_config.pad_token_id) if attention_mask is None else attention_mask.bool()
@@ -156,9 +159,9 @@ class FlipForQuestionAnswering(FlipModel):
             labels = None if labels is None else labels.repeat_interleave(views, dim=0)
         logits = self.fusion(image_tokens if self.config.answer_config.sees_image else None, text_tokens, own)
         losses = None if labels is None else answer_losses(logits, labels)
-        found = {name: value for name, value in output.items() if name != "loss"}
+        towers = {name: value for name, value in output.items() if name != "loss"}
         return FlipAnswerOutput(
-            loss=None if losses is None else losses.mean(), **found, logits=logits, answer_losses=losses
+            loss=None if losses is None else losses.mean(), **towers, logits=logits, answer_losses=losses
         )
 
 

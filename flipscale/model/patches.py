@@ -1,13 +1,16 @@
-"""Patches of an image: how many are kept, which, and where their pixels are."""
+"""Patches of an image: the number and choice of visible patches, and their pixels."""
 
 import torch
 
 
 def num_kept(num_tokens: int, mask_ratio: float, what: str = "patches") -> int:
-    """Return the number of tokens left at `mask_ratio`: int(num_tokens * (1 - mask_ratio)), as the original counts.
+    """Return the number of tokens left at `mask_ratio`: int(num_tokens * (1 - mask_ratio)), as in the original.
+
+    Args:
+        what: plural noun for the tokens, for messages.
 
     Raises:
-        ValueError: `mask_ratio` is outside of [0, 1), or so high that nothing is left.
+        ValueError: `mask_ratio` is outside of [0, 1), or no token is left.
     """
     if not 0.0 <= mask_ratio < 1.0:
         raise ValueError(f"mask_ratio is {mask_ratio}; it must be in [0, 1): the fraction of {what} removed")
@@ -18,20 +21,20 @@ def num_kept(num_tokens: int, mask_ratio: float, what: str = "patches") -> int:
 
 
 def keep_lowest(scores: torch.Tensor, kept: int, views: int = 1) -> torch.Tensor:
-    """Return the patches with the lowest scores of each image as row-major positions: int64 `(batch, views, kept)`,
-    ascending. Uniform noise as scores makes a uniform subset.
+    """Return the row-major positions of each image's patches with the lowest scores: int64 `(batch, views, kept)`.
+
+    Positions are ascending. Uniform noise as scores gives a uniform subset.
 
     Args:
         scores: `(batch, rows, columns)`.
-        views: the first view has the `kept` lowest, the second the next `kept`, and so on.
+        views: number of disjoint subsets: the first has the `kept` lowest scores, the second the next `kept`.
     """
     first = scores.flatten(1).topk(views * kept, dim=1, largest=False, sorted=views > 1).indices
     return first.unflatten(1, (views, kept)).sort(dim=2).values
 
 
 def complement(patch_index: torch.Tensor, num_patches: int) -> torch.Tensor:
-    """Return the patches that `patch_index` `(batch, kept)` leaves out: int64 `(batch, num_patches - kept)`,
-    ascending."""
+    """Return the patches not in `patch_index` `(batch, kept)`, ascending: int64 `(batch, num_patches - kept)`."""
     absent = torch.ones(len(patch_index), num_patches, dtype=torch.uint8, device=patch_index.device)
     absent.scatter_(1, patch_index.long(), 0)
     return absent.argsort(dim=1, descending=True, stable=True)[:, : num_patches - patch_index.shape[1]]

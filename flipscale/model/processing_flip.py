@@ -1,4 +1,4 @@
-"""Images and texts as FLIP models take them."""
+"""The processor of images and texts for FLIP models."""
 
 from typing import Any
 
@@ -10,8 +10,10 @@ class FlipProcessorKwargs(ProcessingKwargs, total=False):
 
 
 class FlipProcessor(ProcessorMixin):
-    """An image processor (centre crop of the short side, bicubic, ImageNet mean and deviation) and a tokenizer whose
-    `model_max_length` is the model's; captions are padded to it, as the original pads them."""
+    """An image processor (centre crop of the short side, bicubic, ImageNet mean and std) and a tokenizer.
+
+    The tokenizer's `model_max_length` is the model's; captions are padded to it, as in the original.
+    """
 
     valid_processor_kwargs = FlipProcessorKwargs
 

@@ -14,7 +14,7 @@ from flipscale.data.pairs import PairDataset
 from flipscale.io.errors import UserError
 from flipscale.model import FlipConfig, FlipDecoderConfig, FlipForConditionalGeneration, FlipModel, FlipPreTrainedModel
 from flipscale.model.modeling_flip import FlipOutput
-from flipscale.model.modeling_flip_decoder import FlipCaptionDecoder, caption_inputs, read_captions
+from flipscale.model.modeling_flip_caption import FlipCaptionDecoder, caption_inputs, read_captions
 from flipscale.objectives.objective import Objective, recorded_inputs, watch_gradients
 
 Prediction = Literal["next_token", "parallel", "mixed"]
@@ -143,7 +143,7 @@ class WithCaptions(Objective):
 def with_decoder(config: FlipConfig, prediction: Prediction) -> FlipConfig:
     """Return a copy of `config` with a decoder, by default of the text tower's width."""
     changed = copy.deepcopy(config)
-    decoder = changed.decoder_config or FlipDecoderConfig.beside(changed.text_config)
+    decoder = changed.decoder_config or FlipDecoderConfig.for_text(changed.text_config)
     if PARALLEL_SHARES[prediction] > 0.0:
         # An additional token, because not every tokenizer has an unused one.
         decoder.mask_token_id, decoder.vocab_size = decoder.vocab_size, decoder.vocab_size + 1

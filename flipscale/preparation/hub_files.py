@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from flipscale.io.atomic import partial_path, sync
 from flipscale.io.errors import UserError
-from flipscale.model.hub_requests import guard_requests
+from flipscale.io.hub_requests import guard_requests
 
 _CHUNK_BYTES = 1 << 20
 # In a row that bring nothing, before a download is given up.

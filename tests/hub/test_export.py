@@ -204,8 +204,6 @@ def test_folder_holds_what_it_needs_and_nothing_else(folder: Path) -> None:
         "config.json",
         "config_sentence_transformers.json",
         "configuration_flip.py",
-        "configuration_parts.py",
-        "folder.py",
         "model.bf16.safetensors",
         "model.safetensors",
         "modeling_flip.py",

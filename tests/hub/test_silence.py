@@ -10,8 +10,8 @@ import pytest
 from huggingface_hub import close_session, get_session
 from huggingface_hub.errors import HTTPError
 
-from flipscale.model import hub_requests
-from flipscale.model.hub_requests import guard_requests
+from flipscale.io import hub_requests
+from flipscale.io.hub_requests import guard_requests
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n"
 FILE = "/org/name/resolve/main/a"

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
 
 from flipscale.model import FlipConfig, FlipDecoderConfig, FlipForConditionalGeneration, FlipModel, FlipVisionModel
-from flipscale.model.modeling_flip_decoder import NO_TARGET, caption_inputs, caption_losses, shifted_right
+from flipscale.model.modeling_flip_caption import NO_TARGET, caption_inputs, caption_losses, shifted_right
 
 DECODER = {
     "hidden_size": 24,
@@ -199,7 +199,7 @@ def test_goes_on_from_a_text(captioner: Callable[..., FlipForConditionalGenerati
         model.generate(images[:1], input_ids=torch.zeros(1, 8, dtype=torch.long)), model.generate(images[:1])
     )
     assert torch.equal(model.generate(images[:2], input_ids=torch.zeros(2, 0)), model.generate(images[:2]))
-    with pytest.raises(ValueError, match="the texts to go on from have 1 to 2 tokens; give those of one length"):
+    with pytest.raises(ValueError, match="input_ids have 1 to 2 tokens"):
         model.generate(images[:2], input_ids=targets([5, 0], [5, 6]))
 
 
@@ -209,9 +209,9 @@ def test_a_caption_ends_with_the_positions(
     model = captioner(eos_token_id=3)
     for how in ({}, {"max_new_tokens": 40}, {"max_new_tokens": 40, "num_beams": 2}):
         assert model.generate(images, eos_token_id=None, **how).shape == (3, 9)
-    with pytest.raises(ValueError, match="input_ids has 9 tokens, the model at most 8; truncate them"):
+    with pytest.raises(ValueError, match="input_ids has 9 tokens; expected at most 8"):
         model(images, input_ids=torch.ones(3, 9, dtype=torch.long))
-    with pytest.raises(ValueError, match="no captions are given; pass input_ids, labels or decoder_input_ids"):
+    with pytest.raises(ValueError, match="no captions are given"):
         model(images)
 
 
@@ -271,9 +271,9 @@ def test_a_captioner_has_no_text_tower(
     own = FlipConfig.from_own_fields(config.to_dict())
     assert own.text_config is None
     assert own.decoder_config.to_diff_dict() == config.decoder_config.to_diff_dict()
-    with pytest.raises(ValueError, match="the config has no text_config, as the model writes captions and has no text"):
+    with pytest.raises(ValueError, match="the config has no text_config"):
         FlipModel.from_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="the config has no decoder_config, so the model writes no captions; load it"):
+    with pytest.raises(ValueError, match="the config has no decoder_config"):
         FlipForConditionalGeneration(model.config)
     assert "decoder_config" not in model.config.to_diff_dict()
     assert not model.config.is_encoder_decoder
@@ -281,5 +281,5 @@ def test_a_captioner_has_no_text_tower(
 
 @pytest.mark.parametrize("name", ["bos_token_id", "eos_token_id", "mask_token_id", "pad_token_id"])
 def test_tokens_are_of_the_vocabulary(name: str) -> None:
-    with pytest.raises(ValueError, match=f"decoder_config: {name} is 16; it must be below vocab_size, from 0"):
+    with pytest.raises(ValueError, match=f"decoder_config: {name} is 16"):
         FlipDecoderConfig(**{**DECODER, name: 16})

@@ -91,29 +91,29 @@ def test_mask_ratio_that_leaves_nothing(model: FlipModel, images: torch.Tensor) 
 @pytest.mark.parametrize(
     ("inputs", "message"),
     [
-        ({}, "give either pixel_values or patches"),
-        ({"patches": torch.zeros(2, 5, 192)}, "patches has 5 of 16 patches and patch_index is missing"),
-        ({"patches": torch.zeros(2, 5, 64)}, r"patches is \(2, 5, 64\), it must be \(batch, kept, 192\)"),
+        ({}, "pixel_values and patches are both missing"),
+        ({"patches": torch.zeros(2, 5, 192)}, "patches has 5 of 16 patches"),
+        ({"patches": torch.zeros(2, 5, 64)}, r"patches has shape \(2, 5, 64\); expected \(batch, kept, 192\)"),
         (
             {"patches": torch.zeros(2, 5, 192), "patch_index": torch.zeros(2, 4).long()},
-            r"patch_index is \(2, 4\), it must be \(2, 5\) as patches is",
+            r"patch_index has shape \(2, 4\); expected \(2, 5\)",
         ),
-        ({"pixel_values": torch.zeros(2, 1, 32, 32)}, r"is \(2, 1, 32, 32\), it must be \(batch, 3, height, width\)"),
-        ({"pixel_values": torch.zeros(3, 32, 32)}, r"pixel_values is \(3, 32, 32\), it must be \(batch, 3, "),
+        ({"pixel_values": torch.zeros(2, 1, 32, 32)}, r"shape \(2, 1, 32, 32\); expected \(batch, 3, height"),
+        ({"pixel_values": torch.zeros(3, 32, 32)}, r"pixel_values has shape \(3, 32, 32\)"),
         (
             {"pixel_values": torch.zeros(2, 3, 40, 32)},
-            "pixel_values are 40x32, the model is for 32x32; resize them, pass",
+            "pixel_values are 40x32; expected 32x32",
         ),
         (
             {"pixel_values": torch.zeros(2, 3, 36, 40), "interpolate_pos_encoding": True},
-            "pixel_values are 36x40, which patch_size 8 does not divide",
+            "pixel_values are 36x40; expected multiples of patch_size 8",
         ),
         (
             {"patches": torch.zeros(2, 4, 192), "image_size": 20},
-            "image_size 20 is not divisible by patch_size 8; use 16 or 24",
+            "image_size 20 .*use 16 or 24",
         ),
-        ({"patches": torch.zeros(2, 16, 192), "image_size": 16}, "patches has 16 of 4 patches and patch_index is miss"),
-        ({"pixel_values": torch.zeros(2, 3, 32, 32), "image_size": 16}, "pixel_values are 32x32, image_size is 16x16"),
+        ({"patches": torch.zeros(2, 16, 192), "image_size": 16}, "patches has 16 of 4 patches"),
+        ({"pixel_values": torch.zeros(2, 3, 32, 32), "image_size": 16}, "pixel_values are 32x32; expected 16x16"),
     ],
 )
 def test_image_input_that_does_not_fit(model: FlipModel, inputs: dict[str, Any], message: str) -> None:
@@ -206,7 +206,7 @@ def test_a_tower_reads_larger_images_in_the_coordinates_that_it_was_trained_in(
     assert torch.equal(
         again.vision_model.embeddings.position_embedding, bigger.vision_model.embeddings.position_embedding
     )
-    with pytest.raises(ValueError, match="position_size 30 is not divisible by patch_size 8; use the image_size of"):
+    with pytest.raises(ValueError, match="position_size 30"):
         FlipVisionConfig(image_size=64, patch_size=8, position_size=30)
 
 
@@ -274,7 +274,7 @@ def test_hidden_states_and_attentions_cover_the_ids_given(
 
 
 def test_a_caption_too_long(model: FlipModel) -> None:
-    with pytest.raises(ValueError, match="input_ids has 9 tokens, the model at most 8; truncate them"):
+    with pytest.raises(ValueError, match="input_ids has 9 tokens; expected at most 8"):
         model.text_model(torch.ones(1, 9).long())
 
 

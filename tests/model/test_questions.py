@@ -77,9 +77,9 @@ def test_the_blind_model_does_not_look() -> None:
 
 
 def test_what_is_missing_is_told() -> None:
-    with pytest.raises(ValueError, match="the config has no answer_config, so the model answers no questions; load it"):
+    with pytest.raises(ValueError, match="the config has no answer_config"):
         FlipForQuestionAnswering(FlipConfig(**CONFIG))
-    with pytest.raises(ValueError, match="no questions are given; pass input_ids"):
+    with pytest.raises(ValueError, match="input_ids is missing"):
         build()(pixel_values=torch.zeros(1, 3, 32, 32))
     with pytest.raises(ValueError, match="num_answers is 0; it must be at least 1"):
         build(num_answers=0)

@@ -24,7 +24,7 @@ from flipscale.data.tokenizers import load_tokenizer
 from flipscale.engines.first_weights import build_weights, compile_blocks, fresh_weights
 from flipscale.hub.loading import load_flip, load_model
 from flipscale.model import FlipConfig, FlipForConditionalGeneration, FlipModel
-from flipscale.model.modeling_flip_decoder import caption_inputs
+from flipscale.model.modeling_flip_caption import caption_inputs
 from flipscale.model.patches import take_patches
 from flipscale.objectives.captioning import CaptioningFlipModel, CaptionLoss, WithCaptions
 from flipscale.objectives.contrastive import Contrastive

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from flipscale.io.errors import UserError
-from flipscale.model.hub_requests import guard_requests
+from flipscale.io.hub_requests import guard_requests
 
 # A server is given up for a while when it sends less than so many bytes in so many seconds.
 _SILENT_SECONDS = 20.0

@@ -73,7 +73,7 @@ class Likelihoods:
     """
 
     def __init__(self, embedder: Embedder, texts: list[str], images: int):
-        from flipscale.model.modeling_flip_decoder import caption_inputs
+        from flipscale.model.modeling_flip_caption import caption_inputs
 
         self._embedder, self._model, self._images = embedder, captioner(embedder), images
         config = self._model.config.decoder_config

@@ -16,7 +16,7 @@ from PIL import Image
 from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.images import Decoder, rgb_image
 from flipscale.io.errors import UserError
-from flipscale.model.folder import check_texts, read_object
+from flipscale.io.model_folder import check_texts, read_object
 
 PREFIX = "open_clip:"
 

@@ -13,9 +13,8 @@ from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.images import Decoder
 from flipscale.evaluation.nearest_neighbour import HOG_SIZE, hog_features, pixel_features
 from flipscale.io.errors import UserError
+from flipscale.io.model_folder import fetch_folder, read_object
 from flipscale.model import FlipConfig, FlipModel
-from flipscale.model.fetched import fetched_folder
-from flipscale.model.folder import read_object
 
 PLAIN: dict[str, Callable[[np.ndarray], np.ndarray]] = {"pixels": pixel_features, "hog": hog_features}
 UNTRAINED = "untrained:"
@@ -60,7 +59,7 @@ def untrained_embedder(folder: str, accelerator: Accelerator, batch_size: int = 
         ValueError: there is no configuration of ours.
     """
     try:
-        config = FlipConfig.from_own_fields(read_object(fetched_folder(folder) / "config.json"))
+        config = FlipConfig.from_own_fields(read_object(fetch_folder(folder) / "config.json"))
     except (ValueError, OSError) as error:
         raise UserError(f"{folder} has no configuration of a model ({error}); name a model's folder") from error
     with torch.random.fork_rng(devices=[]):

@@ -14,8 +14,7 @@ from flipscale.evaluation.embedders.open_clip import no_code_of_models
 from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.images import Decoder, rgb_image
 from flipscale.io.errors import UserError
-from flipscale.model.fetched import fetched_folder
-from flipscale.model.folder import check_texts, read_header, read_object
+from flipscale.io.model_folder import check_texts, fetch_folder, read_header, read_object
 
 PREFIX = "hf:"
 # Fields of a configuration that name kernels and files to load.
@@ -34,9 +33,9 @@ def transformers_embedder(name: str, accelerator: Accelerator, batch_size: int =
     from transformers import AutoModel, AutoProcessor
 
     try:
-        folder = fetched_folder(name)
+        folder = fetch_folder(name)
         if not any(folder.glob("*.safetensors")):
-            folder = fetched_folder(name, ("pytorch_model*.bin", "pytorch_model.bin.index.json"))
+            folder = fetch_folder(name, ("pytorch_model*.bin", "pytorch_model.bin.index.json"))
         _check_foreign(folder)
         with no_code_of_models():
             model, report = AutoModel.from_pretrained(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from flipscale.evaluation.results import RESULTS_FILE
 from flipscale.io.errors import UserError
-from flipscale.model.fetched import local_folder
+from flipscale.io.model_folder import local_folder
 
 EVALUATIONS = Path("evaluations")
 _PREFIX = re.compile(r"^(?:open_clip|hf|untrained):")

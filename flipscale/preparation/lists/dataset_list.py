@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from flipscale.io.errors import UserError
-from flipscale.model.fetched import looks_like_a_path
+from flipscale.io.model_folder import is_path
 from flipscale.preparation.lists.columns import AskedColumns, Columns
 from flipscale.preparation.lists.files import UnreadableFile, captions_of, digest_of, image_of, label_of
 
@@ -38,7 +38,7 @@ class DatasetList:
             ValueError: there is none, or it lacks a column.
         """
         is_saved = Path(source).is_dir()
-        if not is_saved and (looks_like_a_path(source) or _ENDS_LIKE_A_FILE.search(source)):
+        if not is_saved and (is_path(source) or _ENDS_LIKE_A_FILE.search(source)):
             raise UserError(
                 f"{source} does not exist; name a folder, a table (.csv .tsv .jsonl .parquet) or a data set of the "
                 "Hub, such as ORG/NAME"

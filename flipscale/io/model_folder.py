@@ -1,0 +1,280 @@
+"""Model folders, from this machine or the Hub: find the folder that a name means, and check it before it is read.
+
+A model is named by its folder, by the folder of its run, or by its name on the Hub. Anybody may have written a model
+folder: code in it is never run, and pickles are never loaded.
+"""
+
+import json
+import math
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, NoReturn
+
+from flipscale.io.errors import UserError
+from flipscale.io.hub_requests import guard_requests
+
+# Files of a model folder that must each be one JSON object, if they exist.
+_OBJECTS = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "processor_config.json",
+    "preprocessor_config.json",
+)
+# Files that loaders read: the model, its tokenizer and its processor.
+_READ = (
+    "*config.json",
+    "model*.safetensors",
+    "model.safetensors.index*.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+    "*.jinja",
+)
+_PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+# The largest tokenizers have 35 MB, other texts 3 MB, headers of a thousand tensors 200 kB.
+_MAX_BYTES = {"tokenizer.json": 100 << 20}
+_MAX_TEXT_BYTES, _MAX_HEADER_BYTES = 20 << 20, 8 << 20
+_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+
+# The header of a safetensors file: `dtype`, `shape` and `data_offsets` of each tensor, by name.
+Header = dict[str, dict[str, Any]]
+
+
+def local_folder(name: str) -> Path | None:
+    """Return the model folder on this machine: the folder `name`, or the `model/` of a run.
+
+    Return None if there is none and `name` may be a name on the Hub.
+
+    Raises:
+        UserError: `name` is a file, a run without a model, or a path to nothing.
+    """
+    path = Path(name)
+    if path.is_dir():
+        if (path / "config.json").exists() or not (path / "recipe.yaml").exists():
+            return path
+        if (path / "model").is_dir():
+            return path / "model"
+        raise UserError(
+            f"the run {name!r} has no model yet, because a run writes it at its end; wait, or export the newest "
+            f"checkpoint: flipscale export {name}"
+        )
+    if path.exists():
+        raise UserError(f"{name!r} is a file; name the folder of a model, or of a run")
+    if is_path(name):
+        raise UserError(f"there is no folder {name!r}; name the folder of a model or of a run, or ORG/NAME on the Hub")
+    return None
+
+
+def is_path(name: str) -> bool:
+    """Return whether `name` can only be a path, not a Hub name `NAME` or `ORG/NAME`.
+
+    It begins as a path does, has more parts, or its first part is a folder here.
+    """
+    first, slash, rest = name.partition("/")
+    return (
+        first in ("", ".", "..")
+        or first.startswith("~")
+        or (bool(slash) and (not rest or "/" in rest or Path(first).is_dir()))
+    )
+
+
+def fetch_folder(name: str, more: tuple[str, ...] = ()) -> Path:
+    """Return the folder of a model: the `local_folder`, or the Hub cache's folder after downloading the model.
+
+    Args:
+        more: patterns of further files to download.
+
+    Raises:
+        UserError: there is no such model, or it may not be read; offline, the cache does not have it.
+        OSError: the Hub cannot be reached.
+    """
+    if (folder := local_folder(name)) is not None:
+        return folder
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, LocalEntryNotFoundError
+
+    guard_requests()
+    try:
+        return Path(snapshot_download(name, allow_patterns=[*_READ, *more], ignore_patterns=["*/*", "*.bf16*"]))
+    except HFValidationError:
+        raise UserError(f"there is no folder {name!r}, and it is no name on the Hub; use ORG/NAME") from None
+    except (OSError, HTTPError) as error:
+        cause = error if isinstance(error, HfHubHTTPError) else error.__cause__
+        status = cause.response.status_code if isinstance(cause, HfHubHTTPError) else None
+        words = getattr(cause, "server_message", None) or str(cause or error).split("\n\n")[-1]
+        reason = " ".join(words.split()) or type(error).__name__
+        if status in (401, 403, 404):
+            raise UserError(f"there is no folder {name!r}, and the Hub has none that may be read: {reason}") from None
+        if isinstance(error, LocalEntryNotFoundError) and status is None and not isinstance(cause, HTTPError):
+            raise UserError(
+                f"there is no folder {name!r}, and the Hub's cache on this machine does not have it; the Hub is out of "
+                "reach, or HF_HUB_OFFLINE is set"
+            ) from None
+        raise OSError(f"{name!r} cannot be fetched from the Hub: {reason}") from None
+    # Answers of other servers, such as a proxy's page, make huggingface_hub raise these.
+    except (ValueError, TypeError, AttributeError, LookupError, AssertionError, RecursionError) as error:
+        raise OSError(
+            f"{name!r} cannot be fetched: what {constants.ENDPOINT} answers is no Hub's ({type(error).__name__}: "
+            f"{error}); look at HF_ENDPOINT and the proxy"
+        ) from None
+
+
+def check_folder(folder: Path) -> list[Path]:
+    """Return the weight files of a complete model folder.
+
+    A complete folder has a configuration and all weights as safetensors files of full length.
+
+    Raises:
+        UserError: a file is missing, damaged, cut short or outside of the folder, or the weights are only a pickle.
+    """
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} has no config.json and is no model folder; download or export it again")
+    check_texts(folder)
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file():
+        files = [single]
+    elif index.is_file():
+        files = [folder / name for name in _listed(index)]
+    else:
+        _refuse_without_safetensors(folder, single.name)
+    for file in files:
+        if not file.is_file():
+            raise UserError(f"{folder} lacks {file.name}, which {index.name} lists; download or export it again")
+        read_header(file)
+    return files
+
+
+def check_texts(folder: Path) -> None:
+    """Check the files of a folder, besides the weights' content.
+
+    Raises:
+        UserError: a file that loaders read is no file, a link out of the folder, too long, or not the JSON object that
+            it must be.
+    """
+    # Snapshots in the Hub's cache link to files in the folder `blobs`.
+    home = folder.resolve()
+    places = (home, home.parent.parent / "blobs") if home.parent.name == "snapshots" else (home,)
+    for file in sorted(folder.iterdir()):
+        if file.is_dir() or not any(fnmatchcase(file.name, pattern) for pattern in _READ):
+            continue
+        real = file.resolve()
+        if not any(real.is_relative_to(place) for place in places):
+            raise UserError(f"{file} is a link to {real}, outside of the folder; put the file itself there")
+        if not real.is_file():
+            raise UserError(f"{file} is no file; download or export the model again")
+        most, size = _MAX_BYTES.get(file.name, _MAX_TEXT_BYTES), real.stat().st_size
+        if file.suffix != ".safetensors" and size > most:
+            raise UserError(f"{file} has {size:,} bytes; expected at most {most:,}: is it another file?")
+    for name in _OBJECTS:
+        if (folder / name).exists():
+            read_object(folder / name)
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """Return the JSON object in a file.
+
+    Raises:
+        UserError: the file holds something else.
+    """
+    try:
+        return _object(file.read_bytes())
+    except ValueError as error:
+        raise UserError(f"{file} is damaged: {error}; download or export it again") from None
+
+
+def read_header(file: Path) -> Header:
+    """Return the header of a safetensors file of full length.
+
+    Raises:
+        UserError: the file is cut short, or has no valid header.
+    """
+    size = file.stat().st_size
+    with open(file, "rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        content = stream.read(length) if length <= min(size, _MAX_HEADER_BYTES) else b""
+    try:
+        header = _object(content)
+        header.pop("__metadata__", None)
+        ends = [_end(name, entry) for name, entry in header.items()]
+    except ValueError as error:
+        raise UserError(
+            f"{file} is cut short or damaged: its header cannot be read, it has {size:,}; download or export it again "
+            f"({error})"
+        ) from None
+    expected = 8 + length + max(ends, default=0)
+    if size != expected:
+        raise UserError(
+            f"{file} is cut short or damaged: its header promises {expected:,} bytes, it has {size:,}; download or "
+            "export it again"
+        )
+    return header
+
+
+def _end(name: str, entry: Any) -> int:
+    """Return the end of a tensor, in bytes after the header.
+
+    Raises:
+        ValueError: the header's entry is impossible.
+    """
+    try:
+        (begin, end), shape, dtype = entry["data_offsets"], entry["shape"], entry["dtype"]
+        good = 0 <= begin <= end and all(type(length) is int and length >= 0 for length in shape)
+        good = good and math.prod(shape) * _BYTES.get(dtype, 0) in (0, end - begin)
+    except (KeyError, TypeError, ValueError):
+        good = False
+    if not good:
+        raise ValueError(f"{name!r:.80} is {entry!r:.80}")
+    return end
+
+
+def _listed(index: Path) -> list[str]:
+    """Return the file names that an index lists; all are in its folder."""
+    names = read_object(index).get("weight_map")
+    if not isinstance(names, dict) or not names:
+        raise UserError(f"{index} is damaged: it has no weight_map; download or export it again")
+    for tensor, name in names.items():
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+            raise UserError(
+                f"{index} has {tensor!r:.80} in {name!r:.80}, which is no safetensors file of the folder; download or "
+                "export it again"
+            )
+    return sorted(set(names.values()))
+
+
+def _object(content: bytes) -> dict[str, Any]:
+    try:
+        value = json.loads(content, object_pairs_hook=_without_duplicates)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+    except ValueError as error:
+        raise ValueError(f"it is no JSON, {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"it is no JSON object but {value!r:.40}")
+    return value
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object from its key-value pairs. Duplicate keys are refused: other readers may take the other value."""
+    result: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in result:
+            raise ValueError(f"it has {key!r:.80} twice")
+        result[key] = value
+    return result
+
+
+def _refuse_without_safetensors(folder: Path, expected: str) -> NoReturn:
+    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLES)
+    if pickles:
+        raise UserError(
+            f"{folder} has its weights as a pickle ({', '.join(pickles)}), which can run code when it is read and is "
+            f"never loaded; ask its authors for {expected}"
+        )
+    raise UserError(f"{folder} has no {expected} and no index of it; download or export it again")
