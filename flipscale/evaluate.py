@@ -153,7 +153,7 @@ def run(args: argparse.Namespace) -> None:
     from flipscale.evaluation.reports.record import read_lines
     from flipscale.evaluation.reports.session import evaluate_model
     from flipscale.evaluation.reports.table import Column
-    from flipscale.hub.card_results import refresh_card
+    from flipscale.hub.card import refresh_card
     from flipscale.hub.loading import OTHERS, OpenModels, open_embedder
 
     start_logging()

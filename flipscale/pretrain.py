@@ -19,7 +19,7 @@ from flipscale.engines.launch import launch_of, precision_in_words
 from flipscale.engines.start import build_engine, close_process_group, exit_now
 from flipscale.evaluation.class_names import keep_class_names
 from flipscale.evaluation.results import latest, read_results
-from flipscale.hub.card_audit import check_audit
+from flipscale.hub.card import check_audit
 from flipscale.hub.push import BackgroundPush, card_name, open_target, push_finished
 from flipscale.training.bad_samples import BadSamples
 from flipscale.training.console import report_user_errors, start_logging
@@ -201,7 +201,7 @@ def finish(recipe: Recipe, start: Start, step: int, trained_seconds: float) -> N
     the main process does, and the others wait."""
     if start.accelerator.is_main_process:
         start.check_lock(at_once=True)
-        from flipscale.hub.model_card import write_card
+        from flipscale.hub.card import write_card
         from flipscale.hub.model_folder import export_checkpoint
 
         run_dir = Path(recipe.output_dir)

@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> None:
 
 def _update_card(folder: Path, run_dir: Path, repo_id: str, step: int | None) -> None:
     """Put the model's Hub name into its card: rewrite a run's card, or replace the folder's name in another card."""
-    from flipscale.hub.model_card import as_string, write_card
+    from flipscale.hub.card import escape_string, write_card
 
     card = folder / "README.md"
     if card.is_symlink():
@@ -66,7 +66,7 @@ def _update_card(folder: Path, run_dir: Path, repo_id: str, step: int | None) ->
             text = card.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
             raise UserError(f"{card} is not UTF-8 ({error.reason}); write it again") from error
-        write_text(card, text.replace(f'"{as_string(str(folder))}"', f'"{repo_id}"'))
+        write_text(card, text.replace(f'"{escape_string(str(folder))}"', f'"{repo_id}"'))
 
 
 @contextmanager

@@ -22,7 +22,7 @@ QUIET = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLIN
 _IMPORTED_LATER = (
     "flipscale.engines.ddp",
     "flipscale.engines.fsdp2",
-    "flipscale.hub.model_card",
+    "flipscale.hub.card",
     "flipscale.hub.model_folder",
     "flipscale.hub.loading",
     "flipscale.hub.push",

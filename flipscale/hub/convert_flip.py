@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 from transformers.initialization import no_init_weights
 
@@ -18,12 +17,13 @@ from flipscale.hub.t5x import StoredArray, open_flip_checkpoint
 from flipscale.io.atomic import write_text
 from flipscale.io.digests import check_weight
 from flipscale.io.errors import UserError
+from flipscale.io.progress import each
 from flipscale.model import SIZES, FlipConfig, FlipModel
 from flipscale.model.modeling_flip import sincos_positions
 
 Arrays = Mapping[str, np.ndarray | StoredArray]
 
-# The sizes that the original has configurations for.
+# Sizes with a configuration in the original.
 ORIGINAL_SIZES = ("b16", "l16", "h14")
 
 _POSITIONS = "img_encoder/posembed_encoder/pos_embedding"
@@ -68,7 +68,7 @@ tags:
 # {name}
 
 Weights of the original FLIP ([arXiv 2212.00794](https://arxiv.org/abs/2212.00794),
-[facebookresearch/flip](https://github.com/facebookresearch/flip)), read from its JAX checkpoint and not changed:
+[facebookresearch/flip](https://github.com/facebookresearch/flip)), converted from its JAX checkpoint without changes:
 {parameters:.1f} M parameters, {image_size}-pixel images in patches of {patch_size}, captions of {length} ids.
 
 ```python
@@ -77,11 +77,11 @@ Weights of the original FLIP ([arXiv 2212.00794](https://arxiv.org/abs/2212.0079
 
 With flipscale installed, `from flipscale.model import FlipModel` needs no `trust_remote_code`.
 
-**Licence.** The original's code and weights are [CC-BY-NC 4.0](https://creativecommons.org/licenses/by-nc/4.0/): not
-for commercial use, and so is this copy of them.
+**Licence.** The original's code and weights are [CC-BY-NC 4.0](https://creativecommons.org/licenses/by-nc/4.0/), which
+excludes commercial use. This copy has the same licence.
 
-**Limits.** A checkpoint does not say what it was trained on or how well it does; see the original's README for its
-released ones, which learned from pictures and texts of the web with whatever bias those have.
+**Limits.** The checkpoint names neither its training data nor its results; the original's README describes the released
+checkpoints. They learned from pictures and texts of the web and carry the biases of these.
 """
 _USE_PIPELINE = """from transformers import pipeline
 
@@ -95,30 +95,33 @@ model = AutoModel.from_pretrained("{path}", trust_remote_code=True)"""
 def build_flip_model(
     arrays: Arrays, size: str | None = None, image_heads: int | None = None, text_heads: int | None = None
 ) -> FlipModel:
-    """Return the model of the original's parameters `arrays`, in evaluation mode.
+    """Return the model of the original's parameters, in evaluation mode.
 
     All shapes are checked first. Then values are read one array at a time, so that memory holds the model once. The
-    parameters do not tell the numbers of attention heads, so `size` or both `image_heads` and `text_heads` are needed.
+    arrays lack the numbers of attention heads, so `size` or both `image_heads` and `text_heads` are needed.
 
     Args:
-        size: b16, l16 or h14.
+        arrays: parameters by the original's names.
+        size: model size: b16, l16 or h14.
+        image_heads: attention heads of the image tower.
+        text_heads: attention heads of the text tower.
 
     Raises:
-        ValueError: the heads are not given, given twice or do not divide the width; the arrays are not those of `size`
-            or of a FLIP model; or the image positions are not the fixed sine-cosine ones.
+        UserError: the heads are missing, given twice or do not divide the width, the arrays do not fit the model, or
+            the image positions are not the fixed sine-cosine table.
     """
     heads = _heads(size, image_heads, text_heads)
     config = _config(arrays, 1, 1)
     if size is not None:
-        _refuse_other_size(config, size)
-    _refuse_heads(config, heads)
+        _check_size(config, size)
+    _check_heads(config, heads)
     config = _config(arrays, *heads)
-    _refuse_other_arrays(config, arrays)
+    _check_arrays(config, arrays)
     _check_positions(np.asarray(arrays[_POSITIONS]), config)
     with no_init_weights():
         model = FlipModel(config)
     parameters = model.state_dict()
-    for name in tqdm([name for name in arrays if name != _POSITIONS], desc="reading", unit="array", disable=None):
+    for name in each([name for name in arrays if name != _POSITIONS], "reading", "arrays"):
         stored = torch.from_numpy(np.asarray(arrays[name]))
         check_weight(name, stored)
         parameters[our_name(name)].copy_(our_layout(name, stored))
@@ -133,15 +136,15 @@ def convert_flip_checkpoint(
     text_heads: int | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> FlipModel:
-    """Convert the checkpoint `src` to the model folder `dst`, with a card that states its licence; return the model.
+    """Convert the checkpoint `src` to the model folder `dst`, with a card for its licence, and return the model.
 
-    The folder has a processor if a tokenizer is given or, for a named size, if the original's can be fetched. For the
-    other arguments see `open_flip_checkpoint` and `build_flip_model`.
+    The folder has a processor if a tokenizer is given or, for a named size, if the original's can be downloaded. The
+    other arguments are those of `open_flip_checkpoint` and `build_flip_model`.
 
     Raises:
-        ValueError: as `open_flip_checkpoint`, `build_flip_model` and `build_processor`.
+        UserError: as `open_flip_checkpoint`, `build_flip_model` and `build_processor`.
     """
-    _heads(size, image_heads, text_heads)  # raises before anything is read
+    _heads(size, image_heads, text_heads)  # raises early, before the checkpoint is read
     model = build_flip_model(open_flip_checkpoint(src), size, image_heads, text_heads)
     if tokenizer is None and size is not None:
         tokenizer = _released_tokenizer()
@@ -152,7 +155,7 @@ def convert_flip_checkpoint(
 
 
 def _released_tokenizer() -> PreTrainedTokenizerBase | None:
-    """Return the tokenizer of all the original's configurations; warn and return None if it cannot be fetched."""
+    """Return the tokenizer of the original's configurations; warn and return None if it cannot be downloaded."""
     try:
         return bert_tokenizer("google-bert/bert-base-uncased")
     except ValueError as error:
@@ -164,12 +167,12 @@ def our_name(name: str) -> str:
     """Return our name of the original's parameter: `vision_model.embeddings.class_embedding` for `img_encoder/cls`."""
     if name in _OUTSIDE_THE_BLOCKS:
         return _OUTSIDE_THE_BLOCKS[name]
-    name = re.sub(r"/encoderblock_(\d+)/", lambda found: f"/encoder/layers/{int(found[1])}/", name)
+    name = re.sub(r"/encoderblock_(\d+)/", lambda match: f"/encoder/layers/{int(match[1])}/", name)
     return ".".join(_WORDS.get(word, word) for word in name.split("/") if word != "Transformer")
 
 
 def our_layout(name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """Return a view of the original's parameter `name`, or of its gradient, with its dimensions in our order.
+    """Return a view of the original's parameter `name`, or its gradient, with dimensions in our order.
 
     The original stores matrices as `[in, out]` and the patch convolution as `[row, column, in, out]`.
     """
@@ -193,35 +196,35 @@ def _card(model: FlipModel, folder: Path, has_processor: bool) -> str:
 
 
 def _heads(size: str | None, image_heads: int | None, text_heads: int | None) -> tuple[int, int]:
-    """The heads of both towers, told in one of two ways."""
+    """Return the attention heads of both towers."""
     if size is None:
         if image_heads is None or text_heads is None:
             raise UserError(
-                f"image_heads is {image_heads}, text_heads is {text_heads}, and a checkpoint does not tell them; give "
-                f"size ({', '.join(ORIGINAL_SIZES)}) or both"
+                f"image_heads is {image_heads}, text_heads is {text_heads}, and the checkpoint lacks them; give size "
+                f"({', '.join(ORIGINAL_SIZES)}) or both"
             )
         return image_heads, text_heads
     if size not in ORIGINAL_SIZES:
-        raise UserError(f"size {size!r} is none of the original FLIP's; use one of {', '.join(ORIGINAL_SIZES)}")
+        raise UserError(f"size is {size!r}; expected a size of the original FLIP: {', '.join(ORIGINAL_SIZES)}")
     if image_heads is not None or text_heads is not None:
-        raise UserError(f"size {size} and heads are both given; size says the heads already: leave one of them out")
+        raise UserError(f"size is {size} and heads are given too; use one of them, because the size decides the heads")
     vision, text, _ = SIZES[size]
     return vision["num_attention_heads"], text["num_attention_heads"]
 
 
 def _shape(arrays: Arrays, name: str, num_dimensions: int) -> tuple[int, ...]:
     if name not in arrays:
-        raise UserError(f"array {name} is missing from the checkpoint, which cannot be a FLIP model without it")
+        raise UserError(f"array {name} is missing from the checkpoint; a FLIP model needs it")
     if len(arrays[name].shape) != num_dimensions:
-        raise UserError(f"array {name} is {arrays[name].shape}; a FLIP model's has {num_dimensions} dimensions")
+        raise UserError(f"array {name} has shape {arrays[name].shape}; expected {num_dimensions} dimensions")
     return arrays[name].shape
 
 
 def _tower(arrays: Arrays, encoder: str, heads: int) -> dict[str, int]:
-    """The fields that both towers have, from the shapes of one tower's arrays."""
+    """Return the configuration fields that both towers share, from the shapes of one tower's arrays."""
     width, mlp = _shape(arrays, f"{encoder}/Transformer/encoderblock_00/MlpBlock_0/Dense_0/kernel", 2)
     pattern = re.compile(rf"{encoder}/Transformer/encoderblock_(\d+)/")
-    numbers = [int(found[1]) for name in arrays if (found := pattern.match(name))]
+    numbers = [int(match[1]) for name in arrays if (match := pattern.match(name))]
     return {
         "hidden_size": width,
         "intermediate_size": mlp,
@@ -248,51 +251,53 @@ def _config(arrays: Arrays, image_heads: int, text_heads: int) -> FlipConfig:
     )
 
 
-def _refuse_other_size(config: FlipConfig, size: str) -> None:
-    """Raise if the shapes are not those of `size`; image size, vocabulary and caption length may differ."""
+def _check_size(config: FlipConfig, size: str) -> None:
+    """Raise unless the shapes fit `size`; image size, vocabulary and caption length may differ."""
     expected = FlipConfig.from_size(size)
     differences = [
         f"{tower.removesuffix('_config')} {field} {getattr(getattr(config, tower), field)}, not {wanted}"
         for tower, fields in (("vision_config", ("patch_size", *SIZES[size][0])), ("text_config", SIZES[size][1]))
         for field in fields
-        if field != "num_attention_heads"  # they are the size's
+        if field != "num_attention_heads"  # the size decides them
         and (wanted := getattr(getattr(expected, tower), field)) != getattr(getattr(config, tower), field)
     ]
     if config.projection_dim != expected.projection_dim:
         differences.append(f"projection_dim {config.projection_dim}, not {expected.projection_dim}")
     if differences:
-        raise UserError(f"the checkpoint is not of size {size}: it has {'; '.join(differences)}")
+        raise UserError(f"size is {size}, but the checkpoint has {'; '.join(differences)}")
 
 
-def _refuse_heads(config: FlipConfig, both: tuple[int, int]) -> None:
+def _check_heads(config: FlipConfig, both: tuple[int, int]) -> None:
     towers = (("image", config.vision_config), ("text", config.text_config))
     for (name, tower), heads in zip(towers, both, strict=True):
         width = tower.hidden_size
         if heads < 1 or width % heads:
             raise UserError(
-                f"{name}_heads {heads} does not divide the {name} tower's width of {width}; look it up in the "
-                "configuration that the checkpoint was trained with"
+                f"{name}_heads is {heads}; expected a divisor of the {name} tower's width {width}. Fix: look it up in "
+                "the training configuration of the checkpoint"
             )
 
 
-def _refuse_other_arrays(config: FlipConfig, arrays: Arrays) -> None:
+def _check_arrays(config: FlipConfig, arrays: Arrays) -> None:
     with torch.device("meta"):
         expected = {name: tuple(value.shape) for name, value in FlipModel(config).state_dict().items()}
         stored = {name: torch.empty(array.shape) for name, array in arrays.items() if name != _POSITIONS}
-    found = {our_name(name): tuple(our_layout(name, tensor).shape) for name, tensor in stored.items()}
-    wrong = [f"{n} is {found.get(n, 'missing')}, not {shape}" for n, shape in expected.items() if found.get(n) != shape]
-    wrong += [f"{name} is unknown" for name in found if name not in expected]
+    shapes = {our_name(name): tuple(our_layout(name, tensor).shape) for name, tensor in stored.items()}
+    wrong = [
+        f"{n} is {shapes.get(n, 'missing')}, not {shape}" for n, shape in expected.items() if shapes.get(n) != shape
+    ]
+    wrong += [f"{name} is unknown" for name in shapes if name not in expected]
     if wrong:
-        raise UserError(f"the checkpoint's arrays, in our names, are not a FLIP model's: {'; '.join(wrong[:4])}")
+        raise UserError(f"the checkpoint's arrays, in our names, do not fit a FLIP model: {'; '.join(wrong[:4])}")
 
 
 def _check_positions(stored: np.ndarray, config: FlipConfig) -> None:
-    """Raise if the stored image positions are not ours. Row 0, the class token's, is never used."""
+    """Raise unless the stored image positions equal ours. Row 0 belongs to the class token and is never used."""
     vision = config.vision_config
     side = vision.image_size // vision.patch_size
     difference = np.abs(stored[0, 1:] - sincos_positions(vision.hidden_size, side, side).numpy()).max()
     if not difference < 1e-5:
         raise UserError(
-            f"array {_POSITIONS} is not the fixed 2-D sine-cosine table (largest difference {difference:.3g}); a model "
-            "with learned image positions cannot be converted"
+            f"array {_POSITIONS} differs from the fixed 2-D sine-cosine table by up to {difference:.3g}; a model with "
+            "learned image positions cannot be converted"
         )

@@ -1,4 +1,4 @@
-"""Convert both towers to ONNX, and check them against the model with onnxruntime before they are kept."""
+"""Convert both towers to ONNX, and compare them with the model in onnxruntime."""
 
 import importlib.util
 import warnings
@@ -6,20 +6,20 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
-from flipscale.hub.derived_card import derived_card
+from flipscale.hub.card import derived_card
 from flipscale.hub.loading import load_flip
 from flipscale.hub.model_folder import build_processor
 from flipscale.io.atomic import new_folder
 from flipscale.io.errors import UserError
+from flipscale.io.progress import each
 from flipscale.model import FlipConfig
 from flipscale.model.modeling_flip import normalise_embeds
 
-# The largest difference of any number of a unit embedding, in fp32. Rounding gives about 1e-6, a wrong GELU 4e-5.
+# Largest difference in any number of a unit embedding, in fp32. Rounding gives about 1e-6, a wrong GELU 4e-5.
 TOLERANCE = 1e-5
 
-_CARD = """The two towers of a FLIP model as ONNX, checked against it with onnxruntime.
+_CARD = """The two towers of a FLIP model as ONNX, compared with the model in onnxruntime.
 
 ```python
 import onnxruntime
@@ -28,17 +28,17 @@ image_model = onnxruntime.InferenceSession("image_model.onnx")
 text_model = onnxruntime.InferenceSession("text_model.onnx")
 ```
 
-`image_model` takes `pixel_values`, `text_model` takes `input_ids` (and `attention_mask` where it has that input), each
-as the processor in this folder makes them. They give `image_embeds` and `text_embeds` of unit length; logits are
+`image_model` takes `pixel_values`. `text_model` takes `input_ids`, and `attention_mask` if it has that input. The
+processor in this folder makes all of them. The outputs `image_embeds` and `text_embeds` have unit length; logits are
 {logit_scale} times their products{and_bias}.
 """
 
-# The limit of a protobuf file; larger weights are stored beside it.
+# Protobuf files cannot be larger; larger weights get a file of their own.
 _MAX_FILE_BYTES = 2_000_000_000
 
 
 class _Embedding(nn.Module):
-    """A tower and its projection, which give embeddings of unit length."""
+    """A tower and its projection, with outputs of unit length."""
 
     def __init__(self, tower: nn.Module, projection: nn.Module):
         super().__init__()
@@ -65,14 +65,14 @@ def convert_to_onnx(src: str, dst: Path | str) -> dict[str, float]:
     `image_model.onnx` takes `pixel_values` `(batch, channels, image_size, image_size)` and returns `image_embeds`.
     `text_model.onnx` takes `input_ids` `(batch, max_position_embeddings)`, and `attention_mask` if the model uses it,
     and returns `text_embeds`. Embeddings are `(batch, projection_dim)`, of unit length, for any batch size. The files'
-    metadata has the `logit_scale` that turns cosines into logits, and the `logit_bias` of a model that adds one. The
-    folder also has the processor and the configuration.
+    metadata has the `logit_scale` that turns cosines into logits, and the `logit_bias` if the model adds it. The folder
+    also has the processor and the configuration.
 
     Returns:
-        By tower, the largest difference of its embeddings from the model's.
+        Largest difference of each tower's embeddings from the model's, by tower.
 
     Raises:
-        ValueError: packages are missing, `src` has no model or no tokenizer, or `dst` exists.
+        UserError: packages are missing, `src` has no model or no tokenizer, or `dst` exists.
         FloatingPointError: onnxruntime's embeddings differ by more than `TOLERANCE`; nothing is written.
     """
     missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
@@ -95,19 +95,19 @@ def convert_to_onnx(src: str, dst: Path | str) -> dict[str, float]:
         (folder / "README.md").write_text(derived_card(src, dst.name, "onnx", card), encoding="utf-8")
         return {
             name: _write_and_check(tower.eval(), inputs, folder / f"{name}_model.onnx", f"{name}_embeds", metadata)
-            for name, (tower, inputs) in tqdm(towers.items(), desc="writing", unit="tower", disable=None)
+            for name, (tower, inputs) in each(towers.items(), "writing", "towers")
         }
 
 
 def _image_inputs(config: FlipConfig) -> list[dict[str, torch.Tensor]]:
-    """Return batches of one and of three images; the last is used for tracing, since a batch of one would be fixed."""
+    """Return batches of one and three images. Tracing uses the last, because it would fix a batch size of one."""
     vision, generator = config.vision_config, torch.Generator().manual_seed(0)
     shape = (vision.num_channels, vision.image_size, vision.image_size)
     return [{"pixel_values": torch.randn(count, *shape, generator=generator)} for count in (1, 3)]
 
 
 def _text_inputs(config: FlipConfig) -> list[dict[str, torch.Tensor]]:
-    """Return batches of captions: half full; then full, of one token and a third full."""
+    """Return two batches of captions: one half full, then three that are full, of one token and a third full."""
     text, generator = config.text_config, torch.Generator().manual_seed(0)
     length = text.max_position_embeddings
     inputs = []
@@ -129,7 +129,7 @@ def _write_and_check(
     traced, batch = inputs[-1], torch.export.Dim("batch")
     num_bytes = sum(parameter.nbytes for parameter in tower.parameters())
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # warnings about torch's internals
+        warnings.simplefilter("ignore")  # they are about torch's internals
         program = torch.onnx.export(
             tower,
             kwargs=traced,
@@ -139,14 +139,14 @@ def _write_and_check(
             dynamo=True,
             verbose=False,
         )
-    assert program is not None  # with dynamo
+    assert program is not None  # because dynamo is true
     program.model.metadata_props.update(metadata)
     program.save(str(file), external_data=num_bytes > _MAX_FILE_BYTES)
     session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
     difference = 0.0
     for batch_inputs in inputs:
-        (found,) = session.run([output], {name: value.numpy() for name, value in batch_inputs.items()})
-        difference = max(difference, (torch.from_numpy(found) - tower(**batch_inputs)).abs().max().item())
+        (embeds,) = session.run([output], {name: value.numpy() for name, value in batch_inputs.items()})
+        difference = max(difference, (torch.from_numpy(embeds) - tower(**batch_inputs)).abs().max().item())
     if not difference <= TOLERANCE:
         raise FloatingPointError(
             f"{file.name}: onnxruntime's embeddings differ from the model's by {difference:.2g}, more than "

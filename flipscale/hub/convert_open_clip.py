@@ -1,13 +1,13 @@
 """Convert a FLIP model to a folder that open_clip loads, with the same embeddings.
 
-open_clip lacks some of what our towers have, and can be given weights that do the same:
+open_clip lacks four features of our towers. Changed weights replace each:
 
-- Its patch convolution has no bias: ours is added to the positions.
-- It cannot average all tokens including the class token: one more block does (`_averaging_layer`).
-- It has no ReLU: a GELU of its input times 2**32, and the output by as much smaller, is one (`_gain`).
-- It has no mask of padding, and an average needs a channel more than its embedding or its tokens have: a tower of twice
-  the width holds every channel twice, so that its norms are the same. The halves of padding differ, by which every
-  query passes it over (`_widened`).
+- Bias of the patch convolution: added to the positions.
+- Mean over all tokens, class token included: one more block (`_averaging_block`).
+- ReLU: GELU of the input times 2**32, with the output divided by 2**32 (`_gain`).
+- Mask of padding: a tower of twice the width holds every channel twice, so that its norms stay the same. The two halves
+  of padding differ, and queries use the difference to skip it (`_skip_padding`). An average also needs the wide tower
+  if its embedding has no spare channel.
 """
 
 import json
@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from flipscale.hub.derived_card import derived_card
+from flipscale.hub.card import derived_card
 from flipscale.hub.loading import load_flip
 from flipscale.hub.model_folder import by_channel
 from flipscale.io.atomic import new_folder
@@ -27,12 +27,12 @@ from flipscale.io.errors import UserError
 from flipscale.model import FlipConfig, FlipModel, FlipTextConfig, FlipTextModel, FlipVisionConfig, FlipVisionModel
 from flipscale.model.modeling_flip import FlipEncoderLayer
 
-# The average is scaled up by this before it is added to the first token, so that the token's old value is lost in the
-# rounding of the last norm. A power of two causes no rounding; its square is within fp32 and bf16 (not fp16).
+# Factor of the average before it is added to the first token, so that the token's old value vanishes in the rounding of
+# the last norm. A power of two causes no rounding; its square fits fp32 and bf16 (not fp16).
 _AVERAGE_SCALE = 2.0**40
 
-_CARD = """A FLIP model in the form of [open_clip](https://github.com/mlfoundations/open_clip), with the embeddings of
-the model folder that it was made from.
+_CARD = """A FLIP model for [open_clip](https://github.com/mlfoundations/open_clip), with the embeddings of the original
+model folder.
 
 ```python
 import open_clip
@@ -41,20 +41,21 @@ model, _, preprocess = open_clip.create_model_and_transforms("local-dir:{path}")
 tokenizer = open_clip.get_tokenizer("local-dir:{path}")
 ```
 
-For `hf-hub:ORG/NAME`, write that name as `text_cfg.hf_tokenizer_name` in `open_clip_config.json` before uploading.
+To load it as `hf-hub:ORG/NAME`, write that name as `text_cfg.hf_tokenizer_name` in `open_clip_config.json` before the
+upload.
 
-The tower's last block stands in for the mean over all tokens, which open_clip does not have: its scores are zero and
-its numbers large. So this form is for inference, in fp32 or bf16 (fp16 overflows), not for training on.
+The tower's last block replaces the mean over all tokens, which open_clip lacks. Its weights are large, so this form is
+for inference in fp32 or bf16, not for training. fp16 overflows.
 """
 
-# GELU(s x) / s is ReLU(x) to 0.2 / s. A power of two, as above.
+# GELU(s x) / s equals ReLU(x) up to 0.2 / s.
 _RELU_SCALE = 2.0**32
-# What is added to one half of the channels of padding and taken from the other: far more than the tokens have.
+# Added to one half of the channels of padding and subtracted from the other: far above the values of tokens.
 _PADDING_MARK = 1024.0
-# The attention scores of padding: its weight then is 0 beside any score that training reaches.
+# Attention score of padding, so low that its weight is 0 for all trained scores.
 _PADDING_SCORE = -512.0
 
-# For each of our `hidden_act`, the arguments that give open_clip's GELU the same values.
+# Arguments of open_clip's GELU for each of our `hidden_act`.
 _ACTIVATIONS = {"gelu_pytorch_tanh": {"approximate": "tanh"}, "gelu": {}, "quick_gelu": {}, "relu": {}}
 
 
@@ -62,16 +63,16 @@ def convert_to_open_clip(src: str, dst: Path | str) -> FlipModel:
     """Convert the model of the folder or Hub name `src` to the folder `dst`, and return the model.
 
     The folder has `open_clip_config.json`, `open_clip_model.safetensors`, the tokenizer and a card. open_clip loads it
-    by the name `local-dir:DST`.
+    as `local-dir:DST`.
 
     Raises:
-        ValueError: `src` has no model or no tokenizer, open_clip cannot express the model, or `dst` exists.
+        UserError: `src` has no model or no tokenizer, open_clip cannot express the model, or `dst` exists.
     """
     dst = Path(dst)
     with new_folder(dst) as folder:
         model, tokenizer = load_flip(src)
         config = open_clip_config(model.config)
-        # On the Hub, open_clip looks this name up; in a local folder, any name means the folder itself.
+        # open_clip looks this name up on the Hub; in a local folder, any name means the folder itself.
         config["model_cfg"]["text_cfg"]["hf_tokenizer_name"] = dst.name
         tokenizer.save_pretrained(folder)
         save_file(open_clip_state_dict(model.float()), folder / "open_clip_model.safetensors", {"format": "pt"})
@@ -86,9 +87,9 @@ def open_clip_config(config: FlipConfig) -> dict[str, Any]:
     """Return open_clip's `model_cfg` and `preprocess_cfg` for a model of `config`.
 
     Raises:
-        ValueError: open_clip cannot express it. The message names every reason.
+        UserError: open_clip cannot express it; the message names every reason.
     """
-    _refuse_what_does_not_fit(config)
+    _check_expressible(config)
     vision, text = config.vision_config, config.text_config
     return {
         "model_cfg": {
@@ -123,7 +124,7 @@ def open_clip_config(config: FlipConfig) -> dict[str, Any]:
 
 @torch.no_grad()
 def open_clip_state_dict(model: FlipModel) -> dict[str, torch.Tensor]:
-    """Return the weights of `model` by open_clip's names."""
+    """Return the weights of `model` under open_clip's names."""
     image, text = model.vision_model.embeddings, model.text_model.embeddings
     copies = _copies(model.config.vision_config)
     # The class token comes first and has no position embedding.
@@ -136,7 +137,7 @@ def open_clip_state_dict(model: FlipModel) -> dict[str, torch.Tensor]:
     }
     theirs = {
         **{name: value[0] for name, value in model.loss_values().items()},
-        # open_clip takes the exponential itself.
+        # open_clip applies the exponential itself.
         "logit_scale": model.logit_scale[0].clamp(0.0, math.log(100.0)),
         "token_embedding.weight": _token_embedding(text.token_embedding.weight, model.config.text_config),
         "positional_embedding": text.position_embedding.weight.repeat(1, _copies(model.config.text_config)),
@@ -152,31 +153,31 @@ def _averages(config: FlipVisionConfig | FlipTextConfig) -> bool:
 
 
 def _skips_padding(config: FlipVisionConfig | FlipTextConfig) -> bool:
-    """Return whether the tower's tokens do not attend to padding."""
+    """Return whether the tower's tokens ignore padding."""
     return not getattr(config, "attend_to_padding", True)
 
 
 def _copies(config: FlipVisionConfig | FlipTextConfig) -> int:
-    """Return how many times open_clip's tower holds each channel of ours."""
+    """Return the number of copies of each of our channels in open_clip's tower."""
     return 2 if _skips_padding(config) or (_averages(config) and config.projection_dim >= config.hidden_size) else 1
 
 
 def _num_layers(config: FlipVisionConfig | FlipTextConfig) -> int:
-    # open_clip's towers have one layer at least; one of zeros passes everything on.
+    # open_clip's towers need at least one layer; a layer of zeros changes nothing.
     return max(config.num_hidden_layers + _averages(config), 1)
 
 
 def _gain(config: FlipVisionConfig | FlipTextConfig) -> float:
-    """Return by what the input of the activation is multiplied, and its output divided."""
+    """Return the factor of the activation's input, which its output is divided by."""
     return _RELU_SCALE if config.hidden_act == "relu" else 1.0
 
 
-def _refuse_what_does_not_fit(config: FlipConfig) -> None:
+def _check_expressible(config: FlipConfig) -> None:
     vision, text = config.vision_config, config.text_config
     wrong = []
     for name, tower in (("image", vision), ("text", text)):
         if tower.hidden_act not in _ACTIVATIONS:
-            wrong.append(f"the {name} tower's hidden_act {tower.hidden_act} (it has {', '.join(_ACTIVATIONS)})")
+            wrong.append(f"the {name} tower's hidden_act {tower.hidden_act} (only {', '.join(_ACTIVATIONS)})")
     others = {tower.hidden_act for tower in (vision, text)} - {"quick_gelu", "relu"}
     if others and "quick_gelu" in (vision.hidden_act, text.hidden_act):
         wrong.append(f"quick_gelu in one tower and {', '.join(others)} in the other")
@@ -192,7 +193,7 @@ def _tower_config(config: FlipVisionConfig | FlipTextConfig) -> dict[str, Any]:
     return {
         "width": width,
         "layers": _num_layers(config),
-        # open_clip truncates width * mlp_ratio, and rounding may put that just below the integer.
+        # open_clip truncates width * mlp_ratio, which rounding may put just below the integer.
         "mlp_ratio": ratio if int(width * ratio) == mlp else (mlp + 0.5) / width,
         "norm_kwargs": {"eps": config.layer_norm_eps},
         "act_kwargs": _ACTIVATIONS[config.hidden_act],
@@ -215,7 +216,7 @@ def _tower(
     weight, bias = (getattr(tower.final_layer_norm, kind).repeat(copies) for kind in ("weight", "bias"))
     outer = matrix.weight
     if _averages(config):
-        # The block may apply the projection, if the sum over channels has one beside it; otherwise what follows does.
+        # The block applies the projection if the width leaves a channel for the negative sum; else the last step does.
         fits = len(matrix.weight) < copies * config.hidden_size
         inner, outer = (
             (matrix.weight, torch.eye(len(matrix.weight))) if fits else (torch.eye(config.hidden_size), outer)
@@ -225,13 +226,13 @@ def _tower(
     elif not blocks:
         blocks.append(_block(_layer_of_zeros(config), config))
     named = {f"transformer.resblocks.{n}.{name}": v for n, block in enumerate(blocks) for name, v in block.items()}
-    # What the projection leaves out: the second half, or channels that the average does not use.
+    # Zeros for the second half, or for channels that the average does not use.
     projected = nn.functional.pad(outer.t(), (0, 0, 0, len(weight) - outer.shape[1]))
     return {**named, f"{norm}.weight": weight, f"{norm}.bias": bias, projection: projected}
 
 
 def _layer_of_zeros(config: FlipVisionConfig | FlipTextConfig) -> FlipEncoderLayer:
-    """Return a layer that adds nothing."""
+    """Return a layer that changes nothing."""
     layer = FlipEncoderLayer(config)
     for parameter in layer.parameters():
         parameter.zero_()
@@ -241,36 +242,36 @@ def _layer_of_zeros(config: FlipVisionConfig | FlipTextConfig) -> FlipEncoderLay
 def _averaging_block(tower: FlipVisionModel | FlipTextModel, inner: torch.Tensor) -> dict[str, torch.Tensor]:
     """Return a block that adds a scaled mean of the tower's normalised tokens, multiplied by `inner`, to all tokens.
 
-    The scale is so large that the token's own value vanishes. Attention scores of zero give the mean. The norm that
-    follows subtracts the mean over channels and divides by their standard deviation. The former is zero, because one
-    more channel has the negative sum of the others; the latter does not matter, because embeddings are normalised.
+    The scale is so large that the token's own value vanishes. Attention scores of zero give the mean. The next norm
+    subtracts the mean over channels, which is zero because one more channel has the negative sum of the others. It
+    divides by the standard deviation, which does not matter because embeddings are normalised.
     """
     layer, config, dim = _layer_of_zeros(tower.config), tower.config, len(inner)
     layer.layer_norm1.load_state_dict(tower.final_layer_norm.state_dict())
     layer.self_attn.v_proj.weight.fill_diagonal_(1.0)
     block = _block(layer, config)
     summed = torch.cat([inner, -inner.sum(dim=0, keepdim=True)]) * _AVERAGE_SCALE
-    block["attn.out_proj.weight"][: dim + 1] = _of_heads(summed.t(), config).t()
+    block["attn.out_proj.weight"][: dim + 1] = _wide_heads(summed.t(), config).t()
     return block
 
 
 def _block(layer: FlipEncoderLayer, config: FlipVisionConfig | FlipTextConfig) -> dict[str, torch.Tensor]:
-    """Return the weights of a block, of the width that open_clip's tower has."""
+    """Return the weights of a block in the width of open_clip's tower."""
     attention, copies, gain = layer.self_attn, _copies(config), _gain(config)
     weights, biases = [], []
     for linear in (attention.q_proj, attention.k_proj, attention.v_proj):
         # Scores are divided by the root of a head's width.
         scale = math.sqrt(copies) if linear is attention.q_proj else 1.0
-        weights.append(_of_inputs(_of_heads(scale * linear.weight, config), copies))
-        biases.append(_of_heads(scale * linear.bias[:, None], config)[:, 0])
+        weights.append(_wide_inputs(_wide_heads(scale * linear.weight, config), copies))
+        biases.append(_wide_heads(scale * linear.bias[:, None], config)[:, 0])
     if _skips_padding(config):
-        _pass_over_padding(layer, config, weights, biases)
+        _skip_padding(layer, config, weights, biases)
     block = {
         "attn.in_proj_weight": torch.cat(weights),
         "attn.in_proj_bias": torch.cat(biases),
-        "attn.out_proj.weight": _of_heads(attention.out_proj.weight.t(), config).t().repeat(copies, 1),
+        "attn.out_proj.weight": _wide_heads(attention.out_proj.weight.t(), config).t().repeat(copies, 1),
         "attn.out_proj.bias": attention.out_proj.bias.repeat(copies),
-        "mlp.c_fc.weight": _of_inputs(gain * layer.mlp.fc1.weight, copies),
+        "mlp.c_fc.weight": _wide_inputs(gain * layer.mlp.fc1.weight, copies),
         "mlp.c_fc.bias": gain * layer.mlp.fc1.bias,
         "mlp.c_proj.weight": (layer.mlp.fc2.weight / gain).repeat(copies, 1),
         "mlp.c_proj.bias": layer.mlp.fc2.bias.repeat(copies),
@@ -280,27 +281,27 @@ def _block(layer: FlipEncoderLayer, config: FlipVisionConfig | FlipTextConfig) -
     return block
 
 
-def _of_inputs(weight: torch.Tensor, copies: int) -> torch.Tensor:
-    """Return a matrix `(out, width)` for inputs `(copies * width)`, which reads the first copy."""
+def _wide_inputs(weight: torch.Tensor, copies: int) -> torch.Tensor:
+    """Return a matrix `(out, width)` padded for inputs `(copies * width)`; it reads the first copy."""
     return nn.functional.pad(weight, (0, (copies - 1) * weight.shape[1]))
 
 
-def _of_heads(rows: torch.Tensor, config: FlipVisionConfig | FlipTextConfig) -> torch.Tensor:
-    """Return rows `(width, ...)`, one for each channel of all heads, for wider heads: the new rows of each are zero."""
+def _wide_heads(rows: torch.Tensor, config: FlipVisionConfig | FlipTextConfig) -> torch.Tensor:
+    """Return rows `(width, ...)`, one for each channel of all heads, with rows of zeros for wider heads."""
     per_head = rows.reshape(config.num_attention_heads, -1, rows.shape[1])
     return nn.functional.pad(per_head, (0, 0, 0, (_copies(config) - 1) * per_head.shape[1])).flatten(0, 1)
 
 
-def _pass_over_padding(
+def _skip_padding(
     layer: FlipEncoderLayer,
     config: FlipTextConfig | FlipVisionConfig,
     weights: list[torch.Tensor],
     biases: list[torch.Tensor],
 ) -> None:
-    """Give every head a channel in which padding has a key and every token a query, so that its score is far below.
+    """Give every head a channel in which padding has a key and every token a query, so that padding scores far below.
 
-    The key is the difference of a normalised channel's two copies: zero for tokens. Of padding, the norm makes the mark
-    and its negative 1 and -1, times its weight.
+    The key is the difference of a normalised channel's two copies. It is zero for tokens. For padding, the norm turns
+    the mark and its negative into 1 and -1, times the norm's weight.
     """
     width, head_width = config.hidden_size, config.hidden_size // config.num_attention_heads
     norm = layer.layer_norm1.weight

@@ -1,15 +1,14 @@
-"""Write the model folder that others load, with or without flipscale installed."""
+"""Write a model folder: weights, configuration, processor and code, for users with or without flipscale."""
 
 import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import safe_open
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
@@ -18,12 +17,12 @@ from flipscale.engines.checkpoint import CheckpointReader, list_checkpoints
 from flipscale.engines.checkpoint_integrity import require_whole
 from flipscale.evaluation.class_names import kept_class_names
 from flipscale.hub.push import other_files
-from flipscale.hub.sentence_transformer import write_sentence_transformer
 from flipscale.io.atomic import atomic_write
 from flipscale.io.digests import check_weight, write_tensors
 from flipscale.io.errors import UserError
 from flipscale.io.lock import FolderLock
 from flipscale.io.model_folder import check_folder, fetch_folder, read_object
+from flipscale.io.progress import each
 from flipscale.io.quiet import without_bars
 from flipscale.model import (
     FlipConfig,
@@ -34,36 +33,66 @@ from flipscale.model import (
 )
 from flipscale.training.recipe import parse_recipe
 
-# Larger weights are split into files, because the Hub's client resumes uploads and downloads file by file.
+# Larger weights are split into files, because the Hub's client resumes transfers file by file.
 MAX_SHARD_SIZE = "5GB"
+ReadWeight = Callable[[str], torch.Tensor]
+Processor = FlipProcessor | CLIPImageProcessorPil | None
+
+# sentence-transformers reads three JSON files of its own beside the model: its modules in order, inputs and methods of
+# the first, and the similarity. They are written here without importing it. 6.0 is the first release with both modules
+# under these names.
+_MODULES = "sentence_transformers.base.modules"
+_SENTENCE_TRANSFORMER = {
+    "modules.json": [
+        {"idx": 0, "name": "0", "path": "", "type": f"{_MODULES}.transformer.Transformer"},
+        {"idx": 1, "name": "1", "path": "1_Normalize", "type": f"{_MODULES}.normalize.Normalize"},
+    ],
+    "sentence_bert_config.json": {
+        "transformer_task": "feature-extraction",
+        "modality_config": {
+            kind: {"method": f"get_{kind}_features", "method_output_name": "pooler_output"}
+            for kind in ("text", "image")
+        },
+        "module_output_name": "sentence_embedding",
+        # The default would pad to the longest caption of a batch.
+        "processing_kwargs": {"text": {"padding": "max_length", "truncation": True}},
+    },
+    "config_sentence_transformers.json": {
+        "model_type": "SentenceTransformer",
+        "requirements": {"sentence_transformers": ">=6.0"},
+        "prompts": {},
+        "default_prompt_name": None,
+        "similarity_fn_name": "cosine",
+    },
+}
 
 
 def build_processor(config: FlipConfig, tokenizer: PreTrainedTokenizerBase) -> FlipProcessor:
     """Return the processor of a model.
 
     It resizes the short side of an image to `image_size` (bicubic), crops the centre and normalises by the model's mean
-    and standard deviation. It cuts and pads captions to `max_position_embeddings` ids. The tokens that begin and end
-    captions which the model writes are special tokens of its tokenizer.
+    and standard deviation. It cuts and pads captions to `max_position_embeddings` ids. The begin and end tokens of
+    written captions become special tokens of the tokenizer.
 
     The image processor is transformers' PIL one, which needs no torchvision. The saved files name no backend: where
-    torchvision is installed, transformers loads its one instead. The two differ by one grey level at most.
+    torchvision is installed, transformers loads its own instead. The two differ by one grey level at most.
 
     Raises:
-        ValueError: the tokenizer has more entries than the model has embeddings, or another padding id.
+        UserError: the tokenizer has more entries than the model has embeddings, or another padding id.
     """
     check_tokenizer(tokenizer, config.caption_config)
     # A copy, because the caller's tokenizer keeps its length.
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.model_max_length = config.caption_config.max_position_embeddings
     if config.decoder_config is not None:
-        # Known as special tokens, they are left out of what captions are decoded to.
+        # Decoding leaves special tokens out.
         for name, token in begin_and_end(tokenizer).items():
             setattr(tokenizer, name.removesuffix("_id"), tokenizer.convert_ids_to_tokens(token))
     return FlipProcessor(build_image_processor(config), tokenizer)
 
 
 def build_image_processor(config: FlipConfig) -> CLIPImageProcessorPil:
-    """Return the image processor of a model, as `build_processor` has it."""
+    """Return the image processor of a model, as in `build_processor`."""
     vision = config.vision_config
     return CLIPImageProcessorPil(
         size={"shortest_edge": vision.image_size},
@@ -73,92 +102,102 @@ def build_image_processor(config: FlipConfig) -> CLIPImageProcessorPil:
     )
 
 
-def export_model(
-    model: FlipModel, processor: FlipProcessor | None, out_dir: Path | str, max_shard_size: str = MAX_SHARD_SIZE
-) -> Path:
+def by_channel(value: float | list[float], num_channels: int) -> list[float]:
+    """Return a mean or standard deviation of the configuration as one number for each channel."""
+    return [float(value)] * num_channels if isinstance(value, int | float) else [float(v) for v in value]
+
+
+def export_model(model: FlipModel, processor: FlipProcessor | None, out_dir: Path | str) -> Path:
     """Write configuration, weights (safetensors), processor and the code of `flipscale.model` to the folder `out_dir`.
 
-    fp32 weights are written twice: as they are, which is what loads by default, and in half the bytes for
+    fp32 weights are written twice: in fp32, which loads by default, and in half the bytes for
     `from_pretrained(..., variant="bf16", dtype=torch.bfloat16)`.
 
-    Where flipscale is not installed, the folder loads by `AutoModel`, `AutoProcessor` and
-    `pipeline("zero-shot-image-classification")` with `trust_remote_code=True`. It is written aside and renamed, so it
-    is never seen half written. A model folder that exists is replaced, with all files in it.
+    Without flipscale, the folder loads by `AutoModel`, `AutoProcessor` and `pipeline("zero-shot-image-classification")`
+    with `trust_remote_code=True`; sentence-transformers loads it too. It is written under another name and renamed, so
+    readers never see half a folder. An existing model folder is replaced with all its files.
 
     Raises:
-        ValueError: `out_dir` exists and is neither a model folder nor empty, or another process writes it.
+        UserError: `out_dir` exists and is neither a model folder nor empty, or another process writes it.
     """
     weights = model.state_dict()
     shapes = {name: weight.shape for name, weight in weights.items()}
 
     def save(folder: Path) -> None:
-        _write_weights(folder, shapes, lambda name: weights[name].cpu(), model.dtype, max_shard_size)
+        _write_weights(folder, shapes, lambda name: weights[name].cpu(), model.dtype)
 
     return _write_folder(model, processor, Path(out_dir), save)
 
 
 class Interpolation(NamedTuple):
-    """Weights between those of two models: WiSE-FT (arXiv 2109.01903), which keeps of a fine-tuned model what it lost
-    on other tasks.
+    """Weights between those of two models: WiSE-FT (arXiv 2109.01903), which keeps a fine-tuned model's skill on other
+    tasks.
 
     Args:
-        base: a run, a model folder or a Hub name, such as the one that the fine-tuning started from.
-        alpha: the share of the fine-tuned weights; at 0 they are the base's.
+        base: run, model folder or Hub name, such as the start of the fine-tuning.
+        alpha: share of the fine-tuned weights; 0 gives the base.
     """
 
     base: str
     alpha: float
 
-    def applied(self, shapes: dict[str, torch.Size], read: Callable[[str], torch.Tensor]) -> Callable:
-        """Return what reads a weight between the base's and what `read` returns, in fp32.
+    def applied(self, shapes: dict[str, torch.Size], read: ReadWeight) -> ReadWeight:
+        """Return a reader of the mixed weights, in fp32.
+
+        Args:
+            shapes: shapes of the fine-tuned weights, by name.
+            read: reader of the fine-tuned weights.
 
         Raises:
-            ValueError: the base is no model, or lacks a weight of these shapes.
+            UserError: the base is not a model, or lacks a weight of these shapes.
         """
-        files = {name: file for path in check_folder(fetch_folder(self.base)) for name, file in _opened(path).items()}
+        files = {}
+        for path in check_folder(fetch_folder(self.base)):
+            file = safe_open(path, "pt")
+            files.update(dict.fromkeys(file.keys(), file))
         for name, shape in shapes.items():
-            found = list(files[name].get_slice(name).get_shape()) if name in files else None
-            if found != list(shape):
-                has = "no such weight" if found is None else f"one of shape {found}"
+            base_shape = list(files[name].get_slice(name).get_shape()) if name in files else None
+            if base_shape != list(shape):
                 raise UserError(
-                    f"--interpolate {self.base}: the run has the weight {name} of shape {list(shape)}, and the base "
-                    f"has {has}; interpolate between models of one size and kind"
+                    f"--interpolate {self.base}: weight {name} has shape {base_shape or 'missing'} in the base and "
+                    f"{list(shape)} in the run; use models of one size and kind"
                 )
 
-        def between(name: str) -> torch.Tensor:
+        def mixed(name: str) -> torch.Tensor:
             tuned, base = read(name).float(), files[name].get_tensor(name).float()
             check_weight(f"{name} of {self.base}", base)
             return torch.lerp(base, tuned, self.alpha)
 
-        return between
-
-
-def _opened(path: Path) -> dict[str, Any]:
-    file = safe_open(path, "pt")
-    return dict.fromkeys(file.keys(), file)
+        return mixed
 
 
 def export_checkpoint(
     checkpoint: Path, out_dir: Path, dtype: torch.dtype = torch.float32, between: Interpolation | None = None
 ) -> Path:
-    """Write the model of a run's checkpoint to the folder `out_dir` as `export_model` does, in `dtype`, without a card.
+    """Write the model of a run's checkpoint to the folder `out_dir` as `export_model` does, without a card.
 
-    If the recipe keeps averages of the weights, these are exported; with `between`, a mixture with another model's. One
-    tensor is in memory at a time, whatever engine and number of processes wrote the checkpoint.
+    The recipe's averages of the weights are exported if it keeps them. One tensor is in memory at a time, for any
+    engine and number of processes of the checkpoint.
+
+    Args:
+        checkpoint: path of the checkpoint.
+        out_dir: model folder to write.
+        dtype: data type of the weights.
+        between: other model to mix the weights with.
 
     Raises:
         OSError: the checkpoint is damaged or cannot be read.
-        ValueError: the checkpoint does not exist, its recipe's tokenizer cannot be loaded, `out_dir` exists and is
+        UserError: the checkpoint does not exist, its recipe's tokenizer cannot be loaded, `out_dir` exists and is
             neither a model folder nor empty, another process writes it, or as `Interpolation.applied`.
     """
     if not checkpoint.exists():
-        there = [path.name for path in list_checkpoints(checkpoint.parents[1])]
-        raise UserError(f"{checkpoint} is no checkpoint; there are {', '.join(there) or 'none'}")
+        names = [path.name for path in list_checkpoints(checkpoint.parents[1])]
+        raise UserError(f"{checkpoint} does not exist; the checkpoints are {', '.join(names) or 'none'}")
     require_whole(checkpoint)
     recipe = parse_recipe(["--config", str(checkpoint / "recipe.yaml")], is_saved=True)
     config, reader = recipe.model_config(), CheckpointReader(checkpoint)
     objective = recipe.objective()
-    processor: FlipProcessor | CLIPImageProcessorPil
+    processor: Processor
     if objective.takes_text:
         tokenizer = load_tokenizer(recipe.data.tokenizer, config.caption_config.max_position_embeddings)
         processor = build_processor(config, tokenizer)
@@ -166,7 +205,7 @@ def export_checkpoint(
         processor = build_image_processor(config)
     if objective.num_labels is not None:
         names = kept_class_names(checkpoint.parents[1], objective.num_labels)
-        config.id2label, config.label2id = dict(enumerate(names)), {name: place for place, name in enumerate(names)}
+        config.id2label, config.label2id = dict(enumerate(names)), {name: index for index, name in enumerate(names)}
     with torch.device("meta"):
         model = objective.exported_class._from_config(config, dtype=dtype)
     kind = "weight" if recipe.optim.ema_decay is None else "ema"
@@ -178,31 +217,33 @@ def export_checkpoint(
     read_weight = read if between is None else between.applied(shapes, read)
 
     def save(folder: Path) -> None:
-        _write_weights(folder, shapes, read_weight, dtype, MAX_SHARD_SIZE)
+        _write_weights(folder, shapes, read_weight, dtype)
 
     return _write_folder(model, processor, out_dir, save)
 
 
-def _write_weights(
-    folder: Path,
-    shapes: dict[str, torch.Size],
-    read: Callable[[str], torch.Tensor],
-    dtype: torch.dtype,
-    max_shard_size: str,
-) -> None:
-    """Write the weights that `read` returns by name, in `dtype`; fp32 weights also as the variant `bf16`.
+def _write_weights(folder: Path, shapes: dict[str, torch.Size], read: ReadWeight, dtype: torch.dtype) -> None:
+    """Write the weights in `dtype`, and fp32 weights also as the variant `bf16`. One tensor is in memory at a time.
 
-    Files are named and sharded as `from_pretrained` expects. One tensor is in memory at a time.
+    Files are named and sharded as `from_pretrained` expects.
     """
+
+    def checked(name: str) -> torch.Tensor:
+        weight = read(name)
+        check_weight(name, weight)
+        return weight
+
     for variant, kind in [("", dtype), *([(".bf16", torch.bfloat16)] if dtype == torch.float32 else [])]:
         weights = {name: torch.empty(shape, dtype=kind, device="meta") for name, shape in shapes.items()}
         split = split_torch_state_dict_into_shards(
-            weights, filename_pattern=f"model{variant}{{suffix}}.safetensors", max_shard_size=max_shard_size
+            weights, filename_pattern=f"model{variant}{{suffix}}.safetensors", max_shard_size=MAX_SHARD_SIZE
         )
         for file, names in split.filename_to_tensors.items():
             layout = {name: (kind, shapes[name]) for name in names}
-            bar = tqdm(names, file, leave=False, delay=2, disable=None)
-            write_tensors(folder / file, layout, (_checked(name, read(name)).to(kind) for name in bar))
+            tensors = (
+                checked(name).to(kind) for name in each(names, f"writing {file}", "tensors", delay=2, leave=False)
+            )
+            write_tensors(folder / file, layout, tensors)
         if split.is_sharded:
             index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
             (folder / f"model.safetensors.index{variant}.json").write_text(
@@ -210,23 +251,15 @@ def _write_weights(
             )
 
 
-def _checked(name: str, weight: torch.Tensor) -> torch.Tensor:
-    check_weight(name, weight)
-    return weight
-
-
 def _write_folder(
-    model: FlipPreTrainedModel,
-    processor: FlipProcessor | CLIPImageProcessorPil | None,
-    out_dir: Path,
-    save: Callable[[Path], None],
+    model: FlipPreTrainedModel, processor: Processor, out_dir: Path, save: Callable[[Path], None]
 ) -> Path:
-    """Write the configuration, the code and the processor to `out_dir`, and the weights, which `save` writes."""
-    _refuse_to_replace(out_dir)
+    """Write the configuration, the code and the processor to `out_dir`; `save` writes the weights."""
+    _check_replaceable(out_dir)
     out_dir.parent.mkdir(parents=True, exist_ok=True)
     compares = isinstance(model, FlipModel)
     if compares and model.config.decoder_config is not None:
-        # The folder of both losses is that of a model that writes captions; FlipModel takes its own weights of it.
+        # A model with both losses is saved as a model that writes captions; FlipModel loads its own weights from it.
         with torch.device("meta"):
             model = FlipForConditionalGeneration._from_config(model.config, dtype=model.dtype)
     model.config.auto_map = {**(getattr(model.config, "auto_map", None) or {}), **_auto_map(model.config, compares)}
@@ -237,7 +270,8 @@ def _write_folder(
             if processor is not None:
                 processor.save_pretrained(folder)
             if isinstance(processor, FlipProcessor) and compares:
-                write_sentence_transformer(folder)
+                for name, content in _SENTENCE_TRANSFORMER.items():
+                    (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
             with without_bars():
                 model.save_pretrained(folder, state_dict={})
             for empty in folder.glob("*.safetensors"):
@@ -249,26 +283,23 @@ def _write_folder(
 
 
 def _auto_map(config: FlipConfig, compares: bool) -> dict[str, str]:
-    """Return the names that pipelines and fine-tuning look for; registering a class names it once.
+    """Return the classes for transformers' pipelines and fine-tuning, beside the registered ones.
 
     Args:
-        compares: whether the weights of a FlipModel are there.
+        config: model configuration.
+        compares: whether the folder has the weights of a FlipModel.
     """
-    found = {"AutoModelForImageClassification": "modeling_flip.FlipForImageClassification"}
+    classes = {"AutoModelForImageClassification": "modeling_flip.FlipForImageClassification"}
     if compares:
-        found["AutoModelForZeroShotImageClassification"] = "modeling_flip.FlipModel"
+        classes["AutoModelForZeroShotImageClassification"] = "modeling_flip.FlipModel"
     if config.decoder_config is not None:
         writes = "modeling_flip_caption.FlipForConditionalGeneration"
-        found["AutoModel"] = "modeling_flip.FlipModel" if compares else writes
-    return found
+        classes["AutoModel"] = "modeling_flip.FlipModel" if compares else writes
+    return classes
 
 
-def by_channel(value: Any, num_channels: int) -> list[float]:
-    """Return a mean or standard deviation of the configuration as one number for each channel."""
-    return [float(value)] * num_channels if isinstance(value, int | float) else [float(v) for v in value]
-
-
-def _refuse_to_replace(out_dir: Path) -> None:
+def _check_replaceable(out_dir: Path) -> None:
+    """Raise UserError unless a folder is missing, empty, or a model folder without foreign files."""
     if not out_dir.exists() or (out_dir.is_dir() and not any(out_dir.iterdir())):
         return
     config = out_dir / "config.json"
@@ -277,5 +308,5 @@ def _refuse_to_replace(out_dir: Path) -> None:
     if others := other_files(out_dir):
         raise UserError(
             f"{out_dir} holds {', '.join(others[:6])}, which flipscale did not write and an export would remove; name "
-            "another folder, or move that away"
+            "another folder, or move them away"
         )

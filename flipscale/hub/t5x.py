@@ -1,4 +1,4 @@
-"""Read checkpoints of the original JAX FLIP, without JAX, from a folder or directly from a zip.
+"""Read checkpoints of the original JAX FLIP, without JAX, from a folder or a zip.
 
 A checkpoint is a folder `checkpoint_N`: an index (msgpack) named `checkpoint` and, for each parameter, a zarr v2 array
 in a folder `target.<dotted name>`.
@@ -21,20 +21,20 @@ import numpy as np
 from flipscale.io.errors import UserError
 
 _VERSION = 3
-# The largest index of a checkpoint has 1 MB, what says of an array how it is stored 300 bytes.
+# The largest known index has 1 MB, and the metadata of an array 300 bytes.
 _MOST_INDEX_BYTES, _MOST_META_BYTES = 64 << 20, 1 << 20
-# Neither gzip nor a zip makes anything smaller by more than this.
+# Upper bound on the compression ratio of gzip and zip.
 _MOST_RATIO = 1_100
 
 
 @dataclass(frozen=True)
 class Files:
-    """The files in a folder or in a zip.
+    """Files of a folder or a zip.
 
     Args:
-        root: its name in messages.
-        sizes: of all its files in bytes, by their names relative to it, with `/`.
-        content: returns the content of a file by its name.
+        root: name for messages.
+        sizes: bytes of all files, by their names relative to the root, with `/`.
+        content: function that returns the content of a file by its name.
     """
 
     root: str
@@ -43,21 +43,21 @@ class Files:
 
     @property
     def names(self) -> Collection[str]:
-        """The names of its files."""
+        """Names of the files."""
         return self.sizes.keys()
 
     def read(self, name: str, most: int) -> bytes:
         """Return the content of a file of at most `most` bytes.
 
         Raises:
-            ValueError: it has more: what is compressed may stand for more than there is memory.
+            UserError: it has more bytes; a compressed file may expand beyond the memory.
         """
         if self.sizes[name] > most:
             raise UserError(f"{self.root}/{name} has {self.sizes[name]:,} bytes, more than {most:,}")
         return self.content(name)
 
     def below(self, folder: str) -> "Files":
-        """Return the files in one of its folders."""
+        """Return the files of a folder."""
         if folder == ".":
             return self
         start = len(folder) + 1
@@ -66,10 +66,10 @@ class Files:
 
 
 class StoredArray:
-    """A parameter in the checkpoint. Its shape is known; `np.asarray` reads its values (fp32).
+    """A parameter in the checkpoint: `shape` is known at once, `np.asarray` reads the values (fp32).
 
     Raises:
-        ValueError: it is missing, cut short or in a format that the original does not write.
+        UserError: the array is missing, cut short or in a format that the original does not write.
     """
 
     dtype = np.dtype(np.float32)
@@ -79,7 +79,7 @@ class StoredArray:
         self.files = files
         self.meta = self._metadata()
         self.shape: tuple[int, ...] = self.meta["shape"]
-        self._refuse_larger_than_stored()
+        self._check_claimed_size()
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         chunks, stored = self.meta["chunks"], self.meta["dtype"]
@@ -96,17 +96,13 @@ class StoredArray:
         """Return the number of chunks along each dimension."""
         return [-(-length // chunk) for length, chunk in zip(self.shape, self.meta["chunks"], strict=True)]
 
-    def _refuse_larger_than_stored(self) -> None:
-        """Raise if the array would take memory for numbers that the files cannot hold.
-
-        Raises:
-            ValueError: it would.
-        """
+    def _check_claimed_size(self) -> None:
+        """Raise UserError if the files are too small for the claimed shape, before its memory is allocated."""
         stored = sum(size for name, size in self.files.sizes.items() if name != ".zarray")
         claimed = max(math.prod(self.shape), math.prod(self.meta["chunks"])) * self.meta["dtype"].itemsize
         if claimed > _MOST_RATIO**2 * stored + _MOST_META_BYTES and math.prod(self._counts()) <= len(self.files.names):
             raise UserError(
-                f"array {self.name} is damaged: {self.files.root} has {stored:,} bytes, which cannot be {claimed:,}"
+                f"array {self.name} is damaged: {self.files.root} has {stored:,} bytes, too few for {claimed:,}"
             )
 
     def _metadata(self) -> dict[str, Any]:
@@ -140,7 +136,7 @@ class StoredArray:
         if name not in self.files.names:
             raise UserError(f"array {self.name} is incomplete: {file} is missing")
         try:
-            # What cannot be made smaller becomes larger by little.
+            # Incompressible content grows a little.
             content = self.files.read(name, num_bytes + num_bytes // 100 + 4096)
             if self.meta["compressor"] == "gzip":
                 with gzip.GzipFile(fileobj=io.BytesIO(content)) as file_content:
@@ -148,8 +144,8 @@ class StoredArray:
         except (EOFError, OSError, zlib.error) as error:
             raise UserError(f"array {self.name} is damaged: {file} is cut short or not gzip ({error})") from error
         if len(content) != num_bytes:
-            held = f"more than {num_bytes}" if len(content) > num_bytes else f"{len(content)}"
-            raise UserError(f"array {self.name} is damaged: {file} holds {held} bytes, not {num_bytes}")
+            size = f"more than {num_bytes}" if len(content) > num_bytes else f"{len(content)}"
+            raise UserError(f"array {self.name} is damaged: {file} holds {size} bytes, not {num_bytes}")
         return content
 
 
@@ -159,11 +155,11 @@ def open_flip_checkpoint(path: Path | str) -> Mapping[str, StoredArray]:
     Optimiser state is skipped.
 
     Args:
-        path: the folder `checkpoint_N`, a folder or a zip that holds it at any depth, or the file `checkpoint` in it.
+        path: folder `checkpoint_N`, a folder or zip that contains it at any depth, or the file `checkpoint` in it.
 
     Raises:
-        ValueError: there is no checkpoint or more than one, its version is unknown, or an array is missing or in
-            another format.
+        UserError: there is no checkpoint or more than one, its version is unknown, or an array is missing or in another
+            format.
     """
     files = _checkpoint(_files(Path(path)))
     return {name: StoredArray(name, files.below(folder)) for name, folder in _array_folders(files).items()}
@@ -176,7 +172,7 @@ def _files(path: Path) -> Files:
         return _zipped_files(path)
     folder = path.parent if path.is_file() else path
     home = folder.resolve()
-    # A link that leads out of the folder is none of its files.
+    # Links out of the folder are not followed.
     files = [file for file in folder.rglob("*") if file.is_file() and file.resolve().is_relative_to(home)]
     sizes = {file.relative_to(folder).as_posix(): file.stat().st_size for file in files}
     return Files(str(folder), sizes, lambda name: (folder / name).read_bytes())
@@ -187,32 +183,32 @@ def _zipped_files(path: Path) -> Files:
         archive = zipfile.ZipFile(path)
     except zipfile.BadZipFile as error:
         raise UserError(
-            f"{path} is not a checkpoint of the original FLIP: it is no zip, or one that was cut short ({error})"
+            f"{path} is not a checkpoint of the original FLIP: it is not a zip, or cut short ({error})"
         ) from error
 
     def read(name: str) -> bytes:
         try:
             return archive.read(name)
         except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError) as error:  # RuntimeError: a password
-            raise UserError(f"{path}: {name} in it cannot be read ({error}); fetch the zip again") from error
+            raise UserError(f"{path}: {name} in it cannot be read ({error}); download the zip again") from error
 
-    # zipfile reads no more of a file than its list says.
+    # zipfile never reads more of a file than its listed size.
     return Files(str(path), {member.filename: member.file_size for member in archive.infolist()}, read)
 
 
 def _checkpoint(files: Files) -> Files:
-    """Return the files of the only checkpoint among `files`."""
+    """Return the files of the only checkpoint in `files`."""
     arrays = [PurePosixPath(name).parent for name in files.names if PurePosixPath(name).name == ".zarray"]
     folders = sorted({str(array.parent) for array in arrays if array.name.startswith("target.")})
     if not folders:
-        raise UserError(f"{files.root} is not a checkpoint of the original FLIP: no target.* array folder is in it")
+        raise UserError(f"{files.root} is not a checkpoint of the original FLIP: no target.* array folder found")
     if len(folders) > 1:
         raise UserError(f"{files.root} holds {len(folders)} checkpoints ({', '.join(folders)}); name one of them")
     return files.below(folders[0])
 
 
 def _array_folders(files: Files) -> dict[str, str]:
-    """Return the folder of each parameter's array, from the index or, without msgpack, from the folders' names."""
+    """Return the folder of each parameter's array, from the index or, without msgpack, from the names of folders."""
     try:
         import msgpack
     except ImportError:
@@ -227,7 +223,7 @@ def _array_folders(files: Files) -> dict[str, str]:
     except (msgpack.UnpackException, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{file} is not the index of a checkpoint of the original FLIP ({error!r})") from error
     if version != _VERSION:
-        raise UserError(f"{file} is of version {version}; only version {_VERSION}, the original FLIP's, can be read")
+        raise UserError(f"{file} has version {version}; expected {_VERSION}, the original FLIP's")
     try:
         return dict(_leaves(target, ()))
     except (TypeError, AttributeError, RecursionError) as error:
@@ -235,7 +231,7 @@ def _array_folders(files: Files) -> dict[str, str]:
 
 
 def _leaves(node: Any, path: tuple[str, ...]) -> Iterator[tuple[str, str]]:
-    """Yield name and array folder of every array below `node`. The bucket that the trainer wrote to is ignored."""
+    """Yield name and array folder of every array below `node`. The trainer's bucket is ignored."""
     name = "/".join(path)
     if not isinstance(node, dict):
         raise UserError(f"parameter {name} is not a zarr array in the checkpoint's index")
@@ -243,7 +239,7 @@ def _leaves(node: Any, path: tuple[str, ...]) -> Iterator[tuple[str, str]]:
         for key, child in node.items():
             yield from _leaves(child, (*path, key))
         return
-    # Before tensorstore 0.1.14 the path was beside `kvstore`.
+    # Before tensorstore 0.1.14 the path stood beside `kvstore`.
     stored = node.get("path") or node.get("kvstore", {}).get("path")
     if not stored:
         raise UserError(f"parameter {name} has no path in the checkpoint's index")

@@ -114,7 +114,7 @@ def _take_model(run_dir: Path, model: Path) -> Path:
     Raises:
         ValueError: there is another model.
     """
-    from flipscale.hub.model_card import write_card
+    from flipscale.hub.card import write_card
 
     if not model.exists():
         with atomic_write(model) as partial:

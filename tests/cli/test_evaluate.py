@@ -16,7 +16,7 @@ from flipscale.data.prepared import PREPARED
 from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.reports.record import read_lines
 from flipscale.evaluation.task_page import read_page, suite_pages
-from flipscale.hub.card_results import folder_lines, refresh_card
+from flipscale.hub.card import folder_lines, refresh_card
 from flipscale.hub.model_folder import build_processor, export_model
 from flipscale.hub.push import files_to_push
 from flipscale.model import FlipConfig, FlipModel

@@ -32,7 +32,7 @@ from flipscale.evaluation.probe.views import RandomCrops
 from flipscale.evaluation.reports.record import read_lines
 from flipscale.evaluation.results import Result, read_results
 from flipscale.evaluation.suite import build_tasks
-from flipscale.hub.card_results import results_table
+from flipscale.hub.card import results_table
 from flipscale.hub.loading import open_embedder
 from flipscale.model import FlipConfig, FlipModel
 

@@ -1,18 +1,15 @@
-"""Where the numbers of a model card come from."""
+"""Sources of the numbers in a model card."""
 
 import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from string import Formatter
 from typing import Any
 
 import yaml
 
 from flipscale.evaluation.kinds.kinds import KINDS
-from flipscale.hub.card_results import INTERVALS, NOT_EVALUATED
-from flipscale.hub.card_templates import TEMPLATES
-from flipscale.hub.model_card import NO_LICENCE
+from flipscale.hub import card as cards
 from flipscale.io import json_lines
 from flipscale.training.recipe import ModelRecipe
 from flipscale.training.run_summary import read_starts
@@ -21,9 +18,7 @@ NUMBER = re.compile(r"\d+(?:,\d{3})*(?:\.\d+)?(?:e[+-]?\d+)?")
 
 
 def untraced_numbers(card: str, run_dir: Path) -> list[str]:
-    """The numbers of a card that are neither its template's nor in, or computed as said here from, the run's
-    `metrics.jsonl`, `results.jsonl` (and its model's), `recipe.yaml`, `environment.json`, `starts.jsonl` and
-    `energy.jsonl`, nor in the audit that the recipe names."""
+    """Return the numbers of a card that come neither from its template nor from the run's files and audit."""
     recipe = yaml.safe_load((run_dir / "recipe.yaml").read_text())
     environment = json.loads((run_dir / "environment.json").read_text())
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
@@ -39,9 +34,9 @@ def untraced_numbers(card: str, run_dir: Path) -> list[str]:
     texts = _texts([recipe, environment, records, results, starts, str(run_dir)])
     words = {token for text in texts for token in NUMBER.findall(text)}
     protocols = [kind.protocol for kind in KINDS.values()]
-    fixed = (TEMPLATES["embeds"], *protocols, INTERVALS, NOT_EVALUATED, NO_LICENCE)
-    of_the_template = [token for text in fixed for token in _fixed_numbers(text)]
-    # The head of the table of results, and the captions of figures, which name the metric that they show.
+    template = re.sub(r"{[{%].*?[%}]}", "", cards._TEMPLATE.read_text())
+    of_the_template = [token for text in (template, *protocols, cards.INTERVALS) for token in NUMBER.findall(text)]
+    # The head of the table of results.
     of_the_template += ["95"]
     untraced = []
     for token in NUMBER.findall(card):
@@ -69,13 +64,13 @@ def _derived(
 
 
 def _of_the_energy(recipe: dict[str, Any], lines: list[dict[str, Any]]) -> set[float]:
-    """The sum of the last line of each start, and what the grid emitted for it."""
+    """The sum of the last line of each start, and its emissions."""
     cost, kwh = recipe["cost"], sum({line["start"]: line["energy_kwh"] for line in lines}.values())
     return {kwh, kwh * cost["pue"] * (cost["kwh_co2_grams"] or 0) / 1000} if lines else set()
 
 
 def _of_the_audit(audit: dict[str, Any]) -> set[float]:
-    """What a card computes of an audit: percentages and sums."""
+    """Percentages and sums of an audit."""
     found = {100 * row["share"] for row in audit["languages"]["long"]["languages"]}
     found |= {one["exact"] + one["near"] for one in audit["tests"]}
     return found | {sum(one["count"] for one in audit["unusable"].values())}
@@ -87,11 +82,6 @@ def _is_rounded(token: str, value: float) -> bool:
         return number == value
     decimals = len(token.partition(".")[2])
     return abs(number - value) <= 0.5 * 10**-decimals * (1 + 1e-9)
-
-
-def _fixed_numbers(template: str) -> list[str]:
-    fixed = " ".join(part[0] for part in Formatter().parse(template))
-    return NUMBER.findall(fixed)
 
 
 def _leaves(content: Any) -> Iterator[Any]:
