@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> None:
     import torch
 
     from flipscale.engines.checkpoint import checkpoint_of, latest_checkpoint
-    from flipscale.hub.model_folder import Interpolation, export_checkpoint
+    from flipscale.hub.export import Interpolation, export_checkpoint
 
     checkpoint = latest_checkpoint(args.run_dir) if args.step is None else checkpoint_of(args.run_dir, args.step)
     if checkpoint is None:

@@ -202,7 +202,7 @@ def finish(recipe: Recipe, start: Start, step: int, trained_seconds: float) -> N
     if start.accelerator.is_main_process:
         start.check_lock(at_once=True)
         from flipscale.hub.card import write_card
-        from flipscale.hub.model_folder import export_checkpoint
+        from flipscale.hub.export import export_checkpoint
 
         run_dir = Path(recipe.output_dir)
         export_checkpoint(checkpoint_of(run_dir, step), run_dir / "model")

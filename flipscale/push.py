@@ -74,7 +74,7 @@ def _model_folder(run_dir: Path, step: int | None) -> Iterator[Path]:
     """Yield the model folder of a run, `run_dir` itself if it is a model folder, or the export of a checkpoint."""
     if step is not None:
         from flipscale.engines.checkpoint import checkpoint_of
-        from flipscale.hub.model_folder import export_checkpoint
+        from flipscale.hub.export import export_checkpoint
         from flipscale.hub.push import export_folder
 
         folder = export_folder(run_dir, step)

@@ -23,7 +23,7 @@ _IMPORTED_LATER = (
     "flipscale.engines.ddp",
     "flipscale.engines.fsdp2",
     "flipscale.hub.card",
-    "flipscale.hub.model_folder",
+    "flipscale.hub.export",
     "flipscale.hub.loading",
     "flipscale.hub.push",
     "flipscale.objectives.answer",

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.initialization import no_init_weights
 
 from flipscale.data.tokenizers import bert_tokenizer
-from flipscale.hub.model_folder import build_processor, export_model
+from flipscale.hub.export import build_processor, export_model
 from flipscale.hub.t5x import StoredArray, open_flip_checkpoint
 from flipscale.io.atomic import write_text
 from flipscale.io.digests import check_weight

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from flipscale.hub.card import derived_card
+from flipscale.hub.export import build_processor
 from flipscale.hub.loading import load_flip
-from flipscale.hub.model_folder import build_processor
 from flipscale.io.atomic import new_folder
 from flipscale.io.errors import UserError
 from flipscale.io.progress import each

@@ -20,8 +20,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from flipscale.hub.card import derived_card
+from flipscale.hub.export import by_channel
 from flipscale.hub.loading import load_flip
-from flipscale.hub.model_folder import by_channel
 from flipscale.io.atomic import new_folder
 from flipscale.io.errors import UserError
 from flipscale.model import FlipConfig, FlipModel, FlipTextConfig, FlipTextModel, FlipVisionConfig, FlipVisionModel

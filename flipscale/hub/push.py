@@ -238,19 +238,14 @@ def check_to_push(folder: Path) -> None:
     if (folder / "image_model.onnx").is_file():  # `flipscale convert onnx` has compared it with its model
         return
     pushed = {name for name, _ in files_to_push(folder)}
-    try:
-        files = check_folder(folder)
-        for file in [folder / "config.json", *files]:
-            if file.name not in pushed:
-                raise UserError(
-                    f"{file} is a link or has another name than flipscale writes; put the file itself there"
-                )
-        for file in files:
-            with safe_open(file, "pt") as weights:
-                for name in weights.keys():  # noqa: SIM118
-                    check_weight(name, weights.get_tensor(name))
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    files = check_folder(folder)
+    for file in [folder / "config.json", *files]:
+        if file.name not in pushed:
+            raise UserError(f"{file} is a link, which is not uploaded; put the file itself there")
+    for file in files:
+        with safe_open(file, "pt") as weights:
+            for name in weights.keys():  # noqa: SIM118
+                check_weight(name, weights.get_tensor(name))
 
 
 def _explain(error: Exception, target: Target) -> UserError | OSError:

@@ -17,7 +17,7 @@ from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.reports.record import read_lines
 from flipscale.evaluation.task_page import read_page, suite_pages
 from flipscale.hub.card import folder_lines, refresh_card
-from flipscale.hub.model_folder import build_processor, export_model
+from flipscale.hub.export import build_processor, export_model
 from flipscale.hub.push import files_to_push
 from flipscale.model import FlipConfig, FlipModel
 

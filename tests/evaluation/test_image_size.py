@@ -19,7 +19,7 @@ from flipscale.evaluation.reports.models import NamedModel
 from flipscale.evaluation.reports.session import evaluate_model
 from flipscale.evaluation.results import as_metrics
 from flipscale.evaluation.suite import build_tasks, evaluate_tasks
-from flipscale.hub.model_folder import build_processor, export_model
+from flipscale.hub.export import build_processor, export_model
 from flipscale.planning.flops import forward_flops
 from flipscale.training.recipe import parse_recipe
 

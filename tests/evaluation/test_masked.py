@@ -30,7 +30,7 @@ from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.reports.record import read_lines
 from flipscale.evaluation.results import as_metrics
 from flipscale.evaluation.suite import build_tasks, evaluate_tasks
-from flipscale.hub.model_folder import build_processor, export_model
+from flipscale.hub.export import build_processor, export_model
 from flipscale.model import FlipConfig, FlipModel
 from flipscale.model.patches import patchify
 from flipscale.planning.flops import forward_flops

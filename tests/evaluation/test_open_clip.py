@@ -23,7 +23,7 @@ from flipscale.evaluation.images import SampleNumbers
 from flipscale.evaluation.results import as_metrics
 from flipscale.evaluation.suite import build_tasks, evaluate_tasks
 from flipscale.hub.convert_open_clip import convert_to_open_clip
-from flipscale.hub.model_folder import build_processor, export_model
+from flipscale.hub.export import build_processor, export_model
 from flipscale.model import FlipConfig, FlipModel
 
 CONFIG = {

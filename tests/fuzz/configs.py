@@ -15,8 +15,8 @@ from transformers import AutoTokenizer
 from flipscale.evaluation.reports.record import read_lines
 from flipscale.evaluation.test_set import TEMPLATES
 from flipscale.evaluation.test_set import read_lines as read_texts
+from flipscale.hub.export import build_processor, export_model
 from flipscale.hub.loading import open_embedder
-from flipscale.hub.model_folder import build_processor, export_model
 from flipscale.model import FlipConfig, FlipModel
 
 INDEX = "model.safetensors.index.json"

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from flipscale import cli
 from flipscale.hub import convert_onnx
-from flipscale.hub.model_folder import build_processor, export_model
+from flipscale.hub.export import build_processor, export_model
 from flipscale.model import FlipConfig, FlipModel, FlipProcessor
 
 TOWER = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 
 from flipscale import cli
 from flipscale.hub.convert_open_clip import convert_to_open_clip, open_clip_config
-from flipscale.hub.model_folder import build_processor, export_model
+from flipscale.hub.export import build_processor, export_model
 from flipscale.model import SIZES, FlipConfig, FlipModel
 from flipscale.training.recipe import RECIPES, parse_recipe
 

@@ -15,7 +15,7 @@ from packaging.requirements import Requirement
 from PIL import Image
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, pipeline
 
-from flipscale.hub.model_folder import build_processor, export_model
+from flipscale.hub.export import build_processor, export_model
 from flipscale.io.lock import FolderLock
 from flipscale.model import (
     FlipConfig,

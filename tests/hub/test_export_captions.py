@@ -12,7 +12,7 @@ from PIL import Image
 from transformers import AutoTokenizer
 
 from flipscale.data.tokenizers import begin_and_end, bert_tokenizer
-from flipscale.hub.model_folder import build_processor, export_model
+from flipscale.hub.export import build_processor, export_model
 from flipscale.model import FlipConfig, FlipDecoderConfig, FlipForConditionalGeneration, FlipModel, FlipProcessor
 from flipscale.objectives.captioning import CaptioningFlipModel
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from flipscale.cli import main
-from flipscale.hub.model_folder import build_processor, export_model
+from flipscale.hub.export import build_processor, export_model
 from flipscale.io.model_folder import fetch_folder, local_folder
 from flipscale.model import FlipConfig, FlipModel, FlipVisionModel
 

@@ -13,7 +13,7 @@ from PIL import Image
 from transformers import AutoTokenizer
 
 from flipscale.evaluation.pictures import image_embeds, text_embeds
-from flipscale.hub.model_folder import build_processor, export_model
+from flipscale.hub.export import build_processor, export_model
 from flipscale.model import FlipModel, FlipProcessor
 
 TEXTS = ["a red disc", "blue", "a green ring a a a a a a a a a", "the"]
