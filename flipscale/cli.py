@@ -28,13 +28,11 @@ VERBS = {
 
 # They train by a recipe, which has a parser of its own, whose help needs nothing that training needs.
 TRAINING = ("pretrain", "finetune")
-# Of these the module is in the folder whose work it prints; the others' are beside the folders.
-_IN_A_FOLDER = {"plan": "planning.plan"}
 
 
 def module_of(verb: str) -> ModuleType:
     """Return the module of a verb that does not train, which has `add_arguments` and `run`."""
-    return importlib.import_module(f"flipscale.{_IN_A_FOLDER.get(verb, verb)}")
+    return importlib.import_module(f"flipscale.{verb}")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from flipscale.evaluation.embedding import Embedder
     from flipscale.evaluation.kinds.task import Task
     from flipscale.evaluation.reports.mask_table import MaskedResults
-    from flipscale.evaluation.reports.table import Column
+    from flipscale.evaluation.reports.suite_report import Column
 
 _log = logging.getLogger(__name__)
 
@@ -152,7 +152,7 @@ def run(args: argparse.Namespace) -> None:
     from flipscale.evaluation.kinds.without import with_clean_tasks
     from flipscale.evaluation.reports.record import read_lines
     from flipscale.evaluation.reports.session import evaluate_model
-    from flipscale.evaluation.reports.table import Column
+    from flipscale.evaluation.reports.suite_report import Column
     from flipscale.hub.card import refresh_card
     from flipscale.hub.loading import OTHERS, OpenModels, open_embedder
 
@@ -196,8 +196,7 @@ def _report(
     args: argparse.Namespace, columns: list["Column"], masked: list["MaskedResults"], home: Path, asked: int
 ) -> None:
     """Write the tables of all models to the folder `home`, and print what was asked for."""
-    from flipscale.evaluation.reports.table import suite_tables
-    from flipscale.evaluation.reports.writing import write_reports
+    from flipscale.evaluation.reports.suite_report import suite_tables, write_reports
 
     suites = _suites(args)
     write_reports(columns, suites, home)

@@ -1,11 +1,14 @@
 """Write a recipe for your data, your machine and your time, with the reasons beside its fields."""
 
 import argparse
+import dataclasses
 import json
 import os
 import shlex
+import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,72 +18,80 @@ from flipscale.io.files import check_writable, is_utf8
 from flipscale.io.options import Count, MinutesAboveZero, Positive, number, usable_cores
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from flipscale.engines.launch import Launch
     from flipscale.planning.proposal import Proposal
     from flipscale.planning.survey import Survey
     from flipscale.training.recipe import Recipe
 
 _MINUTES = 30.0
-# Of each stage, on this machine.
-_CALIBRATION_STEPS = 12
-_GPUS_OF_A_NODE = 8
+# Steps of each stage for measuring the speed.
+_MEASURED_STEPS = 12
+# Records of a stage's metrics while its speed is measured. The last one counts, because the first include start-up.
+_RECORDS = 4
+_ENDLESS = 1000
+_POLL_SECONDS = 0.1
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `flipscale init`."""
-    parser.add_argument("recipe", type=Path, metavar="RECIPE.yaml", help="The file to write; one that is there stays.")
-    parser.add_argument("--shards", required=True, help="The training data, as data.shards of a recipe names it.")
+    parser.add_argument("recipe", type=Path, metavar="RECIPE.yaml", help="The file to write. It must not exist.")
+    parser.add_argument("--shards", required=True, help="The training data, as in data.shards of a recipe.")
     parser.add_argument(
         "--tokenizer",
         default="bert",
-        help="A folder that `flipscale prepare tokenizer` wrote, or a name on the Hub. Default: bert, from the Hub.",
+        help="A folder of `flipscale prepare tokenizer`, or a name on the Hub. Default: bert, from the Hub.",
     )
-    parser.add_argument("--tests", help="A labelled test set, as `flipscale prepare shards --labels` writes one.")
+    parser.add_argument("--tests", help="A labelled test set of `flipscale prepare shards --labels`.")
     parser.add_argument(
         "--minutes",
         type=number(MinutesAboveZero),
-        help=f"How long to train on this machine, whose speed is measured. Default: {_MINUTES:g}.",
+        help=f"Training time on this machine, whose speed is measured. Default: {_MINUTES:g}.",
     )
-    parser.add_argument("--gpu", help="In place of --minutes: the kind of GPU to train on elsewhere, such as h100.")
-    parser.add_argument("--num_gpus", type=number(Count), default=1, help="How many of them. Default: 1.")
-    parser.add_argument("--hours", type=number(Positive), help="How long to train on them; their speed is computed.")
+    parser.add_argument("--gpu", help="The kind of GPU for training elsewhere, such as h100, instead of --minutes.")
+    parser.add_argument("--num_gpus", type=number(Count), default=1, help="Number of these GPUs. Default: 1.")
+    parser.add_argument("--hours", type=number(Positive), help="Training time on these GPUs, whose speed is computed.")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Look at the data, propose a recipe, see how fast it trains, and write it.
+    """Survey the data, propose a recipe, find its speed, and write it.
 
     Raises:
-        ValueError: options that do not go together, a file that is there, or data that cannot be trained on.
+        UserError: options conflict, the file exists, or the data cannot be trained on.
         OSError: a shard cannot be read, or the file cannot be written.
     """
     _check_options(args)
+    # Imported here, because torch and transformers take seconds and --help should not wait.
     from flipscale.data.recipe import DataRecipe
     from flipscale.data.sources.opening import open_shards
     from flipscale.data.tokenizers import check_tokenizer, load_tokenizer
     from flipscale.planning.proposal import LEAST_PAIRS, propose
     from flipscale.planning.survey import survey
+    from flipscale.training.recipe import parse_recipe
 
     source = open_shards(args.shards, DataRecipe())
     if len(source) < LEAST_PAIRS:
-        raise UserError(f"{args.shards} has {len(source)} pairs; {LEAST_PAIRS} are the least to train on")
+        raise UserError(f"{args.shards} has {len(source)} pairs; training needs at least {LEAST_PAIRS}")
     try:
         tokenizer = load_tokenizer(args.tokenizer, 64)
     except ValueError as error:
-        raise UserError(f"{error}; `flipscale prepare tokenizer {args.shards} DIR` makes one of the captions") from None
+        raise UserError(
+            f"{error}; `flipscale prepare tokenizer {args.shards} DIR` makes one of the captions"
+        ) from error
     data = survey(source, tokenizer)
     print(f"{args.shards}: {data}", flush=True)
     num_gpus = args.num_gpus if args.gpu else _gpus_here()
     minutes = 60 * args.hours if args.gpu else args.minutes or _MINUTES
-    proposal = propose(data, _of_tokenizer(args.tokenizer, tokenizer), minutes, usable_cores(), num_gpus)
+    proposal = propose(data, _tokenizer_fields(args.tokenizer, tokenizer), minutes, usable_cores(), num_gpus)
     _add_places(proposal, args, num_gpus)
     check_tokenizer(tokenizer, _recipe_of(proposal, 0).model_config().text_config)
     samples, speed = _length(args, proposal, data, minutes)
     command = _command(args)
-    text = _written(proposal, [f"Data: {data}", f"Time: {speed}"], command, samples)
+    text = _recipe_text(proposal, [f"Data: {data}", f"Time: {speed}"], command, samples)
     args.recipe.parent.mkdir(parents=True, exist_ok=True)
     with open(args.recipe, "x", encoding="utf-8") as file:
         file.write(text)
-    from flipscale.training.recipe import parse_recipe
-
     parse_recipe(["--config", str(args.recipe.absolute())])
     for warning in proposal.warnings:
         print(f"warning: {warning}", file=sys.stderr)
@@ -91,18 +102,18 @@ def run(args: argparse.Namespace) -> None:
 def _check_options(args: argparse.Namespace) -> None:
     for name in ("recipe", "shards", "tokenizer", "tests"):
         if not is_utf8(str(getattr(args, name))):
-            raise UserError(f"{name} has letters in its name that no recipe can have: they are not UTF-8; rename it")
+            raise UserError(f"{name} is not UTF-8, and a recipe is; rename it")
     if os.path.lexists(args.recipe):
         raise UserError(f"{args.recipe} is there already; name another file, or remove it")
     check_writable(args.recipe, "recipe")
     if args.recipe.suffix not in (".yaml", ".yml"):
-        raise UserError(f"{args.recipe} has no ending .yaml, by which a recipe is known; name a file such as mine.yaml")
+        raise UserError(f"{args.recipe} has no ending .yaml; name a file such as mine.yaml")
     if (args.gpu is None) != (args.hours is None):
         raise UserError("gpu and hours go together, for machines elsewhere; give both, or minutes for this machine")
     if args.gpu is not None and args.minutes is not None:
         raise UserError("minutes is for this machine and gpu for others; leave one of them out")
     if args.gpu is None and args.num_gpus != 1:
-        raise UserError("num_gpus is of machines elsewhere; add gpu and hours, or leave it out")
+        raise UserError("num_gpus is for machines elsewhere; add gpu and hours, or leave it out")
     if args.gpu is not None:
         from flipscale.planning.proposal import gpu_named
 
@@ -115,14 +126,8 @@ def _gpus_here() -> int:
     return 1 if torch.cuda.is_available() else 0
 
 
-def _gib_here() -> int:
-    import torch
-
-    return torch.cuda.get_device_properties(0).total_memory // 2**30
-
-
-def _of_tokenizer(name: str, tokenizer: Any) -> dict[str, int]:
-    """Return the fields of the text tower that a tokenizer asks for; where it is a folder, vocab_size follows it."""
+def _tokenizer_fields(name: str, tokenizer: "PreTrainedTokenizerBase") -> dict[str, int]:
+    """Return the text tower's fields for a tokenizer. A folder's vocab_size follows from the folder."""
     from flipscale.data.tokenizers import num_entries
 
     vocabulary = {} if Path(name).is_dir() else {"vocab_size": num_entries(tokenizer)}
@@ -130,7 +135,7 @@ def _of_tokenizer(name: str, tokenizer: Any) -> dict[str, int]:
 
 
 def _add_places(proposal: "Proposal", args: argparse.Namespace, num_gpus: int) -> None:
-    """Add what the user named: data, tokenizer, test set and the run directory."""
+    """Add data, tokenizer, test set and run directory to a proposal."""
     fields = proposal.fields
     fields["data"] = {"shards": args.shards, "tokenizer": args.tokenizer, **fields["data"]}
     if args.tests:
@@ -143,7 +148,7 @@ def _tasks(folder: str) -> Iterator[dict[str, Any]]:
     """Yield the evaluations that a test set allows: by its class names, and by its captions.
 
     Raises:
-        ValueError: it is no test set, or has neither.
+        UserError: the folder is no test set, or has neither.
     """
     from flipscale.evaluation.test_set import TestSet
 
@@ -156,21 +161,19 @@ def _tasks(folder: str) -> Iterator[dict[str, Any]]:
         yield {"kind": "retrieval", "data": folder, "group_by_caption": True}
     if not named and not captioned:
         raise UserError(
-            f"tests {folder} has no classnames.txt and no captions, so that nothing can be asked of its pictures; "
-            "`flipscale prepare shards --labels` writes a test set"
+            f"tests {folder} has no classnames.txt and no captions, so no evaluation is possible; `flipscale prepare "
+            "shards --labels` writes a test set"
         )
 
 
 def _length(args: argparse.Namespace, proposal: "Proposal", data: "Survey", minutes: float) -> tuple[int, str]:
-    """Return how many pairs a run of `minutes` sees, and in words how fast it is and how often it sees each of them."""
+    """Return the number of pairs of a run of `minutes`, and a text with its speed and epochs."""
     from flipscale.planning.proposal import most_samples, samples_in
 
-    if not args.gpu and _gpus_here():
-        _fitted(proposal, 1, _gib_here())
     rates, how = _computed(args, proposal) if args.gpu else _measured(proposal)
     in_time, useful = samples_in(60 * minutes, rates, proposal), most_samples(data, proposal)
     if in_time < proposal.batch_size:
-        raise UserError(f"{minutes:g} minutes are less than a step takes; give more of them, or of hours")
+        raise UserError(f"{minutes:g} minutes are less than a step takes; give more minutes or hours")
     samples = min(in_time, useful)
     took = minutes * samples / in_time
     epochs = samples / data.pairs
@@ -187,17 +190,19 @@ def _length(args: argparse.Namespace, proposal: "Proposal", data: "Survey", minu
 
 
 def _measured(proposal: "Proposal") -> tuple[list[float], str]:
-    """Return the pairs a second of both stages on this machine."""
-    from flipscale.planning.calibration import measured_rates
+    """Return the pairs per second of both stages on this machine, and fit the proposal to its GPU."""
+    import torch
 
-    print(f"measuring the speed: {_CALIBRATION_STEPS} steps of each stage", flush=True)
+    if _gpus_here():
+        _fitted(proposal, 1, torch.cuda.get_device_properties(0).total_memory // 2**30)
+    print(f"measuring the speed: {_MEASURED_STEPS} steps of each stage", flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        rates = measured_rates(_recipe_of(proposal, 0), _CALIBRATION_STEPS, Path(folder))
+        rates = measured_rates(_recipe_of(proposal, 0), _MEASURED_STEPS, Path(folder))
     return rates, "as measured here"
 
 
 def _computed(args: argparse.Namespace, proposal: "Proposal") -> tuple[list[float], str]:
-    """Return the pairs a second of both stages on GPUs that are elsewhere, and add what their memory asks for."""
+    """Return the computed pairs per second of both stages on GPUs elsewhere, and fit the proposal to them."""
     from flipscale.engines.device import BF16_PEAKS
     from flipscale.planning.proposal import GPU_GIB, gpu_named
     from flipscale.planning.time import Hardware, step_time
@@ -209,27 +214,26 @@ def _computed(args: argparse.Namespace, proposal: "Proposal") -> tuple[list[floa
     return [proposal.batch_size / one for one in seconds], f"as computed for {args.num_gpus} {name} (docs/planning.md)"
 
 
-def _fitted(proposal: "Proposal", num_gpus: int, gib: int) -> tuple["Recipe", Any]:
-    """Return the recipe and a launch that fits GPUs of `gib`; what it takes becomes part of the proposal.
+def _fitted(proposal: "Proposal", num_gpus: int, gib: int) -> tuple["Recipe", "Launch"]:
+    """Add recomputation and micro-batches to a proposal until it fits GPUs of `gib`, and return the recipe and launch.
 
     Raises:
-        ValueError: nothing that is known here fits.
+        UserError: no such change fits.
     """
     from flipscale.engines.launch import Launch
-    from flipscale.planning.dry_run import USABLE
-    from flipscale.planning.memory import recipe_memory
+    from flipscale.planning.memory import GPUS_OF_A_NODE, recipe_memory
 
-    launch = Launch(num_processes=num_gpus, precision="bf16", processes_per_node=min(num_gpus, _GPUS_OF_A_NODE))
+    launch = Launch(num_processes=num_gpus, precision="bf16", processes_per_node=min(num_gpus, GPUS_OF_A_NODE))
     pairs = proposal.batch_size // num_gpus
     model, data = proposal.fields["model"], proposal.fields["data"]
-    # Nothing; activations recomputed, a third more time that may save most of the memory; and micro-batches.
+    # In this order: no change; recomputation, which costs a third more time; micro-batches.
     for parts in (0, 1, *(parts for parts in (2, 4, 8, 16, 32, 64) if pairs % parts == 0)):
         if parts:
             model["gradient_checkpointing"] = True
         if parts > 1:
             data["micro_batch_size"] = pairs // parts
         recipe = _recipe_of(proposal, 0)
-        if recipe_memory(recipe, launch).total <= USABLE * gib * 2**30:
+        if recipe_memory(recipe, launch).fits(gib):
             return recipe, launch
     raise UserError(
         f"the model and a batch of {proposal.batch_size} do not fit {num_gpus} GPUs of {gib} GiB under DDP; use more "
@@ -237,13 +241,61 @@ def _fitted(proposal: "Proposal", num_gpus: int, gib: int) -> tuple["Recipe", An
     )
 
 
-def _written(proposal: "Proposal", found: list[str], command: str, samples: int) -> str:
-    """Return the text of the recipe of a run of `samples` pairs.
+def measured_rates(recipe: "Recipe", num_steps: int, folder: Path) -> list[float]:
+    """Return the pairs per second of each stage, by `num_steps` steps of `flipscale pretrain` in `folder`.
+
+    Raises:
+        UserError, OSError: the recipe cannot be trained; the message has the trainer's last line.
+    """
+    from flipscale.evaluation.recipe import EvalRecipe
+    from flipscale.io.atomic import write_text
+    from flipscale.training.recipe import to_yaml
+
+    samples = num_steps * recipe.data.global_batch_size
+    *earlier, last = [dataclasses.replace(stage, samples=samples, warmup_samples=0) for stage in recipe.stages]
+    # The trainer is stopped in an endless stage, because a finished run also exports its model and draws figures.
+    short = dataclasses.replace(
+        recipe,
+        stages=[*earlier, dataclasses.replace(last, samples=_ENDLESS * samples)],
+        log=dataclasses.replace(recipe.log, every_samples=samples // _RECORDS, report_to=[]),
+        eval=EvalRecipe(),
+        output_dir=str(folder / "run"),
+    )
+    file, log = folder / "recipe.yaml", folder / "log"
+    write_text(file, to_yaml(short))
+    command = [sys.executable, "-m", "flipscale.pretrain", "--config", str(file.absolute())]
+    environment = {"TOKENIZERS_PARALLELISM": "false", **os.environ}
+    with open(log, "wb") as output:
+        process = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
+        try:
+            while process.poll() is None and len(_recorded_rates(short, last.name)) < _RECORDS:
+                time.sleep(_POLL_SECONDS)
+        finally:
+            process.terminate()
+            process.wait()
+    if process.returncode:
+        line = (log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["no output"])[-1]
+        kind = UserError if process.returncode == 2 else OSError
+        words = line.removeprefix("flipscale: error: ")
+        raise kind(f"measuring the speed ended with exit code {process.returncode}: {words}")
+    return [_recorded_rates(short, stage.name)[-1] for stage in short.stages]
+
+
+def _recorded_rates(recipe: "Recipe", stage: str) -> list[float]:
+    from flipscale.evaluation.results import read_metrics
+
+    records = read_metrics(Path(recipe.output_dir))
+    return [record["images_per_s"] for record in records if record.get("stage") == stage and "images_per_s" in record]
+
+
+def _recipe_text(proposal: "Proposal", facts: list[str], command: str, samples: int) -> str:
+    """Return the text of a recipe of `samples` pairs.
 
     Args:
-        found: sentences for its head.
+        facts: sentences above the fields.
+        command: command that trains the recipe.
     """
-    from flipscale.planning.commented import commented_yaml
+    from flipscale.planning.proposal import commented_yaml
 
     stages = proposal.stages(samples)
     total = sum(stage["samples"] for stage in stages)
@@ -254,13 +306,12 @@ def _written(proposal: "Proposal", found: list[str], command: str, samples: int)
     reasons = {
         **proposal.reasons,
         "stages[0].base_lr": f"per 256 pairs: {proposal.base_lr * proposal.batch_size / 256:.2g} for the batch",
-        "stages[0].warmup_samples": "a twentieth, in which the rate grows",
-        "stages[1].name": "the model sees whole pictures, as it will when it is used",
+        "stages[0].warmup_samples": "a twentieth of the stage, with a rising rate",
+        "stages[1].name": "whole pictures, as in later use",
     }
     head = [
-        "Written by `flipscale init`. Change what you like: reasons stand beside the fields, and `flipscale pretrain "
-        "--help` explains all that there are.",
-        *(f"{sentence}." for sentence in found),
+        "Written by `flipscale init`. Change any field: `flipscale pretrain --help` explains all of them.",
+        *(f"{sentence}." for sentence in facts),
         *(f"Warning: {warning}." for warning in proposal.warnings),
         command,
     ]
@@ -269,10 +320,10 @@ def _written(proposal: "Proposal", found: list[str], command: str, samples: int)
 
 
 def _recipe_of(proposal: "Proposal", samples: int) -> "Recipe":
-    """Return the proposal as a recipe of a run of `samples` pairs, a step of each stage at least.
+    """Return the recipe of a proposal for `samples` pairs, at least a step of each stage.
 
     Raises:
-        ValueError: the data cannot be used so.
+        UserError: the data cannot be used so.
     """
     from flipscale.training.recipe import parse_recipe
 
@@ -284,11 +335,13 @@ def _recipe_of(proposal: "Proposal", samples: int) -> "Recipe":
 
 
 def _command(args: argparse.Namespace) -> str:
-    """Return the command that trains the recipe where it is meant to be trained."""
+    """Return the command that trains the recipe on the machines of the options."""
+    from flipscale.planning.memory import GPUS_OF_A_NODE
+
     files = "" if Path("ds_configs/ddp.yaml").exists() else "flipscale launch_files . && "
     recipe, run_dir = shlex.quote(str(args.recipe)), shlex.quote(f"runs/{args.recipe.stem}")
-    if args.gpu and args.num_gpus > _GPUS_OF_A_NODE:
-        nodes = -(-args.num_gpus // _GPUS_OF_A_NODE)
+    if args.gpu and args.num_gpus > GPUS_OF_A_NODE:
+        nodes = -(-args.num_gpus // GPUS_OF_A_NODE)
         where = f"RECIPE={recipe} RUN={run_dir} LAUNCH_FILE=ds_configs/ddp.yaml"
         return f"{files}{where} bash slurm/pretrain.sh --nodes={nodes}"
     if args.gpu and args.num_gpus > 1:

@@ -19,10 +19,9 @@ from jinja2 import StrictUndefined, Template
 from safetensors import safe_open
 
 from flipscale.evaluation.kinds.kinds import KINDS
-from flipscale.evaluation.reports.comparison import Curve, curve_of
+from flipscale.evaluation.reports.curves import Curve, read_curve
 from flipscale.evaluation.reports.figures import can_draw, draw_loss, draw_result, result_figures
-from flipscale.evaluation.reports.record import Line, read_lines, weights_digest
-from flipscale.evaluation.reports.setting import data_name
+from flipscale.evaluation.reports.record import Line, data_name, read_lines, weights_digest
 from flipscale.evaluation.results import CHANGED, CHANGES, RESULTS_FILE, THIS_MODEL, Result, with_changes, with_unit
 from flipscale.io.atomic import write_text
 from flipscale.io.errors import UserError
@@ -62,7 +61,7 @@ def write_card(folder: Path, run_dir: Path, where: str, step: int | None = None)
     Raises:
         UserError: a file of the run is damaged.
     """
-    curve = curve_of(run_dir, step)
+    curve = read_curve(run_dir, step)
     figures = _draw(curve, folder / "figures") if can_draw() else []
     write_text(folder / "README.md", _run_card(folder, RunSummary(run_dir, step), where, curve, figures))
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import yaml
 
-from flipscale.evaluation.reports.comparison import Curve
-from flipscale.evaluation.reports.setting import data_name
+from flipscale.evaluation.reports.curves import Curve
+from flipscale.evaluation.reports.record import data_name
 from flipscale.evaluation.results import THIS_MODEL
 from flipscale.io.errors import UserError
 from flipscale.io.text_table import rounded

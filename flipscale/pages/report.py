@@ -13,8 +13,8 @@ import yaml
 
 from flipscale.data.decode import decode_small
 from flipscale.data.faults import BadSample
-from flipscale.evaluation.reports.comparison import Curve, read_curve
-from flipscale.evaluation.reports.setting import data_name
+from flipscale.evaluation.reports.curves import Curve, read_curve
+from flipscale.evaluation.reports.record import data_name
 from flipscale.evaluation.results import BEFORE, CHANGED, CHANGES, THIS_MODEL, Result, with_changes, with_unit
 from flipscale.io.atomic import write_text
 from flipscale.pages.answers import Answers, ClassRow, Mistake, class_rows, matrix, mistakes

@@ -1,6 +1,6 @@
-"""The most memory that a training step adds, found by running it on tensors that have shapes but no content.
+"""The peak memory of a training step's activations, by running the step on tensors without storage.
 
-The model's own code runs, forward and backward, recomputation included, so a model of any size is measured on a laptop.
+The model's own code runs, forward and backward, with recomputation, so a laptop can plan a model of any size.
 """
 
 import functools
@@ -23,22 +23,23 @@ from flipscale.model.patches import num_kept
 from flipscale.objectives.contrastive import Contrastive
 from flipscale.objectives.objective import Objective
 
-# The objective of a recipe that does not name another.
+# The default objective of a recipe.
 PLAIN = Contrastive()
 
 
 @dataclass(frozen=True)
 class Step:
-    """What decides the activations of one process in a step.
+    """Everything that decides the activations of one process in a step.
 
     Args:
+        batch_size: pairs in the forward pass.
         bf16: whether matrix products are in bf16; otherwise they are in fp32.
-        autocast: the weights are fp32 and cast for each product, as in data parallel and ZeRO; otherwise they are in
-            the precision that they compute in, as FSDP2 gathers them.
-        device_type: `cuda` or `cpu`, which differ in the attention kernel and in what autocast casts.
-        added_gradients: the part of each fp32 gradient that stays on the process from the moment it is ready; below 0
-            where a block's gradients, which earlier passes left, are sent away then.
-        image_size: in pixels, None for the model's own.
+        autocast: whether fp32 weights are cast for each product, as in data parallel and ZeRO; otherwise weights are in
+            the precision of the products, as FSDP2 gathers them.
+        device_type: `cuda` or `cpu`, which differ in the attention kernel and in autocast's operations.
+        added_gradients: share of each fp32 gradient that stays on the process when it is ready; below 0 if a block's
+            gradients from earlier passes are then sent away.
+        image_size: image size in pixels; None for the model's own.
     """
 
     batch_size: int
@@ -55,12 +56,12 @@ class Step:
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes, without weights and the batch.
+    """Bytes of activations, without weights and the batch.
 
     Args:
-        saved: what the forward pass leaves for the backward pass, when the loss is computed.
-        peak: of activations and their gradients, at the moment when they and the weights' gradients are most.
-        gradients: the weights' gradients that have been kept until that moment.
+        saved: activations kept for the backward pass while the loss is computed.
+        peak: activations and their gradients at the peak of these and the weights' gradients together.
+        gradients: the weights' gradients kept at that peak.
     """
 
     saved: int
@@ -69,7 +70,7 @@ class Activations:
 
 
 def activation_bytes(config: FlipConfig, step: Step, objective: Objective = PLAIN) -> Activations:
-    """Return what a forward and a backward pass of the objective's model hold."""
+    """Return the activations of a forward and a backward pass of the objective's model."""
     return _simulated(config.to_json_string(use_diff=False), step, objective)
 
 
@@ -80,8 +81,8 @@ def _simulated(config: str, step: Step, objective: Objective) -> Activations:
 
 
 def measured(config: FlipConfig, step: Step, objective: Objective = PLAIN) -> Activations:
-    """Return `activation_bytes`, by running both passes on fake tensors if that mode is on, and otherwise on real ones.
-    What the loss's own computation holds is not in it."""
+    """Return `activation_bytes` by running both passes, on fake tensors if that mode is on, else on real tensors. The
+    memory of the loss's own computation is not included."""
     weights_dtype = torch.bfloat16 if step.bf16 and not step.autocast else torch.float32
     model = objective.model_class._from_config(config, dtype=weights_dtype).train()
     products_dtype = torch.bfloat16 if step.bf16 else torch.float32
@@ -113,14 +114,14 @@ def measured(config: FlipConfig, step: Step, objective: Objective = PLAIN) -> Ac
 
 
 def cast_norms_as_cuda_does(model: nn.Module) -> None:
-    """Cast the inputs of layer norms to fp32, in which CUDA's autocast computes and keeps them; the CPU's does not."""
+    """Cast the inputs of layer norms to fp32. CUDA's autocast does so and keeps them; the CPU's does not."""
     for module in model.modules():
         if isinstance(module, nn.LayerNorm):
             module.register_forward_pre_hook(lambda module, inputs: (inputs[0].float(),))
 
 
 def example_batch(config: FlipConfig, step: Step, objective: Objective = PLAIN) -> dict[str, torch.Tensor]:
-    """Return a batch with the columns and shapes that the loader sends."""
+    """Return a batch with the loader's columns and shapes."""
     vision, text, decoder = config.vision_config, config.caption_config, config.decoder_config
     num_patches = vision.patches_along(step.image_size) ** 2
     kept = num_kept(num_patches, step.mask_ratio)
@@ -144,9 +145,9 @@ def example_batch(config: FlipConfig, step: Step, objective: Objective = PLAIN) 
 
 
 class LiveBytes(TorchDispatchMode):
-    """Count the bytes of live tensors that were made while this mode is on, and of those that were `keep`-ed.
+    """Count the bytes of live tensors made while this mode is on, and the bytes added by `keep`.
 
-    `peak` and `kept_at_peak` are both at the moment when their sum was largest.
+    `peak` and `kept_at_peak` are values at the peak of their sum.
     """
 
     def __init__(self, already_there: list[torch.Tensor]):
@@ -155,7 +156,7 @@ class LiveBytes(TorchDispatchMode):
         self._known = {tensor.untyped_storage()._cdata for tensor in already_there}
 
     def keep(self, size: int) -> None:
-        """Count bytes that stay."""
+        """Add bytes that stay until the end."""
         self.kept += size
 
     def __torch_dispatch__(

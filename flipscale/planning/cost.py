@@ -1,7 +1,7 @@
-"""What a recipe takes on GPUs that are not there: hours, energy, money and CO2, by the operations of its products.
+"""The cost of recipes, computed without GPUs: hours, energy, money and CO2.
 
-A stage's GPU-hours are its pairs times the operations of a pair, over what a GPU does at the MFU stated: useful
-operations of a whole step as a share of the peak, which is what a run's `metrics.jsonl` calls mfu.
+A stage's GPU-hours are its pairs times the operations of a pair, divided by a GPU's speed at the stated MFU. The MFU is
+the share of useful operations of a whole step in the peak, as in a run's `metrics.jsonl`.
 """
 
 from collections.abc import Sequence
@@ -20,14 +20,14 @@ _TOTAL = "in all"
 
 @dataclass(frozen=True)
 class Gpus:
-    """What trains.
+    """The GPUs of a run.
 
     Args:
-        name: as its maker writes it.
-        count: how many.
-        peak: bf16 operations a second of one of them.
-        mfu: useful operations of whole steps as a share of that.
-        watts: that one of them takes while it trains, None where that is unknown.
+        name: the maker's name of a GPU.
+        count: number of GPUs.
+        peak: bf16 operations per second of a GPU.
+        mfu: useful operations of whole steps as a share of the peak.
+        watts: power of a GPU during training; None if unknown.
     """
 
     name: str
@@ -38,11 +38,16 @@ class Gpus:
 
 
 @dataclass(frozen=True)
-class Planned:
-    """What a stage or a whole run takes, by computation.
+class PlannedCost:
+    """The computed cost of a stage or of a whole run.
 
     Args:
-        kwh: of the GPUs and what the computing centre adds; like the two below, None where nobody said what it takes.
+        pairs: number of pairs.
+        hours: hours of the run.
+        gpu_hours: hours times GPUs.
+        kwh: energy of the GPUs and the computing centre's overhead; None if the power is unknown.
+        dollars: price; None if the price of a GPU is unknown.
+        co2_kg: emissions; None if the power or the grid is unknown.
     """
 
     pairs: int
@@ -53,12 +58,12 @@ class Planned:
     co2_kg: float | None
 
 
-def planned_cost(recipe: Recipe, gpus: Gpus, cost: CostRecipe) -> dict[str, Planned]:
-    """Return what each stage takes, by its name, and the whole run as `in all`. Of a run that ends by its clock the
-    hours are known, and the pairs that it sees are computed.
+def planned_cost(recipe: Recipe, gpus: Gpus, cost: CostRecipe) -> dict[str, PlannedCost]:
+    """Return the cost of each stage by name, and of the whole run as `in all`. If a run ends by its clock, its hours
+    are known and its pairs are computed.
 
     Raises:
-        ValueError: the GPUs do not divide the batch, or stages that cannot be trained.
+        UserError: the GPUs do not divide the batch, or a stage cannot be trained.
     """
     batch, minutes = recipe.data.global_batch_size, recipe.budget_minutes
     pairs_of_a_process(batch, gpus.count)
@@ -74,38 +79,38 @@ def planned_cost(recipe: Recipe, gpus: Gpus, cost: CostRecipe) -> dict[str, Plan
             gpu_hours[name] = length * minutes / 60 * gpus.count
             pairs[name] = int(gpu_hours[name] * rate / flops[name] / batch) * batch
     pairs[_TOTAL], gpu_hours[_TOTAL] = sum(pairs.values()), sum(gpu_hours.values())
-    found = {}
+    costs = {}
     for name, hours in gpu_hours.items():
         drawn = None if gpus.watts is None else hours * gpus.watts / 1000
         kwh = None if drawn is None else drawn * cost.pue
-        found[name] = Planned(pairs[name], hours / gpus.count, hours, kwh, cost.dollars(hours), cost.co2_kg(drawn))
-    return found
+        costs[name] = PlannedCost(pairs[name], hours / gpus.count, hours, kwh, cost.dollars(hours), cost.co2_kg(drawn))
+    return costs
 
 
 def cost_table(recipes: dict[str, Recipe], gpus: Gpus, costs: Sequence[CostRecipe]) -> str:
-    """Return what is assumed, and a table with a row for each stage of each recipe and for each recipe.
+    """Return the assumptions, and a table with a row for each stage and each recipe.
 
     Args:
-        recipes: by what they are called.
-        costs: of each of them.
+        recipes: recipes by name.
+        costs: prices of each recipe.
 
     Raises:
-        ValueError: as `planned_cost`, with the name of the recipe.
+        UserError: as `planned_cost`, with the name of the recipe.
     """
     head = ["recipe", "stage", "masked", "pairs", "hours", "GPU-hours", "of the first", "kWh", "dollars", "kg CO2"]
     rows, first = [head], None
     for (name, recipe), cost in zip(recipes.items(), costs, strict=True):
         try:
-            found = planned_cost(recipe, gpus, cost)
+            by_stage = planned_cost(recipe, gpus, cost)
         except ValueError as error:
-            raise UserError(f"{name}: {error}") from None
-        first = first or found[_TOTAL].gpu_hours
-        masked = {stage.name: _seen(stage) for stage in recipe.stages}
-        for stage, one in found.items():
-            share = f"{one.gpu_hours / first:.2f}" if stage == _TOTAL else ""
-            numbers = [_said(one.kwh), _said(one.dollars), _said(one.co2_kg)]
-            hours = [_said(one.hours), _said(one.gpu_hours), share]
-            rows.append([name, stage, masked.get(stage, ""), f"{one.pairs:,}", *hours, *numbers])
+            raise UserError(f"{name}: {error}") from error
+        first = first or by_stage[_TOTAL].gpu_hours
+        masked = {stage.name: _masked(stage) for stage in recipe.stages}
+        for stage, planned in by_stage.items():
+            share = f"{planned.gpu_hours / first:.2f}" if stage == _TOTAL else ""
+            numbers = [_cell(planned.kwh), _cell(planned.dollars), _cell(planned.co2_kg)]
+            hours = [_cell(planned.hours), _cell(planned.gpu_hours), share]
+            rows.append([name, stage, masked.get(stage, ""), f"{planned.pairs:,}", *hours, *numbers])
     assumed = _assumed(gpus, dict(zip(recipes, costs, strict=True)))
     timed = [name for name, recipe in recipes.items() if recipe.budget_minutes is not None]
     assumed += [f"hours of {name} are its budget_minutes, and its pairs are computed" for name in timed]
@@ -113,7 +118,7 @@ def cost_table(recipes: dict[str, Recipe], gpus: Gpus, costs: Sequence[CostRecip
 
 
 def _assumed(gpus: Gpus, costs: dict[str, CostRecipe]) -> list[str]:
-    """Return the sentences above the table."""
+    """Return the lines above the table."""
     lines = [
         "planned: all but masked and pairs is computed, and nothing is measured",
         f"{gpus.count} x {gpus.name}, each at an MFU of {gpus.mfu:.1%} of {gpus.peak / 1e12:,.0f} Tflop/s",
@@ -129,10 +134,10 @@ def _assumed(gpus: Gpus, costs: dict[str, CostRecipe]) -> list[str]:
     return lines[:3] if same else lines
 
 
-def _seen(stage: StageRecipe) -> str:
-    """Return the share of the patches that a stage leaves out, and the size of its images if that is its own."""
+def _masked(stage: StageRecipe) -> str:
+    """Return the mask ratio of a stage, and its image size if it has one of its own."""
     return f"{stage.mask_ratio:.0%}" + (f" of {stage.image_size} px" if stage.image_size is not None else "")
 
 
-def _said(value: float | None) -> str:
+def _cell(value: float | None) -> str:
     return "-" if value is None else rounded(value)

@@ -1,4 +1,4 @@
-"""`flipscale pretrain --dry_run`: what a recipe would need of each process, without data, GPUs or other processes."""
+"""`flipscale pretrain --dry_run`: the memory and time of a recipe, computed without data, GPUs or other processes."""
 
 import argparse
 import dataclasses
@@ -10,52 +10,55 @@ import torch
 
 from flipscale.engines.launch import PRECISION, Launch, launch_of, read_launch_file
 from flipscale.io.errors import UserError
-from flipscale.io.options import Count, Parser, Positive, number
-from flipscale.planning.memory import Memory, heaviest_step, planned_model, recipe_memory, what_fits
-from flipscale.planning.time_table import add_time_flags, hardware_of, time_tables
+from flipscale.io.options import Count, Parser, Positive, ShareAboveZero, number
+from flipscale.planning.memory import USABLE, Memory, heaviest_step, planned_model, recipe_memory, what_fits
+from flipscale.planning.time import USUAL_SHARE, Hardware, Links, StepTime, share_of_peak, step_time
 from flipscale.training.recipe import Recipe, parse_recipe
-from flipscale.training.schedule import plan_stages
+from flipscale.training.schedule import StageRecipe, plan_stages
 
-# The rest is CUDA's context and what the allocator cannot put together.
-USABLE = 0.94
+_TIME_HEADER = (
+    f"{'processes':>9} {'pairs':>6} {'compute':>9} {'exposed':>9} {'optimizer':>9} {'step':>9} {'pairs/s':>9} "
+    f"{'MFU':>5} {'workers':>8} {'MB/s':>7}  binds\n"
+    f"{'':>9} {'each':>6} {'ms':>9} {'ms':>9} {'ms':>9} {'ms':>9} {'':>9} {'':>5} {'a node':>8} {'a node':>7}"
+)
 
 
 def dry_run(arguments: Sequence[str]) -> None:
-    """Print parameters, bytes of each process and the time of a step under launch files; other flags are those of
+    """Print parameters, bytes of each process and the time of a step under launch files. Other options are those of
     `flipscale pretrain`.
 
     Raises:
-        ValueError: a recipe or launch file that cannot be run, or no launch that fits the memory stated.
+        UserError: a recipe or launch file cannot be run, or no launch fits the stated memory.
     """
     args, rest = _parser().parse_known_args(arguments)
-    hardware = hardware_of(args)
+    hardware = _hardware(args)
     recipe = parse_recipe(rest)
     by_file = _launches(args)
-    for launch in (launch for sizes in by_file.values() for launch in sizes):
-        heaviest_step(recipe, launch, "cuda")
     several = any(len(sizes) > 1 for sizes in by_file.values())
     launches = {
         f"{name} {launch.num_processes}" if several else name: launch
         for name, sizes in by_file.items()
         for launch in sizes
     }
+    heading = _heading(recipe, launches)
     if int(os.environ.get("RANK", "0")) > 0:
         return
     limit = args.gpu_memory_gib
     if limit is None and torch.cuda.is_available():
         limit = torch.cuda.get_device_properties(0).total_memory / 2**30
     needs = {name: recipe_memory(recipe, launch) for name, launch in launches.items()}
-    print(_heading(recipe, launches))
-    print(_table(needs, limit))
+    print(heading)
+    print(_memory_table(needs, limit))
     print(time_tables(recipe, by_file, hardware))
-    if limit is not None and min(memory.total for memory in needs.values()) > USABLE * limit * 2**30:
+    if limit is not None and not any(memory.fits(limit) for memory in needs.values()):
         _refuse(recipe, launches, needs, limit)
 
 
 def _parser() -> argparse.ArgumentParser:
+    links, hardware = Links(), Hardware()
     parser = Parser(
         prog="flipscale pretrain --dry_run", description=__doc__, allow_abbrev=False,
-        epilog="All other flags are those of `flipscale pretrain`, such as --config RECIPE.",
+        epilog="All other options are those of `flipscale pretrain`, such as --config RECIPE.",
     )  # fmt: skip
     parser.add_argument(
         "--dry_run", action="store_true", required=True, help="compute memory and time instead of training"
@@ -65,19 +68,54 @@ def _parser() -> argparse.ArgumentParser:
         help="accelerate launch files, such as ds_configs/fsdp2.yaml; by default the launch of this process",
     )  # fmt: skip
     parser.add_argument(
-        "--num_processes", type=counts_of_processes, default=[], metavar="N[,N...]",
-        help="processes, in place of the launch file's; several make a table of how the run scales",
+        "--num_processes", type=_counts, default=[], metavar="N[,N...]",
+        help="number of processes instead of the launch file's; several numbers show how the run scales",
     )  # fmt: skip
-    add_time_flags(parser)
+    parser.add_argument(
+        "--matmul_share", type=number(ShareAboveZero),
+        help=f"share of the peak that matrix products reach on a GPU alone; {USUAL_SHARE} by default",
+    )  # fmt: skip
+    parser.add_argument(
+        "--bench", type=Path, metavar="FILE",
+        help="JSON line of `flipscale bench step --json` on such a GPU, instead of --matmul_share",
+    )  # fmt: skip
+    parser.add_argument(
+        "--peak_tflops", type=number(Positive), default=hardware.peak / 1e12,
+        help="bf16 peak of a GPU; 989 is an H100's",
+    )  # fmt: skip
+    parser.add_argument(
+        "--node_gbps", type=number(Positive), default=links.node_gbps,
+        help="GB/s of a GPU within a node; 350 is an H100's NVLink",
+    )  # fmt: skip
+    parser.add_argument(
+        "--network_gbps", type=number(Positive), default=links.network_gbps,
+        help="GB/s of a GPU between nodes; 46 is an adapter of 400 Gb/s for each",
+    )  # fmt: skip
+    parser.add_argument(
+        "--images_per_worker_s", type=number(Positive), default=hardware.images_per_worker_s,
+        help="images per second of a loader's worker, by `python benchmarks/data.py --alone`",
+    )  # fmt: skip
+    parser.add_argument("--pair_kb", type=number(Positive), default=hardware.pair_kb, help="kB of a pair in the shards")
     parser.add_argument(
         "--gpu_memory_gib", type=number(Positive), metavar="GIB",
-        help="refuse what does not fit such a GPU, and name what would; by default this machine's GPU, if it has one",
+        help="memory of a GPU: refuse what does not fit and name what would; by default that of this machine's GPU",
     )  # fmt: skip
     return parser
 
 
-def counts_of_processes(text: str) -> list[int]:
+def _counts(text: str) -> list[int]:
     return [number(Count)(part) for part in text.split(",")]
+
+
+def _hardware(args: argparse.Namespace) -> Hardware:
+    peak = args.peak_tflops * 1e12
+    return Hardware(
+        links=Links(args.node_gbps, args.network_gbps),
+        peak=peak,
+        matmul_share=share_of_peak("--matmul_share", args.matmul_share, args.bench, peak),
+        images_per_worker_s=args.images_per_worker_s,
+        pair_kb=args.pair_kb,
+    )
 
 
 def _launches(args: argparse.Namespace) -> dict[str, list[Launch]]:
@@ -85,17 +123,15 @@ def _launches(args: argparse.Namespace) -> dict[str, list[Launch]]:
     if args.launch_file:
         counts = args.num_processes or [None]
         return {file.stem: [read_launch_file(file, count) for count in counts] for file in args.launch_file}
-    # It is for GPUs that may be elsewhere: what trains there without a launch file does so in bf16.
+    # bf16, because the planned GPUs train so without a launch file, whatever this machine does.
     launch = launch_of({PRECISION: "bf16", **os.environ})
     counts = args.num_processes or [launch.num_processes]
     return {launch.engine: [launch.using(num_processes=count) for count in counts]}
 
 
 def _heading(recipe: Recipe, launches: dict[str, Launch]) -> str:
-    sizes = {
-        name: p.numel()
-        for name, p in planned_model(recipe.model_config(), recipe.objective().exported_class).named_parameters()
-    }
+    model = planned_model(recipe.model_config(), recipe.objective().exported_class)
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     towers = {
         tower: sum(size for name, size in sizes.items() if name.startswith(f"{tower}_")) for tower in ("vision", "text")
     }
@@ -119,17 +155,21 @@ def _heading(recipe: Recipe, launches: dict[str, Launch]) -> str:
     return "\n".join(lines)
 
 
-def _table(needs: dict[str, Memory], limit: float | None) -> str:
-    """GiB of each kind, a column for each launch."""
-    columns = [f"{name:>10}" for name in needs]
-    lines = ["", "  ".join([f"{'GiB of each process':<20}", *columns])]
+def _memory_table(needs: dict[str, Memory], limit: float | None) -> str:
+    """Return GiB by kind, a column for each launch."""
+
+    def row(name: str, cells: Sequence[str]) -> str:
+        return "  ".join([f"{name:<20}", *(f"{cell:>10}" for cell in cells)])
+
+    def gib(sizes: Sequence[int]) -> list[str]:
+        return [f"{size / 2**30:.2f}" for size in sizes]
+
+    lines = ["", row("GiB of each process", list(needs))]
     for field in dataclasses.fields(Memory):
-        values = [f"{getattr(memory, field.name) / 2**30:10.2f}" for memory in needs.values()]
-        lines.append("  ".join([f"{field.name:<20}", *values]))
-    lines.append("  ".join([f"{'total':<20}", *(f"{memory.total / 2**30:10.2f}" for memory in needs.values())]))
+        lines.append(row(field.name, gib([getattr(memory, field.name) for memory in needs.values()])))
+    lines.append(row("total", gib([memory.total for memory in needs.values()])))
     if limit is not None:
-        fits = ["yes" if memory.total <= USABLE * limit * 2**30 else "no" for memory in needs.values()]
-        lines.append("  ".join([f"{f'fits {limit:.0f} GiB':<20}", *(f"{word:>10}" for word in fits)]))
+        lines.append(row(f"fits {limit:.0f} GiB", ["yes" if memory.fits(limit) else "no" for memory in needs.values()]))
     return "\n".join(lines)
 
 
@@ -137,7 +177,45 @@ def _refuse(recipe: Recipe, launches: dict[str, Launch], needs: dict[str, Memory
     name = min(needs, key=lambda name: needs[name].total)
     fits = what_fits(recipe, launches[name], int(USABLE * limit * 2**30))
     raise UserError(
-        f"{name} needs {needs[name].total / 2**30:.1f} GiB of each process, of which a GPU of {limit:.0f} GiB has "
-        f"{USABLE * limit:.1f} to give; "
-        + (f"what would fit: {', or '.join(fits)}" if fits else "nothing that is known here would fit: use larger GPUs")
+        f"{name} needs {needs[name].total / 2**30:.1f} GiB of each process, but only {USABLE * limit:.1f} of a GPU's "
+        f"{limit:.0f} GiB are usable; "
+        + (f"what would fit: {', or '.join(fits)}" if fits else "no known change would fit: use larger GPUs")
+    )
+
+
+def time_tables(recipe: Recipe, launches: dict[str, list[Launch]], hardware: Hardware) -> str:
+    """Return the assumptions, and a table for each stage and launch file with a row for each number of processes."""
+    links = hardware.links
+    lines = [
+        "",
+        f"time, at {hardware.matmul_share:.0%} of {hardware.peak / 1e12:,.0f} Tflop/s, {links.node_gbps:g} GB/s a GPU "
+        f"within a node of {links.gpus_of_a_node}, {links.network_gbps:g} between nodes, "
+        f"{hardware.images_per_worker_s:g} images/s a worker, {hardware.pair_kb:g} KB a pair:",
+    ]
+    plan = plan_stages(recipe.stages, recipe.data.global_batch_size, recipe.budget_minutes)
+    for name, sizes in launches.items():
+        hours = dict.fromkeys((launch.num_processes for launch in sizes), 0.0)
+        for stage, planned in zip(recipe.stages, plan, strict=True):
+            lines += ["", f"{name}, {stage.name} ({stage.mask_ratio:.0%} masked{_size(stage)}):", _TIME_HEADER]
+            for launch in sizes:
+                step = step_time(recipe, launch, stage, hardware)
+                hours[launch.num_processes] += step.seconds * (planned.last - planned.first) / 3600
+                lines.append(_time_row(launch.num_processes, step))
+        if recipe.budget_minutes is None:
+            run = ", ".join(f"{value:,.0f} h on {count}" for count, value in hours.items())
+            lines += ["", f"{name}, the whole run: {run}"]
+    return "\n".join(lines)
+
+
+def _size(stage: StageRecipe) -> str:
+    return "" if stage.image_size is None else f", {stage.image_size} x {stage.image_size} pixels"
+
+
+def _time_row(count: int, step: StepTime) -> str:
+    milliseconds = (step.compute, step.exposed, step.optimizer, step.seconds)
+    return (
+        f"{count:>9,} {step.pairs:>6,} "
+        + " ".join(f"{1e3 * value:>9,.1f}" for value in milliseconds)
+        + f" {step.batch / step.seconds:>9,.0f} {step.mfu:>5.0%} {step.workers:>8.1f} {step.node_mb_s:>7,.0f}  "
+        + step.binds
     )

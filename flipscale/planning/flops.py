@@ -1,4 +1,4 @@
-"""Floating-point operations of a pair, counted with the mask on, by running the model without storage."""
+"""Floating-point operations of a pair under its mask, by running the model without storage."""
 
 import functools
 import json
@@ -18,13 +18,13 @@ from flipscale.training.recipe import Recipe
 
 @dataclass(frozen=True)
 class Flops:
-    """The matrix products of one image-text pair's forward pass, all its views; a multiply-add is two operations.
+    """Matrix products of one image-text pair's forward pass with all its views; a multiply-add is two operations.
 
-    Norms, softmax, GELU, additions, the token look-up and the loss are not counted, as everywhere.
+    Norms, softmax, GELU, additions, the token look-up and the loss are not counted, by convention.
 
     Args:
         forward: operations of a forward pass.
-        modules: those inside each module, by its name, such as `vision_model.embeddings`.
+        modules: operations by module name, such as `vision_model.embeddings`.
     """
 
     forward: int
@@ -32,8 +32,8 @@ class Flops:
 
     @property
     def training(self) -> int:
-        """Operations of a training step: three forward passes. What recomputation repeats is left out. This is a
-        permille too many, since nothing needs the gradient of the pixels."""
+        """Operations of a training step: three forward passes, without recomputation. This is a permille too many,
+        because the pixels need no gradient."""
         return 3 * self.forward
 
 
@@ -45,12 +45,13 @@ def forward_flops(
     image_size: int | None = None,
     objective: Objective = PLAIN,
 ) -> Flops:
-    """Return the operations of a pair at `mask_ratio`, its image embedded `views` times, every caption padded to the
-    full length before `text_mask_ratio` of its tokens are removed.
+    """Return the operations of a pair whose image is embedded `views` times at `mask_ratio`.
+
+    Captions are padded to the full length before `text_mask_ratio` of their tokens is removed.
 
     Args:
-        image_size: in pixels; left out, the model's own.
-        objective: whose model is counted, decoders that are exported and heads included.
+        image_size: image size in pixels; None for the model's own.
+        objective: objective of the counted model, with its heads and exported decoders.
 
     Raises:
         ValueError: a mask ratio is outside [0, 1), or leaves no patch or no token; the patch does not divide the image.
@@ -63,22 +64,22 @@ def forward_flops(
 
 @functools.lru_cache(maxsize=64)
 def _counted(config: str, step: Step, objective: Objective) -> Flops:
-    # transformers asks an attention mask on the meta device for its values, but not a fake one.
+    # Fake tensors, because transformers reads the values of attention masks on the meta device.
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = model_without_storage(FlipConfig(**json.loads(config)), objective.model_class)
-        # torch's counter has no formula for the fused attention of every device.
+        # Eager, because torch's counter lacks formulas for some fused attention kernels.
         model.set_attn_implementation("eager")
         with torch.device("meta"):
             batch = example_batch(model.config, step, objective)
         with torch.no_grad(), FlopCounterMode(display=False, depth=64) as counter:
             model(**batch, image_size=step.image_size, return_logits=False)
     prefix = f"{type(model).__name__}."
-    counts = {name.removeprefix(prefix): sum(found.values()) for name, found in counter.flop_counts.items()}
+    counts = {name.removeprefix(prefix): sum(by_op.values()) for name, by_op in counter.flop_counts.items()}
     return Flops(counter.get_total_flops(), counts)
 
 
 def stage_flops(recipe: Recipe) -> dict[str, Flops]:
-    """Return the operations of a pair in each stage of a recipe, by the stage's name."""
+    """Return the operations of a pair by stage name."""
     config, objective = recipe.model_config(), recipe.objective()
     return {
         stage.name: forward_flops(
@@ -90,5 +91,5 @@ def stage_flops(recipe: Recipe) -> dict[str, Flops]:
 
 
 def pair_flops(recipe: Recipe) -> dict[str, int]:
-    """Return the operations of a pair's training step in each stage of a recipe, by the stage's name."""
+    """Return the operations of a pair's training step by stage name."""
     return {name: flops.training for name, flops in stage_flops(recipe).items()}

@@ -1,4 +1,4 @@
-"""What a recipe needs of each process's memory under a launch, known before there is a machine to run it."""
+"""The memory of each process under a recipe and a launch, computed without a machine."""
 
 import functools
 import json
@@ -23,28 +23,28 @@ from flipscale.planning.activations import Step, activation_bytes, example_batch
 from flipscale.planning.flops import pair_flops
 from flipscale.training.recipe import Recipe
 
-# Of the machines that these figures are for.
 GPUS_OF_A_NODE = 8
+# Usable share of a GPU's memory. CUDA's context and fragmentation take the rest.
+USABLE = 0.94
 # Beside PyTorch, each of 8 H100 had 1.06 GB before the first all-to-all and 4.34 GB after it
-# (github.com/NVIDIA/nccl/issues/1685): buffers of a communicator's rings, and of a connection to each neighbour.
+# (github.com/NVIDIA/nccl/issues/1685): the rings' buffers, and a buffer for each neighbour.
 _COMMUNICATOR_BYTES = 1_060_000_000
 _NEIGHBOUR_BYTES = (4_340_000_000 - 1_060_000_000) // 7
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of the fullest process at its fullest moment.
+    """Bytes of the fullest process at its peak.
 
     Args:
-        weights: kept in fp32, with their averages and the optimiser's copy of its part where there are such.
-        gradients: those of that moment, in fp32.
-        moments: of the optimiser.
-        activations: what both passes hold; where fp32 weights are cast for every product, their casts too.
-        communication: weights that were gathered and gradients on their way to other processes; where the step is the
-            fullest moment, what Muon exchanges.
+        weights: fp32 weights, with their moving averages and the optimiser's copy of its part.
+        gradients: fp32 gradients at the peak.
+        moments: moments of the optimiser.
+        activations: activations of both passes, with the casts of weights under autocast.
+        communication: gathered weights and gradients on their way; Muon's buffers if the optimiser step is the peak.
         loss: embeddings of the global batch, their gradients, and a tile of logits.
-        batches: the step's own, and those that wait for their steps.
-        nccl: the buffers of its communicators.
+        batches: batch of the step, and prefetched batches.
+        nccl: buffers of NCCL's communicators.
     """
 
     weights: int
@@ -58,15 +58,19 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """The sum."""
+        """Sum of all parts."""
         return sum(vars(self).values())
+
+    def fits(self, gib: float) -> bool:
+        """Return whether a GPU of `gib` GiB has room for it."""
+        return self.total <= USABLE * gib * 2**30
 
 
 def recipe_memory(recipe: Recipe, launch: Launch, device_type: str = "cuda") -> Memory:
-    """Return what the recipe's heaviest stage needs of the fullest process.
+    """Return the memory of the fullest process in the recipe's heaviest stage.
 
     Raises:
-        ValueError: the processes do not divide the batch, or the engine refuses the recipe.
+        UserError: the processes do not divide the batch, or the engine cannot run the recipe.
     """
     config, objective, engine = recipe.model_config(), recipe.objective(), engine_class(launch)
     step = heaviest_step(recipe, launch, device_type)
@@ -86,13 +90,16 @@ def recipe_memory(recipe: Recipe, launch: Launch, device_type: str = "cuda") -> 
         batches=BATCHES_ON_DEVICE * micro_batches * _batch_bytes(config, step, objective),
         nccl=_nccl_bytes(launch),
     )
-    # What a mean over samples holds is among the activations.
+    # The memory of a loss that is a mean over samples is among the activations.
     rows = loss_bytes(recipe, launch, step.views) if objective.is_coupled else LossBytes(0, 0)
     waiting = engine.memory(model, launch, accumulates=micro_batches > 1).gradients
     passes = _passes(sum(parameter.numel() for parameter in model.parameters()), kept.gradients, waiting, micro_batches)
-    found = [activation_bytes(config, replace(step, added_gradients=share), objective) for _, share in passes]
+    activations = [activation_bytes(config, replace(step, added_gradients=share), objective) for _, share in passes]
     at_loss = replace(
-        always, gradients=4 * passes[0].before, loss=rows.peak, activations=found[0].saved if micro_batches == 1 else 0
+        always,
+        gradients=4 * passes[0].before,
+        loss=rows.peak,
+        activations=activations[0].saved if micro_batches == 1 else 0,
     )
     in_backward = [
         replace(
@@ -102,7 +109,7 @@ def recipe_memory(recipe: Recipe, launch: Launch, device_type: str = "cuda") -> 
             communication=kept.communication_bytes,
             loss=rows.kept,
         )
-        for one, of_pass in zip(passes, found, strict=True)
+        for one, of_pass in zip(passes, activations, strict=True)
     ]
     exchanged = muon_buffer_bytes(model, launch) if recipe.optim.name == "muon" else 0
     at_step = replace(always, gradients=4 * kept.gradients, communication=exchanged)
@@ -110,20 +117,20 @@ def recipe_memory(recipe: Recipe, launch: Launch, device_type: str = "cuda") -> 
 
 
 class _Pass(NamedTuple):
-    """A backward pass: how many elements of gradients there are before it, and what part of each parameter's is added
-    when it is ready."""
+    """A backward pass: number of gradient elements before it, and share of each gradient that stays when it is
+    ready."""
 
     before: int
     added: float
 
 
 def _passes(whole: int, kept: int, waiting: int, micro_batches: int) -> list[_Pass]:
-    """Return the passes of a step that may be the fullest.
+    """Return the passes of a step that may be the peak.
 
     Args:
-        whole: parameters.
-        kept: elements of gradients that the engine keeps for the step; the last pass sends away what is not kept.
-        waiting: those that it has between micro-batches.
+        whole: number of parameters.
+        kept: gradient elements that the engine keeps for the optimiser step; the last pass sends the others away.
+        waiting: gradient elements that the engine keeps between micro-batches.
     """
     if kept >= whole:
         return [_Pass(kept, 0.0)]
@@ -134,10 +141,10 @@ def _passes(whole: int, kept: int, waiting: int, micro_batches: int) -> list[_Pa
 
 
 def heaviest_step(recipe: Recipe, launch: Launch, device_type: str) -> Step:
-    """Return a process's part of a step of the stage that sees most: as a rule the unmasked one.
+    """Return a process's part of a step in the stage with the most operations.
 
     Raises:
-        ValueError: the processes do not divide the batch.
+        UserError: the processes do not divide the batch.
     """
     pairs = pairs_of_a_process(recipe.data.global_batch_size, launch.num_processes)
     by_name = pair_flops(recipe)
@@ -156,7 +163,7 @@ def heaviest_step(recipe: Recipe, launch: Launch, device_type: str) -> Step:
 
 
 def planned_model(config: FlipConfig, kind: type[FlipPreTrainedModel] = FlipModel) -> FlipPreTrainedModel:
-    """Return a model without storage, the same one for the same configuration."""
+    """Return a model without storage. Models are cached by configuration."""
     return _planned_model(config.to_json_string(use_diff=False), kind)  # type: ignore[arg-type]  # hashable all the same
 
 
@@ -166,15 +173,15 @@ def _planned_model(config: str, kind: type[FlipPreTrainedModel]) -> FlipPreTrain
 
 
 class LossBytes(NamedTuple):
-    """What the loss holds while it is computed, and what is kept of it for the backward pass."""
+    """Bytes of the loss at its peak, and bytes kept for the backward pass."""
 
     peak: int
     kept: int
 
 
 def loss_bytes(recipe: Recipe, launch: Launch, views: int) -> LossBytes:
-    """Return the bytes of the gradients of this process's embeddings, of the exchange, and of two buffers of logits (of
-    which infonce needs one where Triton runs), in fp32."""
+    """Return the fp32 bytes of the gradients of this process's embeddings, of the exchange, and of two buffers of
+    logits. With Triton, infonce needs only one buffer."""
     dim, batch = int(recipe.model_config().projection_dim or 0), recipe.data.global_batch_size
     pairs = batch // launch.num_processes
     columns = pairs if recipe.loss.exchange == "ring" else batch
@@ -189,7 +196,7 @@ def _batch_bytes(config: FlipConfig, step: Step, objective: Objective) -> int:
 
 
 def _nccl_bytes(launch: Launch) -> int:
-    """Return NCCL's buffers: those of all processes' communicator, and of the two that HSDP has beside it."""
+    """Return the bytes of NCCL's communicators: one for all processes, and two more under HSDP."""
     if launch.num_processes == 1:
         return 0
     communicators = 3 if launch.shard_size not in (None, launch.num_processes) else 1
@@ -198,8 +205,8 @@ def _nccl_bytes(launch: Launch) -> int:
 
 
 def what_fits(recipe: Recipe, launch: Launch, limit: int, device_type: str = "cuda") -> list[str]:
-    """Return the changes that bring the total under `limit` bytes, each with what it then needs; where none does alone,
-    recomputation together with another one."""
+    """Return single changes that bring the total under `limit` bytes, with the new totals. If no single change does,
+    return recomputation with another change."""
     again = "model.gradient_checkpointing"
     recomputing = replace(recipe, model=replace(recipe.model, gradient_checkpointing=True))
     if recipe.model.gradient_checkpointing:
@@ -209,7 +216,7 @@ def what_fits(recipe: Recipe, launch: Launch, limit: int, device_type: str = "cu
 
 
 def _changes(recipe: Recipe, launch: Launch) -> list[dict[str, tuple[Recipe, Launch]]]:
-    """Return what else can be changed: of each kind, the least change first."""
+    """Return groups of possible changes, the smallest change of a kind first."""
     pairs = recipe.data.global_batch_size // launch.num_processes
     at_once = recipe.data.micro_batch_size or pairs
     parts = [at_once // count for count in (4, 16) if at_once % count == 0]
@@ -231,12 +238,12 @@ def _takes(recipe: Recipe, launch: Launch) -> bool:
 
 
 def _fitting(groups: list[dict[str, tuple[Recipe, Launch]]], limit: int, device_type: str) -> list[str]:
-    """Return the first of each group that fits."""
-    found = []
+    """Return the first fitting change of each group."""
+    fitting = []
     for group in groups:
         for words, (recipe, launch) in group.items():
             need = recipe_memory(recipe, launch, device_type).total
             if need <= limit:
-                found.append(f"{words} ({need / 2**30:.1f} GiB)")
+                fitting.append(f"{words} ({need / 2**30:.1f} GiB)")
                 break
-    return found
+    return fitting

@@ -1,49 +1,55 @@
-"""Which model, batch, mask and length suit some data and a machine: the rules of `flipscale init`, all on this page.
+"""The rules of `flipscale init`: the model, batch, mask and length for some data and a machine, and the recipe's text.
 
-They are rules of thumb, from three places:
+The rules of thumb have three sources:
 
-- The demo, on a CPU: emoji of 32 pixels, two cores, minutes (README). A tiny ViT of few tokens, a mean over word
-  embeddings as text tower, Muon, 256 pairs a batch; larger batches, deeper towers and a text transformer were worse in
-  ten minutes, because the number of updates binds. 75 % masked leads in the first minutes, 50 % later.
-- The paper (arXiv 2212.00794, Tables 9 and 10) and GLIP's runs on CC3M and CC12M, on GPUs: sizes, 50 % masked, a peak
-  rate of 1e-3 whatever the batch, a batch of about a 3,000th of the pairs, 30 epochs, then unmasked tuning.
-- A. Malladi et al. (arXiv 2205.10287): with Adam, a rate goes with the square root of a batch below the one it was
-  found for.
+- The demo on a CPU (README): emoji of 32 pixels, two cores, minutes. A tiny ViT of few tokens, a mean over word
+  embeddings as text tower, Muon, and 256 pairs a batch. Larger batches, deeper towers and a text transformer were worse
+  in ten minutes, because the number of updates limits. A mask of 75 % leads in the first minutes, 50 % later.
+- The paper (arXiv 2212.00794, Tables 9 and 10) and GLIP's runs on CC3M and CC12M, on GPUs: sizes, a mask of 50 %, a
+  peak rate of 1e-3 for any batch, a batch of about a 3,000th of the pairs, 30 epochs, then unmasked tuning.
+- A. Malladi et al. (arXiv 2205.10287): with Adam, the rate follows the square root of the batch, below the batch size
+  of the original rate.
 """
 
 import math
+import textwrap
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+import yaml
 
 from flipscale.io.errors import UserError
 from flipscale.planning.survey import Survey
 
-# What a GPU of a name has, in GiB; of a name with several, the least.
+# Memory of GPUs in GiB; the smallest if a name has several sizes.
 GPU_GIB = {
     **{"H100": 80, "H100 PCIe": 80, "H100 NVL": 94, "H200": 141, "H200 NVL": 141, "GH200": 96, "B200": 180},
     **{"A100": 40, "A10": 24, "A10G": 24, "L40S": 48, "L40": 48, "L4": 24, "MI300X": 192},
 }
 LEAST_PAIRS = 16
-# Beyond so many passes a small set is learned by heart; a large one gains little (30: GLIP's runs, 32: the paper's).
+# Further passes would memorise a small set, and gain little on a large set (30: GLIP's runs, 32: the paper's).
 _EPOCHS_OF_SMALL, _EPOCHS_OF_LARGE, _LARGE = 100, 30, 1_000_000
-# A tiny set needs more passes for the weights to get anywhere.
+# Fewest steps, because a tiny set needs more passes.
 _LEAST_STEPS = 2_000
-# Of a batch: above, many pairs are told to be unlike their own caption. A tenth did no harm to the demo.
+# Largest share of repeated captions in a batch, because they become each other's negatives. A tenth did not harm the
+# demo.
 MOST_REPEATED = 0.1
+_WIDTH = 120
 
 
 @dataclass(frozen=True)
 class Proposal:
-    """A recipe but for its lengths, as nested fields, and why they are so.
+    """A recipe without its lengths, and the reasons for its fields.
 
     Args:
-        fields: of the recipe, in their order.
-        reasons: by field, such as `data.global_batch_size`.
-        mask_ratio: of the first stage.
-        base_lr: of the first stage, for 256 pairs.
-        tuning: what part of the pairs is seen unmasked at the end.
-        tuning_lr: where the tuning has a schedule of its own; None goes on with the first stage's.
-        warnings: what the user should know of the data.
+        fields: nested fields of the recipe, in their order.
+        reasons: reasons by field, such as `data.global_batch_size`.
+        mask_ratio: mask ratio of the first stage.
+        base_lr: rate of the first stage per 256 pairs.
+        tuning: share of unmasked pairs at the end.
+        tuning_lr: rate of a schedule for the tuning; None continues the first stage's schedule.
+        warnings: warnings about the data.
     """
 
     fields: dict[str, Any]
@@ -56,7 +62,7 @@ class Proposal:
 
     @property
     def batch_size(self) -> int:
-        """Pairs of a step."""
+        """Number of pairs in a step."""
         return int(self.fields["data"]["global_batch_size"])
 
     def stages(self, samples: int) -> list[dict[str, Any]]:
@@ -77,22 +83,22 @@ class Proposal:
 
 
 def samples_in(seconds: float, rates: list[float], proposal: Proposal) -> int:
-    """Return how many pairs the stages see in `seconds` at their `rates`, in pairs a second."""
+    """Return the number of pairs in `seconds`, with the stages' `rates` in pairs per second."""
     masked, whole = rates
     return int(seconds / ((1.0 - proposal.tuning) / masked + proposal.tuning / whole))
 
 
 def most_samples(data: Survey, proposal: Proposal) -> int:
-    """Return the number of pairs beyond which more passes over the data are of little use."""
+    """Return the largest useful number of pairs. Further passes over the data gain little."""
     epochs = _EPOCHS_OF_LARGE if data.pairs >= _LARGE else _EPOCHS_OF_SMALL
     return max(epochs * data.pairs, _LEAST_STEPS * proposal.batch_size)
 
 
 def gpu_named(name: str) -> str:
-    """Return a GPU's name as its maker writes it, of one such as `h100` or `h100_pcie`.
+    """Return the maker's name of a GPU, from a name such as `h100` or `h100_pcie`.
 
     Raises:
-        ValueError: it is not known.
+        UserError: the GPU is unknown.
     """
     known = {one.lower().replace(" ", "_"): one for one in GPU_GIB}
     if name.lower() not in known:
@@ -101,26 +107,26 @@ def gpu_named(name: str) -> str:
 
 
 def propose(data: Survey, tokens: dict[str, int], minutes: float, cores: int, num_gpus: int) -> Proposal:
-    """Return what to train on `data` in `minutes`.
+    """Return a proposal for training on `data` for `minutes`.
 
     Args:
-        tokens: the fields of the text tower that follow from the tokenizer.
-        cores: for the loader's workers.
-        num_gpus: 0 for a CPU.
+        tokens: fields of the text tower that follow from the tokenizer.
+        cores: number of cores, for the loader's workers.
+        num_gpus: number of GPUs; 0 for a CPU.
     """
     if not num_gpus:
-        found = _on_cpu(data, tokens, minutes, cores)
+        proposal = _on_cpu(data, tokens, minutes, cores)
     elif data.pairs < _LARGE:
-        found = _small_on_gpus(data, tokens, num_gpus)
+        proposal = _small_on_gpus(data, tokens, num_gpus)
     else:
-        found = _on_gpus(data, tokens, num_gpus)
-    repeated = data.repeated(found.batch_size)
-    if repeated > MOST_REPEATED * found.batch_size:
-        found.warnings.append(
-            f"of the {found.batch_size} captions of a batch, about {repeated:.0f} are another pair's of the batch too, "
-            "which the loss takes for unlike; captions that tell pictures apart would teach more"
+        proposal = _on_gpus(data, tokens, num_gpus)
+    repeated = data.repeated(proposal.batch_size)
+    if repeated > MOST_REPEATED * proposal.batch_size:
+        proposal.warnings.append(
+            f"of the {proposal.batch_size} captions of a batch, about {repeated:.0f} also belong to another pair of "
+            "the batch, which the loss treats as negatives; captions that distinguish pictures would teach more"
         )
-    return found
+    return proposal
 
 
 def _on_cpu(data: Survey, tokens: dict[str, int], minutes: float, cores: int) -> Proposal:
@@ -136,10 +142,10 @@ def _on_cpu(data: Survey, tokens: dict[str, int], minutes: float, cores: int) ->
     )
     mask = 0.75 if minutes <= 5 else 0.5
     reasons = {
-        "model.vision_config.patch_size": f"64 patches, of which a masked step sees {round(64 * (1 - mask))}",
-        "model.text_config.num_hidden_layers": "the mean of the words: quicker to learn than their order"
+        "model.vision_config.patch_size": f"64 patches; a masked step sees {round(64 * (1 - mask))}",
+        "model.text_config.num_hidden_layers": "a mean of the words: faster to learn than their order"
         if short
-        else "captions are long: the order of their words counts",
+        else "captions are long: the order of their words matters",
         "data.global_batch_size": f"at most 256, and an eighth of the {data.pairs:,} pairs",
         "optim.name": "more from few updates than adamw",
     }
@@ -157,7 +163,7 @@ def _small_on_gpus(data: Survey, tokens: dict[str, int], num_gpus: int) -> Propo
     )
     reasons = {
         "model.vision_config.hidden_size": "ViT-S: B/16 has more weights than so few pairs can teach",
-        "model.vision_config.patch_size": "64 patches, of which a masked step sees 32",
+        "model.vision_config.patch_size": "64 patches; a masked step sees 32",
         "data.global_batch_size": f"a 64th of the {data.pairs:,} pairs, but 256 to 4,096 and at most a quarter of them",
     }
     return Proposal(fields, _reasons(data, reasons), 0.5, _rounded(1e-3 * 256 / batch), 0.05)
@@ -187,11 +193,11 @@ def _fields(
 
 def _reasons(data: Survey, reasons: dict[str, str]) -> dict[str, str]:
     return {
-        "model.size": "the fields below replace its own",
-        "model.text_config.vocab_size": "of the tokenizer",
+        "model.size": "the fields below replace those of the size",
+        "model.text_config.vocab_size": "size of the tokenizer",
         "model.text_config.max_position_embeddings": f"tokens: 95 % of the captions have at most {data.tokens}",
-        "model.text_config.attend_to_padding": "captions of a few words are not outnumbered by padding",
-        "data.num_workers": "processes that decode pictures; at 0 the one that trains does",
+        "model.text_config.attend_to_padding": "because short captions have more padding than words",
+        "data.num_workers": "processes that decode pictures; 0 decodes in the training process",
         **reasons,
     }
 
@@ -211,16 +217,51 @@ def _text(data: Survey) -> dict[str, Any]:
 
 
 def _shared(batch: int, data: Survey, num_gpus: int) -> int:
-    """Return a batch that the GPUs divide, and that is not more than the pairs where it can be."""
+    """Return a batch size that the GPUs divide, at most a quarter of the pairs if possible."""
     while batch > data.pairs // 4 and batch > num_gpus:
         batch //= 2
     return math.ceil(batch / num_gpus) * num_gpus
 
 
 def _power_below(count: int) -> int:
-    """Return the largest power of two that is not above `count`, which is 1 at least."""
+    """Return the largest power of two up to `count`, at least 1."""
     return 1 << (max(count, 1).bit_length() - 1)
 
 
 def _rounded(value: float) -> float:
     return float(f"{value:.3g}")
+
+
+def commented_yaml(head: list[str], fields: Mapping[str, Any], reasons: Mapping[str, str]) -> str:
+    """Return fields as YAML with comments.
+
+    Args:
+        head: sentences above the fields, each on a new line.
+        reasons: comments by field path, such as `data.tokenizer`.
+    """
+    lines = [f"# {line}" for sentence in head for line in textwrap.wrap(sentence, _WIDTH - 2, break_long_words=False)]
+    return "\n".join([*lines, *_mapping(fields, reasons, "", "")]) + "\n"
+
+
+def _mapping(fields: Mapping[str, Any], reasons: Mapping[str, str], path: str, indent: str) -> Iterator[str]:
+    for name, value in fields.items():
+        place = f"{path}.{name}" if path else name
+        reason = f" # {reasons[place]}" if place in reasons else ""
+        if isinstance(value, Mapping):
+            yield f"{indent}{name}:{reason}"
+            yield from _mapping(value, reasons, place, indent + "  ")
+        elif isinstance(value, list) and any(isinstance(one, Mapping) for one in value):
+            yield f"{indent}{name}:{reason}"
+            for number, one in enumerate(value):
+                first, *others = _mapping(one, reasons, f"{place}[{number}]", "")
+                yield f"{indent}  - {first}"
+                yield from (f"{indent}    {line}" for line in others)
+        else:
+            yield f"{indent}{name}: {_flat(value)}{reason}"
+
+
+def _flat(value: Any) -> str:
+    """Return a value on one line, with separators in large numbers."""
+    if type(value) is int and value >= 10_000:
+        return f"{value:_}"
+    return yaml.safe_dump(value, default_flow_style=True, width=float("inf")).removesuffix("\n").removesuffix("\n...")

@@ -1,4 +1,4 @@
-"""A look at training data, from which a recipe is proposed: how many pairs, what size of pictures, which captions."""
+"""A survey of training data for `flipscale init`: number of pairs, size of pictures, captions."""
 
 import io
 from collections import Counter
@@ -16,21 +16,21 @@ from flipscale.data.image_headers import complaint
 from flipscale.data.sources.source import Source
 from flipscale.io.errors import UserError
 
-# Enough for percentiles, and for captions that repeat in a batch; of a large set they take seconds.
-LOOKED_AT = 4096
-_FETCHED = 4  # shards at a URL
+# Enough samples for percentiles and for repeated captions; a few seconds in a large set.
+_MOST_SAMPLES = 4096
+_FETCHED_SHARDS = 4  # of shards at a URL
 
 
 @dataclass(frozen=True)
 class Survey:
-    """What a look at some of the pairs found.
+    """Statistics of the data from a sample of its pairs.
 
     Args:
-        pairs: in the shards, whether they can be used or not.
-        width, height: of the median picture, in pixels.
-        tokens: which 95 % of the captions have at most.
-        captions: how many of the pairs that were looked at have each caption; those without one are left out.
-        looked_at: pairs.
+        pairs: number of pairs in the shards, usable or not.
+        width, height: median size of the pictures in pixels.
+        tokens: 95th percentile of the captions' numbers of tokens.
+        captions: number of sampled pairs by caption.
+        sampled: number of sampled pairs.
     """
 
     pairs: int
@@ -38,12 +38,12 @@ class Survey:
     height: int
     tokens: int
     captions: Mapping[str, int] = field(repr=False)
-    looked_at: int
+    sampled: int
 
     def repeated(self, batch_size: int) -> float:
-        """Return how many pairs of a batch have a caption that another pair of the batch has too, as expected.
+        """Return the expected number of pairs in a batch that share their caption with another pair of the batch.
 
-        A pair whose caption c of the n pairs have finds none like it among batch_size - 1 others with the probability
+        If c of n pairs have a caption, one of them shares it with none of batch_size - 1 others with the probability
         (1 - (c - 1) / (n - 1)) ** (batch_size - 1).
         """
         counts = np.array(list(self.captions.values()), dtype=float)
@@ -52,19 +52,19 @@ class Survey:
         return float(batch_size * (counts / total * (1.0 - alone)).sum())
 
     def __str__(self) -> str:
-        """Return it in a sentence."""
-        some = "" if self.looked_at == self.pairs else f" of {self.looked_at:,} looked at"
+        """Return the statistics as text."""
+        some = "" if self.sampled == self.pairs else f" of {self.sampled:,} sampled"
         return (
             f"{self.pairs:,} pairs; the median picture has {self.width}x{self.height} pixels; {len(self.captions):,} "
-            f"different captions{some}, of at most {self.tokens} tokens (95 % of them)"
+            f"different captions{some}, 95 % of them of at most {self.tokens} tokens"
         )
 
 
 def survey(source: Source, tokenizer: PreTrainedTokenizerBase) -> Survey:
-    """Return what is in the shards of `source`, by a look at pairs that are evenly spread.
+    """Return the statistics of evenly spaced pairs of `source`.
 
     Raises:
-        ValueError: none of them has a picture and a caption.
+        UserError: no sampled pair has a picture and a caption.
         OSError: a shard cannot be read.
     """
     sizes: list[tuple[int, int]] = []
@@ -76,13 +76,13 @@ def survey(source: Source, tokenizer: PreTrainedTokenizerBase) -> Survey:
             caption = choose_caption(sample.captions, 0.0)
             size = _size(sample.image)
         except BadSample:
-            continue  # training leaves it out too, and counts it
+            continue  # Training leaves it out too, and counts it.
         sizes.append(size)
         captions[caption] += 1
     if not sizes:
         raise UserError(
-            f"none of {len(places):,} samples that were looked at has a picture and a caption; `flipscale prepare "
-            "inspect` of these shards says what they have"
+            f"none of {len(places):,} samples has a picture and a caption; `flipscale prepare inspect` lists the "
+            "contents of the shards"
         )
     width, height = np.median(np.array(sizes), axis=0).astype(int).tolist()
     lengths = [len(ids) for ids in tokenizer(list(captions), truncation=False, padding=False)["input_ids"]]
@@ -91,21 +91,21 @@ def survey(source: Source, tokenizer: PreTrainedTokenizerBase) -> Survey:
 
 
 def _spread(source: Source) -> Iterator[tuple[int, int]]:
-    """Yield shards and numbers of samples that are evenly spread; where shards are fetched, over a few of them."""
+    """Yield shards and numbers of evenly spaced samples, of a few shards only if shards are fetched."""
     sizes = np.array(source.shard_sizes)
     if "://" in source.shard_name(0):
-        sizes[np.setdiff1d(np.arange(len(sizes)), np.linspace(0, len(sizes) - 1, _FETCHED).astype(int))] = 0
+        sizes[np.setdiff1d(np.arange(len(sizes)), np.linspace(0, len(sizes) - 1, _FETCHED_SHARDS).astype(int))] = 0
     ends = np.cumsum(sizes)
-    numbers = np.unique(np.linspace(0, ends[-1] - 1, min(LOOKED_AT, int(ends[-1]))).round().astype(np.int64))
+    numbers = np.unique(np.linspace(0, ends[-1] - 1, min(_MOST_SAMPLES, int(ends[-1]))).round().astype(np.int64))
     shards = np.searchsorted(ends, numbers, side="right")
     yield from zip(shards.tolist(), (numbers - (ends - sizes)[shards]).tolist(), strict=True)
 
 
 def _size(encoded: bytes) -> tuple[int, int]:
-    """Return width and height as the head of an image says.
+    """Return width and height from the header of an image.
 
     Raises:
-        BadSample: it says none.
+        BadSample: the header is damaged.
     """
     try:
         if why := complaint(encoded, MAX_PIXELS):

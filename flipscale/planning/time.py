@@ -1,10 +1,12 @@
-"""How long a step takes on machines that are not there: compute by its operations, messages by an alpha-beta model.
+"""The time of a step, computed without a machine: compute from operations, messages from an alpha-beta model.
 
-docs/planning.md states the model, where its numbers come from, and what it leaves out.
+docs/planning.md has the model, the sources of its numbers, and its limits.
 """
 
+import json
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from flipscale.data.loader import pairs_of_a_process
 from flipscale.engines.fsdp2 import Fsdp2Engine
@@ -14,43 +16,70 @@ from flipscale.engines.start import engine_class
 from flipscale.engines.zero import ZeroEngine
 from flipscale.io.errors import UserError
 from flipscale.planning.flops import pair_flops
-from flipscale.planning.measured import USUAL_SHARE
-from flipscale.planning.memory import planned_model
+from flipscale.planning.memory import GPUS_OF_A_NODE, planned_model
 from flipscale.training.recipe import Recipe
 from flipscale.training.schedule import StageRecipe
 
-# DistributedDataParallel's buckets.
+# Default share of a GPU's peak.
+USUAL_SHARE = 0.4
+# Bytes of DistributedDataParallel's buckets.
 _BUCKET = 25 * 2**20
+
+
+def share_of_peak(option: str, stated: float | None, bench: Path | None, peak: float) -> float:
+    """Return the reached share of the peak: stated, measured, or the usual share.
+
+    Args:
+        option: name of the option for `stated`.
+        bench: file with the JSON line of `flipscale bench step --json`, which counts the useful operations of whole
+            steps on one GPU.
+        peak: operations per second of a GPU.
+
+    Raises:
+        UserError: both are given, the file cannot be read, or the GPU was faster than its peak.
+    """
+    if bench is None:
+        return USUAL_SHARE if stated is None else stated
+    if stated is not None:
+        raise UserError(f"{option} and --bench both give the share of a GPU's peak; leave one of them out")
+    try:
+        line = json.loads(bench.read_text(encoding="utf-8").strip().splitlines()[-1])
+        flops = float(line["flops_per_pair"]) * float(line["images_per_s"])
+    except (OSError, ValueError, IndexError, KeyError, TypeError) as error:
+        raise UserError(
+            f"--bench {bench} is not a JSON line of `flipscale bench step --json` ({error!r}); write one there"
+        ) from error
+    if not 0.0 < flops <= peak:
+        raise UserError(
+            f"--bench {bench} has {flops / 1e12:,.1f} Tflop/s, and the GPU's peak is {peak / 1e12:,.0f}; measure it on "
+            "a GPU of this kind"
+        )
+    return flops / peak
 
 
 @dataclass(frozen=True)
 class Links:
-    """What connects the GPUs; bandwidths in GB/s of one GPU in one direction, latencies in seconds a hop.
+    """Links between GPUs: bandwidths in GB/s per GPU and direction, latencies in seconds per hop.
 
     Args:
-        node_gbps: within a node. 350: what NCCL's makers count on for an H100's NVLink (NVIDIA/nccl#986).
-        network_gbps: between nodes. 46: of a 400 Gb/s adapter for each GPU (NVIDIA/nccl-tests#290 says 46 to 48).
-        node_latency: NCCL's own model (src/graph/tuning.cc), a ring's hop by its LL128 protocol.
-        network_latency: likewise.
-        gpus_of_a_node: processes of one machine.
+        node_gbps: bandwidth within a node; 350: NVLink of an H100 by NCCL's authors (NVIDIA/nccl#986).
+        network_gbps: bandwidth between nodes; 46: a 400 Gb/s adapter per GPU (NVIDIA/nccl-tests#290: 46 to 48).
+        node_latency: latency of a ring's hop with the LL128 protocol in NCCL's model (src/graph/tuning.cc).
+        network_latency: the same between nodes.
+        gpus_of_a_node: number of processes per node.
     """
 
     node_gbps: float = 350.0
     network_gbps: float = 46.0
     node_latency: float = 1.9e-6
     network_latency: float = 4.0e-6
-    gpus_of_a_node: int = 8
-
-    def __post_init__(self) -> None:
-        for name in ("node_gbps", "network_gbps"):
-            if not getattr(self, name) > 0.0:
-                raise UserError(f"{name} is {getattr(self, name):g}; it must be above 0")
+    gpus_of_a_node: int = GPUS_OF_A_NODE
 
     def group(self, size: int, stride: int = 1) -> "Group":
-        """Return a group of `size` processes, every `stride`-th one."""
+        """Return a group of `size` processes: every `stride`-th process."""
         of_a_node = max(1, min(size, self.gpus_of_a_node // stride))
         nodes = -(-size // of_a_node)
-        # A ring crosses each node once for each of its adapters, so that the adapters of a node add up.
+        # The adapters of a node add up, because a ring crosses the node once for each adapter.
         bandwidth = self.node_gbps if nodes == 1 else of_a_node * self.network_gbps
         if of_a_node > 1:
             bandwidth = min(bandwidth, self.node_gbps)
@@ -59,7 +88,7 @@ class Links:
 
 @dataclass(frozen=True)
 class Group:
-    """Processes that exchange messages, and the bandwidth in bytes a second that each of them has for it."""
+    """Processes that exchange messages, and their bandwidth in bytes per second and process."""
 
     size: int
     of_a_node: int
@@ -68,13 +97,13 @@ class Group:
     links: Links
 
     def gather(self, size: int) -> float:
-        """Return the seconds of an all-gather or a reduce-scatter of `size` bytes in all, around a ring."""
+        """Return the seconds of an all-gather or a reduce-scatter of `size` bytes in total, around a ring."""
         crossings = self.nodes - 1
         hops = (self.size - 1 - crossings) * self.links.node_latency + crossings * self.links.network_latency
         return hops + size * (self.size - 1) / self.size / self.bandwidth
 
     def reduce(self, size: int) -> float:
-        """Return the seconds of an all-reduce of `size` bytes: twice a gather's bytes, along trees."""
+        """Return the seconds of an all-reduce of `size` bytes along trees: twice the bytes of a gather."""
         hops = (self.of_a_node - 1) * self.links.node_latency + math.ceil(math.log2(self.nodes)) * (
             self.links.network_latency
         )
@@ -83,15 +112,15 @@ class Group:
 
 @dataclass(frozen=True)
 class Hardware:
-    """What computes and what feeds it.
+    """GPUs, their links and their loaders.
 
     Args:
-        links: between GPUs.
-        peak: bf16 operations a second of a GPU; 989e12: H100 SXM, dense, by its data sheet.
-        matmul_share: the share of the peak that products reach while a GPU only computes.
-        memory_bandwidth: bytes a second, for the optimiser; 3.35e12: H100 SXM, by its data sheet.
-        images_per_worker_s: what a loader's worker delivers; 827: docs/speed.md, JPEGs of 500x400.
-        pair_kb: what a pair takes on disk or network.
+        links: links between GPUs.
+        peak: bf16 operations per second of a GPU; 989e12: data sheet of an H100 SXM, dense.
+        matmul_share: share of the peak that matrix products reach on a GPU alone.
+        memory_bandwidth: bytes per second, for the optimiser; 3.35e12: data sheet of an H100 SXM.
+        images_per_worker_s: images per second of a loader's worker; 827: docs/speed.md, JPEGs of 500x400.
+        pair_kb: size of a pair on disk or network in kB.
     """
 
     links: Links = field(default_factory=Links)
@@ -101,25 +130,18 @@ class Hardware:
     images_per_worker_s: float = 827.0
     pair_kb: float = 40.0
 
-    def __post_init__(self) -> None:
-        if not 0.0 < self.matmul_share <= 1.0:
-            raise UserError(f"matmul_share is {self.matmul_share:g}; it must be in (0, 1]")
-        for name in ("peak", "images_per_worker_s", "pair_kb"):
-            if not getattr(self, name) > 0.0:
-                raise UserError(f"{name} is {getattr(self, name):g}; it must be above 0")
-
 
 @dataclass(frozen=True)
 class Messages:
     """Seconds of a step's messages.
 
     Args:
-        forward: of a forward pass, hidden behind it but for `first`.
-        backward: of the last backward pass, hidden behind it but for `last`.
-        again: of a backward pass of an earlier micro-batch.
-        first: before the first block can compute.
-        last: after the last gradient is there.
-        between: nothing computes meanwhile: the loss's and the optimiser's.
+        forward: messages behind a forward pass.
+        backward: messages behind the last backward pass.
+        again: messages behind the backward pass of an earlier micro-batch.
+        first: messages before the first block can compute.
+        last: messages after the last gradient is ready.
+        between: messages of the loss and the optimiser, during which nothing computes.
     """
 
     forward: float = 0.0
@@ -132,16 +154,19 @@ class Messages:
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of a step and what follows from them.
+    """The seconds of a step, and figures that follow from them.
 
     Args:
-        compute: products.
-        exposed: messages that nothing hides.
-        optimizer: reading and writing of weights, gradients and moments.
-        seconds: of the whole step: all of these, or the loader's where it takes longer for a batch.
-        mfu: useful operations of the step, without those of recomputation, as a share of the peak.
-        workers: that a node needs for the step not to wait.
-        node_mb_s: what a node reads.
+        pairs: pairs of a process.
+        batch: pairs of the global batch.
+        compute: seconds of matrix products.
+        exposed: seconds of messages that no computation hides.
+        optimizer: seconds of reading and writing weights, gradients and moments.
+        seconds: seconds of the whole step: the sum of these, or the loader's seconds if they are more.
+        mfu: useful operations as a share of the peak, without recomputation.
+        workers: loader workers that a node needs to keep up.
+        node_mb_s: MB per second that a node reads.
+        binds: the part that limits the speed.
     """
 
     pairs: int
@@ -157,17 +182,16 @@ class StepTime:
 
 
 def step_time(recipe: Recipe, launch: Launch, stage: StageRecipe, hardware: Hardware) -> StepTime:
-    """Return what a step of a stage takes.
+    """Return the time of a step in a stage.
 
     Raises:
-        ValueError: the processes do not divide the batch.
+        UserError: the processes do not divide the batch.
     """
     batch, count = recipe.data.global_batch_size, launch.num_processes
     pairs = pairs_of_a_process(batch, count)
     at_once = min(pairs, recipe.data.micro_batch_size or pairs)
     micro_batches, useful = pairs // at_once, pair_flops(recipe)[stage.name]
-    # A backward pass is two forward passes; recomputation repeats one, and micro-batches are embedded twice where the
-    # loss compares them with each other.
+    # A backward pass is two forward passes, and recomputation adds one. A coupled loss embeds micro-batches twice.
     forward = useful / 3 * at_once / (hardware.peak * hardware.matmul_share)
     backward = forward * (3 if recipe.model.gradient_checkpointing else 2)
     passes = (2 if micro_batches > 1 and recipe.objective().is_coupled else 1) * micro_batches
@@ -201,7 +225,7 @@ def step_time(recipe: Recipe, launch: Launch, stage: StageRecipe, hardware: Hard
 
 
 def messages(recipe: Recipe, launch: Launch, links: Links) -> Messages:
-    """Return the seconds of what the engine, the loss and Muon send in a step."""
+    """Return the seconds of the messages of the engine, the loss and Muon in a step."""
     count = launch.num_processes
     if count == 1:
         return Messages()
@@ -209,14 +233,14 @@ def messages(recipe: Recipe, launch: Launch, links: Links) -> Messages:
     model = planned_model(recipe.model_config(), objective.model_class)
     whole = sum(parameter.numel() for parameter in model.parameters())
     world, engine = links.group(count), engine_class(launch)
-    # The texts, and their gradients; what else the loss sends is a thousandth of it.
+    # The texts and their gradients. The loss's other messages are a thousandth of these.
     dim = int(recipe.model_config().projection_dim or 0) if objective.is_coupled else 0
     texts = 4 * recipe.data.global_batch_size * dim
     between = 2 * world.gather(texts)
     if recipe.optim.name == "muon":
         matrices = muon_matrices(model)
         size = 2 * sum(p.numel() for name, p in model.named_parameters() if name in matrices)
-        # Rows go to who computes and come back; whole matrices are gathered on each machine.
+        # Under FSDP2, rows travel to the computing process and back. Otherwise whole matrices are gathered in a node.
         if issubclass(engine, Fsdp2Engine):
             between += 2 * links.group(launch.shard_size or count).gather(size)
         else:
@@ -230,7 +254,7 @@ def messages(recipe: Recipe, launch: Launch, links: Links) -> Messages:
         settings = launch.deepspeed.get("zero_optimization", {})
         reduced = world.gather(size)
         hidden = reduced if settings.get("overlap_comm") else 0.0
-        # The weights that each process has moved are gathered when all have.
+        # The updated weights are gathered after the optimiser step.
         return Messages(backward=hidden, last=reduced - hidden, between=between + world.gather(size))
     buckets = -(-size // _BUCKET)
     last = world.reduce(size // buckets)
@@ -238,8 +262,8 @@ def messages(recipe: Recipe, launch: Launch, links: Links) -> Messages:
 
 
 def _sharded(groups: list[int], width: int, launch: Launch, links: Links, between: float) -> Messages:
-    """Return what sharded weights cost: each group of them is gathered ahead of its use in both passes, and its
-    gradients are sent in fp32 behind the last backward pass."""
+    """Return the seconds of sharded weights. Each group is gathered before its use in both passes, and its fp32
+    gradients are sent behind the last backward pass."""
     shard_size = launch.shard_size or launch.num_processes
     shards, replicas = links.group(shard_size), launch.num_processes // shard_size
     gathers = [shards.gather(width * size) for size in groups] if shard_size > 1 else [0.0] * len(groups)
@@ -249,7 +273,7 @@ def _sharded(groups: list[int], width: int, launch: Launch, links: Links, betwee
     if replicas > 1:
         copies = links.group(replicas, stride=shard_size)
         reduces = [copies.reduce(4 * size // shard_size) for size in groups]
-    # Within a node and between nodes, messages travel at the same time.
+    # The maximum, because messages within a node and between nodes travel at the same time.
     return Messages(
         forward=sum(gathers) - gathers[0],
         backward=max(within, sum(reduces)) - scatters[-1] - reduces[-1],
@@ -270,7 +294,7 @@ def _binds(
     exposed: float,
     loader: float,
 ) -> str:
-    """Return what a faster step would need most."""
+    """Return the part of the step that limits its speed."""
     if loader > compute + exposed:
         return "loader"
     if exposed > compute / 4:
@@ -278,7 +302,7 @@ def _binds(
         return "node links" if max(shard_size, launch.num_processes) <= hardware.links.gpus_of_a_node else "network"
     vision = recipe.model_config().vision_config
     rows = at_once * max(1, round(vision.patches_along(stage.image_size) ** 2 * (1.0 - stage.mask_ratio)))
-    # Fewer tiles of 128 x 256 than four for each of an H100's 132 processors leave some idle.
+    # With fewer than four tiles of 128 x 256 for each of an H100's 132 processors, some are idle.
     if rows * vision.hidden_size < 4 * 132 * 128 * 256:
         return "small batch"
     return "compute"

@@ -1,6 +1,11 @@
-"""The design of a study: a base recipe, axes along which it is changed, and the combinations that are trained."""
+"""A study: a base recipe, axes that change it, the combinations to train, and its folder.
+
+The folder has `study.yaml`, and a recipe `runs/NAME.yaml`, a run directory `runs/NAME/` and output `runs/NAME.log` for
+each run. The report is written beside them.
+"""
 
 import copy
+import dataclasses
 import itertools
 import json
 import math
@@ -13,33 +18,40 @@ from typing import Any
 
 import yaml
 
-from flipscale.evaluation.reports.comparison import seed_suffix
+from flipscale.evaluation.reports.curves import seed_suffix
+from flipscale.io.atomic import write_text
 from flipscale.io.errors import UserError
-from flipscale.io.options import MinutesAboveZero, check_ranges
+from flipscale.io.files import check_writable
+from flipscale.io.options import MinutesAboveZero, changed_fields, check_ranges
 from flipscale.io.yaml_text import read_outline
 from flipscale.studies.runs import StudyRun, in_time
-from flipscale.training.recipe import RECIPES, Recipe, parse_recipe, to_yaml
+from flipscale.training.recipe import Recipe, parse_recipe, to_yaml
 from flipscale.training.schedule import plan_stages
 
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
+STUDY_FILE = "study.yaml"
+# The default name of an axis' level without changes.
+BASE = "base"
 _POWER_OF_TEN = re.compile(r"[-+]?\d+(\.\d*)?[eE]\d+|[-+]?\d+[eE]-\d+")
 _MOST_RUNS = 10_000
 _DESIGNS = ("star", "grid")
 _FIELDS = ("base", "changes", "axes", "design", "seeds", "more_seeds", "minutes")
-# What the level of an axis at which it changes nothing is called where the study has no name for it.
-BASE = "base"
-STUDIES = RECIPES / "studies"
+# Fields that the study sets in each recipe, and their place in the study.
+_OWN = {"seed": "list the seeds in seeds", "output_dir": "its runs lie in its folder, --output_dir"}
+# Mappings whose fields need not be in the recipe.
+_OPEN = ("model.vision_config", "model.text_config", "loss.options")
 
 Levels = Mapping[str, str]
+Axis = Mapping[str, Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
 class MoreSeeds:
-    """Seeds that only a part of the combinations is trained with, such as the corners of a grid.
+    """Further seeds for a part of the combinations, such as the corners of a grid.
 
     Args:
-        seeds: the seeds.
-        of: of some axes, the levels that the part has, `base` among them; it has all levels of the others.
+        seeds: further seeds.
+        of: levels of the part by axis, with `base` for no change; axes left out have all levels.
     """
 
     seeds: Sequence[int]
@@ -48,23 +60,23 @@ class MoreSeeds:
 
 @dataclass(frozen=True)
 class Study:
-    """What a study's file says.
+    """A study's file.
 
     Args:
-        base: the recipe that is changed, a file or a name.
-        axes: of each axis, by its levels' names, what a level changes: values by their path in the recipe, such as
-            `stages.0.samples`. A level that changes nothing is the name of the axis' base.
-        design: `star` is the base, each level alone, then the last levels of the first two axes together, of the first
-            three, and so on. `grid` is all combinations of levels, the base of each axis among them.
-        seeds: every combination is trained with each.
-        minutes: how long every run trains, by its own clock; the stages of the base then have shares of that time. Left
-            out, runs end as the base does.
-        changes: what all runs change of the base: values by their path in the recipe.
-        more_seeds: further seeds of a part of the combinations.
+        base: recipe to change: a name of the package, or a YAML file relative to the study's file.
+        axes: levels by axis; a level's changes are values by their path in the recipe, such as `stages.0.samples`. A
+            level without changes names the base of its axis.
+        design: `star` or `grid`. A star has the base, each level alone, and the last levels of the first two axes, of
+            the first three, and so on. A grid has all combinations of levels, with the base of each axis.
+        seeds: seeds of every combination.
+        minutes: training time of every run by its own clock; the stages of the base get shares of it. None ends runs
+            as the base does.
+        changes: changes of the base in all runs: values by their path in the recipe.
+        more_seeds: further seeds for a part of the combinations.
     """
 
     base: str
-    axes: Mapping[str, Mapping[str, Mapping[str, Any]]]
+    axes: Mapping[str, Axis]
     design: str
     seeds: Sequence[int]
     minutes: MinutesAboveZero | None = None
@@ -72,17 +84,16 @@ class Study:
     more_seeds: MoreSeeds | None = None
 
     def levels_of(self, axis: str) -> list[str]:
-        """Return the levels of an axis at which it changes something."""
+        """Return the levels of an axis that change something."""
         return [level for level, changes in self.axes[axis].items() if changes]
 
     def label(self, levels: Levels) -> str:
-        """Return what a combination is called: its level of each axis, bases without a name left out; `base` where that
-        leaves nothing."""
-        found = [levels.get(axis, base_of(own)) for axis, own in self.axes.items()]
-        return "+".join(level for level in found if level != BASE) or BASE
+        """Return the name of a combination: its levels without unnamed bases, or `base`."""
+        names = [levels.get(axis, base_of(own)) for axis, own in self.axes.items()]
+        return "+".join(name for name in names if name != BASE) or BASE
 
     def combinations(self) -> list[Levels]:
-        """Return the levels of the axes that are not at their base, of each combination; the first is the base."""
+        """Return the changed levels of each combination by axis. The base comes first."""
         if self.design == "grid":
             choices = [[None, *self.levels_of(axis)] for axis in self.axes]
             return [
@@ -94,11 +105,12 @@ class Study:
         return [{}, *alone, *(dict(last[:count]) for count in range(2, len(last) + 1))]
 
     def runs(self) -> dict[str, tuple[Levels, int]]:
-        """Return the levels and the seed of each run, by its name: its label and its seed. One seed comes after the
-        other, so that a study which is not finished has all its combinations.
+        """Return the levels and the seed of each run by its name, in the order of training.
+
+        All combinations come with one seed before the next seed, so a stopped study has all combinations.
 
         Raises:
-            ValueError: two have one name, or there are more than anybody trains.
+            UserError: two runs have one name, or there are too many.
         """
         if self.design == "grid":
             count = math.prod(len(self.levels_of(axis)) + 1 for axis in self.axes) * len(self.seeds)
@@ -112,59 +124,46 @@ class Study:
                 if all(levels.get(axis, base_of(self.axes[axis])) in chosen for axis, chosen in more.of.items())
             ]
             planned += [(levels, seed) for seed in more.seeds for levels in part]
-        found: dict[str, tuple[Levels, int]] = {}
+        runs: dict[str, tuple[Levels, int]] = {}
         for levels, seed in planned:
             name = self.label(levels) + seed_suffix(seed)
-            if name in found:
+            if name in runs:
                 raise UserError(f"two runs are called {name}; give each level a name of its own, and each seed once")
-            found[name] = levels, seed
-        return found
+            runs[name] = levels, seed
+        return runs
 
 
-def base_of(levels: Mapping[str, Mapping[str, Any]]) -> str:
-    """Return what the base of an axis with these levels is called: the level that changes nothing, or `base`."""
+def base_of(levels: Axis) -> str:
+    """Return the name of an axis' base: its level without changes, or `base`."""
     return next((level for level, changes in levels.items() if not changes), BASE)
 
 
-def study_file(name: str) -> Path:
-    """Return the file of a study; a bare name is one of the package's.
-
-    Raises:
-        ValueError: there is neither.
-    """
-    named = STUDIES / f"{name}.yaml"
-    if "/" in name or os.path.isfile(name):
-        return Path(name)
-    if named.is_file():
-        return named
-    names = ", ".join(sorted(path.stem for path in STUDIES.glob("*.yaml")))
-    raise UserError(f"study {name[:200]!r} is neither a file nor one of {names}")
+def resolve_base(base: str, file: Path) -> str:
+    """Return the base recipe's path: YAML files are relative to the study's file, names are the package's."""
+    return os.path.normpath(file.parent / base) if base.endswith((".yaml", ".yml")) else base
 
 
 def read_study(file: Path) -> Study:
-    """Return what a study's file says.
+    """Return the study in a file.
 
     Raises:
-        ValueError: it is no study.
-        OSError: it cannot be read.
+        UserError: the file is not a study.
+        OSError: the file cannot be read.
     """
     read_outline(file)
     content = yaml.safe_load(file.read_text(encoding="utf-8-sig"))
     if not isinstance(content, dict) or set(content) - set(_FIELDS) or "base" not in content:
-        what = sorted(set(content) - set(_FIELDS)) if isinstance(content, dict) else []
-        found = f"has {what[0]!r}" if what else "has no base"
-        raise UserError(f"{file} is no study, it {found}; a study has {', '.join(_FIELDS)}")
+        unknown = sorted(set(content) - set(_FIELDS)) if isinstance(content, dict) else []
+        fault = f"has {unknown[0]!r}" if unknown else "has no base"
+        raise UserError(f"{file} is no study, it {fault}; a study has {', '.join(_FIELDS)}")
     axes, seeds = content.get("axes") or {}, content.get("seeds", [0])
     if not isinstance(axes, dict) or not all(_is_axis(levels) for levels in axes.values()):
         raise UserError(
-            f"{file}: axes must have levels, and these changes: 'axes: {{model: {{large: {{model.size: l16}}}}}}'; one "
-            "level beside them may have none, {}, and names the base"
+            f"{file}: axes must have levels with changes: 'axes: {{model: {{large: {{model.size: l16}}}}}}'; one level "
+            "of an axis may have none, {}, and names the base"
         )
     for name in itertools.chain(axes, *axes.values()):
-        if not isinstance(name, str) or not NAME.fullmatch(name):
-            raise UserError(
-                f"{file}: {str(name)[:40]!r} names runs; use letters, digits and . _ -, in quotes if it is a number"
-            )
+        check_name(name, "runs", file)
     if not _are_seeds(seeds):
         raise UserError(f"{file}: seeds is {seeds!r}; it must be a list of whole numbers, such as [0, 1, 2]")
     design = content.get("design", "star")
@@ -182,12 +181,19 @@ def read_study(file: Path) -> Study:
     return study
 
 
-def _more_seeds(given: Any, axes: Mapping[str, Mapping[str, Any]], file: Path) -> MoreSeeds | None:
-    """Return what a study says of further seeds.
+def check_name(name: Any, what: str, file: Path) -> None:
+    """Raise unless a name in a study's file can name a folder.
 
     Raises:
-        ValueError: it is something else, or names an axis or a level that the study has not.
+        UserError: it cannot.
     """
+    if not isinstance(name, str) or not NAME.fullmatch(name):
+        raise UserError(
+            f"{file}: {str(name)[:40]!r} names {what}; use letters, digits and . _ -, in quotes if it is a number"
+        )
+
+
+def _more_seeds(given: Any, axes: Mapping[str, Axis], file: Path) -> MoreSeeds | None:
     if given is None:
         return None
     if not isinstance(given, dict) or set(given) != {"seeds", "of"} or not isinstance(given["of"], dict):
@@ -217,21 +223,22 @@ def _is_axis(levels: Any) -> bool:
     return changing > 0 and len(levels) - changing <= 1
 
 
-def plan(study: Study, output_dir: Path) -> list[StudyRun]:
-    """Return the runs of a study, each checked as far as it can be without its data.
+def plan(study: Study, folder: Path) -> list[StudyRun]:
+    """Return the runs of a study, each checked as far as possible without its data.
 
     Args:
-        output_dir: their run directories are made in it.
+        study: study with a resolved base.
+        folder: folder of the run directories.
 
     Raises:
-        ValueError: the base is no recipe, an axis changes what no recipe has, a changed recipe cannot be run, or two
-            runs have one name.
+        UserError: the base is not a recipe, a change has no place in it, a changed recipe cannot be run, or two runs
+            have one name.
     """
     recipe = parse_recipe(["--config", study.base])
     base = yaml.safe_load(to_yaml(recipe if study.minutes is None else in_time(recipe, study.minutes)))
     runs = []
     for name, (levels, seed) in study.runs().items():
-        content = {**copy.deepcopy(base), "seed": seed, "output_dir": str(output_dir / name)}
+        content = {**copy.deepcopy(base), "seed": seed, "output_dir": str(folder / name)}
         for path, value in study.changes.items():
             change(content, str(path), value, "changes")
         for axis, level in levels.items():
@@ -242,10 +249,10 @@ def plan(study: Study, output_dir: Path) -> list[StudyRun]:
 
 
 def change(content: dict[str, Any], path: str, value: Any, where: str) -> None:
-    """Set what a path such as `stages.0.samples` names in a recipe.
+    """Set a field of a recipe, by a path such as `stages.0.samples`.
 
     Raises:
-        ValueError: there is no such place, or it is a whole section, or the study's own.
+        UserError: there is no such field, or it is a section, or the study sets it.
     """
     if path in _OWN:
         raise UserError(f"{where}: {path} is the study's own; {_OWN[path]}")
@@ -264,49 +271,111 @@ def change(content: dict[str, Any], path: str, value: Any, where: str) -> None:
     if not parents and isinstance(place[last], dict):
         first = next(iter(place[last]))
         raise UserError(f"{where}: {path} is a whole section of the recipe; change its fields, such as {path}.{first}")
-    # A copy: an axis may change what lies in it.
+    # Copied, because a later change may be inside the value.
     place[int(last) if isinstance(place, list) else last] = copy.deepcopy(plain_number(value))
 
 
 def plain_number(value: Any) -> Any:
-    """Return a value of YAML, a power of ten as the number that people mean by it: `1e9` is a text to YAML 1.1."""
+    """Return a value of YAML with a power of ten as a number, because `1e9` is text in YAML 1.1."""
     if isinstance(value, str) and _POWER_OF_TEN.fullmatch(value):
         return int(float(value)) if float(value).is_integer() else float(value)
     return value
 
 
-# What the study sets in each recipe.
-_OWN = {"seed": "list the seeds in seeds", "output_dir": "its runs lie in its folder, --output_dir"}
-# Sections whose fields are not listed in a recipe that leaves them out.
-_OPEN = ("model.vision_config", "model.text_config", "loss.options")
-
-
 def checked(content: dict[str, Any], name: str) -> Recipe:
-    """Return the recipe that a mapping says.
+    """Return the recipe of a mapping.
 
     Args:
-        name: begins the message.
+        name: beginning of the message.
 
     Raises:
-        ValueError: it cannot be run.
+        UserError: the recipe cannot be run.
     """
     data = content["data"]
     batch, lanes = data["global_batch_size"], data["lanes"]
     if isinstance(batch, int) and isinstance(lanes, int) and lanes and batch % lanes:
-        data["lanes"] = None  # those of another batch
+        data["lanes"] = None  # They belong to another batch size.
     words: list[str] = []
     for section, value in content.items():
-        # A field at a time: of a whole section, the message of a mistake has all of it.
+        # One flag for each field, because a flag for a section would quote the whole section in an error.
         fields = (
             {f"{section}.{name}": one for name, one in value.items()} if isinstance(value, dict) else {section: value}
         )
         for flag, one in fields.items():
-            # JSON is YAML, and of the kind that flags are read as.
             words += [f"--{flag}", one if isinstance(one, str) else json.dumps(one)]
     try:
         recipe = parse_recipe(words)
         plan_stages(recipe.stages, recipe.data.global_batch_size, recipe.budget_minutes)
         recipe.model_config()
     except ValueError as error:
-        raise UserError(f"{name}: {error}") from None
+        raise UserError(f"{name}: {error}") from error
     return recipe
+
+
+def write_plan(file: Path, output_dir: Path) -> list[StudyRun]:
+    """Write the recipe of each run of a study to `output_dir/runs`, and return the runs.
+
+    A study may grow: planned again, a folder gets the missing recipes.
+
+    Raises:
+        UserError: as `read_study` and `plan`; or the folder holds something else; or an earlier run has changed or is
+            no longer in the study.
+    """
+    study = read_study(file)
+    study = dataclasses.replace(study, base=resolve_base(study.base, file))
+    check_writable(output_dir, "output_dir")
+    folder = output_dir / "runs"
+    runs = plan(study, folder)
+    refuse_foreign(output_dir, STUDY_FILE, "study")
+    planned = {run.name: run for run in runs}
+    for saved in sorted(folder.glob("*.yaml")):
+        if saved.stem not in planned:
+            raise UserError(f"{output_dir} has a planned run {saved.stem}, but {file} has none; name another folder")
+        changed = sorted(changed_fields(_fields(_load(saved)), _fields(planned[saved.stem].recipe)))
+        if changed:
+            raise UserError(f"{saved} was planned otherwise than {file} ({'; '.join(changed)}); name another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    content = {name: value for name, value in dataclasses.asdict(study).items() if value}
+    write_text(output_dir / STUDY_FILE, yaml.safe_dump(content, sort_keys=False))
+    for run in runs:
+        if not (folder / f"{run.name}.yaml").exists():
+            write_text(folder / f"{run.name}.yaml", to_yaml(run.recipe))
+    return runs
+
+
+def refuse_foreign(output_dir: Path, mark: str, what: str) -> None:
+    """Raise if a folder holds files but not `mark`.
+
+    Raises:
+        UserError: it does.
+    """
+    there = sorted(path.name for path in output_dir.glob("*") if not path.name.startswith("."))
+    if there and mark not in there:
+        raise UserError(f"{output_dir} holds {there[0]}, which no {what} wrote; name a new or an empty folder")
+
+
+def read_plan(output_dir: Path) -> tuple[Study, list[StudyRun]]:
+    """Return a planned study and its runs.
+
+    Raises:
+        UserError: the folder holds no planned study, or a recipe is missing.
+    """
+    file = output_dir / STUDY_FILE
+    if not file.is_file():
+        raise UserError(f"{output_dir} holds no planned study; write one there: flipscale study plan STUDY.yaml")
+    study = read_study(file)
+    recipes = [output_dir / "runs" / f"{name}.yaml" for name in study.runs()]
+    for recipe in recipes:
+        if not recipe.is_file():
+            raise UserError(f"{recipe} is missing; plan the study again: flipscale study plan STUDY.yaml")
+    return study, [StudyRun(recipe.stem, _load(recipe)) for recipe in recipes]
+
+
+def _load(file: Path) -> Recipe:
+    return parse_recipe(["--config", str(file.absolute())])
+
+
+def _fields(recipe: Recipe) -> dict[str, Any]:
+    # Made absolute, because the folder may be given by another path next time.
+    fields: dict[str, Any] = yaml.safe_load(to_yaml(recipe))
+    return {**fields, "output_dir": str(Path(recipe.output_dir).absolute())}

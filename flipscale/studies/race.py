@@ -1,62 +1,71 @@
-"""The race: recipes that train side by side for the same time, and are compared."""
+"""The race: recipes that train side by side for the same time, then a table, figures and the first recipe's model."""
 
 import dataclasses
 import filecmp
 import json
 import shutil
+import textwrap
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import numpy as np
+import torch
 import yaml
 
-from flipscale.evaluation.reports.comparison import (
+from flipscale.data.masks.image import IMAGE_MASKS
+from flipscale.data.masks.keyed import keyed_patches
+from flipscale.data.masks.recipe import MaskRecipe
+from flipscale.data.pairs import InputShape, PairDataset
+from flipscale.data.sources.opening import open_source
+from flipscale.data.tokenizers import load_tokenizer
+from flipscale.evaluation.nearest_neighbour import run_baselines
+from flipscale.evaluation.reports.curves import (
     Curve,
     comparison_table,
     read_curve,
     record_baselines,
     seed_suffix,
+    times_to_equal,
 )
-from flipscale.evaluation.reports.seeds import times_to_equal
+from flipscale.evaluation.reports.figures import draw_loss, draw_result, drawing_pyplot, result_figures, save_figure
+from flipscale.hub.card import write_card
+from flipscale.hub.loading import load_with_tokenizer
 from flipscale.io.atomic import atomic_write, write_text
 from flipscale.io.errors import UserError
 from flipscale.io.files import check_writable, read_text
 from flipscale.io.options import usable_cores
-from flipscale.studies.pool import train_missing
-from flipscale.studies.runs import StudyRun, in_time, train
+from flipscale.pages.report import offer_report
+from flipscale.studies.design import refuse_foreign
+from flipscale.studies.runs import StudyRun, in_time, train_missing, train_together
 from flipscale.training.recipe import Recipe, differences, parse_recipe, to_yaml
 
-if TYPE_CHECKING:
-    from flipscale.data.pairs import PairDataset
-
-# Tells a folder of a study from others'.
+# Marks a folder as a race's.
 _MARK = "study.json"
-# Beside the runs.
+# Names in the folder that no run may have.
 _RESERVED = ("model", "figures")
-# Clocks that differ by more are no equal ones.
+# Training times that differ by more are reported as unequal.
 _MOST_UNEQUAL = 0.01
+_GREY = 190
 
 
 def race(recipe_names: list[str], minutes: float, seeds: int, output_dir: Path, with_baselines: bool) -> None:
-    """Train every recipe for the same time, with each seed, and write a table, figures and the first recipe's model.
+    """Train every recipe for the same time with each seed, and write a table, figures and the first recipe's model.
 
-    The runs of one seed train side by side, the seeds one after the other. Where there are more recipes than cores, as
-    many runs as cores do, and the next one begins when one ends.
+    The runs of one seed train side by side, one seed after the other. With more recipes than cores, as many runs as
+    cores train at a time.
 
     Raises:
-        ValueError: a recipe that cannot be run, or a folder that holds something else.
+        UserError: a recipe cannot be run, or the folder holds something else.
         OSError: a run failed.
     """
-    # torch takes seconds to import, so it is where it is needed: `--help` waits for nothing.
-    import torch
-
     names = [Path(recipe).stem for recipe in recipe_names]
-    _refuse_folder(output_dir, recipe_names, names, seeds)
+    _check_folder(output_dir, recipe_names, names, seeds)
     recipes = [parse_recipe(["--config", recipe]) for recipe in recipe_names]
     heats = _plan(names, recipes, minutes, seeds, output_dir)
     runs = [run for heat in heats for run in heat]
     if torch.cuda.is_available() or len(recipes) <= usable_cores():
         for heat in heats:
-            train(heat, "training")
+            train_together(heat)
     else:
         train_missing(runs, usable_cores())
     if with_baselines:
@@ -64,10 +73,82 @@ def race(recipe_names: list[str], minutes: float, seeds: int, output_dir: Path, 
     _report(runs, output_dir)
 
 
-def _report(runs: list[StudyRun], output_dir: Path) -> None:
-    """Write the table, the figures and the model of the first run, and print the table."""
-    from flipscale.evaluation.reports.figures import draw_loss, draw_masks, draw_patches, draw_result, result_figures
+def _check_folder(output_dir: Path, recipes: list[str], names: list[str], seeds: int) -> None:
+    """Raise unless `output_dir` is this race's or can become it, and the recipes' names can name runs.
 
+    Raises:
+        UserError: two recipes have one name, or the folder holds something else.
+    """
+    for place, name in enumerate(names):
+        if name in names[:place]:
+            raise UserError(
+                f"{recipes[names.index(name)]} and {recipes[place]} have the same name, and a run's folder has its "
+                "recipe's name: rename one of the files"
+            )
+        if name in _RESERVED:
+            raise UserError(f"{recipes[place]} is called like a part of the study's folder; rename the file")
+        if not name.isprintable():
+            raise UserError(f"{recipes[place]} has unprintable characters in its name; rename the file")
+    check_writable(output_dir, "output_dir")
+    refuse_foreign(output_dir, _MARK, "study")
+    if (output_dir / _MARK).exists():
+        begun = json.loads(read_text(output_dir / _MARK))
+        # The number of seeds may change. Only a single seed has run names without the seed.
+        if (begun["recipes"], begun.get("seeds", 1) > 1) != (names, seeds > 1):
+            words = f"{', '.join(begun['recipes'])}{' with seeds' if begun.get('seeds', 1) > 1 else ''}"
+            raise UserError(f"{output_dir} holds a study of {words}; name another folder")
+
+
+def _plan(
+    names: list[str], recipes: list[Recipe], minutes: float, seeds: int, output_dir: Path
+) -> list[list[StudyRun]]:
+    """Write the recipes of all runs, which end by their clock, to `output_dir/RUN.yaml`. Return the runs of each seed.
+
+    Raises:
+        UserError: a recipe cannot be run, or the race began with other recipes or another time.
+    """
+    timed = {name: _timed(name, recipe, minutes) for name, recipe in zip(names, recipes, strict=True)}
+    heats: list[list[StudyRun]] = [[] for _ in range(seeds)]
+    for number, heat in enumerate(heats):
+        for name, recipe in timed.items():
+            seed = recipe.seed + number
+            own = name if seeds == 1 else name + seed_suffix(seed)
+            heat.append(StudyRun(own, dataclasses.replace(recipe, seed=seed, output_dir=str(output_dir / own))))
+    runs = [run for heat in heats for run in heat]
+    for run in runs:
+        saved = run.beside("yaml")
+        changed = differences(run.recipe, yaml.safe_load(read_text(saved))) if saved.exists() else []
+        if changed:
+            raise UserError(
+                f"{run.run_dir} began with another recipe of that name ({'; '.join(changed)}); name another output_dir"
+            )
+    output_dir.mkdir(parents=True, exist_ok=True)
+    write_text(output_dir / _MARK, json.dumps({"recipes": names, "minutes": minutes, "seeds": seeds}) + "\n")
+    for run in runs:
+        write_text(run.beside("yaml"), to_yaml(run.recipe))
+    return heats
+
+
+def _timed(name: str, recipe: Recipe, minutes: float) -> Recipe:
+    try:
+        return in_time(recipe, minutes)
+    except ValueError as error:
+        raise UserError(f"{name}: {error}") from error
+
+
+def _record_baselines(runs: list[StudyRun]) -> None:
+    """Add the nearest training image's accuracy, at the first recipe's first zero-shot task, to every run's results
+    and page."""
+    recipe = runs[0].recipe
+    for task in [task for task in recipe.eval.planned() if task.kind == "zero_shot"][:1]:
+        baselines = run_baselines(recipe.data.shards, task)
+        for run in runs:
+            record_baselines(run.run_dir, baselines)
+            offer_report(run.recipe, load_with_tokenizer)
+
+
+def _report(runs: list[StudyRun], output_dir: Path) -> None:
+    """Write the table, the figures and the first run's model, and print the table."""
     curves = [read_curve(run.run_dir) for run in runs]
     table = "\n\n".join([comparison_table(curves), *times_to_equal(curves), *_unequal_clocks(curves)])
     figures = output_dir / "figures"
@@ -78,161 +159,93 @@ def _report(runs: list[StudyRun], output_dir: Path) -> None:
         if number == 0:
             shutil.copyfile(figures / f"{name}.png", output_dir / "accuracy.png")
     masked, whole = _datasets(runs[0].recipe)
-    draw_patches(masked, whole, figures / "patches.png")
-    draw_masks(whole, figures / "masks.png")
+    _draw_patches(masked, whole, figures / "patches.png")
+    _draw_masks(whole, figures / "masks.png")
     write_text(output_dir / "table.md", table + "\n")
     model = _take_model(runs[0].run_dir, output_dir / "model")
     print(f"\n{table}\n\nfigures: {output_dir}/accuracy.png, {figures}/*.png   model: {model}")
 
 
 def _unequal_clocks(curves: list[Curve]) -> list[str]:
-    """Return a line that says so where the runs trained for different times."""
     seconds = [curve.records[-1]["trained_seconds"] for curve in curves]
     if max(seconds) <= (1 + _MOST_UNEQUAL) * min(seconds):
         return []
     return [f"The clocks differ by {max(seconds) / min(seconds) - 1:.1%}: the runs do not compare at equal time."]
 
 
-def _record_baselines(runs: list[StudyRun]) -> None:
-    """Append to every run's results, and put on its page, what the nearest training image achieves at the first
-    recipe's first zero-shot task."""
-    from flipscale.evaluation.nearest_neighbour import run_baselines
-    from flipscale.hub.loading import load_with_tokenizer
-    from flipscale.pages.report import offer_report
-
-    recipe = runs[0].recipe
-    for task in [task for task in recipe.eval.planned() if task.kind == "zero_shot"][:1]:
-        baselines = run_baselines(recipe.data.shards, task)
-        for run in runs:
-            record_baselines(run.run_dir, baselines)
-            offer_report(run.recipe, load_with_tokenizer)
-
-
 def _take_model(run_dir: Path, model: Path) -> Path:
-    """Copy a run's model folder to `model` and return that; both get a card that has the baselines too.
+    """Copy a run's model folder to `model` and return it. Both get a card that includes the baselines.
 
     Raises:
-        ValueError: there is another model.
+        UserError: `model` holds another model.
     """
-    from flipscale.hub.card import write_card
-
     if not model.exists():
         with atomic_write(model) as partial:
             shutil.copytree(run_dir / "model", partial)
     weights = [file.name for file in (run_dir / "model").glob("*.safetensors")]
     if filecmp.cmpfiles(run_dir / "model", model, weights, shallow=False)[0] != weights:
-        raise UserError(f"{model} is not the model of {run_dir}; move it away, and the same command writes that there")
+        raise UserError(f"{model} is not the model of {run_dir}; move it away, and run the same command again")
     for folder in (run_dir / "model", model):
         write_card(folder, run_dir, str(folder))
     return model
 
 
-def _refuse_folder(output_dir: Path, recipes: list[str], names: list[str], seeds: int) -> None:
-    """Raise unless `output_dir` is this study's, or can become it.
-
-    Raises:
-        ValueError: two recipes have one name, or the folder holds something that no study wrote, or another study.
-    """
-    for place, name in enumerate(names):
-        if name in names[:place]:
-            raise UserError(
-                f"{recipes[names.index(name)]} and {recipes[place]} have the same name, and each run's folder has its "
-                "recipe's: rename one of the files"
-            )
-        if name in _RESERVED:
-            raise UserError(f"{recipes[place]} has the name of what the study itself writes; rename the file")
-        if not name.isprintable():
-            raise UserError(f"{recipes[place]} has characters in its name that no run's may have; rename the file")
-    check_writable(output_dir, "output_dir")
-    if not output_dir.exists():
-        return
-    mark = output_dir / _MARK
-    if mark.exists():
-        begun = _begun(mark)
-        # More seeds, or fewer of them, are the same study.
-        if begun and (begun["recipes"], begun["seeds"] > 1) != (names, seeds > 1):
-            words = f"{', '.join(begun['recipes'])}{' with seeds' if begun['seeds'] > 1 else ''}"
-            raise UserError(f"{output_dir} holds a study of {words}; name another folder")
-        return
-    there = [path for path in sorted(output_dir.iterdir()) if not path.name.startswith(".")]
-    if there:
-        raise UserError(f"{output_dir} holds {there[0].name}, which no study wrote; name a new or an empty folder")
-
-
-def _begun(mark: Path) -> dict | None:
-    """Return what a study says of itself; None where that is damaged: the recipes beside the runs say it too."""
-    try:
-        found = json.loads(read_text(mark))
-        return {"recipes": [str(name) for name in found["recipes"]], "seeds": int(found.get("seeds", 1))}
-    except (ValueError, OSError, KeyError, TypeError, AttributeError, RecursionError):
-        return None
-
-
-def _plan(
-    names: list[str], recipes: list[Recipe], minutes: float, seeds: int, output_dir: Path
-) -> list[list[StudyRun]]:
-    """Return the runs of each seed, with recipes that end by their clock, also written to `output_dir/RUN.yaml`.
-
-    Raises:
-        ValueError: a recipe cannot be run, or the study was begun with other recipes or another time.
-    """
-    heats, timed_ones = [], {name: _timed(name, recipe, minutes) for name, recipe in zip(names, recipes, strict=True)}
-    for number in range(seeds):
-        heat = []
-        for name, recipe in timed_ones.items():
-            seed = recipe.seed + number
-            own = name if seeds == 1 else name + seed_suffix(seed)
-            timed = dataclasses.replace(recipe, seed=seed, output_dir=str(output_dir / own))
-            heat.append(StudyRun(own, timed))
-        heats.append(heat)
-    for run in (run for heat in heats for run in heat):
-        _refuse_change(run)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    write_text(output_dir / _MARK, json.dumps({"recipes": names, "minutes": minutes, "seeds": seeds}) + "\n")
-    for run in (run for heat in heats for run in heat):
-        write_text(run.beside("yaml"), to_yaml(run.recipe))
-    return heats
-
-
-def _timed(name: str, recipe: Recipe, minutes: float) -> Recipe:
-    """Return a recipe as `in_time` has it.
-
-    Raises:
-        ValueError: as `in_time`; the message names the recipe.
-    """
-    try:
-        return in_time(recipe, minutes)
-    except ValueError as error:
-        raise UserError(f"{name}: {error}") from None
-
-
-def _refuse_change(run: StudyRun) -> None:
-    """Raise if a run was begun with another recipe than it is now.
-
-    Raises:
-        ValueError: it was.
-    """
-    file = run.beside("yaml")
-    if not file.exists():
-        return
-    changed = differences(run.recipe, yaml.safe_load(read_text(file)))
-    if changed:
-        raise UserError(
-            f"{run.run_dir} was begun with another recipe of that name ({'; '.join(changed)}); name another output_dir"
-        )
-
-
-def _datasets(recipe: Recipe) -> tuple["PairDataset", "PairDataset"]:
-    """Return the training set as the first stage sees it, and the same samples without a mask."""
-    from flipscale.data.pairs import InputShape, PairDataset
-    from flipscale.data.sources.opening import open_source
-    from flipscale.data.tokenizers import load_tokenizer
-
-    config = recipe.model_config()
-    source, shape = open_source(recipe.data), InputShape.of(config).at(recipe.stages[0].image_size)
+def _datasets(recipe: Recipe) -> tuple[PairDataset, PairDataset]:
+    """Return the training set under the first stage's mask, and the same samples without a mask."""
+    source, shape = open_source(recipe.data), InputShape.of(recipe.model_config()).at(recipe.stages[0].image_size)
     tokenizer = load_tokenizer(recipe.data.tokenizer, shape.max_tokens)
-    ratios = (recipe.stages[0].mask_ratio, 0.0)
     masked, whole = (
-        PairDataset(source, tokenizer, recipe.data, shape, recipe.seed, ratio, recipe.mask) for ratio in ratios
+        PairDataset(source, tokenizer, recipe.data, shape, recipe.seed, ratio, recipe.mask)
+        for ratio in (recipe.stages[0].mask_ratio, 0.0)
     )
     return masked, whole
+
+
+def _paste(patches: np.ndarray, index: np.ndarray, patch_size: int, side: int) -> np.ndarray:
+    """Return a grey image with the patches at their places: uint8 `(side * patch_size, side * patch_size, 3)`."""
+    image = np.full((side, side, 3, patch_size, patch_size), _GREY, np.uint8)
+    rows, columns = np.divmod(index.astype(int), side)
+    image[rows, columns] = patches.reshape(-1, 3, patch_size, patch_size)
+    return image.transpose(0, 3, 1, 4, 2).reshape(side * patch_size, side * patch_size, 3)
+
+
+def _draw_patches(masked: PairDataset, whole: PairDataset, path: Path, count: int = 8) -> None:
+    """Draw the first `count` training samples: the crops, and the patches that the image encoder sees."""
+    assert masked.tokenizer is not None
+    pyplot = drawing_pyplot()
+    positions = list(range(count))
+    seen, full = masked.__getitems__(positions), whole.__getitems__(positions)
+    side, patch_size = masked.shape.image_size // masked.shape.patch_size, masked.shape.patch_size
+    everything = np.arange(side * side)
+    index = seen["patch_index"].numpy() if "patch_index" in seen else np.tile(everything, (count, 1))
+    figure, axes = pyplot.subplots(2, count, figsize=(1.5 * count, 3.6), constrained_layout=True)
+    for column in range(count):
+        axes[0, column].imshow(_paste(full["patches"][column].numpy(), everything, patch_size, side))
+        axes[1, column].imshow(_paste(seen["patches"][column].numpy(), index[column], patch_size, side))
+        caption = str(masked.tokenizer.decode(full["input_ids"][column], skip_special_tokens=True)).strip()
+        axes[0, column].set_title("\n".join(textwrap.wrap(caption, 24, max_lines=2, placeholder=" …")), fontsize=7)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    kept = masked.kept / masked.shape.num_patches
+    figure.suptitle(f"Above: the crop. Below: the {kept:.0%} of its patches that the image encoder sees.", fontsize=9)
+    save_figure(figure, path)
+
+
+def _draw_masks(whole: PairDataset, path: Path, samples: Sequence[int] = (4, 1, 9)) -> None:
+    """Draw training samples under each kind of mask, and as two views without a common patch."""
+    pyplot = drawing_pyplot()
+    positions, side, patch_size = np.asarray(samples), whole.shape.side, whole.shape.patch_size
+    full = whole.__getitems__(positions.tolist())["patches"].numpy()
+    shown = {"the crop": np.tile(np.arange(side * side), (len(samples), 1))}
+    for kind in IMAGE_MASKS:
+        shown[f"{kind}, 75%"] = keyed_patches(whole.seed, positions, side, 0.75, MaskRecipe(kind))[:, 0]
+    views = keyed_patches(whole.seed, positions, side, 0.5, MaskRecipe(views=2))
+    shown |= {"1st view of 50%": views[:, 0], "2nd view of 50%": views[:, 1]}
+    size = (1.35 * len(shown), 1.35 * len(samples) + 0.3)
+    figure, axes = pyplot.subplots(len(samples), len(shown), figsize=size, squeeze=False, constrained_layout=True)
+    for column, (title, index) in enumerate(shown.items()):
+        axes[0, column].set_title(title, fontsize=9)
+        for row in range(len(samples)):
+            axes[row, column].imshow(_paste(full[row, index[row]], index[row], patch_size, side))
+            axes[row, column].set_axis_off()
+    save_figure(figure, path)

@@ -1,4 +1,4 @@
-"""The report of a planned study: its table, laws of scaling, what each axis moves, and figures."""
+"""The report of a planned study: tables, laws of scaling, effects of the axes, and figures."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -6,31 +6,27 @@ from pathlib import Path
 
 import numpy as np
 
-from flipscale.evaluation.reports.comparison import Curve, headlines, read_curve
-from flipscale.evaluation.results import THIS_MODEL, Result
+from flipscale.evaluation.embedders.masked import ImageMask
+from flipscale.evaluation.reports.curves import Curve, estimate, headlines, read_curve
+from flipscale.evaluation.reports.record import read_lines
+from flipscale.evaluation.results import RESULTS_FILE, THIS_MODEL, Result
 from flipscale.io.atomic import write_text
 from flipscale.io.errors import UserError
-from flipscale.io.text_table import markdown_code, markdown_table
-from flipscale.studies.design import BASE, Study, base_of
-from flipscale.studies.folder import read_plan
-from flipscale.studies.masked import estimate, masked_words
+from flipscale.io.text_table import escape_markdown, markdown_code, markdown_table
+from flipscale.planning.flops import stage_flops
+from flipscale.studies.design import BASE, Study, base_of, read_plan
+from flipscale.studies.figures import Outcome, draw_axes, draw_fits, draw_grid, draw_rows, draw_times, draw_transfer
+from flipscale.studies.laws import AdditiveLaw, Law, LawFit, Points, PowerLaw, SaturatingLaw, fit_law, predict
 from flipscale.studies.runs import StudyRun
-from flipscale.studies.scaling.fitting import Fit, fit_law, largest_budget, predict
-from flipscale.studies.scaling.laws import AdditiveLaw, Law, PowerLaw, SaturatingLaw
-from flipscale.studies.scaling.points import Points
-from flipscale.studies.scaling.transfer import Arm, effects, tasks_moved
-from flipscale.studies.scaling.words import fit_words, prediction_words, transfer_words
-from flipscale.training.recipe import Recipe
+from flipscale.studies.transfer import Arm, effects, tasks_moved, transfer_report
 
 _LAWS: tuple[Callable[[Points], Law], ...] = (PowerLaw, SaturatingLaw, AdditiveLaw)
 
 
-class Finished:
-    """A finished run of a study: its levels, what tables call those, its curve, and what was spent on it."""
+class StudyResult:
+    """A finished run of a study: its levels and their label, its curve, and what was spent on it."""
 
     def __init__(self, run: StudyRun, levels: dict[str, str], label: str):
-        from flipscale.planning.flops import stage_flops  # runs a model, and `--help` needs none
-
         self.levels, self.label, self.run_dir, self.recipe = levels, label, run.run_dir, run.recipe
         self.curve = read_curve(run.run_dir)
         about = json.loads((run.run_dir / "environment.json").read_text(encoding="utf-8"))
@@ -41,37 +37,49 @@ class Finished:
             "samples": float(sum(seen.values())),
             "pairs": float(about["data_samples"]),
         }
-        self.tower_flops = float(flops[run.recipe.stages[0].name].modules["vision_model"])
 
     def result(self, name: str) -> Result | None:
-        """Return the last result called `task/metric`, of the model at its end."""
-        found = [result for result in self.curve.results if result.name == name and result.who == THIS_MODEL]
-        return found[-1] if found else None
+        """Return the final model's result named `task/metric`."""
+        own = [result for result in self.curve.results if result.name == name and result.who == THIS_MODEL]
+        return own[-1] if own else None
 
 
-def report(output_dir: Path, resamples: int) -> None:
-    """Write `report.md`, `transfer.md` and the figures of a planned study, of the runs that are finished, and print the
-    table.
+# Results of a study by the label of the configuration.
+Groups = dict[str, list[StudyResult]]
 
-    Args:
-        resamples: draws of each bootstrap.
+
+def read_results(output_dir: Path) -> tuple[Study, list[StudyRun], list[StudyResult]]:
+    """Return a planned study, its runs, and the results of its finished runs.
 
     Raises:
-        ValueError: the folder holds no planned study, or no run of the base is finished and evaluated.
+        UserError: the folder holds no planned study, or no run of the base is finished.
     """
     study, runs = read_plan(output_dir)
     levels = {name: dict(own) for name, (own, _) in study.runs().items()}
-    finished = [Finished(run, levels[run.name], study.label(levels[run.name])) for run in runs if run.is_done]
-    if not any(not run.levels for run in finished):
+    results = [StudyResult(run, levels[run.name], study.label(levels[run.name])) for run in runs if run.is_done]
+    if not any(not run.levels for run in results):
         raise UserError(
-            f"{output_dir} has {len(finished)} finished runs of {len(runs)}, none of the base, which the others are "
+            f"{output_dir} has {len(results)} finished runs of {len(runs)}, none of the base, which the others are "
             f"compared with; train them: flipscale study run {output_dir}"
         )
-    groups = {study.label(own): list[Finished]() for own in study.combinations()}
-    for run in finished:
-        groups[run.label].append(run)
-    groups = {label: its for label, its in groups.items() if its}
-    names = headlines([run.curve for its in groups.values() for run in its])
+    return study, runs, results
+
+
+def report(output_dir: Path, resamples: int) -> None:
+    """Write `report.md`, `transfer.md` and the figures of a study's finished runs, and print the table.
+
+    Args:
+        resamples: number of draws of each bootstrap.
+
+    Raises:
+        UserError: the folder holds no planned study, or no run of the base is finished and evaluated.
+    """
+    study, runs, results = read_results(output_dir)
+    groups: Groups = {study.label(own): [] for own in study.combinations()}
+    for one in results:
+        groups[one.label].append(one)
+    groups = {label: group for label, group in groups.items() if group}
+    names = headlines([one.curve for group in groups.values() for one in group])
     if not names:
         raise UserError(
             f"no run of {output_dir} has a result; set eval.tasks in the base recipe, and plan another study"
@@ -79,30 +87,28 @@ def report(output_dir: Path, resamples: int) -> None:
     table = _table(groups, names)
     missing = [run.name for run in runs if not run.is_done]
     left = f"\n\nNot finished: {', '.join(missing)}." if missing else ""
-    masked = masked_words({label: [run.run_dir / "model" for run in of] for label, of in groups.items()})
-    where = _where_masking_pays(study, [run.recipe for run in runs], finished, next(iter(names.items())), output_dir)
     called = f", called {markdown_code(study.label({}))} below" if study.label({}) != BASE else ""
     changed = f", of which all runs change {', '.join(map(markdown_code, study.changes))}" if study.changes else ""
     parts = [
         "# The study",
         f"The base is {markdown_code(study.base)}{called}{changed}.",
         table + left,
-        *filter(None, [where, masked]),
+        _masked_table(groups),
         *_laws(groups, names, output_dir, resamples),
     ]
-    write_text(output_dir / "report.md", "\n\n".join(parts) + "\n")
+    write_text(output_dir / "report.md", "\n\n".join(filter(None, parts)) + "\n")
     arms = _arms(groups, names)
-    write_text(output_dir / "transfer.md", transfer_words(arms, next(iter(names.values()))))
+    write_text(output_dir / "transfer.md", transfer_report(arms, next(iter(names.values()))))
     _draw(study, groups, arms, names, output_dir)
     print(f"{table}{left}\n\n{output_dir}: report.md, transfer.md, *.png")
 
 
 def _seen_by_stage(curve: Curve) -> dict[str, int]:
-    """Return how many pairs each stage saw, as the run's records say."""
+    """Return the number of pairs seen in each stage, from the run's records."""
     seen: dict[str, int] = {}
     before = 0
     for record in curve.records:
-        # Records of evaluations have no stage: their pairs are those of the record of steps that follows.
+        # Records of evaluations have no stage; the next record of steps includes their pairs.
         if record.get("stage") is not None:
             seen[record["stage"]] = seen.get(record["stage"], 0) + record["samples_seen"] - before
             before = record["samples_seen"]
@@ -111,129 +117,131 @@ def _seen_by_stage(curve: Curve) -> dict[str, int]:
     return seen
 
 
-def _table(groups: dict[str, list[Finished]], names: dict[str, str]) -> str:
-    """Return a row for each configuration: what was spent on it, and its results as means over seeds."""
+def _table(groups: Groups, names: dict[str, str]) -> str:
+    """Return a row for each configuration: its spending, and its results as means over seeds."""
     rows = [["", "seeds", "pairs seen", "operations", "parameters", "training", *names.values()]]
-    for label, runs in groups.items():
-        spent = {field: np.mean([run.spent[field] for run in runs]) for field in runs[0].spent}
-        seconds = np.mean([run.curve.records[-1]["trained_seconds"] for run in runs])
+    for label, group in groups.items():
+        spent = {field: np.mean([one.spent[field] for one in group]) for field in group[0].spent}
+        seconds = np.mean([one.curve.records[-1]["trained_seconds"] for one in group])
         cells = [
             f"{spent['samples']:,.0f}",
             f"{spent['compute']:.2e}",
             f"{spent['parameters']:,.0f}",
             f"{seconds:.0f} s",
         ]
-        rows.append([label, str(len(runs)), *cells, *(estimate(_results(runs, name)) for name in names)])
+        rows.append([label, str(len(group)), *cells, *(estimate(_results(group, name)) for name in names)])
     return markdown_table(rows, 1)
 
 
-def _results(runs: Sequence[Finished], name: str) -> list[Result]:
-    return [result for run in runs if (result := run.result(name)) is not None]
+def _results(group: Sequence[StudyResult], name: str) -> list[Result]:
+    return [result for one in group if (result := one.result(name)) is not None]
 
 
-def _where_masking_pays(
-    study: Study, planned: Sequence[Recipe], finished: Sequence[Finished], result: tuple[str, str], output_dir: Path
-) -> str:
-    """Return the map of where masking pays as a section of the report, and draw it; nothing of a study that is no map.
+def _masked_table(groups: Groups) -> str:
+    """Return a section with a row for each configuration and mask; empty if no model was evaluated on masked images.
 
-    It is one if its axes change nothing but the part of the data, the budget and the stages, so that runs at one place
-    of the map are one configuration, and the first stage has mask 0 in some of them.
-
-    Args:
-        result: the name of what is compared, `task/metric`, and what tables call it.
+    These are the results of `flipscale evaluate --mask_ratio`: the paper's Table 1d, over seeds.
     """
-    from flipscale.studies.scaling.masking import MapRun, Place, cells_of, draw_map, map_words
-
-    def place(recipe: Recipe) -> Place:
-        return Place(recipe.data.fraction, recipe.budget_minutes or 0.0, recipe.stages[0].mask_ratio)
-
-    changed = {str(path) for levels in study.axes.values() for level in levels.values() for path in level}
-    places = {place(recipe) for recipe in planned}
-    if (
-        not all(path in ("data.fraction", "budget_minutes") or path.startswith("stages") for path in changed)
-        or not all(place.minutes for place in places)
-        or len(places) != len(study.combinations())
-        or len({place.mask > 0.0 for place in places}) < 2
-    ):
+    # Results of all seeds by configuration, mask, and name in tables.
+    by_mask: dict[str, dict[str, dict[str, list[Result]]]] = {}
+    for label, group in groups.items():
+        own = by_mask.setdefault(label, {})
+        for one in group:
+            # A task that was evaluated twice, with other data, counts by its last line.
+            lines = {
+                (ImageMask(**(line.about.get("mask") or {})).label, f"{line.result.task} {line.result.shown}"): line
+                for line in read_lines(one.run_dir / "model" / RESULTS_FILE)
+                if line.result.headline
+            }
+            for (mask, name), line in lines.items():
+                own.setdefault(mask, {}).setdefault(name, []).append(line.result)
+    if not any(len(own) > 1 for own in by_mask.values()):
         return ""
-    name, words = result
-    runs = [MapRun(place(run.recipe), run.spent["pairs"], run.tower_flops, run.curve) for run in finished]
-    cells = cells_of(runs, name)
-    draw_map(cells, places, words, output_dir / "masking_map.png")
-    return map_words(cells, places, words)
+    names = list(dict.fromkeys(name for own in by_mask.values() for by_name in own.values() for name in by_name))
+    rows = [["", "image", "seeds", *names]]
+    for label, own in by_mask.items():
+        for mask, by_name in own.items():
+            seeds = max(len(results) for results in by_name.values())
+            rows.append(
+                [escape_markdown(label), mask, str(seeds), *(estimate(by_name.get(name, [])) for name in names)]
+            )
+    return f"## On masked images\n\n{markdown_table(rows, 2)}"
 
 
-def _points(groups: dict[str, list[Finished]], name: str) -> Points | None:
-    """Return the configurations as points of a result, None if that is no percentage that should be high."""
-    kept: dict[str, list[tuple[Finished, Result]]] = {}
-    for label, runs in groups.items():
-        found = [(run, result) for run in runs if (result := run.result(name)) is not None]
-        if any(result.unit != "%" or not result.higher_is_better for _, result in found):
-            return None
-        if found:
-            kept[label] = found
-    fields = ("compute", "parameters", "samples", "pairs")
-    spent = {field: np.array([np.mean([run.spent[field] for run, _ in f]) for f in kept.values()]) for field in fields}
-    error = np.array([100 - np.mean([result.value for _, result in found]) for found in kept.values()])
-    return Points(np.array(list(kept)), spent.pop("compute"), error, **spent)
-
-
-def _laws(groups: dict[str, list[Finished]], names: dict[str, str], output_dir: Path, resamples: int) -> list[str]:
-    """Return sections on the laws of all results, one for those of which the same refusals are all that is said."""
-    said: dict[str, list[str]] = {}
+def _laws(groups: Groups, names: dict[str, str], output_dir: Path, resamples: int) -> list[str]:
+    """Return sections on the laws of all results. Results refused for the same reason share a section."""
+    sections: dict[str, list[str]] = {}
     for name, words in names.items():
-        said.setdefault(_law_words(groups, name, words, output_dir, resamples), []).append(words)
-    return [f"## Laws of {', '.join(results)}\n\n{found}" for found, results in said.items()]
+        sections.setdefault(_law_section(groups, name, words, output_dir, resamples), []).append(words)
+    return [f"## Laws of {', '.join(results)}\n\n{text}" for text, results in sections.items()]
 
 
-def _law_words(groups: dict[str, list[Finished]], name: str, words: str, output_dir: Path, resamples: int) -> str:
-    """Return the laws of a result as Markdown, each with what it predicts of the largest budget, or why there is none;
-    draw them."""
-    from flipscale.studies.scaling.figures import draw_fits
-
+def _law_section(groups: Groups, name: str, words: str, output_dir: Path, resamples: int) -> str:
+    """Draw the laws of a result and return them as Markdown, each with its prediction of the largest budget or the
+    reason for its refusal."""
     try:
         points = _points(groups, name)
-    except ValueError as error:
+    except UserError as error:
         return f"No law is fitted: {error}."
     if points is None:
         return "It is no percentage of right answers, so no law of its error is fitted."
-    parts, fits = list[str](), list[Fit]()
+    parts, fits = list[str](), list[LawFit]()
     for kind in _LAWS:
         try:
             law = kind(points)
             fits.append(fit_law(law, points, resamples))
-            parts.append(fit_words(fits[-1]))
-            for prediction in predict(law, points, largest_budget(points), resamples):
-                parts.append(prediction_words(law.name, prediction))
-        except ValueError as error:
+            parts.append(str(fits[-1]))
+            parts += map(str, predict(law, points, points.largest_budget(), resamples))
+        except UserError as error:
             parts.append(f"No fit, or no prediction: {error}.")
     draw_fits(points, fits, words, output_dir / f"fits_{name.replace('/', '_')}.png")
     return "\n\n".join(parts)
 
 
-def _arms(groups: dict[str, list[Finished]], names: dict[str, str]) -> list[Arm]:
+def _points(groups: Groups, name: str) -> Points | None:
+    """Return the configurations as points of a result; None if the result is not a percentage of right answers."""
+    kept: dict[str, list[tuple[StudyResult, Result]]] = {}
+    for label, group in groups.items():
+        own = [(one, result) for one in group if (result := one.result(name)) is not None]
+        if any(result.unit != "%" or not result.higher_is_better for _, result in own):
+            return None
+        if own:
+            kept[label] = own
+    fields = ("compute", "parameters", "samples", "pairs")
+    spent = {
+        field: np.array([np.mean([one.spent[field] for one, _ in own]) for own in kept.values()]) for field in fields
+    }
+    error = np.array([100 - np.mean([result.value for _, result in own]) for own in kept.values()])
+    return Points(np.array(list(kept)), spent.pop("compute"), error, **spent)
+
+
+def _arms(groups: Groups, names: dict[str, str]) -> list[Arm]:
     arms = []
-    for runs in groups.values():
+    for group in groups.values():
         results = {
-            words: {run.curve.seed: found.value for run in runs if (found := run.result(name)) is not None}
+            words: {one.curve.seed: result.value for one in group if (result := one.result(name)) is not None}
             for name, words in names.items()
         }
-        arms.append(Arm(runs[0].levels, {words: by_seed for words, by_seed in results.items() if by_seed}))
+        arms.append(Arm(group[0].levels, {words: by_seed for words, by_seed in results.items() if by_seed}))
     return arms
 
 
-def _draw(
-    study: Study, groups: dict[str, list[Finished]], arms: Sequence[Arm], names: dict[str, str], output_dir: Path
-) -> None:
-    from flipscale.studies.scaling.figures import draw_axes, draw_times, draw_transfer
-
+def _draw(study: Study, groups: Groups, arms: Sequence[Arm], names: dict[str, str], output_dir: Path) -> None:
     name, words = next(iter(names.items()))
-    unit = next(found.unit for runs in groups.values() for found in _results(runs, name))
+    unit = next(result.unit for group in groups.values() for result in _results(group, name))
     shown = ", ".join(filter(None, (words, unit)))
-    curves = {label: [run.curve for run in runs] for label, runs in groups.items()}
+    curves = {label: [one.curve for one in group] for label, group in groups.items()}
+    # Labels by axis and level, the base first.
+    along = {
+        axis: {
+            base_of(levels): study.label({}),
+            **{level: study.label({axis: level}) for level in study.levels_of(axis)},
+        }
+        for axis, levels in study.axes.items()
+    }
     panels = {
-        axis: {level: curves[label] for level, label in _labels_along(study, axis).items() if label in curves}
-        for axis in study.axes
+        axis: {level: curves[label] for level, label in labels.items() if label in curves}
+        for axis, labels in along.items()
     }
     if panels:
         draw_axes(panels, name, shown, output_dir / "scaling.png")
@@ -241,29 +249,16 @@ def _draw(
     moved = effects(arms)
     if tasks := tasks_moved(moved, arms):
         draw_transfer(moved, tasks, output_dir / "transfer.png")
-    _draw_outcomes(study, groups, names, output_dir / "results.png")
-
-
-def _labels_along(study: Study, axis: str) -> dict[str, str]:
-    """Return what the configurations along an axis, all others at their base, are called: by the level, the base
-    first."""
-    alone = {level: study.label({axis: level}) for level in study.levels_of(axis)}
-    return {base_of(study.axes[axis]): study.label({}), **alone}
-
-
-def _draw_outcomes(study: Study, groups: dict[str, list[Finished]], names: dict[str, str], path: Path) -> None:
-    from flipscale.studies.scaling.outcomes import Outcome, draw_grid, draw_rows
-
-    levels = {axis: list(_labels_along(study, axis)) for axis in study.axes}
+    levels = {axis: list(labels) for axis, labels in along.items()}
     outcomes = [
         Outcome(
             label,
-            {axis: runs[0].levels.get(axis, own[0]) for axis, own in levels.items()},
-            {name: results for name in names if (results := _results(runs, name))},
+            {axis: group[0].levels.get(axis, own[0]) for axis, own in levels.items()},
+            {name: results for name in names if (results := _results(group, name))},
         )
-        for label, runs in groups.items()
+        for label, group in groups.items()
     ]
     if study.design == "grid" and len(levels) == 2:
-        draw_grid(outcomes, levels, path)
+        draw_grid(outcomes, levels, output_dir / "results.png")
     else:
-        draw_rows(outcomes, path)
+        draw_rows(outcomes, output_dir / "results.png")

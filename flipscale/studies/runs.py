@@ -1,4 +1,4 @@
-"""The runs of a study, and their training side by side, one process each on its share of the cores."""
+"""The runs of a study, and their training as processes on shares of the cores."""
 
 import dataclasses
 import os
@@ -6,33 +6,33 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from tqdm import tqdm
-
 from flipscale.evaluation.results import read_metrics
 from flipscale.io.errors import UserError
 from flipscale.io.options import usable_cores
+from flipscale.io.progress import Progress
 from flipscale.training.recipe import Recipe
 from flipscale.training.schedule import StageRecipe, plan_stages
 
-_POLL_SECONDS = 2.0
-_LOOK_SECONDS = 0.2
-_REPORT_SECONDS = 30.0
+_POLL_SECONDS = 0.2
+_PROGRESS_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
 class StudyRun:
-    """One recipe of the study and its run directory."""
+    """One recipe of a study and its run directory."""
 
     name: str
     recipe: Recipe
 
     @property
     def run_dir(self) -> Path:
+        """Path of the run directory."""
         return Path(self.recipe.output_dir)
 
     def beside(self, extension: str) -> Path:
@@ -41,13 +41,14 @@ class StudyRun:
 
     @property
     def is_done(self) -> bool:
+        """Whether the run has finished."""
         return (self.run_dir / "DONE").exists()
 
-    def end_words(self, code: int) -> str:
-        """Return how the run's process ended: that it is done, or what it said last.
+    def end_text(self, code: int) -> str:
+        """Return how the run's process ended: `done`, or the reason and its last line of output.
 
         Args:
-            code: the exit code, below 0 that of a signal.
+            code: exit code; below 0, the negative number of a signal.
         """
         if not code:
             return "done"
@@ -56,22 +57,22 @@ class StudyRun:
         ended = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
         return f"ended {ended}: {words}; its output is in {self.beside('log')}"
 
-    def share_done(self) -> float:
-        """Return how far the run is, as its last record says."""
+    def percent_done(self) -> int:
+        """Return the finished part of the run by its last record, in percent."""
         last = (read_metrics(self.run_dir) or [{"trained_seconds": 0.0, "samples_seen": 0}])[-1]
         if self.recipe.budget_minutes is not None:
-            return min(last["trained_seconds"] / (60 * self.recipe.budget_minutes), 1.0)
-        return last["samples_seen"] / sum(stage.samples or 0 for stage in self.recipe.stages)
+            return min(round(100 * last["trained_seconds"] / (60 * self.recipe.budget_minutes)), 100)
+        return round(100 * last["samples_seen"] / sum(stage.samples or 0 for stage in self.recipe.stages))
 
 
 def in_time(recipe: Recipe, minutes: float) -> Recipe:
-    """Return a recipe as a run that ends after `minutes` of training.
+    """Return a recipe that ends after `minutes` of training.
 
-    Stages and warm-ups whose lengths are samples get their shares of the recipe's operations. Metrics are written sixty
-    times, evaluations run six times and checkpoints are written ten times, unless the recipe has shares of its own.
+    Stages and warm-ups given in samples get their shares of the recipe's operations. Metrics are written sixty times,
+    evaluations run six times and checkpoints are written ten times, unless the recipe has shares of its own.
 
     Raises:
-        ValueError: the recipe cannot be run as it stands, or a stage is too short to have a share of the time.
+        UserError: the recipe cannot be run, or a stage is too short for a share of the time.
     """
     log, evaluated, saved = recipe.log, recipe.eval, recipe.save
     if not log.every_share:
@@ -86,19 +87,14 @@ def in_time(recipe: Recipe, minutes: float) -> Recipe:
 
 
 def _stages_in_shares(recipe: Recipe) -> list[StageRecipe]:
-    """Return the stages of a recipe of samples, each with its share of the operations of all.
-
-    Raises:
-        ValueError: the recipe cannot be run as it stands, or its last stage is too short to have a share.
-    """
-    from flipscale.planning.flops import pair_flops  # runs a model, and `--help` needs none
+    """Return the stages of a recipe of samples, each with its share of all operations."""
+    from flipscale.planning.flops import pair_flops  # Runs a model, which takes seconds to import.
 
     plan_stages(recipe.stages, recipe.data.global_batch_size)
     flops = pair_flops(recipe)
     total = sum(flops[stage.name] * (stage.samples or 0) for stage in recipe.stages)
 
     def share(stage: StageRecipe, samples: int | None) -> float:
-        # More digits would only hide what it is.
         return max(round(flops[stage.name] * (samples or 0) / total, 4), 0.0001 if samples else 0.0)
 
     shares = [share(stage, stage.samples) for stage in recipe.stages]
@@ -106,7 +102,8 @@ def _stages_in_shares(recipe: Recipe) -> list[StageRecipe]:
     if shares[-1] <= 0.0:
         last = recipe.stages[-1]
         raise UserError(
-            f"stage {last.name!r}: {last.samples} samples have no share of the time beside the others'; give it more"
+            f"stage {last.name!r}: {last.samples} samples have no share of the time beside the other stages; give it "
+            "more"
         )
     return [
         dataclasses.replace(
@@ -116,58 +113,100 @@ def _stages_in_shares(recipe: Recipe) -> list[StageRecipe]:
     ]
 
 
-def train(runs: list[StudyRun], doing: str) -> None:
-    """Train those runs that are not done at the same time to their ends, with a progress bar (or a line now and then)
-    for each.
-
-    When one fails, or the study is told to end, the others save and stop.
+def train_missing(runs: Sequence[StudyRun], workers: int) -> None:
+    """Train the unfinished runs, `workers` at a time. A failed run stops no other.
 
     Raises:
-        ValueError, OSError: a run failed; its own last line is in the message.
+        OSError: some runs failed; the others are done.
+        SystemExit: the study received a signal; the runs have saved.
     """
-    # Once, before any run keeps the cores busy: all runs must train in the same precision.
-    variables = environment(len(runs))
-    runs = [run for run in runs if not run.is_done]
-    processes: list[subprocess.Popen] = []
-    with Signals(processes) as signals:
-        for run in runs:
-            processes.append(start(run, variables))
+    failed = train_runs(runs, workers)
+    if failed:
+        others = "the others are done, and " if len(failed) < len(runs) else ""
+        raise OSError(
+            f"{len(failed)} of {len(runs)} runs failed: {', '.join(failed)}; {others}the same command tries these again"
+        )
+
+
+def train_together(runs: Sequence[StudyRun]) -> None:
+    """Train the unfinished runs at the same time. When one fails, the others save and stop.
+
+    Raises:
+        UserError, OSError: a run failed; the message has its last line of output.
+        SystemExit: the study received a signal; the runs have saved.
+    """
+    for name, (code, text) in train_runs(runs, len(runs), stops_at_failure=True).items():
+        raise (UserError if code == 2 else OSError)(f"the run of {name} {text}")
+
+
+def train_runs(runs: Sequence[StudyRun], workers: int, stops_at_failure: bool = False) -> dict[str, tuple[int, str]]:
+    """Train the unfinished runs, `workers` at a time, and print how each ends. Return the exit codes and last lines of
+    failed runs by name.
+
+    Raises:
+        SystemExit: the study received a signal; the runs have saved.
+    """
+    waiting = [run for run in runs if not run.is_done]
+    print(f"{len(runs) - len(waiting)} of {len(runs)} runs are done", flush=True)
+    variables = environment(workers) if waiting else {}
+    running: dict[str, _Running] = {}
+    failed: dict[str, tuple[int, str]] = {}
+    with Signals(running) as signals:
         try:
-            _watch(runs, processes, signals, doing)
-            failed = [(run, p.returncode) for run, p in zip(runs, processes, strict=True) if p.poll()]
+            while signals.received is None and (waiting or running) and not (stops_at_failure and failed):
+                while waiting and len(running) < workers:
+                    run = waiting.pop(0)
+                    running[run.name] = _Running(run, variables)
+                time.sleep(_POLL_SECONDS)
+                for name, one in list(running.items()):
+                    one.show_progress()
+                    if (code := one.process.poll()) is not None:
+                        del running[name]
+                        one.progress.close()
+                        text = one.run.end_text(code)
+                        print(f"{name}: {text}", flush=True)
+                        if code:
+                            failed[name] = code, text
         finally:
-            end(processes)
+            for one in running.values():
+                one.process.terminate()
+            for one in running.values():
+                one.process.wait()
     signals.exit_if_received()
-    for run, code in failed:
-        raise (UserError if code == 2 else OSError)(f"the run of {run.name} {run.end_words(code)}")
+    return failed
 
 
-def start(run: StudyRun, variables: dict[str, str]) -> subprocess.Popen:
-    """Start a run by its recipe file; what it says goes to the log beside it."""
-    command = [sys.executable, "-m", "flipscale.pretrain", "--config", str(run.beside("yaml").absolute())]
-    with open(run.beside("log"), "a", encoding="utf-8") as log:
-        # In a group of its own: Ctrl-C is for the study, which tells its runs.
-        return subprocess.Popen(command, env=variables, stdout=log, stderr=log, process_group=0)
+class _Running:
+    """A run's process and its progress."""
 
+    def __init__(self, run: StudyRun, variables: dict[str, str]):
+        self.run = run
+        self.progress = Progress(100, f"training {run.name}", "%", leave=False)
+        self._percent = 0
+        self._looked = time.monotonic()
+        command = [sys.executable, "-m", "flipscale.pretrain", "--config", str(run.beside("yaml").absolute())]
+        with open(run.beside("log"), "a", encoding="utf-8") as log:
+            # A process group of its own, because Ctrl-C is for the study. The study tells its runs.
+            self.process = subprocess.Popen(command, env=variables, stdout=log, stderr=log, process_group=0)
 
-def end(processes: list[subprocess.Popen]) -> None:
-    """Let runs save and stop, and wait for that."""
-    for process in processes:
-        process.terminate()
-    for process in processes:
-        process.wait()
+    def show_progress(self) -> None:
+        if time.monotonic() - self._looked >= _PROGRESS_SECONDS:
+            self._looked = time.monotonic()
+            percent = self.run.percent_done()
+            self.progress.update(percent - self._percent)
+            self._percent = percent
 
 
 class Signals:
-    """In a `with` block, what tells the study to end; a second one ends it and its runs at once.
+    """Receives SIGINT, SIGTERM and SIGHUP in a `with` block. A second signal ends the study and its runs at once.
 
     Args:
-        processes: of the runs, those that have been started.
+        running: started runs by name.
     """
 
-    def __init__(self, processes: list[subprocess.Popen]):
+    def __init__(self, running: Mapping[str, _Running]):
         self.received: signal.Signals | None = None
-        self._processes = processes
+        self._running = running
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "Signals":
@@ -181,7 +220,7 @@ class Signals:
             signal.signal(one, signal.SIG_DFL if handler is None else handler)
 
     def exit_if_received(self) -> None:
-        """End this process, whose runs have ended, as the signal asks, if one has come."""
+        """Exit with the code of the received signal, if there is one. The runs must have ended."""
         if self.received is not None:
             words = f"flipscale: error: {self.received.name}: the runs have saved and stopped; the same command goes on"
             print(words, file=sys.stderr)
@@ -189,8 +228,8 @@ class Signals:
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None:
-            for process in self._processes:
-                process.kill()
+            for one in self._running.values():
+                one.process.kill()
             os.write(2, b"flipscale: error: ended before all runs have saved; the same command goes on\n")
             os._exit(128 + number)
         self.received = signal.Signals(number)
@@ -198,41 +237,10 @@ class Signals:
 
 
 def environment(num_runs: int) -> dict[str, str]:
-    """Return the environment of one run: its share of the cores, and bf16 where it is faster."""
+    """Return the environment of one run: its share of the cores, and bf16 if that is faster here."""
     from flipscale.engines.device import is_faster_in_bf16
     from flipscale.engines.launch import PRECISION
 
     threads = max(usable_cores() // num_runs, 1)
     share = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
     return {PRECISION: "bf16" if is_faster_in_bf16() else "no", **share, **os.environ}
-
-
-def _watch(runs: list[StudyRun], processes: list[subprocess.Popen], signals: Signals, doing: str) -> None:
-    """Show how far the runs are until all have ended, one has failed, or the study is told to end."""
-    bars = [
-        tqdm(total=100, desc=f"{doing} {run.name}", unit="%", position=number, disable=None)
-        for number, run in enumerate(runs)
-    ]
-    reported = time.monotonic()
-    looked = 0.0
-    while signals.received is None and any(process.poll() is None for process in processes):
-        if any(process.poll() not in (None, 0) for process in processes):
-            break
-        time.sleep(_LOOK_SECONDS)
-        if time.monotonic() - looked < _POLL_SECONDS:
-            continue
-        looked = time.monotonic()
-        for run, bar in zip(runs, bars, strict=True):
-            bar.n = round(100 * run.share_done())
-            bar.refresh()
-        if bars and bars[0].disable and time.monotonic() - reported > _REPORT_SECONDS:
-            reported = time.monotonic()
-            print("; ".join(_line(run, doing) for run in runs), flush=True)
-    for bar in bars:
-        bar.close()
-
-
-def _line(run: StudyRun, doing: str) -> str:
-    records = read_metrics(run.run_dir)
-    losses = [record["loss"] for record in records if "loss" in record]
-    return f"{doing} {run.name}: {run.share_done():.0%}" + (f", loss {losses[-1]:.2f}" if losses else "")

@@ -15,9 +15,8 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from flipscale.engines.device import peak_flops, peak_memory_bytes
-from flipscale.evaluation.reports.comparison import read_curve
-from flipscale.evaluation.reports.figures import can_draw
-from flipscale.evaluation.reports.run_figures import draw_run
+from flipscale.evaluation.reports.curves import read_curve
+from flipscale.evaluation.reports.figures import can_draw, draw_run
 from flipscale.evaluation.results import Result, append_results, as_metrics, drop_results_after
 from flipscale.io import json_lines
 from flipscale.io.atomic import write_text

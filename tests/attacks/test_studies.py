@@ -10,7 +10,7 @@ import yaml
 from attacks import ground
 from attacks.attack import Attack, Ended, hold
 
-from flipscale.studies.folder import write_plan
+from flipscale.studies.design import write_plan
 
 Make = Callable[[Path], list[str]]
 MASKED = {"name": "masked", "samples": 96, "mask_ratio": 0.75, "base_lr": 0.012, "warmup_samples": 16}

@@ -17,15 +17,13 @@ from flipscale.data.recipe import DataRecipe
 from flipscale.data.sources.opening import open_shards
 from flipscale.data.tokenizers import load_tokenizer
 from flipscale.hub.convert_open_clip import open_clip_config
-from flipscale.init import _fitted, _recipe_of
-from flipscale.planning.calibration import measured_rates
-from flipscale.planning.commented import commented_yaml
-from flipscale.planning.proposal import MOST_REPEATED, most_samples, propose, samples_in
+from flipscale.init import _fitted, _recipe_of, measured_rates
+from flipscale.planning.proposal import MOST_REPEATED, commented_yaml, most_samples, propose, samples_in
 from flipscale.planning.survey import Survey, survey
 from flipscale.training.recipe import parse_recipe
 from flipscale.training.schedule import plan_stages
 
-DATA = Survey(pairs=300, width=500, height=400, tokens=5, captions={f"a {n}": 1 for n in range(300)}, looked_at=300)
+DATA = Survey(pairs=300, width=500, height=400, tokens=5, captions={f"a {n}": 1 for n in range(300)}, sampled=300)
 
 
 @pytest.fixture
@@ -73,10 +71,10 @@ def test_a_recipe_for_gpus_elsewhere(init: Callable[..., Path], capsys: pytest.C
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--gpu", "h100"], "gpu and hours go together, for machines elsewhere; give both, or minutes for this"),
-        (["--hours", "3"], "gpu and hours go together, for machines elsewhere; give both, or minutes for this"),
-        (["--gpu", "h100", "--hours", "3", "--minutes", "3"], "minutes is for this machine and gpu for others; leave"),
-        (["--num_gpus", "3"], "num_gpus is of machines elsewhere; add gpu and hours, or leave it out"),
+        (["--gpu", "h100"], "gpu and hours go together"),
+        (["--hours", "3"], "gpu and hours go together"),
+        (["--gpu", "h100", "--hours", "3", "--minutes", "3"], "minutes is for this machine and gpu for others"),
+        (["--num_gpus", "3"], "num_gpus is for machines elsewhere"),
         (["--gpu", "abacus", "--hours", "3"], "gpu is 'abacus'; use one of h100, h100_pcie, "),
         (["--tests", "nowhere"], "nowhere"),
         (["--tokenizer", "./none"], "; `flipscale prepare tokenizer "),
@@ -109,7 +107,7 @@ def test_files_and_data_that_are_refused(
     assert "has no ending .yaml" in refusal([str(tmp_path / "recipe"), "--shards", str(shards)], capsys)
     new = str(tmp_path / "new.yaml")
     write_shards(tmp_path / "few", [3])
-    assert "has 3 pairs; 16 are the least" in refusal([new, "--shards", str(tmp_path / "few")], capsys)
+    assert "has 3 pairs; training needs at least 16" in refusal([new, "--shards", str(tmp_path / "few")], capsys)
 
 
 def test_nothing_but_bad_samples(tokenizer_dir: Path, tmp_path: Path) -> None:
@@ -118,7 +116,7 @@ def test_nothing_but_bad_samples(tokenizer_dir: Path, tmp_path: Path) -> None:
         for number in range(20):
             add_member(tar, f"{number}.jpg", b"no picture")
             add_member(tar, f"{number}.txt", b"a red disc")
-    with pytest.raises(ValueError, match="none of 20 samples that were looked at has a picture and a caption; `flips"):
+    with pytest.raises(ValueError, match="none of 20 samples has a picture"):
         survey(open_shards(str(tmp_path / "bad"), DataRecipe()), load_tokenizer(str(tokenizer_dir), 8))
 
 
@@ -130,7 +128,7 @@ def test_a_test_set_that_asks_nothing(
         add_member(tar, "0.jpg", cv2.imencode(".jpg", np.zeros((40, 40, 3), np.uint8))[1].tobytes())
     with pytest.raises(SystemExit):
         init("--tests", "silent")
-    assert "tests silent has no classnames.txt and no captions, so that nothing can be asked" in capsys.readouterr().err
+    assert "tests silent has no classnames.txt and no captions" in capsys.readouterr().err
 
 
 def test_a_recipe_whose_speed_cannot_be_measured(
@@ -138,14 +136,14 @@ def test_a_recipe_whose_speed_cannot_be_measured(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     recipe = parse_recipe(["--config", str(write_recipe(tmp_path / "run", data={"shards": "nowhere"}))])
-    with pytest.raises(ValueError, match="to measure the speed ended with exit code 2: no shards at 'nowhere'"):
+    with pytest.raises(ValueError, match=r"ended with exit code 2: .*nowhere"):
         measured_rates(recipe, 4, tmp_path)
 
 
 def test_what_fits_no_gpu(tokenizer_dir: Path) -> None:
     proposal = propose(DATA, {}, 30, cores=2, num_gpus=0)
     proposal.fields["data"]["tokenizer"] = str(tokenizer_dir)
-    with pytest.raises(ValueError, match="the model and a batch of 32 do not fit 4 GPUs of 0 GiB under DDP; use"):
+    with pytest.raises(ValueError, match="a batch of 32 do not fit 4 GPUs of 0 GiB"):
         _fitted(proposal, 4, 0)
     assert proposal.fields["data"]["micro_batch_size"] == 1
     assert proposal.fields["model"]["gradient_checkpointing"]
@@ -153,7 +151,7 @@ def test_what_fits_no_gpu(tokenizer_dir: Path) -> None:
 
 def test_what_a_look_at_data_finds(shards: Path, tokenizer_dir: Path) -> None:
     found = survey(open_shards(str(shards), DataRecipe()), load_tokenizer(str(tokenizer_dir), 8))
-    assert (found.pairs, found.looked_at, found.tokens, len(found.captions)) == (96, 96, 3, 16)
+    assert (found.pairs, found.sampled, found.tokens, len(found.captions)) == (96, 96, 3, 16)
     assert 36 <= min(found.width, found.height) <= max(found.width, found.height) < 60
 
 
@@ -193,7 +191,7 @@ def test_what_is_proposed_can_be_trained_and_converted(pairs: int, num_gpus: int
 def test_many_repeated_captions_are_told() -> None:
     data = dataclasses.replace(DATA, captions={"cat": 150, "dog": 150})
     (warning,) = propose(data, {}, 30, cores=2, num_gpus=0).warnings
-    assert warning.startswith("of the 32 captions of a batch, about 32 are another pair's of the batch too")
+    assert warning.startswith("of the 32 captions of a batch, about 32 also belong")
     assert data.repeated(32) > MOST_REPEATED * 32
 
 

@@ -26,7 +26,6 @@ from torch.distributed.run import get_args_parser
 
 import flipscale
 from flipscale import cli
-from flipscale.studies.design import study_file
 from flipscale.training.recipe import parse_recipe
 
 # What a page says, and what is run in its place: other sizes and names, never other verbs or options.
@@ -99,7 +98,7 @@ def verb_s_arguments(words: list[str]) -> None:
     for recipe in getattr(parsed, "recipes", []):
         parse_recipe(["--config", recipe])
     if words[1:3] == ["study", "budget"]:
-        assert study_file(parsed.search).is_file()
+        assert parsed.search.is_file()
 
 
 def training(words: list[str]) -> None:

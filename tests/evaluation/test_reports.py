@@ -1,4 +1,4 @@
-"""Models side by side: their names, the tables of suites with the paper's figures and their reasons, the picture."""
+"""Models side by side: names, tables of suites with the paper's figures, and the dot plot."""
 
 import dataclasses
 from collections.abc import Callable
@@ -8,17 +8,16 @@ import cv2
 import pytest
 
 from flipscale.evaluation.metrics import wilson
-from flipscale.evaluation.reports import table, writing
+from flipscale.evaluation.reports import suite_report
 from flipscale.evaluation.reports.models import check_writable, name_models, tables_home
 from flipscale.evaluation.reports.record import Line
-from flipscale.evaluation.reports.table import Column, report, suite_tables
-from flipscale.evaluation.reports.writing import write_reports
+from flipscale.evaluation.reports.suite_report import Column, report, suite_tables, write_reports
 from flipscale.evaluation.results import Result
 from flipscale.evaluation.task_page import SUITES, TaskPage, read_page, read_pages, suite_pages
 
 
 def line_of(page: TaskPage, value: float, **about: object) -> Line:
-    """The line of a page's headline, evaluated as the page has it."""
+    """The line of a page's headline, with the page's own images and prompts."""
     low, high = wilson(round(value / 100 * page.images), page.images)
     chance = 100 / page.num_classes if page.num_classes else None
     interval = (page.images, 100 * low, 100 * high)
@@ -39,24 +38,24 @@ def line_of(page: TaskPage, value: float, **about: object) -> Line:
 
 
 def cells(text: str, first: str) -> list[str]:
-    """The cells of the row of a Markdown table that begins with `first`."""
+    """The cells of the Markdown row that begins with `first`."""
     (row,) = [line for line in text.splitlines() if line.startswith(f"| {first} ")]
     return [cell.strip() for cell in row.strip("|").split("|")]
 
 
-def test_the_paper_s_figure_stands_where_it_is_comparable() -> None:
+def test_the_paper_s_figure() -> None:
     cars, birds, imagenet = (read_page(name) for name in ("cars", "birdsnap", "imagenet1k"))
     one = Column("one", [line_of(cars, 41.5), line_of(birds, 20.0), line_of(imagenet, 50.0)])
     two = Column("two", [line_of(cars, 42.5)])
     text = suite_tables([one, two], [])
     head = cells(text, "task")
-    assert head == ["task", "metric", "one", "two", "n", "chance", f"{table.PAPER_MODEL}, in the paper"]
+    assert head == ["task", "metric", "one", "two", "n", "chance", f"{suite_report.PAPER_MODEL}, in the paper"]
     assert cells(text, cars.title) == [
         cars.title, "top-1", "41.5 % (40.4 to 42.6)", "42.5 % (41.4 to 43.6)", "8,041", "0.51 %", "90.7 %",
     ]  # fmt: skip
     assert cells(text, birds.title)[3:] == ["-", "1,851", "0.20 %", "[1]"]
     assert f"[1] Not comparable with the paper: {birds.why_not}" in text.splitlines()
-    assert cells(text, imagenet.title)[-1] == "74.6 %", "of the model of the column, not of the first on the page"
+    assert cells(text, imagenet.title)[-1] == "74.6 %"
 
 
 @pytest.mark.parametrize(
@@ -67,14 +66,14 @@ def test_the_paper_s_figure_stands_where_it_is_comparable() -> None:
         ({"prompts": {"number": 80}}, "80 prompts here, 8 there"),
     ],
 )
-def test_what_was_done_otherwise_than_in_the_paper_is_said(about: dict, why: str) -> None:
+def test_departures_from_the_paper(about: dict, why: str) -> None:
     page = read_page("cars")
     text = suite_tables([Column("one", [line_of(page, 41.5)]), Column("two", [line_of(page, 40.0, **about)])], [])
     assert cells(text, page.title)[-1] == "[1]"
     assert f"[1] Not comparable with the paper: {why}" in text
 
 
-def test_a_suite_has_a_mean_where_every_task_is_there() -> None:
+def test_the_mean_of_a_suite() -> None:
     pages = suite_pages("fairness")
     whole = [line_of(page, 10.0 * number) for number, page in enumerate(pages)]
     text = suite_tables([Column("one", whole), Column("two", whole[1:])], ["fairness"])
@@ -88,7 +87,7 @@ def test_a_suite_has_a_mean_where_every_task_is_there() -> None:
     assert "nan" not in text
 
 
-def test_a_task_stands_in_each_of_its_suites_and_others_at_the_end() -> None:
+def test_a_task_is_in_each_of_its_suites() -> None:
     page = read_page("imagenetv2")
     own = dataclasses.replace(line_of(page, 3.0), about={**line_of(page, 3.0).about, "page": None, "title": None})
     own = dataclasses.replace(own, result=dataclasses.replace(own.result, task="mine", made_by={"data": "mine"}))
@@ -100,7 +99,7 @@ def test_a_task_stands_in_each_of_its_suites_and_others_at_the_end() -> None:
     assert cells(text, "mine")[2] == "3.0 % (2.7 to 3.4)"
 
 
-def test_the_report_says_how_the_figures_were_made() -> None:
+def test_the_report() -> None:
     page = read_page("cars")
     top5 = dataclasses.replace(line_of(page, 70.0).result, metric="top5", headline=False)
     lines = [line_of(page, 41.5), dataclasses.replace(line_of(page, 70.0), result=top5)]
@@ -112,7 +111,7 @@ def test_the_report_says_how_the_figures_were_made() -> None:
     assert "results.png" not in text
 
 
-def test_thirty_tasks_and_three_models_make_a_picture(tmp_path: Path) -> None:
+def test_the_dot_plot(tmp_path: Path) -> None:
     columns = [
         Column(name, [line_of(page, 10 + shift + 2.0 * (number % 40)) for number, page in enumerate(read_pages())])
         for shift, name in ((0, "demo"), (3, "open_clip:ViT-B-16,laion2b_s34b_b88k"), (9, "hf:google/siglip"))
@@ -125,10 +124,8 @@ def test_thirty_tasks_and_three_models_make_a_picture(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"results.png", "results.md"}
 
 
-def test_without_matplotlib_the_table_alone_is_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(writing, "can_draw", lambda: False)
+def test_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(suite_report, "can_draw", lambda: False)
     monkeypatch.setattr("logging.Logger.propagate", True, raising=False)
     (tmp_path / "results.png").write_bytes(b"of earlier results")
     with caplog.at_level("INFO", "flipscale"):
@@ -146,7 +143,7 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.usefixtures("folders")
-def test_models_have_names_and_homes() -> None:
+def test_names_and_homes() -> None:
     given = ["runs/a/model", "exported", "org/name", "open_clip:ViT-B-16,laion2b", "hf:google/siglip", "hf:exported"]
     models = name_models(given, None)
     assert [model.name for model in models] == ["a", "exported", *given[2:]]
@@ -161,7 +158,7 @@ def test_models_have_names_and_homes() -> None:
 
 
 @pytest.mark.usefixtures("folders")
-def test_models_that_end_alike_go_by_their_whole_path() -> None:
+def test_equal_names_become_paths() -> None:
     assert [model.name for model in name_models(["runs/a/model", "other/a/model", "runs/b/model"], None)] == [
         "runs/a/model", "other/a/model", "b",
     ]  # fmt: skip
@@ -169,25 +166,25 @@ def test_models_that_end_alike_go_by_their_whole_path() -> None:
 
 @pytest.mark.usefixtures("folders")
 @pytest.mark.parametrize("given", [["org/name", "org/name"], ["exported", "./exported"], ["org/name", "org-name"]])
-def test_a_model_that_is_named_twice_is_refused(given: list[str]) -> None:
-    with pytest.raises(ValueError, match=r"2 models are called .*; name each model once"):
+def test_a_model_named_twice(given: list[str]) -> None:
+    with pytest.raises(ValueError, match="2 models are called"):
         name_models(given, None)
 
 
-def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path: Path, forbid: Callable[[Path], None]) -> None:
+def test_an_unwritable_folder(tmp_path: Path, forbid: Callable[[Path], None]) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match=r"file/x \(.*/file is a file\); name another folder with --output_dir"):
+    with pytest.raises(ValueError, match=r"file/x \(.*/file is a file\)"):
         check_writable(tmp_path / "file" / "x")
     check_writable(tmp_path / "new" / "x")
     assert not (tmp_path / "new").exists()
     forbid(tmp_path)
-    with pytest.raises(ValueError, match=r"new/x \(.* is not writable\); name another folder with --output_dir"):
+    with pytest.raises(ValueError, match=r"new/x \(.* is not writable\)"):
         check_writable(tmp_path / "new" / "x")
 
 
 @pytest.fixture
 def forbid(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
-    """Makes a folder one that may not be written to, also for root, who may write everywhere."""
+    """Makes a folder unwritable, also for root."""
 
     def make(folder: Path) -> None:
         monkeypatch.setattr("os.access", lambda path, mode: Path(path) != folder)

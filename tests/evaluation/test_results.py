@@ -10,15 +10,17 @@ import yaml
 
 from flipscale.evaluation.intervals import mean_of, student
 from flipscale.evaluation.metrics import wilson
-from flipscale.evaluation.reports.comparison import (
+from flipscale.evaluation.reports.curves import (
     Curve,
     by_recipe,
     comparison_table,
+    over_seeds,
     read_curve,
     record_baselines,
+    seconds_to,
+    times_to_equal,
 )
 from flipscale.evaluation.reports.figures import draw_loss, draw_result
-from flipscale.evaluation.reports.seeds import over_seeds, seconds_to, times_to_equal
 from flipscale.evaluation.results import (
     BEFORE,
     THIS_MODEL,

@@ -1,4 +1,4 @@
-"""One model's suite: what stands there is not run again, not even after kills, and the processes agree on the rest."""
+"""The evaluation of one model: known tasks are not run again, not even after kills, and processes agree on the rest."""
 
 import json
 import random
@@ -6,7 +6,6 @@ import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import processes
 import pytest
@@ -17,9 +16,9 @@ from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.kinds.task import Task
 from flipscale.evaluation.reports import session
 from flipscale.evaluation.reports.models import NamedModel
-from flipscale.evaluation.reports.progress import SuiteBar
 from flipscale.evaluation.reports.session import evaluate_model
 from flipscale.evaluation.suite import build_tasks
+from flipscale.io.progress import Progress
 from flipscale.model import FlipModel
 
 KILLS = 10
@@ -27,7 +26,7 @@ VARYING = ("seconds", "date")
 
 
 def tasks_in(folder: Path) -> list[Task]:
-    """Eight tasks: four sets, and two tasks of each, of which a set's share one pass."""
+    """Eight tasks: two for each of four sets, which share one pass."""
     listed = []
     for number in range(4):
         data = str(folder / f"set{number}")
@@ -36,14 +35,14 @@ def tasks_in(folder: Path) -> list[Task]:
 
 
 def evaluate(folder: str, home: str, tokenizer_dir: str) -> None:
-    """What a process of its own does: evaluates the suite, and says when it has begun."""
+    """Evaluates the suite in a process of its own, and marks the beginning."""
     embedder = tiny_embedder(tokenizer_dir, batch_size=8)
     Path(home, f"begun{embedder.accelerator.process_index}").touch()
     evaluate_model(embedder, NamedModel("tiny", "tiny", None, Path(home)), tasks_in(Path(folder)))
 
 
 def lines_of(home: Path) -> list[dict]:
-    """The lines of a home, but for what differs between two runs."""
+    """The lines of a folder without the fields that vary between runs."""
     lines = [json.loads(line) for line in (home / "results.jsonl").read_text().splitlines()]
     return [{name: value for name, value in line.items() if name not in VARYING} for line in lines]
 
@@ -67,7 +66,7 @@ def embedder(tokenizer_dir: Path) -> Embedder:
     return tiny_embedder(tokenizer_dir, batch_size=8)
 
 
-def test_what_stands_there_is_not_run_again(
+def test_known_tasks_are_not_run_again(
     embedder: Embedder, model: NamedModel, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tasks = tasks_in(folder)
@@ -81,7 +80,7 @@ def test_what_stands_there_is_not_run_again(
         return iter(())
 
     monkeypatch.setattr(session, "evaluated", nothing)
-    # Neither batch size nor the folder's place change a figure.
+    # Neither the batch size nor the folder's path changes a figure.
     moved = folder.rename(folder.with_name("moved"))
     try:
         other = Embedder(embedder.model, embedder.tokenizer, embedder.accelerator, batch_size=3)
@@ -91,14 +90,14 @@ def test_what_stands_there_is_not_run_again(
         assert asked == []
         # Other prompts, other data or other weights do.
         (moved / "set1/zeroshot_classification_templates.txt").write_text("{c}\n")
-        with pytest.raises(KeyError):
+        with pytest.raises(ValueError, match="shorter"):
             evaluate_model(embedder, model, tasks_in(moved))
         assert asked == [["zero_shot1", "retrieval1"]]
     finally:
         (moved / "set1/zeroshot_classification_templates.txt").write_text("a {c}\nthe {c}\n")
         moved.rename(folder)
     others = Embedder(FlipModel(embedder.model.config).eval(), embedder.tokenizer, embedder.accelerator)
-    with pytest.raises(KeyError):
+    with pytest.raises(ValueError, match="shorter"):
         evaluate_model(others, model, tasks)
     assert len(asked[1]) == 8
 
@@ -118,6 +117,7 @@ def test_a_line_has_everything_that_made_it(embedder: Embedder, model: NamedMode
     assert len(line["weights"]) == 64
 
 
+@pytest.mark.long
 def test_killed_at_ten_random_instants(folder: Path, tokenizer_dir: Path, tmp_path: Path) -> None:
     draw, whole, home = random.Random(0), tmp_path / "whole", tmp_path / "killed"
     for made in (whole, home):
@@ -137,7 +137,7 @@ def test_killed_at_ten_random_instants(folder: Path, tokenizer_dir: Path, tmp_pa
         process.kill()
         process.join()
         sizes.append(size_of(lines))
-    # A write is whole whenever a process is killed; a machine that loses its power may leave a part of it.
+    # A kill leaves complete writes. A power failure may leave a part of one.
     whole_lines = lines.read_bytes() if lines.exists() else b""
     lines.write_bytes(whole_lines + (whole / "results.jsonl").read_bytes()[:2000])
     assert ended(folder, home, tokenizer_dir) == 0
@@ -154,7 +154,7 @@ def name_of(line: dict) -> tuple[str, str]:
 
 
 def ended(folder: Path, home: Path, tokenizer_dir: Path) -> int | None:
-    """The exit code of a suite that is left to end."""
+    """The exit code of an undisturbed suite."""
     process = processes.start(evaluate, str(folder), str(home), str(tokenizer_dir))
     process.join(120)
     return process.exitcode
@@ -178,25 +178,16 @@ def test_two_processes_write_each_line_once(folder: Path, tokenizer_dir: Path, t
     assert lines_of(several) == lines_of(alone)
 
 
-def test_the_bar_knows_the_whole_suite(embedder: Embedder, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shown: list[tuple[int, str]] = []
-    bar = SimpleNamespace(n=0, close=lambda: None)
+def test_images_are_counted_once_a_pass(
+    embedder: Embedder, model: NamedModel, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: list[tuple[int, int]] = []
+    update = Progress.update
 
-    def made(total: int, desc: str, **_: object) -> SimpleNamespace:
-        shown.append((total, desc))
-        bar.update = lambda images: setattr(bar, "n", bar.n + images)
-        bar.set_description = lambda text: shown.append((bar.n, text))
-        return bar
+    def spy(bar: Progress, count: int = 1) -> None:
+        update(bar, count)
+        shown.append((bar._done, bar._total))
 
-    monkeypatch.setattr("flipscale.evaluation.reports.progress.tqdm", made)
-    tasks = tasks_in(folder)
-    with SuiteBar(embedder, "tiny", tasks) as suite:
-        for number, _ in enumerate(session.evaluated(suite.embedder, tasks)):
-            assert bar.n == 33 * (number // 2 + 1)
-            suite.finish(number)
-    assert shown[:3] == [
-        (132, "tiny: zero_shot0 (1 of 8)"),
-        (33, "tiny: retrieval0 (2 of 8)"),
-        (33, "tiny: zero_shot1 (3 of 8)"),
-    ]
-    assert bar.n == 132
+    monkeypatch.setattr(Progress, "update", spy)
+    evaluate_model(embedder, model, tasks_in(folder))
+    assert shown[-1] == (4 * 33, 4 * 33)

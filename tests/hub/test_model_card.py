@@ -12,8 +12,7 @@ from hub.card_numbers import untraced_numbers
 from huggingface_hub import ModelCard
 from safetensors.torch import save_file
 
-from flipscale.evaluation.reports.record import Line, append_lines, weights_digest
-from flipscale.evaluation.reports.setting import data_name
+from flipscale.evaluation.reports.record import Line, append_lines, data_name, weights_digest
 from flipscale.evaluation.results import Result, append_results, as_metrics
 from flipscale.hub.card import check_audit, model_index, write_card
 from flipscale.training.recipe import parse_recipe, to_yaml

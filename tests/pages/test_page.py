@@ -11,7 +11,7 @@ import yaml
 from conftest import changed_recipe
 from PIL import Image
 
-from flipscale.evaluation.reports.comparison import Curve
+from flipscale.evaluation.reports.curves import Curve
 from flipscale.pages.facts import Facts, rounded
 from flipscale.pages.masks import mask_rows
 from flipscale.pages.page import Picture, evenly, listed, rendered, shortened, thumbnail

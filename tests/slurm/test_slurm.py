@@ -19,7 +19,7 @@ from conftest import metrics
 from safetensors.torch import load_file
 from slurm.cluster import PROGRAMS, Cluster, wait_until
 
-from flipscale.studies.folder import write_plan
+from flipscale.studies.design import write_plan
 from flipscale.training.run_summary import read_starts
 
 ROOT = Path(__file__).parents[2]

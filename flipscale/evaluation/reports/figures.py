@@ -1,19 +1,13 @@
-"""Figures of runs: loss and results against training time, and what the image encoder sees."""
+"""Figures of runs: loss, rates and results against training time."""
 
 import importlib.util
-import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from flipscale.data.masks.image import IMAGE_MASKS
-from flipscale.data.masks.keyed import keyed_patches
-from flipscale.data.masks.recipe import MaskRecipe
-from flipscale.data.pairs import PairDataset
-from flipscale.evaluation.reports.comparison import Curve, by_recipe, headlines
-from flipscale.evaluation.reports.seeds import over_seeds
+from flipscale.evaluation.reports.curves import Curve, by_recipe, headlines, over_seeds
 from flipscale.evaluation.results import THIS_MODEL, Result, with_unit
 
 if TYPE_CHECKING:
@@ -21,11 +15,15 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLOURS = ("#1f6feb", "#d1495b", "#2e8b57", "#8a5fbf")
-_GREY = 190
-# A line of so many points of a stage is drawn smoothed.
+# Lines of at least this many points are drawn smoothed.
 _SMOOTHED_POINTS = 40
-# What a line of small words takes of the height of a figure.
-_LINE_OF_WORDS = 0.04
+# Height of a line of small text as a share of the figure.
+_TEXT_HEIGHT = 0.04
+# Metrics of intervals that get a figure: file name, then metric, title, unit and factor.
+_METRICS = {
+    "learning_rate.png": ("lr", "Learning rate", "learning rate", 1.0),
+    "data_wait.png": ("data_wait_share", "Share of the time that steps waited for data", "%", 100.0),
+}
 
 
 def can_draw() -> bool:
@@ -34,7 +32,7 @@ def can_draw() -> bool:
 
 
 def drawing_pyplot() -> Any:
-    """Return matplotlib's pyplot, set to draw to files only."""
+    """Return matplotlib's pyplot with the backend that draws to files."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -43,35 +41,70 @@ def drawing_pyplot() -> Any:
     return pyplot
 
 
-def _axes(title: str, y_label: str, curves: list[Curve]) -> "tuple[Figure, Axes, float]":
-    """Return a figure over training time, and the seconds of its unit: hours where a run took more than two."""
-    pyplot = drawing_pyplot()
-    figure, axes = pyplot.subplots(figsize=(7, 4.2), constrained_layout=True)
-    axes.set_title(title, loc="left")
-    hours = max(curve.records[-1]["trained_seconds"] for curve in curves) > 7200
-    axes.set_xlabel(f"training time, {'hours' if hours else 'seconds'}")
-    axes.set_ylabel(y_label)
-    axes.grid(alpha=0.25)
+def save_figure(figure: "Figure", path: Path, file_format: str | None = None) -> None:
+    """Write a figure as reproducible bytes and close it. `file_format` overrides the ending of the name."""
+    from matplotlib import pyplot
+
+    figure.savefig(path, dpi=150, metadata={"Software": None}, format=file_format)
+    pyplot.close(figure)
+
+
+def tidy(axes: "Axes", grid: str = "both") -> None:
+    """Add a faint grid along `grid` and remove the frame above and at the right."""
+    axes.grid(alpha=0.25, axis=grid, which="both")  # type: ignore[arg-type]
     axes.spines[["top", "right"]].set_visible(False)
-    axes.set_xlim(0, 1.02 * max(curve.records[-1]["trained_seconds"] for curve in curves) / (3600 if hours else 1))
-    return figure, axes, 3600.0 if hours else 1.0
+
+
+def draw_run(curve: Curve, folder: Path) -> dict[str, str]:
+    """Draw a run's figures into a folder, and return their captions by file name.
+
+    Without two records of the loss there are no figures, and no folder is made.
+
+    Raises:
+        OSError: the disk is full or not writable.
+    """
+    if len(curve.points("loss")[0]) < 2:
+        return {}
+    folder.mkdir(parents=True, exist_ok=True)
+    draw_loss([curve], folder / "loss.png")
+    captions = {"loss.png": "The loss of the training batches against training time"}
+    for name, (metric, title, unit, factor) in _METRICS.items():
+        _draw_metric(curve, metric, title, unit, folder / name, factor)
+        captions[name] = f"{title} against training time"
+    for task, result in result_figures([curve]).items():
+        draw_result([curve], result, folder / f"{task}.png")
+        captions[f"{task}.png"] = f"{result.shown} of {task} against training time"
+    return captions
+
+
+def _axes(title: str, y_label: str, curves: Sequence[Curve]) -> "tuple[Figure, Axes, float]":
+    """Return a figure over training time, and the seconds of its unit: hours if a run took more than two."""
+    figure, axes = drawing_pyplot().subplots(figsize=(7, 4.2), constrained_layout=True)
+    axes.set_title(title, loc="left")
+    longest = max(curve.records[-1]["trained_seconds"] for curve in curves)
+    name, unit = ("hours", 3600.0) if longest > 7200 else ("seconds", 1.0)
+    axes.set_xlabel(f"training time, {name}")
+    axes.set_ylabel(y_label)
+    axes.set_xlim(0, 1.02 * longest / unit)
+    tidy(axes)
+    return figure, axes, unit
 
 
 def draw_loss(curves: list[Curve], path: Path) -> None:
-    """Draw the loss against training time, one line a run, smoothed where there are many points, and marks
-    where stages begin."""
+    """Draw the loss against training time, a line for each run, and mark where stages begin. Lines of many points are
+    smoothed."""
     figure, axes, unit = _axes("Loss of the training batches", "loss", curves)
-    coloured = [(curve, colour) for group, colour in zip(by_recipe(curves), COLOURS, strict=False) for curve in group]
-    for curve, colour in coloured:
-        for number, (seconds, losses) in enumerate(curve.by_stage("loss").values()):
-            times = [s / unit for s in seconds]
-            is_first = curve is next(other for other, own in coloured if own == colour)
-            label = curve.label if number == 0 and is_first else None
-            is_many = len(losses) >= _SMOOTHED_POINTS
-            if is_many:
-                axes.plot(times, losses, color=colour, alpha=0.25, linewidth=0.8)
-            axes.plot(times, _smoothed(losses) if is_many else losses, color=colour, label=label)
-    _mark_stages(axes, [group[0] for group in by_recipe(curves)], unit)
+    groups = by_recipe(curves)
+    for group, colour in zip(groups, COLOURS, strict=False):
+        for curve in group:
+            for number, (seconds, losses) in enumerate(curve.by_stage("loss").values()):
+                times = [s / unit for s in seconds]
+                is_many = len(losses) >= _SMOOTHED_POINTS
+                if is_many:
+                    axes.plot(times, losses, color=colour, alpha=0.25, linewidth=0.8)
+                label = curve.label if number == 0 and curve is group[0] else None
+                axes.plot(times, _smoothed(losses) if is_many else losses, color=colour, label=label)
+    _mark_stages(axes, [group[0] for group in groups], unit)
     if len({ratio for curve in curves for ratio in curve.masks.values()}) > 1:
         _explain(axes, "Masked images are harder than whole ones: losses under different masks do not compare.")
     if len(curves) > 1:
@@ -79,8 +112,7 @@ def draw_loss(curves: list[Curve], path: Path) -> None:
     save_figure(figure, path)
 
 
-def draw_metric(curve: Curve, metric: str, title: str, y_label: str, path: Path, factor: float = 1.0) -> None:
-    """Draw a number of a run's intervals, times a factor, against training time."""
+def _draw_metric(curve: Curve, metric: str, title: str, y_label: str, path: Path, factor: float) -> None:
     figure, axes, unit = _axes(title, y_label, [curve])
     seconds, values = curve.points(metric)
     axes.plot([s / unit for s in seconds], [factor * value for value in values], color=COLOURS[0])
@@ -90,7 +122,7 @@ def draw_metric(curve: Curve, metric: str, title: str, y_label: str, path: Path,
 
 
 def _smoothed(values: Sequence[float]) -> np.ndarray:
-    """Return the mean of each value and those about it, a twentieth of all."""
+    """Return moving means over a twentieth of all values."""
     half = len(values) // 40
     sums = np.concatenate([[0.0], np.cumsum(values)])
     first = np.maximum(np.arange(len(values)) - half, 0)
@@ -99,7 +131,7 @@ def _smoothed(values: Sequence[float]) -> np.ndarray:
 
 
 def _mark_stages(axes: "Axes", curves: list[Curve], unit: float) -> None:
-    """Mark where the later stages of each run begin, with name and mask of each stage where there is one run."""
+    """Mark where the later stages of each run begin. With one run, add each stage's name and mask."""
     for curve, colour in zip(curves, COLOURS, strict=False):
         ends = [seconds[-1] / unit for seconds, _ in curve.by_stage("lr").values()]
         for end in ends[:-1]:
@@ -109,7 +141,7 @@ def _mark_stages(axes: "Axes", curves: list[Curve], unit: float) -> None:
         for name, begin, end in zip(curve.by_stage("lr"), [0.0, *ends], ends, strict=False):
             ratio = curve.masks.get(name, 0.0)
             words = f"{name}, {ratio:.0%} masked" if ratio else f"{name}, whole images"
-            # Beside its mark where there is room to write, else along it.
+            # A narrow stage has its words along its mark.
             is_narrow = end - begin < 0.02 * len(words) * ends[-1]
             axes.annotate(
                 words, (begin, 1.0), xycoords=("data", "axes fraction"), xytext=(3, -3), textcoords="offset points",
@@ -127,117 +159,55 @@ def _explain(axes: "Axes", words: str) -> None:
 
 
 def result_figures(curves: list[Curve]) -> dict[str, Result]:
-    """Return the results that can be drawn, by the names of their figures: the first headline of each task that was
-    measured more than once."""
-    found: dict[str, Result] = {}
+    """Return the results to draw, by figure name: the first headline of each task that was measured more than once."""
+    shown: dict[str, Result] = {}
     for name in headlines(curves):
         course = max((curve.course(name) for curve in curves), key=len)
         if len(course) > 1:
-            found.setdefault(course[-1].result.task, course[-1].result)
-    return found
+            shown.setdefault(course[-1].result.task, course[-1].result)
+    return shown
 
 
 def draw_result(curves: list[Curve], shown: Result, path: Path) -> None:
-    """Draw a result against training time, one line a run with the 95 % intervals as a band, and one for runs that
-    differ in their seeds alone, with that of their mean; the baselines of the first run are levels. What chance
-    achieves is said in words: its level would squeeze the lines."""
+    """Draw a result against training time: a line for each recipe with its 95 % interval as a band.
+
+    The interval is over seeds where a recipe has several, else over queries. The first run's baselines are levels.
+    Chance is given in words, because its level would squeeze the lines.
+    """
     title = f"{shown.task.replace('_', '-')}: {shown.shown}"
     figure, axes, unit = _axes(title, ", ".join(filter(None, (shown.shown, shown.unit))), curves)
     drawn: list[float] = []
-    groups = [found for group in by_recipe(curves) if (found := [c for c in group if c.course(shown.name)])]
-    has_band = has_seeds = False
+    groups = [own for group in by_recipe(curves) if (own := [c for c in group if c.course(shown.name)])]
+    notes: dict[str, None] = {}
     for group, colour in zip(groups, COLOURS, strict=False):
+        times, means = over_seeds(group, shown.name)
+        values = [mean.value for mean in means]
+        label, bands = group[0].label, [(mean.low, mean.high) for mean in means]
+        note = "Band: the 95 % interval of the mean over seeds."
         if len(group) > 1:
-            times, means = over_seeds(group, shown.name)
-            values, lows, highs = (list(column) for column in zip(*means, strict=True))
-            label = f"{group[0].label}, {len(group)} seeds"
-            axes.plot(times / unit, values, "o-", color=colour, label=label)
-            axes.fill_between(times / unit, lows, highs, color=colour, alpha=0.15, linewidth=0)
-            drawn += values
-            has_seeds = True
-            continue
-        course = group[0].course(shown.name)
-        at, values = [m.trained_seconds / unit for m in course], [m.result.value for m in course]
-        axes.plot(at, values, "o-", color=colour, label=group[0].label)
+            label += f", {len(group)} seeds"
+        else:
+            own = [measured.result for measured in group[0].course(shown.name)]
+            bands = [(r.low, r.high) for r in own if r.low is not None and r.high is not None]
+            note = "Band: the 95 % interval over the queries."
+        axes.plot(times / unit, values, "o-", color=colour, label=label)
         drawn += values
-        if all(measured.result.low is not None for measured in course):
-            low, high = ([getattr(measured.result, end) for measured in course] for end in ("low", "high"))
-            axes.fill_between(at, low, high, color=colour, alpha=0.15, linewidth=0)
-            has_band = True
+        if len(bands) == len(values):
+            axes.fill_between(times / unit, *zip(*bands, strict=True), color=colour, alpha=0.15, linewidth=0)
+            notes[note] = None
     levels = {r.who: r.value for r in curves[0].results if r.name == shown.name and r.who != THIS_MODEL}
     drawn += levels.values()
     for name, value in levels.items():
         axes.axhline(value, color="#888888", linewidth=0.9, linestyle=":", zorder=0)
-        # Under its line where the next one is so near above that its words would lie on this one's.
-        is_under = any(0 < other - value < _LINE_OF_WORDS * max(drawn) for other in levels.values())
+        # Under its line if the words would overlap the next level above.
+        is_under = any(0 < other - value < _TEXT_HEIGHT * max(drawn) for other in levels.values())
         place, side = (0.01, value), "top" if is_under else "bottom"
         axes.annotate(name, place, xycoords=("axes fraction", "data"), va=side, fontsize=8)
     if min(drawn) < max(drawn) / 2 and min(drawn) >= 0:
         axes.set_ylim(bottom=0)
-    said = ["Band: the 95 % interval over the queries."] if has_band else []
-    said += ["Band: the 95 % interval of the mean over seeds."] if has_seeds else []
     if shown.chance is not None:
-        said.append(f"Guessing: {with_unit(shown.chance, shown.unit)}.")
-    _explain(axes, " ".join(said))
-    if len(groups) > 1 or has_seeds:
+        notes[f"Guessing: {with_unit(shown.chance, shown.unit)}."] = None
+    _explain(axes, " ".join(sorted(notes)))
+    if len(groups) > 1 or any(len(group) > 1 for group in groups):
         axes.legend(loc="best", framealpha=0.9, edgecolor="none")
-    save_figure(figure, path)
-
-
-def save_figure(figure: "Figure", path: Path, file_format: str | None = None) -> None:
-    """Write the picture, the same bytes for the same figure, and close it. Its format is what the name ends in, or
-    `file_format`."""
-    from matplotlib import pyplot
-
-    figure.savefig(path, dpi=150, metadata={"Software": None}, format=file_format)
-    pyplot.close(figure)
-
-
-def _paste(patches: np.ndarray, index: np.ndarray, patch_size: int, side: int) -> np.ndarray:
-    """Return the patches at their places on a grey image: uint8 `(side * p, side * p, 3)`."""
-    image = np.full((side, side, 3, patch_size, patch_size), _GREY, np.uint8)
-    rows, columns = np.divmod(index.astype(int), side)
-    image[rows, columns] = patches.reshape(-1, 3, patch_size, patch_size)
-    return image.transpose(0, 3, 1, 4, 2).reshape(side * patch_size, side * patch_size, 3)
-
-
-def draw_patches(masked: PairDataset, whole: PairDataset, path: Path, count: int = 8) -> None:
-    """Draw the first `count` training samples, whole and with only the patches that the encoder sees."""
-    assert masked.tokenizer is not None
-    pyplot = drawing_pyplot()
-    positions = list(range(count))
-    seen, full = masked.__getitems__(positions), whole.__getitems__(positions)
-    side, patch_size = masked.shape.image_size // masked.shape.patch_size, masked.shape.patch_size
-    everything = np.arange(side * side)
-    index = seen["patch_index"].numpy() if "patch_index" in seen else np.tile(everything, (count, 1))
-    figure, axes = pyplot.subplots(2, count, figsize=(1.5 * count, 3.6), constrained_layout=True)
-    for column in range(count):
-        axes[0, column].imshow(_paste(full["patches"][column].numpy(), everything, patch_size, side))
-        axes[1, column].imshow(_paste(seen["patches"][column].numpy(), index[column], patch_size, side))
-        caption = str(masked.tokenizer.decode(full["input_ids"][column], skip_special_tokens=True)).strip()
-        axes[0, column].set_title("\n".join(textwrap.wrap(caption, 24, max_lines=2, placeholder=" …")), fontsize=7)
-    for axis in axes.flat:
-        axis.set_axis_off()
-    kept = masked.kept / masked.shape.num_patches
-    figure.suptitle(f"Above: the crop. Below: the {kept:.0%} of its patches that the image encoder sees.", fontsize=9)
-    save_figure(figure, path)
-
-
-def draw_masks(whole: PairDataset, path: Path, samples: Sequence[int] = (4, 1, 9)) -> None:
-    """Draw some training samples under each kind of mask, and as two views that share no patch."""
-    pyplot = drawing_pyplot()
-    positions, side, patch_size = np.asarray(samples), whole.shape.side, whole.shape.patch_size
-    full = whole.__getitems__(positions.tolist())["patches"].numpy()
-    shown = {"the crop": np.tile(np.arange(side * side), (len(samples), 1))}
-    for kind in IMAGE_MASKS:
-        shown[f"{kind}, 75%"] = keyed_patches(whole.seed, positions, side, 0.75, MaskRecipe(kind))[:, 0]
-    views = keyed_patches(whole.seed, positions, side, 0.5, MaskRecipe(views=2))
-    shown |= {"1st view of 50%": views[:, 0], "2nd view of 50%": views[:, 1]}
-    size = (1.35 * len(shown), 1.35 * len(samples) + 0.3)
-    figure, axes = pyplot.subplots(len(samples), len(shown), figsize=size, squeeze=False, constrained_layout=True)
-    for column, (title, index) in enumerate(shown.items()):
-        axes[0, column].set_title(title, fontsize=9)
-        for row in range(len(samples)):
-            axes[row, column].imshow(_paste(full[row, index[row]], index[row], patch_size, side))
-            axes[row, column].set_axis_off()
     save_figure(figure, path)

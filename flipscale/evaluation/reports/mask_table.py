@@ -1,4 +1,4 @@
-"""Accuracy against what the image encoder computes, for whole images, masked ones and ensembles of views."""
+"""Accuracy against the image encoder's operations, for whole images, masked images and ensembles of views."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,27 +6,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flipscale.evaluation.embedders.masked import ImageMask
-from flipscale.evaluation.reports.figures import drawing_pyplot, save_figure
+from flipscale.evaluation.reports.figures import drawing_pyplot, save_figure, tidy
 from flipscale.evaluation.results import NOTHING, Result, as_metrics
 from flipscale.io.text_table import markdown_table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Of ratios in their order, the first for whole images where they are evaluated.
+# In the order of ratios.
 _COLOURS = ("#2e8b57", "#1f6feb", "#d1495b", "#8a5fbf", "#b8860b")
 
 
 @dataclass(frozen=True)
 class MaskedResults:
-    """What a model achieves on images under one mask.
+    """A model's results under one mask.
 
     Args:
-        model: what tables call the model.
-        mask: of its images.
-        flops: operations of its image tower and projection for one image, all views together; a multiply-add is two.
-        whole_flops: the same of a whole image.
-        results: of all tasks, in their order.
+        model: name of the model in tables.
+        mask: mask of its images.
+        flops: operations of the image tower and projection per image, all views together; a multiply-add is two.
+        whole_flops: the same operations for a whole image.
+        results: results of all tasks, in their order.
     """
 
     model: str
@@ -37,24 +37,24 @@ class MaskedResults:
 
     @property
     def relative(self) -> float:
-        """The operations, in those of a whole image."""
+        """Operations as a share of a whole image's."""
         return self.flops / self.whole_flops
 
     @property
     def headlines(self) -> dict[str, Result]:
-        """The results that short tables show, by their names `task/metric`."""
+        """Results of short tables, by their names `task/metric`."""
         return {result.name: result for result in self.results if result.headline}
 
     def as_json(self) -> dict[str, Any]:
-        """Return the mask, the operations and the metrics, for a line of JSON."""
+        """Return the mask, the operations and the metrics for a line of JSON."""
         mask = {"mask_ratio": self.mask.ratio, "mask_views": self.mask.views, "mask_kind": self.mask.kind}
         cost = {"encoder_gflops": self.flops / 1e9, "encoder_relative": self.relative}
         return {"model": self.model, **mask, **cost, **as_metrics(self.results)}
 
 
 def mask_table(rows: Sequence[MaskedResults]) -> str:
-    """Return a Markdown table: a line for each model and mask, with the encoder's operations for an image, and a column
-    with 95 % intervals for each headline of the tasks."""
+    """Return a Markdown table with a row for each model and mask: operations per image, then each headline with its
+    95 % interval."""
     columns = list(dict.fromkeys(name for row in rows for name in row.headlines))
     several = len({row.model for row in rows}) > 1
     table = [[*(["model"] if several else []), "image", "encoder GFLOPs", "of whole", *columns]]
@@ -66,9 +66,11 @@ def mask_table(rows: Sequence[MaskedResults]) -> str:
 
 
 def draw_masked_results(rows: Sequence[MaskedResults], path: Path) -> None:
-    """Draw the first headline of each task against the encoder's operations: a panel for each model and task, a line
-    for each ratio, whose points are the numbers of views; bars are 95 % intervals and the level is that of whole
-    images."""
+    """Draw each task's first headline against the encoder's operations, a panel for each model and task.
+
+    A line is a mask ratio and its points are numbers of views. Bars are 95 % intervals. A dotted level marks whole
+    images.
+    """
     panels: dict[tuple[str, str], list[MaskedResults]] = {}
     for row in rows:
         firsts = {result.task: name for name, result in reversed(row.headlines.items())}
@@ -106,5 +108,4 @@ def _draw_panel(axis: "Axes", rows: Sequence[MaskedResults], name: str) -> None:
     axis.set_xlabel("encoder GFLOPs an image")
     axis.set_ylabel(", ".join(filter(None, (f"{shown.task.replace('_', '-')} {shown.shown}", shown.unit))))
     axis.set_xlim(0, 1.25 * max(row.flops for row in rows) / 1e9)
-    axis.grid(alpha=0.25)
-    axis.spines[["top", "right"]].set_visible(False)
+    tidy(axis)

@@ -1,4 +1,4 @@
-"""The models that a command names: what tables call them, and where their results are kept."""
+"""The models that a command names: their names in tables, and the folders of their results."""
 
 import os
 import re
@@ -12,6 +12,7 @@ from flipscale.io.model_folder import local_folder
 
 EVALUATIONS = Path("evaluations")
 _PREFIX = re.compile(r"^(?:open_clip|hf|untrained):")
+_REPORTS = ("results.md", "results.png")
 
 
 @dataclass(frozen=True)
@@ -19,11 +20,11 @@ class NamedModel:
     """A model to evaluate.
 
     Args:
-        given: as the command line has it: a folder of a model or of a run, a Hub name, `open_clip:NAME,PRETRAINED`,
+        given: argument of the command line: a folder of a model or of a run, a Hub name, `open_clip:NAME,PRETRAINED`,
             `hf:NAME` or `untrained:FOLDER`.
-        name: what tables and lines call it, without the way to a folder.
-        folder: its model folder; None where it is none on this machine, or not flipscale's.
-        home: the folder of its `results.jsonl`.
+        name: name in tables and lines, without the path of a folder.
+        folder: local flipscale model folder; None for other models.
+        home: folder of its `results.jsonl`.
     """
 
     given: str
@@ -33,48 +34,44 @@ class NamedModel:
 
     @property
     def lines(self) -> Path:
-        """Its `results.jsonl`."""
+        """Path of its `results.jsonl`."""
         return self.home / RESULTS_FILE
 
 
 def name_models(given: Sequence[str], output_dir: Path | None) -> list[NamedModel]:
     """Return the models of a command.
 
-    Results are kept in a local model folder itself, and those of other models in `evaluations/NAME/`; with
-    `output_dir`, those of all models in `OUTPUT_DIR/NAME/`.
+    Results of a local model folder go into the folder itself, results of other models into `evaluations/NAME/`. With
+    `output_dir`, all go into `OUTPUT_DIR/NAME/`.
 
     Raises:
-        ValueError: a model is named twice, or by a path that leads to none.
+        UserError: a model is named twice, or its path does not exist.
     """
     names = [_short_name(text) for text in given]
-    # Two runs' folders may end alike: then the whole path tells them apart.
+    # Runs in different folders may have one name. Then the whole path is the name.
     names = [text if names.count(name) > 1 else name for text, name in zip(given, names, strict=True)]
-    slugs = [_slug(name) for name in names]
+    slugs = [re.sub(r"[^\w.,-]+", "-", os.path.normpath(name)).strip("-") for name in names]
+    models = []
     for text, name, slug in zip(given, names, slugs, strict=True):
         if slugs.count(slug) > 1:
             raise UserError(f"{slugs.count(slug)} models are called {name!r}; name each model once ({text})")
-    found = []
-    for text, name, slug in zip(given, names, slugs, strict=True):
         folder = None if _PREFIX.match(text) else local_folder(text)
         home = (output_dir or EVALUATIONS) / slug if output_dir or folder is None else folder
-        found.append(NamedModel(text, name, folder, home))
-    return found
+        models.append(NamedModel(text, name, folder, home))
+    return models
 
 
 def tables_home(models: Sequence[NamedModel], output_dir: Path | None) -> Path:
-    """Return the folder of `results.md` and `results.png`: `output_dir`, else a single model's own, else
+    """Return the folder of `results.md` and `results.png`: `output_dir`, else a single model's home, else
     `evaluations`."""
     return output_dir or (models[0].home if len(models) == 1 else EVALUATIONS)
 
 
-_REPORTS = ("results.md", "results.png")
-
-
 def check_writable(folder: Path) -> None:
-    """Raise if results cannot be written to a folder, which need not exist yet.
+    """Raise if results cannot be written to a folder. The folder need not exist yet.
 
     Raises:
-        ValueError: it cannot be made or written to, or folders are where its files will be.
+        UserError: the folder is not writable, or contains folders named like the results.
     """
     there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
     if there.is_dir() and os.access(there, os.W_OK):
@@ -86,7 +83,7 @@ def check_writable(folder: Path) -> None:
 
 
 def _short_name(text: str) -> str:
-    """What tables call a model: a run's name for `RUN/model`, a path's last part, any other as it is given."""
+    """Return a run's name for `RUN/model`, the last part of a path, and any other text unchanged."""
     prefix = (_PREFIX.match(text) or [""])[0]
     return prefix + ",".join(_last_part(name) for name in text.removeprefix(prefix).split(","))
 
@@ -96,7 +93,3 @@ def _last_part(name: str) -> str:
         return name
     parts = Path(name).absolute().parts
     return parts[-2] if parts[-1] == "model" and len(parts) > 2 else parts[-1]
-
-
-def _slug(name: str) -> str:
-    return re.sub(r"[^\w.,-]+", "-", os.path.normpath(name)).strip("-")

@@ -1,29 +1,44 @@
-"""`results.jsonl` beside a model: a line a figure, with everything that made it.
+"""`results.jsonl` beside a model: a line for each figure, with everything that made it.
 
-The lines of one task under one setting are a group: they are written at once, as soon as the task has ended, and read
-only if they are all there. A group that stands there is not evaluated again.
+The lines of one task under one setting are a group. A group is written in one piece when its task has ended, and read
+only if it is complete. An existing group is not evaluated again.
 """
 
 import dataclasses
 import hashlib
 import json
+import os
+import re
+import sys
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from flipscale.data.prepared import read_prepared
+from flipscale.evaluation.embedding import Embedder
+from flipscale.evaluation.kinds.task import Task
 from flipscale.evaluation.results import Result
+from flipscale.evaluation.task_page import TaskPage, read_page
+from flipscale.evaluation.test_set import CLASS_NAMES, TEMPLATES, TestSet, read_text
 from flipscale.io import json_lines
 from flipscale.io.errors import UserError
 
 _FIRST = b'{"group": "'
-_NEEDED: dict[str, type | tuple[type, ...]] = {
+# Needed fields of a line and their types. A model folder may come from elsewhere, with any file of this name.
+_NEEDED = {
     **dict.fromkeys(("group", "weights", "task", "kind", "metric"), str),
     **{"lines": int, "value": (int, float), "data": (dict, type(None))},
 }
+_OPTIONAL = {"made_by": dict, "who": str, "unit": str, "label": str}
 _KNOWN = {field.name for field in dataclasses.fields(Result)}
+# Folder names that need the folder above them to name a data set.
+_SPLITS = ("train", "test", "val", "validation")
+_PACKAGES = ("flipscale", "torch", "transformers", "open_clip")
 
 
 @dataclass(frozen=True)
@@ -31,7 +46,7 @@ class Line:
     """A figure, and what made it.
 
     Args:
-        result: its `made_by` names the data without the way to it.
+        result: the figure. Its `made_by` names the data without a path.
         about: the other fields of the line: `group weights model page title suites data prompts image_size mask
             precision versions seconds date`.
     """
@@ -44,7 +59,7 @@ def weights_digest(names: Iterable[str], read: Callable[[str], torch.Tensor]) ->
     """Return the SHA-256 of weights: of their names in alphabetical order, each with its dtype, shape and bytes.
 
     Args:
-        read: returns the tensor of a name, on any device.
+        read: function from a name to its tensor, on any device.
     """
     digest = hashlib.sha256()
     for name in sorted(names):
@@ -55,7 +70,7 @@ def weights_digest(names: Iterable[str], read: Callable[[str], torch.Tensor]) ->
 
 
 def group_of(weights: str, setting: dict[str, Any]) -> str:
-    """Return the name of the lines of one task: a digest of the weights and of all that its figures depend on."""
+    """Return the group of a task's lines: a digest of the weights and of the setting."""
     return hashlib.sha256(json.dumps([weights, setting], sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -72,37 +87,36 @@ def append_lines(path: Path, group: str, results: Sequence[Result], about: dict[
 
 
 def read_lines(path: Path) -> list[Line]:
-    """Return the lines of all whole groups of a file, each group once; none where there is no file.
+    """Return the lines of all complete groups of a file, each group once; nothing if there is no file.
 
     Raises:
-        ValueError: it is no file, or has lines that `flipscale evaluate` did not write.
+        UserError: it is not a file, or has lines that `flipscale evaluate` did not write.
     """
-    return [_as_line(record) for record in _whole_groups(_records(path))]
+    return [_as_line(record) for record in _complete_groups(_records(path))]
 
 
 def drop_torn(path: Path) -> None:
-    """Write the file anew without the groups that a kill left torn or incomplete, if there are such.
+    """Rewrite a file without the groups that a kill left incomplete, if there are any.
 
     Raises:
-        ValueError: as `read_lines`.
+        UserError: as `read_lines`.
         OSError: the disk is full or not writable.
     """
     if not path.exists():
         return
-    whole = _whole_groups(_records(path))
-    if len(whole) != len(path.read_bytes().splitlines()):
-        json_lines.rewrite(path, whole)
+    complete = _complete_groups(_records(path))
+    if len(complete) != len(path.read_bytes().splitlines()):
+        json_lines.rewrite(path, complete)
 
 
 def _records(path: Path) -> list[dict[str, Any]]:
     """Return the lines of a file that are not torn."""
     if path.is_symlink() or (path.exists() and not path.is_file()):
         raise UserError(f"{path} is no file; move it away, or name another folder with --output_dir")
-    if not path.exists():
-        return []
-    found = []
-    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
-        if not line.strip(b"\0"):  # a file system that lost its power may leave zeros
+    records = []
+    for number, line in enumerate(path.read_bytes().split(b"\n") if path.exists() else [], 1):
+        # A power failure may leave zeros.
+        if not line.strip(b"\0"):
             continue
         try:
             record = json.loads(line)
@@ -115,27 +129,119 @@ def _records(path: Path) -> list[dict[str, Any]]:
                 f"{path}, line {number}, is not a line of `flipscale evaluate`; move the file away, or name another "
                 "folder with --output_dir"
             )
-        found.append(record)
-    return found
+        records.append(record)
+    return records
 
 
 def _is_line(record: dict[str, Any]) -> bool:
-    """Return whether a record has what a line needs, each of its type, and no part of a result of another type."""
-    about = {"made_by": dict, "who": str, "unit": str, "label": str}
     return all(isinstance(record.get(name, ...), kind) for name, kind in _NEEDED.items()) and all(
-        isinstance(record[name], kind) for name, kind in about.items() if name in record
+        isinstance(record[name], kind) for name, kind in _OPTIONAL.items() if name in record
     )
 
 
-def _whole_groups(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the lines of the groups that are whole, each figure once."""
+def _complete_groups(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the lines of complete groups, each figure once."""
     groups: dict[str, dict[tuple[str, str], dict[str, Any]]] = {}
     for record in records:
         groups.setdefault(record["group"], {})[record["metric"], record.get("who", "")] = record
-    whole = (list(lines.values()) for lines in groups.values())
-    return [line for lines in whole if len(lines) == lines[0]["lines"] for line in lines]
+    own = (list(lines.values()) for lines in groups.values())
+    return [line for lines in own if len(lines) == lines[0]["lines"] for line in lines]
 
 
 def _as_line(record: dict[str, Any]) -> Line:
     known = {name: value for name, value in record.items() if name in _KNOWN}
     return Line(Result(**known), {name: value for name, value in record.items() if name not in _KNOWN})
+
+
+def setting_of(embedder: Embedder, task: Task) -> dict[str, Any]:
+    """Return everything that a task's figures depend on beside the weights: options, data, prompts, image processing.
+
+    Batch size, workers and the number of processes are left out, because no figure depends on them.
+    """
+    test_set = TestSet.open(task.data)
+    prompts = task.prompts(test_set)
+    options = {name: value for name, value in task.made_by.items() if name not in ("data", "templates", "image_size")}
+    return {
+        "task": task.name,
+        "kind": task.kind,
+        "options": options,
+        "data": _data_of(task, test_set),
+        "other_sets": [_set_digest(other, other.data) for other in task.other_sets()],
+        "prompts": {"number": len(prompts), "digest": _digest(prompts)} if prompts else None,
+        "image_size": embedder.at(task.image_size).image_size,
+        "mask": dict(embedder.mask),
+        "precision": {"no": "fp32"}.get(*[embedder.accelerator.mixed_precision] * 2),
+    }
+
+
+def about(task: Task, setting: dict[str, Any], model: str, weights: str, seconds: float) -> dict[str, Any]:
+    """Return the fields of a task's lines beside its results."""
+    page = _page_of(task)
+    return {
+        "model": model,
+        "weights": weights,
+        "page": page.name if page else None,
+        "title": page.title if page else None,
+        **{name: setting[name] for name in ("data", "prompts", "image_size", "mask", "precision")},
+        "versions": _versions(model),
+        "seconds": round(seconds, 3),
+        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def published(result: Result) -> Result:
+    """Return a result for lines: data named without a path, and no list of prompts."""
+    kept = {n: v for n, v in result.made_by.items() if n != "templates" or isinstance(v, str)}
+    places = {n: data_name(kept[n]) for n in ("data", "train", "validation") if kept.get(n)}
+    return dataclasses.replace(result, made_by={**kept, **places})
+
+
+def data_name(place: str) -> str:
+    """Return the common name of a data set: the last folder or file of its path or URL."""
+    place = re.sub(r"^.*://([^/]*@)?", "", place.split("?")[0])
+    parts = [part for part in place.split("/") if part and not re.search(r"[*{]|\.tar$", part)]
+    return "/".join(parts[-2:] if parts[-1:] and parts[-1] in _SPLITS else parts[-1:]) or place
+
+
+def _page_of(task: Task) -> TaskPage | None:
+    return read_page(task.task) if task.task else None
+
+
+def _data_of(task: Task, test_set: TestSet) -> dict[str, Any]:
+    """Return name, size and digest of a task's data; for a prepared task also repository, revision and split."""
+    data, page = task.data, _page_of(task)
+    prepared = (read_prepared(Path(data)) if page else None) or {}
+    return {
+        "name": page.name if page else data_name(data),
+        "repo": page.source.repo if page else None,
+        "split": page.source.split if page else None,
+        "revision": prepared.get("revision") or (page.source.revision if page else None),
+        "images": len(test_set),
+        "digest": _set_digest(test_set, data),
+    }
+
+
+def _set_digest(test_set: TestSet, data: str) -> str:
+    """Return a digest of a set's shard names and sizes, and of its texts."""
+    manifest = test_set.source.manifest
+    shards = [
+        [os.path.basename(name), *map(int, row)]
+        for name, row in zip(manifest.all_names(), manifest.table[["samples", "num_bytes"]].tolist(), strict=True)
+    ]
+    return _digest([shards, [read_text(data, name) for name in (CLASS_NAMES, TEMPLATES)]])
+
+
+def _digest(content: Sequence[Any]) -> str:
+    return hashlib.sha256(json.dumps(list(content)).encode()).hexdigest()[:16]
+
+
+def _versions(model: str) -> dict[str, str]:
+    versions = {}
+    for package in _PACKAGES:
+        if package == "open_clip" and not model.startswith("open_clip:"):
+            continue
+        try:
+            versions[package] = getattr(sys.modules.get(package), "__version__", None) or version(package)
+        except PackageNotFoundError:
+            continue
+    return versions

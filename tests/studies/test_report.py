@@ -1,5 +1,4 @@
-"""`flipscale study report` of a grid of losses and masks, whose runs are made up: not each configuration has each
-result."""
+"""`flipscale study report` of a grid of losses and masks with made-up runs. Some configurations lack some results."""
 
 import json
 from collections.abc import Iterator
@@ -15,17 +14,17 @@ from matplotlib.figure import Figure
 
 from flipscale.cli import main
 from flipscale.evaluation.results import Result, append_results
-from flipscale.studies.folder import write_plan
+from flipscale.studies import figures as study_figures
+from flipscale.studies.design import write_plan
+from flipscale.studies.figures import Outcome, draw_grid, draw_rows
 from flipscale.studies.runs import StudyRun
-from flipscale.studies.scaling import outcomes
-from flipscale.studies.scaling.outcomes import Outcome, draw_grid, draw_rows
 from flipscale.training.recipe import to_yaml
 
 AXES = {
     "loss": {"contrastive": {}, "both": {"loss.caption_weight": 2.0}, "captions": {"loss.kind": "captioning"}},
     "mask": {"mask0": {"stages.0.mask_ratio": 0.0}, "mask50": {"stages.0.mask_ratio": 0.5}, "mask75": {}},
 }
-# By the loss: what runs end with at a mask of 0, in the order of their evaluations.
+# Final results at a mask of 0 by loss, in the order of evaluations.
 ZERO_SHOT = Result("zero_shot", "zero_shot", "top1", 30.0, 96, 28.0, 32.0, chance=6.25)
 PROBE = Result("probe", "probe", "top1", 60.0, 96, chance=10.0)
 CIDER = Result("captioning", "captioning", "cider", 120.0, 96, unit="", label="CIDEr")
@@ -42,7 +41,7 @@ def made(result: Result, gain: float) -> Result:
 
 
 def make_up(run: StudyRun, results: list[Result]) -> None:
-    """The files of a finished run that its report reads."""
+    """Write the files of a finished run that the report reads."""
     run.run_dir.mkdir(parents=True)
     (run.run_dir / "recipe.yaml").write_text(to_yaml(run.recipe))
     (run.run_dir / "environment.json").write_text(json.dumps({"num_parameters": 20_000, "data_samples": 96}))
@@ -97,9 +96,9 @@ def test_a_grid_whose_configurations_lack_results(tmp_path: Path, recipe: dict) 
 
 @pytest.fixture
 def figures(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Figure]]:
-    """What is drawn, in place of files."""
+    """The drawn figures, which are not written."""
     drawn: list[Figure] = []
-    monkeypatch.setattr(outcomes, "save_figure", lambda figure, path: drawn.append(figure))
+    monkeypatch.setattr(study_figures, "save_figure", lambda figure, path: drawn.append(figure))
     yield drawn
     for figure in drawn:
         pyplot.close(figure)

@@ -8,9 +8,9 @@ from pathlib import Path
 import cv2
 import pytest
 
-from flipscale.evaluation.reports.comparison import Curve
+from examples.masking_map.masking_map import Cell, MapRun, Place, cells_of, draw_map, map_text
+from flipscale.evaluation.reports.curves import Curve
 from flipscale.evaluation.results import Measured, Result
-from flipscale.studies.scaling.masking import Cell, MapRun, Place, cells_of, draw_map, map_words
 
 NAME = "zero_shot/top1"
 
@@ -92,7 +92,7 @@ def a_map() -> Callable[[], tuple[list[Cell], set[Place]]]:
 
 
 def test_the_table_has_all_places_and_what_the_ratio_goes_with(a_map: Callable) -> None:
-    text = map_words(*a_map(), "top-1")
+    text = map_text(*a_map(), "top-1")
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line[0:1] == "|"]
     assert len(rows) == 2 + 18
     assert rows[0][-5:] == ["points", "from", "to", "epochs", "at mask 0"]
@@ -103,7 +103,7 @@ def test_the_table_has_all_places_and_what_the_ratio_goes_with(a_map: Callable) 
     assert rows[9][:3] == ["1/32", "30", "50%"]
     # Between equal minutes are no ranks, so that it is not -1 with these.
     minutes = r"At 50%, over 8 cells, the rank correlation of times as fast is -0\.7\d with the minutes, "
-    assert re.search(minutes + "-1.00 with the epochs that the masked run saw", text)
+    assert re.search(minutes + "-1.00 with the epochs of the masked run", text)
     assert "At a mask of 75% pairs come 2.8 times as fast, with 25% of the image tower's operations: the tower" in text
     assert "clocks" not in text
 
@@ -112,7 +112,7 @@ def test_the_table_names_the_places_where_clocks_differ() -> None:
     masked, whole = Place(1 / 8, 4, 0.5), Place(1 / 8, 4, 0.0)
     late = run(masked, 21.0)
     late.curve.records[-1]["trained_seconds"] = 250.0
-    text = map_words(cells_of([run(whole, 11.0), late], NAME), [masked, whole], "top-1")
+    text = map_text(cells_of([run(whole, 11.0), late], NAME), [masked, whole], "top-1")
     assert text.endswith("Not at equal time, the clocks differ by more than 1 %: 1/8, 4 minutes, 50%.")
 
 

@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from flipscale.studies.scaling.transfer import Arm, beyond, effects, interactions
-from flipscale.studies.scaling.words import transfer_words
+from flipscale.studies.transfer import Arm, beyond, effects, interactions, transfer_report
 
 # FLIP (arXiv 2212.00794), Table 8.
 TABLE8 = Path(__file__).parents[1] / "fixtures/table8.csv"
@@ -61,7 +60,7 @@ def test_retrieval_moves_beyond_imagenet_with_data_and_language_with_the_model(t
 
 
 def test_transfer_in_words(table8: list[Arm]) -> None:
-    said = transfer_words(table8, "imagenet")
+    said = transfer_report(table8, "imagenet")
     assert "- flickr_text_r1: data: 2B +3.3 against schedule: 2x +1.3, model: h14 +0.8" in said
     assert "- nocaps: model: h14 +5.6 against data: 2B +1.1, schedule: 2x +0.9" in said
     assert "- fine_tune: model: h14 +0.4 against data: 2B +0.2, schedule: 2x +0.0" in said
@@ -75,18 +74,18 @@ def test_seeds_give_intervals_by_student_s_t() -> None:
     effect = effects([base, large])["model: large"]["top1"]
     assert effect.mean == pytest.approx(3.0)  # of the seeds that both have
     assert (effect.low, effect.high) == (pytest.approx(3 - 4.303 / 3**0.5), pytest.approx(3 + 4.303 / 3**0.5))
-    assert "+3.0 (+0.5 to +5.5)" in transfer_words([base, large], "top1")
+    assert "+3.0 (+0.5 to +5.5)" in transfer_report([base, large], "top1")
 
 
 def test_results_that_the_base_has_not_are_named() -> None:
     base, both = Arm({}, {"top1": {0: 10.0}}), Arm({"loss": "both"}, {"top1": {0: 11.0}, "CIDEr": {0: 50.0}})
-    said = transfer_words([base, both], "top1")
+    said = transfer_report([base, both], "top1")
     assert "|            | top1 |" in said
     assert "\n\nNo result of the base to compare with: CIDEr.\n" in said
     other = Arm({"loss": "captions"}, {"CIDEr": {0: 50.0}})
-    assert "No level alone has a result that the base has too" in transfer_words([base, other], "top1")
+    assert "No level alone has a result that the base has too" in transfer_report([base, other], "top1")
 
 
 def test_effects_without_the_base_are_refused() -> None:
-    with pytest.raises(ValueError, match="no run of the base is finished, which effects are told against; train it"):
+    with pytest.raises(ValueError, match="no run of the base is finished"):
         effects([Arm({"model": "large"}, {"top1": {0: 1.0}})])

@@ -1,4 +1,4 @@
-"""Compute what recipes take before they are trained: hours, energy, money and CO2, recipe beside recipe."""
+"""Compute the hours, energy, money and CO2 of recipes before they are trained."""
 
 import argparse
 import dataclasses
@@ -12,39 +12,42 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "recipes", nargs="+", metavar="RECIPE", help="A recipe file, or the name of a recipe of the package."
     )
-    parser.add_argument("--gpu", required=True, help="The kind of GPU to train on, such as h100.")
-    parser.add_argument("--num_gpus", type=number(Count), default=1, help="How many of them. Default: 1.")
+    parser.add_argument("--gpu", required=True, help="The kind of GPU, such as h100.")
+    parser.add_argument("--num_gpus", type=number(Count), default=1, help="Number of GPUs. Default: 1.")
     parser.add_argument(
         "--mfu",
         type=number(ShareAboveZero),
-        help="Useful operations of a step as a share of the GPU's peak, as a run on such GPUs has it. Default: 0.4.",
+        help="Useful operations of a step as a share of the GPU's peak, from a run on such GPUs. Default: 0.4.",
     )
     parser.add_argument(
         "--bench",
         type=Path,
         metavar="FILE",
-        help="In its place: the JSON line of `flipscale bench step --json` on such a GPU.",
+        help="The JSON line of `flipscale bench step --json` on such a GPU, instead of --mfu.",
     )
-    parser.add_argument("--watts", type=number(Positive), help="What a GPU takes while it trains.")
+    parser.add_argument("--watts", type=number(Positive), help="Power of a GPU during training.")
     parser.add_argument(
         "--device_hour_dollars",
         type=number(NonNegative),
-        help="The price of a GPU for an hour. Default, as of the two below: what `cost` of the recipe says.",
+        help="Price of a GPU for an hour. Default, as for the two below: `cost` of the recipe.",
     )
-    parser.add_argument("--pue", type=number(Overhead), help="The power of the computing centre over its machines'.")
-    parser.add_argument("--kwh_co2_grams", type=number(NonNegative), help="What the grid emits for a kWh.")
+    parser.add_argument(
+        "--pue", type=number(Overhead), help="Power of the computing centre as a multiple of its machines' power."
+    )
+    parser.add_argument("--kwh_co2_grams", type=number(NonNegative), help="CO2 emissions of the grid per kWh.")
 
 
 def run(args: argparse.Namespace) -> None:
     """Print the table.
 
     Raises:
-        ValueError: a GPU that is not known, a recipe that cannot be trained, or a bench file that cannot be read.
+        UserError: the GPU is unknown, a recipe cannot be trained, or the bench file cannot be read.
     """
+    # Imported here, because torch takes seconds and --help should not wait.
     from flipscale.engines.device import BF16_PEAKS
     from flipscale.planning.cost import Gpus, cost_table
-    from flipscale.planning.measured import share_of_peak
     from flipscale.planning.proposal import gpu_named
+    from flipscale.planning.time import share_of_peak
     from flipscale.training.recipe import parse_recipe
 
     name = gpu_named(args.gpu)
@@ -52,9 +55,6 @@ def run(args: argparse.Namespace) -> None:
     mfu = share_of_peak("--mfu", args.mfu, args.bench, peak)
     gpus = Gpus(name, args.num_gpus, peak, mfu, args.watts)
     recipes = {recipe: parse_recipe(["--config", recipe]) for recipe in args.recipes}
-    given = {
-        field: getattr(args, field)
-        for field in ("device_hour_dollars", "pue", "kwh_co2_grams")
-        if getattr(args, field) is not None
-    }
+    prices = ("device_hour_dollars", "pue", "kwh_co2_grams")
+    given = {field: getattr(args, field) for field in prices if getattr(args, field) is not None}
     print(cost_table(recipes, gpus, [dataclasses.replace(recipe.cost, **given) for recipe in recipes.values()]))

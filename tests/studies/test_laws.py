@@ -6,10 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from flipscale.studies.scaling.fitting import fit_law, largest_budget, predict
-from flipscale.studies.scaling.laws import AdditiveLaw, Law, PowerLaw, SaturatingLaw
-from flipscale.studies.scaling.points import Points
-from flipscale.studies.scaling.words import fit_words, prediction_words
+from flipscale.studies.laws import AdditiveLaw, Law, Points, PowerLaw, SaturatingLaw, fit_law, predict
 
 # 29 models of LAION's scaling study (arXiv 2212.07143): model, data, samples seen, operations and two results.
 LAION = Path(__file__).parents[1] / "fixtures/laion_scaling.csv"
@@ -48,7 +45,7 @@ def test_laion_s_slopes(result: str, slope: float, interval: tuple[float, float]
     points = laion(result)
     law = PowerLaw(points)
     fit = fit_law(law, points)
-    assert round(fit.found[0], 3) == slope
+    assert round(fit.fitted[0], 3) == slope
     # Those were computed from draws whose front has every point once: they hold the truth 84 times of 100 (below).
     assert fit.low[0] < interval[0] < slope < interval[1] < fit.high[0]
     assert (fit.low[0], fit.high[0]) == pytest.approx(interval, abs=0.007)
@@ -59,10 +56,10 @@ def test_laion_s_largest_two_are_predicted_by_the_others() -> None:
     held_out = np.array([name.startswith(("g-14", "H-14")) for name in points.names])
     giant, huge = predict(PowerLaw(points), points, held_out, 100)
     assert (round(giant.predicted, 1), round(huge.predicted, 1)) == (24.1, 22.5)
-    assert (round(giant.found, 1), round(huge.found, 1)) == (23.3, 22.0)
-    assert giant.low < giant.found < giant.high
-    assert points.names[largest_budget(points)].tolist() == ["H-14 2B 34B"]
-    words = prediction_words("power law", huge)
+    assert (round(giant.error, 1), round(huge.error, 1)) == (23.3, 22.0)
+    assert giant.low < giant.error < giant.high
+    assert points.names[points.largest_budget()].tolist() == ["H-14 2B 34B"]
+    words = str(huge)
     assert words.startswith("power law: without H-14 2B 34B it predicts 22.5 % error (")
     assert words.endswith("); found: 22.0 % (off by +0.5)")
 
@@ -124,7 +121,7 @@ def test_synthetic_points_of_a_saturating_law_come_back() -> None:
     noisy = made(compute, error * np.exp(0.003 * np.random.default_rng(2).standard_normal(16)))
     fit = fit_law(SaturatingLaw(noisy), noisy, resamples=60)
     assert ((fit.low <= truth) & (truth <= fit.high)).all()
-    a, b, c, d = fit.found
+    a, b, c, d = fit.fitted
     assert min(a, b, d, -c) >= 0
 
 
@@ -143,10 +140,10 @@ def test_the_front_keeps_what_no_cheaper_point_beats() -> None:
 @pytest.mark.parametrize(
     ("law", "count", "message"),
     [
-        (PowerLaw, 1, "power law: 1 point is too few for 2 parameters, which take 4; train more configurations"),
-        (PowerLaw, 3, "power law: 3 points are too few for 2 parameters, which take 4; train more configurations"),
-        (SaturatingLaw, 5, "saturating: 5 points are too few for 4 parameters, which take 6"),
-        (AdditiveLaw, 4, "additive: 4 points are too few for 3 parameters, which take 5"),
+        (PowerLaw, 1, "power law: 1 point is too few for 2 parameters, which need 4"),
+        (PowerLaw, 3, "power law: 3 points are too few for 2 parameters, which need 4"),
+        (SaturatingLaw, 5, "saturating: 5 points are too few for 4 parameters, which need 6"),
+        (AdditiveLaw, 4, "additive: 4 points are too few for 3 parameters, which need 5"),
     ],
 )
 def test_fewer_points_than_parameters_and_two_are_refused(law: type[Law], count: int, message: str) -> None:
@@ -155,7 +152,7 @@ def test_fewer_points_than_parameters_and_two_are_refused(law: type[Law], count:
     with pytest.raises(ValueError, match=message):
         fit_law(law(points), points)
     with pytest.raises(ValueError, match="are too few"):
-        predict(law(points), points, largest_budget(points))
+        predict(law(points), points, points.largest_budget())
 
 
 def test_two_values_of_an_axis_and_no_axis_are_refused_by_the_additive_law() -> None:
@@ -175,6 +172,6 @@ def test_a_point_without_error_is_refused() -> None:
 def test_a_fit_in_words() -> None:
     compute = 1e15 * 2.0 ** np.arange(6)
     points = made(compute, 40 * (compute / 1e15) ** -0.1)
-    said = fit_words(fit_law(PowerLaw(points), points, resamples=10)).splitlines()
+    said = str(fit_law(PowerLaw(points), points, resamples=10)).splitlines()
     assert said[0] == "error in % = level x compute^slope, fitted to 6 points, in units of 5.66e+15 of compute."
     assert said[4].split("|")[1:3] == [" slope     ", "  -0.1 "]

@@ -1,0 +1,287 @@
+"""The curves of runs, and runs side by side: their table, their means over seeds, and their times to equal results."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flipscale.evaluation.intervals import Mean, mean_of
+from flipscale.evaluation.results import (
+    NOTHING,
+    THIS_MODEL,
+    Measured,
+    Result,
+    append_results,
+    latest,
+    read_metrics,
+    read_results,
+    with_unit,
+)
+from flipscale.io.errors import UserError
+from flipscale.io.yaml_text import read_saved_recipe
+
+# The sections of a recipe that decide what is learned, beside its stages and its seed.
+_LEARNED = ("model", "data", "mask", "loss", "optim")
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One run, read from its files.
+
+    Args:
+        name: name of the run directory.
+        records: all records of `metrics.jsonl`, in the order of steps.
+        measured: all results of its evaluations, in the order of steps.
+        masks: mask ratio by stage name, in the order of stages.
+        sizes: image size in pixels by stage name, for stages with a size of their own.
+        seed: seed of the run.
+        learned: text of the recipe's learning fields, without the seed and the lengths of stages.
+    """
+
+    name: str
+    records: list[dict[str, Any]]
+    measured: list[Measured]
+    masks: dict[str, float]
+    sizes: dict[str, int] = field(default_factory=dict)
+    seed: int = 0
+    learned: str = ""
+
+    @property
+    def mask_ratio(self) -> float:
+        """Mask ratio of the first stage."""
+        return next(iter(self.masks.values()))
+
+    @property
+    def tuned(self) -> bool:
+        """Whether unmasked tuning follows the masked stages."""
+        return list(self.masks.values())[-1] == 0 < self.mask_ratio
+
+    @property
+    def arm(self) -> str:
+        """Name of the recipe: the run's name without the seed that a study appends."""
+        return self.name.removesuffix(seed_suffix(self.seed))
+
+    @property
+    def label(self) -> str:
+        """Name of the run in tables and figures: the recipe's name and its masks or image sizes."""
+        if self.sizes:
+            return f"{self.arm} ({', '.join(self._path())})"
+        if self.mask_ratio == 0:
+            return f"{self.arm} (mask 0)"
+        return f"{self.arm} ({self.mask_ratio:.0%} masked{', then tuned' if self.tuned else ''})"
+
+    def _path(self) -> list[str]:
+        parts = []
+        for name, ratio in self.masks.items():
+            size = f"{self.sizes[name]} px" if name in self.sizes else "full size"
+            parts.append(f"{size} {ratio:.0%} masked" if ratio else size)
+        return parts
+
+    @property
+    def results(self) -> list[Result]:
+        """Last result of each task and metric, including baselines."""
+        return latest(self.measured)
+
+    def points(self, metric: str) -> tuple[list[float], list[float]]:
+        """Return the training seconds and the values of every record with `metric`."""
+        points = [(r["trained_seconds"], r[metric]) for r in self.records if r.get(metric) is not None]
+        return [seconds for seconds, _ in points], [value for _, value in points]
+
+    def by_stage(self, metric: str) -> dict[str, tuple[list[float], list[float]]]:
+        """Return `points` by stage name, in the order of stages. Stages without a record are left out."""
+        stages = dict.fromkeys(record["stage"] for record in self.records if record.get("stage"))
+        parts = {
+            stage: replace(self, records=[r for r in self.records if r.get("stage") == stage]).points(metric)
+            for stage in stages
+        }
+        return {stage: points for stage, points in parts.items() if points[0]}
+
+    def course(self, name: str) -> list[Measured]:
+        """Return this model's results named `task/metric`, in the order of steps."""
+        return [m for m in self.measured if m.result.name == name and m.result.who == THIS_MODEL]
+
+    @property
+    def images_per_s(self) -> float:
+        """Mean number of pairs per second of training."""
+        return self.records[-1]["samples_seen"] / self.records[-1]["trained_seconds"]
+
+
+def seed_suffix(seed: int) -> str:
+    """Return the ending of a run's name in a study of several seeds."""
+    return f"-seed{seed}"
+
+
+def read_curve(run_dir: Path, step: int | None = None) -> Curve:
+    """Return the curve of a run directory.
+
+    Args:
+        step: last step to include; None for all.
+
+    Raises:
+        UserError: the run directory has no record.
+    """
+    records = read_metrics(run_dir)
+    if not records:
+        raise UserError(f"{run_dir} has no metrics.jsonl with a record; did the run start?")
+    measured = read_results(run_dir)
+    if step is not None:
+        records = [record for record in records if record["step"] <= step]
+        measured = [one for one in measured if one.step <= step]
+    recipe = read_saved_recipe(run_dir / "recipe.yaml")
+    named = {str(stage.get("name", number)): stage for number, stage in enumerate(recipe["stages"])}
+    masks = {name: stage["mask_ratio"] for name, stage in named.items()}
+    sizes = {name: stage["image_size"] for name, stage in named.items() if stage.get("image_size")}
+    stages = [{name: stage[name] for name in sorted(stage) if "samples" not in name} for stage in recipe["stages"]]
+    learned = {**{name: recipe.get(name) for name in _LEARNED}, "stages": stages}
+    return Curve(run_dir.name, records, measured, masks, sizes, recipe.get("seed", 0), repr(learned))
+
+
+def by_recipe(curves: Sequence[Curve]) -> list[list[Curve]]:
+    """Return groups of curves that differ only in their seeds. A group has each seed once."""
+    groups: list[list[Curve]] = []
+    for curve in curves:
+        for group in groups:
+            if curve.learned == group[0].learned and curve.seed not in [other.seed for other in group]:
+                group.append(curve)
+                break
+        else:
+            groups.append([curve])
+    return groups
+
+
+def record_baselines(run_dir: Path, baselines: Sequence[Result]) -> None:
+    """Append baselines to a run's results, unless they are already there."""
+    known = {(measured.result.name, measured.result.who) for measured in read_results(run_dir)}
+    last = read_metrics(run_dir)[-1]
+    new = [baseline for baseline in baselines if (baseline.name, baseline.who) not in known]
+    append_results(run_dir, new, last["step"], last["samples_seen"], last["trained_seconds"])
+
+
+def headlines(curves: Sequence[Curve]) -> dict[str, str]:
+    """Return the labels of headline results, by their names `task/metric`."""
+    shown = {r.name: r for curve in curves for r in curve.results if r.headline and r.who == THIS_MODEL}
+    labels = [result.shown for result in shown.values()]
+    return {n: r.shown if labels.count(r.shown) == 1 else f"{r.task} {r.shown}" for n, r in shown.items()}
+
+
+def comparison_table(curves: Sequence[Curve]) -> str:
+    """Return the runs, chance and the first run's baselines as a Markdown table with 95 % intervals. Runs that differ
+    only in their seeds also have a row for their mean, with the interval over seeds."""
+    columns = headlines(curves)
+    rows = [["", "pairs seen", "pairs/s", "training", *columns.values()], ["---", *["---:"] * (3 + len(columns))]]
+    groups = by_recipe(curves)
+    seeded = [curve for group in groups if len(group) > 1 for curve in group]
+    for curve in curves:
+        last, own = curve.records[-1], {r.name: r for r in curve.results if r.who == THIS_MODEL}
+        speed = [f"{last['samples_seen']:,}", f"{curve.images_per_s:,.0f}", f"{last['trained_seconds']:.0f} s"]
+        label = f"{curve.label}, seed {curve.seed}" if curve in seeded else curve.label
+        rows.append([label, *speed, *(_cell(own.get(name)) for name in columns)])
+    for group in (group for group in groups if len(group) > 1):
+        means = [_mean_cell([r for curve in group for r in curve.results if r.name == name]) for name in columns]
+        rows.append([f"{group[0].label}, mean and its interval over {len(group)} seeds", *3 * [NOTHING], *means])
+    others: dict[str, dict[str, Result]] = {}
+    for result in curves[0].results:
+        if result.who != THIS_MODEL:
+            others.setdefault(result.who, {})[result.name] = result
+        elif result.chance is not None:
+            chance = replace(result, value=result.chance, low=None, high=None)
+            others.setdefault("chance", {})[result.name] = chance
+    rows += [[who, *3 * [NOTHING], *(_cell(own.get(name)) for name in columns)] for who, own in others.items()]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _mean_cell(results: Sequence[Result]) -> str:
+    finite = [result for result in results if result.who == THIS_MODEL and math.isfinite(result.value)]
+    return NOTHING if len(finite) < 2 else estimate(finite)
+
+
+def estimate(results: Sequence[Result]) -> str:
+    """Return the mean of one result over seeds with its 95 % interval; a single value without; a dash for none."""
+    if not results:
+        return NOTHING
+    if len(results) == 1:
+        return results[0].value_text
+    mean, low, high = mean_of([result.value for result in results], results[0].unit)
+    return replace(results[0], value=mean, low=low, high=high).estimate_text
+
+
+def _cell(result: Result | None) -> str:
+    return NOTHING if result is None else result.estimate_text
+
+
+def over_seeds(group: Sequence[Curve], name: str, field: str = "trained_seconds") -> tuple[np.ndarray, list[Mean]]:
+    """Return where the result `task/metric` was measured, and its means over runs that differ only in their seeds.
+
+    The places are the first run's; other runs' values are interpolated there. With one run, a mean is its own interval.
+
+    Args:
+        field: the place: `trained_seconds` or `samples_seen`.
+    """
+    courses = [course for curve in group if (course := curve.course(name))]
+    along = [[getattr(measured, field) for measured in course] for course in courses]
+    values = np.array(
+        [np.interp(along[0], at, [m.result.value for m in course]) for at, course in zip(along, courses, strict=True)]
+    )
+    if len(courses) == 1:
+        return np.array(along[0]), [Mean(value, value, value) for value in values[0].tolist()]
+    return np.array(along[0]), [mean_of(column, courses[0][0].result.unit) for column in values.T]
+
+
+def seconds_to(curve: Curve, name: str, value: float) -> float | None:
+    """Return the training seconds at which a result first reached `value`; None if it never did.
+
+    Results between evaluations are interpolated, from chance at 0 seconds.
+    """
+    course = curve.course(name)
+    if not course:
+        return None
+    sign = 1.0 if course[0].result.higher_is_better else -1.0
+    points = [(m.trained_seconds, sign * m.result.value) for m in course]
+    if course[0].result.chance is not None:
+        points.insert(0, (0.0, sign * course[0].result.chance))
+    before = points[0]
+    for after in points:
+        if after[1] >= sign * value:
+            rise = after[1] - before[1]
+            part = (sign * value - before[1]) / rise if rise > 0 else 1.0
+            return before[0] + part * (after[0] - before[0])
+        before = after
+    return None
+
+
+def times_to_equal(curves: Sequence[Curve]) -> list[str]:
+    """Return a sentence for each pair of recipes: how much sooner the better one reaches the other's final result.
+
+    The result is the first headline that all runs have. The interval is over seeds, of the logarithms of the ratios.
+    """
+    names = [name for name in headlines(curves) if all(curve.course(name) for curve in curves)]
+    sentences: list[str] = []
+    for pair in combinations(by_recipe(curves), 2) if names else ():
+        ends = [[curve.course(names[0])[-1].result for curve in group] for group in pair]
+        means = [float(np.mean([result.value for result in group])) for group in ends]
+        better = int((means[1] > means[0]) == ends[0][0].higher_is_better and means[0] != means[1])
+        sentences.append(_sentence(pair[better], pair[1 - better], ends[1 - better], names[0]))
+    return sentences
+
+
+def _sentence(better: Sequence[Curve], worse: Sequence[Curve], ends: Sequence[Result], name: str) -> str:
+    """Compare two recipes seed by seed. `ends` are the final results of the worse one."""
+    ratios = []
+    for curve, baseline, end in zip(better, worse, ends, strict=False):
+        seconds = seconds_to(curve, name, end.value)
+        # A curve that begins at that result gives no ratio.
+        if seconds:
+            ratios.append(baseline.course(name)[-1].trained_seconds / seconds)
+    count = min(len(better), len(worse))
+    mean = with_unit(float(np.mean([end.value for end in ends])), ends[0].unit)
+    head = f"{better[0].arm} reaches the last {ends[0].shown} of {worse[0].arm} ({mean})"
+    if len(ratios) < count:
+        return f"{head} in {len(ratios)} of {count} seeds only, so no ratio of times is given."
+    if count == 1:
+        return f"{head} {ratios[0]:.2f} times as fast; one seed, so no interval."
+    ratio, low, high = (math.exp(end) for end in mean_of([math.log(ratio) for ratio in ratios]))
+    return f"{head} {ratio:.2f} times as fast (95 % interval over {count} seeds: {low:.2f} to {high:.2f})."

@@ -1,0 +1,333 @@
+"""Figures of studies: axes against the base, runs against time, laws, rungs of a search, effects, and final results."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from flipscale.evaluation.intervals import mean_of
+from flipscale.evaluation.reports.curves import Curve, over_seeds
+from flipscale.evaluation.reports.figures import drawing_pyplot, save_figure, tidy
+from flipscale.evaluation.results import Result
+from flipscale.studies.laws import LawFit, Points
+from flipscale.studies.transfer import EffectTable
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_BASE_COLOUR = "#777777"
+_COLOURS = (
+    *("#1f6feb", "#d1495b", "#2e8b57", "#8a5fbf", "#c77d0a"),
+    *("#0f8b8d", "#b8336a", "#5a6e2a", "#3d3d9e", "#7a4a2b"),
+)
+_LINES = ("-", "--", ":")
+_PAIRS = {"billions": 1e9, "millions": 1e6, "thousands": 1e3}
+_MOST_COLUMNS = 3
+# Distance of the outer lines' dots, as a share of the distance of levels.
+_SPREAD = 0.16
+_CHANCE = "chance"
+_CHANCE_STYLE: dict[str, Any] = {"color": "#888888", "linestyle": "--", "linewidth": 0.9, "zorder": 0}
+
+# Curves of a configuration's seeds, by its name.
+CurveGroups = Mapping[str, Sequence[Curve]]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Final results of a configuration.
+
+    Args:
+        label: name of the configuration in tables.
+        levels: its level of each axis.
+        results: results of all seeds by headline, `task/metric`.
+    """
+
+    label: str
+    levels: Mapping[str, str]
+    results: Mapping[str, Sequence[Result]]
+
+
+def draw_axes(panels: Mapping[str, CurveGroups], name: str, words: str, path: Path) -> None:
+    """Draw a result against the pairs seen, a panel for each axis: the base and the axis' levels.
+
+    Args:
+        panels: curves of the base and of each level, by axis.
+        name: name of the result, `task/metric`.
+        words: label of the result with its unit.
+    """
+    figure, axes = drawing_pyplot().subplots(
+        1, len(panels), figsize=(4.2 * len(panels), 3.8), sharey=True, squeeze=False, constrained_layout=True
+    )
+    most = max(_most(groups, "samples_seen") for groups in panels.values())
+    unit = next((unit for unit, size in _PAIRS.items() if most >= size), "thousands")
+    for place, (axis, groups) in zip(axes[0], panels.items(), strict=True):
+        _draw_groups(place, groups, name, "samples_seen", _PAIRS[unit])
+        place.set_title(axis, loc="left")
+        place.set_xlabel(f"pairs seen, {unit}")
+        place.legend(frameon=False, loc="upper left")  # Results rise to the right.
+        tidy(place)
+    axes[0, 0].set_ylabel(words)
+    _note_bands(figure, [group for groups in panels.values() for group in groups.values()])
+    save_figure(figure, path)
+
+
+def draw_times(groups: CurveGroups, name: str, words: str, path: Path) -> None:
+    """Draw a result against training time, a line for each configuration."""
+    figure, place = drawing_pyplot().subplots(figsize=(7.5, 4.5), constrained_layout=True)
+    unit, seconds = _time_unit(_most(groups, "trained_seconds"))
+    _draw_groups(place, groups, name, "trained_seconds", seconds)
+    place.set_xlabel(f"training time, {unit}")
+    place.set_ylabel(words)
+    place.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    tidy(place)
+    _note_bands(figure, list(groups.values()))
+    save_figure(figure, path)
+
+
+def _draw_groups(place: "Axes", groups: CurveGroups, name: str, field: str, unit: float) -> None:
+    """Draw a line for each configuration: the mean over its seeds, with the 95 % interval as a band."""
+    for (label, curves), style in zip(groups.items(), _line_styles(len(groups), has_base=True), strict=True):
+        with_result = [curve for curve in curves if curve.course(name)]
+        if not with_result:
+            continue
+        along, means = over_seeds(with_result, name, field)
+        place.plot(along / unit, [mean.value for mean in means], marker="o", markersize=3.5, label=label, **style)
+        if len(with_result) > 1:
+            low, high = [mean.low for mean in means], [mean.high for mean in means]
+            place.fill_between(along / unit, low, high, color=style["color"], alpha=0.13, linewidth=0)
+
+
+def _note_bands(figure: "Figure", groups: Sequence[Sequence[Curve]]) -> None:
+    has_band = any(len(group) > 1 for group in groups)
+    words = "Band: the 95 % interval of the mean over seeds." if has_band else "One seed a configuration: no interval."
+    figure.suptitle(words, fontsize=8, color="#555555", x=0.01, ha="left")
+
+
+def _most(groups: CurveGroups, field: str) -> float:
+    """Return the largest final value of a record's field."""
+    return max(curve.records[-1][field] for curves in groups.values() for curve in curves)
+
+
+def _time_unit(longest: float) -> tuple[str, float]:
+    """Return a unit for times up to `longest` seconds, and its seconds."""
+    return ("hours", 3600.0) if longest > 7200 else ("minutes", 60.0) if longest > 120 else ("seconds", 1.0)
+
+
+def _line_styles(count: int, has_base: bool) -> list[dict[str, Any]]:
+    """Return a colour and a kind of line for each of `count` lines, grey for the base."""
+    coloured = [
+        {"color": _COLOURS[number % len(_COLOURS)], "linestyle": _LINES[number // len(_COLOURS) % len(_LINES)]}
+        for number in range(count)
+    ]
+    return [{"color": _BASE_COLOUR, "linestyle": "-"}, *coloured][:count] if has_base else coloured
+
+
+def draw_fits(points: Points, fits: Sequence[LawFit], words: str, path: Path) -> None:
+    """Draw the error of points against compute, with the front filled, and the laws of compute alone as lines."""
+    figure, place = drawing_pyplot().subplots(figsize=(6.5, 4.5), constrained_layout=True)
+    front = points.front()
+    place.loglog(points.compute, points.error, "o", color="#444444", markerfacecolor="none", label="configurations")
+    place.loglog(front.compute, front.error, "o", color="#444444", label="the front")
+    grid = np.geomspace(points.compute.min() / 1.3, points.compute.max() * 3, 100)
+    ones = np.ones_like(grid)
+    line = Points(np.full(len(grid), "", object), grid, ones, ones, ones, ones)
+    drawn = [fit for fit in fits if tuple(fit.law.spent) == ("compute",)]
+    # Broken lines, because laws without saturation coincide.
+    for fit, colour, kind in zip(drawn, _COLOURS, _LINES, strict=False):
+        label = f"{fit.law.name}, {fit.law.formula}"
+        if fit.law.name == "power law":
+            label = f"power law: slope {fit.fitted[0]:.3f} ({fit.low[0]:.3f} to {fit.high[0]:.3f})"
+        place.loglog(grid, fit.law.error(fit.fitted, line), color=colour, linestyle=kind, label=label)
+    place.set_xlabel("training operations, masks and tuning counted")
+    place.set_ylabel(f"error of {words}, %")
+    place.yaxis.set_major_formatter("{x:g}")
+    place.yaxis.set_minor_formatter("{x:g}")
+    place.legend(frameon=False, fontsize=8)
+    tidy(place)
+    save_figure(figure, path)
+
+
+def draw_rungs(courses: Mapping[str, Sequence[tuple[float, Result]]], words: str, path: Path) -> None:
+    """Draw the results of a search's paths against training time. Paths of the last rung are coloured, with their 95 %
+    intervals; the others are grey.
+
+    Args:
+        courses: training seconds and result of each path in each of its rungs, by its name.
+        words: label of the result with its unit.
+    """
+    figure, place = drawing_pyplot().subplots(figsize=(7.5, 4.5), constrained_layout=True)
+    most = max(map(len, courses.values()))
+    name_of_unit, unit = _time_unit(max(seconds for course in courses.values() for seconds, _ in course))
+    ended = [name for name, course in courses.items() if len(course) == most]
+    ended.sort(key=lambda name: courses[name][-1][1].value, reverse=courses[ended[0]][-1][1].higher_is_better)
+    styles = dict(zip(ended, _line_styles(len(ended), has_base=False), strict=True))
+    others = [name for name, course in courses.items() if course and name not in styles]
+    for name in [*others, *ended]:
+        times = [seconds / unit for seconds, _ in courses[name]]
+        values = [result.value for _, result in courses[name]]
+        if name not in styles:
+            label = f"{len(others)} that went out earlier" if name == others[0] else None
+            place.plot(times, values, marker="o", markersize=3, linewidth=0.8, color="#bbbbbb", label=label)
+            continue
+        place.plot(times, values, marker="o", markersize=4, label=name, **styles[name])
+        last = courses[name][-1][1]
+        if last.low is not None and last.high is not None:
+            place.plot([times[-1]] * 2, [last.low, last.high], color=styles[name]["color"], linewidth=1, alpha=0.6)
+    if most > 1:
+        times = [seconds / unit for seconds, _ in courses[ended[0]]]
+        place.set_xscale("log")
+        place.set_xticks(times, [f"{time:.3g}" for time in times])
+        place.minorticks_off()
+    place.set_xlabel(f"training time, {name_of_unit}: each point is a schedule of its own")
+    place.set_ylabel(words)
+    handles, labels = place.get_legend_handles_labels()
+    order = [labels.index(name) for name in ended] + ([0] if others else [])
+    place.legend(
+        *([listed[number] for number in order] for listed in (handles, labels)),
+        frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5),
+    )  # fmt: skip
+    tidy(place)
+    save_figure(figure, path)
+
+
+def draw_transfer(rows: EffectTable, tasks: Sequence[str], path: Path) -> None:
+    """Draw effects as a coloured table, axis x task. Colours are relative to the largest effect on a task."""
+    values = np.array([[row[task].mean if task in row else np.nan for task in tasks] for row in rows.values()])
+    most = np.nanmax(np.abs(values), axis=0, keepdims=True)
+    size = (max(2.2 + 0.95 * len(tasks), 4.2), 1.8 + 0.45 * len(rows))
+    figure, place = drawing_pyplot().subplots(figsize=size, constrained_layout=True)
+    place.imshow(values / np.where(most > 0, most, 1.0), cmap="RdBu", vmin=-1.4, vmax=1.4, aspect="auto")
+    for (row, column), value in np.ndenumerate(values):
+        is_deep = abs(value) > 0.7 * most[0, column]
+        words = "-" if np.isnan(value) else f"{value:+.1f}"
+        place.text(column, row, words, ha="center", va="center", fontsize=9, color="white" if is_deep else "black")
+    place.set_xticks(range(len(tasks)), [task.replace("_", " ") for task in tasks], rotation=35, ha="right", fontsize=8)
+    place.set_yticks(range(len(rows)), list(rows), fontsize=9)
+    place.tick_params(length=0)
+    figure.suptitle("Points against the base; colours within a task", fontsize=10, x=0.01, ha="left")
+    save_figure(figure, path)
+
+
+def draw_grid(outcomes: Sequence[Outcome], axes: Mapping[str, Sequence[str]], path: Path) -> None:
+    """Draw each task's first headline in a grid of two axes: against the levels of the second axis, a line for each
+    level of the first.
+
+    Args:
+        axes: levels by axis, each axis' base first.
+    """
+    (axis, levels), (along, ticks) = axes.items()
+    figure, panels = _panels(outcomes, (3.9, 3.2))
+    by_levels = {(outcome.levels[axis], outcome.levels[along]): outcome for outcome in outcomes}
+    for place, name, shown in panels:
+        for number, (level, style) in enumerate(zip(levels, _line_styles(len(levels), has_base=True), strict=True)):
+            cells = [by_levels.get((level, tick)) for tick in ticks]
+            values, below, above = _estimates([cell.results.get(name, ()) if cell else () for cell in cells])
+            at = np.arange(len(ticks)) + _SPREAD * (number / max(len(levels) - 1, 1) - 0.5)
+            place.errorbar(
+                *(at, values), yerr=(below, above), marker="o", markersize=4.5, capsize=2.5, elinewidth=1.1,
+                label=f"{axis}: {level}", **style,
+            )  # fmt: skip
+        if shown.chance is not None:
+            place.axhline(shown.chance, label=_CHANCE, **_CHANCE_STYLE)
+        place.set_ylabel(_with_unit(shown))
+        place.set_xticks(range(len(ticks)), ticks)
+        place.set_xlim(-0.4, len(ticks) - 0.6)
+        place.set_xlabel(along)
+        if _is_never_negative(outcomes, name):
+            place.set_ylim(bottom=0)
+    _finish(figure, [place for place, _, _ in panels], outcomes, path)
+
+
+def draw_rows(outcomes: Sequence[Outcome], path: Path) -> None:
+    """Draw each task's first headline with a row for each configuration."""
+    labels = [outcome.label for outcome in outcomes]
+    size = (2.4 + 0.05 * max(map(len, labels)), 0.9 + 0.3 * len(labels))
+    figure, panels = _panels(outcomes, size, sharey=True)
+    base, other = _line_styles(2, has_base=True)
+    for place, name, shown in panels:
+        values, below, above = _estimates([outcome.results.get(name, ()) for outcome in outcomes])
+        for row in range(len(outcomes)):
+            colour = (other if row else base)["color"]
+            place.errorbar(
+                *(values[row], row), xerr=([below[row]], [above[row]]), marker="o", markersize=4.5, capsize=2.5,
+                color=colour,
+            )  # fmt: skip
+        if shown.chance is not None:
+            place.axvline(shown.chance, label=_CHANCE, **_CHANCE_STYLE)
+        place.set_xlabel(_with_unit(shown))
+        place.set_yticks(range(len(labels)), labels, fontsize=8)
+        place.set_ylim(len(labels) - 0.4, -0.6)
+        if _is_never_negative(outcomes, name):
+            place.set_xlim(left=0)
+    _finish(figure, [place for place, _, _ in panels], outcomes, path)
+
+
+def _panels(
+    outcomes: Sequence[Outcome], size: tuple[float, float], sharey: bool = False
+) -> "tuple[Figure, list[tuple[Axes, str, Result]]]":
+    """Return a figure with a titled panel for each task: its axes, the task's first headline, and one result of it.
+
+    Args:
+        size: width and height of a panel in inches.
+    """
+    shown: dict[str, tuple[str, Result]] = {}
+    for outcome in outcomes:
+        for name, results in outcome.results.items():
+            shown.setdefault(results[0].task, (name, results[0]))
+    rows = math.ceil(len(shown) / _MOST_COLUMNS)
+    columns = math.ceil(len(shown) / rows)
+    figure, axes = drawing_pyplot().subplots(
+        *(rows, columns), figsize=(columns * size[0], rows * size[1] + 0.5), sharey=sharey, squeeze=False,
+        constrained_layout=True,
+    )  # fmt: skip
+    for unused in axes.flat[len(shown) :]:
+        unused.set_axis_off()
+    panels = [(place, *own) for place, own in zip(axes.flat, shown.values(), strict=False)]
+    for place, _, result in panels:
+        place.set_title(result.task.replace("_", "-"), loc="left", fontsize=10)
+        tidy(place)
+    return figure, panels
+
+
+def _is_never_negative(outcomes: Sequence[Outcome], name: str) -> bool:
+    return all(result.value >= 0 for outcome in outcomes for result in outcome.results.get(name, ()))
+
+
+def _with_unit(result: Result) -> str:
+    return ", ".join(filter(None, (result.shown, result.unit)))
+
+
+def _estimates(groups: Sequence[Sequence[Result]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return each configuration's mean over seeds, and the lengths of its 95 % interval below and above; NaN without
+    results, and without several seeds."""
+    estimates = np.full((3, len(groups)), np.nan)
+    for number, results in enumerate(groups):
+        values = [result.value for result in results]
+        if len(values) > 1:
+            mean, low, high = mean_of(values, results[0].unit)
+            estimates[:, number] = mean, mean - low, high - mean
+        elif values:
+            estimates[0, number] = values[0]
+    return estimates[0], estimates[1], estimates[2]
+
+
+def _finish(figure: "Figure", places: "Sequence[Axes]", outcomes: Sequence[Outcome], path: Path) -> None:
+    """Add one legend and a note on the bars, and write the figure."""
+    handles: dict[str, Any] = {}
+    for place in places:
+        for handle, label in zip(*place.get_legend_handles_labels(), strict=True):
+            handles.setdefault(label, handle)
+    labels = sorted(handles, key=lambda label: label == _CHANCE)
+    if labels:
+        figure.legend(
+            [handles[label] for label in labels], labels, loc="outside upper center", ncols=min(4, len(labels)),
+            frameon=False,
+        )  # fmt: skip
+    has_bars = any(len(results) > 1 for outcome in outcomes for results in outcome.results.values())
+    words = "Bars: 95 % intervals of means over seeds." if has_bars else "One seed a configuration: no interval."
+    figure.supxlabel(words, fontsize=8, color="#555555", x=0.01, ha="left")
+    save_figure(figure, path)

@@ -1,0 +1,218 @@
+"""The effects of a study's axes: on each task, together beyond their sum, and beyond what another task predicts."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from flipscale.evaluation.intervals import mean_of
+from flipscale.evaluation.results import NOTHING
+from flipscale.io.errors import UserError
+from flipscale.io.text_table import escape_markdown, markdown_table
+
+# Runs needed for a line: its two parameters + 2.
+_LEAST_RUNS = 4
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One configuration of a study and its results.
+
+    Args:
+        levels: changed levels by axis; empty for the base.
+        results: results by task and seed.
+    """
+
+    levels: Mapping[str, str]
+    results: Mapping[str, Mapping[int, float]]
+
+    @property
+    def label(self) -> str:
+        """Name in tables: `model: h14`; ` + ` joins several axes."""
+        return " + ".join(f"{axis}: {level}" for axis, level in self.levels.items()) or "base"
+
+
+@dataclass(frozen=True)
+class Effect:
+    """A difference as a mean over seeds.
+
+    Args:
+        mean: mean over the common seeds of the runs.
+        low, high: ends of the 95 % interval over seeds, by Student's t; None for one seed.
+    """
+
+    mean: float
+    low: float | None = None
+    high: float | None = None
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Effect":
+        """Return the effect of differences, one for each seed."""
+        return cls(values[0]) if len(values) == 1 else cls(*mean_of(values))
+
+    def __str__(self) -> str:
+        """Return `+3.3 (+2.9 to +3.7)`."""
+        between = "" if self.low is None else f" ({self.low:+.1f} to {self.high:+.1f})"
+        return f"{self.mean:+.1f}{between}"
+
+
+# Effects by the arm's label and by task.
+EffectTable = dict[str, dict[str, Effect]]
+
+
+def tasks_of(arms: Sequence[Arm]) -> list[str]:
+    """Return the tasks of all arms, in their order."""
+    return list(dict.fromkeys(task for arm in arms for task in arm.results))
+
+
+def tasks_moved(rows: EffectTable, arms: Sequence[Arm]) -> list[str]:
+    """Return the tasks with an effect in a table, in the order of `tasks_of`."""
+    return [task for task in tasks_of(arms) if any(task in row for row in rows.values())]
+
+
+def effects(arms: Sequence[Arm]) -> EffectTable:
+    """Return the effect of each level alone against the base.
+
+    Raises:
+        UserError: the base is not among the arms.
+    """
+    base = _base(arms)
+    return _rows([arm for arm in arms if len(arm.levels) == 1], arms, lambda arm: [(1, arm), (-1, base)])
+
+
+def interactions(arms: Sequence[Arm]) -> EffectTable:
+    """Return the effect of each combination of levels beyond the sum of their effects alone.
+
+    Raises:
+        UserError: the base is not among the arms.
+    """
+    base = _base(arms)
+    alone = {next(iter(arm.levels.items())): arm for arm in arms if len(arm.levels) == 1}
+    together = [arm for arm in arms if len(arm.levels) > 1 and set(arm.levels.items()) <= alone.keys()]
+
+    def parts(arm: Arm) -> list[tuple[int, Arm]]:
+        singles = [(-1, alone[level]) for level in arm.levels.items()]
+        return [(1, arm), *singles, (len(singles) - 1, base)]
+
+    return _rows(together, arms, parts)
+
+
+def beyond(arms: Sequence[Arm], reference: str) -> EffectTable:
+    """Return the effect of each arm on each other task, beyond the prediction from the reference task.
+
+    The prediction is a line between the logits of the two tasks, fitted to all runs. Tasks with values outside
+    (0, 100) or with fewer than four runs are left out.
+
+    Args:
+        reference: task that predicts the others, such as zero-shot classification.
+
+    Raises:
+        UserError: the base is not among the arms.
+    """
+    table: EffectTable = {}
+    base = _base(arms)
+    for task in (task for task in tasks_of(arms) if task != reference):
+        pairs = [
+            (arm.results[reference][seed], value)
+            for arm in arms
+            for seed, value in arm.results.get(task, {}).items()
+            if seed in arm.results.get(reference, {})
+        ]
+        xy = np.array(pairs).reshape(-1, 2)
+        if len(xy) < _LEAST_RUNS or not ((xy > 0) & (xy < 100)).all() or np.ptp(xy[:, 0]) == 0:
+            continue
+        line = np.polyfit(_logit(xy[:, 0]), _logit(xy[:, 1]), 1)
+
+        def residuals(arm: Arm, task: str = task, line: np.ndarray = line) -> Arm:
+            own, others = arm.results.get(reference, {}), arm.results.get(task, {})
+            at = {seed: np.polyval(line, _logit(own[seed])) for seed in others if seed in own}
+            left = {seed: others[seed] - float(100 / (1 + np.exp(-place))) for seed, place in at.items()}
+            return Arm(arm.levels, {task: left})
+
+        zero = residuals(base)
+        for arm in map(residuals, (arm for arm in arms if arm.levels)):
+            if (effect := _combined([(1, arm), (-1, zero)], task)) is not None:
+                table.setdefault(arm.label, {})[task] = effect
+    return table
+
+
+def _logit(percent: np.ndarray | float) -> np.ndarray:
+    share = np.asarray(percent) / 100
+    return np.log(share / (1 - share))
+
+
+def _base(arms: Sequence[Arm]) -> Arm:
+    for arm in arms:
+        if not arm.levels:
+            return arm
+    raise UserError("no run of the base is finished, and effects are measured against it; train it")
+
+
+def _rows(shown: Sequence[Arm], arms: Sequence[Arm], parts: Callable[[Arm], list[tuple[int, Arm]]]) -> EffectTable:
+    rows: EffectTable = {}
+    for arm in shown:
+        cells = {task: _combined(parts(arm), task) for task in tasks_of(arms)}
+        rows[arm.label] = {task: effect for task, effect in cells.items() if effect is not None}
+    return rows
+
+
+def _combined(parts: Sequence[tuple[int, Arm]], task: str) -> Effect | None:
+    """Return the weighted sum of arms' results over their common seeds; None without a common seed."""
+    results = [arm.results.get(task, {}) for _, arm in parts]
+    seeds = set.intersection(*map(set, results))
+    if not seeds:
+        return None
+    factors = [factor for factor, _ in parts]
+    return Effect.of(
+        [float(sum(f * own[seed] for f, own in zip(factors, results, strict=True))) for seed in sorted(seeds)]
+    )
+
+
+def transfer_report(arms: Sequence[Arm], reference: str) -> str:
+    """Return the effects of all axes as Markdown.
+
+    Args:
+        reference: task that predicts the others.
+    """
+    alone, together, more = effects(arms), interactions(arms), beyond(arms, reference)
+    seeds = (
+        "Intervals are of 95 %, over seeds."
+        if any(effect.low is not None for row in alone.values() for effect in row.values())
+        else "One seed a run, so there are no intervals: small effects may come from the seed."
+    )
+    parts = [f"# Effects of each axis\n\nPoints against the base, one axis changed. {seeds}"]
+    tasks = tasks_moved(alone, arms)
+    if not tasks:
+        return f"{parts[0]}\n\nNo level alone has a result that the base has too, so there are no effects.\n"
+    parts += [_table(alone, tasks), *_conclusions(alone, tasks)]
+    if left_out := [task for task in tasks_of(arms) if task not in tasks]:
+        parts.append(f"No result of the base to compare with: {', '.join(map(escape_markdown, left_out))}.")
+    if together:
+        parts += [
+            "## Together beyond the sum\n\nThe effect of axes together, less the sum of their effects alone.",
+            _table(together, tasks),
+        ]
+    if more:
+        parts += [
+            f"## Beyond the prediction of {escape_markdown(reference)}\n\nPoints against the base, less the points "
+            "predicted from that task by a line between the logits of the two, fitted to all runs.",
+            _table(more, tasks_moved(more, arms)),
+        ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _table(rows: EffectTable, tasks: Sequence[str]) -> str:
+    lines = [[escape_markdown(label), *(str(row.get(task, NOTHING)) for task in tasks)] for label, row in rows.items()]
+    return markdown_table([["", *map(escape_markdown, tasks)], *lines], 1)
+
+
+def _conclusions(alone: EffectTable, tasks: Sequence[str]) -> list[str]:
+    """Return a line for each task: the effects of axes, largest first."""
+    lines = []
+    for task in tasks:
+        means = [(row[task].mean, label) for label, row in alone.items() if task in row]
+        order = sorted(means, key=lambda effect: -abs(effect[0]))
+        if len(order) > 1:
+            first, *others = [f"{escape_markdown(label)} {mean:+.1f}" for mean, label in order]
+            lines.append(f"- {escape_markdown(task)}: {first} against {', '.join(others)}")
+    return ["The largest effects on each task:\n\n" + "\n".join(lines)] if lines else []

@@ -1,0 +1,202 @@
+"""`flipscale study budget`: a small search, and the errors of its file."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import changed_recipe
+
+from flipscale.cli import main
+from flipscale.evaluation.results import Result
+from flipscale.studies.budget import BudgetSearch, Rung, Trained, path_recipes, read_search, unequal_clocks
+from flipscale.training.recipe import parse_recipe
+
+MASKED = [{"name": "masked", "mask_ratio": 0.75}, {"name": "tuned"}]
+SMALL = [{"name": "small", "image_size": 16}, {"name": "tuned"}]
+PATHS = {
+    "whole": {"stages": [{"name": "whole"}]},
+    "masked": {"mask.kind": "grid", "stages": MASKED},
+    "small": {"stages": SMALL},
+}
+
+
+@pytest.fixture
+def base(recipe: dict, shards: Path, tmp_path: Path) -> Path:
+    tasks = [
+        {"kind": "zero_shot", "data": str(shards)},
+        {"kind": "zero_shot", "data": str(shards), "name": "chosen_by", "every_samples": 16},
+    ]
+    file = tmp_path / "base.yaml"
+    file.write_text(yaml.safe_dump(changed_recipe(recipe, {"eval": {"num_workers": 0, "tasks": tasks}})))
+    return file
+
+
+@pytest.fixture
+def search_file(base: Path, tmp_path: Path) -> Callable[..., Path]:
+    """Writes a search with these fields; returns the file."""
+
+    def write(**fields: object) -> Path:
+        file = tmp_path / "search.yaml"
+        content = {"base": base.name, "minutes": 0.02, "validation": "chosen_by", "paths": PATHS, **fields}
+        file.write_text(yaml.safe_dump({n: v for n, v in content.items() if v is not None}, sort_keys=False))
+        return file
+
+    return write
+
+
+def refused(capsys: pytest.CaptureFixture[str], *words: object) -> str:
+    with pytest.raises(SystemExit) as raised:
+        main(["study", "budget", *map(str, words)])
+    assert raised.value.code in (1, 2)
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+def results(run_dir: Path) -> dict[tuple[str, str], float]:
+    """The results of a run by task and metric."""
+    lines = [json.loads(line) for line in (run_dir / "results.jsonl").read_text().splitlines()]
+    assert len({line["step"] for line in lines}) == 1, "evaluated once"
+    return {(line["task"], line["metric"]): line["value"] for line in lines}
+
+
+def test_a_search_to_its_winner(
+    search_file: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, broken = tmp_path / "out", {"data.shards": "nowhere", "stages": [{"name": "whole"}]}
+    paths = {"masked": PATHS["masked"], "small": PATHS["small"], "broken": broken}
+    words = [str(search_file(paths=paths, rungs=[0.01], keep=[1], tuning=[0.4])), "--output_dir", str(out)]
+    main(["study", "budget", *words])
+    printed = capsys.readouterr().out
+    assert printed.startswith("3 paths: 3 for 0.01 min, 1 for 0.02 min; 0 minutes of training by 1 side by side\n")
+    assert "broken: ended with exit code 2: " in printed, "a path that fails is out, and the others go on"
+    # The best advances, by the named evaluation. No other is run.
+    ends = {name: results(out / "rung1" / name) for name in ("masked", "small")}
+    assert all({task for task, _ in lines} == {"chosen_by"} for lines in ends.values())
+    winner = max(ends, key=lambda name: ends[name]["chosen_by", "top1"])
+    assert [run.parent.name for run in out.glob("rung2/*/DONE")] == [winner]
+
+    recipe = parse_recipe(["--config", str(out / "winner.yaml")])
+    kept = parse_recipe(["--config", str(out / "rung2" / f"{winner}.yaml")])
+    assert (recipe.stages, recipe.mask, recipe.budget_minutes) == (kept.stages, kept.mask, 0.02)
+    assert [task.name for task in recipe.eval.planned()] == ["zero_shot", "chosen_by"]
+    assert f"# {winner}, of 3 paths the best by chosen_by top-1, " in (out / "winner.yaml").read_text()
+    report = (out / "report.md").read_text()
+    assert "16 px whole 60 %, 32 px whole 40 %" in report
+    assert "32 px 75 % masked (grid) 60 %, 32 px whole 40 %" in report
+    assert "- broken, 0.01 min: ended with exit code 2: " in report
+    assert (out / "front.png").read_bytes().startswith(b"\x89PNG")
+
+    # A stopped run continues. Finished and failed runs are not repeated.
+    (out / "rung2" / winner / "DONE").unlink()
+    main(["study", "budget", *words])
+    again = capsys.readouterr().out
+    assert f"rung 2 of 2: 0.02 min\n0 of 1 runs are done\n{winner}: done\n" in again
+    assert "2 of 2 runs are done" in again
+    assert len((out / "rung1" / winner / "starts.jsonl").read_text().splitlines()) == 1
+
+    for name in ends:
+        (out / "rung1" / f"{name}.failed").write_text("ended by SIGKILL: no output")
+    line = refused(capsys, *words)
+    assert "no path of rung 1 could be trained: masked: ended by SIGKILL: no output; small: ended by" in line
+    line = refused(capsys, search_file(paths=paths, rungs=[0.005], keep=[1], tuning=[0.4]), "--output_dir", out)
+    assert re.search(r"was begun otherwise than .*rungs: \[0.01\], now \[0.005\]", line)
+    base = tmp_path / "base.yaml"
+    base.write_text(base.read_text() + "seed: 5\n")
+    line = refused(capsys, search_file(paths=paths, rungs=[0.01], keep=[1], tuning=[0.4]), "--output_dir", out)
+    assert "small.seed: 0, now 5" in line
+
+
+def test_the_paths_of_a_search(search_file: Callable[..., Path]) -> None:
+    recipes = path_recipes(read_search(search_file(tuning=[0.1, 0.25], rates=["1e-2", 0.02])))
+    assert list(recipes)[:4] == ["whole+lr0.01", "whole+lr0.02", "masked+tuned0.1+lr0.01", "masked+tuned0.1+lr0.02"]
+    assert len(recipes) == 2 + 4 + 4
+    stages = recipes["small+tuned0.25+lr0.02"].stages
+    assert [(s.image_size, s.share, s.base_lr, s.warmup_share) for s in stages] == [
+        (16, 0.75, 0.02, 0.05), (None, 0.25, None, 0.0),
+    ]  # fmt: skip
+    assert recipes["masked+tuned0.1+lr0.01"].mask.kind == "grid"
+    three = [{"name": "a", "share": 3, "image_size": 16}, {"name": "b", "base_lr": 0.001}, {"name": "c"}]
+    search = read_search(search_file(tuning=[0.2], paths={**PATHS, "three": {"stages": three}}))
+    assert [stage.share for stage in path_recipes(search)["three"].stages] == [0.6, 0.2, 0.2]
+
+
+@pytest.mark.parametrize(
+    ("count", "fields", "keep", "times"),
+    [
+        (27, {}, [9, 3], [1.111, 3.333, 10]),
+        (20, {}, [7, 3], [1.111, 3.333, 10]),
+        (3, {}, [], [10]),
+        (8, {"eta": 2}, [4, 2], [2.5, 5, 10]),
+        (9, {"rungs": [1]}, [3], [1, 10]),
+        (9, {"keep": [4]}, [4], [3.333, 10]),
+    ],
+)
+def test_rungs(count: int, fields: dict, keep: list[int], times: list[float]) -> None:
+    search = BudgetSearch("base", 10, "validation", {}, **fields)
+    assert (search.kept(count), search.times(len(keep) + 1)) == (keep, times)
+
+
+def test_unequal_clocks() -> None:
+    result = Result("validation", "zero_shot", "top1", 12.0)
+    paths = [Trained("a", "", result, 60.5), Trained("b", "", result, 61.0), Trained("c", "ended by SIGKILL")]
+    words = "Clocks that are more than 1 % off, which do not compare: b 61.0 s in place of 60.0."
+    assert unequal_clocks([Rung(1, paths)]) == [words]
+    assert unequal_clocks([Rung(1, paths[:1])]) == []
+
+
+ODD = {"stages": [{"name": "odd", "image_size": 20}]}
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"minutes": 0}, "minutes is 0"),
+        ({"minutes": "ten"}, "search.yaml: minutes is 'ten'"),
+        ({"eta": 1.5}, "search.yaml: eta is 1.5"),
+        ({"eta": 1}, "eta is 1; it must be at least 2"),
+        ({"minuts": 1}, "search.yaml is no search, it has 'minuts'; a search has base, minutes, validation, paths,"),
+        ({"validation": None}, "search.yaml is no search, it has no validation"),
+        ({"validation": "val"}, "it has zero_shot, chosen_by"),
+        ({"paths": {"whole": PATHS["whole"]}}, "there is 1 path"),
+        ({"paths": ["whole"]}, "search.yaml: paths must have names"),
+        ({"paths": {**PATHS, 32: PATHS["whole"]}}, "search.yaml: '32' names a path"),
+        ({"paths": {**PATHS, "x": {}}}, "path x: stages must be a list"),
+        ({"tuning": [0.5, 0.5]}, "two paths are called masked+tuned0.5"),
+        ({"tuning": [1]}, "tuning[0] is 1"),
+        ({"tuning": 0.5}, "search.yaml: tuning is 0.5"),
+        ({"rates": ["fast"]}, "search.yaml: rates is ['fast']"),
+        ({"keep": [1.5]}, "search.yaml: keep is [1.5]; it must be a list of whole numbers"),
+        ({"tuning": [0.5], "rungs": [0.03]}, "rungs is [0.03] of a budget of 0.02 minutes"),
+        ({"tuning": [0.5], "rungs": [0.01, 0.001]}, "rungs is [0.01, 0.001]"),
+        ({"tuning": [0.5], "rungs": [0.01], "keep": [2, 1]}, "keep has 2 numbers, and rungs has 1"),
+        ({"tuning": [0.5], "keep": [3]}, "keep is [3] of 3 paths"),
+        ({}, "path masked: stage 'masked' has no share"),
+        ({"paths": {**PATHS, "odd": ODD}, "tuning": [0.5]}, "path odd: stage 'odd': image_size 20"),
+        ({"paths": {**PATHS, "x": {**PATHS["whole"], "eval.tasks": []}}, "tuning": [0.5]}, "path x changes eval.tasks"),
+        (
+            {"paths": {**PATHS, "x": {**PATHS["whole"], "mask.kin": "grid"}}, "tuning": [0.5]},
+            "paths.x: mask.kin is no field of the recipe: mask has kind, views, text_kind",
+        ),
+        ({"base": "none"}, "recipe 'none' is neither a file nor one of"),
+    ],
+)
+def test_errors_of_a_file(
+    search_file: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], fields: dict, message: str
+) -> None:
+    assert message in refused(capsys, search_file(**fields), "--output_dir", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_errors_of_a_folder(
+    search_file: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = search_file(tuning=[0.5])
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis").touch()
+    assert "mine holds thesis, which no search wrote" in refused(capsys, file, "--output_dir", mine)
+    assert "--workers is 9999" in refused(capsys, file, "--workers", 9999)
+    file.write_text(file.read_text() + "  whole: {stages: [{name: again}]}\n")
+    assert "search.yaml gives whole twice" in refused(capsys, file)

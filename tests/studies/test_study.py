@@ -1,0 +1,219 @@
+"""`flipscale study plan`, `run` and `report` of a small study, and the errors of its file."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import changed_recipe
+
+from flipscale.cli import main
+from flipscale.studies.design import MoreSeeds, Study, plan, read_plan, read_study, resolve_base
+from flipscale.studies.runs import StudyRun, train_missing
+from flipscale.training.recipe import parse_recipe
+
+AXES = {
+    "model": {"wide": {"model.vision_config.hidden_size": 64}},
+    "length": {"double": {"stages.0.samples": "6.4e1"}},
+}
+
+
+@pytest.fixture
+def base(recipe: dict, shards: Path, tmp_path: Path) -> Path:
+    stages = [{"name": "masked", "samples": 32, "mask_ratio": 0.75, "base_lr": 0.012}]
+    tasks = [{"kind": "zero_shot", "data": str(shards)}, {"kind": "zero_shot", "data": str(shards), "name": "again"}]
+    evaluated = {"num_workers": 0, "every_samples": 16, "tasks": tasks}
+    file = tmp_path / "base.yaml"
+    file.write_text(yaml.safe_dump(changed_recipe({**recipe, "stages": stages}, {"eval": evaluated})))
+    return file
+
+
+@pytest.fixture
+def study_file(base: Path, tmp_path: Path) -> Callable[..., Path]:
+    """Writes a study with these fields; returns the file."""
+
+    def write(**fields: object) -> Path:
+        file = tmp_path / "study.yaml"
+        file.write_text(yaml.safe_dump({"base": base.name, "axes": AXES, "seeds": [0], **fields}, sort_keys=False))
+        return file
+
+    return write
+
+
+def refused(capsys: pytest.CaptureFixture[str], *words: object) -> str:
+    with pytest.raises(SystemExit) as raised:
+        main(["study", *map(str, words)])
+    assert raised.value.code in (1, 2)
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+def test_names_of_runs_in_order() -> None:
+    axes = {"a": {"x": {"p": 1}, "y": {"p": 2}}, "b": {"z": {"q": 1}}, "c": {"w": {"r": 1}}}
+    assert list(Study("base", axes, "star", [3]).runs()) == [
+        "base-seed3", "x-seed3", "y-seed3", "z-seed3", "w-seed3", "y+z-seed3", "y+z+w-seed3",
+    ]  # fmt: skip
+    assert len(Study("base", axes, "grid", [0, 1]).runs()) == 3 * 2 * 2 * 2
+    # A level without changes names the base.
+    axes = {"a": {"x": {"p": 1}, "y": {}}, "b": {"z": {"q": 1}}, "c": {"w": {"r": 1}, "v": {}}}
+    star = Study("base", axes, "star", [3], more_seeds=MoreSeeds([4], {"a": ["y"], "c": ["w"]}))
+    assert list(star.runs()) == [
+        *("y+v-seed3", "x+v-seed3", "y+z+v-seed3", "y+w-seed3", "x+z+v-seed3", "x+z+w-seed3"), "y+w-seed4",
+    ]  # fmt: skip
+    assert len(Study("base", axes, "grid", [0]).runs()) == 2 * 2 * 2
+    # One seed comes after the other, further seeds last.
+    axes = {"a": {"x": {"p": 1}, "y": {"p": 2}}, "b": {"z": {"q": 1}}}
+    assert list(Study("base", axes, "grid", [3, 4], more_seeds=MoreSeeds([5], {"a": ["base", "y"]})).runs()) == [
+        *("base-seed3", "z-seed3", "x-seed3", "x+z-seed3", "y-seed3", "y+z-seed3"),
+        *("base-seed4", "z-seed4", "x-seed4", "x+z-seed4", "y-seed4", "y+z-seed4"),
+        *("base-seed5", "z-seed5", "y-seed5", "y+z-seed5"),
+    ]
+
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = [file for file in ROOT.glob("examples/*/*.yaml") if re.search("^axes:", file.read_text(), re.MULTILINE)]
+
+
+@pytest.mark.parametrize("file", EXAMPLES, ids=lambda file: file.stem)
+def test_example_studies(file: Path, tmp_path: Path) -> None:
+    comment = file.read_text(encoding="utf-8").split("\n# flipscale ")[0].replace("\n# ", " ")
+    study = read_study(file)
+    count = len(plan(Study(**{**vars(study), "base": resolve_base(study.base, file)}), tmp_path))
+    assert {int(number) for number in re.findall(r"(\d+) runs", comment)} <= {count}
+
+
+def test_all_runs_fail(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
+    # The recipe has no file for the process to read.
+    run = StudyRun("none", parse_recipe(["--config", str(write_recipe(tmp_path / "run"))]))
+    with pytest.raises(OSError, match="1 of 1 runs failed: none; the same command"):
+        train_missing([run], 1)
+
+
+def test_from_plan_to_report(
+    study_file: Callable[..., Path], shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    common = {"optim.weight_decay": 0.25}
+    main(["study", "plan", str(study_file(changes=common)), "--output_dir", str(out)])
+    assert capsys.readouterr().out.splitlines()[:4] == [
+        "base-seed0", "wide-seed0", "double-seed0", "wide+double-seed0",
+    ]  # fmt: skip
+    runs = {run.name: run.recipe for run in read_plan(out)[1]}
+    assert runs["wide+double-seed0"].stages[0].samples == 64
+    assert runs["wide+double-seed0"].model.vision_config["hidden_size"] == 64
+    assert {recipe.optim.weight_decay for recipe in runs.values()} == {0.25}
+
+    # A failed run stops no other, and is tried again.
+    broken = out / "runs/wide-seed0.yaml"
+    whole = broken.read_text()
+    broken.write_text(whole.replace(f"shards: {runs['wide-seed0'].data.shards}", f"shards: {tmp_path / 'nowhere'}"))
+    assert "1 of 4 runs failed: wide-seed0; the others are done" in refused(capsys, "run", out)
+    broken.write_text(whole)
+    main(["study", "run", str(out), "--workers", "1"])
+    assert capsys.readouterr().out.splitlines() == ["3 of 4 runs are done", "wide-seed0: done"]
+    starts = (out / "runs/base-seed0/starts.jsonl").read_text().splitlines()
+    assert [json.loads(start)["step"] for start in starts] == [0], "a finished run was trained again"
+
+    main(["study", "report", str(out), "--resamples", "10"])
+    assert "| wide+double |     1 |         64 |" in capsys.readouterr().out
+    report = (out / "report.md").read_text()
+    assert "base.yaml`, of which all runs change `optim.weight_decay`." in report
+    assert re.search(r"No fit, or no prediction: power law: .* are too few for 2 parameters", report)
+    assert "## Laws of zero_shot top-1, again top-1\n" in report, "results refused for one reason share a section"
+    assert "One seed a run" in (out / "transfer.md").read_text()
+    for name in ("results", "scaling", "accuracy", "transfer", "fits_zero_shot_top1"):
+        assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+    # Evaluations on masked images add a table.
+    assert "masked" not in report
+    masks = ["--mask_ratio", "0", "0.5", "--mask_views", "1", "2", "--num_workers", "0"]
+    main(["evaluate", str(out / "runs/base-seed0/model"), "--zero_shot", str(shards), *masks])
+    main(["study", "report", str(out), "--resamples", "10"])
+    table = (out / "report.md").read_text().split("## On masked images\n\n")[1].split("\n\n")[0]
+    kinds = [line.split("|")[2].strip() for line in table.splitlines()]
+    assert kinds[0::2] == ["image", "whole", "2 views of 50 % random"]
+    assert table.count("| base |") == 3
+    assert all(line.rstrip(" |").endswith("%") for line in table.splitlines()[2:])
+
+    # A study may grow, but planned runs do not change.
+    capsys.readouterr()
+    main(["study", "plan", str(study_file(changes=common, seeds=[0, 1])), "--output_dir", str(out)])
+    assert "8 runs are planned" in capsys.readouterr().out
+    changed = {**AXES, "length": {"double": {"stages.0.samples": 80}}}
+    line = refused(capsys, "plan", study_file(changes=common, axes=changed, seeds=[0, 1]), "--output_dir", out)
+    assert re.search(r"was planned otherwise than .*stages\[0\].samples: 64, now 80", line)
+    line = refused(capsys, "plan", study_file(changes=common), "--output_dir", out)
+    assert "has a planned run base-seed1" in line
+
+
+def test_runs_that_end_by_their_clock(study_file: Callable[..., Path], tmp_path: Path) -> None:
+    axes = {"tokens": {"two": {"stages": [{"name": "a", "share": 0.5, "base_lr": 0.01}, {"name": "b", "share": 0.5}]}}}
+    main(["study", "plan", str(study_file(axes=axes, minutes=0.5)), "--output_dir", str(tmp_path / "out")])
+    study, runs = read_plan(tmp_path / "out")
+    assert study.minutes == 0.5
+    assert [run.recipe.budget_minutes for run in runs] == [0.5, 0.5]
+    assert [[stage.share for stage in run.recipe.stages] for run in runs] == [[1.0], [0.5, 0.5]]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"minutes": 0}, "minutes is 0"),
+        ({"minutes": "ten"}, "minutes is 'ten'"),
+        ({"axes": {"m": {"x": {"model.sise": "b16"}}}}, "axes.m.x: model.sise is no field of the recipe: model has"),
+        ({"axes": {"m": {"x": {"stages.7.samples": 64}}}}, "stages.7.samples is no field of the recipe: stages has no"),
+        ({"axes": {"m": {"x": {"modle": 1}}}}, "axes.m.x: modle is no field of the recipe: it has model, data,"),
+        ({"axes": {"m": {"x": {"data.crop_scale": [2, 1]}}}}, "run x-seed0: data.crop_scale"),
+        ({"axes": {"m": {"x": {"data.lanes": "many"}}}}, "run x-seed0: data.lanes is many"),
+        ({"axes": {"m": {"x": {"data": {}}}}}, "axes.m.x: data is a whole section"),
+        ({"axes": {"m": {"x": {"seed": 1}}}}, "axes.m.x: seed is the study's own"),
+        ({"changes": {"output_dir": "x"}}, "changes: output_dir is the study's own"),
+        ({"axes": {"m": {"x": {"stages.0.samples": 1}}}}, "run x-seed0: stage 'masked': 1 samples"),
+        ({"axes": {"m": {"x": {"optim.lr": 1}}, "n": {"x": {"optim.lr": 2}}}}, "two runs are called x-seed0"),
+        ({"seeds": [1, 1]}, "two runs are called base-seed1"),
+        ({"seeds": []}, "seeds is []"),
+        ({"seeds": [-1]}, "seeds is [-1]"),
+        ({"design": "stern"}, "design is 'stern'; use star or grid"),
+        ({"axes": {"m": {}}}, "axes must have levels"),
+        ({"axes": {"m": {"x": {}}}}, "axes must have levels"),
+        ({"axes": {"m": {"x": {}, "y": {}, "z": {"optim.lr": 1}}}}, "axes must have levels"),
+        ({"axes": {"m": {"a b": {"optim.lr": 1}}}}, "'a b' names runs"),
+        ({"changes": [1]}, "changes is '[1]'"),
+        ({"changes": {"data.fracton": 0.5}}, "changes: data.fracton is no field of the recipe: data has shards,"),
+        ({"more_seeds": [1]}, "more_seeds must have seeds"),
+        ({"more_seeds": {"seeds": [], "of": {}}}, "more_seeds.seeds is []"),
+        ({"more_seeds": {"seeds": [1], "of": {"m": ["x"]}}}, "more_seeds.of has 'm'; the axes are model, length"),
+        ({"more_seeds": {"seeds": [1], "of": {"model": ["x"]}}}, "more_seeds.of.model is ['x']; list some of base, w"),
+        (
+            {"axes": {"m": {"x": {"optim.lr": 1}, "y": {}}}, "more_seeds": {"seeds": [1], "of": {"m": ["base"]}}},
+            "more_seeds.of.m is ['base']; list some of y, x",
+        ),
+        ({"base": "none"}, "recipe 'none' is neither a file nor one of"),
+        ({"sedes": [1]}, "is no study, it has 'sedes'; a study has base, changes, axes,"),
+    ],
+)
+def test_errors_of_a_file(
+    study_file: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], fields: dict, message: str
+) -> None:
+    assert message in refused(capsys, "plan", study_file(**fields), "--output_dir", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_errors_of_a_folder(
+    study_file: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "none.yaml is no plain file" in refused(capsys, "plan", tmp_path / "none.yaml")
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis").touch()
+    assert "mine holds thesis, which no study wrote" in refused(capsys, "plan", study_file(), "--output_dir", mine)
+    assert "mine holds no planned study" in refused(capsys, "run", mine)
+    assert "mine holds no planned study" in refused(capsys, "report", mine)
+    assert "--workers is 0" in refused(capsys, "run", mine, "--workers", "0")
+    assert "--workers is 9999" in refused(capsys, "run", mine, "--workers", "9999")
+    out = tmp_path / "out"
+    main(["study", "plan", str(study_file()), "--output_dir", str(out)])
+    assert "out has 0 finished runs of 4, none of the base" in refused(capsys, "report", out)
+    (out / "runs/wide-seed0.yaml").unlink()
+    assert "wide-seed0.yaml is missing; plan the study again" in refused(capsys, "run", out)
