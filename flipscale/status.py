@@ -1,39 +1,28 @@
-"""Show how far a run is, how fast, and whether it is alive, from its run directory alone."""
+"""Show the progress and speed of runs, and whether they are alive, from their run directories alone."""
 
 import argparse
 import dataclasses
 import json
 import os
-import re
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from flipscale.evaluation.results import THIS_MODEL, Result, latest, read_metrics, read_results
-from flipscale.io import json_lines
-from flipscale.io.errors import UserError
-from flipscale.io.files import read_text
+from flipscale.evaluation.results import THIS_MODEL, Result
 from flipscale.io.lock import is_holder_alive
-from flipscale.io.yaml_text import read_saved_recipe
-from flipscale.training.cost import read_energy
 from flipscale.training.report import duration
-from flipscale.training.schedule import StageRecipe, plan_stages
+from flipscale.training.run_summary import RunSummary
 
-# A run that is training counts as dead when its last heartbeat is older than this, and than this many usual steps.
+# A training run counts as dead if its last heartbeat is older than this and than this many usual steps.
 _SILENT_SECONDS, _SILENT_STEPS = 120.0, 10.0
 # The same for a run that evaluates or saves.
 _SILENT_PAUSE_SECONDS = 3600.0
-_START = {"step": int, "num_processes": int, "time": int | float, "set_aside": list | None}
-_CHECKPOINT = re.compile("step-[0-9]{8,15}")
-# Of what takes longer, no date is told.
-_LONGEST_SECONDS = 1e10
+_LONGEST_SECONDS = 1e10  # no date is computed for longer times
 _WATCH_SECONDS = 3.0
-# States that the run itself does not leave.
-_ENDED = ("done", "stopped", "dead")
-# Moves the cursor to the upper left and clears what is below it.
-_CLEAR = b"\033[H\033[J"
+_ENDED = ("done", "stopped", "dead")  # states that a run does not leave by itself
+_CLEAR = b"\033[H\033[J"  # moves the cursor to the upper left and clears the screen below
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,181 +32,126 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--watch",
         action="store_true",
-        help="Look every few seconds until no run trains: redraw a terminal, and elsewhere print a line for each news.",
+        help="Repeat every few seconds until no run trains: redraw a terminal, or print a line for each run elsewhere.",
     )
 
 
 def run(args: argparse.Namespace) -> None:
-    """Print what is known of each run.
+    """Print the state of each run.
 
     Raises:
-        ValueError: a folder that is not a run directory.
+        UserError: a folder is not a run directory.
     """
     try:
-        while args.watch and _watched(args.runs, args.json):
+        while args.watch and _show_progress(args.runs, args.json):
             time.sleep(_WATCH_SECONDS)
-    except KeyboardInterrupt:  # how one stops watching
+    except KeyboardInterrupt:  # ends --watch
         return
     if not (args.watch and sys.stdout.isatty()):
-        print(_printed(_read(args.runs), args.json))
+        print(_as_text(_read(args.runs), args.json))
 
 
 def _read(folders: Sequence[Path]) -> list[dict[str, Any]]:
     return [read_status(folder, time.time()) for folder in folders]
 
 
-def _printed(found: Sequence[dict[str, Any]], as_json: bool) -> str:
+def _as_text(statuses: Sequence[dict[str, Any]], as_json: bool) -> str:
     if as_json:
-        return "\n".join(json.dumps(status) for status in found)
-    return "\n\n".join(as_table(status) for status in found)
+        return "\n".join(json.dumps(status) for status in statuses)
+    return "\n\n".join(as_table(status) for status in statuses)
 
 
-def _watched(folders: Sequence[Path], as_json: bool) -> bool:
-    """Show how far the runs are, and return whether one of them still trains."""
-    found = _read(folders)
-    still = any(status["state"] not in _ENDED for status in found)
+def _show_progress(folders: Sequence[Path], as_json: bool) -> bool:
+    """Print the progress of the runs, and return whether a run still trains."""
+    statuses = _read(folders)
+    trains = any(status["state"] not in _ENDED for status in statuses)
     if sys.stdout.isatty():
         sys.stdout.flush()
-        os.write(sys.stdout.fileno(), _CLEAR)  # what is printed has such characters written out
-        print(_printed(found, as_json), flush=True)
-    elif still:
-        print(_printed(found, True) if as_json else "\n".join(map(as_line, found)), flush=True)
-    return still
+        os.write(sys.stdout.fileno(), _CLEAR)  # because print escapes control characters
+        print(_as_text(statuses, as_json), flush=True)
+    elif trains:
+        print(_as_text(statuses, True) if as_json else "\n".join(map(as_line, statuses)), flush=True)
+    return trains
 
 
 def read_status(run_dir: Path, now: float) -> dict[str, Any]:
-    """Return the state of a run at `now` (seconds since 1970), ready for JSON; what is not known is None.
+    """Return the state of a run at `now` (seconds since 1970), ready for JSON; unknown values are None.
 
-    `state` is `done`, `running`, `stopped` (asked to, and resumable), `dead` (failed, killed, or no sign of life) or
-    `starting`. `has_process` is whether one trains there; None where another machine has it, or nobody.
-    `images_per_s` is of the last record, `seconds_left` what is left at that speed; `num_bad_samples`,
-    `num_skipped_steps` and `num_slow_steps` are sums over the run; `num_crashes` were counted by the Slurm script.
+    `state` is `done`, `running`, `stopped` (by request; it can resume), `dead` (failed, killed or silent) or `starting`.
+    `has_process` is whether a process trains there; None if this machine cannot tell. Speed, loss and the like belong
+    to the last interval; counts of bad samples and steps are sums over the run. The Slurm script counts `num_crashes`.
 
     Raises:
-        ValueError: not a run directory.
+        UserError: the folder is not a run directory, or its recipe is damaged.
     """
-    recipe_file = run_dir / "recipe.yaml"
-    if not recipe_file.exists():
-        raise UserError(f"{run_dir} is not a run directory: it has no recipe.yaml, which a run writes when it starts")
-    records = read_metrics(run_dir)
-    starts = json_lines.read(run_dir / "starts.jsonl", **_START)
-    steps = [record for record in records if "images_per_s" in record]
-    last: dict[str, Any] = steps[-1] if steps else {}
-    heartbeat = _heartbeat(run_dir)
-    batch, total, budget_minutes = _plan(recipe_file)
-    done = (run_dir / "DONE").exists()
-    checkpoint = _last_checkpoint(run_dir)
-    saved = int(checkpoint.name[5:]) if checkpoint else 0
-    known = max(saved, heartbeat.get("step", 0)) * batch  # a heartbeat is up to ten seconds old
-    seen = total if done and total is not None else max(known, records[-1]["samples_seen"] if records else 0)
-    trained = records[-1]["trained_seconds"] if records else 0.0
-    left = _seconds_left(total and total - seen, last.get("images_per_s"), budget_minutes, trained)
-    crashes = run_dir / "slurm/crashes"
-    lives = _has_process(run_dir, heartbeat)
+    run, crashes = RunSummary(run_dir), run_dir / "slurm/crashes"
+    total, starts, is_alive = run.total_samples, run.starts, _is_alive(run)
     return {
         "run": str(run_dir),
-        "state": "done" if done else _state(heartbeat, starts, lives, now),
-        "has_process": lives,
-        "command": _command(run_dir),
-        "seconds_since_last_sign": now - heartbeat["time"] if heartbeat else None,
-        "samples_seen": seen,
+        "state": "done" if run.is_done else _state(run, is_alive, now),
+        "has_process": is_alive,
+        "command": run.command,
+        "seconds_since_last_sign": _age(run.heartbeat["time"], now) if run.heartbeat else None,
+        "samples_seen": run.samples_seen,
         "total_samples": total,
-        "budget_minutes": budget_minutes,
-        "stage": last.get("stage"),
-        "images_per_s": last.get("images_per_s"),
-        "mfu": last.get("mfu"),
-        "data_wait_share": last.get("data_wait_share"),
-        "peak_memory_bytes": last.get("peak_memory_bytes"),
-        "seconds_left": None if done else left,
-        "trained_seconds": trained,
-        "loss": last.get("loss"),
-        "lr": last.get("lr"),
-        "checkpoint_samples": saved * batch if checkpoint else None,
-        "checkpoint_age_seconds": now - checkpoint.stat().st_mtime if checkpoint else None,
-        **_energy(run_dir),
-        "num_bad_checkpoints": sum(len(start.get("set_aside") or ()) for start in starts),
+        "budget_minutes": run.budget_minutes,
+        "stage": run.latest("stage"),
+        "images_per_s": run.latest("images_per_s"),
+        "mfu": run.latest("mfu"),
+        "data_wait_share": run.latest("data_wait_share"),
+        "peak_memory_bytes": run.latest("peak_memory_bytes"),
+        "seconds_left": None if run.is_done else _seconds_left(run),
+        "trained_seconds": run.trained_seconds,
+        "loss": run.latest("loss"),
+        "lr": run.latest("lr"),
+        "checkpoint_samples": run.checkpoint_samples,
+        "checkpoint_age_seconds": _age(run.checkpoint.stat().st_mtime, now) if run.checkpoint else None,
+        "energy_kwh": run.energy.kwh,
+        "energy_words": run.energy.words,
+        "num_bad_checkpoints": run.num_bad_checkpoints,
         "num_starts": len(starts),
         "num_processes": starts[-1]["num_processes"] if starts else None,
-        "seconds_since_start": now - starts[-1]["time"] if starts else None,
+        "seconds_since_start": _age(starts[-1]["time"], now) if starts else None,
         "num_crashes": len(crashes.read_bytes().splitlines()) if crashes.is_file() else 0,
-        **_trouble(steps),
-        "metrics": {name: value for record in records for name, value in record.items() if _is_result(name)},
-        "results": [dataclasses.asdict(result) for result in latest(read_results(run_dir))],
+        "num_bad_samples": run.total("num_replaced"),
+        "num_skipped_steps": run.total("num_skipped"),
+        "num_slow_steps": run.total("num_slow"),
+        "metrics": {name: value for record in run.records for name, value in record.items() if _is_result(name)},
+        "results": [dataclasses.asdict(result) for result in run.results],
     }
 
 
-def _last_checkpoint(run_dir: Path) -> Path | None:
-    checkpoints = [path for path in (run_dir / "checkpoints").glob("step-*") if _CHECKPOINT.fullmatch(path.name)]
-    return max(checkpoints, key=lambda path: int(path.name[5:]), default=None)
-
-
-def _plan(recipe_file: Path) -> tuple[int, int | None, float | None]:
-    """Return the pairs of a step and of all steps, and the time budget in minutes: one of the last two is None.
-
-    Raises:
-        ValueError: the recipe is damaged.
-    """
-    recipe = read_saved_recipe(recipe_file)
-    try:
-        batch, budget = recipe["data"]["global_batch_size"], recipe.get("budget_minutes")
-        stages = plan_stages([StageRecipe(**stage) for stage in recipe["stages"]], batch, budget)
-        return batch, int(stages[-1].last) * batch if budget is None else None, budget
-    except (KeyError, TypeError, ZeroDivisionError, AttributeError) as error:
-        raise UserError(
-            f"{recipe_file} is not the recipe that the run began with, it is damaged ({error!r}); copy the one of a "
-            "checkpoint there"
-        ) from error
-
-
-def _energy(run_dir: Path) -> dict[str, Any]:
-    energy = read_energy(run_dir)
-    return {"energy_kwh": energy.kwh, "energy_words": energy.words}
-
-
-def _trouble(steps: Sequence[dict[str, Any]]) -> dict[str, int]:
-    """Return the sums over the records of intervals."""
-    names = {"num_bad_samples": "num_replaced", "num_skipped_steps": "num_skipped", "num_slow_steps": "num_slow"}
-    return {name: sum(record.get(of) or 0 for record in steps) for name, of in names.items()}
+def _age(moment: float, now: float) -> float:
+    """Return the seconds since a moment; 0 if the clock was set back since."""
+    return max(now - moment, 0.0)
 
 
 def _is_result(name: str) -> bool:
     return "/" in name and not name.startswith("replaced/")
 
 
-def _seconds_left(
-    samples: int | None, images_per_s: float | None, budget_minutes: float | None, trained_seconds: float
-) -> float | None:
-    if budget_minutes is not None:
-        return max(60 * budget_minutes - trained_seconds, 0.0)
-    if samples is None or not images_per_s or not 0 <= samples < _LONGEST_SECONDS * images_per_s:
+def _seconds_left(run: RunSummary) -> float | None:
+    """Return the seconds left of a time budget, or of the samples at the speed of the last interval."""
+    if run.budget_minutes is not None:
+        return max(60 * run.budget_minutes - run.trained_seconds, 0.0)
+    speed = run.latest("images_per_s")
+    if run.total_samples is None or not speed:
         return None
-    return samples / images_per_s
+    samples = run.total_samples - run.samples_seen
+    return samples / speed if 0 <= samples < _LONGEST_SECONDS * speed else None
 
 
-def _heartbeat(run_dir: Path) -> dict[str, Any]:
-    fields = {"time": int | float, "step": int, "phase": str, "step_s": int | float | None}
-    return (json_lines.read(run_dir / "heartbeat.json", **fields) or [{}])[-1]
+def _is_alive(run: RunSummary) -> bool | None:
+    """Return whether a process trains in a run directory; None if this machine cannot tell."""
+    is_alive = is_holder_alive(run.run_dir / "run.lock")
+    return False if is_alive is None and run.heartbeat.get("phase") == "failed" else is_alive
 
 
-def _has_process(run_dir: Path, heartbeat: dict[str, Any]) -> bool | None:
-    """Return whether a process trains in a run directory; None where this machine cannot tell."""
-    lives = is_holder_alive(run_dir / "run.lock")
-    return False if lives is None and heartbeat.get("phase") == "failed" else lives
-
-
-def _command(run_dir: Path) -> str | None:
-    """Return the command of a run's last start."""
-    try:
-        command = json.loads(read_text(run_dir / "environment.json"))["command"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return None
-    return command if isinstance(command, str) else None
-
-
-def _state(heartbeat: dict[str, Any], starts: list[dict[str, Any]], lives: bool | None, now: float) -> str:
-    if lives is False:
+def _state(run: RunSummary, is_alive: bool | None, now: float) -> str:
+    if is_alive is False:
         return "dead"
-    if not heartbeat or (starts and starts[-1]["time"] > heartbeat["time"]):
+    heartbeat = run.heartbeat
+    if not heartbeat or (run.starts and run.starts[-1]["time"] > heartbeat["time"]):
         return "starting"
     if heartbeat["phase"] == "ended":
         return "stopped"
@@ -228,8 +162,7 @@ def _state(heartbeat: dict[str, Any], starts: list[dict[str, Any]], lives: bool 
 
 
 def as_table(status: dict[str, Any]) -> str:
-    """Return the state of a run as a table for people."""
-    seen = status["samples_seen"]
+    """Return the state of a run as a table."""
     rows = [("state", _state_words(status)), ("progress", _progress_words(status))]
     if status["images_per_s"] is not None:
         speed = [f"{status['images_per_s']:,.0f} images/s in the last interval ({status['stage']})"]
@@ -243,14 +176,14 @@ def as_table(status: dict[str, Any]) -> str:
     if status["seconds_left"] is not None:
         end = time.strftime("%a %d %b %H:%M", time.localtime(time.time() + status["seconds_left"]))
         rows.append(("time left", f"{duration(status['seconds_left'])} at this speed: {end} if it runs on"))
-    rows.append(("trained", f"{duration(status['trained_seconds'])}, evaluations and saves left out"))
+    rows.append(("trained", f"{duration(status['trained_seconds'])}, without evaluations and saves"))
     if status["energy_kwh"] is not None:
         rows.append(("energy", f"{status['energy_kwh']:,.3g} kWh, {status['energy_words']}"))
     if status["loss"] is not None and status["lr"] is not None:
         rows.append(("loss", f"{status['loss']:.4f} at learning rate {status['lr']:.3g}"))
     rows.append(("checkpoint", _checkpoint_words(status)))
     rows.append(("starts", _start_words(status)))
-    share = status["num_bad_samples"] / max(seen, 1)
+    share = status["num_bad_samples"] / max(status["samples_seen"], 1)
     rows.append(("bad samples", f"{status['num_bad_samples']:,} replaced ({share:.4%})"))
     rows.append(("bad steps", f"{status['num_skipped_steps']} not finite and skipped, {status['num_slow_steps']} slow"))
     rows += [_result_row(Result(**result)) for result in status["results"]]
@@ -259,6 +192,18 @@ def as_table(status: dict[str, Any]) -> str:
         rows.append(("page", f"{page}: open it in a browser"))
     width = max(len(name) for name, _ in rows)
     return "\n".join([status["run"], *(f"  {name:<{width}}  {value}" for name, value in rows)])
+
+
+def as_line(status: dict[str, Any]) -> str:
+    """Return the progress of a run as one line."""
+    parts = [f"{status['run']}: {status['state']}, {_progress_words(status)}"]
+    if status["loss"] is not None:
+        parts.append(f"loss {status['loss']:.4f}")
+    if status["images_per_s"] is not None:
+        parts.append(f"{status['images_per_s']:,.0f} images/s")
+    if status["seconds_left"] is not None:
+        parts.append(f"{duration(status['seconds_left'])} left")
+    return ", ".join(parts)
 
 
 def _progress_words(status: dict[str, Any]) -> str:
@@ -277,46 +222,27 @@ def _result_row(result: Result) -> tuple[str, str]:
 
 
 def _state_words(status: dict[str, Any]) -> str:
-    state = status["state"]
-    if state in ("done", "starting"):
-        return state
-    gone, silent = status["has_process"] is False, status["seconds_since_last_sign"]
+    state, silent = status["state"], status["seconds_since_last_sign"]
     ago = "" if silent is None else f"{duration(silent)} ago"
-    return {
-        "running": f"running, last sign {ago}",
-        "stopped": f"stopped {ago}; {_how_to_go_on(status)}",
-        "dead": f"{'no process' if gone else f'no sign of life since {ago}'}; {_how_to_go_on(status)}",
-    }[state]
-
-
-def _how_to_go_on(status: dict[str, Any]) -> str:
+    if state == "running":
+        return f"running, last sign {ago}"
+    if state not in ("stopped", "dead"):
+        return str(state)
     samples, command = status["checkpoint_samples"], status["command"]
-    place = "from the start, as there is no checkpoint" if samples is None else f"from {samples:,} pairs"
-    return f"the same command goes on {place}{f': {command}' if command else ''}"
-
-
-def as_line(status: dict[str, Any]) -> str:
-    """Return how far a run is as one line."""
-    parts = [f"{status['run']}: {status['state']}, {_progress_words(status)}"]
-    if status["loss"] is not None:
-        parts.append(f"loss {status['loss']:.4f}")
-    if status["images_per_s"] is not None:
-        parts.append(f"{status['images_per_s']:,.0f} images/s")
-    if status["seconds_left"] is not None:
-        parts.append(f"{duration(status['seconds_left'])} left")
-    return ", ".join(parts)
+    place = "from the start, because there is no checkpoint" if samples is None else f"from {samples:,} pairs"
+    resume = f"the same command resumes {place}{f': {command}' if command else ''}"
+    if state == "stopped":
+        return f"stopped {ago}; {resume}"
+    return f"{'no process' if status['has_process'] is False else f'no sign of life since {ago}'}; {resume}"
 
 
 def _checkpoint_words(status: dict[str, Any]) -> str:
-    samples = status["checkpoint_samples"]
+    samples, bad = status["checkpoint_samples"], status["num_bad_checkpoints"]
     if samples is None:
         return "none yet"
     behind = status["samples_seen"] - samples
-    bad = status["num_bad_checkpoints"]
-    return (
-        f"{duration(status['checkpoint_age_seconds'])} old, at {samples:,} pairs ({behind:,} ago)"
-        f"{f'; {bad} not whole and set aside' if bad else ''}"
-    )
+    words = f"{duration(status['checkpoint_age_seconds'])} old, at {samples:,} pairs ({behind:,} ago)"
+    return words + (f"; {bad} damaged and set aside" if bad else "")
 
 
 def _start_words(status: dict[str, Any]) -> str:

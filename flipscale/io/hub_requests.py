@@ -1,107 +1,65 @@
-"""Requests of huggingface_hub's, with limits that it does not set itself, and without what leads out of its cache."""
+"""Limits on huggingface_hub's requests, set by its own hook `set_client_factory`."""
 
-import importlib
 import json
 import re
-import time
-from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
-# A request is given up when no answer comes in so long, or less than so many bytes of one. Without this, a request to a
-# silent server waits for ever, and one to a server that sends a byte a minute nearly so.
-SILENT_SECONDS = 60.0
-_LEAST_BYTES = 20_000
-# Servers say how long to wait before the next try, and may say years.
-_LONGEST_WAIT = 300
-_WAITS = {"retry-after": r"(\d+)", "ratelimit": r"\bt=(\d+)"}
-# By these, huggingface_hub names files and folders of its cache.
+# huggingface_hub waits for ever in places, such as for the facts about a model.
+TIMEOUT_SECONDS = 20.0
+# huggingface_hub waits as long as a busy server asks for, which may be years.
+_LONGEST_WAIT_SECONDS = 300
+_WAIT_HEADERS = {"retry-after": r"(\d+)", "ratelimit": r"\bt=(\d+)"}
+# huggingface_hub uses commits and tags as names of folders and files in its cache.
 _COMMIT = re.compile("[0-9a-f]{40,64}")
 _TAG = re.compile(r'(W/)?"?[\w.:+=-]*"?')
-# The answer to this says which commit a name stands for.
-_ABOUT = re.compile(r"/api/(models|datasets)/[^/]+(/[^/]+)?(/revision/.+)?\Z")
+# Address of the request for a model's facts, which name the commit.
+_FACTS = re.compile(r"/api/(models|datasets)/[^/]+(/[^/]+)?(/revision/.+)?\Z")
 
 
 def guard_requests() -> None:
-    """Have each request of huggingface_hub's in this process end when its server is silent, or all but silent, for
-    `SILENT_SECONDS`, whatever time-out its caller gives, and raise an OSError for an answer that asks for a wait of
-    hours, or by which a file would be written outside of the cache."""
+    """Limit all requests of huggingface_hub in this process.
+
+    A silent server ends a request after `TIMEOUT_SECONDS`. A response raises an OSError if it asks for a wait of hours,
+    or if its commit or tag would lead out of the cache.
+    """
     from huggingface_hub import get_session, set_client_factory
 
     plain = get_session()
-    if _hurry in plain.event_hooks["request"]:
+    if _limit_time in plain.event_hooks["request"]:
         return
     hooks: dict[str, list[Any]] = {
-        "request": [*plain.event_hooks["request"], _hurry],
-        "response": [*plain.event_hooks["response"], _watch, _refuse_names],
+        "request": [*plain.event_hooks["request"], _limit_time],
+        "response": [*plain.event_hooks["response"], _check_wait, _check_names],
     }
-    # A client is closed and made anew after errors, and in forked processes.
-    set_client_factory(lambda: type(plain)(event_hooks=hooks, follow_redirects=True, timeout=SILENT_SECONDS))
+    # huggingface_hub makes a new client after errors and in forked processes.
+    set_client_factory(lambda: type(plain)(event_hooks=hooks, follow_redirects=True, timeout=TIMEOUT_SECONDS))
 
 
-def _hurry(request: Any) -> None:
-    """Give a request the time-outs that it has not; huggingface_hub asks for none in places."""
+def _limit_time(request: Any) -> None:
     given = request.extensions.get("timeout") or {}
-    names = ("connect", "read", "write", "pool")
-    request.extensions["timeout"] = {n: SILENT_SECONDS if given.get(n) is None else given[n] for n in names}
+    kinds = ("connect", "read", "write", "pool")
+    request.extensions["timeout"] = {k: TIMEOUT_SECONDS if given.get(k) is None else given[k] for k in kinds}
 
 
-def _watch(response: Any) -> None:
-    """Watch how fast the body of an answer comes.
-
-    Raises:
-        OSError: the server asks for a wait that nobody has time for, and huggingface_hub would wait.
-    """
-    for name, number in _WAITS.items():
-        seconds = re.search(number, response.headers.get(name, ""))
-        if seconds is not None and (len(seconds[1]) > 9 or int(seconds[1]) > _LONGEST_WAIT):
-            raise OSError(f"{response.url.host} is busy and asks to come back in {seconds[1]:.20} s; start again then")
-    response.stream = _watched(response.stream)
+def _check_wait(response: Any) -> None:
+    for name, pattern in _WAIT_HEADERS.items():
+        wait = re.search(pattern, response.headers.get(name, ""))
+        if wait is not None and (len(wait[1]) > 9 or int(wait[1]) > _LONGEST_WAIT_SECONDS):
+            raise OSError(f"{response.url.host} is busy and asks to come back in {wait[1]:.20} s; start again then")
 
 
-def _refuse_names(response: Any) -> None:
-    """Raise unless commits and tags are what huggingface_hub takes them for.
-
-    Raises:
-        OSError: one is none.
-    """
+def _check_names(response: Any) -> None:
     commits = [response.headers.get("x-repo-commit")]
-    if response.status_code == 200 and _ABOUT.search(response.url.path):
+    if response.status_code == 200 and _FACTS.search(response.url.path):
         response.read()
-        with suppress(ValueError, RecursionError, AttributeError):  # no Hub's answer, of which its reader complains
+        with suppress(ValueError, RecursionError, AttributeError):  # huggingface_hub refuses such responses itself
             commits.append(json.loads(response.content).get("sha"))
     for commit in commits:
         if commit is not None and not (isinstance(commit, str) and _COMMIT.fullmatch(commit)):
-            raise OSError(f"{response.url.host} says that a commit is {commit!r:.80}, which is none")
-    for name in ("etag", "x-linked-etag"):
-        tag = response.headers.get(name, "")
-        if "/resolve/" in response.url.path and not _TAG.fullmatch(tag):
-            raise OSError(f"{response.url.host} says that a file's tag is {tag!r:.80}, which is none")
-
-
-def _watched(stream: Any) -> Any:
-    """Return a stream that raises a time-out when too little of it comes."""
-    from huggingface_hub.errors import HTTPError
-
-    # The package that huggingface_hub makes its requests with has had two names.
-    client = importlib.import_module(HTTPError.__module__.partition(".")[0])
-
-    class Watched(client.SyncByteStream):  # type: ignore[misc, name-defined]
-        def __iter__(self) -> Iterator[bytes]:
-            parts, seconds, came = iter(stream), 0.0, 0
-            while True:
-                began = time.monotonic()
-                part = next(parts, None)
-                if part is None:
-                    return
-                seconds, came = seconds + time.monotonic() - began, came + len(part)
-                if seconds > SILENT_SECONDS:
-                    if came < _LEAST_BYTES:
-                        raise client.ReadTimeout(f"{came} bytes came in {seconds:.0f} seconds")
-                    seconds, came = 0.0, 0
-                yield part
-
-        def close(self) -> None:
-            stream.close()
-
-    return Watched()
+            raise OSError(f"{response.url.host} sends the commit {commit!r:.80}; expected a hash")
+    if "/resolve/" in response.url.path:
+        for name in ("etag", "x-linked-etag"):
+            tag = response.headers.get(name, "")
+            if not _TAG.fullmatch(tag):
+                raise OSError(f"{response.url.host} sends the file tag {tag!r:.80}; expected a name")

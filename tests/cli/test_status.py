@@ -81,6 +81,14 @@ def test_a_start_after_the_last_sign(run_dir: Path) -> None:
     assert read_status(run_dir, NOW)["state"] == "starting"
 
 
+def test_a_clock_that_went_back(run_dir: Path) -> None:
+    status = read_status(run_dir, NOW - 86_400)
+    assert status["state"] == "running"
+    assert (status["seconds_since_last_sign"], status["seconds_since_start"]) == (0.0, 0.0)
+    assert status["checkpoint_age_seconds"] == 0.0
+    assert "-" not in state_row(run_dir)
+
+
 def lock(run_dir: Path, **about: object) -> None:
     """The lock of this process, or of one that differs."""
     held = FolderLock(run_dir / "run.lock", "trains").about
@@ -96,7 +104,7 @@ def test_a_process_that_was_killed_here_is_seen_at_once(run_dir: Path) -> None:
     assert (status["state"], status["has_process"]) == ("dead", False)
     (run_dir / "environment.json").write_text('{"command": "flipscale pretrain --config demo"}')
     assert state_row(run_dir) == (
-        "no process; the same command goes on from 3,000 pairs: flipscale pretrain --config demo"
+        "no process; the same command resumes from 3,000 pairs: flipscale pretrain --config demo"
     )
 
 
@@ -104,7 +112,7 @@ def test_a_run_that_failed_has_no_process(run_dir: Path) -> None:
     beat(run_dir, age=1.0, phase="failed")
     assert read_status(run_dir, NOW)["state"] == "dead"
     shutil.rmtree(run_dir / "checkpoints")
-    assert state_row(run_dir) == "no process; the same command goes on from the start, as there is no checkpoint"
+    assert state_row(run_dir) == "no process; the same command resumes from the start, because there is no checkpoint"
 
 
 def test_a_process_of_another_machine_is_judged_by_its_signs(run_dir: Path) -> None:
@@ -116,7 +124,7 @@ def test_a_process_of_another_machine_is_judged_by_its_signs(run_dir: Path) -> N
     assert read_status(run_dir, NOW)["state"] == "dead"
 
 
-@pytest.mark.parametrize("content", [b"", b"\0\xff", b"[" * 100_000, b'{"command": 3}', None])
+@pytest.mark.parametrize("content", [b"", b"\0\xff", b'{"command": 3}', None])
 def test_a_lock_and_an_environment_that_are_none_say_nothing(run_dir: Path, content: bytes | None) -> None:
     for name in ("run.lock", "environment.json"):
         if content is None:
