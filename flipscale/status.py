@@ -77,7 +77,7 @@ def _show_progress(folders: Sequence[Path], as_json: bool) -> bool:
 def read_status(run_dir: Path, now: float) -> dict[str, Any]:
     """Return the state of a run at `now` (seconds since 1970), ready for JSON; unknown values are None.
 
-    `state` is `done`, `running`, `stopped` (by request; it can resume), `dead` (failed, killed or silent) or `starting`.
+    `state` is `done`, `running`, `stopped` (by request), `dead` (failed, killed or silent) or `starting`.
     `has_process` is whether a process trains there; None if this machine cannot tell. Speed, loss and the like belong
     to the last interval; counts of bad samples and steps are sums over the run. The Slurm script counts `num_crashes`.
 

@@ -1,26 +1,46 @@
-"""What a model answers for pictures of a test set: the nearest names or captions, and how near the right one is."""
+"""A model's answers for pictures of its test set: the nearest names or captions, and the rank of the right one."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from flipscale.data.captions import tokenise
+from flipscale.data.decode import decode_box, visible_patches
+from flipscale.engines.device import best_attention
+from flipscale.evaluation.kinds.classification import Classification
+from flipscale.evaluation.kinds.retrieval import Retrieval
+from flipscale.evaluation.kinds.task import Task
+from flipscale.evaluation.kinds.zero_shot import ZeroShot
+from flipscale.evaluation.test_set import TestSet
+from flipscale.model import FlipModel, FlipPreTrainedModel
+from flipscale.pages.page import evenly
+from flipscale.pages.pictures import ShardPictures, embed_pictures, unit
 
 _ROWS = 256  # pictures at a time, to bound the memory
+# A page needs fewer pictures than an evaluation, and no more than a minute.
+_MOST_PICTURES, _MOST_SECONDS, _MOST_TEXTS, _TEXT_BATCH = 2000, 60.0, 20_000, 256
+
+# Returns the model and the tokenizer of a folder; a classifier has no tokenizer.
+Load = Callable[[str], tuple[FlipPreTrainedModel, PreTrainedTokenizerBase | None]]
 
 
 @dataclass(frozen=True)
 class Answers:
-    """The answers for pictures.
+    """Answers for pictures.
 
     Args:
-        names: of all answers that there are.
-        right: the number of each picture's right answer, int64 `(pictures,)`.
-        top: the numbers of the nearest answers, the nearest first, int64 `(pictures, k)`.
-        shares: how the model divides its belief over them, fp32 `(pictures, k)`; over all answers it sums to one.
-        ranks: how many answers are nearer than the right one, int64 `(pictures,)`.
-        leads: by how much the right answer is nearer in cosine, or has more of a classifier's logit, than the best of
-            the others, fp32 `(pictures,)`; below 0 where it is not the nearest.
+        names: names of all possible answers.
+        right: index of each picture's right answer, int64 `(pictures,)`.
+        top: indices of the nearest answers, nearest first, int64 `(pictures, k)`.
+        shares: the model's probabilities of these answers, fp32 `(pictures, k)`; all answers sum to one.
+        ranks: number of answers nearer than the right one, int64 `(pictures,)`.
+        leads: cosine (or logit of a classifier) of the right answer minus the best other, fp32 `(pictures,)`; negative
+            for a wrong answer.
     """
 
     names: list[str]
@@ -32,22 +52,22 @@ class Answers:
 
     @property
     def num_right(self) -> int:
-        """How many pictures have the right answer as their nearest."""
+        """Number of pictures whose nearest answer is right."""
         return int((self.ranks == 0).sum())
 
 
 def answers_of(
     pictures: np.ndarray, texts: np.ndarray, names: Sequence[str], right: Sequence[int], scale: float, k: int = 3
 ) -> Answers:
-    """Return the answers of embeddings of unit length, or of logits.
+    """Return the answers of embeddings of unit length, or of a classifier's logits.
 
     Args:
-        pictures: fp32 `(pictures, dim)`; of a classifier its logits.
-        texts: fp32 `(answers, dim)`; of a classifier the identity.
-        names: of the answers.
-        right: the number of each picture's right answer.
-        scale: the model's inverse temperature; of a classifier 1.
-        k: how many of the nearest are kept.
+        pictures: embeddings or logits, fp32 `(pictures, dim)`.
+        texts: embeddings of the answers, fp32 `(answers, dim)`; the identity for a classifier.
+        names: names of the answers.
+        right: index of each picture's right answer.
+        scale: inverse temperature of the model; 1 for a classifier.
+        k: number of nearest answers to keep.
     """
     known, k = np.asarray(right, dtype=np.int64), min(k, len(names))
     columns: list[tuple[np.ndarray, ...]] = []
@@ -68,14 +88,15 @@ def answers_of(
 
 @dataclass(frozen=True)
 class ClassRow:
-    """How pictures of one right answer fared.
+    """Results for the pictures of one right answer.
 
     Args:
-        name: of the right answer.
-        images, num_right: pictures, and those of them that it is the nearest of.
-        rank: the right answer's mean place among all, 1 for the nearest.
-        example: the number of the picture that is furthest from what is right of a bad row, nearest of a good one.
-        taken_for: the answer that took its place most often; empty where none did.
+        name: name of the right answer.
+        images: number of pictures.
+        num_right: number of pictures with the right answer nearest.
+        rank: mean rank of the right answer, from 1.
+        example: index of the picture with the largest lead if most are right, else the smallest.
+        taken_for: most frequent wrong answer; empty if there is none.
     """
 
     name: str
@@ -87,16 +108,15 @@ class ClassRow:
 
 
 def class_rows(answers: Answers) -> list[ClassRow]:
-    """Return a row for each right answer that a picture has, the best first: by the share that is named right, then by
-    the place of the right answer, then by how far it leads."""
+    """Return a row for each right answer, best first: by accuracy, then mean rank, then mean lead."""
     rows = []
-    for number in np.unique(answers.right).tolist():
-        mine = np.flatnonzero(answers.right == number)
+    for index in np.unique(answers.right).tolist():
+        mine = np.flatnonzero(answers.right == index)
         good = answers.ranks[mine] == 0
         wrong = Counter(answers.top[mine[~good], 0].tolist()).most_common(1)
         share, lead = float(good.mean()), float(answers.leads[mine].mean())
         example = mine[answers.leads[mine].argmax() if share >= 0.5 else answers.leads[mine].argmin()]
-        name, rank = answers.names[number], float(answers.ranks[mine].mean()) + 1
+        name, rank = answers.names[index], float(answers.ranks[mine].mean()) + 1
         taken_for = answers.names[wrong[0][0]] if wrong else ""
         row = ClassRow(name, len(mine), int(good.sum()), rank, int(example), taken_for)
         rows.append(((-share, rank, -lead), row))
@@ -105,12 +125,13 @@ def class_rows(answers: Answers) -> list[ClassRow]:
 
 @dataclass(frozen=True)
 class Mistake:
-    """Two answers of which one was given for the other.
+    """A wrong answer for a right one.
 
     Args:
-        right, given: their names.
-        count: how often.
-        example: the number of the picture for which the model believes most in the wrong one.
+        right: name of the right answer.
+        given: name of the given answer.
+        count: number of pictures.
+        example: index of the picture with the highest probability of the wrong answer.
     """
 
     right: str
@@ -120,20 +141,120 @@ class Mistake:
 
 
 def mistakes(answers: Answers, most: int) -> list[Mistake]:
-    """Return the pairs that are confused most often, and of equal ones those that are confused most surely."""
-    found: dict[tuple[int, int], list[int]] = {}
+    """Return the most frequent mistakes; equal counts are ordered by the probability of the wrong answer."""
+    pairs: dict[tuple[int, int], list[int]] = {}
     for picture in np.flatnonzero(answers.ranks > 0).tolist():
-        found.setdefault((int(answers.right[picture]), int(answers.top[picture, 0])), []).append(picture)
+        pairs.setdefault((int(answers.right[picture]), int(answers.top[picture, 0])), []).append(picture)
     rows = []
-    for (right, given), pictures in found.items():
+    for (right, given), pictures in pairs.items():
         surest = max(pictures, key=lambda picture: answers.shares[picture, 0])
         row = Mistake(answers.names[right], answers.names[given], len(pictures), surest)
         rows.append(((-len(pictures), -float(answers.shares[surest, 0])), row))
     return [row for _, row in sorted(rows, key=lambda row: row[0])[:most]]
 
 
-def matrix(answers: Answers) -> list[list[int]]:
-    """Return how often each answer (column) was given for each right one (row)."""
+def confusion(answers: Answers) -> list[list[int]]:
+    """Return the confusion matrix: counts of given answers (column) for right answers (row)."""
     size = len(answers.names)
     cells = np.bincount(answers.right * size + answers.top[:, 0], minlength=size * size)
     return cells.reshape(size, size).tolist()
+
+
+@dataclass(frozen=True)
+class Tested:
+    """A model's answers for pictures of a test set.
+
+    Args:
+        task: task of the test set.
+        pictures: pictures of the test set.
+        rows: indices of the answered pictures, evenly spread, int64 `(rows,)`.
+        answers: answers for these pictures.
+    """
+
+    task: Task
+    pictures: ShardPictures
+    rows: np.ndarray
+    answers: Answers
+
+
+def shown_task(tasks: Sequence[Task]) -> Task | None:
+    """Return the task for the report: the first classification or zero-shot task, else the first retrieval, or None."""
+    named = [t for t in tasks if isinstance(t, Classification) or (isinstance(t, ZeroShot) and t.labels is None)]
+    return next(iter([*named, *(task for task in tasks if isinstance(task, Retrieval))]), None)
+
+
+def answer_pictures(task: Task, folder: str, load: Load, precision: str = "no") -> Tested:
+    """Return the answers of the model in `folder` for at most 2,000 pictures of a test set, in about a minute.
+
+    Args:
+        task: task of the test set.
+        folder: path of the model folder.
+        load: function that returns the model and tokenizer of a folder.
+        precision: mixed precision of the run, in accelerate's words, as in its evaluations.
+
+    Raises:
+        UserError: the model cannot be loaded, or the test set does not fit the task.
+        OSError: a shard cannot be read.
+    """
+    test_set = TestSet.open(task.data)
+    pictures = ShardPictures(test_set.source)
+    model, tokenizer = load(folder)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model.set_attn_implementation(best_attention(device))
+    model = model.to(device).eval()
+    vision = model.config.vision_config
+    decode = partial(_patches, task.image_size or vision.image_size, vision.patch_size)
+    # A random order leaves an even sample if the time ends early.
+    order = np.random.default_rng(0).permutation(evenly(len(pictures), _MOST_PICTURES)).tolist()
+
+    def features(columns: dict[str, torch.Tensor]) -> torch.Tensor:
+        on_device = {name: column.to(device) for name, column in columns.items()}
+        if isinstance(task, Classification):
+            logits: torch.Tensor = model(**on_device, image_size=task.image_size).logits
+            return logits
+        return unit(model.get_image_features(**on_device, image_size=task.image_size).pooler_output)
+
+    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+        embedded = embed_pictures(pictures, order, decode, features, _MOST_SECONDS)
+        by_row = np.argsort(embedded.rows)
+        rows, embeds = embedded.rows[by_row], embedded.embeds[by_row]
+        names, right, prompts = _questions(task, test_set, [pictures.place(row) for row in rows.tolist()])
+        if isinstance(task, Classification):
+            # Logits are scores of classes already.
+            return Tested(task, pictures, rows, answers_of(embeds, np.eye(len(names), dtype="f4"), names, right, 1.0))
+        assert isinstance(model, FlipModel)
+        assert tokenizer is not None
+        texts = _text_embeds(model, tokenizer, [p.replace("{c}", name) for name in names for p in prompts], device)
+    texts = texts.reshape(len(names), len(prompts), -1).mean(axis=1)
+    texts /= np.linalg.norm(texts, axis=1, keepdims=True)
+    scale = float(model.logit_scale.detach().exp().clamp(1.0, 100.0))
+    return Tested(task, pictures, rows, answers_of(embeds, texts, names, right, scale))
+
+
+def _patches(image_size: int, patch_size: int, encoded: bytes, row: int) -> dict[str, np.ndarray]:
+    return {"patches": visible_patches(decode_box(encoded, None, image_size, (1.0, 1.0)), patch_size, None)}
+
+
+def _questions(
+    task: Task, test_set: TestSet, places: Sequence[tuple[int, int]]
+) -> tuple[list[str], list[int], list[str]]:
+    """Return the possible answers, the index of each picture's right answer, and the prompts of an answer."""
+    if isinstance(task, ZeroShot | Classification):
+        names = test_set.class_names()
+        prompts = task.prompts(test_set)[: max(1, _MOST_TEXTS // len(names))]
+        return names, [test_set.label(len(names), *place) for place in places], prompts
+    captions = [test_set.captions_of(*place)[0] for place in places]
+    names = list(dict.fromkeys(captions))
+    index = {name: at for at, name in enumerate(names)}
+    return names, [index[caption] for caption in captions], ["{c}"]
+
+
+@torch.no_grad()
+def _text_embeds(
+    model: FlipModel, tokenizer: PreTrainedTokenizerBase, texts: list[str], device: torch.device
+) -> np.ndarray:
+    length, parts = model.config.text_config.max_position_embeddings, []
+    for first in range(0, len(texts), _TEXT_BATCH):
+        tokens = tokenise(tokenizer, texts[first : first + _TEXT_BATCH], length)["input_ids"].to(device)
+        parts.append(unit(model.get_text_features(tokens).pooler_output).cpu().numpy())
+    return np.concatenate(parts)

@@ -1,4 +1,4 @@
-"""What all pages share: how a template becomes one HTML file, and how pictures get into it."""
+"""Parts of all pages: templates to one HTML file, pictures and short texts."""
 
 import base64
 import io
@@ -6,7 +6,6 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -22,9 +21,10 @@ class Picture:
     """A picture in a page.
 
     Args:
-        uri: a data URI.
-        alt: what it shows, for those who do not see it.
-        width, height: in pixels.
+        uri: data URI.
+        alt: text for readers who cannot see it.
+        width: width in pixels.
+        height: height in pixels.
     """
 
     uri: str
@@ -33,9 +33,8 @@ class Picture:
     height: int
 
 
-def rendered(template: str, **values: Any) -> str:
-    """Return the page that a template of `templates/` makes of `values`. Every value is text, not HTML: what is special
-    in HTML is escaped."""
+def rendered(template: str, **values: object) -> str:
+    """Return the page that a template of `templates/` makes of `values`. HTML in the values is escaped."""
     environment = Environment(
         loader=FileSystemLoader(_TEMPLATES),
         autoescape=True,
@@ -43,13 +42,13 @@ def rendered(template: str, **values: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    # Names of files may have halves of surrogate pairs, which cannot be written, and controls, which HTML lacks.
+    # File names may contain halves of surrogate pairs, which UTF-8 lacks, and control characters, which HTML lacks.
     text = environment.get_template(template).render(**values).encode("utf-8", "backslashreplace").decode()
     return _CONTROL.sub("", text)
 
 
 def thumbnail(pixels: np.ndarray, alt: str, side: int) -> Picture:
-    """Return an image, uint8 RGB `(height, width, 3)`, whose longer side is shrunk to `side` pixels."""
+    """Return an image, uint8 RGB or RGBA `(height, width, channels)`, with the longer side shrunk to `side` pixels."""
     image, content = Image.fromarray(np.ascontiguousarray(pixels)), io.BytesIO()
     image.thumbnail((side, side))
     image.save(content, "webp", quality=_QUALITY)
@@ -57,7 +56,7 @@ def thumbnail(pixels: np.ndarray, alt: str, side: int) -> Picture:
 
 
 def drawing(file: Path, alt: str) -> Picture:
-    """Return a figure that is a PNG file.
+    """Return a figure from a PNG file.
 
     Raises:
         OSError: it cannot be read as an image.
@@ -67,7 +66,7 @@ def drawing(file: Path, alt: str) -> Picture:
 
 
 def shortened(text: str, most: int) -> str:
-    """Return a text in one line of at most `most` characters, cut between words where it has any."""
+    """Return a text in one line of at most `most` characters, cut between words if possible."""
     text = " ".join(text.split())
     if len(text) <= most:
         return text
@@ -82,7 +81,7 @@ def evenly(count: int, most: int) -> list[int]:
 
 
 def listed(names: Sequence[str]) -> str:
-    """Return names as a sentence has them: `a`, `a and b`, `a, b and c`."""
+    """Return names joined for a sentence: `a`, `a and b`, `a, b and c`."""
     return " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
 
 

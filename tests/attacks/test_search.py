@@ -67,10 +67,13 @@ def is_kept(folder: Path, ended: Ended) -> None:
     assert (folder / "search.npz").exists()
 
 
-_THEIRS = ("search.npz is there, and no search wrote it; name another page",)
+_THEIRS = ("search.npz exists, and no search wrote it; name another page",)
 ATTACKS = [
     Attack(
-        "queries that are a pipe", _search("--queries", "q", change=lambda f: os.mkfifo(f / "q")), 2, ("are no file",)
+        "queries that are a pipe",
+        _search("--queries", "q", change=lambda f: os.mkfifo(f / "q")),
+        2,
+        ("q, which is not a file",),
     ),
     Attack("words that are code", _search(SCRIPT), 0, ("1 query over 4 pictures",), runs_nothing),
     Attack("words of 100 kB", _search("a " * 50_000), 0, ("1 query over 4 pictures",)),

@@ -1,8 +1,8 @@
-"""What a model answers: compared with a plain computation."""
+"""Answers of a model beside a plain computation."""
 
 import numpy as np
 
-from flipscale.pages.answers import answers_of, class_rows, matrix, mistakes
+from flipscale.pages.answers import answers_of, class_rows, confusion, mistakes
 
 
 def unit(rows: np.ndarray) -> np.ndarray:
@@ -24,8 +24,8 @@ def test_answers_are_the_nearest_and_their_shares() -> None:
     assert answers.num_right == places.count(0)
     others = np.where(np.arange(5) == right[:, None], -np.inf, cosines).max(axis=1)
     np.testing.assert_allclose(answers.leads, cosines[np.arange(700), right] - others, atol=1e-6)
-    assert np.array(matrix(answers)).sum(axis=1).tolist() == np.bincount(right, minlength=5).tolist()
-    assert matrix(answers)[1][2] == ((right == 1) & (order[:, 0] == 2)).sum()
+    assert np.array(confusion(answers)).sum(axis=1).tolist() == np.bincount(right, minlength=5).tolist()
+    assert confusion(answers)[1][2] == ((right == 1) & (order[:, 0] == 2)).sum()
 
 
 def test_logits_are_answers_as_they_are() -> None:

@@ -1,7 +1,6 @@
-"""What pages are made of: texts, pictures, masks, and the facts of a run."""
+"""Parts of pages: texts, pictures, masks, and the facts of a run."""
 
 import base64
-import dataclasses
 import io
 from pathlib import Path
 
@@ -11,12 +10,13 @@ import yaml
 from conftest import changed_recipe
 from PIL import Image
 
-from flipscale.evaluation.reports.curves import Curve
-from flipscale.pages.facts import Facts, rounded
+from flipscale.io.text_table import rounded
 from flipscale.pages.masks import mask_rows
 from flipscale.pages.page import Picture, evenly, listed, rendered, shortened, thumbnail
+from flipscale.pages.report import fact_rows, run_sentence
 from flipscale.training.cost import Energy
 from flipscale.training.recipe import Recipe, parse_recipe
+from flipscale.training.run_summary import RunSummary
 
 
 def pixels(picture: Picture) -> np.ndarray:
@@ -85,38 +85,47 @@ def parsed(content: dict, folder: Path) -> Recipe:
     return parse_recipe(["--config", str(folder / "recipe.yaml")])
 
 
-def test_what_a_run_cost_is_what_was_measured() -> None:
+class Run(RunSummary):
+    """A run without files: its properties are set."""
+
+    def __init__(self, **values: object):
+        super().__init__(Path("run"))
+        self.__dict__.update(values)
+
+
+def test_cost_and_sentence_of_a_run() -> None:
     record = {"step": 10, "samples_seen": 1280, "trained_seconds": 7200.0, "images_per_s": 3.0, "num_replaced": 2}
-    recipe = {
-        "data": {"shards": "/somewhere/mine/train", "sources": []},
-        "stages": [{"mask_ratio": 0.5}],
-        "cost": {"device_hour_dollars": 2.5, "kwh_co2_grams": 400.0},
+    known = {
+        "recipe": {
+            "data": {"shards": "/somewhere/mine/train", "sources": []},
+            "stages": [{"mask_ratio": 0.5}],
+            "cost": {"device_hour_dollars": 2.5, "kwh_co2_grams": 400.0},
+        },
+        "environment": {"num_parameters": 1_500_000},
+        "kept_starts": [{"step": 0, "trained_seconds": 0.0, "num_processes": 2, "device": "a GPU", "engine": "ddp"}],
+        "records": [record],
     }
-    starts = [{"step": 0, "trained_seconds": 0.0, "num_processes": 2, "device": "a GPU", "engine": "ddp"}]
-    facts = Facts(recipe, {"num_parameters": 1_500_000}, {"vision_config": {"image_size": 32}}, starts)
-    curve = Curve("run", [record], [], {"masked": 0.5})
-    rows = dict(facts.rows(curve))
+    rows = dict(fact_rows(Run(**known, energy=Energy())))
     assert rows["device hours"] == "4.00"
     assert rows["cost"] == "10.00 dollars at 2.5 an hour"
     assert rows["bad samples"] == "2 replaced"
     assert rows["machine"] == "2 x a GPU"
     assert rows["processes"] == "2 processes under ddp"
-    assert not {"energy", "emissions", "memory"} & rows.keys()
-    facts = dataclasses.replace(facts, energy=Energy({"GPUs": 1.25, "processors": 0.25}, 2, 2))
-    measured = dict(facts.rows(curve))
+    assert not any(rows[name] for name in ("energy", "emissions", "memory"))
+    measured = dict(fact_rows(Run(**known, energy=Energy({"GPUs": 1.25, "processors": 0.25}, 2, 2))))
     assert measured["energy"] == "1.50 kWh, measured: GPUs and processors"
     assert measured["emissions"] == "0.60 kg of CO2 at 400 g a kWh"
-    facts = dataclasses.replace(facts, energy=Energy({"GPUs": 1.25}, 3, 2, 1))
-    cut = dict(facts.rows(curve))
-    assert cut["energy"] == "1.25 kWh, measured: GPUs, in 2 of 3 starts, 1 of them not to the end"
-    assert "emissions" not in cut
-    small = dataclasses.replace(facts, environment={**facts.environment, "num_parameters": 23_456})
-    assert small.sentence(curve).startswith("A model of pictures and words of 23,456 parameters.")
-    assert facts.sentence(curve) == (
+    cut = dict(fact_rows(Run(**known, energy=Energy({"GPUs": 1.25}, 3, 2, 1))))
+    assert cut["energy"].startswith("1.25 kWh, measured: GPUs, in 2 of 3 starts, 1 of them")
+    assert not cut["emissions"]
+    config = {"vision_config": {"image_size": 32}}
+    small = run_sentence(Run(**{**known, "environment": {"num_parameters": 23_456}}), config)
+    assert small.startswith("A model of pictures and words of 23,456 parameters.")
+    assert run_sentence(Run(**known), config) == (
         "A model of pictures and words of 1.5 million parameters. It learned from 1,280 pairs of mine/train in 2 h "
         "0 min of training, with 50 % of each picture left out (FLIP); its pictures have 32 x 32 pixels."
     )
 
 
-def test_numbers_are_said_briefly() -> None:
+def test_rounded_numbers() -> None:
     assert [rounded(value) for value in (0.00043, 0.5, 12.345, 1234.5)] == ["0.00043", "0.50", "12.35", "1,234"]

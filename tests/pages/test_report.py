@@ -1,4 +1,4 @@
-"""The report of a run: what is on it, that a browser shows it to anybody, and that it never costs a run."""
+"""The report of a run: its content, in a browser too, and that its failure never ends a run."""
 
 import dataclasses
 import logging
@@ -51,7 +51,7 @@ def test_a_run_ends_with_its_report(trained: Path) -> None:
     assert "base_lr: 0.012" in text
     for heading in ("Results", "How it learned", "Known best", "Known worst", "Most confused", "What was masked"):
         assert f">{heading}</h" in page
-    assert "What is not on this page" not in page
+    assert "Missing on this page" not in page
 
 
 def test_names_stay_text(trained: Path) -> None:
@@ -96,7 +96,7 @@ def test_without_an_evaluation_it_says_what_is_missing(copied: Path) -> None:
     )
     changed = dataclasses.replace(recipe_of(copied), eval=EvalRecipe(), output_dir=str(copied))
     page = write_report(changed, load_flip).read_text()
-    assert "What is not on this page" in page
+    assert "Missing on this page" in page
     assert "the recipe has no evaluation that names pictures or finds captions" in page
     assert "What was masked" in page
     assert ">Results<" not in page
@@ -139,7 +139,7 @@ def test_a_page_that_cannot_be_written_is_one_warning(
     (copied / "environment.json").write_text("{")
     offer_report(changed, load_flip)
     (words,) = {record.getMessage() for record in caplog.records if record.levelno == logging.WARNING}
-    assert re.fullmatch(r".*/report\.html was not written \(.* is damaged .*\); the run is whole without it", words)
+    assert re.fullmatch(r".*/report\.html was not written \(.* is damaged .*\); the run is complete without it", words)
     assert not (copied / "report.html").exists()
 
 

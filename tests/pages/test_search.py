@@ -1,4 +1,4 @@
-"""`flipscale search`: what it finds, the page it writes, and what it says of bad input."""
+"""`flipscale search`: its hits, its page, and its errors for bad input."""
 
 import re
 import shutil
@@ -14,9 +14,9 @@ from PIL import Image
 from flipscale import cli
 from flipscale.evaluation.pictures import image_embeds, text_embeds
 from flipscale.model import FlipModel, FlipProcessor
-from flipscale.pages import search_page
+from flipscale.pages import search as search_page
 from flipscale.pages.page import shortened
-from flipscale.pages.search_page import MOST_BYTES
+from flipscale.pages.search import MOST_BYTES
 
 
 @pytest.fixture
@@ -94,7 +94,7 @@ def test_a_browser_shows_it(trained: Path, pictures: Path, tmp_path: Path) -> No
     typed = look(page, tmp_path, script=typing + "document.querySelector('.search button').click();")
     assert typed.facts["shown"] == 1
     assert "1 of 3 queries" in typed.dom
-    assert "Most like it on this page" in [text for _, text in typed.facts["headings"]]
+    assert "Most similar on this page" in [text for _, text in typed.facts["headings"]]
     assert len(typed.facts["pictures"]) == len(opened.facts["pictures"]) + 1 + min(8, 10)
     check_accessible(typed)
 
@@ -135,9 +135,9 @@ def test_bad_input_is_one_line(
         ([model, pictures], "there is no query; give words such as 'two arrows in a circle', or --queries FILE"),
         ([model, pictures, "--queries", tmp_path / "none.txt"], "none.txt cannot be read"),
         ([model, pictures, "--queries", tmp_path / "many.txt"], "there are 501 queries; a page has at most 500"),
-        ([model, tmp_path / "empty", "red"], "empty has no pictures; they are files named .bmp"),
+        ([model, tmp_path / "empty", "red"], "empty has no pictures; expected files named .bmp"),
         ([model, tmp_path / "none", "red"], "none does not exist; name a folder of pictures, or shards"),
-        ([model, pictures / "red/4.txt", "red"], "4.txt is a file; name the folder that the pictures lie in"),
+        ([model, pictures / "red/4.txt", "red"], "4.txt is a file; name a folder of pictures"),
         ([model, tmp_path / "damaged", "red"], "none of the 1 pictures can be read, the first: a.png: "),
         ([model, pictures, pictures / "grey/3.png"], "3.png cannot be read as a picture"),
         (["pixels", pictures, "red"], "pixels takes no words, only pictures, and 'red' names no picture file"),

@@ -1,0 +1,218 @@
+"""Pictures of a folder or of tar shards, and their embeddings."""
+
+import re
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from flipscale.data.decode import UndecodableImage
+from flipscale.data.faults import BadSample, told_as
+from flipscale.data.recipe import DataRecipe
+from flipscale.data.sources.opening import open_shards
+from flipscale.data.sources.tar_source import TarSource
+from flipscale.evaluation.images import Decoder, SampleNumbers
+from flipscale.io.errors import UserError
+from flipscale.io.options import usable_cores
+from flipscale.io.progress import Progress
+from flipscale.preparation.lists.files import IMAGE_SUFFIXES
+from flipscale.preparation.lists.folder_list import FileList, picture_files
+
+_READ = DataRecipe(lanes=1, shards_per_block=1)
+_BATCH = 64
+
+
+class Pictures(Protocol):
+    """Encoded pictures by index."""
+
+    def __len__(self) -> int: ...
+
+    def name(self, index: int) -> str:
+        """Return the name of a picture for messages."""
+
+    def label(self, index: int) -> str:
+        """Return the label of a picture for pages: its caption, or else its name."""
+
+    def image(self, index: int) -> bytes:
+        """Return the encoded picture.
+
+        Raises:
+            BadSample: it cannot be read.
+        """
+
+    def state(self) -> list[list[str | int]]:
+        """Return names, bytes and times of the files, which change with the pictures."""
+
+
+@dataclass(frozen=True)
+class FolderPictures:
+    """Picture files in a folder and below it."""
+
+    files: FileList
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def name(self, index: int) -> str:
+        return self.files.key(index)
+
+    def label(self, index: int) -> str:
+        try:
+            return self.files.captions(index)[0]
+        except (BadSample, IndexError):
+            return self.name(index)
+
+    def image(self, index: int) -> bytes:
+        return self.files.image(index)
+
+    def state(self) -> list[list[str | int]]:
+        rows: list[list[str | int]] = []
+        for name in self.files.files:
+            path = self.files.root / name
+            stat = path.stat() if path.is_file() else None
+            rows.append([name, stat.st_size, stat.st_mtime_ns] if stat else [name])
+        return rows
+
+
+@dataclass(frozen=True)
+class ShardPictures:
+    """Samples of tar shards, by row."""
+
+    source: TarSource
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def place(self, index: int) -> tuple[int, int]:
+        """Return the shard and the index within it."""
+        return SampleNumbers(self.source)[index]
+
+    def name(self, index: int) -> str:
+        shard, within = self.place(index)
+        return f"{self.source.shard_name(shard).rsplit('/', 1)[-1]}#{within}"
+
+    def label(self, index: int) -> str:
+        try:
+            captions = self.source.read_captions(*self.place(index))
+        except BadSample:
+            captions = ()
+        lines = [line for text in captions for line in text.decode("utf-8", "replace").splitlines() if line.strip()]
+        return lines[0].strip() if lines else self.name(index)
+
+    def image(self, index: int) -> bytes:
+        return self.source.read(*self.place(index)).image
+
+    def state(self) -> list[list[str | int]]:
+        manifest = self.source.manifest
+        table = manifest.table[["samples", "num_bytes", "mtime_ns"]].tolist()
+        return [[name, *map(int, row)] for name, row in zip(manifest.all_names(), table, strict=True)]
+
+
+def open_pictures(place: str) -> Pictures:
+    """Return the pictures of a folder of files or shards, or of shards named by a glob, a range or a URL.
+
+    Raises:
+        UserError: the place does not exist, or has no pictures.
+    """
+    folder = Path(place)
+    # The name of a folder of pictures may look like a glob, so the folder is tested first.
+    is_shards = any(folder.glob("*.tar")) if folder.is_dir() else re.search(r"://|[*?\[{]|\.tar$", place)
+    if folder.is_file() and not is_shards:
+        raise UserError(f"{place} is a file; name a folder of pictures, or shards named *.tar")
+    if not is_shards and not folder.is_dir():
+        raise UserError(f"{place} does not exist; name a folder of pictures, or shards named *.tar")
+    pictures = ShardPictures(open_shards(place, _READ)) if is_shards else FolderPictures(picture_files(folder))
+    if not len(pictures):
+        raise UserError(
+            f"{place} has no pictures; expected files named {' '.join(IMAGE_SUFFIXES)} in it or below it, or shards "
+            "named *.tar"
+        )
+    return pictures
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """Embeddings of pictures.
+
+    Args:
+        rows: indices of the embedded pictures, int64 `(rows,)`.
+        embeds: embeddings, fp32 `(rows, dim)`.
+        faults: name and fault of each picture that could not be embedded.
+    """
+
+    rows: np.ndarray
+    embeds: np.ndarray
+    faults: list[str]
+
+
+def embed_pictures(
+    pictures: Pictures,
+    rows: Sequence[int],
+    decode: Decoder,
+    features: Callable[[dict[str, torch.Tensor]], torch.Tensor],
+    seconds: float | None = None,
+) -> Embedded:
+    """Return the embeddings of the pictures `rows`; damaged pictures are left out.
+
+    Args:
+        pictures: source of the encoded pictures.
+        rows: indices of the pictures.
+        decode: function from the bytes of a picture to its columns.
+        features: function from the columns of a batch to its embeddings `(batch, dim)`.
+        seconds: time after which no other batch starts; None for no limit.
+    """
+    kept: list[int] = []
+    parts: list[np.ndarray] = []
+    faults: list[str] = []
+    begin = time.monotonic()
+    with ThreadPoolExecutor(usable_cores()) as pool, Progress(len(rows), "embedding", "pictures", leave=False) as bar:
+        for first in range(0, len(rows), _BATCH):
+            if seconds is not None and parts and time.monotonic() - begin > seconds:
+                break
+            batch, columns = list(rows[first : first + _BATCH]), []
+            # Reading stays in this thread, because a source of shards does not allow several.
+            encoded = [_read(pictures, row) for row in batch]
+            for row, decoded in zip(batch, pool.map(decode_one(decode), encoded, batch), strict=True):
+                if isinstance(decoded, BadSample):
+                    faults.append(f"{pictures.name(row)}: {decoded}")
+                else:
+                    kept.append(row)
+                    columns.append(decoded)
+            if columns:
+                stacked = {name: torch.from_numpy(np.stack([one[name] for one in columns])) for name in columns[0]}
+                with torch.no_grad():
+                    parts.append(features(stacked).float().cpu().numpy())
+            bar.update(len(batch))
+    return Embedded(np.asarray(kept, np.int64), np.concatenate(parts) if parts else np.empty((0, 0), "f4"), faults)
+
+
+def decode_one(decode: Decoder) -> Callable[[bytes | BadSample, int], dict[str, np.ndarray] | BadSample]:
+    """Return a decoder that returns the fault of a picture instead of raising it."""
+
+    def decoded(encoded: bytes | BadSample, row: int) -> dict[str, np.ndarray] | BadSample:
+        if isinstance(encoded, BadSample):
+            return encoded
+        try:
+            with told_as(UndecodableImage):
+                return decode(encoded, row)
+        except BadSample as error:
+            return error
+
+    return decoded
+
+
+def _read(pictures: Pictures, row: int) -> bytes | BadSample:
+    try:
+        return pictures.image(row)
+    except BadSample as error:
+        return error
+
+
+def unit(features: torch.Tensor) -> torch.Tensor:
+    """Return features `(batch, dim)` as fp32 of unit length."""
+    return torch.nn.functional.normalize(features.float(), dim=-1)
