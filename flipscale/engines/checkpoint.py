@@ -1,16 +1,16 @@
-"""Checkpoints: `checkpoints/step-00012345/`, written aside by all processes and renamed once all of it is on disk.
+"""Checkpoints: `checkpoints/step-00012345/`, written under a hidden name and renamed once all of it is on disk.
 
-    part-00003.safetensors  what process 3 saves: ranges of weights, moments and averages, fp32, seen flat, as
-                            `weight.NAME`, `exp_avg.NAME`, `exp_avg_sq.NAME`, `momentum_buffer.NAME`, `ema.NAME`
-    index.json              every parameter's shape, and where its range begins in each part
+    part-00003.safetensors  ranges of flat fp32 weights, moments and averages that process 3 saves, as `weight.NAME`,
+                            `exp_avg.NAME`, `exp_avg_sq.NAME`, `momentum_buffer.NAME`, `ema.NAME`
+    index.json              shape of every parameter, and the bounds of its ranges in the parts
     state.json              step, samples seen, samples in the data set, versions of the format, flipscale and torch
-    recipe.yaml             as resolved
-    digests.json            of all these files, see `files.digests`; format 1, which state.json does not name, has none
+    recipe.yaml             resolved recipe
+    digests.json            digests of all these files, see `flipscale.io.digests`
 
-A checkpoint that was found not to be whole is kept as `bad-step-00012345` (`checkpoint_integrity`).
+A damaged checkpoint is kept as `bad-step-00012345` (`checkpoint_integrity`).
 
-No engine shows in these files, so a run can go on under another one and at another number of processes: each process
-reads the ranges that it needs.
+These files do not depend on the engine. A run can therefore resume under another engine and at another number of
+processes: each process reads the ranges that it needs.
 """
 
 import errno
@@ -45,13 +45,13 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class SaveRecipe:
-    """When checkpoints are written. Training goes on while they are.
+    """When checkpoints are written. Training goes on during the write.
 
     Args:
-        every_samples: How many samples lie between two checkpoints; at 0, there is one only at the end and on a stop
+        every_samples: Number of samples between two checkpoints; at 0, there is one only at the end and on a stop
             signal.
-        every_minutes: How many minutes lie between two checkpoints, in addition; at 0, the clock is not looked at.
-        total_limit: How many of the newest checkpoints are kept.
+        every_minutes: Number of minutes between two checkpoints, in addition; at 0, the clock has no effect.
+        total_limit: Number of newest checkpoints to keep.
     """
 
     every_samples: SamplesOrZero = 0
@@ -61,11 +61,11 @@ class SaveRecipe:
 
 @dataclass(frozen=True)
 class Piece:
-    """A range of one tensor of a run, the tensor seen flat: `values` are its elements from `first` on.
+    """A range of one flat tensor: `values` are its elements from `first` on.
 
     Args:
-        kind: `weight`, `ema`, or a moment's name.
-        name: of the parameter.
+        kind: `weight`, `ema`, or the name of a moment.
+        name: name of the parameter.
     """
 
     kind: str
@@ -75,13 +75,13 @@ class Piece:
 
 
 def latest_checkpoint(run_dir: Path) -> Path | None:
-    """Return the newest checkpoint of a run, or None; `checkpoint_integrity` tells whether it is whole.
+    """Return the newest checkpoint of a run, whole or not, or None.
 
     Raises:
-        OSError: as `list_checkpoints`.
+        OSError: the folder of checkpoints cannot be read.
     """
-    found = list_checkpoints(run_dir)
-    return found[-1] if found else None
+    checkpoints = list_checkpoints(run_dir)
+    return checkpoints[-1] if checkpoints else None
 
 
 def checkpoint_of(run_dir: Path, step: int) -> Path:
@@ -90,12 +90,12 @@ def checkpoint_of(run_dir: Path, step: int) -> Path:
 
 
 def step_of(checkpoint: Path) -> int:
-    """Return the step that the name of a checkpoint says."""
+    """Return the step in the name of a checkpoint."""
     return int(checkpoint.name.removeprefix("step-"))
 
 
 def part_of(checkpoint: Path, process: int) -> Path:
-    """Return the file of a checkpoint that a process writes."""
+    """Return the path of the part that a process writes."""
     return checkpoint / f"part-{process:05d}.safetensors"
 
 
@@ -103,7 +103,7 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
     """Return the checkpoints of a run, oldest first.
 
     Raises:
-        OSError: their folder is there and cannot be read, so that it must not be taken for an empty one.
+        OSError: the folder of checkpoints exists and cannot be read.
     """
     folder = run_dir / "checkpoints"
     if not os.path.lexists(folder):
@@ -112,7 +112,7 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
 
 
 class CheckpointReader:
-    """A reader of ranges of a checkpoint's tensors, whichever processes wrote them."""
+    """A reader of any range of a checkpoint's tensors, across parts."""
 
     def __init__(self, checkpoint: Path):
         self.path = checkpoint
@@ -122,14 +122,17 @@ class CheckpointReader:
         self._files: dict[int, Any] = {}
 
     def fill(self, kind: str, name: str, values: torch.Tensor, first: int) -> None:
-        """Fill the flat `values` with the elements, from `first` on, of `kind` of the parameter `name`.
+        """Fill the flat `values` with the elements from `first` on of a parameter's tensor.
+
+        Args:
+            kind: `weight`, `ema`, or the name of a moment.
 
         Raises:
-            ValueError: the checkpoint has no such tensor.
-            OSError: it has fewer elements than the index says.
+            UserError: the checkpoint has no such tensor.
+            OSError: a part differs from the index.
         """
         if name not in self._bounds:
-            raise UserError(f"checkpoint {self.path} has no {kind} of {name}; was the model another?")
+            raise UserError(f"checkpoint {self.path} has no {kind} of {name}; resume with its model")
         last = first + values.numel()
         for part, (start, stop) in enumerate(zip(self._bounds[name], self._bounds[name][1:], strict=False)):
             begin, end = max(first, start), min(last, stop)
@@ -137,17 +140,17 @@ class CheckpointReader:
                 continue
             file, keys = self._file(part)
             if f"{kind}.{name}" not in keys:
-                raise UserError(f"checkpoint {self.path} has no {kind} of {name}; was optim.name another?")
+                raise UserError(f"checkpoint {self.path} has no {kind} of {name}; resume with its optim.name")
             stored = file.get_slice(f"{kind}.{name}")
             if stored.get_shape() != [stop - start]:
                 raise OSError(
-                    f"{part_of(self.path, part)} has {kind} of {name} as {stored.get_shape()}, and index.json says "
-                    f"{[stop - start]}; the checkpoint is damaged: use another one"
+                    f"{part_of(self.path, part)} has {kind} of {name} with shape {stored.get_shape()}; index.json has "
+                    f"{[stop - start]}. The checkpoint is damaged: use another one"
                 )
             values[begin - first : end - first].copy_(stored[begin - start : end - start])
 
     def tensor(self, kind: str, name: str) -> torch.Tensor:
-        """Return a whole tensor, fp32, in its parameter's shape."""
+        """Return a whole fp32 tensor in the shape of its parameter."""
         whole = torch.empty(torch.Size(self.shapes[name]))
         self.fill(kind, name, whole.view(-1), 0)
         return whole
@@ -160,10 +163,10 @@ class CheckpointReader:
 
 
 class CheckpointWriter:
-    """A writer of a run's checkpoints, one at a time, each by a thread of every process.
+    """A writer of a run's checkpoints, one at a time, in a thread of every process.
 
-    `save` copies what it is given to host memory, and training goes on. `commit` renames the checkpoint's folder, after
-    every process has reported that its part is on disk; only then is there a checkpoint.
+    `save` copies tensors to host memory, and training goes on. `commit` renames the checkpoint's folder after every
+    process has reported that its part is on disk. Only then does the checkpoint exist.
     """
 
     def __init__(self, accelerator: "Accelerator", run_dir: Path, recipe: SaveRecipe, newest: int | None):
@@ -179,26 +182,25 @@ class CheckpointWriter:
 
     @property
     def is_open(self) -> bool:
-        """Whether a checkpoint waits for `commit`; the same on all processes."""
+        """Whether a checkpoint waits for `commit`. All processes agree."""
         return self._thread is not None
 
     @property
     def is_writing(self) -> bool:
-        """Whether this process still writes."""
+        """Whether this process is still writing its part."""
         return self._thread is not None and self._thread.is_alive()
 
     @property
     def clock_is_due(self) -> bool:
-        """Whether `every_minutes` have passed since the last save, by this process's clock."""
+        """Whether `every_minutes` have passed since the last save, by the clock of this process."""
         minutes = (time.monotonic() - self._last_save) / 60
         return 0 < self.recipe.every_minutes <= minutes
 
     def save(self, pieces: list[Piece], shapes: dict[str, torch.Size], state: dict[str, Any], recipe: str) -> None:
-        """Collective. Begin the checkpoint of `state["step"]`, unless the newest is of that step. The one before must
-        have been committed.
+        """Collective. Begin the checkpoint of `state["step"]`, unless it exists. `commit` must end the previous one.
 
         Raises:
-            OSError: its folder could not be made.
+            OSError: the folder cannot be created.
         """
         assert not self.is_open
         if state["step"] == self.newest:
@@ -224,11 +226,12 @@ class CheckpointWriter:
         self._thread.start()
 
     def commit(self) -> int | None:
-        """Collective. Wait for the checkpoint that was begun, rename it and remove those past `total_limit`. Return its
-        step, or None if none was begun.
+        """Collective. Finish the checkpoint that `save` began, and remove checkpoints past `total_limit`.
+
+        Return its step, or None if there was nothing to finish.
 
         Raises:
-            OSError: the disk is full or not writable; the checkpoints from before are still there.
+            OSError: the disk is full or not writable; earlier checkpoints still exist.
         """
         if self._thread is None:
             return None
@@ -247,19 +250,19 @@ class CheckpointWriter:
         return self.newest
 
     def _remove_old(self) -> None:
-        """Remove the checkpoints past `total_limit`. One that stays does not end the run: the disk may have room."""
+        """Remove the checkpoints past `total_limit`. A failure is only logged, because the disk may have room."""
         try:
             for old in list_checkpoints(self.run_dir)[: -max(self.recipe.total_limit, 1)]:
-                # A kill amid the removal must not leave half of it under the name of a whole one.
+                # Renamed first, so that a kill during the removal leaves no half checkpoint under its name.
                 remove(old.rename(partial_path(old)))
         except OSError as error:
-            _log.warning("an old checkpoint of %s could not be removed (%s); the run goes on", self.run_dir, error)
+            _log.warning("an old checkpoint of %s cannot be removed (%s); the run goes on", self.run_dir, error)
 
     def _index(self, pieces: list[Piece], shapes: dict[str, torch.Size]) -> dict[str, Any]:
         sizes = {piece.name: piece.values.numel() for piece in pieces if piece.kind == "weight"}
         mine = torch.tensor([[sizes[name] for name in shapes]], device=self.accelerator.device)
         ends = self.accelerator.gather(mine).cumsum(dim=0).cpu()
-        assert ends[-1].tolist() == [shape.numel() for shape in shapes.values()], "the parts do not make the whole"
+        assert ends[-1].tolist() == [shape.numel() for shape in shapes.values()], "the parts do not cover the tensors"
         bounds = {name: [0, *ends[:, column].tolist()] for column, name in enumerate(shapes)}
         return {"shapes": {name: list(shape) for name, shape in shapes.items()}, "bounds": bounds}
 
@@ -274,7 +277,7 @@ class CheckpointWriter:
             sync(self._partial)
         except OSError as error:
             self._error = error
-        except Exception as error:  # of whatever kind: what was not written must not be committed
+        except Exception as error:  # any error, because `commit` must not rename an unwritten checkpoint
             self._error = OSError(repr(error))
 
     def _write_text(self, name: str, text: str) -> FileDigest:
@@ -283,24 +286,24 @@ class CheckpointWriter:
         return digest_of(text.encode())
 
     def _agree(self) -> dict[str, FileDigest]:
-        """Collective. Return the digests of what all processes have written.
+        """Collective. Return the digests of the files of all processes.
 
         Raises:
-            OSError: on all processes, if writing failed on any.
+            OSError: on all processes, if a write failed on any.
         """
         from accelerate.utils import gather_object
 
-        found = gather_object([(self._digests, self._error)])
-        for _, error in found:
+        reports = gather_object([(self._digests, self._error)])
+        for _, error in reports:
             if error is not None:
                 raise self._failure(error)
-        return {name: digest for digests, _ in found for name, digest in digests.items()}
+        return {name: digest for digests, _ in reports for name, digest in digests.items()}
 
     def _failure(self, error: OSError) -> OSError:
         if self.accelerator.is_main_process:
             shutil.rmtree(self._partial, ignore_errors=True)
         is_full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         return OSError(
-            f"checkpoint {self._final} could not be written ({error}); the ones before it are whole: "
-            f"{'free some space' if is_full else 'mend what is named there'} and start the run again"
+            f"checkpoint {self._final} could not be written ({error}); earlier checkpoints are whole. Fix: "
+            f"{'free some space' if is_full else 'repair the disk or the rights'}, and start the run again"
         )

@@ -1,4 +1,4 @@
-"""Data parallel: every process holds the whole model, and gradients are averaged; also the engine of one process."""
+"""Data parallel: every process holds the whole model, and gradients are averaged. Also the engine of one process."""
 
 import warnings
 from typing import Any
@@ -18,7 +18,7 @@ class DdpEngine(Engine):
 
     @classmethod
     def memory(cls, model: nn.Module, launch: Launch, accumulates: bool = False) -> ModelMemory:
-        """Everything is whole, and gradients are added up and sent where they lie."""
+        """Return the memory: everything is whole, and gradients are accumulated and sent in place."""
         sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
         whole = sum(sizes.values())
         return ModelMemory(weights=whole, copies=0, gradients=whole, moments=sizes, communication_bytes=0)
@@ -27,7 +27,7 @@ class DdpEngine(Engine):
         if self.accelerator.num_processes == 1:
             return self.model
         devices = [self.accelerator.device] if self.accelerator.device.type == "cuda" else None
-        # The only buffers are fixed tables, equal everywhere. The option's new name is not in every torch.
+        # `broadcast_buffers` is off because all buffers are fixed tables. Not every torch has its new name.
         warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
         return DistributedDataParallel(
             self.model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
@@ -38,7 +38,7 @@ class DdpEngine(Engine):
         return build_optimizers(self.model, self.recipe, dtype, self._sharers())
 
     def _sharers(self) -> dist.ProcessGroup | None:
-        """Collective over the processes that share Muon's work. Return their group, None where there is no such."""
+        """Collective over processes that share Muon's work. Return their group, or None if each does its own work."""
         world, count = self.accelerator.num_processes, self.launch.neighbours
         if self.recipe.name != "muon" or world == 1:
             return None

@@ -1,4 +1,4 @@
-"""What the device can do, what suits it, and how much of its memory was used."""
+"""Properties of the device: its speed, its best attention kernel and precision, and its memory use."""
 
 import ctypes
 import os
@@ -12,8 +12,8 @@ from typing import Any, Literal
 
 import torch
 
-# Dense bf16 operations a second by words of the device's name, the first that has them all. From the makers' data
-# sheets, without sparsity.
+# Dense bf16 operations per second by words of the device's name; the first entry whose words all match counts. From the
+# makers' data sheets, without sparsity.
 BF16_PEAKS = {
     "H100 PCIe": 756e12,
     "H100 NVL": 835e12,
@@ -33,8 +33,10 @@ BF16_PEAKS = {
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:
-    """Return the operations a second of matrix products at `precision` (`bf16` or `no`): a GPU's by its data sheet, a
-    CPU's measured; None where neither is known."""
+    """Return the peak operations per second of matrix products at `precision` (`bf16` or `no`), None if unknown.
+
+    A GPU's peak comes from its data sheet; a CPU's is measured.
+    """
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     if device.type == "cpu":
         return fastest_product(device, dtype, sides=(1024,), times=2)
@@ -45,7 +47,7 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
 
 
 def fastest_product(device: torch.device, dtype: torch.dtype, sides: tuple[int, ...], times: int = 5) -> float:
-    """Return the operations a second of the fastest of a few square matrix products."""
+    """Return the operations per second of the fastest of a few square matrix products."""
     fastest = 0.0
     for side in sides:
         matrix = torch.randn(side, side, device=device).to(dtype)
@@ -59,24 +61,24 @@ def fastest_product(device: torch.device, dtype: torch.dtype, sides: tuple[int, 
 
 
 def wait_for(device: torch.device) -> None:
-    """Wait until the device has done what it was sent."""
+    """Wait until the device has finished all queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def to_device(numbers: Sequence[float], device: torch.device) -> torch.Tensor:
-    """Return numbers as fp32 on the device. The host does not wait until it has them."""
+    """Return numbers as fp32 on the device, without waiting for the copy."""
     if device.type != "cuda":
         return torch.tensor(numbers, dtype=torch.float32, device=device)
-    # torch keeps page-locked memory for itself until what was sent from there has arrived.
+    # torch does not reuse the pinned memory before the copy is complete.
     return torch.tensor(numbers, dtype=torch.float32).pin_memory().to(device, non_blocking=True)
 
 
 class HostCopy:
-    """Numbers on their way from the device to the host, which waits for them only when it reads them.
+    """An asynchronous copy of numbers to the host, which waits only in `read`.
 
     Args:
-        numbers: `(count,)`, not changed afterwards.
+        numbers: `(count,)`; must not change afterwards.
     """
 
     def __init__(self, numbers: torch.Tensor):
@@ -85,20 +87,20 @@ class HostCopy:
         if numbers.is_cuda:
             self._numbers = torch.empty_like(numbers, device="cpu", pin_memory=True)
             self._numbers.copy_(numbers, non_blocking=True)
-            # The process sleeps while it waits, and leaves its core to the loader's workers.
+            # `blocking` lets the process sleep while it waits, which leaves its core to the loader's workers.
             self._arrived = torch.cuda.Event(blocking=True)
             self._arrived.record()
 
     def read(self) -> list[float]:
-        """Wait until they have arrived and return them."""
+        """Wait for the copy and return the numbers."""
         if self._arrived is not None:
             self._arrived.synchronize()
-        found: list[float] = self._numbers.tolist()
-        return found
+        numbers: list[float] = self._numbers.tolist()
+        return numbers
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Return the most memory that tensors held on a GPU so far; on a CPU, that the process had."""
+    """Return the peak memory of tensors on a GPU so far; on a CPU, of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -106,33 +108,31 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def best_attention(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> str:
-    """Return the name of the transformers attention implementation that trains fastest on `device` with products in
-    `dtype`.
+    """Return the transformers attention implementation that trains fastest on `device` with products in `dtype`.
 
-    In bf16 on CPUs two plain matrix products beat the fused kernel, whose backward pass takes 7 times as long at the 50
-    tokens that a 75 % mask leaves of B/16, and still twice as long at all 197. In fp32 the fused kernel is as fast with
-    a mask and faster without. On GPUs `sdpa` picks the flash kernels by itself.
+    In bf16 on CPUs two plain matrix products beat the fused kernel. Its backward pass takes 7 times as long at the 50
+    tokens of B/16 with a 75 % mask, and twice as long at all 197. In fp32 the fused kernel is as fast with a mask and
+    faster without. On GPUs `sdpa` chooses the flash kernels.
     """
     return "eager" if device.type == "cpu" and dtype == torch.bfloat16 else "sdpa"
 
 
 def default_precision() -> Literal["no", "bf16"]:
-    """Return the precision of matrix products where a launch names none, in accelerate's words: bf16 on a GPU that has
-    it, else fp32.
+    """Return the default precision of matrix products, in accelerate's words: bf16 on a GPU that has it, else `no`.
 
-    On CPUs it is fp32 whatever they can: with AMX or AVX-512's bf16 they are faster in bf16, without them slower, and a
-    recipe is not to learn otherwise from one CPU to the next.
+    On CPUs it is always fp32, so that a recipe learns the same on each. CPUs with AMX or AVX-512's bf16 are faster in
+    bf16, others slower.
     """
     return "bf16" if torch.cuda.is_available() and is_faster_in_bf16() else "no"
 
 
 def is_faster_in_bf16() -> bool:
-    """Return whether the device multiplies matrices faster in bf16 than in fp32: a GPU says so, a CPU is tried."""
+    """Return whether the device multiplies matrices faster in bf16 than in fp32. A GPU is asked, a CPU measured."""
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
 
     best = {torch.float32: float("inf"), torch.bfloat16: float("inf")}
-    # In turns, so that other work on the machine slows both; the first turn is spent on the start of the threads.
+    # The dtypes alternate, so that other work on the machine slows both. The first turn starts the threads.
     for turn in range(8):
         for dtype in best:
             matrix = torch.ones(512, 512, dtype=dtype)
@@ -144,10 +144,9 @@ def is_faster_in_bf16() -> bool:
 
 
 def keep_freed_memory() -> None:
-    """Tell glibc to keep freed memory for the next step.
+    """Set glibc to keep freed memory for the next step. No effect with another allocator.
 
-    A CPU step otherwise spends a fifth of its time in page faults, since every large activation is mapped and unmapped
-    anew. This has no effect with another allocator.
+    Otherwise every large activation is mapped and unmapped, and page faults take a fifth of a CPU step.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -160,10 +159,9 @@ def keep_freed_memory() -> None:
 
 
 def bind_to_numa(device: torch.device) -> None:
-    """Keep this process on the CPUs of the socket that its GPU hangs on, so that what is sent to the GPU lies in memory
-    beside it. The workers that it starts stay there, too.
+    """Bind this process and its later workers to the CPUs of its GPU's socket, so that copies use nearby memory.
 
-    Nothing changes where the GPUs that this process sees leave a socket without one, whose CPUs would then idle.
+    Nothing changes if some socket has no visible GPU, because its CPUs would then be idle.
     """
     if device.type != "cuda":
         return
@@ -179,8 +177,10 @@ def _pci_address(gpu: int) -> str:
 
 
 def _cpus_near(pci_address: str, system: Path = Path("/sys")) -> set[int]:
-    """Return the CPUs of the socket of a PCI device, not only those of its NUMA node: where a socket has several nodes,
-    some have no GPU. Empty where the system does not say."""
+    """Return the CPUs of a PCI device's socket; empty if unknown.
+
+    A socket may have several NUMA nodes, and nodes without GPU; all its CPUs count.
+    """
     try:
         local = (system / "bus/pci/devices" / pci_address / "local_cpulist").read_text(encoding="utf-8").strip()
         sockets = {

@@ -1,4 +1,4 @@
-"""What every engine does: hold one model on many processes, train it, and hand out what a checkpoint saves.
+"""The base of all engines: an engine holds one model on many processes, trains it, and gives checkpoints their data.
 
 The launch chooses the engine (`flipscale.engines.start.engine_classes`). All engines learn the same numbers from the
 same recipe and write the same checkpoints. An engine is one file: a subclass of `Engine` or of another engine.
@@ -28,14 +28,14 @@ Batch = TypeVar("Batch")
 
 @dataclass(frozen=True)
 class ModelMemory:
-    """What the fullest process keeps of a model, in elements of 4 bytes unless it says bytes.
+    """Memory of a model on the fullest process, in elements of 4 bytes unless the name says bytes.
 
     Args:
-        weights: and as many again where the recipe asks for averages.
-        copies: of weights, kept by the optimiser.
-        gradients: kept until the step.
-        moments: elements of each parameter whose moments this process has.
-        communication_bytes: weights that were gathered and gradients on their way to other processes.
+        weights: weights; averages, if the recipe asks for them, take as much again.
+        copies: copies of weights that the optimiser keeps.
+        gradients: gradients that are kept until the step.
+        moments: number of elements with moments, by parameter.
+        communication_bytes: gathered weights, and gradients in transit to other processes.
     """
 
     weights: int
@@ -55,15 +55,15 @@ class Engine:
     5. `start_averages` starts the averages of the weights, if the recipe asks for them.
     6. For every step: the engine itself and `backward` for each batch of `accumulate`, `gradient_norm`, `step`.
 
-    `model` is the model itself, to evaluate and to find parameters by name. `wrapped` is what trains it, and calling
-    the engine calls that.
+    `model` is the model itself, for evaluation and parameter names. `wrapped` is its wrapper for training, which a call
+    of the engine calls.
     """
 
-    # As the run directory reports it.
+    # Name in the run directory's reports.
     name: str
-    # Whether fp32 weights are cast to bf16 for each product; otherwise they are gathered in bf16 already.
+    # Whether fp32 weights are cast to bf16 for each product; otherwise they are gathered in bf16.
     autocasts: ClassVar[bool] = True
-    # Values of optim.name.
+    # Supported values of optim.name.
     optimizers_carried: ClassVar[tuple[str, ...]] = ("adamw", "muon")
 
     def __init__(self, accelerator: "Accelerator", launch: Launch, recipe: OptimRecipe, global_batch_size: int):
@@ -74,7 +74,7 @@ class Engine:
         self.name = launch.engine
         self.model: FlipPreTrainedModel
         self.wrapped: Any = None
-        # To walk through the modules for them takes the host longer than to add up their norms.
+        # Kept here, because a walk through the modules takes the host longer than the sum of the norms.
         self._parameters: list[nn.Parameter] = []
         self.layout: Layout
         self.optimizers: list[torch.optim.Optimizer] = []
@@ -82,21 +82,20 @@ class Engine:
 
     @classmethod
     def refusal(cls, launch: Launch, optimizer: str, compiles: bool = False) -> str | None:
-        """Return why this engine cannot train with an optimiser (an `optim.name`) or with compiled blocks, and what to
-        do; None if it can."""
+        """Return why this engine cannot train with an `optim.name` or with compiled blocks, and the fix, or None."""
         if optimizer in cls.optimizers_carried:
             return None
         return (
-            f"optim.name is {optimizer!r}, which the launch file's engine {launch.engine} does not have; use "
-            f"{shipped('fsdp2')} or ddp.yaml, or optim.name {cls.optimizers_carried[0]}"
+            f"optim.name is {optimizer!r}; the launch file's engine {launch.engine} has {cls.optimizers_carried[0]}. "
+            f"Fix: use that, or {shipped('fsdp2')} or ddp.yaml"
         )
 
     @classmethod
     def memory(cls, model: nn.Module, launch: Launch, accumulates: bool = False) -> ModelMemory:
-        """Return what the fullest process would keep of a model, which may be on the meta device.
+        """Return the memory of a model on the fullest process. The model may be on the meta device.
 
         Args:
-            accumulates: whether a step has several passes of `accumulate`.
+            accumulates: whether a step accumulates gradients over several passes.
         """
         raise NotImplementedError
 
@@ -107,23 +106,24 @@ class Engine:
         init: ParameterInit,
         kind: type[FlipPreTrainedModel] = FlipModel,
     ) -> None:
-        """Collective. Make the model with its first weights, sharded where the engine shards, not yet ready to train.
+        """Collective. Make the model with its first weights, sharded if the engine shards; `prepare` completes it.
 
         Args:
-            configure: changes the model before it has weights (attention kernel, recomputation, compilation).
-            init: sets the weights of a module; see `flipscale.engines.first_weights`.
-            kind: the class of the model.
+            configure: function that changes the model before it has weights (attention kernel, recomputation,
+                compilation).
+            init: function that sets the weights of a module; see `flipscale.engines.first_weights`.
+            kind: class of the model.
         """
         self.model = build_weights(config, configure, init, self._place_block, kind)
         self._place_rest()
         self.layout = self._make_layout()
 
     def _place_block(self, block: nn.Module) -> None:
-        """Move a block to the device as soon as it has weights, sharded where the engine shards."""
+        """Move a block with weights to the device, sharded if the engine shards."""
         block.to(self.accelerator.device)
 
     def _place_rest(self) -> None:
-        """Move what is not in a block."""
+        """Move everything outside of blocks to the device."""
         self.model.to(self.accelerator.device)
 
     def _make_layout(self) -> Layout:
@@ -149,16 +149,19 @@ class Engine:
         return build_optimizers(self.model, self.recipe, dtype)
 
     def load_moments(self, reader: CheckpointReader, steps: int) -> None:
-        """Fill the moments from a checkpoint, as they were after `steps` steps.
+        """Fill the moments from a checkpoint.
+
+        Args:
+            steps: number of optimiser steps before the checkpoint.
 
         Raises:
-            ValueError: the checkpoint was written with another optimiser.
+            UserError: another optimiser wrote the checkpoint.
         """
         assert self.wrapped is not None, "load_moments goes after prepare"
         self.layout.load_moments(reader, steps)
 
     def start_averages(self, reader: CheckpointReader | None) -> None:
-        """Start the averages that the recipe may ask for, from the weights as they are or from a checkpoint."""
+        """Start the averages, if the recipe has them, from a checkpoint or else from the current weights."""
         assert self.wrapped is not None, "start_averages goes after prepare"
         if self.recipe.ema_decay is not None:
             self.averages = Averages(self.layout, self.recipe.ema_decay, reader)
@@ -167,7 +170,7 @@ class Engine:
         """Collective. Return the `FlipOutput` of this process's part of a batch, in the run's precision.
 
         Args:
-            batch: the arguments of the model's `forward` by name, such as `patches`, `patch_index`, `input_ids` and
+            batch: arguments of the model's `forward`, such as `patches`, `patch_index`, `input_ids` and
                 `attention_mask`.
         """
         begin("forward")
@@ -176,8 +179,10 @@ class Engine:
         return output
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Collective. Add the gradients of the mean of all processes' `loss`. In all of a step's passes but the last of
-        `accumulate`, gradients stay local; then they are averaged over the processes."""
+        """Collective. Add the gradients of the mean of all processes' `loss`.
+
+        Gradients stay local in all passes of `accumulate` but the last, which averages them over the processes.
+        """
         begin("backward")
         self._backward(loss)
         begin("update")
@@ -186,8 +191,10 @@ class Engine:
         loss.backward()
 
     def accumulate(self, batches: Sequence[Batch]) -> Iterator[Batch]:
-        """Yield the same batches, for a forward and a backward pass each: gradient accumulation, with one reduction
-        over the processes during the last pass."""
+        """Yield the batches of a step, for a forward and a backward pass each.
+
+        Gradients are reduced over the processes once, during the last pass.
+        """
         for number, batch in enumerate(batches, 1):
             self._reduce_gradients(number == len(batches))
             yield batch
@@ -196,16 +203,16 @@ class Engine:
         """Set whether the next backward pass averages gradients over the processes."""
 
     def gradient_norm(self) -> torch.Tensor:
-        """Collective. Return the global norm of the gradients, fp32 `()`, from before they are clipped as the recipe
-        says."""
+        """Collective. Return the global norm of the gradients, fp32 `()`, then clip them if the recipe says so."""
         return gradient_norm(self._parameters, self.recipe.max_grad_norm)
 
     def step(self, learning_rate: float, taken: torch.Tensor) -> None:
-        """Collective. Move the weights, moments and averages, or leave them as they are, and drop the gradients.
+        """Collective. Update the weights, moments and averages, and drop the gradients.
 
         Args:
-            taken: fp32 `()` on the accelerator, the same on every process: 1, or 0 to leave the step out, whatever the
-                gradients are. It is read on the device, so the host need not know it yet.
+            learning_rate: learning rate before the groups' factors.
+            taken: fp32 `()` on the accelerator, the same on every process: 1, or 0 to skip the update. The device reads
+                it, so the host need not know it.
         """
         set_learning_rate(self.optimizers, learning_rate)
         self._step(taken)
@@ -215,23 +222,23 @@ class Engine:
     def _step(self, taken: torch.Tensor) -> None:
         found_inf = 1.0 - taken
         for optimizer in self.optimizers:
-            # torch's fused AdamW reads this name, and Muon does as it does: nothing moves where it is 1.
+            # torch's fused AdamW and our Muon read this name: at 1 nothing is updated.
             optimizer.found_inf = found_inf  # type: ignore[attr-defined]
             optimizer.step()
             optimizer.zero_grad()
 
     def forget_moments(self) -> None:
-        """Give the optimisers a fresh start."""
+        """Reset the optimisers' moments and step counts."""
         self.layout.forget_moments()
 
     def averaged(self) -> AbstractContextManager[None]:
-        """Collective. Let `model` have the averages for its weights meanwhile, where the recipe asks for them."""
+        """Collective. Swap the averages, if the recipe has them, into `model` for the duration of the context."""
         return nullcontext() if self.averages is None else self.averages.in_place_of_weights()
 
     def optimizer_steps(self) -> int:
-        """Return how often the optimisers have moved the weights since their last fresh start."""
+        """Return the number of optimiser steps since the last reset."""
         return self.layout.optimizer_steps()
 
     def pieces(self) -> list[Piece]:
-        """Return what this process writes to a checkpoint: ranges of weights, moments and averages."""
+        """Return the data that this process saves: ranges of weights, moments and averages."""
         return self.layout.pieces({} if self.averages is None else self.averages.values)

@@ -1,8 +1,8 @@
 """The weights that a run starts from: drawn, or read from a model folder, one module at a time.
 
-The model is built on the meta device and made real block by block, so no process ever holds more than its shard and
-one block. The draws of every module are keyed by (seed, its name), so the same recipe starts from the same numbers
-under every engine and at every number of processes.
+The model is built on the meta device and gets memory block by block, so no process holds more than its shard and one
+block. Draws are keyed by (seed, module name), so a recipe starts from the same numbers under every engine and at every
+number of processes.
 """
 
 import hashlib
@@ -23,12 +23,12 @@ from flipscale.io.errors import UserError
 from flipscale.io.model_folder import check_folder, fetch_folder
 from flipscale.model import FlipConfig, FlipModel, FlipPreTrainedModel
 
-# Sets one module's own parameters, given its name, the module, and the model or tower whose rules it follows.
+# Sets a module's own parameters, given its name, the module, and the model or tower whose rules it follows.
 ParameterInit = Callable[[str, nn.Module, PreTrainedModel], None]
 
 _log = logging.getLogger(__name__)
 
-# More than any list of stages needs; without a limit, a fault that makes a graph for every step would go unseen.
+# More than any list of stages needs. A limit is needed to notice a fault that makes a graph for every step.
 _MAX_GRAPHS = 64
 
 
@@ -39,13 +39,13 @@ def build_weights(
     place: Callable[[nn.Module], None],
     kind: type[FlipPreTrainedModel] = FlipModel,
 ) -> FlipPreTrainedModel:
-    """Return a model of `config` in fp32, made real block by block.
+    """Return a model of `config` in fp32, allocated block by block.
 
     Args:
-        configure: changes the model before it has weights (attention kernel, recomputation, compilation).
-        init: sets a module's weights; `initial_weights` or `no_weights`.
-        place: called with every block as soon as it has weights, to shard it or move it to its device.
-        kind: the class of the model.
+        configure: function that changes the model before it has weights (attention kernel, recomputation, compilation).
+        init: function that sets a module's weights; result of `initial_weights`, or `no_weights`.
+        place: function that shards a block or moves it to its device, called as soon as the block has weights.
+        kind: class of the model.
     """
     model = model_without_storage(config, kind)
     configure(model)
@@ -56,7 +56,7 @@ def build_weights(
         if isinstance(module, blocks):
             place(module)
     left = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
-    assert not left, f"never made real: {left}"
+    assert not left, f"never allocated: {left}"
     return model
 
 
@@ -67,34 +67,37 @@ def model_without_storage(config: FlipConfig, kind: type[FlipPreTrainedModel] = 
 
 
 def freeze(model: FlipPreTrainedModel, parts: Sequence[str]) -> None:
-    """Let the parameters of some parts, modules or single parameters by their names, stay as they start.
+    """Freeze parts of a model.
+
+    Args:
+        parts: names of modules or parameters.
 
     Raises:
-        ValueError: the model has no part of a name, or nothing is left to learn.
+        UserError: the model has no part of a name, or nothing is left to learn.
     """
     for part in parts:
-        found = [p for name, p in model.named_parameters() if name == part or name.startswith(f"{part}.")]
-        if not found:
-            parts_there = dict.fromkeys(name.split(".")[0] for name, _ in model.named_parameters())
+        parameters = [p for name, p in model.named_parameters() if name == part or name.startswith(f"{part}.")]
+        if not parameters:
+            known = dict.fromkeys(name.split(".")[0] for name, _ in model.named_parameters())
             raise UserError(
-                f"model.frozen names {part!r}, which the model does not have; it has {', '.join(parts_there)}, and "
-                "what is in them, such as vision_model.encoder.layers.0"
+                f"model.frozen has {part!r}; expected {', '.join(known)}, or a part of one such as "
+                "vision_model.encoder.layers.0"
             )
-        for parameter in found:
+        for parameter in parameters:
             parameter.requires_grad_(False)
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise UserError(f"model.frozen is {list(parts)}, which leaves nothing to learn; leave some of it out")
+        raise UserError(f"model.frozen is {list(parts)}, which leaves nothing to learn; leave a part out")
 
 
 def compile_blocks(model: FlipPreTrainedModel) -> None:
-    """Have torch.compile make graphs of the encoder blocks, each for one shape: of the image tower one for every number
-    of visible patches, of the text tower one for every number of tokens, and twice as many with micro-batches, whose
-    first pass has no gradients. All blocks of a tower share them.
+    """Compile the encoder blocks with torch.compile, one graph for each shape.
 
-    Evaluations run the blocks as they are (`training.evaluating`), since their last batch has a size of its own.
+    The image tower has a graph for every number of visible patches, the text tower for every number of tokens. With
+    micro-batches there are twice as many, because the first pass has no gradients. All blocks of a tower share graphs.
+
+    Evaluations run the uncompiled blocks (`training.evaluating`), because their last batch has another size.
     """
-    # By default torch takes 8 graphs of one code, and the next one ends a run that wants whole graphs. Both towers have
-    # one code, so a third stage would.
+    # torch's limit is 8 graphs of one code, and both towers share one code, so a third stage could end the run.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MAX_GRAPHS)
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer):
@@ -104,18 +107,22 @@ def compile_blocks(model: FlipPreTrainedModel) -> None:
 def initial_weights(
     init_from: str | None, config: FlipConfig, seed: int, kind: type[FlipPreTrainedModel] = FlipModel
 ) -> ParameterInit:
-    """Collective. Return what sets a new run's weights: fresh draws, or the weights of the folder or Hub name
-    `init_from`, which process 0 alone reads, a tensor at a time, and sends to the others.
+    """Collective. Return the initialiser of a new run: fresh draws, or weights of a model.
+
+    Process 0 alone reads stored weights, one tensor at a time, and sends them to the others.
+
+    Args:
+        init_from: folder or Hub name of a model; None for fresh draws.
 
     Raises:
-        ValueError: on every process, if there are no such weights, or one of them is not finite or has another shape in
-            a model of `config`.
+        UserError: there are no such weights, or one is not finite or has another shape than in a model of `config`.
+            Raised on every process.
     """
     return fresh_weights(seed) if init_from is None else stored_weights(_Stored.of(init_from, config, kind), seed)
 
 
 def fresh_weights(seed: int) -> ParameterInit:
-    """Return what draws weights by the model's own `_init_weights`."""
+    """Return an initialiser that draws weights by the model's own `_init_weights`."""
 
     def init(name: str, module: nn.Module, owner: PreTrainedModel) -> None:
         key = hashlib.sha256(f"{seed}/{name}".encode()).digest()
@@ -127,15 +134,15 @@ def fresh_weights(seed: int) -> ParameterInit:
 
 
 def no_weights(name: str, module: nn.Module, owner: PreTrainedModel) -> None:
-    """Leave the memory as it is, for a checkpoint to fill."""
+    """Leave the memory uninitialised, because a checkpoint fills it."""
 
 
 class _Stored:
-    """Weights in safetensors files, of which process 0 alone has any open.
+    """Weights in safetensors files, which process 0 alone has open.
 
     Args:
-        files: by the names of the tensors in them; empty on the other processes.
-        names: of the tensors that the model takes.
+        files: open file of each tensor, by the tensor's name; empty on other processes.
+        names: names of the tensors that the model uses.
     """
 
     def __init__(self, files: dict[str, Any], names: set[str]):
@@ -146,10 +153,10 @@ class _Stored:
         """Collective. Return the weights of a folder or Hub name, for a model of `config`.
 
         Raises:
-            ValueError: on every process, as `initial_weights`.
+            UserError: see `initial_weights`.
         """
         files: dict[str, Any] = {}
-        found: list[set[str] | str] = [set()]
+        names_or_fault: list[set[str] | str] = [set()]
         several = dist.is_initialized() and dist.get_world_size() > 1
         if not several or dist.get_rank() == 0:
             try:
@@ -158,17 +165,18 @@ class _Stored:
                 names = _usable(files, model_without_storage(config, kind))
                 for name in names:
                     check_weight(name, files[name].get_tensor(name))
-                found = [names]
+                names_or_fault = [names]
             except (ValueError, OSError, SafetensorError) as error:
-                found = [f"model.init_from {init_from!r} cannot be loaded ({str(error).splitlines()[0]})"]
+                names_or_fault = [f"model.init_from {init_from!r} cannot be loaded ({str(error).splitlines()[0]})"]
         if several:
-            dist.broadcast_object_list(found, device=_device())
-        if isinstance(found[0], str):
-            raise UserError(found[0])
-        return cls(files, found[0])
+            dist.broadcast_object_list(names_or_fault, device=_device())
+        (names,) = names_or_fault
+        if isinstance(names, str):
+            raise UserError(names)
+        return cls(files, names)
 
     def fill(self, parameter: nn.Parameter, name: str) -> None:
-        """Collective. Set a parameter that is in memory to the tensor of this name."""
+        """Collective. Set an allocated parameter to the tensor of this name."""
         if self.files:
             parameter.data.copy_(self.files[name].get_tensor(name))
         if dist.is_initialized() and dist.get_world_size() > 1:
@@ -178,35 +186,36 @@ class _Stored:
 
 
 def _device() -> torch.device:
-    """Return where the process group takes tensors from."""
+    """Return the device of the process group's tensors."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _usable(files: dict[str, Any], model: FlipPreTrainedModel) -> set[str]:
-    """Return the names of the tensors that `model` takes, and log those that it lacks and those that it leaves.
+    """Return the names of the tensors that `model` uses, and log missing and unused names.
 
     Raises:
-        ValueError: a tensor has another shape than its parameter.
+        UserError: a tensor has another shape than its parameter.
     """
     shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
     for name in shapes.keys() & files.keys():
-        found = files[name].get_slice(name).get_shape()
-        if found != shapes[name]:
-            raise UserError(f"{name} has the shape {found} there, {shapes[name]} in this recipe's model")
-    # Such as the text tower's, of a classifier.
+        stored = files[name].get_slice(name).get_shape()
+        if stored != shapes[name]:
+            raise UserError(f"{name} has the shape {stored} there, {shapes[name]} in this recipe's model")
+    # Expected names, such as the text tower's for a classifier, are not logged.
     others = re.compile("|".join(model._keys_to_ignore_on_load_unexpected or ["$^"]))
     left = {name for name in files.keys() - shapes.keys() if not others.search(name)}
     for names, words in ((shapes.keys() - files.keys(), "drawn"), (left, "left out")):
         if names:
-            _log.warning("of the weights to start from, %d are %s: %s", len(names), words, ", ".join(sorted(names)))
+            listed = ", ".join(sorted(names))
+            _log.warning("of the weights in model.init_from, %d are %s: %s", len(names), words, listed)
     return shapes.keys() & files.keys()
 
 
 def stored_weights(stored: _Stored, seed: int) -> ParameterInit:
-    """Return what sets weights from `stored`, one tensor at a time: all processes call it for the same modules.
+    """Return an initialiser that copies `stored` weights. All processes call it for the same modules.
 
-    Parameters that the files do not have are drawn, in the order and by the generator that `from_pretrained` draws them
-    with after `torch.manual_seed(seed)`. The names of these and of tensors that the model does not have are logged.
+    Missing parameters are drawn in the order and with the generator of `from_pretrained` after
+    `torch.manual_seed(seed)`.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -215,7 +224,7 @@ def stored_weights(stored: _Stored, seed: int) -> ParameterInit:
         for field, parameter in module.named_parameters(recurse=False):
             if prefix + field in stored.names:
                 stored.fill(parameter, prefix + field)
-                # transformers' initialisers leave parameters with this mark alone.
+                # transformers' initialisers skip parameters with this mark.
                 parameter._is_hf_initialized = True  # type: ignore[attr-defined]
         if any(prefix + field not in stored.names for field, _ in module.named_parameters()):
             with torch.random.fork_rng(devices=[]):
@@ -227,7 +236,7 @@ def stored_weights(stored: _Stored, seed: int) -> ParameterInit:
 
 
 def _modules(module: nn.Module, name: str, owner: PreTrainedModel) -> Iterator[tuple[str, nn.Module, PreTrainedModel]]:
-    """Yield children before their parents, as transformers initialises them: a parent may overrule its children."""
+    """Yield children before their parents, as transformers initialises them: a parent may overwrite its children."""
     for child_name, child in module.named_children():
         child_owner = child if isinstance(child, PreTrainedModel) else owner
         yield from _modules(child, f"{name}.{child_name}" if name else child_name, child_owner)

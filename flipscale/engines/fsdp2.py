@@ -1,6 +1,6 @@
-"""FSDP2: weights, gradients and moments sharded by rows; a block's weights are whole only while it computes.
+"""FSDP2: weights, gradients and moments are sharded by rows; a block's weights are whole only while it computes.
 
-They are sharded over all processes, or over groups of them that each hold a copy (HSDP).
+They are sharded over all processes, or over groups of processes that each hold a copy (HSDP).
 """
 
 import warnings
@@ -24,9 +24,9 @@ from flipscale.engines.optimizers import encoder_blocks, gradient_norm
 class Fsdp2Engine(Engine):
     """`fully_shard` on every block, the towers, the projections and the rest.
 
-    In bf16 the blocks and towers are gathered in bf16 and compute in it; gradients are reduced in fp32. The
-    projections and `logit_scale`, and with them the embeddings and the loss, are fp32 throughout. `launch.shard_size`
-    neighbouring processes share one copy of the weights.
+    In bf16 the weights of blocks and towers are gathered in bf16 and compute in bf16; gradients are reduced in fp32.
+    The projections, `logit_scale`, embeddings and the loss are fp32 throughout. `launch.shard_size` neighbouring
+    processes share one copy of the weights.
     """
 
     autocasts = False
@@ -36,7 +36,7 @@ class Fsdp2Engine(Engine):
         if not dist.is_initialized():
             backend = "nccl" if self.accelerator.device.type == "cuda" else "gloo"
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-        # Nothing here changes an output in place, which is what the warning is about.
+        # The warning is about outputs that are changed in place, and nothing here does that.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         shard_size = self.launch.shard_size or dist.get_world_size()
         self._num_replicas = dist.get_world_size() // shard_size
@@ -48,8 +48,10 @@ class Fsdp2Engine(Engine):
 
     @classmethod
     def memory(cls, model: nn.Module, launch: Launch, accumulates: bool = False) -> ModelMemory:
-        """The first process of a group has the most rows of every parameter. Replicas sum gradients of a shard where
-        they lie. Between the passes of a step, gradients wait in fp32 and whole."""
+        """Return the memory of the first process of a group, which has the most rows of every parameter.
+
+        Replicas sum a shard's gradients in place. Between the passes of a step, gradients are kept in fp32 and whole.
+        """
         count = launch.shard_size or launch.num_processes
         rows = {name: -(-p.shape[0] // count) * p.shape[1:].numel() for name, p in model.named_parameters()}
         kept = sum(rows.values())
@@ -61,8 +63,8 @@ class Fsdp2Engine(Engine):
     def _gathered_bytes(model: nn.Module, launch: Launch) -> int:
         blocks = [sum(p.numel() for p in block.parameters()) for block in encoder_blocks(model)]
         rest = sum(p.numel() for p in model.parameters()) - sum(blocks)
-        # The block that computes and the one that is gathered ahead, a block's gradients in both precisions, and the
-        # weights outside of blocks with their gradients, which are sent when the backward pass has ended.
+        # The computing block and the next, already gathered block; a block's gradients in both precisions; the weights
+        # outside of blocks with their gradients, which are sent after the backward pass.
         width = 2 if launch.bf16 else 4
         return max(blocks, default=0) * (2 * width + width + 4) + rest * 2 * width
 
@@ -87,7 +89,7 @@ class Fsdp2Engine(Engine):
     def _wrap(self) -> nn.Module:
         model: nn.Module = self.model
         assert isinstance(model, FSDPModule)
-        # An evaluation may call a tower before training has called the model, which must be the root of all.
+        # The model must be the root, but an evaluation may call a tower before training has called the model.
         model._get_fsdp_state()._lazy_init()
         return model
 
@@ -95,13 +97,13 @@ class Fsdp2Engine(Engine):
         self.wrapped.set_requires_gradient_sync(enabled)
 
     def gradient_norm(self) -> torch.Tensor:
-        # Of groups that hold a copy each (HSDP), each adds up its own: their gradients are the same.
+        # Groups with a copy each (HSDP) have the same gradients, so each sums its own.
         holders = self._mesh.get_group("shard") if self._mesh["shard"].size() > 1 else None
         return gradient_norm(self._parameters, self.recipe.max_grad_norm, holders)
 
 
 class _RowLayout(Layout):
-    """Each process holds a range of every parameter's rows; with replicas, several hold the same range."""
+    """Each process holds a range of every parameter's rows; with replicas, several processes hold the same range."""
 
     def __init__(self, model: nn.Module, rank: int, world: int, num_replicas: int):
         super().__init__(model, rank, world)
@@ -118,11 +120,11 @@ class _RowLayout(Layout):
         return Shard(local(moment.detach()).view(-1), min(offset[0] * row, parameter.numel()))
 
     def saved_ranges(self) -> dict[str, range]:
-        """Return the rows that this process holds, of those parameters that its replica saves."""
-        total, start, found = sum(shape.numel() for shape in self.shapes().values()), 0, {}
+        """Return the rows that this process holds of the parameters that its replica saves."""
+        total, start, ranges = sum(shape.numel() for shape in self.shapes().values()), 0, {}
         for name, parameter in self.model.named_parameters():
             values, first = self.weights(parameter)
             saver = (start + parameter.numel() // 2) * self._num_replicas // total
-            found[name] = range(first, first + values.numel() * (saver == self._replica))
+            ranges[name] = range(first, first + values.numel() * (saver == self._replica))
             start += parameter.numel()
-        return found
+        return ranges

@@ -1,12 +1,12 @@
-"""Where a run runs: one value, read from a launch file or from the environment that a launcher made of it.
+"""The launch of a run: its engine, processes and precision, read from a launch file or a launcher's environment.
 
-`accelerate launch --config_file FILE` turns the file into environment variables. The dry run turns it into the same
-variables, and one parser reads them for both.
+`accelerate launch --config_file FILE` turns the file into environment variables. The dry run makes the same variables
+from the file, and one parser reads them for both.
 
-accelerate has words for data parallelism, FSDP and DeepSpeed. An engine that it has no word for is named by the
-workers' role, which `torchrun --role NAME` and `accelerate launch --role NAME` hand on to every process. A launch file
-writes `role: NAME` inside one of its sections, such as `mpirun_config`: accelerate refuses keys that it does not know
-at the top of the file, and takes those inside a section as its flags.
+accelerate knows data parallelism, FSDP and DeepSpeed. Other engines are named by the role of the workers, which
+`torchrun --role NAME` and `accelerate launch --role NAME` pass to every process. In a launch file, write `role: NAME`
+inside a section such as `mpirun_config`. accelerate refuses unknown keys at the top of the file, and treats keys inside
+a section as its flags.
 """
 
 import json
@@ -24,14 +24,14 @@ from flipscale.io.errors import UserError
 from flipscale.io.files import read_text
 from flipscale.io.yaml_text import check_yaml
 
-# What launchers set from a launch file's mixed_precision, and who starts without one may set.
+# Variable that launchers set from a launch file's mixed_precision. Users may set it without a launcher.
 PRECISION = "ACCELERATE_MIXED_PRECISION"
-# torchrun's own role where none was chosen.
+# torchrun's default role.
 _NO_ROLE = "default"
 _MAX_DIGITS = 9
-# The parallelism that accelerate knows; flipscale has the first two.
+# accelerate's kinds of parallelism; flipscale has the first two.
 _PARALLELISM = ("dp_replicate", "dp_shard", "tp", "cp", "sp")
-# DeepSpeed's settings that the recipe or the launch file's mixed_precision decides.
+# DeepSpeed's settings that the recipe or the launch file's mixed_precision sets.
 _DECIDED_ELSEWHERE = (
     "optimizer",
     "scheduler",
@@ -47,16 +47,16 @@ _DECIDED_ELSEWHERE = (
 
 @dataclass(frozen=True)
 class Launch:
-    """Where a recipe runs.
+    """The engine, processes and precision of a run.
 
     Args:
-        engine: a name in `flipscale.engines.start.engine_classes`.
-        num_processes: of the whole run.
-        precision: of matrix products, in accelerate's words; `no` is fp32. Weights, moments and the loss are fp32
-            with either.
-        shard_size: neighbouring processes that share one copy of the weights under `fsdp2`; None for all of them.
+        engine: name in `flipscale.engines.start.engine_classes`.
+        num_processes: number of processes of the run.
+        precision: precision of matrix products, in accelerate's words; `no` is fp32. Weights, moments and the loss are
+            fp32 with either.
+        shard_size: number of neighbouring processes that share one copy of the weights under `fsdp2`; None for all.
         deepspeed: DeepSpeed's settings, for the ZeRO engines.
-        processes_per_node: of each machine; None where the launcher does not say.
+        processes_per_node: number of processes on each machine; None if unknown.
     """
 
     engine: str = "ddp"
@@ -73,21 +73,21 @@ class Launch:
 
     @property
     def neighbours(self) -> int:
-        """How many processes, on one machine, share work whose results each of them needs whole."""
-        # Where nothing is known of machines, 8 is what most have.
+        """Number of processes on one machine that share work whose whole result each process needs."""
+        # By default 8, the most common number of GPUs in a machine.
         count = math.gcd(self.num_processes, self.processes_per_node or 8)
         return count if count > 1 else self.num_processes
 
     def using(self, **changes: Any) -> "Launch":
-        """Return the same launch but for `changes`."""
+        """Return a copy with `changes`."""
         return replace(self, **changes)
 
 
 def place_in_world(environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
-    """Return the number of this process, and how many there are, as a launcher says.
+    """Return the rank of this process and the number of processes, from a launcher's variables.
 
     Raises:
-        ValueError: the environment has no such numbers.
+        UserError: a variable is no such number.
     """
     rank, world = whole_number(environment, "RANK", 0), whole_number(environment, "WORLD_SIZE", 1)
     if not 0 <= rank < world:
@@ -96,10 +96,10 @@ def place_in_world(environment: Mapping[str, str] = os.environ) -> tuple[int, in
 
 
 def whole_number(environment: Mapping[str, str], name: str, default: int) -> int:
-    """Return a launcher's variable.
+    """Return the value of a launcher's variable.
 
     Raises:
-        ValueError: it is no whole number.
+        UserError: it is no whole number.
     """
     text = environment.get(name, str(default))
     if not text.isdecimal() or len(text) > _MAX_DIGITS:
@@ -113,7 +113,7 @@ def launch_of(environment: Mapping[str, str]) -> Launch:
     """Return the launch that made `environment`: accelerate's, torchrun's, or that of a plain process.
 
     Raises:
-        ValueError: the launch asks for something that flipscale does not do, or for what the recipe decides.
+        UserError: flipscale does not support the launch, or it sets a value that the recipe sets.
     """
     num_processes = whole_number(environment, "WORLD_SIZE", 1)
     per_node = whole_number(environment, "LOCAL_WORLD_SIZE", 1) if "LOCAL_WORLD_SIZE" in environment else None
@@ -138,19 +138,22 @@ def launch_of(environment: Mapping[str, str]) -> Launch:
 
 
 def read_launch_file(file: Path, num_processes: int | None = None) -> Launch:
-    """Return the launch that `accelerate launch --config_file FILE` makes, on `num_processes` or as many as it says.
+    """Return the launch of `accelerate launch --config_file FILE`.
+
+    Args:
+        num_processes: number of processes; by default the file's.
 
     Raises:
-        ValueError: the file cannot be read, or asks for something that flipscale does not do.
+        UserError: the file cannot be read, or flipscale does not support it.
     """
     return launch_of(launch_environment(file, num_processes))
 
 
 def launch_environment(file: Path, num_processes: int | None = None) -> dict[str, str]:
-    """Return the variables that accelerate sets for a launch file, those that `launch_of` reads.
+    """Return the variables that accelerate sets for a launch file, as far as `launch_of` reads them.
 
     Raises:
-        ValueError: the file cannot be read as accelerate's.
+        UserError: the file is no launch file of accelerate's.
     """
     settings = _read_settings(file)
     kind = settings["distributed_type"]
@@ -188,7 +191,7 @@ def _read_settings(file: Path) -> dict[str, Any]:
         settings = yaml.safe_load(text)
         settings["distributed_type"]
         return dict(settings)
-    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
+    except (OSError, yaml.YAMLError, LookupError, TypeError, ValueError) as error:
         raise UserError(
             f"launch file {file} cannot be read as accelerate's ({error!r}); use one such as {shipped('ddp')}"
         ) from error
@@ -211,16 +214,16 @@ def _count(file: Path, settings: Mapping[str, Any], name: str) -> int:
 
 
 def shipped(name: str) -> str:
-    """Return what messages call one of flipscale's launch files: its path, and how to get it where it is not there."""
+    """Return the path of a shipped launch file for messages, and how to write it if it is not there."""
     path = f"ds_configs/{name}.yaml"
     return path if Path(path).exists() else f"{path} (`flipscale launch_files .` writes it)"
 
 
 def launched_precision(environment: Mapping[str, str]) -> Literal["no", "bf16"]:
-    """Return the precision that the launch asks for; where it asks for none, bf16 on a GPU that has it, or else fp32.
+    """Return the precision of a launch, by default the device's `default_precision`.
 
     Raises:
-        ValueError: it is neither bf16 nor fp32.
+        UserError: it is neither `bf16` nor `no`.
     """
     precision = environment.get(PRECISION, "").lower() or default_precision()
     if precision not in ("no", "bf16"):
@@ -229,30 +232,31 @@ def launched_precision(environment: Mapping[str, str]) -> Literal["no", "bf16"]:
 
 
 def precision_in_words(environment: Mapping[str, str]) -> str:
-    """Return what the precision of a launch is here, and who chose it, for the start of a run; where bf16 would be
-    faster, that too. Takes a tenth of a second on a CPU, which is tried.
+    """Describe the precision of a launch and its origin, for the log; also whether bf16 would be faster here.
+
+    Takes a tenth of a second on a CPU, for a measurement.
 
     Raises:
-        ValueError: as `launched_precision`.
+        UserError: the precision is neither `bf16` nor `no`.
     """
     bf16 = launched_precision(environment) == "bf16"
-    what = "bf16 products, fp32 weights and loss" if bf16 else "fp32"
+    precision = "bf16 products, fp32 weights and loss" if bf16 else "fp32"
     chosen = "by mixed_precision of the launch" if environment.get(PRECISION) else "the default here"
     faster = "" if bf16 or not is_faster_in_bf16() else f"; {PRECISION}=bf16 is faster here"
-    return f"{what} ({chosen}{faster})"
+    return f"{precision} ({chosen}{faster})"
 
 
 def _is_set(environment: Mapping[str, str], name: str) -> bool:
-    """Return whether a flag is set, in any of the words that accelerate takes for true."""
+    """Return whether a flag has one of accelerate's words for true."""
     return environment.get(name, "").lower() in ("1", "true", "t", "yes", "y", "on")
 
 
 def _shard_size(environment: Mapping[str, str], num_processes: int, per_node: int | None) -> int | None:
-    """Return how many processes share one copy of the weights, where the launch file's parallelism_config says so.
+    """Return the number of processes that share one copy of the weights, or None without a parallelism_config.
 
     Raises:
-        ValueError: a parallelism_config without FSDP, with other parallelism, whose sizes do not make the processes, or
-            whose copies would be cut by the machines.
+        UserError: the parallelism_config is without FSDP, has other parallelism, does not match the number of
+            processes, or would split copies between machines.
     """
     if not _is_set(environment, "ACCELERATE_USE_PARALLELISM_CONFIG"):
         return None
@@ -269,7 +273,7 @@ def _shard_size(environment: Mapping[str, str], num_processes: int, per_node: in
                 "dp_replicate and dp_shard"
             )
     num_replicas, shard_size = sizes["dp_replicate"], sizes["dp_shard"]
-    # accelerate sets 1 where the launch file says nothing; the number of replicas then follows from the processes.
+    # accelerate sets 1 replica by default; the number then follows from the number of processes.
     follows = num_replicas == 1 and shard_size > 1 and num_processes % shard_size == 0
     if num_replicas * shard_size != num_processes and not follows:
         raise UserError(
@@ -280,17 +284,17 @@ def _shard_size(environment: Mapping[str, str], num_processes: int, per_node: in
     if per_node is not None and per_node % shard_size and shard_size % per_node:
         raise UserError(
             f"the launch file's parallelism_config_dp_shard_size is {shard_size} and a machine has {per_node} "
-            "processes, so that a copy of the weights would lie on parts of machines; use a dp_shard_size that divides "
-            f"them, as {shipped('hsdp')} has it, or is a multiple of them"
+            "processes, so copies of the weights would be split between machines; use a divisor of these processes as "
+            f"in {shipped('hsdp')}, or a multiple"
         )
     return shard_size
 
 
 def _deepspeed_settings(environment: Mapping[str, str]) -> dict[str, Any]:
-    """Return DeepSpeed's settings: those of its JSON file, or the stage that the launch file names.
+    """Return DeepSpeed's settings: the content of its JSON file, or the launch file's stage.
 
     Raises:
-        ValueError: there is no such file, no ZeRO stage, or a setting that the recipe decides.
+        UserError: the file does not exist, there is no valid ZeRO stage, or the recipe decides a setting.
     """
     file = environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
     if file == "none":
@@ -318,8 +322,8 @@ def _read_deepspeed_file(file: Path) -> dict[str, Any]:
         given = json.loads(read_text(file))
     except FileNotFoundError as error:
         raise UserError(
-            f"deepspeed_config_file {file} is not there, seen from {Path.cwd()}; start in the folder that has it "
-            "(`flipscale launch_files .` writes ds_configs/), or give its absolute path in the launch file"
+            f"deepspeed_config_file {file} does not exist in {Path.cwd()}; start in its folder, or write its absolute "
+            "path in the launch file (`flipscale launch_files .` writes ds_configs/)"
         ) from error
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"deepspeed_config_file {file} cannot be read ({error}); write JSON, in UTF-8") from error
@@ -329,6 +333,6 @@ def _read_deepspeed_file(file: Path) -> dict[str, Any]:
 
 
 def _beside(launch_file: Path, named: str) -> Path:
-    """Return the path of a file that a launch file names: as it stands, or else in the launch file's own folder."""
+    """Return the path of a file named in a launch file: relative to here, or else beside the launch file."""
     beside = launch_file.parent / Path(named).name
     return Path(named) if Path(named).exists() or not beside.exists() else beside

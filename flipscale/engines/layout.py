@@ -1,4 +1,4 @@
-"""Which elements of a model's weights, moments and averages a process holds, saves and loads."""
+"""The elements of weights, moments and averages that a process holds, saves and loads."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,26 +12,26 @@ from flipscale.engines.optimizers import empty_state, moment_names
 
 
 class Shard(NamedTuple):
-    """The elements of a tensor that this process holds: `values` are those from `first` on, the tensor seen flat."""
+    """A process's range of a flat tensor: `values` are the elements from `first` on."""
 
     values: torch.Tensor
     first: int
 
 
 class Layout:
-    """Where the elements of a model's parameters lie, for checkpoints and averages.
+    """The layout of a model's parameters over the processes, for checkpoints and averages.
 
-    In this class every process holds all of every parameter. An engine that shards has a subclass.
+    In this class every process holds every parameter whole. Engines that shard have subclasses.
 
     Args:
-        model: with weights, already sharded where the engine shards.
-        rank: of this process among `world`.
+        model: model with weights, sharded if the engine shards.
+        rank: rank of this process among `world` processes.
     """
 
     def __init__(self, model: nn.Module, rank: int, world: int):
         self.model = model
         self.rank, self.world = rank, world
-        # Filled once the engine has optimisers.
+        # Set by `Engine.prepare`.
         self.optimizers: Sequence[torch.optim.Optimizer] = ()
 
     def shapes(self) -> dict[str, torch.Size]:
@@ -43,18 +43,18 @@ class Layout:
         return parameter.shape
 
     def weights(self, parameter: Any) -> Shard:
-        """Return what this process holds of a parameter; writing to its values changes the weights."""
+        """Return this process's range of a parameter. The values are a view, so writing changes the weights."""
         return Shard(parameter.detach().view(-1), 0)
 
     def all_weights(self) -> dict[str, torch.Tensor]:
-        """Return what this process holds of every parameter."""
+        """Return this process's elements of every parameter."""
         return {name: self.weights(parameter).values for name, parameter in self.model.named_parameters()}
 
     def weights_changed(self) -> None:
-        """Collective. Bring up to date what the engine keeps of weights that were written through `weights`."""
+        """Collective. Update the engine's own copies of weights after they were written through `weights`."""
 
     def moments(self, parameter: Any) -> dict[str, Shard]:
-        """Return what this process holds of a parameter's moments, by name; nothing before the first step."""
+        """Return this process's ranges of a parameter's moments, by name; empty before the first step."""
         for optimizer in self.optimizers:
             if parameter in optimizer.state:
                 state = optimizer.state[parameter]
@@ -65,25 +65,27 @@ class Layout:
         return Shard(moment.view(-1), 0)
 
     def optimizer_steps(self) -> int:
-        """Return how often the optimisers have moved the weights since their last fresh start."""
+        """Return the number of optimiser steps since the last reset."""
         steps = [state["step"] for o in self.optimizers for state in o.state.values() if "step" in state]
         return int(torch.stack(steps).max()) if steps else 0
 
     def allocate_moments(self, steps: int) -> None:
-        """Give the optimisers zero moments, as if after `steps` steps."""
+        """Give the optimisers zero moments and the step count `steps`."""
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
                     optimizer.state[parameter] = empty_state(optimizer, parameter, steps)
 
     def forget_moments(self) -> None:
-        """Give the optimisers a fresh start."""
+        """Reset the optimisers' moments and step counts."""
         for optimizer in self.optimizers:
             optimizer.state.clear()
 
     def saved_ranges(self) -> dict[str, range]:
-        """Return the elements of each parameter that this process writes to a checkpoint: every process writes an equal
-        part of what all of them hold."""
+        """Return the elements of each parameter that this process saves.
+
+        All processes hold every parameter here, and each saves an equal part.
+        """
         sizes = {name: shape.numel() for name, shape in self.shapes().items()}
         total = sum(sizes.values())
         first, last = total * self.rank // self.world, total * (self.rank + 1) // self.world
@@ -94,20 +96,20 @@ class Layout:
         return ranges
 
     def pieces(self, averages: Mapping[str, torch.Tensor]) -> list[Piece]:
-        """Return what this process writes to a checkpoint.
+        """Return the data that this process saves.
 
         Args:
-            averages: of what `all_weights` returns; empty for a run without them.
+            averages: averages of the tensors of `all_weights`; empty for a run without averages.
         """
-        ranges, found = self.saved_ranges(), []
+        ranges, pieces = self.saved_ranges(), []
         for name, parameter in self.model.named_parameters():
             mine, weights = ranges[name], self.weights(parameter)
             held = {"weight": weights, **self.moments(parameter)}
             if averages:
                 held["ema"] = Shard(averages[name], weights.first)
             for kind, (values, first) in held.items():
-                found.append(Piece(kind, name, mine.start, values[mine.start - first : mine.stop - first]))
-        return found
+                pieces.append(Piece(kind, name, mine.start, values[mine.start - first : mine.stop - first]))
+        return pieces
 
     def load_weights(self, reader: CheckpointReader) -> None:
         """Fill the weights from a checkpoint."""
@@ -115,10 +117,13 @@ class Layout:
             reader.fill("weight", name, *self.weights(parameter))
 
     def load_moments(self, reader: CheckpointReader, steps: int) -> None:
-        """Fill the moments from a checkpoint, as they were after `steps` steps.
+        """Fill the moments from a checkpoint.
+
+        Args:
+            steps: number of optimiser steps before the checkpoint.
 
         Raises:
-            ValueError: the checkpoint was written with another optimiser.
+            UserError: another optimiser wrote the checkpoint.
         """
         if steps == 0:
             return
@@ -129,11 +134,11 @@ class Layout:
 
 
 class Averages:
-    """Exponential moving averages of what this process holds of each parameter.
+    """Exponential moving averages of this process's elements of each parameter.
 
     Args:
-        decay: each step's new weights are mixed in with 1 - decay.
-        reader: of the checkpoint that has the averages; None to start from the weights as they are.
+        decay: decay of the averages; each step's weights are mixed in with 1 - decay.
+        reader: reader of the checkpoint with the averages; None to start from the current weights.
     """
 
     def __init__(self, layout: Layout, decay: float, reader: CheckpointReader | None):
@@ -145,15 +150,14 @@ class Averages:
                 reader.fill("ema", name, self.values[name], layout.weights(parameter).first)
 
     def update(self, taken: torch.Tensor) -> None:
-        """Mix in the weights as they are after a step; with `taken`, fp32 `()` on their device, 0 instead of 1: none of
-        them."""
+        """Mix in the weights after a step, unless `taken`, fp32 `()` on their device, is 0."""
         share = (1.0 - self.decay) * taken
         for name, values in self.layout.all_weights().items():
             self.values[name].lerp_(values, share)
 
     @contextmanager
     def in_place_of_weights(self) -> Iterator[None]:
-        """Collective. Let the model have the averages for its weights, and give it its own back at the end."""
+        """Collective. Swap the averages into the model, and the weights back at the end."""
         self._swap()
         try:
             yield

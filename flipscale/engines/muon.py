@@ -1,13 +1,13 @@
 """Muon: momentum made orthogonal by a Newton-Schulz iteration, with the matrices distributed over processes.
 
-The iteration needs whole matrices, and repeating it on every process would be a waste. So the processes that share the
-work each take some matrices, about equally much work, and all shapes travel in one exchange without padding:
+The iteration needs whole matrices. To not repeat it on every process, each process takes some matrices of about equal
+work. One exchange without padding carries all shapes:
 
 - Whole matrices (DDP): the processes of one machine share the work, and every machine does all of it. H/14's 336
-  matrices take 28 Tflop; an eighth of it is 9 ms of an H100 at 40 % of its peak, and the 1.9 GB that each process
-  receives stay on the machine. Sharing with all 256 processes would save 8 ms and send as much over the network.
-- Matrices sharded by rows (FSDP2): the holders of the rows share the work. Rows go to who computes, and come back.
-  Groups that hold a copy each (HSDP) do all of the work each, and send nothing to each other for it.
+  matrices take 28 Tflop. An eighth of that takes 9 ms on an H100 at 40 % of its peak. Each process receives 1.9 GB,
+  which stay on the machine. Sharing with all 256 processes would save 8 ms and send as much over the network.
+- Matrices sharded by rows (FSDP2): the holders of the rows share the work. Rows go to the computing process and back.
+  Groups that hold a copy each (HSDP) all do the whole work, without messages between groups.
 """
 
 import functools
@@ -24,7 +24,7 @@ from torch import nn
 # Keller Jordan, "Muon: An optimizer for hidden layers in neural networks" (2024); torch.optim.Muon has the same.
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _ITERATIONS = 5
-# Matrices that a process orthogonalises at once; this bounds the memory of the iteration.
+# Largest number of matrices in one iteration, which bounds its memory.
 _AT_ONCE = 8
 
 
@@ -33,9 +33,9 @@ class Muon(torch.optim.Optimizer):
     for matrices that are whole on every process, or DTensors sharded by rows.
 
     Args:
-        matrices: or groups of them, as torch's optimisers take them.
-        dtype: of the iteration and of what the processes exchange for it.
-        sharers: of whole matrices, the processes that share the work; None: each does all of it.
+        matrices: matrices or groups of matrices, in the form of torch's optimisers.
+        dtype: dtype of the iteration and of its messages.
+        sharers: processes that share the work on whole matrices; None if each does all of it.
     """
 
     def __init__(
@@ -53,8 +53,9 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Collective. Update the matrices that have a gradient, which must be the same ones on every process, and use
-        the gradients up; where `found_inf`, fp32 `()` on their device, is 1, leave matrices and momentum as they are.
+        """Collective. Update the matrices that have a gradient, the same ones on every process.
+
+        Gradients are overwritten. If `found_inf`, fp32 `()` on their device, is 1, matrices and momentum do not change.
         """
         for group in self.param_groups:
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
@@ -83,18 +84,18 @@ class Muon(torch.optim.Optimizer):
                 self.state[parameter]["momentum_buffer"] = torch.zeros_like(local(parameter))
             gradient = local(parameter.grad)  # type: ignore[arg-type]
             if self.found_inf is not None:
-                # Nothing times NaN is NaN.
+                # Needed besides the share of 0, because 0 times NaN is NaN.
                 gradient.masked_fill_(self.found_inf > 0.0, 0.0)
             self.state[parameter]["momentum_buffer"].lerp_(gradient, share)
 
     def _nesterov(self, parameter: nn.Parameter, momentum: float) -> torch.Tensor:
-        """Return what this process holds of a matrix's Nesterov momentum."""
+        """Return this process's part of a matrix's Nesterov momentum."""
         gradient = local(parameter.grad)  # type: ignore[arg-type]
         return gradient.lerp(self.state[parameter]["momentum_buffer"], momentum).to(self.dtype)
 
     def _orthogonal(self, matrices: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Return the orthogonal matrices, those of one shape computed together; zeros where the step is left out."""
-        found: list[torch.Tensor] = [*matrices]
+        """Return the orthogonal matrices; zeros if the step is skipped. Matrices of one shape are computed together."""
+        orthogonal: list[torch.Tensor] = [*matrices]
         for shape in dict.fromkeys(matrix.shape for matrix in matrices):
             numbers = [number for number, matrix in enumerate(matrices) if matrix.shape == shape]
             for first in range(0, len(numbers), _AT_ONCE):
@@ -103,11 +104,11 @@ class Muon(torch.optim.Optimizer):
                 if self.found_inf is not None:
                     results.masked_fill_(self.found_inf > 0.0, 0.0)
                 for number, result in zip(some, results, strict=True):
-                    found[number] = result
-        return found
+                    orthogonal[number] = result
+        return orthogonal
 
     def _of_whole_ones(self, parameters: Sequence[nn.Parameter], momentum: float) -> list[torch.Tensor]:
-        """Return the orthogonal matrices: this process's, and those of the others that share the work."""
+        """Return the orthogonal matrices of this process and of the other sharers."""
         shapes, count = tuple(parameter.shape for parameter in parameters), _world_size(self.sharers)
         takers, rank = share_out(shapes, count), dist.get_rank(self.sharers) if count > 1 else 0
         mine = [parameter for parameter, taker in zip(parameters, takers, strict=True) if taker == rank]
@@ -129,7 +130,7 @@ class Muon(torch.optim.Optimizer):
         """Return this process's rows of the orthogonal matrices."""
         count, rank = dist.get_world_size(group), dist.get_rank(group)
         shapes = tuple(parameter.shape for parameter in parameters)
-        # Who has no row of any matrix takes none.
+        # A process without rows of any matrix takes no matrix.
         takers = share_out(shapes, max(-(-s[0] // _rows(s, 0, count)) for s in shapes))
         order = sorted(range(len(shapes)), key=takers.__getitem__)
         held = [self._nesterov(parameters[number], momentum) for number in order]
@@ -143,12 +144,12 @@ class Muon(torch.optim.Optimizer):
         results = self._orthogonal(_from_rows(received, rows_of, mine))
         back = _exchange(_into_rows(results, rows_of, received), to_receive, to_send, group)
         parts = back.split([rows.numel() for rows in held])
-        found = {number: part.view(rows.shape) for number, part, rows in zip(order, parts, held, strict=True)}
-        return [found[number] for number in range(len(shapes))]
+        rows_of_number = {number: part.view(rows.shape) for number, part, rows in zip(order, parts, held, strict=True)}
+        return [rows_of_number[number] for number in range(len(shapes))]
 
 
 def orthogonalise(matrices: torch.Tensor) -> torch.Tensor:
-    """Return matrices `(count, rows, columns)` with the given ones' singular vectors, and singular values near 1."""
+    """Return matrices `(count, rows, columns)` with the same singular vectors and with singular values near 1."""
     a, b, c = _COEFFICIENTS
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.transpose(1, 2) if tall else matrices
@@ -161,7 +162,7 @@ def orthogonalise(matrices: torch.Tensor) -> torch.Tensor:
 
 @functools.lru_cache(maxsize=8)
 def share_out(shapes: tuple[torch.Size, ...], count: int) -> list[int]:
-    """Return which of `count` processes computes each matrix: the largest first, each by whom has the least work."""
+    """Assign each matrix to one of `count` processes: the largest first, each to the process with the least work."""
     takers = [0] * len(shapes)
     work = [(0, taker) for taker in range(count)]
     for number in sorted(range(len(shapes)), key=lambda number: -_operations(shapes[number])):
@@ -171,18 +172,19 @@ def share_out(shapes: tuple[torch.Size, ...], count: int) -> list[int]:
 
 
 def buffer_elements(shapes: Sequence[torch.Size], count: int, is_sharded: bool) -> int:
-    """Return how many elements of its dtype a step keeps on the fullest of `count` processes that share the work. The
-    step begins when the activations are gone.
+    """Return the number of elements that a step needs on the fullest of `count` sharing processes.
+
+    The step begins after the activations are freed.
 
     Args:
-        is_sharded: by rows over these processes; otherwise each has the matrices whole.
+        is_sharded: whether matrices are sharded by rows over these processes, or whole on each.
     """
     if not shapes:
         return 0
     parts = [0] * count
     for shape, taker in zip(shapes, share_out(tuple(shapes), count), strict=True):
         parts[taker] += shape.numel()
-    # The momentum of its own matrices, the results, and these in a row; then everyone's, or those of its own rows.
+    # Momentum, results and flat results of the process's own matrices; then all results, or the results' own rows.
     own = max(parts)
     exchanged = sum(_rows(s, 0, count) * s[1] for s in shapes) * 3 if is_sharded else count * own
     iteration = max(_AT_ONCE * (3 * s.numel() + 2 * min(s) ** 2) for s in shapes)
@@ -190,8 +192,8 @@ def buffer_elements(shapes: Sequence[torch.Size], count: int, is_sharded: bool) 
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
-    """Return what this process holds of a tensor, which may be a DTensor."""
-    # Asked by name, as DTensor takes a second to import.
+    """Return this process's part of a tensor, which may be a DTensor."""
+    # The attribute tells, because DTensor takes a second to import.
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
@@ -201,8 +203,8 @@ def _operations(shape: torch.Size) -> int:
 
 
 def _holders(parameter: nn.Parameter) -> dist.ProcessGroup | None:
-    """Return the processes that hold the rows of a matrix; None for a matrix that is whole."""
-    from torch.distributed.tensor import DTensor  # an engine that shards has imported it
+    """Return the processes that hold the rows of a matrix; None for a whole matrix."""
+    from torch.distributed.tensor import DTensor  # an engine that shards has imported this
 
     return parameter.device_mesh.get_group("shard") if isinstance(parameter, DTensor) else None
 
@@ -212,14 +214,13 @@ def _world_size(group: dist.ProcessGroup | None) -> int:
 
 
 def _rows(shape: torch.Size, holder: int, count: int) -> int:
-    """Return how many rows of a matrix one of its holders has: all but the last ones equally many."""
+    """Return the number of a matrix's rows on one of its holders: equal on all but the last holders."""
     most = -(-shape[0] // count)
     return min(most, max(shape[0] - holder * most, 0))
 
 
 def _exchange(values: torch.Tensor, to_send: list[int], to_receive: list[int], group: Any) -> torch.Tensor:
-    """Collective. Send `to_send[i]` of the flat values to process i of the group; return what all sent to this one, in
-    rank order."""
+    """Collective. Send `to_send[i]` of the flat values to process i; return the received values by rank."""
     received = values.new_empty(sum(to_receive))
     dist.all_to_all_single(received, values, to_receive, to_send, group)
     return received
@@ -228,10 +229,10 @@ def _exchange(values: torch.Tensor, to_send: list[int], to_receive: list[int], g
 def _from_rows(
     received: torch.Tensor, rows_of: Sequence[tuple[int, ...]], shapes: Sequence[torch.Size]
 ) -> list[torch.Tensor]:
-    """Return matrices from what their holders sent one after the other: each its rows of every matrix."""
+    """Return matrices from the holders' messages, which each have rows of every matrix."""
     pieces: list[list[torch.Tensor]] = [[] for _ in shapes]
     at = 0
-    # Neighbours with equally many rows are copied together: as many copies at any number of processes.
+    # Neighbours with equally many rows are copied together, so the number of copies does not grow with processes.
     for rows, run in itertools.groupby(rows_of):
         times, sizes = len(list(run)), [n * shape[1] for n, shape in zip(rows, shapes, strict=True)]
         block = received[at : at + times * sum(sizes)].view(times, sum(sizes))
@@ -244,7 +245,7 @@ def _from_rows(
 def _into_rows(
     matrices: Sequence[torch.Tensor], rows_of: Sequence[tuple[int, ...]], like: torch.Tensor
 ) -> torch.Tensor:
-    """Return what goes back to the holders: the inverse of `_from_rows`."""
+    """Return the messages back to the holders: the inverse of `_from_rows`."""
     if not matrices:
         return like.new_empty(0)
     flat, at, parts = [matrix.reshape(-1) for matrix in matrices], [0] * len(matrices), []

@@ -1,6 +1,6 @@
-"""The optimisers: AdamW with the original's decay groups, or Muon for the blocks' matrices and AdamW for the rest.
+"""The optimisers and their recipe: AdamW with the original's decay groups, or with Muon for the blocks' matrices.
 
-The model says which parameters are in which group (`loss_parameters`, `no_weight_decay`, its modules' types).
+The model decides the groups of its parameters (`loss_parameters`, `no_weight_decay`, its modules' types).
 """
 
 import re
@@ -20,7 +20,7 @@ from flipscale.io.options import NonNegative, OpenShare, Positive, ShareAboveZer
 
 @dataclass(frozen=True)
 class OptimRecipe:
-    """How the weights move. The learning rate is each stage's (`stages`).
+    """The optimiser. Learning rates are in `stages`.
 
     Args:
         name: The optimiser: `adamw` (the paper's), or `muon` for the matrices of the blocks with `adamw` for everything
@@ -28,18 +28,19 @@ class OptimRecipe:
         weight_decay: The decoupled weight decay, which is multiplied by the learning rate; 0.2 in the paper's Table 10.
         adam_beta1: The decay of AdamW's mean of gradients; 0.9 in the paper's Table 10.
         adam_beta2: The decay of AdamW's mean of squares; 0.95 in the paper's Table 10.
-        adam_epsilon: What is added to the root of AdamW's mean of squares; 1e-8 in the original's code.
+        adam_epsilon: The constant added to the root of AdamW's mean of squares; 1e-8 in the original's code.
         muon_lr_ratio: Muon's rate as a multiple of AdamW's. Muon's update of a matrix has a spectral norm of about the
-            rate, times sqrt(rows / columns) for tall ones.
+            rate, times sqrt(rows / columns) for tall matrices.
         muon_momentum: The Nesterov momentum of Muon.
-        ema_decay: Keep averages of the weights, each step's new weights mixed in with 1 - ema_decay; they are what is
-            evaluated and exported. Left out, there are no averages.
-        layer_decay: Multiply the rate of each block of a tower by this once more than that of the block after it, and
-            the embeddings' once more than the first block's; final norms, projections and heads have the whole rate.
-            0.75 in the paper's fine-tuning; left out, all have the same rate.
-        tower_lr_ratio: The learning rate of the two towers relative to that of all else, such as a new decoder's or
-            head's; 0.1 in the paper's captioning and question answering.
-        max_grad_norm: Clip the gradients' global norm to this; left out, nothing is clipped, as in the paper.
+        ema_decay: The decay of averages of the weights. Each step mixes in its weights with 1 - ema_decay. Evaluations
+            and exports use the averages. By default there are none.
+        layer_decay: The factor between the rates of neighbouring blocks of a tower. The last block has the rate times
+            this, the block before it the rate times its square, and so on down to the embeddings. Final norms,
+            projections and heads have the whole rate. 0.75 in the paper's fine-tuning; by default all rates are equal.
+        tower_lr_ratio: The learning rate of the two towers relative to all else, such as a new decoder or head; 0.1 in
+            the paper's captioning and question answering.
+        max_grad_norm: The largest global norm of the gradients, which are clipped to it; by default nothing is clipped,
+            as in the paper.
     """
 
     name: Literal["adamw", "muon"] = "adamw"
@@ -58,16 +59,16 @@ class OptimRecipe:
 class ShardedAdamW(torch.optim.AdamW):
     """torch's fused AdamW for parameters that are DTensors.
 
-    Its kernel gets what this process holds of each, as plain tensors; moments are plain tensors too. DTensor's own
-    dispatch of a kernel with 900 parameters, H/14's, costs the host more than the kernel takes. Parameters with
-    fewer rows than processes, of which this one has none, are left out.
+    Its kernel gets this process's rows of each as plain tensors, and moments are plain tensors too. DTensor's own
+    dispatch of a kernel with 900 parameters (H/14) takes longer than the kernel. Parameters without rows on this
+    process are skipped.
     """
 
     found_inf: torch.Tensor | None = None
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Move the weights, or leave everything as it is where `found_inf` is 1."""
+        """Update the weights, or nothing if `found_inf` is 1."""
         for group in self.param_groups:
             values, gradients, states = [], [], []
             for parameter in group["params"]:
@@ -88,43 +89,43 @@ class ShardedAdamW(torch.optim.AdamW):
 
 def encoder_blocks(model: nn.Module) -> list[nn.Module]:
     """Return the layers of a model's encoders."""
-    from transformers.modeling_layers import GradientCheckpointingLayer  # takes seconds, and a model has imported it
+    from transformers.modeling_layers import GradientCheckpointingLayer  # takes seconds to import
 
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 def decays(model: nn.Module) -> dict[str, bool]:
-    """Return by name whether weight decay applies to a parameter.
+    """Return for each parameter, by name, whether weight decay applies to it.
 
-    It does not to biases, to norms, and to the modules that a FLIP model names in `no_weight_decay`. For the parameters
-    of the loss, the model itself says. The class token, token embedding and `logit_scale` decay, as in the original.
+    Biases, norms and the modules in a FLIP model's `no_weight_decay` do not decay. For the parameters of the loss the
+    model decides. The class token, token embedding and `logit_scale` decay, as in the original.
     """
-    from flipscale.model import FlipPreTrainedModel  # takes seconds to import, and a model has imported it
+    from flipscale.model import FlipPreTrainedModel  # takes seconds to import
 
     exempt = model.no_weight_decay if isinstance(model, FlipPreTrainedModel) else frozenset()
-    found = {}
+    decayed = {}
     for path, module in model.named_modules():
         is_exempt = isinstance(module, nn.LayerNorm) or bool(exempt & set(path.split(".")))
         for field, _ in module.named_parameters(recurse=False):
-            found[f"{path}.{field}" if path else field] = not (is_exempt or field.endswith("bias") or field in exempt)
-    for name, decayed in getattr(model, "loss_parameters", {}).items():
-        if name in found:
-            found[name] = decayed
-    return found
+            decayed[f"{path}.{field}" if path else field] = not (is_exempt or field.endswith("bias") or field in exempt)
+    for name, does_decay in getattr(model, "loss_parameters", {}).items():
+        if name in decayed:
+            decayed[name] = does_decay
+    return decayed
 
 
 def layer_scales(model: nn.Module, decay: float | None, tower_ratio: float = 1.0) -> dict[str, float]:
-    """Return by name what the learning rate of a parameter is multiplied by: in the towers `tower_ratio`, elsewhere 1;
-    and by the `decay`, where there is one.
+    """Return the factor of each parameter's learning rate, by name.
 
-    In a tower of N blocks, the embeddings are group 0, block k, counted from 0, is group k + 1, and the final norm is
-    group N + 1, like all that is outside of the towers: projections, heads, decoders, the parameters of the loss. Group
-    i has `decay ** (N + 1 - i)` (BEiT, arXiv 2106.08254; so MAE fine-tunes).
+    The factor is `tower_ratio` in the towers and 1 elsewhere, times a power of `decay`. In a tower of N blocks, the
+    embeddings are group 0, block k (from 0) is group k + 1, and the final norm is group N + 1. All parameters outside
+    of the towers are group N + 1 too. Group i has `decay ** (N + 1 - i)` (BEiT, arXiv 2106.08254, and MAE's
+    fine-tuning).
     """
     scales = {name: 1.0 for name, _ in model.named_parameters()}
     if decay is None and tower_ratio == 1.0:
         return scales
-    from flipscale.model import FlipTextModel, FlipVisionModel  # as above
+    from flipscale.model import FlipTextModel, FlipVisionModel  # takes seconds to import
 
     for path, tower in model.named_modules():
         if isinstance(tower, FlipVisionModel | FlipTextModel):
@@ -137,7 +138,7 @@ def layer_scales(model: nn.Module, decay: float | None, tower_ratio: float = 1.0
 
 
 def muon_matrices(model: nn.Module) -> set[str]:
-    """Return the names of the parameters that Muon moves: the matrices of the encoders' layers."""
+    """Return the names of Muon's parameters: the matrices of the encoders' layers."""
     matrices = {id(p) for block in encoder_blocks(model) for p in block.parameters() if p.ndim == 2}
     return {name for name, parameter in model.named_parameters() if id(parameter) in matrices}
 
@@ -148,11 +149,11 @@ def build_optimizers(
     muon_dtype: torch.dtype = torch.bfloat16,
     sharers: dist.ProcessGroup | None = None,
 ) -> list[torch.optim.Optimizer]:
-    """Return the optimisers of all trainable parameters; their rates are set by `set_learning_rate` before each step.
+    """Return the optimisers of all trainable parameters. `set_learning_rate` sets their rates before each step.
 
     Args:
-        muon_dtype: of Muon's iteration.
-        sharers: the processes that share Muon's work on whole matrices; None: each does all of it.
+        muon_dtype: dtype of Muon's iteration.
+        sharers: processes that share Muon's work on whole matrices; None if each does all of it.
     """
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     scales = layer_scales(model, recipe.layer_decay, recipe.tower_lr_ratio)
@@ -180,19 +181,21 @@ def build_optimizers(
 
 
 def _alike(values: Mapping[str, Any]) -> list[list[str]]:
-    """Return the names of equal values together, in the values' order."""
+    """Group the names by value, in the order of the values."""
     return [[name for name in values if values[name] == value] for value in sorted(set(values.values()))]
 
 
 def num_moments(model: nn.Module, recipe: OptimRecipe) -> dict[str, int]:
-    """Return how many moments the recipe's optimisers keep of each parameter of a model."""
+    """Return the number of moments that the recipe's optimisers keep of each parameter, by name."""
     matrices = muon_matrices(model) if recipe.name == "muon" else set()
     return {name: 1 if name in matrices else 2 for name, _ in model.named_parameters()}
 
 
 def muon_buffer_bytes(model: nn.Module, launch: Launch) -> int:
-    """Return what Muon's step keeps on the fullest process besides weights, gradients and momentum. The step begins
-    when the activations are gone."""
+    """Return the bytes of Muon's step on the fullest process, besides weights, gradients and momentum.
+
+    The step begins after the activations are freed.
+    """
     names, is_sharded = muon_matrices(model), launch.engine == "fsdp2"
     shapes = [parameter.shape for name, parameter in model.named_parameters() if name in names]
     sharers = (launch.shard_size or launch.num_processes) if is_sharded else launch.neighbours
@@ -200,13 +203,12 @@ def muon_buffer_bytes(model: nn.Module, launch: Launch) -> int:
 
 
 def moment_names(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
-    """Return the names of the moments that the optimiser keeps of a parameter, each of the parameter's shape."""
+    """Return the names of an optimiser's moments, which have the shapes of their parameters."""
     return ("momentum_buffer",) if isinstance(optimizer, Muon) else ("exp_avg", "exp_avg_sq")
 
 
 def empty_state(optimizer: torch.optim.Optimizer, parameter: torch.Tensor, steps: int) -> dict[str, torch.Tensor]:
-    """Return the optimiser's state of what this process holds of a parameter, after `steps` steps, with moments of
-    zero."""
+    """Return the optimiser's state of this process's part of a parameter: zero moments and the step count `steps`."""
     held = local(parameter)
     state = {name: torch.zeros_like(held) for name in moment_names(optimizer)}
     # The fused AdamW keeps its step count, like the moments, on the parameter's device.
@@ -214,7 +216,7 @@ def empty_state(optimizer: torch.optim.Optimizer, parameter: torch.Tensor, steps
 
 
 def set_learning_rate(optimizers: Iterable[torch.optim.Optimizer], learning_rate: float) -> None:
-    """Set the rate of the coming step."""
+    """Set the learning rate of the next step, times each group's factor."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * group.get("lr_ratio", 1.0)
@@ -226,17 +228,19 @@ def gradient_norm(
 ) -> torch.Tensor:
     """Return the global norm of the gradients, fp32 `()`, and clip them in place to `max_grad_norm`, if that is set.
 
+    Collective over `holders`.
+
     Args:
-        holders: collective over them; the processes that together hold every gradient once. None: each has them all.
+        holders: processes that together hold every gradient once; None if each process has all gradients.
     """
-    found = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
-    gradients = [gradient for gradient in found if gradient.numel()]
-    norm = nn.utils.get_total_norm(gradients) if gradients else found[0].new_zeros(())
+    shards = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
+    gradients = [gradient for gradient in shards if gradient.numel()]
+    norm = nn.utils.get_total_norm(gradients) if gradients else shards[0].new_zeros(())
     if holders is not None:
         square = norm.square()
         dist.all_reduce(square, group=holders)
         norm = square.sqrt()
     if max_grad_norm is not None and gradients:
-        # Where the factor is 1 it changes no bit, and asking whether it is would make the host wait.
+        # Also with a factor of 1, which changes no bit, because the host would wait for a check.
         torch._foreach_mul_(gradients, (max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
     return norm

@@ -1,4 +1,4 @@
-"""ZeRO-1, 2 and 3 by DeepSpeed: moments, then gradients, then weights partitioned, each parameter seen flat."""
+"""ZeRO-1, 2 and 3 by DeepSpeed: stages partition moments, then gradients, then weights, as flat tensors."""
 
 import math
 import os
@@ -16,19 +16,19 @@ from flipscale.engines.layout import Layout, Shard
 from flipscale.engines.optimizers import build_optimizers, empty_state
 from flipscale.io.errors import UserError
 
-# DeepSpeed's own values, in elements, where its settings leave them out.
+# DeepSpeed's defaults, in elements.
 _BUCKET, _MAX_LIVE = 500_000_000, 1_000_000_000
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class ZeroEngine(Engine):
-    """DeepSpeed on the launch's settings. Weights are fp32 and products are autocast, as in data parallel; so the
-    embeddings, `logit_scale` and the loss are fp32 at every stage.
+    """DeepSpeed with the launch's settings.
 
-    `named_parameters` of a stage-3 model are empty outside of their module's forward pass.
+    Weights are fp32 and products are autocast, as in data parallel. So the embeddings, `logit_scale` and the loss are
+    fp32 at every stage. The parameters of a stage-3 model are empty outside of their module's forward pass.
     """
 
-    # ZeRO cuts matrices into flat pieces, and Muon needs their rows.
+    # No Muon, because ZeRO cuts matrices into flat pieces and Muon needs rows.
     optimizers_carried = ("adamw",)
     # DeepSpeed's optimiser; `wrapped` is its engine.
     zero: Any
@@ -37,17 +37,17 @@ class ZeroEngine(Engine):
         super().__init__(*arguments)
         if "RANK" not in os.environ:
             raise UserError(
-                "ZeRO needs a launcher, which names this process's rank and its peers; start it by `accelerate launch "
-                "--config_file FILE -m flipscale.pretrain` or `torchrun -m flipscale.pretrain`"
+                "RANK is not set; ZeRO needs a launcher. Fix: use `accelerate launch --config_file FILE -m "
+                "flipscale.pretrain` or `torchrun -m flipscale.pretrain`"
             )
         if not torch.cuda.is_available():
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
         import deepspeed
 
-        # On CPU it would compile an operation of its own, and wait for ever for the lock of a compilation that was
-        # killed. Gloo does as well.
+        # On a CPU DeepSpeed would compile this operation, and wait forever for the lock of a killed compilation.
+        # Gloo is as good.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        # Of DeepSpeed's own calls.
+        # DeepSpeed's own calls cause this warning.
         warnings.filterwarnings("ignore", "`torch.distributed.* is deprecated", FutureWarning)
         _check_settings(self.launch.deepspeed.get("zero_optimization", {}))
         deepspeed.init_distributed("nccl" if self.accelerator.device.type == "cuda" else "gloo", verbose=False)
@@ -69,15 +69,17 @@ class ZeroEngine(Engine):
     def refusal(cls, launch: Launch, optimizer: str, compiles: bool = False) -> str | None:
         if compiles and _stage(launch) == 3:
             return (
-                "model.compile is true and the launch file's engine is ZeRO-3, which gathers weights inside a block; "
-                f"use {shipped('fsdp2')}, or model.compile false"
+                "model.compile is true; expected false with ZeRO-3, which gathers weights inside of a block. Fix: use "
+                f"{shipped('fsdp2')}, or model.compile false"
             )
         return super().refusal(launch, optimizer, compiles)
 
     @classmethod
     def memory(cls, model: nn.Module, launch: Launch, accumulates: bool = False) -> ModelMemory:
-        """Every process has a flat part of each parameter's moments, and an fp32 copy of that part of the weights.
-        Between the passes of a step, gradients wait whole; stage 3 has a place for its own part all the time."""
+        """Return the memory: a flat part of each parameter's moments, and an fp32 copy of that part of the weights.
+
+        Between the passes of a step, gradients are whole; stage 3 always has a buffer for its own part too.
+        """
         sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
         parts = {name: -(-size // launch.num_processes) for name, size in sizes.items()}
         whole, kept, stage = sum(sizes.values()), sum(parts.values()), _stage(launch)
@@ -131,7 +133,7 @@ class ZeroEngine(Engine):
             yield from batches
 
     def gradient_norm(self) -> torch.Tensor:
-        # DeepSpeed clips while it steps, and has -1 for a norm that is not finite.
+        # DeepSpeed clips in its step. Its norm is -1 if it is not finite.
         if self.stage == 3:
             groups = self.zero._get_norm_groups()
             norm = math.sqrt(sum(float(group) ** 2 for group in groups)) if min(groups) >= 0 else math.nan
@@ -140,11 +142,13 @@ class ZeroEngine(Engine):
         return torch.tensor(norm if norm >= 0 else math.nan, device=self.accelerator.device)
 
     def _step(self, taken: torch.Tensor) -> None:
-        """Collective. Have DeepSpeed step. It leaves out a step whose gradients are not finite, and to find that out it
-        makes the host wait for them, in this step and in `gradient_norm`: under ZeRO the host never runs ahead."""
+        """Collective. Let DeepSpeed step. It skips a step with non-finite gradients.
+
+        For this check the host waits for the gradients, here and in `gradient_norm`, so under ZeRO it never runs ahead.
+        """
         if dist.get_rank() == 0:
-            # It may be the loss alone that is not finite. The first number of the first gradient is never padding,
-            # which DeepSpeed would not look at.
+            # DeepSpeed must skip the step also if only the loss is not finite. It ignores padding, and the first number
+            # of the first gradient is never padding.
             first = next(iter(self.zero.averaged_gradients.values()))[0].view(-1)[:1]
             first.copy_(torch.where(taken > 0.0, first, math.nan))
         self.wrapped.step()
@@ -153,10 +157,10 @@ class ZeroEngine(Engine):
 
 
 def _check_settings(given: dict[str, Any]) -> None:
-    """Raise if DeepSpeed would refuse its settings, which it says in pages.
+    """Check DeepSpeed's settings, because its own message takes pages.
 
     Raises:
-        ValueError: a setting that it does not know, or a value that it does not take.
+        UserError: a setting is unknown or has an invalid value.
     """
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
     from pydantic import ValidationError
@@ -167,8 +171,8 @@ def _check_settings(given: dict[str, Any]) -> None:
         first = error.errors()[0]
         name = ".".join(map(str, first["loc"]))
         raise UserError(
-            f"zero_optimization.{name} is {first['input']!r} in the launch's DeepSpeed settings, which DeepSpeed does "
-            f"not take ({first['msg']}); see the settings in ds_configs/zero{given['stage']}.json"
+            f"zero_optimization.{name} is {first['input']!r} in the launch's DeepSpeed settings; DeepSpeed refuses it "
+            f"({first['msg']}). Fix: see ds_configs/zero{given['stage']}.json"
         ) from error
 
 
@@ -178,7 +182,7 @@ def _stage(launch: Launch) -> int:
 
 def _transit_bytes(whole: int, launch: Launch) -> int:
     settings = launch.deepspeed.get("zero_optimization", {})
-    # A bucket of gradients, and the next one where DeepSpeed need not wait; the weights that stage 3 keeps gathered.
+    # A bucket of gradients, and a second bucket if communication overlaps; weights that stage 3 keeps gathered.
     overlaps = settings.get("overlap_comm", _stage(launch) == 3)
     bucket = int(settings.get("reduce_bucket_size", _BUCKET)) * (2 if overlaps else 1)
     live = int(settings.get("stage3_max_live_parameters", _MAX_LIVE)) if _stage(launch) == 3 else 0
@@ -186,9 +190,9 @@ def _transit_bytes(whole: int, launch: Launch) -> int:
 
 
 class _ZeroLayout(Layout):
-    """Moments in DeepSpeed's flat groups, as `prepare` hands them over in `zero`.
+    """A layout with moments in DeepSpeed's flat groups. `prepare` sets `zero`.
 
-    DeepSpeed gives its optimiser a state before the first step, so steps are counted here.
+    Steps are counted here, because DeepSpeed's optimiser has a state before the first step.
     """
 
     zero: Any
@@ -214,8 +218,7 @@ class _ZeroLayout(Layout):
 
 
 class _FragmentLayout(_ZeroLayout):
-    """Stages 1 and 2: weights whole, and of each parameter's moments the fragment that lies in this process's part of a
-    group."""
+    """Stages 1 and 2: weights are whole; each process has the fragments of moments in its part of a group."""
 
     def moments(self, parameter: Any) -> dict[str, Shard]:
         fragment = parameter._hp_mapping if self.steps and parameter.requires_grad else None
@@ -244,7 +247,7 @@ class _FragmentLayout(_ZeroLayout):
 
 
 class _Stage3Layout(_ZeroLayout):
-    """Stage 3: of each parameter and its moments a partition, the last ones padded."""
+    """Stage 3: each process has a partition of each parameter and its moments; the last partitions are padded."""
 
     def shape(self, parameter: Any) -> torch.Size:
         return parameter.ds_shape
@@ -258,7 +261,7 @@ class _Stage3Layout(_ZeroLayout):
         return Shard(partition[: size - first], first)
 
     def weights_changed(self) -> None:
-        """Collective. Gather anew the small parameters that DeepSpeed keeps whole beside their partitions."""
+        """Collective. Gather again the small parameters that DeepSpeed also keeps whole."""
         whole = self.zero.persistent_parameters
         if whole:
             whole[0].partition(whole)

@@ -55,31 +55,6 @@ def flipped(name: str, position: int) -> Callable[[Path], None]:
     return damage
 
 
-def _without_digests(checkpoint: Path) -> None:
-    """Makes it one of format 1."""
-    (checkpoint / "digests.json").unlink()
-    state = json.loads((checkpoint / "state.json").read_text())
-    for name in ("format", "flipscale", "torch"):
-        del state[name]
-    (checkpoint / "state.json").write_text(json.dumps(state))
-
-
-def _old_and_shortened(checkpoint: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
-    _without_digests(checkpoint)
-    tensors = load_file(checkpoint / PART)
-    save_file({**tensors, "weight.logit_scale": tensors["weight.logit_scale"][:0]}, checkpoint / PART)
-
-
-def _old_and(damage: Callable[[Path], None]) -> Callable[[Path], None]:
-    def both(checkpoint: Path) -> None:
-        _without_digests(checkpoint)
-        damage(checkpoint)
-
-    return both
-
-
 def _of_step_4(*names: str) -> Callable[[Path], None]:
     return lambda checkpoint: (
         [shutil.copy(checkpoint.with_name("step-00000004") / name, checkpoint / name) for name in names] and None
@@ -283,21 +258,7 @@ ATTACKS = [
     set_aside("a checkpoint of another run", _of_another_run, "it is of a run of another recipe: seed: 1, now 0"),
     set_aside("digests that are missing", lambda c: (c / "digests.json").unlink(), "digests.json is missing"),
     set_aside("digests of nothing", written("digests.json", b"{}"), "digests.json is unreadable"),
-    set_aside("an old checkpoint, a part cut short", _old_and(lambda c: os.truncate(c / PART, 5000)), f"{PART} is cut"),
-    set_aside("an old checkpoint, a shorter tensor", _old_and_shortened, f"{PART} has another range of weight.logit"),
-    set_aside("an old checkpoint of step 999999", _old_and(edited("state.json", step=999999)), "state.json is of step"),
-    set_aside(
-        "an old checkpoint with more samples than its steps have",
-        _old_and(edited("state.json", samples_seen=9999)),
-        "state.json has 9999 samples_seen in 8 steps of 16",
-    ),
-    set_aside(
-        "an old checkpoint with an index that is none",
-        _old_and(edited("index.json", **SMALLER)),
-        "index.json contradicts itself",
-    ),
     set_aside("metrics ahead of the checkpoint taken, the last line torn", _torn_metrics, "state.json is missing"),
-    Attack("an old checkpoint that is whole", after(_without_digests), says=("has no digests",), check=went_on_from(8)),
     Attack(
         "two damaged checkpoints, one of them of the last step",
         after(_both_newer, up_to=None),

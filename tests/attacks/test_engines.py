@@ -44,7 +44,7 @@ ATTACKS = [
         "ZeRO without a launcher",
         _tiny_run,
         code=2,
-        says=("ZeRO needs a launcher, which names this process's rank and its peers; start it by `accelerate launch",),
+        says=("RANK is not set; ZeRO needs a launcher",),
         environment=ZERO,
     ),
 ]

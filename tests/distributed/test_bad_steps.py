@@ -10,6 +10,8 @@ import yaml
 from distributed.crowd import Crowd, cut
 from safetensors.torch import load_file
 
+from flipscale.io.digests import digest_of, digests_to_json, read_digests
+
 BAD = 2
 
 
@@ -36,10 +38,10 @@ def test_weights_are_those_of_a_run_without_the_step(crowd: Crowd, recipe: dict,
     before = without / f"checkpoints/step-{BAD:08d}"
     state = json.loads((before / "state.json").read_text())
     assert (state["step"], state["optimizer_steps"]) == (BAD, BAD)
-    now = {"format": 1, "step": BAD + 1, "samples_seen": 16 * (BAD + 1)}
-    # A checkpoint of the first format has no digests, which would find the change.
-    (before / "digests.json").unlink()
-    (before / "state.json").write_text(json.dumps({**state, **now}))
+    text = json.dumps({**state, "step": BAD + 1, "samples_seen": 16 * (BAD + 1)})
+    (before / "state.json").write_text(text)
+    digests = {**read_digests(before / "digests.json"), "state.json": digest_of(text.encode())}
+    (before / "digests.json").write_text(digests_to_json(digests))
     before.rename(without / f"checkpoints/step-{BAD + 1:08d}")
     assert crowd.run("train", engine, tmp_path / "without.yaml") == ["done"] * 2
 

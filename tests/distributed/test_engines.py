@@ -296,7 +296,7 @@ def test_stochastic_depth_is_part_of_the_batch(trainings: Trainings, engine: str
 @pytest.mark.parametrize("engine", ["zero1", "zero3"])
 def test_muon_is_refused_where_matrices_are_cut(trainings: Trainings, engine: str) -> None:
     file = trainings.file(trainings.folder / f"muon-{engine}", optim={"name": "muon"})
-    refusal = f"ValueError: optim.name is 'muon', which the launch file's engine {engine} does not have; use"
+    refusal = f"ValueError: optim.name is 'muon'; the launch file's engine {engine} has adamw"
     for answer in trainings.crowd(2).run("train", engine, file):
         assert answer.startswith(refusal)
 

@@ -97,13 +97,13 @@ def test_the_other_optimiser_s_checkpoint_is_refused(tmp_path: Path) -> None:
     path = save(engine, tmp_path, 1)
     other = build("adamw", 0)
     other.prepare()
-    with pytest.raises(ValueError, match=r"has no exp_avg of .*; was optim.name another\?"):
+    with pytest.raises(ValueError, match=r"has no exp_avg of .*optim.name"):
         other.load_moments(CheckpointReader(path), 1)
 
 
 def test_another_model_s_checkpoint_is_refused(tmp_path: Path) -> None:
     path = save(build("adamw", 0), tmp_path, 1)
-    with pytest.raises(ValueError, match=r"has no weight of head.weight; was the model another\?"):
+    with pytest.raises(ValueError, match=r"has no weight of head.weight"):
         CheckpointReader(path).fill("weight", "head.weight", torch.zeros(3), 0)
 
 
