@@ -270,7 +270,7 @@ ATTACKS = [
         "no checkpoint is whole",
         after(_all_empty),
         code=2,
-        says=("no checkpoint of", "step-00000008: state.json is missing", "step-00000004: ", "put a copy of one"),
+        says=("no checkpoint of", "step-00000008: state.json is missing", "step-00000004: ", "whole copy"),
         check=_as_it_was,
     ),
     Attack(

@@ -85,7 +85,7 @@ def test_one_block_is_whole_at_a_time() -> None:
         block.to("meta")
 
     total = sum(p.numel() for p in build(0).parameters())
-    with pytest.raises(AssertionError, match="never made real"):
+    with pytest.raises(AssertionError, match="never allocated"):
         build_weights(CONFIG, seen.append, fresh_weights(0), shard)
     assert most < total / 8
 
