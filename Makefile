@@ -11,10 +11,16 @@ setup: .venv/installed
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[tests,demo,peers]'
 	touch $@
 
-demo: setup
-	$(BIN)/flipscale prepare demo data/demo
-	$(BIN)/flipscale study race demo demo_clip --minutes $(MINUTES) --output_dir runs/demo --baselines
-	$(BIN)/flipscale search runs/demo/model data/demo/test --queries flipscale/recipes/demo_queries.txt --out runs/demo/search.html
+# What the demo needs, without the tests' packages.
+.venv/demo: setup.cfg pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[demo]'
+	touch $@
+
+demo: $(if $(wildcard .venv/installed),.venv/installed,.venv/demo)
+	$(BIN)/python examples/demo/data.py data/demo
+	$(BIN)/flipscale study race examples/demo/demo.yaml examples/demo/demo_clip.yaml --minutes $(MINUTES) --output_dir runs/demo --baselines
+	$(BIN)/flipscale search runs/demo/model data/demo/test --queries examples/demo/queries.txt --out runs/demo/search.html
 
 test: setup
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
@@ -31,7 +37,7 @@ lint: setup
 bench: setup
 	$(BIN)/python benchmarks/step.py
 	$(BIN)/python benchmarks/loss.py
-	$(BIN)/flipscale prepare photos data/photos
+	$(BIN)/python benchmarks/photos.py data/photos
 	$(BIN)/python benchmarks/data.py --shards data/photos/*
 
 fuzz: setup

@@ -7,33 +7,13 @@ from typing import TYPE_CHECKING
 
 from flipscale.data.sources.tar_source import TarSource
 from flipscale.io.errors import UserError
-from flipscale.io.options import (
-    Count,
-    CountOrZero,
-    ShareAboveZero,
-    ShareBelowOne,
-    add_num_workers,
-    number,
-    output_folder,
-)
-from flipscale.preparation.coco.command import (
-    add_captions_arguments,
-    add_questions_arguments,
-    prepare_captions,
-    prepare_questions,
-)
+from flipscale.io.options import Count, CountOrZero, ShareBelowOne, add_num_workers, number, output_folder
 
 if TYPE_CHECKING:
     from flipscale.evaluation.task_page import TaskPage
     from flipscale.preparation.task_sets import TaskSet
 
 _SHARDS_HELP = "The shards: a folder, a glob, or a range such as 'laion/{00000..41407}.tar'."
-
-_DEMO_PARTS = {
-    "validation": "a validation set by one artist, and training data without it",
-    "unseen": "a test set of a tenth of the concepts, and training data without these concepts",
-    "roles": "women and men in the same roles, for the evaluation `association`",
-}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,31 +42,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     inspect.add_argument("--json", action="store_true", help="Print one JSON line instead of a table.")
     add_audit_arguments(add("audit", "Write what is in training data: its captions, copies, and images of test sets."))
-    demo = add("demo", "Download and draw the emoji of the demo: training shards, a test set and a tokenizer.")
-    demo.add_argument("directory", type=output_folder, help="The folder to write, data/demo in the demo's recipes.")
-    for part, what in _DEMO_PARTS.items():
-        demo.add_argument(f"--with_{part}", action="store_true", help=f"Write also {what}.")
-    icons = add("icons", "Download and draw icons of 230 sets: training shards, test sets by others, and a tokenizer.")
-    icons.add_argument(
-        "directory", type=output_folder, help="The folder to write; the same command continues after an interruption."
-    )
-    icons.add_argument(
-        "--fraction",
-        type=number(ShareAboveZero),
-        default=1.0,
-        help="Draw this share of the training icons; a smaller one is a part of a larger. 1, the default, draws all.",
-    )
-    add_num_workers(icons)
-    digits = add("digits", "Write scikit-learn's 1,797 handwritten digits as a labelled set, to try probes on.")
-    easy_vqa = add("easy_vqa", "Download easy-VQA: 48,248 questions about drawings of shapes, and a tokenizer.")
-    add_captions_arguments(add("coco_captions", "Write COCO's captions as shards, in the split of everybody's tests."))
-    add_questions_arguments(add("vqa_v2", "Write VQAv2 as shards: questions about COCO's images, and their answers."))
-    photos = add("photos", "Write JPEGs of two sizes, cut from photos in a Debian package, to measure loaders with.")
-    for kind in (digits, easy_vqa, photos):
-        kind.add_argument("directory", type=output_folder, help="The folder to write.")
-    photos.add_argument(
-        "--num_images", type=number(Count), default=2000, help="How many JPEGs to write of each size; 2000 by default."
-    )
     add_tasks_arguments(add("tasks", "Download the test sets of evaluations that have a page, from the Hub."))
     index = add(
         "index",
@@ -235,13 +190,6 @@ def run(args: argparse.Namespace) -> None:
         "tokenizer": _tokenizer,
         "inspect": _inspect,
         "audit": _audit,
-        "demo": _demo,
-        "icons": _icons,
-        "digits": _digits,
-        "easy_vqa": _easy_vqa,
-        "coco_captions": prepare_captions,
-        "vqa_v2": prepare_questions,
-        "photos": _photos,
         "tasks": _tasks,
         "index": _index,
     }
@@ -249,11 +197,8 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _shards(args: argparse.Namespace) -> None:
-    from flipscale.preparation.lists.files import shown
-    from flipscale.preparation.lists.pair_list import open_pairs
-    from flipscale.preparation.own_set import check_parts, write_own_set
-    from flipscale.preparation.shard_report import check_left_out, report_table
-    from flipscale.preparation.shard_writer import ShardOptions
+    from flipscale.preparation.lists import open_pairs, printable
+    from flipscale.preparation.shard_writer import ShardOptions, check_reports, report_table, write_set
 
     if not 0 <= args.max_bad_fraction <= 1:
         raise UserError(f"max_bad_fraction is {args.max_bad_fraction}; it must be from 0 to 1")
@@ -265,13 +210,11 @@ def _shards(args: argparse.Namespace) -> None:
         args.source, args.image_column, args.caption_column, args.dataset_split, args.allow_outside, args.labels
     )
     hint = f"; --labels {pairs.usual_labels} --split 0.1 holds out a labelled test set too"
-    print(shown(pairs.layout) + (hint if pairs.usual_labels and not args.labels else ""))
-    reports = write_own_set(pairs, args.source, args.directory, options, args.num_workers)
+    print(printable(pairs.layout) + (hint if pairs.usual_labels and not args.labels else ""))
+    reports = write_set(pairs, args.source, args.directory, options, args.num_workers)
     for folder, report in reports.items():
         print(f"\n{folder}\n{report_table(report, folder)}")
-    for folder, report in reports.items():
-        check_left_out(report, folder, args.max_bad_fraction)
-    check_parts(reports, args.split)
+    check_reports(reports, args.max_bad_fraction)
     train, *tests = reports
     held_out = f"; {tests[0]} is held out, and {args.directory} is the test set for evaluations" if tests else ""
     print(f"\n{train} is for data.shards of a recipe{held_out}")
@@ -285,7 +228,7 @@ def _tokenizer(args: argparse.Namespace) -> None:
     from flipscale.io.atomic import new_folder
     from flipscale.model.configuration_flip import FlipTextConfig
     from flipscale.preparation.inspection import read_captions
-    from flipscale.preparation.own_set import has_test_part
+    from flipscale.preparation.shard_writer import has_test_part
 
     captions = read_captions(open_shards(args.shards, DataRecipe(lanes=1, shards_per_block=1)))
     with new_folder(args.directory) as folder:
@@ -324,42 +267,6 @@ def _audit(args: argparse.Namespace) -> None:
     print(f"{audit_table(figures)}\n\nthe whole audit is in {args.output_dir / 'audit.md'}")
 
 
-def _demo(args: argparse.Namespace) -> None:
-    from flipscale.preparation.demo_set import prepare_demo
-
-    prepare_demo(
-        args.directory,
-        with_validation=args.with_validation,
-        with_unseen=args.with_unseen,
-        with_roles=args.with_roles,
-    )
-
-
-def _icons(args: argparse.Namespace) -> None:
-    from flipscale.preparation.icons.icon_set import prepare_icons
-
-    prepare_icons(args.directory, args.fraction, args.num_workers)
-
-
-def _digits(args: argparse.Namespace) -> None:
-    from flipscale.preparation.labelled_set import prepare_digits
-
-    counts = prepare_digits(args.directory)
-    print("\n".join(f"{args.directory / part}: {count:,} images" for part, count in counts.items()))
-
-
-def _easy_vqa(args: argparse.Namespace) -> None:
-    from flipscale.preparation.questions.easy_vqa import prepare_easy_vqa
-
-    prepare_easy_vqa(args.directory)
-
-
-def _photos(args: argparse.Namespace) -> None:
-    from flipscale.preparation.photo_set import prepare_photos
-
-    prepare_photos(args.directory, args.num_images)
-
-
 def _tasks(args: argparse.Namespace) -> None:
     from flipscale.evaluation.task_page import pages_table, read_page, suite_pages
     from flipscale.preparation.task_sets import prepare_tasks
@@ -377,10 +284,8 @@ def _tasks(args: argparse.Namespace) -> None:
 
 
 def _task_set(page: "TaskPage") -> "TaskSet":
-    """Return the data of a page's task."""
     from flipscale.preparation.parquet_set import Columns
-    from flipscale.preparation.real_labels import REAL_LABELS
-    from flipscale.preparation.task_sets import TaskSet
+    from flipscale.preparation.task_sets import REAL_LABELS, TaskSet
 
     source = page.source
     return TaskSet(

@@ -20,8 +20,7 @@ from flipscale.evaluation.images import Decoder, SampleNumbers
 from flipscale.io.errors import UserError
 from flipscale.io.options import usable_cores
 from flipscale.io.progress import Progress
-from flipscale.preparation.lists.files import IMAGE_SUFFIXES
-from flipscale.preparation.lists.folder_list import FileList, picture_files
+from flipscale.preparation.lists import IMAGE_SUFFIXES, FileList, picture_files
 
 _READ = DataRecipe(lanes=1, shards_per_block=1)
 _BATCH = 64

@@ -19,8 +19,7 @@ from flipscale.io.atomic import atomic_write, write_text
 from flipscale.io.errors import UserError
 from flipscale.pages.page import Picture, rendered, shortened, thumbnail
 from flipscale.pages.pictures import Embedded, FolderPictures, Pictures, embed_pictures, unit
-from flipscale.preparation.lists.files import IMAGE_SUFFIXES
-from flipscale.preparation.lists.folder_list import FileList
+from flipscale.preparation.lists import IMAGE_SUFFIXES, FileList
 
 MOST_BYTES = 5_000_000
 # Longer sides of thumbnails; the first that makes the page small enough is used.

@@ -1,8 +1,8 @@
-"""Write tar shards from image-text pairs, in parallel. The result depends on the pairs and the options only.
+"""Write tar shards from image-text pairs, in parallel. The shards depend only on the pairs and the options.
 
-Shard s holds the usable ones of pairs [s * n, (s + 1) * n), so any process can write it at any time. A shard is written
-aside and renamed; then a line of `manifest.jsonl` says what is in it and what was left out. A run that was killed
-continues with the shards that have no line, and ends with the same bytes as an uninterrupted one.
+Shard s holds the usable pairs among [s * n, (s + 1) * n), so any process can write it at any time. A shard is written
+aside and renamed; then `manifest.jsonl` gets a line with its contents and the pairs that were left out. A killed run
+continues with the shards that have no line, and ends with the same bytes as an uninterrupted run.
 """
 
 import hashlib
@@ -12,7 +12,7 @@ import tarfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,28 +21,39 @@ import numpy as np
 import simplejpeg
 from filelock import FileLock, Timeout
 from PIL import Image
-from tqdm import tqdm
 
 from flipscale.data.decode import UndecodableImage, decode_whole
 from flipscale.data.faults import BadSample
 from flipscale.data.sources.shard_index import load_index
 from flipscale.data.sources.tar_file import add_member
 from flipscale.io import json_lines
-from flipscale.io.atomic import atomic_write, sync, unique_partial_path
+from flipscale.io.atomic import atomic_write, sync, unique_partial_path, write_text
 from flipscale.io.errors import UserError
-from flipscale.preparation.lists.pair_list import PairList, VotedPairs
-from flipscale.preparation.shard_report import DUPLICATE, MANIFEST, REPORT, write_report
+from flipscale.io.progress import Progress, each
+from flipscale.preparation.lists import PairList, printable
 from flipscale.preparation.worker_pool import worker_pool
 
-HASHES = ".hashes.npy"
-LOCK, _ASIDE = ".lock", ".*.partial*"  # what a kill may leave
-# Of a line of the manifest.
-_LINE = {"shard", "written", "shrunk", "image_bytes", "left_out", "tar_bytes"}
-_SHOWN = 300  # characters of a name or a detail
+PARTS = ("train", "test")
+TEMPLATE = "{c}"  # the prompt: captions of class folders are bare names
+_MANIFEST, _REPORT, _LEFT_OUT = "manifest.jsonl", "report.json", "left_out.jsonl"
+_HASHES, _LOCK, _PARTIAL = ".hashes.npy", ".lock", ".*.partial*"
+_LINE = {"shard", "written", "shrunk", "image_bytes", "left_out", "tar_bytes"}  # fields of a line of the manifest
+_MAX_SHOWN = 300  # characters of a name or a detail
 _KEPT_FORMATS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 _HASH_BYTES = 16
 _SPLIT_KEY = b"flipscale prepare shards --split"
-_job: "ShardJob"  # set in each worker
+_DUPLICATE = "duplicate"
+_REMEDIES = {
+    "missing_caption": "put KEY.txt beside KEY.jpg, or name the captions' column with --caption_column",
+    "undecodable_caption": "save texts as UTF-8, or name the captions' column with --caption_column",
+    "unreadable_file": "paths are relative to the folder of the list; correct them, or name the images' column with "
+    "--image_column",
+    "outside_folder": "move the files there, or read them all the same with --allow_outside",
+    "undecodable_image": "save them as JPEG, PNG or WebP, or name the images' column with --image_column",
+    "malformed_row": "save the table as UTF-8, with fields that have a delimiter in quotes",
+    "missing_label": "name the classes' column with --labels, or leave --labels out",
+}
+_job: "_Job"  # set in each worker
 
 
 @dataclass(frozen=True)
@@ -50,14 +61,14 @@ class ShardOptions:
     """How pairs become shards.
 
     Args:
-        short_side: the short side to which larger images are shrunk (the original stored 480); others are kept.
-        jpeg_quality: the quality of images that are shrunk, or converted from a format that shards do not hold.
-        pairs_per_shard: how many pairs are read for each shard.
-        drop_duplicates: keep only the first of several images whose files have the same bytes.
-        allow_outside: read also files outside the folder of the list.
-        labels: the column of classes, or `folder`; with it, each sample has its class in KEY.cls.
-        held_out: the share of the images that is no part of the training data.
-        part: which images are written: those of `train`, or the `test` that is held out.
+        short_side: short side in pixels to which larger images are shrunk (the paper stored 480).
+        jpeg_quality: quality of images that are shrunk, or converted from a format that shards do not hold.
+        pairs_per_shard: number of pairs that are read for each shard.
+        drop_duplicates: whether to keep only the first of several images with the same bytes.
+        allow_outside: whether to read files outside the folder of the list.
+        labels: column of classes, or `folder`; None writes no classes.
+        held_out: share of the images that is held out of the training data.
+        part: part that is written: `train`, or `test`, the images that are held out.
     """
 
     short_side: int = 256
@@ -78,12 +89,12 @@ class ShardOptions:
 class DuplicateImage(BadSample):
     """An earlier pair has the same image file."""
 
-    cause = DUPLICATE
+    cause = _DUPLICATE
 
 
 @dataclass(frozen=True)
-class ShardJob:
-    """What is needed to write any shard of a set."""
+class _Job:
+    """All that a worker needs to write any shard."""
 
     pairs: PairList
     out_dir: Path
@@ -100,8 +111,66 @@ class ShardJob:
         return range(first, min(first + self.options.pairs_per_shard, len(self.pairs)))
 
     def path(self, shard: int) -> Path:
-        """Return the path of a shard."""
         return self.out_dir / f"{shard:05d}.tar"
+
+
+def write_set(
+    pairs: PairList, source: str, out_dir: Path, options: ShardOptions, processes: int
+) -> dict[Path, dict[str, Any]]:
+    """Write pairs to `out_dir`, or to its folders `train` and `test` if a share is held out.
+
+    With `options.labels`, `out_dir` also gets `classnames.txt` and a prompt, so that it is a labelled set in
+    CLIP_benchmark's layout.
+
+    Returns:
+        The report of each folder.
+
+    Raises:
+        UserError: no pair has a class, or as `write_shards`.
+        OSError: as `write_shards`.
+    """
+    names = class_names(pairs, source, options.labels) if options.labels else []
+    parts = {out_dir: options}
+    if options.held_out:
+        _check_folder_of_parts(out_dir)
+        parts = {out_dir / part: replace(options, part=part) for part in PARTS}
+    reports = {folder: write_shards(pairs, source, folder, part, processes, names) for folder, part in parts.items()}
+    if names:
+        write_text(out_dir / "classnames.txt", "".join(f"{name}\n" for name in names))
+        write_text(out_dir / "zeroshot_classification_templates.txt", f"{TEMPLATE}\n")
+    return reports
+
+
+def class_names(pairs: PairList, source: str, labels: str) -> list[str]:
+    """Return the names of all classes in alphabetical order, or in the order of their numbers if all are numbers.
+
+    Raises:
+        UserError: no pair has a class.
+    """
+    names: set[str] = set()
+    why = ""
+    for number in range(len(pairs)):
+        try:
+            names.add(pairs.label(number))
+        except BadSample as error:
+            why = why or f"{pairs.place(number)}: {error}"
+    if not names:
+        raise UserError(f"--labels {labels}: no pair of {source} has a class ({why}); name another column")
+    return sorted(names, key=int if all(name.isdecimal() for name in names) else None)
+
+
+def has_test_part(folder: Path) -> bool:
+    """Return whether a folder has a test part that was held out of its training data."""
+    return (folder / "test" / _MANIFEST).is_file()
+
+
+def _check_folder_of_parts(out_dir: Path) -> None:
+    if not out_dir.is_dir() or not any(out_dir.iterdir()):
+        return
+    is_whole = (out_dir / _MANIFEST).exists()
+    if is_whole or not any((out_dir / part / _MANIFEST).exists() for part in PARTS):
+        what = "was written without --split" if is_whole else "holds something else"
+        raise UserError(f"{out_dir} {what}; name a new folder for {' and '.join(PARTS)}")
 
 
 def write_shards(
@@ -112,112 +181,108 @@ def write_shards(
     processes: int,
     class_names: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Write the shards of `pairs` and their indices to `out_dir`, and return the report that is written beside them.
+    """Write the shards of `pairs` with their indices, and return the report that is written beside them.
 
     Args:
-        class_names: with `options.labels`, the names of all classes, in the order of their numbers.
+        pairs: the pairs.
+        source: name of the pairs, for the report.
+        out_dir: folder to write.
+        options: how pairs become shards.
+        processes: number of processes that write.
+        class_names: names of all classes in the order of their numbers, with `options.labels`.
 
     Raises:
-        ValueError: `out_dir` was begun from other pairs or with other options, has other files, or another process
-            writes to it.
+        UserError: `out_dir` was begun with other pairs or options, has other files, or another process writes to it.
         OSError: a worker died, or the disk is full.
     """
     if processes < 1:
         raise UserError(f"num_workers is {processes}; it must be at least 1")
-    job = ShardJob(pairs, out_dir, options, {name: number for number, name in enumerate(class_names)})
+    job = _Job(pairs, out_dir, options, {name: number for number, name in enumerate(class_names)})
     begun = {"source": source, "pairs": len(pairs), "fingerprint": pairs.fingerprint(), **asdict(options)}
     _check_folder(out_dir)
     try:
-        with FileLock(out_dir / LOCK, timeout=0):
+        with FileLock(out_dir / _LOCK, timeout=0):
             report = _write_locked(job, begun, processes)
-            # Held, so that nobody waits for a file that is gone.
-            (out_dir / LOCK).unlink(missing_ok=True)
+            # Removed while held, so that no other process waits for a removed file.
+            (out_dir / _LOCK).unlink(missing_ok=True)
     except Timeout:
         raise UserError(f"another process writes to {out_dir}; wait for it to end, or name another folder") from None
     return report
 
 
-def _write_locked(job: ShardJob, begun: dict[str, Any], processes: int) -> dict[str, Any]:
-    """Write the shards that are not whole yet, and the report of all."""
-    for left in job.out_dir.glob(_ASIDE):
-        left.unlink()
-    done = _open_manifest(job, begun)
-    todo = [shard for shard in range(job.num_shards) if shard not in done]
-    if todo:
-        with worker_pool(
-            min(processes, len(todo)), _receive, (job,), "the same command goes on where it stopped"
-        ) as pool:
-            _write_all(job, todo, done, pool)
-    (job.out_dir / HASHES).unlink(missing_ok=True)
-    return write_report(job.out_dir, begun, [done[shard] for shard in sorted(done)])
-
-
-def _write_all(job: ShardJob, todo: list[int], done: dict[int, dict[str, Any]], pool: ProcessPoolExecutor) -> None:
-    """Write the shards `todo`, and add their lines to the manifest and to `done` as they are finished."""
-    same_as = _duplicates(job, pool) if job.options.drop_duplicates else {}
-    futures = {pool.submit(_write_shard, shard, same_as.get(shard, {})) for shard in todo}
-    kept = sum(len(job.numbers(shard)) for shard in done)
-    with tqdm(total=len(job.pairs), initial=kept, unit="pair", desc="shards", disable=None) as bar:
-        for future in as_completed(futures):
-            futures.remove(future)  # which holds its line
-            line = future.result()
-            json_lines.append(job.out_dir / MANIFEST, [line])
-            done[line["shard"]] = _counted(line)
-            bar.update(len(job.numbers(line["shard"])))
-
-
 def _check_folder(out_dir: Path) -> None:
-    """Make the folder, unless it holds what is none of ours.
-
-    Raises:
-        ValueError: it does, or is no folder.
-    """
     if out_dir.exists() and not out_dir.is_dir():
         raise UserError(f"{out_dir} is no folder; name a new one")
     out_dir.mkdir(parents=True, exist_ok=True)
-    if not (out_dir / MANIFEST).is_file() and any(
-        path.name != LOCK and not path.match(_ASIDE) for path in out_dir.iterdir()
+    if not (out_dir / _MANIFEST).is_file() and any(
+        path.name != _LOCK and not path.match(_PARTIAL) for path in out_dir.iterdir()
     ):
         raise UserError(f"{out_dir} holds something that `prepare shards` did not write; name a new folder")
 
 
-def _open_manifest(job: ShardJob, begun: dict[str, Any]) -> dict[int, dict[str, Any]]:
-    """Return the manifest's lines of finished shards, by shard, what was left out counted. Only these stay in it."""
-    path = job.out_dir / MANIFEST
+def _write_locked(job: _Job, begun: dict[str, Any], processes: int) -> dict[str, Any]:
+    for left in job.out_dir.glob(_PARTIAL):
+        left.unlink()
+    done = _open_manifest(job, begun)
+    todo = [shard for shard in range(job.num_shards) if shard not in done]
+    if todo:
+        remedy = "the same command goes on where it stopped"
+        with worker_pool(min(processes, len(todo)), _receive_job, (job,), remedy) as pool:
+            _write_all(job, todo, done, pool)
+    (job.out_dir / _HASHES).unlink(missing_ok=True)
+    return _write_report(job.out_dir, begun, [done[shard] for shard in sorted(done)])
+
+
+def _write_all(job: _Job, todo: list[int], done: dict[int, dict[str, Any]], pool: ProcessPoolExecutor) -> None:
+    """Write the shards `todo`, and add each to the manifest and to `done`."""
+    same_as = _duplicates(job, pool) if job.options.drop_duplicates else {}
+    futures = {pool.submit(_write_shard, shard, same_as.get(shard, {})) for shard in todo}
+    kept = sum(len(job.numbers(shard)) for shard in done)
+    with Progress(len(job.pairs), "shards", "pairs", initial=kept) as progress:
+        for future in as_completed(futures):
+            futures.remove(future)  # because it holds its line
+            line = future.result()
+            json_lines.append(job.out_dir / _MANIFEST, [line])
+            done[line["shard"]] = _counted(line)
+            progress.update(len(job.numbers(line["shard"])))
+
+
+def _open_manifest(job: _Job, begun: dict[str, Any]) -> dict[int, dict[str, Any]]:
+    """Return the lines of finished shards by shard, and remove all other lines from the manifest."""
+    path = job.out_dir / _MANIFEST
     lines = json_lines.each(path)
-    before = {**asdict(ShardOptions()), **next(lines, begun)}
-    was = {name: value for name, value in before.items() if begun.get(name) != value}
-    if was and _is_empty(job.out_dir):
+    before = next(lines, begun)
+    differing = [name for name, value in begun.items() if before.get(name) != value]
+    if differing and _is_empty(job.out_dir):
         for shard in job.out_dir.glob("*.tar*"):
             shard.unlink()
         lines = iter(())
-    elif was:
-        other = ", ".join(f"{name} {value} (now {begun.get(name)})" for name, value in was.items())
+    elif differing:
+        other = ", ".join(f"{name} {before.get(name)} (now {begun[name]})" for name in differing)
         raise UserError(f"{job.out_dir} was begun with {other}; use the same source and options, or another folder")
     done: dict[int, dict[str, Any]] = {}
 
-    def whole() -> Iterator[dict[str, Any]]:
+    def finished() -> Iterator[dict[str, Any]]:
         yield begun
         for line in lines:
-            if _is_whole(job, line) and line["shard"] not in done:
+            if _is_finished(job, line) and line["shard"] not in done:
                 yield line
                 done[line["shard"]] = _counted(line)
 
-    json_lines.rewrite(path, whole())
+    json_lines.rewrite(path, finished())
     return done
 
 
 def _is_empty(out_dir: Path) -> bool:
     """Return whether a run ended in a folder and wrote no pair, so that other options may be tried there."""
     try:
-        report = json.loads((out_dir / REPORT).read_text(encoding="utf-8"))
+        report = json.loads((out_dir / _REPORT).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
     return isinstance(report, dict) and report.get("written") == 0
 
 
-def _is_whole(job: ShardJob, line: dict[str, Any]) -> bool:
-    """Return whether a line of the manifest is one, and its shard is as it says."""
+def _is_finished(job: _Job, line: dict[str, Any]) -> bool:
     if line.keys() != _LINE or line["shard"] not in range(job.num_shards):
         return False
     shard = job.path(line["shard"])
@@ -225,24 +290,24 @@ def _is_whole(job: ShardJob, line: dict[str, Any]) -> bool:
 
 
 def _counted(line: dict[str, Any]) -> dict[str, Any]:
-    """Return a line of the manifest without what was left out, of which the counts by cause and the first are kept."""
+    """Return a line of the manifest with the counts of what was left out, by cause, and the first pair of each."""
     causes = Counter(fault["cause"] for fault in line["left_out"])
     first = {fault["cause"]: fault for fault in reversed(line["left_out"])}
     return {**line, "left_out": causes, "first": first}
 
 
-def _receive(job: ShardJob) -> None:
-    """Keep a worker's copy of the job, so that it is sent once and not with each shard."""
+def _receive_job(job: _Job) -> None:
+    """Keep the job in a worker, so that it is sent once and not with each shard."""
     global _job
     _job = job
 
 
-def _duplicates(job: ShardJob, pool: ProcessPoolExecutor) -> dict[int, dict[int, int]]:
-    """Return, by shard, the pairs whose image an earlier pair has, and which pair that is."""
-    stored = job.out_dir / HASHES
+def _duplicates(job: _Job, pool: ProcessPoolExecutor) -> dict[int, dict[int, int]]:
+    """Return, by shard, the pairs whose image an earlier pair has, with that pair."""
+    stored = job.out_dir / _HASHES
     if not stored.exists():
         parts = pool.map(_hash_shard, range(job.num_shards))
-        digests = np.concatenate(list(tqdm(parts, "hash", job.num_shards, unit="shard", disable=None)))
+        digests = np.concatenate(list(each(parts, "hashing", "shards", job.num_shards)))
         with atomic_write(stored) as partial, open(partial, "wb") as file:
             np.save(file, digests)
     _, first, inverse = np.unique(np.load(stored), return_index=True, return_inverse=True)
@@ -254,7 +319,7 @@ def _duplicates(job: ShardJob, pool: ProcessPoolExecutor) -> dict[int, dict[int,
 
 
 def _hash_shard(shard: int) -> np.ndarray:
-    """Return the digest of each image file of a shard; of an unreadable one, a digest of its number."""
+    """Return the digest of each image of a shard; an unreadable image gets a digest of its number."""
     digests = []
     for number in _job.numbers(shard):
         try:
@@ -267,9 +332,9 @@ def _hash_shard(shard: int) -> np.ndarray:
 
 def _write_shard(shard: int, same_as: dict[int, int]) -> dict[str, Any]:
     """Write a shard and its index, and return its line of the manifest."""
-    pairs, path = _job.pairs, _job.path(shard)
+    pairs, options, path = _job.pairs, _job.options, _job.path(shard)
     line: dict[str, Any] = {"shard": shard, "written": 0, "shrunk": 0, "image_bytes": 0, "left_out": []}
-    # By a name of its own: a worker whose parent was killed may live a little into the next run.
+    # Under a name of this process, because a worker of a killed run may live a little into the next run.
     with atomic_write(path, unique_partial_path(path)) as partial:
         with tarfile.open(partial, mode="w") as tar:
             for number in _job.numbers(shard):
@@ -279,17 +344,26 @@ def _write_shard(shard: int, same_as: dict[int, int]) -> dict[str, Any]:
                     if number in same_as:
                         raise DuplicateImage(f"the same bytes as {pairs.place(same_as[number])}")
                     captions = pairs.captions(number)
-                    label = _job.class_numbers[pairs.label(number)] if _job.options.labels else None
-                    votes = pairs.votes(number) if isinstance(pairs, VotedPairs) else None
-                    image, extension, about = _stored_image(pairs.image(number), _job.options)
+                    label = _job.class_numbers[pairs.label(number)] if options.labels else None
+                    votes = pairs.votes(number)
+                    image, extension, sizes = _stored_image(pairs.image(number), options)
                 except BadSample as error:
                     fault = {"key": pairs.key(number), "cause": error.cause, "detail": str(error)}
-                    line["left_out"].append({name: _cut(text) for name, text in fault.items()})
+                    line["left_out"].append({name: _shortened(text) for name, text in fault.items()})
                     continue
-                about_pair = {"key": pairs.key(number), **about}
-                _add_pair(tar, number, image, extension, captions, label, votes, about_pair)
+                name, about = f"{number:09d}", {"key": pairs.key(number), **sizes}
+                if len(captions) > 1:
+                    about["captions"] = captions
+                add_member(tar, f"{name}.{extension}", image)
+                add_member(tar, f"{name}.txt", captions[0].encode())
+                if label is not None:
+                    add_member(tar, f"{name}.cls", str(label).encode())
+                if votes is not None:
+                    np.save(stored := io.BytesIO(), votes, allow_pickle=False)
+                    add_member(tar, f"{name}.npy", stored.getvalue())
+                add_member(tar, f"{name}.json", json.dumps(about, ensure_ascii=False).encode())
                 line["written"] += 1
-                line["shrunk"] += about["width"] != about["original_width"]
+                line["shrunk"] += sizes["width"] != sizes["original_width"]
                 line["image_bytes"] += len(image)
         sync(partial)
     load_index(path)
@@ -297,8 +371,10 @@ def _write_shard(shard: int, same_as: dict[int, int]) -> dict[str, Any]:
 
 
 def _is_of_part(number: int) -> bool:
-    """Return whether an image is of the part that is written: by a hash of its bytes, so that it is the same whoever
-    asks, and that copies of an image are on one side. An image that cannot be read counts as one of `train`."""
+    """Return whether an image belongs to the part that is written.
+
+    The hash of its bytes decides, so copies of an image are in the same part. An unreadable image counts as `train`.
+    """
     options = _job.options
     if not options.held_out:
         return True
@@ -309,59 +385,108 @@ def _is_of_part(number: int) -> bool:
     return (int.from_bytes(digest, "big") < options.held_out * 2**64) == (options.part == "test")
 
 
-def _cut(text: str) -> str:
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
-
-
-def _add_pair(
-    tar: tarfile.TarFile,
-    number: int,
-    image: bytes,
-    extension: str,
-    captions: list[str],
-    label: int | None,
-    votes: np.ndarray | None,
-    about: dict[str, Any],
-) -> None:
-    """Append KEY.jpg, KEY.txt with the first caption, KEY.cls with the class and KEY.npy with the votes if there are
-    any, and KEY.json with `about` and, if several, all captions."""
-    name = f"{number:09d}"
-    if len(captions) > 1:
-        about = {**about, "captions": captions}
-    add_member(tar, f"{name}.{extension}", image)
-    add_member(tar, f"{name}.txt", captions[0].encode())
-    if label is not None:
-        add_member(tar, f"{name}.cls", str(label).encode())
-    if votes is not None:
-        np.save(stored := io.BytesIO(), votes, allow_pickle=False)
-        add_member(tar, f"{name}.npy", stored.getvalue())
-    add_member(tar, f"{name}.json", json.dumps(about, ensure_ascii=False).encode())
+def _shortened(text: str) -> str:
+    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."
 
 
 def _stored_image(encoded: bytes, options: ShardOptions) -> tuple[bytes, str, dict[str, int]]:
-    """Return the bytes to store, their extension, and the image's sizes before and after.
+    """Return the bytes to store, their extension, and the sizes before and after.
 
     Raises:
-        BadSample: the image cannot be decoded.
+        BadSample: the image cannot be decoded or stored.
     """
     image = decode_whole(encoded)
-    try:
-        return _stored(image, encoded, options)
-    except Exception as error:
-        # Pillow may not know what another decoder read; a JPEG has at most 65,535 pixels on a side.
-        raise UndecodableImage(f"{image.shape[1]} x {image.shape[0]} pixels cannot be stored: {error}") from error
-
-
-def _stored(image: np.ndarray, encoded: bytes, options: ShardOptions) -> tuple[bytes, str, dict[str, int]]:
     height, width = image.shape[:2]
-    about = {"width": width, "height": height, "original_width": width, "original_height": height}
+    sizes = {"width": width, "height": height, "original_width": width, "original_height": height}
     scale = options.short_side / min(height, width)
-    extension = _KEPT_FORMATS.get(Image.open(io.BytesIO(encoded)).format or "")
-    if scale >= 1 and extension:
-        return encoded, extension, about
-    if scale < 1:
-        about["width"], about["height"] = (max(1, round(side * scale)) for side in (width, height))
-        image = cv2.resize(image, (about["width"], about["height"]), interpolation=cv2.INTER_AREA)
-    image = np.ascontiguousarray(image)
-    jpeg = simplejpeg.encode_jpeg(image, quality=options.jpeg_quality, colorspace="RGB", colorsubsampling="420")
-    return jpeg, "jpg", about
+    try:
+        extension = _KEPT_FORMATS.get(Image.open(io.BytesIO(encoded)).format or "")
+        if scale >= 1 and extension:
+            return encoded, extension, sizes
+        if scale < 1:
+            sizes["width"], sizes["height"] = (max(1, round(side * scale)) for side in (width, height))
+            image = cv2.resize(image, (sizes["width"], sizes["height"]), interpolation=cv2.INTER_AREA)
+        image = np.ascontiguousarray(image)
+        jpeg = simplejpeg.encode_jpeg(image, quality=options.jpeg_quality, colorspace="RGB", colorsubsampling="420")
+    except (OSError, ValueError, cv2.error, Image.DecompressionBombError) as error:
+        # Pillow may not know an image of another decoder; a JPEG has at most 65,535 pixels on a side.
+        raise UndecodableImage(f"{width} x {height} pixels cannot be stored: {error}") from error
+    return jpeg, "jpg", sizes
+
+
+def _write_report(out_dir: Path, begun: dict[str, Any], lines: list[dict[str, Any]]) -> dict[str, Any]:
+    """Write `report.json` with counts, and `left_out.jsonl` with all pairs that were left out."""
+    left_out: Counter[str] = sum((line["left_out"] for line in lines), Counter())
+    first: dict[str, Any] = {}
+    for line in lines:
+        first = {**line["first"], **first}
+    report = {
+        **begun,
+        "shards": len(lines),
+        **{name: sum(line[name] for line in lines) for name in ("written", "shrunk", "image_bytes", "tar_bytes")},
+        "left_out": dict(left_out.most_common()),
+        "first_left_out": first,
+    }
+    json_lines.rewrite(out_dir / _LEFT_OUT, _left_out_in_order(out_dir / _MANIFEST))
+    write_text(out_dir / _REPORT, json.dumps(report, indent=2) + "\n")
+    return report
+
+
+def _left_out_in_order(manifest: Path) -> Iterator[dict[str, Any]]:
+    """Yield what was left out in the order of the pairs; the manifest's lines are in the order of their finish."""
+    with open(manifest, "rb") as file:
+        begins = {}
+        while True:
+            begin = file.tell()
+            if not (line := file.readline()):
+                break
+            begins[json.loads(line).get("shard", -1)] = begin
+        for shard in sorted(begins.keys() - {-1}):
+            file.seek(begins[shard])
+            yield from json.loads(file.readline())["left_out"]
+
+
+def report_table(report: dict[str, Any], out_dir: Path) -> str:
+    """Return a report as text to print."""
+    written, num_left_out = report["written"], sum(report["left_out"].values())
+    shards = f"in {report['shards']:,} shard{'s' * (report['shards'] != 1)}"
+    shrunk = f"to a short side of {report['short_side']}, JPEG {report['jpeg_quality']}"
+    rows = [("pairs read", written + num_left_out, ""), ("written", written, shards)]
+    rows += [("  shrunk", report["shrunk"], shrunk)]
+    rows += [("left out", num_left_out, f"each in {out_dir / _LEFT_OUT}" if num_left_out else "")]
+    rows += [(f"  {cause}", count, f"such as {_first(report, cause)}") for cause, count in report["left_out"].items()]
+    mean = report["image_bytes"] / written / 1000 if written else 0
+    lines = [f"{name:<24}{count:>14,}  {remark}".rstrip() for name, count, remark in rows]
+    return "\n".join([*lines, f"{'bytes':<24}{report['tar_bytes']:>14,}  {mean:.1f} kB an image"])
+
+
+def _first(report: dict[str, Any], cause: str) -> str:
+    fault = report["first_left_out"][cause]
+    return printable(f"{fault['key']}: {fault['detail']}")
+
+
+def check_reports(reports: dict[Path, dict[str, Any]], max_bad_fraction: float) -> None:
+    """Check that enough pairs of each folder can be used, and that no part is empty; duplicates can be used.
+
+    Raises:
+        UserError: nothing was written, or more than `max_bad_fraction` of the pairs are unusable, or a part is empty.
+    """
+    for folder, report in reports.items():
+        unusable = {cause: count for cause, count in report["left_out"].items() if cause != _DUPLICATE}
+        written, bad = report["written"], sum(unusable.values())
+        pairs = written + sum(report["left_out"].values())
+        if bad and not (written and bad <= max_bad_fraction * pairs):
+            cause = max(unusable, key=lambda cause: unusable[cause])
+            many = f"more than --max_bad_fraction {max_bad_fraction:g}" if written else "which leaves none"
+            remedy = _REMEDIES.get(cause, "correct the list") + (", and name a new folder" if written else "")
+            raise UserError(
+                f"{bad:,} of {pairs:,} pairs of {report['source']} cannot be used, {many}: {unusable[cause]:,} for "
+                f"{cause}, such as {_first(report, cause)}; {remedy} (all are in {folder / _LEFT_OUT})"
+            )
+    for folder, report in reports.items():
+        if not report["written"] and not report["left_out"]:
+            other = "smaller" if folder.name == PARTS[0] else "larger"
+            raise UserError(
+                f"--split {report['held_out']:g} leaves no image for {folder}, of {report['pairs']:,}; name a {other} "
+                "share and a new folder"
+            )

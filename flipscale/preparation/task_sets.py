@@ -1,46 +1,81 @@
-"""The test sets of evaluations that have a page, from the Hub into CLIP_benchmark's layout: `FOLDER/NAME/test/*.tar`,
-`classnames.txt`, and `prepared.json`, which is written last."""
+"""Download the test sets of tasks from the Hub, in CLIP_benchmark's layout.
 
+`FOLDER/NAME` gets `test/*.tar`, `classnames.txt`, and `prepared.json`, which is written last and marks a whole set.
+"""
+
+import hashlib
+import importlib.util
 import json
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from tqdm import tqdm
 
 from flipscale.data.prepared import PREPARED, read_prepared
 from flipscale.data.sources.tar_source import TarSource
 from flipscale.io.atomic import remove, sync, write_text
 from flipscale.io.errors import UserError
 from flipscale.io.files import check_disk_space, size_text
+from flipscale.io.progress import Progress
 from flipscale.io.text_table import plain_table
-from flipscale.preparation.hub_files import HubFile, Snapshot, WrongFile, bytes_there, digest, download, list_files
 from flipscale.preparation.parquet_set import Columns, convert
-from flipscale.preparation.real_labels import REAL_LABELS, find_labels, write_real_labels
 
-# What is being prepared, and at which commit, so that a later start goes on with the same one.
-BEGUN = ".begun.json"
-_PARQUET = ".parquet"
+REAL_LABELS = "real_labels.json"
+_BEGUN = ".begun.json"  # the source and commit of an unfinished set, so that a later start continues with the same one
+_DOWNLOAD, _PARQUET = ".download", ".parquet"
 _TEXTS = ("classnames.txt", "zeroshot_classification_templates.txt", "dataset_type.txt")
+_TIMM_LABELS = "data/_info/imagenet_real_labels.json"  # of image ILSVRC2012_val_00000001, of 00000002, ...
+_LIST_SECONDS = 30.0
+
+
+class WrongFile(OSError):
+    """A downloaded file differs from the one that the Hub lists; other files may be right."""
+
+
+@dataclass(frozen=True)
+class HubFile:
+    """A file of a repository.
+
+    Args:
+        name: path in the repository.
+        size: size in bytes.
+        digest: `sha256:HEX` of a large file, `git:HEX` (git's id of the content) of a small one.
+        path: path in the folder that is prepared.
+    """
+
+    name: str
+    size: int
+    digest: str
+    path: str
+
+    def is_whole(self, path: Path) -> bool:
+        """Return whether `path` has the size and content that the Hub lists."""
+        return path.is_file() and path.stat().st_size == self.size and digest(path, self.digest) == self.digest
 
 
 @dataclass(frozen=True)
 class TaskSet:
-    """The data of a task, as its page has it: see `TaskPage`.
+    """The data of a task's page; see `TaskPage`.
 
     Args:
-        name: of the task, and of the folder to write.
-        split: the folder of shards in the repository, or the split of its parquet files.
-        columns: of parquet files; None for shards.
-        shards: a pattern of the shards' names, where they are others than SPLIT/0.tar, SPLIT/1.tar, ...
-        real_labels: whether ImageNet-ReaL's labels are written for the images.
-        class_names: written where the source has none, or spells the same names otherwise.
-        templates: written where the source has none.
-        is_classification: whether it needs class names.
+        name: name of the task and its folder.
+        repo: repository on the Hub.
+        revision: branch or commit.
+        split: folder of the shards in the repository, or split of its parquet files.
+        columns: columns of parquet files; None for shards.
+        shards: pattern of the shards' names; empty for SPLIT/0.tar, SPLIT/1.tar, ...
+        real_labels: whether to write ImageNet-ReaL's labels of the images.
+        licence: licence of the images.
+        images: number of images.
+        num_classes: number of classes.
+        class_names: class names where the source has none, or spells them differently.
+        templates: prompts where the source has none.
+        is_classification: whether the task needs class names.
     """
 
     name: str
@@ -59,18 +94,18 @@ class TaskSet:
 
     @property
     def source(self) -> dict[str, str]:
-        """What decides which data is taken."""
+        """Repository, revision and split, which decide the data."""
         return {"repo": self.repo, "revision": self.revision, "split": self.split}
 
-    def files(self, snapshot: Snapshot) -> tuple[HubFile, ...]:
-        """Return the files of the repository that belong to the set, with the paths that they get."""
-        wanted = [file for file in snapshot.files if self._wanted(file.name)]
+    def files(self, files: Iterable[HubFile]) -> tuple[HubFile, ...]:
+        """Return the files of the repository that belong to the set, with their paths."""
+        chosen = [file for file in files if self._has(file.name)]
         if not self.shards:
-            return tuple(wanted)
-        wanted.sort(key=lambda file: file.name)
-        return tuple(replace(file, path=f"test/{number}.tar") for number, file in enumerate(wanted))
+            return tuple(chosen)
+        chosen.sort(key=lambda file: file.name)
+        return tuple(replace(file, path=f"test/{number}.tar") for number, file in enumerate(chosen))
 
-    def _wanted(self, file: str) -> bool:
+    def _has(self, file: str) -> bool:
         if self.shards:
             return fnmatch(file, self.shards)
         split = re.escape(self.split)
@@ -80,159 +115,216 @@ class TaskSet:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """A set that is to be downloaded: its files, and how many of their bytes are there already."""
+class _Plan:
+    """A set to download."""
 
     task: TaskSet
-    snapshot: Snapshot
+    commit: str
     files: tuple[HubFile, ...]
-    bytes_there: int
+    bytes_present: int
 
     @property
     def num_bytes(self) -> int:
-        """The size of the files of the set."""
         return sum(file.size for file in self.files)
 
     @property
     def bytes_needed(self) -> int:
-        """What is still to be written: what is not there, and for tables the shards that are made of them."""
-        return self.num_bytes - self.bytes_there + (self.num_bytes if self.task.columns else 0)
+        """Bytes still to be written; tables become shards of the same size."""
+        return self.num_bytes - self.bytes_present + (self.num_bytes if self.task.columns else 0)
 
 
 def prepare_tasks(folder: Path, sets: Sequence[TaskSet]) -> None:
-    """Print what the sets are and how large, then download those that are not whole into `folder`/NAME.
+    """Print the sets and their sizes, then download the missing ones into `folder`/NAME.
 
-    A kill leaves whole files and no `prepared.json`; the same command goes on with the same commit of the source. A set
-    whose source cannot be read is left out, and named at the end.
+    A killed run leaves whole files and no `prepared.json`; the same command continues with the same commit. A set whose
+    source cannot be read is left out and reported at the end.
 
     Raises:
-        ValueError: the disk is too small, or a source is missing, gated, or not as its page says.
-        OSError: the Hub cannot be reached or the disk is full.
+        UserError: the disk is too small, or a source is missing, gated, or not as its page says.
+        OSError: the Hub cannot be reached, or the disk is full.
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is no folder; name another")
-    plans: list[Plan] = []
+    plans: list[_Plan] = []
     rows: list[list[str]] = []
     faults: dict[str, str] = {}
     for task in sets:
-        about = [task.name, f"{task.images:,}"]
+        plan, state = None, "is prepared"
         try:
             plan = _plan(folder, task)
         except ValueError as error:
-            faults[task.name] = str(error)
-            rows.append([*about, "not to be had", task.licence, task.repo])
-            continue
-        state = "is prepared" if plan is None else size_text(plan.num_bytes)
-        rows.append([*about, state, task.licence, task.repo])
-        plans += [plan] if plan else []
+            faults[task.name], state = str(error), "not to be had"
+        if plan:
+            plans.append(plan)
+            state = size_text(plan.num_bytes)
+        rows.append([task.name, f"{task.images:,}", state, task.licence, task.repo])
     print(plain_table([["task", "images", "download", "licence of the images", "source"], *rows], numbers=(1, 2)))
     check_disk_space(folder, sum(plan.bytes_needed for plan in plans), "prepare fewer tasks with --only")
-    left = sum(plan.num_bytes - plan.bytes_there for plan in plans)
+    present = sum(plan.bytes_present for plan in plans)
+    total = sum(plan.num_bytes for plan in plans)
     if plans:
-        there = sum(plan.bytes_there for plan in plans)
-        print(f"\n{size_text(left)} to download into {folder}" + (f", {size_text(there)} are there" if there else ""))
-    with tqdm(total=sum(p.num_bytes for p in plans), unit="B", unit_scale=True, desc="tasks", disable=None) as bar:
+        print(
+            f"\n{size_text(total - present)} to download into {folder}"
+            + (f", {size_text(present)} are there" if present else "")
+        )
+    with Progress(total, "tasks", "B") as progress:
         for plan in plans:
             try:
-                _prepare(folder / plan.task.name, plan, bar)
+                _prepare(folder / plan.task.name, plan, progress)
             except (ValueError, WrongFile) as error:
                 faults[plan.task.name] = str(error)
-    _tell(faults, len(sets))
+    if len(faults) > 1:
+        print(*(f"{name}: {reason}" for name, reason in faults.items()), sep="\n")
+        raise UserError(f"{len(faults)} of {len(sets)} tasks are not prepared, see above: {', '.join(faults)}")
+    for name, reason in faults.items():
+        raise UserError(f"{name} is not prepared: {reason}")
     print(f"{len(sets)} of {len(sets)} tasks are whole in {folder}")
 
 
-def _tell(faults: dict[str, str], num_sets: int) -> None:
-    """Raise if there are faults: with the reason of one, and of several after a line for each.
-
-    Raises:
-        ValueError: there are.
-    """
-    if len(faults) > 1:
-        print(*(f"{name}: {reason}" for name, reason in faults.items()), sep="\n")
-        raise UserError(f"{len(faults)} of {num_sets} tasks are not prepared, see above: {', '.join(faults)}")
-    for name, reason in faults.items():
-        raise UserError(f"{name} is not prepared: {reason}")
-
-
-def _plan(folder: Path, task: TaskSet) -> Plan | None:
-    """Return what there is to do for a set, or None if it is whole."""
+def _plan(folder: Path, task: TaskSet) -> _Plan | None:
+    """Return the download of a set; None if the set is whole."""
     place = folder / task.name
     if task.real_labels:
-        find_labels()
-    said = read_prepared(place)
-    if said is not None and said.get("source") == task.source:
+        find_real_labels()
+    prepared = read_prepared(place)
+    if prepared is not None and prepared.get("source") == task.source:
         _remove_leftovers(place)
         return None
     begun = _read_begun(place)
-    revision = begun["commit"] if begun.get("source") == task.source else task.revision
-    snapshot = list_files(task.repo, revision)
-    files = task.files(snapshot)
-    data = [file.name for file in files if file.name.endswith((".tar", ".parquet"))]
-    if not data:
+    commit, listed = list_files(task.repo, begun["commit"] if begun.get("source") == task.source else task.revision)
+    files = task.files(listed)
+    if not any(file.name.endswith((".tar", ".parquet")) for file in files):
         what = f"parquet files of the split {task.split}" if task.columns else task.shards or f"{task.split}/*.tar"
         raise UserError(f"data set {task.repo} has no {what}; the source has changed")
-    named = task.columns or task.class_names or "classnames.txt" in {file.name for file in files}
-    if task.is_classification and not named:
+    has_names = task.columns or task.class_names or "classnames.txt" in {file.name for file in files}
+    if task.is_classification and not has_names:
         raise UserError(f"data set {task.repo} has no classnames.txt, and the task's page lists no class names")
-    there = sum(bytes_there(_downloaded(place, task) / file.path, file) for file in files)
-    return Plan(task, snapshot, files, there)
+    paths = {file: _downloaded(place, task) / file.path for file in files}
+    present = sum(file.size for file, path in paths.items() if path.is_file() and path.stat().st_size == file.size)
+    return _Plan(task, commit, files, present)
 
 
-def _prepare(place: Path, plan: Plan, bar: tqdm) -> None:
+def _prepare(place: Path, plan: _Plan, progress: Progress) -> None:
     """Download a set and write its `prepared.json`."""
-    task = plan.task
+    task, lock = plan.task, place.with_name(f".{place.name}.lock")
     place.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(place.with_name(f".{place.name}.lock"), timeout=0):
+        with FileLock(lock, timeout=0):
             (place / PREPARED).unlink(missing_ok=True)
-            write_text(place / BEGUN, json.dumps({"source": task.source, "commit": plan.snapshot.commit}) + "\n")
-            download(plan.snapshot, plan.files, _downloaded(place, task), bar)
+            write_text(place / _BEGUN, json.dumps({"source": task.source, "commit": plan.commit}) + "\n")
+            for file in plan.files:
+                _download(task.repo, plan.commit, file, _downloaded(place, task) / file.path, place / _DOWNLOAD)
+                progress.update(file.size)
             if task.columns:
-                _convert(place, plan)
+                tables = [place / _PARQUET / file.path for file in sorted(plan.files, key=lambda file: file.name)]
+                names = convert(tables, place / "test", task.columns, task.name) or list(task.class_names)
+                write_text(place / _TEXTS[0], "".join(f"{name}\n" for name in names))
             _complete_texts(place, task)
-            shards = _checked_shards(place, plan)
+            shards = _check_shards(place, plan)
             if task.real_labels:
                 write_real_labels(place, shards)
             _write_prepared(place, plan, _num_images(shards))
     except Timeout:
         raise UserError(f"another process prepares {place}; wait for it to end") from None
-    place.with_name(f".{place.name}.lock").unlink(missing_ok=True)
-
-
-def _num_images(shards: str) -> int:
-    """Return how many images the shards have.
-
-    Raises:
-        ValueError: a shard is damaged, or there is no image.
-    """
-    source = TarSource(shards)
-    for fault in source.faults:
-        raise UserError(f"{fault.shard} cannot be read ({fault.detail}); the source has changed")
-    if not len(source):
-        raise UserError(f"{shards} has no images; the source has changed")
-    return len(source)
+    lock.unlink(missing_ok=True)
 
 
 def _downloaded(place: Path, task: TaskSet) -> Path:
-    """Return where the files of the repository go: tables are no part of the set."""
+    """Return the folder of downloaded files; tables do not belong to the prepared set."""
     return place / _PARQUET if task.columns else place
 
 
-def _convert(place: Path, plan: Plan) -> None:
-    """Write shards and class names of the downloaded tables."""
-    task = plan.task
-    assert task.columns is not None
-    tables = [place / _PARQUET / file.path for file in sorted(plan.files, key=lambda file: file.name)]
-    names = convert(tables, place / "test", task.columns, task.name) or list(task.class_names)
-    write_text(place / _TEXTS[0], "".join(f"{name}\n" for name in names))
+def list_files(repo: str, revision: str) -> tuple[str, list[HubFile]]:
+    """Return the commit and the files of a data set on the Hub, or on the mirror that `HF_ENDPOINT` names.
+
+    Raises:
+        UserError: there is no such repository or revision, or it may not be read.
+        OSError: the Hub cannot be reached.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HTTPError
+
+    files = []
+    try:
+        info = HfApi().dataset_info(repo, revision=revision, files_metadata=True, timeout=_LIST_SECONDS)
+        for file in info.siblings or []:
+            content = f"sha256:{file.lfs.sha256}" if file.lfs else f"git:{file.blob_id}"
+            files.append(HubFile(file.rfilename, max(int(file.size or 0), 0), content, file.rfilename))
+    # A proxy's page in place of the Hub's answer raises the last four.
+    except (OSError, HTTPError, ValueError, TypeError, LookupError, AttributeError) as error:
+        raise _explained(error, repo, revision) from None
+    if not info.sha:
+        raise _explained(UserError("it does not say which commit it has"), repo, revision)
+    return info.sha, files
+
+
+def _download(repo: str, commit: str, file: HubFile, path: Path, folder: Path) -> None:
+    """Download a file to `path` by way of `folder`, unless it is whole.
+
+    Raises:
+        UserError: the repository may not be read.
+        WrongFile: the file differs from the one that the Hub lists.
+        OSError: the Hub cannot be reached, or the disk is full.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HTTPError
+
+    if file.is_whole(path):
+        return
+    remove(folder)  # because a file of a killed run is downloaded anew
+    try:
+        arrived = Path(hf_hub_download(repo, file.name, repo_type="dataset", revision=commit, local_dir=folder))
+    except OSError as error:
+        if "Consistency check failed" not in str(error):
+            raise _explained(error, repo, commit) from None
+        arrived = folder
+    except (HTTPError, RuntimeError, ValueError) as error:
+        raise _explained(error, repo, commit) from None
+    if not file.is_whole(arrived):
+        remove(folder)
+        raise WrongFile(
+            f"{file.name} of {repo} did not arrive as the Hub states it ({file.size:,} bytes, {file.digest}); start "
+            "the same command again"
+        )
+    sync(arrived)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    os.replace(arrived, path)
+
+
+def _explained(error: Exception, repo: str, revision: str) -> Exception:
+    """Return the error to raise for a failed request: a UserError if the user can correct it, else an OSError."""
+    from huggingface_hub import constants, errors
+
+    cause = error if isinstance(error, errors.HfHubHTTPError) else error.__cause__ or error
+    where = f"data set {repo} at {constants.ENDPOINT}"
+    if isinstance(cause, errors.OfflineModeIsEnabled):
+        return UserError(f"cannot read {where}: HF_HUB_OFFLINE is set; unset it")
+    if isinstance(cause, errors.GatedRepoError):
+        return UserError(f"{where} is gated; accept its terms on its page, then log in with `hf auth login`")
+    if isinstance(cause, errors.RevisionNotFoundError):
+        return UserError(f"{where} has no revision {revision}")
+    if isinstance(cause, errors.RepositoryNotFoundError):
+        return UserError(f"{where} does not exist, or may be read only by others; a mirror may lack it")
+    if isinstance(cause, OSError) and cause.errno is not None and not isinstance(cause, ConnectionError):
+        return cause
+    reason = " ".join(str(getattr(cause, "server_message", None) or cause).split())
+    return OSError(
+        f"{where} cannot be read ({reason}); the same command goes on later, or name a mirror in HF_ENDPOINT"
+    )
+
+
+def digest(path: Path, like: str = "sha256:") -> str:
+    """Return the digest of a file, in the form of `like`."""
+    kind = like.partition(":")[0]
+    content = hashlib.sha256() if kind == "sha256" else hashlib.sha1(b"blob %d\0" % path.stat().st_size)
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            content.update(chunk)
+    return f"{kind}:{content.hexdigest()}"
 
 
 def _complete_texts(place: Path, task: TaskSet) -> None:
-    """Write class names and prompts where the source has none, and class names as the page spells them.
-
-    Raises:
-        ValueError: there are no class names, or not as many as the page says.
-    """
+    """Write class names and prompts where the source has none, and class names as the page spells them."""
     for name, lines in zip(_TEXTS[:2], (task.class_names, task.templates), strict=True):
         if lines and not (place / name).exists():
             write_text(place / name, "".join(f"{line}\n" for line in lines))
@@ -248,11 +340,6 @@ def _complete_texts(place: Path, task: TaskSet) -> None:
 
 
 def _text(file: Path) -> str:
-    """Return the text of a file of the source.
-
-    Raises:
-        ValueError: it is none.
-    """
     try:
         return file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -260,8 +347,10 @@ def _text(file: Path) -> str:
 
 
 def spelled_as(names: Sequence[str], known: Sequence[str]) -> list[str]:
-    """Return the names in their order, spelled as those of `known` that have the same letters and digits: CLIP's
-    `aquarium fish` for `aquarium_fish`. They stay as they are if not each has one that is its own."""
+    """Return the names in their order, in the spelling of `known`: CLIP's `aquarium fish` for `aquarium_fish`.
+
+    Names are the same if their letters and digits are. They change only if the mapping is one-to-one.
+    """
     by_letters = {re.sub(r"[\W_]", "", name.casefold()): name for name in known}
     letters = [re.sub(r"[\W_]", "", name.casefold()) for name in names]
     if len(set(letters)) != len(names) or len(by_letters) != len(known) or set(letters) != by_letters.keys():
@@ -269,30 +358,77 @@ def spelled_as(names: Sequence[str], known: Sequence[str]) -> list[str]:
     return [by_letters[name] for name in letters]
 
 
-def _checked_shards(place: Path, plan: Plan) -> str:
-    """Remove shards that are no part of the set, and return the name of all others: `.../test/{0..3}.tar`, as an
-    evaluation opens them.
+def _check_shards(place: Path, plan: _Plan) -> str:
+    """Remove shards of other sets, and return the pattern of the others: `.../test/{0..3}.tar`.
 
     Raises:
-        ValueError: one is missing.
+        UserError: a shard is missing.
     """
     folder = place / "test"
     if not plan.task.columns:
         for path in set(folder.glob("*.tar")) - {place / file.path for file in plan.files}:
             path.unlink()
     names = {path.name for path in folder.glob("*.tar")}
-    said = folder / "nshards.txt"
-    if not said.exists():
-        write_text(said, f"{len(names)}\n")
-    if (number := _text(said).strip()) != str(len(names)):
+    nshards = folder / "nshards.txt"
+    if not nshards.exists():
+        write_text(nshards, f"{len(names)}\n")
+    if (number := _text(nshards).strip()) != str(len(names)):
         raise UserError(f"{folder} has {len(names)} shards, nshards.txt says {number[:20]}; the source has changed")
     if names != {f"{number}.tar" for number in range(len(names))}:
         raise UserError(f"{folder} lacks a shard of 0.tar to {len(names) - 1}.tar; the source has changed")
     return str(folder / f"{{0..{len(names) - 1}}}.tar")
 
 
-def _write_prepared(place: Path, plan: Plan, num_images: int) -> None:
-    """Say that a set is whole."""
+def _num_images(shards: str) -> int:
+    source = TarSource(shards)
+    for fault in source.faults:
+        raise UserError(f"{fault.shard} cannot be read ({fault.detail}); the source has changed")
+    if not len(source):
+        raise UserError(f"{shards} has no images; the source has changed")
+    return len(source)
+
+
+def find_real_labels() -> Path:
+    """Return the file of ImageNet-ReaL's labels (Beyer et al., 2020) in the package timm.
+
+    Raises:
+        UserError: timm is not installed.
+    """
+    spec = importlib.util.find_spec("timm")
+    path = Path(spec.origin).parent / _TIMM_LABELS if spec and spec.origin else None
+    if path is None or not path.is_file():
+        raise UserError("the labels of ImageNet-ReaL come in the package timm; `pip install timm`")
+    return path
+
+
+def write_real_labels(place: Path, shards: str) -> None:
+    """Write `real_labels.json` to `place`: the classes of each image of the shards, found by its file name.
+
+    Raises:
+        UserError: the images are not named as ImageNet's, or most of their own classes are not among their labels.
+    """
+    labels: list[list[int]] = json.loads(find_real_labels().read_text(encoding="utf-8"))
+    source = TarSource(shards)
+    of_images, labelled, agreeing = [], 0, 0
+    for shard, size in enumerate(source.shard_sizes):
+        for number in range(size):
+            key = source.key(shard, number)
+            name = re.fullmatch(r"(?:.*/)?ILSVRC2012_val_(\d{8})", key)
+            if name is None or not 1 <= int(name[1]) <= len(labels):
+                raise UserError(
+                    f"{source.shard_name(shard)} has an image {key}, not ILSVRC2012_val_...; it has changed"
+                )
+            of_images.append(labels[int(name[1]) - 1])
+            labelled += bool(of_images[-1])
+            agreeing += source.read_label(shard, number) in of_images[-1]
+    # Nine in ten agree; of labels in another order, one in a thousand would.
+    if 2 * agreeing < labelled:
+        raise UserError(f"{agreeing} of {labelled} images have their class among their labels; the source has changed")
+    write_text(place / REAL_LABELS, json.dumps(of_images) + "\n")
+
+
+def _write_prepared(place: Path, plan: _Plan, num_images: int) -> None:
+    """Mark a set as whole."""
     task, files = plan.task, {}
     known = {file.path: file.digest for file in plan.files if file.digest.startswith("sha256:") and not task.columns}
     for path in sorted([*place.glob("test/*.tar"), *place.glob("test/*.txt"), *place.glob("*.txt")]):
@@ -302,22 +438,21 @@ def _write_prepared(place: Path, plan: Plan, num_images: int) -> None:
     if task.real_labels:
         labels = place / REAL_LABELS
         files[REAL_LABELS] = {"bytes": labels.stat().st_size, "digest": digest(labels)}
-    about = {"task": task.name, "source": task.source, "revision": plan.snapshot.commit, "licence": task.licence}
+    about = {"task": task.name, "source": task.source, "revision": plan.commit, "licence": task.licence}
     write_text(place / PREPARED, json.dumps({**about, "images": num_images, "files": files}, indent=2) + "\n")
     _remove_leftovers(place)
     if num_images != task.images:
-        tqdm.write(f"{task.name}: {num_images:,} images, not the {task.images:,} that its page says")
+        print(f"{task.name}: {num_images:,} images, not the {task.images:,} that its page says")
 
 
 def _remove_leftovers(place: Path) -> None:
-    """Remove what only the preparation of a set needed."""
-    for path in (place / _PARQUET, place / BEGUN, *place.rglob(".*.partial")):
+    for path in (place / _PARQUET, place / _DOWNLOAD, place / _BEGUN, *place.rglob(".*.partial")):
         remove(path)
 
 
 def _read_begun(place: Path) -> dict[str, Any]:
     try:
-        begun: dict[str, Any] = json.loads((place / BEGUN).read_text(encoding="utf-8"))
+        begun: dict[str, Any] = json.loads((place / _BEGUN).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return begun if isinstance(begun, dict) and isinstance(begun.get("commit"), str) else {}

@@ -21,7 +21,7 @@ def _planned(folder: Path, launch_file: bytes | None) -> list[str]:
     file = folder / "launch.yaml"
     if launch_file is not None:
         file.write_bytes(launch_file)
-    return ["pretrain", "--config", "demo", "--dry_run", "--launch_file", str(file)]
+    return ["pretrain", "--config", "small_cpu", "--dry_run", "--launch_file", str(file)]
 
 
 def _piped(folder: Path) -> list[str]:

@@ -114,7 +114,7 @@ def _code_in_a_section(folder: Path) -> list[str]:
 
 def _code_in_a_flag(folder: Path) -> list[str]:
     (folder / "evil.py").write_text("open('pwned', 'w')\nclass Data: pass\n")
-    return ["pretrain", "--config", "demo", "--data", "evil.Data"]
+    return ["pretrain", "--config", "small_cpu", "--data", "evil.Data"]
 
 
 def _saved_before(folder: Path) -> list[str]:
@@ -335,7 +335,7 @@ ATTACKS = [
     ),
     _refused(
         "study --minutes nan",
-        _command("study", "race", "demo", "--minutes", "nan", "--output_dir", "o"),
+        _command("study", "race", "small_cpu", "--minutes", "nan", "--output_dir", "o"),
         "--minutes is nan",
     ),
     _refused("export --step -4", _command("export", "run", "--step", "-4"), "--step is -4; it must be at least 0"),
@@ -352,7 +352,7 @@ ATTACKS = [
     ),
     _refused(
         "study --output_dir FILE",
-        _file_and("study", "race", "demo", "--minutes", "1", "--output_dir", "file"),
+        _file_and("study", "race", "small_cpu", "--minutes", "1", "--output_dir", "file"),
         "--output_dir is 'file'; ",
         "is a file: name another folder",
     ),

@@ -1,4 +1,4 @@
-"""Attacks on what `flipscale prepare` says of shards, and on sets that it makes where something lies already."""
+"""Attacks on reports about shards, and on folders and files that are in the way."""
 
 import json
 import os
@@ -57,23 +57,6 @@ def _odd_shard_name(folder: Path) -> list[str]:
     return ["prepare", "audit", "data", "--num_workers", "1"]
 
 
-def _photos_over_mine(folder: Path) -> list[str]:
-    (folder / "photos/500x400").mkdir(parents=True)
-    (folder / "photos/500x400/holiday.jpg").write_bytes(picture(1))
-    return ["prepare", "photos", "photos"]
-
-
-def _demo_over_mine(folder: Path) -> list[str]:
-    (folder / "demo").mkdir()
-    (folder / "demo/report.json").write_text('{"made_by": "flipscale prepare demo", "parts": []}')
-    (folder / "demo/notes.txt").write_text("mine")
-    return ["prepare", "demo", "demo", "--with_roles"]
-
-
-def _exists(path: Path) -> None:
-    assert path.exists()
-
-
 ATTACKS: list[Attack] = [
     Attack(
         "an audit of captions of 1 MB, of 70,000 in one sample, and of odd letters",
@@ -115,26 +98,11 @@ ATTACKS: list[Attack] = [
         check=mine_stays,
     ),
     Attack("an index of an empty folder", of_shards("index", "empty"), code=2, says=("no shards at 'empty'",)),
-    Attack("digits over a folder", of_shards("digits", "empty"), code=2, says=("empty is there already",)),
     Attack(
         "tasks to a file",
         of_shards("tasks", "file", "--only", "mnist"),
         code=2,
         says=("file is a file: name another folder",),
-    ),
-    Attack(
-        "photos over one's own",
-        _photos_over_mine,
-        code=2,
-        says=("500x400 holds something that `prepare photos` did not write",),
-        check=lambda folder, ended: _exists(folder / "photos/500x400/holiday.jpg"),
-    ),
-    Attack(
-        "a demo made anew over one's own file",
-        _demo_over_mine,
-        code=2,
-        says=("holds notes.txt; move that away",),
-        check=lambda folder, ended: _exists(folder / "demo/notes.txt"),
     ),
 ]
 

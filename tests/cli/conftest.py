@@ -39,6 +39,7 @@ def site(recipe: dict, tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFac
     folder = tmp_path_factory.mktemp("site")
     for name in ("ds_configs", "slurm"):
         shutil.copytree(ROOT / name, folder / name)
+    (folder / "examples").symlink_to(ROOT / "examples")
     for name in ("train", "train_without_unseen", "test", "unseen"):
         write_shards(folder / "data/demo" / name, [30, 17, 1, 48])
     for name in ("groups", "subgroups"):

@@ -8,22 +8,22 @@ from tempfile import TemporaryDirectory
 
 import datasets
 
-from flipscale.preparation import demo_emoji
-from flipscale.preparation.demo_emoji import Drawing
+from examples.demo import data as demo
+from examples.demo.data import Drawing
+from examples.npm import download
 
 CLASSES, OF_EACH = 12, 25
 
 
 def drawings() -> dict[str, list[Drawing]]:
     """Download an artist's emoji, and return 25 of each of 12 kinds of things, people left out."""
-    artist, package = demo_emoji.TEST_ARTIST, demo_emoji.TEST_PACKAGE
+    packages = (demo.TEST_PACKAGE, demo.NAMES_PACKAGE)
     with TemporaryDirectory() as folder:
-        tarballs = demo_emoji.download([package, demo_emoji.NAMES_PACKAGE], Path(folder))
-        labels = tarballs[demo_emoji.NAMES_PACKAGE]
-        names = demo_emoji.Names(*(demo_emoji.read_member(labels, f) for f in ("en/data.json", "meta/groups.json")))
-        icons, chars = (demo_emoji.read_member(tarballs[package], f"{part}.json") for part in ("icons", "chars"))
+        art, labels = download({package: demo.DIGESTS[package] for package in packages}, Path(folder)).values()
+        names = demo.Names(*(demo.read_member(labels, file) for file in ("en/data.json", "meta/groups.json")))
+        icons, chars = (demo.read_member(art, f"{part}.json") for part in ("icons", "chars"))
     kinds = defaultdict(list)
-    for drawing in demo_emoji.select_drawings(artist, icons, chars, names, flags=False):
+    for drawing in demo.select_drawings(demo.TEST_ARTIST, icons, chars, names, flags=False):
         if drawing.named and not drawing.subgroup.startswith(("person", "face")):
             kinds[drawing.subgroup].append(drawing)
     largest = sorted(kinds, key=lambda kind: (-len(kinds[kind]), kind))[:CLASSES]
@@ -37,7 +37,7 @@ def lay_out(folder: Path) -> None:
         place = folder / "pictures" / kind.replace(" ", "_")
         place.mkdir(parents=True)
         for drawing in found:
-            name, png = f"{drawing.icon}.png", demo_emoji.render_svg(drawing.svg)
+            name, png = f"{drawing.icon}.png", demo.render_svg(drawing.svg)
             for path in (place / name, folder / "with_texts" / name, folder / "with_table" / name):
                 path.parent.mkdir(exist_ok=True)
                 path.write_bytes(png)

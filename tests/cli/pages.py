@@ -11,6 +11,8 @@ PAGES = sorted(
         *ROOT.glob("docs/*.md"),
         *ROOT.glob("flipscale/recipes/*.yaml"),
         *ROOT.glob("flipscale/recipes/studies/*.yaml"),
+        *ROOT.glob("examples/*/*.yaml"),
+        *ROOT.glob("examples/*/README.md"),
         *ROOT.glob("ds_configs/*.yaml"),
         *(file for file in ROOT.glob("slurm/*") if file.is_file()),
     ]

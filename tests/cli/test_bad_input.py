@@ -264,7 +264,7 @@ def test_a_model_that_is_not_there(refused: Callable[[list[str]], str], tmp_path
 ])  # fmt: skip
 def test_a_race_of_nothing(refused: Callable[[list[str]], str], tmp_path: Path, flag: str, message: str) -> None:
     arguments = {"--minutes": "1", "--output_dir": str(tmp_path / "study"), flag: "0"}
-    assert message in refused(["study", "race", "demo", *(word for pair in arguments.items() for word in pair)])
+    assert message in refused(["study", "race", "small_cpu", *(word for pair in arguments.items() for word in pair)])
 
 
 @pytest.mark.parametrize(

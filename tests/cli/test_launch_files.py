@@ -72,7 +72,16 @@ def test_files_are_the_checkout_s(site: Path) -> None:
 
 def test_every_launch_file_can_be_planned_with(site: Path) -> None:
     files = [str(file) for file in FILES if file.suffix == ".yaml"]
-    command = [sys.executable, "-m", "flipscale.pretrain", "--config", "demo", "--optim.name", "adamw", "--dry_run"]
+    command = [
+        sys.executable,
+        "-m",
+        "flipscale.pretrain",
+        "--config",
+        "small_cpu",
+        "--optim.name",
+        "adamw",
+        "--dry_run",
+    ]
     done = launch([*command, "--launch_file", *files], site / "work", **path_of(site))
     assert done.returncode == 0, done.stderr
     heading = next(line for line in done.stdout.splitlines() if line.startswith("GiB of each process"))
@@ -80,10 +89,10 @@ def test_every_launch_file_can_be_planned_with(site: Path) -> None:
 
 
 def test_slurm_scripts_find_the_package_s_recipes(site: Path) -> None:
-    script = "PYTHON=" + sys.executable + "; source slurm/run.bash; cat $(freeze runs demo)"
+    script = "PYTHON=" + sys.executable + "; source slurm/run.bash; cat $(freeze runs small_cpu)"
     done = launch(["bash", "-c", script], site / "work", **path_of(site))
     assert done.returncode == 0, done.stderr
-    assert done.stdout == (ROOT / "flipscale/recipes/demo.yaml").read_text()
+    assert done.stdout == (ROOT / "flipscale/recipes/small_cpu.yaml").read_text()
 
 
 def test_a_user_s_own_launch_file_is_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

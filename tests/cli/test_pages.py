@@ -38,20 +38,19 @@ SUBSTITUTES = {
     r"(convert \w+) (runs/l16/model|models/flip-l16) ": r"\1 runs/demo/model ",
     r"imagenet/test": "data/demo/test",
     r"search runs/icons_30/model data/icons/test": "search runs/demo/model data/demo/test",
-    r"--train data/digits --test data/digits": "--train data/demo/groups --test data/demo/groups --l2 1 "
-    "--num_workers 0",
+    r"(pixels hog --train .*)": r"\1 --l2 1 --num_workers 0",
     r"--global_batch_size 256 --base_lr 1.5": "--global_batch_size 64 --base_lr 1.5 --epochs 11 --num_workers 0",
     r"ORG/NAME": "org/name",
     # The minutes of the pages are for a model of use; here some hundred pairs are enough to see that all goes together.
     r"--minutes 15\b": "--minutes 0.05",
     r"runs/table_1d/runs/\*/model --zero_shot data/icons/test": "runs/demo/model --zero_shot data/demo/test",
-    r"flipscale/recipes/demo_queries.txt": str(ROOT / "flipscale/recipes/demo_queries.txt"),
-    r"flipscale plan .* --gpu": "flipscale plan demo demo_clip --gpu",
-    r"--config h14_laion2b --dry_run": "--config demo --optim.name adamw --dry_run",
-    r"--config demo_unseen": "--config demo_unseen "
+    r"flipscale plan .* --gpu": "flipscale plan examples/demo/demo.yaml examples/demo/demo_clip.yaml --gpu",
+    r"--config h14_laion2b --dry_run": "--config examples/demo/demo.yaml --optim.name adamw --dry_run",
+    r"--config examples/demo/demo_unseen.yaml": "--config examples/demo/demo_unseen.yaml "
     "--stages '[{name: masked, samples: 512, mask_ratio: 0.75, base_lr: 0.002}]'",
     # From the site's own model, and a few samples.
-    r"--config finetune_demo --data": "--config finetune_demo --model.init_from runs/demo --model.vision_config "
+    r"--config examples/demo/finetune_demo.yaml --data": "--config examples/demo/finetune_demo.yaml "
+    "--model.init_from runs/demo --model.vision_config "
     "'{image_size: 32, patch_size: 8, hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 2, "
     "intermediate_size: 64}' --data.global_batch_size 16 --stages "
     "'[{name: one, samples: 64, base_lr: 0.01, warmup_samples: 0}]' --data",
@@ -145,7 +144,7 @@ def submission(script: str) -> None:
 def study_plan(words: list[str]) -> None:
     """Plans a study of the package, or a small one of the demo under the name that the page gives its file."""
     if words[3].endswith(".yaml"):
-        Path(words[3]).write_text("base: demo\naxes: {mask: {whole: {stages.0.mask_ratio: 0.0}}}\n")
+        Path(words[3]).write_text("base: examples/demo/demo.yaml\naxes: {mask: {whole: {stages.0.mask_ratio: 0.0}}}\n")
     cli.main(words[1:])
 
 
@@ -205,11 +204,11 @@ RULES: dict[str, Callable[[list[str]], None]] = {
     r"(bash|sbatch) slurm/|\w+=\$\(": submission,  # type: ignore[dict-item]  # the whole script, not its words
     r"flipscale study \w+$": verb_s_help,
     r"flipscale study plan ": study_plan,
-    r"flipscale (study|prepare (demo|icons|photos|easy_vqa|audit|tasks [^- ]\S*)|bench \w+) ": verb_s_arguments,
+    r"flipscale (study|prepare (audit|tasks [^- ]\S*)|bench \w+) ": verb_s_arguments,
     r"flipscale evaluate .*(--without |association|captioning|vqa)": verb_s_arguments,
-    r"flipscale prepare ((shards imagenet|tokenizer data/icons)/|coco_captions |vqa_v2 )": verb_s_arguments,
-    r"flipscale pretrain .*--(dry_run|help|print_config)|flipscale pretrain --config demo_unseen": verb,
-    r"flipscale finetune --config finetune_demo --data": verb,
+    r"flipscale prepare ((shards imagenet|tokenizer data/icons)/)": verb_s_arguments,
+    r"flipscale pretrain .*--(dry_run|help|print_config)|flipscale pretrain --config examples/demo/demo_unseen": verb,
+    r"flipscale finetune --config examples/demo/finetune_demo.yaml --data": verb,
     r"(flipscale|python -m flipscale\.)pretrain |flipscale (pretrain|finetune) .": training,
     r"(accelerate launch|torchrun) .*-m flipscale\.(pretrain|cli evaluate) ": training,
     r"flipscale \w+$|flipscale (convert|prepare|bench) \w+$|flipscale launch_files$": verb_s_help,
@@ -219,7 +218,7 @@ RULES: dict[str, Callable[[list[str]], None]] = {
     r"(\.venv/bin/)?(pytest|ruff|mypy|pre-commit)\b": tool,
     r"python clip_benchmark_flip\.py eval ": other_program,
     r"python -m (fuzz|simulated\.world) ": module_s_help,
-    r"python (tests/(same_bits|planning/tracked|cli/newcomer)|benchmarks/\w+)\.py": script_s_help,
+    r"python (examples|benchmarks|tests)/\w+(/\w+)?\.py": script_s_help,
 }
 
 

@@ -72,7 +72,7 @@ def test_a_mistake_is_one_line(
 
 
 def test_a_recipe_that_cannot_be_trained(write_recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "the following arguments are required: --gpu; see flipscale plan --help" in refusal(["demo"], capsys)
+    assert "the following arguments are required: --gpu; see flipscale plan --help" in refusal(["small_cpu"], capsys)
     assert "recipe 'nowhere' is neither a file nor one of " in refusal(["nowhere", *PLAN], capsys)
     file = str(write_recipe(tmp_path / "run", stages=[{"name": "one", "samples": 0, "base_lr": 0.1}]))
     assert "stages[0].samples is 0; it must be at least 1" in refusal([file, *PLAN], capsys)

@@ -15,12 +15,14 @@ from flipscale.cli import main
 from flipscale.training.recipe import RECIPES, Recipe, deciding_part, differences, parse_recipe, to_yaml
 from flipscale.training.schedule import plan_stages
 
-NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
+EXAMPLES = Path(__file__).parents[2] / "examples"
+DEMO = str(EXAMPLES / "demo/demo.yaml")
+FILES = [file for file in (*RECIPES.glob("*.yaml"), *EXAMPLES.glob("*/*.yaml")) if "\nmodel:" in file.read_text()]
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_recipe(name: str, tmp_path: Path) -> None:
-    recipe = parse_recipe(["--config", name])
+@pytest.mark.parametrize("file", sorted(FILES), ids=lambda file: file.stem)
+def test_recipe(file: Path, tmp_path: Path) -> None:
+    recipe = parse_recipe(["--config", str(file)])
     stages = plan_stages(recipe.stages, recipe.data.global_batch_size, recipe.budget_minutes)
     assert stages[-1].last > 0
     assert recipe.model.config().vision_config.num_patches > 0
@@ -30,7 +32,7 @@ def test_recipe(name: str, tmp_path: Path) -> None:
 
 
 def test_the_vocabulary_follows_the_tokenizer(tokenizer_dir: Path, tmp_path: Path) -> None:
-    words = ["--config", "demo", "--data.tokenizer", str(tokenizer_dir)]
+    words = ["--config", DEMO, "--data.tokenizer", str(tokenizer_dir)]
     fixed = parse_recipe(words)
     assert fixed.model.text_config["vocab_size"] == 2881, "a recipe may fix it"
     free = dataclasses.asdict(fixed)
@@ -113,7 +115,7 @@ def test_the_sections_that_decide() -> None:
         *("ModelRecipe", "DataRecipe", "AugmentRecipe", "SourceRecipe", "MaskRecipe", "LossRecipe", "OptimRecipe"),
         "StageRecipe",
     }
-    kept = deciding_part(yaml.safe_load(to_yaml(parse_recipe(["--config", "demo"]))), name_of=lambda place: "name")
+    kept = deciding_part(yaml.safe_load(to_yaml(parse_recipe(["--config", DEMO]))), name_of=lambda place: "name")
     assert set(kept) == {"model", "data", "mask", "loss", "optim", "stages", "seed", "budget_minutes"}
     assert set(kept["data"]) == {
         *(

@@ -13,7 +13,6 @@ from flipscale.data.sources.tar_source import TarSource
 from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.kinds.association import Association
 from flipscale.evaluation.suite import evaluate_tasks
-from flipscale.preparation.demo_roles import role_couples, write_roles
 
 COUPLES = [("red disc", 0, 1), ("red disc", 2, 3), ("blue bar", 5, 4), ("grey ring", 7, 9)]
 
@@ -26,7 +25,8 @@ def embedder(tokenizer_dir: Path) -> Embedder:
 @pytest.fixture
 def roles(tmp_path: Path) -> Path:
     write_shards(tmp_path / "roles", [11], seed=1)
-    write_roles(tmp_path / "roles", [{"role": r, "artist": "a", "woman": w, "man": m} for r, w, m in COUPLES])
+    couples = [{"role": role, "artist": "a", "woman": woman, "man": man} for role, woman, man in COUPLES]
+    (tmp_path / "roles/roles.json").write_text(json.dumps(couples))
     return tmp_path / "roles"
 
 
@@ -62,18 +62,3 @@ def test_bad_roles(roles: Path, content: str | None, match: str) -> None:
         Association("association", str(roles)).check()
     with pytest.raises(ValueError, match=r"write \{c\} where"):
         Association("association", str(roles), template="a photo")
-
-
-def test_couples_of_the_demo() -> None:
-    labels = [
-        "cook",
-        "woman cook",
-        "man cook",
-        "person running",
-        "woman running",
-        "man running",
-        "man",
-        "woman dancing",
-    ]
-    drawn = [("b", "man cook"), ("a", "woman cook"), ("a", "cook"), ("a", "man cook"), ("a", "man running")]
-    assert role_couples(drawn, labels) == [{"role": "cook", "artist": "a", "woman": 1, "man": 3}]

@@ -6,11 +6,10 @@ import cv2
 import numpy as np
 import pytest
 
+from examples.demo.data import Drawing, Picture, write_pictures
 from flipscale.evaluation import nearest_neighbour as neighbours
 from flipscale.evaluation.nearest_neighbour import hog_features, nearest_neighbour, pixel_features, run_baselines
 from flipscale.evaluation.suite import build_tasks
-from flipscale.preparation.demo_emoji import Drawing
-from flipscale.preparation.demo_set import Picture, write_pictures
 
 COLOURS = {"red": (200, 30, 30), "green": (30, 180, 40), "blue": (30, 60, 210)}
 SHAPES = ("disc", "bar", "cross")

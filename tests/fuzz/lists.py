@@ -7,7 +7,7 @@ from pathlib import Path
 from PIL import Image
 
 from flipscale.data.faults import BadSample
-from flipscale.preparation.lists.pair_list import open_pairs
+from flipscale.preparation.lists import open_pairs
 
 _KINDS = (".csv", ".tsv", ".jsonl", ".parquet")
 _ROWS = 200

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +11,7 @@ from flipscale.training.cost import CostRecipe
 from flipscale.training.recipe import parse_recipe
 
 H100S = Gpus("H100", 256, peak=989e12, mfu=0.45, watts=700.0)
+DEMO = Path(__file__).parents[2] / "examples/demo"
 COST = CostRecipe(device_hour_dollars=2.5, kwh_co2_grams=369.0, pue=1.1)
 
 
@@ -40,7 +42,7 @@ def test_the_paper_s_runs(name: str, mask_ratio: float, gpu_hours: float, dollar
 
 
 def test_recipes_stand_beside_each_other() -> None:
-    demo, clip = (parse_recipe(["--config", name]) for name in ("demo", "demo_clip"))
+    demo, clip = (parse_recipe(["--config", f"{DEMO}/{name}.yaml"]) for name in ("demo", "demo_clip"))
     lines = cost_table({"demo_clip": clip, "demo": demo}, replace(H100S, count=1), [COST, CostRecipe()]).splitlines()
     assert lines[:4] == [
         "planned: all but masked and pairs is computed, and nothing is measured",
@@ -67,7 +69,7 @@ def test_a_stage_is_counted_at_its_own_image_size() -> None:
 
 
 def test_a_run_that_ends_by_its_clock() -> None:
-    recipe = parse_recipe(["--config", "demo"])
+    recipe = parse_recipe(["--config", f"{DEMO}/demo.yaml"])
     masked, whole = (replace(stage, samples=None, warmup_samples=0) for stage in recipe.stages)
     stages = [replace(masked, share=0.75), replace(whole, share=0.25)]
     timed = replace(recipe, stages=stages, budget_minutes=30.0)
@@ -83,7 +85,7 @@ def test_a_run_that_ends_by_its_clock() -> None:
 
 
 def test_what_cannot_be_run_is_not_planned() -> None:
-    recipe = parse_recipe(["--config", "demo"])
+    recipe = parse_recipe(["--config", f"{DEMO}/demo.yaml"])
     with pytest.raises(ValueError, match=r"^mine: global_batch_size 256 is not divisible by 1000000000 processes"):
         cost_table({"mine": recipe}, replace(H100S, count=1_000_000_000), [COST])
     nothing = replace(recipe, stages=[replace(recipe.stages[0], samples=255)])

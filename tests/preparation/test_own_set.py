@@ -17,7 +17,7 @@ from conftest import COLOURS, SHAPES, draw
 from flipscale import cli
 from flipscale.data.sources.tar_source import TarSource
 from flipscale.data.tokenizers import load_tokenizer
-from flipscale.preparation.lists.pair_list import open_pairs
+from flipscale.preparation.lists import open_pairs
 
 NAMES = [f"{colour}_{shape}" for colour in COLOURS for shape in SHAPES]
 CLASSES = sorted(name.replace("_", " ") for name in NAMES)
@@ -228,10 +228,10 @@ def test_a_name_that_is_no_path_is_not_looked_for(
     for name in ("./birds", "/no/birds", "my/own/birds", "birds.zip", "photos/birds", "~/birds", "birds/"):
         assert f"{name} does not exist; name a folder, a table (.csv" in refused("shards", name, "out")
     asked: list[str] = []
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, **_: asked.append(name) or 1 / 0)
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, **_: asked.append(name) or int("x"))
     names = ["cifar10", "org/birds", "laion/laion2B-en-v1.0"]
     for name in names:
-        assert "no data set that `datasets` loads (division by zero)" in refused("shards", name, "out")
+        assert "no data set that `datasets` loads (invalid literal" in refused("shards", name, "out")
     assert asked == names
 
 

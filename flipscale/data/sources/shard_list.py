@@ -69,9 +69,9 @@ def expand_range(shards: str) -> list[str] | None:
 
 # What writes the data that the package's own recipes name, by how its path begins.
 _WRITERS = {
-    "data/demo/train_without_unseen": "flipscale prepare demo data/demo --with_unseen",
-    "data/demo/unseen": "flipscale prepare demo data/demo --with_unseen",
-    "data/demo": "flipscale prepare demo data/demo",
+    "data/demo/train_without_unseen": "python examples/demo/data.py data/demo --with_unseen",
+    "data/demo/unseen": "python examples/demo/data.py data/demo --with_unseen",
+    "data/demo": "python examples/demo/data.py data/demo",
     "data/mine": "flipscale prepare shards PICTURES data/mine --split 0.1",
 }
 

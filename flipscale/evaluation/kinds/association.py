@@ -31,7 +31,7 @@ class Association(StreamedTask):
     man than the woman. `man_less_woman`: the mean difference of the two cosines.
 
     `data` has images, and `roles.json`: a list of `{role, woman, man}`, the word and the rows of the two images that
-    differ by gender only. `flipscale prepare demo --with_roles` writes it of emoji.
+    differ by gender only. `python examples/demo/data.py --with_roles` writes it of emoji.
 
     Args:
         template: the prompt, with `{c}` for the role's word.

@@ -202,8 +202,8 @@ def test_sources_in_a_recipe(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("shards", "command"),
     [
-        ("data/demo/train", "flipscale prepare demo data/demo"),
-        ("data/demo/unseen", "flipscale prepare demo data/demo --with_unseen"),
+        ("data/demo/train", "python examples/demo/data.py data/demo"),
+        ("data/demo/unseen", "python examples/demo/data.py data/demo --with_unseen"),
         ("data/mine/train", "flipscale prepare shards PICTURES data/mine --split 0.1"),
     ],
 )

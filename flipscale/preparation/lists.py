@@ -1,0 +1,871 @@
+"""Lists of image-text pairs that can become shards: folders of images, tables of paths, and `datasets` data sets.
+
+A pair is read when it is asked for, so a list may have any length. A bad pair raises `BadSample` and spoils no other
+pair. Text tables are not read by pyarrow.csv: it reads a stray quote to the end of the file, and refuses a table that
+has a row in another encoding. Here such a row is a bad sample.
+"""
+
+import codecs
+import csv
+import errno
+import hashlib
+import io
+import json
+import os
+import re
+import stat
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from itertools import islice
+from pathlib import Path, PurePath
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import numpy as np
+
+from flipscale.data.captions import captions_of_json, choose_caption, encoded_captions
+from flipscale.data.faults import BadSample, MissingCaption
+from flipscale.data.sources.source import MAX_IMAGE_BYTES, MAX_TEXT_BYTES, check_bytes
+from flipscale.io.errors import UserError
+from flipscale.io.files import is_utf8
+from flipscale.io.model_folder import is_path
+from flipscale.io.progress import Progress
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from pyarrow import RecordBatch, Schema
+
+IMAGE_SUFFIXES = (".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+IMAGE_COLUMNS = ("image", "file_name", "filename", "path", "filepath", "image_path", "img")
+CAPTION_COLUMNS = ("caption", "captions", "text", "title", "txt")
+LABEL_COLUMNS = ("label", "class", "category", "labels")
+FOLDER = "folder"  # the value of --labels for class folders
+_DELIMITERS = {".csv": ",", ".tsv": "\t", ".jsonl": ""}
+_TABLE_SUFFIXES = (".csv", ".tsv", ".parquet", ".jsonl")
+_CAPTION_SUFFIXES = (".txt", ".json")
+_PARTS = {"train", "test", "val", "valid", "validation"}  # names that `datasets` gives the parts of a folder of images
+_MAX_ROW_LINES = 100  # lines of a row whose quoted captions have line breaks
+_KEYED_LINES = 1000  # JSON lines whose keys are the columns
+_ROWS_AT_ONCE = 64
+_MAX_NAMED, _SHOWN = 20, 60
+_ENCODINGS = {codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16"}
+_FILE_NAME = re.compile(r"\.[A-Za-z]{2,7}$")  # names on the Hub hardly end like this
+# These errors are not the file's fault: the same command would read it later.
+_MACHINE_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+_KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
+_KINDS |= {stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
+
+
+class UnreadableFile(BadSample):
+    """A file of the pair is missing, is not a plain file, or cannot be read."""
+
+    cause = "unreadable_file"
+
+
+class OutsideFolder(BadSample):
+    """The list names a file outside its folder."""
+
+    cause = "outside_folder"
+
+
+class MissingLabel(BadSample):
+    """The pair has no class."""
+
+    cause = "missing_label"
+
+
+class MalformedRow(BadSample):
+    """A row of a table cannot be parsed."""
+
+    cause = "malformed_row"
+
+
+class PairList(ABC):
+    """Pairs by number, in a fixed order; a list can be copied to another process."""
+
+    usual_labels: str | None = None  # a value for --labels: `folder`, or a column with a usual name of classes
+
+    @property
+    @abstractmethod
+    def layout(self) -> str:
+        """Line about the number of pairs, and where images and captions come from."""
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def place(self, number: int) -> str:
+        """Return the place of a pair in its source, without reading it."""
+
+    def key(self, number: int) -> str:
+        """Return the name of a pair in its source."""
+        return self.place(number)
+
+    @abstractmethod
+    def image(self, number: int) -> bytes:
+        """Return the stored image of a pair.
+
+        Raises:
+            BadSample: it cannot be read.
+        """
+
+    @abstractmethod
+    def captions(self, number: int) -> list[str]:
+        """Return the captions of a pair that are not blank.
+
+        Raises:
+            BadSample: there is none, or training would refuse one.
+        """
+
+    def label(self, number: int) -> str:
+        """Return the class name of a pair, in a list that was opened with `labels`.
+
+        Raises:
+            BadSample: there is none.
+        """
+        raise MissingLabel("there is none")
+
+    def votes(self, number: int) -> np.ndarray | None:
+        """Return how many people gave each answer and, last, any other, int `(answers + 1,)`; None without answers."""
+        return None
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Return a digest of the names of the pairs (files and captions, or the data set), not of the images."""
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Columns of a list that are read.
+
+    Args:
+        image: column of images.
+        caption: column of captions.
+        label: column of classes; None if the classes are not asked for.
+        classes: class names of the columns that hold numbers of classes.
+        usual_label: column with a usual name of classes, asked for or not.
+    """
+
+    image: str
+    caption: str
+    label: str | None = None
+    classes: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    usual_label: str | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the columns in the order of a row's fields."""
+        return (self.image, self.caption, *([self.label] if self.label else []))
+
+    def __str__(self) -> str:
+        labels = f", classes of {self.label}" if self.label else ""
+        return f"images of the column {self.image}, captions of {self.caption}{labels}"
+
+    def name_class(self, column: str, value: Any) -> Any:
+        """Return the name of a class where the column holds its number, else the value."""
+        names = self.classes.get(column, ())
+        return names[value] if isinstance(value, int) and 0 <= value < len(names) else value
+
+
+@dataclass(frozen=True)
+class AskedColumns:
+    """Columns that the user asks for; None stands for the first column with a usual name, or no classes."""
+
+    image: str | None = None
+    caption: str | None = None
+    label: str | None = None
+
+    def among(self, source: str, names: Sequence[str], features: dict[str, Any] | None = None) -> Columns:
+        """Return the columns of a list.
+
+        Args:
+            source: the list, for messages.
+            names: all columns of the list.
+            features: features of the columns, as `datasets` has them.
+
+        Raises:
+            UserError: a column is missing, or its name is not unique.
+        """
+        image = _column(source, names, self.image, IMAGE_COLUMNS, "image")
+        caption = _column(source, names, self.caption, CAPTION_COLUMNS, "caption")
+        label = _column(source, names, self.label, (), "label") if self.label else None
+        usual = next((name for name in LABEL_COLUMNS if name in names), None)
+        classes = {name: tuple(getattr(feature, "names", None) or ()) for name, feature in (features or {}).items()}
+        return Columns(image, caption, label, {name: classes.get(name, ()) for name in (caption, label) if name}, usual)
+
+
+def _column(source: str, columns: Sequence[str], asked: str | None, usual: Sequence[str], kind: str) -> str:
+    flag = "--labels" if kind == "label" else f"--{kind}_column"
+    name = next((column for column in ([asked] if asked else usual) if column in columns), None)
+    if name is None:
+        shown = [one if len(one) <= _SHOWN else f"{one[:_SHOWN]}..." for one in columns[:_MAX_NAMED]]
+        raise UserError(
+            f"{source} has no column {asked or ' or '.join(usual)}; name the {kind}s' with {flag}, "
+            f"one of {', '.join(shown) or 'none'}"
+        )
+    if list(columns).count(name) > 1:
+        raise UserError(f"{source} has two columns {name}; rename one, or name another with {flag}")
+    return name
+
+
+def open_pairs(
+    source: str,
+    image_column: str | None = None,
+    caption_column: str | None = None,
+    split: str = "train",
+    allow_outside: bool = False,
+    labels: str | None = None,
+) -> PairList:
+    """Return the pairs of a folder of images, a table, or a `datasets` data set, saved or on the Hub.
+
+    Args:
+        source: folder, table or name.
+        image_column: column of images; None finds it by its name.
+        caption_column: column of captions; None finds it by its name.
+        split: split of a data set.
+        allow_outside: whether to read files outside the folder of the list, named by a path or a link.
+        labels: column of classes, or `folder` for class folders.
+
+    Raises:
+        UserError: the source is missing, lacks a column, or has no images or no captions.
+    """
+    path, asked = Path(source), AskedColumns(image_column, caption_column, labels)
+    pairs: PairList
+    if path.is_dir():
+        tables = [path / f"metadata{suffix}" for suffix in _TABLE_SUFFIXES]
+        if table := next((table for table in tables if table.exists()), None):
+            pairs = _open_table(table, asked, allow_outside)
+        elif (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
+            pairs = DatasetList.load(source, asked, split, allow_outside)
+        elif labels not in (None, FOLDER):
+            raise UserError(f"--labels is {labels!r}, and {source} has no columns; give --labels {FOLDER}")
+        else:
+            pairs = list_folder(path, allow_outside)
+    elif path.suffix.lower() in _TABLE_SUFFIXES:
+        pairs = _open_table(path, asked, allow_outside)
+    else:
+        pairs = DatasetList.load(source, asked, split, allow_outside)
+    if not len(pairs):
+        what = "rows" if path.is_file() else f"images; they are files named {' '.join(IMAGE_SUFFIXES)}"
+        raise UserError(f"{source} has no {what}")
+    return pairs
+
+
+def _open_table(path: Path, asked: AskedColumns, allow_outside: bool) -> PairList:
+    if not path.is_file():
+        what = "is no file" if path.exists() else "does not exist"
+        raise UserError(f"{path} {what}; name a folder, a table or a data set")
+    kind = ParquetList if path.suffix.lower() == ".parquet" else TextTable
+    return kind.open(path, asked, allow_outside)
+
+
+@dataclass(frozen=True)
+class FileList(PairList):
+    """Image files under `root`, with captions in KEY.txt or KEY.json beside them.
+
+    Args:
+        root: folder of the images.
+        files: paths of the images in `root`.
+        num_captioned: number of images with a text beside them.
+        allow_outside: whether to follow links out of `root`.
+    """
+
+    root: Path
+    files: list[str]
+    num_captioned: int
+    allow_outside: bool = False
+
+    @property
+    def layout(self) -> str:
+        return f"{len(self):,} images: captions are the .txt or .json files beside {self.num_captioned:,} of them"
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def place(self, number: int) -> str:
+        return self.files[number]
+
+    def image(self, number: int) -> bytes:
+        return read_file(self.root, self.files[number], self.allow_outside)
+
+    def captions(self, number: int) -> list[str]:
+        image = PurePath(self.files[number])
+        for suffix in _CAPTION_SUFFIXES:
+            beside = image.with_suffix(suffix)
+            if os.path.lexists(self.root / beside):
+                content = read_file(self.root, str(beside), self.allow_outside, MAX_TEXT_BYTES)
+                return _usable((content,) if suffix == ".txt" else captions_of_json(content))
+        raise MissingCaption("no .txt or .json beside it")
+
+    def label(self, number: int) -> str:
+        folder = _class_of(self.files[number])
+        if not folder:
+            raise MissingLabel("it lies in no folder of a class")
+        return _label_of(folder)
+
+    def fingerprint(self) -> str:
+        return digest_of(self.files)
+
+
+@dataclass(frozen=True)
+class ClassFolders(FileList):
+    """Image files whose caption is the name of their folder."""
+
+    usual_labels = FOLDER
+
+    @property
+    def layout(self) -> str:
+        names = sorted({name for file in self.files if (name := _class_of(file))})
+        shown = ", ".join([*names[:3], *(["..."] if len(names) > 3 else [])])
+        return f"{len(self):,} images in {len(names):,} class folders ({shown}): captions are the folders' names"
+
+    def captions(self, number: int) -> list[str]:
+        folder = _class_of(self.files[number])
+        if not folder:
+            raise MissingCaption("it lies in no folder of a class")
+        return _captions_of(folder)
+
+
+def list_folder(root: Path, allow_outside: bool) -> FileList:
+    """Return the images below a folder, in the layout that is recognised.
+
+    Everything that is named like an image is listed, and so are folders that cannot be listed; reading them fails.
+
+    Raises:
+        UserError: there are images, but nothing that can be their captions.
+    """
+    files, tables, num_captioned = _walk(root)
+    if num_captioned or not files:
+        return FileList(root, files, num_captioned, allow_outside)
+    parts = {PurePath(file).parts[0] for file in files if len(PurePath(file).parts) > 2}
+    if parts and parts <= _PARTS:
+        raise UserError(
+            f"{root} has the parts {' and '.join(sorted(parts))}, whose images would be mixed; name one of them, such "
+            f"as {root / max(parts, key=lambda part: part == 'train')}"
+        )
+    if len({name for file in files if (name := _class_of(file))}) < 2:
+        hint = f"; if {tables[0]} has them, name it in place of the folder" if tables else ""
+        raise UserError(
+            f"{root} has {len(files):,} images and no captions: put KEY.txt beside KEY.jpg, or a metadata.csv with the "
+            f"columns file_name and text into the folder, or sort the images into a folder for each class{hint}"
+        )
+    # In the order of a hash, because in the order of the names a shard would have few classes.
+    return ClassFolders(root, sorted(files, key=digest_of), 0, allow_outside)
+
+
+def picture_files(root: Path) -> FileList:
+    """Return the images below a folder by name, with or without captions; links to other folders are followed."""
+    files, _, num_captioned = _walk(root)
+    return FileList(root, files, num_captioned, allow_outside=True)
+
+
+def _walk(root: Path) -> tuple[list[str], list[Path], int]:
+    """Return the images below a folder, the tables, and the number of images with a text beside them."""
+    found: list[str] = []
+    unlisted: list[str] = []
+    tables: list[Path] = []
+    num_captioned = 0
+    for folder, folders, files in os.walk(root, onerror=lambda error: unlisted.append(error.filename)):
+        links = {name for name in folders if os.path.islink(os.path.join(folder, name))}
+        named = {name for name in (*files, *folders) if PurePath(name).suffix.lower() in IMAGE_SUFFIXES}
+        texts = {PurePath(name).stem for name in files if PurePath(name).suffix in _CAPTION_SUFFIXES}
+        num_captioned += sum(PurePath(name).stem in texts for name in named)
+        found += [os.path.join(folder, name) for name in links | named]
+        tables += [Path(folder, name) for name in files if PurePath(name).suffix.lower() in _DELIMITERS]
+    return sorted(os.path.relpath(path, root) for path in found + unlisted), sorted(tables), num_captioned
+
+
+def _class_of(file: str) -> str:
+    """Return the name of a file's folder with blanks for `_`; empty for files of the root."""
+    return PurePath(file).parent.name.replace("_", " ").strip()
+
+
+@dataclass
+class RowList(PairList):
+    """Rows with columns.
+
+    Args:
+        source: path or name of the list.
+        columns: the columns that are read.
+        root: folder of the images that rows name by a path.
+        allow_outside: whether to read files outside `root`.
+    """
+
+    source: str
+    columns: Columns
+    root: Path
+    allow_outside: bool
+
+    def __post_init__(self) -> None:
+        self.usual_labels = self.columns.usual_label
+
+    @property
+    def layout(self) -> str:
+        return f"{len(self):,} rows in {self.source}: {self.columns}"
+
+    @abstractmethod
+    def row(self, number: int) -> Sequence[Any]:
+        """Return the fields of a row, in the order of `columns.names`.
+
+        Raises:
+            BadSample: the row cannot be read.
+        """
+
+    def place(self, number: int) -> str:
+        return f"{self.source}#{number}"
+
+    def key(self, number: int) -> str:
+        try:
+            image = self.row(number)[0]
+        except BadSample:
+            image = None
+        path = image.get("path") if isinstance(image, dict) else image
+        return path if path and isinstance(path, str) else self.place(number)
+
+    def image(self, number: int) -> bytes:
+        value = self.row(number)[0]
+        if isinstance(value, dict):
+            value = value.get("bytes") or value.get("path")
+        if isinstance(value, bytes):
+            return value
+        if not isinstance(value, str):
+            what = "there is none" if value is None else f"it is {type(value).__name__}, neither a path nor bytes"
+            raise UnreadableFile(f"image: {what}")
+        return read_file(self.root, value, self.allow_outside)
+
+    def captions(self, number: int) -> list[str]:
+        return _captions_of(self.columns.name_class(self.columns.caption, self.row(number)[1]))
+
+    def label(self, number: int) -> str:
+        assert self.columns.label is not None
+        return _label_of(self.columns.name_class(self.columns.label, self.row(number)[2]))
+
+
+@dataclass
+class TextTable(RowList):
+    """A CSV, TSV or JSON lines file; a first pass finds where each row begins, 8 bytes a row.
+
+    Args:
+        header: all columns; empty for JSON lines.
+        starts: int64 `(rows + 1,)`, start of each row in the file, and the end of the file.
+        state: size and time of the file, which must not change.
+        digest: digest of the file.
+    """
+
+    header: tuple[str, ...]
+    starts: np.ndarray
+    state: tuple[int, int]
+    digest: str
+
+    @classmethod
+    def open(cls, path: Path, asked: AskedColumns, allow_outside: bool) -> "TextTable":
+        """Find the columns and rows of a table.
+
+        Raises:
+            UserError: it is no such table, or a column is missing.
+        """
+        delimiter = _DELIMITERS[path.suffix.lower()]
+        with open(path, "rb") as file:
+            digest, state = hashlib.file_digest(file, "blake2b").hexdigest()[:32], _state(file)
+            first = _skip_mark(path, file)
+            header = _read_header(path, file, delimiter) if delimiter else ()
+            columns = asked.among(str(path), header or _read_keys(path, file))
+            if not header:
+                file.seek(first)
+            image = header.index(columns.image) if header else 0
+            with Progress(state[0], "rows", "B") as progress:
+                starts = np.fromiter(_row_starts(file, delimiter, len(header), image, progress), np.int64)
+        return cls(
+            *(str(path), columns, path.parent, allow_outside),
+            *(header, np.append(starts, state[0]), state, digest),
+        )
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def place(self, number: int) -> str:
+        return f"row {number + 1}"
+
+    def fingerprint(self) -> str:
+        return digest_of([self.digest, self.columns.image, self.columns.caption])
+
+    def row(self, number: int) -> Sequence[Any]:
+        begin, end = self.starts[number : number + 2].tolist()
+        with open(self.source, "rb") as file:
+            if _state(file) != self.state:
+                raise OSError(f"{self.source} was written to while it was read; start again in a new folder")
+            file.seek(begin)
+            record = file.read(min(end - begin, MAX_TEXT_BYTES + 1))
+        try:
+            if not self.header:
+                entry = _parse_object(record)
+                return [entry.get(name) for name in self.columns.names]
+            fields = _parse_fields(record, _DELIMITERS[Path(self.source).suffix.lower()])
+            if len(fields) != len(self.header):
+                raise MalformedRow(f"it has {len(fields)} fields, the header has {len(self.header)}")
+        except MalformedRow as error:
+            shown_start = record[:_SHOWN].decode("utf-8", "replace").strip()
+            raise MalformedRow(f"{self.place(number)}, {shown_start!r}: {error}") from error
+        return [fields[self.header.index(name)] for name in self.columns.names]
+
+
+def _state(file: BinaryIO) -> tuple[int, int]:
+    state = os.fstat(file.fileno())
+    return state.st_size, state.st_mtime_ns
+
+
+def _skip_mark(path: Path, file: BinaryIO) -> int:
+    """Move behind UTF-8's byte order mark and return the position."""
+    file.seek(0)
+    first = file.read(3)
+    if first[:2] in _ENCODINGS:
+        raise UserError(f"{path} is no table in UTF-8 (it is {_ENCODINGS[first[:2]]}); save it as UTF-8")
+    return file.seek(len(first) if first == codecs.BOM_UTF8 else 0)
+
+
+def _read_header(path: Path, file: BinaryIO, delimiter: str) -> tuple[str, ...]:
+    while (line := file.readline(MAX_TEXT_BYTES)) and not line.strip():
+        pass
+    try:
+        # Other columns may have names in another encoding.
+        return tuple(_parse_fields(line.decode("utf-8", "replace").encode(), delimiter)) if line else ()
+    except MalformedRow as error:
+        raise UserError(f"{path} is no {path.suffix[1:].upper()} table in UTF-8 (its header: {error})") from error
+
+
+def _read_keys(path: Path, file: BinaryIO) -> tuple[str, ...]:
+    """Return the keys of the first JSON lines."""
+    keys: dict[str, None] = {}
+    why: BadSample | None = None
+    lines = iter(lambda: file.readline(MAX_TEXT_BYTES), b"")
+    for line in islice((line for line in lines if line.strip()), _KEYED_LINES):
+        try:
+            keys |= dict.fromkeys(_parse_object(line))
+        except MalformedRow as error:
+            why = why or error
+    if not keys and why:
+        raise UserError(f"{path} is no JSONL table in UTF-8 ({why}); expected an object on each line")
+    return tuple(keys)
+
+
+def _row_starts(file: BinaryIO, delimiter: str, width: int, image: int, progress: Progress) -> Iterator[int]:
+    """Yield the start of each row that is not blank, from here to the end of the file.
+
+    Args:
+        file: the table.
+        delimiter: delimiter of the fields; empty for JSON lines.
+        width: number of columns.
+        image: position of the image column.
+        progress: counts the bytes.
+    """
+    end = file.tell()
+    while line := file.readline(MAX_TEXT_BYTES):
+        start, end = end, end + len(line)
+        if len(line) == MAX_TEXT_BYTES and not line.endswith(b"\n"):
+            while rest := file.readline(MAX_TEXT_BYTES):
+                end += len(rest)
+                if rest.endswith(b"\n"):
+                    break
+        elif delimiter and line.count(b'"') % 2:
+            end += _continuation(file, line, delimiter, width, image)
+            file.seek(end)
+        progress.update(end - start)
+        if not line.isspace():
+            yield start
+
+
+def _continuation(file: BinaryIO, line: bytes, delimiter: str, width: int, image: int) -> int:
+    """Return the number of bytes in further lines of a row whose first line has an odd number of quotes.
+
+    A row goes on until its quotes are balanced. The first line is a row alone if the result has another number of
+    fields or too many lines, or if a later line names an image itself: then the quote is a stray one.
+    """
+    record = line
+    suffixes = tuple(suffix.encode() for suffix in IMAGE_SUFFIXES)
+    for _ in range(_MAX_ROW_LINES):
+        following = file.readline(MAX_TEXT_BYTES)
+        fields = following.strip().split(delimiter.encode())
+        names_image = len(fields) >= width and fields[image].strip(b'"').lower().endswith(suffixes)
+        if not following or len(record) + len(following) > MAX_TEXT_BYTES or names_image:
+            return 0
+        record += following
+        if following.count(b'"') % 2:
+            try:
+                is_row = len(_parse_fields(record, delimiter)) == width
+            except MalformedRow:
+                is_row = False
+            return len(record) - len(line) if is_row else 0
+    return 0
+
+
+def _parse_text(record: bytes) -> str:
+    if len(record) > MAX_TEXT_BYTES:
+        raise MalformedRow(f"it has more than {MAX_TEXT_BYTES:,} bytes")
+    try:
+        return record.decode("utf-8").strip("\r\n")
+    except UnicodeDecodeError as error:
+        raise MalformedRow(f"it is not UTF-8 ({error})") from error
+
+
+def _parse_fields(record: bytes, delimiter: str) -> Sequence[str]:
+    """Return the fields of a row of CSV or TSV."""
+    text = _parse_text(record)
+    if '"' not in text:
+        return text.split(delimiter)
+    csv.field_size_limit(MAX_TEXT_BYTES)
+    try:
+        rows = [row for row in csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True) if row]
+    except csv.Error as error:
+        raise MalformedRow(f"its quotes do not match ({error})") from error
+    if len(rows) != 1:
+        raise MalformedRow("it has a line break outside quotes")
+    return rows[0]
+
+
+def _parse_object(record: bytes) -> dict[str, Any]:
+    """Return the object of a JSON line."""
+    text = _parse_text(record)
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise MalformedRow(f"it is no JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise MalformedRow(f"it is {type(value).__name__}, not an object")
+    return value
+
+
+@dataclass
+class ParquetList(RowList):
+    """The rows of a parquet file, best read in their order: a few rows at a time are in memory.
+
+    Args:
+        ends: int64 `(row groups,)`, number of the row after each row group.
+        footer: digest of the file's metadata.
+    """
+
+    ends: np.ndarray
+    footer: str
+    _group: int = field(default=-1, init=False, repr=False)
+    _first: int = field(default=0, init=False, repr=False)
+    _batch: "RecordBatch | None" = field(default=None, init=False, repr=False)
+    _batches: "Iterator[RecordBatch] | None" = field(default=None, init=False, repr=False)
+
+    @classmethod
+    def open(cls, path: Path, asked: AskedColumns, allow_outside: bool) -> "ParquetList":
+        """Read the metadata of a file.
+
+        Raises:
+            UserError: it is no parquet file, or a column is missing.
+        """
+        from pyarrow import ArrowException, parquet
+
+        try:
+            metadata = parquet.read_metadata(path)
+            schema = metadata.schema.to_arrow_schema()
+        except (ArrowException, OSError) as error:
+            raise UserError(f"{path} is no parquet table ({_one_line(error)}); write it again") from error
+        columns = asked.among(str(path), schema.names, _features(schema))
+        ends = np.cumsum([metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)], dtype=int)
+        return cls(str(path), columns, path.parent, allow_outside, ends, digest_of(_footer(path).hex()))
+
+    def __len__(self) -> int:
+        return int(self.ends[-1]) if len(self.ends) else 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_group": -1, "_batch": None, "_batches": None}
+
+    def fingerprint(self) -> str:
+        return digest_of([self.source, self.footer, self.columns.image, self.columns.caption])
+
+    def row(self, number: int) -> Sequence[Any]:
+        from pyarrow import ArrowException
+
+        group = int(np.searchsorted(self.ends, number, side="right"))
+        if group != self._group or number < self._first:
+            self._group, self._first = group, int(self.ends[group - 1]) if group else 0
+            self._batch, self._batches = None, self._read_group(group)
+        try:
+            while self._batch is None or number >= self._first + len(self._batch):
+                self._first += len(self._batch or ())
+                self._batch = None
+                if self._batches is None or (batch := next(self._batches, None)) is None:
+                    raise UnreadableFile(f"row group {group} ends early or is damaged")
+                self._batch = batch
+            return [self._batch.column(name)[number - self._first].as_py() for name in self.columns.names]
+        except (ArrowException, OSError, ValueError) as error:
+            # A generator that raised is at its end, so the later rows of the group end early.
+            raise UnreadableFile(f"row group {group} cannot be read ({_one_line(error)})") from error
+
+    def _read_group(self, group: int) -> "Iterator[RecordBatch]":
+        from pyarrow import parquet
+
+        with parquet.ParquetFile(self.source) as table:
+            yield from table.iter_batches(_ROWS_AT_ONCE, [group], list(self.columns.names), use_threads=False)
+
+
+def _features(schema: "Schema") -> dict[str, Any]:
+    """Return the features that `datasets` stored in a table; none in other tables."""
+    if b"huggingface" not in (schema.metadata or {}):
+        return {}
+    from datasets import Features
+
+    try:
+        return dict(Features.from_arrow_schema(schema))
+    except (ValueError, TypeError, KeyError, AttributeError):  # another version's metadata
+        return {}
+
+
+def _footer(path: Path) -> bytes:
+    """Return the metadata of a parquet file, which precedes its length and four letters at the end."""
+    with open(path, "rb") as file:
+        end = file.seek(-8, 2)
+        length = int.from_bytes(file.read(4), "little")
+        file.seek(max(end - length, 0))
+        return file.read(length)
+
+
+@dataclass
+class DatasetList(RowList):
+    """The rows of a split of a `datasets` data set, whose images are not decoded."""
+
+    split: str
+    dataset: "Dataset"
+
+    @classmethod
+    def load(cls, source: str, asked: AskedColumns, split: str, allow_outside: bool) -> "DatasetList":
+        """Load a data set by its name on the Hub, or from its folder.
+
+        Raises:
+            UserError: there is none, or it lacks a column.
+        """
+        is_saved = Path(source).is_dir()
+        if not is_saved and (is_path(source) or _FILE_NAME.search(source)):
+            raise UserError(
+                f"{source} does not exist; name a folder, a table (.csv .tsv .jsonl .parquet) or a data set of the "
+                "Hub, such as ORG/NAME"
+            )
+        import datasets
+        from pyarrow import ArrowException
+
+        errors = (OSError, ValueError, RuntimeError, TypeError, LookupError, ArrowException)
+        try:
+            if is_saved:
+                loaded = datasets.load_from_disk(source)
+                loaded = loaded[split] if isinstance(loaded, datasets.DatasetDict) else loaded
+            else:
+                loaded = datasets.load_dataset(source, split=split)
+            names, features = loaded.column_names, dict(loaded.features or {})
+        except errors as error:
+            raise UserError(
+                f"{source!r} is no folder, no table and no data set that `datasets` loads ({_first_line(error)})"
+            ) from error
+        columns = asked.among(source, names, features)
+        try:
+            loaded = loaded.select_columns(list(columns.names)).cast_column(columns.image, datasets.Image(decode=False))
+        except errors as error:
+            raise UserError(
+                f"column {columns.image} of {source} holds no images ({_first_line(error)}); name the images' with "
+                "--image_column"
+            ) from error
+        # Downloaded images lie in the cache.
+        root = Path(source) if is_saved else Path(datasets.config.HF_CACHE_HOME)
+        return cls(source, columns, root, allow_outside, split, loaded)
+
+    @property
+    def layout(self) -> str:
+        return f"{len(self):,} rows of the data set {self.source}, {self.split}: {self.columns}"
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def key(self, number: int) -> str:
+        return self.place(number)
+
+    def fingerprint(self) -> str:
+        return digest_of([self.source, len(self), self.columns.image, self.columns.caption])
+
+    def row(self, number: int) -> Sequence[Any]:
+        from pyarrow import ArrowException
+
+        try:
+            row = self.dataset[number]
+        except (ArrowException, OSError, ValueError, TypeError) as error:
+            raise UnreadableFile(f"the row cannot be read ({error})") from error
+        return [row[name] for name in self.columns.names]
+
+
+def read_file(root: Path, name: str, allow_outside: bool, max_bytes: int = MAX_IMAGE_BYTES) -> bytes:
+    """Return the content of a file that a list in the folder `root` names.
+
+    Raises:
+        UnreadableFile: it cannot be read, or is not a plain file.
+        OversizedSample: it has more than `max_bytes`.
+        OutsideFolder: it lies outside `root`, by its name or by a link, and that is not allowed.
+    """
+    if not name or "\0" in name:
+        raise UnreadableFile("the name of the file has a NUL" if name else "the name of the file is blank")
+    if not is_utf8(name):
+        raise UnreadableFile("the name of the file is not UTF-8; rename it")
+    path = root / name
+    try:
+        if not allow_outside and not _is_inside(path, root):
+            raise OutsideFolder(f"it lies outside {root}; --allow_outside reads it all the same")
+        kind, size = stat.S_IFMT((state := path.stat()).st_mode), state.st_size
+        if kind != stat.S_IFREG:
+            raise UnreadableFile(f"{name} is {_KINDS.get(kind, 'something else')}, not a file")
+        check_bytes(size, max_bytes, name)
+        # Without blocking, because a pipe may have replaced the file since.
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+            return file.read(max_bytes)
+    except OSError as error:
+        if error.errno in _MACHINE_ERRORS:
+            raise
+        raise UnreadableFile(f"{name}: {error.strerror or error}") from error
+
+
+def _is_inside(path: Path, root: Path) -> bool:
+    inside = _real_folder(root)
+    return os.path.realpath(path).startswith(inside if inside.endswith("/") else f"{inside}/")
+
+
+@cache
+def _real_folder(root: Path) -> str:
+    return os.path.realpath(root)
+
+
+def _captions_of(texts: Any) -> list[str]:
+    """Return a text or a list of texts as a list without blank ones."""
+    return _usable(encoded_captions(texts, "the caption"))
+
+
+def _usable(captions: tuple[bytes, ...]) -> list[str]:
+    choose_caption(captions, 0.0)  # raises if one of them cannot be used
+    texts = (caption.decode().removeprefix("\ufeff").strip() for caption in captions)
+    return [text for text in texts if text]
+
+
+def _label_of(value: Any) -> str:
+    """Return the name of a class: a text on one line, or a whole number."""
+    name = " ".join(str(value).split()) if isinstance(value, str | int) else ""
+    if not name or not is_utf8(name) or not name.isprintable():
+        raise MissingLabel("there is none" if value in (None, "") else f"{value!r:.60} is no name of a class")
+    return name
+
+
+def printable(text: str) -> str:
+    """Return a text in letters that any terminal shows."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+
+
+def digest_of(content: Any) -> str:
+    """Return a digest of a JSON value."""
+    return hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

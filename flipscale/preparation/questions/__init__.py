@@ -1,1 +1,0 @@
-"""Questions about images with their answers, made beforehand."""

@@ -1,0 +1,250 @@
+"""COCO's captions and VQAv2 as shards, from small files in the official layouts; what is missing is told at once."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+
+from examples.captioning import coco as captions_script
+from examples.captioning.coco import prepare_coco_captions
+from examples.questions import vqa_v2
+from examples.questions.vqa_v2 import answer_list, count_votes, normalised, prepare_vqa_v2
+from flipscale.data.sources.tar_source import TarSource
+from flipscale.evaluation.test_set import TestSet
+
+# The split of each image of the small COCO, and its folder.
+IMAGES = {9: ("train", "train2014"), 42: ("restval", "val2014"), 73: ("val", "val2014"), 74: ("test", "val2014")}
+
+
+def name(number: int) -> str:
+    return f"COCO_{IMAGES[number][1]}_{number:012d}.jpg"
+
+
+def jpeg(number: int) -> bytes:
+    return cv2.imencode(".jpg", np.full((48, 64, 3), number, np.uint8))[1].tobytes()
+
+
+@pytest.fixture
+def coco(tmp_path: Path) -> Path:
+    """A folder as the zips of COCO 2014, of Karpathy's split and of VQA v2.0 unpack into it."""
+    folder = tmp_path / "coco"
+    images, parts = [], {"train2014": ([], []), "val2014": ([], [])}  # type: ignore[var-annotated]
+    for number, (split, of) in IMAGES.items():
+        (folder / of).mkdir(parents=True, exist_ok=True)
+        (folder / of / name(number)).write_bytes(jpeg(number))
+        sentences = [
+            {"tokens": ["a", "dog"], "raw": f"A dog\n of  {number}, said {i}.", "imgid": number, "sentid": i}
+            for i in range(5)
+        ]
+        entry = {"filepath": of, "sentids": list(range(5)), "filename": name(number), "imgid": number, "split": split}
+        images.append({**entry, "sentences": sentences, "cocoid": number})
+        for question in range(5):
+            said = [
+                ["yes"] * 10,
+                ["no"] * 9 + ["yes"],
+                ["two"] * 4 + ["A cat."] * 6,
+                ["2"] * 3 + ["3"] * 7,
+                ["owl"] * 10,
+            ]
+            _ask(parts[of], number, 1000 * number + question, said[question])
+    (folder / "dataset_coco.json").write_text(json.dumps({"images": images, "dataset": "coco"}))
+    for of, (questions, annotations) in parts.items():
+        about = {"info": {}, "data_type": "mscoco", "data_subtype": of, "license": {}}
+        asked = {**about, "task_type": "Open-Ended", "questions": questions}
+        (folder / f"v2_OpenEnded_mscoco_{of}_questions.json").write_text(json.dumps(asked))
+        (folder / f"v2_mscoco_{of}_annotations.json").write_text(json.dumps({**about, "annotations": annotations}))
+    return folder
+
+
+def _ask(part: tuple[list[Any], list[Any]], image: int, question: int, said: list[str]) -> None:
+    part[0].append({"image_id": image, "question": f"What is {question}?", "question_id": question})
+    answers = [{"answer": one, "answer_confidence": "yes", "answer_id": i + 1} for i, one in enumerate(said)]
+    common = max(set(said), key=said.count)
+    about = {"question_type": "what is", "answer_type": "other", "image_id": image, "question_id": question}
+    part[1].append({**about, "multiple_choice_answer": common, "answers": answers})
+
+
+def prepare_with(file: str, coco: Path, out: Path) -> None:
+    """Prepares the set that a file belongs to."""
+    if file.startswith("v2_"):
+        prepare_vqa_v2(coco, out, False, 512, 1)
+    else:
+        prepare_coco_captions(coco, out, 512, 1)
+
+
+def test_captions_of_the_split(coco: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    command = [str(coco), str(out), "--short_side", "24", "--num_workers", "1"]
+    captions_script.main(command)
+    assert "written                              2  in 1 shard" in capsys.readouterr().out
+    train = TarSource(str(out / "train"))
+    assert [train.read(0, number).captions for number in range(len(train))] == [
+        tuple(f"A dog of {image}, said {i}.".encode() for i in range(5)) for image in (9, 42)
+    ]
+    assert cv2.imdecode(np.frombuffer(train.read(0, 0).image, np.uint8), 1).shape == (24, 32, 3)
+    test = TestSet.open(str(out))
+    assert len(test) == 1
+    assert test.captions_of(0, 0) == [f"A dog of 74, said {i}." for i in range(5)]
+    shard = (out / "train/00000.tar").read_bytes()
+    captions_script.main(command)
+    assert (out / "train/00000.tar").read_bytes() == shard
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        captions_script.main([*command, "--short_side", "32"])
+    assert "was begun with short_side 24 (now 32)" in capsys.readouterr().err
+
+
+def test_questions_with_all_votes(
+    coco: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vqa_v2, "LEAST_SEEN", 4)
+    monkeypatch.setattr(vqa_v2, "answer_list", lambda majors: answer_list(majors)[:3])
+    out = tmp_path / "out"
+    vqa_v2.main([str(coco), str(out), "--num_workers", "1"])
+    said = capsys.readouterr().out
+    assert "classnames.txt: 3 answers, for loss.options.num_answers; 2 training questions have none of them" in said
+    test = TestSet.open(str(out))
+    assert test.class_names() == ["3", "cat", "no"]
+    assert len(test) == 15, "questions that nobody answers by the list are asked all the same"
+    assert test.captions_of(0, 0) == ["What is 42000?"]
+    columns = [*test.class_names(), "other"]
+    assert [test.array(columns, 0, number).tolist() for number in range(5)] == [
+        *([0, 0, 0, 10], [0, 0, 9, 1], [0, 6, 0, 4], [7, 0, 0, 3], [0, 0, 0, 10]),
+    ]
+    train = TarSource(str(out / "train"))
+    asked = [train.read(0, number).captions for number in range(len(train))]
+    assert asked == [(b"What is 9001?",), (b"What is 9002?",), (b"What is 9003?",)]
+    assert train.read(0, 0).image == jpeg(9)
+    counts = train.read(0, 0).read_array()
+    assert counts is not None
+    assert (counts.dtype, counts.tolist()) == (np.uint8, [0, 0, 9, 1])
+
+
+def test_validation_questions_are_learned_but_for_some_images(coco: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vqa_v2, "LEAST_SEEN", 1)
+    monkeypatch.setattr(vqa_v2, "HELD_OUT_IMAGES", 2)
+    found: dict[str, tuple[str, ...]] = {}
+
+    def noted(parts: dict, out_dir: Path, *how: int) -> dict:
+        found.update({part: pairs.files for part, pairs in parts.items()})
+        out_dir.mkdir()
+        return {}
+
+    monkeypatch.setattr(vqa_v2, "write_parts", noted)
+    prepare_vqa_v2(coco, coco / "out", True, 512, 1)
+    assert list(dict.fromkeys(found["train"])) == [f"train2014/{name(9)}", f"val2014/{name(42)}"]
+    assert list(dict.fromkeys(found["test"])) == [f"val2014/{name(73)}", f"val2014/{name(74)}"]
+
+
+def test_a_broken_image_is_told(coco: Path, tmp_path: Path) -> None:
+    (coco / "val2014" / name(74)).write_bytes(b"\xff\xd8 cut")
+    with pytest.raises(ValueError, match=r"1 of 1 images for .*test cannot be used, such as val2014.*remove"):
+        prepare_coco_captions(coco, tmp_path / "out", 512, 1)
+
+
+MISSING = {
+    "dataset_coco.json": r"dataset_coco.json is missing; it comes in https://cs.stanford.edu/.*/caption_datasets.zip",
+    f"val2014/{name(42)}": r"val2014 lacks 1 of the 2 images that are needed, such as COCO_val2014_0+42.jpg; unpack",
+    "train2014": r"coco has no folder train2014; unpack http://images.cocodataset.org/zips/train2014.zip there",
+    "v2_mscoco_val2014_annotations.json": r"annotations.json is missing; it comes in .*v2_Annotations_Val_mscoco.zip",
+    "v2_OpenEnded_mscoco_train2014_questions.json": r"questions.json is missing; .*v2_Questions_Train_mscoco.zip",
+}
+
+
+@pytest.mark.parametrize("file", MISSING)
+def test_what_is_missing_is_told(coco: Path, tmp_path: Path, file: str) -> None:
+    (coco / file).rename(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match=MISSING[file]):
+        prepare_with(file, coco, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+ODD: dict[str, tuple[str, Any, str]] = {
+    "cut": ("dataset_coco.json", '{"images": [', r"coco.json is no whole JSON file \(Expecting value.*unpack it again"),
+    "another": ("dataset_coco.json", {"annotations": []}, r"coco.json has no list 'images'; it is another file than"),
+    "of flickr": (
+        "dataset_coco.json",
+        {"images": [{"filename": "1.jpg", "sentences": []}]},
+        r"images\[0\] is not as in",
+    ),
+    "outside": (
+        "dataset_coco.json",
+        {"images": [{"filepath": "..", "filename": "secret.jpg", "split": "train", "sentences": [{"raw": "a"}]}]},
+        r"images\[0\] is not as in .*'../secret.jpg' is no image of COCO 2014, such as train2014/COCO_train2014_0",
+    ),
+    "no captions": (
+        "dataset_coco.json",
+        {"images": [{"filepath": "val2014", "filename": name(42), "split": "train", "sentences": [{"raw": " "}]}]},
+        r"images\[0\] has no caption; unpack it again from https",
+    ),
+    "one part": (
+        "dataset_coco.json",
+        {"images": [{"filepath": "val2014", "filename": name(42), "split": "train", "sentences": [{"raw": "a"}]}]},
+        r"coco.json has no images of test; download it again from https",
+    ),
+    "an odd question": (
+        "v2_OpenEnded_mscoco_train2014_questions.json",
+        {"questions": [{"image_id": 9, "question_id": "x", "question": "?"}]},
+        r"questions\[0\] is not as in https.*v2_Questions_Train_mscoco.zip \(ValueError",
+    ),
+    "no answers": (
+        "v2_OpenEnded_mscoco_train2014_questions.json",
+        {"questions": [{"image_id": 9, "question_id": 7, "question": "What?"}]},
+        r"question 7 has no answers in v2_mscoco_train2014_annotations.json; unpack both files of VQA v2.0 again",
+    ),
+    "an odd answer": (
+        "v2_mscoco_val2014_annotations.json",
+        {"annotations": [{"question_id": 42000, "multiple_choice_answer": "yes", "answers": [{"answer": 3}]}]},
+        r"annotations\[0\] is not as in https.*v2_Annotations_Val_mscoco.zip \(TypeError",
+    ),
+    "few answers": (
+        "v2_mscoco_val2014_annotations.json",
+        None,
+        r"coco have no answer that is seen often; they are not whole: unpack them again",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", ODD)
+def test_an_odd_file_is_told(coco: Path, tmp_path: Path, what: str) -> None:
+    file, content, words = ODD[what]
+    if content is not None:
+        (coco / file).write_text(content if isinstance(content, str) else json.dumps(content))
+    with pytest.raises(ValueError, match=words):
+        prepare_with(file, coco, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_answers_are_written_as_vqa_s_evaluation_does() -> None:
+    # What its code makes of them.
+    expected = {
+        "A dog.": "dog",
+        "Two": "2",
+        "none": "0",
+        "isnt": "isn't",
+        "couldn'tve": "couldn't've",
+        "somebody'd": "somebodyd",
+        "1,000": "1000",
+        "red,blue": "red blue",
+        "red, blue": "red blue",
+        "black/white": "black white",
+        "t-shirt!": "t shirt",
+        "5.5": "5.5",
+        "the end.": "end",
+        "an": "",
+    }
+    assert {answer: normalised(answer) for answer in expected} == expected
+
+
+def test_the_list_has_what_nine_questions_have() -> None:
+    assert answer_list(["cat"] * 9 + ["dog"] * 8 + ["a bee"] * 5 + ["Bee"] * 4 + ["yes"] * 30) == ["yes", "bee", "cat"]
+
+
+def test_equal_answers_are_not_rewritten() -> None:
+    numbers = {"2": 0, "two": 1}
+    assert count_votes(["two"] * 10, numbers).tolist() == [0, 10, 0]
+    assert count_votes(["two"] * 9 + ["2"], numbers).tolist() == [10, 0, 0]
+    assert count_votes(["two\n"] * 9 + ["owl"], numbers).tolist() == [9, 0, 1]

@@ -1,0 +1,429 @@
+"""The icons' data: splits, copies, files and faults, on a made-up collection; the download on request."""
+
+import io
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import processes
+import pytest
+from filelock import FileLock
+from transformers import AutoTokenizer
+
+from examples.icons import data as icons
+from examples.icons.data import DIGEST, PACKAGE, Icon, prepare_icons, read_sets
+from examples.npm import download, slug
+from flipscale.data.decode import decode_whole
+from flipscale.data.sources.tar_source import TarSource
+
+TRAINING = ("alpha", "beta", "gamma", "delta", "epsilon", "zeta")
+SHAPES = ("disc", "ring", "bar", "wave", "star", "house")
+
+
+def body(shape: str, seed: int, colour: str = "currentColor") -> str:
+    """A path of a designer's own: the same shape drawn anew by each."""
+    rng = np.random.default_rng([SHAPES.index(shape.split("-")[0]), seed])
+    points = " ".join(f"L{x:.2f} {y:.2f}" for x, y in rng.uniform(1, 15, (12, 2)))
+    return f'<path fill="none" stroke="{colour}" stroke-width="1.5" d="M8 8{points}"/>'
+
+
+def made_up_set(prefix: str, drawings: dict[str, Any], licence: str = "MIT", author: str = "") -> dict[str, Any]:
+    """The JSON of a set as Iconify has it."""
+    info = {"name": prefix.title(), "author": {"name": author or f"{prefix}'s", "url": f"https://{prefix}.example"}}
+    return {"prefix": prefix, "info": {**info, "license": {"spdx": licence, "title": licence}}, "icons": drawings}
+
+
+def collection() -> list[dict[str, Any]]:
+    """Six training designers, two held-out ones, and sets to leave out."""
+    sets = []
+    for seed, prefix in enumerate(TRAINING):
+        own = {shape: {"body": body(shape, seed)} for shape in SHAPES[: 6 if seed else 3]}
+        own |= {f"{prefix}-{shape}-{n}": {"body": body(shape, 100 * seed + n)} for shape in SHAPES for n in range(8)}
+        sets.append(made_up_set(prefix, own))
+    carbon = {shape: {"body": body(shape, 50), "width": 16, "height": 16} for shape in SHAPES}
+    carbon |= {"odd-thing": {"body": body("disc", 51)}, "alpha-disc-1": {"body": body("ring", 51)}}
+    sets.append(made_up_set("carbon", carbon))
+    sets.append(made_up_set("ph", {shape: {"body": body(shape, 60)} for shape in SHAPES[:4]}))
+    training = {one["prefix"]: one["icons"] for one in sets}
+    training["beta"]["same-paths"] = {"body": body("disc", 50, "#d02020")}
+    # The same picture by other means, and one that is hardly another.
+    training["gamma"]["same-pixels"] = {"body": body("ring", 50).replace("M8 8", "M8,8")}
+    training["delta"]["alike"] = {"body": body("bar", 50).replace('"1.5"', '"1.55"').replace("M8 8", "M8.05 8")}
+    training["delta"]["coloured"] = {"body": '<path fill="#2040c0" d="M-8 0h32v8h-32z"/>'}
+    training["delta"]["coloured"] |= {"width": 32, "left": -8}
+    training["epsilon"]["empty"] = {"body": '<path fill="#fff" d="M0 0h16v16H0z"/>'}
+    training["epsilon"]["broken"] = {"body": "<path"}
+    training["epsilon"]["withdrawn"] = {"body": body("disc", 9), "hidden": True}
+    sets.append(made_up_set("gnu", {"disc": {"body": body("disc", 8)}}, "GPL-3.0"))
+    sets.append(made_up_set("fluent-emoji-flat", {"disc": {"body": body("disc", 8)}}))
+    fork = {f"fork-{n}": {"body": body(shape, 60)} for n, shape in enumerate(SHAPES[:4] * 3)}
+    sets.append(made_up_set("fork", fork))
+    sets.append(made_up_set("meteor-icons", {"disc": {"body": body("disc", 13)}}))
+    sets.append(made_up_set("sister", {"disc": {"body": body("disc", 12)}}, author="carbon's"))
+    return sorted(sets, key=lambda one: one["prefix"])
+
+
+@pytest.fixture(scope="module")
+def tarball(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The package of the made-up collection."""
+    path = tmp_path_factory.mktemp("package") / "json.tgz"
+    with tarfile.open(path, "w:gz") as tar:
+        for one in [{"prefix": "../collections"}, *collection()]:
+            content = json.dumps(one).encode()
+            member = tarfile.TarInfo(f"package/json/{one['prefix']}.json")
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return path
+
+
+@pytest.fixture
+def _downloaded(tarball: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The package without a download, in shards and blocks of a few drawings."""
+    _download(tarball, monkeypatch)
+
+
+def _download(tarball: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(icons, "download", lambda packages, folder: dict.fromkeys(packages, tarball))
+    monkeypatch.setattr(icons, "PAIRS_PER_SHARD", 50)
+    monkeypatch.setattr(icons, "BLOCK", 20)
+
+
+@pytest.fixture(scope="module")
+def folder(tarball: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the whole made-up collection."""
+    out_dir = tmp_path_factory.mktemp("icons") / "icons"
+    with pytest.MonkeyPatch.context() as patch:
+        _download(tarball, patch)
+        prepare_icons(out_dir, processes=1)
+    return out_dir
+
+
+def samples(shards: Path) -> list[tuple[str, int | None, bytes]]:
+    """Caption, label and picture of every sample, as the loader sees them."""
+    source = TarSource(str(shards))
+    found = [source.read(shard, n) for shard, size in enumerate(source.shard_sizes) for n in range(size)]
+    return [((sample.caption or b"").decode(), sample.label, sample.image) for sample in found]
+
+
+def listed(folder: Path, part: str) -> list[tuple[str, str]]:
+    """Set and name of each drawing of a part."""
+    return [tuple(line.split("\t")) for line in (folder / f"{part}.tsv").read_text().splitlines()]  # type: ignore[misc]
+
+
+def test_who_is_tested_on_what(folder: Path) -> None:
+    """Names of five training sets or more by held-out designers, and by those of the test also names of none."""
+    assert [name for _, name in listed(folder, "test")] == sorted(SHAPES)
+    assert {prefix for prefix, _ in listed(folder, "test")} == {"carbon"}
+    assert listed(folder, "validation") == [("ph", shape) for shape in sorted(SHAPES[:4])]
+    assert listed(folder, "unseen") == [("carbon", "odd-thing")]
+    for part in ("test", "validation", "unseen"):
+        names = (folder / part / "classnames.txt").read_text().splitlines()
+        assert [(names[label], label) for _, label, _ in samples(folder / part)] == [
+            (caption, label) for caption, label, _ in samples(folder / part)
+        ]
+        assert (folder / part / "zeroshot_classification_templates.txt").read_text() == "{c}\n"
+
+
+def test_what_is_left_out_and_why(folder: Path) -> None:
+    """All drawings are somewhere."""
+    report = json.loads((folder / "report.json").read_text())
+    assert report["left_out"] == {
+        **{"alike": 1, "same_paths": 1, "same_pixels": 1, "blank": 2, "withdrawn": 1, "licence": 1, "demo_test": 1},
+        **{"relative": 14, "held_out_and_not_tested": 1},
+    }
+    assert report["relatives"] == [
+        {"prefix": "fork", "of": "ph", "shared": 12, "num_icons": 12},
+        {"prefix": "meteor-icons", "of": "tabler", "shared": 25, "num_icons": 1},
+        {"prefix": "sister", "of": "carbon", "shared": 0, "num_icons": 1},
+    ]
+    images = sum(count["images"] for count in report["counts"].values())
+    assert images + sum(report["left_out"].values()) == sum(len(one["icons"]) for one in collection())
+    trained = dict.fromkeys(name for _, name in listed(folder, "train"))
+    assert not trained.keys() & {"same-paths", "same-pixels", "alike", "empty", "broken", "withdrawn", "odd-thing"}
+    assert report["counts"]["test"]["names_in_training"] == 6
+
+
+def test_training_shards(folder: Path) -> None:
+    """Captions are names without hyphens, designers are mixed, and the files are as listed."""
+    assert [path.name for path in sorted((folder / "train").glob("*.tar"))] == [f"shard-{n:05d}.tar" for n in range(7)]
+    found = samples(folder / "train")
+    assert [caption for caption, _, _ in found] == [name.replace("-", " ") for _, name in listed(folder, "train")]
+    assert len({prefix for prefix, _ in listed(folder, "train")[:20]}) > 3
+    assert all(label is None for _, label, _ in found)
+    pictures = dict(zip(listed(folder, "train"), found, strict=True))
+    grey = cv2.imdecode(np.frombuffer(pictures["alpha", "disc"][2], np.uint8), cv2.IMREAD_UNCHANGED)
+    assert grey.shape == (64, 64)
+    coloured = decode_whole(pictures["delta", "coloured"][2])
+    assert coloured.shape == (64, 64, 3)
+    assert (coloured[:15] == 255).all(), "it is twice as wide as high"
+    assert (coloured[17:31] == (32, 64, 192)).all()
+    assert (coloured[33:] == 255).all()
+
+
+def test_the_current_colour_is_black_and_nothing_is_stretched() -> None:
+    square = Icon("set", "bar", '<path fill="currentColor" d="M0 0h32v16H0z"/>', "0 0 32 16").svg
+    pixels = icons.render(square)
+    assert pixels is not None
+    assert (pixels[32, 32].tolist(), pixels[4, 32].tolist()) == ([0, 0, 0], [255, 255, 255])
+
+
+def test_authors_and_licences(folder: Path) -> None:
+    text = (folder / "LICENSES.txt").read_text()
+    assert "carbon: Carbon by carbon's (https://carbon.example), MIT: 6 test, 1 unseen" in text
+    assert "gnu" not in text
+
+
+def test_the_tokenizer_knows_the_words(folder: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+    assert tokenizer.tokenize("alpha house") == ["▁alpha", "▁house"]
+
+
+def files_of(folder: Path) -> dict[Path, bytes]:
+    """All files of a folder; shards' indices, which have times in them, are no part of what is prepared."""
+    paths = [
+        path
+        for path in folder.rglob("*")
+        if path.is_file() and not path.name.endswith((".index.npy", ".manifest", ".manifest.lock"))
+    ]
+    return {path.relative_to(folder): path.read_bytes() for path in paths}
+
+
+@pytest.mark.usefixtures("_downloaded")
+def test_killed_and_started_again_it_goes_on_and_ends_with_the_same_bytes(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Killed before the tokenizer: what is whole is not made again, and what is not is."""
+
+    def die(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    out_dir, work = tmp_path / "icons", tmp_path / ".icons.partial"
+    with monkeypatch.context() as patch:
+        patch.setattr(icons, "train_sentencepiece", die)
+        with pytest.raises(KeyboardInterrupt):
+            prepare_icons(out_dir, processes=2)
+    assert not out_dir.exists()
+    drawn, shards = sorted((work / ".drawn").glob("*.npy")), sorted((work / "train").glob("*.tar"))
+    drawn[3].unlink()
+    shards[2].rename(work / "train" / f".{shards[2].name}.partial.host.1.1")
+    times = {path: path.stat().st_mtime_ns for path in (*drawn[:3], *shards[:2])}
+    missing: list[icons.Block] = []
+    draw_all = icons.draw_all
+
+    def watched(tarball: Path, blocks_of: Any, *others: Any) -> None:
+        missing.extend(block for some in blocks_of.values() for block in some if not block.rows_path.exists())
+        draw_all(tarball, blocks_of, *others)
+        assert {path: path.stat().st_mtime_ns for path in times} == times
+
+    monkeypatch.setattr(icons, "draw_all", watched)
+    prepare_icons(out_dir, processes=1)
+    assert len(missing) == 1
+    assert files_of(out_dir) == files_of(folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["icons"]
+    capsys.readouterr()
+    prepare_icons(out_dir)
+    assert capsys.readouterr().out == f"{out_dir} is complete: nothing to do\n"
+    with pytest.raises(ValueError, match=r"holds the fraction 1\.0 of @iconify.*, not 0\.5 of"):
+        prepare_icons(out_dir, fraction=0.5)
+
+
+OPERATIONS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree")
+
+
+def prepare(out_dir: str, tarball: str, last: int) -> None:
+    """A process that makes the icons, counts what it does to files on the way, and is killed before it does the
+    `last`."""
+    log = os.open(f"{out_dir}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    done = 0
+
+    def count(event: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal done
+        if event in OPERATIONS and ".icons.partial" in str(arguments[0]):
+            done += 1
+            if done == last:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    _download(Path(tarball), pytest.MonkeyPatch())
+    sys.addaudithook(count)
+    prepare_icons(Path(out_dir), processes=1)
+    Path(f"{out_dir}.count").write_text(str(done))
+
+
+def test_killed_at_any_instant_it_ends_with_the_same_bytes(folder: Path, tarball: Path, tmp_path: Path) -> None:
+    def ended(out_dir: Path, last: int) -> int | None:
+        out_dir.parent.mkdir(exist_ok=True)
+        process = processes.start(prepare, str(out_dir), str(tarball), last)
+        process.join(300)
+        assert process.exitcode in (0, -signal.SIGKILL), Path(f"{out_dir}.log").read_text()
+        return process.exitcode
+
+    draw, whole, out_dir = random.Random(2), tmp_path / "whole/icons", tmp_path / "killed/icons"
+    assert ended(whole, 0) == 0
+    number = int(Path(f"{whole}.count").read_text())
+    assert ended(out_dir, draw.randrange(1, number)) == -signal.SIGKILL
+    for _ in range(2):
+        assert not out_dir.exists() or files_of(out_dir).items() >= files_of(folder).items()
+        ended(out_dir, draw.randrange(1, number))
+    assert ended(out_dir, 0) == 0
+    assert files_of(out_dir) == files_of(folder)
+
+
+@pytest.mark.usefixtures("_downloaded")
+def test_a_fraction_lies_in_the_whole(folder: Path, tmp_path: Path) -> None:
+    """The first drawings of the training data, and the same tests. What another fraction left is not taken over."""
+    work = tmp_path / ".part.partial"
+    (work / ".drawn").mkdir(parents=True)
+    (work / ".drawn" / "alpha.000.npy").write_bytes(b"of another fraction")
+    (work / ".begun.json").write_text('{"fraction": 0.5}')
+    icons.main([str(tmp_path / "part"), "--fraction", "0.25", "--num_workers", "1"])
+    some, every = listed(tmp_path / "part", "train"), listed(folder, "train")
+    assert some == every[: len(some)]
+    assert 0.15 * len(every) < len(some) < 0.35 * len(every)
+    for part in ("test", "validation", "unseen"):
+        assert samples(tmp_path / "part" / part) == samples(folder / part)
+    report = json.loads((tmp_path / "part" / "report.json").read_text())
+    assert report["left_out"]["beyond_the_fraction"] > 0
+    images = sum(count["images"] for count in report["counts"].values())
+    assert images + sum(report["left_out"].values()) == sum(len(one["icons"]) for one in collection())
+
+
+@pytest.mark.parametrize("fraction", ["0", "1.5", "-0.1", "nan", "half"])
+def test_fractions_that_are_none(fraction: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        icons.main([str(tmp_path / "icons"), "--fraction", fraction])
+    assert ended.value.code == 2
+    assert f"--fraction is {fraction}" in capsys.readouterr().err.replace("'", "")
+    assert not list(tmp_path.iterdir())
+
+
+def _no_room(patch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    patch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10**9))
+
+
+def _other_files(patch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "icons").mkdir()
+    (tmp_path / "icons" / "report.json").write_text('{"made_by": "flipscale prepare demo"}')
+
+
+def _no_renderer(patch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    patch.setattr("importlib.util.find_spec", lambda name: None)
+
+
+def _tiny_fraction(patch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    patch.setattr(icons, "place_of", lambda prefix, name: 1.0)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (_no_room, r"1\.35 GB are needed and the disk of .*icons has 1 GB free; .*, or prepare a smaller --fraction"),
+        (_other_files, r"icons holds something that is not the icons; name a new folder, or an empty one"),
+        (_no_renderer, r"resvg-py, which draws the pictures, is not installed; run: pip install"),
+        (_tiny_fraction, r"fraction 1 leaves no drawing to train on; name a larger one"),
+    ],
+)
+@pytest.mark.usefixtures("_downloaded")
+def test_what_ends_it(
+    spoil: Callable[[pytest.MonkeyPatch, Path], None], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one sentence, before anything is drawn."""
+    spoil(monkeypatch, tmp_path)
+    with pytest.raises(ValueError, match=words):
+        prepare_icons(tmp_path / "icons")
+    assert not list(tmp_path.rglob("*.npy"))
+
+
+@pytest.mark.usefixtures("_downloaded")
+def test_one_at_a_time(tmp_path: Path) -> None:
+    with FileLock(tmp_path / ".icons.lock"), pytest.raises(ValueError, match=r"another process writes .*icons; wait"):
+        prepare_icons(tmp_path / "icons")
+
+
+NO_ICONS = "icons holds something that is not the icons; name a new folder"
+NO_NPM = "npm could not download @iconify/json"
+OTHER = "npm downloaded another package for @iconify/json"
+
+
+def _torn(folder: Path) -> None:
+    """What a kill at any instant may leave, and a disk that fails."""
+    work = folder / ".icons.partial"
+    (work / ".drawn").mkdir(parents=True)
+    (work / ".begun.json").write_bytes(b"\xff\0")
+    (work / ".drawn/mdi.000.npy").write_bytes(b"\x93NUMPY")
+    downloaded = work / ".download" / slug(PACKAGE)
+    downloaded.mkdir(parents=True)
+    os.mkfifo(downloaded / "pipe.tgz")
+
+
+def _hold(name: str, make: Callable[[Path], object]) -> Callable[[Path], None]:
+    def spoil(folder: Path) -> None:
+        (folder / "icons").mkdir()
+        make(folder / "icons" / name)
+
+    return spoil
+
+
+ATTACKS: dict[str, tuple[str, Callable[[Path], object], int, str]] = {
+    "another package": ('echo other > "$to/json.tgz"', lambda folder: None, 1, OTHER),
+    "a package cut short": ('head -c 100 /bin/sh > "$to/json.tgz"', lambda folder: None, 1, OTHER),
+    "no package": ("true", lambda folder: None, 1, "npm downloaded nothing for @iconify/json"),
+    "no registry": (
+        "echo 'npm error network request failed, reason: getaddrinfo ENOTFOUND' >&2; exit 1",
+        lambda folder: None,
+        2,
+        "getaddrinfo ENOTFOUND; check that npm reaches its registry",
+    ),
+    "bytes and a kill": ("printf '\\377\\033[2J'; kill -9 $$", lambda folder: None, 2, NO_NPM),
+    "leftovers of a kill and a pipe": ("exit 1", _torn, 2, NO_NPM),
+    "a file where icons are made": ("exit 1", lambda folder: (folder / ".icons.partial").write_text("x"), 2, NO_NPM),
+    "other files": ("true", _hold("notes.txt", Path.touch), 2, NO_ICONS),
+    "a report nested 100,000 deep": (
+        "true",
+        _hold("report.json", lambda file: file.write_text("[" * 100_000)),
+        2,
+        NO_ICONS,
+    ),
+    "a report that is a pipe": ("true", _hold("report.json", os.mkfifo), 2, NO_ICONS),
+    "a file": ("true", lambda folder: (folder / "icons").write_text("mine"), 2, "is a file: name another folder"),
+}
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_attack(attack: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """By an npm that does something else, or with files in the way."""
+    does, spoil, code, words = ATTACKS[attack]
+    npm = tmp_path / "bin/npm"
+    npm.parent.mkdir()
+    npm.write_text(
+        f'#!/bin/sh\nwhile [ "$1" != --pack-destination ]; do shift; done; to=$2\n{does}\n', encoding="utf-8"
+    )
+    npm.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{npm.parent}:{os.environ['PATH']}")
+    spoil(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        icons.main([str(tmp_path / "icons"), "--num_workers", "1"])
+    complaints = [line for line in capsys.readouterr().err.splitlines() if line.startswith("flipscale: error: ")]
+    assert (ended.value.code, len(complaints)) == (code, 1)
+    assert words in complaints[0]
+    assert not (tmp_path / "icons").is_dir() or len(list((tmp_path / "icons").iterdir())) == 1
+
+
+@pytest.mark.skipif(os.environ.get("FLIPSCALE_NETWORK") != "1", reason="downloads 104 MB; set FLIPSCALE_NETWORK=1")
+def test_the_real_collection(tmp_path: Path) -> None:
+    """What the splits are made of is in it."""
+    tarball = download({PACKAGE: DIGEST}, tmp_path)[PACKAGE]
+    counts = {one.prefix: len(drawings) for one, drawings in read_sets(tarball)}
+    assert len(counts) == 238
+    assert [counts[prefix] for prefix in icons.HELD_OUT] == [2631, 6220, 1671, 9072, 6065, 3188]
