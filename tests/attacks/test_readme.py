@@ -15,7 +15,7 @@ ROWS = {
     "recipes and flags": ("test_recipes",),
     "studies": ("test_studies",),
     "processes, locales, launchers": ("test_processes",),
-    "lists and archives to prepare": ("test_lists", "test_folders", "test_sets", "test_icons"),
+    "lists and archives to prepare": ("test_lists", "test_folders", "test_sets"),
     "model folders, pushes": ("test_models",),
     "servers in the Hub's place": ("test_hub",),
     "searches for pictures": ("test_search",),
