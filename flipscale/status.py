@@ -12,7 +12,7 @@ from typing import Any
 
 from flipscale.evaluation.results import THIS_MODEL, Result
 from flipscale.io.lock import is_holder_alive
-from flipscale.training.report import duration
+from flipscale.io.text_table import duration
 from flipscale.training.run_summary import RunSummary
 
 # A training run counts as dead if its last heartbeat is older than this and than this many usual steps.

@@ -21,6 +21,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError,
 from huggingface_hub.utils import validate_repo_id
 from safetensors import safe_open
 
+from flipscale.hub.card import check_audit
 from flipscale.io.digests import check_weight
 from flipscale.io.errors import UserError
 from flipscale.io.hub_requests import guard_requests
@@ -137,13 +138,14 @@ def open_repo(target: Target) -> str:
 
 
 def open_target(recipe: HubRecipe, resumes: bool) -> None:
-    """Create the repository of a run's pushes before training, so that a token without rights is found early.
+    """Check the audit of a run and create the repository of its pushes, so that training does not begin in vain.
 
     Only rank 0 does so. The run goes on if the Hub cannot be reached. A resumed run always goes on.
 
     Raises:
-        UserError: the token is missing or may not write there, or the organisation is unknown.
+        UserError: the audit is unusable, the token is missing or may not write there, or the organisation is unknown.
     """
+    check_audit(recipe.audit)
     target = target_of(recipe)
     if target is None or not _is_rank_0():
         return

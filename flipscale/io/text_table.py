@@ -23,6 +23,17 @@ def rounded(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:,.2f}" if value >= 0.1 else f"{value:.2g}"
 
 
+def duration(seconds: float) -> str:
+    """Return a time span in its two largest units: `3 d 4 h`, `12 min 5 s`, `8 s`; `0 s` for a negative one."""
+    left = max(round(seconds), 0)
+    parts: list[str] = []
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60), ("s", 1)):
+        count, left = divmod(left, length)
+        if count or parts:
+            parts.append(f"{count} {unit}")
+    return " ".join(parts[:2]) or "0 s"
+
+
 def plain_table(rows: Rows, numbers: Collection[int]) -> str:
     """Return rows of equal length as aligned lines of text; the columns `numbers` are aligned to the right."""
     return "\n".join("  ".join(row).rstrip() for row in _aligned(rows, numbers, 0))

@@ -17,7 +17,7 @@ from flipscale.evaluation.reports.curves import Curve, read_curve
 from flipscale.evaluation.reports.record import data_name
 from flipscale.evaluation.results import BEFORE, CHANGED, CHANGES, THIS_MODEL, Result, with_changes, with_unit
 from flipscale.io.atomic import write_text
-from flipscale.io.text_table import rounded
+from flipscale.io.text_table import duration, rounded
 from flipscale.pages.answers import (
     ClassRow,
     Load,
@@ -32,7 +32,7 @@ from flipscale.pages.answers import (
 from flipscale.pages.masks import mask_rows
 from flipscale.pages.page import Picture, drawing, evenly, listed, rendered, shortened, thumbnail
 from flipscale.training.recipe import Recipe, deciding_part
-from flipscale.training.report import OWN_TASKS, duration, evaluation_flags
+from flipscale.training.report import OWN_TASKS, evaluation_flags
 from flipscale.training.run_summary import RunSummary
 
 REPORT = "report.html"

@@ -1,5 +1,6 @@
 """Log lines on stderr, and the one place that turns an error into a line and an exit code."""
 
+import errno
 import importlib.metadata
 import logging
 import os
@@ -123,7 +124,7 @@ def report_user_errors() -> Iterator[ErrorReport]:
     except SystemExit:
         raise
     except BaseException as error:
-        ending = _ending_of(error)
+        ending = _ending_of(error, report.run_dir)
         if isinstance(error, OSError) and is_unread(sys.stdout):
             ending = _Ending("", _BROKEN_PIPE, is_consequence=True)
         _leave(ending, error, report)
@@ -151,16 +152,29 @@ def _flushed_output() -> Iterator[None]:
     sys.stdout.flush()
 
 
-def _ending_of(error: BaseException) -> _Ending:
+def _ending_of(error: BaseException, run_dir: Path | None) -> _Ending:
     if isinstance(error, KeyboardInterrupt):
         with suppress(ValueError):  # not in the main thread
             signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends at once
         return _Ending("flipscale: error: interrupted", _INTERRUPTED)
     is_user_error = isinstance(error, UserError) or _is_model_s_refusal(error)
     if is_user_error or isinstance(error, (OSError, FloatingPointError)):
-        return _Ending(f"flipscale: error: {_one_line(str(error))}", 2 if is_user_error else 1)
+        words = _disk_words(error, run_dir) if isinstance(error, OSError) and run_dir is not None else str(error)
+        return _Ending(f"flipscale: error: {_one_line(words)}", 2 if is_user_error else 1)
     # torch raises such an error when another process is gone.
     return _Ending(f"flipscale: error: {_description(error)}", 1, is_consequence=True, is_expected=False)
+
+
+def _disk_words(error: OSError, run_dir: Path) -> str:
+    """Return the message of an error, with the fix if the run's disk is full or its directory is gone."""
+    if isinstance(error, FileNotFoundError) and not run_dir.exists():
+        return f"{run_dir} was removed or renamed while the run used it ({error}); put it back, and start the run again"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return (
+            f"the disk of {run_dir} is full ({error}); its checkpoints are whole: free some space and start the run "
+            "again"
+        )
+    return str(error)
 
 
 def _is_model_s_refusal(error: BaseException) -> bool:

@@ -1,22 +1,68 @@
 """The lines that a run logs: its first and last block, its intervals and its results."""
 
+import logging
 import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from flipscale.evaluation.results import Result
-    from flipscale.training.recipe import Recipe
-    from flipscale.training.schedule import Stage
-    from flipscale.training.start import Plan, Start
+from flipscale.engines.launch import precision_in_words
+from flipscale.evaluation.class_names import keep_class_names
+from flipscale.evaluation.reports.curves import read_curve
+from flipscale.evaluation.reports.figures import can_draw, draw_run
+from flipscale.evaluation.results import CHANGES, Result, latest, read_results, with_changes
+from flipscale.io.text_table import duration
+from flipscale.training.plan import Plan
+from flipscale.training.recipe import Recipe
+from flipscale.training.run_directory import device_name, mark_done, write_run_files
+from flipscale.training.schedule import Stage
+from flipscale.training.start import Start
+
+_log = logging.getLogger(__name__)
 
 # Tasks of models that do not compare images with texts, by loss.kind.
 OWN_TASKS = {"classify": "classification", "captioning": "captioning", "answer": "vqa"}
 
 
+def begin_run(recipe: Recipe, plan: Plan, start: Start, engine: str) -> str:
+    """Write the first files of a run, and return a description of the run. The main process calls this.
+
+    Args:
+        engine: name of the engine.
+    """
+    num_processes, num_pairs = start.accelerator.num_processes, len(plan.source)
+    num_parameters = write_run_files(recipe, engine, num_processes, start.state, num_pairs, start.set_aside)
+    if plan.class_names:
+        keep_class_names(Path(recipe.output_dir), plan.class_names)
+    return first_block(recipe, plan, start, engine, num_parameters, device_name(), precision_in_words(os.environ))
+
+
+def end_run(recipe: Recipe, num_steps: int, trained_seconds: float) -> str:
+    """Draw the figures of a run whose model is exported, mark the run as done, and return where its results are. The
+    main process calls this."""
+    run_dir = Path(recipe.output_dir)
+    figures = draw_figures(run_dir)
+    mark_done(run_dir)
+    return last_block(recipe, num_steps, trained_seconds, list(figures), latest(read_results(run_dir)))
+
+
+def draw_figures(run_dir: Path) -> dict[str, str]:
+    """Draw the figures of a run into `figures/`, and return their captions by name; empty without matplotlib.
+
+    A run does not end for its figures: an error of matplotlib is logged.
+    """
+    if not can_draw():
+        return {}
+    try:
+        return draw_run(read_curve(run_dir), run_dir / "figures")
+    except (ValueError, KeyError, TypeError, RuntimeError, OSError, MemoryError) as error:
+        _log.warning("the figures could not be drawn (%s: %s); the run goes on", type(error).__name__, error)
+        return {}
+
+
 def first_block(
-    recipe: "Recipe", plan: "Plan", start: "Start", engine: str, num_parameters: int, device: str, precision: str
+    recipe: Recipe, plan: Plan, start: Start, engine: str, num_parameters: int, device: str, precision: str
 ) -> str:
     """Return the model, data, length and hardware of a run in a few lines.
 
@@ -28,8 +74,8 @@ def first_block(
     """
     batch, run_dir = recipe.data.global_batch_size, recipe.output_dir
     processes, side = start.accelerator.num_processes, recipe.model_config().vision_config.image_size
-    is_timed, last = recipe.budget_minutes is not None, plan.stages[-1].last
-    stages = ", ".join(_stage_words(stage, is_timed) for stage in plan.stages)
+    is_timed, last = recipe.budget_minutes is not None, plan.schedule.stages[-1].last
+    stages = ", ".join(_stage_words(stage, is_timed) for stage in plan.schedule.stages)
     times = last * batch / len(plan.source)
     seen = "" if is_timed else f", each seen {f'{times:,.0f}' if times >= 10 else f'{times:.2g}'} times"
     size = f"{num_parameters / 1e6:,.1f} M" if num_parameters >= 1e5 else f"{num_parameters:,}"
@@ -51,7 +97,7 @@ def first_block(
     return _block(head, rows)
 
 
-def last_block(recipe: "Recipe", step: int, seconds: float, figures: Sequence[str], results: Sequence["Result"]) -> str:
+def last_block(recipe: Recipe, step: int, seconds: float, figures: Sequence[str], results: Sequence[Result]) -> str:
     """Return where a finished run's results are, what they changed, and the commands to go on with.
 
     Args:
@@ -60,8 +106,6 @@ def last_block(recipe: "Recipe", step: int, seconds: float, figures: Sequence[st
         figures: names of the drawn figures.
         results: last result of each task.
     """
-    from flipscale.evaluation.results import CHANGES, with_changes
-
     run_dir = Path(recipe.output_dir)
     model, own = run_dir / "model", OWN_TASKS.get(recipe.loss.kind)
     data = next((task.data for task in recipe.eval.planned() if task.kind == (own or "zero_shot")), "TEST_SET")
@@ -108,21 +152,10 @@ def interval_line(place: str, record: Mapping[str, Any], seconds_left: float | N
     return ", ".join(parts if seconds_left is None else [*parts, f"{duration(seconds_left)} left"])
 
 
-def results_line(step: int, results: Sequence["Result"]) -> str:
+def results_line(step: int, results: Sequence[Result]) -> str:
     """Return the headline results of evaluations with their 95 % intervals."""
     shown = [result for result in results if result.headline] or results
     return f"step {step:,}: " + ", ".join(f"{one.task} {one.shown} {one.estimate_text}" for one in shown)
-
-
-def duration(seconds: float) -> str:
-    """Return a time span in its two largest units: `3 d 4 h`, `12 min 5 s`, `8 s`; `0 s` for a negative one."""
-    left = max(round(seconds), 0)
-    parts: list[str] = []
-    for unit, length in (("d", 86400), ("h", 3600), ("min", 60), ("s", 1)):
-        count, left = divmod(left, length)
-        if count or parts:
-            parts.append(f"{count} {unit}")
-    return " ".join(parts[:2]) or "0 s"
 
 
 def _block(head: str, rows: Sequence[tuple[str, str]]) -> str:
@@ -130,7 +163,7 @@ def _block(head: str, rows: Sequence[tuple[str, str]]) -> str:
     return "\n".join([head, *(f"  {name:<{width}}  {value}" for name, value in rows)])
 
 
-def _stage_words(stage: "Stage", is_timed: bool) -> str:
+def _stage_words(stage: Stage, is_timed: bool) -> str:
     seen = f"at {stage.mask_ratio:.0%} masked" if stage.mask_ratio else "unmasked"
     if stage.image_size is not None:
         seen += f" of {stage.image_size} x {stage.image_size} pixels"
@@ -139,7 +172,7 @@ def _stage_words(stage: "Stage", is_timed: bool) -> str:
     return words if stage.name in words.split() else f"{words} ({stage.name})"
 
 
-def _evaluation_words(plan: "Plan", every_share: float) -> str:
+def _evaluation_words(plan: Plan, every_share: float) -> str:
     if not plan.tasks:
         return "none; `eval` of the recipe names test sets"
     by_interval: dict[str, list[str]] = {}

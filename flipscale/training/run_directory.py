@@ -5,8 +5,8 @@ DONE, report.html, run.lock while a run has it, and where there is cause results
 slow_steps.jsonl, stacks/, profile/, bad_samples.jsonl, push.log, tracker_run_id and Slurm's slurm/
 """
 
-import errno
 import json
+import logging
 import os
 import platform
 import re
@@ -16,8 +16,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -37,6 +36,8 @@ from flipscale.io.yaml_text import read_saved_recipe
 from flipscale.training.cost import last_sign
 from flipscale.training.preemption import STOP_FILE
 from flipscale.training.recipe import Recipe, conflicts, to_yaml
+
+_log = logging.getLogger(__name__)
 
 _LAUNCHERS = ("torchrun", "accelerate", "torch.distributed.run", "accelerate.commands.launch")
 
@@ -89,30 +90,6 @@ def _refuse_another(run_dir: Path, changed: Sequence[str]) -> None:
         )
 
 
-@contextmanager
-def told_of_the_disk(run_dir: Path) -> Iterator[None]:
-    """Turn the error of a full disk into a sentence that says what to do, whichever of the run's files met it, and that
-    of a run directory that is gone.
-
-    Raises:
-        OSError: the disk is full, or the quota used up, or the run directory is gone.
-    """
-    try:
-        yield
-    except OSError as error:
-        if isinstance(error, FileNotFoundError) and not run_dir.exists():
-            raise OSError(
-                f"{run_dir} is not there any more: somebody has removed or renamed it while the run used it ({error}); "
-                "put it back, and start the run again"
-            ) from error
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise OSError(
-            f"the disk of {run_dir} is full ({error}); its checkpoints are whole: free some space and start the run "
-            "again"
-        ) from error
-
-
 def check_room(run_dir: Path, optim: OptimRecipe, num_parameters: int) -> None:
     """Raise if the disk of a run directory has no room for one checkpoint.
 
@@ -151,7 +128,7 @@ def mark_done(run_dir: Path) -> None:
     sync(run_dir)
 
 
-def is_done(recipe: Recipe) -> bool:
+def is_done(recipe: Recipe, checkpoint: Path | None) -> bool:
     """Return whether the recipe's run is finished already, whatever of its checkpoints and its model is still there.
 
     It is not if the recipe has had stages added since: the run goes on with them.
@@ -160,17 +137,16 @@ def is_done(recipe: Recipe) -> bool:
         ValueError: the directory holds a run of another recipe, or no checkpoint to add stages to.
     """
     run_dir = Path(recipe.output_dir)
-    checkpoint = open_run_directory(recipe)
     if not (run_dir / "recipe.yaml").exists() or not (run_dir / "DONE").exists():
         return False
     # A checkpoint's own copy first: the run's may be the very file that the stages were added to.
     finished = run_dir / "recipe.yaml" if checkpoint is None else checkpoint / "recipe.yaml"
     try:
         saved = read_saved_recipe(finished)
-    except (ValueError, OSError):  # damaged, which a run that is done need not mind
-        return True
+    except (ValueError, OSError):  # damaged, and a finished run does not need it
+        return _log_done(run_dir, checkpoint)
     if len(recipe.stages) <= len(saved.get("stages") or []):
-        return True
+        return _log_done(run_dir, checkpoint)
     if checkpoint is None:
         raise UserError(
             f"{run_dir} is done and keeps no checkpoint for another stage to go on from; train that as a run of its "
@@ -178,6 +154,15 @@ def is_done(recipe: Recipe) -> bool:
         )
     _refuse_another(run_dir, conflicts(recipe, saved))
     return False
+
+
+def _log_done(run_dir: Path, checkpoint: Path | None) -> bool:
+    missing = "" if (run_dir / "model").exists() else ", but its model is gone"
+    if missing and checkpoint is not None:
+        missing += f": `flipscale export {run_dir}` writes it again"
+    fix = "remove it, or choose another output_dir, to train again, or add a stage to train on"
+    _log.info("%s is done%s; %s", run_dir, missing, fix)
+    return True
 
 
 def write_run_files(

@@ -1,10 +1,14 @@
-"""Stages: the mask and the learning rate of every step, as pure functions of its position in the run: the step's number
-or, in a run with a time budget, the share of the budget that is used."""
+"""The stage and the learning rate of every step, as functions of its position in the run.
+
+The position is the step's number or, in a run with a time budget, the used share of the budget.
+"""
 
 import itertools
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from flipscale.io.errors import UserError
 from flipscale.io.options import (
@@ -53,18 +57,17 @@ class StageRecipe:
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage in positions: numbers of steps or, in a run with a time budget, shares of the budget.
+    """A stage in positions: step numbers or, in a run with a time budget, used shares of the budget.
 
     Args:
-        name: the recipe's name of it.
+        name: name in the recipe.
         mask_ratio: fraction of the patches removed.
-        first, last: it has the positions [first, last) of the run.
-        schedule_first, schedule_last: its learning-rate schedule, which several stages may share, has the positions
-            [schedule_first, schedule_last).
-        warmup: the length of the linear warm-up at the start of the schedule.
-        peak_lr: the learning rate after the warm-up, of the whole batch.
+        first, last: range of positions [first, last) of the stage.
+        schedule_first, schedule_last: range of positions of its learning-rate schedule, which stages may share.
+        warmup: length of the linear warm-up at the start of the schedule.
+        peak_lr: learning rate of the whole batch after the warm-up.
         text_mask_ratio: fraction of the caption's tokens removed.
-        image_size: in pixels, None for the model's own.
+        image_size: side of the images in pixels; None for the model's own.
     """
 
     name: str
@@ -78,14 +81,6 @@ class Stage:
     text_mask_ratio: float = 0.0
     image_size: int | None = None
 
-    def starts_afresh(self, before: float, position: float) -> bool:
-        """Return whether the optimisers have no moments at `position`, the first of its schedule.
-
-        Args:
-            before: the position of the step before.
-        """
-        return before < self.schedule_first <= position
-
     def learning_rate(self, position: float) -> float:
         """Return the learning rate at a position: linear from 0 over the warm-up, then a cosine to 0."""
         position -= self.schedule_first
@@ -95,20 +90,154 @@ class Stage:
         return self.peak_lr * 0.5 * (1.0 + math.cos(math.pi * (position - self.warmup) / length))
 
 
+@dataclass(frozen=True)
+class Step:
+    """A step of the run, or the point after its last step.
+
+    Args:
+        number: step index, from 0; also the number of steps taken before it.
+        position: position in the schedule.
+        before: position of the step before.
+        stage: stage of the position; the last stage after the last step.
+        is_over: whether the run ended before this step.
+    """
+
+    number: int
+    position: float
+    before: float
+    stage: Stage
+    is_over: bool = False
+
+    @property
+    def learning_rate(self) -> float:
+        """Learning rate of the step."""
+        return self.stage.learning_rate(self.position)
+
+    @property
+    def starts_afresh(self) -> bool:
+        """Whether a schedule begins, at which the optimisers drop their moments."""
+        return not self.is_over and self.before < self.stage.schedule_first <= self.position
+
+
+class Pace(NamedTuple):
+    """Use of the time budget, by the main process's clock.
+
+    Args:
+        step: index of the step in which the processes agreed on it.
+        share: share of the budget used after that step.
+        step_share: share of the budget that a step takes.
+    """
+
+    step: int
+    share: float
+    step_share: float
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Stages of the whole run, and its time budget if it has one.
+
+    With a budget, a step's position is the share of the budget used in the middle of the step. Evaluations and saves
+    use none. The main process's clock counts; all processes learn it with the loss, a step or two later. They compute
+    the position from the last known share and the steps since then, so all get the same one. It never goes back.
+    """
+
+    stages: tuple[Stage, ...]
+    budget_seconds: float | None = None
+
+    def step(self, number: int, position: float, before: float) -> Step:
+        """Return a step of the schedule."""
+        return Step(number, position, before, stage_of(self.stages, position), position >= self.stages[-1].last)
+
+    def first(self, state: Mapping[str, Any]) -> Step:
+        """Return the first step after a checkpoint with this state; empty for a fresh start."""
+        number = state.get("step", 0)
+        if self.budget_seconds is None:
+            return self.step(number, number, number - 1)
+        return self.step(number, state.get("budget_used", 0.0), state.get("budget_before", -1.0))
+
+    def first_pace(self, state: Mapping[str, Any]) -> Pace | None:
+        """Return the pace before the first step; None without a budget."""
+        if self.budget_seconds is None:
+            return None
+        return Pace(state.get("step", 0) - 1, state.get("trained_seconds", 0.0) / self.budget_seconds, 0.0)
+
+    def after(self, step: Step, pace: Pace | None) -> Step:
+        """Return the next step.
+
+        Args:
+            pace: last agreed pace; None without a budget.
+        """
+        number = step.number + 1
+        if pace is None:
+            return self.step(number, number, step.position)
+        position = pace.share + (number - pace.step - 0.5) * pace.step_share
+        return self.step(number, max(step.position, position), step.position)
+
+    def state(self, step: Step) -> dict[str, float]:
+        """Return the schedule's part of the state of a checkpoint before a step."""
+        return {} if self.budget_seconds is None else {"budget_before": step.before, "budget_used": step.position}
+
+    def end_of(self, stage: Stage) -> int:
+        """Return the number of steps at the end of a stage; with a budget, more than any run has."""
+        return int(stage.last) if self.budget_seconds is None else sys.maxsize
+
+    @property
+    def total_steps(self) -> int | None:
+        """Number of steps of the run; None with a budget."""
+        return int(self.stages[-1].last) if self.budget_seconds is None else None
+
+    def seconds_left(self, number: int, position: float, step_seconds: float, pair_flops: Mapping[str, int]) -> float:
+        """Return the time to the end of the run, by the operations of a pair in each stage.
+
+        Args:
+            number: number of steps taken.
+            position: newest known position.
+            step_seconds: duration of the last step.
+            pair_flops: operations of a pair in each stage, by the stage's name.
+        """
+        if self.budget_seconds is not None:
+            return max(1.0 - position, 0.0) * self.budget_seconds
+        measured = pair_flops[stage_of(self.stages, number - 1).name]
+        left = ((stage.name, stage.last - max(stage.first, number)) for stage in self.stages)
+        return sum(step_seconds * pair_flops[name] / measured * steps for name, steps in left if steps > 0)
+
+    def words(self, number: int, position: float) -> str:
+        """Return how far the run is after `number` steps at a position, such as `step 5 of 20 (25.0%)`."""
+        if self.budget_seconds is not None:
+            return f"step {number:,} ({min(position, 1.0):.1%} of {self.budget_seconds / 60:g} min)"
+        total = int(self.stages[-1].last)
+        return f"step {number:,} of {total:,} ({number / total:.1%})"
+
+
+class Clock:
+    """The next step of a run; the loop advances it."""
+
+    def __init__(self, schedule: Schedule, state: Mapping[str, Any]):
+        """Start after a checkpoint with this state; empty for a fresh start."""
+        self.schedule = schedule
+        self.step = schedule.first(state)
+
+    def advance(self, pace: Pace | None) -> Step:
+        """Move to the next step, and return it."""
+        self.step = self.schedule.after(self.step, pace)
+        return self.step
+
+
 def stage_of(stages: Sequence[Stage], position: float) -> Stage:
-    """Return the stage that a position is in, the last one at the end of the run."""
+    """Return the stage of a position, the last stage at the end of the run."""
     return next((stage for stage in stages if position < stage.last), stages[-1])
 
 
-def is_due(step: int, step_samples: int, every_samples: int) -> bool:
-    """Return whether the last of `step` steps of `step_samples` reached a multiple of `every_samples`; never for 0."""
-    samples = step * step_samples
+def is_due(num_steps: int, step_samples: int, every_samples: int) -> bool:
+    """Return whether the last of `num_steps` steps reached a multiple of `every_samples`; never for 0."""
+    samples = num_steps * step_samples
     return every_samples > 0 and samples // every_samples > (samples - step_samples) // every_samples
 
 
 def has_passed(before: float, position: float, every_share: float) -> bool:
-    """Return whether a multiple of a share of the budget lies between two positions; never for 0."""
-    return every_share > 0 and math.floor(position / every_share) > math.floor(before / every_share)
+    """Return whether a multiple of a share lies between two positions; never for 0."""
+    return every_share > 0 and math.floor(position / every_share) > math.floor(max(before, 0.0) / every_share)
 
 
 def check_image_sizes(sizes: Mapping[str, int | None], patch_size: int) -> None:

@@ -1,121 +1,48 @@
-"""The start of a run: what each process checks and opens, and what all processes then agree on."""
+"""The start of a run's processes, which agree on the data and on the checkpoint to resume from."""
 
 from __future__ import annotations
 
-import logging
+import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
-from flipscale.data.faults import Fault
-from flipscale.data.feeding import enduring_batches, on_device
-from flipscale.data.labelled.recipe import AugmentRecipe
-from flipscale.data.loader import StepSampler, check_shared_memory, prepare_workers
-from flipscale.data.packed import PackedBatch
-from flipscale.data.pairs import InputShape, PairDataset
-from flipscale.data.sources.opening import open_source
+from flipscale.data.loader import prepare_workers
 from flipscale.data.sources.source import Source, shard_sizes_digest
-from flipscale.data.tokenizers import check_begin_and_end, check_tokenizer, load_tokenizer
-from flipscale.engines.checkpoint_integrity import Contents, newest_whole
-from flipscale.engines.launch import place_in_world
-from flipscale.engines.start import start_accelerator
-from flipscale.evaluation.class_names import refuse_other_class_names, training_class_names
-from flipscale.evaluation.embedding import parts_of
-from flipscale.evaluation.kinds.task import Task
-from flipscale.evaluation.rehearsal import rehearse
-from flipscale.evaluation.test_set import read_class_names
+from flipscale.engines.checkpoint import CheckpointReader
+from flipscale.engines.checkpoint_integrity import Contents, begin_reading, newest_whole
+from flipscale.engines.device import best_attention
+from flipscale.engines.launch import launch_of
+from flipscale.engines.start import build_engine, start_accelerator
 from flipscale.io.digests import Comparison, Damage
 from flipscale.io.errors import UserError
-from flipscale.io.files import check_writable
 from flipscale.io.lock import FolderLock
-from flipscale.training.budget.progress import Progress, TimedProgress
+from flipscale.training.plan import Plan, check
 from flipscale.training.recipe import Recipe, conflicts
-from flipscale.training.run_directory import lock_run_directory
-from flipscale.training.schedule import Stage, plan_stages
-from flipscale.training.step import raise_if_dropout
+from flipscale.training.run_directory import is_done, lock_run_directory, open_run_directory
+from flipscale.training.watch import HangWatch
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from flipscale.objectives.objective import Objective
-
-_log = logging.getLogger(__name__)
-
-
-class StepBatch(NamedTuple):
-    """One process's part of the batch of a step.
-
-    Args:
-        stage: of the step.
-        micro_batches: on the device, all of one size, with the stage's `image_size` if it has one. Clearing the list
-            frees the batch: nothing else holds it.
-        faults: the samples that could not be used, each of which was replaced.
-    """
-
-    stage: Stage
-    micro_batches: list[PackedBatch]
-    faults: list[Fault]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a recipe asks for, checked and opened.
-
-    Args:
-        stages: of the whole run.
-        source: of the pairs.
-        tokenizer: of the captions; None for an objective without text.
-        datasets: the pairs as each stage sees them.
-        tasks: the evaluations.
-        objective: what is learned.
-        class_names: of a classifier.
-    """
-
-    stages: list[Stage]
-    source: Source
-    tokenizer: PreTrainedTokenizerBase | None
-    datasets: Mapping[Stage, PairDataset]
-    tasks: list[Task]
-    objective: Objective
-    class_names: Sequence[str] = ()
-
-    def batches(self, progress: Progress, accelerator: Accelerator) -> Iterator[StepBatch]:
-        """Yield this process's batches to the end of the run, which moves on by `progress.advance`.
-
-        Raises:
-            ValueError: the data cannot be used.
-            OSError: a shard cannot be read, or workers keep dying.
-        """
-        rank, world_size, device = accelerator.process_index, accelerator.num_processes, accelerator.device
-        pin_memory = device.type == "cuda"
-        while not progress.is_over:
-            stage, first, last = progress.stage, progress.step, progress.last_step
-            batches = enduring_batches(self.datasets[stage], first, last, rank, world_size, pin_memory)
-            with closing(on_device(batches, device)) as ready:
-                for micro_batches in ready:
-                    for one in micro_batches:
-                        one.with_images_of(stage.image_size)
-                    yield StepBatch(stage, micro_batches, [fault for one in micro_batches for fault in one.faults])
-                    # What the clock ends has batches ahead, which are not used.
-                    if progress.is_over or progress.stage is not stage:
-                        break
+    from flipscale.engines.engine import Engine
+    from flipscale.model import FlipPreTrainedModel
 
 
 @dataclass(frozen=True)
 class Start:
-    """Where a start of a run begins.
+    """The point at which a start of a run begins.
 
     Args:
-        accelerator: the processes.
-        checkpoint: the one that the run goes on from, None for a fresh start.
-        state: of that checkpoint.
-        set_aside: the names of newer ones that were not whole.
-        lock: of the run directory; the main process has it.
+        accelerator: accelerate's view of the processes.
+        checkpoint: path of the checkpoint to resume from; None for a fresh start.
+        state: state of that checkpoint.
+        set_aside: names of newer checkpoints that were damaged.
+        lock: lock of the run directory; None except on the main process.
     """
 
     accelerator: Accelerator
@@ -126,25 +53,19 @@ class Start:
 
     @property
     def step(self) -> int:
-        """How many steps are done."""
+        """Number of steps taken."""
         return self.state.get("step", 0)
-
-    def progress(self, recipe: Recipe, stages: Sequence[Stage]) -> Progress:
-        """Return where the run is in its schedule."""
-        if recipe.budget_minutes is None:
-            return Progress(stages, self.step)
-        return TimedProgress(stages, self.step, 60.0 * recipe.budget_minutes, self.state)
 
     @property
     def trained_seconds(self) -> float:
-        """How long they took, in all starts so far."""
+        """Training time of all starts so far."""
         return self.state.get("trained_seconds", 0.0)
 
     def check_lock(self, at_once: bool = False) -> None:
         """Raise if another run has taken the run directory, see `FolderLock.check`.
 
         Raises:
-            OSError: it has; this process must write nothing more.
+            OSError: it has; this process must not write any more.
         """
         if self.lock is not None:
             self.lock.check(at_once)
@@ -155,196 +76,124 @@ class Start:
             self.lock.release()
 
 
-def check_output_dir(name: str) -> None:
-    """Raise unless a run directory can be written, before anything is done there.
-
-    Raises:
-        ValueError: it cannot.
-    """
-    check_writable(name, "output_dir")
-
-
-def check(recipe: Recipe) -> Plan:
-    """Check a recipe and open its data, in each process for itself.
-
-    Raises:
-        ValueError: the recipe cannot be run as it stands.
-        OSError: shared memory is full.
-    """
-    objective, config = recipe.objective(), recipe.model_config()
-    if recipe.model.frozen:
-        from flipscale.engines.first_weights import freeze, model_without_storage  # seconds to import, with the models
-
-        freeze(model_without_storage(config, objective.model_class), recipe.model.frozen)
-    stages = plan_stages(recipe.stages, recipe.data.global_batch_size, recipe.budget_minutes)
-    check_shares(recipe)
-    check_trackers(recipe.log.report_to)
-    tasks = recipe.eval.planned()
-    for task in tasks:
-        task.check()
-    if recipe.data.micro_batch_size is not None and objective.is_coupled:
-        raise_if_dropout(config)
-    rank, world_size = place_in_world()
-    # Says whether the processes and micro-batches divide the batch, before anything is written.
-    sampler = StepSampler(0, 0, recipe.data.global_batch_size, rank, world_size, recipe.data.micro_batch_size)
-    check_augment(recipe, objective, sampler.micro_batch_size)
-    source = open_source(recipe.data)
-    class_names = check_task_kinds(recipe, objective, tasks)
-    tokenizer = None
-    if objective.takes_text:
-        tokenizer = load_tokenizer(recipe.data.tokenizer, config.caption_config.max_position_embeddings)
-        check_tokenizer(tokenizer, config.caption_config)
-        if config.decoder_config is not None:
-            check_begin_and_end(tokenizer, config.decoder_config)
-    if 0 < len(source) < recipe.data.global_batch_size and rank == 0 and objective.is_coupled:
-        _log.warning(
-            "data.global_batch_size is %d and there are %d pairs: every batch has some of them several times, which "
-            "the loss takes for unlike; use a smaller batch",
-            *(recipe.data.global_batch_size, len(source)),
-        )
-    check_shared_memory(recipe.data.num_workers)
-    shape = InputShape.of(config)
-    datasets = {
-        stage: objective.dataset(
-            source, tokenizer, recipe.data, shape.at(stage.image_size), recipe.seed, stage.mask_ratio, recipe.mask,
-            stage.text_mask_ratio, drop_path_rate=recipe.model.drop_path_rate,
-        )
-        for stage in stages
-    }  # fmt: skip
-    rehearse(tasks, shape.image_size, rank, world_size)
-    return Plan(stages, source, tokenizer, datasets, tasks, objective, class_names)
-
-
-def check_trackers(names: Sequence[str]) -> None:
-    """Raise unless all trackers are known and installed.
-
-    Raises:
-        ValueError: one is not.
-    """
-    if not names:
-        return
-    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-
-    installed = [str(one) for one in get_available_trackers()]
-    for name in names:
-        if name not in LOGGER_TYPE_TO_CLASS:
-            known = ", ".join(LOGGER_TYPE_TO_CLASS)
-            raise UserError(f"log.report_to names {name!r}; there are {known}")
-        if name not in installed:
-            raise UserError(
-                f"log.report_to names {name!r}, which is not installed; pip install {name}, or leave it out"
-            )
-
-
-def check_augment(recipe: Recipe, objective: Objective, micro_batch_size: int) -> None:
-    """Raise unless what varies images can be done: of labelled ones, in couples of the same process.
-
-    Raises:
-        ValueError: it cannot.
-    """
-    augment = recipe.data.augment
-    if augment != AugmentRecipe() and "labels" not in objective.columns:
-        name = next(field for field, value in vars(augment).items() if value)
-        raise UserError(
-            f"data.augment.{name} is {getattr(augment, name)!r}, which is for images with class numbers, and loss.kind "
-            f"is {recipe.loss.kind!r}; leave it out, or use loss.kind classify"
-        )
-    if augment.mixes and micro_batch_size % 2:
-        raise UserError(
-            f"data.augment mixes images in couples, and a process takes {micro_batch_size} at a time; use an even "
-            "number of them"
-        )
-
-
-def check_task_kinds(recipe: Recipe, objective: Objective, tasks: Sequence[Task]) -> list[str]:
-    """Return the names of the classes that a head is trained for, none without one.
-
-    Raises:
-        ValueError: an evaluation needs what the model does not have, the classes have no names or not as many as the
-            head is for, or an evaluation or the run so far has other ones.
-        OSError: a file of names cannot be fetched.
-    """
-    from flipscale.objectives.classify import Classify  # with the models, which take seconds to import
-
-    classifier = objective if isinstance(objective, Classify) else None
-    gives = ("features", "head") if classifier is not None else parts_of(recipe.model_config())
-    for task in tasks:
-        task.check_model(gives, f"the model of loss.kind {recipe.loss.kind!r}")
-    if objective.num_labels is None:
-        return []
-    names = training_class_names(recipe.data, objective.num_labels)
-    for task in tasks:
-        if task.needs in ("head", "answers") and read_class_names(task.data) != names:
-            raise UserError(f"{task.data} has other class names, or in another order, than the training shards")
-    refuse_other_class_names(Path(recipe.output_dir), names)
-    return names
-
-
-def check_shares(recipe: Recipe) -> None:
-    """Raise unless intervals that are shares of a time budget have one, and stand alone.
-
-    Raises:
-        ValueError: they do not.
-    """
-    for name, section in (("log", recipe.log), ("eval", recipe.eval)):
-        if section.every_share and recipe.budget_minutes is None:
-            raise UserError(
-                f"{name}.every_share is {section.every_share:g} of budget_minutes, which is not set; set that, or use "
-                f"{name}.every_samples"
-            )
-    if recipe.eval.every_share and recipe.eval.every_samples:
-        raise UserError(
-            f"eval.every_share is {recipe.eval.every_share:g} and eval.every_samples is {recipe.eval.every_samples}; "
-            "leave one of them out"
-        )
-
-
-def join(recipe: Recipe, plan: Plan, ahead: Comparison | None) -> Start:
-    """Collective. Start the processes and have them agree on the data and on the checkpoint to go on from, the newest
-    that is whole.
+class Prepared(NamedTuple):
+    """A run that each process has checked by itself.
 
     Args:
-        ahead: what `begin_reading` began.
+        plan: the checked recipe.
+        resumes: whether there is a checkpoint.
+        digests: running comparison of that checkpoint's digests; None without a checkpoint.
+    """
+
+    plan: Plan
+    resumes: bool
+    digests: Comparison | None
+
+
+def prepare(recipe: Recipe) -> Prepared | None:
+    """Check a run before its processes wait for each other; None if the run is done.
 
     Raises:
-        ValueError: the processes are not those that were launched, their data differs, among them or from that of the
-            checkpoint, there are checkpoints and none is whole, or another run has the run directory.
+        UserError: the recipe cannot be run as it stands, or not in this run directory.
+        OSError: shared memory is full, or a file cannot be fetched.
+    """
+    checkpoint = open_run_directory(recipe)
+    if is_done(recipe, checkpoint):
+        return None
+    digests = begin_reading(checkpoint)
+    return Prepared(check(recipe), checkpoint is not None, digests)
+
+
+def join(recipe: Recipe, plan: Plan, digests: Comparison | None) -> Start:
+    """Collective. Start the processes; agree on the data and on the newest undamaged checkpoint.
+
+    Args:
+        digests: running comparison of the checkpoint's digests, see `Prepared`.
+
+    Raises:
+        UserError: processes are missing, their data differs from each other's or the checkpoint's, all checkpoints are
+            damaged, or another run has the run directory.
         OSError: a checkpoint cannot be read, or the run directory is not writable.
     """
     prepare_workers()
+    run_dir = Path(recipe.output_dir)
+    with watched(recipe, int(os.environ.get("RANK", "0")), "the start of the processes"):
+        return _join(recipe, plan, digests, run_dir)
+
+
+def _join(recipe: Recipe, plan: Plan, digests: Comparison | None, run_dir: Path) -> Start:
     accelerator = start_accelerator(recipe.log.report_to, recipe.output_dir)
     agree_on_data(accelerator, plan.source)
-    lock = take_run_directory(accelerator, Path(recipe.output_dir))
-    chosen = newest_whole(
-        accelerator, Path(recipe.output_dir), lambda contents: check_same_run(recipe, plan.stages, contents), ahead
-    )
+    lock = take_run_directory(accelerator, run_dir)
+    chosen = newest_whole(accelerator, run_dir, lambda contents: check_same_run(recipe, plan, contents), digests)
     if chosen is None:
         return Start(accelerator, None, {}, lock=lock)
     check_same_data(chosen.checkpoint, chosen.state, plan.source)
     return Start(accelerator, *chosen, lock=lock)
 
 
-def check_same_run(recipe: Recipe, stages: Sequence[Stage], contents: Contents) -> None:
-    """Raise unless a checkpoint is of a run of this recipe.
+def resume(recipe: Recipe, plan: Plan, start: Start) -> Engine:
+    """Collective. Build the engine, with the checkpoint's weights or new ones, ready to train."""
+    # Imported here, because transformers' models take seconds, and a wrong recipe is refused without them.
+    from flipscale.engines.first_weights import compile_blocks, freeze, initial_weights, no_weights
+
+    config, model_class = recipe.model_config(), plan.objective.model_class
+    reader = None if start.checkpoint is None else CheckpointReader(start.checkpoint)
+    fill = no_weights if reader else initial_weights(recipe.model.init_from, config, recipe.seed, model_class)
+
+    def configure(model: FlipPreTrainedModel) -> None:
+        freeze(model, recipe.model.frozen)
+        model.set_attn_implementation(best_attention(start.accelerator.device))
+        if recipe.model.gradient_checkpointing:
+            model.gradient_checkpointing_enable()
+        if recipe.model.compile:
+            compile_blocks(model)
+
+    with watched(recipe, start.accelerator.process_index, "the building of the model"):
+        engine = build_engine(start.accelerator, launch_of(os.environ), recipe.optim, plan.batch_size)
+        # 1. Build the model block by block. Each block moves to its device, or is sharded, as soon as it has weights.
+        engine.build(config, configure, fill, model_class)
+        # 2. Load the checkpoint's weights before the model is wrapped, because a wrapper may copy them.
+        if reader:
+            engine.load_weights(reader)
+        # 3. Wrap the model, and make its optimisers without moments.
+        engine.prepare()
+        # 4. Load the moments, unless the optimisers start afresh at this step.
+        if reader and not plan.schedule.first(start.state).starts_afresh:
+            engine.load_moments(reader, start.state["optimizer_steps"])
+        # 5. Start the averages: the checkpoint's, or the current weights.
+        engine.start_averages(reader)
+    return engine
+
+
+@contextmanager
+def watched(recipe: Recipe, rank: int, doing: str) -> Iterator[None]:
+    """End the run if a `with` block shows no sign of life for `log.hang_seconds`."""
+    with HangWatch(Path(recipe.output_dir), recipe.log.hang_seconds, rank) as watch, watch.doing(doing):
+        yield
+
+
+def check_same_run(recipe: Recipe, plan: Plan, contents: Contents) -> None:
+    """Raise unless a checkpoint belongs to a run of this recipe.
 
     Raises:
-        Damage: it is not.
+        Damage: it does not.
     """
     changed = conflicts(recipe, dict(contents.recipe))
     if changed:
         raise Damage(f"it is of a run of another recipe: {'; '.join(changed)}")
-    step, samples, last = contents.state["step"], contents.state["samples_seen"], stages[-1].last
-    if recipe.budget_minutes is None and step > last:
-        raise Damage(f"it is of step {step}, and the recipe has {last}")
-    if samples != step * recipe.data.global_batch_size:
-        raise Damage(f"state.json has {samples} samples_seen in {step} steps of {recipe.data.global_batch_size}")
+    step, samples, total = contents.state["step"], contents.state["samples_seen"], plan.schedule.total_steps
+    if total is not None and step > total:
+        raise Damage(f"it is of step {step}, and the recipe has {total}")
+    if samples != step * plan.batch_size:
+        raise Damage(f"state.json has {samples} samples_seen in {step} steps of {plan.batch_size}")
 
 
 def take_run_directory(accelerator: Accelerator, run_dir: Path) -> FolderLock | None:
-    """Collective. Have the main process lock the run directory, and return the lock there.
+    """Collective. Lock the run directory on the main process, and return the lock there.
 
     Raises:
-        ValueError: another run has the directory.
+        UserError: another run has the directory.
         OSError: it is not writable.
     """
     from accelerate.utils import broadcast_object_list
@@ -363,26 +212,26 @@ def take_run_directory(accelerator: Accelerator, run_dir: Path) -> FolderLock | 
 
 
 def agree_on_data(accelerator: Accelerator, source: Source) -> None:
-    """Collective. Raise unless all processes found the same numbers of samples in the same shards.
+    """Collective. Raise unless all processes found the same shards with the same numbers of samples.
 
     Raises:
-        ValueError: a copy on some node is older or cut, so that the order of samples would differ from there on.
+        UserError: a node's copy is older or incomplete, so its order of samples would differ.
     """
     mine = torch.tensor([shard_sizes_digest(source)], device=accelerator.device)
-    everyone = accelerator.gather(mine).tolist()
-    others = [rank for rank, theirs in enumerate(everyone) if theirs != everyone[0]]
+    digests = accelerator.gather(mine).tolist()
+    others = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
     if others:
         raise UserError(
-            f"processes {', '.join(map(str, others))} of {len(everyone)} found other numbers of samples in the shards "
+            f"processes {', '.join(map(str, others))} of {len(digests)} found other numbers of samples in the shards "
             "than process 0, so that they would read them in another order; make the nodes' copies the same"
         )
 
 
 def check_same_data(checkpoint: Path, state: Mapping[str, Any], source: Source) -> None:
-    """Raise unless the checkpoint of this `state` was trained on the data of `source`.
+    """Raise unless a checkpoint was trained on this data.
 
     Raises:
-        ValueError: the number of samples or the shards changed, and with them the order of samples.
+        UserError: the shards or their numbers of samples changed, and with them the order of samples.
     """
     if (state["data_samples"], state["data_fingerprint"]) != (len(source), shard_sizes_digest(source)):
         raise UserError(

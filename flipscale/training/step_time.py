@@ -1,7 +1,9 @@
-"""What steps spend their time on: a profile of some of them, and garbage collection kept out of all of them."""
+"""A profile of some steps, and garbage collection outside of all steps."""
 
 import gc
 import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -13,15 +15,19 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-# The first steps of a start allocate memory and choose kernels. A profile is of those that follow.
+# The first steps of a start allocate memory and choose kernels, so a profile leaves them out.
 _UNPROFILED_STEPS = 3
-# The memory snapshot has this many of the newest allocations and frees.
+# Number of the newest allocations and frees in the memory snapshot.
 _MEMORY_EVENTS = 1_000_000
 _COLLECT_EVERY_STEPS = 1_000
 
 
 class StepProfiler:
-    """Writes a trace of `num_steps` steps, and on CUDA a memory snapshot, of every rank to `profile/`; none for 0."""
+    """Writes a trace of some steps, and on CUDA a memory snapshot, of every rank to `profile/`.
+
+    Args:
+        num_steps: number of steps to profile; 0 for none.
+    """
 
     def __init__(self, accelerator: "Accelerator", run_dir: Path, num_steps: int):
         self._cuda = accelerator.device.type == "cuda"
@@ -38,8 +44,8 @@ class StepProfiler:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        # A run that ends early leaves a profile of the steps that it took. After an error, the wait for the device
-        # might be one for other processes, which wait for this one.
+        # A run that ends early keeps the profile of its steps. After an error on several GPUs there is none, because
+        # waiting for the device may mean waiting for other processes.
         if error is None or not (self._cuda and self._is_one_of_several):
             self._stop()
 
@@ -64,32 +70,29 @@ class StepProfiler:
         self._folder.mkdir(parents=True, exist_ok=True)
         self._profile.export_chrome_trace(str(self._folder / f"rank-{self._rank:05d}.trace.json.gz"))
         self._profile = None
-        how = "open its rank-*.trace.json.gz at https://ui.perfetto.dev"
+        viewers = "open its rank-*.trace.json.gz at https://ui.perfetto.dev"
         if self._cuda:
             torch.cuda.memory._dump_snapshot(str(self._folder / f"rank-{self._rank:05d}.memory.pickle"))
             torch.cuda.memory._record_memory_history(enabled=None)
-            how += " and its rank-*.memory.pickle at https://docs.pytorch.org/memory_viz"
-        _log.info("steps were profiled, see %s: %s", self._folder, how)
+            viewers += " and its rank-*.memory.pickle at https://docs.pytorch.org/memory_viz"
+        _log.info("the profile of the steps is in %s: %s", self._folder, viewers)
 
 
-class GarbageCollection:
-    """Keeps Python's garbage collector out of the steps of a `with` block; `after_step` runs it, at the same step on
-    every rank, so that no rank makes the others wait."""
+@contextmanager
+def garbage_between_steps() -> Iterator[Callable[[int], None]]:
+    """Turn Python's garbage collector off in a `with` block, and return a function that runs it after some steps.
 
-    def __enter__(self) -> "GarbageCollection":
-        # What set-up has made lives as long as the run: it is not looked at again.
-        gc.collect()
-        gc.freeze()
-        gc.disable()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    All ranks run it at the same steps, so no rank makes the others wait at another time.
+    """
+    gc.collect()
+    gc.freeze()  # the objects of the set-up live as long as the run
+    gc.disable()
+    try:
+        yield lambda num_steps: None if num_steps % _COLLECT_EVERY_STEPS else _collect()
+    finally:
         gc.enable()
         gc.unfreeze()
 
-    def after_step(self, step: int) -> None:
-        """Collect garbage if it is time to."""
-        if step % _COLLECT_EVERY_STEPS == 0:
-            gc.collect()
+
+def _collect() -> None:
+    gc.collect()

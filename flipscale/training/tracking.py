@@ -1,12 +1,10 @@
-"""What a run reports while it trains: `metrics.jsonl` always, trackers on request; a progress bar on a terminal, lines
-elsewhere."""
+"""Records of a run: `metrics.jsonl` always, trackers on request, and a progress bar or log lines."""
 
 import logging
 import math
 import sys
 import time
 import uuid
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -14,20 +12,19 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from flipscale.data.faults import Fault
 from flipscale.engines.device import peak_flops, peak_memory_bytes
-from flipscale.evaluation.reports.curves import read_curve
-from flipscale.evaluation.reports.figures import can_draw, draw_run
 from flipscale.evaluation.results import Result, append_results, as_metrics, drop_results_after
 from flipscale.io import json_lines
 from flipscale.io.atomic import write_text
 from flipscale.io.files import read_text
-from flipscale.training.budget.progress import Progress
+from flipscale.io.text_table import duration
+from flipscale.training.bad_samples import BadSamples
 from flipscale.training.energy_meter import EnergyMeter
-from flipscale.training.health import Verdict
 from flipscale.training.recipe import LogRecipe
-from flipscale.training.report import duration, interval_line, results_line
-from flipscale.training.schedule import has_passed
-from flipscale.training.schedule import is_due as is_due_at
+from flipscale.training.report import draw_figures, interval_line, results_line
+from flipscale.training.schedule import Schedule, Step, has_passed, is_due
+from flipscale.training.sync import StepResult
 from flipscale.training.watch import StepWatch
 
 if TYPE_CHECKING:
@@ -37,20 +34,6 @@ PROJECT = "flipscale"
 # Drawing takes a second or two, so an evaluation redraws only older figures.
 _FRESH_SECONDS = 300.0
 _log = logging.getLogger(__name__)
-
-
-def draw_figures(run_dir: Path) -> dict[str, str]:
-    """Draw the figures of a run into `figures/`, and return their captions by name; empty without matplotlib.
-
-    A run does not end for its figures: an error of matplotlib is logged.
-    """
-    if not can_draw():
-        return {}
-    try:
-        return draw_run(read_curve(run_dir), run_dir / "figures")
-    except (ValueError, KeyError, TypeError, RuntimeError, OSError, MemoryError) as error:
-        _log.warning("the figures could not be drawn (%s: %s); the run goes on", type(error).__name__, error)
-        return {}
 
 
 def open_trackers(accelerator: "Accelerator", run_dir: Path, config: Mapping[str, bool | int | float | str]) -> None:
@@ -86,13 +69,13 @@ def _options(run_dir: Path) -> dict[str, dict[str, Any]]:
 
 
 class Tracker:
-    """Writes a record for every interval and every evaluation, on the main process; used in a `with` block.
+    """Writes a record for every interval and every evaluation on the main process; used in a `with` block.
 
-    An interval's record has the last step's loss, lr, grad_norm and logit_scale, and for the whole interval
-    images_per_s, mfu (the operations of those images, the mask counted, over what all devices could do; absent where
-    that is unknown), data_wait_share, peak_memory_bytes of the main process, num_replaced (bad samples of all
-    processes; `replaced/CAUSE` for each cause), num_skipped (steps with a non-finite loss or gradient), num_slow
-    (steps that took far longer than usual), and energy_kwh of the whole run so far where it is measured.
+    An interval's record has loss, lr, grad_norm and metrics of its last step. Of the whole interval it has:
+    images_per_s; mfu (operations of these images without masked patches, as a share of the devices' peak; GPUs with a
+    known peak only); data_wait_share; peak_memory_bytes of the main process; num_replaced (bad samples of all
+    processes; `replaced/CAUSE` for each cause); num_skipped (steps with a non-finite loss or gradient); num_slow (steps
+    far longer than usual); energy_kwh of the run so far, if it is measured.
     """
 
     def __init__(
@@ -102,42 +85,53 @@ class Tracker:
         recipe: LogRecipe,
         watch: StepWatch,
         step_samples: int,
-        progress: Progress,
+        schedule: Schedule,
         pair_flops: Mapping[str, int],
+        max_bad_fraction: float,
     ):
-        """`pair_flops` are the operations of a pair in each stage, forward and backward."""
+        """Collective. Open the energy counters.
+
+        Args:
+            step_samples: pairs in the global batch.
+            pair_flops: operations of a pair in each stage, forward and backward, by the stage's name.
+            max_bad_fraction: `data.max_bad_fraction`.
+        """
         self._accelerator = accelerator
         self._recipe = recipe
         self._watch = watch
         self._step_samples = step_samples
-        self._progress = progress
-        self._last_position = progress.position
+        self._schedule = schedule
         self._pair_flops = pair_flops
-        self.energy = EnergyMeter(accelerator, run_dir)
-        self._path = run_dir / "metrics.jsonl"
-        self._schedule_path = run_dir / "schedule.jsonl"
+        self.bad_samples = BadSamples(run_dir, accelerator.is_main_process, max_bad_fraction)
+        self._run_dir = run_dir
+        self._energy = EnergyMeter(accelerator, run_dir)
         self._peak_flops: float | None = None
         self._begin = watch.so_far()
-        self._steps = self._skipped = self._done = 0
-        self._bar: tqdm | None = None
+        self._steps = self._skipped = 0
+        self._bar: tqdm[Any] | None = None
         self._drawn = time.monotonic()
-        # Whether a line has said how long the run takes.
-        self._has_told = False
+        self._has_logged_duration = False
 
-    def start(self, step: int) -> None:
-        """Drop the records of what will be done again, all of them at step 0, and show a progress bar on a terminal."""
-        self._done = step
+    def start(self, step: int, shard_faults: list[Fault]) -> None:
+        """Drop the records of later steps, all records at step 0, and show a bar on a terminal.
+
+        Args:
+            step: number of steps taken.
+            shard_faults: shards that cannot be read.
+        """
+        self.bad_samples.start(step * self._step_samples, shard_faults)
         if not self._accelerator.is_main_process:
             return
-        one = peak_flops(self._accelerator.device, self._accelerator.mixed_precision)
-        self._peak_flops = one and one * self._accelerator.num_processes
-        last = step or -1  # what weights achieved before the first step will be found again
-        for path in (self._path, self._schedule_path):
+        if self._accelerator.device.type == "cuda":
+            peak = peak_flops(self._accelerator.device, self._accelerator.mixed_precision)
+            self._peak_flops = peak and peak * self._accelerator.num_processes
+        last = step or -1  # results before the first step have step 0
+        for path in (self._run_dir / "metrics.jsonl", self._run_dir / "schedule.jsonl"):
             if path.exists():
                 json_lines.rewrite(path, [one for one in json_lines.read(path, step=int) if one["step"] <= last])
-        drop_results_after(self._path.parent, last)
+        drop_results_after(self._run_dir, last)
         if sys.stderr.isatty():
-            total = self._progress.total_steps
+            total = self._schedule.total_steps
             self._bar = tqdm(
                 total=total and total * self._step_samples,
                 initial=step * self._step_samples,
@@ -158,47 +152,56 @@ class Tracker:
             for tracker in self._accelerator.trackers:
                 tracker.finish()
 
-    def count_step(self, verdict: Verdict) -> bool:
-        """Count a step, which is skipped if it was not finite; return whether an interval ends with it."""
-        self._steps += 1
-        self._done += 1
-        self._skipped += not verdict.finite
-        self.energy.read()
-        if self._accelerator.is_main_process:
-            place = self._progress.record(verdict.num_done, verdict.position, verdict.learning_rate)
-            json_lines.append(self._schedule_path, place)
-        before, self._last_position = self._last_position, verdict.position
-        every_share = self._recipe.every_share
-        is_due = self._is_last(verdict) or (
-            has_passed(before, verdict.position, every_share)
-            if every_share
-            else is_due_at(verdict.num_done, self._step_samples, self._recipe.every_samples)
-        )
-        usual = self._watch.usual_seconds
-        if self._bar is not None:
-            self._bar.update(self._step_samples)
-        elif usual is not None and not self._has_told and not is_due:
-            left = duration(self._seconds_left(self._done, usual))
-            _log.info("about %s to go at %.2g s a step, evaluations and saves left out", left, usual)
-            self._has_told = True
-        return is_due
-
-    def _is_last(self, verdict: Verdict) -> bool:
-        return self._progress.is_over and verdict.num_done == self._progress.step
-
-    def write_interval(self, verdict: Verdict, replaced: Counter[str]) -> None:
-        """Write the record of the interval that ends with a step.
+    def write(self, results: Sequence[StepResult], upcoming: Step) -> None:
+        """Collective. Count steps, and write the record of each interval that ends with one of them.
 
         Args:
-            verdict: on that step.
-            replaced: how many samples were replaced in the interval, by cause.
+            results: results in the order of steps.
+            upcoming: step after the last one sent to the device.
+
+        Raises:
+            OSError: more than `data.max_bad_fraction` of the samples are bad.
         """
-        stage = verdict.stage.name
-        seconds, wait_seconds, num_slow = verdict.clock.since(self._begin)
-        self._begin = verdict.clock
+        for result in results:
+            self.bad_samples.count(result.faults, result.num_replaced, self._step_samples)
+            is_last = upcoming.is_over and result.num_done == upcoming.number
+            self._count(result, upcoming, is_last)
+            if is_last or self._ends_interval(result):
+                self._write_interval(result, upcoming, is_last)
+
+    def _ends_interval(self, result: StepResult) -> bool:
+        if self._recipe.every_share:
+            return has_passed(result.step.before, result.step.position, self._recipe.every_share)
+        return is_due(result.num_done, self._step_samples, self._recipe.every_samples)
+
+    def _count(self, result: StepResult, upcoming: Step, is_last: bool) -> None:
+        self._steps += 1
+        self._skipped += not result.finite
+        self._energy.read()
+        step, usual = result.step, self._watch.usual_seconds
+        if self._accelerator.is_main_process and self._schedule.budget_seconds is not None:
+            place = {"step": result.num_done, "budget_used": step.position, "lr": step.learning_rate}
+            json_lines.append(self._run_dir / "schedule.jsonl", [place])
+        if self._bar is not None:
+            self._bar.update(self._step_samples)
+        elif usual is not None and not (self._has_logged_duration or is_last or self._ends_interval(result)):
+            left = duration(self._seconds_left(result, upcoming, usual))
+            _log.info("about %s to go at %.2g s a step, evaluations and saves left out", left, usual)
+            self._has_logged_duration = True
+
+    def _write_interval(self, result: StepResult, upcoming: Step, is_last: bool) -> None:
+        """Collective. Write the record of the interval that ends with a step."""
+        stage, replaced = result.step.stage.name, self.bad_samples.take_counts()
+        seconds, wait_seconds, num_slow = result.clock.since(self._begin)
+        self._begin = result.clock
         images_per_s = self._steps * self._step_samples / seconds
         mfu = {} if self._peak_flops is None else {"mfu": images_per_s * self._pair_flops[stage] / self._peak_flops}
-        interval = {
+        metrics = {
+            "loss": result.loss,
+            "lr": result.step.learning_rate,
+            "grad_norm": result.grad_norm,
+            **result.metrics,
+            "stage": stage,
             "images_per_s": images_per_s,
             **mfu,
             "data_wait_share": wait_seconds / seconds,
@@ -207,28 +210,26 @@ class Tracker:
             **{f"replaced/{cause}": count for cause, count in sorted(replaced.items())},
             "num_skipped": self._skipped,
             "num_slow": num_slow,
-            **self.energy.update(verdict.num_done),
+            **self._energy.update(result.num_done),
         }
-        learned = {"loss": verdict.loss, "lr": verdict.learning_rate, "grad_norm": verdict.grad_norm, **verdict.metrics}
-        metrics = {**learned, "stage": stage, **interval}
-        self.write(verdict.num_done, verdict.clock.seconds, metrics)
+        self._append(result.num_done, result.clock.seconds, metrics)
+        place = self._schedule.words(result.num_done, upcoming.position)
         if self._bar is not None:
-            done = "" if self._progress.total_steps else f", {self._progress.words(verdict.num_done)}"
-            self._bar.set_postfix_str(f"loss {verdict.loss:.3f}, {stage}{done}", refresh=False)
-            if self._is_last(verdict):
-                self._bar.close()  # what is said from now on stands below it
+            done = "" if self._schedule.total_steps else f", {place}"
+            self._bar.set_postfix_str(f"loss {result.loss:.3f}, {stage}{done}", refresh=False)
+            if is_last:
+                self._bar.close()  # later lines stand below it
         else:
-            left = None if self._is_last(verdict) else self._seconds_left(verdict.num_done, seconds / self._steps)
-            _log.info("%s", interval_line(self._progress.words(verdict.num_done), metrics, left))
-            self._has_told = True
+            left = None if is_last else self._seconds_left(result, upcoming, seconds / self._steps)
+            _log.info("%s", interval_line(place, metrics, left))
+            self._has_logged_duration = True
         self._steps = self._skipped = 0
 
-    def _seconds_left(self, step: int, step_seconds: float) -> float:
-        """Return what the run takes from `step` on, if the step before it took `step_seconds`."""
-        return self._progress.seconds_left(step, step_seconds, self._pair_flops)
+    def _seconds_left(self, result: StepResult, upcoming: Step, step_seconds: float) -> float:
+        return self._schedule.seconds_left(result.num_done, upcoming.position, step_seconds, self._pair_flops)
 
-    def write(self, step: int, trained_seconds: float, metrics: Mapping[str, Any]) -> None:
-        """Append one record, and hand its numbers to the trackers; a number that is not finite becomes null."""
+    def _append(self, step: int, trained_seconds: float, metrics: Mapping[str, Any]) -> None:
+        """Append a record, and pass its numbers to the trackers; a number that is not finite becomes null."""
         if not self._accelerator.is_main_process:
             return
         record: dict[str, Any] = {
@@ -237,19 +238,23 @@ class Tracker:
             "trained_seconds": trained_seconds,
         }
         record.update({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()})
-        json_lines.append(self._path, [record])
+        json_lines.append(self._run_dir / "metrics.jsonl", [record])
         numbers = {name: value for name, value in record.items() if isinstance(value, int | float)}
         self._accelerator.log(numbers, step=step)
 
     def write_results(self, step: int, results: Sequence[Result]) -> None:
-        """Append the results of evaluations to `results.jsonl`, a line each, and to `metrics.jsonl`, one record."""
+        """Append results of evaluations to `results.jsonl` and, as one record, to `metrics.jsonl`."""
         if not results:
             return
         seconds = self._watch.trained_seconds
         if self._accelerator.is_main_process:
-            append_results(self._path.parent, results, step, step * self._step_samples, seconds)
+            append_results(self._run_dir, results, step, step * self._step_samples, seconds)
             if time.monotonic() - self._drawn > _FRESH_SECONDS:
-                draw_figures(self._path.parent)
+                draw_figures(self._run_dir)
                 self._drawn = time.monotonic()
         _log.info("%s", results_line(step, results))
-        self.write(step, seconds, as_metrics(results))
+        self._append(step, seconds, as_metrics(results))
+
+    def settle_energy(self, step: int) -> None:
+        """Collective. Record the energy up to now, after `step` steps."""
+        self._energy.update(step)

@@ -20,19 +20,20 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 from flipscale.engines.arrivals import Cause, Window, begin, find_cause, write_collectives
 from flipscale.engines.start import OtherProcesses, claim_failure, end_process, stay_until_others_know
 from flipscale.io import atomic, json_lines
+from flipscale.training.schedule import Step
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
-class HasStage(Protocol):
-    """A batch that says which stage it is of."""
+class HasStep(Protocol):
+    """A batch with its step."""
 
     @property
-    def stage(self) -> object: ...
+    def step(self) -> Step: ...
 
 
-Batch = TypeVar("Batch", bound=HasStage)
+Batch = TypeVar("Batch", bound=HasStep)
 
 _log = logging.getLogger(__name__)
 
@@ -261,9 +262,9 @@ class StepWatch:
             if batch is None:
                 self._hangs.idle()
                 return
-            if batch.stage != stage:
+            if batch.step.stage is not stage:
                 # Every stage has steps of its own length, and a first one that waits for the workers to start.
-                stage, self._usual = batch.stage, float("inf")
+                stage, self._usual = batch.step.stage, float("inf")
                 self._recent.clear()
             self._windows[-1].usual_s = self._usual
             yield batch

@@ -15,8 +15,8 @@ import yaml
 from flipscale.cli import main
 from flipscale.evaluation.results import Result, append_results
 from flipscale.io.lock import FolderLock
+from flipscale.io.text_table import duration
 from flipscale.status import as_table, read_status
-from flipscale.training.report import duration
 
 NOW = 1_700_000_000.0
 RECORD = {

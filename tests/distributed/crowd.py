@@ -7,6 +7,7 @@ import os
 import resource
 import shutil
 import traceback
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -142,24 +143,25 @@ def train_compiled(file: str) -> None:
 
 def rewrite(file: str) -> None:
     """The newest checkpoint of a run, loaded and saved again in the folder `copy` of the run."""
-    from flipscale.engines.checkpoint import CheckpointWriter, SaveRecipe
+    from flipscale.engines.checkpoint import SaveRecipe
     from flipscale.training.bad_samples import BadSamples
     from flipscale.training.saving import Saver
+    from flipscale.training.watch import StepWatch
 
     recipe, plan, start, engine = resumed(file)
     copy = Path(recipe.output_dir) / "copy"
     bad_samples = BadSamples(copy, start.accelerator.is_main_process, 1.0)
-    writer = CheckpointWriter(start.accelerator, copy, SaveRecipe(), None)
-    saver = Saver(recipe, plan, start, engine, writer, bad_samples, start.progress(recipe, plan.stages))
-    saver.save(start.step, start.trained_seconds)
+    watch = StepWatch(start.accelerator, copy, 60.0, start.trained_seconds)
+    saver = Saver(plan, replace(start, state={}), engine, SaveRecipe(), copy, bad_samples, watch)
+    saver.save(plan.clock(start.state).step)
     saver.commit()
 
 
 def resumed(file: str) -> tuple:
     """A recipe, its plan, the start of its run and the engine, ready to train."""
-    from flipscale.pretrain import resume
+    from flipscale.training.plan import check
     from flipscale.training.recipe import parse_recipe
-    from flipscale.training.start import check, join
+    from flipscale.training.start import join, resume
 
     recipe = parse_recipe(["--config", file])
     plan = check(recipe)
@@ -172,7 +174,7 @@ def accumulate(file: str) -> None:
     import torch
 
     recipe, plan, start, engine = resumed(file)
-    (batch,) = next(plan.batches(start.progress(recipe, plan.stages), start.accelerator)).micro_batches
+    (batch,) = next(plan.batches(plan.clock(start.state), start.accelerator)).micro_batches
     found = {}
     for passes in (1, 2, 4):
         parts = zip(*(value.chunk(passes) for value in batch.values()), strict=True)
@@ -192,8 +194,6 @@ def leave_out(file: str) -> None:
     """Steps that are left out change nothing, and the steps after them are those of a run without them."""
     import torch
 
-    from flipscale.training.budget.progress import Progress
-
     def holds(engine) -> dict[str, torch.Tensor]:
         found = {f"{piece.kind}.{piece.name}": piece.values.clone() for piece in engine.pieces()}
         steps = [s["step"].clone() for o in engine.optimizers for s in o.state.values() if "step" in s]
@@ -207,7 +207,7 @@ def leave_out(file: str) -> None:
         _, plan, start, engine = resumed(file)
         taken_so_far = 0
         for factor in factors:
-            (batch,) = next(plan.batches(Progress(plan.stages, taken_so_far), start.accelerator)).micro_batches
+            (batch,) = next(plan.batches(plan.clock({"step": taken_so_far}), start.accelerator)).micro_batches
             output = engine(**batch)
             loss = (output.image_embeds * output.text_embeds).sum() * output.logit_scale.sum() * factor
             engine.backward(loss)

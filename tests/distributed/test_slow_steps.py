@@ -33,8 +33,8 @@ def train_with_sleeps(file: str, folder: str, sleeper: int, places: list[str]) -
 
     true_batches, true_consume = pretrain.Plan.batches, pretrain.consume_batch
 
-    def batches(plan, progress, accelerator) -> Iterator[object]:
-        for at.step, batch in enumerate(true_batches(plan, progress, accelerator), progress.step):
+    def batches(plan, clock, accelerator) -> Iterator[object]:
+        for at.step, batch in enumerate(true_batches(plan, clock, accelerator), clock.step.number):
             sleep("data")
             yield batch
 
@@ -51,7 +51,7 @@ def train_with_sleeps(file: str, folder: str, sleeper: int, places: list[str]) -
     def asleep(gradient) -> None:
         sleep("backward")
 
-    class Guard(pretrain.StepGuard):
+    class Sync(pretrain.StepSync):
         def __init__(self, accelerator, *others):
             super().__init__(accelerator, *others)
             reduce = accelerator.reduce
@@ -62,7 +62,7 @@ def train_with_sleeps(file: str, folder: str, sleeper: int, places: list[str]) -
                 time.sleep(max(1.5, 8 * watches[0]._usual))
 
     pretrain.Plan.batches, pretrain.consume_batch = batches, consume
-    pretrain.StepWatch, pretrain.StepGuard = Watch, Guard
+    pretrain.StepWatch, pretrain.StepSync = Watch, Sync
     processes.call_main("flipscale.pretrain", ["--config", file], folder)
 
 

@@ -30,8 +30,8 @@ from flipscale.model import FlipConfig
 from flipscale.model.modeling_flip_vqa import answer_losses
 from flipscale.objectives.answer import Answer
 from flipscale.planning.flops import forward_flops
+from flipscale.training.plan import check
 from flipscale.training.recipe import parse_recipe
-from flipscale.training.start import check
 
 ANSWERS = [*COLOURS, *SHAPES]
 FUSION = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_hidden_layers": 1}

@@ -31,8 +31,8 @@ from flipscale.objectives.contrastive import Contrastive
 from flipscale.objectives.objective import Objective
 from flipscale.planning.activations import Step, measured
 from flipscale.planning.flops import forward_flops
+from flipscale.training.plan import check
 from flipscale.training.recipe import Recipe, parse_recipe
-from flipscale.training.start import check
 
 CONFIG = FlipConfig(
     vision_config={**TOWER, "image_size": 32, "patch_size": 8},

@@ -25,8 +25,8 @@ from flipscale.hub.loading import load_flip
 from flipscale.objectives.classify import Classify, ClassifyOutput
 from flipscale.planning.flops import pair_flops
 from flipscale.planning.memory import planned_model, recipe_memory
+from flipscale.training.plan import check
 from flipscale.training.recipe import parse_recipe
-from flipscale.training.start import check
 
 NAMES = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
 STAGES = [

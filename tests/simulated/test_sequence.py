@@ -19,8 +19,9 @@ from flipscale.engines.launch import launch_environment, read_launch_file
 from flipscale.engines.start import start_accelerator
 from flipscale.objectives.contrastive import Contrastive
 from flipscale.planning.flops import pair_flops
+from flipscale.training.plan import check
 from flipscale.training.recipe import parse_recipe
-from flipscale.training.start import Start, check
+from flipscale.training.start import Start, resume
 
 LAUNCH_FILES = Path(__file__).parents[2] / "ds_configs"
 # Of the steps from 0: the loss of one is infinite, and in one a signal arrives. Step 2 is saved, step 4 evaluated.
@@ -77,7 +78,7 @@ def messages(rank: int, world: int, engine: str, file: Path, monkeypatch: pytest
             Path(recipe.output_dir, "checkpoints", f".step-{number:08d}.partial").mkdir(parents=True)
         plan = check(recipe)
         start = Start(start_accelerator([], recipe.output_dir), None, {})
-        built = pretrain.resume(recipe, plan, start)
+        built = resume(recipe, plan, start)
         with recorder:
             recorder.on = True
             pretrain.train(recipe, plan, start, built, pair_flops(recipe))

@@ -34,12 +34,10 @@ from flipscale.engines.optimizers import encoder_blocks
 from flipscale.engines.start import build_engine, engine_class, start_accelerator
 from flipscale.io.errors import UserError
 from flipscale.planning.activations import Step, example_batch
-from flipscale.training.budget.progress import Progress
-from flipscale.training.health import StepGuard
-from flipscale.training.preemption import StopRequest
 from flipscale.training.recipe import Recipe, parse_recipe
-from flipscale.training.schedule import Stage, plan_stages
+from flipscale.training.schedule import Schedule, Stage, plan_stages
 from flipscale.training.step import consume_batch
+from flipscale.training.sync import StepSync
 from flipscale.training.watch import StepWatch
 
 if TYPE_CHECKING:
@@ -171,8 +169,9 @@ class _Step:
         self._build()
         watch = StepWatch(accelerator, folder, hang_seconds=1e9)
         writer = CheckpointWriter(accelerator, folder, SaveRecipe(), None)
-        self._progress = Progress([world.stage], 0)
-        self._guard = StepGuard(accelerator, StopRequest(watches_file=False), writer, watch)
+        self._schedule = Schedule((world.stage,))
+        self._step = self._schedule.first({})
+        self._sync = StepSync(accelerator, writer, watch)
 
     def _build(self) -> None:
         recipe, engine = self._world.recipe, self._engine
@@ -207,11 +206,10 @@ class _Step:
         found = consume_batch(engine, batch, self._objective)
         self._name_gradients()
         memory.kind = "buffers"
-        taken = self._guard.agree(self._progress, found, engine.gradient_norm(), [])
+        taken = self._sync.start(self._step, found, engine.gradient_norm(), [])
         engine.step(_LEARNING_RATE, taken)
-        self._progress.advance()
-        for _ in self._guard.verdicts(settle=False):
-            pass
+        self._step = self._schedule.after(self._step, None)
+        self._sync.settle(wait=False)
         for optimizer in engine.optimizers:
             for state in optimizer.state.values():
                 memory.name([_local(value) for value in state.values() if isinstance(value, torch.Tensor)], "moments")

@@ -10,13 +10,11 @@ import pytest
 from conftest import launch, pretrain
 
 from flipscale.evaluation.results import Result
-from flipscale.training import tracking
-from flipscale.training.budget.progress import Progress
+from flipscale.training import report
 from flipscale.training.recipe import parse_recipe
-from flipscale.training.report import interval_line, last_block, results_line
+from flipscale.training.report import draw_figures, interval_line, last_block, results_line
 from flipscale.training.run_directory import how_to_go_on, typed_command
-from flipscale.training.schedule import StageRecipe, plan_stages
-from flipscale.training.tracking import draw_figures
+from flipscale.training.schedule import Schedule, StageRecipe, plan_stages
 
 SPAN = r"(\d+ (d|h|min|s) ?)+"
 # Each at least once, in this order where they do not alternate.
@@ -82,7 +80,7 @@ STAGES = plan_stages(
 @pytest.mark.parametrize(("step", "seconds"), [(1, 19 + 80), (20, 80), (21, 4.75), (40, 0)])
 def test_the_time_left_follows_the_operations_of_each_stage(step: int, seconds: float) -> None:
     step_seconds = 1.0 if step <= 20 else 0.25
-    left = Progress(STAGES, step).seconds_left(step, step_seconds, {"masked": 10, "whole": 40, "last": 40})
+    left = Schedule(tuple(STAGES)).seconds_left(step, step, step_seconds, {"masked": 10, "whole": 40, "last": 40})
     assert left == pytest.approx(seconds)
 
 
@@ -137,7 +135,7 @@ def test_under_a_batch_script_no_command_is_named(monkeypatch: pytest.MonkeyPatc
 def test_without_matplotlib_a_run_says_how_to_get_it(
     write_recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tracking, "can_draw", lambda: False)
+    monkeypatch.setattr(report, "can_draw", lambda: False)
     assert draw_figures(tmp_path) == {}
     recipe = parse_recipe(["--config", str(write_recipe(tmp_path / "run"))])
     said = last_block(recipe, 40, 3.0, [], [])

@@ -12,8 +12,8 @@ import yaml
 from conftest import cut, launch, metrics, pretrain
 from safetensors.torch import load_file
 
-from flipscale.training.recipe import parse_recipe
-from flipscale.training.run_directory import is_done
+from flipscale.training.recipe import Recipe, parse_recipe
+from flipscale.training.run_directory import is_done, open_run_directory
 from flipscale.training.schedule import StageRecipe
 
 LEARNED = ("loss", "lr", "grad_norm", "logit_scale")
@@ -28,6 +28,10 @@ def assert_same_end(run_dir: Path, other: Path) -> None:
     steps = [[{k: r[k] for k in LEARNED} for r in metrics(d) if "loss" in r] for d in (run_dir, other)]
     assert len(steps[0]) == 40
     assert steps[0] == steps[1]
+
+
+def is_finished(recipe: Recipe) -> bool:
+    return is_done(recipe, open_run_directory(recipe))
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +71,7 @@ def test_a_stage_added_to_a_finished_run_is_learned_as_if_it_had_been_there(
     # The run's own recipe is edited, as one is tempted to.
     (run_dir / "recipe.yaml").write_text(yaml.safe_dump(without_rate))
     with pytest.raises(ValueError, match=r"stages\[1\]: None, now .*; a stage that is added needs a base_lr"):
-        is_done(parse_recipe(["--config", str(run_dir / "recipe.yaml")]))
+        is_finished(parse_recipe(["--config", str(run_dir / "recipe.yaml")]))
     (run_dir / "recipe.yaml").write_text(yaml.safe_dump(added))
     done = pretrain(run_dir / "recipe.yaml")
     assert done.returncode == 0, done.stderr
@@ -87,13 +91,13 @@ def test_a_finished_run_without_checkpoints_cannot_be_lengthened(whole_run: Path
     shutil.copytree(whole_run, copy)
     shutil.rmtree(copy / "checkpoints")
     recipe = parse_recipe(["--config", str(write_recipe(copy))])
-    assert is_done(recipe)
+    assert is_finished(recipe)
     longer = dataclasses.replace(recipe, stages=[*recipe.stages, StageRecipe("third", 64, base_lr=1e-3)])
     with pytest.raises(ValueError, match=r"keeps no checkpoint .* with model.init_from .*/copy/model and another outp"):
-        is_done(longer)
+        is_finished(longer)
     (copy / "recipe.yaml").write_text("torn: [")
     with pytest.raises(ValueError, match="is damaged"):
-        is_done(longer)
+        is_finished(longer)
 
 
 SIGNALLED = """

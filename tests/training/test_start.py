@@ -13,9 +13,11 @@ from flipscale.engines.launch import place_in_world
 from flipscale.engines.optimizers import OptimRecipe
 from flipscale.evaluation.rehearsal import rehearse
 from flipscale.evaluation.suite import build_tasks
+from flipscale.io.errors import UserError
+from flipscale.io.files import check_writable
+from flipscale.training.plan import check
 from flipscale.training.recipe import parse_recipe
 from flipscale.training.run_directory import check_room
-from flipscale.training.start import check, check_output_dir, check_trackers
 
 
 def test_a_disk_without_room_for_a_checkpoint(tmp_path: Path) -> None:
@@ -38,30 +40,32 @@ def test_an_output_folder_that_cannot_be(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
-    check_output_dir("new/run")
+    check_writable("new/run", "output_dir")
     with pytest.raises(ValueError, match=message):
-        check_output_dir(name)
+        check_writable(name, "output_dir")
 
 
 def test_an_output_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.access", lambda path, mode: False)  # root may write everywhere
     with pytest.raises(ValueError, match=rf"{tmp_path} cannot be written: change its permissions, or name another"):
-        check_output_dir(str(tmp_path / "run"))
+        check_writable(tmp_path / "run", "output_dir")
 
 
-def test_trackers_that_are_not_there() -> None:
-    check_trackers(["tensorboard"])
-    with pytest.raises(ValueError, match=r"log.report_to names 'paper'; there are aim, comet_ml"):
-        check_trackers(["paper"])
-    with pytest.raises(ValueError, match=r"log.report_to names 'aim', which is not installed; pip install aim"):
-        check_trackers(["tensorboard", "aim"])
+@pytest.mark.parametrize(
+    ("trackers", "message"),
+    [(["paper"], "report_to.*'paper'.* aim, comet_ml"), (["tensorboard", "aim"], "report_to.*'aim'.*pip install aim")],
+)
+def test_trackers_that_are_not_there(write_recipe, tmp_path: Path, trackers: list[str], message: str) -> None:
+    recipe = parse_recipe(["--config", str(write_recipe(tmp_path / "run", log={"report_to": trackers}))])
+    with pytest.raises(UserError, match=message):
+        check(recipe)
 
 
 def test_a_batch_of_more_pairs_than_there_are(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
     said: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
-    logger = logging.getLogger("flipscale.training.start")
+    logger = logging.getLogger("flipscale.training.plan")
     logger.addHandler(handler)
     try:
         for batch_size in (96, 128):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from conftest import metrics, pretrain
 
-from flipscale.training.step_time import GarbageCollection
+from flipscale.training.step_time import garbage_between_steps
 
 
 def test_a_profile_of_every_rank_says_how_it_is_opened(write_recipe, tmp_path: Path) -> None:
@@ -20,9 +20,9 @@ def test_a_profile_of_every_rank_says_how_it_is_opened(write_recipe, tmp_path: P
             names = [event.get("name", "") for event in json.load(file)["traceEvents"]]
         backward = [name for name in names if name.startswith("autograd::engine::evaluate_function: AddmmBackward")]
         assert backward, "the backward pass is in the trace"
-    (line,) = [line for line in done.stderr.splitlines() if "steps were profiled" in line]
+    (line,) = [line for line in done.stderr.splitlines() if "the profile of the steps" in line]
     assert line.endswith(
-        f"rank 0: steps were profiled, see {tmp_path}/run/profile: open its rank-*.trace.json.gz at https://ui.perfetto.dev"
+        f"rank 0: the profile of the steps is in {tmp_path}/run/profile: open its rank-*.trace.json.gz at https://ui.perfetto.dev"
     )
     assert len([record for record in metrics(tmp_path / "run") if "loss" in record]) == 8
     assert list((tmp_path / "run/tensorboard").glob("events*"))
@@ -38,12 +38,12 @@ def test_garbage_is_collected_between_steps_only() -> None:
     def alive() -> int:
         return sum(isinstance(found, Node) for found in gc.get_objects())
 
-    with GarbageCollection() as garbage:
+    with garbage_between_steps() as collect:
         assert not gc.isenabled()
         Node()
-        garbage.after_step(999)
+        collect(999)
         assert alive() == 1
-        garbage.after_step(1000)
+        collect(1000)
         assert alive() == 0
     assert gc.isenabled()
     assert gc.get_freeze_count() == 0

@@ -3,14 +3,15 @@ processes agree, and which goes on where a checkpoint left it."""
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 from conftest import cut, metrics, pretrain
 
 from flipscale.status import as_line, read_status
-from flipscale.training.budget.progress import Progress, TimedProgress
-from flipscale.training.schedule import Stage, StageRecipe, has_passed, plan_stages, stage_of
+from flipscale.training.schedule import Clock, Pace, Schedule, Stage, StageRecipe, has_passed, plan_stages, stage_of
+from flipscale.training.sync import StepSync
 
 STAGES = [
     StageRecipe("masked", mask_ratio=0.75, base_lr=0.16, share=0.6, warmup_share=0.1),
@@ -47,46 +48,49 @@ def test_stages_and_rates_are_shares_of_the_budget() -> None:
 
 
 class Clocks:
-    """Two processes of one run, whose clocks differ; the second one hears of the first one's."""
+    """Two processes of one run with different clocks; the second learns the first one's."""
 
-    def __init__(self, state: dict | None = None, step: int = 0):
+    def __init__(self, state: dict | None = None):
         self.seconds = [0.0, 0.0]
-        self.ranks = [TimedProgress(plan(), step, 600.0, state or {}) for _ in range(2)]
-        self.unread: list[tuple[int, list[float]]] = []
+        schedule, state = Schedule(tuple(plan()), 600.0), state or {}
+        self.clocks = [Clock(schedule, state) for _ in range(2)]
+        self.syncs = []
+        for rank in range(2):
+            watch, place = SimpleNamespace(trained_seconds=0.0), SimpleNamespace(is_main_process=rank == 0)
+            self.syncs.append(StepSync(place, None, watch, schedule.first_pace(state), 600.0))
+        self.unread: list[Pace] = []
 
     def step(self, seconds: float) -> float:
-        """Take a step of so many seconds, and return its position. What is said in it is heard in the next one."""
-        positions = {progress.position for progress in self.ranks}
+        """Take a step of so many seconds, and return its position. Its pace is read in the next step."""
+        (step,) = {clock.step for clock in self.clocks}
         self.seconds = [self.seconds[0] + seconds, self.seconds[1] + 1.3 * seconds]
-        paces = [progress.pace(self.seconds[rank], rank == 0) for rank, progress in enumerate(self.ranks)]
-        said = [sum(numbers) for numbers in zip(*paces, strict=True)]
-        self.unread.append((self.ranks[0].step, said))
-        for progress in self.ranks:
-            progress.advance()
-        if len(self.unread) > 1:
-            for progress in self.ranks:
-                progress.hear(*self.unread[0])
-            self.unread.pop(0)
-        (position,) = positions
-        return position
+        for sync, trained in zip(self.syncs, self.seconds, strict=True):
+            sync._watch.trained_seconds = trained
+        sums = map(sum, zip(*(sync._own_pace(step) for sync in self.syncs), strict=True))
+        self.unread.append(Pace(step.number, *sums))
+        for clock, sync in zip(self.clocks, self.syncs, strict=True):
+            clock.advance(sync.pace)
+            if len(self.unread) > 1:
+                sync.pace = self.unread[0]
+        del self.unread[:-1]
+        return step.position
 
 
 def test_all_processes_are_at_one_position_by_the_first_one_s_clock() -> None:
-    run, afresh = Clocks(), []
-    positions = []
-    while not run.ranks[0].is_over:
-        if run.ranks[0].starts_afresh:
-            afresh.append(run.ranks[0].stage.name)
+    run, afresh, positions = Clocks(), [], []
+    while not run.clocks[0].step.is_over:
+        if run.clocks[0].step.starts_afresh:
+            afresh.append(run.clocks[0].step.stage.name)
         positions.append(run.step(4.0 if positions and positions[-1] < 0.6 else 9.0))
     assert positions == sorted(positions)
-    # The middle of a step, but for the first few of a stage, whose length is not known yet.
+    # The middle of a step, but for the first few of a stage, whose length is unknown.
     assert positions[50] == pytest.approx((9 + 49 * 4 + 2) / 600, abs=0.002)
     assert run.seconds[0] == pytest.approx(600, abs=5.0), "half a step"
     assert afresh == ["masked", "tuned"]
-    assert [progress.is_over for progress in run.ranks] == [True, True]
+    assert run.clocks[1].step.is_over
 
 
-def test_a_step_that_is_late_or_a_pause_of_the_clock_moves_it_no_further() -> None:
+def test_a_late_step_moves_the_clock_by_its_own_time() -> None:
     run = Clocks()
     for _ in range(20):
         run.step(4.0)
@@ -98,21 +102,19 @@ def test_the_clock_goes_on_where_the_checkpoint_left_it() -> None:
     run = Clocks()
     while run.step(4.0) < 0.8:
         pass
-    progress = run.ranks[0]
-    state = {**progress.state(), "trained_seconds": run.seconds[0]}
-    resumed = Clocks(json.loads(json.dumps(state)), progress.step)
-    (first,) = {rank.position for rank in resumed.ranks}
-    assert (first, resumed.ranks[0].starts_afresh) == (progress.position, progress.starts_afresh)
+    clock = run.clocks[0]
+    state = {"step": clock.step.number, **clock.schedule.state(clock.step), "trained_seconds": run.seconds[0]}
+    assert Clocks(json.loads(json.dumps(state))).clocks[0].step == clock.step
 
 
-def test_a_schedule_in_steps_is_what_it_was() -> None:
+def test_a_schedule_in_steps() -> None:
     stages = plan_stages([StageRecipe("a", 100, 0.75, 0.256, 20), StageRecipe("c", 40, 0.0, 0.0256)], 10)
-    progress, seen = Progress(stages, 9), []
-    while not progress.is_over:
-        seen.append((progress.step, progress.stage.name, progress.starts_afresh))
-        progress.advance()
+    clock, seen = Clock(Schedule(tuple(stages)), {"step": 9}), []
+    while not clock.step.is_over:
+        seen.append((clock.step.number, clock.step.stage.name, clock.step.starts_afresh))
+        clock.advance(None)
     assert seen == [(9, "a", False), (10, "c", True), (11, "c", False), (12, "c", False), (13, "c", False)]
-    assert (progress.step, progress.starts_afresh, progress.pace(1.0, True), progress.state()) == (14, False, [], {})
+    assert (clock.step.number, clock.step.starts_afresh, clock.schedule.state(clock.step)) == (14, False, {})
 
 
 @pytest.mark.parametrize(

@@ -22,11 +22,9 @@ from types import SimpleNamespace
 from pathlib import Path
 from accelerate import Accelerator
 from flipscale.engines.checkpoint import CheckpointWriter, SaveRecipe
-from flipscale.training.health import StepGuard
-from flipscale.training.preemption import StopRequest
-from flipscale.training.budget.progress import Progress
-from flipscale.training.schedule import StageRecipe, plan_stages
+from flipscale.training.schedule import Schedule, StageRecipe, plan_stages
 from flipscale.training.step import StepLoss
+from flipscale.training.sync import StepSync
 from flipscale.training.watch import StepWatch
 
 accelerator = Accelerator(cpu=True)
@@ -35,18 +33,17 @@ def batches():
     for step in range(30):
         if accelerator.process_index == 1 and step in (15, 18):
             time.sleep(2 if step == 15 else 1000)
-        yield SimpleNamespace(stage=None)
+        yield SimpleNamespace(step=schedule.step(step, step, step - 1))
 
 watch = StepWatch(accelerator, Path(sys.argv[1]), hang_seconds=6)
 checkpoints = CheckpointWriter(accelerator, Path(sys.argv[1]), SaveRecipe(), None)
-guard = StepGuard(accelerator, StopRequest(watches_file=False), checkpoints, watch)
-progress = Progress(plan_stages([StageRecipe("only", 300, base_lr=0.1)], 10), 0)
+sync = StepSync(accelerator, checkpoints, watch)
+schedule = Schedule(tuple(plan_stages([StageRecipe("only", 300, base_lr=0.1)], 10)))
 with watch:
-    for step, batch in enumerate(watch.timed(batches(), 0)):
-        guard.agree(progress, StepLoss(torch.tensor(1.0), {}), torch.tensor(1.0), [])
-        progress.advance()
-        for verdict in guard.verdicts(settle=False):
-            assert verdict.step == step - 1
+    for batch in watch.timed(batches(), 0):
+        sync.start(batch.step, StepLoss(torch.tensor(1.0), {}), torch.tensor(1.0), [])
+        for result in sync.settle(wait=False).results:
+            assert result.step.number == batch.step.number - 1
 """
 
 
@@ -78,7 +75,7 @@ def test_a_step_that_never_ends_leaves_stacks_and_ends_the_run(late_run: tuple[P
     folder, printed = late_run
     stacks = [(folder / f"stacks/rank-{rank:05d}.txt").read_text() for rank in (0, 1)]
     assert all(text.startswith("step 18 on ") for text in stacks)
-    assert "in agree" in stacks[0]
+    assert "in start" in stacks[0]
     assert "in batches" in stacks[1]
     recorded = [pickle.loads((folder / f"stacks/collectives/rank_{rank}").read_bytes())["entries"] for rank in (0, 1)]
     # Rank 0 waits in one to which rank 1, still without a batch, has not come.

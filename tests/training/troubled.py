@@ -1,4 +1,4 @@
-"""A run in trouble: steps with a loss that is not finite, a request to stop, a death between a step and its verdict."""
+"""A run in trouble: steps with a loss that is not finite, a request to stop, a death between a step and its result."""
 
 import argparse
 import os
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from flipscale import pretrain
-from flipscale.training.health import StepGuard
+from flipscale.training.sync import StepSync
 
 
 @contextmanager
@@ -19,27 +19,27 @@ def trouble(poisoned: Collection[int] = (), stopped: int | None = None, killed: 
     Args:
         poisoned: steps, from 0, in which the last process's loss is NaN.
         stopped: the step in which the last process is asked to stop.
-        killed: the step whose verdict no process lives to read.
+        killed: the step whose result no process lives to read.
     """
     is_last = int(os.environ.get("RANK", "0")) == int(os.environ.get("WORLD_SIZE", "1")) - 1
-    agree, read = StepGuard.agree, StepGuard._read
+    start, read = StepSync.start, StepSync._read
 
-    def agree_in_trouble(guard, progress, found, *others):
-        if is_last and progress.step in poisoned:
-            # The gradients are finite: only the processes' agreement can leave the step out.
-            found = found._replace(loss=found.loss * torch.nan)
-        if is_last and progress.step == stopped:
-            guard.request._received = "SIGTERM received"
-        return agree(guard, progress, found, *others)
+    def start_in_trouble(sync, step, loss, *others):
+        if is_last and step.number in poisoned:
+            # The gradients are finite, so only the agreement of the processes can leave the step out.
+            loss = loss._replace(loss=loss.loss * torch.nan)
+        if is_last and step.number == stopped:
+            sync.request._received = "SIGTERM received"
+        return start(sync, step, loss, *others)
 
-    def read_or_die(guard, unread):
-        if unread.step == killed:
+    def read_or_die(sync, unread):
+        if unread.step.number == killed:
             os._exit(9)
-        return read(guard, unread)
+        return read(sync, unread)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(StepGuard, "agree", agree_in_trouble)
-        patch.setattr(StepGuard, "_read", read_or_die)
+        patch.setattr(StepSync, "start", start_in_trouble)
+        patch.setattr(StepSync, "_read", read_or_die)
         yield
 
 

@@ -1,4 +1,4 @@
-"""The verdict on a step is read a step late, in order, and once; what it promises holds all the same."""
+"""Results of a step are read a step late, in order, and once."""
 
 import json
 from collections.abc import Callable
@@ -13,91 +13,79 @@ from safetensors.torch import load_file
 
 from flipscale.data.faults import Fault
 from flipscale.engines.checkpoint import CheckpointWriter, SaveRecipe
-from flipscale.training.budget.progress import Progress
-from flipscale.training.health import MAX_SKIPPED_IN_A_ROW, StepGuard, Verdict
-from flipscale.training.preemption import StopRequest
-from flipscale.training.schedule import StageRecipe, plan_stages
+from flipscale.training.schedule import Schedule, StageRecipe, plan_stages
 from flipscale.training.step import StepLoss
+from flipscale.training.sync import MAX_SKIPPED_IN_A_ROW, StepSync
 from flipscale.training.watch import StepWatch
 
-(STAGE,) = plan_stages([StageRecipe("only", samples=640, base_lr=0.1)], 16)
+SCHEDULE = Schedule(tuple(plan_stages([StageRecipe("only", samples=640, base_lr=0.1)], 16)))
 
 
-class Guarded:
-    """A guard of one process, and its steps."""
+class Synced:
+    """The sync of one process, and its steps."""
 
     def __init__(self, run_dir: Path, save: SaveRecipe = SaveRecipe()):  # noqa: B008
         accelerator = Accelerator(cpu=True)
-        self.request = StopRequest(watches_file=False)
         checkpoints = CheckpointWriter(accelerator, run_dir, save, None)
-        self.guard = StepGuard(accelerator, self.request, checkpoints, StepWatch(accelerator, run_dir, 60.0))
-        self.progress = Progress([STAGE], 0)
+        self.sync = StepSync(accelerator, checkpoints, StepWatch(accelerator, run_dir, 60.0))
+        self.next = SCHEDULE.first({})
 
     def step(self, loss: float = 1.0, norm: float = 2.0, faults: list[Fault] | None = None) -> float:
         """Whether the next step is taken."""
-        found = StepLoss(torch.tensor(loss), {"logit_scale": torch.tensor(14.3, dtype=torch.float64)})
-        taken = self.guard.agree(self.progress, found, torch.tensor(norm), faults or [])
-        self.progress.advance()
+        metrics = {"logit_scale": torch.tensor(14.3, dtype=torch.float64)}
+        taken = self.sync.start(self.next, StepLoss(torch.tensor(loss), metrics), torch.tensor(norm), faults or [])
+        self.next = SCHEDULE.after(self.next, None)
         return taken.item()
 
-    def read(self, settle: bool = False) -> list[Verdict]:
-        """The verdicts that are read after it."""
-        return list(self.guard.verdicts(settle))
 
-
-def test_a_verdict_is_read_after_the_next_step_or_to_settle(tmp_path: Path) -> None:
-    run, read = Guarded(tmp_path), []
-    for settle in (False, False, True, False, True, True):
+def test_results_come_after_the_next_step_or_a_wait(tmp_path: Path) -> None:
+    run, read = Synced(tmp_path), []
+    for wait in (False, False, True, False, True, True):
         run.step()
-        read.append([verdict.step for verdict in run.read(settle)])
+        read.append([result.step.number for result in run.sync.settle(wait).results])
     assert read == [[], [0], [1, 2], [], [3, 4], [5]]
 
 
-def test_a_verdict_is_that_of_its_own_step(tmp_path: Path) -> None:
-    run = Guarded(tmp_path)
+def test_a_result_is_of_its_own_step(tmp_path: Path) -> None:
+    run = Synced(tmp_path)
     many = [Fault(7, "a.tar", 3, "key", "undecodable_image", "")] * 100_001
     assert run.step(loss=0.1, norm=3.0) == 1.0
     assert run.step(loss=0.7, norm=float("inf"), faults=many) == 0.0
-    (first, second) = run.read(settle=True)
+    first, second = run.sync.settle(wait=True).results
     assert (first.loss, first.grad_norm) == (torch.tensor(0.1).item(), 3.0)
     assert (first.finite, first.num_done, first.num_replaced, first.faults) == (True, 1, 0, [])
     assert (second.finite, second.num_done, second.num_replaced, second.faults) == (False, 2, 100_001, many)
     assert second.metrics == {"logit_scale": 14.3}
-    assert second.learning_rate == STAGE.learning_rate(1) < first.learning_rate
+    assert second.step.learning_rate == SCHEDULE.stages[0].learning_rate(1) < first.step.learning_rate
     assert first.clock.seconds <= second.clock.seconds
 
 
-def test_what_asks_for_a_pause_is_heard_a_step_late_and_settles(tmp_path: Path) -> None:
-    run = Guarded(tmp_path)
+def test_a_request_is_known_a_step_later_and_waits(tmp_path: Path) -> None:
+    run = Synced(tmp_path)
     run.step()
-    run.request._receive(15, None)
+    run.sync.request._receive(15, None)
     assert run.step() == 1.0
-    assert [verdict.stop for verdict in run.read()] == [False]
-    assert not run.guard.stop
+    assert not run.sync.settle(wait=False).stop
     run.step()
-    assert [(verdict.step, verdict.stop) for verdict in run.read()] == [(1, True), (2, True)]
-    assert (run.guard.stop, run.guard.save) == (True, False)
+    settled = run.sync.settle(wait=False)
+    assert ([result.step.number for result in settled.results], settled.stop, settled.save) == ([1, 2], True, False)
 
-    saved = Guarded(tmp_path, SaveRecipe(every_minutes=1e-9))
+    saved = Synced(tmp_path, SaveRecipe(every_minutes=1e-9))
     saved.step()
-    assert saved.read() == []
+    assert not saved.sync.settle(wait=False).results
     saved.step()
-    assert len(saved.read()) == 2
-    assert (saved.guard.stop, saved.guard.save) == (False, True)
+    settled = saved.sync.settle(wait=False)
+    assert (len(settled.results), settled.stop, settled.save) == (2, False, True)
 
 
-@pytest.mark.parametrize("settle", [False, True])
-def test_bad_steps_in_a_row_end_the_run_after_those_before_the_last_were_read(tmp_path: Path, settle: bool) -> None:
-    run, read = Guarded(tmp_path), []
-    for step in range(MAX_SKIPPED_IN_A_ROW + 2):
-        assert run.step(loss=float("nan") if step > 0 else 1.0) == (step == 0)
-        if step == MAX_SKIPPED_IN_A_ROW + (not settle):
-            break
-        read += run.read()
-    row = f"loss nan or gradient norm 2.0 was not finite in {MAX_SKIPPED_IN_A_ROW} steps in a row, none of them taken"
-    with pytest.raises(FloatingPointError, match=row):
-        read.extend(run.guard.verdicts(settle))
-    assert [verdict.finite for verdict in read] == [True, *[False] * (MAX_SKIPPED_IN_A_ROW - 1)]
+def test_bad_steps_in_a_row_end_the_run(tmp_path: Path) -> None:
+    run = Synced(tmp_path)
+    for step in range(MAX_SKIPPED_IN_A_ROW + 1):
+        assert run.step(loss=float("nan") if step else 1.0) == (step == 0)
+        if step < MAX_SKIPPED_IN_A_ROW:
+            assert all(result.finite == (result.step.number == 0) for result in run.sync.settle(wait=False).results)
+    with pytest.raises(FloatingPointError, match=f"loss nan .*norm 2.0 .*{MAX_SKIPPED_IN_A_ROW} steps in a row"):
+        run.sync.settle(wait=True)
 
 
 BAD = (6, 12, 13)
@@ -127,7 +115,7 @@ def learned(run_dir: Path) -> list[dict]:
 
 
 def test_a_run_goes_on_to_the_same_end_from_any_trouble(write_changed: Callable[[Path], Path], tmp_path: Path) -> None:
-    """Three bad steps: without a break, killed between a bad step and its verdict, and asked to stop in a bad step."""
+    """Three bad steps: without a break, killed between a bad step and its result, and asked to stop in a bad step."""
     whole, killed, stopped = (tmp_path / name for name in ("whole", "killed", "stopped"))
     assert run_in_trouble(write_changed(whole)) == 0
     records = learned(whole)

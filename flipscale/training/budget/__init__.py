@@ -1,1 +1,0 @@
-"""The time budget of a run, and where a run is in its schedule."""

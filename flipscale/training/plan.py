@@ -1,0 +1,313 @@
+"""The plan of a run: its recipe, checked, and its data, opened."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from transformers import PreTrainedTokenizerBase
+
+from flipscale.data.faults import Fault
+from flipscale.data.feeding import enduring_batches, on_device
+from flipscale.data.labelled.recipe import AugmentRecipe
+from flipscale.data.loader import StepSampler, check_shared_memory
+from flipscale.data.packed import PackedBatch
+from flipscale.data.pairs import InputShape, PairDataset
+from flipscale.data.sources.opening import open_source
+from flipscale.data.sources.source import Source
+from flipscale.data.tokenizers import check_begin_and_end, check_tokenizer, load_tokenizer
+from flipscale.engines.launch import place_in_world
+from flipscale.evaluation.class_names import refuse_other_class_names, training_class_names
+from flipscale.evaluation.embedding import parts_of
+from flipscale.evaluation.kinds.task import Task
+from flipscale.evaluation.rehearsal import rehearse
+from flipscale.evaluation.test_set import read_class_names
+from flipscale.io.errors import UserError
+from flipscale.training.recipe import Recipe, as_fields, to_yaml
+from flipscale.training.schedule import Clock, Schedule, Stage, Step, has_passed, is_due, plan_stages
+from flipscale.training.step import raise_if_dropout
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from flipscale.model import FlipConfig
+    from flipscale.objectives.objective import Objective
+
+_log = logging.getLogger(__name__)
+
+
+class StepBatch(NamedTuple):
+    """One process's part of a step's batch.
+
+    Args:
+        step: step of the batch.
+        micro_batches: micro-batches of one size on the device, with the stage's `image_size` if it has one. The list
+            holds the only references, so clearing it frees the batch.
+        faults: unusable samples, each of which was replaced.
+    """
+
+    step: Step
+    micro_batches: list[PackedBatch]
+    faults: list[Fault]
+
+
+class Due(NamedTuple):
+    """Work between two steps.
+
+    Args:
+        tasks: evaluations.
+        save: whether to save a checkpoint.
+    """
+
+    tasks: list[Task]
+    save: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A checked recipe with its data.
+
+    Args:
+        schedule: stages and time budget.
+        batch_size: pairs in the global batch.
+        source: training pairs.
+        tokenizer: tokenizer of the captions; None for an objective without text.
+        datasets: the pairs at each stage's masks and sizes.
+        tasks: evaluations.
+        eval_every_share: share of the time budget between evaluations; 0 for none.
+        save_every_samples: pairs between checkpoints; 0 for none.
+        objective: training objective.
+        recipe_yaml: the resolved recipe, as a checkpoint keeps it.
+        recipe_fields: its fields, by which trackers compare runs.
+        class_names: names of a classifier's classes.
+        starts_from_weights: whether `model.init_from` is set.
+    """
+
+    schedule: Schedule
+    batch_size: int
+    source: Source
+    tokenizer: PreTrainedTokenizerBase | None
+    datasets: Mapping[Stage, PairDataset]
+    tasks: list[Task]
+    eval_every_share: float
+    save_every_samples: int
+    objective: Objective
+    recipe_yaml: str
+    recipe_fields: dict[str, bool | int | float | str]
+    class_names: Sequence[str] = ()
+    starts_from_weights: bool = False
+
+    def batches(self, clock: Clock, accelerator: Accelerator) -> Iterator[StepBatch]:
+        """Yield this process's batches to the end of the run. The caller advances the clock after each.
+
+        Raises:
+            UserError: the data cannot be used.
+            OSError: a shard cannot be read, or workers keep dying.
+        """
+        rank, world_size, device = accelerator.process_index, accelerator.num_processes, accelerator.device
+        pin_memory = device.type == "cuda"
+        while not clock.step.is_over:
+            stage, end = clock.step.stage, self.schedule.end_of(clock.step.stage)
+            batches = enduring_batches(self.datasets[stage], clock.step.number, end, rank, world_size, pin_memory)
+            with closing(on_device(batches, device)) as ready:
+                for micro_batches in ready:
+                    for micro_batch in micro_batches:
+                        micro_batch.with_images_of(stage.image_size)
+                    faults = [fault for micro_batch in micro_batches for fault in micro_batch.faults]
+                    yield StepBatch(clock.step, micro_batches, faults)
+                    # A time budget may end the stage while prefetched batches are left.
+                    if clock.step.is_over or clock.step.stage is not stage:
+                        break
+
+    def clock(self, state: Mapping[str, Any]) -> Clock:
+        """Return the clock after a checkpoint with this state; empty for a fresh start."""
+        return Clock(self.schedule, state)
+
+    def tasks_before(self, step: Step) -> list[Task]:
+        """Return the evaluations before the first step of a run that starts from weights.
+
+        They measure what training may lose. A new head or decoder has nothing to lose.
+        """
+        if not self.starts_from_weights or step.number:
+            return []
+        return [task for task in self.tasks if task.needs in ("texts", "features")]
+
+    def due(self, step: Step) -> Due:
+        """Return the work before a step. The evaluations at the end of the run are left out."""
+        if step.is_over:
+            return Due([], True)
+        share_is_due = has_passed(step.before, step.position, self.eval_every_share)
+        tasks = [
+            task
+            for task in self.tasks
+            if is_due(step.number, self.batch_size, task.every_samples or 0)
+            or (share_is_due and task.every_samples is None)
+        ]
+        return Due(tasks, is_due(step.number, self.batch_size, self.save_every_samples))
+
+
+class _Draft(NamedTuple):
+    """A recipe under check, and values derived from it."""
+
+    recipe: Recipe
+    objective: Objective
+    config: FlipConfig
+    tasks: list[Task]
+
+
+def check(recipe: Recipe) -> Plan:
+    """Check a recipe and open its data, in each process by itself.
+
+    Raises:
+        UserError: the recipe cannot be run as it stands.
+        OSError: shared memory is full, or a file cannot be fetched.
+    """
+    draft = _Draft(recipe, recipe.objective(), recipe.model_config(), recipe.eval.planned())
+    for check_one in _CHECKS:
+        check_one(draft)
+    objective, config, data = draft.objective, draft.config, recipe.data
+    stages = plan_stages(recipe.stages, data.global_batch_size, recipe.budget_minutes)
+    source = open_source(data)
+    rank, world_size = place_in_world()
+    if 0 < len(source) < data.global_batch_size and rank == 0 and objective.is_coupled:
+        _log.warning(
+            "data.global_batch_size is %d and there are %d pairs: every batch repeats pairs, which the loss treats as "
+            "negatives; use a smaller batch",
+            *(data.global_batch_size, len(source)),
+        )
+    shape, tokenizer = InputShape.of(config), _tokenizer(draft)
+    datasets = {
+        stage: objective.dataset(
+            source, tokenizer, data, shape.at(stage.image_size), recipe.seed, stage.mask_ratio, recipe.mask,
+            stage.text_mask_ratio, drop_path_rate=recipe.model.drop_path_rate,
+        )
+        for stage in stages
+    }  # fmt: skip
+    names = _class_names(draft)
+    rehearse(draft.tasks, shape.image_size, rank, world_size)
+    budget_seconds = None if recipe.budget_minutes is None else 60.0 * recipe.budget_minutes
+    return Plan(
+        *(Schedule(tuple(stages), budget_seconds), data.global_batch_size, source, tokenizer, datasets, draft.tasks),
+        *(recipe.eval.every_share, recipe.save.every_samples, objective, to_yaml(recipe), as_fields(recipe), names),
+        starts_from_weights=recipe.model.init_from is not None,
+    )
+
+
+def _check_frozen(draft: _Draft) -> None:
+    if draft.recipe.model.frozen:
+        from flipscale.engines.first_weights import freeze, model_without_storage  # seconds to import, with the models
+
+        freeze(model_without_storage(draft.config, draft.objective.model_class), draft.recipe.model.frozen)
+
+
+def _check_stages(draft: _Draft) -> None:
+    plan_stages(draft.recipe.stages, draft.recipe.data.global_batch_size, draft.recipe.budget_minutes)
+
+
+def _check_shares(draft: _Draft) -> None:
+    """Refuse shares of a time budget without a budget, or beside counts."""
+    recipe = draft.recipe
+    for name, section in (("log", recipe.log), ("eval", recipe.eval)):
+        if section.every_share and recipe.budget_minutes is None:
+            raise UserError(
+                f"{name}.every_share is {section.every_share:g} of budget_minutes, which is not set; set it, or use "
+                f"{name}.every_samples"
+            )
+    if recipe.eval.every_share and recipe.eval.every_samples:
+        raise UserError(
+            f"eval.every_share is {recipe.eval.every_share:g} and eval.every_samples is {recipe.eval.every_samples}; "
+            "leave one of them out"
+        )
+
+
+def _check_trackers(draft: _Draft) -> None:
+    """Refuse trackers that accelerate does not know or that are not installed."""
+    names = draft.recipe.log.report_to
+    if not names:
+        return
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+    installed = [str(one) for one in get_available_trackers()]
+    for name in names:
+        if name not in LOGGER_TYPE_TO_CLASS:
+            raise UserError(f"log.report_to has {name!r}; use {', '.join(LOGGER_TYPE_TO_CLASS)}")
+        if name not in installed:
+            raise UserError(f"log.report_to has {name!r}, which is not installed; pip install {name}, or leave it out")
+
+
+def _check_tasks(draft: _Draft) -> None:
+    for task in draft.tasks:
+        task.check()
+
+
+def _check_micro_batches(draft: _Draft) -> None:
+    """Refuse dropout in two passes, a batch that processes or micro-batches do not divide, and odd mixes."""
+    data, objective = draft.recipe.data, draft.objective
+    if data.micro_batch_size is not None and objective.is_coupled:
+        raise_if_dropout(draft.config)
+    sampler = StepSampler(0, 0, data.global_batch_size, *place_in_world(), data.micro_batch_size)
+    if data.augment != AugmentRecipe() and "labels" not in objective.columns:
+        name = next(field for field, value in vars(data.augment).items() if value)
+        raise UserError(
+            f"data.augment.{name} is {getattr(data.augment, name)!r}, which is for images with class numbers, and "
+            f"loss.kind is {draft.recipe.loss.kind!r}; leave it out, or use loss.kind classify"
+        )
+    if data.augment.mixes and sampler.micro_batch_size % 2:
+        raise UserError(
+            f"data.augment mixes pairs of images, and a process takes {sampler.micro_batch_size} at a time; use an "
+            "even number"
+        )
+
+
+def _check_shared_memory(draft: _Draft) -> None:
+    check_shared_memory(draft.recipe.data.num_workers)
+
+
+_CHECKS = (
+    _check_frozen,
+    _check_stages,
+    _check_shares,
+    _check_trackers,
+    _check_tasks,
+    _check_micro_batches,
+    _check_shared_memory,
+)
+
+
+def _tokenizer(draft: _Draft) -> PreTrainedTokenizerBase | None:
+    """Return the tokenizer of the captions if it fits the model; None for an objective without text."""
+    if not draft.objective.takes_text:
+        return None
+    tokenizer = load_tokenizer(draft.recipe.data.tokenizer, draft.config.caption_config.max_position_embeddings)
+    check_tokenizer(tokenizer, draft.config.caption_config)
+    if draft.config.decoder_config is not None:
+        check_begin_and_end(tokenizer, draft.config.decoder_config)
+    return tokenizer
+
+
+def _class_names(draft: _Draft) -> list[str]:
+    """Return the names of a classifier's classes; empty for other models.
+
+    Raises:
+        UserError: a task needs a part that the model lacks; or the names are missing, too few or too many, or differ
+            from those of a task or of the run's earlier starts.
+        OSError: a file of names cannot be fetched.
+    """
+    from flipscale.objectives.classify import Classify  # with the models, which take seconds to import
+
+    recipe, objective = draft.recipe, draft.objective
+    parts = ("features", "head") if isinstance(objective, Classify) else parts_of(draft.config)
+    for task in draft.tasks:
+        task.check_model(parts, f"the model of loss.kind {recipe.loss.kind!r}")
+    if objective.num_labels is None:
+        return []
+    names = training_class_names(recipe.data, objective.num_labels)
+    for task in draft.tasks:
+        if task.needs in ("head", "answers") and read_class_names(task.data) != names:
+            raise UserError(f"{task.data} has other class names, or in another order, than the training shards")
+    refuse_other_class_names(Path(recipe.output_dir), names)
+    return names

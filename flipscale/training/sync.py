@@ -1,0 +1,198 @@
+"""What all processes agree on in a step: whether to take it, to stop, to save, and whether a checkpoint is on disk.
+
+The device learns at once whether the step is taken. The host reads the numbers a step later, when the device already
+has the next step to compute, so the device never idles.
+"""
+
+import statistics
+from collections import deque
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from flipscale.data.faults import Fault
+from flipscale.engines.arrivals import begin
+from flipscale.engines.checkpoint import CheckpointWriter
+from flipscale.engines.device import HostCopy, to_device
+from flipscale.training.preemption import StopRequest
+from flipscale.training.schedule import Pace, Stage, Step
+from flipscale.training.step import StepLoss
+from flipscale.training.watch import Interval, StepWatch
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+MAX_SKIPPED_IN_A_ROW = 5
+# The median over the last steps of a stage estimates the duration of the next.
+_REMEMBERED = 9
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """The outcome of a step, agreed by all processes.
+
+    Args:
+        step: the step.
+        faults: unusable samples in this process's part of the batch.
+        clock: times when the step was sent to the device.
+        loss: loss of the global batch.
+        grad_norm: norm of the gradients before clipping.
+        metrics: the objective's metrics of this process's part of the batch.
+        finite: whether the step was taken; a step with a non-finite loss or norm is left out.
+        num_replaced: number of unusable samples in the global batch.
+    """
+
+    step: Step
+    faults: list[Fault]
+    clock: Interval
+    loss: float
+    grad_norm: float
+    metrics: dict[str, float]
+    finite: bool
+    num_replaced: int
+
+    @property
+    def num_done(self) -> int:
+        """Number of steps taken with this one."""
+        return self.step.number + 1
+
+
+class Settled(NamedTuple):
+    """Results that became known, and the requests in them.
+
+    Args:
+        results: results in the order of steps.
+        stop: whether a process was asked to stop.
+        save: whether a checkpoint is due by the clock.
+        written: whether every process's part of the last checkpoint is on disk.
+    """
+
+    results: list[StepResult]
+    stop: bool
+    save: bool
+    written: bool
+
+
+class _Unread(NamedTuple):
+    """A step whose numbers are on their way to the host."""
+
+    step: Step
+    faults: list[Fault]
+    clock: Interval
+    metrics: list[str]
+    numbers: HostCopy
+
+
+class StepSync:
+    """Leaves out steps whose loss or gradients are not finite, and passes requests on to all processes.
+
+    In a `with` block, signals and the stop file ask the run to stop.
+
+    Attributes:
+        pace: last agreed pace of the time budget; None without a budget.
+    """
+
+    def __init__(
+        self,
+        accelerator: "Accelerator",
+        checkpoints: CheckpointWriter,
+        watch: StepWatch,
+        pace: Pace | None = None,
+        budget_seconds: float | None = None,
+    ):
+        self.request = StopRequest(watches_file=accelerator.is_main_process)
+        self.pace = pace
+        self._accelerator = accelerator
+        self._checkpoints = checkpoints
+        self._watch = watch
+        self._unread: deque[_Unread] = deque()
+        self._skipped_in_a_row = 0
+        self._budget_seconds = budget_seconds
+        self._stage: Stage | None = None
+        self._durations: deque[float] = deque(maxlen=_REMEMBERED)
+        self._last_seconds = self._step_seconds = 0.0
+
+    def __enter__(self) -> "StepSync":
+        self.request.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.request.__exit__()
+
+    def start(self, step: Step, loss: StepLoss, grad_norm: torch.Tensor, faults: list[Fault]) -> torch.Tensor:
+        """Collective. Return whether the step is taken, fp32 `()` on the device: 1 or 0, the same on every process."""
+        # Clocks differ between machines, so only the main process's counts.
+        due = self._checkpoints.clock_is_due and self._accelerator.is_main_process
+        slow, pace = self._watch.last_step_was_slow(), self._own_pace(step)
+        flags = [self.request.reason is not None, due, self._checkpoints.is_writing, len(faults), slow, *pace]
+        mine = torch.stack([loss.loss.detach().float(), grad_norm.detach().float()])
+        sums = self._accelerator.reduce(torch.cat([mine, to_device(flags, mine.device)]), "sum")
+        taken = sums[:2].isfinite().all()
+        numbers = torch.cat([torch.stack([taken.double(), *loss.metrics.values()]), sums.double()])
+        self._unread.append(_Unread(step, faults, self._watch.so_far(), list(loss.metrics), HostCopy(numbers)))
+        return taken.float()
+
+    def settle(self, wait: bool) -> Settled:
+        """Collective. Return the results of all steps but the newest, which the device has just begun.
+
+        With `wait`, or if a result asks for a stop or a save, the newest is included, because the run pauses then.
+
+        Raises:
+            FloatingPointError: `MAX_SKIPPED_IN_A_ROW` steps in a row were not finite.
+        """
+        results: list[StepResult] = []
+        stop = save = written = False
+        while len(self._unread) > (0 if wait or stop or save else 1):
+            result, asked, due, is_written = self._read(self._unread.popleft())
+            results.append(result)
+            stop, save, written = stop or asked, save or due, written or is_written
+        return Settled(results, stop, save, written)
+
+    def _own_pace(self, step: Step) -> list[float]:
+        """Return the used share of the budget and the share of a step, 0 except on the main process; empty without a
+        budget."""
+        if self._budget_seconds is None:
+            return []
+        seconds = self._watch.trained_seconds
+        if step.stage is self._stage:
+            self._durations.append(seconds - self._last_seconds)
+        else:  # steps of another length follow, and the first of them waits for its data
+            self._stage = step.stage
+            self._durations.clear()
+        self._last_seconds = seconds
+        if not self._accelerator.is_main_process:
+            return [0.0, 0.0]
+        if self._durations:
+            self._step_seconds = statistics.median_low(self._durations)
+        return [seconds / self._budget_seconds, self._step_seconds / self._budget_seconds]
+
+    def _read(self, unread: _Unread) -> tuple[StepResult, bool, bool, bool]:
+        """Collective. Return the result of a step, and whether to stop, to save and to commit the checkpoint.
+
+        Only here does the host wait for the device.
+        """
+        begin("verdict")
+        taken, *rest = unread.numbers.read()
+        begin("update")
+        names, step = unread.metrics, unread.step
+        metrics = dict(zip(names, rest, strict=False))
+        loss_sum, norm_sum, asked, due, writing, replaced, slow, *pace = rest[len(names) :]
+        if pace:
+            self.pace = Pace(step.number, *pace)
+        if slow > 0:
+            self._watch.report_slow_step(step.number)
+        loss, grad_norm = (total / self._accelerator.num_processes for total in (loss_sum, norm_sum))
+        self._skipped_in_a_row = 0 if taken else self._skipped_in_a_row + 1
+        if self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+            raise FloatingPointError(
+                f"loss {loss} or gradient norm {grad_norm} was not finite in {self._skipped_in_a_row} steps in a row, "
+                "and none of them was taken; lower the learning rate and resume from the last checkpoint"
+            )
+        # No checkpoint is begun while a step is unread, so `writing` is about the open checkpoint, if any.
+        written = self._checkpoints.is_open and writing == 0
+        result = StepResult(step, unread.faults, unread.clock, loss, grad_norm, metrics, taken > 0, int(replaced))
+        return result, asked > 0, due > 0, written
