@@ -1,4 +1,4 @@
-"""The pages of evaluations that have a name, `tasks/NAME.yaml`: where the data is, and how it is used and judged."""
+"""The pages of named evaluations, `tasks/NAME.yaml`: source of the data, prompts, metric and the paper's figures."""
 
 import difflib
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from flipscale.evaluation.kinds.task import Task
 
 PAGES = Path(__file__).parent / "tasks"
-# Kinds that have several metrics, of which a task names its headline.
+# Kinds with several metrics. A task names its headline.
 _WITH_METRICS = ("zero_shot", "zero_shot_multilabel")
 PAPER_MODEL = "FLIP L/14, LAION-400M"
 SUITES = ("paper", "robustness", "fairness")
@@ -25,17 +25,17 @@ SUITES = ("paper", "robustness", "fairness")
 
 @dataclass(frozen=True)
 class TaskSource:
-    """Where the Hub has a task's data.
+    """The place of a task's data on the Hub.
 
     Args:
-        repo: of data sets, `owner/name`.
-        split: the folder of the shards, or the split of a parquet repository.
-        revision: a branch, or a commit where one is known.
-        image: the column of images of a parquet repository; empty for shards in CLIP_benchmark's layout.
-        label: the column of classes of a parquet repository.
-        clip: the columns that name a clip, where rows are the frames of videos, of which the middle one is taken.
-        frame: the column of a frame's number in its clip.
-        shards: a pattern of the shards' names, where they are others than `SPLIT/0.tar`, `SPLIT/1.tar`, ...
+        repo: dataset repository, `owner/name`.
+        split: folder of the shards, or split of a parquet repository.
+        revision: branch or commit.
+        image: image column of a parquet repository; empty for shards in CLIP_benchmark's layout.
+        label: class column of a parquet repository.
+        clip: columns that identify a clip, if rows are frames of videos. The middle frame is used.
+        frame: column of a frame's number in its clip.
+        shards: pattern of the shards' names; empty for `SPLIT/0.tar`, `SPLIT/1.tar`, ...
     """
 
     repo: str
@@ -50,7 +50,7 @@ class TaskSource:
 
 @dataclass(frozen=True)
 class Reference:
-    """A figure of the paper: which model, and its value in percent."""
+    """A figure of the paper: the model, its value in percent, and the metric."""
 
     model: str
     value: float
@@ -59,27 +59,27 @@ class Reference:
 
 @dataclass(frozen=True)
 class TaskPage:
-    """What the page of one evaluation says.
+    """The page of one evaluation.
 
     Args:
-        name: of the page's file, of the task, and of the folder where `flipscale prepare tasks` puts its data.
-        title: what people call the data set.
-        kind: of the evaluation, one of `KINDS`.
-        suites: those of `SUITES` that it belongs to.
-        source: where the data is.
-        licence: of the images, as their source states it.
-        images: how many the split has.
-        num_classes: None for a task without classes, or where only the source has the list.
-        class_names: CLIP's; empty where the names are the source's own. Labels are numbers in the folder's
-            `classnames.txt`, whose order may be another.
-        templates: the prompts, `{c}` for the name; empty where the folder's own are used or there are none.
-        prompts: the name of the set that `templates` is, such as `imagenet7`; empty for a list of the page's own.
-        metric: the headline.
-        data: the folder of the data, where another task's is used; else `name`.
+        name: name of the page's file, of the task, and of its data folder under `flipscale prepare tasks`.
+        title: common name of the data set.
+        kind: kind of the evaluation, one of `KINDS`.
+        suites: suites of the task, from `SUITES`.
+        source: place of the data.
+        licence: licence of the images, as stated by their source.
+        images: number of images in the split.
+        num_classes: number of classes; None without classes, or if only the source has the list.
+        class_names: CLIP's class names; empty for the source's own names. Labels are numbers in the folder's
+            `classnames.txt`, which may have another order.
+        templates: prompts with `{c}` for the class name; empty without prompts, or for the folder's own.
+        prompts: name of the set of `templates`, such as `imagenet7`; empty for the page's own list.
+        metric: headline metric.
+        data: folder of the data; another task's folder, or `name`.
         options: further fields of the kind.
-        reference: what the paper reports.
+        reference: the paper's figures.
         comparable: whether images, split and metric are those of the paper.
-        why_not: the reason why they are not, or what else is to be known of the data.
+        why_not: reason why they are not, or another remark on the data.
     """
 
     name: str
@@ -102,14 +102,14 @@ class TaskPage:
 
     @property
     def num_prompts(self) -> int:
-        """How many prompts a class has; 0 without classes, or where only the source has the list."""
+        """Number of prompts per class; 0 without classes, or if only the source has the list."""
         return len(self.templates)
 
     def listed(self, folder: Path) -> dict[str, Any]:
-        """Return the task as a recipe may list it, with the data at `folder`."""
+        """Return the task as an entry of a recipe's eval.tasks, with the data at `folder`."""
         templates = {"templates": self.prompts or list(self.templates)} if self.templates else {}
         about = {"task": self.name, "kind": self.kind, "data": str(folder), "name": self.name}
-        # Labels in a file of their own have one metric.
+        # Label files allow only one metric.
         several = self.kind in _WITH_METRICS and "labels" not in self.options
         metric = {"metric": self.metric} if several else {}
         return {**about, **templates, **metric, **self.options}
@@ -118,7 +118,7 @@ class TaskPage:
         """Return the task, with the data at `folder`.
 
         Raises:
-            ValueError: the page says what its kind does not take.
+            UserError: the page has a field that its kind has not.
         """
         from flipscale.evaluation.kinds.kinds import build_task  # with torch; the pages are read without it
 
@@ -133,10 +133,10 @@ def page_names() -> tuple[str, ...]:
 
 @cache
 def read_page(name: str) -> TaskPage:
-    """Return the page called `name`.
+    """Return the page named `name`.
 
     Raises:
-        ValueError: there is none; the message has the nearest names.
+        UserError: there is no such page; the message has the nearest names.
     """
     if name not in page_names():
         near = difflib.get_close_matches(name, page_names(), 3, 0.5)
@@ -155,7 +155,7 @@ def suite_pages(suite: str) -> tuple[TaskPage, ...]:
     """Return the pages of a suite, or of all.
 
     Raises:
-        ValueError: no suite is called so.
+        UserError: there is no such suite.
     """
     if suite not in (*SUITES, "all"):
         raise UserError(f"no suite is called {suite!r}; use one of {', '.join(SUITES)}, all")
@@ -163,7 +163,7 @@ def suite_pages(suite: str) -> tuple[TaskPage, ...]:
 
 
 def pages_table(pages: Sequence[TaskPage]) -> str:
-    """Return the pages as a table for people: what each is, and what the paper's L/14 achieves."""
+    """Return the pages as a table, with the figures of the paper's L/14."""
     rows = [("task", "suites", "images", "classes", "prompts", "metric", "paper")]
     for page in pages:
         figures = [line.value for line in page.reference if (line.model, line.metric) == (PAPER_MODEL, page.metric)]
@@ -174,7 +174,7 @@ def pages_table(pages: Sequence[TaskPage]) -> str:
 
 
 def _page(name: str, content: dict[str, Any]) -> TaskPage:
-    """Return the page that a file's content describes."""
+    """Return the page of a file's content."""
     known = {option.name for option in fields(TaskPage)} - {"name", "prompts"}
     assert content.keys() <= known, f"tasks/{name}.yaml has {sorted(content.keys() - known)}"
     named = content.get("templates") or []
@@ -194,13 +194,12 @@ def _page(name: str, content: dict[str, Any]) -> TaskPage:
     return TaskPage(name, **page)
 
 
-def _class_names(said: str | list[str] | dict[str, list[int]]) -> tuple[str, ...]:
-    """Return the names that a page lists itself, or takes from `tasks/names/LIST.txt`: all, or those at `{LIST:
-    NUMBERS}`."""
-    if isinstance(said, list):
-        return tuple(said)
-    if isinstance(said, str):
-        return tuple((PAGES / "names" / f"{said}.txt").read_text(encoding="utf-8").splitlines())
-    ((names, numbers),) = said.items()
+def _class_names(names_field: str | list[str] | dict[str, list[int]]) -> tuple[str, ...]:
+    """Return the names of a page: its own list, all of `tasks/names/LIST.txt`, or some of them by `{LIST: NUMBERS}`."""
+    if isinstance(names_field, list):
+        return tuple(names_field)
+    if isinstance(names_field, str):
+        return tuple((PAGES / "names" / f"{names_field}.txt").read_text(encoding="utf-8").splitlines())
+    ((names, numbers),) = names_field.items()
     listed = _class_names(names)
     return tuple(listed[number] for number in numbers)

@@ -1,1 +1,1 @@
-"""What a run costs before it starts."""
+"""The memory, time and cost of a run before it starts."""

@@ -95,7 +95,7 @@ def cost_table(recipes: dict[str, Recipe], gpus: Gpus, costs: Sequence[CostRecip
         costs: prices of each recipe.
 
     Raises:
-        UserError: as `planned_cost`, with the name of the recipe.
+        UserError: see `planned_cost`; the message names the recipe.
     """
     head = ["recipe", "stage", "masked", "pairs", "hours", "GPU-hours", "of the first", "kWh", "dollars", "kg CO2"]
     rows, first = [head], None
@@ -135,7 +135,7 @@ def _assumed(gpus: Gpus, costs: dict[str, CostRecipe]) -> list[str]:
 
 
 def _masked(stage: StageRecipe) -> str:
-    """Return the mask ratio of a stage, and its image size if it has one of its own."""
+    """Return the mask ratio of a stage, and its own image size."""
     return f"{stage.mask_ratio:.0%}" + (f" of {stage.image_size} px" if stage.image_size is not None else "")
 
 

@@ -32,8 +32,8 @@ class Flops:
 
     @property
     def training(self) -> int:
-        """Operations of a training step: three forward passes, without recomputation. This is a permille too many,
-        because the pixels need no gradient."""
+        """Operations of a training step: three forward passes, without recomputation. This is 0.1 % too many, because
+        the pixels need no gradient."""
         return 3 * self.forward
 
 

@@ -26,8 +26,8 @@ from flipscale.training.recipe import Recipe
 GPUS_OF_A_NODE = 8
 # Usable share of a GPU's memory. CUDA's context and fragmentation take the rest.
 USABLE = 0.94
-# Beside PyTorch, each of 8 H100 had 1.06 GB before the first all-to-all and 4.34 GB after it
-# (github.com/NVIDIA/nccl/issues/1685): the rings' buffers, and a buffer for each neighbour.
+# Source: github.com/NVIDIA/nccl/issues/1685. Each of 8 H100 had 1.06 GB without PyTorch's memory before the first
+# all-to-all: the rings' buffers. It had 4.34 GB after it: a buffer for each neighbour.
 _COMMUNICATOR_BYTES = 1_060_000_000
 _NEIGHBOUR_BYTES = (4_340_000_000 - 1_060_000_000) // 7
 

@@ -1,1 +1,1 @@
-"""Studies: several runs, what they are made of, and what they show together."""
+"""Studies: several runs and their common results."""

@@ -1,8 +1,9 @@
 """The search for the best path through a budget of training time, by successive halving.
 
-All paths train for a short time, and the best of them, from the beginning, for longer. The folder has `search.yaml`,
-`rung1/PATH.yaml`, `rung1/PATH/`, `rung1/PATH.log`, `rung1/PATH.failed`, `rung2/...`, `report.md`, `front.png` and
-`winner.yaml`.
+All paths train for a short time, and the best of them, from the beginning, for longer.
+
+    search.yaml  report.md  front.png  winner.yaml
+    rung1/PATH.yaml  rung1/PATH/  rung1/PATH.log  rung1/PATH.failed  rung2/...
 
 In Jamieson and Talwalkar, 2016 (arXiv 1502.07943), a rung continues the one before. Here each rung is a whole schedule,
 because the model in the middle of a longer schedule is worse than the same time can give.
@@ -49,11 +50,11 @@ class BudgetSearch:
     Args:
         base: recipe to change: a name of the package, or a YAML file relative to the search's file.
         minutes: the budget: training time of the last rung.
-        validation: name of the base's evaluation that chooses paths. No other evaluation is run.
+        validation: name of the base's evaluation that chooses paths; no other evaluation is run.
         paths: changes of each path: values by their path in the recipe, and `stages` with shares of the budget.
-        tuning: shares of the budget for the last of several stages; each makes a path of its own. The stages before
+        tuning: shares of the budget for the last of several stages; each makes a path of its own; the stages before
             divide the rest in proportion to their shares, or equally.
-        rates: `base_lr` values of a first stage without one; each makes a path of its own. Empty takes the base's.
+        rates: `base_lr` values of a first stage without a rate; each makes a path of its own; empty for the base's rate.
         rungs: minutes of the rungs before the last; empty for 1 / `eta` of the next rung.
         keep: number of paths that advance from each of those rungs; empty for 1 / `eta`, until `eta` are left.
         eta: ratio of the times of consecutive rungs.
@@ -280,7 +281,7 @@ def search_paths(file: Path, output_dir: Path, workers: int) -> None:
         workers: number of runs that train side by side.
 
     Raises:
-        UserError: as `read_search` and `path_recipes`, or the folder holds something else or another search.
+        UserError: see `read_search` and `path_recipes`; or the folder holds something else or another search.
         OSError: no path of a rung could be trained.
         SystemExit: the search received a signal; the runs have saved.
     """

@@ -318,7 +318,7 @@ def write_plan(file: Path, output_dir: Path) -> list[StudyRun]:
     A study may grow: planned again, a folder gets the missing recipes.
 
     Raises:
-        UserError: as `read_study` and `plan`; or the folder holds something else; or an earlier run has changed or is
+        UserError: see `read_study` and `plan`; or the folder holds something else; or an earlier run has changed or is
             no longer in the study.
     """
     study = read_study(file)

@@ -220,7 +220,7 @@ class Signals:
             signal.signal(one, signal.SIG_DFL if handler is None else handler)
 
     def exit_if_received(self) -> None:
-        """Exit with the code of the received signal, if there is one. The runs must have ended."""
+        """Exit with the code of a received signal. Without a signal, return."""
         if self.received is not None:
             words = f"flipscale: error: {self.received.name}: the runs have saved and stopped; the same command goes on"
             print(words, file=sys.stderr)

@@ -1,18 +1,21 @@
-"""What the planner computes of the paper's runs, by hand from the paper's numbers."""
+"""The computed cost of runs: the paper's runs by hand, and `flipscale plan`."""
 
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from flipscale.cli import main
 from flipscale.planning.cost import Gpus, cost_table, planned_cost
+from flipscale.planning.flops import pair_flops
 from flipscale.training.cost import CostRecipe
 from flipscale.training.recipe import parse_recipe
 
 H100S = Gpus("H100", 256, peak=989e12, mfu=0.45, watts=700.0)
-DEMO = Path(__file__).parents[2] / "examples/demo"
 COST = CostRecipe(device_hour_dollars=2.5, kwh_co2_grams=369.0, pue=1.1)
+PLAN = ["--gpu", "h100", "--num_gpus", "2"]
 
 
 # At 989 Tflop/s x 45 %, 2.5 dollars an hour, 700 W x 1.1 and 369 g a kWh.
@@ -29,32 +32,28 @@ def test_the_paper_s_runs(name: str, mask_ratio: float, gpu_hours: float, dollar
     recipe = parse_recipe(["--config", name])
     first, *others = recipe.stages
     recipe = replace(recipe, stages=[replace(first, mask_ratio=mask_ratio), *others])
-    found = planned_cost(recipe, H100S, COST)
-    *stages, total = found.values()
-    assert [*found] == [*(stage.name for stage in recipe.stages), "in all"]
-    assert total.gpu_hours == pytest.approx(gpu_hours, rel=0.02)
-    assert total.hours == pytest.approx(gpu_hours / 256, rel=0.02)
-    assert total.dollars == pytest.approx(dollars, rel=0.02)
-    assert total.kwh == pytest.approx(kwh, rel=0.02)
-    assert total.co2_kg == pytest.approx(kwh * 0.369, rel=0.02)
+    planned = planned_cost(recipe, H100S, COST)
+    *stages, total = planned.values()
+    assert [*planned] == [*(stage.name for stage in recipe.stages), "in all"]
+    expected = (gpu_hours, gpu_hours / 256, dollars, kwh, kwh * 0.369)
+    assert (total.gpu_hours, total.hours, total.dollars, total.kwh, total.co2_kg) == pytest.approx(expected, rel=0.02)
     for field in ("pairs", "hours", "gpu_hours", "kwh", "dollars", "co2_kg"):
         assert getattr(total, field) == pytest.approx(sum(getattr(stage, field) for stage in stages)), field
 
 
-def test_recipes_stand_beside_each_other() -> None:
-    demo, clip = (parse_recipe(["--config", f"{DEMO}/{name}.yaml"]) for name in ("demo", "demo_clip"))
-    lines = cost_table({"demo_clip": clip, "demo": demo}, replace(H100S, count=1), [COST, CostRecipe()]).splitlines()
-    assert lines[:4] == [
-        "planned: all but masked and pairs is computed, and nothing is measured",
-        "1 x H100, each at an MFU of 45.0% of 989 Tflop/s",
-        "demo_clip: 2.5 dollars a GPU's hour, 700 W a GPU, a PUE of 1.1, 369 g of CO2 a kWh",
-        "demo: price unknown (--device_hour_dollars), 700 W a GPU, a PUE of 1, grid unknown (--kwh_co2_grams)",
+def test_several_recipes() -> None:
+    flip, clip = (parse_recipe(["--config", name]) for name in ("l16_laion400m", "l16_laion400m_clip"))
+    lines = cost_table({"clip": clip, "flip": flip}, H100S, [COST, CostRecipe()]).splitlines()
+    assert lines[1:4] == [
+        "256 x H100, each at an MFU of 45.0% of 989 Tflop/s",
+        "clip: 2.5 dollars a GPU's hour, 700 W a GPU, a PUE of 1.1, 369 g of CO2 a kWh",
+        "flip: price unknown (--device_hour_dollars), 700 W a GPU, a PUE of 1, grid unknown (--kwh_co2_grams)",
     ]
     rows = [re.split(" {2,}", line) for line in lines[6:]]
-    assert [row[0] for row in rows] == ["demo_clip"] * (len(clip.stages) + 1) + ["demo"] * (len(demo.stages) + 1)
+    assert [row[0] for row in rows] == ["clip"] * (len(clip.stages) + 1) + ["flip"] * (len(flip.stages) + 1)
     first, second = (row for row in rows if row[1] == "in all")
     assert first[5] == "1.00"
-    assert 0.0 < float(second[5]) < 10.0
+    assert second[5] == "0.53"
     assert "-" not in first
     assert second[-2:] == ["-", "-"]
 
@@ -69,25 +68,95 @@ def test_a_stage_is_counted_at_its_own_image_size() -> None:
 
 
 def test_a_run_that_ends_by_its_clock() -> None:
-    recipe = parse_recipe(["--config", f"{DEMO}/demo.yaml"])
+    recipe = parse_recipe(["--config", "l16_laion400m"])
     masked, whole = (replace(stage, samples=None, warmup_samples=0) for stage in recipe.stages)
     stages = [replace(masked, share=0.75), replace(whole, share=0.25)]
-    timed = replace(recipe, stages=stages, budget_minutes=30.0)
+    timed = replace(recipe, stages=stages, budget_minutes=3000.0)
     gpus = replace(H100S, count=2)
     first, second, total = planned_cost(timed, gpus, COST).values()
-    assert (first.hours, second.hours, total.hours) == pytest.approx((0.375, 0.125, 0.5))
-    assert (total.gpu_hours, total.dollars) == pytest.approx((1.0, 2.5))
+    assert (first.hours, second.hours, total.hours) == pytest.approx((37.5, 12.5, 50))
+    assert (total.gpu_hours, total.dollars) == pytest.approx((100, 250))
     assert total.pairs == first.pairs + second.pairs
     by_pairs = [replace(masked, samples=first.pairs), replace(whole, samples=second.pairs)]
-    assert planned_cost(replace(recipe, stages=by_pairs), gpus, COST)["in all"].hours == pytest.approx(0.5, rel=1e-3)
-    line = "hours of timed are its budget_minutes, and its pairs are computed"
-    assert line in cost_table({"timed": timed}, gpus, [COST]).splitlines()
+    assert planned_cost(replace(recipe, stages=by_pairs), gpus, COST)["in all"].hours == pytest.approx(50, rel=1e-3)
+    assert "hours of timed are its budget_minutes" in cost_table({"timed": timed}, gpus, [COST])
 
 
-def test_what_cannot_be_run_is_not_planned() -> None:
-    recipe = parse_recipe(["--config", f"{DEMO}/demo.yaml"])
-    with pytest.raises(ValueError, match=r"^mine: global_batch_size 256 is not divisible by 1000000000 processes"):
-        cost_table({"mine": recipe}, replace(H100S, count=1_000_000_000), [COST])
-    nothing = replace(recipe, stages=[replace(recipe.stages[0], samples=255)])
-    with pytest.raises(ValueError, match=r"^mine: stage '.*': 255 samples are less than one step of 256 pairs"):
-        cost_table({"mine": nothing}, H100S, [COST])
+def cells(printed: str) -> list[float | str]:
+    """The cells of the last recipe's row, from its pairs on."""
+    texts = [text.replace(",", "") for text in printed.splitlines()[-1].partition("in all")[2].split()]
+    return [text if text == "-" else float(text) for text in texts]
+
+
+def test_options_replace_the_recipe_s_prices(write_recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = str(write_recipe(tmp_path / "run", cost={"device_hour_dollars": 2e12, "kwh_co2_grams": 100.0}))
+    main(["plan", file, *PLAN])
+    pairs, _, _, share, kwh, by_recipe, co2 = cells(capsys.readouterr().out)
+    assert (pairs, share, kwh, co2) == (640, 1, "-", "-")
+    main(["plan", file, *PLAN, "--device_hour_dollars", "4e12", "--watts", "1e15", "--pue", "1.5"])
+    *_, kwh, dollars, co2 = cells(capsys.readouterr().out)
+    assert dollars == pytest.approx(2 * by_recipe, rel=0.05)
+    assert kwh == pytest.approx(1e12 * dollars / 4e12 * 1.5, rel=0.05)
+    assert co2 == pytest.approx(kwh * 0.1, rel=0.05)
+    # The operations are those of the run's steps of 16 pairs.
+    recipe = parse_recipe(["--config", file])
+    flops = pair_flops(recipe)
+    operations = sum(stage.samples // 16 * 16 * flops[stage.name] for stage in recipe.stages)
+    main(["plan", file, "--gpu", "l4", "--device_hour_dollars", "1e9"])
+    *_, dollars, _ = cells(capsys.readouterr().out)
+    assert dollars == pytest.approx(1e9 * operations / (121e12 * 0.4) / 3600, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--gpu", "abacus"], "gpu is 'abacus'; use one of h100, h100_pcie, "),
+        (["--num_gpus", "0"], "--num_gpus is 0"),
+        (["--num_gpus", "3"], "global_batch_size 16 is not divisible by 3 processes"),
+        (["--mfu", "1.2"], "--mfu is 1.2"),
+        (["--bench", "nowhere"], "--bench nowhere is not a JSON line of `flipscale bench step --json`"),
+        (["--bench", "fast.json"], "--bench fast.json has 1,978.0 Tflop/s, and the GPU's peak is 989"),
+        (["--bench", "fast.json", "--mfu", "0.4"], "--mfu and --bench both give"),
+        (["--device_hour_dollars", "-2.5"], "--device_hour_dollars is -2.5"),
+        (["--watts", "0"], "--watts is 0"),
+        (["--pue", "0.9"], "--pue is 0.9"),
+        (["--kwh_co2_grams", "nan"], "--kwh_co2_grams is nan"),
+    ],
+)
+def test_errors_of_options(
+    write_recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    file = str(write_recipe(tmp_path / "run"))
+    monkeypatch.chdir(tmp_path)
+    Path("fast.json").write_text(json.dumps({"flops_per_pair": 989e9, "images_per_s": 2000.0}))
+    assert message in refusal([file, *PLAN, *options], capsys)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"budget_minutes": 0.0}, "budget_minutes is 0.0"),
+        ({"stages": [{"name": "one", "samples": 0, "base_lr": 0.1}]}, "stages[0].samples is 0"),
+        ({"stages": [{"name": "one", "samples": 15, "base_lr": 0.1}]}, "15 samples are less than one step of 16 pairs"),
+        ({"cost": {"device_hour_dollars": -1.0}}, "cost.device_hour_dollars is -1.0"),
+    ],
+)
+def test_errors_of_recipes(
+    write_recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str], fields: dict, message: str
+) -> None:
+    assert message in refusal([str(write_recipe(tmp_path / "run", **fields)), *PLAN], capsys)
+
+
+def test_errors_of_names(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "the following arguments are required: --gpu" in refusal(["b16_cc3m"], capsys)
+    assert "recipe 'nowhere' is neither a file nor one of " in refusal(["nowhere", *PLAN], capsys)
+
+
+def refusal(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit) as ended:
+        main(["plan", *arguments])
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("flipscale: error: ")
+    return line

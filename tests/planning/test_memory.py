@@ -186,7 +186,7 @@ def test_what_cannot_fit_is_refused_with_what_would(capsys: pytest.CaptureFixtur
     assert exit_info.value.code == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("flipscale: error: ddp needs ")
-    assert "GiB of each process, of which a GPU of 40 GiB has 37.6 to give; what would fit: " in error
+    assert "GiB of each process, but only 37.6 of a GPU's 40 GiB are usable; what would fit: " in error
     assert "model.gradient_checkpointing (" in error
     assert "data.micro_batch_size 256 (" in error
     assert re.search(r"or (128|256) processes \(\d+\.\d GiB\)$", error)
@@ -212,21 +212,6 @@ def test_micro_batches_averages_and_the_ring_count(h14: Recipe) -> None:
     assert averaged.weights == 2 * plain.weights
     ring = replace(h14, loss=replace(h14.loss, exchange="ring"))
     assert loss_bytes(ring, launch, 1).peak < 0.2 * loss_bytes(h14, launch, 1).peak
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--num_processes", "0"], "num_processes is 0; it must be at least 1"),
-        (["--gpu_memory_gib", "-1"], "--gpu_memory_gib is -1; it must be above 0"),
-        (["--num_processes", "3"], "global_batch_size 65536 is not divisible by 3 processes"),
-    ],
-)
-def test_flags_that_make_no_sense(flags: list[str], message: str, capsys: pytest.CaptureFixture) -> None:
-    with pytest.raises(SystemExit) as exit_info:
-        main(["pretrain", "--dry_run", "--config", "h14_laion2b", *flags])
-    assert exit_info.value.code == 2
-    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -1,1 +1,1 @@
-"""What people read of results: tables, figures and the lines that they are made from."""
+"""Reports of results: lines, tables and figures."""

@@ -24,7 +24,7 @@ from flipscale.evaluation.results import (
 from flipscale.io.errors import UserError
 from flipscale.io.yaml_text import read_saved_recipe
 
-# The sections of a recipe that decide what is learned, beside its stages and its seed.
+# Sections of a recipe that decide what is learned. Stages and the seed do too.
 _LEARNED = ("model", "data", "mask", "loss", "optim")
 
 

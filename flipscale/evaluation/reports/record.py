@@ -1,4 +1,4 @@
-"""`results.jsonl` beside a model: a line for each figure, with everything that made it.
+"""`results.jsonl` of a model: a line for each figure, with everything that made it.
 
 The lines of one task under one setting are a group. A group is written in one piece when its task has ended, and read
 only if it is complete. An existing group is not evaluated again.
@@ -99,7 +99,7 @@ def drop_torn(path: Path) -> None:
     """Rewrite a file without the groups that a kill left incomplete, if there are any.
 
     Raises:
-        UserError: as `read_lines`.
+        UserError: see `read_lines`.
         OSError: the disk is full or not writable.
     """
     if not path.exists():
@@ -175,7 +175,7 @@ def setting_of(embedder: Embedder, task: Task) -> dict[str, Any]:
 
 
 def about(task: Task, setting: dict[str, Any], model: str, weights: str, seconds: float) -> dict[str, Any]:
-    """Return the fields of a task's lines beside its results."""
+    """Return the common fields of a task's lines."""
     page = _page_of(task)
     return {
         "model": model,
