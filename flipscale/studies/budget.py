@@ -54,7 +54,7 @@ class BudgetSearch:
         paths: changes of each path: values by their path in the recipe, and `stages` with shares of the budget.
         tuning: shares of the budget for the last of several stages; each makes a path of its own; the stages before
             divide the rest in proportion to their shares, or equally.
-        rates: `base_lr` values of a first stage without a rate; each makes a path of its own; empty for the base's rate.
+        rates: `base_lr` values of a first stage without a rate; each makes a path of its own; empty for the base's.
         rungs: minutes of the rungs before the last; empty for 1 / `eta` of the next rung.
         keep: number of paths that advance from each of those rungs; empty for 1 / `eta`, until `eta` are left.
         eta: ratio of the times of consecutive rungs.
