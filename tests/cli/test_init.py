@@ -1,4 +1,4 @@
-"""`flipscale init`: from data to a recipe that trains, without a hand on it."""
+"""`flipscale init`: a recipe that trains, from data alone."""
 
 import dataclasses
 import tarfile
@@ -68,6 +68,13 @@ def test_a_recipe_for_gpus_elsewhere(init: Callable[..., Path], capsys: pytest.C
     assert recipe.data.global_batch_size % 8 == 0
 
 
+def refusal(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["init", *arguments])
+    assert ended.value.code == 2
+    return capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -80,34 +87,25 @@ def test_a_recipe_for_gpus_elsewhere(init: Callable[..., Path], capsys: pytest.C
         (["--tokenizer", "./none"], "; `flipscale prepare tokenizer "),
     ],
 )
-def test_options_that_do_not_go_together(
-    init: Callable[..., Path], options: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit) as ended:
-        init(*options)
-    assert ended.value.code == 2
-    assert message in capsys.readouterr().err
+def test_errors_of_options(
+    shards: Path, tokenizer_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str],
+    message: str, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    words = ["mine.yaml", "--shards", str(shards), "--tokenizer", str(tokenizer_dir), *options]
+    assert message in refusal(words, capsys)
     assert not Path("mine.yaml").exists()
 
 
-def refusal(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    with pytest.raises(SystemExit) as ended:
-        cli.main(["init", *arguments])
-    assert ended.value.code == 2
-    return capsys.readouterr().err
-
-
-def test_files_and_data_that_are_refused(
-    shards: Path, tokenizer_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_errors_of_files_and_data(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     there = tmp_path / "there.yaml"
     there.write_text("mine")
     assert "is there already; name another file" in refusal([str(there), "--shards", str(shards)], capsys)
     assert there.read_text() == "mine"
     assert "has no ending .yaml" in refusal([str(tmp_path / "recipe"), "--shards", str(shards)], capsys)
-    new = str(tmp_path / "new.yaml")
     write_shards(tmp_path / "few", [3])
-    assert "has 3 pairs; training needs at least 16" in refusal([new, "--shards", str(tmp_path / "few")], capsys)
+    line = refusal([str(tmp_path / "new.yaml"), "--shards", str(tmp_path / "few")], capsys)
+    assert "has 3 pairs; training needs at least 16" in line
 
 
 def test_nothing_but_bad_samples(tokenizer_dir: Path, tmp_path: Path) -> None:
@@ -120,7 +118,7 @@ def test_nothing_but_bad_samples(tokenizer_dir: Path, tmp_path: Path) -> None:
         survey(open_shards(str(tmp_path / "bad"), DataRecipe()), load_tokenizer(str(tokenizer_dir), 8))
 
 
-def test_a_test_set_that_asks_nothing(
+def test_a_test_set_without_labels(
     init: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "silent").mkdir()
@@ -131,7 +129,7 @@ def test_a_test_set_that_asks_nothing(
     assert "tests silent has no classnames.txt and no captions" in capsys.readouterr().err
 
 
-def test_a_recipe_whose_speed_cannot_be_measured(
+def test_an_unmeasurable_speed(
     write_recipe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -140,7 +138,7 @@ def test_a_recipe_whose_speed_cannot_be_measured(
         measured_rates(recipe, 4, tmp_path)
 
 
-def test_what_fits_no_gpu(tokenizer_dir: Path) -> None:
+def test_no_gpu_is_large_enough(tokenizer_dir: Path) -> None:
     proposal = propose(DATA, {}, 30, cores=2, num_gpus=0)
     proposal.fields["data"]["tokenizer"] = str(tokenizer_dir)
     with pytest.raises(ValueError, match="a batch of 32 do not fit 4 GPUs of 0 GiB"):
@@ -149,13 +147,13 @@ def test_what_fits_no_gpu(tokenizer_dir: Path) -> None:
     assert proposal.fields["model"]["gradient_checkpointing"]
 
 
-def test_what_a_look_at_data_finds(shards: Path, tokenizer_dir: Path) -> None:
+def test_the_survey(shards: Path, tokenizer_dir: Path) -> None:
     found = survey(open_shards(str(shards), DataRecipe()), load_tokenizer(str(tokenizer_dir), 8))
     assert (found.pairs, found.sampled, found.tokens, len(found.captions)) == (96, 96, 3, 16)
     assert 36 <= min(found.width, found.height) <= max(found.width, found.height) < 60
 
 
-def test_repeated_captions_are_those_that_batches_have() -> None:
+def test_repeated_captions_of_batches() -> None:
     counts = {"a": 60, "b": 30, **{str(n): 1 for n in range(110)}}
     captions = [caption for caption, count in counts.items() for _ in range(count)]
     rng, found = np.random.default_rng(0), []
@@ -168,8 +166,8 @@ def test_repeated_captions_are_those_that_batches_have() -> None:
 
 @pytest.mark.parametrize("num_gpus", [0, 1, 8, 24])
 @pytest.mark.parametrize("pairs", [16, 300, 20_000, 3_000_000, 400_000_000, 2_000_000_000])
-def test_what_is_proposed_can_be_trained_and_converted(pairs: int, num_gpus: int, tokenizer_dir: Path) -> None:
-    # Few pairs in little time with short captions, many with long ones.
+def test_proposals(pairs: int, num_gpus: int, tokenizer_dir: Path) -> None:
+    # Few pairs with short captions and little time, or many pairs with long captions.
     minutes = 3 if pairs < 1000 else 30
     data = dataclasses.replace(DATA, pairs=pairs, tokens=minutes)
     proposal = propose(data, {}, minutes, cores=2, num_gpus=num_gpus)
@@ -188,14 +186,14 @@ def test_what_is_proposed_can_be_trained_and_converted(pairs: int, num_gpus: int
     open_clip_config(recipe.model_config())
 
 
-def test_many_repeated_captions_are_told() -> None:
+def test_a_warning_of_repeated_captions() -> None:
     data = dataclasses.replace(DATA, captions={"cat": 150, "dog": 150})
     (warning,) = propose(data, {}, 30, cores=2, num_gpus=0).warnings
     assert warning.startswith("of the 32 captions of a batch, about 32 also belong")
     assert data.repeated(32) > MOST_REPEATED * 32
 
 
-def test_a_commented_recipe_reads_as_its_fields() -> None:
+def test_comments_keep_the_fields() -> None:
     fields = {
         "text": "yes",
         "number": 12_345,

@@ -1,4 +1,4 @@
-"""`results.jsonl` of a model: whole groups only, each figure once; and the digest of weights."""
+"""`results.jsonl` of a model: complete groups, each figure once; and the digest of weights."""
 
 import hashlib
 import json
@@ -23,7 +23,7 @@ def names(path: Path) -> list[str]:
     return [line.result.name for line in read_lines(path)]
 
 
-def test_lines_come_back_with_what_made_them(tmp_path: Path) -> None:
+def test_lines_come_back(tmp_path: Path) -> None:
     path = tmp_path / "results.jsonl"
     assert read_lines(path) == []
     written = append_lines(path, "aa", results("cars", 41.5), ABOUT)
@@ -33,7 +33,7 @@ def test_lines_come_back_with_what_made_them(tmp_path: Path) -> None:
     assert json.loads(path.read_text().splitlines()[0])["value"] == 41.5
 
 
-def test_a_group_that_was_torn_at_any_byte_is_dropped_and_no_other(tmp_path: Path) -> None:
+def test_a_torn_group_is_dropped(tmp_path: Path) -> None:
     path = tmp_path / "results.jsonl"
     append_lines(path, "aa", results("cars", 41.5), ABOUT)
     first = path.stat().st_size
@@ -44,7 +44,7 @@ def test_a_group_that_was_torn_at_any_byte_is_dropped_and_no_other(tmp_path: Pat
         assert names(path) == ["cars/top1", "cars/top5"]
         drop_torn(path)
         assert path.read_bytes() == whole[:first]
-    # A file system that lost its power may leave zeros, and a writer after it goes on.
+    # A power failure may leave zeros, and a later writer continues after them.
     path.write_bytes(whole[: first + 30] + bytes(99))
     append_lines(path, "bb", results("pets", 61.5), ABOUT)
     assert names(path) == ["cars/top1", "cars/top5", "pets/top1", "pets/top5"]
@@ -52,7 +52,7 @@ def test_a_group_that_was_torn_at_any_byte_is_dropped_and_no_other(tmp_path: Pat
     assert path.read_bytes() == whole
 
 
-def test_a_group_that_two_have_written_counts_once(tmp_path: Path) -> None:
+def test_a_group_written_twice(tmp_path: Path) -> None:
     path = tmp_path / "results.jsonl"
     for _ in range(2):
         append_lines(path, "aa", results("cars", 41.5), ABOUT)
@@ -64,18 +64,18 @@ def test_a_group_that_two_have_written_counts_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "text", ["notes on my model\n", '{"step": 20, "task": "zero_shot", "value": 3.0}\n', '["group"]\n', "{}\n"]
 )
-def test_a_file_of_another_program_is_left_alone(tmp_path: Path, text: str) -> None:
+def test_a_foreign_file(tmp_path: Path, text: str) -> None:
     path = tmp_path / "results.jsonl"
     append_lines(path, "aa", results("cars", 41.5), ABOUT)
     path.write_text(path.read_text() + text)
     before = path.read_bytes()
     for look in (read_lines, drop_torn):
-        with pytest.raises(ValueError, match=r"results\.jsonl, line 3, is not a line of `flipscale evaluate`; move"):
+        with pytest.raises(ValueError, match=r"results\.jsonl, line 3, is not a line of `flipscale evaluate`"):
             look(path)
     assert path.read_bytes() == before
 
 
-def test_the_digest_is_of_names_types_shapes_and_bytes() -> None:
+def test_the_digest_of_weights() -> None:
     weights = {"b": torch.arange(6.0).reshape(2, 3), "a": torch.tensor(3, dtype=torch.int64)}
     expected = hashlib.sha256(
         b'["a", "int64", []]' + weights["a"].numpy().tobytes() + b'["b", "float32", [2, 3]]'

@@ -71,20 +71,17 @@ CONFIGS = {
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-@pytest.mark.parametrize("masks", [(0.0, 1, 0.0), (0.75, 1, 0.0), (0.5, 2, 0.0), (0.75, 3, 0.5)])
-def test_the_count_is_the_formula_s(config: FlipConfig, masks: tuple[float, int, float]) -> None:
+@pytest.mark.parametrize(
+    "masks", [(0.0, 1, 0.0, None), (0.75, 1, 0.0, None), (0.5, 2, 0.0, None), (0.75, 3, 0.5, None), (0.75, 2, 0.5, 32)]
+)
+def test_the_count_is_the_formula_s(config: FlipConfig, masks: tuple[float, int, float, int | None]) -> None:
     counted = forward_flops(config, *masks)
     for name, expected in by_hand(config, *masks).items():
         assert (counted.forward if name == "forward" else counted.modules[name]) == expected, name
 
 
-def test_another_image_size_costs_what_its_patches_do() -> None:
-    for masks in ((0.0, 1, 0.0), (0.75, 2, 0.5)):
-        assert forward_flops(SMALL, *masks, image_size=32).modules == {
-            **forward_flops(SMALL, *masks, image_size=32).modules,
-            **{name: flops for name, flops in by_hand(SMALL, *masks, image_size=32).items() if name != "forward"},
-        }
-    # 32 px whole and 64 px at 75 % are both 16 patches; a step of the former by torch's own counter:
+def test_a_step_by_torch_s_counter() -> None:
+    # 32 px whole and 64 px at 75 % are both 16 patches.
     assert forward_flops(SMALL, 0.0, image_size=32).forward == forward_flops(SMALL, 0.75).forward
     model = FlipModel(SMALL)
     model.set_attn_implementation("eager")
@@ -126,26 +123,6 @@ def test_large_costs_what_the_paper_says() -> None:
         embeds_all = masked.forward - masked.modules[PATCHES] + whole.modules[PATCHES]
         assert masked.training / whole.training == pytest.approx(share, abs=5e-5)
         assert embeds_all / whole.forward == pytest.approx(original, abs=2e-4)
-
-
-def test_patch_embedding_is_a_small_share_that_the_mask_shrinks() -> None:
-    config = FlipConfig.from_size("b16")
-    whole, masked = forward_flops(config, 0.0).modules, forward_flops(config, 0.75).modules
-    assert whole[PATCHES] == 2 * 196 * 768 * 768
-    assert masked[PATCHES] == whole[PATCHES] // 4
-    assert whole[PATCHES] / whole["vision_model"] == pytest.approx(0.0066, abs=5e-5)
-    assert masked[PATCHES] / masked["vision_model"] == pytest.approx(0.0067, abs=5e-5)
-
-
-def test_a_training_step_is_three_forward_passes() -> None:
-    model = FlipModel(SMALL)
-    model.set_attn_implementation("eager")
-    images, captions = torch.randn(5, 3, 64, 64), torch.randint(1, 50, (5, 12))
-    expected = forward_flops(SMALL, 0.75)
-    with FlopCounterMode(display=False) as counter:
-        output = model(pixel_values=images, input_ids=captions, image_mask_ratio=0.75, return_logits=False)
-        (output.image_embeds.sum() + output.text_embeds.sum()).backward()
-    assert counter.get_total_flops() == 5 * (expected.training - expected.modules[PATCHES])
 
 
 def test_a_mask_that_leaves_nothing_is_refused() -> None:

@@ -46,12 +46,12 @@ def test_laion_s_slopes(result: str, slope: float, interval: tuple[float, float]
     law = PowerLaw(points)
     fit = fit_law(law, points)
     assert round(fit.fitted[0], 3) == slope
-    # Those were computed from draws whose front has every point once: they hold the truth 84 times of 100 (below).
+    # The narrower interval counts equal points once, and holds the truth 84 times of 100.
     assert fit.low[0] < interval[0] < slope < interval[1] < fit.high[0]
     assert (fit.low[0], fit.high[0]) == pytest.approx(interval, abs=0.007)
 
 
-def test_laion_s_largest_two_are_predicted_by_the_others() -> None:
+def test_laion_s_largest_two() -> None:
     points = laion("imagenet_top1")
     held_out = np.array([name.startswith(("g-14", "H-14")) for name in points.names])
     giant, huge = predict(PowerLaw(points), points, held_out, 100)
@@ -64,18 +64,8 @@ def test_laion_s_largest_two_are_predicted_by_the_others() -> None:
     assert words.endswith("); found: 22.0 % (off by +0.5)")
 
 
-def test_what_is_fitted_decides_the_slope() -> None:
-    points = laion("imagenet_top1")
-
-    def over_all(chosen: np.ndarray) -> float:
-        return np.polyfit(np.log(points.compute[chosen]), np.log(points.error[chosen]), 1)[0]
-
-    assert round(over_all(np.full(29, True)), 3) == -0.101
-    by_data = {data: over_all(np.array([f" {data} " in name for name in points.names])) for data in ("80M", "2B")}
-    assert {data: round(slope, 3) for data, slope in by_data.items()} == {"80M": -0.059, "2B": -0.115}
-
-
-def test_a_power_law_s_parameters_are_inside_their_intervals_95_times_of_100() -> None:
+@pytest.mark.long
+def test_intervals_hold_the_truth() -> None:
     count, inside = 12, np.zeros(2)
     for seed in range(100):
         rng = np.random.default_rng(seed)
@@ -85,7 +75,7 @@ def test_a_power_law_s_parameters_are_inside_their_intervals_95_times_of_100() -
         fit = fit_law(law, points, resamples=100, seed=seed)
         truth = np.array([-0.11, 40 * (law.units["compute"] / 1e18) ** -0.11])
         inside += (fit.low <= truth) & (truth <= fit.high)
-    # 2,000 such studies of 8, 12, 16 and 24 points: 97, 94, 94 and 94 %; of 100 at 95 %, 91 to 99 in 19 of 20 times.
+    # 2,000 studies of 8, 12, 16 and 24 points gave 97, 94, 94 and 94 %. 100 studies at 95 % give 91 to 99.
     assert ((inside >= 91) & (inside <= 99)).all(), inside
 
 
@@ -94,7 +84,7 @@ def grid() -> dict[str, np.ndarray]:
     return {"parameters": parameters.ravel(), "samples": samples.ravel(), "pairs": pairs.ravel()}
 
 
-def test_synthetic_points_of_an_additive_law_come_back() -> None:
+def test_a_synthetic_additive_law() -> None:
     spent = grid()
     compute = spent["parameters"] * spent["samples"]
     middle = {name: np.exp(np.log(values).mean()) for name, values in spent.items()}
@@ -111,7 +101,7 @@ def test_synthetic_points_of_an_additive_law_come_back() -> None:
     assert ((fit.low <= expected) & (expected <= fit.high)).all()
 
 
-def test_synthetic_points_of_a_saturating_law_come_back() -> None:
+def test_a_synthetic_saturating_law() -> None:
     compute = 1e15 * 1.7 ** np.arange(16)
     unit = np.exp(np.log(compute).mean())
     truth = [12.0, 0.05, -0.4, 18.0]
@@ -125,14 +115,14 @@ def test_synthetic_points_of_a_saturating_law_come_back() -> None:
     assert min(a, b, d, -c) >= 0
 
 
-def test_an_axis_that_does_not_vary_is_no_term() -> None:
+def test_an_axis_without_variation_is_no_term() -> None:
     compute = np.geomspace(1e15, 1e17, 6)
     law = AdditiveLaw(made(compute, 30 * (compute / 1e16) ** -0.2 + 5))
     assert law.parameters == ("exponent of samples", "samples", "floor")
     assert law.formula == "floor + samples x samples^-exponent"
 
 
-def test_the_front_keeps_what_no_cheaper_point_beats() -> None:
+def test_the_front() -> None:
     points = made(np.array([3.0, 1.0, 2.0, 2.0, 4.0, 1.0]), np.array([8.0, 9.0, 9.5, 8.5, 8.0, 9.0]))
     assert points.front().names.tolist() == ["run1", "run5", "run3", "run0"]
 
@@ -146,7 +136,7 @@ def test_the_front_keeps_what_no_cheaper_point_beats() -> None:
         (AdditiveLaw, 4, "additive: 4 points are too few for 3 parameters, which need 5"),
     ],
 )
-def test_fewer_points_than_parameters_and_two_are_refused(law: type[Law], count: int, message: str) -> None:
+def test_too_few_points(law: type[Law], count: int, message: str) -> None:
     compute = 1e15 * 2.0 ** np.arange(count)
     points = made(compute, 40 * (compute / 1e15) ** -0.1)
     with pytest.raises(ValueError, match=message):
@@ -155,23 +145,20 @@ def test_fewer_points_than_parameters_and_two_are_refused(law: type[Law], count:
         predict(law(points), points, points.largest_budget())
 
 
-def test_two_values_of_an_axis_and_no_axis_are_refused_by_the_additive_law() -> None:
+def test_refused_points() -> None:
     spent = {name: values[grid()["pairs"] < 1e7] for name, values in grid().items()}
-    with pytest.raises(ValueError, match="two values of pairs, and a power above a floor takes three"):
+    with pytest.raises(ValueError, match="two values of pairs"):
         AdditiveLaw(made(spent["samples"], spent["samples"], **spent))
     compute = np.arange(1.0, 9.0)
-    with pytest.raises(ValueError, match="all points have the same parameters, samples and pairs; train some that"):
+    with pytest.raises(ValueError, match="all points have the same parameters, samples and pairs"):
         AdditiveLaw(made(compute, 1 / compute, samples=np.ones(8)))
-
-
-def test_a_point_without_error_is_refused() -> None:
-    with pytest.raises(ValueError, match="error of run1 is 0; a law of scaling takes numbers above 0"):
+    with pytest.raises(ValueError, match="error of run1 is 0"):
         made(np.array([1.0, 2.0]), np.array([3.0, 0.0]))
 
 
-def test_a_fit_in_words() -> None:
+def test_the_text_of_a_fit() -> None:
     compute = 1e15 * 2.0 ** np.arange(6)
     points = made(compute, 40 * (compute / 1e15) ** -0.1)
-    said = str(fit_law(PowerLaw(points), points, resamples=10)).splitlines()
-    assert said[0] == "error in % = level x compute^slope, fitted to 6 points, in units of 5.66e+15 of compute."
-    assert said[4].split("|")[1:3] == [" slope     ", "  -0.1 "]
+    lines = str(fit_law(PowerLaw(points), points, resamples=10)).splitlines()
+    assert lines[0] == "error in % = level x compute^slope, fitted to 6 points, in units of 5.66e+15 of compute."
+    assert lines[4].split("|")[1:3] == [" slope     ", "  -0.1 "]

@@ -67,7 +67,7 @@ def cells(table: str) -> dict[str, list[str]]:
     return {row[0]: row[1:] for row in rows}
 
 
-def test_a_grid_whose_configurations_lack_results(tmp_path: Path, recipe: dict) -> None:
+def test_a_grid_with_missing_results(tmp_path: Path, recipe: dict) -> None:
     out = tmp_path / "out"
     runs = {run.name: run for run in write_plan(write_study(tmp_path, recipe), out)}
     assert list(runs)[:4] == [
@@ -136,7 +136,7 @@ def test_a_figure_of_two_axes(figures: list[Figure]) -> None:
     assert figures[0].get_supxlabel() == "Bars: 95 % intervals of means over seeds."
 
 
-def test_a_figure_with_a_row_for_each_configuration(figures: list[Figure]) -> None:
+def test_a_figure_of_rows(figures: list[Figure]) -> None:
     draw_rows([outcome("contrastive", "mask0", 0.0), outcome("captions", "mask50", 5.0)], Path())
     zero_shot, probe, cider, _ = figures[0].axes
     assert [label.get_text() for label in zero_shot.get_yticklabels()] == ["contrastive+mask0", "captions+mask50"]

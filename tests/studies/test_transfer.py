@@ -1,4 +1,4 @@
-"""What each axis moves: Table 8 of the paper gives the paper's own conclusions."""
+"""Effects of axes: Table 8 of the paper gives the paper's own conclusions."""
 
 import csv
 from pathlib import Path
@@ -51,7 +51,7 @@ def test_model_and_data_together(table8: list[Arm]) -> None:
     assert rounded(found, "model: h14 + data: 2B", "coco_captions") == -1.1
 
 
-def test_retrieval_moves_beyond_imagenet_with_data_and_language_with_the_model(table8: list[Arm]) -> None:
+def test_effects_beyond_imagenet(table8: list[Arm]) -> None:
     found = beyond(table8, "imagenet")
     assert found["data: 2B"]["flickr_text_r1"].mean > 0 > found["model: h14"]["flickr_text_r1"].mean
     assert rounded(found, "model: h14", "nocaps") > 3 * rounded(found, "data: 2B", "nocaps")
@@ -59,16 +59,16 @@ def test_retrieval_moves_beyond_imagenet_with_data_and_language_with_the_model(t
     assert "coco_captions" not in found["data: 2B"]  # CIDEr is no percentage
 
 
-def test_transfer_in_words(table8: list[Arm]) -> None:
-    said = transfer_report(table8, "imagenet")
-    assert "- flickr_text_r1: data: 2B +3.3 against schedule: 2x +1.3, model: h14 +0.8" in said
-    assert "- nocaps: model: h14 +5.6 against data: 2B +1.1, schedule: 2x +0.9" in said
-    assert "- fine_tune: model: h14 +0.4 against data: 2B +0.2, schedule: 2x +0.0" in said
-    assert "One seed a run, so there are no intervals" in said
-    assert "95 %" not in said
+def test_the_report(table8: list[Arm]) -> None:
+    text = transfer_report(table8, "imagenet")
+    assert "- flickr_text_r1: data: 2B +3.3 against schedule: 2x +1.3, model: h14 +0.8" in text
+    assert "- nocaps: model: h14 +5.6 against data: 2B +1.1, schedule: 2x +0.9" in text
+    assert "- fine_tune: model: h14 +0.4 against data: 2B +0.2, schedule: 2x +0.0" in text
+    assert "One seed a run, so there are no intervals" in text
+    assert "95 %" not in text
 
 
-def test_seeds_give_intervals_by_student_s_t() -> None:
+def test_intervals_over_seeds() -> None:
     base = Arm({}, {"top1": {0: 10.0, 1: 12.0, 2: 11.0, 3: 50.0}})
     large = Arm({"model": "large"}, {"top1": {0: 13.0, 1: 14.0, 2: 15.0}})
     effect = effects([base, large])["model: large"]["top1"]
@@ -77,15 +77,15 @@ def test_seeds_give_intervals_by_student_s_t() -> None:
     assert "+3.0 (+0.5 to +5.5)" in transfer_report([base, large], "top1")
 
 
-def test_results_that_the_base_has_not_are_named() -> None:
+def test_results_without_the_base() -> None:
     base, both = Arm({}, {"top1": {0: 10.0}}), Arm({"loss": "both"}, {"top1": {0: 11.0}, "CIDEr": {0: 50.0}})
-    said = transfer_report([base, both], "top1")
-    assert "|            | top1 |" in said
-    assert "\n\nNo result of the base to compare with: CIDEr.\n" in said
+    text = transfer_report([base, both], "top1")
+    assert "|            | top1 |" in text
+    assert "\n\nNo result of the base to compare with: CIDEr.\n" in text
     other = Arm({"loss": "captions"}, {"CIDEr": {0: 50.0}})
     assert "No level alone has a result that the base has too" in transfer_report([base, other], "top1")
 
 
-def test_effects_without_the_base_are_refused() -> None:
+def test_no_base() -> None:
     with pytest.raises(ValueError, match="no run of the base is finished"):
         effects([Arm({"model": "large"}, {"top1": {0: 1.0}})])
