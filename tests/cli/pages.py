@@ -10,7 +10,6 @@ PAGES = sorted(
         *(ROOT / name for name in ("README.md", "CONTRIBUTING.md")),
         *ROOT.glob("docs/*.md"),
         *ROOT.glob("flipscale/recipes/*.yaml"),
-        *ROOT.glob("flipscale/recipes/studies/*.yaml"),
         *ROOT.glob("examples/*/*.yaml"),
         *ROOT.glob("examples/*/README.md"),
         *ROOT.glob("ds_configs/*.yaml"),

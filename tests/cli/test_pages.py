@@ -142,8 +142,8 @@ def submission(script: str) -> None:
 
 
 def study_plan(words: list[str]) -> None:
-    """Plans a study of the package, or a small one of the demo under the name that the page gives its file."""
-    if words[3].endswith(".yaml"):
+    """Plans a study of an example, or writes a small study of the demo under the page's name and plans it."""
+    if not Path(words[3]).exists():
         Path(words[3]).write_text("base: examples/demo/demo.yaml\naxes: {mask: {whole: {stages.0.mask_ratio: 0.0}}}\n")
     cli.main(words[1:])
 
@@ -272,7 +272,7 @@ def test_every_recipe_says_how_it_is_launched() -> None:
     shown = {
         page.stem: [c.text for c in commands(page) if "flipscale" in c.text]
         for page in PAGES
-        if page.parent.name in ("recipes", "studies")
+        if page.parent.name == "recipes"
     }
     for name, lines in shown.items():
         assert any(re.search(rf"\b{name}\b", line) for line in lines), name
