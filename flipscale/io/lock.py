@@ -1,11 +1,11 @@
-"""A folder's lock: one process on one host holds it, also on a network file system whose `flock` lies.
+"""A folder's lock: one process on one host holds it, also on network file systems without a working `flock`.
 
-The lock is a file that names its holder and that the holder touches every few seconds. Nobody has to remove it after a
-kill: a holder of this machine is looked for among its processes, and one of another machine is gone when its file has
-not been touched for a minute. Ages are differences of times that the file system itself has written, whatever the
-hosts' clocks say.
+The lock is a file that names its holder; the holder touches it every few seconds. Nobody has to remove it after a kill.
+A holder on this machine is looked up among the processes. A holder elsewhere is gone when the file stays untouched for
+a minute. Ages compare times that the file system wrote, so hosts' clocks do not matter.
 """
 
+import dataclasses
 import json
 import logging
 import os
@@ -13,295 +13,259 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
 
-from flipscale.io.atomic import unique_partial_path
+from flipscale.io.atomic import atomic_write, unique_partial_path
 from flipscale.io.errors import UserError
-from flipscale.io.files import read_text
+from flipscale.io.files import check_plain
 
 _log = logging.getLogger(__name__)
 
 HEARTBEAT_SECONDS = 5.0
 STALE_SECONDS = 60.0
-# Between taking a lock from a dead holder and looking who has it: two may do so at the same instant.
+# Two processes may replace a dead holder's file at the same instant; after this time the last writer has the lock.
 _SETTLE_SECONDS = 0.5
-_LOOK_SECONDS = 0.5
-# How long a release waits for the thread that keeps the lock: its file system may not answer.
-_CLOSING_SECONDS = 1.0
-
-_TYPES = {
-    **dict.fromkeys(("token", "host", "machine", "started", "slurm_job"), str),
-    **{"pid": int, "slurm_restart": int, "since": float},
-}
+_POLL_SECONDS = 0.5
+# A release does not wait longer for the heartbeat thread, because its file system may hang.
+_RELEASE_SECONDS = 1.0
 
 
-class Holder(NamedTuple):
-    """A holder as the lock's file names it.
+@dataclass(frozen=True)
+class Holder:
+    """The process that a lock file names.
 
     Args:
-        about: `token`, `host`, `machine`, `pid`, `started`, `since`, `slurm_job` and `slurm_restart`; empty if the file
-            cannot be read as these.
-        touched: when the holder gave its last sign, by the file system's clock.
+        token: random name of the lock's owner.
+        host: host name.
+        machine: boot and process namespace; processes with the same value see each other.
+        pid: process number.
+        started: start time of the process in ticks since the boot; empty if unknown.
+        since: Unix time of the lock.
+        slurm_job: Slurm job, or empty.
+        slurm_restart: number of requeues of the Slurm job.
     """
 
-    about: Mapping[str, Any]
-    touched: float
+    token: str
+    host: str
+    machine: str
+    pid: int
+    started: str
+    since: float
+    slurm_job: str
+    slurm_restart: int
 
-    @property
-    def words(self) -> str:
-        if not self.about:
-            return "a process that its lock does not name"
-        since = time.strftime("%F %T", time.localtime(self.about["since"]))
-        job = f", Slurm job {self.about['slurm_job']}" if self.about["slurm_job"] else ""
-        return f"process {self.about['pid']} on {self.about['host']} (since {since}{job})"
+    def __str__(self) -> str:
+        since = time.strftime("%F %T", time.localtime(self.since))
+        job = f", Slurm job {self.slurm_job}" if self.slurm_job else ""
+        return f"process {self.pid} on {self.host} (since {since}{job})"
+
+    def is_alive(self) -> bool | None:
+        """Return whether the process lives; None on another machine."""
+        if self.machine != _machine():
+            return None
+        try:
+            os.kill(self.pid, 0)
+        except ProcessLookupError:
+            return False
+        except PermissionError:  # another user's process, which /proc may hide
+            return _start_of(self.pid) in (None, self.started)
+        started = _start_of(self.pid)
+        return started == self.started or (started is None and not Path("/proc/self/stat").exists())
 
 
 def is_holder_alive(path: Path) -> bool | None:
-    """Return whether the process that a lock's file names lives; None where there is no file, or its holder is of
-    another machine or unknown."""
-    try:
-        return _lives_here(Holder(_parsed(read_text(path).encode()), 0.0))
-    except (OSError, ValueError):
-        return None
+    """Return whether the holder that a lock file names lives; None without a file, or if the holder is elsewhere."""
+    holder = _parse(path.read_bytes()) if path.is_file() else None
+    return holder and holder.is_alive()
 
 
 class FolderLock:
-    """The lock of a folder, which this process takes with `acquire` and keeps until `release` or its end.
+    """The lock of a folder, from `acquire` to `release` or the end of the process.
 
     Args:
-        path: the lock's file, in the folder.
-        doing: what the holder does, for messages: `trains in runs/a`.
+        path: lock file in the folder.
+        doing: activity of the holder, for messages: `trains in runs/a`.
     """
 
     def __init__(self, path: Path, doing: str):
         self.path = path
         self.doing = doing
-        self.about = {"token": uuid.uuid4().hex, **_this_process()}
+        self.holder = _this_process()
         self._confirmed = time.monotonic()
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
 
     def acquire(self) -> None:
-        """Take the lock, and keep it fresh in a thread.
-
-        A holder of another machine that is silent is waited for, a minute at most; so is one that was killed there.
+        """Take the lock, and keep it fresh in a thread. Wait a minute at most for a silent holder on another machine.
 
         Raises:
-            ValueError: another process holds it.
+            UserError: another process holds the lock.
             OSError: the folder is not writable.
         """
-        mine = unique_partial_path(self.path)
-        mine.write_text(json.dumps(self.about), encoding="utf-8")
-        try:
-            self._take(mine)
-        finally:
-            mine.unlink(missing_ok=True)
+        first: tuple[Holder | None, float] | None = None
+        while not self._create():
+            if (seen := self._look()) is None:
+                continue
+            holder, touched = seen
+            if holder == self.holder:
+                break
+            if first is None or first[0] != holder:
+                first, began, is_waiting = seen, time.monotonic(), False
+            alive = holder and holder.is_alive()
+            if self._is_requeued(holder) or alive is False or (alive is None and self._is_stale(touched, began)):
+                self._replace(seen)
+                continue
+            name = holder or "a process that its lock does not name"
+            if alive or touched != first[1]:
+                raise UserError(f"{name} {self.doing}; wait for it, stop it, or use another folder")
+            if not is_waiting:
+                is_waiting = True
+                _log.warning("%s held %s; waiting up to %.0f s for a heartbeat", name, self.path, STALE_SECONDS)
+            time.sleep(_POLL_SECONDS)
         self._confirmed = time.monotonic()
         self._thread = threading.Thread(target=self._beat, name="lock", daemon=True)
         self._thread.start()
 
     def check(self, at_once: bool = False) -> None:
-        """Raise if another process has taken the lock, as it may when this one was suspended or cut off for a minute.
+        """Raise if another process took the lock while this process was suspended or cut off for a minute.
 
-        Costs nothing while the thread that keeps the lock has just looked.
+        Free while the heartbeat thread has just looked.
 
         Args:
-            at_once: look in any case.
+            at_once: whether to look in any case.
 
         Raises:
-            OSError: another process has it.
+            OSError: another process holds the lock.
         """
         if at_once or time.monotonic() - self._confirmed > 2 * HEARTBEAT_SECONDS:
             self._confirm()
 
     def release(self) -> None:
-        """Give the lock back, if this process still has it."""
+        """Give the lock back, if this process still holds it."""
         self._ended.set()
         if self._thread is not None:
-            self._thread.join(_CLOSING_SECONDS)
+            self._thread.join(_RELEASE_SECONDS)
         with suppress(OSError):
-            found = self._look()
-            if found is not None and self._is_mine(found):
+            seen = self._look()
+            if seen is not None and seen[0] == self.holder:
                 self.path.unlink()
 
-    def _take(self, mine: Path) -> None:
-        first, began, told = None, time.monotonic(), False
-        while not self._created(mine):
-            found = self._look()
-            if found is None:
-                continue
-            if self._is_mine(found):
-                return
-            if first is None or found.about != first.about:
-                first, began = found, time.monotonic()
-            if self._is_gone(found, mine, time.monotonic() - began):
-                self._replace(mine, found)
-                continue
-            if _lives_here(found) or found.touched != first.touched:
-                raise UserError(f"{found.words} {self.doing}; wait for it, stop it, or use another folder")
-            if not told:
-                told = True
-                _log.warning("%s held %s; waiting up to %.0f s for a sign of it", found.words, self.path, STALE_SECONDS)
-            time.sleep(_LOOK_SECONDS)
-
-    def _is_gone(self, holder: Holder, mine: Path, watched: float) -> bool:
-        """Return whether a holder has ended.
-
-        Args:
-            mine: a file beside the lock, which is touched to learn the file system's time.
-            watched: for how many seconds its file has been seen untouched.
-        """
-        if self._is_earlier_start(holder):
-            return True
-        here = _lives_here(holder)
-        if here is not None:
-            return not here
-        os.utime(mine)
-        return max(_fresh_stat(mine).st_mtime - holder.touched, watched) > STALE_SECONDS
-
-    def _is_earlier_start(self, holder: Holder) -> bool:
-        """Return whether the holder is the same Slurm job before it was requeued, which Slurm has ended."""
-        ours, theirs = self.about, holder.about
-        return bool(
-            theirs
-            and ours["slurm_job"]
-            and ours["slurm_job"] == theirs["slurm_job"]
-            and ours["slurm_restart"] > theirs["slurm_restart"]
-        )
-
-    def _created(self, mine: Path) -> bool:
-        """Make the lock of `mine` unless there is one; return whether it was made."""
+    def _create(self) -> bool:
+        """Create the lock file; return False if it exists."""
         try:
-            os.link(mine, self.path)
+            with open(self.path, "x", encoding="utf-8") as file:
+                file.write(json.dumps(dataclasses.asdict(self.holder)))
         except FileExistsError:
             return False
-        except OSError:  # a file system without links
-            try:
-                with open(self.path, "x", encoding="utf-8") as file:
-                    file.write(json.dumps(self.about))
-            except FileExistsError:
-                return False
         return True
 
-    def _replace(self, mine: Path, gone: Holder) -> None:
-        """Put this process's lock in the place of one whose holder is gone, if it is still that one."""
-        if self._look() != gone:
-            return
-        _log.warning("%s is gone; going on from what it left", gone.words)
-        taken = unique_partial_path(mine)
-        taken.write_text(json.dumps(self.about), encoding="utf-8")
-        os.replace(taken, self.path)
-        time.sleep(_SETTLE_SECONDS)
-
-    def _look(self) -> Holder | None:
-        """Return who has the lock, None if nobody has.
+    def _look(self) -> tuple[Holder | None, float] | None:
+        """Return the holder and its last heartbeat by the file system's clock; None without a file.
 
         Raises:
-            ValueError: there is something else in its place.
+            UserError: the path is no plain file.
         """
-        if self.path.exists() and not self.path.is_file():
-            what = "a folder" if self.path.is_dir() else "no plain file"
-            raise UserError(f"{self.path} is {what}, and a lock is to be there; move it away")
+        check_plain(self.path)
         try:
-            touched = _fresh_stat(self.path).st_mtime
-            return Holder(_parsed(self.path.read_bytes()), touched)
+            # Opening a file makes an NFS client drop its cached attributes.
+            with open(self.path, "rb") as file:
+                return _parse(file.read()), os.fstat(file.fileno()).st_mtime
         except FileNotFoundError:
             return None
 
-    def _is_mine(self, holder: Holder) -> bool:
-        return holder.about.get("token") == self.about["token"]
+    def _is_requeued(self, holder: Holder | None) -> bool:
+        """Return whether the holder is an earlier start of the same Slurm job, which Slurm has ended."""
+        mine = self.holder
+        return (
+            holder is not None
+            and mine.slurm_job != ""
+            and mine.slurm_job == holder.slurm_job
+            and mine.slurm_restart > holder.slurm_restart
+        )
+
+    def _is_stale(self, touched: float, began: float) -> bool:
+        """Return whether the last heartbeat is too old.
+
+        Args:
+            touched: time of the last heartbeat by the file system's clock.
+            began: monotonic time since which the file is watched.
+        """
+        probe = unique_partial_path(self.path)
+        probe.touch()
+        now = probe.stat().st_mtime
+        probe.unlink()
+        return max(now - touched, time.monotonic() - began) > STALE_SECONDS
+
+    def _replace(self, gone: tuple[Holder | None, float]) -> None:
+        """Replace the lock file of a dead holder, unless it changed since `gone` was read."""
+        if self._look() != gone:
+            return
+        _log.warning("%s is gone; its lock %s is taken over", gone[0] or "an unknown process", self.path)
+        with atomic_write(self.path, unique_partial_path(self.path)) as partial:
+            partial.write_text(json.dumps(dataclasses.asdict(self.holder)), encoding="utf-8")
+        time.sleep(_SETTLE_SECONDS)
 
     def _confirm(self) -> None:
         try:
-            found = self._look()
-            if found is None:  # somebody has removed it
-                with open(self.path, "x", encoding="utf-8") as file:
-                    file.write(json.dumps(self.about))
+            seen = self._look()
+            if seen is None and not self._create():  # somebody removed the file, and another process was quicker
+                return
         except OSError:
-            return  # looked at again soon; a disk that stays so is told of by what is saved there
-        if found is not None and not self._is_mine(found):
+            return  # the next heartbeat looks again; a lasting disk fault also fails the saves
+        if seen is not None and seen[0] != self.holder:
             raise OSError(
-                f"{found.words} {self.doing} since this process gave no sign for {STALE_SECONDS:.0f} s or more; this "
-                "one ends and writes nothing more"
+                f"{seen[0] or 'another process'} {self.doing}, because this process gave no heartbeat for "
+                f"{STALE_SECONDS:.0f} s or more; this process ends and writes nothing more"
             )
         self._confirmed = time.monotonic()
 
     def _beat(self) -> None:
         while not self._ended.wait(HEARTBEAT_SECONDS):
-            try:
+            with suppress(OSError, UserError):  # `check` reports them
                 self._confirm()
                 os.utime(self.path)
-            except (OSError, ValueError):
-                continue  # `check` says so
 
 
-def _this_process() -> dict[str, Any]:
+def _this_process() -> Holder:
     restart = os.environ.get("SLURM_RESTART_COUNT", "")
-    return {
-        "host": socket.gethostname(),
-        "machine": _machine(),
-        "pid": os.getpid(),
-        "started": _start_of(os.getpid()) or "",
-        "since": time.time(),
-        "slurm_job": os.environ.get("SLURM_JOB_ID", ""),
-        "slurm_restart": int(restart) if restart.isdecimal() else 0,
-    }
+    return Holder(
+        token=uuid.uuid4().hex,
+        host=socket.gethostname(),
+        machine=_machine(),
+        pid=os.getpid(),
+        started=_start_of(os.getpid()) or "",
+        since=time.time(),
+        slurm_job=os.environ.get("SLURM_JOB_ID", ""),
+        slurm_restart=int(restart) if restart.isdecimal() else 0,
+    )
 
 
-def _parsed(content: bytes) -> dict[str, Any]:
-    """Return what a lock's file says of its holder; nothing where that cannot be what `_this_process` returned."""
+def _parse(content: bytes) -> Holder | None:
+    """Return the holder in a lock file; None if its writer was killed midway or the file holds something else."""
     try:
-        about = json.loads(content)
-    except (ValueError, RecursionError):
-        return {}
-    if not isinstance(about, dict) or {key: type(value) for key, value in about.items()} != _TYPES:
-        return {}
-    return about if 0 < about["pid"] < 2**31 and 0 < about["since"] < 2**33 else {}
+        holder = Holder(**json.loads(content))
+        str(holder), holder.pid + holder.slurm_restart  # because a wrong type fails here
+    except (ValueError, TypeError, OverflowError):
+        return None
+    return holder
 
 
 def _machine() -> str:
-    """Return what processes that see each other have in common: this boot of this machine, and the container."""
+    """Return the boot and the process namespace, which processes that see each other share."""
     try:
-        return (
-            Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
-            + " "
-            + os.readlink("/proc/self/ns/pid")
-        )
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
     except OSError:
         return socket.gethostname()
 
 
 def _start_of(pid: int) -> str | None:
-    """Return when a process started, in ticks since the boot; None where it has ended or that cannot be read."""
+    """Return when a process started, in ticks since the boot; None if the process ended or is not readable."""
     try:
-        # The name, in brackets, may have spaces and brackets.
+        # The process name, in brackets, may hold spaces and brackets.
         state, *fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
     except OSError:
         return None
     return None if state in "ZX" else fields[18]
-
-
-def _lives_here(holder: Holder) -> bool | None:
-    """Return whether a holder of this machine lives; None of one of another, or of an unknown one."""
-    if not holder.about or holder.about["machine"] != _machine():
-        return None
-    try:
-        os.kill(holder.about["pid"], 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # another user's, of which /proc may tell nothing
-        return _start_of(holder.about["pid"]) in (None, holder.about["started"])
-    started = _start_of(holder.about["pid"])
-    return started == holder.about["started"] or (started is None and not Path("/proc/self/stat").exists())
-
-
-def _fresh_stat(path: Path) -> os.stat_result:
-    """Return a file's status as its server has it: opening a file makes a client of NFS forget what it remembers."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        return os.fstat(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,5 +1,6 @@
 """Attacks on run directories: two runs at once, kills, torn files, signals, and folders that are somebody's."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -74,7 +75,7 @@ def _held(folder: Path, **changes: object) -> list[str]:
     """A stopped run that another process has, this one, unless the lock's file is `changed`."""
     ground.run_of(folder, up_to=4)
     lock = FolderLock(folder / "run/run.lock", "")
-    (folder / "run/run.lock").write_text(json.dumps({**lock.about, **changes}))
+    (folder / "run/run.lock").write_text(json.dumps({**dataclasses.asdict(lock.holder), **changes}))
     (folder / "before.json").write_text(json.dumps({name: len(data) for name, data in _everything(folder).items()}))
     return ground.pretrain(folder)
 
@@ -397,7 +398,7 @@ ATTACKS = [
         "a lock of a machine that died a minute ago",
         lambda f: _silent(f, age=52.0),
         0,
-        ("waiting up to 60 s for a sign of it", "is gone"),
+        ("waiting up to 60 s", "is gone"),
         finished,
     ),
     Attack(

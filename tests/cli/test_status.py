@@ -1,5 +1,6 @@
 """`flipscale status` on a run directory in every state, without torch."""
 
+import dataclasses
 import json
 import os
 import pty
@@ -91,7 +92,7 @@ def test_a_clock_that_went_back(run_dir: Path) -> None:
 
 def lock(run_dir: Path, **about: object) -> None:
     """The lock of this process, or of one that differs."""
-    held = FolderLock(run_dir / "run.lock", "trains").about
+    held = dataclasses.asdict(FolderLock(run_dir / "run.lock", "trains").holder)
     (run_dir / "run.lock").write_text(json.dumps({**held, **about}))
 
 
