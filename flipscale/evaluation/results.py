@@ -13,18 +13,7 @@ from flipscale.io.yaml_text import read_saved_recipe
 
 RESULTS_FILE = "results.jsonl"
 # What every record of a run says of its place in the run.
-_PLACE = {"step": int, "samples_seen": int, "trained_seconds": int | float}
-# What records of an interval say, and what results may leave out.
-_INTERVAL = {
-    **dict.fromkeys(("images_per_s", "mfu", "data_wait_share", "loss", "lr"), int | float | None),
-    **dict.fromkeys(("peak_memory_bytes", "num_replaced", "num_skipped", "num_slow"), int | None),
-    "stage": str | None,
-}
-_MAY_HAVE = {
-    **dict.fromkeys(("low", "high", "chance"), int | float | None),
-    **dict.fromkeys(("unit", "label", "who"), str | None),
-    **{"n": int | None, "higher_is_better": bool | None, "headline": bool | None, "made_by": dict | None},
-}
+_PLACE = ("step", "samples_seen", "trained_seconds")
 THIS_MODEL = "this model"
 # Whose results a run has that was given weights to start from.
 BEFORE = "the model before"
@@ -158,13 +147,12 @@ def drop_results_after(run_dir: Path, step: int) -> None:
 
 
 def _result_lines(run_dir: Path) -> list[dict[str, Any]]:
-    fields = {"task": str, "kind": str, "metric": str, "value": int | float}
-    return json_lines.read(run_dir / RESULTS_FILE, **_PLACE, **fields, **_MAY_HAVE)
+    return json_lines.read(run_dir / RESULTS_FILE, *_PLACE, "task", "kind", "metric", "value")
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     """Return the records of a run's `metrics.jsonl` so far."""
-    return json_lines.read(run_dir / "metrics.jsonl", **_PLACE, **_INTERVAL)
+    return json_lines.read(run_dir / "metrics.jsonl", *_PLACE)
 
 
 def read_results(run_dir: Path) -> list[Measured]:

@@ -1,9 +1,9 @@
-"""JSON lines: a record a line, appended while a run goes on and read while it may be writing."""
+"""JSON lines: one record a line, appended by a run and read while the run may be writing."""
 
 import json
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,31 +12,31 @@ from flipscale.io.files import check_plain
 
 _log = logging.getLogger(__name__)
 
-_MOST = 2**63
-
-# How many lines of a file are no records, as the last warning had it.
-_told: dict[Path, int] = {}
+# Number of skipped lines of each file at the last warning.
+_warned: dict[Path, int] = {}
 
 
 def append(path: Path, records: Iterable[dict[str, Any]], is_synced: bool = False) -> None:
-    """Append a line for each record, all of them in one write; none for no record.
+    """Append a line for each record, all in one write.
 
-    A line that an earlier writer did not finish is ended first, so that it spoils no record but its own.
+    A torn last line of an earlier writer is ended first, so that it spoils no other record.
 
     Args:
+        path: file to append to.
+        records: records to append; none writes nothing.
         is_synced: whether to wait until the lines, and the name of a new file, are on disk.
 
     Raises:
-        ValueError: there is a folder, a pipe or a device instead.
+        UserError: `path` is a folder, a pipe or a device.
         OSError: the disk is full or not writable.
     """
-    text = "".join(map(_as_line, records)).encode()
+    text = "".join(map(_line, records)).encode()
     if not text:
         return
     is_new = not path.exists()
     check_plain(path)
     with open(path, "ab", buffering=0) as file:
-        text = (b"\n" if _ends_torn(path) else b"") + text
+        text = (b"\n" if _is_torn(path) else b"") + text
         while text:
             text = text[file.write(text) :]
         if is_synced:
@@ -45,70 +45,63 @@ def append(path: Path, records: Iterable[dict[str, Any]], is_synced: bool = Fals
         sync(path.parent)
 
 
-def read(path: Path, **fields: Any) -> list[dict[str, Any]]:
-    """Return the records of a file, none where there is no file.
+def read(path: Path, *needed: str) -> list[dict[str, Any]]:
+    """Return the records of a file, none without a file.
 
-    Lines that are no records are left out, and counted in a warning: a disk or a text editor may have left anything. A
-    last line without an end is still being written, or was when its writer was killed, and is left out without a word.
+    A full disk or a kill can leave lines that are no records. They are skipped, and counted in a warning. A last line
+    without an end is skipped silently, because its writer may be at work.
 
     Args:
-        fields: the type of each field that is used: `step=int`, or `position=int | None` of one that a record may lack.
+        path: file to read.
+        needed: fields that a record must have.
 
     Raises:
-        ValueError: there is a folder, a pipe or a device instead.
+        UserError: `path` is a folder, a pipe or a device.
     """
-    return list(each(path, **fields))
+    return list(iterate(path, *needed))
 
 
-def each(path: Path, **fields: Any) -> Iterator[dict[str, Any]]:
-    """Yield what `read` returns, one at a time in memory."""
+def iterate(path: Path, *needed: str) -> Iterator[dict[str, Any]]:
+    """Yield what `read` returns, with one record in memory."""
     if not path.exists():
         return
     check_plain(path)
-    num_lines = left_out = 0
+    num_lines = num_skipped = 0
     with open(path, "rb") as file:
         for line in file:
-            record = _parsed(line, fields)
+            record = _parse(line)
             num_lines += 1
-            if record is not None:
+            if record is not None and all(name in record for name in needed):
                 yield record
             elif line.strip() and line.endswith(b"\n"):
-                left_out += 1
-    if left_out > _told.get(path, 0):
-        _told[path] = left_out
-        _log.warning("%s: %d of %d lines are no records of it and are skipped", path, left_out, num_lines)
+                num_skipped += 1
+    if num_skipped > _warned.get(path, 0):
+        _warned[path] = num_skipped
+        _log.warning("%s: %d of %d lines are no records of it and are skipped", path, num_skipped, num_lines)
 
 
 def rewrite(path: Path, records: Iterable[dict[str, Any]]) -> None:
-    """Write a file of these records alone in place of the one that may be there; a kill leaves one of the two."""
+    """Replace a file by these records. A kill leaves the old file or the new one."""
     with atomic_write(path) as partial, open(partial, "w", encoding="utf-8") as file:
-        file.writelines(map(_as_line, records))
+        file.writelines(map(_line, records))
 
 
-def _as_line(record: dict[str, Any]) -> str:
+def _line(record: dict[str, Any]) -> str:
     return json.dumps(record) + "\n"
 
 
-def _ends_torn(path: Path) -> bool:
+def _is_torn(path: Path) -> bool:
     with open(path, "rb") as file:
-        file.seek(0, 2)
+        file.seek(0, os.SEEK_END)
         if file.tell() == 0:
             return False
-        file.seek(-1, 2)
+        file.seek(-1, os.SEEK_END)
         return file.read(1) != b"\n"
 
 
-def _parsed(line: bytes, fields: Mapping[str, Any]) -> dict[str, Any] | None:
+def _parse(line: bytes) -> dict[str, Any] | None:
     try:
         record = json.loads(line)
-    except (ValueError, RecursionError):
+    except ValueError:
         return None
-    if not isinstance(record, dict):
-        return None
-    return record if all(_is_of(record.get(name), kind) for name, kind in fields.items()) else None
-
-
-def _is_of(value: Any, kind: Any) -> bool:
-    """Return whether a value is of a type, and no number that nobody counts to: JSON has 1e400, NaN, and 500 digits."""
-    is_number = isinstance(value, int | float)
-    return isinstance(value, kind) and (not is_number or abs(value) < _MOST)
+    return record if isinstance(record, dict) else None

