@@ -33,9 +33,8 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from flipscale.data import decode
 from flipscale.data.captions import tokenise
-from flipscale.data.loader import build_loader
-from flipscale.data.masks.keyed import keyed_patches
-from flipscale.data.packed import PackedBatch
+from flipscale.data.loader import PackedBatch, build_loader
+from flipscale.data.masks import keyed_patches
 from flipscale.data.pairs import InputShape, PairDataset
 from flipscale.data.randomness import keyed_uniform
 from flipscale.data.recipe import DataRecipe

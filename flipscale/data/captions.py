@@ -1,36 +1,47 @@
-"""The caption of a sample and its tokens."""
+"""Captions of a sample and their tokens."""
 
 import json
 from typing import TYPE_CHECKING, Any
 
-from flipscale.data.faults import BadSample, MissingCaption, UndecodableCaption, reason_of, told_as
-from flipscale.data.sources.source import MAX_TEXT_BYTES, check_bytes
+from flipscale.data.samples import (
+    MAX_TEXT_BYTES,
+    BadSample,
+    MissingCaption,
+    UndecodableCaption,
+    check_bytes,
+    reason_of,
+    wrap_errors,
+)
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
-# The time and memory of tokenizers grow with it.
+# A limit, because the time and memory of tokenizers grow with the length.
 MAX_CAPTION_BYTES = 1 << 16
 
 
 class OversizedCaption(BadSample):
-    """The caption is longer than any caption."""
+    """The caption is too long."""
 
     cause = "caption_too_long"
 
 
 class UntokenizableCaption(BadSample):
-    """The tokenizer raises for the caption, or makes no token of it."""
+    """The tokenizer raises for the caption, or returns no token."""
 
     cause = "untokenizable_caption"
 
 
 def choose_caption(captions: tuple[bytes, ...], draw: float) -> str:
-    """Return one of a sample's captions, chosen by `draw`, a uniform number in [0, 1). Blank captions do not count.
+    """Return one of a sample's captions. Blank captions do not count.
+
+    Args:
+        captions: captions as stored.
+        draw: uniform number in [0, 1) that chooses the caption.
 
     Raises:
-        BadSample: the sample has no caption, or one that is too long or no text in UTF-8.
+        BadSample: the sample has no caption, or one of them is too long or not UTF-8.
     """
     texts = [text for text in (_text(caption) for caption in captions) if text]
     if not texts:
@@ -52,10 +63,10 @@ def _text(caption: bytes) -> str:
 
 
 def captions_of_json(stored: bytes) -> tuple[bytes, ...]:
-    """Return the captions of a sample's `KEY.json`, an object: those in `captions`, else that in `caption`.
+    """Return the captions in a sample's `KEY.json`, an object: the field `captions`, else `caption`.
 
     Raises:
-        BadSample: it is too long, no JSON object, or its captions are no texts.
+        BadSample: the file is too long or no JSON object, or its captions are no texts.
     """
     check_bytes(len(stored), MAX_TEXT_BYTES, "KEY.json")
     try:
@@ -69,31 +80,32 @@ def captions_of_json(stored: bytes) -> tuple[bytes, ...]:
 
 
 def encoded_captions(value: Any, name: str) -> tuple[bytes, ...]:
-    """Return the captions that a field holds: a text is one, a list has several; nulls are none.
+    """Return the captions in a field, UTF-8: a text is one caption, a list holds several; nulls are skipped.
 
     Args:
-        name: what the field is called in messages.
+        value: content of the field.
+        name: name of the field for messages.
 
     Raises:
-        UndecodableCaption: it holds something else, or half a character.
+        UndecodableCaption: a value is no text, or holds half of a surrogate pair.
     """
-    found = value if isinstance(value, list) else [value]
-    for caption in found:
+    captions = value if isinstance(value, list) else [value]
+    for caption in captions:
         if not isinstance(caption, str | None):
             raise UndecodableCaption(f"{name} has a {type(caption).__name__}; it must be a text or a list of texts")
     try:
-        return tuple(caption.encode() for caption in found if caption is not None)
+        return tuple(caption.encode() for caption in captions if caption is not None)
     except UnicodeEncodeError as error:
         raise UndecodableCaption(f"{name} has half of a surrogate pair at character {error.start}") from error
 
 
 def tokenise(tokenizer: "PreTrainedTokenizerBase", texts: list[str], max_tokens: int) -> dict[str, "torch.Tensor"]:
-    """Return `input_ids` and `attention_mask`, int64 `(texts, max_tokens)`, each text cut or padded to that length.
+    """Return `input_ids` and `attention_mask`, int64 `(texts, max_tokens)`; texts are cut or padded to that length.
 
     Raises:
         UntokenizableCaption: the tokenizer raised for one of the texts.
     """
-    with told_as(UntokenizableCaption):
+    with wrap_errors(UntokenizableCaption):
         tokens = tokenizer(texts, padding="max_length", max_length=max_tokens, truncation=True, return_tensors="pt")
     return {"input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"]}
 
@@ -101,10 +113,10 @@ def tokenise(tokenizer: "PreTrainedTokenizerBase", texts: list[str], max_tokens:
 def tokenise_captions(
     tokenizer: "PreTrainedTokenizerBase", captions: list[str], length: int
 ) -> dict[str, "torch.Tensor"]:
-    """Return what `tokenise` does.
+    """Return `tokenise` of captions, each of which needs a token.
 
     Raises:
-        UntokenizableCaption: the tokenizer raised for one of the captions, or made no token of one.
+        UntokenizableCaption: the tokenizer raised for a caption, or returned no token for one.
     """
     tokens = tokenise(tokenizer, captions, length)
     if not tokens["attention_mask"].any(dim=1).all():

@@ -25,8 +25,7 @@ import simplejpeg
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from flipscale.data import image_headers
-from flipscale.data.faults import BadSample, told_as
-from flipscale.data.sources.source import MAX_IMAGE_BYTES
+from flipscale.data.samples import MAX_IMAGE_BYTES, BadSample, wrap_errors
 
 # The workers already use all cores; OpenCV's own threads would compete with them.
 cv2.setNumThreads(0)
@@ -123,7 +122,7 @@ def decode_box(
     return decode_crop(encoded, draws, image_size, crop_scale).fitted(image_size)
 
 
-@told_as(UndecodableImage)
+@wrap_errors(UndecodableImage)
 def decode_crop(encoded: bytes, draws: np.ndarray | None, image_size: int, crop_scale: tuple[float, float]) -> Crop:
     """Return the crop of an image. That of a large image is `fitted` already, so that no other memory is held.
 
@@ -160,7 +159,7 @@ def decode_crop(encoded: bytes, draws: np.ndarray | None, image_size: int, crop_
     return crop if image.nbytes <= _SMALL else Crop(crop.fitted(image_size), False)
 
 
-@told_as(UndecodableImage)
+@wrap_errors(UndecodableImage)
 def decode_whole(encoded: bytes) -> np.ndarray:
     """Return the whole image, upright: uint8 RGB `(height, width, 3)`.
 
@@ -173,7 +172,7 @@ def decode_whole(encoded: bytes) -> np.ndarray:
     return _upright(_decode_jpeg(encoded, jpeg_size, eighths=8), _exif_orientation(encoded))
 
 
-@told_as(UndecodableImage)
+@wrap_errors(UndecodableImage)
 def decode_small(encoded: bytes, least_side: int) -> np.ndarray:
     """Return the whole image, upright: uint8 RGB `(height, width, 3)`, and of a JPEG the smallest of half, a quarter
     and an eighth of its size that still has `least_side` pixels across.
@@ -377,7 +376,7 @@ def _decode_other(encoded: bytes) -> np.ndarray:
 
 def _pixels(image: Image.Image, upright: bool) -> np.ndarray:
     """Return the RGB of an image of any mode, transparent pixels on white, turned `upright` or as stored."""
-    with told_as(UndecodableImage):
+    with wrap_errors(UndecodableImage):
         image.load()
         pixels = np.empty((image.height, image.width, 3), np.uint8)
         # A strip at a time: conversions would hold several copies of the whole.

@@ -10,36 +10,34 @@ from typing import Any, Protocol
 
 import torch
 
-from flipscale.data.loader import StepSampler, build_loader, let_workers_die, start_workers
-from flipscale.data.packed import PackedBatch
+from flipscale.data.loader import PackedBatch, StepSampler, build_loader, replace_torch_handler, start_workers
 from flipscale.data.pairs import PairDataset
 
 _log = logging.getLogger(__name__)
 
-# Otherwise a sample that kills every worker that reads it would keep the run restarting them for ever.
+# A limit, because a sample that kills its worker would be read again by each new worker.
 _MAX_DEATHS_IN_A_ROW = 3
-
-# Batches that wait on the device for their steps.
+# Number of batches that wait on the device.
 _SLOTS = 2
-# The two that wait, the step's own, and that of the step before, which the device may not have finished.
+# The waiting batches, the step's own, and the last step's, which the device may still read.
 BATCHES_ON_DEVICE = _SLOTS + 2
 _CLOSING_SECONDS = 10.0
 
 Batches = Generator[list[PackedBatch], None, None]
 
 
-def enduring_batches(
+def restartable_batches(
     dataset: PairDataset, first_step: int, last_step: int, rank: int, world_size: int, pin_memory: bool
 ) -> Batches:
-    """Yield the batches of steps [first_step, last_step) that process `rank` takes, each as a list of micro-batches.
+    """Yield the batches of process `rank` in steps [first_step, last_step), each as a list of micro-batches.
 
-    Nothing else refers to the micro-batches: clearing the list frees them.
+    The list has the only references to the micro-batches, so clearing it frees them.
 
-    When a worker dies (out of memory, killed), what it was reading is logged and all workers are started again at the
-    current step. A batch is a function of its step, so none is lost or seen twice.
+    When a worker dies (out of memory, killed), its shard is logged and all workers start again at the current step. A
+    batch is a function of its step, so none is lost or repeated.
 
     Raises:
-        ValueError: the data cannot be used.
+        UserError: the data cannot be used.
         OSError: a shard cannot be read, or workers died `_MAX_DEATHS_IN_A_ROW` times without a batch in between.
     """
     step, deaths = first_step, 0
@@ -48,43 +46,47 @@ def enduring_batches(
         assert isinstance(loader.batch_sampler, StepSampler)
         micro_batches = start_workers(loader)
         try:
-            while batch := _together(micro_batches, loader.batch_sampler.micro_batches):
+            while batch := _next_batch(micro_batches, loader.batch_sampler.micro_batches):
                 step, deaths = step + 1, 0
                 yield batch
         except _WorkerDied as error:
-            died = _describe_death(error, dataset)
+            description = _describe_death(error, dataset)
             deaths += 1
             if deaths >= _MAX_DEATHS_IN_A_ROW:
                 raise OSError(
-                    f"{died}; that is {deaths} times in a row at step {step}: remove that shard, or give workers more "
-                    "memory or use fewer (data.num_workers), and start the run again"
+                    f"{description}; that is {deaths} times in a row at step {step}: remove that shard, or give "
+                    "workers more memory or use fewer (data.num_workers), and start the run again"
                 ) from error
-            _log.warning("%s; starting the workers again at step %d", died, step)
+            _log.warning("%s; starting the workers again at step %d", description, step)
 
 
 class _WorkerDied(Exception):
-    """A worker died. `pids` are the workers that torch names, empty if it names none."""
+    """A worker died.
+
+    Args:
+        pids: process numbers that torch names, possibly none.
+    """
 
     def __init__(self, pids: set[int]):
         self.pids = pids
 
 
-def _together(micro_batches: Iterator[PackedBatch | Exception], count: int) -> list[PackedBatch]:
+def _next_batch(micro_batches: Iterator[PackedBatch | Exception], count: int) -> list[PackedBatch]:
     """Return the next `count` micro-batches, an empty list at the end.
 
     Raises:
         _WorkerDied: a worker died before it delivered them.
-        ValueError, OSError: the data cannot be used or read.
+        UserError, OSError: the data cannot be used or read.
     """
     try:
         batch = list(islice(micro_batches, count))
     except RuntimeError as error:
-        found = re.search(r"DataLoader worker \(pid\(?s?\)?:? ?([\d, ]+)\)|Pin memory thread exited", str(error))
-        if found is None:
+        death = re.search(r"DataLoader worker \(pid\(?s?\)?:? ?([\d, ]+)\)|Pin memory thread exited", str(error))
+        if death is None:
             raise
-        raise _WorkerDied({int(pid) for pid in (found[1] or "").split(",") if pid.strip()}) from error
+        raise _WorkerDied({int(pid) for pid in (death[1] or "").split(",") if pid.strip()}) from error
     except (ConnectionError, EOFError, FileNotFoundError) as error:
-        # It died between announcing a batch and handing over the memory that it lies in.
+        # The worker announced a batch and died before it handed over the shared memory.
         raise _WorkerDied(set()) from error
     for part in batch:
         if isinstance(part, Exception):
@@ -93,7 +95,7 @@ def _together(micro_batches: Iterator[PackedBatch | Exception], count: int) -> l
 
 
 def _describe_death(death: _WorkerDied, dataset: PairDataset) -> str:
-    """Say which workers died, and what they were reading."""
+    """Return the dead workers and their shards as a sentence."""
     reading = [
         dataset.source.shard_name(shard)
         for pid, shard in dataset.reading.tolist()
@@ -104,13 +106,13 @@ def _describe_death(death: _WorkerDied, dataset: PairDataset) -> str:
 
 
 class Transfer(Protocol):
-    """A way to a device. `send` is called by the feeding thread, `receive` by the thread that computes."""
+    """A way to a device. The feeding thread calls `send`; the computing thread calls `receive`."""
 
     def send(self, batch: list[PackedBatch]) -> Any:
-        """Begin to copy a batch and return what `receive` needs; nothing is waited for."""
+        """Start to copy a batch, without waiting, and return the argument of `receive`."""
 
     def receive(self, sent: Any) -> list[PackedBatch]:
-        """Return the batch on the device, which from now on computes with it only after it has arrived."""
+        """Return the batch on the device, which computes with it only after it has arrived."""
 
 
 class CudaTransfer:
@@ -121,34 +123,34 @@ class CudaTransfer:
         self._copying = torch.cuda.Stream(device)
 
     def send(self, batch: list[PackedBatch]) -> tuple[list[PackedBatch], torch.cuda.Event]:
-        """Begin to copy a batch; the event is its arrival."""
+        """Start to copy a batch; the event is its arrival."""
         with torch.cuda.stream(self._copying):
             sent = [micro_batch.to(self._device) for micro_batch in batch]
             return sent, self._copying.record_event()
 
     def receive(self, sent: tuple[list[PackedBatch], torch.cuda.Event]) -> list[PackedBatch]:
-        """Return the batch. The device waits for it, this thread does not."""
+        """Return the batch. The device waits for it; this thread does not."""
         batch, arrival = sent
         computing = torch.cuda.current_stream(self._device)
         computing.wait_event(arrival)
         for micro_batch in batch:
-            # The memory belongs to the copying stream, which must not reuse it before this stream is done with it.
+            # The memory belongs to the copying stream, which must not reuse it before the computation ends.
             micro_batch.buffer.record_stream(computing)
         return batch
 
 
 def on_device(batches: Batches, device: torch.device) -> Batches:
-    """Yield the batches on `device`; to a GPU, they are copied ahead."""
-    return fed(batches, CudaTransfer(device)) if device.type == "cuda" else batches
+    """Yield the batches on `device`; for a GPU, they are copied ahead."""
+    return prefetch(batches, CudaTransfer(device)) if device.type == "cuda" else batches
 
 
-def fed(batches: Batches, transfer: Transfer) -> Batches:
-    """Yield the batches from the other end of a transfer. A thread takes them and sends them ahead, into two slots: the
-    next step's batch is there before its step begins, also when the one after it is late.
+def prefetch(batches: Batches, transfer: Transfer) -> Batches:
+    """Yield the batches after their transfer. A thread sends them ahead, into two slots.
 
-    A device holds `BATCHES_ON_DEVICE` batches at most. The errors of `batches` are raised in their place, after the
-    batches before them. Closing the generator, at any time, ends the thread and closes `batches`; a thread that waits
-    for its disk is not waited for.
+    The next step's batch is there before its step begins, even when the one after it is late. A device holds at most
+    `BATCHES_ON_DEVICE` batches. Errors of `batches` are raised in their place, after the batches before them. Closing
+    this generator, at any time, ends the thread and closes `batches`. It does not wait for a thread that waits for its
+    disk.
     """
     slots, ended = threading.Semaphore(_SLOTS), threading.Event()
     ready: queue.SimpleQueue[Any] = queue.SimpleQueue()
@@ -160,14 +162,14 @@ def fed(batches: Batches, transfer: Transfer) -> Batches:
                 if batch is None or ended.is_set():
                     break
                 ready.put(transfer.send(batch))
-                del batch  # else a slow source would keep it in memory
+                del batch  # else it would stay in memory while a slow source makes the next one
             ready.put(None)
         except Exception as error:
             ready.put(error)
         finally:
             batches.close()
 
-    let_workers_die()
+    replace_torch_handler()
     thread = threading.Thread(target=feed, name="feeder", daemon=True)
     thread.start()
     try:

@@ -1,7 +1,9 @@
-"""The batches of a run's steps, made by loader workers: which positions each process takes, and the DataLoader."""
+"""The loader of a run: the positions of each process, batches in one buffer, worker processes, and the DataLoader."""
 
 import ctypes
 import gc
+import logging
+import math
 import multiprocessing
 import os
 import signal
@@ -9,24 +11,32 @@ import threading
 import traceback
 from collections.abc import Iterator
 from multiprocessing import forkserver
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from flipscale.data.lanes import divisors_around
-from flipscale.data.packed import PackedBatch
+from flipscale.data.order import divisors_around
 from flipscale.data.pairs import PairDataset
+from flipscale.data.samples import Fault
 from flipscale.io.errors import UserError
+
+_ALIGNMENT = 64
+# Locks and queues need less; batches without room go through pipes.
+_LEAST_SHARED_BYTES = 1 << 20
+# Modules that the workers' server imports once for all workers.
+_IMPORTED_BY_WORKERS = ["flipscale.pretrain", "flipscale.data.loader", "flipscale.evaluation.embedding"]
+
+_log = logging.getLogger(__name__)
 
 
 class StepSampler(Sampler[list[int]]):
-    """The positions that process `rank` of `world_size` takes of each step in [first_step, last_step).
+    """Positions of process `rank` of `world_size` in steps [first_step, last_step).
 
     Each step is `micro_batches` lists of `micro_batch_size` positions.
 
     Raises:
-        ValueError: the processes do not divide the global batch, or the micro-batch does not divide a process's part.
+        UserError: the processes do not divide the global batch, or the micro-batch does not divide a process's part.
     """
 
     def __init__(
@@ -63,10 +73,10 @@ class StepSampler(Sampler[list[int]]):
 
 
 def pairs_of_a_process(global_batch_size: int, world_size: int) -> int:
-    """Return how many pairs of a batch each process takes.
+    """Return the number of pairs of a batch for each process.
 
     Raises:
-        ValueError: the processes do not divide the batch.
+        UserError: the processes do not divide the batch.
     """
     if global_batch_size % world_size == 0:
         return global_batch_size // world_size
@@ -80,8 +90,102 @@ def pairs_of_a_process(global_batch_size: int, world_size: int) -> int:
     )
 
 
+class Field(NamedTuple):
+    """Type, shape and byte offset of a tensor in the buffer."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+
+
+class PackedBatch(dict[str, Any]):
+    """A batch in one buffer: one shared-memory segment from the worker, one pinned copy, one transfer to the device.
+
+    Args:
+        buffer: uint8 tensor; the tensors of the batch, by name, are views of it.
+        layout: place of each tensor in the buffer.
+        faults: faults of the batch's samples.
+    """
+
+    def __init__(self, buffer: torch.Tensor, layout: dict[str, Field], faults: list[Fault]):
+        self.buffer, self.layout, self.faults = buffer, layout, faults
+        for name, (dtype, shape, offset) in layout.items():
+            end = offset + math.prod(shape) * dtype.itemsize
+            self[name] = buffer[offset:end].view(dtype).view(shape)
+
+    @classmethod
+    def of(cls, batch: dict[str, Any]) -> "PackedBatch":
+        """Pack a batch of `PairDataset`. A worker packs into shared memory, where the batch would go anyway."""
+        tensors = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
+        packed = cls.empty({name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()})
+        packed.faults = batch["faults"]
+        for name, tensor in tensors.items():
+            packed[name].copy_(tensor)
+        return packed
+
+    @classmethod
+    def empty(cls, columns: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> "PackedBatch":
+        """Return a batch of uninitialised tensors. In a worker it lies in shared memory if there is room."""
+        layout, size = {}, 0
+        for name, (dtype, shape) in columns.items():
+            layout[name] = Field(dtype, shape, size)
+            size += -(-math.prod(shape) * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
+        buffer = None if torch.utils.data.get_worker_info() is None else shared_buffer(size)
+        return cls(torch.empty(size, dtype=torch.uint8) if buffer is None else buffer, layout, [])
+
+    def with_image_size(self, image_size: int | None) -> "PackedBatch":
+        """Set the number `image_size` beside the tensors, and return this batch. None means the model's own size."""
+        if image_size is not None:
+            self["image_size"] = image_size
+        return self
+
+    def pin_memory(self) -> "PackedBatch":
+        """Return a copy in page-locked memory. The DataLoader calls this."""
+        return PackedBatch(self.buffer.pin_memory(), self.layout, self.faults)
+
+    def to(self, device: torch.device) -> "PackedBatch":
+        """Return a copy on `device`, made by one asynchronous transfer."""
+        return PackedBatch(self.buffer.to(device, non_blocking=True), self.layout, self.faults)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if torch.utils.data.get_worker_info() is not None and not self.buffer.is_shared():
+            return _from_pipe, (self.buffer.numpy().tobytes(), self.layout, self.faults)
+        return PackedBatch, (self.buffer, self.layout, self.faults)
+
+
+def shared_buffer(size: int) -> torch.Tensor | None:
+    """Return a uint8 tensor of `size` bytes in shared memory; None if /dev/shm has no room.
+
+    The room is allocated at once, because torch only reserves addresses: a write without memory behind it kills the
+    process by a bus error. A container has 64 MB by default.
+    """
+    try:
+        storage = torch.UntypedStorage._new_shared(size)
+        if size and torch.multiprocessing.get_sharing_strategy() == "file_descriptor":
+            os.posix_fallocate(storage._share_fd_cpu_()[0], 0, size)
+    except (OSError, RuntimeError):
+        return None
+    return torch.empty(0, dtype=torch.uint8).set_(storage)
+
+
+_pipe_warned: list[bool] = []
+
+
+def _from_pipe(content: bytes, layout: dict[str, Field], faults: list[Fault]) -> PackedBatch:
+    """Return a batch without room in shared memory, and warn at the first one."""
+    if not _pipe_warned:
+        _pipe_warned.append(True)
+        _log.warning(
+            "/dev/shm has no room for a batch of %.0f MB; workers send batches through pipes, which is slower: give "
+            "the container more (docker run --shm-size 8g), or use fewer data.num_workers or a smaller "
+            "data.micro_batch_size",
+            len(content) / 1e6,
+        )
+    return PackedBatch(torch.frombuffer(bytearray(content), dtype=torch.uint8), layout, faults)
+
+
 class _ErrorsAsBatches(Dataset):
-    """A dataset that returns its errors in place of a batch; raised in a worker, they would come with its traceback."""
+    """A dataset that returns an error in place of a batch, because a worker would add its traceback to a raised one."""
 
     def __init__(self, dataset: PairDataset):
         self.dataset = dataset
@@ -91,7 +195,7 @@ class _ErrorsAsBatches(Dataset):
             return self.dataset.__getitems__(positions)
         except (ValueError, OSError, MemoryError) as error:
             return error
-        except Exception as error:  # an arbitrary class may fail to unpickle, or torch puts its traceback into the text
+        except Exception as error:  # because other classes may fail to unpickle
             failure = RuntimeError(f"{type(error).__name__}: {error}")
             failure.__notes__ = [traceback.format_exc()]  # type: ignore[attr-defined]
             return failure
@@ -104,12 +208,12 @@ def _pack(batch: Any) -> PackedBatch | Exception:
 def build_loader(
     dataset: PairDataset, first_step: int, last_step: int, rank: int, world_size: int, pin_memory: bool
 ) -> DataLoader:
-    """Return a DataLoader over the micro-batches of steps [first_step, last_step) that process `rank` takes.
+    """Return a DataLoader over the micro-batches of process `rank` in steps [first_step, last_step).
 
-    It yields each as a `PackedBatch`, or in its place the ValueError or OSError that making it raised.
+    It yields a `PackedBatch`, or the error that making the batch raised.
 
     Raises:
-        ValueError: as `StepSampler`.
+        UserError: as `StepSampler`.
     """
     recipe = dataset.recipe
     sizes = (recipe.global_batch_size, rank, world_size, recipe.micro_batch_size)
@@ -124,30 +228,26 @@ def build_loader(
     )
 
 
-# Locks and queues take less; batches that find no room go through pipes.
-_LEAST_SHARED_BYTES = 1 << 20
-# What workers import, beside the trainer's own module: their server does so once for all of them.
-_IMPORTED_BY_WORKERS = ["flipscale.pretrain", "flipscale.data.loader", "flipscale.evaluation.embedding"]
-
-
 def worker_context() -> str | None:
-    """Return how workers start: where there is a GPU, from a server that has imported what they need, as a fork of a
-    process with CUDA, its network and their threads may hang or crash; None for Python's default elsewhere."""
+    """Return the start method of workers: with a GPU, from a server; else None, Python's default.
+
+    A fork of a process with CUDA, its network and their threads may hang or crash.
+    """
     return "forkserver" if torch.cuda.is_available() else None
 
 
 def prepare_workers() -> None:
-    """Start the server that workers come from, where they come from one, and do not wait for its imports."""
+    """Start the workers' server, if there is one, without waiting for its imports."""
     if worker_context() == "forkserver":
         multiprocessing.set_forkserver_preload(_IMPORTED_BY_WORKERS)
         forkserver.ensure_running()
 
 
 def check_shared_memory(num_workers: int, folder: str = "/dev/shm") -> None:
-    """Raise if not even what processes wait for each other with has room where shared memory lies.
+    """Raise if shared memory has no room even for the locks of processes.
 
     Raises:
-        OSError: there are workers, and it is full.
+        OSError: there are workers, and shared memory is full.
     """
     if not num_workers or not os.path.isdir(folder):
         return
@@ -161,23 +261,22 @@ def check_shared_memory(num_workers: int, folder: str = "/dev/shm") -> None:
 
 
 def settle_worker(worker: int) -> None:
-    """Let a worker have one thread of its own: there are as many workers as cores. It keeps memory for its next images.
+    """Set up a worker process: signals ignored, garbage collector on, freed memory kept, tokenizers on one thread.
 
-    Also turn on the garbage collector, which a trainer turns off for itself and thus for the workers that it forks, and
-    leave signals to the trainer: a terminal or a batch system sends them to all its processes, and it needs its workers
-    until it has saved.
+    A terminal or a batch system signals all processes, but the trainer needs its workers until it has saved. The
+    trainer turns its garbage collector off, and forked workers inherit that.
     """
-    signal.set_wakeup_fd(-1)  # else the trainer would hear them twice
+    signal.set_wakeup_fd(-1)  # else the trainer would get its workers' signals, too
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     gc.enable()
     _keep_freed_memory()
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the tokenizer looks for each batch
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the tokenizer reads it at each batch
 
 
 def _keep_freed_memory() -> None:
-    """Tell glibc to keep up to 64 MiB of freed memory. It would give a decoded image's back and get it anew, page by
-    page, which takes a tenth of a worker's time. This has no effect with another allocator."""
+    """Make glibc keep up to 64 MiB of freed memory, because returning and getting a decoded image's pages takes a
+    tenth of a worker's time. Other allocators ignore this."""
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
@@ -190,22 +289,21 @@ def _keep_freed_memory() -> None:
 def start_workers(loader: DataLoader) -> Iterator[Any]:
     """Start the workers of `loader` and return the iterator over its batches.
 
-    When a worker dies, torch's signal handler raises an exception wherever the main thread is, be it in the middle of a
-    backward pass. Without that handler, the exception comes from the wait for the next batch.
+    torch's handler of SIGCHLD raises in the main thread, even in a backward pass. Without it, the death of a worker is
+    raised by the wait for the next batch.
     """
     before = signal.getsignal(signal.SIGCHLD)
     batches = iter(loader)
-    let_workers_die(before)
+    replace_torch_handler(before)
     return batches
 
 
-def let_workers_die(handler: Any = signal.SIG_DFL) -> None:
-    """Put `handler` in the place of torch's for children that die, if this is the main thread, which alone may do so
-    and for which alone torch sets one."""
-    if threading.current_thread() is threading.main_thread() and _is_torchs(signal.getsignal(signal.SIGCHLD)):
-        # None: it was set by no Python code. Torch's own: it was left by another loader.
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL if handler is None or _is_torchs(handler) else handler)
+def replace_torch_handler(handler: Any = signal.SIG_DFL) -> None:
+    """Replace torch's handler of SIGCHLD by `handler`. Other threads than the main one cannot, and need not."""
+    if threading.current_thread() is threading.main_thread() and _is_of_torch(signal.getsignal(signal.SIGCHLD)):
+        # None is a handler that was not set from Python. A handler of torch is left over from another loader.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL if handler is None or _is_of_torch(handler) else handler)
 
 
-def _is_torchs(handler: Any) -> bool:
+def _is_of_torch(handler: Any) -> bool:
     return (getattr(handler, "__module__", None) or "").startswith("torch.")

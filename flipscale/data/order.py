@@ -1,35 +1,99 @@
-"""The global order: which sample stands at which position."""
+"""The global order: the sample at each global position, and the lanes that share the shards out to nodes."""
 
+import math
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
-from flipscale.data.lanes import Lanes, shared_out
 from flipscale.data.randomness import keyed_permutation
 from flipscale.io.errors import UserError
 
-# The one that is read, the next one, and the one after that, which the end of a small set is already near.
+_USUAL_LANES = 64
+# Epochs in memory: the current, the next, and the one after, which the end of a small set nears.
 _EPOCHS_KEPT = 3
 
 
+@dataclass(frozen=True)
+class Lanes:
+    """Equal parts of every global batch, whatever the number of processes: lane l is the l-th of `count` equal runs.
+
+    A process also takes a run of every batch. Where the numbers divide, it has whole lanes or a part of one lane.
+
+    Args:
+        count: number of lanes, a divisor of `batch_size`.
+        batch_size: pairs in the global batch.
+    """
+
+    count: int = 1
+    batch_size: int = 1
+
+    @property
+    def width(self) -> int:
+        """Pairs of every batch in one lane."""
+        return self.batch_size // self.count
+
+    def split(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the lane of each position, and the number of earlier positions in that lane; both int64."""
+        batches, offsets = np.divmod(positions, self.batch_size)
+        lanes, within = np.divmod(offsets, self.width)
+        return lanes, batches * self.width + within
+
+    def before(self, position: int) -> np.ndarray:
+        """Return the number of the first `position` positions in each lane: int64 `(count,)`."""
+        batches, offset = divmod(position, self.batch_size)
+        return batches * self.width + np.clip(offset - np.arange(self.count) * self.width, 0, self.width)
+
+
+def share_out(num_shards: int, shards_per_block: int, lanes: Lanes) -> tuple[Lanes, int]:
+    """Return the lanes of an order of `num_shards` shards, and the number of shards that each lane reads at a time.
+
+    All lanes together read `shards_per_block` at a time, each lane at least one. If that covers all shards, a single
+    lane reads them.
+    """
+    of_each = -(-shards_per_block // lanes.count)
+    return (lanes, of_each) if of_each * lanes.count < num_shards else (Lanes(), num_shards)
+
+
+def number_of_lanes(wish: int | None, batch_size: int) -> int:
+    """Return the number of lanes of a recipe: `wish`, or the largest common divisor of 64 and the batch.
+
+    Raises:
+        UserError: `wish` does not divide the batch.
+    """
+    if wish is None:
+        return math.gcd(_USUAL_LANES, batch_size)
+    if wish >= 1 and batch_size % wish == 0:
+        return wish
+    nearest = divisors_around(batch_size, wish)
+    raise UserError(f"data.lanes {wish} does not divide data.global_batch_size {batch_size}; use {nearest}")
+
+
+def divisors_around(number: int, wish: int) -> str:
+    """Return the nearest divisors of `number` below and above `wish`, such as `16 or 32`."""
+    divisors = [count for count in range(1, number + 1) if number % count == 0]
+    below = [count for count in divisors if count < wish][-1:]
+    return " or ".join(str(count) for count in [*below, *[count for count in divisors if count > wish][:1]])
+
+
 def by_value(values: np.ndarray) -> list[tuple[int, np.ndarray]]:
-    """Return each of the values, in rising order, and where it stands."""
+    """Return each distinct value in ascending order, with its indices."""
     order = np.argsort(values, kind="stable")
     groups = np.split(order, np.flatnonzero(np.diff(values[order])) + 1)
     return [(int(values[group[0]]), group) for group in groups if len(group)]
 
 
 class _Epoch(NamedTuple):
-    """How the samples of an epoch lie one after another, shard by shard, and who reads which of them.
+    """The sequence of an epoch's samples, shard by shard. A place is an index in this sequence.
 
     Args:
-        shards: the numbers of the shards in the epoch's order.
-        shard_starts: the place of each shard's first sample.
-        lane_starts: the first place of each lane, and the end.
-        block_starts: the first place of each block, and the end; no block is empty.
-        passed: how many positions each lane had before the epoch.
+        shards: shard numbers in the epoch's order.
+        shard_starts: first place of each shard.
+        lane_starts: first place of each lane, and the end.
+        block_starts: first place of each block, and the end; no block is empty.
+        passed: number of positions in each lane before the epoch.
     """
 
     shards: np.ndarray
@@ -39,21 +103,21 @@ class _Epoch(NamedTuple):
     passed: np.ndarray
 
     def block_of(self, places: np.ndarray) -> np.ndarray:
-        """Return the number of the block that each place is in."""
+        """Return the block of each place."""
         return np.searchsorted(self.block_starts, places, side="right") - 1
 
     def shards_of(self, block: int) -> list[int]:
-        """Return the shards that have samples in a block."""
+        """Return the shards with samples in a block."""
         start, end = self.block_starts[block : block + 2]
         first = np.searchsorted(self.shard_starts, start, side="right") - 1
         return self.shards[first : np.searchsorted(self.shard_starts, end, side="left")].tolist()
 
     def block_after(self, block: int, lane: int) -> int | None:
-        """Return the next block of a lane, None if `block` is its last one."""
+        """Return the next block of a lane; None after the last block."""
         return block + 1 if self.block_starts[block + 1] < self.lane_starts[lane + 1] else None
 
     def first_block(self, lane: int) -> int | None:
-        """Return the first block of a lane, None if the lane has no sample in the epoch."""
+        """Return the first block of a lane; None if the lane has no sample in the epoch."""
         start, end = self.lane_starts[lane : lane + 2]
         return int(self.block_of(start)) if start < end else None
 
@@ -62,32 +126,33 @@ class GlobalOrder:
     """A map from global positions to (shard, sample): a pure function of (seed, position).
 
     Step s of batch size B is positions [s*B, (s+1)*B), whatever the number of processes and workers, so the state to
-    resume from is one number. An epoch visits every sample once: its shards are permuted, and each lane takes as many
-    consecutive samples of that sequence as it has positions in the epoch. A lane cuts them into blocks of
-    `shards_per_block / lanes` shards, at least one, and the samples of a block are permuted together. So a node reads
-    only the shards of its own lanes: of 10,000 shards, one of 32 nodes reads 1.005/32 of the bytes. A set of no more
-    shards than all lanes read at a time has nothing to share out: all of it is one block, a uniform shuffle.
+    resume from is one number. An epoch visits every sample once. Its shards are permuted, and each lane takes a run of
+    the resulting sequence, as long as the lane has positions in the epoch. A lane cuts its run into blocks of
+    `shards_per_block / lanes` shards, at least one, and permutes the samples of each block. So a node reads only the
+    shards of its own lanes: with 10,000 shards and 32 nodes, 1.005/32 of the bytes. If all lanes together read all
+    shards at a time, the whole set is one block, a uniform shuffle.
 
     Quality: a sample can land anywhere in the epoch. On average it moves by a third of the epoch, as in a uniform
-    shuffle (0.34 measured at 400 M samples in shards of 10,000, with 64 lanes and with one). A batch of 16,384 comes
-    from 66 shards with 64 lanes (80 where blocks end), and two samples of one shard are in the same batch one time in
-    40. With one lane it comes from 16 (32) shards, and they are together one time in ten. If the samples of a shard are
-    alike (one site, one query), raise `shards_per_block`. In a batch that has no more pairs than lanes, two samples of
-    one shard hardly ever meet.
+    shuffle (0.34 measured at 400 M samples in shards of 10,000, with 64 lanes and with one). With 64 lanes, a batch of
+    16,384 comes from 66 shards (80 where blocks end), and two samples of one shard share a batch one time in 40. With
+    one lane, it comes from 16 (32) shards, and they share a batch one time in ten. If the samples of a shard are alike
+    (one site, one query), raise `shards_per_block`. If a batch has no more pairs than lanes, two samples of one shard
+    hardly ever share a batch.
 
-    Cost: 4 bytes a sample for the last two blocks of each lane that is read: 5 MB for 64 lanes of usual shards, 80 kB
-    for a process that has part of one. A block is permuted once, in 0.6 ms. An epoch of 231,350 shards takes 0.14 s and
-    6 MB. Reading in this order takes one open file for each shard of a block, and one read for each sample: one seek if
-    nothing is cached, none if the blocks of the lanes fit the page cache. A test counts both.
+    Cost: 4 bytes a sample for the last two blocks of each lane: 5 MB for 64 lanes of usual shards, 80 kB for a process
+    with a part of one lane. A block is permuted once, in 0.6 ms. An epoch of 231,350 shards takes 0.14 s and 6 MB.
+    Reading needs one open file for each shard of a block and one read for each sample. That is one seek if nothing is
+    cached, none if the blocks fit the page cache. A test counts both.
 
     Args:
-        shard_sizes: samples in each shard, in the order in which the shards are listed.
-        shards_per_block: how many shards are shuffled together, over all lanes.
-        name: makes the order of one source of a mixture differ from the others'.
-        lanes: which part of a batch each lane has; a single lane by default.
+        shard_sizes: samples in each shard, in the order of the list of shards.
+        seed: seed of the run.
+        shards_per_block: number of shards that are shuffled together, over all lanes.
+        name: name of a mixture's source, which makes its order differ from the others.
+        lanes: lanes of a batch; a single lane by default.
 
     Raises:
-        ValueError: there is no sample.
+        UserError: there is no sample.
     """
 
     def __init__(
@@ -96,7 +161,7 @@ class GlobalOrder:
         seed: int,
         shards_per_block: int = 16,
         name: str = "",
-        lanes: Lanes = Lanes(),  # noqa: B008
+        lanes: Lanes = Lanes(),
     ):
         self.shard_sizes = np.asarray(shard_sizes, dtype=np.int64)
         self.num_samples = int(self.shard_sizes.sum())
@@ -104,13 +169,13 @@ class GlobalOrder:
             raise UserError(f"the data set is empty: 0 samples in {len(self.shard_sizes)} shards")
         self.seed = seed
         self.name = name
-        self.lanes, self.shards_of_a_lane = shared_out(len(self.shard_sizes), shards_per_block, lanes)
+        self.lanes, self.shards_of_a_lane = share_out(len(self.shard_sizes), shards_per_block, lanes)
         self._epochs: OrderedDict[int, _Epoch] = OrderedDict()
         self._shuffled: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
         self._lanes_read: set[int] = set()
 
     def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the shard, and the number in it, of the sample at each of `positions` (any order); all are int64."""
+        """Return the shard and the sample index in the shard for each position (any order); both int64."""
         positions = np.asarray(positions, dtype=np.int64)
         shards, samples = np.empty_like(positions), np.empty_like(positions)
         for number, chosen in by_value(positions // self.num_samples):
@@ -126,9 +191,9 @@ class GlobalOrder:
         return shards, samples
 
     def shards_ahead(self, positions: np.ndarray) -> list[int]:
-        """Return the shards of the blocks that `positions` read, then those of the next block of each of their lanes.
+        """Return the shards of the current blocks of `positions`, then the shards of the next block of each lane.
 
-        They are what the node needs that takes these positions; nothing is read of another lane.
+        Shards of other lanes are not included.
         """
         positions = np.asarray(positions, dtype=np.int64)
         now: list[int] = []
@@ -147,7 +212,7 @@ class GlobalOrder:
         return list(dict.fromkeys([*now, *(shard for shards in following.values() for shard in shards)]))
 
     def _places(self, epoch: _Epoch, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the lane of each position of an epoch, and its place in the epoch before blocks are permuted."""
+        """Return the lane of each position, and its place in the epoch before blocks are permuted."""
         lanes, counts = self.lanes.split(positions)
         return lanes, epoch.lane_starts[lanes] + counts - epoch.passed[lanes]
 
@@ -165,7 +230,7 @@ class GlobalOrder:
         passed = self.lanes.before(number * self.num_samples)
         lane_starts = np.concatenate([[0], np.cumsum(self.lanes.before((number + 1) * self.num_samples) - passed)])
         first = np.searchsorted(shard_starts, lane_starts[:-1], side="right") - 1
-        # Where a lane starts at the start of a shard, that is its first one, and also the empty ones before it.
+        # A lane that starts at the start of a shard also counts the empty shards that end there.
         first = np.minimum(first, np.searchsorted(shard_starts, lane_starts[:-1], side="left"))
         last = np.searchsorted(shard_starts, lane_starts[1:], side="left")
         cuts = [
@@ -176,7 +241,7 @@ class GlobalOrder:
         return _Epoch(shards, shard_starts, lane_starts, block_starts, passed)
 
     def _block(self, number: int, epoch: _Epoch, block: int) -> np.ndarray:
-        """Return the permutation of a block. The last two of each lane that was read are kept."""
+        """Return the permutation of a block. Two blocks a lane stay in memory."""
         key = (number, block)
         if key not in self._shuffled:
             start, end = epoch.block_starts[block : block + 2].tolist()

@@ -1,5 +1,6 @@
 """A batch of training pairs: read, decoded, cropped, masked and tokenised, in a loader worker."""
 
+import copy
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -13,25 +14,29 @@ from transformers import PreTrainedTokenizerBase
 
 from flipscale.data.captions import UntokenizableCaption, choose_caption, tokenise_captions
 from flipscale.data.decode import DRAWS_PER_CROP, Crop, decode_crop, visible_patches
-from flipscale.data.faults import BadSample, Fault, candidates
-from flipscale.data.masks.image import keep_patches
-from flipscale.data.masks.keyed import branch_scales, keyed_patches, left_out, mask_tokens
-from flipscale.data.masks.recipe import MaskRecipe
+from flipscale.data.masks import branch_scales, keep_patches, keyed_patches, mask_tokens, removed_patches
 from flipscale.data.randomness import keyed_uniform
-from flipscale.data.recipe import DataRecipe
+from flipscale.data.recipe import DataRecipe, MaskRecipe
+from flipscale.data.samples import BadSample, Fault, Sample, Source, candidates
 from flipscale.data.sources.mixture import order_of
-from flipscale.data.sources.source import Sample, Source
 from flipscale.io.errors import UserError
 from flipscale.model.configuration_flip import FlipConfig, patches_along
 from flipscale.model.patches import num_kept
 
-# How the integers of a batch travel to the device; the model widens them there.
+# Integers travel to the device in these types; the model widens them there.
 _NARROW = {"input_ids": torch.int32, "position_ids": torch.int32, "attention_mask": torch.bool}
 
 
 @dataclass(frozen=True)
 class InputShape:
-    """What the loader must know of the model."""
+    """The sizes of the model's inputs.
+
+    Args:
+        image_size: pixels along each side of an image.
+        patch_size: pixels along each side of a patch.
+        max_tokens: tokens of a caption.
+        num_blocks: blocks of the image tower.
+    """
 
     image_size: int
     patch_size: int
@@ -40,65 +45,68 @@ class InputShape:
 
     @classmethod
     def of(cls, config: FlipConfig) -> "InputShape":
-        """Return the shape of the inputs that a model of `config` takes."""
+        """Return the shape of the inputs of a model."""
         vision, text = config.vision_config, config.caption_config
         return cls(vision.image_size, vision.patch_size, text.max_position_embeddings, vision.num_hidden_layers)
 
     def at(self, image_size: int | None) -> "InputShape":
-        """Return the same for images of `image_size` pixels; None leaves them as they are.
+        """Return the shape for another image size; None keeps the size.
 
         Raises:
-            ValueError: the patch does not divide them.
+            UserError: the patch size does not divide `image_size`.
         """
         if image_size is None:
             return self
-        patches_along(image_size, self.patch_size)
+        try:
+            patches_along(image_size, self.patch_size)
+        except ValueError as error:
+            raise UserError(str(error)) from error
         return replace(self, image_size=image_size)
 
     @property
     def side(self) -> int:
-        """Patches along each side of an image."""
+        """Number of patches along each side of an image."""
         return self.image_size // self.patch_size
 
     @property
     def num_patches(self) -> int:
-        """Patches of a whole image."""
+        """Number of patches of a whole image."""
         return self.side**2
 
 
-# Pixels of the model's images that are read and decoded before the first of them is resized.
+# Number of the model's pixels that are decoded before the first crop is resized. Alternating decoders and filters would
+# evict each other's code from the cache and cost a fifth more. Of large images, only one is in memory.
 _PIXELS_TOGETHER = 1 << 16
 
 
-class Pair(NamedTuple):
-    """A decoded crop and what goes with it, such as a caption; and the fault of the sample that they replace, if they
-    replace one."""
+class DecodedPair(NamedTuple):
+    """A decoded crop with its annotation, such as a caption, and the fault of the sample that they replace."""
 
     crop: Crop
-    answer: Any
+    annotation: Any
     fault: Fault | None
 
 
 class PairDataset(Dataset):
     """Training pairs by global position. `__getitems__` returns the batch of a list of positions:
 
-    * `patches` uint8 `(batch, kept, 3 * p * p)`: the visible patches of each crop.
-    * `patch_index` int16 `(batch, kept)`: where they stood; absent when nothing is masked.
+    * `patches` uint8 `(batch, kept, 3 * p * p)`: visible patches of each crop.
+    * `patch_index` int16 `(batch, kept)`: positions of the visible patches; absent without a mask.
     * `input_ids` int32 and `attention_mask` bool `(batch, max_tokens)`.
-    * `faults`: a list of `Fault`, one for each sample that could not be used. The first good one of its `candidates`
-      has taken its place.
+    * `faults`: a list of `Fault`, one for each bad sample. The first good one of its `candidates` replaces it.
 
-    Several views of a masked image make `patches` `(batch, views, kept, 3 * p * p)` and `patch_index`
-    `(batch, views, kept)`. Where words are masked too, the captions have only the tokens that are left, and
-    `position_ids` say where those stood. With `sends_masked`, the batch also has the patches that are not visible:
-    `masked_patches` uint8 `(batch, num_patches - kept, 3 * p * p)`. With a `drop_path_rate`, it has what the branches
-    of the image tower's blocks are multiplied by: `branch_scales` fp32 `(batch, blocks, 2)`, or with several views
-    `(batch, views, blocks, 2)`. With a `parallel_share`, it has which captions are predicted at once: `in_parallel`
-    bool `(batch,)`.
+    Options add columns or change shapes:
+
+    * Several views: `patches` `(batch, views, kept, 3 * p * p)` and `patch_index` `(batch, views, kept)`.
+    * `text_mask_ratio`: captions have the kept tokens only, and `position_ids` are their positions.
+    * `sends_masked`: `masked_patches` uint8 `(batch, num_patches - kept, 3 * p * p)`, the removed patches.
+    * `drop_path_rate`: `branch_scales` fp32 `(batch, blocks, 2)`, with several views `(batch, views, blocks, 2)`:
+      factors of the branches of the image tower's blocks.
+    * `parallel_share`: `in_parallel` bool `(batch,)`, whether all tokens of a caption are predicted at once.
     """
 
-    # What goes with an image, in messages.
-    what: ClassVar[str] = "caption"
+    # Name of the annotation of an image, for messages.
+    annotation: ClassVar[str] = "caption"
 
     def __init__(
         self,
@@ -116,7 +124,7 @@ class PairDataset(Dataset):
     ):
         """
         Raises:
-            ValueError: the mask is impossible at these ratios.
+            UserError: the mask is impossible at these ratios.
         """
         self.source = source
         self.tokenizer = tokenizer
@@ -129,43 +137,54 @@ class PairDataset(Dataset):
         self.sends_masked = sends_masked
         self.parallel_share = parallel_share
         self.drop_path_rate = drop_path_rate
-        self.kept = num_kept(shape.num_patches, mask_ratio)
-        num_kept(shape.max_tokens, text_mask_ratio, "tokens")
+        try:
+            self.kept = num_kept(shape.num_patches, mask_ratio)
+            num_kept(shape.max_tokens, text_mask_ratio, "tokens")
+        except ValueError as error:
+            raise UserError(str(error)) from error
         if mask_ratio > 0.0:
             # Drawn once, so that an impossible mask is refused here.
             keep_patches(torch.zeros(1, shape.side, shape.side), mask_ratio, self.mask.kind, self.mask.views)
         self.order = order_of(source, seed, recipe)
-        # The pid of each worker and the shard it is reading, in shared memory: when a worker dies, the trainer looks
-        # here to say what it was reading.
+        # Process number and current shard of each worker, in shared memory, to report the shard of a dead worker.
         self.reading = torch.zeros((max(recipe.num_workers, 1), 2), dtype=torch.int64).share_memory_()
+        # Whether a caption is tokenised as soon as it is read, so that an untokenizable caption is replaced.
+        self.checks_captions = False
 
     def __getitems__(self, positions: list[int]) -> dict[str, Any]:
-        """Return the batch of these global positions; the class says what is in it.
+        """Return the batch of these global positions, see the class.
 
         Raises:
-            ValueError, OSError: as `Source.read`, or no sample can take the place of a bad one.
+            UserError: no sample can replace a bad one.
+            OSError: a shard cannot be read.
         """
-        try:
-            return self._batch(positions, each_caption=False)
-        except UntokenizableCaption:
-            # Which one it is shows where each is tokenised by itself, before its image counts.
-            return self._batch(positions, each_caption=True)
-
-    def _batch(self, positions: list[int], each_caption: bool) -> dict[str, Any]:
         where = np.asarray(positions, dtype=np.int64)
         index = self._visible(where)
-        masked_index = left_out(index, self.shape.num_patches) if self.sends_masked and index is not None else None
+        removed = removed_patches(index, self.shape.num_patches) if self.sends_masked and index is not None else None
         patches = self._empty((len(where), self.kept) if index is None else index.shape)
-        masked_patches = None if masked_index is None else self._empty(masked_index.shape)
-        answers: list[Any] = []
-        faults: list[Fault] = []
-        for row, (image, answer, fault) in enumerate(self._images(where, each_caption)):
+        masked_patches = None if removed is None else self._empty(removed.shape)
+        annotations: list[Any] = [None] * len(where)
+        faults: dict[int, Fault] = {}
+
+        def fill(row: int, image: np.ndarray, annotation: Any, fault: Fault | None) -> None:
             patches[row] = self._cut(image, None if index is None else index[row])
-            if masked_index is not None and masked_patches is not None:
-                masked_patches[row] = self._cut(image, masked_index[row])
-            answers.append(answer)
-            faults += [fault] if fault is not None else []
-        columns = {**self._answers(answers, where), "patches": torch.from_numpy(patches)}
+            if removed is not None and masked_patches is not None:
+                masked_patches[row] = self._cut(image, removed[row])
+            annotations[row] = annotation
+            if fault is not None:
+                faults[row] = fault
+
+        for row, content in enumerate(self._images(where)):
+            fill(row, *content)
+        try:
+            columns = self._annotation_columns(annotations, where)
+        except UntokenizableCaption:
+            checked = copy.copy(self)
+            checked.checks_captions = True
+            for row in self._untokenizable(annotations):
+                fill(row, *next(checked._images(where[row : row + 1])))
+            columns = self._annotation_columns(annotations, where)
+        columns["patches"] = torch.from_numpy(patches)
         if index is not None:
             columns["patch_index"] = torch.from_numpy(index)
         if self.parallel_share > 0.0:
@@ -177,23 +196,11 @@ class PairDataset(Dataset):
             views = self.mask.views_at(self.mask_ratio)
             scales = branch_scales(self.seed, where, views, self.shape.num_blocks, self.drop_path_rate)
             columns["branch_scales"] = torch.from_numpy(scales if views > 1 else scales[:, 0])
-        return {**{name: value.to(_NARROW.get(name, value.dtype)) for name, value in columns.items()}, "faults": faults}
-
-    def _images(self, where: np.ndarray, each_caption: bool) -> Iterator[tuple[np.ndarray, Any, Fault | None]]:
-        """Yield the image of each position, uint8 RGB `(image_size, image_size, 3)`, what goes with it, and the fault
-        of the sample that it replaces."""
-        for pair in self._in_stages(self._pairs(where, each_caption)):
-            yield pair.crop.fitted(self.shape.image_size), pair.answer, pair.fault
-
-    def _in_stages(self, pairs: Iterator[Pair]) -> Iterator[Pair]:
-        """Yield the pairs, of small images a few at a time: decoders and filters in turns would drive each other's code
-        from the cache, and cost a fifth more. Of larger ones, only one is in memory."""
-        count = max(1, _PIXELS_TOGETHER // self.shape.image_size**2)
-        while some := list(islice(pairs, count)):
-            yield from some
+        tensors = {name: value.to(_NARROW.get(name, value.dtype)) for name, value in columns.items()}
+        return {**tensors, "faults": [faults[row] for row in sorted(faults)]}
 
     def _visible(self, where: np.ndarray) -> np.ndarray | None:
-        """Return the visible patches of each position, `(batch, kept)` or `(batch, views, kept)`; None if all are."""
+        """Return the visible patches, `(batch, kept)` or `(batch, views, kept)`; None without a mask."""
         if self.mask_ratio == 0.0:
             return None
         index = keyed_patches(self.seed, where, self.shape.side, self.mask_ratio, self.mask)
@@ -205,16 +212,16 @@ class PairDataset(Dataset):
     def _cut(self, image: np.ndarray, index: np.ndarray | None) -> np.ndarray:
         return visible_patches(image, self.shape.patch_size, index)
 
-    def _answers(self, captions: list[Any], where: np.ndarray) -> dict[str, torch.Tensor]:
-        """Return the captions' columns, with the words masked that the recipe masks."""
-        assert self.tokenizer is not None
-        tokens = tokenise_captions(self.tokenizer, captions, self.shape.max_tokens)
-        if self.text_mask_ratio > 0.0:
-            tokens = mask_tokens(tokens, self.seed, where, self.text_mask_ratio, self.mask)
-        return tokens
+    def _images(self, where: np.ndarray) -> Iterator[tuple[np.ndarray, Any, Fault | None]]:
+        """Yield the image of each position, uint8 RGB `(image_size, image_size, 3)`, its annotation and its fault."""
+        pairs = self._pairs(where)
+        together = max(1, _PIXELS_TOGETHER // self.shape.image_size**2)
+        while group := list(islice(pairs, together)):
+            for pair in group:
+                yield pair.crop.fitted(self.shape.image_size), pair.annotation, pair.fault
 
-    def _pairs(self, where: np.ndarray, each_caption: bool) -> Iterator[Pair]:
-        """Yield the pair of each position, read and decoded when it is asked for; `each_caption` as `_first_good`."""
+    def _pairs(self, where: np.ndarray) -> Iterator[DecodedPair]:
+        """Yield the pair of each position; each is read and decoded on demand."""
         shards, numbers = self.order.locate(where)
         self.source.fetch_ahead(self.order.shards_ahead(where))
         crop_draws = keyed_uniform(self.seed, "crop", where, DRAWS_PER_CROP)
@@ -223,46 +230,67 @@ class PairDataset(Dataset):
         caption_draws = keyed_uniform(self.seed, "caption", where, 1)[:, 0].tolist()
         places = zip(where.tolist(), shards.tolist(), numbers.tolist(), strict=True)
         for row, (position, shard, number) in enumerate(places):
-            crop, answer, bad = self._first_good(shard, number, crop_draws[row], caption_draws[row], each_caption)
+            crop, annotation, error = self._first_good(shard, number, crop_draws[row], caption_draws[row])
             fault = None
-            if bad is not None:
+            if error is not None:
                 name, key = self.source.shard_name(shard), self.source.key(shard, number)
-                fault = Fault(position, name, number, key, bad.cause, str(bad))
-            yield Pair(crop, answer, fault)
+                fault = Fault(position, name, number, key, error.cause, str(error))
+            yield DecodedPair(crop, annotation, fault)
 
     def _first_good(
-        self, shard: int, number: int, crop_draw: np.ndarray, caption_draw: float, each_caption: bool
+        self, shard: int, number: int, crop_draw: np.ndarray, caption_draw: float
     ) -> tuple[Crop, Any, BadSample | None]:
-        """Return the crop of a sample, what goes with it and None, or those of its replacement and what is wrong with
-        it.
-
-        Args:
-            each_caption: whether a caption that the tokenizer cannot take makes a sample bad.
-        """
-        why: BadSample | None = None
+        """Return the crop and annotation of a sample or its replacement, and the error of a replaced sample."""
+        first_error: BadSample | None = None
         worker = get_worker_info()
         if worker is not None:
             self.reading.numpy()[worker.id] = os.getpid(), shard
         for candidate in candidates(self.source.shard_sizes, shard, number):
             try:
                 sample = self.source.read(*candidate)
-                answer = self._answer(sample, caption_draw, each_caption)
-                return decode_crop(sample.image, crop_draw, self.shape.image_size, self.recipe.crop_scale), answer, why
+                annotation = self._annotation(sample, caption_draw)
+                if self.checks_captions:
+                    self._tokenise([self._text(annotation)])
+                crop = decode_crop(sample.image, crop_draw, self.shape.image_size, self.recipe.crop_scale)
+                return crop, annotation, first_error
             except BadSample as error:
-                why = why or error
+                first_error = first_error or error
         raise UserError(
-            f"shard {self.source.shard_name(shard)}: neither sample {number} nor any that could take its place has a "
-            f"readable image and {self.what} ({why}); fetch the shards again or remove them"
+            f"shard {self.source.shard_name(shard)}: neither sample {number} nor any of its replacements has a "
+            f"readable image and {self.annotation} ({first_error}); fetch the shards again or remove them"
         )
 
-    def _answer(self, sample: Sample, draw: float, each_caption: bool) -> Any:
-        """Return one of the sample's captions, chosen by `draw`.
+    def _annotation(self, sample: Sample, draw: float) -> Any:
+        """Return the annotation of a sample; `draw` chooses one of its captions.
 
         Raises:
-            BadSample: it has none that is good.
+            BadSample: the sample has no usable annotation.
         """
-        caption = choose_caption(sample.captions, draw)
-        if each_caption:
-            assert self.tokenizer is not None
-            tokenise_captions(self.tokenizer, [caption], self.shape.max_tokens)
-        return caption
+        return choose_caption(sample.captions, draw)
+
+    def _text(self, annotation: Any) -> str:
+        """Return the text of an annotation."""
+        return annotation
+
+    def _annotation_columns(self, captions: list[Any], where: np.ndarray) -> dict[str, torch.Tensor]:
+        """Return the columns of the annotations, with the recipe's mask of tokens.
+
+        Raises:
+            UntokenizableCaption: a caption has no tokens.
+        """
+        tokens = self._tokenise(captions)
+        if self.text_mask_ratio > 0.0:
+            tokens = mask_tokens(tokens, self.seed, where, self.text_mask_ratio, self.mask)
+        return tokens
+
+    def _tokenise(self, captions: list[str]) -> dict[str, torch.Tensor]:
+        assert self.tokenizer is not None
+        return tokenise_captions(self.tokenizer, captions, self.shape.max_tokens)
+
+    def _untokenizable(self, annotations: list[Any]) -> Iterator[int]:
+        """Yield the rows whose captions have no tokens."""
+        for row, annotation in enumerate(annotations):
+            try:
+                self._tokenise([self._text(annotation)])
+            except UntokenizableCaption:
+                yield row

@@ -2,10 +2,9 @@
 
 from dataclasses import dataclass, field
 
-from flipscale.data.labelled.recipe import AugmentRecipe
-from flipscale.data.lanes import number_of_lanes
+from flipscale.data.order import number_of_lanes
 from flipscale.io.errors import UserError
-from flipscale.io.options import Bytes, Count, Pairs, Positive, Share, ShareAboveZero, Workers
+from flipscale.io.options import Bytes, Count, NonNegative, Pairs, Positive, Share, ShareAboveZero, Workers
 
 
 @dataclass(frozen=True)
@@ -35,36 +34,85 @@ class SourceRecipe:
 
 
 @dataclass(frozen=True)
+class AugmentRecipe:
+    """How labelled images are varied beyond crop and mirror, for `loss.kind` `classify`; by default they are not.
+
+    Args:
+        rand_augment: RandAugment (arXiv 1909.13719) in timm's words; `rand-m9-mstd0.5-inc1` in the paper.
+        mixup_alpha: Mix the images and labels of two samples (arXiv 1710.09412) by a share drawn from Beta(alpha,
+            alpha); 0.8 in the paper.
+        cutmix_alpha: Replace a part of an image, and the same part of its label, by another image's (arXiv 1905.04899);
+            1.0 in the paper. With mixup too, each two samples get one or the other.
+    """
+
+    rand_augment: str | None = None
+    mixup_alpha: NonNegative = 0.0
+    cutmix_alpha: NonNegative = 0.0
+
+    @property
+    def mixes(self) -> bool:
+        """Whether images are mixed."""
+        return self.mixup_alpha > 0.0 or self.cutmix_alpha > 0.0
+
+
+@dataclass(frozen=True)
+class MaskRecipe:
+    """How patches and words are chosen where a stage's mask_ratio or text_mask_ratio is above 0.
+
+    Args:
+        kind: How the removed patches are chosen. `random`; `grid`, the same number in every cell of a regular grid;
+            `block`, one window is kept; `centre`, the kept patches are Gaussian around the centre.
+        views: Number of masks of one decoded crop. They share no patch; each is embedded and paired with the caption,
+            which is embedded once.
+        text_kind: How the removed tokens are chosen. `random`, or `padding_first`, padding before any word.
+    """
+
+    kind: str = "random"
+    views: Count = 1
+    text_kind: str = "padding_first"
+
+    def __post_init__(self) -> None:
+        from flipscale.data.masks import IMAGE_MASKS, TEXT_MASKS, check_kind  # imports torch, which --help skips
+
+        check_kind(self.kind, IMAGE_MASKS, "mask.kind")
+        check_kind(self.text_kind, TEXT_MASKS, "mask.text_kind")
+
+    def views_at(self, mask_ratio: float) -> int:
+        """Return the number of embeddings of an image: one without a mask, because views share no patch."""
+        return self.views if mask_ratio > 0.0 else 1
+
+
+@dataclass(frozen=True)
 class DataRecipe:
     """What data is read, and how it becomes batches.
 
     Args:
         shards: A folder of tar shards, a glob, or a range such as `laion/{00000..41407}.tar`. At `s3://`, `gs://`,
-            `hf://` or `https://`, shards are fetched ahead, through a cache. Does not change what is learned: the same
+            `hf://` or `https://`, shards are prefetched through a cache. Does not change what is learned: the same
             shards may be elsewhere.
         sources: Several sources, mixed by weight, in place of `shards`.
-        fraction: The part of the samples that is trained on, of each source and shard. Which they are depends neither
-            on the seed nor on the fraction: those of 1/4 are among those of 1/2. Shards at URLs are fetched whole all
-            the same.
+        fraction: The part of the samples that is trained on, of each source and shard. The choice depends neither on
+            the seed nor on the fraction: the samples of 1/4 are among those of 1/2. Shards at URLs are fetched whole
+            all the same.
         tokenizer: A folder or Hub name of a fast tokenizer, or `bert` for the original's WordPiece without special
             tokens.
-        global_batch_size: How many pairs a step takes over all processes; every process takes an equal part.
-        micro_batch_size: How many pairs a process keeps activations of at a time; null is all of its part. A smaller
-            number embeds every pair twice. Does not change what is learned.
+        global_batch_size: Pairs of a step over all processes; every process takes an equal part.
+        micro_batch_size: Pairs whose activations a process keeps at a time; null is its whole part. A smaller number
+            embeds every pair twice. Does not change what is learned.
         crop_scale: The least and the most area of the random crop, as a fraction of the image's; 0.5 to 1 in the paper.
-        mirror: Whether half of the images are mirrored, as in the paper's pre-training; not where texts or answers say
-            what is left or right.
+        mirror: Whether half of the images are mirrored, as in the paper's pre-training. Not for texts or answers that
+            name left or right.
         augment: How labelled images are varied beyond crop and mirror.
-        lanes: How many equal parts a batch has that read shards of their own, so that a node reads those of its parts
-            only: at least as many as nodes. Null is 64, or the largest divisor of 64 and `global_batch_size`. At 1 all
-            nodes read all shards, in the order that version 0.1 had.
-        shards_per_block: How many shards are shuffled together, over all lanes, each of which has at least one; it
-            bounds memory and open files.
-        num_workers: How many processes decode for each training process; 0 decodes in the training process. Does not
-            change what is learned.
+        lanes: Number of equal parts of a batch that read shards of their own, so that a node reads only the shards of
+            its parts: at least the number of nodes. Null is the largest common divisor of 64 and `global_batch_size`.
+            At 1, all nodes read all shards, in the order of version 0.1.
+        shards_per_block: Number of shards that are shuffled together, over all lanes, each of which has at least one.
+            It bounds memory and open files.
+        num_workers: Decoding processes of each training process; 0 decodes in the training process. Does not change
+            what is learned.
         cache_dir: A folder on a local disk that keeps fetched shards. Does not change what is learned.
-        cache_bytes: How many bytes the cache may hold at most: at least the shards that the node's lanes read now and
-            next, two for each lane by default, in each of the sources. Does not change what is learned.
+        cache_bytes: Size limit of the cache, in bytes. It must hold the shards that the node's lanes read now and next,
+            two for each lane by default, in each of the sources. Does not change what is learned.
         max_bad_fraction: The run stops if more than this fraction of the last million samples, or of the shards, is
             unusable. Does not change what is learned.
     """
@@ -87,13 +135,13 @@ class DataRecipe:
 
     def __post_init__(self) -> None:
         if not self.crop_scale[0] <= self.crop_scale[1]:
-            raise UserError(f"data.crop_scale is {list(self.crop_scale)}; the least share of the image comes first")
+            raise UserError(f"data.crop_scale is {list(self.crop_scale)}; expected the smaller share first")
 
     @property
     def num_lanes(self) -> int:
-        """How many lanes the order has.
+        """Number of lanes of the order.
 
         Raises:
-            ValueError: as `number_of_lanes`.
+            UserError: as `number_of_lanes`.
         """
         return number_of_lanes(self.lanes, self.global_batch_size)

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from flipscale.data.captions import tokenise
 from flipscale.data.decode import decode_box, visible_patches
-from flipscale.data.packed import PackedBatch
+from flipscale.data.loader import PackedBatch
 from flipscale.data.pairs import InputShape
 from flipscale.data.sources.tar_source import TarSource
 from flipscale.evaluation.images import (
@@ -142,7 +142,7 @@ class Embedder:
                 except DamagedImage:
                     self._refuse(WholeImages(source, decode))
                     raise
-                yield rows, batch.to(self.accelerator.device).with_images_of(self.pixels)
+                yield rows, batch.to(self.accelerator.device).with_image_size(self.pixels)
                 self.alive()
                 news = min(share.size * share.world, share.count - done)
                 done += news
@@ -268,7 +268,7 @@ class Embedder:
         from torch.utils.flop_counter import FlopCounterMode
 
         with torch.no_grad(), self.accelerator.autocast(), FlopCounterMode(display=False) as counter:
-            self.image_features(**made_up(decode).with_images_of(self.pixels))
+            self.image_features(**made_up(decode).with_image_size(self.pixels))
         return counter.get_total_flops() < _LIGHT_FLOPS
 
     def _gathered(self, mine: torch.Tensor, share: Share) -> torch.Tensor:

@@ -13,10 +13,8 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from flipscale.data.decode import UndecodableImage, open_image
-from flipscale.data.faults import BadSample, told_as
-from flipscale.data.loader import settle_worker, start_workers, worker_context
-from flipscale.data.packed import PackedBatch
-from flipscale.data.sources.source import Sample
+from flipscale.data.loader import PackedBatch, settle_worker, start_workers, worker_context
+from flipscale.data.samples import BadSample, Sample, wrap_errors
 from flipscale.data.sources.tar_source import TarSource
 from flipscale.io.errors import UserError
 
@@ -193,7 +191,7 @@ def rgb_image(encoded: bytes) -> Image.Image:
     Raises:
         UndecodableImage: the bytes are no image or a damaged one.
     """
-    with told_as(UndecodableImage):
+    with wrap_errors(UndecodableImage):
         return open_image(encoded).convert("RGB")
 
 
@@ -231,7 +229,7 @@ class WholeImages(Dataset):
         shard, number = self.where[row]
         try:
             sample = self.source.read(shard, number)
-            with told_as(UndecodableImage):
+            with wrap_errors(UndecodableImage):
                 return self.decode(sample.image, row)
         except BadSample as error:
             name = f"{self.source.shard_name(shard).rsplit('/', 1)[-1]}#{number}"

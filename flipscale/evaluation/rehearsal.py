@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from flipscale.data.decode import decode_box
-from flipscale.data.faults import BadSample
+from flipscale.data.samples import BadSample
 from flipscale.evaluation.images import SampleNumbers
 from flipscale.evaluation.kinds.task import Task
 from flipscale.evaluation.test_set import TestSet

@@ -12,8 +12,8 @@ from typing import ClassVar, TypeVar
 import numpy as np
 import torch
 
-from flipscale.data.faults import BadSample
 from flipscale.data.recipe import DataRecipe
+from flipscale.data.samples import BadSample
 from flipscale.data.sources.opening import open_shards
 from flipscale.data.sources.shard_cache import ShardCache
 from flipscale.data.sources.shard_list import no_shards

@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar
 
 import torch
 
-from flipscale.data.labelled.questions import QuestionDataset
+from flipscale.data.labelled import QuestionDataset
 from flipscale.data.pairs import PairDataset
 from flipscale.io.options import Range
 from flipscale.model import FlipConfig, FlipForQuestionAnswering, FlipPreTrainedModel

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers.utils import ModelOutput
 
-from flipscale.data.labelled.dataset import LabelledDataset
+from flipscale.data.labelled import LabelledDataset
 from flipscale.data.pairs import PairDataset
 from flipscale.io.errors import UserError
 from flipscale.io.options import Range, ShareBelowOne

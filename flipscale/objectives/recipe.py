@@ -4,7 +4,7 @@ import functools
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal
 
-from flipscale.data.masks.recipe import MaskRecipe
+from flipscale.data.recipe import MaskRecipe
 from flipscale.io.errors import UserError
 from flipscale.io.options import NonNegative, check_ranges
 

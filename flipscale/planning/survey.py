@@ -11,9 +11,8 @@ from transformers import PreTrainedTokenizerBase
 
 from flipscale.data.captions import choose_caption
 from flipscale.data.decode import MAX_PIXELS, UndecodableImage
-from flipscale.data.faults import BadSample
 from flipscale.data.image_headers import complaint
-from flipscale.data.sources.source import Source
+from flipscale.data.samples import BadSample, Source
 from flipscale.io.errors import UserError
 
 # Enough samples for percentiles and for repeated captions; a few seconds in a large set.

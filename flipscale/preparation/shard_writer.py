@@ -23,7 +23,7 @@ from filelock import FileLock, Timeout
 from PIL import Image
 
 from flipscale.data.decode import UndecodableImage, decode_whole
-from flipscale.data.faults import BadSample
+from flipscale.data.samples import BadSample
 from flipscale.data.sources.shard_index import load_index
 from flipscale.data.sources.tar_file import add_member
 from flipscale.io import json_lines

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from flipscale.data.faults import Fault
+from flipscale.data.samples import Fault
 from flipscale.io import json_lines
 
 _log = logging.getLogger(__name__)

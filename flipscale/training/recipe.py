@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 import yaml
 
-from flipscale.data.masks.recipe import MaskRecipe
-from flipscale.data.recipe import DataRecipe
+from flipscale.data.recipe import DataRecipe, MaskRecipe
 from flipscale.engines.checkpoint import SaveRecipe
 from flipscale.engines.optimizers import OptimRecipe
 from flipscale.evaluation.recipe import EvalRecipe

@@ -14,7 +14,7 @@ from conftest import metrics
 from test_structure import ORDER
 
 from flipscale.cli import main
-from flipscale.data.masks.image import IMAGE_MASKS, keep_patches
+from flipscale.data.masks import IMAGE_MASKS, keep_patches
 from flipscale.engines import start
 from flipscale.engines.launch import read_launch_file
 from flipscale.evaluation import suite

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from flipscale.cli import TRAINING, VERBS, main, module_of
-from flipscale.data.masks.image import IMAGE_MASKS
+from flipscale.data.masks import IMAGE_MASKS
 from flipscale.evaluation.kinds.kinds import KINDS
 from flipscale.training.recipe import build_parser
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from flipscale.data import feeding
-from flipscale.data.feeding import fed, on_device
-from flipscale.data.packed import PackedBatch
+from flipscale.data.feeding import on_device, prefetch
+from flipscale.data.loader import PackedBatch
 
 Batch = list[PackedBatch]
 
@@ -70,7 +70,7 @@ def feeders() -> Callable[[], int]:
 
 def test_batches_come_in_order_from_another_thread_and_end(feeders: Callable[[], int]) -> None:
     source, device = Source(7), Device()
-    assert [batch[0]["step"].item() for batch in fed(source.batches(), device)] == list(range(7))
+    assert [batch[0]["step"].item() for batch in prefetch(source.batches(), device)] == list(range(7))
     assert device.received == list(range(7))
     assert source.threads == {"feeder"}
     assert source.closed.is_set()
@@ -79,7 +79,7 @@ def test_batches_come_in_order_from_another_thread_and_end(feeders: Callable[[],
 
 def test_two_batches_are_there_before_they_are_asked_for_and_no_more() -> None:
     device = Device()
-    batches = fed(Source(9).batches(), device)
+    batches = prefetch(Source(9).batches(), device)
     for step in range(7):
         batch = next(batches)
         for _ in range(3 if step == 0 else 1):
@@ -101,7 +101,7 @@ def test_a_late_batch_makes_no_step_wait_that_has_one() -> None:
         assert may_come.wait(30)
         yield [packed(3)]
 
-    batches = fed(hesitating(), Device())
+    batches = prefetch(hesitating(), Device())
     assert [next(batches)[0]["step"].item() for _ in range(3)] == [0, 1, 2]
     may_come.set()
     assert [batch[0]["step"].item() for batch in batches] == [3]
@@ -109,7 +109,7 @@ def test_a_late_batch_makes_no_step_wait_that_has_one() -> None:
 
 def test_an_error_comes_after_the_batches_before_it(feeders: Callable[[], int]) -> None:
     source = Source(4, OSError("the disk is gone"))
-    batches = fed(source.batches(), Device())
+    batches = prefetch(source.batches(), Device())
     assert [next(batches)[0]["step"].item() for _ in range(4)] == [0, 1, 2, 3]
     with pytest.raises(OSError, match="the disk is gone"):
         next(batches)
@@ -120,7 +120,7 @@ def test_an_error_comes_after_the_batches_before_it(feeders: Callable[[], int]) 
 @pytest.mark.parametrize("taken", [1, 2, 5, 6])
 def test_closing_amid_a_run_ends_the_thread_and_what_it_reads(taken: int, feeders: Callable[[], int]) -> None:
     source = Source(6)
-    batches = fed(source.batches(), Device())
+    batches = prefetch(source.batches(), Device())
     assert [next(batches)[0]["step"].item() for _ in range(taken)] == list(range(taken))
     batches.close()
     assert source.closed.wait(30)
@@ -141,7 +141,7 @@ def test_closing_does_not_wait_for_a_disk(monkeypatch: pytest.MonkeyPatch) -> No
             closed.set()
 
     device = Device()
-    batches = fed(stuck(), device)
+    batches = prefetch(stuck(), device)
     next(batches)
     assert is_stuck.wait(60)
     batches.close()
@@ -155,7 +155,7 @@ def test_an_error_of_the_computing_thread_closes_it_too() -> None:
     source = Source(6)
 
     def train() -> None:
-        for step, _ in enumerate(fed(source.batches(), Device())):
+        for step, _ in enumerate(prefetch(source.batches(), Device())):
             if step == 2:
                 raise ZeroDivisionError
 

@@ -15,11 +15,11 @@ from torch.utils.data import DataLoader
 from transformers import AutoTokenizer
 
 from flipscale.data import feeding
-from flipscale.data.feeding import enduring_batches, fed, on_device
-from flipscale.data.packed import PackedBatch
+from flipscale.data.feeding import on_device, prefetch, restartable_batches
+from flipscale.data.loader import PackedBatch
 from flipscale.data.pairs import InputShape, PairDataset
 from flipscale.data.recipe import DataRecipe
-from flipscale.data.sources.source import Sample
+from flipscale.data.samples import Sample
 from flipscale.data.sources.tar_source import TarSource
 
 
@@ -44,11 +44,11 @@ def test_a_worker_that_is_killed_costs_no_batch(
     shards: Path, tokenizer_dir: Path, caplog: pytest.LogCaptureFixture, is_fed: bool
 ) -> None:
     source = TarSource(str(shards))
-    whole = list(enduring_batches(dataset(source, tokenizer_dir, 0), 0, 12, 1, 3, pin_memory=False))
+    whole = list(restartable_batches(dataset(source, tokenizer_dir, 0), 0, 12, 1, 3, pin_memory=False))
     others = {child.pid for child in multiprocessing.active_children()}
     iter(DataLoader([0], num_workers=1))  # which sets torch's handler, if no loader has yet
-    batches, got = enduring_batches(dataset(source, tokenizer_dir, 2, micro=4), 0, 12, 1, 3, pin_memory=False), []
-    batches = fed(batches, Nowhere()) if is_fed else batches
+    batches, got = restartable_batches(dataset(source, tokenizer_dir, 2, micro=4), 0, 12, 1, 3, pin_memory=False), []
+    batches = prefetch(batches, Nowhere()) if is_fed else batches
     for step, batch in enumerate(batches):
         got.append(batch)
         if step == 1:
@@ -80,7 +80,7 @@ def test_a_shard_that_kills_its_readers_stops_the_run(
     shards: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(feeding, "_MAX_DEATHS_IN_A_ROW", 1)
-    batches = enduring_batches(dataset(Poisoned(str(shards)), tokenizer_dir, 1), 0, 40, 0, 1, pin_memory=False)
+    batches = restartable_batches(dataset(Poisoned(str(shards)), tokenizer_dir, 1), 0, 40, 0, 1, pin_memory=False)
     with pytest.raises(OSError, match=r"died while reading .*00003.tar; that is 1 times in a row at step \d+: remove"):
         list(batches)
 
@@ -89,7 +89,7 @@ def test_an_error_of_a_worker_comes_without_its_traceback(shards: Path, tokenize
     source = TarSource(str(shards))
     source.list.folder = str(tmp_path / "gone")
     with pytest.raises(ValueError, match="is gone, but its manifest lists it") as raised:
-        list(enduring_batches(dataset(source, tokenizer_dir, 1), 0, 1, 0, 1, pin_memory=False))
+        list(restartable_batches(dataset(source, tokenizer_dir, 1), 0, 1, 0, 1, pin_memory=False))
     assert "Traceback" not in str(raised.value)
     assert "gone/0000" in str(raised.value)
 
@@ -121,9 +121,9 @@ def test_a_worker_that_dies_while_it_hands_over_is_a_death(
         yield from islice(iter(loader), 2, None)
 
     monkeypatch.setattr(feeding, "start_workers", start)
-    got = [batch for (batch,) in enduring_batches(data, 0, 5, 0, 1, pin_memory=False)]
+    got = [batch for (batch,) in restartable_batches(data, 0, 5, 0, 1, pin_memory=False)]
     monkeypatch.undo()
-    whole = [batch for (batch,) in enduring_batches(data, 0, 5, 0, 1, pin_memory=False)]
+    whole = [batch for (batch,) in restartable_batches(data, 0, 5, 0, 1, pin_memory=False)]
     assert len(starts) == 2
     assert all(torch.equal(a["patches"], b["patches"]) for a, b in zip(got, whole, strict=True))
     assert "died while reading its first shard; starting the workers again at step 2" in caplog.text

@@ -8,12 +8,11 @@ import numpy as np
 import pytest
 
 from flipscale.data import order as order_module
-from flipscale.data.lanes import Lanes, number_of_lanes
 from flipscale.data.loader import StepSampler
-from flipscale.data.order import GlobalOrder
+from flipscale.data.order import GlobalOrder, Lanes, number_of_lanes
 from flipscale.data.recipe import DataRecipe
+from flipscale.data.samples import Source
 from flipscale.data.sources.mixture import Mixture, MixtureOrder, order_of
-from flipscale.data.sources.source import Source
 
 BATCH = 768  # which 1, 2, 3, 8 and 256 processes divide, and 8 and 64 lanes
 

@@ -3,10 +3,8 @@
 import pytest
 import torch
 
-from flipscale.data.masks.grid import grid_cell
-from flipscale.data.masks.image import IMAGE_MASKS, keep_patches
-from flipscale.data.masks.recipe import MaskRecipe
-from flipscale.data.masks.text import keep_tokens
+from flipscale.data.masks import IMAGE_MASKS, grid_cell, keep_patches, keep_tokens
+from flipscale.data.recipe import MaskRecipe
 from flipscale.model.patches import num_kept
 
 

@@ -9,11 +9,10 @@ from transformers import AutoTokenizer
 
 import flipscale.data.pairs as pairs
 from flipscale.data.decode import Crop, decode_crop, visible_patches
-from flipscale.data.masks.keyed import keyed_patches, left_out, mask_tokens
-from flipscale.data.masks.recipe import MaskRecipe
+from flipscale.data.masks import keyed_patches, mask_tokens, removed_patches
 from flipscale.data.pairs import InputShape, PairDataset
 from flipscale.data.randomness import keyed_uniform
-from flipscale.data.recipe import DataRecipe
+from flipscale.data.recipe import DataRecipe, MaskRecipe
 from flipscale.data.sources.tar_source import TarSource
 from flipscale.model import FlipConfig, FlipModel
 
@@ -169,7 +168,7 @@ def test_the_masked_patches_are_sent_on_request(shards: Path, tokenizer_dir: Pat
     assert batch["masked_patches"].shape == (2, 12, 3 * 64)
     assert batch["masked_patches"].dtype == torch.uint8
     whole = dataset(shards, tokenizer_dir, 0.0).__getitems__([3, 4])["patches"]
-    places = left_out(batch["patch_index"].numpy(), 16)
+    places = removed_patches(batch["patch_index"].numpy(), 16)
     for row in range(2):
         assert torch.equal(batch["masked_patches"][row], whole[row, places[row]])
     data = dataset(shards, tokenizer_dir, 0.0)

@@ -1,4 +1,4 @@
-"""Batches pass from workers through shared memory, and through pipes where that has no room."""
+"""Batches in shared memory, and in pipes if it has no room."""
 
 import pickle
 import subprocess
@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from flipscale.data import packed
-from flipscale.data.loader import check_shared_memory
-from flipscale.data.packed import PackedBatch, shared_buffer
+from flipscale.data import loader
+from flipscale.data.loader import PackedBatch, check_shared_memory, shared_buffer
 
 BATCH = {
     "pixels": torch.arange(12, dtype=torch.uint8).view(3, 4),
@@ -29,20 +28,19 @@ def test_shared_memory_is_taken_at_once() -> None:
 def test_a_batch_without_room_goes_through_a_pipe(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(packed.os, "posix_fallocate", _full)
-    monkeypatch.setattr(torch.utils.data, "get_worker_info", lambda: "a worker's")
-    monkeypatch.setattr(packed, "_told", [])
-    sent = pickle.dumps(PackedBatch.of(BATCH))
-    monkeypatch.undo()
+    def full(*arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(loader, "_pipe_warned", [])
+    with monkeypatch.context() as worker:
+        worker.setattr(loader.os, "posix_fallocate", full)
+        worker.setattr(torch.utils.data, "get_worker_info", lambda: "a worker's")
+        sent = pickle.dumps(PackedBatch.of(BATCH))
     for _ in range(2):
         received = pickle.loads(sent)
     assert all(torch.equal(received[name], BATCH[name]) for name in ("pixels", "ids"))
     (record,) = caplog.records
     assert "docker run --shm-size 8g" in record.getMessage()
-
-
-def _full(*arguments: object) -> None:
-    raise OSError(28, "No space left on device")
 
 
 def test_full_shared_memory_is_told_before_training(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import pytest
 import torch
 from conftest import TOWER
 
-from flipscale.data.masks.keyed import branch_scales
+from flipscale.data.masks import branch_scales
 from flipscale.model import FlipVisionConfig, FlipVisionModel
 
 BLOCKS, RATE = 5, 0.4

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoTokenizer
 
 from flipscale.data import loader
-from flipscale.data.feeding import enduring_batches
+from flipscale.data.feeding import restartable_batches
 from flipscale.data.loader import build_loader
 from flipscale.data.pairs import InputShape, PairDataset
 from flipscale.data.recipe import DataRecipe
@@ -44,7 +44,7 @@ def test_workers_make_the_same_batches_on_one_thread_each(
     monkeypatch.setenv("RAYON_NUM_THREADS", "8")
     monkeypatch.setattr(loader, "worker_context", lambda: method)
     data = dataset(shards, tokenizer_dir, 2)
-    got = list(enduring_batches(data, 0, 6, 0, 1, pin_memory=False))
+    got = list(restartable_batches(data, 0, 6, 0, 1, pin_memory=False))
     whole = list(build_loader(dataset(shards, tokenizer_dir, 0), 0, 6, 0, 1, pin_memory=False))
     for (ours,), theirs in zip(got, whole, strict=True):
         # Its main thread, the one that hands batches over, and what numpy's library starts; not the tokenizer's eight.

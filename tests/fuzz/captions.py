@@ -4,7 +4,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from flipscale.data.captions import captions_of_json, choose_caption
-from flipscale.data.faults import BadSample
+from flipscale.data.samples import BadSample
 
 
 def seeds() -> list[bytes]:

@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 
 from flipscale.data.decode import DRAWS_PER_CROP, decode_box, decode_small, decode_whole
-from flipscale.data.faults import BadSample
+from flipscale.data.samples import BadSample
 
 
 def seeds() -> list[bytes]:

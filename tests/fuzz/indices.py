@@ -11,7 +11,7 @@ from pathlib import Path
 
 from fuzz.shards import tar
 
-from flipscale.data.faults import BadSample
+from flipscale.data.samples import BadSample
 from flipscale.data.sources.shard_index import index_path
 from flipscale.data.sources.tar_source import StaleManifest, TarSource
 

@@ -5,7 +5,7 @@ import tarfile
 from contextlib import suppress
 from pathlib import Path
 
-from flipscale.data.faults import BadSample
+from flipscale.data.samples import BadSample
 from flipscale.data.sources.tar_source import TarSource
 
 _IMAGES = (b"jpg", b"jpeg", b"png", b"webp")

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForVisualQuestionAnswering, AutoProcessor
 
 from flipscale.cli import main
-from flipscale.data.labelled.questions import QuestionDataset
+from flipscale.data.labelled import QuestionDataset
 from flipscale.data.pairs import InputShape
 from flipscale.data.recipe import DataRecipe
 from flipscale.data.sources.tar_source import TarSource

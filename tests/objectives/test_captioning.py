@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
 
-from flipscale.data.masks.image import keep_patches
+from flipscale.data.masks import keep_patches
 from flipscale.data.pairs import InputShape
 from flipscale.data.recipe import DataRecipe
 from flipscale.data.sources.tar_source import TarSource

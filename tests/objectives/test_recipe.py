@@ -12,7 +12,7 @@ import yaml
 from conftest import metrics
 
 from flipscale.cli import main
-from flipscale.data.masks.recipe import MaskRecipe
+from flipscale.data.recipe import MaskRecipe
 from flipscale.engines.optimizers import OptimRecipe, build_optimizers
 from flipscale.model import FlipConfig, FlipModel, FlipOutput
 from flipscale.objectives.contrastive import Contrastive, contrastive_loss

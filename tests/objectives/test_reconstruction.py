@@ -8,7 +8,7 @@ import torch
 from conftest import metrics, pretrain
 from safetensors.torch import load_file
 
-from flipscale.data.masks.image import keep_patches
+from flipscale.data.masks import keep_patches
 from flipscale.engines.checkpoint import CheckpointReader
 from flipscale.engines.first_weights import build_weights, fresh_weights
 from flipscale.model import FlipConfig, FlipModel

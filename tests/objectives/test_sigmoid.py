@@ -10,7 +10,7 @@ from torch.nn.functional import logsigmoid, normalize
 
 from benchmarks.loss import peak_memory, reset_peak_memory
 from flipscale.cli import main
-from flipscale.data.masks.recipe import MaskRecipe
+from flipscale.data.recipe import MaskRecipe
 from flipscale.model import FlipConfig, FlipModel
 from flipscale.objectives.recipe import LossRecipe, build_objective
 from flipscale.objectives.sigmoid import sigmoid_loss

@@ -24,8 +24,7 @@ from simulated.fake_gpu import DEVICE, fake_gpu, visible_ddp
 from simulated.recorder import Collective, Recorder, resizing
 from torch.nn.parallel import DistributedDataParallel
 
-from flipscale.data.loader import StepSampler
-from flipscale.data.packed import PackedBatch
+from flipscale.data.loader import PackedBatch, StepSampler
 from flipscale.engines.checkpoint import CheckpointWriter, SaveRecipe
 from flipscale.engines.device import best_attention
 from flipscale.engines.first_weights import no_weights
@@ -218,7 +217,7 @@ class _Step:
         step = self._world.micro_batch
         example = example_batch(self._world.recipe.model_config(), step)
         return [
-            PackedBatch.of({**example, "faults": []}).pin_memory().to(DEVICE).with_images_of(step.image_size)
+            PackedBatch.of({**example, "faults": []}).pin_memory().to(DEVICE).with_image_size(step.image_size)
             for _ in range(self._world.num_micro_batches)
         ]
 

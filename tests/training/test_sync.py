@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from conftest import metrics
 from safetensors.torch import load_file
 
-from flipscale.data.faults import Fault
+from flipscale.data.samples import Fault
 from flipscale.engines.checkpoint import CheckpointWriter, SaveRecipe
 from flipscale.training.schedule import Schedule, StageRecipe, plan_stages
 from flipscale.training.step import StepLoss

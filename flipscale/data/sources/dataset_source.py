@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flipscale.data.captions import encoded_captions
-from flipscale.data.faults import BadSample, Fault, MissingCaption, reason_of
-from flipscale.data.sources.source import MAX_IMAGE_BYTES, Sample, check_bytes
+from flipscale.data.samples import MAX_IMAGE_BYTES, BadSample, Fault, MissingCaption, Sample, check_bytes, reason_of
 from flipscale.io.errors import UserError
 
 if TYPE_CHECKING:

@@ -7,12 +7,10 @@ from itertools import accumulate, pairwise
 
 import numpy as np
 
-from flipscale.data.faults import Fault
-from flipscale.data.lanes import Lanes
-from flipscale.data.order import GlobalOrder, by_value
+from flipscale.data.order import GlobalOrder, Lanes, by_value
 from flipscale.data.randomness import keyed_uniform
 from flipscale.data.recipe import DataRecipe
-from flipscale.data.sources.source import Sample, Source
+from flipscale.data.samples import Fault, Sample, Source
 from flipscale.io.errors import UserError
 
 # In each stretch of so many positions, every source has its weight's share, rounded to a sample. Lanes have shorter

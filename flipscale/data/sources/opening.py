@@ -3,11 +3,11 @@
 from pathlib import Path
 
 from flipscale.data.recipe import DataRecipe, SourceRecipe
+from flipscale.data.samples import Source
 from flipscale.data.sources.dataset_source import DatasetSource, load_rows
 from flipscale.data.sources.mixture import Mixture
 from flipscale.data.sources.remote_source import RemoteTarSource
 from flipscale.data.sources.shard_cache import ShardCache
-from flipscale.data.sources.source import Source
 from flipscale.data.sources.subset import Subset
 from flipscale.data.sources.tar_source import TarSource
 from flipscale.io.errors import UserError

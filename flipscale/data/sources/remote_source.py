@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from flipscale.data.lanes import Lanes, shared_out
+from flipscale.data.order import Lanes, share_out
 from flipscale.data.recipe import DataRecipe
 from flipscale.data.sources import remote_files
 from flipscale.data.sources.manifest import Manifest, ShardEntry, read_manifest, write_manifest
@@ -200,7 +200,7 @@ class RemoteShardList(ShardList):
 def _read_at_once(num_shards: int, recipe: DataRecipe) -> int:
     """Return how many shards the lanes of this node read at the same time."""
     processes, here = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
-    lanes, of_each = shared_out(num_shards, recipe.shards_per_block, Lanes(recipe.num_lanes, recipe.global_batch_size))
+    lanes, of_each = share_out(num_shards, recipe.shards_per_block, Lanes(recipe.num_lanes, recipe.global_batch_size))
     return of_each * -(-lanes.count * here // processes)
 
 

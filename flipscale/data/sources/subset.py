@@ -4,9 +4,8 @@ from collections import OrderedDict
 
 import numpy as np
 
-from flipscale.data.faults import Fault
 from flipscale.data.randomness import keyed_permutation, keyed_uniform
-from flipscale.data.sources.source import Sample, Source
+from flipscale.data.samples import Fault, Sample, Source
 from flipscale.io.errors import UserError
 
 # The seed of no run, so that runs of all seeds have the same samples.

@@ -12,11 +12,18 @@ from functools import cache, partial
 import numpy as np
 
 from flipscale.data.captions import captions_of_json
-from flipscale.data.faults import BadSample, Fault, TruncatedSample
+from flipscale.data.samples import (
+    MAX_IMAGE_BYTES,
+    MAX_TEXT_BYTES,
+    BadSample,
+    Fault,
+    Sample,
+    TruncatedSample,
+    check_bytes,
+)
 from flipscale.data.sources.manifest import Manifest
 from flipscale.data.sources.shard_index import Place, Places, places, size_and_time
 from flipscale.data.sources.shard_list import ShardList
-from flipscale.data.sources.source import MAX_IMAGE_BYTES, MAX_TEXT_BYTES, Sample, check_bytes
 from flipscale.data.sources.tar_members import BLOCK, NotAFile, announces, open_plain
 from flipscale.io.errors import UserError
 

@@ -16,10 +16,9 @@ import numpy as np
 import torch
 
 from flipscale.data.decode import decode_box, visible_patches
-from flipscale.data.masks.image import IMAGE_MASKS, check_kind
-from flipscale.data.masks.keyed import keyed_patches
-from flipscale.data.masks.recipe import MaskRecipe
+from flipscale.data.masks import IMAGE_MASKS, check_kind, keyed_patches
 from flipscale.data.pairs import InputShape
+from flipscale.data.recipe import MaskRecipe
 from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.images import Decoder
 from flipscale.evaluation.reports.figures import can_draw

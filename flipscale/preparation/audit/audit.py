@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from flipscale.data.sources.source import Source
+from flipscale.data.samples import Source
 from flipscale.data.sources.tar_source import TarSource
 from flipscale.io.atomic import write_text
 from flipscale.io.errors import UserError

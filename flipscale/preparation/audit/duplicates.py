@@ -10,7 +10,7 @@ import numpy as np
 from tqdm import tqdm
 
 from flipscale.data.decode import decode_small
-from flipscale.data.sources.source import Source
+from flipscale.data.samples import Source
 from flipscale.preparation.audit.hashes import LEAST_SIDE, likeness, thumbnail
 from flipscale.preparation.audit.scan import SEEN, OpenInWorker, Scan, Workers, starts
 

@@ -11,9 +11,8 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from flipscale.data.decode import decode_small
-from flipscale.data.faults import BadSample, MissingCaption, UndecodableCaption
 from flipscale.data.randomness import keyed_uniform
-from flipscale.data.sources.source import Sample, Source
+from flipscale.data.samples import BadSample, MissingCaption, Sample, Source, UndecodableCaption
 from flipscale.data.tokenizers import load_tokenizer
 from flipscale.preparation.audit.captions import CaptionCounts
 from flipscale.preparation.audit.hashes import LEAST_SIDE, digest, look

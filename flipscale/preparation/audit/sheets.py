@@ -7,8 +7,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from flipscale.data.decode import decode_whole
-from flipscale.data.faults import BadSample
-from flipscale.data.sources.source import Source
+from flipscale.data.samples import BadSample, Source
 from flipscale.preparation.audit.duplicates import place
 
 _ACROSS, _MOST_PAIRS = 4, 24

@@ -11,7 +11,7 @@ from datasets import ClassLabel, Dataset, Features, List, Value
 from datasets import Image as ImageFeature
 from PIL import Image
 
-from flipscale.data.faults import BadSample
+from flipscale.data.samples import BadSample
 from flipscale.data.sources.dataset_source import DatasetSource, load_rows
 
 FOREIGN = ("/etc/passwd", "{here}/../../etc/passwd", "/dev/zero", "")

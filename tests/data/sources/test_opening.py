@@ -12,9 +12,9 @@ from conftest import write_shards
 from datasets import Dataset, Features, Image, List, Value
 from transformers import AutoTokenizer
 
-from flipscale.data.faults import MissingCaption
 from flipscale.data.pairs import InputShape, PairDataset
 from flipscale.data.recipe import DataRecipe, SourceRecipe
+from flipscale.data.samples import MissingCaption
 from flipscale.data.sources.mixture import Mixture, MixtureOrder
 from flipscale.data.sources.opening import open_source
 from flipscale.data.sources.tar_source import TarSource

@@ -11,9 +11,9 @@ from data.sources.test_remote_source import assert_equal, batches, recipe_of, we
 from datasets import Dataset
 
 from flipscale.data.recipe import DataRecipe, SourceRecipe
+from flipscale.data.samples import Source
 from flipscale.data.sources.mixture import order_of
 from flipscale.data.sources.opening import open_source
-from flipscale.data.sources.source import Source
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import add_member, write_shards
 
-from flipscale.data.faults import BadSample, TruncatedSample
+from flipscale.data.samples import BadSample, TruncatedSample
 from flipscale.data.sources import tar_source
 from flipscale.data.sources.shard_index import index_path
 from flipscale.data.sources.shard_list import expand_shards

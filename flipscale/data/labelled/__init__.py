@@ -1,1 +1,0 @@
-"""Images with class numbers as training samples, and how they are varied."""

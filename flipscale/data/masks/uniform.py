@@ -1,8 +1,0 @@
-"""The `random` mask."""
-
-import torch
-
-
-def uniform(noise: torch.Tensor, kept: int, views: int) -> torch.Tensor:
-    """Score the patches for a uniform subset."""
-    return noise

@@ -1,0 +1,182 @@
+"""Samples, the interface of their sources, the faults of a sample, and the choice of its replacement."""
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ContextDecorator
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Protocol
+
+import numpy as np
+
+from flipscale.io.errors import UserError
+
+# Limits of a sample's files: an image of 8192 x 8192 pixels without compression, and each text.
+MAX_IMAGE_BYTES = 1 << 28
+MAX_TEXT_BYTES = 1 << 22
+_TRIED_IN_SHARD, _SHARDS_TRIED = 16, 16
+_LONGEST_REASON = 200  # characters, because some libraries quote their input
+
+
+class BadSample(UserError):
+    """A sample that cannot be used. It is counted under `cause`; the message has the details."""
+
+    cause = "bad_sample"
+
+
+class TruncatedSample(BadSample):
+    """The shard ends inside the sample, though it was longer when it was indexed."""
+
+    cause = "truncated_shard"
+
+
+class OversizedSample(BadSample):
+    """A file of the sample is too large."""
+
+    cause = "sample_too_large"
+
+
+class MissingCaption(BadSample):
+    """The sample has no caption, or a blank caption."""
+
+    cause = "missing_caption"
+
+
+class UndecodableCaption(BadSample):
+    """The caption is not UTF-8, or its JSON is damaged."""
+
+    cause = "undecodable_caption"
+
+
+def check_bytes(size: int, most: int, what: str) -> None:
+    """Raise unless a file of a sample has at most `most` bytes.
+
+    Raises:
+        OversizedSample: it has more.
+    """
+    if size > most:
+        raise OversizedSample(f"{what} of {size:,} bytes; at most {most:,} are read")
+
+
+class wrap_errors(ContextDecorator):
+    """Turn any error of a library about one sample into a BadSample of `kind`, so that no sample ends a run.
+
+    A panic in Rust is a BaseException; only requests to stop Python pass. A class, because a generator costs more than
+    decoding a small sample.
+    """
+
+    def __init__(self, kind: type[BadSample]):
+        self.kind = kind
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, raised: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None and not isinstance(error, BadSample | KeyboardInterrupt | SystemExit | GeneratorExit):
+            raise self.kind(reason_of(error)) from error
+
+
+def reason_of(error: BaseException) -> str:
+    """Return the message of an exception in one line of at most 200 characters that any file can hold."""
+    words = " ".join(str(error).split()).encode("utf-8", "backslashreplace").decode()
+    words = words if len(words) <= _LONGEST_REASON else f"{words[:_LONGEST_REASON]}..."
+    if isinstance(error, OSError | ValueError) and words:
+        return words
+    return f"{type(error).__name__}: {words}" if words else type(error).__name__
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A record of `bad_samples.jsonl`.
+
+    Args:
+        position: global position; None for a whole shard.
+        shard: name of the shard.
+        number: sample index in the shard, among those that `data.fraction` leaves; None for a whole shard.
+        key: name of the sample; None for a whole shard.
+        cause: kind of fault.
+        detail: message.
+    """
+
+    position: int | None
+    shard: str
+    number: int | None
+    key: str | None
+    cause: str
+    detail: str
+
+
+def _no_array() -> None:
+    """Return no array."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One undecoded sample.
+
+    Args:
+        name: name in messages.
+        image: encoded image.
+        captions: captions as stored.
+        label: class number, if the source has one.
+        read_array: reads the array stored beside the image; returns None without one, raises as
+            `TarSource.read_array`.
+    """
+
+    name: str
+    image: bytes
+    captions: tuple[bytes, ...]
+    label: int | None = None
+    read_array: Callable[[], np.ndarray | None] = field(default=_no_array, compare=False, repr=False)
+
+    @property
+    def caption(self) -> bytes | None:
+        """First caption, or None."""
+        return self.captions[0] if self.captions else None
+
+
+class Source(Protocol):
+    """Samples by (shard, number). A source has no reading position, so it can be copied to a worker at any time."""
+
+    shard_sizes: list[int]
+    faults: list[Fault]  # of whole shards
+
+    def __len__(self) -> int: ...
+
+    def read(self, shard: int, number: int) -> Sample:
+        """Return sample `number` of shard `shard`.
+
+        Raises:
+            BadSample: the sample cannot be used; another sample replaces it.
+            OSError: the sample cannot be read now; the run stops, because a replacement would change the order.
+        """
+
+    def fetch_ahead(self, shards: list[int]) -> None:
+        """Start to prefetch shards in this order, without waiting."""
+
+    def shard_name(self, shard: int) -> str:
+        """Return the name of shard `shard` for messages."""
+
+    def key(self, shard: int, number: int) -> str:
+        """Return the name of sample `number` of shard `shard` for messages."""
+
+
+def shard_sizes_digest(source: Source) -> int:
+    """Return a 63-bit digest of the sizes of a source's shards, which its order depends on."""
+    digest = hashlib.blake2b(np.asarray(source.shard_sizes, dtype="<i8").tobytes(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def candidates(shard_sizes: Sequence[int], shard: int, number: int) -> Iterator[tuple[int, int]]:
+    """Yield the sample (shard, number), then 255 possible replacements. All ranks and reruns get the same ones.
+
+    First come the next samples of the shard, cyclically. After 16 samples of a shard, the next shard with samples
+    follows, from the same number on.
+    """
+    for _ in range(_SHARDS_TRIED):
+        size = shard_sizes[shard]
+        for step in range(min(_TRIED_IN_SHARD, size)):
+            yield shard, (number + step) % size
+        shard = (shard + 1) % len(shard_sizes)
