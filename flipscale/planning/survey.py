@@ -1,17 +1,14 @@
 """A survey of training data for `flipscale init`: number of pairs, size of pictures, captions."""
 
-import io
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
-from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
 from flipscale.data.captions import choose_caption
-from flipscale.data.decode import MAX_PIXELS, UndecodableImage
-from flipscale.data.image_headers import complaint
+from flipscale.data.decode import open_image
 from flipscale.data.samples import BadSample, Source
 from flipscale.io.errors import UserError
 
@@ -106,10 +103,4 @@ def _size(encoded: bytes) -> tuple[int, int]:
     Raises:
         BadSample: the header is damaged.
     """
-    try:
-        if why := complaint(encoded, MAX_PIXELS):
-            raise UndecodableImage(why)
-        with Image.open(io.BytesIO(encoded)) as image:
-            return image.size
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UndecodableImage(str(error)) from error
+    return open_image(encoded).size

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from flipscale.data import decode, image_headers
+from flipscale.data import decode
 from flipscale.data.decode import (
     DRAWS_PER_CROP,
     OversizedImage,
@@ -127,17 +127,17 @@ def test_random_crops_are_pillow_s(kind: str) -> None:
 
 def test_a_plain_png_is_known_by_its_header() -> None:
     """A plain one holds nothing more that Pillow would look at; all others, and damaged headers, are left to Pillow."""
-    plain = {kind for kind, encoded in KINDS.items() if image_headers.plain_png_size(encoded())}
+    plain = {kind for kind, encoded in KINDS.items() if decode._plain_png_size(encoded())}
     assert plain == {"png", "grey png"}
     for kind in plain:
         encoded = KINDS[kind]()
-        assert image_headers.plain_png_size(encoded) == (150, 210)
+        assert decode._plain_png_size(encoded) == (150, 210)
         assert (decode.decode_whole(encoded) == np.asarray(shown(encoded))).all()
-        assert image_headers.plain_png_size(encoded[:30] + bytes([encoded[30] ^ 1]) + encoded[31:]) is None
-        assert all(image_headers.plain_png_size(encoded[:length]) is None for length in range(41))
+        assert decode._plain_png_size(encoded[:30] + bytes([encoded[30] ^ 1]) + encoded[31:]) is None
+        assert all(decode._plain_png_size(encoded[:length]) is None for length in range(41))
     exif = Image.Exif()
     exif[0x0112] = 6
-    assert image_headers.plain_png_size(saved(picture(), "PNG", exif=exif)) is None
+    assert decode._plain_png_size(saved(picture(), "PNG", exif=exif)) is None
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
@@ -185,13 +185,13 @@ def test_a_png_is_whole_if_its_chunks_lie_within_it() -> None:
     file = io.BytesIO()
     picture().save(file, "PNG")
     whole = file.getvalue()
-    assert image_headers.is_png_whole(whole)
-    assert image_headers.is_png_whole(whole + b"more")
-    assert not image_headers.is_png_whole(whole[:-1])
+    assert decode._is_png_whole(whole)
+    assert decode._is_png_whole(whole + b"more")
+    assert not decode._is_png_whole(whole[:-1])
     # OpenCV would take 4 GB for this one.
-    assert not image_headers.is_png_whole(whole.replace(whole[33:41], b"\xff\0\0\0IDAT"))
-    assert not image_headers.is_png_whole(whole[:33] + (b"\0\0\0\0tEXt" + bytes(4)) * 200_000 + whole[33:])
-    assert image_headers.is_png_whole(b"\xff\xd8 a JPEG")
+    assert not decode._is_png_whole(whole.replace(whole[33:41], b"\xff\0\0\0IDAT"))
+    assert not decode._is_png_whole(whole[:33] + (b"\0\0\0\0tEXt" + bytes(4)) * 200_000 + whole[33:])
+    assert decode._is_png_whole(b"\xff\xd8 a JPEG")
 
 
 @pytest.mark.parametrize("kind", CUT_SHORT)
