@@ -38,8 +38,8 @@ from flipscale.data.masks import keyed_patches
 from flipscale.data.pairs import InputShape, PairDataset
 from flipscale.data.randomness import keyed_uniform
 from flipscale.data.recipe import DataRecipe
+from flipscale.data.sources.manifest import expand_shards
 from flipscale.data.sources.opening import open_source
-from flipscale.data.sources.shard_list import expand_shards
 from flipscale.data.tokenizers import load_tokenizer
 from flipscale.model import FlipConfig
 from flipscale.planning.bench_step import Figures

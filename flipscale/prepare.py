@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flipscale.data.sources.tar_source import TarSource
+from flipscale.data.sources.tar import TarSource
 from flipscale.io.errors import UserError
 from flipscale.io.options import Count, CountOrZero, ShareBelowOne, add_num_workers, number, output_folder
 
@@ -301,7 +301,7 @@ def _task_set(page: "TaskPage") -> "TaskSet":
 def _index(args: argparse.Namespace) -> None:
     from flipscale.data.recipe import DataRecipe
     from flipscale.data.sources.opening import open_shards
-    from flipscale.data.sources.remote_source import RemoteTarSource
+    from flipscale.data.sources.remote import RemoteTarSource
 
     source = open_shards(args.shards, DataRecipe(lanes=1, shards_per_block=1), anew=True)
     if isinstance(source, RemoteTarSource):

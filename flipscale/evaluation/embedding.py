@@ -13,7 +13,7 @@ from flipscale.data.captions import tokenise
 from flipscale.data.decode import decode_box, visible_patches
 from flipscale.data.loader import PackedBatch
 from flipscale.data.pairs import InputShape
-from flipscale.data.sources.tar_source import TarSource
+from flipscale.data.sources.tar import TarSource
 from flipscale.evaluation.images import (
     DamagedImage,
     Decoder,

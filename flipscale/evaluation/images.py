@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from flipscale.data.decode import UndecodableImage, open_image
 from flipscale.data.loader import PackedBatch, settle_worker, start_workers, worker_context
 from flipscale.data.samples import BadSample, Sample, wrap_errors
-from flipscale.data.sources.tar_source import TarSource
+from flipscale.data.sources.tar import TarSource
 from flipscale.io.errors import UserError
 
 # From the bytes of an image and its row to what the model takes of it, by name; it may raise `UndecodableImage`.

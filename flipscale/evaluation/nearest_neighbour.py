@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 
 from flipscale.data.decode import decode_box
-from flipscale.data.sources.tar_source import TarSource
+from flipscale.data.sources.tar import TarSource
 from flipscale.evaluation.images import SampleNumbers
 from flipscale.evaluation.kinds.task import Task
 from flipscale.evaluation.results import Result

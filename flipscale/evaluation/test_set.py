@@ -14,10 +14,10 @@ import torch
 
 from flipscale.data.recipe import DataRecipe
 from flipscale.data.samples import BadSample
+from flipscale.data.sources.manifest import no_shards
 from flipscale.data.sources.opening import open_shards
-from flipscale.data.sources.shard_cache import ShardCache
-from flipscale.data.sources.shard_list import no_shards
-from flipscale.data.sources.tar_source import TarSource
+from flipscale.data.sources.remote import ShardCache
+from flipscale.data.sources.tar import TarSource
 from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.images import SampleNumbers, named
 from flipscale.io.errors import UserError

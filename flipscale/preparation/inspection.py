@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from flipscale.data.captions import choose_caption
 from flipscale.data.decode import decode_whole
 from flipscale.data.samples import BadSample, Sample, Source
-from flipscale.data.sources.tar_source import TarSource
+from flipscale.data.sources.tar import TarSource
 from flipscale.io.errors import UserError
 from flipscale.io.files import check_png_path
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from flipscale.data.decode import decode_whole
-from flipscale.data.sources.tar_file import add_member
+from flipscale.data.sources.tar import add_member
 from flipscale.io.atomic import atomic_write
 from flipscale.io.errors import UserError
 from flipscale.io.progress import Progress

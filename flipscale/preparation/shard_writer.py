@@ -25,7 +25,7 @@ from PIL import Image
 from flipscale.data.decode import UndecodableImage, decode_whole
 from flipscale.data.samples import BadSample
 from flipscale.data.sources.shard_index import load_index
-from flipscale.data.sources.tar_file import add_member
+from flipscale.data.sources.tar import add_member
 from flipscale.io import json_lines
 from flipscale.io.atomic import atomic_write, sync, unique_partial_path, write_text
 from flipscale.io.errors import UserError

@@ -17,7 +17,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from flipscale.data.prepared import PREPARED, read_prepared
-from flipscale.data.sources.tar_source import TarSource
+from flipscale.data.sources.tar import TarSource
 from flipscale.io.atomic import remove, sync, write_text
 from flipscale.io.errors import UserError
 from flipscale.io.files import check_disk_space, size_text

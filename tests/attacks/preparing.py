@@ -10,7 +10,7 @@ from attacks import ground
 from attacks.attack import Ended
 from PIL import Image
 
-from flipscale.data.sources.tar_source import TarSource
+from flipscale.data.sources.tar import TarSource
 
 
 def picture(number: int, kind: str = "JPEG", width: int = 60, height: int = 40) -> bytes:

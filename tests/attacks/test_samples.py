@@ -16,7 +16,7 @@ from conftest import add_member
 from PIL import Image
 
 from flipscale.data.captions import choose_caption
-from flipscale.data.sources.tar_source import TarSource
+from flipscale.data.sources.tar import TarSource
 
 NOISE = np.random.default_rng(0).integers(0, 256, (40, 50, 3)).astype(np.uint8)
 

@@ -20,7 +20,7 @@ from flipscale.data.loader import PackedBatch
 from flipscale.data.pairs import InputShape, PairDataset
 from flipscale.data.recipe import DataRecipe
 from flipscale.data.samples import Sample
-from flipscale.data.sources.tar_source import TarSource
+from flipscale.data.sources.tar import TarSource
 
 
 def dataset(source: TarSource, tokenizer_dir: Path, num_workers: int, micro: int | None = None) -> PairDataset:

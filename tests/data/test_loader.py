@@ -14,7 +14,7 @@ from flipscale.data.loader import StepSampler, build_loader
 from flipscale.data.pairs import InputShape, PairDataset
 from flipscale.data.randomness import keyed_uniform
 from flipscale.data.recipe import DataRecipe
-from flipscale.data.sources.tar_source import TarSource
+from flipscale.data.sources.tar import TarSource
 from flipscale.model import FlipConfig, FlipModel
 
 SHAPE = InputShape(image_size=32, patch_size=8, max_tokens=8)

@@ -13,7 +13,7 @@ from flipscale.data.masks import keyed_patches, mask_tokens, removed_patches
 from flipscale.data.pairs import InputShape, PairDataset
 from flipscale.data.randomness import keyed_uniform
 from flipscale.data.recipe import DataRecipe, MaskRecipe
-from flipscale.data.sources.tar_source import TarSource
+from flipscale.data.sources.tar import TarSource
 from flipscale.model import FlipConfig, FlipModel
 
 SHAPE = InputShape(image_size=32, patch_size=8, max_tokens=8)

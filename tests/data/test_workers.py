@@ -13,7 +13,7 @@ from flipscale.data.feeding import restartable_batches
 from flipscale.data.loader import build_loader
 from flipscale.data.pairs import InputShape, PairDataset
 from flipscale.data.recipe import DataRecipe
-from flipscale.data.sources.tar_source import TarSource
+from flipscale.data.sources.tar import TarSource
 from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.images import WholeImages
 from flipscale.model import FlipConfig

@@ -16,7 +16,7 @@ from conftest import TOWER, add_member, write_shards
 from evaluation.tiny_model import tiny_writer
 from transformers import AutoTokenizer
 
-from flipscale.data.sources.tar_source import TarSource
+from flipscale.data.sources.tar import TarSource
 from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.images import Decoder, SampleNumbers
 from flipscale.evaluation.suite import build_tasks, evaluate_tasks

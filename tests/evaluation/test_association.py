@@ -9,7 +9,7 @@ import torch
 from conftest import write_shards
 from evaluation.tiny_model import tiny_embedder
 
-from flipscale.data.sources.tar_source import TarSource
+from flipscale.data.sources.tar import TarSource
 from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.kinds.association import Association
 from flipscale.evaluation.suite import evaluate_tasks

@@ -16,7 +16,7 @@ from evaluation.tiny_model import CAPTION_LENGTH, tiny_writer
 
 from flipscale.data.captions import tokenise
 from flipscale.data.decode import decode_box
-from flipscale.data.sources.tar_source import TarSource
+from flipscale.data.sources.tar import TarSource
 from flipscale.evaluation.captions.scores import bleu_4, cider, rouge_l
 from flipscale.evaluation.captions.writing import Likelihoods, captioner, written_captions
 from flipscale.evaluation.embedding import Embedder

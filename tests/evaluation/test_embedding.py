@@ -16,7 +16,7 @@ import torch
 from conftest import add_member
 from evaluation.tiny_model import tiny_embedder
 
-from flipscale.data.sources.tar_source import TarSource
+from flipscale.data.sources.tar import TarSource
 from flipscale.evaluation import embedding
 from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.images import SampleNumbers, Share, decoded_batches, made_up

@@ -12,7 +12,7 @@ from evaluation.tiny_model import tiny_embedder
 
 from flipscale.cli import main
 from flipscale.data.decode import decode_box
-from flipscale.data.sources.tar_source import TarSource
+from flipscale.data.sources.tar import TarSource
 from flipscale.evaluation.embedders.masked import ImageMask, masked_embedder
 from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.reports.models import NamedModel

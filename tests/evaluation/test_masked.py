@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 
 from flipscale import cli, evaluate
 from flipscale.data.decode import decode_box
-from flipscale.data.sources.tar_source import TarSource
+from flipscale.data.sources.tar import TarSource
 from flipscale.evaluation.embedders.masked import (
     WHOLE,
     ImageMask,

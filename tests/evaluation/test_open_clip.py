@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
 from flipscale import cli
-from flipscale.data.sources.tar_source import TarSource
+from flipscale.data.sources.tar import TarSource
 from flipscale.evaluation.embedders.open_clip import OpenClipEmbedder, open_clip_embedder
 from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.images import SampleNumbers

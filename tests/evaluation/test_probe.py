@@ -20,7 +20,7 @@ from transformers import AutoTokenizer
 from flipscale import cli
 from flipscale.data.decode import DRAWS_PER_CROP, decode_box
 from flipscale.data.randomness import keyed_uniform
-from flipscale.data.sources.tar_source import TarSource
+from flipscale.data.sources.tar import TarSource
 from flipscale.evaluation.embedders.plain import plain_embedder
 from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.images import ChosenRows

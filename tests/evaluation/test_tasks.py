@@ -15,7 +15,7 @@ from conftest import add_member
 from evaluation.tiny_model import tiny_embedder
 
 from flipscale.data.decode import decode_box
-from flipscale.data.sources.tar_source import TarSource
+from flipscale.data.sources.tar import TarSource
 from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.images import SampleNumbers
 from flipscale.evaluation.kinds.templates import TEMPLATES

@@ -32,7 +32,7 @@ from transformers import (
 )
 
 from flipscale import cli
-from flipscale.data.sources.tar_source import TarSource
+from flipscale.data.sources.tar import TarSource
 from flipscale.evaluation.embedders.transformers_model import transformers_embedder
 from flipscale.evaluation.images import SampleNumbers
 from flipscale.evaluation.results import as_metrics

@@ -10,7 +10,7 @@ import torch
 from conftest import add_member, write_shards
 from evaluation.tiny_model import tiny_embedder
 
-from flipscale.data.sources.tar_source import TarSource
+from flipscale.data.sources.tar import TarSource
 from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.kinds.retrieval import Retrieval
 from flipscale.evaluation.kinds.task import StreamedTask

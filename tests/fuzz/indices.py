@@ -13,7 +13,7 @@ from fuzz.shards import tar
 
 from flipscale.data.samples import BadSample
 from flipscale.data.sources.shard_index import index_path
-from flipscale.data.sources.tar_source import StaleManifest, TarSource
+from flipscale.data.sources.tar import StaleManifest, TarSource
 
 _FILES = [(f"{n}.{kind}", b"%d %s" % (n, kind.encode())) for n in range(3) for kind in ("jpg", "txt", "cls")]
 _TAIL, _TIME = 32, 10**18

@@ -6,7 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from flipscale.data.samples import BadSample
-from flipscale.data.sources.tar_source import TarSource
+from flipscale.data.sources.tar import TarSource
 
 _IMAGES = (b"jpg", b"jpeg", b"png", b"webp")
 

@@ -70,7 +70,7 @@ def test_what_is_not_at_the_hub(hub: LoopbackHub, cache: Path, tmp_path: Path) -
 
 
 def test_a_hub_that_does_not_answer(hub: LoopbackHub, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flipscale.data.sources.remote_files._FIRST_DELAY_SECONDS", 0.0)
+    monkeypatch.setattr("flipscale.data.sources.remote._FIRST_DELAY_SECONDS", 0.0)
     monkeypatch.setattr(huggingface_hub.hf_file_system.constants, "ENDPOINT", "http://127.0.0.1:9")
     huggingface_hub.HfFileSystem.clear_instance_cache()
     with pytest.raises((ValueError, OSError), match=r"hf://datasets/org/wds_set/.* c(ould|annot) (not )?be"):

@@ -11,7 +11,7 @@ from conftest import COLOURS, SHAPES
 from PIL import Image
 from transformers import AutoModelForImageClassification, Trainer, TrainingArguments
 
-from flipscale.data.sources.tar_source import TarSource
+from flipscale.data.sources.tar import TarSource
 from flipscale.evaluation.images import SampleNumbers
 from flipscale.model import FlipForImageClassification, FlipModel
 

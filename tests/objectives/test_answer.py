@@ -23,7 +23,7 @@ from flipscale.cli import main
 from flipscale.data.labelled import QuestionDataset
 from flipscale.data.pairs import InputShape
 from flipscale.data.recipe import DataRecipe
-from flipscale.data.sources.tar_source import TarSource
+from flipscale.data.sources.tar import TarSource
 from flipscale.data.tokenizers import load_tokenizer
 from flipscale.engines.first_weights import build_weights, fresh_weights
 from flipscale.model import FlipConfig

@@ -19,7 +19,7 @@ from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
 from flipscale.data.masks import keep_patches
 from flipscale.data.pairs import InputShape
 from flipscale.data.recipe import DataRecipe
-from flipscale.data.sources.tar_source import TarSource
+from flipscale.data.sources.tar import TarSource
 from flipscale.data.tokenizers import load_tokenizer
 from flipscale.engines.first_weights import build_weights, compile_blocks, fresh_weights
 from flipscale.hub.loading import load_flip, load_model

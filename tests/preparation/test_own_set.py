@@ -15,7 +15,7 @@ import pytest
 from conftest import COLOURS, SHAPES, draw
 
 from flipscale import cli
-from flipscale.data.sources.tar_source import TarSource
+from flipscale.data.sources.tar import TarSource
 from flipscale.data.tokenizers import load_tokenizer
 from flipscale.preparation.lists import open_pairs
 

@@ -18,7 +18,7 @@ from conftest import add_member, cut, launch, metrics, pretrain, write_shards
 
 from flipscale.data.recipe import DataRecipe
 from flipscale.data.sources.mixture import order_of
-from flipscale.data.sources.tar_source import TarSource
+from flipscale.data.sources.tar import TarSource
 from flipscale.engines.checkpoint import latest_checkpoint
 from flipscale.training.sync import MAX_SKIPPED_IN_A_ROW
 

@@ -1,14 +1,13 @@
-"""The index of a tar shard: the places of each sample's files, 24 bytes a sample, in a file beside the shard.
+"""Reading a tar shard, and its index: the places of each sample's files, 24 bytes a sample, in a file beside the shard.
 
-`SHARD.tar.index.npy` is a uint32 array `(samples, 3, 2)`: for the image, the caption and the label, the offset in tar
-blocks of 512 bytes (0 if there is none) and the size in bytes. The high bit of a caption's size marks a JSON object. A
-label is `KEY.cls`, a class number, or, with the high bit, `KEY.npy`, an array. A sample of both and no caption has
-its class number in the caption's place, marked by the second highest bit; with a caption, its array is left out.
+`SHARD.tar.index.npy` is a uint32 array `(samples, 3, 2)`: offset and size of the image, the caption and the label. An
+offset counts tar blocks of 512 bytes (0 for no file), a size counts bytes. The high bit of a caption's size marks a
+JSON object. A label is `KEY.cls`, a class number, or, with the high bit, `KEY.npy`, an array. A sample with both and
+without a caption has its class number in the caption's place, marked by the second highest bit. With a caption, its
+array is left out.
 
-The array is in version 2.0 of numpy's format. Behind it are an object of JSON, with the shard's size and time and how
-the shard is damaged, and 16 bytes, the digest of all before them. An index of another shard, or one that was changed,
-is thus known, and is made anew. Indices of before had only the text of the damage; those that lie beside a shard on
-this machine are made anew, as nothing tells whether they are of this shard. In version 1.0 they know no `KEY.npy`.
+The array is in version 2.0 of numpy's format. Behind it are a JSON object, with the shard's size, time and damage, and
+a digest of 16 bytes of everything before. So the index of another shard, or a changed index, is detected and rebuilt.
 """
 
 import errno
@@ -16,43 +15,197 @@ import hashlib
 import io
 import json
 import os
+import re
+import stat
+import tarfile
 from collections.abc import Iterator
 from contextlib import suppress
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from flipscale.data.sources.tar_members import BAD_HEADER, BLOCK, Blocks, Damaged, NotAFile, members, open_plain
 from flipscale.io.atomic import atomic_write, unique_partial_path
 from flipscale.io.errors import UserError
 
+BLOCK = tarfile.BLOCKSIZE
 ROW = (3, 2)
 _JSON_CAPTION = _ARRAY = 1 << 31
 _CLASS = 1 << 30
-_IMAGES = ("webp", "png", "jpg", "jpeg")  # of a sample with several, the first, as in CLIP_benchmark
-_MAX_OTHER_BYTES = (1 << 30) - 1  # two bits of the size are taken
+_IMAGES = ("webp", "png", "jpg", "jpeg")  # in order of preference, as in CLIP_benchmark
+_MAX_OTHER_BYTES = (1 << 30) - 1  # two bits of the size are marks
 _MAX_BYTES = {**dict.fromkeys(_IMAGES, (1 << 31) - 1), **dict.fromkeys(("txt", "json", "cls", "npy"), _MAX_OTHER_BYTES)}
-_FIELDS = {name.encode(): name for name in _MAX_BYTES}
-# A longer JSON file beside a text file is not looked into for a list of captions.
+# A longer JSON file beside a text file is not searched for a list of captions.
 _MAX_JSON_BYTES = 1 << 24
 _LAST_OFFSET = ((1 << 32) - 1) * BLOCK
-_VERSION = (2, 0)
 _DIGEST_BYTES, _MOST_ABOUT_BYTES = 16, 1 << 16
-_LONGEST_NAME_SAID = 60
+_LONGEST_SHOWN_NAME = 60
+
+_ZEROS_AT_ONCE = 1 << 20
+# The end mark of two blocks, and the rest of the last record of 20 blocks.
+_MOST_END_BYTES = 22 * BLOCK
+# tarfile holds a pax header or a GNU name in memory.
+_MOST_HEADER_BYTES = 1 << 16
+# tarfile (before Python 3.12.6) takes quadratic time for runs of digits in pax headers.
+_LONG_NUMBER = re.compile(rb"[0-9]{256}")
+_LONGEST_NAME = 4096  # PATH_MAX of Linux
+_HEADER_TYPES = (*tarfile.GNU_TYPES[:2], tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
+# Errors of tarfile for damaged headers; chains of headers about headers recurse.
+_TAR_ERRORS = (tarfile.TarError, ValueError, IndexError, OverflowError, RecursionError)
+
+_LINK = "links, sparse files and devices"
+_LONG_NAME = "files with too long names"
+_TWO_SIZES = "files whose headers give different sizes"
+
+
+class NotAFile(OSError):
+    """A path leads to no plain file."""
+
+
+class Damaged(Exception):
+    """The tar cannot be read further."""
+
+
+class TarMember(NamedTuple):
+    """A file in a tar.
+
+    Args:
+        name: path in the tar.
+        offset: position of the content, in bytes.
+        size: length of the content, in bytes.
+        trouble: reason why the file cannot be used; empty if it can.
+    """
+
+    name: str
+    offset: int
+    size: int
+    trouble: str
+
+
+class _Header(tarfile.TarInfo):
+    """A tar header that refuses large or slow headers about other headers, and skips the maps of sparse files."""
+
+    def _proc_member(self, tar: tarfile.TarFile) -> Any:
+        if self.type in _HEADER_TYPES:
+            start = tar.fileobj.tell()
+            if not 0 <= self.size <= _MOST_HEADER_BYTES or _LONG_NUMBER.search(tar.fileobj.read(self.size)):
+                raise tarfile.HeaderError("a header that is too large")
+            tar.fileobj.seek(start)
+        return super()._proc_member(tar)  # type: ignore[misc]
+
+    def _proc_gnusparse_00(self, member: tarfile.TarInfo, *arguments: Any) -> None:
+        member.sparse = []  # type: ignore[attr-defined]
+
+    _proc_gnusparse_01 = _proc_gnusparse_10 = _proc_gnusparse_00
+
+
+def open_plain(path: str | Path) -> int:
+    """Return a file descriptor of a plain file, for reading, without waiting for a FIFO.
+
+    Raises:
+        NotAFile: the path is no plain file.
+        OSError: the file cannot be opened.
+    """
+    kind = stat.S_IFMT(os.stat(path).st_mode)
+    if kind != stat.S_IFREG:
+        names = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket"}
+        raise NotAFile(f"it is {names.get(kind, 'a device')}, not a file")
+    return os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+
+
+def members(file: BinaryIO) -> Iterator[TarMember]:
+    """Yield each entry of a tar, or of several tars joined to one file, by tarfile's headers.
+
+    tarfile itself takes a damaged header for the end of the tar.
+
+    Raises:
+        Damaged: the tar ends early, has an invalid header, or zeros in place of files. Earlier files can be read.
+    """
+    total = os.fstat(file.fileno()).st_size
+    tar = tarfile.TarFile(fileobj=io.BytesIO(bytes(2 * BLOCK)))
+    tar.fileobj, tar.offset = file, 0
+    while True:
+        start = tar.offset
+        file.seek(start)
+        try:
+            member = _Header.fromtarfile(tar)
+        except tarfile.EOFHeaderError as error:  # type: ignore[attr-defined]
+            following = _after_zeros(file, start, total)
+            if following - start > _MOST_END_BYTES:
+                raise Damaged(f"it has zeros from byte {start} to {following}, more than the end of a tar") from error
+            if following == total:
+                return
+            tar.offset, tar.pax_headers = following, {}
+            continue
+        except _TAR_ERRORS as error:
+            raise Damaged(_damage(file.fileno(), start, total)) from error
+        if {"path", "size"} & tar.pax_headers.keys():
+            raise Damaged("it has a pax header that gives all files one name or size")
+        end = member.offset_data + (member.size if member.isreg() else 0)
+        if member.size < 0 or tar.offset <= start:
+            raise Damaged(f"there is no tar header at byte {start}")
+        if end > total:
+            raise Damaged(f"it ends at byte {total}, inside a file that goes on to {end}")
+        yield TarMember(member.name, member.offset_data, member.size, _trouble(member, file.fileno()))
+
+
+def _trouble(member: tarfile.TarInfo, file: int) -> str:
+    """Return why an entry cannot be used as a file; an empty text if it can."""
+    if not member.isreg() or member.issparse() or any(key.startswith("GNU.sparse") for key in member.pax_headers):
+        return _LINK
+    if len(member.name) > _LONGEST_NAME:
+        return _LONG_NAME
+    # Reading a sample also compares the header before it.
+    return "" if announces(os.pread(file, BLOCK, member.offset_data - BLOCK), member.size) else _TWO_SIZES
+
+
+def _after_zeros(file: BinaryIO, position: int, total: int) -> int:
+    """Return the position of the next block with a byte other than zero; `total` if there is none. Holes of a sparse
+    file are skipped."""
+    while position < total:
+        try:
+            # Rounded down, because holes end at blocks of the file system.
+            position = max(position, file.seek(position, os.SEEK_DATA) // BLOCK * BLOCK)
+        except OSError:  # ENXIO: a hole up to the end
+            return total
+        content = os.pread(file.fileno(), min(_ZEROS_AT_ONCE, total - position), position)
+        if any(content):
+            return position + (len(content) - len(content.lstrip(b"\0"))) // BLOCK * BLOCK
+        position += len(content) or total
+    return total
+
+
+def _damage(file: int, start: int, total: int) -> str:
+    """Return why there is no header at byte `start`."""
+    if total - start < BLOCK:
+        return f"it ends at byte {total} without an end mark" if total else "it is empty"
+    if start == 0:
+        return f"it is not a tar file: it begins with {os.pread(file, 16, 0)!r}"
+    return f"there is no tar header at byte {start}"
+
+
+def announces(header: bytes, size: int) -> bool:
+    """Return whether a block is the tar header of a file of `size` bytes."""
+    # The usual form of the size first, because this is checked for each sample.
+    if header[124:135] == b"%011o" % size:
+        return True
+    try:
+        return tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape").size == size
+    except _TAR_ERRORS:
+        return False
 
 
 class Place(NamedTuple):
-    """Where a file is in its shard, in bytes."""
+    """Position and length of a file in its shard, in bytes."""
 
     offset: int
     size: int
 
 
 class Places(NamedTuple):
-    """Where the files of a sample are; None for those that it lacks."""
+    """The places of a sample's files; None for missing files."""
 
     image: Place
     caption: Place | None
@@ -65,22 +218,20 @@ class Index(NamedTuple):
     """The index of a shard.
 
     Args:
-        rows: uint32 `(samples, 3, 2)`.
-        damage: how the shard is damaged; empty if it is not.
-        num_bytes: the size of the shard; 0 in an index of before.
-        mtime_ns: when the shard was last written, on the machine that made the index.
-        may_lack_arrays: whether it knows no `KEY.npy`, and has samples without caption, as classification sets do.
+        rows: places of the samples' files, uint32 `(samples, 3, 2)`.
+        damage: damage of the shard; empty if it is whole.
+        num_bytes: length of the shard.
+        mtime_ns: time of the shard's last change, on the machine that made the index.
     """
 
     rows: np.ndarray
     damage: str
-    num_bytes: int = 0
-    mtime_ns: int = 0
-    may_lack_arrays: bool = False
+    num_bytes: int
+    mtime_ns: int
 
 
 class _File(NamedTuple):
-    """A file of a sample. Files of a key that follow each other have the same `run`."""
+    """A file of a sample. Neighbouring files of a key have the same `run`."""
 
     run: int
     field: str
@@ -94,7 +245,7 @@ def index_path(shard: Path) -> Path:
 
 
 def load_index(shard: Path) -> Index:
-    """Return the index of `shard`. If there is none, or one of another size or time of the shard, build and write it.
+    """Return the index of `shard`. If it is missing, or the shard has another size or time, build and write it.
 
     Raises:
         OSError: the shard cannot be read.
@@ -107,7 +258,7 @@ def load_index(shard: Path) -> Index:
 
 
 def size_and_time(shard: str | Path) -> tuple[int, int]:
-    """Return the size of a shard, and when it was last written, in nanoseconds; 0 and 0 if it is gone."""
+    """Return the size of a shard and its last change in nanoseconds; 0 and 0 if it is gone."""
     try:
         state = os.stat(shard)
     except OSError:
@@ -116,7 +267,7 @@ def size_and_time(shard: str | Path) -> tuple[int, int]:
 
 
 def places(row: np.ndarray) -> Places:
-    """Return where the files of a sample are, of its row in the index, uint32 `(3, 2)`."""
+    """Return the places of a sample's files from its row in the index, uint32 `(3, 2)`."""
     image, (caption_at, caption_size), (label_at, label_size) = row.tolist()
     caption = Place(caption_at * BLOCK, caption_size & _MAX_OTHER_BYTES) if caption_at else None
     label = Place(label_at * BLOCK, label_size & _MAX_OTHER_BYTES) if label_at else None
@@ -131,78 +282,62 @@ def places(row: np.ndarray) -> Places:
 
 
 def read_index(content: bytes) -> Index:
-    """Return the index that a file of this content holds.
+    """Return the index in a file with this content.
 
     Raises:
-        ValueError: it is not such an index, or was changed.
+        UserError: the content is not an index, or was changed.
     """
-    about: dict[str, Any] = {}
     try:
-        file = io.BytesIO(content)
-        version = np.lib.format.read_magic(file)
-        read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-        shape, is_fortran, dtype = read_header[version](file)
-        first, num_bytes = file.tell(), shape[0] * ROW[0] * ROW[1] * 4
-        if dtype != np.dtype("<u4") or shape[1:] != ROW or is_fortran or num_bytes > len(content) - first:
+        if _digest(content[:-_DIGEST_BYTES]) != content[-_DIGEST_BYTES:]:
+            raise UserError("the index was changed")
+        shape = re.search(rb"'shape': \((\d{1,12}), 3, 2\)", content[:256])
+        num_samples = int(shape[1]) if shape else 0
+        header = _array_header(num_samples)
+        end = len(header) + num_samples * ROW[0] * ROW[1] * 4
+        if not content.startswith(header) or end > len(content) - _DIGEST_BYTES:
             raise UserError("not an index of this version")
-        rows = np.frombuffer(content, "<u4", num_bytes // 4, first).reshape(shape)
-        rest = content[first + num_bytes :]
-        if rest[:1] == b"{":
-            if _digest(content[:-_DIGEST_BYTES]) != content[-_DIGEST_BYTES:]:
-                raise UserError("the index was changed")
-            about = json.loads(rest[:-_DIGEST_BYTES])
-            return Index(rows, str(about["damage"]), int(about["bytes"]), int(about["mtime_ns"]))
-        return Index(rows, rest.decode(), 0, 0, version < _VERSION and bool((rows[:, 1, 0] == 0).any()))
-    except Exception as error:
-        # numpy raises many kinds of exceptions for a damaged header.
+        rows = np.frombuffer(content[len(header) : end], "<u4").reshape(-1, *ROW)
+        about = json.loads(content[end:-_DIGEST_BYTES])
+        return Index(rows, str(about["damage"]), int(about["bytes"]), int(about["mtime_ns"]))
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise UserError(f"not an index ({error})") from error
 
 
 def most_bytes(num_bytes: int) -> int:
-    """Return the most bytes that the index of a shard of so many bytes may have: two blocks are one sample at least."""
+    """Return the largest size of the index of a shard of `num_bytes`: a sample needs at least two blocks."""
     return num_bytes // (2 * BLOCK) * 4 * ROW[0] * ROW[1] + _MOST_ABOUT_BYTES
 
 
-def may_be_of(index: Index, num_bytes: int | None) -> bool:
-    """Return whether an index may be of a shard of so many bytes, if that is known."""
-    if num_bytes is None or index.num_bytes:
-        return num_bytes is None or index.num_bytes == num_bytes
-    blocks, sizes = index.rows[:, :, 0].astype(np.int64), index.rows[:, :, 1].astype(np.int64)
-    sizes[:, 1:] &= _MAX_OTHER_BYTES
-    return not (blocks * BLOCK + sizes > num_bytes).any() and bool((blocks[:, 0] > 0).all())
-
-
 def build_index(shard: Path, path: Path) -> Index:
-    """Return the index of a shard, and write it to `path` if the folder is writable. A shard that is no file, or that
-    may not be read, has no samples.
+    """Return the index of a shard, and write it to `path` if the folder is writable. A shard that is no file or not
+    readable has no samples.
 
     Raises:
-        OSError: the shard does not exist, or reading fails, as it may not the next time.
+        OSError: the shard does not exist, or reading failed and may succeed the next time.
     """
     try:
         file = open_plain(shard)
     except OSError as error:
-        damage = _why_never(error, shard)
+        damage = _lasting_damage(error, shard)
         if damage is None:
             raise
         return Index(np.empty((0, *ROW), np.uint32), damage, *size_and_time(shard))
     try:
-        state = os.fstat(file)
-        index = Index(*_scan(file), state.st_size, state.st_mtime_ns)
+        with os.fdopen(file, "rb") as opened:
+            state = os.fstat(file)
+            index = Index(*_scan(opened), state.st_size, state.st_mtime_ns)
     except OSError as error:
         raise OSError(
             f"shard {shard} cannot be read ({error.strerror}); start again when it can, or remove it"
         ) from error
-    finally:
-        os.close(file)
-    # Processes that start together may all write it. In a read-only folder nobody can, and it is built again.
+    # Processes that start together may all write it. In a read-only folder, every start builds it again.
     with suppress(OSError), atomic_write(path, unique_partial_path(path)) as partial:
         partial.write_bytes(_encoded(index))
     return index
 
 
-def _why_never(error: OSError, shard: Path) -> str | None:
-    """Return why a shard cannot be opened, whoever tries and when; None if another try may open it or it is gone."""
+def _lasting_damage(error: OSError, shard: Path) -> str | None:
+    """Return why a shard can never be opened; None if it is gone or another try may succeed."""
     if isinstance(error, NotAFile):
         return str(error)
     if error.errno in (errno.EACCES, errno.EPERM):
@@ -213,11 +348,16 @@ def _why_never(error: OSError, shard: Path) -> str | None:
 
 
 def _encoded(index: Index) -> bytes:
-    file = io.BytesIO()
-    np.lib.format.write_array(file, index.rows, _VERSION)
     about = {"damage": index.damage, "bytes": index.num_bytes, "mtime_ns": index.mtime_ns}
-    file.write(json.dumps(about).encode())
-    return file.getvalue() + _digest(file.getvalue())
+    content = _array_header(len(index.rows)) + index.rows.astype("<u4").tobytes() + json.dumps(about).encode()
+    return content + _digest(content)
+
+
+def _array_header(num_samples: int) -> bytes:
+    """Return the header of numpy's format for an array of `num_samples` rows."""
+    file = io.BytesIO()
+    np.lib.format.write_array_header_2_0(file, {"descr": "<u4", "fortran_order": False, "shape": (num_samples, *ROW)})
+    return file.getvalue()
 
 
 def _content(path: Path) -> bytes:
@@ -234,22 +374,18 @@ def _digest(content: bytes) -> bytes:
     return hashlib.blake2b(content, digest_size=_DIGEST_BYTES).digest()
 
 
-def _scan(file: int) -> tuple[np.ndarray, str]:
-    """Return the index of a shard, without the samples that have no image, and how the shard is damaged."""
-    samples: dict[bytes, list[_File]] = {}
-    left_out: dict[str, list[bytes]] = {}
-    damage, run, last_key = [], 0, b""
-    blocks = Blocks(file)
+def _scan(file: BinaryIO) -> tuple[np.ndarray, str]:
+    """Return the rows of a shard's samples that have an image, and the damage of the shard."""
+    samples: dict[str, list[_File]] = {}
+    left_out: dict[str, list[str]] = {}
+    damage, run, last_key = [], 0, ""
     try:
-        for name, offset, size, trouble in members(blocks):
-            dot = name.find(b".", name.rfind(b"/") + 1)
-            field = _FIELDS.get(name[dot + 1 :].lower()) if dot >= 0 else None
+        for name, offset, size, trouble in members(file):
+            dot = name.find(".", name.rfind("/") + 1)
+            field = name[dot + 1 :].lower() if dot >= 0 else ""
             key = name[:dot] if dot >= 0 else name
             run, last_key = run + (key != last_key), key
-            if field is None:
-                # A name that was too long has lost its end, which may have been that of a picture.
-                if trouble == BAD_HEADER:
-                    left_out.setdefault(trouble, []).append(name)
+            if field not in _MAX_BYTES:
                 continue
             if trouble or size > _MAX_BYTES[field] or offset > _LAST_OFFSET:
                 left_out.setdefault(trouble or "files that are too long or too far from the start", []).append(name)
@@ -263,15 +399,17 @@ def _scan(file: int) -> tuple[np.ndarray, str]:
             if fields is None:
                 left_out.setdefault("keys with files that follow each other and cannot be told apart", []).append(key)
             elif not fields.keys().isdisjoint(_IMAGES):
-                rows.append(_row(blocks, fields))
-    damage += [f"{what} are left out: {len(names)}, the first {_said(names[0])}" for what, names in left_out.items()]
+                rows.append(_row(file.fileno(), fields))
+    damage += [f"{what} are left out: {len(names)}, the first {_shown(names[0])}" for what, names in left_out.items()]
     return np.array(rows, dtype=np.uint32).reshape(len(rows), *ROW), "; ".join(damage)
 
 
 def _apart(files: list[_File]) -> Iterator[dict[str, tuple[int, int]] | None]:
-    """Yield the samples among the files of one key, each as (block, size) by field; None for those that cannot be told
-    apart. It is one sample, wherever its files are, unless a field occurs twice. Then those are samples that follow
-    each other directly, and of those that stand side by side, each must have the same fields."""
+    """Yield the samples among the files of one key, each as (block, size) by field; None if they are ambiguous.
+
+    The files are one sample, wherever they are, unless a field occurs twice. Then neighbouring files are samples, and
+    samples side by side must have the same fields.
+    """
     fields = {file.field: (file.block, file.size) for file in files}
     images = {file.run for file in files if file.field in _IMAGES} if len(files) > 1 else ()
     if len(fields) == len(files) and len(images) <= 1:
@@ -289,12 +427,12 @@ def _apart(files: list[_File]) -> Iterator[dict[str, tuple[int, int]] | None]:
             yield from parts
 
 
-def _row(blocks: Blocks, fields: dict[str, tuple[int, int]]) -> list[tuple[int, int]]:
-    """Return a sample's row. Its caption is the text file, or the JSON file if that has several or there is no text."""
+def _row(file: int, fields: dict[str, tuple[int, int]]) -> list[tuple[int, int]]:
+    """Return a sample's row. The caption is the text file, or the JSON file if it has a list or there is no text."""
     caption = fields.get("txt", (0, 0))
     if "json" in fields:
         block, size = fields["json"]
-        if "txt" not in fields or (size <= _MAX_JSON_BYTES and b'"captions"' in blocks.read(block * BLOCK, size)):
+        if "txt" not in fields or (size <= _MAX_JSON_BYTES and b'"captions"' in os.pread(file, size, block * BLOCK)):
             caption = (block, size | _JSON_CAPTION)
     label = fields.get("cls", (0, 0))
     if "npy" in fields and not (label[0] and caption[0]):
@@ -304,7 +442,7 @@ def _row(blocks: Blocks, fields: dict[str, tuple[int, int]]) -> list[tuple[int, 
     return [next(fields[image] for image in _IMAGES if image in fields), caption, label]
 
 
-def _said(name: bytes) -> str:
-    """Return a name for a message: on one line, and not long."""
-    text = name.decode("utf-8", "backslashreplace").encode("unicode_escape").decode()
-    return text if len(text) <= _LONGEST_NAME_SAID else f"{text[:_LONGEST_NAME_SAID]}..."
+def _shown(name: str) -> str:
+    """Return a short name in one line for a message."""
+    text = name.encode("unicode_escape").decode()
+    return text if len(text) <= _LONGEST_SHOWN_NAME else f"{text[:_LONGEST_SHOWN_NAME]}..."

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from flipscale.data.captions import tokenise_captions
-from flipscale.data.sources.tar_source import TarSource
+from flipscale.data.sources.tar import TarSource
 from flipscale.evaluation.embedding import Embedder
 from flipscale.io.errors import UserError
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from flipscale.data.randomness import keyed_permutation
-from flipscale.data.sources.tar_source import TarSource
+from flipscale.data.sources.tar import TarSource
 from flipscale.evaluation.probe.recipe import LarsRecipe
 from flipscale.evaluation.probe.rows import Classifier, Rows, Total, total_of
 from flipscale.evaluation.probe.views import RandomCrops

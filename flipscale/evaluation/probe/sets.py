@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from flipscale.data.sources.tar_source import TarSource
+from flipscale.data.sources.tar import TarSource
 from flipscale.evaluation.test_set import TestSet, read_labels
 from flipscale.io.errors import UserError
 

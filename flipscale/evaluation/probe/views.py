@@ -8,7 +8,7 @@ import numpy as np
 from flipscale.data.decode import DRAWS_PER_CROP, UndecodableImage, decode_box
 from flipscale.data.randomness import keyed_uniform
 from flipscale.data.samples import Sample
-from flipscale.data.sources.tar_source import TarSource
+from flipscale.data.sources.tar import TarSource
 from flipscale.evaluation.images import ChosenRows
 from flipscale.io.errors import UserError
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from flipscale.data.samples import Source
-from flipscale.data.sources.tar_source import TarSource
+from flipscale.data.sources.tar import TarSource
 from flipscale.io.atomic import write_text
 from flipscale.io.errors import UserError
 from flipscale.preparation.audit.captions import LONGEST

@@ -9,7 +9,7 @@ import pytest
 from conftest import add_member
 
 from flipscale.data.sources.shard_index import index_path
-from flipscale.data.sources.tar_source import TarSource
+from flipscale.data.sources.tar import TarSource
 
 
 def npy(array: np.ndarray) -> bytes:

@@ -12,7 +12,7 @@ from datasets import Image as ImageFeature
 from PIL import Image
 
 from flipscale.data.samples import BadSample
-from flipscale.data.sources.dataset_source import DatasetSource, load_rows
+from flipscale.data.sources.dataset import DatasetSource, load_rows
 
 FOREIGN = ("/etc/passwd", "{here}/../../etc/passwd", "/dev/zero", "")
 NO_FILES = ("{here}", "{here}/pipe", "{here}/none", "{here}/a\0b", "{here}/" + "x" * 300)

@@ -21,10 +21,11 @@ from conftest import add_member, write_shards
 
 from flipscale.cli import main
 from flipscale.data.recipe import DataRecipe
-from flipscale.data.sources import shard_list, tar_source
+from flipscale.data.sources import manifest as shard_list
+from flipscale.data.sources import tar as tar_source
 from flipscale.data.sources.mixture import order_of
 from flipscale.data.sources.shard_index import index_path, load_index
-from flipscale.data.sources.tar_source import StaleManifest, TarSource
+from flipscale.data.sources.tar import StaleManifest, TarSource
 
 
 def write_tiny(folder: Path, count: int, samples: int = 2) -> None:
@@ -122,7 +123,7 @@ def test_shards_that_come_and_go_are_seen(tmp_path: Path, caplog: pytest.LogCapt
         a_tick_later(tmp_path)
         assert len(TarSource(str(tmp_path)).shard_sizes) == 4
     assert [record.getMessage() for record in caplog.records] == [
-        f"manifest {tmp_path}/shards.manifest is stale: shards came, went or changed; it is written anew"
+        f"manifest {tmp_path}/shards.manifest is stale: shards were added, removed or changed; it is rewritten"
     ] * 2
 
 
@@ -136,7 +137,7 @@ def test_a_shard_that_is_replaced_stops_whoever_opens_it(tmp_path: Path) -> None
     remedy = re.escape(f"write the manifest anew with `flipscale prepare index '{tmp_path}'`")
     content = shard.read_bytes()
     shard.write_bytes(content[:512] + bytes(len(content) - 512))
-    with pytest.raises(StaleManifest, match=rf"shard {shard} was written anew since it was listed; {remedy}"):
+    with pytest.raises(StaleManifest, match=rf"shard {shard} was rewritten since it was listed; {remedy}"):
         pickle.loads(fresh).read(1, 0)
     shard.write_bytes(content + bytes(10240))
     size = len(content)

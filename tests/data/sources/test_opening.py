@@ -17,7 +17,7 @@ from flipscale.data.recipe import DataRecipe, SourceRecipe
 from flipscale.data.samples import MissingCaption
 from flipscale.data.sources.mixture import Mixture, MixtureOrder
 from flipscale.data.sources.opening import open_source
-from flipscale.data.sources.tar_source import TarSource
+from flipscale.data.sources.tar import TarSource
 from flipscale.training.recipe import differences, parse_recipe, to_yaml
 
 

@@ -13,20 +13,19 @@ import pytest
 from conftest import write_shards
 
 from flipscale.data.recipe import DataRecipe
-from flipscale.data.sources import remote_files, shard_cache
-from flipscale.data.sources.manifest import ShardEntry, write_manifest
+from flipscale.data.sources import remote
+from flipscale.data.sources.manifest import ShardEntry, manifest_name, write_manifest
 from flipscale.data.sources.opening import open_source
-from flipscale.data.sources.shard_cache import ShardCache
+from flipscale.data.sources.remote import ShardCache
 from flipscale.data.sources.shard_index import index_path, load_index
-from flipscale.data.sources.shard_list import manifest_name
-from flipscale.data.sources.tar_source import StaleSample
+from flipscale.data.sources.tar import StaleSample
 
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote_files, "_FIRST_DELAY_SECONDS", 0.01)
-    monkeypatch.setattr(remote_files, "_SILENT_SECONDS", 0.3)
-    monkeypatch.setattr(remote_files, "_TRIES", 3)
+    monkeypatch.setattr(remote, "_FIRST_DELAY_SECONDS", 0.01)
+    monkeypatch.setattr(remote, "_SILENT_SECONDS", 0.3)
+    monkeypatch.setattr(remote, "_TRIES", 3)
 
 
 Answer = Callable[[http.server.BaseHTTPRequestHandler, bytes | None], None]
@@ -96,9 +95,9 @@ def test_patience_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail() -> None:
         raise OSError("nobody is there")
 
-    monkeypatch.setattr(remote_files, "_PATIENCE_SECONDS", -1.0)
+    monkeypatch.setattr(remote, "_PATIENCE_SECONDS", -1.0)
     with pytest.raises(OSError, match=r"URL could not be fetched in 1 tries \(nobody is there\); start the run again"):
-        remote_files.patiently("URL", fail)
+        remote.with_retries("URL", fail)
 
 
 def test_a_server_that_sends_a_byte_now_and_then(served: Path, tmp_path: Path) -> None:
@@ -248,7 +247,7 @@ def test_a_cache_removes_its_own_files_only(served: Path, tmp_path: Path) -> Non
     kept = ShardCache(cache, most)
     for shard in (0, 1):
         os.close(kept.open(f"file://{served}/0000{shard}.tar"))
-    assert {path.name for path in cache.iterdir() if not shard_cache._OURS.fullmatch(path.name)} == {
+    assert {path.name for path in cache.iterdir() if not remote._OURS.fullmatch(path.name)} == {
         "letters", "thesis.tar", ".my.partial", ".lock",
     }  # fmt: skip
     assert len(list(cache.glob("[!.]*-0000*.tar"))) == 1

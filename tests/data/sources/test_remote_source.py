@@ -25,17 +25,17 @@ from flipscale.cli import main
 from flipscale.data.feeding import restartable_batches
 from flipscale.data.pairs import InputShape, PairDataset
 from flipscale.data.recipe import DataRecipe
-from flipscale.data.sources import remote_files
+from flipscale.data.sources import remote
 from flipscale.data.sources.mixture import order_of
 from flipscale.data.sources.opening import open_source
-from flipscale.data.sources.shard_cache import ShardCache
+from flipscale.data.sources.remote import ShardCache
 from flipscale.data.sources.shard_index import index_path, load_index
-from flipscale.data.sources.tar_source import TarSource
+from flipscale.data.sources.tar import TarSource
 
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote_files, "_FIRST_DELAY_SECONDS", 0.01)
+    monkeypatch.setattr(remote, "_FIRST_DELAY_SECONDS", 0.01)
 
 
 @pytest.fixture(scope="module")

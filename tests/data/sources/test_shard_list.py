@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from flipscale.data.sources import shard_list
-from flipscale.data.sources.shard_list import in_windows, written_once
-from flipscale.data.sources.tar_source import TarSource
+from flipscale.data.sources import manifest as shard_list
+from flipscale.data.sources.manifest import in_windows, written_once
+from flipscale.data.sources.tar import TarSource
 
 
 def never() -> None:

@@ -9,10 +9,10 @@ import pytest
 from conftest import add_member, write_shards
 
 from flipscale.data.samples import BadSample, TruncatedSample
-from flipscale.data.sources import tar_source
+from flipscale.data.sources import tar as tar_source
+from flipscale.data.sources.manifest import expand_shards
 from flipscale.data.sources.shard_index import index_path
-from flipscale.data.sources.shard_list import expand_shards
-from flipscale.data.sources.tar_source import StaleManifest, TarSource
+from flipscale.data.sources.tar import StaleManifest, TarSource
 
 
 def test_reads_what_the_tar_holds(shards: Path) -> None:

@@ -15,7 +15,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from flipscale.cli import main
-from flipscale.data.sources.tar_source import TarSource
+from flipscale.data.sources.tar import TarSource
 from flipscale.preparation.audit import audit as audit_module
 from flipscale.preparation.audit.languages import LONG_LETTERS, UNSURE, languages_of, num_letters
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 # Rows are read at random from shards_per_block shards of this size.
 _ROWS_PER_SHARD = 10_000
-# What the system says of a name that stands for no file; anything else may be another tomorrow.
+# Errors of a path that is no file. Other errors may pass.
 _NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.ELOOP, errno.ENAMETOOLONG)
 _BYTES = ("binary", "large_binary")
 _TEXTS = ("string", "large_string", "string_view", "null")
@@ -24,25 +24,28 @@ _FILE_KINDS = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv", ".json":
 
 
 class MissingImage(BadSample):
-    """The row has no image, or names a file that is none or not the dataset's."""
+    """The row has no image, or names a file that is missing or outside the dataset."""
 
     cause = "missing_image"
 
 
 class UnreadableRow(BadSample):
-    """The row cannot be made of what the dataset stores."""
+    """The row cannot be decoded from the dataset's storage."""
 
     cause = "unreadable_row"
 
 
 def load_rows(name: str, config: str | None, split: str) -> "Dataset":
-    """Load the Dataset `name`.
+    """Return a Dataset.
 
-    That is a folder written by `save_to_disk`, a path or glob of parquet, Arrow, CSV or JSON lines files, a folder that
-    `load_dataset` understands, or a name on the Hub.
+    Args:
+        name: a folder of `save_to_disk`, a path or glob of parquet, Arrow, CSV or JSON lines files, a folder for
+            `load_dataset`, or a name on the Hub.
+        config: configuration of the dataset, if it has several.
+        split: split of the dataset.
 
     Raises:
-        ValueError: it cannot be loaded.
+        UserError: it cannot be loaded.
     """
     import datasets
 
@@ -56,8 +59,7 @@ def load_rows(name: str, config: str | None, split: str) -> "Dataset":
         if kind is not None:
             return datasets.load_dataset(kind, data_files={split: name}, split=split)
         return datasets.load_dataset(name, config, split=split)
-    except Exception as error:
-        # The library and its builders raise many kinds of exceptions; they all mean that it cannot be loaded.
+    except Exception as error:  # the library and its builders raise many kinds
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"dataset {name!r}, split {split!r}, cannot be loaded ({reason}); name a folder, parquet or Arrow files, "
@@ -69,13 +71,13 @@ class DatasetSource:
     """The rows of a map-style Dataset by (shard, number). A shard is 10,000 consecutive rows; images stay encoded.
 
     Args:
-        rows: memory-mapped by `datasets`, so that copies in workers take no memory.
-        name: its name in messages.
-        image_column: has an Image feature, or encoded bytes.
-        caption_columns: each has a caption or a list of captions.
+        rows: a memory-mapped Dataset, so that copies in workers take no memory.
+        name: name in messages.
+        image_column: column of an Image feature, or of encoded bytes.
+        caption_columns: columns of captions or lists of captions.
 
     Raises:
-        ValueError: a column does not exist, or holds no images or no texts.
+        UserError: a column is missing, or holds no images or no texts.
     """
 
     def __init__(self, rows: "Dataset", name: str, image_column: str, caption_columns: list[str]):
@@ -83,7 +85,7 @@ class DatasetSource:
 
         _check_columns(rows, name, image_column, caption_columns)
         self.name = name
-        # An image may be stored as the name of its file, which lies with the dataset or where it was unpacked.
+        # A row may store the path of an image file, in the dataset's folder or in a cache.
         folders = (*_folders_of(name), *_caches())
         self._folders = {form(folder) for folder in folders for form in (os.path.abspath, os.path.realpath)}
         self.image_column = image_column
@@ -100,7 +102,7 @@ class DatasetSource:
         return len(self.rows)
 
     def read(self, shard: int, number: int) -> Sample:
-        """Do as `Source.read`."""
+        """Return `Source.read`."""
         row = self._row(shard * _ROWS_PER_SHARD + number)
         captions = [text for column in self.caption_columns for text in encoded_captions(row[column], repr(column))]
         if not captions:
@@ -111,8 +113,8 @@ class DatasetSource:
         """Return a row of the dataset.
 
         Raises:
-            UnreadableRow: it cannot be made of what is stored, such as a text that is no UTF-8.
-            OSError: it cannot be read now.
+            UnreadableRow: the stored row cannot be decoded, such as a text that is not UTF-8.
+            OSError: the storage cannot be read now.
         """
         try:
             return self.rows[number]
@@ -125,8 +127,8 @@ class DatasetSource:
         """Return the encoded image of a row.
 
         Raises:
-            BadSample: it has none, or one that is too large.
-            OSError: its file cannot be read now.
+            BadSample: the row has no image, or it is too large.
+            OSError: the image file cannot be read now.
         """
         content, file = (stored.get("bytes"), stored.get("path")) if isinstance(stored, dict) else (stored, None)
         if content is None and file:
@@ -139,11 +141,11 @@ class DatasetSource:
         return content
 
     def _file(self, name: str) -> bytes:
-        path = os.path.abspath(name.replace("\0", "?"))  # no name of a file has a NUL
+        path = os.path.abspath(name.replace("\0", "?"))  # a file name cannot have a NUL
         if not any(os.path.commonpath([path, folder]) == folder for folder in self._folders):
             raise MissingImage(f"it is the file {name!r}, which is not in the dataset's folder")
         try:
-            # A pipe would be waited for.
+            # Non-blocking, because of pipes.
             with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as opened:
                 state = os.fstat(opened.fileno())
                 if not stat.S_ISREG(state.st_mode):
@@ -156,22 +158,22 @@ class DatasetSource:
             raise MissingImage(f"{name!r}: {error.strerror}") from error
 
     def shard_name(self, shard: int) -> str:
-        """Return the dataset's name and the first row of the shard."""
+        """Return the dataset's name and the shard's first row."""
         return f"{self.name}[{shard * _ROWS_PER_SHARD}:]"
 
     def key(self, shard: int, number: int) -> str:
-        """Return the number of the row."""
+        """Return the row number."""
         return str(shard * _ROWS_PER_SHARD + number)
 
     def fetch_ahead(self, shards: list[int]) -> None:
-        """Do nothing, because the rows are on this machine."""
+        """Do nothing, because the rows are local."""
 
 
 def _check_columns(rows: "Dataset", name: str, image_column: str, caption_columns: list[str]) -> None:
     """Raise unless the columns exist and may hold images and texts.
 
     Raises:
-        ValueError: one does not.
+        UserError: one does not.
     """
     from datasets import Image
 
@@ -192,7 +194,7 @@ def _check_columns(rows: "Dataset", name: str, image_column: str, caption_column
 
 
 def _folders_of(name: str) -> Iterable[str]:
-    """Return the folder that a dataset's name stands for, or that its files are in; nothing for one on the Hub."""
+    """Yield the folder of a dataset's files; nothing for a dataset on the Hub."""
     path = Path(name)
     if path.is_dir():
         yield name

@@ -1,11 +1,14 @@
-"""Random access to webdataset tar shards as img2dataset writes them: KEY.jpg|png|webp + KEY.txt|json (+ KEY.cls), and
-as CLIP_benchmark's: KEY.jpg|png|webp + KEY.cls|npy|txt."""
+"""Random access to webdataset tar shards.
+
+Of img2dataset: KEY.jpg|png|webp + KEY.txt|json (+ KEY.cls). Of CLIP_benchmark: KEY.jpg|png|webp + KEY.cls|npy|txt.
+"""
 
 import hashlib
 import io
 import json
 import os
 import resource
+import tarfile
 from collections import OrderedDict
 from functools import cache, partial
 
@@ -21,36 +24,55 @@ from flipscale.data.samples import (
     TruncatedSample,
     check_bytes,
 )
-from flipscale.data.sources.manifest import Manifest
-from flipscale.data.sources.shard_index import Place, Places, places, size_and_time
-from flipscale.data.sources.shard_list import ShardList
-from flipscale.data.sources.tar_members import BLOCK, NotAFile, announces, open_plain
+from flipscale.data.sources.manifest import Manifest, ShardList
+from flipscale.data.sources.shard_index import (
+    BLOCK,
+    NotAFile,
+    Place,
+    Places,
+    announces,
+    open_plain,
+    places,
+    size_and_time,
+)
 from flipscale.io.errors import UserError
 
-# Enough for the shards that 64 lanes read, in one process.
+# Enough for the shards of 64 lanes in one process.
 _MAX_OPEN_SHARDS = 2048
 _MAX_GAP_BYTES = 1 << 16
-# Shards that are looked at when a source is opened: their size and time; and samples of a shard whose time has changed.
-_SHARDS_LOOKED_AT, _SPOTS = 64, 3
+# Number of shards whose size and time are checked when a source is opened, and of samples that are checked in a shard
+# with a new time.
+_CHECKED_SHARDS, _CHECKED_SAMPLES = 64, 3
 
 
 class StaleManifest(UserError):
-    """A shard is not as the manifest says."""
+    """A shard differs from its entry in the manifest."""
 
 
 class StaleSample(BadSample):
-    """Before a file of the sample is not the tar header that there was when the shard was indexed."""
+    """The tar header before a file of the sample differs from the indexed one."""
 
     cause = "stale_index"
 
 
-class TarSource:
-    """The samples of tar shards by (shard, number), found by indices of offsets; there is no stream and no position.
+def add_member(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+    """Append a file with time and owner 0, so that the bytes do not depend on the writer."""
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    tar.addfile(member, io.BytesIO(content))
 
-    A truncated shard has the samples that can be read, an unreadable one has none. `faults` names both.
+
+class TarSource:
+    """The samples of tar shards by (shard, number), read at indexed offsets.
+
+    A truncated shard has its readable samples, an unreadable shard has none. `faults` names both.
+
+    Args:
+        shards: a folder, a glob or a range of shards.
+        anew: whether to write the manifest even if there is one.
 
     Raises:
-        ValueError: a shard is missing.
+        UserError: a shard is missing.
     """
 
     def __init__(self, shards: str, anew: bool = False):
@@ -71,10 +93,10 @@ class TarSource:
         ]
 
     def _is_good(self, manifest: Manifest) -> bool:
-        """Return whether a few of the shards are as the manifest says."""
+        """Return whether a few of the shards agree with the manifest."""
         self.manifest = manifest
         try:
-            count = min(_SHARDS_LOOKED_AT, len(manifest))
+            count = min(_CHECKED_SHARDS, len(manifest))
             for shard in np.linspace(0, len(manifest) - 1, count).astype(int).tolist():
                 listed = manifest.table[shard]
                 if size_and_time(self.shard_name(shard)) != (listed["num_bytes"], listed["mtime_ns"]):
@@ -95,7 +117,7 @@ class TarSource:
 
         Raises:
             BadSample: the shard was cut since it was opened, or the caption is damaged.
-            StaleManifest: the shard is not as the manifest says.
+            StaleManifest: the shard differs from its entry in the manifest.
             OSError: the shard cannot be read.
         """
         where = places(self._row(shard, number))
@@ -116,34 +138,28 @@ class TarSource:
         """Return the captions of sample `number` of shard `shard`, without reading its image.
 
         Raises:
-            BadSample: the shard was cut since it was opened, or the captions are damaged.
-            StaleManifest: the shard is not as the manifest says.
-            OSError: the shard cannot be read.
+            BadSample, StaleManifest, OSError: as `read`.
         """
         where = places(self._row(shard, number))
         stored = self._read(shard, where.caption) if where.caption else b""
         return captions_of_json(stored) if where.is_json and stored else (stored,) if stored else ()
 
     def read_label(self, shard: int, number: int) -> int | None:
-        """Return the class number of sample `number` of shard `shard`, without reading its image; None if it has none.
+        """Return the class number of sample `number` of shard `shard`, or None, without reading its image.
 
         Raises:
-            BadSample: the shard was cut since it was opened.
-            StaleManifest: the shard is not as the manifest says.
-            OSError: the shard cannot be read.
+            BadSample, StaleManifest, OSError: as `read`.
         """
         place = places(self._row(shard, number)).class_number
         return _label(self._read(shard, place) if place else None)
 
     def read_array(self, shard: int, number: int) -> np.ndarray | None:
-        """Return the array in `KEY.npy` of sample `number` of shard `shard`, without reading its image; None if it has
-        none that the index knows.
+        """Return the array in `KEY.npy` of sample `number` of shard `shard`, without reading its image; None if the
+        index has none.
 
         Raises:
-            ValueError: it is no array of numbers, or cut short. Pickled objects are not read.
-            BadSample: the shard was cut since it was opened.
-            StaleManifest: the shard is not as the manifest says.
-            OSError: the shard cannot be read.
+            UserError: the file is no array of numbers, or cut short. Pickled objects are not read.
+            BadSample, StaleManifest, OSError: as `read`.
         """
         place = places(self._row(shard, number)).array
         if place is None:
@@ -151,15 +167,14 @@ class TarSource:
         stored = self._read(shard, place)
         try:
             return np.lib.format.read_array(io.BytesIO(stored), allow_pickle=False)
-        except Exception as error:
-            # A damaged header makes numpy raise many kinds of exceptions.
+        except Exception as error:  # numpy raises many kinds for a damaged header
             reason = " ".join(str(error).split())
             raise UserError(
                 f"{self.shard_name(shard)}#{number} has a KEY.npy that cannot be read ({reason})"
             ) from error
 
     def key(self, shard: int, number: int) -> str:
-        """Return the name of sample `number` of shard `shard`, from the tar header before its image."""
+        """Return the key of sample `number` of shard `shard`, from the tar header before its image."""
         block = int(self._row(shard, number)[0, 0])
         try:
             header = os.pread(self._opened(shard), 100, (block - 1) * BLOCK) if block else b""
@@ -168,17 +183,17 @@ class TarSource:
         return header.split(b"\0", 1)[0].decode("utf-8", "replace").partition(".")[0]
 
     def contents_digest(self) -> str:
-        """Return a digest of the shards' names, sizes and numbers of samples, the same wherever the folder lies."""
+        """Return a digest of the shards' names, sizes and numbers of samples, whatever their folder."""
         table = self.manifest.table
         names = [self.shard_name(shard).rsplit("/", 1)[-1] for shard in range(len(self.shard_sizes))]
         shards = sorted(zip(names, table["num_bytes"].tolist(), self.shard_sizes, strict=True))
         return hashlib.blake2b(json.dumps(shards).encode(), digest_size=16).hexdigest()
 
     def fetch_ahead(self, shards: list[int]) -> None:
-        """Do nothing, because the shards are on this machine."""
+        """Do nothing, because the shards are local."""
 
     def _row(self, shard: int, number: int) -> np.ndarray:
-        """Return where the files of a sample are, uint32 `(3, 2)`."""
+        """Return the index row of a sample, uint32 `(3, 2)`."""
         return self.manifest.row(shard, number)
 
     def _read(self, shard: int, place: Place) -> bytes:
@@ -190,13 +205,13 @@ class TarSource:
             raise self._named(error, shard) from error
 
     def _named(self, error: OSError, shard: int) -> OSError:
-        """Return the error of a disk, or of a network's file system, with the name of the shard."""
+        """Return the error of a disk or network with the name of the shard."""
         if error.errno is None:
             return error
         return OSError(f"shard {self.shard_name(shard)} cannot be read ({error.strerror}); start again when it can")
 
     def _opened(self, shard: int) -> int:
-        """Return the file descriptor of a shard; those that were read last stay open."""
+        """Return the file descriptor of a shard. The last used shards stay open."""
         if shard not in self._open:
             if len(self._open) >= _most_open():
                 os.close(self._open.popitem(last=False)[1])
@@ -205,10 +220,10 @@ class TarSource:
         return self._open[shard]
 
     def _open_checked(self, shard: int) -> int:
-        """Open a shard and look, in the open file, whether it is the one that the manifest lists.
+        """Open a shard, and compare the open file with its entry in the manifest.
 
         Raises:
-            StaleManifest: it is not.
+            StaleManifest: they differ.
         """
         name = self.shard_name(shard)
         try:
@@ -218,12 +233,12 @@ class TarSource:
         except NotAFile as error:
             raise StaleManifest(f"shard {name} is no shard now: {error}; {self.list.stale_remedy}") from error
         state, listed = os.fstat(file), self.manifest.table[shard]
-        # A server may not have said the size.
+        # 0 is the size of a shard whose server does not give it.
         if state.st_size != listed["num_bytes"] and listed["num_bytes"]:
             why = f"has {state.st_size} bytes, {listed['num_bytes']} when it was listed"
-        # A copy may have a time of its own.
+        # Another time may be that of a copy.
         elif state.st_mtime_ns != listed["mtime_ns"] and not self._holds_its_samples(file, shard):
-            why = "was written anew since it was listed"
+            why = "was rewritten since it was listed"
         else:
             return file
         os.close(file)
@@ -233,11 +248,11 @@ class TarSource:
         return open_plain(name)
 
     def _holds_its_samples(self, file: int, shard: int) -> bool:
-        """Return whether there are tar headers of the right size before the files of a few samples."""
+        """Return whether a few samples have their tar headers before their files."""
         size = int(self.manifest.table["samples"][shard])
-        numbers = np.linspace(0, size - 1, min(_SPOTS, size)).astype(int).tolist()
-        found = [places(self._row(shard, number)) for number in numbers]
-        files = [place for where in found for place in (where.image, where.caption, where.class_number) if place]
+        numbers = np.linspace(0, size - 1, min(_CHECKED_SAMPLES, size)).astype(int).tolist()
+        rows = [places(self._row(shard, number)) for number in numbers]
+        files = [place for where in rows for place in (where.image, where.caption, where.class_number) if place]
         return all(announces(os.pread(file, BLOCK, max(offset - BLOCK, 0)), size) for offset, size in files)
 
     def __getstate__(self) -> dict[str, object]:
@@ -250,8 +265,7 @@ class TarSource:
 
 @cache
 def _most_open() -> int:
-    """Return how many shards may be open: half of the files that the system lets a process open, once it is asked for
-    as many as it may give."""
+    """Return the limit of open shards: half of the process's limit of open files, after raising that."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = 2 * _MAX_OPEN_SHARDS
     if soft != resource.RLIM_INFINITY and soft < wanted:
@@ -261,11 +275,11 @@ def _most_open() -> int:
 
 
 def _read_fields(file: int, where: Places) -> list[bytes | None]:
-    """Return image, caption and class number of a sample, None for those it lacks. One read gets all if they are close,
-    as in most tars.
+    """Return the image, caption and class number of a sample, None for a missing one. One read gets all of them if they
+    are close, as in most tars.
 
     Raises:
-        BadSample: one of them is too large, or cut short.
+        BadSample: a file is too large, or cut short.
     """
     check_bytes(where.image.size, MAX_IMAGE_BYTES, "an image")
     for text in (where.caption, where.class_number):
@@ -285,11 +299,11 @@ def _read(file: int, place: Place) -> bytes:
 
 
 def _cut_out(content: bytes, place: Place, first: int) -> bytes:
-    """Return the file at `place` of what was read from byte `first` on, with the tar header before the file.
+    """Return the file at `place` from content that begins at byte `first`, after a check of its tar header.
 
     Raises:
-        TruncatedSample: it goes on behind what could be read.
-        StaleSample: it has another size, or there is no file: the index is not this shard's.
+        TruncatedSample: the content ends inside the file.
+        StaleSample: the header is missing or gives another size: the index belongs to another shard.
     """
     at = place.offset - first
     if at + place.size > len(content):
@@ -303,6 +317,6 @@ def _cut_out(content: bytes, place: Place, first: int) -> bytes:
 
 
 def _label(stored: bytes | None) -> int | None:
-    """Return a class number; None where there is none, or one of more digits than a number of 64 bits."""
+    """Return a class number; None if there is none, or it exceeds 64 bits."""
     number = b"" if stored is None else stored.strip()
     return int(number) if number.isdigit() and len(number) < 19 else None

@@ -1,0 +1,682 @@
+"""Tar shards on s3, gs, hf or https: requests with limits, a bounded cache on a local disk, and the source.
+
+Each request has a limit of time and of size, is tried again, and ends in one sentence.
+"""
+
+import asyncio
+import errno
+import hashlib
+import logging
+import os
+import re
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from json import JSONDecodeError
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from filelock import FileLock, Timeout
+
+from flipscale.data.order import Lanes, share_out
+from flipscale.data.recipe import DataRecipe
+from flipscale.data.sources.manifest import (
+    Manifest,
+    ShardEntry,
+    ShardList,
+    expand_range,
+    in_windows,
+    manifest_name,
+    no_shards,
+    read_manifest,
+    split_shards,
+    without_own_files,
+    write_manifest,
+    written_once,
+)
+from flipscale.data.sources.shard_index import (
+    Index,
+    NotAFile,
+    build_index,
+    most_bytes,
+    open_plain,
+    read_index,
+    size_and_time,
+)
+from flipscale.data.sources.tar import StaleManifest, TarSource
+from flipscale.io.atomic import atomic_write, remove, unique_partial_path
+from flipscale.io.errors import UserError
+from flipscale.model.hub_requests import guard_requests
+
+# A transfer is stopped when fewer bytes come in so many seconds.
+_SILENT_SECONDS = 20.0
+_LEAST_BYTES = 20_000
+# Long lists come in pages.
+_LISTING_SECONDS = 200.0
+# No try begins later than this after the first. A start must not wait minutes for a server that accepts connections and
+# answers nothing; a run may wait longer for a shard.
+_START_PATIENCE_SECONDS = 30.0
+_PATIENCE_SECONDS = 90.0
+_TRIES = 6
+_FIRST_DELAY_SECONDS = 0.5  # doubled for each try, up to 8 seconds
+_ENDING_SECONDS = 5.0
+# HTTP's client errors that may pass: time-out, too early, too many requests.
+_MAY_PASS = (408, 425, 429)
+
+_FULL_DELAY_SECONDS = 0.05
+# Space reserved for a file whose server gives no size, and the limit of that file.
+_UNKNOWN_SIZE_BYTES = 1 << 31
+_LONGEST_NAME = 100
+# Names of the cache's own files. Other files in the folder are neither counted nor removed.
+_OURS = re.compile(r"\.?[0-9a-f]{16}-.*")
+_PARTIAL = re.compile(r"\.[0-9a-f]{16}-.*\.(\d+)\.partial")
+
+# More threads than cores, because requests mostly wait.
+_THREADS = 16
+# Number of shards whose sizes are checked when a source is opened.
+_CHECKED_SHARDS = 3
+# Pause of the prefetch after a shard that could not be fetched.
+_PAUSE_SECONDS = 1.0
+
+_log = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+
+
+def file_system(url: str) -> tuple[Any, str]:
+    """Return fsspec's file system of a URL, and the path in it.
+
+    Raises:
+        ValueError: the protocol is unknown, or its package is not installed.
+    """
+    import fsspec
+
+    if url.startswith("hf:"):
+        guard_requests()
+    try:
+        system, path = fsspec.core.url_to_fs(url)
+    except (ImportError, ValueError) as error:
+        raise UserError(f"{url!r} cannot be read: {error}") from error
+    return system, path
+
+
+def information(url: str) -> dict[str, Any]:
+    """Return the server's information about a file: `size`, possibly None, and a checksum or a time.
+
+    Raises:
+        FileNotFoundError, PermissionError: the file does not exist or may not be read.
+        OSError: the server does not answer.
+    """
+    return with_retries(url, lambda: information_at_once(url), _START_PATIENCE_SECONDS)
+
+
+def information_at_once(url: str) -> dict[str, Any]:
+    """Return `information`, without retries.
+
+    Raises:
+        Exception: any kind, because each protocol has its own for a broken connection.
+    """
+    system, remote = file_system(url)
+    return _watched(system, "info", lambda: 0, _SILENT_SECONDS, remote)
+
+
+def list_urls(url: str) -> list[str]:
+    """Return the URLs that match a pattern, sorted.
+
+    Raises:
+        OSError: the server does not answer.
+    """
+
+    def ask() -> list[str]:
+        system, remote = file_system(url)
+        names = _watched(system, "glob", lambda: 0, _LISTING_SECONDS, remote)
+        return sorted(system.unstrip_protocol(name) for name in names)
+
+    return with_retries(url, ask, _START_PATIENCE_SECONDS)
+
+
+def fetch(url: str, path: Path, size: int | None, most_bytes: int) -> None:
+    """Write a file to `path`, without retries.
+
+    Args:
+        url: URL of the file.
+        path: local path to write to.
+        size: expected size in bytes; None if unknown.
+        most_bytes: limit of the written bytes.
+
+    Raises:
+        OSError: the size differs, or the transfer is too slow or too long.
+        Exception: any kind, because each protocol has its own for a broken connection.
+    """
+    import fsspec
+
+    class Counter(fsspec.callbacks.Callback):
+        """A counter that ends a transfer beyond its limit."""
+
+        bytes = 0
+
+        def relative_update(self, inc: int = 1) -> None:
+            self.bytes += inc
+            if self.bytes > most_bytes:
+                raise OSError(f"more than {most_bytes} bytes came")
+
+    system, remote = file_system(url)
+    counter = Counter()
+    _watched(system, "get_file", lambda: counter.bytes, _SILENT_SECONDS, remote, str(path), callback=counter)
+    got = path.stat().st_size
+    if size is not None and got != size:
+        raise OSError(f"{got} of {size} bytes came")
+
+
+def with_retries(url: str, ask: Callable[[], Result], patience: float = _PATIENCE_SECONDS) -> Result:
+    """Return the result of `ask`, with retries and a warning after each error that may pass.
+
+    Args:
+        url: URL of the request, for messages.
+        ask: a request without retries.
+        patience: seconds after which no further try begins.
+
+    Raises:
+        FileNotFoundError, PermissionError, ValueError: as `ask`.
+        OSError: the last try failed, or the local disk is full.
+    """
+    started = time.monotonic()
+    for number in range(1, _TRIES + 1):
+        try:
+            return ask()
+        except Exception as error:
+            # JSONDecodeError: a proxy's page in place of an answer may pass.
+            if isinstance(error, PermissionError | ValueError) and not isinstance(error, JSONDecodeError):
+                raise
+            # All other kinds may be a protocol's own for a broken connection.
+            if isinstance(error, FileNotFoundError) and not _may_pass(error.__cause__):
+                raise
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+                raise OSError(
+                    f"{url} cannot be kept ({error.strerror}); make room, or name another folder in data.cache_dir"
+                ) from error
+            cause = error.__cause__ if isinstance(error, FileNotFoundError) else error
+            reason = " ".join(str(cause).split()) or type(cause).__name__
+            if number == _TRIES or time.monotonic() - started > patience:
+                raise OSError(
+                    f"{url} could not be fetched in {number} tries ({reason}); start the run again when it can"
+                ) from error
+            _log.warning("%s could not be fetched (%s); trying again", url, reason)
+            time.sleep(_FIRST_DELAY_SECONDS * 2 ** (number - 1))
+    raise AssertionError("the last try returns or raises")
+
+
+def _may_pass(cause: BaseException | None) -> bool:
+    """Return whether the cause of a FileNotFoundError, which fsspec raises for any error of HTTP, may pass."""
+    if cause is None or not (isinstance(cause, OSError) or type(cause).__module__.startswith(("aiohttp", "asyncio"))):
+        return False
+    # aiohttp's errors have a status, the Hub's a response with a status.
+    status = getattr(cause, "status", None) or getattr(getattr(cause, "response", None), "status_code", None)
+    return status is None or not 400 <= status < 500 or status in _MAY_PASS
+
+
+def _watched(system: Any, name: str, progress: Callable[[], int], seconds: float, *arguments: Any, **named: Any) -> Any:
+    """Return the result of a file system's method, if `progress` grows by `_LEAST_BYTES` in each period.
+
+    Only methods in fsspec's event loop are watched. The Hub's file system has its own time-outs (`guard_requests`).
+
+    Args:
+        system: fsspec's file system.
+        name: name of the method.
+        progress: returns the number of bytes so far.
+        seconds: length of a period.
+        arguments, named: arguments of the method.
+
+    Raises:
+        OSError: too few bytes came in a period.
+    """
+    from fsspec.asyn import sync
+
+    if not getattr(system, "async_impl", False):
+        return getattr(system, name)(*arguments, **named)
+    method: Callable[..., Awaitable[Any]] = getattr(system, f"_{name}")
+
+    async def watched() -> Any:
+        task = asyncio.ensure_future(method(*arguments, **named))
+        before = 0
+        while not (await asyncio.wait({task}, timeout=seconds))[0]:
+            now = progress()
+            if now - before < _LEAST_BYTES:
+                task.cancel()
+                await asyncio.wait({task}, timeout=_ENDING_SECONDS)
+                raise OSError(f"{now - before} bytes came in {seconds:g} seconds")
+            before = now
+        return task.result()
+
+    return sync(system.loop, watched)
+
+
+class ShardCache:
+    """Local copies of remote shards, shared by all processes of a machine.
+
+    The least recently read shards are removed to make room. One process at a time fetches a shard, under a lock that
+    ends with its process. A shard is written under a temporary name, and renamed when it has the original's size. The
+    temporary name contains the size, so that concurrent transfers keep the limit together.
+
+    Args:
+        folder: folder on a local disk.
+        max_bytes: limit of all copies together.
+
+    Raises:
+        UserError: the folder cannot be made or written.
+    """
+
+    def __init__(self, folder: Path, max_bytes: int):
+        self.folder = folder
+        self.max_bytes = max_bytes
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"data.cache_dir {folder} cannot be made ({error.strerror}); name a folder on a local disk"
+            ) from error
+        if not os.access(folder, os.W_OK):
+            raise UserError(f"data.cache_dir {folder} may not be written; name a folder on a local disk")
+
+    def path(self, url: str) -> Path:
+        """Return the path of the copy of `url`, whether or not it is fetched."""
+        name = url.rstrip("/").rsplit("/", 1)[-1][-_LONGEST_NAME:]
+        return self.folder / f"{hashlib.blake2b(url.encode(), digest_size=8).hexdigest()}-{name}"
+
+    def open(self, url: str) -> int:
+        """Return a file descriptor of the copy of `url`, after fetching it if needed.
+
+        Raises:
+            OSError: `url` cannot be fetched.
+        """
+        path = self.path(url)
+        while True:
+            try:
+                file = open_plain(path)
+                os.utime(file)  # marks the copy as just read
+                return file
+            except FileNotFoundError:
+                self.fetch(url)  # again, if another process removes the copy before it is opened
+            except NotAFile:
+                self.forget(url)
+
+    def forget(self, url: str) -> None:
+        """Remove a wrong copy of `url`."""
+        remove(self.path(url))
+
+    def fetch(self, url: str) -> None:
+        """Fetch `url` with retries, unless its copy exists; wait if another process fetches it.
+
+        Raises:
+            OSError: `url` cannot be fetched.
+        """
+        path = self.path(url)
+        if path.exists():
+            return
+        with self._lock(path, timeout=-1):
+            if not path.exists():
+                with_retries(url, lambda: self._transfer(url, path))
+
+    def try_to_fetch(self, url: str) -> None:
+        """Fetch `url` without retries, unless its copy exists or another process fetches it.
+
+        Raises:
+            Exception: any kind, because each protocol has its own for a broken connection.
+        """
+        path = self.path(url)
+        with suppress(Timeout), self._lock(path, timeout=0):
+            if not path.exists():
+                self._transfer(url, path)
+
+    def _lock(self, path: Path, timeout: float) -> FileLock:
+        return FileLock(path.with_name(f".{path.name}.lock"), timeout=timeout)
+
+    def _transfer(self, url: str, path: Path) -> None:
+        size = information_at_once(url)["size"]
+        reserved = min(_UNKNOWN_SIZE_BYTES, self.max_bytes) if size is None else size
+        if reserved > self.max_bytes:
+            raise UserError(f"{url} has {size} bytes, which do not fit into data.cache_bytes {self.max_bytes}")
+        # This process holds the lock, so a file of this name is the rest of a killed process.
+        with atomic_write(path, path.with_name(f".{path.name}.{reserved}.partial")) as partial:
+            self._reserve(partial, reserved)
+            fetch(url, partial, size, reserved)
+
+    def _reserve(self, partial: Path, size: int) -> None:
+        """Make room for a transfer and reserve it; wait for other transfers if nothing can be removed."""
+        while True:
+            with FileLock(self.folder / ".lock"):
+                if self._make_room(size) <= 0:
+                    partial.touch()
+                    return
+            time.sleep(_FULL_DELAY_SECONDS)
+
+    def _make_room(self, size: int) -> int:
+        """Remove the least recently read shards until `size` bytes fit, and return the number of missing bytes."""
+        excess, shards = size - self.max_bytes, []
+        for entry in os.scandir(self.folder):
+            if not _OURS.fullmatch(entry.name):
+                continue
+            with suppress(FileNotFoundError):
+                state = entry.stat()
+                partial = _PARTIAL.fullmatch(entry.name)
+                if partial:
+                    excess += 0 if self._abandoned(entry) else int(partial[1])
+                else:
+                    excess += state.st_size
+                    if not entry.name.startswith(".") and not entry.name.endswith((".index.npy", ".manifest")):
+                        shards.append((state.st_mtime_ns, state.st_size, entry.path))
+        for _, held, path in sorted(shards):
+            if excess <= 0:
+                break
+            with suppress(FileNotFoundError):
+                os.unlink(path)
+            excess -= held
+        return excess
+
+    def _abandoned(self, partial: "os.DirEntry[str]") -> bool:
+        """Return whether the writer of `partial` is gone; if so, remove the file."""
+        shard = self.folder / partial.name.removeprefix(".").rsplit(".", 2)[0]
+        try:
+            with self._lock(shard, timeout=0):
+                Path(partial.path).unlink(missing_ok=True)
+                return True
+        except Timeout:
+            return False
+
+
+class RemoteShardList(ShardList):
+    """The shards at a URL: a range such as `{00000..00041}.tar`, a glob, or a folder.
+
+    The content of a URL must not change. New shards are seen after `flipscale prepare index` has rewritten the
+    manifest. A manifest beside the shards is fetched. Without it, one process of each node makes a manifest in the
+    cache, from the indices beside the shards or else from the shards.
+
+    Args:
+        shards: a range, glob or folder at a URL.
+        cache: cache of the machine.
+
+    Raises:
+        UserError: no shard is found, or the protocol's package is not installed.
+    """
+
+    def __init__(self, shards: str, cache: ShardCache):
+        self.shards, self.cache = shards, cache
+        self.folder, self.pattern = split_shards(
+            shards, lambda url: not url.endswith(".tar") and not re.search(r"[*?\[{]", url)
+        )
+        self.url = self.path(manifest_name(self.pattern))
+
+    @property
+    def stale_remedy(self) -> str:
+        """Fix of a shard that differs from its entry in the manifest."""
+        return f"give the new shard another name, and {self.remedy}"
+
+    def path(self, name: str) -> str:  # type: ignore[override]
+        """Return the URL of a shard."""
+        return name if "://" in name else f"{self.folder}/{name}"
+
+    def names(self) -> list[str]:
+        """Return `ShardList.names`."""
+        named = expand_range(self.pattern)
+        if named is None:
+            url = self.path(self.pattern)
+            system, path = file_system(url)
+            urls = list_urls(url) if re.search(r"[*?\[]", path) else [system.unstrip_protocol(path)]
+            named = without_own_files([url.removeprefix(f"{self.folder}/") for url in urls])
+        if not named:
+            raise no_shards(self.shards)
+        return named
+
+    def open(self, is_good: Callable[[Manifest], bool], anew: bool = False) -> Manifest:
+        """Return `ShardList.open`, without a check of shards."""
+        if not anew:
+            published = self._published()
+            if published is not None:
+                return published
+        place = self._local("local")
+        if anew:
+            return self._write(place)
+        return written_once(place, lambda _: self._still_good(place), lambda: self._write(place))
+
+    def _still_good(self, place: Path) -> Manifest | None:
+        """Return a manifest made on this machine, unless a few of its shards have other sizes now."""
+        manifest = self._read_cached(place)
+        if manifest is not None:
+            for shard in np.linspace(0, len(manifest) - 1, min(_CHECKED_SHARDS, len(manifest))).astype(int).tolist():
+                size = information(self.path(manifest.name(shard)))["size"]
+                if size not in (None, manifest.table["num_bytes"][shard]):
+                    return None
+        return manifest
+
+    def _read_cached(self, place: Path) -> Manifest | None:
+        """Return a manifest of the cache; None if it is missing or damaged."""
+        with suppress(ValueError):
+            return read_manifest(place, self.pattern, self.remedy)
+        _log.warning("%s is damaged; it is made anew", place)
+        return None
+
+    def index(self, name: str, size: int | None = None) -> Index:
+        """Return the index of a shard: from the cache, from beside the shard, or built.
+
+        Args:
+            name: name of the shard.
+            size: length of the shard, if known; an index of another length is rebuilt.
+        """
+        url = self.path(name)
+        path = self.index_path(name)
+        with suppress(OSError, ValueError):
+            index = read_index(path.read_bytes())
+            if size in (None, index.num_bytes):
+                return index
+        try:
+            self._fetch(f"{url}.index.npy", path, self.cache.max_bytes if size is None else most_bytes(size))
+            index = read_index(path.read_bytes())
+        except (FileNotFoundError, PermissionError, ValueError):
+            return self._build(url, path, size)
+        return index if size in (None, index.num_bytes) else self._build(url, path, size)
+
+    def _fetch(self, url: str, path: Path, most_bytes: int) -> None:
+        """Fetch a small file to `path`."""
+
+        def ask() -> None:
+            with atomic_write(path, unique_partial_path(path)) as partial_file:
+                fetch(url, partial_file, None, most_bytes)
+
+        # Checked first, because fsspec makes the local file before it finds nothing at the URL.
+        information(url)
+        with_retries(url, ask)
+
+    def index_path(self, name: str) -> Path:
+        """Return the path of a shard's index in the cache."""
+        path = self.cache.path(self.path(name))
+        return path.with_name(path.name + ".index.npy")
+
+    def _local(self, version: str) -> Path:
+        key = hashlib.blake2b(self.url.encode(), digest_size=8).hexdigest()
+        return self.cache.folder / f"{key}-{version}.manifest"
+
+    def _published(self) -> Manifest | None:
+        """Return the manifest beside the shards, fetched if it changed; None if there is none."""
+        try:
+            about = information(self.url)
+            version = hashlib.blake2b(repr(sorted(about.items(), key=str)).encode(), digest_size=8).hexdigest()
+            path = self._local(version)
+            if not path.exists() or self._read_cached(path) is None:
+                self._fetch(self.url, path, self.cache.max_bytes)
+        except (FileNotFoundError, PermissionError):
+            return None
+        manifest = read_manifest(path, self.pattern, self.remedy)
+        protocol = self.url.partition("://")[0]
+        if manifest is not None and b"://" in manifest.names:
+            for name in manifest.all_names():
+                if "://" in name and name.partition("://")[0] != protocol:
+                    raise UserError(f"manifest {self.url} names {name!r}, which is on another server; {self.remedy}")
+        return manifest
+
+    def _write(self, place: Path) -> Manifest:
+        entries = in_windows(self._entry, self.names(), lambda: ThreadPoolExecutor(_THREADS), place)
+        write_manifest(place, self.pattern, entries, [], rows=False)
+        written = read_manifest(place, self.pattern, self.remedy)
+        assert written is not None
+        return written
+
+    def _entry(self, name: str) -> ShardEntry:
+        try:
+            size = information(self.path(name))["size"]
+            index = self.index(name, size)
+            return ShardEntry(name, index.rows, index.damage, size or index.num_bytes, 0)
+        except FileNotFoundError as error:
+            raise UserError(f"shard {self.path(name)} does not exist; check data.shards") from error
+
+    def _build(self, url: str, path: Path, size: int | None) -> Index:
+        if size not in (None, size_and_time(self.cache.path(url))[0]):
+            self.cache.forget(url)
+        while True:
+            self.cache.fetch(url)
+            try:
+                return build_index(self.cache.path(url), path)
+            except FileNotFoundError:
+                continue  # another process removed the copy to make room
+
+
+def _read_at_once(num_shards: int, recipe: DataRecipe) -> int:
+    """Return the number of shards that the lanes of this node read at the same time."""
+    processes, here = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    lanes, of_each = share_out(num_shards, recipe.shards_per_block, Lanes(recipe.num_lanes, recipe.global_batch_size))
+    return of_each * -(-lanes.count * here // processes)
+
+
+class RemoteTarSource(TarSource):
+    """A `TarSource` of shards at URLs, which are prefetched.
+
+    Args:
+        shards: a range, glob or folder at `s3://`, `gs://`, `hf://`, `https://` or any other protocol of fsspec.
+        cache: cache of the machine.
+        recipe: batch size, lanes and blocks, which determine the needed size of the cache.
+        anew: whether to write the manifest even if there is one.
+
+    Raises:
+        UserError: a shard is missing, or the cache is too small for a node's current and next shards.
+    """
+
+    def __init__(self, shards: str, cache: ShardCache, recipe: DataRecipe, anew: bool = False):
+        self.cache = cache
+        super().__init__(shards, anew)
+        largest = np.sort(self.manifest.table["num_bytes"])[-2 * _read_at_once(len(self.shard_sizes), recipe) :]
+        if cache.max_bytes < largest.sum():
+            raise UserError(
+                f"data.cache_bytes {cache.max_bytes} cannot hold the {len(largest)} shards of {shards!r} that a node "
+                f"reads now and next, {largest.sum()} bytes; raise it, or lower data.lanes and data.shards_per_block"
+            )
+        self._ahead = _Prefetcher(cache)
+        self._indices: OrderedDict[int, np.ndarray] = OrderedDict()
+
+    def _listed(self, shards: str) -> ShardList:
+        return RemoteShardList(shards, self.cache)
+
+    def fetch_ahead(self, shards: Sequence[int]) -> None:
+        """Prefetch these shards in a thread, except those that another process fetches."""
+        # Closed, because a removed copy frees its space when no process has it open.
+        for shard in [shard for shard, file in self._open.items() if not os.fstat(file).st_nlink]:
+            os.close(self._open.pop(shard))
+            self._indices.pop(shard, None)
+        self._ahead.want([self.shard_name(shard) for shard in shards])
+
+    def publish(self) -> None:
+        """Write the manifest and the missing indices beside the shards, for other machines.
+
+        Raises:
+            UserError: the place is not writable.
+        """
+        assert isinstance(self.list, RemoteShardList)
+        url = self.list.url
+        try:
+            for name in self.manifest.all_names():
+                url = f"{self.list.path(name)}.index.npy"
+                system, remote = file_system(url)
+                if not system.exists(remote):
+                    system.put_file(str(self.list.index_path(name)), remote)
+            url = self.list.url
+            system, remote = file_system(url)
+            system.put_file(str(self.manifest.path), remote)
+        except Exception as error:  # each protocol has its own kinds
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise UserError(f"{url} cannot be written ({reason}); name a writable place") from error
+
+    def _open_checked(self, shard: int) -> int:
+        try:
+            return super()._open_checked(shard)
+        except StaleManifest:
+            # The copy may be damaged.
+            self.cache.forget(self.shard_name(shard))
+            return super()._open_checked(shard)
+
+    def _open_shard(self, name: str) -> int:
+        return self.cache.open(name)
+
+    def _holds_its_samples(self, file: int, shard: int) -> bool:
+        """Return True, because samples of a wrong index are counted when they are read."""
+        return True
+
+    def _opened(self, shard: int) -> int:
+        file = super()._opened(shard)
+        os.utime(file)  # because the cache removes the least recently read shards
+        return file
+
+    def _row(self, shard: int, number: int) -> np.ndarray:
+        if shard not in self._indices:
+            assert isinstance(self.list, RemoteShardList)
+            self._indices[shard] = self.list.index(self.manifest.name(shard)).rows
+        return self._indices[shard][number]
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**super().__getstate__(), "_indices": OrderedDict()}
+
+    def __del__(self) -> None:
+        with suppress(AttributeError):  # __init__ may have raised
+            self._ahead.end()
+        super().__del__()
+
+
+class _Prefetcher:
+    """A thread that prefetches shards. Every process has one; the cache lets one of them fetch a shard."""
+
+    def __init__(self, cache: ShardCache):
+        self.cache = cache
+        self._thread: threading.Thread | None = None
+        self._urls: list[str] = []
+
+    def want(self, urls: list[str]) -> None:
+        """Fetch `urls` in this order, in place of those of the last call."""
+        self._urls = urls
+        if self._thread is None or not self._thread.is_alive():
+            self._changed, self._ended = threading.Event(), threading.Event()
+            self._thread = threading.Thread(target=self._fetch, name="fetch ahead", daemon=True)
+            self._thread.start()
+        self._changed.set()
+
+    def end(self) -> None:
+        """Let the thread end after its current shard."""
+        if self._thread is not None:
+            self._ended.set()
+            self._changed.set()
+
+    def _fetch(self) -> None:
+        while self._changed.wait() and not self._ended.is_set():
+            self._changed.clear()
+            for url in self._urls:
+                if self._changed.is_set():
+                    break
+                try:
+                    self.cache.try_to_fetch(url)
+                except Exception:  # each protocol has its own kinds
+                    # The shard may never be needed. If it is, the reader tries again and reports the error.
+                    self._ended.wait(_PAUSE_SECONDS)
+                    break
+
+    def __getstate__(self) -> dict[str, object]:
+        return {"cache": self.cache, "_thread": None, "_urls": []}
