@@ -20,7 +20,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from flipscale.data.sources.tar_file import add_member
+from flipscale.data.sources.tar import add_member
 from flipscale.io import options
 from flipscale.io.atomic import atomic_write
 from flipscale.io.errors import UserError

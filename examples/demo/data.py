@@ -25,7 +25,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from examples.npm import check_renderer, download, slug
-from flipscale.data.sources.tar_file import add_member
+from flipscale.data.sources.tar import add_member
 from flipscale.data.tokenizers import train_sentencepiece
 from flipscale.io.atomic import atomic_write
 from flipscale.io.errors import UserError

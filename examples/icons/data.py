@@ -28,7 +28,7 @@ from filelock import FileLock, Timeout
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from examples.npm import check_renderer, download
-from flipscale.data.sources.tar_file import add_member
+from flipscale.data.sources.tar import add_member
 from flipscale.data.tokenizers import train_sentencepiece
 from flipscale.io import options
 from flipscale.io.atomic import atomic_write, partial_path, remove, sync, unique_partial_path, write_text

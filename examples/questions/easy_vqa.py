@@ -16,7 +16,7 @@ import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from flipscale.data.sources.tar_file import add_member
+from flipscale.data.sources.tar import add_member
 from flipscale.data.tokenizers import train_sentencepiece
 from flipscale.io.atomic import atomic_write
 from flipscale.io.errors import UserError

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 
 from flipscale.data.decode import UndecodableImage
-from flipscale.data.faults import BadSample, told_as
 from flipscale.data.recipe import DataRecipe
+from flipscale.data.samples import BadSample, wrap_errors
 from flipscale.data.sources.opening import open_shards
-from flipscale.data.sources.tar_source import TarSource
+from flipscale.data.sources.tar import TarSource
 from flipscale.evaluation.images import Decoder, SampleNumbers
 from flipscale.io.errors import UserError
 from flipscale.io.options import usable_cores
@@ -197,7 +197,7 @@ def decode_one(decode: Decoder) -> Callable[[bytes | BadSample, int], dict[str, 
         if isinstance(encoded, BadSample):
             return encoded
         try:
-            with told_as(UndecodableImage):
+            with wrap_errors(UndecodableImage):
                 return decode(encoded, row)
         except BadSample as error:
             return error

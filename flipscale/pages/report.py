@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import yaml
 
 from flipscale.data.decode import decode_small
-from flipscale.data.faults import BadSample
+from flipscale.data.samples import BadSample
 from flipscale.evaluation.reports.curves import Curve, read_curve
 from flipscale.evaluation.reports.record import data_name
 from flipscale.evaluation.results import BEFORE, CHANGED, CHANGES, THIS_MODEL, Result, with_changes, with_unit

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from flipscale.data.decode import decode_small
-from flipscale.data.faults import BadSample
+from flipscale.data.samples import BadSample
 from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.reports.record import weights_digest
 from flipscale.io.atomic import atomic_write, write_text

@@ -25,8 +25,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 
 from flipscale.data.captions import captions_of_json, choose_caption, encoded_captions
-from flipscale.data.faults import BadSample, MissingCaption
-from flipscale.data.sources.source import MAX_IMAGE_BYTES, MAX_TEXT_BYTES, check_bytes
+from flipscale.data.samples import MAX_IMAGE_BYTES, MAX_TEXT_BYTES, BadSample, MissingCaption, check_bytes
 from flipscale.io.errors import UserError
 from flipscale.io.files import is_utf8
 from flipscale.io.model_folder import is_path

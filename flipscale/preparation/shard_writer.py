@@ -250,7 +250,7 @@ def _write_all(job: _Job, todo: list[int], done: dict[int, dict[str, Any]], pool
 def _open_manifest(job: _Job, begun: dict[str, Any]) -> dict[int, dict[str, Any]]:
     """Return the lines of finished shards by shard, and remove all other lines from the manifest."""
     path = job.out_dir / _MANIFEST
-    lines = json_lines.each(path)
+    lines = json_lines.iterate(path)
     before = next(lines, begun)
     differing = [name for name, value in begun.items() if before.get(name) != value]
     if differing and _is_empty(job.out_dir):

@@ -12,10 +12,9 @@ import numpy as np
 import torch
 import yaml
 
-from flipscale.data.masks.image import IMAGE_MASKS
-from flipscale.data.masks.keyed import keyed_patches
-from flipscale.data.masks.recipe import MaskRecipe
+from flipscale.data.masks import IMAGE_MASKS, keyed_patches
 from flipscale.data.pairs import InputShape, PairDataset
+from flipscale.data.recipe import MaskRecipe
 from flipscale.data.sources.opening import open_source
 from flipscale.data.tokenizers import load_tokenizer
 from flipscale.evaluation.nearest_neighbour import run_baselines

@@ -13,8 +13,8 @@ _log = logging.getLogger(__name__)
 
 ENERGY_FILE = "energy.jsonl"
 KINDS = ("GPUs", "processors")
-_ENERGY_FIELDS = {"start": int, "step": int, "energy_parts": dict, "failed": bool | None}
-_START_FIELDS = {"num_processes": int, "time": int | float, "last_sign_before": int | float | None}
+_ENERGY_FIELDS = ("start", "step", "energy_parts")
+_START_FIELDS = ("num_processes", "time", "last_sign_before")
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def read_energy(run_dir: Path, step: int | None = None) -> Energy:
         step: last step to count; None for the whole run.
     """
     try:
-        lines = json_lines.read(run_dir / ENERGY_FILE, **_ENERGY_FIELDS)
+        lines = json_lines.read(run_dir / ENERGY_FILE, *_ENERGY_FIELDS)
     except (OSError, ValueError) as error:
         _log.warning("the energy of %s is unknown: %s", run_dir, error)
         return Energy()
@@ -110,7 +110,7 @@ def occupied_device_hours(run_dir: Path) -> float | None:
 
     None if no start was recorded.
     """
-    starts = json_lines.read(run_dir / "starts.jsonl", **_START_FIELDS)
+    starts = json_lines.read(run_dir / "starts.jsonl", *_START_FIELDS)
     if not starts:
         return None
     ends = [start["last_sign_before"] for start in starts[1:]] + [last_sign(run_dir)]
@@ -135,4 +135,4 @@ def training_device_hours(starts: Sequence[Mapping[str, Any]], trained_seconds: 
 
 def last_sign(run_dir: Path) -> float | None:
     """Return the time of a run's last heartbeat, in seconds since 1970; None without one."""
-    return next((sign["time"] for sign in json_lines.read(run_dir / "heartbeat.json", time=int | float)), None)
+    return next((sign["time"] for sign in json_lines.read(run_dir / "heartbeat.json", "time")), None)

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from benchmarks.photos import PACKAGE, _resource_files, main, prepare_photos
-from flipscale.data.sources.tar_source import TarSource
+from flipscale.data.sources.tar import TarSource
 
 
 def resources(files: dict[str, bytes]) -> bytes:

@@ -167,7 +167,7 @@ def test_padding_goes_before_any_word() -> None:
         ((0.75, "centre", 2), "views is 2, but centre masks of one image overlap"),
         (
             (0.6, "grid"),
-            "a grid mask cannot keep 78 of 14 x 14 patches, the same number in every cell of at most 16; use kind random, or a "
+            "a grid mask cannot keep 78 of 14 x 14 patches, .*; use kind random, or a "
             "mask_ratio such as 0, 0.5, 0.75, 0.8571, 0.9285$",
         ),
         ((1.0,), r"mask_ratio is 1.0; it must be in \[0, 1\): the fraction of patches removed"),

@@ -12,7 +12,7 @@ from examples.captioning import coco as captions_script
 from examples.captioning.coco import prepare_coco_captions
 from examples.questions import vqa_v2
 from examples.questions.vqa_v2 import answer_list, count_votes, normalised, prepare_vqa_v2
-from flipscale.data.sources.tar_source import TarSource
+from flipscale.data.sources.tar import TarSource
 from flipscale.evaluation.test_set import TestSet
 
 # The split of each image of the small COCO, and its folder.

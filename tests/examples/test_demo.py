@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 from examples.demo import data as demo
 from examples.demo.data import Drawing, IconSet, Names, Picture, select_drawings
 from examples.npm import download, slug
-from flipscale.data.sources.tar_source import TarSource
+from flipscale.data.sources.tar import TarSource
 
 ENTRIES = [
     {"label": "grinning face", "hexcode": "1F600", "group": 0, "subgroup": 0},

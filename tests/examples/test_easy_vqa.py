@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from examples.questions.easy_vqa import main, prepare_easy_vqa
-from flipscale.data.sources.tar_source import TarSource
+from flipscale.data.sources.tar import TarSource
 from flipscale.data.tokenizers import load_tokenizer
 from flipscale.evaluation.test_set import TestSet
 

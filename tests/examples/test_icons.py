@@ -23,7 +23,7 @@ from examples.icons import data as icons
 from examples.icons.data import DIGEST, PACKAGE, Icon, prepare_icons, read_sets
 from examples.npm import download, slug
 from flipscale.data.decode import decode_whole
-from flipscale.data.sources.tar_source import TarSource
+from flipscale.data.sources.tar import TarSource
 
 TRAINING = ("alpha", "beta", "gamma", "delta", "epsilon", "zeta")
 SHAPES = ("disc", "ring", "bar", "wave", "star", "house")

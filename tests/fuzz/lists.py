@@ -6,7 +6,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from flipscale.data.faults import BadSample
+from flipscale.data.samples import BadSample
 from flipscale.preparation.lists import open_pairs
 
 _KINDS = (".csv", ".tsv", ".jsonl", ".parquet")

@@ -21,7 +21,7 @@ from PIL import Image
 
 from flipscale.cli import main
 from flipscale.data.decode import decode_whole
-from flipscale.data.sources.tar_source import TarSource
+from flipscale.data.sources.tar import TarSource
 from flipscale.preparation.lists import UnreadableFile, open_pairs
 from flipscale.preparation.shard_writer import ShardOptions, write_shards
 

@@ -296,9 +296,9 @@ def expand_range(shards: str) -> list[str] | None:
 
 # Commands that write the data of the package's recipes, by the start of the path.
 _WRITERS = {
-    "data/demo/train_without_unseen": "flipscale prepare demo data/demo --with_unseen",
-    "data/demo/unseen": "flipscale prepare demo data/demo --with_unseen",
-    "data/demo": "flipscale prepare demo data/demo",
+    "data/demo/train_without_unseen": "python examples/demo/data.py data/demo --with_unseen",
+    "data/demo/unseen": "python examples/demo/data.py data/demo --with_unseen",
+    "data/demo": "python examples/demo/data.py data/demo",
     "data/mine": "flipscale prepare shards PICTURES data/mine --split 0.1",
 }
 

@@ -50,7 +50,7 @@ from flipscale.data.sources.shard_index import (
 from flipscale.data.sources.tar import StaleManifest, TarSource
 from flipscale.io.atomic import atomic_write, remove, unique_partial_path
 from flipscale.io.errors import UserError
-from flipscale.model.hub_requests import guard_requests
+from flipscale.io.hub_requests import guard_requests
 
 # A transfer is stopped when fewer bytes come in so many seconds.
 _SILENT_SECONDS = 20.0
