@@ -11,14 +11,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from flipscale.data.faults import Fault
-from flipscale.data.feeding import enduring_batches, on_device
-from flipscale.data.labelled.recipe import AugmentRecipe
-from flipscale.data.loader import StepSampler, check_shared_memory
-from flipscale.data.packed import PackedBatch
+from flipscale.data.feeding import on_device, restartable_batches
+from flipscale.data.loader import PackedBatch, StepSampler, check_shared_memory
 from flipscale.data.pairs import InputShape, PairDataset
+from flipscale.data.recipe import AugmentRecipe
+from flipscale.data.samples import Fault, Source
 from flipscale.data.sources.opening import open_source
-from flipscale.data.sources.source import Source
 from flipscale.data.tokenizers import check_begin_and_end, check_tokenizer, load_tokenizer
 from flipscale.engines.launch import place_in_world
 from flipscale.evaluation.class_names import refuse_other_class_names, training_class_names
@@ -112,11 +110,11 @@ class Plan:
         pin_memory = device.type == "cuda"
         while not clock.step.is_over:
             stage, end = clock.step.stage, self.schedule.end_of(clock.step.stage)
-            batches = enduring_batches(self.datasets[stage], clock.step.number, end, rank, world_size, pin_memory)
+            batches = restartable_batches(self.datasets[stage], clock.step.number, end, rank, world_size, pin_memory)
             with closing(on_device(batches, device)) as ready:
                 for micro_batches in ready:
                     for micro_batch in micro_batches:
-                        micro_batch.with_images_of(stage.image_size)
+                        micro_batch.with_image_size(stage.image_size)
                     faults = [fault for micro_batch in micro_batches for fault in micro_batch.faults]
                     yield StepBatch(clock.step, micro_batches, faults)
                     # A time budget may end the stage while prefetched batches are left.

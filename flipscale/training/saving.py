@@ -4,7 +4,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flipscale.data.sources.source import shard_sizes_digest
+from flipscale.data.samples import shard_sizes_digest
 from flipscale.engines.checkpoint import CheckpointWriter, SaveRecipe, checkpoint_of
 from flipscale.training.bad_samples import BadSamples
 from flipscale.training.plan import Plan

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from flipscale.data.loader import prepare_workers
-from flipscale.data.sources.source import Source, shard_sizes_digest
+from flipscale.data.samples import Source, shard_sizes_digest
 from flipscale.engines.checkpoint import CheckpointReader
 from flipscale.engines.checkpoint_integrity import Contents, begin_reading, newest_whole
 from flipscale.engines.device import best_attention

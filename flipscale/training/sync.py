@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from flipscale.data.faults import Fault
+from flipscale.data.samples import Fault
 from flipscale.engines.arrivals import begin
 from flipscale.engines.checkpoint import CheckpointWriter
 from flipscale.engines.device import HostCopy, to_device

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from flipscale.data.faults import Fault
+from flipscale.data.samples import Fault
 from flipscale.engines.device import peak_flops, peak_memory_bytes
 from flipscale.evaluation.results import Result, append_results, as_metrics, drop_results_after
 from flipscale.io import json_lines
@@ -128,7 +128,7 @@ class Tracker:
         last = step or -1  # results before the first step have step 0
         for path in (self._run_dir / "metrics.jsonl", self._run_dir / "schedule.jsonl"):
             if path.exists():
-                json_lines.rewrite(path, [one for one in json_lines.read(path, step=int) if one["step"] <= last])
+                json_lines.rewrite(path, [one for one in json_lines.read(path, "step") if one["step"] <= last])
         drop_results_after(self._run_dir, last)
         if sys.stderr.isatty():
             total = self._schedule.total_steps

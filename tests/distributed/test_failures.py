@@ -14,7 +14,7 @@ import pytest
 from clock import Clock
 from distributed.crowd import ENVIRONMENTS
 
-from flipscale.data.lanes import number_of_lanes
+from flipscale.data.order import number_of_lanes
 
 # On a free machine they take eleven; what they would wait for otherwise takes ten minutes.
 ALL_END_WITHIN_SECONDS = 120
