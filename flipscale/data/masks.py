@@ -10,7 +10,6 @@ import numpy as np
 import torch
 
 from flipscale.data.randomness import keyed_uniform
-from flipscale.data.recipe import MaskRecipe
 from flipscale.io.errors import UserError
 from flipscale.model.patches import complement, keep_lowest, num_kept
 
@@ -176,7 +175,9 @@ def keep_tokens(noise: torch.Tensor, attention_mask: torch.Tensor, mask_ratio: f
     return scores.topk(kept, dim=1, largest=False, sorted=False).indices.sort(dim=1).values
 
 
-def keyed_patches(seed: int, positions: np.ndarray, side: int, mask_ratio: float, recipe: MaskRecipe) -> np.ndarray:
+def keyed_patches(
+    seed: int, positions: np.ndarray, side: int, mask_ratio: float, kind: str = "random", views: int = 1
+) -> np.ndarray:
     """Return the kept patches of each sample: int16 `(len(positions), views, kept)`, ascending.
 
     Args:
@@ -184,13 +185,14 @@ def keyed_patches(seed: int, positions: np.ndarray, side: int, mask_ratio: float
         positions: global positions of the samples.
         side: number of patches along each side of an image.
         mask_ratio: fraction of patches removed, in [0, 1).
-        recipe: kind of mask and number of views.
+        kind: a key of `IMAGE_MASKS`.
+        views: number of masks of the same image; they share no patch.
 
     Raises:
         UserError, ValueError: as `keep_patches`.
     """
     noise = keyed_uniform(seed, "mask", positions, side * side).reshape(-1, side, side)
-    return keep_patches(torch.from_numpy(noise), mask_ratio, recipe.kind, recipe.views).numpy().astype(np.int16)
+    return keep_patches(torch.from_numpy(noise), mask_ratio, kind, views).numpy().astype(np.int16)
 
 
 def removed_patches(index: np.ndarray, num_patches: int) -> np.ndarray:
@@ -199,12 +201,12 @@ def removed_patches(index: np.ndarray, num_patches: int) -> np.ndarray:
 
 
 def mask_tokens(
-    tokens: dict[str, torch.Tensor], seed: int, positions: np.ndarray, mask_ratio: float, recipe: MaskRecipe
+    tokens: dict[str, torch.Tensor], seed: int, positions: np.ndarray, mask_ratio: float, kind: str
 ) -> dict[str, torch.Tensor]:
     """Return `input_ids` and `attention_mask` `(len(positions), kept)` of the kept tokens, and their `position_ids` in
-    the whole caption."""
+    the whole caption. `kind` is a key of `TEXT_MASKS`."""
     noise = torch.from_numpy(keyed_uniform(seed, "text mask", positions, tokens["input_ids"].shape[1]))
-    index = keep_tokens(noise, tokens["attention_mask"], mask_ratio, recipe.text_kind)
+    index = keep_tokens(noise, tokens["attention_mask"], mask_ratio, kind)
     return {**{name: values.gather(1, index) for name, values in tokens.items()}, "position_ids": index}
 
 

@@ -203,7 +203,7 @@ class PairDataset(Dataset):
         """Return the visible patches, `(batch, kept)` or `(batch, views, kept)`; None without a mask."""
         if self.mask_ratio == 0.0:
             return None
-        index = keyed_patches(self.seed, where, self.shape.side, self.mask_ratio, self.mask)
+        index = keyed_patches(self.seed, where, self.shape.side, self.mask_ratio, self.mask.kind, self.mask.views)
         return index if self.mask.views > 1 else index[:, 0]
 
     def _empty(self, shape: tuple[int, ...]) -> np.ndarray:
@@ -280,7 +280,7 @@ class PairDataset(Dataset):
         """
         tokens = self._tokenise(captions)
         if self.text_mask_ratio > 0.0:
-            tokens = mask_tokens(tokens, self.seed, where, self.text_mask_ratio, self.mask)
+            tokens = mask_tokens(tokens, self.seed, where, self.text_mask_ratio, self.mask.text_kind)
         return tokens
 
     def _tokenise(self, captions: list[str]) -> dict[str, torch.Tensor]:

@@ -14,7 +14,6 @@ import yaml
 
 from flipscale.data.masks import IMAGE_MASKS, keyed_patches
 from flipscale.data.pairs import InputShape, PairDataset
-from flipscale.data.recipe import MaskRecipe
 from flipscale.data.sources.opening import open_source
 from flipscale.data.tokenizers import load_tokenizer
 from flipscale.evaluation.nearest_neighbour import run_baselines
@@ -237,8 +236,8 @@ def _draw_masks(whole: PairDataset, path: Path, samples: Sequence[int] = (4, 1, 
     full = whole.__getitems__(positions.tolist())["patches"].numpy()
     shown = {"the crop": np.tile(np.arange(side * side), (len(samples), 1))}
     for kind in IMAGE_MASKS:
-        shown[f"{kind}, 75%"] = keyed_patches(whole.seed, positions, side, 0.75, MaskRecipe(kind))[:, 0]
-    views = keyed_patches(whole.seed, positions, side, 0.5, MaskRecipe(views=2))
+        shown[f"{kind}, 75%"] = keyed_patches(whole.seed, positions, side, 0.75, kind)[:, 0]
+    views = keyed_patches(whole.seed, positions, side, 0.5, views=2)
     shown |= {"1st view of 50%": views[:, 0], "2nd view of 50%": views[:, 1]}
     size = (1.35 * len(shown), 1.35 * len(samples) + 0.3)
     figure, axes = pyplot.subplots(len(samples), len(shown), figsize=size, squeeze=False, constrained_layout=True)

@@ -18,7 +18,6 @@ import torch
 from flipscale.data.decode import decode_box, visible_patches
 from flipscale.data.masks import IMAGE_MASKS, check_kind, keyed_patches
 from flipscale.data.pairs import InputShape
-from flipscale.data.recipe import MaskRecipe
 from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.images import Decoder
 from flipscale.evaluation.reports.figures import can_draw
@@ -63,7 +62,7 @@ class ImageMask:
         Raises:
             ValueError: a mask that its kind cannot draw, or that `side` x `side` patches do not allow.
         """
-        return keyed_patches(_SEED, np.asarray(rows), side, self.ratio, MaskRecipe(self.kind, self.views))
+        return keyed_patches(_SEED, np.asarray(rows), side, self.ratio, self.kind, self.views)
 
 
 WHOLE = ImageMask()
