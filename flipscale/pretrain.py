@@ -12,7 +12,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
     # The imports below take seconds, in which Ctrl-C would print a traceback.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-from flipscale.engines.start import close_process_group, exit_now
+from flipscale.engines.failures import close_process_group, exit_now
 from flipscale.hub.push import BackgroundPush, card_name, open_target, push_finished
 from flipscale.training.console import report_user_errors, start_logging
 from flipscale.training.evaluating import Evaluation
@@ -65,7 +65,7 @@ def train(recipe: Recipe, plan: Plan, start: Start, engine: "Engine", pair_flops
     accelerator, run_dir, is_main = start.accelerator, Path(recipe.output_dir), start.accelerator.is_main_process
     schedule, log, max_bad_fraction = plan.schedule, recipe.log, recipe.data.max_bad_fraction
     clock = plan.clock(start.state)
-    watch = StepWatch(accelerator, run_dir, log.hang_seconds, start.trained_seconds)
+    watch = StepWatch(accelerator, run_dir, log.hang_seconds, start.trained_seconds, engine.phases)
     tracker = Tracker(accelerator, run_dir, log, watch, plan.batch_size, schedule, pair_flops, max_bad_fraction)
     saver = Saver(plan, start, engine, recipe.save, run_dir, tracker.bad_samples, watch)
     push = BackgroundPush(recipe, schedule.total_steps, is_main)

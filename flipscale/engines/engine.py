@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 import torch
 from torch import nn
 
-from flipscale.engines.arrivals import begin
 from flipscale.engines.checkpoint import CheckpointReader, Piece
 from flipscale.engines.first_weights import ParameterInit, build_weights
 from flipscale.engines.launch import Launch, shipped
 from flipscale.engines.layout import Averages, Layout
 from flipscale.engines.optimizers import OptimRecipe, build_optimizers, gradient_norm, set_learning_rate
+from flipscale.engines.stragglers import PhaseLog
 from flipscale.model import FlipConfig, FlipModel, FlipPreTrainedModel
 
 if TYPE_CHECKING:
@@ -79,6 +79,7 @@ class Engine:
         self.layout: Layout
         self.optimizers: list[torch.optim.Optimizer] = []
         self.averages: Averages | None = None
+        self.phases = PhaseLog()
 
     @classmethod
     def refusal(cls, launch: Launch, optimizer: str, compiles: bool = False) -> str | None:
@@ -173,9 +174,9 @@ class Engine:
             batch: arguments of the model's `forward`, such as `patches`, `patch_index`, `input_ids` and
                 `attention_mask`.
         """
-        begin("forward")
+        self.phases.mark("forward")
         output = self.wrapped(**batch, return_logits=False)
-        begin("loss")
+        self.phases.mark("loss")
         return output
 
     def backward(self, loss: torch.Tensor) -> None:
@@ -183,9 +184,9 @@ class Engine:
 
         Gradients stay local in all passes of `accumulate` but the last, which averages them over the processes.
         """
-        begin("backward")
+        self.phases.mark("backward")
         self._backward(loss)
-        begin("update")
+        self.phases.mark("update")
 
     def _backward(self, loss: torch.Tensor) -> None:
         loss.backward()

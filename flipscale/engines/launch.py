@@ -24,6 +24,9 @@ from flipscale.io.errors import UserError
 from flipscale.io.files import read_text
 from flipscale.io.yaml_text import check_yaml
 
+# The batch scripts set this to the number of processes of the run.
+NUM_PROCESSES = "FLIPSCALE_NUM_PROCESSES"
+
 # Variable that launchers set from a launch file's mixed_precision. Users may set it without a launcher.
 PRECISION = "ACCELERATE_MIXED_PRECISION"
 # torchrun's default role.
@@ -107,6 +110,19 @@ def whole_number(environment: Mapping[str, str], name: str, default: int) -> int
             f"the environment has {name}={text[:60]!r}; it must be a whole number; unset it, or use a launcher"
         )
     return int(text)
+
+
+def promised_processes(environment: Mapping[str, str]) -> int:
+    """Return the number of processes that the batch script or the launcher means to start; 1 if neither says so.
+
+    Raises:
+        UserError: it is no whole number.
+    """
+    for name in (NUM_PROCESSES, "WORLD_SIZE"):
+        if name in environment:
+            return whole_number(environment, name, 1)
+    # `accelerate launch --cpu --num_processes 2` sets an address for the others, then starts one process.
+    return 2 if "ACCELERATE_USE_CPU" in environment and "MASTER_ADDR" in environment else 1
 
 
 def launch_of(environment: Mapping[str, str]) -> Launch:

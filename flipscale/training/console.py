@@ -246,7 +246,7 @@ def _leave(ending: _Ending, error: BaseException, report: ErrorReport) -> NoRetu
 def _exit_at_once(ending: _Ending, error: BaseException, report: ErrorReport) -> NoReturn:
     """Print the line and exit. After the failure of another process, print only another and independent error."""
     # Imports torch, which `--help` does not need.
-    from flipscale.engines.start import claim_failure, end_process, leave, stay_until_others_know
+    from flipscale.engines.failures import claim_failure, end_process, leave, stay_until_others_know
 
     first = claim_failure(ending.line)
     if first.rank == _number("RANK", 0) or not (ending.is_consequence or first.words == ending.line):

@@ -1,4 +1,4 @@
-"""Requests to stop a run, and the mark that tells its batch script not to requeue it."""
+"""Requests to stop a run, and the mark that keeps its batch script from requeueing it."""
 
 import logging
 import os
@@ -13,23 +13,20 @@ from typing import Any, NoReturn
 
 STOP_FILE = "FLIPSCALE_STOP_FILE"
 
-# A batch system sends the first two, Ctrl-C the third, and a terminal that is closed the last.
+# Batch systems send the first two, Ctrl-C the third, and a closed terminal the last.
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
-# A launcher sends on what its processes have received as well, and a session that ends sends two kinds.
+# A launcher repeats the signals that its processes receive, and an ending session sends two kinds.
 _ECHO_SECONDS = 3.0
 
-_END = b"\0"  # is no signal
+_END = b"\0"  # no signal has this number
 
 _log = logging.getLogger(__name__)
 
 
 class _Listener:
-    """Hears signals in a thread of its own, in a `with` block: the main thread may be anywhere, behind a device or in a
-    library that waits for other processes. A signal that is ignored when the block begins, as under `nohup`, stays
-    ignored.
+    """Receives signals in a thread in a `with` block, because the main thread may be behind a device or in a library.
 
-    Args:
-        numbers: of the signals.
+    A signal that is ignored before the block, as under `nohup`, stays ignored.
     """
 
     def __init__(self, numbers: Sequence[int]) -> None:
@@ -50,83 +47,66 @@ class _Listener:
 
     def __exit__(self, *raised: object) -> None:
         signal.set_wakeup_fd(self._old_wakeup)
-        # What came until now is heard, or left to the handlers that it came to. A process that was forked meanwhile may
-        # hold the pipe open, so a byte ends the thread; such a process itself has no thread.
+        # A byte ends the thread, because a forked process may hold the pipe open. A forked process has no thread.
         if self._thread.is_alive():
             os.write(self._wakeup, _END)
             self._thread.join()
         for number, handler in self._before.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: set by no Python code
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: not set by Python code
         os.close(self._wakeup)
 
     def _listen(self, reading: int) -> None:
         with open(reading, "rb", buffering=0) as numbers:
             while (number := numbers.read(1)) != _END:
-                # A handler that was set without a pipe of its own, as `study` has one, takes what comes to this pipe.
-                taker = getattr(signal.getsignal(number[0]), "__self__", None)
-                if number[0] in self._before and isinstance(taker, _Listener):
-                    self._hear(signal.Signals(number[0]))
+                # A handler without a pipe of its own, such as that of `study`, writes to this pipe too.
+                owner = getattr(signal.getsignal(number[0]), "__self__", None)
+                if number[0] in self._before and isinstance(owner, _Listener):
+                    self._handle(signal.Signals(number[0]))
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        """Take a signal in the main thread."""
+        """Handle a signal in the main thread."""
 
-    def _hear(self, number: signal.Signals) -> None:
-        """Take a signal in the thread."""
+    def _handle(self, number: signal.Signals) -> None:
+        """Handle a signal in the listening thread."""
 
 
 class EndRequest(_Listener):
-    """In a `with` block, SIGTERM, SIGUSR1 or SIGHUP ends this process at once with a sentence and 128 and its number.
+    """In a `with` block, SIGTERM, SIGUSR1 or SIGHUP ends this process with a line and exit code 128 + number.
 
-    Processes that are forked in the block end as they would without it.
+    Processes forked in the block end as they would without it.
     """
 
     def __init__(self) -> None:
         super().__init__([number for number in _SIGNALS if number != signal.SIGINT])
-
-    def __enter__(self) -> _Listener:
-        super().__enter__()
-        _ending.append(self)
-        return self
+        os.register_at_fork(after_in_child=self._restore_defaults)
 
     def __exit__(self, *raised: object) -> None:
-        _ending.remove(self)
         super().__exit__(*raised)
+        self._before = {}
 
-    def let_go(self) -> None:
-        """Leave the signals to what they do of themselves."""
-        signal.set_wakeup_fd(-1)
+    def _restore_defaults(self) -> None:
+        """Give the signals their default effect in a forked process."""
+        if self._before:
+            signal.set_wakeup_fd(-1)
         for number in self._before:
             if signal.getsignal(number) == self._receive:
                 signal.signal(number, signal.SIG_DFL)
 
-    def _hear(self, number: signal.Signals) -> None:
-        # A launcher ends those that are left when one has failed, and that one says why.
-        complaint = "error: " if os.environ.get("WORLD_SIZE", "1") == "1" else ""
-        _end(number, f"{complaint}{number.name}: ended; the same command goes on from what is saved, if anything is")
-
-
-_ending: list[EndRequest] = []
-
-
-def _let_go() -> None:
-    for request in _ending:
-        request.let_go()
-
-
-os.register_at_fork(after_in_child=_let_go)
+    def _handle(self, number: signal.Signals) -> None:
+        # After a failure, a launcher ends the other processes; the failed one has printed why.
+        prefix = "error: " if os.environ.get("WORLD_SIZE", "1") == "1" else ""
+        _end(number, f"{prefix}{number.name}: ended; the same command resumes from the last save, if there is one")
 
 
 class StopRequest(_Listener):
-    """Whether this process was asked to stop: by SIGTERM, SIGUSR1, SIGINT or SIGHUP while it is in a `with` block, or
-    by the file that `$FLIPSCALE_STOP_FILE` names.
+    """Whether this process was asked to stop: by SIGTERM, SIGUSR1, SIGINT or SIGHUP in a `with` block, or by the file
+    that `$FLIPSCALE_STOP_FILE` names.
 
-    A batch script may learn of a preemption or time limit before its processes exist. A signal would be lost then; a
-    file is still there when they look. Only the process with `watches_file` looks for it, and the others learn of it
-    when all agree on the step.
+    A batch script may learn of a preemption or a time limit before its processes exist. A signal would be lost then,
+    but a file stays. Only the process with `watches_file` looks for it; the others learn it in the next step.
 
-    A second signal ends the process at once with 128 and its number, wherever the main thread is. SIGUSR1 does not, nor
-    does what may be an echo of the first: whatever comes in the next three seconds, but for a second Ctrl-C where there
-    is no launcher.
+    A second signal ends the process at once with 128 and its number. SIGUSR1 does not, and neither does any signal
+    within three seconds, which may be an echo, except a second Ctrl-C without a launcher.
     """
 
     def __init__(self, watches_file: bool) -> None:
@@ -138,8 +118,8 @@ class StopRequest(_Listener):
 
     @property
     def reason(self) -> str | None:
-        """What asked this process to stop; None while nothing has."""
-        # A file system that does not answer for once is no reason to end: `os.path.exists` raises nothing.
+        """Reason to stop; None without a request."""
+        # `os.path.exists` raises nothing if the file system does not answer for once.
         if self._received is None and self._file is not None and os.path.exists(self._file):
             self._received = f"{self._file} exists"
         return self._received
@@ -147,7 +127,7 @@ class StopRequest(_Listener):
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self._received = f"{signal.Signals(number).name} received"
 
-    def _hear(self, number: signal.Signals) -> None:
+    def _handle(self, number: signal.Signals) -> None:
         now = time.monotonic()
         if self._first_at is None:
             self._first_at = now
@@ -156,21 +136,20 @@ class StopRequest(_Listener):
         is_typed = number == signal.SIGINT and "WORLD_SIZE" not in os.environ
         if number == signal.SIGUSR1 or (not is_typed and now - self._first_at < _ECHO_SECONDS):
             return
-        words = "ended before all was saved; the same command goes on from the last checkpoint"
-        _end(number, f"error: {number.name} again: {words}")
-
-
-def _end(number: signal.Signals, words: str) -> NoReturn:
-    """End this process at once; the first of several says why."""
-    if os.environ.get("RANK", "0") == "0":
-        print(f"flipscale: {words}", file=sys.stderr, flush=True)
-    from flipscale.engines.start import end_process  # imports torch, which `--help` has no need of
-
-    end_process(128 + number)
+        _end(number, f"error: {number.name} again: ended before the save; the same command resumes from the last one")
 
 
 def refuse_restart() -> None:
-    """Tell the batch script, if there is one, not to requeue the job: its user must change something first."""
+    """Tell the batch script, if there is one, not to requeue the job, because its user must change something."""
     name = os.environ.get(STOP_FILE)
     if name:
         Path(f"{name}.refused").touch()
+
+
+def _end(number: signal.Signals, words: str) -> NoReturn:
+    """End this process at once; rank 0 prints why."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"flipscale: {words}", file=sys.stderr, flush=True)
+    from flipscale.engines.failures import end_process  # imports torch, which `--help` does not need
+
+    end_process(128 + number)

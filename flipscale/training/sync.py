@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from flipscale.data.samples import Fault
-from flipscale.engines.arrivals import begin
 from flipscale.engines.checkpoint import CheckpointWriter
 from flipscale.engines.device import HostCopy, to_device
 from flipscale.training.preemption import StopRequest
@@ -175,9 +174,9 @@ class StepSync:
 
         Only here does the host wait for the device.
         """
-        begin("verdict")
+        self._watch.phases.mark("verdict")
         taken, *rest = unread.numbers.read()
-        begin("update")
+        self._watch.phases.mark("update")
         names, step = unread.metrics, unread.step
         metrics = dict(zip(names, rest, strict=False))
         loss_sum, norm_sum, asked, due, writing, replaced, slow, *pace = rest[len(names) :]

@@ -1,4 +1,4 @@
-"""The clock of the steps: what each one waits for, which ranks are late, and the end of a run whose steps hang."""
+"""The clock of the steps: waits for data, stragglers, and the end of a run that hangs."""
 
 import faulthandler
 import json
@@ -17,8 +17,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
-from flipscale.engines.arrivals import Cause, Window, begin, find_cause, write_collectives
-from flipscale.engines.start import OtherProcesses, claim_failure, end_process, stay_until_others_know
+from flipscale.engines.failures import OtherProcesses, claim_failure, end_process, stay_until_others_know
+from flipscale.engines.stragglers import Cause, PhaseLog, Window, find_cause, write_collectives
 from flipscale.io import atomic, json_lines
 from flipscale.training.schedule import Step
 
@@ -37,36 +37,35 @@ Batch = TypeVar("Batch", bound=HasStep)
 
 _log = logging.getLogger(__name__)
 
-# A step is slow at this multiple of the median, but not below a second: short steps are noisy.
+# A step is slow at this multiple of the median, but not below a second, because short steps are noisy.
 SLOW_FACTOR = 5.0
-_LEAST_SLOW_SECONDS = 1.0
-# Every rank writes its stacks when no step finishes for this multiple of the median, a minute at least.
+_MIN_SLOW_SECONDS = 1.0
+# Every rank writes its stacks if no step finishes for this multiple of the median, a minute at least.
 STACKS_FACTOR = 20.0
-_LEAST_STACKS_SECONDS = 60.0
-# The median is of the last 101 steps, and needs 10.
+_MIN_STACKS_SECONDS = 60.0
+# The median is over the last 101 steps and needs 10.
 _REMEMBERED, _NEEDED = 101, 10
-# A slow step is reported once the verdict is read on the one after it, a step later.
+# A slow step is reported when the result of the next step is read, a step later.
 _REPORTED = 4
-# A record of a slow step has the late rank and the slowest others, up to this many, and the median of all.
+# A record of a slow step has the straggler and the slowest others up to this number, and the median of all.
 _RECORDED_RANKS = 16
 _HEARTBEAT_SECONDS = 10.0
-# How long the end of a run waits for its stacks.
 _STACKS_SECONDS = 10.0
-# How long a run that ends waits for the thread that watches it: that writes to a file system which may be gone.
+# The watching thread may be stuck in a file system that is gone.
 _CLOSING_SECONDS = 1.0
-# The other ranks end the run later, so that the main process's message is the one that is read.
+# Other ranks end later, so that the main process's message is the printed one.
 _LATER_SECONDS = 15.0
-# What a process reads and writes beside its work, between two looks of its watch, is less.
-_LEAST_BYTES = 1 << 16
+# Reads and writes beside the work, between two looks of the watch, stay below this.
+_MIN_BYTES = 1 << 16
 
 
 class Interval(NamedTuple):
-    """Time since the run began, or between two moments of it.
+    """Time since the run began, or between two moments.
 
     Args:
-        seconds: spent training.
-        wait_seconds: of them, spent waiting for data.
-        num_slow: how many steps took far longer than usual.
+        seconds: training time.
+        wait_seconds: part of it spent waiting for data.
+        num_slow: number of slow steps.
     """
 
     seconds: float
@@ -75,28 +74,26 @@ class Interval(NamedTuple):
 
     def since(self, before: "Interval") -> "Interval":
         """Return the time between two moments."""
-        return Interval(
-            self.seconds - before.seconds, self.wait_seconds - before.wait_seconds, self.num_slow - before.num_slow
-        )
+        return Interval(*(now - then for now, then in zip(self, before, strict=True)))
 
 
 class HangWatch:
-    """In a `with` block, a thread that ends this process when what it does gives no sign of life for `hang_seconds`.
+    """In a `with` block, a thread that ends this process after `hang_seconds` without a sign of life.
 
-    Signs of life are `begin`, `alive`, and the bytes that this process and its children read and write. Unless it is in
-    a step, those of the run's other processes count too: one that has written its part of a checkpoint waits for them.
-    Half way to its end, every rank writes its threads' stacks to `stacks/`.
+    Signs of life are `begin`, `alive`, and bytes that this process and its children read and write. Outside of steps,
+    other processes' signs count too: a rank that has written its part of a checkpoint waits for the others. After half
+    of the time, every rank writes its threads' stacks to `stacks/`.
     """
 
     def __init__(self, run_dir: Path, hang_seconds: float, rank: int):
         self._run_dir = run_dir
         self._hang_seconds = hang_seconds
         self._rank = rank
-        self._what = ""
+        self._work = ""
         self._is_step = False
-        # When stacks are written, if that is sooner than half of `hang_seconds`.
+        # Stacks are written after this time if it is less than half of `hang_seconds`.
         self._unusual = float("inf")
-        # When the last sign of life was given in what is done now; None while nothing is.
+        # Time of the last sign of life from the main thread; None while the clock is stopped.
         self._since: float | None = None
         self._finished = threading.Event()
         self._others = OtherProcesses()
@@ -109,18 +106,17 @@ class HangWatch:
         return self
 
     def __exit__(self, *error: object) -> None:
-        # A run that failed must not be ended a second time, by its watch, and its caller with it.
         self._finished.set()
         self._thread.join(_CLOSING_SECONDS)
         self._others.stop()
 
-    def begin(self, what: str, is_step: bool = False, unusual: float = float("inf")) -> None:
-        """Start the clock for what comes now, in words such as `a save after step 8`."""
-        self._what, self._is_step, self._unusual = what, is_step, unusual
+    def begin(self, work: str, is_step: bool = False, unusual: float = float("inf")) -> None:
+        """Start the clock for some work, such as `a save after step 8`."""
+        self._work, self._is_step, self._unusual = work, is_step, unusual
         self.alive()
 
     def alive(self) -> None:
-        """Start the clock anew."""
+        """Restart the clock."""
         self._since = time.perf_counter()
 
     def idle(self) -> None:
@@ -128,14 +124,14 @@ class HangWatch:
         self._since = None
 
     @contextmanager
-    def doing(self, what: str) -> Iterator[None]:
+    def doing(self, work: str) -> Iterator[None]:
         """Watch a block of code."""
-        self.begin(what)
+        self.begin(work)
         yield
         self.idle()
 
     def _watch(self) -> None:
-        """Look at the clock now and then, in a thread of its own, since the main thread is the one that hangs."""
+        """Check the clock, in a thread, because the main thread is the one that hangs."""
         written_for = began = None
         stacks: threading.Thread | None = None
         sign = 0.0
@@ -144,7 +140,7 @@ class HangWatch:
             since = self._since
             if since is None:
                 continue
-            # What the stacks move is none of the run's.
+            # The bytes of the stacks are not a sign of life.
             is_disturbed = stacks is not None
             if stacks is not None and not stacks.is_alive():
                 stacks = None
@@ -158,7 +154,7 @@ class HangWatch:
                 sign = time.perf_counter()
             seconds = time.perf_counter() - sign
             if seconds > min(self._unusual, self._hang_seconds / 2) and written_for != sign:
-                # They take seconds on a busy machine, and the limit holds meanwhile.
+                # In a thread, because it takes seconds on a busy machine.
                 written_for, stacks = sign, threading.Thread(target=self._write_stacks, name="stacks", daemon=True)
                 stacks.start()
             if seconds > limit:
@@ -167,16 +163,15 @@ class HangWatch:
                 self._end(limit)
 
     def _has_moved(self) -> bool:
-        """Return whether this process and its children have read or written something since the last call."""
         before, self._bytes = self._bytes, _bytes_moved()
-        return self._bytes - before > _LEAST_BYTES
+        return self._bytes - before > _MIN_BYTES
 
     def _write_stacks(self) -> None:
         folder = self._run_dir / "stacks"
         with suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True)
             with open(folder / f"rank-{self._rank:05d}.txt", "a", encoding="utf-8") as file:
-                file.write(f"{self._what} on {socket.gethostname()}, {time.strftime('%F %T')}\n")
+                file.write(f"{self._work} on {socket.gethostname()}, {time.strftime('%F %T')}\n")
                 file.flush()
                 faulthandler.dump_traceback(file, all_threads=True)
             write_collectives(folder / "collectives", self._rank)
@@ -185,49 +180,61 @@ class HangWatch:
         silent = self._others.silent_ranks()
         where = f"; rank {', '.join(map(str, silent))} does not run any more" if silent else ""
         words = (
-            f"flipscale: error: {self._what} has not finished on rank {self._rank} after {seconds:.0f} s "
-            f"(log.hang_seconds){where}; what each rank was doing is in {self._run_dir}/stacks; start the run again to "
-            "go on from its last checkpoint"
+            f"flipscale: error: {self._work} has not finished on rank {self._rank} after {seconds:.0f} s "
+            f"(log.hang_seconds){where}; the stacks of each rank are in {self._run_dir}/stacks; start the run again to "
+            "resume from its last checkpoint"
         )
         if claim_failure(words).rank == self._rank:
             print(words, file=sys.stderr, flush=True)
             stay_until_others_know()
-        # Only this thread still runs: nothing can be unwound.
-        end_process(1)
+        end_process(1)  # the main thread hangs, so nothing can be unwound
 
 
 def _bytes_moved() -> int:
-    """Return how many bytes this process and its children have read and written so far, 0 where nothing counts them."""
+    """Return the bytes that this process and its children have read and written; 0 without `/proc`."""
     total = 0
     for pid in [os.getpid(), *(child.pid for child in multiprocessing.active_children())]:
         with suppress(OSError):  # ended, or not Linux
             counts = dict(line.split(": ") for line in Path(f"/proc/{pid}/io").read_text("ascii").splitlines())
-            # By system calls, and by page faults and the file system.
+            # rchar and wchar count system calls; the other two also count page faults.
             total += sum(int(counts[name]) for name in ("rchar", "wchar", "read_bytes", "write_bytes"))
     return total
 
 
 class StepWatch:
-    """Times the steps of this process; in a `with` block, a thread also watches for steps that hang.
+    """Times the steps of this process; in a `with` block, a thread also watches for hangs.
 
     A step that takes far longer than usual on any rank is written to `slow_steps.jsonl` with the times of all ranks.
-    When no step finishes for a while, every rank writes its threads' stacks to `stacks/`. When none finishes for
-    `hang_seconds`, or an evaluation or a save gives no sign of life for that long, the run ends, as it does when
-    another process fails. The main process writes `heartbeat.json` every ten seconds.
+    If a step does not finish for `hang_seconds`, or an evaluation or a save shows no sign of life for that long, every
+    rank writes its stacks and the run ends. It also ends if another process fails. The main process writes
+    `heartbeat.json` every ten seconds.
     """
 
-    def __init__(self, accelerator: "Accelerator", run_dir: Path, hang_seconds: float, trained_seconds: float = 0.0):
-        """`trained_seconds` were spent training before this start of the run."""
+    def __init__(
+        self,
+        accelerator: "Accelerator",
+        run_dir: Path,
+        hang_seconds: float,
+        trained_seconds: float = 0.0,
+        phases: PhaseLog | None = None,
+    ):
+        """Start the clock at the training time of earlier starts.
+
+        Args:
+            trained_seconds: training time of earlier starts.
+            phases: the engine's phases; None for phases of this watch alone.
+        """
+        self.phases = phases or PhaseLog()
         self._accelerator = accelerator
         self._run_dir = run_dir
         self._hangs = HangWatch(run_dir, hang_seconds, accelerator.process_index)
         self._seconds_before = trained_seconds
-        # When training began or went on after a pause; None while it is paused.
+        # Time at which training began or resumed after a pause; None in a pause.
         self._running_since: float | None = None
         self._wait_seconds = 0.0
         self._num_slow = 0
         self._step = 0
-        # The iterations of the loop that may still be reported, the one in progress among them.
+        # Iterations that may still be reported, with the current one.
         self._windows: deque[Window] = deque(maxlen=_REPORTED)
         self._was_slow = False
         self._last_heartbeat = float("-inf")
@@ -252,18 +259,18 @@ class StepWatch:
             self._end_iteration()
             began = time.perf_counter()
             self._hangs.begin(
-                f"step {self._step}", is_step=True, unusual=max(STACKS_FACTOR * self._usual, _LEAST_STACKS_SECONDS)
+                f"step {self._step}", is_step=True, unusual=max(STACKS_FACTOR * self._usual, _MIN_STACKS_SECONDS)
             )
-            begin("data")
+            self.phases.mark("data")
             batch = next(iterator, None)
             self._wait_seconds += time.perf_counter() - began
-            begin("update")
+            self.phases.mark("update")
             self._write_heartbeat("training")
             if batch is None:
                 self._hangs.idle()
                 return
             if batch.step.stage is not stage:
-                # Every stage has steps of its own length, and a first one that waits for the workers to start.
+                # A stage has steps of its own length, and its first step waits for the workers to start.
                 stage, self._usual = batch.step.stage, float("inf")
                 self._recent.clear()
             self._windows[-1].usual_s = self._usual
@@ -275,35 +282,29 @@ class StepWatch:
         if self._windows:
             last = self._windows[-1]
             last.last_ns = now
-            self._was_slow = last.seconds > max(SLOW_FACTOR * last.usual_s, _LEAST_SLOW_SECONDS)
+            self._was_slow = last.seconds > max(SLOW_FACTOR * last.usual_s, _MIN_SLOW_SECONDS)
             self._recent.append(last.seconds)
             if len(self._recent) >= _NEEDED:
                 self._usual = statistics.median(self._recent)
         self._windows.append(Window(self._step, now, self._usual))
 
     @property
-    def step(self) -> int:
-        """The step that is taken now, or was last."""
-        return self._step
-
-    @property
     def usual_seconds(self) -> float | None:
-        """The median time of a step of the stage; None while too few have been taken."""
+        """Median duration of a step of the stage; None before ten steps."""
         return self._usual if self._usual < float("inf") else None
 
     @property
     def trained_seconds(self) -> float:
-        """The time spent training since the run began, in all its starts, without evaluations and saves."""
+        """Training time of the run in all its starts, without evaluations and saves."""
         running = 0.0 if self._running_since is None else time.perf_counter() - self._running_since
         return self._seconds_before + running
 
     @contextmanager
-    def paused(self, doing: str) -> Iterator[None]:
-        """Stop the clock of training for what else is done, such as `a save`. It may take as long as it needs, with a
-        sign of life (see `HangWatch`) every `hang_seconds`."""
+    def paused(self, work: str) -> Iterator[None]:
+        """Stop the clock of training for other work, such as `a save`. It may take any time with signs of life."""
         self._seconds_before = self.trained_seconds
         self._running_since = None
-        self._hangs.begin(f"{doing} after step {self._step}")
+        self._hangs.begin(f"{work} after step {self._step}")
         self._write_heartbeat("evaluating or saving", now=True)
         first_ns = time.time_ns()
         yield
@@ -313,19 +314,20 @@ class StepWatch:
         self._hangs.idle()
 
     def so_far(self) -> Interval:
-        """Return the time since the run began; waits and slow steps are those of this start."""
+        """Return the training time of the run; waits and slow steps are those of this start."""
         return Interval(self.trained_seconds, self._wait_seconds, self._num_slow)
 
     def last_step_was_slow(self) -> bool:
-        """Return whether the step before this one took far longer than usual, from its wait for data to the next one's:
-        on a CPU with all that it computed. A GPU works behind: the step has waited for the one before it there."""
+        """Return whether the step before this one took far longer than usual.
+
+        A step lasts from its wait for data to the next one's. A GPU computes a step while the host waits in the next.
+        """
         return self._was_slow
 
     def report_slow_step(self, step: int) -> None:
-        """Collective. Find out and write why the step before `step` was slow; a process found so during `step`, one or
-        two steps ago."""
+        """Collective. Find and write the cause of a slow step; some process noticed it during `step`, one later."""
         window = next((window for window in self._windows if window.step == step - 1), self._windows[0])
-        cause = find_cause(self._accelerator, window)
+        cause = find_cause(self._accelerator, window, self.phases)
         self._num_slow += 1
         if not self._accelerator.is_main_process:
             return
@@ -334,7 +336,7 @@ class StepWatch:
         _log.warning("%s; see %s", _slow_step_words(window, cause), file)
 
     def alive(self) -> None:
-        """Start the clock of the hang watch anew; an evaluation calls this after every batch."""
+        """Restart the clock of the hang watch; an evaluation calls this after every batch."""
         self._hangs.alive()
         self._write_heartbeat("evaluating or saving")
 
@@ -349,7 +351,7 @@ class StepWatch:
 
 
 def _slow_step_record(window: Window, cause: Cause) -> dict[str, Any]:
-    """Return what `slow_steps.jsonl` has of a slow step; its size does not grow with the number of processes."""
+    """Return a record for `slow_steps.jsonl`; its size does not grow with the number of processes."""
     by_time = sorted(cause.ranks, key=lambda rank: (rank["rank"] != cause.rank, -rank["step_s"], rank["rank"]))
     numbers = [name for name in cause.ranks[0] if name.endswith("_s")]
     return {
@@ -372,7 +374,7 @@ def _slow_step_words(window: Window, cause: Cause) -> str:
     if not cause.is_known:
         waiting = max(cause.ranks, key=lambda rank: rank["data_s"])
         return (
-            f"{took}; which rank was late is not known, as torch's flight recorder is off or too short "
+            f"{took}; the straggler is unknown, because torch's flight recorder is off or too short "
             f"(TORCH_FR_BUFFER_SIZE); the longest wait for data was {waiting['data_s']:.1f} s, of rank "
             f"{waiting['rank']} on {waiting['host']}"
         )

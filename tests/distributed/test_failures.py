@@ -132,12 +132,12 @@ def test_the_first_process_may_die_before_a_step(write_recipe, tmp_path: Path) -
 def fail_together(file: str, folder: str, last: int | None) -> None:
     """A run of two that fail alike at their first batch, the rank `last` once the other one's failure is known."""
     from flipscale import pretrain
-    from flipscale.engines import start
+    from flipscale.engines import failures
 
     def fails(*arguments: object) -> None:
         if os.environ["RANK"] == str(last):
-            store = start.own_store()
-            while not store.check([start._FAILED]):
+            store = failures.own_store()
+            while not store.check([failures._FAILED]):
                 time.sleep(0.01)
         raise_own("OSError")
 
@@ -253,4 +253,4 @@ def test_a_process_that_was_stopped_is_not_waited_for(
     assert code == 1, printed
     (line,) = [line for line in printed.splitlines() if line.startswith("flipscale: error: ")]
     assert line.startswith(f"flipscale: error: {where} "), line
-    assert f" (log.hang_seconds){silent}; what each rank was doing is in {tmp_path}/run/stacks; " in line
+    assert f" (log.hang_seconds){silent}; the stacks of each rank are in {tmp_path}/run/stacks; " in line

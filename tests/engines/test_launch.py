@@ -19,10 +19,11 @@ from flipscale.engines.launch import (
     launch_of,
     launched_precision,
     precision_in_words,
+    promised_processes,
     read_launch_file,
 )
 from flipscale.engines.optimizers import OptimRecipe
-from flipscale.engines.start import build_engine, engine_class, engine_classes, promised_processes, start_accelerator
+from flipscale.engines.start import build_engine, engine_class, engine_classes, start_accelerator
 
 FOLDER = Path(__file__).parents[2] / "ds_configs"
 LAUNCH_FILES = sorted(FOLDER.glob("*.yaml"))

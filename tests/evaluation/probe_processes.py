@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from flipscale.engines.start import close_process_group, start_accelerator
+from flipscale.engines.failures import close_process_group
+from flipscale.engines.start import start_accelerator
 from flipscale.evaluation.probe.logistic import fit
 from flipscale.evaluation.probe.rows import Rows, total_of
 from flipscale.evaluation.results import Result

@@ -81,7 +81,7 @@ def test_a_step_that_never_ends_leaves_stacks_and_ends_the_run(late_run: tuple[P
     # Rank 0 waits in one to which rank 1, still without a batch, has not come.
     assert len(recorded[0]) > len(recorded[1]) > 10
     assert "flipscale: error: step 18 has not finished on rank 0 after 6 s (log.hang_seconds)" in printed
-    assert "start the run again to go on from its last checkpoint" in printed
+    assert "start the run again to resume from its last checkpoint" in printed
 
 
 def test_a_time_that_cannot_be_waited_is_refused(write_recipe, tmp_path: Path) -> None:

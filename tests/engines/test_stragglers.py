@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 
-from flipscale.engines import arrivals
-from flipscale.engines.arrivals import Cause, Parting, Window, find_parting, phase_seconds
+from flipscale.engines.stragglers import Cause, Parting, PhaseLog, Window, find_parting
 from flipscale.training.watch import _slow_step_record
 
 CLOCKS = np.array([0.0, 7200.0, -3.5])  # one is two hours ahead
@@ -17,10 +16,11 @@ def test_the_first_parting_counts() -> None:
     assert find_parting(together, CLOCKS, 1.0) is None
 
 
-def test_phases_are_counted_within_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    begun = [(10, "data"), (20, "forward"), (50, "backward")]
-    monkeypatch.setattr(arrivals, "_begun", [(int(second * 1e9), phase) for second, phase in begun])
-    spent = phase_seconds(int(15e9), int(60e9))
+def test_phases_are_counted_within_a_time() -> None:
+    phases = PhaseLog()
+    entered = [(10, "data"), (20, "forward"), (50, "backward")]
+    phases.entries.extend((int(second * 1e9), phase) for second, phase in entered)
+    spent = phases.seconds(int(15e9), int(60e9))
     assert {phase: seconds for phase, seconds in spent.items() if seconds} == {
         "data": 5.0,
         "forward": 30.0,

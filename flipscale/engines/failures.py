@@ -1,0 +1,210 @@
+"""The end of a run's processes: one failure ends all within seconds, and one process prints it.
+
+It works under any launcher, because the processes talk through the store in which torch's process group met.
+"""
+
+import json
+import multiprocessing
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import NamedTuple, NoReturn
+
+import torch.distributed as dist
+
+from flipscale.engines.launch import promised_processes
+
+# Keys of the store: the first failure, the number of processes that know it, all signs of life, a rank's last look.
+_FAILED, _KNOWING, _SIGNS, _LOOKS = "flipscale/failed", "flipscale/knowing", "flipscale/signs", "flipscale/looks/{}"
+_MESSAGE_CHARACTERS = 2_000
+# A store whose process is gone blocks for minutes.
+_STORE_SECONDS = 3.0
+# Between two looks at the store, and between a failure's message and the end of the other processes.
+_LATER_SECONDS = 2.0
+# Rank 0 often keeps the store, so it stays until all know of the failure, but no longer than this.
+_STAY_SECONDS = 10.0
+_CLOSING_SECONDS = 1.0
+
+
+class Failure(NamedTuple):
+    """A failed process and its message."""
+
+    rank: int
+    host: str
+    words: str
+
+
+# The failure of a process that took the store with it.
+_UNKNOWN = Failure(0, "the first host", "")
+
+
+def claim_failure(words: str) -> Failure:
+    """Return the first failure of the run: this process's with `words`, unless another process failed before.
+
+    Takes five seconds at most.
+    """
+    mine = Failure(int(os.environ.get("RANK", "0")), socket.gethostname(), words[:_MESSAGE_CHARACTERS])
+    if not _have_met():
+        # All check their recipe at the same time, each by itself, so rank 0's message is enough.
+        time.sleep(0.0 if mine.rank == 0 else _LATER_SECONDS)
+        return mine
+    first = [mine]
+
+    def claim() -> None:
+        store = own_store()
+        try:
+            assert store is not None
+            first[0] = Failure(*json.loads(store.compare_set(_FAILED, "", json.dumps(mine))))
+            store.add(_KNOWING, 1)
+        except (AssertionError, RuntimeError):
+            first[0] = _UNKNOWN
+
+    _within(_STORE_SECONDS, claim)
+    if first[0] != mine:
+        time.sleep(_LATER_SECONDS)  # a launcher that sees this process end would cut the other's message off
+    return first[0]
+
+
+def stay_until_others_know() -> None:
+    """Wait until every process knows of this one's failure, ten seconds at most, if this is rank 0.
+
+    Rank 0 often keeps the store. Without it, a process that fails alike would print the same message again.
+    """
+    store = own_store() if os.environ.get("RANK", "0") == "0" else None
+    deadline = time.monotonic() + _STAY_SECONDS
+    with suppress(RuntimeError):  # a launcher's store, and the launcher is gone
+        while store is not None and store.add(_KNOWING, 0) < dist.get_world_size() and time.monotonic() < deadline:
+            time.sleep(0.05)
+
+
+class OtherProcesses:
+    """Ends this process soon after another one has failed, and counts the others' signs of life.
+
+    This process may be stuck behind a GPU, or in work that needs no other process. Its launcher would ask it to end by
+    SIGTERM, which is a request to save, and kill it half a minute later.
+
+    Attributes:
+        signs: number of this process's signs of life.
+        heard: number of the others' signs of life.
+    """
+
+    def __init__(self) -> None:
+        self.signs = 0
+        self.heard = 0
+        self._finished = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def watch(self) -> None:
+        """Begin, if there are other processes, as soon as they have met."""
+        if promised_processes(os.environ) > 1:
+            self._thread = threading.Thread(target=self._look, name="other processes", daemon=True)
+            self._thread.start()
+
+    def stop(self) -> None:
+        """End. All processes do so before any of them leaves the group."""
+        self._finished.set()
+        if self._thread is not None:
+            self._thread.join(_CLOSING_SECONDS)
+
+    def silent_ranks(self) -> list[int]:
+        """Return the ranks that do not look at the store any more: stopped processes, or machines that are gone.
+
+        Takes nine seconds at most. Without an answer of the store, its keeper, rank 0, is silent.
+        """
+        silent = [0] if _have_met() else []
+
+        def ask() -> None:
+            store = own_store()
+            if store is None:
+                return
+            with suppress(RuntimeError):
+                before = [store.add(_LOOKS.format(rank), 0) for rank in range(dist.get_world_size())]
+                time.sleep(3 * _LATER_SECONDS)
+                silent[:] = [rank for rank, looks in enumerate(before) if store.add(_LOOKS.format(rank), 0) == looks]
+
+        _within(3 * _LATER_SECONDS + _STORE_SECONDS, ask)
+        return silent
+
+    def _look(self) -> None:
+        given, store = 0, None
+        while not self._finished.wait(_LATER_SECONDS):
+            store = store or own_store()
+            if store is None:
+                continue
+            try:
+                store.add(_LOOKS.format(dist.get_rank()), 1)
+                news = self.signs - given
+                given += news
+                self.heard = store.add(_SIGNS, news) - given
+                if not store.check([_FAILED]):
+                    continue
+                failure = Failure(*json.loads(store.get(_FAILED)))
+            except RuntimeError:
+                failure = _UNKNOWN
+            # Its message first. Meanwhile this process may fail alike, and must find the failure in the store.
+            if not self._finished.wait(_LATER_SECONDS):
+                with suppress(RuntimeError):
+                    store.add(_KNOWING, 1)
+                leave(failure)
+
+
+def leave(failure: Failure) -> NoReturn:
+    """End this process after another one has failed; rank 0 prints so."""
+    if os.environ.get("RANK", "0") == "0":
+        print(
+            f"flipscale: rank 0 ends too, as rank {failure.rank} on {failure.host} has failed; its message says why",
+            file=sys.stderr,
+        )
+    end_process(1)
+
+
+def close_process_group() -> None:
+    """Collective. Wait at a barrier for all processes of a finished run, then destroy their process group."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def exit_now(code: int = 0) -> None:
+    """Exit at once if this process is one of several.
+
+    Unwinding the interpreter while gloo's threads run aborts about one launch in ten on a busy CPU, and the launcher
+    then reports a failure. After an error, unwinding may wait for a GPU that waits for other processes.
+    """
+    if promised_processes(os.environ) > 1:
+        end_process(code)
+
+
+def end_process(code: int) -> NoReturn:
+    """Kill the loader's workers and exit, from any thread, without unwinding the interpreter."""
+    for worker in multiprocessing.active_children():
+        worker.kill()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # the reader is gone
+            stream.flush()
+    os._exit(code)
+
+
+def own_store() -> dist.Store | None:
+    """Return a connection of its own to the store of the process group; None before the processes have met."""
+    if not _have_met():
+        return None
+    try:
+        return dist.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]
+    except RuntimeError:  # a store that cannot be cloned, or whose process is gone
+        return None
+
+
+def _have_met() -> bool:
+    return dist.is_initialized() and dist.get_world_size() > 1
+
+
+def _within(seconds: float, ask: Callable[[], None]) -> None:
+    """Run a function in a thread, and return at its end or after some seconds."""
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(seconds)

@@ -1,0 +1,256 @@
+"""The rank that made a step slow, and the phase it was in.
+
+Torch's flight recorder notes when a process arrives at each collective. All processes run the same collectives in one
+order, so the straggler is the last to arrive at the first collective where the arrivals part. The times at which it
+entered the phases of its step tell where it spent its time.
+"""
+
+import json
+import math
+import pickle
+import socket
+import threading
+import time
+import zlib
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+# Phases of a step; `verdict` is the wait for the device.
+PHASES = ("data", "forward", "loss", "backward", "update", "verdict")
+
+# Arrivals part if they differ by this share of the step's excess time.
+_SHARE = 0.5
+# Number of collectives before the step by which the clocks are compared. It bounds the gathered bytes.
+_COMPARED = 256
+_HOST_BYTES = 64
+_DUMP_SECONDS = 5.0
+
+
+class PhaseLog:
+    """The times at which this process entered the phases of its last steps."""
+
+    def __init__(self) -> None:
+        self.entries: deque[tuple[int, str]] = deque(maxlen=4096)
+
+    def mark(self, phase: str) -> None:
+        """Note that this process enters a phase now."""
+        self.entries.append((time.time_ns(), phase))
+
+    def seconds(self, first_ns: int, last_ns: int) -> dict[str, float]:
+        """Return the time in each phase between two moments."""
+        entries, seconds = list(self.entries), dict.fromkeys(PHASES, 0.0)
+        ends = [time_ns for time_ns, _ in entries[1:]] + [last_ns]
+        for (start, phase), end in zip(entries, ends, strict=True):
+            seconds[phase] += max(min(end, last_ns) - max(start, first_ns), 0) / 1e9
+        return seconds
+
+
+@dataclass
+class Window:
+    """An iteration of the training loop, by this process's clock.
+
+    Args:
+        step: step index at its begin.
+        first_ns, last_ns: begin and end.
+        usual_s: usual duration.
+        pauses: evaluations and saves inside, which do not count.
+    """
+
+    step: int
+    first_ns: int
+    usual_s: float
+    last_ns: int = 0
+    pauses: list[tuple[int, int]] = field(default_factory=list)
+
+    @property
+    def seconds(self) -> float:
+        """Duration without pauses."""
+        return (self.last_ns - self.first_ns - sum(last - first for first, last in self.pauses)) / 1e9
+
+    def has(self, time_ns: int) -> bool:
+        """Return whether a time lies inside, outside of pauses."""
+        return self.first_ns <= time_ns < self.last_ns and not any(a <= time_ns < b for a, b in self.pauses)
+
+
+class Collective(NamedTuple):
+    """A collective of this process.
+
+    Args:
+        inside_s: time that the device spent in it; NaN if that is not recorded.
+    """
+
+    name: str
+    arrival_ns: int
+    inside_s: float
+
+
+def recorded_collectives() -> list[Collective]:
+    """Return the last collectives, oldest first; empty if torch has no flight recorder, or it is off."""
+    entries: list[dict[str, Any]] = []
+    for dump in _dumps("_json") if dist.is_initialized() else []:
+        # Point-to-point messages differ between processes.
+        entries += [entry for entry in json.loads(dump()).get("entries", []) if not entry.get("is_p2p")]
+    return [
+        Collective(entry["profiling_name"], entry["time_created_ns"], entry.get("duration_ms", np.nan) / 1e3)
+        for entry in sorted(entries, key=lambda entry: entry["time_created_ns"])
+    ]
+
+
+def write_collectives(folder: Path, rank: int) -> None:
+    """Write the flight recorder's memory to `rank_N` in a folder, for torch's `torchfrtrace`; nothing if it is empty.
+
+    Takes five seconds at most, because it is called while something hangs.
+    """
+
+    def write() -> None:
+        for dump in _dumps(""):
+            content = dump()
+            if pickle.loads(content).get("entries"):
+                folder.mkdir(exist_ok=True)
+                (folder / f"rank_{rank}").write_bytes(content)
+
+    if dist.is_initialized():
+        writing = threading.Thread(target=write, daemon=True)
+        writing.start()
+        writing.join(_DUMP_SECONDS)
+
+
+def _dumps(form: str) -> list[Callable[[], Any]]:
+    """Return the flight recorder's functions: gloo's and, in GPU builds, NCCL's. `form` is `_json`, or empty for
+    pickles."""
+    functions = [getattr(torch._C._distributed_c10d, f"_dump_{name}_trace{form}", None) for name in ("fr", "nccl")]
+    return [function for function in functions if function is not None]
+
+
+class Parting(NamedTuple):
+    """The first collective at which arrivals part, by its number in the step, and its straggler."""
+
+    number: int
+    rank: int
+    seconds: float
+
+
+def find_parting(arrivals: np.ndarray, offsets: np.ndarray, min_seconds: float) -> Parting | None:
+    """Return the first collective with a straggler, None without one.
+
+    Args:
+        arrivals: seconds, `(processes, collectives)`.
+        offsets: offsets of the processes' clocks in seconds, `(processes,)`.
+        min_seconds: least time between the first and the last arrival.
+    """
+    arrivals = arrivals - offsets[:, None]
+    spreads = arrivals.max(axis=0) - arrivals.min(axis=0)
+    parted = np.flatnonzero(spreads > min_seconds)
+    if not len(parted):
+        return None
+    return Parting(int(parted[0]), int(arrivals[:, parted[0]].argmax()), float(spreads[parted[0]]))
+
+
+class Cause(NamedTuple):
+    """The cause of a slow step.
+
+    Args:
+        rank: the straggler; None if all ranks were slow, or if the arrivals are unknown.
+        host: the straggler's host; empty without a straggler.
+        seconds: delay of the straggler, or time that all spent in one place.
+        phase: phase of the straggler, or of all ranks; None if it is unknown.
+        collective: collective that the straggler reached late, or that all ranks were in or had just left; None if it
+            is unknown.
+        is_known: whether the arrivals are known.
+        ranks: times of every rank.
+    """
+
+    rank: int | None
+    host: str
+    seconds: float
+    phase: str | None
+    collective: str | None
+    is_known: bool
+    ranks: list[dict[str, Any]]
+
+
+def find_cause(accelerator: "Accelerator", window: Window, phases: PhaseLog) -> Cause:
+    """Collective. Return the cause of a slow iteration, the same on every process."""
+    min_seconds = _SHARE * max(window.seconds - window.usual_s, 0.0)
+    collectives = recorded_collectives()
+    within = [one for one in collectives if window.has(one.arrival_ns)]
+    earlier = [one.arrival_ns for one in collectives if one.arrival_ns < window.first_ns][-_COMPARED:]
+    names = zlib.crc32(" ".join(one.name for one in within).encode())
+    is_timed = not any(math.isnan(one.inside_s) for one in within)
+    known = _gathered(accelerator, [len(within), names, len(earlier), is_timed])
+    if not within or (known[:, :2] != known[0, :2]).any():
+        return _cause(accelerator, window, phases, None, [window.first_ns, window.last_ns])
+    times = [one.arrival_ns for one in within]
+    # float64 holds differences of times, but not times since 1970 in nanoseconds.
+    compared = int(known[:, 2].min())
+    stamps = [*earlier[len(earlier) - compared :], window.first_ns, *times, window.last_ns]
+    seconds = _gathered(accelerator, stamps).astype(np.int64)
+    seconds = (seconds - seconds[0, compared]) / 1e9
+    clocks, edges = seconds[:, :compared], seconds[:, compared:]
+    offsets = np.median(clocks - clocks[0], axis=1) if compared else np.zeros(len(clocks))
+    arrivals = edges[:, 1:-1]
+    if known[:, 3].all():
+        # Devices wait for the straggler inside the collective, so the straggler spends the least time inside.
+        arrivals = -_gathered(accelerator, [int(one.inside_s * 1e9) for one in within]).cumsum(axis=1) / 1e9
+        offsets = np.zeros(len(arrivals))
+    parting = find_parting(arrivals, offsets, min_seconds)
+    mine = [window.first_ns, *times, window.last_ns]
+    if parting is not None:
+        place = mine[parting.number : parting.number + 2]
+        return _cause(accelerator, window, phases, parting, place, within[parting.number].name)
+    # All were slow in one place: after the same collective, or before the first.
+    shared = np.diff(edges, axis=1).min(axis=0)
+    longest = int(shared.argmax())
+    name = within[longest - 1].name if longest else None
+    together = Parting(longest, -1, float(shared[longest]))
+    return _cause(accelerator, window, phases, together, mine[longest : longest + 2], name)
+
+
+def _cause(
+    accelerator: "Accelerator",
+    window: Window,
+    phases: PhaseLog,
+    parting: Parting | None,
+    place: list[int],
+    collective: str | None = None,
+) -> Cause:
+    """Collective. Return the cause with every process's times; `place` is the begin and end of this one's delay."""
+    here, whole = phases.seconds(*place), phases.seconds(window.first_ns, window.last_ns)
+    for first, last in window.pauses:
+        paused = phases.seconds(first, last)
+        whole = {phase: spent - paused[phase] for phase, spent in whole.items()}
+    phase = PHASES.index(max(here, key=lambda name: here[name]))
+    host = socket.gethostname().encode()[:_HOST_BYTES].ljust(_HOST_BYTES)
+    numbers = [phase, round(window.seconds * 1e6), *(round(whole[name] * 1e6) for name in PHASES), *host]
+    table = _gathered(accelerator, numbers).astype(np.int64)
+    ranks: list[dict[str, Any]] = []
+    for rank, row in enumerate(table):
+        seconds = (row[1 : 2 + len(PHASES)] / 1e6).round(4).tolist()
+        host_name = bytes(row[-_HOST_BYTES:].tolist()).decode("utf-8", "replace").strip()
+        times = zip(("step_s", *(f"{name}_s" for name in PHASES)), seconds, strict=True)
+        ranks.append({"rank": rank, "host": host_name, **dict(times)})
+    if len(ranks) == 1:
+        return Cause(0, ranks[0]["host"], window.seconds - window.usual_s, PHASES[table[0, 0]], collective, True, ranks)
+    if parting is None:
+        return Cause(None, "", 0.0, None, None, False, ranks)
+    if parting.rank < 0:
+        most = int(np.bincount(table[:, 0]).argmax())
+        return Cause(None, "", parting.seconds, PHASES[most], collective, True, ranks)
+    late = PHASES[table[parting.rank, 0]]
+    return Cause(parting.rank, ranks[parting.rank]["host"], parting.seconds, late, collective, True, ranks)
+
+
+def _gathered(accelerator: "Accelerator", numbers: list[int]) -> np.ndarray:
+    """Collective. Return every process's numbers, int64 `(processes, numbers)`."""
+    mine = torch.tensor([numbers], dtype=torch.int64, device=accelerator.device)
+    return accelerator.gather(mine).cpu().numpy()
