@@ -1,4 +1,4 @@
-"""Conversion of a checkpoint that the original JAX FLIP wrote."""
+"""Conversion of checkpoints of the original JAX FLIP."""
 
 import gzip
 import json
@@ -33,7 +33,7 @@ POSITIONS = "target.img_encoder.posembed_encoder.pos_embedding"
 
 @pytest.fixture(scope="session")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder that holds `checkpoint_7`, as the original wrote it. Not to be changed."""
+    """A folder with the original `checkpoint_7`; tests do not change it."""
     folder = tmp_path_factory.mktemp("written")
     with tarfile.open(FIXTURES / "t5x.tar.gz") as tar:
         tar.extractall(folder, filter="data")
@@ -42,7 +42,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def checkpoint(written: Path, tmp_path: Path) -> Path:
-    """A copy of `checkpoint_7` to be changed."""
+    """A copy of `checkpoint_7` to change."""
     return Path(shutil.copytree(written / "checkpoint_7", tmp_path / "src" / "checkpoint_7"))
 
 
@@ -51,7 +51,7 @@ def convert(src: Path, dst: Path, **heads: Any) -> FlipModel:
 
 
 def zip_of(folder: Path, archive: Path, level: str = "checkpoint_7") -> Path:
-    """A zip that holds the files of `folder` as its folder `level`."""
+    """A zip with the files of `folder` in its folder `level`."""
     with zipfile.ZipFile(archive, "w") as opened:
         for file in sorted(folder.rglob("*")):
             if file.is_file():
@@ -97,7 +97,7 @@ def b16_arrays() -> dict[str, np.ndarray]:
 
 
 def rewrite_array(folder: Path, change: np.ndarray) -> None:
-    """Stores another array in the place of the one in `folder`, in one chunk."""
+    """Replaces the array in `folder`, in one chunk."""
     meta = json.loads((folder / ".zarray").read_text())
     shutil.rmtree(folder)
     folder.mkdir()
@@ -118,61 +118,53 @@ def assert_equals_the_original(model: FlipModel) -> None:
 
 
 @pytest.mark.parametrize("where", [".", "checkpoint_7", "checkpoint_7/checkpoint"])
-def test_reads_every_array_bit_for_bit(written: Path, where: str) -> None:
+def test_arrays_are_read_bit_for_bit(written: Path, where: str) -> None:
     arrays, expected = open_flip_checkpoint(written / where), np.load(FIXTURES / "params.npz")
     assert set(arrays) == set(expected.files)
     for name, stored in arrays.items():
-        assert stored.shape == expected[name].shape
         array = np.asarray(stored)
-        assert array.dtype == np.float32
+        assert (stored.shape, array.dtype) == (expected[name].shape, np.float32)
         assert np.array_equal(array, expected[name]), name
 
 
-def test_converts_to_a_model_folder(written: Path, tmp_path: Path) -> None:
-    assert_equals_the_original(convert(written, tmp_path / "model"))
+@pytest.mark.parametrize("vocab", [None, "[PAD]\n[UNK]\na\n"])
+def test_model_folder_and_card(written: Path, tmp_path: Path, vocab: str | None) -> None:
+    heads: dict[str, Any] = {"image_heads": 4, "text_heads": 4}
+    if vocab:
+        (tmp_path / "vocab.txt").write_text(vocab)
+        heads["tokenizer"] = bert_tokenizer(tmp_path / "vocab.txt")
+    assert_equals_the_original(convert(written, tmp_path / "model", **heads))
     loaded = FlipModel.from_pretrained(tmp_path / "model").eval()
     assert_equals_the_original(loaded)
     assert loaded.config.vision_config.image_size == 48
     assert loaded.config.text_config.attend_to_padding
-
-
-@pytest.mark.parametrize("vocab", [None, "[PAD]\n[UNK]\na\n"])
-def test_the_card_tells_the_licence_and_how_to_use_it(written: Path, tmp_path: Path, vocab: str | None) -> None:
-    heads = {"image_heads": 4, "text_heads": 4}
-    if vocab:
-        (tmp_path / "vocab.txt").write_text(vocab)
-        convert(written, tmp_path / "model", **heads, tokenizer=bert_tokenizer(tmp_path / "vocab.txt"))
-    else:
-        convert(written, tmp_path / "model")
     card = ModelCard.load(tmp_path / "model" / "README.md")
     assert card.data.license == "cc-by-nc-4.0"
     assert "0.2 M parameters, 48-pixel images in patches of 16, captions of 32 ids" in card.text.replace("\n", " ")
     snippet = card.text.split("```python\n")[1].split("```")[0]
     Image.new("RGB", (60, 50)).save(tmp_path / "image.png")
-    known = {}
-    exec(snippet.replace("image.png", str(tmp_path / "image.png")), known)
-    assert "classify" in known if vocab else type(known["model"]).__name__ == "FlipModel"
+    names: dict[str, Any] = {}
+    exec(snippet.replace("image.png", str(tmp_path / "image.png")), names)
+    assert "classify" in names if vocab else type(names["model"]).__name__ == "FlipModel"
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_reads_every_spelling_of_the_index(checkpoint: Path, tmp_path: Path, variant: str) -> None:
-    shutil.copyfile(FIXTURES / "msgpack_variants" / variant, checkpoint / "checkpoint")
-    assert_equals_the_original(convert(checkpoint, tmp_path / "model"))
-
-
-@pytest.mark.parametrize("level", [".", "checkpoint_7", "flip/vit_large/checkpoint_7"])
 @pytest.mark.parametrize("variant", [None, *VARIANTS])
-def test_reads_a_zip_in_place(checkpoint: Path, tmp_path: Path, variant: str | None, level: str) -> None:
-    """Whichever folder it opens at."""
+@pytest.mark.parametrize("level", [None, ".", "flip/vit_large/checkpoint_7"], ids=["folder", "zip", "deep zip"])
+def test_every_form_of_the_index(checkpoint: Path, tmp_path: Path, variant: str | None, level: str | None) -> None:
     if variant:
         shutil.copyfile(FIXTURES / "msgpack_variants" / variant, checkpoint / "checkpoint")
-    archive = zip_of(checkpoint, tmp_path / "flip.zip", level)
-    assert_equals_the_original(convert(archive, tmp_path / "model"))
-    assert {path.name for path in tmp_path.iterdir()} == {"src", "flip.zip", "model"}
+    src = checkpoint if level is None else zip_of(checkpoint, tmp_path / "flip.zip", level)
+    arrays, expected = open_flip_checkpoint(src), np.load(FIXTURES / "params.npz")
+    assert all(np.array_equal(np.asarray(stored), expected[name]) for name, stored in arrays.items())
+    assert set(arrays) == set(expected.files)
 
 
-def test_holds_the_model_once(tmp_path: Path) -> None:
-    """Peak memory of a conversion above what the imports take: the model and its largest array, not two models."""
+def test_without_msgpack(written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "msgpack", None)
+    assert_equals_the_original(convert(written, tmp_path / "model"))
+
+
+def test_memory_holds_the_model_once(tmp_path: Path) -> None:
     arrays = b16_arrays()
     write_checkpoint(arrays, tmp_path / "checkpoint_1")
     code = f"""
@@ -189,15 +181,7 @@ print(peak() - before)
     assert num_bytes < int(done.stdout.split()[-1]) < num_bytes + 3 * largest
 
 
-def test_lists_the_folders_where_msgpack_is_absent(
-    written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "msgpack", None)
-    assert_equals_the_original(convert(written, tmp_path / "model"))
-
-
 def test_chunks_need_not_divide_the_shape(checkpoint: Path) -> None:
-    """Zarr stores the chunks at the edge whole."""
     folder = checkpoint / "target.img_mlp1.kernel"
     expected = np.load(FIXTURES / "params.npz")["img_mlp1/kernel"]
     meta = json.loads((folder / ".zarray").read_text())
@@ -210,22 +194,22 @@ def test_chunks_need_not_divide_the_shape(checkpoint: Path) -> None:
     assert np.array_equal(np.asarray(open_flip_checkpoint(checkpoint)["img_mlp1/kernel"]), expected)
 
 
-def test_command_saves_a_processor_with_the_originals_tokenizer(
-    written: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    vocab = tmp_path / "vocab.txt"
+def test_command(written: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    vocab, dst = tmp_path / "vocab.txt", str(tmp_path / "model")
     vocab.write_text("\n".join(["[PAD]", "[UNK]", "a", "red", "##der", "disc", ""]))
-    dst = str(tmp_path / "model")
     heads = ["--image_heads", "4", "--text_heads", "4"]
     cli.main(["convert", "flip", str(written), dst, *heads, "--tokenizer", str(vocab)])
     assert "48 px in patches of 16, captions of 32 ids, with a processor" in capsys.readouterr().out
     processor = FlipProcessor.from_pretrained(dst)
     assert processor(text="a redder disc")["input_ids"] == [2, 3, 4, 5] + [0] * 28
-    assert_equals_the_original(FlipModel.from_pretrained(dst).eval())
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["convert", "flip", str(written), str(tmp_path / "other"), "--size", "h14"])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.startswith("flipscale: error: size is h14, but the checkpoint has vision patch_size")
 
 
 @pytest.mark.parametrize("fetched", [True, False])
-def test_a_named_size_comes_with_its_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fetched: bool) -> None:
+def test_tokenizer_of_a_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fetched: bool) -> None:
     def fetch(repository: str, file: str) -> str:
         assert (repository, file) == ("google-bert/bert-base-uncased", "vocab.txt")
         if not fetched:
@@ -240,14 +224,11 @@ def test_a_named_size_comes_with_its_tokenizer(tmp_path: Path, monkeypatch: pyte
     assert (tmp_path / "model" / "processor_config.json").is_file() == fetched
 
 
-def test_a_named_size_tells_the_heads() -> None:
-    arrays = b16_arrays()
-    assert build_flip_model(arrays, "b16").config.to_dict() == FlipConfig.from_size("b16").to_dict()
-    with pytest.raises(ValueError, match=r"is not of size l16: it has vision hidden_size 768, not 1024;"):
-        build_flip_model(arrays, "l16")
+def test_a_size_decides_the_heads() -> None:
+    assert build_flip_model(b16_arrays(), "b16").config.to_dict() == FlipConfig.from_size("b16").to_dict()
 
 
-def fails(checkpoint: Path, message: str, **heads: int | str) -> None:
+def fails(checkpoint: Path, message: str, **heads: int | str | None) -> None:
     dst = checkpoint.parent / "model"
     with pytest.raises(ValueError, match=message) as caught:
         convert(checkpoint, dst, **heads)
@@ -258,119 +239,99 @@ def fails(checkpoint: Path, message: str, **heads: int | str) -> None:
 @pytest.mark.parametrize(
     ("heads", "message"),
     [
-        ({"image_heads": 4}, r"image_heads is 4, text_heads is None, and a checkpoint does not tell them; give size"),
-        ({"size": None}, r"a checkpoint does not tell them; give size \(b16, l16, h14\) or both"),
-        ({"size": "g14"}, r"size 'g14' is none of the original FLIP's; use one of b16, l16, h14"),
-        ({"size": "b16", "text_heads": 4}, r"size b16 and heads are both given; .* leave one of them out"),
-        ({"image_heads": 7, "text_heads": 4}, r"image_heads 7 does not divide the image tower's width of 64"),
-        ({"image_heads": 4, "text_heads": 0}, r"text_heads 0 does not divide the text tower's width of 48"),
-        (
-            {"size": "l16"},
-            r"the checkpoint is not of size l16: it has vision hidden_size 64, not 1024; .*text hidden_size 48, not",
-        ),
+        ({"image_heads": 4}, "image_heads is 4, text_heads is None"),
+        ({"size": None}, r"give size \(b16, l16, h14\) or both"),
+        ({"size": "g14"}, "size is 'g14'"),
+        ({"size": "b16", "text_heads": 4}, "size is b16 and heads"),
+        ({"image_heads": 7, "text_heads": 4}, "image_heads is 7.* 64"),
+        ({"image_heads": 4, "text_heads": 0}, "text_heads is 0.* 48"),
+        ({"size": "l16"}, "size is l16, .* vision hidden_size 64, not 1024; .*text hidden_size 48, not"),
     ],
 )
-def test_heads_must_be_told_and_fit(checkpoint: Path, heads: dict[str, int | str], message: str) -> None:
+def test_bad_heads(checkpoint: Path, heads: dict[str, int | str | None], message: str) -> None:
     fails(checkpoint, message, **heads)
 
 
-def test_no_checkpoint_there(checkpoint: Path, tmp_path: Path) -> None:
-    fails(tmp_path / "nowhere", r"nowhere does not exist; name a checkpoint_N folder")
+def test_no_single_checkpoint(checkpoint: Path, tmp_path: Path) -> None:
+    fails(tmp_path / "nowhere", "nowhere does not exist")
     (tmp_path / "empty").mkdir()
-    fails(tmp_path / "empty", r"empty is not a checkpoint of the original FLIP: no target\.\* array folder")
+    fails(tmp_path / "empty", r"empty is not a checkpoint .* no target\.\* array folder")
     (tmp_path / "weights.pth").touch()
-    fails(tmp_path / "weights.pth", r"weights.pth is not a checkpoint of the original FLIP: it is no zip, or one that")
-
-
-def test_several_checkpoints(checkpoint: Path) -> None:
+    fails(tmp_path / "weights.pth", "weights.pth is not a checkpoint .* not a zip")
+    (tmp_path / "empty/thesis.tex").touch()
+    fails(zip_of(tmp_path / "empty", tmp_path / "thesis.zip"), r"thesis.zip is not a checkpoint .* no target\.\*")
     shutil.copytree(checkpoint, checkpoint.parent / "checkpoint_9")
-    fails(checkpoint.parent, r"holds 2 checkpoints \(checkpoint_7, checkpoint_9\); name one of them")
-
-
-def test_another_version(checkpoint: Path) -> None:
-    index = msgpack.unpackb((checkpoint / "checkpoint").read_bytes())
-    (checkpoint / "checkpoint").write_bytes(msgpack.packb({**index, "version": 4}))
-    fails(checkpoint, r"is of version 4; only version 3, the original FLIP's, can be read")
+    fails(checkpoint.parent, r"holds 2 checkpoints \(checkpoint_7, checkpoint_9\)")
 
 
 @pytest.mark.parametrize("content", [b"", b"not msgpack", msgpack.packb({"version": 3}), msgpack.packb([3])])
-def test_an_index_of_something_else(checkpoint: Path, content: bytes) -> None:
+def test_another_index(checkpoint: Path, content: bytes) -> None:
     (checkpoint / "checkpoint").write_bytes(content)
-    fails(checkpoint, r"checkpoint is not the index of a checkpoint of the original FLIP")
+    fails(checkpoint, "checkpoint is not the index")
 
 
 @pytest.mark.parametrize(
-    ("leaf", "message"),
+    ("version", "leaf", "message"),
     [
-        (5, "is not a zarr array in the checkpoint's index"),
-        ({"driver": "zarr"}, "has no path in the checkpoint's index"),
+        (4, None, "has version 4"),
+        (3, 5, "parameter logit_scale is not a zarr array"),
+        (3, {"driver": "zarr"}, "parameter logit_scale has no path"),
     ],
 )
-def test_an_index_with_an_odd_entry(checkpoint: Path, leaf: object, message: str) -> None:
+def test_odd_entries_of_the_index(checkpoint: Path, version: int, leaf: object, message: str) -> None:
     index = msgpack.unpackb((checkpoint / "checkpoint").read_bytes())
-    index["optimizer"]["target"]["logit_scale"] = leaf
+    index["version"] = version
+    if leaf:
+        index["optimizer"]["target"]["logit_scale"] = leaf
     (checkpoint / "checkpoint").write_bytes(msgpack.packb(index))
-    fails(checkpoint, "parameter logit_scale " + message)
+    fails(checkpoint, message)
 
 
-def test_a_chunk_cut_short(checkpoint: Path) -> None:
+def test_damaged_chunks(checkpoint: Path) -> None:
     chunk = next(path for path in (checkpoint / EMBEDDING).iterdir() if path.name != ".zarray")
-    content = chunk.read_bytes()
-    chunk.write_bytes(content[:-20])
-    fails(checkpoint, r"array txt_encoder/token_embedding/embedding is damaged: .* is cut short or not gzip")
-    chunk.write_bytes(gzip.compress(gzip.decompress(content)[:-4]))
-    fails(checkpoint, r"embedding is damaged: .* holds \d+ bytes, not \d+")
+    content, name = chunk.read_bytes(), "array txt_encoder/token_embedding/embedding is damaged"
+    for damaged, message in (
+        (content[:-20], "cut short or not gzip"),
+        (gzip.compress(gzip.decompress(content)[:-4]), r"holds \d+ bytes, not \d+"),
+        (gzip.compress(bytes(4 << 20)), r"holds more than \d+ bytes, not \d+"),
+    ):
+        chunk.write_bytes(damaged)
+        fails(checkpoint, f"{name}.*{message}")
+    scale = checkpoint / "target.logit_scale" / "0"
+    scale.rename(checkpoint.parent / "outside")
+    fails(checkpoint, "array logit_scale is incomplete: .* is missing")
+    scale.symlink_to(checkpoint.parent / "outside")  # links out of the checkpoint are not followed
+    fails(checkpoint, "array logit_scale is incomplete: .* is missing")
 
 
-def test_a_zip_cut_short(checkpoint: Path, tmp_path: Path) -> None:
+def test_a_damaged_zip(checkpoint: Path, tmp_path: Path) -> None:
     archive = zip_of(checkpoint, tmp_path / "flip.zip")
     content = archive.read_bytes()
     archive.write_bytes(content[:-100])
-    fails(archive, r"flip.zip is not a checkpoint of the original FLIP: it is no zip, or one that was cut short")
+    fails(archive, "flip.zip is not a checkpoint .* cut short")
     chunk = content.index(b"target.txt_encoder.token_embedding.embedding/0.0") + 200
     archive.write_bytes(content[:chunk] + bytes(100) + content[chunk + 100 :])
-    fails(
-        archive, r"flip.zip: checkpoint_7/target.txt_encoder.token_embedding.embedding/0.0 in it cannot be read \(Bad"
-    )
+    fails(archive, r"flip.zip: checkpoint_7/target.txt_encoder.token_embedding.embedding/0.0 in it .*\(Bad")
 
 
-def test_a_zip_of_something_else(tmp_path: Path) -> None:
-    (tmp_path / "thesis").mkdir()
-    (tmp_path / "thesis" / "thesis.tex").touch()
-    archive = zip_of(tmp_path / "thesis", tmp_path / "thesis.zip")
-    fails(archive, r"thesis.zip is not a checkpoint of the original FLIP: no target\.\* array folder is in it")
-
-
-def test_a_chunk_missing(checkpoint: Path) -> None:
-    (checkpoint / "target.logit_scale" / "0").unlink()
-    fails(checkpoint, r"array logit_scale is incomplete: .* is missing")
-
-
-def test_an_array_missing(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_arrays(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.rmtree(checkpoint / EMBEDDING)
     fails(checkpoint, r"array txt_encoder/token_embedding/embedding is missing: .* has no \.zarray")
     monkeypatch.setitem(sys.modules, "msgpack", None)
-    fails(checkpoint, r"array txt_encoder/token_embedding/embedding is missing from the checkpoint")
+    fails(checkpoint, "array txt_encoder/token_embedding/embedding is missing from the checkpoint")
     shutil.copytree(checkpoint / "target.txt_mlp1.kernel", checkpoint / EMBEDDING)
     shutil.rmtree(checkpoint / "target.txt_mlp1.kernel")
     fails(checkpoint, r"text_projection\.weight is missing, not \(32, 48\)")
 
 
-def test_an_array_of_another_form(checkpoint: Path) -> None:
-    meta = checkpoint / "target.logit_scale" / ".zarray"
-    meta.write_text(meta.read_text().replace("gzip", "blosc"))
-    fails(checkpoint, r"array logit_scale is stored as zarr 2, compressor blosc, order C, filters None; the original")
-    meta.write_text("{")
-    fails(checkpoint, r"array logit_scale is damaged: .*\.zarray cannot be read")
-
-
-def test_arrays_that_no_flip_model_has(checkpoint: Path) -> None:
-    rewrite_array(checkpoint / "target.img_encoder.embedding.bias", np.zeros(63))
-    fails(checkpoint, r"not a FLIP model's: vision_model\.embeddings\.patch_embedding\.bias is \(63,\), not \(64,\)")
-    rewrite_array(checkpoint / POSITIONS, np.zeros((1, 9, 64)))
-    fails(checkpoint, r"pos_embedding has 8 patches, which are not a square")
-    rewrite_array(checkpoint / POSITIONS, np.zeros((9, 64)))
-    fails(checkpoint, r"pos_embedding is \(9, 64\); a FLIP model's has 3 dimensions")
+def test_arrays_of_another_model(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for folder, array, message in (
+        ("target.img_encoder.embedding.bias", np.zeros(63), r"patch_embedding\.bias is \(63,\), not \(64,\)"),
+        (POSITIONS, np.zeros((1, 9, 64)), "pos_embedding has 8 patches"),
+        (POSITIONS, np.zeros((9, 64)), r"pos_embedding has shape \(9, 64\); expected 3 dimensions"),
+    ):
+        rewrite_array(checkpoint / folder, array)
+        fails(checkpoint, message)
 
 
 def test_an_array_too_many(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -379,58 +340,33 @@ def test_an_array_too_many(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) ->
     fails(checkpoint, r"decoder\.weight is unknown")
 
 
-def test_learned_image_positions(checkpoint: Path) -> None:
-    """Row 0, the class token's, is never used and may hold anything; the rest must be the fixed table."""
-    stored = np.load(FIXTURES / "params.npz")["img_encoder/posembed_encoder/pos_embedding"]
-    first_row = stored.copy()
+def test_image_positions_are_fixed_but_for_the_first_row(checkpoint: Path) -> None:
+    first_row = np.load(FIXTURES / "params.npz")["img_encoder/posembed_encoder/pos_embedding"].copy()
     first_row[0, 0] = 1.0
     rewrite_array(checkpoint / POSITIONS, first_row)
     assert_equals_the_original(convert(checkpoint, checkpoint.parent / "first_row"))
     rewrite_array(checkpoint / POSITIONS, np.load(FIXTURES / "io.npz")["pos_alt"])
-    fails(checkpoint, r"is not the fixed 2-D sine-cosine table \(largest difference .*\); a model with learned")
-
-
-def test_command_tells_a_mistake_in_one_line(written: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as caught:
-        cli.main(["convert", "flip", str(written), str(tmp_path / "model"), "--size", "h14"])
-    assert caught.value.code == 2
-    error = capsys.readouterr().err
-    assert error.startswith("flipscale: error: the checkpoint is not of size h14: it has vision patch_size 16, not 14;")
-    assert error.count("\n") == 1
-
-
-def change_meta(checkpoint: Path, **changes: Any) -> None:
-    file = checkpoint / EMBEDDING / ".zarray"
-    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
-
-
-def test_a_chunk_that_unpacks_to_too_much(checkpoint: Path) -> None:
-    for chunk in (checkpoint / EMBEDDING).glob("[0-9]*"):
-        chunk.write_bytes(gzip.compress(bytes(4 << 20)))
-    fails(checkpoint, r"array txt_encoder/token_embedding/embedding is damaged: .* holds more than \d+ bytes, not \d+")
-
-
-def test_an_array_larger_than_its_files(checkpoint: Path) -> None:
-    change_meta(checkpoint, shape=[99_000_000, 65_536], chunks=[99_000_000, 65_536])
-    fails(checkpoint, r"has [\d,]+ bytes, which cannot be 25,952,256,000,000")
+    fails(checkpoint, "differs from the fixed 2-D sine-cosine table by up to")
 
 
 @pytest.mark.parametrize(
-    "changes", [{"shape": [-1, 48]}, {"shape": ["a", 1]}, {"chunks": [0, 1]}, {"chunks": [1]}, {"dtype": "|O"}]
+    ("changes", "message"),
+    [
+        ({"shape": [99_000_000, 65_536], "chunks": [99_000_000, 65_536]}, "too few for 25,952,256,000,000"),
+        ({"shape": [-1, 48]}, "is damaged: .*/.zarray cannot be read"),
+        ({"shape": ["a", 1]}, "is damaged"),
+        ({"chunks": [0, 1]}, "is damaged"),
+        ({"chunks": [1]}, "is damaged"),
+        ({"dtype": "|O"}, "is damaged"),
+        ({"compressor": {"id": "blosc"}}, "is stored as zarr 2, compressor blosc"),
+    ],
 )
-def test_an_array_that_cannot_be(checkpoint: Path, changes: dict[str, Any]) -> None:
-    change_meta(checkpoint, **changes)
-    fails(checkpoint, r"array txt_encoder/token_embedding/embedding is damaged: .*/.zarray cannot be read")
+def test_bad_metadata(checkpoint: Path, changes: dict[str, Any], message: str) -> None:
+    file = checkpoint / EMBEDDING / ".zarray"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+    fails(checkpoint, f"array txt_encoder/token_embedding/embedding {message}" if "few" not in message else message)
 
 
-def test_a_link_out_of_the_checkpoint_is_none_of_its_files(checkpoint: Path) -> None:
-    chunk = checkpoint / "target.logit_scale" / "0"
-    chunk.rename(checkpoint.parent / "outside")
-    chunk.symlink_to(checkpoint.parent / "outside")
-    with pytest.raises(ValueError, match=r"array logit_scale is incomplete: .* is missing"):
-        convert(checkpoint, checkpoint.parent / "model")
-
-
-def test_weights_that_are_no_numbers(checkpoint: Path) -> None:
+def test_weights_that_are_not_finite(checkpoint: Path) -> None:
     rewrite_array(checkpoint / "target.logit_scale", np.full(1, np.nan, np.float32))
-    fails(checkpoint, "weight logit_scale has numbers that are NaN or infinite")
+    fails(checkpoint, "weight logit_scale .*NaN")

@@ -38,12 +38,12 @@ def save(tokenizer_dir: Path, tmp_path: Path) -> Callable[..., Path]:
 @pytest.mark.parametrize(
     "text", [{}, {"attend_to_padding": False, "pooling": "mean"}], ids=["as the original", "padding masked"]
 )
-def test_any_batch_has_the_model_s_embeddings(
+def test_equal_embeddings(
     save: Callable[..., Path],
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    capsys: pytest.CaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
-    text: dict[str, Any],
+    text: dict,
 ) -> None:
     if text:
         monkeypatch.setattr(convert_onnx, "_MAX_FILE_BYTES", 1000)
@@ -81,19 +81,12 @@ def test_a_file_that_differs_is_not_kept(
     with pytest.raises(SystemExit) as caught:
         cli.main(["convert", "onnx", str(save()), str(tmp_path / "onnx")])
     assert caught.value.code == 1
-    error = capsys.readouterr().err
-    assert "image_model.onnx: onnxruntime's embeddings differ from the model's by" in error
-    assert "more than 1e-12; nothing was written" in error
+    assert "more than 1e-12; nothing was written" in capsys.readouterr().err
     assert {path.name for path in tmp_path.iterdir()} == {"flip"}
 
 
 def test_a_package_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnxscript" else find(name))
-    with pytest.raises(ValueError, match=r"onnxscript is not installed; pip install 'flipscale\[onnx\]'"):
+    with pytest.raises(ValueError, match="onnxscript is not installed"):
         convert_onnx.convert_to_onnx("flip", tmp_path / "onnx")
-
-
-def test_a_folder_that_is_there_is_left_alone(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="is there already; name another folder or remove it"):
-        convert_onnx.convert_to_onnx("flip", tmp_path)

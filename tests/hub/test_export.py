@@ -1,7 +1,8 @@
-"""The exported folder, used as somebody without flipscale uses it."""
+"""The exported folder, used without flipscale."""
 
 import json
 import os
+import shutil
 import subprocess
 import venv
 from collections.abc import Callable
@@ -31,7 +32,7 @@ from flipscale.model import (
 TOWER = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 LABELS = ["red disc", "a green ring", "blue"]
 
-# Run in an environment of its own: prints what the folder gives there, as JSON.
+# Runs in an environment without flipscale and prints its results as JSON.
 STRANGER = """
 import importlib.util, json, sys
 assert importlib.util.find_spec("flipscale") is None
@@ -94,7 +95,7 @@ def folder(tokenizer: PreTrainedTokenizerBase, tmp_path_factory: pytest.TempPath
 
 @pytest.fixture(scope="module")
 def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A smooth picture, so that both image backends give nearly the same pixels."""
+    """A smooth picture, for which both image backends give nearly the same pixels."""
     path = tmp_path_factory.mktemp("image") / "image.png"
     rows, columns = np.mgrid[0:40, 0:60]
     Image.fromarray(np.stack([rows * 6, columns * 4, rows + columns], axis=2).astype(np.uint8)).save(path)
@@ -102,8 +103,7 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def environment_of(path: Path, *packages: str) -> Path:
-    """The interpreter of a new virtual environment that has these packages and what they require, and nothing else:
-    their files are linked in."""
+    """The interpreter of a new virtual environment with links to these packages and their requirements, no others."""
     venv.create(path, symlinks=True)
     here = next(path.glob("lib/python*/site-packages"))
     waiting, seen = list(packages), set()
@@ -125,12 +125,28 @@ def environment_of(path: Path, *packages: str) -> Path:
 
 
 def installed_environment(path: Path, *packages: str) -> Path:
-    """The interpreter of a new virtual environment into which pip installed these packages at our versions."""
+    """The interpreter of a new virtual environment with our versions of these packages, installed by pip."""
     venv.create(path, symlinks=True, with_pip=True)
     python = path / "bin" / "python"
     pinned = [f"{name}=={version(name)}" for name in packages]
     subprocess.run([python, "-m", "pip", "install", "--quiet", *pinned], check=True)
     return python
+
+
+def run_stranger(python: Path, code: str, folder: Path, *arguments: str | Path) -> dict:
+    """Runs code offline and without flipscale, and returns the JSON that it prints."""
+    kept = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    home = folder.parent / "home"
+    done = subprocess.run(
+        [python, "-I", "-c", code, folder, *arguments],
+        cwd=folder.parent,
+        env={**kept, "HF_HUB_OFFLINE": "1", "HF_HOME": str(home), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def direct_scores(folder: Path, image: Path) -> list[float]:
@@ -158,22 +174,11 @@ INSTALLED = pytest.param(
         INSTALLED,
     ],
 )
-def test_folder_works_where_flipscale_is_absent(
+def test_folder_without_flipscale(
     folder: Path, image: Path, tmp_path: Path, environment: Callable[..., Path], packages: tuple[str, ...]
 ) -> None:
-    """Offline, in an environment that has nothing but what its user needs."""
-    python = environment(tmp_path / "venv", *packages)
-    kept = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
-    done = subprocess.run(
-        [python, "-I", "-c", STRANGER, folder, image, *LABELS],
-        cwd=tmp_path,
-        env={**kept, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    seen = json.loads(done.stdout.splitlines()[-1])
+    copy = shutil.copytree(folder, tmp_path / "model")
+    seen = run_stranger(environment(tmp_path / "venv", *packages), STRANGER, copy, image, *LABELS)
     assert seen["model_type"] == "flip"
     assert seen["length"] == 8
     assert seen["torchvision"] == ("torchvision" in packages)
@@ -187,10 +192,10 @@ def test_folder_works_where_flipscale_is_absent(
 
 @pytest.mark.parametrize("attend_to_padding", [True, False])
 @pytest.mark.parametrize("pooling", ["first", "mean"])
-def test_pipeline_gives_the_scores_of_a_direct_forward(
+def test_pipeline_and_forward_agree(
     tokenizer: PreTrainedTokenizerBase, image: Path, tmp_path: Path, attend_to_padding: bool, pooling: str
 ) -> None:
-    """The pipeline pads to the longest label alone, whatever the processor says."""
+    """The pipeline ignores the processor and pads to the longest label."""
     model = small_model(attend_to_padding=attend_to_padding, pooling=pooling)
     folder = export_model(model, build_processor(model.config, tokenizer), tmp_path / "model")
     classify = pipeline("zero-shot-image-classification", model=str(folder), device="cpu")
@@ -199,7 +204,7 @@ def test_pipeline_gives_the_scores_of_a_direct_forward(
     assert [by_label[label] for label in LABELS] == pytest.approx(direct_scores(folder, image), abs=1e-6)
 
 
-def test_folder_holds_what_it_needs_and_nothing_else(folder: Path) -> None:
+def test_files_of_a_folder(folder: Path) -> None:
     assert {path.name for path in folder.iterdir()} == {
         "config.json",
         "config_sentence_transformers.json",
@@ -224,7 +229,7 @@ def test_folder_holds_what_it_needs_and_nothing_else(folder: Path) -> None:
     assert not [path for path in folder.parent.iterdir() if path != folder]
 
 
-def test_a_saved_copy_of_a_loaded_model_carries_the_code_too(folder: Path, tmp_path: Path) -> None:
+def test_a_saved_copy_has_the_code(folder: Path, tmp_path: Path) -> None:
     FlipModel.from_pretrained(folder).save_pretrained(tmp_path)
     assert (tmp_path / "modeling_flip.py").read_bytes() == (folder / "modeling_flip.py").read_bytes()
 
@@ -241,25 +246,20 @@ def test_export_replaces_an_older_model_whole(tokenizer: PreTrainedTokenizerBase
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_export_does_not_replace_what_it_did_not_write(tmp_path: Path) -> None:
+def test_export_keeps_foreign_files(tmp_path: Path) -> None:
     export_model(small_model(), None, tmp_path / "model")
     (tmp_path / "model/notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match=r"model holds notes.txt, which flipscale did not write and an export would"):
+    with pytest.raises(ValueError, match=r"model holds notes\.txt"):
         export_model(small_model(), None, tmp_path / "model")
     assert (tmp_path / "model/notes.txt").read_text() == "mine"
-
-
-def test_export_does_not_replace_what_is_no_model(tmp_path: Path) -> None:
-    (tmp_path / "thesis.tex").touch()
-    with pytest.raises(ValueError, match="exists and is not a FLIP model folder; name another folder"):
+    with pytest.raises(ValueError, match="exists and is not a FLIP model folder"):
         export_model(small_model(), None, tmp_path)
-    assert (tmp_path / "thesis.tex").exists()
 
 
 def test_two_exports_to_one_folder(tmp_path: Path) -> None:
     lock = FolderLock(tmp_path / ".out.lock", "")
     lock.acquire()
-    with pytest.raises(ValueError, match=rf"process {os.getpid()} on .* writes .*out; wait for it, stop it, or use an"):
+    with pytest.raises(ValueError, match=rf"process {os.getpid()} on .*out"):
         export_model(small_model(), None, tmp_path / "out")
     lock.release()
     assert not list(tmp_path.iterdir())
@@ -278,45 +278,36 @@ def test_a_failed_export_leaves_the_older_model(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_processor_sees_the_whole_short_side(tokenizer: PreTrainedTokenizerBase) -> None:
-    processor = build_processor(small_model().config, tokenizer)
+def test_processor(tokenizer: PreTrainedTokenizerBase) -> None:
+    config = small_model().config
+    processor = build_processor(config, tokenizer)
     inputs = processor(images=Image.new("RGB", (70, 35), (124, 116, 104)), text="a red disc", return_tensors="pt")
     assert inputs["pixel_values"].shape == (1, 3, 32, 32)
     assert inputs["pixel_values"].abs().max() < 0.02
     assert inputs["input_ids"].tolist()[0][3:] == [0] * 5
     assert inputs["attention_mask"].tolist() == [[1, 1, 1, 0, 0, 0, 0, 0]]
-
-
-def test_processor_cuts_captions_to_the_models_length(tokenizer: PreTrainedTokenizerBase) -> None:
-    config = small_model().config
     config.text_config.max_position_embeddings = 4
+    config.vision_config.image_mean, config.vision_config.image_std = 0.5, 0.5
     processor = build_processor(config, tokenizer)
     assert processor(text="a red a red a red a red")["input_ids"] == tokenizer("a red a red")["input_ids"]
     assert tokenizer.model_max_length == 8
-
-
-def test_processor_takes_one_deviation_for_all_channels(tokenizer: PreTrainedTokenizerBase) -> None:
-    config = small_model().config
-    config.vision_config.image_mean, config.vision_config.image_std = 0.5, 0.5
-    processor = build_processor(config, tokenizer)
     black = processor(images=Image.new("RGB", (40, 40)), return_tensors="pt")["pixel_values"]
     assert torch.equal(black, torch.full((1, 3, 32, 32), -1.0))
 
 
-def test_a_tokenizer_of_another_model_is_refused(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_a_tokenizer_of_another_model(tokenizer: PreTrainedTokenizerBase) -> None:
     config = small_model().config
     config.text_config.vocab_size = 5
-    with pytest.raises(ValueError, match=r"the tokenizer has 12 entries, the model's vocab_size is 5; use"):
+    with pytest.raises(ValueError, match=r"12 entries.* vocab_size .*5"):
         build_processor(config, tokenizer)
-    config = small_model(pad_token_id=3).config
-    with pytest.raises(ValueError, match=r"the tokenizer pads with id 0, the model with pad_token_id 3; use the"):
-        build_processor(config, tokenizer)
+    with pytest.raises(ValueError, match=r"pads with id 0.* pad_token_id 3"):
+        build_processor(small_model(pad_token_id=3).config, tokenizer)
 
 
 @pytest.mark.parametrize(
     "tower", [FlipVisionModel, FlipTextModel, FlipVisionModelWithProjection, FlipTextModelWithProjection]
 )
-def test_a_tower_loads_from_the_whole_model_and_reports_nothing(folder: Path, tower: type[FlipPreTrainedModel]) -> None:
+def test_a_tower_loads_from_the_whole_model(folder: Path, tower: type[FlipPreTrainedModel]) -> None:
     loaded, report = tower.from_pretrained(folder, output_loading_info=True)
     assert not report["unexpected_keys"]
     assert not report["missing_keys"]

@@ -1,13 +1,10 @@
-"""The exported folder of a model that writes captions, used as somebody without flipscale uses it."""
+"""The exported folder of a model that writes captions, used without flipscale."""
 
-import json
-import os
-import subprocess
 from pathlib import Path
 
 import pytest
 import torch
-from hub.test_export import TOWER, environment_of, image  # noqa: F401
+from hub.test_export import TOWER, environment_of, image, run_stranger  # noqa: F401
 from PIL import Image
 from transformers import AutoTokenizer
 
@@ -16,7 +13,7 @@ from flipscale.hub.export import build_processor, export_model
 from flipscale.model import FlipConfig, FlipDecoderConfig, FlipForConditionalGeneration, FlipModel, FlipProcessor
 from flipscale.objectives.captioning import CaptioningFlipModel
 
-# Run in an environment of its own: prints what the folder gives there, as JSON.
+# Runs in an environment without flipscale and prints its results as JSON.
 STRANGER = """
 import importlib.util, json, sys
 assert importlib.util.find_spec("flipscale") is None
@@ -58,26 +55,15 @@ def written_folder(kind: type, tokenizer_dir: Path, out_dir: Path) -> Path:
 @pytest.mark.parametrize(
     ("kind", "is_also"), [(CaptioningFlipModel, "FlipModel"), (FlipForConditionalGeneration, None)]
 )
-def test_folder_writes_where_flipscale_is_absent(
+def test_captions_without_flipscale(
     caption_tokenizer: Path,
-    image: Path,  # noqa: F811
+    image: Path,
     tmp_path: Path,
     kind: type,
-    is_also: str | None,
+    is_also: str | None,  # noqa: F811
 ) -> None:
     folder = written_folder(kind, caption_tokenizer, tmp_path / "model")
-    python = environment_of(tmp_path / "venv", "torch", "transformers", "pillow")
-    kept = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
-    done = subprocess.run(
-        [python, "-I", "-c", STRANGER, folder, image],
-        cwd=tmp_path,
-        env={**kept, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    seen = json.loads(done.stdout.splitlines()[-1])
+    seen = run_stranger(environment_of(tmp_path / "venv", "torch", "transformers", "pillow"), STRANGER, folder, image)
     model, processor = (
         FlipForConditionalGeneration.from_pretrained(folder).eval(),
         FlipProcessor.from_pretrained(folder),
@@ -101,8 +87,8 @@ def test_folder_writes_where_flipscale_is_absent(
         assert FlipModel.from_pretrained(folder).text_model is not None
 
 
-def test_berts_own_tokens_begin_and_end_captions(tmp_path: Path) -> None:
-    """They stay what they are in a caption: text."""
+def test_bert_tokens_begin_and_end_captions(tmp_path: Path) -> None:
+    """In a caption they stay text."""
     pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "red", "bird", "[", "]", "cl", "##s"]
     (tmp_path / "vocab.txt").write_text("".join(f"{piece}\n" for piece in pieces), encoding="utf-8")
     bare = bert_tokenizer(tmp_path / "vocab.txt", 8)

@@ -1,6 +1,7 @@
-"""Loading a folder that is not what it should be: one clear error, nothing executed; the variants of one that is."""
+"""Loading faulty model folders: one clear error, no code executed; and the variants of a sound folder."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -30,7 +31,9 @@ def exported(tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     )
     torch.manual_seed(0)
     processor = build_processor(config, AutoTokenizer.from_pretrained(tokenizer_dir))
-    return export_model(FlipModel(config), processor, tmp_path_factory.mktemp("loading") / "model", "60KB")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("flipscale.hub.export.MAX_SHARD_SIZE", "60KB")
+        return export_model(FlipModel(config), processor, tmp_path_factory.mktemp("loading") / "model")
 
 
 @pytest.fixture
@@ -102,66 +105,49 @@ def code_as_tokenizer(folder: Path) -> None:
     (folder / "evil.py").write_text(f"open({str(folder / 'executed')!r}, 'w')\nclass Evil: pass\n")
 
 
-# Faults of the weights, and the message of `flipscale evaluate`. transformers and safetensors refuse them too.
-FAULTS_OF_WEIGHTS = {
-    "pickle": (only_a_pickle, r"has its weights as a pickle \(pytorch_model.bin\), which can run code when it is read"),
-    "shard missing": (remove(LAST_SHARD), rf"lacks {LAST_SHARD}, which model.safetensors.index.json lists"),
-    "shard cut": (cut, r"cut short or damaged: its header promises [\d,]+ bytes, it has [\d,]+; download or export"),
-    "header cut": (cut_header, r"cut short or damaged: its header cannot be read, it has 40; download or export"),
-    "no weights": (remove("model.safetensors.index.json"), r"has no model.safetensors and no index of it; download"),
-    "no config": (remove("config.json"), r"has no config.json and is no model folder; download or export it again"),
-}  # fmt: skip
 # Faults of the configuration, and the message of both `FlipModel.from_pretrained` and `flipscale evaluate`.
 FAULTS = {
-    "other model": (change_config(model_type="flip2"), r"model_type 'flip2', FlipConfig reads 'flip'; upgrade"),
-    "newer": (change_config(model_format=3), r"model_format 3, this FlipConfig reads up to 2; upgrade flipscale"),
-    "newer tower": (change_config(text_config__model_format=3), r"model_format 3, this FlipTextConfig reads up to 2;"),
-    "new pooling": (change_config(text_config__pooling="last"), r"pooling is 'last'; use 'first' or 'mean'"),
-    "new activation": (change_config(text_config__hidden_act="swoosh"), r"hidden_act 'swoosh' is unknown; use one of"),
-}  # fmt: skip
-# What only `flipscale evaluate` can know.
+    "other model": (change_config(model_type="flip2"), "model_type 'flip2'"),
+    "newer": (change_config(model_format=3), "model_format 3, this FlipConfig reads up to 2"),
+    "newer tower": (change_config(text_config__model_format=3), "model_format 3, this FlipTextConfig"),
+    "new pooling": (change_config(text_config__pooling="last"), "pooling is 'last'"),
+    "new activation": (change_config(text_config__hidden_act="swoosh"), "hidden_act 'swoosh'"),
+}
+# Faults that only `flipscale evaluate` names; transformers and safetensors refuse damaged weights too.
 FAULTS_OF_THE_WHOLE = {
-    "weights made up": (
-        unlist,
-        r"the weights are not those of its config: \d+ missing keys, such as [a-z_.]+; download",
-    ),
-    "a weight too many": (
-        add_a_weight,
-        r"weights are not those of its config: 1 unexpected keys, such as vision_model.registers",
-    ),
-    "no tokenizer": (remove("tokenizer.json"), r"has no tokenizer that can be read .*it needs tokenizer.json and tok"),
-    "no tokenizer at all": (remove("tokenizer.json", "tokenizer_config.json"), r"has no tokenizer that can be read"),
-    "tokenizer is code": (code_as_tokenizer, r"has no tokenizer that can be read"),
+    "pickle": (only_a_pickle, r"pickle \(pytorch_model.bin\)"),
+    "shard missing": (remove(LAST_SHARD), rf"lacks {LAST_SHARD}, which model.safetensors.index.json lists"),
+    "shard cut": (cut, r"cut short or damaged: its header promises [\d,]+ bytes, it has [\d,]+"),
+    "header cut": (cut_header, "cut short or damaged: its header cannot be read, it has 40"),
+    "no weights": (remove("model.safetensors.index.json"), "has no model.safetensors and no index"),
+    "no config": (remove("config.json"), "has no config.json"),
+    "weights made up": (unlist, r"\d+ missing keys, such as [a-z_.]+"),
+    "a weight too many": (add_a_weight, "1 unexpected keys, such as vision_model.registers"),
+    "no tokenizer": (remove("tokenizer.json"), "no tokenizer"),
+    "no tokenizer at all": (remove("tokenizer.json", "tokenizer_config.json"), "no tokenizer"),
+    "tokenizer is code": (code_as_tokenizer, "no tokenizer"),
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_faulty_folder_is_one_error(folder: Path, fault: str) -> None:
-    change, message = FAULTS[fault]
-    change(folder)
-    with pytest.raises(ValueError, match=message):
-        FlipModel.from_pretrained(folder)
-    assert not (folder / "executed").exists()
-
-
-@pytest.mark.parametrize("fault", {**FAULTS, **FAULTS_OF_WEIGHTS, **FAULTS_OF_THE_WHOLE})
-def test_evaluate_says_it_in_a_line(
+@pytest.mark.parametrize("fault", {**FAULTS, **FAULTS_OF_THE_WHOLE})
+def test_a_faulty_folder_is_one_error(
     folder: Path, shards: Path, fault: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    change, message = {**FAULTS, **FAULTS_OF_WEIGHTS, **FAULTS_OF_THE_WHOLE}[fault]
+    change, message = {**FAULTS, **FAULTS_OF_THE_WHOLE}[fault]
     change(folder)
-    monkeypatch.setattr("sys.stdin", None)  # nobody is asked whether code may be run
+    if fault in FAULTS:
+        with pytest.raises(ValueError, match=message):
+            FlipModel.from_pretrained(folder)
+    monkeypatch.setattr("sys.stdin", None)  # nobody is asked whether code may run
     with pytest.raises(SystemExit) as exit_info:
         main(["evaluate", str(folder), "--zero_shot", str(shards)])
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("flipscale: error: ")]
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("flipscale: error: ")]
     assert exit_info.value.code == 2
-    assert len(lines) == 1
-    with pytest.raises(ValueError, match=message):
-        raise ValueError(lines[0])
+    assert re.search(message, line), line
     assert not (folder / "executed").exists()
 
 
-def test_a_pickle_is_not_to_be_had_by_asking(folder: Path) -> None:
+def test_a_pickle_is_never_loaded(folder: Path) -> None:
     with pytest.raises(ValueError, match="use_safetensors is False; a pickle can run code"):
         FlipModel.from_pretrained(folder, use_safetensors=False)
     only_a_pickle(folder)
@@ -191,9 +177,7 @@ def test_both_variants_load_from_shards(folder: Path) -> None:
     assert torch.cosine_similarity(*embeds).min() > 0.999
 
 
-def test_a_model_is_named_by_its_folder_its_run_or_its_name_on_the_hub(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_names_of_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs/demo/model").mkdir(parents=True)
     (tmp_path / "runs/demo/recipe.yaml").touch()
@@ -204,19 +188,17 @@ def test_a_model_is_named_by_its_folder_its_run_or_its_name_on_the_hub(
     for name in ("gpt2", "org/name", "org/runs"):
         assert local_folder(name) is None
     shutil.rmtree(tmp_path / "runs/demo/model")
-    with pytest.raises(ValueError, match=r"the run 'runs/demo' has no model yet, .* flipscale export runs/demo$"):
+    with pytest.raises(ValueError, match=r"the run 'runs/demo' has no model yet.* flipscale export runs/demo"):
         local_folder("runs/demo")
-    with pytest.raises(ValueError, match=r"'runs/demo/recipe.yaml' is a file; name the folder of a model, or of a run"):
+    with pytest.raises(ValueError, match=r"'runs/demo/recipe.yaml' is a file"):
         local_folder("runs/demo/recipe.yaml")
 
 
 @pytest.mark.parametrize("name", ["./model", "../model", "/model", "~/model", "runs/x/model", "here/model", "here/"])
-def test_a_path_never_becomes_a_name_on_the_hub(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_path_is_never_a_hub_name(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     if name != "here/":
         (tmp_path / "here").mkdir()
     monkeypatch.setattr("huggingface_hub.snapshot_download", None)
-    with pytest.raises(
-        ValueError, match=f"there is no folder '{name}'; name the folder of a model or of a run, or ORG/"
-    ):
+    with pytest.raises(ValueError, match=f"there is no folder '{name}'"):
         fetch_folder(name)

@@ -1,4 +1,4 @@
-"""Pushing a model folder: made, pushed, pushed again, refused, resumed; over real HTTP."""
+"""Pushes of a model folder over real HTTP: first, repeated, refused, resumed."""
 
 import json
 import os
@@ -9,7 +9,7 @@ import huggingface_hub.constants
 import numpy as np
 import pytest
 from conftest import launch
-from hub.loopback_hub import TOKEN, LoopbackHub
+from hub.loopback_hub import TOKEN, LoopbackHub, Reply
 from huggingface_hub import HfApi
 from safetensors.numpy import save_file
 
@@ -50,9 +50,7 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture, code: int = 2) 
     return lines[-1]
 
 
-def test_push_makes_the_repository_and_sends_everything_once(
-    hub: LoopbackHub, hub_environment: dict[str, str], run_dir: Path
-) -> None:
+def test_the_first_and_second_push(hub: LoopbackHub, hub_environment: dict[str, str], run_dir: Path) -> None:
     command = [sys.executable, "-m", "flipscale.cli", "push", str(run_dir), "org/name", "--private"]
     done = launch(command, **hub_environment)
     assert done.returncode == 0, done.stderr
@@ -71,7 +69,7 @@ def test_push_makes_the_repository_and_sends_everything_once(
 
 
 @pytest.mark.usefixtures("logged_in")
-def test_weights_in_fewer_shards_take_the_place_of_the_older(hub: LoopbackHub, run_dir: Path) -> None:
+def test_weights_in_fewer_shards_replace_the_older(hub: LoopbackHub, run_dir: Path) -> None:
     target = Target("org/name")
     push_folder(run_dir / "model", target, "first")
     HfApi(endpoint=hub.endpoint).upload_file(path_or_fileobj=b"theirs", path_in_repo="notes.txt", repo_id="org/name")
@@ -83,7 +81,7 @@ def test_weights_in_fewer_shards_take_the_place_of_the_older(hub: LoopbackHub, r
 
 
 @pytest.mark.usefixtures("logged_in")
-def test_the_card_of_a_model_without_a_run_names_its_new_place(hub: LoopbackHub, run_dir: Path) -> None:
+def test_a_card_without_a_run_gets_the_hub_name(hub: LoopbackHub, run_dir: Path) -> None:
     (run_dir / "model/README.md").write_text(f'pipeline(model="{run_dir}/model")  # of "{run_dir}/models"\n')
     main(["push", str(run_dir), "org/name"])
     expected = f'pipeline(model="org/name")  # of "{run_dir}/models"\n'
@@ -91,7 +89,7 @@ def test_the_card_of_a_model_without_a_run_names_its_new_place(hub: LoopbackHub,
 
 
 @pytest.mark.usefixtures("logged_in")
-def test_a_revision_is_a_branch_of_its_own(hub: LoopbackHub, run_dir: Path) -> None:
+def test_a_revision_is_a_branch(hub: LoopbackHub, run_dir: Path) -> None:
     main(["push", str(run_dir), "org/name"])
     before = hub.content("org/name")
     write_weights(run_dir / "model", 7)
@@ -104,72 +102,65 @@ def test_a_revision_is_a_branch_of_its_own(hub: LoopbackHub, run_dir: Path) -> N
 
 
 @pytest.mark.usefixtures("logged_in")
-def test_transient_errors_of_the_hub_are_retried(
-    hub: LoopbackHub, run_dir: Path, caplog: pytest.LogCaptureFixture
+def test_transient_errors_are_retried(
+    hub: LoopbackHub, run_dir: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hub.fail_next(1, "repos/create")
     hub.fail_next(1, "/commit/", status=500, message=f"you sent {TOKEN}")
     assert push_folder(run_dir / "model", Target("org/name"), "m", waits=(0.01, 0.01)).changed
-    told = [line for line in caplog.messages if "trying again" in line]
-    assert told == [
-        "the push to org/name failed (out of order); trying again in 0.01 s",
-        "the push to org/name failed (you sent <token>); trying again in 0.01 s",
-    ]
-
-
-@pytest.mark.usefixtures("logged_in")
-def test_an_upload_that_was_cut_off_goes_on_where_it_was(hub: LoopbackHub, run_dir: Path) -> None:
-    hub.fail_next(1, "PUT /storage/", status=403, message="cut off")
-    with pytest.raises(ValueError, match="cut off"):
-        push_folder(run_dir / "model", Target("org/name"), "m")
-    arrived = set(hub.blobs)
-    assert len(arrived) == 1
-    hub.requests.clear()
-    push_folder(run_dir / "model", Target("org/name"), "m")
-    sent = [request.path.rsplit("/")[-1] for request in hub.asked("PUT /storage/")]
-    assert len(sent) == 1
-    assert not arrived & set(sent)
-
-
-@pytest.mark.usefixtures("logged_in")
-def test_a_hub_that_stays_away_is_told_after_the_last_try(
-    hub: LoopbackHub, run_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    retries = [line for line in caplog.messages if "trying again in 0.01 s" in line]
+    assert ["out of order" in retries[0], "you sent <token>" in retries[1], len(retries)] == [True, True, 2]
     hub.fail_next(9, "repos/create")
-    with pytest.raises(OSError, match=r"^the push to org/name failed \(out of order\)$"):
+    hub.requests.clear()
+    with pytest.raises(OSError, match=r"org/name failed \(out of order\)"):
         push_folder(run_dir / "model", Target("org/name"), "m", waits=(0.01,))
     assert len(hub.asked("repos/create")) == 2
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(OSError, match=r"^the push to org/name failed \(.*[Cc]onnect"):
+    with pytest.raises(OSError, match=r"org/name failed \(.*[Cc]onnect"):
         push_folder(run_dir / "model", Target("org/name"), "m", waits=())
 
 
 @pytest.mark.usefixtures("logged_in")
-def test_mistakes_are_told_at_once(
+def test_a_proxy_s_page_is_named(hub: LoopbackHub, run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "answer", lambda request: Reply(body=b"<html>log in first</html>"))
+    with pytest.raises(OSError, match="does not answer as the Hub does"):
+        push_folder(run_dir / "model", Target("org/name"), "m", waits=())
+
+
+@pytest.mark.usefixtures("logged_in")
+def test_an_interrupted_upload_resumes(hub: LoopbackHub, run_dir: Path) -> None:
+    hub.fail_next(1, "PUT /storage/", status=403, message="cut off")
+    with pytest.raises(ValueError, match="cut off"):
+        push_folder(run_dir / "model", Target("org/name"), "m")
+    (arrived,) = hub.blobs
+    hub.requests.clear()
+    push_folder(run_dir / "model", Target("org/name"), "m")
+    (sent,) = [request.path.rsplit("/")[-1] for request in hub.asked("PUT /storage/")]
+    assert arrived != sent
+
+
+@pytest.mark.usefixtures("logged_in")
+def test_mistakes(
     hub: LoopbackHub, run_dir: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    line = refused([str(run_dir), "nowhere/name"], capsys)
-    assert "the token may not write to nowhere/name (You don't have the rights to create a model under" in line
-    assert "use an organisation that you are a member of, and a token with write access" in line
-    assert "'a/b/c' is not a valid model name on the Hub; use ORG/NAME" in refused([str(run_dir), "a/b/c"], capsys)
-    line = refused([str(run_dir.parent), "org/name"], capsys)
-    assert f"{run_dir.parent} has no model to push: neither {run_dir.parent}/model/config.json nor" in line
+    assert "the token may not write to nowhere/name" in refused([str(run_dir), "nowhere/name"], capsys)
+    assert "'a/b/c' is not a valid model name" in refused([str(run_dir), "a/b/c"], capsys)
+    assert f"{run_dir.parent} has no model to push" in refused([str(run_dir.parent), "org/name"], capsys)
     (run_dir / "model/README.md").write_text("---\nlicense: [3]\n---\n")
     assert '"license" must be a string' in refused([str(run_dir), "org/name"], capsys)
     (run_dir / "model/README.md").unlink()
 
     monkeypatch.setenv("HF_TOKEN", "hf_another")
     line = refused([str(run_dir), "org/name"], capsys)
-    assert "the Hub rejects the token for org/name (Invalid credentials in Authorization header)" in line
+    assert "the Hub rejects the token for org/name" in line
     assert "hf_another" not in line
     monkeypatch.delenv("HF_TOKEN")
     hub.requests.clear()
-    line = refused([str(run_dir), "org/name"], capsys)
-    assert "no token to push to org/name with; log in with `hf auth login`, or set HF_TOKEN" in line
+    assert "no token to push to org/name with" in refused([str(run_dir), "org/name"], capsys)
     assert hub.requests == []
 
 
-def test_a_dry_run_tells_and_asks_nothing(
+def test_a_dry_run_needs_no_network(
     hub: LoopbackHub, run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     (run_dir / "model/.cache").mkdir()
@@ -186,7 +177,7 @@ def test_a_dry_run_tells_and_asks_nothing(
 
 
 @pytest.mark.usefixtures("logged_in")
-def test_the_token_is_sent_in_the_header_alone(hub: LoopbackHub, run_dir: Path) -> None:
+def test_the_token_is_in_the_header_alone(hub: LoopbackHub, run_dir: Path) -> None:
     push_folder(run_dir / "model", Target("org/name"), "m")
     for request in hub.requests:
         rest = {name: value for name, value in request.headers.items() if name != "authorization"}
@@ -196,12 +187,12 @@ def test_the_token_is_sent_in_the_header_alone(hub: LoopbackHub, run_dir: Path) 
 
 
 @pytest.mark.usefixtures("logged_in")
-def test_only_what_flipscale_wrote_is_uploaded(
+def test_other_files_stay(
     hub: LoopbackHub, run_dir: Path, capsys: pytest.CaptureFixture, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = run_dir / "model"
     written = {path.name for path in model.iterdir()}
-    for name in (
+    for name in [
         ".env",
         "id_rsa",
         "README.md~",
@@ -210,7 +201,7 @@ def test_only_what_flipscale_wrote_is_uploaded(
         "train.py",
         "model.pt",
         "#config.json#",
-    ):
+    ]:
         (model / name).write_text("a secret")
     for name in (".git", "checkpoints", "model.safetensors.d"):
         (model / name).mkdir()
@@ -245,9 +236,7 @@ def test_links_are_left_out(hub: LoopbackHub, run_dir: Path, capsys: pytest.Capt
 
 
 @pytest.mark.usefixtures("logged_in")
-def test_weights_that_nobody_can_use_are_not_uploaded(
-    hub: LoopbackHub, run_dir: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_damaged_weights_are_not_uploaded(hub: LoopbackHub, run_dir: Path, capsys: pytest.CaptureFixture) -> None:
     file = run_dir / "model/model-00002-of-00002.safetensors"
     save_file({"w1": np.array([1.0, np.nan])}, file)
     assert "weight w1 has numbers that are NaN or infinite" in refused([str(run_dir), "org/name"], capsys)

@@ -1,4 +1,4 @@
-"""The exported folder as a SentenceTransformer, with and without flipscale, with either backend of images."""
+"""The exported folder in sentence-transformers, with and without flipscale and torchvision."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from flipscale.model import FlipModel, FlipProcessor
 
 TEXTS = ["a red disc", "blue", "a green ring a a a a a a a a a", "the"]
 
-# Run in an interpreter of its own: writes the embeddings of the pictures and of the texts to `embeds.npz`.
+# Runs in a process of its own and writes the embeddings of pictures and texts to `embeds.npz`.
 USER = """
 import importlib.util, sys
 import numpy as np
@@ -59,24 +59,12 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return [folder / f"{number}.png" for number in range(len(modes))]
 
 
-@pytest.mark.parametrize("torchvision", [True, False])
-def test_it_embeds_as_we_do_where_flipscale_is_absent(
-    folder: Path, pictures: list[Path], tmp_path: Path, torchvision: bool
-) -> None:
-    packages = ["sentence-transformers", "pillow", *(["torchvision"] if torchvision else [])]
-    python = environment_of(tmp_path / "venv", *packages)
-    assert_embeds_as_we_do([python, "-I"], folder, pictures, tmp_path, torchvision)
-
-
-def test_it_embeds_as_we_do_and_trusts_no_code_where_flipscale_is_installed(
-    folder: Path, pictures: list[Path], tmp_path: Path
-) -> None:
-    assert_embeds_as_we_do([sys.executable], folder, pictures, tmp_path, torchvision=True)
-
-
-def assert_embeds_as_we_do(
-    python: list[str | Path], folder: Path, pictures: list[Path], tmp_path: Path, torchvision: bool
-) -> None:
+@pytest.mark.parametrize("installed", ["flipscale", "torchvision", ""])
+def test_equal_embeddings(folder: Path, pictures: list[Path], tmp_path: Path, installed: str) -> None:
+    python: list[str | Path] = [sys.executable]
+    if installed != "flipscale":
+        packages = ["sentence-transformers", "pillow", *filter(None, [installed])]
+        python = [environment_of(tmp_path / "venv", *packages), "-I"]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = str(Path(__file__).parents[2])
     done = subprocess.run(
@@ -86,18 +74,15 @@ def assert_embeds_as_we_do(
     assert done.returncode == 0, done.stderr
     given = np.load(tmp_path / "embeds.npz")
     model, processor = FlipModel.from_pretrained(folder), FlipProcessor.from_pretrained(folder)
-    if not torchvision:
+    if not installed:
         processor = build_processor(model.config, processor.tokenizer)
     assert np.abs(given["images"] - image_embeds(model, processor, pictures)).max() < 1e-6
     assert np.abs(given["texts"] - text_embeds(model, processor, TEXTS)).max() < 1e-6
 
 
-def test_every_text_is_padded_to_the_models_length(folder: Path) -> None:
-    """An attended padding is part of the text; sentence-transformers by itself pads to the longest of a batch."""
+def test_padding_and_models_without_processor(folder: Path, tmp_path: Path) -> None:
+    """Attended padding is part of the text; sentence-transformers would pad to the longest of a batch."""
     config = json.loads((folder / "sentence_bert_config.json").read_text())
     assert config["processing_kwargs"] == {"text": {"padding": "max_length", "truncation": True}}
-
-
-def test_a_model_without_a_processor_is_no_sentence_transformer(tmp_path: Path) -> None:
     export_model(small_model(), None, tmp_path / "model")
     assert not (tmp_path / "model/modules.json").exists()
