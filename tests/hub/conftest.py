@@ -5,8 +5,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import huggingface_hub.constants
+import numpy as np
 import pytest
 from hub.loopback_hub import TOKEN, LoopbackHub
+from PIL import Image
 
 
 @pytest.fixture
@@ -38,3 +40,12 @@ def logged_in(hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "no_login"))
     monkeypatch.setitem(os.environ, "HF_TOKEN", TOKEN)
+
+
+@pytest.fixture(scope="session")
+def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A smooth picture, for which both image backends give nearly the same pixels."""
+    path = tmp_path_factory.mktemp("image") / "image.png"
+    rows, columns = np.mgrid[0:40, 0:60]
+    Image.fromarray(np.stack([rows * 6, columns * 4, rows + columns], axis=2).astype(np.uint8)).save(path)
+    return path

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from packaging.requirements import Requirement
@@ -91,15 +90,6 @@ def tokenizer(tokenizer_dir: Path) -> PreTrainedTokenizerBase:
 def folder(tokenizer: PreTrainedTokenizerBase, tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = small_model()
     return export_model(model, build_processor(model.config, tokenizer), tmp_path_factory.mktemp("hub") / "model")
-
-
-@pytest.fixture(scope="module")
-def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A smooth picture, for which both image backends give nearly the same pixels."""
-    path = tmp_path_factory.mktemp("image") / "image.png"
-    rows, columns = np.mgrid[0:40, 0:60]
-    Image.fromarray(np.stack([rows * 6, columns * 4, rows + columns], axis=2).astype(np.uint8)).save(path)
-    return path
 
 
 def environment_of(path: Path, *packages: str) -> Path:

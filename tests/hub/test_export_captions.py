@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hub.test_export import TOWER, environment_of, image, run_stranger  # noqa: F401
+from hub.test_export import TOWER, environment_of, run_stranger
 from PIL import Image
 from transformers import AutoTokenizer
 
@@ -60,7 +60,7 @@ def test_captions_without_flipscale(
     image: Path,
     tmp_path: Path,
     kind: type,
-    is_also: str | None,  # noqa: F811
+    is_also: str | None,
 ) -> None:
     folder = written_folder(kind, caption_tokenizer, tmp_path / "model")
     seen = run_stranger(environment_of(tmp_path / "venv", "torch", "transformers", "pillow"), STRANGER, folder, image)
