@@ -1,11 +1,10 @@
-"""Prepare data on disk: write, index, inspect and audit shards, and make emoji, icons and photos to learn from."""
+"""Prepare data: write, index, inspect and audit shards, train tokenizers, and download test sets."""
 
 import argparse
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flipscale.data.sources.tar import TarSource
 from flipscale.io.errors import UserError
 from flipscale.io.options import Count, CountOrZero, ShareBelowOne, add_num_workers, number, output_folder
 
@@ -13,7 +12,9 @@ if TYPE_CHECKING:
     from flipscale.evaluation.task_page import TaskPage
     from flipscale.preparation.task_sets import TaskSet
 
-_SHARDS_HELP = "The shards: a folder, a glob, or a range such as 'laion/{00000..41407}.tar'."
+_SHARDS_HELP = "Shards: a folder, a glob, or a range such as 'laion/{00000..41407}.tar'."
+_TOKENIZER_HELP = "Count the tokens of captions too, with a tokenizer named as in a recipe."
+_CONTINUES = "The same command continues there after an interruption."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,108 +24,122 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     def add(kind: str, summary: str) -> argparse.ArgumentParser:
         return kinds.add_parser(kind, help=summary, description=summary)
 
-    add_shards_arguments(add("shards", "Write tar shards from a folder of images, a table or a `datasets` data set."))
-    add_tokenizer_arguments(add("tokenizer", "Train a SentencePiece tokenizer on the captions of shards."))
-    inspect = add("inspect", "Print what is in shards, find bad samples, and draw a contact sheet.")
+    _add_shards_arguments(add("shards", "Write tar shards from a folder of images, a table or a `datasets` data set."))
+
+    tokenizer = add("tokenizer", "Train a SentencePiece tokenizer on the captions of shards.")
+    tokenizer.add_argument("shards", help=_SHARDS_HELP)
+    tokenizer.add_argument("directory", type=output_folder, help="Folder to write, for data.tokenizer of a recipe.")
+    tokenizer.add_argument(
+        "--vocab_size",
+        type=number(Count),
+        default=8000,
+        help="Largest number of entries (default: 8000); few captions yield fewer.",
+    )
+    tokenizer.add_argument(
+        "--begin_and_end", action="store_true", help="Add the begin and end tokens that a caption decoder needs."
+    )
+
+    inspect = add("inspect", "Print counts and sizes of shards, find bad samples, and draw a contact sheet.")
     inspect.add_argument("shards", help=_SHARDS_HELP)
     inspect.add_argument(
         "--sheet",
         type=Path,
         default=Path("contact_sheet.png"),
-        help="The PNG file to draw; contact_sheet.png by default.",
+        help="PNG file to draw (default: contact_sheet.png).",
     )
-    inspect.add_argument("--tokenizer", help="Count the tokens of captions too, with a tokenizer named as in a recipe.")
+    inspect.add_argument("--tokenizer", help=_TOKENIZER_HELP)
     inspect.add_argument(
         "--max_samples",
         type=number(CountOrZero),
         default=0,
-        help="Check only this many samples, evenly spread; 0, the default, checks all.",
+        help="Number of samples to check, evenly spread; 0, the default, checks all.",
     )
     inspect.add_argument("--json", action="store_true", help="Print one JSON line instead of a table.")
-    add_audit_arguments(add("audit", "Write what is in training data: its captions, copies, and images of test sets."))
-    add_tasks_arguments(add("tasks", "Download the test sets of evaluations that have a page, from the Hub."))
+
+    audit = add("audit", "Report captions, copies, and images of test sets in training data.")
+    audit.add_argument("shards", help=_SHARDS_HELP)
+    audit.add_argument(
+        "--tests",
+        type=Path,
+        metavar="DIR",
+        help="Look for the images of these test sets in the training data: a set's folder, or a folder of several.",
+    )
+    audit.add_argument(
+        "--output_dir", type=output_folder, default=Path("audit"), help="Folder to write (default: audit)."
+    )
+    audit.add_argument("--tokenizer", help=_TOKENIZER_HELP)
+    add_num_workers(audit)
+
+    tasks = add("tasks", "Download the test sets of tasks from the Hub.")
+    tasks.add_argument(
+        "directory", type=output_folder, nargs="?", help=f"Folder to write, data/tasks in the recipes. {_CONTINUES}"
+    )
+    tasks.add_argument("--suite", help="Prepare the tasks of a suite: paper, robustness, fairness, or all.")
+    tasks.add_argument("--only", nargs="+", metavar="TASK", help="Prepare these tasks, such as food101 pets.")
+    tasks.add_argument("--list", action="store_true", help="Print the tasks, and download nothing.")
+
     index = add(
         "index",
-        "Write the manifest of all shards, and the index of offsets beside each. Training does this too, once, where "
-        "there is no manifest.",
+        "Write the manifest of all shards and the index of offsets beside each shard. Training does this too if there "
+        "is no manifest.",
     )
     index.add_argument("shards", help=_SHARDS_HELP)
 
 
-def add_shards_arguments(shards: argparse.ArgumentParser) -> None:
-    """Add the arguments of `flipscale prepare shards`."""
+def _add_shards_arguments(shards: argparse.ArgumentParser) -> None:
     shards.add_argument(
         "source",
         help="A folder of images with a .txt or .json file beside each, with a metadata table, or sorted into a folder "
         "for each class; a CSV, TSV, JSONL or parquet table of paths and captions; or a data set of the `datasets` "
         "library, saved or by its name on the Hub.",
     )
-    shards.add_argument(
-        "directory",
-        type=output_folder,
-        help="The folder to write; the same command continues there after an interruption.",
-    )
+    shards.add_argument("directory", type=output_folder, help=f"Folder to write. {_CONTINUES}")
     shards.add_argument(
         "--image_column",
-        help="The column of images; by default the first that is called image, file_name, filename, path, filepath, "
-        "image_path or img.",
+        help="Column of images; by default the first named image, file_name, filename, path, filepath, image_path or "
+        "img.",
     )
     shards.add_argument(
         "--caption_column",
-        help="The column of captions; by default the first that is called caption, captions, text, title or txt. A "
-        "list of texts in it is several captions of one image.",
+        help="Column of captions; by default the first named caption, captions, text, title or txt. A list of texts is "
+        "several captions of one image.",
     )
     shards.add_argument(
         "--labels",
         metavar="folder|COLUMN",
-        help="Write the class of each image too, and the names of all classes: the folder that it lies in, or a column "
-        "of the table. By default no classes are written.",
+        help="Write the class of each image and the names of all classes: its folder, or a column of the table. By "
+        "default no classes are written.",
     )
     shards.add_argument(
         "--split",
         type=_held_out,
         default=0.0,
         metavar="SHARE",
-        help="Hold out this share of the images, such as 0.1, as a test set: the folder then has train/ and test/. An "
-        "image is on the same side each time, and so are its copies. 0, the default, holds out none.",
+        help="Hold out this share of the images, such as 0.1, as a test set: the folder then has train/ and test/. "
+        "The content of an image decides its part, so copies are in the same part. 0, the default, holds out none.",
     )
-    shards.add_argument(
-        "--dataset_split", default="train", help="The split of a `datasets` data set; train by default."
-    )
-    _add_writing_arguments(shards)
-
-
-def _add_writing_arguments(shards: argparse.ArgumentParser) -> None:
-    """Add the arguments that say how shards are written."""
+    shards.add_argument("--dataset_split", default="train", help="Split of a `datasets` data set (default: train).")
     shards.add_argument(
         "--short_side",
         type=int,
         default=256,
-        help="Shrink images to this short side in pixels if theirs is longer; 256 by default.",
+        help="Shrink images with a longer short side to this many pixels (default: 256).",
     )
+    shards.add_argument("--jpeg_quality", type=int, default=90, help="JPEG quality of shrunk images (default: 90).")
+    shards.add_argument("--pairs_per_shard", type=int, default=10_000, help="Pairs in a shard (default: 10,000).")
     shards.add_argument(
-        "--jpeg_quality", type=int, default=90, help="The JPEG quality of shrunk images; 90 by default."
-    )
-    shards.add_argument(
-        "--pairs_per_shard", type=int, default=10_000, help="How many pairs a shard holds; 10,000 by default."
-    )
-    shards.add_argument(
-        "--drop_duplicates",
-        action="store_true",
-        help="Keep only the first of images with the same bytes; by default all are kept.",
+        "--drop_duplicates", action="store_true", help="Keep only the first of several images with the same bytes."
     )
     shards.add_argument(
         "--allow_outside",
         action="store_true",
-        help="Read also files outside the folder of the list, which its paths or links name; by default they are left "
-        "out.",
+        help="Read also files outside the folder of the list, named by a path or a link.",
     )
     shards.add_argument(
         "--max_bad_fraction",
         type=float,
         default=0.95,
-        help="End with exit code 2 if more of the pairs cannot be used; 0.95 by default. The others are written all "
-        "the same.",
+        help="Exit with code 2 if a larger share of the pairs is unusable (default: 0.95); the others are written.",
     )
     add_num_workers(shards)
 
@@ -137,54 +152,16 @@ def _held_out(text: str) -> float:
     return share
 
 
-def add_tokenizer_arguments(tokenizer: argparse.ArgumentParser) -> None:
-    """Add the arguments of `flipscale prepare tokenizer`."""
-    tokenizer.add_argument("shards", help=_SHARDS_HELP)
-    tokenizer.add_argument("directory", type=output_folder, help="The folder to write, for data.tokenizer of a recipe.")
-    tokenizer.add_argument(
-        "--vocab_size", type=number(Count), default=8000, help="The most entries (8000); few captions yield fewer."
-    )
-    tokenizer.add_argument("--begin_and_end", action="store_true", help="Add the tokens that captions to write need.")
-
-
-def add_audit_arguments(audit: argparse.ArgumentParser) -> None:
-    """Add the arguments of `flipscale prepare audit`."""
-    audit.add_argument("shards", help=_SHARDS_HELP)
-    audit.add_argument(
-        "--tests",
-        type=Path,
-        metavar="DIR",
-        help="Look for the images of these test sets in the training data: a set's folder, or a folder of several.",
-    )
-    audit.add_argument(
-        "--output_dir", type=output_folder, default=Path("audit"), help="The folder to write; audit by default."
-    )
-    audit.add_argument("--tokenizer", help="Count the tokens of captions too, with a tokenizer named as in a recipe.")
-    add_num_workers(audit)
-
-
-def add_tasks_arguments(tasks: argparse.ArgumentParser) -> None:
-    """Add the arguments of `flipscale prepare tasks`."""
-    tasks.add_argument(
-        "directory",
-        type=output_folder,
-        nargs="?",
-        help="The folder to write, data/tasks in the recipes; the same command continues there after an interruption.",
-    )
-    tasks.add_argument("--suite", help="Prepare the tasks of a suite: paper, robustness, fairness, or all.")
-    tasks.add_argument("--only", nargs="+", metavar="TASK", help="Prepare these tasks, such as food101 pets.")
-    tasks.add_argument(
-        "--list", action="store_true", help="Print all tasks, or those of the suite, and download nothing."
-    )
-
-
 def run(args: argparse.Namespace) -> None:
-    """Prepare what `args.kind` names.
+    """Prepare the data that `args.kind` names.
 
     Raises:
-        ValueError: the input or an option is wrong.
-        OSError: a step failed.
+        UserError: the input or an option is wrong.
+        OSError: the disk or the network failed.
     """
+    from flipscale.training.console import start_logging
+
+    start_logging()
     kinds = {
         "shards": _shards,
         "tokenizer": _tokenizer,
@@ -201,7 +178,7 @@ def _shards(args: argparse.Namespace) -> None:
     from flipscale.preparation.shard_writer import ShardOptions, check_reports, report_table, write_set
 
     if not 0 <= args.max_bad_fraction <= 1:
-        raise UserError(f"max_bad_fraction is {args.max_bad_fraction}; it must be from 0 to 1")
+        raise UserError(f"max_bad_fraction is {args.max_bad_fraction}; expected a number from 0 to 1")
     options = ShardOptions(
         *(args.short_side, args.jpeg_quality, args.pairs_per_shard, args.drop_duplicates, args.allow_outside),
         *(args.labels, args.split),
@@ -246,6 +223,7 @@ def _tokenizer(args: argparse.Namespace) -> None:
 
 
 def _inspect(args: argparse.Namespace) -> None:
+    from flipscale.data.sources.tar import TarSource
     from flipscale.data.tokenizers import load_tokenizer
     from flipscale.preparation.inspection import inspect_shards, inspection_table
 

@@ -36,8 +36,8 @@ from flipscale.io.errors import UserError
 from flipscale.io.files import check_disk_space, read_text
 from flipscale.io.options import Parser, ShareAboveZero, add_num_workers, output_folder
 from flipscale.io.progress import Progress, each
-from flipscale.preparation.audit.duplicates import LEAST_LIKENESS, near_hashes
-from flipscale.preparation.audit.hashes import MOST_DIFFERENCE, likeness, look, thumbnail
+from flipscale.preparation.audit.duplicates import LEAST_LIKENESS, MOST_DIFFERENCE, likeness, near_hashes, thumbnail
+from flipscale.preparation.audit.scan import look
 from flipscale.preparation.worker_pool import worker_pool
 from flipscale.training.console import report_user_errors, start_logging
 

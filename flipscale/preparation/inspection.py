@@ -1,9 +1,9 @@
-"""Report on a set of shards: counts, sizes, captions, unusable samples, and a contact sheet to look at."""
+"""Report on shards: counts, sizes, captions, unusable samples, and a contact sheet."""
 
 import io
 import textwrap
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from flipscale.data.captions import choose_caption
@@ -22,21 +21,23 @@ from flipscale.data.samples import BadSample, Sample, Source
 from flipscale.data.sources.tar import TarSource
 from flipscale.io.errors import UserError
 from flipscale.io.files import check_png_path
+from flipscale.io.progress import Progress, each
 
+TILE = 176  # pixels of a side
 _CHUNK = 256  # samples read at a time
-_MOST_CAPTIONED = 1_000_000  # more make no better vocabulary, and take memory
+_MAX_CAPTIONS = 1_000_000  # for a tokenizer; more improve no vocabulary
 _PERCENTILES = {"min": 0, "median": 50, "p95": 95, "max": 100}
 _EXAMPLES = 3
-_COLUMNS, _ROWS, _TILE, _MARGIN, _TEXT_LINES, _LINE_HEIGHT = 6, 4, 176, 8, 3, 14
-_TEXT_WIDTH = 29  # characters of the sheet's font that fit under a tile
+_COLUMNS, _ROWS, _MARGIN, _TEXT_LINES, _LINE_HEIGHT = 6, 4, 8, 3, 14
+_TEXT_WIDTH = 29  # characters of the sheet's font under a tile
 
 
 @dataclass(frozen=True)
 class Checked:
-    """One sample. If it is unusable, `why` says so and the other fields are empty."""
+    """A sample. If it is unusable, `fault` is set and the other fields are empty."""
 
     name: str
-    why: BadSample | None = None
+    fault: BadSample | None = None
     kind: str = ""
     width: int = 0
     height: int = 0
@@ -48,14 +49,16 @@ class Checked:
 def inspect_shards(
     source: Source, sheet: Path | None, tokenizer: PreTrainedTokenizerBase | None = None, max_samples: int = 0
 ) -> dict[str, Any]:
-    """Return figures of the samples of `source`, ready for JSON, and draw 24 of them with captions as the PNG `sheet`.
+    """Return figures of the samples as JSON values, and draw 24 samples with their captions.
 
     Args:
-        tokenizer: counts tokens, special ones included.
-        max_samples: how many samples are checked, evenly spread; 0 checks all.
+        source: the shards.
+        sheet: PNG file to draw; None draws none.
+        tokenizer: tokenizer that counts tokens, special ones included.
+        max_samples: number of samples to check, evenly spread; 0 checks all.
 
     Raises:
-        ValueError: there is no sample, or `sheet` cannot be written.
+        UserError: there is no sample, or `sheet` cannot be written.
     """
     if sheet is not None:
         check_png_path(sheet, "--sheet")
@@ -65,39 +68,37 @@ def inspect_shards(
     count = min(max_samples, total) if max_samples else total
     numbers = np.unique(np.linspace(0, total - 1, count).round().astype(np.int64))
     shown = set(np.linspace(0, len(numbers) - 1, min(_COLUMNS * _ROWS, len(numbers))).round().astype(int).tolist())
-    found: list[Checked] = []
-    bar = tqdm(total=len(numbers), unit="sample", desc="inspect", disable=None)
-    with ThreadPoolExecutor() as pool, bar:
+    checked: list[Checked] = []
+    with ThreadPoolExecutor() as pool, Progress(len(numbers), "inspecting", "samples") as progress:
         places = _places(source, numbers)
         while chunk := list(islice(places, _CHUNK)):
-            samples, first = [_read(source, *place) for place in chunk], len(found)
-            found += pool.map(_check, samples, [first + row in shown for row in range(len(samples))])
-            bar.update(len(chunk))
-    good = [sample for sample in found if sample.why is None]
+            samples, first = [_read(source, *place) for place in chunk], len(checked)
+            checked += pool.map(_check, samples, [first + row in shown for row in range(len(samples))])
+            progress.update(len(chunk))
+    good = [sample for sample in checked if sample.fault is None]
     if sheet is not None:
-        contact_sheet([sample for sample in good if sample.thumbnail is not None]).save(sheet)
+        contact_sheet([(sample.thumbnail, sample.caption) for sample in good if sample.thumbnail]).save(sheet)
     return {
         "shards": len(source.shard_sizes),
         "samples": total,
-        "checked": len(found),
+        "checked": len(checked),
         "good": len(good),
-        "bad": _bad(found, source),
+        "bad": _bad(checked, source),
         "kinds": dict(Counter(sample.kind for sample in good).most_common()),
         **_figures(good, tokenizer),
     }
 
 
 def read_captions(source: TarSource) -> list[str]:
-    """Return the captions of the samples of `source`, of a million of them, evenly spread, where there are more. Those
-    that cannot be used are left out.
+    """Return the usable captions of the samples, or of a million samples, evenly spread.
 
     Raises:
-        ValueError: there is none.
+        UserError: there is none.
     """
-    count = min(len(source), _MOST_CAPTIONED)
+    count = min(len(source), _MAX_CAPTIONS)
     numbers = np.unique(np.linspace(0, len(source) - 1, count).round().astype(np.int64))
     captions: list[str] = []
-    for place in tqdm(_places(source, numbers), "captions", len(numbers), unit="sample", disable=None):
+    for place in each(_places(source, numbers), "captions", "samples", len(numbers)):
         with suppress(BadSample):
             stored = source.read_captions(*place)
             captions += [choose_caption((caption,), 0.0) for caption in stored if caption.strip()]
@@ -107,7 +108,7 @@ def read_captions(source: TarSource) -> list[str]:
 
 
 def _places(source: Source, numbers: np.ndarray) -> Iterator[tuple[int, int]]:
-    """Shard and number within it of samples counted through all shards."""
+    """Yield the shard and the number in it of samples that are counted through all shards."""
     starts = np.concatenate([[0], np.cumsum(source.shard_sizes)])
     shards = np.searchsorted(starts, numbers, side="right") - 1
     yield from zip(shards.tolist(), (numbers - starts[shards]).tolist(), strict=True)
@@ -133,26 +134,25 @@ def _check(read: tuple[str, Sample | BadSample], is_shown: bool) -> Checked:
     height, width = pixels.shape[:2]
     thumbnail = Image.fromarray(np.ascontiguousarray(pixels)) if is_shown else None
     if thumbnail is not None:
-        thumbnail.thumbnail((_TILE, _TILE))
+        thumbnail.thumbnail((TILE, TILE))
     return Checked(name, None, _kind(sample.image), width, height, len(sample.image), caption, thumbnail)
 
 
 def _kind(encoded: bytes) -> str:
-    """Return the format and mode that Pillow sees in an image that can be decoded."""
+    """Return Pillow's format and mode of an image that can be decoded."""
     try:
         image = Image.open(io.BytesIO(encoded))
-    except Exception:
-        # Pillow is stricter with what is around the pixels than the decoder that read them.
+    except (OSError, ValueError, Image.DecompressionBombError):  # Pillow may be stricter than the decoder
         return "not known to Pillow"
     return f"{image.format} {image.mode}"
 
 
-def _bad(found: list[Checked], source: Source) -> dict[str, dict[str, Any]]:
-    """Return, by cause, the count of unusable samples and the first few, damaged shards included."""
+def _bad(checked: list[Checked], source: Source) -> dict[str, dict[str, Any]]:
+    """Return, by cause, the number of unusable samples and the first few, damaged shards included."""
     bad: dict[str, dict[str, Any]] = {}
-    troubles = [(fault.cause, fault.shard, fault.detail) for fault in source.faults]
-    troubles += [(sample.why.cause, sample.name, str(sample.why)) for sample in found if sample.why is not None]
-    for cause, name, detail in troubles:
+    faults = [(fault.cause, fault.shard, fault.detail) for fault in source.faults]
+    faults += [(sample.fault.cause, sample.name, str(sample.fault)) for sample in checked if sample.fault is not None]
+    for cause, name, detail in faults:
         entry = bad.setdefault(cause, {"count": 0, "examples": []})
         entry["count"] += 1
         if entry["count"] <= _EXAMPLES:
@@ -161,7 +161,7 @@ def _bad(found: list[Checked], source: Source) -> dict[str, dict[str, Any]]:
 
 
 def _figures(good: list[Checked], tokenizer: PreTrainedTokenizerBase | None) -> dict[str, dict[str, float]]:
-    """Return percentiles of sizes and lengths over the usable samples."""
+    """Return percentiles of sizes and lengths of the usable samples."""
     if not good:
         return {}
     values = {
@@ -180,24 +180,22 @@ def _figures(good: list[Checked], tokenizer: PreTrainedTokenizerBase | None) -> 
     }
 
 
-def contact_sheet(samples: list[Checked]) -> Image.Image:
-    """Draw thumbnails with their captions below, six in a row."""
+def contact_sheet(tiles: Sequence[tuple[Image.Image, str]]) -> Image.Image:
+    """Draw thumbnails of at most `TILE` pixels with their captions below, six in a row."""
     font = ImageFont.load_default(size=11)
-    cell = (_TILE + _MARGIN, _TILE + _TEXT_LINES * _LINE_HEIGHT + 2 * _MARGIN)
-    rows = max(1, -(-len(samples) // _COLUMNS))
+    cell = (TILE + _MARGIN, TILE + _TEXT_LINES * _LINE_HEIGHT + 2 * _MARGIN)
+    rows = max(1, -(-len(tiles) // _COLUMNS))
     sheet = Image.new("RGB", (_COLUMNS * cell[0] + _MARGIN, rows * cell[1] + _MARGIN), "white")
     draw = ImageDraw.Draw(sheet)
-    for number, sample in enumerate(samples):
+    for number, (tile, caption) in enumerate(tiles):
         left, top = _MARGIN + number % _COLUMNS * cell[0], _MARGIN + number // _COLUMNS * cell[1]
-        draw.rectangle((left, top, left + _TILE - 1, top + _TILE - 1), fill="#f2f2f2")
-        assert sample.thumbnail is not None
-        across, down = sample.thumbnail.size
-        sheet.paste(sample.thumbnail, (left + (_TILE - across) // 2, top + (_TILE - down) // 2))
-        lines = textwrap.wrap(
-            sample.caption[: 2 * _TEXT_LINES * _TEXT_WIDTH], _TEXT_WIDTH, max_lines=_TEXT_LINES, placeholder=" …"
-        )
-        for line, text in enumerate(lines):
-            draw.text((left, top + _TILE + 3 + line * _LINE_HEIGHT), text, fill="black", font=font)
+        draw.rectangle((left, top, left + TILE - 1, top + TILE - 1), fill="#f2f2f2")
+        across, down = tile.size
+        sheet.paste(tile, (left + (TILE - across) // 2, top + (TILE - down) // 2))
+        text = caption[: 2 * _TEXT_LINES * _TEXT_WIDTH]
+        lines = textwrap.wrap(text, _TEXT_WIDTH, max_lines=_TEXT_LINES, placeholder=" …")
+        for line, words in enumerate(lines):
+            draw.text((left, top + TILE + 3 + line * _LINE_HEIGHT), words, fill="black", font=font)
     return sheet
 
 

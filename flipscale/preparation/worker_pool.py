@@ -1,4 +1,4 @@
-"""Worker processes for preparing data sets."""
+"""Worker processes that prepare data."""
 
 import multiprocessing
 import os
@@ -18,15 +18,18 @@ def worker_pool(
     initargs: tuple[Any, ...] = (),
     remedy: str = "run the same command again",
 ) -> Iterator[ProcessPoolExecutor]:
-    """Yield a pool of spawned processes that end when this one does, even if it is killed.
+    """Yield a pool of spawned processes that end with this process, even if it is killed.
 
-    After an exception they end at once, with what they do and what waits for them.
+    After an exception the processes end at once.
 
     Args:
-        remedy: what to do if a worker dies.
+        processes: number of processes.
+        initializer: function that each process calls first.
+        initargs: arguments of `initializer`.
+        remedy: advice if a process dies.
 
     Raises:
-        OSError: a worker died.
+        OSError: a process died.
     """
     spawn = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(processes, spawn, initializer=_begin, initargs=(initializer, initargs))
@@ -43,15 +46,15 @@ def worker_pool(
 
 
 def _begin(initializer: Callable[..., None] | None, initargs: tuple[Any, ...]) -> None:
-    # Of Ctrl-C, which all processes of a terminal get, the parent tells.
+    # The parent reports Ctrl-C, which all processes of a terminal receive.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    end_with_parent()
+    _end_with_parent()
     if initializer is not None:
         initializer(*initargs)
 
 
-def end_with_parent() -> None:
-    """Make this worker exit when its parent dies; otherwise it would wait for ever."""
+def _end_with_parent() -> None:
+    """End this process when its parent dies, because otherwise it would wait for ever."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 

@@ -145,73 +145,57 @@ def test_a_broken_image_is_told(coco: Path, tmp_path: Path) -> None:
         prepare_coco_captions(coco, tmp_path / "out", 512, 1)
 
 
-MISSING = {
-    "dataset_coco.json": r"dataset_coco.json is missing; it comes in https://cs.stanford.edu/.*/caption_datasets.zip",
-    f"val2014/{name(42)}": r"val2014 lacks 1 of the 2 images that are needed, such as COCO_val2014_0+42.jpg; unpack",
-    "train2014": r"coco has no folder train2014; unpack http://images.cocodataset.org/zips/train2014.zip there",
-    "v2_mscoco_val2014_annotations.json": r"annotations.json is missing; it comes in .*v2_Annotations_Val_mscoco.zip",
-    "v2_OpenEnded_mscoco_train2014_questions.json": r"questions.json is missing; .*v2_Questions_Train_mscoco.zip",
-}
+SPLIT, QUESTIONS = "dataset_coco.json", "v2_OpenEnded_mscoco_train2014_questions.json"
+ANNOTATIONS = "v2_mscoco_val2014_annotations.json"
 
 
-@pytest.mark.parametrize("file", MISSING)
-def test_what_is_missing_is_told(coco: Path, tmp_path: Path, file: str) -> None:
-    (coco / file).rename(tmp_path / "elsewhere")
-    with pytest.raises(ValueError, match=MISSING[file]):
-        prepare_with(file, coco, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+def of_split(**fields: Any) -> dict[str, Any]:
+    entry = {"filepath": "val2014", "filename": name(42), "split": "train", "sentences": [{"raw": "a"}]}
+    return {"images": [{**entry, **fields}]}
 
 
-ODD: dict[str, tuple[str, Any, str]] = {
-    "cut": ("dataset_coco.json", '{"images": [', r"coco.json is no whole JSON file \(Expecting value.*unpack it again"),
-    "another": ("dataset_coco.json", {"annotations": []}, r"coco.json has no list 'images'; it is another file than"),
-    "of flickr": (
-        "dataset_coco.json",
-        {"images": [{"filename": "1.jpg", "sentences": []}]},
-        r"images\[0\] is not as in",
-    ),
-    "outside": (
-        "dataset_coco.json",
-        {"images": [{"filepath": "..", "filename": "secret.jpg", "split": "train", "sentences": [{"raw": "a"}]}]},
-        r"images\[0\] is not as in .*'../secret.jpg' is no image of COCO 2014, such as train2014/COCO_train2014_0",
-    ),
-    "no captions": (
-        "dataset_coco.json",
-        {"images": [{"filepath": "val2014", "filename": name(42), "split": "train", "sentences": [{"raw": " "}]}]},
-        r"images\[0\] has no caption; unpack it again from https",
-    ),
-    "one part": (
-        "dataset_coco.json",
-        {"images": [{"filepath": "val2014", "filename": name(42), "split": "train", "sentences": [{"raw": "a"}]}]},
-        r"coco.json has no images of test; download it again from https",
-    ),
-    "an odd question": (
-        "v2_OpenEnded_mscoco_train2014_questions.json",
-        {"questions": [{"image_id": 9, "question_id": "x", "question": "?"}]},
-        r"questions\[0\] is not as in https.*v2_Questions_Train_mscoco.zip \(ValueError",
-    ),
-    "no answers": (
-        "v2_OpenEnded_mscoco_train2014_questions.json",
-        {"questions": [{"image_id": 9, "question_id": 7, "question": "What?"}]},
-        r"question 7 has no answers in v2_mscoco_train2014_annotations.json; unpack both files of VQA v2.0 again",
-    ),
-    "an odd answer": (
-        "v2_mscoco_val2014_annotations.json",
-        {"annotations": [{"question_id": 42000, "multiple_choice_answer": "yes", "answers": [{"answer": 3}]}]},
-        r"annotations\[0\] is not as in https.*v2_Annotations_Val_mscoco.zip \(TypeError",
-    ),
-    "few answers": (
-        "v2_mscoco_val2014_annotations.json",
-        None,
-        r"coco have no answer that is seen often; they are not whole: unpack them again",
-    ),
-}
-
-
-@pytest.mark.parametrize("what", ODD)
-def test_an_odd_file_is_told(coco: Path, tmp_path: Path, what: str) -> None:
-    file, content, words = ODD[what]
-    if content is not None:
+@pytest.mark.parametrize(
+    ("file", "content", "words"),
+    [
+        (SPLIT, None, r"dataset_coco.json is missing; it comes in https://cs.stanford.edu/.*/caption_datasets.zip"),
+        (
+            f"val2014/{name(42)}",
+            None,
+            r"val2014 lacks 1 of the 2 images .* COCO_val2014_0+42.jpg",
+        ),
+        ("train2014", None, r"coco has no folder train2014; unpack http://images.cocodataset.org/zips/train2014.zip"),
+        (ANNOTATIONS, None, r"annotations.json is missing; it comes in .*v2_Annotations_Val_mscoco.zip"),
+        (SPLIT, '{"images": [', r"coco.json is no whole JSON file \(Expecting value"),
+        (SPLIT, {"annotations": []}, r"coco.json has no list 'images'"),
+        (SPLIT, {"images": [{"filename": "1.jpg", "sentences": []}]}, r"images\[0\] is not as in"),
+        (
+            SPLIT,
+            of_split(filepath="..", filename="x.jpg"),
+            r"images\[0\] is not as in .*'../x.jpg' is no image",
+        ),
+        (SPLIT, of_split(sentences=[{"raw": " "}]), r"images\[0\] has no caption"),
+        (SPLIT, of_split(), r"coco.json has no images of test"),
+        (
+            QUESTIONS,
+            {"questions": [{"image_id": 9, "question_id": "x", "question": "?"}]},
+            r"questions\[0\] is not as in https.*v2_Questions_Train_mscoco.zip \(ValueError",
+        ),
+        (
+            QUESTIONS,
+            {"questions": [{"image_id": 9, "question_id": 7, "question": "What?"}]},
+            r"question 7 has no answers in v2_mscoco_train2014_annotations.json",
+        ),
+        (
+            ANNOTATIONS,
+            {"annotations": [{"question_id": 42000, "multiple_choice_answer": "yes", "answers": [{"answer": 3}]}]},
+            r"annotations\[0\] is not as in https.*v2_Annotations_Val_mscoco.zip \(TypeError",
+        ),
+    ],
+)
+def test_bad_files(coco: Path, tmp_path: Path, file: str, content: Any, words: str) -> None:
+    if content is None:
+        (coco / file).rename(tmp_path / "elsewhere")
+    else:
         (coco / file).write_text(content if isinstance(content, str) else json.dumps(content))
     with pytest.raises(ValueError, match=words):
         prepare_with(file, coco, tmp_path / "out")

@@ -111,7 +111,7 @@ def test_nothing_is_downloaded_before_all_is_said(
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10, 0, 10))
     assert "are needed and" in (line := refusal(capsys, tmp_path / "new", "--only", "mnist"))
-    assert "has 10 B free; make room, name another folder, or prepare fewer tasks with --only" in line
+    assert "or prepare fewer tasks with --only" in line
     assert not hub.asked("resolve")
     assert not (tmp_path / "new").exists()
 
@@ -249,14 +249,6 @@ def test_answers_that_are_none(
     assert content(tmp_path / "mnist")["test/1.tar"] == digits()["test/1.tar"]
 
 
-def test_a_wrong_file_leaves_the_other_sets(hub: LoopbackHub, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    hub.add(MNIST, digits())
-    hub.add(FLICKR, {"test/nshards.txt": b"1\n", "test/0.tar": shard(0, 3, "txt")})
-    hub._faults.append((r"GET .*wds_mnist.*test/1.tar", Reply(body=HTML)))
-    assert "mnist is not prepared: test/1.tar of" in refusal(capsys, tmp_path, "--only", "mnist", "flickr30k")
-    assert read_prepared(tmp_path / "flickr30k")
-
-
 @pytest.mark.parametrize(
     ("files", "words"),
     [
@@ -274,7 +266,7 @@ def test_sources_that_are_damaged(
     assert not read_prepared(tmp_path / "mnist")
 
 
-def test_marks_that_are_odd(hub: LoopbackHub, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_damaged_marks(hub: LoopbackHub, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     hub.add(MNIST, digits())
     (tmp_path / "mnist").mkdir()
     (tmp_path / "mnist" / "prepared.json").write_text('{"files": {}}')
@@ -444,11 +436,3 @@ def test_two_do_not_prepare_one_set_at_once(hub: LoopbackHub, tmp_path: Path, ca
     with FileLock(tmp_path / ".mnist.lock"):
         assert "another process prepares" in refusal(capsys, tmp_path, "--only", "mnist")
     assert not (tmp_path / "mnist" / "prepared.json").exists()
-
-
-def test_prepared_json_that_is_cut(tmp_path: Path) -> None:
-    for text in ("", "{", '{"files": [1]}', '{"files": {"a": {}}}', "[]"):
-        (tmp_path / "prepared.json").write_text(text)
-        assert read_prepared(tmp_path) is None
-    (tmp_path / "prepared.json").write_text(json.dumps({"files": {}}))
-    assert read_prepared(tmp_path) == {"files": {}}

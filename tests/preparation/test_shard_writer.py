@@ -1,6 +1,5 @@
 """Shards from folders, tables and data sets: the same bytes however often killed, and a word on what is left out."""
 
-import csv
 import io
 import json
 import os
@@ -13,8 +12,6 @@ from pathlib import Path
 
 import datasets
 import numpy as np
-import pyarrow
-import pyarrow.parquet
 import pytest
 from conftest import launch
 from PIL import Image
@@ -22,7 +19,7 @@ from PIL import Image
 from flipscale.cli import main
 from flipscale.data.decode import decode_whole
 from flipscale.data.sources.tar import TarSource
-from flipscale.preparation.lists import UnreadableFile, open_pairs
+from flipscale.preparation.lists import open_pairs
 from flipscale.preparation.shard_writer import ShardOptions, write_shards
 
 CAPTIONS = [f"picture number {number}" for number in range(6)]
@@ -80,49 +77,12 @@ def test_a_folder_becomes_shards(folder: Path, tmp_path: Path, capsys: pytest.Ca
     assert "shrunk                             5  to a short side of 40, JPEG 90" in text
 
 
-def write_table(kind: str, folder: Path) -> Path:
-    path = folder / f"pairs.{kind}"
-    files = ["0.jpg", "1.png", "2.bmp", "3.jpg", "4.jpg", "sub/5.jpg"]
-    if kind in ("csv", "tsv"):
-        with open(path, "w", newline="") as file:
-            writer = csv.writer(file, delimiter="," if kind == "csv" else "\t")
-            writer.writerows([("id", "path", "text"), *zip(range(6), files, CAPTIONS, strict=True)])
-    elif kind == "jsonl":
-        path.write_text(
-            "".join(json.dumps({"file_name": f, "caption": c}) + "\n" for f, c in zip(files, CAPTIONS, strict=True))
-        )
-    else:
-        pyarrow.parquet.write_table(pyarrow.table({"filepath": files, "title": CAPTIONS}), path)
-    return path
-
-
-@pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl", "parquet"])
-def test_tables_name_the_same_pairs(kind: str, folder: Path) -> None:
-    pairs = open_pairs(str(write_table(kind, folder)))
-    assert [pairs.captions(number) for number in range(len(pairs))] == [[caption] for caption in CAPTIONS]
-    assert pairs.image(5) == (folder / "sub/5.jpg").read_bytes()
-    (folder / "3.jpg").unlink()
-    with pytest.raises(UnreadableFile, match=r"3\.jpg"):
-        pairs.image(3)
-
-
-def test_a_metadata_table_in_a_folder_is_found(folder: Path) -> None:
-    (folder / "metadata.csv").write_text('file_name,caption,short\n0.jpg,"a, long\none",red\n')
-    assert open_pairs(str(folder)).captions(0) == ["a, long\none"]
-    assert open_pairs(str(folder), caption_column="short").captions(0) == ["red"]
-
-
-def test_data_sets_by_name_parquet_and_folder(tmp_path: Path) -> None:
+def test_parquet_images_with_several_captions(tmp_path: Path) -> None:
     images = [{"bytes": image(number), "path": None} for number in range(3)]
     columns = {"image": images, "caption": [["one", "two"], [" "], ["three"]]}
     features = datasets.Features({"image": datasets.Image(), "caption": datasets.List(datasets.Value("string"))})
-    made = datasets.Dataset.from_dict(columns, features)
-    (tmp_path / "named/data").mkdir(parents=True)
-    made.to_parquet(str(tmp_path / "named/data/train-00000.parquet"))
-    made.save_to_disk(str(tmp_path / "saved"))
-    saved = open_pairs(str(tmp_path / "saved"))
-    assert (saved.image(0), saved.captions(2)) == (image(0), ["three"])
-    source = shards_of([tmp_path / "named/data/train-00000.parquet"], tmp_path / "out")
+    datasets.Dataset.from_dict(columns, features).to_parquet(str(tmp_path / "pairs.parquet"))
+    source = shards_of([tmp_path / "pairs.parquet"], tmp_path / "out")
     assert [source.read(0, row).captions for row in range(2)] == [(b"one", b"two"), (b"three",)]
     assert source.read(0, 1).image == image(2)
     assert json.loads((tmp_path / "out/report.json").read_text())["left_out"] == {"missing_caption": 1}
@@ -247,8 +207,8 @@ def test_wrong_sources_are_one_line(folder: Path, tmp_path: Path, refused: Calla
     (tmp_path / "empty").mkdir()
     assert "empty has no images; they are files named .bmp" in refused(tmp_path / "empty")
     assert "nothing.csv does not exist; name a folder, a table or a data set" in refused(tmp_path / "nothing.csv")
-    table = write_table("csv", folder)
-    line = refused(table, "--caption_column", "words")
+    (folder / "pairs.csv").write_text("id,path,text\n0,0.jpg,a disc\n")
+    line = refused(folder / "pairs.csv", "--caption_column", "words")
     assert "pairs.csv has no column words; name the captions' with --caption_column, one of id, path, text" in line
     (tmp_path / "a.jsonl").write_text("{broken\n")
     assert "a.jsonl is no JSONL table in UTF-8" in refused(tmp_path / "a.jsonl")

@@ -4,25 +4,30 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any
 
-from flipscale.preparation.audit.captions import LONGEST
-from flipscale.preparation.audit.languages import NO_LETTERS, UNSURE
+from flipscale.preparation.audit.scan import LONGEST
+from flipscale.preparation.audit.words import NO_LETTERS, UNSURE
 
-_MOST_ROWS = 20
+_MAX_ROWS = 20
 
 
-def audit_page(figures: dict[str, Any], pictures: list[str]) -> str:
-    """Return the page `audit.md`, with those of its pictures that were drawn."""
+def audit_page(figures: dict[str, Any], has_pairs: bool, has_overlap: bool) -> str:
+    """Return the page `audit.md`.
+
+    Args:
+        figures: figures of the audit.
+        has_pairs: whether there is a picture of near duplicates.
+        has_overlap: whether there is a picture of the overlap with test sets.
+    """
     blocks = [
         f"# Audit of `{figures['shards']}`",
         "Made by `flipscale prepare audit`; every number is in `audit.json`.",
         _table([("", ""), *_summary(figures)], "lr"),
-        f"![Lengths, languages, occupations and countries of the captions]({pictures[0]})",
         *_captions(figures["captions"]),
         *_languages(figures["languages"]),
         *_gender(figures["gender"]),
         *_countries(figures["countries"]),
-        *_images(figures["images"], "near_duplicates.png" in pictures),
-        *_tests(figures["tests"], "overlap.png" in pictures),
+        *_images(figures["images"], has_pairs),
+        *_tests(figures["tests"], has_overlap),
         *_unusable(figures["unusable"]),
         _NOT_LOOKED_AT,
     ]
@@ -36,15 +41,15 @@ def audit_table(figures: dict[str, Any]) -> str:
 
 _NOT_LOOKED_AT = """## What this does not look at
 
-- No classifier looks at the images: neither at faces nor at what gender, age, skin or origin people in them seem to
-  have. What is said of people is what captions say.
-- Nothing is said of harmful, illegal or private content of images or captions. That has to be looked for by other means
-  before data is used or shared.
-- The words of gender and the occupations are English ones. Captions in other languages are counted as having none.
-  Names of persons are not looked at. Words are counted without their meaning: "him" may be a dog, "cook" a verb.
+- No classifier looks at the images, neither at faces nor at the gender, age, skin or origin of people. What the audit
+  reports about people comes from captions.
+- The audit does not look for harmful, illegal or private content. Look for it by other means before you use or share
+  the data.
+- The words of gender and the occupations are English. Captions in other languages count as having none. Names of
+  persons are not looked at. Words count without their meaning: "him" may be a dog, "cook" a verb.
 - Countries are counted by their English names, not by their people, cities, languages or flags.
-- Copies are found that were encoded again, resized or stretched, not those that were cropped, mirrored, turned, or had
-  something written on them."""
+- Copies are found if they were encoded again, resized or stretched, not if they were cropped, mirrored or turned, or if
+  something was written on them."""
 
 
 def _summary(figures: dict[str, Any]) -> list[tuple[str, str]]:
@@ -52,11 +57,11 @@ def _summary(figures: dict[str, Any]) -> list[tuple[str, str]]:
     long = figures["languages"]["long"]
     rows = [
         ("samples", f"{figures['samples']:,}"),
-        ("of them unusable, for what they lack or are", f"{sum(o['count'] for o in figures['unusable'].values()):,}"),
+        ("unusable samples", f"{sum(o['count'] for o in figures['unusable'].values()):,}"),
         ("captions", f"{captions['captions']:,}"),
         ("different captions", f"{captions['distinct']:,}"),
         ("images with the bytes of an earlier one", f"{images['exact_copies']:,}"),
-        ("other images that are nearly like an earlier one", f"{images['near_copies']:,}"),
+        ("other images that are nearly an earlier one", f"{images['near_copies']:,}"),
         ("nearly blank images", f"{images['nearly_blank']:,}"),
     ]
     named = [row for row in long["languages"] if row["language"] not in (UNSURE, NO_LETTERS)]
@@ -81,32 +86,32 @@ def _captions(captions: dict[str, Any]) -> list[str]:
     return [
         "## Captions",
         _table(lengths, "lrrrrr"),
-        "Lengths above these count as these: " + ", ".join(f"{most:,} {kind}" for kind, most in LONGEST.items()) + ".",
+        "Longer captions count as: " + ", ".join(f"{most:,} {kind}" for kind, most in LONGEST.items()) + ".",
         f"The {len(commonest) - 1} commonest captions:",
         _table(commonest, "lrr"),
     ]
 
 
 def _languages(languages: dict[str, Any]) -> list[str]:
-    are_all = "drawn at random; the intervals are of 95 %" if languages["is_sample"] else "which are all"
-    said = (
-        f"By lingua, which tells 75 languages apart, of {languages['checked']:,} captions, {are_all}; "
+    which = "drawn at random; the intervals are of 95 %" if languages["is_sample"] else "which are all"
+    text = (
+        f"The detector lingua tells 75 languages apart. It looked at {languages['checked']:,} captions, {which}; "
         f"{languages['distinct']:,} of them are different."
     )
     unsure = (
-        f"`unsure` are those whose likeliest language is not {languages['least_ratio']:g} times as likely as the "
-        f"next. From {languages['long_letters']} letters on, 99 % of those that are not `unsure` were right where the "
-        "language is known; shorter ones are apart, because more of them are wrong. Norwegian's two languages are one "
-        "here, and so are Indonesian and Malay, and Bosnian, Croatian and Serbian."
+        f"A caption is `unsure` if its likeliest language is less than {languages['least_ratio']:g} times as likely as "
+        f"the next one. From {languages['long_letters']} letters on, 99 % of the others were right where the language "
+        "is known. Shorter captions are listed apart, because more of them are wrong. Norwegian's two languages count "
+        "as one, and so do Indonesian and Malay, and Bosnian, Croatian and Serbian."
     )
-    blocks = ["## Languages", said, unsure]
+    blocks = ["## Languages", text, unsure]
     for key, name in (("long", f"{languages['long_letters']} letters and more"), ("short", "fewer letters")):
         part = languages[key]
         if part["captions"]:
             rows = [(f"{name}: {part['captions']:,} captions", "captions", "share", "95 % interval")]
             rows += [
                 (row["language"], f"{row['count']:,}", f"{row['share']:.2%}", _interval(row))
-                for row in part["languages"][:_MOST_ROWS]
+                for row in part["languages"][:_MAX_ROWS]
             ]
             blocks.append(_table(rows, "lrrr"))
     return blocks
@@ -118,62 +123,61 @@ def _interval(row: dict[str, Any]) -> str:
 
 def _gender(gender: dict[str, Any]) -> list[str]:
     rows = [("occupation", "captions", "with words of women", "of men", "log odds ratio", "95 % interval")]
-    for row in gender["occupations"][:_MOST_ROWS]:
+    for row in gender["occupations"][:_MAX_ROWS]:
         odds = (f"{row['log_odds']:+.2f}", f"{row['low']:+.2f} to {row['high']:+.2f}") if "low" in row else ("", "")
         counts = (f"{row[key]:,}" for key in ("captions", "with_women", "with_men"))
         rows.append((row["occupation"], *counts, *odds))
-    said = (
+    text = (
         f"{gender['women']:,} captions have words of women only (woman, she, mother ...), {gender['men']:,} of men "
         f"only, {gender['both']:,} of both, {gender['neither']:,} neither."
     )
     if len(rows) == 1:
-        return ["## Words of gender", said, "No caption names one of the occupations that are looked for."]
+        return ["## Words of gender", text, "No caption names an occupation of the list."]
     about = (
-        "The log of the odds ratio is above 0 where the occupation goes with words of women more than captions do "
-        "otherwise, below 0 where with those of men; it is left out where fewer than 5 captions have such words."
+        "The log of the odds ratio is above 0 if words of women are commoner beside the occupation than elsewhere, and "
+        "below 0 if words of men are. It is left out if fewer than 5 captions have such words."
     )
-    return ["## Words of gender", said, about, _table(rows, "lrrrrr")]
+    return ["## Words of gender", text, about, _table(rows, "lrrrrr")]
 
 
 def _countries(countries: dict[str, Any]) -> list[str]:
     if not countries["rows"]:
         return ["## Countries", "No caption names a country."]
     rows = [("country", "captions", "per million inhabitants")]
-    for row in countries["rows"][:_MOST_ROWS]:
+    for row in countries["rows"][:_MAX_ROWS]:
         per_million = f"{row['per_million']:,.3g}" if "per_million" in row else "not known"
         rows.append((row["name"], f"{row['captions']:,}", per_million))
-    said = (
-        f"{len(countries['rows'])} countries are named by ISO 3166-1's names or a common form. Inhabitants are CLDR's. "
-        f"Some names are other words too, and count only with their capitals: {', '.join(countries['ambiguous'])}."
+    text = (
+        f"Captions name {len(countries['rows'])} countries, by ISO 3166-1's names or a common form. Inhabitants are "
+        f"CLDR's. Names that are also other words count only with capitals: {', '.join(countries['ambiguous'])}."
     )
-    return ["## Countries", said, _table(rows, "lrr")]
+    return ["## Countries", text, _table(rows, "lrr")]
 
 
-def _images(images: dict[str, Any], drawn: bool) -> list[str]:
-    said = (
+def _images(images: dict[str, Any], has_pairs: bool) -> list[str]:
+    text = (
         f"Of {images['decoded']:,} images, {images['exact_copies']:,} have the same bytes as an earlier one, and "
-        f"{images['near_copies']:,} more are nearly like an earlier one ({images['near_pairs']:,} pairs): 64-bit DCT "
-        f"hashes that differ in at most {images['most_bits']} bits, thumbnails whose pixels agree by at least "
-        f"{images['least_likeness']} of 1 and whose sixteenths each differ by at most {images['most_difference']:g} of "
-        f"255 in the mean. {images['nearly_blank']:,} images have too little in them to be compared so; only their "
-        "bytes are."
+        f"{images['near_copies']:,} more are nearly an earlier one ({images['near_pairs']:,} pairs). Near duplicates "
+        f"have 64-bit DCT hashes that differ in at most {images['most_bits']} bits, and thumbnails with a likeness of "
+        f"at least {images['least_likeness']}, whose sixteenths differ by at most {images['most_difference']:g} of 255 "
+        f"in the mean. {images['nearly_blank']:,} images are nearly blank; only their bytes are compared."
     )
-    return ["## Copies", said, *(["![Pairs of near duplicates](near_duplicates.png)"] if drawn else [])]
+    return ["## Copies", text, *(["![Pairs of near duplicates](near_duplicates.png)"] if has_pairs else [])]
 
 
-def _tests(tests: list[dict[str, Any]], drawn: bool) -> list[str]:
+def _tests(tests: list[dict[str, Any]], has_overlap: bool) -> list[str]:
     if not tests:
-        return ["## Test sets", "None was compared; `--tests DIR` names them."]
+        return ["## Test sets", "None was compared; `--tests DIR` names test sets."]
     rows = [("test set", "images", "the same bytes in training", "nearly the same", "share")]
     for test in tests:
         share = f"{(test['exact'] + test['near']) / max(test['images'], 1):.2%}"
         rows.append((test["name"], *(f"{test[key]:,}" for key in ("images", "exact", "near")), share))
-    said = (
-        "`overlap/NAME.json` lists these images; `flipscale evaluate MODEL ... --without` this folder gives each "
-        "figure again without them."
+    text = (
+        "`overlap/NAME.json` lists these images. `flipscale evaluate MODEL ... --without` this folder also gives each "
+        "figure without these images."
     )
-    picture = ["![Test images with their matches in the training data](overlap.png)"] if drawn else []
-    return ["## Test sets", _table(rows, "lrrrr"), said, *picture]
+    picture = ["![Test images with their matches in the training data](overlap.png)"] if has_overlap else []
+    return ["## Test sets", _table(rows, "lrrrr"), text, *picture]
 
 
 def _unusable(unusable: dict[str, Any]) -> list[str]:
@@ -185,7 +189,7 @@ def _unusable(unusable: dict[str, Any]) -> list[str]:
 
 
 def _cell(text: str) -> str:
-    """Return text as a cell of a table, at most 100 characters."""
+    """Return at most 100 characters of a text as a cell of a table."""
     plain = " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
     return "".join(textwrap.wrap(plain, 100, max_lines=1, placeholder=" …"))
 

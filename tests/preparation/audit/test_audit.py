@@ -17,7 +17,7 @@ from sklearn.datasets import load_sample_images
 from flipscale.cli import main
 from flipscale.data.sources.tar import TarSource
 from flipscale.preparation.audit import audit as audit_module
-from flipscale.preparation.audit.languages import LONG_LETTERS, UNSURE, languages_of, num_letters
+from flipscale.preparation.audit.words import LONG_LETTERS, UNSURE, languages_of, num_letters
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
 CAPTIONS = (
@@ -123,13 +123,14 @@ def test_overlap_with_test_sets(audited: dict[str, Any], folder: Path) -> None:
 
 def test_the_page_shows_its_pictures(audited: dict[str, Any], folder: Path) -> None:
     page = (folder / "audit" / "audit.md").read_text()
-    for picture in ("audit.png", "near_duplicates.png", "overlap.png"):
+    for picture in ("near_duplicates.png", "overlap.png"):
         assert f"]({picture})" in page
         assert np.ptp(np.asarray(Image.open(folder / "audit" / picture))) > 100
     assert "## What this does not look at" in page
     assert "| images of flat that are in the data, of 3 | 2 |" in page
 
 
+@pytest.mark.long
 def test_languages_of_emoji_labels() -> None:
     """emojibase's labels (MIT) of 25 letters and more, ten at random of each of 22 languages."""
     labels = json.loads((FIXTURES / "emoji_labels.json").read_text(encoding="utf-8"))

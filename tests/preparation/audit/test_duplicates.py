@@ -8,8 +8,17 @@ import pytest
 from sklearn.datasets import load_sample_images
 
 from flipscale.data.decode import decode_small
-from flipscale.preparation.audit.duplicates import LEAST_LIKENESS, MOST_BITS, Groups, exact_copies, near_hashes
-from flipscale.preparation.audit.hashes import LEAST_SIDE, likeness, look, thumbnail
+from flipscale.preparation.audit.duplicates import (
+    LEAST_LIKENESS,
+    MOST_BITS,
+    exact_copies,
+    likeness,
+    near_hashes,
+    thumbnail,
+)
+from flipscale.preparation.audit.scan import look
+
+LEAST_SIDE = 64
 
 
 def neighbours(count: int) -> np.ndarray:
@@ -36,15 +45,10 @@ def test_near_hashes_are_all_pairs_each_once() -> None:
     } == wanted
 
 
-def test_exact_copies_and_groups() -> None:
+def test_exact_copies() -> None:
     digests = np.array([5, 7, 5, 9, 5, 7], dtype=np.uint64)
     states = np.array([2, 0, 2, 1, 1, 2], dtype=np.uint8)
     assert exact_copies(digests, states).tolist() == [0, 1, 0, 3, 0, 5]
-    groups = Groups()
-    for one, other in ((4, 9), (2, 9), (6, 7), (9, 4)):
-        groups.join(one, other)
-    assert groups.copies() == [4, 7, 9]
-    assert groups.first(9) == 2
 
 
 def tiles(side: int) -> list[np.ndarray]:

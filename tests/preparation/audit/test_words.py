@@ -5,8 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from flipscale.preparation.audit.captions import Lengths
-from flipscale.preparation.audit.shares import wilson
+from flipscale.preparation.audit.scan import LONGEST, CaptionCounts
 from flipscale.preparation.audit.words import WordCounts, country_figures, gender_figures, log_odds
 
 
@@ -63,10 +62,13 @@ def test_log_odds_by_hand() -> None:
     assert math.isfinite(log_odds(0, 5, 0, 0)["low"])
 
 
-def test_lengths_and_shares() -> None:
-    lengths, values = Lengths.up_to(50), [3, 9, 9, 12, 40, 70]
+def test_lengths() -> None:
+    counts, values = CaptionCounts(), [3, 9, 9, 12, 40, 2070]
     for value in values:
-        lengths.add(value)
-    assert lengths.figures() == {"min": 3, "median": 9, "p95": 50, "max": 50, "mean": np.mean(values)}
-    assert wilson(5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-4)
-    assert wilson(0, 10)[0] == 0
+        part = CaptionCounts()
+        part.add("a" * value, None, is_sampled=False)
+        counts.merge(part)
+    assert counts.length_figures()["characters"] == {
+        **{"min": 3, "median": 9, "p95": LONGEST["characters"], "max": LONGEST["characters"], "mean": np.mean(values)}
+    }
+    assert set(counts.length_figures()) == {"characters", "words"}
