@@ -2,8 +2,8 @@
 
     python examples/captioning/coco.py data/coco data/coco_captions
 
-The training part has 113,287 images and the test part 5,000, with five captions each. `dataset_coco.json`, the file of
-the split, has four parts: train, val, test, and restval, the rest of COCO's validation set. All train on restval.
+The training part has 113,287 images and the test part 5,000, with five captions each. The file of the split,
+`dataset_coco.json`, also has the part restval, the rest of COCO's validation set. It belongs to the training data.
 """
 
 import argparse
@@ -77,8 +77,8 @@ def prepare_coco_captions(coco: Path, out_dir: Path, short_side: int, processes:
         processes: number of processes that write.
 
     Raises:
-        UserError: a file of `coco` is missing or damaged, or as `write_shards`.
-        OSError: as `write_shards`.
+        UserError: a file of `coco` is missing or damaged, or an error of `write_shards`.
+        OSError: a worker died, or the disk is full.
     """
     path = coco / SPLIT
     images = [_split_entry(path, at, entry) for at, entry in enumerate(read_entries(path, "images", _SPLIT_URL))]
@@ -140,8 +140,8 @@ def write_parts(
     """Write the shards of each part to its folder in `out_dir`, and return their reports.
 
     Raises:
-        UserError: an image is missing or damaged, or as `write_shards`.
-        OSError: as `write_shards`.
+        UserError: an image is missing or damaged, or an error of `write_shards`.
+        OSError: a worker died, or the disk is full.
     """
     options = ShardOptions(short_side=short_side, pairs_per_shard=PAIRS_PER_SHARD)
     for root in {pairs.root for pairs in parts.values()}:

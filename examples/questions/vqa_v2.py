@@ -137,8 +137,8 @@ def prepare_vqa_v2(
         no answer of theirs is in the list.
 
     Raises:
-        UserError: a file of `coco` is missing or damaged, or as `write_shards`.
-        OSError: as `write_shards`.
+        UserError: a file of `coco` is missing or damaged, or an error of `write_shards`.
+        OSError: a worker died, or the disk is full.
     """
     train, test = read_questions(coco, "train2014", "Train"), read_questions(coco, "val2014", "Val")
     answers = answer_list(question.major for question in (*train, *test))

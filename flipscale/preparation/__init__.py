@@ -1,1 +1,1 @@
-"""Data made beforehand: shards, demo sets, inspection."""
+"""Prepare data: shards, test sets, inspection and audit."""

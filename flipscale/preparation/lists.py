@@ -577,8 +577,8 @@ def _row_starts(file: BinaryIO, delimiter: str, width: int, image: int, progress
 def _continuation(file: BinaryIO, line: bytes, delimiter: str, width: int, image: int) -> int:
     """Return the number of bytes in further lines of a row whose first line has an odd number of quotes.
 
-    A row goes on until its quotes are balanced. The first line is a row alone if the result has another number of
-    fields or too many lines, or if a later line names an image itself: then the quote is a stray one.
+    A row goes on until its quotes are balanced. If the result has too many lines or another number of fields, the first
+    line is a row alone. So it is if a later line names an image itself, because then the quote is a stray one.
     """
     record = line
     suffixes = tuple(suffix.encode() for suffix in IMAGE_SUFFIXES)

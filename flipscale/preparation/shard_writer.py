@@ -126,8 +126,8 @@ def write_set(
         The report of each folder.
 
     Raises:
-        UserError: no pair has a class, or as `write_shards`.
-        OSError: as `write_shards`.
+        UserError: no pair has a class, or an error of `write_shards`.
+        OSError: a worker died, or the disk is full.
     """
     names = class_names(pairs, source, options.labels) if options.labels else []
     parts = {out_dir: options}

@@ -73,8 +73,8 @@ class TaskSet:
         licence: licence of the images.
         images: number of images.
         num_classes: number of classes.
-        class_names: class names where the source has none, or spells them differently.
-        templates: prompts where the source has none.
+        class_names: class names of the page, for sources without names or with another spelling.
+        templates: prompts of the page, for sources without prompts.
         is_classification: whether the task needs class names.
     """
 
@@ -324,7 +324,7 @@ def digest(path: Path, like: str = "sha256:") -> str:
 
 
 def _complete_texts(place: Path, task: TaskSet) -> None:
-    """Write class names and prompts where the source has none, and class names as the page spells them."""
+    """Write missing class names and prompts, and spell class names as the page does."""
     for name, lines in zip(_TEXTS[:2], (task.class_names, task.templates), strict=True):
         if lines and not (place / name).exists():
             write_text(place / name, "".join(f"{line}\n" for line in lines))

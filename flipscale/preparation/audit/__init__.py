@@ -1,1 +1,1 @@
-"""The audit of training data: what is in it, said in figures and pictures."""
+"""The audit of training data."""

@@ -53,8 +53,8 @@ def likeness(one: np.ndarray, other: np.ndarray) -> float:
 def near_hashes(queries: np.ndarray, targets: np.ndarray | None = None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield the pairs of hashes that differ in at most `MOST_BITS` bits, each pair once, as two arrays of positions.
 
-    A hash is looked up by its four words of 16 bits, each also with one bit flipped: if two hashes differ in at most 7
-    bits, at least one word differs in at most one bit. The index takes 6 bytes a hash.
+    If two hashes differ in at most 7 bits, one of their four words of 16 bits differs in at most one bit. So a hash is
+    looked up by each word, also with one bit flipped. The index takes 6 bytes a hash.
 
     Args:
         queries: uint64 `(queries,)`.
