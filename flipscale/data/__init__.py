@@ -1,1 +1,1 @@
-"""From bytes to a batch: sources, order, randomness, decoding, the loader; and the demo set."""
+"""Sources of image-text pairs, their order, decoding, masks, tokens, and the loader of batches."""

@@ -1,8 +1,8 @@
-"""Decoding: from an encoded image to the uint8 patches of the model.
+"""Decoding of an image into the uint8 patches of the model.
 
-Every kind of image becomes the RGB that Pillow shows: upright by its EXIF block; grey, CMYK, palette and 16-bit images
-converted; transparent pixels on white. libjpeg-turbo (`simplejpeg`) decodes plain JPEGs, OpenCV plain PNGs and WebPs,
-1.2 to 4 times faster than Pillow, which decodes all others.
+Every kind of image becomes the RGB that Pillow shows. It is upright by its EXIF block, and transparent pixels are
+white. Grey, CMYK, palette and 16-bit images are converted. libjpeg-turbo (`simplejpeg`) decodes plain JPEGs, and OpenCV
+plain PNGs and WebPs, 1.2 to 4 times faster than Pillow. Pillow decodes all others.
 
 Only the formats of image-text sets are opened, and no image takes more than about 800 MB and a few seconds.
 `MAX_IMAGE_BYTES` and `MAX_PIXELS` limit the decoded image, `MAX_SCANS` its passes, and `_MeteredFile` the reads of
@@ -184,7 +184,7 @@ def decode_whole(encoded: bytes) -> np.ndarray:
     """Return the whole image, upright: uint8 RGB `(height, width, 3)`.
 
     Raises:
-        UndecodableImage: as for `decode_box`.
+        UndecodableImage: see `decode_crop`.
     """
     jpeg_size = _plain_jpeg_size(encoded)
     if jpeg_size is None:
@@ -200,7 +200,7 @@ def decode_small(encoded: bytes, least_side: int) -> np.ndarray:
     across.
 
     Raises:
-        UndecodableImage: as for `decode_box`.
+        UndecodableImage: see `decode_crop`.
     """
     jpeg_size = _plain_jpeg_size(encoded)
     if jpeg_size is None:
@@ -234,7 +234,7 @@ def visible_patches(image: np.ndarray, patch_size: int, patch_index: np.ndarray 
 
 
 def _fewest_eighths(box: Box, image_size: int) -> int:
-    """Return the smallest scale, in eighths (1, 2, 4 or 8), at which `box` still has `image_size` pixels across.
+    """Return the smallest scale, in eighths (1, 2, 4 or 8), that leaves `box` at least `image_size` pixels across.
 
     libjpeg-turbo has vector code for these scales only; at 5 to 7 eighths it is slower than at 8.
     """
@@ -351,7 +351,7 @@ def open_image(encoded: bytes) -> Image.Image:
     """Open an image with Pillow, which reads only its header.
 
     Raises:
-        UndecodableImage: as for `decode_box`.
+        UndecodableImage: see `decode_crop`.
     """
     _check_tiff(encoded)
     file = _MeteredFile(encoded)

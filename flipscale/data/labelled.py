@@ -50,7 +50,7 @@ class LabelledDataset(PairDataset):
     def __init__(self, *arguments: Any, num_classes: int, **options: Any):
         """
         Raises:
-            UserError: as `PairDataset`, or the shards have no class numbers.
+            UserError: the mask is impossible, or the shards have no class numbers.
         """
         super().__init__(*arguments, **options)
         self.num_classes = num_classes
@@ -145,7 +145,7 @@ def check_labels(source: Source) -> None:
     """Raise if the first good sample has no class number, because then, as a rule, no sample has one.
 
     Raises:
-        UserError: it has none.
+        UserError: the first good sample has no class number.
         OSError: the sample cannot be read.
     """
     for shard, size in enumerate(source.shard_sizes):

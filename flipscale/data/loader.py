@@ -213,7 +213,7 @@ def build_loader(
     It yields a `PackedBatch`, or the error that making the batch raised.
 
     Raises:
-        UserError: as `StepSampler`.
+        UserError: the batch does not divide, see `StepSampler`.
     """
     recipe = dataset.recipe
     sizes = (recipe.global_batch_size, rank, world_size, recipe.micro_batch_size)
@@ -237,7 +237,7 @@ def worker_context() -> str | None:
 
 
 def prepare_workers() -> None:
-    """Start the workers' server, if there is one, without waiting for its imports."""
+    """Start the server of workers (with a GPU only), without waiting for its imports."""
     if worker_context() == "forkserver":
         multiprocessing.set_forkserver_preload(_IMPORTED_BY_WORKERS)
         forkserver.ensure_running()

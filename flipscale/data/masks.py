@@ -25,8 +25,9 @@ def uniform(noise: torch.Tensor, kept: int, views: int) -> torch.Tensor:
 
 
 def grid(noise: torch.Tensor, kept: int, views: int) -> torch.Tensor:
-    """Score each patch by its rank in its cell of a regular grid, so that every cell keeps the same number: one of two
-    patches at 50 %, one of a 2 x 2 square at 75 %.
+    """Score each patch by its rank in its cell of a regular grid, so that every cell keeps the same number.
+
+    At 50 %, one of two neighbours is kept; at 75 %, one of a 2 x 2 square.
 
     Raises:
         UserError: no grid keeps `kept` patches (`grid_cell`).

@@ -133,14 +133,14 @@ class GlobalOrder:
     shards at a time, the whole set is one block, a uniform shuffle.
 
     Quality: a sample can land anywhere in the epoch. On average it moves by a third of the epoch, as in a uniform
-    shuffle (0.34 measured at 400 M samples in shards of 10,000, with 64 lanes and with one). With 64 lanes, a batch of
+    shuffle. Measured: 0.34 at 400 M samples in shards of 10,000, with 64 lanes and with one. With 64 lanes, a batch of
     16,384 comes from 66 shards (80 where blocks end), and two samples of one shard share a batch one time in 40. With
     one lane, it comes from 16 (32) shards, and they share a batch one time in ten. If the samples of a shard are alike
     (one site, one query), raise `shards_per_block`. If a batch has no more pairs than lanes, two samples of one shard
     hardly ever share a batch.
 
-    Cost: 4 bytes a sample for the last two blocks of each lane: 5 MB for 64 lanes of usual shards, 80 kB for a process
-    with a part of one lane. A block is permuted once, in 0.6 ms. An epoch of 231,350 shards takes 0.14 s and 6 MB.
+    Cost: 4 bytes a sample for the last two blocks of each lane. That is 5 MB for 64 lanes of usual shards, and 80 kB for
+    a process with a part of one lane. A block is permuted once, in 0.6 ms. An epoch of 231,350 shards takes 0.14 s and 6 MB.
     Reading needs one open file for each shard of a block and one read for each sample. That is one seek if nothing is
     cached, none if the blocks fit the page cache. A test counts both.
 

@@ -88,7 +88,9 @@ class DecodedPair(NamedTuple):
 
 
 class PairDataset(Dataset):
-    """Training pairs by global position. `__getitems__` returns the batch of a list of positions:
+    """Training pairs by global position. `__getitems__` returns the batch of a list of positions.
+
+    Columns:
 
     * `patches` uint8 `(batch, kept, 3 * p * p)`: visible patches of each crop.
     * `patch_index` int16 `(batch, kept)`: positions of the visible patches; absent without a mask.

@@ -1,4 +1,4 @@
-"""`prepared.json`, the mark of a prepared test set: written last, so a folder that has it is whole."""
+"""`prepared.json`, the mark of a whole test set. It is written last."""
 
 import json
 from pathlib import Path
@@ -8,25 +8,24 @@ from flipscale.io.errors import UserError
 from flipscale.io.files import read_text
 
 PREPARED = "prepared.json"
-TASKS_DIR = "data/tasks"  # where `flipscale prepare tasks` puts test sets, unless told otherwise
+TASKS_DIR = "data/tasks"  # default folder of `flipscale prepare tasks`
 
 
 def read_prepared(folder: Path) -> dict[str, Any] | None:
-    """Return what `prepared.json` of `folder` says, or None if the folder is not whole: it has no such file, or a file
-    that is listed there is gone or has another size."""
+    """Return the content of `prepared.json` in `folder`; None if it, or a file in its list, is missing or damaged."""
     try:
-        said: dict[str, Any] = json.loads(read_text(folder / PREPARED))
-        whole = all((folder / name).stat().st_size == file["bytes"] for name, file in said["files"].items())
+        content: dict[str, Any] = json.loads(read_text(folder / PREPARED))
+        whole = all((folder / name).stat().st_size == file["bytes"] for name, file in content["files"].items())
     except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
-    return said if whole else None
+    return content if whole else None
 
 
 def check_prepared(folder: Path, task: str) -> None:
-    """Raise if the data of `task` is not whole at `folder`.
+    """Raise unless the data of `task` in `folder` is whole.
 
     Raises:
-        ValueError: it is missing or was downloaded in part.
+        UserError: the data is missing, or a part of it.
     """
     if read_prepared(folder) is None:
         state = "was prepared only in part" if folder.exists() else "is missing"

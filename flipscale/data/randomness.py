@@ -1,8 +1,8 @@
 """Random numbers that are a pure function of (seed, purpose, position): crops, flips, masks and order.
 
-There is no generator state: a position gets the same numbers in any process and worker, after a resume and in a second
+Without a generator state, a position gets the same numbers in any process and worker, after a resume and in a second
 pass. The mixer is SplitMix64's finaliser (Steele, Lea, Flood 2014) with a key for each purpose. It runs once over the
-position and once over the number of the draw, for a whole batch at a time.
+position and once over the index of the draw, for a whole batch at a time.
 """
 
 import hashlib
@@ -31,5 +31,5 @@ def keyed_uniform(seed: int, purpose: str, positions: np.ndarray, count: int) ->
 
 
 def keyed_permutation(seed: int, purpose: str, key: int, count: int) -> np.ndarray:
-    """Return the permutation of `range(count)`, int64, that (seed, purpose, key) chooses."""
+    """Return a permutation of `range(count)`, int64, chosen by (seed, purpose, key)."""
     return np.argsort(keyed_uniform(seed, purpose, np.array([key]), count)[0], kind="stable")

@@ -1,4 +1,4 @@
-"""The recipe's `data` section: where the pairs are, and how they become a batch."""
+"""The recipe's `data` and `mask` sections."""
 
 from dataclasses import dataclass, field
 
@@ -12,7 +12,7 @@ class SourceRecipe:
     """One source of pairs: tar shards or a `datasets` Dataset.
 
     Args:
-        shards: As `data.shards`. Does not change what is learned.
+        shards: A folder, glob or range, see `data.shards`. Does not change what is learned.
         dataset: A name on the Hub, a folder of images, parquet or Arrow files, such a file or a glob of them, or a
             folder that `save_to_disk` wrote. Does not change what is learned: the same rows may be elsewhere.
         config: The dataset's configuration, if it has several.
@@ -84,7 +84,7 @@ class MaskRecipe:
 
 @dataclass(frozen=True)
 class DataRecipe:
-    """What data is read, and how it becomes batches.
+    """The data of a run, and its path into batches.
 
     Args:
         shards: A folder of tar shards, a glob, or a range such as `laion/{00000..41407}.tar`. At `s3://`, `gs://`,
@@ -103,9 +103,9 @@ class DataRecipe:
         mirror: Whether half of the images are mirrored, as in the paper's pre-training. Not for texts or answers that
             name left or right.
         augment: How labelled images are varied beyond crop and mirror.
-        lanes: Number of equal parts of a batch that read shards of their own, so that a node reads only the shards of
-            its parts: at least the number of nodes. Null is the largest common divisor of 64 and `global_batch_size`.
-            At 1, all nodes read all shards, in the order of version 0.1.
+        lanes: Number of equal parts of a batch, each of which reads its own shards. A node reads the shards of its
+            parts only, so use at least the number of nodes. Null is the largest common divisor of 64 and
+            `global_batch_size`. At 1, all nodes read all shards.
         shards_per_block: Number of shards that are shuffled together, over all lanes, each of which has at least one.
             It bounds memory and open files.
         num_workers: Decoding processes of each training process; 0 decodes in the training process. Does not change
@@ -142,6 +142,6 @@ class DataRecipe:
         """Number of lanes of the order.
 
         Raises:
-            UserError: as `number_of_lanes`.
+            UserError: `lanes` does not divide the batch.
         """
         return number_of_lanes(self.lanes, self.global_batch_size)

@@ -38,12 +38,16 @@ _NO_WORD = "\ue000"  # private use: in no vocabulary, so it becomes [UNK]
 
 
 def load_tokenizer(name: str, max_tokens: int) -> PreTrainedTokenizerBase:
-    """Return the tokenizer that a recipe names: a folder, a name on the Hub, or `bert` for the original's WordPiece.
+    """Return the tokenizer of a recipe.
+
+    Args:
+        name: a folder, a name on the Hub, or `bert` for the original's WordPiece.
+        max_tokens: tokens after which a caption is cut.
 
     Raises:
-        ValueError: it cannot be loaded.
+        UserError: the tokenizer cannot be loaded.
     """
-    from transformers import AutoTokenizer  # with all of transformers' tokenizers, which take a while to import
+    from transformers import AutoTokenizer  # here, because the import takes a while
 
     try:
         if name == "bert":
@@ -67,17 +71,19 @@ def train_sentencepiece(
 ) -> PreTrainedTokenizerFast:
     """Train a unigram tokenizer on `captions` and save it to `out_dir` with its `sentencepiece.model`.
 
-    The result is the same each time. Captions are folded to lower case, <pad> is 0 and <unk> is 1. As far as
-    `vocab_size` allows, every word that occurs at least twice is a piece; rarer words are made of smaller pieces.
+    The result is the same each time. Captions are folded to lower case, <pad> is 0 and <unk> is 1. Every word that
+    occurs at least twice is a piece, as far as `vocab_size` allows. Rarer words are made of smaller pieces.
 
     Args:
-        captions, out_dir: the training text, and where to save; it is created if needed.
-        vocab_size: the largest number of pieces; there are fewer if the captions do not yield as many.
-        max_length: the tokens after which a caption is cut; the tokenizer stores it.
-        begin_and_end: have tokens for begin and end of captions to write, 2 and 3. The tokenizer does not add them.
+        captions: training text.
+        out_dir: folder to save to, made if needed.
+        vocab_size: limit of the number of pieces; few captions yield fewer.
+        max_length: tokens after which a caption is cut; the tokenizer stores it.
+        begin_and_end: whether to reserve tokens 2 and 3 for the begin and end of generated captions. The tokenizer does
+            not add them.
 
     Raises:
-        ValueError: there are no captions, or the vocabulary is too small for their characters.
+        UserError: there are no captions, or the vocabulary is too small for their characters.
     """
     import sentencepiece
 
@@ -109,7 +115,7 @@ def train_sentencepiece(
                 minloglevel=2,
             )
         except RuntimeError as error:
-            # SentencePiece says how many the characters alone need, unless there is no room for any.
+            # SentencePiece names the size that the characters need, unless there is no room at all.
             needed = re.search(r"required_chars\. \d+ vs (\d+)", str(error))
             reason = f"their characters alone need {needed[1]}" if needed else "there is no room for their characters"
             raise UserError(
@@ -125,10 +131,10 @@ def train_sentencepiece(
 
 
 def _seed_pieces(captions: list[str]) -> str:
-    """Return the pieces that training starts from, one `PIECE<tab>SCORE` a line: all parts of words that occur twice.
+    """Return the initial pieces of the training, one `PIECE<tab>SCORE` a line: all parts of words that occur twice.
 
-    The trainer's own list lacks every word that is not part of a longer one, because it looks at each distinct word
-    once. On captions of a few words, it lacks two words in three.
+    The trainer's own list counts each distinct word once, so it lacks every word that is not part of a longer one. On
+    captions of a few words, it lacks two words in three.
     """
     import sentencepiece
 
@@ -182,26 +188,25 @@ def sentencepiece_tokenizer(model_path: Path, max_length: int) -> PreTrainedToke
 def bert_tokenizer(name_or_vocab_file: str | Path, max_length: int = 32) -> PreTrainedTokenizerFast:
     """Return the original FLIP's WordPiece tokenizer. It adds no special tokens and pads with 0.
 
-    It folds case and compatibility forms (NFKC_Casefold), drops accents, turns control characters into spaces, treats
-    "[CLS]" in a caption as plain text and turns a word of more than 100 bytes into [UNK]. tensorflow-text's
-    BertTokenizer does all this, transformers' BertTokenizer does not. The saved `tokenizer.json` has all of it but one
-    flag, `split_special_tokens`, which is in `tokenizer_config.json`.
+    It folds case and compatibility forms (NFKC_Casefold), drops accents and turns control characters into spaces. It
+    treats "[CLS]" in a caption as plain text, and turns a word of more than 100 bytes into [UNK]. tensorflow-text's
+    BertTokenizer does all this, but transformers' BertTokenizer does not. The saved `tokenizer.json` has all of it but
+    the flag `split_special_tokens`, which is in `tokenizer_config.json`.
 
     As with any tokenizer, the caller asks for padding and truncation: `padding="max_length", truncation=True`.
 
-    Compared with tensorflow-text 2.21, it is equal on 10,000 captions of words, names and signs of many scripts and on
-    4,000 with very long words. It differs on 14 of 10,000 strings of random characters of the common Unicode blocks,
-    and on 13 of 10,000 of any characters. It folds 257 of 1.1 million code points differently, nearly all of them newer
-    than the Unicode tables of the tokenizers library (a square era name of 2019, segmented digits, Cyrillic
-    superscripts), and 172 of Cherokee, whose cases the original folds the other way; no BERT vocabulary has Cherokee.
+    Compared with tensorflow-text 2.21, it is equal on 10,000 captions of words, names and signs of many scripts, and on
+    4,000 with very long words. It differs on 14 of 10,000 strings of random characters from the common Unicode blocks,
+    and on 13 of 10,000 strings of any characters. It folds 257 of 1.1 million code points differently. Nearly all are
+    newer than the tables of the tokenizers library. Another 172 are Cherokee, which no BERT vocabulary has.
 
     Args:
         name_or_vocab_file: a vocabulary (one piece a line, [PAD] first), a folder with a `vocab.txt`, or a model on the
-            Hub that has one, such as google-bert/bert-base-uncased.
-        max_length: the ids of a caption; the tokenizer stores it.
+            Hub with a `vocab.txt`, such as google-bert/bert-base-uncased.
+        max_length: tokens after which a caption is cut; the tokenizer stores it.
 
     Raises:
-        ValueError: the file or model does not exist or is not a WordPiece vocabulary.
+        UserError: the file or model does not exist, or is not a WordPiece vocabulary.
     """
     path = _vocab_file(name_or_vocab_file)
     pieces = path.read_text(encoding="utf-8").split("\n")
@@ -256,7 +261,7 @@ def _vocab_file(name_or_vocab_file: str | Path) -> Path:
 
 
 def _bert_normalizer() -> normalizers.Normalizer:
-    """Return tensorflow-text's steps, built from those of the tokenizers library."""
+    """Return the steps of tensorflow-text, built from those of the tokenizers library."""
     word = f"[^ {_DELIMITERS}]"
     return normalizers.Sequence(
         [
@@ -270,8 +275,8 @@ def _bert_normalizer() -> normalizers.Normalizer:
             normalizers.Replace("\u0345", "\u03b9"),  # the iota below a Greek vowel
             normalizers.Replace(Regex(r"\p{Mn}"), ""),  # StripAccents would also take the spacing marks of Hindi
             normalizers.Replace(Regex(r"[\p{Cc}\p{Cf}]"), " "),
-            # Words of more than 100 bytes. A mark is put before each character for every byte beyond its first, so
-            # that counting characters counts bytes. Then the marks are removed.
+            # For words of more than 100 bytes. Each character gets a mark for every byte beyond its first, so that a
+            # count of characters counts bytes. Then the marks are removed.
             *(
                 normalizers.Replace(Regex(f"(?=[[\\x{{{first}}}-\\x{{10FFFF}}]&&{word}])"), _MARK)
                 for first in ("80", "800", "10000")
@@ -283,16 +288,15 @@ def _bert_normalizer() -> normalizers.Normalizer:
 
 
 def num_entries(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return how many embeddings a tokenizer needs; its ids may have gaps."""
+    """Return the number of embeddings that a tokenizer needs; its ids may have gaps."""
     return max(len(tokenizer), max(tokenizer.get_vocab().values(), default=-1) + 1)
 
 
 def begin_and_end(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
-    """Return the ids of a tokenizer's tokens for the begin and the end of a caption, `bos_token_id` and `eos_token_id`:
-    its own, else BERT's [CLS] and [SEP].
+    """Return `bos_token_id` and `eos_token_id` for generated captions: the tokenizer's, else BERT's [CLS] and [SEP].
 
     Raises:
-        ValueError: it has none.
+        UserError: the tokenizer has no such tokens.
     """
     vocabulary = tokenizer.get_vocab()
     for begin, end in (

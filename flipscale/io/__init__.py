@@ -1,1 +1,1 @@
-"""Files that a kill, a full disk or a second writer cannot leave half written."""
+"""Files, locks, text, options and requests: everything below the model and the data."""

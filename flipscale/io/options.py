@@ -1,4 +1,4 @@
-"""Options and recipe fields: the range of each number beside its type, and parsers that check it.
+"""Options and recipe fields: types with ranges of numbers, and their parsers.
 
 `Annotated[int, Range(at_least=1)]` is an int for Python and mypy. `--help` prints the range, `check_ranges` checks the
 fields of a recipe, and `number` makes an argparse type.

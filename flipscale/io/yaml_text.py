@@ -1,4 +1,4 @@
-"""Reads YAML that somebody wrote, and refuses what YAML allows and nobody means."""
+"""Reading of a user's YAML, with limits of depth and size, and without tags, duplicate keys or octal numbers."""
 
 import re
 from pathlib import Path
@@ -17,11 +17,11 @@ _SURPRISE = re.compile(r"[-+]?(0[0-9_]+|[1-9][0-9_]*(:[0-5]?[0-9])+)")
 
 
 def read_outline(file: Path) -> Any:
-    """Return the content of a YAML file that is fit to be loaded, with every value in it as text.
+    """Return the content of a YAML file with every value as text, after `check_yaml`.
 
     Raises:
-        ValueError: it is no file, no UTF-8, no YAML or too long, or as `check_yaml`.
-        OSError: it cannot be read.
+        UserError: the path is no file, too long, not UTF-8 or not YAML, or `check_yaml` refuses it.
+        OSError: the file cannot be read.
     """
     if not file.is_file():
         what = "a folder" if file.is_dir() else "no plain file"
@@ -41,10 +41,10 @@ def read_outline(file: Path) -> Any:
 
 
 def read_saved_recipe(file: Path) -> dict[str, Any]:
-    """Return the fields of a recipe that flipscale has saved.
+    """Return the fields of a recipe that flipscale saved.
 
     Raises:
-        ValueError: it is no file, or somebody or a disk has put something else there.
+        UserError: the file is missing or damaged.
     """
     try:
         if not file.is_file() or file.stat().st_size > MAX_BYTES:
@@ -63,16 +63,16 @@ def read_saved_recipe(file: Path) -> dict[str, Any]:
 
 
 def check_yaml(text: str, where: str, refuses_surprises: bool = False) -> None:
-    """Raise if YAML is nested too deep or grows too large, gives a key twice, or has a tag such as `!!python/object`.
+    """Raise if YAML is nested too deep, grows too large, gives a key twice, or has a tag such as `!!python/object`.
 
     Args:
-        text: what is parsed here without making anything of it.
-        where: begins the messages.
-        refuses_surprises: raise for numbers that YAML reads otherwise than people do, such as 010, too.
+        text: YAML, which is parsed without making objects.
+        where: start of the messages.
+        refuses_surprises: whether to refuse numbers that YAML reads differently from people, such as 010.
 
     Raises:
-        ValueError: it does.
-        YAMLError: it is no YAML.
+        UserError: one of the above.
+        YAMLError: the text is not YAML.
     """
     walk = _Walk(where, refuses_surprises)
     for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
@@ -80,7 +80,7 @@ def check_yaml(text: str, where: str, refuses_surprises: bool = False) -> None:
 
 
 class _Walk:
-    """Follows the events of a parser. Of each list and mapping that is open, it knows its size and its keys so far."""
+    """A walk over the parser's events, with the sizes and keys of all open lists and mappings."""
 
     def __init__(self, where: str, refuses_surprises: bool):
         self._where, self._refuses_surprises = where, refuses_surprises
@@ -88,7 +88,7 @@ class _Walk:
         self._sizes: dict[str | None, int] = {}
 
     def take(self, event: yaml.Event) -> None:
-        """Take the next event, in the order of the text."""
+        """Check the next event."""
         if isinstance(event, yaml.CollectionStartEvent | yaml.ScalarEvent) and event.tag not in (None, "!"):
             self._refuse(event, f"has the tag {event.tag:.60}; use plain values")
         if isinstance(event, yaml.CollectionStartEvent):
@@ -110,7 +110,7 @@ class _Walk:
             self._add(event, 1, event.anchor, event.value)
 
     def _add(self, event: yaml.Event, size: int, anchor: str | None = None, text: str | None = None) -> None:
-        """Add a whole value to the list or mapping that it is in."""
+        """Add a finished value to its list or mapping."""
         if anchor is not None:
             self._sizes[anchor] = size
         parent = self._open[-1]

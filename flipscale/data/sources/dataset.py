@@ -39,8 +39,8 @@ def load_rows(name: str, config: str | None, split: str) -> "Dataset":
     """Return a Dataset.
 
     Args:
-        name: a folder of `save_to_disk`, a path or glob of parquet, Arrow, CSV or JSON lines files, a folder for
-            `load_dataset`, or a name on the Hub.
+        name: a folder of `save_to_disk` or for `load_dataset`, a path or glob of files, or a name on the Hub. Files may
+            be parquet, Arrow, CSV or JSON lines.
         config: configuration of the dataset, if it has several.
         split: split of the dataset.
 

@@ -1,8 +1,8 @@
 """The list of a source's shards, and its manifest: one file with the indices of all shards.
 
-`shards.manifest` has a head of 64 bytes, the indices of all shards (24 bytes a sample; none for shards at a URL), a
-table of 32 bytes a shard, their names, a JSON object, and a tail of 32 bytes. Opening it takes the same time for any
-number of samples, because rows of indices are read one at a time.
+`shards.manifest` begins with a head of 64 bytes and the indices of all shards (24 bytes a sample). For shards at a URL
+it has no indices. A table of 32 bytes a shard, their names, a JSON object and a tail of 32 bytes follow. Opening takes
+the same time for any number of samples, because rows of indices are read one at a time.
 """
 
 import glob
@@ -22,11 +22,11 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 from filelock import FileLock, Timeout
-from tqdm import tqdm
 
 from flipscale.data.sources.shard_index import ROW, NotAFile, load_index, open_plain, size_and_time
 from flipscale.io.atomic import atomic_write, unique_partial_path
 from flipscale.io.errors import UserError
+from flipscale.io.progress import Progress
 
 _WILD = re.compile(r"[*?\[]|\{\d+\.\.\d+\}")
 _POLL_SECONDS = 1.0
@@ -40,7 +40,7 @@ _MOST_SHARDS, _MOST_DIGITS = 10_000_000, 18
 # With more folders, only the first is watched for new and removed shards.
 _MAX_FOLDERS = 16
 
-# Files that flipscale writes beside shards, which `DIR/*` would match.
+# Files that flipscale writes into folders of shards, and `DIR/*` matches.
 _OWN_FILES = re.compile(
     r".*\.index\.npy|shards(-[0-9a-f]{8})?\.manifest|(manifest|left_out)\.jsonl|(report|prepared)\.json|\..*"
 )
@@ -304,7 +304,7 @@ _WRITERS = {
 
 
 def without_own_files(names: list[str]) -> list[str]:
-    """Return the names of files that flipscale does not write beside shards."""
+    """Return the names without those of files that flipscale writes."""
     return [name for name in names if not _OWN_FILES.fullmatch(name.rsplit("/", 1)[-1])]
 
 
@@ -483,9 +483,11 @@ def in_windows(
     new_pool: Callable[[], Executor],
     place: Path,
 ) -> Iterator[Result]:
-    """Yield the result of each item in order, with a progress bar if it takes long; a pool makes many of them. Each
-    result renews the sign of life of the manifest at `place`."""
-    with tqdm(total=len(items), desc="shard indices", unit="shard", delay=2, leave=False) as bar:
+    """Yield the result of each item in order, and show progress. A pool computes them if they are many.
+
+    Each result renews the sign of life of the writer of the manifest at `place`.
+    """
+    with Progress(len(items), "shard indices", "shards", delay=2, leave=False) as bar:
         if len(items) <= _FEW_SHARDS:
             for item in items:
                 yield function(item)

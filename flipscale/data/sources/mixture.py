@@ -1,4 +1,4 @@
-"""Several sources mixed by weight. Which source a position belongs to is a pure function of the position."""
+"""Several sources mixed by weight. The source of a position is a pure function of the position."""
 
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -13,21 +13,22 @@ from flipscale.data.recipe import DataRecipe
 from flipscale.data.samples import Fault, Sample, Source
 from flipscale.io.errors import UserError
 
-# In each stretch of so many positions, every source has its weight's share, rounded to a sample. Lanes have shorter
-# ones, which last as long, but every source has a few samples in each.
+# In each stretch of this many positions, every source has the share of its weight, rounded to a sample. The stretch of
+# a lane is shorter by the number of lanes, but every source has a few samples in it.
 _STRETCH = 1 << 16
 _LEAST_IN_STRETCH = 4
 _LEAST_SHARE = 1e-4
 
 
 class Mixture:
-    """The shards of several sources, one source after another, and the weight of each source.
+    """The shards of several sources, one source after another.
 
     Args:
-        weights: relative weights; their sum does not matter.
+        sources: sources to mix.
+        weights: relative weights of the sources.
 
     Raises:
-        ValueError: a weight is not positive or less than a ten-thousandth of the sum, or a source is empty.
+        UserError: a weight is less than a ten-thousandth of the sum, or a source is empty.
     """
 
     def __init__(self, sources: Sequence[Source], weights: Sequence[float]):
@@ -49,22 +50,22 @@ class Mixture:
         return sum(len(source) for source in self.sources)
 
     def read(self, shard: int, number: int) -> Sample:
-        """Do as `Source.read`."""
+        """Return `Source.read`."""
         source, shard = self._find(shard)
         return source.read(shard, number)
 
     def shard_name(self, shard: int) -> str:
-        """Do as `Source.shard_name`."""
+        """Return `Source.shard_name`."""
         source, shard = self._find(shard)
         return source.shard_name(shard)
 
     def key(self, shard: int, number: int) -> str:
-        """Do as `Source.key`."""
+        """Return `Source.key`."""
         source, shard = self._find(shard)
         return source.key(shard, number)
 
     def fetch_ahead(self, shards: list[int]) -> None:
-        """Do as `Source.fetch_ahead`."""
+        """Call `Source.fetch_ahead`."""
         for source, first, last in zip(self.sources, self.first_shards[:-1], self.first_shards[1:], strict=True):
             source.fetch_ahead([shard - first for shard in shards if first <= shard < last])
 
@@ -76,15 +77,15 @@ class Mixture:
 class MixtureOrder:
     """A map from global positions to (shard, sample) of a mixture: a pure function of (seed, position).
 
-    Every lane deals its positions to the sources on its own. The n-th one that lane l of L deals to a source is
-    position n * L + l of that source's own `GlobalOrder`, which has the same lanes. So each source has epochs of its
-    own, at the pace of its weight, and in each of them every sample comes once; its lanes reach the end of one within a
-    few samples of each other. The mixture as a whole has no epochs.
+    Every lane deals its positions to the sources. The n-th position that lane l of L deals to a source is position
+    n * L + l of that source's own `GlobalOrder`, which has the same lanes. So each source has its own epochs, at the pace
+    of its weight, and an epoch has every sample once. The lanes of a source end an epoch within a few samples of each
+    other. The mixture as a whole has no epochs.
 
-    Among the first p positions of a lane, a source has its share of p to within 2 samples for each source. Every
-    stretch of a lane (65,536 positions of a single one, 1,024 of each of 64) has the exact shares, rounded so that all
-    lanes together have them too, and within it each source is spread evenly, with keyed jitter. As lanes deviate
-    independently, 64 of them together do by 20 samples at most (measured), however long the run.
+    Among the first p positions of a lane, each source has its share of p to within 2 samples a source. A stretch of a
+    lane has 65,536 positions with a single lane, 1,024 with 64 lanes. It has the exact shares, rounded so that all lanes
+    together have them too. In a stretch, each source is spread evenly, with keyed jitter. Because lanes deviate
+    independently, 64 lanes together deviate by at most 20 samples (measured), for any length of the run.
     """
 
     def __init__(self, mixture: Mixture, seed: int, shards_per_block: int = 16, lanes: Lanes = Lanes()):  # noqa: B008
@@ -95,7 +96,7 @@ class MixtureOrder:
             GlobalOrder(source.shard_sizes, seed, shards_per_block, f" of source {number}" if number else "", own_lanes)
             for number, source in enumerate(mixture.sources)
         ]
-        # Small sources have no lanes of their own; where all are small, there is nothing to deal out.
+        # Small sources have a single lane. If all are small, so has the mixture.
         self.lanes = lanes if any(order.lanes.count > 1 for order in self.orders) else Lanes()
         total = sum(mixture.weights)
         rarest = int(_LEAST_IN_STRETCH * total / min(mixture.weights)) + 1
@@ -105,7 +106,7 @@ class MixtureOrder:
         self._deals: OrderedDict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = OrderedDict()
 
     def sources(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the source of each of `positions`, and its position in the source's own order."""
+        """Return the source of each position, and the position in that source's own order."""
         lanes, counts = self.lanes.split(np.asarray(positions, dtype=np.int64))
         stretches, offsets = np.divmod(counts, self.stretch)
         sources, places = np.empty_like(counts), np.empty_like(counts)
@@ -115,7 +116,7 @@ class MixtureOrder:
         return sources, places * self.lanes.count + lanes
 
     def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the mixture's shard, and the number in it, of the sample at each of `positions`; all are int64."""
+        """Return the mixture's shard and the sample index in the shard for each position; both int64."""
         sources, places = self.sources(positions)
         shards, samples = np.empty_like(sources), np.empty_like(sources)
         for number, chosen in by_value(sources):
@@ -124,7 +125,7 @@ class MixtureOrder:
         return shards, samples
 
     def shards_ahead(self, positions: np.ndarray) -> list[int]:
-        """Return the shards that the lanes of `positions` read from there on: of each source, as `GlobalOrder` does."""
+        """Return the current and next shards of the lanes of `positions`, in each source."""
         lanes, counts = self.lanes.split(np.asarray(positions, dtype=np.int64))
         ahead: list[list[int]] = [[] for _ in self.orders]
         for lane, chosen in by_value(lanes):
@@ -138,28 +139,28 @@ class MixtureOrder:
         ]
 
     def _dealt(self, lane: int, count: int) -> list[int]:
-        """Return how many of a lane's first `count` positions belong to each source."""
+        """Return the number of a lane's first `count` positions in each source."""
         stretch, offset = divmod(count, self.stretch)
         dealt, _ = self._deal(stretch, lane)
         within = np.bincount(dealt[:offset], minlength=len(self.orders))
         return [before + more for before, more in zip(self._before(lane, stretch), within.tolist(), strict=True)]
 
     def _before(self, lane: int, stretch: int) -> list[int]:
-        """Return how many positions before a stretch of a lane belong to each source."""
-        # Lanes round at other places each, so that what they have together is the rounded whole.
+        """Return the number of positions before a stretch of a lane in each source."""
+        # Each lane rounds at its own offset, so that the sum over lanes is the rounded whole.
         half = Fraction(2 * lane + 1, 2 * self.lanes.count)
         ends = [0, *(int(end * stretch * self.stretch + half) for end in self.ends)]
         return [last - first for first, last in pairwise(ends)]
 
     def _deal(self, stretch: int, lane: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return the source of each position of a lane's stretch, and how many earlier ones of the lane it has."""
+        """Return the source of each position in a lane's stretch, and the number of its earlier positions there."""
         key = (stretch, lane)
         if key not in self._deals:
             before, after = self._before(lane, stretch), self._before(lane, stretch + 1)
             counts = [last - first for first, last in zip(before, after, strict=True)]
             dealt = np.repeat(np.arange(len(counts)), counts)
             counted = np.concatenate([np.arange(first, last) for first, last in zip(before, after, strict=True)])
-            # Cut the stretch into n parts for the n samples of a source: the i-th falls at a keyed place of part i.
+            # The stretch is cut into n parts for the n samples of a source. Sample i is at a keyed place in part i.
             purpose = f"mixture of lane {lane}" if lane else "mixture"
             jitter = keyed_uniform(self.seed, purpose, np.array([stretch]), self.stretch)[0]
             within = np.concatenate([np.arange(count) / max(count, 1) for count in counts])
@@ -176,7 +177,7 @@ def order_of(source: Source, seed: int, recipe: DataRecipe) -> GlobalOrder | Mix
     """Return the global order of a source's samples.
 
     Raises:
-        ValueError: the source is empty, or the recipe's lanes do not divide its batch.
+        UserError: the source is empty, or the recipe's lanes do not divide its batch.
     """
     lanes = Lanes(recipe.num_lanes, recipe.global_batch_size)
     if isinstance(source, Mixture):

@@ -51,7 +51,7 @@ def open_shards(shards: str, recipe: DataRecipe, anew: bool = False) -> TarSourc
     Args:
         shards: a folder, a glob or a range of shards.
         recipe: settings of the cache.
-        anew: whether to write the manifest even if there is one.
+        anew: whether to rewrite an existing manifest.
 
     Raises:
         UserError: a shard is missing.

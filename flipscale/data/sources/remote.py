@@ -554,10 +554,10 @@ class RemoteTarSource(TarSource):
     """A `TarSource` of shards at URLs, which are prefetched.
 
     Args:
-        shards: a range, glob or folder at `s3://`, `gs://`, `hf://`, `https://` or any other protocol of fsspec.
+        shards: a range, glob or folder at a URL of fsspec, such as `s3://`, `gs://`, `hf://` or `https://`.
         cache: cache of the machine.
         recipe: batch size, lanes and blocks, which determine the needed size of the cache.
-        anew: whether to write the manifest even if there is one.
+        anew: whether to rewrite an existing manifest.
 
     Raises:
         UserError: a shard is missing, or the cache is too small for a node's current and next shards.

@@ -37,7 +37,7 @@ _CLASS = 1 << 30
 _IMAGES = ("webp", "png", "jpg", "jpeg")  # in order of preference, as in CLIP_benchmark
 _MAX_OTHER_BYTES = (1 << 30) - 1  # two bits of the size are marks
 _MAX_BYTES = {**dict.fromkeys(_IMAGES, (1 << 31) - 1), **dict.fromkeys(("txt", "json", "cls", "npy"), _MAX_OTHER_BYTES)}
-# A longer JSON file beside a text file is not searched for a list of captions.
+# With a text file, a longer JSON file is not searched for a list of captions.
 _MAX_JSON_BYTES = 1 << 24
 _LAST_OFFSET = ((1 << 32) - 1) * BLOCK
 _DIGEST_BYTES, _MOST_ABOUT_BYTES = 16, 1 << 16
@@ -240,7 +240,7 @@ class _File(NamedTuple):
 
 
 def index_path(shard: Path) -> Path:
-    """Return the path of the index of `shard`, beside it."""
+    """Return the path of the index of `shard`, in the same folder."""
     return shard.with_name(shard.name + ".index.npy")
 
 

@@ -65,11 +65,11 @@ def add_member(tar: tarfile.TarFile, name: str, content: bytes) -> None:
 class TarSource:
     """The samples of tar shards by (shard, number), read at indexed offsets.
 
-    A truncated shard has its readable samples, an unreadable shard has none. `faults` names both.
+    A truncated shard has its readable samples, and an unreadable shard is empty. `faults` names both.
 
     Args:
         shards: a folder, a glob or a range of shards.
-        anew: whether to write the manifest even if there is one.
+        anew: whether to rewrite an existing manifest.
 
     Raises:
         UserError: a shard is missing.
@@ -155,7 +155,7 @@ class TarSource:
 
     def read_array(self, shard: int, number: int) -> np.ndarray | None:
         """Return the array in `KEY.npy` of sample `number` of shard `shard`, without reading its image; None if the
-        index has none.
+        index lists no array.
 
         Raises:
             UserError: the file is no array of numbers, or cut short. Pickled objects are not read.
