@@ -139,10 +139,10 @@ class GlobalOrder:
     (one site, one query), raise `shards_per_block`. If a batch has no more pairs than lanes, two samples of one shard
     hardly ever share a batch.
 
-    Cost: 4 bytes a sample for the last two blocks of each lane. That is 5 MB for 64 lanes of usual shards, and 80 kB for
-    a process with a part of one lane. A block is permuted once, in 0.6 ms. An epoch of 231,350 shards takes 0.14 s and 6 MB.
-    Reading needs one open file for each shard of a block and one read for each sample. That is one seek if nothing is
-    cached, none if the blocks fit the page cache. A test counts both.
+    Cost: 4 bytes a sample for the last two blocks of each lane. That is 5 MB for 64 lanes of usual shards, and 80 kB
+    for a process with a part of one lane. A block is permuted once, in 0.6 ms. An epoch of 231,350 shards takes 0.14 s
+    and 6 MB. Reading needs one open file for each shard of a block and one read for each sample. That is one seek if
+    nothing is cached, none if the blocks fit the page cache. A test counts both.
 
     Args:
         shard_sizes: samples in each shard, in the order of the list of shards.

@@ -78,13 +78,13 @@ class MixtureOrder:
     """A map from global positions to (shard, sample) of a mixture: a pure function of (seed, position).
 
     Every lane deals its positions to the sources. The n-th position that lane l of L deals to a source is position
-    n * L + l of that source's own `GlobalOrder`, which has the same lanes. So each source has its own epochs, at the pace
-    of its weight, and an epoch has every sample once. The lanes of a source end an epoch within a few samples of each
-    other. The mixture as a whole has no epochs.
+    n * L + l of that source's own `GlobalOrder`, which has the same lanes. So each source has its own epochs, at the
+    pace of its weight, and an epoch has every sample once. The lanes of a source end an epoch within a few samples of
+    each other. The mixture as a whole has no epochs.
 
     Among the first p positions of a lane, each source has its share of p to within 2 samples a source. A stretch of a
-    lane has 65,536 positions with a single lane, 1,024 with 64 lanes. It has the exact shares, rounded so that all lanes
-    together have them too. In a stretch, each source is spread evenly, with keyed jitter. Because lanes deviate
+    lane has 65,536 positions with a single lane, 1,024 with 64 lanes. It has the exact shares, rounded so that all
+    lanes together have them too. In a stretch, each source is spread evenly, with keyed jitter. Because lanes deviate
     independently, 64 lanes together deviate by at most 20 samples (measured), for any length of the run.
     """
 
