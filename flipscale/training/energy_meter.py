@@ -37,7 +37,7 @@ class Counter(Protocol):
 
 
 class GpuCounter:
-    """The energy counter of a GPU from Volta on. A MIG slice has none."""
+    """The energy counter of a GPU from Volta on. MIG slices have no counter."""
 
     def __init__(self, uuid: str):
         """Open a GPU by its UUID, because NVML and CUDA_VISIBLE_DEVICES number GPUs differently.

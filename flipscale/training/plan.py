@@ -43,8 +43,8 @@ class StepBatch(NamedTuple):
 
     Args:
         step: step of the batch.
-        micro_batches: micro-batches of one size on the device, with the stage's `image_size` if it has one. The list
-            holds the only references, so clearing it frees the batch.
+        micro_batches: micro-batches of one size on the device, at the stage's image size. The list holds the
+            only references, so clearing it frees the batch.
         faults: unusable samples, each of which was replaced.
     """
 
@@ -207,7 +207,7 @@ def _check_stages(draft: _Draft) -> None:
 
 
 def _check_shares(draft: _Draft) -> None:
-    """Refuse shares of a time budget without a budget, or beside counts."""
+    """Refuse shares of a missing time budget, and shares together with counts."""
     recipe = draft.recipe
     for name, section in (("log", recipe.log), ("eval", recipe.eval)):
         if section.every_share and recipe.budget_minutes is None:
@@ -291,8 +291,8 @@ def _class_names(draft: _Draft) -> list[str]:
     """Return the names of a classifier's classes; empty for other models.
 
     Raises:
-        UserError: a task needs a part that the model lacks; or the names are missing, too few or too many, or differ
-            from those of a task or of the run's earlier starts.
+        UserError: a task needs a part that the model lacks. The names are missing or not as many as the classes. They
+            differ from those of a task or of the run's earlier starts.
         OSError: a file of names cannot be fetched.
     """
     from flipscale.objectives.classify import Classify  # with the models, which take seconds to import

@@ -71,7 +71,7 @@ class _Listener:
 
 
 class EndRequest(_Listener):
-    """In a `with` block, SIGTERM, SIGUSR1 or SIGHUP ends this process with a line and exit code 128 + number.
+    """Ends this process at SIGTERM, SIGUSR1 or SIGHUP in a `with` block, with a line and exit code 128 + number.
 
     Processes forked in the block end as they would without it.
     """
@@ -140,7 +140,7 @@ class StopRequest(_Listener):
 
 
 def refuse_restart() -> None:
-    """Tell the batch script, if there is one, not to requeue the job, because its user must change something."""
+    """Tell the batch script not to requeue the job, because its user must change something."""
     name = os.environ.get(STOP_FILE)
     if name:
         Path(f"{name}.refused").touch()

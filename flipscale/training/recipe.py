@@ -42,33 +42,31 @@ if TYPE_CHECKING:
 RECIPES = Path(__file__).parent.parent / "recipes"
 _BERT_ENTRIES = 30_522
 
-# Fields of any section that are marked {"learned": False} do not change what is learned: they may differ when a run is
-# resumed, and the model card leaves them out. {"place": True} marks a path or a name, which the card shortens.
-# {"before": value} marks a field whose default is not what versions without it did: they did what `value` does.
+# {"learned": False} marks a field that does not change what is learned: it may differ at a resume, and the model card
+# leaves it out. {"place": True} marks a path or a name, which the card shortens. {"before": value} gives the value of a
+# saved recipe without the field.
 
 
 @dataclass(frozen=True)
 class ModelRecipe:
-    """What is trained.
+    """The model.
 
     Args:
         size: The size of the two towers: b16, l16, l14, h14 or g14.
-        vision_config: Fields of the image tower that differ from the size's, such as `{image_size: 112}`.
-        text_config: Fields of the text tower that differ from the size's, such as `{num_hidden_layers: 6}`.
-            `vocab_size` is the size of the tokenizer where that is a folder, else 30,523.
-        decoder_config: Fields of the decoder that writes captions, which is otherwise as wide as the text tower.
-            `bos_token_id` and `eos_token_id` are the tokenizer's where that is a folder, else BERT's [CLS] and [SEP].
-        answer_config: Fields of the transformer that answers questions (loss.kind answer) that differ from the paper's.
-        gradient_checkpointing: Recompute activations in the backward pass: less memory, more time. Does not change what
-            is learned.
-        compile: Compile the blocks with torch.compile; the first steps of each mask ratio wait for it. Does not change
-            what is learned.
-        init_from: A run, a model folder or a Hub name whose weights the run starts from.
-        drop_path_rate: Stochastic depth: the share of the samples for which the image tower's last block drops its
-            attention, and likewise its MLP; it grows linearly from 0 at the first block. 0.2 in the paper's
-            fine-tuning. A released model drops nothing.
-        frozen: Parts whose weights stay as they start, by their names in the model, such as `[logit_scale]` (the
-            temperature) or `[vision_model, image_projection]`.
+        vision_config: Changed fields of the image tower, such as `{image_size: 112}`.
+        text_config: Changed fields of the text tower, such as `{num_hidden_layers: 6}`. `vocab_size` defaults to the
+            size of a tokenizer in a folder, else to 30,523.
+        decoder_config: Changed fields of the caption decoder, which is as wide as the text tower. `bos_token_id` and
+            `eos_token_id` default to those of a tokenizer in a folder, else to BERT's [CLS] and [SEP].
+        answer_config: Changed fields of the transformer that answers questions (loss.kind answer).
+        gradient_checkpointing: Recompute activations in the backward pass: less memory, more time, the same model.
+        compile: Compile the blocks with torch.compile. The first steps of each mask ratio wait for it.
+        init_from: The start weights: a run, a model folder or a Hub name.
+        drop_path_rate: Stochastic depth: the fraction of samples for which the image tower's last block drops its
+            attention, and its MLP. It grows linearly from 0 at the first block. The paper's fine-tuning has 0.2. A
+            released model drops nothing.
+        frozen: Parts whose weights stay fixed, by their names in the model, such as `[logit_scale]` (the temperature)
+            or `[vision_model, image_projection]`.
     """
 
     size: str = "b16"
@@ -86,7 +84,7 @@ class ModelRecipe:
         """Return the model's configuration.
 
         Raises:
-            ValueError: an unknown size or field, an image size that the patch does not divide.
+            UserError: the size or a field is unknown, or the patch does not divide the image size.
         """
         from huggingface_hub.errors import StrictDataclassError
 
@@ -100,26 +98,24 @@ class ModelRecipe:
                     has = f"did you mean {near[0]}?" if near else f"it has {', '.join(known)}"
                     raise UserError(f"model.{section}.{name} is not a field of {tower.__name__}; {has}")
         try:
-            found = FlipConfig.from_size(self.size, self.vision_config, self.text_config)
-            return found.with_parts(self.decoder_config, self.answer_config)
+            config = FlipConfig.from_size(self.size, self.vision_config, self.text_config)
+            return config.with_parts(self.decoder_config, self.answer_config)
         except (StrictDataclassError, ValueError, OverflowError) as error:
             raise UserError(f"model: {' '.join(str(error).split())}") from None
 
 
 @dataclass(frozen=True)
 class LogRecipe:
-    """What is reported.
+    """The log.
 
     Args:
-        every_samples: How many samples lie between two lines of training metrics; at 0, there is none.
-        every_share: In a run with a time budget, the share of it that lies between two lines, in place of
-            `every_samples`; at 0, samples are counted.
+        every_samples: Samples between two records of training metrics; 0 for no records.
+        every_share: Share of a time budget between two records, instead of `every_samples`; 0 to count samples.
         report_to: Trackers of accelerate that get the metrics besides `metrics.jsonl`, such as tensorboard or wandb.
-            They get the recipe as their configuration; wandb, trackio and comet_ml go on with the same run when the run
-            is resumed.
-        hang_seconds: A step that takes more seconds ends the run, after every rank has written what it was doing. Below
-            the ten minutes after which NCCL ends it without a word.
-        profile_steps: How many steps of each start are profiled, in `profile/` of the run directory; at 0, none.
+            The recipe is their configuration. wandb, trackio and comet_ml continue the same run after a resume.
+        hang_seconds: Longest duration of a step. After it, every rank writes its stacks and the run ends. NCCL would
+            end it silently after ten minutes.
+        profile_steps: Steps of each start to profile in `profile/` of the run directory; 0 for none.
     """
 
     every_samples: SamplesOrZero = 1_000_000
@@ -131,15 +127,15 @@ class LogRecipe:
 
 @dataclass(frozen=True)
 class HubRecipe:
-    """Where the model is pushed while it is trained and at the end, and what its card cannot know by itself.
+    """Pushes to the Hub, and facts for the model card.
 
     Args:
         push_to_hub: Push every save, in the background, and the finished model.
-        hub_model_id: The name of the model on the Hub, ORG/NAME; it is made if it does not exist.
-        hub_private_repo: Whether a repository that is made is private; null takes the organisation's default.
-        hub_revision: The branch that is pushed to, made if it does not exist; null is main.
-        license: The licence of the weights, as the Hub writes it (`apache-2.0`); for the model card, like the audit.
-        audit: The `audit.json` that `flipscale prepare audit` wrote of the training data.
+        hub_model_id: The name of the model on the Hub, ORG/NAME. The repository is created if it does not exist.
+        hub_private_repo: Whether a new repository is private; null for the organisation's default.
+        hub_revision: The branch to push to, created if it does not exist; null for main.
+        license: The licence of the weights for the model card, as the Hub writes it (`apache-2.0`).
+        audit: The `audit.json` of the training data, written by `flipscale prepare audit`, for the model card.
     """
 
     push_to_hub: bool = False
@@ -156,24 +152,23 @@ class Recipe:
     the others do not.
 
     Args:
-        model: What is trained.
-        data: What is read, and how it becomes a batch.
-        mask: How patches and words are chosen; how many are removed is up to the stages.
-        loss: What pulls pairs together and pushes the rest of the batch apart.
-        optim: How the weights are updated.
+        model: The model.
+        data: The training data, and the way to a batch.
+        mask: The choice of patches and words to remove. The stages decide their number.
+        loss: The loss.
+        optim: The optimiser.
         seed: The seed of the first weights, the order, the crops and the masks.
-        log: What is reported, and how often.
-        save: When checkpoints are written.
-        eval: What is evaluated, and how often.
-        hub: Whether the model is pushed to the Hub, and to where.
-        cost: What a device's hour costs, and what a kWh emits.
-        stages: The stages of the run, one after the other: masked pre-training and unmasked tuning, or any list of mask
-            ratios and rates, such as '[{name: masked, samples: 1000000, mask_ratio: 0.5, base_lr: 4e-6}]'.
-        budget_minutes: How long the run trains, evaluations and saves left out: it ends by its clock, and each stage
-            has its `share` of that time. Left out, the run ends by the samples of its stages.
-        output_dir: The run directory, where everything is written that the run leaves.
-        resume_from_checkpoint: What is done with checkpoints of `output_dir`: `auto` resumes from the newest, `never`
-            stops with an error if there is one.
+        log: The log.
+        save: The times of checkpoints.
+        eval: The evaluations and their times.
+        hub: Pushes to the Hub, and facts for the model card.
+        cost: The price of a device's hour, and the emissions of a kWh.
+        stages: The stages of the run in their order. An example is '[{name: masked, samples: 1000000, mask_ratio: 0.5,
+            base_lr: 4e-6}]'. Usual are masked pre-training and unmasked tuning.
+        budget_minutes: Training time in minutes, without evaluations and saves. Each stage then has a `share` of it.
+            Without it, the run ends after the samples of its stages.
+        output_dir: The run directory, which gets all files of the run.
+        resume_from_checkpoint: `auto` resumes from the newest checkpoint of `output_dir`; `never` refuses a checkpoint.
     """
 
     model: ModelRecipe = field(default_factory=ModelRecipe)
@@ -193,10 +188,10 @@ class Recipe:
     resume_from_checkpoint: str = field(default="auto", metadata={"learned": False})
 
     def objective(self) -> "Objective":
-        """Return what is learned.
+        """Return the training objective.
 
         Raises:
-            ValueError: as `build_objective`.
+            UserError: the section `loss` is wrong.
         """
         return build_objective(self.loss, self.mask)
 
@@ -204,7 +199,7 @@ class Recipe:
         """Return the model's configuration, with the loss parameters that the objective needs.
 
         Raises:
-            ValueError: as `ModelRecipe.config`, `build_objective` and `check_image_sizes`.
+            UserError: the section `model` or `loss` is wrong, or the patch does not divide an image size.
         """
         if self.model.decoder_config and not self.loss.learns_captions:
             raise UserError("model.decoder_config is set, but no loss learns captions; set loss.caption_weight too")
@@ -234,15 +229,15 @@ def build_parser(verb: str = "pretrain") -> "ArgumentParser":
 
 
 def parse_recipe(arguments: Sequence[str], is_saved: bool = False) -> Recipe:
-    """Return the recipe that command-line `arguments` describe; a bare name after `--config` is one of the package's.
+    """Return the recipe of command-line `arguments`. A bare name after `--config` is a recipe of the package.
 
     Args:
-        is_saved: it is one that a run wrote, which says what its model is, whatever the tokenizer's folder now holds.
+        is_saved: whether a run wrote the recipe. Its model is complete then, and the tokenizer's folder is not read.
 
     Raises:
-        ValueError: a file that is no recipe, a key that does not exist, a value of the wrong type or out of its range,
-            lanes that do not divide the batch, or a tokenizer's folder that cannot be loaded.
-        SystemExit: `--help` is among the arguments; it has been printed.
+        UserError: the file is no recipe, a key is unknown, a value has the wrong type or range, or the tokenizer's
+            folder cannot be loaded.
+        SystemExit: `--help` was among the arguments and is printed.
     """
     if {"-h", "--help"} & set(arguments):
         build_parser().parse_args(["--help"])
@@ -261,8 +256,8 @@ def parse_recipe(arguments: Sequence[str], is_saved: bool = False) -> Recipe:
     try:
         built = parser.instantiate(parser.parse_args(words))
     except (ArgumentError, ValueError, OverflowError) as error:
-        said = parser_message(error)
-        raise UserError(f"{said}{_nearest_flag(said)}") from None
+        message = parser_message(error)
+        raise UserError(f"{message}{_nearest_flag(message)}") from None
     recipe = Recipe(**{f.name: getattr(built, f.name) for f in dataclasses.fields(Recipe)})
     check_ranges(recipe)
     recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, lanes=recipe.data.num_lanes))
@@ -270,12 +265,13 @@ def parse_recipe(arguments: Sequence[str], is_saved: bool = False) -> Recipe:
 
 
 def _with_vocabulary(recipe: Recipe) -> Recipe:
-    """Return the recipe with what it leaves to the tokenizer in a folder: the size of the vocabulary, unless the run
-    starts from weights, which have one, and the tokens around captions that are learned. BERT's vocabulary keeps the
-    default size, which has a row more, as the original has.
+    """Return the recipe with fields from a tokenizer in a folder.
+
+    They are the size of the vocabulary, unless the run starts from weights, and the tokens around learned captions.
+    BERT's vocabulary keeps the default size, which has one more row, as in the original.
 
     Raises:
-        ValueError: the tokenizer cannot be loaded, or has no such tokens.
+        UserError: the tokenizer cannot be loaded, or lacks these tokens.
     """
     model, folder = recipe.model, recipe.data.tokenizer
     takes_size = "vocab_size" not in model.text_config and not model.init_from
@@ -291,9 +287,9 @@ def _with_vocabulary(recipe: Recipe) -> Recipe:
     return dataclasses.replace(recipe, model=dataclasses.replace(model, text_config=text, decoder_config=decoder))
 
 
-def _nearest_flag(said: str) -> str:
-    """Return a question for the flag that was meant, where the parser said that there is none of its name."""
-    unknown = re.match(r"unrecognized arguments: (--\S+)", said)
+def _nearest_flag(message: str) -> str:
+    """Return a suggestion for an unknown flag in the parser's message; empty for other messages."""
+    unknown = re.match(r"unrecognized arguments: (--\S+)", message)
     flags = [f"--{name}" for name in as_fields(Recipe())]
     near = difflib.get_close_matches(unknown[1], flags, 1) if unknown else []
     return f"; did you mean {near[0]}?" if near else ""
@@ -316,10 +312,10 @@ def _recipe_file(name: str) -> Path:
 
 
 def _check_value(flag: str, word: str) -> None:
-    """Raise if the value of a flag is YAML that is no good, or stands in place of a section's fields.
+    """Raise unless the value of a flag is safe YAML, and not a value for a whole section.
 
     Raises:
-        ValueError: it is.
+        UserError: it is not.
     """
     sections = [f"--{name}" for name, hint in get_type_hints(Recipe).items() if dataclasses.is_dataclass(hint)]
     if flag in sections and not word.startswith("{"):
@@ -330,11 +326,7 @@ def _check_value(flag: str, word: str) -> None:
 
 
 def to_yaml(recipe: Recipe) -> str:
-    """Return the resolved recipe as YAML, which `--config` reads back.
-
-    Raises:
-        ValueError: as `DataRecipe.num_lanes`.
-    """
+    """Return the resolved recipe as YAML, which `--config` reads back."""
     plain = dataclasses.asdict(recipe)
     plain["data"]["lanes"] = recipe.data.num_lanes
     plain["data"]["crop_scale"] = list(recipe.data.crop_scale)
@@ -346,29 +338,28 @@ def deciding_part(
 ) -> dict[str, Any]:
     """Return the fields of a saved recipe that decide what is learned.
 
-    A field that the recipe lacks was saved by a version without it, which did what the default does, or what
-    `{"before": value}` of its metadata says. A field that `kind` does not know is kept.
+    A missing field gets its default, or `{"before": value}` of its metadata. An unknown field is kept.
 
     Args:
-        saved: what `recipe.yaml` holds, or a section of it.
-        kind: its dataclass.
-        name_of: how to write fields that are marked `{"place": True}`, which hold a path or a name; None leaves them.
+        saved: content of `recipe.yaml`, or of a section.
+        kind: dataclass of the content.
+        name_of: function that shortens the paths and names of fields with `{"place": True}`; None keeps them.
     """
     known, types = {f.name: f for f in dataclasses.fields(kind)}, get_type_hints(kind)
-    kept = {}
+    deciding = {}
     for name in dict.fromkeys([*known, *saved]):
         if name not in known:
-            kept[name] = saved[name]
+            deciding[name] = saved[name]
         elif known[name].metadata.get("learned", True):
             value = saved[name] if name in saved else known[name].metadata.get("before", _default(known[name]))
             if known[name].metadata.get("place") and isinstance(value, str) and name_of is not None:
                 value = name_of(value)
-            kept[name] = _deciding_value(value, types[name], name_of)
-    return kept
+            deciding[name] = _deciding_value(value, types[name], name_of)
+    return deciding
 
 
 def as_fields(recipe: Recipe) -> dict[str, bool | int | float | str]:
-    """Return the fields of a resolved recipe that are set, such as `{"stages.0.base_lr": 4e-06, ...}`."""
+    """Return the set fields of a resolved recipe, such as `{"stages.0.base_lr": 4e-06, ...}`."""
 
     def fields_of(value: Any, name: str) -> Iterator[tuple[str, bool | int | float | str]]:
         if isinstance(value, dict | list):
@@ -387,10 +378,10 @@ def differences(recipe: Recipe, saved: dict[str, Any]) -> list[str]:
 
 
 def conflicts(recipe: Recipe, saved: dict[str, Any]) -> list[str]:
-    """Return the `differences` by which a recipe cannot go on with what a saved one began.
+    """Return the `differences` by which a recipe cannot resume the run of a saved one.
 
-    Stages added after the saved ones are none, if the first of them has a base_lr: with the schedule of its own, every
-    step before it is what it was.
+    Added stages are no conflict if the first of them has a base_lr, because its schedule leaves earlier steps as they
+    were.
     """
     stages = saved.get("stages")
     count = len(stages) if isinstance(stages, list) else 0
@@ -400,7 +391,7 @@ def conflicts(recipe: Recipe, saved: dict[str, Any]) -> list[str]:
 
 
 def _deciding_value(value: Any, hint: Any, name_of: Callable[[str], str] | None) -> Any:
-    """Return a value with what does not decide left out of the dataclasses in it."""
+    """Return a value without the fields of its dataclasses that do not decide what is learned."""
     if dataclasses.is_dataclass(hint) and isinstance(hint, type) and isinstance(value, dict):
         return deciding_part(value, hint, name_of)
     elements = get_args(hint)
@@ -410,7 +401,7 @@ def _deciding_value(value: Any, hint: Any, name_of: Callable[[str], str] | None)
 
 
 def _default(field: dataclasses.Field) -> Any:
-    """Return a field's default as YAML holds it, None where it has none."""
+    """Return a field's default in the form of YAML; None for a required field."""
     value = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return dataclasses.asdict(value)

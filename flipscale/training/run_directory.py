@@ -1,8 +1,10 @@
-"""The run directory: what lies in it, and which recipe it belongs to.
+"""The run directory: its files, and the recipe that it belongs to.
 
 recipe.yaml  environment.json  starts.jsonl  metrics.jsonl  heartbeat.json  tensorboard/  checkpoints/step-*/  model/
-DONE, report.html, run.lock while a run has it, and where there is cause results.jsonl, schedule.jsonl, energy.jsonl,
-slow_steps.jsonl, stacks/, profile/, bad_samples.jsonl, push.log, tracker_run_id and Slurm's slurm/
+DONE  report.html  run.lock (during a run)
+
+If needed: results.jsonl  schedule.jsonl  energy.jsonl  slow_steps.jsonl  stacks/  profile/  bad_samples.jsonl  push.log
+tracker_run_id  slurm/ (by the batch scripts)
 """
 
 import json
@@ -43,12 +45,10 @@ _LAUNCHERS = ("torchrun", "accelerate", "torch.distributed.run", "accelerate.com
 
 
 def open_run_directory(recipe: Recipe) -> Path | None:
-    """Return the checkpoint that the run resumes from, None for a fresh start.
-
-    Every process calls this before any of them writes.
+    """Return the checkpoint to resume from, None for a fresh start. Every process calls this before any of them writes.
 
     Raises:
-        ValueError: the directory holds a run of another recipe, or one that is not to be resumed.
+        UserError: the directory holds a run of another recipe, or a checkpoint against `resume_from_checkpoint`.
     """
     run_dir = Path(recipe.output_dir)
     if recipe.resume_from_checkpoint not in ("auto", "never"):
@@ -57,11 +57,11 @@ def open_run_directory(recipe: Recipe) -> Path | None:
     checkpoint = latest_checkpoint(run_dir)
     if checkpoint is None and (run_dir / "model").exists() and not (run_dir / "DONE").exists():
         raise UserError(
-            f"{run_dir}/model is there and no checkpoint to go on from; training would replace it at its end: move it "
-            "away, or use another output_dir"
+            f"{run_dir}/model exists without a checkpoint, and training would replace it; move it away, or use another "
+            "output_dir"
         )
     saved = run_dir / "recipe.yaml"
-    # Where it is lost, the checkpoints' own copies tell whose they are.
+    # Without this file, the checkpoints' own copies are compared later.
     changed = conflicts(recipe, read_saved_recipe(saved)) if saved.exists() else []
     if [line.partition(":")[0] for line in changed] == ["data.lanes"]:
         was, now = re.findall(r"\d+", changed[0])
@@ -78,11 +78,6 @@ def open_run_directory(recipe: Recipe) -> Path | None:
 
 
 def _refuse_another(run_dir: Path, changed: Sequence[str]) -> None:
-    """Raise if a recipe has conflicts with the one that a run began with.
-
-    Raises:
-        ValueError: it has.
-    """
     if changed:
         raise UserError(
             f"{run_dir} holds a run of another recipe ({'; '.join(changed)}); use that recipe or another output_dir"
@@ -91,14 +86,12 @@ def _refuse_another(run_dir: Path, changed: Sequence[str]) -> None:
 
 
 def check_room(run_dir: Path, optim: OptimRecipe, num_parameters: int) -> None:
-    """Raise if the disk of a run directory has no room for one checkpoint.
-
-    Args:
-        num_parameters: of the model. Weights, moments and averages have four bytes for each.
+    """Raise unless the disk of a run directory has room for one checkpoint.
 
     Raises:
-        OSError: it has none.
+        OSError: it has not.
     """
+    # Weights, moments and averages have four bytes a parameter.
     tensors = 1 + (2 if optim.name == "adamw" else 1) + (optim.ema_decay is not None)
     needed, free = 4 * num_parameters * tensors, shutil.disk_usage(run_dir).free
     if free < needed:
@@ -109,10 +102,10 @@ def check_room(run_dir: Path, optim: OptimRecipe, num_parameters: int) -> None:
 
 
 def lock_run_directory(run_dir: Path) -> FolderLock:
-    """Return the lock of a run directory, which is made, once this process holds it.
+    """Create a run directory, lock it, and return the lock.
 
     Raises:
-        ValueError: another process trains there.
+        UserError: another process trains there.
         OSError: the folder is not writable.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -122,24 +115,24 @@ def lock_run_directory(run_dir: Path) -> FolderLock:
 
 
 def mark_done(run_dir: Path) -> None:
-    """Mark the run of `run_dir` as finished, once its model is on disk."""
+    """Mark a run as done, after its model is on disk."""
     sync(run_dir)
     (run_dir / "DONE").touch()
     sync(run_dir)
 
 
 def is_done(recipe: Recipe, checkpoint: Path | None) -> bool:
-    """Return whether the recipe's run is finished already, whatever of its checkpoints and its model is still there.
+    """Return whether the recipe's run is done, even if its checkpoints and its model are gone.
 
-    It is not if the recipe has had stages added since: the run goes on with them.
+    A recipe with added stages is not done.
 
     Raises:
-        ValueError: the directory holds a run of another recipe, or no checkpoint to add stages to.
+        UserError: the directory holds a run of another recipe, or no checkpoint to add stages to.
     """
     run_dir = Path(recipe.output_dir)
     if not (run_dir / "recipe.yaml").exists() or not (run_dir / "DONE").exists():
         return False
-    # A checkpoint's own copy first: the run's may be the very file that the stages were added to.
+    # The checkpoint's copy, because the stages may have been added to the run's own file.
     finished = run_dir / "recipe.yaml" if checkpoint is None else checkpoint / "recipe.yaml"
     try:
         saved = read_saved_recipe(finished)
@@ -149,8 +142,8 @@ def is_done(recipe: Recipe, checkpoint: Path | None) -> bool:
         return _log_done(run_dir, checkpoint)
     if checkpoint is None:
         raise UserError(
-            f"{run_dir} is done and keeps no checkpoint for another stage to go on from; train that as a run of its "
-            f"own, with model.init_from {run_dir}/model and another output_dir"
+            f"{run_dir} is done and keeps no checkpoint for another stage; train the stage as a run of its own, "
+            f"with model.init_from {run_dir}/model and another output_dir"
         )
     _refuse_another(run_dir, conflicts(recipe, saved))
     return False
@@ -173,17 +166,17 @@ def write_run_files(
     data_samples: int,
     set_aside: Sequence[str] = (),
 ) -> int:
-    """Write `recipe.yaml` and `environment.json`, and append this start to `starts.jsonl`; return how many parameters
-    the model has. The main process calls this.
+    """Write `recipe.yaml` and `environment.json`, append this start to `starts.jsonl`, and return the number of the
+    model's parameters. The main process calls this.
 
     Args:
-        engine: the name of the engine.
-        state: the state of the checkpoint that the run resumes from; empty if there is none.
-        set_aside: the names of newer checkpoints that are not whole.
+        engine: name of the engine.
+        state: state of the checkpoint to resume from; empty for a fresh start.
+        set_aside: names of newer checkpoints that were damaged.
     """
     run_dir = Path(recipe.output_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
-    for name in ("report.html", "DONE"):  # of a run that is lengthened
+    for name in ("report.html", "DONE"):  # of a run with added stages
         (run_dir / name).unlink(missing_ok=True)
     write_text(run_dir / "recipe.yaml", to_yaml(recipe))
     with torch.device("meta"):
@@ -208,7 +201,7 @@ def write_run_files(
 
 
 def device_name() -> str:
-    """Return the name of what one process computes on: its GPU, or the CPU and the number of threads."""
+    """Return the name of a process's GPU, or of the CPU with the number of threads."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if Path("/proc/cpuinfo").exists() else []
@@ -217,7 +210,7 @@ def device_name() -> str:
 
 
 def environment() -> dict[str, Any]:
-    """Return the versions of the packages, the command and the machine, ready for JSON."""
+    """Return the package versions, the command and the machine, ready for JSON."""
     packages = ("torch", "transformers", "accelerate", "numpy", "simplejpeg", "opencv-python-headless")
     commit = subprocess.run(
         ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False

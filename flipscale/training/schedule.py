@@ -21,27 +21,27 @@ from flipscale.io.options import (
     check_ranges,
 )
 
-# How far from 1 the sum of shares may be: they are written with a few digits.
-_MOST_AMISS = 1e-4
+# Shares are written with a few digits, so their sum may differ from 1 by this.
+_SUM_TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True)
 class StageRecipe:
-    """One stretch of the run. The paper's recipe is two: masked pre-training, then unmasked tuning.
+    """A part of the run. The paper's recipe has two stages: masked pre-training and unmasked tuning.
 
     Args:
-        name: The name of the stage in the log; no two stages of a run share one.
-        samples: How many pairs it sees, rounded down to whole steps; left out where the run has a time budget.
-        mask_ratio: The fraction of the patches that is removed; at 0 the images are seen whole, once.
-        text_mask_ratio: The fraction of the caption's tokens that is removed, padding counted.
-        base_lr: The peak learning rate for 256 samples of batch: a schedule (warm-up, then cosine to 0) of its own,
-            with a fresh optimiser, as the original's tuning has it. Leave it out and the schedule and optimiser of the
-            stage before go on through this one.
-        warmup_samples: How many samples of linear warm-up the schedule begins with.
-        share: Its share of `budget_minutes`, in place of `samples`; those of all stages add up to 1.
-        warmup_share: The share of `budget_minutes` that the warm-up takes, in place of `warmup_samples`.
-        image_size: The side in pixels of the images in this stage, a multiple of the patch; left out, the model's own.
-            A patch then shows more or less of the picture, and has the position of the place that it shows.
+        name: The name of the stage in the log, unique in the run.
+        samples: Number of pairs, rounded down to whole steps; null with a time budget.
+        mask_ratio: Fraction of the patches to remove; 0 for whole images.
+        text_mask_ratio: Fraction of the caption's tokens to remove, padding counted.
+        base_lr: Peak learning rate for 256 samples of batch. It begins a schedule (warm-up, then cosine to 0) with a
+            fresh optimiser, like the original's tuning. Without it, the schedule and the optimiser of the stage before
+            go on.
+        warmup_samples: Samples of linear warm-up at the start of the schedule.
+        share: Share of `budget_minutes`, instead of `samples`. The shares of all stages add up to 1.
+        warmup_share: Share of `budget_minutes` for the warm-up, instead of `warmup_samples`.
+        image_size: Side of the images in pixels, a multiple of the patch; null for the model's own. A patch then shows
+            a larger or smaller part of the picture, and has the position of that part.
     """
 
     name: str
@@ -135,7 +135,7 @@ class Pace(NamedTuple):
 
 @dataclass(frozen=True)
 class Schedule:
-    """Stages of the whole run, and its time budget if it has one.
+    """Stages of the whole run, and its optional time budget.
 
     With a budget, a step's position is the share of the budget used in the middle of the step. Evaluations and saves
     use none. The main process's clock counts; all processes learn it with the loss, a step or two later. They compute
@@ -244,10 +244,10 @@ def check_image_sizes(sizes: Mapping[str, int | None], patch_size: int) -> None:
     """Raise unless patches of `patch_size` pixels divide the images of every stage and evaluation.
 
     Args:
-        sizes: in pixels, by what messages call the stage or the evaluation; None for the model's own.
+        sizes: image sizes in pixels by the names for messages; None for the model's own size.
 
     Raises:
-        ValueError: they do not; the message names the stage and both sizes.
+        UserError: a size is not divisible.
     """
     from flipscale.model.configuration_flip import patches_along  # seconds to import
 
@@ -261,11 +261,10 @@ def check_image_sizes(sizes: Mapping[str, int | None], patch_size: int) -> None:
 def plan_stages(
     stages: Sequence[StageRecipe], global_batch_size: int, budget_minutes: float | None = None
 ) -> list[Stage]:
-    """Return the stages in positions, one after the other: in steps, or in shares of the budget if there is one.
+    """Return the stages in positions: in steps or, with a budget, in shares of it.
 
     Raises:
-        ValueError: a number out of its range, no stage, two of one name, a first stage without base_lr, a stage shorter
-            than a step, a length in the wrong unit, shares that do not add up, a warm-up as long as its schedule.
+        UserError: there is no stage, the first lacks a base_lr, two share a name, or a length or a warm-up is wrong.
     """
     if not stages or stages[0].base_lr is None:
         raise UserError("stages[0].base_lr is missing; the first stage needs a learning rate per 256 samples")
@@ -274,57 +273,45 @@ def plan_stages(
     for name in names:
         if names.count(name) > 1:
             raise UserError(f"{names.count(name)} stages are named {name!r}; give every stage a name of its own")
-    unit, timed = global_batch_size, budget_minutes is not None
-    lengths: Sequence[float] = _shares(stages) if timed else _steps(stages, unit)
+    unit, is_timed = global_batch_size, budget_minutes is not None
+    lengths: Sequence[float] = _shares(stages) if is_timed else _steps(stages, unit)
     ends = [0, *itertools.accumulate(lengths)]
-    if timed:
+    if is_timed:
         ends[-1] = 1.0
     planned: list[Stage] = []
     for number, stage in enumerate(stages):
-        field = "warmup_share" if timed else "warmup_samples"
+        field = "warmup_share" if is_timed else "warmup_samples"
         given = getattr(stage, field)
         if stage.base_lr is not None:
-            followers = next((n for n in range(number + 1, len(stages)) if stages[n].base_lr is not None), len(stages))
-            schedule_first, schedule_last = ends[number], ends[followers]
-            warmup = given if timed else given // unit
+            end = next((n for n in range(number + 1, len(stages)) if stages[n].base_lr is not None), len(stages))
+            schedule_first, schedule_last = ends[number], ends[end]
+            warmup = given if is_timed else given // unit
             peak_lr = stage.base_lr * global_batch_size / 256
         elif given:
             raise UserError(f"stage {stage.name!r}: {field} needs a base_lr of its own")
         if warmup >= (length := schedule_last - schedule_first):
-            words = f"{given} of the budget" if timed else f"{given} samples"
-            shown = f"{length:g}" if timed else length * unit
-            raise UserError(f"stage {stage.name!r}: a warm-up of {words} is not shorter than its schedule of {shown}")
+            words = f"{given} of the budget" if is_timed else f"{given} samples"
+            limit = f"{length:g}" if is_timed else length * unit
+            raise UserError(f"stage {stage.name!r}: a warm-up of {words} is not shorter than its schedule of {limit}")
         planned.append(
             Stage(
-                stage.name,
-                stage.mask_ratio,
-                ends[number],
-                ends[number + 1],
-                schedule_first,
-                schedule_last,
-                warmup,
-                peak_lr,
-                stage.text_mask_ratio,
-                stage.image_size,
+                *(stage.name, stage.mask_ratio, ends[number], ends[number + 1], schedule_first, schedule_last),
+                *(warmup, peak_lr, stage.text_mask_ratio, stage.image_size),
             )
         )
     return planned
 
 
 def _steps(stages: Sequence[StageRecipe], global_batch_size: int) -> list[int]:
-    """Return how many steps each stage of a run without a budget has.
-
-    Raises:
-        ValueError: one has none, or says its length as a share.
-    """
+    """Return the number of steps of each stage of a run without a budget."""
     for stage in stages:
         if stage.share is not None or stage.warmup_share:
             field = "warmup_share" if stage.share is None else "share"
             raise UserError(
-                f"stage {stage.name!r}: {field} is of budget_minutes, which is not set; set that, or give samples"
+                f"stage {stage.name!r}: {field} is of budget_minutes, which is not set; use samples, or set it"
             )
         if stage.samples is None:
-            raise UserError(f"stage {stage.name!r} has no samples; say how many pairs it sees")
+            raise UserError(f"stage {stage.name!r} has no samples; set its number of pairs")
         if stage.samples < global_batch_size:
             raise UserError(
                 f"stage {stage.name!r}: {stage.samples} samples are less than one step of {global_batch_size} pairs"
@@ -333,21 +320,17 @@ def _steps(stages: Sequence[StageRecipe], global_batch_size: int) -> list[int]:
 
 
 def _shares(stages: Sequence[StageRecipe]) -> list[float]:
-    """Return which share of the budget each stage has.
-
-    Raises:
-        ValueError: one has none, says its length in samples, or they do not add up to 1.
-    """
+    """Return the share of the budget of each stage."""
     for stage in stages:
         if stage.samples is not None or stage.warmup_samples:
             field, instead = ("warmup_samples", "warmup_share") if stage.samples is None else ("samples", "share")
             raise UserError(
-                f"stage {stage.name!r}: {field} is a count, and the run ends by its clock (budget_minutes); give its "
-                f"{instead} of the budget, or leave out budget_minutes"
+                f"stage {stage.name!r}: {field} is a count, and the run ends by its clock (budget_minutes); use "
+                f"{instead}, or leave out budget_minutes"
             )
         if stage.share is None:
-            raise UserError(f"stage {stage.name!r} has no share; say which share of budget_minutes it has")
+            raise UserError(f"stage {stage.name!r} has no share; set its share of budget_minutes")
     shares = [stage.share or 0.0 for stage in stages]
-    if abs(sum(shares) - 1.0) > _MOST_AMISS:
+    if abs(sum(shares) - 1.0) > _SUM_TOLERANCE:
         raise UserError(f"the shares of the stages add up to {sum(shares):g}; they must add up to 1")
     return shares

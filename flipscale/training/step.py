@@ -1,4 +1,4 @@
-"""The gradients of a step, in one pass over this process's batch or, if that is too large for its memory, in two."""
+"""The gradients of a step: in one pass, by accumulation, or in two passes if the batch exceeds the memory."""
 
 from __future__ import annotations
 
@@ -26,18 +26,20 @@ class StepLoss(NamedTuple):
 
 
 def consume_batch(engine: Engine, batch: list[Batch], objective: Objective) -> StepLoss:
-    """Collective. Give the weights the gradients of this process's part of a batch, micro-batches of one size, and
-    empty the list: its memory is free for the next batch although the caller still holds the list."""
+    """Collective. Compute the gradients of this process's part of a batch, micro-batches of one size.
+
+    The list is emptied, which frees the batch's memory although the caller holds the list.
+    """
     if len(batch) == 1:
-        found = one_pass(engine, batch[0], objective)
+        loss = one_pass(engine, batch[0], objective)
     else:
-        found = (two_passes if objective.is_coupled else accumulated)(engine, batch, objective)
+        loss = (two_passes if objective.is_coupled else accumulated)(engine, batch, objective)
     batch.clear()
-    return found
+    return loss
 
 
 def one_pass(engine: Engine, batch: Batch, objective: Objective) -> StepLoss:
-    """Collective. Give the weights the gradients of a batch that is one micro-batch."""
+    """Collective. Compute the gradients of a batch of one micro-batch."""
     output = engine(**batch)
     loss = objective.mean_loss(output)
     if objective.is_coupled:
@@ -50,8 +52,8 @@ def one_pass(engine: Engine, batch: Batch, objective: Objective) -> StepLoss:
 
 
 def accumulated(engine: Engine, batch: Sequence[Batch], objective: Objective) -> StepLoss:
-    """Collective. Do what `one_pass` does for all micro-batches together, where the loss is a mean over samples: plain
-    gradient accumulation."""
+    """Collective. Compute the gradients of all micro-batches by plain accumulation, for a loss that is a mean over
+    samples."""
     losses, metrics, squares = [], [], []
     for micro_batch in engine.accumulate(batch):
         output = engine(**micro_batch)
@@ -64,22 +66,23 @@ def accumulated(engine: Engine, batch: Sequence[Batch], objective: Objective) ->
 
 
 def two_passes(engine: Engine, batch: Sequence[Batch], objective: Objective) -> StepLoss:
-    """Collective. Do what `one_pass` does for all micro-batches together, with the activations of one at a time in
-    memory, for one more forward pass (Gao et al. 2021, arXiv 2101.06983).
+    """Collective. Compute the gradients of all micro-batches, with one micro-batch's activations in memory at a time
+    (Gao et al. 2021, arXiv 2101.06983).
 
     The first pass embeds all micro-batches without activations, and the loss gives each embedding its gradient. The
-    second pass hands that on to the weights. Masks and crops belong to the batch, so both passes see the same.
+    second pass passes these gradients on to the weights. Masks and crops are part of the batch, so both passes see the
+    same images.
     """
     with torch.no_grad():
-        found = [_first_pass(engine, micro_batch, objective) for micro_batch in batch]
-    rows = [torch.cat(parts) for parts in zip(*(part.compared for part in found), strict=True)]
-    parameters = found[0].parameters
+        passes = [_first_pass(engine, micro_batch, objective) for micro_batch in batch]
+    rows = [torch.cat(parts) for parts in zip(*(part.compared for part in passes), strict=True)]
+    parameters = passes[0].parameters
     cache = [*rows, *parameters.values()]
     for tensor in cache:
         tensor.requires_grad_()
     loss = objective.coupled_loss(*rows, **parameters)
     gradients = torch.autograd.grad(loss, cache, materialize_grads=True)
-    # All parameters are in every pass, so each micro-batch hands back an equal part of their gradients.
+    # All parameters are in every pass, so each micro-batch gets an equal part of their gradients.
     of_rows = [gradient.chunk(len(batch)) for gradient in gradients[: len(rows)]]
     of_parameters = [[gradient / len(batch)] * len(batch) for gradient in gradients[len(rows) :]]
     squares = []
@@ -89,13 +92,13 @@ def two_passes(engine: Engine, batch: Sequence[Batch], objective: Objective) -> 
         products = [(value * gradient).sum() for value, gradient in zip(values, handed, strict=True)]
         engine.backward(torch.stack(products).sum() + objective.mean_loss(output) / len(batch))
         squares.append(objective.gradient_squares(output))
-    mean_loss = sum(part.mean_loss for part in found) / len(batch)
-    metrics = _mean_metrics([part.metrics for part in found])
+    mean_loss = sum(part.mean_loss for part in passes) / len(batch)
+    metrics = _mean_metrics([part.metrics for part in passes])
     return StepLoss(loss.detach() + mean_loss, {**metrics, **_gradient_norms(squares)})
 
 
 class _FirstPass(NamedTuple):
-    """What is kept of a micro-batch's forward pass."""
+    """Outputs of a micro-batch's first pass."""
 
     compared: tuple[torch.Tensor, ...]
     parameters: dict[str, torch.Tensor]
@@ -111,8 +114,8 @@ def _first_pass(engine: Engine, micro_batch: Batch, objective: Objective) -> _Fi
 
 
 def _copied_metrics(output: FlipOutput, objective: Objective) -> dict[str, torch.Tensor]:
-    """Return the metrics in fp64, as copies: what `forward` returns of a parameter may be the parameter itself, whose
-    memory a sharding engine takes back after the backward pass."""
+    """Return copies of the metrics in fp64, because `forward` may return a parameter itself, whose memory a sharding
+    engine frees after the backward pass."""
     metrics = objective.metrics(output).items()
     return {name: value.detach().to(torch.float64, copy=True).squeeze() for name, value in metrics}
 
@@ -123,13 +126,13 @@ def _mean_metrics(metrics: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch
 
 
 def _gradient_norms(squares: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Return the norms of gradients in fp64, of their squares in each micro-batch."""
+    """Return gradient norms in fp64 from the micro-batches' sums of squares."""
     return {name: torch.stack([part[name] for part in squares]).double().sum().sqrt() for name in squares[0]}
 
 
 def _zero_of_the_rest(output: FlipOutput, objective: Objective) -> torch.Tensor:
-    """Return 0 with a gradient of 0 for all that a mean over samples may leave out: engines expect gradients of all
-    weights in every step."""
+    """Return 0 with a gradient of 0 for outputs that the loss leaves out, because engines expect gradients of all
+    weights."""
     values = [*objective.compared(output), *objective.parameters(output).values()]
     return 0.0 * torch.stack([value.float().sum() for value in values]).sum() if values else torch.zeros(())
 
@@ -138,7 +141,7 @@ def raise_if_dropout(config: FlipConfig) -> None:
     """Raise if the model has dropout, with which two passes over a micro-batch would differ.
 
     Raises:
-        ValueError: it has.
+        UserError: it has dropout.
     """
     for name in ("vision_config", "text_config"):
         dropout = getattr(config, name).attention_dropout

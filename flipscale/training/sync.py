@@ -1,4 +1,4 @@
-"""What all processes agree on in a step: whether to take it, to stop, to save, and whether a checkpoint is on disk.
+"""The agreement of all processes in a step: to take it, to stop, to save, and to commit a checkpoint.
 
 The device learns at once whether the step is taken. The host reads the numbers a step later, when the device already
 has the next step to compute, so the device never idles.

@@ -78,7 +78,7 @@ class Interval(NamedTuple):
 
 
 class HangWatch:
-    """In a `with` block, a thread that ends this process after `hang_seconds` without a sign of life.
+    """Ends this process after `hang_seconds` without a sign of life in a `with` block, by a thread.
 
     Signs of life are `begin`, `alive`, and bytes that this process and its children read and write. Outside of steps,
     other processes' signs count too: a rank that has written its part of a checkpoint waits for the others. After half
@@ -205,8 +205,8 @@ class StepWatch:
     """Times the steps of this process; in a `with` block, a thread also watches for hangs.
 
     A step that takes far longer than usual on any rank is written to `slow_steps.jsonl` with the times of all ranks.
-    If a step does not finish for `hang_seconds`, or an evaluation or a save shows no sign of life for that long, every
-    rank writes its stacks and the run ends. It also ends if another process fails. The main process writes
+    If a step takes `hang_seconds`, or an evaluation or a save shows no sign of life for that long, the run ends, and
+    every rank has written its stacks. The run also ends if another process fails. The main process writes
     `heartbeat.json` every ten seconds.
     """
 
@@ -277,7 +277,7 @@ class StepWatch:
             yield batch
 
     def _end_iteration(self) -> None:
-        """End the iteration before, if there is one, and begin the next."""
+        """End the last iteration, and begin the next."""
         now = time.time_ns()
         if self._windows:
             last = self._windows[-1]

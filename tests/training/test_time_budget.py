@@ -120,13 +120,13 @@ def test_a_schedule_in_steps() -> None:
 @pytest.mark.parametrize(
     ("changes", "budget", "message"),
     [
-        ({"samples": 100}, 1.0, "stage 'a': samples is a count, and the run ends by its clock .* give its share"),
-        ({"warmup_samples": 9}, 1.0, "stage 'a': warmup_samples is a count, .* give its warmup_share of the budget"),
-        ({"share": None}, 1.0, "stage 'a' has no share; say which share of budget_minutes it has"),
+        ({"samples": 100}, 1.0, "stage 'a': samples is a count, and the run ends by its clock .* use share"),
+        ({"warmup_samples": 9}, 1.0, "stage 'a': warmup_samples is a count, .* use warmup_share"),
+        ({"share": None}, 1.0, "stage 'a' has no share"),
         ({"share": 0.7}, 1.0, "the shares of the stages add up to 0.7; they must add up to 1"),
         ({"share": 0.0}, 1.0, r"stages\[0\].share is 0.0; it must be above 0 and at most 1"),
         ({"warmup_share": 0.99999}, 1.0, None),
-        ({"share": None, "base_lr": 0.1}, None, "stage 'a' has no samples; say how many pairs it sees"),
+        ({"share": None, "base_lr": 0.1}, None, "stage 'a' has no samples"),
         ({}, None, "stage 'a': share is of budget_minutes, which is not set"),
         ({"share": None, "warmup_share": 0.1}, None, "stage 'a': warmup_share is of budget_minutes, which is not set"),
     ],
