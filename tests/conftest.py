@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-# The threads of small operations wait for each other in loops that take ten times as long beside other work.
+# Threads of small operations wait for each other in loops, ten times as long beside other work.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -33,11 +33,11 @@ LONG_FILES = ("slurm", "distributed", "planning", "training", "objectives", "mod
 
 
 def pytest_configure() -> None:
-    """Forget the job of a cluster in which the tests may run: what they start is no part of it."""
+    """Forget the cluster job in which the tests may run, because their processes are no part of it."""
     for name in list(os.environ):
         if name.startswith(("SLURM_", "ACCELERATE_", "TORCHELASTIC_")) or name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
             del os.environ[name]
-    # Under nohup, or in the background of a script, what the tests start would be deaf to these.
+    # Under nohup, or in the background of a script, child processes would ignore these signals.
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -55,43 +55,42 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(autouse=True)
 def no_energy(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What this machine takes is none of a test's."""
+    """A test must not depend on the counters of this machine."""
     monkeypatch.setattr("flipscale.training.energy_meter.POWERCAP", Path("/nowhere"))
 
 
-# How long a thread may take to end that was asked to.
+# Longest time for the end of a thread.
 ENDING_SECONDS = 20.0
-# As it is before a command that a test, or a fixture of several, calls in this process sets it up.
+# Logger before any command in this process configures it.
 LOGGER = logging.getLogger("flipscale")
 LOGS = {name: getattr(LOGGER, name) for name in ("handlers", "level", "propagate")}
 
 
 @pytest.fixture(scope="session", autouse=True)
 def exception_hooks() -> tuple[Callable, Callable]:
-    """Those of pytest, which tell of what fails in a thread."""
+    """pytest's hooks, which report failures in threads."""
     return threading.excepthook, sys.unraisablehook
 
 
 @pytest.fixture(autouse=True)
 def nothing_outlives(exception_hooks: tuple[Callable, Callable]) -> Iterator[None]:
-    """Let no test see what another one has left: a logger that hands nothing on to `caplog`, hooks for exceptions, or
-    a thread, which writes into what others capture."""
+    """Hide the leftovers of other tests: a configured logger, exception hooks, and threads."""
     vars(LOGGER).update(LOGS)
-    LOGGER.setLevel(LOGGER.level)  # the loggers below it remember another
+    LOGGER.setLevel(LOGGER.level)  # clears the levels that its child loggers have cached
     threads = set(threading.enumerate())
     yield
     threading.excepthook, sys.unraisablehook = exception_hooks
-    left = [thread for thread in set(threading.enumerate()) - threads if _is_flipscale_s(thread)]
+    left = [thread for thread in set(threading.enumerate()) - threads if _is_ours(thread)]
     if left:
-        gc.collect()  # some end with the object that began them
+        gc.collect()  # because some end with the object that started them
     deadline = time.monotonic() + ENDING_SECONDS
     for thread in left:
         thread.join(max(0.0, deadline - time.monotonic()))
         assert not thread.is_alive(), f"the thread {thread.name!r} lives on after the test that began it"
 
 
-def _is_flipscale_s(thread: threading.Thread) -> bool:
-    """Whether the function that a thread runs is one of flipscale's."""
+def _is_ours(thread: threading.Thread) -> bool:
+    """Return whether a thread runs a function of flipscale."""
     return str(getattr(getattr(thread, "_target", None), "__module__", "")).startswith("flipscale.")
 
 
@@ -100,7 +99,7 @@ SHAPES = ("disc", "bar", "ring", "cross")
 
 
 def draw(colour: str, shape: str, rng: np.random.Generator) -> np.ndarray:
-    """A picture of `shape` in `colour` on a noisy ground, uint8 RGB of a random size."""
+    """Return a picture of `shape` in `colour` on a noisy ground, uint8 RGB of a random size."""
     height, width = (int(n) for n in rng.integers(36, 60, 2))
     image = rng.integers(200, 256, (height, width, 3)).astype(np.uint8)
     centre, radius, ink = (width // 2, height // 2), int(rng.integers(9, 15)), COLOURS[colour]
@@ -114,14 +113,14 @@ def draw(colour: str, shape: str, rng: np.random.Generator) -> np.ndarray:
 
 
 def add_member(tar: tarfile.TarFile, name: str, content: bytes) -> None:
-    """Appends one file to a shard."""
+    """Append a file to a shard."""
     member = tarfile.TarInfo(name)
     member.size = len(content)
     tar.addfile(member, io.BytesIO(content))
 
 
 def write_shards(folder: Path, sizes: list[int], seed: int = 0) -> None:
-    """Shards of JPEG and PNG pictures with captions and class numbers, and the class names beside them."""
+    """Write shards of JPEG and PNG pictures with captions and class numbers, and the class names beside them."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
     names = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
@@ -149,7 +148,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def write_tokenizer(folder: Path, **special: str) -> Path:
-    """A word-level fast tokenizer of eight tokens at most, with further `special` tokens by their roles."""
+    """Write a word-level fast tokenizer of at most eight tokens, with further `special` tokens by role."""
     words = ["<pad>", "<unk>", "a", "the", *COLOURS, *SHAPES, *special.values()]
     backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -169,7 +168,7 @@ def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def caption_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of that tokenizer with tokens for the begin and the end of a caption, 12 and 13."""
+    """The folder of that tokenizer with tokens for the beginning and the end of a caption, 12 and 13."""
     return write_tokenizer(tmp_path_factory.mktemp("caption_tokenizer"), bos_token="<s>", eos_token="</s>")
 
 
@@ -177,7 +176,7 @@ TOWER = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "i
 
 
 def tiny_recipe(shards: Path, tokenizer_dir: Path) -> dict:
-    """A recipe of 40 steps of 16 pairs: 24 at mask 0.75 and 16 unmasked, on a model of two small towers."""
+    """Return a recipe of 40 steps of 16 pairs, 24 at mask 0.75 and 16 unmasked, on two small towers."""
     return {
         "model": {
             "size": "b16",
@@ -206,7 +205,7 @@ def recipe(shards: Path, tokenizer_dir: Path) -> dict:
 
 
 def changed_recipe(recipe: dict, changes: dict) -> dict:
-    """A recipe with whole sections' fields replaced."""
+    """Return a recipe with replaced fields of its sections."""
     changed = dict(recipe)
     for section, fields in changes.items():
         changed[section] = {**changed.get(section, {}), **fields} if isinstance(fields, dict) else fields
@@ -215,7 +214,7 @@ def changed_recipe(recipe: dict, changes: dict) -> dict:
 
 @pytest.fixture
 def write_recipe(recipe: dict, tmp_path: Path) -> Callable[..., Path]:
-    """Writes the recipe with whole sections' fields replaced, and the run directory set; returns the file."""
+    """Writes the recipe with replaced fields and this run directory; returns the file."""
 
     def write(output_dir: Path, **changes: object) -> Path:
         file = tmp_path / f"{output_dir.name}.yaml"
@@ -225,29 +224,41 @@ def write_recipe(recipe: dict, tmp_path: Path) -> Callable[..., Path]:
     return write
 
 
+@pytest.fixture(scope="session")
+def trained_run(recipe: dict, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of four masked steps, which tests read only: its `model/` can be exported or fine-tuned."""
+    folder = tmp_path_factory.mktemp("trained")
+    stages = [{"name": "masked", "samples": 64, "mask_ratio": 0.5, "base_lr": 0.01}]
+    file = folder / "recipe.yaml"
+    file.write_text(yaml.safe_dump({**recipe, "stages": stages, "output_dir": str(folder / "run")}))
+    done = pretrain(file)
+    assert done.returncode == 0, done.stderr
+    return folder / "run"
+
+
 def launch(command: list[str], cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess:
-    """Runs a command to its end on one thread a process, output captured."""
+    """Run a command to its end, with one thread per process and captured output."""
     everything = {**os.environ, **processes.QUIET, **environment}
     return subprocess.run(command, cwd=cwd, env=everything, capture_output=True, text=True, timeout=300)
 
 
 def pretrain(recipe_file: Path, world: int = 1, *flags: str) -> subprocess.CompletedProcess:
-    """Return the end of `python -m flipscale.pretrain`, by several processes as torchrun would start them."""
+    """Run `python -m flipscale.pretrain` in `world` processes as under torchrun, and return its end."""
     return processes.run("flipscale.pretrain", ["--config", str(recipe_file), *flags], world)
 
 
 def flipscale(*arguments: str | Path) -> subprocess.CompletedProcess:
-    """Return the end of the command `flipscale ARGUMENTS`, in a process of its own."""
+    """Run `flipscale ARGUMENTS` in its own process, and return its end."""
     return processes.run("flipscale.cli", [str(argument) for argument in arguments])
 
 
 def metrics(run_dir: Path) -> list[dict]:
-    """The records of a run."""
+    """Return the records of a run."""
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
 def cut(run_dir: Path, copy: Path, step: int) -> None:
-    """A copy of a finished run as it was right after the checkpoint of `step`, metrics of later steps still there."""
+    """Copy a finished run as of the checkpoint of `step`, with the metrics of later steps."""
     shutil.copytree(run_dir, copy)
     shutil.rmtree(copy / "model")
     (copy / "DONE").unlink()
@@ -259,8 +270,8 @@ def cut(run_dir: Path, copy: Path, step: int) -> None:
 @pytest.fixture(scope="module")
 def crowds():
     """Processes that train together, by their number, for all tests of a file."""
-    from distributed.crowd import Crowds  # with the models, which take seconds to import
+    from distributed.crowd import Crowds  # takes seconds to import
 
-    found = Crowds()
-    yield found
-    found.end()
+    started = Crowds()
+    yield started
+    started.end()

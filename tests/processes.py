@@ -1,4 +1,4 @@
-"""Processes for tests, forked from a server that has imported the trainer: a new interpreter takes seconds to do so."""
+"""Processes for tests, forked from a server with the imported trainer, because the import takes seconds."""
 
 import multiprocessing
 import os
@@ -15,10 +15,10 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-# Set before torch is imported: a process of the tests computes on one thread and asks no Hub.
+# Set before torch is imported: one thread, and no requests to the Hub.
 QUIET = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "1")}
 
-# What the trainer imports in functions, as it takes seconds.
+# Modules that the trainer imports in functions, because they take seconds.
 _IMPORTED_LATER = (
     "flipscale.engines.ddp",
     "flipscale.engines.fsdp2",
@@ -36,17 +36,17 @@ _IMPORTED_LATER = (
     "matplotlib.pyplot",
     "torch.utils.tensorboard",
 )
-# What the server starts with: torch reads some variables once, and no test's may reach the processes of another.
+# Environment of the server, because torch reads some variables once, and a test's must not reach other tests.
 _AT_FIRST = {**os.environ, **QUIET}
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["pytest", "flipscale.pretrain", *_IMPORTED_LATER])
 
 
 def free_port() -> int:
-    """Return a TCP port that nothing listens on, and that the system gives to nobody who does not ask for it.
+    """Return a TCP port without a listener, which the system gives to no other process.
 
-    This process keeps it, without listening, until it has asked for many others: the port of a socket that is closed
-    again is soon somebody else's. Who listens there has to set SO_REUSEADDR too, as torch does.
+    This process keeps it bound until 64 later ports, because the port of a closed socket is soon used again. A listener
+    must set SO_REUSEADDR, as torch does.
     """
     kept = socket.socket()
     kept.bind(("127.0.0.1", 0))
@@ -59,7 +59,7 @@ _kept_ports: deque[socket.socket] = deque(maxlen=64)
 
 
 def rank_environments(world: int) -> list[dict[str, str]]:
-    """Return what torchrun would add to the environment of each of `world` processes of this machine."""
+    """Return the variables that torchrun adds to the environment of each of `world` processes."""
     common = {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     return [
         {name: str(value) for name, value in {**common, "RANK": rank, "LOCAL_RANK": rank}.items()}
@@ -68,11 +68,12 @@ def rank_environments(world: int) -> list[dict[str, str]]:
 
 
 def start(function: Callable[..., None], *arguments: object, environment: dict[str, str] | None = None) -> BaseProcess:
-    """Start a process that has imported the trainer already and calls `function`.
+    """Start a process with the imported trainer that calls `function`.
 
     Args:
-        function: of a module on `sys.path`; it and its arguments are pickled.
-        environment: added to this process's.
+        function: picklable function of a module on `sys.path`.
+        arguments: picklable arguments of the function.
+        environment: variables beside those of this process.
     """
     before = dict(os.environ)
     os.environ.clear()
@@ -93,19 +94,30 @@ def _begin(function: Callable[..., None], arguments: tuple[Any, ...], environmen
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(cwd)
+    from matplotlib.figure import Figure
+
     from flipscale.training import energy_meter
 
-    # What this machine takes is none of a test's.
+    # A test must not depend on the counters of this machine.
     energy_meter.POWERCAP = Path("/nowhere")
+    # Drawing takes half the time of a short run.
+    Figure.savefig = _save_pixel  # type: ignore[method-assign,assignment]
     # A daemon of multiprocessing may have no children, but a trainer has its loader's workers.
     multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
-    # Its workers start as those of a command do, not as this process did.
+    # Its workers start like those of a command.
     multiprocessing.set_start_method("fork", force=True)
     function(*arguments)
 
 
+def _save_pixel(figure: Any, file: Any, **options: object) -> None:
+    """Write a picture of one pixel."""
+    from PIL import Image
+
+    Image.new("RGB", (1, 1)).save(file, "PNG")
+
+
 def call_main(module: str, arguments: list[str], folder: str) -> None:
-    """Call `main` of a module as if it were the command line's; its output goes to files in `folder`."""
+    """Call `main` of a module as the command line does, with output to files in `folder`."""
     for descriptor, name in ((1, "stdout"), (2, "stderr")):
         file = os.open(f"{folder}/{name}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(file, descriptor)
@@ -116,8 +128,10 @@ def call_main(module: str, arguments: list[str], folder: str) -> None:
 
 
 def run(module: str, arguments: list[str], world: int = 1) -> subprocess.CompletedProcess:
-    """Return the end of `python -m MODULE ARGUMENTS`, of `world` processes as under torchrun: when one fails, the
-    others are ended, and the exit status is the first failure's."""
+    """Run `python -m MODULE ARGUMENTS` in `world` processes as under torchrun, and return the end.
+
+    The first failure ends the other processes and is the exit status.
+    """
     environments = rank_environments(world) if world > 1 else [{}]
     with tempfile.TemporaryDirectory() as folder:
         processes = [start(call_main, module, arguments, folder, environment=e) for e in environments]

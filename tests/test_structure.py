@@ -1,4 +1,4 @@
-"""The structure of the package: who may import whom, no import cycles, and what `--help` may import."""
+"""The structure of the package: who may import whom, no circles, and the imports of `--help`."""
 
 import ast
 import subprocess
@@ -10,9 +10,12 @@ import pytest
 import flipscale
 
 ROOT = Path(flipscale.__file__).parent
-FILES = sorted(ROOT.rglob("*.py"))
-
-# A row may import the rows below it; rooms of one row do not know each other. Modules beside the rooms are the verbs.
+# The modules of the package by name.
+MODULES = {
+    ".".join(("flipscale", *file.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__"): file
+    for file in sorted(ROOT.rglob("*.py"))
+}
+# A row imports the rows below it; folders of one row do not know each other. Modules beside the folders are the verbs.
 ORDER = (
     ("cli",),
     ("verbs",),
@@ -23,106 +26,93 @@ ORDER = (
     ("data", "engines"),
     ("model", "io"),
 )
-ROW_OF = {room: row for row, rooms in enumerate(ORDER) for room in rooms}
+ROW_OF = {folder: row for row, folders in enumerate(ORDER) for folder in folders}
+# Scripts beside the package, and the packages that they may not import, because the demo installs no tests.
+BESIDE = [file for folder in ("examples", "benchmarks") for file in sorted((ROOT.parent / folder).rglob("*.py"))]
+# Packages that take seconds to import. A mistake in a recipe is printed without them.
+HEAVY = (
+    *("accelerate", "datasets", "deepspeed", "matplotlib", "scipy", "sympy", "tensorboard", "torchvision"),
+    *("torch._dynamo", "torch.distributed.tensor", "transformers.modeling_utils", "transformers.models.auto"),
+)
 
 
-def name_of(file: Path) -> str:
-    return ".".join(("flipscale", *file.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__")
-
-
-def room(module: str) -> str:
-    """The room of a module such as flipscale.data.order; `verbs` for the modules beside the rooms."""
+def folder_of(module: str) -> str:
+    """Return the folder of a module such as flipscale.data.order; `verbs` for the modules beside the folders."""
     first = module.split(".")[1] if "." in module else "flipscale"
     return first if first in ROW_OF else "verbs"
 
 
-def imported(file: Path) -> set[str]:
-    """Absolute names of the modules that a file imports, anywhere in it; relative ones begin with dots."""
+def imports(file: Path, package: str = "") -> set[str]:
+    """Return the names of the modules that a file imports, anywhere in it. Relative imports start at `package`."""
     names = set()
-    for node in ast.walk(ast.parse(file.read_text())):
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            base = "." * node.level + (node.module or "")
-            names.add(base)
-            names |= {f"{base}.{alias.name}" for alias in node.names if f"{base}.{alias.name}" in MODULES}
+            parents = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            base = ".".join([*parents, *filter(None, [node.module])])
+            names |= {base, *(name for alias in node.names if (name := f"{base}.{alias.name}") in MODULES)}
     return names
 
 
-MODULES = {name_of(file): file for file in FILES}
+def imports_of(module: str) -> set[str]:
+    """Return the modules that a module of the package imports."""
+    file = MODULES[module]
+    return imports(file, module if file.name == "__init__.py" else module.rpartition(".")[0])
 
 
-def imported_here(file: Path) -> set[str]:
-    """The modules of this package that a file imports, relative imports resolved."""
-    package = name_of(file) if file.name == "__init__.py" else name_of(file).rpartition(".")[0]
-    found = set()
-    for name in imported(file):
-        level = len(name) - len(name.lstrip("."))
-        base = package.split(".")[: len(package.split(".")) - (level - 1)] if level else []
-        absolute = ".".join([*base, *filter(None, [name.lstrip(".")])])
-        if absolute in MODULES:
-            found.add(absolute)
-    return found
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_point_down(module: str) -> None:
+    mine = folder_of(module)
+    for target in imports_of(module) & MODULES.keys() - {"flipscale"}:
+        if folder_of(target) != mine or mine == "verbs":
+            assert ROW_OF[folder_of(target)] > ROW_OF[mine], f"{module} imports {target}; see ORDER"
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
-def test_imports_point_down(file: Path) -> None:
-    mine = name_of(file)
-    for target in imported_here(file) - {"flipscale"}:
-        if room(target) == room(mine) != "verbs":
-            continue
-        assert ROW_OF[room(target)] > ROW_OF[room(mine)], f"{mine} imports {target}; see ORDER"
-    if room(mine) == "model":
-        foreign = {name.split(".")[0] for name in imported(file) if not name.startswith(".")}
-        allowed = {"torch", "transformers", "huggingface_hub", *sys.stdlib_module_names}
-        assert foreign <= allowed, f"{mine} travels with the weights and imports {foreign - allowed}"
+def test_the_model_imports_what_a_stranger_has() -> None:
+    for module in MODULES:
+        if folder_of(module) == "model":
+            foreign = {name.split(".")[0] for name in imports_of(module) if not name.startswith("flipscale.model")}
+            allowed = {"torch", "transformers", "huggingface_hub", *sys.stdlib_module_names}
+            assert foreign <= allowed, f"{module} travels with the weights and imports {foreign - allowed}"
 
 
 def test_no_module_imports_itself_by_a_detour() -> None:
-    imports = {name: imported_here(file) - {name} for name, file in MODULES.items() if file.name != "__init__.py"}
     done: set[str] = set()
 
-    def visit(name: str, path: tuple[str, ...]) -> None:
-        assert name not in path, "circle: " + " > ".join([*path[path.index(name) :], name])
-        if name not in done:
-            for target in imports.get(name, ()):
-                visit(target, (*path, name))
-            done.add(name)
+    def visit(module: str, path: tuple[str, ...]) -> None:
+        assert module not in path, "circle: " + " > ".join([*path[path.index(module) :], module])
+        if module not in done and MODULES[module].name != "__init__.py":
+            for target in imports_of(module) & MODULES.keys() - {module}:
+                visit(target, (*path, module))
+            done.add(module)
 
-    for name in imports:
-        visit(name, ())
-
-
-def test_every_room_is_in_the_order() -> None:
-    rooms = {file.parent.name for file in ROOT.glob("*/__init__.py")}
-    assert rooms == ROW_OF.keys() - {"cli", "verbs"}
+    for module in MODULES:
+        visit(module, ())
 
 
-# Each takes seconds to import, and a mistake in a recipe is told without them.
-HEAVY = (
-    "accelerate",
-    "transformers.modeling_utils",
-    "transformers.models.auto",
-    "torch.distributed.tensor",
-    "torch._dynamo",
-    "deepspeed",
-    "sympy",
-    "scipy",
-    "torchvision",
-    "datasets",
-    "matplotlib",
-    "tensorboard",
-)
+def test_every_folder_is_in_the_order() -> None:
+    assert {file.parent.name for file in ROOT.glob("*/__init__.py")} == ROW_OF.keys() - {"cli", "verbs"}
 
 
-def test_the_trainer_is_imported_without_what_only_training_needs() -> None:
+@pytest.mark.parametrize("file", BESIDE, ids=lambda file: str(file.relative_to(ROOT.parent)))
+def test_scripts_beside_the_package_import_no_tests(file: Path) -> None:
+    tests = {path.stem for path in (ROOT.parent / "tests").iterdir()}
+    assert not {name.split(".")[0] for name in imports(file)} & (tests - {"flipscale"})
+    mine = file.relative_to(ROOT.parent).parts[0]
+    others = {"examples", "benchmarks", "tests"} - {mine}
+    assert not {name.split(".")[0] for name in imports(file)} & others
+
+
+def test_the_package_imports_nothing_beside_it() -> None:
+    for module in MODULES:
+        assert not {name.split(".")[0] for name in imports_of(module)} & {"examples", "benchmarks", "tests"}, module
+
+
+def test_the_trainer_is_imported_without_heavy_packages() -> None:
     code = f"import sys, flipscale.pretrain\nprint(*[name for name in {HEAVY} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
-
-
-def test_no_module_is_a_drawer() -> None:
-    assert not {file.stem for file in FILES} & {"utils", "common", "helpers", "misc"}
 
 
 def test_help_needs_neither_torch_nor_transformers() -> None:
@@ -131,19 +121,3 @@ def test_help_needs_neither_torch_nor_transformers() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "pretrain" in done.stdout
-
-
-@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
-def test_text_is_utf_8_whatever_the_locale(file: Path) -> None:
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-        if not isinstance(node, ast.Call) or any(word.arg in ("encoding", None) for word in node.keywords):
-            continue
-        name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
-        is_atomic = isinstance(node.func, ast.Attribute) and getattr(node.func.value, "id", "") == "atomic"
-        if name == "open" and isinstance(node.func, ast.Name):
-            mode = [*node.args[1:2], *(word.value for word in node.keywords if word.arg == "mode")]
-            names_none = not mode or (isinstance(mode[0], ast.Constant) and "b" not in str(mode[0].value))
-        else:
-            given = len(node.args) + is_atomic
-            names_none = (name, given) in (("read_text", 0), ("write_text", 1))
-        assert not names_none, f"line {node.lineno}: {name} without an encoding takes the locale's"

@@ -1,144 +1,208 @@
-"""An attack: a bad input or a fault, the command line that meets it, and the end that is wanted."""
+"""An attack: a bad input or a fault, the command that meets it, and the expected end."""
 
 import importlib
 import multiprocessing.connection
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 import huggingface_hub.constants
 import processes
 import psutil
+import pytest
+from accelerate.state import AcceleratorState
 
-# What no command may print, whatever is typed or downloaded.
+from flipscale import cli
+
+# No command may print these, whatever its user types or downloads.
 FORBIDDEN = ("Traceback (most recent call last)", "Segmentation fault", "core dumped")
-_LOOK_SECONDS = 0.05
-# None takes half a minute on a free machine. A command that takes longer is killed, and the attack got through.
-_MOST_SECONDS = 240.0
-_KERNEL_LISTS_CHILDREN = os.path.exists(f"/proc/self/task/{os.getpid()}/children")
+LOOK_SECONDS = 0.05
+HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+# Each attack ends within half a minute on a free machine.
+MOST_SECONDS = 240.0
+# psutil asks every process of the machine for its parent, so the kernel's lists are read if it has them.
+KERNEL_LISTS_CHILDREN = os.path.exists(f"/proc/self/task/{os.getpid()}/children")
+
+Make = Callable[[Path], Sequence[str | Path]]
 
 
 class Ended(NamedTuple):
-    """How the command of an attack ended: the exit code of each process, and what they printed."""
+    """The end of an attack's command: the exit code of each process, and its output."""
 
     codes: tuple[int, ...]
     stdout: str
     stderr: str
-    seconds: float
-    megabytes: float
+
+
+Check = Callable[[Path, Ended], None]
 
 
 @dataclass(frozen=True)
 class Attack:
     """A row of the table.
 
+    A command runs in the process of the tests unless it trains to its end, or needs signals, several ranks or a limit
+    of memory.
+
     Args:
-        name: what is wrong, as the table of the README would say it: "a PNG of 1 x 20,000 pixels".
-        make: writes what the attack needs into the folder that it is given, which is empty and in which the command
-            runs, and returns the arguments after `flipscale`. The file `ground.py` has data, recipes and trained runs.
-        code: the exit code wanted: 0 where the command goes on, 2 for what its user must change, 1 for what the world
-            did.
-        says: each is found in what is printed, on either stream.
-        check: looks at the folder and the end, and asserts.
-        during: called once with the folder and the processes' numbers, as soon as they have started.
-        world: how many processes, as under torchrun.
-        environment: added to theirs.
-        megabytes: its processes may take, beyond what importing the trainer takes; what they share counts once.
+        name: description of the fault: "a PNG of 1 x 20,000 pixels".
+        make: function that writes the bad input into an empty folder, in which the command runs, and returns the
+            arguments after `flipscale`. `ground.py` has data, recipes and trained runs.
+        code: expected exit code: 0 if the command goes on, 2 for a user's mistake, 1 for a fault of the world.
+        says: expected words on stdout or stderr: fields and values, no sentences.
+        check: further assertions on the folder and the end.
+        during: function called once with the folder and the process numbers, as soon as the processes have started.
+        world: number of processes, as under torchrun.
+        environment: additional environment variables.
+        alone: whether the command needs a process of its own in any case.
+        megabytes: largest memory of its own processes beyond that of the imported trainer. Shared memory counts once.
     """
 
     name: str
-    make: Callable[[Path], Sequence[str | Path]]
+    make: Make
     code: int = 0
     says: tuple[str, ...] = ()
-    check: Callable[[Path, Ended], None] | None = None
+    check: Check | None = None
     during: Callable[[Path, list[int]], None] | None = None
     world: int = 1
     environment: dict[str, str] = field(default_factory=dict)
+    alone: bool = False
     megabytes: int = 1000
 
     def __str__(self) -> str:
         return self.name
 
 
-def hold(attack: Attack, tmp_path: Path) -> None:
-    """Run an attack, and assert that it ends as it should."""
-    folder = tmp_path / "here"
-    folder.mkdir()
-    judge(attack, folder, run(attack, folder))
+def refused(name: str, make: Make, *says: str, check: Check | None = None, **more: bool | int | dict) -> Attack:
+    """Return an attack that asks for a change by the user."""
+    return Attack(name, make, 2, says, check, **more)  # type: ignore[arg-type]
 
 
-def run(attack: Attack, folder: Path) -> Ended:
-    """Run the command of an attack in `folder`, which is empty, and return how it ended.
+def survived(name: str, make: Make, *says: str, check: Check | None = None, **more: bool | int | dict) -> Attack:
+    """Return an attack after which the command goes on."""
+    return Attack(name, make, 0, says, check, **more)  # type: ignore[arg-type]
+
+
+def test_of(attacks: list[Attack]) -> Callable[..., None]:
+    """Return the test of a table."""
+
+    @pytest.mark.parametrize("attack", attacks, ids=str)
+    def test_attack(attack: Attack, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        folder = tmp_path / "here"
+        folder.mkdir()
+        judge(attack, folder, run(attack, folder, capsys))
+
+    return test_attack
+
+
+test_of.__test__ = False  # type: ignore[attr-defined]
+
+
+def run(attack: Attack, folder: Path, capsys: pytest.CaptureFixture[str]) -> Ended:
+    """Run an attack's command in `folder`, which is empty."""
+    arguments = [str(argument) for argument in attack.make(folder)]
+    trains = attack.code == 0 and arguments[0] in ("pretrain", "study")
+    if trains or attack.alone or attack.during is not None or attack.world > 1:
+        return run_alone(attack, folder, arguments)
+    return run_here(attack, folder, arguments, capsys)
+
+
+def run_here(attack: Attack, folder: Path, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> Ended:
+    """Run a command in this process and folder, and restore this process's state."""
+    before, handlers, code = os.getcwd(), {number: signal.getsignal(number) for number in HANDLED}, 0
+    capsys.readouterr()
+    with (
+        mock.patch.dict(os.environ, {**processes.QUIET, **attack.environment}),
+        mock.patch.object(huggingface_hub.constants, "HF_HUB_OFFLINE", True),
+        mock.patch.object(sys, "path", [str(folder), *sys.path]),
+    ):
+        os.chdir(folder)
+        try:
+            cli.main(arguments)
+        except SystemExit as ended:
+            code = int(ended.code or 0)
+        finally:
+            os.chdir(before)
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+            AcceleratorState._reset_state(reset_partial_state=True)
+    return Ended((code,), *capsys.readouterr())
+
+
+def run_alone(attack: Attack, folder: Path, arguments: list[str]) -> Ended:
+    """Run a command in processes of its own.
 
     Raises:
-        AssertionError: it took more time or memory than it may.
+        AssertionError: the command takes too much time or memory.
     """
     output = folder.with_name(f"{folder.name}-output")
     output.mkdir()
-    arguments = [str(argument) for argument in attack.make(folder)]
     places = processes.rank_environments(attack.world) if attack.world > 1 else [{}]
     ranks = [
         processes.start(_call, arguments, str(folder), str(output), environment={**place, **attack.environment})
         for place in places
     ]
-    started = time.monotonic()  # the first of all attacks has waited for the server of the processes to import
+    started = time.monotonic()
     try:
         pids = [rank.pid for rank in ranks if rank.pid is not None]
-        before = _megabytes(pids)
+        before = megabytes(pids)
         if attack.during is not None:
             attack.during(folder, pids)
-        most = 0.0
         while any(rank.is_alive() for rank in ranks):
-            multiprocessing.connection.wait([r.sentinel for r in ranks if r.is_alive()], timeout=_LOOK_SECONDS)
-            taken = _megabytes(pids) - before
+            multiprocessing.connection.wait([r.sentinel for r in ranks if r.is_alive()], timeout=LOOK_SECONDS)
+            taken = megabytes(pids) - before
             if taken > attack.megabytes:
-                taken = _megabytes(pids, exactly=True) - before
-            most = max(most, taken)
-            assert most <= attack.megabytes, f"{most:.0f} MB, more than {attack.megabytes}"
-            assert time.monotonic() - started <= _MOST_SECONDS, f"still running after {_MOST_SECONDS} s"
+                taken = megabytes(pids, exactly=True) - before
+            assert taken <= attack.megabytes, f"{taken:.0f} MB, more than {attack.megabytes}"
+            assert time.monotonic() - started <= MOST_SECONDS, f"still running after {MOST_SECONDS} s"
     finally:
         for rank in ranks:
-            if rank.is_alive():
-                _kill_all(rank.pid)
+            if rank.is_alive() and rank.pid is not None:
+                _kill_group(rank.pid)
             rank.join()
     texts = [(output / name).read_text(errors="replace") for name in ("stdout", "stderr")]
-    return Ended(tuple(rank.exitcode for rank in ranks), *texts, time.monotonic() - started, most)
+    return Ended(tuple(rank.exitcode or 0 for rank in ranks), *texts)
 
 
 def judge(attack: Attack, folder: Path, ended: Ended) -> None:
-    """Assert that an attack ended as it should."""
+    """Assert that an attack ended as expected.
+
+    Raises:
+        AssertionError: the exit code, the words or the folder differ.
+    """
     printed = ended.stdout + ended.stderr
-    assert all(code == attack.code for code in ended.codes), f"exit codes {ended.codes}, not {attack.code}: {printed}"
+    assert set(ended.codes) == {attack.code}, f"exit codes {ended.codes}, expected {attack.code}: {printed}"
     for words in FORBIDDEN:
         assert words not in printed, printed
     for words in attack.says:
-        assert words in printed, f"{words!r} was not said: {printed}"
+        assert words in printed, f"{words!r} is missing: {printed}"
     if attack.code:
-        complaints = [line for line in ended.stderr.splitlines() if line.startswith("flipscale: error: ")]
-        assert len(complaints) == 1, printed
+        errors = [line for line in ended.stderr.splitlines() if line.startswith("flipscale: error: ")]
+        assert len(errors) == 1, printed
     if attack.check is not None:
         attack.check(folder, ended)
 
 
 def _call(arguments: list[str], folder: str, output: str) -> None:
     os.chdir(folder)
-    # A group of its own, for those that end it to find all of it.
-    os.setpgid(0, 0)
+    os.setpgid(0, 0)  # for a kill of all its processes
     if "HF_ENDPOINT" in os.environ:
-        importlib.reload(huggingface_hub.constants)  # it was imported in another environment
+        importlib.reload(huggingface_hub.constants)  # because it was imported in another environment
     processes.call_main("flipscale.cli", arguments, output)
 
 
-def _megabytes(pids: Sequence[int], exactly: bool = False) -> float:
-    """Return what these processes and their children have in memory.
+def megabytes(pids: Sequence[int], exactly: bool = False) -> float:
+    """Return the memory of processes and their children.
 
     Args:
-        exactly: what children share with their parents counts once. To tell that takes a hundred times as long.
+        exactly: whether shared memory counts once, which takes a hundred times as long.
     """
     total = 0
     for pid in pids:
@@ -152,25 +216,21 @@ def _megabytes(pids: Sequence[int], exactly: bool = False) -> float:
 
 
 def children(pid: int) -> list[int]:
-    """Return the numbers of the processes that a process has started, and of those that they have.
-
-    The kernel's lists are read where it has them: psutil asks every process of the machine who started it.
-    """
-    found: list[int] = []
-    if not _KERNEL_LISTS_CHILDREN:
+    """Return the numbers of a process's children and of their children."""
+    if not KERNEL_LISTS_CHILDREN:
         with suppress(psutil.Error):
-            found = [child.pid for child in psutil.Process(pid).children(recursive=True)]
-        return found
+            return [child.pid for child in psutil.Process(pid).children(recursive=True)]
+        return []
+    numbers: list[int] = []
     with suppress(OSError):
         for thread in os.listdir(f"/proc/{pid}/task"):
             for child in Path(f"/proc/{pid}/task/{thread}/children").read_text().split():
-                found += [int(child), *children(int(child))]
-    return found
+                numbers += [int(child), *children(int(child))]
+    return numbers
 
 
-def _kill_all(group: int | None) -> None:
+def _kill_group(pid: int) -> None:
     try:
-        os.killpg(group or 0, signal.SIGKILL)
-    except ProcessLookupError:
-        if group is not None:
-            os.kill(group, signal.SIGKILL)
+        os.killpg(pid, signal.SIGKILL)
+    except ProcessLookupError:  # it has no group yet
+        os.kill(pid, signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""What attacks start from: data, recipes, and a run that was trained once and is copied."""
+"""Data, recipes and one trained run, which attacks copy and damage."""
 
 import atexit
 import functools
@@ -13,7 +13,7 @@ from conftest import changed_recipe, tiny_recipe, write_shards, write_tokenizer
 
 
 def _folder() -> Path:
-    """A folder that is there until this process ends."""
+    """Return a folder that is removed at the end of this process."""
     folder = tempfile.TemporaryDirectory(prefix="flipscale-attacks-")
     atexit.register(folder.cleanup)
     return Path(folder.name)
@@ -21,7 +21,7 @@ def _folder() -> Path:
 
 @functools.cache
 def _made() -> Path:
-    """A folder with the data and a tokenizer, made once in this process of the tests."""
+    """Return a folder with the data and a tokenizer, written once in this process."""
     folder = _folder()
     write_shards(folder / "data", [30, 17, 1, 48])
     write_tokenizer(folder / "tokenizer")
@@ -29,20 +29,21 @@ def _made() -> Path:
 
 
 def shards(folder: Path) -> Path:
-    """Four shards of 96 good pairs, `classnames.txt` beside them, copied to `folder/data`."""
+    """Copy four shards of 96 good pairs, with `classnames.txt`, to `folder/data`."""
     return Path(shutil.copytree(_made() / "data", folder / "data"))
 
 
 def tokenizer() -> Path:
-    """The folder of a tokenizer; not to be written to."""
+    """Return the folder of a tokenizer, which is read only."""
     return _made() / "tokenizer"
 
 
 def recipe(folder: Path, **changes: Any) -> Path:
-    """The file of a recipe of ten steps of 16 pairs on `folder/data`, with checkpoints at steps 4, 8 and 10.
+    """Write a recipe of ten steps of 16 pairs on `folder/data`, with checkpoints at steps 4, 8 and 10.
 
     Args:
-        changes: of whole sections' fields: `data={"num_workers": 1}`.
+        folder: folder of the data, the recipe and the run.
+        changes: fields of sections: `data={"num_workers": 1}`.
     """
     stages = [
         {"name": "masked", "samples": 96, "mask_ratio": 0.75, "base_lr": 0.012, "warmup_samples": 16},
@@ -57,13 +58,13 @@ def recipe(folder: Path, **changes: Any) -> Path:
 
 
 def pretrain(folder: Path, **changes: Any) -> list[str]:
-    """The command that trains `recipe(folder, **changes)`."""
+    """Return the command that trains `recipe(folder, **changes)`."""
     return ["pretrain", "--config", str(recipe(folder, **changes))]
 
 
 @functools.cache
 def _trained() -> Path:
-    """A folder with the data and a finished run, trained once in this process of the tests."""
+    """Return a folder with the data and a finished run, trained once in this process."""
     folder = _folder()
     shards(folder)
     ended = processes.run("flipscale.cli", pretrain(folder))
@@ -72,10 +73,11 @@ def _trained() -> Path:
 
 
 def run_of(folder: Path, up_to: int | None = None) -> Path:
-    """A copy of a trained run with its data, as `folder/run` and `folder/data`; its command is `pretrain(folder)`.
+    """Copy a trained run with its data to `folder/run` and `folder/data`; its command is `pretrain(folder)`.
 
     Args:
-        up_to: the run was stopped after the checkpoint of this step, 4 or 8; None if it is done.
+        folder: folder of the copies.
+        up_to: last step, 4 or 8, of a stopped run; None for the finished run.
     """
     shutil.copytree(_trained() / "data", folder / "data", copy_function=shutil.copy2)
     run = Path(shutil.copytree(_trained() / "run", folder / "run"))
@@ -89,10 +91,10 @@ def run_of(folder: Path, up_to: int | None = None) -> Path:
 
 
 def trained_model() -> Path:
-    """The folder of the trained model; not to be written to."""
+    """Return the folder of the trained model, which is read only."""
     return _trained() / "run/model"
 
 
 def model(folder: Path) -> Path:
-    """A copy of the trained model, as `folder/model`."""
+    """Copy the trained model to `folder/model`."""
     return Path(shutil.copytree(trained_model(), folder / "model"))

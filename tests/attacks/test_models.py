@@ -1,4 +1,4 @@
-"""Attacks by a model: its configuration, weights, tokenizer, and what stands beside them."""
+"""Attacks by a model folder: its configuration, weights, tokenizer, and the files beside them."""
 
 import json
 import os
@@ -8,21 +8,19 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from attacks import ground
-from attacks.attack import Attack, Ended, hold
+from attacks.attack import Ended, Make, refused, survived, test_of
 from safetensors.torch import load_file, save_file
 
 WEIGHT = "vision_model.encoder.layers.0.mlp.fc1.weight"
 TEMPLATES = "zeroshot_classification_templates.txt"
 EVALUATE = ("evaluate", "model", "--zero_shot", "data", "--num_workers", "0")
 DEEP = b"[" * 100_000 + b"]" * 100_000
-Make = Callable[[Path], Sequence[str | Path]]
 
 
 def evaluated(damage: Callable[[Path], Any], arguments: Sequence[str] = EVALUATE) -> Make:
-    """Evaluate a trained model after `damage` was done to its folder."""
+    """Evaluate a trained model after `damage` to its folder."""
 
     def make(folder: Path) -> Sequence[str]:
         ground.shards(folder)
@@ -33,7 +31,7 @@ def evaluated(damage: Callable[[Path], Any], arguments: Sequence[str] = EVALUATE
 
 
 def started_from(damage: Callable[[Path], Any]) -> Make:
-    """Train from a model after `damage` was done to its folder."""
+    """Train from a model after `damage` to its folder."""
 
     def make(folder: Path) -> Sequence[str]:
         ground.shards(folder)
@@ -48,7 +46,7 @@ def text(name: str, content: str | bytes) -> Callable[[Path], Any]:
 
 
 def config(**changes: Any) -> Callable[[Path], Any]:
-    """Changes fields of config.json; `TOWER__FIELD` is a field of a tower."""
+    """Change fields of config.json; TOWER__FIELD names a field of a tower."""
 
     def change(model: Path) -> None:
         content = json.loads((model / "config.json").read_text())
@@ -83,13 +81,13 @@ def weight(change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Path], A
 
 
 def header(content: Any, data: bytes = b"\0" * 64) -> Callable[[Path], Any]:
-    """Weights whose header is this."""
+    """Weights with this header."""
     stored = content if isinstance(content, bytes) else json.dumps(content).encode()
     return text("model.safetensors", struct.pack("<Q", len(stored)) + stored + data)
 
 
 def index(content: Any) -> Callable[[Path], Any]:
-    """An index in place of the one file of weights, which is beside the folder."""
+    """An index in place of the file of weights, which moves out of the folder."""
 
     def write(model: Path) -> None:
         (model / "model.safetensors").rename(model.parent / "outside.safetensors")
@@ -101,7 +99,7 @@ def index(content: Any) -> Callable[[Path], Any]:
 
 
 def outside(name: str) -> Callable[[Path], Any]:
-    """Moves a file out of the folder and leaves a link to it."""
+    """Move a file out of the folder and leave a link."""
 
     def link(model: Path) -> None:
         (model / name).rename(model.parent / name)
@@ -119,7 +117,7 @@ def fifo(name: str) -> Callable[[Path], Any]:
 
 
 def code(model: Path) -> None:
-    """Code that configuration and tokenizer ask for; it leaves a file."""
+    """Code that configuration and tokenizer name, and that leaves a file."""
     config(model_type="mine", auto_map={"AutoConfig": "mine.Mine", "AutoModel": "mine.Mine"})(model)
     tokenizer(lambda c: c.update(tokenizer_class="Mine", auto_map={"AutoTokenizer": ["mine.Mine", None]}))(model)
     (model / "mine.py").write_text(f"open({str(model.parent / 'ran')!r}, 'w')\nclass Mine: pass\n")
@@ -130,59 +128,54 @@ def pickle(model: Path) -> None:
     torch.save({"a": 1}, model / "pytorch_model.bin")
 
 
-def ran_nothing(folder: Path, ended: Ended) -> None:
-    assert not (folder / "ran").exists()
-
-
 REFUSED = {
-    "a width of 0": (config(vision_config__hidden_size=0), "hidden_size is 0; it must be at least 1"),
-    "a width in quotes": (config(text_config__hidden_size="32"), "'hidden_size' expected int, got str"),
-    "a width of null": (config(vision_config__hidden_size=None), "'hidden_size' expected int, got NoneType"),
-    "no heads": (config(vision_config__num_attention_heads=0), "num_attention_heads is 0; it must be at least 1"),
-    "heads that do not divide": (config(text_config__num_attention_heads=3), "not divisible by num_attention_heads 3"),
-    "patches of 0 pixels": (config(vision_config__patch_size=0), "patch_size is 0; it must be at least 1"),
+    "a width of 0": (config(vision_config__hidden_size=0), "hidden_size is 0"),
+    "a width in quotes": (config(text_config__hidden_size="32"), "'hidden_size'", "str"),
+    "a width of null": (config(vision_config__hidden_size=None), "'hidden_size'", "NoneType"),
+    "no heads": (config(vision_config__num_attention_heads=0), "num_attention_heads is 0"),
+    "heads that do not divide": (config(text_config__num_attention_heads=3), "num_attention_heads 3"),
+    "patches of 0 pixels": (config(vision_config__patch_size=0), "patch_size is 0"),
     "images of 800 million pixels": (config(vision_config__image_size=8 * 10**8), "image_size is 800000000"),
     "a million layers": (config(vision_config__num_hidden_layers=10**6), "num_hidden_layers is 1000000"),
     "a vocabulary of ten billion": (config(text_config__vocab_size=10**10), "vocab_size is 10000000000"),
     "an epsilon of NaN": (config(vision_config__layer_norm_eps=float("nan")), "layer_norm_eps is nan"),
-    "a mean of two channels": (config(vision_config__image_mean=[0.5, 0.5]), "one for each of 3 channels"),
-    "a deviation of 0": (config(vision_config__image_std=0.0), "image_std is 0.0; it must be one number"),
+    "a mean of two channels": (config(vision_config__image_mean=[0.5, 0.5]), "image_mean", "3"),
+    "a deviation of 0": (config(vision_config__image_std=0.0), "image_std is 0.0"),
     "padding outside of the vocabulary": (config(text_config__pad_token_id=99), "pad_token_id is 99"),
-    "a tower that is a list": (config(vision_config=[1]), "is [1]; it must be an object with its fields"),
-    "a configuration that is a list": (text("config.json", "[]"), "config.json is damaged: it is no JSON object"),
-    "a configuration nested 100,000 deep": (text("config.json", DEEP), "config.json is damaged: it is nested too deep"),
-    "a field twice": (text("config.json", '{"model_type": "flip", "model_type": "x"}'), "it has 'model_type' twice"),
-    "a layer too few": (config(text_config__num_hidden_layers=1), "unexpected keys, such as text_model.enc"),
-    "NaN weights": (weight(lambda w: w * float("nan")), f"weight {WEIGHT} has numbers that are NaN or infinite"),
-    "one infinite weight": (weight(lambda w: w.index_fill(0, torch.tensor(3), float("inf"))), "NaN or infinite"),
-    "weights that overflow": (weight(lambda w: w * 1e38), "embeds an image as numbers that are NaN or infinite"),
-    "integer weights": (weight(lambda w: w.to(torch.int32)), f"weight {WEIGHT} is of type int32; it must be a float"),
-    "a transposed weight": (weight(lambda w: w.t()), f"such as {WEIGHT} of shape [32, 64], not [64, 32]"),
-    "a weight missing": (weights(lambda stored: stored.pop(WEIGHT)), f"1 missing keys, such as {WEIGHT}"),
-    "a header that is a list": (header([]), "header cannot be read"),
-    "a header of 40 MB": (header(b" " * (40 << 20)), "header cannot be read"),
+    "a tower that is a list": (config(vision_config=[1]), "vision_config", "[1]"),
+    "a configuration that is a list": (text("config.json", "[]"), "config.json"),
+    "a configuration nested 100,000 deep": (text("config.json", DEEP), "config.json"),
+    "a field twice": (text("config.json", '{"model_type": "flip", "model_type": "x"}'), "'model_type'"),
+    "a layer too few": (config(text_config__num_hidden_layers=1), "unexpected keys", "text_model.enc"),
+    "NaN weights": (weight(lambda w: w * float("nan")), WEIGHT, "NaN"),
+    "one infinite weight": (weight(lambda w: w.index_fill(0, torch.tensor(3), float("inf"))), WEIGHT, "infinite"),
+    "weights that overflow": (weight(lambda w: w * 1e38), "image", "NaN"),
+    "integer weights": (weight(lambda w: w.to(torch.int32)), WEIGHT, "int32"),
+    "a transposed weight": (weight(lambda w: w.t()), WEIGHT, "[32, 64]", "[64, 32]"),
+    "a weight missing": (weights(lambda stored: stored.pop(WEIGHT)), "missing keys", WEIGHT),
+    "a header that is a list": (header([]), "header"),
+    "a header of 40 MB": (header(b" " * (40 << 20)), "header"),
     "a header with negative places": (
-        header({"a": {"dtype": "F32", "shape": [16], "data_offsets": [-64, 64]}}), "header cannot be read"
+        header({"a": {"dtype": "F32", "shape": [16], "data_offsets": [-64, 64]}}), "header"
     ),
     "a header of 2 ** 62 numbers": (
-        header({"a": {"dtype": "F32", "shape": [2**62], "data_offsets": [0, 64]}}), "header cannot be read"
+        header({"a": {"dtype": "F32", "shape": [2**62], "data_offsets": [0, 64]}}), "header"
     ),
     "an index that leads out": (
-        index({"metadata": {}, "weight_map": {WEIGHT: "../outside.safetensors"}}), "which is no safetensors file of the"
+        index({"metadata": {}, "weight_map": {WEIGHT: "../outside.safetensors"}}), "../outside.safetensors"
     ),
-    "an index that is a list": (index([]), "model.safetensors.index.json is damaged: it is no JSON object"),
-    "an index without a map": (index({}), "model.safetensors.index.json is damaged: it has no weight_map"),
-    "an index nested 100,000 deep": (index(DEEP), "index.json is damaged: it is nested too deep"),
-    "weights that are a link": (outside("model.safetensors"), "outside of the folder; put the file itself there"),
-    "a tokenizer that is a link": (outside("tokenizer.json"), "outside of the folder; put the file itself there"),
-    "a tokenizer that is a pipe": (fifo("tokenizer.json"), "tokenizer.json is no file"),
-    "a tokenizer nested 100,000 deep": (text("tokenizer.json", DEEP), "tokenizer.json is damaged: it is nested too"),
-    "a tokenizer's settings as a list": (text("tokenizer_config.json", "[]"), "it is no JSON object but []"),
+    "an index that is a list": (index([]), "model.safetensors.index.json"),
+    "an index without a map": (index({}), "model.safetensors.index.json", "weight_map"),
+    "an index nested 100,000 deep": (index(DEEP), "model.safetensors.index.json"),
+    "weights that are a link": (outside("model.safetensors"), "model.safetensors", "outside"),
+    "a tokenizer that is a link": (outside("tokenizer.json"), "tokenizer.json", "outside"),
+    "a tokenizer that is a pipe": (fifo("tokenizer.json"), "tokenizer.json"),
+    "a tokenizer nested 100,000 deep": (text("tokenizer.json", DEEP), "tokenizer.json"),
+    "a tokenizer's settings as a list": (text("tokenizer_config.json", "[]"), "tokenizer_config.json", "[]"),
     "a tokenizer of another vocabulary": (
-        tokenizer(lambda c: c["model"]["vocab"].update(red=999), "tokenizer.json"),
-        "the tokenizer has 1000 entries, the model's vocab_size is 16",
+        tokenizer(lambda c: c["model"]["vocab"].update(red=999), "tokenizer.json"), "1000", "vocab_size", "16",
     ),
-    "a tokenizer without padding": (tokenizer(lambda c: c.pop("pad_token")), "the tokenizer pads with id None"),
+    "a tokenizer without padding": (tokenizer(lambda c: c.pop("pad_token")), "tokenizer", "None"),
     "a tokenizer of other inputs": (tokenizer(lambda c: c.update(model_input_names=["x"])), "cannot embed"),
     "an expression that cannot be": (
         tokenizer(
@@ -191,15 +184,15 @@ REFUSED = {
             ),
             "tokenizer.json",
         ),
-        "has no tokenizer that can be read",
+        "tokenizer",
     ),
-    "weights as a pickle": (pickle, "has its weights as a pickle (pytorch_model.bin)"),
+    "weights as a pickle": (pickle, "pytorch_model.bin"),
 }  # fmt: skip
 
 
-def beside(name: str, content: str | bytes) -> Callable[[Path], Any]:
-    """Writes a text of the test set."""
-    return lambda model: text(f"../data/{name}", content)(model)
+def beside(name: str, content: str | bytes) -> Make:
+    """Write a text of the test set."""
+    return evaluated(lambda model: text(f"../data/{name}", content)(model))
 
 
 def task(content: str) -> Make:
@@ -215,6 +208,11 @@ def pushed(damage: Callable[[Path], Any]) -> Make:
     return evaluated(damage, ("push", "model", "org/name", "--dry_run"))
 
 
+def others(damage: Callable[[Path], Any]) -> Make:
+    """Evaluate the folder as somebody else's model, by transformers."""
+    return evaluated(damage, ("evaluate", "hf:model", *EVALUATE[2:]))
+
+
 def secrets(model: Path) -> None:
     for name in (".env", "id_rsa", "README.md~", "notes.txt", "train.py", "checkpoint.pt"):
         (model / name).write_text("a secret")
@@ -225,22 +223,29 @@ def secrets(model: Path) -> None:
 
 
 def names_no_secret(folder: Path, ended: Ended) -> None:
-    listed, told = ended.stdout.split("left out")
+    listed, left_out = ended.stdout.split("left out")
     assert "model.safetensors" in listed
     assert not any(word in listed for word in (".env", "id_rsa", "README.md~", "notes", "train", ".pt", ".git", "pass"))
-    assert ".env, .git, README.md~, checkpoint.pt" in told
+    assert all(word in left_out for word in (".env", ".git", "README.md~", "checkpoint.pt"))
 
 
-def other_is_evaluated(folder: Path, ended: Ended) -> None:
+def evaluates_other(folder: Path, ended: Ended) -> None:
     assert (folder / "other/results.jsonl").exists()
     assert not (folder / "model/results.jsonl").exists()
 
 
-def wrote_nothing_outside(folder: Path, ended: Ended) -> None:
+def runs_nothing(folder: Path, ended: Ended) -> None:
+    assert not (folder / "ran").exists()
+
+
+def writes_nothing_outside(folder: Path, ended: Ended) -> None:
     assert not (folder / "elsewhere").exists()
 
 
-HF = ("evaluate", "hf:model", *EVALUATE[2:])
+def results_link(model: Path) -> None:
+    (model / "results.jsonl").symlink_to("../elsewhere")
+
+
 LINE = {"group": "g", "lines": 1, "weights": "w", "task": "t", "kind": "k", "metric": "m", "value": 1.0, "data": {}}
 RESULTS = {
     "results of another program": '{"a": 1}\n',
@@ -248,88 +253,50 @@ RESULTS = {
     "results whose group is a list": json.dumps({**LINE, "group": [1]}) + "\n",
     "results whose value is a text": json.dumps({**LINE, "value": "high"}) + "\n",
 }
+NAN = weight(lambda w: w * float("nan"))
+CODE_TASK = "!!python/object/apply:os.mkdir [ran]"
+KERNEL = config(attn_implementation="their/kernel")
+LEADS_OUT = index({"weight_map": {WEIGHT: "../outside.safetensors"}})
+BAD_HEADER = "---\n: : [\n---\n\n## Results\n\nflipscale"
 ATTACKS = [
     *(
-        Attack(name, evaluated(text("results.jsonl", content)), 2, ("is not a line of `flipscale evaluate`",))
+        refused(name, evaluated(text("results.jsonl", content)), "results.jsonl", "flipscale evaluate")
         for name, content in RESULTS.items()
     ),
-    Attack("results that are a pipe", evaluated(fifo("results.jsonl")), 2, ("results.jsonl is no file",)),
-    Attack(
-        "results that are a link",
-        evaluated(lambda model: (model / "results.jsonl").symlink_to("../elsewhere")),
-        *(2, ("results.jsonl is no file",), wrote_nothing_outside),
+    refused("results that are a pipe", evaluated(fifo("results.jsonl")), "results.jsonl"),
+    refused("results that are a link", evaluated(results_link), "results.jsonl", check=writes_nothing_outside),
+    refused("prompts without the name", beside(TEMPLATES, "a {c}\na photo\n"), "'a photo'"),
+    refused("a million prompts", beside(TEMPLATES, "a {c}\n" * 10**6), "1,000,000"),
+    refused("prompts of 30 MB", beside(TEMPLATES, "a {c}\n" * 5_000_000), "30,000,000", alone=True),
+    refused("a class name of a megabyte", beside("classnames.txt", "x" * 10**6), "1,000,000"),
+    refused("class names that are a pipe", evaluated(fifo("../data/classnames.txt")), "classnames.txt"),
+    survived("one name for all classes", beside("classnames.txt", "a\n" * 16), "more than once"),
+    refused("a task of no kind", task("{kind: [zero_shot], data: data}"), "kind", "['zero_shot']"),
+    refused("a task nested 20,000 deep", task("[" * 20_000), "--task"),
+    refused("a task that is code", task(CODE_TASK), "--task", check=runs_nothing),
+    refused(
+        "one of two models is no model", evaluated(two_models, ("evaluate", "model", "other", *EVALUATE[2:])),
+        "1 of 2 models", "config.json", check=evaluates_other,
     ),
-    Attack(
-        "prompts without the name", evaluated(beside(TEMPLATES, "a {c}\na photo\n")), 2, ("'a photo'; each prompt",)
+    survived("a card that is no text", evaluated(text("README.md", b"\xff\xfe")), "README.md"),
+    survived("a card whose header is none", evaluated(text("README.md", BAD_HEADER)), "README.md"),
+    refused("an adapter of another's model", others(text("adapter_config.json", "{}")), "adapter"),
+    refused("another's model that brings code", others(code), "custom code", check=runs_nothing),
+    refused("another's model whose index leads out", others(index({"weight_map": {"a": "/etc/passwd"}})), "/passwd'"),
+    refused("another's model with a kernel", others(KERNEL), "config.json", "attn_implementation"),
+    refused("another's model with NaN", others(NAN), "NaN"),
+    survived("secrets in a folder to push", pushed(secrets), check=names_no_secret),
+    refused("a link in place of the card to push", pushed(outside("README.md")), "README.md"),
+    refused("NaN weights to push", pushed(NAN), WEIGHT),
+    refused("half a model to push", pushed(index({"weight_map": {"a": "b.safetensors"}})), "b.safetensors"),
+    *(refused(name, evaluated(damage), *says) for name, (damage, *says) in REFUSED.items()),
+    refused("a model that brings its code", evaluated(code), "'mine'", check=runs_nothing),
+    survived("a model of ten billion labels", evaluated(config(num_labels=10**10)), "written"),
+    survived("a model that names a kernel", evaluated(KERNEL), "written"),
+    refused("NaN weights to start from", started_from(NAN), "model.init_from", "NaN"),
+    refused(
+        "weights to start from that are elsewhere", started_from(LEADS_OUT), "model.init_from", "../outside.safetensors"
     ),
-    Attack("a million prompts", evaluated(beside(TEMPLATES, "a {c}\n" * 10**6)), 2, ("1,000,000 prompts for each of",)),
-    Attack("prompts of 30 MB", evaluated(beside(TEMPLATES, "a {c}\n" * 5_000_000)), 2, ("has 30,000,000 bytes",)),
-    Attack(
-        "a class name of a megabyte", evaluated(beside("classnames.txt", "x" * 10**6)), 2, ("1,000,000 characters",)
-    ),
-    Attack("class names that are a pipe", evaluated(fifo("../data/classnames.txt")), 2, ("classnames.txt is no file",)),
-    Attack(
-        "one name for all classes", evaluated(beside("classnames.txt", "a\n" * 16)), 0, ("more than once, such as",)
-    ),
-    Attack(
-        "a task of no kind", task("{kind: [zero_shot], data: data}"), 2, ("kind is ['zero_shot']; it must be a text",)
-    ),
-    Attack("a task nested 20,000 deep", task("[" * 20_000), 2, ("--task",)),
-    Attack("a task that is code", task("!!python/object/apply:os.mkdir [ran]"), 2, ("--task",), ran_nothing),
-    Attack(
-        "one of two models is no model",
-        evaluated(two_models, ("evaluate", "model", "other", *EVALUATE[2:])),
-        2,
-        ("1 of 2 models were not evaluated", "config.json is damaged"),
-        other_is_evaluated,
-    ),
-    Attack("a card that is no text", evaluated(text("README.md", b"\xff\xfe")), 0, ("README.md stays as it is",)),
-    Attack(
-        "a card whose header is none",
-        evaluated(text("README.md", "---\n: : [\n---\n\n## Results\n\nflipscale")),
-        0,
-        ("README.md stays as it is",),
-    ),
-    Attack("an adapter of another's model", evaluated(text("adapter_config.json", "{}"), HF), 2, ("it is an adapter",)),
-    Attack("another's model that brings code", evaluated(code, HF), 2, ("contains custom code",), ran_nothing),
-    Attack(
-        "another's model whose index leads out",
-        evaluated(index({"weight_map": {"a": "/etc/passwd"}}), HF),
-        2,
-        ("'/etc/passwd', which is no file of the folder",),
-    ),
-    Attack(
-        "another's model with a kernel",
-        evaluated(config(attn_implementation="their/kernel"), HF),
-        2,
-        ("config.json sets attn_implementation",),
-    ),
-    Attack("another's model with NaN", evaluated(weight(lambda w: w * float("nan")), HF), 2, ("NaN or infinite",)),
-    Attack(
-        "secrets in a folder to push",
-        pushed(secrets),
-        0,
-        ("left out, since flipscale did not write it",),
-        names_no_secret,
-    ),
-    Attack("a link in place of the card to push", pushed(outside("README.md")), 2, ("README.md is ", "no file of the")),
-    Attack("NaN weights to push", pushed(weight(lambda w: w * float("nan"))), 2, (f"weight {WEIGHT} has numbers",)),
-    Attack("half a model to push", pushed(index({"weight_map": {"a": "b.safetensors"}})), 2, ("b.safetensors, which",)),
-    *(Attack(name, evaluated(damage), 2, (says,)) for name, (damage, says) in REFUSED.items()),
-    Attack("a model that brings its code", evaluated(code), 2, ("model_type 'mine'",), ran_nothing),
-    Attack("a model of ten billion labels", evaluated(config(num_labels=10**10)), says=("written: model",)),
-    Attack("a model that names a kernel", evaluated(config(attn_implementation="their/kernel")), says=("written",)),
-    Attack(
-        "NaN weights to start from", started_from(weight(lambda w: w * float("nan"))), 2, ("model.init_from", "NaN")
-    ),
-    Attack(
-        "weights to start from that are elsewhere",
-        started_from(index({"weight_map": {WEIGHT: "../outside.safetensors"}})),
-        *(2, ("model.init_from", "'../outside.safetensors', which is no safetensors file of the folder")),
-    ),
-]
+]  # fmt: skip
 
-
-@pytest.mark.parametrize("attack", ATTACKS, ids=str)
-def test_attack(attack: Attack, tmp_path: Path) -> None:
-    hold(attack, tmp_path)
+test_attack = test_of(ATTACKS)

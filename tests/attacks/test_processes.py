@@ -1,160 +1,163 @@
-"""Attacks by how a command is started: its arguments, its environment, its launch files, and what is around it."""
+"""Attacks by the start of a command: its arguments, environment, launch files and folder."""
 
-import functools
 import json
 import os
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-import pytest
 from attacks import ground
-from attacks.attack import Attack, Ended, hold
+from attacks.attack import Attack, Ended, refused, survived, test_of
 
 import flipscale
 
-_DEEPSPEED = "distributed_type: DEEPSPEED\ndeepspeed_config:\n  deepspeed_config_file: zero.json\n"
+DEEPSPEED = "distributed_type: DEEPSPEED\ndeepspeed_config:\n  deepspeed_config_file: zero.json\n"
+FSDP = "distributed_type: FSDP\n"
+GPUS = "distributed_type: MULTI_GPU\n"
+ALONE = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
 
 
-def _planned(folder: Path, launch_file: bytes | None) -> list[str]:
-    """Plan the recipe of the attacks with a launch file; None for one that is not there."""
-    file = folder / "launch.yaml"
+def typed(name: str, *arguments: str, says: str) -> Attack:
+    return refused(name, lambda folder: arguments, says)
+
+
+def planned(folder: Path, launch_file: str | bytes | None) -> list[str]:
+    """Plan a recipe with a launch file; None for a missing file."""
     if launch_file is not None:
-        file.write_bytes(launch_file)
-    return ["pretrain", "--config", "small_cpu", "--dry_run", "--launch_file", str(file)]
+        (folder / "launch.yaml").write_bytes(launch_file if isinstance(launch_file, bytes) else launch_file.encode())
+    return ["pretrain", "--config", "small_cpu", "--dry_run", "--launch_file", str(folder / "launch.yaml")]
 
 
-def _piped(folder: Path) -> list[str]:
-    arguments = _planned(folder, None)
-    os.mkfifo(folder / "launch.yaml")
-    return arguments
+def launch(name: str, content: str | bytes | None, *says: str) -> Attack:
+    return refused(f"a launch file {name}", lambda folder: planned(folder, content), "launch.yaml", *says)
 
 
-def _launch(name: str, text: str | bytes | None, *says: str) -> Attack:
-    content = text.encode() if isinstance(text, str) else text
-    return Attack(f"a launch file {name}", functools.partial(_planned, launch_file=content), 2, ("launch.yaml", *says))
+def deepspeed(name: str, settings: Any, *says: str) -> Attack:
+    def make(folder: Path) -> list[str]:
+        (folder / "zero.json").write_text(settings if isinstance(settings, str) else json.dumps(settings))
+        return planned(folder, DEEPSPEED)
+
+    return refused(f"a DeepSpeed file {name}", make, "zero.json", *says)
 
 
-def _deepspeed(name: str, text: str, *says: str) -> Attack:
-    def make(folder: Path) -> Sequence[str]:
-        (folder / "zero.json").write_text(text)
-        return _planned(folder, _DEEPSPEED.encode())
-
-    return Attack(f"a DeepSpeed file {name}", make, 2, ("zero.json", *says))
-
-
-def _typed(name: str, *arguments: str, code: int = 2, says: tuple[str, ...] = ()) -> Attack:
-    return Attack(name, lambda folder: arguments, code, says)
-
-
-def _trained(name: str, code: int = 0, says: tuple[str, ...] = (), **environment: str) -> Attack:
-    check = _is_done if code == 0 else None
-    return Attack(name, _pretrain, code, says, check, environment=environment)
-
-
-def _pretrain(folder: Path) -> list[str]:
+def trained(folder: Path) -> list[str]:
     ground.shards(folder)
     return ground.pretrain(folder)
 
 
-def _is_done(folder: Path, ended: Ended) -> None:
+def started(name: str, says: str, **environment: str) -> Attack:
+    """A run in an environment in which it cannot start."""
+    return refused(name, trained, says, environment=environment, alone="WORLD_SIZE" in environment)
+
+
+def odd(name: str, **environment: str) -> Attack:
+    """A run in an environment that is odd and harmless."""
+    return survived(name, trained, check=is_done, environment=environment)
+
+
+def is_done(folder: Path, ended: Ended) -> None:
     assert (folder / "run/DONE").exists(), ended
 
 
-def _status_of_a_folder(folder: Path) -> list[str]:
+def status_of_a_folder(folder: Path) -> list[str]:
     (folder / "run/recipe.yaml").mkdir(parents=True)
     return ["status", "run"]
 
 
-def _sheet_to_a_pipe(folder: Path) -> list[str]:
+def sheet_to_a_pipe(folder: Path) -> list[str]:
     ground.shards(folder)
     os.mkfifo(folder / "sheet.png")
     return ["prepare", "inspect", "data", "--sheet", "sheet.png"]
 
 
-def _foreign_names(folder: Path) -> list[str]:
+def foreign_names(folder: Path) -> list[str]:
     data = ground.shards(folder)
     for number, shard in enumerate(sorted(data.glob("*.tar"))):
         shard.rename(data / f"ünï-{number}-数据.tar")
     return [*ground.pretrain(folder), "--output_dir", str(folder / "run")]
 
 
-def _file_where_files_go(folder: Path) -> list[str]:
+def piped(folder: Path) -> list[str]:
+    os.mkfifo(folder / "launch.yaml")
+    return planned(folder, None)
+
+
+def into_a_file(folder: Path) -> list[str]:
     (folder / "there").write_text("mine")
     return ["launch_files", "there"]
 
 
-def _link_to_nothing(folder: Path) -> list[str]:
+def into_a_link(folder: Path) -> list[str]:
     (folder / "there").symlink_to("nowhere")
     return ["launch_files", "there"]
 
 
-def _pipe(folder: Path) -> list[str]:
+def over_a_pipe(folder: Path) -> list[str]:
     (folder / "slurm").mkdir()
     os.mkfifo(folder / "slurm/run.bash")
     return ["launch_files", "."]
 
 
-def _edited(folder: Path) -> list[str]:
+def over_edited(folder: Path) -> list[str]:
     shutil.copytree(Path(flipscale.__file__).parents[1] / "slurm", folder / "slurm")
     (folder / "slurm/run.bash").write_text("mine")
     return ["launch_files", "."]
 
 
-def _is_mine(folder: Path, ended: Ended) -> None:
+def is_kept(folder: Path, ended: Ended) -> None:
     assert (folder / "slurm/run.bash").read_text() == "mine"
     assert not (folder / "ds_configs").exists()
 
 
-_ALONE = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+def stage(value: Any) -> dict:
+    return {"zero_optimization": value}
+
+
 ATTACKS = [
-    _typed("no verb", says=("the following arguments are required: VERB",)),
-    _typed("a verb that is none", "trian", says=("invalid choice: 'trian'",)),
-    _typed("a verb of a megabyte", "x" * 100_000, says=(" ... ",)),
-    _typed("a verb of control characters", "\x1b[2J\x07", says=("\\x1b[2J",)),
-    _typed("a flag that is none", "status", "run", "--fast", says=("unrecognized arguments: --fast",)),
-    _typed("a flag without its value", "evaluate", "model", "--batch_size", says=("expected one argument",)),
-    _typed("a run of no name", "status", "", says=("is not a run directory",)),
-    _typed("a run whose name has lines", "status", "a\nb", says=("a b is not a run directory",)),
-    _typed("a run whose name is no text", "status", "\udcff", says=("\\udcff is not a run directory",)),
-    Attack("a recipe copy that is a folder", _status_of_a_folder, 2, ("is not the recipe that the run began with",)),
-    Attack("a contact sheet to a pipe", _sheet_to_a_pipe, 2, ("sheet.png is no plain file; move it away",)),
-    _launch("that is not there", None, "cannot be read"),
-    _launch("that is empty", "", "cannot be read"),
-    Attack("a launch file that is a pipe", _piped, 2, ("launch.yaml", "is no plain file")),
-    _launch("that is a list", "- 1\n- 2\n", "cannot be read"),
-    _launch("of bytes that are no text", b"\xff\xfe\x00distributed_type", "cannot be read"),
-    _launch("that runs code", "distributed_type: !!python/object/apply:os.system ['touch ran']\n", "has the tag"),
-    _launch("nested 10,000 deep", "distributed_type: " + "[" * 10_000, "maximum nesting depth"),
-    _launch("of no machine", "distributed_type: MULTI_GPU\nnum_machines: 0\n", "num_machines is '0'"),
-    _launch("of less than no process", "distributed_type: MULTI_GPU\nnum_processes: -8\n", "num_processes is '-8'"),
-    _launch("of two and a half processes", "distributed_type: MULTI_GPU\nnum_processes: 2.5\n", "is '2.5'"),
-    _launch("of a date that is none", "distributed_type: 2020-99-99\n", "cannot be read"),
-    _launch("whose FSDP is a word", "distributed_type: FSDP\nfsdp_config: fast\n", "fsdp_config is 'fast'"),
-    _launch("whose DeepSpeed is a list", "distributed_type: DEEPSPEED\ndeepspeed_config: [1]\n", "is '[1]'"),
-    _launch("whose parallelism is a number", "distributed_type: FSDP\nparallelism_config: 5\n", "is '5'"),
-    _deepspeed("that is a list", "[1, 2]", "write settings in braces"),
-    _deepspeed("nested 100,000 deep", "[" * 100_000, "cannot be read"),
-    _deepspeed("whose stage is true", json.dumps({"zero_optimization": {"stage": True}}), "stage is True"),
-    _deepspeed("whose settings of ZeRO are a number", json.dumps({"zero_optimization": 5}), "stage is 5"),
-    _trained("a rank that is a word", 2, ("RANK='first'",), RANK="first"),
-    _trained("a world that is a word", 2, ("WORLD_SIZE='many'",), WORLD_SIZE="many"),
-    _trained("a number of processes that is a word", 2, ("FLIPSCALE_NUM_PROCESSES='x'",), FLIPSCALE_NUM_PROCESSES="x"),
-    _trained("a switch of accelerate's that is a word", 2, ("unset its ACCELERATE_",), ACCELERATE_USE_CPU="perhaps"),
-    _trained("a port that is a word", 2, ("is not one that a launcher sets",), **_ALONE, MASTER_PORT="x"),
-    _trained("a count of Slurm's that is a word", SLURM_JOB_ID="\x1b[31m", SLURM_RESTART_COUNT="x"),
-    _trained("a stop file whose name is too long", FLIPSCALE_STOP_FILE="x" * 5_000),
-    _trained("a terminal of one column", COLUMNS="1", TERM="dumb"),
-    _trained("no folder of temporary files", TMPDIR="/nowhere", TEMP="/nowhere"),
-    _trained("no home", HOME="/nowhere"),
-    Attack("shards whose names are not ASCII", _foreign_names, check=_is_done),
-    Attack("launch files into a file", _file_where_files_go, 2, ("there is a file: name another folder",)),
-    Attack("launch files into a link to nothing", _link_to_nothing, 2, ("is a link to nowhere, which is not there",)),
-    Attack("launch files over a pipe", _pipe, 2, ("run.bash exists and differs",)),
-    Attack("launch files over one that was edited", _edited, 2, ("run.bash exists and differs",), _is_mine),
+    typed("no verb", says="VERB"),
+    typed("a verb that is none", "trian", says="'trian'"),
+    typed("a verb of a megabyte", "x" * 100_000, says=" ... "),
+    typed("a verb of control characters", "\x1b[2J\x07", says="\\x1b[2J"),
+    typed("a flag that is none", "status", "run", "--fast", says="--fast"),
+    typed("a flag without its value", "evaluate", "model", "--batch_size", says="--batch_size"),
+    typed("a run of no name", "status", "", says="run directory"),
+    typed("a run whose name has lines", "status", "a\nb", says="a b"),
+    typed("a run whose name is no text", "status", "\udcff", says="\\udcff"),
+    refused("a recipe copy that is a folder", status_of_a_folder, "recipe.yaml"),
+    refused("a contact sheet to a pipe", sheet_to_a_pipe, "sheet.png"),
+    launch("that is not there", None),
+    launch("that is empty", ""),
+    refused("a launch file that is a pipe", piped, "launch.yaml"),
+    launch("that is a list", "- 1\n- 2\n"),
+    launch("of bytes that are no text", b"\xff\xfe\x00distributed_type"),
+    launch("that runs code", "distributed_type: !!python/object/apply:os.system ['touch ran']\n", "tag"),
+    launch("nested 10,000 deep", "distributed_type: " + "[" * 10_000),
+    launch("of no machine", f"{GPUS}num_machines: 0\n", "num_machines", "'0'"),
+    launch("of less than no process", f"{GPUS}num_processes: -8\n", "num_processes", "'-8'"),
+    launch("of two and a half processes", f"{GPUS}num_processes: 2.5\n", "'2.5'"),
+    launch("of a date that is none", "distributed_type: 2020-99-99\n"),
+    launch("whose FSDP is a word", f"{FSDP}fsdp_config: fast\n", "fsdp_config", "'fast'"),
+    launch("whose DeepSpeed is a list", "distributed_type: DEEPSPEED\ndeepspeed_config: [1]\n", "'[1]'"),
+    launch("whose parallelism is a number", f"{FSDP}parallelism_config: 5\n", "'5'"),
+    deepspeed("that is a list", "[1, 2]"),
+    deepspeed("nested 100,000 deep", "[" * 100_000),
+    deepspeed("whose stage is true", stage({"stage": True}), "stage", "True"),
+    deepspeed("whose settings of ZeRO are a number", stage(5), "5"),
+    started("a rank that is a word", "RANK='first'", RANK="first"),
+    started("a world that is a word", "WORLD_SIZE='many'", WORLD_SIZE="many"),
+    started("a number of processes that is a word", "FLIPSCALE_NUM_PROCESSES='x'", FLIPSCALE_NUM_PROCESSES="x"),
+    started("a switch of accelerate's that is a word", "ACCELERATE_", ACCELERATE_USE_CPU="perhaps"),
+    started("a port that is a word", "MASTER_PORT", **ALONE, MASTER_PORT="x"),
+    odd("a count of Slurm's that is a word", SLURM_JOB_ID="\x1b[31m", SLURM_RESTART_COUNT="x"),
+    odd("a stop file whose name is too long", FLIPSCALE_STOP_FILE="x" * 5_000),
+    odd("a terminal of one column", COLUMNS="1", TERM="dumb"),
+    odd("no folder of temporary files", TMPDIR="/nowhere", TEMP="/nowhere"),
+    odd("no home", HOME="/nowhere"),
+    survived("shards whose names are not ASCII", foreign_names, check=is_done),
+    refused("launch files into a file", into_a_file, "there"),
+    refused("launch files into a link to nothing", into_a_link, "nowhere"),
+    refused("launch files over a pipe", over_a_pipe, "run.bash"),
+    refused("launch files over one that was edited", over_edited, "run.bash", check=is_kept),
 ]
 
-
-@pytest.mark.parametrize("attack", ATTACKS, ids=str)
-def test_attack(attack: Attack, tmp_path: Path) -> None:
-    hold(attack, tmp_path)
+test_attack = test_of(ATTACKS)

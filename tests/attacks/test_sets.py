@@ -1,21 +1,20 @@
-"""Attacks on reports about shards, and on folders and files that are in the way."""
+"""Attacks on reports about shards, and by files in the way."""
 
 import json
 import os
 import tarfile
 from pathlib import Path
 
-import pytest
-from attacks.attack import Attack, Ended, hold
-from attacks.preparing import mine_stays, of_shards, picture
+from attacks.attack import Attack, Ended, refused, survived, test_of
+from attacks.preparing import is_kept, on_shards, picture
 from conftest import add_member
 
-# Right to left, a bell, an end of line of Unicode, and a person.
-_ODD = "\u202e\u05d0 \u0007\u2028 \U0001f9d1"
+# Right to left, a bell, a line separator of Unicode, and a person.
+ODD = "\u202e\u05d0 \u0007\u2028 \U0001f9d1"
 
 
-def _greek_shard(data: Path) -> None:
-    """Three pairs. One language has these letters; for Latin ones an audit loads the models of forty."""
+def greek_shard(data: Path) -> None:
+    """Three pairs in Greek, because an audit of Latin letters loads the models of forty languages."""
     data.mkdir()
     with tarfile.open(data / "good.tar", "w") as tar:
         for number in range(3):
@@ -23,33 +22,28 @@ def _greek_shard(data: Path) -> None:
             add_member(tar, f"{number}.txt", f"ένας κόκκινος δίσκος, {number}".encode())
 
 
-def _long_caption(folder: Path) -> list[str]:
-    """A caption of 1 MB, of one word, 70,000 captions of one image, and odd ones, in a shard of their own."""
-    _greek_shard(folder / "data")
+def long_captions(folder: Path, verb: str = "audit") -> list[str]:
+    """A caption of 1 MB in one word, 70,000 captions of one image, and odd captions."""
+    greek_shard(folder / "data")
     with tarfile.open(folder / "data/odd.tar", "w") as tar:
-        for number, caption in enumerate(("μακρ".encode() * 125_000, _ODD.encode(), b"\xff\xfe")):
+        for number, caption in enumerate(("μακρ".encode() * 125_000, ODD.encode(), b"\xff\xfe")):
             add_member(tar, f"{number}.jpg", picture(number))
             add_member(tar, f"{number}.txt", caption)
         add_member(tar, "many.jpg", picture(9))
         add_member(tar, "many.json", json.dumps({"captions": [f"{n}" for n in range(70_000)]}).encode())
-    return ["prepare", "audit", "data", "--num_workers", "1"]
+    return ["prepare", verb, "data", *(["--num_workers", "1"] if verb == "audit" else [])]
 
 
-def _audited(folder: Path, ended: Ended) -> None:
+def counts_them(folder: Path, ended: Ended) -> None:
     figures = json.loads((folder / "audit/audit.json").read_text())
     assert figures["samples"] == 3 + 4
     assert figures["captions"]["captions"] == 3 + 2 + 70_000
     assert figures["unusable"]["undecodable_caption"]["count"] == 1
 
 
-def _inspect_odd(folder: Path) -> list[str]:
-    _long_caption(folder)
-    return ["prepare", "inspect", "data"]
-
-
-def _odd_shard_name(folder: Path) -> list[str]:
+def odd_shard_names(folder: Path) -> list[str]:
     data = folder / "data"
-    _greek_shard(data)
+    greek_shard(data)
     os.rename(data / "good.tar", os.fsencode(data) + b"/caf\xe9.tar")
     with tarfile.open(os.fsencode(data) + b"/\xe9.tar", "w") as tar:
         add_member(tar, "0.jpg", b"no picture")
@@ -57,56 +51,20 @@ def _odd_shard_name(folder: Path) -> list[str]:
     return ["prepare", "audit", "data", "--num_workers", "1"]
 
 
+LARGE = {"megabytes": 3000, "alone": True}
 ATTACKS: list[Attack] = [
-    Attack(
+    survived(
         "an audit of captions of 1 MB, of 70,000 in one sample, and of odd letters",
-        _long_caption,
-        check=_audited,
-        megabytes=3000,
+        long_captions, check=counts_them, **LARGE,
     ),
-    Attack("captions of 1 MB in a contact sheet", _inspect_odd, says=("undecodable_caption",)),
-    Attack(
-        "names of shards that are no UTF-8",
-        _odd_shard_name,
-        says=("the whole audit is in",),
-        megabytes=3000,
-    ),
-    Attack(
-        "an audit without test sets",
-        of_shards("audit", "data", "--tests", "empty"),
-        code=2,
-        says=("no test set in empty",),
-    ),
-    Attack(
-        "an audit to a file",
-        of_shards("audit", "data", "--output_dir", "file"),
-        code=2,
-        says=("file is a file: name another folder",),
-        check=mine_stays,
-    ),
-    Attack(
-        "a contact sheet in no folder",
-        of_shards("inspect", "data", "--sheet", "no/sheet.png"),
-        code=2,
-        says=("--sheet no/sheet.png cannot be written",),
-    ),
-    Attack(
-        "a contact sheet over a text",
-        of_shards("inspect", "data", "--sheet", "file"),
-        code=2,
-        says=("name a PNG file",),
-        check=mine_stays,
-    ),
-    Attack("an index of an empty folder", of_shards("index", "empty"), code=2, says=("no shards at 'empty'",)),
-    Attack(
-        "tasks to a file",
-        of_shards("tasks", "file", "--only", "mnist"),
-        code=2,
-        says=("file is a file: name another folder",),
-    ),
-]
+    survived("captions of 1 MB in a contact sheet", lambda f: long_captions(f, "inspect"), "undecodable_caption"),
+    survived("names of shards that are no UTF-8", odd_shard_names, "audit", **LARGE),
+    refused("an audit without test sets", on_shards("audit", "data", "--tests", "empty"), "empty"),
+    refused("an audit to a file", on_shards("audit", "data", "--output_dir", "file"), "file", check=is_kept),
+    refused("a contact sheet in no folder", on_shards("inspect", "data", "--sheet", "no/sheet.png"), "no/sheet.png"),
+    refused("a contact sheet over a text", on_shards("inspect", "data", "--sheet", "file"), "PNG", check=is_kept),
+    refused("an index of an empty folder", on_shards("index", "empty"), "'empty'"),
+    refused("tasks to a file", on_shards("tasks", "file", "--only", "mnist"), "file", "folder"),
+]  # fmt: skip
 
-
-@pytest.mark.parametrize("attack", ATTACKS, ids=str)
-def test_attack(attack: Attack, tmp_path: Path) -> None:
-    hold(attack, tmp_path)
+test_attack = test_of(ATTACKS)

@@ -1,5 +1,4 @@
-"""The section of docs/evaluation.md on other people's programs, run word for word where flipscale is absent, and its
-figures beside ours."""
+"""The snippets of docs/evaluation.md for other programs, run without flipscale, and their figures beside ours."""
 
 import io
 import json
@@ -23,16 +22,17 @@ from flipscale.evaluation.kinds.zero_shot import ZeroShot
 from flipscale.evaluation.pictures import image_embeds, text_embeds
 from flipscale.model import FlipModel, FlipProcessor
 
+pytestmark = pytest.mark.long
 SECTION = (ROOT / "docs/evaluation.md").read_text().split("\n## Where users evaluate\n")[1].split("\n## ")[0]
 SENTENCE_TRANSFORMERS, MTEB, CLIP_BENCHMARK = re.findall(r"```python\n(.*?)```", SECTION, re.DOTALL)
 (COMMAND,) = re.findall(r"```bash\n(.*?)```", SECTION, re.DOTALL)
 
-# Added to the snippets: that it is a stranger's environment, and what they found, as JSON.
+# Added to the snippets: a check that flipscale is absent, and their results as JSON.
 BEGIN = "import importlib.util\nassert importlib.util.find_spec('flipscale') is None\n"
 END = """
 import json
 found = {"images": images.tolist(), "texts": texts.tolist()}
-found["mteb"] = {result.task_name: result.scores["test"][0] for result in results.task_results}
+results["mteb"] = {result.task_name: result.scores["test"][0] for result in results.task_results}
 with open("found.json", "w") as file:
     json.dump(found, file, default=float)
 """
@@ -46,7 +46,7 @@ def stranger(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(*command: str | Path) -> None:
-    """Runs a command offline, with no variable that leads to flipscale."""
+    """Run a command offline, without variables that lead to flipscale."""
     kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
     environment = {**kept, "HF_HUB_OFFLINE": "1", "HF_HOME": str(Path("home").absolute()), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -54,35 +54,35 @@ def run(*command: str | Path) -> None:
 
 
 @pytest.fixture
-def found(in_site: Path, stranger: Path) -> dict:
-    """What the snippets of sentence-transformers and mteb print, one after the other in one interpreter."""
+def results(in_site: Path, stranger: Path) -> dict:
+    """Results of the snippets for sentence-transformers and mteb, run in one interpreter."""
     run(stranger, "-I", "-c", BEGIN + SENTENCE_TRANSFORMERS + MTEB + END)
     return json.loads((in_site / "found.json").read_text())
 
 
-def test_sentence_transformers_and_mteb_find_what_our_embeddings_say(in_site: Path, found: dict) -> None:
+def test_sentence_transformers_and_mteb_agree(in_site: Path, results: dict) -> None:
     model = FlipModel.from_pretrained("runs/demo/model").eval()
     processor = FlipProcessor.from_pretrained("runs/demo/model")
     photos = image_embeds(model, processor, [f"photos/{number}.jpg" for number in range(8)])
-    assert np.abs(found["images"] - photos).max() < 1e-6
-    assert np.abs(found["texts"] - text_embeds(model, processor, ["a red disc", "a blue ring"])).max() < 1e-6
+    assert np.abs(results["images"] - photos).max() < 1e-6
+    assert np.abs(results["texts"] - text_embeds(model, processor, ["a red disc", "a blue ring"])).max() < 1e-6
 
     pets = load_dataset("imagefolder", data_dir="pets")["test"]
     names = text_embeds(model, processor, [f"a {name}" for name in pets.features["label"].names])
     by_name = (image_embeds(model, processor, pets["image"]) @ names.T).argmax(axis=1) == np.array(pets["label"])
-    assert found["mteb"]["PetsByName"]["accuracy"] == pytest.approx(by_name.mean(), abs=1e-6)
+    assert results["mteb"]["PetsByName"]["accuracy"] == pytest.approx(by_name.mean(), abs=1e-6)
     assert by_name.mean() > 0.5  # chance is 0.25
-    assert found["mteb"]["Pets"]["accuracy"] > 0.5
+    assert results["mteb"]["Pets"]["accuracy"] > 0.5
 
     captions = [line.split(",")[1] for line in Path("photos.csv").read_text().splitlines()[1:]]
     cosines = text_embeds(model, processor, captions) @ photos.T
     ranks = (cosines > np.diagonal(cosines)[:, None]).sum(axis=1)
-    assert found["mteb"]["PhotosByCaption"]["recall_at_5"] == pytest.approx((ranks < 5).mean(), abs=1e-6)
+    assert results["mteb"]["PhotosByCaption"]["recall_at_5"] == pytest.approx((ranks < 5).mean(), abs=1e-6)
     assert (ranks < 5).mean() > 5 / 8  # chance
 
 
 def write_own_set(folder: Path, shards: list[Path]) -> None:
-    """The pictures of `shards` cut square, as PNGs, in CLIP_benchmark's layout."""
+    """Write the pictures of `shards` as square PNGs in CLIP_benchmark's layout."""
     (folder / "test").mkdir(parents=True)
     for number, shard in enumerate(shards):
         with tarfile.open(shard) as given, tarfile.open(folder / f"test/{number}.tar", "w") as written:
@@ -101,7 +101,7 @@ def write_own_set(folder: Path, shards: list[Path]) -> None:
         (folder / text).write_bytes((shards[0].parent / text).read_bytes())
 
 
-def test_clip_benchmark_finds_our_figures(in_site: Path, stranger: Path) -> None:
+def test_clip_benchmark_agrees(in_site: Path, stranger: Path) -> None:
     write_own_set(in_site / "data/my_test", sorted((in_site / "data/demo/test").glob("*.tar")))
     (in_site / "clip_benchmark_flip.py").write_text(CLIP_BENCHMARK)
     words = [*shlex.split(COMMAND.replace("\\\n", " "))[1:], "--num_workers", "0"]

@@ -1,6 +1,6 @@
-"""Every command that the pages show is run, on a folder of small data; a command that no rule covers fails.
+"""Every command of the pages runs on a folder of small data; a command without a rule fails.
 
-Verbs run in this process, in the order of their page. What a rule does not do for real, and why, is in its docstring.
+Verbs run in this process, in the order of their page. A rule's docstring names what it leaves out, and the reason.
 """
 
 import argparse
@@ -28,7 +28,7 @@ import flipscale
 from flipscale import cli
 from flipscale.training.recipe import parse_recipe
 
-# What a page says, and what is run in its place: other sizes and names, never other verbs or options.
+# Texts of the pages and their replacements: other sizes and names, never other verbs or options.
 SUBSTITUTES = {
     r"\{00000\.\.41407\}": "{00000..00003}",
     r"--step 120000": "--step 40",
@@ -57,12 +57,12 @@ SUBSTITUTES = {
     r"runs/finetune_contrastive_l16 --interpolate runs/l16_laion400m": "runs/demo --interpolate runs/mine",
     r"runs/l16_laion400m (models/between/alpha-\* )runs/finetune_contrastive_l16 ": r"runs/demo \1runs/mine ",
 }
-PROSE = {"accelerate launch", "flipscale VERB"}  # what a sentence names and nobody types
+PROSE = {"accelerate launch", "flipscale VERB"}  # named in sentences, not typed
 
 
 @contextlib.contextmanager
 def ends_well(command: str, capsys: pytest.CaptureFixture[str]) -> Iterator[None]:
-    """A command may exit, but only with code 0."""
+    """Assert that a command exits with code 0, if it exits."""
     code = None
     try:
         yield
@@ -74,25 +74,24 @@ def ends_well(command: str, capsys: pytest.CaptureFixture[str]) -> Iterator[None
 
 
 def parser_of(verb: str) -> argparse.ArgumentParser:
-    """The parser of a verb's arguments."""
     parser = argparse.ArgumentParser(prog=f"flipscale {verb}")
     cli.module_of(verb).add_arguments(parser)
     return parser
 
 
 def verb(words: list[str]) -> None:
-    """Runs `flipscale VERB` for real."""
+    """Run `flipscale VERB`."""
     expanded = [name for word in words[1:] for name in (sorted(glob.glob(word)) if "*" in word else [word])]
     cli.main(expanded)
 
 
 def verb_s_help(words: list[str]) -> None:
-    """Prints the help of a verb that a sentence names without its arguments."""
+    """Print the help of a verb that a sentence names without its arguments."""
     cli.main([*words[1:], "--help"])
 
 
 def verb_s_arguments(words: list[str]) -> None:
-    """Parses the arguments only: these verbs download data or measure for minutes, and have tests of their own."""
+    """Parse the arguments only, because these verbs download data or measure for minutes, and have their own tests."""
     parsed = parser_of(words[1]).parse_args(words[2:])
     for recipe in getattr(parsed, "recipes", []):
         parse_recipe(["--config", recipe])
@@ -101,8 +100,7 @@ def verb_s_arguments(words: list[str]) -> None:
 
 
 def training(words: list[str]) -> None:
-    """Reads the launch file and prints the recipe, for the models need GPUs. accelerate's and torchrun's parsers read
-    their part."""
+    """Read the launch file and print the recipe, because the models need GPUs. Launchers' parsers read their part."""
     if words[0] == "accelerate":
         parsed = launch_command_parser().parse_args(words[2:])
         assert load_config_from_file(parsed.config_file).num_processes == 8
@@ -118,8 +116,10 @@ def training(words: list[str]) -> None:
 
 
 def submission(script: str) -> None:
-    """Submits to an sbatch that prints a number and notes the job. The batch scripts run on a real Slurm in
-    tests/slurm; here their flags are read as flags of the verb that they start."""
+    """Submit to an sbatch that prints a number and notes the job, whose flags are parsed as flags of its verb.
+
+    tests/slurm runs the batch scripts on a real Slurm.
+    """
     Path("bin").mkdir(exist_ok=True)
     Path("bin/sbatch").write_text('#!/bin/bash\nprintf "%s\\t" "$RECIPE$RECIPES" "$@" >> jobs; echo >> jobs; echo 7\n')
     Path("bin/sbatch").chmod(0o755)
@@ -142,14 +142,14 @@ def submission(script: str) -> None:
 
 
 def study_plan(words: list[str]) -> None:
-    """Plans a study of an example, or writes a small study of the demo under the page's name and plans it."""
+    """Plan a study of an example, or write a small study of the demo under the page's name and plan it."""
     if not Path(words[3]).exists():
         Path(words[3]).write_text("base: examples/demo/demo.yaml\naxes: {mask: {whole: {stages.0.mask_ratio: 0.0}}}\n")
     cli.main(words[1:])
 
 
 def installation(words: list[str]) -> None:
-    """Looks for the extras and files that pip is told of; test_launch_files builds the wheel that is named."""
+    """Look for the named extras and files; test_launch_files builds the wheel."""
     extras = read_configuration(ROOT / "setup.cfg")["options"]["extras_require"]
     for word in words[2:]:
         name, _, asked = word.partition("[")
@@ -160,8 +160,8 @@ def installation(words: list[str]) -> None:
 
 
 def target(words: list[str]) -> None:
-    """Runs nothing that takes minutes: has make print all commands of the target, each of which a rule covers."""
-    # `make test` runs this: what it tells its own makes must not reach ours.
+    """Let make print all commands of the target, and run each by its rule."""
+    # `make test` runs this, and its variables must not reach this make.
     outside = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
     command = ["make", "-nB", *words[1:]]  # -B: the same whether or not it is set up
     done = subprocess.run(command, cwd=ROOT, env=outside, capture_output=True, text=True, check=False)
@@ -173,7 +173,7 @@ def target(words: list[str]) -> None:
 
 
 def tool(words: list[str]) -> None:
-    """Looks whether `make setup` installs the tool: it checks the whole repository, or runs tests."""
+    """Check that `make setup` installs the tool."""
     needed = " ".join(read_configuration(ROOT / "setup.cfg")["options"]["extras_require"]["tests"])
     assert words[0].removeprefix(".venv/bin/") in needed or words[0] == "pre-commit"
     for word in words[1:]:
@@ -181,14 +181,14 @@ def tool(words: list[str]) -> None:
 
 
 def script_s_help(words: list[str]) -> None:
-    """Prints the help of a script of the repository, which works for minutes."""
+    """Print the help of a script that works for minutes."""
     command = [sys.executable, words[1], "--help"]
     done = subprocess.run(command, cwd=ROOT, env={**os.environ}, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 
 def module_s_help(words: list[str]) -> None:
-    """Prints the help of a module of the tests, with these options checked."""
+    """Parse the options of a module of the tests, and print its help."""
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}/tests"}
     command = [sys.executable, *words[1:], "--help"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
@@ -196,7 +196,7 @@ def module_s_help(words: list[str]) -> None:
 
 
 def other_program(words: list[str]) -> None:
-    """Runs nothing: test_harnesses.py runs it, in an environment of its own, and compares its figures with ours."""
+    """Run nothing, because test_harnesses.py runs it in its own environment."""
 
 
 # The first rule that matches a command, without the variables set before it, runs it.
@@ -223,12 +223,12 @@ RULES: dict[str, Callable[[list[str]], None]] = {
 
 
 def rule_of(command: str) -> Callable[[list[str]], None] | None:
-    """The rule that covers a command without its variables, if there is one."""
+    """Return the rule of a command without variables, or None."""
     return next((rule for pattern, rule in RULES.items() if re.match(pattern, command)), None)
 
 
 def parted(command: str) -> tuple[dict[str, str], str]:
-    """A command's variables, and the rest of it."""
+    """Return a command's variables and the rest."""
     variables, rest = {}, command
     while match := re.match(r"([A-Z_]+)=([^\s$]+) +", rest):
         variables[match[1]] = match[2]
@@ -237,7 +237,7 @@ def parted(command: str) -> tuple[dict[str, str], str]:
 
 
 def run(command: Command) -> None:
-    """Runs a command by the rule that covers it."""
+    """Run a command by its rule."""
     variables, text = parted(command.text)
     rule = rule_of(text)
     assert rule is not None, f"no rule of test_pages.py covers this command of {command.page}: {command.text}"
@@ -249,11 +249,15 @@ def run(command: Command) -> None:
     rule(shlex.split(text, comments=True))
 
 
-# test_your_pictures.py runs the other, on pictures of its own.
-PAGES_HERE = [page for page in PAGES if page != ROOT / "docs/your_pictures.md"]
+# docs/your_pictures.md has its own test, on its own pictures.
+PAGES_HERE = [
+    pytest.param(page, id=str(page.relative_to(ROOT)), marks=[] if page.name == "README.md" else pytest.mark.long)
+    for page in PAGES
+    if page.name != "your_pictures.md"
+]
 
 
-@pytest.mark.parametrize("page", PAGES_HERE, ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize("page", PAGES_HERE)
 def test_commands_of_a_page(
     page: Path, in_site: Path, logged_in: None, capsys: pytest.CaptureFixture[str], subtests: pytest.Subtests
 ) -> None:
@@ -264,10 +268,6 @@ def test_commands_of_a_page(
             run(command)
 
 
-def test_the_readme_is_short() -> None:
-    assert len((ROOT / "README.md").read_text().splitlines()) <= 200, "say it on a page of docs/ instead"
-
-
 def test_every_recipe_says_how_it_is_launched() -> None:
     shown = {
         page.stem: [c.text for c in commands(page) if "flipscale" in c.text]
@@ -276,6 +276,13 @@ def test_every_recipe_says_how_it_is_launched() -> None:
     }
     for name, lines in shown.items():
         assert any(re.search(rf"\b{name}\b", line) for line in lines), name
+
+
+def test_a_rule_covers_every_command() -> None:
+    """The pages themselves run as long tests."""
+    for page in PAGES:
+        for command in commands(page):
+            assert command.text in PROSE or rule_of(parted(command.text)[1]), f"{command.page}: {command.text}"
 
 
 def test_pre_commit_checks_what_the_gate_checks() -> None:

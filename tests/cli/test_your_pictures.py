@@ -1,4 +1,4 @@
-"""docs/your_pictures.md, from top to bottom: its commands and its Python on 300 drawings, a short run of each."""
+"""docs/your_pictures.md from top to bottom: its commands and its Python on 300 drawings, with a short training."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from flipscale import cli
 PAGE = ROOT / "docs/your_pictures.md"
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.long
 def test_the_page_from_top_to_bottom(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -26,7 +26,7 @@ def test_the_page_from_top_to_bottom(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(os, "environ", os.environ.copy())
     lay_out(tmp_path)
-    said: dict[str, str] = {}
+    printed: dict[str, str] = {}
     for command in commands(PAGE):
         if re.match(r"flipscale prepare shards$", command.text):
             continue
@@ -35,8 +35,8 @@ def test_the_page_from_top_to_bottom(
                 cli.main(command.text.split()[1:])  # elsewhere, pages only have it print the recipe
             else:
                 run(command)
-        said[command.text] = capsys.readouterr().out
-    layouts = {text.split()[3]: out.splitlines()[0] for text, out in said.items() if "prepare shards" in text}
+        printed[command.text] = capsys.readouterr().out
+    layouts = {text.split()[3]: out.splitlines()[0] for text, out in printed.items() if "prepare shards" in text}
     (shown,) = re.findall(r"\n\n```\n(.*?)\n```", PAGE.read_text(), re.DOTALL)
     assert shown == layouts["pictures"], "the page shows another line"
     assert list(layouts) == ["pictures", "with_texts", "with_table", "list.csv", "list.jsonl", "list.parquet", "saved"]

@@ -1,7 +1,7 @@
 """A real Slurm on this machine: munged, slurmctld and a slurmd for each node, in namespaces of their own.
 
-Each node has its own host name and loopback address, by an /etc/hosts that only the cluster's processes see; nothing of
-the machine's is touched. Needs root and Debian's slurmctld, slurmd, slurm-client and munge.
+Each node has its own host name and loopback address, by an /etc/hosts for the cluster's processes only. The machine
+stays unchanged. Needs root and Debian's slurmctld, slurmd, slurm-client and munge.
 """
 
 import os
@@ -17,11 +17,10 @@ from pathlib import Path
 
 from processes import free_port
 
-# How long anything may take: jobs wait for each other, and for the cores of one machine.
+# Longest wait, because jobs wait for each other and for the cores of one machine.
 _PATIENCE_SECONDS = 1200.0
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged", "unshare")
-# cred_expire: a requeued job waits that long, 5 is the least, 120 s the default. config_overrides: more CPUs than the
-# machine has.
+# cred_expire: wait of a requeued job, at least 5 s. config_overrides: more CPUs than the machine has.
 _CONFIGURATION = """\
 ClusterName=flipscale
 SlurmctldHost={host}(127.0.0.1)
@@ -66,10 +65,10 @@ PartitionName=urgent Nodes=ALL MaxTime=INFINITE PriorityTier=2 PreemptMode=OFF S
 
 
 def wait_until(happened: Callable[[], object], what: str) -> None:
-    """Returns once `happened()` is true.
+    """Wait until `happened()` is true.
 
     Raises:
-        TimeoutError: it was not within `_PATIENCE_SECONDS`.
+        TimeoutError: `_PATIENCE_SECONDS` have passed.
     """
     end = time.monotonic() + _PATIENCE_SECONDS
     while not happened():
@@ -79,7 +78,7 @@ def wait_until(happened: Callable[[], object], what: str) -> None:
 
 
 class Cluster:
-    """`num_nodes` nodes, node1, node2, ..., each with 16 CPUs and 16 GPUs that are not there."""
+    """Nodes node1, node2, ..., each with 16 CPUs and 16 pretended GPUs."""
 
     def __init__(self, num_nodes: int):
         # A short path: the name of a Unix socket has at most 108 characters.
@@ -88,7 +87,7 @@ class Cluster:
         self.environment = {**os.environ, "SLURM_CONF": str(self.folder / "slurm.conf")}
 
     def start(self) -> None:
-        """Brings every node up, idle."""
+        """Bring every node up, idle."""
         folder, ports = self.folder, [free_port() for _ in range(len(self.nodes) + 1)]
         folder.chmod(0o755)
         (folder / "munge.key").write_bytes(os.urandom(128))
@@ -123,7 +122,7 @@ class Cluster:
         wait_until(lambda: set(self.run(*idle, check=False).split()) == {*self.nodes}, "all nodes")
 
     def stop(self) -> None:
-        """Ends all jobs, daemons and whatever else lives in the cluster's namespaces, and removes its files."""
+        """End all jobs, daemons and processes in the cluster's namespaces, and remove its files."""
         self.run("scancel", "--full", "--state=RUNNING", "--user=root", check=False)
         for name in ("slurmd.*.pid", "slurmctld.pid"):
             for file in self.folder.glob(name):
@@ -136,11 +135,11 @@ class Cluster:
             if ours:
                 _signal(int(process.name), signal.SIGKILL)
         _signal(int((self.folder / "munged.pid").read_text()), signal.SIGTERM)
-        # The dying still write to it.
+        # Ending processes still write to it.
         wait_until(lambda: shutil.rmtree(self.folder, ignore_errors=True) or not self.folder.exists(), "files to go")
 
     def run(self, *command: str, check: bool = True, cwd: Path | None = None, **variables: str) -> str:
-        """What `command` prints, run where the cluster's commands find it."""
+        """Run a command of the cluster, and return its output."""
         environment = {**self.environment, **variables}
         # Into a file: a daemon would keep a pipe open.
         with tempfile.TemporaryFile("w+") as output:
@@ -154,12 +153,12 @@ class Cluster:
         return printed
 
     def job(self, number: str, field: str) -> str:
-        """A field of a job, such as JobState or Restarts."""
+        """Return a field of a job, such as JobState or Restarts."""
         shown = self.run("scontrol", "--oneliner", "show", "job", number)
         return re.search(rf"\b{field}=(\S*)", shown)[1]
 
     def wait_for(self, number: str, *states: str) -> None:
-        """Returns once the job has one of `states`."""
+        """Wait until the job has one of `states`."""
         wait_until(lambda: self.job(number, "JobState") in states, f"job {number} to be {' or '.join(states)}")
 
 
