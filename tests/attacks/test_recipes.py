@@ -250,7 +250,7 @@ ATTACKS = [
         "tag:yaml.org,2002:python/object/apply:os.system", check=runs_nothing,
     ),
     row("a class to import for a section", code("odd.yaml"), "data", "evil.Data", check=runs_nothing),
-    row("a class to import in a flag", code("small_cpu", "--data", "evil.Data"), "data", "evil.Data", check=runs_nothing),
+    row("a class to import in a flag", code("small_cpu", "--data", "evil.Data"), "evil.Data", check=runs_nothing),
     row("an octal number", text("seed: 010\n"), "010"),
     row("a key twice", text("seed: 1\nseed: 2\n"), "seed", "line 2"),
     row("tabs", text("data:\n\tnum_workers: 1\n"), "odd.yaml"),
