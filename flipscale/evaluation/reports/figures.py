@@ -3,7 +3,7 @@
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -49,9 +49,9 @@ def save_figure(figure: "Figure", path: Path, file_format: str | None = None) ->
     pyplot.close(figure)
 
 
-def tidy(axes: "Axes", grid: str = "both") -> None:
+def tidy(axes: "Axes", grid: Literal["both", "x"] = "both") -> None:
     """Add a faint grid along `grid` and remove the frame above and at the right."""
-    axes.grid(alpha=0.25, axis=grid, which="both")  # type: ignore[arg-type]
+    axes.grid(alpha=0.25, axis=grid, which="both")
     axes.spines[["top", "right"]].set_visible(False)
 
 
@@ -187,13 +187,14 @@ def draw_result(curves: list[Curve], shown: Result, path: Path) -> None:
         if len(group) > 1:
             label += f", {len(group)} seeds"
         else:
-            own = [measured.result for measured in group[0].course(shown.name)]
-            bands = [(r.low, r.high) for r in own if r.low is not None and r.high is not None]
+            results = [measured.result for measured in group[0].course(shown.name)]
+            bands = [(r.low, r.high) for r in results if r.low is not None and r.high is not None]
             note = "Band: the 95 % interval over the queries."
         axes.plot(times / unit, values, "o-", color=colour, label=label)
         drawn += values
         if len(bands) == len(values):
-            axes.fill_between(times / unit, *zip(*bands, strict=True), color=colour, alpha=0.15, linewidth=0)
+            low, high = zip(*bands, strict=True)
+            axes.fill_between(times / unit, low, high, color=colour, alpha=0.15, linewidth=0)
             notes[note] = None
     levels = {r.who: r.value for r in curves[0].results if r.name == shown.name and r.who != THIS_MODEL}
     drawn += levels.values()

@@ -30,7 +30,7 @@ from flipscale.io.errors import UserError
 
 _FIRST = b'{"group": "'
 # Needed fields of a line and their types. A model folder may come from elsewhere, with any file of this name.
-_NEEDED = {
+_NEEDED: dict[str, type | tuple[type, ...]] = {
     **dict.fromkeys(("group", "weights", "task", "kind", "metric"), str),
     **{"lines": int, "value": (int, float), "data": (dict, type(None))},
 }
