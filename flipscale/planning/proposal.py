@@ -22,6 +22,8 @@ import yaml
 from flipscale.io.errors import UserError
 from flipscale.planning.survey import Survey
 
+# Nested fields of a recipe.
+Fields = dict[str, Any]
 # Memory of GPUs in GiB; the smallest if a name has several sizes.
 GPU_GIB = {
     **{"H100": 80, "H100 PCIe": 80, "H100 NVL": 94, "H200": 141, "H200 NVL": 141, "GH200": 96, "B200": 180},
@@ -52,7 +54,7 @@ class Proposal:
         warnings: warnings about the data.
     """
 
-    fields: dict[str, Any]
+    fields: Fields
     reasons: dict[str, str]
     mask_ratio: float
     base_lr: float
@@ -65,7 +67,7 @@ class Proposal:
         """Number of pairs in a step."""
         return int(self.fields["data"]["global_batch_size"])
 
-    def stages(self, samples: int) -> list[dict[str, Any]]:
+    def stages(self, samples: int) -> list[Fields]:
         """Return the stages of a run of `samples` pairs, in whole steps."""
         steps = max(samples // self.batch_size, 2)
         tuning = min(max(round(steps * self.tuning), 1), steps - 1)
@@ -76,7 +78,7 @@ class Proposal:
             "base_lr": self.base_lr,
             "warmup_samples": (steps - tuning) // 20 * self.batch_size,
         }
-        whole: dict[str, Any] = {"name": "unmasked", "samples": tuning * self.batch_size, "mask_ratio": 0.0}
+        whole: Fields = {"name": "unmasked", "samples": tuning * self.batch_size, "mask_ratio": 0.0}
         if self.tuning_lr is not None:
             whole |= {"base_lr": self.tuning_lr, "warmup_samples": tuning // 10 * self.batch_size}
         return [masked, whole]
@@ -172,7 +174,7 @@ def _small_on_gpus(data: Survey, tokens: dict[str, int], num_gpus: int) -> Propo
 def _on_gpus(data: Survey, tokens: dict[str, int], num_gpus: int) -> Proposal:
     size = "b16" if data.pairs < 100_000_000 else "l16" if data.pairs < 1_000_000_000 else "h14"
     batch = _shared(min(65536, max(1024, _power_below(data.pairs // 3000))), data, num_gpus)
-    fields: dict[str, Any] = {
+    fields: Fields = {
         "model": {"size": size, "text_config": tokens},
         "data": {"global_batch_size": batch, "num_workers": 8},
     }
@@ -184,9 +186,7 @@ def _on_gpus(data: Survey, tokens: dict[str, int], num_gpus: int) -> Proposal:
     return Proposal(fields, _reasons(data, reasons), 0.5, base_lr, 1 / 31, _rounded(base_lr / 100))
 
 
-def _fields(
-    vision: dict[str, Any], text: dict[str, Any], data: dict[str, Any], optim: dict[str, Any]
-) -> dict[str, Any]:
+def _fields(vision: Fields, text: Fields, data: Fields, optim: Fields) -> Fields:
     model = {"size": "b16", "vision_config": vision, "text_config": text}
     return {"model": model, "data": data, **({"optim": optim} if optim else {})}
 
@@ -211,7 +211,7 @@ def _tower(width: int, layers: int, heads: int) -> dict[str, int]:
     }
 
 
-def _text(data: Survey) -> dict[str, Any]:
+def _text(data: Survey) -> Fields:
     tokens = min(max(8 * math.ceil(data.tokens / 8), 8), 64)
     return {"max_position_embeddings": tokens, "pooling": "mean", "attend_to_padding": False}
 

@@ -28,6 +28,8 @@ from flipscale.evaluation.test_set import CLASS_NAMES, TEMPLATES, TestSet, read_
 from flipscale.io import json_lines
 from flipscale.io.errors import UserError
 
+# A line of JSON, or a part of one.
+Record = dict[str, Any]
 _FIRST = b'{"group": "'
 # Needed fields of a line and their types. A model folder may come from elsewhere, with any file of this name.
 _NEEDED: dict[str, type | tuple[type, ...]] = {
@@ -52,7 +54,7 @@ class Line:
     """
 
     result: Result
-    about: dict[str, Any]
+    about: Record
 
 
 def weights_digest(names: Iterable[str], read: Callable[[str], torch.Tensor]) -> str:
@@ -69,12 +71,12 @@ def weights_digest(names: Iterable[str], read: Callable[[str], torch.Tensor]) ->
     return digest.hexdigest()
 
 
-def group_of(weights: str, setting: dict[str, Any]) -> str:
+def group_of(weights: str, setting: Record) -> str:
     """Return the group of a task's lines: a digest of the weights and of the setting."""
     return hashlib.sha256(json.dumps([weights, setting], sort_keys=True).encode()).hexdigest()[:16]
 
 
-def append_lines(path: Path, group: str, results: Sequence[Result], about: dict[str, Any]) -> list[Line]:
+def append_lines(path: Path, group: str, results: Sequence[Result], about: Record) -> list[Line]:
     """Append the lines of a group in one write, wait until they are on disk, and return them.
 
     Raises:
@@ -109,7 +111,7 @@ def drop_torn(path: Path) -> None:
         json_lines.rewrite(path, complete)
 
 
-def _records(path: Path) -> list[dict[str, Any]]:
+def _records(path: Path) -> list[Record]:
     """Return the lines of a file that are not torn."""
     if path.is_symlink() or (path.exists() and not path.is_file()):
         raise UserError(f"{path} is no file; move it away, or name another folder with --output_dir")
@@ -133,27 +135,27 @@ def _records(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def _is_line(record: dict[str, Any]) -> bool:
+def _is_line(record: Record) -> bool:
     return all(isinstance(record.get(name, ...), kind) for name, kind in _NEEDED.items()) and all(
         isinstance(record[name], kind) for name, kind in _OPTIONAL.items() if name in record
     )
 
 
-def _complete_groups(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+def _complete_groups(records: Iterable[Record]) -> list[Record]:
     """Return the lines of complete groups, each figure once."""
-    groups: dict[str, dict[tuple[str, str], dict[str, Any]]] = {}
+    groups: dict[str, dict[tuple[str, str], Record]] = {}
     for record in records:
         groups.setdefault(record["group"], {})[record["metric"], record.get("who", "")] = record
     own = (list(lines.values()) for lines in groups.values())
     return [line for lines in own if len(lines) == lines[0]["lines"] for line in lines]
 
 
-def _as_line(record: dict[str, Any]) -> Line:
+def _as_line(record: Record) -> Line:
     known = {name: value for name, value in record.items() if name in _KNOWN}
     return Line(Result(**known), {name: value for name, value in record.items() if name not in _KNOWN})
 
 
-def setting_of(embedder: Embedder, task: Task) -> dict[str, Any]:
+def setting_of(embedder: Embedder, task: Task) -> Record:
     """Return everything that a task's figures depend on beside the weights: options, data, prompts, image processing.
 
     Batch size, workers and the number of processes are left out, because no figure depends on them.
@@ -174,7 +176,7 @@ def setting_of(embedder: Embedder, task: Task) -> dict[str, Any]:
     }
 
 
-def about(task: Task, setting: dict[str, Any], model: str, weights: str, seconds: float) -> dict[str, Any]:
+def about(task: Task, setting: Record, model: str, weights: str, seconds: float) -> Record:
     """Return the common fields of a task's lines."""
     page = _page_of(task)
     return {
@@ -207,7 +209,7 @@ def _page_of(task: Task) -> TaskPage | None:
     return read_page(task.task) if task.task else None
 
 
-def _data_of(task: Task, test_set: TestSet) -> dict[str, Any]:
+def _data_of(task: Task, test_set: TestSet) -> Record:
     """Return name, size and digest of a task's data; for a prepared task also repository, revision and split."""
     data, page = task.data, _page_of(task)
     prepared = (read_prepared(Path(data)) if page else None) or {}
