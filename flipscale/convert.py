@@ -14,21 +14,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         return kinds.add_parser(kind, help=summary, description=summary)
 
     flip = add("flip", "Convert a checkpoint of the original JAX FLIP to a model folder.")
-    flip.add_argument("src", help="The folder checkpoint_N, or a folder or zip file that has it.")
+    flip.add_argument("src", help="The folder checkpoint_N, or a folder or zip file that contains it.")
     flip.add_argument("dst", type=output_folder, help="The model folder to write.")
-    flip.add_argument(
-        "--size", help="The size, b16, l16 or h14, which sets the attention heads; other shapes are refused."
-    )
-    flip.add_argument(
-        "--image_heads", type=number(Count), help="Attention heads of the image tower, where there is no --size."
-    )
-    flip.add_argument(
-        "--text_heads", type=number(Count), help="Attention heads of the text tower, where there is no --size."
-    )
+    flip.add_argument("--size", help="Model size, b16, l16 or h14. It decides the attention heads.")
+    flip.add_argument("--image_heads", type=number(Count), help="Attention heads of the image tower, without --size.")
+    flip.add_argument("--text_heads", type=number(Count), help="Attention heads of the text tower, without --size.")
     flip.add_argument(
         "--tokenizer",
-        help="Where the original's vocabulary is: a BERT vocab.txt, or a folder or a model on the Hub that has one. "
-        "With --size it is google-bert/bert-base-uncased unless named.",
+        help="The original's vocabulary: a BERT vocab.txt, or a folder or Hub name with this file. Default with --size: "
+        "google-bert/bert-base-uncased.",
     )
     flip.set_defaults(convert=_from_flip)
     open_clip = add("open_clip", "Convert a model folder to a folder that open_clip loads, with equal embeddings.")
@@ -37,14 +31,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "dst", type=output_folder, help="The folder to write; open_clip.create_model('local-dir:DST') loads it."
     )
     open_clip.set_defaults(convert=_to_open_clip)
-    onnx = add("onnx", "Convert a model folder to ONNX, one file for each tower, and check them with onnxruntime.")
+    onnx = add("onnx", "Convert a model folder to ONNX, one file for each tower, and compare them in onnxruntime.")
     onnx.add_argument("src", help="A run, such as runs/l16, a model folder, or a Hub name.")
     onnx.add_argument("dst", type=output_folder, help="The folder to write.")
     onnx.set_defaults(convert=_to_onnx)
 
 
 def run(args: argparse.Namespace) -> None:
-    """Convert a model and print what was written."""
+    """Convert a model and print a summary."""
     args.convert(args)
 
 

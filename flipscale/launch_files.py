@@ -1,7 +1,7 @@
-"""Write accelerate's launch files and the Slurm scripts where a user can edit them: `flipscale launch_files DIR`.
+"""Write copies of accelerate's launch files and the Slurm scripts, for users to edit: `flipscale launch_files DIR`.
 
-Both are data of the package: `flipscale/ds_configs` and `flipscale/slurm` are symbolic links to the folders at the top
-of the repository. setuptools follows the links, so a wheel holds the files themselves.
+Both are package data: `flipscale/ds_configs` and `flipscale/slurm` are symbolic links to the folders at the top
+of the repository. setuptools follows the links, so a wheel contains the files.
 """
 
 import argparse
@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "directory",
         metavar="DIR",
         type=output_folder,
-        help="The folder to write ds_configs/ and slurm/ into, such as `.`; training is started there.",
+        help="Parent folder of ds_configs/ and slurm/, such as `.`; start the training there.",
     )
 
 
@@ -30,16 +30,16 @@ def run(args: argparse.Namespace) -> None:
     """Write the files and print their paths.
 
     Raises:
-        ValueError: a file of the same name has other content.
+        UserError: a file of the same name has other content.
     """
     print("\n".join(str(file) for file in write_launch_files(args.directory)))
 
 
 def write_launch_files(directory: Path) -> list[Path]:
-    """Write the launch files and Slurm scripts that `directory` lacks; return the paths of all of them there.
+    """Write the missing launch files and Slurm scripts to `directory`, and return the paths of all of them.
 
     Raises:
-        ValueError: a file of the same name has other content. Nothing is written then.
+        UserError: a file of the same name has other content. Nothing is written then.
     """
     sources = [file for name in FOLDERS for file in sorted((_PACKAGE / name).iterdir())]
     copies = [directory / source.relative_to(_PACKAGE) for source in sources]
