@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def step_setting(args: argparse.Namespace) -> "StepSetting":
-    """Return the setting of parsed step options, on the GPU of this machine, else the CPU. Sets the number of CPU threads."""
+    """Return the setting of parsed step options, on a GPU if possible. Set the number of CPU threads."""
     import torch
 
     from flipscale.engines.device import keep_freed_memory

@@ -21,8 +21,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     flip.add_argument("--text_heads", type=number(Count), help="Attention heads of the text tower, without --size.")
     flip.add_argument(
         "--tokenizer",
-        help="The original's vocabulary: a BERT vocab.txt, or a folder or Hub name with this file. Default with --size: "
-        "google-bert/bert-base-uncased.",
+        help="The original's vocabulary: a BERT vocab.txt, or a folder or Hub name with this file. Default with "
+        "--size: google-bert/bert-base-uncased.",
     )
     flip.set_defaults(convert=_from_flip)
     open_clip = add("open_clip", "Convert a model folder to a folder that open_clip loads, with equal embeddings.")

@@ -17,8 +17,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--interpolate",
         metavar="BASE",
-        help="Mix the weights with those of another model (WiSE-FT), such as the start of a fine-tuning: a run, a model "
-        "folder or a Hub name.",
+        help="Mix the weights with those of another model (WiSE-FT), such as the start of a fine-tuning: a run, a "
+        "model folder or a Hub name.",
     )
     parser.add_argument(
         "--alpha",

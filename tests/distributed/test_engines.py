@@ -372,7 +372,10 @@ def test_any_checkpoint_is_exported(
 def test_what_cannot_be_exported_is_named(trainings: Trainings, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     for arguments, message in (
         ([str(tmp_path)], "has no checkpoint; name a run directory"),
-        ([str(trainings.run("ddp", 1)), "--step", "7"], "step-00000007 is no checkpoint; there are step-00000005, "),
+        (
+            [str(trainings.run("ddp", 1)), "--step", "7"],
+            "step-00000007 does not exist; the checkpoints are step-00000005, ",
+        ),
     ):
         with pytest.raises(SystemExit) as ended:
             main(["export", *arguments])
