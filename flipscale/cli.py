@@ -1,4 +1,4 @@
-"""The command `flipscale VERB`; each verb is the module of its name."""
+"""The command `flipscale VERB`. Each verb is the module of its name."""
 
 import importlib
 import sys
@@ -26,17 +26,17 @@ VERBS = {
     "bench": "Measure the speed and memory of a training step on this machine.",
 }
 
-# They train by a recipe, which has a parser of its own, whose help needs nothing that training needs.
+# Verbs with a recipe's own parser, whose help needs none of the training's imports.
 TRAINING = ("pretrain", "finetune")
 
 
 def module_of(verb: str) -> ModuleType:
-    """Return the module of a verb that does not train, which has `add_arguments` and `run`."""
+    """Return the module of a verb without training; it has `add_arguments` and `run`."""
     return importlib.import_module(f"flipscale.{verb}")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the verb that `arguments` name; by default they are the command line's."""
+    """Run a verb by its arguments, by default the command line's."""
     with report_user_errors():
         _run(list(sys.argv[1:] if arguments is None else arguments))
 

@@ -136,7 +136,7 @@ def finish(recipe: Recipe, start: Start, num_steps: int, trained_seconds: float)
 
 
 def write_page(recipe: Recipe) -> None:
-    """Write the page of a finished run that has none: the first process does, after the others have gone."""
+    """Write the page of a finished run without a page, on rank 0, after the other processes have gone."""
     run_dir = Path(recipe.output_dir)
     if os.environ.get("RANK", "0") != "0" or not (run_dir / "DONE").exists() or (run_dir / "report.html").exists():
         return

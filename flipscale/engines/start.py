@@ -1,4 +1,4 @@
-"""From a launch to its processes and their engine."""
+"""The processes and the engine of a launch."""
 
 import os
 from collections.abc import Iterator

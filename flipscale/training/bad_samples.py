@@ -43,7 +43,7 @@ class BadSamples:
         """Write the names of unreadable shards, and drop samples from `position` on, which are read again."""
         if not self.is_main:
             return
-        records = json_lines.read(self.path, position=int | None, shard=str, number=int | None)
+        records = json_lines.read(self.path, "shard")
         kept = [record for record in records if (at := record.get("position")) is not None and at < position]
         records = [dataclasses.asdict(fault) for fault in shard_faults] + kept
         self._named = {(record["shard"], record.get("number")) for record in records}
