@@ -210,7 +210,7 @@ def test_captions_are_learned_as_on_one_process(
 def test_compiled_blocks_are_refused_under_zero3(trainings: Trainings) -> None:
     file = trainings.file(trainings.folder / "compiled-zero3", model={**trainings.recipe["model"], "compile": True})
     for answer in trainings.crowd(2).run("train", "zero3", file):
-        assert answer.startswith("ValueError: model.compile is true and the launch file's engine is ZeRO-3, which")
+        assert answer.startswith("UserError: model.compile is true and the launch file's engine is ZeRO-3, which")
 
 
 @pytest.mark.parametrize(("engine", "world"), [("ddp", 2), ("fsdp2", 2), ("zero2", 2), ("zero3", 2)])
@@ -296,7 +296,7 @@ def test_stochastic_depth_is_part_of_the_batch(trainings: Trainings, engine: str
 @pytest.mark.parametrize("engine", ["zero1", "zero3"])
 def test_muon_is_refused_where_matrices_are_cut(trainings: Trainings, engine: str) -> None:
     file = trainings.file(trainings.folder / f"muon-{engine}", optim={"name": "muon"})
-    refusal = f"ValueError: optim.name is 'muon'; the launch file's engine {engine} has adamw"
+    refusal = f"UserError: optim.name is 'muon'; the launch file's engine {engine} has adamw"
     for answer in trainings.crowd(2).run("train", engine, file):
         assert answer.startswith(refusal)
 

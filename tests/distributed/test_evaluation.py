@@ -139,7 +139,7 @@ def fail(folder: str, tokenizer: str, out: str, deadly: bool) -> None:
 @pytest.mark.parametrize(
     ("deadly", "sentence"),
     [
-        (False, r"ValueError: evaluation image 0.tar#20 cannot be decoded: .*"),
+        (False, r"UserError: evaluation image 0.tar#20 cannot be decoded: .*"),
         (True, r"OSError: a worker that decoded evaluation images died \(.*\); give it more memory or set .* to 0"),
     ],
 )

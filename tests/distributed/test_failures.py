@@ -228,11 +228,11 @@ def stop(file: str, folder: str, where: str) -> None:
 @pytest.mark.parametrize(
     ("where", "silent"),
     [
-        ("the start of the processes", ""),
-        ("the building of the model", "; rank 1 does not run any more"),
+        pytest.param("the start of the processes", "", marks=pytest.mark.long),
+        pytest.param("the building of the model", "; rank 1 does not run any more", marks=pytest.mark.long),
         ("an evaluation", "; rank 1 does not run any more"),
-        ("a save", "; rank 1 does not run any more"),
-        ("the export", "; rank 1 does not run any more"),
+        pytest.param("a save", "; rank 1 does not run any more", marks=pytest.mark.long),
+        pytest.param("the export", "; rank 1 does not run any more", marks=pytest.mark.long),
     ],
 )
 def test_a_process_that_was_stopped_is_not_waited_for(

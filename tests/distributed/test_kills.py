@@ -134,6 +134,7 @@ def killed_run(file: Path, run_dir: Path, kills: int, draw: random.Random, outpu
         yield seen
 
 
+@pytest.mark.long
 @pytest.mark.timeout(600 + 20 * KILLS)
 def test_killed_at_any_instant(write_recipe, shards: Path, tmp_path: Path) -> None:
     tasks = [{"kind": "zero_shot", "data": str(shards), "every_samples": 96}]
@@ -210,6 +211,7 @@ OF_OTHER_LOSSES = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.timeout(300 + 20 * KILLS)
 @pytest.mark.parametrize("loss", OF_OTHER_LOSSES)
 def test_other_losses_end_with_the_same_bits(

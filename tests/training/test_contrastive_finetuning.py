@@ -105,7 +105,13 @@ def test_what_the_model_before_achieved_and_what_was_lost(
 
 
 @pytest.mark.parametrize(
-    ("engine", "optim"), [("fsdp2", {}), ("zero2", {}), ("zero3", {}), ("fsdp2", {"name": "muon"})]
+    ("engine", "optim"),
+    [
+        ("fsdp2", {}),
+        pytest.param("zero2", {}, marks=pytest.mark.long),
+        ("zero3", {}),
+        pytest.param("fsdp2", {"name": "muon"}, marks=pytest.mark.long),
+    ],
 )
 def test_frozen_parts_under_every_engine(
     write: Callable[..., Path], base: Path, tmp_path: Path, crowds: Crowds, engine: str, optim: dict

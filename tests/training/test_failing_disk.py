@@ -48,6 +48,7 @@ def chosen(operations: list[str]) -> list[tuple[int, int]]:
     return [(number, ERRORS[place % len(ERRORS)]) for place, number in enumerate(sorted(numbers))]
 
 
+@pytest.mark.long
 @pytest.mark.timeout(600 if FAILURES == "8" else 6000)
 def test_each_operation_fails_in_turn(write_recipe, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"

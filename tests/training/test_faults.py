@@ -176,10 +176,3 @@ def test_nodes_with_other_copies_of_a_shard_are_found_out(write_recipe, tmp_path
     assert done.returncode != 0
     assert "error: processes 1 of 2 found other numbers of samples in the shards than process 0" in done.stderr
     assert "make the nodes' copies the same" in done.stderr
-
-
-def test_environment_is_recorded(write_recipe, tmp_path: Path) -> None:
-    assert pretrain(write_recipe(tmp_path / "run")).returncode == 0
-    recorded = json.loads((tmp_path / "run/environment.json").read_text())
-    assert recorded["python"] == ".".join(str(n) for n in sys.version_info[:3])
-    assert shutil.which("git") is None or recorded["commit"]
