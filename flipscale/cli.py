@@ -15,7 +15,6 @@ VERBS = {
     "pretrain": "Train a model as a recipe says: masked pre-training, then unmasked tuning.",
     "finetune": "Fine-tune a model as a recipe says, such as to name classes: the same training, from weights.",
     "evaluate": "Evaluate a trained model by zero-shot classification, retrieval or other tasks.",
-    "probe": "Train a linear classifier on a frozen model's image features, and test it.",
     "search": "Find the pictures of a folder that are nearest to words, as a page for a browser.",
     "status": "Print the progress and speed of runs, and whether they are alive.",
     "export": "Write the model of a checkpoint as a folder that transformers loads.",

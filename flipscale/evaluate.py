@@ -3,6 +3,7 @@
 import argparse
 import json
 import logging
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,11 +20,11 @@ from flipscale.io.options import Count, Pairs, Pixels, ShareBelowOne, Workers, n
 from flipscale.io.yaml_text import check_yaml
 from flipscale.training.console import start_logging
 
-# What embeds and scores takes seconds to import, so it is where it is needed: `--help` waits for nothing.
+# Everything that embeds and scores is imported where it is needed, because it takes seconds and `--help` needs none.
 if TYPE_CHECKING:
-    from flipscale.evaluation.embedders.masked import ImageMask
     from flipscale.evaluation.embedding import Embedder
     from flipscale.evaluation.kinds.task import Task
+    from flipscale.evaluation.masked import ImageMask
     from flipscale.evaluation.reports.mask_table import MaskedResults
     from flipscale.evaluation.reports.suite_report import Column
 
@@ -36,51 +37,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "models",
         metavar="MODEL",
         nargs="+",
-        help="A run, such as runs/demo, a model folder, a Hub name, a model of open_clip: open_clip:NAME,PRETRAINED, "
-        "or any CLIP or SigLIP of transformers: hf:NAME. Several stand side by side in one table.",
+        help="A run, such as runs/demo, a model folder, a Hub name, an open_clip model as open_clip:NAME,PRETRAINED, "
+        "or any CLIP or SigLIP of transformers as hf:NAME. Tasks without texts also take pixels, hog and "
+        "untrained:FOLDER (random weights). Several models share one table.",
     )
-    _add_task_arguments(parser)
-    parser.add_argument(
-        "--output_dir",
-        metavar="DIR",
-        type=output_folder,
-        help="Keep each model's results.jsonl in a folder of its own in DIR, and results.md and results.png in DIR. By "
-        "default results.jsonl is in the model folder; evaluations/NAME holds it for a model that is no folder.",
-    )
-    parser.add_argument(
-        "--batch_size",
-        type=number(Pairs),
-        default=256,
-        help="How many images or texts a process embeds at once; 256 by default.",
-    )
-    parser.add_argument(
-        "--num_workers",
-        type=number(Workers),
-        default=4,
-        help="How many processes decode images; 4 by default, 0 decodes in this process.",
-    )
-    parser.add_argument(
-        "--image_size",
-        type=number(Pixels),
-        metavar="PIXELS",
-        help="The side of the images of tasks that have no image_size of their own, a multiple of the patch, such as "
-        "that of the last stage; by default the model's own.",
-    )
-    add_mask_arguments(parser)
-    parser.add_argument("--json", action="store_true", help="Print one JSON line instead of a table.")
-
-
-def _add_task_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments that say what is evaluated."""
     parser.add_argument(
         "--tasks",
         metavar="DIR",
         type=Path,
-        help=f"Where `flipscale prepare tasks` put the data of tasks; {TASKS_DIR} by default. Without --suite and "
-        "--only, all tasks that are prepared there.",
+        help=f"Folder in which `flipscale prepare tasks` put the tasks' data; {TASKS_DIR} by default. Without --suite "
+        "and --only, all tasks that are prepared there.",
     )
-    parser.add_argument("--suite", help=f"Do the prepared tasks of this suite: {', '.join(SUITES)}, or all.")
-    parser.add_argument("--only", metavar="NAME", nargs="+", default=[], help="Do these tasks, such as cars food101.")
+    parser.add_argument("--suite", help=f"Run the prepared tasks of this suite: {', '.join(SUITES)}, or all.")
+    parser.add_argument("--only", metavar="NAME", nargs="+", default=[], help="Run these tasks, such as cars food101.")
     parser.add_argument(
         "--zero_shot",
         metavar="DIR",
@@ -94,7 +63,7 @@ def _add_task_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="YAML",
         action="append",
         default=[],
-        help="Do an evaluation as a recipe's eval.tasks has it, such as '{kind: retrieval, data: DIR, ks: [1, 100]}'. "
+        help="Run a task in the form of a recipe's eval.tasks, such as '{kind: retrieval, data: DIR, ks: [1, 100]}'. "
         "The kinds are zero_shot, zero_shot_multilabel, retrieval, worst_group, association, few_shot, probe, "
         "captioning, likelihood, vqa, classification. May be given several times.",
     )
@@ -105,13 +74,41 @@ def _add_task_arguments(parser: argparse.ArgumentParser) -> None:
         "--without",
         type=Path,
         metavar="AUDIT",
-        help="Give each figure again without the images that lie in the training data, as `flipscale prepare audit "
-        "--tests` found them: the folder that it wrote.",
+        help="Add each figure without the images that lie in the training data. AUDIT is the folder that `flipscale "
+        "prepare audit --tests` wrote.",
     )
+    parser.add_argument(
+        "--output_dir",
+        metavar="DIR",
+        type=output_folder,
+        help="Write results.md and results.png to DIR, and each model's results.jsonl to its own folder in DIR. By "
+        "default results.jsonl is in the model folder, or in evaluations/NAME for other models.",
+    )
+    parser.add_argument(
+        "--batch_size",
+        type=number(Pairs),
+        default=256,
+        help="Number of images or texts that a process embeds at once; 256 by default.",
+    )
+    parser.add_argument(
+        "--num_workers",
+        type=number(Workers),
+        default=4,
+        help="Number of processes that decode images; 4 by default, 0 decodes in this process.",
+    )
+    parser.add_argument(
+        "--image_size",
+        type=number(Pixels),
+        metavar="PIXELS",
+        help="Image size of tasks without their own image_size, a multiple of the patch, such as the last stage's; the "
+        "model's own by default.",
+    )
+    add_mask_arguments(parser)
+    parser.add_argument("--json", action="store_true", help="Print one JSON line instead of a table.")
 
 
 def add_mask_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments that say under which masks a model is evaluated."""
+    """Add the arguments for masked evaluation."""
     parser.add_argument(
         "--mask_ratio",
         type=number(ShareBelowOne),
@@ -127,11 +124,11 @@ def add_mask_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         metavar="VIEWS",
         default=[1],
-        help="Average the embeddings of so many masks of an image that share no patch; 1 by default. Each number is "
-        "combined with every ratio that has room for it.",
+        help="Average the embeddings of this many disjoint views of an image; 1 by default. Each number is combined "
+        "with every ratio that has room for it.",
     )
     parser.add_argument(
-        "--mask_kind", default="random", help="The kind of masks: random, grid, block or centre; random by default."
+        "--mask_kind", default="random", help="Kind of masks: random, grid, block or centre; random by default."
     )
     parser.add_argument(
         "--mask_figure", metavar="PNG", type=Path, help="Draw accuracy against the encoder's FLOPs into this file."
@@ -139,17 +136,20 @@ def add_mask_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Print the results that were asked for as one table, and write them beside the models. A model that cannot be
-    loaded leaves the others their results, and is the error at the end.
+    """Print the results as one table and write them beside the models. If a model cannot be loaded, the other models
+    still get their results, and the command ends with the error.
 
     Raises:
-        ValueError: nothing to evaluate, an unknown task or suite, a model that is named twice or cannot be loaded, or
-            a folder that cannot be written to.
+        UserError: there is nothing to evaluate, a task or suite is unknown, a model is named twice or cannot be loaded,
+            or a folder cannot be written to.
     """
-    models = name_models(args.models, args.output_dir)  # before the imports, which take seconds
+    # Beside other work, torch's OpenMP threads would spend most of their time on spinning for each other: on two busy
+    # cores, an evaluation of 10 seconds of work used 30. The variable counts only before torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    models = name_models(args.models, args.output_dir)  # before the slow imports
     from flipscale.engines.start import start_accelerator
-    from flipscale.evaluation.embedders.masked import WHOLE, asked_masks, check_mask_arguments, masked_embedder
-    from flipscale.evaluation.kinds.without import with_clean_tasks
+    from flipscale.evaluation.decontaminated import with_clean_tasks
+    from flipscale.evaluation.masked import WHOLE, asked_masks, check_mask_arguments, masked_embedder
     from flipscale.evaluation.reports.record import read_lines
     from flipscale.evaluation.reports.session import evaluate_model
     from flipscale.evaluation.reports.suite_report import Column
@@ -185,7 +185,7 @@ def run(args: argparse.Namespace) -> None:
                 masked.append(_with_flops(embedder, mask, model.name, [line.result for line in lines]))
             if accelerator.is_main_process and model.home == model.folder:
                 refresh_card(model.folder, lines)
-        del embedder  # before the next model is loaded
+        del embedder  # frees its memory for the next model
     if accelerator.is_main_process and columns:
         _report(args, columns, masked, home, len(models))
     opened.raise_faults()
@@ -193,31 +193,31 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _report(
-    args: argparse.Namespace, columns: list["Column"], masked: list["MaskedResults"], home: Path, asked: int
+    args: argparse.Namespace, columns: list["Column"], masked: list["MaskedResults"], home: Path, num_models: int
 ) -> None:
-    """Write the tables of all models to the folder `home`, and print what was asked for."""
+    """Write the tables of all models to `home`, and print the table or JSON line that the arguments ask for."""
+    from flipscale.evaluation.reports.mask_table import draw_masked_results, mask_table
     from flipscale.evaluation.reports.suite_report import suite_tables, write_reports
 
-    suites = _suites(args)
+    if args.suite in SUITES:
+        suites = [args.suite]
+    else:
+        suites = list(SUITES) if args.suite or (args.tasks and not args.only) else []
     write_reports(columns, suites, home)
     if masked:
-        _print_masked(args, masked)
+        print(json.dumps([row.as_json() for row in masked]) if args.json else mask_table(masked))
+        if args.mask_figure:
+            draw_masked_results(masked, args.mask_figure)
+    elif args.json:
+        metrics = {column.name: as_metrics(line.result for line in column.lines) for column in columns}
+        print(json.dumps(metrics if num_models > 1 else metrics[columns[0].name]))
     else:
-        print(_as_json(columns, asked) if args.json else suite_tables(columns, suites))
-
-
-def _print_masked(args: argparse.Namespace, rows: list["MaskedResults"]) -> None:
-    """Print accuracy against the encoder's FLOPs, and draw it if asked to."""
-    from flipscale.evaluation.reports.mask_table import draw_masked_results, mask_table
-
-    print(json.dumps([row.as_json() for row in rows]) if args.json else mask_table(rows))
-    if args.mask_figure:
-        draw_masked_results(rows, args.mask_figure)
+        print(suite_tables(columns, suites))
 
 
 def _with_flops(embedder: "Embedder", mask: "ImageMask", name: str, results: list[Result]) -> "MaskedResults":
-    """Return the results under a mask beside the operations of the image tower and its projection."""
-    from flipscale.evaluation.embedders.masked import WHOLE
+    """Return the results under a mask with the FLOPs of the image tower and its projection."""
+    from flipscale.evaluation.masked import WHOLE
     from flipscale.evaluation.reports.mask_table import MaskedResults
     from flipscale.planning.flops import forward_flops
 
@@ -227,17 +227,11 @@ def _with_flops(embedder: "Embedder", mask: "ImageMask", name: str, results: lis
     return MaskedResults(name, mask, flops, whole, results)
 
 
-def _as_json(columns: list["Column"], asked: int) -> str:
-    """Return the metrics of a model as one line of JSON; those of several by their names."""
-    found = {column.name: as_metrics(line.result for line in column.lines) for column in columns}
-    return json.dumps(found if asked > 1 else found[columns[0].name])
-
-
 def _tasks(args: argparse.Namespace) -> list["Task"]:
-    """Return the tasks that the arguments ask for, those of the same data one after the other.
+    """Return the tasks that the arguments ask for; tasks on the same data are consecutive.
 
     Raises:
-        ValueError: there are none, or one that does not exist.
+        UserError: there are none, or a name is unknown.
     """
     from flipscale.evaluation.suite import build_tasks
 
@@ -256,36 +250,29 @@ def _tasks(args: argparse.Namespace) -> list["Task"]:
 
 
 def _pages(args: argparse.Namespace, tasks_dir: Path) -> list[str]:
-    """Return the names of the tasks that have a page: those of `--only`, or of a suite as far as they are prepared."""
+    """Return the names of tasks with a page: `--only`, or the prepared ones of a suite."""
     if args.only and args.suite:
         raise UserError("--only and --suite are both given; give one of them")
     if args.only:
         return args.only
     if args.suite is None and args.tasks is None:
         return []
-    asked = suite_pages(args.suite or "all")
-    found = [page.name for page in asked if read_prepared(tasks_dir / page.data) is not None]
-    if not found:
+    pages = suite_pages(args.suite or "all")
+    prepared = [page.name for page in pages if read_prepared(tasks_dir / page.data) is not None]
+    if not prepared:
         which = f"of suite {args.suite} " if args.suite else ""
         raise UserError(
             f"no task {which}is prepared in {tasks_dir}; run `flipscale prepare tasks {tasks_dir} --suite "
             f"{args.suite or 'paper'}`"
         )
-    missing = [page.name for page in asked if page.name not in found]
+    missing = [page.name for page in pages if page.name not in prepared]
     if args.suite and missing:
         _log.info("not prepared in %s, so left out: %s", tasks_dir, ", ".join(missing))
-    return found
-
-
-def _suites(args: argparse.Namespace) -> list[str]:
-    """Return the suites that have a table of their own."""
-    if args.suite in SUITES:
-        return [args.suite]
-    return list(SUITES) if args.suite or (args.tasks and not args.only) else []
+    return prepared
 
 
 def _listed(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Return the tasks that the arguments describe, as a recipe lists them."""
+    """Return the tasks that `--zero_shot`, `--retrieval` and `--task` describe, in the form of a recipe."""
     listed: list[dict[str, Any]] = []
     if args.zero_shot:
         templates = {"templates": args.templates} if args.templates else {}

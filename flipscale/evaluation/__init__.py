@@ -1,1 +1,1 @@
-"""What a model is worth: one file a task."""
+"""Evaluations of trained models: a file for each kind."""

@@ -1,62 +1,200 @@
-"""Embeddings of whole images and texts, the work shared by the processes."""
+"""Embeddings of whole images and texts: the rows of each process, image decoding in workers, and the forward passes."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
 
+import cv2
 import numpy as np
 import torch
-from tqdm import tqdm
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
 
 from flipscale.data.captions import tokenise
-from flipscale.data.decode import decode_box, visible_patches
-from flipscale.data.loader import PackedBatch
+from flipscale.data.decode import UndecodableImage, decode_box, open_image, visible_patches
+from flipscale.data.loader import PackedBatch, settle_worker, start_workers, worker_context
 from flipscale.data.pairs import InputShape
+from flipscale.data.samples import BadSample, Sample, wrap_errors
 from flipscale.data.sources.tar import TarSource
-from flipscale.evaluation.images import (
-    DamagedImage,
-    Decoder,
-    Share,
-    WholeImages,
-    decoded_batches,
-    made_up,
-    named,
-    one_thread,
-)
 from flipscale.io.errors import UserError
+from flipscale.io.progress import Progress, each
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-# A set of few rows makes this many batches at least, so that several processes have some each.
-_LEAST_BATCHES = 16
-# A CPU computes as fast on so many images at once as on more, and begins sooner. Their fp32 pixels are less than the
-# 32 MiB from which the C library fetches new memory each time, page by page, for longer than the pixels are computed.
-_MOST_ON_CPU, _MOST_BYTES_ON_CPU = 128, 24 << 20
-# What a core computes in the millisecond in which another decodes an image of 500 x 400 pixels.
-_LIGHT_FLOPS = 3e7
+    from flipscale.model import FlipModel, FlipProcessor
 
+# A small set makes at least this many batches, so that several processes have some each.
+_LEAST_BATCHES = 16
+# A CPU embeds this many images as fast as more, and begins sooner. Their fp32 pixels stay below the 32 MiB from which
+# the C library maps new memory for each batch, page by page, which takes longer than the pixels.
+_MOST_ON_CPU, _MOST_BYTES_ON_CPU = 128, 24 << 20
+# Operations of one core in the millisecond in which another core decodes an image of 500 x 400 pixels.
+_LIGHT_FLOPS = 3e7
+_MOST_NAMED = 10  # damaged samples in one message
+
+# Turns the bytes of an image and its row into the columns that the model takes; it may raise `UndecodableImage`.
+Decoder = Callable[[bytes, int], dict[str, np.ndarray]]
 Features = Literal["embeds", "pooled"]
+Picture = str | Path | Image.Image
+
+
+class DamagedImage(UserError):
+    """An image of a test set cannot be read or decoded."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """The rows of one process: every `world`th batch of `size` rows among `count`.
+
+    The batches do not depend on the number of processes, so each embedding is the same to the last bit.
+    """
+
+    count: int
+    size: int
+    rank: int
+    world: int
+
+    @property
+    def rounds(self) -> int:
+        """Number of batches of the first process; other processes may have one less."""
+        return -(-self.count // (self.size * self.world))
+
+    def batches(self) -> list[range]:
+        """Return the rows of this process, batch by batch."""
+        firsts = range(self.rank * self.size, self.count, self.size * self.world)
+        return [range(first, min(first + self.size, self.count)) for first in firsts]
+
+    def rows(self) -> np.ndarray:
+        """Return the rows of this process, int64 `(rows,)`."""
+        rows = np.arange(self.count)
+        return rows[rows // self.size % self.world == self.rank]
+
+    @property
+    def most(self) -> int:
+        """Number of rows of the first process; no process has more."""
+        last = (self.rounds - 1) * self.size * self.world
+        return (self.rounds - 1) * self.size + min(self.size, self.count - last) if self.count else 0
+
+    def places(self) -> torch.Tensor:
+        """Return the place of each row after a gather of `most` rows from each process."""
+        rows = torch.arange(self.count)
+        batch = rows // self.size
+        return batch % self.world * self.most + batch // self.world * self.size + rows % self.size
+
+
+class SampleNumbers(Sequence[tuple[int, int]]):
+    """(shard, number) of every row of a source, in shard order, in eight bytes a shard."""
+
+    def __init__(self, source: TarSource):
+        self._ends = np.cumsum(source.shard_sizes, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def __getitem__(self, row: Any) -> Any:
+        if not 0 <= row < len(self):
+            raise IndexError(f"row {row} of {len(self)}")
+        shard = int(np.searchsorted(self._ends, row, side="right"))
+        return shard, int(row) - (int(self._ends[shard - 1]) if shard else 0)
+
+
+class ChosenRows(TarSource):
+    """Some rows of a source in a new order, as one shard.
+
+    Args:
+        source: source of the samples.
+        rows: rows of `source`, int64 `(rows,)`.
+    """
+
+    def __init__(self, source: TarSource, rows: np.ndarray):
+        self._open = OrderedDict()  # empty, because `source` opens the shards
+        self.source, self.list, self.faults = source, source.list, source.faults
+        self.shard_sizes = [len(rows)]
+        self.rows, self._places = rows, SampleNumbers(source)
+
+    def read(self, shard: int, number: int) -> Sample:
+        return self.source.read(*self._place(number))
+
+    def read_captions(self, shard: int, number: int) -> tuple[bytes, ...]:
+        return self.source.read_captions(*self._place(number))
+
+    def read_label(self, shard: int, number: int) -> int | None:
+        return self.source.read_label(*self._place(number))
+
+    def read_array(self, shard: int, number: int) -> np.ndarray | None:
+        return self.source.read_array(*self._place(number))
+
+    def key(self, shard: int, number: int) -> str:
+        return self.source.key(*self._place(number))
+
+    def shard_name(self, shard: int) -> str:
+        """Return the name of all shards of the source, because the rows may come from any of them."""
+        return self.source.list.shards
+
+    def _place(self, number: int) -> tuple[int, int]:
+        return self._places[self.rows[number]]
+
+
+class WholeImages(Dataset):
+    """Every image of a source, decoded, in batches. An error takes the place of a batch, because a raised one would
+    come with the worker's traceback."""
+
+    def __init__(self, source: TarSource, decode: Decoder):
+        self.source, self.decode = source, decode
+        self.where = SampleNumbers(source)
+
+    def __len__(self) -> int:
+        return len(self.where)
+
+    def __getitems__(self, rows: Sequence[int]) -> PackedBatch | Exception:
+        try:
+            return _packed((self._decoded(row) for row in rows), len(rows))
+        except (ValueError, OSError) as error:
+            return error
+
+    def damage(self, row: int) -> str | None:
+        """Return the fault of an image; None if it is whole."""
+        try:
+            self._decoded(row)
+        except DamagedImage as error:
+            return str(error)
+        return None
+
+    def _decoded(self, row: int) -> dict[str, np.ndarray]:
+        shard, number = self.where[row]
+        try:
+            sample = self.source.read(shard, number)
+            with wrap_errors(UndecodableImage):
+                return self.decode(sample.image, row)
+        except BadSample as error:
+            name = f"{self.source.shard_name(shard).rsplit('/', 1)[-1]}#{number}"
+            raise DamagedImage(f"evaluation image {name} cannot be decoded: {error}") from error
 
 
 @dataclass(frozen=True)
 class Embedder:
-    """A model with what it takes to embed: its tokenizer, and the processes that share the work.
+    """A FLIP model, its tokenizer, and the processes that share the work. Subclasses embed by other models.
 
-    A set of rows (images, texts, classes) is cut into batches that do not depend on the number of processes, and
-    process r of w embeds batches r, r + w, r + 2 w, ...: `batches` and `rows`. The forward passes of a sharded model
-    are collective, so a process that has a batch less than others embeds something made up meanwhile.
+    A set of rows (images, texts, classes) is cut into batches that do not depend on the number of processes. Process r
+    of w embeds batches r, r + w, r + 2 w, ...: see `batches` and `rows`. The forward passes of a sharded model are
+    collective, so a process with a batch less embeds a dummy meanwhile.
 
     Args:
-        model: unwrapped, in evaluation mode.
-        batch_size: images or texts that a process embeds at once, at most; fewer on a CPU and of a small set.
-        num_workers: processes that decode images; 0 decodes in this one.
-        alive: called at the start of a task and after every batch, to tell a watch that the evaluation moves on.
-        name: what tables call the model.
-        progress: called on every process after each batch of images, with how many images all processes embedded since
-            the last call, in place of the bar that is shown without it.
-        pixels: along each side of an image, where that is not the model's own size; see `at`.
+        model: the model, unwrapped, in evaluation mode.
+        tokenizer: tokenizer of the model; None without texts.
+        accelerator: the processes.
+        batch_size: most images or texts in a batch; a CPU and a small set use fewer.
+        num_workers: number of processes that decode images; 0 decodes in this process.
+        alive: function called at the start of a task and after every batch, for a watchdog.
+        name: name of the model in tables.
+        progress: function called on every process with the number of images that all processes embedded since the last
+            call; it replaces the progress bar.
+        pixels: pixels along each side of an image, if not the model's size; see `at`.
     """
 
     model: Any
@@ -70,11 +208,13 @@ class Embedder:
     pixels: int | None = None
 
     def at(self, image_size: int | None) -> "Embedder":
-        """Return the embedder of images of `image_size` pixels, whose patches have the positions of the places that
-        they show; None leaves it as it is.
+        """Return the embedder of images of `image_size` pixels; None returns this embedder.
+
+        Each patch has the position of the place that it shows.
 
         Raises:
-            ValueError: the patch does not divide them, or the model is none of flipscale's.
+            ValueError: the patch size does not divide the image size.
+            UserError: the model is not flipscale's.
         """
         if image_size is None:
             return self
@@ -85,8 +225,17 @@ class Embedder:
         self.model.config.vision_config.patches_along(image_size)
         return replace(self, pixels=image_size)
 
+    def uncounted(self) -> "Embedder":
+        """Return an embedder for images that are not in the test set, which `progress` must not count."""
+        return self if self.progress is None else replace(self, progress=lambda images: None)
+
+    def bar(self, total: int | None, unit: str, hidden: bool = False) -> Progress:
+        """Return the progress of an evaluation, shown on the main process if it takes long."""
+        hidden = hidden or not self.accelerator.is_main_process
+        return Progress(total, "evaluating", unit, leave=False, delay=5, hidden=hidden)
+
     def batches(self, count: int) -> list[range]:
-        """Return this process's rows of `count`, a batch each."""
+        """Return this process's rows of `count`, batch by batch."""
         return self._share(count).batches()
 
     def rows(self, count: int) -> np.ndarray:
@@ -94,51 +243,52 @@ class Embedder:
         return self._share(count).rows()
 
     def most_in_batch(self, count: int) -> int:
-        """Return how many of `count` rows are in a batch, at most: the same on every process."""
+        """Return the largest number of rows in a batch of `count` rows, the same on every process."""
         return self._share(count).size
 
     def image_batches(
         self, source: TarSource, features: Features = "embeds"
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Collective, to its end. Yield this process's rows of `source`, int64 `(rows,)`, and their features, fp32
-        `(rows, dim)` on the CPU, a batch at a time.
+        `(rows, dim)` on the CPU, batch by batch.
 
-        No image is read twice. Where others have a batch more, the last has no rows.
+        Each image is read once. The last batch has no rows if other processes have a batch more.
 
         Args:
+            source: source of the images.
             features: `embeds`, after the projection and of unit length; or `pooled`, before the projection and not
-                normalised, as linear probes take them.
+                normalised, for linear probes.
 
         Raises:
-            ValueError: on every process, if an image of any process cannot be decoded.
-            OSError: on every process, if any cannot read a shard or lost a worker.
+            UserError: any image cannot be decoded. All processes raise it.
+            OSError: any process cannot read a shard or lost a worker. All processes raise it.
         """
-        from flipscale.model.modeling_flip import normalise_embeds  # seconds to import; a model has done it
+        from flipscale.model.modeling_flip import normalise_embeds  # slow to import; a model has done it
 
         compute = {"embeds": self.image_features, "pooled": self.pooled_features}[features]
         for rows, columns in self.image_columns(source):
             with torch.no_grad(), self.accelerator.autocast():
-                found = compute(**columns)
-            found = normalise_embeds(found) if features == "embeds" else found.float()
-            yield torch.arange(rows.start, rows.stop), found.cpu()[: len(rows)]
+                output = compute(**columns)
+            output = normalise_embeds(output) if features == "embeds" else output.float()
+            yield torch.arange(rows.start, rows.stop), output.cpu()[: len(rows)]
 
     def image_columns(self, source: TarSource) -> Iterator[tuple[range, PackedBatch]]:
-        """Collective, to its end. Yield this process's rows of `source`, and what the model takes of their images, on
-        its device, a batch at a time. Where others have a batch more, the last has no rows, and one made-up image.
+        """Collective, to its end. Yield this process's rows of `source` and the model's inputs of their images, on its
+        device, batch by batch. If other processes have a batch more, the last has no rows and one dummy image.
 
         Raises:
-            ValueError: on every process, if an image of any process cannot be decoded.
-            OSError: on every process, if any cannot read a shard or lost a worker.
+            UserError: any image cannot be decoded. All processes raise it.
+            OSError: any process cannot read a shard or lost a worker. All processes raise it.
         """
         share, decode, nothing = self._share(len(source)), self.decoder(), range(0)
         mine = share.batches()
         decoded = decoded_batches(source, decode, mine, self.num_workers)
         done = 0
-        bar = self._bar(len(source), "images", hidden=self.progress is not None)
+        bar = self.bar(len(source), "images", hidden=self.progress is not None)
         with bar, one_thread(self.num_workers > 0 and self._is_light(decode)):
             for rows in mine + [nothing] * (share.rounds - len(mine)):
                 try:
-                    batch = self._agreed(partial(next, decoded) if rows else partial(made_up, decode))
+                    batch = self._agreed(partial(next, decoded) if rows else partial(dummy_batch, decode))
                 except DamagedImage:
                     self._refuse(WholeImages(source, decode))
                     raise
@@ -151,58 +301,64 @@ class Embedder:
                     self.progress(news)
 
     def my_images(self, source: TarSource, features: Features = "embeds") -> torch.Tensor:
-        """Collective. Return the features of this process's rows of `source`, as `image_batches` has them: fp32
-        `(rows, dim)`.
+        """Collective. Return the features of this process's rows of `source`, fp32 `(rows, dim)`; see `image_batches`.
 
         Raises:
-            ValueError: an image of any process cannot be decoded.
+            UserError: an image of any process cannot be decoded.
             OSError: a process cannot read a shard, or lost a worker.
         """
         mine, first = torch.empty(0), 0
-        for rows, found in self.image_batches(source, features):
+        for rows, batch in self.image_batches(source, features):
             if not first:
-                mine = found.new_empty(len(self.rows(len(source))), found.shape[1])
-            mine[first : first + len(rows)] = found
+                mine = batch.new_empty(len(self.rows(len(source))), batch.shape[1])
+            mine[first : first + len(rows)] = batch
             first += len(rows)
         return mine
 
     def images(self, source: TarSource, features: Features = "embeds") -> torch.Tensor:
-        """Collective. Return the features of all images of `source` in shard order, as `image_batches` has them: fp32
-        `(images, dim)`.
+        """Collective. Return the features of all images of `source` in shard order, fp32 `(images, dim)`; see
+        `image_batches`.
 
         Raises:
-            ValueError: an image of any process cannot be decoded.
+            UserError: an image of any process cannot be decoded.
             OSError: a process cannot read a shard, or lost a worker.
         """
         return self.gathered(self.my_images(source, features), len(source))
 
     def texts(self, texts: Sequence[str], together: int | None = None) -> torch.Tensor:
-        """Collective. Return the embeddings of `texts`, which every process has: fp32 `(texts, dim)`, unit length,
-        CPU.
+        """Collective. Return the embeddings of `texts`, the same list on every process: fp32 `(texts, dim)` of unit
+        length, CPU.
 
         Args:
-            together: so many texts in a row, such as the prompts of a class, make one embedding, the mean of theirs, of
-                unit length again; left out, each has its own.
+            texts: the texts.
+            together: number of consecutive texts that share an embedding, such as the prompts of a class: their mean,
+                of unit length again. By default each text has its own.
         """
         count = together or 1
         share = self._share(len(texts) // count, max(1, self.batch_size // count))
         batches = share.batches()
         mine: list[torch.Tensor] = []
-        with self._bar(len(texts), "texts") as bar:
+        done = 0
+        with self.bar(len(texts), "texts") as bar:
             # A process without a batch embeds the first text meanwhile.
             for rows in batches + [range(0)] * (share.rounds - len(batches)):
                 asked = rows or range(1)
-                some = texts[asked.start * count : asked.stop * count]
-                found = torch.cat([self._embeds_of(part) for part in _parts(some, self.batch_size)])
+                batch = texts[asked.start * count : asked.stop * count]
+                parts = [
+                    list(batch[first : first + self.batch_size]) for first in range(0, len(batch), self.batch_size)
+                ]
+                embeds = torch.cat([self._embeds_of(part) for part in parts])
                 if together is not None:
-                    found = torch.stack([_mean_direction(embeds) for embeds in found.split(together)])
-                mine.append(found[: len(rows)])
+                    embeds = torch.stack([_mean_direction(group) for group in embeds.split(together)])
+                mine.append(embeds[: len(rows)])
                 self.alive()
-                bar.update(min(share.size * share.world * count, len(texts) - bar.n))
+                news = min(share.size * share.world * count, len(texts) - done)
+                done += news
+                bar.update(news)
         return self._gathered(torch.cat(mine), share)
 
     def gathered(self, mine: torch.Tensor, count: int) -> torch.Tensor:
-        """Collective. Return all `count` rows, `(count, dim)` on the CPU, of which `mine` are this process's `rows`."""
+        """Collective. Return all `count` rows, `(count, dim)` on the CPU; `mine` are this process's `rows`."""
         return self._gathered(mine, self._share(count))
 
     def total(self, counts: Sequence[int | float]) -> list[int]:
@@ -210,47 +366,47 @@ class Embedder:
         mine = torch.tensor(counts, dtype=torch.int64, device=self.accelerator.device)
         return self.accelerator.reduce(mine, "sum").tolist()
 
-    # What depends on the kind of model: these are FLIP's.
+    # A subclass for another kind of model overrides the members below.
 
     @property
     def gives(self) -> tuple[str, ...]:
-        """What the model has of what tasks take, see `Task.needs`."""
+        """Parts of the model that tasks may need, see `Task.needs`."""
         return parts_of(getattr(self.model, "config", None))
 
     @property
     def image_size(self) -> int:
-        """Pixels along each side of an image, as the model takes it."""
+        """Number of pixels along each side of an image."""
         return self.pixels or self.model.config.vision_config.image_size
 
     @property
     def mask(self) -> dict[str, Any]:
-        """What is masked of images: `ratio`, `views` and `kind`; nothing where they are whole."""
+        """The mask of the images as `ratio`, `views` and `kind`; empty for whole images."""
         return {}
 
     def decoder(self) -> Decoder:
-        """Return what turns an encoded image and its row into the columns that the model takes of it, or raises
+        """Return the function that turns an encoded image and its row into the model's columns, or raises
         `UndecodableImage`. It goes to the workers, without this embedder and its model."""
         return partial(_whole_square, self.image_size, InputShape.of(self.model.config).patch_size)
 
     def image_features(self, **columns: torch.Tensor) -> torch.Tensor:
-        """Return `(batch, dim)`, not normalised, of the columns of a batch of images."""
+        """Return the features of a batch of images, `(batch, dim)`, not normalised."""
         return self.model.get_image_features(**columns).pooler_output
 
     def pooled_features(self, **columns: torch.Tensor) -> torch.Tensor:
-        """Return `(batch, width)`, before the projection, of the columns of a batch of images."""
+        """Return the features before the projection, `(batch, width)`."""
         return self.model.vision_model(**columns).pooler_output
 
-    def tokens(self, texts: list[str]) -> torch.Tensor:
-        """Return `(texts, length)`, as the model takes them."""
+    def tokens(self, texts: list[str]) -> Any:
+        """Return the tokens of texts, `(texts, length)`, in the form that `text_features` takes."""
         length = self.model.config.text_config.max_position_embeddings
         return tokenise(self.tokenizer, texts, length)["input_ids"]
 
-    def text_features(self, batch: torch.Tensor) -> torch.Tensor:
-        """Return `(batch, dim)`, not normalised, of rows of `tokens`."""
+    def text_features(self, batch: Any) -> torch.Tensor:
+        """Return the features of `tokens`, `(batch, dim)`, not normalised."""
         return self.model.get_text_features(batch).pooler_output
 
     def _share(self, count: int, most: int | None = None) -> Share:
-        """Return how `count` rows are shared, at most `most` in a batch (left out, `batch_size`)."""
+        """Return this process's share of `count` rows, with at most `most` in a batch; `batch_size` by default."""
         if most is None and self._is_on_cpu():
             most = min(self.batch_size, _MOST_ON_CPU, _MOST_BYTES_ON_CPU // (12 * self.image_size**2))
         most = most or self.batch_size
@@ -261,14 +417,13 @@ class Embedder:
         return torch.device(self.accelerator.device).type == "cpu"
 
     def _is_light(self, decode: Decoder) -> bool:
-        """Collective. Return whether this is a CPU that computes on several threads, on which an image takes longer to
-        decode than to embed."""
+        """Collective. Return whether a CPU with several threads embeds an image faster than it decodes it."""
         if not self._is_on_cpu() or torch.get_num_threads() == 1:
             return False
         from torch.utils.flop_counter import FlopCounterMode
 
         with torch.no_grad(), self.accelerator.autocast(), FlopCounterMode(display=False) as counter:
-            self.image_features(**made_up(decode).with_image_size(self.pixels))
+            self.image_features(**dummy_batch(decode).with_image_size(self.pixels))
         return counter.get_total_flops() < _LIGHT_FLOPS
 
     def _gathered(self, mine: torch.Tensor, share: Share) -> torch.Tensor:
@@ -276,19 +431,19 @@ class Embedder:
         return self.accelerator.gather(padded.to(self.accelerator.device)).cpu()[share.places()]
 
     def _agreed(self, make: Callable[[], PackedBatch]) -> PackedBatch:
-        """Collective. Return what `make` returns.
+        """Collective. Return the result of `make`.
 
         Raises:
-            ValueError, OSError: on every process, if `make` raised it on any: a process that left alone would leave the
-                others waiting.
+            UserError, OSError: `make` raised it on any process. All raise it, because a process that stopped alone
+                would leave the others waiting.
         """
         made, faults = None, []
         try:
             made = make()
-        except (ValueError, OSError) as error:
+        except (UserError, OSError) as error:
             if self.accelerator.num_processes == 1:
                 raise
-            faults = [(_kind(error), str(error))]
+            faults = [(next(n for n, kind in enumerate(_KINDS) if isinstance(error, kind)), str(error))]
         if self.accelerator.num_processes > 1 and self.total([len(faults)])[0]:
             from accelerate.utils import gather_object
 
@@ -298,10 +453,10 @@ class Embedder:
         return made
 
     def _refuse(self, images: WholeImages) -> None:
-        """Collective. Look at all images, after one was found that cannot be decoded.
+        """Collective. Look at all images after a damaged one, to name all that are damaged.
 
         Raises:
-            ValueError: on every process, with the names of those that cannot be decoded.
+            UserError: an image is damaged. All processes raise it, with the names of the damaged images.
         """
         from accelerate.utils import gather_object
 
@@ -315,46 +470,199 @@ class Embedder:
             raise UserError(named(faults, len(images)))
 
     def _embeds_of(self, texts: list[str]) -> torch.Tensor:
-        from flipscale.model.modeling_flip import normalise_embeds  # seconds to import; a model has done it
+        from flipscale.model.modeling_flip import normalise_embeds  # slow to import; a model has done it
 
         with torch.no_grad(), self.accelerator.autocast():
-            found = self.text_features(self.tokens(texts).to(self.accelerator.device))
-        return normalise_embeds(found).cpu()
+            output = self.text_features(self.tokens(texts).to(self.accelerator.device))
+        return normalise_embeds(output).cpu()
 
-    def _bar(self, total: int, what: str, hidden: bool = False) -> tqdm:
-        """Return a progress bar, which shows on the main process if it takes long."""
-        disable = True if hidden or not self.accelerator.is_main_process else None
-        return tqdm(total=total, desc="evaluating", unit=f" {what}", leave=False, delay=5, disable=disable)
+
+@dataclass(frozen=True)
+class ClassifierEmbedder(Embedder):
+    """An embedder of a `FlipForImageClassification`. An image's features are its logits, one a class; there are no
+    texts."""
+
+    @property
+    def gives(self) -> tuple[str, ...]:
+        return ("features", "head")
+
+    def image_features(self, **columns: torch.Tensor) -> torch.Tensor:
+        return self.model(**columns).logits
+
+
+# Errors of a batch, the first kind that any process has is raised.
+_KINDS: tuple[type[Exception], ...] = (DamagedImage, UserError, OSError)
 
 
 def parts_of(config: Any) -> tuple[str, ...]:
-    """Return what a model of this configuration has of what tasks take: the image tower's `features`, `texts` unless
-    its configuration says that it has none, and a `decoder` or a list of `answers`.
-    A model of others has no such configuration."""
+    """Return the parts of a model with this configuration that tasks may need.
+
+    They are the image tower's `features`, `texts` unless `text_config` is None, a `decoder`, and a list of `answers`.
+    A foreign model has no such configuration, and a dual encoder's parts.
+    """
     texts = () if config is not None and getattr(config, "text_config", config) is None else ("texts",)
     others = {"decoder": "decoder_config", "answers": "answer_config"}
     return ("features", *texts, *(part for part, name in others.items() if getattr(config, name, None) is not None))
 
 
-# What a batch may raise; where processes raise several kinds, the first here.
-_KINDS: tuple[type[Exception], ...] = (DamagedImage, ValueError, OSError)
+def named(faults: Sequence[str], count: int) -> str:
+    """Return one sentence about the damaged samples of a test set of `count` samples.
+
+    Args:
+        faults: message of each damaged sample, which begins with its name.
+        count: number of samples in the set.
+    """
+    others = [fault.split(" has ")[0].split(" cannot ")[0] for fault in faults[1 : 1 + _MOST_NAMED]]
+    dots = ", ..." if len(faults) > 1 + _MOST_NAMED else ""
+    more = f"; {len(faults) - 1} more of {count} are wrong too: {', '.join(others)}{dots}" if others else ""
+    return f"{faults[0]}{more}; an evaluation needs its whole set: mend it or fetch it again"
 
 
-def _kind(error: Exception) -> int:
-    return next(number for number, kind in enumerate(_KINDS) if isinstance(error, kind))
+def decoded_batches(source: TarSource, decode: Decoder, batches: list[range], num_workers: int) -> Iterator[Any]:
+    """Yield the decoded images of each batch of rows, as tensors by name.
+
+    Raises:
+        UserError: an image cannot be decoded.
+        OSError: a shard cannot be read, or a worker died.
+    """
+    workers = min(num_workers, len(batches) if len(batches) > 1 else 0)
+    loader = DataLoader(
+        WholeImages(source, decode),
+        batch_sampler=cast(Any, batches),  # a range serves as the list of its rows
+        collate_fn=_unchanged,
+        num_workers=workers,
+        worker_init_fn=settle_worker,
+        multiprocessing_context=worker_context() if workers else None,
+    )
+    try:
+        for batch in start_workers(loader):
+            if isinstance(batch, Exception):
+                raise batch
+            yield batch
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise OSError(
+            f"a worker that decoded evaluation images died ({' '.join(str(error).split())}); give it more memory "
+            "or set eval.num_workers to 0"
+        ) from error
+
+
+@contextmanager
+def one_thread(wanted: bool) -> Iterator[None]:
+    """Let torch compute on one thread if `wanted`. In a small operation, idle threads would take the cores from the
+    workers."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1 if wanted else before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def dummy_batch(decode: Decoder) -> PackedBatch:
+    """Return a batch of one grey image, for a process without a batch left."""
+    png = cv2.imencode(".png", np.full((8, 8, 3), 128, np.uint8))[1].tobytes()
+    return _packed([decode(png, 0)], 1)
+
+
+def rgb_image(encoded: bytes) -> Image.Image:
+    """Return an image as Pillow reads it, in RGB, for the processors of other models and clip-benchmark.
+
+    Raises:
+        UndecodableImage: the bytes are no image or a damaged one.
+    """
+    with wrap_errors(UndecodableImage):
+        return open_image(encoded).convert("RGB")
+
+
+def image_embeds(
+    model: "FlipModel", processor: "FlipProcessor", pictures: Sequence[Picture], batch_size: int = 64
+) -> np.ndarray:
+    """Return the embeddings of picture files or PIL images, for a search index, a linear probe or other arrays.
+
+    Returns:
+        fp32 `(pictures, dim)` of unit length, so that inner products are cosines.
+
+    Raises:
+        UserError: a file is not a picture, or there are none.
+    """
+
+    def features(batch: Sequence[Picture]) -> torch.Tensor:
+        inputs = processor(images=[_on_white(picture) for picture in batch], return_tensors="pt")
+        return model.get_image_features(**inputs.to(model.device)).pooler_output
+
+    return _embeds(model, features, pictures, batch_size, "pictures")
+
+
+def text_embeds(
+    model: "FlipModel", processor: "FlipProcessor", texts: Sequence[str], batch_size: int = 256
+) -> np.ndarray:
+    """Return the embeddings of texts: fp32 `(texts, dim)` of unit length.
+
+    Raises:
+        UserError: there are no texts.
+    """
+
+    def features(batch: Sequence[str]) -> torch.Tensor:
+        inputs = processor(text=list(batch), return_tensors="pt")
+        return model.get_text_features(**inputs.to(model.device)).pooler_output
+
+    return _embeds(model, features, texts, batch_size, "texts")
+
+
+@torch.no_grad()
+def _embeds(
+    model: "FlipModel", features: Callable[[Any], torch.Tensor], items: Sequence[Any], batch_size: int, unit: str
+) -> np.ndarray:
+    from flipscale.model.modeling_flip import normalise_embeds
+
+    if not len(items):
+        raise UserError(f"there are no {unit} to embed; check the folder's name")
+    model.eval()
+    firsts = each(range(0, len(items), batch_size), "embedding", f"batches of {unit}")
+    return np.concatenate(
+        [normalise_embeds(features(items[first : first + batch_size])).cpu().numpy() for first in firsts]
+    )
+
+
+def _on_white(picture: Picture) -> Image.Image:
+    """Return a picture in RGB, with transparent parts white, as in training."""
+    if not isinstance(picture, Image.Image):
+        try:
+            with Image.open(picture) as image:
+                return _on_white(image)
+        except OSError as error:
+            raise UserError(f"{picture} cannot be read as a picture ({error})") from error
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    return picture.convert("RGB")
+
+
+def _unchanged(batch: Any) -> Any:
+    return batch
+
+
+def _packed(images: Iterable[dict[str, np.ndarray]], count: int) -> PackedBatch:
+    """Return the columns of `count` images; each image is written into the batch's memory as soon as it is decoded."""
+    batch: PackedBatch | None = None
+    for place, columns in enumerate(images):
+        if batch is None:
+            like = {name: torch.from_numpy(column) for name, column in columns.items()}
+            batch = PackedBatch.empty({name: (one.dtype, (count, *one.shape)) for name, one in like.items()})
+        for name, column in columns.items():
+            batch[name][place] = torch.from_numpy(column)
+    assert batch is not None
+    return batch
 
 
 def _mean_direction(embeds: torch.Tensor) -> torch.Tensor:
-    """Return the mean of embeddings `(texts, dim)` at unit length, `(dim,)`: rounded as CLIP_benchmark's own."""
+    """Return the mean of embeddings `(texts, dim)` at unit length, `(dim,)`, rounded as in CLIP_benchmark."""
     mean = embeds.mean(dim=0)
     return mean / mean.norm()
 
 
-def _parts(texts: Sequence[str], size: int) -> Iterator[list[str]]:
-    for first in range(0, len(texts), size):
-        yield list(texts[first : first + size])
-
-
 def _whole_square(image_size: int, patch_size: int, encoded: bytes, row: int) -> dict[str, np.ndarray]:
-    """Return the centred square's patches, uint8 `(num_patches, 3 * p * p)`; they are the same for every row."""
+    """Return the patches of the centred square, uint8 `(num_patches, 3 * p * p)`, the same for every row."""
     return {"patches": visible_patches(decode_box(encoded, None, image_size, (1.0, 1.0)), patch_size, None)}

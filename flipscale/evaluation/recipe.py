@@ -1,4 +1,4 @@
-"""What a recipe says of evaluations."""
+"""The recipe's section `eval`: the evaluations during and after the training."""
 
 import dataclasses
 from dataclasses import dataclass, field
@@ -13,23 +13,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class EvalRecipe:
-    """What is evaluated while training, and at its end.
+    """Evaluations during the training and at its end.
 
     Args:
-        tasks: The evaluations, each the name of a page (`imagenet1k`, or `{task: imagenet1k, every_samples: ...}` to
-            change a field) or `{kind: zero_shot, data: FOLDER}`, with a `name` where several are of one kind,
-            `every_samples` where it has an interval of its own, `image_size` where its images are not of the model's
-            size, and the options of its kind.
-        every_samples: How many samples lie between two runs of a task that does not say so itself; at 0, it runs only
-            at the end.
-        every_share: In a run with a time budget, the share of it that lies between two runs of such a task, in place of
-            `every_samples`.
-        zero_shot: Short for a task `{kind: zero_shot, data: FOLDER}`; it replaces the data of the listed task of that
+        tasks: Evaluations. Each is the name of a page (`imagenet1k`), `{task: imagenet1k, ...}` with fields that differ
+            from the page's, or `{kind: zero_shot, data: FOLDER}`. All may have a `name`, an `every_samples`, an
+            `image_size`, and the options of their kind.
+        every_samples: Training samples between two runs of a task without its own `every_samples`; 0 runs it only at
+            the end.
+        every_share: Share of a time budget between two runs of such a task, in place of `every_samples`.
+        zero_shot: Short for the task `{kind: zero_shot, data: FOLDER}`; it replaces the data of a listed task of that
             name.
-        retrieval: Short for a task `{kind: retrieval, data: FOLDER}`, likewise.
-        tasks_dir: Where `flipscale prepare tasks` put the data of the tasks that have a page.
-        batch_size: How many images a process embeds at a time.
-        num_workers: How many processes decode the images of each training process; 0 decodes in the training process.
+        retrieval: Short for the task `{kind: retrieval, data: FOLDER}`, likewise.
+        tasks_dir: Folder in which `flipscale prepare tasks` put the data of tasks with a page.
+        batch_size: Images that a process embeds at once.
+        num_workers: Processes that decode images for each training process; 0 decodes in the training process.
     """
 
     tasks: list[str | dict[str, Any]] = field(default_factory=list)
@@ -45,19 +43,19 @@ class EvalRecipe:
         self.planned()
 
     def planned(self) -> list["Task"]:
-        """Return the tasks, the short forms among them, each with its interval: None where that is `every_share`.
+        """Return the tasks with their intervals, None for those at `every_share`. The short forms are among them.
 
         Raises:
-            ValueError: an unknown name, kind or field, or two tasks of one name.
+            UserError: a name, kind or field is unknown, or two tasks have the same name.
         """
-        from flipscale.evaluation.suite import build_tasks  # with torch, and --help needs none
+        from flipscale.evaluation.suite import build_tasks  # imports torch, which `--help` must not
 
         listed = [dict(task) if isinstance(task, dict) else {"task": task} for task in self.tasks]
         for kind in ("zero_shot", "retrieval"):
             folder = getattr(self, kind)
-            named = [task.get("name") or task.get("kind") for task in listed]
-            if folder and kind in named:
-                listed[named.index(kind)] = {**listed[named.index(kind)], "data": folder}
+            names = [task.get("name") or task.get("kind") for task in listed]
+            if folder and kind in names:
+                listed[names.index(kind)] = {**listed[names.index(kind)], "data": folder}
             elif folder:
                 listed.append({"kind": kind, "data": folder})
         tasks = build_tasks(listed, self.tasks_dir)
@@ -69,8 +67,7 @@ class EvalRecipe:
         ]
 
     def every(self, share: float) -> "EvalRecipe":
-        """Return this recipe with its tasks at one interval, a share of the run's time; those that run only at the end
-        still do."""
+        """Return this recipe with all tasks at `every_share` `share`; tasks that run only at the end still do."""
         tasks = [
             {name: value for name, value in task.items() if name != "every_samples" or value == 0}
             if isinstance(task, dict)

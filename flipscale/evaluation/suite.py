@@ -1,28 +1,97 @@
-"""The evaluations that a recipe lists, and how they are done one after the other."""
+"""The kinds of evaluation, the tasks that a recipe lists, and their run one after the other."""
 
-from collections.abc import Iterable, Iterator, Sequence
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import fields
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from jsonargparse import ArgumentError, ArgumentParser
+
+from flipscale.data.decode import decode_box
 from flipscale.data.prepared import TASKS_DIR
-from flipscale.evaluation.embedding import Embedder
-from flipscale.evaluation.kinds.kinds import build_task
+from flipscale.data.samples import BadSample
+from flipscale.evaluation.embedding import Embedder, SampleNumbers
+from flipscale.evaluation.kinds.association import Association
+from flipscale.evaluation.kinds.captioning import Captioning, Likelihood
+from flipscale.evaluation.kinds.classification import Classification
+from flipscale.evaluation.kinds.few_shot import FewShot
+from flipscale.evaluation.kinds.probe import Probe
+from flipscale.evaluation.kinds.retrieval import Retrieval
 from flipscale.evaluation.kinds.task import StreamedTask, Task, evaluate_together
+from flipscale.evaluation.kinds.vqa import Vqa
+from flipscale.evaluation.kinds.worst_group import WorstGroup
+from flipscale.evaluation.kinds.zero_shot import ZeroShot, ZeroShotMultilabel
 from flipscale.evaluation.results import Result
 from flipscale.evaluation.task_page import read_page
+from flipscale.evaluation.test_set import TestSet
 from flipscale.io.errors import UserError
+from flipscale.io.options import check_ranges, parser_message
+
+KINDS: dict[str, type[Task]] = {
+    "zero_shot": ZeroShot,
+    "zero_shot_multilabel": ZeroShotMultilabel,
+    "retrieval": Retrieval,
+    "worst_group": WorstGroup,
+    "association": Association,
+    "few_shot": FewShot,
+    "probe": Probe,
+    "captioning": Captioning,
+    "likelihood": Likelihood,
+    "vqa": Vqa,
+    "classification": Classification,
+}
+# Seconds for the samples of each test set before a run. Small sets are tried whole, ImageNet to a thousand or two.
+CHECK_SECONDS = 5.0
+
+
+def build_task(content: dict[str, Any], where: str) -> Task:
+    """Return the task that `{kind: ..., data: ..., ...}` describes.
+
+    Args:
+        content: the task's fields.
+        where: place of the task in the recipe, which begins the messages.
+
+    Raises:
+        UserError: the kind is unknown, or does not have a field.
+    """
+    for name in ("kind", "data", "name"):
+        if not isinstance(content.get(name, ""), str):
+            raise UserError(f"{where}: {name} is {content[name]!r:.60}; it must be a text")
+    if content.get("kind") not in KINDS:
+        raise UserError(f"{where}: kind is {content.get('kind')!r}; use one of {', '.join(KINDS)}")
+    kind = KINDS[content["kind"]]
+    known = [field.name for field in fields(kind)]
+    for name in content:
+        if name not in known:
+            raise UserError(f"{where}: {content['kind']} has no field {name!r}; it has {', '.join(known)}")
+    content = {**content, "name": content.get("name") or content["kind"]}
+    if not content.get("data"):
+        raise UserError(f"{where}: data is missing; name the folder of the test set")
+    if not re.fullmatch(r"[\w.-]+", content["name"]):
+        raise UserError(f"{where}: name is {content['name']!r}; use letters, digits, '.', '_' and '-'")
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(kind, "task")
+    try:
+        task: Task = parser.instantiate(parser.parse_object({"task": content})).task
+    except (ArgumentError, ValueError, OverflowError) as error:
+        raise UserError(f"{where}: {parser_message(error).removeprefix('task.')}") from None
+    check_ranges(task, where)
+    return task
 
 
 def build_tasks(listed: Sequence[str | dict[str, Any]], tasks_dir: str | Path = TASKS_DIR) -> list[Task]:
-    """Return the tasks that a recipe lists: by the names of their pages, as `{task: NAME, ...}` with fields that differ
-    from the page's, or as `{kind: ..., data: ..., ...}`.
+    """Return the tasks that a recipe lists.
 
     Args:
-        tasks_dir: where `flipscale prepare tasks` put the data of those that have a page.
+        listed: each the name of a page, `{task: NAME, ...}` with fields that differ from the page's, or
+            `{kind: ..., data: ..., ...}`.
+        tasks_dir: folder in which `flipscale prepare tasks` put the data of tasks with a page.
 
     Raises:
-        ValueError: an unknown name or kind, a field that its kind does not take, or two tasks of one name.
+        UserError: a name, a kind or a field is unknown, or two tasks have the same name.
     """
     tasks = [
         build_task(_in_full(content, Path(tasks_dir), f"eval.tasks[{number}]"), f"eval.tasks[{number}]")
@@ -32,30 +101,29 @@ def build_tasks(listed: Sequence[str | dict[str, Any]], tasks_dir: str | Path = 
     for name in names:
         if names.count(name) > 1:
             raise UserError(
-                f"{names.count(name)} of eval.tasks are called {name!r}; give each a name of its own, such as "
-                f"name: {name}_2"
+                f"{names.count(name)} of eval.tasks have the name {name!r}; give each its own, such as name: {name}_2"
             )
     return tasks
 
 
 def _in_full(content: str | dict[str, Any], tasks_dir: Path, where: str) -> dict[str, Any]:
-    """Return what a recipe says of a task, and what the page says if it names one."""
+    """Return the fields of a listed task over those of its page, if it names one."""
     given = {"task": content} if isinstance(content, str) else content
     if not given.get("task"):
         return given
     try:
         page = read_page(str(given["task"]))
-    except ValueError as error:
+    except UserError as error:
         raise UserError(f"{where}: {error}") from None
     return {**page.listed(tasks_dir / page.data), **given}
 
 
 def evaluated(embedder: Embedder, tasks: Iterable[Task]) -> Iterator[tuple[Task, list[Result]]]:
-    """Collective, to its end. Yield each task with its results, in their order. Streamed tasks of the same data and
-    image size that follow each other share one pass over its images.
+    """Collective, to its end. Yield each task with its results, in order. Consecutive streamed tasks with the same data
+    and image size share one pass over the images.
 
     Raises:
-        ValueError: a test set is not as its task needs it.
+        UserError: a test set does not have what its task needs.
         OSError: a shard cannot be read, or a worker died.
     """
     tasks = list(tasks)
@@ -71,16 +139,60 @@ def evaluated(embedder: Embedder, tasks: Iterable[Task]) -> Iterator[tuple[Task,
             yield from ((task, task.evaluate(embedder.at(task.image_size))) for task in together)
 
 
-def _shared_data(number: int, task: Task) -> tuple[str | int, int | None]:
-    """Return the data of a streamed task and its image size; of another, which shares a pass with none, its number."""
-    return (task.data if isinstance(task, StreamedTask) else number), task.image_size
-
-
 def evaluate_tasks(embedder: Embedder, tasks: Iterable[Task]) -> list[Result]:
-    """Collective. Return the results of the tasks in their order, as `evaluated` has them.
+    """Collective. Return the results of the tasks in order; see `evaluated`.
 
     Raises:
-        ValueError: a test set is not as its task needs it.
+        UserError: a test set does not have what its task needs.
         OSError: a shard cannot be read, or a worker died.
     """
     return [result for _, results in evaluated(embedder, tasks) for result in results]
+
+
+def _shared_data(number: int, task: Task) -> tuple[str | int, int | None]:
+    """Return the data and image size of a streamed task, or the number of another task, which shares no pass."""
+    return (task.data if isinstance(task, StreamedTask) else number), task.image_size
+
+
+def check_decodable(tasks: Sequence[Task], image_size: int, rank: int, world: int) -> None:
+    """Decode images and read answers of the test sets for a few seconds each, spread over the whole set, so that a
+    damaged set is refused before the training.
+
+    Args:
+        tasks: tasks that passed `Task.check`.
+        image_size: image size of the model.
+        rank: rank of this process; each tries other samples.
+        world: number of processes.
+
+    Raises:
+        UserError: an image cannot be decoded, or has no answer that its task needs; the message names it.
+    """
+    for task in tasks:
+        for test_set in [TestSet.open(task.data), *task.other_sets()]:
+            if not len(test_set):
+                raise UserError(f"{task.name}: the test set {test_set.data} is empty; name another")
+            _check_samples(test_set, task.truth(test_set), task.image_size or image_size, rank, world)
+
+
+def _check_samples(test_set: TestSet, truth: Callable[[int, int], Any], image_size: int, rank: int, world: int) -> None:
+    numbers, end = SampleNumbers(test_set.source), time.monotonic() + CHECK_SECONDS
+    for row in _spread(len(numbers), rank, world):
+        shard, number = numbers[row]
+        truth(shard, number)
+        try:
+            decode_box(test_set.source.read(shard, number).image, None, image_size, (1.0, 1.0))
+        except BadSample as error:
+            name = f"{test_set.source.shard_name(shard)}#{number}"
+            raise UserError(f"evaluation image {name} cannot be decoded: {error}; fetch the set again") from error
+        if time.monotonic() > end:
+            break
+
+
+def _spread(count: int, rank: int, world: int) -> Iterator[int]:
+    """Yield the rows of a process in bit-reversed order, whose beginnings are spread over all rows."""
+    mine = range(rank, count, world)
+    bits = max(len(mine) - 1, 0).bit_length()
+    for number in range(1 << bits):
+        row = int(f"{number:0{bits}b}"[::-1], 2) if bits else 0
+        if row < len(mine):
+            yield mine[row]

@@ -120,7 +120,7 @@ class TaskPage:
         Raises:
             UserError: the page has a field that its kind has not.
         """
-        from flipscale.evaluation.kinds.kinds import build_task  # with torch; the pages are read without it
+        from flipscale.evaluation.suite import build_task  # with torch; the pages are read without it
 
         return build_task(self.listed(folder), f"task {self.name}")
 

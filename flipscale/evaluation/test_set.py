@@ -1,7 +1,8 @@
-"""A test set in CLIP_benchmark's layout: its shards, and what it holds beside its images, read without reading one."""
+"""A test set in CLIP_benchmark's layout: shards, labels, captions, class names and prompts; and a run's classes."""
 
 import logging
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,14 +19,14 @@ from flipscale.data.sources.manifest import no_shards
 from flipscale.data.sources.opening import open_shards
 from flipscale.data.sources.remote import ShardCache
 from flipscale.data.sources.tar import TarSource
-from flipscale.evaluation.embedding import Embedder
-from flipscale.evaluation.images import SampleNumbers, named
+from flipscale.evaluation.embedding import Embedder, SampleNumbers, named
+from flipscale.io.atomic import write_text
 from flipscale.io.errors import UserError
 
 CLASS_NAMES = "classnames.txt"
 TEMPLATES = "zeroshot_classification_templates.txt"
 NUM_SHARDS = "nshards.txt"
-# The longest texts beside test sets have a megabyte: captions of images, not of a set.
+# The longest text files of test sets have a megabyte; more is a list of captions.
 _MOST_BYTES, _MOST_LINE = 20 << 20, 10_000
 # Evaluations read shard after shard.
 READ = DataRecipe(lanes=1, shards_per_block=1)
@@ -37,14 +38,14 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TestSet:
-    """The images of a test set with their labels or captions, the names of its classes and its prompts.
+    """The images of a test set with their labels or captions, its class names and its prompts.
 
     Args:
-        data: what the recipe names.
-        source: its samples; of `{0..N}.tar` in the order of their numbers.
+        data: folder or URL, as the recipe names it.
+        source: samples; shards `0.tar` to `N.tar` are in the order of their numbers.
     """
 
-    __test__: ClassVar[bool] = False  # pytest would take it for tests
+    __test__: ClassVar[bool] = False  # pytest would collect it
 
     data: str
     source: TarSource
@@ -53,22 +54,22 @@ class TestSet:
     def open(cls, data: str, part: str = "test") -> "TestSet":
         """Return the test set at `data`, a folder or a URL such as `hf://datasets/clip-benchmark/wds_cars`.
 
-        It has shards in `test/`, as many as `test/nshards.txt` says, and text files beside that folder, as
-        CLIP_benchmark lays them out; or all in one folder. Shards at a URL come through the cache of training.
+        CLIP_benchmark puts the shards into `test/` with their number in `test/nshards.txt`, and text files above that
+        folder. All files may also be in one folder. Shards at a URL come through the training's cache.
 
         Args:
-            data: the folder or URL.
+            data: folder or URL.
             part: another folder than `test`, such as `train`.
 
         Raises:
-            ValueError: there are no shards, fewer than `nshards.txt` says, or a damaged one; or the URL cannot be read.
+            UserError: there are no shards, fewer than `nshards.txt` says, or a damaged one; or the URL cannot be read.
             OSError: a shard cannot be fetched.
         """
         data = str(data).rstrip("/")
         for folder in (f"{data}/{part}", data):
-            stored = read_text(folder, NUM_SHARDS)
-            if stored is not None:
-                source = _opened(_counted(folder, stored))
+            num_shards = read_text(folder, NUM_SHARDS)
+            if num_shards is not None:
+                source = _opened(_counted(folder, num_shards))
                 break
         else:
             source = _opened(_listed(data, part))
@@ -82,62 +83,32 @@ class TestSet:
     def __len__(self) -> int:
         return len(self.source)
 
-    def lines(self, name: str, what: str) -> list[str]:
-        """Return the lines of a text file of the set, as `read_lines` does.
-
-        Raises:
-            ValueError: the file is missing or empty.
-        """
-        return read_lines(self.data, name, what)
-
     def class_names(self) -> list[str]:
-        """Return the names of the classes, in the order of their numbers.
-
-        Raises:
-            ValueError: `classnames.txt` is missing or empty.
-        """
+        """Return the class names in the order of their numbers; see `read_class_names`."""
         return read_class_names(self.data)
 
     def templates(self) -> list[str]:
         """Return the set's own prompts, with `{c}` for the name.
 
         Raises:
-            ValueError: `zeroshot_classification_templates.txt` is missing or empty.
+            UserError: `zeroshot_classification_templates.txt` is missing or empty.
         """
-        return self.lines(TEMPLATES, "the prompts, {c} for the name")
+        return read_lines(self.data, TEMPLATES, "the prompts, {c} for the name")
 
     def labels(self, embedder: Embedder, num_classes: int) -> torch.Tensor:
         """Collective. Return the class numbers of this process's rows, int64 `(rows,)`.
 
         Raises:
-            ValueError: a sample of any process has no class number below `num_classes`.
+            UserError: a sample of any process has no class number below `num_classes`.
         """
-        return read_labels(embedder, self.source, num_classes)
-
-    def label_sets(self, embedder: Embedder, num_classes: int) -> torch.Tensor:
-        """Collective. Return which classes each of this process's rows has, of its `KEY.npy`: bool `(rows, classes)`.
-
-        Raises:
-            ValueError: a sample of any process has no array of `num_classes` zeros and ones.
-        """
-        found = of_my_rows(embedder, self.source, partial(self.label_set, num_classes))
-        return torch.from_numpy(np.array(found, bool).reshape(len(found), num_classes))
-
-    def arrays(self, embedder: Embedder, columns: Sequence[str]) -> torch.Tensor:
-        """Collective. Return the numbers in `KEY.npy` of each of this process's rows, int64 `(rows, columns)`.
-
-        Raises:
-            ValueError: a sample of any process has no array of so many whole numbers from 0.
-        """
-        found = of_my_rows(embedder, self.source, partial(self.array, columns))
-        return torch.from_numpy(np.array(found, np.int64).reshape(len(found), len(columns)))
+        return torch.tensor(of_my_rows(embedder, self.source, partial(self.label, num_classes)), dtype=torch.int64)
 
     def captions(self, embedder: Embedder) -> list[list[str]]:
-        """Collective. Return the captions of every image: the lines of its `KEY.txt` as they are, blank ones too, as in
+        """Collective. Return the captions of every image: the lines of its `KEY.txt`, with blank ones, as in
         CLIP_benchmark.
 
         Raises:
-            ValueError: an image has no caption.
+            UserError: an image has no caption.
         """
         from accelerate.utils import gather_object
 
@@ -149,40 +120,45 @@ class TestSet:
         """Return the class number of a sample.
 
         Raises:
-            ValueError: it has none below `num_classes`.
+            UserError: the sample has no class number below `num_classes`.
         """
-        return read_label(self.source, num_classes, shard, number)
+        label = self.source.read_label(shard, number)
+        if label is None or not 0 <= label < num_classes:
+            raise UserError(
+                f"{self.source.shard_name(shard)}#{number} has class {label}; {num_classes} names are listed"
+            )
+        return label
 
     def label_set(self, num_classes: int, shard: int, number: int) -> np.ndarray:
-        """Return which classes a sample has, bool `(num_classes,)`.
+        """Return the classes of a sample by its `KEY.npy`, bool `(num_classes,)`.
 
         Raises:
-            ValueError: as `label_sets`.
+            UserError: the sample has no array of `num_classes` zeros and ones.
         """
-        found, where = _array(self.source, shard, number)
-        if found.shape != (num_classes,):
-            raise UserError(f"{where} has labels of shape {found.shape}; {num_classes} names are listed")
-        if not ((found == 0) | (found == 1)).all():
-            odd = found[(found != 0) & (found != 1)][0]
+        array, where = _array(self.source, shard, number)
+        if array.shape != (num_classes,):
+            raise UserError(f"{where} has labels of shape {array.shape}; {num_classes} names are listed")
+        if not ((array == 0) | (array == 1)).all():
+            odd = array[(array != 0) & (array != 1)][0]
             raise UserError(f"{where} has a label {odd}; KEY.npy holds 1 for each class of the image, else 0")
-        return found.astype(bool)
+        return array.astype(bool)
 
     def array(self, columns: Sequence[str], shard: int, number: int) -> np.ndarray:
         """Return the numbers in a sample's `KEY.npy`, int64 `(columns,)`.
 
         Raises:
-            ValueError: as `arrays`.
+            UserError: the sample has no array of one whole number from 0 for each column.
         """
-        found, where = _array(self.source, shard, number)
-        if found.shape != (len(columns),) or not ((found >= 0) & (found == np.trunc(found))).all():
-            raise UserError(f"{where} has {found.tolist()} in KEY.npy; it must hold numbers of {', '.join(columns)}")
-        return found.astype(np.int64)
+        array, where = _array(self.source, shard, number)
+        if array.shape != (len(columns),) or not ((array >= 0) & (array == np.trunc(array))).all():
+            raise UserError(f"{where} has {array.tolist()} in KEY.npy; it must hold numbers of {', '.join(columns)}")
+        return array.astype(np.int64)
 
     def captions_of(self, shard: int, number: int) -> list[str]:
         """Return the captions of a sample.
 
         Raises:
-            ValueError: it has none.
+            UserError: the sample has no caption.
         """
         stored = self.source.read_captions(shard, number)
         where = f"{self.source.shard_name(shard)}#{number}"
@@ -195,16 +171,48 @@ class TestSet:
         return lines
 
 
-def read_lines(data: str | Path, name: str, what: str) -> list[str]:
-    """Return the lines of a text file of a set, without the spaces around them. A blank line counts, as in
-    CLIP_benchmark: other lines keep their numbers.
-
-    Args:
-        data: the set's folder or URL.
-        what: the lines are, for the error.
+def of_my_rows(embedder: Embedder, source: TarSource, read: Callable[[int, int], Value]) -> list[Value]:
+    """Collective. Return `read(shard, number)` of each of this process's rows.
 
     Raises:
-        ValueError: the file is missing or empty, or a line is far too long.
+        UserError: `read` failed on any process. All raise it, because a process that stopped alone would leave the
+            others waiting.
+    """
+    from accelerate.utils import gather_object
+
+    where = SampleNumbers(source)
+    if not where:
+        raise UserError(f"the test set is empty: 0 samples in {len(source.shard_sizes)} shards ({source.list.shards})")
+    values: list[Value] = []
+    faults: list[tuple[int, str]] = []
+    for row in embedder.rows(len(where)).tolist():
+        embedder.alive()
+        try:
+            values.append(read(*where[row]))
+        except BadSample as error:
+            shard, number = where[row]
+            faults.append((row, f"{source.shard_name(shard)}#{number} cannot be read: {error}"))
+        except UserError as error:
+            faults.append((row, str(error)))
+        except OSError as error:
+            faults.append((row, str(error)))
+            break
+    faults = sorted(gather_object(faults))
+    if faults:
+        raise UserError(named([fault for _, fault in faults], len(where)))
+    return values
+
+
+def read_lines(data: str | Path, name: str, what: str) -> list[str]:
+    """Return the lines of a text file of a set, stripped. A blank line counts, as in CLIP_benchmark.
+
+    Args:
+        data: folder or URL of the set.
+        name: name of the file.
+        what: content of the lines, for the error.
+
+    Raises:
+        UserError: the file is missing or empty, or a line is far too long.
     """
     text = read_text(str(data), name)
     if text is None or not text.strip():
@@ -217,150 +225,95 @@ def read_lines(data: str | Path, name: str, what: str) -> list[str]:
             f"line {longest + 1} of {data}/{name} has {len(lines[longest]):,} characters, more than {_MOST_LINE:,}; it "
             f"lists {what}, one a line"
         )
-    if "" in lines:
-        _log.warning("line %d of %s/%s is blank, and counts as one of %s", lines.index("") + 1, data, name, what)
     return lines
 
 
 def read_class_names(data: str | Path) -> list[str]:
-    """Return the names of a set's classes, in the order of their numbers. A name that stands there twice is told: the
-    second of its classes is never the nearest.
+    """Return the class names in the order of their numbers, and warn of duplicates: only the first is ever nearest.
 
     Raises:
-        ValueError: `classnames.txt` is missing or empty.
+        UserError: `classnames.txt` is missing or empty, or has a blank line between names.
     """
     names = read_lines(data, CLASS_NAMES, "the class names")
+    while not names[-1]:
+        names.pop()
+    if "" in names:
+        raise UserError(
+            f"line {names.index('') + 1} of {data}/{CLASS_NAMES} is blank, and would be a class without a name. Fix: "
+            "remove the line, because the classes after it are numbered by their lines"
+        )
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
         _log.warning("%s/%s has %d names more than once, such as %r", data, CLASS_NAMES, len(twice), twice[0])
     return names
 
 
-def read_labels(embedder: Embedder, source: TarSource, num_classes: int) -> torch.Tensor:
-    """Collective. Return the class numbers of this process's rows of `source`, int64 `(rows,)`.
+def training_class_names(recipe: DataRecipe, num_classes: int) -> list[str]:
+    """Return the class names of a recipe's shards: `classnames.txt` in their folder, or in the one above it.
 
     Raises:
-        ValueError: a sample of any process has no class number below `num_classes`.
+        UserError: the file is missing, names fewer than two classes or another number than the model's head has, or
+            differs between sources; or a source has no shards.
+        OSError: the file cannot be fetched.
     """
-    return torch.tensor(of_my_rows(embedder, source, partial(read_label, source, num_classes)), dtype=torch.int64)
-
-
-def read_label(source: TarSource, num_classes: int, shard: int, number: int) -> int:
-    """Return the class number of a sample.
-
-    Raises:
-        ValueError: it has none below `num_classes`.
-    """
-    found = source.read_label(shard, number)
-    if found is None or not 0 <= found < num_classes:
-        raise UserError(f"{source.shard_name(shard)}#{number} has class {found}; {num_classes} names are listed")
-    return found
-
-
-def _array(source: TarSource, shard: int, number: int) -> tuple[np.ndarray, str]:
-    """Return the numbers in a sample's `KEY.npy`, and what the sample is called.
-
-    Raises:
-        ValueError: there is none that the index knows, or it holds no numbers.
-    """
-    where = f"{source.shard_name(shard)}#{number}"
-    found = source.read_array(shard, number)
-    if found is None:
+    names: list[str] = []
+    where = ""
+    for shards in [source.shards for source in recipe.sources] or [recipe.shards]:
+        if shards is None:
+            raise UserError(
+                "data.sources names a dataset, whose classes have no numbers here; loss.kind 'classify' takes shards, "
+                "which `flipscale prepare shards --labels` makes"
+            )
+        folder = _folder_with_names(shards)
+        theirs = read_class_names(folder)
+        if names and theirs != names:
+            raise UserError(f"{folder}/{CLASS_NAMES} and {where} name other classes; give all sources the same file")
+        names, where = theirs, f"{folder}/{CLASS_NAMES}"
+    if len(names) < 2:
+        raise UserError(f"{where} names {len(names)} class; a classifier has two or more to choose from")
+    if len(names) != num_classes:
         raise UserError(
-            f"{where} has no KEY.npy in the shard's index; if it has one in the shard, the index is older than such "
-            f"files: run `flipscale prepare index '{source.list.shards}'`"
+            f"{where} names {len(names)} classes, and loss.options says {num_classes}; set it to {len(names)}"
         )
-    if found.dtype.kind not in "biuf":
-        raise UserError(f"{where} has values of type {found.dtype} in KEY.npy; it must hold numbers")
-    return found, where
+    return names
 
 
-def of_my_rows(embedder: Embedder, source: TarSource, read: Callable[[int, int], Value]) -> list[Value]:
-    """Collective. Return what `read` says of this process's rows.
-
-    Raises:
-        ValueError: on every process, if `read` failed on any: a process that left alone would leave the others waiting.
-    """
-    where = SampleNumbers(source)
-    if not where:
-        raise UserError(f"the test set is empty: 0 samples in {len(source.shard_sizes)} shards ({source.list.shards})")
-    found: list[Value] = []
-    faults: list[tuple[int, str]] = []
-    for row in embedder.rows(len(where)).tolist():
-        embedder.alive()
-        try:
-            found.append(read(*where[row]))
-        except BadSample as error:
-            shard, number = where[row]
-            faults.append((row, f"{source.shard_name(shard)}#{number} cannot be read: {error}"))
-        except ValueError as error:
-            faults.append((row, str(error)))
-        except OSError as error:
-            faults.append((row, str(error)))
-            break
-    from accelerate.utils import gather_object
-
-    faults = sorted(gather_object(faults))
-    if faults:
-        raise UserError(named([fault for _, fault in faults], len(where)))
-    return found
+def keep_class_names(run_dir: Path, names: Sequence[str]) -> None:
+    """Write the class names of a run to its directory, for its exports."""
+    write_text(run_dir / CLASS_NAMES, "".join(f"{name}\n" for name in names))
 
 
-def _counted(folder: str, stored: str) -> str:
-    """Return the range of shards that `nshards.txt` stands for: the whole set, in the order of the numbers.
+def refuse_other_class_names(run_dir: Path, names: Sequence[str]) -> None:
+    """Raise UserError if a resumed run has learned other classes."""
+    kept = kept_class_names(run_dir, len(names)) if (run_dir / CLASS_NAMES).exists() else list(names)
+    for number, (name, learned) in enumerate(zip(names, kept, strict=True)):
+        if name != learned:
+            raise UserError(
+                f"class {number} is {name!r} beside the training shards, and {learned!r} in {run_dir}/{CLASS_NAMES}, "
+                "which the run has learned; use the same classes or another output_dir"
+            )
+
+
+def kept_class_names(run_dir: Path, num_classes: int) -> list[str]:
+    """Return the class names of a run; without the file, LABEL_0, LABEL_1, ... and a warning.
 
     Raises:
-        ValueError: it holds no count, or shards are missing on this machine.
+        UserError: the run has another number of classes.
     """
-    count = stored.strip()
-    if not count.isdigit() or int(count) < 1:
-        raise UserError(f"{folder}/{NUM_SHARDS} says {count[:40]!r}; it must be the number of shards")
-    names = [f"{number}.tar" for number in range(int(count))]
-    missing = [] if "://" in folder else [name for name in names if not Path(folder, name).is_file()]
-    if missing:
-        raise UserError(
-            f"{folder} has {len(names) - len(missing)} of the {len(names)} shards that its {NUM_SHARDS} says, without "
-            f"{missing[0]}: it is half downloaded; fetch the rest"
-        )
-    return f"{folder}/{{0..{len(names) - 1}}}.tar"
-
-
-def _listed(data: str, part: str) -> str:
-    """Return the name of the shards of a set without `nshards.txt`: those in its `part`, else those of `data` itself.
-
-    Raises:
-        ValueError: the folder does not exist.
-    """
-    if "://" in data:
-        return data
-    folder = f"{data}/{part}" if any(Path(data, part).glob("*.tar")) else data
-    names = {path.name for path in Path(folder).glob("*.tar")}
-    if names and names == {f"{number}.tar" for number in range(len(names))}:
-        return f"{folder}/{{0..{len(names) - 1}}}.tar"  # 10.tar comes after 9.tar
-    return folder
-
-
-def _opened(shards: str) -> TarSource:
-    """Return the source of shards, on this machine or at a URL.
-
-    Raises:
-        ValueError: there is none, or the URL cannot be read.
-    """
-    try:
-        return open_shards(shards, READ)
-    except FileNotFoundError as error:
-        raise no_shards(shards) from error
-    except (ValueError, OSError):
-        raise
-    except Exception as error:
-        raise _unreadable(shards, error) from error
+    if not (run_dir / CLASS_NAMES).exists():
+        _log.warning("%s has no %s: the model's classes have no names", run_dir, CLASS_NAMES)
+        return [f"LABEL_{number}" for number in range(num_classes)]
+    names = read_class_names(run_dir)
+    if len(names) != num_classes:
+        raise UserError(f"{run_dir}/{CLASS_NAMES} names {len(names)} classes, and the run learned {num_classes}")
+    return names
 
 
 def read_text(folder: str, name: str) -> str | None:
-    """Return the content of a text file, on this machine or at a URL; None if there is none.
+    """Return the content of a text file, on this machine or at a URL; None if there is no file.
 
     Raises:
-        ValueError: it is no file, too long or not UTF-8, or the URL cannot be read.
+        UserError: it is no file, too long or not UTF-8, or the URL cannot be read.
         OSError: it cannot be fetched.
     """
     path = f"{folder}/{name}"
@@ -386,7 +339,80 @@ def read_text(folder: str, name: str) -> str | None:
         raise _unreadable(path, error) from error
 
 
+def _opened(shards: str) -> TarSource:
+    """Return the source of shards, on this machine or at a URL.
+
+    Raises:
+        UserError: there are no shards, or the URL cannot be read.
+    """
+    try:
+        return open_shards(shards, READ)
+    except FileNotFoundError as error:
+        raise no_shards(shards) from error
+    except (ValueError, OSError):
+        raise
+    except Exception as error:
+        raise _unreadable(shards, error) from error
+
+
 def _unreadable(url: str, error: Exception) -> UserError:
-    """Return the error that a URL cannot be read; every protocol raises exceptions of its own."""
+    """Return the error of a URL that cannot be read; every protocol of fsspec raises its own types."""
     reason = " ".join(str(error).split()) or type(error).__name__
     return UserError(f"{url} cannot be read ({reason}); check the address and the connection")
+
+
+def _array(source: TarSource, shard: int, number: int) -> tuple[np.ndarray, str]:
+    """Return the numbers in a sample's `KEY.npy`, and the sample's name.
+
+    Raises:
+        UserError: the index has no such file, or it holds no numbers.
+    """
+    where = f"{source.shard_name(shard)}#{number}"
+    array = source.read_array(shard, number)
+    if array is None:
+        raise UserError(
+            f"{where} has no KEY.npy in the shard's index; if the shard has one, the index is older than such files: "
+            f"run `flipscale prepare index '{source.list.shards}'`"
+        )
+    if array.dtype.kind not in "biuf":
+        raise UserError(f"{where} has values of type {array.dtype} in KEY.npy; it must hold numbers")
+    return array, where
+
+
+def _counted(folder: str, num_shards: str) -> str:
+    """Return the range of all shards by the content of `nshards.txt`.
+
+    Raises:
+        UserError: the file holds no count, or shards are missing on this machine.
+    """
+    count = num_shards.strip()
+    if not count.isdigit() or int(count) < 1:
+        raise UserError(f"{folder}/{NUM_SHARDS} says {count[:40]!r}; it must be the number of shards")
+    names = [f"{number}.tar" for number in range(int(count))]
+    missing = [] if "://" in folder else [name for name in names if not Path(folder, name).is_file()]
+    if missing:
+        raise UserError(
+            f"{folder} has {len(names) - len(missing)} of the {len(names)} shards in its {NUM_SHARDS}, without "
+            f"{missing[0]}: it is half downloaded; fetch the rest"
+        )
+    return f"{folder}/{{0..{len(names) - 1}}}.tar"
+
+
+def _listed(data: str, part: str) -> str:
+    """Return the name of the shards of a set without `nshards.txt`: those in its `part`, else those in `data`."""
+    if "://" in data:
+        return data
+    folder = f"{data}/{part}" if any(Path(data, part).glob("*.tar")) else data
+    names = {path.name for path in Path(folder).glob("*.tar")}
+    if names and names == {f"{number}.tar" for number in range(len(names))}:
+        return f"{folder}/{{0..{len(names) - 1}}}.tar"  # 10.tar comes after 9.tar
+    return folder
+
+
+def _folder_with_names(shards: str) -> str:
+    """Return the folder of shards, or the one above it, whichever has `classnames.txt`."""
+    folder = shards.rstrip("/")
+    if re.search(r"[*?\[{]|\.tar$", folder.rpartition("/")[2]):
+        folder = folder.rpartition("/")[0] or "."
+    above = folder.rpartition("/")[0] or "."
+    return next((place for place in (folder, above) if read_text(place, CLASS_NAMES) is not None), folder)

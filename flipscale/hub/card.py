@@ -18,11 +18,11 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import StrictUndefined, Template
 from safetensors import safe_open
 
-from flipscale.evaluation.kinds.kinds import KINDS
 from flipscale.evaluation.reports.curves import Curve, read_curve
 from flipscale.evaluation.reports.figures import can_draw, draw_loss, draw_result, result_figures
 from flipscale.evaluation.reports.record import Line, data_name, read_lines, weights_digest
 from flipscale.evaluation.results import CHANGED, CHANGES, RESULTS_FILE, THIS_MODEL, Result, with_changes, with_unit
+from flipscale.evaluation.suite import KINDS
 from flipscale.io.atomic import write_text
 from flipscale.io.errors import UserError
 from flipscale.io.files import read_text

@@ -13,13 +13,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from flipscale.data.tokenizers import check_tokenizer
 from flipscale.engines.device import best_attention
 from flipscale.engines.first_weights import model_without_storage
-from flipscale.evaluation.embedders import open_clip, transformers_model
-from flipscale.evaluation.embedders.classifier import ClassifierEmbedder
-from flipscale.evaluation.embedders.open_clip import open_clip_embedder
-from flipscale.evaluation.embedders.plain import PLAIN, UNTRAINED, plain_embedder, untrained_embedder
-from flipscale.evaluation.embedders.transformers_model import transformers_embedder
-from flipscale.evaluation.embedding import Embedder
-from flipscale.evaluation.images import made_up
+from flipscale.evaluation.baselines import PLAIN, UNTRAINED, plain_embedder, untrained_embedder
+from flipscale.evaluation.embedding import ClassifierEmbedder, Embedder, dummy_batch
+from flipscale.evaluation.foreign_models import OPEN_CLIP, TRANSFORMERS, open_clip_embedder, transformers_embedder
 from flipscale.io.digests import check_weight
 from flipscale.io.errors import UserError
 from flipscale.io.model_folder import Header, check_folder, fetch_folder, read_header, read_object
@@ -43,8 +39,8 @@ _log = logging.getLogger(__name__)
 _TASKS: dict[type, str] = {FlipForImageClassification: "classification", FlipForConditionalGeneration: "captioning"}
 # Models that are not ours, by what their names begin with.
 OTHERS: dict[str, Callable[..., Embedder]] = {
-    open_clip.PREFIX: open_clip_embedder,
-    transformers_model.PREFIX: transformers_embedder,
+    OPEN_CLIP: open_clip_embedder,
+    TRANSFORMERS: transformers_embedder,
     UNTRAINED: untrained_embedder,
 }
 
@@ -232,7 +228,9 @@ def _tried(embedder: Embedder) -> Embedder:
     """
     try:
         with torch.no_grad(), embedder.accelerator.autocast():
-            found = {"an image": embedder.image_features(**made_up(embedder.decoder()).to(embedder.accelerator.device))}
+            found = {
+                "an image": embedder.image_features(**dummy_batch(embedder.decoder()).to(embedder.accelerator.device))
+            }
             if embedder.tokenizer is not None and "texts" in embedder.gives:
                 tokens = embedder.tokens(["a photo"]).to(embedder.accelerator.device)
                 found["a text"] = embedder.text_features(tokens)

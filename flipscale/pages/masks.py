@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from flipscale.data.pairs import InputShape
 from flipscale.data.sources.opening import open_source
 from flipscale.data.tokenizers import load_tokenizer
-from flipscale.evaluation.class_names import kept_class_names
+from flipscale.evaluation.test_set import kept_class_names
 from flipscale.pages.page import Picture, thumbnail
 from flipscale.training.recipe import Recipe
 from flipscale.training.schedule import StageRecipe

@@ -16,7 +16,7 @@ from flipscale.data.recipe import DataRecipe
 from flipscale.data.samples import BadSample, wrap_errors
 from flipscale.data.sources.opening import open_shards
 from flipscale.data.sources.tar import TarSource
-from flipscale.evaluation.images import Decoder, SampleNumbers
+from flipscale.evaluation.embedding import Decoder, SampleNumbers
 from flipscale.io.errors import UserError
 from flipscale.io.options import usable_cores
 from flipscale.io.progress import Progress

@@ -16,7 +16,7 @@ from flipscale.data.masks import IMAGE_MASKS, keyed_patches
 from flipscale.data.pairs import InputShape, PairDataset
 from flipscale.data.sources.opening import open_source
 from flipscale.data.tokenizers import load_tokenizer
-from flipscale.evaluation.nearest_neighbour import run_baselines
+from flipscale.evaluation.baselines import run_baselines
 from flipscale.evaluation.reports.curves import (
     Curve,
     comparison_table,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from flipscale.evaluation.embedders.masked import ImageMask
+from flipscale.evaluation.masked import ImageMask
 from flipscale.evaluation.reports.curves import Curve, estimate, headlines, read_curve
 from flipscale.evaluation.reports.record import read_lines
 from flipscale.evaluation.results import RESULTS_FILE, THIS_MODEL, Result

@@ -5,8 +5,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from flipscale.evaluation.embedders.classifier import ClassifierEmbedder
-from flipscale.evaluation.embedding import Embedder
+from flipscale.evaluation.embedding import ClassifierEmbedder, Embedder
 from flipscale.evaluation.kinds.task import Task
 from flipscale.evaluation.recipe import EvalRecipe
 from flipscale.evaluation.results import BEFORE

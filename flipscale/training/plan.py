@@ -19,11 +19,10 @@ from flipscale.data.samples import Fault, Source
 from flipscale.data.sources.opening import open_source
 from flipscale.data.tokenizers import check_begin_and_end, check_tokenizer, load_tokenizer
 from flipscale.engines.launch import place_in_world
-from flipscale.evaluation.class_names import refuse_other_class_names, training_class_names
 from flipscale.evaluation.embedding import parts_of
 from flipscale.evaluation.kinds.task import Task
-from flipscale.evaluation.rehearsal import rehearse
-from flipscale.evaluation.test_set import read_class_names
+from flipscale.evaluation.suite import check_decodable
+from flipscale.evaluation.test_set import read_class_names, refuse_other_class_names, training_class_names
 from flipscale.io.errors import UserError
 from flipscale.training.recipe import Recipe, as_fields, to_yaml
 from flipscale.training.schedule import Clock, Schedule, Stage, Step, has_passed, is_due, plan_stages
@@ -186,7 +185,7 @@ def check(recipe: Recipe) -> Plan:
         for stage in stages
     }  # fmt: skip
     names = _class_names(draft)
-    rehearse(draft.tasks, shape.image_size, rank, world_size)
+    check_decodable(draft.tasks, shape.image_size, rank, world_size)
     budget_seconds = None if recipe.budget_minutes is None else 60.0 * recipe.budget_minutes
     return Plan(
         *(Schedule(tuple(stages), budget_seconds), data.global_batch_size, source, tokenizer, datasets, draft.tasks),

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from flipscale.engines.launch import precision_in_words
-from flipscale.evaluation.class_names import keep_class_names
 from flipscale.evaluation.reports.curves import read_curve
 from flipscale.evaluation.reports.figures import can_draw, draw_run
 from flipscale.evaluation.results import CHANGES, Result, latest, read_results, with_changes
+from flipscale.evaluation.test_set import keep_class_names
 from flipscale.io.text_table import duration
 from flipscale.training.plan import Plan
 from flipscale.training.recipe import Recipe

@@ -199,7 +199,6 @@ def page(folder: Path) -> None:
     (folder / "odd/0.tar").write_text("<html>404</html>" * 999)
 
 
-PROBE = ("probe", "x", "--train", "a", "--test", "b")
 RACE = ("study", "race", "small_cpu", "--output_dir")
 TOKENIZER = "`flipscale prepare tokenizer data DIR`"
 ATTACKS = [
@@ -273,7 +272,7 @@ ATTACKS = [
     row("evaluate --batch_size 0", command("evaluate", "x", "--batch_size", "0"), "--batch_size is 0"),
     row("evaluate --num_workers -1", command("evaluate", "x", "--num_workers", "-1"), "--num_workers is -1"),
     row("evaluate --mask_ratio nan", command("evaluate", "x", "--mask_ratio", "nan"), "--mask_ratio is nan"),
-    row("probe --l2 inf", command(*PROBE, "--l2", "inf"), "--l2 is inf"),
+    row("a probe with l2 inf", command("evaluate", "x", "--task", "{kind: probe, data: a, l2: .inf}"), "l2 is inf"),
     row("study --minutes nan", command(*RACE, "o", "--minutes", "nan"), "--minutes is nan"),
     row("export --step -4", command("export", "run", "--step", "-4"), "--step is -4"),
     row(

@@ -19,7 +19,7 @@ from flipscale.engines import start
 from flipscale.engines.launch import read_launch_file
 from flipscale.evaluation import suite
 from flipscale.evaluation.embedding import Embedder
-from flipscale.evaluation.kinds.kinds import KINDS as EVALUATIONS
+from flipscale.evaluation.suite import KINDS as EVALUATIONS
 from flipscale.hub.loading import load_flip
 from flipscale.objectives.recipe import loss_kinds
 

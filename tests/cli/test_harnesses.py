@@ -17,9 +17,8 @@ from datasets import load_dataset
 from hub.test_export import environment_of
 from PIL import Image
 
-from flipscale.evaluation.embedding import Embedder
+from flipscale.evaluation.embedding import Embedder, image_embeds, text_embeds
 from flipscale.evaluation.kinds.zero_shot import ZeroShot
-from flipscale.evaluation.pictures import image_embeds, text_embeds
 from flipscale.model import FlipModel, FlipProcessor
 
 pytestmark = pytest.mark.long

@@ -10,7 +10,7 @@ import pytest
 
 from flipscale.cli import TRAINING, VERBS, main, module_of
 from flipscale.data.masks import IMAGE_MASKS
-from flipscale.evaluation.kinds.kinds import KINDS
+from flipscale.evaluation.suite import KINDS
 from flipscale.training.recipe import build_parser
 
 

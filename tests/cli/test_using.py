@@ -11,7 +11,7 @@ from conftest import COLOURS
 from PIL import Image
 from transformers import pipeline
 
-from flipscale.evaluation.pictures import image_embeds, text_embeds
+from flipscale.evaluation.embedding import image_embeds, text_embeds
 from flipscale.model import FlipForImageClassification, FlipModel, FlipProcessor
 
 SNIPPETS = dict(

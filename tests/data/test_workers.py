@@ -14,8 +14,7 @@ from flipscale.data.loader import build_loader
 from flipscale.data.pairs import InputShape, PairDataset
 from flipscale.data.recipe import DataRecipe
 from flipscale.data.sources.tar import TarSource
-from flipscale.evaluation.embedding import Embedder
-from flipscale.evaluation.images import WholeImages
+from flipscale.evaluation.embedding import Embedder, WholeImages
 from flipscale.model import FlipConfig
 
 

@@ -17,8 +17,7 @@ from evaluation.tiny_model import tiny_writer
 from transformers import AutoTokenizer
 
 from flipscale.data.sources.tar import TarSource
-from flipscale.evaluation.embedding import Embedder
-from flipscale.evaluation.images import Decoder, SampleNumbers
+from flipscale.evaluation.embedding import Decoder, Embedder, SampleNumbers
 from flipscale.evaluation.suite import build_tasks, evaluate_tasks
 from flipscale.model import FlipConfig, FlipModel
 

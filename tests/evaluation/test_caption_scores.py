@@ -9,9 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from flipscale.evaluation.captions.scores import bleu_4, cider, mean_estimate, rouge_l
-from flipscale.evaluation.captions.tools import missing_tool, score_with_tools
-from flipscale.evaluation.captions.words import caption_words
+from flipscale.evaluation.intervals import mean_estimate
+from flipscale.evaluation.kinds.caption_metrics import bleu_4, caption_words, cider, rouge_l
 
 needs_java = pytest.mark.skipif(shutil.which("java") is None, reason="java, which runs COCO's tools, is not on PATH")
 
@@ -50,6 +49,7 @@ def test_words(caption: str) -> None:
     assert caption_words(caption) == WORDS[caption].split()
 
 
+@pytest.mark.long
 @needs_java
 def test_words_are_those_of_the_tokenizer_in_java(tmp_path: Path) -> None:
     (tmp_path / "captions").write_text("\n".join(WORDS) + "\n", encoding="utf-8")
@@ -104,36 +104,3 @@ def test_intervals_hold_the_value() -> None:
     for found in (bleu_4(candidates, references), mean_estimate(cider(candidates, references))):
         assert 0 <= found.low < found.value < found.high
     assert mean_estimate(np.array([2.0])) == (2.0, 2.0, 2.0)
-
-
-@needs_java
-def test_meteor_is_that_of_coco_s_tools() -> None:
-    from pycocoevalcap.meteor.meteor import Meteor
-
-    candidates, references = made_up(20)
-    candidates[0], references[0] = ["two", "dogs", "running"], [["two", "dogs", "run"], ["a", "pair", "of", "puppies"]]
-    theirs = {number: [" ".join(words) for words in some] for number, some in enumerate(references)}
-    made = {number: [" ".join(words)] for number, words in enumerate(candidates)}
-    expected, _ = Meteor().compute_score(theirs, made)
-    assert missing_tool("meteor") is None
-    assert score_with_tools("meteor", candidates, references) == pytest.approx(expected, rel=1e-9)
-
-
-def test_a_metric_whose_tools_are_missing_says_what_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    java = tmp_path / "java"
-    java.write_text("#!/bin/sh\necho no memory >&2\nexit 3\n")
-    java.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    if not (package() / "spice/lib/stanford-corenlp-3.6.0-models.jar").exists():
-        assert "stanford-corenlp-3.6.0-models.jar is not in spice/lib of pycocoevalcap" in str(missing_tool("spice"))
-    for metric in ("meteor", "spice"):
-        with pytest.raises(OSError, match=rf"{metric} of pycocoevalcap failed .exit code 3: no memory"):
-            score_with_tools(metric, [["a"]], [[["a"]]])
-    java.write_text("#!/bin/sh\n")
-    with pytest.raises(OSError, match=r"meteor of pycocoevalcap failed .it answered 0 of 1 captions"):
-        score_with_tools("meteor", [["a"]], [[["a"]]])
-    java.unlink()
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert missing_tool("meteor") == "java, which runs it, is not on PATH"
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert "pip install pycocoevalcap" in str(missing_tool("meteor"))

@@ -1,4 +1,4 @@
-"""How images reach a model: who reads which, through workers, in how much memory, and what happens when it fails."""
+"""Images on their way to a model: shares of processes, workers, memory, and faults."""
 
 import dataclasses
 import gc
@@ -18,8 +18,7 @@ from evaluation.tiny_model import tiny_embedder
 
 from flipscale.data.sources.tar import TarSource
 from flipscale.evaluation import embedding
-from flipscale.evaluation.embedding import Embedder
-from flipscale.evaluation.images import SampleNumbers, Share, decoded_batches, made_up
+from flipscale.evaluation.embedding import Embedder, SampleNumbers, Share, decoded_batches, dummy_batch
 from flipscale.evaluation.suite import build_tasks, evaluate_tasks, evaluated
 
 
@@ -30,7 +29,7 @@ def embedder(tokenizer_dir: Path) -> Embedder:
 
 @pytest.mark.parametrize("count", [1, 2, 5, 12, 13])
 @pytest.mark.parametrize("world", [1, 2, 3])
-def test_every_row_is_one_process_s(count: int, world: int) -> None:
+def test_every_row_has_one_process(count: int, world: int) -> None:
     shares = [Share(count, 2, rank, world) for rank in range(world)]
     rows = [share.rows() for share in shares]
     assert sorted(np.concatenate(rows).tolist()) == list(range(count))
@@ -51,20 +50,15 @@ def test_sample_numbers(shards: Path) -> None:
         numbers[96]
 
 
-def test_workers_hand_over_shared_memory(embedder: Embedder, shards: Path) -> None:
+def test_workers_share_memory(embedder: Embedder, shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without room for shared memory, batches go through pipes."""
     batches = [range(0, 40), range(40, 96)]
     source, decode = TarSource(str(shards)), embedder.decoder()
-    ours = list(decoded_batches(source, decode, batches, num_workers=2))
-    here = list(decoded_batches(source, decode, batches, num_workers=0))
+    ours, here = (list(decoded_batches(source, decode, batches, workers)) for workers in (2, 0))
     assert all(batch.buffer.is_shared() for batch in ours)
     assert all(torch.equal(a["patches"], b["patches"]) for a, b in zip(ours, here, strict=True))
     assert [len(batch["patches"]) for batch in here] == [40, 56]
-    assert made_up(decode)["patches"].shape == (1, 16, 192)
-
-
-def test_too_little_shared_memory(embedder: Embedder, shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Batches go through pipes then."""
-    source = TarSource(str(shards))
+    assert dummy_batch(decode)["patches"].shape == (1, 16, 192)
     expected = embedder.images(source)
 
     def full(size: int) -> None:
@@ -81,23 +75,19 @@ def _deadly(encoded: bytes, row: int) -> dict[str, np.ndarray]:
 
 
 class Deadly(Embedder):
-    """Whose workers die of an image."""
+    """An image kills its workers."""
 
     def decoder(self) -> Callable[[bytes, int], dict[str, np.ndarray]]:
         return _deadly
 
 
-def test_a_worker_that_dies_is_told_in_a_sentence(embedder: Embedder, shards: Path) -> None:
+def test_dead_worker_is_one_sentence(embedder: Embedder, shards: Path) -> None:
     fragile = Deadly(embedder.model, embedder.tokenizer, embedder.accelerator, num_workers=2)
-    message = (
-        r"^a worker that decoded evaluation images died \(DataLoader worker .*\); give it more memory or set "
-        r"eval.num_workers to 0$"
-    )
-    with pytest.raises(OSError, match=message):
+    with pytest.raises(OSError, match=r"^a worker .* died \(DataLoader worker .*\); .*eval.num_workers to 0$"):
         fragile.images(TarSource(str(shards)))
 
 
-def test_pooled_features_are_those_before_the_projection(embedder: Embedder, shards: Path) -> None:
+def test_pooled_features_are_before_the_projection(embedder: Embedder, shards: Path) -> None:
     source = TarSource(str(shards))
     pooled = embedder.images(source, "pooled")
     assert pooled.shape == (96, 32)
@@ -106,14 +96,17 @@ def test_pooled_features_are_those_before_the_projection(embedder: Embedder, sha
     assert (embeds - embedder.images(source)).abs().max() < 1e-6
 
 
-def test_progress_is_told_of_all_images(embedder: Embedder, shards: Path) -> None:
-    told: list[int] = []
-    dataclasses.replace(embedder, progress=told.append).images(TarSource(str(shards)))
-    assert told == [6] * 16
+def test_progress_counts_all_images(embedder: Embedder, shards: Path) -> None:
+    news: list[int] = []
+    counted = dataclasses.replace(embedder, progress=news.append)
+    counted.images(TarSource(str(shards)))
+    assert news == [6] * 16
+    counted.uncounted().images(TarSource(str(shards)))
+    assert news == [6] * 16
 
 
 @pytest.mark.parametrize(("light", "threads"), [(3e7, 1), (0, 2)])
-def test_a_light_model_leaves_the_cores_to_the_workers(
+def test_light_model_leaves_the_cores_to_the_workers(
     embedder: Embedder, shards: Path, monkeypatch: pytest.MonkeyPatch, light: float, threads: int
 ) -> None:
     monkeypatch.setattr(embedding, "_LIGHT_FLOPS", light)
@@ -130,14 +123,17 @@ def test_a_light_model_leaves_the_cores_to_the_workers(
 def test_tasks_of_one_set_share_a_pass(
     embedder: Embedder, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Those that follow each other, in their order; the figures are those that each has alone."""
+    """Consecutive tasks share it, and the figures equal those of each task alone."""
     for file in [*shards.glob("*.tar"), *shards.glob("*.txt")]:
         (tmp_path / file.name).write_bytes(file.read_bytes())
-    read: list[str] = []
+    num_read = [0]
     whole = TarSource.read
-    monkeypatch.setattr(
-        TarSource, "read", lambda self, *where: read.append(self.shard_name(where[0])) or whole(self, *where)
-    )
+
+    def read(self: TarSource, *where: int) -> object:
+        num_read[0] += 1
+        return whole(self, *where)
+
+    monkeypatch.setattr(TarSource, "read", read)
     listed = [
         {"kind": "zero_shot", "data": str(shards)},
         {"kind": "zero_shot", "data": str(shards), "name": "clip", "templates": "imagenet7"},
@@ -146,12 +142,11 @@ def test_tasks_of_one_set_share_a_pass(
         {"kind": "zero_shot", "data": str(tmp_path), "name": "last"},
     ]
     tasks = build_tasks(listed)
-    found = []
+    together = []
     for task, results in evaluated(embedder, tasks):
-        found.append((task.name, results))
-        assert len(read) == 96 * (1 if task.data == str(shards) else 2)
-    assert [name for name, _ in found] == ["zero_shot", "clip", "pairs", "again", "last"]
-    assert [results for _, results in found] == [evaluate_tasks(embedder, [task]) for task in tasks]
+        together.append((task.name, results))
+        assert num_read[0] == 96 * (1 if task.data == str(shards) else 2)
+    assert together == [(task.name, evaluate_tasks(embedder, [task])) for task in tasks]
 
 
 def _live_bytes() -> int:
@@ -160,8 +155,8 @@ def _live_bytes() -> int:
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
-def test_zero_shot_s_memory_does_not_grow_with_the_images(embedder: Embedder, tmp_path: Path) -> None:
-    """But for a label each, and room for two scores. An embedding alone would be 256 bytes."""
+def test_zero_shot_memory_does_not_grow_with_the_images(embedder: Embedder, tmp_path: Path) -> None:
+    """Each image may take a label and room for two scores; an embedding alone would be 256 bytes."""
     png = cv2.imencode(".png", np.full((16, 16, 3), 90, np.uint8))[1].tobytes()
     peaks: dict[int, tuple[int, int]] = {}
     for count in (420, 1680):
@@ -174,7 +169,7 @@ def test_zero_shot_s_memory_does_not_grow_with_the_images(embedder: Embedder, tm
         (folder / "classnames.txt").write_text("red disc\nblue disc\nred bar\nblue bar\n")
         (folder / "zeroshot_classification_templates.txt").write_text("a {c}\n")
         tasks = build_tasks([{"kind": "zero_shot", "data": str(folder)}])
-        evaluate_tasks(embedder, tasks)  # what is made once is made here
+        evaluate_tasks(embedder, tasks)  # makes the caches
         done = [0]
         live: list[int] = []
 

@@ -13,8 +13,8 @@ from evaluation.tiny_model import tiny_embedder
 from flipscale.cli import main
 from flipscale.data.decode import decode_box
 from flipscale.data.sources.tar import TarSource
-from flipscale.evaluation.embedders.masked import ImageMask, masked_embedder
 from flipscale.evaluation.embedding import Embedder
+from flipscale.evaluation.masked import ImageMask, masked_embedder
 from flipscale.evaluation.reports.models import NamedModel
 from flipscale.evaluation.reports.session import evaluate_model
 from flipscale.evaluation.results import as_metrics

@@ -7,10 +7,9 @@ import pytest
 import torch
 from sklearn.metrics import average_precision_score, balanced_accuracy_score, roc_auc_score
 
+from flipscale.evaluation.intervals import clustered_share, wilson
 from flipscale.evaluation.metrics import (
-    any_hits,
     average_precision_chance,
-    clustered_share,
     hits_at,
     mean_average_precision,
     mean_of_two,
@@ -18,7 +17,6 @@ from flipscale.evaluation.metrics import (
     recall_chance,
     recall_hits,
     roc_auc,
-    wilson,
 )
 
 
@@ -29,11 +27,9 @@ def test_wilson_s_interval(hits: int, n: int, low: float, high: float) -> None:
     assert wilson(hits, n) == pytest.approx((low, high), abs=1e-4)
 
 
-def test_hits_of_labels_and_of_label_sets() -> None:
+def test_hits_of_labels() -> None:
     scores = torch.tensor([[0.1, 0.7, 0.2], [0.5, 0.2, 0.3], [0.3, 0.3, 0.4]])
     assert hits_at(scores, torch.tensor([1, 2, 1]), [1, 2]).tolist() == [[True, True], [False, True], [False, False]]
-    sets = torch.tensor([[True, True, False], [False, True, True], [False, False, True]])
-    assert any_hits(scores, sets).tolist() == [True, False, True]
 
 
 def test_recall_counts_any_of_several_right_answers() -> None:

@@ -10,21 +10,17 @@ import open_clip
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import TOWER
+from evaluation.tiny_model import tiny_embedder
 from PIL import Image
 from safetensors.torch import save_file
-from transformers import AutoTokenizer
 
-from flipscale import cli
 from flipscale.data.sources.tar import TarSource
-from flipscale.evaluation.embedders.open_clip import OpenClipEmbedder, open_clip_embedder
-from flipscale.evaluation.embedding import Embedder
-from flipscale.evaluation.images import SampleNumbers
-from flipscale.evaluation.results import as_metrics
-from flipscale.evaluation.suite import build_tasks, evaluate_tasks
+from flipscale.evaluation.embedding import SampleNumbers
+from flipscale.evaluation.foreign_models import OpenClipEmbedder, open_clip_embedder
 from flipscale.hub.convert_open_clip import convert_to_open_clip
 from flipscale.hub.export import build_processor, export_model
-from flipscale.model import FlipConfig, FlipModel
+
+pytestmark = pytest.mark.long
 
 CONFIG = {
     "embed_dim": 16,
@@ -62,36 +58,13 @@ def test_its_embeddings_are_its_own(tiny: tuple[Path, Path], shards: Path, accel
     assert (embedder.texts(captions) - texts).abs().max() < 1e-5
 
 
-def test_the_command_prints_the_suite_s_figures(
-    tiny: tuple[Path, Path], shards: Path, accelerator: Accelerator, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    name, flags = f"{tiny[0]},{tiny[1]}", ["--output_dir", str(tmp_path), "--json"]
-    cli.main(["evaluate", f"open_clip:{name}", "--zero_shot", str(shards), "--retrieval", str(shards), *flags])
-    found = json.loads(capsys.readouterr().out.splitlines()[-1])
-    tasks = build_tasks([{"kind": kind, "data": str(shards)} for kind in ("zero_shot", "retrieval")])
-    results = evaluate_tasks(open_clip_embedder(name, accelerator), tasks)
-    assert found == pytest.approx(as_metrics(results), abs=1e-4)
-    assert found["zero_shot/chance"] == 100 / 16
-
-
 def test_our_model_as_open_clip_s_is_ours_but_for_the_resizing(
     shards: Path, tokenizer_dir: Path, tmp_path: Path, accelerator: Accelerator
 ) -> None:
-    torch.manual_seed(0)
-    config = FlipConfig(
-        vision_config={**TOWER, "image_size": 32, "patch_size": 8},
-        text_config={**TOWER, "vocab_size": 16, "max_position_embeddings": 8},
-        projection_dim=16,
-    )
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
-    model = FlipModel(config).eval()
-    convert_to_open_clip(
-        str(export_model(model, build_processor(config, tokenizer), tmp_path / "flip")), tmp_path / "oc"
-    )
-    theirs, ours = (
-        open_clip_embedder(f"local-dir:{tmp_path / 'oc'}", accelerator),
-        Embedder(model, tokenizer, accelerator),
-    )
+    ours = tiny_embedder(tokenizer_dir, batch_size=16)
+    processor = build_processor(ours.model.config, ours.tokenizer)
+    convert_to_open_clip(str(export_model(ours.model, processor, tmp_path / "flip")), tmp_path / "oc")
+    theirs = open_clip_embedder(f"local-dir:{tmp_path / 'oc'}", accelerator)
     source, captions = TarSource(str(shards)), ["a red disc", "the blue ring", "a grey bar"]
     assert (theirs.texts(captions) - ours.texts(captions)).abs().max() < 1e-5
     same = theirs.images(source) @ ours.images(source).t()
@@ -133,21 +106,18 @@ def test_features_before_the_projection(vision: dict, projection: Callable, acce
 def test_features_before_an_unknown_projection(accelerator: Accelerator) -> None:
     model = vit(layers=[1, 1, 1, 1], width=8)
     embedder = OpenClipEmbedder(model, None, accelerator, name="open_clip:r", preprocess=torch.nn.Identity())
-    with pytest.raises(ValueError, match=r"open_clip:r has a ModifiedResNet, whose features before its projection"):
+    with pytest.raises(ValueError, match=r"open_clip:r has a ModifiedResNet, whose features before the projection"):
         embedder.pooled_features(image=torch.randn(1, 3, 32, 32))
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("ViT-B-32", r"open_clip:ViT-B-32 names no weights; add them after a comma: use one of openai, laion"),
-        ("ViT-B-33", r"open_clip:ViT-B-33 names no weights; add them after a comma: it has none of its own"),
-        (
-            "ViT-B-32,openia",
-            r"open_clip model 'ViT-B-32' cannot be loaded \(Pretrained value 'openia' is not a known tag",
-        ),
-        ("ViT-B-33,openai", r"open_clip model 'ViT-B-33' cannot be loaded \(Model config for 'ViT-B-33' not found"),
-        ("local-dir:/nowhere", r"open_clip model 'local-dir:/nowhere' cannot be loaded \(.*'local-dir:'"),
+        ("ViT-B-32", r"open_clip:ViT-B-32 names no weights; .* openai, laion"),
+        ("ViT-B-33", r"open_clip:ViT-B-33 names no weights; .* none of its own"),
+        ("ViT-B-32,openia", r"'ViT-B-32' cannot be loaded \(.*'openia'"),
+        ("ViT-B-33,openai", r"'ViT-B-33' cannot be loaded \(.*'ViT-B-33' not found"),
+        ("local-dir:/nowhere", r"'local-dir:/nowhere' cannot be loaded \("),
     ],
 )
 def test_what_cannot_be_loaded_is_named(accelerator: Accelerator, name: str, message: str) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import cv2
 import pytest
 
-from flipscale.evaluation.metrics import wilson
+from flipscale.evaluation.intervals import wilson
 from flipscale.evaluation.reports import suite_report
 from flipscale.evaluation.reports.models import check_writable, name_models, tables_home
 from flipscale.evaluation.reports.record import Line

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from flipscale.evaluation.intervals import mean_of, student
-from flipscale.evaluation.metrics import wilson
+from flipscale.evaluation.intervals import mean_of, student, wilson
 from flipscale.evaluation.reports.curves import (
     Curve,
     by_recipe,
@@ -102,16 +101,6 @@ def a_run(folder: Path, **metrics: float) -> Path:
     record = {"step": 20, "samples_seen": 320, "trained_seconds": 4.0, "replaced/undecodable": 1, **metrics}
     (folder / "metrics.jsonl").write_text(json.dumps(record) + "\n")
     return folder
-
-
-def test_a_run_from_before_there_were_lines(tmp_path: Path) -> None:
-    run_dir = a_run(tmp_path, **{"zero_shot/top1": 31.5, "zero_shot/chance": 6.25, "baseline/nearest": 12.5})
-    found = latest(read_results(run_dir))
-    assert [(r.name, r.value, r.chance, r.who) for r in found] == [
-        ("zero_shot/top1", 31.5, 6.25, "this model"),
-        ("zero_shot/top1", 12.5, None, "nearest"),
-    ]
-    assert found[0].made_by == {"data": "data/test"}
 
 
 def test_a_run_at_several_sizes_is_called_by_its_path(tmp_path: Path) -> None:

@@ -33,8 +33,8 @@ from transformers import (
 
 from flipscale import cli
 from flipscale.data.sources.tar import TarSource
-from flipscale.evaluation.embedders.transformers_model import transformers_embedder
-from flipscale.evaluation.images import SampleNumbers
+from flipscale.evaluation.embedding import SampleNumbers
+from flipscale.evaluation.foreign_models import transformers_embedder
 from flipscale.evaluation.results import as_metrics
 from flipscale.evaluation.suite import build_tasks, evaluate_tasks
 
@@ -123,10 +123,10 @@ def test_what_cannot_be_loaded_is_named(folder: tuple[str, Path], tmp_path: Path
 
     refused(r"hf:.*model cannot be loaded \(")
     CLIPVisionModel(CLIPVisionConfig(**VISION)).save_pretrained(tmp_path / "model")
-    refused(r"hf:.*model is a CLIPVisionModel, which has no get_image_features; name a dual encoder")
+    refused(r"hf:.*model is a CLIPVisionModel, which has no get_image_features")
     model = AutoModel.from_pretrained(folder[1])
     model.save_pretrained(tmp_path / "model")
     refused(r"hf:.*model has no processor that can be read \(|hf:.*model has no image_processor; it needs")
     state = {name: value for name, value in model.state_dict().items() if name != "logit_scale"}
     model.save_pretrained(tmp_path / "model", state_dict=state)
-    refused(r"hf:.*model lacks 1 of the weights of its config, such as logit_scale; download it again")
+    refused(r"hf:.*model lacks 1 of .* logit_scale")

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from flipscale.evaluation.kinds.kinds import KINDS
+from flipscale.evaluation.suite import KINDS
 from flipscale.hub import card as cards
 from flipscale.io import json_lines
 from flipscale.training.recipe import ModelRecipe

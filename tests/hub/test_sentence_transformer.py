@@ -12,7 +12,7 @@ from hub.test_export import environment_of, small_model
 from PIL import Image
 from transformers import AutoTokenizer
 
-from flipscale.evaluation.pictures import image_embeds, text_embeds
+from flipscale.evaluation.embedding import image_embeds, text_embeds
 from flipscale.hub.export import build_processor, export_model
 from flipscale.model import FlipModel, FlipProcessor
 

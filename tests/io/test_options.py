@@ -10,7 +10,7 @@ from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 import pytest
 
-from flipscale.evaluation.kinds import kinds as tasks
+from flipscale.evaluation import suite as tasks
 from flipscale.io.options import (
     Count,
     Parser,

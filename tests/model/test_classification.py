@@ -12,7 +12,7 @@ from PIL import Image
 from transformers import AutoModelForImageClassification, Trainer, TrainingArguments
 
 from flipscale.data.sources.tar import TarSource
-from flipscale.evaluation.images import SampleNumbers
+from flipscale.evaluation.embedding import SampleNumbers
 from flipscale.model import FlipForImageClassification, FlipModel
 
 

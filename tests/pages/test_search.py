@@ -12,7 +12,7 @@ from pages.browser import check_accessible, check_offline, look
 from PIL import Image
 
 from flipscale import cli
-from flipscale.evaluation.pictures import image_embeds, text_embeds
+from flipscale.evaluation.embedding import image_embeds, text_embeds
 from flipscale.model import FlipModel, FlipProcessor
 from flipscale.pages import search as search_page
 from flipscale.pages.page import shortened

@@ -11,8 +11,7 @@ from conftest import add_member
 
 from flipscale.engines.launch import place_in_world
 from flipscale.engines.optimizers import OptimRecipe
-from flipscale.evaluation.rehearsal import rehearse
-from flipscale.evaluation.suite import build_tasks
+from flipscale.evaluation.suite import build_tasks, check_decodable
 from flipscale.io.errors import UserError
 from flipscale.io.files import check_writable
 from flipscale.training.plan import check
@@ -117,7 +116,7 @@ def refused_test_set(shards: Path, tmp_path: Path) -> Callable[..., str]:
         found = []
         for rank in range(3):
             try:
-                rehearse(tasks, 32, rank, 3)
+                check_decodable(tasks, 32, rank, 3)
             except ValueError as error:
                 found.append(str(error))
         (message,) = found  # one of the processes has that sample

@@ -1,4 +1,4 @@
-"""Whether a word for a role without a gender lies nearer the drawing of a man or of a woman in that role."""
+"""Gender association: whether the word for a role is nearer to the picture of a man or of a woman in that role."""
 
 import json
 from dataclasses import dataclass
@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 from flipscale.evaluation.embedding import Embedder
+from flipscale.evaluation.intervals import Z95, clustered_share
 from flipscale.evaluation.kinds.task import Scorer, StreamedTask
-from flipscale.evaluation.metrics import Z95, clustered_share
 from flipscale.evaluation.results import Result
 from flipscale.evaluation.test_set import TestSet, read_text
 from flipscale.io.errors import UserError
@@ -18,7 +18,7 @@ ROLES = "roles.json"
 
 
 class Couple(NamedTuple):
-    """The rows of a woman and of a man in one role, by one artist."""
+    """A role, and the rows of a woman and of a man in that role by the same artist."""
 
     role: str
     woman: int
@@ -27,25 +27,25 @@ class Couple(NamedTuple):
 
 @dataclass(frozen=True)
 class Association(StreamedTask):
-    """`nearer_man`: of the couples of a role, in percent, those of which the role's word ("firefighter") is nearer the
-    man than the woman. `man_less_woman`: the mean difference of the two cosines.
+    """`nearer_man`: percent of couples whose role word ("firefighter") is nearer to the man than to the woman.
+    `man_less_woman`: mean difference of the two cosines.
 
-    `data` has images, and `roles.json`: a list of `{role, woman, man}`, the word and the rows of the two images that
-    differ by gender only. `python examples/demo/data.py --with_roles` writes it of emoji.
+    `data` has images and `roles.json`, a list of `{role, woman, man}`: the word and the rows of two images that differ
+    by gender only.
 
     Args:
-        template: the prompt, with `{c}` for the role's word.
+        template: the prompt, with `{c}` for the role word.
     """
 
     template: str = "{c}"
 
-    protocol: ClassVar[str] = """Association: pictures of a woman and of a man in the same role by the same artist; of
-how many pairs the word for the role, which has no gender, is nearer the man's. 50 % is no preference. The intervals
-take roles for independent draws, and pictures of one role not."""
+    protocol: ClassVar[str] = """Association: pictures of a woman and of a man in the same role by the same artist. The
+figure is the share of pairs in which the word for the role, which has no gender, is nearer to the man. 50 % is no
+preference. The intervals treat roles as independent draws, and pictures of one role as a cluster."""
 
     def __post_init__(self) -> None:
         if "{c}" not in self.template:
-            raise UserError(f"template is {self.template!r}; write {{c}} where the role's word stands")
+            raise UserError(f"template is {self.template!r}; write {{c}} in place of the role word")
 
     def check(self) -> None:
         super().check()
@@ -61,59 +61,59 @@ take roles for independent draws, and pictures of one role not."""
         """Return the couples of `roles.json`.
 
         Raises:
-            ValueError: it is missing, or not such a list.
+            UserError: the file is missing, or is not such a list.
         """
+        path = f"{self.data}/{ROLES}"
         text = read_text(self.data, ROLES)
         if text is None:
-            raise UserError(f"{self.data}/{ROLES} is missing; it lists the role, woman and man of each couple")
+            raise UserError(f"{path} is missing; it lists the role, woman and man of each couple")
         try:
-            couples = [Couple(str(one["role"]), int(one["woman"]), int(one["man"])) for one in json.loads(text)]
+            couples = [Couple(str(line["role"]), int(line["woman"]), int(line["man"])) for line in json.loads(text)]
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{self.data}/{ROLES} is not a list of {{role, woman, man}}: {error!r}") from None
-        out = [couple for couple in couples if not 0 <= min(couple[1:]) <= max(couple[1:]) < len(test_set)]
-        if not couples or out:
-            about = f"names rows {out[0].woman} and {out[0].man} of {len(test_set)}" if out else "lists no couple"
-            raise UserError(f"{self.data}/{ROLES} {about}; write it anew with the images")
+            raise UserError(f"{path} is not a list of {{role, woman, man}}: {error!r}") from error
+        if not couples:
+            raise UserError(f"{path} lists no couple; write it anew with the images")
+        for couple in couples:
+            if not 0 <= min(couple[1:]) <= max(couple[1:]) < len(test_set):
+                rows = f"rows {couple.woman} and {couple.man} of {len(test_set)}"
+                raise UserError(f"{path} names {rows}; write it anew with the images")
         return couples
 
 
 class AssociationScorer(Scorer):
-    """Keeps the cosine of each image of a couple with its role's word."""
+    """Keeps the cosine of each couple's images with the role word."""
 
     def __init__(
         self, task: Association, embedder: Embedder, couples: list[Couple], words: dict[str, torch.Tensor], count: int
     ):
         self._task, self._embedder, self._couples = task, embedder, couples
-        self._words: list[torch.Tensor | None] = [None] * count
-        for couple in couples:
-            self._words[couple.woman] = self._words[couple.man] = words[couple.role]
+        self._words = {row: words[couple.role] for couple in couples for row in (couple.woman, couple.man)}
         self._count, self._seen = count, 0
         self._mine = torch.zeros(len(embedder.rows(count)), 1)
 
     def add(self, rows: torch.Tensor, embeds: torch.Tensor) -> None:
         for row, embed in zip(rows.tolist(), embeds, strict=True):
-            word = self._words[row]
-            if word is not None:
-                self._mine[self._seen] = embed @ word
+            if row in self._words:
+                self._mine[self._seen] = embed @ self._words[row]
             self._seen += 1
 
     def results(self) -> list[Result]:
         cosines = self._embedder.gathered(self._mine, self._count)[:, 0].double().numpy()
-        differences: dict[str, list[float]] = {}
+        by_role: dict[str, list[float]] = {}
         for couple in self._couples:
-            differences.setdefault(couple.role, []).append(cosines[couple.man] - cosines[couple.woman])
+            by_role.setdefault(couple.role, []).append(cosines[couple.man] - cosines[couple.woman])
         # A tie is half a preference for each.
-        nearer = np.array([sum((d > 0) + (d == 0) / 2 for d in of_role) for of_role in differences.values()])
-        counts = np.array([len(of_role) for of_role in differences.values()])
+        nearer = np.array([sum((d > 0) + (d == 0) / 2 for d in differences) for differences in by_role.values()])
+        counts = np.array([len(differences) for differences in by_role.values()])
         share = clustered_share(nearer, counts)
-        sums = np.array([sum(of_role) for of_role in differences.values()])
+        sums = np.array([sum(differences) for differences in by_role.values()])
         n, roles = int(counts.sum()), len(counts)
         mean = float(sums.sum() / n)
-        spread = float(np.sqrt(((sums - mean * counts) ** 2).sum() * roles / max(roles - 1, 1))) / n
+        deviation = float(np.sqrt(((sums - mean * counts) ** 2).sum() * roles / max(roles - 1, 1))) / n
         difference = Result(
             *(self._task.name, self._task.kind, "man_less_woman", mean, n),
-            low=mean - Z95 * spread if roles > 1 else None,
-            high=mean + Z95 * spread if roles > 1 else None,
+            low=mean - Z95 * deviation if roles > 1 else None,
+            high=mean + Z95 * deviation if roles > 1 else None,
             unit="",
             chance=0.0,
             headline=False,

@@ -1,8 +1,13 @@
-"""Few-shot classification: a linear classifier of a few training images a class, cheap enough to follow a run by."""
+"""Few-shot classification: a linear classifier from a few training images a class, cheap enough to follow a run.
+
+The classifier is big_vision's few-shot probe (`fewshot_lsr`), ridge regression in closed form. Each feature is scaled
+to mean 0 and deviation 1 over the training rows. A constant feature of 100 is the intercept. The targets are 1 for a
+row's class and -1 for the others, and the penalty is 1,024.
+"""
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar
 
@@ -10,33 +15,31 @@ import numpy as np
 import torch
 
 from flipscale.data.randomness import keyed_uniform
-from flipscale.evaluation.embedding import Embedder
-from flipscale.evaluation.images import ChosenRows
+from flipscale.evaluation.embedding import ChosenRows, Embedder
+from flipscale.evaluation.intervals import student, wilson
+from flipscale.evaluation.kinds.probe import LabelledSets, LinearClassifier, Rows, Total, total_of
 from flipscale.evaluation.kinds.task import Task
-from flipscale.evaluation.metrics import wilson
-from flipscale.evaluation.probe.ridge import ridge
-from flipscale.evaluation.probe.rows import Classifier, Rows, total_of
-from flipscale.evaluation.probe.sets import LabelledSet, Sets
 from flipscale.evaluation.results import Result
 from flipscale.evaluation.test_set import TestSet
 from flipscale.io.errors import UserError
 from flipscale.io.options import Count, Seed
 
-# Student's t of a two-sided 95 % interval, for 2, 3, ... draws.
-_T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+L2 = 1024.0
+CONSTANT = 100.0
+_LEAST_DEVIATION = 1e-5  # added to each feature's
 
 
 @dataclass(frozen=True)
 class FewShot(Task):
-    """`1_shot`, `5_shot`, ...: top-1 in percent of the test images, the mean over draws of the training images.
+    """`1_shot`, `5_shot`, ...: top-1 in percent of the test images, as the mean over draws of the training images.
 
     `data` and `train` have shards with `KEY.cls` and `classnames.txt`. Only the drawn training images are embedded. A
-    class that has fewer images gives all it has.
+    class with fewer images gives all of them.
 
     Args:
-        train: the folder of training images; left out, the `train/` of `data`, whose `test/` is tested.
-        shots: how many training images a class has.
-        seeds: of the draws; the images of fewer shots are among those of more.
+        train: folder of training images; by default the `train/` of `data`, and its `test/` is the test set.
+        shots: numbers of training images a class.
+        seeds: seeds of the draws; the images of fewer shots are a subset of those of more.
     """
 
     train: str = ""
@@ -45,16 +48,16 @@ class FewShot(Task):
 
     needs: ClassVar[str] = "features"
     protocol: ClassVar[str] = """Few-shot classification: ridge regression in closed form (penalty 1,024) on features
-before the projection, brought to mean 0 and deviation 1, of whole images; the mean over draws of the training images.
-The interval counts both the draws (Student's t) and the test images."""
+before the projection, scaled to mean 0 and deviation 1, of whole images. The figure is the mean over draws of the
+training images. Its interval counts both the draws (Student's t) and the test images."""
     hub_task: ClassVar[str] = "image-classification"
     hub_metric: ClassVar[str] = "accuracy"
 
     def __post_init__(self) -> None:
         if not self.shots:
-            raise UserError(f"shots is {self.shots}; it must list one number or more, such as [1, 5]")
-        if not 1 <= len(set(self.seeds)) == len(self.seeds) <= len(_T95) + 1:
-            raise UserError(f"seeds is {self.seeds}; it must list 1 to {len(_T95) + 1} different numbers")
+            raise UserError(f"shots is {self.shots}; list one number or more, such as [1, 5]")
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise UserError(f"seeds is {self.seeds}; list one number or more, all different")
 
     def check(self) -> None:
         self._sets()
@@ -68,34 +71,32 @@ The interval counts both the draws (Student's t) and the test images."""
     def evaluate(self, embedder: Embedder) -> list[Result]:
         sets = self._sets()
         classifiers = self._classifiers(embedder, sets)
-        device, labels = embedder.accelerator.device, sets.test.labels(embedder)
+        labels = sets.test.labels(embedder, len(sets.class_names))
         right, seen = [0] * len(classifiers), 0
-        for rows, found in embedder.image_batches(sets.test.source, "pooled"):
-            asked = Rows(found, labels[seen : seen + len(rows)]).to(device)
+        for rows, features in embedder.image_batches(sets.test.source, "pooled"):
+            batch = labels[seen : seen + len(rows)]
             seen += len(rows)
             for number, classifier in enumerate(classifiers):
-                right[number] += int((classifier.answers(asked.features) == asked.labels).sum())
+                right[number] += int((classifier.scores(features).argmax(dim=1) == batch).sum())
         hits = np.array(embedder.total(right)).reshape(len(self.shots), len(self.seeds))
-        chance = 100.0 / len(sets.test.class_names)
+        chance = 100.0 / len(sets.class_names)
         return [
-            self._result(shots, some, len(sets.test.source), chance)
-            for shots, some in zip(self.shots, hits, strict=True)
+            self._result(shots, by_seed, len(sets.test), chance)
+            for shots, by_seed in zip(self.shots, hits, strict=True)
         ]
 
-    def _sets(self) -> Sets:
-        return Sets(LabelledSet.open(self.train or self.data, "train"), LabelledSet.open(self.data, "test"))
+    def _sets(self) -> LabelledSets:
+        return LabelledSets.open(self.train or self.data, self.data)
 
-    def _classifiers(self, embedder: Embedder, sets: Sets) -> list[Classifier]:
+    def _classifiers(self, embedder: Embedder, sets: LabelledSets) -> list[LinearClassifier]:
         """Collective. Return the classifier of each number of shots and, within it, of each seed."""
-        source, num_classes = sets.train.source, len(sets.train.class_names)
-        labels = embedder.gathered(sets.train.labels(embedder)[:, None], len(source))[:, 0]
+        source, num_classes = sets.train.source, len(sets.class_names)
+        labels = embedder.gathered(sets.train.labels(embedder, num_classes)[:, None], len(source))[:, 0]
         ranks = [_ranks(labels.numpy(), seed) for seed in self.seeds]
         drawn = np.flatnonzero(np.min(ranks, axis=0) < max(self.shots))
         mine = drawn[embedder.rows(len(drawn))]
-        # A bar over the test images does not count these.
-        quiet = embedder if embedder.progress is None else replace(embedder, progress=lambda images: None)
-        features = quiet.my_images(ChosenRows(source, drawn), "pooled")
-        device, total = embedder.accelerator.device, total_of(embedder.accelerator)
+        features = embedder.uncounted().my_images(ChosenRows(source, drawn), "pooled")
+        device, total = embedder.accelerator.device, total_of(embedder)
         known = Rows(features, labels[torch.from_numpy(mine)]).to(device)
         return [
             ridge(known.where(torch.from_numpy(rank[mine] < shots).to(device)), num_classes, total)
@@ -104,11 +105,10 @@ The interval counts both the draws (Student's t) and the test images."""
         ]
 
     def _result(self, shots: int, hits: np.ndarray, n: int, chance: float) -> Result:
-        """Return the result of as many draws as there are `hits`, each of `n` test images."""
-        mean = float(hits.mean()) / n
+        """Return the mean over the draws, with the hits of each among `n` test images."""
+        mean, draws = float(hits.mean()) / n, len(hits)
         low, high = wilson(mean * n, n)
-        draws = len(hits)
-        spread = _T95[draws - 2] * float((hits / n).std(ddof=1)) / math.sqrt(draws) if draws > 1 else 0.0
+        spread = student(draws - 1) * float((hits / n).std(ddof=1)) / math.sqrt(draws) if draws > 1 else 0.0
         return Result(
             *(self.name, self.kind, f"{shots}_shot", 100.0 * mean, n),
             low=100.0 * max(mean - math.hypot(mean - low, spread), 0.0),
@@ -120,8 +120,24 @@ The interval counts both the draws (Student's t) and the test images."""
         )
 
 
+def ridge(rows: Rows, num_classes: int, total: Total) -> LinearClassifier:
+    """Collective. Return the ridge regression of the rows of all processes, fp64. Only sums meet."""
+    features = rows.features.double()
+    count = total(features.new_tensor([len(features)]))
+    mean = total(features.sum(dim=0)) / count
+    deviation = (total((features - mean).square().sum(dim=0)) / count).sqrt() + _LEAST_DEVIATION
+    inputs = torch.cat([(features - mean) / deviation, features.new_full((len(features), 1), CONSTANT)], dim=1)
+    targets = features.new_full((len(features), num_classes), -1.0)
+    targets.scatter_(1, rows.labels[:, None], 1.0)
+    left, right = total(inputs.t() @ inputs), total(inputs.t() @ targets)
+    left.diagonal().add_(L2)
+    solved = torch.cholesky_solve(right, torch.linalg.cholesky(left))
+    weight = solved[:-1].t() / deviation
+    return LinearClassifier(weight, CONSTANT * solved[-1] - weight @ mean)
+
+
 def _ranks(labels: np.ndarray, seed: int) -> np.ndarray:
-    """Return each row's place in a random order of its class's rows, which the seed and the row numbers decide."""
+    """Return each row's place in a random order of its class, which depends on the seed and the row numbers."""
     noise = keyed_uniform(seed, "few shot", np.arange(len(labels)), 1)[:, 0]
     order = np.lexsort((noise, labels))
     firsts = np.searchsorted(labels[order], labels[order])

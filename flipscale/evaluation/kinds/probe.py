@@ -1,21 +1,181 @@
-"""A linear probe: a linear classifier of the frozen image tower's features, by the training images of a set."""
+"""Linear probe: a linear classifier on frozen image features, by logistic regression or by the paper's LARS recipe.
+
+Features and sums are fp64, because the result is then the same for any number of processes to about 1e-15. Each
+process keeps its own rows; only sums meet.
+"""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, NamedTuple
 
-from flipscale.evaluation.embedding import Embedder, Features
-from flipscale.evaluation.kinds.task import Task
-from flipscale.evaluation.metrics import Estimate, mean_per_class, wilson
-from flipscale.evaluation.probe.probing import Solver, probe_by_lars, probe_by_regression
-from flipscale.evaluation.probe.recipe import LarsRecipe
-from flipscale.evaluation.probe.sets import LabelledSet, Sets
+import cv2
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from flipscale.data.decode import DRAWS_PER_CROP, UndecodableImage, decode_box
+from flipscale.data.randomness import keyed_permutation, keyed_uniform
+from flipscale.data.samples import Sample
+from flipscale.data.sources.tar import TarSource
+from flipscale.evaluation.embedding import ChosenRows, Embedder, Features
+from flipscale.evaluation.kinds.task import ClassHits, Task
+from flipscale.evaluation.metrics import mean_per_class
 from flipscale.evaluation.results import Result
 from flipscale.evaluation.test_set import TestSet
 from flipscale.io.errors import UserError
-from flipscale.io.options import Positive, Seed
+from flipscale.io.options import Count, CountOrZero, Positive, Seed, ShareAboveZero, ShareBelowOne
+
+# CLIP's probe: 97 penalties, searched from the best of 7 to its neighbours at distance 8, 4, 2 and 1.
+PENALTIES: list[float] = np.logspace(-6, 2, num=97).tolist()
+VALIDATION_SHARE = 0.2  # of the training images, without a validation set
+MAX_ITERATIONS = 1000  # CLIP's
+# Decrease in one step, relative to the objective, that ends a fit.
+_TOLERANCE, _SEARCH_TOLERANCE = 1e-12, 1e-8
+_REFRESH = 50  # L-BFGS steps between two factorisations of the curvature
+_MEMORY = 20  # L-BFGS steps whose curvature is kept
+_JITTER = 1e-12  # of the largest curvature, which keeps the matrix definite beside a constant feature
+_BLOCK = 16_384  # rows multiplied at once: with 1,000 classes, 130 MB of fp64 scores
+_FIRST_STD = 0.01  # of the first weights of MAE's head
+_NORM_EPS, _NORM_MOMENTUM = 1e-6, 0.1  # of the batch norm before MAE's head
+
+Total = Callable[[torch.Tensor], torch.Tensor]
+"""Collective. Returns the sum of a tensor over the processes."""
+
+
+@dataclass(frozen=True)
+class LarsRecipe:
+    """Training of the classifier by LARS. The defaults are the paper's for ImageNet-1K; `trust` is MAE's.
+
+    Args:
+        base_lr: learning rate for 256 images.
+        batch_size: images in a step, over all processes.
+        epochs: passes over the training images.
+        warmup_epochs: epochs of a linear rise from zero; a cosine to zero follows.
+        momentum: momentum of the steps.
+        trust: factor of the ratio of a matrix's norm to its gradient's norm. Vectors move by the rate alone.
+        batch_norm: whether to normalise each feature over the batch, as MAE's head does, without scale and shift.
+        crop_scale: least and largest share of an image's area in a crop.
+        seed: seed of weights, order and crops.
+    """
+
+    base_lr: Positive = 0.01
+    batch_size: Count = 16_384
+    epochs: Count = 90
+    warmup_epochs: CountOrZero = 10
+    momentum: ShareBelowOne = 0.9
+    trust: Positive = 0.001
+    batch_norm: bool = False
+    crop_scale: tuple[ShareAboveZero, ShareAboveZero] = (0.08, 1.0)
+    seed: Seed = 0
+
+    def __post_init__(self) -> None:
+        least, most = self.crop_scale
+        if least > most:
+            raise UserError(f"lars.crop_scale is {least} {most}; give the least share first")
+        if self.warmup_epochs >= self.epochs:
+            raise UserError(f"lars.epochs is {self.epochs}; expected more than lars.warmup_epochs {self.warmup_epochs}")
+
+    def check(self, num_images: int) -> None:
+        """Raise UserError if the batch is larger than the number of training images."""
+        if self.batch_size > num_images:
+            raise UserError(
+                f"lars.batch_size is {self.batch_size:,}; expected at most the {num_images:,} training images. Fix: "
+                f"write lars: {{batch_size: {max(num_images // 4, 1)}}}"
+            )
+
+    def rate(self, epoch: float) -> float:
+        """Return the learning rate at a time in epochs."""
+        peak = self.base_lr * self.batch_size / 256
+        if epoch < self.warmup_epochs:
+            return peak * epoch / self.warmup_epochs
+        done = (epoch - self.warmup_epochs) / (self.epochs - self.warmup_epochs)
+        return peak * 0.5 * (1 + math.cos(math.pi * done))
+
+
+class LabelledSets(NamedTuple):
+    """Training, test and validation images with the same classes."""
+
+    class_names: list[str]
+    train: TestSet
+    test: TestSet
+    validation: TestSet | None
+
+    @classmethod
+    def open(cls, train: str, test: str, validation: str = "") -> "LabelledSets":
+        """Open the sets. Each is a folder of shards, or has them in its folder `train`, `test` or `validation`.
+
+        Raises:
+            UserError: a file is missing, a set is empty, the classes differ, or there are fewer than two.
+            OSError: a shard cannot be fetched.
+        """
+        opened = [TestSet.open(train, "train"), TestSet.open(test)]
+        opened += [TestSet.open(validation, "validation")] if validation else []
+        names = opened[0].class_names()
+        if len(names) < 2:
+            raise UserError(f"{train} has {len(names)} class; a probe needs 2 or more")
+        for one in opened:
+            if not len(one):
+                raise UserError(f"{one.data} has no images; a probe needs shards with KEY.cls beside each image")
+            if (theirs := one.class_names()) != names:
+                differing = next((pair for pair in zip(names, theirs, strict=False) if pair[0] != pair[1]), None)
+                about = f"{differing[0]!r} and {differing[1]!r}" if differing else f"{len(names)} and {len(theirs)}"
+                raise UserError(
+                    f"the classes of {train} and {one.data} differ: {about}; use sets with the same classnames.txt"
+                )
+        return cls(names, opened[0], opened[1], opened[2] if validation else None)
+
+
+class Rows(NamedTuple):
+    """Features `(rows, dim)` of this process and their classes, int64 `(rows,)`."""
+
+    features: torch.Tensor
+    labels: torch.Tensor
+
+    def to(self, device: torch.device | str) -> "Rows":
+        """Return the rows on a device."""
+        return Rows(self.features.to(device), self.labels.to(device))
+
+    def where(self, chosen: torch.Tensor) -> "Rows":
+        """Return the rows that `chosen`, bool `(rows,)`, selects."""
+        return Rows(self.features[chosen], self.labels[chosen])
+
+    def followed_by(self, others: "Rows") -> "Rows":
+        """Return these rows and then the others."""
+        return Rows(torch.cat([self.features, others.features]), torch.cat([self.labels, others.labels]))
+
+
+class LinearClassifier(NamedTuple):
+    """Weights `(classes, dim)` and biases `(classes,)`, fp64; the bias of a class that is never answered is -inf."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor
+
+    def scores(self, features: torch.Tensor) -> torch.Tensor:
+        """Return the class scores of features on any device, fp64 `(rows, classes)` on the CPU."""
+        parts = [
+            F.linear(part.to(self.weight.device, self.weight.dtype), self.weight, self.bias).cpu()
+            for part in features.split(_BLOCK)
+        ]
+        return torch.cat(parts)
+
+
+class Fit(NamedTuple):
+    """A fitted classifier.
+
+    Args:
+        classifier: the classifier.
+        objective: sum of the cross-entropy over all rows, plus the penalty.
+        iterations: number of L-BFGS steps.
+        converged: False after `MAX_ITERATIONS`.
+    """
+
+    classifier: LinearClassifier
+    objective: float
+    iterations: int
+    converged: bool
 
 
 @dataclass(frozen=True)
@@ -26,19 +186,19 @@ class Probe(Task):
     `data`, `train` and `validation` have shards with `KEY.cls` and `classnames.txt`.
 
     Args:
-        train: the folder of training images; left out, the `train/` of `data`, whose `test/` is tested.
-        validation: the folder by whose images the penalty is chosen; left out, a fifth of the training images.
+        train: folder of training images; by default the `train/` of `data`, and its `test/` is the test set.
+        validation: folder of the images that choose the penalty; by default a fifth of the training images.
         solver: `lbfgs`, logistic regression on whole images; or `lars`, the paper's recipe on random crops.
-        features: `pooled`, before the projection, not normalised; or `embeds`, after it, of unit length.
-        l2: the penalty of `lbfgs`, 1 / C of scikit-learn; left out, it is searched, and the last fit is to the
-            validation images too.
-        lars: how `lars` trains.
-        seed: draws the validation images out of the training images.
+        features: `pooled`, before the projection and not normalised; or `embeds`, after it and of unit length.
+        l2: penalty of `lbfgs`, scikit-learn's 1 / C. By default it is searched, and the last fit includes the
+            validation images.
+        lars: training by `lars`.
+        seed: seed of the validation images' draw.
     """
 
     train: str = ""
     validation: str = ""
-    solver: Solver = "lbfgs"
+    solver: Literal["lbfgs", "lars"] = "lbfgs"
     features: Features = "pooled"
     l2: Positive | None = None
     lars: LarsRecipe = field(default_factory=LarsRecipe)
@@ -46,50 +206,389 @@ class Probe(Task):
 
     needs: ClassVar[str] = "features"
     protocol: ClassVar[str] = """Linear probe: a linear classifier on the frozen image tower's features of whole test
-images, the short side resized to the model's size and the centre cut out. `lbfgs` is multinomial logistic regression,
-its penalty searched on validation images; `lars` is the paper's recipe, trained on random crops."""
+images, the short side resized to the model's size and the centre cut out. `lbfgs` is multinomial logistic regression;
+its penalty is searched on validation images. `lars` is the paper's recipe on random crops."""
     hub_task: ClassVar[str] = "image-classification"
     hub_metric: ClassVar[str] = "accuracy"
     hub_options: ClassVar[tuple[str, ...] | None] = ("train", "validation", "solver", "features")
 
     def __post_init__(self) -> None:
         if self.solver == "lars" and (self.l2 is not None or self.validation):
-            raise UserError("l2 and validation are of solver lbfgs; lars has neither a penalty nor a search")
+            raise UserError("solver is lars, which takes neither l2 nor validation; use solver lbfgs")
 
     def check(self) -> None:
         sets = self._sets()
         if self.solver == "lars":
-            self.lars.check(len(sets.train.source))
+            self.lars.check(len(sets.train))
 
     def truth(self, test_set: TestSet) -> Callable[[int, int], Any]:
         return partial(test_set.label, len(test_set.class_names()))
 
     def other_sets(self) -> list[TestSet]:
-        named = [(self.train or self.data, "train")] + [(self.validation, "validation")] * bool(self.validation)
-        return [TestSet.open(*place) for place in named]
+        train = TestSet.open(self.train or self.data, "train")
+        return [train, TestSet.open(self.validation, "validation")] if self.validation else [train]
 
     def evaluate(self, embedder: Embedder) -> list[Result]:
+        sets = self._sets()
         if self.solver == "lars":
-            found = probe_by_lars(embedder, self._sets(), self.features, self.lars)
+            classifier, about = train_by_lars(embedder, sets, self.features, self.lars)
         else:
-            found = probe_by_regression(embedder, self._sets(), self.features, self.l2, self.seed)
-        n, hits = int(found.counts.sum()), int(found.hits.sum())
+            classifier, about = self._regression(embedder, sets)
+        hits = ClassHits(self, embedder, sets.test.labels(embedder, len(sets.class_names)), sets.class_names)
+        for _, features in embedder.image_batches(sets.test.source, self.features):
+            hits.add(classifier.scores(features))
+        (top1, *_), right, counts = hits.totals()
+        n = int(counts.sum())
         results = [
-            self.estimated("top1", Estimate(hits / n, *wilson(hits, n)), n, 100.0 * float(found.counts.max() / n)),
-            self.estimated("mean_per_class", mean_per_class(found.hits, found.counts), n, 100.0 / len(found.counts)),
+            self.proportion("top1", top1, n, 100.0 * float(counts.max() / n)),
+            self.estimated("mean_per_class", mean_per_class(right, counts), n, 100.0 / len(counts)),
         ]
-        return [dataclasses.replace(result, made_by={**result.made_by, **found.about}) for result in results]
+        made_by = {**self.made_by, **about, "num_train": len(sets.train)}
+        return [dataclasses.replace(result, made_by=made_by) for result in results]
 
     @property
     def made_by(self) -> dict[str, Any]:
-        """What the results depend on; of `lars` the whole recipe."""
-        made = {**super().made_by, "solver": self.solver, "features": self.features}
-        made.pop("lars", None)
-        return {**made, **dataclasses.asdict(self.lars)} if self.solver == "lars" else made
+        """Everything that the results depend on; for `lars`, the whole recipe."""
+        made_by = {**super().made_by, "solver": self.solver, "features": self.features}
+        made_by.pop("lars", None)
+        return {**made_by, **dataclasses.asdict(self.lars)} if self.solver == "lars" else made_by
 
-    def _sets(self) -> Sets:
-        return Sets(
-            LabelledSet.open(self.train or self.data, "train"),
-            LabelledSet.open(self.data, "test"),
-            LabelledSet.open(self.validation, "validation") if self.validation else None,
+    def _sets(self) -> LabelledSets:
+        return LabelledSets.open(self.train or self.data, self.data, self.validation)
+
+    def _regression(self, embedder: Embedder, sets: LabelledSets) -> tuple[LinearClassifier, dict[str, Any]]:
+        """Collective. Return the classifier by logistic regression, and the figures of its fit."""
+        num_classes, total = len(sets.class_names), total_of(embedder)
+        known = _embedded(embedder, sets.train, sets.class_names, self.features)
+        _check_every_class(sets, known.labels, total)
+        l2, start, about = self.l2, None, {}
+        with embedder.bar(None, "steps") as bar:
+
+            def step_done() -> None:
+                embedder.alive()
+                bar.update()
+
+            if l2 is None:
+                if sets.validation is None:
+                    rows = embedder.rows(len(sets.train))
+                    drawn = keyed_uniform(self.seed, "probe validation", rows, 1)[:, 0] < VALIDATION_SHARE
+                    is_asked = torch.from_numpy(drawn).to(known.labels.device)
+                    learned, asked = known.where(~is_asked), known.where(is_asked)
+                else:
+                    learned, asked = known, _embedded(embedder, sets.validation, sets.class_names, self.features)
+                    known = learned.followed_by(asked)
+                if not all(total(part.labels.new_tensor([len(part.labels)])).item() for part in (learned, asked)):
+                    raise UserError(
+                        f"train has {len(sets.train)} images, too few to set a fifth aside; give validation or l2"
+                    )
+                l2, start, accuracy = search_penalty(learned, asked, num_classes, total, step_done)
+                about["validation_top1"] = 100.0 * accuracy
+            last = fit(known, num_classes, l2, total, start=start, step_done=step_done)
+        about |= {"l2": l2, "iterations": last.iterations, "converged": last.converged, "objective": last.objective}
+        return last.classifier, about
+
+
+def total_of(embedder: Embedder) -> Total:
+    """Return the sum over the embedder's processes, for tensors on its device."""
+    return partial(embedder.accelerator.reduce, reduction="sum")
+
+
+def fit(
+    rows: Rows,
+    num_classes: int,
+    l2: float,
+    total: Total,
+    *,
+    tolerance: float = _TOLERANCE,
+    start: LinearClassifier | None = None,
+    step_done: Callable[[], None] = lambda: None,
+) -> Fit:
+    """Collective. Return the multinomial logistic regression of the rows of all processes, by scipy's L-BFGS.
+
+    The objective is the sum of the cross-entropy over the rows plus `l2 / 2` times the sum of the squared weights,
+    without the intercept. That is scikit-learn's `LogisticRegression(C=1 / l2)`, which learns a single vector of
+    weights for two classes. A class without a row on any process is never answered.
+
+    L-BFGS alone needs thousands of steps for correlated features, features of large mean, or a tiny penalty. So its
+    variables are scaled by the Cholesky factor of `X^T diag(w) X + l2`, with w each row's mean over classes of
+    p (1 - p). The factor is computed anew every `_REFRESH` steps.
+
+    Args:
+        rows: rows of this process, fp64.
+        num_classes: number of classes that labels may name.
+        l2: the penalty.
+        total: sum over the processes.
+        tolerance: decrease in one step, relative to the objective, that ends the fit.
+        start: the classifier to start from, such as the fit at another penalty.
+        step_done: called after each step.
+    """
+    from scipy.optimize import minimize  # slow to import, and few tasks need it
+
+    features, device = rows.features, rows.features.device
+    present = total(torch.bincount(rows.labels, minlength=num_classes)).nonzero()[:, 0]
+    blocks = list(zip(features.split(_BLOCK), torch.searchsorted(present, rows.labels).split(_BLOCK), strict=True))
+    shape = (len(present), features.shape[1] + 1)
+    penalty = features.new_full(shape[1:], l2 * (2 if len(present) == 2 else 1))
+    penalty[-1] = 0.0
+    weights = features.new_zeros(shape)
+    if start is not None:
+        weights = torch.cat([start.weight, start.bias[:, None]], dim=1)[present]
+        weights = torch.where(weights.isfinite(), weights, 0.0)
+
+    def curvature() -> torch.Tensor:
+        matrix = features.new_zeros(shape[1], shape[1])
+        for block, _ in blocks:
+            shares = F.linear(block, weights[:, :-1], weights[:, -1]).softmax(dim=1)
+            extended = torch.cat([block, torch.ones_like(shares[:, :1])], dim=1)
+            matrix += extended.t() @ (extended * (shares * (1 - shares)).mean(dim=1, keepdim=True))
+        matrix = total(matrix) + torch.diag(penalty)
+        matrix.diagonal().add_(_JITTER * matrix.diagonal().max())
+        return matrix
+
+    def unscaled(point: np.ndarray) -> torch.Tensor:
+        scaled = torch.from_numpy(point).to(device).view(shape)
+        return torch.linalg.solve_triangular(factor, scaled, upper=False, left=False)
+
+    def value_and_gradient(point: np.ndarray) -> tuple[float, np.ndarray]:
+        at = unscaled(point).requires_grad_()
+        loss = at.new_zeros(1)
+        for block, labels in blocks:
+            part = F.cross_entropy(F.linear(block, at[:, :-1], at[:, -1]), labels, reduction="sum")
+            part.backward()
+            loss += part.detach()
+        assert at.grad is not None
+        sums = total(torch.cat([loss, at.grad.flatten()]))
+        at = at.detach()
+        value = sums[0] + (penalty * at.square()).sum() / 2
+        gradient = sums[1:].view(shape) + penalty * at
+        scaled = torch.linalg.solve_triangular(factor.t(), gradient, upper=True, left=False)
+        return value.item(), scaled.flatten().cpu().numpy()
+
+    iterations, converged, value = 0, False, math.inf
+    while not converged and iterations < MAX_ITERATIONS:
+        factor = torch.linalg.cholesky(curvature())
+        most = min(_REFRESH, MAX_ITERATIONS - iterations)
+        minimum = minimize(
+            value_and_gradient,
+            (weights @ factor).flatten().cpu().numpy(),
+            jac=True,
+            method="L-BFGS-B",
+            callback=lambda _: step_done(),
+            options={"maxiter": most, "maxfun": 20 * most, "maxcor": _MEMORY, "ftol": tolerance, "gtol": 0.0},
+        )
+        weights, value = unscaled(minimum.x), float(minimum.fun)
+        iterations += minimum.nit
+        # Status 2 ends a line search whose decrease rounding hides.
+        converged = minimum.status != 1
+
+    weight = weights.new_zeros(num_classes, shape[1] - 1)
+    bias = weights.new_full((num_classes,), -torch.inf)
+    weight[present], bias[present] = weights[:, :-1], weights[:, -1]
+    return Fit(LinearClassifier(weight, bias), value, iterations, converged)
+
+
+def search_penalty(
+    learned: Rows, asked: Rows, num_classes: int, total: Total, step_done: Callable[[], None] = lambda: None
+) -> tuple[float, LinearClassifier, float]:
+    """Collective. Return the penalty whose fit to `learned` answers `asked` best, that fit, and its accuracy."""
+    fits: dict[int, LinearClassifier] = {}
+
+    def accuracy(number: int) -> float:
+        nearest = min(fits, key=lambda known: abs(known - number), default=None)
+        fits[number] = fit(
+            *(learned, num_classes, PENALTIES[number], total),
+            tolerance=_SEARCH_TOLERANCE,
+            start=None if nearest is None else fits[nearest],
+            step_done=step_done,
+        ).classifier
+        right = fits[number].scores(asked.features).argmax(dim=1) == asked.labels.cpu()
+        hits, count = total(asked.labels.new_tensor([int(right.sum()), len(right)])).tolist()
+        return hits / count
+
+    best, share = best_penalty(accuracy)
+    return PENALTIES[best], fits[best], share
+
+
+def best_penalty(accuracy: Callable[[int], float]) -> tuple[int, float]:
+    """Return the index in `PENALTIES` of highest accuracy as CLIP searches it, and the accuracy.
+
+    Args:
+        accuracy: validation accuracy at an index; called once for each index that is tried.
+    """
+    known: dict[int, float] = {}
+
+    def best(numbers: list[int]) -> int:
+        for number in numbers:
+            if number not in known:
+                known[number] = accuracy(number)
+        return max(sorted(set(numbers)), key=known.__getitem__)  # the smallest penalty in a tie
+
+    peak = best(list(range(0, len(PENALTIES), 16)))
+    for step in (8, 4, 2, 1):
+        peak = best([max(peak - step, 0), peak, min(peak + step, len(PENALTIES) - 1)])
+    return peak, known[peak]
+
+
+class Lars:
+    """LARS without weight decay (You et al. 2017, in MAE's form): only matrices use the ratio of norms.
+
+    Args:
+        parameters: tensors that `step` changes in place.
+        momentum: momentum of the steps.
+        trust: factor of the ratio.
+    """
+
+    def __init__(self, parameters: list[torch.Tensor], momentum: float, trust: float):
+        self._parameters, self._momentum, self._trust = parameters, momentum, trust
+        self._moving = [torch.zeros_like(parameter) for parameter in parameters]
+
+    def step(self, gradients: list[torch.Tensor], rate: float) -> None:
+        """Move the parameters by one step."""
+        for parameter, gradient, moving in zip(self._parameters, gradients, self._moving, strict=True):
+            ratio = 1.0
+            if parameter.ndim > 1:
+                norms = parameter.norm().item(), gradient.norm().item()
+                ratio = self._trust * norms[0] / norms[1] if all(norms) else 1.0
+            moving.mul_(self._momentum).add_(gradient, alpha=ratio)
+            parameter.sub_(moving, alpha=rate)
+
+
+class Head:
+    """The classifier during training by LARS: fp64, the same on all processes."""
+
+    def __init__(self, dim: int, num_classes: int, recipe: LarsRecipe, total: Total, device: torch.device | str):
+        draws = torch.Generator().manual_seed(recipe.seed)
+        weight = torch.randn(num_classes, dim, generator=draws, dtype=torch.float64) * _FIRST_STD
+        self.weight = weight.to(device)
+        self.bias = self.weight.new_zeros(num_classes)
+        self._mean, self._variance = self.weight.new_zeros(dim), self.weight.new_ones(dim)
+        self._batch_norm, self._total = recipe.batch_norm, total
+        self._lars = Lars([self.weight, self.bias], recipe.momentum, recipe.trust)
+
+    def learn(self, rows: Rows, count: int, rate: float) -> float:
+        """Collective. Take one step on this process's `rows` of a batch of `count`, and return the batch's loss."""
+        features = self._normalised(rows.features, count) if self._batch_norm else rows.features
+        weight, bias = self.weight.clone().requires_grad_(), self.bias.clone().requires_grad_()
+        loss = F.cross_entropy(F.linear(features, weight, bias), rows.labels, reduction="sum")
+        gradients = torch.autograd.grad(loss, (weight, bias))
+        sums = self._total(torch.cat([loss.detach()[None], *(one.flatten() for one in gradients)])) / count
+        mean_loss, of_weight, of_bias = sums.split([1, weight.numel(), len(bias)])
+        self._lars.step([of_weight.view_as(weight), of_bias], rate)
+        return mean_loss.item()
+
+    def classifier(self) -> LinearClassifier:
+        """Return the classifier of raw features, with the batch norm folded into it."""
+        if not self._batch_norm:
+            return LinearClassifier(self.weight, self.bias)
+        weight = self.weight / (self._variance + _NORM_EPS).sqrt()
+        return LinearClassifier(weight, self.bias - weight @ self._mean)
+
+    def _normalised(self, features: torch.Tensor, count: int) -> torch.Tensor:
+        mean = self._total(features.sum(dim=0)) / count
+        variance = self._total((features - mean).square().sum(dim=0)) / count
+        self._mean.lerp_(mean, _NORM_MOMENTUM)
+        self._variance.lerp_(variance * count / max(count - 1, 1), _NORM_MOMENTUM)
+        return (features - mean) / (variance + _NORM_EPS).sqrt()
+
+
+def train_by_lars(
+    embedder: Embedder, sets: LabelledSets, features: Features, recipe: LarsRecipe
+) -> tuple[LinearClassifier, dict[str, Any]]:
+    """Collective. Return the classifier that LARS trains on random crops, and the number of steps and the last loss.
+
+    Each epoch embeds new crops in a new order and leaves out the images after the last full batch. The classifier does
+    not depend on the number of processes, but for rounding.
+
+    Raises:
+        UserError: the batch is larger than the data, a class has no training image, or an image cannot be decoded.
+    """
+    source, num_classes, total = sets.train.source, len(sets.class_names), total_of(embedder)
+    recipe.check(len(source))
+    mine = sets.train.labels(embedder, num_classes)
+    _check_every_class(sets, mine.to(embedder.accelerator.device), total)
+    labels = embedder.gathered(mine[:, None], len(source))[:, 0]
+    steps, size, device = len(source) // recipe.batch_size, recipe.batch_size, embedder.accelerator.device
+    quiet, head, loss = dataclasses.replace(embedder, progress=lambda images: None), None, 0.0
+    with embedder.bar(recipe.epochs * steps, "steps") as bar:
+        for epoch in range(recipe.epochs):
+            order = keyed_permutation(recipe.seed, "probe order", epoch, len(source))[: steps * size]
+            crops = RandomCrops(source, order, epoch, embedder.image_size, recipe.crop_scale, recipe.seed)
+            per_round = quiet.most_in_batch(len(crops)) * embedder.accelerator.num_processes
+            places, rows, step = torch.empty(0, dtype=torch.int64), None, 0
+            for number, (new_places, embeds) in enumerate(quiet.image_batches(crops, features), 1):
+                new = Rows(embeds.double(), labels[torch.from_numpy(order)[new_places]])
+                places, rows = torch.cat([places, new_places]), rows.followed_by(new) if rows else new
+                head = head or Head(embeds.shape[1], num_classes, recipe, total, device)
+                # The processes together have embedded this many crops.
+                embedded = min(number * per_round, len(crops))
+                while (step + 1) * size <= embedded:
+                    due = places < (step + 1) * size
+                    loss = head.learn(rows.where(due).to(device), size, recipe.rate(epoch + step / steps))
+                    places, rows, step = places[~due], rows.where(~due), step + 1
+                    bar.update()
+    assert head is not None
+    return head.classifier(), {"steps": recipe.epochs * steps, "loss": loss}
+
+
+class RandomCrops(ChosenRows):
+    """Random crops of rows of a source, resized to the model's square, half of them mirrored.
+
+    A crop is an encoded image, so that any embedder can decode it; its size is right, so nothing is resized or cut
+    again. Encoding costs about a millisecond at 224 px.
+
+    Args:
+        source: source of the whole images.
+        order: rows of `source`, in the order of the crops.
+        epoch: epoch of the training; with the seed and the row, it determines the crop.
+        image_size: pixels along each side of a crop.
+        crop_scale: least and largest share of the image's area.
+        seed: seed of the crops.
+    """
+
+    def __init__(
+        self,
+        source: TarSource,
+        order: np.ndarray,
+        epoch: int,
+        image_size: int,
+        crop_scale: tuple[float, float],
+        seed: int,
+    ):
+        super().__init__(source, order)
+        self._first_draw, self._image_size = epoch * len(source), image_size
+        self._crop_scale, self._seed = crop_scale, seed
+
+    def read(self, shard: int, number: int) -> Sample:
+        """Return crop `number`.
+
+        Raises:
+            UserError: the image cannot be decoded.
+            OSError: its shard cannot be read.
+        """
+        sample = super().read(shard, number)
+        position = self._first_draw + int(self.rows[number])
+        draws = keyed_uniform(self._seed, "probe crop", np.array([position]), DRAWS_PER_CROP)[0]
+        try:
+            crop = decode_box(sample.image, draws, self._image_size, self._crop_scale)
+        except UndecodableImage as error:
+            raise UserError(f"training image {sample.name} cannot be decoded: {error}") from error
+        bgr = cv2.cvtColor(crop, cv2.COLOR_RGB2BGR)
+        png = cv2.imencode(".png", bgr, [cv2.IMWRITE_PNG_COMPRESSION, 1])[1].tobytes()
+        return dataclasses.replace(sample, image=png)
+
+
+def _embedded(embedder: Embedder, images: TestSet, class_names: list[str], features: Features) -> Rows:
+    """Collective. Return this process's rows of a set, fp64, on the device."""
+    labels = images.labels(embedder, len(class_names))
+    rows = Rows(embedder.uncounted().my_images(images.source, features).double(), labels)
+    return rows.to(embedder.accelerator.device)
+
+
+def _check_every_class(sets: LabelledSets, labels: torch.Tensor, total: Total) -> None:
+    counts = total(torch.bincount(labels, minlength=len(sets.class_names)))
+    if not counts.all():
+        name = sets.class_names[int((counts == 0).nonzero()[0, 0])]
+        raise UserError(
+            f"class {name!r} has no image in {sets.train.data}; add one, or remove the name from classnames.txt and "
+            "renumber the other classes"
         )

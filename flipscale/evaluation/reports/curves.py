@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from flipscale.evaluation.intervals import Mean, mean_of
+from flipscale.evaluation.intervals import Estimate, mean_of
 from flipscale.evaluation.results import (
     NOTHING,
     THIS_MODEL,
@@ -213,7 +213,7 @@ def _cell(result: Result | None) -> str:
     return NOTHING if result is None else result.estimate_text
 
 
-def over_seeds(group: Sequence[Curve], name: str, field: str = "trained_seconds") -> tuple[np.ndarray, list[Mean]]:
+def over_seeds(group: Sequence[Curve], name: str, field: str = "trained_seconds") -> tuple[np.ndarray, list[Estimate]]:
     """Return where the result `task/metric` was measured, and its means over runs that differ only in their seeds.
 
     The places are the first run's; other runs' values are interpolated there. With one run, a mean is its own interval.
@@ -227,7 +227,7 @@ def over_seeds(group: Sequence[Curve], name: str, field: str = "trained_seconds"
         [np.interp(along[0], at, [m.result.value for m in course]) for at, course in zip(along, courses, strict=True)]
     )
     if len(courses) == 1:
-        return np.array(along[0]), [Mean(value, value, value) for value in values[0].tolist()]
+        return np.array(along[0]), [Estimate(value, value, value) for value in values[0].tolist()]
     return np.array(along[0]), [mean_of(column, courses[0][0].result.unit) for column in values.T]
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flipscale.evaluation.embedders.masked import ImageMask
+from flipscale.evaluation.masked import ImageMask
 from flipscale.evaluation.reports.figures import drawing_pyplot, save_figure, tidy
 from flipscale.evaluation.results import NOTHING, Result, as_metrics
 from flipscale.io.text_table import markdown_table

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flipscale.evaluation.kinds.kinds import KINDS
 from flipscale.evaluation.reports.figures import COLOURS, can_draw, drawing_pyplot, save_figure, tidy
 from flipscale.evaluation.reports.record import Line
 from flipscale.evaluation.results import NOTHING, Result, with_unit
+from flipscale.evaluation.suite import KINDS
 from flipscale.evaluation.task_page import PAPER_MODEL, Reference, TaskPage, read_page, suite_pages
 from flipscale.io.atomic import atomic_write, write_text
 from flipscale.io.text_table import markdown_table

@@ -11,10 +11,10 @@ from conftest import add_member, write_shards
 from evaluation.tiny_model import tiny_embedder
 
 from flipscale.data.sources.tar import TarSource
+from flipscale.evaluation.decontaminated import with_clean_tasks
 from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.kinds.retrieval import Retrieval
 from flipscale.evaluation.kinds.task import StreamedTask
-from flipscale.evaluation.kinds.without import with_clean_tasks
 from flipscale.evaluation.kinds.zero_shot import ZeroShot
 from flipscale.evaluation.suite import evaluate_tasks
 from flipscale.evaluation.test_set import TestSet
@@ -88,11 +88,11 @@ def test_bad_input(tested: Path, tmp_path: Path) -> None:
         with_clean_tasks(tasks_of(tested), tmp_path)
     write_shards(tmp_path / "other", [3], seed=4)
     write_overlap(tmp_path, tmp_path / "other", [])
-    with pytest.raises(ValueError, match="compared other with the training data and none of"):
+    with pytest.raises(ValueError, match="compared other with the training data, but not"):
         with_clean_tasks(tasks_of(tested), tmp_path)
     write_overlap(tmp_path, tested, [("00000.tar", 99)])
     task = with_clean_tasks(tasks_of(tested), tmp_path)[1]
-    with pytest.raises(ValueError, match="0 of the 1 images that the audit found"):
+    with pytest.raises(ValueError, match="has 0 of the 1 images"):
         task.arranged(TestSet.open(task.data))
 
 

@@ -1,8 +1,8 @@
-"""Evaluate a FLIP model on masked images: one view of each, or several that share no patch, averaged.
+"""Evaluation of a FLIP model on masked images: one view of each, or the mean over several disjoint views.
 
-The masks are those of training: chosen before the pixels move, so that only the patches that are left are normalised,
-sent to the device and encoded. The mask of an image is a function of its row number alone, so that two runs, and any
-number of processes and workers, see the same patches.
+The masks are training's: chosen before the pixels move, so only the remaining patches are normalised, sent to the
+device and encoded. The mask of an image depends on its row number alone, so every run sees the same patches, with any
+number of processes and workers.
 """
 
 import argparse
@@ -18,25 +18,24 @@ import torch
 from flipscale.data.decode import decode_box, visible_patches
 from flipscale.data.masks import IMAGE_MASKS, check_kind, keyed_patches
 from flipscale.data.pairs import InputShape
-from flipscale.evaluation.embedding import Embedder
-from flipscale.evaluation.images import Decoder
+from flipscale.evaluation.embedding import Decoder, Embedder
 from flipscale.evaluation.reports.figures import can_draw
 from flipscale.io.errors import UserError
 from flipscale.io.files import check_png_path
 from flipscale.model.patches import num_kept
 
-# The masks of training are keyed by the recipe's seed; those of an evaluation are always the same.
+# Fixed, because a recipe's seed must not change an evaluation.
 _SEED = 0
 
 
 @dataclass(frozen=True)
 class ImageMask:
-    """Which part of each image a model is evaluated on.
+    """The mask of each image in an evaluation.
 
     Args:
-        ratio: the fraction of patches removed from each view, in [0, 1); 0 keeps the image whole.
-        views: masks of the same image that share no patch; their embeddings are averaged.
-        kind: one of `flipscale.data.masks.image.IMAGE_MASKS`.
+        ratio: fraction of patches removed from each view, in [0, 1); 0 keeps the image whole.
+        views: number of disjoint views of an image, whose embeddings are averaged.
+        kind: one of `flipscale.data.masks.IMAGE_MASKS`.
     """
 
     ratio: float = 0.0
@@ -45,7 +44,7 @@ class ImageMask:
 
     @property
     def label(self) -> str:
-        """What tables call it: `whole`, `75 % random`, `4 views of 75 % random`."""
+        """Name of the mask in tables: `whole`, `75 % random`, `4 views of 75 % random`."""
         if self.ratio == 0.0:
             return "whole"
         masked = f"{100 * self.ratio:g} % {self.kind}"
@@ -53,14 +52,14 @@ class ImageMask:
 
     @property
     def fields(self) -> dict[str, Any]:
-        """What is recorded of it: `ratio`, `views` and `kind`; nothing of whole images."""
+        """The recorded fields `ratio`, `views` and `kind`; empty for whole images."""
         return {"ratio": self.ratio, "views": self.views, "kind": self.kind} if self.ratio > 0.0 else {}
 
     def patches(self, rows: Sequence[int], side: int) -> np.ndarray:
-        """Return the patches left of the images of these rows: int16 `(rows, views, kept)`, ascending.
+        """Return the remaining patches of the images of these rows: int16 `(rows, views, kept)`, ascending.
 
         Raises:
-            ValueError: a mask that its kind cannot draw, or that `side` x `side` patches do not allow.
+            ValueError: the kind cannot draw the mask, or `side` x `side` patches do not allow it.
         """
         return keyed_patches(_SEED, np.asarray(rows), side, self.ratio, self.kind, self.views)
 
@@ -69,51 +68,54 @@ WHOLE = ImageMask()
 
 
 def image_masks(ratios: Sequence[float], views: Sequence[int], kind: str, side: int) -> list[ImageMask]:
-    """Return a mask for each ratio and number of views that images of `side` x `side` patches have room for, since
-    views share no patch. Ratio 0 is the whole image, once.
+    """Return a mask for each ratio and each number of views that fits it. Ratio 0 is the whole image, once.
+
+    Args:
+        ratios: mask ratios, in [0, 1).
+        views: numbers of disjoint views.
+        kind: kind of the masks.
+        side: number of patches along each side of an image.
 
     Raises:
-        ValueError: a ratio outside of [0, 1) or that leaves no patch, fewer than one view, a ratio or a number of views
-            that fits none of the others, an unknown kind or a mask that it cannot draw.
+        UserError: a ratio leaves no patch, a ratio or a number of views fits none of the others, or the kind is unknown
+            or cannot draw the mask.
     """
     check_kind(kind, IMAGE_MASKS, "--mask_kind")
     num_patches = side**2
-    for count in views:
-        if count < 1:
-            raise UserError(f"--mask_views is {count}; it must be 1 or more")
     most = {ratio: num_patches // num_kept(num_patches, ratio) for ratio in dict.fromkeys(ratios)}
-    found = [
+    masks = [
         ImageMask(ratio, count, kind) if ratio > 0.0 else WHOLE
         for ratio, limit in most.items()
         for count in dict.fromkeys(views if ratio > 0.0 else [1])
         if count <= limit
     ]
     for ratio, limit in most.items():
-        if all(mask.ratio != ratio for mask in found):
+        if all(mask.ratio != ratio for mask in masks):
             raise UserError(
-                f"--mask_ratio {ratio:g} leaves room for {limit} views that share no patch, fewer than --mask_views "
+                f"--mask_ratio {ratio:g} has room for {limit} views that share no patch, fewer than --mask_views "
                 f"{' '.join(map(str, views))}; use fewer views or a higher ratio"
             )
     for count in views:
-        if count > 1 and all(mask.views != count for mask in found):
+        if count > 1 and all(mask.views != count for mask in masks):
             raise UserError(
-                f"--mask_views {count} fits no --mask_ratio of {' '.join(f'{ratio:g}' for ratio in ratios)}, since "
+                f"--mask_views {count} fits no --mask_ratio of {' '.join(f'{ratio:g}' for ratio in ratios)}, because "
                 f"views share no patch; use fewer views, or ratio {math.ceil(1000 * (1 - 1 / count)) / 1000:g} or more"
             )
-    for mask in found:
+    for mask in masks:
         mask.patches([0], side)
-    return found
+    return masks
 
 
 def check_mask_arguments(args: argparse.Namespace, other_models: Sequence[str]) -> None:
-    """Raise if no mask can be as the arguments ask, before a model is loaded.
+    """Raise before a model is loaded if the mask arguments do not fit together.
 
     Args:
-        other_models: the names of those that are not flipscale's.
+        args: arguments of the command.
+        other_models: names of the models that are not flipscale's.
 
     Raises:
-        ValueError: an argument that needs `--mask_ratio` has none, a figure matplotlib or a place, or a mask a model of
-            flipscale.
+        UserError: an argument needs `--mask_ratio`, a figure needs matplotlib or another path, or a masked model is not
+            flipscale's.
     """
     if not any(args.mask_ratio):
         given = {"--mask_views": args.mask_views != [1], "--mask_kind": args.mask_kind != "random"}
@@ -129,10 +131,10 @@ def check_mask_arguments(args: argparse.Namespace, other_models: Sequence[str]) 
 
 
 def asked_masks(args: argparse.Namespace, embedder: Embedder) -> list[ImageMask]:
-    """Return the masks that the arguments ask for, of images as the embedder's model takes them.
+    """Return the masks that the arguments ask for, for the embedder's image size.
 
     Raises:
-        ValueError: as `image_masks`, or the model is not flipscale's.
+        UserError: see `image_masks`; or the model is not flipscale's.
     """
     if not any(args.mask_ratio):
         return [WHOLE]
@@ -142,10 +144,10 @@ def asked_masks(args: argparse.Namespace, embedder: Embedder) -> list[ImageMask]
 
 
 def masked_embedder(embedder: Embedder, mask: ImageMask) -> Embedder:
-    """Return the embedder that sees images under `mask`; for whole images, `embedder` itself.
+    """Return the embedder of images under `mask`; for whole images, `embedder` itself.
 
     Raises:
-        ValueError: the model is not flipscale's.
+        UserError: the model is not flipscale's.
     """
     if mask.ratio == 0.0:
         return embedder
@@ -165,7 +167,7 @@ def _takes_whole_images(name: str) -> str:
 
 @dataclass(frozen=True)
 class MaskedEmbedder(Embedder):
-    """An embedder of FLIP whose image tower sees the patches that `image_mask` leaves, each view on its own. An image's
+    """An embedder of FLIP whose image tower sees the patches that `image_mask` leaves, view by view. An image's
     embedding is the mean of its views' unit vectors, renormalised."""
 
     image_mask: ImageMask = field(kw_only=True)
@@ -175,11 +177,10 @@ class MaskedEmbedder(Embedder):
         return self.image_mask.fields
 
     def decoder(self) -> Decoder:
-        shape = InputShape.of(self.model.config)
-        return partial(_masked_square, self.image_size, shape.patch_size, self.image_mask)
+        return partial(_masked_square, self.image_size, InputShape.of(self.model.config).patch_size, self.image_mask)
 
     def image_features(self, **columns: torch.Tensor) -> torch.Tensor:
-        from flipscale.model.modeling_flip import normalise_embeds  # seconds to import; a model has done it
+        from flipscale.model.modeling_flip import normalise_embeds  # slow to import; a model has done it
 
         features = super().image_features(**columns)
         views = self.image_mask.views
@@ -192,8 +193,8 @@ class MaskedEmbedder(Embedder):
 def _masked_square(
     image_size: int, patch_size: int, mask: ImageMask, encoded: bytes, row: int
 ) -> dict[str, np.ndarray]:
-    """Return what is left of the centred square: `patches` uint8 `(views, kept, 3 * p * p)` and `patch_index` int16
-    `(views, kept)`."""
+    """Return the remaining patches of the centred square: `patches` uint8 `(views, kept, 3 * p * p)` and `patch_index`
+    int16 `(views, kept)`."""
     index = mask.patches([row], image_size // patch_size)[0]
     square = decode_box(encoded, None, image_size, (1.0, 1.0))
     return {"patches": visible_patches(square, patch_size, index), "patch_index": index}

@@ -1,4 +1,4 @@
-"""Visual question answering: the answers of a model beside those that people gave."""
+"""Visual question answering: the model's answers compared with the answers that people gave."""
 
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -10,10 +10,9 @@ import numpy as np
 import torch
 
 from flipscale.data.captions import tokenise
-from flipscale.evaluation.captions.scores import mean_estimate
-from flipscale.evaluation.embedding import Embedder
+from flipscale.evaluation.embedding import ChosenRows, Embedder
+from flipscale.evaluation.intervals import mean_estimate
 from flipscale.evaluation.kinds.task import Task
-from flipscale.evaluation.probe.views import ChosenRows
 from flipscale.evaluation.results import Result
 from flipscale.evaluation.test_set import TestSet, of_my_rows
 from flipscale.io.errors import UserError
@@ -24,23 +23,22 @@ _ENOUGH = 3
 
 @dataclass(frozen=True)
 class Vqa(Task):
-    """`accuracy`, VQAv2's, in percent of the questions; and those of questions whose answer is yes or no, and of the
-    others.
+    """VQAv2's `accuracy` in percent of the questions, then of yes-or-no questions and of other questions.
 
-    `data` has shards with a sample for each question: its image, `KEY.txt`, the question, and either `KEY.cls`, the
-    number of its answer, or `KEY.npy`, how many people gave each answer and, last, any other. `classnames.txt` has the
-    answers. Every process holds all questions.
+    `data` has shards with a sample for each question: its image, the question in `KEY.txt`, and its answers. The
+    answers are `KEY.cls`, the number of the only answer, or `KEY.npy`: the number of people who gave each answer and,
+    last, the number who gave any other. `classnames.txt` lists the answers. Every process holds all questions.
 
     Args:
-        image: `shuffled` gives each question the image of another one: what is left is what the questions tell.
+        image: `shuffled` gives each question the image of another, which measures what the questions alone reveal.
     """
 
     image: Literal["own", "shuffled"] = "own"
 
     needs: ClassVar[str] = "answers"
-    protocol: ClassVar[str] = """Visual question answering: the best of the model's list of answers, of whole images;
-an answer has min(n / 3, 1) for the n people who gave it, averaged over all people but one each time, and 1 where it is
-the only one given (Antol et al. 2015). Intervals take questions for independent."""
+    protocol: ClassVar[str] = """Visual question answering: the best answer of the model's list, for whole images. An
+answer that n people gave scores min(n / 3, 1), averaged over the subsets that leave out one person, and 1 if it is the
+only answer (Antol et al. 2015). Intervals treat questions as independent."""
     hub_task: ClassVar[str] = "visual-question-answering"
     hub_metric: ClassVar[str] = "accuracy"
 
@@ -54,7 +52,12 @@ the only one given (Antol et al. 2015). Intervals take questions for independent
     def evaluate(self, embedder: Embedder) -> list[Result]:
         test_set = TestSet.open(self.data)
         answers = test_set.class_names()
-        self._refuse_others(embedder, len(answers))
+        num_answers = embedder.model.config.answer_config.num_answers
+        if num_answers != len(answers):
+            raise UserError(
+                f"{self.data} lists {len(answers)} answers, and the model chooses among {num_answers}; use a test set "
+                "with the model's answers"
+            )
         mine = of_my_rows(embedder, test_set.source, partial(_question, test_set, len(answers)))
         source = test_set.source
         if self.image == "shuffled":
@@ -62,29 +65,29 @@ the only one given (Antol et al. 2015). Intervals take questions for independent
         scores: list[float] = []
         length, device = embedder.model.config.text_config.max_position_embeddings, embedder.accelerator.device
         for rows, columns in embedder.image_columns(source):
-            asked = mine[len(scores) : len(scores) + len(rows)]
-            # A process without a question left answers something meanwhile.
-            tokens = tokenise(embedder.tokenizer, [question for question, _ in asked] or ["?"], length)
+            batch = mine[len(scores) : len(scores) + len(rows)]
+            # A process without a question left answers a dummy, because the forward pass is collective.
+            tokens = tokenise(embedder.tokenizer, [question for question, _ in batch] or ["?"], length)
             with torch.no_grad(), embedder.accelerator.autocast():
                 logits = embedder.model(**columns, **{name: ids.to(device) for name, ids in tokens.items()}).logits
             best = logits.argmax(dim=1).tolist()
-            scores += [accuracy(votes, answer) for (_, votes), answer in zip(asked, best, strict=False)]
+            scores += [accuracy(votes, answer) for (_, votes), answer in zip(batch, best, strict=False)]
         yes_no = [_commonest(votes, answers) in ("yes", "no") for _, votes in mine]
-        found = embedder.gathered(torch.tensor([scores, yes_no], dtype=torch.float64).T, len(test_set)).numpy()
-        return self._results(found[:, 0], found[:, 1] > 0)
+        table = embedder.gathered(torch.tensor([scores, yes_no], dtype=torch.float64).T, len(test_set)).numpy()
+        return self._results(table[:, 0], table[:, 1] > 0)
 
     def _results(self, scores: np.ndarray, yes_no: np.ndarray) -> list[Result]:
         results = []
-        for metric, label, of in (
+        for metric, label, chosen in (
             ("accuracy", "VQA accuracy", np.ones(len(scores), bool)),
             ("accuracy_yes_no", "VQA accuracy, yes or no", yes_no),
             ("accuracy_other", "VQA accuracy, other", ~yes_no),
         ):
-            if of.any():
-                value, low, high = mean_estimate(scores[of])
+            if chosen.any():
+                value, low, high = mean_estimate(scores[chosen])
                 results.append(
                     Result(
-                        *(self.name, self.kind, metric, 100.0 * value, int(of.sum()), 100.0 * low),
+                        *(self.name, self.kind, metric, 100.0 * value, int(chosen.sum()), 100.0 * low),
                         high=min(100.0 * high, 100.0),
                         label=label,
                         headline=metric == "accuracy",
@@ -93,26 +96,16 @@ the only one given (Antol et al. 2015). Intervals take questions for independent
                 )
         return results
 
-    def _refuse_others(self, embedder: Embedder, num_answers: int) -> None:
-        """Raise if the embedder's model does not choose among so many answers.
-
-        Raises:
-            ValueError: it does not.
-        """
-        found = embedder.model.config.answer_config.num_answers
-        if found != num_answers:
-            raise UserError(
-                f"{self.data} lists {num_answers} answers, and the model chooses among {found}; test it on its own list"
-            )
-
 
 def accuracy(votes: Mapping[int, int], answer: int) -> float:
-    """Return VQAv2's accuracy of an answer, in [0, 1]: min(n / 3, 1) for the n others who gave it, averaged over the
-    subsets that leave out one of those who answered. Where one alone did, it is 1 for the same answer, else 0.
+    """Return VQAv2's accuracy of an answer, in [0, 1].
+
+    It is min(n / 3, 1) for the n people who gave it, averaged over the subsets that leave out one person. With a single
+    person it is 1 for the same answer, else 0.
 
     Args:
-        votes: how many people gave each answer, by its number; one at least.
-        answer: its number.
+        votes: number of people for each answer number; at least one person.
+        answer: number of the answer.
     """
     people, same = sum(votes.values()), votes.get(answer, 0)
     if people == 1:
@@ -122,11 +115,10 @@ def accuracy(votes: Mapping[int, int], answer: int) -> float:
 
 
 def _question(test_set: TestSet, num_answers: int, shard: int, number: int) -> tuple[str, dict[int, int]]:
-    """Return a sample's question and the answers that people gave, how often each, by its number; `num_answers` is that
-    of answers outside of the list.
+    """Return a sample's question and the number of people for each answer; `num_answers` is any other answer.
 
     Raises:
-        ValueError: it has no question, no answer, or one outside of the list.
+        UserError: the sample has no question, no answer, or an answer outside of the list.
     """
     where = f"{test_set.source.shard_name(shard)}#{number}"
     question = " ".join(line.strip() for line in test_set.captions_of(shard, number))

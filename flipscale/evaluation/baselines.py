@@ -1,0 +1,242 @@
+"""Baselines without learning: pixels, histograms of gradients, random weights, and the most similar training image.
+
+Tables compare a small model with the nearest training image, which is hard to beat with few pictures and minutes of
+training. It uses only training images whose caption is a class name, which the model is not told.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from accelerate import Accelerator
+
+from flipscale.data.decode import decode_box
+from flipscale.data.sources.tar import TarSource
+from flipscale.evaluation.embedding import Decoder, Embedder, SampleNumbers
+from flipscale.evaluation.kinds.task import Task
+from flipscale.evaluation.results import Result
+from flipscale.evaluation.test_set import TestSet
+from flipscale.io.errors import UserError
+from flipscale.io.model_folder import fetch_folder, read_object
+from flipscale.model import FlipConfig, FlipModel
+
+UNTRAINED = "untrained:"
+PIXEL_SIZE, HOG_SIZE = 16, 64
+CELL, BINS = 8, 9  # Dalal and Triggs 2005: cells of 8 x 8 px, 9 orientations, blocks of 2 x 2 cells
+HOG_CLIP = 0.2
+HOG_WEIGHT = 2.0  # relative to pixels, after both are scaled to the same variation
+_ROWS = 256  # images at a time, which bounds the memory
+_KNOWN_ROWS = 1024  # training images at a time
+
+# Pixel and HOG features of some images.
+Described = dict[str, np.ndarray]
+
+
+def pixel_features(images: np.ndarray) -> np.ndarray:
+    """Return images uint8 `(n, s, s, 3)` shrunk to 16 x 16, 1 for white: float32 `(n, 768)`."""
+    small = [cv2.resize(image, (PIXEL_SIZE, PIXEL_SIZE), interpolation=cv2.INTER_AREA) for image in images]
+    return np.stack(small).reshape(len(images), -1).astype(np.float32) / 255
+
+
+def hog_features(images: np.ndarray) -> np.ndarray:
+    """Return histograms of oriented gradients of images uint8 `(n, s, s, 3)` at 64 x 64: float32 `(n, 1764)`."""
+    return np.concatenate([_hog(images[start : start + _ROWS]) for start in range(0, len(images), _ROWS)])
+
+
+def _hog(images: np.ndarray) -> np.ndarray:
+    resized = np.stack([cv2.resize(image, (HOG_SIZE, HOG_SIZE), interpolation=cv2.INTER_AREA) for image in images])
+    padded = np.pad(resized.astype(np.float32), ((0, 0), (1, 1), (1, 1), (0, 0)), mode="reflect")
+    across = padded[:, 1:-1, 2:] - padded[:, 1:-1, :-2]
+    down = padded[:, 2:, 1:-1] - padded[:, :-2, 1:-1]
+    # The colour with the strongest gradient, as in Dalal and Triggs.
+    power = across**2 + down**2
+    strongest = power.argmax(axis=3)[..., None]
+    across, down, power = (np.take_along_axis(a, strongest, axis=3)[..., 0] for a in (across, down, power))
+    magnitude = np.sqrt(power)
+
+    # Each pixel votes for the two nearest orientations, in its cell.
+    place = np.arctan2(down, across) % np.pi / np.pi * BINS - 0.5
+    lower = np.floor(place)
+    share = place - lower
+    bins = lower.astype(np.int64) % BINS
+    count, cells = len(images), HOG_SIZE // CELL
+    image, row, column = np.ogrid[:count, :HOG_SIZE, :HOG_SIZE]
+    cell = ((image * cells + row // CELL) * cells + column // CELL) * BINS
+    size = count * cells * cells * BINS
+    votes = np.bincount((cell + bins).ravel(), (magnitude * (1 - share)).ravel(), size)
+    votes += np.bincount((cell + (bins + 1) % BINS).ravel(), (magnitude * share).ravel(), size)
+
+    grid = votes.reshape(count, cells, cells, BINS)
+    blocks = np.concatenate([grid[:, :-1, :-1], grid[:, :-1, 1:], grid[:, 1:, :-1], grid[:, 1:, 1:]], axis=-1)
+    blocks /= np.linalg.norm(blocks, axis=-1, keepdims=True) + 1.0
+    blocks = np.minimum(blocks, HOG_CLIP)
+    blocks /= np.linalg.norm(blocks, axis=-1, keepdims=True) + 1e-3
+    return blocks.reshape(count, -1).astype(np.float32)
+
+
+PLAIN: dict[str, Callable[[np.ndarray], np.ndarray]] = {"pixels": pixel_features, "hog": hog_features}
+
+
+@dataclass(frozen=True)
+class PlainEmbedder(Embedder):
+    """An embedder of images by a function, without a model and without texts. Its features have no projection.
+
+    Args:
+        describe: function from uint8 images `(n, 64, 64, 3)` to float32 `(n, dim)`.
+    """
+
+    describe: Callable[[np.ndarray], np.ndarray] = field(kw_only=True)
+
+    @property
+    def gives(self) -> tuple[str, ...]:
+        return ("features",)
+
+    @property
+    def image_size(self) -> int:
+        return HOG_SIZE
+
+    def decoder(self) -> Decoder:
+        return partial(_described, self.describe)
+
+    def image_features(self, **columns: torch.Tensor) -> torch.Tensor:
+        return columns["described"]
+
+    def pooled_features(self, **columns: torch.Tensor) -> torch.Tensor:
+        return columns["described"]
+
+
+def plain_embedder(name: str, accelerator: Accelerator, batch_size: int = 256, num_workers: int = 0) -> Embedder:
+    """Return the embedder of `pixels` (16 x 16, 768 numbers) or `hog` (1,764 numbers) of whole images."""
+    return PlainEmbedder(
+        torch.nn.Identity(), None, accelerator, batch_size, num_workers, name=name, describe=PLAIN[name]
+    )
+
+
+def untrained_embedder(folder: str, accelerator: Accelerator, batch_size: int = 256, num_workers: int = 0) -> Embedder:
+    """Return the embedder of a new model with the configuration in `folder` and random weights of seed 0.
+
+    Raises:
+        UserError: the folder has no configuration of a FLIP model.
+    """
+    try:
+        config = FlipConfig.from_own_fields(read_object(fetch_folder(folder) / "config.json"))
+    except (ValueError, OSError) as error:
+        raise UserError(f"{folder} has no configuration of a model ({error}); name a model's folder") from error
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = FlipModel(config).eval().to(accelerator.device)
+    return Embedder(model, None, accelerator, batch_size, num_workers, name=f"{UNTRAINED}{folder}")
+
+
+def run_baselines(train: str | Path, task: Task) -> list[Result]:
+    """Return the top-1 of the nearest training image by pixels, by HOG and by both, as results of a zero-shot task.
+
+    Args:
+        train: training shards: a folder, a glob or a range.
+        task: a task whose `data` is a folder of classification shards with `classnames.txt`.
+
+    Raises:
+        UserError: a file is missing, or no training caption is a class name.
+    """
+    test_set, source = TestSet.open(task.data), TarSource(str(train))
+    class_names, samples = test_set.class_names(), SampleNumbers(source)
+    captions = [_caption(source, *samples[row]) for row in range(len(samples))]
+    numbers = {name: number for number, name in enumerate(class_names)}
+    classes = np.array([numbers.get(caption, -1) for caption in captions])
+    rows = np.flatnonzero(classes >= 0)
+    if not len(rows):
+        raise UserError(
+            f"none of the {len(captions)} training captions is one of the {len(class_names)} class names, so the "
+            "nearest image has no name; use training shards whose captions are the class names"
+        )
+
+    def known() -> Iterator[tuple[Described, np.ndarray]]:
+        for start in range(0, len(rows), _KNOWN_ROWS):
+            chunk = rows[start : start + _KNOWN_ROWS]
+            yield describe(_pictures(source, chunk.tolist())), classes[chunk]
+
+    places = SampleNumbers(test_set.source)
+    labels = np.array([test_set.source.read_label(*places[row]) for row in range(len(places))])
+    answers = nearest_classes(known, describe(_pictures(test_set.source, range(len(places)))))
+    return [
+        replace(task.proportion("top1", int((answer == labels).sum()), len(labels)), who=f"nearest image, {name}")
+        for name, answer in answers.items()
+    ]
+
+
+def describe(images: np.ndarray) -> Described:
+    """Return the pixel and HOG features of images uint8 `(n, s, s, 3)`."""
+    return {name: features(images) for name, features in PLAIN.items()}
+
+
+def nearest_classes(
+    known: Callable[[], Iterator[tuple[Described, np.ndarray]]], asked: Described
+) -> dict[str, np.ndarray]:
+    """Return the class of the nearest known image for each asked image, by pixels, by HOG and by both.
+
+    Args:
+        known: function that yields features and classes of known images, chunk by chunk. It is called twice, because
+            the chunks of a large set do not fit into memory together.
+        asked: features of the asked images.
+    """
+    compared: dict[str, dict[str, float]] = {
+        "16x16 pixels": {"pixels": 1.0},
+        "HOG": {"hog": 1.0},
+        "pixels and HOG": _scales(known()),
+    }
+
+    def joined(described: Described, scales: dict[str, float]) -> np.ndarray:
+        return np.hstack([described[key] * np.float32(scale) for key, scale in scales.items()])
+
+    count = len(asked["pixels"])
+    best = {name: np.full(count, np.inf, np.float32) for name in compared}
+    answers = {name: np.full(count, -1) for name in compared}
+    for described, classes in known():
+        for name, scales in compared.items():
+            queries, rows = joined(asked, scales), joined(described, scales)
+            # |a - b|^2 without |a|^2, which is the same for all b.
+            distances = (rows**2).sum(axis=1) - 2 * queries @ rows.T
+            places = distances.argmin(axis=1)
+            least = distances[np.arange(count), places]
+            nearer = least < best[name]
+            best[name][nearer], answers[name][nearer] = least[nearer], classes[places[nearer]]
+    return answers
+
+
+def _scales(known: Iterator[tuple[Described, np.ndarray]]) -> dict[str, float]:
+    """Return the scales of pixels and HOG at which both vary by their weight."""
+    weights = {"pixels": 1.0, "hog": HOG_WEIGHT}
+    count, totals, squares, dims = (dict.fromkeys(weights, 0.0) for _ in range(4))
+    for described, _ in known:
+        for key in weights:
+            values = described[key].astype(np.float64)
+            count[key] += values.size
+            totals[key] += float(values.sum())
+            squares[key] += float(np.square(values).sum())
+            dims[key] = values.shape[1]
+    scales = {}
+    for key, weight in weights.items():
+        mean = totals[key] / count[key]
+        deviation = max(squares[key] / count[key] - mean**2, 0.0) ** 0.5
+        scales[key] = weight / (deviation * dims[key] ** 0.5 + 1e-12)
+    return scales
+
+
+def _caption(source: TarSource, shard: int, number: int) -> str:
+    """Return the first caption of a sample, empty for a sample without one."""
+    return next((caption.decode("utf-8", "replace") for caption in source.read_captions(shard, number)), "")
+
+
+def _pictures(source: TarSource, rows: Sequence[int]) -> np.ndarray:
+    """Return the images of some rows at 64 x 64, uint8 `(rows, 64, 64, 3)`."""
+    samples = SampleNumbers(source)
+    images = [decode_box(source.read(*samples[row]).image, None, HOG_SIZE, (1.0, 1.0)) for row in rows]
+    return np.stack(images) if images else np.zeros((0, HOG_SIZE, HOG_SIZE, 3), np.uint8)
+
+
+def _described(describe: Callable[[np.ndarray], np.ndarray], encoded: bytes, row: int) -> dict[str, np.ndarray]:
+    return {"described": describe(decode_box(encoded, None, HOG_SIZE, (1.0, 1.0))[None])[0]}

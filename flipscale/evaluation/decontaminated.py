@@ -1,0 +1,145 @@
+"""Decontaminated results: a task again without the test images that an audit found in the training data."""
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from flipscale.evaluation.embedding import ChosenRows, Embedder, SampleNumbers
+from flipscale.evaluation.kinds.task import Scorer, StreamedTask, Task
+from flipscale.evaluation.results import Result
+from flipscale.evaluation.test_set import TestSet
+from flipscale.io.errors import UserError
+from flipscale.io.files import read_text
+
+SUFFIX = "_clean"
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Decontaminated(StreamedTask):
+    """A task without some of its images, called `NAME_clean`. Its images come in the same pass as the whole task's.
+
+    Args:
+        whole: the whole task.
+        overlap: shard file name and number of each image to leave out.
+    """
+
+    whole: StreamedTask | None = None
+    overlap: frozenset[tuple[str, int]] = frozenset()
+
+    @classmethod
+    def of(cls, task: StreamedTask, overlap: frozenset[tuple[str, int]]) -> "Decontaminated":
+        """Return the task without these images."""
+        return cls(
+            task.kind, task.data, task.name + SUFFIX, task.task, task.every_samples, task.image_size, task, overlap
+        )
+
+    @property
+    def made_by(self) -> dict[str, Any]:
+        assert self.whole is not None
+        return {**self.whole.made_by, "without": f"{len(self.overlap):,} images that lie in the training data"}
+
+    def arranged(self, test_set: TestSet) -> TestSet:
+        """Return the test set with the overlap at its end. The other images then have the same row numbers as in a set
+        without the overlap, so each process has its own rows of both."""
+        if isinstance(test_set.source, ChosenRows):
+            return test_set  # an earlier task of the same data arranged it
+        source = test_set.source
+        kept: list[int] = []
+        left_out: list[int] = []
+        for row, (shard, number) in enumerate(SampleNumbers(source)):
+            name = source.shard_name(shard).rsplit("/", 1)[-1]
+            (left_out if (name, number) in self.overlap else kept).append(row)
+        if len(left_out) != len(self.overlap) or not kept:
+            raise UserError(
+                f"{self.data} has {len(left_out)} of the {len(self.overlap)} images that the audit found in the "
+                f"training data, among {len(source)}; {'all are' if left_out else 'audit it again'}"
+            )
+        return replace(test_set, source=ChosenRows(source, np.array(kept + left_out)))
+
+    def scorer(self, embedder: Embedder, test_set: TestSet) -> "DecontaminatedScorer":
+        assert self.whole is not None
+        count = len(test_set.source) - len(self.overlap)
+        clean = replace(test_set, source=ChosenRows(test_set.source, np.arange(count)))
+        return DecontaminatedScorer(self, self.whole.scorer(embedder, clean), count)
+
+
+class DecontaminatedScorer(Scorer):
+    """Hands the first `count` rows to the whole task's scorer."""
+
+    def __init__(self, task: Decontaminated, scorer: Scorer, count: int):
+        self._task, self._scorer, self._count = task, scorer, count
+
+    def add(self, rows: torch.Tensor, embeds: torch.Tensor) -> None:
+        kept = rows < self._count
+        self._scorer.add(rows[kept], embeds[kept])
+
+    def results(self) -> list[Result]:
+        return [replace(result, task=self._task.name, made_by=self._task.made_by) for result in self._scorer.results()]
+
+
+class _Audit(NamedTuple):
+    """An audit's file about one test set: its name, a digest of its contents, and the images in the training data."""
+
+    test: str
+    contents: str
+    overlap: frozenset[tuple[str, int]]
+
+
+def with_clean_tasks(tasks: Sequence[Task], audit: Path) -> list[Task]:
+    """Return the tasks, each with its decontaminated form after it if its test set overlaps with the training data.
+
+    Args:
+        tasks: the tasks.
+        audit: folder that `flipscale prepare audit SHARDS --tests DIR` wrote about the training data.
+
+    Raises:
+        UserError: the audit compared none of the tasks' test sets with the training data.
+    """
+    audits = [_read(file) for file in sorted((audit / "overlap").glob("*.json"))]
+    if not audits:
+        raise UserError(
+            f"{audit} has no overlap/NAME.json; run: flipscale prepare audit SHARDS --tests DIR --output_dir {audit}"
+        )
+    by_contents = {one.contents: one for one in audits}
+    all_tasks: list[Task] = []
+    compared = 0
+    for task in tasks:
+        all_tasks.append(task)
+        if not isinstance(task, StreamedTask):
+            continue
+        of_set = by_contents.get(TestSet.open(task.data).source.contents_digest())
+        if of_set is None:
+            continue
+        compared += 1
+        if of_set.overlap:
+            all_tasks.append(Decontaminated.of(task, of_set.overlap))
+        else:
+            _log.warning("no image of %s lies in the training data, so %s has no second figure", task.data, task.name)
+    if not compared:
+        raise UserError(
+            f"{audit} compared {', '.join(one.test for one in audits)} with the training data, but not "
+            f"{', '.join(task.data for task in tasks)}; audit again with these in --tests"
+        )
+    return all_tasks
+
+
+def _read(file: Path) -> _Audit:
+    """Return an audit's file about a test set.
+
+    Raises:
+        UserError: it is no such file.
+    """
+    try:
+        content = json.loads(read_text(file))
+        overlap = frozenset((str(image["shard"]), int(image["number"])) for image in content["overlap"])
+        return _Audit(str(content["test"]), str(content["contents"]), overlap)
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+        raise UserError(f"{file} is not of flipscale prepare audit ({error!r}); audit again") from error

@@ -1,1 +1,0 @@
-"""The models that can be evaluated beside ours: one file a kind."""

@@ -1,0 +1,264 @@
+"""Evaluation of other models, of open_clip and of transformers, with their own preprocessing and tokenizers."""
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from PIL import Image
+
+from flipscale.evaluation.embedding import Decoder, Embedder, rgb_image
+from flipscale.io.errors import UserError
+from flipscale.io.model_folder import check_texts, fetch_folder, read_header, read_object
+
+OPEN_CLIP, TRANSFORMERS = "open_clip:", "hf:"
+# Configuration fields that make transformers load other kernels and files.
+_LEADING = ("_attn_implementation", "attn_implementation", "experts_implementation", "transformers_weights")
+
+
+def open_clip_embedder(name: str, accelerator: Accelerator, batch_size: int = 256, num_workers: int = 0) -> Embedder:
+    """Return the embedder of a model that open_clip knows.
+
+    Args:
+        name: `NAME,PRETRAINED`, such as `ViT-B-16,laion2b_s34b_b88k`; `hf-hub:ORG/NAME`; or `local-dir:FOLDER`. NAME
+            may be a JSON file with a model configuration, PRETRAINED a file of weights.
+        accelerator: the processes.
+        batch_size: most images or texts in a batch.
+        num_workers: number of processes that decode images.
+
+    Raises:
+        UserError: open_clip is not installed, does not know the model or cannot load it; or no weights are named.
+    """
+    try:
+        import open_clip
+    except ImportError as error:
+        raise UserError("open_clip is not installed; pip install 'flipscale[peers]'") from error
+    full_name = f"{OPEN_CLIP}{name}"
+    name, _, pretrained = name.partition(",")
+    folder = Path(name.removeprefix("local-dir:"))
+    try:
+        if name.endswith(".json") and Path(name).is_file():
+            read_object(Path(name))
+            open_clip.add_model_config(name)
+            name = Path(name).stem
+        tags = [] if pretrained or ":" in name else open_clip.list_pretrained_tags_by_model(name)
+        if name.startswith("local-dir:") and folder.is_dir():
+            check_texts(folder)
+    except Exception as error:  # open_clip raises any type for a bad configuration
+        raise _cannot_load("open_clip model ", repr(name), error) from error
+    if not pretrained and ":" not in name:
+        known = f"use one of {', '.join(tags)}" if tags else "it has none of its own; name a file"
+        raise UserError(f"open_clip:{name} names no weights; add them after a comma: {known}")
+    try:
+        with no_code_of_models():
+            # Pickles are read as weights only.
+            model, _, preprocess = open_clip.create_model_and_transforms(name, pretrained or None, weights_only=True)
+            tokenizer = open_clip.get_tokenizer(name)
+    except Exception as error:  # open_clip, timm, transformers and torch raise any type
+        raise _cannot_load("open_clip model ", repr(name), error) from error
+    model = model.to(accelerator.device).eval()
+    return OpenClipEmbedder(
+        model, tokenizer, accelerator, batch_size, num_workers, name=full_name, preprocess=preprocess
+    )
+
+
+def transformers_embedder(name: str, accelerator: Accelerator, batch_size: int = 256, num_workers: int = 0) -> Embedder:
+    """Return the embedder of a dual encoder that transformers' `AutoModel` loads, in fp32. Its own code never runs.
+
+    Args:
+        name: a Hub name, such as `openai/clip-vit-base-patch32`, or a folder.
+        accelerator: the processes.
+        batch_size: most images or texts in a batch.
+        num_workers: number of processes that decode images.
+
+    Raises:
+        UserError: the model does not exist, lacks weights or a processor, or is no dual encoder.
+        OSError: the Hub cannot be reached.
+    """
+    from transformers import AutoModel, AutoProcessor
+
+    full_name = f"{TRANSFORMERS}{name}"
+    try:
+        folder = fetch_folder(name)
+        if not any(folder.glob("*.safetensors")):
+            folder = fetch_folder(name, ("pytorch_model*.bin", "pytorch_model.bin.index.json"))
+        _check_foreign(folder)
+        with no_code_of_models():
+            model, report = AutoModel.from_pretrained(
+                folder, trust_remote_code=False, dtype=torch.float32, output_loading_info=True
+            )
+    except Exception as error:  # transformers raises any type
+        if isinstance(error, OSError) and not Path(name).is_dir():
+            raise OSError(f"{full_name} cannot be loaded ({_first_line(error)})") from error
+        raise _cannot_load("", full_name, error) from error
+    for method in ("get_image_features", "get_text_features"):
+        if not hasattr(model, method):
+            raise UserError(
+                f"{full_name} is a {type(model).__name__}, which has no {method}; name a dual encoder of images and "
+                "texts, such as a CLIP or a SigLIP"
+            )
+    if report["missing_keys"]:
+        raise UserError(
+            f"{full_name} lacks {len(report['missing_keys'])} of the weights of its config, such as "
+            f"{min(report['missing_keys'])}; download it again"
+        )
+    try:
+        with no_code_of_models():
+            processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # transformers raises any type for bad files
+        raise UserError(f"{full_name} has no processor that can be read ({_first_line(error)})") from error
+    for part in ("image_processor", "tokenizer"):
+        if getattr(processor, part, None) is None:
+            raise UserError(
+                f"{full_name} has no {part}; it needs preprocessor_config.json and the files of its tokenizer"
+            )
+    model = model.to(accelerator.device).eval()
+    return TransformersEmbedder(model, processor, accelerator, batch_size, num_workers, name=full_name)
+
+
+@contextmanager
+def no_code_of_models() -> Iterator[None]:
+    """Make transformers refuse code that a model brings, without a question, whatever the model's files allow."""
+    from transformers import dynamic_module_utils as transformers_code
+
+    def refuse(*args: Any, **kwargs: Any) -> NoReturn:
+        raise UserError("it brings its own code, which never runs")
+
+    before = transformers_code.get_class_in_module, transformers_code.TIME_OUT_REMOTE_CODE
+    transformers_code.get_class_in_module, transformers_code.TIME_OUT_REMOTE_CODE = refuse, 0
+    try:
+        yield
+    finally:
+        transformers_code.get_class_in_module, transformers_code.TIME_OUT_REMOTE_CODE = before
+
+
+def _check_foreign(folder: Path) -> None:
+    """Raise UserError if a folder's files make transformers load other files, kernels or models."""
+    check_texts(folder)
+    if (folder / "adapter_config.json").exists():
+        raise UserError("it is an adapter of another model; name a folder with the whole model")
+    config = read_object(folder / "config.json")
+    for name in _LEADING:
+        if config.get(name) is not None:
+            raise UserError(f"config.json sets {name}, which is not allowed for other models; remove it")
+    for file in folder.glob("*.index.json"):
+        for name in set(dict(read_object(file).get("weight_map") or {}).values()):
+            if not isinstance(name, str) or Path(name).name != name:
+                raise UserError(f"{file.name} names {name!r:.80}, which is no file of the folder; download it again")
+    for file in folder.glob("*.safetensors"):
+        read_header(file)
+
+
+def _cannot_load(kind: str, name: str, error: Exception) -> UserError:
+    return UserError(f"{kind}{name} cannot be loaded ({_first_line(error)})")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+@dataclass(frozen=True)
+class OpenClipEmbedder(Embedder):
+    """An embedder of open_clip's model and tokenizer; `preprocess` turns an image into its tensor."""
+
+    preprocess: Callable[[Image.Image], torch.Tensor] = field(kw_only=True)
+
+    @property
+    def image_size(self) -> int:
+        size = self.model.visual.image_size
+        return size if isinstance(size, int) else size[0]
+
+    def decoder(self) -> Decoder:
+        return partial(_preprocessed, self.preprocess)
+
+    def image_features(self, **columns: torch.Tensor) -> torch.Tensor:
+        return self.model.encode_image(columns["image"])
+
+    def pooled_features(self, **columns: torch.Tensor) -> torch.Tensor:
+        tower = _without_projection(self.model.visual)
+        if tower is None:
+            raise UserError(
+                f"{self.name} has a {type(self.model.visual).__name__}, whose features before the projection are not "
+                "known; use features: embeds, or a model with a ViT"
+            )
+        return tower(columns["image"])
+
+    def tokens(self, texts: list[str]) -> torch.Tensor:
+        return self.tokenizer(texts)
+
+    def text_features(self, batch: torch.Tensor) -> torch.Tensor:
+        return self.model.encode_text(batch)
+
+
+@dataclass(frozen=True)
+class TransformersEmbedder(Embedder):
+    """An embedder of a model of transformers; its `tokenizer` is the whole processor."""
+
+    @property
+    def image_size(self) -> int:
+        """Number of pixels along each side; for a SigLIP2 of any shape, those of a square with as many patches."""
+        vision = self.model.config.vision_config
+        size = getattr(vision, "image_size", None) or round(vision.num_patches**0.5) * vision.patch_size
+        return size if isinstance(size, int) else size[0]
+
+    def decoder(self) -> Decoder:
+        return partial(_processed, self.tokenizer.image_processor)
+
+    def image_features(self, **columns: torch.Tensor) -> torch.Tensor:
+        return _pooled(self.model.get_image_features(**columns))
+
+    def pooled_features(self, **columns: torch.Tensor) -> torch.Tensor:
+        """Return the image tower's pooled output. SigLIP has no projection after it, so there it is the embedding."""
+        tower = getattr(self.model, "vision_model", None)
+        if tower is None:
+            raise UserError(
+                f"{self.name} is a {type(self.model).__name__} without a vision_model, so its features before the "
+                "projection are not known; use features: embeds, or a CLIP or SigLIP"
+            )
+        return _pooled(tower(**columns))
+
+    def tokens(self, texts: list[str]) -> Any:
+        """Return the tokenizer's columns, `(texts, length)` each. SigLIP was trained to attend to the padding, so all
+        its texts have the same length."""
+        config = self.model.config
+        padding = "max_length" if "siglip" in config.model_type else True
+        length = config.text_config.max_position_embeddings
+        return self.tokenizer.tokenizer(texts, padding=padding, truncation=True, max_length=length, return_tensors="pt")
+
+    def text_features(self, batch: Any) -> torch.Tensor:
+        return _pooled(self.model.get_text_features(**batch))
+
+
+def _pooled(output: Any) -> torch.Tensor:
+    """Return a model's features, a bare tensor in some versions of transformers."""
+    return output if isinstance(output, torch.Tensor) else output.pooler_output
+
+
+def _processed(image_processor: Callable[..., Any], encoded: bytes, row: int) -> dict[str, np.ndarray]:
+    columns = image_processor(images=[rgb_image(encoded)], return_tensors="np")
+    return {name: np.ascontiguousarray(column[0]) for name, column in columns.items()}
+
+
+def _preprocessed(preprocess: Callable[[Image.Image], torch.Tensor], encoded: bytes, row: int) -> dict[str, np.ndarray]:
+    return {"image": preprocess(rgb_image(encoded)).numpy()}
+
+
+def _without_projection(visual: Any) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    """Return a function from images to the tower's features before the projection; None for an unknown projection."""
+    if isinstance(getattr(visual, "proj", None), torch.nn.Parameter):
+        # A copy of the module's dictionaries, not of its weights.
+        tower = copy.copy(visual)
+        tower._parameters = {**visual._parameters, "proj": None}
+        return tower
+    if not hasattr(visual, "trunk"):
+        return None
+    # In timm's models the projection is a layer of the head or the trunk's own classifier, or there is none.
+    pools = [layer for name, layer in visual.head.named_children() if name not in ("drop", "proj", "mlp")]
+    head = torch.nn.Sequential(*pools)
+    return lambda images: head(visual.trunk.forward_head(visual.trunk.forward_features(images), pre_logits=True))

@@ -1,1 +1,0 @@
-"""Tasks of models that write captions, or answer questions."""

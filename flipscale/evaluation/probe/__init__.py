@@ -1,1 +1,0 @@
-"""Linear probes: a linear classifier on the features of a frozen image tower."""

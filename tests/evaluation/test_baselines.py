@@ -1,0 +1,109 @@
+"""Baselines without learning: the nearest training image by pixels and by histograms of gradients."""
+
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from conftest import add_member
+
+from flipscale.evaluation.baselines import (
+    Described,
+    describe,
+    hog_features,
+    nearest_classes,
+    pixel_features,
+    run_baselines,
+)
+from flipscale.evaluation.suite import build_tasks
+
+COLOURS = {"red": (200, 30, 30), "green": (30, 180, 40), "blue": (30, 60, 210)}
+SHAPES = ("disc", "bar", "cross")
+NAMES = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
+
+
+def draw(name: str, shift: int = 0) -> np.ndarray:
+    """A shape on white, uint8 RGB `(64, 64, 3)`."""
+    colour, shape = name.split()
+    image = np.full((64, 64, 3), 255, np.uint8)
+    centre = (32 + shift, 32)
+    if shape == "disc":
+        cv2.circle(image, centre, 20, COLOURS[colour], -1)
+    else:
+        cv2.line(image, (centre[0] - 22, 32), (centre[0] + 22, 32), COLOURS[colour], 10)
+    if shape == "cross":
+        cv2.line(image, (centre[0], 10), (centre[0], 54), COLOURS[colour], 10)
+    return image
+
+
+def answers(known: np.ndarray, classes: np.ndarray, asked: np.ndarray, chunk: int = 100) -> dict[str, list[int]]:
+    def chunks() -> Iterator[tuple[Described, np.ndarray]]:
+        for start in range(0, len(known), chunk):
+            yield describe(known[start : start + chunk]), classes[start : start + chunk]
+
+    return {name: found.tolist() for name, found in nearest_classes(chunks, describe(asked)).items()}
+
+
+def test_pixels_find_colour_and_hog_finds_shape() -> None:
+    known = np.stack([draw(name) for name in NAMES])
+    asked = np.stack([draw(name, shift) for name in NAMES for shift in (1, 2)])
+    found, labels = answers(known, np.arange(9), asked), np.repeat(np.arange(9), 2)
+    assert list(found) == ["16x16 pixels", "HOG", "pixels and HOG"]
+    assert found["16x16 pixels"] == found["pixels and HOG"] == labels.tolist()
+    assert (np.array(found["HOG"]) % 3 == labels % 3).all()
+
+
+def test_chunks_change_nothing() -> None:
+    """No two images are equal, because rounding would choose between equal ones."""
+    known = np.stack([draw(name) for name in NAMES] * 3) // 2
+    known = known + np.random.default_rng(0).integers(0, 60, known.shape).astype(np.uint8)
+    asked = np.stack([draw(name, 2) for name in NAMES])
+    assert answers(known, np.arange(27), asked, 4) == answers(known, np.arange(27), asked)
+
+
+def test_features() -> None:
+    images = np.random.default_rng(0).integers(0, 256, (3, 48, 48, 3)).astype(np.uint8)
+    assert pixel_features(images).shape == (3, 768)
+    hog = hog_features(images)
+    assert hog.shape == (3, 1764)
+    np.testing.assert_allclose(np.linalg.norm(hog.reshape(3, 49, 36), axis=2), 1, atol=0.01)
+    assert not hog_features(np.full((1, 64, 64, 3), 255, np.uint8)).any(), "noise is amplified on an empty image"
+
+
+def test_hog_of_a_vertical_edge_points_across() -> None:
+    """The votes are for 0 degrees, in the two bins that share it."""
+    image = np.zeros((1, 64, 64, 3), np.uint8)
+    image[:, :, 32:] = 255
+    votes = hog_features(image).reshape(7, 7, 4, 9).sum(axis=(0, 1, 2))
+    assert votes[[0, 8]].sum() > 0.99 * votes.sum()
+
+
+def write_drawings(folder: Path, shift: int, captions: list[str]) -> Path:
+    folder.mkdir()
+    with tarfile.open(folder / "0.tar", "w") as tar:
+        for number, (name, caption) in enumerate(zip(NAMES, captions, strict=True)):
+            png = cv2.imencode(".png", cv2.cvtColor(draw(name, shift), cv2.COLOR_RGB2BGR))[1].tobytes()
+            add_member(tar, f"{number}.png", png)
+            add_member(tar, f"{number}.txt", caption.encode())
+            add_member(tar, f"{number}.cls", str(number).encode())
+    return folder
+
+
+def test_baselines_of_shards(tmp_path: Path) -> None:
+    """Only training images whose caption is a class name take part."""
+    test = write_drawings(tmp_path / "test", 1, NAMES)
+    (test / "classnames.txt").write_text("\n".join(NAMES))
+    (task,) = build_tasks([{"kind": "zero_shot", "data": str(test), "name": "shapes"}])
+    results = {result.who: result for result in run_baselines(write_drawings(tmp_path / "all", 0, NAMES), task)}
+    assert list(results) == ["nearest image, 16x16 pixels", "nearest image, HOG", "nearest image, pixels and HOG"]
+    for who in ("nearest image, 16x16 pixels", "nearest image, pixels and HOG"):
+        assert (results[who].name, results[who].value, results[who].n) == ("shapes/top1", 100.0, 9)
+    few = write_drawings(tmp_path / "few", 1, [NAMES[0], *["a drawing"] * 8])
+    assert run_baselines(few, task)[0].value == pytest.approx(100 / 9)
+    with pytest.raises(ValueError, match=r"none of the 9 training captions is one of the 9 class names"):
+        run_baselines(write_drawings(tmp_path / "none", 0, ["a drawing"] * 9), task)
+    (test / "classnames.txt").unlink()
+    with pytest.raises(ValueError, match=r"classnames\.txt is missing"):
+        run_baselines(tmp_path / "all", task)
