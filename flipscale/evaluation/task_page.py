@@ -5,16 +5,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
 from flipscale.evaluation.kinds.templates import TEMPLATES
 from flipscale.io.errors import UserError
 from flipscale.io.text_table import plain_table
-
-if TYPE_CHECKING:
-    from flipscale.evaluation.kinds.task import Task
 
 PAGES = Path(__file__).parent / "tasks"
 # Kinds with several metrics. A task names its headline.
@@ -113,16 +110,6 @@ class TaskPage:
         several = self.kind in _WITH_METRICS and "labels" not in self.options
         metric = {"metric": self.metric} if several else {}
         return {**about, **templates, **metric, **self.options}
-
-    def task(self, folder: Path) -> "Task":
-        """Return the task, with the data at `folder`.
-
-        Raises:
-            UserError: the page has a field that its kind has not.
-        """
-        from flipscale.evaluation.suite import build_task  # with torch; the pages are read without it
-
-        return build_task(self.listed(folder), f"task {self.name}")
 
 
 @cache

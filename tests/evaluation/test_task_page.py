@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from flipscale.evaluation.recipe import EvalRecipe
-from flipscale.evaluation.suite import build_tasks
+from flipscale.evaluation.suite import build_task, build_tasks
 from flipscale.evaluation.task_page import page_names, read_page, suite_pages
 
 # Images, classes, CLIP's prompts, metric, FLIP L/14's figure on LAION-400M, and whether the images are the paper's.
@@ -71,7 +71,7 @@ def test_a_page_is_its_row_of_the_table(name: str) -> None:
     assert all(template.count("{c}") == 1 for template in page.templates)
     # YAML reads some names as numbers or booleans.
     assert all(isinstance(text, str) for text in (*page.class_names, *page.templates, page.licence, page.why_not))
-    task = page.task(Path("data") / page.data)
+    task = build_task(page.listed(Path("data") / page.data), page.name)
     assert (task.kind, task.name, task.task, task.data) == (page.kind, name, name, f"data/{page.data}")
     assert getattr(task, "metric", page.metric) == ("top1" if page.metric == "any_label" else page.metric)
     assert build_tasks([name], "data") == [task]
