@@ -1,4 +1,4 @@
-"""Checkpoints by parameter name, for both optimisers."""
+"""Checkpoints: their content for both optimisers, resumed training, and failing disks."""
 
 import json
 import resource
@@ -11,12 +11,7 @@ from accelerate import Accelerator
 from conftest import TOWER
 from safetensors.torch import load_file
 
-from flipscale.engines.checkpoint import (
-    CheckpointReader,
-    CheckpointWriter,
-    SaveRecipe,
-    latest_checkpoint,
-)
+from flipscale.engines.checkpoint import CheckpointReader, CheckpointWriter, SaveRecipe, latest_checkpoint
 from flipscale.engines.ddp import DdpEngine
 from flipscale.engines.engine import Engine
 from flipscale.engines.first_weights import fresh_weights
@@ -56,7 +51,7 @@ def save(engine: Engine, run_dir: Path, step: int, total_limit: int = 1) -> Path
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
-def test_training_goes_on_bit_for_bit(name: str, tmp_path: Path) -> None:
+def test_resumed_training_has_the_same_bits(name: str, tmp_path: Path) -> None:
     engine = build(name, 0)
     engine.prepare()
     steps(engine, range(3))
@@ -76,7 +71,7 @@ def test_training_goes_on_bit_for_bit(name: str, tmp_path: Path) -> None:
         assert torch.equal(value, other.model.state_dict()[key]), key
 
 
-def test_muon_takes_the_blocks_matrices_and_adamw_the_rest(tmp_path: Path) -> None:
+def test_tensors_of_a_part(tmp_path: Path) -> None:
     engine = build("muon", 0)
     engine.prepare()
     steps(engine, range(1))
@@ -90,24 +85,20 @@ def test_muon_takes_the_blocks_matrices_and_adamw_the_rest(tmp_path: Path) -> No
         assert fields[parameter] == {"weight", "exp_avg", "exp_avg_sq"}
 
 
-def test_the_other_optimiser_s_checkpoint_is_refused(tmp_path: Path) -> None:
+def test_checkpoints_of_other_optimisers_and_models_are_refused(tmp_path: Path) -> None:
     engine = build("muon", 0)
     engine.prepare()
     steps(engine, range(1))
-    path = save(engine, tmp_path, 1)
+    reader = CheckpointReader(save(engine, tmp_path, 1))
     other = build("adamw", 0)
     other.prepare()
     with pytest.raises(ValueError, match=r"has no exp_avg of .*optim.name"):
-        other.load_moments(CheckpointReader(path), 1)
-
-
-def test_another_model_s_checkpoint_is_refused(tmp_path: Path) -> None:
-    path = save(build("adamw", 0), tmp_path, 1)
+        other.load_moments(reader, 1)
     with pytest.raises(ValueError, match=r"has no weight of head.weight"):
-        CheckpointReader(path).fill("weight", "head.weight", torch.zeros(3), 0)
+        reader.fill("weight", "head.weight", torch.zeros(3), 0)
 
 
-def test_a_disk_that_refuses_leaves_the_checkpoints_that_were_there(tmp_path: Path) -> None:
+def test_a_full_disk_leaves_earlier_checkpoints(tmp_path: Path) -> None:
     engine = build("adamw", 0)
     engine.prepare()
     whole = save(engine, tmp_path, 1)
@@ -129,7 +120,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path) -> None:
     before = engine.model.logit_scale.item()
     writer.save(engine.pieces(), engine.layout.shapes(), {"step": 1}, "")
     assert writer.is_open
-    assert latest_checkpoint(tmp_path) is None, "there before it is committed"
+    assert latest_checkpoint(tmp_path) is None, "it exists before commit"
     steps(engine, range(3))
     assert writer.commit() == 1
     assert not writer.is_open

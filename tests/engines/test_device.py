@@ -1,4 +1,4 @@
-"""What a device can do: by its name, or measured."""
+"""Peaks of devices, and the binding to the sockets of GPUs."""
 
 import os
 from pathlib import Path
@@ -32,13 +32,13 @@ def test_a_cpu_is_measured() -> None:
     assert 1e9 < peak_flops(torch.device("cpu"), "no") < 1e14
 
 
-# Two sockets of two NUMA nodes of two CPUs. Those of an A100 node, too, have nodes without a GPU.
+# Two sockets of two NUMA nodes of two CPUs. As in A100 machines, some NUMA nodes have no GPU.
 GPUS_OF = {"0000:07:00.0": "2-3", "0000:47:00.0": "6,7"}
 
 
 @pytest.fixture
 def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[set[int]]:
-    """What this process is moved to on a machine with two GPUs, of which it has the second."""
+    """CPU sets that this process is bound to, on a made-up machine with two GPUs."""
     for cpu in range(8):
         topology = tmp_path / f"devices/system/cpu/cpu{cpu}/topology"
         topology.mkdir(parents=True)

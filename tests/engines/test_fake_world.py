@@ -1,4 +1,4 @@
-"""What an engine sends and dispatches in worlds that no machine of ours has, under torch's fake process group."""
+"""Messages and operations of engines in large worlds, under torch's fake process group."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -28,7 +28,7 @@ from flipscale.model import FlipConfig
 
 @contextmanager
 def fake_world(rank: int, world: int) -> Iterator[None]:
-    """This process as one of a world whose collectives send nothing."""
+    """A world whose collectives send nothing."""
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
     try:
         yield
@@ -72,8 +72,7 @@ def build(launch: Launch, rank: int, recipe: OptimRecipe, layers: int = 2) -> En
 
 
 @pytest.mark.parametrize("rank", [0, 31, 255])
-def test_a_sharded_adamw_dispatches_no_more_for_more_parameters(rank: int) -> None:
-    """And takes a process that has no row of most parameters."""
+def test_sharded_adamw_dispatches_do_not_grow_with_parameters(rank: int) -> None:
     counts = []
     with fake_world(rank, 256):
         for layers in (2, 4):
@@ -112,7 +111,7 @@ def muon_step(matrices: list[nn.Parameter], sharers: dist.ProcessGroup | None) -
 
 
 @pytest.mark.parametrize("world", [8, 256, 1024])
-def test_muon_under_ddp_receives_each_matrix_once_and_from_its_own_machine(world: int) -> None:
+def test_muon_under_ddp_receives_each_matrix_once(world: int) -> None:
     shapes = h14_shapes(divisor=32)
     with fake_world(world - 1, world):
         engine = DdpEngine(
@@ -133,7 +132,7 @@ def test_muon_under_ddp_receives_each_matrix_once_and_from_its_own_machine(world
 
 @pytest.mark.parametrize("world", [8, 256, 1024])
 def test_muon_of_rows_receives_no_more_than_it_needs(world: int) -> None:
-    """Its rows of all matrices, and the matrices that it computes; in as many operations in any world."""
+    """A process receives its rows of all matrices and the matrices that it computes, in any world."""
     shapes, counts = h14_shapes(divisor=32), []
     for rank in (0, world - 1):
         with fake_world(rank, world):

@@ -1,4 +1,4 @@
-"""The optimiser and its schedule against five steps of the original JAX FLIP's own."""
+"""Groups and rates of the optimisers, and five steps against the original JAX FLIP."""
 
 import json
 import tarfile
@@ -53,7 +53,7 @@ def test_what_decays() -> None:
 
 
 @pytest.mark.parametrize("kind", [FlipModel, ReconstructingFlipModel])
-def test_groups_are_those_that_checkpoints_were_written_with(kind: type[FlipModel]) -> None:
+def test_groups_are_in_the_order_of_checkpoints(kind: type[FlipModel]) -> None:
     model = kind(FlipConfig(vision_config=TOWER, text_config=TOWER, logit_bias_init_value=-10.0))
     names = [name for name, _ in model.named_parameters()]
     decayed = {
@@ -69,27 +69,20 @@ def test_groups_are_those_that_checkpoints_were_written_with(kind: type[FlipMode
     assert [id(parameter) for parameter in grouped] == [id(model.get_parameter(name)) for name in expected]
 
 
-@pytest.mark.parametrize(("size", "image_blocks", "text_blocks"), [("l16", 24, 12), ("h14", 32, 24)])
-def test_layer_decay_is_the_formula(size: str, image_blocks: int, text_blocks: int) -> None:
+def test_layer_decay_is_the_formula() -> None:
     with torch.device("meta"):
-        model = FlipModel(FlipConfig.from_size(size))
+        model = FlipModel(FlipConfig.from_size("l16"))
     scales = layer_scales(model, 0.75)
     assert scales.keys() == dict(model.named_parameters()).keys()
-    for tower, blocks in (("vision_model", image_blocks), ("text_model", text_blocks)):
-        mine = {name.removeprefix(f"{tower}."): scale for name, scale in scales.items() if name.startswith(tower)}
-        for name, scale in mine.items():
-            parts = name.split(".")
-            if parts[0] == "embeddings":
-                assert scale == 0.75 ** (blocks + 1), name
-            elif parts[0] == "encoder":
-                assert scale == 0.75 ** (blocks - int(parts[2])), name
-            else:
-                assert (parts[0], scale) == ("final_layer_norm", 1.0)
-        assert len(set(mine.values())) == blocks + 2
-    if size == "l16":
-        assert scales["vision_model.embeddings.class_embedding"] == pytest.approx(7.5e-4, rel=0.01)
-    assert scales["vision_model.encoder.layers.0.mlp.fc1.weight"] == 0.75**image_blocks
-    assert scales["image_projection.weight"] == scales["logit_scale"] == 1.0
+    for name, scale in scales.items():
+        tower, part, *rest = name.split(".")
+        blocks = {"vision_model": 24, "text_model": 12}.get(tower)
+        if blocks and part == "embeddings":
+            assert scale == 0.75 ** (blocks + 1), name
+        elif blocks and part == "encoder":
+            assert scale == 0.75 ** (blocks - int(rest[1])), name
+        else:
+            assert scale == 1.0, name
     assert set(layer_scales(model, None).values()) == {1.0}
 
 

@@ -1,4 +1,4 @@
-"""The settings of DeepSpeed that are shipped, and what is said of ones that it does not take."""
+"""The shipped settings of DeepSpeed, and errors for settings that it refuses."""
 
 import json
 from pathlib import Path
@@ -26,15 +26,12 @@ def test_the_shipped_settings_overlap_sums_with_backward(stage: int) -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (
-            {"overlap_com": True},
-            r"zero_optimization.overlap_com is True in the launch's .* \(Extra inputs are not perm",
-        ),
+        ({"overlap_com": True}, "zero_optimization.overlap_com is True .*Extra inputs"),
         ({"reduce_bucket_size": "much"}, r"zero_optimization.reduce_bucket_size is 'much' in .*ds_configs"),
         ({"reduce_bucket_size": 0}, "reduce_bucket_size is 0 in .*Input should be greater"),
     ],
 )
-def test_settings_that_deepspeed_does_not_take_are_named(given: dict, message: str) -> None:
+def test_refused_settings_are_named(given: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message) as raised:
         _check_settings({"stage": 2, **given})
     assert "\n" not in str(raised.value)

@@ -1,4 +1,4 @@
-"""The classes that `test_common` runs: transformers' common tests, given each FLIP model and its inputs."""
+"""transformers' common tests for each FLIP model, which `test_common` runs."""
 
 import copy
 import unittest
@@ -24,6 +24,9 @@ from flipscale.model import (
 
 modeling, configuration = transformers_tests.load()
 
+SHAPE = ("hidden_size", "num_hidden_layers", "num_attention_heads")
+OTHERS: dict[str, Any] = {"intermediate_size": 37, "attention_dropout": 0.1, "initializer_range": 0.02}
+
 
 class VisionTester:
     """64 patches and the class token."""
@@ -37,18 +40,8 @@ class VisionTester:
         vars(self).update(kwargs)
 
     def get_config(self) -> FlipVisionConfig:
-        return FlipVisionConfig(
-            image_size=self.image_size,
-            patch_size=self.patch_size,
-            num_channels=self.num_channels,
-            hidden_size=self.hidden_size,
-            num_hidden_layers=self.num_hidden_layers,
-            num_attention_heads=self.num_attention_heads,
-            intermediate_size=37,
-            projection_dim=32,
-            attention_dropout=0.1,
-            initializer_range=0.02,
-        )
+        names = ("image_size", "patch_size", "num_channels", *SHAPE)
+        return FlipVisionConfig(**OTHERS, projection_dim=32, **{name: getattr(self, name) for name in names})
 
     def prepare_config_and_inputs_for_common(self) -> tuple[FlipVisionConfig, dict[str, torch.Tensor]]:
         shape = [self.batch_size, self.num_channels, self.image_size, self.image_size]
@@ -56,7 +49,7 @@ class VisionTester:
 
 
 class TextTester:
-    """7 tokens of at most 16, so the padding inside the model is at work. SigLIP's own tester has 512."""
+    """7 tokens of at most 16, so that the model pads."""
 
     batch_size, seq_length, vocab_size, hidden_size = 12, 7, 99, 32
     num_hidden_layers, num_attention_heads, is_training = 2, 4, False
@@ -68,18 +61,8 @@ class TextTester:
         vars(self).update(kwargs)
 
     def get_config(self) -> FlipTextConfig:
-        return FlipTextConfig(
-            vocab_size=self.vocab_size,
-            hidden_size=self.hidden_size,
-            num_hidden_layers=self.num_hidden_layers,
-            num_attention_heads=self.num_attention_heads,
-            intermediate_size=37,
-            projection_dim=32,
-            attention_dropout=0.1,
-            max_position_embeddings=self.max_position_embeddings,
-            initializer_range=0.02,
-            attend_to_padding=self.attend_to_padding,
-        )
+        names = ("vocab_size", "max_position_embeddings", "attend_to_padding", *SHAPE)
+        return FlipTextConfig(**OTHERS, projection_dim=32, **{name: getattr(self, name) for name in names})
 
     def prepare_config_and_inputs_for_common(self) -> tuple[FlipTextConfig, dict[str, torch.Tensor]]:
         shape = [self.batch_size, self.seq_length]
@@ -110,7 +93,7 @@ class BothTester:
 
 
 class Tower(modeling.ModelTesterMixin):
-    """A tower: it has no loss of its own, so its testers are not `is_training`."""
+    """A tower, whose testers are not `is_training`, because it has no loss."""
 
     config_class: ClassVar[type]
     has_text_modality: ClassVar[bool]
@@ -156,7 +139,7 @@ class FlipCleanTextModelTest(FlipTextModelTest):
 
 
 class ClassificationTester(BothTester):
-    is_training = False  # the common tests know no labels for it; the Trainer's test does
+    is_training = False  # the common tests have no labels for it
 
     def prepare_config_and_inputs_for_common(self) -> tuple[FlipConfig, dict[str, Any]]:
         return self.get_config(), self.vision_model_tester.prepare_config_and_inputs_for_common()[1]
@@ -175,7 +158,7 @@ class FlipForImageClassificationTest(modeling.ModelTesterMixin, unittest.TestCas
 
 
 class QuestionTester(BothTester):
-    is_training = False  # as of classification
+    is_training = False  # the common tests have no labels for it
 
     def get_config(self) -> FlipConfig:
         config = super().get_config()
@@ -199,7 +182,7 @@ class FlipForQuestionAnsweringTest(modeling.ModelTesterMixin, unittest.TestCase)
 
 for _name in dir(modeling.ModelTesterMixin):
     if _name.startswith("test_eager_matches_sdpa_inference"):
-        # It looks for outputs that this class does not have; `test_questions` compares its logits.
+        # They need outputs that this class does not have; `test_questions` compares its logits.
         setattr(FlipForQuestionAnsweringTest, _name, None)
 
 
@@ -218,18 +201,9 @@ class CaptionTester:
         self.batch_size = self.vision_model_tester.batch_size
 
     def get_config(self) -> FlipConfig:
-        decoder = FlipDecoderConfig(
-            vocab_size=self.vocab_size,
-            hidden_size=self.hidden_size,
-            num_hidden_layers=self.num_hidden_layers,
-            num_encoder_layers=1,
-            num_attention_heads=self.num_attention_heads,
-            intermediate_size=37,
-            attention_dropout=0.1,
-            max_position_embeddings=16,
-            bos_token_id=1,
-            eos_token_id=2,
-        )
+        shape = {name: getattr(self, name) for name in ("vocab_size", *SHAPE)}
+        tokens = {"max_position_embeddings": 16, "bos_token_id": 1, "eos_token_id": 2}
+        decoder = FlipDecoderConfig(**OTHERS, **shape, **tokens, num_encoder_layers=1)
         return FlipConfig(vision_config=self.vision_model_tester.get_config(), decoder_config=decoder)
 
     def prepare_config_and_inputs_for_common(self) -> tuple[FlipConfig, dict[str, Any]]:
@@ -245,13 +219,13 @@ class FlipForConditionalGenerationTest(
     all_model_classes = (FlipForConditionalGeneration,)
     all_generative_model_classes = (FlipForConditionalGeneration,)
     _is_composite = is_encoder_decoder = True
-    # `past_key_values` is what transformers before 5.24 calls the cache, so it is no name of the past here.
+    # `past_key_values` is the cache's name in transformers before 5.24, so it is not deprecated here.
     test_bc_cache_name_forward = None
-    # Tower and decoder stand side by side: there is no model inside that is this one without its head.
+    # Tower and decoder are siblings, so no inner model is this one without its head.
     test_model_base_model_prefix = None
-    # A caption is of an image, so nothing is written of none.
+    # A caption needs an image.
     test_generate_without_input_ids = None
-    # They count outputs, of which targets add the loss and leave out the cache.
+    # They count outputs. Targets add the loss and remove the cache.
     without_targets = ("test_attention_outputs", "test_generate_continue_from_past_key_values")
 
     def setUp(self) -> None:
@@ -262,12 +236,12 @@ class FlipForConditionalGenerationTest(
         )
 
     def prepare_config_and_inputs_for_generate(self, batch_size: int = 2) -> tuple[FlipConfig, dict[str, Any]]:
-        """Images alone: captions beside them are texts to go on from, and the tests count the tokens from the begin."""
+        """Return images without captions, because captions are prompts and the tests count tokens from the begin."""
         self.model_tester.has_targets = False
         return super().prepare_config_and_inputs_for_generate(batch_size)
 
     def _check_generate_outputs(self, output: Any, config: FlipConfig, **options: Any) -> None:
-        """It looks for the configuration of a text tower, where a captioner has its decoder's."""
+        """Check with the decoder's configuration, because a captioner has no text tower."""
         decoder_config = copy.deepcopy(config.decoder_config)
         decoder_config.is_encoder_decoder = True
         super()._check_generate_outputs(output, decoder_config, **options)
@@ -280,7 +254,7 @@ class FlipModelTest(modeling.ModelTesterMixin, unittest.TestCase):
     all_model_classes = (FlipModel,)
     additional_model_inputs: ClassVar[list[str]] = ["pixel_values"]
     _is_composite = True
-    # The hidden states and attentions of both towers are in the towers' own outputs, which the towers' tests look at.
+    # The towers' own tests check these outputs.
     test_attention_outputs = test_hidden_states_output = test_retain_grad_hidden_states_attentions = None
 
     def setUp(self) -> None:

@@ -1,22 +1,21 @@
-"""What is computed otherwise in bf16 on a CPU is within what bf16 itself rounds away."""
+"""Replacements in bf16 on a CPU differ by less than bf16's own rounding."""
 
 import torch
+from conftest import TOWER
 from torch import nn
 
 from flipscale.model import FlipConfig, FlipModel, FlipTextModel
 from flipscale.model.modeling_flip import FlipMLP
 
 
-def test_the_stand_in_for_the_tanh_gelu_is_lost_in_the_rounding() -> None:
+def test_the_exact_gelu_differs_by_less_than_rounding() -> None:
     torch.manual_seed(0)
-    tower = {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 256}
-    model = FlipModel(
-        FlipConfig(
-            vision_config={**tower, "image_size": 32, "patch_size": 8},
-            text_config={**tower, "vocab_size": 64, "max_position_embeddings": 16},
-            projection_dim=32,
-        )
+    config = FlipConfig(
+        vision_config={**TOWER, "image_size": 32, "patch_size": 8},
+        text_config={**TOWER, "vocab_size": 64, "max_position_embeddings": 16},
+        projection_dim=32,
     )
+    model = FlipModel(config)
     for name, weight in model.named_parameters():
         if name.endswith("fc1.bias"):
             # Spread the activations over the range where the two forms differ.
@@ -32,31 +31,28 @@ def test_the_stand_in_for_the_tanh_gelu_is_lost_in_the_rounding() -> None:
         return torch.cat([output.image_embeds, output.text_embeds])
 
     exact = embeds(bf16=False, tanh=True)
-    rounded, stand_in = embeds(bf16=True, tanh=True), embeds(bf16=True, tanh=False)
-    assert not torch.equal(rounded, stand_in)
+    rounded, replaced = embeds(bf16=True, tanh=True), embeds(bf16=True, tanh=False)
+    assert not torch.equal(rounded, replaced)
     assert (rounded - exact).norm() / exact.norm() > 1e-3
-    assert (stand_in - exact).norm() < 1.2 * (rounded - exact).norm()
+    assert (replaced - exact).norm() < 1.2 * (rounded - exact).norm()
 
 
 def test_fp32_keeps_the_tanh_form() -> None:
     mlp = FlipMLP(FlipConfig.from_size("b16").text_config)
     states = torch.randn(4, 512)
-    expected = mlp.fc2(nn.functional.gelu(mlp.fc1(states), approximate="tanh"))
-    assert torch.equal(mlp(states), expected)
+    assert torch.equal(mlp(states), mlp.fc2(nn.functional.gelu(mlp.fc1(states), approximate="tanh")))
 
 
-def test_the_projections_of_a_layer_keep_one_cast_of_their_input() -> None:
+def test_q_k_and_v_share_one_cast_of_their_input() -> None:
     tower = FlipConfig.from_size("b16", text_config={"num_hidden_layers": 1, "vocab_size": 64}).text_config
-    model = FlipTextModel(tower)
-    kept = set()
+    model, saved = FlipTextModel(tower), set()
 
-    def keep(saved: torch.Tensor) -> torch.Tensor:
-        if saved.shape == (4 * 32, tower.hidden_size):
-            kept.add(saved.untyped_storage().data_ptr())
-        return saved
+    def save(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.shape == (4 * 32, tower.hidden_size):
+            saved.add(tensor.untyped_storage().data_ptr())
+        return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved), torch.autocast("cpu", torch.bfloat16):
+    with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
         output = model(torch.randint(1, 64, (4, 32)))
     assert output.last_hidden_state.dtype == torch.float32
-    # One for q, k and v, one for the attention's output and one for the MLP.
-    assert len(kept) == 3
+    assert len(saved) == 3, "inputs of q, k and v; of the attention's output; and of the MLP"

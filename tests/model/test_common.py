@@ -1,9 +1,11 @@
-"""Run transformers' own common model tests on the FLIP classes, which `common_classes` lists."""
+"""Run transformers' common model tests on the FLIP classes in `common_classes`."""
 
 from pathlib import Path
 
 import pytest
 from model.transformers_tests import DownloadError, fetch
+
+pytestmark = pytest.mark.long
 
 try:
     from model.common_classes import (  # noqa: F401
@@ -22,7 +24,7 @@ except DownloadError as error:
         pytest.fail(reason)
 
 
-def test_a_failed_download_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_download_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     with pytest.raises(DownloadError, match=r"cannot be downloaded: ERROR: .*\. Let the tests run once"):
         fetch("flipscale-no-such-package==1.0", tmp_path)

@@ -1,4 +1,4 @@
-"""The weights, their names, init, folders and configurations."""
+"""Names, initial values, folders and configurations of the weights."""
 
 import json
 from collections.abc import Callable
@@ -53,17 +53,16 @@ def test_init_is_the_originals(small: Callable[..., FlipModel]) -> None:
     assert not any(p.any() for name, p in model.named_parameters() if name.endswith("bias"))
 
 
-def test_names_and_shapes_of_the_weights_are_for_ever(small: Callable[..., FlipModel]) -> None:
+def test_names_and_shapes_are_pinned(small: Callable[..., FlipModel]) -> None:
     """Published folders hold these names. Never edit the list."""
     state_dict = small({"num_hidden_layers": 1}, {"num_hidden_layers": 1}).state_dict()
-    found = "".join(f"{name} {' '.join(map(str, value.shape))}\n" for name, value in state_dict.items())
-    assert found == NAMES.read_text()
+    names = "".join(f"{name} {' '.join(map(str, value.shape))}\n" for name, value in state_dict.items())
+    assert names == NAMES.read_text()
 
 
 @pytest.mark.parametrize(("size", "parameters"), [("b16", 139_927_809), ("l16", 413_200_129), ("h14", 966_723_841)])
 def test_number_of_parameters(size: str, parameters: int) -> None:
-    """139.9, 413.2 and 966.7 M, counted as the original counts: with the fixed image positions `[1 + L, D]`, which are
-    parameters there and a buffer here."""
+    """The original counts the fixed image positions `[1 + L, D]` too, which are a buffer here."""
     with torch.device("meta"):
         model = FlipModel(FlipConfig.from_size(size))
     vision = model.config.vision_config
@@ -138,28 +137,19 @@ def test_meta_init_then_load_fills_the_fixed_tables(model: FlipModel) -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (
-            lambda _: FlipVisionConfig(image_size=225),
-            "image_size 225 is not divisible by patch_size 16; use 224 or 240",
-        ),
-        (lambda _: FlipTextConfig(pooling="max"), "text_config: pooling is 'max'; use 'first' or 'mean'"),
-        (lambda _: FlipConfig.from_size("xl"), "model size 'xl' is unknown; use one of b16, l16, l14, h14, g14"),
+        (lambda _: FlipVisionConfig(image_size=225), "image_size 225 .*use 224 or 240"),
+        (lambda _: FlipTextConfig(pooling="max"), "text_config: pooling is 'max'"),
+        (lambda _: FlipConfig.from_size("xl"), "model size 'xl' .*b16, l16, l14, h14, g14"),
         (
             lambda _: FlipConfig(vision_config={"projection_dim": 4}, text_config={"projection_dim": 8}),
-            "projection_dim differs: vision_config has 4, text_config has 8; set projection_dim of FlipConfig for both",
+            "projection_dim differs: vision_config has 4, text_config has 8",
         ),
-        (
-            lambda small: small({"hidden_size": 30, "num_attention_heads": 5}),
-            "vision hidden_size 30 is not divisible by 4, which 2-D sine-cosine",
-        ),
-        (
-            lambda small: small({"num_attention_heads": 5}),
-            "vision_config: hidden_size 32 is not divisible by num_attention_",
-        ),
-        (lambda small: small(None, {"num_attention_heads": 5}), "text_config: hidden_size 24 is not divisible by num_"),
+        (lambda small: small({"hidden_size": 30, "num_attention_heads": 5}), "vision hidden_size 30 "),
+        (lambda small: small({"num_attention_heads": 5}), "vision_config: hidden_size 32 .*num_attention_heads"),
+        (lambda small: small(None, {"num_attention_heads": 5}), "text_config: hidden_size 24 .*num_attention_heads"),
     ],
 )
-def test_configuration_that_cannot_be(small: Callable[..., FlipModel], make: Any, message: str) -> None:
+def test_invalid_configurations(small: Callable[..., FlipModel], make: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make(small)
 
@@ -188,15 +178,10 @@ def test_fields_of_other_tools_are_kept(model: FlipModel, tmp_path: Path) -> Non
     assert (again["vision_config"]["rope_theta"], again["text_config"]["quantised"]) == (100.0, True)
 
 
-def test_a_config_says_its_format(model: FlipModel, tmp_path: Path) -> None:
+def test_model_format(model: FlipModel, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     content = json.loads((tmp_path / "config.json").read_text())
     assert [c["model_format"] for c in (content, content["vision_config"], content["text_config"])] == [1, 1, 1]
-    # Folders that were exported before the number existed have none.
-    for part in (content, content["vision_config"], content["text_config"]):
-        del part["model_format"]
-    (tmp_path / "config.json").write_text(json.dumps(content))
-    assert FlipModel.from_pretrained(tmp_path).config.to_diff_dict().keys() >= content.keys() | {"model_format"}
     content["vision_config"]["model_format"] = 3
     (tmp_path / "config.json").write_text(json.dumps(content))
     for model_class in (FlipModel, FlipVisionModel):

@@ -1,4 +1,4 @@
-"""transformers' own common tests, which its wheel leaves out: downloaded once with the source distribution."""
+"""transformers' common tests, downloaded once with its source distribution because its wheel lacks them."""
 
 import importlib
 import subprocess
@@ -14,21 +14,18 @@ from filelock import FileLock
 CACHE = Path.home() / ".cache" / "flipscale"
 PACKAGE = "transformers_common_tests"
 
-# The modules that the source distribution leaves out too: export and generation tests, and a table of configuration
-# fields.
+# Modules that the source distribution lacks too: export and generation tests, and a table of configuration fields.
 STAND_INS = {
     "exporters.test_export": "class ExportTesterMixin: ...\nclass ExportGenerateTesterMixin(ExportTesterMixin): ...",
     "generation.test_utils": "class GenerationTesterMixin: ...",
     "utils.test_configuration_utils": "config_common_kwargs = {'output_hidden_states': True, 'dtype': 'float16'}",
 }
-
-
-# pip itself tries a connection again, but not a download that breaks off or an index that answers with an error.
+# pip retries connections, but not broken downloads or errors of the index.
 _TRIES = 3
 
 
 class DownloadError(Exception):
-    """The source distribution is neither here nor to be had."""
+    """The source distribution is not here and cannot be downloaded."""
 
 
 def _pip_download(requirement: str, folder: Path) -> Path:
@@ -63,7 +60,7 @@ def fetch(requirement: str, cache: Path = CACHE) -> Path:
                 with tarfile.open(_pip_download(requirement, Path(partial))) as tar:
                     members = [member for member in tar.getmembers() if member.name.startswith(f"{folder.name}/tests/")]
                     tar.extractall(partial, members, filter="data")
-                # They import their own package, whose first file is left out too.
+                # The tests import their own package, whose first file is missing too.
                 (Path(partial) / folder.name / "tests" / "__init__.py").touch()
                 (Path(partial) / folder.name).rename(folder)
     return folder / "tests"
@@ -82,7 +79,7 @@ def load() -> tuple[types.ModuleType, types.ModuleType]:
         if not (folder / f"{name.replace('.', '/')}.py").exists():
             sys.modules[f"{PACKAGE}.{name}"] = module = types.ModuleType(f"{PACKAGE}.{name}")
             exec(source, vars(module))
-    # The generation tests import these by the name that they have in transformers' own repository.
+    # The generation tests import these by their name in transformers' repository.
     sys.modules["tests.exporters.test_export"] = importlib.import_module(f"{PACKAGE}.exporters.test_export")
     return (
         importlib.import_module(f"{PACKAGE}.test_modeling_common"),
@@ -91,6 +88,5 @@ def load() -> tuple[types.ModuleType, types.ModuleType]:
 
 
 def generation_mixin() -> type:
-    """Return `GenerationTesterMixin`, without any test where the source distribution leaves it out. Its file,
-    `tests/generation/test_utils.py` of transformers' repository, is used where it lies in the folder of `fetch`."""
+    """Return `GenerationTesterMixin`; it is empty unless `tests/generation/test_utils.py` is in `fetch`'s folder."""
     return importlib.import_module(f"{PACKAGE}.generation.test_utils").GenerationTesterMixin

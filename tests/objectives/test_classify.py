@@ -1,4 +1,4 @@
-"""Fine-tuning of the image tower with a head: from a run's weights to a folder that transformers' pipeline loads."""
+"""Fine-tuning of the image tower with a head: the loss, runs, and folders for transformers' pipeline."""
 
 import json
 import re
@@ -34,7 +34,7 @@ STAGES = [
     {"name": "unmasked", "samples": 160},
 ]
 
-# Run in an environment of its own.
+# Runs in another environment.
 STRANGER = """
 import importlib.util, json, sys
 assert importlib.util.find_spec("flipscale") is None
@@ -46,7 +46,7 @@ print(json.dumps(say(sys.argv[2], top_k=16)))
 
 @pytest.fixture(scope="module")
 def base(recipe: dict, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model of pairs to start from."""
+    """A run on pairs, whose weights fine-tuning starts from."""
     folder = tmp_path_factory.mktemp("base")
     file = folder / "base.yaml"
     stages = [{"name": "masked", "samples": 64, "mask_ratio": 0.5, "base_lr": 0.01}]
@@ -60,7 +60,7 @@ def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Labelled pictures as `prepare shards --labels --split` writes them, without captions or a tokenizer."""
     folder = tmp_path_factory.mktemp("labelled")
     write_shards(folder / "train", [40, 24])
-    write_shards(folder / "test", [64])  # the same pictures: few are seen too rarely to learn of others
+    write_shards(folder / "test", [64])  # the same pictures, because these few steps do not generalise
     for name in ("classnames.txt", "zeroshot_classification_templates.txt"):
         shutil.move(folder / "train" / name, folder / name)
     return folder
@@ -92,7 +92,7 @@ def losses(run_dir: Path) -> list[float]:
     return [record["loss"] for record in metrics(run_dir) if "loss" in record]
 
 
-def test_the_loss_is_the_smoothed_cross_entropy_of_every_view() -> None:
+def test_the_loss_is_the_smoothed_cross_entropy() -> None:
     torch.manual_seed(0)
     logits, labels = torch.randn(6, 5, dtype=torch.float64), torch.tensor([[4], [0], [2]])
     found = Classify(num_classes=5, label_smoothing=0.2).mean_loss(ClassifyOutput(logits=logits, labels=labels))
@@ -104,7 +104,8 @@ def test_the_loss_is_the_smoothed_cross_entropy_of_every_view() -> None:
     assert found.item() == pytest.approx(expected, rel=1e-6)
 
 
-def test_a_run_learns_goes_on_bit_for_bit_and_ends_as_a_classifier(
+@pytest.mark.long
+def test_a_run_learns_resumes_and_exports_a_classifier(
     write: Callable[..., Path],
     base: Path,
     labelled: Path,
@@ -165,8 +166,8 @@ def test_a_run_learns_goes_on_bit_for_bit_and_ends_as_a_classifier(
         load_flip(str(run_dir / "model"))
 
 
-@pytest.mark.parametrize("engine", ["ddp", "fsdp2", "zero3"])
-def test_two_processes_and_micro_batches_learn_what_one_does(
+@pytest.mark.parametrize("engine", ["ddp", *(pytest.param(e, marks=pytest.mark.long) for e in ("fsdp2", "zero3"))])
+def test_two_processes_with_micro_batches(
     write: Callable[..., Path], tmp_path: Path, engine: str, crowds: Crowds
 ) -> None:
     one, many = tmp_path / "one", tmp_path / "many"
@@ -180,7 +181,7 @@ def test_two_processes_and_micro_batches_learn_what_one_does(
     assert last[0] == last[1]
 
 
-def test_the_plan_counts_the_image_tower_and_the_head_alone() -> None:
+def test_the_plan_counts_only_image_tower_and_head() -> None:
     recipe = parse_recipe(["--config", "finetune_l16_imagenet"])
     # 61.6 G multiply-adds a forward pass of L/16 (`l16_laion400m` has 64.3 with its text tower), three for a step.
     assert pair_flops(recipe)["fine-tuning"] == pytest.approx(3 * 2 * 61.6e9, rel=0.005)
@@ -192,7 +193,7 @@ def test_the_plan_counts_the_image_tower_and_the_head_alone() -> None:
     assert memory.moments == 8 * weights
 
 
-def test_what_cannot_be_learned_is_told_in_a_line(
+def test_contradicting_recipes_are_refused(
     write: Callable[..., Path], labelled: Path, tmp_path: Path, subtests: pytest.Subtests
 ) -> None:
     plain = tmp_path / "plain"
@@ -209,45 +210,33 @@ def test_what_cannot_be_learned_is_told_in_a_line(
     (other / "classnames.txt").write_text("".join(f"{name}\n" for name in reversed(NAMES)))
     names = "classnames.txt"
     cases = {
-        "no names": ({"data": {"shards": str(plain)}}, f"{plain}/{names} is missing; it lists the class names"),
-        "one class": ({"data": {"shards": str(single)}}, f"{single}/{names} names 1 class; a classifier has two"),
-        "another number": (
-            {"loss": {"options": {"num_classes": 10}}},
-            f"{labelled}/{names} names 16 classes, and loss.options says 10; set it to 16",
-        ),
-        "no labels": ({"data": {"shards": str(unlabelled)}}, "00000.tar: 0 has no class number, which loss.kind"),
+        "no names": ({"data": {"shards": str(plain)}}, f"{plain}/{names} is missing"),
+        "one class": ({"data": {"shards": str(single)}}, f"{single}/{names} names 1 class"),
+        "another number": ({"loss": {"options": {"num_classes": 10}}}, f"{labelled}/{names} names 16 classes"),
+        "no labels": ({"data": {"shards": str(unlabelled)}}, "00000.tar: 0 has no class number"),
         "texts": (
             {"eval": {"tasks": [{"kind": "zero_shot", "data": str(labelled)}]}},
-            "zero_shot is of kind 'zero_shot', and the model of loss.kind 'classify' has no text tower",
+            "'classify' has no text tower",
         ),
         "other classes": (
             {"eval": {"tasks": [{"kind": "classification", "data": str(other)}]}},
-            f"{other} has other class names, or in another order, than the training shards",
+            f"{other} has other class names",
         ),
-        "odd couples": (
-            {"data": {"micro_batch_size": 1, "augment": {"mixup_alpha": 0.8}}},
-            "data.augment mixes images in couples, and a process takes 1 at a time; use an even number",
-        ),
+        "odd couples": ({"data": {"micro_batch_size": 1, "augment": {"mixup_alpha": 0.8}}}, "data.augment mixes"),
         "mixup of pairs": (
             {"loss": {"kind": "infonce", "options": {}}, "data": {"augment": {"mixup_alpha": 0.8}}},
-            "data.augment.mixup_alpha is 0.8, which is for images with class numbers, and loss.kind is 'infonce'",
+            "data.augment.mixup_alpha is 0.8",
         ),
-        "a head for pairs": ({"loss": {"kind": "infonce", "options": {}}}, "loss.kind 'infonce' has no head; use kind"),
+        "a head for pairs": ({"loss": {"kind": "infonce", "options": {}}}, "loss.kind 'infonce' has no head"),
         "text mask": (
             {"stages": [{"name": "one", "samples": 32, "text_mask_ratio": 0.5, "base_lr": 0.1}]},
             "text_mask_ratio of a stage is 0.5",
         ),
-        "layer decay": ({"optim": {"layer_decay": 1.5}}, "optim.layer_decay is 1.5; it must be above 0 and at most 1"),
-        "no layer decay": ({"optim": {"layer_decay": 0}}, "optim.layer_decay is 0.0; it must be above 0 and at most 1"),
-        "drop path": ({"model": {"drop_path_rate": 1.0}}, "model.drop_path_rate is 1.0; it must be at least 0 and bel"),
-        "classes": (
-            {"loss": {"options": {"num_classes": 1}}},
-            "loss.options.num_classes is 1; it must be at least 2 and at most",
-        ),
-        "reconstruction": (
-            {"loss": {"reconstruction_weight": 0.5}},
-            "loss.reconstruction_weight is 0.5 beside loss.kind 'classify'",
-        ),
+        "layer decay": ({"optim": {"layer_decay": 1.5}}, "optim.layer_decay is 1.5"),
+        "no layer decay": ({"optim": {"layer_decay": 0}}, "optim.layer_decay is 0.0"),
+        "drop path": ({"model": {"drop_path_rate": 1.0}}, "model.drop_path_rate is 1.0"),
+        "classes": ({"loss": {"options": {"num_classes": 1}}}, "loss.options.num_classes is 1"),
+        "reconstruction": ({"loss": {"reconstruction_weight": 0.5}}, "loss.reconstruction_weight is 0.5"),
     }
     for name, (changes, said) in cases.items():
         file = write(tmp_path / "refused", **changes)

@@ -1,4 +1,4 @@
-"""The loss on one process, against fp64 written out."""
+"""The contrastive loss on one process, against a plain formula in fp64."""
 
 import threading
 from collections.abc import Callable
@@ -14,14 +14,14 @@ from flipscale.objectives.contrastive import contrastive_loss
 from flipscale.objectives.sigmoid import sigmoid_loss
 
 
-def written_out(image: torch.Tensor, text: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+def plain_loss(image: torch.Tensor, text: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     logits = scale * image @ text.T
     pairs = logits.diagonal()
     return ((logits.logsumexp(1) - pairs).mean() + (logits.logsumexp(0) - pairs).mean()) / 2
 
 
 def embeds_of(batch: int, dim: int, noise: float | None, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
-    """Images and texts of unit length; `noise` relative to the images makes the texts, none makes them unrelated."""
+    """Images and texts of unit length. Texts are images plus relative `noise`, or unrelated with None."""
     images, other = torch.randn(2, batch, dim, generator=torch.Generator().manual_seed(batch))
     texts = other if noise is None else images + noise * other
     return [normalize(side, dim=1).to(dtype) for side in (images, texts)]
@@ -34,7 +34,7 @@ def leaves_of(inputs: list[torch.Tensor]) -> list[torch.Tensor]:
 def check_against_fp64(inputs: list[torch.Tensor]) -> None:
     ours = leaves_of(inputs)
     exact = [t.double().requires_grad_() for t in inputs]
-    loss, expected = contrastive_loss(*ours), written_out(*exact)
+    loss, expected = contrastive_loss(*ours), plain_loss(*exact)
     assert loss.dtype == torch.float32
     loss.backward()
     expected.backward()
@@ -54,108 +54,98 @@ def test_value_and_gradients(batch: int, dim: int, dtype: torch.dtype, scale: fl
 
 
 @pytest.mark.parametrize("scale", [30.0, 100.0])
-def test_value_and_gradients_of_many(scale: float) -> None:
+def test_large_batch(scale: float) -> None:
     check_against_fp64([*embeds_of(4096, 512, 2.0), torch.tensor([scale])])
 
 
 @pytest.mark.parametrize("scale", [20.0, 100.0])
 def test_opposite_pairs(scale: float) -> None:
-    """No one shift of the exponentials serves rows whose largest logits are 200 apart."""
+    """No common shift exists for rows whose largest logits are 200 apart."""
     images, texts = embeds_of(300, 16, 0.1)
     texts[:150] = -texts[:150]
     images[150:] = images[:150].roll(1, dims=0)
     check_against_fp64([images, texts, torch.tensor([scale])])
 
 
+@pytest.fixture
+def threads() -> Callable[[int], None]:
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("scale", [20.0, 100.0])
-@pytest.mark.parametrize("threads", [2, 4])
-def test_blocks_on_threads(threads: int, scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each product waits until all blocks are at theirs, which they are only if each has a thread of its own."""
+@pytest.mark.parametrize("count", [2, 4])
+def test_blocks_run_on_threads(
+    count: int, scale: float, threads: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each product waits until all blocks compute one, which is possible only with a thread each."""
     monkeypatch.setattr(tiles, "_BLOCK", 100)
-    all_at_work = threading.Barrier(threads, timeout=60)
+    all_blocks = threading.Barrier(count, timeout=60)
     product = torch.mm
 
-    def product_beside_others(*factors: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        all_at_work.wait()
+    def waiting_product(*factors: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        all_blocks.wait()
         return product(*factors, out=out)
 
-    monkeypatch.setattr(torch, "mm", product_beside_others)
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        inputs = [*embeds_of(1031, 64, 1.0), torch.tensor([scale])]
-        check_against_fp64(inputs)
-        assert torch.get_num_threads() == threads
-        once, again = (torch.autograd.grad(contrastive_loss(*leaves), leaves) for leaves in [leaves_of(inputs)] * 2)
-        assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
-    finally:
-        torch.set_num_threads(before)
+    monkeypatch.setattr(torch, "mm", waiting_product)
+    threads(count)
+    inputs = [*embeds_of(1031, 64, 1.0), torch.tensor([scale])]
+    check_against_fp64(inputs)
+    assert torch.get_num_threads() == count
+    once, again = (torch.autograd.grad(contrastive_loss(*leaves), leaves) for leaves in [leaves_of(inputs)] * 2)
+    assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
 
 
-def test_a_fault_on_a_thread_is_the_caller_s(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_on_threads_reach_the_caller(threads: Callable[[int], None], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiles, "_BLOCK", 2)
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        sides = (torch.ones(8, 3), torch.ones(8, 4))
-        memory = tiles.workspace(*sides, buffers=2)
-        with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
-            tiles.for_each_block(list, *sides, torch.tensor(1.0), 0, memory)
-        assert torch.get_num_threads() == 2
-    finally:
-        torch.set_num_threads(before)
+    threads(2)
+    sides = (torch.ones(8, 3), torch.ones(8, 4))
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        tiles.for_each_block(list, *sides, torch.tensor(1.0), 0, tiles.workspace(*sides, buffers=2))
+    assert torch.get_num_threads() == 2
 
 
 @pytest.mark.parametrize("noise", [0.05, 1.0])
 @pytest.mark.parametrize("loss_of", [contrastive_loss, partial(sigmoid_loss, logit_bias=torch.tensor([-10.0]))])
-def test_products_have_no_denormal_numbers_in_them(
+def test_products_without_denormals(
     loss_of: Callable[..., torch.Tensor], noise: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With them they take 200 times as long on a CPU."""
-    least = []
+    """Denormals make a product take 200 times as long on a CPU."""
+    smallest = []
     product = torch.Tensor.addmm_
 
-    def watched(into: torch.Tensor, weights: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-        least.append(weights[weights != 0].abs().min().item())
+    def observed(into: torch.Tensor, weights: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        smallest.append(weights[weights != 0].abs().min().item())
         return product(into, weights, other)
 
-    monkeypatch.setattr(torch.Tensor, "addmm_", watched)
+    monkeypatch.setattr(torch.Tensor, "addmm_", observed)
     images, texts = embeds_of(300, 64, noise)
     loss = loss_of(images.requires_grad_(), texts, torch.tensor([100.0]))
     loss.backward()
     assert loss.isfinite()
-    assert len(least) == 2
-    assert min(least) >= torch.finfo(torch.float32).tiny
+    assert len(smallest) == 2
+    assert min(smallest) >= torch.finfo(torch.float32).tiny
 
 
-def test_the_upstream_gradient_counts() -> None:
-    embeds = [side.requires_grad_() for side in embeds_of(300, 16, 1.0)]
-    scale = torch.tensor([10.0], requires_grad=True)
-    once = torch.autograd.grad(contrastive_loss(*embeds, scale), [*embeds, scale])
-    thrice = torch.autograd.grad(3 * contrastive_loss(*embeds, scale), [*embeds, scale])
-    for a, b in zip(once, thrice, strict=True):
-        assert torch.allclose(3 * a, b)
-
-
-def test_embeddings_that_are_not_finite_make_a_loss_that_is_not() -> None:
-    images, texts = embeds_of(300, 16, 1.0)
-    images[5] = float("nan")
-    images.requires_grad_()
-    loss = contrastive_loss(images, texts, torch.tensor([100.0]))
+def test_upstream_gradient_autocast_and_nan() -> None:
+    embeds, scale = embeds_of(300, 16, 1.0), torch.tensor([10.0])
+    once, thrice = (
+        torch.autograd.grad(factor * contrastive_loss(*leaves), leaves)
+        for factor, leaves in ((1, leaves_of([*embeds, scale])), (3, leaves_of([*embeds, scale])))
+    )
+    assert all(torch.allclose(3 * a, b) for a, b in zip(once, thrice, strict=True))
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = contrastive_loss(*embeds, scale)
+    assert torch.equal(inside, contrastive_loss(*embeds, scale)), "the loss must be fp32 under autocast"
+    embeds[0][5] = float("nan")
+    loss = contrastive_loss(embeds[0].requires_grad_(), embeds[1], scale)
     loss.backward()
     assert not loss.isfinite()
-    assert not images.grad.isfinite().all()
+    assert not embeds[0].grad.isfinite().all()
 
 
-def test_loss_is_fp32_under_autocast() -> None:
-    embeds = normalize(torch.randn(16, 32), dim=1)
-    scale = torch.tensor([50.0])
-    with torch.autocast("cpu", torch.bfloat16):
-        inside = contrastive_loss(embeds, embeds, scale)
-    assert torch.equal(inside, contrastive_loss(embeds, embeds, scale))
-
-
-def test_equals_the_model_s_own_loss_on_one_process() -> None:
+def test_equals_the_model_s_own_loss() -> None:
     tower = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
     vision = {**tower, "image_size": 16, "patch_size": 8}
     model = FlipModel(FlipConfig(vision_config=vision, text_config={**tower, "vocab_size": 16})).eval()

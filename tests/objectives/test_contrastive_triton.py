@@ -1,4 +1,4 @@
-"""The kernels without a GPU: what they compute, in Triton's interpreter, and that they compile for real ones."""
+"""The Triton kernels without a GPU: their results in Triton's interpreter, and their compilation for real GPUs."""
 
 import subprocess
 from collections.abc import Callable, Iterator
@@ -26,7 +26,7 @@ def functions_for(rows: torch.Tensor) -> ModuleType:
 
 
 def interpret() -> None:
-    """Have the kernels make all tiles of fp32, wherever they are, each of several blocks."""
+    """Let the kernels compute all fp32 tiles, in tiles of several blocks."""
     torch.set_num_threads(1)
     tiles._TILE["cpu"] = (200, 150)
     contrastive.tile_functions = functions_for
@@ -35,7 +35,7 @@ def interpret() -> None:
 
 @pytest.fixture(scope="module")
 def interpreted() -> Iterator[Interpreted]:
-    """Calls a function in a process whose Triton interprets kernels, which it decides when it is imported."""
+    """Calls a function in a process whose Triton interprets kernels. Triton decides that when it is imported."""
     with ProcessPoolExecutor(1, get_context("spawn")) as process:
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("TRITON_INTERPRET", "1")
@@ -43,8 +43,7 @@ def interpreted() -> Iterator[Interpreted]:
         yield lambda function, *inputs: process.submit(function, *inputs).result()
 
 
-@pytest.mark.parametrize("noise", [None, 3.0, 0.5], ids=["unrelated", "learning", "learned"])
-@pytest.mark.parametrize("scale", [1.0, 14.3, 100.0])
+@pytest.mark.parametrize(("scale", "noise"), [(1.0, None), (14.3, 3.0), (100.0, 0.5)])
 @pytest.mark.parametrize(
     ("batch", "dim", "dtype"),
     [(1, 32, torch.float32), (7, 33, torch.bfloat16), (257, 96, torch.bfloat16), (300, 33, torch.float32)],
@@ -60,7 +59,7 @@ def test_opposite_pairs(interpreted: Interpreted, scale: float) -> None:
     interpreted(test_contrastive.test_opposite_pairs, scale)
 
 
-def check_that_nothing_finite_comes_of(number: float) -> None:
+def check_non_finite(number: float) -> None:
     images, texts = test_contrastive.embeds_of(300, 16, 1.0)
     images[5, 3] = number
     images.requires_grad_()
@@ -71,14 +70,14 @@ def check_that_nothing_finite_comes_of(number: float) -> None:
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
-def test_embeddings_that_are_not_finite(interpreted: Interpreted, number: float) -> None:
-    interpreted(check_that_nothing_finite_comes_of, number)
+def test_non_finite_embeddings(interpreted: Interpreted, number: float) -> None:
+    interpreted(check_non_finite, number)
 
 
 def both_passes(
     functions: ModuleType, rows: torch.Tensor, columns: torch.Tensor, first_pair: int, shift: float | None
 ) -> list[torch.Tensor]:
-    """Return what they leave: the log-sum-exp of the negatives, the positives, the gradients of rows and columns."""
+    """Return the log-sum-exp of the negatives, the positives, and the gradients of rows and columns."""
     memory = workspace(rows, columns, buffers=2)[0]
     matrix = SimilarityTiles(rows, columns, torch.tensor(30.0, dtype=torch.float64), first_pair, memory)
     positives, column_positives = torch.ones_like(rows[:, 0]), torch.ones_like(columns[:, 0])
@@ -114,10 +113,10 @@ def test_any_part_of_the_matrix(
 
 
 class Compiler:
-    """Stands in for a kernel, and compiles it for what it is launched with; `found` are the programs."""
+    """Replaces a kernel and compiles it for its arguments; `programs` has the results."""
 
     def __init__(self, kernel: Any, capability: int):
-        self.kernel, self.capability, self.found = kernel, capability, []
+        self.kernel, self.capability, self.programs = kernel, capability, []
 
     def __getitem__(self, grid: tuple[int, int]) -> Callable[..., None]:
         return self.compile
@@ -131,11 +130,12 @@ class Compiler:
         signature = dict(zip(self.kernel.arg_names, [*kinds, *["constexpr"] * len(blocks)], strict=True))
         aligned = [i for i, a in enumerate(arguments) if isinstance(a, torch.Tensor) or a % 16 == 0]
         source = ASTSource(self.kernel, signature, blocks, {(i,): [["tt.divisibility", 16]] for i in aligned})
-        self.found.append(compile(source, GPUTarget("cuda", self.capability, 32), options))
+        self.programs.append(compile(source, GPUTarget("cuda", self.capability, 32), options))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("capability", [80, 90])
-def test_kernels_compile_keep_to_registers_and_to_fp32(
+def test_kernels_compile_without_spills_or_tf32(
     capability: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     from triton import knobs
@@ -147,7 +147,7 @@ def test_kernels_compile_keep_to_registers_and_to_fp32(
         monkeypatch.setattr(contrastive_triton, compiler.kernel.__name__, compiler)
     both_passes(contrastive_triton, *torch.zeros(2, 512, 512), 0, None)
     for compiler in compilers:
-        (program,) = compiler.found
+        (program,) = compiler.programs
         binary = tmp_path / "kernel.cubin"
         binary.write_bytes(program.asm["cubin"])
         command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", binary]
@@ -156,7 +156,7 @@ def test_kernels_compile_keep_to_registers_and_to_fp32(
         assert "tf32" not in program.asm["ptx"]
 
 
-def test_the_kernels_are_for_fp32_on_gpus_with_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_kernels_serve_fp32_on_gpus_with_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     with FakeTensorMode():
         on_gpu = torch.empty(2, 2, device="cuda")
         assert contrastive.tile_functions(on_gpu) is contrastive_triton
@@ -166,42 +166,39 @@ def test_the_kernels_are_for_fp32_on_gpus_with_triton(monkeypatch: pytest.Monkey
         assert contrastive.tile_functions(on_gpu) is tiles
 
 
-def check_that_the_trial_runs() -> None:
-    """What is tried out before the kernels are used, where the interpreter stands in for a GPU."""
+def check_trial() -> None:
     torch.cuda.synchronize = lambda device: None
     contrastive_triton.try_out(torch.device("cpu"))
 
 
 def test_the_trial_runs_both_kernels(interpreted: Interpreted) -> None:
-    interpreted(check_that_the_trial_runs)
+    interpreted(check_trial)
 
 
 @pytest.mark.parametrize(
     "fault", [ImportError("No module named 'triton'"), RuntimeError("Failed to find C compiler.\nPlease specify one")]
 )
-def test_without_a_compiler_torch_takes_over_and_says_so_once(
-    fault: Exception, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    said: list[str] = []
+def test_torch_replaces_failing_kernels_with_one_warning(fault: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    warnings: list[str] = []
 
     def fail(device: torch.device) -> None:
         raise fault
 
     monkeypatch.setattr(contrastive_triton, "try_out", fail)
     contrastive._triton_runs_on.cache_clear()
-    monkeypatch.setattr(contrastive._log, "warning", lambda words, *values: said.append(words % values))
+    monkeypatch.setattr(contrastive._log, "warning", lambda words, *values: warnings.append(words % values))
     gpu = SimpleNamespace(is_cuda=True, dtype=torch.float32, device=torch.device("cuda", 0))
     try:
         assert [contrastive.tile_functions(gpu) for _ in range(3)] == [tiles] * 3
     finally:
         contrastive._triton_runs_on.cache_clear()
-    (line,) = said
+    (line,) = warnings
     assert line.startswith("the loss's tiles run in torch, slower than in Triton, because Triton fails (")
     assert " ".join(str(fault).split()) in line
     assert "install" in line
 
 
-def test_one_process_of_a_node_says_it(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_one_process_of_a_node_warns(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setenv("LOCAL_RANK", "3")
     contrastive._triton_runs_on.cache_clear()
     try:

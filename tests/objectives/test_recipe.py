@@ -1,4 +1,4 @@
-"""The loss section of a recipe: options of a kind, old recipes, and objectives that somebody else would add."""
+"""The loss section of a recipe: options of a kind, and new kinds such as a contributor would add."""
 
 import copy
 from collections.abc import Callable
@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 import yaml
-from conftest import metrics
+from conftest import TOWER, metrics
 
 from flipscale.cli import main
 from flipscale.data.recipe import MaskRecipe
@@ -20,12 +20,12 @@ from flipscale.objectives.objective import Objective
 from flipscale.objectives.recipe import LossRecipe, build_objective, loss_kinds
 from flipscale.objectives.reconstruction import WithReconstruction
 from flipscale.objectives.sigmoid import Sigmoid
-from flipscale.training.recipe import Recipe, differences, parse_recipe, to_yaml
+from flipscale.training.recipe import differences, parse_recipe, to_yaml
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scaled(Contrastive):
-    """A loss with numbers of its own."""
+    """A loss with options."""
 
     factor: float = 2.0
     rounds: int = 1
@@ -36,7 +36,7 @@ class Scaled(Contrastive):
 
 @dataclass(frozen=True, kw_only=True)
 class Distance(Objective):
-    """A mean over samples, which leaves out `logit_scale`."""
+    """A mean over samples, without `logit_scale`."""
 
     def mean_loss(self, output: FlipOutput) -> torch.Tensor:
         return (output.image_embeds - output.text_embeds).square().sum(dim=1).mean()
@@ -58,7 +58,7 @@ class TemperedModel(FlipModel):
 
 @dataclass(frozen=True, kw_only=True)
 class Tempered(Objective):
-    """A loss with a parameter of its own, whose first value is an option."""
+    """A loss with a parameter, whose initial value is an option."""
 
     model_class: ClassVar[type[FlipModel]] = TemperedModel
 
@@ -81,7 +81,7 @@ def more_kinds(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(loss_kinds(), name, kind)
 
 
-def test_options_of_a_kind_reach_it_and_are_resolved() -> None:
+def test_options_are_resolved() -> None:
     recipe = LossRecipe("scaled", {"factor": 3}, exchange="ring")
     assert recipe.options == {"factor": 3.0, "rounds": 1}
     assert build_objective(recipe, MaskRecipe()) == Scaled(exchange="ring", factor=3.0, rounds=1)
@@ -91,19 +91,19 @@ def test_options_of_a_kind_reach_it_and_are_resolved() -> None:
 @pytest.mark.parametrize(
     ("kind", "options", "message"),
     [
-        ("scaled", {"margin": 0.1}, "margin is not an option of loss.kind 'scaled'; its options are factor, rounds"),
-        ("sigmoid", {"margin": 0.1}, "loss.options.margin is not an option of loss.kind 'sigmoid'; it has none"),
-        ("scaled", {"exchange": "ring"}, "loss.options.exchange is not an option of loss.kind 'scaled'"),
-        ("scaled", {"factor": "wide"}, "loss.options of loss.kind 'scaled': .*factor"),
-        ("scaled", {"rounds": 1.5}, "loss.options of loss.kind 'scaled': .*rounds"),
+        ("scaled", {"margin": 0.1}, "loss.options.margin .*'scaled'; its options are factor, rounds"),
+        ("sigmoid", {"margin": 0.1}, "loss.options.margin .*'sigmoid'; it has none"),
+        ("scaled", {"exchange": "ring"}, "loss.options.exchange"),
+        ("scaled", {"factor": "wide"}, "loss.options .*factor"),
+        ("scaled", {"rounds": 1.5}, "loss.options .*rounds"),
     ],
-)  # fmt: skip
-def test_an_option_that_is_none_is_refused(kind: str, options: dict, message: str) -> None:
+)
+def test_wrong_options_are_refused(kind: str, options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         LossRecipe(kind, options)
 
 
-def test_options_are_read_from_a_recipe_and_a_flag(tmp_path: Path) -> None:
+def test_options_in_files_and_flags(tmp_path: Path) -> None:
     file = tmp_path / "recipe.yaml"
     file.write_text(yaml.safe_dump({"loss": {"kind": "scaled", "options": {"factor": 1e-3}}}))
     recipe = parse_recipe(["--config", str(file)])
@@ -115,25 +115,16 @@ def test_options_are_read_from_a_recipe_and_a_flag(tmp_path: Path) -> None:
     assert differences(recipe, yaml.safe_load(to_yaml(changed))) == ["loss.options.factor: 4e-06, now 0.001"]
 
 
-def test_a_recipe_from_before_there_were_options_is_the_same() -> None:
-    saved = yaml.safe_load(to_yaml(Recipe()))
-    del saved["loss"]["options"]
-    assert differences(Recipe(), saved) == []
-    assert differences(Recipe(loss=LossRecipe("sigmoid")), saved) == ["loss.kind: infonce, now sigmoid"]
-
-
-def test_reconstruction_is_beside_any_loss_of_the_plain_model() -> None:
+def test_reconstruction_goes_with_losses_of_the_plain_model() -> None:
     objective = build_objective(LossRecipe("scaled", reconstruction_weight=0.5), MaskRecipe())
     assert objective == WithReconstruction(other=Scaled(), weight=0.5)
     assert objective.columns == ("masked_patches",)
-    message = "reconstruction_weight is 0.5 beside loss.kind 'tempered'"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=r"reconstruction_weight .*'tempered'"):
         build_objective(LossRecipe("tempered", reconstruction_weight=0.5), MaskRecipe())
 
 
-def test_the_model_says_which_loss_parameters_decay() -> None:
-    tower = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
-    config = FlipConfig(vision_config={**tower, "image_size": 16, "patch_size": 8}, text_config=tower)
+def test_the_model_decides_which_loss_parameters_decay() -> None:
+    config = FlipConfig(vision_config={**TOWER, "image_size": 16, "patch_size": 8}, text_config=TOWER)
     model = TemperedModel(Sigmoid().model_config(Tempered().model_config(config)))
     (adamw,) = build_optimizers(model, OptimRecipe())
     decayed, kept = ({id(parameter) for parameter in group["params"]} for group in adamw.param_groups)
@@ -147,7 +138,7 @@ def train(write_recipe: Callable[..., Path], run_dir: Path, **changes: object) -
 
 
 @pytest.mark.parametrize("kind", ["scaled", "distance", "tempered"])
-def test_a_new_kind_learns_the_same_in_micro_batches(
+def test_new_kinds_learn_the_same_in_micro_batches(
     kind: str, write_recipe: Callable[..., Path], tmp_path: Path
 ) -> None:
     whole = train(write_recipe, tmp_path / "whole", loss={"kind": kind})
@@ -158,5 +149,4 @@ def test_a_new_kind_learns_the_same_in_micro_batches(
     if kind == "tempered":
         assert whole[0]["text_power"] == 0.5 != whole[-1]["text_power"]
     assert whole[0]["logit_scale"] == pytest.approx(1 / 0.07, rel=1e-3)
-    exported = FlipModel.from_pretrained(tmp_path / "whole/model")
-    assert not hasattr(exported, "text_power")
+    assert not hasattr(FlipModel.from_pretrained(tmp_path / "whole/model"), "text_power")

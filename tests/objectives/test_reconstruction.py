@@ -1,11 +1,11 @@
-"""Reconstruction of masked patches: a second task while training, gone from what is exported."""
+"""Reconstruction of masked patches: a second loss, which leaves nothing in the export."""
 
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import metrics, pretrain
+from conftest import TOWER, metrics, pretrain
 from safetensors.torch import load_file
 
 from flipscale.data.masks import keep_patches
@@ -15,7 +15,6 @@ from flipscale.model import FlipConfig, FlipModel
 from flipscale.model.patches import complement, take_patches
 from flipscale.objectives.reconstruction import ReconstructingFlipModel, pixel_loss
 
-TOWER = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 CONFIG = FlipConfig(
     vision_config={**TOWER, "image_size": 32, "patch_size": 8},
     text_config={**TOWER, "vocab_size": 16, "max_position_embeddings": 8},
@@ -29,10 +28,8 @@ def build(kind: type[FlipModel]) -> FlipModel:
 def batch() -> dict[str, torch.Tensor]:
     """Six images of smooth colour gradients, half of each masked."""
     generator = torch.Generator().manual_seed(0)
-    whole = torch.rand(6, 16, 3, 1, generator=generator) * 100 + torch.arange(64) * torch.rand(
-        6, 1, 3, 1, generator=generator
-    )
-    whole = whole.to(torch.uint8).flatten(2)
+    base, slope = (torch.rand(6, size, 3, 1, generator=generator) for size in (16, 1))
+    whole = (base * 100 + torch.arange(64) * slope).to(torch.uint8).flatten(2)
     index = keep_patches(torch.rand(6, 4, 4, generator=generator), 0.5)[:, 0]
     return {
         "patches": take_patches(whole, index),
@@ -42,7 +39,7 @@ def batch() -> dict[str, torch.Tensor]:
     }
 
 
-def test_the_complement_is_what_an_index_leaves_out() -> None:
+def test_complement() -> None:
     index = keep_patches(torch.rand(20, 6, 6), 0.6)[:, 0]
     absent = complement(index, 36)
     assert (absent.diff(dim=1) > 0).all()
@@ -50,7 +47,7 @@ def test_the_complement_is_what_an_index_leaves_out() -> None:
     assert complement(torch.arange(4)[None], 4).shape == (1, 0)
 
 
-def test_the_model_is_the_same_beside_its_decoder() -> None:
+def test_the_decoder_does_not_change_the_model() -> None:
     plain, training = build(FlipModel), build(ReconstructingFlipModel)
     state = training.state_dict()
     assert {n for n in state if not n.startswith("reconstruction.")} == plain.state_dict().keys()
@@ -60,7 +57,7 @@ def test_the_model_is_the_same_beside_its_decoder() -> None:
     assert torch.equal(ours.image_embeds, plain.eval()(**inputs).image_embeds)
 
 
-def test_pixel_loss_is_to_patches_of_mean_zero_and_deviation_one() -> None:
+def test_pixel_loss_normalises_patches() -> None:
     pixels = torch.randint(0, 256, (2, 3, 192), generator=torch.Generator().manual_seed(0))
     centred = pixels.double() - pixels.double().mean(dim=2, keepdim=True)
     target = centred / centred.square().mean(dim=2, keepdim=True).sqrt()
@@ -69,7 +66,7 @@ def test_pixel_loss_is_to_patches_of_mean_zero_and_deviation_one() -> None:
     assert pixel_loss(torch.zeros(2, 0, 192), pixels[:, :0]).item() == 0.0
 
 
-def test_a_decoder_learns_the_pixels_and_moves_the_image_tower() -> None:
+def test_the_decoder_learns_and_trains_the_image_tower() -> None:
     model = build(ReconstructingFlipModel)
     inputs = batch()
     first = model(**inputs, return_logits=False).reconstruction_loss
@@ -84,10 +81,10 @@ def test_a_decoder_learns_the_pixels_and_moves_the_image_tower() -> None:
         loss.backward()
         optimizer.step()
     assert first.item() > 1.0
-    assert loss.item() < 0.8, "predicting nothing, each patch's mean, would be 1"
+    assert loss.item() < 0.8, "a constant prediction has 1"
 
 
-def test_each_prediction_depends_on_its_own_place() -> None:
+def test_predictions_depend_on_their_positions() -> None:
     model = build(ReconstructingFlipModel).eval()
     inputs = batch()
     tokens = model.vision_model(patches=inputs["patches"], patch_index=inputs["patch_index"]).last_hidden_state
@@ -99,7 +96,7 @@ def test_each_prediction_depends_on_its_own_place() -> None:
     assert (predicted[:, 0] - predicted[:, 1]).abs().max() > 1e-3
 
 
-def test_nothing_masked_gives_every_parameter_a_gradient_of_zero() -> None:
+def test_without_mask_gradients_are_zero() -> None:
     model = build(ReconstructingFlipModel)
     patches = torch.randint(0, 256, (2, 16, 192), dtype=torch.uint8)
     output = model(patches=patches, input_ids=torch.ones(2, 8).long(), return_logits=False)
@@ -111,14 +108,9 @@ def test_nothing_masked_gives_every_parameter_a_gradient_of_zero() -> None:
             assert not parameter.grad.any(), name
 
 
-def test_a_run_reconstructs_on_one_process_and_two_and_exports_none_of_it(
-    write_recipe: Callable[..., Path], tmp_path: Path
-) -> None:
-    stages = [
-        {"name": "masked", "samples": 96, "mask_ratio": 0.5, "base_lr": 0.012},
-        {"name": "unmasked", "samples": 32},
-    ]
-    runs = []
+def test_runs_on_one_and_two_processes(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
+    masked = {"name": "masked", "samples": 96, "mask_ratio": 0.5, "base_lr": 0.012}
+    stages, runs = [masked, {"name": "unmasked", "samples": 32}], []
     for processes in (1, 2):
         file = write_recipe(tmp_path / f"{processes}", stages=stages, loss={"reconstruction_weight": 2.0})
         done = pretrain(file, processes)
@@ -126,7 +118,7 @@ def test_a_run_reconstructs_on_one_process_and_two_and_exports_none_of_it(
         runs.append([record for record in metrics(tmp_path / f"{processes}") if "loss" in record])
     for name in ("loss", "grad_norm"):
         assert [r[name] for r in runs[1]] == pytest.approx([r[name] for r in runs[0]], rel=1e-4)
-    # ln 16 for the pairs, and 2 x about 1.1 for the pixels; nothing is masked in the last two steps.
+    # ln 16 for the pairs, and 2 x about 1.1 for the pixels; the last two steps have no mask.
     assert runs[0][0]["loss"] == pytest.approx(2.77 + 2.3, abs=0.6)
     assert runs[0][-1]["loss"] < 3.2
     exported = load_file(tmp_path / "1" / "model" / "model.safetensors")

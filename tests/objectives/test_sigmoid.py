@@ -1,11 +1,11 @@
-"""The sigmoid loss on one process, against fp64 written out, and the models that are trained with it."""
+"""The sigmoid loss on one process, against a plain formula in fp64, and models with it."""
 
 import math
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import metrics
+from conftest import TOWER, metrics
 from torch.nn.functional import logsigmoid, normalize
 
 from benchmarks.loss import peak_memory, reset_peak_memory
@@ -15,10 +15,8 @@ from flipscale.model import FlipConfig, FlipModel
 from flipscale.objectives.recipe import LossRecipe, build_objective
 from flipscale.objectives.sigmoid import sigmoid_loss
 
-TOWER = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
 
-
-def written_out(image: torch.Tensor, text: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+def plain_loss(image: torch.Tensor, text: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     logits = scale * image @ text.T + bias
     signs = 2 * torch.eye(len(logits)) - 1
     return -logsigmoid(signs * logits).sum() / len(logits)
@@ -33,7 +31,7 @@ def test_value_and_gradients(batch: int, dim: int, dtype: torch.dtype, scale: fl
     inputs = [*sides, torch.tensor([scale]), torch.tensor([bias])]
     ours = [t.clone().requires_grad_() for t in inputs]
     exact = [t.double().requires_grad_() for t in inputs]
-    loss, expected = sigmoid_loss(*ours), written_out(*exact)
+    loss, expected = sigmoid_loss(*ours), plain_loss(*exact)
     assert loss.dtype == torch.float32
     loss.backward()
     expected.backward()
@@ -51,7 +49,7 @@ def test_memory_does_not_grow_with_the_square() -> None:
     assert peak_memory(torch.device("cpu")) - before < 4 * 5000**2 / 2
 
 
-def test_views_are_not_asked_of_each_other() -> None:
+def test_views_are_no_negatives_of_each_other() -> None:
     images = normalize(torch.randn(8, 16), dim=1)
     texts = normalize(torch.randn(4, 16), dim=1)
     head = (torch.tensor([10.0]), torch.tensor([-5.0]))
@@ -64,7 +62,9 @@ def model(**fields: object) -> FlipModel:
     return FlipModel(FlipConfig(vision_config=vision, text_config={**TOWER, "vocab_size": 16}, **fields)).eval()
 
 
-def test_a_model_with_a_bias_adds_it_and_has_the_loss(tmp_path: Path) -> None:
+def test_models_with_and_without_bias(tmp_path: Path) -> None:
+    assert "logit_bias" not in model().state_dict()
+    assert model()(torch.randint(0, 16, (6, 8)), torch.randn(6, 3, 16, 16)).logit_bias is None
     model(logit_bias_init_value=-10.0, logit_scale_init_value=math.log(10.0)).save_pretrained(tmp_path)
     loaded = FlipModel.from_pretrained(tmp_path)
     assert loaded.logit_bias.item() == -10.0
@@ -76,19 +76,14 @@ def test_a_model_with_a_bias_adds_it_and_has_the_loss(tmp_path: Path) -> None:
     assert ours.item() == pytest.approx(output.loss.item(), rel=1e-6)
 
 
-def test_a_model_without_has_no_such_weight() -> None:
-    assert "logit_bias" not in model().state_dict()
-    assert model()(torch.randint(0, 16, (6, 8)), torch.randn(6, 3, 16, 16)).logit_bias is None
-
-
-def test_the_objective_leaves_the_configuration_as_it_is() -> None:
+def test_the_configuration_is_copied() -> None:
     config = FlipConfig()
     changed = build_objective(LossRecipe("sigmoid"), MaskRecipe()).model_config(config)
     assert (changed.logit_bias_init_value, config.logit_bias_init_value) == (-10.0, None)
     assert changed.logit_scale_init_value == math.log(10.0) != config.logit_scale_init_value
 
 
-def test_a_recipe_trains_with_it(write_recipe, tmp_path: Path) -> None:
+def test_run(write_recipe, tmp_path: Path) -> None:
     file = write_recipe(tmp_path / "run", loss={"kind": "sigmoid"}, data={"micro_batch_size": 4})
     main(["pretrain", "--config", str(file)])
     losses = [record["loss"] for record in metrics(tmp_path / "run") if "loss" in record]

@@ -1,4 +1,4 @@
-"""The norms of what two losses ask of the image tower, beside those by autograd."""
+"""The gradient norms of two losses on the image tower, against autograd."""
 
 from typing import Any, cast
 
@@ -55,7 +55,7 @@ def learn(model: Any, inputs: Inputs, objective: Objective, parts: int) -> dict[
 
 @pytest.mark.parametrize("parts", [1, 3])
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_the_norms_are_those_of_each_loss_alone(name: str, parts: int) -> None:
+def test_norms_of_each_loss(name: str, parts: int) -> None:
     objective = OBJECTIVES[name]
     model, inputs = build(objective)
     output = model(**inputs, return_logits=False)
@@ -72,7 +72,7 @@ def test_the_norms_are_those_of_each_loss_alone(name: str, parts: int) -> None:
 
 
 @pytest.mark.parametrize(("name", "module"), [("caption", captioning), ("reconstruction", reconstruction)])
-def test_what_is_learned_is_the_same_to_the_last_bit(name: str, module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_norms_change_no_bit(name: str, module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     objective = OBJECTIVES[name]
     model, inputs = build(objective)
     learn(model, inputs, objective, 1)
@@ -84,7 +84,7 @@ def test_what_is_learned_is_the_same_to_the_last_bit(name: str, module: Any, mon
         assert torch.equal(parameter.grad, gradients[name]), name
 
 
-def test_without_a_backward_pass_there_is_nothing_to_find() -> None:
+def test_norms_without_a_backward_pass() -> None:
     model, inputs = build(OBJECTIVES["caption"])
     with torch.no_grad():
         assert model(**inputs, return_logits=False).gradient_squares.tolist() == [0.0, 0.0]

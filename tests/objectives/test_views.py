@@ -1,4 +1,4 @@
-"""Several masks of one crop: the loss they are given, and runs that use them."""
+"""Several masks (views) of one crop: their loss, and runs with views."""
 
 import json
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from flipscale.objectives.contrastive import contrastive_loss
 LEARNED = ("loss", "grad_norm", "logit_scale")
 
 
-def test_the_loss_of_views_is_the_mean_of_each_view_s() -> None:
+def test_the_loss_is_the_mean_over_views() -> None:
     generator = torch.Generator().manual_seed(0)
     images, texts = (torch.randn(n, 16, generator=generator) for n in (3 * 8, 8))
     images, texts = (torch.nn.functional.normalize(t, dim=1).requires_grad_() for t in (images, texts))
@@ -25,7 +25,7 @@ def test_the_loss_of_views_is_the_mean_of_each_view_s() -> None:
     assert together.item() == pytest.approx(apart.item(), abs=1e-6)
     for ours, expected in zip(gradients, torch.autograd.grad(apart, (images, texts, scale)), strict=True):
         assert torch.allclose(ours, expected, atol=1e-6)
-    # Siblings are no negatives: the third image's other views do not move its loss with its own first view.
+    # Views of one image are no negatives of each other.
     first = contrastive_loss(images[0::3], texts, scale)
     assert all((g[1::3] == 0).all() and (g[2::3] == 0).all() for g in torch.autograd.grad(first, (images,)))
 
@@ -36,9 +36,7 @@ def run(write_recipe: Callable[..., Path], run_dir: Path, processes: int, **chan
     return [record for record in metrics(run_dir) if "loss" in record]
 
 
-def test_views_and_masked_words_train_alike_on_one_process_and_two(
-    write_recipe: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_runs_on_one_and_two_processes(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
     stages = [
         {"name": "masked", "samples": 64, "mask_ratio": 0.75, "text_mask_ratio": 0.5, "base_lr": 0.012},
         {"name": "unmasked", "samples": 32},

@@ -1,5 +1,7 @@
-"""What the loss does in worlds of 8, 256 and 1,024 processes: as many operations and messages in each, of the sizes
-that `flipscale.objectives.exchange` states. The processes are fake; so is the GPU, where there is one."""
+"""Operations and messages of the losses in fake worlds of 8, 256 and 1,024 processes, on a CPU and on a fake GPU.
+
+Their numbers are the same in each world, and their sizes are in `flipscale.objectives.exchange`.
+"""
 
 import math
 import weakref
@@ -27,7 +29,7 @@ from flipscale.training.step import two_passes
 
 WORLDS = (8, 256, 1024)
 PAIRS, DIM = 40, 8
-# Collectives by what c10d calls them.
+# Names of collectives by c10d's names.
 NAMES = {
     "_allgather_base_": "all-gather",
     "alltoall_base_": "all-to-all",
@@ -66,8 +68,10 @@ def fake_world(size: int, rank: int) -> Iterator[None]:
 
 
 def recorded(function: type[PrecomputedGradients], world: int, views: int, device: str, rank: int = 1) -> Recorder:
-    """What happens in a loss with its gradients on one process. Where no GPU is, autograd aborts at fake tensors on
-    one: so the function that computes both is called without it."""
+    """Record a loss with its gradients on one process.
+
+    `forward` is called directly, because autograd aborts at fake GPU tensors without a GPU.
+    """
     recorder, wanted = Recorder(), SimpleNamespace(needs_input_grad=[True])
     with fake_world(world, rank), FakeTensorMode() if device == "cuda" else nullcontext(), torch.no_grad():
         sides = [normalize(torch.randn(PAIRS * n, DIM, device=device), dim=1) for n in (views, 1)]
@@ -83,11 +87,11 @@ def recorded(function: type[PrecomputedGradients], world: int, views: int, devic
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("views", [1, 2])
 @pytest.mark.parametrize("function", [_InfoNCE, _Sigmoid])
-def test_no_operation_more_in_a_larger_world(function: type[PrecomputedGradients], views: int, device: str) -> None:
+def test_operations_do_not_grow_with_the_world(function: type[PrecomputedGradients], views: int, device: str) -> None:
     first, *others = (recorded(function, world, views, device) for world in WORLDS)
     for other in others:
         assert other.operations == first.operations
-    # Launches of a GPU, and views of tensors, which are none; each pass over the tiles is one.
+    # These are launches and views of tensors; each pass over the tiles counts as one.
     assert first.operations.total() <= 60 + 60 * views
     assert recorded(function, WORLDS[-1], views, device, rank=WORLDS[-1] - 1).operations == first.operations
 
@@ -109,7 +113,7 @@ class Engine:
         loss.backward()
 
 
-def test_no_operation_more_for_micro_batches_in_a_larger_world() -> None:
+def test_operations_with_micro_batches_do_not_grow_with_the_world() -> None:
     found = []
     for world in WORLDS:
         with fake_world(world, 1), Recorder() as recorder:
@@ -143,7 +147,7 @@ def test_collectives_and_their_sizes(world: int, views: int, device: str) -> Non
 
 
 class Held(TorchDispatchMode):
-    """Counts the bytes of what operations made, as long as it is there; `peak` is the most."""
+    """Counts the bytes of live results of operations; `peak` is the maximum."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -160,9 +164,8 @@ class Held(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("views", [1, 2])
-@pytest.mark.parametrize("world", [8, 256])
-def test_an_exchange_holds_what_is_said(world: int, views: int) -> None:
+@pytest.mark.parametrize(("world", "views"), [(8, 1), (256, 2)])
+def test_memory_of_an_exchange(world: int, views: int) -> None:
     dim, held = 1024, Held()
     with fake_world(world, 1), FakeTensorMode(), torch.no_grad():
         images, texts = (torch.empty(PAIRS * n, dim, device="cuda") for n in (views, 1))
@@ -175,7 +178,7 @@ def test_an_exchange_holds_what_is_said(world: int, views: int) -> None:
     assert said + gradients < held.peak < 1.02 * said + 3 * gradients + tile
 
 
-def test_what_an_exchange_holds() -> None:
+def test_exchange_bytes() -> None:
     texts, along = 4 * 256 * 1024, 4 * 2 * 256
     assert exchange_bytes("gather", 256, 1, 1024) == exchange_bytes("ring", 256, 1, 1024) == 0
     assert exchange_bytes("gather", 256, 256, 1024) == (2 * 256 + 1) * texts + 256 * along
@@ -184,8 +187,8 @@ def test_what_an_exchange_holds() -> None:
     assert exchange_bytes("ring", 256, 8, 1024) == exchange_bytes("ring", 256, 1024, 1024) < 2 * 2**20 * 4
 
 
-def test_a_gpu_s_tile_of_few_rows_is_wide() -> None:
-    """So that the tiles' number grows with the process's part of the matrix, 33 million logits each, not the world."""
+def test_gpu_tiles_of_few_rows_are_wide() -> None:
+    """The number of tiles must grow with the process's part of the matrix, not with the world."""
     logits = 4096 * 8192
     assert workspace_elements(256, 512 * 256, 1024, 1, "cuda") == (1, 256 * 1024 + logits)
     assert workspace_elements(256, 1024 * 256, 1024, 2, "cuda") == (1, 256 * 1024 + 2 * logits)
