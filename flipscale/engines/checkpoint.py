@@ -289,7 +289,7 @@ class CheckpointWriter:
         """Collective. Return the digests of the files of all processes.
 
         Raises:
-            OSError: on all processes, if a write failed on any.
+            OSError: a write failed on some process. Raised on all processes.
         """
         from accelerate.utils import gather_object
 

@@ -24,7 +24,7 @@ class ClassifyOutput(ModelOutput):
     Args:
         logits: `(images, num_labels)`, a row for each view of an image.
         labels: int64 `(batch, n)`, the classes of each image.
-        label_shares: fp32 `(batch, n)`, the share of each class in a mixed image; None if n is 1.
+        label_shares: fp32 `(batch, n)`, shares of the classes in a mixed image; None if n is 1.
     """
 
     logits: torch.Tensor | None = None

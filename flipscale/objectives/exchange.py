@@ -17,7 +17,7 @@ A ring sends the same numbers in pieces, one process's each. A pass has `N - 1` 
 infonce has two passes, sigmoid one. See `Ring` for the cost.
 
 Both start after both towers. An earlier start of the gather, beside the image tower, did not pay. The gather takes
-0.2 % of the step of a tiny model at 1,024 pairs on each of two CPU processes, and 0.01 % of B/16's step at 136.
+0.2 % of a tiny model's step (1,024 pairs on each of two CPU processes), and 0.01 % of B/16's step (136 pairs).
 """
 
 from collections.abc import Callable, Iterator

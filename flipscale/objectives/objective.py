@@ -16,8 +16,8 @@ from flipscale.model import FlipConfig, FlipModel, FlipPreTrainedModel
 class Objective:
     """The learning goal of a run. The loss is the sum of two parts; a subclass defines one or both:
 
-    * `coupled_loss` compares the samples of the global batch with each other. Its inputs are kept for all samples, and
-      their gradients are handed back to one micro-batch after another.
+    * `coupled_loss` compares the samples of the global batch with each other. Its inputs are kept for all samples.
+      Their gradients are handed back to one micro-batch after another.
     * `mean_loss` is a mean over samples, so any split into processes and micro-batches is exact.
 
     A subclass is a frozen dataclass, too. Its own fields are the options that `loss.options` of a recipe can set.

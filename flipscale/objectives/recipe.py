@@ -48,8 +48,8 @@ class LossRecipe:
             the world, a thousand at 256. Does not change what is learned.
         reconstruction_weight: The weight of a second loss, the reconstruction of the masked patches
             (`flipscale.objectives.reconstruction`); 0 leaves out that loss and its decoder.
-        caption_weight: The weight of a second loss beside `infonce` or `sigmoid`, the captions' tokens
-            (`flipscale.objectives.captioning`); 0 leaves out that loss and its decoder. CoCa has 2.
+        caption_weight: The weight of the caption loss (`flipscale.objectives.captioning`) that is added to `infonce` or
+            `sigmoid`; 0 leaves out that loss and its decoder. CoCa has 2.
         caption_kind: How the caption loss predicts tokens, with the values of `options.prediction` of `captioning`:
             `next_token`, `parallel` or `mixed`.
     """

@@ -213,7 +213,7 @@ def add_negatives(
 
     Args:
         positives: `(rows,)`.
-        shift: the `common_shift` of all negatives, if there is one.
+        shift: the `common_shift` of all negatives, or None.
     """
     for tile in tiles:
         positives[tile.paired] = tile.positives
@@ -297,9 +297,8 @@ def for_each_block(
 ) -> None:
     """Call `work(tiles, *arguments)` for blocks that together cover the matrix of `SimilarityTiles`' arguments.
 
-    On a CPU, blocks that share no row and no column run at the same time, one thread each. torch by itself would split
-    each product over all threads, and after each product they would wait for the slowest. A tile is too short for that
-    when another program uses a core.
+    On a CPU, blocks that share no row and no column run at the same time, one thread each. torch would otherwise split
+    each product over all threads, which then wait for the slowest thread. A tile's product is too short for such waits.
 
     Args:
         memory: a `workspace` for these rows and columns.

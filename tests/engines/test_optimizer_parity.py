@@ -75,7 +75,7 @@ def test_layer_decay_is_the_formula() -> None:
     scales = layer_scales(model, 0.75)
     assert scales.keys() == dict(model.named_parameters()).keys()
     for name, scale in scales.items():
-        tower, part, *rest = name.split(".")
+        tower, part, *rest = f"{name}..".split(".")
         blocks = {"vision_model": 24, "text_model": 12}.get(tower)
         if blocks and part == "embeddings":
             assert scale == 0.75 ** (blocks + 1), name
