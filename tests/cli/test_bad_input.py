@@ -113,7 +113,7 @@ def test_flag(
 COMMANDS = [
     (("pretrain", "--config", "b17"), "'b17'", "b16_laion400m"),
     (("evaluate", "org/name"), "--suite", "--zero_shot"),
-    (("evaluate", "none", "--zero_shot", "SHARDS"), "'none'", "ORG/NAME"),
+    (("evaluate", "./none", "--zero_shot", "SHARDS"), "none", "ORG/NAME"),
     (("study", "race", "small_cpu", "--output_dir", "out", "--minutes", "0"), "--minutes is 0"),
     (("study", "race", "small_cpu", "--output_dir", "out", "--minutes", "1", "--seeds", "0"), "--seeds is 0"),
 ]
