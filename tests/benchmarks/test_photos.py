@@ -54,14 +54,6 @@ def fake_apt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tools))
 
 
-def test_resource_files_are_listed_with_their_folders() -> None:
-    assert dict(_resource_files(resources({"a.txt": b"one", "b.webp": b"two"}))) == {
-        "photos/a.txt": b"one",
-        "photos/b.webp": b"two",
-    }
-    assert list(_resource_files(b"other" + b"\0" * 30)) == []
-
-
 def test_photos_of_two_sizes(fake_apt: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main([str(tmp_path / "out"), "--num_images", "16"])
     assert "16 JPEGs of" in capsys.readouterr().out
@@ -78,18 +70,18 @@ def test_photos_of_two_sizes(fake_apt: None, tmp_path: Path, capsys: pytest.Capt
     assert "is complete: nothing to do" in capsys.readouterr().out
 
 
-def test_no_apt_is_said_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(ValueError, match=f"{PACKAGE} and apt-get is not on this machine"):
-        prepare_photos(tmp_path / "out", 16)
-
-
-def test_a_failed_download_is_said_so(fake_apt: None, tmp_path: Path) -> None:
+def test_what_ends_it(fake_apt: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert list(_resource_files(b"other" + b"\0" * 30)) == []
+    with pytest.raises(ValueError, match="num_images is 3; expected at least 8"):
+        prepare_photos(tmp_path / "out", 3)
     (tmp_path / "tools/apt-get").write_text("#!/bin/sh\necho 'E: Unable to locate package' >&2\nexit 100\n")
     with pytest.raises(OSError, match=r"failed \(E: Unable to locate package\); try `apt-get update` first"):
         prepare_photos(tmp_path / "out", 16)
-
-
-def test_too_few_images_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="num_images is 3; expected at least 8"):
-        prepare_photos(tmp_path / "out", 3)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ValueError, match=f"{PACKAGE} and apt-get is not on this machine"):
+        prepare_photos(tmp_path / "out", 16)
+    (tmp_path / "mine/500x400").mkdir(parents=True)
+    (tmp_path / "mine/500x400/holiday.jpg").write_bytes(b"mine")
+    with pytest.raises(SystemExit):
+        main([str(tmp_path / "mine")])
+    assert (tmp_path / "mine/500x400/holiday.jpg").exists()

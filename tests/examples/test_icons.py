@@ -255,16 +255,12 @@ def test_what_ends_it_before_drawing(tmp_path: Path, monkeypatch: pytest.MonkeyP
         patch.setattr("importlib.util.find_spec", lambda name: None)
         with pytest.raises(ValueError, match=r"resvg-py, .* is not installed; run: pip install"):
             prepare_icons(tmp_path / "icons")
+    with FileLock(tmp_path / ".icons.lock"), pytest.raises(ValueError, match=r"another process writes .*icons; wait"):
+        prepare_icons(tmp_path / "icons")
     monkeypatch.setattr(icons, "place_of", lambda prefix, name: 1.0)
     with pytest.raises(ValueError, match=r"fraction 1 leaves no drawing"):
         prepare_icons(tmp_path / "icons")
     assert not list(tmp_path.rglob("*.npy"))
-
-
-@pytest.mark.usefixtures("_downloaded")
-def test_one_at_a_time(tmp_path: Path) -> None:
-    with FileLock(tmp_path / ".icons.lock"), pytest.raises(ValueError, match=r"another process writes .*icons; wait"):
-        prepare_icons(tmp_path / "icons")
 
 
 NO_ICONS = "icons holds something that is not the icons; name a new folder"

@@ -95,14 +95,9 @@ def contents(folder: Path) -> list[tuple[str, int | None, bytes]]:
 def test_class_folders_are_captions(by_class: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     prepare("shards", by_class, tmp_path / "out", "--num_workers", 1)
     said = capsys.readouterr().out.splitlines()
-    assert said[0] == (
-        "128 images in 16 class folders (blue bar, blue cross, blue disc, ...): captions are the folders' names; "
-        "--labels folder --split 0.1 holds out a labelled test set too"
-    )
-    assert said[-2:] == [
-        f"{tmp_path}/out is for data.shards of a recipe",
-        f"next: flipscale prepare tokenizer {tmp_path}/out {tmp_path}/out/tokenizer",
-    ]
+    assert said[0].startswith("128 images in 16 class folders (blue bar, blue cross, blue disc, ...)")
+    assert "--labels folder --split 0.1" in said[0]
+    assert said[-1] == f"next: flipscale prepare tokenizer {tmp_path}/out {tmp_path}/out/tokenizer"
     found = contents(tmp_path / "out")
     assert sorted({caption for caption, _, _ in found}) == CLASSES
     assert len(found) == 128
@@ -136,12 +131,6 @@ def test_classes_of_a_column(by_class: Path, tmp_path: Path, make: Callable[[Pat
     assert (tmp_path / "out/zeroshot_classification_templates.txt").read_text() == "{c}\n"
     for caption, label, _ in contents(tmp_path / "out"):
         assert label == sorted(COLOURS).index(caption.split()[1])
-
-
-def test_a_caption_may_be_the_name_of_a_class(by_class: Path, tmp_path: Path) -> None:
-    as_saved(by_class, tmp_path / "own")
-    pairs = open_pairs(str(tmp_path / "own"), caption_column="kind")
-    assert {pairs.captions(number)[0] for number in range(128)} == set(COLOURS)
 
 
 def test_numbers_as_classes_are_in_their_order(by_class: Path, tmp_path: Path) -> None:
@@ -190,20 +179,14 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     return run
 
 
-def test_pictures_without_captions_are_refused_at_once(by_class: Path, tmp_path: Path, refused: Callable) -> None:
+def test_pictures_without_captions(by_class: Path, tmp_path: Path, refused: Callable) -> None:
     flat = as_folder(by_class, tmp_path / "flat", captions=False)
-    line = refused("shards", flat, tmp_path / "out")
-    assert "128 images and no captions: put KEY.txt beside KEY.jpg, or a metadata.csv with the columns" in line
-    assert "or sort the images into a folder for each class" in line
+    assert "128 images and no captions: put KEY.txt beside KEY.jpg" in refused("shards", flat, tmp_path / "out")
     (flat / "words.csv").write_text("file_name,text\n")
     assert f"; if {flat}/words.csv has them, name it in place" in refused("shards", flat, tmp_path / "out")
-    (tmp_path / "one").mkdir()
-    shutil.move(flat, tmp_path / "one/holiday")
-    assert "128 images and no captions" in refused("shards", tmp_path / "one", tmp_path / "out")
-    shutil.copytree(by_class, tmp_path / "parts/train")
-    shutil.copytree(by_class, tmp_path / "parts/test")
-    line = refused("shards", tmp_path / "parts", tmp_path / "out")
-    assert f"has the parts test and train, whose images would be mixed; name one of them, such as {tmp_path}" in line
+    for part in ("train", "test"):
+        shutil.copytree(by_class, tmp_path / "parts" / part)
+    assert "has the parts test and train" in refused("shards", tmp_path / "parts", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -234,42 +217,18 @@ def test_a_name_that_is_no_path_is_not_looked_for(
     assert asked == names
 
 
-def test_a_list_without_a_usable_pair_says_what_mends_it(
-    by_class: Path, tmp_path: Path, refused: Callable, capsys: pytest.CaptureFixture[str]
-) -> None:
-    own = as_table(by_class, tmp_path / "own", "list.csv")
-    (tmp_path / "lists").mkdir()
-    moved = tmp_path / "lists/list.csv"
-    own.rename(moved)
-    line = refused("shards", moved, tmp_path / "out", "--num_workers", 1)
-    assert "which leaves none: 128 for unreadable_file" in line
-    assert "; paths are relative to the folder of the list; correct them, or name the images' column with" in line
-    moved.write_text(moved.read_text().replace("\n", "\n../own/").removesuffix("../own/"))
-    assert "; move the files there, or read them all the same with --allow_outside" in refused(
-        "shards", moved, tmp_path / "out", "--num_workers", 1
-    )
-    prepare("shards", moved, tmp_path / "out", "--num_workers", 1, "--allow_outside")
-    assert len(contents(tmp_path / "out")) == 128, "what wrote nothing is in the way"
-
-
-def test_wrong_classes_and_shares_are_one_line(by_class: Path, tmp_path: Path, refused: Callable) -> None:
+def test_wrong_classes_and_shares(by_class: Path, tmp_path: Path, refused: Callable) -> None:
     table, out = as_table(by_class, tmp_path / "own", "list.csv"), tmp_path / "out"
-    assert "has no columns; give --labels folder" in refused("shards", by_class, out, "--labels", "kind")
-    assert "has no column sort; name the labels' with --labels, one of" in refused(
-        "shards", table, out, "--labels", "sort"
-    )
-    table.write_text(re.sub(r",\w+\n", ",\n", table.read_text()).replace("text,", "text,kind", 1))
-    assert "--labels kind: no pair of" in refused("shards", table, out, "--labels", "kind")
-    assert "--split is 'test'; it must be a number, at least 0 and below 1; --dataset_split names" in refused(
-        "shards", by_class, out, "--split", "test"
-    )
-    assert "--split 0.0001 leaves no image for" in refused("shards", by_class, out, "--split", "0.0001")
-    assert "name a larger share and a new folder" in refused("shards", by_class, out, "--split", "0.0001")
     prepare("shards", by_class, tmp_path / "whole", "--num_workers", 1)
-    assert "whole was written without --split; name a new folder for train and test" in refused(
-        "shards", by_class, tmp_path / "whole", "--split", "0.1"
-    )
-    assert "holds something else; name a new folder" in refused("shards", by_class, by_class, "--split", "0.1")
+    for source, folder, flag, value, words in (
+        (by_class, out, "--labels", "kind", "has no columns; give --labels folder"),
+        (table, out, "--labels", "sort", "has no column sort; name the labels' with --labels"),
+        (by_class, out, "--split", "test", "--split is 'test'"),
+        (by_class, out, "--split", "0.0001", "--split 0.0001 leaves no image for"),
+        (by_class, tmp_path / "whole", "--split", "0.1", "was written without --split; name a new folder"),
+        (by_class, by_class, "--split", "0.1", "holds something else; name a new folder"),
+    ):
+        assert words in refused("shards", source, folder, flag, value)
 
 
 @pytest.fixture(scope="module")
@@ -295,11 +254,9 @@ def test_a_tokenizer_of_own_captions(own_shards: Path, tmp_path: Path, capsys: p
 
 
 def test_a_tokenizer_that_cannot_be(own_shards: Path, tmp_path: Path, refused: Callable) -> None:
-    (tmp_path / "empty").mkdir()
-    assert "no shards at" in refused("tokenizer", tmp_path / "empty", tmp_path / "words")
     line = refused("tokenizer", own_shards, tmp_path / "words", "--vocab_size", 9)
     assert re.search(r"no tokenizer of vocab_size 9 from 128 captions: their characters alone need \d+; use more", line)
-    line = refused("tokenizer", own_shards, tmp_path / "words", "--vocab_size", 1)
-    assert "there is no room for their characters; use more" in line
+    assert "use more" in refused("tokenizer", own_shards, tmp_path / "words", "--vocab_size", 1)
     assert not (tmp_path / "words").exists()
+    (tmp_path / "empty").mkdir()
     assert "is there already; name another folder" in refused("tokenizer", own_shards, tmp_path / "empty")
