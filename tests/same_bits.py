@@ -3,7 +3,6 @@
 Trains small models at both, 40 steps on one process and 20 on two, and compares every loss and the finished weights.
 Then AFTER goes on from checkpoints that BEFORE wrote halfway, and must end with the same bits too. Bits belong to a
 machine and its libraries, so nothing is stored: run it where you changed the code. About five minutes on two cores.
-Where BEFORE has no lanes, AFTER is given `data.lanes: 1`.
 """
 
 import argparse
@@ -64,26 +63,20 @@ def main() -> None:
     shutil.rmtree(args.work / "after", ignore_errors=True)
     shutil.rmtree(args.work / "resumed", ignore_errors=True)
     apart = 0
-    one_lane = {} if has_lanes(args.before) else {"lanes": 1}
     for case in args.only:
         if not (args.work / "before" / case / "DONE").exists():
             train(args.before, args.work, "before", case)
-        train(args.after, args.work, "after", case, **one_lane)
+        train(args.after, args.work, "after", case)
         apart += report(args.work, case, "after")
         if case in RESUMED:
             cut(args.work / "before" / case, args.work / "resumed" / case)
-            train(args.after, args.work, "resumed", case, **one_lane)
+            train(args.after, args.work, "resumed", case)
             apart += report(args.work, case, "resumed")
     sys.exit(f"{apart} runs differ" if apart else None)
 
 
-def has_lanes(checkout: Path) -> bool:
-    """Whether the order of a checkout is made of lanes."""
-    return (checkout / "flipscale/data/lanes.py").exists()
-
-
-def train(checkout: Path, work: Path, side: str, case: str, **data: int) -> None:
-    """One run of a case by a checkout's code, with these fields of `data`."""
+def train(checkout: Path, work: Path, side: str, case: str) -> None:
+    """One run of a case by a checkout's code."""
     sections, processes, environment = CASES[case]
     recipe = {
         "model": {
@@ -106,7 +99,6 @@ def train(checkout: Path, work: Path, side: str, case: str, **data: int) -> None
         "num_workers": 0,
         "shards_per_block": 2,
         **sections.get("data", {}),
-        **data,
     }
     file = work / side / f"{case}.yaml"
     file.parent.mkdir(parents=True, exist_ok=True)
