@@ -150,7 +150,7 @@ def test_a_warm_up_longer_than_its_schedule_is_refused() -> None:
     ("changes", "message"),
     [
         ({"budget_minutes": 0}, "budget_minutes is 0.0; it must be above 0"),
-        ({"log": {"every_share": 0.1}}, "log.every_share is 0.1 of budget_minutes, which is not set; set that, or use"),
+        ({"log": {"every_share": 0.1}}, "log.every_share is 0.1 of budget_minutes, which is not set; set it, or use"),
         ({"eval": {"every_share": 0.1}}, "eval.every_share is 0.1 of budget_minutes, which is not set"),
         (
             {**BUDGET, "eval": {"every_share": 0.1, "every_samples": 16}},
