@@ -14,13 +14,10 @@ from flipscale.cli import main
 from flipscale.data.decode import decode_box
 from flipscale.data.sources.tar import TarSource
 from flipscale.evaluation.embedding import Embedder
-from flipscale.evaluation.masked import ImageMask, masked_embedder
 from flipscale.evaluation.reports.models import NamedModel
 from flipscale.evaluation.reports.session import evaluate_model
 from flipscale.evaluation.results import as_metrics
 from flipscale.evaluation.suite import build_tasks, evaluate_tasks
-from flipscale.hub.export import build_processor, export_model
-from flipscale.planning.flops import forward_flops
 from flipscale.training.recipe import parse_recipe
 
 
@@ -61,22 +58,6 @@ def test_a_task_has_a_size_of_its_own(embedder: Embedder, shards: Path, tmp_path
     assert sizes == {
         "zero_shot": (32, None), "retrieval": (32, None), "zero_shot_16": (16, 16), "retrieval_16": (16, 16),
     }  # fmt: skip
-
-
-def test_masks_of_small_images(embedder: Embedder, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    folder = export_model(embedder.model, build_processor(embedder.model.config, embedder.tokenizer), tmp_path / "m")
-    AcceleratorState._reset_state(reset_partial_state=True)
-    words = ["evaluate", str(folder), "--zero_shot", str(shards), "--image_size", "16", "--num_workers", "0", "--json"]
-    main([*words, "--mask_ratio", "0", "0.5"])
-    whole, half = json.loads(capsys.readouterr().out.splitlines()[-1])
-    AcceleratorState._reset_state(reset_partial_state=True)
-    small, config = tiny_embedder(embedder.tokenizer.name_or_path, batch_size=8).at(16), embedder.model.config
-    tasks = build_tasks([{"kind": "zero_shot", "data": str(shards)}])
-    for line, mask in ((whole, ImageMask()), (half, ImageMask(0.5))):
-        expected = as_metrics(evaluate_tasks(masked_embedder(small, mask), tasks))
-        assert {name: line[name] for name in expected} == pytest.approx(expected)
-        flops = forward_flops(config, mask.ratio, image_size=16).modules
-        assert line["encoder_gflops"] == (flops["vision_model"] + flops["image_projection"]) / 1e9
 
 
 def test_a_run_evaluates_at_the_size_of_its_last_stage(recipe: dict, shards: Path, tmp_path: Path) -> None:

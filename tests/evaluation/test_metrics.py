@@ -77,13 +77,6 @@ def test_recall_of_three_tenths_is_reached_by_three_of_ten() -> None:
     assert found.value == pytest.approx((4 + 7 * 10 / 21) / 11, abs=1e-12)
 
 
-def test_precision_may_rise_again() -> None:
-    # wrong, right, right: precisions 1/2 and 2/3; the highest at that recall or more is 2/3 everywhere.
-    scores, right = np.array([[3.0], [2.0], [1.0]]), np.array([[0], [1], [1]], bool)
-    assert mean_average_precision(scores, right, True).value == pytest.approx(2 / 3, abs=1e-12)
-    assert mean_average_precision(scores, right, False).value == pytest.approx((1 / 2 + 2 / 3) / 2, abs=1e-12)
-
-
 def test_a_class_without_positives_counts_as_0() -> None:
     scores, right = np.array([[2.0, 2.0], [1.0, 1.0]]), np.array([[0, 0], [1, 0]], bool)
     for interpolated in (False, True):

@@ -3,7 +3,6 @@
 import json
 import shutil
 import tarfile
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -13,16 +12,14 @@ import processes
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import TOWER, add_member, flipscale, metrics, pretrain, write_shards
+from conftest import TOWER, add_member, flipscale, write_shards
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression, RidgeClassifier
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoTokenizer
 
 from flipscale.data.decode import DRAWS_PER_CROP, decode_box
 from flipscale.data.randomness import keyed_uniform
 from flipscale.data.sources.tar import TarSource
-from flipscale.evaluation.baselines import hog_features, plain_embedder
 from flipscale.evaluation.embedding import ChosenRows, Embedder
 from flipscale.evaluation.kinds.few_shot import CONSTANT, L2, FewShot, ridge
 from flipscale.evaluation.kinds.probe import (
@@ -40,7 +37,7 @@ from flipscale.evaluation.kinds.probe import (
 )
 from flipscale.evaluation.metrics import mean_per_class
 from flipscale.evaluation.reports.record import read_lines
-from flipscale.evaluation.results import Result, read_results
+from flipscale.evaluation.results import Result
 from flipscale.evaluation.suite import build_tasks
 from flipscale.hub.card import results_table
 from flipscale.hub.loading import open_embedder
@@ -111,7 +108,9 @@ def test_two_classes_and_a_class_without_images() -> None:
     assert classifier.bias.isinf().tolist() == [False, True, True, False, True]
 
 
-def test_search_tries_clips_penalties() -> None:
+def test_search_and_rates_are_clips_and_the_papers() -> None:
+    rates = [LarsRecipe().rate(epoch) for epoch in (0, 5, 10, 50, 90)]
+    assert rates == pytest.approx([0, 0.32, 0.64, 0.32, 0])
     assert (len(PENALTIES), PENALTIES[0], PENALTIES[-1]) == (97, pytest.approx(1e-6), pytest.approx(1e2))
     tried: list[int] = []
 
@@ -151,11 +150,6 @@ def test_lars_by_hand() -> None:
         lars.step([torch.tensor([of_matrix]).double(), torch.tensor([of_vector]).double()], rate)
         assert matrix[0].tolist() == pytest.approx(matrix_after, abs=1e-12)
         assert vector.item() == pytest.approx(vector_after, abs=1e-12)
-
-
-def test_rate_is_the_papers() -> None:
-    rates = [LarsRecipe().rate(epoch) for epoch in (0, 5, 10, 50, 90)]
-    assert rates == pytest.approx([0, 0.32, 0.64, 0.32, 0])
 
 
 @pytest.mark.parametrize("batch_norm", [False, True])
@@ -300,25 +294,6 @@ def test_probes_do_not_depend_on_the_number_of_processes(
     assert lars["loss"] < np.log(16), "it learned nothing"
 
 
-def test_few_shots_of_all_images_are_scikit_learns_ridge(embedder: Embedder, train: Path, shards: Path) -> None:
-    listed = {"kind": "few_shot", "data": str(shards), "train": str(train), "shots": [2, 500], "seeds": [0, 1, 2]}
-    (task,) = build_tasks([listed])
-    few, every = task.evaluate(embedder)
-    (inputs, labels), (asked, right) = (known(embedder, folder) for folder in (train, shards))
-    mean, deviation = inputs.mean(axis=0), inputs.std(axis=0) + 1e-5
-
-    def scaled(rows: np.ndarray) -> np.ndarray:
-        return np.hstack([(rows - mean) / deviation, np.full((len(rows), 1), CONSTANT)])
-
-    theirs = RidgeClassifier(alpha=L2, fit_intercept=False).fit(scaled(inputs), labels)
-    assert every.value == pytest.approx(100 * theirs.score(scaled(asked), right), abs=1e-9)
-    assert (every.name, every.shown, every.headline) == ("few_shot/500_shot", "500-shot top-1", True)
-    assert (few.name, few.headline, few.chance) == ("few_shot/2_shot", False, 100 / 16)
-    assert few.low < few.value < few.high
-    # The three draws of all images are equal, so the interval is that of the test images.
-    assert every.high - every.low < few.high - few.low or few.value < every.value
-
-
 def test_draws_take_shots_of_each_class_and_fewer_shots_are_among_more(
     embedder: Embedder, train: Path, shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -351,16 +326,6 @@ def test_crops_are_those_of_seed_epoch_and_row(train: Path, embedder: Embedder) 
         assert not np.array_equal(pixels[one][0], pixels[other][0])
     chosen = embedder.images(ChosenRows(source, order))
     assert torch.allclose(chosen, embedder.images(source)[torch.from_numpy(order)], atol=1e-6)
-
-
-def test_plain_features(train: Path) -> None:
-    source, accelerator = TarSource(str(train)), Accelerator(cpu=True)
-    image = decode_box(source.read(0, 0).image, None, 64, (1.0, 1.0))
-    hog = plain_embedder("hog", accelerator).images(source, "pooled")
-    assert np.allclose(hog[0], hog_features(image[None])[0], atol=1e-6)
-    pixels = plain_embedder("pixels", accelerator)
-    assert pixels.images(source, "pooled").shape == (216, 768)
-    assert pixels.gives == ("features",)
 
 
 def test_evaluate_probes_models_and_baselines(
@@ -470,23 +435,3 @@ def test_a_model_that_is_not_there(embedder: Embedder, tmp_path: Path) -> None:
 def test_fields_that_cannot_be(fields: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build_tasks([{"kind": "probe", "data": "set", **fields}])
-
-
-def test_few_shots_follow_a_run(write_recipe: Callable[..., Path], train: Path, shards: Path, tmp_path: Path) -> None:
-    """The curve is in metrics.jsonl and TensorBoard, the last figures with intervals in results.jsonl."""
-    task = {"kind": "few_shot", "data": str(shards), "train": str(train), "shots": [1, 5]}
-    changes = {
-        "eval": {"every_samples": 320, "tasks": [task]},
-        "log": {"every_samples": 160, "report_to": ["tensorboard"]},
-    }
-    done = pretrain(write_recipe(tmp_path / "run", **changes))
-    assert done.returncode == 0, done.stderr
-    curve = [record for record in metrics(tmp_path / "run") if "few_shot/5_shot" in record]
-    assert [record["samples_seen"] for record in curve] == [320, 640]
-    assert all(0 < record["few_shot/1_shot"] <= 100 for record in curve)
-    folder = next((tmp_path / "run/tensorboard").rglob("events*")).parent
-    shown = EventAccumulator(str(folder)).Reload().Scalars("few_shot/5_shot")
-    assert [point.value for point in shown] == pytest.approx([record["few_shot/5_shot"] for record in curve])
-    last = read_results(tmp_path / "run")[-1].result
-    assert (last.metric, last.value) == ("5_shot", curve[-1]["few_shot/5_shot"])
-    assert last.low < last.value < last.high
