@@ -1,4 +1,4 @@
-"""Load a model folder or Hub name, or another program's model, with one clear error if that fails."""
+"""Load a model from a folder, the Hub or another program, with one clear error."""
 
 import logging
 from collections.abc import Callable
@@ -35,9 +35,9 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-# What models without a text tower are evaluated by.
+# Tasks of models without a text tower, for `flipscale evaluate --task`.
 _TASKS: dict[type, str] = {FlipForImageClassification: "classification", FlipForConditionalGeneration: "captioning"}
-# Models that are not ours, by what their names begin with.
+# Embedders of other programs' models, by the prefix of their names.
 OTHERS: dict[str, Callable[..., Embedder]] = {
     OPEN_CLIP: open_clip_embedder,
     TRANSFORMERS: transformers_embedder,
@@ -46,44 +46,53 @@ OTHERS: dict[str, Callable[..., Embedder]] = {
 
 
 def load_flip(name: str) -> tuple[FlipModel, PreTrainedTokenizerBase]:
-    """Return the model, in evaluation mode, and the tokenizer of a model folder or Hub name, as `load_model` does.
+    """Return the model, in evaluation mode, and the tokenizer of a model folder or Hub name.
 
     Raises:
-        ValueError: it is missing, incomplete, of a newer version or saved only as a pickle, its weights do not fit its
-            config or are not finite, it has no tokenizer that fits, or it has no text tower.
+        UserError: as `load_model`, the tokenizer is missing or does not fit, or the model has no text tower.
         OSError: the Hub cannot be reached.
     """
     folder, model = load_model(name)
     if not isinstance(model, FlipModel):
         raise UserError(
-            f"model {name!r} is a {type(model).__name__}, which has no text tower; `flipscale evaluate` takes it, with "
+            f"model {name!r} is a {type(model).__name__}, which has no text tower; use `flipscale evaluate` with "
             f"--task '{{kind: {_TASKS[type(model)]}, data: TEST_SET}}'"
         )
     return model, _tokenizer_of(folder, name, model.config)
 
 
+def load_with_tokenizer(name: str) -> tuple[FlipPreTrainedModel, PreTrainedTokenizerBase | None]:
+    """Return a model and its tokenizer, which is None for a classifier.
+
+    Raises:
+        UserError: as `load_model`, or the tokenizer is missing or does not fit.
+        OSError: the Hub cannot be reached.
+    """
+    folder, model = load_model(name)
+    return model, None if isinstance(model, FlipForImageClassification) else _tokenizer_of(folder, name, model.config)
+
+
 def _tokenizer_of(folder: Path, name: str, config: FlipConfig) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False)
-    except Exception as error:  # the tokenizers library raises any
+    except Exception as error:  # the tokenizers library raises Exception itself for damaged files
         raise UserError(
             f"model {name!r} has no tokenizer that can be read ({_first_line(error)}); it needs tokenizer.json and "
-            "tokenizer_config.json: copy those it was trained with, or export it again"
+            "tokenizer_config.json: copy those of its training, or export it again"
         ) from error
     check_tokenizer(tokenizer, config.caption_config)
     return tokenizer
 
 
 def load_model(name: str) -> tuple[Path, FlipPreTrainedModel]:
-    """Return the folder of a model, a model folder or Hub name, and the model in evaluation mode: a `FlipModel`, with a
-    decoder where it has learned captions too, a captioner without text tower, or the classifier of a fine-tuning.
+    """Return the folder and the model, in evaluation mode, of a model folder or Hub name.
 
-    Nothing is unpickled, and none of the folder's code is run. Of its configuration only the fields are read that say
-    what the model is.
+    The model is a `FlipModel` (with a decoder if it writes captions too), a captioner or a classifier. Nothing is
+    unpickled, and no code of the folder runs. Only the model's own fields of the configuration are read.
 
     Raises:
-        ValueError: it is missing, incomplete, of a newer version or saved only as a pickle, or its weights do not fit
-            its config or are not finite.
+        UserError: the folder is missing, incomplete, of a newer version or has only a pickle, or its weights are not
+            finite or do not fit the configuration.
         OSError: the Hub cannot be reached.
     """
     kind: type[FlipPreTrainedModel] = FlipModel
@@ -98,7 +107,7 @@ def load_model(name: str) -> tuple[Path, FlipPreTrainedModel]:
             kind = FlipForQuestionAnswering
         elif config.decoder_config is not None:
             kind = FlipForConditionalGeneration if config.text_config is None else CaptioningFlipModel
-        _refuse_other_weights(config, {n: entry for file in files for n, entry in read_header(file).items()}, kind)
+        _check_shapes(config, {n: entry for file in files for n, entry in read_header(file).items()}, kind)
         weights = {n: weight for file in files for n, weight in load_file(file).items()}
         for weight_name, weight in weights.items():
             check_weight(weight_name, weight)
@@ -109,52 +118,49 @@ def load_model(name: str) -> tuple[Path, FlipPreTrainedModel]:
 
 
 def _class_names(content: dict[str, Any]) -> dict[int, str]:
-    """Return the names of a classifier's classes, by their numbers.
-
-    Raises:
-        ValueError: the config has no such names.
-    """
+    """Return the names of a classifier's classes by index."""
     names = content.get("id2label")
-    if not isinstance(names, dict) or set(names) != {str(number) for number in range(len(names))}:
-        raise UserError("its config.json has no id2label that counts its classes from 0; export it again")
-    return {number: str(names[str(number)]) for number in range(len(names))}
+    if not isinstance(names, dict) or set(names) != {str(index) for index in range(len(names))}:
+        raise UserError("id2label in its config.json does not count classes from 0; export it again")
+    return {index: str(names[str(index)]) for index in range(len(names))}
 
 
-def _refuse_other_weights(config: FlipConfig, stored: Header, kind: type[FlipPreTrainedModel]) -> None:
-    """Raise if weights are not those of a configuration, before any of them is in memory.
-
-    Raises:
-        ValueError: weights are missing, too many or of another shape.
-    """
+def _check_shapes(config: FlipConfig, stored: Header, kind: type[FlipPreTrainedModel]) -> None:
+    """Raise UserError if weights are missing, unexpected or of another shape, before any is in memory."""
     expected = {name: list(weight.shape) for name, weight in model_without_storage(config, kind).state_dict().items()}
-    for what, names in (
+    for fault, names in (
         ("missing", expected.keys() - stored.keys()),
         ("unexpected", stored.keys() - expected.keys()),
         ("misshapen", {name for name in expected.keys() & stored.keys() if expected[name] != stored[name]["shape"]}),
     ):
         if names:
             name = min(names)
-            about = f" of shape {stored[name]['shape']}, not {expected[name]}" if what == "misshapen" else ""
+            shapes = f" of shape {stored[name]['shape']}, not {expected[name]}" if fault == "misshapen" else ""
             raise UserError(
-                f"the weights are not those of its config: {len(names)} {what} keys, such as {name}{about}; download "
-                "or export it again"
+                f"the weights do not fit its config: {len(names)} {fault} keys, such as {name}{shapes}; download or "
+                "export it again"
             )
 
 
 def open_embedder(name: str, accelerator: "Accelerator", batch_size: int = 256, num_workers: int = 0) -> Embedder:
-    """Return the embedder of a model: a folder or Hub name of ours, `open_clip:NAME,PRETRAINED`, or `hf:NAME`; or, to
-    compare with, of `pixels`, `hog` or `untrained:FOLDER`, which has random weights. It has embedded a text and an
-    image.
+    """Return the embedder of a model, after a trial with a text and an image.
+
+    Args:
+        name: model folder or Hub name of ours, `open_clip:NAME,PRETRAINED`, `hf:NAME`, or a baseline: `pixels`, `hog`
+            or `untrained:FOLDER` (random weights).
+        accelerator: accelerator that holds the model.
+        batch_size: images in a batch.
+        num_workers: workers of the loader.
 
     Raises:
-        ValueError: it cannot be loaded, or does not embed.
+        UserError: the model cannot be loaded, or does not embed.
         OSError: the Hub cannot be reached.
     """
     if name in PLAIN:
         return plain_embedder(name, accelerator, batch_size, num_workers)
-    for prefix, other in OTHERS.items():
+    for prefix, open_other in OTHERS.items():
         if name.startswith(prefix):
-            embedder = other(name.removeprefix(prefix), accelerator, batch_size, num_workers)
+            embedder = open_other(name.removeprefix(prefix), accelerator, batch_size, num_workers)
             try:
                 for weight_name, weight in embedder.model.named_parameters():
                     check_weight(weight_name, weight)
@@ -167,29 +173,43 @@ def open_embedder(name: str, accelerator: "Accelerator", batch_size: int = 256, 
     return _tried(kind(model.to(accelerator.device), tokenizer, accelerator, batch_size, num_workers, name=name))
 
 
-def load_with_tokenizer(name: str) -> tuple[FlipPreTrainedModel, PreTrainedTokenizerBase | None]:
-    """Return a model with its tokenizer, or a classifier without one, as `load_flip` and `load_model`."""
-    folder, model = load_model(name)
-    return model, None if isinstance(model, FlipForImageClassification) else _tokenizer_of(folder, name, model.config)
+def _tried(embedder: Embedder) -> Embedder:
+    """Return the embedder after it has embedded a text and an image.
+
+    Raises:
+        UserError: it fails, or its embeddings are not finite.
+    """
+    device = embedder.accelerator.device
+    try:
+        with torch.no_grad(), embedder.accelerator.autocast():
+            embeds = {"an image": embedder.image_features(**dummy_batch(embedder.decoder()).to(device))}
+            if embedder.tokenizer is not None and "texts" in embedder.gives:
+                embeds["a text"] = embedder.text_features(embedder.tokens(["a photo"]).to(device))
+    except Exception as error:  # other programs' tokenizers, processors and models raise any exception
+        raise UserError(f"model {embedder.name!r} cannot embed ({_first_line(error)}); download it again") from error
+    for kind, features in embeds.items():
+        if not features.isfinite().all():
+            raise UserError(f"model {embedder.name!r} embeds {kind} as NaN or infinite numbers; use another model")
+    return embedder
 
 
 class OpenModels:
-    """The models of a command, opened one after the other. One that cannot be opened leaves the others their results.
+    """Opens the models of a command in turn. A model that cannot be opened does not end the others.
 
     Args:
-        asked: how many there are.
-        open_one: what opens one of them, by its name.
+        asked: number of models.
+        open_one: function that opens a model by its name.
     """
 
     def __init__(self, asked: int, open_one: Callable[[str], Embedder]):
         self._asked, self._open_one = asked, open_one
-        self._faults: list[ValueError | OSError] = []
+        self._faults: list[UserError | OSError] = []
 
     def open(self, name: str) -> Embedder | None:
-        """Collective. Return the embedder of a model, None on every process if any cannot open it.
+        """Collective. Return the embedder of a model, or None on every process if any process cannot open it.
 
         Raises:
-            ValueError, OSError: it cannot be opened, and is the only model.
+            UserError, OSError: the only model cannot be opened.
         """
         from accelerate.utils import gather_object
 
@@ -203,43 +223,17 @@ class OpenModels:
         faults = gather_object(faults)
         if not faults:
             return embedder
-        is_os_error, told = faults[0]
-        self._faults.append(OSError(told) if is_os_error else UserError(told))
-        _log.warning("%s; the other models are evaluated", told)
+        is_os_error, message = faults[0]
+        self._faults.append(OSError(message) if is_os_error else UserError(message))
+        _log.warning("%s; the other models are evaluated", message)
         return None
 
     def raise_faults(self) -> None:
-        """Raise if a model could not be opened, once the others are done.
-
-        Raises:
-            ValueError, OSError: as the first one's.
-        """
+        """Raise an error like the first fault, after the other models are done."""
         if self._faults:
-            told = "; ".join(map(str, self._faults))
+            messages = "; ".join(map(str, self._faults))
             kind = type(self._faults[0])
-            raise kind(f"{len(self._faults)} of {self._asked} models were not evaluated: {told}")
-
-
-def _tried(embedder: Embedder) -> Embedder:
-    """Return the embedder, once it has embedded a text and an image.
-
-    Raises:
-        ValueError: it cannot, or what it gives are no numbers.
-    """
-    try:
-        with torch.no_grad(), embedder.accelerator.autocast():
-            found = {
-                "an image": embedder.image_features(**dummy_batch(embedder.decoder()).to(embedder.accelerator.device))
-            }
-            if embedder.tokenizer is not None and "texts" in embedder.gives:
-                tokens = embedder.tokens(["a photo"]).to(embedder.accelerator.device)
-                found["a text"] = embedder.text_features(tokens)
-    except Exception as error:  # its tokenizer, its processor or its model: any
-        raise UserError(f"model {embedder.name!r} cannot embed ({_first_line(error)}); download it again") from error
-    for what, features in found.items():
-        if not features.isfinite().all():
-            raise UserError(f"model {embedder.name!r} embeds {what} as numbers that are NaN or infinite; use another")
-    return embedder
+            raise kind(f"{len(self._faults)} of {self._asked} models were not evaluated: {messages}")
 
 
 def _first_line(error: Exception) -> str:
