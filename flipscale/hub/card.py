@@ -433,8 +433,11 @@ def _table(rows: dict[tuple[str, ...], list[str]]) -> str:
 
 
 def _test(line: Line) -> str:
-    """Return a test's name in the card: the title of its page and the number of prompts, or the kind and the data; then
-    its options, and the mask on its images."""
+    """Return a test's name in the card.
+
+    It has the title of the test's page and the number of prompts, or else the kind and the data. Options and the mask
+    follow.
+    """
     result, about = line.result, line.about
     prompts = about.get("prompts")
     test = about.get("title") or _task_name(result)
@@ -461,7 +464,7 @@ def _task_name(result: Result) -> str:
 
 
 def derived_card(src: str, name: str, library: str, text: str) -> str:
-    """Return the card of a converted model as Markdown. The licence is copied from the card of `src`, if it has one.
+    """Return the card of a converted model as Markdown. The licence is that of the card of `src`.
 
     Args:
         src: model folder or Hub name of the original.

@@ -107,8 +107,7 @@ def build_flip_model(
         text_heads: attention heads of the text tower.
 
     Raises:
-        UserError: the heads are missing, given twice or do not divide the width, the arrays do not fit the model, or
-            the image positions are not the fixed sine-cosine table.
+        UserError: the heads, the arrays or the image positions do not fit a FLIP model.
     """
     heads = _heads(size, image_heads, text_heads)
     config = _config(arrays, 1, 1)
@@ -142,7 +141,7 @@ def convert_flip_checkpoint(
     other arguments are those of `open_flip_checkpoint` and `build_flip_model`.
 
     Raises:
-        UserError: as `open_flip_checkpoint`, `build_flip_model` and `build_processor`.
+        UserError: see `open_flip_checkpoint`, `build_flip_model` and `build_processor`.
     """
     _heads(size, image_heads, text_heads)  # raises early, before the checkpoint is read
     model = build_flip_model(open_flip_checkpoint(src), size, image_heads, text_heads)

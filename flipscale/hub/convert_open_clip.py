@@ -5,7 +5,7 @@ open_clip lacks four features of our towers. Changed weights replace each:
 - Bias of the patch convolution: added to the positions.
 - Mean over all tokens, class token included: one more block (`_averaging_block`).
 - ReLU: GELU of the input times 2**32, with the output divided by 2**32 (`_gain`).
-- Mask of padding: a tower of twice the width holds every channel twice, so that its norms stay the same. The two halves
+- Mask of padding: a tower of twice the width. Every channel is there twice, so the norms stay the same. The two halves
   of padding differ, and queries use the difference to skip it (`_skip_padding`). An average also needs the wide tower
   if its embedding has no spare channel.
 """

@@ -110,8 +110,8 @@ def by_channel(value: float | list[float], num_channels: int) -> list[float]:
 def export_model(model: FlipModel, processor: FlipProcessor | None, out_dir: Path | str) -> Path:
     """Write configuration, weights (safetensors), processor and the code of `flipscale.model` to the folder `out_dir`.
 
-    fp32 weights are written twice: in fp32, which loads by default, and in half the bytes for
-    `from_pretrained(..., variant="bf16", dtype=torch.bfloat16)`.
+    fp32 weights are written twice. `from_pretrained` loads fp32 by default, and half the bytes with `variant="bf16",
+    dtype=torch.bfloat16`.
 
     Without flipscale, the folder loads by `AutoModel`, `AutoProcessor` and `pipeline("zero-shot-image-classification")`
     with `trust_remote_code=True`; sentence-transformers loads it too. It is written under another name and renamed, so

@@ -49,7 +49,7 @@ def load_flip(name: str) -> tuple[FlipModel, PreTrainedTokenizerBase]:
     """Return the model, in evaluation mode, and the tokenizer of a model folder or Hub name.
 
     Raises:
-        UserError: as `load_model`, the tokenizer is missing or does not fit, or the model has no text tower.
+        UserError: see `load_model`; or the tokenizer does not fit, or the model has no text tower.
         OSError: the Hub cannot be reached.
     """
     folder, model = load_model(name)
@@ -65,7 +65,7 @@ def load_with_tokenizer(name: str) -> tuple[FlipPreTrainedModel, PreTrainedToken
     """Return a model and its tokenizer, which is None for a classifier.
 
     Raises:
-        UserError: as `load_model`, or the tokenizer is missing or does not fit.
+        UserError: see `load_model`; or the tokenizer does not fit.
         OSError: the Hub cannot be reached.
     """
     folder, model = load_model(name)

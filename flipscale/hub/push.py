@@ -164,7 +164,7 @@ def push_folder(folder: Path, target: Target, message: str, waits: Sequence[floa
     out; one log line names them.
 
     Raises:
-        UserError: as `open_repo`, the folder is not a complete model, or the Hub refuses the card.
+        UserError: see `open_repo`; or the folder is not a complete model, or the Hub refuses the card.
         OSError: the Hub cannot be reached, or every try failed.
     """
     check_to_push(folder)

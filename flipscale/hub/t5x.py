@@ -239,7 +239,7 @@ def _leaves(node: Any, path: tuple[str, ...]) -> Iterator[tuple[str, str]]:
         for key, child in node.items():
             yield from _leaves(child, (*path, key))
         return
-    # Before tensorstore 0.1.14 the path stood beside `kvstore`.
+    # Before tensorstore 0.1.14 the path was a sibling of `kvstore`.
     stored = node.get("path") or node.get("kvstore", {}).get("path")
     if not stored:
         raise UserError(f"parameter {name} has no path in the checkpoint's index")

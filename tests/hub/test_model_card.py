@@ -75,7 +75,7 @@ def card_of(run_dir: Path, step: int | None = None) -> str:
     return (run_dir / "model" / "README.md").read_text()
 
 
-def test_it_says_what_the_run_recorded(run_dir: Path) -> None:
+def test_facts_of_the_run(run_dir: Path) -> None:
     card = card_of(run_dir)
     for line in (
         "# flip-l16",
@@ -104,7 +104,7 @@ def test_it_says_what_the_run_recorded(run_dir: Path) -> None:
     assert str(run_dir) not in card
 
 
-def test_energy_that_is_not_of_all_starts_emits_nothing_known(run_dir: Path) -> None:
+def test_partial_energy(run_dir: Path) -> None:
     write_energy(run_dir, [{**ENERGY[1], "failed": True}])
     card = card_of(run_dir)
     assert "| energy | 31.38 kWh, measured: GPUs and processors, in 1 of 2 starts, 1 of them not to the end |" in card
@@ -121,7 +121,7 @@ def test_every_number_is_traced(run_dir: Path) -> None:
         assert len(untraced_numbers(card.replace(number, wrong), run_dir)) == 1
 
 
-def test_what_is_not_known_is_not_said(run_dir: Path) -> None:
+def test_unknown_facts_are_left_out(run_dir: Path) -> None:
     recipe = yaml.safe_load((run_dir / "recipe.yaml").read_text())
     recipe.update(hub={}, cost={}, eval={})
     (run_dir / "recipe.yaml").write_text(yaml.safe_dump(recipe))
@@ -130,18 +130,9 @@ def test_what_is_not_known_is_not_said(run_dir: Path) -> None:
     (run_dir / "energy.jsonl").unlink()
     write_records(run_dir, [{"step": 11, "samples_seen": 176, "trained_seconds": 432.5, "loss": 7.125}])
     card = card_of(run_dir, step=11)
-    for absent in (
-        "kWh",
-        "CO2",
-        "dollars",
-        "hardware",
-        "parameters;",
-        "pairs in it",
-        "figures/",
-        "model-index",
-        "license",
-    ):
+    for absent in ["kWh", "CO2", "dollars", "hardware", "parameters;", "figures/", "model-index", "license"]:
         assert absent not in card, absent
+    assert "pairs in it" not in card
     assert "None" not in card
     assert "## Results\n\nNot evaluated.\n" in card
     assert "stated no licence." in card
@@ -151,7 +142,7 @@ def test_what_is_not_known_is_not_said(run_dir: Path) -> None:
 
 
 @pytest.mark.usefixtures("logged_in")
-def test_the_hub_s_own_reader_takes_it(run_dir: Path) -> None:
+def test_the_hub_reads_it(run_dir: Path) -> None:
     card_of(run_dir)
     card = ModelCard.load(run_dir / "model" / "README.md")
     card.validate()
@@ -178,7 +169,7 @@ RESULTS = [
 ]  # fmt: skip
 
 
-def test_result_lines_have_intervals_and_need_no_table_of_the_card(run_dir: Path) -> None:
+def test_result_lines(run_dir: Path) -> None:
     for record in RECORDS[:2]:
         append_results(run_dir, RESULTS, record["step"], record["samples_seen"], record["trained_seconds"])
     write_records(run_dir, [*RECORDS[:2], {**RECORDS[1], **as_metrics(RESULTS)}])
@@ -204,14 +195,12 @@ def test_result_lines_have_intervals_and_need_no_table_of_the_card(run_dir: Path
     ]
 
 
-def test_a_checkpoint_s_card_ends_at_its_step(run_dir: Path) -> None:
+def test_a_checkpoint_s_card(run_dir: Path) -> None:
     card = card_of(run_dir, step=11)
-    assert "| pairs seen | 176 |" in card
-    assert "Not evaluated." in card
-    assert "This is step 11 of 40." in card
+    assert all(text in card for text in ("| pairs seen | 176 |", "Not evaluated.", "This is step 11 of 40."))
 
 
-def test_a_mixture_s_card_names_its_sources_and_no_places(run_dir: Path) -> None:
+def test_sources_of_a_mixture(run_dir: Path) -> None:
     sources = [
         {"shards": "s3://key:word@bucket/laion2b/{00000..41407}.tar", "weight": 0.75},
         {"dataset": "/mnt/private/cc12m", "image_column": "jpg", "caption_columns": ["alt", "title"], "weight": 0.25},
@@ -248,12 +237,12 @@ def write(path: Path, content: dict) -> str:
     ("https://h/cc12m/{0..9}.tar?sig=secret", "cc12m"), ("https://me:word@h/{0..9}.tar", "h"),
     ("*.tar", "*.tar"), ("/x/imagenet1k_val/", "imagenet1k_val"), ("train", "train"),
 ])  # fmt: skip
-def test_data_are_named_not_located(shards: str, name: str) -> None:
+def test_names_of_data(shards: str, name: str) -> None:
     assert data_name(shards) == name
 
 
 @pytest.mark.usefixtures("logged_in")
-def test_it_has_what_flipscale_evaluate_found_in_the_folder(run_dir: Path) -> None:
+def test_results_of_flipscale_evaluate(run_dir: Path) -> None:
     weights = {"b": torch.ones(3), "a": torch.zeros(2, 2, dtype=torch.bfloat16)}
     save_file(weights, run_dir / "model/model.safetensors")
     save_file({"a": torch.ones(1)}, run_dir / "model/model.bf16.safetensors")
@@ -313,7 +302,7 @@ def name_audit(run_dir: Path, audit: dict) -> None:
     (run_dir / "recipe.yaml").write_text(yaml.safe_dump(recipe))
 
 
-def test_it_says_what_the_audit_of_the_data_found(run_dir: Path) -> None:
+def test_audit(run_dir: Path) -> None:
     name_audit(run_dir, audit_of(ENVIRONMENT["data_samples"]))
     card = card_of(run_dir)
     assert "## What is in the training data" in card
@@ -331,7 +320,7 @@ def test_it_says_what_the_audit_of_the_data_found(run_dir: Path) -> None:
     assert str(run_dir) not in card
 
 
-def test_an_audit_of_other_data_is_left_out(run_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_other_audits(run_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
     name_audit(run_dir, audit_of(17))
     assert "## What is in the training data" not in card_of(run_dir)
     assert "hub.audit has 17 samples and the training data 407,332,084" in caplog.text
@@ -342,6 +331,6 @@ def test_an_audit_of_other_data_is_left_out(run_dir: Path, caplog: pytest.LogCap
     check_audit(None)
 
 
-def test_a_mean_over_nothing_is_none_of_the_hub_s_results() -> None:
+def test_nan_is_no_result() -> None:
     lines = [Line(Result(str(v), "zero_shot", "top1", v, made_by={"data": str(v)}), {}) for v in (50.0, float("nan"))]
     assert [entry.metric_value for entry in model_index(lines)] == [50.0]
