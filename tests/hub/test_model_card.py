@@ -32,8 +32,8 @@ ENVIRONMENT = {
     "data_samples": 407_332_084,
 }
 STARTS = [
-    {"step": 0, "trained_seconds": 0.0, "num_processes": 48, "device": "NVIDIA H100 80GB HBM3"},
-    {"step": 11, "trained_seconds": 4321.5, "num_processes": 32, "device": "NVIDIA H100 80GB HBM3"},
+    {"step": 0, "time": 1.7e9, "trained_seconds": 0.0, "num_processes": 48, "device": "NVIDIA H100 80GB HBM3"},
+    {"step": 11, "time": 1.8e9, "trained_seconds": 4321.5, "num_processes": 32, "device": "NVIDIA H100 80GB HBM3"},
 ]
 # The first start went on until step 17; what it did after step 11 was lost, and its energy spent.
 ENERGY = [
