@@ -10,7 +10,6 @@ from PIL import Image
 from flipscale.data.decode import (
     CROP_TRIES,
     DRAWS_PER_CROP,
-    Crop,
     centre_box,
     decode_box,
     decode_crop,
@@ -109,10 +108,3 @@ def test_small_crops_wait_to_be_resized_and_large_ones_do_not() -> None:
             crop = decode_crop(data, draws, 32, (0.5, 1.0))
             assert (crop.pixels.shape != (32, 32, 3)) == waits
             assert (crop.fitted(32) == decode_box(data, draws, 32, (0.5, 1.0))).all()
-
-
-def test_a_crop_of_the_right_size_is_left_as_it_is() -> None:
-    picture = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
-    assert (resize(picture, 32) == picture).all()
-    assert (Crop(picture, False).fitted(32) == picture).all()
-    assert (Crop(picture, True).fitted(32) == picture[:, ::-1]).all()

@@ -151,20 +151,6 @@ def test_closing_does_not_wait_for_a_disk(monkeypatch: pytest.MonkeyPatch) -> No
     assert device.count() == 0
 
 
-def test_an_error_of_the_computing_thread_closes_it_too() -> None:
-    source = Source(6)
-
-    def train() -> None:
-        for step, _ in enumerate(prefetch(source.batches(), Device())):
-            if step == 2:
-                raise ZeroDivisionError
-
-    with pytest.raises(ZeroDivisionError):
-        train()
-    gc.collect()
-    assert source.closed.wait(30)
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 def test_batches_arrive_whole_on_a_gpu() -> None:

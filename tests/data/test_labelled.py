@@ -93,11 +93,6 @@ def test_the_draws_are_those_of_the_papers() -> None:
         assert pair.share == pytest.approx(pair.other.mean() / 255, abs=0.003)
 
 
-def test_words_that_timm_does_not_know() -> None:
-    with pytest.raises(ValueError, match=r"data\.augment\.rand_augment is 'trivial-m9', which timm does not know"):
-        Augment(AugmentRecipe("trivial-m9"), 0, 32)
-
-
 def test_timm_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "timm.data", None)
     with pytest.raises(ValueError, match=r"cutmix_alpha is 1\.0, which needs timm.*; pip inst"):

@@ -1,6 +1,9 @@
 """Batches are a pure function of (recipe, step), and hold what the model can take."""
 
 import os
+import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +12,9 @@ import torch
 from conftest import write_shards
 from transformers import AutoTokenizer
 
+from flipscale.data import loader
 from flipscale.data.decode import DRAWS_PER_CROP, decode_box, visible_patches
-from flipscale.data.loader import StepSampler, build_loader
+from flipscale.data.loader import PackedBatch, StepSampler, build_loader, check_shared_memory, shared_buffer
 from flipscale.data.pairs import InputShape, PairDataset
 from flipscale.data.randomness import keyed_uniform
 from flipscale.data.recipe import DataRecipe
@@ -93,15 +97,6 @@ def test_lanes_give_the_same_batches_however_many_read_them(
         assert_equal(whole[first_step:], batches(data, world_size, first_step))
 
 
-def test_an_epoch_reads_every_sample_once(shards: Path, tokenizer_dir: Path) -> None:
-    data = dataset(shards, tokenizer_dir, 0.75)
-    read: list[tuple[int, int]] = []
-    data.source.read = lambda *where: (read.append(where), TarSource.read(data.source, *where))[1]
-    for rank in range(3):
-        list(build_loader(data, 0, 4, rank, 3, pin_memory=False))
-    assert sorted(read) == [(shard, n) for shard, size in enumerate(data.source.shard_sizes) for n in range(size)]
-
-
 def test_what_a_batch_costs_to_read(tmp_path: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One read a sample, and as many open files as a block has shards."""
     write_shards(tmp_path, [12] * 8)
@@ -148,24 +143,6 @@ def test_patches_equal_pixel_values(shards: Path, tokenizer_dir: Path) -> None:
     assert (sent - whole).abs().max() < 1e-6
 
 
-def test_unmasked_batches_have_every_patch(shards: Path, tokenizer_dir: Path) -> None:
-    batch = dataset(shards, tokenizer_dir, 0.0).__getitems__([0, 1])
-    assert "patch_index" not in batch
-    assert batch["patches"].shape == (2, 16, 3 * 64)
-
-
-def test_captions_are_cut_and_padded_to_the_model(shards: Path, tokenizer_dir: Path) -> None:
-    batch = dataset(shards, tokenizer_dir, 0.0).__getitems__(list(range(24)))
-    assert batch["input_ids"].shape == (24, 8)
-    assert (batch["attention_mask"].sum(dim=1) == 3).all()
-
-
-def test_steps_are_shared_out_without_gap_or_overlap() -> None:
-    parts = [list(StepSampler(2, 4, 12, rank, 3)) for rank in range(3)]
-    assert [parts[rank][0] for rank in range(3)] == [[24, 25, 26, 27], [28, 29, 30, 31], [32, 33, 34, 35]]
-    assert len(StepSampler(2, 4, 12, 0, 3)) == 2
-
-
 @pytest.mark.parametrize(("world_size", "fix"), [(48, "use 32 or 64 processes, or 65520"), (3, "use 2 or 4 processes")])
 def test_an_indivisible_batch_is_refused(world_size: int, fix: str) -> None:
     with pytest.raises(ValueError, match=f"global_batch_size 65536 is not divisible by {world_size} processes; {fix}"):
@@ -208,6 +185,48 @@ def test_images_of_a_size_of_their_own(shards: Path, tokenizer_dir: Path, mask_r
     assert SHAPE.at(None) is SHAPE
 
 
-def test_an_image_size_that_the_patch_does_not_divide() -> None:
-    with pytest.raises(ValueError, match="image_size 20 is not divisible by patch_size 8; use 16 or 24"):
-        SHAPE.at(20)
+BATCH = {
+    "pixels": torch.arange(12, dtype=torch.uint8).view(3, 4),
+    "ids": torch.ones(3, dtype=torch.int64),
+    "faults": [],
+}
+
+
+def test_shared_memory_is_taken_at_once() -> None:
+    buffer = shared_buffer(1 << 16)
+    assert buffer is not None
+    assert buffer.is_shared()
+    assert len(buffer) == 1 << 16
+
+
+def test_a_batch_without_room_goes_through_a_pipe(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(*arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(loader, "_pipe_warned", [])
+    with monkeypatch.context() as worker:
+        worker.setattr(loader.os, "posix_fallocate", full)
+        worker.setattr(torch.utils.data, "get_worker_info", lambda: "a worker's")
+        sent = pickle.dumps(PackedBatch.of(BATCH))
+    for _ in range(2):
+        received = pickle.loads(sent)
+    assert all(torch.equal(received[name], BATCH[name]) for name in ("pixels", "ids"))
+    (record,) = caplog.records
+    assert "docker run --shm-size 8g" in record.getMessage()
+
+
+def test_full_shared_memory_is_told_before_training(tmp_path: Path) -> None:
+    code = f"""
+import subprocess
+subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", "{tmp_path}"], check=True)
+from flipscale.data.loader import check_shared_memory
+check_shared_memory(0, "{tmp_path}")
+check_shared_memory(2, "{tmp_path}")
+"""
+    done = subprocess.run(["unshare", "-m", sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    if "CalledProcessError" in done.stderr or "unshare" in done.stderr:
+        pytest.skip("a file system of its own needs root")
+    assert "is full (65536 of 65536 bytes free), and loader workers need it; free it" in done.stderr
+    check_shared_memory(2)

@@ -1,11 +1,13 @@
 """The four masks of patches and the two of tokens: counts, geometry, marginals."""
 
+import numpy as np
 import pytest
 import torch
+from conftest import TOWER
 
-from flipscale.data.masks import IMAGE_MASKS, grid_cell, keep_patches, keep_tokens
+from flipscale.data.masks import branch_scales, grid_cell, keep_patches, keep_tokens
 from flipscale.data.recipe import MaskRecipe
-from flipscale.model.patches import num_kept
+from flipscale.model import FlipVisionConfig, FlipVisionModel
 
 
 def noise(batch: int, *shape: int) -> torch.Tensor:
@@ -121,11 +123,6 @@ def test_views_share_no_patch_and_each_is_such_a_mask(kind: str, views: int, rat
             assert (picture.view(-1, 8 // height, height, 8 // width, width).sum(dim=(2, 4)) == 1).all()
 
 
-def test_the_first_of_random_views_is_the_mask_of_one_view() -> None:
-    one, two = (keep_patches(noise(20, 8, 8), 0.5, "random", views) for views in (1, 2))
-    assert torch.equal(one[:, 0], two[:, 0])
-
-
 # Tokens
 
 
@@ -179,17 +176,6 @@ def test_an_impossible_mask_is_refused(arguments: tuple, message: str) -> None:
         keep_patches(noise(1, 14, 14), *arguments)
 
 
-@pytest.mark.parametrize("ratio", [0.5, 0.75, 0.8571, 0.9285])
-def test_the_ratios_that_the_refusal_names_exist(ratio: float) -> None:
-    assert keep_patches(noise(1, 14, 14), ratio, "grid").shape[2] in (98, 49, 28, 14)
-
-
-def test_a_caption_keeps_a_token() -> None:
-    with pytest.raises(ValueError, match=r"mask_ratio 0.99 leaves none of 32 tokens"):
-        keep_tokens(noise(1, 32), caption_mask(3), 0.99, "random")
-    assert num_kept(32, 0.5, "tokens") == 16
-
-
 @pytest.mark.parametrize(
     ("field", "message"),
     [
@@ -202,17 +188,59 @@ def test_a_recipe_s_kind_must_exist(field: dict, message: str) -> None:
         MaskRecipe(**field)
 
 
-def test_a_new_kind_is_an_entry(monkeypatch: pytest.MonkeyPatch) -> None:
-    def cross(noise: torch.Tensor, kept: int, views: int) -> torch.Tensor:
-        """The middle row and column go last."""
-        rows, columns = noise.shape[1:]
-        scores = noise.clone()
-        scores[:, rows // 2] += 1.0
-        scores[:, :, columns // 2] += 1.0
-        return scores
+BLOCKS, RATE = 5, 0.4
 
-    monkeypatch.setitem(IMAGE_MASKS, "cross", cross)
-    assert MaskRecipe(kind="cross").kind == "cross"
-    kept = as_pictures(keep_patches(noise(20, 8, 8), 0.5, "cross"), 8, 8)
-    assert not kept[:, 4].any()
-    assert not kept[:, :, 4].any()
+
+def test_the_rate_grows_linearly_and_the_mean_is_one() -> None:
+    scales = branch_scales(3, np.arange(20_000), 2, BLOCKS, RATE)
+    assert (scales.shape, scales.dtype) == ((20_000, 2, BLOCKS, 2), np.float32)
+    for block, rate in enumerate(np.linspace(0.0, RATE, BLOCKS)):
+        of_block = scales[:, :, block]
+        assert set(np.unique(of_block)) == ({1.0} if block == 0 else {0.0, np.float32(1 / (1 - rate))})
+        assert (of_block == 0).mean() == pytest.approx(rate, abs=0.01)
+        assert of_block.mean() == pytest.approx(1.0, abs=0.01)
+    last = scales[:, 0, -1] == 0
+    assert np.corrcoef(last[:, 0], last[:, 1])[0, 1] == pytest.approx(0.0, abs=0.03), (
+        "attention and MLP, each by itself"
+    )
+
+
+def test_it_is_a_function_of_seed_and_position() -> None:
+    whole = branch_scales(3, np.arange(64), 1, BLOCKS, RATE)
+    assert np.array_equal(branch_scales(3, np.arange(32, 64), 1, BLOCKS, RATE), whole[32:])
+    assert not np.array_equal(branch_scales(4, np.arange(64), 1, BLOCKS, RATE), whole)
+
+
+def test_a_dropped_branch_leaves_the_tokens_as_they_are() -> None:
+    torch.manual_seed(0)
+    model = FlipVisionModel(FlipVisionConfig(**TOWER, image_size=32, patch_size=8))
+    images = torch.randn(3, 3, 32, 32)
+    whole = model(images, output_hidden_states=True)
+    ones = torch.ones(3, 2, 2)
+    assert torch.equal(model(images, branch_scales=ones).pooler_output, whole.pooler_output)
+
+    dropped = ones.clone()
+    dropped[1, 1] = 0.0  # of the second image, both branches of the last block
+    found = model(images, branch_scales=dropped, output_hidden_states=True).hidden_states
+    assert torch.equal(found[2][1], found[1][1])
+    assert torch.equal(found[2][[0, 2]], whole.hidden_states[2][[0, 2]])
+
+    doubled = ones.clone()
+    doubled[0, 0, 1] = 2.0
+    block, tokens = model.encoder.layers[0], whole.hidden_states[0]
+    after_attention = tokens + block.self_attn(block.layer_norm1(tokens))[0]
+    expected = after_attention + 2.0 * block.mlp(block.layer_norm2(after_attention))
+    found = model(images, branch_scales=doubled, output_hidden_states=True).hidden_states
+    assert torch.allclose(found[1][0], expected[0], atol=1e-6)
+
+
+def test_the_views_of_an_image_have_each_their_own() -> None:
+    torch.manual_seed(0)
+    model = FlipVisionModel(FlipVisionConfig(**TOWER, image_size=32, patch_size=8))
+    patches = torch.randint(0, 256, (2, 2, 8, 192), dtype=torch.uint8)
+    index = torch.arange(16).view(1, 2, 8).expand(2, -1, -1)
+    scales = torch.rand(2, 2, 2, 2)
+    together = model(patches=patches, patch_index=index, branch_scales=scales).pooler_output
+    for row in range(2):
+        alone = model(patches=patches[row], patch_index=index[row], branch_scales=scales[row]).pooler_output
+        assert torch.allclose(together[2 * row : 2 * row + 2], alone, atol=1e-6)

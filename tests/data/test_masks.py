@@ -8,7 +8,7 @@ import torch
 from transformers import AutoTokenizer
 
 import flipscale.data.pairs as pairs
-from flipscale.data.decode import Crop, decode_crop, visible_patches
+from flipscale.data.decode import Crop, decode_crop
 from flipscale.data.masks import keyed_patches, mask_tokens, removed_patches
 from flipscale.data.pairs import InputShape, PairDataset
 from flipscale.data.randomness import keyed_uniform
@@ -93,23 +93,6 @@ def test_views_are_seen_whole_once_where_nothing_is_masked(shards: Path, tokeniz
     assert batch["patches"].shape == (2, 16, 3 * 64)
 
 
-def test_views_are_embedded_apart_and_the_text_once(shards: Path, tokenizer_dir: Path) -> None:
-    batch = dataset(shards, tokenizer_dir, 0.75, views=3).__getitems__(list(range(6)))
-    del batch["faults"]
-    model, passes = build_model(), []
-    model.text_model.encoder.register_forward_hook(lambda _, inputs, __: passes.append(inputs[0].shape))
-    output = model(**batch, return_logits=False)
-    assert passes == [(6, 8, 32)], "one text pass, of as many captions as there are pairs"
-    assert output.image_embeds.shape[0] == 3 * output.text_embeds.shape[0] == 18
-    for view in range(3):
-        alone = model(
-            **{**batch, "patches": batch["patches"][:, view], "patch_index": batch["patch_index"][:, view]},
-            return_logits=False,
-        )
-        assert torch.allclose(output.image_embeds[view::3], alone.image_embeds, atol=1e-6)
-        assert torch.allclose(output.text_embeds, alone.text_embeds, atol=1e-6)
-
-
 def test_captions_keep_their_words_and_say_where_they_stood(shards: Path, tokenizer_dir: Path) -> None:
     positions = list(range(24))
     whole = dataset(shards, tokenizer_dir, 0.5).__getitems__(positions)
@@ -150,14 +133,6 @@ def test_masked_captions_are_embedded_without_what_was_removed(
     bare = dataset(shards, tokenizer_dir, 0.5, 0.75, text_kind="random").__getitems__(list(range(24)))
     assert (bare["attention_mask"].sum(dim=1) == 0).any()
     assert model.get_text_features(**{name: bare[name] for name in words}).pooler_output.isfinite().all()
-
-
-def test_visible_patches_of_views() -> None:
-    image = np.random.default_rng(0).integers(0, 256, (32, 32, 3)).astype(np.uint8)
-    index = np.array([[0, 5], [3, 15]])
-    views = visible_patches(image, 8, index)
-    assert views.shape == (2, 2, 192)
-    assert all((views[view] == visible_patches(image, 8, index[view])).all() for view in range(2))
 
 
 def test_the_masked_patches_are_sent_on_request(shards: Path, tokenizer_dir: Path) -> None:

@@ -9,23 +9,6 @@ from flipscale.data.randomness import keyed_permutation, keyed_uniform
 SIZES = [30, 17, 0, 1, 48, 29]
 
 
-@pytest.mark.parametrize("shards_per_block", [1, 2, 3, 100])
-def test_every_epoch_sees_every_sample_once(shards_per_block: int) -> None:
-    order = GlobalOrder(SIZES, seed=3, shards_per_block=shards_per_block)
-    epochs = [set(zip(*order.locate(np.arange(e * 125, (e + 1) * 125)), strict=True)) for e in range(3)]
-    everything = {(shard, number) for shard, size in enumerate(SIZES) for number in range(size)}
-    assert epochs == [everything] * 3
-
-
-def test_order_is_the_same_in_any_chunks_and_any_instance() -> None:
-    positions = np.arange(100, 700)
-    whole = np.stack(GlobalOrder(SIZES, 3, 2).locate(positions))
-    pieces = [np.stack(GlobalOrder(SIZES, 3, 2).locate(part)) for part in np.array_split(positions, 37)]
-    assert (whole == np.concatenate(pieces, axis=1)).all()
-    backwards = np.stack(GlobalOrder(SIZES, 3, 2).locate(positions[::-1]))
-    assert (whole == backwards[:, ::-1]).all()
-
-
 def test_order_changes_with_epoch_and_seed() -> None:
     first, second, other = (
         np.stack(GlobalOrder(SIZES, seed, 2).locate(np.arange(start, start + 125)))

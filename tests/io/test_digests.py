@@ -53,17 +53,6 @@ def test_a_flipped_bit_has_a_place(content: bytes, tmp_path: Path) -> None:
         assert damaged(file, digest) == [chunk]
 
 
-def test_a_file_cut_short_is_damaged(content: bytes, tmp_path: Path) -> None:
-    (tmp_path / "file").write_bytes(content[: CHUNK_BYTES + 5])
-    assert damaged(tmp_path / "file", digest_of(content)) == [1, 2]
-
-
-def test_an_empty_file_has_a_digest(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    assert digest_of(b"") == FileDigest(0, ())
-    assert damaged(tmp_path / "file", digest_of(b"")) == []
-
-
 def test_digests_are_read_back(tmp_path: Path) -> None:
     digests = {"one": digest_of(b"1"), "none": digest_of(b"")}
     (tmp_path / "digests.json").write_text(digests_to_json(digests))

@@ -5,7 +5,6 @@ import multiprocessing
 import os
 import pickle
 import re
-import resource
 import shutil
 import sys
 import tarfile
@@ -15,16 +14,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
 import pytest
-from conftest import add_member, write_shards
+from conftest import add_member
+from filelock import FileLock
 
 from flipscale.cli import main
-from flipscale.data.recipe import DataRecipe
 from flipscale.data.sources import manifest as shard_list
-from flipscale.data.sources import tar as tar_source
-from flipscale.data.sources.mixture import order_of
-from flipscale.data.sources.shard_index import index_path, load_index
+from flipscale.data.sources.manifest import in_windows, written_once
 from flipscale.data.sources.tar import StaleManifest, TarSource
 
 
@@ -263,62 +259,28 @@ def test_those_that_wait_say_so_and_take_over(
     ]
 
 
-def test_231350_shards_are_a_file_of_ten_megabytes(tmp_path: Path) -> None:
-    """As many as two billion pairs have: read in well under a second, and no object for each shard but its size."""
-    from flipscale.data.sources.manifest import ShardEntry, read_manifest, write_manifest
-
-    none = np.empty((0, 3, 2), np.uint32)
-    entries = (ShardEntry(f"{shard:06d}.tar", none, "", 10_000, shard) for shard in range(231_350))
-    write_manifest(tmp_path / "m", "*.tar", entries, [""], rows=False)
-    assert (tmp_path / "m").stat().st_size < 10_000_000
-    manifest = read_manifest(tmp_path / "m", "*.tar", "")
-    assert len(pickle.dumps(manifest)) < 12_000_000
-    assert (manifest.name(0), manifest.name(231_349)) == ("000000.tar", "231349.tar")
+def never() -> None:
+    raise AssertionError("it was written")
 
 
-def test_indices_that_are_there_are_used_and_those_that_are_older_are_not(tmp_path: Path) -> None:
-    write_shards(tmp_path, [3, 4])
-    TarSource(str(tmp_path))
-    before = [index_path(tmp_path / f"0000{n}.tar").stat().st_mtime_ns for n in range(2)]
-    os.utime(tmp_path / "00001.tar", ns=(before[1] + 10**9,) * 2)
-    TarSource(str(tmp_path), anew=True)
-    after = [index_path(tmp_path / f"0000{n}.tar").stat().st_mtime_ns for n in range(2)]
-    assert after[0] == before[0]
-    assert after[1] > before[1]
+def test_a_writer_that_gives_no_sign_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shard_list, "_POLL_SECONDS", 0.01)
+    monkeypatch.setattr(shard_list, "_SILENT_SECONDS", 0.1)
+    with FileLock(tmp_path / ".manifest.lock"), pytest.raises(OSError, match="has indexed no shard for 0 minutes; end"):
+        written_once(tmp_path / "manifest", lambda _: None, never)
 
 
-@pytest.mark.parametrize(
-    ("limits", "most"), [((1024, 1 << 20), 2048), ((256, 1024), 512), ((resource.RLIM_INFINITY,) * 2, 2048)]
-)
-def test_as_many_shards_stay_open_as_64_lanes_read_if_the_system_lets_them(
-    limits: tuple[int, int], most: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked = []
-    monkeypatch.setattr(resource, "getrlimit", lambda kind: limits)
-    monkeypatch.setattr(resource, "setrlimit", lambda kind, wanted: asked.append(wanted))
-    assert tar_source._most_open.__wrapped__() == most
-    assert asked == ([(2 * most, limits[1])] if limits[0] < 4096 and limits[0] >= 0 else [])
+def test_a_shard_that_is_indexed_is_a_sign(tmp_path: Path) -> None:
+    lock = tmp_path / ".manifest.lock"
+    lock.touch()
+    os.utime(lock, (0, 0))
+    for _ in in_windows(str, [1], never, tmp_path / "manifest"):
+        assert lock.stat().st_mtime == 0
+    assert lock.stat().st_mtime > 0
 
 
-def test_a_batch_opens_less_than_one_shard(tmp_path: Path) -> None:
-    """Rank 100 of 256 with 8 workers, batches of 65,536 by 64 lanes, 640 shards of 10,000 samples (links of one)."""
-    with tarfile.open(tmp_path / "00000.tar", "w") as tar:
-        for number in range(10_000):
-            add_member(tar, f"{number}.jpg", b"picture")
-    load_index(tmp_path / "00000.tar")
-    for shard in range(1, 640):
-        os.link(tmp_path / "00000.tar", tmp_path / f"{shard:05d}.tar")
-        os.link(index_path(tmp_path / "00000.tar"), index_path(tmp_path / f"{shard:05d}.tar"))
-    source = TarSource(str(tmp_path))
-    recipe = DataRecipe(global_batch_size=65_536)
-    order, workers = order_of(source, 0, recipe), [pickle.loads(pickle.dumps(source)) for _ in range(8)]
-    steps = len(source) // recipe.global_batch_size
-    with file_operations(tmp_path) as operations:
-        for step in range(steps):
-            first = step * recipe.global_batch_size + 100 * 256
-            # The first sample of each shard that the batch has, as the others open nothing.
-            for shard in np.unique(order.locate(np.arange(first, first + 256))[0]).tolist():
-                workers[step % 8].read(shard, 0)
-    manifests = sum("shards.manifest" in operation for operation in operations)
-    assert manifests == 8, "one for each worker"
-    assert 0.5 * steps < len(operations) - manifests <= steps
+@pytest.mark.parametrize("shards", ["*.tar", "nothing.tar", "{0..3}.tar"])
+def test_where_there_are_no_shards_nothing_is_left(tmp_path: Path, shards: str) -> None:
+    with pytest.raises(ValueError, match=r"no shards at|0.tar does not exist"):
+        TarSource(f"{tmp_path}/{shards}")
+    assert not list(tmp_path.iterdir())

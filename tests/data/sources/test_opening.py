@@ -5,7 +5,6 @@ import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 import yaml
 from conftest import write_shards
@@ -15,7 +14,7 @@ from transformers import AutoTokenizer
 from flipscale.data.pairs import InputShape, PairDataset
 from flipscale.data.recipe import DataRecipe, SourceRecipe
 from flipscale.data.samples import MissingCaption
-from flipscale.data.sources.mixture import Mixture, MixtureOrder
+from flipscale.data.sources.mixture import Mixture
 from flipscale.data.sources.opening import open_source
 from flipscale.data.sources.tar import TarSource
 from flipscale.training.recipe import differences, parse_recipe, to_yaml
@@ -109,41 +108,6 @@ def three(tmp_path_factory: pytest.TempPathFactory) -> list[TarSource]:
     for number, sizes in enumerate(([40, 41], [7], [30, 0, 2])):
         write_shards(folder / str(number), sizes, seed=number)
     return [TarSource(str(folder / str(number))) for number in range(3)]
-
-
-def test_a_mixture_keeps_its_shares_in_every_prefix(three: list[TarSource]) -> None:
-    weights = [0.7, 0.1, 1 / 3]
-    order = MixtureOrder(Mixture(three, weights), seed=3, shards_per_block=2)
-    sources, places = order.sources(np.arange(200_000))
-    for number, weight in enumerate(weights):
-        mine = sources == number
-        assert (places[mine] == np.arange(mine.sum())).all()
-        off = np.cumsum(mine) - weight / sum(weights) * np.arange(1, 200_001)
-        assert np.abs(off).max() < 6
-    far = np.arange(10**12, 10**12 + 1000)
-    assert np.bincount(order.sources(far)[0]) == pytest.approx(np.array(weights) / sum(weights) * 1000, abs=6)
-
-
-def test_a_mixture_is_a_function_of_position(three: list[TarSource]) -> None:
-    mixture = Mixture(three, [1, 2, 3])
-    positions = np.arange(65_000, 66_500)
-    whole = np.stack(MixtureOrder(mixture, 3, 2).locate(positions))
-    pieces = [np.stack(MixtureOrder(mixture, 3, 2).locate(part)) for part in np.array_split(positions, 37)]
-    assert (whole == np.concatenate(pieces, axis=1)).all()
-    assert mixture.shard_name(2) == three[1].shard_name(0)
-    assert mixture.read(3, 1).image == three[2].read(0, 1).image
-    assert mixture.key(3, 1) == three[2].key(0, 1)
-    # Each source goes through epochs of its own: every sample of the smallest comes up equally often.
-    counts = np.bincount(whole[1][whole[0] == 2], minlength=7)
-    assert counts.max() - counts.min() <= 2
-
-
-def test_without_weights_a_mixture_is_one_pass_over_each(three: list[TarSource]) -> None:
-    recipe = DataRecipe(sources=[SourceRecipe(shards=source.list.shards) for source in three])
-    mixture = open_source(recipe)
-    assert len(mixture) == 120
-    sources, _ = MixtureOrder(mixture, 0, 2).sources(np.arange(120))
-    assert np.abs(np.bincount(sources) - [81, 7, 32]).max() <= 5
 
 
 SHARDS = SourceRecipe(shards="x")

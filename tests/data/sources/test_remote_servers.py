@@ -172,17 +172,6 @@ def test_errors_of_a_server_are_no_missing_shards(served: Path, tmp_path: Path, 
                 open_source(recipe(url, tmp_path / "cache"))
 
 
-def test_redirects_without_end(served: Path, tmp_path: Path) -> None:
-    def around(handler: http.server.BaseHTTPRequestHandler, content: bytes | None) -> None:
-        handler.send_response(302)
-        handler.send_header("Location", handler.path)
-        handler.send_header("Content-Length", "0")
-        handler.end_headers()
-
-    with server(served, around) as url, pytest.raises(OSError, match=r"could not be fetched in \d tries"):
-        open_source(recipe(url, tmp_path / "cache"))
-
-
 def test_an_index_of_another_shard_beside_a_shard(served: Path, tmp_path: Path) -> None:
     """One that leads beyond the shard is not used, nor one of a shard of another size; of an index of before, which
     knows no size, the samples are counted as they are read."""

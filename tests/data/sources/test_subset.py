@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from conftest import write_shards
 from data.sources.test_remote_source import assert_equal, batches, recipe_of, web
-from datasets import Dataset
 
 from flipscale.data.recipe import DataRecipe, SourceRecipe
 from flipscale.data.samples import Source
@@ -61,22 +60,6 @@ def test_every_epoch_has_each_sample_once_in_an_order_of_the_seed(mixture: DataR
             orders.append([source.read(shard, n).image for shard, n in zip(shards, numbers, strict=True)])
     assert all(sorted(one) == sorted(images(source)) for one in orders)
     assert len({tuple(one) for one in orders}) == 4
-
-
-def test_names_are_those_of_the_whole(shards: Path) -> None:
-    whole, part = (open_source(DataRecipe(shards=str(shards), fraction=fraction)) for fraction in (1.0, 0.5))
-    assert part.shard_name(3) == whole.shard_name(3)
-    for number in range(part.shard_sizes[3]):
-        sample = part.read(3, number)
-        assert whole.key(3, int(sample.name.split("#")[1])) == part.key(3, number)
-    assert part.faults == whole.faults
-
-
-def test_a_dataset_has_fractions_too(tmp_path: Path) -> None:
-    rows = {"image": [bytes([n]) for n in range(100)], "caption": ["a"] * 100}
-    Dataset.from_dict(rows).to_parquet(tmp_path / "rows.parquet")
-    recipe = DataRecipe(sources=[SourceRecipe(dataset=str(tmp_path / "rows.parquet"))], fraction=0.125)
-    assert len(set(images(open_source(recipe)))) == len(open_source(recipe)) in (12, 13)
 
 
 def test_shards_at_a_url_have_the_same_fraction(shards: Path, tmp_path: Path, tokenizer_dir: Path) -> None:

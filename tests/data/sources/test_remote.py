@@ -5,7 +5,6 @@ import gc
 import http.server
 import os
 import shutil
-import tarfile
 import threading
 import time
 from collections import Counter
@@ -17,7 +16,7 @@ import boto3
 import numpy as np
 import pytest
 import torch
-from conftest import add_member, write_shards
+from conftest import write_shards
 from moto.server import ThreadedMotoServer
 from transformers import AutoTokenizer
 
@@ -26,11 +25,9 @@ from flipscale.data.feeding import restartable_batches
 from flipscale.data.pairs import InputShape, PairDataset
 from flipscale.data.recipe import DataRecipe
 from flipscale.data.sources import remote
-from flipscale.data.sources.mixture import order_of
 from flipscale.data.sources.opening import open_source
 from flipscale.data.sources.remote import ShardCache
 from flipscale.data.sources.shard_index import index_path, load_index
-from flipscale.data.sources.tar import TarSource
 
 
 @pytest.fixture(autouse=True)
@@ -200,17 +197,6 @@ def test_indices_cannot_be_written_to_a_web_server(shards: Path, tmp_path: Path)
             source.publish()
 
 
-def test_a_server_that_always_breaks_off_is_given_up(shards: Path, tmp_path: Path) -> None:
-    with web(shards, breaks=99) as (url, asked):
-        source = open_source(recipe_of(f"{url}/{{00000..00003}}.tar", tmp_path / "cache"))
-        with pytest.raises(
-            OSError, match=r"00001.tar could not be fetched in 6 tries \(.*\); start the run again when it"
-        ):
-            source.read(1, 3)
-        assert asked["/00001.tar"] == 6
-        assert not list((tmp_path / "cache").glob("*.partial"))
-
-
 def test_what_cannot_be(shards: Path, tmp_path: Path) -> None:
     with web(shards, breaks=0) as (url, _):
         with pytest.raises(ValueError, match=r"shard http://.*/00004.tar does not exist; check data.shards"):
@@ -272,33 +258,6 @@ def test_what_a_killed_process_left_makes_room(shards: Path, tmp_path: Path) -> 
     os.close(cache.open(f"file://{shard}"))
     assert other.read_bytes() == shard.read_bytes()
     assert not list((tmp_path / "cache").glob(".*.partial"))
-
-
-def test_a_node_of_32_fetches_its_part(tmp_path: Path) -> None:
-    """An epoch of 1,600 shards over HTTP: 1.1/32 of their bytes, and of the rest one manifest."""
-    folder, cache = tmp_path / "served", tmp_path / "cache"
-    folder.mkdir()
-    for shard in range(1600):
-        with tarfile.open(folder / f"{shard:04d}.tar", "w") as tar:
-            for number in range(4):
-                add_member(tar, f"{number}.jpg", b"%d of %d" % (number, shard))
-    TarSource(f"{folder}/{{0000..1599}}.tar")
-    total = sum(path.stat().st_size for path in folder.glob("*.tar"))
-    with web(folder, breaks=0) as (url, asked):
-        recipe = recipe_of(f"{url}/{{0000..1599}}.tar", cache, global_batch_size=64, shards_per_block=16, lanes=64)
-        source = open_source(recipe)
-        assert [Path(path).suffix for path in asked] == [".manifest"]
-        order = order_of(source, 0, recipe)
-        for step in range(len(source) // 64):
-            mine = np.arange(64 * step + 10, 64 * step + 12)  # node 5's part
-            source.fetch_ahead(order.shards_ahead(mine))
-            for shard, number in zip(*(part.tolist() for part in order.locate(mine)), strict=True):
-                assert source.read(shard, number).image == b"%d of %d" % (number, shard)
-        fetched = [path for path in asked if path.endswith(".tar")]
-    assert len(fetched) >= 50
-    assert sum((folder / path[1:]).stat().st_size * asked[path] for path in fetched) <= 1.1 / 32 * total
-    assert len(list(cache.glob("*.index.npy"))) <= len(fetched)
-    assert len(list(cache.glob("*.manifest"))) == 1
 
 
 def test_a_shard_whose_url_has_other_content_now(shards: Path, tmp_path: Path) -> None:
