@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import write_shards
-from data.sources.test_remote_source import assert_equal, batches, recipe_of, web
+from data.sources.test_remote import assert_equal, batches, recipe_of, web
 
 from flipscale.data.recipe import DataRecipe, SourceRecipe
 from flipscale.data.samples import Source
