@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import COLOURS, SHAPES, add_member, changed_recipe, cut, launch, metrics, pretrain, write_shards
+from conftest import COLOURS, SHAPES, add_member, changed_recipe, cut, metrics, pretrain, write_shards
 from distributed.crowd import Crowds
-from hub.test_export import environment_of
+from hub.test_export import environment_of, run_stranger
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification
@@ -137,10 +137,7 @@ def test_a_run_learns_resumes_and_exports_a_classifier(
     assert model.config.label2id[NAMES[3]] == 3
     Image.new("RGB", (48, 40), (200, 30, 30)).save(tmp_path / "red.png")
     python = environment_of(tmp_path / "venv", "torch", "transformers", "pillow")
-    command = [str(python), "-I", "-c", STRANGER, str(run_dir / "model"), str(tmp_path / "red.png")]
-    stranger = launch(command, tmp_path, HF_HOME=str(tmp_path / "home"))
-    assert stranger.returncode == 0, stranger.stderr
-    answers = json.loads(stranger.stdout.splitlines()[-1])
+    answers = run_stranger(python, STRANGER, run_dir / "model", tmp_path / "red.png")
     assert {answer["label"] for answer in answers} == set(NAMES)
     assert sum(answer["score"] for answer in answers) == pytest.approx(1.0, abs=1e-4)
     card = (run_dir / "model/README.md").read_text()
