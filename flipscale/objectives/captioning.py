@@ -15,7 +15,7 @@ from flipscale.io.errors import UserError
 from flipscale.model import FlipConfig, FlipDecoderConfig, FlipForConditionalGeneration, FlipModel, FlipPreTrainedModel
 from flipscale.model.modeling_flip import FlipOutput
 from flipscale.model.modeling_flip_caption import FlipCaptionDecoder, caption_inputs, read_captions
-from flipscale.objectives.objective import Objective, recorded_inputs, watch_gradients
+from flipscale.objectives.objective import Objective, WithSecondLoss, recorded_inputs, watch_gradients
 
 Prediction = Literal["next_token", "parallel", "mixed"]
 # Share of captions whose tokens are all predicted at once; the share of `mixed` is CapPa's.
@@ -94,19 +94,14 @@ class CaptionLoss(Objective):
 
 
 @dataclass(frozen=True, kw_only=True)
-class WithCaptions(Objective):
+class WithCaptions(WithSecondLoss):
     """Another objective plus `weight` times `CaptionLoss`."""
 
+    second_loss: ClassVar[str] = "caption"
     model_class: ClassVar[type[FlipPreTrainedModel]] = CaptioningFlipModel
     exported_class: ClassVar[type[FlipPreTrainedModel]] = CaptioningFlipModel
 
-    other: Objective
-    weight: float
     prediction: Prediction
-
-    @property
-    def is_coupled(self) -> bool:
-        return self.other.is_coupled
 
     def model_config(self, config: FlipConfig) -> FlipConfig:
         changed = with_decoder(self.other.model_config(config), self.prediction)
@@ -121,12 +116,6 @@ class WithCaptions(Objective):
     def dataset(self, *arguments: Any, **options: Any) -> PairDataset:
         return captioned(super().dataset, self.prediction, *arguments, **options)
 
-    def compared(self, output: CaptioningOutput) -> tuple[torch.Tensor, ...]:
-        return self.other.compared(output)
-
-    def coupled_loss(self, *compared: torch.Tensor, **parameters: torch.Tensor) -> torch.Tensor:
-        return self.other.coupled_loss(*compared, **parameters)
-
     def mean_loss(self, output: CaptioningOutput) -> torch.Tensor:
         assert output.caption_losses is not None
         return self.other.mean_loss(output) + self.weight * output.caption_losses.mean()
@@ -134,10 +123,6 @@ class WithCaptions(Objective):
     def metrics(self, output: CaptioningOutput) -> dict[str, torch.Tensor]:
         assert output.caption_losses is not None
         return {**self.other.metrics(output), "caption_loss": output.caption_losses.mean()}
-
-    def gradient_squares(self, output: CaptioningOutput) -> dict[str, torch.Tensor]:
-        assert output.gradient_squares is not None
-        return dict(zip(("contrastive_grad_norm", "caption_grad_norm"), output.gradient_squares, strict=True))
 
 
 def with_decoder(config: FlipConfig, prediction: Prediction) -> FlipConfig:

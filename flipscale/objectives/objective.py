@@ -108,6 +108,40 @@ class Objective:
         return {}
 
 
+@dataclass(frozen=True, kw_only=True)
+class WithSecondLoss(Objective):
+    """Another objective plus `weight` times a second loss, on the image tower's tokens.
+
+    The model's output has `gradient_squares` of `watch_gradients`.
+    """
+
+    # Name of the second loss in metrics.
+    second_loss: ClassVar[str]
+
+    other: Objective
+    weight: float
+
+    @property
+    def is_coupled(self) -> bool:
+        return self.other.is_coupled
+
+    def model_config(self, config: FlipConfig) -> FlipConfig:
+        return self.other.model_config(config)
+
+    def compared(self, output: Any) -> tuple[torch.Tensor, ...]:
+        return self.other.compared(output)
+
+    def coupled_loss(self, *compared: torch.Tensor, **parameters: torch.Tensor) -> torch.Tensor:
+        return self.other.coupled_loss(*compared, **parameters)
+
+    def metrics(self, output: Any) -> dict[str, torch.Tensor]:
+        return self.other.metrics(output)
+
+    def gradient_squares(self, output: Any) -> dict[str, torch.Tensor]:
+        names = ("contrastive_grad_norm", f"{self.second_loss}_grad_norm")
+        return dict(zip(names, output.gradient_squares, strict=True))
+
+
 @contextmanager
 def recorded_inputs(module: nn.Module) -> Iterator[list[torch.Tensor]]:
     """Collect the first input of each call of a module."""

@@ -15,7 +15,7 @@ from transformers import initialization as init
 from flipscale.model import FlipConfig, FlipModel, FlipOutput, FlipPreTrainedModel, FlipVisionConfig
 from flipscale.model.modeling_flip import FlipEncoder, sincos_positions
 from flipscale.model.patches import complement
-from flipscale.objectives.objective import Objective, recorded_inputs, watch_gradients
+from flipscale.objectives.objective import WithSecondLoss, recorded_inputs, watch_gradients
 
 _DECODER_LAYERS = 4
 
@@ -161,37 +161,14 @@ def pixel_loss(predicted: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class WithReconstruction(Objective):
+class WithReconstruction(WithSecondLoss):
     """Another objective plus `weight` times the reconstruction of the masked patches."""
 
+    second_loss: ClassVar[str] = "reconstruction"
     model_class: ClassVar[type[FlipPreTrainedModel]] = ReconstructingFlipModel
     columns: ClassVar[tuple[str, ...]] = ("masked_patches",)
-
-    other: Objective
-    weight: float
-
-    @property
-    def is_coupled(self) -> bool:
-        return self.other.is_coupled
-
-    def model_config(self, config: FlipConfig) -> FlipConfig:
-        return self.other.model_config(config)
-
-    def compared(self, output: FlipOutput) -> tuple[torch.Tensor, ...]:
-        return self.other.compared(output)
-
-    def coupled_loss(self, *compared: torch.Tensor, **parameters: torch.Tensor) -> torch.Tensor:
-        return self.other.coupled_loss(*compared, **parameters)
 
     def mean_loss(self, output: FlipOutput) -> torch.Tensor:
         assert isinstance(output, ReconstructionOutput)
         assert output.reconstruction_loss is not None
         return self.other.mean_loss(output) + self.weight * output.reconstruction_loss
-
-    def metrics(self, output: FlipOutput) -> dict[str, torch.Tensor]:
-        return self.other.metrics(output)
-
-    def gradient_squares(self, output: FlipOutput) -> dict[str, torch.Tensor]:
-        assert isinstance(output, ReconstructionOutput)
-        assert output.gradient_squares is not None
-        return dict(zip(("contrastive_grad_norm", "reconstruction_grad_norm"), output.gradient_squares, strict=True))

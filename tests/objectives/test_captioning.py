@@ -123,7 +123,8 @@ def test_bf16_differs_only_by_rounding(objective: Objective) -> None:
     exact, gradients = loss_and_gradients(model, objective, inputs)
     with torch.autocast("cpu", torch.bfloat16):
         loss, rounded = loss_and_gradients(model, objective, inputs)
-    assert loss == pytest.approx(exact, rel=2**-8) != exact  # bf16 has 8 bits
+    assert loss == pytest.approx(exact, rel=2**-8)  # bf16 has 8 bits
+    assert loss != exact
     assert (rounded - gradients).norm() < 0.05 * gradients.norm()
 
 
