@@ -198,5 +198,5 @@ def test_errors_of_a_folder(
     (mine / "thesis").touch()
     assert "mine holds thesis, which no search wrote" in refused(capsys, file, "--output_dir", mine)
     assert "--workers is 9999" in refused(capsys, file, "--workers", 9999)
-    file.write_text(file.read_text() + "  whole: {stages: [{name: again}]}\n")
+    file.write_text(file.read_text().replace("paths:\n", "paths:\n  whole: {stages: [{name: again}]}\n"))
     assert "search.yaml gives whole twice" in refused(capsys, file)

@@ -165,7 +165,7 @@ def test_runs_that_end_by_their_clock(study_file: Callable[..., Path], tmp_path:
         ({"axes": {"m": {"x": {"stages.7.samples": 64}}}}, "stages.7.samples is no field of the recipe: stages has no"),
         ({"axes": {"m": {"x": {"modle": 1}}}}, "axes.m.x: modle is no field of the recipe: it has model, data,"),
         ({"axes": {"m": {"x": {"data.crop_scale": [2, 1]}}}}, "run x-seed0: data.crop_scale"),
-        ({"axes": {"m": {"x": {"data.lanes": "many"}}}}, "run x-seed0: data.lanes is many"),
+        ({"axes": {"m": {"x": {"data.lanes": "many"}}}}, "run x-seed0: data.lanes"),
         ({"axes": {"m": {"x": {"data": {}}}}}, "axes.m.x: data is a whole section"),
         ({"axes": {"m": {"x": {"seed": 1}}}}, "axes.m.x: seed is the study's own"),
         ({"changes": {"output_dir": "x"}}, "changes: output_dir is the study's own"),
