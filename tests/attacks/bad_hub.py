@@ -1,6 +1,6 @@
-"""A server in the Hub's place whose answers are wrong, each in its own way: `endpoint(WAY)` is what HF_ENDPOINT names.
+"""A server in the Hub's place with wrong answers: `endpoint(WAY)` is the value of HF_ENDPOINT.
 
-Where a way says nothing of what is asked, it answers as the Hub does, of the model `org/name`.
+A way without an answer to a request leaves it to the right answer, for the model `org/name`.
 """
 
 import functools
@@ -21,7 +21,7 @@ _COMMIT = "c" * 40
 
 @dataclass(frozen=True)
 class Answer:
-    """What a client gets. The connection is closed after `body` if that is not all that the headers promise."""
+    """An answer. The connection closes after a `body` shorter than the headers promise."""
 
     status: int = 200
     body: bytes = b""
@@ -36,18 +36,18 @@ def _always(status: int = 200, body: bytes = b"", **headers: str) -> Way:
 
 
 def _info(**about: object) -> Way:
-    """Says something else of the model."""
+    """Change fields of the model's description."""
     return lambda path: _json(_about() | about) if "/revision/" in path else None
 
 
 def _tree(*names: str) -> Way:
-    """Lists other files."""
+    """List other files."""
     files = [{"type": "file", "path": name, "size": 2, "oid": "0" * 40} for name in names]
     return lambda path: _json(files) if "/tree/" in path else None
 
 
 def _file(name: str, status: int = 200, body: bytes | None = None, **headers: str) -> Way:
-    """Sends something else in a file's place."""
+    """Send something else in a file's place."""
 
     def answer(path: str) -> Answer | None:
         if not path.endswith(f"/{name}"):

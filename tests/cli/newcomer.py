@@ -1,10 +1,9 @@
-"""Acts as a new user: types what README says of installing, and docs/your_pictures.md from top to bottom, in a clone.
+"""Act as a new user in a clone: install by the README, and type docs/your_pictures.md from top to bottom.
 
     PYTHONPATH=tests python tests/cli/newcomer.py [--python PYTHON] [--minutes MINUTES]
 
-It knows no command of its own: all are read from the pages, and each is printed with its seconds. It begins with 300
-pictures in a folder. What asks for an account is left out, and said. test_your_pictures.py does the same in the tests,
-at a small size.
+All commands are read from the pages and printed with their seconds. The user has 300 pictures in a folder. Commands
+that need an account are left out and printed. test_your_pictures.py does the same in the tests, at a small size.
 """
 
 import argparse
@@ -21,13 +20,13 @@ from cli.pages import ROOT, typed
 
 
 def steps(page: Path) -> Iterator[tuple[str, str]]:
-    """Yield what a page has to type, in its order: a command of bash, or a snippet of Python."""
+    """Yield the bash commands and Python snippets of a page in order."""
     for language, block in re.findall(r"^```(bash|python)\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):
         yield from ((language, line) for line in (typed(block) if language == "bash" else [block]))
 
 
 def install(home: Path) -> Path:
-    """Clone the repository, and install it as the README says into a new environment; returns its Python."""
+    """Clone the repository, install it by the README into a new environment, and return its Python."""
     timed("git clone", ["git", "clone", "--quiet", str(ROOT), str(home / "clone")], home, dict(os.environ))
     subprocess.run([sys.executable, "-m", "venv", home / "venv"], check=True)
     environment = {**os.environ, "PATH": f"{home}/venv/bin:{os.environ['PATH']}"}

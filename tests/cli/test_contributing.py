@@ -28,7 +28,7 @@ SECTIONS = dict(re.findall(r"\n## How to add (?:a|an) ([^\n]+)\n(.*?)(?=\n## )",
 
 
 def example(what: str, name: str) -> Any:
-    """What the Python of a section calls `name`."""
+    """Return the object `name` of a section's Python."""
     (code,) = re.findall(r"```python\n(.*?)```", SECTIONS[what], re.DOTALL)
     # Dataclasses look their module up.
     names: dict[str, Any] = {"__name__": __name__}

@@ -15,7 +15,7 @@ from flipscale.training.recipe import build_parser
 
 
 def parsers(parser: argparse.ArgumentParser, name: str) -> Iterator[tuple[str, argparse.ArgumentParser]]:
-    """A parser and those below it, by their command."""
+    """Yield a parser and its subparsers with their commands."""
     yield name, parser
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
@@ -54,7 +54,7 @@ for verb in [verb for verb in VERBS if verb not in TRAINING]:
 
 
 def parser_of(verb: str) -> argparse.ArgumentParser:
-    """What prints the help of a verb."""
+    """Return the parser with the help of a verb."""
     if verb in TRAINING:
         return build_parser(verb)
     parser = argparse.ArgumentParser(description=VERBS[verb])
