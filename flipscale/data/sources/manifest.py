@@ -40,10 +40,8 @@ _MOST_SHARDS, _MOST_DIGITS = 10_000_000, 18
 # With more folders, only the first is watched for new and removed shards.
 _MAX_FOLDERS = 16
 
-# Files that flipscale writes into folders of shards, and `DIR/*` matches.
-_OWN_FILES = re.compile(
-    r".*\.index\.npy|shards(-[0-9a-f]{8})?\.manifest|(manifest|left_out)\.jsonl|(report|prepared)\.json|\..*"
-)
+# `DIR/*` also matches files that flipscale writes into folders of shards: indices, manifests, reports, class names.
+_OWN_FILES = re.compile(r".*\.(npy|manifest|json|jsonl|txt)|\..*")
 
 _log = logging.getLogger(__name__)
 

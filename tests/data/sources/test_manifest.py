@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from conftest import add_member
+from conftest import add_member, write_shards
 from filelock import FileLock
 
 from flipscale.cli import main
@@ -284,3 +284,11 @@ def test_where_there_are_no_shards_nothing_is_left(tmp_path: Path, shards: str) 
     with pytest.raises(ValueError, match=r"no shards at|0.tar does not exist"):
         TarSource(f"{tmp_path}/{shards}")
     assert not list(tmp_path.iterdir())
+
+
+def test_own_files_are_no_shards(tmp_path: Path) -> None:
+    """`DIR/*` also matches the indices and the manifest that the first start wrote."""
+    write_shards(tmp_path, [3, 2])
+    for _ in range(2):
+        source = TarSource(f"{tmp_path}/*")
+        assert (source.shard_sizes, source.faults) == ([3, 2], [])
