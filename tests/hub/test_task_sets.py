@@ -73,9 +73,9 @@ def refusal(capsys: pytest.CaptureFixture, folder: Path, *arguments: str) -> str
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    """The files of a prepared set, without the manifest and the indices of its shards."""
-    kept = [path for path in folder.rglob("*") if path.is_file() and path.suffix in (".tar", ".txt")]
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in kept}
+    """The files of a prepared set, without hidden folders, and the manifest and indices of its shards."""
+    files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.suffix in (".tar", ".txt")}
+    return {name: path.read_bytes() for name, path in files.items() if not name.startswith(".")}
 
 
 def test_a_set_is_prepared_whole_and_only_once(hub: LoopbackHub, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
