@@ -3,7 +3,7 @@
 import logging
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -90,7 +90,7 @@ class Progress:
 
 def each(items: Iterable[_T], what: str, unit: str, total: int | None = None, **options: Any) -> Iterator[_T]:
     """Yield the items and show how many are done; `total` is `len(items)` by default, `options` are `Progress`'s."""
-    if total is None and hasattr(items, "__len__"):
+    if total is None and isinstance(items, Sized):
         total = len(items)
     with Progress(total, what, unit, **options) as progress:
         for item in items:
