@@ -43,7 +43,7 @@ from flipscale.preparation.inspection import TILE, contact_sheet
 MOST_LANGUAGES = 50_000
 _COMMONEST = 20
 _MAX_PAIRS = 24  # on a sheet
-_PACKAGES = {"lingua": "lingua-language-detector", "pycountry": "pycountry", "scipy": "scipy"}
+_PACKAGES = {"lingua": "lingua-language-detector", "pycountry": "pycountry"}
 
 
 @dataclass(frozen=True)
