@@ -11,7 +11,20 @@ from typing import Any
 from flipscale.io import json_lines
 
 RESULTS_FILE = "results.jsonl"
-_PLACE = ("step", "samples_seen", "trained_seconds")  # fields of every record of a run
+# Fields of every record of a run, of an interval, and of a result.
+_PLACE = {"step": int, "samples_seen": int, "trained_seconds": int | float}
+_INTERVAL = {
+    **dict.fromkeys(("images_per_s", "mfu", "data_wait_share", "loss", "lr"), int | float | None),
+    **dict.fromkeys(("peak_memory_bytes", "num_replaced", "num_skipped", "num_slow"), int | None),
+    "stage": str | None,
+}
+_RESULT = {
+    **dict.fromkeys(("task", "kind", "metric"), str),
+    **dict.fromkeys(("label", "unit", "who"), str | None),
+    **dict.fromkeys(("low", "high", "chance"), int | float | None),
+    "value": int | float,
+    "n": int | None,
+}
 THIS_MODEL = "this model"
 # `Result.who` for the weights that a run started from.
 BEFORE = "the model before"
@@ -145,7 +158,7 @@ def drop_results_after(run_dir: Path, step: int) -> None:
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     """Return the records in a run's `metrics.jsonl` so far."""
-    return json_lines.read(run_dir / "metrics.jsonl", *_PLACE)
+    return json_lines.read(run_dir / "metrics.jsonl", **_PLACE, **_INTERVAL)
 
 
 def read_results(run_dir: Path) -> list[Measured]:
@@ -162,7 +175,7 @@ def read_results(run_dir: Path) -> list[Measured]:
 
 
 def _result_lines(run_dir: Path) -> list[dict[str, Any]]:
-    return json_lines.read(run_dir / RESULTS_FILE, *_PLACE, "task", "kind", "metric", "value")
+    return json_lines.read(run_dir / RESULTS_FILE, **_PLACE, **_RESULT)
 
 
 def latest(measured: Sequence[Measured]) -> list[Result]:

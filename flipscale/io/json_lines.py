@@ -3,7 +3,7 @@
 import json
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,23 +45,24 @@ def append(path: Path, records: Iterable[dict[str, Any]], is_synced: bool = Fals
         sync(path.parent)
 
 
-def read(path: Path, *needed: str) -> list[dict[str, Any]]:
+def read(path: Path, *needed: str, **kinds: Any) -> list[dict[str, Any]]:
     """Return the records of a file, none without a file.
 
-    A full disk or a kill can leave lines that are no records. They are skipped, and counted in a warning. A last line
-    without an end is skipped silently, because its writer may be at work.
+    A full disk, a kill or an editor can leave lines that are no records. They are skipped, and counted in a warning. A
+    last line without an end is skipped silently, because its writer may be at work.
 
     Args:
         path: file to read.
         needed: fields that a record must have.
+        kinds: types of fields: `step=int`, or `position=int | None` for a field that a record may lack.
 
     Raises:
         UserError: `path` is a folder, a pipe or a device.
     """
-    return list(iterate(path, *needed))
+    return list(iterate(path, *needed, **kinds))
 
 
-def iterate(path: Path, *needed: str) -> Iterator[dict[str, Any]]:
+def iterate(path: Path, *needed: str, **kinds: Any) -> Iterator[dict[str, Any]]:
     """Yield what `read` returns, with one record in memory."""
     if not path.exists():
         return
@@ -69,9 +70,9 @@ def iterate(path: Path, *needed: str) -> Iterator[dict[str, Any]]:
     num_lines = num_skipped = 0
     with open(path, "rb") as file:
         for line in file:
-            record = _parse(line)
+            record = _parse(line, needed, kinds)
             num_lines += 1
-            if record is not None and all(name in record for name in needed):
+            if record is not None:
                 yield record
             elif line.strip() and line.endswith(b"\n"):
                 num_skipped += 1
@@ -99,9 +100,16 @@ def _is_torn(path: Path) -> bool:
         return file.read(1) != b"\n"
 
 
-def _parse(line: bytes) -> dict[str, Any] | None:
+def _parse(line: bytes, needed: Sequence[str], kinds: Mapping[str, Any]) -> dict[str, Any] | None:
     try:
         record = json.loads(line)
     except ValueError:
         return None
-    return record if isinstance(record, dict) else None
+    if not isinstance(record, dict) or any(name not in record for name in needed):
+        return None
+    return record if all(_is_of(record.get(name), kind) for name, kind in kinds.items()) else None
+
+
+def _is_of(value: Any, kind: Any) -> bool:
+    """Return whether a value is of a type, and below 2**63 if it is a number: JSON has 1e400, NaN and 400 digits."""
+    return isinstance(value, kind) and (not isinstance(value, int | float) or abs(value) < 2**63)

@@ -15,9 +15,8 @@ from flipscale.training.cost import CostRecipe, Energy, occupied_device_hours, r
 from flipscale.training.schedule import StageRecipe, plan_stages
 
 _CHECKPOINT = re.compile("step-[0-9]{8,15}")
-_START = ("step", "num_processes", "time")
-_KEPT_START = ("step", "num_processes", "time")
-_HEARTBEAT = ("time", "step", "phase")
+_START = {"step": int, "num_processes": int, "time": int | float, "set_aside": list | None}
+_HEARTBEAT = {"time": int | float, "step": int, "phase": str, "step_s": int | float | None}
 
 
 class RunSummary:
@@ -73,7 +72,7 @@ class RunSummary:
     @cached_property
     def starts(self) -> list[dict[str, Any]]:
         """Records of all starts."""
-        return json_lines.read(self.run_dir / "starts.jsonl", *_START)
+        return json_lines.read(self.run_dir / "starts.jsonl", **_START)
 
     @cached_property
     def kept_starts(self) -> list[dict[str, Any]]:
@@ -83,7 +82,7 @@ class RunSummary:
     @cached_property
     def heartbeat(self) -> dict[str, Any]:
         """The last heartbeat: `time`, `step`, `phase`, `step_s`. Empty before the first."""
-        return (json_lines.read(self.run_dir / "heartbeat.json", *_HEARTBEAT) or [{}])[-1]
+        return (json_lines.read(self.run_dir / "heartbeat.json", **_HEARTBEAT) or [{}])[-1]
 
     @property
     def is_done(self) -> bool:
@@ -220,6 +219,6 @@ class RunSummary:
 def read_starts(run_dir: Path) -> list[dict[str, Any]]:
     """Return the starts whose steps a run kept: a start replaces the earlier ones at its step or a later one."""
     kept: list[dict[str, Any]] = []
-    for start in json_lines.read(run_dir / "starts.jsonl", *_KEPT_START):
+    for start in json_lines.read(run_dir / "starts.jsonl", **_START):
         kept = [*(earlier for earlier in kept if earlier["step"] < start["step"]), start]
     return kept

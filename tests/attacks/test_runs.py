@@ -319,6 +319,12 @@ CURSOR = "\x1b[2J\x1b]0;theirs\x07\u202e"
 SHOWN = "(\\x1b[2J\\x1b]0;theirs\\x07\\u202e)"
 INFINITE, NAN = float("inf"), float("nan")
 STATUS = [
+    survived("a heartbeat after 1e400 seconds", status(heartbeat(time=INFINITE)), "starting"),
+    survived("a heartbeat of NaN", status(heartbeat(time=NAN, step_s=NAN)), "starting"),
+    survived("a step of 400 digits", status(heartbeat(step=10**400)), "160 of 160 pairs"),
+    survived("a speed in words", status(line("metrics.jsonl", images_per_s="fast")), "1 of 11 lines", alone=True),
+    survived("a result of other types", status(line("results.jsonl", n="x", low=[1])), "1 of 1 lines", alone=True),
+    survived("a number of bad checkpoints", status(line("starts.jsonl", set_aside=5)), "1 of 2 lines", alone=True),
     refused("a heartbeat that is a folder", status(folder_at("heartbeat.json")), "heartbeat.json"),
     survived("a speed of 0", status(line("metrics.jsonl", images_per_s=0)), "0 images/s"),
     survived("a speed that ends in 10^300 years", status(line("metrics.jsonl", images_per_s=1e-300)), "160 of"),
