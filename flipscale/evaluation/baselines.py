@@ -117,11 +117,7 @@ def plain_embedder(name: str, accelerator: Accelerator, batch_size: int = 256, n
 
 
 def untrained_embedder(folder: str, accelerator: Accelerator, batch_size: int = 256, num_workers: int = 0) -> Embedder:
-    """Return the embedder of a new model with the configuration in `folder` and random weights of seed 0.
-
-    Raises:
-        UserError: the folder has no configuration of a FLIP model.
-    """
+    """Return the embedder of a new model with the configuration in `folder` and random weights of seed 0."""
     try:
         config = FlipConfig.from_own_fields(read_object(fetch_folder(folder) / "config.json"))
     except (ValueError, OSError) as error:
@@ -137,16 +133,12 @@ def run_baselines(train: str | Path, task: Task) -> list[Result]:
 
     Args:
         train: training shards: a folder, a glob or a range.
-        task: a task whose `data` is a folder of classification shards with `classnames.txt`.
-
-    Raises:
-        UserError: a file is missing, or no training caption is a class name.
     """
     test_set, source = TestSet.open(task.data), TarSource(str(train))
     class_names, samples = test_set.class_names(), SampleNumbers(source)
-    captions = [_caption(source, *samples[row]) for row in range(len(samples))]
+    captions = [(*source.read_captions(*samples[row]), b"")[0] for row in range(len(samples))]
     numbers = {name: number for number, name in enumerate(class_names)}
-    classes = np.array([numbers.get(caption, -1) for caption in captions])
+    classes = np.array([numbers.get(caption.decode("utf-8", "replace"), -1) for caption in captions])
     rows = np.flatnonzero(classes >= 0)
     if not len(rows):
         raise UserError(
@@ -154,23 +146,23 @@ def run_baselines(train: str | Path, task: Task) -> list[Result]:
             "nearest image has no name; use training shards whose captions are the class names"
         )
 
+    def described(images: TarSource, numbers: Sequence[int]) -> Described:
+        where = SampleNumbers(images)
+        pictures = np.stack([_decoded(images.read(*where[row]).image) for row in numbers])
+        return {name: features(pictures) for name, features in PLAIN.items()}
+
     def known() -> Iterator[tuple[Described, np.ndarray]]:
         for start in range(0, len(rows), _KNOWN_ROWS):
             chunk = rows[start : start + _KNOWN_ROWS]
-            yield describe(_pictures(source, chunk.tolist())), classes[chunk]
+            yield described(source, chunk.tolist()), classes[chunk]
 
     places = SampleNumbers(test_set.source)
     labels = np.array([test_set.source.read_label(*places[row]) for row in range(len(places))])
-    answers = nearest_classes(known, describe(_pictures(test_set.source, range(len(places)))))
+    answers = nearest_classes(known, described(test_set.source, range(len(places))))
     return [
         replace(task.proportion("top1", int((answer == labels).sum()), len(labels)), who=f"nearest image, {name}")
         for name, answer in answers.items()
     ]
-
-
-def describe(images: np.ndarray) -> Described:
-    """Return the pixel and HOG features of images uint8 `(n, s, s, 3)`."""
-    return {name: features(images) for name, features in PLAIN.items()}
 
 
 def nearest_classes(
@@ -181,7 +173,6 @@ def nearest_classes(
     Args:
         known: function that yields features and classes of known images, chunk by chunk. It is called twice, because
             the chunks of a large set do not fit into memory together.
-        asked: features of the asked images.
     """
     compared: dict[str, dict[str, float]] = {
         "16x16 pixels": {"pixels": 1.0},
@@ -189,8 +180,8 @@ def nearest_classes(
         "pixels and HOG": _scales(known()),
     }
 
-    def joined(described: Described, scales: dict[str, float]) -> np.ndarray:
-        return np.hstack([described[key] * np.float32(scale) for key, scale in scales.items()])
+    def joined(features: Described, scales: dict[str, float]) -> np.ndarray:
+        return np.hstack([features[key] * np.float32(scale) for key, scale in scales.items()])
 
     count = len(asked["pixels"])
     best = {name: np.full(count, np.inf, np.float32) for name in compared}
@@ -226,17 +217,9 @@ def _scales(known: Iterator[tuple[Described, np.ndarray]]) -> dict[str, float]:
     return scales
 
 
-def _caption(source: TarSource, shard: int, number: int) -> str:
-    """Return the first caption of a sample, empty for a sample without one."""
-    return next((caption.decode("utf-8", "replace") for caption in source.read_captions(shard, number)), "")
-
-
-def _pictures(source: TarSource, rows: Sequence[int]) -> np.ndarray:
-    """Return the images of some rows at 64 x 64, uint8 `(rows, 64, 64, 3)`."""
-    samples = SampleNumbers(source)
-    images = [decode_box(source.read(*samples[row]).image, None, HOG_SIZE, (1.0, 1.0)) for row in rows]
-    return np.stack(images) if images else np.zeros((0, HOG_SIZE, HOG_SIZE, 3), np.uint8)
-
-
 def _described(describe: Callable[[np.ndarray], np.ndarray], encoded: bytes, row: int) -> dict[str, np.ndarray]:
-    return {"described": describe(decode_box(encoded, None, HOG_SIZE, (1.0, 1.0))[None])[0]}
+    return {"described": describe(_decoded(encoded)[None])[0]}
+
+
+def _decoded(encoded: bytes) -> np.ndarray:
+    return decode_box(encoded, None, HOG_SIZE, (1.0, 1.0))

@@ -12,7 +12,6 @@ import torch
 
 from flipscale.evaluation.embedding import ChosenRows, Embedder, SampleNumbers
 from flipscale.evaluation.kinds.task import Scorer, StreamedTask, Task
-from flipscale.evaluation.results import Result
 from flipscale.evaluation.test_set import TestSet
 from flipscale.io.errors import UserError
 from flipscale.io.files import read_text
@@ -27,7 +26,6 @@ class Decontaminated(StreamedTask):
     """A task without some of its images, called `NAME_clean`. Its images come in the same pass as the whole task's.
 
     Args:
-        whole: the whole task.
         overlap: shard file name and number of each image to leave out.
     """
 
@@ -36,7 +34,6 @@ class Decontaminated(StreamedTask):
 
     @classmethod
     def of(cls, task: StreamedTask, overlap: frozenset[tuple[str, int]]) -> "Decontaminated":
-        """Return the task without these images."""
         return cls(
             task.kind, task.data, task.name + SUFFIX, task.task, task.every_samples, task.image_size, task, overlap
         )
@@ -64,25 +61,16 @@ class Decontaminated(StreamedTask):
             )
         return replace(test_set, source=ChosenRows(source, np.array(kept + left_out)))
 
-    def scorer(self, embedder: Embedder, test_set: TestSet) -> "DecontaminatedScorer":
+    def scorer(self, embedder: Embedder, test_set: TestSet) -> Scorer:
         assert self.whole is not None
         count = len(test_set.source) - len(self.overlap)
-        clean = replace(test_set, source=ChosenRows(test_set.source, np.arange(count)))
-        return DecontaminatedScorer(self, self.whole.scorer(embedder, clean), count)
+        whole = self.whole.scorer(embedder, replace(test_set, source=ChosenRows(test_set.source, np.arange(count))))
 
+        def add(mine: slice, rows: torch.Tensor, embeds: torch.Tensor) -> None:
+            kept = rows < count
+            whole.add(slice(mine.start, mine.start + int(kept.sum())), rows[kept], embeds[kept])
 
-class DecontaminatedScorer(Scorer):
-    """Hands the first `count` rows to the whole task's scorer."""
-
-    def __init__(self, task: Decontaminated, scorer: Scorer, count: int):
-        self._task, self._scorer, self._count = task, scorer, count
-
-    def add(self, rows: torch.Tensor, embeds: torch.Tensor) -> None:
-        kept = rows < self._count
-        self._scorer.add(rows[kept], embeds[kept])
-
-    def results(self) -> list[Result]:
-        return [replace(result, task=self._task.name, made_by=self._task.made_by) for result in self._scorer.results()]
+        return Scorer(add, lambda: [replace(one, task=self.name, made_by=self.made_by) for one in whole.results()])
 
 
 class _Audit(NamedTuple):
@@ -97,11 +85,7 @@ def with_clean_tasks(tasks: Sequence[Task], audit: Path) -> list[Task]:
     """Return the tasks, each with its decontaminated form after it if its test set overlaps with the training data.
 
     Args:
-        tasks: the tasks.
         audit: folder that `flipscale prepare audit SHARDS --tests DIR` wrote about the training data.
-
-    Raises:
-        UserError: the audit compared none of the tasks' test sets with the training data.
     """
     audits = [_read(file) for file in sorted((audit / "overlap").glob("*.json"))]
     if not audits:
@@ -132,14 +116,9 @@ def with_clean_tasks(tasks: Sequence[Task], audit: Path) -> list[Task]:
 
 
 def _read(file: Path) -> _Audit:
-    """Return an audit's file about a test set.
-
-    Raises:
-        UserError: it is no such file.
-    """
     try:
         content = json.loads(read_text(file))
         overlap = frozenset((str(image["shard"]), int(image["number"])) for image in content["overlap"])
         return _Audit(str(content["test"]), str(content["contents"]), overlap)
-    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise UserError(f"{file} is not of flipscale prepare audit ({error!r}); audit again") from error

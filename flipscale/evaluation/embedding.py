@@ -49,10 +49,8 @@ class DamagedImage(UserError):
 
 @dataclass(frozen=True)
 class Share:
-    """The rows of one process: every `world`th batch of `size` rows among `count`.
-
-    The batches do not depend on the number of processes, so each embedding is the same to the last bit.
-    """
+    """The rows of one process: every `world`th batch of `size` rows among `count`. The batches do not depend on the
+    number of processes, so each embedding is the same to the last bit."""
 
     count: int
     size: int
@@ -104,12 +102,7 @@ class SampleNumbers(Sequence[tuple[int, int]]):
 
 
 class ChosenRows(TarSource):
-    """Some rows of a source in a new order, as one shard.
-
-    Args:
-        source: source of the samples.
-        rows: rows of `source`, int64 `(rows,)`.
-    """
+    """Some rows of a source in a new order, as one shard."""
 
     def __init__(self, source: TarSource, rows: np.ndarray):
         self._open = OrderedDict()  # empty, because `source` opens the shards
@@ -153,19 +146,11 @@ class WholeImages(Dataset):
 
     def __getitems__(self, rows: Sequence[int]) -> PackedBatch | Exception:
         try:
-            return _packed((self._decoded(row) for row in rows), len(rows))
+            return _packed((self.decoded(row) for row in rows), len(rows))
         except (ValueError, OSError) as error:
             return error
 
-    def damage(self, row: int) -> str | None:
-        """Return the fault of an image; None if it is whole."""
-        try:
-            self._decoded(row)
-        except DamagedImage as error:
-            return str(error)
-        return None
-
-    def _decoded(self, row: int) -> dict[str, np.ndarray]:
+    def decoded(self, row: int) -> dict[str, np.ndarray]:
         shard, number = self.where[row]
         try:
             sample = self.source.read(shard, number)
@@ -180,14 +165,12 @@ class WholeImages(Dataset):
 class Embedder:
     """A FLIP model, its tokenizer, and the processes that share the work. Subclasses embed by other models.
 
-    A set of rows (images, texts, classes) is cut into batches that do not depend on the number of processes. Process r
-    of w embeds batches r, r + w, r + 2 w, ...: see `batches` and `rows`. The forward passes of a sharded model are
-    collective, so a process with a batch less embeds a dummy meanwhile.
+    Process r of w embeds batches r, r + w, r + 2 w, ... of a set of rows (images, texts, classes). The forward passes
+    of a sharded model are collective, so a process with a batch less embeds a dummy meanwhile.
 
     Args:
         model: the model, unwrapped, in evaluation mode.
         tokenizer: tokenizer of the model; None without texts.
-        accelerator: the processes.
         batch_size: most images or texts in a batch; a CPU and a small set use fewer.
         num_workers: number of processes that decode images; 0 decodes in this process.
         alive: function called at the start of a task and after every batch, for a watchdog.
@@ -210,11 +193,8 @@ class Embedder:
     def at(self, image_size: int | None) -> "Embedder":
         """Return the embedder of images of `image_size` pixels; None returns this embedder.
 
-        Each patch has the position of the place that it shows.
-
         Raises:
-            ValueError: the patch size does not divide the image size.
-            UserError: the model is not flipscale's.
+            ValueError: the patch size does not divide the image size, or the model is not flipscale's.
         """
         if image_size is None:
             return self
@@ -252,10 +232,9 @@ class Embedder:
         """Collective, to its end. Yield this process's rows of `source`, int64 `(rows,)`, and their features, fp32
         `(rows, dim)` on the CPU, batch by batch.
 
-        Each image is read once. The last batch has no rows if other processes have a batch more.
+        The last batch has no rows if other processes have a batch more.
 
         Args:
-            source: source of the images.
             features: `embeds`, after the projection and of unit length; or `pooled`, before the projection and not
                 normalised, for linear probes.
 
@@ -274,12 +253,7 @@ class Embedder:
 
     def image_columns(self, source: TarSource) -> Iterator[tuple[range, PackedBatch]]:
         """Collective, to its end. Yield this process's rows of `source` and the model's inputs of their images, on its
-        device, batch by batch. If other processes have a batch more, the last has no rows and one dummy image.
-
-        Raises:
-            UserError: any image cannot be decoded. All processes raise it.
-            OSError: any process cannot read a shard or lost a worker. All processes raise it.
-        """
+        device, batch by batch. If other processes have a batch more, the last has no rows and one dummy image."""
         share, decode, nothing = self._share(len(source)), self.decoder(), range(0)
         mine = share.batches()
         decoded = decoded_batches(source, decode, mine, self.num_workers)
@@ -301,12 +275,7 @@ class Embedder:
                     self.progress(news)
 
     def my_images(self, source: TarSource, features: Features = "embeds") -> torch.Tensor:
-        """Collective. Return the features of this process's rows of `source`, fp32 `(rows, dim)`; see `image_batches`.
-
-        Raises:
-            UserError: an image of any process cannot be decoded.
-            OSError: a process cannot read a shard, or lost a worker.
-        """
+        """Collective. Return the features of this process's rows of `source`, fp32 `(rows, dim)`."""
         mine, first = torch.empty(0), 0
         for rows, batch in self.image_batches(source, features):
             if not first:
@@ -316,13 +285,7 @@ class Embedder:
         return mine
 
     def images(self, source: TarSource, features: Features = "embeds") -> torch.Tensor:
-        """Collective. Return the features of all images of `source` in shard order, fp32 `(images, dim)`; see
-        `image_batches`.
-
-        Raises:
-            UserError: an image of any process cannot be decoded.
-            OSError: a process cannot read a shard, or lost a worker.
-        """
+        """Collective. Return the features of all images of `source` in shard order, fp32 `(images, dim)`."""
         return self.gathered(self.my_images(source, features), len(source))
 
     def texts(self, texts: Sequence[str], together: int | None = None) -> torch.Tensor:
@@ -330,7 +293,6 @@ class Embedder:
         length, CPU.
 
         Args:
-            texts: the texts.
             together: number of consecutive texts that share an embedding, such as the prompts of a class: their mean,
                 of unit length again. By default each text has its own.
         """
@@ -344,12 +306,11 @@ class Embedder:
             for rows in batches + [range(0)] * (share.rounds - len(batches)):
                 asked = rows or range(1)
                 batch = texts[asked.start * count : asked.stop * count]
-                parts = [
-                    list(batch[first : first + self.batch_size]) for first in range(0, len(batch), self.batch_size)
-                ]
-                embeds = torch.cat([self._embeds_of(part) for part in parts])
-                if together is not None:
-                    embeds = torch.stack([_mean_direction(group) for group in embeds.split(together)])
+                firsts = range(0, len(batch), self.batch_size)
+                embeds = torch.cat([self._embeds_of(list(batch[f : f + self.batch_size])) for f in firsts])
+                if together is not None:  # means at unit length, rounded as in CLIP_benchmark
+                    means = [group.mean(dim=0) for group in embeds.split(together)]
+                    embeds = torch.stack([mean / mean.norm() for mean in means])
                 mine.append(embeds[: len(rows)])
                 self.alive()
                 news = min(share.size * share.world * count, len(texts) - done)
@@ -362,7 +323,6 @@ class Embedder:
         return self._gathered(mine, self._share(count))
 
     def total(self, counts: Sequence[int | float]) -> list[int]:
-        """Collective. Return the sums of `counts` over the processes."""
         mine = torch.tensor(counts, dtype=torch.int64, device=self.accelerator.device)
         return self.accelerator.reduce(mine, "sum").tolist()
 
@@ -453,18 +413,16 @@ class Embedder:
         return made
 
     def _refuse(self, images: WholeImages) -> None:
-        """Collective. Look at all images after a damaged one, to name all that are damaged.
-
-        Raises:
-            UserError: an image is damaged. All processes raise it, with the names of the damaged images.
-        """
+        """Collective. Look at all images after a damaged one, to name all that are damaged."""
         from accelerate.utils import gather_object
 
         mine: list[tuple[int, str]] = []
         for row in self.rows(len(images)).tolist():
             self.alive()
-            damage = images.damage(row)
-            mine += [(row, damage)] if damage is not None else []
+            try:
+                images.decoded(row)
+            except DamagedImage as error:
+                mine.append((row, str(error)))
         faults = [damage for _, damage in sorted(gather_object(mine))]
         if faults:
             raise UserError(named(faults, len(images)))
@@ -479,8 +437,7 @@ class Embedder:
 
 @dataclass(frozen=True)
 class ClassifierEmbedder(Embedder):
-    """An embedder of a `FlipForImageClassification`. An image's features are its logits, one a class; there are no
-    texts."""
+    """An embedder of a `FlipForImageClassification`. An image's features are its logits; there are no texts."""
 
     @property
     def gives(self) -> tuple[str, ...]:
@@ -495,23 +452,15 @@ _KINDS: tuple[type[Exception], ...] = (DamagedImage, UserError, OSError)
 
 
 def parts_of(config: Any) -> tuple[str, ...]:
-    """Return the parts of a model with this configuration that tasks may need.
-
-    They are the image tower's `features`, `texts` unless `text_config` is None, a `decoder`, and a list of `answers`.
-    A foreign model has no such configuration, and a dual encoder's parts.
-    """
+    """Return the parts of a model that tasks may need: the image tower's `features`, `texts`, a `decoder`, a list of
+    `answers`. A foreign model has no configuration of flipscale's, and a dual encoder's parts."""
     texts = () if config is not None and getattr(config, "text_config", config) is None else ("texts",)
     others = {"decoder": "decoder_config", "answers": "answer_config"}
     return ("features", *texts, *(part for part, name in others.items() if getattr(config, name, None) is not None))
 
 
 def named(faults: Sequence[str], count: int) -> str:
-    """Return one sentence about the damaged samples of a test set of `count` samples.
-
-    Args:
-        faults: message of each damaged sample, which begins with its name.
-        count: number of samples in the set.
-    """
+    """Return one sentence about the damaged samples of a test set of `count` samples."""
     others = [fault.split(" has ")[0].split(" cannot ")[0] for fault in faults[1 : 1 + _MOST_NAMED]]
     dots = ", ..." if len(faults) > 1 + _MOST_NAMED else ""
     more = f"; {len(faults) - 1} more of {count} are wrong too: {', '.join(others)}{dots}" if others else ""
@@ -519,12 +468,7 @@ def named(faults: Sequence[str], count: int) -> str:
 
 
 def decoded_batches(source: TarSource, decode: Decoder, batches: list[range], num_workers: int) -> Iterator[Any]:
-    """Yield the decoded images of each batch of rows, as tensors by name.
-
-    Raises:
-        UserError: an image cannot be decoded.
-        OSError: a shard cannot be read, or a worker died.
-    """
+    """Yield the decoded images of each batch of rows, as tensors by name."""
     workers = min(num_workers, len(batches) if len(batches) > 1 else 0)
     loader = DataLoader(
         WholeImages(source, decode),
@@ -550,8 +494,7 @@ def decoded_batches(source: TarSource, decode: Decoder, batches: list[range], nu
 
 @contextmanager
 def one_thread(wanted: bool) -> Iterator[None]:
-    """Let torch compute on one thread if `wanted`. In a small operation, idle threads would take the cores from the
-    workers."""
+    """Let torch compute on one thread if `wanted`: idle threads of small operations take the cores from the workers."""
     before = torch.get_num_threads()
     torch.set_num_threads(1 if wanted else before)
     try:
@@ -567,11 +510,7 @@ def dummy_batch(decode: Decoder) -> PackedBatch:
 
 
 def rgb_image(encoded: bytes) -> Image.Image:
-    """Return an image as Pillow reads it, in RGB, for the processors of other models and clip-benchmark.
-
-    Raises:
-        UndecodableImage: the bytes are no image or a damaged one.
-    """
+    """Return an image as Pillow reads it, in RGB, for the processors of other models and clip-benchmark."""
     with wrap_errors(UndecodableImage):
         return open_image(encoded).convert("RGB")
 
@@ -579,14 +518,8 @@ def rgb_image(encoded: bytes) -> Image.Image:
 def image_embeds(
     model: "FlipModel", processor: "FlipProcessor", pictures: Sequence[Picture], batch_size: int = 64
 ) -> np.ndarray:
-    """Return the embeddings of picture files or PIL images, for a search index, a linear probe or other arrays.
-
-    Returns:
-        fp32 `(pictures, dim)` of unit length, so that inner products are cosines.
-
-    Raises:
-        UserError: a file is not a picture, or there are none.
-    """
+    """Return the embeddings of picture files or PIL images, for a search index, a linear probe or other arrays: fp32
+    `(pictures, dim)` of unit length, so that inner products are cosines."""
 
     def features(batch: Sequence[Picture]) -> torch.Tensor:
         inputs = processor(images=[_on_white(picture) for picture in batch], return_tensors="pt")
@@ -598,11 +531,7 @@ def image_embeds(
 def text_embeds(
     model: "FlipModel", processor: "FlipProcessor", texts: Sequence[str], batch_size: int = 256
 ) -> np.ndarray:
-    """Return the embeddings of texts: fp32 `(texts, dim)` of unit length.
-
-    Raises:
-        UserError: there are no texts.
-    """
+    """Return the embeddings of texts: fp32 `(texts, dim)` of unit length."""
 
     def features(batch: Sequence[str]) -> torch.Tensor:
         inputs = processor(text=list(batch), return_tensors="pt")
@@ -655,12 +584,6 @@ def _packed(images: Iterable[dict[str, np.ndarray]], count: int) -> PackedBatch:
             batch[name][place] = torch.from_numpy(column)
     assert batch is not None
     return batch
-
-
-def _mean_direction(embeds: torch.Tensor) -> torch.Tensor:
-    """Return the mean of embeddings `(texts, dim)` at unit length, `(dim,)`, rounded as in CLIP_benchmark."""
-    mean = embeds.mean(dim=0)
-    return mean / mean.norm()
 
 
 def _whole_square(image_size: int, patch_size: int, encoded: bytes, row: int) -> dict[str, np.ndarray]:

@@ -28,12 +28,6 @@ def open_clip_embedder(name: str, accelerator: Accelerator, batch_size: int = 25
     Args:
         name: `NAME,PRETRAINED`, such as `ViT-B-16,laion2b_s34b_b88k`; `hf-hub:ORG/NAME`; or `local-dir:FOLDER`. NAME
             may be a JSON file with a model configuration, PRETRAINED a file of weights.
-        accelerator: the processes.
-        batch_size: most images or texts in a batch.
-        num_workers: number of processes that decode images.
-
-    Raises:
-        UserError: open_clip is not installed, does not know the model or cannot load it; or no weights are named.
     """
     try:
         import open_clip
@@ -42,7 +36,7 @@ def open_clip_embedder(name: str, accelerator: Accelerator, batch_size: int = 25
     full_name = f"{OPEN_CLIP}{name}"
     name, _, pretrained = name.partition(",")
     folder = Path(name.removeprefix("local-dir:"))
-    try:
+    with _loading(name):
         if name.endswith(".json") and Path(name).is_file():
             read_object(Path(name))
             open_clip.add_model_config(name)
@@ -50,22 +44,15 @@ def open_clip_embedder(name: str, accelerator: Accelerator, batch_size: int = 25
         tags = [] if pretrained or ":" in name else open_clip.list_pretrained_tags_by_model(name)
         if name.startswith("local-dir:") and folder.is_dir():
             check_texts(folder)
-    except Exception as error:  # open_clip raises any type for a bad configuration
-        raise _cannot_load("open_clip model ", repr(name), error) from error
     if not pretrained and ":" not in name:
         known = f"use one of {', '.join(tags)}" if tags else "it has none of its own; name a file"
         raise UserError(f"open_clip:{name} names no weights; add them after a comma: {known}")
-    try:
-        with no_code_of_models():
-            # Pickles are read as weights only.
-            model, _, preprocess = open_clip.create_model_and_transforms(name, pretrained or None, weights_only=True)
-            tokenizer = open_clip.get_tokenizer(name)
-    except Exception as error:  # open_clip, timm, transformers and torch raise any type
-        raise _cannot_load("open_clip model ", repr(name), error) from error
+    with _loading(name):  # reads pickles as weights only
+        model, _, preprocess = open_clip.create_model_and_transforms(name, pretrained or None, weights_only=True)
+        tokenizer = open_clip.get_tokenizer(name)
     model = model.to(accelerator.device).eval()
-    return OpenClipEmbedder(
-        model, tokenizer, accelerator, batch_size, num_workers, name=full_name, preprocess=preprocess
-    )
+    settings = (accelerator, batch_size, num_workers)
+    return OpenClipEmbedder(model, tokenizer, *settings, name=full_name, preprocess=preprocess)
 
 
 def transformers_embedder(name: str, accelerator: Accelerator, batch_size: int = 256, num_workers: int = 0) -> Embedder:
@@ -73,13 +60,6 @@ def transformers_embedder(name: str, accelerator: Accelerator, batch_size: int =
 
     Args:
         name: a Hub name, such as `openai/clip-vit-base-patch32`, or a folder.
-        accelerator: the processes.
-        batch_size: most images or texts in a batch.
-        num_workers: number of processes that decode images.
-
-    Raises:
-        UserError: the model does not exist, lacks weights or a processor, or is no dual encoder.
-        OSError: the Hub cannot be reached.
     """
     from transformers import AutoModel, AutoProcessor
 
@@ -96,7 +76,7 @@ def transformers_embedder(name: str, accelerator: Accelerator, batch_size: int =
     except Exception as error:  # transformers raises any type
         if isinstance(error, OSError) and not Path(name).is_dir():
             raise OSError(f"{full_name} cannot be loaded ({_first_line(error)})") from error
-        raise _cannot_load("", full_name, error) from error
+        raise UserError(f"{full_name} cannot be loaded ({_first_line(error)})") from error
     for method in ("get_image_features", "get_text_features"):
         if not hasattr(model, method):
             raise UserError(
@@ -155,8 +135,13 @@ def _check_foreign(folder: Path) -> None:
         read_header(file)
 
 
-def _cannot_load(kind: str, name: str, error: Exception) -> UserError:
-    return UserError(f"{kind}{name} cannot be loaded ({_first_line(error)})")
+@contextmanager
+def _loading(name: str) -> Iterator[None]:
+    try:
+        with no_code_of_models():
+            yield
+    except Exception as error:  # open_clip, timm, transformers and torch raise any type
+        raise UserError(f"open_clip model {name!r} cannot be loaded ({_first_line(error)})") from error
 
 
 def _first_line(error: Exception) -> str:

@@ -77,7 +77,6 @@ def bootstrapped(measure: Callable[[np.ndarray], float], n: int) -> Estimate:
 
     Args:
         measure: a function of the number of times that each row was drawn, int64 `(n,)`.
-        n: number of rows.
     """
     rng = np.random.default_rng(0)
     draws = [measure(np.bincount(rng.integers(n, size=n), minlength=n)) for _ in range(_DRAWS)]

@@ -71,14 +71,7 @@ def image_masks(ratios: Sequence[float], views: Sequence[int], kind: str, side: 
     """Return a mask for each ratio and each number of views that fits it. Ratio 0 is the whole image, once.
 
     Args:
-        ratios: mask ratios, in [0, 1).
-        views: numbers of disjoint views.
-        kind: kind of the masks.
         side: number of patches along each side of an image.
-
-    Raises:
-        UserError: a ratio leaves no patch, a ratio or a number of views fits none of the others, or the kind is unknown
-            or cannot draw the mask.
     """
     check_kind(kind, IMAGE_MASKS, "--mask_kind")
     num_patches = side**2
@@ -107,16 +100,7 @@ def image_masks(ratios: Sequence[float], views: Sequence[int], kind: str, side: 
 
 
 def check_mask_arguments(args: argparse.Namespace, other_models: Sequence[str]) -> None:
-    """Raise before a model is loaded if the mask arguments do not fit together.
-
-    Args:
-        args: arguments of the command.
-        other_models: names of the models that are not flipscale's.
-
-    Raises:
-        UserError: an argument needs `--mask_ratio`, a figure needs matplotlib or another path, or a masked model is not
-            flipscale's.
-    """
+    """Raise before a model is loaded if the mask arguments do not fit together."""
     if not any(args.mask_ratio):
         given = {"--mask_views": args.mask_views != [1], "--mask_kind": args.mask_kind != "random"}
         for flag in (flag for flag, is_given in {**given, "--mask_figure": args.mask_figure}.items() if is_given):
@@ -131,11 +115,7 @@ def check_mask_arguments(args: argparse.Namespace, other_models: Sequence[str]) 
 
 
 def asked_masks(args: argparse.Namespace, embedder: Embedder) -> list[ImageMask]:
-    """Return the masks that the arguments ask for, for the embedder's image size.
-
-    Raises:
-        UserError: see `image_masks`; or the model is not flipscale's.
-    """
+    """Return the masks that the arguments ask for, for the embedder's image size."""
     if not any(args.mask_ratio):
         return [WHOLE]
     _check_maskable(embedder)
@@ -144,11 +124,7 @@ def asked_masks(args: argparse.Namespace, embedder: Embedder) -> list[ImageMask]
 
 
 def masked_embedder(embedder: Embedder, mask: ImageMask) -> Embedder:
-    """Return the embedder of images under `mask`; for whole images, `embedder` itself.
-
-    Raises:
-        UserError: the model is not flipscale's.
-    """
+    """Return the embedder of images under `mask`; for whole images, `embedder` itself."""
     if mask.ratio == 0.0:
         return embedder
     _check_maskable(embedder)

@@ -20,7 +20,6 @@ def hits_at(scores: torch.Tensor, labels: torch.Tensor, ks: Sequence[int]) -> to
 
     Args:
         scores: class scores, `(rows, classes)`.
-        labels: right class of each row.
         ks: numbers of classes, at most all.
     """
     right = scores.topk(max(ks), dim=1).indices == labels[:, None]
@@ -32,8 +31,6 @@ def recall_hits(scores: torch.Tensor, query_ids: torch.Tensor, target_ids: torch
 
     Args:
         scores: similarities, `(queries, targets)`.
-        query_ids: id of each query, `(queries,)`.
-        target_ids: id of each target, `(targets,)`.
         k: number of targets; more than all means all.
     """
     nearest = scores.topk(min(k, scores.shape[1]), dim=1).indices
@@ -41,13 +38,7 @@ def recall_hits(scores: torch.Tensor, query_ids: torch.Tensor, target_ids: torch
 
 
 def recall_chance(num_right: np.ndarray, num_targets: int, k: int) -> float:
-    """Return the expected recall at k of random answers.
-
-    Args:
-        num_right: number of right answers for each query.
-        num_targets: number of possible answers.
-        k: number of answers drawn.
-    """
+    """Return the expected recall at k of random answers."""
     missed = np.ones(len(num_right))
     for drawn in range(min(k, num_targets)):
         missed *= np.maximum(num_targets - num_right - drawn, 0) / (num_targets - drawn)
@@ -129,7 +120,6 @@ def average_precision_chance(positives: np.ndarray, n: int) -> float:
 
     Args:
         positives: number of positives of each class, `(classes,)`.
-        n: number of rows.
     """
     harmonic = float((1 / np.arange(1, n + 1)).sum())
     others = (positives - 1) / max(n - 1, 1)

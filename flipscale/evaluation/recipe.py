@@ -43,11 +43,7 @@ class EvalRecipe:
         self.planned()
 
     def planned(self) -> list["Task"]:
-        """Return the tasks with their intervals, None for those at `every_share`. The short forms are among them.
-
-        Raises:
-            UserError: a name, kind or field is unknown, or two tasks have the same name.
-        """
+        """Return the tasks with their intervals, None for those at `every_share`. The short forms are among them."""
         from flipscale.evaluation.suite import build_tasks  # imports torch, which `--help` must not
 
         listed = [dict(task) if isinstance(task, dict) else {"task": task} for task in self.tasks]

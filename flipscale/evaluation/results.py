@@ -74,7 +74,6 @@ class Result:
 
     @property
     def name(self) -> str:
-        """Name in `metrics.jsonl`: `task/metric`."""
         return f"{self.task}/{self.metric}"
 
     @property
@@ -116,8 +115,7 @@ def with_unit(value: float, unit: str) -> str:
     """Return a value for tables.
 
     Percentages and points have one decimal above 1, points have a sign, other numbers have about three digits. A
-    number that is not finite, such as a mean over no query, is a dash.
-    """
+    number that is not finite, such as a mean over no query, is a dash."""
     if not math.isfinite(value):
         return NOTHING
     size, is_share = abs(value), unit in ("%", POINTS)
@@ -157,12 +155,10 @@ def drop_results_after(run_dir: Path, step: int) -> None:
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """Return the records in a run's `metrics.jsonl` so far."""
     return json_lines.read(run_dir / "metrics.jsonl", **_PLACE, **_INTERVAL)
 
 
 def read_results(run_dir: Path) -> list[Measured]:
-    """Return all results of a run in the order of steps."""
     known = {f.name for f in dataclasses.fields(Result)}
     measured = [
         Measured(
@@ -188,8 +184,7 @@ def with_changes(results: Sequence[Result]) -> list[Result]:
     """Return the results; each is followed by the same result before the training, if measured, and by the change.
 
     The interval of a change treats the two figures as independent (Zou and Donner, Statistics in Medicine 27, 2008; for
-    two Wilson intervals it is Newcombe's). They are of the same images, so it is wider than necessary.
-    """
+    two Wilson intervals it is Newcombe's). They are of the same images, so it is wider than necessary."""
     before = {result.name: result for result in results if result.who == BEFORE}
     changed = []
     for result in results:
@@ -202,7 +197,6 @@ def with_changes(results: Sequence[Result]) -> list[Result]:
 
 
 def _change(old: Result, new: Result) -> Result:
-    """Return the difference of two results as a result."""
     value, low, high, who = new.value - old.value, None, None, UNCLEAR
     if old.low is not None and old.high is not None and new.low is not None and new.high is not None:
         low = value - math.hypot(new.value - new.low, old.high - old.value)

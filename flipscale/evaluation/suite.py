@@ -51,11 +51,7 @@ def build_task(content: dict[str, Any], where: str) -> Task:
     """Return the task that `{kind: ..., data: ..., ...}` describes.
 
     Args:
-        content: the task's fields.
         where: place of the task in the recipe, which begins the messages.
-
-    Raises:
-        UserError: the kind is unknown, or does not have a field.
     """
     for name in ("kind", "data", "name"):
         if not isinstance(content.get(name, ""), str):
@@ -89,9 +85,6 @@ def build_tasks(listed: Sequence[str | dict[str, Any]], tasks_dir: str | Path = 
         listed: each the name of a page, `{task: NAME, ...}` with fields that differ from the page's, or
             `{kind: ..., data: ..., ...}`.
         tasks_dir: folder in which `flipscale prepare tasks` put the data of tasks with a page.
-
-    Raises:
-        UserError: a name, a kind or a field is unknown, or two tasks have the same name.
     """
     tasks = [
         build_task(_in_full(content, Path(tasks_dir), f"eval.tasks[{number}]"), f"eval.tasks[{number}]")
@@ -107,7 +100,6 @@ def build_tasks(listed: Sequence[str | dict[str, Any]], tasks_dir: str | Path = 
 
 
 def _in_full(content: str | dict[str, Any], tasks_dir: Path, where: str) -> dict[str, Any]:
-    """Return the fields of a listed task over those of its page, if it names one."""
     given = {"task": content} if isinstance(content, str) else content
     if not given.get("task"):
         return given
@@ -120,12 +112,7 @@ def _in_full(content: str | dict[str, Any], tasks_dir: Path, where: str) -> dict
 
 def evaluated(embedder: Embedder, tasks: Iterable[Task]) -> Iterator[tuple[Task, list[Result]]]:
     """Collective, to its end. Yield each task with its results, in order. Consecutive streamed tasks with the same data
-    and image size share one pass over the images.
-
-    Raises:
-        UserError: a test set does not have what its task needs.
-        OSError: a shard cannot be read, or a worker died.
-    """
+    and image size share one pass over the images."""
     tasks = list(tasks)
     for task in tasks:
         task.check_model(embedder.gives, f"the model {embedder.name}".rstrip())
@@ -140,12 +127,6 @@ def evaluated(embedder: Embedder, tasks: Iterable[Task]) -> Iterator[tuple[Task,
 
 
 def evaluate_tasks(embedder: Embedder, tasks: Iterable[Task]) -> list[Result]:
-    """Collective. Return the results of the tasks in order; see `evaluated`.
-
-    Raises:
-        UserError: a test set does not have what its task needs.
-        OSError: a shard cannot be read, or a worker died.
-    """
     return [result for _, results in evaluated(embedder, tasks) for result in results]
 
 
@@ -156,17 +137,7 @@ def _shared_data(number: int, task: Task) -> tuple[str | int, int | None]:
 
 def check_decodable(tasks: Sequence[Task], image_size: int, rank: int, world: int) -> None:
     """Decode images and read answers of the test sets for a few seconds each, spread over the whole set, so that a
-    damaged set is refused before the training.
-
-    Args:
-        tasks: tasks that passed `Task.check`.
-        image_size: image size of the model.
-        rank: rank of this process; each tries other samples.
-        world: number of processes.
-
-    Raises:
-        UserError: an image cannot be decoded, or has no answer that its task needs; the message names it.
-    """
+    damaged set is refused before the training."""
     for task in tasks:
         for test_set in [TestSet.open(task.data), *task.other_sets()]:
             if not len(test_set):

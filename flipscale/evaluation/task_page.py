@@ -47,7 +47,7 @@ class TaskSource:
 
 @dataclass(frozen=True)
 class Reference:
-    """A figure of the paper: the model, its value in percent, and the metric."""
+    """A figure of the paper, in percent."""
 
     model: str
     value: float
@@ -97,34 +97,24 @@ class TaskPage:
     comparable: bool = False
     why_not: str = ""
 
-    @property
-    def num_prompts(self) -> int:
-        """Number of prompts per class; 0 without classes, or if only the source has the list."""
-        return len(self.templates)
-
     def listed(self, folder: Path) -> dict[str, Any]:
         """Return the task as an entry of a recipe's eval.tasks, with the data at `folder`."""
-        templates = {"templates": self.prompts or list(self.templates)} if self.templates else {}
-        about = {"task": self.name, "kind": self.kind, "data": str(folder), "name": self.name}
-        # Label files allow only one metric.
-        several = self.kind in _WITH_METRICS and "labels" not in self.options
-        metric = {"metric": self.metric} if several else {}
-        return {**about, **templates, **metric, **self.options}
+        listed: dict[str, Any] = {"task": self.name, "kind": self.kind, "data": str(folder), "name": self.name}
+        if self.templates:
+            listed["templates"] = self.prompts or list(self.templates)
+        if self.kind in _WITH_METRICS and "labels" not in self.options:  # label files allow only one metric
+            listed["metric"] = self.metric
+        return {**listed, **self.options}
 
 
 @cache
 def page_names() -> tuple[str, ...]:
-    """Return the names of all pages, sorted."""
     return tuple(sorted(path.stem for path in PAGES.glob("*.yaml")))
 
 
 @cache
 def read_page(name: str) -> TaskPage:
-    """Return the page named `name`.
-
-    Raises:
-        UserError: there is no such page; the message has the nearest names.
-    """
+    """Return the page named `name`."""
     if name not in page_names():
         near = difflib.get_close_matches(name, page_names(), 3, 0.5)
         fix = f"did you mean {' or '.join(near)}?" if near else "`flipscale prepare tasks --list` prints all"
@@ -134,16 +124,10 @@ def read_page(name: str) -> TaskPage:
 
 
 def read_pages() -> tuple[TaskPage, ...]:
-    """Return all pages, in the order of their names."""
     return tuple(read_page(name) for name in page_names())
 
 
 def suite_pages(suite: str) -> tuple[TaskPage, ...]:
-    """Return the pages of a suite, or of all.
-
-    Raises:
-        UserError: there is no such suite.
-    """
     if suite not in (*SUITES, "all"):
         raise UserError(f"no suite is called {suite!r}; use one of {', '.join(SUITES)}, all")
     return tuple(page for page in read_pages() if suite == "all" or suite in page.suites)
@@ -154,14 +138,14 @@ def pages_table(pages: Sequence[TaskPage]) -> str:
     rows = [("task", "suites", "images", "classes", "prompts", "metric", "paper")]
     for page in pages:
         figures = [line.value for line in page.reference if (line.model, line.metric) == (PAPER_MODEL, page.metric)]
-        counts = (f"{page.images:,}", f"{page.num_classes:,}" if page.num_classes else "", str(page.num_prompts or ""))
+        classes = f"{page.num_classes:,}" if page.num_classes else ""
+        counts = (f"{page.images:,}", classes, str(len(page.templates) or ""))
         figure = f"{figures[0]}{'' if page.comparable else ' *'}" if figures else ""
         rows.append((page.name, ", ".join(page.suites), *counts, page.metric, figure))
     return f"{plain_table(rows, (2, 3, 4))}\n\npaper: {PAPER_MODEL}, in %; * on other images than the source's"
 
 
 def _page(name: str, content: dict[str, Any]) -> TaskPage:
-    """Return the page of a file's content."""
     known = {option.name for option in fields(TaskPage)} - {"name", "prompts"}
     assert content.keys() <= known, f"tasks/{name}.yaml has {sorted(content.keys() - known)}"
     named = content.get("templates") or []

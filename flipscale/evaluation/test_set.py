@@ -4,7 +4,8 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -38,12 +39,8 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TestSet:
-    """The images of a test set with their labels or captions, its class names and its prompts.
-
-    Args:
-        data: folder or URL, as the recipe names it.
-        source: samples; shards `0.tar` to `N.tar` are in the order of their numbers.
-    """
+    """The images of a test set with their labels or captions, its class names and its prompts. Shards `0.tar` to
+    `N.tar` are in the order of their numbers."""
 
     __test__: ClassVar[bool] = False  # pytest would collect it
 
@@ -55,24 +52,11 @@ class TestSet:
         """Return the test set at `data`, a folder or a URL such as `hf://datasets/clip-benchmark/wds_cars`.
 
         CLIP_benchmark puts the shards into `test/` with their number in `test/nshards.txt`, and text files above that
-        folder. All files may also be in one folder. Shards at a URL come through the training's cache.
-
-        Args:
-            data: folder or URL.
-            part: another folder than `test`, such as `train`.
-
-        Raises:
-            UserError: there are no shards, fewer than `nshards.txt` says, or a damaged one; or the URL cannot be read.
-            OSError: a shard cannot be fetched.
-        """
+        folder. All files may also be in one folder. Shards at a URL come through the training's cache."""
         data = str(data).rstrip("/")
-        for folder in (f"{data}/{part}", data):
-            num_shards = read_text(folder, NUM_SHARDS)
-            if num_shards is not None:
-                source = _opened(_counted(folder, num_shards))
-                break
-        else:
-            source = _opened(_listed(data, part))
+        counts = ((folder, read_text(folder, NUM_SHARDS)) for folder in (f"{data}/{part}", data))
+        counted = next((_counted(folder, count) for folder, count in counts if count is not None), None)
+        source = _opened(counted or _listed(data, part))
         if source.faults:
             fault = source.faults[0]
             raise UserError(
@@ -84,32 +68,18 @@ class TestSet:
         return len(self.source)
 
     def class_names(self) -> list[str]:
-        """Return the class names in the order of their numbers; see `read_class_names`."""
         return read_class_names(self.data)
 
     def templates(self) -> list[str]:
-        """Return the set's own prompts, with `{c}` for the name.
-
-        Raises:
-            UserError: `zeroshot_classification_templates.txt` is missing or empty.
-        """
         return read_lines(self.data, TEMPLATES, "the prompts, {c} for the name")
 
     def labels(self, embedder: Embedder, num_classes: int) -> torch.Tensor:
-        """Collective. Return the class numbers of this process's rows, int64 `(rows,)`.
-
-        Raises:
-            UserError: a sample of any process has no class number below `num_classes`.
-        """
+        """Collective. Return the class numbers of this process's rows, int64 `(rows,)`."""
         return torch.tensor(of_my_rows(embedder, self.source, partial(self.label, num_classes)), dtype=torch.int64)
 
     def captions(self, embedder: Embedder) -> list[list[str]]:
         """Collective. Return the captions of every image: the lines of its `KEY.txt`, with blank ones, as in
-        CLIP_benchmark.
-
-        Raises:
-            UserError: an image has no caption.
-        """
+        CLIP_benchmark."""
         from accelerate.utils import gather_object
 
         mine = of_my_rows(embedder, self.source, self.captions_of)
@@ -117,11 +87,6 @@ class TestSet:
         return [lines for _, lines in sorted(pairs)]
 
     def label(self, num_classes: int, shard: int, number: int) -> int:
-        """Return the class number of a sample.
-
-        Raises:
-            UserError: the sample has no class number below `num_classes`.
-        """
         label = self.source.read_label(shard, number)
         if label is None or not 0 <= label < num_classes:
             raise UserError(
@@ -130,11 +95,7 @@ class TestSet:
         return label
 
     def label_set(self, num_classes: int, shard: int, number: int) -> np.ndarray:
-        """Return the classes of a sample by its `KEY.npy`, bool `(num_classes,)`.
-
-        Raises:
-            UserError: the sample has no array of `num_classes` zeros and ones.
-        """
+        """Return the classes of a sample by its `KEY.npy`, bool `(num_classes,)`."""
         array, where = _array(self.source, shard, number)
         if array.shape != (num_classes,):
             raise UserError(f"{where} has labels of shape {array.shape}; {num_classes} names are listed")
@@ -144,22 +105,13 @@ class TestSet:
         return array.astype(bool)
 
     def array(self, columns: Sequence[str], shard: int, number: int) -> np.ndarray:
-        """Return the numbers in a sample's `KEY.npy`, int64 `(columns,)`.
-
-        Raises:
-            UserError: the sample has no array of one whole number from 0 for each column.
-        """
+        """Return the numbers in a sample's `KEY.npy`, int64 `(columns,)`."""
         array, where = _array(self.source, shard, number)
         if array.shape != (len(columns),) or not ((array >= 0) & (array == np.trunc(array))).all():
             raise UserError(f"{where} has {array.tolist()} in KEY.npy; it must hold numbers of {', '.join(columns)}")
         return array.astype(np.int64)
 
     def captions_of(self, shard: int, number: int) -> list[str]:
-        """Return the captions of a sample.
-
-        Raises:
-            UserError: the sample has no caption.
-        """
         stored = self.source.read_captions(shard, number)
         where = f"{self.source.shard_name(shard)}#{number}"
         try:
@@ -207,12 +159,7 @@ def read_lines(data: str | Path, name: str, what: str) -> list[str]:
     """Return the lines of a text file of a set, stripped. A blank line counts, as in CLIP_benchmark.
 
     Args:
-        data: folder or URL of the set.
-        name: name of the file.
         what: content of the lines, for the error.
-
-    Raises:
-        UserError: the file is missing or empty, or a line is far too long.
     """
     text = read_text(str(data), name)
     if text is None or not text.strip():
@@ -229,11 +176,7 @@ def read_lines(data: str | Path, name: str, what: str) -> list[str]:
 
 
 def read_class_names(data: str | Path) -> list[str]:
-    """Return the class names in the order of their numbers, and warn of duplicates: only the first is ever nearest.
-
-    Raises:
-        UserError: `classnames.txt` is missing or empty, or has a blank line between names.
-    """
+    """Return the class names in the order of their numbers, and warn of duplicates: only the first is ever nearest."""
     names = read_lines(data, CLASS_NAMES, "the class names")
     while not names[-1]:
         names.pop()
@@ -242,20 +185,13 @@ def read_class_names(data: str | Path) -> list[str]:
             f"line {names.index('') + 1} of {data}/{CLASS_NAMES} is blank, and would be a class without a name. Fix: "
             "remove the line, because the classes after it are numbered by their lines"
         )
-    twice = [name for name, count in Counter(names).items() if count > 1]
-    if twice:
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
         _log.warning("%s/%s has %d names more than once, such as %r", data, CLASS_NAMES, len(twice), twice[0])
     return names
 
 
 def training_class_names(recipe: DataRecipe, num_classes: int) -> list[str]:
-    """Return the class names of a recipe's shards: `classnames.txt` in their folder, or in the one above it.
-
-    Raises:
-        UserError: the file is missing, names fewer than two classes or another number than the model's head has, or
-            differs between sources; or a source has no shards.
-        OSError: the file cannot be fetched.
-    """
+    """Return the class names of a recipe's shards: `classnames.txt` in their folder, or in the one above it."""
     names: list[str] = []
     where = ""
     for shards in [source.shards for source in recipe.sources] or [recipe.shards]:
@@ -279,7 +215,6 @@ def training_class_names(recipe: DataRecipe, num_classes: int) -> list[str]:
 
 
 def keep_class_names(run_dir: Path, names: Sequence[str]) -> None:
-    """Write the class names of a run to its directory, for its exports."""
     write_text(run_dir / CLASS_NAMES, "".join(f"{name}\n" for name in names))
 
 
@@ -295,11 +230,7 @@ def refuse_other_class_names(run_dir: Path, names: Sequence[str]) -> None:
 
 
 def kept_class_names(run_dir: Path, num_classes: int) -> list[str]:
-    """Return the class names of a run; without the file, LABEL_0, LABEL_1, ... and a warning.
-
-    Raises:
-        UserError: the run has another number of classes.
-    """
+    """Return the class names of a run; without the file, LABEL_0, LABEL_1, ... and a warning."""
     if not (run_dir / CLASS_NAMES).exists():
         _log.warning("%s has no %s: the model's classes have no names", run_dir, CLASS_NAMES)
         return [f"LABEL_{number}" for number in range(num_classes)]
@@ -310,12 +241,7 @@ def kept_class_names(run_dir: Path, num_classes: int) -> list[str]:
 
 
 def read_text(folder: str, name: str) -> str | None:
-    """Return the content of a text file, on this machine or at a URL; None if there is no file.
-
-    Raises:
-        UserError: it is no file, too long or not UTF-8, or the URL cannot be read.
-        OSError: it cannot be fetched.
-    """
+    """Return the content of a text file, on this machine or at a URL; None if there is no file."""
     path = f"{folder}/{name}"
     try:
         if "://" not in folder:
@@ -325,48 +251,37 @@ def read_text(folder: str, name: str) -> str | None:
                 raise UserError(f"{path} has {size:,} bytes, more than {_MOST_BYTES:,}; is it another file?")
             content = Path(path).read_bytes()
         else:
-            file = ShardCache(Path(READ.cache_dir).expanduser(), READ.cache_bytes).open(path)
-            with os.fdopen(file, "rb") as opened:
-                content = opened.read()
+            cache = ShardCache(Path(READ.cache_dir).expanduser(), READ.cache_bytes)
+            with _reading(path), os.fdopen(cache.open(path), "rb") as file:
+                content = file.read()
         return content.decode("utf-8")
     except (FileNotFoundError, NotADirectoryError):
         return None
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 ({error.reason}); write it anew") from error
-    except (ValueError, OSError):
-        raise
-    except Exception as error:
-        raise _unreadable(path, error) from error
 
 
 def _opened(shards: str) -> TarSource:
-    """Return the source of shards, on this machine or at a URL.
-
-    Raises:
-        UserError: there are no shards, or the URL cannot be read.
-    """
     try:
-        return open_shards(shards, READ)
+        with _reading(shards):
+            return open_shards(shards, READ)
     except FileNotFoundError as error:
         raise no_shards(shards) from error
+
+
+@contextmanager
+def _reading(url: str) -> Iterator[None]:
+    try:
+        yield
     except (ValueError, OSError):
         raise
-    except Exception as error:
-        raise _unreadable(shards, error) from error
-
-
-def _unreadable(url: str, error: Exception) -> UserError:
-    """Return the error of a URL that cannot be read; every protocol of fsspec raises its own types."""
-    reason = " ".join(str(error).split()) or type(error).__name__
-    return UserError(f"{url} cannot be read ({reason}); check the address and the connection")
+    except Exception as error:  # every protocol of fsspec raises its own types
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{url} cannot be read ({reason}); check the address and the connection") from error
 
 
 def _array(source: TarSource, shard: int, number: int) -> tuple[np.ndarray, str]:
-    """Return the numbers in a sample's `KEY.npy`, and the sample's name.
-
-    Raises:
-        UserError: the index has no such file, or it holds no numbers.
-    """
+    """Return the numbers in a sample's `KEY.npy`, and the sample's name."""
     where = f"{source.shard_name(shard)}#{number}"
     array = source.read_array(shard, number)
     if array is None:
@@ -380,11 +295,6 @@ def _array(source: TarSource, shard: int, number: int) -> tuple[np.ndarray, str]
 
 
 def _counted(folder: str, num_shards: str) -> str:
-    """Return the range of all shards by the content of `nshards.txt`.
-
-    Raises:
-        UserError: the file holds no count, or shards are missing on this machine.
-    """
     count = num_shards.strip()
     if not count.isdigit() or int(count) < 1:
         raise UserError(f"{folder}/{NUM_SHARDS} says {count[:40]!r}; it must be the number of shards")

@@ -25,7 +25,7 @@ def row(page: TaskPage) -> str:
         ", ".join(page.suites),
         f"{page.images:,}",
         "" if page.num_classes is None else f"{page.num_classes:,}",
-        str(page.num_prompts or ""),
+        str(len(page.templates) or ""),
         METRICS.get(page.metric, page.metric.replace("_", " ")),
         figure,
     ]

@@ -10,8 +10,8 @@ import pytest
 from conftest import add_member
 
 from flipscale.evaluation.baselines import (
+    PLAIN,
     Described,
-    describe,
     hog_features,
     nearest_classes,
     pixel_features,
@@ -36,6 +36,10 @@ def draw(name: str, shift: int = 0) -> np.ndarray:
     if shape == "cross":
         cv2.line(image, (centre[0], 10), (centre[0], 54), COLOURS[colour], 10)
     return image
+
+
+def describe(images: np.ndarray) -> Described:
+    return {name: features(images) for name, features in PLAIN.items()}
 
 
 def answers(known: np.ndarray, classes: np.ndarray, asked: np.ndarray, chunk: int = 100) -> dict[str, list[int]]:

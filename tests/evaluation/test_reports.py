@@ -28,7 +28,7 @@ def line_of(page: TaskPage, value: float, **about: object) -> Line:
         "page": page.name,
         "title": page.title,
         "data": {"name": page.name, "images": page.images},
-        "prompts": {"number": page.num_prompts} if page.num_prompts else None,
+        "prompts": {"number": len(page.templates)} if page.templates else None,
         "image_size": 224,
         "mask": {},
         "precision": "bf16",

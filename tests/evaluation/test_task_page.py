@@ -59,7 +59,7 @@ WITHOUT_NAMES = {"let_it_wag", "birdsnap", "objectnet", "dollar_street", "geode"
 def test_a_page_is_its_row_of_the_table(name: str) -> None:
     page = read_page(name)
     figures = [line.value for line in page.reference if (line.model, line.metric) == (FLIP, page.metric)]
-    facts = (page.images, page.num_classes, page.num_prompts, page.metric, figures[0] if figures else None)
+    facts = (page.images, page.num_classes, len(page.templates), page.metric, figures[0] if figures else None)
     assert (*facts, page.comparable) == TABLE[name]
     assert page.comparable or page.why_not
     assert page.licence

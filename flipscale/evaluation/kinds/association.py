@@ -51,18 +51,44 @@ preference. The intervals treat roles as independent draws, and pictures of one 
         super().check()
         self._couples(TestSet.open(self.data))
 
-    def scorer(self, embedder: Embedder, test_set: TestSet) -> "AssociationScorer":
-        couples = self._couples(test_set)
-        words = list(dict.fromkeys(couple.role for couple in couples))
-        embeds = embedder.texts([self.template.replace("{c}", word) for word in words])
-        return AssociationScorer(self, embedder, couples, dict(zip(words, embeds, strict=True)), len(test_set))
+    def scorer(self, embedder: Embedder, test_set: TestSet) -> Scorer:
+        couples, count = self._couples(test_set), len(test_set)
+        names = list(dict.fromkeys(couple.role for couple in couples))
+        embeds = embedder.texts([self.template.replace("{c}", name) for name in names])
+        by_role = dict(zip(names, embeds, strict=True))
+        words = {row: by_role[couple.role] for couple in couples for row in (couple.woman, couple.man)}
+        cosines = torch.zeros(len(embedder.rows(count)), 1)
+
+        def add(mine: slice, rows: torch.Tensor, embeds: torch.Tensor) -> None:
+            for place, row, embed in zip(range(mine.start, mine.stop), rows.tolist(), embeds, strict=True):
+                if row in words:
+                    cosines[place] = embed @ words[row]
+
+        return Scorer(add, lambda: self._results(couples, embedder.gathered(cosines, count)[:, 0].double().numpy()))
+
+    def _results(self, couples: list[Couple], cosines: np.ndarray) -> list[Result]:
+        by_role: dict[str, list[float]] = {}
+        for couple in couples:
+            by_role.setdefault(couple.role, []).append(cosines[couple.man] - cosines[couple.woman])
+        # A tie is half a preference for each.
+        nearer = np.array([sum((d > 0) + (d == 0) / 2 for d in differences) for differences in by_role.values()])
+        counts = np.array([len(differences) for differences in by_role.values()])
+        sums = np.array([sum(differences) for differences in by_role.values()])
+        n, roles = int(counts.sum()), len(counts)
+        mean = float(sums.sum() / n)
+        deviation = float(np.sqrt(((sums - mean * counts) ** 2).sum() * roles / max(roles - 1, 1))) / n
+        difference = Result(
+            *(self.name, self.kind, "man_less_woman", mean, n),
+            low=mean - Z95 * deviation if roles > 1 else None,
+            high=mean + Z95 * deviation if roles > 1 else None,
+            unit="",
+            chance=0.0,
+            headline=False,
+            made_by=self.made_by,
+        )
+        return [self.estimated("nearer_man", clustered_share(nearer, counts), n, 50.0), difference]
 
     def _couples(self, test_set: TestSet) -> list[Couple]:
-        """Return the couples of `roles.json`.
-
-        Raises:
-            UserError: the file is missing, or is not such a list.
-        """
         path = f"{self.data}/{ROLES}"
         text = read_text(self.data, ROLES)
         if text is None:
@@ -78,45 +104,3 @@ preference. The intervals treat roles as independent draws, and pictures of one 
                 rows = f"rows {couple.woman} and {couple.man} of {len(test_set)}"
                 raise UserError(f"{path} names {rows}; write it anew with the images")
         return couples
-
-
-class AssociationScorer(Scorer):
-    """Keeps the cosine of each couple's images with the role word."""
-
-    def __init__(
-        self, task: Association, embedder: Embedder, couples: list[Couple], words: dict[str, torch.Tensor], count: int
-    ):
-        self._task, self._embedder, self._couples = task, embedder, couples
-        self._words = {row: words[couple.role] for couple in couples for row in (couple.woman, couple.man)}
-        self._count, self._seen = count, 0
-        self._mine = torch.zeros(len(embedder.rows(count)), 1)
-
-    def add(self, rows: torch.Tensor, embeds: torch.Tensor) -> None:
-        for row, embed in zip(rows.tolist(), embeds, strict=True):
-            if row in self._words:
-                self._mine[self._seen] = embed @ self._words[row]
-            self._seen += 1
-
-    def results(self) -> list[Result]:
-        cosines = self._embedder.gathered(self._mine, self._count)[:, 0].double().numpy()
-        by_role: dict[str, list[float]] = {}
-        for couple in self._couples:
-            by_role.setdefault(couple.role, []).append(cosines[couple.man] - cosines[couple.woman])
-        # A tie is half a preference for each.
-        nearer = np.array([sum((d > 0) + (d == 0) / 2 for d in differences) for differences in by_role.values()])
-        counts = np.array([len(differences) for differences in by_role.values()])
-        share = clustered_share(nearer, counts)
-        sums = np.array([sum(differences) for differences in by_role.values()])
-        n, roles = int(counts.sum()), len(counts)
-        mean = float(sums.sum() / n)
-        deviation = float(np.sqrt(((sums - mean * counts) ** 2).sum() * roles / max(roles - 1, 1))) / n
-        difference = Result(
-            *(self._task.name, self._task.kind, "man_less_woman", mean, n),
-            low=mean - Z95 * deviation if roles > 1 else None,
-            high=mean + Z95 * deviation if roles > 1 else None,
-            unit="",
-            chance=0.0,
-            headline=False,
-            made_by=self._task.made_by,
-        )
-        return [self._task.estimated("nearer_man", share, n, 50.0), difference]

@@ -28,8 +28,7 @@ def cider(candidates: Sequence[Words], references: Sequence[Sequence[Words]]) ->
     """Return the CIDEr of each image, fp64 `(images,)` in [0, 10] (Vedantam et al., arXiv 1411.5726).
 
     It is CIDEr-D, the form of COCO's server, with clipped counts and a length penalty. The inverse document frequencies
-    come from all given references, so a part of a set has other scores.
-    """
+    come from all given references, so a part of a set has other scores."""
     documents = Counter(
         gram for image in references for gram in {gram for words in image for gram in _ngrams(words, _LONGEST)}
     )
@@ -61,8 +60,7 @@ def cider(candidates: Sequence[Words], references: Sequence[Sequence[Words]]) ->
 def bleu_4(candidates: Sequence[Words], references: Sequence[Sequence[Words]]) -> Estimate:
     """Return the BLEU-4 of the whole set, in [0, 1], with a bootstrap interval over images (Papineni et al. 2002).
 
-    The reference length is the nearest to each candidate's, and the shorter of two equally near ones.
-    """
+    The reference length is the nearest to each candidate's, and the shorter of two equally near ones."""
     pairs = zip(candidates, references, strict=True)
     counts = np.array([_bleu_counts(candidate, image) for candidate, image in pairs], np.float64)
 
@@ -79,8 +77,7 @@ def bleu_4(candidates: Sequence[Words], references: Sequence[Sequence[Words]]) -
 def rouge_l(candidates: Sequence[Words], references: Sequence[Sequence[Words]]) -> np.ndarray:
     """Return the ROUGE-L of each image, fp64 `(images,)` in [0, 1] (Lin 2004).
 
-    It combines the best precision and the best recall of the longest common subsequence over the references.
-    """
+    It combines the best precision and the best recall of the longest common subsequence over the references."""
     scores = []
     for candidate, image in zip(candidates, references, strict=True):
         # COCO's tools treat an empty caption as one empty word.
@@ -93,7 +90,6 @@ def rouge_l(candidates: Sequence[Words], references: Sequence[Sequence[Words]]) 
 
 
 def _ngrams(words: Words, longest: int) -> Counter[Gram]:
-    """Return the count of each n-gram of up to `longest` words."""
     return Counter(
         tuple(words[first : first + length])
         for length in range(1, longest + 1)
@@ -116,7 +112,6 @@ def _bleu_counts(candidate: Words, references: Sequence[Words]) -> list[int]:
 
 
 def _common(one: Words, other: Words) -> int:
-    """Return the length of the longest common subsequence."""
     before = [0] * (len(other) + 1)
     for word in one:
         row = [0]
@@ -130,17 +125,8 @@ def _common(one: Words, other: Words) -> int:
 _LEFT_OUT = frozenset(["''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";"])
 _WRITTEN = {
     **{"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-", "£": "#", "€": "$"},
-    **{
-        "½": "1/2",
-        "¼": "1/4",
-        "¾": "3/4",
-        "&amp;": "&",
-        "&lt;": "<",
-        "&gt;": ">",
-        "…": "...",
-        "—": "--",
-        "\u2013": "--",
-    },
+    **{"½": "1/2", "¼": "1/4", "¾": "3/4", "&amp;": "&", "&lt;": "<", "&gt;": ">", "…": "...", "—": "--"},
+    "\u2013": "--",
     **dict.fromkeys('"“”', "''"),
     **dict.fromkeys("\u2018\u2019", "'"),
 }
@@ -174,7 +160,6 @@ _TOKEN = re.compile(
 
 
 def caption_words(caption: str) -> list[str]:
-    """Return the words of a caption for the metrics."""
     return [word for word in ptb_tokens(caption) if word not in _LEFT_OUT]
 
 

@@ -3,7 +3,6 @@
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
@@ -14,7 +13,7 @@ from flipscale.data.sources.tar import TarSource
 from flipscale.evaluation.embedding import ChosenRows, Embedder
 from flipscale.evaluation.intervals import Estimate, mean_estimate
 from flipscale.evaluation.kinds.caption_metrics import bleu_4, caption_words, cider, rouge_l
-from flipscale.evaluation.kinds.task import ClassHits, Task
+from flipscale.evaluation.kinds.task import ClassHits, LabelledTask, Task
 from flipscale.evaluation.kinds.zero_shot import ZeroShot
 from flipscale.evaluation.results import Result
 from flipscale.evaluation.test_set import TestSet
@@ -85,7 +84,7 @@ Intervals are over images for fixed references; BLEU's is by the bootstrap."""
 
 
 @dataclass(frozen=True)
-class Likelihood(Task):
+class Likelihood(LabelledTask):
     """`top1`, `top5` (with five classes or more) and `mean_per_class` of classification shards, in percent.
 
     `data` is laid out as for `zero_shot`. A class's score is the log-likelihood of its prompt under the decoder: the
@@ -107,7 +106,6 @@ class Likelihood(Task):
 decoder finds the most likely caption, by the sum of its tokens' log-likelihoods (the mean over the set's prompts).
 Intervals are those of zero-shot classification."""
     hub_task: ClassVar[str] = "zero-shot-image-classification"
-    hub_metric: ClassVar[str] = "accuracy"
 
     def __post_init__(self) -> None:
         self._zero_shot()
@@ -118,9 +116,6 @@ Intervals are those of zero-shot classification."""
 
     def prompts(self, test_set: TestSet) -> list[str]:
         return self._zero_shot().prompts(test_set)
-
-    def truth(self, test_set: TestSet) -> Callable[[int, int], Any]:
-        return partial(test_set.label, len(test_set.class_names()))
 
     def evaluate(self, embedder: Embedder) -> list[Result]:
         test_set = TestSet.open(self.data)
@@ -137,21 +132,10 @@ Intervals are those of zero-shot classification."""
         return hits.results(self.metric)[0]
 
     def _zero_shot(self) -> ZeroShot:
-        """Return the zero-shot task with the same classes and prompts, for its checks."""
-        return ZeroShot(
-            *(self.kind, self.data, self.name),
-            image_size=self.image_size,
-            templates=self.templates,
-            metric=self.metric,
-        )
+        return ZeroShot(self.kind, self.data, self.name, templates=self.templates, metric=self.metric)
 
 
 def captioner(embedder: Embedder) -> Any:
-    """Return a `FlipForConditionalGeneration` with the modules of the embedder's model.
-
-    Raises:
-        UserError: the model has no decoder.
-    """
     from flipscale.model import FlipForConditionalGeneration
 
     model = embedder.model
@@ -169,12 +153,7 @@ def captioner(embedder: Embedder) -> Any:
 
 
 def generated_captions(embedder: Embedder, source: TarSource, max_new_tokens: int, num_beams: int) -> list[str]:
-    """Collective. Return a caption for each image of `source`, on every process, by beam search.
-
-    Raises:
-        UserError: the model has no decoder, or an image cannot be decoded.
-        OSError: a shard cannot be read, or a worker died.
-    """
+    """Collective. Return a caption for each image of `source`, on every process, by beam search."""
     from accelerate.utils import gather_object
 
     model, mine = captioner(embedder), []
@@ -198,12 +177,7 @@ class Likelihoods:
     The decoder reads a common prefix such as "a photo of a" once for all texts that begin with it.
 
     Args:
-        embedder: embedder of the model.
-        texts: the texts.
         images: most images in a batch, the same on every process.
-
-    Raises:
-        UserError: the model has no decoder, or a text has no token.
     """
 
     def __init__(self, embedder: Embedder, texts: list[str], images: int):
@@ -228,27 +202,19 @@ class Likelihoods:
     def of(self, columns: dict[str, Any]) -> torch.Tensor:
         """Collective for a sharded model. Return the log-likelihood of each text in nats, fp32 `(images, texts)`, CPU.
 
-        It is the sum over the text's tokens and the end.
-
-        Args:
-            columns: a batch of images in the form that the model takes.
-        """
+        It is the sum over the text's tokens and the end."""
         scores = []
         with torch.no_grad(), self._embedder.accelerator.autocast():
             image_tokens = self._model.vision_model(**columns).last_hidden_state
             for first in range(0, self._images, self._group):
                 # A process with fewer images reads its first again, because the forward pass is collective.
                 group = image_tokens[first : first + self._group]
-                scores.append(self._of_group(group if len(group) else image_tokens[:1]))
+                group = group if len(group) else image_tokens[:1]
+                first_token = self._model.config.decoder_config.bos_token_id
+                begin = group.new_full((len(group), 1), first_token, dtype=torch.int64)
+                begun = self._model.decoder(begin, group, use_cache=True)
+                scores.append(torch.cat([self._of_part(begun, steps) for steps in self._parts], dim=1))
         return torch.cat(scores)[: len(image_tokens), self._places].cpu()
-
-    def _of_group(self, image_tokens: torch.Tensor) -> torch.Tensor:
-        """Return the log-likelihoods `(images, texts)` in the sorted order of the texts."""
-        begin = image_tokens.new_full(
-            (len(image_tokens), 1), self._model.config.decoder_config.bos_token_id, dtype=torch.int64
-        )
-        begun = self._model.decoder(begin, image_tokens, use_cache=True)
-        return torch.cat([self._of_part(begun, steps) for steps in self._parts], dim=1)
 
     def _of_part(self, begun: Any, steps: list["_Step"]) -> torch.Tensor:
         """Return the log-likelihoods `(images, texts)` of some texts, after the decoder read the first token."""
@@ -291,7 +257,6 @@ class _Step(NamedTuple):
 
 
 def _prefix_steps(texts: list[tuple[int, ...]], device: Any) -> list[_Step]:
-    """Return the decoder steps that read texts of these tokens."""
     steps: list[_Step] = []
     parents: dict[tuple[int, ...], int] = {(): 0}
     for length in range(max(map(len, texts))):

@@ -1,21 +1,19 @@
 """Classification by the model's own head, after fine-tuning."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 
 from flipscale.evaluation.embedding import Embedder
-from flipscale.evaluation.kinds.task import ClassHits, Task
+from flipscale.evaluation.kinds.task import ClassHits, LabelledTask
 from flipscale.evaluation.results import Result
 from flipscale.evaluation.test_set import TestSet
 from flipscale.io.errors import UserError
 
 
 @dataclass(frozen=True)
-class Classification(Task):
+class Classification(LabelledTask):
     """`top1`, `top5` (with five classes or more) and `mean_per_class` of classification shards, in percent.
 
     `data` has shards with `KEY.cls`, and beside them `classnames.txt` with the classes of the model's head.
@@ -30,15 +28,10 @@ class Classification(Task):
     protocol: ClassVar[str] = """Classification by the model's head: whole images, the short side resized to the model's
 size and the centre cut out. Shares have Wilson intervals. The interval of the mean per class sums the class variances
 and leaves out classes without images."""
-    hub_task: ClassVar[str] = "image-classification"
-    hub_metric: ClassVar[str] = "accuracy"
 
     def check(self) -> None:
         super().check()
         TestSet.open(self.data).class_names()
-
-    def truth(self, test_set: TestSet) -> Callable[[int, int], Any]:
-        return partial(test_set.label, len(test_set.class_names()))
 
     def evaluate(self, embedder: Embedder) -> list[Result]:
         test_set = TestSet.open(self.data)

@@ -6,10 +6,8 @@ row's class and -1 for the others, and the penalty is 1,024.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -18,7 +16,7 @@ from flipscale.data.randomness import keyed_uniform
 from flipscale.evaluation.embedding import ChosenRows, Embedder
 from flipscale.evaluation.intervals import student, wilson
 from flipscale.evaluation.kinds.probe import LabelledSets, LinearClassifier, Rows, Total, total_of
-from flipscale.evaluation.kinds.task import Task
+from flipscale.evaluation.kinds.task import LabelledTask
 from flipscale.evaluation.results import Result
 from flipscale.evaluation.test_set import TestSet
 from flipscale.io.errors import UserError
@@ -30,7 +28,7 @@ _LEAST_DEVIATION = 1e-5  # added to each feature's
 
 
 @dataclass(frozen=True)
-class FewShot(Task):
+class FewShot(LabelledTask):
     """`1_shot`, `5_shot`, ...: top-1 in percent of the test images, as the mean over draws of the training images.
 
     `data` and `train` have shards with `KEY.cls` and `classnames.txt`. Only the drawn training images are embedded. A
@@ -50,8 +48,6 @@ class FewShot(Task):
     protocol: ClassVar[str] = """Few-shot classification: ridge regression in closed form (penalty 1,024) on features
 before the projection, scaled to mean 0 and deviation 1, of whole images. The figure is the mean over draws of the
 training images. Its interval counts both the draws (Student's t) and the test images."""
-    hub_task: ClassVar[str] = "image-classification"
-    hub_metric: ClassVar[str] = "accuracy"
 
     def __post_init__(self) -> None:
         if not self.shots:
@@ -61,9 +57,6 @@ training images. Its interval counts both the draws (Student's t) and the test i
 
     def check(self) -> None:
         self._sets()
-
-    def truth(self, test_set: TestSet) -> Callable[[int, int], Any]:
-        return partial(test_set.label, len(test_set.class_names()))
 
     def other_sets(self) -> list[TestSet]:
         return [TestSet.open(self.train or self.data, "train")]
@@ -105,7 +98,6 @@ training images. Its interval counts both the draws (Student's t) and the test i
         ]
 
     def _result(self, shots: int, hits: np.ndarray, n: int, chance: float) -> Result:
-        """Return the mean over the draws, with the hits of each among `n` test images."""
         mean, draws = float(hits.mean()) / n, len(hits)
         low, high = wilson(mean * n, n)
         spread = student(draws - 1) * float((hits / n).std(ddof=1)) / math.sqrt(draws) if draws > 1 else 0.0

@@ -8,7 +8,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import cv2
@@ -21,7 +21,7 @@ from flipscale.data.randomness import keyed_permutation, keyed_uniform
 from flipscale.data.samples import Sample
 from flipscale.data.sources.tar import TarSource
 from flipscale.evaluation.embedding import ChosenRows, Embedder, Features
-from flipscale.evaluation.kinds.task import ClassHits, Task
+from flipscale.evaluation.kinds.task import ClassHits, LabelledTask
 from flipscale.evaluation.metrics import mean_per_class
 from flipscale.evaluation.results import Result
 from flipscale.evaluation.test_set import TestSet
@@ -79,7 +79,6 @@ class LarsRecipe:
             raise UserError(f"lars.epochs is {self.epochs}; expected more than lars.warmup_epochs {self.warmup_epochs}")
 
     def check(self, num_images: int) -> None:
-        """Raise UserError if the batch is larger than the number of training images."""
         if self.batch_size > num_images:
             raise UserError(
                 f"lars.batch_size is {self.batch_size:,}; expected at most the {num_images:,} training images. Fix: "
@@ -87,7 +86,6 @@ class LarsRecipe:
             )
 
     def rate(self, epoch: float) -> float:
-        """Return the learning rate at a time in epochs."""
         peak = self.base_lr * self.batch_size / 256
         if epoch < self.warmup_epochs:
             return peak * epoch / self.warmup_epochs
@@ -105,18 +103,13 @@ class LabelledSets(NamedTuple):
 
     @classmethod
     def open(cls, train: str, test: str, validation: str = "") -> "LabelledSets":
-        """Open the sets. Each is a folder of shards, or has them in its folder `train`, `test` or `validation`.
-
-        Raises:
-            UserError: a file is missing, a set is empty, the classes differ, or there are fewer than two.
-            OSError: a shard cannot be fetched.
-        """
+        """Open the sets. Each is a folder of shards, or has them in its folder `train`, `test` or `validation`."""
         opened = [TestSet.open(train, "train"), TestSet.open(test)]
-        opened += [TestSet.open(validation, "validation")] if validation else []
+        opened += [TestSet.open(validation, "validation")] if validation else [None]
         names = opened[0].class_names()
         if len(names) < 2:
             raise UserError(f"{train} has {len(names)} class; a probe needs 2 or more")
-        for one in opened:
+        for one in filter(None, opened):
             if not len(one):
                 raise UserError(f"{one.data} has no images; a probe needs shards with KEY.cls beside each image")
             if (theirs := one.class_names()) != names:
@@ -125,7 +118,7 @@ class LabelledSets(NamedTuple):
                 raise UserError(
                     f"the classes of {train} and {one.data} differ: {about}; use sets with the same classnames.txt"
                 )
-        return cls(names, opened[0], opened[1], opened[2] if validation else None)
+        return cls(names, *opened)
 
 
 class Rows(NamedTuple):
@@ -135,15 +128,12 @@ class Rows(NamedTuple):
     labels: torch.Tensor
 
     def to(self, device: torch.device | str) -> "Rows":
-        """Return the rows on a device."""
         return Rows(self.features.to(device), self.labels.to(device))
 
     def where(self, chosen: torch.Tensor) -> "Rows":
-        """Return the rows that `chosen`, bool `(rows,)`, selects."""
         return Rows(self.features[chosen], self.labels[chosen])
 
     def followed_by(self, others: "Rows") -> "Rows":
-        """Return these rows and then the others."""
         return Rows(torch.cat([self.features, others.features]), torch.cat([self.labels, others.labels]))
 
 
@@ -163,14 +153,7 @@ class LinearClassifier(NamedTuple):
 
 
 class Fit(NamedTuple):
-    """A fitted classifier.
-
-    Args:
-        classifier: the classifier.
-        objective: sum of the cross-entropy over all rows, plus the penalty.
-        iterations: number of L-BFGS steps.
-        converged: False after `MAX_ITERATIONS`.
-    """
+    """A fitted classifier, its penalised objective, and the number of L-BFGS steps."""
 
     classifier: LinearClassifier
     objective: float
@@ -179,7 +162,7 @@ class Fit(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Probe(Task):
+class Probe(LabelledTask):
     """`top1` and `mean_per_class` of a linear classifier, in percent of the test images. Chance of `top1` is the share
     of the commonest class.
 
@@ -208,8 +191,6 @@ class Probe(Task):
     protocol: ClassVar[str] = """Linear probe: a linear classifier on the frozen image tower's features of whole test
 images, the short side resized to the model's size and the centre cut out. `lbfgs` is multinomial logistic regression;
 its penalty is searched on validation images. `lars` is the paper's recipe on random crops."""
-    hub_task: ClassVar[str] = "image-classification"
-    hub_metric: ClassVar[str] = "accuracy"
     hub_options: ClassVar[tuple[str, ...] | None] = ("train", "validation", "solver", "features")
 
     def __post_init__(self) -> None:
@@ -220,9 +201,6 @@ its penalty is searched on validation images. `lars` is the paper's recipe on ra
         sets = self._sets()
         if self.solver == "lars":
             self.lars.check(len(sets.train))
-
-    def truth(self, test_set: TestSet) -> Callable[[int, int], Any]:
-        return partial(test_set.label, len(test_set.class_names()))
 
     def other_sets(self) -> list[TestSet]:
         train = TestSet.open(self.train or self.data, "train")
@@ -238,20 +216,18 @@ its penalty is searched on validation images. `lars` is the paper's recipe on ra
         for _, features in embedder.image_batches(sets.test.source, self.features):
             hits.add(classifier.scores(features))
         (top1, *_), right, counts = hits.totals()
-        n = int(counts.sum())
+        n, made_by = int(counts.sum()), {**self.made_by, **about, "num_train": len(sets.train)}
         results = [
             self.proportion("top1", top1, n, 100.0 * float(counts.max() / n)),
             self.estimated("mean_per_class", mean_per_class(right, counts), n, 100.0 / len(counts)),
         ]
-        made_by = {**self.made_by, **about, "num_train": len(sets.train)}
         return [dataclasses.replace(result, made_by=made_by) for result in results]
 
     @property
     def made_by(self) -> dict[str, Any]:
-        """Everything that the results depend on; for `lars`, the whole recipe."""
         made_by = {**super().made_by, "solver": self.solver, "features": self.features}
         made_by.pop("lars", None)
-        return {**made_by, **dataclasses.asdict(self.lars)} if self.solver == "lars" else made_by
+        return made_by | (dataclasses.asdict(self.lars) if self.solver == "lars" else {})
 
     def _sets(self) -> LabelledSets:
         return LabelledSets.open(self.train or self.data, self.data, self.validation)
@@ -305,22 +281,16 @@ def fit(
 ) -> Fit:
     """Collective. Return the multinomial logistic regression of the rows of all processes, by scipy's L-BFGS.
 
-    The objective is the sum of the cross-entropy over the rows plus `l2 / 2` times the sum of the squared weights,
-    without the intercept. That is scikit-learn's `LogisticRegression(C=1 / l2)`, which learns a single vector of
-    weights for two classes. A class without a row on any process is never answered.
+    It is scikit-learn's `LogisticRegression(C=1 / l2)`: the sum of the cross-entropy over the rows plus `l2 / 2` times
+    the sum of the squared weights, without the intercept. A class without a row on any process is never answered.
 
     L-BFGS alone needs thousands of steps for correlated features, features of large mean, or a tiny penalty. So its
     variables are scaled by the Cholesky factor of `X^T diag(w) X + l2`, with w each row's mean over classes of
     p (1 - p). The factor is computed anew every `_REFRESH` steps.
 
     Args:
-        rows: rows of this process, fp64.
-        num_classes: number of classes that labels may name.
-        l2: the penalty.
-        total: sum over the processes.
         tolerance: decrease in one step, relative to the objective, that ends the fit.
         start: the classifier to start from, such as the fit at another penalty.
-        step_done: called after each step.
     """
     from scipy.optimize import minimize  # slow to import, and few tasks need it
 
@@ -410,40 +380,23 @@ def search_penalty(
 
 
 def best_penalty(accuracy: Callable[[int], float]) -> tuple[int, float]:
-    """Return the index in `PENALTIES` of highest accuracy as CLIP searches it, and the accuracy.
-
-    Args:
-        accuracy: validation accuracy at an index; called once for each index that is tried.
-    """
-    known: dict[int, float] = {}
-
-    def best(numbers: list[int]) -> int:
-        for number in numbers:
-            if number not in known:
-                known[number] = accuracy(number)
-        return max(sorted(set(numbers)), key=known.__getitem__)  # the smallest penalty in a tie
-
-    peak = best(list(range(0, len(PENALTIES), 16)))
+    """Return the index in `PENALTIES` of highest accuracy as CLIP searches it, and the accuracy."""
+    known, last = cache(accuracy), len(PENALTIES) - 1
+    peak = max(range(0, last + 1, 16), key=known)  # the smallest penalty in a tie
     for step in (8, 4, 2, 1):
-        peak = best([max(peak - step, 0), peak, min(peak + step, len(PENALTIES) - 1)])
-    return peak, known[peak]
+        peak = max(max(peak - step, 0), peak, min(peak + step, last), key=known)
+    return peak, known(peak)
 
 
 class Lars:
-    """LARS without weight decay (You et al. 2017, in MAE's form): only matrices use the ratio of norms.
-
-    Args:
-        parameters: tensors that `step` changes in place.
-        momentum: momentum of the steps.
-        trust: factor of the ratio.
-    """
+    """LARS without weight decay (You et al. 2017, in MAE's form): only matrices use the ratio of norms. It changes the
+    parameters in place."""
 
     def __init__(self, parameters: list[torch.Tensor], momentum: float, trust: float):
         self._parameters, self._momentum, self._trust = parameters, momentum, trust
         self._moving = [torch.zeros_like(parameter) for parameter in parameters]
 
     def step(self, gradients: list[torch.Tensor], rate: float) -> None:
-        """Move the parameters by one step."""
         for parameter, gradient, moving in zip(self._parameters, gradients, self._moving, strict=True):
             ratio = 1.0
             if parameter.ndim > 1:
@@ -497,11 +450,7 @@ def train_by_lars(
     """Collective. Return the classifier that LARS trains on random crops, and the number of steps and the last loss.
 
     Each epoch embeds new crops in a new order and leaves out the images after the last full batch. The classifier does
-    not depend on the number of processes, but for rounding.
-
-    Raises:
-        UserError: the batch is larger than the data, a class has no training image, or an image cannot be decoded.
-    """
+    not depend on the number of processes, but for rounding."""
     source, num_classes, total = sets.train.source, len(sets.class_names), total_of(embedder)
     recipe.check(len(source))
     mine = sets.train.labels(embedder, num_classes)
@@ -533,43 +482,21 @@ def train_by_lars(
 class RandomCrops(ChosenRows):
     """Random crops of rows of a source, resized to the model's square, half of them mirrored.
 
-    A crop is an encoded image, so that any embedder can decode it; its size is right, so nothing is resized or cut
-    again. Encoding costs about a millisecond at 224 px.
-
-    Args:
-        source: source of the whole images.
-        order: rows of `source`, in the order of the crops.
-        epoch: epoch of the training; with the seed and the row, it determines the crop.
-        image_size: pixels along each side of a crop.
-        crop_scale: least and largest share of the image's area.
-        seed: seed of the crops.
+    A crop is an encoded image of the right size, so that any embedder can decode it. Encoding costs about a millisecond
+    at 224 px. Seed, epoch and row determine the crop.
     """
 
     def __init__(
-        self,
-        source: TarSource,
-        order: np.ndarray,
-        epoch: int,
-        image_size: int,
-        crop_scale: tuple[float, float],
-        seed: int,
+        self, source: TarSource, order: np.ndarray, epoch: int, image_size: int, scale: tuple[float, float], seed: int
     ):
         super().__init__(source, order)
-        self._first_draw, self._image_size = epoch * len(source), image_size
-        self._crop_scale, self._seed = crop_scale, seed
+        self._first_draw, self._image_size, self._scale, self._seed = epoch * len(source), image_size, scale, seed
 
     def read(self, shard: int, number: int) -> Sample:
-        """Return crop `number`.
-
-        Raises:
-            UserError: the image cannot be decoded.
-            OSError: its shard cannot be read.
-        """
         sample = super().read(shard, number)
-        position = self._first_draw + int(self.rows[number])
-        draws = keyed_uniform(self._seed, "probe crop", np.array([position]), DRAWS_PER_CROP)[0]
+        draws = keyed_uniform(self._seed, "probe crop", self._first_draw + self.rows[[number]], DRAWS_PER_CROP)[0]
         try:
-            crop = decode_box(sample.image, draws, self._image_size, self._crop_scale)
+            crop = decode_box(sample.image, draws, self._image_size, self._scale)
         except UndecodableImage as error:
             raise UserError(f"training image {sample.name} cannot be decoded: {error}") from error
         bgr = cv2.cvtColor(crop, cv2.COLOR_RGB2BGR)
@@ -578,7 +505,6 @@ class RandomCrops(ChosenRows):
 
 
 def _embedded(embedder: Embedder, images: TestSet, class_names: list[str], features: Features) -> Rows:
-    """Collective. Return this process's rows of a set, fp64, on the device."""
     labels = images.labels(embedder, len(class_names))
     rows = Rows(embedder.uncounted().my_images(images.source, features).double(), labels)
     return rows.to(embedder.accelerator.device)

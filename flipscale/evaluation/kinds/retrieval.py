@@ -49,65 +49,53 @@ so their interval counts as many queries as the variance between images shows.""
     def truth(self, test_set: TestSet) -> Callable[[int, int], Any]:
         return test_set.captions_of
 
-    def scorer(self, embedder: Embedder, test_set: TestSet) -> "RetrievalScorer":
-        return RetrievalScorer(self, embedder, test_set.captions(embedder))
-
-
-class RetrievalScorer(Scorer):
-    """Keeps the embeddings of this process's images and compares all with all at the end."""
-
-    def __init__(self, task: Retrieval, embedder: Embedder, captions: list[list[str]]):
-        self._task, self._embedder = task, embedder
+    def scorer(self, embedder: Embedder, test_set: TestSet) -> Scorer:
+        captions = test_set.captions(embedder)
         groups: dict[str | int, int] = {}
-        keys = [lines[0] if task.group_by_caption else number for number, lines in enumerate(captions)]
-        self._image_ids = torch.tensor([groups.setdefault(key, len(groups)) for key in keys])
-        self._text_ids = self._image_ids.repeat_interleave(torch.tensor([len(lines) for lines in captions]))
-        self._text_embeds = embedder.texts([line for lines in captions for line in lines])
-        self._image_embeds = self._text_embeds.new_empty(len(embedder.rows(len(captions))), self._text_embeds.shape[1])
-        self._seen = 0
+        keys = [lines[0] if self.group_by_caption else number for number, lines in enumerate(captions)]
+        image_ids = torch.tensor([groups.setdefault(key, len(groups)) for key in keys])
+        text_ids = image_ids.repeat_interleave(torch.tensor([len(lines) for lines in captions]))
+        texts = embedder.texts([line for lines in captions for line in lines])
+        my_images = texts.new_empty(len(embedder.rows(len(captions))), texts.shape[1])
 
-    def add(self, rows: torch.Tensor, embeds: torch.Tensor) -> None:
-        self._image_embeds[self._seen : self._seen + len(rows)] = embeds
-        self._seen += len(rows)
+        def add(mine: slice, rows: torch.Tensor, embeds: torch.Tensor) -> None:
+            my_images[mine] = embeds
 
-    def results(self) -> list[Result]:
-        images, texts = self._embedder.gathered(self._image_embeds, len(self._image_ids)), self._text_embeds
-        return [
-            *self._recalls("text_to_image", texts, images, self._text_ids, self._image_ids),
-            *self._recalls("image_to_text", images, texts, self._image_ids, self._text_ids),
-        ]
+        def results() -> list[Result]:
+            images = embedder.gathered(my_images, len(captions))
+            return [
+                *self._recalls(embedder, "text_to_image", texts, images, text_ids, image_ids),
+                *self._recalls(embedder, "image_to_text", images, texts, image_ids, text_ids),
+            ]
+
+        return Scorer(add, results)
 
     def _recalls(
-        self, way: str, queries: torch.Tensor, targets: torch.Tensor, query_ids: torch.Tensor, target_ids: torch.Tensor
-    ) -> list[Result]:
+        self, embedder: Embedder, way: str,
+        queries: torch.Tensor, targets: torch.Tensor, query_ids: torch.Tensor, target_ids: torch.Tensor,
+    ) -> list[Result]:  # fmt: skip
         """Collective. Return the results of one direction, one for each k."""
-        ks, n, results = self._task.ks, len(queries), []
-        hits_of = self._hits(queries, targets, query_ids, target_ids).numpy().astype(np.int64)
+        n = len(queries)
+        mine = torch.zeros(len(embedder.rows(n)), len(self.ks), dtype=torch.uint8)
+        first = 0
+        for batch in embedder.batches(n):
+            rows = slice(batch.start, batch.stop)
+            scores = queries[rows] @ targets.t()
+            for column, k in enumerate(self.ks):
+                mine[first : first + len(batch), column] = recall_hits(scores, query_ids[rows], target_ids, k)
+            first += len(batch)
+            embedder.alive()
+        hits_of = embedder.gathered(mine, n).numpy().astype(np.int64)
         num_right = np.bincount(target_ids.numpy(), minlength=int(query_ids.max()) + 1)[query_ids.numpy()]
-        counts = np.bincount(query_ids.numpy())
-        for k, hits in zip(ks, hits_of.T, strict=True):
+        counts, results = np.bincount(query_ids.numpy()), []
+        for k, hits in zip(self.ks, hits_of.T, strict=True):
             chance = 100.0 * recall_chance(num_right, len(targets), k)
-            headline = (way, k) == ("text_to_image", ks[0])
+            headline = (way, k) == ("text_to_image", self.ks[0])
             if way == "text_to_image":
                 # The captions of one image, or of one group of images, are no independent queries.
                 clustered = np.bincount(query_ids.numpy(), hits).astype(np.int64)
                 share = clustered_share(clustered[counts > 0], counts[counts > 0])
-                results.append(self._task.estimated(f"{way}_r{k}", share, n, chance, headline))
+                results.append(self.estimated(f"{way}_r{k}", share, n, chance, headline))
             else:
-                results.append(self._task.proportion(f"{way}_r{k}", int(hits.sum()), n, chance, headline))
+                results.append(self.proportion(f"{way}_r{k}", int(hits.sum()), n, chance, headline))
         return results
-
-    def _hits(
-        self, queries: torch.Tensor, targets: torch.Tensor, query_ids: torch.Tensor, target_ids: torch.Tensor
-    ) -> torch.Tensor:
-        """Collective. Return whether each query has a target of its id among the k nearest, uint8 `(queries, ks)`."""
-        mine = torch.zeros(len(self._embedder.rows(len(queries))), len(self._task.ks), dtype=torch.uint8)
-        first = 0
-        for batch in self._embedder.batches(len(queries)):
-            rows = slice(batch.start, batch.stop)
-            scores = queries[rows] @ targets.t()
-            for column, k in enumerate(self._task.ks):
-                mine[first : first + len(batch), column] = recall_hits(scores, query_ids[rows], target_ids, k)
-            first += len(batch)
-            self._embedder.alive()
-        return self._embedder.gathered(mine, len(queries))

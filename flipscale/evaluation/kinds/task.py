@@ -3,9 +3,10 @@
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import MISSING, Field, dataclass, fields
+from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -56,26 +57,13 @@ class Task(ABC):
     hub_options: ClassVar[tuple[str, ...] | None] = None
 
     def check(self) -> None:
-        """Raise before a run begins if the test set is missing. Write its manifest if there is none.
-
-        Raises:
-            UserError: a file is missing.
-            OSError: a shard at a URL cannot be fetched.
-        """
+        """Raise before a run begins if the test set is missing. Write its manifest if there is none."""
         if self.task:
             check_prepared(Path(self.data), self.task)
         TestSet.open(self.data)
 
     def check_model(self, parts: Collection[str], model: str) -> None:
-        """Raise unless the model has the part that this task needs.
-
-        Args:
-            parts: parts of the model, see `parts_of`.
-            model: name of the model, for the message.
-
-        Raises:
-            UserError: the part is missing.
-        """
+        """Raise unless the model has the part that this task needs."""
         if self.needs not in parts:
             kind = next((kind for part, kind in _KINDS_FOR.items() if part in parts), "probe")
             raise UserError(
@@ -96,11 +84,7 @@ class Task(ABC):
 
     @abstractmethod
     def evaluate(self, embedder: Embedder) -> list[Result]:
-        """Collective. Return the results of the embedder's model.
-
-        Raises:
-            UserError: the test set does not have what this kind needs.
-        """
+        """Collective. Return the results of the embedder's model."""
 
     def proportion(self, metric: str, hits: int, n: int, chance: float | None = None, headline: bool = True) -> Result:
         """Return the share of `hits` among `n` queries in percent, with its Wilson interval."""
@@ -109,7 +93,6 @@ class Task(ABC):
     def estimated(
         self, metric: str, estimate: Estimate, n: int, chance: float | None = None, headline: bool = True
     ) -> Result:
-        """Return an estimate from `n` queries in percent."""
         return Result(
             *(self.name, self.kind, metric, 100.0 * estimate.value, n, 100.0 * estimate.low, 100.0 * estimate.high),
             chance=chance,
@@ -121,30 +104,33 @@ class Task(ABC):
     def made_by(self) -> dict[str, Any]:
         """Everything that the results depend on: the data, the task's image size, and options that are not defaults."""
         size = {} if self.image_size is None else {"image_size": self.image_size}
-        shared = {field.name for field in fields(Task)}
-        options = {
-            option.name: getattr(self, option.name)
-            for option in fields(self)
-            if option.name not in shared and getattr(self, option.name) != _default(option)
-        }
+        default, shared = type(self)(self.kind, self.data), {field.name for field in fields(Task)}
+        names = [option.name for option in fields(self) if option.name not in shared]
+        options = {name: getattr(self, name) for name in names if getattr(self, name) != getattr(default, name)}
         return {"data": self.data, **size, **options}
 
 
-class Scorer(ABC):
-    """Takes a test set's image embeddings batch by batch and computes the results at the end."""
+class Scorer(NamedTuple):
+    """Takes a test set's image embeddings batch by batch and computes the results at the end.
 
-    @abstractmethod
-    def add(self, rows: torch.Tensor, embeds: torch.Tensor) -> None:
-        """Add a batch of this process. Batches come in the order of `Embedder.rows`, each row once. Not collective.
+    Args:
+        add: adds a batch of this process: its place among this process's rows, the row numbers, int64 `(rows,)`, and
+            the embeddings, fp32 `(rows, dim)` of unit length, CPU. A batch may be empty. Not collective.
+        results: collective; returns the results, after all rows were added.
+    """
 
-        Args:
-            rows: row numbers, int64 `(rows,)`; may be empty.
-            embeds: their embeddings, fp32 `(rows, dim)` of unit length, CPU.
-        """
+    add: Callable[[slice, torch.Tensor, torch.Tensor], None]
+    results: Callable[[], list[Result]]
 
-    @abstractmethod
-    def results(self) -> list[Result]:
-        """Collective. Return the results, after all rows were added."""
+
+class LabelledTask(Task):
+    """A task of images with class numbers, `KEY.cls`."""
+
+    hub_task: ClassVar[str] = "image-classification"
+    hub_metric: ClassVar[str] = "accuracy"
+
+    def truth(self, test_set: TestSet) -> Callable[[int, int], Any]:
+        return partial(test_set.label, len(test_set.class_names()))
 
 
 class StreamedTask(Task):
@@ -152,11 +138,7 @@ class StreamedTask(Task):
 
     @abstractmethod
     def scorer(self, embedder: Embedder, test_set: TestSet) -> Scorer:
-        """Collective. Embed the texts, read the labels, and return the scorer.
-
-        Raises:
-            UserError: the test set does not have what this kind needs.
-        """
+        """Collective. Embed the texts, read the labels, and return the scorer."""
 
     def arranged(self, test_set: TestSet) -> TestSet:
         """Return the test set in the order that this task needs; any order by default."""
@@ -167,19 +149,17 @@ class StreamedTask(Task):
 
 
 def evaluate_together(embedder: Embedder, tasks: Sequence[StreamedTask]) -> list[list[Result]]:
-    """Collective. Return the results of each of several tasks on the same data. The images are read once.
-
-    Raises:
-        UserError: the test set does not have what a task needs, or an image cannot be decoded.
-        OSError: a shard cannot be read, or a worker died.
-    """
+    """Collective. Return the results of each of several tasks on the same data. The images are read once."""
     test_set = TestSet.open(tasks[0].data)
     for task in tasks:
         test_set = task.arranged(test_set)
     scorers = [task.scorer(embedder, test_set) for task in tasks]
+    seen = 0
     for rows, embeds in embedder.image_batches(test_set.source):
+        mine = slice(seen, seen + len(rows))
+        seen = mine.stop
         for scorer in scorers:
-            scorer.add(rows, embeds)
+            scorer.add(mine, rows, embeds)
     return [scorer.results() for scorer in scorers]
 
 
@@ -187,30 +167,26 @@ class ClassHits:
     """Counts this process's images whose class is the best, or among the five best, by class.
 
     Args:
-        task: the task, for names and options.
-        embedder: the embedder, for sums over the processes.
         labels: class of each row of this process, int64 `(rows,)`, in the order of `add`.
-        class_names: names of all classes.
     """
 
     def __init__(self, task: Task, embedder: Embedder, labels: torch.Tensor, class_names: Sequence[str]):
-        self._task, self._embedder, self.labels, self._names = task, embedder, labels, class_names
+        self._task, self._embedder, self._labels, self._names = task, embedder, labels, class_names
         self._ks = [1, 5] if len(class_names) >= 5 else [1]
         self._hits = torch.zeros(len(self._ks), dtype=torch.int64)
         self._right = torch.zeros(len(class_names), dtype=torch.int64)
-        self.seen = 0
+        self._seen = 0
 
-    def add(self, scores: torch.Tensor) -> torch.Tensor:
-        """Count the next rows by their scores, `(rows, classes)` on the CPU, and return their labels."""
-        labels = self.labels[self.seen : self.seen + len(scores)]
+    def add(self, scores: torch.Tensor) -> None:
+        """Count the next rows by their scores, `(rows, classes)` on the CPU."""
+        labels = self._labels[self._seen : self._seen + len(scores)]
         self._hits += hits_at(scores, labels, self._ks).sum(dim=0)
         self._right += torch.bincount(labels[scores.argmax(dim=1) == labels], minlength=len(self._right))
-        self.seen += len(scores)
-        return labels
+        self._seen += len(scores)
 
     def totals(self) -> tuple[list[int], np.ndarray, np.ndarray]:
         """Collective. Return the hits at 1 (and 5), then the hits and the images of each class, int64 `(classes,)`."""
-        images = torch.bincount(self.labels, minlength=len(self._right))
+        images = torch.bincount(self._labels, minlength=len(self._right))
         sums = np.array(self._embedder.total([*self._hits.tolist(), *self._right.tolist(), *images.tolist()]))
         return sums[: len(self._ks)].tolist(), *np.split(sums[len(self._ks) :], 2)
 
@@ -223,10 +199,8 @@ class ClassHits:
         task, (hits, right, counts) = self._task, self.totals()
         empty = np.flatnonzero(counts == 0)
         if len(empty) and self._embedder.accelerator.is_main_process:
-            _log.warning(
-                "%s: %d of %d classes have no image, such as %r; the mean per class leaves them out",
-                *(task.name, len(empty), len(counts), self._names[empty[0]]),
-            )
+            message = "%s: %d of %d classes have no image, such as %r; the mean per class leaves them out"
+            _log.warning(message, task.name, len(empty), len(counts), self._names[empty[0]])
         n, chance = int(counts.sum()), 100.0 / len(counts)
         results = [task.proportion("top1", hits[0], n, chance, headline=metric == "top1")]
         for top5 in hits[1:]:
@@ -234,7 +208,3 @@ class ClassHits:
         mean = mean_per_class(right, counts)
         results.append(task.estimated("mean_per_class", mean, n, chance, headline=metric == "mean_per_class"))
         return results, hits
-
-
-def _default(option: "Field[Any]") -> Any:
-    return option.default if option.default_factory is MISSING else option.default_factory()

@@ -1,6 +1,5 @@
 """Visual question answering: the model's answers compared with the answers that people gave."""
 
-from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -72,7 +71,8 @@ only answer (Antol et al. 2015). Intervals treat questions as independent."""
                 logits = embedder.model(**columns, **{name: ids.to(device) for name, ids in tokens.items()}).logits
             best = logits.argmax(dim=1).tolist()
             scores += [accuracy(votes, answer) for (_, votes), answer in zip(batch, best, strict=False)]
-        yes_no = [_commonest(votes, answers) in ("yes", "no") for _, votes in mine]
+        named = [*answers, ""]
+        yes_no = [named[max(votes, key=votes.__getitem__)] in ("yes", "no") for _, votes in mine]
         table = embedder.gathered(torch.tensor([scores, yes_no], dtype=torch.float64).T, len(test_set)).numpy()
         return self._results(table[:, 0], table[:, 1] > 0)
 
@@ -105,7 +105,6 @@ def accuracy(votes: Mapping[int, int], answer: int) -> float:
 
     Args:
         votes: number of people for each answer number; at least one person.
-        answer: number of the answer.
     """
     people, same = sum(votes.values()), votes.get(answer, 0)
     if people == 1:
@@ -115,11 +114,7 @@ def accuracy(votes: Mapping[int, int], answer: int) -> float:
 
 
 def _question(test_set: TestSet, num_answers: int, shard: int, number: int) -> tuple[str, dict[int, int]]:
-    """Return a sample's question and the number of people for each answer; `num_answers` is any other answer.
-
-    Raises:
-        UserError: the sample has no question, no answer, or an answer outside of the list.
-    """
+    """Return a sample's question and the number of people for each answer; `num_answers` is any other answer."""
     where = f"{test_set.source.shard_name(shard)}#{number}"
     question = " ".join(line.strip() for line in test_set.captions_of(shard, number))
     array = test_set.source.read_array(shard, number)
@@ -138,8 +133,3 @@ def _question(test_set: TestSet, num_answers: int, shard: int, number: int) -> t
     if label >= num_answers:
         raise UserError(f"{where} has answer {label}; {num_answers} answers are listed, counted from 0")
     return question, {label: 1}
-
-
-def _commonest(votes: Mapping[int, int], answers: list[str]) -> str:
-    (answer, _), *_ = Counter(votes).most_common(1)
-    return answers[answer] if answer < len(answers) else ""

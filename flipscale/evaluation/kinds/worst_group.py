@@ -11,7 +11,7 @@ import torch
 
 from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.kinds.task import Scorer
-from flipscale.evaluation.kinds.zero_shot import Classifier, PromptedTask, classifier
+from flipscale.evaluation.kinds.zero_shot import PromptedTask, classifier
 from flipscale.evaluation.metrics import hits_at
 from flipscale.evaluation.results import Result
 from flipscale.evaluation.test_set import TestSet, of_my_rows
@@ -61,7 +61,6 @@ class WorstGroup(PromptedTask):
     protocol: ClassVar[str] = """Zero-shot classification by group: images and classes are embedded as without groups.
 The worst group has the lowest accuracy, or the highest rate of harm. Its interval is Wilson's over the group's images
 and does not count the choice of the group."""
-    hub_task: ClassVar[str] = "zero-shot-image-classification"
     hub_metric: ClassVar[str] = "accuracy"
 
     def check(self) -> None:
@@ -76,23 +75,85 @@ and does not count the choice of the group."""
 
     def scorer(self, embedder: Embedder, test_set: TestSet) -> Scorer:
         if self.groups == "faces":
-            faces = _group_numbers(embedder, test_set, FACE_COLUMNS)
-            classes = {
-                objective: classifier(embedder, names, prompts)
-                for objective, (names, prompts) in self._objectives(test_set).items()
-            }
-            return FaceScorer(self, embedder, classes, faces)
-        columns, group_by, _ = SETS[self.groups]
+            return self._face_scorer(embedder, test_set)
+        columns, group_by, k = SETS[self.groups]
         labels = test_set.labels(embedder, len(test_set.class_names()))
         groups = _group_numbers(embedder, test_set, columns)[:, columns.index(group_by)]
-        return GroupScorer(self, embedder, self.classifier(embedder, test_set), labels, groups)
+        classes = self.classifier(embedder, test_set)
+        ks = [1, min(k, len(classes.names))]
+        counts = [_Counts(_largest(embedder, groups) + 1) for _ in ks]
+
+        def add(mine: slice, rows: torch.Tensor, embeds: torch.Tensor) -> None:
+            hits = hits_at(classes.scores(embeds), labels[mine], ks)
+            for number, count in enumerate(counts):
+                count.add(groups[mine], hits[:, number])
+
+        def results() -> list[Result]:
+            (top1, images), (topk, _) = (count.summed(embedder) for count in counts)
+            n, chances = int(images.sum()), [100.0 * top / len(classes.names) for top in ks]
+            names = [f"{group_by.partition('_')[0]}_{number}" for number in range(len(images))]
+            by_group = _by_group(self, f"top{k}", topk, images, chances[1], names)
+            whole = [self.proportion("top1", int(top1.sum()), n, chances[0], headline=False)]
+            if k > 1:
+                whole.append(self.proportion(f"top{k}", int(topk.sum()), n, chances[1], headline=False))
+            return [_worst(by_group, f"worst_group_top{k}", True), *whole, *by_group]
+
+        return Scorer(add, results)
+
+    def _face_scorer(self, embedder: Embedder, test_set: TestSet) -> Scorer:
+        faces = dict(zip(FACE_COLUMNS, _group_numbers(embedder, test_set, FACE_COLUMNS).t(), strict=True))
+        objectives = self._objectives(test_set).items()
+        classes = {objective: classifier(embedder, names, prompts) for objective, (names, prompts) in objectives}
+        if (odd := _largest(embedder, faces["race_binary"])) > 1:
+            raise UserError(f"{self.data} has race_binary {odd} in a KEY.npy; it must be 0 for white, else 1")
+
+        def group_names(objective: str) -> list[str]:
+            """Return the objective's classes, then numbers for groups beyond them."""
+            names, count = classes[objective].names, _largest(embedder, faces[objective]) + 1
+            return [*names, *(f"{objective} {number}" for number in range(len(names), count))]
+
+        races, genders = group_names("race"), group_names("gender")
+        both = [f"{race} {gender}" for race in races for gender in genders]
+        sizes = {"race": 2, "gender": 2, "age": 2, "both": len(both)}
+        counters = {n: _Counts(s) for n, s in {**sizes, "harm_crime": len(races), "harm_non_human": len(races)}.items()}
+
+        def add(mine: slice, rows: torch.Tensor, embeds: torch.Tensor) -> None:
+            answers = {name: own.scores(embeds).argmax(dim=1) for name, own in classes.items()}
+            age, gender, race, other = (faces[name][mine] for name in FACE_COLUMNS)
+            right_gender = answers["gender"] == gender
+            counters["race"].add(other, (answers["race"] != _WHITE) == other.bool())
+            counters["gender"].add(other, right_gender)
+            counters["age"].add(other, answers["age"] == age)
+            counters["both"].add(race * len(genders) + gender, right_gender)
+            counters["harm_crime"].add(race, answers["toxic"] >= _CRIME)
+            animal = (answers["toxic"] >= _NON_HUMAN.start) & (answers["toxic"] < _NON_HUMAN.stop)
+            counters["harm_non_human"].add(race, animal)
+
+        def results() -> list[Result]:
+            counts = {name: counter.summed(embedder) for name, counter in counters.items()}
+            chance = {name: 100.0 / len(classes[name].names) for name in ("gender", "age")}
+            by_both = _by_group(self, "gender", *counts["both"], chance["gender"], both)
+            results = [_worst(by_both, "worst_group_gender", True)]
+            for name in ("race", "gender", "age"):
+                hits, images = counts[name]
+                whole = self.proportion(name, int(hits.sum()), int(images.sum()), chance.get(name), headline=False)
+                parts = _by_group(self, name, hits, images, chance.get(name), ["white", "not white"])
+                results += [whole, _worst(parts, f"worst_group_{name}_by_white", False), *parts]
+            results += by_both
+            num_toxic = len(classes["toxic"].names)
+            for name, num_harmful in (("harm_crime", num_toxic - _CRIME), ("harm_non_human", len(_NON_HUMAN))):
+                hits, images = counts[name]
+                by_chance = 100.0 * num_harmful / num_toxic
+                whole = self.proportion(name, int(hits.sum()), int(images.sum()), by_chance, headline=False)
+                parts = _by_group(self, name, hits, images, by_chance, races)
+                worst = _worst(parts, f"worst_group_{name}", False, most=True)
+                results += [replace(result, higher_is_better=False) for result in (whole, worst, *parts)]
+            return results
+
+        return Scorer(add, results)
 
     def _objectives(self, test_set: TestSet) -> dict[str, tuple[list[str], list[str]]]:
-        """Return the class names and prompts of each objective.
-
-        Raises:
-            UserError: a line has no objective, or an objective has no name or no prompt.
-        """
+        """Return the class names and prompts of each objective."""
         names = _by_objective(test_set.class_names(), f"{self.data}: class name")
         prompts = _by_objective(self.prompts(test_set), f"{self.data}: prompt")
         least = {"toxic": _CRIME + 1, "race": _WHITE + 1}
@@ -132,7 +193,6 @@ class _Counts:
         self.hits += torch.bincount(groups[hits], minlength=len(self.hits))
 
     def summed(self, embedder: Embedder) -> tuple[np.ndarray, np.ndarray]:
-        """Collective. Return the hits and the images of each group over all processes."""
         sums = np.array(embedder.total([*self.hits.tolist(), *self.images.tolist()]))
         return sums[: len(self.hits)], sums[len(self.hits) :]
 
@@ -144,110 +204,14 @@ def _largest(embedder: Embedder, numbers: torch.Tensor) -> int:
     return max(gather_object([int(numbers.max()) if len(numbers) else -1]))
 
 
-class GroupScorer(Scorer):
-    """Counts the right answers by group."""
-
-    def __init__(
-        self, task: WorstGroup, embedder: Embedder, classes: Classifier, labels: torch.Tensor, groups: torch.Tensor
-    ) -> None:
-        self._task, self._embedder, self._classes, self._labels, self._groups = task, embedder, classes, labels, groups
-        self._k = min(SETS[task.groups].k, len(classes.names))
-        self._top1, self._topk = (_Counts(_largest(embedder, groups) + 1) for _ in range(2))
-        self._seen = 0
-
-    def add(self, rows: torch.Tensor, embeds: torch.Tensor) -> None:
-        mine = slice(self._seen, self._seen + len(rows))
-        self._seen += len(rows)
-        hits = hits_at(self._classes.scores(embeds), self._labels[mine], [1, self._k])
-        self._top1.add(self._groups[mine], hits[:, 0])
-        self._topk.add(self._groups[mine], hits[:, 1])
-
-    def results(self) -> list[Result]:
-        task, (_, group_by, k), num_classes = self._task, SETS[self._task.groups], len(self._classes.names)
-        chance = 100.0 * self._k / num_classes
-        label = group_by.partition("_")[0]
-        (top1, images), (topk, _) = (counts.summed(self._embedder) for counts in (self._top1, self._topk))
-        by_group = _by_group(task, f"top{k}", label, topk, images, chance)
-        n = int(images.sum())
-        whole = [task.proportion("top1", int(top1.sum()), n, 100.0 / num_classes, headline=False)]
-        if k > 1:
-            whole.append(task.proportion(f"top{k}", int(topk.sum()), n, chance, headline=False))
-        return [_worst(by_group, f"worst_group_top{k}", True), *whole, *by_group]
-
-
-class FaceScorer(Scorer):
-    """Counts the right answers to each objective and the harmful answers, by group."""
-
-    def __init__(
-        self, task: WorstGroup, embedder: Embedder, classes: dict[str, Classifier], faces: torch.Tensor
-    ) -> None:
-        self._task, self._embedder, self._classes = task, embedder, classes
-        self._columns = dict(zip(FACE_COLUMNS, faces.t(), strict=True))
-        if (odd := _largest(embedder, self._columns["race_binary"])) > 1:
-            raise UserError(f"{task.data} has race_binary {odd} in a KEY.npy; it must be 0 for white, else 1")
-        self._races = max(_largest(embedder, self._columns["race"]) + 1, len(classes["race"].names))
-        self._genders = max(_largest(embedder, self._columns["gender"]) + 1, len(classes["gender"].names))
-        sizes = {"race": 2, "gender": 2, "age": 2, "both": self._races * self._genders}
-        sizes |= {"harm_crime": self._races, "harm_non_human": self._races}
-        self._counts = {name: _Counts(size) for name, size in sizes.items()}
-        self._seen = 0
-
-    def add(self, rows: torch.Tensor, embeds: torch.Tensor) -> None:
-        mine = slice(self._seen, self._seen + len(rows))
-        self._seen += len(rows)
-        answers = {name: classes.scores(embeds).argmax(dim=1) for name, classes in self._classes.items()}
-        age, gender, race, other = (self._columns[name][mine] for name in FACE_COLUMNS)
-        right_gender = answers["gender"] == gender
-        self._counts["race"].add(other, (answers["race"] != _WHITE) == other.bool())
-        self._counts["gender"].add(other, right_gender)
-        self._counts["age"].add(other, answers["age"] == age)
-        self._counts["both"].add(race * self._genders + gender, right_gender)
-        self._counts["harm_crime"].add(race, answers["toxic"] >= _CRIME)
-        animal = (answers["toxic"] >= _NON_HUMAN.start) & (answers["toxic"] < _NON_HUMAN.stop)
-        self._counts["harm_non_human"].add(race, animal)
-
-    def results(self) -> list[Result]:
-        counts = {name: count.summed(self._embedder) for name, count in self._counts.items()}
-        races, genders = (self._names("race", self._races), self._names("gender", self._genders))
-        chance = {name: 100.0 / len(self._classes[name].names) for name in ("gender", "age")}
-        both = [f"{race} {gender}" for race in races for gender in genders]
-        by_both = _by_group(self._task, "gender", "", *counts["both"], chance["gender"], both)
-        results = [_worst(by_both, "worst_group_gender", True)]
-        for name in ("race", "gender", "age"):
-            hits, images = counts[name]
-            whole = self._task.proportion(name, int(hits.sum()), int(images.sum()), chance.get(name), headline=False)
-            parts = _by_group(self._task, name, "", hits, images, chance.get(name), ["white", "not white"])
-            results += [whole, _worst(parts, f"worst_group_{name}_by_white", False), *parts]
-        results += by_both
-        num_toxic = len(self._classes["toxic"].names)
-        for name, num_harmful in (("harm_crime", num_toxic - _CRIME), ("harm_non_human", len(_NON_HUMAN))):
-            hits, images = counts[name]
-            by_chance = 100.0 * num_harmful / num_toxic
-            whole = self._task.proportion(name, int(hits.sum()), int(images.sum()), by_chance, headline=False)
-            parts = _by_group(self._task, name, "", hits, images, by_chance, races)
-            worst = _worst(parts, f"worst_group_{name}", False, most=True)
-            results += [replace(result, higher_is_better=False) for result in (whole, worst, *parts)]
-        return results
-
-    def _names(self, objective: str, count: int) -> list[str]:
-        """Return the group names: the objective's classes, then numbers for groups beyond them."""
-        names = self._classes[objective].names
-        return [*names, *(f"{objective} {number}" for number in range(len(names), count))]
-
-
 def _by_group(
-    task: WorstGroup,
-    metric: str,
-    label: str,
-    hits: np.ndarray,
-    images: np.ndarray,
-    chance: float | None,
-    names: Sequence[str] | None = None,
+    task: WorstGroup, metric: str, hits: np.ndarray, images: np.ndarray, chance: float | None, names: Sequence[str]
 ) -> list[Result]:
-    """Return the result of each group that has images; a group without a name is called `label` and its number."""
+    """Return the result of each group that has images."""
+    slugs = [re.sub(r"\W+", "_", name.strip().lower()).strip("_") for name in names]
     return [
-        task.proportion(f"{metric}_{_slug(names[number] if names else f'{label}_{number}')}", hit, n, chance, False)
-        for number, (hit, n) in enumerate(zip(hits.tolist(), images.tolist(), strict=True))
+        task.proportion(f"{metric}_{slug}", hit, n, chance, False)
+        for slug, hit, n in zip(slugs, hits.tolist(), images.tolist(), strict=True)
         if n
     ]
 
@@ -256,7 +220,3 @@ def _worst(by_group: list[Result], metric: str, headline: bool, most: bool = Fal
     """Return the first result of least value, or of the highest value with `most`."""
     worst = (max if most else min)(by_group, key=lambda result: result.value)
     return replace(worst, metric=metric, headline=headline)
-
-
-def _slug(name: str) -> str:
-    return re.sub(r"\W+", "_", name.strip().lower()).strip("_")

@@ -46,6 +46,8 @@ class PromptedTask(StreamedTask):
 
     templates: str | list[str] | None = None
 
+    hub_task: ClassVar[str] = "zero-shot-image-classification"
+
     def __post_init__(self) -> None:
         if self.templates is None:
             return
@@ -68,11 +70,6 @@ class PromptedTask(StreamedTask):
             )
 
     def prompts(self, test_set: TestSet) -> list[str]:
-        """Return the prompts, `{c}` for the name.
-
-        Raises:
-            UserError: the folder's own prompts are missing or have no `{c}`.
-        """
         if isinstance(self.templates, str):
             return TEMPLATES[self.templates]
         if self.templates is not None:
@@ -83,16 +80,10 @@ class PromptedTask(StreamedTask):
         return prompts
 
     def classifier(self, embedder: Embedder, test_set: TestSet) -> Classifier:
-        """Collective. Return the embedded classes of the set.
-
-        Raises:
-            UserError: class names or prompts are missing.
-        """
         return classifier(embedder, test_set.class_names(), self.prompts(test_set))
 
 
 def classifier(embedder: Embedder, class_names: list[str], templates: list[str]) -> Classifier:
-    """Collective. Return embedded classes: the mean over the prompt embeddings, of unit length again, as in CLIP."""
     prompts = [template.replace("{c}", name) for name in class_names for template in templates]
     return Classifier(class_names, embedder.texts(prompts, together=len(templates)).t().contiguous())
 
@@ -118,7 +109,6 @@ class ZeroShot(PromptedTask):
 the centre cut out. The answer is the class of highest cosine; a class embedding is the mean over the set's prompts.
 Shares have Wilson intervals. The interval of the mean per class sums the class variances and leaves out classes without
 images. The interval of an AUC is DeLong's."""
-    hub_task: ClassVar[str] = "zero-shot-image-classification"
     hub_metric: ClassVar[str] = "accuracy"
 
     def check(self) -> None:
@@ -135,13 +125,48 @@ images. The interval of an AUC is DeLong's."""
         return partial(test_set.label, len(test_set.class_names()))
 
     def scorer(self, embedder: Embedder, test_set: TestSet) -> Scorer:
-        num_classes = len(test_set.class_names())
+        num_classes, n, metric = len(test_set.class_names()), len(test_set), self.metric
         if self.labels is not None:
-            label_sets = self._label_sets(test_set, num_classes)
-            return AnyLabelScorer(self, embedder, self.classifier(embedder, test_set), label_sets)
+            return self._any_label_scorer(embedder, test_set, self._label_sets(test_set, num_classes))
         self._check_num_classes(num_classes)
         labels = test_set.labels(embedder, num_classes)
-        return ZeroShotScorer(self, embedder, self.classifier(embedder, test_set), labels, len(test_set))
+        classes = self.classifier(embedder, test_set)
+        counted = ClassHits(self, embedder, labels, classes.names)
+        # For two classes: the second score minus the first, and the label.
+        leads = torch.zeros(len(labels), 2)
+
+        def add(mine: slice, rows: torch.Tensor, embeds: torch.Tensor) -> None:
+            scores = classes.scores(embeds)
+            counted.add(scores)
+            if metric == "roc_auc":
+                leads[mine] = torch.stack([scores[:, 1] - scores[:, 0], labels[mine].float()], dim=1)
+
+        def results() -> list[Result]:
+            results, hits = counted.results(metric)
+            if metric == "mean_top1_top5":
+                results.append(self.estimated(metric, mean_of_two(hits[0], hits[1], n), n, 300.0 / num_classes))
+            if metric == "roc_auc":
+                lead, label = embedder.gathered(leads, n).numpy().T
+                if len(set(label.tolist())) < 2:
+                    raise UserError(f"{self.data} has {n} images of one class; roc_auc needs both")
+                results.append(self.estimated(metric, roc_auc(lead, label == 1), n, 50.0))
+            return results
+
+        return Scorer(add, results)
+
+    def _any_label_scorer(self, embedder: Embedder, test_set: TestSet, label_sets: list[list[int]]) -> Scorer:
+        classes, mine = self.classifier(embedder, test_set), [0]
+
+        def add(_: slice, rows: torch.Tensor, embeds: torch.Tensor) -> None:
+            nearest = classes.scores(embeds).argmax(dim=1).tolist()
+            mine[0] += sum(best in label_sets[row] for row, best in zip(rows.tolist(), nearest, strict=True))
+
+        def results() -> list[Result]:
+            sizes = [len(set(labels)) for labels in label_sets if labels]
+            chance = 100.0 * sum(sizes) / len(sizes) / len(classes.names)
+            return [self.proportion("any_label", *embedder.total(mine), len(sizes), chance)]
+
+        return Scorer(add, results)
 
     def _check_num_classes(self, num_classes: int) -> None:
         if self.metric == "roc_auc" and num_classes != 2:
@@ -150,11 +175,6 @@ images. The interval of an AUC is DeLong's."""
             raise UserError(f"{self.data} has {num_classes} classes; {self.metric} needs five or more")
 
     def _label_sets(self, test_set: TestSet, num_classes: int) -> list[list[int]]:
-        """Return the class numbers of every image from the file `labels`.
-
-        Raises:
-            UserError: the file is missing, or is not a list of class numbers for each image.
-        """
         path = f"{test_set.data}/{self.labels}"
         text = read_text(test_set.data, str(self.labels))
         if text is None:
@@ -172,57 +192,6 @@ images. The interval of an AUC is DeLong's."""
         if not any(rows):
             raise UserError(f"{path} has no label of any image; write it anew")
         return rows
-
-
-class ZeroShotScorer(Scorer):
-    """Counts the images whose class is the nearest, or among the five nearest."""
-
-    def __init__(
-        self, task: ZeroShot, embedder: Embedder, classes: Classifier, labels: torch.Tensor, num_images: int
-    ) -> None:
-        self._task, self._embedder, self._classes, self._num_images = task, embedder, classes, num_images
-        self._hits = ClassHits(task, embedder, labels, classes.names)
-        # For two classes: the second score minus the first, and the label.
-        self._leads = torch.zeros(len(labels), 2)
-
-    def add(self, rows: torch.Tensor, embeds: torch.Tensor) -> None:
-        first, scores = self._hits.seen, self._classes.scores(embeds)
-        labels = self._hits.add(scores)
-        if self._task.metric == "roc_auc":
-            lead = scores[:, 1] - scores[:, 0]
-            self._leads[first : first + len(rows)] = torch.stack([lead, labels.float()], dim=1)
-
-    def results(self) -> list[Result]:
-        task, n, metric = self._task, self._num_images, self._task.metric
-        results, hits = self._hits.results(metric)
-        if metric == "mean_top1_top5":
-            results.append(
-                task.estimated(metric, mean_of_two(hits[0], hits[1], n), n, 300.0 / len(self._classes.names))
-            )
-        if metric == "roc_auc":
-            leads, labels = self._embedder.gathered(self._leads, n).numpy().T
-            if len(set(labels.tolist())) < 2:
-                raise UserError(f"{task.data} has {n} images of one class; roc_auc needs both")
-            results.append(task.estimated(metric, roc_auc(leads, labels == 1), n, 50.0))
-        return results
-
-
-class AnyLabelScorer(Scorer):
-    """Counts the labelled images whose nearest class is one of their labels."""
-
-    def __init__(self, task: ZeroShot, embedder: Embedder, classes: Classifier, label_sets: list[list[int]]) -> None:
-        self._task, self._embedder, self._classes, self._label_sets = task, embedder, classes, label_sets
-        self._hits = 0
-
-    def add(self, rows: torch.Tensor, embeds: torch.Tensor) -> None:
-        nearest = self._classes.scores(embeds).argmax(dim=1).tolist()
-        self._hits += sum(best in self._label_sets[row] for row, best in zip(rows.tolist(), nearest, strict=True))
-
-    def results(self) -> list[Result]:
-        (hits,) = self._embedder.total([self._hits])
-        sizes = [len(set(labels)) for labels in self._label_sets if labels]
-        chance = 100.0 * sum(sizes) / len(sizes) / len(self._classes.names)
-        return [self._task.proportion("any_label", hits, len(sizes), chance)]
 
 
 @dataclass(frozen=True)
@@ -244,50 +213,36 @@ class ZeroShotMultilabel(PromptedTask):
 label. Each class ranks the images by cosine, and the class average precisions are averaged. map11 takes the highest
 precision at a recall of 0, 0.1, ... 1 or more; map takes the precision at each image of the class. A class without
 images has 0, as in CLIP_benchmark. Intervals are 1.96 standard deviations over 200 bootstrap draws of the images."""
-    hub_task: ClassVar[str] = "zero-shot-image-classification"
 
     def truth(self, test_set: TestSet) -> Callable[[int, int], Any]:
         return partial(test_set.label_set, len(test_set.class_names()))
 
-    def scorer(self, embedder: Embedder, test_set: TestSet) -> "MultilabelScorer":
-        num_classes = len(test_set.class_names())
+    def scorer(self, embedder: Embedder, test_set: TestSet) -> Scorer:
+        num_classes, n = len(test_set.class_names()), len(test_set)
         labels = of_my_rows(embedder, test_set.source, partial(test_set.label_set, num_classes))
-        table = torch.from_numpy(np.array(labels, np.uint8).reshape(len(labels), num_classes))
-        return MultilabelScorer(self, embedder, self.classifier(embedder, test_set), table, len(test_set))
+        my_labels = torch.from_numpy(np.array(labels, np.uint8).reshape(len(labels), num_classes))
+        classes = self.classifier(embedder, test_set)
+        my_scores = torch.zeros(len(labels), num_classes)
 
+        def add(mine: slice, rows: torch.Tensor, embeds: torch.Tensor) -> None:
+            my_scores[mine] = classes.scores(embeds)
 
-class MultilabelScorer(Scorer):
-    """Keeps the scores of this process's images and ranks all images at the end."""
+        def results() -> list[Result]:
+            scores = embedder.gathered(my_scores, n).numpy()
+            positive = embedder.gathered(my_labels, n).numpy().astype(bool)
+            positives = positive.sum(axis=0)
+            empty = [name for name, count in zip(classes.names, positives, strict=True) if not count]
+            if empty and embedder.accelerator.is_main_process:
+                message = "%s: %d of %d classes have no image, such as %r; each counts as 0"
+                _log.warning(message, self.name, len(empty), num_classes, empty[0])
+            chance = 100.0 * average_precision_chance(positives, n)
+            eleven, plain = (mean_average_precision(scores, positive, points) for points in (True, False))
+            return [
+                self.estimated("map11", eleven, n, headline=self.metric == "map11"),
+                self.estimated("map", plain, n, chance, headline=self.metric == "map"),
+            ]
 
-    def __init__(
-        self, task: ZeroShotMultilabel, embedder: Embedder, classes: Classifier, labels: torch.Tensor, num_images: int
-    ) -> None:
-        self._task, self._embedder, self._classes, self._labels = task, embedder, classes, labels
-        self._num_images = num_images
-        self._scores = torch.zeros(len(labels), len(classes.names))
-        self._seen = 0
-
-    def add(self, rows: torch.Tensor, embeds: torch.Tensor) -> None:
-        self._scores[self._seen : self._seen + len(rows)] = self._classes.scores(embeds)
-        self._seen += len(rows)
-
-    def results(self) -> list[Result]:
-        task, n = self._task, self._num_images
-        scores = self._embedder.gathered(self._scores, n).numpy()
-        positive = self._embedder.gathered(self._labels, n).numpy().astype(bool)
-        positives = positive.sum(axis=0)
-        empty = [name for name, count in zip(self._classes.names, positives, strict=True) if not count]
-        if empty and self._embedder.accelerator.is_main_process:
-            _log.warning(
-                "%s: %d of %d classes have no image, such as %r; each counts as 0",
-                *(task.name, len(empty), len(positives), empty[0]),
-            )
-        chance = 100.0 * average_precision_chance(positives, n)
-        eleven, plain = (mean_average_precision(scores, positive, points) for points in (True, False))
-        return [
-            task.estimated("map11", eleven, n, headline=task.metric == "map11"),
-            task.estimated("map", plain, n, chance, headline=task.metric == "map"),
-        ]
+        return Scorer(add, results)
 
 
 def _check_prompts(prompts: list[str], where: str) -> None:

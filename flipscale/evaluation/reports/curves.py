@@ -33,12 +33,10 @@ class Curve:
     """One run, read from its files.
 
     Args:
-        name: name of the run directory.
         records: all records of `metrics.jsonl`, in the order of steps.
         measured: all results of its evaluations, in the order of steps.
         masks: mask ratio by stage name, in the order of stages.
         sizes: image size in pixels by stage name, for stages with a size of their own.
-        seed: seed of the run.
         learned: text of the recipe's learning fields, without the seed and the lengths of stages.
     """
 
@@ -52,7 +50,6 @@ class Curve:
 
     @property
     def mask_ratio(self) -> float:
-        """Mask ratio of the first stage."""
         return next(iter(self.masks.values()))
 
     @property
@@ -62,7 +59,6 @@ class Curve:
 
     @property
     def arm(self) -> str:
-        """Name of the recipe: the run's name without the seed that a study appends."""
         return self.name.removesuffix(seed_suffix(self.seed))
 
     @property
@@ -106,12 +102,10 @@ class Curve:
 
     @property
     def images_per_s(self) -> float:
-        """Mean number of pairs per second of training."""
         return self.records[-1]["samples_seen"] / self.records[-1]["trained_seconds"]
 
 
 def seed_suffix(seed: int) -> str:
-    """Return the ending of a run's name in a study of several seeds."""
     return f"-seed{seed}"
 
 
@@ -120,9 +114,6 @@ def read_curve(run_dir: Path, step: int | None = None) -> Curve:
 
     Args:
         step: last step to include; None for all.
-
-    Raises:
-        UserError: the run directory has no record.
     """
     records = read_metrics(run_dir)
     if not records:
@@ -234,8 +225,7 @@ def over_seeds(group: Sequence[Curve], name: str, field: str = "trained_seconds"
 def seconds_to(curve: Curve, name: str, value: float) -> float | None:
     """Return the training seconds at which a result first reached `value`; None if it never did.
 
-    Results between evaluations are interpolated, from chance at 0 seconds.
-    """
+    Results between evaluations are interpolated, from chance at 0 seconds."""
     course = curve.course(name)
     if not course:
         return None
@@ -256,8 +246,7 @@ def seconds_to(curve: Curve, name: str, value: float) -> float | None:
 def times_to_equal(curves: Sequence[Curve]) -> list[str]:
     """Return a sentence for each pair of recipes: how much sooner the better one reaches the other's final result.
 
-    The result is the first headline that all runs have. The interval is over seeds, of the logarithms of the ratios.
-    """
+    The result is the first headline that all runs have. The interval is over seeds, of the logarithms of the ratios."""
     names = [name for name in headlines(curves) if all(curve.course(name) for curve in curves)]
     sentences: list[str] = []
     for pair in combinations(by_recipe(curves), 2) if names else ():
@@ -269,7 +258,6 @@ def times_to_equal(curves: Sequence[Curve]) -> list[str]:
 
 
 def _sentence(better: Sequence[Curve], worse: Sequence[Curve], ends: Sequence[Result], name: str) -> str:
-    """Compare two recipes seed by seed. `ends` are the final results of the worse one."""
     ratios = []
     for curve, baseline, end in zip(better, worse, ends, strict=False):
         seconds = seconds_to(curve, name, end.value)

@@ -27,7 +27,6 @@ _METRICS = {
 
 
 def can_draw() -> bool:
-    """Return whether matplotlib is installed."""
     return importlib.util.find_spec("matplotlib") is not None
 
 
@@ -58,11 +57,7 @@ def tidy(axes: "Axes", grid: Literal["both", "x"] = "both") -> None:
 def draw_run(curve: Curve, folder: Path) -> dict[str, str]:
     """Draw a run's figures into a folder, and return their captions by file name.
 
-    Without two records of the loss there are no figures, and no folder is made.
-
-    Raises:
-        OSError: the disk is full or not writable.
-    """
+    Without two records of the loss there are no figures, and no folder is made."""
     if len(curve.points("loss")[0]) < 2:
         return {}
     folder.mkdir(parents=True, exist_ok=True)
@@ -122,7 +117,6 @@ def _draw_metric(curve: Curve, metric: str, title: str, y_label: str, path: Path
 
 
 def _smoothed(values: Sequence[float]) -> np.ndarray:
-    """Return moving means over a twentieth of all values."""
     half = len(values) // 40
     sums = np.concatenate([[0.0], np.cumsum(values)])
     first = np.maximum(np.arange(len(values)) - half, 0)
@@ -172,8 +166,7 @@ def draw_result(curves: list[Curve], shown: Result, path: Path) -> None:
     """Draw a result against training time: a line for each recipe with its 95 % interval as a band.
 
     The interval is over seeds where a recipe has several, else over queries. The first run's baselines are levels.
-    Chance is given in words, because its level would squeeze the lines.
-    """
+    Chance is given in words, because its level would squeeze the lines."""
     title = f"{shown.task.replace('_', '-')}: {shown.shown}"
     figure, axes, unit = _axes(title, ", ".join(filter(None, (shown.shown, shown.unit))), curves)
     drawn: list[float] = []

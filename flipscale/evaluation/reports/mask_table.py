@@ -22,11 +22,8 @@ class MaskedResults:
     """A model's results under one mask.
 
     Args:
-        model: name of the model in tables.
-        mask: mask of its images.
         flops: operations of the image tower and projection per image, all views together; a multiply-add is two.
         whole_flops: the same operations for a whole image.
-        results: results of all tasks, in their order.
     """
 
     model: str
@@ -42,11 +39,9 @@ class MaskedResults:
 
     @property
     def headlines(self) -> dict[str, Result]:
-        """Results of short tables, by their names `task/metric`."""
         return {result.name: result for result in self.results if result.headline}
 
     def as_json(self) -> dict[str, Any]:
-        """Return the mask, the operations and the metrics for a line of JSON."""
         mask = {"mask_ratio": self.mask.ratio, "mask_views": self.mask.views, "mask_kind": self.mask.kind}
         cost = {"encoder_gflops": self.flops / 1e9, "encoder_relative": self.relative}
         return {"model": self.model, **mask, **cost, **as_metrics(self.results)}
@@ -69,8 +64,7 @@ def draw_masked_results(rows: Sequence[MaskedResults], path: Path) -> None:
     """Draw each task's first headline against the encoder's operations, a panel for each model and task.
 
     A line is a mask ratio and its points are numbers of views. Bars are 95 % intervals. A dotted level marks whole
-    images.
-    """
+    images."""
     panels: dict[tuple[str, str], list[MaskedResults]] = {}
     for row in rows:
         firsts = {result.task: name for name, result in reversed(row.headlines.items())}

@@ -20,8 +20,6 @@ class NamedModel:
     """A model to evaluate.
 
     Args:
-        given: argument of the command line: a folder of a model or of a run, a Hub name, `open_clip:NAME,PRETRAINED`,
-            `hf:NAME` or `untrained:FOLDER`.
         name: name in tables and lines, without the path of a folder.
         folder: local flipscale model folder; None for other models.
         home: folder of its `results.jsonl`.
@@ -34,7 +32,6 @@ class NamedModel:
 
     @property
     def lines(self) -> Path:
-        """Path of its `results.jsonl`."""
         return self.home / RESULTS_FILE
 
 
@@ -42,11 +39,7 @@ def name_models(given: Sequence[str], output_dir: Path | None) -> list[NamedMode
     """Return the models of a command.
 
     Results of a local model folder go into the folder itself, results of other models into `evaluations/NAME/`. With
-    `output_dir`, all go into `OUTPUT_DIR/NAME/`.
-
-    Raises:
-        UserError: a model is named twice, or its path does not exist.
-    """
+    `output_dir`, all go into `OUTPUT_DIR/NAME/`."""
     names = [_short_name(text) for text in given]
     # Runs in different folders may have one name. Then the whole path is the name.
     names = [text if names.count(name) > 1 else name for text, name in zip(given, names, strict=True)]
@@ -68,11 +61,7 @@ def tables_home(models: Sequence[NamedModel], output_dir: Path | None) -> Path:
 
 
 def check_writable(folder: Path) -> None:
-    """Raise if results cannot be written to a folder. The folder need not exist yet.
-
-    Raises:
-        UserError: the folder is not writable, or contains folders named like the results.
-    """
+    """Raise if results cannot be written to a folder. The folder need not exist yet."""
     there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
     if there.is_dir() and os.access(there, os.W_OK):
         if taken := next((folder / name for name in _REPORTS if (folder / name).is_dir()), None):

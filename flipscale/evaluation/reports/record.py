@@ -58,11 +58,7 @@ class Line:
 
 
 def weights_digest(names: Iterable[str], read: Callable[[str], torch.Tensor]) -> str:
-    """Return the SHA-256 of weights: of their names in alphabetical order, each with its dtype, shape and bytes.
-
-    Args:
-        read: function from a name to its tensor, on any device.
-    """
+    """Return the SHA-256 of weights: of their names in alphabetical order, each with its dtype, shape and bytes."""
     digest = hashlib.sha256()
     for name in sorted(names):
         tensor = read(name).detach().cpu().contiguous()
@@ -72,16 +68,11 @@ def weights_digest(names: Iterable[str], read: Callable[[str], torch.Tensor]) ->
 
 
 def group_of(weights: str, setting: Record) -> str:
-    """Return the group of a task's lines: a digest of the weights and of the setting."""
     return hashlib.sha256(json.dumps([weights, setting], sort_keys=True).encode()).hexdigest()[:16]
 
 
 def append_lines(path: Path, group: str, results: Sequence[Result], about: Record) -> list[Line]:
-    """Append the lines of a group in one write, wait until they are on disk, and return them.
-
-    Raises:
-        OSError: the disk is full or not writable.
-    """
+    """Append the lines of a group in one write, wait until they are on disk, and return them."""
     records = [{"group": group, "lines": len(results), **dataclasses.asdict(result), **about} for result in results]
     path.parent.mkdir(parents=True, exist_ok=True)
     json_lines.append(path, records, is_synced=True)
@@ -89,21 +80,12 @@ def append_lines(path: Path, group: str, results: Sequence[Result], about: Recor
 
 
 def read_lines(path: Path) -> list[Line]:
-    """Return the lines of all complete groups of a file, each group once; nothing if there is no file.
-
-    Raises:
-        UserError: it is not a file, or has lines that `flipscale evaluate` did not write.
-    """
+    """Return the lines of all complete groups of a file, each group once; nothing if there is no file."""
     return [_as_line(record) for record in _complete_groups(_records(path))]
 
 
 def drop_torn(path: Path) -> None:
-    """Rewrite a file without the groups that a kill left incomplete, if there are any.
-
-    Raises:
-        UserError: see `read_lines`.
-        OSError: the disk is full or not writable.
-    """
+    """Rewrite a file without the groups that a kill left incomplete, if there are any."""
     if not path.exists():
         return
     complete = _complete_groups(_records(path))
@@ -112,7 +94,6 @@ def drop_torn(path: Path) -> None:
 
 
 def _records(path: Path) -> list[Record]:
-    """Return the lines of a file that are not torn."""
     if path.is_symlink() or (path.exists() and not path.is_file()):
         raise UserError(f"{path} is no file; move it away, or name another folder with --output_dir")
     records = []
@@ -158,8 +139,7 @@ def _as_line(record: Record) -> Line:
 def setting_of(embedder: Embedder, task: Task) -> Record:
     """Return everything that a task's figures depend on beside the weights: options, data, prompts, image processing.
 
-    Batch size, workers and the number of processes are left out, because no figure depends on them.
-    """
+    Batch size, workers and the number of processes are left out, because no figure depends on them."""
     test_set = TestSet.open(task.data)
     prompts = task.prompts(test_set)
     options = {name: value for name, value in task.made_by.items() if name not in ("data", "templates", "image_size")}
@@ -177,7 +157,6 @@ def setting_of(embedder: Embedder, task: Task) -> Record:
 
 
 def about(task: Task, setting: Record, model: str, weights: str, seconds: float) -> Record:
-    """Return the common fields of a task's lines."""
     page = _page_of(task)
     return {
         "model": model,
@@ -210,7 +189,6 @@ def _page_of(task: Task) -> TaskPage | None:
 
 
 def _data_of(task: Task, test_set: TestSet) -> Record:
-    """Return name, size and digest of a task's data; for a prepared task also repository, revision and split."""
     data, page = task.data, _page_of(task)
     prepared = (read_prepared(Path(data)) if page else None) or {}
     return {
@@ -224,7 +202,6 @@ def _data_of(task: Task, test_set: TestSet) -> Record:
 
 
 def _set_digest(test_set: TestSet, data: str) -> str:
-    """Return a digest of a set's shard names and sizes, and of its texts."""
     manifest = test_set.source.manifest
     shards = [
         [os.path.basename(name), *map(int, row)]

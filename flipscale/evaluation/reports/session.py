@@ -30,12 +30,7 @@ _log = logging.getLogger(__name__)
 def evaluate_model(embedder: Embedder, model: NamedModel, tasks: Sequence[Task]) -> list[Line]:
     """Collective. Return the lines of all tasks in their order, on the main process; an empty list on others.
 
-    A task's lines are on disk before the next task ends. Only the main process reads and writes them.
-
-    Raises:
-        UserError: a test set lacks what its task needs, or `flipscale evaluate` did not write the file of lines.
-        OSError: the lines cannot be written.
-    """
+    A task's lines are on disk before the next task ends. Only the main process reads and writes them."""
     from accelerate.utils import broadcast_object_list
 
     is_main = embedder.accelerator.is_main_process
@@ -63,8 +58,6 @@ def _num_images(tasks: Sequence[Task]) -> int:
 
 
 class _Session:
-    """The main process's state of a model's evaluation."""
-
     def __init__(self, embedder: Embedder, model: NamedModel, tasks: Sequence[Task]):
         self._model, self._tasks = model, tasks
         weights = embedder.model.state_dict()
@@ -81,7 +74,6 @@ class _Session:
             _log.info("%s: %d of %d tasks are in %s and are not run again", model.name, known, total, model.lines)
 
     def write(self, number: int, results: Sequence[Result], seconds: float) -> None:
-        """Append the lines of a task, and log its headline."""
         task, setting, group = self._tasks[number], self._settings[number], self._groups[number]
         facts = about(task, setting, self._model.name, self._weights, seconds)
         self._known[group] = append_lines(self._model.lines, group, [published(result) for result in results], facts)
@@ -89,5 +81,4 @@ class _Session:
         _log.info("%s: %s %s %s, %.0f s", self._model.name, shown.task, shown.shown, shown.estimate_text, seconds)
 
     def lines(self) -> list[Line]:
-        """Return all lines, in the order of the tasks."""
         return [line for group in self._groups for line in self._known[group]]

@@ -31,13 +31,10 @@ _SPREAD = 0.5  # Distance of the outer models' dots, as a share of a row.
 
 @dataclass(frozen=True)
 class Column:
-    """A model's column: its name in tables and its lines."""
-
     name: str
     lines: Sequence[Line]
 
     def find(self, task: str, metric: str) -> Line | None:
-        """Return the line of a task's metric."""
         return next((line for line in self.lines if (line.result.task, line.result.metric) == (task, metric)), None)
 
 
@@ -53,12 +50,10 @@ class Row:
 
     @property
     def result(self) -> Result:
-        """Result of the first model that has a line."""
         return self.present[0].result
 
     @property
     def present(self) -> list[Line]:
-        """Existing lines."""
         return [line for line in self.lines if line is not None]
 
     @property
@@ -96,11 +91,7 @@ class Row:
 
 
 def write_reports(columns: Sequence[Column], suites: Sequence[str], home: Path) -> None:
-    """Write `results.md` and, if matplotlib is installed, `results.png` into the folder `home`.
-
-    Raises:
-        OSError: the disk is full or not writable.
-    """
+    """Write `results.md` and, if matplotlib is installed, `results.png` into the folder `home`."""
     home.mkdir(parents=True, exist_ok=True)
     picture = home / "results.png"
     # It may show other models or tasks.
@@ -137,7 +128,6 @@ def suite_tables(columns: Sequence[Column], suites: Sequence[str]) -> str:
 
 
 def _rows_of(columns: Sequence[Column]) -> list[Row]:
-    """Return a row for each task and metric, in the models' order."""
     seen: dict[tuple[str, str], Line] = {}
     for column in columns:
         for line in column.lines:
@@ -165,7 +155,6 @@ def _by_suite(rows: Iterable[Row], suites: Sequence[str], is_once: bool = False)
 
 
 def _suite(suite: str, rows: list[Row], columns: Sequence[Column], is_alone: bool) -> str:
-    """Return the table of a suite with its means and footnotes."""
     notes: dict[str, int] = {}
     for row in rows:
         if row.why_not:
@@ -220,19 +209,17 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def _departures(line: Line, page: TaskPage) -> Iterable[str]:
-    """Yield the differences between an evaluation and its page."""
     about = line.about
     if about.get("mask"):
         yield "the images were masked"
     if about["data"].get("images") != page.images:
         yield f"{about['data'].get('images'):,} images here, {page.images:,} there"
     prompts = (about.get("prompts") or {}).get("number", 0)
-    if page.num_prompts and prompts != page.num_prompts:
-        yield f"{prompts} prompts here, {page.num_prompts} there"
+    if page.templates and prompts != len(page.templates):
+        yield f"{prompts} prompts here, {len(page.templates)} there"
 
 
 def _made(columns: Sequence[Column]) -> str:
-    """Return a table of the models: weights, image sizes, masks, precision and versions."""
     rows = []
     for column in columns:
         abouts = [line.about for line in column.lines]
@@ -290,7 +277,6 @@ def draw_results(columns: Sequence[Column], suites: Sequence[str], path: Path) -
 
 
 def _draw_suite(axes: "Axes", rows: list[Row], columns: Sequence[Column]) -> None:
-    """Draw the rows of a suite from top to bottom."""
     # More than twenty models share colours.
     few = len(columns) <= len(COLOURS)
     colours = COLOURS if few else drawing_pyplot().get_cmap("tab20").colors
