@@ -33,7 +33,8 @@ _log = logging.getLogger(__name__)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `flipscale evaluate`."""
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "models",
         metavar="MODEL",
         nargs="+",
@@ -41,24 +42,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "or any CLIP or SigLIP of transformers as hf:NAME. Tasks without texts also take pixels, hog and "
         "untrained:FOLDER (random weights). Several models share one table.",
     )
-    parser.add_argument(
+    add(
         "--tasks",
         metavar="DIR",
         type=Path,
         help=f"Folder in which `flipscale prepare tasks` put the tasks' data; {TASKS_DIR} by default. Without --suite "
         "and --only, all tasks that are prepared there.",
     )
-    parser.add_argument("--suite", help=f"Run the prepared tasks of this suite: {', '.join(SUITES)}, or all.")
-    parser.add_argument("--only", metavar="NAME", nargs="+", default=[], help="Run these tasks, such as cars food101.")
-    parser.add_argument(
+    add("--suite", help=f"Run the prepared tasks of this suite: {', '.join(SUITES)}, or all.")
+    add("--only", metavar="NAME", nargs="+", default=[], help="Run these tasks, such as cars food101.")
+    add(
         "--zero_shot",
         metavar="DIR",
         help="Classify the images of this folder: shards with KEY.cls, and classnames.txt.",
     )
-    parser.add_argument(
-        "--retrieval", metavar="DIR", help="Retrieve images and captions of this folder: shards with KEY.txt."
-    )
-    parser.add_argument(
+    add("--retrieval", metavar="DIR", help="Retrieve images and captions of this folder: shards with KEY.txt.")
+    add(
         "--task",
         metavar="YAML",
         action="append",
@@ -67,49 +66,41 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "The kinds are zero_shot, zero_shot_multilabel, retrieval, worst_group, association, few_shot, probe, "
         "captioning, likelihood, vqa, classification. May be given several times.",
     )
-    parser.add_argument(
-        "--templates", choices=sorted(TEMPLATES), help="Use a set of CLIP's prompts instead of the folder's own."
-    )
-    parser.add_argument(
+    add("--templates", choices=sorted(TEMPLATES), help="Use a set of CLIP's prompts instead of the folder's own.")
+    add(
         "--without",
         type=Path,
         metavar="AUDIT",
         help="Add each figure without the images that lie in the training data. AUDIT is the folder that `flipscale "
         "prepare audit --tests` wrote.",
     )
-    parser.add_argument(
+    add(
         "--output_dir",
         metavar="DIR",
         type=output_folder,
         help="Write results.md and results.png to DIR, and each model's results.jsonl to its own folder in DIR. By "
         "default results.jsonl is in the model folder, or in evaluations/NAME for other models.",
     )
-    parser.add_argument(
+    add(
         "--batch_size",
         type=number(Pairs),
         default=256,
         help="Number of images or texts that a process embeds at once; 256 by default.",
     )
-    parser.add_argument(
+    add(
         "--num_workers",
         type=number(Workers),
         default=4,
         help="Number of processes that decode images; 4 by default, 0 decodes in this process.",
     )
-    parser.add_argument(
+    add(
         "--image_size",
         type=number(Pixels),
         metavar="PIXELS",
         help="Image size of tasks without their own image_size, a multiple of the patch, such as the last stage's; the "
         "model's own by default.",
     )
-    add_mask_arguments(parser)
-    parser.add_argument("--json", action="store_true", help="Print one JSON line instead of a table.")
-
-
-def add_mask_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments for masked evaluation."""
-    parser.add_argument(
+    add(
         "--mask_ratio",
         type=number(ShareBelowOne),
         nargs="+",
@@ -118,7 +109,7 @@ def add_mask_arguments(parser: argparse.ArgumentParser) -> None:
         help="Remove this fraction of each image's patches; 0, the default, keeps it whole. Several ratios make a "
         "table of accuracy against the encoder's FLOPs.",
     )
-    parser.add_argument(
+    add(
         "--mask_views",
         type=number(Count),
         nargs="+",
@@ -127,22 +118,14 @@ def add_mask_arguments(parser: argparse.ArgumentParser) -> None:
         help="Average the embeddings of this many disjoint views of an image; 1 by default. Each number is combined "
         "with every ratio that has room for it.",
     )
-    parser.add_argument(
-        "--mask_kind", default="random", help="Kind of masks: random, grid, block or centre; random by default."
-    )
-    parser.add_argument(
-        "--mask_figure", metavar="PNG", type=Path, help="Draw accuracy against the encoder's FLOPs into this file."
-    )
+    add("--mask_kind", default="random", help="Kind of masks: random, grid, block or centre; random by default.")
+    add("--mask_figure", metavar="PNG", type=Path, help="Draw accuracy against the encoder's FLOPs into this file.")
+    add("--json", action="store_true", help="Print one JSON line instead of a table.")
 
 
 def run(args: argparse.Namespace) -> None:
     """Print the results as one table and write them beside the models. If a model cannot be loaded, the other models
-    still get their results, and the command ends with the error.
-
-    Raises:
-        UserError: there is nothing to evaluate, a task or suite is unknown, a model is named twice or cannot be loaded,
-            or a folder cannot be written to.
-    """
+    still get their results, and the command ends with the error."""
     # Beside other work, torch's OpenMP threads would spend most of their time on spinning for each other: on two busy
     # cores, an evaluation of 10 seconds of work used 30. The variable counts only before torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -199,10 +182,8 @@ def _report(
     from flipscale.evaluation.reports.mask_table import draw_masked_results, mask_table
     from flipscale.evaluation.reports.suite_report import suite_tables, write_reports
 
-    if args.suite in SUITES:
-        suites = [args.suite]
-    else:
-        suites = list(SUITES) if args.suite or (args.tasks and not args.only) else []
+    is_all = args.suite or (args.tasks and not args.only)
+    suites = [args.suite] if args.suite in SUITES else list(SUITES) if is_all else []
     write_reports(columns, suites, home)
     if masked:
         print(json.dumps([row.as_json() for row in masked]) if args.json else mask_table(masked))
@@ -228,11 +209,7 @@ def _with_flops(embedder: "Embedder", mask: "ImageMask", name: str, results: lis
 
 
 def _tasks(args: argparse.Namespace) -> list["Task"]:
-    """Return the tasks that the arguments ask for; tasks on the same data are consecutive.
-
-    Raises:
-        UserError: there are none, or a name is unknown.
-    """
+    """Return the tasks that the arguments ask for; tasks on the same data are consecutive."""
     from flipscale.evaluation.suite import build_tasks
 
     tasks_dir = args.tasks or Path(TASKS_DIR)

@@ -44,7 +44,7 @@ Picture = str | Path | Image.Image
 
 
 class DamagedImage(UserError):
-    """An image of a test set cannot be read or decoded."""
+    """An image of a test set cannot be decoded."""
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,6 @@ def clustered_share(hits: np.ndarray, counts: np.ndarray) -> Estimate:
     is at most the number of queries.
 
     Args:
-        hits: hits in each cluster, `(clusters,)`.
         counts: queries in each cluster, at least 1.
     """
     n, clusters = int(counts.sum()), len(counts)

@@ -8,7 +8,7 @@ number of processes and workers.
 import argparse
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from typing import Any
 
@@ -35,7 +35,6 @@ class ImageMask:
     Args:
         ratio: fraction of patches removed from each view, in [0, 1); 0 keeps the image whole.
         views: number of disjoint views of an image, whose embeddings are averaged.
-        kind: one of `flipscale.data.masks.IMAGE_MASKS`.
     """
 
     ratio: float = 0.0
@@ -53,7 +52,7 @@ class ImageMask:
     @property
     def fields(self) -> dict[str, Any]:
         """The recorded fields `ratio`, `views` and `kind`; empty for whole images."""
-        return {"ratio": self.ratio, "views": self.views, "kind": self.kind} if self.ratio > 0.0 else {}
+        return asdict(self) if self.ratio > 0.0 else {}
 
     def patches(self, rows: Sequence[int], side: int) -> np.ndarray:
         """Return the remaining patches of the images of these rows: int16 `(rows, views, kept)`, ascending.
@@ -68,11 +67,7 @@ WHOLE = ImageMask()
 
 
 def image_masks(ratios: Sequence[float], views: Sequence[int], kind: str, side: int) -> list[ImageMask]:
-    """Return a mask for each ratio and each number of views that fits it. Ratio 0 is the whole image, once.
-
-    Args:
-        side: number of patches along each side of an image.
-    """
+    """Return a mask for each ratio and each number of views that fits it. Ratio 0 is the whole image, once."""
     check_kind(kind, IMAGE_MASKS, "--mask_kind")
     num_patches = side**2
     most = {ratio: num_patches // num_kept(num_patches, ratio) for ratio in dict.fromkeys(ratios)}
@@ -111,14 +106,15 @@ def check_mask_arguments(args: argparse.Namespace, other_models: Sequence[str]) 
     if args.mask_figure:
         check_png_path(args.mask_figure, "--mask_figure")
     for name in other_models:
-        raise UserError(_takes_whole_images(name))
+        raise _only_whole(name)
 
 
 def asked_masks(args: argparse.Namespace, embedder: Embedder) -> list[ImageMask]:
     """Return the masks that the arguments ask for, for the embedder's image size."""
     if not any(args.mask_ratio):
         return [WHOLE]
-    _check_maskable(embedder)
+    if type(embedder) is not Embedder:
+        raise _only_whole(embedder.name)
     shape = InputShape.of(embedder.model.config).at(embedder.image_size)
     return image_masks(args.mask_ratio, args.mask_views, args.mask_kind, shape.side)
 
@@ -127,18 +123,12 @@ def masked_embedder(embedder: Embedder, mask: ImageMask) -> Embedder:
     """Return the embedder of images under `mask`; for whole images, `embedder` itself."""
     if mask.ratio == 0.0:
         return embedder
-    _check_maskable(embedder)
     same = {known.name: getattr(embedder, known.name) for known in fields(embedder)}
     return MaskedEmbedder(**same, image_mask=mask)
 
 
-def _check_maskable(embedder: Embedder) -> None:
-    if type(embedder) is not Embedder:
-        raise UserError(_takes_whole_images(embedder.name))
-
-
-def _takes_whole_images(name: str) -> str:
-    return f"{name} takes whole images only; --mask_ratio is for flipscale's models"
+def _only_whole(name: str) -> UserError:
+    return UserError(f"{name} takes whole images only; --mask_ratio is for flipscale's models")
 
 
 @dataclass(frozen=True)

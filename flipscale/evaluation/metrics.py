@@ -16,12 +16,7 @@ _POINTS = 11  # VOC 2007: recall 0, 0.1, ... 1
 
 
 def hits_at(scores: torch.Tensor, labels: torch.Tensor, ks: Sequence[int]) -> torch.Tensor:
-    """Return whether the label is among the k best classes, bool `(rows, len(ks))`.
-
-    Args:
-        scores: class scores, `(rows, classes)`.
-        ks: numbers of classes, at most all.
-    """
+    """Return whether the label is among the k best classes, bool `(rows, len(ks))`."""
     right = scores.topk(max(ks), dim=1).indices == labels[:, None]
     return torch.stack([right[:, :k].any(dim=1) for k in ks], dim=1)
 
@@ -52,7 +47,6 @@ def mean_per_class(hits: np.ndarray, counts: np.ndarray) -> Estimate:
     class of few images that are all right is not certain.
 
     Args:
-        hits: hits in each class, `(classes,)`.
         counts: queries in each class; at least one class has queries.
     """
     hits, counts = hits[counts > 0].astype(np.float64), counts[counts > 0].astype(np.float64)
@@ -65,9 +59,7 @@ def mean_of_two(once: int, twice: int, n: int) -> Estimate:
     """Return the mean of top-1 and top-5 accuracy, with the normal interval of queries that score 0, 1/2 or 1.
 
     Args:
-        once: queries right at top-1.
         twice: queries right at top-5, which include those at top-1.
-        n: number of queries.
     """
     value = (once + twice) / (2 * n)
     variance = (once + (twice - once) / 4) / n - value**2
@@ -78,7 +70,6 @@ def roc_auc(scores: np.ndarray, positive: np.ndarray) -> Estimate:
     """Return the area under the ROC curve with DeLong's interval. A tie of a positive and a negative counts half.
 
     Args:
-        scores: score of each row, `(rows,)`.
         positive: whether each row is positive; both kinds must occur.
     """
     from scipy.stats import rankdata  # slow to import, and few tasks need it
@@ -99,8 +90,6 @@ def mean_average_precision(scores: np.ndarray, positive: np.ndarray, interpolate
     A class without positives has 0, and rows of equal score are in the order of `torch.sort`, as in CLIP_benchmark.
 
     Args:
-        scores: class scores, `(rows, classes)`.
-        positive: classes of each row, bool `(rows, classes)`.
         interpolated: whether to use VOC 2007's form: the mean, over recall 0, 0.1, ... 1, of the highest precision at
             that recall or more. The other form is the mean of the precision at the rank of each positive.
     """

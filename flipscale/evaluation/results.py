@@ -41,18 +41,11 @@ class Result:
     """One number from an evaluation.
 
     Args:
-        task: name of the evaluation in the recipe.
-        kind: kind of the evaluation, such as `zero_shot`.
         metric: name of the number in `metrics.jsonl`, after `task/`.
-        value: the number, in `unit`.
         n: number of queries (images, captions) in the mean; None if unknown.
         low: lower end of the 95 % interval, in `unit`; None without an interval.
-        high: upper end of the interval.
-        unit: `%` or another unit; empty for a plain number.
         label: name of the metric in tables; derived from `metric` by default.
         chance: value of a guess, in `unit`; None if unknown.
-        higher_is_better: whether a higher number is better.
-        headline: whether short tables and figures show the number.
         who: the evaluated model if it is not this model: name of a baseline, `BEFORE`, or one of `CHANGES`.
         made_by: task fields that the number depends on: its `data` and its options.
     """
@@ -112,10 +105,8 @@ class Measured:
 
 
 def with_unit(value: float, unit: str) -> str:
-    """Return a value for tables.
-
-    Percentages and points have one decimal above 1, points have a sign, other numbers have about three digits. A
-    number that is not finite, such as a mean over no query, is a dash."""
+    """Return a value for tables. Percentages and points have one decimal above 1, points have a sign, other numbers
+    have about three digits. A number that is not finite, such as a mean over no query, is a dash."""
     if not math.isfinite(value):
         return NOTHING
     size, is_share = abs(value), unit in ("%", POINTS)
@@ -138,11 +129,7 @@ def as_metrics(results: Iterable[Result]) -> dict[str, float]:
 def append_results(
     run_dir: Path, results: Iterable[Result], step: int, samples_seen: int, trained_seconds: float
 ) -> None:
-    """Append the results of a step to the run's `results.jsonl`.
-
-    Raises:
-        OSError: the disk is full or not writable.
-    """
+    """Append the results of a step to the run's `results.jsonl`."""
     place = {"step": step, "samples_seen": samples_seen, "trained_seconds": trained_seconds}
     json_lines.append(run_dir / RESULTS_FILE, ({**place, **dataclasses.asdict(result)} for result in results))
 
@@ -160,13 +147,10 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
 
 def read_results(run_dir: Path) -> list[Measured]:
     known = {f.name for f in dataclasses.fields(Result)}
-    measured = [
-        Measured(
-            Result(**{name: value for name, value in line.items() if name in known and value is not None}),
-            *(line[name] for name in _PLACE),
-        )
-        for line in _result_lines(run_dir)
-    ]
+    measured = []
+    for line in _result_lines(run_dir):
+        result = Result(**{name: value for name, value in line.items() if name in known and value is not None})
+        measured.append(Measured(result, *(line[name] for name in _PLACE)))
     return sorted(measured, key=lambda one: one.step)
 
 
@@ -176,8 +160,7 @@ def _result_lines(run_dir: Path) -> list[dict[str, Any]]:
 
 def latest(measured: Sequence[Measured]) -> list[Result]:
     """Return the last result of each task, metric and model or baseline, in the order of their first."""
-    last = {(m.result.task, m.result.metric, m.result.who): m.result for m in measured}
-    return list(last.values())
+    return list({(m.result.task, m.result.metric, m.result.who): m.result for m in measured}.values())
 
 
 def with_changes(results: Sequence[Result]) -> list[Result]:

@@ -48,11 +48,7 @@ CHECK_SECONDS = 5.0
 
 
 def build_task(content: dict[str, Any], where: str) -> Task:
-    """Return the task that `{kind: ..., data: ..., ...}` describes.
-
-    Args:
-        where: place of the task in the recipe, which begins the messages.
-    """
+    """Return the task that `{kind: ..., data: ..., ...}` describes."""
     for name in ("kind", "data", "name"):
         if not isinstance(content.get(name, ""), str):
             raise UserError(f"{where}: {name} is {content[name]!r:.60}; it must be a text")
@@ -84,7 +80,6 @@ def build_tasks(listed: Sequence[str | dict[str, Any]], tasks_dir: str | Path = 
     Args:
         listed: each the name of a page, `{task: NAME, ...}` with fields that differ from the page's, or
             `{kind: ..., data: ..., ...}`.
-        tasks_dir: folder in which `flipscale prepare tasks` put the data of tasks with a page.
     """
     tasks = [
         build_task(_in_full(content, Path(tasks_dir), f"eval.tasks[{number}]"), f"eval.tasks[{number}]")

@@ -25,11 +25,7 @@ class TaskSource:
     """The place of a task's data on the Hub.
 
     Args:
-        repo: dataset repository, `owner/name`.
-        split: folder of the shards, or split of a parquet repository.
-        revision: branch or commit.
         image: image column of a parquet repository; empty for shards in CLIP_benchmark's layout.
-        label: class column of a parquet repository.
         clip: columns that identify a clip, if rows are frames of videos. The middle frame is used.
         frame: column of a frame's number in its clip.
         shards: pattern of the shards' names; empty for `SPLIT/0.tar`, `SPLIT/1.tar`, ...
@@ -60,20 +56,12 @@ class TaskPage:
 
     Args:
         name: name of the page's file, of the task, and of its data folder under `flipscale prepare tasks`.
-        title: common name of the data set.
-        kind: kind of the evaluation, one of `KINDS`.
-        suites: suites of the task, from `SUITES`.
-        source: place of the data.
-        licence: licence of the images, as stated by their source.
-        images: number of images in the split.
         num_classes: number of classes; None without classes, or if only the source has the list.
         class_names: CLIP's class names; empty for the source's own names. Labels are numbers in the folder's
             `classnames.txt`, which may have another order.
         templates: prompts with `{c}` for the class name; empty without prompts, or for the folder's own.
         prompts: name of the set of `templates`, such as `imagenet7`; empty for the page's own list.
-        metric: headline metric.
         data: folder of the data; another task's folder, or `name`.
-        options: further fields of the kind.
         reference: the paper's figures.
         comparable: whether images, split and metric are those of the paper.
         why_not: reason why they are not, or another remark on the data.

@@ -156,11 +156,7 @@ def of_my_rows(embedder: Embedder, source: TarSource, read: Callable[[int, int],
 
 
 def read_lines(data: str | Path, name: str, what: str) -> list[str]:
-    """Return the lines of a text file of a set, stripped. A blank line counts, as in CLIP_benchmark.
-
-    Args:
-        what: content of the lines, for the error.
-    """
+    """Return the lines of a text file of a set, stripped. A blank line counts, as in CLIP_benchmark."""
     text = read_text(str(data), name)
     if text is None or not text.strip():
         state = "missing" if text is None else "empty"

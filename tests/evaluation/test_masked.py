@@ -40,8 +40,8 @@ def embedder(tokenizer_dir: Path) -> Embedder:
 
 def arguments(*words: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
-    evaluate.add_mask_arguments(parser)
-    return parser.parse_args(words)
+    evaluate.add_arguments(parser)
+    return parser.parse_args(["model", *words])
 
 
 @pytest.mark.parametrize("side", [8, 14])
@@ -137,7 +137,7 @@ def test_other_models_cannot_be_masked(embedder: Embedder, shards: Path) -> None
 
     other = Other(embedder.model, embedder.tokenizer, embedder.accelerator, name="open_clip:ViT-B-16,openai")
     with pytest.raises(ValueError, match=r"open_clip:ViT-B-16,openai takes whole images only"):
-        masked_embedder(other, ImageMask(0.5))
+        asked_masks(arguments("--mask_ratio", "0.5"), other)
     assert masked_embedder(other, WHOLE) is other
     parser = argparse.ArgumentParser()
     evaluate.add_arguments(parser)

@@ -239,21 +239,13 @@ class Likelihoods:
 
 
 class _Step(NamedTuple):
-    """One decoder step over several texts: each distinct prefix once, and the next token of each text.
+    """One decoder step over several texts: each distinct prefix once, and the next token of each text."""
 
-    Args:
-        tokens: last token of each prefix, int64 `(prefixes,)`; None for the empty prefix.
-        parents: index, in the step before, of each prefix without its last token.
-        texts: index of each text that has a token here.
-        prefixes: index of the prefix of each of these texts.
-        targets: next token of each of these texts.
-    """
-
-    tokens: torch.Tensor | None
-    parents: torch.Tensor
-    texts: torch.Tensor
-    prefixes: torch.Tensor
-    targets: torch.Tensor
+    tokens: torch.Tensor | None  # last token of each prefix, int64 `(prefixes,)`; None for the empty prefix
+    parents: torch.Tensor  # index, in the step before, of each prefix without its last token
+    texts: torch.Tensor  # index of each text that has a token here
+    prefixes: torch.Tensor  # index of the prefix of each of these texts
+    targets: torch.Tensor  # next token of each of these texts
 
 
 def _prefix_steps(texts: list[tuple[int, ...]], device: Any) -> list[_Step]:

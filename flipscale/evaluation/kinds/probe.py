@@ -52,9 +52,7 @@ class LarsRecipe:
     Args:
         base_lr: learning rate for 256 images.
         batch_size: images in a step, over all processes.
-        epochs: passes over the training images.
         warmup_epochs: epochs of a linear rise from zero; a cosine to zero follows.
-        momentum: momentum of the steps.
         trust: factor of the ratio of a matrix's norm to its gradient's norm. Vectors move by the rate alone.
         batch_norm: whether to normalise each feature over the batch, as MAE's head does, without scale and shift.
         crop_scale: least and largest share of an image's area in a crop.
@@ -286,12 +284,7 @@ def fit(
 
     L-BFGS alone needs thousands of steps for correlated features, features of large mean, or a tiny penalty. So its
     variables are scaled by the Cholesky factor of `X^T diag(w) X + l2`, with w each row's mean over classes of
-    p (1 - p). The factor is computed anew every `_REFRESH` steps.
-
-    Args:
-        tolerance: decrease in one step, relative to the objective, that ends the fit.
-        start: the classifier to start from, such as the fit at another penalty.
-    """
+    p (1 - p). The factor is computed anew every `_REFRESH` steps."""
     from scipy.optimize import minimize  # slow to import, and few tasks need it
 
     features, device = rows.features, rows.features.device
@@ -483,8 +476,7 @@ class RandomCrops(ChosenRows):
     """Random crops of rows of a source, resized to the model's square, half of them mirrored.
 
     A crop is an encoded image of the right size, so that any embedder can decode it. Encoding costs about a millisecond
-    at 224 px. Seed, epoch and row determine the crop.
-    """
+    at 224 px. Seed, epoch and row determine the crop."""
 
     def __init__(
         self, source: TarSource, order: np.ndarray, epoch: int, image_size: int, scale: tuple[float, float], seed: int

@@ -33,8 +33,6 @@ class Task(ABC):
 
     Args:
         kind: a key of `flipscale.evaluation.suite.KINDS`.
-        data: folder or URL of the test set.
-        name: name of the results; the kind by default.
         task: name of the task's page, for data that `flipscale prepare tasks` wrote.
         every_samples: training samples between two runs, 0 for the end only; `eval.every_samples` by default.
         image_size: pixels along each side of an image, a multiple of the patch; the model's size by default.
@@ -164,11 +162,7 @@ def evaluate_together(embedder: Embedder, tasks: Sequence[StreamedTask]) -> list
 
 
 class ClassHits:
-    """Counts this process's images whose class is the best, or among the five best, by class.
-
-    Args:
-        labels: class of each row of this process, int64 `(rows,)`, in the order of `add`.
-    """
+    """Counts this process's images whose class is the best, or among the five best, by class."""
 
     def __init__(self, task: Task, embedder: Embedder, labels: torch.Tensor, class_names: Sequence[str]):
         self._task, self._embedder, self._labels, self._names = task, embedder, labels, class_names

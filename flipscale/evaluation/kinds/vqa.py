@@ -101,11 +101,7 @@ def accuracy(votes: Mapping[int, int], answer: int) -> float:
     """Return VQAv2's accuracy of an answer, in [0, 1].
 
     It is min(n / 3, 1) for the n people who gave it, averaged over the subsets that leave out one person. With a single
-    person it is 1 for the same answer, else 0.
-
-    Args:
-        votes: number of people for each answer number; at least one person.
-    """
+    person it is 1 for the same answer, else 0."""
     people, same = sum(votes.values()), votes.get(answer, 0)
     if people == 1:
         return float(same)

@@ -33,8 +33,6 @@ class Curve:
     """One run, read from its files.
 
     Args:
-        records: all records of `metrics.jsonl`, in the order of steps.
-        measured: all results of its evaluations, in the order of steps.
         masks: mask ratio by stage name, in the order of stages.
         sizes: image size in pixels by stage name, for stages with a size of their own.
         learned: text of the recipe's learning fields, without the seed and the lengths of stages.
@@ -65,17 +63,14 @@ class Curve:
     def label(self) -> str:
         """Name of the run in tables and figures: the recipe's name and its masks or image sizes."""
         if self.sizes:
-            return f"{self.arm} ({', '.join(self._path())})"
+            parts = []
+            for name, ratio in self.masks.items():
+                size = f"{self.sizes[name]} px" if name in self.sizes else "full size"
+                parts.append(f"{size} {ratio:.0%} masked" if ratio else size)
+            return f"{self.arm} ({', '.join(parts)})"
         if self.mask_ratio == 0:
             return f"{self.arm} (mask 0)"
         return f"{self.arm} ({self.mask_ratio:.0%} masked{', then tuned' if self.tuned else ''})"
-
-    def _path(self) -> list[str]:
-        parts = []
-        for name, ratio in self.masks.items():
-            size = f"{self.sizes[name]} px" if name in self.sizes else "full size"
-            parts.append(f"{size} {ratio:.0%} masked" if ratio else size)
-        return parts
 
     @property
     def results(self) -> list[Result]:
@@ -110,11 +105,7 @@ def seed_suffix(seed: int) -> str:
 
 
 def read_curve(run_dir: Path, step: int | None = None) -> Curve:
-    """Return the curve of a run directory.
-
-    Args:
-        step: last step to include; None for all.
-    """
+    """Return the curve of a run directory."""
     records = read_metrics(run_dir)
     if not records:
         raise UserError(f"{run_dir} has no metrics.jsonl with a record; did the run start?")
@@ -170,9 +161,11 @@ def comparison_table(curves: Sequence[Curve]) -> str:
         last, own = curve.records[-1], {r.name: r for r in curve.results if r.who == THIS_MODEL}
         speed = [f"{last['samples_seen']:,}", f"{curve.images_per_s:,.0f}", f"{last['trained_seconds']:.0f} s"]
         label = f"{curve.label}, seed {curve.seed}" if curve in seeded else curve.label
-        rows.append([label, *speed, *(_cell(own.get(name)) for name in columns)])
+        rows.append([label, *speed, *(own[name].estimate_text if name in own else NOTHING for name in columns)])
     for group in (group for group in groups if len(group) > 1):
-        means = [_mean_cell([r for curve in group for r in curve.results if r.name == name]) for name in columns]
+        own = [r for curve in group for r in curve.results if r.who == THIS_MODEL and math.isfinite(r.value)]
+        by_name = [[result for result in own if result.name == name] for name in columns]
+        means = [NOTHING if len(results) < 2 else estimate(results) for results in by_name]
         rows.append([f"{group[0].label}, mean and its interval over {len(group)} seeds", *3 * [NOTHING], *means])
     others: dict[str, dict[str, Result]] = {}
     for result in curves[0].results:
@@ -181,13 +174,9 @@ def comparison_table(curves: Sequence[Curve]) -> str:
         elif result.chance is not None:
             chance = replace(result, value=result.chance, low=None, high=None)
             others.setdefault("chance", {})[result.name] = chance
-    rows += [[who, *3 * [NOTHING], *(_cell(own.get(name)) for name in columns)] for who, own in others.items()]
+    for who, own in others.items():
+        rows.append([who, *3 * [NOTHING], *(own[n].estimate_text if n in own else NOTHING for n in columns)])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
-
-
-def _mean_cell(results: Sequence[Result]) -> str:
-    finite = [result for result in results if result.who == THIS_MODEL and math.isfinite(result.value)]
-    return NOTHING if len(finite) < 2 else estimate(finite)
 
 
 def estimate(results: Sequence[Result]) -> str:
@@ -200,23 +189,15 @@ def estimate(results: Sequence[Result]) -> str:
     return replace(results[0], value=mean, low=low, high=high).estimate_text
 
 
-def _cell(result: Result | None) -> str:
-    return NOTHING if result is None else result.estimate_text
-
-
 def over_seeds(group: Sequence[Curve], name: str, field: str = "trained_seconds") -> tuple[np.ndarray, list[Estimate]]:
     """Return where the result `task/metric` was measured, and its means over runs that differ only in their seeds.
 
     The places are the first run's; other runs' values are interpolated there. With one run, a mean is its own interval.
-
-    Args:
-        field: the place: `trained_seconds` or `samples_seen`.
     """
     courses = [course for curve in group if (course := curve.course(name))]
     along = [[getattr(measured, field) for measured in course] for course in courses]
-    values = np.array(
-        [np.interp(along[0], at, [m.result.value for m in course]) for at, course in zip(along, courses, strict=True)]
-    )
+    heights = [[measured.result.value for measured in course] for course in courses]
+    values = np.array([np.interp(along[0], at, own) for at, own in zip(along, heights, strict=True)])
     if len(courses) == 1:
         return np.array(along[0]), [Estimate(value, value, value) for value in values[0].tolist()]
     return np.array(along[0]), [mean_of(column, courses[0][0].result.unit) for column in values.T]

@@ -23,7 +23,6 @@ class MaskedResults:
 
     Args:
         flops: operations of the image tower and projection per image, all views together; a multiply-add is two.
-        whole_flops: the same operations for a whole image.
     """
 
     model: str

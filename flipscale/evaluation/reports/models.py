@@ -73,12 +73,8 @@ def check_writable(folder: Path) -> None:
 
 def _short_name(text: str) -> str:
     """Return a run's name for `RUN/model`, the last part of a path, and any other text unchanged."""
-    prefix = (_PREFIX.match(text) or [""])[0]
-    return prefix + ",".join(_last_part(name) for name in text.removeprefix(prefix).split(","))
-
-
-def _last_part(name: str) -> str:
-    if not Path(name).exists():
-        return name
-    parts = Path(name).absolute().parts
-    return parts[-2] if parts[-1] == "model" and len(parts) > 2 else parts[-1]
+    prefix, names = (_PREFIX.match(text) or [""])[0], []
+    for name in text.removeprefix(prefix).split(","):
+        parts = Path(name).absolute().parts if Path(name).exists() else (name,)
+        names.append(parts[-2] if parts[-1] == "model" and len(parts) > 2 else parts[-1])
+    return prefix + ",".join(names)

@@ -57,17 +57,17 @@ class Row:
         return [line for line in self.lines if line is not None]
 
     @property
-    def paper(self) -> float | None:
-        """The paper's value; None if it does not compare with these results."""
-        return self._reference.value if self._reference and not self.why_not else None
+    def paper(self) -> Reference | None:
+        """The paper's figure; None if it does not compare with these results."""
+        return None if self.why_not else self._reference
 
     @property
     def paper_text(self) -> str:
-        """The paper's value, and its model if that is not `PAPER_MODEL`; empty if it does not compare."""
-        if self._reference is None or self.why_not:
-            return ""
-        model = "" if self._reference.model == PAPER_MODEL else f" ({self._reference.model})"
-        return with_unit(self._reference.value, self.result.unit) + model
+        """The paper's value, and its model if that is not `PAPER_MODEL`; a dash if it does not compare."""
+        if self.paper is None:
+            return NOTHING
+        model = "" if self.paper.model == PAPER_MODEL else f" ({self.paper.model})"
+        return with_unit(self.paper.value, self.result.unit) + model
 
     @property
     def why_not(self) -> str:
@@ -104,11 +104,7 @@ def write_reports(columns: Sequence[Column], suites: Sequence[str], home: Path) 
 
 
 def report(columns: Sequence[Column], suites: Sequence[str], picture: str | None) -> str:
-    """Return `results.md`: the tables of the suites, further metrics, and how the results were made.
-
-    Args:
-        picture: file name of the dot plot.
-    """
+    """Return `results.md`: the tables of the suites, further metrics, and how the results were made."""
     blocks = ["# Results", suite_tables(columns, suites)]
     if picture:
         blocks.append(f"![The first headline of each task, with its 95 % interval]({picture})")
@@ -141,11 +137,7 @@ def _rows_of(columns: Sequence[Column]) -> list[Row]:
 
 
 def _by_suite(rows: Iterable[Row], suites: Sequence[str], is_once: bool = False) -> dict[str, list[Row]]:
-    """Return the rows of each of `suites`, then those of no suite.
-
-    Args:
-        is_once: whether a row of several suites appears in the first only.
-    """
+    """Return the rows of each of `suites`, then those of no suite; with `is_once`, each row in its first suite only."""
     groups: dict[str, list[Row]] = {suite: [] for suite in (*suites, _OTHER)}
     for row in rows:
         own = [suite for suite in suites if row.page and suite in row.page.suites] or [_OTHER]
@@ -159,7 +151,7 @@ def _suite(suite: str, rows: list[Row], columns: Sequence[Column], is_alone: boo
     for row in rows:
         if row.why_not:
             notes.setdefault(row.why_not, len(notes) + 1)
-    has_paper = bool(notes) or any(row.paper_text for row in rows)
+    has_paper = bool(notes) or any(row.paper for row in rows)
     cells = [_cells(row, notes if has_paper else None) for row in rows]
     means, missing = ([], "") if suite == _OTHER else _means(suite, rows, columns)
     heading = "" if suite == _OTHER and is_alone else f"## {suite.capitalize()}"
@@ -198,7 +190,7 @@ def _cells(row: Row, notes: dict[str, int] | None) -> list[str]:
     cells.append(" / ".join(NOTHING if n is None else f"{n:,}" for n in sizes))
     cells.append(NOTHING if result.chance is None else with_unit(result.chance, result.unit))
     if notes is not None:
-        cells.append(f"[{notes[row.why_not]}]" if row.why_not else row.paper_text or NOTHING)
+        cells.append(f"[{notes[row.why_not]}]" if row.why_not else row.paper_text)
     return cells
 
 
@@ -284,7 +276,7 @@ def _draw_suite(axes: "Axes", rows: list[Row], columns: Sequence[Column]) -> Non
         if row.result.chance is not None:
             axes.plot(row.result.chance, y, "|", color="#888888", markersize=9, label=_CHANCE)
         if row.paper is not None:
-            axes.plot(row.paper, y, "D", color="none", markeredgecolor="#222222", label=_PAPER)
+            axes.plot(row.paper.value, y, "D", color="none", markeredgecolor="#222222", label=_PAPER)
         for number, line in enumerate(row.lines):
             if line is None:
                 continue
