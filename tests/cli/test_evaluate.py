@@ -94,7 +94,7 @@ def test_several_models_stand_in_one_table(
     found = json.loads(again)
     assert list(found) == ["a", "b"]
     assert {name.partition("/")[0] for name in found["a"]} == {"cars", "dtd"}
-    assert "a: 2 of 2 tasks stand in runs/a/model/results.jsonl and are not run again" in said
+    assert "a: 2 of 2 tasks are in runs/a/model/results.jsonl and are not run again" in said
 
 
 def test_a_run_is_its_model(place: Path, capsys: pytest.CaptureFixture) -> None:
@@ -105,7 +105,7 @@ def test_a_run_is_its_model(place: Path, capsys: pytest.CaptureFixture) -> None:
     evaluate("runs/a/model", "--only", "cars", "--json")
     again = capsys.readouterr()
     assert again.out == found
-    assert "a: 1 of 1 tasks stand in runs/a/model/results.jsonl and are not run again" in again.err
+    assert "a: 1 of 1 tasks are in runs/a/model/results.jsonl and are not run again" in again.err
 
 
 def test_what_is_prepared_is_evaluated_by_default(place: Path, capsys: pytest.CaptureFixture) -> None:

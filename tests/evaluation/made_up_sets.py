@@ -14,7 +14,6 @@ NAMES = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
 
 
 def npy(array: np.ndarray) -> bytes:
-    """Return an array as a file."""
     stored = io.BytesIO()
     np.save(stored, array, allow_pickle=True)
     return stored.getvalue()

@@ -25,7 +25,6 @@ NAMES = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
 
 
 def draw(name: str, shift: int = 0) -> np.ndarray:
-    """A shape on white, uint8 RGB `(64, 64, 3)`."""
     colour, shape = name.split()
     image = np.full((64, 64, 3), 255, np.uint8)
     centre = (32 + shift, 32)

@@ -143,8 +143,6 @@ def test_some_images_are_spread_over_the_set(tmp_path: Path, monkeypatch: pytest
 
 def test_a_model_in_training_writes_what_its_captioner_does(embedder: Embedder, test_set: Path) -> None:
     class Trained(torch.nn.Module):
-        """A model that has more than a captioner."""
-
         def __init__(self, model: FlipForConditionalGeneration):
             super().__init__()
             self.config, self.vision_model, self.decoder = model.config, model.vision_model, model.decoder

@@ -30,8 +30,6 @@ RECALLS = {"text_to_image": "image_retrieval_recall", "image_to_text": "text_ret
 
 
 class Sides(NamedTuple):
-    """Our embedder, and the same model as their command loads it."""
-
     ours: OpenClipEmbedder
     model: torch.nn.Module
     preprocess: Callable[[Image.Image], torch.Tensor]
@@ -70,7 +68,6 @@ def _their_float(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def theirs(sides: Sides, folder: Path, task: str) -> dict[str, float]:
-    """What their reader and metrics find, called as their command calls them, without mixed precision."""
     dataset = build_dataset("wds/set", root=str(folder), transform=sides.preprocess, split="test", task=task)
     loader = torch.utils.data.DataLoader(dataset.batched(7), batch_size=None, shuffle=False)
     common = {"device": "cpu", "amp": False}
@@ -83,7 +80,6 @@ def theirs(sides: Sides, folder: Path, task: str) -> dict[str, float]:
 
 
 def ours(sides: Sides, folder: Path, **task: object) -> dict[str, float]:
-    """What the task finds, without its name."""
     found = as_metrics(evaluate_tasks(sides.ours, build_tasks([{"data": str(folder), **task}])))
     return {name.partition("/")[2]: value for name, value in found.items()}
 
@@ -106,7 +102,6 @@ def assert_same_retrieval(sides: Sides, folder: Path) -> None:
 
 
 def in_their_layout(flat: Path, folder: Path, dataset_type: str) -> Path:
-    """The same shards and texts, by their names for them."""
     (folder / "test").mkdir(parents=True)
     shards = sorted(flat.glob("*.tar"))
     for number, shard in enumerate(shards):

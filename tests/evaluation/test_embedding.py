@@ -75,8 +75,6 @@ def _deadly(encoded: bytes, row: int) -> dict[str, np.ndarray]:
 
 
 class Deadly(Embedder):
-    """An image kills its workers."""
-
     def decoder(self) -> Callable[[bytes, int], dict[str, np.ndarray]]:
         return _deadly
 
@@ -123,7 +121,6 @@ def test_light_model_leaves_the_cores_to_the_workers(
 def test_tasks_of_one_set_share_a_pass(
     embedder: Embedder, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Consecutive tasks share it, and the figures equal those of each task alone."""
     for file in [*shards.glob("*.tar"), *shards.glob("*.txt")]:
         (tmp_path / file.name).write_bytes(file.read_bytes())
     num_read = [0]

@@ -19,7 +19,6 @@ DIM = 6
 
 
 def text_row(text: str) -> torch.Tensor:
-    """The embedding of a text: drawn from its letters."""
     seed = sum(ord(letter) * (place + 1) for place, letter in enumerate(text))
     return torch.randn(DIM, generator=torch.Generator().manual_seed(seed))
 
@@ -58,7 +57,6 @@ def drawn() -> Drawn:
 
 
 def evaluated(folder: Path, **task: object) -> dict[str, Result]:
-    """The results of one task by their metrics."""
     results = evaluate_tasks(drawn(), build_tasks([{"data": str(folder), **task}]))
     assert len({result.metric for result in results}) == len(results)
     for result in results:
@@ -68,7 +66,6 @@ def evaluated(folder: Path, **task: object) -> dict[str, Result]:
 
 
 def scores(num_images: int, names: list[str], templates: list[str]) -> np.ndarray:
-    """Cosines of images and classes, `(images, classes)`."""
     unit = torch.nn.functional.normalize
     classes = [unit(torch.stack([text_row(t.replace("{c}", n)) for t in templates])).mean(0) for n in names]
     return (unit(image_rows(torch.arange(num_images))) @ unit(torch.stack(classes)).t()).numpy()
@@ -267,7 +264,6 @@ def test_faces_that_are_neither_white_nor_not(tmp_path: Path) -> None:
 
 
 def _evaluate(folder: str, out: str) -> None:
-    """One of several processes: the first writes the results of all kinds."""
     faces = {"kind": "worst_group", "data": f"{folder}/faces", "groups": "faces"}
     whole = {"data": f"{folder}/all"}
     listed = [

@@ -4,18 +4,15 @@ import math
 
 import numpy as np
 import pytest
-import torch
 from sklearn.metrics import average_precision_score, balanced_accuracy_score, roc_auc_score
 
 from flipscale.evaluation.intervals import clustered_share, wilson
 from flipscale.evaluation.metrics import (
     average_precision_chance,
-    hits_at,
     mean_average_precision,
     mean_of_two,
     mean_per_class,
     recall_chance,
-    recall_hits,
     roc_auc,
 )
 
@@ -25,18 +22,6 @@ from flipscale.evaluation.metrics import (
 )
 def test_wilson_s_interval(hits: int, n: int, low: float, high: float) -> None:
     assert wilson(hits, n) == pytest.approx((low, high), abs=1e-4)
-
-
-def test_hits_of_labels() -> None:
-    scores = torch.tensor([[0.1, 0.7, 0.2], [0.5, 0.2, 0.3], [0.3, 0.3, 0.4]])
-    assert hits_at(scores, torch.tensor([1, 2, 1]), [1, 2]).tolist() == [[True, True], [False, True], [False, False]]
-
-
-def test_recall_counts_any_of_several_right_answers() -> None:
-    scores = torch.tensor([[3.0, 2.0, 1.0, 0.0], [0.0, 1.0, 2.0, 3.0]])
-    targets = torch.tensor([0, 1, 1, 0])
-    found = [recall_hits(scores, torch.tensor([1, 1]), targets, k).tolist() for k in (1, 2, 9)]
-    assert found == [[False, False], [True, True], [True, True]]
 
 
 def test_mean_per_class_is_scikit_learn_s_balanced_accuracy() -> None:

@@ -31,7 +31,6 @@ CONFIG = {
 
 @pytest.fixture(scope="module")
 def tiny(tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A model configuration of open_clip's kind, and random weights for it."""
     folder = tmp_path_factory.mktemp("tiny")
     text = {**CONFIG["text_cfg"], "hf_tokenizer_name": str(tokenizer_dir)}
     (folder / "tiny-vit.json").write_text(json.dumps({**CONFIG, "text_cfg": text}))

@@ -84,7 +84,6 @@ def test_fit_is_scikit_learns_on_any_number_of_processes(world: int, tmp_path: P
 
 @pytest.mark.parametrize(("offset", "scale", "l2"), [(0.0, 1.0, 1e-6), (50.0, 1.0, 1.0), (0.0, 100.0, 1e-3)])
 def test_hard_problems_converge_within_clips_steps(offset: float, scale: float, l2: float) -> None:
-    """Nearly no penalty, a large mean, and large features, against Newton's method."""
     features, labels, _ = digits()
     features = features * scale + offset
     result = fit(Rows(torch.from_numpy(features), torch.from_numpy(labels)), 10, l2, ALONE)
@@ -125,18 +124,8 @@ def test_search_and_rates_are_clips_and_the_papers() -> None:
 
 
 def test_lars_by_hand() -> None:
-    """Momentum 0.5 and trust 0.1, a matrix of norm 5 and a vector.
-
-    Step 1: the gradient (0, 10) has norm 10, so the ratio is 0.1 x 5 / 10 = 0.05 and the momentum (0, 0.5). At rate 2
-    the matrix becomes (3, 4 - 1) = (3, 3). The vector has no ratio: 1 - 2 x 0.25 = 0.5.
-    Step 2: no gradient, so the ratio is 1 and the momentum halves: (0, 0.25). At rate 4 the matrix becomes (3, 2).
-    The vector moves by 0.125 x 4: 0.
-    Step 3: the gradient (6, 4) has norm sqrt(52), the matrix sqrt(13), so the ratio is 0.1 x 1/2 = 0.05: (0.3, 0.2) on
-    top of (0, 0.125) is (0.3, 0.325). At rate 10: (0, -1.25). The vector: 0.0625 + 1 = 1.0625, so -10.625.
-    Step 4: the matrix has norm 1.25, the gradient (0, -0.5) has 0.5: the ratio is 0.25. (0.15, 0.1625 - 0.125) is
-    (0.15, 0.0375). At rate 2: (-0.3, -1.325). The vector: 0.53125, so -11.6875.
-    Step 5: rate 0 moves nothing.
-    """
+    """Step 1: the ratio is 0.1 x 5 / 10 = 0.05, so the momentum is (0, 0.5) and the matrix (3, 4 - 2 x 0.5). A vector
+    has no ratio: 1 - 2 x 0.25."""
     matrix = torch.tensor([[3.0, 4.0]], dtype=torch.float64)
     vector = torch.tensor([1.0], dtype=torch.float64)
     lars = Lars([matrix, vector], momentum=0.5, trust=0.1)
@@ -154,7 +143,6 @@ def test_lars_by_hand() -> None:
 
 @pytest.mark.parametrize("batch_norm", [False, True])
 def test_head_learns_like_torch(batch_norm: bool) -> None:
-    """Against torch's batch norm and cross-entropy."""
     draws = torch.Generator().manual_seed(1)
     recipe = LarsRecipe(batch_norm=batch_norm, seed=3)
     features = torch.randn(12, 5, generator=draws, dtype=torch.float64) * 3 + 1
@@ -191,7 +179,6 @@ def test_ridge_is_scikit_learns() -> None:
 
 @pytest.fixture(scope="module")
 def model(tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a model with random weights; its pooled features are wider than its embeddings."""
     folder = tmp_path_factory.mktemp("model")
     torch.manual_seed(0)
     config = FlipConfig(
@@ -211,7 +198,6 @@ def embedder(model: Path) -> Embedder:
 
 @pytest.fixture(scope="module")
 def train(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """216 images of 16 classes in three shards."""
     folder = tmp_path_factory.mktemp("train")
     write_shards(folder, [100, 1, 115], seed=1)
     return folder
@@ -224,7 +210,6 @@ def probed(embedder: Embedder, train: Path, test: Path, **options: object) -> li
 
 
 def known(embedder: Embedder, folder: Path, features: str = "pooled") -> tuple[np.ndarray, np.ndarray]:
-    """The features and labels of a folder."""
     source = TarSource(str(folder))
     where = [(shard, number) for shard, size in enumerate(source.shard_sizes) for number in range(size)]
     labels = np.array([source.read_label(*place) for place in where])
@@ -360,7 +345,6 @@ def test_evaluate_probes_models_and_baselines(
 
 
 def bad(folder: Path, labels: list[str | None], names: list[str]) -> Path:
-    """A set with these labels; None for an image without a label."""
     folder.mkdir(parents=True)
     image = cv2.imencode(".png", np.full((8, 8, 3), 90, np.uint8))[1].tobytes()
     with tarfile.open(folder / "0.tar", "w") as tar:

@@ -17,7 +17,6 @@ from flipscale.evaluation.task_page import SUITES, TaskPage, read_page, read_pag
 
 
 def line_of(page: TaskPage, value: float, **about: object) -> Line:
-    """The line of a page's headline, with the page's own images and prompts."""
     low, high = wilson(round(value / 100 * page.images), page.images)
     chance = 100 / page.num_classes if page.num_classes else None
     interval = (page.images, 100 * low, 100 * high)
@@ -38,7 +37,6 @@ def line_of(page: TaskPage, value: float, **about: object) -> Line:
 
 
 def cells(text: str, first: str) -> list[str]:
-    """The cells of the Markdown row that begins with `first`."""
     (row,) = [line for line in text.splitlines() if line.startswith(f"| {first} ")]
     return [cell.strip() for cell in row.strip("|").split("|")]
 
@@ -184,8 +182,6 @@ def test_an_unwritable_folder(tmp_path: Path, forbid: Callable[[Path], None]) ->
 
 @pytest.fixture
 def forbid(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
-    """Makes a folder unwritable, also for root."""
-
     def make(folder: Path) -> None:
         monkeypatch.setattr("os.access", lambda path, mode: Path(path) != folder)
 

@@ -26,7 +26,6 @@ VARYING = ("seconds", "date")
 
 
 def tasks_in(folder: Path) -> list[Task]:
-    """Eight tasks: two for each of four sets, which share one pass."""
     listed = []
     for number in range(4):
         data = str(folder / f"set{number}")
@@ -35,7 +34,6 @@ def tasks_in(folder: Path) -> list[Task]:
 
 
 def evaluate(folder: str, home: str, tokenizer_dir: str) -> None:
-    """Evaluates the suite in a process of its own, and marks the beginning."""
     embedder = tiny_embedder(tokenizer_dir, batch_size=8)
     Path(home, f"begun{embedder.accelerator.process_index}").touch()
     evaluate_model(embedder, NamedModel("tiny", "tiny", None, Path(home)), tasks_in(Path(folder)))
@@ -49,7 +47,6 @@ def lines_of(home: Path) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four sets of pictures."""
     made = tmp_path_factory.mktemp("suite")
     for number in range(4):
         write_shards(made / f"set{number}", [20, 13], seed=number)
@@ -154,7 +151,6 @@ def name_of(line: dict) -> tuple[str, str]:
 
 
 def ended(folder: Path, home: Path, tokenizer_dir: Path) -> int | None:
-    """The exit code of an undisturbed suite."""
     process = processes.start(evaluate, str(folder), str(home), str(tokenizer_dir))
     process.join(120)
     return process.exitcode

@@ -17,7 +17,6 @@ from evaluation.tiny_model import tiny_embedder
 from flipscale.data.decode import decode_box
 from flipscale.data.sources.tar import TarSource
 from flipscale.evaluation.embedding import Embedder, SampleNumbers
-from flipscale.evaluation.kinds.templates import TEMPLATES
 from flipscale.evaluation.recipe import EvalRecipe
 from flipscale.evaluation.results import as_metrics
 from flipscale.evaluation.suite import build_tasks, evaluate_tasks
@@ -30,13 +29,11 @@ def embedder(tokenizer_dir: Path) -> Embedder:
 
 
 def evaluated(embedder: Embedder, **task: object) -> dict[str, float]:
-    """The metrics of one task, without its name."""
     metrics = as_metrics(evaluate_tasks(embedder, build_tasks([task])))
     return {name.partition("/")[2]: value for name, value in metrics.items()}
 
 
 def image_features(embedder: Embedder, shards: Path) -> torch.Tensor:
-    """Every image one at a time, from pixel values."""
     source, vision = TarSource(str(shards)), embedder.model.config.vision_config
     rows = []
     for shard, number in SampleNumbers(source):
@@ -107,15 +104,8 @@ def test_results_have_names_numbers_and_intervals(embedder: Embedder, shards: Pa
     assert evaluate_tasks(embedder, []) == []
 
 
-def test_workers_change_nothing(embedder: Embedder, shards: Path) -> None:
-    source = TarSource(str(shards))
-    with_workers = dataclasses.replace(embedder, num_workers=2)
-    assert torch.equal(with_workers.images(source), embedder.images(source))
-
-
 @pytest.fixture
 def read(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
-    """The samples whose images were read."""
     places: list[tuple[int, int]] = []
     whole = TarSource.read
     monkeypatch.setattr(TarSource, "read", lambda self, *where: places.append(where) or whole(self, *where))
@@ -167,13 +157,6 @@ def test_each_of_two_ranks_reads_its_own_images_and_no_image_for_a_label(
         assert len(source._open) <= 4
         assert len(mine.my_images(source)) == 48
     assert sorted(read) == list(SampleNumbers(TarSource(str(shards))))
-
-
-def test_clips_templates() -> None:
-    assert len(TEMPLATES["imagenet7"]) == 7
-    assert len(set(TEMPLATES["imagenet80"])) == 80
-    assert set(TEMPLATES["imagenet7"]) < set(TEMPLATES["imagenet80"])
-    assert all(t.count("{c}") == 1 and t.endswith(".") and "  " not in t for t in TEMPLATES["imagenet80"])
 
 
 def test_test_set_must_be_whole(embedder: Embedder, tmp_path: Path) -> None:

@@ -14,8 +14,6 @@ from flipscale.evaluation.test_set import TestSet
 
 
 class Reader(Embedder):
-    """Reads labels; embeds nothing."""
-
     image_size = 32
 
 

@@ -70,7 +70,6 @@ def accelerator() -> Accelerator:
 def folder(
     request: pytest.FixtureRequest, tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[str, Path]:
-    """The kind and the folder of a model with random weights."""
     torch.manual_seed(0)
     make: Callable[[Any], tuple[Any, Any]] = request.param
     path = tmp_path_factory.mktemp(make.__name__)
@@ -80,7 +79,6 @@ def folder(
 
 
 def unit(output: Any) -> torch.Tensor:
-    """Features of unit length, from a tensor or an output."""
     found = output if isinstance(output, torch.Tensor) else output.pooler_output
     return found / found.norm(dim=1, keepdim=True)
 

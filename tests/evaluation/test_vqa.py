@@ -28,7 +28,6 @@ ANSWERS = ["yes", "no", *COLOURS, *SHAPES]
 
 @pytest.fixture(scope="module")
 def embedder(tokenizer_dir: Path) -> Embedder:
-    """A model with random weights, which likes all answers alike on the whole."""
     config = FlipConfig(
         vision_config={**TOWER, "image_size": 32, "patch_size": 8},
         text_config={**TOWER, "vocab_size": 16, "max_position_embeddings": 8, "attend_to_padding": False},
