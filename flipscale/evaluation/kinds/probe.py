@@ -102,12 +102,12 @@ class LabelledSets(NamedTuple):
     @classmethod
     def open(cls, train: str, test: str, validation: str = "") -> "LabelledSets":
         """Open the sets. Each is a folder of shards, or has them in its folder `train`, `test` or `validation`."""
-        opened = [TestSet.open(train, "train"), TestSet.open(test)]
-        opened += [TestSet.open(validation, "validation")] if validation else [None]
-        names = opened[0].class_names()
+        learned, asked = TestSet.open(train, "train"), TestSet.open(test)
+        chosen_on = TestSet.open(validation, "validation") if validation else None
+        names = learned.class_names()
         if len(names) < 2:
             raise UserError(f"{train} has {len(names)} class; a probe needs 2 or more")
-        for one in filter(None, opened):
+        for one in (learned, asked, *([chosen_on] if chosen_on is not None else [])):
             if not len(one):
                 raise UserError(f"{one.data} has no images; a probe needs shards with KEY.cls beside each image")
             if (theirs := one.class_names()) != names:
@@ -116,7 +116,7 @@ class LabelledSets(NamedTuple):
                 raise UserError(
                     f"the classes of {train} and {one.data} differ: {about}; use sets with the same classnames.txt"
                 )
-        return cls(names, *opened)
+        return cls(names, learned, asked, chosen_on)
 
 
 class Rows(NamedTuple):
