@@ -177,7 +177,7 @@ def refused(place: Path, capsys: pytest.CaptureFixture) -> Callable[..., str]:
         (["b", "--only", "pets"], "data/tasks/pets"),
         (["b", "./b", "--only", "cars"], "'b'"),
         (["runs/b", "b", "--only", "cars"], "'runs/b'"),
-        (["data/tasks/cars/test/00000.tar", "--only", "cars"], "00000.tar is a file"),
+        (["data/tasks/cars/test/00000.tar", "--only", "cars"], "00000.tar' is a file"),
         (["b", "--only", "cars", "--output_dir", "b/config.json"], "b/config.json is a file"),
         (["b"], "nothing to evaluate"),
         (["b", "--task", "[]"], "--task is '[]'"),
