@@ -2,9 +2,11 @@
 
 import hashlib
 import json
+import struct
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,19 +28,15 @@ MOST_BYTES = 5_000_000
 _SIDES = (144, 112, 80, 56, 40)
 _MOST_LIKE = 8
 _MOST_LETTERS = 70
-_FIELDS = ("key", "rows", "embeds", "faults")  # arrays in the file of embeddings
+_FIELDS = {"key", "rows", "embeds", "faults"}  # arrays in the file of embeddings
 # Exceptions of numpy.load for files that are damaged or not its own.
-_NO_ARRAYS = (OSError, ValueError, EOFError, KeyError, AttributeError, zipfile.BadZipFile, zlib.error)
+_NO_ARRAYS = (OSError, ValueError, TypeError, EOFError, LookupError, AttributeError, RuntimeError, MemoryError)
+_NO_ARRAYS += (zipfile.BadZipFile, zlib.error, struct.error)
 
 
 @dataclass(frozen=True)
 class Hit:
-    """A picture that a query finds.
-
-    Args:
-        index: index of the picture.
-        similarity: cosine with the query.
-    """
+    """A picture that a query finds, and its cosine with the query."""
 
     index: int
     similarity: float
@@ -60,13 +58,12 @@ def embedded_pictures(embedder: Embedder, pictures: Pictures, cache: Path) -> Em
 
     Raises:
         UserError: no picture can be decoded, or `cache` is another file.
-        OSError: the disk is full or not writable.
     """
     stored = _load(cache)
     weights = embedder.model.state_dict()
     about = [embedder.name.split("/")[-1], embedder.accelerator.mixed_precision, pictures.state()]
     key = hashlib.sha256(json.dumps([weights_digest(weights, weights.__getitem__), about]).encode()).hexdigest()
-    if stored is not None and str(stored["key"]) == key:
+    if str(stored.get("key")) == key:
         return Embedded(stored["rows"], stored["embeds"], stored["faults"].tolist())
     embedded = _embed(embedder, pictures, range(len(pictures)))
     if not len(embedded.rows):
@@ -77,29 +74,27 @@ def embedded_pictures(embedder: Embedder, pictures: Pictures, cache: Path) -> Em
     return embedded
 
 
-def _load(cache: Path) -> dict[str, np.ndarray] | None:
-    """Return the arrays of a file of embeddings, or None if there is no file.
+def _load(cache: Path) -> dict[str, np.ndarray]:
+    """Return the arrays of a file of embeddings; none if there is no file or it is damaged.
 
     Raises:
         UserError: another file has this name.
     """
     if not cache.exists() and not cache.is_symlink():
-        return None
+        return {}
+    is_own = False
     if cache.is_file() and not cache.is_symlink():
-        try:
-            with np.load(cache, allow_pickle=False) as file:
+        with suppress(*_NO_ARRAYS), np.load(cache, allow_pickle=False) as file:
+            is_own = set(file.files) == _FIELDS
+            if is_own:
                 return {name: file[name] for name in _FIELDS}
-        except _NO_ARRAYS:
-            pass
-    raise UserError(f"{cache} exists, and no search wrote it; name another page with --out, or move it away")
+    if not is_own:
+        raise UserError(f"{cache} exists, and no search wrote it; name another page with --out, or move it away")
+    return {}
 
 
 def searches(embedder: Embedder, embedded: Embedded, queries: Sequence[str], top: int) -> list[Search]:
-    """Return the nearest `top` pictures to each query. A query that names a picture file finds similar pictures.
-
-    Raises:
-        UserError: the model takes no words, or a file is not a picture.
-    """
+    """Return the nearest `top` pictures to each query. A query that names a picture file finds similar pictures."""
     files = [query for query in queries if _is_picture(query)]
     words = [query for query in queries if query not in files]
     if words and embedder.tokenizer is None:
@@ -134,7 +129,7 @@ def write_search_page(
 
     Raises:
         UserError: the page would have more than 5 MB with the smallest thumbnails.
-        OSError: the disk is full or not writable, or a picture cannot be read any more.
+        OSError: a picture cannot be read any more.
     """
     indices = sorted({hit.index for search in results for hit in search.hits})
     like = _similar(embedded, indices)

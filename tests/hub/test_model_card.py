@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard
 from safetensors.torch import save_file
 
 from flipscale.evaluation.reports.record import Line, append_lines, data_name, weights_digest
-from flipscale.evaluation.results import Result, append_results, as_metrics
+from flipscale.evaluation.results import Result, append_results
 from flipscale.hub.card import check_audit, model_index, write_card
 from flipscale.training.recipe import parse_recipe, to_yaml
 
@@ -21,10 +21,7 @@ from flipscale.training.recipe import parse_recipe, to_yaml
 RECORDS = [
     {"step": 11, "samples_seen": 176, "trained_seconds": 4321.5, "loss": 7.125, "images_per_s": 88.75},
     {"step": 23, "samples_seen": 368, "trained_seconds": 9876.5, "loss": 3.375},
-    {"step": 23, "samples_seen": 368, "trained_seconds": 9876.5, "zero_shot/top1": 47.13,
-     "zero_shot/top5": 82.79, "zero_shot/chance": 0.0613, "retrieval/text_to_image_r1": 39.37,
-     "baseline/nearest image, HOG": 44.91},
-]  # fmt: skip
+]
 ENVIRONMENT = {
     "flipscale": "0.1.0",
     "mixed_precision": "bf16",
@@ -43,6 +40,13 @@ ENERGY = [
     {"start": 2, "step": 23, "energy_kwh": 30.125, "energy_parts": {"GPUs": 29.0, "processors": 1.125}},
 ]
 COST = {"device_hour_dollars": 2.85, "kwh_co2_grams": 373.0, "pue": 1.13}
+IMAGENET, FLICKR = {"data": "data/imagenet1k_val"}, {"data": "/mnt/secret/flickr30k/test"}
+MEASURED = [
+    Result("zero_shot", "zero_shot", "top1", 47.13, chance=0.0613, made_by=IMAGENET),
+    Result("zero_shot", "zero_shot", "top5", 82.79, made_by=IMAGENET),
+    Result("retrieval", "retrieval", "text_to_image_r1", 39.37, made_by=FLICKR),
+    Result("zero_shot", "zero_shot", "top1", 44.91, who="nearest image, HOG", made_by=IMAGENET),
+]
 
 
 @pytest.fixture
@@ -50,14 +54,14 @@ def run_dir(write_recipe, tmp_path: Path) -> Path:
     """A finished run's files, and its model folder without weights."""
     folder = tmp_path / "runs" / "l16"
     (folder / "model").mkdir(parents=True)
-    evaluations = {"zero_shot": "data/imagenet1k_val", "retrieval": "/mnt/secret/flickr30k/test"}
-    changes = {"hub": {"license": "apache-2.0"}, "cost": COST, "eval": evaluations}
+    changes = {"hub": {"license": "apache-2.0"}, "cost": COST}
     recipe = parse_recipe(["--config", str(write_recipe(folder, **changes))])
     (folder / "recipe.yaml").write_text(to_yaml(recipe))
     (folder / "model" / "config.json").write_text(json.dumps(recipe.model.config().to_dict()))
     (folder / "environment.json").write_text(json.dumps(ENVIRONMENT))
     (folder / "starts.jsonl").write_text("".join(json.dumps(start) + "\n" for start in STARTS))
     write_records(folder, RECORDS)
+    append_results(folder, MEASURED, 23, 368, 9876.5)
     write_energy(folder, ENERGY)
     return folder
 
@@ -123,11 +127,11 @@ def test_every_number_is_traced(run_dir: Path) -> None:
 
 def test_unknown_facts_are_left_out(run_dir: Path) -> None:
     recipe = yaml.safe_load((run_dir / "recipe.yaml").read_text())
-    recipe.update(hub={}, cost={}, eval={})
+    recipe.update(hub={}, cost={})
     (run_dir / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     (run_dir / "environment.json").write_text('{"flipscale": "0.1.0", "mixed_precision": "no"}')
-    (run_dir / "starts.jsonl").unlink()
-    (run_dir / "energy.jsonl").unlink()
+    for name in ("starts", "energy", "results"):
+        (run_dir / f"{name}.jsonl").unlink()
     write_records(run_dir, [{"step": 11, "samples_seen": 176, "trained_seconds": 432.5, "loss": 7.125}])
     card = card_of(run_dir, step=11)
     for absent in ["kWh", "CO2", "dollars", "hardware", "parameters;", "figures/", "model-index", "license"]:
@@ -170,9 +174,9 @@ RESULTS = [
 
 
 def test_result_lines(run_dir: Path) -> None:
-    for record in RECORDS[:2]:
+    (run_dir / "results.jsonl").unlink()
+    for record in RECORDS:
         append_results(run_dir, RESULTS, record["step"], record["samples_seen"], record["trained_seconds"])
-    write_records(run_dir, [*RECORDS[:2], {**RECORDS[1], **as_metrics(RESULTS)}])
     card = card_of(run_dir)
     for line in (
         "| imagenet (zero-shot), `imagenet1k_val`, templates imagenet80 | top-1 | this model | 61.3 % | 60.8 to 61.7 |"
