@@ -32,12 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Write the folder, or a folder for each share, and print its name.
-
-    Raises:
-        UserError: the checkpoint does not exist, the folder exists and is not a model folder, or the other model has
-            other weights.
-    """
+    """Write the folder, or a folder for each share, and print its name."""
     import torch
 
     from flipscale.engines.checkpoint import checkpoint_of, latest_checkpoint

@@ -27,31 +27,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Write the files and print their paths.
-
-    Raises:
-        UserError: a file of the same name has other content.
-    """
-    print("\n".join(str(file) for file in write_launch_files(args.directory)))
-
-
-def write_launch_files(directory: Path) -> list[Path]:
-    """Write the missing launch files and Slurm scripts to `directory`, and return the paths of all of them.
-
-    Raises:
-        UserError: a file of the same name has other content. Nothing is written then.
-    """
+    """Write the missing files and print the paths of all. Write none if a file of the same name has other content."""
     sources = [file for name in FOLDERS for file in sorted((_PACKAGE / name).iterdir())]
-    copies = [directory / source.relative_to(_PACKAGE) for source in sources]
-    for source, copy in zip(sources, copies, strict=True):
+    copies = {source: args.directory / source.relative_to(_PACKAGE) for source in sources}
+    for source, copy in copies.items():
         if copy.exists() and not (copy.is_file() and copy.read_bytes() == source.read_bytes()):
             raise UserError(
                 f"{copy} exists and differs from this version's; nothing was written: move it away, or name another "
                 "folder"
             )
-    for source, copy in zip(sources, copies, strict=True):
+    for source, copy in copies.items():
         if not copy.exists():
             copy.parent.mkdir(parents=True, exist_ok=True)
             with atomic_write(copy) as partial:
                 shutil.copyfile(source, partial)
-    return copies
+    print("\n".join(map(str, copies.values())))

@@ -25,12 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Push a model and print its URL. If the Hub has the same files, nothing is uploaded.
-
-    Raises:
-        UserError: the model or checkpoint is missing, the name is invalid, or the token is missing or may not write.
-        OSError: the Hub cannot be reached.
-    """
+    """Push a model and print its URL. If the Hub has the same files, nothing is uploaded."""
     from flipscale.hub.push import Target, check_to_push, files_to_push, left_out, push_folder
 
     target = Target(args.repo, args.private or None, args.revision)

@@ -36,12 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Embed the pictures, search for the queries, and write the page.
-
-    Raises:
-        UserError: there is no query or no picture, the model cannot be loaded, or the page cannot be written there.
-        OSError: the disk is full.
-    """
+    """Embed the pictures, search for the queries, and write the page."""
     queries = _queries(args)
     if args.out.suffix != ".html" or args.out.is_dir():
         raise UserError(f"--out is {str(args.out)!r}; name a file that ends in .html")
@@ -72,11 +67,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _queries(args: argparse.Namespace) -> list[str]:
-    """Return the queries without duplicates.
-
-    Raises:
-        UserError: there is no query or too many, or their file cannot be read.
-    """
+    """Return the queries without duplicates. Raise UserError for none, too many, or an unreadable file."""
     lines = [*args.queries]
     if args.file is not None:
         if args.file.exists() and not args.file.is_file():  # reading a pipe would block

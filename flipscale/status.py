@@ -6,7 +6,6 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,40 +36,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Print the state of each run.
-
-    Raises:
-        UserError: a folder is not a run directory.
-    """
+    """Print the state of each run, and repeat it while a run trains if asked to."""
     try:
-        while args.watch and _show_progress(args.runs, args.json):
+        while _show(args) and args.watch:
             time.sleep(_WATCH_SECONDS)
-    except KeyboardInterrupt:  # ends --watch
-        return
-    if not (args.watch and sys.stdout.isatty()):
-        print(_as_text(_read(args.runs), args.json))
+    except KeyboardInterrupt:
+        if not args.watch:
+            raise
 
 
-def _read(folders: Sequence[Path]) -> list[dict[str, Any]]:
-    return [read_status(folder, time.time()) for folder in folders]
-
-
-def _as_text(statuses: Sequence[dict[str, Any]], as_json: bool) -> str:
-    if as_json:
-        return "\n".join(json.dumps(status) for status in statuses)
-    return "\n\n".join(as_table(status) for status in statuses)
-
-
-def _show_progress(folders: Sequence[Path], as_json: bool) -> bool:
-    """Print the progress of the runs, and return whether a run still trains."""
-    statuses = _read(folders)
+def _show(args: argparse.Namespace) -> bool:
+    """Print the states or the progress of the runs, and return whether a run still trains."""
+    statuses = [read_status(folder, time.time()) for folder in args.runs]
     trains = any(status["state"] not in _ENDED for status in statuses)
-    if sys.stdout.isatty():
+    if args.watch and sys.stdout.isatty():
         sys.stdout.flush()
         os.write(sys.stdout.fileno(), _CLEAR)  # because print escapes control characters
-        print(_as_text(statuses, as_json), flush=True)
-    elif trains:
-        print(_as_text(statuses, True) if as_json else "\n".join(map(as_line, statuses)), flush=True)
+    if args.json:
+        text = "\n".join(map(json.dumps, statuses))
+    elif args.watch and trains and not sys.stdout.isatty():
+        text = "\n".join(map(as_line, statuses))
+    else:
+        text = "\n\n".join(map(as_table, statuses))
+    print(text, flush=True)
     return trains
 
 
@@ -85,7 +73,9 @@ def read_status(run_dir: Path, now: float) -> dict[str, Any]:
         UserError: the folder is not a run directory, or its recipe is damaged.
     """
     run, crashes = RunSummary(run_dir), run_dir / "slurm/crashes"
-    total, starts, is_alive = run.total_samples, run.starts, _is_alive(run)
+    total, starts, is_alive = run.total_samples, run.starts, is_holder_alive(run_dir / "run.lock")
+    if is_alive is None and run.heartbeat.get("phase") == "failed":
+        is_alive = False
     return {
         "run": str(run_dir),
         "state": "done" if run.is_done else _state(run, is_alive, now),
@@ -116,7 +106,12 @@ def read_status(run_dir: Path, now: float) -> dict[str, Any]:
         "num_bad_samples": run.total("num_replaced"),
         "num_skipped_steps": run.total("num_skipped"),
         "num_slow_steps": run.total("num_slow"),
-        "metrics": {name: value for record in run.records for name, value in record.items() if _is_result(name)},
+        "metrics": {
+            name: value
+            for record in run.records
+            for name, value in record.items()
+            if "/" in name and not name.startswith("replaced/")
+        },
         "results": [dataclasses.asdict(result) for result in run.results],
     }
 
@@ -124,10 +119,6 @@ def read_status(run_dir: Path, now: float) -> dict[str, Any]:
 def _age(moment: float, now: float) -> float:
     """Return the seconds since a moment; 0 if the clock was set back since."""
     return max(now - moment, 0.0)
-
-
-def _is_result(name: str) -> bool:
-    return "/" in name and not name.startswith("replaced/")
 
 
 def _seconds_left(run: RunSummary) -> float | None:
@@ -139,12 +130,6 @@ def _seconds_left(run: RunSummary) -> float | None:
         return None
     samples = run.total_samples - run.samples_seen
     return samples / speed if 0 <= samples < _LONGEST_SECONDS * speed else None
-
-
-def _is_alive(run: RunSummary) -> bool | None:
-    """Return whether a process trains in a run directory; None if this machine cannot tell."""
-    is_alive = is_holder_alive(run.run_dir / "run.lock")
-    return False if is_alive is None and run.heartbeat.get("phase") == "failed" else is_alive
 
 
 def _state(run: RunSummary, is_alive: bool | None, now: float) -> str:
@@ -186,7 +171,11 @@ def as_table(status: dict[str, Any]) -> str:
     share = status["num_bad_samples"] / max(status["samples_seen"], 1)
     rows.append(("bad samples", f"{status['num_bad_samples']:,} replaced ({share:.4%})"))
     rows.append(("bad steps", f"{status['num_skipped_steps']} not finite and skipped, {status['num_slow_steps']} slow"))
-    rows += [_result_row(Result(**result)) for result in status["results"]]
+    for result in (Result(**fields) for fields in status["results"]):
+        interval = f" ({result.interval_text})" if result.interval_text else ""
+        queries = f", n {result.n:,}" if result.n is not None else ""
+        who = "" if result.who == THIS_MODEL else f" of {result.who}"
+        rows.append((result.name, f"{result.value_text}{interval}{queries}{who}"))
     page = Path(status["run"]) / "report.html"
     if page.exists():
         rows.append(("page", f"{page}: open it in a browser"))
@@ -212,13 +201,6 @@ def _progress_words(status: dict[str, Any]) -> str:
         return f"{seen:,} of {total:,} pairs ({seen / total:.1%})"
     share = 1.0 if status["state"] == "done" else min(status["trained_seconds"] / (60 * minutes), 1.0)
     return f"{share:.1%} of {minutes:g} min, {seen:,} pairs"
-
-
-def _result_row(result: Result) -> tuple[str, str]:
-    interval = f" ({result.interval_text})" if result.interval_text else ""
-    queries = f", n {result.n:,}" if result.n is not None else ""
-    who = "" if result.who == THIS_MODEL else f" of {result.who}"
-    return result.name, f"{result.value_text}{interval}{queries}{who}"
 
 
 def _state_words(status: dict[str, Any]) -> str:

@@ -9,10 +9,10 @@ import logging
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import StrictUndefined, Template
@@ -57,31 +57,17 @@ def write_card(folder: Path, run_dir: Path, where: str, step: int | None = None)
         run_dir: path of the run directory.
         where: name that loads the model: a Hub name, or the folder's path.
         step: number of steps of the exported checkpoint; None for the finished run.
-
-    Raises:
-        UserError: a file of the run is damaged.
     """
-    curve = read_curve(run_dir, step)
-    figures = _draw(curve, folder / "figures") if can_draw() else []
-    write_text(folder / "README.md", _run_card(folder, RunSummary(run_dir, step), where, curve, figures))
-
-
-def _draw(curve: Curve, folder: Path) -> list[tuple[str, str]]:
-    """Draw a run's figures and return the caption and name of each."""
-    folder.mkdir(exist_ok=True)
-    figures = []
-    if len(curve.points("loss")[0]) > 1:
-        draw_loss([curve], folder / "loss.png")
-        figures.append(("Loss of the training batches against training time", "loss"))
-    for name, result in result_figures([curve]).items():
-        draw_result([curve], result, folder / f"{name}.png")
-        caption = f"{_task_name(result)}, {result.shown} against training time"
-        figures.append((escape_markdown(caption), name))
-    return figures
-
-
-def _run_card(folder: Path, run: RunSummary, where: str, curve: Curve, figures: list[tuple[str, str]]) -> str:
-    """Return a run's card as Markdown with its metadata."""
+    curve, run = read_curve(run_dir, step), RunSummary(run_dir, step)
+    figures = []  # caption and name of each
+    if can_draw():
+        (folder / "figures").mkdir(exist_ok=True)
+        if len(curve.points("loss")[0]) > 1:
+            draw_loss([curve], folder / "figures/loss.png")
+            figures.append(("Loss of the training batches against training time", "loss"))
+        for figure, result in result_figures([curve]).items():
+            draw_result([curve], result, folder / f"figures/{figure}.png")
+            figures.append((escape_markdown(f"{_task_name(result)}, {result.shown} against training time"), figure))
     config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     does = _abilities(config)
     model_class, pipeline = _CLASSES[does]
@@ -118,7 +104,7 @@ def _run_card(folder: Path, run: RunSummary, where: str, curve: Curve, figures: 
         model_name=name if entries else None,
         eval_results=entries or None,
     )
-    return f"---\n{metadata.to_yaml()}\n---\n\n{text}\n"
+    write_text(folder / "README.md", f"---\n{metadata.to_yaml()}\n---\n\n{text}\n")
 
 
 def _abilities(config: Mapping[str, Any]) -> str:
@@ -221,11 +207,7 @@ def _rounded(value: float) -> str:
 
 
 def check_audit(file: str | None) -> None:
-    """Check before a run that the recipe's `hub.audit` can be read.
-
-    Raises:
-        UserError: it is missing or not an audit.
-    """
+    """Raise UserError unless the recipe's `hub.audit` can be read, or is not set."""
     if file:
         _read_audit(file)
 
@@ -295,23 +277,13 @@ def folder_lines(folder: Path) -> list[Line]:
     lines = read_lines(folder / RESULTS_FILE)
     if not lines:
         return []
-    weights = _folder_digest(folder)
-    return [line for line in lines if line.about["weights"] == weights]
-
-
-def _folder_digest(folder: Path) -> str:
-    """Return the digest of a model folder's weights, one tensor in memory at a time."""
-    file_of: dict[str, Path] = {}
+    files: dict[str, Any] = {}  # maps each weight to its opened file, which reads one tensor at a time
     for path in folder.glob("model*.safetensors"):
         if ".bf16" not in path.name:
-            with safe_open(path, "pt") as file:
-                file_of |= dict.fromkeys(file.keys(), path)
-
-    def read(name: str) -> torch.Tensor:
-        with safe_open(file_of[name], "pt") as file:
-            return file.get_tensor(name)
-
-    return weights_digest(file_of, read)
+            file = safe_open(path, "pt")
+            files |= dict.fromkeys(file.keys(), file)
+    weights = weights_digest(files, lambda name: files[name].get_tensor(name))
+    return [line for line in lines if line.about["weights"] == weights]
 
 
 def results_table(lines: Sequence[Line]) -> str:
@@ -362,9 +334,6 @@ def refresh_card(folder: Path, lines: Sequence[Line]) -> None:
 
     They replace earlier results of the same tests. The rest of the card stays unchanged. A card that flipscale did not
     write is left alone.
-
-    Raises:
-        OSError: the disk is full or not writable.
     """
     path = folder / "README.md"
     if not path.is_file() or path.is_symlink():
@@ -382,11 +351,11 @@ def _refresh(path: Path, lines: Sequence[Line]) -> None:
         _log.info("%s is not a card that flipscale wrote and stays unchanged", path)
         return
     paragraphs, rows = _split(section[0])
-    texts = [part for part in paragraphs if not part.startswith("![")]
+    figures = [part for part in paragraphs if part.startswith("![")]
+    texts = [part for part in paragraphs if part not in figures]
     for part in (protocols(lines) or "").split("\n\n"):
         if part and part not in texts:
             texts.insert(texts.index(INTERVALS) if INTERVALS in texts else len(texts), part)
-    figures = [part for part in paragraphs if part.startswith("![")]
     parts = [_table(rows | _rows(lines)), *texts, *figures]
     text = text[: section.start()] + "\n\n".join(parts) + text[section.end() :]
     card = ModelCard(text, ignore_metadata_errors=True)
@@ -472,20 +441,15 @@ def derived_card(src: str, name: str, library: str, text: str) -> str:
         library: library that loads the converted model.
         text: body of the card.
     """
+    licence = None
+    with suppress(OSError, ValueError, yaml.YAMLError):  # the card may be missing, or the Hub out of reach
+        place = local_folder(src)
+        licence = ModelCard.load(src if place is None else place / "README.md").data.license
     data = ModelCardData(
         library_name=library,
-        license=_licence(src),
+        license=licence,
         pipeline_tag="zero-shot-image-classification",
         tags=["flip", "clip", "flipscale"],
         base_model=None if Path(src).exists() else src,
     )
     return f"---\n{data.to_yaml()}\n---\n\n# {escape_markdown(name)}\n\n{text}"
-
-
-def _licence(src: str) -> str | None:
-    try:
-        # The folder may lack a card, and the Hub may be out of reach.
-        folder = local_folder(src)
-        return ModelCard.load(src if folder is None else folder / "README.md").data.license
-    except (OSError, ValueError, yaml.YAMLError):
-        return None

@@ -103,8 +103,6 @@ def build_flip_model(
     Args:
         arrays: parameters by the original's names.
         size: model size: b16, l16 or h14.
-        image_heads: attention heads of the image tower.
-        text_heads: attention heads of the text tower.
 
     Raises:
         UserError: the heads, the arrays or the image positions do not fit a FLIP model.
@@ -113,7 +111,13 @@ def build_flip_model(
     config = _config(arrays, 1, 1)
     if size is not None:
         _check_size(config, size)
-    _check_heads(config, heads)
+    towers = (("image", config.vision_config), ("text", config.text_config))
+    for (name, tower), count in zip(towers, heads, strict=True):
+        if count < 1 or tower.hidden_size % count:
+            raise UserError(
+                f"{name}_heads is {count}; expected a divisor of the {name} tower's width {tower.hidden_size}. Fix: "
+                "look it up in the training configuration of the checkpoint"
+            )
     config = _config(arrays, *heads)
     _check_arrays(config, arrays)
     _check_positions(np.asarray(arrays[_POSITIONS]), config)
@@ -146,20 +150,23 @@ def convert_flip_checkpoint(
     _heads(size, image_heads, text_heads)  # raises early, before the checkpoint is read
     model = build_flip_model(open_flip_checkpoint(src), size, image_heads, text_heads)
     if tokenizer is None and size is not None:
-        tokenizer = _released_tokenizer()
+        try:
+            tokenizer = bert_tokenizer("google-bert/bert-base-uncased")
+        except ValueError as error:
+            warnings.warn(f"the model is saved without a processor: {error}", stacklevel=2)
     processor = build_processor(model.config, tokenizer) if tokenizer is not None else None
     folder = export_model(model, processor, dst)
-    write_text(folder / "README.md", _card(model, folder, processor is not None))
+    vision, text = model.config.vision_config, model.config.text_config
+    card = _CARD.format(
+        name=folder.name,
+        parameters=model.num_parameters() / 1e6,
+        image_size=vision.image_size,
+        patch_size=vision.patch_size,
+        length=text.max_position_embeddings,
+        use=(_USE_MODEL if processor is None else _USE_PIPELINE).format(path=folder),
+    )
+    write_text(folder / "README.md", card)
     return model
-
-
-def _released_tokenizer() -> PreTrainedTokenizerBase | None:
-    """Return the tokenizer of the original's configurations; warn and return None if it cannot be downloaded."""
-    try:
-        return bert_tokenizer("google-bert/bert-base-uncased")
-    except ValueError as error:
-        warnings.warn(f"the model is saved without a processor: {error}", stacklevel=3)
-        return None
 
 
 def our_name(name: str) -> str:
@@ -180,18 +187,6 @@ def our_layout(name: str, tensor: torch.Tensor) -> torch.Tensor:
     if name == "img_encoder/cls":
         return tensor.flatten()
     return tensor[0] if name.endswith("/pos_embedding") else tensor
-
-
-def _card(model: FlipModel, folder: Path, has_processor: bool) -> str:
-    vision, text = model.config.vision_config, model.config.text_config
-    return _CARD.format(
-        name=folder.name,
-        parameters=model.num_parameters() / 1e6,
-        image_size=vision.image_size,
-        patch_size=vision.patch_size,
-        length=text.max_position_embeddings,
-        use=(_USE_PIPELINE if has_processor else _USE_MODEL).format(path=folder),
-    )
 
 
 def _heads(size: str | None, image_heads: int | None, text_heads: int | None) -> tuple[int, int]:
@@ -264,17 +259,6 @@ def _check_size(config: FlipConfig, size: str) -> None:
         differences.append(f"projection_dim {config.projection_dim}, not {expected.projection_dim}")
     if differences:
         raise UserError(f"size is {size}, but the checkpoint has {'; '.join(differences)}")
-
-
-def _check_heads(config: FlipConfig, both: tuple[int, int]) -> None:
-    towers = (("image", config.vision_config), ("text", config.text_config))
-    for (name, tower), heads in zip(towers, both, strict=True):
-        width = tower.hidden_size
-        if heads < 1 or width % heads:
-            raise UserError(
-                f"{name}_heads is {heads}; expected a divisor of the {name} tower's width {width}. Fix: look it up in "
-                "the training configuration of the checkpoint"
-            )
 
 
 def _check_arrays(config: FlipConfig, arrays: Arrays) -> None:

@@ -3,6 +3,7 @@
 import copy
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,13 +25,7 @@ from flipscale.io.lock import FolderLock
 from flipscale.io.model_folder import check_folder, fetch_folder, read_object
 from flipscale.io.progress import each
 from flipscale.io.quiet import without_bars
-from flipscale.model import (
-    FlipConfig,
-    FlipForConditionalGeneration,
-    FlipModel,
-    FlipPreTrainedModel,
-    FlipProcessor,
-)
+from flipscale.model import FlipConfig, FlipForConditionalGeneration, FlipModel, FlipPreTrainedModel, FlipProcessor
 from flipscale.training.recipe import parse_recipe
 
 # Larger weights are split into files, because the Hub's client resumes transfers file by file.
@@ -38,9 +33,8 @@ MAX_SHARD_SIZE = "5GB"
 ReadWeight = Callable[[str], torch.Tensor]
 Processor = FlipProcessor | CLIPImageProcessorPil | None
 
-# sentence-transformers reads three JSON files of its own beside the model: its modules in order, inputs and methods of
-# the first, and the similarity. They are written here without importing it. 6.0 is the first release with both modules
-# under these names.
+# Files of sentence-transformers: its modules in order, inputs and methods of the first, and the similarity. 6.0 is the
+# first release with both modules under these names.
 _MODULES = "sentence_transformers.base.modules"
 _SENTENCE_TRANSFORMER = {
     "modules.json": [
@@ -72,13 +66,10 @@ def build_processor(config: FlipConfig, tokenizer: PreTrainedTokenizerBase) -> F
 
     It resizes the short side of an image to `image_size` (bicubic), crops the centre and normalises by the model's mean
     and standard deviation. It cuts and pads captions to `max_position_embeddings` ids. The begin and end tokens of
-    written captions become special tokens of the tokenizer.
+    written captions become special tokens of the tokenizer. Raise UserError if the tokenizer does not fit the model.
 
     The image processor is transformers' PIL one, which needs no torchvision. The saved files name no backend: where
     torchvision is installed, transformers loads its own instead. The two differ by one grey level at most.
-
-    Raises:
-        UserError: the tokenizer has more entries than the model has embeddings, or another padding id.
     """
     check_tokenizer(tokenizer, config.caption_config)
     # A copy, because the caller's tokenizer keeps its length.
@@ -121,12 +112,7 @@ def export_model(model: FlipModel, processor: FlipProcessor | None, out_dir: Pat
         UserError: `out_dir` exists and is neither a model folder nor empty, or another process writes it.
     """
     weights = model.state_dict()
-    shapes = {name: weight.shape for name, weight in weights.items()}
-
-    def save(folder: Path) -> None:
-        _write_weights(folder, shapes, lambda name: weights[name].cpu(), model.dtype)
-
-    return _write_folder(model, processor, Path(out_dir), save)
+    return _write_folder(model, processor, Path(out_dir), lambda name: weights[name].cpu())
 
 
 class Interpolation(NamedTuple):
@@ -147,9 +133,6 @@ class Interpolation(NamedTuple):
         Args:
             shapes: shapes of the fine-tuned weights, by name.
             read: reader of the fine-tuned weights.
-
-        Raises:
-            UserError: the base is not a model, or lacks a weight of these shapes.
         """
         files = {}
         for path in check_folder(fetch_folder(self.base)):
@@ -180,15 +163,13 @@ def export_checkpoint(
     engine and number of processes of the checkpoint.
 
     Args:
-        checkpoint: path of the checkpoint.
-        out_dir: model folder to write.
         dtype: data type of the weights.
         between: other model to mix the weights with.
 
     Raises:
         OSError: the checkpoint is damaged or cannot be read.
-        UserError: the checkpoint does not exist, its recipe's tokenizer cannot be loaded, `out_dir` exists and is
-            neither a model folder nor empty, another process writes it, or as `Interpolation.applied`.
+        UserError: the checkpoint does not exist, its tokenizer cannot be loaded, the other model has other weights, or
+            as `export_model`.
     """
     if not checkpoint.exists():
         names = [path.name for path in list_checkpoints(checkpoint.parents[1])]
@@ -208,25 +189,14 @@ def export_checkpoint(
         config.id2label, config.label2id = dict(enumerate(names)), {name: index for index, name in enumerate(names)}
     with torch.device("meta"):
         model = objective.exported_class._from_config(config, dtype=dtype)
-    kind = "weight" if recipe.optim.ema_decay is None else "ema"
-    shapes = {name: weight.shape for name, weight in model.state_dict().items()}
-
-    def read(name: str) -> torch.Tensor:
-        return reader.tensor(kind, name)
-
-    read_weight = read if between is None else between.applied(shapes, read)
-
-    def save(folder: Path) -> None:
-        _write_weights(folder, shapes, read_weight, dtype)
-
-    return _write_folder(model, processor, out_dir, save)
+    read: ReadWeight = partial(reader.tensor, "weight" if recipe.optim.ema_decay is None else "ema")
+    if between is not None:
+        read = between.applied({name: weight.shape for name, weight in model.state_dict().items()}, read)
+    return _write_folder(model, processor, out_dir, read)
 
 
 def _write_weights(folder: Path, shapes: dict[str, torch.Size], read: ReadWeight, dtype: torch.dtype) -> None:
-    """Write the weights in `dtype`, and fp32 weights also as the variant `bf16`. One tensor is in memory at a time.
-
-    Files are named and sharded as `from_pretrained` expects.
-    """
+    """Write the weights in `dtype`, and fp32 weights also as `bf16`, in the files of `from_pretrained`, one by one."""
 
     def checked(name: str) -> torch.Tensor:
         weight = read(name)
@@ -251,18 +221,23 @@ def _write_weights(folder: Path, shapes: dict[str, torch.Size], read: ReadWeight
             )
 
 
-def _write_folder(
-    model: FlipPreTrainedModel, processor: Processor, out_dir: Path, save: Callable[[Path], None]
-) -> Path:
-    """Write the configuration, the code and the processor to `out_dir`; `save` writes the weights."""
+def _write_folder(model: FlipPreTrainedModel, processor: Processor, out_dir: Path, read: ReadWeight) -> Path:
+    """Write the configuration, the code, the processor and the weights that `read` returns to `out_dir`."""
     _check_replaceable(out_dir)
     out_dir.parent.mkdir(parents=True, exist_ok=True)
-    compares = isinstance(model, FlipModel)
-    if compares and model.config.decoder_config is not None:
-        # A model with both losses is saved as a model that writes captions; FlipModel loads its own weights from it.
-        with torch.device("meta"):
-            model = FlipForConditionalGeneration._from_config(model.config, dtype=model.dtype)
-    model.config.auto_map = {**(getattr(model.config, "auto_map", None) or {}), **_auto_map(model.config, compares)}
+    compares, config, dtype = isinstance(model, FlipModel), model.config, model.dtype
+    shapes = {name: weight.shape for name, weight in model.state_dict().items()}
+    classes = {"AutoModelForImageClassification": "modeling_flip.FlipForImageClassification"}
+    if compares:
+        classes["AutoModelForZeroShotImageClassification"] = "modeling_flip.FlipModel"
+    if config.decoder_config is not None:
+        writes = "modeling_flip_caption.FlipForConditionalGeneration"
+        classes["AutoModel"] = "modeling_flip.FlipModel" if compares else writes
+        if compares:
+            # A model with both losses is saved as one that writes captions; FlipModel loads its own weights from it.
+            with torch.device("meta"):
+                model = FlipForConditionalGeneration._from_config(config, dtype=dtype)
+    model.config.auto_map = {**(getattr(model.config, "auto_map", None) or {}), **classes}
     lock = FolderLock(out_dir.with_name(f".{out_dir.name}.lock"), f"writes {out_dir}")
     lock.acquire()
     try:
@@ -276,26 +251,10 @@ def _write_folder(
                 model.save_pretrained(folder, state_dict={})
             for empty in folder.glob("*.safetensors"):
                 empty.unlink()
-            save(folder)
+            _write_weights(folder, shapes, read, dtype)
     finally:
         lock.release()
     return out_dir
-
-
-def _auto_map(config: FlipConfig, compares: bool) -> dict[str, str]:
-    """Return the classes for transformers' pipelines and fine-tuning, beside the registered ones.
-
-    Args:
-        config: model configuration.
-        compares: whether the folder has the weights of a FlipModel.
-    """
-    classes = {"AutoModelForImageClassification": "modeling_flip.FlipForImageClassification"}
-    if compares:
-        classes["AutoModelForZeroShotImageClassification"] = "modeling_flip.FlipModel"
-    if config.decoder_config is not None:
-        writes = "modeling_flip_caption.FlipForConditionalGeneration"
-        classes["AutoModel"] = "modeling_flip.FlipModel" if compares else writes
-    return classes
 
 
 def _check_replaceable(out_dir: Path) -> None:

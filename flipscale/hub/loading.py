@@ -49,8 +49,7 @@ def load_flip(name: str) -> tuple[FlipModel, PreTrainedTokenizerBase]:
     """Return the model, in evaluation mode, and the tokenizer of a model folder or Hub name.
 
     Raises:
-        UserError: see `load_model`; or the tokenizer does not fit, or the model has no text tower.
-        OSError: the Hub cannot be reached.
+        UserError: as `load_model`; or the tokenizer does not fit, or the model has no text tower.
     """
     folder, model = load_model(name)
     if not isinstance(model, FlipModel):
@@ -62,12 +61,7 @@ def load_flip(name: str) -> tuple[FlipModel, PreTrainedTokenizerBase]:
 
 
 def load_with_tokenizer(name: str) -> tuple[FlipPreTrainedModel, PreTrainedTokenizerBase | None]:
-    """Return a model and its tokenizer, which is None for a classifier.
-
-    Raises:
-        UserError: see `load_model`; or the tokenizer does not fit.
-        OSError: the Hub cannot be reached.
-    """
+    """Return a model, as `load_model`, and its tokenizer, which is None for a classifier."""
     folder, model = load_model(name)
     return model, None if isinstance(model, FlipForImageClassification) else _tokenizer_of(folder, name, model.config)
 
@@ -154,7 +148,6 @@ def open_embedder(name: str, accelerator: "Accelerator", batch_size: int = 256, 
 
     Raises:
         UserError: the model cannot be loaded, or does not embed.
-        OSError: the Hub cannot be reached.
     """
     if name in PLAIN:
         return plain_embedder(name, accelerator, batch_size, num_workers)
@@ -174,11 +167,7 @@ def open_embedder(name: str, accelerator: "Accelerator", batch_size: int = 256, 
 
 
 def _tried(embedder: Embedder) -> Embedder:
-    """Return the embedder after it has embedded a text and an image.
-
-    Raises:
-        UserError: it fails, or its embeddings are not finite.
-    """
+    """Return the embedder after it has embedded a text and an image. Raise UserError if it fails."""
     device = embedder.accelerator.device
     try:
         with torch.no_grad(), embedder.accelerator.autocast():
@@ -203,7 +192,7 @@ class OpenModels:
 
     def __init__(self, asked: int, open_one: Callable[[str], Embedder]):
         self._asked, self._open_one = asked, open_one
-        self._faults: list[UserError | OSError] = []
+        self._faults: list[tuple[type[UserError | OSError], str]] = []
 
     def open(self, name: str) -> Embedder | None:
         """Collective. Return the embedder of a model, or None on every process if any process cannot open it.
@@ -219,21 +208,19 @@ class OpenModels:
         except (ValueError, OSError) as error:
             if self._asked == 1:
                 raise
-            faults = [(isinstance(error, OSError), str(error))]
+            faults = [(OSError if isinstance(error, OSError) else UserError, str(error))]
         faults = gather_object(faults)
         if not faults:
             return embedder
-        is_os_error, message = faults[0]
-        self._faults.append(OSError(message) if is_os_error else UserError(message))
-        _log.warning("%s; the other models are evaluated", message)
+        self._faults.append(faults[0])
+        _log.warning("%s; the other models are evaluated", faults[0][1])
         return None
 
     def raise_faults(self) -> None:
         """Raise an error like the first fault, after the other models are done."""
         if self._faults:
-            messages = "; ".join(map(str, self._faults))
-            kind = type(self._faults[0])
-            raise kind(f"{len(self._faults)} of {self._asked} models were not evaluated: {messages}")
+            messages = "; ".join(message for _, message in self._faults)
+            raise self._faults[0][0](f"{len(self._faults)} of {self._asked} models were not evaluated: {messages}")
 
 
 def _first_line(error: Exception) -> str:

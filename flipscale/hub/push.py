@@ -97,11 +97,7 @@ class Pushed:
 
 
 def target_of(recipe: HubRecipe) -> Target | None:
-    """Return the target of a run's pushes, or None if the run is not pushed.
-
-    Raises:
-        UserError: the recipe asks for a push without a valid name for the model.
-    """
+    """Return the target of a run's pushes, or None if the run is not pushed. Raise UserError without a valid name."""
     if not recipe.push_to_hub:
         return None
     if recipe.hub_model_id is None:
@@ -140,10 +136,10 @@ def open_repo(target: Target) -> str:
 def open_target(recipe: HubRecipe, resumes: bool) -> None:
     """Check the audit of a run and create the repository of its pushes, so that training does not begin in vain.
 
-    Only rank 0 does so. The run goes on if the Hub cannot be reached. A resumed run always goes on.
+    Only rank 0 creates it. The run goes on if the Hub cannot be reached. A resumed run always goes on.
 
     Raises:
-        UserError: the audit is unusable, the token is missing or may not write there, or the organisation is unknown.
+        UserError: the audit is unusable, or as `open_repo`.
     """
     check_audit(recipe.audit)
     target = target_of(recipe)
@@ -226,17 +222,14 @@ def other_files(folder: Path) -> list[str]:
 
 def left_out(folder: Path) -> str | None:
     """Return a sentence that names the other files and links in a folder, or None if there are none."""
-    names = other_files(folder)
+    if not (names := other_files(folder)):
+        return None
     more = f" and {len(names) - _SHOWN:,} more" if len(names) > _SHOWN else ""
-    return f"left out, because flipscale did not write it: {', '.join(names[:_SHOWN])}{more}" if names else None
+    return f"left out, because flipscale did not write it: {', '.join(names[:_SHOWN])}{more}"
 
 
 def check_to_push(folder: Path) -> None:
-    """Check that a folder is a complete model with finite weights.
-
-    Raises:
-        UserError: a file is missing, damaged or a link, or a weight is not finite.
-    """
+    """Raise UserError unless a folder is a complete model with finite weights and without links."""
     if (folder / "image_model.onnx").is_file():  # `flipscale convert onnx` has compared it with its model
         return
     pushed = {name for name, _ in files_to_push(folder)}
@@ -337,7 +330,9 @@ class BackgroundPush:
     def _report(self, returncode: int) -> None:
         self._process = None
         if returncode != 0:
-            self._warn(_last_line(self.run_dir / "push.log"))
+            log = self.run_dir / "push.log"
+            lines = log.read_text(errors="replace", encoding="utf-8").strip().splitlines() if log.exists() else []
+            self._warn(lines[-1].removeprefix("flipscale: error: ") if lines else "no output")
 
     def _warn(self, reason: str) -> None:
         _log.warning(
@@ -374,8 +369,3 @@ def export_folder(run_dir: Path, step: int) -> Path:
 
 def _is_rank_0() -> bool:
     return os.environ.get("RANK", "0") == "0"
-
-
-def _last_line(path: Path) -> str:
-    lines = path.read_text(errors="replace", encoding="utf-8").strip().splitlines() if path.exists() else []
-    return lines[-1].removeprefix("flipscale: error: ") if lines else "no output"

@@ -11,7 +11,7 @@ import json
 import math
 import zipfile
 import zlib
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -41,17 +41,8 @@ class Files:
     sizes: Mapping[str, int]
     content: Callable[[str], bytes]
 
-    @property
-    def names(self) -> Collection[str]:
-        """Names of the files."""
-        return self.sizes.keys()
-
     def read(self, name: str, most: int) -> bytes:
-        """Return the content of a file of at most `most` bytes.
-
-        Raises:
-            UserError: it has more bytes; a compressed file may expand beyond the memory.
-        """
+        """Return the content of a file. Raise UserError if it has more than `most` bytes; it may be compressed."""
         if self.sizes[name] > most:
             raise UserError(f"{self.root}/{name} has {self.sizes[name]:,} bytes, more than {most:,}")
         return self.content(name)
@@ -79,7 +70,11 @@ class StoredArray:
         self.files = files
         self.meta = self._metadata()
         self.shape: tuple[int, ...] = self.meta["shape"]
-        self._check_claimed_size()
+        # The files may be too small for the claimed shape, whose memory is allocated later.
+        stored = sum(size for file, size in files.sizes.items() if file != ".zarray")
+        claimed = max(math.prod(self.shape), math.prod(self.meta["chunks"])) * self.meta["dtype"].itemsize
+        if claimed > _MOST_RATIO**2 * stored + _MOST_META_BYTES and math.prod(self._counts()) <= len(files.sizes):
+            raise UserError(f"array {name} is damaged: {files.root} has {stored:,} bytes, too few for {claimed:,}")
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         chunks, stored = self.meta["chunks"], self.meta["dtype"]
@@ -96,18 +91,9 @@ class StoredArray:
         """Return the number of chunks along each dimension."""
         return [-(-length // chunk) for length, chunk in zip(self.shape, self.meta["chunks"], strict=True)]
 
-    def _check_claimed_size(self) -> None:
-        """Raise UserError if the files are too small for the claimed shape, before its memory is allocated."""
-        stored = sum(size for name, size in self.files.sizes.items() if name != ".zarray")
-        claimed = max(math.prod(self.shape), math.prod(self.meta["chunks"])) * self.meta["dtype"].itemsize
-        if claimed > _MOST_RATIO**2 * stored + _MOST_META_BYTES and math.prod(self._counts()) <= len(self.files.names):
-            raise UserError(
-                f"array {self.name} is damaged: {self.files.root} has {stored:,} bytes, too few for {claimed:,}"
-            )
-
     def _metadata(self) -> dict[str, Any]:
         file = f"{self.files.root}/.zarray"
-        if ".zarray" not in self.files.names:
+        if ".zarray" not in self.files.sizes:
             raise UserError(f"array {self.name} is missing: {self.files.root} has no .zarray")
         try:
             meta = json.loads(self.files.read(".zarray", _MOST_META_BYTES))
@@ -119,10 +105,9 @@ class StoredArray:
             meta |= {"compressor": compressor, "shape": tuple(meta["shape"]), "chunks": tuple(meta["chunks"])}
             meta["dtype"] = np.dtype(meta["dtype"])
             lengths = [*meta["shape"], *meta["chunks"]]
-            if meta["dtype"].kind != "f" or any(type(n) is not int or n < 1 for n in lengths):
+            is_sound = meta["dtype"].kind == "f" and all(type(n) is int and n >= 1 for n in lengths)
+            if not is_sound or len(meta["shape"]) != len(meta["chunks"]):
                 raise UserError(f"{meta['dtype']} of {meta['shape']} in chunks of {meta['chunks']}")
-            if len(meta["shape"]) != len(meta["chunks"]):
-                raise UserError(f"{meta['shape']} in chunks of {meta['chunks']}")
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(f"array {self.name} is damaged: {file} cannot be read ({error!r})") from error
         if form not in (f"zarr 2, compressor {known}, order C, filters None" for known in ("gzip", None)):
@@ -133,7 +118,7 @@ class StoredArray:
 
     def _chunk(self, name: str) -> bytes:
         file, num_bytes = f"{self.files.root}/{name}", math.prod(self.meta["chunks"]) * self.meta["dtype"].itemsize
-        if name not in self.files.names:
+        if name not in self.files.sizes:
             raise UserError(f"array {self.name} is incomplete: {file} is missing")
         try:
             # Incompressible content grows a little.
@@ -198,7 +183,7 @@ def _zipped_files(path: Path) -> Files:
 
 def _checkpoint(files: Files) -> Files:
     """Return the files of the only checkpoint in `files`."""
-    arrays = [PurePosixPath(name).parent for name in files.names if PurePosixPath(name).name == ".zarray"]
+    arrays = [PurePosixPath(name).parent for name in files.sizes if PurePosixPath(name).name == ".zarray"]
     folders = sorted({str(array.parent) for array in arrays if array.name.startswith("target.")})
     if not folders:
         raise UserError(f"{files.root} is not a checkpoint of the original FLIP: no target.* array folder found")
@@ -213,21 +198,20 @@ def _array_folders(files: Files) -> dict[str, str]:
         import msgpack
     except ImportError:
         msgpack = None
-    if msgpack is None or "checkpoint" not in files.names:
-        folders = sorted({name.split("/")[0] for name in files.names if name.startswith("target.")})
+    if msgpack is None or "checkpoint" not in files.sizes:
+        folders = sorted({name.split("/")[0] for name in files.sizes if name.startswith("target.")})
         return {folder.removeprefix("target.").replace(".", "/"): folder for folder in folders}
     file = f"{files.root}/checkpoint"
     try:
         index = msgpack.unpackb(files.read("checkpoint", _MOST_INDEX_BYTES), strict_map_key=False)
         version, target = index["version"], index["optimizer"]["target"]
-    except (msgpack.UnpackException, ValueError, KeyError, TypeError, RecursionError) as error:
+        if version == _VERSION:
+            return dict(_leaves(target, ()))
+    except UserError:
+        raise
+    except (msgpack.UnpackException, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{file} is not the index of a checkpoint of the original FLIP ({error!r})") from error
-    if version != _VERSION:
-        raise UserError(f"{file} has version {version}; expected {_VERSION}, the original FLIP's")
-    try:
-        return dict(_leaves(target, ()))
-    except (TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{file} is not the index of a checkpoint of the original FLIP ({error!r})") from error
+    raise UserError(f"{file} has version {version}; expected {_VERSION}, the original FLIP's")
 
 
 def _leaves(node: Any, path: tuple[str, ...]) -> Iterator[tuple[str, str]]:

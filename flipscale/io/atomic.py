@@ -18,8 +18,7 @@ def partial_path(path: Path) -> Path:
 
 def unique_partial_path(path: Path) -> Path:
     """Return a temporary name of `path` that no other thread, process or host uses."""
-    writer = f"{socket.gethostname()}.{os.getpid()}.{threading.get_ident()}"
-    return path.with_name(f".{path.name}.partial.{writer}")
+    return path.with_name(f".{path.name}.partial.{socket.gethostname()}.{os.getpid()}.{threading.get_ident()}")
 
 
 @contextmanager
@@ -31,11 +30,8 @@ def atomic_write(path: Path, partial: Path | None = None) -> Iterator[Path]:
 
     Args:
         partial: temporary name in the folder of `path`; by default `partial_path(path)`. Remains of a kill are removed.
-
-    Raises:
-        OSError: the disk is full or not writable.
     """
-    partial = partial_path(path) if partial is None else partial
+    partial = partial or partial_path(path)
     remove(partial)
     try:
         yield partial
@@ -47,11 +43,7 @@ def atomic_write(path: Path, partial: Path | None = None) -> Iterator[Path]:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Yield an empty folder, and rename it to `path` at the end. Missing parents are made.
-
-    Raises:
-        UserError: `path` exists.
-    """
+    """Yield an empty folder, and rename it to `path` at the end. Raise UserError if `path` exists."""
     if path.exists():
         raise UserError(f"{path} is there already; name another folder or remove it")
     path.parent.mkdir(parents=True, exist_ok=True)

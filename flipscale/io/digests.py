@@ -47,29 +47,23 @@ class Digester:
 
     def __init__(self) -> None:
         self._num_bytes = 0
-        self._chunks: list[str] = []
-        self._hash = xxhash.xxh3_64()
+        self._hashes: list[xxhash.xxh3_64] = []
 
     def update(self, data: bytes | memoryview) -> None:
         """Add the next bytes of the file."""
         view = memoryview(data)
         while view:
-            rest = CHUNK_BYTES - self._num_bytes % CHUNK_BYTES
-            self._hash.update(view[:rest])
-            self._num_bytes += len(view[:rest])
-            if self._num_bytes % CHUNK_BYTES == 0:
-                self._end_chunk()
-            view = view[rest:]
+            position = self._num_bytes % CHUNK_BYTES
+            if position == 0:
+                self._hashes.append(xxhash.xxh3_64())
+            part = view[: CHUNK_BYTES - position]
+            self._hashes[-1].update(part)
+            self._num_bytes += len(part)
+            view = view[len(part) :]
 
     def digest(self) -> FileDigest:
         """Return the digest of the file, which ends here."""
-        if self._num_bytes % CHUNK_BYTES:
-            self._end_chunk()
-        return FileDigest(self._num_bytes, tuple(self._chunks))
-
-    def _end_chunk(self) -> None:
-        self._chunks.append(self._hash.hexdigest())
-        self._hash.reset()
+        return FileDigest(self._num_bytes, tuple(chunk.hexdigest() for chunk in self._hashes))
 
 
 def digest_of(data: bytes) -> FileDigest:
@@ -96,10 +90,10 @@ def read_digests(path: Path) -> dict[str, FileDigest]:
         content = json.loads(read_bytes(path))
         files = {name: FileDigest(file["bytes"], tuple(file[_ALGORITHM])) for name, file in content["files"].items()}
         has_chunks = all(len(digest.chunks) == -(-digest.num_bytes // CHUNK_BYTES) for digest in files.values())
+        if content["chunk_bytes"] != CHUNK_BYTES or not has_chunks:
+            raise ValueError("chunks of another length")
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise Damage(f"{path.name} is unreadable") from error
-    if content.get("chunk_bytes") != CHUNK_BYTES or not has_chunks:
-        raise Damage(f"{path.name} is unreadable")
     return files
 
 
@@ -117,7 +111,7 @@ def read_bytes(path: Path, most: int = 2**28) -> bytes:
 
 
 def file_bytes(path: Path) -> int:
-    """Return the length of a regular file. Pipes and devices are refused because reading them may never end.
+    """Return the length of a regular file. Reading a pipe or a device may never end, so they are `Damage`.
 
     Raises:
         Damage: no regular file is there.
@@ -135,14 +129,7 @@ def file_bytes(path: Path) -> int:
 
 
 class Comparison:
-    """Threads that compare chunks of a folder's files with their digests; they start at once.
-
-    Args:
-        folder: folder of the files.
-        digests: expected digests by file name.
-        chunks: chunks to compare.
-        num_threads: number of daemon threads.
-    """
+    """Daemon threads that compare chunks of a folder's files with their digests, by file name; they start at once."""
 
     def __init__(self, folder: Path, digests: Mapping[str, FileDigest], chunks: Sequence[Chunk], num_threads: int = 1):
         self.folder = folder
@@ -201,9 +188,6 @@ def write_tensors(
         path: file to write.
         layout: dtype and shape of each tensor by name, in the order of `tensors`.
         tensors: tensors on the CPU.
-
-    Raises:
-        OSError: the disk is full or not writable.
     """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     position = 0
@@ -231,11 +215,7 @@ def write_tensors(
 
 
 def check_weight(name: str, weight: torch.Tensor) -> None:
-    """Raise unless a tensor has finite floating-point numbers.
-
-    Raises:
-        UserError: the dtype is not floating, or a number is NaN or infinite.
-    """
+    """Raise UserError unless a tensor has finite floating-point numbers."""
     if not weight.is_floating_point():
         raise UserError(f"weight {name} is of type {str(weight.dtype).removeprefix('torch.')}; it must be a float")
     if weight.numel() and not all(end.isfinite() for end in weight.detach().float().aminmax()):

@@ -11,50 +11,33 @@ _LONGEST_NAME = 255  # bytes of a file name, on all usual file systems
 
 
 def check_plain(path: Path) -> None:
-    """Raise unless `path` is a plain file or does not exist. A pipe blocks its reader; a device never ends.
-
-    Raises:
-        UserError: `path` is a folder, a pipe or a device.
-    """
+    """Raise UserError unless `path` is a plain file or nothing. A pipe blocks its reader; a device never ends."""
     if path.exists() and not path.is_file():
         raise UserError(f"{path} is {'a folder' if path.is_dir() else 'no plain file'}; move it away")
 
 
 def check_png_path(path: Path, flag: str) -> None:
-    """Raise unless a picture can be written to `path` later.
-
-    Raises:
-        UserError: `path` is not a PNG file name in an existing folder, or it is not a plain file.
-    """
+    """Raise UserError unless `path` is a PNG file name in an existing folder, and a plain file if it exists."""
     if path.suffix.lower() != ".png" or not path.absolute().parent.is_dir():
         raise UserError(f"{flag} {path} cannot be written; name a PNG file in a folder that exists")
     check_plain(path)
 
 
 def check_writable(folder: str | Path, field: str) -> None:
-    """Raise unless `folder` can be written, or can be made. Nothing is made here.
+    """Raise UserError unless `folder` can be written, or can be made. Nothing is made here.
 
     Args:
-        folder: path of the folder, which need not exist.
         field: option or recipe field that named the folder, for the message.
-
-    Raises:
-        UserError: the name is unusable, or the folder or a parent is a file, a broken link or not writable.
     """
     if reason := _unwritable(str(folder)):
         raise UserError(f"{field} is {str(folder)[:200]!r}; {reason}")
 
 
 def check_disk_space(folder: Path, needed: int, remedy: str) -> None:
-    """Raise unless the disk of `folder` has `needed` bytes free.
+    """Raise UserError unless the disk of `folder`, which need not exist, has `needed` bytes free.
 
     Args:
-        folder: path of the folder, which need not exist.
-        needed: number of bytes to be written.
         remedy: a way to need less, such as `prepare fewer tasks with --only`.
-
-    Raises:
-        UserError: the disk has less space.
     """
     free = shutil.disk_usage(next(place for place in (folder, *folder.absolute().parents) if place.exists())).free
     if needed > free:
@@ -78,7 +61,6 @@ def read_text(path: Path) -> str:
     Raises:
         UserError: `path` is a folder, a pipe or a device, or has more than 64 MB.
         ValueError: the content is not UTF-8.
-        OSError: the file does not exist or cannot be read.
     """
     check_plain(path)
     if path.stat().st_size > _MOST_BYTES:

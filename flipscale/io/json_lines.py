@@ -35,8 +35,10 @@ def append(path: Path, records: Iterable[dict[str, Any]], is_synced: bool = Fals
         return
     is_new = not path.exists()
     check_plain(path)
-    with open(path, "ab", buffering=0) as file:
-        text = (b"\n" if _is_torn(path) else b"") + text
+    with open(path, "a+b", buffering=0) as file:
+        if size := file.seek(0, os.SEEK_END):
+            file.seek(size - 1)
+            text = text if file.read(1) == b"\n" else b"\n" + text
         while text:
             text = text[file.write(text) :]
         if is_synced:
@@ -89,15 +91,6 @@ def rewrite(path: Path, records: Iterable[dict[str, Any]]) -> None:
 
 def _line(record: dict[str, Any]) -> str:
     return json.dumps(record) + "\n"
-
-
-def _is_torn(path: Path) -> bool:
-    with open(path, "rb") as file:
-        file.seek(0, os.SEEK_END)
-        if file.tell() == 0:
-            return False
-        file.seek(-1, os.SEEK_END)
-        return file.read(1) != b"\n"
 
 
 def _parse(line: bytes, needed: Sequence[str], kinds: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -38,12 +38,9 @@ class Holder:
 
     Args:
         token: random name of the lock's owner.
-        host: host name.
         machine: boot and process namespace; processes with the same value see each other.
-        pid: process number.
-        started: start time of the process in ticks since the boot; empty if unknown.
+        started: start time of the process in ticks since the boot.
         since: Unix time of the lock.
-        slurm_job: Slurm job, or empty.
         slurm_restart: number of requeues of the Slurm job.
     """
 
@@ -65,14 +62,14 @@ class Holder:
         """Return whether the process lives; None on another machine."""
         if self.machine != _machine():
             return None
+        started = _start_of(self.pid)
         try:
             os.kill(self.pid, 0)
         except ProcessLookupError:
             return False
         except PermissionError:  # another user's process, which /proc may hide
-            return _start_of(self.pid) in (None, self.started)
-        started = _start_of(self.pid)
-        return started == self.started or (started is None and not Path("/proc/self/stat").exists())
+            return started in (None, self.started)
+        return started == self.started
 
 
 def is_holder_alive(path: Path) -> bool | None:
@@ -92,7 +89,17 @@ class FolderLock:
     def __init__(self, path: Path, doing: str):
         self.path = path
         self.doing = doing
-        self.holder = _this_process()
+        restart = os.environ.get("SLURM_RESTART_COUNT", "")
+        self.holder = Holder(
+            token=uuid.uuid4().hex,
+            host=socket.gethostname(),
+            machine=_machine(),
+            pid=os.getpid(),
+            started=_start_of(os.getpid()) or "",
+            since=time.time(),
+            slurm_job=os.environ.get("SLURM_JOB_ID", ""),
+            slurm_restart=int(restart) if restart.isdecimal() else 0,
+        )
         self._confirmed = time.monotonic()
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
@@ -102,7 +109,6 @@ class FolderLock:
 
         Raises:
             UserError: another process holds the lock.
-            OSError: the folder is not writable.
         """
         first: tuple[Holder | None, float] | None = None
         while not self._create():
@@ -129,15 +135,9 @@ class FolderLock:
         self._thread.start()
 
     def check(self, at_once: bool = False) -> None:
-        """Raise if another process took the lock while this process was suspended or cut off for a minute.
+        """Raise OSError if another process took the lock while this process was suspended or cut off for a minute.
 
-        Free while the heartbeat thread has just looked.
-
-        Args:
-            at_once: whether to look in any case.
-
-        Raises:
-            OSError: another process holds the lock.
+        Free while the heartbeat thread has just looked, unless `at_once`.
         """
         if at_once or time.monotonic() - self._confirmed > 2 * HEARTBEAT_SECONDS:
             self._confirm()
@@ -148,8 +148,7 @@ class FolderLock:
         if self._thread is not None:
             self._thread.join(_RELEASE_SECONDS)
         with suppress(OSError):
-            seen = self._look()
-            if seen is not None and seen[0] == self.holder:
+            if (seen := self._look()) and seen[0] == self.holder:
                 self.path.unlink()
 
     def _create(self) -> bool:
@@ -162,11 +161,7 @@ class FolderLock:
         return True
 
     def _look(self) -> tuple[Holder | None, float] | None:
-        """Return the holder and its last heartbeat by the file system's clock; None without a file.
-
-        Raises:
-            UserError: the path is no plain file.
-        """
+        """Return the holder and its last heartbeat by the file system's clock; None without a file."""
         check_plain(self.path)
         try:
             # Opening a file makes an NFS client drop its cached attributes.
@@ -178,20 +173,12 @@ class FolderLock:
     def _is_requeued(self, holder: Holder | None) -> bool:
         """Return whether the holder is an earlier start of the same Slurm job, which Slurm has ended."""
         mine = self.holder
-        return (
-            holder is not None
-            and mine.slurm_job != ""
-            and mine.slurm_job == holder.slurm_job
-            and mine.slurm_restart > holder.slurm_restart
-        )
+        if holder is None or not mine.slurm_job:
+            return False
+        return mine.slurm_job == holder.slurm_job and mine.slurm_restart > holder.slurm_restart
 
     def _is_stale(self, touched: float, began: float) -> bool:
-        """Return whether the last heartbeat is too old.
-
-        Args:
-            touched: time of the last heartbeat by the file system's clock.
-            began: monotonic time since which the file is watched.
-        """
+        """Return whether the last heartbeat, at `touched`, is too old. The file is watched since `began`."""
         probe = unique_partial_path(self.path)
         probe.touch()
         now = probe.stat().st_mtime
@@ -228,20 +215,6 @@ class FolderLock:
                 os.utime(self.path)
 
 
-def _this_process() -> Holder:
-    restart = os.environ.get("SLURM_RESTART_COUNT", "")
-    return Holder(
-        token=uuid.uuid4().hex,
-        host=socket.gethostname(),
-        machine=_machine(),
-        pid=os.getpid(),
-        started=_start_of(os.getpid()) or "",
-        since=time.time(),
-        slurm_job=os.environ.get("SLURM_JOB_ID", ""),
-        slurm_restart=int(restart) if restart.isdecimal() else 0,
-    )
-
-
 def _parse(content: bytes) -> Holder | None:
     """Return the holder in a lock file; None if its writer was killed midway or the file holds something else."""
     try:
@@ -257,7 +230,7 @@ def _machine() -> str:
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:
+    except OSError:  # some sandboxes hide them
         return socket.gethostname()
 
 

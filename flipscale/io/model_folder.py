@@ -6,37 +6,24 @@ folder: code in it is never run, and pickles are never loaded.
 
 import json
 import math
+from collections import Counter
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from flipscale.io.errors import UserError
 from flipscale.io.hub_requests import guard_requests
 
 # Files of a model folder that must each be one JSON object, if they exist.
-_OBJECTS = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "processor_config.json",
-    "preprocessor_config.json",
-)
+_OBJECTS = [
+    *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+    *("added_tokens.json", "processor_config.json", "preprocessor_config.json"),
+]
 # Files that loaders read: the model, its tokenizer and its processor.
-_READ = (
-    "*config.json",
-    "model*.safetensors",
-    "model.safetensors.index*.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab*",
-    "merges.txt",
-    "*.model",
-    "*.jinja",
-)
+_READ = [
+    *("*config.json", "model*.safetensors", "model.safetensors.index*.json", "tokenizer*", "special_tokens_map.json"),
+    *("added_tokens.json", "vocab*", "merges.txt", "*.model", "*.jinja"),
+]
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 # The largest tokenizers have 35 MB, other texts 3 MB, headers of a thousand tensors 200 kB.
 _MAX_BYTES = {"tokenizer.json": 100 << 20}
@@ -50,10 +37,7 @@ Header = dict[str, dict[str, Any]]
 def local_folder(name: str) -> Path | None:
     """Return the model folder on this machine: the folder `name`, or the `model/` of a run.
 
-    Return None if there is none and `name` may be a name on the Hub.
-
-    Raises:
-        UserError: `name` is a file, a run without a model, or a path to nothing.
+    Return None if there is none and `name` may be a name on the Hub. Otherwise raise UserError.
     """
     path = Path(name)
     if path.is_dir():
@@ -86,10 +70,7 @@ def is_path(name: str) -> bool:
 
 
 def fetch_folder(name: str, more: tuple[str, ...] = ()) -> Path:
-    """Return the folder of a model: the `local_folder`, or the Hub cache's folder after downloading the model.
-
-    Args:
-        more: patterns of further files to download.
+    """Return the folder of a model: the `local_folder`, or the Hub cache's folder after a download with `more` files.
 
     Raises:
         UserError: there is no such model, or it may not be read; offline, the cache does not have it.
@@ -142,8 +123,13 @@ def check_folder(folder: Path) -> list[Path]:
         files = [single]
     elif index.is_file():
         files = [folder / name for name in _listed(index)]
+    elif pickles := sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLES):
+        raise UserError(
+            f"{folder} has its weights as a pickle ({', '.join(pickles)}), which can run code when it is read and is "
+            f"never loaded; ask its authors for {single.name}"
+        )
     else:
-        _refuse_without_safetensors(folder, single.name)
+        raise UserError(f"{folder} has no {single.name} and no index of it; download or export it again")
     for file in files:
         if not file.is_file():
             raise UserError(f"{folder} lacks {file.name}, which {index.name} lists; download or export it again")
@@ -152,11 +138,9 @@ def check_folder(folder: Path) -> list[Path]:
 
 
 def check_texts(folder: Path) -> None:
-    """Check the files of a folder, besides the weights' content.
+    """Raise UserError if a file that loaders read is no file, a link out of the folder, too long or no JSON object.
 
-    Raises:
-        UserError: a file that loaders read is no file, a link out of the folder, too long, or not the JSON object that
-            it must be.
+    Weights are not read here.
     """
     # Snapshots in the Hub's cache link to files in the folder `blobs`.
     home = folder.resolve()
@@ -178,11 +162,7 @@ def check_texts(folder: Path) -> None:
 
 
 def read_object(file: Path) -> dict[str, Any]:
-    """Return the JSON object in a file.
-
-    Raises:
-        UserError: the file holds something else.
-    """
+    """Return the JSON object in a file, or raise UserError."""
     try:
         return _object(file.read_bytes())
     except ValueError as error:
@@ -190,11 +170,7 @@ def read_object(file: Path) -> dict[str, Any]:
 
 
 def read_header(file: Path) -> Header:
-    """Return the header of a safetensors file of full length.
-
-    Raises:
-        UserError: the file is cut short, or has no valid header.
-    """
+    """Return the header of a safetensors file of full length, or raise UserError."""
     size = file.stat().st_size
     with open(file, "rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
@@ -218,11 +194,7 @@ def read_header(file: Path) -> Header:
 
 
 def _end(name: str, entry: Any) -> int:
-    """Return the end of a tensor, in bytes after the header.
-
-    Raises:
-        ValueError: the header's entry is impossible.
-    """
+    """Return the end of a tensor, in bytes after the header, or raise ValueError."""
     try:
         (begin, end), shape, dtype = entry["data_offsets"], entry["shape"], entry["dtype"]
         good = 0 <= begin <= end and all(type(length) is int and length >= 0 for length in shape)
@@ -250,7 +222,7 @@ def _listed(index: Path) -> list[str]:
 
 def _object(content: bytes) -> dict[str, Any]:
     try:
-        value = json.loads(content, object_pairs_hook=_without_duplicates)
+        value = json.loads(content, object_pairs_hook=_checked_object)
     except RecursionError:
         raise ValueError("it is nested too deep") from None
     except ValueError as error:
@@ -260,21 +232,9 @@ def _object(content: bytes) -> dict[str, Any]:
     return value
 
 
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return an object from its key-value pairs. Duplicate keys are refused: other readers may take the other value."""
-    result: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in result:
+def _checked_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object from its pairs. Duplicate keys are refused, because other readers may take the other value."""
+    for key, count in Counter(key for key, _ in pairs).items():
+        if count > 1:
             raise ValueError(f"it has {key!r:.80} twice")
-        result[key] = value
-    return result
-
-
-def _refuse_without_safetensors(folder: Path, expected: str) -> NoReturn:
-    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLES)
-    if pickles:
-        raise UserError(
-            f"{folder} has its weights as a pickle ({', '.join(pickles)}), which can run code when it is read and is "
-            f"never loaded; ask its authors for {expected}"
-        )
-    raise UserError(f"{folder} has no {expected} and no index of it; download or export it again")
+    return dict(pairs)

@@ -82,7 +82,11 @@ def check_ranges(value: Any, path: str = "") -> None:
     """
     for name, number, allowed in _numbers(value, type(value), path):
         if number not in allowed:
-            raise UserError(f"{name} is {_short(number)}; it must be {allowed}")
+            try:
+                text = str(number)
+            except ValueError:  # Python refuses to write numbers of more than 4,300 digits
+                text = "a number of thousands of digits"
+            raise UserError(f"{name} is {text if len(text) <= 40 else f'{text[:40]}...'}; it must be {allowed}")
 
 
 def _numbers(value: Any, hint: Any, path: str) -> Iterator[tuple[str, float, Range]]:
@@ -108,25 +112,14 @@ def _numbers(value: Any, hint: Any, path: str) -> Iterator[tuple[str, float, Ran
             yield from _numbers(element, kinds[min(place, len(kinds) - 1)] if kinds else None, f"{path}[{place}]")
 
 
-def _short(value: object) -> str:
-    try:
-        text = str(value)
-    except ValueError:  # Python refuses to write numbers of more than 4,300 digits
-        return "a number of thousands of digits"
-    return text if len(text) <= 40 else f"{text[:40]}..."
-
-
 def check_fields(content: Any, hint: Any, path: str, file: str) -> None:
-    """Raise unless a recipe file has mappings for sections, with known fields only.
+    """Raise UserError unless a recipe file has mappings for sections, with known fields only.
 
     Args:
         content: parsed file, or a part of it.
         hint: expected type of `content`.
         path: field path of `content`; empty for the whole file.
         file: file name, for messages.
-
-    Raises:
-        UserError: a section is no mapping, or a field is unknown.
     """
     if get_origin(hint) is list and isinstance(content, list):
         for number, element in enumerate(content):
@@ -169,11 +162,7 @@ class Parser(argparse.ArgumentParser):
     """An argparse parser whose errors are UserErrors; argparse itself prints the usage and exits."""
 
     def error(self, message: str) -> NoReturn:
-        """Raise argparse's message.
-
-        Raises:
-            UserError: always.
-        """
+        """Raise argparse's message as a UserError."""
         sentence = re.sub(r"^argument ([^:]+): is ", r"\1 is ", message)
         raise UserError(f"{sentence}; see {self.prog} --help")
 
@@ -188,11 +177,7 @@ def output_folder(text: str) -> Path:
 
 
 def number(kind: Any) -> Callable[[str], Any]:
-    """Return an argparse type that reads an int or a float and checks its range.
-
-    Args:
-        kind: a type of this module, such as `Count`.
-    """
+    """Return an argparse type that reads a number of a `kind` such as `Count` and checks its range."""
     base, allowed = get_args(kind)
     expected = "a whole number" if base is int else "a number"
 
@@ -220,4 +205,4 @@ def add_num_workers(parser: argparse.ArgumentParser) -> None:
 
 def usable_cores() -> int:
     """Return the number of cores that this process may use; on a shared node, those of its job."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return len(os.sched_getaffinity(0))

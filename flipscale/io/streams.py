@@ -52,10 +52,7 @@ def is_unread(stream: Any) -> bool:
 
 
 class _EscapedStream:
-    """A stream that escapes control characters.
-
-    `flush` repeats an error of `write`, because argparse ignores errors.
-    """
+    """A stream that escapes control characters. `flush` repeats an error of `write`, because argparse ignores it."""
 
     def __init__(self, stream: Any):
         self._stream = stream

@@ -63,11 +63,8 @@ def _cell(text: str) -> str:
 
 def _aligned(rows: Rows, numbers: Collection[int], least: int) -> list[list[str]]:
     """Return the cells padded to the widths of their columns, at least `least`."""
-    widths = [max(least, *map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        [
-            cell.rjust(width) if column in numbers else cell.ljust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        for row in rows
-    ]
+    columns = []
+    for index, cells in enumerate(zip(*rows, strict=True)):
+        width = max(least, *map(len, cells))
+        columns.append([cell.rjust(width) if index in numbers else cell.ljust(width) for cell in cells])
+    return [list(row) for row in zip(*columns, strict=True)]

@@ -17,12 +17,7 @@ _SURPRISE = re.compile(r"[-+]?(0[0-9_]+|[1-9][0-9_]*(:[0-5]?[0-9])+)")
 
 
 def read_outline(file: Path) -> Any:
-    """Return the content of a YAML file with every value as text, after `check_yaml`.
-
-    Raises:
-        UserError: the path is no file, too long, not UTF-8 or not YAML, or `check_yaml` refuses it.
-        OSError: the file cannot be read.
-    """
+    """Return the content of a YAML file with every value as text. Raise UserError if it is not, or as `check_yaml`."""
     if not file.is_file():
         what = "a folder" if file.is_dir() else "no plain file"
         raise UserError(f"{file} is {what}; name a YAML file")
@@ -41,11 +36,7 @@ def read_outline(file: Path) -> Any:
 
 
 def read_saved_recipe(file: Path) -> dict[str, Any]:
-    """Return the fields of a recipe that flipscale saved.
-
-    Raises:
-        UserError: the file is missing or damaged.
-    """
+    """Return the fields of a recipe that flipscale saved. Raise UserError if the file is missing or damaged."""
     try:
         if not file.is_file() or file.stat().st_size > MAX_BYTES:
             raise UserError("no file of a recipe's size")
@@ -71,7 +62,6 @@ def check_yaml(text: str, where: str, refuses_surprises: bool = False) -> None:
         refuses_surprises: whether to refuse numbers that YAML reads differently from people, such as 010.
 
     Raises:
-        UserError: one of the above.
         YAMLError: the text is not YAML.
     """
     walk = _Walk(where, refuses_surprises)

@@ -125,14 +125,7 @@ def class_rows(answers: Answers) -> list[ClassRow]:
 
 @dataclass(frozen=True)
 class Mistake:
-    """A wrong answer for a right one.
-
-    Args:
-        right: name of the right answer.
-        given: name of the given answer.
-        count: number of pictures.
-        example: index of the picture with the highest probability of the wrong answer.
-    """
+    """A wrong answer for a right one. `example`: index of the picture with the highest probability of it."""
 
     right: str
     given: str
@@ -162,14 +155,7 @@ def confusion(answers: Answers) -> list[list[int]]:
 
 @dataclass(frozen=True)
 class Tested:
-    """A model's answers for pictures of a test set.
-
-    Args:
-        task: task of the test set.
-        pictures: pictures of the test set.
-        rows: indices of the answered pictures, evenly spread, int64 `(rows,)`.
-        answers: answers for these pictures.
-    """
+    """A model's answers for pictures of a test set, at the indices `rows`, int64 `(rows,)`, evenly spread."""
 
     task: Task
     pictures: ShardPictures
@@ -191,10 +177,6 @@ def answer_pictures(task: Task, folder: str, load: Load, precision: str = "no") 
         folder: path of the model folder.
         load: function that returns the model and tokenizer of a folder.
         precision: mixed precision of the run, in accelerate's words, as in its evaluations.
-
-    Raises:
-        UserError: the model cannot be loaded, or the test set does not fit the task.
-        OSError: a shard cannot be read.
     """
     test_set = TestSet.open(task.data)
     pictures = ShardPictures(test_set.source)

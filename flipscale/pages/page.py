@@ -18,14 +18,7 @@ _QUALITY = 82  # of thumbnails, on WebP's scale
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture in a page.
-
-    Args:
-        uri: data URI.
-        alt: text for readers who cannot see it.
-        width: width in pixels.
-        height: height in pixels.
-    """
+    """A picture in a page: data URI, text for readers who cannot see it, and size in pixels."""
 
     uri: str
     alt: str
@@ -56,11 +49,7 @@ def thumbnail(pixels: np.ndarray, alt: str, side: int) -> Picture:
 
 
 def drawing(file: Path, alt: str) -> Picture:
-    """Return a figure from a PNG file.
-
-    Raises:
-        OSError: it cannot be read as an image.
-    """
+    """Return a figure from a PNG file."""
     with Image.open(file, formats=["PNG"]) as image:
         return Picture(_data_uri(file.read_bytes(), "png"), alt, *image.size)
 

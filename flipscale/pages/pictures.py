@@ -115,8 +115,7 @@ class ShardPictures:
 def open_pictures(place: str) -> Pictures:
     """Return the pictures of a folder of files or shards, or of shards named by a glob, a range or a URL.
 
-    Raises:
-        UserError: the place does not exist, or has no pictures.
+    Raise UserError if the place does not exist or has no pictures.
     """
     folder = Path(place)
     # The name of a folder of pictures may look like a glob, so the folder is tested first.
@@ -136,13 +135,7 @@ def open_pictures(place: str) -> Pictures:
 
 @dataclass(frozen=True)
 class Embedded:
-    """Embeddings of pictures.
-
-    Args:
-        rows: indices of the embedded pictures, int64 `(rows,)`.
-        embeds: embeddings, fp32 `(rows, dim)`.
-        faults: name and fault of each picture that could not be embedded.
-    """
+    """Indices of the embedded pictures, int64 `(rows,)`, their embeddings, fp32 `(rows, dim)`, and faults of others."""
 
     rows: np.ndarray
     embeds: np.ndarray
@@ -169,29 +162,6 @@ def embed_pictures(
     parts: list[np.ndarray] = []
     faults: list[str] = []
     begin = time.monotonic()
-    with ThreadPoolExecutor(usable_cores()) as pool, Progress(len(rows), "embedding", "pictures", leave=False) as bar:
-        for first in range(0, len(rows), _BATCH):
-            if seconds is not None and parts and time.monotonic() - begin > seconds:
-                break
-            batch, columns = list(rows[first : first + _BATCH]), []
-            # Reading stays in this thread, because a source of shards does not allow several.
-            encoded = [_read(pictures, row) for row in batch]
-            for row, decoded in zip(batch, pool.map(decode_one(decode), encoded, batch), strict=True):
-                if isinstance(decoded, BadSample):
-                    faults.append(f"{pictures.name(row)}: {decoded}")
-                else:
-                    kept.append(row)
-                    columns.append(decoded)
-            if columns:
-                stacked = {name: torch.from_numpy(np.stack([one[name] for one in columns])) for name in columns[0]}
-                with torch.no_grad():
-                    parts.append(features(stacked).float().cpu().numpy())
-            bar.update(len(batch))
-    return Embedded(np.asarray(kept, np.int64), np.concatenate(parts) if parts else np.empty((0, 0), "f4"), faults)
-
-
-def decode_one(decode: Decoder) -> Callable[[bytes | BadSample, int], dict[str, np.ndarray] | BadSample]:
-    """Return a decoder that returns the fault of a picture instead of raising it."""
 
     def decoded(encoded: bytes | BadSample, row: int) -> dict[str, np.ndarray] | BadSample:
         if isinstance(encoded, BadSample):
@@ -202,7 +172,25 @@ def decode_one(decode: Decoder) -> Callable[[bytes | BadSample, int], dict[str, 
         except BadSample as error:
             return error
 
-    return decoded
+    with ThreadPoolExecutor(usable_cores()) as pool, Progress(len(rows), "embedding", "pictures", leave=False) as bar:
+        for first in range(0, len(rows), _BATCH):
+            if seconds is not None and parts and time.monotonic() - begin > seconds:
+                break
+            batch, columns = list(rows[first : first + _BATCH]), []
+            # Reading stays in this thread, because a source of shards does not allow several.
+            encoded = [_read(pictures, row) for row in batch]
+            for row, result in zip(batch, pool.map(decoded, encoded, batch), strict=True):
+                if isinstance(result, BadSample):
+                    faults.append(f"{pictures.name(row)}: {result}")
+                else:
+                    kept.append(row)
+                    columns.append(result)
+            if columns:
+                stacked = {name: torch.from_numpy(np.stack([one[name] for one in columns])) for name in columns[0]}
+                with torch.no_grad():
+                    parts.append(features(stacked).float().cpu().numpy())
+            bar.update(len(batch))
+    return Embedded(np.asarray(kept, np.int64), np.concatenate(parts) if parts else np.empty((0, 0), "f4"), faults)
 
 
 def _read(pictures: Pictures, row: int) -> bytes | BadSample:

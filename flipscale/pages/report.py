@@ -51,12 +51,7 @@ _log = logging.getLogger(__name__)
 
 
 def offer_report(recipe: Recipe, load: Load) -> None:
-    """Write the report of a finished run and log its path. A failure is one warning, because the run is complete.
-
-    Args:
-        recipe: recipe of the run.
-        load: function that returns the model and tokenizer of a folder.
-    """
+    """Write the report of a finished run and log its path. A failure is one warning, because the run is complete."""
     path = Path(recipe.output_dir) / REPORT
     try:
         write_report(recipe, load)
@@ -66,12 +61,7 @@ def offer_report(recipe: Recipe, load: Load) -> None:
 
 
 def write_report(recipe: Recipe, load: Load) -> Path:
-    """Write `report.html` into the run directory of a recipe and return its path. The page names its missing parts.
-
-    Raises:
-        UserError: the run has no record, or a file of it is damaged.
-        OSError: the disk is full or not writable.
-    """
+    """Write `report.html` into the run directory of a recipe and return its path. The page names its missing parts."""
     run_dir = Path(recipe.output_dir)
     curve, run = read_curve(run_dir), RunSummary(run_dir)
     config = json.loads((run_dir / "model/config.json").read_text(encoding="utf-8"))
@@ -105,12 +95,7 @@ def write_report(recipe: Recipe, load: Load) -> Path:
 
 
 def run_sentence(run: RunSummary, config: dict[str, Any]) -> str:
-    """Return a few sentences about the model, its data and its training.
-
-    Args:
-        run: summary of the run.
-        config: configuration of the model.
-    """
+    """Return a few sentences about the model, its data and its training; `config` is the model's."""
     samples, image_size = _samples(config), config["vision_config"]["image_size"]
     parameters = run.environment.get("num_parameters") or 0
     count = f"{parameters:,}" if parameters < 1e6 else f"{parameters / 1e6:,.1f} million"
@@ -198,14 +183,7 @@ def _recipe_text(recipe: dict[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Card:
-    """A test picture with the model's answers.
-
-    Args:
-        picture: thumbnail.
-        right: right answer.
-        said: nearest answers, each with its share in percent and whether it is right.
-        note: a few words below.
-    """
+    """A test picture, the right answer, the nearest answers (share in percent, whether right), and words below."""
 
     picture: Picture
     right: str
@@ -218,16 +196,13 @@ class Seen:
     """The section on a model's answers.
 
     Args:
-        data: name of the test set.
         what: kind of the answers, `class` or `caption`.
         taken: number of answered pictures.
         total: number of pictures in the set.
-        num_right: number of right answers.
         answers: number of possible answers.
         cards: pictures evenly spread over the set.
         best: best classes or captions, with a picture of each.
         worst: worst classes or captions, with a picture of each.
-        mistakes: most frequent mistakes.
         classes: names of the classes; empty if there are too many for a table.
         counts: confusion matrix; empty if there are too many classes.
     """
