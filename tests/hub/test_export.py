@@ -194,21 +194,11 @@ def test_pipeline_and_forward_agree(
     assert [by_label[label] for label in LABELS] == pytest.approx(direct_scores(folder, image), abs=1e-6)
 
 
-def test_files_of_a_folder(folder: Path) -> None:
+def test_files_of_a_folder(folder: Path, tmp_path: Path) -> None:
     assert {path.name for path in folder.iterdir()} == {
-        "config.json",
-        "config_sentence_transformers.json",
-        "configuration_flip.py",
-        "model.bf16.safetensors",
-        "model.safetensors",
-        "modeling_flip.py",
-        "modules.json",
-        "patches.py",
-        "processing_flip.py",
-        "processor_config.json",
-        "sentence_bert_config.json",
-        "tokenizer.json",
-        "tokenizer_config.json",
+        *("config.json", "config_sentence_transformers.json", "configuration_flip.py", "model.bf16.safetensors"),
+        *("model.safetensors", "modeling_flip.py", "modules.json", "patches.py", "processing_flip.py"),
+        *("processor_config.json", "sentence_bert_config.json", "tokenizer.json", "tokenizer_config.json"),
     }
     assert json.loads((folder / "config.json").read_text())["auto_map"] == {
         "AutoConfig": "configuration_flip.FlipConfig",
@@ -217,9 +207,6 @@ def test_files_of_a_folder(folder: Path) -> None:
         "AutoModelForZeroShotImageClassification": "modeling_flip.FlipModel",
     }
     assert not [path for path in folder.parent.iterdir() if path != folder]
-
-
-def test_a_saved_copy_has_the_code(folder: Path, tmp_path: Path) -> None:
     FlipModel.from_pretrained(folder).save_pretrained(tmp_path)
     assert (tmp_path / "modeling_flip.py").read_bytes() == (folder / "modeling_flip.py").read_bytes()
 

@@ -56,18 +56,12 @@ def written_folder(kind: type, tokenizer_dir: Path, out_dir: Path) -> Path:
     ("kind", "is_also"), [(CaptioningFlipModel, "FlipModel"), (FlipForConditionalGeneration, None)]
 )
 def test_captions_without_flipscale(
-    caption_tokenizer: Path,
-    image: Path,
-    tmp_path: Path,
-    kind: type,
-    is_also: str | None,
+    caption_tokenizer: Path, image: Path, tmp_path: Path, kind: type, is_also: str | None
 ) -> None:
     folder = written_folder(kind, caption_tokenizer, tmp_path / "model")
     seen = run_stranger(environment_of(tmp_path / "venv", "torch", "transformers", "pillow"), STRANGER, folder, image)
-    model, processor = (
-        FlipForConditionalGeneration.from_pretrained(folder).eval(),
-        FlipProcessor.from_pretrained(folder),
-    )
+    model = FlipForConditionalGeneration.from_pretrained(folder).eval()
+    processor = FlipProcessor.from_pretrained(folder)
     inputs = processor(images=Image.open(image), return_tensors="pt")
     texts = {}
     for beams in (1, 3):

@@ -192,16 +192,8 @@ def test_other_files_stay(
 ) -> None:
     model = run_dir / "model"
     written = {path.name for path in model.iterdir()}
-    for name in [
-        ".env",
-        "id_rsa",
-        "README.md~",
-        ".README.md.swp",
-        "notes.txt",
-        "train.py",
-        "model.pt",
-        "#config.json#",
-    ]:
+    secrets = (".env", "id_rsa", "README.md~", ".README.md.swp", "notes.txt", "train.py", "model.pt", "#config.json#")
+    for name in secrets:
         (model / name).write_text("a secret")
     for name in (".git", "checkpoints", "model.safetensors.d"):
         (model / name).mkdir()

@@ -27,7 +27,6 @@ def content() -> bytes:
 
 
 def damaged(file: Path, digest: FileDigest) -> list[int]:
-    """The numbers of the chunks that are not as written."""
     digests = {file.name: digest}
     return [number for _, number in Comparison(file.parent, digests, chunks_of(digests), num_threads=2).damaged()]
 
@@ -43,9 +42,7 @@ def test_a_file_is_as_written_however_it_was_cut(content: bytes, tmp_path: Path)
     (tmp_path / "file").write_bytes(content)
     assert damaged(tmp_path / "file", digest) == []
 
-
-def test_a_flipped_bit_has_a_place(content: bytes, tmp_path: Path) -> None:
-    digest, file = digest_of(content), tmp_path / "file"
+    file = tmp_path / "file"
     for position, chunk in ((0, 0), (CHUNK_BYTES - 1, 0), (CHUNK_BYTES, 1), (len(content) - 1, 2)):
         changed = bytearray(content)
         changed[position] ^= 1

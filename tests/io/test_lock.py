@@ -1,4 +1,4 @@
-"""The lock of a folder: one holder at a time, and none that a person has to remove."""
+"""The lock of a folder: one holder at a time, and nobody has to remove it."""
 
 import dataclasses
 import json
@@ -38,13 +38,6 @@ def acquired(path: Path) -> FolderLock:
     return lock
 
 
-def another_process(path: Path) -> subprocess.Popen:
-    process = subprocess.Popen([sys.executable, "-c", HOLD, str(path)], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    assert process.stdout.readline() == "held\n"
-    return process
-
-
 def move_elsewhere(path: Path, age: float = 0.0, **changes: object) -> None:
     """Make the lock that of another machine whose last heartbeat was `age` seconds ago."""
     holder = {**json.loads(path.read_text()), "token": "theirs", "host": "far", "machine": "another boot", **changes}
@@ -82,7 +75,9 @@ def test_one_of_many_at_one_instant(path: Path) -> None:
 
 
 def test_a_killed_holder_on_this_machine(path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    process = another_process(path)
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(path)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
     process.send_signal(signal.SIGSTOP)  # a suspended holder keeps its lock
     with pytest.raises(ValueError, match=f"process {process.pid} on"):
         acquired(path)

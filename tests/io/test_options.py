@@ -97,13 +97,6 @@ def test_the_option_is_named() -> None:
         parser.parse_args(["--nothing"])
 
 
-def test_a_folder_to_write(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    assert output_folder(str(tmp_path / "new")) == tmp_path / "new"
-    with pytest.raises(argparse.ArgumentTypeError, match="file is a file: name another folder"):
-        output_folder(f"{tmp_path}/file/new")
-
-
 @pytest.mark.parametrize(
     ("kind", "text", "message"),
     [
@@ -117,3 +110,10 @@ def test_a_folder_to_write(tmp_path: Path) -> None:
 def test_an_option_out_of_its_range(kind: Any, text: str, message: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError, match=message):
         number(kind)(text)
+
+
+def test_a_folder_to_write(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert output_folder(str(tmp_path / "new")) == tmp_path / "new"
+    with pytest.raises(argparse.ArgumentTypeError, match="file is a file: name another folder"):
+        output_folder(f"{tmp_path}/file/new")

@@ -1,4 +1,4 @@
-"""What YAML allows and nobody means is refused before it is loaded."""
+"""Surprises of YAML are refused before it is loaded."""
 
 import re
 from pathlib import Path
@@ -35,12 +35,9 @@ def test_what_is_refused(text: bytes, message: str, tmp_path: Path) -> None:
     assert str(caught.value).startswith(str(tmp_path / "x.yaml"))
 
 
-def test_a_folder(tmp_path: Path) -> None:
+def test_what_is_read(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is a folder; name a YAML file"):
         read_outline(tmp_path)
-
-
-def test_what_is_read(tmp_path: Path) -> None:
     (tmp_path / "x.yaml").write_bytes("\ufeffa: &x [1, 1e-3, '010', no]\nb: *x\n".encode())
     values = ["1", "1e-3", "010", "no"]
     assert read_outline(tmp_path / "x.yaml") == {"a": values, "b": values}

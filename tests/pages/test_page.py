@@ -24,32 +24,18 @@ def pixels(picture: Picture) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(picture.uri.partition(",")[2]))))
 
 
-def test_texts_are_cut_between_words() -> None:
+def test_texts_and_numbers() -> None:
     assert shortened("two  arrows\nin a circle", 40) == "two arrows in a circle"
     assert shortened("two arrows in a circle", 15) == "two arrows in…"
     assert shortened("twoarrowsinacircle", 10) == "twoarrows…"
     assert [listed(names) for names in ([], ["a"], ["a", "b"], ["a", "b", "c"])] == ["", "a", "a and b", "a, b and c"]
-
-
-def test_numbers_are_spread_evenly() -> None:
-    assert evenly(0, 3) == []
-    assert evenly(2, 3) == [0, 1]
-    assert evenly(101, 3) == [0, 50, 100]
+    assert [evenly(count, 3) for count in (0, 2, 101)] == [[], [0, 1], [0, 50, 100]]
 
 
 def test_a_page_has_no_tag_control_or_half_of_a_letter_from_outside() -> None:
-    text = rendered(
-        "search.html",
-        searches=[],
-        shown={},
-        asked={},
-        like={},
-        names={},
-        model="<i>\x00\ud800</i>",
-        place="a&b",
-        num_pictures=1,
-        num_damaged=2,
-    )
+    empty: dict[str, object] = {name: {} for name in ("searches", "shown", "asked", "like", "names")}
+    values = {"model": "<i>\x00\ud800</i>", "place": "a&b", "num_pictures": 1, "num_damaged": 2}
+    text = rendered("search.html", **empty, **values)
     assert "&lt;i&gt;\\ud800&lt;/i&gt;" in text
     assert "<h1>a&amp;b</h1>" in text
     assert "2 more could not be read" in text
