@@ -81,7 +81,7 @@ def train(recipe: Recipe, plan: Plan, start: Start, engine: "Engine", pair_flops
         for step, micro_batches, faults in watch.timed(plan.batches(clock, accelerator), start.step):
             # A step: learn from the batch, agree with the other processes, and move the weights or leave them.
             if step.starts_afresh:
-                engine.forget_moments()
+                engine.layout.forget_moments()
             loss = consume_batch(engine, micro_batches, plan.objective)
             taken = sync.start(step, loss, engine.gradient_norm(), faults)
             engine.step(step.learning_rate, taken)

@@ -61,11 +61,9 @@ class SaveRecipe:
 
 @dataclass(frozen=True)
 class Piece:
-    """A range of one flat tensor: `values` are its elements from `first` on.
+    """A range of one flat tensor of the parameter `name`: `values` are its elements from `first` on.
 
-    Args:
-        kind: `weight`, `ema`, or the name of a moment.
-        name: name of the parameter.
+    `kind` is `weight`, `ema`, or the name of a moment.
     """
 
     kind: str
@@ -75,11 +73,7 @@ class Piece:
 
 
 def latest_checkpoint(run_dir: Path) -> Path | None:
-    """Return the newest checkpoint of a run, whole or not, or None.
-
-    Raises:
-        OSError: the folder of checkpoints cannot be read.
-    """
+    """Return the newest checkpoint of a run, whole or not, or None."""
     checkpoints = list_checkpoints(run_dir)
     return checkpoints[-1] if checkpoints else None
 
@@ -100,11 +94,7 @@ def part_of(checkpoint: Path, process: int) -> Path:
 
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
-    """Return the checkpoints of a run, oldest first.
-
-    Raises:
-        OSError: the folder of checkpoints exists and cannot be read.
-    """
+    """Return the checkpoints of a run, oldest first."""
     folder = run_dir / "checkpoints"
     if not os.path.lexists(folder):
         return []
@@ -124,11 +114,8 @@ class CheckpointReader:
     def fill(self, kind: str, name: str, values: torch.Tensor, first: int) -> None:
         """Fill the flat `values` with the elements from `first` on of a parameter's tensor.
 
-        Args:
-            kind: `weight`, `ema`, or the name of a moment.
-
         Raises:
-            UserError: the checkpoint has no such tensor.
+            UserError: the checkpoint has no such tensor of this `Piece.kind`.
             OSError: a part differs from the index.
         """
         if name not in self._bounds:
@@ -150,7 +137,7 @@ class CheckpointReader:
             values[begin - first : end - first].copy_(stored[begin - start : end - start])
 
     def tensor(self, kind: str, name: str) -> torch.Tensor:
-        """Return a whole fp32 tensor in the shape of its parameter."""
+        """Return a whole tensor in the shape of its parameter."""
         whole = torch.empty(torch.Size(self.shapes[name]))
         self.fill(kind, name, whole.view(-1), 0)
         return whole
@@ -197,11 +184,7 @@ class CheckpointWriter:
         return 0 < self.recipe.every_minutes <= minutes
 
     def save(self, pieces: list[Piece], shapes: dict[str, torch.Size], state: dict[str, Any], recipe: str) -> None:
-        """Collective. Begin the checkpoint of `state["step"]`, unless it exists. `commit` must end the previous one.
-
-        Raises:
-            OSError: the folder cannot be created.
-        """
+        """Collective. Begin the checkpoint of `state["step"]`, unless it exists. `commit` must end the previous one."""
         assert not self.is_open
         if state["step"] == self.newest:
             return
@@ -275,10 +258,8 @@ class CheckpointWriter:
                 for name, text in texts.items():
                     self._digests[name] = self._write_text(name, text)
             sync(self._partial)
-        except OSError as error:
-            self._error = error
         except Exception as error:  # any error, because `commit` must not rename an unwritten checkpoint
-            self._error = OSError(repr(error))
+            self._error = error if isinstance(error, OSError) else OSError(repr(error))
 
     def _write_text(self, name: str, text: str) -> FileDigest:
         (self._partial / name).write_text(text, encoding="utf-8")
@@ -286,11 +267,7 @@ class CheckpointWriter:
         return digest_of(text.encode())
 
     def _agree(self) -> dict[str, FileDigest]:
-        """Collective. Return the digests of the files of all processes.
-
-        Raises:
-            OSError: a write failed on some process. Raised on all processes.
-        """
+        """Collective. Return the digests of all processes' files. Raise on all if a write failed on one."""
         from accelerate.utils import gather_object
 
         reports = gather_object([(self._digests, self._error)])

@@ -43,13 +43,7 @@ _MAX_THREADS = 8
 
 
 class Contents(NamedTuple):
-    """Texts of a checkpoint.
-
-    Args:
-        state: content of state.json.
-        recipe: recipe of the run, as plain values.
-        digests: digests of the parts, by file name.
-    """
+    """Contents of a checkpoint's texts: state.json, the run's recipe, and the digests of the parts by file name."""
 
     state: Mapping[str, Any]
     recipe: Mapping[str, Any]
@@ -57,13 +51,7 @@ class Contents(NamedTuple):
 
 
 class Chosen(NamedTuple):
-    """The checkpoint to resume from.
-
-    Args:
-        checkpoint: path of the checkpoint, which is whole.
-        state: content of its state.json.
-        set_aside: names of newer checkpoints that were damaged and renamed.
-    """
+    """The whole checkpoint to resume from, its state.json, and the names of newer ones that were renamed."""
 
     checkpoint: Path
     state: Mapping[str, Any]
@@ -121,12 +109,7 @@ def newest_whole(
 
 
 def require_whole(checkpoint: Path) -> None:
-    """Raise unless a checkpoint is whole.
-
-    Raises:
-        OSError: it is damaged, or cannot be read.
-        UserError: a newer version wrote it.
-    """
+    """Raise an OSError if a checkpoint is damaged or unreadable, a UserError if a newer version wrote it."""
     try:
         digests = contents(checkpoint).digests
         _raise_if_any(Comparison(checkpoint, digests, chunks_of(digests), _num_threads()).damaged())
@@ -143,7 +126,12 @@ def contents(checkpoint: Path) -> Contents:
         OSError: it cannot be read, though it may be whole.
     """
     texts = {name: read_bytes(checkpoint / name) for name in _TEXTS}
-    state = _parsed_state(texts["state.json"])
+    try:
+        state = json.loads(texts["state.json"])
+    except (ValueError, RecursionError) as error:
+        raise Damage("state.json is unreadable") from error
+    if not isinstance(state, dict):
+        raise Damage("state.json is unreadable")
     try:
         digests = read_digests(checkpoint / "digests.json")
     except Damage:
@@ -164,16 +152,6 @@ def contents(checkpoint: Path) -> Contents:
         if size != written:
             raise Damage(f"{part.name} has {size:,} bytes, and {written:,} were written")
     return Contents(state, yaml.safe_load(texts["recipe.yaml"]), {part.name: digests[part.name] for part in parts})
-
-
-def _parsed_state(text: bytes) -> dict[str, Any]:
-    try:
-        state = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise Damage("state.json is unreadable") from error
-    if not isinstance(state, dict):
-        raise Damage("state.json is unreadable")
-    return state
 
 
 def _raise_if_newer(checkpoint: Path, state: Mapping[str, Any]) -> None:
@@ -209,11 +187,7 @@ def _state_or_fault(
 def _fault_of_parts(
     accelerator: "Accelerator", checkpoint: Path, digests: Mapping[str, FileDigest], ahead: Comparison | None
 ) -> str | None:
-    """Collective. Return the place of damage in a checkpoint's parts, or None. Each process reads an equal share.
-
-    Raises:
-        OSError: a process cannot read its share, or reads other bytes than the first process.
-    """
+    """Collective. Return the place of damage in a checkpoint's parts, or None. Each process reads an equal share."""
     from accelerate.utils import gather_object
 
     rank, world = accelerator.process_index, accelerator.num_processes

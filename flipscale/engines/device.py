@@ -4,7 +4,6 @@ import ctypes
 import os
 import re
 import resource
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -75,11 +74,7 @@ def to_device(numbers: Sequence[float], device: torch.device) -> torch.Tensor:
 
 
 class HostCopy:
-    """An asynchronous copy of numbers to the host, which waits only in `read`.
-
-    Args:
-        numbers: `(count,)`; must not change afterwards.
-    """
+    """An asynchronous copy of `numbers` `(count,)` to the host. They must not change before `read`, which waits."""
 
     def __init__(self, numbers: torch.Tensor):
         self._numbers = numbers
@@ -103,8 +98,7 @@ def peak_memory_bytes(device: torch.device) -> int:
     """Return the peak memory of tensors on a GPU so far; on a CPU, of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return resident if sys.platform == "darwin" else resident * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def best_attention(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> str:
@@ -144,14 +138,11 @@ def is_faster_in_bf16() -> bool:
 
 
 def keep_freed_memory() -> None:
-    """Set glibc to keep freed memory for the next step. No effect with another allocator.
+    """Set glibc to keep freed memory for the next step. No effect with a preloaded allocator.
 
     Otherwise every large activation is mapped and unmapped, and page faults take a fifth of a CPU step.
     """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):
-        return
+    mallopt = ctypes.CDLL(None).mallopt
     trim_threshold, top_pad, mmap_max = -1, -2, -4
     mallopt(mmap_max, 0)
     mallopt(trim_threshold, -1)
@@ -177,10 +168,7 @@ def _pci_address(gpu: int) -> str:
 
 
 def _cpus_near(pci_address: str, system: Path = Path("/sys")) -> set[int]:
-    """Return the CPUs of a PCI device's socket; empty if unknown.
-
-    A socket may have several NUMA nodes, and nodes without GPU; all its CPUs count.
-    """
+    """Return the CPUs of a PCI device's socket, which may have several NUMA nodes; empty if unknown."""
     try:
         local = (system / "bus/pci/devices" / pci_address / "local_cpulist").read_text(encoding="utf-8").strip()
         sockets = {
@@ -190,10 +178,6 @@ def _cpus_near(pci_address: str, system: Path = Path("/sys")) -> set[int]:
         }
     except OSError:
         return set()
-    spans = [
-        (int(first), int(last or first))
-        for first, _, last in (part.partition("-") for part in local.split(","))
-        if first
-    ]
-    mine = {sockets.get(cpu) for first, last in spans for cpu in range(first, last + 1)}
+    spans = [part.split("-") for part in local.split(",") if part]
+    mine = {sockets.get(cpu) for span in spans for cpu in range(int(span[0]), int(span[-1]) + 1)}
     return {cpu for cpu, socket in sockets.items() if socket in mine}

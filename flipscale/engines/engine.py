@@ -49,9 +49,9 @@ class Engine:
     """One model on the processes of a launch. These calls are made in this order, on all processes:
 
     1. `build` makes the model with its first weights, sharded where the engine shards.
-    2. `load_weights` fills them from a checkpoint, if the run goes on from one.
+    2. `layout.load_weights` fills them from a checkpoint, if the run goes on from one.
     3. `prepare` wraps the model for training and makes optimisers without moments.
-    4. `load_moments` fills the moments from that checkpoint.
+    4. `layout.load_moments` fills the moments from that checkpoint.
     5. `start_averages` starts the averages of the weights, if the recipe asks for them.
     6. For every step: the engine itself and `backward` for each batch of `accumulate`, `gradient_norm`, `step`.
 
@@ -93,10 +93,9 @@ class Engine:
 
     @classmethod
     def memory(cls, model: nn.Module, launch: Launch, accumulates: bool = False) -> ModelMemory:
-        """Return the memory of a model on the fullest process. The model may be on the meta device.
+        """Return the memory of a model, perhaps on the meta device, on the fullest process.
 
-        Args:
-            accumulates: whether a step accumulates gradients over several passes.
+        `accumulates`: whether a step accumulates gradients over several passes.
         """
         raise NotImplementedError
 
@@ -109,11 +108,7 @@ class Engine:
     ) -> None:
         """Collective. Make the model with its first weights, sharded if the engine shards; `prepare` completes it.
 
-        Args:
-            configure: function that changes the model before it has weights (attention kernel, recomputation,
-                compilation).
-            init: function that sets the weights of a module; see `flipscale.engines.first_weights`.
-            kind: class of the model.
+        The arguments are those of `flipscale.engines.first_weights.build_weights`.
         """
         self.model = build_weights(config, configure, init, self._place_block, kind)
         self._place_rest()
@@ -130,11 +125,6 @@ class Engine:
     def _make_layout(self) -> Layout:
         return Layout(self.model, self.accelerator.process_index, self.accelerator.num_processes)
 
-    def load_weights(self, reader: CheckpointReader) -> None:
-        """Fill the weights from a checkpoint."""
-        assert self.wrapped is None, "load_weights goes before prepare"
-        self.layout.load_weights(reader)
-
     def prepare(self) -> None:
         """Collective. Wrap the model for training and make its optimisers, without moments."""
         self.wrapped = self._wrap()
@@ -149,31 +139,13 @@ class Engine:
         dtype = torch.bfloat16 if self.launch.bf16 else torch.float32
         return build_optimizers(self.model, self.recipe, dtype)
 
-    def load_moments(self, reader: CheckpointReader, steps: int) -> None:
-        """Fill the moments from a checkpoint.
-
-        Args:
-            steps: number of optimiser steps before the checkpoint.
-
-        Raises:
-            UserError: another optimiser wrote the checkpoint.
-        """
-        assert self.wrapped is not None, "load_moments goes after prepare"
-        self.layout.load_moments(reader, steps)
-
     def start_averages(self, reader: CheckpointReader | None) -> None:
         """Start the averages, if the recipe has them, from a checkpoint or else from the current weights."""
-        assert self.wrapped is not None, "start_averages goes after prepare"
         if self.recipe.ema_decay is not None:
             self.averages = Averages(self.layout, self.recipe.ema_decay, reader)
 
     def __call__(self, **batch: Any) -> Any:
-        """Collective. Return the `FlipOutput` of this process's part of a batch, in the run's precision.
-
-        Args:
-            batch: arguments of the model's `forward`, such as `patches`, `patch_index`, `input_ids` and
-                `attention_mask`.
-        """
+        """Collective. Return the `FlipOutput` of this process's part of a batch, the arguments of `forward`."""
         self.phases.mark("forward")
         output = self.wrapped(**batch, return_logits=False)
         self.phases.mark("loss")
@@ -201,7 +173,7 @@ class Engine:
             yield batch
 
     def _reduce_gradients(self, enabled: bool) -> None:
-        """Set whether the next backward pass averages gradients over the processes."""
+        """Let the next backward pass average gradients over the processes, or not."""
 
     def gradient_norm(self) -> torch.Tensor:
         """Collective. Return the global norm of the gradients, fp32 `()`, then clip them if the recipe says so."""
@@ -228,17 +200,9 @@ class Engine:
             optimizer.step()
             optimizer.zero_grad()
 
-    def forget_moments(self) -> None:
-        """Reset the optimisers' moments and step counts."""
-        self.layout.forget_moments()
-
     def averaged(self) -> AbstractContextManager[None]:
         """Collective. Swap the averages, if the recipe has them, into `model` for the duration of the context."""
         return nullcontext() if self.averages is None else self.averages.in_place_of_weights()
-
-    def optimizer_steps(self) -> int:
-        """Return the number of optimiser steps since the last reset."""
-        return self.layout.optimizer_steps()
 
     def pieces(self) -> list[Piece]:
         """Return the data that this process saves: ranges of weights, moments and averages."""

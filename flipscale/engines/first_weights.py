@@ -45,7 +45,6 @@ def build_weights(
         configure: function that changes the model before it has weights (attention kernel, recomputation, compilation).
         init: function that sets a module's weights; result of `initial_weights`, or `no_weights`.
         place: function that shards a block or moves it to its device, called as soon as the block has weights.
-        kind: class of the model.
     """
     model = model_without_storage(config, kind)
     configure(model)
@@ -67,14 +66,7 @@ def model_without_storage(config: FlipConfig, kind: type[FlipPreTrainedModel] = 
 
 
 def freeze(model: FlipPreTrainedModel, parts: Sequence[str]) -> None:
-    """Freeze parts of a model.
-
-    Args:
-        parts: names of modules or parameters.
-
-    Raises:
-        UserError: the model has no part of a name, or nothing is left to learn.
-    """
+    """Freeze `parts` of a model, which are names of modules or parameters."""
     for part in parts:
         parameters = [p for name, p in model.named_parameters() if name == part or name.startswith(f"{part}.")]
         if not parameters:
@@ -118,7 +110,7 @@ def initial_weights(
         UserError: there are no such weights, or one is not finite or has another shape than in a model of `config`.
             Raised on every process.
     """
-    return fresh_weights(seed) if init_from is None else stored_weights(_Stored.of(init_from, config, kind), seed)
+    return fresh_weights(seed) if init_from is None else stored_weights(_Stored(init_from, config, kind), seed)
 
 
 def fresh_weights(seed: int) -> ParameterInit:
@@ -138,64 +130,42 @@ def no_weights(name: str, module: nn.Module, owner: PreTrainedModel) -> None:
 
 
 class _Stored:
-    """Weights in safetensors files, which process 0 alone has open.
+    """The tensors `names` of a folder or Hub name that the model uses. Process 0 alone has the files open."""
 
-    Args:
-        files: open file of each tensor, by the tensor's name; empty on other processes.
-        names: names of the tensors that the model uses.
-    """
-
-    def __init__(self, files: dict[str, Any], names: set[str]):
-        self.files, self.names = files, names
-
-    @classmethod
-    def of(cls, init_from: str, config: FlipConfig, kind: type[FlipPreTrainedModel]) -> "_Stored":
-        """Collective. Return the weights of a folder or Hub name, for a model of `config`.
-
-        Raises:
-            UserError: see `initial_weights`.
-        """
-        files: dict[str, Any] = {}
+    def __init__(self, init_from: str, config: FlipConfig, kind: type[FlipPreTrainedModel]):
+        """Collective. Raises as `initial_weights` does."""
+        self.files: dict[str, Any] = {}
+        self.several = dist.is_initialized() and dist.get_world_size() > 1
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         names_or_fault: list[set[str] | str] = [set()]
-        several = dist.is_initialized() and dist.get_world_size() > 1
-        if not several or dist.get_rank() == 0:
+        if not self.several or dist.get_rank() == 0:
             try:
                 opened = [safe_open(file, "pt") for file in check_folder(fetch_folder(init_from))]
-                files = {name: file for file in opened for name in file.keys()}  # noqa: SIM118
-                names = _usable(files, model_without_storage(config, kind))
+                self.files = {name: file for file in opened for name in file.keys()}  # noqa: SIM118
+                names = _usable(self.files, model_without_storage(config, kind))
                 for name in names:
-                    check_weight(name, files[name].get_tensor(name))
+                    check_weight(name, self.files[name].get_tensor(name))
                 names_or_fault = [names]
             except (ValueError, OSError, SafetensorError) as error:
                 names_or_fault = [f"model.init_from {init_from!r} cannot be loaded ({str(error).splitlines()[0]})"]
-        if several:
-            dist.broadcast_object_list(names_or_fault, device=_device())
-        (names,) = names_or_fault
-        if isinstance(names, str):
-            raise UserError(names)
-        return cls(files, names)
+        if self.several:
+            dist.broadcast_object_list(names_or_fault, device=self.device)
+        if isinstance(names_or_fault[0], str):
+            raise UserError(names_or_fault[0])
+        self.names = names_or_fault[0]
 
     def fill(self, parameter: nn.Parameter, name: str) -> None:
         """Collective. Set an allocated parameter to the tensor of this name."""
         if self.files:
             parameter.data.copy_(self.files[name].get_tensor(name))
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            sent = parameter.data.to(_device())
+        if self.several:
+            sent = parameter.data.to(self.device)
             dist.broadcast(sent, 0)
             parameter.data.copy_(sent)
 
 
-def _device() -> torch.device:
-    """Return the device of the process group's tensors."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def _usable(files: dict[str, Any], model: FlipPreTrainedModel) -> set[str]:
-    """Return the names of the tensors that `model` uses, and log missing and unused names.
-
-    Raises:
-        UserError: a tensor has another shape than its parameter.
-    """
+    """Return the names of the tensors that `model` uses, and log missing and unused names."""
     shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
     for name in shapes.keys() & files.keys():
         stored = files[name].get_slice(name).get_shape()

@@ -36,15 +36,8 @@ _MAX_DIGITS = 9
 _PARALLELISM = ("dp_replicate", "dp_shard", "tp", "cp", "sp")
 # DeepSpeed's settings that the recipe or the launch file's mixed_precision sets.
 _DECIDED_ELSEWHERE = (
-    "optimizer",
-    "scheduler",
-    "fp16",
-    "bf16",
-    "amp",
-    "gradient_clipping",
-    "gradient_accumulation_steps",
-    "train_batch_size",
-    "train_micro_batch_size_per_gpu",
+    *("optimizer", "scheduler", "fp16", "bf16", "amp", "gradient_clipping", "gradient_accumulation_steps"),
+    *("train_batch_size", "train_micro_batch_size_per_gpu"),
 )
 
 
@@ -87,11 +80,7 @@ class Launch:
 
 
 def place_in_world(environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
-    """Return the rank of this process and the number of processes, from a launcher's variables.
-
-    Raises:
-        UserError: a variable is no such number.
-    """
+    """Return the rank of this process and the number of processes, from a launcher's variables."""
     rank, world = whole_number(environment, "RANK", 0), whole_number(environment, "WORLD_SIZE", 1)
     if not 0 <= rank < world:
         raise UserError(f"the environment has RANK={rank} and WORLD_SIZE={world}; a launcher sets 0 to {world - 1}")
@@ -99,11 +88,7 @@ def place_in_world(environment: Mapping[str, str] = os.environ) -> tuple[int, in
 
 
 def whole_number(environment: Mapping[str, str], name: str, default: int) -> int:
-    """Return the value of a launcher's variable.
-
-    Raises:
-        UserError: it is no whole number.
-    """
+    """Return the value of a launcher's variable."""
     text = environment.get(name, str(default))
     if not text.isdecimal() or len(text) > _MAX_DIGITS:
         raise UserError(
@@ -113,11 +98,7 @@ def whole_number(environment: Mapping[str, str], name: str, default: int) -> int
 
 
 def promised_processes(environment: Mapping[str, str]) -> int:
-    """Return the number of processes that the batch script or the launcher means to start; 1 if neither says so.
-
-    Raises:
-        UserError: it is no whole number.
-    """
+    """Return the number of processes that the batch script or the launcher means to start, by default 1."""
     for name in (NUM_PROCESSES, "WORLD_SIZE"):
         if name in environment:
             return whole_number(environment, name, 1)
@@ -154,10 +135,7 @@ def launch_of(environment: Mapping[str, str]) -> Launch:
 
 
 def read_launch_file(file: Path, num_processes: int | None = None) -> Launch:
-    """Return the launch of `accelerate launch --config_file FILE`.
-
-    Args:
-        num_processes: number of processes; by default the file's.
+    """Return the launch of `accelerate launch --config_file FILE`, by default of the file's number of processes.
 
     Raises:
         UserError: the file cannot be read, or flipscale does not support it.
@@ -166,11 +144,7 @@ def read_launch_file(file: Path, num_processes: int | None = None) -> Launch:
 
 
 def launch_environment(file: Path, num_processes: int | None = None) -> dict[str, str]:
-    """Return the variables that accelerate sets for a launch file, as far as `launch_of` reads them.
-
-    Raises:
-        UserError: the file is no launch file of accelerate's.
-    """
+    """Return the variables that accelerate sets for a launch file, as far as `launch_of` reads them."""
     settings = _read_settings(file)
     kind = settings["distributed_type"]
     sections = [section for section in settings.values() if isinstance(section, dict)]
@@ -236,11 +210,7 @@ def shipped(name: str) -> str:
 
 
 def launched_precision(environment: Mapping[str, str]) -> Literal["no", "bf16"]:
-    """Return the precision of a launch, by default the device's `default_precision`.
-
-    Raises:
-        UserError: it is neither `bf16` nor `no`.
-    """
+    """Return the precision of a launch, by default the device's `default_precision`."""
     precision = environment.get(PRECISION, "").lower() or default_precision()
     if precision not in ("no", "bf16"):
         raise UserError(f"mixed_precision is {precision!r}; the loss is fp32 and needs 'bf16' or 'no'")
@@ -251,9 +221,6 @@ def precision_in_words(environment: Mapping[str, str]) -> str:
     """Describe the precision of a launch and its origin, for the log; also whether bf16 would be faster here.
 
     Takes a tenth of a second on a CPU, for a measurement.
-
-    Raises:
-        UserError: the precision is neither `bf16` nor `no`.
     """
     bf16 = launched_precision(environment) == "bf16"
     precision = "bf16 products, fp32 weights and loss" if bf16 else "fp32"
@@ -268,12 +235,7 @@ def _is_set(environment: Mapping[str, str], name: str) -> bool:
 
 
 def _shard_size(environment: Mapping[str, str], num_processes: int, per_node: int | None) -> int | None:
-    """Return the number of processes that share one copy of the weights, or None without a parallelism_config.
-
-    Raises:
-        UserError: the parallelism_config is without FSDP, has other parallelism, does not match the number of
-            processes, or would split copies between machines.
-    """
+    """Return the number of processes that share one copy of the weights, or None without a parallelism_config."""
     if not _is_set(environment, "ACCELERATE_USE_PARALLELISM_CONFIG"):
         return None
     if not _is_set(environment, "ACCELERATE_USE_FSDP"):
@@ -307,19 +269,13 @@ def _shard_size(environment: Mapping[str, str], num_processes: int, per_node: in
 
 
 def _deepspeed_settings(environment: Mapping[str, str]) -> dict[str, Any]:
-    """Return DeepSpeed's settings: the content of its JSON file, or the launch file's stage.
-
-    Raises:
-        UserError: the file does not exist, there is no valid ZeRO stage, or the recipe decides a setting.
-    """
+    """Return DeepSpeed's settings: the content of its JSON file, or the launch file's stage."""
     file = environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
-    if file == "none":
-        settings: dict[str, Any] = {
-            "zero_optimization": {"stage": whole_number(environment, "ACCELERATE_DEEPSPEED_ZERO_STAGE", 2)}
-        }
-        file = "deepspeed_config"
-    else:
+    if file != "none":
         settings = _read_deepspeed_file(Path(file))
+    else:
+        stage = whole_number(environment, "ACCELERATE_DEEPSPEED_ZERO_STAGE", 2)
+        file, settings = "deepspeed_config", {"zero_optimization": {"stage": stage}}
     for name in _DECIDED_ELSEWHERE:
         if name in settings:
             raise UserError(

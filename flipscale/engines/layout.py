@@ -22,10 +22,6 @@ class Layout:
     """The layout of a model's parameters over the processes, for checkpoints and averages.
 
     In this class every process holds every parameter whole. Engines that shard have subclasses.
-
-    Args:
-        model: model with weights, sharded if the engine shards.
-        rank: rank of this process among `world` processes.
     """
 
     def __init__(self, model: nn.Module, rank: int, world: int):
@@ -96,11 +92,7 @@ class Layout:
         return ranges
 
     def pieces(self, averages: Mapping[str, torch.Tensor]) -> list[Piece]:
-        """Return the data that this process saves.
-
-        Args:
-            averages: averages of the tensors of `all_weights`; empty for a run without averages.
-        """
+        """Return the data that this process saves, with the averages of `all_weights` if the run has them."""
         ranges, pieces = self.saved_ranges(), []
         for name, parameter in self.model.named_parameters():
             mine, weights = ranges[name], self.weights(parameter)
@@ -117,10 +109,7 @@ class Layout:
             reader.fill("weight", name, *self.weights(parameter))
 
     def load_moments(self, reader: CheckpointReader, steps: int) -> None:
-        """Fill the moments from a checkpoint.
-
-        Args:
-            steps: number of optimiser steps before the checkpoint.
+        """Fill the moments from a checkpoint after `steps` optimiser steps.
 
         Raises:
             UserError: another optimiser wrote the checkpoint.
@@ -136,9 +125,8 @@ class Layout:
 class Averages:
     """Exponential moving averages of this process's elements of each parameter.
 
-    Args:
-        decay: decay of the averages; each step's weights are mixed in with 1 - decay.
-        reader: reader of the checkpoint with the averages; None to start from the current weights.
+    They start from the checkpoint of `reader`, or else from the current weights. Each step's weights are mixed in with
+    1 - decay.
     """
 
     def __init__(self, layout: Layout, decay: float, reader: CheckpointReader | None):

@@ -33,7 +33,6 @@ class Muon(torch.optim.Optimizer):
     for matrices that are whole on every process, or DTensors sharded by rows.
 
     Args:
-        matrices: matrices or groups of matrices, in the form of torch's optimisers.
         dtype: dtype of the iteration and of its messages.
         sharers: processes that share the work on whole matrices; None if each does all of it.
     """
@@ -174,10 +173,7 @@ def share_out(shapes: tuple[torch.Size, ...], count: int) -> list[int]:
 def buffer_elements(shapes: Sequence[torch.Size], count: int, is_sharded: bool) -> int:
     """Return the number of elements that a step needs on the fullest of `count` sharing processes.
 
-    The step begins after the activations are freed.
-
-    Args:
-        is_sharded: whether matrices are sharded by rows over these processes, or whole on each.
+    The matrices are sharded by rows over these processes, or whole on each.
     """
     if not shapes:
         return 0

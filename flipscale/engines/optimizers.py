@@ -192,10 +192,7 @@ def num_moments(model: nn.Module, recipe: OptimRecipe) -> dict[str, int]:
 
 
 def muon_buffer_bytes(model: nn.Module, launch: Launch) -> int:
-    """Return the bytes of Muon's step on the fullest process, besides weights, gradients and momentum.
-
-    The step begins after the activations are freed.
-    """
+    """Return the bytes of Muon's step on the fullest process, besides weights, gradients and momentum."""
     names, is_sharded = muon_matrices(model), launch.engine == "fsdp2"
     shapes = [parameter.shape for name, parameter in model.named_parameters() if name in names]
     sharers = (launch.shard_size or launch.num_processes) if is_sharded else launch.neighbours
@@ -228,10 +225,7 @@ def gradient_norm(
 ) -> torch.Tensor:
     """Return the global norm of the gradients, fp32 `()`, and clip them in place to `max_grad_norm`, if that is set.
 
-    Collective over `holders`.
-
-    Args:
-        holders: processes that together hold every gradient once; None if each process has all gradients.
+    Collective over `holders`, which together hold every gradient once. With None, each process has all gradients.
     """
     shards = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
     gradients = [gradient for gradient in shards if gradient.numel()]

@@ -4,7 +4,7 @@ import math
 import os
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -157,11 +157,7 @@ class ZeroEngine(Engine):
 
 
 def _check_settings(given: dict[str, Any]) -> None:
-    """Check DeepSpeed's settings, because its own message takes pages.
-
-    Raises:
-        UserError: a setting is unknown or has an invalid value.
-    """
+    """Raise a UserError for DeepSpeed's first invalid setting, because its own message takes pages."""
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
     from pydantic import ValidationError
 
@@ -232,15 +228,13 @@ class _FragmentLayout(_ZeroLayout):
         }
 
     def saved_ranges(self) -> dict[str, range]:
-        return {name: self._saved_range(parameter) for name, parameter in self.model.named_parameters()}
-
-    def _saved_range(self, parameter: Any) -> range:
-        if not parameter.requires_grad:
-            return range(parameter.numel() if self.rank == 0 else 0)
-        if parameter._hp_mapping is None:
-            return range(0)
-        where = parameter._hp_mapping.lp_fragment_address
-        return range(where.start, where.start + where.numel)
+        ranges, parameters = {}, cast("dict[str, Any]", dict(self.model.named_parameters()))
+        for name, parameter in parameters.items():
+            ranges[name] = range(0 if parameter.requires_grad or self.rank else parameter.numel())
+            if parameter.requires_grad and parameter._hp_mapping is not None:
+                where = parameter._hp_mapping.lp_fragment_address
+                ranges[name] = range(where.start, where.start + where.numel)
+        return ranges
 
     def _flat_groups(self) -> Sequence[torch.Tensor]:
         return self.zero.single_partition_of_fp32_groups

@@ -50,13 +50,7 @@ __all__ = [
     "FlipVisionModelWithProjection",
 ]
 
-_MODULES = (
-    "configuration_flip",
-    "modeling_flip",
-    "modeling_flip_caption",
-    "modeling_flip_vqa",
-    "processing_flip",
-)
+_MODULES = ("configuration_flip", "modeling_flip", "modeling_flip_caption", "modeling_flip_vqa", "processing_flip")
 
 
 def __getattr__(name: str) -> Any:

@@ -54,11 +54,7 @@ class FlipPreTrainedConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Return the configuration in a file's content.
-
-        Raises:
-            ValueError: the content has another model type or a newer `model_format`.
-        """
+        """Return the configuration in a file's content, unless of another model type or a newer `model_format`."""
         cls._check_readable(config_dict)
         return super().from_dict(config_dict, **kwargs)
 
@@ -67,9 +63,6 @@ class FlipPreTrainedConfig(PreTrainedConfig):
         """Return the configuration in a file's content, reading only the fields of this class.
 
         Fields that transformers adds are left out: they may name code, kernels and other files to load.
-
-        Raises:
-            ValueError: the content has another model type, a newer `model_format` or an invalid field.
         """
         cls._check_readable(content)
         return cls._checked(cls._own(content))
@@ -113,11 +106,7 @@ class FlipPreTrainedConfig(PreTrainedConfig):
 
 
 def check_ranges(config: PreTrainedConfig) -> None:
-    """Check the numbers of a configuration.
-
-    Raises:
-        ValueError: a number is out of its range.
-    """
+    """Raise a ValueError for a number that is out of its range."""
     for name, (least, greatest) in RANGES.items():
         value = getattr(config, name, None)
         if value is not None and not least <= value <= greatest:
@@ -127,11 +116,7 @@ def check_ranges(config: PreTrainedConfig) -> None:
 
 
 def patches_along(image_size: int, patch_size: int) -> int:
-    """Return the number of patches along each side of an image; sizes are in pixels.
-
-    Raises:
-        ValueError: `patch_size` does not divide `image_size`.
-    """
+    """Return the number of patches along each side of an image; sizes are in pixels."""
     count, rest = divmod(image_size, patch_size)
     if rest or count < 1:
         fitting = " or ".join(str(patch_size * number) for number in (count, count + 1) if number > 0)
@@ -140,11 +125,7 @@ def patches_along(image_size: int, patch_size: int) -> int:
 
 
 def check_tower(config: PreTrainedConfig) -> None:
-    """Check the configuration of a transformer's blocks.
-
-    Raises:
-        ValueError: a number is out of its range, the heads do not divide the width, or the activation is unknown.
-    """
+    """Raise a ValueError for numbers out of range, heads that do not divide the width, or an unknown activation."""
     check_ranges(config)
     if config.hidden_size % config.num_attention_heads:
         raise ValueError(
@@ -216,11 +197,7 @@ class FlipVisionConfig(FlipPreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def patches_along(self, image_size: int | None = None) -> int:
-        """Return the number of patches along each side of an image; by default of the model's `image_size`.
-
-        Raises:
-            ValueError: the patch size does not divide `image_size`.
-        """
+        """Return the number of patches along each side of an image; by default of the model's `image_size`."""
         return patches_along(self.image_size if image_size is None else image_size, self.patch_size)
 
     @property
@@ -334,11 +311,7 @@ class FlipDecoderConfig(FlipPreTrainedConfig):
 
     @classmethod
     def for_text(cls, text: FlipTextConfig, **fields: Any) -> "FlipDecoderConfig":
-        """Return the configuration of a decoder with a text tower's width and tokens; `fields` replace others.
-
-        Raises:
-            ValueError: a field is invalid.
-        """
+        """Return the configuration of a decoder with a text tower's width and tokens; `fields` replace others."""
         shared = (name for name in cls.__annotations__ if name in _SHARED_WITH_TEXT)
         return cls._checked({**{name: getattr(text, name) for name in shared}, **fields})
 
@@ -359,7 +332,6 @@ class FlipAnswerConfig(FlipPreTrainedConfig):
     The defaults are the paper's, with METER's list of answers to VQAv2.
 
     Args:
-        num_answers: number of possible answers.
         sees_image: False for a baseline that answers from the question alone.
     """
 
@@ -491,9 +463,6 @@ class FlipConfig(FlipPreTrainedConfig):
 
         Args:
             size: a key of `SIZES`: b16, l16, h14 (paper, Table 9), l14 (paper, Table 2), g14 (LAION's G/14).
-
-        Raises:
-            ValueError: the size is unknown, a field is invalid, or the towers differ in `projection_dim`.
         """
         if size not in SIZES:
             raise ValueError(f"model size {size!r} is unknown; use one of {', '.join(SIZES)}")
@@ -532,5 +501,3 @@ SIZES: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {
     "h14": (_tower(1280, 32, 16, patch_size=14), _tower(1024, 24, 16), 1024),
     "g14": (_tower(1664, 48, 16, mlp=8192, patch_size=14), _tower(1280, 32, 20), 1280),
 }
-
-__all__ = ["FlipAnswerConfig", "FlipConfig", "FlipDecoderConfig", "FlipTextConfig", "FlipVisionConfig"]

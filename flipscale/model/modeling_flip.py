@@ -79,9 +79,6 @@ def sincos_positions(width: int, rows: int, columns: int, side: int | None = Non
             `rows` x `columns` is stretched over the same extent and the shorter side is centred. A patch then has the
             coordinates of the place that it shows: one that covers four reference patches has their mean. By default
             rows and columns are counted from 0.
-
-    Raises:
-        ValueError: the width is not divisible by 4.
     """
     if width % 4:
         raise ValueError(f"vision hidden_size {width} is not divisible by 4, which 2-D sine-cosine positions need")
@@ -174,11 +171,7 @@ class FlipVisionEmbeddings(nn.Module):
         interpolate_pos_encoding: bool,
         image_size: int | None = None,
     ) -> torch.Tensor:
-        """Return the tokens `(batch, 1 + kept, hidden_size)`. The arguments are those of `FlipVisionModel.forward`.
-
-        Raises:
-            ValueError: there is no image, or a shape does not fit the model.
-        """
+        """Return the tokens `(batch, 1 + kept, hidden_size)`. The arguments are those of `FlipVisionModel.forward`."""
         side = self.config.patches_along(image_size)
         if patches is None:
             if pixel_values is None:
@@ -260,11 +253,7 @@ class FlipTextEmbeddings(nn.Module):
         self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
 
     def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor | None) -> torch.Tensor:
-        """Map ids `(batch, tokens)` to tokens `(batch, tokens, hidden_size)`; by default positions are counted from 0.
-
-        Raises:
-            ValueError: there are more tokens than positions.
-        """
+        """Map ids `(batch, tokens)` to tokens `(batch, tokens, hidden_size)`; by default positions count from 0."""
         limit = self.position_embedding.num_embeddings
         if input_ids.shape[1] > limit:
             raise ValueError(f"input_ids has {input_ids.shape[1]} tokens; expected at most {limit}. Fix: truncate them")
@@ -350,28 +339,12 @@ class FlipAttention(nn.Module):
         output, weights = self._attend(query, key, value, attention_mask, **kwargs)
         return self.out_proj(output.reshape(hidden_states.shape)), weights
 
-    def _attend(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        **kwargs: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
-        return attend(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            is_causal=self.is_causal,
-            scaling=self.scaling,
-            dropout=self.config.attention_dropout if self.training else 0.0,
-            **kwargs,
-        )
+    def _attend(self, *states: torch.Tensor | None, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Attend with `states`: query, key, value and attention mask."""
+        kernel = self.config._attn_implementation
+        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(kernel, eager_attention_forward)
+        dropout = self.config.attention_dropout if self.training else 0.0
+        return attend(self, *states, is_causal=self.is_causal, scaling=self.scaling, dropout=dropout, **kwargs)
 
 
 class FlipMLP(nn.Module):
@@ -487,12 +460,7 @@ class FlipPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """Load the model of a folder or Hub name. Weights are read from safetensors, never from a pickle.
-
-        Raises:
-            ValueError: `use_safetensors` is False.
-            OSError: there are no weights as safetensors.
-        """
+        """Load the model of a folder or Hub name. Weights are read from safetensors, never from a pickle."""
         if kwargs.pop("use_safetensors", None) is False:
             raise ValueError("use_safetensors is False; a pickle can run code when it is read and is never loaded")
         return super().from_pretrained(pretrained_model_name_or_path, *args, use_safetensors=True, **kwargs)
@@ -559,9 +527,6 @@ class FlipVisionModel(FlipPreTrainedModel):
         self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.embeddings.patch_embedding
-
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
     def forward(
@@ -620,12 +585,6 @@ class FlipTextModel(FlipPreTrainedModel):
         self.encoder = FlipEncoder(config)
         self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.embeddings.token_embedding
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.embeddings.token_embedding = cast(nn.Embedding, value)
 
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
@@ -752,10 +711,6 @@ class FlipModel(FlipPreTrainedModel):
     logit_bias: nn.Parameter | None
 
     def __init__(self, config: FlipConfig):
-        """
-        Raises:
-            ValueError: the configuration has no text tower, because it describes a captioner.
-        """
         if config.text_config is None:
             raise ValueError("the config has no text_config; load this captioner as a FlipForConditionalGeneration")
         super().__init__(config)
@@ -799,10 +754,7 @@ class FlipModel(FlipPreTrainedModel):
         return output
 
     def loss_values(self) -> dict[str, torch.Tensor]:
-        """Return the values of the loss parameters, fp32 `(1,)`.
-
-        `logit_scale` is the inverse temperature (after the exponential), clipped to [1, 100].
-        """
+        """Return the values of the loss parameters, fp32 `(1,)`, as in `FlipOutput`."""
         # The parameter itself is not clipped: it may drift past ln(100), where its gradient is zero.
         values = {"logit_scale": self.logit_scale.float().clamp(0.0, math.log(100.0)).exp()}
         if self.logit_bias is not None:
@@ -912,14 +864,3 @@ class FlipForImageClassification(FlipPreTrainedModel):
             hidden_states=output.hidden_states,
             attentions=output.attentions,
         )
-
-
-__all__ = [
-    "FlipForImageClassification",
-    "FlipModel",
-    "FlipPreTrainedModel",
-    "FlipTextModel",
-    "FlipTextModelWithProjection",
-    "FlipVisionModel",
-    "FlipVisionModelWithProjection",
-]

@@ -205,18 +205,6 @@ class FlipCaptionDecoder(FlipPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.embeddings.token_embedding
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.embeddings.token_embedding = cast(nn.Embedding, value)
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.lm_head
-
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        self.lm_head = cast(nn.Linear, new_embeddings)
-
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -304,9 +292,6 @@ def read_captions(
         image_tokens: tokens of each image, or of each of its views, which are neighbouring rows and share the caption.
         input_ids, labels: see `FlipForConditionalGeneration.forward`.
         in_parallel, kwargs: see `FlipCaptionDecoder.forward`.
-
-    Raises:
-        ValueError: there are no captions.
     """
     if input_ids is None:
         if labels is None:
@@ -333,23 +318,6 @@ class FlipCaptionOutput(Seq2SeqLMOutput):
     caption_losses: torch.Tensor | None = None
 
 
-def _output(
-    encoded: BaseModelOutputWithPooling, decoded: FlipDecoderOutput, losses: torch.Tensor | None, return_logits: bool
-) -> FlipCaptionOutput:
-    return FlipCaptionOutput(
-        loss=None if losses is None else losses.mean(),
-        logits=decoded.logits if return_logits else None,
-        decoder_hidden_states=decoded.hidden_states,
-        decoder_attentions=decoded.attentions,
-        cross_attentions=decoded.cross_attentions,
-        encoder_last_hidden_state=encoded[0],
-        encoder_hidden_states=encoded.get("hidden_states"),
-        encoder_attentions=encoded.get("attentions"),
-        caption_losses=losses,
-        **{CACHE: decoded.cache},
-    )
-
-
 class _NoPositionLeft(StoppingCriteria):
     """Stops a caption when the decoder has no position for another token."""
 
@@ -372,10 +340,6 @@ class FlipForConditionalGeneration(FlipPreTrainedModel, GenerationMixin):
     _keys_to_ignore_on_load_unexpected = [r"^text_", r"^image_projection\.", r"^logit_", r"^fusion\."]  # noqa: RUF012
 
     def __init__(self, config: FlipConfig):
-        """
-        Raises:
-            ValueError: the configuration has no decoder.
-        """
         if config.decoder_config is None:
             raise ValueError("the config has no decoder_config, which captions need; load the model as a FlipModel")
         super().__init__(config)
@@ -461,7 +425,18 @@ class FlipForConditionalGeneration(FlipPreTrainedModel, GenerationMixin):
         options |= {"cache": cache if cache is not None else past_key_values, "use_cache": use_cache, **kwargs}
         captions = (decoder_input_ids, labels, in_parallel)
         decoded, losses = read_captions(self.decoder, encoder_outputs[0], *captions, **options)
-        return _output(encoder_outputs, decoded, losses, return_logits)
+        return FlipCaptionOutput(
+            loss=None if losses is None else losses.mean(),
+            logits=decoded.logits if return_logits else None,
+            decoder_hidden_states=decoded.hidden_states,
+            decoder_attentions=decoded.attentions,
+            cross_attentions=decoded.cross_attentions,
+            encoder_last_hidden_state=encoder_outputs[0],
+            encoder_hidden_states=encoder_outputs.get("hidden_states"),
+            encoder_attentions=encoder_outputs.get("attentions"),
+            caption_losses=losses,
+            **{CACHE: decoded.cache},
+        )
 
     @torch.no_grad()
     def generate(  # type: ignore[override]
@@ -510,6 +485,3 @@ class FlipForConditionalGeneration(FlipPreTrainedModel, GenerationMixin):
             )
         begin = ids.new_full((len(ids), 1), self.config.decoder_config.bos_token_id)
         return torch.cat([begin, ids[:, :longest]], dim=1)
-
-
-__all__ = ["FlipCaptionDecoder", "FlipForConditionalGeneration"]

@@ -111,10 +111,6 @@ class FlipForQuestionAnswering(FlipModel):
     """
 
     def __init__(self, config: FlipConfig):
-        """
-        Raises:
-            ValueError: the configuration has no `answer_config`.
-        """
         if config.answer_config is None:
             raise ValueError("the config has no answer_config, which answers need; load the model as a FlipModel")
         super().__init__(config)
@@ -163,6 +159,3 @@ class FlipForQuestionAnswering(FlipModel):
         return FlipAnswerOutput(
             loss=None if losses is None else losses.mean(), **towers, logits=logits, answer_losses=losses
         )
-
-
-__all__ = ["FlipForQuestionAnswering"]

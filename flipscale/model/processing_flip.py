@@ -19,6 +19,3 @@ class FlipProcessor(ProcessorMixin):
 
     def __init__(self, image_processor: Any = None, tokenizer: Any = None, **kwargs: Any):
         super().__init__(image_processor, tokenizer, **kwargs)
-
-
-__all__ = ["FlipProcessor"]

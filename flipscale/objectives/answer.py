@@ -14,8 +14,6 @@ from flipscale.model.configuration_flip import FlipAnswerConfig
 from flipscale.model.modeling_flip_vqa import FlipAnswerOutput
 from flipscale.objectives.objective import Objective
 
-Answers = Annotated[int, Range(at_least=2, at_most=10_000_000)]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Answer(Objective):
@@ -29,7 +27,7 @@ class Answer(Objective):
     exported_class: ClassVar[type[FlipPreTrainedModel]] = FlipForQuestionAnswering
     columns: ClassVar[tuple[str, ...]] = ("labels",)
 
-    num_answers: Answers
+    num_answers: Annotated[int, Range(at_least=2, at_most=10_000_000)]
 
     @property
     def num_labels(self) -> int:

@@ -31,10 +31,7 @@ class CaptioningOutput(FlipOutput):
 
 
 class CaptioningFlipModel(FlipModel):
-    """A `FlipModel` with a decoder on its image tower.
-
-    Weights have the names of `FlipModel` and `FlipForConditionalGeneration`.
-    """
+    """A `FlipModel` with the decoder of a `FlipForConditionalGeneration` on its image tower."""
 
     def __init__(self, config: FlipConfig):
         super().__init__(config)
@@ -45,12 +42,7 @@ class CaptioningFlipModel(FlipModel):
         self._keys_to_ignore_on_load_unexpected = set()
 
     def forward(self, *inputs: Any, in_parallel: torch.Tensor | None = None, **kwargs: Any) -> Any:
-        """
-        Embed images and captions as `FlipModel.forward` does, and predict the captions from the images' tokens.
-
-        Args:
-            in_parallel: see `FlipCaptionDecoder.forward`.
-        """
+        """Embed images and captions as `FlipModel.forward`, and predict captions as `FlipCaptionDecoder.forward`."""
         with recorded_inputs(self.image_projection) as means:
             output = super().forward(*inputs, **kwargs)
         if not isinstance(output, FlipOutput):
@@ -137,11 +129,7 @@ def with_decoder(config: FlipConfig, prediction: Prediction) -> FlipConfig:
 
 
 def captioned(dataset: Any, prediction: Prediction, *arguments: Any, **options: Any) -> PairDataset:
-    """Return `dataset(...)` that also draws which captions are predicted in parallel.
-
-    Raises:
-        UserError: words of captions are masked.
-    """
+    """Return `dataset(...)` that also draws which captions are predicted in parallel."""
     captions: PairDataset = dataset(*arguments, parallel_share=PARALLEL_SHARES[prediction], **options)
     if captions.text_mask_ratio > 0.0:
         raise UserError(

@@ -15,8 +15,6 @@ from flipscale.io.options import Range, ShareBelowOne
 from flipscale.model import FlipConfig, FlipForImageClassification, FlipPreTrainedModel
 from flipscale.objectives.objective import Objective
 
-Classes = Annotated[int, Range(at_least=2, at_most=10_000_000)]
-
 
 @dataclass
 class ClassifyOutput(ModelOutput):
@@ -42,11 +40,7 @@ class ClassifyingFlipModel(FlipForImageClassification):
         return_logits: bool = True,
         **images: Any,
     ) -> ClassifyOutput:
-        """
-        Args:
-            labels, label_shares: `(batch, n)`, see `ClassifyOutput`.
-            images: the arguments of `FlipVisionModel.forward`.
-        """
+        """Classify `images`, the arguments of `FlipVisionModel.forward`."""
         return ClassifyOutput(logits=super().forward(**images).logits, labels=labels, label_shares=label_shares)
 
 
@@ -65,7 +59,7 @@ class Classify(Objective):
     takes_text: ClassVar[bool] = False
     columns: ClassVar[tuple[str, ...]] = ("labels",)
 
-    num_classes: Classes
+    num_classes: Annotated[int, Range(at_least=2, at_most=10_000_000)]
     label_smoothing: ShareBelowOne = 0.0
 
     @property

@@ -94,11 +94,7 @@ class ContrastiveBatch:
     """
 
     def __init__(self, images: torch.Tensor, texts: torch.Tensor, scale: torch.Tensor, exchange: str):
-        """Collective.
-
-        Args:
-            scale: see `as_number`.
-        """
+        """Collective. `scale` is made by `as_number`."""
         self.images, self.scale = images, scale
         self.texts = exchange_of(texts, exchange)
         views = views_of(images, len(texts))

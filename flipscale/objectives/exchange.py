@@ -46,7 +46,6 @@ def exchange_bytes(exchange: str, pairs: int, world: int, dim: int, views: int =
     Args:
         pairs: number of pairs of one process.
         dim: width of the embeddings, in fp32.
-        views: number of views of each image.
         device_type: `cpu` or `cuda`; on `cpu` all-to-all replaces reduce-scatter, with an output as large as its input.
     """
     if world == 1:
@@ -61,12 +60,7 @@ def exchange_bytes(exchange: str, pairs: int, world: int, dim: int, views: int =
 
 @dataclass
 class Slot:
-    """Data of a visit's texts.
-
-    Args:
-        along: rows that travelled with the texts.
-        results: rows that this process computed for the texts; the caller of `visits` sets them.
-    """
+    """Rows that travelled `along` with a visit's texts, and this process's `results`, set by the caller of `visits`."""
 
     along: Rows
     results: Rows = ()
@@ -94,7 +88,7 @@ class Gathered:
             merge: function that merges results; None adds them.
             along: tensors with a row for each of this process's texts, which travel with the texts.
         """
-        slot = Slot(_unpacked(_gather(_packed(along)).transpose(0, 1).flatten(1, 2)) if along else ())
+        slot = Slot(_gather(_packed(along)).transpose(0, 1).flatten(1, 2).unbind(0) if along else ())
         yield self.first, self.texts, slot
         # Taken out of the slot, because the caller still holds the slot.
         results, slot.results = slot.results, ()
@@ -129,12 +123,12 @@ class Ring:
         for step in range(self.world):
             owner = (self.rank + step) % self.world
             ahead = self._pass_on(texts) if step < self.world - 1 else None
-            slot = Slot(_unpacked(*texts[1:]) if along else ())
+            slot = Slot(texts[1].unbind(0) if along else ())
             yield (self.rank - owner) * len(self.texts), texts[0], slot
             # Taken out of the slot, because the caller still holds the slot.
             results, slot.results = slot.results, ()
             if behind is not None:
-                results = _reduce_two(merge, results, _unpacked(*behind.wait()))
+                results = _reduce_two(merge, results, behind.wait()[0].unbind(0))
             if self.world == 1:
                 self.reduced = results
                 return
@@ -142,7 +136,7 @@ class Ring:
             if ahead is not None:
                 texts = ahead.wait()
         assert behind is not None
-        self.reduced = _unpacked(*behind.wait())
+        self.reduced = behind.wait()[0].unbind(0)
 
     def _pass_on(self, rows: Rows) -> "_Passing":
         return _Passing(rows, (self.rank - 1) % self.world, (self.rank + 1) % self.world)
@@ -173,10 +167,6 @@ def exchange_of(texts: torch.Tensor, exchange: str) -> Gathered | Ring:
 def _packed(rows: Rows) -> torch.Tensor:
     """Stack the rows into one message `(count, batch, ...)`."""
     return rows[0].unsqueeze(0) if len(rows) == 1 else torch.stack(rows)
-
-
-def _unpacked(message: torch.Tensor) -> Rows:
-    return message.unbind(0)
 
 
 def _reduce_two(merge: Merge | None, one: Rows, other: Rows) -> Rows:

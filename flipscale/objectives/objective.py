@@ -51,19 +51,12 @@ class Objective:
         return config
 
     def dataset(self, *arguments: Any, **options: Any) -> PairDataset:
-        """Return the data set of a run: a `PairDataset` of these arguments, or of a subclass.
-
-        Raises:
-            UserError: the source or a stage does not suit this objective.
-        """
+        """Return the data set of a run: a `PairDataset` of these arguments, or of a subclass."""
         options["sends_masked"] = "masked_patches" in self.columns
         return PairDataset(*arguments, **options)
 
     def example_labels(self, batch_size: int) -> torch.Tensor:
-        """Return labels of a batch's shape and dtype, for objectives with the column `labels`.
-
-        By default these are class numbers `(batch, 1)`.
-        """
+        """Return labels of a batch's shape and dtype; by default class numbers `(batch, 1)`."""
         return torch.zeros(batch_size, 1, dtype=torch.int64)
 
     def parameters(self, output: Any) -> dict[str, torch.Tensor]:
@@ -78,13 +71,9 @@ class Objective:
         return output.image_embeds, output.text_embeds
 
     def coupled_loss(self, *compared: Any, **parameters: Any) -> torch.Tensor:
-        """Collective. Return this process's part of the loss, fp32 `()`.
+        """Collective. Return this process's part of the loss, fp32 `()`, of all its `compared` and `parameters`.
 
         The mean over processes is the loss of the global batch, and the mean of the gradients is its gradient.
-
-        Args:
-            compared: tensors that `compared` returns, for all samples of this process.
-            parameters: tensors that `parameters` returns, by name.
         """
         raise NotImplementedError
 

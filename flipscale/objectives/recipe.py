@@ -80,11 +80,7 @@ class LossRecipe:
 
 
 def build_objective(recipe: LossRecipe, mask: MaskRecipe) -> "Objective":
-    """Return the objective of a recipe.
-
-    Raises:
-        UserError: reconstruction with several views, or two losses that each train a model class of their own.
-    """
+    """Return the objective of a recipe."""
     from flipscale.objectives.captioning import WithCaptions
     from flipscale.objectives.objective import Objective
     from flipscale.objectives.reconstruction import WithReconstruction

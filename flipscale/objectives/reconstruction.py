@@ -55,16 +55,9 @@ class ReconstructionDecoder(FlipPreTrainedModel):
     @classmethod
     def for_tower(cls, tower: FlipVisionConfig) -> "ReconstructionDecoder":
         """Return the decoder for an image tower with this configuration."""
-        width = tower.hidden_size // 2
-        shape = {
-            "hidden_size": width,
-            "num_hidden_layers": _DECODER_LAYERS,
-            "num_attention_heads": max(width // 64, 1),
-            "intermediate_size": 4 * width,
-        }
-        config = copy.deepcopy(tower)
-        for name, value in shape.items():
-            setattr(config, name, value)
+        config, width = copy.deepcopy(tower), tower.hidden_size // 2
+        config.hidden_size, config.num_hidden_layers, config.intermediate_size = width, _DECODER_LAYERS, 4 * width
+        config.num_attention_heads = max(width // 64, 1)
         return cls._from_config(config, tower_width=tower.hidden_size)
 
     def fixed_tables(self) -> dict[str, torch.Tensor]:
@@ -90,11 +83,7 @@ class ReconstructionDecoder(FlipPreTrainedModel):
                 init.copy_(getattr(module, name), value)
 
     def forward(
-        self,
-        tokens: torch.Tensor,
-        patch_index: torch.Tensor,
-        masked_index: torch.Tensor,
-        image_size: int | None = None,
+        self, tokens: torch.Tensor, patch_index: torch.Tensor, masked_index: torch.Tensor, image_size: int | None = None
     ) -> torch.Tensor:
         """Predict the pixels of the masked patches, `(batch, masked, channels * p * p)`, each patch normalised.
 
@@ -114,10 +103,7 @@ class ReconstructionDecoder(FlipPreTrainedModel):
 
 
 class ReconstructingFlipModel(FlipModel):
-    """A `FlipModel` for training whose forward pass also reconstructs masked patches.
-
-    It adds the decoder's weights; the other weights have the names of `FlipModel`.
-    """
+    """A `FlipModel` for training whose forward pass also reconstructs masked patches."""
 
     def __init__(self, config: FlipConfig):
         super().__init__(config)

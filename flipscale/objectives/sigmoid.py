@@ -35,11 +35,7 @@ class Sigmoid(Objective):
         return config
 
     def coupled_loss(
-        self,
-        image_embeds: torch.Tensor,
-        text_embeds: torch.Tensor,
-        logit_scale: torch.Tensor,
-        logit_bias: torch.Tensor,
+        self, image_embeds: torch.Tensor, text_embeds: torch.Tensor, logit_scale: torch.Tensor, logit_bias: torch.Tensor
     ) -> torch.Tensor:
         return sigmoid_loss(image_embeds, text_embeds, logit_scale, logit_bias, self.exchange)
 

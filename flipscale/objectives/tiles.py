@@ -111,10 +111,9 @@ def common_shift(highest: float, lowest_positive: float) -> float | None:
 
 
 class Tile(NamedTuple):
-    """A part of the matrix.
+    """A part of the matrix: its `rows` and `columns`.
 
     Args:
-        rows, columns: slices of the whole matrix.
         scaled: the rows times `scale`.
         logits: `(rows, columns)`, in memory that the next tile reuses.
         positives: logits of the pairs, a view of `logits`.
@@ -209,11 +208,9 @@ def add_negatives(
     positives: torch.Tensor,
     shift: float | None,
 ) -> None:
-    """Add the tiles' logits to the negatives of their rows and columns; write the logits of the pairs to `positives`.
+    """Add the tiles' logits to the negatives of rows and columns; write the pairs' logits to `positives` `(rows,)`.
 
-    Args:
-        positives: `(rows,)`.
-        shift: the `common_shift` of all negatives, or None.
+    `shift` is the `common_shift` of all negatives, or None.
     """
     for tile in tiles:
         positives[tile.paired] = tile.positives
@@ -272,11 +269,9 @@ def _exponentials(tile: Tile, shift: float) -> torch.Tensor:
 def workspace(rows: torch.Tensor, columns: torch.Tensor, buffers: int) -> torch.Tensor:
     """Return the memory that `for_each_block` needs for the matrix of these rows and columns.
 
-    Args:
-        buffers: number of matrices of a tile's size that are needed at once: two, or one if logits are not kept.
+    `buffers` is the number of matrices of a tile's size that are needed at once: two, or one if logits are not kept.
     """
-    elements = workspace_elements(len(rows), len(columns), rows.shape[1], buffers, rows.device.type)
-    return rows.new_empty(elements)
+    return rows.new_empty(workspace_elements(len(rows), len(columns), rows.shape[1], buffers, rows.device.type))
 
 
 def workspace_elements(rows: int, columns: int, dim: int, buffers: int, device_type: str) -> tuple[int, int]:

@@ -55,7 +55,7 @@ class Saver:
             state = {
                 "step": step.number,
                 "samples_seen": step.number * self._plan.batch_size,
-                "optimizer_steps": self._engine.optimizer_steps(),
+                "optimizer_steps": self._engine.layout.optimizer_steps(),
                 "trained_seconds": self._watch.trained_seconds,
                 **self._plan.schedule.state(step),
                 "data_samples": len(self._plan.source),

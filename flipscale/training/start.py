@@ -155,12 +155,12 @@ def resume(recipe: Recipe, plan: Plan, start: Start) -> Engine:
         engine.build(config, configure, fill, model_class)
         # 2. Load the checkpoint's weights before the model is wrapped, because a wrapper may copy them.
         if reader:
-            engine.load_weights(reader)
+            engine.layout.load_weights(reader)
         # 3. Wrap the model, and make its optimisers without moments.
         engine.prepare()
         # 4. Load the moments, unless the optimisers start afresh at this step.
         if reader and not plan.schedule.first(start.state).starts_afresh:
-            engine.load_moments(reader, start.state["optimizer_steps"])
+            engine.layout.load_moments(reader, start.state["optimizer_steps"])
         # 5. Start the averages: the checkpoint's, or the current weights.
         engine.start_averages(reader)
     return engine

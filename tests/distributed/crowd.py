@@ -197,7 +197,7 @@ def leave_out(file: str) -> None:
     def holds(engine) -> dict[str, torch.Tensor]:
         found = {f"{piece.kind}.{piece.name}": piece.values.clone() for piece in engine.pieces()}
         steps = [s["step"].clone() for o in engine.optimizers for s in o.state.values() if "step" in s]
-        return {**found, "steps": torch.tensor(engine.optimizer_steps()), "of all": torch.stack(steps)}
+        return {**found, "steps": torch.tensor(engine.layout.optimizer_steps()), "of all": torch.stack(steps)}
 
     def same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool:
         return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
@@ -217,7 +217,7 @@ def leave_out(file: str) -> None:
             # -1 stands for a loss that is not finite although its gradients are.
             engine.step(0.01, taken=torch.tensor(float(factor == 1.0), device=start.accelerator.device))
             taken_so_far += factor == 1.0
-            assert engine.optimizer_steps() == taken_so_far
+            assert engine.layout.optimizer_steps() == taken_so_far
             assert all(parameter.grad is None for parameter in engine.model.parameters())
             assert factor == 1.0 or not before or same(before, holds(engine)), factor
         ends.append(holds(engine))

@@ -26,9 +26,11 @@ CONFIG = FlipConfig(
 )
 
 
-def build(name: str, seed: int) -> Engine:
+def build(name: str = "adamw", seed: int = 0, prepare: bool = True) -> Engine:
     engine = DdpEngine(Accelerator(cpu=True), Launch(), OptimRecipe(name=name), global_batch_size=6)
     engine.build(CONFIG, lambda model: None, fresh_weights(seed))
+    if prepare:
+        engine.prepare()
     return engine
 
 
@@ -52,28 +54,26 @@ def save(engine: Engine, run_dir: Path, step: int, total_limit: int = 1) -> Path
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_resumed_training_has_the_same_bits(name: str, tmp_path: Path) -> None:
-    engine = build(name, 0)
-    engine.prepare()
+    engine = build(name)
     steps(engine, range(3))
-    assert engine.optimizer_steps() == 3
+    assert engine.layout.optimizer_steps() == 3
     save(engine, tmp_path, 3)
     steps(engine, range(3, 6))
 
-    other = build(name, 1)
+    other = build(name, 1, prepare=False)
     checkpoint = latest_checkpoint(tmp_path)
     assert checkpoint is not None
     assert json.loads((checkpoint / "state.json").read_text())["step"] == 3
-    other.load_weights(CheckpointReader(checkpoint))
+    other.layout.load_weights(CheckpointReader(checkpoint))
     other.prepare()
-    other.load_moments(CheckpointReader(checkpoint), 3)
+    other.layout.load_moments(CheckpointReader(checkpoint), 3)
     steps(other, range(3, 6))
     for key, value in engine.model.state_dict().items():
         assert torch.equal(value, other.model.state_dict()[key]), key
 
 
 def test_tensors_of_a_part(tmp_path: Path) -> None:
-    engine = build("muon", 0)
-    engine.prepare()
+    engine = build("muon")
     steps(engine, range(1))
     fields: dict[str, set[str]] = {}
     for key in load_file(save(engine, tmp_path, 1) / "part-00000.safetensors"):
@@ -86,21 +86,17 @@ def test_tensors_of_a_part(tmp_path: Path) -> None:
 
 
 def test_checkpoints_of_other_optimisers_and_models_are_refused(tmp_path: Path) -> None:
-    engine = build("muon", 0)
-    engine.prepare()
+    engine = build("muon")
     steps(engine, range(1))
     reader = CheckpointReader(save(engine, tmp_path, 1))
-    other = build("adamw", 0)
-    other.prepare()
     with pytest.raises(ValueError, match=r"has no exp_avg of .*optim.name"):
-        other.load_moments(reader, 1)
+        build().layout.load_moments(reader, 1)
     with pytest.raises(ValueError, match=r"has no weight of head.weight"):
         reader.fill("weight", "head.weight", torch.zeros(3), 0)
 
 
 def test_a_full_disk_leaves_earlier_checkpoints(tmp_path: Path) -> None:
-    engine = build("adamw", 0)
-    engine.prepare()
+    engine = build()
     whole = save(engine, tmp_path, 1)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
@@ -114,12 +110,12 @@ def test_a_full_disk_leaves_earlier_checkpoints(tmp_path: Path) -> None:
 
 
 def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path) -> None:
-    engine = build("adamw", 0)
-    engine.prepare()
+    engine = build()
     writer = CheckpointWriter(engine.accelerator, tmp_path, SaveRecipe(), None)
     before = engine.model.logit_scale.item()
     writer.save(engine.pieces(), engine.layout.shapes(), {"step": 1}, "")
     assert writer.is_open
+    assert list((tmp_path / "checkpoints").glob(".step-*.partial"))
     assert latest_checkpoint(tmp_path) is None, "it exists before commit"
     steps(engine, range(3))
     assert writer.commit() == 1
@@ -129,22 +125,14 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path) -> None:
 
 
 def test_the_clock_asks_for_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    accelerator = Accelerator(cpu=True)
     now = time.monotonic()
-    monkeypatch.setattr(time, "monotonic", lambda: now)
-    writer = CheckpointWriter(accelerator, tmp_path, SaveRecipe(every_minutes=10.0), None)
-    assert not writer.clock_is_due
-    monkeypatch.setattr(time, "monotonic", lambda: now + 599)
-    assert not writer.clock_is_due
-    monkeypatch.setattr(time, "monotonic", lambda: now + 601)
-    assert writer.clock_is_due
-    assert not CheckpointWriter(accelerator, tmp_path, SaveRecipe(), None).clock_is_due
-
-
-def test_no_checkpoint_is_none(tmp_path: Path) -> None:
-    assert latest_checkpoint(tmp_path) is None
-    (tmp_path / "checkpoints/.step-00000009.partial").mkdir(parents=True)
-    assert latest_checkpoint(tmp_path) is None
+    with_clock, without = (
+        CheckpointWriter(Accelerator(cpu=True), tmp_path, SaveRecipe(every_minutes=minutes), None)
+        for minutes in (10.0, 0.0)
+    )
+    for second, due in ((599, False), (601, True)):
+        monkeypatch.setattr(time, "monotonic", lambda second=second: now + second)
+        assert (with_clock.clock_is_due, without.clock_is_due) == (due, False)
 
 
 def test_gradients_are_clipped_only_when_asked() -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from flipscale.engines import device
-from flipscale.engines.device import bind_to_numa, peak_flops
+from flipscale.engines.device import best_attention, bind_to_numa, peak_flops
 
 
 @pytest.mark.parametrize(
@@ -30,6 +30,11 @@ def test_a_gpu_is_known_by_its_name(monkeypatch: pytest.MonkeyPatch, name: str, 
 
 def test_a_cpu_is_measured() -> None:
     assert 1e9 < peak_flops(torch.device("cpu"), "no") < 1e14
+
+
+def test_plain_attention_for_bf16_on_cpus() -> None:
+    asked = [(device, dtype) for device in ("cpu", "cuda") for dtype in (torch.bfloat16, torch.float32)]
+    assert [best_attention(torch.device(device), dtype) for device, dtype in asked] == ["eager", *["sdpa"] * 3]
 
 
 # Two sockets of two NUMA nodes of two CPUs. As in A100 machines, some NUMA nodes have no GPU.

@@ -188,9 +188,8 @@ def test_missing_files_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_promised_processes() -> None:
-    assert promised_processes({}) == 1
-    assert promised_processes({"FLIPSCALE_NUM_PROCESSES": "8", "WORLD_SIZE": "4"}) == 8
-    assert promised_processes({"WORLD_SIZE": "4"}) == 4
+    environments = ({}, {"FLIPSCALE_NUM_PROCESSES": "8", "WORLD_SIZE": "4"}, {"WORLD_SIZE": "4"})
+    assert [promised_processes(environment) for environment in environments] == [1, 8, 4]
     assert promised_processes({"ACCELERATE_USE_CPU": "1", "MASTER_ADDR": "127.0.0.1"}) == 2
 
 

@@ -126,10 +126,7 @@ def test_five_steps(stage: Stage, tmp_path: Path) -> None:
         tar.extractall(tmp_path, filter="data")
     model = convert_flip_checkpoint(tmp_path / "checkpoint_7", tmp_path / "model", image_heads=4, text_heads=4)
     recipe = OptimRecipe(
-        weight_decay=GIVEN["weight_decay"],
-        adam_beta1=GIVEN["b1"],
-        adam_beta2=GIVEN["b2"],
-        adam_epsilon=GIVEN["eps"],
+        weight_decay=GIVEN["weight_decay"], adam_beta1=GIVEN["b1"], adam_beta2=GIVEN["b2"], adam_epsilon=GIVEN["eps"]
     )
     assert recipe == OptimRecipe()
     optimizers = build_optimizers(model, recipe)

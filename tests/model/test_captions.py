@@ -12,19 +12,14 @@ from flipscale.model import FlipConfig, FlipDecoderConfig, FlipForConditionalGen
 from flipscale.model.modeling_flip_caption import NO_TARGET, caption_inputs, caption_losses, shifted_right
 
 DECODER = {
-    "hidden_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 48,
-    "vocab_size": 16,
-    "max_position_embeddings": 8,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
+    **{"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48},
+    **{"vocab_size": 16, "max_position_embeddings": 8, "bos_token_id": 1, "eos_token_id": 2},
 }
+Captioner = Callable[..., FlipForConditionalGeneration]
 
 
 @pytest.fixture(scope="session")
-def captioner(small: Callable[..., FlipModel]) -> Callable[..., FlipForConditionalGeneration]:
+def captioner(small: Callable[..., FlipModel]) -> Captioner:
     """Builds a captioner whose weights are large enough for captions that differ from image to image."""
 
     def build(**decoder: Any) -> FlipForConditionalGeneration:
@@ -47,7 +42,7 @@ def targets(*rows: list[int]) -> torch.Tensor:
 @pytest.mark.parametrize(("attention", "encoder_layers"), [("eager", 0), ("sdpa", 1)])
 @pytest.mark.parametrize("how", [{}, {"num_beams": 3, "num_return_sequences": 2}])
 def test_caches_do_not_change_captions(
-    captioner: Callable[..., FlipForConditionalGeneration],
+    captioner: Captioner,
     images: torch.Tensor,
     how: dict[str, int],
     encoder_layers: int,
@@ -65,9 +60,7 @@ def test_caches_do_not_change_captions(
     assert len(set(map(tuple, cached.tolist()))) > 2, "the captions do not depend on the images"
 
 
-def test_tokens_depend_on_the_image_and_earlier_tokens(
-    captioner: Callable[..., FlipForConditionalGeneration], images: torch.Tensor
-) -> None:
+def test_tokens_depend_on_the_image_and_earlier_tokens(captioner: Captioner, images: torch.Tensor) -> None:
     model = captioner()
     ids = targets([1, 5, 6, 7, 8, 9]).expand(3, -1)
     logits = model(images, decoder_input_ids=ids).logits
@@ -80,9 +73,7 @@ def test_tokens_depend_on_the_image_and_earlier_tokens(
     assert ((logits[0] - logits[1]).abs().amax(dim=1) > 1e-3).all()
 
 
-def test_the_decoder_sees_only_the_given_patches(
-    captioner: Callable[..., FlipForConditionalGeneration], images: torch.Tensor
-) -> None:
+def test_the_decoder_sees_only_the_given_patches(captioner: Captioner, images: torch.Tensor) -> None:
     model, index, ids = captioner(), targets([0, 5, 9], [3, 4, 5], [1, 2, 15]), targets([5, 6, 7]).expand(3, -1)
     seen = model(images, input_ids=ids, patch_index=index)
     assert seen.encoder_last_hidden_state.shape == (3, 1 + 3, 32)
@@ -96,7 +87,7 @@ def test_the_decoder_sees_only_the_given_patches(
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_parallel_captions_depend_on_the_image_alone(
-    captioner: Callable[..., FlipForConditionalGeneration], images: torch.Tensor, attention: str
+    captioner: Captioner, images: torch.Tensor, attention: str
 ) -> None:
     model = captioner(vocab_size=17, mask_token_id=16)
     model.set_attn_implementation(attention)
@@ -140,7 +131,7 @@ def test_tokenizers_that_add_begin_and_end() -> None:
 
 
 def test_the_loss_is_the_mean_of_the_captions_means(
-    captioner: Callable[..., FlipForConditionalGeneration], images: torch.Tensor, captions: torch.Tensor
+    captioner: Captioner, images: torch.Tensor, captions: torch.Tensor
 ) -> None:
     model = captioner()
     output = model(images, input_ids=captions)
@@ -160,9 +151,7 @@ def test_the_loss_is_the_mean_of_the_captions_means(
     assert caption_losses(output.logits, torch.full((3, 8), NO_TARGET)).tolist() == [0.0] * 3
 
 
-def test_views_share_the_caption(
-    captioner: Callable[..., FlipForConditionalGeneration], captions: torch.Tensor
-) -> None:
+def test_views_share_the_caption(captioner: Captioner, captions: torch.Tensor) -> None:
     model = captioner()
     patches, index = torch.rand(3, 2, 4, 192), torch.arange(4).expand(3, 2, -1)
     both = model(patches=patches, patch_index=index, input_ids=captions)
@@ -171,7 +160,7 @@ def test_views_share_the_caption(
     assert torch.allclose(both.caption_losses[1::2], one.caption_losses, atol=1e-6)
 
 
-def test_prompts(captioner: Callable[..., FlipForConditionalGeneration], images: torch.Tensor) -> None:
+def test_prompts(captioner: Captioner, images: torch.Tensor) -> None:
     model = captioner()
     images = 3.0 * images
     whole = model.generate(images)
@@ -186,9 +175,7 @@ def test_prompts(captioner: Callable[..., FlipForConditionalGeneration], images:
         model.generate(images[:2], input_ids=targets([5, 0], [5, 6]))
 
 
-def test_captions_end_with_the_positions(
-    captioner: Callable[..., FlipForConditionalGeneration], images: torch.Tensor
-) -> None:
+def test_captions_end_with_the_positions(captioner: Captioner, images: torch.Tensor) -> None:
     model = captioner(eos_token_id=3)
     for how in ({}, {"max_new_tokens": 40}, {"max_new_tokens": 40, "num_beams": 2}):
         assert model.generate(images, eos_token_id=None, **how).shape == (3, 9)
@@ -229,9 +216,7 @@ def test_one_folder_is_a_captioner_and_a_contrastive_model(
     assert (loaded.generation_config.bos_token_id, loaded.generation_config.eos_token_id) == (1, 2)
 
 
-def test_a_captioner_has_no_text_tower(
-    captioner: Callable[..., FlipForConditionalGeneration], model: FlipModel, tmp_path: Path
-) -> None:
+def test_a_captioner_has_no_text_tower(captioner: Captioner, model: FlipModel, tmp_path: Path) -> None:
     captioner().save_pretrained(tmp_path)
     config = AutoConfig.from_pretrained(tmp_path)
     assert config.text_config is None

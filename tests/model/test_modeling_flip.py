@@ -13,8 +13,6 @@ from flipscale.model import FlipModel, FlipVisionConfig, FlipVisionModel
 from flipscale.model.modeling_flip import sincos_positions
 from flipscale.model.patches import keep_lowest, num_kept, patchify, take_patches
 
-# Patches and masks
-
 
 @pytest.mark.parametrize("kept", [1, 5, 16])
 def test_patches_and_pixel_values_agree(model: FlipModel, images: torch.Tensor, kept: int) -> None:
@@ -86,18 +84,12 @@ def test_wrong_mask_ratios(model: FlipModel, images: torch.Tensor, ratio: float)
         ),
         ({"pixel_values": torch.zeros(2, 1, 32, 32)}, r"shape \(2, 1, 32, 32\); expected \(batch, 3, height"),
         ({"pixel_values": torch.zeros(3, 32, 32)}, r"pixel_values has shape \(3, 32, 32\)"),
-        (
-            {"pixel_values": torch.zeros(2, 3, 40, 32)},
-            "pixel_values are 40x32; expected 32x32",
-        ),
+        ({"pixel_values": torch.zeros(2, 3, 40, 32)}, "pixel_values are 40x32; expected 32x32"),
         (
             {"pixel_values": torch.zeros(2, 3, 36, 40), "interpolate_pos_encoding": True},
             "pixel_values are 36x40; expected multiples of patch_size 8",
         ),
-        (
-            {"patches": torch.zeros(2, 4, 192), "image_size": 20},
-            "image_size 20 .*use 16 or 24",
-        ),
+        ({"patches": torch.zeros(2, 4, 192), "image_size": 20}, "image_size 20 .*use 16 or 24"),
         ({"patches": torch.zeros(2, 16, 192), "image_size": 16}, "patches has 16 of 4 patches"),
         ({"pixel_values": torch.zeros(2, 3, 32, 32), "image_size": 16}, "pixel_values are 32x32; expected 16x16"),
     ],
@@ -105,9 +97,6 @@ def test_wrong_mask_ratios(model: FlipModel, images: torch.Tensor, ratio: float)
 def test_wrong_image_inputs(model: FlipModel, inputs: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         model.vision_model(**inputs)
-
-
-# Positions
 
 
 def test_positions_encode_the_column_first_then_the_row() -> None:
@@ -186,9 +175,6 @@ def test_position_size_keeps_the_trained_coordinates(model: FlipModel, tmp_path:
         FlipVisionConfig(image_size=64, patch_size=8, position_size=30)
 
 
-# Text
-
-
 @pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
 @pytest.mark.parametrize("attend_to_padding", [True, False])
 @pytest.mark.parametrize("pooling", ["first", "mean"])
@@ -256,9 +242,6 @@ def test_missing_and_long_captions(model: FlipModel, images: torch.Tensor) -> No
     assert torch.equal(alone[0], features.last_hidden_state)
 
 
-# Training
-
-
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_recomputation_has_the_same_gradients(
     model: FlipModel, images: torch.Tensor, captions: torch.Tensor, use_reentrant: bool
@@ -296,9 +279,6 @@ def test_a_masked_step_compiles_to_one_graph(
     torch._dynamo.reset()
     compiled = torch.compile(model.vision_model, fullgraph=True, backend="eager")
     assert compiled(pixel_values=images, image_mask_ratio=0.5).last_hidden_state.shape == (3, 9, 32)
-
-
-# Outputs
 
 
 def test_features_are_the_embeddings_before_normalisation(

@@ -179,10 +179,7 @@ def write(write_recipe: Callable[..., Path], tokenizer_dir: Path) -> Callable[..
 
 @pytest.mark.long
 def test_a_run_learns_to_answer(
-    tmp_path: Path,
-    write: Callable[..., Path],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path, write: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, run_dir, image = write_questions(tmp_path / "set", 64, label), tmp_path / "run", tmp_path / "red.png"
     Image.new("RGB", (48, 40), (200, 30, 30)).save(image)

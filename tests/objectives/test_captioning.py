@@ -105,18 +105,6 @@ def test_every_parameter_has_a_gradient(objective: Objective) -> None:
     assert model.vision_model.embeddings.patch_embedding.weight.grad.abs().max() > 1e-6
 
 
-@pytest.mark.parametrize("parts", [2, 3])
-def test_any_split_has_the_same_loss(parts: int) -> None:
-    model, inputs = build(ALONE), batch()
-    weight = model.decoder.lm_head.weight
-    whole = ALONE.mean_loss(model(**inputs))
-    chunks = zip(*(value.chunk(parts) for value in inputs.values()), strict=True)
-    split = sum(ALONE.mean_loss(model(**dict(zip(inputs, part, strict=True)))) for part in chunks) / parts
-    assert split.item() == pytest.approx(whole.item(), rel=1e-6)
-    ((gradient,), (of_parts,)) = (torch.autograd.grad(loss, weight) for loss in (whole, split))
-    assert torch.allclose(of_parts, gradient, atol=1e-7)
-
-
 @pytest.mark.parametrize("objective", [BOTH, ALONE])
 def test_bf16_differs_only_by_rounding(objective: Objective) -> None:
     model, inputs = build(objective), batch()
@@ -200,8 +188,8 @@ class Runs:
     def recipe(self, name: str, **changes: Any) -> Recipe:
         return parse_recipe(["--config", str(self.file(name, **changes))])
 
-    def run(self, name: str, world: int = 1, **changes: Any) -> Path:
-        done = pretrain(self.file(name, **changes), world)
+    def run(self, name: str, **changes: Any) -> Path:
+        done = pretrain(self.file(name, **changes))
         assert done.returncode == 0, done.stderr
         return self.tmp_path / name
 
@@ -239,15 +227,11 @@ def test_a_captioner_names_colours_and_shapes(runs: Runs, shards: Path) -> None:
         load_flip(str(folder))
 
 
-def test_both_losses_on_one_and_two_processes(runs: Runs, shards: Path) -> None:
+def test_a_folder_of_both_losses(runs: Runs, shards: Path) -> None:
     changes = {"loss": {"caption_weight": 2.0, "caption_kind": "mixed"}, "stages": SHORT}
     tasks = {"tasks": [{"kind": "zero_shot", "data": str(shards)}], "batch_size": 7}
-    one, two = runs.run("one", eval=tasks, **changes), runs.run("two", 2, **changes)
-    records = [[record for record in metrics(run) if "loss" in record] for run in (one, two)]
-    for name in ("loss", "grad_norm"):
-        assert [r[name] for r in records[1]] == pytest.approx([r[name] for r in records[0]], rel=1e-4), name
-    assert all(r["loss"] > 2.0 * r["caption_loss"] > 0.1 for r in records[0])
-    assert all(min(r["contrastive_grad_norm"], r["caption_grad_norm"]) > 1e-3 for r in records[0] + records[1])
+    one = runs.run("one", eval=tasks, **changes)
+    assert all(r["loss"] > 2.0 * r["caption_loss"] > 0.1 for r in metrics(one) if "loss" in r)
     assert any("zero_shot/top1" in record for record in metrics(one))
     folder = one / "model"
     stored = load_file(folder / "model.safetensors")

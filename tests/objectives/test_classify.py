@@ -106,11 +106,7 @@ def test_the_loss_is_the_smoothed_cross_entropy() -> None:
 
 @pytest.mark.long
 def test_a_run_learns_resumes_and_exports_a_classifier(
-    write: Callable[..., Path],
-    base: Path,
-    labelled: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    write: Callable[..., Path], base: Path, labelled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_dir = tmp_path / "run"
     mixed = {"augment": {"mixup_alpha": 0.2}}
@@ -204,10 +200,7 @@ def test_contradicting_recipes_are_refused(
         "one class": ({"data": {"shards": str(single)}}, f"{single}/{names} names 1 class"),
         "another number": ({"loss": {"options": {"num_classes": 10}}}, f"{labelled}/{names} names 16 classes"),
         "no labels": ({"data": {"shards": str(unlabelled)}}, "00000.tar: 0 has no class number"),
-        "texts": (
-            {"eval": {"tasks": [{"kind": "zero_shot", "data": str(labelled)}]}},
-            "'classify' has no text tower",
-        ),
+        "texts": ({"eval": {"tasks": [{"kind": "zero_shot", "data": str(labelled)}]}}, "'classify' has no text tower"),
         "other classes": (
             {"eval": {"tasks": [{"kind": "classification", "data": str(other)}]}},
             f"{other} has other class names",

@@ -82,10 +82,3 @@ def test_norms_change_no_bit(name: str, module: Any, monkeypatch: pytest.MonkeyP
     learn(model, inputs, objective, 1)
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter.grad, gradients[name]), name
-
-
-def test_norms_without_a_backward_pass() -> None:
-    model, inputs = build(OBJECTIVES["caption"])
-    with torch.no_grad():
-        assert model(**inputs, return_logits=False).gradient_squares.tolist() == [0.0, 0.0]
-    assert not model.image_projection._forward_pre_hooks
