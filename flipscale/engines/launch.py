@@ -165,8 +165,11 @@ def launch_environment(file: Path, num_processes: int | None = None) -> dict[str
         if "zero_stage" in deepspeed:
             environment["ACCELERATE_DEEPSPEED_ZERO_STAGE"] = str(deepspeed["zero_stage"])
         if "deepspeed_config_file" in deepspeed:
-            named = _beside(file, str(deepspeed["deepspeed_config_file"]))
-            environment["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(named)
+            # The path is relative to the current folder; otherwise the file may lie beside the launch file.
+            named = Path(str(deepspeed["deepspeed_config_file"]))
+            beside = file.parent / named.name
+            found = beside if not named.exists() and beside.exists() else named
+            environment["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(found)
     if settings.get("parallelism_config"):
         environment["ACCELERATE_USE_PARALLELISM_CONFIG"] = "true"
         parallelism = _section(file, settings, "parallelism_config")
@@ -302,9 +305,3 @@ def _read_deepspeed_file(file: Path) -> dict[str, Any]:
     if not isinstance(given, dict):
         raise UserError(f"deepspeed_config_file {file} is {str(given)[:60]!r}; write settings in braces")
     return {name: value for name, value in given.items() if value != "auto"}
-
-
-def _beside(launch_file: Path, named: str) -> Path:
-    """Return the path of a file named in a launch file: relative to here, or else beside the launch file."""
-    beside = launch_file.parent / Path(named).name
-    return Path(named) if Path(named).exists() or not beside.exists() else beside

@@ -63,46 +63,25 @@ def __getattr__(name: str) -> Any:
 
 
 def _register() -> None:
-    """Register configurations, models and the processor with transformers' Auto classes."""
-    from transformers import (
-        AutoConfig,
-        AutoModel,
-        AutoModelForImageClassification,
-        AutoModelForImageTextToText,
-        AutoModelForVisualQuestionAnswering,
-        AutoModelForZeroShotImageClassification,
-        AutoProcessor,
-    )
+    """Register configurations, models and the processor with transformers' Auto classes.
 
-    from .configuration_flip import FlipConfig, FlipTextConfig, FlipVisionConfig
-    from .modeling_flip import FlipForImageClassification, FlipModel, FlipTextModel, FlipVisionModel
-    from .modeling_flip_caption import FlipForConditionalGeneration
-    from .modeling_flip_vqa import FlipForQuestionAnswering
-    from .processing_flip import FlipProcessor
+    `save_pretrained` writes this folder's code beside the weights of these classes.
+    """
+    import transformers
 
-    for config, model in (
-        (FlipConfig, FlipModel),
-        (FlipTextConfig, FlipTextModel),
-        (FlipVisionConfig, FlipVisionModel),
+    own = globals()
+    for config in (own["FlipConfig"], own["FlipTextConfig"], own["FlipVisionConfig"]):
+        transformers.AutoConfig.register(config.model_type, config)
+        config.register_for_auto_class("AutoConfig")
+    for auto, config, name in (
+        ("AutoModel", "FlipConfig", "FlipModel"),
+        ("AutoModel", "FlipTextConfig", "FlipTextModel"),
+        ("AutoModel", "FlipVisionConfig", "FlipVisionModel"),
+        ("AutoModelForImageClassification", "FlipConfig", "FlipForImageClassification"),
+        ("AutoModelForImageTextToText", "FlipConfig", "FlipForConditionalGeneration"),
+        ("AutoModelForVisualQuestionAnswering", "FlipConfig", "FlipForQuestionAnswering"),
+        ("AutoProcessor", "FlipConfig", "FlipProcessor"),
     ):
-        AutoConfig.register(config.model_type, config)
-        AutoModel.register(config, model)
-    AutoModelForZeroShotImageClassification.register(FlipConfig, FlipModel)
-    AutoModelForImageClassification.register(FlipConfig, FlipForImageClassification)
-    AutoModelForImageTextToText.register(FlipConfig, FlipForConditionalGeneration)
-    AutoModelForVisualQuestionAnswering.register(FlipConfig, FlipForQuestionAnswering)
-    AutoProcessor.register(FlipConfig, FlipProcessor)
-    # `save_pretrained` writes this folder's code beside the weights of these classes.
-    for cls, auto_class in (
-        (FlipConfig, "AutoConfig"),
-        (FlipTextConfig, "AutoConfig"),
-        (FlipVisionConfig, "AutoConfig"),
-        (FlipModel, "AutoModel"),
-        (FlipTextModel, "AutoModel"),
-        (FlipVisionModel, "AutoModel"),
-        (FlipProcessor, "AutoProcessor"),
-        (FlipForImageClassification, "AutoModelForImageClassification"),
-        (FlipForConditionalGeneration, "AutoModelForImageTextToText"),
-        (FlipForQuestionAnswering, "AutoModelForVisualQuestionAnswering"),
-    ):
-        cls.register_for_auto_class(auto_class)
+        getattr(transformers, auto).register(own[config], own[name])
+        own[name].register_for_auto_class(auto)
+    transformers.AutoModelForZeroShotImageClassification.register(own["FlipConfig"], own["FlipModel"])

@@ -79,21 +79,10 @@ def _launch(kernel: Any, tiles: SimilarityTiles, tile: Tile, *others: torch.Tens
 
 @triton.jit
 def tile_negatives(
-    rows: tl.tensor,
-    columns: tl.tensor,
-    first_pair: tl.tensor,
-    height: tl.tensor,
-    width: tl.tensor,
-    depth: tl.tensor,
-    positives: tl.tensor,
-    row_shift: tl.tensor,
-    row_total: tl.tensor,
-    column_shift: tl.tensor,
-    column_total: tl.tensor,
-    HEIGHT: tl.constexpr,
-    WIDTH: tl.constexpr,
-    DEPTH: tl.constexpr,
-) -> None:
+    rows: tl.tensor, columns: tl.tensor, first_pair: tl.tensor, height: tl.tensor, width: tl.tensor, depth: tl.tensor,
+    positives: tl.tensor, row_shift: tl.tensor, row_total: tl.tensor, column_shift: tl.tensor, column_total: tl.tensor,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr,
+) -> None:  # fmt: skip
     """Sum the exponentials of a block's negatives by row `(column blocks, height)` and by column `(row blocks, width)`.
 
     The shift is the block's largest logit in that row or column, positives included. Write the logits of the pairs to
@@ -121,22 +110,11 @@ def tile_negatives(
 
 @triton.jit
 def tile_gradients(
-    rows: tl.tensor,
-    columns: tl.tensor,
-    first_pair: tl.tensor,
-    height: tl.tensor,
-    width: tl.tensor,
-    depth: tl.tensor,
-    positive_gradient: tl.tensor,
-    row_shift: tl.tensor,
-    row_factor: tl.tensor,
-    column_shift: tl.tensor,
-    column_factor: tl.tensor,
-    logit_gradient: tl.tensor,
-    HEIGHT: tl.constexpr,
-    WIDTH: tl.constexpr,
-    DEPTH: tl.constexpr,
-) -> None:
+    rows: tl.tensor, columns: tl.tensor, first_pair: tl.tensor, height: tl.tensor, width: tl.tensor, depth: tl.tensor,
+    positive_gradient: tl.tensor, row_shift: tl.tensor, row_factor: tl.tensor,
+    column_shift: tl.tensor, column_factor: tl.tensor, logit_gradient: tl.tensor,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr,
+) -> None:  # fmt: skip
     """Compute the gradients of the logits `(height, width)` from the softmax of rows and columns.
 
     The gradients of the positives are given.
@@ -151,15 +129,9 @@ def tile_gradients(
 
 @triton.jit
 def logits_of_block(
-    rows: tl.tensor,
-    columns: tl.tensor,
-    height: tl.tensor,
-    width: tl.tensor,
-    depth: tl.tensor,
-    HEIGHT: tl.constexpr,
-    WIDTH: tl.constexpr,
-    DEPTH: tl.constexpr,
-) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    rows: tl.tensor, columns: tl.tensor, height: tl.tensor, width: tl.tensor, depth: tl.tensor,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:  # fmt: skip
     """Return this program's rows `(HEIGHT, 1)`, its columns `(1, WIDTH)` and their products in full fp32, not TF32."""
     row = tl.program_id(0) * HEIGHT + tl.arange(0, HEIGHT)[:, None]
     column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)[None, :]

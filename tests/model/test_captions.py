@@ -42,11 +42,7 @@ def targets(*rows: list[int]) -> torch.Tensor:
 @pytest.mark.parametrize(("attention", "encoder_layers"), [("eager", 0), ("sdpa", 1)])
 @pytest.mark.parametrize("how", [{}, {"num_beams": 3, "num_return_sequences": 2}])
 def test_caches_do_not_change_captions(
-    captioner: Captioner,
-    images: torch.Tensor,
-    how: dict[str, int],
-    encoder_layers: int,
-    attention: str,
+    captioner: Captioner, images: torch.Tensor, how: dict[str, int], encoder_layers: int, attention: str
 ) -> None:
     model = captioner(num_encoder_layers=encoder_layers)
     model.set_attn_implementation(attention)

@@ -13,6 +13,8 @@ from flipscale.model import FlipModel, FlipVisionConfig, FlipVisionModel
 from flipscale.model.modeling_flip import sincos_positions
 from flipscale.model.patches import keep_lowest, num_kept, patchify, take_patches
 
+Small = Callable[..., FlipModel]
+
 
 @pytest.mark.parametrize("kept", [1, 5, 16])
 def test_patches_and_pixel_values_agree(model: FlipModel, images: torch.Tensor, kept: int) -> None:
@@ -179,11 +181,7 @@ def test_position_size_keeps_the_trained_coordinates(model: FlipModel, tmp_path:
 @pytest.mark.parametrize("attend_to_padding", [True, False])
 @pytest.mark.parametrize("pooling", ["first", "mean"])
 def test_padding_does_not_change_the_embedding(
-    small: Callable[..., FlipModel],
-    captions: torch.Tensor,
-    attend_to_padding: bool,
-    pooling: str,
-    attn_implementation: str,
+    small: Small, captions: torch.Tensor, attend_to_padding: bool, pooling: str, attn_implementation: str
 ) -> None:
     text = {"attend_to_padding": attend_to_padding, "pooling": pooling}
     model = small(text=text, attn_implementation=attn_implementation).text_model
@@ -197,7 +195,7 @@ def test_padding_does_not_change_the_embedding(
                 assert torch.allclose(output.last_hidden_state[0, :length], states[:length], atol=1e-6)
 
 
-def test_attention_to_padding(small: Callable[..., FlipModel], captions: torch.Tensor) -> None:
+def test_attention_to_padding(small: Small, captions: torch.Tensor) -> None:
     for attend, same in ((True, False), (False, True)):
         model = small(text={"attend_to_padding": attend}).text_model
         before = model(captions).pooler_output
@@ -210,7 +208,7 @@ def test_attention_to_padding(small: Callable[..., FlipModel], captions: torch.T
 
 @pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
 def test_the_host_does_not_wait_for_a_padding_check(
-    small: Callable[..., FlipModel], captions: torch.Tensor, attn_implementation: str
+    small: Small, captions: torch.Tensor, attn_implementation: str
 ) -> None:
     """Reading from tensors on the meta device is an error."""
     text = {"attend_to_padding": False, "pooling": "mean"}
@@ -218,7 +216,7 @@ def test_the_host_does_not_wait_for_a_padding_check(
     assert model(captions.to("meta")).pooler_output.shape == (3, 24)
 
 
-def test_hidden_states_and_attentions_without_padding(small: Callable[..., FlipModel], captions: torch.Tensor) -> None:
+def test_hidden_states_and_attentions_without_padding(small: Small, captions: torch.Tensor) -> None:
     model = small(attn_implementation="eager").text_model
     output = model(captions[:, :5], output_hidden_states=True, output_attentions=True)
     full = model(captions, output_hidden_states=True, output_attentions=True)
@@ -261,7 +259,7 @@ def test_recomputation_has_the_same_gradients(
 @pytest.mark.long
 @pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
 def test_a_masked_step_compiles_to_one_graph(
-    small: Callable[..., FlipModel], images: torch.Tensor, captions: torch.Tensor, attn_implementation: str
+    small: Small, images: torch.Tensor, captions: torch.Tensor, attn_implementation: str
 ) -> None:
     model = small(attn_implementation=attn_implementation).train()
     inputs = {

@@ -21,10 +21,11 @@ from flipscale.model import (
     FlipVisionModelWithProjection,
 )
 
+Small = Callable[..., FlipModel]
 NAMES = Path(__file__).parents[1] / "fixtures" / "state_dict_names.txt"
 
 
-def test_init_is_the_originals(small: Callable[..., FlipModel]) -> None:
+def test_init_is_the_originals(small: Small) -> None:
     model = small({"hidden_size": 256}, {"hidden_size": 128})
     layer = model.vision_model.encoder.layers[0]
     for weight, bound in (
@@ -53,7 +54,7 @@ def test_init_is_the_originals(small: Callable[..., FlipModel]) -> None:
     assert not any(p.any() for name, p in model.named_parameters() if name.endswith("bias"))
 
 
-def test_names_and_shapes_are_pinned(small: Callable[..., FlipModel]) -> None:
+def test_names_and_shapes_are_pinned(small: Small) -> None:
     """Published folders hold these names. Never edit the list."""
     state_dict = small({"num_hidden_layers": 1}, {"num_hidden_layers": 1}).state_dict()
     names = "".join(f"{name} {' '.join(map(str, value.shape))}\n" for name, value in state_dict.items())
@@ -137,7 +138,7 @@ def test_meta_init_then_load_fills_the_fixed_tables(model: FlipModel) -> None:
         (lambda small: small(None, {"num_attention_heads": 5}), "text_config: hidden_size 24 .*num_attention_heads"),
     ],
 )
-def test_invalid_configurations(small: Callable[..., FlipModel], make: Any, message: str) -> None:
+def test_invalid_configurations(small: Small, make: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make(small)
 

@@ -32,6 +32,7 @@ from flipscale.planning.flops import forward_flops
 from flipscale.training.plan import check
 from flipscale.training.recipe import parse_recipe
 
+Write = Callable[..., Path]
 ANSWERS = [*COLOURS, *SHAPES]
 FUSION = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_hidden_layers": 1}
 CONFIG = FlipConfig(
@@ -161,7 +162,7 @@ def test_an_answer_outside_of_the_list_is_an_error(tmp_path: Path, tokenizer_dir
 
 
 @pytest.fixture
-def write(write_recipe: Callable[..., Path], tokenizer_dir: Path) -> Callable[..., Path]:
+def write(write_recipe: Write, tokenizer_dir: Path) -> Write:
     """Writes the recipe of a model that answers questions."""
 
     def write(run_dir: Path, folder: Path, **changes: Any) -> Path:
@@ -179,7 +180,7 @@ def write(write_recipe: Callable[..., Path], tokenizer_dir: Path) -> Callable[..
 
 @pytest.mark.long
 def test_a_run_learns_to_answer(
-    tmp_path: Path, write: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, write: Write, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, run_dir, image = write_questions(tmp_path / "set", 64, label), tmp_path / "run", tmp_path / "red.png"
     Image.new("RGB", (48, 40), (200, 30, 30)).save(image)
@@ -212,9 +213,7 @@ def test_a_run_learns_to_answer(
 
 
 @pytest.mark.parametrize("engine", ["ddp", *(pytest.param(e, marks=pytest.mark.long) for e in ("fsdp2", "zero3"))])
-def test_two_processes_with_micro_batches(
-    tmp_path: Path, write: Callable[..., Path], crowds: Crowds, engine: str
-) -> None:
+def test_two_processes_with_micro_batches(tmp_path: Path, write: Write, crowds: Crowds, engine: str) -> None:
     """They learn the same as one process, with and without mask, and a stopped run resumes bit for bit."""
     stages = [
         {"name": "masked", "samples": 48, "mask_ratio": 0.75, "base_lr": 0.05, "warmup_samples": 16},
@@ -238,7 +237,7 @@ def test_two_processes_with_micro_batches(
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
 
 
-def test_contradicting_recipes_are_refused(tmp_path: Path, write: Callable[..., Path]) -> None:
+def test_contradicting_recipes_are_refused(tmp_path: Path, write: Write) -> None:
     folder = write_questions(tmp_path / "set", 16, label)
     for changes, message in (
         ({"loss": {"kind": "answer", "options": {"num_answers": 9}}}, "names 8 classes, and loss.options says 9"),

@@ -28,6 +28,7 @@ from flipscale.planning.memory import planned_model, recipe_memory
 from flipscale.training.plan import check
 from flipscale.training.recipe import parse_recipe
 
+Write = Callable[..., Path]
 NAMES = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
 STAGES = [
     {"name": "masked", "samples": 240, "mask_ratio": 0.5, "base_lr": 0.15, "warmup_samples": 32},
@@ -67,7 +68,7 @@ def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def write(write_recipe: Callable[..., Path], labelled: Path, base: Path) -> Callable[..., Path]:
+def write(write_recipe: Write, labelled: Path, base: Path) -> Write:
     """Writes the recipe of a fine-tuning."""
 
     def write(run_dir: Path, **changes: dict | list) -> Path:
@@ -106,7 +107,7 @@ def test_the_loss_is_the_smoothed_cross_entropy() -> None:
 
 @pytest.mark.long
 def test_a_run_learns_resumes_and_exports_a_classifier(
-    write: Callable[..., Path], base: Path, labelled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    write: Write, base: Path, labelled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_dir = tmp_path / "run"
     mixed = {"augment": {"mixup_alpha": 0.2}}
@@ -153,9 +154,7 @@ def test_a_run_learns_resumes_and_exports_a_classifier(
 
 
 @pytest.mark.parametrize("engine", ["ddp", *(pytest.param(e, marks=pytest.mark.long) for e in ("fsdp2", "zero3"))])
-def test_two_processes_with_micro_batches(
-    write: Callable[..., Path], tmp_path: Path, engine: str, crowds: Crowds
-) -> None:
+def test_two_processes_with_micro_batches(write: Write, tmp_path: Path, engine: str, crowds: Crowds) -> None:
     one, many = tmp_path / "one", tmp_path / "many"
     augment = {"rand_augment": "rand-m9-mstd0.5-inc1", "mixup_alpha": 0.8, "cutmix_alpha": 1.0}
     assert crowds(1).run("train", "ddp", write(one, data={"augment": augment})) == ["done"]
@@ -180,41 +179,35 @@ def test_the_plan_counts_only_image_tower_and_head() -> None:
 
 
 def test_contradicting_recipes_are_refused(
-    write: Callable[..., Path], labelled: Path, tmp_path: Path, subtests: pytest.Subtests
+    write: Write, labelled: Path, tmp_path: Path, subtests: pytest.Subtests
 ) -> None:
-    plain = tmp_path / "plain"
-    write_shards(plain, [8])
-    shutil.move(plain / "classnames.txt", plain / "names.txt")
-    single = tmp_path / "single"
-    write_shards(single, [8])
-    (single / "classnames.txt").write_text("all\n")
-    unlabelled = tmp_path / "unlabelled"
-    unlabelled.mkdir()
-    add_unlabelled(unlabelled)
-    other = tmp_path / "other"
-    write_shards(other, [8])
-    (other / "classnames.txt").write_text("".join(f"{name}\n" for name in reversed(NAMES)))
     names = "classnames.txt"
+    plain, single, other, unlabelled = (tmp_path / name for name in ("plain", "single", "other", "unlabelled"))
+    for folder in (plain, single, other):
+        write_shards(folder, [8])
+    (plain / names).unlink()
+    (single / names).write_text("all\n")
+    (other / names).write_text("".join(f"{name}\n" for name in reversed(NAMES)))
+    write_unlabelled(unlabelled)
+    pairs = {"loss": {"kind": "infonce", "options": {}}}
+
+    def tasks(kind: str, data: Path) -> dict:
+        return {"eval": {"tasks": [{"kind": kind, "data": str(data)}]}}
+
     cases = {
         "no names": ({"data": {"shards": str(plain)}}, f"{plain}/{names} is missing"),
         "one class": ({"data": {"shards": str(single)}}, f"{single}/{names} names 1 class"),
         "another number": ({"loss": {"options": {"num_classes": 10}}}, f"{labelled}/{names} names 16 classes"),
         "no labels": ({"data": {"shards": str(unlabelled)}}, "00000.tar: 0 has no class number"),
-        "texts": ({"eval": {"tasks": [{"kind": "zero_shot", "data": str(labelled)}]}}, "'classify' has no text tower"),
+        "texts": (tasks("zero_shot", labelled), "'classify' has no text tower"),
         "other classes": (
             {"eval": {"tasks": [{"kind": "classification", "data": str(other)}]}},
             f"{other} has other class names",
         ),
         "odd couples": ({"data": {"micro_batch_size": 1, "augment": {"mixup_alpha": 0.8}}}, "data.augment mixes"),
-        "mixup of pairs": (
-            {"loss": {"kind": "infonce", "options": {}}, "data": {"augment": {"mixup_alpha": 0.8}}},
-            "data.augment.mixup_alpha is 0.8",
-        ),
-        "a head for pairs": ({"loss": {"kind": "infonce", "options": {}}}, "loss.kind 'infonce' has no head"),
-        "text mask": (
-            {"stages": [{"name": "one", "samples": 32, "text_mask_ratio": 0.5, "base_lr": 0.1}]},
-            "text_mask_ratio of a stage is 0.5",
-        ),
+        "mixup of pairs": ({**pairs, "data": {"augment": {"mixup_alpha": 0.8}}}, "data.augment.mixup_alpha is 0.8"),
+        "a head for pairs": (pairs, "loss.kind 'infonce' has no head"),
+        "text mask": ({"stages": [{**STAGES[1], "text_mask_ratio": 0.5}]}, "text_mask_ratio of a stage is 0.5"),
         "layer decay": ({"optim": {"layer_decay": 1.5}}, "optim.layer_decay is 1.5"),
         "no layer decay": ({"optim": {"layer_decay": 0}}, "optim.layer_decay is 0.0"),
         "drop path": ({"model": {"drop_path_rate": 1.0}}, "model.drop_path_rate is 1.0"),
@@ -227,7 +220,8 @@ def test_contradicting_recipes_are_refused(
             check(parse_recipe(["--config", str(file)]))
 
 
-def add_unlabelled(folder: Path) -> None:
+def write_unlabelled(folder: Path) -> None:
+    folder.mkdir()
     with tarfile.open(folder / "00000.tar", "w") as tar:
         for number in range(8):
             image = cv2.imencode(".png", np.zeros((8, 8, 3), np.uint8))[1].tobytes()

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TOWER, metrics
+from objectives.test_contrastive import check_against_fp64, embeds_of
 from torch.nn.functional import logsigmoid, normalize
 
 from benchmarks.loss import peak_memory, reset_peak_memory
@@ -26,19 +27,8 @@ def plain_loss(image: torch.Tensor, text: torch.Tensor, scale: torch.Tensor, bia
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("batch", "dim"), [(1, 32), (7, 1024), (257, 96), (1531, 33)])
 def test_value_and_gradients(batch: int, dim: int, dtype: torch.dtype, scale: float, bias: float) -> None:
-    images, other = torch.randn(2, batch, dim, generator=torch.Generator().manual_seed(batch))
-    sides = [normalize(side, dim=1).to(dtype) for side in (images, images + other)]
-    inputs = [*sides, torch.tensor([scale]), torch.tensor([bias])]
-    ours = [t.clone().requires_grad_() for t in inputs]
-    exact = [t.double().requires_grad_() for t in inputs]
-    loss, expected = sigmoid_loss(*ours), plain_loss(*exact)
-    assert loss.dtype == torch.float32
-    loss.backward()
-    expected.backward()
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-6, abs=1e-6)
-    for a, b in zip(ours, exact, strict=True):
-        rounding = 2**-8 if a.dtype == torch.bfloat16 else 0.0
-        assert ((a.grad - b.grad).abs() <= 1e-5 * b.grad.abs().max() + rounding * b.grad.abs() + 1e-12).all()
+    inputs = [*embeds_of(batch, dim, 1.0, dtype), torch.tensor([scale]), torch.tensor([bias])]
+    check_against_fp64(inputs, sigmoid_loss, plain_loss)
 
 
 def test_memory_does_not_grow_with_the_square() -> None:

@@ -6,17 +6,16 @@ Their numbers are the same in each world, and their sizes are in `flipscale.obje
 import math
 import weakref
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
-import torch.distributed as dist
+from engines.test_fake_world import fake_world
+from objectives.test_tower_gradients import OneProcess
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import normalize
-from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -58,22 +57,13 @@ class Recorder(TorchDispatchMode):
         return function(*arguments, **(options or {}))
 
 
-@contextmanager
-def fake_world(size: int, rank: int) -> Iterator[None]:
-    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
-
-
 def recorded(function: type[PrecomputedGradients], world: int, views: int, device: str, rank: int = 1) -> Recorder:
     """Record a loss with its gradients on one process.
 
     `forward` is called directly, because autograd aborts at fake GPU tensors without a GPU.
     """
     recorder, wanted = Recorder(), SimpleNamespace(needs_input_grad=[True])
-    with fake_world(world, rank), FakeTensorMode() if device == "cuda" else nullcontext(), torch.no_grad():
+    with fake_world(rank, world), FakeTensorMode() if device == "cuda" else nullcontext(), torch.no_grad():
         sides = [normalize(torch.randn(PAIRS * n, DIM, device=device), dim=1) for n in (views, 1)]
         head = [torch.full((1,), n, device=device) for n in (10.0, -10.0)]
         inputs = [*sides, *(head if function is _Sigmoid else head[:1])]
@@ -96,29 +86,22 @@ def test_operations_do_not_grow_with_the_world(function: type[PrecomputedGradien
     assert recorded(function, WORLDS[-1], views, device, rank=WORLDS[-1] - 1).operations == first.operations
 
 
-class Engine:
-    """Two linear towers on one process that takes micro-batches."""
-
+class TwoLinearTowers(torch.nn.Module):
     def __init__(self) -> None:
+        super().__init__()
         self.towers, self.scale = torch.nn.Linear(6, 2 * DIM), torch.nn.Parameter(torch.tensor([10.0]))
 
-    def __call__(self, inputs: torch.Tensor) -> FlipOutput:
+    def forward(self, inputs: torch.Tensor, return_logits: bool) -> FlipOutput:
         sides = [normalize(side, dim=1) for side in self.towers(inputs).chunk(2, dim=1)]
         return FlipOutput(image_embeds=sides[0], text_embeds=sides[1], logit_scale=self.scale)
-
-    def accumulate(self, batch: list) -> list:
-        return batch
-
-    def backward(self, loss: torch.Tensor) -> None:
-        loss.backward()
 
 
 def test_operations_with_micro_batches_do_not_grow_with_the_world() -> None:
     found = []
     for world in WORLDS:
-        with fake_world(world, 1), Recorder() as recorder:
+        with fake_world(1, world), Recorder() as recorder:
             batch = [{"inputs": torch.randn(PAIRS // 4, 6)} for _ in range(4)]
-            two_passes(Engine(), batch, Contrastive())
+            two_passes(cast(Any, OneProcess(TwoLinearTowers())), batch, Contrastive())
         found.append(recorder)
     assert found[0].operations == found[1].operations == found[2].operations
     assert [len(recorder.collectives) for recorder in found] == [5, 5, 5]
@@ -167,7 +150,7 @@ class Held(TorchDispatchMode):
 @pytest.mark.parametrize(("world", "views"), [(8, 1), (256, 2)])
 def test_memory_of_an_exchange(world: int, views: int) -> None:
     dim, held = 1024, Held()
-    with fake_world(world, 1), FakeTensorMode(), torch.no_grad():
+    with fake_world(1, world), FakeTensorMode(), torch.no_grad():
         images, texts = (torch.empty(PAIRS * n, dim, device="cuda") for n in (views, 1))
         with held:
             asked = SimpleNamespace(needs_input_grad=[True])
