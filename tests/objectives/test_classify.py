@@ -200,10 +200,7 @@ def test_contradicting_recipes_are_refused(
         "another number": ({"loss": {"options": {"num_classes": 10}}}, f"{labelled}/{names} names 16 classes"),
         "no labels": ({"data": {"shards": str(unlabelled)}}, "00000.tar: 0 has no class number"),
         "texts": (tasks("zero_shot", labelled), "'classify' has no text tower"),
-        "other classes": (
-            {"eval": {"tasks": [{"kind": "classification", "data": str(other)}]}},
-            f"{other} has other class names",
-        ),
+        "other classes": (tasks("classification", other), f"{other} has other class names"),
         "odd couples": ({"data": {"micro_batch_size": 1, "augment": {"mixup_alpha": 0.8}}}, "data.augment mixes"),
         "mixup of pairs": ({**pairs, "data": {"augment": {"mixup_alpha": 0.8}}}, "data.augment.mixup_alpha is 0.8"),
         "a head for pairs": (pairs, "loss.kind 'infonce' has no head"),
