@@ -56,17 +56,13 @@ class Fsdp2Engine(Engine):
         rows = {name: -(-p.shape[0] // count) * p.shape[1:].numel() for name, p in model.named_parameters()}
         kept = sum(rows.values())
         gradients = sum(p.numel() for p in model.parameters()) if accumulates else kept
-        gathered = cls._gathered_bytes(model, launch) if launch.num_processes > 1 else 0
-        return ModelMemory(kept, 0, gradients, rows, gathered)
-
-    @staticmethod
-    def _gathered_bytes(model: nn.Module, launch: Launch) -> int:
         blocks = [sum(p.numel() for p in block.parameters()) for block in encoder_blocks(model)]
         rest = sum(p.numel() for p in model.parameters()) - sum(blocks)
         # The computing block and the next, already gathered block; a block's gradients in both precisions; the weights
         # outside of blocks with their gradients, which are sent after the backward pass.
         width = 2 if launch.bf16 else 4
-        return max(blocks, default=0) * (2 * width + width + 4) + rest * 2 * width
+        gathered = max(blocks, default=0) * (2 * width + width + 4) + rest * 2 * width
+        return ModelMemory(kept, 0, gradients, rows, gathered if launch.num_processes > 1 else 0)
 
     def _shard(self, module: nn.Module, output_dtype: torch.dtype | None = None, fp32: bool = False) -> None:
         policy = MixedPrecisionPolicy(cast_forward_inputs=False)

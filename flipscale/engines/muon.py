@@ -108,7 +108,8 @@ class Muon(torch.optim.Optimizer):
 
     def _of_whole_ones(self, parameters: Sequence[nn.Parameter], momentum: float) -> list[torch.Tensor]:
         """Return the orthogonal matrices of this process and of the other sharers."""
-        shapes, count = tuple(parameter.shape for parameter in parameters), _world_size(self.sharers)
+        shapes = tuple(parameter.shape for parameter in parameters)
+        count = 1 if self.sharers is None else dist.get_world_size(self.sharers)
         takers, rank = share_out(shapes, count), dist.get_rank(self.sharers) if count > 1 else 0
         mine = [parameter for parameter, taker in zip(parameters, takers, strict=True) if taker == rank]
         results = self._orthogonal([self._nesterov(parameter, momentum) for parameter in mine])
@@ -164,9 +165,11 @@ def share_out(shapes: tuple[torch.Size, ...], count: int) -> list[int]:
     """Assign each matrix to one of `count` processes: the largest first, each to the process with the least work."""
     takers = [0] * len(shapes)
     work = [(0, taker) for taker in range(count)]
-    for number in sorted(range(len(shapes)), key=lambda number: -_operations(shapes[number])):
+    sides = [sorted(shape) for shape in shapes]
+    operations = [_ITERATIONS * short * short * (4 * long + 2 * short) for short, long in sides]
+    for number in sorted(range(len(shapes)), key=lambda number: -operations[number]):
         done, takers[number] = work[0]
-        heapq.heapreplace(work, (done + _operations(shapes[number]), takers[number]))
+        heapq.heapreplace(work, (done + operations[number], takers[number]))
     return takers
 
 
@@ -193,20 +196,11 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
-def _operations(shape: torch.Size) -> int:
-    short, long = sorted(shape)
-    return _ITERATIONS * short * short * (4 * long + 2 * short)
-
-
 def _holders(parameter: nn.Parameter) -> dist.ProcessGroup | None:
     """Return the processes that hold the rows of a matrix; None for a whole matrix."""
     from torch.distributed.tensor import DTensor  # an engine that shards has imported this
 
     return parameter.device_mesh.get_group("shard") if isinstance(parameter, DTensor) else None
-
-
-def _world_size(group: dist.ProcessGroup | None) -> int:
-    return 1 if group is None else dist.get_world_size(group)
 
 
 def _rows(shape: torch.Size, holder: int, count: int) -> int:

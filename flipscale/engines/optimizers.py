@@ -186,7 +186,7 @@ def _alike(values: Mapping[str, Any]) -> list[list[str]]:
 
 
 def num_moments(model: nn.Module, recipe: OptimRecipe) -> dict[str, int]:
-    """Return the number of moments that the recipe's optimisers keep of each parameter, by name."""
+    """Return the number of moments of each parameter, by name."""
     matrices = muon_matrices(model) if recipe.name == "muon" else set()
     return {name: 1 if name in matrices else 2 for name, _ in model.named_parameters()}
 

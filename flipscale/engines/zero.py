@@ -83,12 +83,18 @@ class ZeroEngine(Engine):
         sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
         parts = {name: -(-size // launch.num_processes) for name, size in sizes.items()}
         whole, kept, stage = sum(sizes.values()), sum(parts.values()), _stage(launch)
+        settings = launch.deepspeed.get("zero_optimization", {})
+        # A bucket of gradients, and a second bucket if communication overlaps; weights that stage 3 keeps gathered.
+        buckets = 2 if settings.get("overlap_comm", stage == 3) else 1
+        transit = min(whole, buckets * int(settings.get("reduce_bucket_size", _BUCKET)))
+        if stage == 3:
+            transit += min(whole, int(settings.get("stage3_max_live_parameters", _MAX_LIVE)))
         return ModelMemory(
             weights=kept if stage == 3 else whole,
             copies=kept,
             gradients={1: whole, 2: whole, 3: whole + kept}[stage] if accumulates else whole if stage == 1 else kept,
             moments=parts,
-            communication_bytes=_transit_bytes(whole, launch) if launch.num_processes > 1 else 0,
+            communication_bytes=4 * transit if launch.num_processes > 1 else 0,
         )
 
     def _place_block(self, block: nn.Module) -> None:
@@ -174,15 +180,6 @@ def _check_settings(given: dict[str, Any]) -> None:
 
 def _stage(launch: Launch) -> int:
     return int(launch.engine.removeprefix("zero"))
-
-
-def _transit_bytes(whole: int, launch: Launch) -> int:
-    settings = launch.deepspeed.get("zero_optimization", {})
-    # A bucket of gradients, and a second bucket if communication overlaps; weights that stage 3 keeps gathered.
-    overlaps = settings.get("overlap_comm", _stage(launch) == 3)
-    bucket = int(settings.get("reduce_bucket_size", _BUCKET)) * (2 if overlaps else 1)
-    live = int(settings.get("stage3_max_live_parameters", _MAX_LIVE)) if _stage(launch) == 3 else 0
-    return 4 * min(whole, live) + 4 * min(whole, bucket)
 
 
 class _ZeroLayout(Layout):

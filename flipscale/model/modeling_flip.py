@@ -557,9 +557,8 @@ class FlipVisionModel(FlipPreTrainedModel):
             branch_scales: `(batch, blocks, 2)`, for training with stochastic depth: factors of each block's attention
                 and MLP for each image, 0 where they are dropped.
 
-        For several views (masks) of one image, `patches` is `(batch, views, kept, channels * p * p)`, `patch_index`
-        `(batch, views, kept)` and `branch_scales`, if given, `(batch, views, blocks, 2)`. The output has
-        `batch * views` rows; the views of an image are neighbours.
+        With several views (masks) of one image, these three have one more dimension, `views`, after `batch`. The output
+        has `batch * views` rows; the views of an image are neighbours.
         """
         hidden_states = self.embeddings(
             pixel_values, image_mask_ratio, patches, patch_index, interpolate_pos_encoding, image_size
@@ -601,9 +600,8 @@ class FlipTextModel(FlipPreTrainedModel):
         Args:
             input_ids: `(batch, tokens)`, at most `max_position_embeddings` tokens, padded on the right.
             attention_mask: `(batch, tokens)`, 1 for the caption's own tokens; by default all that are not
-                `pad_token_id`. Not used with `attend_to_padding`: the original pads every caption to the full length
-                and attends to the padding, so shorter `input_ids` are padded here, and the embedding is the same at any
-                padded length.
+                `pad_token_id`. Not used with `attend_to_padding`: as the original does, shorter `input_ids` are padded
+                to the full length here. The embedding is therefore the same at any padded length.
         """
         if input_ids is None:
             raise ValueError("input_ids is missing")

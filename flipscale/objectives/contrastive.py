@@ -52,12 +52,12 @@ def contrastive_loss(
 ) -> torch.Tensor:
     """Collective. Return the symmetric InfoNCE of this process's pairs against those of all processes, fp32 `()`.
 
-    The mean over processes is the loss of the global batch. The mean of the gradients, which every engine takes, is
-    its gradient: there is no factor of the world size. The gradients are computed along with the loss, so the backward
-    pass exchanges nothing. It must multiply the loss by the same number on every process, and can run only once.
+    The mean over processes is the loss of the global batch, and the mean of the gradients is its gradient. Gradients
+    are computed along with the loss, so the backward pass exchanges nothing. It must multiply the loss by the same
+    number on every process, and can run only once.
 
-    With several views of each image, the loss is the mean over views: each view's images against all texts. Every view
-    is paired with its caption, and views of one image are not negatives of each other. The texts are exchanged once.
+    With several views of each image, the loss is the mean over views. Views of one image are not negatives of each
+    other. The texts are exchanged once.
 
     Args:
         image_embeds: `(batch * views, dim)`, of unit length; the views of an image are neighbouring rows.
@@ -237,8 +237,7 @@ def tile_functions(rows: torch.Tensor) -> ModuleType:
 def triton_serves(rows: torch.Tensor) -> bool:
     """Return whether Triton computes the tiles of `rows`: fp32 on a GPU where the kernels compile and run.
 
-    For a fake tensor it is enough that Triton can be imported. Each process decides by itself: torch's tiles give the
-    same numbers up to rounding, so processes need not agree.
+    Each process decides by itself: torch's tiles give the same numbers up to rounding.
     """
     if not rows.is_cuda or rows.dtype != torch.float32:
         return False

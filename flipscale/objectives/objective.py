@@ -1,5 +1,6 @@
 """The interface of an objective: a loss, and its demands on the model and on a batch."""
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -145,28 +146,20 @@ def recorded_inputs(module: nn.Module) -> Iterator[list[torch.Tensor]]:
 def watch_gradients(tokens: torch.Tensor, means: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the tokens for a second loss, and the squared gradient norms of both losses, fp32 `(2,)`.
 
-    One loss uses the means of the tokens, the other each token. The norms are of the losses' gradients with respect to
-    the tokens: the means' loss first, 0 before the backward pass. The one backward pass computes both, from the
+    The first loss uses the `means` `(batch, width)` of the `tokens` `(batch, tokens, width)`, the other each token. The
+    norms are of the losses' gradients with respect to the tokens. The one backward pass computes both, from the
     gradients of tensors that only one of the losses uses. Norms of the tower's weights would take a second pass.
-
-    Args:
-        tokens: output of the image tower, `(batch, tokens, width)`.
-        means: means over the tokens, `(batch, width)`, as the first loss received them.
     """
     squares = torch.zeros(2, device=tokens.device)
-    # A view of its own, because the gradient of `tokens` itself is the sum of both losses'.
-    own = tokens.view_as(tokens)
-    _record_gradient_square(own, squares[1])
-    # A mean hands an equal part of its gradient to each token.
-    _record_gradient_square(means, squares[0], 1 / tokens.shape[1])
-    return own, squares
 
-
-def _record_gradient_square(tensor: torch.Tensor, square: torch.Tensor, factor: float = 1.0) -> None:
-    """Let the backward pass write `factor` times the squared norm of a tensor's gradient to `square` `()`."""
-
-    def record(gradient: torch.Tensor) -> None:
+    def record(gradient: torch.Tensor, square: torch.Tensor, factor: float) -> None:
         square.copy_(factor * torch.linalg.vector_norm(gradient, dtype=torch.float32).square())
 
-    if tensor.requires_grad:
-        tensor.register_hook(record)
+    # A view of its own, because the gradient of `tokens` itself is the sum of both losses'.
+    own = tokens.view_as(tokens)
+    if own.requires_grad:
+        own.register_hook(functools.partial(record, square=squares[1], factor=1.0))
+    if means.requires_grad:
+        # A mean hands an equal part of its gradient to each token.
+        means.register_hook(functools.partial(record, square=squares[0], factor=1 / tokens.shape[1]))
+    return own, squares

@@ -75,8 +75,23 @@ class LossRecipe:
             raise UserError(
                 f"loss.exchange is {self.exchange!r}; use 'gather' or 'ring': both give the gradient of the whole batch"
             )
-        # All options with their defaults, because the run directory's recipe records them.
-        object.__setattr__(self, "options", _checked_options(self.kind, self.options))
+        from jsonargparse import ArgumentError, ArgumentParser
+
+        from flipscale.objectives.objective import Objective
+
+        kind, shared = loss_kinds()[self.kind], {f.name for f in fields(Objective)}
+        known = [f.name for f in fields(kind) if f.name not in shared]
+        for name in self.options:
+            if name not in known:
+                rule = f"its options are {', '.join(known)}" if known else "it has none"
+                raise UserError(f"loss.options.{name} is not an option of loss.kind {self.kind!r}; {rule}")
+        parser = ArgumentParser(exit_on_error=False)
+        parser.add_class_arguments(kind, skip=shared)
+        try:
+            # All options with their defaults, because the run directory's recipe records them.
+            object.__setattr__(self, "options", parser.parse_object(self.options).as_dict())
+        except ArgumentError as error:
+            raise UserError(f"loss.options of loss.kind {self.kind!r}: {' '.join(str(error).split())}") from None
 
 
 def build_objective(recipe: LossRecipe, mask: MaskRecipe) -> "Objective":
@@ -110,23 +125,3 @@ def build_objective(recipe: LossRecipe, mask: MaskRecipe) -> "Objective":
             "trains another model class; use another kind, or weight 0"
         )
     return WithReconstruction(other=objective, weight=recipe.reconstruction_weight)
-
-
-def _checked_options(kind: str, options: dict[str, Any]) -> dict[str, Any]:
-    """Return all options of a kind: the given values, and defaults for the rest."""
-    from jsonargparse import ArgumentError, ArgumentParser
-
-    from flipscale.objectives.objective import Objective
-
-    shared = {f.name for f in fields(Objective)}
-    known = [f.name for f in fields(loss_kinds()[kind]) if f.name not in shared]
-    for name in options:
-        if name not in known:
-            rule = f"its options are {', '.join(known)}" if known else "it has none"
-            raise UserError(f"loss.options.{name} is not an option of loss.kind {kind!r}; {rule}")
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(loss_kinds()[kind], skip=shared)
-    try:
-        return parser.parse_object(options).as_dict()
-    except ArgumentError as error:
-        raise UserError(f"loss.options of loss.kind {kind!r}: {' '.join(str(error).split())}") from None
