@@ -277,8 +277,8 @@ def _deepspeed_settings(environment: Mapping[str, str]) -> dict[str, Any]:
     if file != "none":
         settings = _read_deepspeed_file(Path(file))
     else:
-        stage = whole_number(environment, "ACCELERATE_DEEPSPEED_ZERO_STAGE", 2)
-        file, settings = "deepspeed_config", {"zero_optimization": {"stage": stage}}
+        launched = whole_number(environment, "ACCELERATE_DEEPSPEED_ZERO_STAGE", 2)
+        file, settings = "deepspeed_config", {"zero_optimization": {"stage": launched}}
     for name in _DECIDED_ELSEWHERE:
         if name in settings:
             raise UserError(
