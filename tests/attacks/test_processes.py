@@ -3,11 +3,12 @@
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from attacks import ground
-from attacks.attack import Attack, Ended, refused, survived, test_of
+from attacks.attack import Attack, Ended, Make, refused, survived, test_of
 
 import flipscale
 
@@ -59,17 +60,6 @@ def is_done(folder: Path, ended: Ended) -> None:
     assert (folder / "run/DONE").exists(), ended
 
 
-def status_of_a_folder(folder: Path) -> list[str]:
-    (folder / "run/recipe.yaml").mkdir(parents=True)
-    return ["status", "run"]
-
-
-def sheet_to_a_pipe(folder: Path) -> list[str]:
-    ground.shards(folder)
-    os.mkfifo(folder / "sheet.png")
-    return ["prepare", "inspect", "data", "--sheet", "sheet.png"]
-
-
 def foreign_names(folder: Path) -> list[str]:
     data = ground.shards(folder)
     for number, shard in enumerate(sorted(data.glob("*.tar"))):
@@ -77,40 +67,32 @@ def foreign_names(folder: Path) -> list[str]:
     return [*ground.pretrain(folder), "--output_dir", str(folder / "run")]
 
 
-def piped(folder: Path) -> list[str]:
-    os.mkfifo(folder / "launch.yaml")
-    return planned(folder, None)
+def after(change: Callable[[Path], object], *words: str) -> Make:
+    """A command in a folder after `change`."""
+
+    def make(folder: Path) -> list[str]:
+        change(folder)
+        return list(words)
+
+    return make
 
 
-def into_a_file(folder: Path) -> list[str]:
-    (folder / "there").write_text("mine")
-    return ["launch_files", "there"]
-
-
-def into_a_link(folder: Path) -> list[str]:
-    (folder / "there").symlink_to("nowhere")
-    return ["launch_files", "there"]
-
-
-def over_a_pipe(folder: Path) -> list[str]:
-    (folder / "slurm").mkdir()
-    os.mkfifo(folder / "slurm/run.bash")
-    return ["launch_files", "."]
-
-
-def over_edited(folder: Path) -> list[str]:
+def edited(folder: Path) -> None:
     shutil.copytree(Path(flipscale.__file__).parents[1] / "slurm", folder / "slurm")
     (folder / "slurm/run.bash").write_text("mine")
-    return ["launch_files", "."]
+
+
+def pipe(name: str) -> Callable[[Path], None]:
+    def make(folder: Path) -> None:
+        (folder / name).parent.mkdir(exist_ok=True)
+        os.mkfifo(folder / name)
+
+    return make
 
 
 def is_kept(folder: Path, ended: Ended) -> None:
     assert (folder / "slurm/run.bash").read_text() == "mine"
     assert not (folder / "ds_configs").exists()
-
-
-def stage(value: Any) -> dict:
-    return {"zero_optimization": value}
 
 
 ATTACKS = [
@@ -123,11 +105,17 @@ ATTACKS = [
     typed("a run of no name", "status", "", says="run directory"),
     typed("a run whose name has lines", "status", "a\nb", says="a b"),
     typed("a run whose name is no text", "status", "\udcff", says="\\udcff"),
-    refused("a recipe copy that is a folder", status_of_a_folder, "recipe.yaml"),
-    refused("a contact sheet to a pipe", sheet_to_a_pipe, "sheet.png"),
+    refused(
+        "a recipe copy that is a folder", after(lambda f: (f / "run/recipe.yaml").mkdir(parents=True), "status", "run"),
+        "recipe.yaml",
+    ),
+    refused(
+        "a contact sheet to a pipe",
+        after(lambda f: [ground.shards(f), pipe("png")(f)], "prepare", "inspect", "data", "--sheet", "png"), "png",
+    ),
     launch("that is not there", None),
     launch("that is empty", ""),
-    refused("a launch file that is a pipe", piped, "launch.yaml"),
+    refused("a launch file that is a pipe", lambda f: [pipe("launch.yaml")(f), planned(f, None)][1], "launch.yaml"),
     launch("that is a list", "- 1\n- 2\n"),
     launch("of bytes that are no text", b"\xff\xfe\x00distributed_type"),
     launch("that runs code", "distributed_type: !!python/object/apply:os.system ['touch ran']\n", "tag"),
@@ -141,8 +129,8 @@ ATTACKS = [
     launch("whose parallelism is a number", f"{FSDP}parallelism_config: 5\n", "'5'"),
     deepspeed("that is a list", "[1, 2]"),
     deepspeed("nested 100,000 deep", "[" * 100_000),
-    deepspeed("whose stage is true", stage({"stage": True}), "stage", "True"),
-    deepspeed("whose settings of ZeRO are a number", stage(5), "5"),
+    deepspeed("whose stage is true", {"zero_optimization": {"stage": True}}, "stage", "True"),
+    deepspeed("whose settings of ZeRO are a number", {"zero_optimization": 5}, "5"),
     started("a rank that is a word", "RANK='first'", RANK="first"),
     started("a world that is a word", "WORLD_SIZE='many'", WORLD_SIZE="many"),
     started("a number of processes that is a word", "FLIPSCALE_NUM_PROCESSES='x'", FLIPSCALE_NUM_PROCESSES="x"),
@@ -154,10 +142,15 @@ ATTACKS = [
     odd("no folder of temporary files", TMPDIR="/nowhere", TEMP="/nowhere"),
     odd("no home", HOME="/nowhere"),
     survived("shards whose names are not ASCII", foreign_names, check=is_done),
-    refused("launch files into a file", into_a_file, "there"),
-    refused("launch files into a link to nothing", into_a_link, "nowhere"),
-    refused("launch files over a pipe", over_a_pipe, "run.bash"),
-    refused("launch files over one that was edited", over_edited, "run.bash", check=is_kept),
-]
+    refused("launch files into a file", after(lambda f: (f / "there").touch(), "launch_files", "there"), "there"),
+    refused(
+        "launch files into a link to nothing", after(lambda f: (f / "there").symlink_to("no"), "launch_files", "there"),
+        "there",
+    ),
+    refused("launch files over a pipe", after(pipe("slurm/run.bash"), "launch_files", "."), "run.bash"),
+    refused(
+        "launch files over one that was edited", after(edited, "launch_files", "."), "run.bash", check=is_kept
+    ),
+]  # fmt: skip
 
 test_attack = test_of(ATTACKS)

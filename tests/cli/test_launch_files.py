@@ -72,16 +72,8 @@ def test_files_are_the_checkout_s(site: Path) -> None:
 
 def test_every_launch_file_can_be_planned_with(site: Path) -> None:
     files = [str(file) for file in FILES if file.suffix == ".yaml"]
-    command = [
-        sys.executable,
-        "-m",
-        "flipscale.pretrain",
-        "--config",
-        "small_cpu",
-        "--optim.name",
-        "adamw",
-        "--dry_run",
-    ]
+    recipe = "-m flipscale.pretrain --config small_cpu --optim.name adamw --dry_run"
+    command = [sys.executable, *recipe.split()]
     done = launch([*command, "--launch_file", *files], site / "work", **path_of(site))
     assert done.returncode == 0, done.stderr
     heading = next(line for line in done.stdout.splitlines() if line.startswith("GiB of each process"))

@@ -181,16 +181,10 @@ def tool(words: list[str]) -> None:
 
 
 def script_s_help(words: list[str]) -> None:
-    """Print the help of a script that works for minutes."""
-    command = [sys.executable, words[1], "--help"]
-    done = subprocess.run(command, cwd=ROOT, env={**os.environ}, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-
-
-def module_s_help(words: list[str]) -> None:
-    """Parse the options of a module of the tests, and print its help."""
+    """Print the help of a script or module that works for minutes."""
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}/tests"}
-    command = [sys.executable, *words[1:], "--help"]
+    script = words[1:3] if words[1] == "-m" else words[1:2]
+    command = [sys.executable, *script, "--help"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
@@ -217,8 +211,7 @@ RULES: dict[str, Callable[[list[str]], None]] = {
     r"make \w+": target,
     r"(\.venv/bin/)?(pytest|ruff|mypy|pre-commit)\b": tool,
     r"python clip_benchmark_flip\.py eval ": other_program,
-    r"python -m (fuzz|simulated\.world) ": module_s_help,
-    r"python (examples|benchmarks|tests)/\w+(/\w+)?\.py": script_s_help,
+    r"python (-m (fuzz|simulated\.world) |(examples|benchmarks|tests)/\w+(/\w+)?\.py)": script_s_help,
 }
 
 
