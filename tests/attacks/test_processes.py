@@ -111,7 +111,8 @@ ATTACKS = [
     ),
     refused(
         "a contact sheet to a pipe",
-        after(lambda f: [ground.shards(f), pipe("png")(f)], "prepare", "inspect", "data", "--sheet", "png"), "png",
+        after(lambda f: [ground.shards(f), pipe("s.png")(f)], "prepare", "inspect", "data", "--sheet", "s.png"),
+        "s.png",
     ),
     launch("that is not there", None),
     launch("that is empty", ""),
@@ -144,8 +145,8 @@ ATTACKS = [
     survived("shards whose names are not ASCII", foreign_names, check=is_done),
     refused("launch files into a file", after(lambda f: (f / "there").touch(), "launch_files", "there"), "there"),
     refused(
-        "launch files into a link to nothing", after(lambda f: (f / "there").symlink_to("no"), "launch_files", "there"),
-        "there",
+        "launch files into a link to nothing",
+        after(lambda f: (f / "there").symlink_to("nowhere"), "launch_files", "there"), "nowhere",
     ),
     refused("launch files over a pipe", after(pipe("slurm/run.bash"), "launch_files", "."), "run.bash"),
     refused(

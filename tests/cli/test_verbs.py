@@ -112,6 +112,7 @@ def test_prepare_index(shards: Path, tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("*.tar.index.npy"))) == 4
 
 
+@pytest.mark.long
 def test_a_race_of_more_recipes_than_cores_trains_one_after_the_other(recipe: dict, tmp_path: Path) -> None:
     for name in ("one", "two"):
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(recipe))
@@ -128,6 +129,7 @@ def test_a_race_of_more_recipes_than_cores_trains_one_after_the_other(recipe: di
     assert "| two (" in (out / "table.md").read_text()
 
 
+@pytest.mark.long
 def test_a_race_lays_recipes_side_by_side_for_the_same_time(recipe: dict, tmp_path: Path) -> None:
     write_shards(tmp_path / "test", [20])
     names = tmp_path / "test/classnames.txt"

@@ -61,6 +61,7 @@ def results(run_dir: Path) -> dict[tuple[str, str], float]:
     return {(line["task"], line["metric"]): line["value"] for line in lines}
 
 
+@pytest.mark.long
 def test_a_search_to_its_winner(
     search_file: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
