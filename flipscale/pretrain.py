@@ -1,6 +1,5 @@
 """Pre-training by masking: `accelerate launch -m flipscale.pretrain --config RECIPE`, `torchrun`, or plain python."""
 
-import logging
 import os
 import signal
 import sys
@@ -13,24 +12,20 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from flipscale.engines.failures import close_process_group, exit_now
-from flipscale.hub.push import BackgroundPush, card_name, open_target, push_finished
+from flipscale.hub.push import BackgroundPush, open_target, push_finished
+from flipscale.training.between_steps import BetweenSteps, Evaluation, Saver
 from flipscale.training.console import report_user_errors, start_logging
-from flipscale.training.evaluating import Evaluation
 from flipscale.training.plan import Plan
 from flipscale.training.recipe import Recipe, parse_recipe
 from flipscale.training.report import begin_run, end_run
-from flipscale.training.saving import Saver
 from flipscale.training.start import Start, join, prepare, resume
 from flipscale.training.step import consume_batch
-from flipscale.training.step_time import StepProfiler, garbage_between_steps
 from flipscale.training.sync import StepSync
-from flipscale.training.tracking import Tracker, open_trackers
+from flipscale.training.tracking import Tracker
 from flipscale.training.watch import StepWatch
 
 if TYPE_CHECKING:
     from flipscale.engines.engine import Engine
-
-_log = logging.getLogger("flipscale.pretrain")  # under `python -m`, `__name__` is `__main__`
 
 
 def pretrain(recipe: Recipe) -> Path:
@@ -45,13 +40,12 @@ def pretrain(recipe: Recipe) -> Path:
     prepared = prepare(recipe)
     if prepared is None:
         return run_dir
-    open_target(recipe.hub, resumes=prepared.resumes)
-    plan = prepared.plan
-    start = join(recipe, plan, prepared.digests)
+    plan, resumes, digests = prepared
+    open_target(recipe.hub, resumes)
+    start = join(recipe, plan, digests)
     try:
         engine = resume(recipe, plan, start)
-        if start.accelerator.is_main_process:
-            _log.info("%s", begin_run(recipe, plan, start, engine.name))
+        begin_run(recipe, plan, start, engine.name)
         from flipscale.planning.flops import pair_flops  # imports the models, as `resume` does
 
         train(recipe, plan, start, engine, pair_flops(recipe))
@@ -69,14 +63,13 @@ def train(recipe: Recipe, plan: Plan, start: Start, engine: "Engine", pair_flops
     tracker = Tracker(accelerator, run_dir, log, watch, plan.batch_size, schedule, pair_flops, max_bad_fraction)
     saver = Saver(plan, start, engine, recipe.save, run_dir, tracker.bad_samples, watch)
     push = BackgroundPush(recipe, schedule.total_steps, is_main)
-    evaluation = Evaluation(recipe.eval, plan, engine, accelerator, watch, tracker)
-    profiler = StepProfiler(accelerator, run_dir, log.profile_steps)
+    evaluation = Evaluation(recipe.eval, plan, engine, accelerator, tracker)
+    between = BetweenSteps(accelerator, run_dir, log.profile_steps)
     sync = StepSync(accelerator, saver.writer, watch, schedule.first_pace(start.state), schedule.budget_seconds)
-    open_trackers(accelerator, run_dir, plan.recipe_fields)
-    tracker.start(start.step, plan.source.faults)
+    tracker.start(start.step, plan.source.faults, plan.recipe_fields)
     stops = False
 
-    with sync, watch, tracker, profiler, garbage_between_steps() as collect_garbage:
+    with sync, watch, tracker, between:
         evaluation.run(plan.tasks_before(clock.step), start.step)
         for step, micro_batches, faults in watch.timed(plan.batches(clock, accelerator), start.step):
             # A step: learn from the batch, agree with the other processes, and move the weights or leave them.
@@ -92,10 +85,11 @@ def train(recipe: Recipe, plan: Plan, start: Start, engine: "Engine", pair_flops
             due = plan.due(upcoming)
             settled = sync.settle(wait=due.save or bool(due.tasks))
             tracker.write(settled.results, upcoming)
+            if settled.failure is not None:
+                raise settled.failure
             if settled.written:
                 push.offer(saver.commit())
-            profiler.after_step()
-            collect_garbage(upcoming.number)
+            between.after_step(upcoming.number)
 
             # Work between two steps: evaluate, save, stop.
             evaluation.run(due.tasks, upcoming.number)
@@ -120,18 +114,19 @@ def train(recipe: Recipe, plan: Plan, start: Start, engine: "Engine", pair_flops
 
 
 def finish(recipe: Recipe, start: Start, num_steps: int, trained_seconds: float) -> None:
-    """Collective. Export the model of the last checkpoint with its card, and mark the run as done: the main process
-    does, and the others wait."""
+    """Collective. Export the model of the last checkpoint with its card, and mark the run as done, on the main
+    process."""
     if start.accelerator.is_main_process:
         start.check_lock(at_once=True)
         from flipscale.engines.checkpoint import checkpoint_of
         from flipscale.hub.card import write_card
         from flipscale.hub.export import export_checkpoint
+        from flipscale.hub.push import card_name
 
         run_dir = Path(recipe.output_dir)
         export_checkpoint(checkpoint_of(run_dir, num_steps), run_dir / "model")
         write_card(run_dir / "model", run_dir, card_name(recipe))
-        _log.info("%s", end_run(recipe, num_steps, trained_seconds))
+        end_run(recipe, num_steps, trained_seconds)
     start.accelerator.wait_for_everyone()
 
 

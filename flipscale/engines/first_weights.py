@@ -87,7 +87,7 @@ def compile_blocks(model: FlipPreTrainedModel) -> None:
     The image tower has a graph for every number of visible patches, the text tower for every number of tokens. With
     micro-batches there are twice as many, because the first pass has no gradients. All blocks of a tower share graphs.
 
-    Evaluations run the uncompiled blocks (`training.evaluating`), because their last batch has another size.
+    Evaluations run the uncompiled blocks (`training.between_steps`), because their last batch has another size.
     """
     # torch's limit is 8 graphs of one code, and both towers share one code, so a third stage could end the run.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MAX_GRAPHS)

@@ -17,7 +17,7 @@ from flipscale.training.plan import Plan
 from flipscale.training.recipe import Recipe
 from flipscale.training.run_directory import device_name, mark_done, write_run_files
 from flipscale.training.schedule import Stage
-from flipscale.training.start import Start
+from flipscale.training.start import Start, watched
 
 _log = logging.getLogger(__name__)
 
@@ -25,26 +25,50 @@ _log = logging.getLogger(__name__)
 OWN_TASKS = {"classify": "classification", "captioning": "captioning", "answer": "vqa"}
 
 
-def begin_run(recipe: Recipe, plan: Plan, start: Start, engine: str) -> str:
-    """Write the first files of a run, and return a description of the run. The main process calls this.
+def begin_run(recipe: Recipe, plan: Plan, start: Start, engine: str) -> None:
+    """Write the first files of a run, and log its model, data, length and hardware; nothing except on the main process.
 
     Args:
         engine: name of the engine.
     """
-    num_processes, num_pairs = start.accelerator.num_processes, len(plan.source)
-    num_parameters = write_run_files(recipe, engine, num_processes, start.state, num_pairs, start.set_aside)
-    if plan.class_names:
-        keep_class_names(Path(recipe.output_dir), plan.class_names)
-    return first_block(recipe, plan, start, engine, num_parameters, device_name(), precision_in_words(os.environ))
+    if not start.accelerator.is_main_process:
+        return
+    with watched(recipe, 0, "the building of the model"):
+        num_processes, num_pairs, run_dir = start.accelerator.num_processes, len(plan.source), recipe.output_dir
+        num_parameters = write_run_files(recipe, engine, num_processes, start.state, num_pairs, start.set_aside)
+        if plan.class_names:
+            keep_class_names(Path(run_dir), plan.class_names)
+        batch, side = recipe.data.global_batch_size, recipe.model_config().vision_config.image_size
+        is_timed, last = recipe.budget_minutes is not None, plan.schedule.stages[-1].last
+        stages = ", ".join(_stage_words(stage, is_timed) for stage in plan.schedule.stages)
+        times = last * batch / num_pairs
+        seen = "" if is_timed else f", each seen {f'{times:,.0f}' if times >= 10 else f'{times:.2g}'} times"
+        size = f"{num_parameters / 1e6:,.1f} M" if num_parameters >= 1e5 else f"{num_parameters:,}"
+        length = f"of {batch:,} pairs for {recipe.budget_minutes:g} min" if is_timed else f"{last:,} of {batch:,} pairs"
+        data = recipe.data.shards or ", ".join(source.shards or source.dataset or "" for source in recipe.data.sources)
+        rows = [
+            ("model", f"{size} parameters, images of {side} x {side} pixels"),
+            ("data", f"{num_pairs:,} pairs of {data}{seen}"),
+            ("steps", f"{length}: {stages}"),
+            ("device", device_name()),
+            ("precision", precision_in_words(os.environ)),
+            ("processes", f"{num_processes}, {engine}" if num_processes > 1 else "1"),
+            ("evaluation", _evaluation_words(plan, recipe.eval.every_share)),
+            ("run folder", f"{run_dir}; `flipscale status {run_dir} --watch` follows it"),
+        ]
+        head = f"training {run_dir}"
+        if start.step:
+            head = f"going on with {run_dir} from step {start.step:,}{'' if is_timed else f' of {last:,}'}"
+        _log.info("%s", _block(head, rows))
 
 
-def end_run(recipe: Recipe, num_steps: int, trained_seconds: float) -> str:
-    """Draw the figures of a run whose model is exported, mark the run as done, and return where its results are. The
-    main process calls this."""
+def end_run(recipe: Recipe, num_steps: int, trained_seconds: float) -> None:
+    """Draw the figures of a run whose model is exported, mark the run as done, and log where its results are. The main
+    process calls this."""
     run_dir = Path(recipe.output_dir)
     figures = draw_figures(run_dir)
     mark_done(run_dir)
-    return last_block(recipe, num_steps, trained_seconds, list(figures), latest(read_results(run_dir)))
+    _log.info("%s", last_block(recipe, num_steps, trained_seconds, list(figures), latest(read_results(run_dir))))
 
 
 def draw_figures(run_dir: Path) -> dict[str, str]:
@@ -61,47 +85,10 @@ def draw_figures(run_dir: Path) -> dict[str, str]:
         return {}
 
 
-def first_block(
-    recipe: Recipe, plan: Plan, start: Start, engine: str, num_parameters: int, device: str, precision: str
-) -> str:
-    """Return the model, data, length and hardware of a run in a few lines.
-
-    Args:
-        engine: name of the engine.
-        num_parameters: number of the model's parameters.
-        device: name of a process's device.
-        precision: description of the precision of products.
-    """
-    batch, run_dir = recipe.data.global_batch_size, recipe.output_dir
-    processes, side = start.accelerator.num_processes, recipe.model_config().vision_config.image_size
-    is_timed, last = recipe.budget_minutes is not None, plan.schedule.stages[-1].last
-    stages = ", ".join(_stage_words(stage, is_timed) for stage in plan.schedule.stages)
-    times = last * batch / len(plan.source)
-    seen = "" if is_timed else f", each seen {f'{times:,.0f}' if times >= 10 else f'{times:.2g}'} times"
-    size = f"{num_parameters / 1e6:,.1f} M" if num_parameters >= 1e5 else f"{num_parameters:,}"
-    length = f"of {batch:,} pairs for {recipe.budget_minutes:g} min" if is_timed else f"{last:,} of {batch:,} pairs"
-    data = recipe.data.shards or ", ".join(source.shards or source.dataset or "" for source in recipe.data.sources)
-    rows = [
-        ("model", f"{size} parameters, images of {side} x {side} pixels"),
-        ("data", f"{len(plan.source):,} pairs of {data}{seen}"),
-        ("steps", f"{length}: {stages}"),
-        ("device", device),
-        ("precision", precision),
-        ("processes", f"{processes}, {engine}" if processes > 1 else "1"),
-        ("evaluation", _evaluation_words(plan, recipe.eval.every_share)),
-        ("run folder", f"{run_dir}; `flipscale status {run_dir} --watch` follows it"),
-    ]
-    head = f"training {run_dir}"
-    if start.step:
-        head = f"going on with {run_dir} from step {start.step:,}{'' if is_timed else f' of {last:,}'}"
-    return _block(head, rows)
-
-
 def last_block(recipe: Recipe, step: int, seconds: float, figures: Sequence[str], results: Sequence[Result]) -> str:
-    """Return where a finished run's results are, what they changed, and the commands to go on with.
+    """Return where the results of a finished run of `step` steps are, what they changed, and the next commands.
 
     Args:
-        step: number of steps.
         seconds: training time in seconds.
         figures: names of the drawn figures.
         results: last result of each task.
@@ -130,11 +117,10 @@ def evaluation_flags(loss_kind: str, data: str) -> str:
 
 
 def interval_line(place: str, record: Mapping[str, Any], seconds_left: float | None) -> str:
-    """Return the loss, rate and speed of an interval.
+    """Return the loss, rate and speed of an interval by its record in `metrics.jsonl`.
 
     Args:
         place: position in the run, see `Schedule.words`.
-        record: record of the interval in `metrics.jsonl`.
         seconds_left: expected time to the end of the run; None at the end.
     """
     loss = f"{record['loss']:.3f}" if math.isfinite(record["loss"]) else "not finite"

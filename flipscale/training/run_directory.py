@@ -33,7 +33,6 @@ from flipscale.io import json_lines
 from flipscale.io.atomic import sync, write_text
 from flipscale.io.errors import UserError
 from flipscale.io.files import check_writable
-from flipscale.io.lock import FolderLock
 from flipscale.io.yaml_text import read_saved_recipe
 from flipscale.training.cost import last_sign
 from flipscale.training.preemption import STOP_FILE
@@ -99,19 +98,6 @@ def check_room(run_dir: Path, optim: OptimRecipe, num_parameters: int) -> None:
             f"the disk of {run_dir} has {free / 1e9:.1f} GB free, and a checkpoint takes {needed / 1e9:.1f} GB; free "
             "some space, or use another output_dir"
         )
-
-
-def lock_run_directory(run_dir: Path) -> FolderLock:
-    """Create a run directory, lock it, and return the lock.
-
-    Raises:
-        UserError: another process trains there.
-        OSError: the folder is not writable.
-    """
-    run_dir.mkdir(parents=True, exist_ok=True)
-    lock = FolderLock(run_dir / "run.lock", f"trains in {run_dir}")
-    lock.acquire()
-    return lock
 
 
 def mark_done(run_dir: Path) -> None:

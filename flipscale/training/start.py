@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -23,7 +23,7 @@ from flipscale.io.errors import UserError
 from flipscale.io.lock import FolderLock
 from flipscale.training.plan import Plan, check
 from flipscale.training.recipe import Recipe, conflicts
-from flipscale.training.run_directory import is_done, lock_run_directory, open_run_directory
+from flipscale.training.run_directory import is_done, open_run_directory
 from flipscale.training.watch import HangWatch
 
 if TYPE_CHECKING:
@@ -76,22 +76,11 @@ class Start:
             self.lock.release()
 
 
-class Prepared(NamedTuple):
-    """A run that each process has checked by itself.
+def prepare(recipe: Recipe) -> tuple[Plan, bool, Comparison | None] | None:
+    """Check a run before its processes wait for each other.
 
-    Args:
-        plan: the checked recipe.
-        resumes: whether there is a checkpoint.
-        digests: running comparison of that checkpoint's digests; None without a checkpoint.
-    """
-
-    plan: Plan
-    resumes: bool
-    digests: Comparison | None
-
-
-def prepare(recipe: Recipe) -> Prepared | None:
-    """Check a run before its processes wait for each other; None if the run is done.
+    Returns:
+        The plan, whether there is a checkpoint, and the running comparison of its digests. None if the run is done.
 
     Raises:
         UserError: the recipe cannot be run as it stands, or not in this run directory.
@@ -101,14 +90,14 @@ def prepare(recipe: Recipe) -> Prepared | None:
     if is_done(recipe, checkpoint):
         return None
     digests = begin_reading(checkpoint)
-    return Prepared(check(recipe), checkpoint is not None, digests)
+    return check(recipe), checkpoint is not None, digests
 
 
 def join(recipe: Recipe, plan: Plan, digests: Comparison | None) -> Start:
     """Collective. Start the processes; agree on the data and on the newest undamaged checkpoint.
 
     Args:
-        digests: running comparison of the checkpoint's digests, see `Prepared`.
+        digests: running comparison of the checkpoint's digests, see `prepare`.
 
     Raises:
         UserError: processes are missing, their data differs from each other's or the checkpoint's, all checkpoints are
@@ -116,20 +105,21 @@ def join(recipe: Recipe, plan: Plan, digests: Comparison | None) -> Start:
         OSError: a checkpoint cannot be read, or the run directory is not writable.
     """
     prepare_workers()
-    run_dir = Path(recipe.output_dir)
+    run_dir, source = Path(recipe.output_dir), plan.source
     with watched(recipe, int(os.environ.get("RANK", "0")), "the start of the processes"):
-        return _join(recipe, plan, digests, run_dir)
-
-
-def _join(recipe: Recipe, plan: Plan, digests: Comparison | None, run_dir: Path) -> Start:
-    accelerator = start_accelerator(recipe.log.report_to, recipe.output_dir)
-    agree_on_data(accelerator, plan.source)
-    lock = take_run_directory(accelerator, run_dir)
-    chosen = newest_whole(accelerator, run_dir, lambda contents: check_same_run(recipe, plan, contents), digests)
-    if chosen is None:
-        return Start(accelerator, None, {}, lock=lock)
-    check_same_data(chosen.checkpoint, chosen.state, plan.source)
-    return Start(accelerator, *chosen, lock=lock)
+        accelerator = start_accelerator(recipe.log.report_to, recipe.output_dir)
+        _agree_on_data(accelerator, source)
+        lock = _take_run_directory(accelerator, run_dir)
+        chosen = newest_whole(accelerator, run_dir, lambda contents: _check_same_run(recipe, plan, contents), digests)
+        if chosen is None:
+            return Start(accelerator, None, {}, lock=lock)
+        state = chosen.state
+        if (state["data_samples"], state["data_fingerprint"]) != (len(source), shard_sizes_digest(source)):
+            raise UserError(
+                f"{chosen.checkpoint} was trained on {state['data_samples']} samples, the data now has {len(source)} "
+                "or in other shards; the order of samples would change: use the same data or another output_dir"
+            )
+        return Start(accelerator, *chosen, lock=lock)
 
 
 def resume(recipe: Recipe, plan: Plan, start: Start) -> Engine:
@@ -167,18 +157,15 @@ def resume(recipe: Recipe, plan: Plan, start: Start) -> Engine:
 
 
 @contextmanager
-def watched(recipe: Recipe, rank: int, doing: str) -> Iterator[None]:
+def watched(recipe: Recipe, rank: int, work: str) -> Iterator[None]:
     """End the run if a `with` block shows no sign of life for `log.hang_seconds`."""
-    with HangWatch(Path(recipe.output_dir), recipe.log.hang_seconds, rank) as watch, watch.doing(doing):
+    with HangWatch(Path(recipe.output_dir), recipe.log.hang_seconds, rank) as watch:
+        watch.begin(work)
         yield
 
 
-def check_same_run(recipe: Recipe, plan: Plan, contents: Contents) -> None:
-    """Raise unless a checkpoint belongs to a run of this recipe.
-
-    Raises:
-        Damage: it does not.
-    """
+def _check_same_run(recipe: Recipe, plan: Plan, contents: Contents) -> None:
+    """Raise `Damage` unless a checkpoint belongs to a run of this recipe."""
     changed = conflicts(recipe, dict(contents.recipe))
     if changed:
         raise Damage(f"it is of a run of another recipe: {'; '.join(changed)}")
@@ -189,20 +176,17 @@ def check_same_run(recipe: Recipe, plan: Plan, contents: Contents) -> None:
         raise Damage(f"state.json has {samples} samples_seen in {step} steps of {plan.batch_size}")
 
 
-def take_run_directory(accelerator: Accelerator, run_dir: Path) -> FolderLock | None:
-    """Collective. Lock the run directory on the main process, and return the lock there.
-
-    Raises:
-        UserError: another run has the directory.
-        OSError: it is not writable.
-    """
+def _take_run_directory(accelerator: Accelerator, run_dir: Path) -> FolderLock | None:
+    """Collective. Create and lock the run directory on the main process, and return the lock there."""
     from accelerate.utils import broadcast_object_list
 
     lock: FolderLock | None = None
     failed: Exception | None = None
     if accelerator.is_main_process:
         try:
-            lock = lock_run_directory(run_dir)
+            run_dir.mkdir(parents=True, exist_ok=True)
+            lock = FolderLock(run_dir / "run.lock", f"trains in {run_dir}")
+            lock.acquire()
         except (ValueError, OSError) as error:
             failed = error
     (failed,) = broadcast_object_list([failed])
@@ -211,11 +195,10 @@ def take_run_directory(accelerator: Accelerator, run_dir: Path) -> FolderLock | 
     return lock
 
 
-def agree_on_data(accelerator: Accelerator, source: Source) -> None:
+def _agree_on_data(accelerator: Accelerator, source: Source) -> None:
     """Collective. Raise unless all processes found the same shards with the same numbers of samples.
 
-    Raises:
-        UserError: a node's copy is older or incomplete, so its order of samples would differ.
+    A node's copy may be older or incomplete, and its order of samples would differ.
     """
     mine = torch.tensor([shard_sizes_digest(source)], device=accelerator.device)
     digests = accelerator.gather(mine).tolist()
@@ -224,17 +207,4 @@ def agree_on_data(accelerator: Accelerator, source: Source) -> None:
         raise UserError(
             f"processes {', '.join(map(str, others))} of {len(digests)} found other numbers of samples in the shards "
             "than process 0, so that they would read them in another order; make the nodes' copies the same"
-        )
-
-
-def check_same_data(checkpoint: Path, state: Mapping[str, Any], source: Source) -> None:
-    """Raise unless a checkpoint was trained on this data.
-
-    Raises:
-        UserError: the shards or their numbers of samples changed, and with them the order of samples.
-    """
-    if (state["data_samples"], state["data_fingerprint"]) != (len(source), shard_sizes_digest(source)):
-        raise UserError(
-            f"{checkpoint} was trained on {state['data_samples']} samples, the data now has {len(source)} or in other "
-            "shards; the order of samples would change: use the same data or another output_dir"
         )

@@ -7,7 +7,6 @@ has the next step to compute, so the device never idles.
 import statistics
 from collections import deque
 from dataclasses import dataclass
-from types import TracebackType
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -66,12 +65,14 @@ class Settled(NamedTuple):
         stop: whether a process was asked to stop.
         save: whether a checkpoint is due by the clock.
         written: whether every process's part of the last checkpoint is on disk.
+        failure: error for the caller to raise, if `MAX_SKIPPED_IN_A_ROW` steps in a row were not finite.
     """
 
     results: list[StepResult]
     stop: bool
     save: bool
     written: bool
+    failure: FloatingPointError | None = None
 
 
 class _Unread(NamedTuple):
@@ -117,9 +118,7 @@ class StepSync:
         self.request.__enter__()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.request.__exit__()
 
     def start(self, step: Step, loss: StepLoss, grad_norm: torch.Tensor, faults: list[Fault]) -> torch.Tensor:
@@ -139,14 +138,14 @@ class StepSync:
         """Collective. Return the results of all steps but the newest, which the device has just begun.
 
         With `wait`, or if a result asks for a stop or a save, the newest is included, because the run pauses then.
-
-        Raises:
-            FloatingPointError: `MAX_SKIPPED_IN_A_ROW` steps in a row were not finite.
         """
         results: list[StepResult] = []
         stop = save = written = False
         while len(self._unread) > (0 if wait or stop or save else 1):
-            result, asked, due, is_written = self._read(self._unread.popleft())
+            try:
+                result, asked, due, is_written = self._read(self._unread.popleft())
+            except FloatingPointError as error:
+                return Settled(results, stop, save, written, error)
             results.append(result)
             stop, save, written = stop or asked, save or due, written or is_written
         return Settled(results, stop, save, written)

@@ -7,7 +7,6 @@ import time
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
@@ -30,18 +29,13 @@ from flipscale.training.watch import StepWatch
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-PROJECT = "flipscale"
 # Drawing takes a second or two, so an evaluation redraws only older figures.
 _FRESH_SECONDS = 300.0
 _log = logging.getLogger(__name__)
 
 
 def open_trackers(accelerator: "Accelerator", run_dir: Path, config: Mapping[str, bool | int | float | str]) -> None:
-    """Start accelerate's trackers, of the project `flipscale`.
-
-    Args:
-        config: the fields of the recipe, for trackers that compare runs by them.
-    """
+    """Start accelerate's trackers; `config` has the fields of the recipe, by which trackers compare runs."""
     if not accelerator.log_with:
         return
     from accelerate.tracking import TensorBoardTracker
@@ -50,22 +44,19 @@ def open_trackers(accelerator: "Accelerator", run_dir: Path, config: Mapping[str
     accelerator.log_with = [
         TensorBoardTracker("tensorboard", run_dir) if str(one) == "tensorboard" else one for one in accelerator.log_with
     ]
-    options = _options(run_dir) if accelerator.is_main_process else None
-    accelerator.init_trackers(PROJECT, config=dict(config), init_kwargs=options)
-
-
-def _options(run_dir: Path) -> dict[str, dict[str, Any]]:
-    """Return what makes each tracker go on with the run that it began in an earlier start of this run directory."""
-    file = run_dir / "tracker_run_id"
-    if not file.exists():
-        write_text(file, uuid.uuid4().hex)
-    run_id = read_text(file)
-    return {
-        # W&B would make a folder `wandb` where the command was typed.
-        "wandb": {"id": run_id, "name": run_dir.name, "resume": "allow", "dir": str(run_dir)},
-        "trackio": {"name": f"{run_dir.name}-{run_id[:8]}", "resume": "allow"},
-        "comet_ml": {"experiment_key": run_id},
-    }
+    options = None
+    if accelerator.is_main_process:
+        file = run_dir / "tracker_run_id"
+        if not file.exists():
+            write_text(file, uuid.uuid4().hex)
+        run_id = read_text(file)
+        # Each tracker goes on with the run of earlier starts. W&B would make a folder `wandb` in the current folder.
+        options = {
+            "wandb": {"id": run_id, "name": run_dir.name, "resume": "allow", "dir": str(run_dir)},
+            "trackio": {"name": f"{run_dir.name}-{run_id[:8]}", "resume": "allow"},
+            "comet_ml": {"experiment_key": run_id},
+        }
+    accelerator.init_trackers("flipscale", config=dict(config), init_kwargs=options)
 
 
 class Tracker:
@@ -96,14 +87,10 @@ class Tracker:
             pair_flops: operations of a pair in each stage, forward and backward, by the stage's name.
             max_bad_fraction: `data.max_bad_fraction`.
         """
-        self._accelerator = accelerator
-        self._recipe = recipe
-        self._watch = watch
-        self._step_samples = step_samples
-        self._schedule = schedule
-        self._pair_flops = pair_flops
+        self.watch = watch
         self.bad_samples = BadSamples(run_dir, accelerator.is_main_process, max_bad_fraction)
-        self._run_dir = run_dir
+        self._accelerator, self._run_dir, self._recipe = accelerator, run_dir, recipe
+        self._step_samples, self._schedule, self._pair_flops = step_samples, schedule, pair_flops
         self._energy = EnergyMeter(accelerator, run_dir)
         self._peak_flops: float | None = None
         self._begin = watch.so_far()
@@ -112,13 +99,15 @@ class Tracker:
         self._drawn = time.monotonic()
         self._has_logged_duration = False
 
-    def start(self, step: int, shard_faults: list[Fault]) -> None:
-        """Drop the records of later steps, all records at step 0, and show a bar on a terminal.
+    def start(self, step: int, shard_faults: list[Fault], config: Mapping[str, bool | int | float | str]) -> None:
+        """Start the trackers, drop the records of later steps, all records at step 0, and show a bar on a terminal.
 
         Args:
             step: number of steps taken.
             shard_faults: shards that cannot be read.
+            config: fields of the recipe.
         """
+        open_trackers(self._accelerator, self._run_dir, config)
         self.bad_samples.start(step * self._step_samples, shard_faults)
         if not self._accelerator.is_main_process:
             return
@@ -143,9 +132,7 @@ class Tracker:
     def __enter__(self) -> "Tracker":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         if self._bar is not None:
             self._bar.close()
         if error is None:
@@ -178,7 +165,7 @@ class Tracker:
         self._steps += 1
         self._skipped += not result.finite
         self._energy.read()
-        step, usual = result.step, self._watch.usual_seconds
+        step, usual = result.step, self.watch.usual_seconds
         if self._accelerator.is_main_process and self._schedule.budget_seconds is not None:
             place = {"step": result.num_done, "budget_used": step.position, "lr": step.learning_rate}
             json_lines.append(self._run_dir / "schedule.jsonl", [place])
@@ -232,12 +219,13 @@ class Tracker:
         """Append a record, and pass its numbers to the trackers; a number that is not finite becomes null."""
         if not self._accelerator.is_main_process:
             return
-        record: dict[str, Any] = {
+        record = {
             "step": step,
             "samples_seen": step * self._step_samples,
             "trained_seconds": trained_seconds,
+            **metrics,
         }
-        record.update({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()})
+        record = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
         json_lines.append(self._run_dir / "metrics.jsonl", [record])
         numbers = {name: value for name, value in record.items() if isinstance(value, int | float)}
         self._accelerator.log(numbers, step=step)
@@ -246,7 +234,7 @@ class Tracker:
         """Append results of evaluations to `results.jsonl` and, as one record, to `metrics.jsonl`."""
         if not results:
             return
-        seconds = self._watch.trained_seconds
+        seconds = self.watch.trained_seconds
         if self._accelerator.is_main_process:
             append_results(self._run_dir, results, step, step * self._step_samples, seconds)
             if time.monotonic() - self._drawn > _FRESH_SECONDS:

@@ -145,7 +145,7 @@ def rewrite(file: str) -> None:
     """The newest checkpoint of a run, loaded and saved again in the folder `copy` of the run."""
     from flipscale.engines.checkpoint import SaveRecipe
     from flipscale.training.bad_samples import BadSamples
-    from flipscale.training.saving import Saver
+    from flipscale.training.between_steps import Saver
     from flipscale.training.watch import StepWatch
 
     recipe, plan, start, engine = resumed(file)

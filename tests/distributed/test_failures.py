@@ -202,14 +202,14 @@ def stop(file: str, folder: str, where: str) -> None:
     """A run of two whose rank 1 is stopped, as by SIGSTOP, somewhere that is no step."""
     from flipscale import pretrain
     from flipscale.engines.checkpoint import CheckpointWriter
-    from flipscale.training import evaluating, start, watch
+    from flipscale.training import between_steps, start, watch
 
     # Nothing before it takes too long.
     watch.time = clock = Clock()
     owner, name = {
         "the start of the processes": (start, "start_accelerator"),
         "the building of the model": (start, "build_engine"),
-        "an evaluation": (evaluating, "evaluate_tasks"),
+        "an evaluation": (between_steps, "evaluate_tasks"),
         "a save": (CheckpointWriter, "save"),
         "the export": (pretrain, "finish"),
     }[where]

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from flipscale.training.schedule import StageRecipe, plan_stages
+from flipscale.training.schedule import Schedule, StageRecipe, plan_stages
 
 
 def test_the_paper_s_run() -> None:
@@ -21,8 +21,8 @@ def test_the_paper_s_run() -> None:
     assert masked.learning_rate(0) == 0.0
     assert masked.learning_rate(781) == pytest.approx(1.024e-3)
     assert masked.learning_rate(195311) < 1e-12
-    assert masked.starts_afresh(-1, 0)
-    assert tuning.starts_afresh(195311, 195312)
+    schedule = Schedule((masked, tuning))
+    assert [schedule.step(n, n, n - 1).starts_afresh for n in (0, 1, 195311, 195312)] == [True, False, False, True]
     assert tuning.learning_rate(195312) == 0.0
 
 
@@ -30,8 +30,7 @@ def test_a_stage_without_a_rate_goes_on_under_the_schedule_before() -> None:
     stages = [StageRecipe("a", 100, 0.75, 0.256, 20), StageRecipe("b", 60, 0.0), StageRecipe("c", 40, 0.0, 0.0256)]
     a, b, c = plan_stages(stages, 10)
     assert (b.schedule_first, b.schedule_last) == (a.schedule_first, a.schedule_last) == (0, 16)
-    assert not b.starts_afresh(9, 10)
-    assert c.starts_afresh(15, 16)
+    assert [Schedule((a, b, c)).step(n, n, n - 1).starts_afresh for n in (10, 16)] == [False, True]
     rates = [a.learning_rate(s) for s in range(10)] + [b.learning_rate(s) for s in range(10, 16)]
     assert rates[:3] == pytest.approx([0.0, 0.005, 0.01])
     assert rates[9] == pytest.approx(0.01 * 0.5 * (1 + math.cos(math.pi * 7 / 14)))

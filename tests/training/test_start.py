@@ -73,7 +73,7 @@ def test_a_batch_of_more_pairs_than_there_are(write_recipe: Callable[..., Path],
     finally:
         logger.removeHandler(handler)
     (line,) = said
-    assert line.startswith("data.global_batch_size is 128 and there are 96 pairs: every batch has some of them several")
+    assert line.startswith("data.global_batch_size is 128 and there are 96 pairs: every batch repeats pairs")
 
 
 @pytest.mark.parametrize(

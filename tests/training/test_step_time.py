@@ -5,9 +5,10 @@ import gzip
 import json
 from pathlib import Path
 
+from accelerate import Accelerator
 from conftest import metrics, pretrain
 
-from flipscale.training.step_time import garbage_between_steps
+from flipscale.training.between_steps import BetweenSteps
 
 
 def test_a_profile_of_every_rank_says_how_it_is_opened(write_recipe, tmp_path: Path) -> None:
@@ -28,7 +29,7 @@ def test_a_profile_of_every_rank_says_how_it_is_opened(write_recipe, tmp_path: P
     assert list((tmp_path / "run/tensorboard").glob("events*"))
 
 
-def test_garbage_is_collected_between_steps_only() -> None:
+def test_garbage_is_collected_between_steps_only(tmp_path: Path) -> None:
     class Node:
         """Garbage that only the collector finds."""
 
@@ -38,12 +39,12 @@ def test_garbage_is_collected_between_steps_only() -> None:
     def alive() -> int:
         return sum(isinstance(found, Node) for found in gc.get_objects())
 
-    with garbage_between_steps() as collect:
+    with BetweenSteps(Accelerator(cpu=True), tmp_path, 0) as between:
         assert not gc.isenabled()
         Node()
-        collect(999)
+        between.after_step(999)
         assert alive() == 1
-        collect(1000)
+        between.after_step(1000)
         assert alive() == 0
     assert gc.isenabled()
     assert gc.get_freeze_count() == 0

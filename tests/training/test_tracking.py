@@ -66,6 +66,6 @@ def test_a_torn_line_of_metrics_is_dropped_on_resume(tmp_path: Path) -> None:
     accelerator = Accelerator(cpu=True)
     watch = StepWatch(accelerator, tmp_path, 60.0)
     schedule = Schedule(tuple(plan_stages([StageRecipe("masked", 640, base_lr=0.1)], 16)))
-    Tracker(accelerator, tmp_path, LogRecipe(), watch, 16, schedule, {}, 0.05).start(2, [])
+    Tracker(accelerator, tmp_path, LogRecipe(), watch, 16, schedule, {}, 0.05).start(2, [], {})
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n'
     assert "watch" not in {thread.name for thread in threading.enumerate()}, "no thread before the first step"
