@@ -257,6 +257,11 @@ def metrics(run_dir: Path) -> list[dict]:
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
+def losses(run_dir: Path) -> list[float]:
+    """Return the loss of each record of a run's steps."""
+    return [record["loss"] for record in metrics(run_dir) if "loss" in record]
+
+
 def cut(run_dir: Path, copy: Path, step: int) -> None:
     """Copy a finished run as of the checkpoint of `step`, with the metrics of later steps."""
     shutil.copytree(run_dir, copy)

@@ -55,13 +55,11 @@ def claim_failure(words: str) -> Failure:
     first = [mine]
 
     def claim() -> None:
-        store = own_store()
-        try:
-            assert store is not None
-            first[0] = Failure(*json.loads(store.compare_set(_FAILED, "", json.dumps(mine))))
-            store.add(_KNOWING, 1)
-        except (AssertionError, RuntimeError):
-            first[0] = _UNKNOWN
+        first[0], store = _UNKNOWN, own_store()
+        with suppress(RuntimeError):
+            if store is not None:
+                first[0] = Failure(*json.loads(store.compare_set(_FAILED, "", json.dumps(mine))))
+                store.add(_KNOWING, 1)
 
     _within(_STORE_SECONDS, claim)
     if first[0] != mine:
@@ -153,7 +151,7 @@ class OtherProcesses:
 
 
 def leave(failure: Failure) -> NoReturn:
-    """End this process after another one has failed; rank 0 prints so."""
+    """End this process after another one has failed; rank 0 prints the rank and host of that one."""
     if os.environ.get("RANK", "0") == "0":
         print(
             f"flipscale: rank 0 ends too, as rank {failure.rank} on {failure.host} has failed; its message says why",

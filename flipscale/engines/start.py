@@ -1,8 +1,6 @@
 """The processes and the engine of a launch."""
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -32,11 +30,7 @@ def engine_classes() -> dict[str, type["Engine"]]:
 
 
 def engine_class(launch: Launch) -> type["Engine"]:
-    """Return the class of a launch's engine.
-
-    Raises:
-        UserError: there is no such engine.
-    """
+    """Return the class of a launch's engine."""
     engines = engine_classes()
     if launch.engine not in engines:
         raise UserError(f"the launch's role {launch.engine!r} is no engine; leave it out, or use {', '.join(engines)}")
@@ -44,11 +38,7 @@ def engine_class(launch: Launch) -> type["Engine"]:
 
 
 def build_engine(accelerator: "Accelerator", launch: Launch, recipe: OptimRecipe, global_batch_size: int) -> "Engine":
-    """Collective. Return the launch's engine, before its model is built.
-
-    Raises:
-        UserError: there is no such engine, or it does not support the recipe's optimiser.
-    """
+    """Collective. Return the launch's engine, before its model is built."""
     assert launch.num_processes == accelerator.num_processes
     engine = engine_class(launch)
     refusal = engine.refusal(launch, recipe.name)
@@ -58,30 +48,27 @@ def build_engine(accelerator: "Accelerator", launch: Launch, recipe: OptimRecipe
 
 
 def start_accelerator(report_to: list[str], run_dir: str) -> "Accelerator":
-    """Collective. Return accelerate's view of this run's processes; gloo and CPU without a GPU.
-
-    Raises:
-        UserError: processes of the launch are missing, the precision is neither bf16 nor fp32, or the environment is
-            not a launcher's.
-    """
+    """Collective. Return accelerate's view of this run's processes; gloo and CPU without a GPU."""
     if not torch.cuda.is_available():
         keep_freed_memory()
     from accelerate import Accelerator
 
     precision = launched_precision(os.environ)
-    with _without_sharding():
-        try:
-            accelerator = Accelerator(
-                mixed_precision=precision,
-                cpu=not torch.cuda.is_available(),
-                log_with=report_to or None,
-                project_dir=run_dir,
-            )
-        except ValueError as error:  # a malformed address, port or switch
-            raise UserError(
-                f"the environment is not one that a launcher sets ({error}); unset its ACCELERATE_ and MASTER_ "
-                "variables, or use a launcher"
-            ) from error
+    hidden = {name: os.environ.pop(name) for name in _SHARDING if name in os.environ}
+    try:
+        accelerator = Accelerator(
+            mixed_precision=precision,
+            cpu=not torch.cuda.is_available(),
+            log_with=report_to or None,
+            project_dir=run_dir,
+        )
+    except ValueError as error:  # a malformed address, port or switch
+        raise UserError(
+            f"the environment is not one that a launcher sets ({error}); unset its ACCELERATE_ and MASTER_ "
+            "variables, or use a launcher"
+        ) from error
+    finally:
+        os.environ.update(hidden)
     bind_to_numa(accelerator.device)
     promised = promised_processes(os.environ)
     if accelerator.num_processes < promised:
@@ -91,13 +78,3 @@ def start_accelerator(report_to: list[str], run_dir: str) -> "Accelerator":
             "ACCELERATE_USE_CPU=1"
         )
     return accelerator
-
-
-@contextmanager
-def _without_sharding() -> Iterator[None]:
-    """Hide the launch's sharding from accelerate in a `with` block."""
-    hidden = {name: os.environ.pop(name) for name in _SHARDING if name in os.environ}
-    try:
-        yield
-    finally:
-        os.environ.update(hidden)

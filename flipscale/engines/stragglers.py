@@ -34,6 +34,7 @@ _SHARE = 0.5
 _COMPARED = 256
 _HOST_BYTES = 64
 _DUMP_SECONDS = 5.0
+_TIMES = ("step_s", *(f"{phase}_s" for phase in PHASES))
 
 
 class PhaseLog:
@@ -83,11 +84,7 @@ class Window:
 
 
 class Collective(NamedTuple):
-    """A collective of this process.
-
-    Args:
-        inside_s: time that the device spent in it; NaN if that is not recorded.
-    """
+    """A collective of this process; `inside_s` is the device's time in it, NaN if that is not recorded."""
 
     name: str
     arrival_ns: int
@@ -95,7 +92,7 @@ class Collective(NamedTuple):
 
 
 def recorded_collectives() -> list[Collective]:
-    """Return the last collectives, oldest first; empty if torch has no flight recorder, or it is off."""
+    """Return the last collectives, oldest first; empty if torch's flight recorder is off."""
     entries: list[dict[str, Any]] = []
     for dump in _dumps("_json") if dist.is_initialized() else []:
         # Point-to-point messages differ between processes.
@@ -126,17 +123,17 @@ def write_collectives(folder: Path, rank: int) -> None:
 
 
 def _dumps(form: str) -> list[Callable[[], Any]]:
-    """Return the flight recorder's functions: gloo's and, in GPU builds, NCCL's. `form` is `_json`, or empty for
+    """Return the flight recorder's functions of gloo and NCCL, if torch has them. `form` is `_json`, or empty for
     pickles."""
     functions = [getattr(torch._C._distributed_c10d, f"_dump_{name}_trace{form}", None) for name in ("fr", "nccl")]
     return [function for function in functions if function is not None]
 
 
 class Parting(NamedTuple):
-    """The first collective at which arrivals part, by its number in the step, and its straggler."""
+    """The collective at which a step was slow, by its number in the step, and its straggler; None if all were slow."""
 
     number: int
-    rank: int
+    rank: int | None
     seconds: float
 
 
@@ -160,8 +157,7 @@ class Cause(NamedTuple):
     """The cause of a slow step.
 
     Args:
-        rank: the straggler; None if all ranks were slow, or if the arrivals are unknown.
-        host: the straggler's host; empty without a straggler.
+        rank, host: the straggler; None and empty if all ranks were slow, or if the arrivals are unknown.
         seconds: delay of the straggler, or time that all spent in one place.
         phase: phase of the straggler, or of all ranks; None if it is unknown.
         collective: collective that the straggler reached late, or that all ranks were in or had just left; None if it
@@ -188,43 +184,31 @@ def find_cause(accelerator: "Accelerator", window: Window, phases: PhaseLog) -> 
     names = zlib.crc32(" ".join(one.name for one in within).encode())
     is_timed = not any(math.isnan(one.inside_s) for one in within)
     known = _gathered(accelerator, [len(within), names, len(earlier), is_timed])
-    if not within or (known[:, :2] != known[0, :2]).any():
-        return _cause(accelerator, window, phases, None, [window.first_ns, window.last_ns])
-    times = [one.arrival_ns for one in within]
-    # float64 holds differences of times, but not times since 1970 in nanoseconds.
-    compared = int(known[:, 2].min())
-    stamps = [*earlier[len(earlier) - compared :], window.first_ns, *times, window.last_ns]
-    seconds = _gathered(accelerator, stamps).astype(np.int64)
-    seconds = (seconds - seconds[0, compared]) / 1e9
-    clocks, edges = seconds[:, :compared], seconds[:, compared:]
-    offsets = np.median(clocks - clocks[0], axis=1) if compared else np.zeros(len(clocks))
-    arrivals = edges[:, 1:-1]
-    if known[:, 3].all():
-        # Devices wait for the straggler inside the collective, so the straggler spends the least time inside.
-        arrivals = -_gathered(accelerator, [int(one.inside_s * 1e9) for one in within]).cumsum(axis=1) / 1e9
-        offsets = np.zeros(len(arrivals))
-    parting = find_parting(arrivals, offsets, min_seconds)
-    mine = [window.first_ns, *times, window.last_ns]
-    if parting is not None:
-        place = mine[parting.number : parting.number + 2]
-        return _cause(accelerator, window, phases, parting, place, within[parting.number].name)
-    # All were slow in one place: after the same collective, or before the first.
-    shared = np.diff(edges, axis=1).min(axis=0)
-    longest = int(shared.argmax())
-    name = within[longest - 1].name if longest else None
-    together = Parting(longest, -1, float(shared[longest]))
-    return _cause(accelerator, window, phases, together, mine[longest : longest + 2], name)
-
-
-def _cause(
-    accelerator: "Accelerator",
-    window: Window,
-    phases: PhaseLog,
-    parting: Parting | None,
-    place: list[int],
-    collective: str | None = None,
-) -> Cause:
-    """Collective. Return the cause with every process's times; `place` is the begin and end of this one's delay."""
+    slowest: Parting | None = None
+    place, collective = [window.first_ns, window.last_ns], None
+    if within and (known[:, :2] == known[0, :2]).all():
+        times = [one.arrival_ns for one in within]
+        # float64 holds differences of times, but not times since 1970 in nanoseconds.
+        compared = int(known[:, 2].min())
+        stamps = [*earlier[len(earlier) - compared :], window.first_ns, *times, window.last_ns]
+        seconds = _gathered(accelerator, stamps)
+        seconds = (seconds - seconds[0, compared]) / 1e9
+        clocks, edges = seconds[:, :compared], seconds[:, compared:]
+        offsets = np.median(clocks - clocks[0], axis=1) if compared else np.zeros(len(clocks))
+        arrivals = edges[:, 1:-1]
+        if known[:, 3].all():
+            # Devices wait for the straggler inside the collective, so the straggler spends the least time inside.
+            arrivals = -_gathered(accelerator, [int(one.inside_s * 1e9) for one in within]).cumsum(axis=1) / 1e9
+            offsets = np.zeros(len(arrivals))
+        slowest = find_parting(arrivals, offsets, min_seconds)
+        if slowest is not None:
+            collective = within[slowest.number].name
+        else:
+            # All were slow in one place: after the same collective, or before the first.
+            shared = np.diff(edges, axis=1).min(axis=0)
+            slowest = Parting(int(shared.argmax()), None, float(shared.max()))
+            collective = within[slowest.number - 1].name if slowest.number else None
+        place = [window.first_ns, *times, window.last_ns][slowest.number : slowest.number + 2]
     here, whole = phases.seconds(*place), phases.seconds(window.first_ns, window.last_ns)
     for first, last in window.pauses:
         paused = phases.seconds(first, last)
@@ -232,22 +216,21 @@ def _cause(
     phase = PHASES.index(max(here, key=lambda name: here[name]))
     host = socket.gethostname().encode()[:_HOST_BYTES].ljust(_HOST_BYTES)
     numbers = [phase, round(window.seconds * 1e6), *(round(whole[name] * 1e6) for name in PHASES), *host]
-    table = _gathered(accelerator, numbers).astype(np.int64)
+    table = _gathered(accelerator, numbers)
     ranks: list[dict[str, Any]] = []
     for rank, row in enumerate(table):
-        seconds = (row[1 : 2 + len(PHASES)] / 1e6).round(4).tolist()
+        spent = (row[1 : 2 + len(PHASES)] / 1e6).round(4).tolist()
         host_name = bytes(row[-_HOST_BYTES:].tolist()).decode("utf-8", "replace").strip()
-        times = zip(("step_s", *(f"{name}_s" for name in PHASES)), seconds, strict=True)
-        ranks.append({"rank": rank, "host": host_name, **dict(times)})
+        ranks.append({"rank": rank, "host": host_name, **dict(zip(_TIMES, spent, strict=True))})
     if len(ranks) == 1:
-        return Cause(0, ranks[0]["host"], window.seconds - window.usual_s, PHASES[table[0, 0]], collective, True, ranks)
-    if parting is None:
+        return Cause(0, ranks[0]["host"], window.seconds - window.usual_s, PHASES[phase], collective, True, ranks)
+    if slowest is None:
         return Cause(None, "", 0.0, None, None, False, ranks)
-    if parting.rank < 0:
+    if slowest.rank is None:
         most = int(np.bincount(table[:, 0]).argmax())
-        return Cause(None, "", parting.seconds, PHASES[most], collective, True, ranks)
-    late = PHASES[table[parting.rank, 0]]
-    return Cause(parting.rank, ranks[parting.rank]["host"], parting.seconds, late, collective, True, ranks)
+        return Cause(None, "", slowest.seconds, PHASES[most], collective, True, ranks)
+    late = PHASES[table[slowest.rank, 0]]
+    return Cause(slowest.rank, ranks[slowest.rank]["host"], slowest.seconds, late, collective, True, ranks)
 
 
 def _gathered(accelerator: "Accelerator", numbers: list[int]) -> np.ndarray:

@@ -22,7 +22,6 @@ class BadSamples:
     """Gathers the faults of all processes, and writes each once on the main process.
 
     Args:
-        run_dir: folder of `bad_samples.jsonl`.
         is_main: whether this process writes.
         max_fraction: largest allowed fraction of bad samples in the window.
     """
@@ -57,8 +56,7 @@ class BadSamples:
 
         Args:
             faults: faults of this process.
-            num_bad: number of replaced samples in the global batch.
-            num_samples: size of the global batch.
+            num_bad: number of replaced samples in the global batch, of `num_samples`.
 
         Raises:
             OSError: too many samples of the window were replaced.
@@ -96,12 +94,9 @@ class BadSamples:
         faults = sorted((fault for part in all_faults for fault in part), key=lambda fault: fault.position or 0)
         self._counts.update(fault.cause for fault in faults)
         if self.is_main:
-            self._write(faults)
-
-    def _write(self, faults: list[Fault]) -> None:
-        new = []
-        for fault in faults:
-            if (fault.shard, fault.number) not in self._named:
-                self._named.add((fault.shard, fault.number))
-                new.append(dataclasses.asdict(fault))
-        json_lines.append(self.path, new)
+            new = []
+            for fault in faults:
+                if (fault.shard, fault.number) not in self._named:
+                    self._named.add((fault.shard, fault.number))
+                    new.append(dataclasses.asdict(fault))
+            json_lines.append(self.path, new)

@@ -13,7 +13,7 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, NoReturn
@@ -119,8 +119,15 @@ def report_user_errors() -> Iterator[ErrorReport]:
     # Errors of objects under destruction can neither be caught nor mended.
     sys.unraisablehook = sys.__unraisablehook__ if _is_debugging() else lambda unraisable: None
     try:
-        with _ending_signals(), _flushed_output():
-            yield report
+        # Only the main thread may handle signals.
+        with EndRequest() if threading.current_thread() is threading.main_thread() else nullcontext():
+            try:
+                yield report
+            except SystemExit as ended:
+                if not ended.code:  # `--help`
+                    sys.stdout.flush()
+                raise
+            sys.stdout.flush()
     except SystemExit:
         raise
     except BaseException as error:
@@ -130,26 +137,6 @@ def report_user_errors() -> Iterator[ErrorReport]:
         _leave(ending, error, report)
     finally:
         sys.stdout, sys.stderr = before
-
-
-def _ending_signals() -> AbstractContextManager[object]:
-    return EndRequest() if threading.current_thread() is threading.main_thread() else nullcontext()
-
-
-@contextmanager
-def _flushed_output() -> Iterator[None]:
-    """Flush stdout at the end, and at `--help`, which exits.
-
-    Raises:
-        OSError: stdout cannot be written.
-    """
-    try:
-        yield
-    except SystemExit as ended:
-        if not ended.code:
-            sys.stdout.flush()
-        raise
-    sys.stdout.flush()
 
 
 def _ending_of(error: BaseException, run_dir: Path | None) -> _Ending:
@@ -199,7 +186,16 @@ def _description(error: BaseException) -> str:
 def _keep_traceback(error: BaseException, report: ErrorReport) -> str:
     """Write the traceback, the versions and the command to a file, and return words that name the file."""
     name = f"flipscale-{time.strftime('%Y%m%d-%H%M%S')}-rank-{_number('RANK', 0)}-"
-    text = "".join([*_circumstances(), *traceback.format_exception(error)])
+    versions = ""
+    for package in _VERSIONS:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            versions += f"{package} {importlib.metadata.version(package)}\n"
+    text = (
+        f"command: {shlex.join(sys.argv)}\nfolder: {os.getcwd()}\n"
+        f"rank: {_number('RANK', 0)} of {_number('WORLD_SIZE', 1)} on {platform.node()}\n"
+        f"flipscale {flipscale.__version__}, Python {platform.python_version()}, {platform.platform()}\n{versions}\n"
+        + "".join(traceback.format_exception(error))
+    )
     try:
         folder = tempfile.gettempdir()
         if report.run_dir is not None and report.run_dir.is_dir():
@@ -211,16 +207,6 @@ def _keep_traceback(error: BaseException, report: ErrorReport) -> str:
     except OSError as failed:
         return f"its traceback could not be written ({_one_line(str(failed))}); {DEBUG}=1 prints it"
     return f"its traceback is in {file}"
-
-
-def _circumstances() -> Iterator[str]:
-    yield f"command: {shlex.join(sys.argv)}\nfolder: {os.getcwd()}\n"
-    yield f"rank: {_number('RANK', 0)} of {_number('WORLD_SIZE', 1)} on {platform.node()}\n"
-    yield f"flipscale {flipscale.__version__}, Python {platform.python_version()}, {platform.platform()}\n"
-    for package in _VERSIONS:
-        with suppress(importlib.metadata.PackageNotFoundError):
-            yield f"{package} {importlib.metadata.version(package)}\n"
-    yield "\n"
 
 
 def _one_line(text: str) -> str:

@@ -83,11 +83,7 @@ class Energy:
 
 
 def read_energy(run_dir: Path, step: int | None = None) -> Energy:
-    """Return the energy of a run; an unreadable file counts as no measurement, because no run should end for it.
-
-    Args:
-        step: last step to count; None for the whole run.
-    """
+    """Return the energy of a run up to `step`; None for the whole run. An unreadable file counts as no measurement."""
     try:
         lines = json_lines.read(run_dir / ENERGY_FILE, *_ENERGY_FIELDS)
     except (OSError, ValueError) as error:

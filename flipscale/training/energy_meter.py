@@ -8,7 +8,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -25,26 +25,11 @@ _JOULES_OF_A_KWH = 3.6e6
 _READ_SECONDS = 60.0
 
 
-class Counter(Protocol):
-    """An energy counter."""
-
-    def joules(self) -> float:
-        """Return the joules since the last call.
-
-        Raises:
-            Exception: the driver cannot be read any more.
-        """
-
-
 class GpuCounter:
     """The energy counter of a GPU from Volta on. MIG slices have no counter."""
 
     def __init__(self, uuid: str):
-        """Open a GPU by its UUID, because NVML and CUDA_VISIBLE_DEVICES number GPUs differently.
-
-        Raises:
-            Exception: NVML finds no such GPU or no counter.
-        """
+        """Open a GPU by its UUID, because NVML and CUDA_VISIBLE_DEVICES number GPUs differently."""
         import pynvml
 
         pynvml.nvmlInit()
@@ -53,6 +38,7 @@ class GpuCounter:
         self._last: int = self._read(self._gpu)
 
     def joules(self) -> float:
+        """Return the joules since the last call."""
         before, self._last = self._last, self._read(self._gpu)
         return (self._last - before) / 1e3
 
@@ -61,16 +47,13 @@ class ProcessorCounter:
     """The counter of a processor with its caches and memory controller. It wraps at a limit after some minutes."""
 
     def __init__(self, zone: Path):
-        """Open a folder such as `intel-rapl:0`.
-
-        Raises:
-            OSError, ValueError: it cannot be read. By default, only root may.
-        """
+        """Open a folder such as `intel-rapl:0`. By default, only root may read it."""
         self._file = zone / "energy_uj"
         self._limit = int((zone / "max_energy_range_uj").read_text(encoding="ascii"))
         self._last = self._microjoules()
 
     def joules(self) -> float:
+        """Return the joules since the last call."""
         before, self._last = self._last, self._microjoules()
         wrapped = self._limit if self._last < before else 0
         return (self._last - before + wrapped) / 1e6
@@ -79,25 +62,21 @@ class ProcessorCounter:
         return int(self._file.read_text(encoding="ascii"))
 
 
-def open_gpu(device: torch.device) -> list[Counter]:
-    """Return the counter of a CUDA device; empty for another device.
+_Counter = GpuCounter | ProcessorCounter
 
-    Raises:
-        Exception: the GPU has no readable counter.
-    """
+
+def open_gpu(device: torch.device) -> list[GpuCounter]:
+    """Return the counter of a CUDA device; empty for another device."""
     if device.type != "cuda":
         return []
     properties: Any = torch.cuda.get_device_properties(device)  # the type stubs lack `uuid`
     return [GpuCounter(f"GPU-{properties.uuid}")]
 
 
-def open_processors() -> list[Counter]:
+def open_processors() -> list[ProcessorCounter]:
     """Return the counters of this machine's processors; empty without powercap files.
 
     `intel-rapl:0:1` is a part of `intel-rapl:0`, and `psys` contains the processors. Neither is counted.
-
-    Raises:
-        OSError, ValueError: a counter cannot be read, so the sum would lack it.
     """
     zones = [zone for zone in sorted(POWERCAP.glob("intel-rapl:*")) if zone.name.count(":") == 1]
     packages = [zone for zone in zones if (zone / "name").read_text(encoding="ascii").startswith("package")]
@@ -179,7 +158,7 @@ class EnergyMeter:
         return total.tolist()
 
 
-def _opened(kind: str, is_wanted: bool, open_counters: Callable[[], Sequence[Counter]]) -> Sequence[Counter]:
+def _opened(kind: str, is_wanted: bool, open_counters: Callable[[], Sequence[_Counter]]) -> Sequence[_Counter]:
     try:
         return open_counters()
     except Exception as error:  # pynvml raises classes of its own

@@ -26,7 +26,6 @@ from flipscale.evaluation.test_set import read_class_names, refuse_other_class_n
 from flipscale.io.errors import UserError
 from flipscale.training.recipe import Recipe, as_fields, to_yaml
 from flipscale.training.schedule import Clock, Schedule, Stage, Step, has_passed, is_due, plan_stages
-from flipscale.training.step import raise_if_dropout
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -53,12 +52,7 @@ class StepBatch(NamedTuple):
 
 
 class Due(NamedTuple):
-    """Work between two steps.
-
-    Args:
-        tasks: evaluations.
-        save: whether to save a checkpoint.
-    """
+    """Work between two steps: evaluations, and whether to save a checkpoint."""
 
     tasks: list[Task]
     save: bool
@@ -147,15 +141,6 @@ class Plan:
         return Due(tasks, is_due(step.number, self.batch_size, self.save_every_samples))
 
 
-class _Draft(NamedTuple):
-    """A recipe under check, and values derived from it."""
-
-    recipe: Recipe
-    objective: Objective
-    config: FlipConfig
-    tasks: list[Task]
-
-
 def check(recipe: Recipe) -> Plan:
     """Check a recipe and open its data, in each process by itself.
 
@@ -163,11 +148,18 @@ def check(recipe: Recipe) -> Plan:
         UserError: the recipe cannot be run as it stands.
         OSError: shared memory is full, or a file cannot be fetched.
     """
-    draft = _Draft(recipe, recipe.objective(), recipe.model_config(), recipe.eval.planned())
-    for check_one in _CHECKS:
-        check_one(draft)
-    objective, config, data = draft.objective, draft.config, recipe.data
+    objective, config, tasks, data = recipe.objective(), recipe.model_config(), recipe.eval.planned(), recipe.data
+    if recipe.model.frozen:
+        from flipscale.engines.first_weights import freeze, model_without_storage  # seconds to import, with the models
+
+        freeze(model_without_storage(config, objective.model_class), recipe.model.frozen)
     stages = plan_stages(recipe.stages, data.global_batch_size, recipe.budget_minutes)
+    _check_shares(recipe)
+    _check_trackers(recipe.log.report_to)
+    for task in tasks:
+        task.check()
+    _check_micro_batches(recipe, objective, config)
+    check_shared_memory(data.num_workers)
     source = open_source(data)
     rank, world_size = place_in_world()
     if 0 < len(source) < data.global_batch_size and rank == 0 and objective.is_coupled:
@@ -176,7 +168,13 @@ def check(recipe: Recipe) -> Plan:
             "negatives; use a smaller batch",
             *(data.global_batch_size, len(source)),
         )
-    shape, tokenizer = InputShape.of(config), _tokenizer(draft)
+    shape = InputShape.of(config)
+    tokenizer: PreTrainedTokenizerBase | None = None
+    if objective.takes_text:
+        tokenizer = load_tokenizer(data.tokenizer, config.caption_config.max_position_embeddings)
+        check_tokenizer(tokenizer, config.caption_config)
+        if config.decoder_config is not None:
+            check_begin_and_end(tokenizer, config.decoder_config)
     datasets = {
         stage: objective.dataset(
             source, tokenizer, data, shape.at(stage.image_size), recipe.seed, stage.mask_ratio, recipe.mask,
@@ -184,30 +182,18 @@ def check(recipe: Recipe) -> Plan:
         )
         for stage in stages
     }  # fmt: skip
-    names = _class_names(draft)
-    check_decodable(draft.tasks, shape.image_size, rank, world_size)
+    names = _class_names(recipe, objective, config, tasks)
+    check_decodable(tasks, shape.image_size, rank, world_size)
     budget_seconds = None if recipe.budget_minutes is None else 60.0 * recipe.budget_minutes
     return Plan(
-        *(Schedule(tuple(stages), budget_seconds), data.global_batch_size, source, tokenizer, datasets, draft.tasks),
+        *(Schedule(tuple(stages), budget_seconds), data.global_batch_size, source, tokenizer, datasets, tasks),
         *(recipe.eval.every_share, recipe.save.every_samples, objective, to_yaml(recipe), as_fields(recipe), names),
         starts_from_weights=recipe.model.init_from is not None,
     )
 
 
-def _check_frozen(draft: _Draft) -> None:
-    if draft.recipe.model.frozen:
-        from flipscale.engines.first_weights import freeze, model_without_storage  # seconds to import, with the models
-
-        freeze(model_without_storage(draft.config, draft.objective.model_class), draft.recipe.model.frozen)
-
-
-def _check_stages(draft: _Draft) -> None:
-    plan_stages(draft.recipe.stages, draft.recipe.data.global_batch_size, draft.recipe.budget_minutes)
-
-
-def _check_shares(draft: _Draft) -> None:
+def _check_shares(recipe: Recipe) -> None:
     """Refuse shares of a missing time budget, and shares together with counts."""
-    recipe = draft.recipe
     for name, section in (("log", recipe.log), ("eval", recipe.eval)):
         if section.every_share and recipe.budget_minutes is None:
             raise UserError(
@@ -221,9 +207,8 @@ def _check_shares(draft: _Draft) -> None:
         )
 
 
-def _check_trackers(draft: _Draft) -> None:
+def _check_trackers(names: list[str]) -> None:
     """Refuse trackers that accelerate does not know or that are not installed."""
-    names = draft.recipe.log.report_to
     if not names:
         return
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
@@ -236,22 +221,22 @@ def _check_trackers(draft: _Draft) -> None:
             raise UserError(f"log.report_to has {name!r}, which is not installed; pip install {name}, or leave it out")
 
 
-def _check_tasks(draft: _Draft) -> None:
-    for task in draft.tasks:
-        task.check()
-
-
-def _check_micro_batches(draft: _Draft) -> None:
+def _check_micro_batches(recipe: Recipe, objective: Objective, config: FlipConfig) -> None:
     """Refuse dropout in two passes, a batch that processes or micro-batches do not divide, and odd mixes."""
-    data, objective = draft.recipe.data, draft.objective
-    if data.micro_batch_size is not None and objective.is_coupled:
-        raise_if_dropout(draft.config)
+    data = recipe.data
+    for name in ("vision_config", "text_config") if data.micro_batch_size is not None and objective.is_coupled else ():
+        dropout = getattr(config, name).attention_dropout
+        if dropout > 0.0:
+            raise UserError(
+                f"model.{name}.attention_dropout is {dropout} and data.micro_batch_size is set: the second pass would "
+                "drop other weights than the first; leave one of them out"
+            )
     sampler = StepSampler(0, 0, data.global_batch_size, *place_in_world(), data.micro_batch_size)
     if data.augment != AugmentRecipe() and "labels" not in objective.columns:
         name = next(field for field, value in vars(data.augment).items() if value)
         raise UserError(
             f"data.augment.{name} is {getattr(data.augment, name)!r}, which is for images with class numbers, and "
-            f"loss.kind is {draft.recipe.loss.kind!r}; leave it out, or use loss.kind classify"
+            f"loss.kind is {recipe.loss.kind!r}; leave it out, or use loss.kind classify"
         )
     if data.augment.mixes and sampler.micro_batch_size % 2:
         raise UserError(
@@ -260,50 +245,20 @@ def _check_micro_batches(draft: _Draft) -> None:
         )
 
 
-def _check_shared_memory(draft: _Draft) -> None:
-    check_shared_memory(draft.recipe.data.num_workers)
+def _class_names(recipe: Recipe, objective: Objective, config: FlipConfig, tasks: list[Task]) -> list[str]:
+    """Return the names of a classifier's classes, checked against its tasks and earlier starts; empty for other models.
 
-
-_CHECKS = (
-    _check_frozen,
-    _check_stages,
-    _check_shares,
-    _check_trackers,
-    _check_tasks,
-    _check_micro_batches,
-    _check_shared_memory,
-)
-
-
-def _tokenizer(draft: _Draft) -> PreTrainedTokenizerBase | None:
-    """Return the tokenizer of the captions if it fits the model; None for an objective without text."""
-    if not draft.objective.takes_text:
-        return None
-    tokenizer = load_tokenizer(draft.recipe.data.tokenizer, draft.config.caption_config.max_position_embeddings)
-    check_tokenizer(tokenizer, draft.config.caption_config)
-    if draft.config.decoder_config is not None:
-        check_begin_and_end(tokenizer, draft.config.decoder_config)
-    return tokenizer
-
-
-def _class_names(draft: _Draft) -> list[str]:
-    """Return the names of a classifier's classes; empty for other models.
-
-    Raises:
-        UserError: a task needs a part that the model lacks. The names are missing or not as many as the classes. They
-            differ from those of a task or of the run's earlier starts.
-        OSError: a file of names cannot be fetched.
+    Refuse tasks that need a part that the model lacks.
     """
     from flipscale.objectives.classify import Classify  # with the models, which take seconds to import
 
-    recipe, objective = draft.recipe, draft.objective
-    parts = ("features", "head") if isinstance(objective, Classify) else parts_of(draft.config)
-    for task in draft.tasks:
+    parts = ("features", "head") if isinstance(objective, Classify) else parts_of(config)
+    for task in tasks:
         task.check_model(parts, f"the model of loss.kind {recipe.loss.kind!r}")
     if objective.num_labels is None:
         return []
     names = training_class_names(recipe.data, objective.num_labels)
-    for task in draft.tasks:
+    for task in tasks:
         if task.needs in ("head", "answers") and read_class_names(task.data) != names:
             raise UserError(f"{task.data} has other class names, or in another order, than the training shards")
     refuse_other_class_names(Path(recipe.output_dir), names)

@@ -31,7 +31,7 @@ from flipscale.io.options import (
 from flipscale.io.yaml_text import check_yaml, read_outline
 from flipscale.objectives.recipe import LossRecipe, build_objective
 from flipscale.training.cost import CostRecipe
-from flipscale.training.schedule import StageRecipe, check_image_sizes
+from flipscale.training.schedule import StageRecipe
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -201,12 +201,19 @@ class Recipe:
         Raises:
             UserError: the section `model` or `loss` is wrong, or the patch does not divide an image size.
         """
+        from flipscale.model.configuration_flip import patches_along  # seconds to import
+
         if self.model.decoder_config and not self.loss.learns_captions:
             raise UserError("model.decoder_config is set, but no loss learns captions; set loss.caption_weight too")
         config = self.objective().model_config(self.model.config())
         sizes = {f"stage {stage.name!r}": stage.image_size for stage in self.stages}
         sizes.update({f"eval.tasks: {task.name}": task.image_size for task in self.eval.planned()})
-        check_image_sizes(sizes, config.vision_config.patch_size)
+        patch_size = config.vision_config.patch_size
+        for name, size in sizes.items():
+            try:
+                patches_along(patch_size if size is None else size, patch_size)
+            except ValueError as error:
+                raise UserError(f"{name}: {error}") from None
         return config
 
 
@@ -243,7 +250,7 @@ def parse_recipe(arguments: Sequence[str], is_saved: bool = False) -> Recipe:
         build_parser().parse_args(["--help"])
     from jsonargparse import ArgumentError
 
-    words = [word for argument in arguments for word in _split(argument)]
+    words = [word for argument in arguments for word in argument.split("=", 1 if argument.startswith("--") else 0)]
     for number, (flag, word) in enumerate(zip(["", *words], words, strict=False)):
         if flag == "--config":
             file = _recipe_file(word)
@@ -269,9 +276,6 @@ def _with_vocabulary(recipe: Recipe) -> Recipe:
 
     They are the size of the vocabulary, unless the run starts from weights, and the tokens around learned captions.
     BERT's vocabulary keeps the default size, which has one more row, as in the original.
-
-    Raises:
-        UserError: the tokenizer cannot be loaded, or lacks these tokens.
     """
     model, folder = recipe.model, recipe.data.tokenizer
     takes_size = "vocab_size" not in model.text_config and not model.init_from
@@ -295,11 +299,6 @@ def _nearest_flag(message: str) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
-def _split(argument: str) -> list[str]:
-    """Return `--flag=value` as two words."""
-    return argument.split("=", 1) if argument.startswith("--") else [argument]
-
-
 def _recipe_file(name: str) -> Path:
     file, named = Path(name), RECIPES / f"{name}.yaml"
     with suppress(OSError, ValueError):  # too long for a name, or a NUL byte in it
@@ -312,11 +311,7 @@ def _recipe_file(name: str) -> Path:
 
 
 def _check_value(flag: str, word: str) -> None:
-    """Raise unless the value of a flag is safe YAML, and not a value for a whole section.
-
-    Raises:
-        UserError: it is not.
-    """
+    """Raise unless the value of a flag is safe YAML, and not a value for a whole section."""
     sections = [f"--{name}" for name, hint in get_type_hints(Recipe).items() if dataclasses.is_dataclass(hint)]
     if flag in sections and not word.startswith("{"):
         raise UserError(f"{flag} is {word[:60]!r}; set its fields, such as {flag}.FIELD VALUE")

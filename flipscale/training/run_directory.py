@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -85,11 +86,7 @@ def _refuse_another(run_dir: Path, changed: Sequence[str]) -> None:
 
 
 def check_room(run_dir: Path, optim: OptimRecipe, num_parameters: int) -> None:
-    """Raise unless the disk of a run directory has room for one checkpoint.
-
-    Raises:
-        OSError: it has not.
-    """
+    """Raise OSError unless the disk of a run directory has room for one checkpoint."""
     # Weights, moments and averages have four bytes a parameter.
     tensors = 1 + (2 if optim.name == "adamw" else 1) + (optim.ema_decay is not None)
     needed, free = 4 * num_parameters * tensors, shutil.disk_usage(run_dir).free
@@ -110,10 +107,7 @@ def mark_done(run_dir: Path) -> None:
 def is_done(recipe: Recipe, checkpoint: Path | None) -> bool:
     """Return whether the recipe's run is done, even if its checkpoints and its model are gone.
 
-    A recipe with added stages is not done.
-
-    Raises:
-        UserError: the directory holds a run of another recipe, or no checkpoint to add stages to.
+    A recipe with added stages is not done. They need a checkpoint of the same run.
     """
     run_dir = Path(recipe.output_dir)
     if not (run_dir / "recipe.yaml").exists() or not (run_dir / "DONE").exists():
@@ -190,7 +184,7 @@ def device_name() -> str:
     """Return the name of a process's GPU, or of the CPU with the number of threads."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if Path("/proc/cpuinfo").exists() else []
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return f"{(names or [platform.processor() or platform.machine()])[0]}, {torch.get_num_threads()} thread(s)"
 
@@ -220,32 +214,24 @@ def typed_command() -> str | None:
         return None
     words = list(sys.orig_argv)
     if "WORLD_SIZE" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ:
-        words = _command_line_of(os.getppid())
+        words = []
+        with suppress(OSError):  # the launcher has ended, or is another user's
+            content = Path(f"/proc/{os.getppid()}/cmdline").read_bytes()
+            words = [word.decode(errors="replace") for word in content.split(b"\0")[:-1]]
         if not any(Path(word).name in _LAUNCHERS for word in words[:4]):
             # A single process may have these variables from its user.
             words = list(sys.orig_argv) if "WORLD_SIZE" not in os.environ else []
     if len(words) < 2 or words[1] == "-c":
         return None
-    is_script = os.access(words[1], os.X_OK)  # the kernel puts the interpreter before it
-    return shlex.join([_short_name(words[1]), *words[2:]] if is_script else words)
+    if not os.access(words[1], os.X_OK):
+        return shlex.join(words)
+    # A script: the kernel puts the interpreter before it. Its name is enough if the shell finds it by the name.
+    path = shutil.which(Path(words[1]).name)
+    is_found = path is not None and os.path.abspath(path) == os.path.abspath(words[1])
+    return shlex.join([Path(words[1]).name if is_found else words[1], *words[2:]])
 
 
 def how_to_go_on() -> str:
     """Return how to resume this run, for the end of a sentence."""
     command = typed_command()
     return f"to go on: {command}" if command else "the same command goes on"
-
-
-def _short_name(program: str) -> str:
-    """Return the name of a program if the shell finds the program by it, else its path."""
-    name = Path(program).name
-    path = shutil.which(name)
-    return name if path and os.path.abspath(path) == os.path.abspath(program) else program
-
-
-def _command_line_of(pid: int) -> list[str]:
-    try:
-        content = Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:
-        return []
-    return [word.decode(errors="replace") for word in content.split(b"\0")[:-1]]

@@ -33,11 +33,7 @@ class RunSummary:
 
     @cached_property
     def recipe(self) -> dict[str, Any]:
-        """Content of `recipe.yaml`.
-
-        Raises:
-            UserError: it is missing or damaged.
-        """
+        """Content of `recipe.yaml`."""
         file = self.run_dir / "recipe.yaml"
         if not file.exists():
             raise UserError(f"{self.run_dir} is not a run directory: it has no recipe.yaml, which a start writes")
@@ -45,20 +41,12 @@ class RunSummary:
 
     @cached_property
     def environment(self) -> dict[str, Any]:
-        """Content of `environment.json`: versions, command and machine.
-
-        Raises:
-            UserError: it is damaged.
-            OSError: it is missing.
-        """
+        """Content of `environment.json`: versions, command and machine."""
         file = self.run_dir / "environment.json"
         try:
-            content = json.loads(read_text(file))
-        except ValueError as error:
+            return dict(json.loads(read_text(file)))
+        except (ValueError, TypeError) as error:
             raise UserError(f"{file} is damaged ({error}); start the run again, which writes it anew") from error
-        if not isinstance(content, dict):
-            raise UserError(f"{file} is damaged, it holds no mapping; start the run again, which writes it anew")
-        return content
 
     @property
     def command(self) -> str | None:

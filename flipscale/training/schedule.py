@@ -6,6 +6,7 @@ The position is the step's number or, in a run with a time budget, the used shar
 import itertools
 import math
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -163,11 +164,7 @@ class Schedule:
         return Pace(state.get("step", 0) - 1, state.get("trained_seconds", 0.0) / self.budget_seconds, 0.0)
 
     def after(self, step: Step, pace: Pace | None) -> Step:
-        """Return the next step.
-
-        Args:
-            pace: last agreed pace; None without a budget.
-        """
+        """Return the next step, by the last agreed pace; None without a budget."""
         number = step.number + 1
         if pace is None:
             return self.step(number, number, step.position)
@@ -194,7 +191,7 @@ class Schedule:
             number: number of steps taken.
             position: newest known position.
             step_seconds: duration of the last step.
-            pair_flops: operations of a pair in each stage, by the stage's name.
+            pair_flops: operations by the stage's name.
         """
         if self.budget_seconds is not None:
             return max(1.0 - position, 0.0) * self.budget_seconds
@@ -240,39 +237,16 @@ def has_passed(before: float, position: float, every_share: float) -> bool:
     return every_share > 0 and math.floor(position / every_share) > math.floor(max(before, 0.0) / every_share)
 
 
-def check_image_sizes(sizes: Mapping[str, int | None], patch_size: int) -> None:
-    """Raise unless patches of `patch_size` pixels divide the images of every stage and evaluation.
-
-    Args:
-        sizes: image sizes in pixels by the names for messages; None for the model's own size.
-
-    Raises:
-        UserError: a size is not divisible.
-    """
-    from flipscale.model.configuration_flip import patches_along  # seconds to import
-
-    for name, size in sizes.items():
-        try:
-            patches_along(patch_size if size is None else size, patch_size)
-        except ValueError as error:
-            raise UserError(f"{name}: {error}") from None
-
-
 def plan_stages(
     stages: Sequence[StageRecipe], global_batch_size: int, budget_minutes: float | None = None
 ) -> list[Stage]:
-    """Return the stages in positions: in steps or, with a budget, in shares of it.
-
-    Raises:
-        UserError: there is no stage, the first lacks a base_lr, two share a name, or a length or a warm-up is wrong.
-    """
+    """Return the stages in positions: in steps or, with a budget, in shares of it."""
     if not stages or stages[0].base_lr is None:
         raise UserError("stages[0].base_lr is missing; the first stage needs a learning rate per 256 samples")
     check_ranges(list(stages), "stages")
-    names = [stage.name for stage in stages]
-    for name in names:
-        if names.count(name) > 1:
-            raise UserError(f"{names.count(name)} stages are named {name!r}; give every stage a name of its own")
+    for name, count in Counter(stage.name for stage in stages).items():
+        if count > 1:
+            raise UserError(f"{count} stages are named {name!r}; give every stage a name of its own")
     unit, is_timed = global_batch_size, budget_minutes is not None
     lengths: Sequence[float] = _shares(stages) if is_timed else _steps(stages, unit)
     ends = [0, *itertools.accumulate(lengths)]

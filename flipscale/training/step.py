@@ -7,9 +7,6 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import torch
 
-from flipscale.io.errors import UserError
-from flipscale.model.configuration_flip import FlipConfig
-
 if TYPE_CHECKING:
     from flipscale.engines.engine import Engine
     from flipscale.model import FlipOutput
@@ -135,18 +132,3 @@ def _zero_of_the_rest(output: FlipOutput, objective: Objective) -> torch.Tensor:
     weights."""
     values = [*objective.compared(output), *objective.parameters(output).values()]
     return 0.0 * torch.stack([value.float().sum() for value in values]).sum() if values else torch.zeros(())
-
-
-def raise_if_dropout(config: FlipConfig) -> None:
-    """Raise if the model has dropout, with which two passes over a micro-batch would differ.
-
-    Raises:
-        UserError: it has dropout.
-    """
-    for name in ("vision_config", "text_config"):
-        dropout = getattr(config, name).attention_dropout
-        if dropout > 0.0:
-            raise UserError(
-                f"model.{name}.attention_dropout is {dropout} and data.micro_batch_size is set: the second pass would "
-                "drop other weights than the first; leave one of them out"
-            )

@@ -125,7 +125,7 @@ class StepSync:
         """Collective. Return whether the step is taken, fp32 `()` on the device: 1 or 0, the same on every process."""
         # Clocks differ between machines, so only the main process's counts.
         due = self._checkpoints.clock_is_due and self._accelerator.is_main_process
-        slow, pace = self._watch.last_step_was_slow(), self._own_pace(step)
+        slow, pace = self._watch.was_slow, self._own_pace(step)
         flags = [self.request.reason is not None, due, self._checkpoints.is_writing, len(faults), slow, *pace]
         mine = torch.stack([loss.loss.detach().float(), grad_norm.detach().float()])
         sums = self._accelerator.reduce(torch.cat([mine, to_device(flags, mine.device)]), "sum")

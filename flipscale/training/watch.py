@@ -1,6 +1,7 @@
 """The clock of the steps: waits for data, stragglers, and the end of a run that hangs."""
 
 import faulthandler
+import itertools
 import json
 import logging
 import multiprocessing
@@ -14,26 +15,17 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from flipscale.engines.failures import OtherProcesses, claim_failure, end_process, stay_until_others_know
 from flipscale.engines.stragglers import Cause, PhaseLog, Window, find_cause, write_collectives
 from flipscale.io import atomic, json_lines
-from flipscale.training.schedule import Step
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from flipscale.training.plan import StepBatch
 
-class HasStep(Protocol):
-    """A batch with its step."""
-
-    @property
-    def step(self) -> Step: ...
-
-
-Batch = TypeVar("Batch", bound=HasStep)
 
 _log = logging.getLogger(__name__)
 
@@ -86,11 +78,8 @@ class HangWatch:
     """
 
     def __init__(self, run_dir: Path, hang_seconds: float, rank: int):
-        self._run_dir = run_dir
-        self._hang_seconds = hang_seconds
-        self._rank = rank
-        self._work = ""
-        self._is_step = False
+        self._run_dir, self._hang_seconds, self._rank = run_dir, hang_seconds, rank
+        self._work, self._is_step = "", False
         # Stacks are written after this time if it is less than half of `hang_seconds`.
         self._unusual = float("inf")
         # Time of the last sign of life from the main thread; None while the clock is stopped.
@@ -123,13 +112,6 @@ class HangWatch:
         """Stop the clock."""
         self._since = None
 
-    @contextmanager
-    def doing(self, work: str) -> Iterator[None]:
-        """Watch a block of code."""
-        self.begin(work)
-        yield
-        self.idle()
-
     def _watch(self) -> None:
         """Check the clock, in a thread, because the main thread is the one that hangs."""
         written_for = began = None
@@ -144,7 +126,8 @@ class HangWatch:
             is_disturbed = stacks is not None
             if stacks is not None and not stacks.is_alive():
                 stacks = None
-            has_moved = self._has_moved() and not is_disturbed
+            bytes_before, self._bytes = self._bytes, _bytes_moved()
+            has_moved = self._bytes - bytes_before > _MIN_BYTES and not is_disturbed
             lives = since != began or (not self._is_step and has_moved)
             self._others.signs += lives
             before, self._heard = self._heard, self._others.heard
@@ -161,10 +144,6 @@ class HangWatch:
                 if stacks is not None:
                     stacks.join(_STACKS_SECONDS)
                 self._end(limit)
-
-    def _has_moved(self) -> bool:
-        before, self._bytes = self._bytes, _bytes_moved()
-        return self._bytes - before > _MIN_BYTES
 
     def _write_stacks(self) -> None:
         folder = self._run_dir / "stacks"
@@ -191,10 +170,10 @@ class HangWatch:
 
 
 def _bytes_moved() -> int:
-    """Return the bytes that this process and its children have read and written; 0 without `/proc`."""
+    """Return the bytes that this process and its children have read and written."""
     total = 0
     for pid in [os.getpid(), *(child.pid for child in multiprocessing.active_children())]:
-        with suppress(OSError):  # ended, or not Linux
+        with suppress(OSError):  # ended
             counts = dict(line.split(": ") for line in Path(f"/proc/{pid}/io").read_text("ascii").splitlines())
             # rchar and wchar count system calls; the other two also count page faults.
             total += sum(int(counts[name]) for name in ("rchar", "wchar", "read_bytes", "write_bytes"))
@@ -218,25 +197,20 @@ class StepWatch:
         trained_seconds: float = 0.0,
         phases: PhaseLog | None = None,
     ):
-        """Start the clock at the training time of earlier starts.
-
-        Args:
-            trained_seconds: training time of earlier starts.
-            phases: the engine's phases; None for phases of this watch alone.
-        """
+        """Start the clock at `trained_seconds`, the training time of earlier starts. `phases` are the engine's."""
         self.phases = phases or PhaseLog()
-        self._accelerator = accelerator
-        self._run_dir = run_dir
+        # Whether the last step took far longer than usual. A step lasts from its wait for data to the next one's. A GPU
+        # computes a step while the host waits in the next.
+        self.was_slow = False
+        self._accelerator, self._run_dir = accelerator, run_dir
         self._hangs = HangWatch(run_dir, hang_seconds, accelerator.process_index)
         self._seconds_before = trained_seconds
         # Time at which training began or resumed after a pause; None in a pause.
         self._running_since: float | None = None
         self._wait_seconds = 0.0
-        self._num_slow = 0
-        self._step = 0
+        self._num_slow = self._step = 0
         # Iterations that may still be reported, with the current one.
         self._windows: deque[Window] = deque(maxlen=_REPORTED)
-        self._was_slow = False
         self._last_heartbeat = float("-inf")
         self._recent: deque[float] = deque(maxlen=_REMEMBERED)
         self._usual = float("inf")
@@ -246,17 +220,23 @@ class StepWatch:
         self._hangs.__enter__()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         self._hangs.__exit__()
         self._write_heartbeat("ended" if error is None else "failed", now=True)
 
-    def timed(self, batches: Iterable[Batch], first_step: int) -> Iterator[Batch]:
+    def timed(self, batches: Iterable["StepBatch"], first_step: int) -> Iterator["StepBatch"]:
         """Yield the batches of the steps from `first_step` on, and time each step and its wait for data."""
         iterator, stage = iter(batches), None
-        for self._step in range(first_step, sys.maxsize):
-            self._end_iteration()
+        for self._step in itertools.count(first_step):
+            now = time.time_ns()
+            if self._windows:
+                last = self._windows[-1]
+                last.last_ns = now
+                self.was_slow = last.seconds > max(SLOW_FACTOR * last.usual_s, _MIN_SLOW_SECONDS)
+                self._recent.append(last.seconds)
+                if len(self._recent) >= _NEEDED:
+                    self._usual = statistics.median(self._recent)
+            self._windows.append(Window(self._step, now, self._usual))
             began = time.perf_counter()
             self._hangs.begin(
                 f"step {self._step}", is_step=True, unusual=max(STACKS_FACTOR * self._usual, _MIN_STACKS_SECONDS)
@@ -275,18 +255,6 @@ class StepWatch:
                 self._recent.clear()
             self._windows[-1].usual_s = self._usual
             yield batch
-
-    def _end_iteration(self) -> None:
-        """End the last iteration, and begin the next."""
-        now = time.time_ns()
-        if self._windows:
-            last = self._windows[-1]
-            last.last_ns = now
-            self._was_slow = last.seconds > max(SLOW_FACTOR * last.usual_s, _MIN_SLOW_SECONDS)
-            self._recent.append(last.seconds)
-            if len(self._recent) >= _NEEDED:
-                self._usual = statistics.median(self._recent)
-        self._windows.append(Window(self._step, now, self._usual))
 
     @property
     def usual_seconds(self) -> float | None:
@@ -316,13 +284,6 @@ class StepWatch:
     def so_far(self) -> Interval:
         """Return the training time of the run; waits and slow steps are those of this start."""
         return Interval(self.trained_seconds, self._wait_seconds, self._num_slow)
-
-    def last_step_was_slow(self) -> bool:
-        """Return whether the step before this one took far longer than usual.
-
-        A step lasts from its wait for data to the next one's. A GPU computes a step while the host waits in the next.
-        """
-        return self._was_slow
 
     def report_slow_step(self, step: int) -> None:
         """Collective. Find and write the cause of a slow step; some process noticed it during `step`, one later."""

@@ -5,10 +5,11 @@ import json
 import multiprocessing
 import os
 import resource
-import shutil
 import traceback
+from collections.abc import Callable
 from dataclasses import replace
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import processes
@@ -30,6 +31,14 @@ def environment_of(engine: str) -> dict[str, str]:
 ENVIRONMENTS = {engine: environment_of(engine) for engine in LAUNCH_FILES}
 
 
+def start_ranks(world: int, function: Callable[..., None], *arguments: object, **environment: str) -> list[BaseProcess]:
+    """Start `world` processes that meet, each of which calls a function."""
+    return [
+        processes.start(function, *arguments, environment={**place, **environment})
+        for place in processes.rank_environments(world)
+    ]
+
+
 class Crowd:
     """`world` processes of this file."""
 
@@ -43,19 +52,11 @@ class Crowd:
             self.connections.append(ours)
             theirs.close()
 
-    def run(self, task: str, engine: str, file: Path, **options: object) -> list[str]:
-        """What every process answers: "done", or its error. A recipe's file, and a task of this file's."""
-        environment = {**ENVIRONMENTS[engine], "ACCELERATE_MIXED_PRECISION": options.pop("precision", "no")}
+    def run(self, task: str, engine: str, file: Path, precision: str = "no") -> list[str]:
+        """Return the answer of every process to a task of this file for a recipe's file: "done", or its error."""
         for connection in self.connections:
-            connection.send((task, str(file), environment))
-        return [self._answer(connection) for connection in self.connections]
-
-    @staticmethod
-    def _answer(connection: Connection) -> str:
-        try:
-            return connection.recv()
-        except EOFError:
-            return "died"
+            connection.send((task, str(file), {**ENVIRONMENTS[engine], "ACCELERATE_MIXED_PRECISION": precision}))
+        return [connection.recv() for connection in self.connections]
 
     def end(self) -> None:
         for connection in self.connections:
@@ -255,12 +256,3 @@ def serve(connection: Connection) -> None:
             dist.barrier()
             dist.destroy_process_group()
     os._exit(0)
-
-
-def cut(run_dir: Path, copy: Path, step: int) -> None:
-    """A copy of a finished run as it was right after the checkpoint of `step`, metrics of later steps still there."""
-    shutil.copytree(run_dir, copy)
-    (copy / "DONE").unlink()
-    for checkpoint in (copy / "checkpoints").iterdir():
-        if checkpoint.name > f"step-{step:08d}":
-            shutil.rmtree(checkpoint)

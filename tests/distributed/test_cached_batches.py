@@ -1,13 +1,13 @@
 """Two passes over micro-batches move the weights as one pass over the whole batch does, under every engine."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from conftest import changed_recipe, metrics
-from distributed.crowd import Crowd
+from distributed.crowd import Crowds
 
 from flipscale.engines.checkpoint import CheckpointReader
 
@@ -27,10 +27,9 @@ Train = Callable[[str, int | None, str], Path]
 
 
 @pytest.fixture(scope="module")
-def train(recipe: dict, caption_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Train]:
-    """The run directory of the same steps on two processes, under an engine, in micro-batches of a size or in one
-    pass, with one of the losses; each made once."""
-    folder, crowd = tmp_path_factory.mktemp("cached"), Crowd(2)
+def train(recipe: dict, caption_tokenizer: Path, crowds: Crowds, tmp_path_factory: pytest.TempPathFactory) -> Train:
+    """Trains on two processes, under an engine, in micro-batches of a size or in one pass, with a loss; each once."""
+    folder = tmp_path_factory.mktemp("cached")
 
     def run(engine: str, micro_batch_size: int | None, loss: str = "infonce") -> Path:
         run_dir = folder / f"{engine}-{micro_batch_size}-{loss}"
@@ -42,11 +41,10 @@ def train(recipe: dict, caption_tokenizer: Path, tmp_path_factory: pytest.TempPa
             changed = changed_recipe(recipe, {**changes, "stages": STAGES, "save": SAVE})
             file = folder / f"{run_dir.name}.yaml"
             file.write_text(yaml.safe_dump({**changed, "output_dir": str(run_dir)}))
-            assert crowd.run("train", engine, file) == ["done"] * 2
+            assert crowds(2).run("train", engine, file) == ["done"] * 2
         return run_dir
 
-    yield run
-    crowd.end()
+    return run
 
 
 def weights(run_dir: Path, step: int) -> dict[str, torch.Tensor]:

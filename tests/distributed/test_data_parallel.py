@@ -1,31 +1,20 @@
 """Two real processes learn what one does, and what two began one can finish."""
 
 import json
-import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import yaml
-from conftest import launch, metrics, pretrain
+from conftest import cut, launch, losses, pretrain
 from processes import free_port
 from safetensors.torch import load_file
 
 from flipscale.training.run_summary import read_starts
 
 SAVE = {"every_samples": 160, "total_limit": 20}
-
-
-def losses(run_dir: Path) -> list[float]:
-    return [record["loss"] for record in metrics(run_dir) if "loss" in record]
-
-
-def keep_step(run_dir: Path, step: int) -> None:
-    (run_dir / "DONE").unlink()
-    for checkpoint in (run_dir / "checkpoints").iterdir():
-        if checkpoint.name != f"step-{step:08d}":
-            shutil.rmtree(checkpoint)
+FLAGS = ["--num_processes=2", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +40,7 @@ def test_two_processes_equal_one(runs: dict[int, Path]) -> None:
 @pytest.mark.parametrize("processes", [2, 1])
 def test_two_processes_resume(runs: dict[int, Path], write_recipe, tmp_path: Path, processes: int) -> None:
     copy = tmp_path / "resumed"
-    shutil.copytree(runs[2], copy)
-    keep_step(copy, 20)
+    cut(runs[2], copy, 20)
     done = pretrain(write_recipe(copy, save=SAVE), processes)
     assert done.returncode == 0, done.stderr
     tolerance = 0.0 if processes == 2 else 1e-5
@@ -67,8 +55,7 @@ def test_two_processes_resume(runs: dict[int, Path], write_recipe, tmp_path: Pat
 def test_accelerate_launch_runs_two(runs: dict[int, Path], write_recipe, tmp_path: Path) -> None:
     run_dir = tmp_path / "accelerated"
     file = write_recipe(run_dir)
-    flags = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
-    flags += ["--dynamo_backend", "no", "--main_process_port", "29587"]
+    flags = ["--multi_gpu", *FLAGS, "--main_process_port", str(free_port())]
     command = [sys.executable, "-m", "accelerate.commands.launch", *flags, "-m", "flipscale.pretrain"]
     done = launch([*command, "--config", str(file)], ACCELERATE_USE_CPU="1")
     assert done.returncode == 0, done.stderr
@@ -77,18 +64,7 @@ def test_accelerate_launch_runs_two(runs: dict[int, Path], write_recipe, tmp_pat
 
 def test_a_launcher_that_starts_fewer_than_it_promised_is_refused(write_recipe, tmp_path: Path) -> None:
     file = write_recipe(tmp_path / "alone")
-    flags = [
-        "--cpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-        "--mixed_precision",
-        "no",
-        "--dynamo_backend",
-        "no",
-    ]
-    command = [sys.executable, "-m", "accelerate.commands.launch", *flags, "-m", "flipscale.pretrain"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", *FLAGS, "-m", "flipscale.pretrain"]
     done = launch([*command, "--config", str(file)])
     assert done.returncode != 0
     assert "flipscale: error: the launcher promised 2 or more processes, 1 started" in done.stderr

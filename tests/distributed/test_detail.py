@@ -15,7 +15,7 @@ def test_collectives_agree_in_detail(
     recipe: dict, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TORCH_DISTRIBUTED_DEBUG", "DETAIL")
-    crowd = Crowd(2)
+    crowd = Crowd(2)  # a new one, because torch reads the variable once
     for optimizer in ("adamw", "muon"):
         run_dir = tmp_path / optimizer
         changes = {

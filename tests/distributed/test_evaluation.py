@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import cv2
@@ -13,6 +14,7 @@ import processes
 import pytest
 import torch
 from conftest import TOWER, add_member, write_shards
+from distributed.crowd import start_ranks
 from evaluation.tiny_model import tiny_writer
 from transformers import AutoTokenizer
 
@@ -57,6 +59,14 @@ def read_and_embed(folder: str, tokenizer: str, out: str) -> None:
     embedder.accelerator.end_training()
 
 
+def run_ranks(world: int, seconds: float, function: Callable[..., None], *arguments: object) -> None:
+    """Run a function in processes that meet; one process has no launcher."""
+    running = start_ranks(world, function, *arguments) if world > 1 else [processes.start(function, *arguments)]
+    for process in running:
+        process.join(seconds)
+        assert process.exitcode == 0
+
+
 def test_each_image_is_read_once_and_has_the_same_embedding(tmp_path: Path, tokenizer_dir: Path) -> None:
     folder = tmp_path / "set"
     write_shards(folder, SIZES)
@@ -66,12 +76,7 @@ def test_each_image_is_read_once_and_has_the_same_embedding(tmp_path: Path, toke
     for world in (1, 2, 3):
         out = tmp_path / f"{world}"
         out.mkdir()
-        environments = processes.rank_environments(world) if world > 1 else [{}]
-        arguments = (str(folder), str(tokenizer_dir), str(out))
-        running = [processes.start(read_and_embed, *arguments, environment=e) for e in environments]
-        for process in running:
-            process.join(120)
-            assert process.exitcode == 0
+        run_ranks(world, 120, read_and_embed, str(folder), str(tokenizer_dir), str(out))
         told = [json.loads((out / f"{rank}.json").read_text()) for rank in range(world)]
         assert sorted(where for one in told for where in one["read"]) == every
         assert all(one["values"] == told[0]["values"] for one in told)
@@ -101,11 +106,7 @@ def test_captions_are_scored_as_one_set(tmp_path: Path) -> None:
     for world in (1, 2):
         out = tmp_path / f"{world}"
         out.mkdir()
-        environments = processes.rank_environments(world) if world > 1 else [{}]
-        running = [processes.start(write, str(folder), str(out), environment=e) for e in environments]
-        for process in running:
-            process.join(120)
-            assert process.exitcode == 0
+        run_ranks(world, 120, write, str(folder), str(out))
         found[world] = [json.loads((out / f"{rank}.json").read_text()) for rank in range(world)]
     assert found[2] == found[1] * 2
     assert found[1][0]["captioning/cider"][0] > 0
@@ -149,11 +150,7 @@ def test_what_one_process_finds_ends_both(tmp_path: Path, tokenizer_dir: Path, d
     with tarfile.open(folder / "0.tar", "w") as tar:
         for number in range(99):
             add_member(tar, f"{number:02d}.png", b"no picture" if number == 20 and not deadly else png)
-    arguments = (str(folder), str(tokenizer_dir), str(tmp_path), deadly)
-    running = [processes.start(fail, *arguments, environment=e) for e in processes.rank_environments(2)]
-    for process in running:
-        process.join(60)
-        assert process.exitcode == 0
+    run_ranks(2, 60, fail, str(folder), str(tokenizer_dir), str(tmp_path), deadly)
     told = [(tmp_path / f"{rank}").read_text() for rank in range(2)]
     assert told[0] == told[1]
     assert len(told[0].splitlines()) == 1

@@ -4,7 +4,6 @@ import errno
 import os
 import re
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -12,7 +11,8 @@ from pathlib import Path
 import processes
 import pytest
 from clock import Clock
-from distributed.crowd import ENVIRONMENTS
+from conftest import launch
+from distributed.crowd import ENVIRONMENTS, start_ranks
 
 from flipscale.data.order import number_of_lanes
 
@@ -63,10 +63,7 @@ def fail(file: str, folder: str, where: str, error: str) -> None:
 
 def ended(file: Path, folder: Path, where: str, error: str) -> tuple[list[int], str]:
     """The exit codes of the two ranks, none of which anybody else ends, and what they printed."""
-    ranks = [
-        processes.start(fail, str(file), str(folder), where, error, environment=environment)
-        for environment in processes.rank_environments(2)
-    ]
+    ranks = start_ranks(2, fail, str(file), str(folder), where, error)
     for rank in ranks:
         rank.join(300)
     seconds = time.time() - float(Path(folder, "failed_at").read_text())
@@ -116,11 +113,7 @@ def die_after_the_start(file: str, folder: str) -> None:
 
 
 def test_the_first_process_may_die_before_a_step(write_recipe, tmp_path: Path) -> None:
-    file, environments = write_recipe(tmp_path / "run"), processes.rank_environments(2)
-    ranks = [
-        processes.start(die_after_the_start, str(file), str(tmp_path), environment=environment)
-        for environment in environments
-    ]
+    ranks = start_ranks(2, die_after_the_start, str(write_recipe(tmp_path / "run")), str(tmp_path))
     for rank in ranks:
         rank.join(300)
     ends = [rank.exitcode for rank in ranks]
@@ -147,11 +140,7 @@ def fail_together(file: str, folder: str, last: int | None) -> None:
 
 @pytest.mark.parametrize("last", [None, 1, 0])
 def test_what_all_have_to_say_is_said_once(write_recipe, tmp_path: Path, last: int | None) -> None:
-    file, environments = write_recipe(tmp_path / "run"), processes.rank_environments(2)
-    ranks = [
-        processes.start(fail_together, str(file), str(tmp_path), last, environment=environment)
-        for environment in environments
-    ]
+    ranks = start_ranks(2, fail_together, str(write_recipe(tmp_path / "run")), str(tmp_path), last)
     for rank in ranks:
         rank.join(300)
     assert [rank.exitcode for rank in ranks] == [1, 1]
@@ -173,12 +162,9 @@ def test_under_torchrun_no_worker_is_left(write_recipe, tmp_path: Path) -> None:
     (tmp_path / "fail.py").write_text(UNDER_A_LAUNCHER)
     file = write_recipe(tmp_path / "run", data={"num_workers": 2})
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1", **ENVIRONMENTS["fsdp2"]}
-    environment |= {"ONLY_THIS_RUN": str(tmp_path)}
-    done = subprocess.run(
-        [*command, str(tmp_path / "fail.py"), str(file), str(tmp_path), str(Path(__file__).parents[1])],
-        env=environment, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+    command += [str(tmp_path / "fail.py"), str(file), str(tmp_path), str(Path(__file__).parents[1])]
+    environment = {"ACCELERATE_USE_CPU": "1", **ENVIRONMENTS["fsdp2"], "ONLY_THIS_RUN": str(tmp_path)}
+    done = launch(command, **environment)
     assert done.returncode == 1
     assert time.time() - float((tmp_path / "failed_at").read_text()) < ALL_END_WITHIN_SECONDS
     printed = (tmp_path / "stderr").read_text()
@@ -240,10 +226,7 @@ def test_a_process_that_was_stopped_is_not_waited_for(
 ) -> None:
     tasks = [{"kind": "zero_shot", "data": str(shards), "every_samples": 32}]
     file = write_recipe(tmp_path / "run", eval={"tasks": tasks}, log={"hang_seconds": 4})
-    ranks = [
-        processes.start(stop, str(file), str(tmp_path), where, environment=environment)
-        for environment in processes.rank_environments(2)
-    ]
+    ranks = start_ranks(2, stop, str(file), str(tmp_path), where)
     ranks[0].join(300)
     code = ranks[0].exitcode
     for rank in ranks:

@@ -11,14 +11,13 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Iterator
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import processes
 import pytest
 import torch
-from conftest import metrics, pretrain
-from distributed.crowd import ENVIRONMENTS
+from conftest import losses, pretrain
+from distributed.crowd import ENVIRONMENTS, start_ranks
 from objectives.test_answer import ANSWERS, FUSION, label, write_questions
 from safetensors.torch import load_file
 from training.failing_disk import FailingDisk
@@ -44,17 +43,9 @@ class Launch:
     def __init__(self, file: Path, engine: str, world: int, output: Path):
         output.mkdir()
         self.output = output
+        arguments = ("flipscale.pretrain", ["--config", str(file)], str(output))
         environment = {"ACCELERATE_USE_CPU": "1", **ENVIRONMENTS[engine]}
-        self.ranks: list[BaseProcess] = [
-            processes.start(
-                processes.call_main,
-                "flipscale.pretrain",
-                ["--config", str(file)],
-                str(output),
-                environment={**environment, **place},
-            )
-            for place in processes.rank_environments(world)
-        ]
+        self.ranks = start_ranks(world, processes.call_main, *arguments, **environment)
 
     @property
     def has_ended(self) -> bool:
@@ -158,9 +149,9 @@ def test_killed_at_any_instant(write_recipe, shards: Path, tmp_path: Path) -> No
         run_dir = tmp_path / f"killed-{seen.total()}"
         file = write_recipe(run_dir, **changes)
         seen.update(killed_run(file, run_dir, min(KILLS - seen.total(), 25), draw, tmp_path))
-        losses = [[r["loss"] for r in metrics(folder) if "loss" in r] for folder in (whole, run_dir)]
-        assert len(losses[0]) == len(losses[1]) == 40
-        furthest = max(furthest, *(abs(a - b) for a, b in zip(*losses, strict=True)))
+        whole_losses, killed_losses = losses(whole), losses(run_dir)
+        assert len(whole_losses) == 40
+        furthest = max(furthest, *(abs(a - b) for a, b in zip(whole_losses, killed_losses, strict=True)))
         assert furthest < 1e-5
         print(f"{seen.total()} kills, losses at most {furthest:.1e} apart", flush=True)
     print(f"{dict(seen)} at the kills")
@@ -241,7 +232,6 @@ def test_other_losses_end_with_the_same_bits(
         ends = [load_file(folder / "checkpoints/step-00000010/part-00000.safetensors") for folder in (whole, run_dir)]
         assert ends[0].keys() == ends[1].keys()
         assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
-        losses = [[r["loss"] for r in metrics(folder) if "loss" in r] for folder in (whole, run_dir)]
-        assert losses[0] == losses[1]
-        assert len(losses[0]) == 10
+        assert losses(whole) == losses(run_dir)
+        assert len(losses(whole)) == 10
         print(f"{killed} kills, the same bits", flush=True)

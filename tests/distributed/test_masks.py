@@ -1,11 +1,11 @@
 """Views and reconstruction under every kind of sharding, in micro-batches too: the losses of one process."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from conftest import metrics, pretrain
-from distributed.crowd import Crowd
+from distributed.crowd import Crowds
 
 STAGES = [
     {"name": "masked", "samples": 48, "mask_ratio": 0.5, "text_mask_ratio": 0.5, "base_lr": 0.012},
@@ -17,21 +17,13 @@ KINDS = {
 }
 
 
-@pytest.fixture(scope="module")
-def crowd() -> Iterator[Crowd]:
-    """Two processes for all tests of this file."""
-    crowd = Crowd(2)
-    yield crowd
-    crowd.end()
-
-
 def learned(run_dir: Path) -> list[float]:
     return [record[name] for record in metrics(run_dir) if "loss" in record for name in ("loss", "grad_norm")]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_processes_learn_what_one_does(
-    crowd: Crowd, write_recipe: Callable[..., Path], tmp_path: Path, kind: str
+    crowds: Crowds, write_recipe: Callable[..., Path], tmp_path: Path, kind: str
 ) -> None:
     done = pretrain(write_recipe(tmp_path / "one", **KINDS[kind]))
     assert done.returncode == 0, done.stderr
@@ -40,5 +32,5 @@ def test_two_processes_learn_what_one_does(
     for engine, micro_batch_size in (("ddp", 4), ("fsdp2", 8), ("fsdp2", 4), ("zero3", 4)):
         name = f"{engine}-{micro_batch_size}"
         file = write_recipe(tmp_path / name, **KINDS[kind], data={"micro_batch_size": micro_batch_size})
-        assert crowd.run("train", engine, file) == ["done", "done"], name
+        assert crowds(2).run("train", engine, file) == ["done", "done"], name
         assert learned(tmp_path / name) == pytest.approx(one, rel=1e-4), name

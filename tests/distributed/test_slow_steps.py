@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import processes
 import pytest
-from distributed.crowd import ENVIRONMENTS
+from distributed.crowd import ENVIRONMENTS, start_ranks
 
 # The step in which a rank sleeps in each place.
 STEPS = {"data": 13, "forward": 17, "backward": 21, "update": 25}
@@ -70,14 +70,8 @@ def slow_steps(write_recipe, folder: Path, engine: str, sleeper: int, places: li
     """The records of such a run by their step, and what it printed."""
     stages = [{"name": "masked", "samples": 16 * (TOGETHER + 3), "mask_ratio": 0.75, "base_lr": 0.012}]
     file = write_recipe(folder / "run", stages=stages)
-    environments = processes.rank_environments(world)
-    ranks = [
-        processes.start(
-            train_with_sleeps, str(file), str(folder), sleeper, places,
-            environment={**environment, **ENVIRONMENTS[engine], "ACCELERATE_USE_CPU": "1", **more},
-        )
-        for environment in environments
-    ]  # fmt: skip
+    environment = {**ENVIRONMENTS[engine], "ACCELERATE_USE_CPU": "1", **more}
+    ranks = start_ranks(world, train_with_sleeps, str(file), str(folder), sleeper, places, **environment)
     for rank in ranks:
         rank.join(200)
     printed = (folder / "stderr").read_text()

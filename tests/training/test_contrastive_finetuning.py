@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import cut, metrics, pretrain
+import yaml
+from conftest import cut, losses, metrics, pretrain
 from distributed.crowd import Crowds
 from safetensors.torch import load_file, save_file
 
@@ -26,8 +27,6 @@ def evaluation(shards: Path) -> dict:
 
 @pytest.fixture(scope="module")
 def base(recipe: dict, evaluation: dict, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    import yaml
-
     folder = tmp_path_factory.mktemp("base")
     stages = [{"name": "masked", "samples": 64, "mask_ratio": 0.5, "base_lr": 0.01}]
     file = folder / "base.yaml"
@@ -119,8 +118,7 @@ def test_frozen_parts_under_every_engine(
     one, many = tmp_path / "one", tmp_path / "many"
     assert crowds(1).run("train", "ddp", write(one, optim=optim)) == ["done"]
     assert crowds(2).run("train", engine, write(many, optim=optim)) == ["done"] * 2
-    losses = [[record["loss"] for record in metrics(run_dir) if "loss" in record] for run_dir in (one, many)]
-    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    assert losses(one) == pytest.approx(losses(many), abs=1e-5)
     found = [[(m.step, m.result) for m in read_results(run_dir)] for run_dir in (one, many)]
     assert found[0] == found[1]
     before, after = weights(base / "model"), weights(many / "model")
@@ -130,14 +128,8 @@ def test_frozen_parts_under_every_engine(
 @pytest.mark.parametrize(
     ("frozen", "said"),
     [
-        (
-            ["logit_scale", "image_tower"],
-            "model.frozen has 'image_tower'; expected logit_",
-        ),
-        (
-            ["vision_model", "text_model", "image_projection", "text_projection", "logit_scale"],
-            "which leaves nothing to learn",
-        ),
+        (["logit_scale", "image_tower"], "model.frozen has 'image_tower'; expected logit_"),
+        (["vision_model", "text_model", "image_projection", "text_projection", "logit_scale"], "nothing to learn"),
     ],
 )
 def test_what_cannot_be_frozen(write_recipe: Callable[..., Path], tmp_path: Path, frozen: list[str], said: str) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import processes
 import pytest
-from conftest import metrics, pretrain
+from conftest import losses, pretrain
 from training import failing_disk
 from training.failing_disk import ERRORS
 
@@ -31,10 +31,6 @@ def train(file: Path, tmp_path: Path, failing: int = 0, error: int = 0) -> tuple
     assert process.exitcode is not None, "it hangs"
     printed = "".join((output / name).read_text() for name in ("stdout", "stderr"))
     return process.exitcode, printed, (output / "log").read_text().splitlines()
-
-
-def losses(run_dir: Path) -> list[float]:
-    return [record["loss"] for record in metrics(run_dir) if "loss" in record]
 
 
 def chosen(operations: list[str]) -> list[tuple[int, int]]:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import add_member, cut, launch, metrics, pretrain, write_shards
+from conftest import add_member, cut, launch, losses, metrics, pretrain, write_shards
 
 from flipscale.data.recipe import DataRecipe
 from flipscale.data.sources.mixture import order_of
@@ -96,8 +96,7 @@ def test_bad_data_is_replaced_counted_and_named_alike_everywhere(write_recipe, t
         assert sum(record["num_replaced"] for record in records) == expected.total() >= 640 // 56 * 6
         for cause, count in expected.items():
             assert sum(record.get(f"replaced/{cause}", 0) for record in records) == count
-        losses = [record["loss"] for record in records]
-        assert losses == pytest.approx([r["loss"] for r in metrics(runs[0]) if "loss" in r], abs=1e-4)
+        assert losses(run_dir) == pytest.approx(losses(runs[0]), abs=1e-4)
         named = [json.loads(line) for line in (run_dir / "bad_samples.jsonl").read_text().splitlines()]
         assert [(Path(n["shard"]).name, n["cause"]) for n in named[:2]] == [
             ("00002.tar", "truncated_shard"),
@@ -146,7 +145,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(write_recipe, tmp_path: Pa
         subprocess.run(["mount", "-o", "remount,size=64m", str(small)], check=True)
         done = pretrain(file)
         assert done.returncode == 0, done.stderr
-        assert len([r for r in metrics(small / "run") if "loss" in r]) == 40
+        assert len(losses(small / "run")) == 40
     finally:
         subprocess.run(["umount", str(small)], check=True)
 

@@ -54,7 +54,6 @@ def test_resumed_equals_uninterrupted(whole_run: Path, write_recipe, tmp_path: P
     done = pretrain(write_recipe(copy, save={"every_samples": 80, "total_limit": 20}))
     assert done.returncode == 0, done.stderr
     assert_same_end(whole_run, copy)
-    assert len([r for r in metrics(copy) if "loss" in r]) == 40
 
 
 def test_a_stage_added_to_a_finished_run_is_learned_as_if_it_had_been_there(
