@@ -69,7 +69,7 @@ def train(recipe: Recipe, plan: Plan, start: Start, engine: "Engine", pair_flops
     tracker.start(start.step, plan.source.faults, plan.recipe_fields)
     stops = False
 
-    with sync, watch, tracker, between:
+    with sync.request, watch, tracker, between:
         evaluation.run(plan.tasks_before(clock.step), start.step)
         for step, micro_batches, faults in watch.timed(plan.batches(clock, accelerator), start.step):
             # A step: learn from the batch, agree with the other processes, and move the weights or leave them.

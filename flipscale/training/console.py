@@ -222,18 +222,14 @@ def _leave(ending: _Ending, error: BaseException, report: ErrorReport) -> NoRetu
         with suppress(OSError):
             refuse_restart()
     flush_or_drop(sys.stdout)
-    if _number("WORLD_SIZE", 1) > 1:
-        _exit_at_once(ending, error, report)
-    _print(ending, error, report)
-    flush_or_drop(sys.stderr)
-    sys.exit(ending.code)
-
-
-def _exit_at_once(ending: _Ending, error: BaseException, report: ErrorReport) -> NoReturn:
-    """Print the line and exit. After the failure of another process, print only another and independent error."""
+    if _number("WORLD_SIZE", 1) <= 1:
+        _print(ending, error, report)
+        flush_or_drop(sys.stderr)
+        sys.exit(ending.code)
     # Imports torch, which `--help` does not need.
     from flipscale.engines.failures import claim_failure, end_process, leave, stay_until_others_know
 
+    # After the failure of another process, only another and independent error is printed.
     first = claim_failure(ending.line)
     if first.rank == _number("RANK", 0) or not (ending.is_consequence or first.words == ending.line):
         _print(ending, error, report)

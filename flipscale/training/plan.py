@@ -40,7 +40,6 @@ class StepBatch(NamedTuple):
     """One process's part of a step's batch.
 
     Args:
-        step: step of the batch.
         micro_batches: micro-batches of one size on the device, at the stage's image size. The list holds the
             only references, so clearing it frees the batch.
         faults: unusable samples, each of which was replaced.
@@ -63,18 +62,13 @@ class Plan:
     """A checked recipe with its data.
 
     Args:
-        schedule: stages and time budget.
         batch_size: pairs in the global batch.
-        source: training pairs.
         tokenizer: tokenizer of the captions; None for an objective without text.
-        datasets: the pairs at each stage's masks and sizes.
-        tasks: evaluations.
+        datasets: the training pairs at each stage's masks and sizes.
         eval_every_share: share of the time budget between evaluations; 0 for none.
         save_every_samples: pairs between checkpoints; 0 for none.
-        objective: training objective.
         recipe_yaml: the resolved recipe, as a checkpoint keeps it.
         recipe_fields: its fields, by which trackers compare runs.
-        class_names: names of a classifier's classes.
         starts_from_weights: whether `model.init_from` is set.
     """
 

@@ -61,7 +61,6 @@ class Stage:
     """A stage in positions: step numbers or, in a run with a time budget, used shares of the budget.
 
     Args:
-        name: name in the recipe.
         mask_ratio: fraction of the patches removed.
         first, last: range of positions [first, last) of the stage.
         schedule_first, schedule_last: range of positions of its learning-rate schedule, which stages may share.

@@ -62,11 +62,7 @@ class Start:
         return self.state.get("trained_seconds", 0.0)
 
     def check_lock(self, at_once: bool = False) -> None:
-        """Raise if another run has taken the run directory, see `FolderLock.check`.
-
-        Raises:
-            OSError: it has; this process must not write any more.
-        """
+        """Raise OSError if another run has taken the run directory, see `FolderLock.check`."""
         if self.lock is not None:
             self.lock.check(at_once)
 

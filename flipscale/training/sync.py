@@ -32,7 +32,6 @@ class StepResult:
     """The outcome of a step, agreed by all processes.
 
     Args:
-        step: the step.
         faults: unusable samples in this process's part of the batch.
         clock: times when the step was sent to the device.
         loss: loss of the global batch.
@@ -88,9 +87,8 @@ class _Unread(NamedTuple):
 class StepSync:
     """Leaves out steps whose loss or gradients are not finite, and passes requests on to all processes.
 
-    In a `with` block, signals and the stop file ask the run to stop.
-
     Attributes:
+        request: whether this process was asked to stop, in its `with` block.
         pace: last agreed pace of the time budget; None without a budget.
     """
 
@@ -104,22 +102,13 @@ class StepSync:
     ):
         self.request = StopRequest(watches_file=accelerator.is_main_process)
         self.pace = pace
-        self._accelerator = accelerator
-        self._checkpoints = checkpoints
-        self._watch = watch
+        self._accelerator, self._checkpoints, self._watch = accelerator, checkpoints, watch
         self._unread: deque[_Unread] = deque()
         self._skipped_in_a_row = 0
         self._budget_seconds = budget_seconds
         self._stage: Stage | None = None
         self._durations: deque[float] = deque(maxlen=_REMEMBERED)
         self._last_seconds = self._step_seconds = 0.0
-
-    def __enter__(self) -> "StepSync":
-        self.request.__enter__()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.request.__exit__()
 
     def start(self, step: Step, loss: StepLoss, grad_norm: torch.Tensor, faults: list[Fault]) -> torch.Tensor:
         """Collective. Return whether the step is taken, fp32 `()` on the device: 1 or 0, the same on every process."""

@@ -84,7 +84,7 @@ class Tracker:
 
         Args:
             step_samples: pairs in the global batch.
-            pair_flops: operations of a pair in each stage, forward and backward, by the stage's name.
+            pair_flops: operations of a pair, forward and backward, by the stage's name.
             max_bad_fraction: `data.max_bad_fraction`.
         """
         self.watch = watch

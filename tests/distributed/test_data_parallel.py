@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from conftest import cut, launch, losses, pretrain
 from processes import free_port
@@ -30,26 +31,14 @@ def runs(recipe: dict, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Pa
     return found
 
 
-def test_two_processes_equal_one(runs: dict[int, Path]) -> None:
-    one, two = losses(runs[1]), losses(runs[2])
-    assert len(one) == len(two) == 40
-    assert max(abs(a - b) for a, b in zip(one, two, strict=True)) < 1e-5
-    assert one[-1] < one[0] - 0.1, "nothing was learned, so equality means little"
-
-
-@pytest.mark.parametrize("processes", [2, 1])
-def test_two_processes_resume(runs: dict[int, Path], write_recipe, tmp_path: Path, processes: int) -> None:
+def test_two_processes_resume_bit_for_bit(runs: dict[int, Path], write_recipe, tmp_path: Path) -> None:
     copy = tmp_path / "resumed"
     cut(runs[2], copy, 20)
-    done = pretrain(write_recipe(copy, save=SAVE), processes)
+    done = pretrain(write_recipe(copy, save=SAVE), 2)
     assert done.returncode == 0, done.stderr
-    tolerance = 0.0 if processes == 2 else 1e-5
-    assert max(abs(a - b) for a, b in zip(losses(copy), losses(runs[2]), strict=True)) <= tolerance
+    assert losses(copy) == losses(runs[2])
     ends = [load_file(d / "model/model.safetensors") for d in (copy, runs[2])]
-    for name, value in ends[0].items():
-        # A key bias has no true gradient (softmax is shift-invariant): Adam turns its rounding noise into steps.
-        if processes == 2 or not name.endswith("k_proj.bias"):
-            assert (value - ends[1][name]).abs().max() <= 10 * tolerance, name
+    assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
 
 
 def test_accelerate_launch_runs_two(runs: dict[int, Path], write_recipe, tmp_path: Path) -> None:
@@ -68,13 +57,6 @@ def test_a_launcher_that_starts_fewer_than_it_promised_is_refused(write_recipe, 
     done = launch([*command, "--config", str(file)])
     assert done.returncode != 0
     assert "flipscale: error: the launcher promised 2 or more processes, 1 started" in done.stderr
-
-
-def test_an_indivisible_batch_names_both_numbers(write_recipe, tmp_path: Path) -> None:
-    file = write_recipe(tmp_path / "odd", data={"global_batch_size": 15})
-    done = pretrain(file, 2)
-    assert done.returncode != 0
-    assert "global_batch_size 15 is not divisible by 2 processes; use 1 or 3 processes, or 14" in done.stderr
 
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2", "hsdp", "zero1", "zero2", "zero3"])

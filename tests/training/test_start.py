@@ -1,6 +1,6 @@
 """What is asked before a run begins."""
 
-import logging
+import re
 import shutil
 import tarfile
 from collections.abc import Callable
@@ -60,19 +60,13 @@ def test_trackers_that_are_not_there(write_recipe, tmp_path: Path, trackers: lis
         check(recipe)
 
 
-def test_a_batch_of_more_pairs_than_there_are(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
-    said: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
-    logger = logging.getLogger("flipscale.training.plan")
-    logger.addHandler(handler)
-    try:
-        for batch_size in (96, 128):
-            data = {"global_batch_size": batch_size}
-            check(parse_recipe(["--config", str(write_recipe(tmp_path / "run", data=data))]))
-    finally:
-        logger.removeHandler(handler)
-    (line,) = said
+def test_a_batch_of_more_pairs_than_there_are(
+    write_recipe: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for batch_size in (96, 128):
+        file = write_recipe(tmp_path / "run", data={"global_batch_size": batch_size})
+        check(parse_recipe(["--config", str(file)]))
+    (line,) = caplog.messages
     assert line.startswith("data.global_batch_size is 128 and there are 96 pairs: every batch repeats pairs")
 
 
@@ -89,37 +83,30 @@ def test_a_launcher_s_numbers_that_are_none(environment: dict[str, str], message
         place_in_world(environment)
 
 
-def test_an_answer_of_a_test_set_is_missing(refused_test_set: Callable[..., str]) -> None:
-    assert "has class None; 16 names are listed" in refused_test_set("zero_shot", {"txt": b"a red bar"})
-    assert "has no caption; every image needs a KEY.txt" in refused_test_set("retrieval", {"txt": b" "})
-
-
-def test_an_image_of_a_test_set_is_damaged(refused_test_set: Callable[..., str]) -> None:
-    line = refused_test_set("retrieval", {"txt": b"a red bar", "jpg": b"\xff\xd8\xff no picture"})
-    assert "evaluation image" in line
-    assert "cannot be decoded" in line
-
-
-@pytest.fixture
-def refused_test_set(shards: Path, tmp_path: Path) -> Callable[..., str]:
-    """Rehearses a test set of 96 good samples and one that has these fields; returns the error."""
-
-    def run(kind: str, fields: dict[str, bytes]) -> str:
-        folder = tmp_path / f"{kind}-{len(fields)}"
-        shutil.copytree(shards, folder)
-        with tarfile.open(folder / "00000.tar") as tar:
-            image = next(tar.extractfile(one).read() for one in tar if one.name.endswith("jpg"))  # type: ignore[union-attr]
-        with tarfile.open(folder / "00009.tar", "w") as tar:
-            for ending, content in {"jpg": image, **fields}.items():
-                add_member(tar, f"odd.{ending}", content)
-        tasks = build_tasks([{"kind": kind, "data": str(folder)}])
-        found = []
-        for rank in range(3):
-            try:
-                check_decodable(tasks, 32, rank, 3)
-            except ValueError as error:
-                found.append(str(error))
-        (message,) = found  # one of the processes has that sample
-        return message
-
-    return run
+@pytest.mark.parametrize(
+    ("kind", "fields", "message"),
+    [
+        ("zero_shot", {"txt": b"a red bar"}, "has class None; 16 names are listed"),
+        ("retrieval", {"txt": b" "}, "has no caption; every image needs a KEY.txt"),
+        ("retrieval", {"txt": b"a red bar", "jpg": b"\xff\xd8\xff no picture"}, "evaluation image .*cannot be decoded"),
+    ],
+)
+def test_a_bad_sample_of_a_test_set_is_found_by_one_process(
+    kind: str, fields: dict[str, bytes], message: str, shards: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "set"
+    shutil.copytree(shards, folder)
+    with tarfile.open(folder / "00000.tar") as tar:
+        image = next(tar.extractfile(one).read() for one in tar if one.name.endswith("jpg"))
+    with tarfile.open(folder / "00009.tar", "w") as tar:
+        for ending, content in {"jpg": image, **fields}.items():
+            add_member(tar, f"odd.{ending}", content)
+    tasks = build_tasks([{"kind": kind, "data": str(folder)}])
+    errors = []
+    for rank in range(3):
+        try:
+            check_decodable(tasks, 32, rank, 3)
+        except ValueError as error:
+            errors.append(str(error))
+    assert len(errors) == 1
+    assert re.search(message, errors[0])
