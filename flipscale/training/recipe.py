@@ -264,7 +264,11 @@ def parse_recipe(arguments: Sequence[str], is_saved: bool = False) -> Recipe:
         built = parser.instantiate(parser.parse_args(words))
     except (ArgumentError, ValueError, OverflowError) as error:
         message = parser_message(error)
-        raise UserError(f"{message}{_nearest_flag(message)}") from None
+        unknown = re.match(r"unrecognized arguments: (--\S+)", message)
+        near = (
+            difflib.get_close_matches(unknown[1], [f"--{name}" for name in as_fields(Recipe())], 1) if unknown else []
+        )
+        raise UserError(message + (f"; did you mean {near[0]}?" if near else "")) from None
     recipe = Recipe(**{f.name: getattr(built, f.name) for f in dataclasses.fields(Recipe)})
     check_ranges(recipe)
     recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, lanes=recipe.data.num_lanes))
@@ -289,14 +293,6 @@ def _with_vocabulary(recipe: Recipe) -> Recipe:
     size = {"vocab_size": entries} if takes_size and entries != _BERT_ENTRIES else {}
     text, decoder = {**model.text_config, **size}, {**ends, **model.decoder_config}
     return dataclasses.replace(recipe, model=dataclasses.replace(model, text_config=text, decoder_config=decoder))
-
-
-def _nearest_flag(message: str) -> str:
-    """Return a suggestion for an unknown flag in the parser's message; empty for other messages."""
-    unknown = re.match(r"unrecognized arguments: (--\S+)", message)
-    flags = [f"--{name}" for name in as_fields(Recipe())]
-    near = difflib.get_close_matches(unknown[1], flags, 1) if unknown else []
-    return f"; did you mean {near[0]}?" if near else ""
 
 
 def _recipe_file(name: str) -> Path:

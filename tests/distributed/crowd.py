@@ -1,4 +1,4 @@
-"""Processes that stay: each trains one recipe after another, under one engine after another, on gloo."""
+"""Processes for many trainings: each trains recipes one after another, with any engine, on gloo."""
 
 import contextlib
 import json
@@ -20,7 +20,7 @@ LAUNCH_FILES = {file.stem: file for file in (Path(__file__).parents[2] / "ds_con
 
 
 def environment_of(engine: str) -> dict[str, str]:
-    """What accelerate would set for an engine's launch file, the numbers of processes and the precision left out."""
+    """Return accelerate's variables for a launch file, without the numbers of processes and the precision."""
     environment = launch_environment(LAUNCH_FILES[engine])
     for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "ACCELERATE_MIXED_PRECISION"):
         del environment[name]
@@ -40,7 +40,7 @@ def start_ranks(world: int, function: Callable[..., None], *arguments: object, *
 
 
 class Crowd:
-    """`world` processes of this file."""
+    """`world` processes that run tasks of this file."""
 
     def __init__(self, world: int):
         self.connections, self.processes = [], []
@@ -66,7 +66,7 @@ class Crowd:
 
 
 class Crowds:
-    """Crowds by their number of processes, each started when it is first asked for."""
+    """Crowds by their number of processes, each started at its first use."""
 
     def __init__(self) -> None:
         self._started: dict[int, Crowd] = {}
@@ -82,7 +82,7 @@ class Crowds:
 
 
 def train(file: str) -> None:
-    """A whole run, or the rest of it."""
+    """Train a run to its end."""
     from flipscale.pretrain import pretrain
     from flipscale.training.recipe import parse_recipe
 
@@ -90,7 +90,7 @@ def train(file: str) -> None:
 
 
 def train_poisoned(file: str) -> None:
-    """A run whose last process has an infinite loss in its third step."""
+    """Train with an infinite loss in the last process's third step."""
     from flipscale.objectives.contrastive import Contrastive
 
     true_loss, calls = Contrastive.coupled_loss, []
@@ -108,7 +108,7 @@ def train_poisoned(file: str) -> None:
 
 
 def train_with_a_bad_step(file: str) -> None:
-    """A run whose last process finds a loss of NaN in the third step, and gradients that are finite."""
+    """Train with a NaN loss but finite gradients in the last process's third step."""
     from training.troubled import trouble
 
     with trouble(poisoned=[2]):
@@ -116,7 +116,7 @@ def train_with_a_bad_step(file: str) -> None:
 
 
 def train_on_a_small_disk(file: str) -> None:
-    """A run whose last process cannot write what it has to a checkpoint."""
+    """Train where the last process cannot write its part of a checkpoint."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     if int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
@@ -127,8 +127,8 @@ def train_on_a_small_disk(file: str) -> None:
 
 
 def train_compiled(file: str) -> None:
-    """A run whose blocks are compiled into graphs, which are not made machine code: that would take a minute. It leaves
-    the number of graphs beside its recipe."""
+    """Train with blocks compiled into graphs, but not to machine code, because that takes a minute. The number of
+    graphs is written beside the recipe."""
     import torch
     from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -143,7 +143,7 @@ def train_compiled(file: str) -> None:
 
 
 def rewrite(file: str) -> None:
-    """The newest checkpoint of a run, loaded and saved again in the folder `copy` of the run."""
+    """Load the newest checkpoint of a run, and save it again in the folder `copy` of the run."""
     from flipscale.engines.checkpoint import SaveRecipe
     from flipscale.training.bad_samples import BadSamples
     from flipscale.training.between_steps import Saver
@@ -159,7 +159,7 @@ def rewrite(file: str) -> None:
 
 
 def resumed(file: str) -> tuple:
-    """A recipe, its plan, the start of its run and the engine, ready to train."""
+    """Return a recipe, its plan, the start of its run and the engine, ready to train."""
     from flipscale.training.plan import check
     from flipscale.training.recipe import parse_recipe
     from flipscale.training.start import join, resume
@@ -171,7 +171,7 @@ def resumed(file: str) -> tuple:
 
 
 def accumulate(file: str) -> None:
-    """One step from 1, 2 and 4 passes: the gradients' norm and the weights after it, in `passes.json`."""
+    """Write the gradient norms of a step in 1, 2 and 4 passes to `passes.json`."""
     import torch
 
     recipe, plan, start, engine = resumed(file)
@@ -192,7 +192,7 @@ def accumulate(file: str) -> None:
 
 
 def leave_out(file: str) -> None:
-    """Steps that are left out change nothing, and the steps after them are those of a run without them."""
+    """Check that skipped steps change nothing, and that later steps are those of a run without them."""
     import torch
 
     def holds(engine) -> dict[str, torch.Tensor]:
@@ -228,7 +228,6 @@ def leave_out(file: str) -> None:
 
 
 def serve(connection: Connection) -> None:
-    """Does tasks until the connection closes."""
     import torch.distributed as dist
     from accelerate.state import AcceleratorState
 

@@ -40,7 +40,7 @@ def drawn(tokenizer: str, num_workers: int = 0) -> Embedder:
 
 
 def read_and_embed(folder: str, tokenizer: str, out: str) -> None:
-    """One process of several: it writes what it read for a suite of three tasks, and the embeddings of all images."""
+    """Write the samples that this process read for three tasks, and the embeddings of all images."""
     read: list[list[int]] = []
     whole = TarSource.read
     TarSource.read = lambda self, *where: read.append([*where]) or whole(self, *where)  # type: ignore[method-assign]
@@ -88,7 +88,7 @@ def test_each_image_is_read_once_and_has_the_same_embedding(tmp_path: Path, toke
 
 
 def write(folder: str, out: str) -> None:
-    """One process of several: it writes what a captioner achieves."""
+    """Write the results of a captioner."""
     from flipscale.engines.start import start_accelerator
 
     embedder = tiny_writer(start_accelerator([], "."), batch_size=7)
@@ -113,7 +113,7 @@ def test_captions_are_scored_as_one_set(tmp_path: Path) -> None:
 
 
 class Deadly(Embedder):
-    """Whose worker dies of image 20."""
+    """Embeds with workers that die at image 20."""
 
     def decoder(self) -> Decoder:
         return _deadly
@@ -126,7 +126,7 @@ def _deadly(encoded: bytes, row: int) -> dict[str, np.ndarray]:
 
 
 def fail(folder: str, tokenizer: str, out: str, deadly: bool) -> None:
-    """One process of two: it writes the error that ends it."""
+    """Write the error of this process."""
     embedder = drawn(tokenizer, num_workers=1 if deadly else 0)
     if deadly:
         embedder = Deadly(**vars(embedder))

@@ -1,4 +1,4 @@
-"""A process that fails ends the whole job at once, with its one message, whatever the other processes are in."""
+"""A failed process ends the whole job at once with one message, whatever the other processes do."""
 
 import errno
 import os
@@ -26,14 +26,13 @@ SENTENCES = {
 
 
 def raise_own(error: str) -> None:
-    """Raise an error of a user, of the world or of a programmer."""
     if error == "ValueError":
         number_of_lanes(5, 16)
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) if error == "OSError" else RuntimeError("upside down")
 
 
 def fail(file: str, folder: str, where: str, error: str) -> None:
-    """A run of two whose rank 1 fails, at its third step or in an evaluation or a save, where rank 0 stays."""
+    """Train on two processes; rank 1 fails in a step, an evaluation or a save, and rank 0 is stuck there."""
     from flipscale import pretrain
     from flipscale.engines.checkpoint import CheckpointWriter
 
@@ -62,7 +61,7 @@ def fail(file: str, folder: str, where: str, error: str) -> None:
 
 
 def ended(file: Path, folder: Path, where: str, error: str) -> tuple[list[int], str]:
-    """The exit codes of the two ranks, none of which anybody else ends, and what they printed."""
+    """Return the exit codes and the output of two ranks without a launcher."""
     ranks = start_ranks(2, fail, str(file), str(folder), where, error)
     for rank in ranks:
         rank.join(300)
@@ -97,7 +96,7 @@ def test_our_own_mistake_is_one_sentence_and_a_file(write_recipe, tmp_path: Path
 
 
 def die_after_the_start(file: str, folder: str) -> None:
-    """A run of two whose first process, which keeps the store, is killed when they have met and none has trained."""
+    """Train on two processes; the first, which keeps the store, is killed before the first step."""
     from flipscale import pretrain
 
     train = pretrain.train
@@ -123,7 +122,7 @@ def test_the_first_process_may_die_before_a_step(write_recipe, tmp_path: Path) -
 
 
 def fail_together(file: str, folder: str, last: int | None) -> None:
-    """A run of two that fail alike at their first batch, the rank `last` once the other one's failure is known."""
+    """Train on two processes that fail alike at the first batch; the rank `last` knows of the other's failure."""
     from flipscale import pretrain
     from flipscale.engines import failures
 
@@ -173,7 +172,7 @@ def test_under_torchrun_no_worker_is_left(write_recipe, tmp_path: Path) -> None:
 
 
 def _processes_of(variable: str) -> list[str]:
-    """The processes with this in their environment."""
+    """Return the command lines of processes with a variable."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
@@ -185,7 +184,7 @@ def _processes_of(variable: str) -> list[str]:
 
 
 def stop(file: str, folder: str, where: str) -> None:
-    """A run of two whose rank 1 is stopped, as by SIGSTOP, somewhere that is no step."""
+    """Train on two processes; rank 1 is stopped outside of a step."""
     from flipscale import pretrain
     from flipscale.engines.checkpoint import CheckpointWriter
     from flipscale.training import between_steps, start, watch

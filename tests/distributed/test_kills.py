@@ -52,7 +52,6 @@ class Launch:
         return all(rank.exitcode is not None for rank in self.ranks)
 
     def join(self, seconds: float) -> None:
-        """Wait for the end of all processes."""
         deadline = time.monotonic() + seconds
         for rank in self.ranks:
             rank.join(max(deadline - time.monotonic(), 0.0))
@@ -73,7 +72,7 @@ class Launch:
 
 
 def phase(run_dir: Path) -> str:
-    """What a run does, as far as can be seen from outside."""
+    """Return the phase of a run, by its files."""
     if list(run_dir.glob("checkpoints/.*.partial")):
         return "saving"
     try:
@@ -158,7 +157,7 @@ def test_killed_at_any_instant(write_recipe, shards: Path, tmp_path: Path) -> No
 
 
 class DeadlyDisk(FailingDisk):
-    """A disk of which one operation is the last of the process."""
+    """A disk whose Nth operation kills the process."""
 
     def fail(self, path: str) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -183,7 +182,6 @@ def train_until(file: str, checkpoints: str, output: str, step: int, operation: 
 
 
 def start_until(file: Path, run_dir: Path, output: Path, step: int = 0, operation: int = 0) -> int:
-    """The exit code of such a start."""
     output.mkdir(exist_ok=True)
     process = processes.start(train_until, str(file), str(run_dir / "checkpoints"), str(output), step, operation)
     process.join(ALL_END_WITHIN_SECONDS)

@@ -1,4 +1,4 @@
-"""A rank that is slow is named, with what it was slow in, whatever that is and whichever engine trains."""
+"""A slow rank is named with its slow phase, under every engine."""
 
 import json
 import os
@@ -17,7 +17,7 @@ TOGETHER = 29
 
 
 def train_with_sleeps(file: str, folder: str, sleeper: int, places: list[str]) -> None:
-    """A run one of whose ranks sleeps in some steps, far longer than a step of this machine takes, and all in one."""
+    """Train while one rank sleeps in some steps, and all ranks in one step, far longer than a usual step."""
     from flipscale import pretrain
 
     rank, watches, at = int(os.environ["RANK"]), [], SimpleNamespace(step=-1)
@@ -67,7 +67,7 @@ def train_with_sleeps(file: str, folder: str, sleeper: int, places: list[str]) -
 
 
 def slow_steps(write_recipe, folder: Path, engine: str, sleeper: int, places: list[str], world: int = 2, **more: str):
-    """The records of such a run by their step, and what it printed."""
+    """Return the records of such a run by their step, and its output."""
     stages = [{"name": "masked", "samples": 16 * (TOGETHER + 3), "mask_ratio": 0.75, "base_lr": 0.012}]
     file = write_recipe(folder / "run", stages=stages)
     environment = {**ENVIRONMENTS[engine], "ACCELERATE_USE_CPU": "1", **more}

@@ -1,7 +1,4 @@
-"""A disk of which one operation fails: every open, write, fsync, close, mkdir, rename and unlink under a folder counts.
-
-Checkpoints are written by Python alone, so its functions are where an operation can be made to fail.
-"""
+"""A disk whose Nth operation fails: each open, write, fsync, close, mkdir, rename and unlink under a folder counts."""
 
 import builtins
 import errno
@@ -23,10 +20,9 @@ class FailingDisk:
     """Counts what this process does to the files of a folder, from 1, and fails one operation.
 
     Args:
-        folder: what lies elsewhere is left alone.
-        log: gets a line for each operation: its kind and the file's path in the folder.
-        failing: the number of the operation that fails; 0 for none.
-        error: with which errno.
+        log: file with a line for each operation: its kind and the path in the folder.
+        failing: number of the failing operation; 0 for none.
+        error: errno of the failure.
     """
 
     def __init__(self, folder: Path, log: Path, failing: int, error: int):
@@ -36,7 +32,7 @@ class FailingDisk:
         self._write, self._log = os.write, os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
     def meet(self, kind: str, path: str) -> None:
-        """Count an operation on a file, and fail it if it is its turn."""
+        """Count an operation on a file, and let it fail if it is the chosen one."""
         if not path.startswith(self.folder):
             return
         with self._lock:
@@ -47,11 +43,9 @@ class FailingDisk:
             self.fail(path)
 
     def fail(self, path: str) -> None:
-        """Raise the error of the operation that fails."""
         raise OSError(self.error, os.strerror(self.error), path)
 
     def install(self) -> None:
-        """Have this process's files be of this disk."""
         for name in _OF_PATHS:
             setattr(os, name, self._of_path(name, getattr(os, name)))
         for name in _OF_DESCRIPTORS:
@@ -81,7 +75,6 @@ class FailingDisk:
 
     def _opening(self, true: Callable[..., int]) -> Callable[..., int]:
         def call(path: Any, flags: int, *arguments: Any, **options: Any) -> int:
-            # To read a file or to list a folder changes nothing on the disk, but to sync one needs it.
             self.meet("open", _absolute(path, options.get("dir_fd")))
             return true(path, flags, *arguments, **options)
 

@@ -43,7 +43,7 @@ def count(folder: Path, zone: str, microjoules: int) -> None:
 
 
 def meter(run_dir: Path, device: str = "cpu", others: list[float] | None = None) -> EnergyMeter:
-    """The meter of a process; `others` are added to each of its sums."""
+    """Return the meter of a process; `others` are added to its sums."""
 
     def reduce(mine: torch.Tensor, how: str) -> torch.Tensor:
         return mine if others is None else mine + torch.tensor(others[: len(mine)], dtype=mine.dtype)

@@ -21,7 +21,7 @@ PLACE = "run" if "FLIPSCALE_FAILURES" in os.environ else "run/checkpoints"
 
 
 def train(file: Path, tmp_path: Path, failing: int = 0, error: int = 0) -> tuple[int, str, list[str]]:
-    """A start: its exit code, what it printed, and the operations that it met."""
+    """Return the exit code, output and operations of a start."""
     output = tmp_path / "output"
     shutil.rmtree(output, ignore_errors=True)
     output.mkdir()
@@ -34,7 +34,7 @@ def train(file: Path, tmp_path: Path, failing: int = 0, error: int = 0) -> tuple
 
 
 def chosen(operations: list[str]) -> list[tuple[int, int]]:
-    """The numbers of operations, from 1, each with an error: all, or one of each of some kinds."""
+    """Return operations by number, from 1, with errors: all, or one of each of some kinds."""
     if FAILURES == "all":
         return [(number, ERRORS[number % len(ERRORS)]) for number in range(1, len(operations) + 1)]
     kinds: dict[str, int] = {}

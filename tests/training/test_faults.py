@@ -35,7 +35,7 @@ def test_steps_that_are_not_finite_are_skipped_then_the_run_stops(write_recipe, 
 
 
 def png_bomb() -> bytes:
-    """A PNG of a few bytes that says it is 30000 x 30000."""
+    """Return a PNG of a few bytes with a header of 30000 x 30000 pixels."""
     chunks = [(b"IHDR", struct.pack(">IIBBBBB", 30000, 30000, 8, 2, 0, 0, 0)), (b"IDAT", zlib.compress(bytes(99)))]
     parts = [struct.pack(">I", len(c)) + name + c + struct.pack(">I", zlib.crc32(name + c)) for name, c in chunks]
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts)

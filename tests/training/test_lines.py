@@ -1,4 +1,4 @@
-"""What a run says: every line off a terminal is one of a few kinds, on one process and on two."""
+"""Log lines of a run: each is of a known kind, on one process and on two."""
 
 import os
 import re
@@ -46,7 +46,7 @@ TIME = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d "
 
 
 def kind_of(line: str, run_dir: Path, place: str) -> str:
-    """The kind of a line; what begins with a space goes on with the line before."""
+    """Return the kind of a line. A line that begins with a space continues the line before."""
     text = line if line.startswith(" ") else re.sub(f"^{TIME}{place}", "", line)
     text = text.replace(str(run_dir), "RUN")
     found = [kind for kind, pattern in {**KINDS, "slow": SLOW}.items() if re.fullmatch(pattern, text)]

@@ -37,7 +37,6 @@ def test_a_start_that_a_full_disk_cut_off_spoils_no_other(write_recipe, tmp_path
 
 
 def test_a_run_of_version_0_1_goes_on_in_the_order_of_one_lane(write_recipe, tmp_path: Path) -> None:
-    """Its recipe says nothing of lanes. One that was started with another number is named the same way."""
     run_dir = tmp_path / "run"
     file = str(write_recipe(run_dir))
     recipe = parse_recipe(["--config", file])

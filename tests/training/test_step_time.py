@@ -31,8 +31,6 @@ def test_a_profile_of_every_rank_says_how_it_is_opened(write_recipe, tmp_path: P
 
 def test_garbage_is_collected_between_steps_only(tmp_path: Path) -> None:
     class Node:
-        """Garbage that only the collector finds."""
-
         def __init__(self) -> None:
             self.me = self
 

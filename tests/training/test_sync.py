@@ -23,7 +23,7 @@ SCHEDULE = Schedule(tuple(plan_stages([StageRecipe("only", samples=640, base_lr=
 
 
 class Synced:
-    """The sync of one process, and its steps."""
+    """The `StepSync` of one process."""
 
     def __init__(self, run_dir: Path, save: SaveRecipe = SaveRecipe()):  # noqa: B008
         accelerator = Accelerator(cpu=True)
@@ -32,7 +32,6 @@ class Synced:
         self.next = SCHEDULE.first({})
 
     def step(self, loss: float = 1.0, norm: float = 2.0, faults: list[Fault] | None = None) -> float:
-        """Whether the next step is taken."""
         metrics = {"logit_scale": torch.tensor(14.3, dtype=torch.float64)}
         taken = self.sync.start(self.next, StepLoss(torch.tensor(loss), metrics), torch.tensor(norm), faults or [])
         self.next = SCHEDULE.after(self.next, None)
