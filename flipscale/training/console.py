@@ -172,7 +172,7 @@ def _is_model_s_refusal(error: BaseException) -> bool:
 
 def _description(error: BaseException) -> str:
     """Return the class, message, place and remedy of an unexpected error."""
-    frames = traceback.extract_tb(error.__traceback__)
+    frames = list(traceback.extract_tb(error.__traceback__))
     frames = [frame for frame in frames if Path(frame.filename).is_relative_to(_PACKAGE)] or frames
     place = f", in {'/'.join(Path(frames[-1].filename).parts[-3:])} line {frames[-1].lineno}" if frames else ""
     name, message = type(error).__name__, _one_line(str(error))

@@ -66,7 +66,8 @@ class Interval(NamedTuple):
 
     def since(self, before: "Interval") -> "Interval":
         """Return the time between two moments."""
-        return Interval(*(now - then for now, then in zip(self, before, strict=True)))
+        seconds, wait_seconds = self.seconds - before.seconds, self.wait_seconds - before.wait_seconds
+        return Interval(seconds, wait_seconds, self.num_slow - before.num_slow)
 
 
 class HangWatch:
