@@ -18,8 +18,6 @@ from flipscale.io.files import check_writable, is_utf8
 from flipscale.io.options import Count, MinutesAboveZero, Positive, number, usable_cores
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from flipscale.engines.launch import Launch
     from flipscale.planning.proposal import Proposal
     from flipscale.planning.survey import Survey
@@ -30,8 +28,6 @@ _MINUTES = 30.0
 _MEASURED_STEPS = 12
 # Records of a stage's metrics while its speed is measured. The last one counts, because the first include start-up.
 _RECORDS = 4
-_ENDLESS = 1000
-_POLL_SECONDS = 0.1
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,33 +35,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", type=Path, metavar="RECIPE.yaml", help="The file to write. It must not exist.")
     parser.add_argument("--shards", required=True, help="The training data, as in data.shards of a recipe.")
     parser.add_argument(
-        "--tokenizer",
-        default="bert",
+        "--tokenizer", default="bert",
         help="A folder of `flipscale prepare tokenizer`, or a name on the Hub. Default: bert, from the Hub.",
-    )
+    )  # fmt: skip
     parser.add_argument("--tests", help="A labelled test set of `flipscale prepare shards --labels`.")
     parser.add_argument(
-        "--minutes",
-        type=number(MinutesAboveZero),
+        "--minutes", type=number(MinutesAboveZero),
         help=f"Training time on this machine, whose speed is measured. Default: {_MINUTES:g}.",
-    )
+    )  # fmt: skip
     parser.add_argument("--gpu", help="The kind of GPU for training elsewhere, such as h100, instead of --minutes.")
     parser.add_argument("--num_gpus", type=number(Count), default=1, help="Number of these GPUs. Default: 1.")
     parser.add_argument("--hours", type=number(Positive), help="Training time on these GPUs, whose speed is computed.")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Survey the data, propose a recipe, find its speed, and write it.
-
-    Raises:
-        UserError: options conflict, the file exists, or the data cannot be trained on.
-        OSError: a shard cannot be read, or the file cannot be written.
-    """
+    """Survey the data, propose a recipe, find its speed, and write it."""
     _check_options(args)
     # Imported here, because torch and transformers take seconds and --help should not wait.
+    import torch
+
     from flipscale.data.recipe import DataRecipe
     from flipscale.data.sources.opening import open_shards
-    from flipscale.data.tokenizers import check_tokenizer, load_tokenizer
+    from flipscale.data.tokenizers import check_tokenizer, load_tokenizer, num_entries
     from flipscale.planning.proposal import LEAST_PAIRS, propose
     from flipscale.planning.survey import survey
     from flipscale.training.recipe import parse_recipe
@@ -81,10 +72,19 @@ def run(args: argparse.Namespace) -> None:
         ) from error
     data = survey(source, tokenizer)
     print(f"{args.shards}: {data}", flush=True)
-    num_gpus = args.num_gpus if args.gpu else _gpus_here()
+    num_gpus = args.num_gpus if args.gpu else int(torch.cuda.is_available())
     minutes = 60 * args.hours if args.gpu else args.minutes or _MINUTES
-    proposal = propose(data, _tokenizer_fields(args.tokenizer, tokenizer), minutes, usable_cores(), num_gpus)
-    _add_places(proposal, args, num_gpus)
+    # A folder's vocab_size follows from the folder.
+    tokens = {} if Path(args.tokenizer).is_dir() else {"vocab_size": num_entries(tokenizer)}
+    if tokenizer.pad_token_id:
+        tokens["pad_token_id"] = tokenizer.pad_token_id
+    proposal = propose(data, tokens, minutes, usable_cores(), num_gpus)
+    fields = proposal.fields
+    fields["data"] = {"shards": args.shards, "tokenizer": args.tokenizer, **fields["data"]}
+    if args.tests:
+        workers = {} if num_gpus else {"num_workers": fields["data"]["num_workers"]}
+        fields["eval"] = {"tasks": list(_tasks(args.tests)), **workers}
+    fields["output_dir"] = f"runs/{args.recipe.stem}"
     check_tokenizer(tokenizer, _recipe_of(proposal, 0).model_config().text_config)
     samples, speed = _length(args, proposal, data, minutes)
     command = _command(args)
@@ -120,36 +120,8 @@ def _check_options(args: argparse.Namespace) -> None:
         gpu_named(args.gpu)
 
 
-def _gpus_here() -> int:
-    import torch
-
-    return 1 if torch.cuda.is_available() else 0
-
-
-def _tokenizer_fields(name: str, tokenizer: "PreTrainedTokenizerBase") -> dict[str, int]:
-    """Return the text tower's fields for a tokenizer. A folder's vocab_size follows from the folder."""
-    from flipscale.data.tokenizers import num_entries
-
-    vocabulary = {} if Path(name).is_dir() else {"vocab_size": num_entries(tokenizer)}
-    return {**vocabulary, **({"pad_token_id": tokenizer.pad_token_id} if tokenizer.pad_token_id else {})}
-
-
-def _add_places(proposal: "Proposal", args: argparse.Namespace, num_gpus: int) -> None:
-    """Add data, tokenizer, test set and run directory to a proposal."""
-    fields = proposal.fields
-    fields["data"] = {"shards": args.shards, "tokenizer": args.tokenizer, **fields["data"]}
-    if args.tests:
-        workers = {} if num_gpus else {"num_workers": fields["data"]["num_workers"]}
-        fields["eval"] = {"tasks": list(_tasks(args.tests)), **workers}
-    fields["output_dir"] = f"runs/{args.recipe.stem}"
-
-
 def _tasks(folder: str) -> Iterator[dict[str, Any]]:
-    """Yield the evaluations that a test set allows: by its class names, and by its captions.
-
-    Raises:
-        UserError: the folder is no test set, or has neither.
-    """
+    """Yield the evaluations that a test set allows: by its class names, and by its captions."""
     from flipscale.evaluation.test_set import TestSet
 
     source = TestSet.open(folder).source
@@ -175,25 +147,19 @@ def _length(args: argparse.Namespace, proposal: "Proposal", data: "Survey", minu
     if in_time < proposal.batch_size:
         raise UserError(f"{minutes:g} minutes are less than a step takes; give more minutes or hours")
     samples = min(in_time, useful)
-    took = minutes * samples / in_time
-    epochs = samples / data.pairs
-    units = (("hours", 1 / 60), ("minutes", 1), ("seconds", 60))
-    unit, factor = next(one for one in units if took * one[1] >= 2 or one[0] == "seconds")
-    length = f"{took * factor:,.0f} {unit}"
-    words = (
-        f"{samples:,} pairs in {length} of training, at {rates[0]:,.0f} pairs/s masked and {rates[1]:,.0f} whole, {how}"
-    )
-    times = f"{epochs:,.0f} times each pair" if epochs >= 2 else f"{epochs:.0%} of the pairs"
-    if samples < in_time:
-        times += "; more pairs would teach it more than more time"
-    return samples, f"{words}; {times}"
+    took, epochs = minutes * samples / in_time, samples / data.pairs
+    unit, factor = ("hours", 1 / 60) if took / 60 >= 2 else ("minutes", 1) if took >= 2 else ("seconds", 60)
+    words = f"{samples:,} pairs in {took * factor:,.0f} {unit} of training, at {rates[0]:,.0f} pairs/s masked and "
+    words += f"{rates[1]:,.0f} whole, {how}; "
+    words += f"{epochs:,.0f} times each pair" if epochs >= 2 else f"{epochs:.0%} of the pairs"
+    return samples, words + ("; more pairs would teach it more than more time" if samples < in_time else "")
 
 
 def _measured(proposal: "Proposal") -> tuple[list[float], str]:
     """Return the pairs per second of both stages on this machine, and fit the proposal to its GPU."""
     import torch
 
-    if _gpus_here():
+    if torch.cuda.is_available():
         _fitted(proposal, 1, torch.cuda.get_device_properties(0).total_memory // 2**30)
     print(f"measuring the speed: {_MEASURED_STEPS} steps of each stage", flush=True)
     with tempfile.TemporaryDirectory() as folder:
@@ -215,11 +181,7 @@ def _computed(args: argparse.Namespace, proposal: "Proposal") -> tuple[list[floa
 
 
 def _fitted(proposal: "Proposal", num_gpus: int, gib: int) -> tuple["Recipe", "Launch"]:
-    """Add recomputation and micro-batches to a proposal until it fits GPUs of `gib`, and return the recipe and launch.
-
-    Raises:
-        UserError: no such change fits.
-    """
+    """Add recomputation and micro-batches to a proposal until it fits GPUs of `gib`. Return the recipe and launch."""
     from flipscale.engines.launch import Launch
     from flipscale.planning.memory import GPUS_OF_A_NODE, recipe_memory
 
@@ -256,7 +218,7 @@ def measured_rates(recipe: "Recipe", num_steps: int, folder: Path) -> list[float
     # The trainer is stopped in an endless stage, because a finished run also exports its model and draws figures.
     short = dataclasses.replace(
         recipe,
-        stages=[*earlier, dataclasses.replace(last, samples=_ENDLESS * samples)],
+        stages=[*earlier, dataclasses.replace(last, samples=1000 * samples)],
         log=dataclasses.replace(recipe.log, every_samples=samples // _RECORDS, report_to=[]),
         eval=EvalRecipe(),
         output_dir=str(folder / "run"),
@@ -269,15 +231,16 @@ def measured_rates(recipe: "Recipe", num_steps: int, folder: Path) -> list[float
         process = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
         try:
             while process.poll() is None and len(_recorded_rates(short, last.name)) < _RECORDS:
-                time.sleep(_POLL_SECONDS)
+                time.sleep(0.1)
         finally:
             process.terminate()
             process.wait()
     if process.returncode:
         line = (log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["no output"])[-1]
-        kind = UserError if process.returncode == 2 else OSError
-        words = line.removeprefix("flipscale: error: ")
-        raise kind(f"measuring the speed ended with exit code {process.returncode}: {words}")
+        words = (
+            f"measuring the speed ended with exit code {process.returncode}: {line.removeprefix('flipscale: error: ')}"
+        )
+        raise (UserError if process.returncode == 2 else OSError)(words)
     return [_recorded_rates(short, stage.name)[-1] for stage in short.stages]
 
 
@@ -289,12 +252,7 @@ def _recorded_rates(recipe: "Recipe", stage: str) -> list[float]:
 
 
 def _recipe_text(proposal: "Proposal", facts: list[str], command: str, samples: int) -> str:
-    """Return the text of a recipe of `samples` pairs.
-
-    Args:
-        facts: sentences above the fields.
-        command: command that trains the recipe.
-    """
+    """Return the text of a recipe of `samples` pairs, with facts and the command that trains it above the fields."""
     from flipscale.planning.proposal import commented_yaml
 
     stages = proposal.stages(samples)
@@ -320,16 +278,11 @@ def _recipe_text(proposal: "Proposal", facts: list[str], command: str, samples: 
 
 
 def _recipe_of(proposal: "Proposal", samples: int) -> "Recipe":
-    """Return the recipe of a proposal for `samples` pairs, at least a step of each stage.
-
-    Raises:
-        UserError: the data cannot be used so.
-    """
+    """Return the recipe of a proposal for `samples` pairs, at least a step of each stage."""
     from flipscale.training.recipe import parse_recipe
 
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "recipe.yaml"
-        # JSON is YAML.
         file.write_text(json.dumps({**proposal.fields, "stages": proposal.stages(samples)}), encoding="utf-8")
         return parse_recipe(["--config", str(file)])
 

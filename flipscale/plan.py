@@ -15,22 +15,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gpu", required=True, help="The kind of GPU, such as h100.")
     parser.add_argument("--num_gpus", type=number(Count), default=1, help="Number of GPUs. Default: 1.")
     parser.add_argument(
-        "--mfu",
-        type=number(ShareAboveZero),
+        "--mfu", type=number(ShareAboveZero),
         help="Useful operations of a step as a share of the GPU's peak, from a run on such GPUs. Default: 0.4.",
-    )
+    )  # fmt: skip
     parser.add_argument(
-        "--bench",
-        type=Path,
-        metavar="FILE",
+        "--bench", type=Path, metavar="FILE",
         help="The JSON line of `flipscale bench step --json` on such a GPU, instead of --mfu.",
-    )
+    )  # fmt: skip
     parser.add_argument("--watts", type=number(Positive), help="Power of a GPU during training.")
     parser.add_argument(
-        "--device_hour_dollars",
-        type=number(NonNegative),
+        "--device_hour_dollars", type=number(NonNegative),
         help="Price of a GPU for an hour. Default, as for the two below: `cost` of the recipe.",
-    )
+    )  # fmt: skip
     parser.add_argument(
         "--pue", type=number(Overhead), help="Power of the computing centre as a multiple of its machines' power."
     )
@@ -38,11 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Print the table.
-
-    Raises:
-        UserError: the GPU is unknown, a recipe cannot be trained, or the bench file cannot be read.
-    """
+    """Print the table."""
     # Imported here, because torch takes seconds and --help should not wait.
     from flipscale.engines.device import BF16_PEAKS
     from flipscale.planning.cost import Gpus, cost_table

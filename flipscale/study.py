@@ -16,12 +16,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_race_arguments(_add(kinds, "race", "Train several recipes at once for the same time, and compare them."))
     plan = _add(kinds, "plan", "Write the recipes of a study: a base, axes that change it, a design and seeds.")
     plan.add_argument(
-        "study",
-        type=Path,
-        metavar="STUDY.yaml",
+        "study", type=Path, metavar="STUDY.yaml",
         help="The study's file: base, axes, design (star or grid), seeds, and minutes for runs that end by their "
         "clock.",
-    )
+    )  # fmt: skip
     plan.add_argument(
         "--output_dir", type=output_folder, help="The study's folder. Default: runs/ and the name of the file."
     )
@@ -60,25 +58,20 @@ def _add_workers(parser: argparse.ArgumentParser) -> None:
 
 def _add_race_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "recipes",
-        nargs="+",
+        "recipes", nargs="+",
         help="Recipe files or names. The first recipe's model is exported. Recipes that differ only in their seeds "
         "also get their mean with its interval, and a band in the figures.",
-    )
+    )  # fmt: skip
     parser.add_argument(
-        "--minutes",
-        type=number(MinutesAboveZero),
-        required=True,
+        "--minutes", type=number(MinutesAboveZero), required=True,
         help="Training time of every recipe by its own clock, without evaluations and saves. A recipe's stages get "
         "their shares of this time.",
-    )
+    )  # fmt: skip
     parser.add_argument(
-        "--seeds",
-        type=number(Count),
-        default=1,
+        "--seeds", type=number(Count), default=1,
         help="Number of seeds of every recipe, beginning with its own. Runs of one seed train at the same time, one "
         "seed after the other. Default: 1.",
-    )
+    )  # fmt: skip
     parser.add_argument(
         "--output_dir", type=output_folder, required=True, help="The folder for runs, table, figures and model."
     )
@@ -88,14 +81,13 @@ def _add_race_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Run a kind of study.
-
-    Raises:
-        UserError: the study cannot be run.
-        OSError: a run failed.
-    """
+    """Run a kind of study."""
     # Imported where needed, because torch, scipy and the hub take seconds, which --help should not wait for.
     start_logging()
+    if args.kind in ("budget", "run") and args.workers > usable_cores():
+        raise UserError(
+            f"--workers is {args.workers}, and there are {usable_cores()} cores; give each run at least one"
+        )
     if args.kind == "race":
         from flipscale.studies.race import race
 
@@ -110,21 +102,13 @@ def run(args: argparse.Namespace) -> None:
     elif args.kind == "budget":
         from flipscale.studies.budget import search_paths
 
-        _check_workers(args.workers)
         search_paths(args.search, args.output_dir or Path("runs", args.search.stem), args.workers)
     elif args.kind == "run":
         from flipscale.studies.design import read_plan
         from flipscale.studies.runs import train_missing
 
-        _check_workers(args.workers)
         train_missing(read_plan(args.folder)[1], args.workers)
     else:
         from flipscale.studies.report import report
 
         report(args.folder, args.resamples)
-
-
-def _check_workers(workers: int) -> None:
-    cores = usable_cores()
-    if workers > cores:
-        raise UserError(f"--workers is {workers}, and there are {cores} cores; give each run at least one")

@@ -98,7 +98,7 @@ def measured(config: FlipConfig, step: Step, objective: Objective = PLAIN) -> Ac
         def count_gradient(parameter: torch.Tensor) -> None:
             parameter.grad = None
             if step.added_gradients > 0.0 or id(parameter) in in_blocks:
-                live.keep(int(4 * parameter.numel() * step.added_gradients))
+                live.kept += int(4 * parameter.numel() * step.added_gradients)
 
         for parameter in model.parameters():
             parameter.register_post_accumulate_grad_hook(count_gradient)
@@ -145,7 +145,7 @@ def example_batch(config: FlipConfig, step: Step, objective: Objective = PLAIN) 
 
 
 class LiveBytes(TorchDispatchMode):
-    """Count the bytes of live tensors made while this mode is on, and the bytes added by `keep`.
+    """Count the bytes of live tensors made while this mode is on, and the bytes added to `kept`.
 
     `peak` and `kept_at_peak` are values at the peak of their sum.
     """
@@ -155,27 +155,22 @@ class LiveBytes(TorchDispatchMode):
         self.now = self.peak = self.kept = self.kept_at_peak = 0
         self._known = {tensor.untyped_storage()._cdata for tensor in already_there}
 
-    def keep(self, size: int) -> None:
-        """Add bytes that stay until the end."""
-        self.kept += size
-
     def __torch_dispatch__(
         self, func: Callable, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
-                self._add(tensor.untyped_storage())
+            if not isinstance(tensor, torch.Tensor):
+                continue
+            storage = tensor.untyped_storage()
+            key, size = storage._cdata, storage.nbytes()
+            if key not in self._known:
+                self._known.add(key)
+                self.now += size
+                if self.now + self.kept > self.peak + self.kept_at_peak:
+                    self.peak, self.kept_at_peak = self.now, self.kept
+                weakref.finalize(storage, self._remove, key, size)
         return result
-
-    def _add(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key not in self._known:
-            self._known.add(key)
-            self.now += size
-            if self.now + self.kept > self.peak + self.kept_at_peak:
-                self.peak, self.kept_at_peak = self.now, self.kept
-            weakref.finalize(storage, self._remove, key, size)
 
     def _remove(self, key: int, size: int) -> None:
         self._known.discard(key)

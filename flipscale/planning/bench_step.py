@@ -27,13 +27,11 @@ class StepSetting:
     """Model and batch of a measured step.
 
     Args:
-        config: model configuration.
         size: label of the model in the figures.
         mask_ratio: fraction of the patches that is removed.
         batch_size: pairs in a step.
         dtype: `bf16` (autocast over fp32 weights, as accelerate's mixed precision) or `fp32`.
         compile: whether torch.compile compiles the model, in one graph.
-        device: device of the model and the batch.
         num_steps: timed steps, after two untimed steps.
     """
 

@@ -13,7 +13,7 @@ from flipscale.io.text_table import plain_table, rounded
 from flipscale.planning.flops import pair_flops
 from flipscale.training.cost import CostRecipe
 from flipscale.training.recipe import Recipe
-from flipscale.training.schedule import StageRecipe, plan_stages
+from flipscale.training.schedule import plan_stages
 
 _TOTAL = "in all"
 
@@ -23,8 +23,6 @@ class Gpus:
     """The GPUs of a run.
 
     Args:
-        name: the maker's name of a GPU.
-        count: number of GPUs.
         peak: bf16 operations per second of a GPU.
         mfu: useful operations of whole steps as a share of the peak.
         watts: power of a GPU during training; None if unknown.
@@ -39,16 +37,8 @@ class Gpus:
 
 @dataclass(frozen=True)
 class PlannedCost:
-    """The computed cost of a stage or of a whole run.
-
-    Args:
-        pairs: number of pairs.
-        hours: hours of the run.
-        gpu_hours: hours times GPUs.
-        kwh: energy of the GPUs and the computing centre's overhead; None if the power is unknown.
-        dollars: price; None if the price of a GPU is unknown.
-        co2_kg: emissions; None if the power or the grid is unknown.
-    """
+    """The computed cost of a stage or of a whole run, with the computing centre's overhead. What follows from unknown
+    power, prices or grids is None."""
 
     pairs: int
     hours: float
@@ -60,11 +50,7 @@ class PlannedCost:
 
 def planned_cost(recipe: Recipe, gpus: Gpus, cost: CostRecipe) -> dict[str, PlannedCost]:
     """Return the cost of each stage by name, and of the whole run as `in all`. If a run ends by its clock, its hours
-    are known and its pairs are computed.
-
-    Raises:
-        UserError: the GPUs do not divide the batch, or a stage cannot be trained.
-    """
+    are known and its pairs are computed."""
     batch, minutes = recipe.data.global_batch_size, recipe.budget_minutes
     pairs_of_a_process(batch, gpus.count)
     stages, flops = plan_stages(recipe.stages, batch, minutes), pair_flops(recipe)
@@ -88,15 +74,7 @@ def planned_cost(recipe: Recipe, gpus: Gpus, cost: CostRecipe) -> dict[str, Plan
 
 
 def cost_table(recipes: dict[str, Recipe], gpus: Gpus, costs: Sequence[CostRecipe]) -> str:
-    """Return the assumptions, and a table with a row for each stage and each recipe.
-
-    Args:
-        recipes: recipes by name.
-        costs: prices of each recipe.
-
-    Raises:
-        UserError: see `planned_cost`; the message names the recipe.
-    """
+    """Return the assumptions, and a table with a row for each stage and each recipe."""
     head = ["recipe", "stage", "masked", "pairs", "hours", "GPU-hours", "of the first", "kWh", "dollars", "kg CO2"]
     rows, first = [head], None
     for (name, recipe), cost in zip(recipes.items(), costs, strict=True):
@@ -105,12 +83,15 @@ def cost_table(recipes: dict[str, Recipe], gpus: Gpus, costs: Sequence[CostRecip
         except ValueError as error:
             raise UserError(f"{name}: {error}") from error
         first = first or by_stage[_TOTAL].gpu_hours
-        masked = {stage.name: _masked(stage) for stage in recipe.stages}
+        masked = {
+            stage.name: f"{stage.mask_ratio:.0%}" + ("" if stage.image_size is None else f" of {stage.image_size} px")
+            for stage in recipe.stages
+        }
         for stage, planned in by_stage.items():
             share = f"{planned.gpu_hours / first:.2f}" if stage == _TOTAL else ""
-            numbers = [_cell(planned.kwh), _cell(planned.dollars), _cell(planned.co2_kg)]
-            hours = [_cell(planned.hours), _cell(planned.gpu_hours), share]
-            rows.append([name, stage, masked.get(stage, ""), f"{planned.pairs:,}", *hours, *numbers])
+            hours = [rounded(planned.hours), rounded(planned.gpu_hours), share]
+            others = ["-" if v is None else rounded(v) for v in (planned.kwh, planned.dollars, planned.co2_kg)]
+            rows.append([name, stage, masked.get(stage, ""), f"{planned.pairs:,}", *hours, *others])
     assumed = _assumed(gpus, dict(zip(recipes, costs, strict=True)))
     timed = [name for name, recipe in recipes.items() if recipe.budget_minutes is not None]
     assumed += [f"hours of {name} are its budget_minutes, and its pairs are computed" for name in timed]
@@ -132,12 +113,3 @@ def _assumed(gpus: Gpus, costs: dict[str, CostRecipe]) -> list[str]:
         co2 = f"{grid:g} g of CO2 a kWh" if grid is not None else "grid unknown (--kwh_co2_grams)"
         lines.append(f"{of}{dollars}, {watts}, a PUE of {cost.pue:g}, {co2}")
     return lines[:3] if same else lines
-
-
-def _masked(stage: StageRecipe) -> str:
-    """Return the mask ratio of a stage, and its own image size."""
-    return f"{stage.mask_ratio:.0%}" + (f" of {stage.image_size} px" if stage.image_size is not None else "")
-
-
-def _cell(value: float | None) -> str:
-    return "-" if value is None else rounded(value)

@@ -3,7 +3,7 @@
 import argparse
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -12,9 +12,9 @@ from flipscale.engines.launch import PRECISION, Launch, launch_of, read_launch_f
 from flipscale.io.errors import UserError
 from flipscale.io.options import Count, Parser, Positive, ShareAboveZero, number
 from flipscale.planning.memory import USABLE, Memory, heaviest_step, planned_model, recipe_memory, what_fits
-from flipscale.planning.time import USUAL_SHARE, Hardware, Links, StepTime, share_of_peak, step_time
+from flipscale.planning.time import USUAL_SHARE, Hardware, Links, share_of_peak, step_time
 from flipscale.training.recipe import Recipe, parse_recipe
-from flipscale.training.schedule import StageRecipe, plan_stages
+from flipscale.training.schedule import plan_stages
 
 _TIME_HEADER = (
     f"{'processes':>9} {'pairs':>6} {'compute':>9} {'exposed':>9} {'optimizer':>9} {'step':>9} {'pairs/s':>9} "
@@ -31,7 +31,14 @@ def dry_run(arguments: Sequence[str]) -> None:
         UserError: a recipe or launch file cannot be run, or no launch fits the stated memory.
     """
     args, rest = _parser().parse_known_args(arguments)
-    hardware = _hardware(args)
+    peak = args.peak_tflops * 1e12
+    hardware = Hardware(
+        links=Links(args.node_gbps, args.network_gbps),
+        peak=peak,
+        matmul_share=share_of_peak("--matmul_share", args.matmul_share, args.bench, peak),
+        images_per_worker_s=args.images_per_worker_s,
+        pair_kb=args.pair_kb,
+    )
     recipe = parse_recipe(rest)
     by_file = _launches(args)
     several = any(len(sizes) > 1 for sizes in by_file.values())
@@ -49,9 +56,15 @@ def dry_run(arguments: Sequence[str]) -> None:
     needs = {name: recipe_memory(recipe, launch) for name, launch in launches.items()}
     print(heading)
     print(_memory_table(needs, limit))
-    print(time_tables(recipe, by_file, hardware))
+    print(_time_tables(recipe, by_file, hardware))
     if limit is not None and not any(memory.fits(limit) for memory in needs.values()):
-        _refuse(recipe, launches, needs, limit)
+        name = min(needs, key=lambda name: needs[name].total)
+        fits = what_fits(recipe, launches[name], int(USABLE * limit * 2**30))
+        fix = f"what would fit: {', or '.join(fits)}" if fits else "no known change would fit: use larger GPUs"
+        raise UserError(
+            f"{name} needs {needs[name].total / 2**30:.1f} GiB of each process, but only {USABLE * limit:.1f} of a "
+            f"GPU's {limit:.0f} GiB are usable; {fix}"
+        )
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -107,17 +120,6 @@ def _counts(text: str) -> list[int]:
     return [number(Count)(part) for part in text.split(",")]
 
 
-def _hardware(args: argparse.Namespace) -> Hardware:
-    peak = args.peak_tflops * 1e12
-    return Hardware(
-        links=Links(args.node_gbps, args.network_gbps),
-        peak=peak,
-        matmul_share=share_of_peak("--matmul_share", args.matmul_share, args.bench, peak),
-        images_per_worker_s=args.images_per_worker_s,
-        pair_kb=args.pair_kb,
-    )
-
-
 def _launches(args: argparse.Namespace) -> dict[str, list[Launch]]:
     """Return the launches of each file, or of this process's environment, at each number of processes."""
     if args.launch_file:
@@ -132,15 +134,14 @@ def _launches(args: argparse.Namespace) -> dict[str, list[Launch]]:
 def _heading(recipe: Recipe, launches: dict[str, Launch]) -> str:
     model = planned_model(recipe.model_config(), recipe.objective().exported_class)
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
-    towers = {
-        tower: sum(size for name, size in sizes.items() if name.startswith(f"{tower}_")) for tower in ("vision", "text")
-    }
-    total = sum(sizes.values())
+    vision, text = (
+        sum(size for name, size in sizes.items() if name.startswith(tower)) for tower in ("vision_", "text_")
+    )
     batch = recipe.data.global_batch_size
     stages = plan_stages(recipe.stages, batch, recipe.budget_minutes)
     length = f"{stages[-1].last:,}" if recipe.budget_minutes is None else f"{recipe.budget_minutes:g} minutes of"
     lines = [
-        f"{recipe.model.size}: {total:,} parameters; image tower {towers['vision']:,}, text tower {towers['text']:,}",
+        f"{recipe.model.size}: {sum(sizes.values()):,} parameters; image tower {vision:,}, text tower {text:,}",
         f"{length} steps of {batch:,} pairs"
         + (", activations recomputed" if recipe.model.gradient_checkpointing else ""),
     ]
@@ -158,32 +159,18 @@ def _heading(recipe: Recipe, launches: dict[str, Launch]) -> str:
 def _memory_table(needs: dict[str, Memory], limit: float | None) -> str:
     """Return GiB by kind, a column for each launch."""
 
-    def row(name: str, cells: Sequence[str]) -> str:
+    def row(name: str, cells: Iterable[str]) -> str:
         return "  ".join([f"{name:<20}", *(f"{cell:>10}" for cell in cells)])
 
-    def gib(sizes: Sequence[int]) -> list[str]:
-        return [f"{size / 2**30:.2f}" for size in sizes]
-
-    lines = ["", row("GiB of each process", list(needs))]
-    for field in dataclasses.fields(Memory):
-        lines.append(row(field.name, gib([getattr(memory, field.name) for memory in needs.values()])))
-    lines.append(row("total", gib([memory.total for memory in needs.values()])))
+    lines = ["", row("GiB of each process", needs)]
+    for name in [*(field.name for field in dataclasses.fields(Memory)), "total"]:
+        lines.append(row(name, [f"{getattr(memory, name) / 2**30:.2f}" for memory in needs.values()]))
     if limit is not None:
         lines.append(row(f"fits {limit:.0f} GiB", ["yes" if memory.fits(limit) else "no" for memory in needs.values()]))
     return "\n".join(lines)
 
 
-def _refuse(recipe: Recipe, launches: dict[str, Launch], needs: dict[str, Memory], limit: float) -> None:
-    name = min(needs, key=lambda name: needs[name].total)
-    fits = what_fits(recipe, launches[name], int(USABLE * limit * 2**30))
-    raise UserError(
-        f"{name} needs {needs[name].total / 2**30:.1f} GiB of each process, but only {USABLE * limit:.1f} of a GPU's "
-        f"{limit:.0f} GiB are usable; "
-        + (f"what would fit: {', or '.join(fits)}" if fits else "no known change would fit: use larger GPUs")
-    )
-
-
-def time_tables(recipe: Recipe, launches: dict[str, list[Launch]], hardware: Hardware) -> str:
+def _time_tables(recipe: Recipe, launches: dict[str, list[Launch]], hardware: Hardware) -> str:
     """Return the assumptions, and a table for each stage and launch file with a row for each number of processes."""
     links = hardware.links
     lines = [
@@ -196,26 +183,18 @@ def time_tables(recipe: Recipe, launches: dict[str, list[Launch]], hardware: Har
     for name, sizes in launches.items():
         hours = dict.fromkeys((launch.num_processes for launch in sizes), 0.0)
         for stage, planned in zip(recipe.stages, plan, strict=True):
-            lines += ["", f"{name}, {stage.name} ({stage.mask_ratio:.0%} masked{_size(stage)}):", _TIME_HEADER]
+            size = "" if stage.image_size is None else f", {stage.image_size} x {stage.image_size} pixels"
+            lines += ["", f"{name}, {stage.name} ({stage.mask_ratio:.0%} masked{size}):", _TIME_HEADER]
             for launch in sizes:
                 step = step_time(recipe, launch, stage, hardware)
                 hours[launch.num_processes] += step.seconds * (planned.last - planned.first) / 3600
-                lines.append(_time_row(launch.num_processes, step))
+                milliseconds = (1e3 * step.compute, 1e3 * step.exposed, 1e3 * step.optimizer, 1e3 * step.seconds)
+                lines.append(
+                    f"{launch.num_processes:>9,} {step.pairs:>6,} {' '.join(f'{ms:>9,.1f}' for ms in milliseconds)} "
+                    f"{step.batch / step.seconds:>9,.0f} {step.mfu:>5.0%} {step.workers:>8.1f} "
+                    f"{step.node_mb_s:>7,.0f}  {step.binds}"
+                )
         if recipe.budget_minutes is None:
             run = ", ".join(f"{value:,.0f} h on {count}" for count, value in hours.items())
             lines += ["", f"{name}, the whole run: {run}"]
     return "\n".join(lines)
-
-
-def _size(stage: StageRecipe) -> str:
-    return "" if stage.image_size is None else f", {stage.image_size} x {stage.image_size} pixels"
-
-
-def _time_row(count: int, step: StepTime) -> str:
-    milliseconds = (step.compute, step.exposed, step.optimizer, step.seconds)
-    return (
-        f"{count:>9,} {step.pairs:>6,} "
-        + " ".join(f"{1e3 * value:>9,.1f}" for value in milliseconds)
-        + f" {step.batch / step.seconds:>9,.0f} {step.mfu:>5.0%} {step.workers:>8.1f} {step.node_mb_s:>7,.0f}  "
-        + step.binds
-    )

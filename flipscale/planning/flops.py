@@ -47,14 +47,11 @@ def forward_flops(
 ) -> Flops:
     """Return the operations of a pair whose image is embedded `views` times at `mask_ratio`.
 
-    Captions are padded to the full length before `text_mask_ratio` of their tokens is removed.
+    Captions are padded to the full length before `text_mask_ratio` of their tokens is removed. The heads and exported
+    decoders of `objective` are counted.
 
     Args:
         image_size: image size in pixels; None for the model's own.
-        objective: objective of the counted model, with its heads and exported decoders.
-
-    Raises:
-        ValueError: a mask ratio is outside [0, 1), or leaves no patch or no token; the patch does not divide the image.
     """
     step = Step(1, mask_ratio, views, text_mask_ratio, image_size=image_size)
     return _counted(

@@ -17,7 +17,6 @@ from flipscale.engines.start import engine_class, engine_classes
 from flipscale.io.errors import UserError
 from flipscale.model import FlipConfig, FlipModel, FlipPreTrainedModel
 from flipscale.objectives.exchange import exchange_bytes
-from flipscale.objectives.objective import Objective
 from flipscale.objectives.tiles import workspace_elements
 from flipscale.planning.activations import Step, activation_bytes, example_batch
 from flipscale.planning.flops import pair_flops
@@ -80,6 +79,8 @@ def recipe_memory(recipe: Recipe, launch: Launch, device_type: str = "cuda") -> 
     model = planned_model(config, objective.model_class)
     micro_batches = recipe.data.global_batch_size // launch.num_processes // step.batch_size
     kept, moments = engine.memory(model, launch), num_moments(model, recipe.optim)
+    with torch.device("meta"):
+        batch = example_batch(config, step, objective)
     always = Memory(
         weights=4 * kept.weights * (2 if recipe.optim.ema_decay else 1) + 4 * kept.copies,
         gradients=0,
@@ -87,7 +88,7 @@ def recipe_memory(recipe: Recipe, launch: Launch, device_type: str = "cuda") -> 
         activations=0,
         communication=0,
         loss=0,
-        batches=BATCHES_ON_DEVICE * micro_batches * _batch_bytes(config, step, objective),
+        batches=BATCHES_ON_DEVICE * micro_batches * sum(tensor.nbytes for tensor in batch.values()),
         nccl=_nccl_bytes(launch),
     )
     # The memory of a loss that is a mean over samples is among the activations.
@@ -128,7 +129,6 @@ def _passes(whole: int, kept: int, waiting: int, micro_batches: int) -> list[_Pa
     """Return the passes of a step that may be the peak.
 
     Args:
-        whole: number of parameters.
         kept: gradient elements that the engine keeps for the optimiser step; the last pass sends the others away.
         waiting: gradient elements that the engine keeps between micro-batches.
     """
@@ -141,11 +141,7 @@ def _passes(whole: int, kept: int, waiting: int, micro_batches: int) -> list[_Pa
 
 
 def heaviest_step(recipe: Recipe, launch: Launch, device_type: str) -> Step:
-    """Return a process's part of a step in the stage with the most operations.
-
-    Raises:
-        UserError: the processes do not divide the batch.
-    """
+    """Return a process's part of a step in the stage with the most operations."""
     pairs = pairs_of_a_process(recipe.data.global_batch_size, launch.num_processes)
     by_name = pair_flops(recipe)
     stage = max(recipe.stages, key=lambda stage: by_name[stage.name])
@@ -188,11 +184,6 @@ def loss_bytes(recipe: Recipe, launch: Launch, views: int) -> LossBytes:
     tiles = 4 * math.prod(workspace_elements(pairs, columns, dim, buffers=2, device_type="cuda"))
     kept = 4 * dim * pairs * (views + 1)
     return LossBytes(kept + tiles + exchange_bytes(recipe.loss.exchange, pairs, launch.num_processes, dim, views), kept)
-
-
-def _batch_bytes(config: FlipConfig, step: Step, objective: Objective) -> int:
-    with torch.device("meta"):
-        return sum(tensor.nbytes for tensor in example_batch(config, step, objective).values())
 
 
 def _nccl_bytes(launch: Launch) -> int:

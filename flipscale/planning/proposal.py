@@ -22,7 +22,6 @@ import yaml
 from flipscale.io.errors import UserError
 from flipscale.planning.survey import Survey
 
-# Nested fields of a recipe.
 Fields = dict[str, Any]
 # Memory of GPUs in GiB; the smallest if a name has several sizes.
 GPU_GIB = {
@@ -97,11 +96,7 @@ def most_samples(data: Survey, proposal: Proposal) -> int:
 
 
 def gpu_named(name: str) -> str:
-    """Return the maker's name of a GPU, from a name such as `h100` or `h100_pcie`.
-
-    Raises:
-        UserError: the GPU is unknown.
-    """
+    """Return the maker's name of a GPU, from a name such as `h100` or `h100_pcie`."""
     known = {one.lower().replace(" ", "_"): one for one in GPU_GIB}
     if name.lower() not in known:
         raise UserError(f"gpu is {name[:40]!r}; use one of {', '.join(known)}")
@@ -203,12 +198,8 @@ def _reasons(data: Survey, reasons: dict[str, str]) -> dict[str, str]:
 
 
 def _tower(width: int, layers: int, heads: int) -> dict[str, int]:
-    return {
-        "hidden_size": width,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "intermediate_size": 4 * width,
-    }
+    sizes = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads}
+    return {**sizes, "intermediate_size": 4 * width}
 
 
 def _text(data: Survey) -> Fields:

@@ -61,7 +61,6 @@ def survey(source: Source, tokenizer: PreTrainedTokenizerBase) -> Survey:
 
     Raises:
         UserError: no sampled pair has a picture and a caption.
-        OSError: a shard cannot be read.
     """
     sizes: list[tuple[int, int]] = []
     captions: Counter[str] = Counter()
@@ -70,7 +69,7 @@ def survey(source: Source, tokenizer: PreTrainedTokenizerBase) -> Survey:
         try:
             sample = source.read(shard, number)
             caption = choose_caption(sample.captions, 0.0)
-            size = _size(sample.image)
+            size = open_image(sample.image).size
         except BadSample:
             continue  # Training leaves it out too, and counts it.
         sizes.append(size)
@@ -95,12 +94,3 @@ def _spread(source: Source) -> Iterator[tuple[int, int]]:
     numbers = np.unique(np.linspace(0, ends[-1] - 1, min(_MOST_SAMPLES, int(ends[-1]))).round().astype(np.int64))
     shards = np.searchsorted(ends, numbers, side="right")
     yield from zip(shards.tolist(), (numbers - (ends - sizes)[shards]).tolist(), strict=True)
-
-
-def _size(encoded: bytes) -> tuple[int, int]:
-    """Return width and height from the header of an image.
-
-    Raises:
-        BadSample: the header is damaged.
-    """
-    return open_image(encoded).size

@@ -34,9 +34,6 @@ def share_of_peak(option: str, stated: float | None, bench: Path | None, peak: f
         bench: file with the JSON line of `flipscale bench step --json`, which counts the useful operations of whole
             steps on one GPU.
         peak: operations per second of a GPU.
-
-    Raises:
-        UserError: both are given, the file cannot be read, or the GPU was faster than its peak.
     """
     if bench is None:
         return USUAL_SHARE if stated is None else stated
@@ -104,9 +101,8 @@ class Group:
 
     def reduce(self, size: int) -> float:
         """Return the seconds of an all-reduce of `size` bytes along trees: twice the bytes of a gather."""
-        hops = (self.of_a_node - 1) * self.links.node_latency + math.ceil(math.log2(self.nodes)) * (
-            self.links.network_latency
-        )
+        levels = math.ceil(math.log2(self.nodes))
+        hops = (self.of_a_node - 1) * self.links.node_latency + levels * self.links.network_latency
         return 2 * hops + 2 * size * (self.size - 1) / self.size / self.bandwidth
 
 
@@ -115,7 +111,6 @@ class Hardware:
     """GPUs, their links and their loaders.
 
     Args:
-        links: links between GPUs.
         peak: bf16 operations per second of a GPU; 989e12: data sheet of an H100 SXM, dense.
         matmul_share: share of the peak that matrix products reach on a GPU alone.
         memory_bandwidth: bytes per second, for the optimiser; 3.35e12: data sheet of an H100 SXM.
@@ -182,11 +177,7 @@ class StepTime:
 
 
 def step_time(recipe: Recipe, launch: Launch, stage: StageRecipe, hardware: Hardware) -> StepTime:
-    """Return the time of a step in a stage.
-
-    Raises:
-        UserError: the processes do not divide the batch.
-    """
+    """Return the time of a step in a stage."""
     batch, count = recipe.data.global_batch_size, launch.num_processes
     pairs = pairs_of_a_process(batch, count)
     at_once = min(pairs, recipe.data.micro_batch_size or pairs)
@@ -210,6 +201,17 @@ def step_time(recipe: Recipe, launch: Launch, stage: StageRecipe, hardware: Hard
     loader = pairs / (recipe.data.num_workers * hardware.images_per_worker_s) if recipe.data.num_workers else 0.0
     busy = compute + exposed + optimizer
     rate = pairs / busy * min(count, hardware.links.gpus_of_a_node)
+    vision = recipe.model_config().vision_config
+    rows = at_once * max(1, round(vision.patches_along(stage.image_size) ** 2 * (1.0 - stage.mask_ratio)))
+    if loader > busy:
+        binds = "loader"
+    elif exposed + optimizer > compute / 4:
+        binds = "node links" if count <= hardware.links.gpus_of_a_node else "network"
+    # With fewer than four tiles of 128 x 256 for each of an H100's 132 processors, some are idle.
+    elif rows * vision.hidden_size < 4 * 132 * 128 * 256:
+        binds = "small batch"
+    else:
+        binds = "compute"
     return StepTime(
         pairs=pairs,
         batch=batch,
@@ -220,7 +222,7 @@ def step_time(recipe: Recipe, launch: Launch, stage: StageRecipe, hardware: Hard
         mfu=useful * pairs / max(busy, loader) / hardware.peak,
         workers=rate / hardware.images_per_worker_s,
         node_mb_s=rate * hardware.pair_kb / 1e3,
-        binds=_binds(recipe, launch, stage, hardware, at_once, compute, exposed + optimizer, loader),
+        binds=binds,
     )
 
 
@@ -266,43 +268,16 @@ def _sharded(groups: list[int], width: int, launch: Launch, links: Links, betwee
     gradients are sent behind the last backward pass."""
     shard_size = launch.shard_size or launch.num_processes
     shards, replicas = links.group(shard_size), launch.num_processes // shard_size
-    gathers = [shards.gather(width * size) for size in groups] if shard_size > 1 else [0.0] * len(groups)
-    scatters = [shards.gather(4 * size) for size in groups] if shard_size > 1 else [0.0] * len(groups)
-    within = sum(gathers) + sum(scatters)
-    reduces = [0.0] * len(groups)
-    if replicas > 1:
-        copies = links.group(replicas, stride=shard_size)
-        reduces = [copies.reduce(4 * size // shard_size) for size in groups]
+    gathers = [shards.gather(width * size) for size in groups]
+    scatters = [shards.gather(4 * size) for size in groups]
+    copies = links.group(replicas, stride=shard_size)
+    reduces = [copies.reduce(4 * size // shard_size) for size in groups]
     # The maximum, because messages within a node and between nodes travel at the same time.
     return Messages(
         forward=sum(gathers) - gathers[0],
-        backward=max(within, sum(reduces)) - scatters[-1] - reduces[-1],
+        backward=max(sum(gathers) + sum(scatters), sum(reduces)) - scatters[-1] - reduces[-1],
         again=sum(gathers),
         first=gathers[0],
         last=scatters[-1] + reduces[-1],
         between=between,
     )
-
-
-def _binds(
-    recipe: Recipe,
-    launch: Launch,
-    stage: StageRecipe,
-    hardware: Hardware,
-    at_once: int,
-    compute: float,
-    exposed: float,
-    loader: float,
-) -> str:
-    """Return the part of the step that limits its speed."""
-    if loader > compute + exposed:
-        return "loader"
-    if exposed > compute / 4:
-        shard_size = launch.shard_size or launch.num_processes
-        return "node links" if max(shard_size, launch.num_processes) <= hardware.links.gpus_of_a_node else "network"
-    vision = recipe.model_config().vision_config
-    rows = at_once * max(1, round(vision.patches_along(stage.image_size) ** 2 * (1.0 - stage.mask_ratio)))
-    # With fewer than four tiles of 128 x 256 for each of an H100's 132 processors, some are idle.
-    if rows * vision.hidden_size < 4 * 132 * 128 * 256:
-        return "small batch"
-    return "compute"

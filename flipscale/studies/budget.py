@@ -27,20 +27,22 @@ from flipscale.io.errors import UserError
 from flipscale.io.files import check_writable, read_text
 from flipscale.io.options import Count, MinutesAboveZero, OpenShare, Positive, Range, changed_fields, check_ranges
 from flipscale.io.text_table import markdown_table
-from flipscale.io.yaml_text import read_outline
-from flipscale.studies.design import change, check_name, checked, plain_number, refuse_foreign, resolve_base
+from flipscale.studies.design import (
+    change,
+    check_name,
+    checked,
+    plain_number,
+    read_fields,
+    refuse_foreign,
+    resolve_base,
+)
 from flipscale.studies.figures import draw_rungs
 from flipscale.studies.runs import StudyRun, in_time, train_runs
 from flipscale.training.recipe import Recipe, parse_recipe, to_yaml
 
-SEARCH_FILE = "search.yaml"
-_NEEDED = ("base", "minutes", "validation", "paths")
 _LISTS = ("tuning", "rates", "rungs", "keep")
 # A path may change only what decides what is learned.
 _SECTIONS = ("model", "data", "mask", "loss", "optim", "stages")
-_WARMUP = 0.05
-# Training times that differ by more are reported as unequal.
-_MOST_UNEQUAL = 0.01
 
 
 @dataclass(frozen=True)
@@ -71,11 +73,7 @@ class BudgetSearch:
     eta: Annotated[int, Range(at_least=2, at_most=1000)] = 3
 
     def expanded_paths(self) -> dict[str, dict[str, Any]]:
-        """Return the changes of each path by name, a path for each share of tuning and each rate.
-
-        Raises:
-            UserError: two paths have one name, or stages are not a list of mappings.
-        """
+        """Return the changes of each path by name, a path for each share of tuning and each rate."""
         paths: dict[str, dict[str, Any]] = {}
         for name, changes in self.paths.items():
             stages = changes.get("stages")
@@ -84,21 +82,16 @@ class BudgetSearch:
             shares: Sequence[float | None] = (self.tuning if len(stages) > 1 else ()) or [None]
             rates: Sequence[float | None] = (self.rates if "base_lr" not in stages[0] else ()) or [None]
             for share, rate in itertools.product(shares, rates):
-                words = [name]
-                words += [f"tuned{share:g}"] if len(shares) > 1 else []
-                words += [f"lr{rate:g}"] if len(rates) > 1 else []
-                full = "+".join(words)
+                full = name
+                full += f"+tuned{share:g}" if len(shares) > 1 else ""
+                full += f"+lr{rate:g}" if len(rates) > 1 else ""
                 if full in paths:
                     raise UserError(f"two paths are called {full}; give each a name of its own, and each value once")
                 paths[full] = {**changes, "stages": _stages(stages, share, rate)}
         return paths
 
     def kept(self, count: int) -> list[int]:
-        """Return how many of `count` paths advance from each rung but the last.
-
-        Raises:
-            UserError: `keep` does not fit the rungs or the paths.
-        """
+        """Return how many of `count` paths advance from each rung but the last."""
         if not self.keep:
             left, kept = count, list[int]()
             while len(kept) < len(self.rungs) if self.rungs else left > self.eta:
@@ -113,11 +106,7 @@ class BudgetSearch:
         return list(self.keep)
 
     def times(self, num_rungs: int) -> list[float]:
-        """Return the minutes of each rung.
-
-        Raises:
-            UserError: a rung is not longer than the one before.
-        """
+        """Return the minutes of each rung."""
         if not self.rungs:
             earlier = [float(f"{self.minutes / self.eta**left:.4g}") for left in range(num_rungs - 1, 0, -1)]
             return [*earlier, self.minutes]
@@ -143,7 +132,7 @@ def _stages(stages: Sequence[dict[str, Any]], tuning: float | None, rate: float 
             made[-1]["share"] = tuning
     if rate is not None:
         made[0]["base_lr"] = rate
-    made[0].setdefault("warmup_share", _WARMUP)
+    made[0].setdefault("warmup_share", 0.05)
     return made
 
 
@@ -154,15 +143,8 @@ def read_search(file: Path) -> BudgetSearch:
         UserError: the file is not a search.
         OSError: the file cannot be read.
     """
-    read_outline(file)
-    content = yaml.safe_load(file.read_text(encoding="utf-8-sig"))
-    fields = (*_NEEDED, *_LISTS, "eta")
-    if not isinstance(content, dict) or set(content) - set(fields) or set(_NEEDED) - set(content):
-        given = set(content) if isinstance(content, dict) else set()
-        unknown = sorted(map(str, given - set(fields)))
-        fault = f"has {unknown[0]!r}" if unknown else f"has no {next(name for name in _NEEDED if name not in given)}"
-        raise UserError(f"{file} is no search, it {fault}; a search has {', '.join(fields)}")
-    content = {name: plain_number(value) for name, value in content.items()}
+    given = read_fields(file, "search", ("base", "minutes", "validation", "paths"), (*_LISTS, "eta"))
+    content = {name: plain_number(value) for name, value in given.items()}
     for name in _LISTS:
         listed = content.get(name, [])
         content[name] = [plain_number(value) for value in listed] if isinstance(listed, list) else listed
@@ -235,7 +217,6 @@ class Trained:
     """A path's end in a rung.
 
     Args:
-        name: name of the path.
         failure: end of a failed run; empty for a finished run.
         result: result of the evaluation that chooses paths; None for a failed run.
         seconds: seconds of training.
@@ -277,13 +258,9 @@ def search_paths(file: Path, output_dir: Path, workers: int) -> None:
     """Train the paths of a search rung by rung, and write the report, the figure and the winner's recipe. Finished runs
     are not trained again.
 
-    Args:
-        workers: number of runs that train side by side.
-
     Raises:
-        UserError: see `read_search` and `path_recipes`; or the folder holds something else or another search.
+        UserError: the search is wrong, or the folder holds something else or another search.
         OSError: no path of a rung could be trained.
-        SystemExit: the search received a signal; the runs have saved.
     """
     search = read_search(file)
     recipes = path_recipes(search)
@@ -304,21 +281,17 @@ def search_paths(file: Path, output_dir: Path, workers: int) -> None:
         if not left:
             failures = "; ".join(f"{path.name}: {path.failure}" for path in rungs[-1].paths)
             raise OSError(f"no path of rung {number} could be trained: {failures}")
-    choice = write_search_report(rungs, recipes, search.validation, output_dir)
-    winner = _timed(recipes[left[0]], search.minutes, output_dir / "winner")
+    choice = _write_report(rungs, recipes, search.validation, output_dir)
+    winner = replace(in_time(recipes[left[0]], search.minutes), output_dir=str(output_dir / "winner"))
     comment = f"# {left[0]}, of {len(recipes)} paths the best by {choice} after {search.minutes:g} minutes of training."
     write_text(output_dir / "winner.yaml", f"{comment}\n{to_yaml(winner)}")
 
 
 def _claim(search: BudgetSearch, recipes: Mapping[str, Recipe], minutes: float, file: Path, output_dir: Path) -> None:
-    """Write the search into its folder.
-
-    Raises:
-        UserError: the folder holds something else, or a different search.
-    """
+    """Write the search into its folder, unless it holds something else or a different search."""
     check_writable(output_dir, "output_dir")
-    refuse_foreign(output_dir, SEARCH_FILE, "search")
-    mark = output_dir / SEARCH_FILE
+    mark = output_dir / "search.yaml"
+    refuse_foreign(output_dir, mark.name, "search")
     fields = dataclasses.asdict(search)
     content = {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
     changed = sorted(changed_fields(yaml.safe_load(read_text(mark)), content)) if mark.exists() else []
@@ -337,16 +310,11 @@ def _claim(search: BudgetSearch, recipes: Mapping[str, Recipe], minutes: float, 
 
 def _run(search: BudgetSearch, name: str, recipe: Recipe, minutes: float, folder: Path) -> StudyRun:
     """Return a path's run of a rung, with the evaluation that chooses paths once at its end."""
-    timed = _timed(recipe, minutes, folder / name)
     place = [task.name for task in recipe.eval.planned()].index(search.validation)
     chosen = recipe.eval.tasks[place]
     assert isinstance(chosen, dict), "path_recipes lists all evaluations"
     evaluated = replace(recipe.eval, tasks=[{**chosen, "every_samples": 0}], every_samples=0, every_share=0.0)
-    return StudyRun(name, replace(timed, eval=evaluated))
-
-
-def _timed(recipe: Recipe, minutes: float, folder: Path) -> Recipe:
-    return replace(in_time(recipe, minutes), output_dir=str(folder))
+    return StudyRun(name, replace(in_time(recipe, minutes), output_dir=str(folder / name), eval=evaluated))
 
 
 def _train(runs: Sequence[StudyRun], workers: int, validation: str) -> list[Trained]:
@@ -358,60 +326,57 @@ def _train(runs: Sequence[StudyRun], workers: int, validation: str) -> list[Trai
     for run in runs:
         if run.name in failed:
             write_text(run.beside("failed"), failed[run.name][1] + "\n")
-    return [_read(run, validation) for run in runs]
+    ends = []
+    for run in runs:
+        if run.beside("failed").exists():
+            ends.append(Trained(run.name, read_text(run.beside("failed")).strip()))
+            continue
+        curve = read_curve(run.run_dir)
+        result = next(r for r in curve.results if r.task == validation and r.headline and r.who == THIS_MODEL)
+        last = curve.records[-1]
+        ends.append(Trained(run.name, "", result, last["trained_seconds"], last["samples_seen"]))
+    return ends
 
 
-def _read(run: StudyRun, validation: str) -> Trained:
-    if run.beside("failed").exists():
-        return Trained(run.name, read_text(run.beside("failed")).strip())
-    curve = read_curve(run.run_dir)
-    results = [r for r in curve.results if r.task == validation and r.headline and r.who == THIS_MODEL]
-    last = curve.records[-1]
-    return Trained(run.name, "", results[0], last["trained_seconds"], last["samples_seen"])
-
-
-def write_search_report(rungs: Sequence[Rung], recipes: Mapping[str, Recipe], validation: str, output_dir: Path) -> str:
-    """Write `report.md` and `front.png`, print the tables, and return the winner's metric and result.
-
-    Args:
-        rungs: all rungs; the last has at least one result.
-        recipes: recipes of all paths by name.
-        validation: name of the evaluation that chooses paths.
-    """
-    best = [rung.best_first()[0] for rung in rungs]
+def _write_report(rungs: Sequence[Rung], recipes: Mapping[str, Recipe], validation: str, output_dir: Path) -> str:
+    """Write `report.md` and `front.png`, print the tables, and return the winner's metric and result."""
+    best, ranked = [rung.best_first()[0] for rung in rungs], rungs[-1].best_first()
     last = best[-1].result
     assert last is not None
     words = f"{validation} {last.shown}"
     rows = [["training", "best path", "stages", "pairs seen", words]]
     for place, path in enumerate(best):
         if all(path.badness < before.badness for before in best[:place]):
-            cells = [path.name, stages_text(recipes[path.name]), f"{path.samples:,}", path.cell]
+            cells = [path.name, _stages_text(recipes[path.name]), f"{path.samples:,}", path.cell]
             rows.append([f"{rungs[place].minutes:g} min", *cells])
-    tables = [
-        markdown_table(rows, 3),
-        _all_paths(rungs, recipes, words),
-        *_within(rungs[-1].best_first()),
-        *unequal_clocks(rungs),
-        *_failures(rungs),
+    parts = [markdown_table(rows, 3), _all_paths(rungs, recipes, words)]
+    if last.low is not None and last.high is not None:
+        near = [path.name for path in ranked[1:] if path.result and last.low <= path.result.value <= last.high]
+        inside = f"the interval of {ranked[0].name}"
+        lie = (
+            f"Within {inside} lie {', '.join(near)}" if near else f"No other path of the last rung lies within {inside}"
+        )
+        parts.append(f"{lie}; each had one seed.")
+    parts += unequal_clocks(rungs)
+    failed = [
+        f"- {path.name}, {rung.minutes:g} min: {path.failure}" for rung in rungs for path in rung.paths if path.failure
     ]
-    text = "\n\n".join(tables)
+    if failed:
+        parts.append("Failed, and out:\n\n" + "\n".join(failed))
+    text = "\n\n".join(parts)
     write_text(output_dir / "report.md", f"# The search\n\n{text}\n")
-    courses = {
-        name: [
-            (60 * rung.minutes, path.result)
-            for rung in rungs
-            for path in rung.paths
-            if path.name == name and path.result
-        ]
-        for name in recipes
-    }
+    courses: dict[str, list[tuple[float, Result]]] = {name: [] for name in recipes}
+    for rung in rungs:
+        for path in rung.paths:
+            if path.result:
+                courses[path.name].append((60 * rung.minutes, path.result))
     draw_rungs(courses, f"{words}, {last.unit}".rstrip(", "), output_dir / "front.png")
     winner = output_dir / "winner.yaml"
     print(f"\n{text}\n\n{output_dir}: report.md, front.png, {winner.name}; flipscale pretrain --config {winner}")
     return f"{words}, {last.estimate_text},"
 
 
-def stages_text(recipe: Recipe) -> str:
+def _stages_text(recipe: Recipe) -> str:
     """Return the sizes, masks and shares of a path's stages: `32 px whole 85 %, 64 px whole 15 %`."""
     own = recipe.model_config().vision_config
     parts = []
@@ -428,19 +393,8 @@ def _all_paths(rungs: Sequence[Rung], recipes: Mapping[str, Recipe], words: str)
     rows = [[f"path, {words}", "stages", *(f"{rung.minutes:g} min" for rung in rungs)]]
     for name in order:
         cells = [paths[name].cell if name in paths else NOTHING for paths in by_name]
-        rows.append([name, stages_text(recipes[name]), *cells])
+        rows.append([name, _stages_text(recipes[name]), *cells])
     return markdown_table(rows, 2)
-
-
-def _within(ranked: Sequence[Trained]) -> list[str]:
-    """Return a line with the paths of the last rung inside the winner's interval."""
-    result = ranked[0].result
-    if result is None or result.low is None or result.high is None:
-        return []
-    near = [path.name for path in ranked[1:] if path.result and result.low <= path.result.value <= result.high]
-    if not near:
-        return [f"No other path of the last rung lies within the interval of {ranked[0].name}; each had one seed."]
-    return [f"Within the interval of {ranked[0].name} lie {', '.join(near)}; each had one seed."]
 
 
 def unequal_clocks(rungs: Sequence[Rung]) -> list[str]:
@@ -449,13 +403,6 @@ def unequal_clocks(rungs: Sequence[Rung]) -> list[str]:
         f"{path.name} {path.seconds:.1f} s in place of {60 * rung.minutes:.1f}"
         for rung in rungs
         for path in rung.paths
-        if path.result and abs(path.seconds - 60 * rung.minutes) > _MOST_UNEQUAL * 60 * rung.minutes
+        if path.result and abs(path.seconds - 60 * rung.minutes) > 0.01 * 60 * rung.minutes
     ]
     return [f"Clocks that are more than 1 % off, which do not compare: {', '.join(late)}."] if late else []
-
-
-def _failures(rungs: Sequence[Rung]) -> list[str]:
-    lines = [
-        f"- {path.name}, {rung.minutes:g} min: {path.failure}" for rung in rungs for path in rung.paths if path.failure
-    ]
-    return ["Failed, and out:\n\n" + "\n".join(lines)] if lines else []

@@ -28,14 +28,11 @@ from flipscale.studies.runs import StudyRun, in_time
 from flipscale.training.recipe import Recipe, parse_recipe, to_yaml
 from flipscale.training.schedule import plan_stages
 
-NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
 STUDY_FILE = "study.yaml"
 # The default name of an axis' level without changes.
 BASE = "base"
 _POWER_OF_TEN = re.compile(r"[-+]?\d+(\.\d*)?[eE]\d+|[-+]?\d+[eE]-\d+")
 _MOST_RUNS = 10_000
-_DESIGNS = ("star", "grid")
-_FIELDS = ("base", "changes", "axes", "design", "seeds", "more_seeds", "minutes")
 # Fields that the study sets in each recipe, and their place in the study.
 _OWN = {"seed": "list the seeds in seeds", "output_dir": "its runs lie in its folder, --output_dir"}
 # Mappings whose fields need not be in the recipe.
@@ -50,7 +47,6 @@ class MoreSeeds:
     """Further seeds for a part of the combinations, such as the corners of a grid.
 
     Args:
-        seeds: further seeds.
         of: levels of the part by axis, with `base` for no change; axes left out have all levels.
     """
 
@@ -108,9 +104,6 @@ class Study:
         """Return the levels and the seed of each run by its name, in the order of training.
 
         All combinations come with one seed before the next seed, so a stopped study has all combinations.
-
-        Raises:
-            UserError: two runs have one name, or there are too many.
         """
         if self.design == "grid":
             count = math.prod(len(self.levels_of(axis)) + 1 for axis in self.axes) * len(self.seeds)
@@ -118,12 +111,12 @@ class Study:
                 raise UserError(f"the grid has {count:,} runs, more than {_MOST_RUNS:,}; give it fewer axes or a star")
         planned = [(levels, seed) for seed in self.seeds for levels in self.combinations()]
         if (more := self.more_seeds) is not None:
-            part = [
-                levels
+            planned += [
+                (levels, seed)
+                for seed in more.seeds
                 for levels in self.combinations()
                 if all(levels.get(axis, base_of(self.axes[axis])) in chosen for axis, chosen in more.of.items())
             ]
-            planned += [(levels, seed) for seed in more.seeds for levels in part]
         runs: dict[str, tuple[Levels, int]] = {}
         for levels, seed in planned:
             name = self.label(levels) + seed_suffix(seed)
@@ -143,6 +136,19 @@ def resolve_base(base: str, file: Path) -> str:
     return os.path.normpath(file.parent / base) if base.endswith((".yaml", ".yml")) else base
 
 
+def read_fields(file: Path, what: str, needed: Sequence[str], others: Sequence[str]) -> dict[str, Any]:
+    """Return the fields of a study's or a search's file."""
+    read_outline(file)
+    content = yaml.safe_load(file.read_text(encoding="utf-8-sig"))
+    given = content if isinstance(content, dict) else {}
+    unknown = sorted(map(str, given.keys() - {*needed, *others}))
+    missing = [name for name in needed if name not in given]
+    if unknown or missing:
+        fault = f"has {unknown[0]!r}" if unknown else f"has no {missing[0]}"
+        raise UserError(f"{file} is no {what}, it {fault}; a {what} has {', '.join([*needed, *others])}")
+    return given
+
+
 def read_study(file: Path) -> Study:
     """Return the study in a file.
 
@@ -150,12 +156,8 @@ def read_study(file: Path) -> Study:
         UserError: the file is not a study.
         OSError: the file cannot be read.
     """
-    read_outline(file)
-    content = yaml.safe_load(file.read_text(encoding="utf-8-sig"))
-    if not isinstance(content, dict) or set(content) - set(_FIELDS) or "base" not in content:
-        unknown = sorted(set(content) - set(_FIELDS)) if isinstance(content, dict) else []
-        fault = f"has {unknown[0]!r}" if unknown else "has no base"
-        raise UserError(f"{file} is no study, it {fault}; a study has {', '.join(_FIELDS)}")
+    others = ("changes", "axes", "design", "seeds", "more_seeds", "minutes")
+    content = read_fields(file, "study", ("base",), others)
     axes, seeds = content.get("axes") or {}, content.get("seeds", [0])
     if not isinstance(axes, dict) or not all(_is_axis(levels) for levels in axes.values()):
         raise UserError(
@@ -167,8 +169,8 @@ def read_study(file: Path) -> Study:
     if not _are_seeds(seeds):
         raise UserError(f"{file}: seeds is {seeds!r}; it must be a list of whole numbers, such as [0, 1, 2]")
     design = content.get("design", "star")
-    if design not in _DESIGNS:
-        raise UserError(f"{file}: design is {design!r}; use {' or '.join(_DESIGNS)}")
+    if design not in ("star", "grid"):
+        raise UserError(f"{file}: design is {design!r}; use star or grid")
     changes = content.get("changes") or {}
     if not isinstance(changes, dict):
         raise UserError(f"{file}: changes is {str(changes)[:40]!r}; it must be as 'changes: {{data.fraction: 0.5}}'")
@@ -182,12 +184,8 @@ def read_study(file: Path) -> Study:
 
 
 def check_name(name: Any, what: str, file: Path) -> None:
-    """Raise unless a name in a study's file can name a folder.
-
-    Raises:
-        UserError: it cannot.
-    """
-    if not isinstance(name, str) or not NAME.fullmatch(name):
+    """Raise unless a name in a study's file can name a folder."""
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
         raise UserError(
             f"{file}: {str(name)[:40]!r} names {what}; use letters, digits and . _ -, in quotes if it is a number"
         )
@@ -224,11 +222,7 @@ def _is_axis(levels: Any) -> bool:
 
 
 def plan(study: Study, folder: Path) -> list[StudyRun]:
-    """Return the runs of a study, each checked as far as possible without its data.
-
-    Args:
-        study: study with a resolved base.
-        folder: folder of the run directories.
+    """Return the runs of a study with a resolved base, each checked as far as possible without its data.
 
     Raises:
         UserError: the base is not a recipe, a change has no place in it, a changed recipe cannot be run, or two runs
@@ -283,14 +277,7 @@ def plain_number(value: Any) -> Any:
 
 
 def checked(content: dict[str, Any], name: str) -> Recipe:
-    """Return the recipe of a mapping.
-
-    Args:
-        name: beginning of the message.
-
-    Raises:
-        UserError: the recipe cannot be run.
-    """
+    """Return the recipe of a mapping. `name` begins the message if it cannot be run."""
     data = content["data"]
     batch, lanes = data["global_batch_size"], data["lanes"]
     if isinstance(batch, int) and isinstance(lanes, int) and lanes and batch % lanes:
@@ -298,11 +285,9 @@ def checked(content: dict[str, Any], name: str) -> Recipe:
     words: list[str] = []
     for section, value in content.items():
         # One flag for each field, because a flag for a section would quote the whole section in an error.
-        fields = (
-            {f"{section}.{name}": one for name, one in value.items()} if isinstance(value, dict) else {section: value}
-        )
-        for flag, one in fields.items():
-            words += [f"--{flag}", one if isinstance(one, str) else json.dumps(one)]
+        fields = {f".{name}": one for name, one in value.items()} if isinstance(value, dict) else {"": value}
+        for suffix, one in fields.items():
+            words += [f"--{section}{suffix}", one if isinstance(one, str) else json.dumps(one)]
     try:
         recipe = parse_recipe(words)
         plan_stages(recipe.stages, recipe.data.global_batch_size, recipe.budget_minutes)
@@ -318,8 +303,7 @@ def write_plan(file: Path, output_dir: Path) -> list[StudyRun]:
     A study may grow: planned again, a folder gets the missing recipes.
 
     Raises:
-        UserError: see `read_study` and `plan`; or the folder holds something else; or an earlier run has changed or is
-            no longer in the study.
+        UserError: the study is wrong, the folder holds something else, or an earlier run has changed or is gone.
     """
     study = read_study(file)
     study = dataclasses.replace(study, base=resolve_base(study.base, file))
@@ -344,11 +328,7 @@ def write_plan(file: Path, output_dir: Path) -> list[StudyRun]:
 
 
 def refuse_foreign(output_dir: Path, mark: str, what: str) -> None:
-    """Raise if a folder holds files but not `mark`.
-
-    Raises:
-        UserError: it does.
-    """
+    """Raise if a folder holds files but not `mark`."""
     there = sorted(path.name for path in output_dir.glob("*") if not path.name.startswith("."))
     if there and mark not in there:
         raise UserError(f"{output_dir} holds {there[0]}, which no {what} wrote; name a new or an empty folder")

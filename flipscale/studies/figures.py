@@ -1,5 +1,6 @@
 """Figures of studies: axes against the base, runs against time, laws, rungs of a search, effects, and final results."""
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,10 +28,8 @@ _COLOURS = (
 _LINES = ("-", "--", ":")
 _PAIRS = {"billions": 1e9, "millions": 1e6, "thousands": 1e3}
 _MOST_COLUMNS = 3
-# Distance of the outer lines' dots, as a share of the distance of levels.
-_SPREAD = 0.16
-_CHANCE = "chance"
-_CHANCE_STYLE: dict[str, Any] = {"color": "#888888", "linestyle": "--", "linewidth": 0.9, "zorder": 0}
+# Keywords of the line of chance.
+_CHANCE: dict[str, Any] = {"label": "chance", "color": "#888888", "linestyle": "--", "linewidth": 0.9, "zorder": 0}
 
 # Curves of a configuration's seeds, by its name.
 CurveGroups = Mapping[str, Sequence[Curve]]
@@ -41,8 +40,7 @@ class Outcome:
     """Final results of a configuration.
 
     Args:
-        label: name of the configuration in tables.
-        levels: its level of each axis.
+        levels: level of each axis.
         results: results of all seeds by headline, `task/metric`.
     """
 
@@ -52,13 +50,7 @@ class Outcome:
 
 
 def draw_axes(panels: Mapping[str, CurveGroups], name: str, words: str, path: Path) -> None:
-    """Draw a result against the pairs seen, a panel for each axis: the base and the axis' levels.
-
-    Args:
-        panels: curves of the base and of each level, by axis.
-        name: name of the result, `task/metric`.
-        words: label of the result with its unit.
-    """
+    """Draw the result `name` against the pairs seen, a panel for each axis: the base and the axis' levels."""
     figure, axes = drawing_pyplot().subplots(
         1, len(panels), figsize=(4.2 * len(panels), 3.8), sharey=True, squeeze=False, constrained_layout=True
     )
@@ -90,7 +82,8 @@ def draw_times(groups: CurveGroups, name: str, words: str, path: Path) -> None:
 
 def _draw_groups(place: "Axes", groups: CurveGroups, name: str, field: str, unit: float) -> None:
     """Draw a line for each configuration: the mean over its seeds, with the 95 % interval as a band."""
-    for (label, curves), style in zip(groups.items(), _line_styles(len(groups), has_base=True), strict=True):
+    styles = [{"color": _BASE_COLOUR}, *_line_styles(len(groups) - 1)]
+    for (label, curves), style in zip(groups.items(), styles, strict=True):
         with_result = [curve for curve in curves if curve.course(name)]
         if not with_result:
             continue
@@ -117,13 +110,10 @@ def _time_unit(longest: float) -> tuple[str, float]:
     return ("hours", 3600.0) if longest > 7200 else ("minutes", 60.0) if longest > 120 else ("seconds", 1.0)
 
 
-def _line_styles(count: int, has_base: bool) -> list[dict[str, Any]]:
-    """Return a colour and a kind of line for each of `count` lines, grey for the base."""
-    coloured = [
-        {"color": _COLOURS[number % len(_COLOURS)], "linestyle": _LINES[number // len(_COLOURS) % len(_LINES)]}
-        for number in range(count)
-    ]
-    return [{"color": _BASE_COLOUR, "linestyle": "-"}, *coloured][:count] if has_base else coloured
+def _line_styles(count: int) -> list[dict[str, Any]]:
+    """Return a colour and a kind of line for each of `count` lines."""
+    styles = [{"linestyle": line, "color": colour} for line in _LINES for colour in _COLOURS]
+    return list(itertools.islice(itertools.cycle(styles), count))
 
 
 def draw_fits(points: Points, fits: Sequence[LawFit], words: str, path: Path) -> None:
@@ -157,24 +147,22 @@ def draw_rungs(courses: Mapping[str, Sequence[tuple[float, Result]]], words: str
 
     Args:
         courses: training seconds and result of each path in each of its rungs, by its name.
-        words: label of the result with its unit.
     """
     figure, place = drawing_pyplot().subplots(figsize=(7.5, 4.5), constrained_layout=True)
     most = max(map(len, courses.values()))
     name_of_unit, unit = _time_unit(max(seconds for course in courses.values() for seconds, _ in course))
     ended = [name for name, course in courses.items() if len(course) == most]
     ended.sort(key=lambda name: courses[name][-1][1].value, reverse=courses[ended[0]][-1][1].higher_is_better)
-    styles = dict(zip(ended, _line_styles(len(ended), has_base=False), strict=True))
+    styles = dict(zip(ended, _line_styles(len(ended)), strict=True))
     others = [name for name, course in courses.items() if course and name not in styles]
     for name in [*others, *ended]:
         times = [seconds / unit for seconds, _ in courses[name]]
-        values = [result.value for _, result in courses[name]]
+        values, last = [result.value for _, result in courses[name]], courses[name][-1][1]
         if name not in styles:
             label = f"{len(others)} that went out earlier" if name == others[0] else None
             place.plot(times, values, marker="o", markersize=3, linewidth=0.8, color="#bbbbbb", label=label)
             continue
         place.plot(times, values, marker="o", markersize=4, label=name, **styles[name])
-        last = courses[name][-1][1]
         if last.low is not None and last.high is not None:
             place.plot([times[-1]] * 2, [last.low, last.high], color=styles[name]["color"], linewidth=1, alpha=0.6)
     if most > 1:
@@ -213,27 +201,24 @@ def draw_transfer(rows: EffectTable, tasks: Sequence[str], path: Path) -> None:
 
 
 def draw_grid(outcomes: Sequence[Outcome], axes: Mapping[str, Sequence[str]], path: Path) -> None:
-    """Draw each task's first headline in a grid of two axes: against the levels of the second axis, a line for each
-    level of the first.
-
-    Args:
-        axes: levels by axis, each axis' base first.
-    """
+    """Draw each task's first headline against the levels of the second of two axes, a line for each level of the first.
+    Levels begin with their axis' base."""
     (axis, levels), (along, ticks) = axes.items()
     figure, panels = _panels(outcomes, (3.9, 3.2))
     by_levels = {(outcome.levels[axis], outcome.levels[along]): outcome for outcome in outcomes}
+    styles = [{"color": _BASE_COLOUR}, *_line_styles(len(levels) - 1)]
     for place, name, shown in panels:
-        for number, (level, style) in enumerate(zip(levels, _line_styles(len(levels), has_base=True), strict=True)):
+        for number, (level, style) in enumerate(zip(levels, styles, strict=True)):
             cells = [by_levels.get((level, tick)) for tick in ticks]
             values, below, above = _estimates([cell.results.get(name, ()) if cell else () for cell in cells])
-            at = np.arange(len(ticks)) + _SPREAD * (number / max(len(levels) - 1, 1) - 0.5)
+            at = np.arange(len(ticks)) + 0.16 * (number / max(len(levels) - 1, 1) - 0.5)
             place.errorbar(
                 *(at, values), yerr=(below, above), marker="o", markersize=4.5, capsize=2.5, elinewidth=1.1,
                 label=f"{axis}: {level}", **style,
             )  # fmt: skip
         if shown.chance is not None:
-            place.axhline(shown.chance, label=_CHANCE, **_CHANCE_STYLE)
-        place.set_ylabel(_with_unit(shown))
+            place.axhline(shown.chance, **_CHANCE)
+        place.set_ylabel(", ".join(filter(None, (shown.shown, shown.unit))))
         place.set_xticks(range(len(ticks)), ticks)
         place.set_xlim(-0.4, len(ticks) - 0.6)
         place.set_xlabel(along)
@@ -247,18 +232,14 @@ def draw_rows(outcomes: Sequence[Outcome], path: Path) -> None:
     labels = [outcome.label for outcome in outcomes]
     size = (2.4 + 0.05 * max(map(len, labels)), 0.9 + 0.3 * len(labels))
     figure, panels = _panels(outcomes, size, sharey=True)
-    base, other = _line_styles(2, has_base=True)
+    bars: dict[str, Any] = {"marker": "o", "markersize": 4.5, "capsize": 2.5}
     for place, name, shown in panels:
-        values, below, above = _estimates([outcome.results.get(name, ()) for outcome in outcomes])
-        for row in range(len(outcomes)):
-            colour = (other if row else base)["color"]
-            place.errorbar(
-                *(values[row], row), xerr=([below[row]], [above[row]]), marker="o", markersize=4.5, capsize=2.5,
-                color=colour,
-            )  # fmt: skip
+        estimates = _estimates([outcome.results.get(name, ()) for outcome in outcomes])
+        for row, (value, below, above) in enumerate(zip(*estimates, strict=True)):
+            place.errorbar(value, row, xerr=([below], [above]), color=_COLOURS[0] if row else _BASE_COLOUR, **bars)
         if shown.chance is not None:
-            place.axvline(shown.chance, label=_CHANCE, **_CHANCE_STYLE)
-        place.set_xlabel(_with_unit(shown))
+            place.axvline(shown.chance, **_CHANCE)
+        place.set_xlabel(", ".join(filter(None, (shown.shown, shown.unit))))
         place.set_yticks(range(len(labels)), labels, fontsize=8)
         place.set_ylim(len(labels) - 0.4, -0.6)
         if _is_never_negative(outcomes, name):
@@ -269,11 +250,8 @@ def draw_rows(outcomes: Sequence[Outcome], path: Path) -> None:
 def _panels(
     outcomes: Sequence[Outcome], size: tuple[float, float], sharey: bool = False
 ) -> "tuple[Figure, list[tuple[Axes, str, Result]]]":
-    """Return a figure with a titled panel for each task: its axes, the task's first headline, and one result of it.
-
-    Args:
-        size: width and height of a panel in inches.
-    """
+    """Return a figure with a titled panel of `size` inches for each task: its axes, the task's first headline, and one
+    result of it."""
     shown: dict[str, tuple[str, Result]] = {}
     for outcome in outcomes:
         for name, results in outcome.results.items():
@@ -297,13 +275,9 @@ def _is_never_negative(outcomes: Sequence[Outcome], name: str) -> bool:
     return all(result.value >= 0 for outcome in outcomes for result in outcome.results.get(name, ()))
 
 
-def _with_unit(result: Result) -> str:
-    return ", ".join(filter(None, (result.shown, result.unit)))
-
-
-def _estimates(groups: Sequence[Sequence[Result]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return each configuration's mean over seeds, and the lengths of its 95 % interval below and above; NaN without
-    results, and without several seeds."""
+def _estimates(groups: Sequence[Sequence[Result]]) -> np.ndarray:
+    """Return each configuration's mean over seeds, and the lengths of its 95 % interval below and above: `(3, groups)`,
+    NaN without results, and without several seeds."""
     estimates = np.full((3, len(groups)), np.nan)
     for number, results in enumerate(groups):
         values = [result.value for result in results]
@@ -312,7 +286,7 @@ def _estimates(groups: Sequence[Sequence[Result]]) -> tuple[np.ndarray, np.ndarr
             estimates[:, number] = mean, mean - low, high - mean
         elif values:
             estimates[0, number] = values[0]
-    return estimates[0], estimates[1], estimates[2]
+    return estimates
 
 
 def _finish(figure: "Figure", places: "Sequence[Axes]", outcomes: Sequence[Outcome], path: Path) -> None:
@@ -321,12 +295,11 @@ def _finish(figure: "Figure", places: "Sequence[Axes]", outcomes: Sequence[Outco
     for place in places:
         for handle, label in zip(*place.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
-    labels = sorted(handles, key=lambda label: label == _CHANCE)
-    if labels:
-        figure.legend(
-            [handles[label] for label in labels], labels, loc="outside upper center", ncols=min(4, len(labels)),
-            frameon=False,
-        )  # fmt: skip
+    if "chance" in handles:
+        handles["chance"] = handles.pop("chance")
+    if handles:
+        style: dict[str, Any] = {"loc": "outside upper center", "ncols": min(4, len(handles)), "frameon": False}
+        figure.legend(list(handles.values()), list(handles), **style)
     has_bars = any(len(results) > 1 for outcome in outcomes for results in outcome.results.values())
     words = "Bars: 95 % intervals of means over seeds." if has_bars else "One seed a configuration: no interval."
     figure.supxlabel(words, fontsize=8, color="#555555", x=0.01, ha="left")

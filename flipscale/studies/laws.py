@@ -19,10 +19,6 @@ from flipscale.io.text_table import escape_markdown, markdown_table
 
 # Residuals in logs above this value count by their size, below by their square.
 _HUBER = 1e-3
-# Number of starts that a fit follows to their ends.
-FOLLOWED = 6
-# Budgets above this share of the largest count as the largest.
-_SAME_BUDGET = 0.99
 
 
 @dataclass(frozen=True)
@@ -33,10 +29,8 @@ class Points:
     select lucky ones.
 
     Args:
-        names: names of the configurations.
         compute: operations of the whole training.
         error: error in percent.
-        parameters: number of parameters.
         samples: number of pairs seen.
         pairs: number of different pairs in the data.
 
@@ -77,16 +71,12 @@ class Points:
         return self.take(order[is_better[first_of_equals]])
 
     def largest_budget(self) -> np.ndarray:
-        """Return a mask of the points with the most compute."""
-        return self.compute >= _SAME_BUDGET * self.compute.max()
+        """Return a mask of the points with at least 99 % of the most compute."""
+        return self.compute >= 0.99 * self.compute.max()
 
 
 class Law(ABC):
-    """A law of scaling.
-
-    Args:
-        points: points to describe. The geometric means of their spending are the units.
-    """
+    """A law of scaling, in units: the geometric means of the spending of some points."""
 
     name: str
     formula: str
@@ -101,12 +91,8 @@ class Law(ABC):
         return points.front()
 
     @abstractmethod
-    def fit(self, points: Points, followed: int = FOLLOWED) -> np.ndarray:
-        """Return the best parameters for `fitted_to(points)`.
-
-        Args:
-            followed: number of starts to follow, for laws with a grid of starts.
-        """
+    def fit(self, points: Points, followed: int = 6) -> np.ndarray:
+        """Return the best parameters for `fitted_to(points)`. Laws with a grid of starts follow the best `followed`."""
 
     @abstractmethod
     def error(self, fitted: np.ndarray, points: Points) -> np.ndarray:
@@ -120,7 +106,7 @@ class PowerLaw(Law):
     formula = "level x compute^slope"
     parameters = ("slope", "level")
 
-    def fit(self, points: Points, followed: int = FOLLOWED) -> np.ndarray:
+    def fit(self, points: Points, followed: int = 6) -> np.ndarray:
         front = self.fitted_to(points)
         x, y = np.log(front.compute / self.units["compute"]), np.log(front.error)
         off = x - x.mean()
@@ -142,7 +128,7 @@ class SaturatingLaw(Law):
     formula = "a (compute + b)^c + d"
     parameters = ("a", "b", "c", "d")
 
-    def fit(self, points: Points, followed: int = FOLLOWED) -> np.ndarray:
+    def fit(self, points: Points, followed: int = 6) -> np.ndarray:
         front = self.fitted_to(points)
         x, y = front.compute / self.units["compute"], np.log(front.error)
 
@@ -188,18 +174,17 @@ class AdditiveLaw(Law):
 
     name = "additive"
 
-    # Field of the points, and its name in tables.
-    _AXES = (("parameters", "model"), ("samples", "samples"), ("pairs", "data"))
-
     def __init__(self, points: Points):
-        values = {field: len(np.unique(getattr(points, field))) for field, _ in self._AXES}
-        for field, number in values.items():
-            if number == 2:
+        axes = {}
+        for field, name in (("parameters", "model"), ("samples", "samples"), ("pairs", "data")):
+            count = len(np.unique(getattr(points, field)))
+            if count == 2:
                 raise UserError(
                     f"additive: the points have two values of {field}, and a power above a floor needs three; train "
                     "another configuration"
                 )
-        axes = {field: name for field, name in self._AXES if values[field] > 2}
+            if count > 2:
+                axes[field] = name
         if not axes:
             raise UserError(
                 "additive: all points have the same parameters, samples and pairs; train some that differ in them"
@@ -212,9 +197,12 @@ class AdditiveLaw(Law):
     def fitted_to(self, points: Points) -> Points:
         return points
 
-    def fit(self, points: Points, followed: int = FOLLOWED) -> np.ndarray:
+    def fit(self, points: Points, followed: int = 6) -> np.ndarray:
         x, y, count = self._logs(points), np.log(points.error), len(self.spent)
-        starts = self._starts(count) + np.append(np.zeros(count), np.full(count + 1, y.mean()))
+        # A grid of starts: exponents, and the logs of the shares of the terms and of the floor.
+        exponents, shares = (0.15, 0.4, 0.9), np.log([0.05, 0.2, 0.6])
+        starts = np.array(list(itertools.product(*[exponents] * count, *[shares] * (count + 1))))
+        starts += np.append(np.zeros(count), np.full(count + 1, y.mean()))
         losses = np.concatenate([_huber(_log_sum(part, x)[0] - y).sum(1) for part in np.array_split(starts, 16)])
 
         def loss(fitted: np.ndarray) -> tuple[float, np.ndarray]:
@@ -241,12 +229,6 @@ class AdditiveLaw(Law):
     def _logs(self, points: Points) -> np.ndarray:
         """Return the logs of each axis in units: `(points, axes)`."""
         return np.log(np.stack([getattr(points, field) / self.units[field] for field in self.spent], axis=1))
-
-    @staticmethod
-    def _starts(count: int) -> np.ndarray:
-        """Return a grid of starts: exponents, and the logs of the shares of the terms and of the floor."""
-        exponents, shares = (0.15, 0.4, 0.9), np.log([0.05, 0.2, 0.6])
-        return np.array(list(itertools.product(*[exponents] * count, *[shares] * (count + 1))))
 
 
 def _log_sum(fitted: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -277,8 +259,7 @@ class LawFit:
     """A law with its fitted parameters.
 
     Args:
-        law: the law.
-        fitted: its parameters, in the order of their names.
+        fitted: parameters, in the order of their names.
         low, high: ends of their 95 % intervals, from a bootstrap over configurations.
         num_points: number of points it was fitted to.
     """
@@ -302,14 +283,7 @@ class LawFit:
 
 @dataclass(frozen=True)
 class Prediction:
-    """A point's error, and its prediction by a law that was fitted without it.
-
-    Args:
-        law: name of the law.
-        name: name of the configuration.
-        error, predicted: errors in percent.
-        low, high: ends of the 95 % interval of the prediction.
-    """
+    """A configuration's error in percent, and its prediction with a 95 % interval by a law fitted without it."""
 
     law: str
     name: str
@@ -328,22 +302,14 @@ class Prediction:
 
 
 def fit_law(law: Law, points: Points, resamples: int = 400, seed: int = 0) -> LawFit:
-    """Return a law fitted to points, with intervals by a bootstrap over configurations. Each draw has its own front.
-
-    Raises:
-        UserError: there are fewer points to fit than parameters + 2.
-    """
+    """Return a law fitted to points, with intervals by a bootstrap over configurations. Each draw has its own front."""
     _refuse_few(law, points)
     low, high = _interval(_bootstrap(law, points, resamples, seed), law, points)
     return LawFit(law, law.fit(points), low, high, len(law.fitted_to(points)))
 
 
 def predict(law: Law, points: Points, held_out: np.ndarray, resamples: int = 400, seed: int = 0) -> list[Prediction]:
-    """Return the predictions of the points under the mask `held_out`, by a law fitted to the others.
-
-    Raises:
-        UserError: the others are fewer than parameters + 2.
-    """
+    """Return the predictions of the points under the mask `held_out`, by a law fitted to the others."""
     rest, left_out = points.take(~held_out), points.take(held_out)
     _refuse_few(law, rest)
     fitted, drawn = law.fit(rest), _bootstrap(law, rest, resamples, seed)

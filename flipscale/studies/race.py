@@ -5,7 +5,6 @@ import filecmp
 import json
 import shutil
 import textwrap
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +17,6 @@ from flipscale.data.sources.opening import open_source
 from flipscale.data.tokenizers import load_tokenizer
 from flipscale.evaluation.baselines import run_baselines
 from flipscale.evaluation.reports.curves import (
-    Curve,
     comparison_table,
     read_curve,
     record_baselines,
@@ -39,11 +37,6 @@ from flipscale.training.recipe import Recipe, differences, parse_recipe, to_yaml
 
 # Marks a folder as a race's.
 _MARK = "study.json"
-# Names in the folder that no run may have.
-_RESERVED = ("model", "figures")
-# Training times that differ by more are reported as unequal.
-_MOST_UNEQUAL = 0.01
-_GREY = 190
 
 
 def race(recipe_names: list[str], minutes: float, seeds: int, output_dir: Path, with_baselines: bool) -> None:
@@ -67,23 +60,25 @@ def race(recipe_names: list[str], minutes: float, seeds: int, output_dir: Path, 
     else:
         train_missing(runs, usable_cores())
     if with_baselines:
-        _record_baselines(runs)
+        # The nearest training image, at the first recipe's first zero-shot task, joins every run's results and page.
+        first = runs[0].recipe
+        for task in [task for task in first.eval.planned() if task.kind == "zero_shot"][:1]:
+            baselines = run_baselines(first.data.shards, task)
+            for run in runs:
+                record_baselines(run.run_dir, baselines)
+                offer_report(run.recipe, load_with_tokenizer)
     _report(runs, output_dir)
 
 
 def _check_folder(output_dir: Path, recipes: list[str], names: list[str], seeds: int) -> None:
-    """Raise unless `output_dir` is this race's or can become it, and the recipes' names can name runs.
-
-    Raises:
-        UserError: two recipes have one name, or the folder holds something else.
-    """
+    """Raise unless `output_dir` is this race's or can become it, and the recipes' names can name runs."""
     for place, name in enumerate(names):
         if name in names[:place]:
             raise UserError(
                 f"{recipes[names.index(name)]} and {recipes[place]} have the same name, and a run's folder has its "
                 "recipe's name: rename one of the files"
             )
-        if name in _RESERVED:
+        if name in ("model", "figures"):
             raise UserError(f"{recipes[place]} is called like a part of the study's folder; rename the file")
         if not name.isprintable():
             raise UserError(f"{recipes[place]} has unprintable characters in its name; rename the file")
@@ -100,12 +95,13 @@ def _check_folder(output_dir: Path, recipes: list[str], names: list[str], seeds:
 def _plan(
     names: list[str], recipes: list[Recipe], minutes: float, seeds: int, output_dir: Path
 ) -> list[list[StudyRun]]:
-    """Write the recipes of all runs, which end by their clock, to `output_dir/RUN.yaml`. Return the runs of each seed.
-
-    Raises:
-        UserError: a recipe cannot be run, or the race began with other recipes or another time.
-    """
-    timed = {name: _timed(name, recipe, minutes) for name, recipe in zip(names, recipes, strict=True)}
+    """Write the recipes of all runs to `output_dir/RUN.yaml`, to end by their clock. Return the runs of each seed."""
+    timed = {}
+    for name, recipe in zip(names, recipes, strict=True):
+        try:
+            timed[name] = in_time(recipe, minutes)
+        except ValueError as error:
+            raise UserError(f"{name}: {error}") from error
     heats: list[list[StudyRun]] = [[] for _ in range(seeds)]
     for number, heat in enumerate(heats):
         for name, recipe in timed.items():
@@ -127,28 +123,15 @@ def _plan(
     return heats
 
 
-def _timed(name: str, recipe: Recipe, minutes: float) -> Recipe:
-    try:
-        return in_time(recipe, minutes)
-    except ValueError as error:
-        raise UserError(f"{name}: {error}") from error
-
-
-def _record_baselines(runs: list[StudyRun]) -> None:
-    """Add the nearest training image's accuracy, at the first recipe's first zero-shot task, to every run's results
-    and page."""
-    recipe = runs[0].recipe
-    for task in [task for task in recipe.eval.planned() if task.kind == "zero_shot"][:1]:
-        baselines = run_baselines(recipe.data.shards, task)
-        for run in runs:
-            record_baselines(run.run_dir, baselines)
-            offer_report(run.recipe, load_with_tokenizer)
-
-
 def _report(runs: list[StudyRun], output_dir: Path) -> None:
     """Write the table, the figures and the first run's model, and print the table."""
     curves = [read_curve(run.run_dir) for run in runs]
-    table = "\n\n".join([comparison_table(curves), *times_to_equal(curves), *_unequal_clocks(curves)])
+    parts = [comparison_table(curves), *times_to_equal(curves)]
+    seconds = [curve.records[-1]["trained_seconds"] for curve in curves]
+    if max(seconds) > 1.01 * min(seconds):
+        difference = max(seconds) / min(seconds) - 1
+        parts.append(f"The clocks differ by {difference:.1%}: the runs do not compare at equal time.")
+    table = "\n\n".join(parts)
     figures = output_dir / "figures"
     figures.mkdir(exist_ok=True)
     draw_loss(curves, figures / "loss.png")
@@ -164,19 +147,8 @@ def _report(runs: list[StudyRun], output_dir: Path) -> None:
     print(f"\n{table}\n\nfigures: {output_dir}/accuracy.png, {figures}/*.png   model: {model}")
 
 
-def _unequal_clocks(curves: list[Curve]) -> list[str]:
-    seconds = [curve.records[-1]["trained_seconds"] for curve in curves]
-    if max(seconds) <= (1 + _MOST_UNEQUAL) * min(seconds):
-        return []
-    return [f"The clocks differ by {max(seconds) / min(seconds) - 1:.1%}: the runs do not compare at equal time."]
-
-
 def _take_model(run_dir: Path, model: Path) -> Path:
-    """Copy a run's model folder to `model` and return it. Both get a card that includes the baselines.
-
-    Raises:
-        UserError: `model` holds another model.
-    """
+    """Copy a run's model folder to `model` and return it. Both get a card that includes the baselines."""
     if not model.exists():
         with atomic_write(model) as partial:
             shutil.copytree(run_dir / "model", partial)
@@ -201,16 +173,16 @@ def _datasets(recipe: Recipe) -> tuple[PairDataset, PairDataset]:
 
 def _paste(patches: np.ndarray, index: np.ndarray, patch_size: int, side: int) -> np.ndarray:
     """Return a grey image with the patches at their places: uint8 `(side * patch_size, side * patch_size, 3)`."""
-    image = np.full((side, side, 3, patch_size, patch_size), _GREY, np.uint8)
+    image = np.full((side, side, 3, patch_size, patch_size), 190, np.uint8)
     rows, columns = np.divmod(index.astype(int), side)
     image[rows, columns] = patches.reshape(-1, 3, patch_size, patch_size)
     return image.transpose(0, 3, 1, 4, 2).reshape(side * patch_size, side * patch_size, 3)
 
 
-def _draw_patches(masked: PairDataset, whole: PairDataset, path: Path, count: int = 8) -> None:
-    """Draw the first `count` training samples: the crops, and the patches that the image encoder sees."""
+def _draw_patches(masked: PairDataset, whole: PairDataset, path: Path) -> None:
+    """Draw the first eight training samples: the crops, and the patches that the image encoder sees."""
     assert masked.tokenizer is not None
-    pyplot = drawing_pyplot()
+    pyplot, count = drawing_pyplot(), 8
     positions = list(range(count))
     seen, full = masked.__getitems__(positions), whole.__getitems__(positions)
     side, patch_size = masked.shape.image_size // masked.shape.patch_size, masked.shape.patch_size
@@ -229,9 +201,9 @@ def _draw_patches(masked: PairDataset, whole: PairDataset, path: Path, count: in
     save_figure(figure, path)
 
 
-def _draw_masks(whole: PairDataset, path: Path, samples: Sequence[int] = (4, 1, 9)) -> None:
+def _draw_masks(whole: PairDataset, path: Path) -> None:
     """Draw training samples under each kind of mask, and as two views without a common patch."""
-    pyplot = drawing_pyplot()
+    pyplot, samples = drawing_pyplot(), (4, 1, 9)
     positions, side, patch_size = np.asarray(samples), whole.shape.side, whole.shape.patch_size
     full = whole.__getitems__(positions.tolist())["patches"].numpy()
     shown = {"the crop": np.tile(np.arange(side * side), (len(samples), 1))}

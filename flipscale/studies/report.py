@@ -57,7 +57,7 @@ def read_results(output_dir: Path) -> tuple[Study, list[StudyRun], list[StudyRes
     study, runs = read_plan(output_dir)
     levels = {name: dict(own) for name, (own, _) in study.runs().items()}
     results = [StudyResult(run, levels[run.name], study.label(levels[run.name])) for run in runs if run.is_done]
-    if not any(not run.levels for run in results):
+    if all(run.levels for run in results):
         raise UserError(
             f"{output_dir} has {len(results)} finished runs of {len(runs)}, none of the base, which the others are "
             f"compared with; train them: flipscale study run {output_dir}"
@@ -67,9 +67,6 @@ def read_results(output_dir: Path) -> tuple[Study, list[StudyRun], list[StudyRes
 
 def report(output_dir: Path, resamples: int) -> None:
     """Write `report.md`, `transfer.md` and the figures of a study's finished runs, and print the table.
-
-    Args:
-        resamples: number of draws of each bootstrap.
 
     Raises:
         UserError: the folder holds no planned study, or no run of the base is finished and evaluated.
@@ -89,15 +86,21 @@ def report(output_dir: Path, resamples: int) -> None:
     left = f"\n\nNot finished: {', '.join(missing)}." if missing else ""
     called = f", called {markdown_code(study.label({}))} below" if study.label({}) != BASE else ""
     changed = f", of which all runs change {', '.join(map(markdown_code, study.changes))}" if study.changes else ""
-    parts = [
-        "# The study",
-        f"The base is {markdown_code(study.base)}{called}{changed}.",
-        table + left,
-        _masked_table(groups),
-        *_laws(groups, names, output_dir, resamples),
-    ]
-    write_text(output_dir / "report.md", "\n\n".join(filter(None, parts)) + "\n")
-    arms = _arms(groups, names)
+    parts = [f"# The study\n\nThe base is {markdown_code(study.base)}{called}{changed}.", table + left]
+    parts += filter(None, [_masked_table(groups)])
+    # Results refused for the same reason share a section.
+    laws: dict[str, list[str]] = {}
+    for name, words in names.items():
+        laws.setdefault(_laws_of(groups, name, words, output_dir, resamples), []).append(words)
+    parts += [f"## Laws of {', '.join(shown)}\n\n{text}" for text, shown in laws.items()]
+    write_text(output_dir / "report.md", "\n\n".join(parts) + "\n")
+    arms = []
+    for group in groups.values():
+        by_task = {
+            words: {one.curve.seed: result.value for one in group if (result := one.result(name)) is not None}
+            for name, words in names.items()
+        }
+        arms.append(Arm(group[0].levels, {words: by_seed for words, by_seed in by_task.items() if by_seed}))
     write_text(output_dir / "transfer.md", transfer_report(arms, next(iter(names.values()))))
     _draw(study, groups, arms, names, output_dir)
     print(f"{table}{left}\n\n{output_dir}: report.md, transfer.md, *.png")
@@ -143,9 +146,8 @@ def _masked_table(groups: Groups) -> str:
     These are the results of `flipscale evaluate --mask_ratio`: the paper's Table 1d, over seeds.
     """
     # Results of all seeds by configuration, mask, and name in tables.
-    by_mask: dict[str, dict[str, dict[str, list[Result]]]] = {}
+    by_mask: dict[str, dict[str, dict[str, list[Result]]]] = {label: {} for label in groups}
     for label, group in groups.items():
-        own = by_mask.setdefault(label, {})
         for one in group:
             # A task that was evaluated twice, with other data, counts by its last line.
             lines = {
@@ -154,29 +156,19 @@ def _masked_table(groups: Groups) -> str:
                 if line.result.headline
             }
             for (mask, name), line in lines.items():
-                own.setdefault(mask, {}).setdefault(name, []).append(line.result)
+                by_mask[label].setdefault(mask, {}).setdefault(name, []).append(line.result)
     if not any(len(own) > 1 for own in by_mask.values()):
         return ""
     names = list(dict.fromkeys(name for own in by_mask.values() for by_name in own.values() for name in by_name))
     rows = [["", "image", "seeds", *names]]
     for label, own in by_mask.items():
         for mask, by_name in own.items():
-            seeds = max(len(results) for results in by_name.values())
-            rows.append(
-                [escape_markdown(label), mask, str(seeds), *(estimate(by_name.get(name, [])) for name in names)]
-            )
+            seeds = str(max(map(len, by_name.values())))
+            rows.append([escape_markdown(label), mask, seeds, *(estimate(by_name.get(name, [])) for name in names)])
     return f"## On masked images\n\n{markdown_table(rows, 2)}"
 
 
-def _laws(groups: Groups, names: dict[str, str], output_dir: Path, resamples: int) -> list[str]:
-    """Return sections on the laws of all results. Results refused for the same reason share a section."""
-    sections: dict[str, list[str]] = {}
-    for name, words in names.items():
-        sections.setdefault(_law_section(groups, name, words, output_dir, resamples), []).append(words)
-    return [f"## Laws of {', '.join(results)}\n\n{text}" for text, results in sections.items()]
-
-
-def _law_section(groups: Groups, name: str, words: str, output_dir: Path, resamples: int) -> str:
+def _laws_of(groups: Groups, name: str, words: str, output_dir: Path, resamples: int) -> str:
     """Draw the laws of a result and return them as Markdown, each with its prediction of the largest budget or the
     reason for its refusal."""
     try:
@@ -207,23 +199,12 @@ def _points(groups: Groups, name: str) -> Points | None:
             return None
         if own:
             kept[label] = own
-    fields = ("compute", "parameters", "samples", "pairs")
-    spent = {
-        field: np.array([np.mean([one.spent[field] for one, _ in own]) for own in kept.values()]) for field in fields
-    }
+    compute, parameters, samples, pairs = (
+        np.array([np.mean([one.spent[field] for one, _ in own]) for own in kept.values()])
+        for field in ("compute", "parameters", "samples", "pairs")
+    )
     error = np.array([100 - np.mean([result.value for _, result in own]) for own in kept.values()])
-    return Points(np.array(list(kept)), spent.pop("compute"), error, **spent)
-
-
-def _arms(groups: Groups, names: dict[str, str]) -> list[Arm]:
-    arms = []
-    for group in groups.values():
-        results = {
-            words: {one.curve.seed: result.value for one in group if (result := one.result(name)) is not None}
-            for name, words in names.items()
-        }
-        arms.append(Arm(group[0].levels, {words: by_seed for words, by_seed in results.items() if by_seed}))
-    return arms
+    return Points(np.array(list(kept)), compute, error, parameters, samples, pairs)
 
 
 def _draw(study: Study, groups: Groups, arms: Sequence[Arm], names: dict[str, str], output_dir: Path) -> None:
@@ -231,25 +212,17 @@ def _draw(study: Study, groups: Groups, arms: Sequence[Arm], names: dict[str, st
     unit = next(result.unit for group in groups.values() for result in _results(group, name))
     shown = ", ".join(filter(None, (words, unit)))
     curves = {label: [one.curve for one in group] for label, group in groups.items()}
-    # Labels by axis and level, the base first.
-    along = {
-        axis: {
-            base_of(levels): study.label({}),
-            **{level: study.label({axis: level}) for level in study.levels_of(axis)},
-        }
-        for axis, levels in study.axes.items()
-    }
-    panels = {
-        axis: {level: curves[label] for level, label in labels.items() if label in curves}
-        for axis, labels in along.items()
-    }
+    levels = {axis: [base_of(own), *study.levels_of(axis)] for axis, own in study.axes.items()}
+    panels: dict[str, dict[str, list[Curve]]] = {axis: {} for axis in levels}
+    for axis, (base, *others) in levels.items():
+        labels = {base: study.label({}), **{level: study.label({axis: level}) for level in others}}
+        panels[axis] = {level: curves[label] for level, label in labels.items() if label in curves}
     if panels:
         draw_axes(panels, name, shown, output_dir / "scaling.png")
     draw_times(curves, name, shown, output_dir / "accuracy.png")
     moved = effects(arms)
     if tasks := tasks_moved(moved, arms):
         draw_transfer(moved, tasks, output_dir / "transfer.png")
-    levels = {axis: list(labels) for axis, labels in along.items()}
     outcomes = [
         Outcome(
             label,

@@ -6,11 +6,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 from flipscale.evaluation.results import read_metrics
 from flipscale.io.errors import UserError
@@ -18,9 +18,6 @@ from flipscale.io.options import usable_cores
 from flipscale.io.progress import Progress
 from flipscale.training.recipe import Recipe
 from flipscale.training.schedule import StageRecipe, plan_stages
-
-_POLL_SECONDS = 0.2
-_PROGRESS_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -45,11 +42,7 @@ class StudyRun:
         return (self.run_dir / "DONE").exists()
 
     def end_text(self, code: int) -> str:
-        """Return how the run's process ended: `done`, or the reason and its last line of output.
-
-        Args:
-            code: exit code; below 0, the negative number of a signal.
-        """
+        """Return how the run's process ended: `done`, or the reason and its last line of output."""
         if not code:
             return "done"
         last = self.beside("log").read_text(errors="replace", encoding="utf-8").strip().splitlines()[-1:]
@@ -70,9 +63,6 @@ def in_time(recipe: Recipe, minutes: float) -> Recipe:
 
     Stages and warm-ups given in samples get their shares of the recipe's operations. Metrics are written sixty times,
     evaluations run six times and checkpoints are written ten times, unless the recipe has shares of its own.
-
-    Raises:
-        UserError: the recipe cannot be run, or a stage is too short for a share of the time.
     """
     log, evaluated, saved = recipe.log, recipe.eval, recipe.save
     if not log.every_share:
@@ -118,10 +108,8 @@ def train_missing(runs: Sequence[StudyRun], workers: int) -> None:
 
     Raises:
         OSError: some runs failed; the others are done.
-        SystemExit: the study received a signal; the runs have saved.
     """
-    failed = train_runs(runs, workers)
-    if failed:
+    if failed := train_runs(runs, workers):
         others = "the others are done, and " if len(failed) < len(runs) else ""
         raise OSError(
             f"{len(failed)} of {len(runs)} runs failed: {', '.join(failed)}; {others}the same command tries these again"
@@ -133,7 +121,6 @@ def train_together(runs: Sequence[StudyRun]) -> None:
 
     Raises:
         UserError, OSError: a run failed; the message has its last line of output.
-        SystemExit: the study received a signal; the runs have saved.
     """
     for name, (code, text) in train_runs(runs, len(runs), stops_at_failure=True).items():
         raise (UserError if code == 2 else OSError)(f"the run of {name} {text}")
@@ -148,16 +135,16 @@ def train_runs(runs: Sequence[StudyRun], workers: int, stops_at_failure: bool = 
     """
     waiting = [run for run in runs if not run.is_done]
     print(f"{len(runs) - len(waiting)} of {len(runs)} runs are done", flush=True)
-    variables = environment(workers) if waiting else {}
+    variables = _environment(workers) if waiting else {}
     running: dict[str, _Running] = {}
     failed: dict[str, tuple[int, str]] = {}
-    with Signals(running) as signals:
+    with _signals(running) as received:
         try:
-            while signals.received is None and (waiting or running) and not (stops_at_failure and failed):
+            while not received and (waiting or running) and not (stops_at_failure and failed):
                 while waiting and len(running) < workers:
                     run = waiting.pop(0)
                     running[run.name] = _Running(run, variables)
-                time.sleep(_POLL_SECONDS)
+                time.sleep(0.2)
                 for name, one in list(running.items()):
                     one.show_progress()
                     if (code := one.process.poll()) is not None:
@@ -172,7 +159,10 @@ def train_runs(runs: Sequence[StudyRun], workers: int, stops_at_failure: bool = 
                 one.process.terminate()
             for one in running.values():
                 one.process.wait()
-    signals.exit_if_received()
+    if received:
+        words = f"flipscale: error: {received[0].name}: the runs have saved and stopped; the same command goes on"
+        print(words, file=sys.stderr)
+        sys.exit(128 + received[0])
     return failed
 
 
@@ -190,53 +180,37 @@ class _Running:
             self.process = subprocess.Popen(command, env=variables, stdout=log, stderr=log, process_group=0)
 
     def show_progress(self) -> None:
-        if time.monotonic() - self._looked >= _PROGRESS_SECONDS:
+        if time.monotonic() - self._looked >= 2.0:
             self._looked = time.monotonic()
             percent = self.run.percent_done()
             self.progress.update(percent - self._percent)
             self._percent = percent
 
 
-class Signals:
-    """Receives SIGINT, SIGTERM and SIGHUP in a `with` block. A second signal ends the study and its runs at once.
+@contextmanager
+def _signals(running: Mapping[str, _Running]) -> Iterator[list[signal.Signals]]:
+    """Yield a list that gets a first SIGINT, SIGTERM or SIGHUP. A second one ends the study and its runs at once."""
+    received: list[signal.Signals] = []
 
-    Args:
-        running: started runs by name.
-    """
-
-    def __init__(self, running: Mapping[str, _Running]):
-        self.received: signal.Signals | None = None
-        self._running = running
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> "Signals":
-        for one in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(one) is not signal.SIG_IGN:
-                self._before[one] = signal.signal(one, self._receive)
-        return self
-
-    def __exit__(self, *raised: object) -> None:
-        for one, handler in self._before.items():
-            signal.signal(one, signal.SIG_DFL if handler is None else handler)
-
-    def exit_if_received(self) -> None:
-        """Exit with the code of a received signal. Without a signal, return."""
-        if self.received is not None:
-            words = f"flipscale: error: {self.received.name}: the runs have saved and stopped; the same command goes on"
-            print(words, file=sys.stderr)
-            sys.exit(128 + self.received)
-
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        if self.received is not None:
-            for one in self._running.values():
+    def receive(number: int, frame: FrameType | None) -> None:
+        if received:
+            for one in running.values():
                 one.process.kill()
             os.write(2, b"flipscale: error: ended before all runs have saved; the same command goes on\n")
             os._exit(128 + number)
-        self.received = signal.Signals(number)
-        os.write(2, f"{self.received.name}: the runs save and stop; once more to end at once\n".encode())
+        received.append(signal.Signals(number))
+        os.write(2, f"{received[0].name}: the runs save and stop; once more to end at once\n".encode())
+
+    known = [one for one in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(one) != signal.SIG_IGN]
+    before = {one: signal.signal(one, receive) for one in known}
+    try:
+        yield received
+    finally:
+        for one, handler in before.items():
+            signal.signal(one, handler)
 
 
-def environment(num_runs: int) -> dict[str, str]:
+def _environment(num_runs: int) -> dict[str, str]:
     """Return the environment of one run: its share of the cores, and bf16 if that is faster here."""
     from flipscale.engines.device import is_faster_in_bf16
     from flipscale.engines.launch import PRECISION

@@ -10,9 +10,6 @@ from flipscale.evaluation.results import NOTHING
 from flipscale.io.errors import UserError
 from flipscale.io.text_table import escape_markdown, markdown_table
 
-# Runs needed for a line: its two parameters + 2.
-_LEAST_RUNS = 4
-
 
 @dataclass(frozen=True)
 class Arm:
@@ -28,8 +25,8 @@ class Arm:
 
     @property
     def label(self) -> str:
-        """Name in tables: `model: h14`; ` + ` joins several axes."""
-        return " + ".join(f"{axis}: {level}" for axis, level in self.levels.items()) or "base"
+        """Name in tables, such as `model: h14 + data: 2B`."""
+        return " + ".join(f"{axis}: {level}" for axis, level in self.levels.items())
 
 
 @dataclass(frozen=True)
@@ -45,11 +42,6 @@ class Effect:
     low: float | None = None
     high: float | None = None
 
-    @classmethod
-    def of(cls, values: Sequence[float]) -> "Effect":
-        """Return the effect of differences, one for each seed."""
-        return cls(values[0]) if len(values) == 1 else cls(*mean_of(values))
-
     def __str__(self) -> str:
         """Return `+3.3 (+2.9 to +3.7)`."""
         between = "" if self.low is None else f" ({self.low:+.1f} to {self.high:+.1f})"
@@ -60,32 +52,23 @@ class Effect:
 EffectTable = dict[str, dict[str, Effect]]
 
 
-def tasks_of(arms: Sequence[Arm]) -> list[str]:
-    """Return the tasks of all arms, in their order."""
+def _tasks(arms: Sequence[Arm]) -> list[str]:
     return list(dict.fromkeys(task for arm in arms for task in arm.results))
 
 
 def tasks_moved(rows: EffectTable, arms: Sequence[Arm]) -> list[str]:
-    """Return the tasks with an effect in a table, in the order of `tasks_of`."""
-    return [task for task in tasks_of(arms) if any(task in row for row in rows.values())]
+    """Return the tasks with an effect in a table, in the order of the arms."""
+    return [task for task in _tasks(arms) if any(task in row for row in rows.values())]
 
 
 def effects(arms: Sequence[Arm]) -> EffectTable:
-    """Return the effect of each level alone against the base.
-
-    Raises:
-        UserError: the base is not among the arms.
-    """
+    """Return the effect of each level alone against the base."""
     base = _base(arms)
     return _rows([arm for arm in arms if len(arm.levels) == 1], arms, lambda arm: [(1, arm), (-1, base)])
 
 
 def interactions(arms: Sequence[Arm]) -> EffectTable:
-    """Return the effect of each combination of levels beyond the sum of their effects alone.
-
-    Raises:
-        UserError: the base is not among the arms.
-    """
+    """Return the effect of each combination of levels beyond the sum of their effects alone."""
     base = _base(arms)
     alone = {next(iter(arm.levels.items())): arm for arm in arms if len(arm.levels) == 1}
     together = [arm for arm in arms if len(arm.levels) > 1 and set(arm.levels.items()) <= alone.keys()]
@@ -105,13 +88,10 @@ def beyond(arms: Sequence[Arm], reference: str) -> EffectTable:
 
     Args:
         reference: task that predicts the others, such as zero-shot classification.
-
-    Raises:
-        UserError: the base is not among the arms.
     """
     table: EffectTable = {}
     base = _base(arms)
-    for task in (task for task in tasks_of(arms) if task != reference):
+    for task in (task for task in _tasks(arms) if task != reference):
         pairs = [
             (arm.results[reference][seed], value)
             for arm in arms
@@ -119,7 +99,8 @@ def beyond(arms: Sequence[Arm], reference: str) -> EffectTable:
             if seed in arm.results.get(reference, {})
         ]
         xy = np.array(pairs).reshape(-1, 2)
-        if len(xy) < _LEAST_RUNS or not ((xy > 0) & (xy < 100)).all() or np.ptp(xy[:, 0]) == 0:
+        # A line needs its two parameters + 2.
+        if len(xy) < 4 or not ((xy > 0) & (xy < 100)).all() or np.ptp(xy[:, 0]) == 0:
             continue
         line = np.polyfit(_logit(xy[:, 0]), _logit(xy[:, 1]), 1)
 
@@ -151,29 +132,22 @@ def _base(arms: Sequence[Arm]) -> Arm:
 def _rows(shown: Sequence[Arm], arms: Sequence[Arm], parts: Callable[[Arm], list[tuple[int, Arm]]]) -> EffectTable:
     rows: EffectTable = {}
     for arm in shown:
-        cells = {task: _combined(parts(arm), task) for task in tasks_of(arms)}
+        cells = {task: _combined(parts(arm), task) for task in _tasks(arms)}
         rows[arm.label] = {task: effect for task, effect in cells.items() if effect is not None}
     return rows
 
 
 def _combined(parts: Sequence[tuple[int, Arm]], task: str) -> Effect | None:
     """Return the weighted sum of arms' results over their common seeds; None without a common seed."""
-    results = [arm.results.get(task, {}) for _, arm in parts]
-    seeds = set.intersection(*map(set, results))
+    seeds = set.intersection(*(set(arm.results.get(task, {})) for _, arm in parts))
     if not seeds:
         return None
-    factors = [factor for factor, _ in parts]
-    return Effect.of(
-        [float(sum(f * own[seed] for f, own in zip(factors, results, strict=True))) for seed in sorted(seeds)]
-    )
+    values = [float(sum(factor * arm.results[task][seed] for factor, arm in parts)) for seed in sorted(seeds)]
+    return Effect(values[0]) if len(values) == 1 else Effect(*mean_of(values))
 
 
 def transfer_report(arms: Sequence[Arm], reference: str) -> str:
-    """Return the effects of all axes as Markdown.
-
-    Args:
-        reference: task that predicts the others.
-    """
+    """Return the effects of all axes as Markdown. The task `reference` predicts the others."""
     alone, together, more = effects(arms), interactions(arms), beyond(arms, reference)
     seeds = (
         "Intervals are of 95 %, over seeds."
@@ -185,7 +159,7 @@ def transfer_report(arms: Sequence[Arm], reference: str) -> str:
     if not tasks:
         return f"{parts[0]}\n\nNo level alone has a result that the base has too, so there are no effects.\n"
     parts += [_table(alone, tasks), *_conclusions(alone, tasks)]
-    if left_out := [task for task in tasks_of(arms) if task not in tasks]:
+    if left_out := [task for task in _tasks(arms) if task not in tasks]:
         parts.append(f"No result of the base to compare with: {', '.join(map(escape_markdown, left_out))}.")
     if together:
         parts += [
