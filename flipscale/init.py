@@ -140,9 +140,24 @@ def _tasks(folder: str) -> Iterator[dict[str, Any]]:
 
 def _length(args: argparse.Namespace, proposal: "Proposal", data: "Survey", minutes: float) -> tuple[int, str]:
     """Return the number of pairs of a run of `minutes`, and a text with its speed and epochs."""
-    from flipscale.planning.proposal import most_samples, samples_in
+    import torch
 
-    rates, how = _computed(args, proposal) if args.gpu else _measured(proposal)
+    from flipscale.engines.device import BF16_PEAKS
+    from flipscale.planning.proposal import GPU_GIB, gpu_named, most_samples, samples_in
+    from flipscale.planning.time import Hardware, step_time
+
+    if args.gpu:
+        name = gpu_named(args.gpu)
+        recipe, launch = _fitted(proposal, args.num_gpus, GPU_GIB[name])
+        hardware, how = Hardware(peak=BF16_PEAKS[name]), f"as computed for {args.num_gpus} {name} (docs/planning.md)"
+        seconds = [step_time(recipe, launch, stage, hardware).seconds for stage in recipe.stages]
+        rates = [proposal.batch_size / one for one in seconds]
+    else:
+        if torch.cuda.is_available():
+            _fitted(proposal, 1, torch.cuda.get_device_properties(0).total_memory // 2**30)
+        print(f"measuring the speed: {_MEASURED_STEPS} steps of each stage", flush=True)
+        with tempfile.TemporaryDirectory() as folder:
+            rates, how = measured_rates(_recipe_of(proposal, 0), _MEASURED_STEPS, Path(folder)), "as measured here"
     in_time, useful = samples_in(60 * minutes, rates, proposal), most_samples(data, proposal)
     if in_time < proposal.batch_size:
         raise UserError(f"{minutes:g} minutes are less than a step takes; give more minutes or hours")
@@ -153,31 +168,6 @@ def _length(args: argparse.Namespace, proposal: "Proposal", data: "Survey", minu
     words += f"{rates[1]:,.0f} whole, {how}; "
     words += f"{epochs:,.0f} times each pair" if epochs >= 2 else f"{epochs:.0%} of the pairs"
     return samples, words + ("; more pairs would teach it more than more time" if samples < in_time else "")
-
-
-def _measured(proposal: "Proposal") -> tuple[list[float], str]:
-    """Return the pairs per second of both stages on this machine, and fit the proposal to its GPU."""
-    import torch
-
-    if torch.cuda.is_available():
-        _fitted(proposal, 1, torch.cuda.get_device_properties(0).total_memory // 2**30)
-    print(f"measuring the speed: {_MEASURED_STEPS} steps of each stage", flush=True)
-    with tempfile.TemporaryDirectory() as folder:
-        rates = measured_rates(_recipe_of(proposal, 0), _MEASURED_STEPS, Path(folder))
-    return rates, "as measured here"
-
-
-def _computed(args: argparse.Namespace, proposal: "Proposal") -> tuple[list[float], str]:
-    """Return the computed pairs per second of both stages on GPUs elsewhere, and fit the proposal to them."""
-    from flipscale.engines.device import BF16_PEAKS
-    from flipscale.planning.proposal import GPU_GIB, gpu_named
-    from flipscale.planning.time import Hardware, step_time
-
-    name = gpu_named(args.gpu)
-    recipe, launch = _fitted(proposal, args.num_gpus, GPU_GIB[name])
-    hardware = Hardware(peak=BF16_PEAKS[name])
-    seconds = [step_time(recipe, launch, stage, hardware).seconds for stage in recipe.stages]
-    return [proposal.batch_size / one for one in seconds], f"as computed for {args.num_gpus} {name} (docs/planning.md)"
 
 
 def _fitted(proposal: "Proposal", num_gpus: int, gib: int) -> tuple["Recipe", "Launch"]:

@@ -146,7 +146,7 @@ def _heading(recipe: Recipe, launches: dict[str, Launch]) -> str:
         + (", activations recomputed" if recipe.model.gradient_checkpointing else ""),
     ]
     for name, launch in launches.items():
-        step = heaviest_step(recipe, launch, "cuda")
+        step = heaviest_step(recipe, launch)
         lines.append(
             f"{name}: {launch.num_processes} processes of {batch // launch.num_processes} pairs, "
             f"{step.batch_size} at once, {'bf16' if launch.bf16 else 'fp32'}, "

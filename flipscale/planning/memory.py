@@ -47,13 +47,13 @@ class Memory:
     """
 
     weights: int
-    gradients: int
-    moments: int
-    activations: int
-    communication: int
-    loss: int
-    batches: int
-    nccl: int
+    gradients: int = 0
+    moments: int = 0
+    activations: int = 0
+    communication: int = 0
+    loss: int = 0
+    batches: int = 0
+    nccl: int = 0
 
     @property
     def total(self) -> int:
@@ -65,14 +65,14 @@ class Memory:
         return self.total <= USABLE * gib * 2**30
 
 
-def recipe_memory(recipe: Recipe, launch: Launch, device_type: str = "cuda") -> Memory:
+def recipe_memory(recipe: Recipe, launch: Launch) -> Memory:
     """Return the memory of the fullest process in the recipe's heaviest stage.
 
     Raises:
         UserError: the processes do not divide the batch, or the engine cannot run the recipe.
     """
     config, objective, engine = recipe.model_config(), recipe.objective(), engine_class(launch)
-    step = heaviest_step(recipe, launch, device_type)
+    step = heaviest_step(recipe, launch)
     refusal = engine.refusal(launch, recipe.optim.name, recipe.model.compile)
     if refusal is not None:
         raise UserError(refusal)
@@ -83,11 +83,7 @@ def recipe_memory(recipe: Recipe, launch: Launch, device_type: str = "cuda") -> 
         batch = example_batch(config, step, objective)
     always = Memory(
         weights=4 * kept.weights * (2 if recipe.optim.ema_decay else 1) + 4 * kept.copies,
-        gradients=0,
         moments=sum(4 * count * kept.moments[name] for name, count in moments.items()),
-        activations=0,
-        communication=0,
-        loss=0,
         batches=BATCHES_ON_DEVICE * micro_batches * sum(tensor.nbytes for tensor in batch.values()),
         nccl=_nccl_bytes(launch),
     )
@@ -98,49 +94,41 @@ def recipe_memory(recipe: Recipe, launch: Launch, device_type: str = "cuda") -> 
     activations = [activation_bytes(config, replace(step, added_gradients=share), objective) for _, share in passes]
     at_loss = replace(
         always,
-        gradients=4 * passes[0].before,
+        gradients=4 * passes[0][0],
         loss=rows.peak,
         activations=activations[0].saved if micro_batches == 1 else 0,
     )
     in_backward = [
         replace(
             always,
-            gradients=4 * one.before + of_pass.gradients,
+            gradients=4 * before + of_pass.gradients,
             activations=of_pass.peak,
             communication=kept.communication_bytes,
             loss=rows.kept,
         )
-        for one, of_pass in zip(passes, activations, strict=True)
+        for (before, _), of_pass in zip(passes, activations, strict=True)
     ]
     exchanged = muon_buffer_bytes(model, launch) if recipe.optim.name == "muon" else 0
     at_step = replace(always, gradients=4 * kept.gradients, communication=exchanged)
     return max([at_loss, *in_backward, at_step], key=lambda memory: memory.total)
 
 
-class _Pass(NamedTuple):
-    """A backward pass: number of gradient elements before it, and share of each gradient that stays when it is
-    ready."""
-
-    before: int
-    added: float
-
-
-def _passes(whole: int, kept: int, waiting: int, micro_batches: int) -> list[_Pass]:
-    """Return the passes of a step that may be the peak.
+def _passes(whole: int, kept: int, waiting: int, micro_batches: int) -> list[tuple[int, float]]:
+    """Return the backward passes that may be the peak: number of gradient elements before a pass, and share of each
+    gradient that stays when it is ready.
 
     Args:
         kept: gradient elements that the engine keeps for the optimiser step; the last pass sends the others away.
         waiting: gradient elements that the engine keeps between micro-batches.
     """
     if kept >= whole:
-        return [_Pass(kept, 0.0)]
+        return [(kept, 0.0)]
     if micro_batches == 1:
-        return [_Pass(0, kept / whole)]
-    earlier = _Pass(waiting - whole, 1.0) if micro_batches == 2 else _Pass(waiting, 0.0)
-    return [earlier, _Pass(waiting, kept / whole - 1.0)]
+        return [(0, kept / whole)]
+    return [(waiting - whole, 1.0) if micro_batches == 2 else (waiting, 0.0), (waiting, kept / whole - 1.0)]
 
 
-def heaviest_step(recipe: Recipe, launch: Launch, device_type: str) -> Step:
+def heaviest_step(recipe: Recipe, launch: Launch) -> Step:
     """Return a process's part of a step in the stage with the most operations."""
     pairs = pairs_of_a_process(recipe.data.global_batch_size, launch.num_processes)
     by_name = pair_flops(recipe)
@@ -153,7 +141,6 @@ def heaviest_step(recipe: Recipe, launch: Launch, device_type: str) -> Step:
         gradient_checkpointing=recipe.model.gradient_checkpointing,
         bf16=launch.bf16,
         autocast=engine_class(launch).autocasts,
-        device_type=device_type,
         image_size=stage.image_size,
     )
 
@@ -195,15 +182,15 @@ def _nccl_bytes(launch: Launch) -> int:
     return communicators * _COMMUNICATOR_BYTES + neighbours * _NEIGHBOUR_BYTES
 
 
-def what_fits(recipe: Recipe, launch: Launch, limit: int, device_type: str = "cuda") -> list[str]:
+def what_fits(recipe: Recipe, launch: Launch, limit: int) -> list[str]:
     """Return single changes that bring the total under `limit` bytes, with the new totals. If no single change does,
     return recomputation with another change."""
     again = "model.gradient_checkpointing"
     recomputing = replace(recipe, model=replace(recipe.model, gradient_checkpointing=True))
     if recipe.model.gradient_checkpointing:
-        return _fitting(_changes(recipe, launch), limit, device_type)
-    single = _fitting([{again: (recomputing, launch)}, *_changes(recipe, launch)], limit, device_type)
-    return single or [f"{again} and {other}" for other in _fitting(_changes(recomputing, launch), limit, device_type)]
+        return _fitting(_changes(recipe, launch), limit)
+    single = _fitting([{again: (recomputing, launch)}, *_changes(recipe, launch)], limit)
+    return single or [f"{again} and {other}" for other in _fitting(_changes(recomputing, launch), limit)]
 
 
 def _changes(recipe: Recipe, launch: Launch) -> list[dict[str, tuple[Recipe, Launch]]]:
@@ -213,27 +200,25 @@ def _changes(recipe: Recipe, launch: Launch) -> list[dict[str, tuple[Recipe, Lau
     parts = [at_once // count for count in (4, 16) if at_once % count == 0]
     counts = [launch.num_processes * times for times in (2, 4, 8) if pairs % times == 0]
     others = [launch.using(engine=engine, shard_size=None) for engine in engine_classes()]
+    takes = [
+        other
+        for other in others
+        if other != launch and engine_class(other).refusal(other, recipe.optim.name, recipe.model.compile) is None
+    ]
+    in_parts = {n: replace(recipe, data=replace(recipe.data, micro_batch_size=n)) for n in parts}
     return [
-        {f"data.micro_batch_size {n}": (_in_parts(recipe, n), launch) for n in parts},
-        *({other.engine: (recipe, other)} for other in others if other != launch and _takes(recipe, other)),
+        {f"data.micro_batch_size {n}": (changed, launch) for n, changed in in_parts.items()},
+        *({other.engine: (recipe, other)} for other in takes),
         {f"{count} processes": (recipe, launch.using(num_processes=count)) for count in counts},
     ]
 
 
-def _in_parts(recipe: Recipe, micro_batch_size: int) -> Recipe:
-    return replace(recipe, data=replace(recipe.data, micro_batch_size=micro_batch_size))
-
-
-def _takes(recipe: Recipe, launch: Launch) -> bool:
-    return engine_class(launch).refusal(launch, recipe.optim.name, recipe.model.compile) is None
-
-
-def _fitting(groups: list[dict[str, tuple[Recipe, Launch]]], limit: int, device_type: str) -> list[str]:
+def _fitting(groups: list[dict[str, tuple[Recipe, Launch]]], limit: int) -> list[str]:
     """Return the first fitting change of each group."""
     fitting = []
     for group in groups:
         for words, (recipe, launch) in group.items():
-            need = recipe_memory(recipe, launch, device_type).total
+            need = recipe_memory(recipe, launch).total
             if need <= limit:
                 fitting.append(f"{words} ({need / 2**30:.1f} GiB)")
                 break

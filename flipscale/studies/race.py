@@ -87,8 +87,8 @@ def _check_folder(output_dir: Path, recipes: list[str], names: list[str], seeds:
     if (output_dir / _MARK).exists():
         begun = json.loads(read_text(output_dir / _MARK))
         # The number of seeds may change. Only a single seed has run names without the seed.
-        if (begun["recipes"], begun.get("seeds", 1) > 1) != (names, seeds > 1):
-            words = f"{', '.join(begun['recipes'])}{' with seeds' if begun.get('seeds', 1) > 1 else ''}"
+        if (begun["recipes"], begun["seeds"] > 1) != (names, seeds > 1):
+            words = f"{', '.join(begun['recipes'])}{' with seeds' if begun['seeds'] > 1 else ''}"
             raise UserError(f"{output_dir} holds a study of {words}; name another folder")
 
 
@@ -111,8 +111,7 @@ def _plan(
     runs = [run for heat in heats for run in heat]
     for run in runs:
         saved = run.beside("yaml")
-        changed = differences(run.recipe, yaml.safe_load(read_text(saved))) if saved.exists() else []
-        if changed:
+        if changed := differences(run.recipe, yaml.safe_load(read_text(saved))) if saved.exists() else []:
             raise UserError(
                 f"{run.run_dir} began with another recipe of that name ({'; '.join(changed)}); name another output_dir"
             )
@@ -139,36 +138,28 @@ def _report(runs: list[StudyRun], output_dir: Path) -> None:
         draw_result(curves, result, figures / f"{name}.png")
         if number == 0:
             shutil.copyfile(figures / f"{name}.png", output_dir / "accuracy.png")
-    masked, whole = _datasets(runs[0].recipe)
-    _draw_patches(masked, whole, figures / "patches.png")
-    _draw_masks(whole, figures / "masks.png")
-    write_text(output_dir / "table.md", table + "\n")
-    model = _take_model(runs[0].run_dir, output_dir / "model")
-    print(f"\n{table}\n\nfigures: {output_dir}/accuracy.png, {figures}/*.png   model: {model}")
-
-
-def _take_model(run_dir: Path, model: Path) -> Path:
-    """Copy a run's model folder to `model` and return it. Both get a card that includes the baselines."""
-    if not model.exists():
-        with atomic_write(model) as partial:
-            shutil.copytree(run_dir / "model", partial)
-    weights = [file.name for file in (run_dir / "model").glob("*.safetensors")]
-    if filecmp.cmpfiles(run_dir / "model", model, weights, shallow=False)[0] != weights:
-        raise UserError(f"{model} is not the model of {run_dir}; move it away, and run the same command again")
-    for folder in (run_dir / "model", model):
-        write_card(folder, run_dir, str(folder))
-    return model
-
-
-def _datasets(recipe: Recipe) -> tuple[PairDataset, PairDataset]:
-    """Return the training set under the first stage's mask, and the same samples without a mask."""
+    # The training set under the first stage's mask, and the same samples without a mask.
+    recipe = runs[0].recipe
     source, shape = open_source(recipe.data), InputShape.of(recipe.model_config()).at(recipe.stages[0].image_size)
     tokenizer = load_tokenizer(recipe.data.tokenizer, shape.max_tokens)
     masked, whole = (
         PairDataset(source, tokenizer, recipe.data, shape, recipe.seed, ratio, recipe.mask)
         for ratio in (recipe.stages[0].mask_ratio, 0.0)
     )
-    return masked, whole
+    _draw_patches(masked, whole, figures / "patches.png")
+    _draw_masks(whole, figures / "masks.png")
+    write_text(output_dir / "table.md", table + "\n")
+    run_dir, model = runs[0].run_dir, output_dir / "model"
+    if not model.exists():
+        with atomic_write(model) as partial:
+            shutil.copytree(run_dir / "model", partial)
+    weights = [file.name for file in (run_dir / "model").glob("*.safetensors")]
+    if filecmp.cmpfiles(run_dir / "model", model, weights, shallow=False)[0] != weights:
+        raise UserError(f"{model} is not the model of {run_dir}; move it away, and run the same command again")
+    # The cards include the baselines.
+    for folder in (run_dir / "model", model):
+        write_card(folder, run_dir, str(folder))
+    print(f"\n{table}\n\nfigures: {output_dir}/accuracy.png, {figures}/*.png   model: {model}")
 
 
 def _paste(patches: np.ndarray, index: np.ndarray, patch_size: int, side: int) -> np.ndarray:

@@ -105,9 +105,9 @@ def test_each_stage_is_counted_at_its_own_size() -> None:
     }
     assert by_name["small"] == by_name["masked"], "both have 49 patches"
     launch = Launch("ddp", 1)
-    assert heaviest_step(recipe, launch, "cuda").image_size is None
+    assert heaviest_step(recipe, launch).image_size is None
     large = StageRecipe("large", 4096, image_size=256, base_lr=1e-6)
-    step = heaviest_step(replace(recipe, stages=[*recipe.stages, large]), launch, "cuda")
+    step = heaviest_step(replace(recipe, stages=[*recipe.stages, large]), launch)
     assert (step.mask_ratio, step.image_size) == (0.0, 256)
 
 

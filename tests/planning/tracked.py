@@ -71,7 +71,7 @@ def tracked_bytes(recipe: Recipe, launch: Launch) -> dict[str, int]:
 
 
 def _take_step(engine: Engine, recipe: Recipe, launch: Launch, tracker: MemTracker | None) -> None:
-    step, objective = heaviest_step(recipe, launch, "cuda"), recipe.objective()
+    step, objective = heaviest_step(recipe, launch), recipe.objective()
     parts = recipe.data.global_batch_size // launch.num_processes // step.batch_size
     # Those that the feeder holds for later steps, and the one of the step before.
     waiting = [example_batch(recipe.model_config(), step, objective) for _ in range((BATCHES_ON_DEVICE - 1) * parts)]
