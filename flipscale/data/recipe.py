@@ -72,7 +72,9 @@ class MaskRecipe:
     text_kind: str = "padding_first"
 
     def __post_init__(self) -> None:
-        from flipscale.data.masks import IMAGE_MASKS, TEXT_MASKS, check_kind  # imports torch, which --help skips
+        if (self.kind, self.text_kind) == (MaskRecipe.kind, MaskRecipe.text_kind):
+            return  # valid, and --help makes it: the import below takes seconds
+        from flipscale.data.masks import IMAGE_MASKS, TEXT_MASKS, check_kind
 
         check_kind(self.kind, IMAGE_MASKS, "mask.kind")
         check_kind(self.text_kind, TEXT_MASKS, "mask.text_kind")

@@ -29,10 +29,10 @@ import torch
 from safetensors import safe_open
 
 import flipscale
+from flipscale.engines.recipe import SaveRecipe
 from flipscale.io.atomic import partial_path, remove, sync
 from flipscale.io.digests import FileDigest, digest_of, digests_to_json, write_tensors
 from flipscale.io.errors import UserError
-from flipscale.io.options import Count, Minutes, SamplesOrZero
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -41,22 +41,6 @@ FORMAT = 2
 _NAME = re.compile(r"step-([0-9]{8}|[1-9][0-9]{8,})")
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class SaveRecipe:
-    """When checkpoints are written. Training goes on during the write.
-
-    Args:
-        every_samples: Number of samples between two checkpoints; at 0, there is one only at the end and on a stop
-            signal.
-        every_minutes: Number of minutes between two checkpoints, in addition; at 0, the clock has no effect.
-        total_limit: Number of newest checkpoints to keep.
-    """
-
-    every_samples: SamplesOrZero = 0
-    every_minutes: Minutes = 0.0
-    total_limit: Count = 2
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ from flipscale.engines.checkpoint import CheckpointReader, Piece
 from flipscale.engines.first_weights import ParameterInit, build_weights
 from flipscale.engines.launch import Launch, shipped
 from flipscale.engines.layout import Averages, Layout
-from flipscale.engines.optimizers import OptimRecipe, build_optimizers, gradient_norm, set_learning_rate
+from flipscale.engines.optimizers import build_optimizers, gradient_norm, set_learning_rate
+from flipscale.engines.recipe import OptimRecipe
 from flipscale.engines.stragglers import PhaseLog
 from flipscale.model import FlipConfig, FlipModel, FlipPreTrainedModel
 

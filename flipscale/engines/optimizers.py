@@ -1,12 +1,11 @@
-"""The optimisers and their recipe: AdamW with the original's decay groups, or with Muon for the blocks' matrices.
+"""The optimisers: AdamW with the original's decay groups, or with Muon for the blocks' matrices.
 
 The model decides the groups of its parameters (`loss_parameters`, `no_weight_decay`, its modules' types).
 """
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,45 +14,7 @@ from torch.optim.adamw import adamw
 
 from flipscale.engines.launch import Launch
 from flipscale.engines.muon import Muon, buffer_elements, local
-from flipscale.io.options import NonNegative, OpenShare, Positive, ShareAboveZero, ShareBelowOne
-
-
-@dataclass(frozen=True)
-class OptimRecipe:
-    """The optimiser. Learning rates are in `stages`.
-
-    Args:
-        name: The optimiser: `adamw` (the paper's), or `muon` for the matrices of the blocks with `adamw` for everything
-            else.
-        weight_decay: The decoupled weight decay, which is multiplied by the learning rate; 0.2 in the paper's Table 10.
-        adam_beta1: The decay of AdamW's mean of gradients; 0.9 in the paper's Table 10.
-        adam_beta2: The decay of AdamW's mean of squares; 0.95 in the paper's Table 10.
-        adam_epsilon: The constant added to the root of AdamW's mean of squares; 1e-8 in the original's code.
-        muon_lr_ratio: Muon's rate as a multiple of AdamW's. Muon's update of a matrix has a spectral norm of about the
-            rate, times sqrt(rows / columns) for tall matrices.
-        muon_momentum: The Nesterov momentum of Muon.
-        ema_decay: The decay of averages of the weights. Each step mixes in its weights with 1 - ema_decay. Evaluations
-            and exports use the averages. By default there are none.
-        layer_decay: The factor between the rates of neighbouring blocks of a tower. The last block has the rate times
-            this, the block before it the rate times its square, and so on down to the embeddings. Final norms,
-            projections and heads have the whole rate. 0.75 in the paper's fine-tuning; by default all rates are equal.
-        tower_lr_ratio: The learning rate of the two towers relative to all else, such as a new decoder or head; 0.1 in
-            the paper's captioning and question answering.
-        max_grad_norm: The largest global norm of the gradients, which are clipped to it; by default nothing is clipped,
-            as in the paper.
-    """
-
-    name: Literal["adamw", "muon"] = "adamw"
-    weight_decay: NonNegative = 0.2
-    adam_beta1: ShareBelowOne = 0.9
-    adam_beta2: ShareBelowOne = 0.95
-    adam_epsilon: Positive = 1e-8
-    muon_lr_ratio: NonNegative = 10.0
-    muon_momentum: ShareBelowOne = 0.95
-    max_grad_norm: Positive | None = None
-    ema_decay: OpenShare | None = None
-    layer_decay: ShareAboveZero | None = None
-    tower_lr_ratio: Positive = 1.0
+from flipscale.engines.recipe import OptimRecipe
 
 
 class ShardedAdamW(torch.optim.AdamW):

@@ -7,7 +7,7 @@ import torch
 
 from flipscale.engines.device import bind_to_numa, keep_freed_memory
 from flipscale.engines.launch import Launch, launched_precision, promised_processes
-from flipscale.engines.optimizers import OptimRecipe
+from flipscale.engines.recipe import OptimRecipe
 from flipscale.io.errors import UserError
 
 if TYPE_CHECKING:

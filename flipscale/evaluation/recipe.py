@@ -40,7 +40,8 @@ class EvalRecipe:
     num_workers: Workers = 4
 
     def __post_init__(self) -> None:
-        self.planned()
+        if self.tasks or self.zero_shot or self.retrieval:
+            self.planned()
 
     def planned(self) -> list["Task"]:
         """Return the tasks with their intervals, None for those at `every_share`. The short forms are among them."""

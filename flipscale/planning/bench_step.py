@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from flipscale.engines.device import best_attention, fastest_product, peak_memory_bytes, wait_for
-from flipscale.engines.optimizers import OptimRecipe, build_optimizers, set_learning_rate
+from flipscale.engines.optimizers import build_optimizers, set_learning_rate
+from flipscale.engines.recipe import OptimRecipe
 from flipscale.model import FlipConfig, FlipModel
 from flipscale.model.patches import keep_lowest, num_kept
 from flipscale.objectives.contrastive import contrastive_loss

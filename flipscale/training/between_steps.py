@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from flipscale.data.samples import shard_sizes_digest
-from flipscale.engines.checkpoint import CheckpointWriter, SaveRecipe, checkpoint_of
+from flipscale.engines.checkpoint import CheckpointWriter, checkpoint_of
+from flipscale.engines.recipe import SaveRecipe
 from flipscale.evaluation.embedding import ClassifierEmbedder, Embedder
 from flipscale.evaluation.kinds.task import Task
 from flipscale.evaluation.recipe import EvalRecipe

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 import yaml
 
 from flipscale.data.recipe import DataRecipe, MaskRecipe
-from flipscale.engines.checkpoint import SaveRecipe
-from flipscale.engines.optimizers import OptimRecipe
+from flipscale.engines.recipe import OptimRecipe, SaveRecipe
 from flipscale.evaluation.recipe import EvalRecipe
 from flipscale.io.errors import UserError
 from flipscale.io.options import (

@@ -29,7 +29,7 @@ import torch
 import flipscale
 from flipscale.engines.checkpoint import latest_checkpoint
 from flipscale.engines.launch import launched_precision
-from flipscale.engines.optimizers import OptimRecipe
+from flipscale.engines.recipe import OptimRecipe
 from flipscale.io import json_lines
 from flipscale.io.atomic import sync, write_text
 from flipscale.io.errors import UserError

@@ -143,8 +143,8 @@ def train_compiled(file: str) -> None:
 
 
 def rewrite(file: str) -> None:
-    """Load the newest checkpoint of a run, and save it again in the folder `copy` of the run."""
-    from flipscale.engines.checkpoint import SaveRecipe
+    """The newest checkpoint of a run, loaded and saved again in the folder `copy` of the run."""
+    from flipscale.engines.recipe import SaveRecipe
     from flipscale.training.bad_samples import BadSamples
     from flipscale.training.between_steps import Saver
     from flipscale.training.watch import StepWatch

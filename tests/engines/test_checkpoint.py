@@ -11,12 +11,13 @@ from accelerate import Accelerator
 from conftest import TOWER
 from safetensors.torch import load_file
 
-from flipscale.engines.checkpoint import CheckpointReader, CheckpointWriter, SaveRecipe, latest_checkpoint
+from flipscale.engines.checkpoint import CheckpointReader, CheckpointWriter, latest_checkpoint
 from flipscale.engines.ddp import DdpEngine
 from flipscale.engines.engine import Engine
 from flipscale.engines.first_weights import fresh_weights
 from flipscale.engines.launch import Launch
-from flipscale.engines.optimizers import OptimRecipe, gradient_norm
+from flipscale.engines.optimizers import gradient_norm
+from flipscale.engines.recipe import OptimRecipe, SaveRecipe
 from flipscale.model import FlipConfig
 from flipscale.objectives.contrastive import contrastive_loss
 

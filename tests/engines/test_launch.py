@@ -21,7 +21,7 @@ from flipscale.engines.launch import (
     promised_processes,
     read_launch_file,
 )
-from flipscale.engines.optimizers import OptimRecipe
+from flipscale.engines.recipe import OptimRecipe
 from flipscale.engines.start import build_engine, engine_class, engine_classes, start_accelerator
 
 FOLDER = Path(__file__).parents[2] / "ds_configs"

@@ -13,7 +13,8 @@ from conftest import TOWER, metrics
 
 from flipscale.cli import main
 from flipscale.data.recipe import MaskRecipe
-from flipscale.engines.optimizers import OptimRecipe, build_optimizers
+from flipscale.engines.optimizers import build_optimizers
+from flipscale.engines.recipe import OptimRecipe
 from flipscale.model import FlipConfig, FlipModel, FlipOutput
 from flipscale.objectives.contrastive import Contrastive, contrastive_loss
 from flipscale.objectives.objective import Objective

@@ -25,11 +25,12 @@ from simulated.recorder import Collective, Recorder, resizing
 from torch.nn.parallel import DistributedDataParallel
 
 from flipscale.data.loader import PackedBatch, StepSampler
-from flipscale.engines.checkpoint import CheckpointWriter, SaveRecipe
+from flipscale.engines.checkpoint import CheckpointWriter
 from flipscale.engines.device import best_attention
 from flipscale.engines.first_weights import no_weights
 from flipscale.engines.launch import Launch, read_launch_file
 from flipscale.engines.optimizers import encoder_blocks
+from flipscale.engines.recipe import SaveRecipe
 from flipscale.engines.start import build_engine, engine_class, start_accelerator
 from flipscale.io.errors import UserError
 from flipscale.planning.activations import Step, example_batch

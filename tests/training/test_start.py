@@ -10,7 +10,7 @@ import pytest
 from conftest import add_member
 
 from flipscale.engines.launch import place_in_world
-from flipscale.engines.optimizers import OptimRecipe
+from flipscale.engines.recipe import OptimRecipe
 from flipscale.evaluation.suite import build_tasks, check_decodable
 from flipscale.io.errors import UserError
 from flipscale.io.files import check_writable

@@ -13,7 +13,8 @@ from conftest import metrics
 from safetensors.torch import load_file
 
 from flipscale.data.samples import Fault
-from flipscale.engines.checkpoint import CheckpointWriter, SaveRecipe
+from flipscale.engines.checkpoint import CheckpointWriter
+from flipscale.engines.recipe import SaveRecipe
 from flipscale.training.schedule import Schedule, StageRecipe, plan_stages
 from flipscale.training.step import StepLoss
 from flipscale.training.sync import MAX_SKIPPED_IN_A_ROW, StepSync

@@ -21,7 +21,8 @@ import sys, time, torch
 from types import SimpleNamespace
 from pathlib import Path
 from accelerate import Accelerator
-from flipscale.engines.checkpoint import CheckpointWriter, SaveRecipe
+from flipscale.engines.checkpoint import CheckpointWriter
+from flipscale.engines.recipe import SaveRecipe
 from flipscale.training.schedule import Schedule, StageRecipe, plan_stages
 from flipscale.training.step import StepLoss
 from flipscale.training.sync import StepSync

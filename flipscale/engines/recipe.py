@@ -1,0 +1,69 @@
+"""The recipe's `optim` and `save` sections, without torch, which `--help` does not import."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from flipscale.io.options import (
+    Count,
+    Minutes,
+    NonNegative,
+    OpenShare,
+    Positive,
+    SamplesOrZero,
+    ShareAboveZero,
+    ShareBelowOne,
+)
+
+
+@dataclass(frozen=True)
+class OptimRecipe:
+    """The optimiser. Learning rates are in `stages`.
+
+    Args:
+        name: The optimiser: `adamw` (the paper's), or `muon` for the matrices of the blocks with `adamw` for everything
+            else.
+        weight_decay: The decoupled weight decay, which is multiplied by the learning rate; 0.2 in the paper's Table 10.
+        adam_beta1: The decay of AdamW's mean of gradients; 0.9 in the paper's Table 10.
+        adam_beta2: The decay of AdamW's mean of squares; 0.95 in the paper's Table 10.
+        adam_epsilon: The constant added to the root of AdamW's mean of squares; 1e-8 in the original's code.
+        muon_lr_ratio: Muon's rate as a multiple of AdamW's. Muon's update of a matrix has a spectral norm of about the
+            rate, times sqrt(rows / columns) for tall matrices.
+        muon_momentum: The Nesterov momentum of Muon.
+        ema_decay: The decay of averages of the weights. Each step mixes in its weights with 1 - ema_decay. Evaluations
+            and exports use the averages. By default there are none.
+        layer_decay: The factor between the rates of neighbouring blocks of a tower. The last block has the rate times
+            this, the block before it the rate times its square, and so on down to the embeddings. Final norms,
+            projections and heads have the whole rate. 0.75 in the paper's fine-tuning; by default all rates are equal.
+        tower_lr_ratio: The learning rate of the two towers relative to all else, such as a new decoder or head; 0.1 in
+            the paper's captioning and question answering.
+        max_grad_norm: The largest global norm of the gradients, which are clipped to it; by default nothing is clipped,
+            as in the paper.
+    """
+
+    name: Literal["adamw", "muon"] = "adamw"
+    weight_decay: NonNegative = 0.2
+    adam_beta1: ShareBelowOne = 0.9
+    adam_beta2: ShareBelowOne = 0.95
+    adam_epsilon: Positive = 1e-8
+    muon_lr_ratio: NonNegative = 10.0
+    muon_momentum: ShareBelowOne = 0.95
+    max_grad_norm: Positive | None = None
+    ema_decay: OpenShare | None = None
+    layer_decay: ShareAboveZero | None = None
+    tower_lr_ratio: Positive = 1.0
+
+
+@dataclass(frozen=True)
+class SaveRecipe:
+    """When checkpoints are written. Training goes on during the write.
+
+    Args:
+        every_samples: Number of samples between two checkpoints; at 0, there is one only at the end and on a stop
+            signal.
+        every_minutes: Number of minutes between two checkpoints, in addition; at 0, the clock has no effect.
+        total_limit: Number of newest checkpoints to keep.
+    """
+
+    every_samples: SamplesOrZero = 0
+    every_minutes: Minutes = 0.0
+    total_limit: Count = 2
