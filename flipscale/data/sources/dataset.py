@@ -41,11 +41,6 @@ def load_rows(name: str, config: str | None, split: str) -> "Dataset":
     Args:
         name: a folder of `save_to_disk` or for `load_dataset`, a path or glob of files, or a name on the Hub. Files may
             be parquet, Arrow, CSV or JSON lines.
-        config: configuration of the dataset, if it has several.
-        split: split of the dataset.
-
-    Raises:
-        UserError: it cannot be loaded.
     """
     import datasets
 
@@ -72,12 +67,7 @@ class DatasetSource:
 
     Args:
         rows: a memory-mapped Dataset, so that copies in workers take no memory.
-        name: name in messages.
         image_column: column of an Image feature, or of encoded bytes.
-        caption_columns: columns of captions or lists of captions.
-
-    Raises:
-        UserError: a column is missing, or holds no images or no texts.
     """
 
     def __init__(self, rows: "Dataset", name: str, image_column: str, caption_columns: list[str]):
@@ -128,7 +118,6 @@ class DatasetSource:
 
         Raises:
             BadSample: the row has no image, or it is too large.
-            OSError: the image file cannot be read now.
         """
         content, file = (stored.get("bytes"), stored.get("path")) if isinstance(stored, dict) else (stored, None)
         if content is None and file:
@@ -170,11 +159,7 @@ class DatasetSource:
 
 
 def _check_columns(rows: "Dataset", name: str, image_column: str, caption_columns: list[str]) -> None:
-    """Raise unless the columns exist and may hold images and texts.
-
-    Raises:
-        UserError: one does not.
-    """
+    """Raise unless the columns exist and may hold images and texts."""
     from datasets import Image
 
     for column in (image_column, *caption_columns):

@@ -64,7 +64,6 @@ class ShardEntry(NamedTuple):
     Args:
         name: path relative to the folder of the manifest, or a URL.
         rows: index of the shard, uint32 `(samples, 3, 2)`.
-        damage: damage of the shard; empty if it is whole.
         num_bytes: length of the shard; 0 if unknown.
         mtime_ns: time of the last change; 0 if unknown.
     """
@@ -81,11 +80,8 @@ class Manifest:
     """A manifest in memory. Pickled, it takes 32 bytes a shard and the names.
 
     Args:
-        path: path of the file.
         pattern: name of the shards in the recipe, relative to the folder.
         table: one row a shard, of the dtype above.
-        names: joined names of all shards.
-        damage: damage by shard.
         folders: relative paths of the folders of `stamp`.
         digest: digest of the table and everything after it.
         stamp: digest of the folders' times when the shards were listed.
@@ -117,11 +113,7 @@ class Manifest:
         return [self.name(shard) for shard in range(len(self))]
 
     def row(self, shard: int, number: int) -> np.ndarray:
-        """Return the row of a sample in the index of its shard, uint32 `(3, 2)`.
-
-        Raises:
-            UserError: another manifest replaced this one.
-        """
+        """Return the row of a sample in the index of its shard, uint32 `(3, 2)`."""
         if self._file is None:
             self._file = self._opened()
         # Not mapped to memory, because a file that is cut short would kill the process.
@@ -160,16 +152,7 @@ class Manifest:
 
 
 def read_manifest(path: Path, pattern: str, remedy: str) -> Manifest | None:
-    """Return the manifest at `path`, or None.
-
-    Args:
-        path: path of the file.
-        pattern: expected pattern of the manifest.
-        remedy: the fix in error messages.
-
-    Raises:
-        UserError: the file is of another version, is damaged, or lists other shards.
-    """
+    """Return the manifest at `path`, or None."""
     try:
         file = open_plain(path)
     except (FileNotFoundError, NotADirectoryError):
@@ -202,12 +185,7 @@ def read_manifest(path: Path, pattern: str, remedy: str) -> Manifest | None:
 
 
 def _parsed(path: Path, content: bytes, json_bytes: int, digest: bytes, stamp: int) -> Manifest:
-    """Return the manifest with the table, names and JSON in `content`.
-
-    Raises:
-        ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError: the content is no manifest, or a
-            name leads out of the folder.
-    """
+    """Return the manifest with the table, names and JSON in `content`."""
     about = json.loads(content[-json_bytes:])
     table = np.frombuffer(content, _TABLE, about["shards"])
     names = content[table.nbytes : -json_bytes]
@@ -231,14 +209,9 @@ def write_manifest(path: Path, pattern: str, entries: Iterable[ShardEntry], fold
     """Write a manifest.
 
     Args:
-        path: path of the file.
         pattern: name of the shards in the recipe, relative to the folder.
-        entries: the shards.
         folders: relative paths of folders whose times are stamped.
         rows: whether the manifest holds the shards' indices.
-
-    Raises:
-        OSError: the file cannot be written, or a shard cannot be read.
     """
     table: list[tuple[int, int, int, int]] = []
     names, name_end, damage = [], 0, {}
@@ -263,11 +236,7 @@ def _digest(content: bytes) -> bytes:
 
 
 def split_shards(shards: str, is_folder: Callable[[str], bool]) -> tuple[str, str]:
-    """Return the folder of `shards`, and the pattern of names in it: `*.tar` for a whole folder.
-
-    Raises:
-        UserError: `shards` is empty.
-    """
+    """Return the folder of `shards`, and the pattern of names in it: `*.tar` for a whole folder."""
     if not shards:
         raise UserError("data.shards is empty; name a folder of *.tar, a glob, or a range like {00000..00041}.tar")
     if is_folder(shards):
@@ -278,11 +247,7 @@ def split_shards(shards: str, is_folder: Callable[[str], bool]) -> tuple[str, st
 
 
 def expand_range(shards: str) -> list[str] | None:
-    """Return the names of a range such as `{00000..00041}.tar`; None if `shards` has no range.
-
-    Raises:
-        UserError: the range has too many shards.
-    """
+    """Return the names of a range such as `{00000..00041}.tar`; None if `shards` has no range."""
     numbered = re.fullmatch(r"(.*)\{(\d+)\.\.(\d+)\}(.*)", shards)
     if numbered is None:
         return None
@@ -321,24 +286,13 @@ def manifest_name(pattern: str) -> str:
 
 
 def expand_shards(shards: str) -> list[Path]:
-    """Return the paths of `shards` on this machine, sorted.
-
-    Raises:
-        UserError: there is none.
-    """
+    """Return the paths of `shards` on this machine, sorted."""
     shard_list = ShardList(shards)
     return [shard_list.path(name) for name in shard_list.names()]
 
 
 class ShardList:
-    """Shards on this machine.
-
-    Args:
-        shards: a folder, a glob, or a range such as `{00000..00041}.tar`.
-
-    Raises:
-        UserError: `shards` is empty.
-    """
+    """Shards on this machine."""
 
     def __init__(self, shards: str):
         self.shards = shards
@@ -365,11 +319,7 @@ class ShardList:
         return Path(self.folder, name)
 
     def names(self) -> list[str]:
-        """Return the names of the shards, relative to the folder, sorted. Files that flipscale writes are skipped.
-
-        Raises:
-            UserError: there is none.
-        """
+        """Return the names of the shards, relative to the folder, sorted. Files that flipscale writes are skipped."""
         names = expand_range(self.pattern)
         if names is None:
             # Sorted folder by folder, as paths are.
@@ -390,7 +340,6 @@ class ShardList:
         """Return whether no shard was added or removed since `manifest` was written.
 
         Args:
-            manifest: a manifest of these shards.
             may_list: whether to list the shards again if a folder has changed.
         """
         try:
@@ -417,7 +366,6 @@ class ShardList:
 
         Args:
             is_good: checks a few shards.
-            anew: whether to write the manifest in any case.
 
         Raises:
             UserError: a manifest is of another version, damaged, or lists other shards; a shard is missing; or no
@@ -510,12 +458,8 @@ def written_once(place: Path, read: Callable[[bool], Manifest | None], write: Ca
     another process writes.
 
     Args:
-        place: path of the manifest.
         read: returns a good manifest or None; its argument is whether it may list the shards, as one process does.
         write: writes and returns the manifest.
-
-    Raises:
-        OSError: the writer gives no sign of life.
     """
     lock = FileLock(_lock_of(place), timeout=0)
     is_waiting = False

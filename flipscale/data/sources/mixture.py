@@ -23,10 +23,6 @@ _LEAST_SHARE = 1e-4
 class Mixture:
     """The shards of several sources, one source after another.
 
-    Args:
-        sources: sources to mix.
-        weights: relative weights of the sources.
-
     Raises:
         UserError: a weight is less than a ten-thousandth of the sum, or a source is empty.
     """
@@ -174,11 +170,7 @@ class MixtureOrder:
 
 
 def order_of(source: Source, seed: int, recipe: DataRecipe) -> GlobalOrder | MixtureOrder:
-    """Return the global order of a source's samples.
-
-    Raises:
-        UserError: the source is empty, or the recipe's lanes do not divide its batch.
-    """
+    """Return the global order of a source's samples."""
     lanes = Lanes(recipe.num_lanes, recipe.global_batch_size)
     if isinstance(source, Mixture):
         return MixtureOrder(source, seed, recipe.shards_per_block, lanes)

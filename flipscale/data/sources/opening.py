@@ -46,16 +46,7 @@ def open_source(recipe: DataRecipe) -> Source:
 
 
 def open_shards(shards: str, recipe: DataRecipe, anew: bool = False) -> TarSource:
-    """Open tar shards, on this machine or at a URL through the recipe's cache.
-
-    Args:
-        shards: a folder, a glob or a range of shards.
-        recipe: settings of the cache.
-        anew: whether to rewrite an existing manifest.
-
-    Raises:
-        UserError: a shard is missing.
-    """
+    """Open tar shards, on this machine or at a URL through the recipe's cache."""
     if "://" not in shards:
         return TarSource(shards, anew)
     cache = ShardCache(Path(recipe.cache_dir).expanduser(), recipe.cache_bytes)
@@ -73,11 +64,7 @@ def _open(recipe: SourceRecipe, data: DataRecipe, name: str) -> Source:
 
 
 def check_bad_shards(source: Source, max_bad_fraction: float) -> None:
-    """Raise if too many shards are unreadable.
-
-    Raises:
-        UserError: more than `max_bad_fraction` of the shards are.
-    """
+    """Raise if too many shards are unreadable."""
     bad = [fault for fault in source.faults if fault.cause == "unreadable_shard"]
     if len(bad) > max_bad_fraction * len(source.shard_sizes):
         raise UserError(
@@ -95,14 +82,6 @@ class Subset:
     and 1 ms for a shard of 10,000 samples at its first read.
 
     Every shard keeps its part, so a subset is spread over the data as the whole is. Shards at URLs are fetched whole.
-
-    Args:
-        source: source of all samples.
-        fraction: fraction of the samples, above 0, at most 1.
-        name: name of the source, for the message.
-
-    Raises:
-        UserError: no sample is left.
     """
 
     def __init__(self, source: Source, fraction: float, name: str):

@@ -88,11 +88,7 @@ Result = TypeVar("Result")
 
 
 def file_system(url: str) -> tuple[Any, str]:
-    """Return fsspec's file system of a URL, and the path in it.
-
-    Raises:
-        ValueError: the protocol is unknown, or its package is not installed.
-    """
+    """Return fsspec's file system of a URL, and the path in it."""
     import fsspec
 
     if url.startswith("hf:"):
@@ -105,31 +101,18 @@ def file_system(url: str) -> tuple[Any, str]:
 
 
 def information(url: str) -> dict[str, Any]:
-    """Return the server's information about a file: `size`, possibly None, and a checksum or a time.
-
-    Raises:
-        FileNotFoundError, PermissionError: the file does not exist or may not be read.
-        OSError: the server does not answer.
-    """
+    """Return the server's information about a file: `size`, possibly None, and a checksum or a time."""
     return with_retries(url, lambda: information_at_once(url), _START_PATIENCE_SECONDS)
 
 
 def information_at_once(url: str) -> dict[str, Any]:
-    """Return `information`, without retries.
-
-    Raises:
-        Exception: any kind, because each protocol has its own for a broken connection.
-    """
+    """Return `information`, without retries."""
     system, remote = file_system(url)
     return _watched(system, "info", lambda: 0, _SILENT_SECONDS, remote)
 
 
 def list_urls(url: str) -> list[str]:
-    """Return the URLs that match a pattern, sorted.
-
-    Raises:
-        OSError: the server does not answer.
-    """
+    """Return the URLs that match a pattern, sorted."""
 
     def ask() -> list[str]:
         system, remote = file_system(url)
@@ -143,14 +126,10 @@ def fetch(url: str, path: Path, size: int | None, most_bytes: int) -> None:
     """Write a file to `path`, without retries.
 
     Args:
-        url: URL of the file.
-        path: local path to write to.
-        size: expected size in bytes; None if unknown.
         most_bytes: limit of the written bytes.
 
     Raises:
         OSError: the size differs, or the transfer is too slow or too long.
-        Exception: any kind, because each protocol has its own for a broken connection.
     """
     import fsspec
 
@@ -176,13 +155,7 @@ def with_retries(url: str, ask: Callable[[], Result], patience: float = _PATIENC
     """Return the result of `ask`, with retries and a warning after each error that may pass.
 
     Args:
-        url: URL of the request, for messages.
-        ask: a request without retries.
         patience: seconds after which no further try begins.
-
-    Raises:
-        FileNotFoundError, PermissionError, ValueError: as `ask`.
-        OSError: the last try failed, or the local disk is full.
     """
     started = time.monotonic()
     for number in range(1, _TRIES + 1):
@@ -225,14 +198,8 @@ def _watched(system: Any, name: str, progress: Callable[[], int], seconds: float
     Only methods in fsspec's event loop are watched. The Hub's file system has its own time-outs (`guard_requests`).
 
     Args:
-        system: fsspec's file system.
-        name: name of the method.
         progress: returns the number of bytes so far.
         seconds: length of a period.
-        arguments, named: arguments of the method.
-
-    Raises:
-        OSError: too few bytes came in a period.
     """
     from fsspec.asyn import sync
 
@@ -261,13 +228,6 @@ class ShardCache:
     The least recently read shards are removed to make room. One process at a time fetches a shard, under a lock that
     ends with its process. A shard is written under a temporary name, and renamed when it has the original's size. The
     temporary name contains the size, so that concurrent transfers keep the limit together.
-
-    Args:
-        folder: folder on a local disk.
-        max_bytes: limit of all copies together.
-
-    Raises:
-        UserError: the folder cannot be made or written.
     """
 
     def __init__(self, folder: Path, max_bytes: int):
@@ -288,11 +248,7 @@ class ShardCache:
         return self.folder / f"{hashlib.blake2b(url.encode(), digest_size=8).hexdigest()}-{name}"
 
     def open(self, url: str) -> int:
-        """Return a file descriptor of the copy of `url`, after fetching it if needed.
-
-        Raises:
-            OSError: `url` cannot be fetched.
-        """
+        """Return a file descriptor of the copy of `url`, after fetching it if needed."""
         path = self.path(url)
         while True:
             try:
@@ -309,11 +265,7 @@ class ShardCache:
         remove(self.path(url))
 
     def fetch(self, url: str) -> None:
-        """Fetch `url` with retries, unless its copy exists; wait if another process fetches it.
-
-        Raises:
-            OSError: `url` cannot be fetched.
-        """
+        """Fetch `url` with retries, unless its copy exists; wait if another process fetches it."""
         path = self.path(url)
         if path.exists():
             return
@@ -322,11 +274,7 @@ class ShardCache:
                 with_retries(url, lambda: self._transfer(url, path))
 
     def try_to_fetch(self, url: str) -> None:
-        """Fetch `url` without retries, unless its copy exists or another process fetches it.
-
-        Raises:
-            Exception: any kind, because each protocol has its own for a broken connection.
-        """
+        """Fetch `url` without retries, unless its copy exists or another process fetches it."""
         path = self.path(url)
         with suppress(Timeout), self._lock(path, timeout=0):
             if not path.exists():
@@ -394,13 +342,6 @@ class RemoteShardList(ShardList):
     The content of a URL must not change. New shards are seen after `flipscale prepare index` has rewritten the
     manifest. A manifest beside the shards is fetched. Without it, one process of each node makes a manifest in the
     cache, from the indices beside the shards or else from the shards.
-
-    Args:
-        shards: a range, glob or folder at a URL.
-        cache: cache of the machine.
-
-    Raises:
-        UserError: no shard is found, or the protocol's package is not installed.
     """
 
     def __init__(self, shards: str, cache: ShardCache):
@@ -463,7 +404,6 @@ class RemoteShardList(ShardList):
         """Return the index of a shard: from the cache, from beside the shard, or built.
 
         Args:
-            name: name of the shard.
             size: length of the shard, if known; an index of another length is rebuilt.
         """
         url = self.path(name)
@@ -555,12 +495,7 @@ class RemoteTarSource(TarSource):
 
     Args:
         shards: a range, glob or folder at a URL of fsspec, such as `s3://`, `gs://`, `hf://` or `https://`.
-        cache: cache of the machine.
         recipe: batch size, lanes and blocks, which determine the needed size of the cache.
-        anew: whether to rewrite an existing manifest.
-
-    Raises:
-        UserError: a shard is missing, or the cache is too small for a node's current and next shards.
     """
 
     def __init__(self, shards: str, cache: ShardCache, recipe: DataRecipe, anew: bool = False):
@@ -587,11 +522,7 @@ class RemoteTarSource(TarSource):
         self._ahead.want([self.shard_name(shard) for shard in shards])
 
     def publish(self) -> None:
-        """Write the manifest and the missing indices beside the shards, for other machines.
-
-        Raises:
-            UserError: the place is not writable.
-        """
+        """Write the manifest and the missing indices beside the shards, for other machines."""
         assert isinstance(self.list, RemoteShardList)
         url = self.list.url
         try:

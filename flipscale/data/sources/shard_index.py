@@ -74,7 +74,6 @@ class TarMember(NamedTuple):
     """A file in a tar.
 
     Args:
-        name: path in the tar.
         offset: position of the content, in bytes.
         size: length of the content, in bytes.
         trouble: reason why the file cannot be used; empty if it can.
@@ -119,12 +118,7 @@ class _Header(tarfile.TarInfo):
 
 
 def open_plain(path: str | Path) -> int:
-    """Return a file descriptor of a plain file, for reading, without waiting for a FIFO.
-
-    Raises:
-        NotAFile: the path is no plain file.
-        OSError: the file cannot be opened.
-    """
+    """Return a file descriptor of a plain file, for reading, without waiting for a FIFO."""
     kind = stat.S_IFMT(os.stat(path).st_mode)
     if kind != stat.S_IFREG:
         names = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket"}
@@ -237,8 +231,6 @@ class Index(NamedTuple):
 
     Args:
         rows: places of the samples' files, uint32 `(samples, 3, 2)`.
-        damage: damage of the shard; empty if it is whole.
-        num_bytes: length of the shard.
         mtime_ns: time of the shard's last change, on the machine that made the index.
     """
 
@@ -263,11 +255,7 @@ def index_path(shard: Path) -> Path:
 
 
 def load_index(shard: Path) -> Index:
-    """Return the index of `shard`. If it is missing, or the shard has another size or time, build and write it.
-
-    Raises:
-        OSError: the shard cannot be read.
-    """
+    """Return the index of `shard`. If it is missing, or the shard has another size or time, build and write it."""
     with suppress(OSError, ValueError):
         index = read_index(_content(index_path(shard)))
         if (index.num_bytes, index.mtime_ns) == size_and_time(shard):
@@ -300,11 +288,7 @@ def places(row: np.ndarray) -> Places:
 
 
 def read_index(content: bytes) -> Index:
-    """Return the index in a file with this content.
-
-    Raises:
-        UserError: the content is not an index, or was changed.
-    """
+    """Return the index in a file with this content."""
     try:
         if _digest(content[:-_DIGEST_BYTES]) != content[-_DIGEST_BYTES:]:
             raise UserError("the index was changed")
@@ -379,11 +363,7 @@ def _array_header(num_samples: int) -> bytes:
 
 
 def _content(path: Path) -> bytes:
-    """Return the content of a plain file.
-
-    Raises:
-        OSError: it cannot be read.
-    """
+    """Return the content of a plain file."""
     with os.fdopen(open_plain(path), "rb") as file:
         return file.read()
 

@@ -66,13 +66,6 @@ class TarSource:
     """The samples of tar shards by (shard, number), read at indexed offsets.
 
     A truncated shard has its readable samples, and an unreadable shard is empty. `faults` names both.
-
-    Args:
-        shards: a folder, a glob or a range of shards.
-        anew: whether to rewrite an existing manifest.
-
-    Raises:
-        UserError: a shard is missing.
     """
 
     def __init__(self, shards: str, anew: bool = False):
@@ -135,21 +128,13 @@ class TarSource:
         )
 
     def read_captions(self, shard: int, number: int) -> tuple[bytes, ...]:
-        """Return the captions of sample `number` of shard `shard`, without reading its image.
-
-        Raises:
-            BadSample, StaleManifest, OSError: as `read`.
-        """
+        """Return the captions of sample `number` of shard `shard`, without reading its image."""
         where = places(self._row(shard, number))
         stored = self._read(shard, where.caption) if where.caption else b""
         return captions_of_json(stored) if where.is_json and stored else (stored,) if stored else ()
 
     def read_label(self, shard: int, number: int) -> int | None:
-        """Return the class number of sample `number` of shard `shard`, or None, without reading its image.
-
-        Raises:
-            BadSample, StaleManifest, OSError: as `read`.
-        """
+        """Return the class number of sample `number` of shard `shard`, or None, without reading its image."""
         place = places(self._row(shard, number)).class_number
         return _label(self._read(shard, place) if place else None)
 
@@ -159,7 +144,6 @@ class TarSource:
 
         Raises:
             UserError: the file is no array of numbers, or cut short. Pickled objects are not read.
-            BadSample, StaleManifest, OSError: as `read`.
         """
         place = places(self._row(shard, number)).array
         if place is None:
@@ -220,11 +204,7 @@ class TarSource:
         return self._open[shard]
 
     def _open_checked(self, shard: int) -> int:
-        """Open a shard, and compare the open file with its entry in the manifest.
-
-        Raises:
-            StaleManifest: they differ.
-        """
+        """Open a shard, and compare the open file with its entry in the manifest."""
         name = self.shard_name(shard)
         try:
             file = self._open_shard(name)
@@ -277,9 +257,6 @@ def _most_open() -> int:
 def _read_fields(file: int, where: Places) -> list[bytes | None]:
     """Return the image, caption and class number of a sample, None for a missing one. One read gets all of them if they
     are close, as in most tars.
-
-    Raises:
-        BadSample: a file is too large, or cut short.
     """
     check_bytes(where.image.size, MAX_IMAGE_BYTES, "an image")
     for text in (where.caption, where.class_number):
