@@ -37,11 +37,7 @@ def choose_caption(captions: tuple[bytes, ...], draw: float) -> str:
     """Return one of a sample's captions. Blank captions do not count.
 
     Args:
-        captions: captions as stored.
         draw: uniform number in [0, 1) that chooses the caption.
-
-    Raises:
-        BadSample: the sample has no caption, or one of them is too long or not UTF-8.
     """
     texts = [text for text in (_text(caption) for caption in captions) if text]
     if not texts:
@@ -63,11 +59,7 @@ def _text(caption: bytes) -> str:
 
 
 def captions_of_json(stored: bytes) -> tuple[bytes, ...]:
-    """Return the captions in a sample's `KEY.json`, an object: the field `captions`, else `caption`.
-
-    Raises:
-        BadSample: the file is too long or no JSON object, or its captions are no texts.
-    """
+    """Return the captions in a sample's `KEY.json`, an object: the field `captions`, else `caption`."""
     check_bytes(len(stored), MAX_TEXT_BYTES, "KEY.json")
     try:
         fields = json.loads(stored)
@@ -80,15 +72,7 @@ def captions_of_json(stored: bytes) -> tuple[bytes, ...]:
 
 
 def encoded_captions(value: Any, name: str) -> tuple[bytes, ...]:
-    """Return the captions in a field, UTF-8: a text is one caption, a list holds several; nulls are skipped.
-
-    Args:
-        value: content of the field.
-        name: name of the field for messages.
-
-    Raises:
-        UndecodableCaption: a value is no text, or holds half of a surrogate pair.
-    """
+    """Return the captions in a field, UTF-8: a text is one caption, a list holds several; nulls are skipped."""
     captions = value if isinstance(value, list) else [value]
     for caption in captions:
         if not isinstance(caption, str | None):
@@ -100,11 +84,7 @@ def encoded_captions(value: Any, name: str) -> tuple[bytes, ...]:
 
 
 def tokenise(tokenizer: "PreTrainedTokenizerBase", texts: list[str], max_tokens: int) -> dict[str, "torch.Tensor"]:
-    """Return `input_ids` and `attention_mask`, int64 `(texts, max_tokens)`; texts are cut or padded to that length.
-
-    Raises:
-        UntokenizableCaption: the tokenizer raised for one of the texts.
-    """
+    """Return `input_ids` and `attention_mask`, int64 `(texts, max_tokens)`; texts are cut or padded to that length."""
     with wrap_errors(UntokenizableCaption):
         tokens = tokenizer(texts, padding="max_length", max_length=max_tokens, truncation=True, return_tensors="pt")
     return {"input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"]}
@@ -113,11 +93,7 @@ def tokenise(tokenizer: "PreTrainedTokenizerBase", texts: list[str], max_tokens:
 def tokenise_captions(
     tokenizer: "PreTrainedTokenizerBase", captions: list[str], length: int
 ) -> dict[str, "torch.Tensor"]:
-    """Return `tokenise` of captions, each of which needs a token.
-
-    Raises:
-        UntokenizableCaption: the tokenizer raised for a caption, or returned no token for one.
-    """
+    """Return `tokenise` of captions, each of which needs a token."""
     tokens = tokenise(tokenizer, captions, length)
     if not tokens["attention_mask"].any(dim=1).all():
         raise UntokenizableCaption("the tokenizer makes no token of it")

@@ -114,7 +114,6 @@ def random_box(height: int, width: int, draws: np.ndarray, image_size: int, crop
     Each try draws the area uniformly from `crop_scale`, and the aspect ratio log-uniformly from 3/4 to 4/3.
 
     Args:
-        height, width: size of the image in pixels.
         draws: `DRAWS_PER_CROP` uniform numbers of the sample.
         image_size: size of the fallback, a centred square.
         crop_scale: least and most area of the crop as fractions of the image's.
@@ -149,12 +148,10 @@ def decode_crop(encoded: bytes, draws: np.ndarray | None, image_size: int, crop_
         encoded: bytes of the image file.
         draws: `DRAWS_PER_CROP` uniform numbers for a random crop, mirrored if the last is below 0.5; None for the
             centre.
-        image_size: pixels along each side of the model's images.
         crop_scale: least and most area of a random crop as fractions of the image's.
 
     Raises:
-        UndecodableImage: the bytes are no image, or a damaged one.
-        OversizedImage: the image exceeds the limits of this module.
+        UndecodableImage: the bytes are no image, or a damaged or an oversized one.
     """
     jpeg_size = _plain_jpeg_size(encoded)
     if jpeg_size is None:
@@ -181,11 +178,7 @@ def decode_crop(encoded: bytes, draws: np.ndarray | None, image_size: int, crop_
 
 @wrap_errors(UndecodableImage)
 def decode_whole(encoded: bytes) -> np.ndarray:
-    """Return the whole image, upright: uint8 RGB `(height, width, 3)`.
-
-    Raises:
-        UndecodableImage: see `decode_crop`.
-    """
+    """Return the whole image, upright: uint8 RGB `(height, width, 3)`."""
     jpeg_size = _plain_jpeg_size(encoded)
     if jpeg_size is None:
         return _decode_other(encoded)
@@ -198,9 +191,6 @@ def decode_small(encoded: bytes, least_side: int) -> np.ndarray:
 
     A JPEG is decoded at the smallest of half, a quarter and an eighth of its size that still has `least_side` pixels
     across.
-
-    Raises:
-        UndecodableImage: see `decode_crop`.
     """
     jpeg_size = _plain_jpeg_size(encoded)
     if jpeg_size is None:
@@ -332,11 +322,7 @@ class _MeteredFile(io.BytesIO):
         self.is_opened = False
 
     def read(self, size: int | None = -1) -> bytes:
-        """Return the next `size` bytes.
-
-        Raises:
-            OversizedImage: the reads exceed the limit.
-        """
+        """Return the next `size` bytes."""
         content = super().read(size)
         self.reads += 1
         if not self.is_opened:
@@ -348,11 +334,7 @@ class _MeteredFile(io.BytesIO):
 
 
 def open_image(encoded: bytes) -> Image.Image:
-    """Open an image with Pillow, which reads only its header.
-
-    Raises:
-        UndecodableImage: see `decode_crop`.
-    """
+    """Open an image with Pillow, which reads only its header."""
     _check_tiff(encoded)
     file = _MeteredFile(encoded)
     try:
@@ -423,9 +405,6 @@ def _rgb(image: Image.Image) -> np.ndarray:
 def _check_tiff(encoded: bytes) -> None:
     """Raise if Pillow should not open a TIFF: it makes a Python object of each value of many tags before it knows the
     size of the image.
-
-    Raises:
-        OversizedImage: a BigTIFF, a tag of too many values, or too large tiles.
     """
     if encoded[:2] not in (b"II", b"MM") or not {42, 43} & set(encoded[2:4]):
         return
@@ -496,11 +475,7 @@ def _has_one_scan(encoded: bytes) -> bool:
 
 
 def _has_exif(encoded: bytes) -> bool:
-    """Return whether one of the APPn blocks at the start of a JPEG is EXIF. Most images in shards have none.
-
-    Raises:
-        OversizedImage: there are more than `_MOST_APP_BLOCKS` blocks.
-    """
+    """Return whether one of the APPn blocks at the start of a JPEG is EXIF. Most images in shards have none."""
     start = 2
     for _ in range(_MOST_APP_BLOCKS):
         if encoded[start : start + 1] != b"\xff" or not 0xE0 <= encoded[start + 1] <= 0xEF:

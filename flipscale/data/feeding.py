@@ -35,10 +35,6 @@ def restartable_batches(
 
     When a worker dies (out of memory, killed), its shard is logged and all workers start again at the current step. A
     batch is a function of its step, so none is lost or repeated.
-
-    Raises:
-        UserError: the data cannot be used.
-        OSError: a shard cannot be read, or workers died `_MAX_DEATHS_IN_A_ROW` times without a batch in between.
     """
     step, deaths = first_step, 0
     while step < last_step:
@@ -61,23 +57,14 @@ def restartable_batches(
 
 
 class _WorkerDied(Exception):
-    """A worker died.
-
-    Args:
-        pids: process numbers that torch names, possibly none.
-    """
+    """A worker died."""
 
     def __init__(self, pids: set[int]):
         self.pids = pids
 
 
 def _next_batch(micro_batches: Iterator[PackedBatch | Exception], count: int) -> list[PackedBatch]:
-    """Return the next `count` micro-batches, an empty list at the end.
-
-    Raises:
-        _WorkerDied: a worker died before it delivered them.
-        UserError, OSError: the data cannot be used or read.
-    """
+    """Return the next `count` micro-batches, an empty list at the end."""
     try:
         batch = list(islice(micro_batches, count))
     except RuntimeError as error:

@@ -40,9 +40,6 @@ class LabelledDataset(PairDataset):
 
     If `recipe.augment` mixes images, each two neighbours are mixed. `labels` are then `(batch, 2)`, an image's own
     class and the other's, and `label_shares` fp32 `(batch, 2)` are their shares.
-
-    Args:
-        num_classes: number of classes of the model's head.
     """
 
     annotation: ClassVar[str] = "class number"
@@ -96,9 +93,6 @@ class QuestionDataset(PairDataset):
 
     `KEY.cls` of a sample holds the number of its one answer. Or `KEY.npy` counts the people who gave each answer and,
     last, any other answer.
-
-    Args:
-        num_answers: length of the list of answers.
     """
 
     annotation: ClassVar[str] = "question with an answer"
@@ -142,12 +136,7 @@ class QuestionDataset(PairDataset):
 
 
 def check_labels(source: Source) -> None:
-    """Raise if the first good sample has no class number, because then, as a rule, no sample has one.
-
-    Raises:
-        UserError: the first good sample has no class number.
-        OSError: the sample cannot be read.
-    """
+    """Raise if the first good sample has no class number, because then, as a rule, no sample has one."""
     for shard, size in enumerate(source.shard_sizes):
         if not size:
             continue

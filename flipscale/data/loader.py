@@ -34,9 +34,6 @@ class StepSampler(Sampler[list[int]]):
     """Positions of process `rank` of `world_size` in steps [first_step, last_step).
 
     Each step is `micro_batches` lists of `micro_batch_size` positions.
-
-    Raises:
-        UserError: the processes do not divide the global batch, or the micro-batch does not divide a process's part.
     """
 
     def __init__(
@@ -73,11 +70,7 @@ class StepSampler(Sampler[list[int]]):
 
 
 def pairs_of_a_process(global_batch_size: int, world_size: int) -> int:
-    """Return the number of pairs of a batch for each process.
-
-    Raises:
-        UserError: the processes do not divide the batch.
-    """
+    """Return the number of pairs of a batch for each process."""
     if global_batch_size % world_size == 0:
         return global_batch_size // world_size
     fits = [count for count in range(1, min(2 * world_size, global_batch_size + 1)) if global_batch_size % count == 0]
@@ -99,13 +92,7 @@ class Field(NamedTuple):
 
 
 class PackedBatch(dict[str, Any]):
-    """A batch in one buffer: one shared-memory segment from the worker, one pinned copy, one transfer to the device.
-
-    Args:
-        buffer: uint8 tensor; the tensors of the batch, by name, are views of it.
-        layout: place of each tensor in the buffer.
-        faults: faults of the batch's samples.
-    """
+    """A batch in one buffer: one shared-memory segment from the worker, one pinned copy, one transfer to the device."""
 
     def __init__(self, buffer: torch.Tensor, layout: dict[str, Field], faults: list[Fault]):
         self.buffer, self.layout, self.faults = buffer, layout, faults
@@ -211,9 +198,6 @@ def build_loader(
     """Return a DataLoader over the micro-batches of process `rank` in steps [first_step, last_step).
 
     It yields a `PackedBatch`, or the error that making the batch raised.
-
-    Raises:
-        UserError: the batch does not divide, see `StepSampler`.
     """
     recipe = dataset.recipe
     sizes = (recipe.global_batch_size, rank, world_size, recipe.micro_batch_size)
@@ -244,11 +228,7 @@ def prepare_workers() -> None:
 
 
 def check_shared_memory(num_workers: int, folder: str = "/dev/shm") -> None:
-    """Raise if shared memory has no room even for the locks of processes.
-
-    Raises:
-        OSError: there are workers, and shared memory is full.
-    """
+    """Raise if shared memory has no room even for the locks of processes."""
     if not num_workers or not os.path.isdir(folder):
         return
     free = os.statvfs(folder)

@@ -65,9 +65,6 @@ def grid_cell(rows: int, columns: int, kept: int) -> tuple[int, int]:
 def block(noise: torch.Tensor, kept: int, views: int) -> torch.Tensor:
     """Score the patches for one window, nearly square, whose last row may be cut short: the row-major place in the
     window, and a higher score outside.
-
-    Raises:
-        UserError: several views.
     """
     _refuse_views("block", views)
     rows, columns = noise.shape[1:]
@@ -85,11 +82,7 @@ def block(noise: torch.Tensor, kept: int, views: int) -> torch.Tensor:
 
 
 def centre(noise: torch.Tensor, kept: int, views: int) -> torch.Tensor:
-    """Score the patches for a draw without replacement, weighted by a Gaussian around the image's centre.
-
-    Raises:
-        UserError: several views.
-    """
+    """Score the patches for a draw without replacement, weighted by a Gaussian around the image's centre."""
     _refuse_views("centre", views)
     rows, columns = noise.shape[1:]
     down = (torch.arange(rows) + 0.5) / rows - 0.5
@@ -123,11 +116,7 @@ TEXT_MASKS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
 
 
 def check_kind(kind: str, kinds: dict[str, Callable[..., torch.Tensor]], field: str) -> None:
-    """Raise unless `kind` is one of `kinds`.
-
-    Raises:
-        UserError: it is not.
-    """
+    """Raise unless `kind` is one of `kinds`."""
     if kind not in kinds:
         raise UserError(f"{field} is {kind!r}; use one of {', '.join(kinds)}")
 
@@ -138,7 +127,6 @@ def keep_patches(noise: torch.Tensor, mask_ratio: float, kind: str = "random", v
     Args:
         noise: uniform numbers in [0, 1), `(batch, rows, columns)`.
         mask_ratio: fraction of patches removed, in [0, 1).
-        kind: a key of `IMAGE_MASKS`.
         views: number of masks of the same image; they share no patch.
 
     Raises:
@@ -166,7 +154,6 @@ def keep_tokens(noise: torch.Tensor, attention_mask: torch.Tensor, mask_ratio: f
         noise: uniform numbers in [0, 1), `(batch, tokens)`.
         attention_mask: `(batch, tokens)`, 0 for padding.
         mask_ratio: fraction of all tokens removed, padding included, in [0, 1).
-        kind: a key of `TEXT_MASKS`.
 
     Raises:
         ValueError: `mask_ratio` is outside of [0, 1) or leaves no token.
@@ -182,15 +169,8 @@ def keyed_patches(
     """Return the kept patches of each sample: int16 `(len(positions), views, kept)`, ascending.
 
     Args:
-        seed: seed of the run.
-        positions: global positions of the samples.
-        side: number of patches along each side of an image.
         mask_ratio: fraction of patches removed, in [0, 1).
-        kind: a key of `IMAGE_MASKS`.
         views: number of masks of the same image; they share no patch.
-
-    Raises:
-        UserError, ValueError: as `keep_patches`.
     """
     noise = keyed_uniform(seed, "mask", positions, side * side).reshape(-1, side, side)
     return keep_patches(torch.from_numpy(noise), mask_ratio, kind, views).numpy().astype(np.int16)

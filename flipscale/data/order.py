@@ -58,11 +58,7 @@ def share_out(num_shards: int, shards_per_block: int, lanes: Lanes) -> tuple[Lan
 
 
 def number_of_lanes(wish: int | None, batch_size: int) -> int:
-    """Return the number of lanes of a recipe: `wish`, or the largest common divisor of 64 and the batch.
-
-    Raises:
-        UserError: `wish` does not divide the batch.
-    """
+    """Return the number of lanes of a recipe: `wish`, or the largest common divisor of 64 and the batch."""
     if wish is None:
         return math.gcd(_USUAL_LANES, batch_size)
     if wish >= 1 and batch_size % wish == 0:
@@ -145,14 +141,8 @@ class GlobalOrder:
     nothing is cached, none if the blocks fit the page cache. A test counts both.
 
     Args:
-        shard_sizes: samples in each shard, in the order of the list of shards.
-        seed: seed of the run.
         shards_per_block: number of shards that are shuffled together, over all lanes.
         name: name of a mixture's source, which makes its order differ from the others.
-        lanes: lanes of a batch; a single lane by default.
-
-    Raises:
-        UserError: there is no sample.
     """
 
     def __init__(

@@ -29,14 +29,7 @@ _NARROW = {"input_ids": torch.int32, "position_ids": torch.int32, "attention_mas
 
 @dataclass(frozen=True)
 class InputShape:
-    """The sizes of the model's inputs.
-
-    Args:
-        image_size: pixels along each side of an image.
-        patch_size: pixels along each side of a patch.
-        max_tokens: tokens of a caption.
-        num_blocks: blocks of the image tower.
-    """
+    """The sizes of the model's inputs: pixels along each side, tokens of a caption, blocks of the image tower."""
 
     image_size: int
     patch_size: int
@@ -50,11 +43,7 @@ class InputShape:
         return cls(vision.image_size, vision.patch_size, text.max_position_embeddings, vision.num_hidden_layers)
 
     def at(self, image_size: int | None) -> "InputShape":
-        """Return the shape for another image size; None keeps the size.
-
-        Raises:
-            UserError: the patch size does not divide `image_size`.
-        """
+        """Return the shape for another image size; None keeps the size."""
         if image_size is None:
             return self
         try:
@@ -154,12 +143,7 @@ class PairDataset(Dataset):
         self.checks_captions = False
 
     def __getitems__(self, positions: list[int]) -> dict[str, Any]:
-        """Return the batch of these global positions, see the class.
-
-        Raises:
-            UserError: no sample can replace a bad one.
-            OSError: a shard cannot be read.
-        """
+        """Return the batch of these global positions, see the class."""
         where = np.asarray(positions, dtype=np.int64)
         index = self._visible(where)
         removed = removed_patches(index, self.shape.num_patches) if self.sends_masked and index is not None else None
@@ -263,11 +247,7 @@ class PairDataset(Dataset):
         )
 
     def _annotation(self, sample: Sample, draw: float) -> Any:
-        """Return the annotation of a sample; `draw` chooses one of its captions.
-
-        Raises:
-            BadSample: the sample has no usable annotation.
-        """
+        """Return the annotation of a sample; `draw` chooses one of its captions."""
         return choose_caption(sample.captions, draw)
 
     def _text(self, annotation: Any) -> str:
@@ -275,11 +255,7 @@ class PairDataset(Dataset):
         return annotation
 
     def _annotation_columns(self, captions: list[Any], where: np.ndarray) -> dict[str, torch.Tensor]:
-        """Return the columns of the annotations, with the recipe's mask of tokens.
-
-        Raises:
-            UntokenizableCaption: a caption has no tokens.
-        """
+        """Return the columns of the annotations, with the recipe's mask of tokens."""
         tokens = self._tokenise(captions)
         if self.text_mask_ratio > 0.0:
             tokens = mask_tokens(tokens, self.seed, where, self.text_mask_ratio, self.mask.text_kind)

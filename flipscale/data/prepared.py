@@ -22,11 +22,7 @@ def read_prepared(folder: Path) -> dict[str, Any] | None:
 
 
 def check_prepared(folder: Path, task: str) -> None:
-    """Raise unless the data of `task` in `folder` is whole.
-
-    Raises:
-        UserError: the data is missing, or a part of it.
-    """
+    """Raise unless the data of `task` in `folder` is whole."""
     if read_prepared(folder) is None:
         state = "was prepared only in part" if folder.exists() else "is missing"
         raise UserError(

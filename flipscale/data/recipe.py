@@ -141,9 +141,5 @@ class DataRecipe:
 
     @property
     def num_lanes(self) -> int:
-        """Number of lanes of the order.
-
-        Raises:
-            UserError: `lanes` does not divide the batch.
-        """
+        """Number of lanes of the order."""
         return number_of_lanes(self.lanes, self.global_batch_size)

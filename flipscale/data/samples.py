@@ -49,11 +49,7 @@ class UndecodableCaption(BadSample):
 
 
 def check_bytes(size: int, most: int, what: str) -> None:
-    """Raise unless a file of a sample has at most `most` bytes.
-
-    Raises:
-        OversizedSample: it has more.
-    """
+    """Raise unless a file of a sample has at most `most` bytes."""
     if size > most:
         raise OversizedSample(f"{what} of {size:,} bytes; at most {most:,} are read")
 
@@ -93,11 +89,7 @@ class Fault:
 
     Args:
         position: global position; None for a whole shard.
-        shard: name of the shard.
         number: sample index in the shard, among those that `data.fraction` leaves; None for a whole shard.
-        key: name of the sample; None for a whole shard.
-        cause: kind of fault.
-        detail: message.
     """
 
     position: int | None
@@ -117,9 +109,6 @@ class Sample:
     """One undecoded sample.
 
     Args:
-        name: name in messages.
-        image: encoded image.
-        captions: captions as stored.
         label: class number, if the source has one.
         read_array: reads the array stored beside the image; returns None without one, raises as
             `TarSource.read_array`.

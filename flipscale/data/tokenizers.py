@@ -43,9 +43,6 @@ def load_tokenizer(name: str, max_tokens: int) -> PreTrainedTokenizerBase:
     Args:
         name: a folder, a name on the Hub, or `bert` for the original's WordPiece.
         max_tokens: tokens after which a caption is cut.
-
-    Raises:
-        UserError: the tokenizer cannot be loaded.
     """
     from transformers import AutoTokenizer  # here, because the import takes a while
 
@@ -75,15 +72,10 @@ def train_sentencepiece(
     occurs at least twice is a piece, as far as `vocab_size` allows. Rarer words are made of smaller pieces.
 
     Args:
-        captions: training text.
-        out_dir: folder to save to, made if needed.
         vocab_size: limit of the number of pieces; few captions yield fewer.
         max_length: tokens after which a caption is cut; the tokenizer stores it.
         begin_and_end: whether to reserve tokens 2 and 3 for the begin and end of generated captions. The tokenizer does
             not add them.
-
-    Raises:
-        UserError: there are no captions, or the vocabulary is too small for their characters.
     """
     import sentencepiece
 
@@ -204,9 +196,6 @@ def bert_tokenizer(name_or_vocab_file: str | Path, max_length: int = 32) -> PreT
         name_or_vocab_file: a vocabulary (one piece a line, [PAD] first), a folder with a `vocab.txt`, or a model on the
             Hub with a `vocab.txt`, such as google-bert/bert-base-uncased.
         max_length: tokens after which a caption is cut; the tokenizer stores it.
-
-    Raises:
-        UserError: the file or model does not exist, or is not a WordPiece vocabulary.
     """
     path = _vocab_file(name_or_vocab_file)
     pieces = path.read_text(encoding="utf-8").split("\n")
@@ -293,11 +282,7 @@ def num_entries(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def begin_and_end(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
-    """Return `bos_token_id` and `eos_token_id` for generated captions: the tokenizer's, else BERT's [CLS] and [SEP].
-
-    Raises:
-        UserError: the tokenizer has no such tokens.
-    """
+    """Return `bos_token_id` and `eos_token_id` for generated captions: the tokenizer's, else BERT's [CLS] and [SEP]."""
     vocabulary = tokenizer.get_vocab()
     for begin, end in (
         (tokenizer.bos_token_id, tokenizer.eos_token_id),
@@ -313,11 +298,7 @@ def begin_and_end(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, text: FlipTextConfig | FlipDecoderConfig) -> None:
-    """Raise unless a tokenizer fits the text tower, or the decoder in its place.
-
-    Raises:
-        ValueError: the tokenizer has more entries than the model has embeddings, or another padding id.
-    """
+    """Raise unless a tokenizer fits the text tower, or the decoder in its place."""
     entries = num_entries(tokenizer)
     if entries > text.vocab_size:
         raise UserError(
@@ -332,11 +313,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, text: FlipTextConfig | F
 
 
 def check_begin_and_end(tokenizer: PreTrainedTokenizerBase, decoder: FlipDecoderConfig) -> None:
-    """Raise unless a decoder begins and ends captions by the tokenizer's own tokens.
-
-    Raises:
-        ValueError: the tokenizer has no such tokens, or others.
-    """
+    """Raise unless a decoder begins and ends captions by the tokenizer's own tokens."""
     for name, token in begin_and_end(tokenizer).items():
         if getattr(decoder, name) != token:
             raise UserError(
