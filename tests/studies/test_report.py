@@ -129,7 +129,7 @@ def test_a_figure_of_two_axes(figures: list[Figure]) -> None:
     assert first.lines[0].get_ydata().tolist() == pytest.approx([60.0, float("nan")], nan_ok=True)
     assert second.lines[0].get_ydata().tolist() == pytest.approx([float("nan"), 65.0], nan_ok=True)
     (bar,), no_bar = bars_of(first), bars_of(second)
-    assert bar[:, 1].tolist() == pytest.approx([60 - 4.303 / 3**0.5, 60 + 4.303 / 3**0.5])
+    assert bar[:, 1].tolist() == pytest.approx([60 - 4.302653 / 3**0.5, 60 + 4.302653 / 3**0.5])
     assert no_bar == []
     (legend,) = figures[0].legends
     assert [text.get_text() for text in legend.get_texts()] == ["loss: contrastive", "loss: captions", "chance"]

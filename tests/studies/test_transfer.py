@@ -73,7 +73,7 @@ def test_intervals_over_seeds() -> None:
     large = Arm({"model": "large"}, {"top1": {0: 13.0, 1: 14.0, 2: 15.0}})
     effect = effects([base, large])["model: large"]["top1"]
     assert effect.mean == pytest.approx(3.0)  # of the seeds that both have
-    assert (effect.low, effect.high) == (pytest.approx(3 - 4.303 / 3**0.5), pytest.approx(3 + 4.303 / 3**0.5))
+    assert (effect.low, effect.high) == (pytest.approx(3 - 4.302653 / 3**0.5), pytest.approx(3 + 4.302653 / 3**0.5))
     assert "+3.0 (+0.5 to +5.5)" in transfer_report([base, large], "top1")
 
 
