@@ -91,7 +91,7 @@ class _Header(tarfile.TarInfo):
     _others = (b"", b"")
 
     @classmethod
-    def frombuf(cls, buf: bytes, encoding: str, errors: str) -> tarfile.TarInfo:
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "_Header":
         # Most headers differ from the one before in name, size, time and checksum only, and tarfile parses all fields.
         others, plain = (buf[100:124], buf[157:]), _PLAIN_HEADER.match(buf, 124)
         if plain and others == cls._others and sum(buf) - sum(buf[148:156]) + 8 * ord(" ") == int(plain[1], 8):
@@ -112,7 +112,7 @@ class _Header(tarfile.TarInfo):
         return super()._proc_member(tar)  # type: ignore[misc]
 
     def _proc_gnusparse_00(self, member: tarfile.TarInfo, *arguments: Any) -> None:
-        member.sparse = []  # type: ignore[attr-defined]
+        member.sparse = []  # type: ignore[assignment]
 
     _proc_gnusparse_01 = _proc_gnusparse_10 = _proc_gnusparse_00
 
