@@ -131,7 +131,7 @@ def _model_fields(config: Mapping[str, Any], run: RunSummary) -> dict[str, str |
         "dim": str(config["projection_dim"]),
         "num_labels": f"{len(labels):,}",
         "labels": ", ".join(map(markdown_code, labels[:_SHOWN_LABELS])),
-        "unfinished_step": run.step and f"{run.step:,}",
+        "unfinished_step": f"{run.step:,}" if run.step else None,
         "length": length,
     }
 

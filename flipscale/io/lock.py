@@ -75,7 +75,7 @@ class Holder:
 def is_holder_alive(path: Path) -> bool | None:
     """Return whether the holder that a lock file names lives; None without a file, or if the holder is elsewhere."""
     holder = _parse(path.read_bytes()) if path.is_file() else None
-    return holder and holder.is_alive()
+    return None if holder is None else holder.is_alive()
 
 
 class FolderLock:

@@ -183,7 +183,7 @@ def answer_pictures(task: Task, folder: str, load: Load, precision: str = "no") 
     model, tokenizer = load(folder)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.set_attn_implementation(best_attention(device))
-    model = model.to(device).eval()
+    model = model.to(device).eval()  # type: ignore[arg-type]
     vision = model.config.vision_config
     decode = partial(_patches, task.image_size or vision.image_size, vision.patch_size)
     # A random order leaves an even sample if the time ends early.

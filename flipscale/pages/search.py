@@ -30,8 +30,10 @@ _MOST_LIKE = 8
 _MOST_LETTERS = 70
 _FIELDS = {"key", "rows", "embeds", "faults"}  # arrays in the file of embeddings
 # Exceptions of numpy.load for files that are damaged or not its own.
-_NO_ARRAYS = (OSError, ValueError, TypeError, EOFError, LookupError, AttributeError, RuntimeError, MemoryError)
-_NO_ARRAYS += (zipfile.BadZipFile, zlib.error, struct.error)
+_NO_ARRAYS = (
+    *(OSError, ValueError, TypeError, EOFError, LookupError, AttributeError, RuntimeError, MemoryError),
+    *(zipfile.BadZipFile, zlib.error, struct.error),
+)
 
 
 @dataclass(frozen=True)

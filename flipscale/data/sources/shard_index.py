@@ -93,7 +93,7 @@ class _Header(tarfile.TarInfo):
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "_Header":
         # Most headers differ from the one before in name, size, time and checksum only, and tarfile parses all fields.
-        others, plain = (buf[100:124], buf[157:]), _PLAIN_HEADER.match(buf, 124)
+        others, plain = (bytes(buf[100:124]), bytes(buf[157:])), _PLAIN_HEADER.match(buf, 124)
         if plain and others == cls._others and sum(buf) - sum(buf[148:156]) + 8 * ord(" ") == int(plain[1], 8):
             header = cls(buf[:100].split(b"\0", 1)[0].decode(encoding, errors))
             header.size = int(buf[124:135], 8)

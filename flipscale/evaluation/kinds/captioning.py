@@ -120,8 +120,8 @@ Intervals are those of zero-shot classification."""
     def evaluate(self, embedder: Embedder) -> list[Result]:
         test_set = TestSet.open(self.data)
         if self.images is not None and self.images < len(test_set):
-            rows = np.linspace(0, len(test_set), self.images, endpoint=False, dtype=np.int64)
-            test_set = replace(test_set, source=ChosenRows(test_set.source, rows))
+            chosen = np.linspace(0, len(test_set), self.images, endpoint=False, dtype=np.int64)
+            test_set = replace(test_set, source=ChosenRows(test_set.source, chosen))
         names, prompts = test_set.class_names(), self.prompts(test_set)
         texts = [prompt.replace("{c}", name) for name in names for prompt in prompts]
         likelihoods = Likelihoods(embedder, texts, embedder.most_in_batch(len(test_set)))

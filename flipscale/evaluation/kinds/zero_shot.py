@@ -164,7 +164,8 @@ images. The interval of an AUC is DeLong's."""
         def results() -> list[Result]:
             sizes = [len(set(labels)) for labels in label_sets if labels]
             chance = 100.0 * sum(sizes) / len(sizes) / len(classes.names)
-            return [self.proportion("any_label", *embedder.total(mine), len(sizes), chance)]
+            (hits,) = embedder.total(mine)
+            return [self.proportion("any_label", hits, len(sizes), chance)]
 
         return Scorer(add, results)
 

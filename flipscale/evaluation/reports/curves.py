@@ -163,8 +163,8 @@ def comparison_table(curves: Sequence[Curve]) -> str:
         label = f"{curve.label}, seed {curve.seed}" if curve in seeded else curve.label
         rows.append([label, *speed, *(own[name].estimate_text if name in own else NOTHING for name in columns)])
     for group in (group for group in groups if len(group) > 1):
-        own = [r for curve in group for r in curve.results if r.who == THIS_MODEL and math.isfinite(r.value)]
-        by_name = [[result for result in own if result.name == name] for name in columns]
+        finite = [r for curve in group for r in curve.results if r.who == THIS_MODEL and math.isfinite(r.value)]
+        by_name = [[result for result in finite if result.name == name] for name in columns]
         means = [NOTHING if len(results) < 2 else estimate(results) for results in by_name]
         rows.append([f"{group[0].label}, mean and its interval over {len(group)} seeds", *3 * [NOTHING], *means])
     others: dict[str, dict[str, Result]] = {}

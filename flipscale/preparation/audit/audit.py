@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -189,13 +190,13 @@ def _write(
         write_text(out_dir / name, text.encode("utf-8", "backslashreplace").decode())
 
 
-def _write_sheet(file: Path, pairs: list[tuple[tuple[Source, int], tuple[Source, int], str]]) -> None:
+def _write_sheet(file: Path, pairs: Sequence[tuple[tuple[Source, int], tuple[Source, int], str]]) -> None:
     """Draw at most 24 pairs side by side, each with a line about it and a caption of each image."""
     chosen = np.unique(np.linspace(0, len(pairs) - 1, _MAX_PAIRS).round().astype(int))
     tiles = []
     for number in chosen.tolist():
-        first, second, about = pairs[number]
-        tiles += [_tile(*first, f"{about}: "), _tile(*second, "")]
+        (source, row), (other, other_row), about = pairs[number]
+        tiles += [_tile(source, row, f"{about}: "), _tile(other, other_row, "")]
     contact_sheet(tiles).save(file)
 
 
