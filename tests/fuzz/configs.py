@@ -44,7 +44,9 @@ def _model() -> Path:
     )
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(write_tokenizer(folder / "tokenizer"))
-    model = export_model(FlipModel(config), build_processor(config, tokenizer), folder / "model", "60KB")
+    flip = FlipModel(config)
+    model = export_model(flip, build_processor(config, tokenizer), folder / "model")
+    flip.save_pretrained(model, max_shard_size="60KB")
     (model / TEMPLATES).write_text("a {c}\nthe {c}\n")
     (model / "results.jsonl").write_text('{"group": "0123456789abcdef", "lines": 1}\n')
     return model
