@@ -234,7 +234,8 @@ def check_to_push(folder: Path) -> None:
         return
     pushed = {name for name, _ in files_to_push(folder)}
     files = check_folder(folder)
-    for file in [folder / "config.json", *files]:
+    card = [file for file in [folder / "README.md"] if file.is_symlink()]
+    for file in [folder / "config.json", *card, *files]:
         if file.name not in pushed:
             raise UserError(f"{file} is a link, which is not uploaded; put the file itself there")
     for file in files:

@@ -42,6 +42,11 @@ class Effect:
     low: float | None = None
     high: float | None = None
 
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Effect":
+        """Return the effect of differences, one for each seed."""
+        return cls(values[0]) if len(values) == 1 else cls(*mean_of(values))
+
     def __str__(self) -> str:
         """Return `+3.3 (+2.9 to +3.7)`."""
         between = "" if self.low is None else f" ({self.low:+.1f} to {self.high:+.1f})"
@@ -143,7 +148,7 @@ def _combined(parts: Sequence[tuple[int, Arm]], task: str) -> Effect | None:
     if not seeds:
         return None
     values = [float(sum(factor * arm.results[task][seed] for factor, arm in parts)) for seed in sorted(seeds)]
-    return Effect(values[0]) if len(values) == 1 else Effect(*mean_of(values))
+    return Effect.of(values)
 
 
 def transfer_report(arms: Sequence[Arm], reference: str) -> str:

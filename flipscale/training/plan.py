@@ -162,6 +162,7 @@ def check(recipe: Recipe) -> Plan:
             "negatives; use a smaller batch",
             *(data.global_batch_size, len(source)),
         )
+    names = _class_names(recipe, objective, config, tasks)
     shape = InputShape.of(config)
     tokenizer: PreTrainedTokenizerBase | None = None
     if objective.takes_text:
@@ -176,7 +177,6 @@ def check(recipe: Recipe) -> Plan:
         )
         for stage in stages
     }  # fmt: skip
-    names = _class_names(recipe, objective, config, tasks)
     check_decodable(tasks, shape.image_size, rank, world_size)
     budget_seconds = None if recipe.budget_minutes is None else 60.0 * recipe.budget_minutes
     return Plan(

@@ -58,8 +58,10 @@ class ModelRecipe:
         decoder_config: Changed fields of the caption decoder, which is as wide as the text tower. `bos_token_id` and
             `eos_token_id` default to those of a tokenizer in a folder, else to BERT's [CLS] and [SEP].
         answer_config: Changed fields of the transformer that answers questions (loss.kind answer).
-        gradient_checkpointing: Recompute activations in the backward pass: less memory, more time, the same model.
-        compile: Compile the blocks with torch.compile. The first steps of each mask ratio wait for it.
+        gradient_checkpointing: Recompute activations in the backward pass: less memory, more time. Does
+            not change what is learned.
+        compile: Compile the blocks with torch.compile. The first steps of each mask ratio wait for it. Does
+            not change what is learned.
         init_from: The start weights: a run, a model folder or a Hub name.
         drop_path_rate: Stochastic depth: the fraction of samples for which the image tower's last block drops its
             attention, and its MLP. It grows linearly from 0 at the first block. The paper's fine-tuning has 0.2. A

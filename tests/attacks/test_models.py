@@ -142,7 +142,7 @@ REFUSED = {
     "a mean of two channels": (config(vision_config__image_mean=[0.5, 0.5]), "image_mean", "3"),
     "a deviation of 0": (config(vision_config__image_std=0.0), "image_std is 0.0"),
     "padding outside of the vocabulary": (config(text_config__pad_token_id=99), "pad_token_id is 99"),
-    "a tower that is a list": (config(vision_config=[1]), "vision_config", "[1]"),
+    "a tower that is a list": (config(vision_config=[1]), "FlipVisionConfig", "[1]"),
     "a configuration that is a list": (text("config.json", "[]"), "config.json"),
     "a configuration nested 100,000 deep": (text("config.json", DEEP), "config.json"),
     "a field twice": (text("config.json", '{"model_type": "flip", "model_type": "x"}'), "'model_type'"),

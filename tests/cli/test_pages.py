@@ -287,6 +287,6 @@ def test_pre_commit_checks_what_the_gate_checks() -> None:
 
 
 def test_a_command_without_a_rule_fails() -> None:
-    for text in ("flipscale_of_another_kind evaluate MODEL", "pip uninstall flipscale", "A=1 python tests/other.py"):
+    for text in ("flipscale_of_another_kind evaluate MODEL", "pip uninstall flipscale", "A=1 python other.py"):
         with pytest.raises(AssertionError, match=r"no rule of test_pages\.py covers this command of a page: "):
             run(Command("a page", text))

@@ -97,7 +97,7 @@ def test_what_cannot_be_embedded_is_named(in_site: Path) -> None:
     processor = FlipProcessor.from_pretrained(in_site / "runs/demo/model")
     with pytest.raises(ValueError, match=r"demo.yaml cannot be read as a picture \(cannot identify image file"):
         image_embeds(model, processor, [in_site / "demo.yaml"])
-    with pytest.raises(ValueError, match="there are no pictures to embed; is the folder's name right"):
+    with pytest.raises(ValueError, match="there are no pictures to embed; check the folder's name"):
         image_embeds(model, processor, [])
 
 

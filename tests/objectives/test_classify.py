@@ -204,7 +204,10 @@ def test_contradicting_recipes_are_refused(
         "odd couples": ({"data": {"micro_batch_size": 1, "augment": {"mixup_alpha": 0.8}}}, "data.augment mixes"),
         "mixup of pairs": ({**pairs, "data": {"augment": {"mixup_alpha": 0.8}}}, "data.augment.mixup_alpha is 0.8"),
         "a head for pairs": (pairs, "loss.kind 'infonce' has no head"),
-        "text mask": ({"stages": [{**STAGES[1], "text_mask_ratio": 0.5}]}, "text_mask_ratio of a stage is 0.5"),
+        "text mask": (
+            {"stages": [{**STAGES[1], "base_lr": 0.1, "text_mask_ratio": 0.5}]},
+            "text_mask_ratio of a stage is 0.5",
+        ),
         "layer decay": ({"optim": {"layer_decay": 1.5}}, "optim.layer_decay is 1.5"),
         "no layer decay": ({"optim": {"layer_decay": 0}}, "optim.layer_decay is 0.0"),
         "drop path": ({"model": {"drop_path_rate": 1.0}}, "model.drop_path_rate is 1.0"),

@@ -199,7 +199,7 @@ def test_a_manifest_that_names_files_of_this_machine(served: Path, tmp_path: Pat
     write_manifest(served / manifest_name(pattern), pattern, entries, [], rows=False)
     with (
         server(served, plainly) as url,
-        pytest.raises(ValueError, match=r"names 'file:///etc/passwd', which is else"),
+        pytest.raises(ValueError, match=r"names 'file:///etc/passwd', which is on another server"),
     ):
         open_source(recipe(url, tmp_path / "cache"))
 
