@@ -263,8 +263,16 @@ ATTACKS = [
         "step-00000010", "step-00000008", "step-00000004", check=went_on_from(4, "step-00000010", "step-00000008"),
     ),
     survived("a checkpoint set aside twice", after(twice), "bad-step-00000008.2", check=second_name),
-    refused("no checkpoint is whole", after(all_empty), "step-00000008", "step-00000004", STATE, check=as_it_was, alone=True),
-    refused("a checkpoint of a newer version", after(of_a_newer_version), "format", "3", "9.1", check=as_it_was, alone=True),
+    refused(
+        *("no checkpoint is whole", after(all_empty), "step-00000008", "step-00000004", STATE),
+        check=as_it_was,
+        alone=True,
+    ),
+    refused(
+        *("a checkpoint of a newer version", after(of_a_newer_version), "format", "3", "9.1"),
+        check=as_it_was,
+        alone=True,
+    ),
     survived("a checkpoint behind a link", after(behind_a_link), check=link_removed),
     survived("names that are almost checkpoints', and leftovers", after(beside), check=kept_what_is_not_ours),
     survived("checkpoints of a run whose recipe is lost", after(lost_recipe), check=went_on_from(8)),

@@ -328,7 +328,8 @@ def test_all_processes_tell_that_one_s_disk_is_full(trainings: Trainings, engine
     answers = trainings.crowd(2).run("train_on_a_small_disk", engine, trainings.file(run_dir))
     assert answers[0] == answers[1]
     assert answers[0].startswith(f"OSError: checkpoint {run_dir}/checkpoints/step-00000010 could not be written (")
-    assert "File too large" in answers[0] and answers[0].endswith("free some space, and start the run again")
+    assert "File too large" in answers[0]
+    assert answers[0].endswith("free some space, and start the run again")
     assert [path.name for path in (run_dir / "checkpoints").iterdir()] == ["step-00000005"]
     assert trainings.crowd(2).run("train", engine, trainings.file(run_dir)) == ["done"] * 2
     assert losses(run_dir) == losses(trainings.run(engine, 2))
