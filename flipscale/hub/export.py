@@ -141,9 +141,10 @@ class Interpolation(NamedTuple):
         for name, shape in shapes.items():
             base_shape = list(files[name].get_slice(name).get_shape()) if name in files else None
             if base_shape != list(shape):
+                has = f"shape {base_shape}" if base_shape else "no value"
                 raise UserError(
-                    f"--interpolate {self.base}: weight {name} has shape {base_shape or 'missing'} in the base and "
-                    f"{list(shape)} in the run; use models of one size and kind"
+                    f"--interpolate {self.base}: weight {name} has {has} in the base and {list(shape)} in the run; use "
+                    "models of one size and kind"
                 )
 
         def mixed(name: str) -> torch.Tensor:

@@ -212,15 +212,13 @@ def test_links_are_left_out(hub: LoopbackHub, run_dir: Path, capsys: pytest.Capt
     model, secret = run_dir / "model", run_dir / "secret"
     secret.mkdir()
     (secret / "loss.png").write_text("a secret")
-    (model / "README.md").unlink()
-    for name in ("README.md", "results.jsonl"):
-        (model / name).symlink_to(secret / "loss.png")
+    (model / "results.jsonl").symlink_to(secret / "loss.png")
     (model / "figures").symlink_to(secret)
     main(["push", str(run_dir), "org/name"])
-    assert not {"README.md", "results.jsonl", "figures/loss.png"} & set(hub.content("org/name"))
+    assert not {"results.jsonl", "figures/loss.png"} & set(hub.content("org/name"))
     error = capsys.readouterr().err
     assert "left out" in error
-    assert "README.md (a link), figures (a link), results.jsonl (a link)" in error
+    assert "figures (a link), results.jsonl (a link)" in error
     weights = model / "model-00002-of-00002.safetensors"
     weights.rename(model / "there")
     weights.symlink_to(model / "there")

@@ -137,7 +137,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(write_recipe, tmp_path: Pa
         # Whichever file meets the end first: a checkpoint is written while the metrics go on.
         assert last.startswith(("flipscale: error: checkpoint ", f"flipscale: error: the disk of {small}/run is full"))
         assert "No space left on device" in last
-        assert last.endswith("free some space, and start the run again")
+        assert "free some space" in last
         kept = sorted(path.name for path in (small / "run/checkpoints").iterdir())
         assert kept
         assert all(name.startswith(("step-", ".step-")) for name in kept)
