@@ -1,5 +1,6 @@
 """transformers' common tests for each FLIP model, which `test_common` runs."""
 
+import copy
 import unittest
 from typing import Any, ClassVar
 
@@ -212,21 +213,38 @@ class CaptionTester:
         return self.get_config(), {**vision, **targets, "decoder_input_ids": ids.clone()}
 
 
-class FlipForConditionalGenerationTest(modeling.ModelTesterMixin, unittest.TestCase):
+class FlipForConditionalGenerationTest(
+    modeling.ModelTesterMixin, transformers_tests.generation_mixin(), unittest.TestCase
+):
     all_model_classes = (FlipForConditionalGeneration,)
+    all_generative_model_classes = (FlipForConditionalGeneration,)
     _is_composite = is_encoder_decoder = True
     # `past_key_values` is the cache's name in transformers before 5.24, so it is not deprecated here.
     test_bc_cache_name_forward = None
     # Tower and decoder are siblings, so no inner model is this one without its head.
     test_model_base_model_prefix = None
+    # A caption needs an image.
+    test_generate_without_input_ids = None
+    # They count outputs. Targets add the loss and remove the cache.
+    without_targets = ("test_attention_outputs", "test_generate_continue_from_past_key_values")
 
     def setUp(self) -> None:
         self.model_tester = CaptionTester(self)
-        # This test counts outputs. Targets add the loss and remove the cache.
-        self.model_tester.has_targets = self._testMethodName != "test_attention_outputs"
+        self.model_tester.has_targets = self._testMethodName not in self.without_targets
         self.config_tester = configuration.ConfigTester(
             self, config_class=FlipConfig, has_text_modality=False, common_properties=["projection_dim"]
         )
+
+    def prepare_config_and_inputs_for_generate(self, batch_size: int = 2) -> tuple[FlipConfig, dict[str, Any]]:
+        """Return images without captions, because captions are prompts and the tests count tokens from the begin."""
+        self.model_tester.has_targets = False
+        return super().prepare_config_and_inputs_for_generate(batch_size)
+
+    def _check_generate_outputs(self, output: Any, config: FlipConfig, **options: Any) -> None:
+        """Check with the decoder's configuration, because a captioner has no text tower."""
+        decoder_config = copy.deepcopy(config.decoder_config)
+        decoder_config.is_encoder_decoder = True
+        super()._check_generate_outputs(output, decoder_config, **options)
 
     def test_config(self) -> None:
         self.config_tester.run_common_tests()

@@ -85,3 +85,8 @@ def load() -> tuple[types.ModuleType, types.ModuleType]:
         importlib.import_module(f"{PACKAGE}.test_modeling_common"),
         importlib.import_module(f"{PACKAGE}.test_configuration_common"),
     )
+
+
+def generation_mixin() -> type:
+    """Return `GenerationTesterMixin`; it is empty unless `tests/generation/test_utils.py` is in `fetch`'s folder."""
+    return importlib.import_module(f"{PACKAGE}.generation.test_utils").GenerationTesterMixin
