@@ -4,9 +4,8 @@
 # Settings of a site. Set them here or in the environment of sbatch.
 PYTHON=${PYTHON:-python}            # the Python that has flipscale
 LAUNCHER=${LAUNCHER:-accelerate}    # or torchrun, which reads no launch file: plain data parallelism
-# How a job that was told to stop continues. `scontrol` requeues it. `sbatch` submits a new job, for sites where jobs
-# may not requeue themselves; jobs that wait for the first one by --dependency then start too early. `no` leaves it to
-# you.
+# How a stopped job continues. `scontrol` requeues it. `sbatch` submits a new job, for sites that forbid a requeue; jobs
+# that depend on the first job (--dependency) then start too early. `no` leaves it to you.
 REQUEUE=${REQUEUE:-scontrol}
 MAX_CRASHES=${MAX_CRASHES:-3}       # restarts after a crash without a new checkpoint; other ends do not count
 CONTAINER=${CONTAINER:-}            # an image that has PYTHON; by default none
@@ -72,13 +71,13 @@ launch() {
   export FLIPSCALE_NUM_PROCESSES=$((SLURM_JOB_NUM_NODES * per_node)) # the trainer refuses to start with fewer
   export SRUN_CPUS_PER_TASK=$cores OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(((cores + per_node - 1) / per_node))}
   export PYTHONFAULTHANDLER=1 NCCL_DEBUG=${NCCL_DEBUG:-WARN}
-  # GPU memory in segments that grow: a stage or an evaluation asks for other sizes than the one before it, and what is
-  # free in segments of fixed size would be too small for them.
+  # Growing segments of GPU memory, because stages and evaluations allocate different sizes. Free parts of fixed segments
+  # would be too small.
   export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
-  # The collectives that torch remembers, by which a slow or hanging step's late rank is found; a step of H/14 has 260, and
-  # of its micro-batches 130 each. TORCH_NCCL_ENABLE_TIMING=1 adds how long each was on the GPU.
+  # Number of collectives in torch's flight recorder, which names the straggler of a slow or hung step. A step of H/14 has
+  # 260, each of its micro-batches 130. TORCH_NCCL_ENABLE_TIMING=1 records their time on the GPU.
   export TORCH_FR_BUFFER_SIZE=${TORCH_FR_BUFFER_SIZE:-8192}
-  # Seconds that a rank has to save when it is told to end, and that a rank waits after another one died.
+  # Seconds that a rank may take to save after a stop, and that it waits after another rank's death.
   export PET_SHUTDOWN_TIMEOUT=${PET_SHUTDOWN_TIMEOUT:-120}
   case $LAUNCHER in
     accelerate)
