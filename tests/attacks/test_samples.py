@@ -124,7 +124,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Ended]:
     """The folder and the end of a run on all odd samples: 160 pairs of 134, so each is seen."""
     folder = tmp_path_factory.mktemp("samples") / "here"
     folder.mkdir()
-    return folder, run_alone(Attack("all odd samples", make, megabytes=2000), folder, make(folder))
+    return folder, run_alone(Attack("all odd samples", make, megabytes=1400), folder, make(folder))
 
 
 def jpeg_with(content: bytes) -> Callable[[], bytes]:

@@ -15,6 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from flipscale.model import FlipModel, FlipProcessor
 from flipscale.status import as_table
+from flipscale.training.report import draw_figures
 
 FLIPSCALE = [sys.executable, "-m", "flipscale.cli"]
 
@@ -85,8 +86,10 @@ def test_every_number_of_the_card_is_in_the_run_s_files(run_dir: Path) -> None:
     assert "| pairs in it | 96 |" in card
     assert "| masked | 384 | 75% | 0% | 0.012 |" in card
     assert f"({FlipModel.from_pretrained(run_dir / 'model').num_parameters() / 1e6:.1f} M" in card.replace("\n\n", "(")
+    draw_figures(run_dir)  # at full size: runs that tests start draw a pixel
     for figure in re.findall(r"!\[.*\]\((.*)\)", card):
-        assert cv2.imread(str(run_dir / "model" / figure)) is not None
+        assert (run_dir / "model" / figure).is_file()
+        assert cv2.imread(str(run_dir / "figures" / Path(figure).name)).shape == (630, 1050, 3)
     assert len(re.findall(r"!\[", card)) == 3
 
 
