@@ -64,7 +64,10 @@ class Decontaminated(StreamedTask):
     def scorer(self, embedder: Embedder, test_set: TestSet) -> Scorer:
         assert self.whole is not None
         count = len(test_set.source) - len(self.overlap)
-        whole = self.whole.scorer(embedder, replace(test_set, source=ChosenRows(test_set.source, np.arange(count))))
+        # This process has the same rows of both sets only if their batches have the same size.
+        same_batches = replace(embedder, batches_of=len(test_set.source))
+        kept_set = replace(test_set, source=ChosenRows(test_set.source, np.arange(count)))
+        whole = self.whole.scorer(same_batches, kept_set)
 
         def add(mine: slice, rows: torch.Tensor, embeds: torch.Tensor) -> None:
             kept = rows < count

@@ -105,6 +105,8 @@ class ChosenRows(TarSource):
     """Some rows of a source in a new order, as one shard."""
 
     def __init__(self, source: TarSource, rows: np.ndarray):
+        if isinstance(source, ChosenRows):
+            source, rows = source.source, source.rows[rows]
         self._open = OrderedDict()  # empty, because `source` opens the shards
         self.source, self.list, self.faults = source, source.list, source.faults
         self.shard_sizes = [len(rows)]
@@ -178,6 +180,8 @@ class Embedder:
         progress: function called on every process with the number of images that all processes embedded since the last
             call; it replaces the progress bar.
         pixels: pixels along each side of an image, if not the model's size; see `at`.
+        batches_of: number of images whose batches this embedder has for any number of images, because the batches of
+            a few hundred images depend on their number.
     """
 
     model: Any
@@ -189,6 +193,7 @@ class Embedder:
     name: str = ""
     progress: Callable[[int], None] | None = None
     pixels: int | None = None
+    batches_of: int | None = None
 
     def at(self, image_size: int | None) -> "Embedder":
         """Return the embedder of images of `image_size` pixels; None returns this embedder.
@@ -366,11 +371,11 @@ class Embedder:
         return self.model.get_text_features(batch).pooler_output
 
     def _share(self, count: int, most: int | None = None) -> Share:
-        """Return this process's share of `count` rows, with at most `most` in a batch; `batch_size` by default."""
+        """Return this process's share of `count` images, or of `count` texts with at most `most` in a batch."""
+        least = count if most else self.batches_of or count
         if most is None and self._is_on_cpu():
             most = min(self.batch_size, _MOST_ON_CPU, _MOST_BYTES_ON_CPU // (12 * self.image_size**2))
-        most = most or self.batch_size
-        size = max(1, min(most, -(-count // _LEAST_BATCHES)))
+        size = max(1, min(most or self.batch_size, -(-least // _LEAST_BATCHES)))
         return Share(count, size, self.accelerator.process_index, self.accelerator.num_processes)
 
     def _is_on_cpu(self) -> bool:

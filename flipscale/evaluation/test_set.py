@@ -20,7 +20,7 @@ from flipscale.data.sources.manifest import no_shards
 from flipscale.data.sources.opening import open_shards
 from flipscale.data.sources.remote import ShardCache
 from flipscale.data.sources.tar import TarSource
-from flipscale.evaluation.embedding import Embedder, SampleNumbers, named
+from flipscale.evaluation.embedding import ChosenRows, Embedder, SampleNumbers, named
 from flipscale.io.atomic import write_text
 from flipscale.io.errors import UserError
 
@@ -66,6 +66,11 @@ class TestSet:
 
     def __len__(self) -> int:
         return len(self.source)
+
+    @property
+    def row_numbers(self) -> list[int]:
+        """Numbers of the images in the whole set, in shard order."""
+        return self.source.rows.tolist() if isinstance(self.source, ChosenRows) else list(range(len(self)))
 
     def class_names(self) -> list[str]:
         return read_class_names(self.data)

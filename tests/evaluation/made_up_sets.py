@@ -1,6 +1,7 @@
 """Test sets in CLIP_benchmark's layout, of made-up pictures in every odd encoding."""
 
 import io
+import json
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import Any
 import numpy as np
 from conftest import COLOURS, SHAPES, add_member, draw
 from PIL import Image
+
+from flipscale.data.sources.tar import TarSource
 
 NAMES = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
 
@@ -85,3 +88,11 @@ def write_set(
     if dataset_type:
         (folder / "dataset_type.txt").write_text(dataset_type)
     return folder
+
+
+def write_overlap(audit: Path, shards: Path, rows: list[tuple[str, int]]) -> None:
+    """Write what an audit finds about a folder of shards: the shard and number of each image in the training data."""
+    (audit / "overlap").mkdir(parents=True, exist_ok=True)
+    overlap = [{"shard": shard, "number": number} for shard, number in rows]
+    about = {"test": shards.name, "contents": TarSource(str(shards)).contents_digest(), "overlap": overlap}
+    (audit / "overlap" / f"{shards.parent.name}-{shards.name}.json").write_text(json.dumps(about))

@@ -9,8 +9,9 @@ import processes
 import pytest
 import torch
 from accelerate import Accelerator
-from evaluation.made_up_sets import NAMES, npy, write_set
+from evaluation.made_up_sets import NAMES, npy, write_overlap, write_set
 
+from flipscale.evaluation.decontaminated import with_clean_tasks
 from flipscale.evaluation.embedding import Decoder, Embedder
 from flipscale.evaluation.results import Result
 from flipscale.evaluation.suite import build_tasks, evaluate_tasks
@@ -274,7 +275,7 @@ def _evaluate(folder: str, out: str) -> None:
         faces,
     ]
     embedder = drawn()
-    results = evaluate_tasks(embedder, build_tasks(listed))
+    results = evaluate_tasks(embedder, with_clean_tasks(build_tasks(listed), Path(folder)))
     if embedder.accelerator.is_main_process:
         lines = {r.name: [r.value, r.n, r.low, r.high, r.chance] for r in results}
         Path(out).write_text(json.dumps(lines))
@@ -291,6 +292,11 @@ def test_one_two_and_four_processes_find_the_same(tmp_path: Path) -> None:
     named(write_set(tmp_path / "all", 3, 13, labels), NAMES)
     write_set(tmp_path / "pairs", 2, 17, captions)
     write_faces(tmp_path / "faces")
+    # Without 8 images of 39, batches have 2 images in place of 3.
+    write_overlap(
+        tmp_path, tmp_path / "all/test", [(f"{shard}.tar", number) for shard in (0, 2) for number in range(4)]
+    )
+    write_overlap(tmp_path, tmp_path / "pairs/test", [("1.tar", 3), ("1.tar", 9)])
     found = {}
     for world in (1, 2, 4):
         out = tmp_path / f"{world}.json"
@@ -301,4 +307,5 @@ def test_one_two_and_four_processes_find_the_same(tmp_path: Path) -> None:
             assert process.exitcode == 0
         found[world] = json.loads(out.read_text())
     assert len(found[1]) > 40
+    assert found[1]["zero_shot_clean/top1"][1] == 31
     assert found[1] == found[2] == found[4]

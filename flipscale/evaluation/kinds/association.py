@@ -99,8 +99,13 @@ preference. The intervals treat roles as independent draws, and pictures of one 
             raise UserError(f"{path} is not a list of {{role, woman, man}}: {error!r}") from error
         if not couples:
             raise UserError(f"{path} lists no couple; write it anew with the images")
+        count = len(TestSet.open(self.data))
         for couple in couples:
-            if not 0 <= min(couple[1:]) <= max(couple[1:]) < len(test_set):
-                rows = f"rows {couple.woman} and {couple.man} of {len(test_set)}"
+            if not 0 <= min(couple[1:]) <= max(couple[1:]) < count:
+                rows = f"rows {couple.woman} and {couple.man} of {count}"
                 raise UserError(f"{path} names {rows}; write it anew with the images")
-        return couples
+        place = {number: row for row, number in enumerate(test_set.row_numbers)}
+        there = [couple for couple in couples if place.keys() >= {couple.woman, couple.man}]
+        if not there:
+            raise UserError(f"{path} lists no couple of which both images are left")
+        return [Couple(couple.role, place[couple.woman], place[couple.man]) for couple in there]

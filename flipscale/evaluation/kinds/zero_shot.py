@@ -184,12 +184,14 @@ images. The interval of an AUC is DeLong's."""
             rows = json.loads(text)
         except ValueError as error:
             raise UserError(f"{path} is no JSON ({error}); write it anew") from error
-        if not isinstance(rows, list) or len(rows) != len(test_set) or not all(isinstance(row, list) for row in rows):
+        count = len(TestSet.open(self.data))
+        if not isinstance(rows, list) or len(rows) != count or not all(isinstance(row, list) for row in rows):
             content = f"{len(rows)} lists" if isinstance(rows, list) else type(rows).__name__
-            raise UserError(f"{path} has {content}; it must list the classes of {len(test_set)} images")
+            raise UserError(f"{path} has {content}; it must list the classes of {count} images")
         wrong = [number for row in rows for number in row if number not in range(num_classes)]
         if wrong:
             raise UserError(f"{path} has class {wrong[0]}; {num_classes} names are listed")
+        rows = [rows[number] for number in test_set.row_numbers]
         if not any(rows):
             raise UserError(f"{path} has no label of any image; write it anew")
         return rows
