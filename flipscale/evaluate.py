@@ -4,30 +4,30 @@ import argparse
 import json
 import logging
 import os
-from dataclasses import replace
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from flipscale.data.prepared import TASKS_DIR, read_prepared
-from flipscale.evaluation.kinds.templates import TEMPLATES
-from flipscale.evaluation.reports.models import check_writable, name_models, tables_home
-from flipscale.evaluation.results import Result, as_metrics
-from flipscale.evaluation.task_page import SUITES, suite_pages
+from flipscale.evaluation.results import RESULTS_FILE, as_metrics
+from flipscale.evaluation.task_page import SUITES, TEMPLATES, suite_pages
 from flipscale.io.errors import UserError
+from flipscale.io.files import check_writable
+from flipscale.io.model_folder import local_folder
 from flipscale.io.options import Count, Pairs, Pixels, ShareBelowOne, Workers, number, output_folder
 from flipscale.io.yaml_text import check_yaml
 from flipscale.training.console import start_logging
 
 # Everything that embeds and scores is imported where it is needed, because it takes seconds and `--help` needs none.
 if TYPE_CHECKING:
-    from flipscale.evaluation.embedding import Embedder
     from flipscale.evaluation.kinds.task import Task
-    from flipscale.evaluation.masked import ImageMask
-    from flipscale.evaluation.reports.mask_table import MaskedResults
-    from flipscale.evaluation.reports.suite_report import Column
 
+EVALUATIONS = Path("evaluations")
+_PREFIX = re.compile(r"^(?:open_clip|hf|untrained):")
 _log = logging.getLogger(__name__)
 
 
@@ -132,12 +132,20 @@ def run(args: argparse.Namespace) -> None:
     models = name_models(args.models, args.output_dir)  # before the slow imports
     from flipscale.engines.start import start_accelerator
     from flipscale.evaluation.decontaminated import with_clean_tasks
-    from flipscale.evaluation.masked import WHOLE, asked_masks, check_mask_arguments, masked_embedder
-    from flipscale.evaluation.reports.record import read_lines
-    from flipscale.evaluation.reports.session import evaluate_model
-    from flipscale.evaluation.reports.suite_report import Column
+    from flipscale.evaluation.masked import (
+        WHOLE,
+        MaskedResults,
+        asked_masks,
+        check_mask_arguments,
+        draw_masked_results,
+        mask_table,
+        masked_embedder,
+    )
+    from flipscale.evaluation.reports.record import evaluate_model, read_lines
+    from flipscale.evaluation.reports.suite_report import Column, suite_tables, write_reports
     from flipscale.hub.card import refresh_card
     from flipscale.hub.loading import OTHERS, OpenModels, open_embedder
+    from flipscale.planning.flops import forward_flops
 
     start_logging()
     tasks = _tasks(args)
@@ -147,12 +155,12 @@ def run(args: argparse.Namespace) -> None:
     if args.without:
         tasks = with_clean_tasks(tasks, args.without)
     accelerator = start_accelerator([], ".")
-    home = tables_home(models, args.output_dir)
+    home = args.output_dir or (models[0].home if len(models) == 1 else EVALUATIONS)
     if accelerator.is_main_process:
         for folder in (home, *(model.home for model in models)):
-            check_writable(folder)
+            check_writable(folder, "the folder of results")
         for model in models:
-            read_lines(model.lines)
+            read_lines(model.home / RESULTS_FILE)
     columns: list[Column] = []
     masked: list[MaskedResults] = []
     opened = OpenModels(len(models), lambda name: open_embedder(name, accelerator, args.batch_size, args.num_workers))
@@ -162,58 +170,98 @@ def run(args: argparse.Namespace) -> None:
             continue
         embedder = embedder.at(args.image_size)
         for mask in asked_masks(args, embedder):
-            lines = evaluate_model(masked_embedder(embedder, mask), model, tasks)
+            lines = evaluate_model(masked_embedder(embedder, mask), model.name, model.home / RESULTS_FILE, tasks)
             columns.append(Column(model.name if mask == WHOLE else f"{model.name}, {mask.label}", lines))
             if any(args.mask_ratio):
-                masked.append(_with_flops(embedder, mask, model.name, [line.result for line in lines]))
+                config, size = embedder.model.config, embedder.pixels
+                counts = [forward_flops(config, m.ratio, m.views, image_size=size).modules for m in (mask, WHOLE)]
+                flops, whole = (count["vision_model"] + count["image_projection"] for count in counts)
+                masked.append(MaskedResults(model.name, mask, flops, whole, [line.result for line in lines]))
             if accelerator.is_main_process and model.home == model.folder:
                 refresh_card(model.folder, lines)
         del embedder  # frees its memory for the next model
     if accelerator.is_main_process and columns:
-        _report(args, columns, masked, home, len(models))
+        is_all = args.suite or (args.tasks and not args.only)
+        suites = [args.suite] if args.suite in SUITES else list(SUITES) if is_all else []
+        write_reports(columns, suites, home)
+        if args.mask_figure:
+            draw_masked_results(masked, args.mask_figure)
+        if masked:
+            print(json.dumps([row.as_json() for row in masked]) if args.json else mask_table(masked))
+        elif args.json:
+            metrics = {column.name: as_metrics(line.result for line in column.lines) for column in columns}
+            print(json.dumps(metrics if len(models) > 1 else metrics[columns[0].name]))
+        else:
+            print(suite_tables(columns, suites))
     opened.raise_faults()
     accelerator.end_training()
 
 
-def _report(
-    args: argparse.Namespace, columns: list["Column"], masked: list["MaskedResults"], home: Path, num_models: int
-) -> None:
-    """Write the tables of all models to `home`, and print the table or JSON line that the arguments ask for."""
-    from flipscale.evaluation.reports.mask_table import draw_masked_results, mask_table
-    from flipscale.evaluation.reports.suite_report import suite_tables, write_reports
+@dataclass(frozen=True)
+class NamedModel:
+    """A model to evaluate.
 
-    is_all = args.suite or (args.tasks and not args.only)
-    suites = [args.suite] if args.suite in SUITES else list(SUITES) if is_all else []
-    write_reports(columns, suites, home)
-    if masked:
-        print(json.dumps([row.as_json() for row in masked]) if args.json else mask_table(masked))
-        if args.mask_figure:
-            draw_masked_results(masked, args.mask_figure)
-    elif args.json:
-        metrics = {column.name: as_metrics(line.result for line in column.lines) for column in columns}
-        print(json.dumps(metrics if num_models > 1 else metrics[columns[0].name]))
-    else:
-        print(suite_tables(columns, suites))
+    Args:
+        name: name in tables and lines, without the path of a folder.
+        folder: local flipscale model folder; None for other models.
+        home: folder of its `results.jsonl`.
+    """
+
+    given: str
+    name: str
+    folder: Path | None
+    home: Path
 
 
-def _with_flops(embedder: "Embedder", mask: "ImageMask", name: str, results: list[Result]) -> "MaskedResults":
-    """Return the results under a mask with the FLOPs of the image tower and its projection."""
-    from flipscale.evaluation.masked import WHOLE
-    from flipscale.evaluation.reports.mask_table import MaskedResults
-    from flipscale.planning.flops import forward_flops
+def name_models(given: Sequence[str], output_dir: Path | None) -> list[NamedModel]:
+    """Return the models of a command.
 
-    config, size = embedder.model.config, embedder.pixels
-    counts = [forward_flops(config, m.ratio, m.views, image_size=size).modules for m in (mask, WHOLE)]
-    flops, whole = (count["vision_model"] + count["image_projection"] for count in counts)
-    return MaskedResults(name, mask, flops, whole, results)
+    Results of a local model folder go into the folder itself, results of other models into `evaluations/NAME/`. With
+    `output_dir`, all go into `OUTPUT_DIR/NAME/`."""
+    names = [_short_name(text) for text in given]
+    # Runs in different folders may have one name. Then the whole path is the name.
+    names = [text if names.count(name) > 1 else name for text, name in zip(given, names, strict=True)]
+    slugs = [re.sub(r"[^\w.,-]+", "-", os.path.normpath(name)).strip("-") for name in names]
+    models = []
+    for text, name, slug in zip(given, names, slugs, strict=True):
+        if slugs.count(slug) > 1:
+            raise UserError(f"{slugs.count(slug)} models are called {name!r}; name each model once ({text})")
+        folder = None if _PREFIX.match(text) else local_folder(text)
+        home = (output_dir or EVALUATIONS) / slug if output_dir or folder is None else folder
+        models.append(NamedModel(text, name, folder, home))
+    return models
+
+
+def _short_name(text: str) -> str:
+    """Return a run's name for `RUN/model`, the last part of a path, and any other text unchanged."""
+    prefix, names = (_PREFIX.match(text) or [""])[0], []
+    for name in text.removeprefix(prefix).split(","):
+        parts = Path(name).absolute().parts if Path(name).exists() else (name,)
+        names.append(parts[-2] if parts[-1] == "model" and len(parts) > 2 else parts[-1])
+    return prefix + ",".join(names)
 
 
 def _tasks(args: argparse.Namespace) -> list["Task"]:
     """Return the tasks that the arguments ask for; tasks on the same data are consecutive."""
     from flipscale.evaluation.suite import build_tasks
 
+    listed: list[str | dict[str, Any]] = []
+    if args.zero_shot:
+        templates = {"templates": args.templates} if args.templates else {}
+        listed.append({"kind": "zero_shot", "data": args.zero_shot, **templates})
+    if args.retrieval:
+        listed.append({"kind": "retrieval", "data": args.retrieval})
+    for text in args.task:
+        try:
+            check_yaml(text, "--task")
+            task = yaml.safe_load(text)
+        except yaml.YAMLError:
+            task = None
+        if not isinstance(task, dict):
+            raise UserError(f"--task is {text!r}; write it like '{{kind: retrieval, data: DIR}}'")
+        listed.append(task)
     tasks_dir = args.tasks or Path(TASKS_DIR)
-    listed: list[str | dict[str, Any]] = [*_listed(args), *_pages(args, tasks_dir)]
+    listed += _pages(args, tasks_dir)
     if not listed:
         raise UserError(
             "nothing to evaluate; give --suite NAME, --only NAME ..., --zero_shot DIR, --retrieval DIR or --task "
@@ -246,23 +294,3 @@ def _pages(args: argparse.Namespace, tasks_dir: Path) -> list[str]:
     if args.suite and missing:
         _log.info("not prepared in %s, so left out: %s", tasks_dir, ", ".join(missing))
     return prepared
-
-
-def _listed(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Return the tasks that `--zero_shot`, `--retrieval` and `--task` describe, in the form of a recipe."""
-    listed: list[dict[str, Any]] = []
-    if args.zero_shot:
-        templates = {"templates": args.templates} if args.templates else {}
-        listed.append({"kind": "zero_shot", "data": args.zero_shot, **templates})
-    if args.retrieval:
-        listed.append({"kind": "retrieval", "data": args.retrieval})
-    for text in args.task:
-        try:
-            check_yaml(text, "--task")
-            task = yaml.safe_load(text)
-        except yaml.YAMLError:
-            task = None
-        if not isinstance(task, dict):
-            raise UserError(f"--task is {text!r}; write it like '{{kind: retrieval, data: DIR}}'")
-        listed.append(task)
-    return listed

@@ -14,8 +14,7 @@ from flipscale.cli import main
 from flipscale.data.decode import decode_box
 from flipscale.data.sources.tar import TarSource
 from flipscale.evaluation.embedding import Embedder
-from flipscale.evaluation.reports.models import NamedModel
-from flipscale.evaluation.reports.session import evaluate_model
+from flipscale.evaluation.reports.record import evaluate_model
 from flipscale.evaluation.results import as_metrics
 from flipscale.evaluation.suite import build_tasks, evaluate_tasks
 from flipscale.training.recipe import parse_recipe
@@ -48,7 +47,7 @@ def test_a_task_has_a_size_of_its_own(embedder: Embedder, shards: Path, tmp_path
     listed = [{"kind": "zero_shot", "data": str(shards)}, {"kind": "retrieval", "data": str(shards)}]
     small = [{**task, "name": f"{task['kind']}_16", "image_size": 16} for task in listed]
     tasks = build_tasks([*listed, *small])
-    lines = evaluate_model(embedder, NamedModel("tiny", "tiny", None, tmp_path), tasks)
+    lines = evaluate_model(embedder, "tiny", tmp_path / "results.jsonl", tasks)
     expected = {
         **as_metrics(evaluate_tasks(embedder, tasks[:2])),
         **as_metrics(evaluate_tasks(embedder.at(16), build_tasks([{**t, "image_size": None} for t in small]))),

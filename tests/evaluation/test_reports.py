@@ -1,15 +1,14 @@
 """Models side by side: names, tables of suites with the paper's figures, and the dot plot."""
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 
 import cv2
 import pytest
 
+from flipscale.evaluate import name_models
 from flipscale.evaluation.intervals import wilson
 from flipscale.evaluation.reports import suite_report
-from flipscale.evaluation.reports.models import check_writable, name_models, tables_home
 from flipscale.evaluation.reports.record import Line
 from flipscale.evaluation.reports.suite_report import Column, report, suite_tables, write_reports
 from flipscale.evaluation.results import Result
@@ -149,10 +148,7 @@ def test_names_and_homes() -> None:
     homes += [f"evaluations/{n}" for n in ("org-name", "open_clip-ViT-B-16,laion2b", "hf-google-siglip", "hf-exported")]
     assert [str(model.home) for model in models] == homes
     assert [str(model.folder) for model in models[:3]] == ["runs/a/model", "exported", "None"]
-    assert tables_home(models, None) == Path("evaluations")
-    assert tables_home(models[:1], None) == Path("runs/a/model")
     assert [str(model.home) for model in name_models(given[:2], Path("out"))] == ["out/a", "out/exported"]
-    assert tables_home(models[:1], Path("out")) == Path("out")
 
 
 @pytest.mark.usefixtures("folders")
@@ -167,22 +163,3 @@ def test_equal_names_become_paths() -> None:
 def test_a_model_named_twice(given: list[str]) -> None:
     with pytest.raises(ValueError, match="2 models are called"):
         name_models(given, None)
-
-
-def test_an_unwritable_folder(tmp_path: Path, forbid: Callable[[Path], None]) -> None:
-    (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match=r"file/x \(.*/file is a file\)"):
-        check_writable(tmp_path / "file" / "x")
-    check_writable(tmp_path / "new" / "x")
-    assert not (tmp_path / "new").exists()
-    forbid(tmp_path)
-    with pytest.raises(ValueError, match=r"new/x \(.* is not writable\)"):
-        check_writable(tmp_path / "new" / "x")
-
-
-@pytest.fixture
-def forbid(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
-    def make(folder: Path) -> None:
-        monkeypatch.setattr("os.access", lambda path, mode: Path(path) != folder)
-
-    return make

@@ -14,9 +14,8 @@ from evaluation.tiny_model import tiny_embedder
 
 from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.kinds.task import Task
-from flipscale.evaluation.reports import session
-from flipscale.evaluation.reports.models import NamedModel
-from flipscale.evaluation.reports.session import evaluate_model
+from flipscale.evaluation.reports import record
+from flipscale.evaluation.reports.record import evaluate_model
 from flipscale.evaluation.suite import build_tasks
 from flipscale.io.progress import Progress
 from flipscale.model import FlipModel
@@ -36,7 +35,7 @@ def tasks_in(folder: Path) -> list[Task]:
 def evaluate(folder: str, home: str, tokenizer_dir: str) -> None:
     embedder = tiny_embedder(tokenizer_dir, batch_size=8)
     Path(home, f"begun{embedder.accelerator.process_index}").touch()
-    evaluate_model(embedder, NamedModel("tiny", "tiny", None, Path(home)), tasks_in(Path(folder)))
+    evaluate_model(embedder, "tiny", Path(home, "results.jsonl"), tasks_in(Path(folder)))
 
 
 def lines_of(home: Path) -> list[dict]:
@@ -54,8 +53,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def model(tmp_path: Path) -> NamedModel:
-    return NamedModel("tiny", "tiny", None, tmp_path)
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "results.jsonl"
 
 
 @pytest.fixture
@@ -64,10 +63,10 @@ def embedder(tokenizer_dir: Path) -> Embedder:
 
 
 def test_known_tasks_are_not_run_again(
-    embedder: Embedder, model: NamedModel, folder: Path, monkeypatch: pytest.MonkeyPatch
+    embedder: Embedder, path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tasks = tasks_in(folder)
-    lines = evaluate_model(embedder, model, tasks)
+    lines = evaluate_model(embedder, "tiny", path, tasks)
     results = [line.result for line in lines]
     assert list(dict.fromkeys(result.task for result in results)) == [task.name for task in tasks]
     asked: list[list[str]] = []
@@ -76,39 +75,39 @@ def test_known_tasks_are_not_run_again(
         asked.append([task.name for task in left])
         return iter(())
 
-    monkeypatch.setattr(session, "evaluated", nothing)
+    monkeypatch.setattr(record, "evaluated", nothing)
     # Neither the batch size nor the folder's path changes a figure.
     moved = folder.rename(folder.with_name("moved"))
     try:
         other = Embedder(embedder.model, embedder.tokenizer, embedder.accelerator, batch_size=3)
-        assert [line.result for line in evaluate_model(other, model, tasks_in(moved))] == [
+        assert [line.result for line in evaluate_model(other, "tiny", path, tasks_in(moved))] == [
             line.result for line in lines
         ]
         assert asked == []
         # Other prompts, other data or other weights do.
         (moved / "set1/zeroshot_classification_templates.txt").write_text("{c}\n")
         with pytest.raises(ValueError, match="shorter"):
-            evaluate_model(embedder, model, tasks_in(moved))
+            evaluate_model(embedder, "tiny", path, tasks_in(moved))
         assert asked == [["zero_shot1", "retrieval1"]]
     finally:
         (moved / "set1/zeroshot_classification_templates.txt").write_text("a {c}\nthe {c}\n")
         moved.rename(folder)
     others = Embedder(FlipModel(embedder.model.config).eval(), embedder.tokenizer, embedder.accelerator)
     with pytest.raises(ValueError, match="shorter"):
-        evaluate_model(others, model, tasks)
+        evaluate_model(others, "tiny", path, tasks)
     assert len(asked[1]) == 8
 
 
-def test_a_line_has_everything_that_made_it(embedder: Embedder, model: NamedModel, folder: Path) -> None:
+def test_a_line_has_everything_that_made_it(embedder: Embedder, path: Path, folder: Path) -> None:
     (task,) = build_tasks([{"kind": "zero_shot", "data": str(folder / "set0"), "templates": "imagenet7"}])
-    evaluate_model(embedder, model, [task])
-    line = json.loads(model.lines.read_text().splitlines()[0])
+    evaluate_model(embedder, "tiny", path, [task])
+    line = json.loads(path.read_text().splitlines()[0])
     assert line["data"]["images"] == line["n"] == 33
     assert line["prompts"]["number"] == 7
     assert (line["image_size"], line["mask"], line["precision"]) == (32, {}, "fp32")
     assert line["versions"].keys() == {"flipscale", "torch", "transformers"}
     assert line["made_by"] == {"data": "set0", "templates": "imagenet7"}
-    assert str(folder) not in model.lines.read_text()
+    assert str(folder) not in path.read_text()
     assert line["low"] <= line["value"] <= line["high"]
     assert line["seconds"] > 0
     assert len(line["weights"]) == 64
@@ -175,7 +174,7 @@ def test_two_processes_write_each_line_once(folder: Path, tokenizer_dir: Path, t
 
 
 def test_images_are_counted_once_a_pass(
-    embedder: Embedder, model: NamedModel, folder: Path, monkeypatch: pytest.MonkeyPatch
+    embedder: Embedder, path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shown: list[tuple[int, int]] = []
     update = Progress.update
@@ -185,5 +184,5 @@ def test_images_are_counted_once_a_pass(
         shown.append((bar._done, bar._total))
 
     monkeypatch.setattr(Progress, "update", spy)
-    evaluate_model(embedder, model, tasks_in(folder))
+    evaluate_model(embedder, "tiny", path, tasks_in(folder))
     assert shown[-1] == (4 * 33, 4 * 33)

@@ -12,9 +12,9 @@ import torch
 
 from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.kinds.task import ClassHits, Scorer, StreamedTask
-from flipscale.evaluation.kinds.templates import TEMPLATES
 from flipscale.evaluation.metrics import average_precision_chance, mean_average_precision, mean_of_two, roc_auc
 from flipscale.evaluation.results import Result
+from flipscale.evaluation.task_page import TEMPLATES
 from flipscale.evaluation.test_set import TestSet, of_my_rows, read_text
 from flipscale.io.errors import UserError
 

@@ -1,4 +1,4 @@
-"""`results.jsonl` of a model: a line for each figure, with everything that made it.
+"""The evaluation of a model, and its `results.jsonl`: a line for each figure, with everything that made it.
 
 The lines of one task under one setting are a group. A group is written in one piece when its task has ended, and read
 only if it is complete. An existing group is not evaluated again.
@@ -7,13 +7,15 @@ only if it is complete. An existing group is not evaluated again.
 import dataclasses
 import hashlib
 import json
+import logging
 import os
 import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +25,14 @@ from flipscale.data.prepared import read_prepared
 from flipscale.evaluation.embedding import Embedder
 from flipscale.evaluation.kinds.task import Task
 from flipscale.evaluation.results import Result
-from flipscale.evaluation.task_page import TaskPage, read_page
+from flipscale.evaluation.suite import evaluated
+from flipscale.evaluation.task_page import read_page
 from flipscale.evaluation.test_set import CLASS_NAMES, TEMPLATES, TestSet, read_text
 from flipscale.io import json_lines
 from flipscale.io.errors import UserError
+from flipscale.io.progress import Progress
+
+_log = logging.getLogger(__name__)
 
 # A line of JSON, or a part of one.
 Record = dict[str, Any]
@@ -55,6 +61,49 @@ class Line:
 
     result: Result
     about: Record
+
+
+def evaluate_model(embedder: Embedder, name: str, path: Path, tasks: Sequence[Task]) -> list[Line]:
+    """Collective. Evaluate the model `name` on the tasks whose figures are not in `path`, and append theirs.
+
+    A task's lines are on disk before the next task ends. Only the main process reads and writes them.
+
+    Returns:
+        The lines of all tasks in their order on the main process, and no lines on the others.
+    """
+    from accelerate.utils import broadcast_object_list
+
+    is_main = embedder.accelerator.is_main_process
+    missing, known, groups, settings, digest = list(range(len(tasks))), dict[str, list[Line]](), [], [], ""
+    if is_main:
+        weights = embedder.model.state_dict()
+        digest = weights_digest(weights, weights.__getitem__)
+        settings = [setting_of(embedder, task) for task in tasks]
+        groups = [group_of(digest, setting) for setting in settings]
+        drop_torn(path)
+        for line in read_lines(path):
+            known.setdefault(line.about["group"], []).append(line)
+        missing = [number for number, group in enumerate(groups) if group not in known]
+        if num_known := len(tasks) - len(missing):
+            _log.info("%s: %d of %d tasks are in %s and are not run again", name, num_known, len(tasks), path)
+    (missing,) = broadcast_object_list([missing])
+    if missing:
+        left = [tasks[number] for number in missing]
+        # Consecutive tasks of the same data and image size share one pass over the images.
+        passes = [data for data, _ in groupby((task.data, task.image_size) for task in left)]
+        total = sum(len(TestSet.open(data)) for data, _ in passes) if is_main else None
+        with Progress(total, f"evaluating {name}", "images", leave=False, hidden=not is_main) as bar:
+            started = time.monotonic()
+            counted = evaluated(replace(embedder, progress=bar.update), left)
+            for number, (task, results) in zip(missing, counted, strict=True):
+                if is_main:
+                    seconds, group = time.monotonic() - started, groups[number]
+                    about = _about(task, settings[number], name, digest, seconds)
+                    known[group] = append_lines(path, group, [_published(result) for result in results], about)
+                    shown = next((result for result in results if result.headline), results[0])
+                    _log.info("%s: %s %s %s, %.0f s", name, shown.task, shown.shown, shown.estimate_text, seconds)
+                started = time.monotonic()
+    return [line for group in groups for line in known[group]]
 
 
 def weights_digest(names: Iterable[str], read: Callable[[str], torch.Tensor]) -> str:
@@ -156,8 +205,8 @@ def setting_of(embedder: Embedder, task: Task) -> Record:
     }
 
 
-def about(task: Task, setting: Record, model: str, weights: str, seconds: float) -> Record:
-    page = _page_of(task)
+def _about(task: Task, setting: Record, model: str, weights: str, seconds: float) -> Record:
+    page = read_page(task.task) if task.task else None
     return {
         "model": model,
         "weights": weights,
@@ -170,7 +219,7 @@ def about(task: Task, setting: Record, model: str, weights: str, seconds: float)
     }
 
 
-def published(result: Result) -> Result:
+def _published(result: Result) -> Result:
     """Return a result for lines: data named without a path, and no list of prompts."""
     kept = {n: v for n, v in result.made_by.items() if n != "templates" or isinstance(v, str)}
     places = {n: data_name(kept[n]) for n in ("data", "train", "validation") if kept.get(n)}
@@ -184,12 +233,8 @@ def data_name(place: str) -> str:
     return "/".join(parts[-2:] if parts[-1:] and parts[-1] in _SPLITS else parts[-1:]) or place
 
 
-def _page_of(task: Task) -> TaskPage | None:
-    return read_page(task.task) if task.task else None
-
-
 def _data_of(task: Task, test_set: TestSet) -> Record:
-    data, page = task.data, _page_of(task)
+    data, page = task.data, read_page(task.task) if task.task else None
     prepared = (read_prepared(Path(data)) if page else None) or {}
     return {
         "name": page.name if page else data_name(data),
