@@ -15,7 +15,7 @@ from PIL import Image
 
 from flipscale.evaluation.embedding import Decoder, Embedder, rgb_image
 from flipscale.io.errors import UserError
-from flipscale.io.model_folder import check_texts, fetch_folder, read_header, read_object
+from flipscale.io.model_folder import check_texts, fetch_folder, read_object, read_shapes
 
 OPEN_CLIP, TRANSFORMERS = "open_clip:", "hf:"
 # Configuration fields that make transformers load other kernels and files.
@@ -132,7 +132,7 @@ def _check_foreign(folder: Path) -> None:
             if not isinstance(name, str) or Path(name).name != name:
                 raise UserError(f"{file.name} names {name!r:.80}, which is no file of the folder; download it again")
     for file in folder.glob("*.safetensors"):
-        read_header(file)
+        read_shapes(file)
 
 
 @contextmanager

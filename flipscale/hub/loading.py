@@ -18,7 +18,7 @@ from flipscale.evaluation.embedding import ClassifierEmbedder, Embedder, dummy_b
 from flipscale.evaluation.foreign_models import OPEN_CLIP, TRANSFORMERS, open_clip_embedder, transformers_embedder
 from flipscale.io.digests import check_weight
 from flipscale.io.errors import UserError
-from flipscale.io.model_folder import Header, check_folder, fetch_folder, read_header, read_object
+from flipscale.io.model_folder import check_folder, fetch_folder, read_object, read_shapes
 from flipscale.io.quiet import without_bars
 from flipscale.model import (
     FlipConfig,
@@ -101,7 +101,7 @@ def load_model(name: str) -> tuple[Path, FlipPreTrainedModel]:
             kind = FlipForQuestionAnswering
         elif config.decoder_config is not None:
             kind = FlipForConditionalGeneration if config.text_config is None else CaptioningFlipModel
-        _check_shapes(config, {n: entry for file in files for n, entry in read_header(file).items()}, kind)
+        _check_shapes(config, {n: shape for file in files for n, shape in read_shapes(file).items()}, kind)
         weights = {n: weight for file in files for n, weight in load_file(file).items()}
         for weight_name, weight in weights.items():
             check_weight(weight_name, weight)
@@ -119,17 +119,17 @@ def _class_names(content: dict[str, Any]) -> dict[int, str]:
     return {index: str(names[str(index)]) for index in range(len(names))}
 
 
-def _check_shapes(config: FlipConfig, stored: Header, kind: type[FlipPreTrainedModel]) -> None:
+def _check_shapes(config: FlipConfig, stored: dict[str, list[int]], kind: type[FlipPreTrainedModel]) -> None:
     """Raise UserError if weights are missing, unexpected or of another shape, before any is in memory."""
     expected = {name: list(weight.shape) for name, weight in model_without_storage(config, kind).state_dict().items()}
     for fault, names in (
         ("missing", expected.keys() - stored.keys()),
         ("unexpected", stored.keys() - expected.keys()),
-        ("misshapen", {name for name in expected.keys() & stored.keys() if expected[name] != stored[name]["shape"]}),
+        ("misshapen", {name for name in expected.keys() & stored.keys() if expected[name] != stored[name]}),
     ):
         if names:
             name = min(names)
-            shapes = f" of shape {stored[name]['shape']}, not {expected[name]}" if fault == "misshapen" else ""
+            shapes = f" of shape {stored[name]}, not {expected[name]}" if fault == "misshapen" else ""
             raise UserError(
                 f"the weights do not fit its config: {len(names)} {fault} keys, such as {name}{shapes}; download or "
                 "export it again"

@@ -15,6 +15,18 @@ _COMMIT = re.compile("[0-9a-f]{40,64}")
 _TAG = re.compile(r'(W/)?"?[\w.:+=-]*"?')
 # Address of the request for a model's facts, which name the commit.
 _FACTS = re.compile(r"/api/(models|datasets)/[^/]+(/[^/]+)?(/revision/.+)?\Z")
+# What huggingface_hub raises when another server, such as a proxy, answers in the Hub's place.
+NO_HUB = (ValueError, TypeError, AttributeError, LookupError, AssertionError, RecursionError)
+
+
+def reason_of(error: Exception) -> tuple[int | None, str]:
+    """Return the HTTP status (None without a response) and the message of an error that huggingface_hub raised."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    cause = error if isinstance(error, HfHubHTTPError) else error.__cause__
+    status = cause.response.status_code if isinstance(cause, HfHubHTTPError) else None
+    words = getattr(cause, "server_message", None) or str(cause or error).split("\n\n")[-1]
+    return status, " ".join(words.split()) or type(error).__name__
 
 
 def guard_requests() -> None:

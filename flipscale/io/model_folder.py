@@ -5,14 +5,13 @@ folder: code in it is never run, and pickles are never loaded.
 """
 
 import json
-import math
 from collections import Counter
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from flipscale.io.errors import UserError
-from flipscale.io.hub_requests import guard_requests
+from flipscale.io.hub_requests import NO_HUB, guard_requests, reason_of
 
 # Files of a model folder that must each be one JSON object, if they exist.
 _OBJECTS = [
@@ -25,13 +24,6 @@ _READ = [
     *("added_tokens.json", "vocab*", "merges.txt", "*.model", "*.jinja"),
 ]
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
-# The largest tokenizers have 35 MB, other texts 3 MB, headers of a thousand tensors 200 kB.
-_MAX_BYTES = {"tokenizer.json": 100 << 20}
-_MAX_TEXT_BYTES, _MAX_HEADER_BYTES = 20 << 20, 8 << 20
-_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
-
-# The header of a safetensors file: `dtype`, `shape` and `data_offsets` of each tensor, by name.
-Header = dict[str, dict[str, Any]]
 
 
 def local_folder(name: str) -> Path | None:
@@ -79,7 +71,7 @@ def fetch_folder(name: str, more: tuple[str, ...] = ()) -> Path:
     if (folder := local_folder(name)) is not None:
         return folder
     from huggingface_hub import constants, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError
 
     guard_requests()
     try:
@@ -87,20 +79,16 @@ def fetch_folder(name: str, more: tuple[str, ...] = ()) -> Path:
     except HFValidationError:
         raise UserError(f"there is no folder {name!r}, and it is no name on the Hub; use ORG/NAME") from None
     except (OSError, HTTPError) as error:
-        cause = error if isinstance(error, HfHubHTTPError) else error.__cause__
-        status = cause.response.status_code if isinstance(cause, HfHubHTTPError) else None
-        words = getattr(cause, "server_message", None) or str(cause or error).split("\n\n")[-1]
-        reason = " ".join(words.split()) or type(error).__name__
+        status, reason = reason_of(error)
         if status in (401, 403, 404):
             raise UserError(f"there is no folder {name!r}, and the Hub has none that may be read: {reason}") from None
-        if isinstance(error, LocalEntryNotFoundError) and status is None and not isinstance(cause, HTTPError):
+        if isinstance(error, LocalEntryNotFoundError) and not isinstance(error.__cause__, HTTPError):
             raise UserError(
                 f"there is no folder {name!r}, and the Hub's cache on this machine does not have it; the Hub is out of "
                 "reach, or HF_HUB_OFFLINE is set"
             ) from None
         raise OSError(f"{name!r} cannot be fetched from the Hub: {reason}") from None
-    # Answers of other servers, such as a proxy's page, make huggingface_hub raise these.
-    except (ValueError, TypeError, AttributeError, LookupError, AssertionError, RecursionError) as error:
+    except NO_HUB as error:
         raise OSError(
             f"{name!r} cannot be fetched: what {constants.ENDPOINT} answers is no Hub's ({type(error).__name__}: "
             f"{error}); look at HF_ENDPOINT and the proxy"
@@ -133,12 +121,12 @@ def check_folder(folder: Path) -> list[Path]:
     for file in files:
         if not file.is_file():
             raise UserError(f"{folder} lacks {file.name}, which {index.name} lists; download or export it again")
-        read_header(file)
+        read_shapes(file)
     return files
 
 
 def check_texts(folder: Path) -> None:
-    """Raise UserError if a file that loaders read is no file, a link out of the folder, too long or no JSON object.
+    """Raise UserError if a file that loaders read is no file, a link out of the folder, or no JSON object.
 
     Weights are not read here.
     """
@@ -153,57 +141,40 @@ def check_texts(folder: Path) -> None:
             raise UserError(f"{file} is a link to {real}, outside of the folder; put the file itself there")
         if not real.is_file():
             raise UserError(f"{file} is no file; download or export the model again")
-        most, size = _MAX_BYTES.get(file.name, _MAX_TEXT_BYTES), real.stat().st_size
-        if file.suffix != ".safetensors" and size > most:
-            raise UserError(f"{file} has {size:,} bytes; expected at most {most:,}: is it another file?")
-    for name in _OBJECTS:
-        if (folder / name).exists():
-            read_object(folder / name)
+        if file.name in _OBJECTS:
+            read_object(file)
 
 
 def read_object(file: Path) -> dict[str, Any]:
     """Return the JSON object in a file, or raise UserError."""
     try:
-        return _object(file.read_bytes())
+        value = json.loads(file.read_bytes(), object_pairs_hook=_checked_object)
+        if not isinstance(value, dict):
+            raise ValueError(f"it is no JSON object but {value!r:.40}")
+    except RecursionError:
+        raise UserError(f"{file} is damaged: it is nested too deep; download or export it again") from None
     except ValueError as error:
         raise UserError(f"{file} is damaged: {error}; download or export it again") from None
+    return value
 
 
-def read_header(file: Path) -> Header:
-    """Return the header of a safetensors file of full length, or raise UserError."""
-    size = file.stat().st_size
-    with open(file, "rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        content = stream.read(length) if length <= min(size, _MAX_HEADER_BYTES) else b""
+def _checked_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object from its pairs. Duplicate keys are refused, because other readers may take the other value."""
+    for key, count in Counter(key for key, _ in pairs).items():
+        if count > 1:
+            raise ValueError(f"it has {key!r:.80} twice")
+    return dict(pairs)
+
+
+def read_shapes(file: Path) -> dict[str, list[int]]:
+    """Return the shape of each weight in a safetensors file of full length, or raise UserError."""
+    from safetensors import SafetensorError, safe_open
+
     try:
-        header = _object(content)
-        header.pop("__metadata__", None)
-        ends = [_end(name, entry) for name, entry in header.items()]
-    except ValueError as error:
-        raise UserError(
-            f"{file} is cut short or damaged: its header cannot be read, it has {size:,}; download or export it again "
-            f"({error})"
-        ) from None
-    expected = 8 + length + max(ends, default=0)
-    if size != expected:
-        raise UserError(
-            f"{file} is cut short or damaged: its header promises {expected:,} bytes, it has {size:,}; download or "
-            "export it again"
-        )
-    return header
-
-
-def _end(name: str, entry: Any) -> int:
-    """Return the end of a tensor, in bytes after the header, or raise ValueError."""
-    try:
-        (begin, end), shape, dtype = entry["data_offsets"], entry["shape"], entry["dtype"]
-        good = 0 <= begin <= end and all(type(length) is int and length >= 0 for length in shape)
-        good = good and math.prod(shape) * _BYTES.get(dtype, 0) in (0, end - begin)
-    except (KeyError, TypeError, ValueError):
-        good = False
-    if not good:
-        raise ValueError(f"{name!r:.80} is {entry!r:.80}")
-    return end
+        with safe_open(file, "np") as weights:
+            return {name: weights.get_slice(name).get_shape() for name in weights.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise UserError(f"{file} is cut short or damaged ({error}); download or export it again") from None
 
 
 def _listed(index: Path) -> list[str]:
@@ -218,23 +189,3 @@ def _listed(index: Path) -> list[str]:
                 "export it again"
             )
     return sorted(set(names.values()))
-
-
-def _object(content: bytes) -> dict[str, Any]:
-    try:
-        value = json.loads(content, object_pairs_hook=_checked_object)
-    except RecursionError:
-        raise ValueError("it is nested too deep") from None
-    except ValueError as error:
-        raise ValueError(f"it is no JSON, {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"it is no JSON object but {value!r:.40}")
-    return value
-
-
-def _checked_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return an object from its pairs. Duplicate keys are refused, because other readers may take the other value."""
-    for key, count in Counter(key for key, _ in pairs).items():
-        if count > 1:
-            raise ValueError(f"it has {key!r:.80} twice")
-    return dict(pairs)
